@@ -1,0 +1,45 @@
+"""Which values exist: number formats, how a real number becomes a code, and how codes share bytes.
+
+A format is a finite set of numbers with a code for each: integers, floating point of any width, tables. It knows
+nothing of scales, axes or storage. `get` finds one by name; `names` lists them.
+"""
+
+from jaxq.formats._codebook import CodebookFormat, dynamic_map, normal_float, powers_of_two
+from jaxq.formats._float import ExponentFormat, FloatFormat
+from jaxq.formats._format import Format
+from jaxq.formats._integer import IntegerFormat
+from jaxq.formats._packing import (
+    Packing,
+    as_signed,
+    codes_per_pack,
+    default_packing,
+    field,
+    pack,
+    unpack,
+)
+from jaxq.formats._registry import get, names, register, unknown_name
+from jaxq.formats._rounding import check_rounding, round_to_integer
+
+__all__ = [
+    "CodebookFormat",
+    "ExponentFormat",
+    "FloatFormat",
+    "Format",
+    "IntegerFormat",
+    "Packing",
+    "as_signed",
+    "check_rounding",
+    "codes_per_pack",
+    "default_packing",
+    "dynamic_map",
+    "field",
+    "get",
+    "names",
+    "normal_float",
+    "pack",
+    "powers_of_two",
+    "register",
+    "round_to_integer",
+    "unknown_name",
+    "unpack",
+]

@@ -1,0 +1,132 @@
+"""Formats by name, with the nearest names suggested for one that is not there."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from jaxq.formats._codebook import CodebookFormat, dynamic_map, normal_float, powers_of_two
+from jaxq.formats._float import ExponentFormat, FloatFormat
+from jaxq.formats._format import Format
+from jaxq.formats._integer import IntegerFormat
+
+# Dettmers et al., "QLoRA" (2023), appendix E: the published table, digit for digit.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+# Yoshida, "NF4 Isn't Information Theoretically Optimal (and that's Good)" (2023): the table for blocks of 64.
+_AF4 = (
+    -1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0, 0.04273164, 0.12934483,
+    0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0,
+)  # fmt: skip
+
+_FLOATS = (
+    FloatFormat("bfloat16", 8, 7),
+    FloatFormat("float16", 5, 10),
+    FloatFormat("float8_e3m4", 3, 4),
+    FloatFormat("float8_e4m3", 4, 3),
+    FloatFormat("float8_e4m3b11fnuz", 4, 3, 11, "fnuz"),
+    FloatFormat("float8_e4m3fn", 4, 3, flavour="fn"),
+    FloatFormat("float8_e4m3fnuz", 4, 3, flavour="fnuz"),
+    FloatFormat("float8_e5m2", 5, 2),
+    FloatFormat("float8_e5m2fnuz", 5, 2, flavour="fnuz"),
+    FloatFormat("float6_e2m3fn", 2, 3, flavour="finite"),
+    FloatFormat("float6_e3m2fn", 3, 2, flavour="finite"),
+    FloatFormat("float4_e1m2fn", 1, 2, flavour="finite"),
+    FloatFormat("float4_e2m1fn", 2, 1, flavour="finite"),
+    FloatFormat("float4_e3m0fn", 3, 0, flavour="finite"),
+    ExponentFormat("float8_e8m0fnu"),
+)
+
+_registry: dict[str, Format] = {}
+
+
+def register(fmt: Format) -> Format:
+    """Makes `fmt` known by its name, for `get` and `QuantSpec(format=...)`.
+
+    Raises:
+      ValueError: another format already has the name.
+
+    Example:
+      >>> import jaxq
+      >>> fmt = jaxq.formats.register(jaxq.formats.FloatFormat("float7_e3m3", 3, 3, flavour="finite"))
+      >>> jaxq.formats.get("float7_e3m3").max
+      30.0
+    """
+    name = _normal(fmt.name)
+    if _registry.setdefault(name, fmt) != fmt:
+        raise ValueError(f"register: the name {fmt.name!r} is taken by {_registry[name]!r}.")
+    return fmt
+
+
+def get(name: str | Format) -> Format:
+    """The format called `name`; a `Format` comes back as it is.
+
+    Registered names aside, `float<n>_e<E>m<M>` with an optional `fn`, `fnuz` makes any ExMy format up to 16 bits:
+    bare is IEEE style, `fn` has no infinities (and, under 8 bits, no NaN), `fnuz` has neither infinities nor -0.
+
+    Raises:
+      ValueError: no such format; close matches are named.
+
+    Example:
+      >>> import jaxq
+      >>> jaxq.formats.get("float5_e2m2fn").max
+      7.0
+    """
+    if isinstance(name, Format):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"formats.get takes a name or a Format, got {type(name).__name__}.")
+    found = _registry.get(_normal(name)) or _parse_float(_normal(name))
+    if found is None:
+        raise ValueError(unknown_name("format", name, _registry, "jaxq.formats.names()"))
+    return found
+
+
+def names() -> list[str]:
+    """The names of every registered format, ascending."""
+    return sorted(_registry)
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], listing: str) -> str:
+    """An error message for `name`, with the closest of `known`, or where all of them are listed."""
+    close = difflib.get_close_matches(_normal(str(name)), list(known), n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+    return f"unknown {kind} {name!r}. {hint}{listing} lists them all."
+
+
+def _normal(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
+
+
+def _parse_float(name: str) -> Format | None:
+    match = re.fullmatch(r"float(\d+)_e(\d)m(\d+)(fn|fnuz|)", name)
+    if not match:
+        return None
+    width, exponent, mantissa, suffix = int(match[1]), int(match[2]), int(match[3]), match[4]
+    if width != 1 + exponent + mantissa:
+        raise ValueError(
+            f"unknown format {name!r}: e{exponent}m{mantissa} with its sign has {1 + exponent + mantissa} bits, "
+            f"not {width}."
+        )
+    flavour = {"": "ieee", "fnuz": "fnuz", "fn": "fn" if width >= 8 else "finite"}[suffix]
+    return FloatFormat(name, exponent, mantissa, flavour=flavour)
+
+
+for _fmt in _FLOATS:
+    register(_fmt)
+for _bits in range(2, 9):
+    register(IntegerFormat(f"int{_bits}", _bits))
+    register(IntegerFormat(f"int{_bits}_narrow", _bits, narrow=True))
+    register(IntegerFormat(f"uint{_bits}", _bits, signed=False))
+    register(CodebookFormat(f"nf{_bits}", _NF4 if _bits == 4 else normal_float(_bits)))
+register(CodebookFormat("af4", _AF4))
+register(CodebookFormat("binary", (-1.0, 1.0)))
+register(CodebookFormat("dynamic8", dynamic_map(signed=True)))
+register(CodebookFormat("log4", *powers_of_two(4)))
+register(CodebookFormat("ternary", (-1.0, 0.0, 1.0)))
+register(CodebookFormat("udynamic8", dynamic_map(signed=False)))
