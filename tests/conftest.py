@@ -1,0 +1,26 @@
+"""A strict session: no silent promotion of dtypes or ranks, four CPU devices, the same random examples every run."""
+
+import os
+
+# Before the first import of jax: the device count is read once. A platform asked for by the caller is kept.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# No deadline: the first example of a shape compiles. Derandomized: a red run is red for everyone.
+hypothesis.settings.register_profile("jaxq", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("jaxq")
+
+
+@pytest.fixture
+def standard_promotion():
+    """For code of others that promotes silently, as optax's Adam does; jaxq itself must not need it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
