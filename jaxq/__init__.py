@@ -1,3 +1,96 @@
-"""jaxq: quantization for JAX."""
+"""jaxq: quantization for JAX.
+
+Pure functions over pytrees that quantize, compute with and measure low-precision arrays, and Flax models made of
+them. `import jaxq` loads no Flax: the subpackages that need it load at first use.
+
+Example:
+  >>> import jax.numpy as jnp, jaxq
+  >>> w = jnp.linspace(-1, 1, 64 * 8).reshape(64, 8)
+  >>> qt = jaxq.quantize(w, "nf4")
+  >>> (jnp.ones((2, 64)) @ qt).shape
+  (2, 8)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxq import formats, metrics, ops, qtensor
+from jaxq.ops import dot_general, einsum, explain, matmul
+from jaxq.qtensor import (
+    PerBlock,
+    PerChannel,
+    PerFlat,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QTensor,
+    QuantSpec,
+    dequantize,
+    fake_quant,
+    presets,
+    quantize,
+    relayout,
+)
+
+if TYPE_CHECKING:
+    from jaxq import evaluation, io, models, nn
+    from jaxq.io import load, save
+    from jaxq.nn import quantize_model
 
 __version__ = "0.1.0"
+
+# Loaded at first use: these import Flax, or read and write files.
+_LAZY = {
+    "evaluation": "jaxq.evaluation",
+    "io": "jaxq.io",
+    "load": "jaxq.io",
+    "models": "jaxq.models",
+    "nn": "jaxq.nn",
+    "quantize_model": "jaxq.nn",
+    "save": "jaxq.io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'jaxq' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    value = module if _LAZY[name] == f"jaxq.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))
+
+
+__all__ = [
+    "PerBlock",
+    "PerChannel",
+    "PerFlat",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QTensor",
+    "QuantSpec",
+    "dequantize",
+    "dot_general",
+    "einsum",
+    "evaluation",
+    "explain",
+    "fake_quant",
+    "formats",
+    "io",
+    "load",
+    "matmul",
+    "metrics",
+    "models",
+    "nn",
+    "ops",
+    "presets",
+    "qtensor",
+    "quantize",
+    "quantize_model",
+    "relayout",
+    "save",
+]

@@ -17,10 +17,12 @@ from jaxq.formats._packing import (
     pack,
     unpack,
 )
-from jaxq.formats._registry import get, names, register, unknown_name
+from jaxq.formats._registry import from_dict, get, names, register, to_dict, unknown_name
+from jaxq.formats._rounding import MODES as ROUNDING_MODES
 from jaxq.formats._rounding import check_rounding, round_to_integer
 
 __all__ = [
+    "ROUNDING_MODES",
     "CodebookFormat",
     "ExponentFormat",
     "FloatFormat",
@@ -33,6 +35,7 @@ __all__ = [
     "default_packing",
     "dynamic_map",
     "field",
+    "from_dict",
     "get",
     "names",
     "normal_float",
@@ -40,6 +43,7 @@ __all__ = [
     "powers_of_two",
     "register",
     "round_to_integer",
+    "to_dict",
     "unknown_name",
     "unpack",
 ]

@@ -21,7 +21,8 @@ _MOST_COMPARISONS = 32
 class CodebookFormat(Format):
     """The numbers of a table; the code of a number is its place in the table.
 
-    A number goes to the nearest entry; one exactly half-way goes to the lower entry, as bitsandbytes does.
+    A number goes to the nearest entry; one exactly half-way goes to the lower entry, as bitsandbytes does. NaN goes to
+    the lowest entry. A table may hold both zeros, as bitsandbytes' fp4 does: encode gives the code of +0 alone.
 
     Args:
       name: registry name.
@@ -52,14 +53,14 @@ class CodebookFormat(Format):
             )
         if not np.isfinite(table).all():
             raise ValueError(f"CodebookFormat {self.name!r}: entry {int(np.argmin(np.isfinite(table)))} is not finite.")
-        if np.unique(table).size != table.size:
+        if np.unique(table.view(np.uint32)).size != table.size:  # by bits: -0 beside +0 is no repetition
             raise ValueError(f"CodebookFormat {self.name!r}: the table repeats an entry (in float32).")
         object.__setattr__(self, "table", tuple(table.tolist()))
         if self.boundaries is not None:
-            edges, ordered = np.asarray(self.boundaries, np.float32), np.sort(table)
-            if edges.shape != (table.size - 1,) or not ((ordered[:-1] <= edges).all() and (edges <= ordered[1:]).all()):
+            edges, ordered = np.asarray(self.boundaries, np.float32), self._ordered()[0]
+            if edges.shape != (ordered.size - 1,) or not ((ordered[:-1] <= edges).all() and (edges <= ordered[1:]).all()):
                 raise ValueError(
-                    f"CodebookFormat {self.name!r}: boundaries must be {table.size - 1} numbers, each between two "
+                    f"CodebookFormat {self.name!r}: boundaries must be {ordered.size - 1} numbers, each between two "
                     "neighbouring entries, ascending."
                 )
             object.__setattr__(self, "boundaries", tuple(edges.tolist()))
@@ -82,16 +83,25 @@ class CodebookFormat(Format):
 
     @property
     def zero_code(self) -> int:
-        return self.table.index(0.0) if 0.0 in self.table else 0
+        ordered, codes = self._ordered()
+        return int(codes[ordered == 0][0]) if 0 in ordered else 0
 
     def codes(self) -> np.ndarray:
         return np.arange(len(self.table), dtype=np.uint8)
+
+    def _ordered(self) -> tuple[np.ndarray, np.ndarray]:
+        """The entries ascending and the code of each, without -0 where +0 is there too."""
+        table = np.asarray(self.table, np.float32)
+        codes = np.argsort(table, kind="stable").astype(np.uint8)
+        if (table == 0).sum() == 2:
+            codes = codes[~((table == 0) & np.signbit(table))[codes]]
+        return table[codes], codes
 
     def encode(self, x, *, rounding="nearest_even", saturate=True, key=None):
         check_rounding(rounding, key)
         del saturate  # a table has no other overflow value
         x = jnp.asarray(x, jnp.float32)
-        ordered = np.sort(np.asarray(self.table, np.float32))
+        ordered, codes = self._ordered()
         if rounding == "toward_zero":
             # The entry below a positive number, above a negative one; the outermost entries where there is none.
             edges = np.where(ordered[1:] > 0, np.nextafter(ordered[1:], np.float32(-np.inf)), ordered[:-1])
@@ -108,10 +118,9 @@ class CodebookFormat(Format):
             rank = _rank(x, np.asarray(self.boundaries, np.float32))
         else:
             rank = _rank(x, (ordered[:-1] + ordered[1:]) / np.float32(2))
-        order = np.argsort(np.asarray(self.table, np.float32), kind="stable")
-        if (order == np.arange(order.size)).all():
+        if (codes == np.arange(codes.size)).all():
             return rank.astype(jnp.uint8)
-        return jnp.asarray(order.astype(np.uint8))[rank]
+        return jnp.asarray(codes)[rank]
 
     def decode(self, codes: jax.Array) -> jax.Array:
         return jnp.take(jnp.asarray(self.table, jnp.float32), codes.astype(jnp.int32), mode="clip")

@@ -139,6 +139,8 @@ class FloatFormat(Format):
         code = code + ((jnp.clip(exponent + bias, 1, 1 << self.exponent_bits) - 1) << m).astype(jnp.uint32)
 
         is_nan, over = magnitude > np.uint32(0x7F800000), code > top
+        if rounding == "toward_zero":  # no finite number overflows toward zero (IEEE 754-2019, 7.4)
+            over, code = magnitude == np.uint32(0x7F800000), jnp.minimum(code, np.uint32(top))
         has_infinity, has_nan = self.flavour == "ieee", self.flavour != "finite"
         code = jnp.where(over, np.uint32(top if saturate or not has_infinity else top + 1), code)
         sign = jnp.where((code == 0) & (self.flavour == "fnuz"), np.uint32(0), sign)
@@ -204,7 +206,10 @@ class ExponentFormat(Format):
         if rounding == "toward_zero":
             code = pattern >> 23
         elif rounding == "stochastic":
-            code = (pattern + (_random_bits(key, pattern.shape) >> 9)) >> 23
+            # From 2^-127 to 2^-126 float32 is subnormal: stretch [2^22, 2^23) to a binade, so that 2^-127 stays itself.
+            low = (jnp.maximum(pattern, np.uint32(1 << 22)) - np.uint32(1 << 22)) << 1
+            line = jnp.where(pattern < np.uint32(1 << 23), low, pattern)
+            code = (line + (_random_bits(key, pattern.shape) >> 9)) >> 23
         else:  # the mantissa is the implicit bit alone, always odd: a tie goes up in both nearest modes
             code = (pattern + np.uint32(1 << 22)) >> 23
             # Between 2^-127 and 2^-126 (a subnormal of float32) ml_dtypes goes up, and so do we.

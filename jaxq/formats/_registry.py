@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from jaxq.formats._codebook import CodebookFormat, dynamic_map, normal_float, powers_of_two
 from jaxq.formats._float import ExponentFormat, FloatFormat
@@ -92,6 +94,32 @@ def names() -> list[str]:
     return sorted(_registry)
 
 
+def to_dict(fmt: Format) -> str | dict[str, Any]:
+    """A JSON-ready description: the name of a format `get` knows, else its class and fields."""
+    try:
+        if get(fmt.name) == fmt:
+            return fmt.name
+    except ValueError:
+        pass
+    return {"type": type(fmt).__name__, **dataclasses.asdict(fmt)}
+
+
+def from_dict(data: str | dict[str, Any]) -> Format:
+    """The format that `to_dict` described.
+
+    Raises:
+      ValueError: an unknown name or class.
+    """
+    if isinstance(data, str):
+        return get(data)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    kinds = {kind.__name__: kind for kind in (CodebookFormat, ExponentFormat, FloatFormat, IntegerFormat)}
+    kind = kinds.get(fields.pop("type", None))
+    if kind is None:
+        raise ValueError(f"formats.from_dict: unknown kind of format {data.get('type')!r}; known are {sorted(kinds)}.")
+    return kind(**fields)
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], listing: str) -> str:
     """An error message for `name`, with the closest of `known`, or where all of them are listed."""
     close = difflib.get_close_matches(_normal(str(name)), list(known), n=3, cutoff=0.5)
@@ -125,8 +153,9 @@ for _bits in range(2, 9):
     register(IntegerFormat(f"uint{_bits}", _bits, signed=False))
     register(CodebookFormat(f"nf{_bits}", _NF4 if _bits == 4 else normal_float(_bits)))
 register(CodebookFormat("af4", _AF4))
-register(CodebookFormat("binary", (-1.0, 1.0)))
+# Zero counts as positive (XNOR-Net, 2016), and so do numbers too small for float32's normal range.
+register(CodebookFormat("binary", (-1.0, 1.0), (-(2.0**-126),)))
 register(CodebookFormat("dynamic8", dynamic_map(signed=True)))
 register(CodebookFormat("log4", *powers_of_two(4)))
-register(CodebookFormat("ternary", (-1.0, 0.0, 1.0)))
+register(IntegerFormat("ternary", 2, narrow=True))
 register(CodebookFormat("udynamic8", dynamic_map(signed=False)))

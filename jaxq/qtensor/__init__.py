@@ -1,0 +1,42 @@
+"""The container: where scales vary, how a tensor is stored, and the way there and back.
+
+`quantize` turns floats into a `QTensor` by a `QuantSpec` (or a preset's name), `dequantize` brings them back,
+`fake_quant` does both with a straight-through gradient. All knowledge of axes, blocks and padding is in `Geometry`.
+"""
+
+from jaxq.qtensor._geometry import Geometry
+from jaxq.qtensor._granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerFlat,
+    PerGroup,
+    PerTensor,
+    PerToken,
+)
+from jaxq.qtensor._presets import as_spec, presets
+from jaxq.qtensor._qtensor import Meta, QTensor, relayout
+from jaxq.qtensor._quantize import decode_blocks, dequantize, fake_quant, quantize, scale_values
+from jaxq.qtensor._spec import QuantSpec
+
+__all__ = [
+    "Geometry",
+    "Granularity",
+    "Meta",
+    "PerBlock",
+    "PerChannel",
+    "PerFlat",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QTensor",
+    "QuantSpec",
+    "as_spec",
+    "decode_blocks",
+    "dequantize",
+    "fake_quant",
+    "presets",
+    "quantize",
+    "relayout",
+    "scale_values",
+]

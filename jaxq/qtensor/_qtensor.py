@@ -1,0 +1,343 @@
+"""QTensor: codes, scale, zero point and offset under one roof, a pytree that looks like the array it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq import formats
+from jaxq.qtensor._geometry import Geometry
+from jaxq.qtensor._spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What of a QTensor is static: part of its treedef, compared by value.
+
+    Attributes:
+      spec: how it was quantized.
+      geometry: shape, axis roles and blocks.
+      packing: order of the codes in `data`; `relayout` changes it.
+      dtype: what `dequantize` returns by default.
+    """
+
+    spec: QuantSpec
+    geometry: Geometry
+    packing: formats.Packing
+    dtype: str
+
+    @property
+    def pack_unit(self) -> int | None:
+        """Codes in one HALVES unit: a block where it fills whole bytes, so that blocks stay together, else a row."""
+        block = self.geometry.block_shape[-1]
+        whole = block is not None and block % formats.codes_per_pack(self.spec.fmt.bits, self.packing) == 0
+        return block if whole else None
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class QTensor:
+    """A quantized array, `scale * (codes - zero_point) + offset`.
+
+    Made by `jaxq.quantize`. It has the shape and dtype of the array it stands for and works with `jax.jit`, `vmap`,
+    `lax.scan` and `jax.tree.map`: batch axes lead in every leaf, so `jax.tree.map(lambda a: a[i], qt)` is layer i of
+    a stack. Multiply with `@`, `jaxq.matmul`, `jaxq.einsum`, `jaxq.dot_general`; everything else that would need
+    floats raises and names `jaxq.dequantize`. It never turns into a float array by itself.
+
+    Attributes:
+      data: stored codes: uint8 (packed below 8 bits) or int8, `[*batch, *kept, K]`.
+      scale: array or QTensor, `[*batch, *num_blocks]`.
+      zero_point: integer array like `scale`, or None.
+      offset: float array like `scale` (one number where it is a mean), or None.
+      meta: static facts: spec, geometry, packing, dtype.
+    """
+
+    data: jax.Array
+    scale: jax.Array | QTensor
+    zero_point: jax.Array | None
+    offset: jax.Array | None
+    meta: Meta
+
+    # numpy must not take over `array @ qt`, and nothing may convert a QTensor to an array unasked.
+    __array_ufunc__ = None
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.GetAttrKey
+        leaves = [(key(name), getattr(self, name)) for name in ("data", "scale", "zero_point", "offset")]
+        return leaves, self.meta
+
+    @classmethod
+    def tree_unflatten(cls, meta: Meta, leaves) -> QTensor:
+        data, scale, zero_point, offset = leaves
+        return cls(data, scale, zero_point, offset, meta)
+
+    # What it looks like from outside.
+
+    @property
+    def spec(self) -> QuantSpec:
+        return self.meta.spec
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the leading batch axes, read off the leaves."""
+        return tuple(self.data.shape[: len(self.data.shape) - len(self.meta.geometry.storage_shape)])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.batch_shape + self.meta.geometry.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return jnp.dtype(self.meta.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every leaf, scales of every level and padding included."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_element(self) -> float:
+        """`8 * nbytes / size`; 0 for an empty array."""
+        return 8 * self.nbytes / self.size if self.size else 0.0
+
+    def codes(self) -> jax.Array:
+        """The codes, unpacked: `spec.format.code_dtype`, shape and axis order of the array."""
+        geometry = self.meta.geometry
+        return geometry.from_view(geometry.unpad(geometry.to_view_order(self.stored_codes())))
+
+    def stored_codes(self) -> jax.Array:
+        """The codes, unpacked, in storage order and with their padding: `[*batch, *padded]`."""
+        fmt = self.spec.fmt
+        patterns = formats.unpack(self.data, fmt.bits, self.meta.packing, unit=self.meta.pack_unit)
+        if fmt.code_dtype == np.int8:
+            return formats.as_signed(patterns, fmt.bits)
+        return patterns
+
+    # Moving axes.
+
+    def astype(self, dtype: Any) -> QTensor:
+        """The same codes, with another dtype for `dequantize` to return."""
+        dtype = jnp.dtype(dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"QTensor.astype: only float dtypes, got {dtype}. For the codes use qt.codes().")
+        return self._with(dtype=dtype.name)
+
+    @property
+    def T(self) -> QTensor:
+        """The transpose of a QTensor without batch axes: no data moves, only the names of axes."""
+        if self.batch_shape:
+            raise TypeError(f"QTensor.T: {self!r} has batch axes. Use swapaxes(-1, -2), or slice the batch first.")
+        return self._permute(tuple(range(-1, -1 - self.ndim, -1)))
+
+    def swapaxes(self, axis1: int, axis2: int) -> QTensor:
+        """Exchanges two axes that are not batch axes; no data moves.
+
+        Raises:
+          ValueError: an axis is out of range or a batch axis.
+        """
+        inner = len(self.meta.geometry.shape)
+        axes = [a - self.ndim if a >= 0 else a for a in (axis1, axis2)]
+        for axis in axes:
+            if not -inner <= axis < 0:
+                raise ValueError(f"QTensor.swapaxes: axis {axis} is not one of the last {inner} axes of {self!r}.")
+        order = list(range(-inner, 0))
+        order[axes[0]], order[axes[1]] = order[axes[1]], order[axes[0]]
+        return self._permute(tuple(order))
+
+    def _permute(self, axes: tuple[int, ...]) -> QTensor:
+        """Logical axis i becomes what was axis `axes[i]` (negative numbers)."""
+        geometry, n = self.meta.geometry, len(axes)
+        renamed = {old: new - n for new, old in enumerate(axes)}
+        changed = dataclasses.replace(
+            geometry,
+            shape=tuple(geometry.shape[a] for a in axes),
+            order=tuple(renamed[a] for a in geometry.order),
+        )
+        return self._with(geometry=changed)
+
+    def reshape(self, *shape: int | tuple[int, ...]) -> QTensor:
+        """Splits or merges neighbouring kept axes; the contracted axes must come out as they are.
+
+        Raises:
+          ValueError: the sizes do not fit, or a contracted or batch axis or a block would be cut.
+        """
+        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        return _reshape(self, tuple(int(s) for s in sizes))  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: Any) -> QTensor:
+        """`qt[i]`, `qt[a:b]`, `qt[...]` on batch axes."""
+        entries = [e for e in (index if isinstance(index, tuple) else (index,)) if e is not Ellipsis]
+        if len(entries) > len(self.batch_shape) or any(e is None for e in entries):
+            raise IndexError(
+                f"QTensor: only batch axes can be indexed, and {self!r} has {len(self.batch_shape)}. "
+                "For other axes index jaxq.dequantize(qt)."
+            )
+        if not entries:
+            return self
+        return jax.tree.map(lambda leaf: leaf[tuple(entries)], self)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self):
+        if not self.batch_shape:
+            raise TypeError(f"QTensor: only batch axes can be iterated over, and {self!r} has none.")
+        return (self[i] for i in range(len(self)))
+
+    # Multiplying. The one upward import of the house: ops stands above qtensor.
+
+    def __matmul__(self, other: Any) -> Any:
+        from jaxq import ops
+
+        return ops.matmul(self, other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        from jaxq import ops
+
+        return ops.matmul(other, self)
+
+    # Everything else needs floats, and says so.
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"{self!r} does not turn into an array by itself. Use jaxq.dequantize(qt) or qt.codes().")
+
+    def _refuse(self, *args: Any) -> NoReturn:
+        raise TypeError(
+            f"{self!r} multiplies with @, jaxq.matmul, jaxq.einsum and jaxq.dot_general; other arithmetic needs "
+            "floats: use jaxq.dequantize(qt)."
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __pow__ = __rpow__ = __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __float__ = __int__ = __bool__ = _refuse
+
+    # Showing.
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        size = "x".join(map(str, self.shape))
+        parts = [f"{spec.fmt.name}[{size}]", f"{type(spec.granularity).__name__}{self._blocks()}"]
+        parts.append(f"scale={_scale_name(spec)}")
+        if spec.scale_rule != "absmax":
+            parts.append(spec.scale_rule)
+        if not spec.symmetric:
+            parts.append("asymmetric")
+        if spec.offset:
+            parts.append(f"offset={spec.offset}")
+        try:
+            parts.append(f"{self.bits_per_element:.4g} bits")
+        except (AttributeError, TypeError):  # a tree whose leaves are not arrays, as some transforms make
+            parts.append(f"leaves={type(self.data).__name__}")
+        return f"QTensor({', '.join(parts)}, {self.meta.dtype})"
+
+    def _blocks(self) -> str:
+        geometry = self.meta.geometry
+        sizes = [b for b in geometry.block_shape if b not in (None, 1)]
+        along = ",".join(map(str, geometry.contracted))
+        return f"({','.join(map(str, sizes))}{' ' if sizes else ''}along {along})"
+
+    def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
+        from treescope import repr_lib
+
+        names = ("data", "scale", "zero_point", "offset")
+        leaves = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        attributes = {"shape": self.shape, "dtype": self.meta.dtype, "spec": self.spec} | leaves
+        return repr_lib.render_object_constructor(
+            object_type=type(self), attributes=attributes, path=path, subtree_renderer=subtree_renderer
+        )
+
+    def _with(self, **changes: Any) -> QTensor:
+        return dataclasses.replace(self, meta=dataclasses.replace(self.meta, **changes))
+
+
+def _scale_name(spec: QuantSpec) -> str:
+    if isinstance(spec.scale, QuantSpec):
+        return f"{spec.scale.fmt.name}*{_scale_name(spec.scale)}"
+    return spec.scale
+
+
+def relayout(qt: QTensor, packing: formats.Packing | str) -> QTensor:
+    """`qt` with its codes packed in another order; the numbers stay what they are.
+
+    Args:
+      qt: any QTensor.
+      packing: a `jaxq.formats.Packing` or its value, "low_first" for example. NONE keeps one code a byte.
+
+    Raises:
+      ValueError: the order does not exist at this width.
+    """
+    packing = formats.Packing(packing)
+    bits = qt.spec.fmt.bits
+    geometry, changed = qt.meta.geometry, qt._with(packing=packing)
+    # The stored row is a multiple of what the first packing needed; another order may need more.
+    multiple = math.lcm(geometry.multiple, formats.codes_per_pack(bits, packing))
+    changed = changed._with(geometry=dataclasses.replace(geometry, multiple=multiple))
+    codes = qt.stored_codes()
+    extra = changed.meta.geometry.padded_shape[-1] - codes.shape[-1]
+    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, extra)])
+    data = formats.pack(codes, bits, packing, unit=changed.meta.pack_unit)
+    return dataclasses.replace(changed, data=data)
+
+
+def _reshape(qt: QTensor, new: tuple[int, ...]) -> QTensor:
+    geometry, batch = qt.meta.geometry, qt.batch_shape
+    if -1 in new:
+        rest = -math.prod(new)
+        new = tuple(qt.size // rest if s == -1 and rest else s for s in new)
+    problem = f"QTensor.reshape: {qt!r} cannot become {list(new)}: "
+    if math.prod(new) != qt.size or new[: len(batch)] != batch:
+        raise ValueError(problem + "the number of elements and the batch axes must stay.")
+    if geometry.flat or any(b not in (1, None) for b in geometry.block_shape[:-1]):
+        raise ValueError(problem + "its blocks run across kept axes. Use jaxq.dequantize(qt).")
+    old, inner = geometry.shape, new[len(batch) :]
+    old_to_new: dict[int, tuple[int, ...]] = {}
+    i = j = 0
+    while i < len(old):  # walk both shapes in step, matching an old axis with new ones or several old with one
+        first_old, first_new, left, right = i, j, old[i], inner[j] if j < len(inner) else 1
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * inner[j], j + 1
+        if i == len(old):
+            j = len(inner)  # trailing ones
+        group_old = tuple(a - len(old) for a in range(first_old, i))
+        group_new = tuple(a - len(inner) for a in range(first_new, j))
+        if any(a in geometry.contracted for a in group_old) and (len(group_old), len(group_new)) != (1, 1):
+            raise ValueError(problem + f"contracted axes {list(geometry.contracted)} must keep their sizes.")
+        position = [geometry.order.index(a) for a in group_old]
+        if position != list(range(position[0], position[0] + len(position))):
+            raise ValueError(problem + "the axes to merge are not neighbours in storage. Use jaxq.dequantize(qt).")
+        old_to_new[group_old[0]] = group_new
+    order = tuple(axis for a in geometry.order for axis in old_to_new.get(a, ()))
+    block = (geometry.block_shape[0] if geometry.kept else 1,) * (len(order) - geometry.num_contracted)
+    changed = dataclasses.replace(geometry, shape=inner, order=order, block_shape=(*block, geometry.block_shape[-1]))
+
+    def stored(leaf: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+        return leaf.reshape(*batch, *sizes[:-1], leaf.shape[-1])
+
+    if isinstance(qt.scale, QTensor):
+        if qt.scale.meta.geometry.flat or geometry.num_blocks[:-1] == changed.num_blocks[:-1]:
+            raise ValueError(problem + "its scales are quantized in blocks of their own. Use jaxq.dequantize(qt).")
+        scale: jax.Array | QTensor = qt.scale.reshape(*batch, *changed.num_blocks)
+    else:
+        scale = stored(qt.scale, changed.num_blocks)
+    zero_point, offset = (
+        None if leaf is None else stored(leaf, changed.num_blocks) for leaf in (qt.zero_point, qt.offset)
+    )
+    data = stored(qt.data, changed.padded_shape)
+    return QTensor(data, scale, zero_point, offset, dataclasses.replace(qt.meta, geometry=changed))

@@ -1,0 +1,326 @@
+"""quantize, dequantize, fake_quant: between floats and QTensors."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxq import formats
+from jaxq.qtensor import _scales
+from jaxq.qtensor._geometry import Geometry, resolve
+from jaxq.qtensor._presets import as_spec
+from jaxq.qtensor._qtensor import Meta, QTensor
+from jaxq.qtensor._spec import QuantSpec
+
+ON_NONFINITE = ("raise", "propagate", "zero", "saturate")
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+def quantize(
+    w: jax.typing.ArrayLike,
+    spec: str | QuantSpec,
+    *,
+    contracting: tuple[int, ...] | int | None = None,
+    batch: tuple[int, ...] | int = (),
+    key: jax.Array | None = None,
+    on_nonfinite: str = "raise",
+    name: str = "w",
+) -> QTensor:
+    """Codes and scales of `w`: `codes = round(w / scale) + zero_point`, clipped to the format's range.
+
+    Args:
+      w: float32, bfloat16 or float16 array of at least one axis.
+      spec: preset name (`jaxq.presets()`) or `QuantSpec`.
+      contracting: axes a matmul with `w` will contract; groups run along them, scales are shared along them.
+        Default: -2 of a matrix (Flax kernels are `[in, out]`), the only axis of a row.
+      batch: leading axes with statistics of their own: stacked layers, experts.
+      key: PRNG key, for `rounding="stochastic"`.
+      on_nonfinite: what NaN and infinities do. "raise" names the first one's index; under jit, where no error can be
+        raised, it means "propagate": the scale of their block becomes NaN, and so does the block. "zero" replaces
+        them by 0; "saturate" replaces infinities by the largest finite magnitude of their block and NaN by 0.
+      name: what errors call the array, a parameter's path for example.
+
+    Returns:
+      A QTensor with the shape and dtype of `w`. Bitwise the same eager and jitted.
+
+    Raises:
+      TypeError: `w` is not a float array; the message names the cast.
+      ValueError: unknown preset; axes that do not fit; a group size that does not divide; a non-finite number.
+      TypeError: under `jax.grad`: rounding has no gradient. Use `fake_quant`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> qt = jaxq.quantize(jnp.eye(4), "int8")
+      >>> qt.codes().dtype.name, qt.shape, float(jaxq.dequantize(qt)[0, 0])
+      ('int8', (4, 4), 1.0)
+
+    References:
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+      2018, section 2.
+    """
+    spec = as_spec(spec, "quantize")
+    x, geometry = _prepare(w, spec, contracting, batch, on_nonfinite, name, "quantize")
+    formats.check_rounding(spec.rounding, key)
+    return _quantize(_no_gradient(x), spec, geometry, key, on_nonfinite)
+
+
+def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
+    """`scale * (codes - zero_point) + offset`, computed in float32.
+
+    Args:
+      qt: a QTensor.
+      dtype: of the result; None takes `qt.dtype`.
+
+    Returns:
+      Array of `qt.shape`, in logical axis order. Bitwise the same eager and jitted, except that an `offset` may be
+      added with one rounding instead of two.
+
+    Raises:
+      TypeError: `qt` is not a QTensor.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> jaxq.dequantize(jaxq.quantize(jnp.array([0.0, 1.0, -2.0]), "int8")).tolist()
+      [0.0, 1.0078740119934082, -2.0]
+    """
+    if not isinstance(qt, QTensor):
+        raise TypeError(f"dequantize: expected a QTensor, got {type(qt).__name__}.")
+    return _dequantize(qt, qt.dtype if dtype is None else jnp.dtype(dtype))
+
+
+def fake_quant(
+    x: jax.typing.ArrayLike,
+    spec: str | QuantSpec,
+    *,
+    contracting: tuple[int, ...] | int | None = None,
+    batch: tuple[int, ...] | int = (),
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """`dequantize(quantize(x))` with a straight-through gradient: 1 inside the format's range, 0 where it clips.
+
+    A number is inside if rounding alone moves it, by at most half the step at the edge of the range; scales are
+    treated as constants.
+
+    Args:
+      x: float32, bfloat16 or float16 array.
+      spec: preset name or `QuantSpec`.
+      contracting: as in `quantize`.
+      batch: as in `quantize`.
+      key: PRNG key, for `rounding="stochastic"`.
+
+    Returns:
+      Array of the shape and dtype of `x`, bit for bit `dequantize(quantize(x))`. Non-finite numbers make their block
+      NaN.
+
+    Raises:
+      TypeError, ValueError: as `quantize`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> jax.grad(lambda x: jaxq.fake_quant(x, "int4").sum())(jnp.array([0.3, -0.7])).tolist()
+      [1.0, 1.0]
+
+    References:
+      Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
+    """
+    spec = as_spec(spec, "fake_quant")
+    x, geometry = _prepare(x, spec, contracting, batch, "propagate", "x", "fake_quant")
+    formats.check_rounding(spec.rounding, key)
+    return _fake_quant(x, key, spec, geometry)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantize(qt: QTensor, dtype: np.dtype) -> jax.Array:
+    geometry = qt.meta.geometry
+    blocks = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
+    view = geometry.unpad(geometry.from_blocks(decode_blocks(qt, blocks)))
+    return geometry.from_view(view.astype(dtype))
+
+
+def decode_blocks(qt: QTensor, blocks: jax.Array) -> jax.Array:
+    """The float32 numbers behind codes arranged by `Geometry.to_blocks` (or broadcastable to it)."""
+    geometry = qt.meta.geometry
+    scale = geometry.scale_to_blocks(scale_values(qt))
+    if qt.zero_point is not None:
+        zero = geometry.scale_to_blocks(qt.zero_point)
+        values = (blocks.astype(jnp.int32) - zero.astype(jnp.int32)).astype(jnp.float32) * scale
+    else:
+        values = qt.spec.fmt.decode(blocks) * scale
+    if qt.offset is not None:
+        values = values + geometry.scale_to_blocks(_scales.load_from_dtype(qt.offset))
+    return values
+
+
+def scale_values(qt: QTensor) -> jax.Array:
+    """The scales as float32 `[*batch, *num_blocks]`, dequantized where they are quantized themselves."""
+    return _values(qt.scale)
+
+
+def _values(scale: jax.Array | QTensor) -> jax.Array:
+    if not isinstance(scale, QTensor):
+        return _scales.load_from_dtype(scale)
+    values = dequantize(scale, dtype=jnp.float32)
+    # About a mean a small scale can come out negative, which would turn its block's signs.
+    return values if scale.offset is None else jnp.maximum(values, 0.0)
+
+
+def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: str, caller: str):
+    if isinstance(w, QTensor):
+        raise TypeError(f"{caller}: {name} is a QTensor already: {w!r}.")
+    dtype = np.dtype(getattr(w, "dtype", None) or np.asarray(w).dtype)
+    if isinstance(w, float | list | tuple):
+        dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # Python numbers have no width of their own
+    what = f"{name}: {dtype.name}{list(np.shape(w))}"
+    if dtype.name not in _FLOATS:
+        remedy = "Pass the real and imaginary parts." if dtype.kind == "c" else f"Pass {name}.astype(jnp.float32)."
+        raise TypeError(f"{caller}: {name} must be float32, bfloat16 or float16, got {what}. {remedy}")
+    if on_nonfinite not in ON_NONFINITE:
+        raise ValueError(f"{caller}: on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}.")
+    if spec.symmetric and spec.offset is None and spec.fmt.min >= 0:
+        raise ValueError(
+            f"{caller}: {spec.fmt.name} has no negative numbers, and a symmetric spec would clip them all. "
+            "Use symmetric=False or offset='min'."
+        )
+    multiple = formats.codes_per_pack(spec.fmt.bits, spec.order)
+    geometry = resolve(np.shape(w), spec.granularity, contracting, batch, caller=caller, what=what, multiple=multiple)
+    x = jnp.asarray(w, dtype)
+    if on_nonfinite == "raise" and not isinstance(x, Tracer):
+        _raise_if_not_finite(x, what, caller)
+    return x, geometry
+
+
+def _raise_if_not_finite(x: jax.Array, what: str, caller: str) -> None:
+    finite = np.asarray(jnp.isfinite(x))
+    if finite.all():
+        return
+    index = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), finite.shape))
+    name, value = what.split(":")[0], np.asarray(x[index], np.float32)
+    raise ValueError(
+        f"{caller}: {name}[{', '.join(map(str, index))}] is {value}, one of {int((~finite).sum())} non-finite "
+        f"numbers ({what}). Clean the array, or pass on_nonfinite='zero', 'saturate' or 'propagate'."
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "geometry", "on_nonfinite", "positive"))
+def _quantize(
+    x: jax.Array,
+    spec: QuantSpec,
+    geometry: Geometry,
+    key: jax.Array | None,
+    on_nonfinite: str = "propagate",
+    positive: bool = False,
+) -> QTensor:
+    """`positive`: x holds scales, of which none that is not zero may become zero."""
+    if on_nonfinite in ("zero", "saturate"):
+        infinite, sign = jnp.isinf(x), jnp.sign(x)
+        x = jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+    view = geometry.to_view(x)
+    offset, centre = None, None
+    if spec.offset == "mean":  # one number a batch element, [*batch, 1, ..., 1]
+        axes = tuple(range(view.ndim - len(geometry.block_shape), view.ndim))
+        offset = jnp.mean(view, axis=axes, keepdims=True, dtype=jnp.float32)
+        view = view.astype(jnp.float32) - offset
+    # Zeros in the padding change no magnitude, but would be the minimum of a block of positive numbers.
+    blocks = geometry.to_blocks(geometry.pad(view, mode="edge" if spec.offset == "min" else "constant"))
+    found = _scales.extremes(blocks, geometry)
+    if on_nonfinite == "saturate":
+        marks = geometry.to_blocks(geometry.pad(geometry.to_view(jnp.where(infinite, sign, 0))))
+        blocks = jnp.where(marks != 0, marks.astype(jnp.float32) * found.magnitude, blocks.astype(jnp.float32))
+        found = _scales.extremes(blocks, geometry)
+    ideal = geometry.scale_from_blocks(_scales.scale_of(blocks, found, spec, geometry))
+    if isinstance(spec.scale, QuantSpec):
+        stored: jax.Array | QTensor = _quantize_scale(ideal, spec.scale, geometry)
+    else:
+        stored = _scales.store_in_dtype(ideal, spec.scale)
+    steps = geometry.scale_to_blocks(_values(stored))  # codes are made for the scale as it will read back
+    if spec.offset == "min":
+        dtype = spec.scale if isinstance(spec.scale, str) and spec.scale in _FLOATS else "float32"
+        offset = _scales.store_in_dtype(geometry.scale_from_blocks(found.low), dtype, signed=True)
+        centre = geometry.scale_to_blocks(_scales.load_from_dtype(offset))
+    y = _scales.divide(blocks if centre is None else blocks.astype(jnp.float32) - centre, steps)
+    if positive:
+        y = jnp.where(blocks > 0, jnp.maximum(y, spec.fmt.smallest_positive), y)
+    codes, zero_point = _encode(y, steps, found, spec, key)
+    if zero_point is not None:
+        zero_point = geometry.scale_from_blocks(zero_point)
+    codes = geometry.from_blocks(codes)
+    meta = Meta(spec, geometry, spec.order, x.dtype.name)
+    data = formats.pack(geometry.to_storage(codes), spec.fmt.bits, spec.order, unit=meta.pack_unit)
+    return QTensor(data, stored, zero_point, offset, meta)
+
+
+def _quantize_scale(ideal: jax.Array, spec: QuantSpec, geometry: Geometry) -> QTensor:
+    """Scales `[*batch, *num_blocks]`, quantized with K as their contracted axis."""
+    inner = resolve(
+        geometry.num_blocks,
+        spec.granularity,
+        (-1,),
+        (),
+        caller="quantize",
+        what=f"scale: float32{list(geometry.num_blocks)}",
+        multiple=formats.codes_per_pack(spec.fmt.bits, spec.order),
+    )
+    return _quantize(ideal, spec, inner, None, positive=spec.offset is None)
+
+
+def _encode(y: jax.Array, steps: jax.Array, found: _scales.Extremes, spec: QuantSpec, key: jax.Array | None):
+    """(codes, zero point or None) of numbers in units of their scale."""
+    fmt = spec.fmt
+    if not spec.symmetric:
+        low = jnp.minimum(found.low, 0.0)
+        zero = jnp.clip(np.float32(fmt.min) - jnp.round(_scales.divide(low, steps)), fmt.min, fmt.max)
+        zero = jnp.where(jnp.isnan(zero), 0.0, zero)
+        codes = jnp.clip(formats.round_to_integer(y, spec.rounding, key) + zero, fmt.min, fmt.max)
+        codes = jnp.where(jnp.isnan(codes), 0.0, codes)
+        return codes.astype(fmt.code_dtype), zero.astype(fmt.code_dtype)
+    if fmt.kind == "integer" and fmt.min < -fmt.max and spec.scale_rule != "signed_extreme":
+        y = jnp.maximum(y, -fmt.max)  # a symmetric spec uses the symmetric range, also where a rounded scale clips
+    return fmt.encode(y, rounding=spec.rounding, key=key), None
+
+
+@jax.custom_jvp
+def _no_gradient(x: jax.Array) -> jax.Array:
+    return x
+
+
+@functools.partial(_no_gradient.defjvp, symbolic_zeros=True)
+def _refuse_gradient(primals, tangents):
+    if not isinstance(tangents[0], jax.custom_derivatives.SymbolicZero):
+        raise TypeError(
+            "quantize has no gradient: rounding is flat almost everywhere. For quantization-aware training use "
+            "jaxq.fake_quant, whose gradient passes straight through; to keep w constant use jax.lax.stop_gradient."
+        )
+    return primals[0], tangents[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _fake_quant(x: jax.Array, key: jax.Array | None, spec: QuantSpec, geometry: Geometry) -> jax.Array:
+    return dequantize(_quantize(x, spec, geometry, key))
+
+
+@_fake_quant.defjvp
+def _fake_quant_jvp(spec: QuantSpec, geometry: Geometry, primals, tangents):
+    x, key = primals
+    qt = _quantize(x, spec, geometry, key)
+    y = geometry.to_blocks(geometry.pad(geometry.to_view(x))).astype(jnp.float32)
+    if qt.offset is not None:
+        y = y - geometry.scale_to_blocks(_scales.load_from_dtype(qt.offset))
+    y = _scales.divide(y, geometry.scale_to_blocks(scale_values(qt)))
+    if qt.zero_point is not None:
+        y = y + geometry.scale_to_blocks(qt.zero_point.astype(jnp.float32))
+    low, high = _reach(spec)
+    inside = geometry.from_view(geometry.unpad(geometry.from_blocks((low <= y) & (y <= high))))
+    return dequantize(qt), jnp.where(inside, tangents[0], jnp.zeros((), x.dtype))
+
+
+def _reach(spec: QuantSpec) -> tuple[float, float]:
+    """The range in which rounding is the only error: half a step beyond the outermost numbers."""
+    values = spec.fmt.values()
+    if spec.symmetric and spec.fmt.kind == "integer" and spec.scale_rule != "signed_extreme" and spec.offset is None:
+        values = values[values >= -spec.fmt.max]
+    return float(values[0] - (values[1] - values[0]) / 2), float(values[-1] + (values[-1] - values[-2]) / 2)

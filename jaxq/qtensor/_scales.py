@@ -1,0 +1,133 @@
+"""The scale of a block: from its extremes, by rule, into the dtype it is kept in.
+
+All arithmetic is float32 whatever the input's dtype, and multiplies by reciprocals computed once, so that numpy, eager
+and jitted XLA agree to the bit (XLA rewrites a division by a broadcast array into such a product on some platforms).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq import formats
+from jaxq.qtensor._geometry import Geometry
+from jaxq.qtensor._spec import QuantSpec
+
+# XLA flushes subnormals on CPU, so no scale is smaller than float32's smallest normal number, 2^-126.
+_SMALLEST_NORMAL = np.float32(2.0**-126)
+# Above this a scale's reciprocal nears the subnormals, and numbers are shrunk by a power of two first.
+_LARGE = np.float32(2.0**120)
+
+
+class Extremes(NamedTuple):
+    """What a block's scale depends on, each `[..., n, 1, ...]` as `Geometry.to_blocks` keeps dimensions; float32."""
+
+    low: jax.Array
+    high: jax.Array
+    finite: jax.Array  # bool: False where the block holds a NaN or an infinity
+
+    @property
+    def magnitude(self) -> jax.Array:
+        return jnp.maximum(self.high, -self.low)
+
+
+def extremes(blocks: jax.Array, geometry: Geometry) -> Extremes:
+    """Least and greatest number of every block, and whether all of it is finite.
+
+    XLA's maximum drops NaN on CPU, so the sum answers for NaN: it keeps one wherever it stands, and it is as fast as
+    the maximum. A sum of huge finite numbers can be NaN as well (inf - inf); only then is every number looked at.
+    """
+    axes = geometry.block_axes
+    low = jnp.min(blocks, axis=axes, keepdims=True, initial=np.inf).astype(jnp.float32)
+    high = jnp.max(blocks, axis=axes, keepdims=True, initial=-np.inf).astype(jnp.float32)
+    empty = low > high
+    low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
+    suspect = jnp.isnan(jnp.sum(blocks, axis=axes, keepdims=True, dtype=jnp.float32))
+    has_nan = lax.cond(
+        jnp.any(suspect),
+        lambda b: jnp.any(jnp.isnan(b), axis=axes, keepdims=True),
+        lambda b: jnp.zeros(low.shape, bool),
+        blocks,
+    )
+    return Extremes(low, high, ~has_nan & jnp.isfinite(low) & jnp.isfinite(high))
+
+
+def scale_of(blocks: jax.Array, found: Extremes, spec: QuantSpec, geometry: Geometry) -> jax.Array:
+    """The ideal float32 scale of every block by `spec.scale_rule`: 0 for a block of zeros, NaN for a non-finite one."""
+    fmt, rule, magnitude = spec.fmt, spec.scale_rule, found.magnitude
+    if not spec.symmetric:
+        high, low = jnp.maximum(found.high, 0.0), jnp.minimum(found.low, 0.0)
+        scale = (high - low) * np.float32(1 / (fmt.max - fmt.min))
+    elif spec.offset == "min":
+        scale = (found.high - found.low) * np.float32(1 / fmt.max)
+    elif rule == "absmax":
+        scale = magnitude * np.float32(1 / fmt.max)
+    elif rule == "absmean":
+        total = jnp.sum(jnp.abs(blocks), axis=geometry.block_axes, keepdims=True, dtype=jnp.float32)
+        scale = total * (1 / np.maximum(geometry.counts(), 1)).astype(np.float32)
+    elif rule == "signed_extreme":
+        extreme = jnp.where(found.high >= -found.low, found.high, found.low)
+        scale = extreme * np.float32(1 / fmt.min)
+    else:
+        scale = _power_of_two(magnitude, fmt, rule)
+    return jnp.where(found.finite, scale, np.float32(np.nan))
+
+
+def _power_of_two(magnitude: jax.Array, fmt: formats.Format, rule: str) -> jax.Array:
+    """OCP microscaling scales by the exponent bits of the block's maximum: no logarithm, so never off by one."""
+    pattern = lax.bitcast_convert_type(magnitude, jnp.uint32)
+    if rule == "mx_even":
+        pattern = pattern + np.uint32(1 << (22 - fmt.mantissa_bits))  # half a unit in the element's last place
+    exponent = (pattern >> 23).astype(jnp.int32) - 127 - fmt.max_exponent
+    mantissa = pattern & np.uint32(0x7FFFFF)
+    if rule == "mx_ceil":
+        exponent = exponent + (mantissa > 0)
+    elif rule == "mx_round_up":
+        largest = np.asarray(fmt.max, np.float32).view(np.uint32) & np.uint32(0x7FFFFF)
+        exponent = exponent + (mantissa > largest)
+    biased = jnp.clip(exponent + 127, 1, 254).astype(jnp.uint32)
+    return jnp.where(magnitude > 0, lax.bitcast_convert_type(biased << 23, jnp.float32), 0.0)
+
+
+def store_in_dtype(scale: jax.Array, dtype: str, *, signed: bool = False) -> jax.Array:
+    """`scale` rounded to nearest and clamped into `dtype`, so that what is not zero stays not zero.
+
+    Args:
+      scale: float32, any shape.
+      dtype: one of `SCALE_DTYPES`.
+      signed: offsets: negative numbers and any small magnitude are left to rounding.
+    """
+    if dtype == "float32":
+        if signed:
+            return scale
+        magnitude = jnp.maximum(jnp.abs(scale), _SMALLEST_NORMAL)
+        return jnp.where(scale == 0, 0.0, jnp.sign(scale) * magnitude)
+    fmt = formats.get(dtype)
+    has_zero = fmt.min < 0
+    if not signed:
+        magnitude = jnp.clip(jnp.abs(scale), max(fmt.smallest_positive, float(_SMALLEST_NORMAL)), fmt.max)
+        zero = 0.0 if has_zero else fmt.smallest_positive
+        scale = jnp.where(scale == 0, zero, jnp.sign(scale) * magnitude)
+    codes = fmt.encode(scale)
+    return lax.bitcast_convert_type(codes, jnp.dtype(dtype))
+
+
+def load_from_dtype(stored: jax.Array) -> jax.Array:
+    """The float32 numbers of a stored scale, exactly."""
+    if stored.dtype == jnp.float32:
+        return stored
+    fmt = formats.get(stored.dtype.name)
+    return fmt.decode(lax.bitcast_convert_type(stored, fmt.code_dtype))
+
+
+def divide(blocks: jax.Array, scale: jax.Array) -> jax.Array:
+    """`blocks / scale` as a product with the reciprocal; 0 where the scale is 0 (or below float32's normal range)."""
+    large = jnp.abs(scale) > _LARGE
+    shrink = jnp.where(large, np.float32(2.0**-8), np.float32(1))
+    usable = ~(jnp.abs(scale) < _SMALLEST_NORMAL)  # NaN is usable: it must reach the codes' NaN rule
+    inverse = jnp.where(usable, 1 / jnp.where(usable, scale * shrink, 1.0), 0.0)
+    return (blocks.astype(jnp.float32) * shrink) * inverse

@@ -1,0 +1,161 @@
+"""How to quantize: a frozen description, compared by value, that survives pickle and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxq import formats
+from jaxq.qtensor import _granularity
+from jaxq.qtensor._granularity import Granularity, PerChannel
+
+SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
+SCALE_RULES = ("absmax", "absmean", "mx_ceil", "mx_even", "mx_floor", "mx_round_up", "signed_extreme")
+OFFSETS = ("mean", "min")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """`x = scale * (codes - zero_point) + offset`: the format of the codes and how each scale is found and kept.
+
+    Args:
+      format: what a code stands for: a name (`jaxq.formats.names()`) or a `Format`.
+      granularity: where scales vary.
+      symmetric: True has no zero point. False finds one for integer formats: the range is extended to contain 0,
+        so that 0 is exact (Jacob et al., 2018).
+      scale: how scales are kept: one of the dtypes float32, bfloat16, float16, float8_e4m3fn, float8_e5m2,
+        float8_e8m0fnu, or another `QuantSpec`, whose own scale may be one again (two-level scales and deeper).
+        Codes are always computed from the scale as it is stored.
+      scale_rule: scale of a block, with `max` the format's largest number and A the block's largest magnitude:
+        "absmax": A / max. "absmean": mean |x| (XNOR-Net, 2016; BitNet b1.58, 2024). "signed_extreme": the number of
+        magnitude A, signed, over the format's most negative number (GGUF). OCP microscaling (2023), powers of two:
+        "mx_floor": 2^(floor(log2 A) - floor(log2 max)); "mx_ceil": with the ceiling of log2 A; "mx_even": floor
+        after rounding A to the element's mantissa; "mx_round_up": the least power that does not clip.
+      clipping: "absmax": the block's extremes; nothing is clipped on purpose.
+      rounding: "nearest_even", "nearest_away", "toward_zero" or "stochastic" (quantize then needs `key`).
+      offset: None, "min" (each block's real minimum, unsigned formats; KIVI, 2024) or "mean" (one mean for the
+        whole array; double quantization in QLoRA, 2023). Real-valued, unlike a zero point.
+      packing: order of codes in bytes, see `jaxq.formats.Packing`; None takes the default of the width.
+
+    Raises:
+      ValueError: an unknown name, or parts that contradict each other.
+
+    Example:
+      >>> import jaxq
+      >>> spec = jaxq.QuantSpec(format="int4", granularity=jaxq.PerGroup(size=128), scale="bfloat16")
+      >>> spec == jaxq.QuantSpec.from_dict(spec.to_dict())
+      True
+    """
+
+    format: formats.Format | str
+    granularity: Granularity = PerChannel()  # noqa: RUF009 (frozen)
+    symmetric: bool = True
+    scale: str | QuantSpec = "float32"
+    scale_rule: str = "absmax"
+    clipping: str = "absmax"
+    rounding: str = "nearest_even"
+    offset: str | None = None
+    packing: formats.Packing | str | None = None
+
+    def __post_init__(self):
+        fmt = formats.get(self.format)
+        object.__setattr__(self, "format", fmt)
+        if not isinstance(self.granularity, Granularity):
+            raise TypeError(f"QuantSpec: granularity must be one of jaxq's Per... objects, got {self.granularity!r}.")
+        _one_of("scale_rule", self.scale_rule, SCALE_RULES)
+        _one_of("clipping", self.clipping, ("absmax",))
+        if self.offset is not None:
+            _one_of("offset", self.offset, OFFSETS)
+        if not isinstance(self.scale, QuantSpec):
+            _one_of("scale", self.scale, SCALE_DTYPES)
+        elif not self.scale.symmetric or self.scale.offset == "min":
+            raise ValueError(
+                "QuantSpec: a scale that is quantized itself must be symmetric, and not offset by its minimum."
+            )
+        if self.rounding not in formats.ROUNDING_MODES:
+            _one_of("rounding", self.rounding, formats.ROUNDING_MODES)
+        packing = formats.default_packing(fmt.bits) if self.packing is None else self.packing
+        if isinstance(packing, str):
+            _one_of("packing", packing, tuple(p.value for p in formats.Packing))
+            packing = formats.Packing(packing)
+        formats.codes_per_pack(fmt.bits, packing)
+        object.__setattr__(self, "packing", packing)
+        if fmt.bits > 8:
+            raise ValueError(f"QuantSpec: codes have at most 8 bits; {fmt.name} has {fmt.bits}.")
+        if not self.symmetric and (fmt.kind != "integer" or self.offset is not None):
+            raise ValueError(
+                f"QuantSpec: symmetric=False finds a zero point, which only integer formats without an offset have "
+                f"(format={fmt.name}, offset={self.offset!r})."
+            )
+        if self.offset == "min" and not (fmt.kind == "integer" and fmt.min == 0):
+            raise ValueError(
+                f"QuantSpec: offset='min' counts up from the minimum: use an unsigned integer, not {fmt.name}."
+            )
+        if self.scale_rule != "absmax" and (not self.symmetric or self.offset == "min"):
+            raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} is for symmetric specs without a minimum.")
+        if self.scale_rule == "signed_extreme" and fmt.min >= 0:
+            raise ValueError(f"QuantSpec: scale_rule='signed_extreme' needs negative numbers; {fmt.name} has none.")
+
+    @property
+    def fmt(self) -> formats.Format:
+        """`format`, as the `Format` it always is after construction."""
+        assert isinstance(self.format, formats.Format)
+        return self.format
+
+    @property
+    def order(self) -> formats.Packing:
+        """`packing`, as the `Packing` it always is after construction."""
+        assert isinstance(self.packing, formats.Packing)
+        return self.packing
+
+    def replace(self, **changes: Any) -> QuantSpec:
+        """A copy with some fields changed."""
+        if "format" in changes and "packing" not in changes:
+            changes["packing"] = None
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description; `from_dict` gives an equal spec back."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        out["format"] = formats.to_dict(self.fmt)
+        out["granularity"] = {"type": type(self.granularity).__name__, **dataclasses.asdict(self.granularity)}
+        out["packing"] = self.order.value
+        if isinstance(self.scale, QuantSpec):
+            out["scale"] = self.scale.to_dict()
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> QuantSpec:
+        """The spec that `to_dict` described.
+
+        Raises:
+          ValueError: an unknown field or granularity.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if set(data) - known:
+            raise ValueError(
+                f"QuantSpec.from_dict: unknown fields {sorted(set(data) - known)}; known are {sorted(known)}."
+            )
+        data = dict(data)
+        data["format"] = formats.from_dict(data["format"])
+        data["granularity"] = _granularity_from_dict(data["granularity"])
+        if isinstance(data["scale"], dict):
+            data["scale"] = cls.from_dict(data["scale"])
+        return cls(**data)
+
+
+def _granularity_from_dict(data: dict[str, Any]) -> Granularity:
+    fields = dict(data)
+    name = fields.pop("type")
+    kind = getattr(_granularity, name, None) if name.startswith("Per") else None
+    if kind is None:
+        raise ValueError(f"QuantSpec.from_dict: unknown granularity {name!r}.")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        message = formats.unknown_name(field, value, allowed, "The list below")
+        raise ValueError(
+            f"QuantSpec: {message.replace('The list below lists them all.', '')}One of: {', '.join(allowed)}."
+        )
