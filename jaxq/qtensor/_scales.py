@@ -21,6 +21,8 @@ from jaxq.qtensor._spec import QuantSpec
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 # Above this a scale's reciprocal nears the subnormals, and numbers are shrunk by a power of two first.
 _LARGE = np.float32(2.0**120)
+# Above this sums and differences may leave float32's range, and are taken of numbers shrunk by its inverse.
+_HUGE = np.float32(2.0**64)
 
 
 class Extremes(NamedTuple):
@@ -59,16 +61,20 @@ def extremes(blocks: jax.Array, geometry: Geometry) -> Extremes:
 def scale_of(blocks: jax.Array, found: Extremes, spec: QuantSpec, geometry: Geometry) -> jax.Array:
     """The ideal float32 scale of every block by `spec.scale_rule`: 0 for a block of zeros, NaN for a non-finite one."""
     fmt, rule, magnitude = spec.fmt, spec.scale_rule, found.magnitude
+    huge = magnitude > _HUGE
+    shrink, grow = jnp.where(huge, 1 / _HUGE, np.float32(1)), jnp.where(huge, _HUGE, np.float32(1))
     if not spec.symmetric:
         high, low = jnp.maximum(found.high, 0.0), jnp.minimum(found.low, 0.0)
-        scale = (high - low) * np.float32(1 / (fmt.max - fmt.min))
+        scale = (high * shrink - low * shrink) * np.float32(1 / (fmt.max - fmt.min)) * grow
     elif spec.offset == "min":
-        scale = (found.high - found.low) * np.float32(1 / fmt.max)
+        scale = (found.high * shrink - found.low * shrink) * np.float32(1 / fmt.max) * grow
     elif rule == "absmax":
         scale = magnitude * np.float32(1 / fmt.max)
     elif rule == "absmean":
-        total = jnp.sum(jnp.abs(blocks), axis=geometry.block_axes, keepdims=True, dtype=jnp.float32)
-        scale = total * (1 / np.maximum(geometry.counts(), 1)).astype(np.float32)
+        sizes = jnp.abs(blocks.astype(jnp.float32)) * shrink
+        total = jnp.sum(sizes, axis=geometry.block_axes, keepdims=True)
+        share = (1 / np.maximum(geometry.counts(), 1)).astype(np.float32)
+        scale = total * share.reshape((1,) * (total.ndim - share.ndim) + share.shape) * grow
     elif rule == "signed_extreme":
         extreme = jnp.where(found.high >= -found.low, found.high, found.low)
         scale = extreme * np.float32(1 / fmt.min)
