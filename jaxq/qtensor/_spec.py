@@ -93,8 +93,13 @@ class QuantSpec:
             )
         if self.scale_rule != "absmax" and (not self.symmetric or self.offset == "min"):
             raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} is for symmetric specs without a minimum.")
-        if self.scale_rule == "signed_extreme" and fmt.min >= 0:
-            raise ValueError(f"QuantSpec: scale_rule='signed_extreme' needs negative numbers; {fmt.name} has none.")
+        if self.scale_rule == "signed_extreme":
+            kept_as = self.scale.fmt if isinstance(self.scale, QuantSpec) else formats.get(self.scale)
+            for part in (fmt, kept_as):
+                if part.min >= 0:
+                    raise ValueError(
+                        f"QuantSpec: scale_rule='signed_extreme' needs negative numbers; {part.name} has none."
+                    )
 
     @property
     def fmt(self) -> formats.Format:
