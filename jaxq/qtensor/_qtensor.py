@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any, NoReturn
 
@@ -13,6 +14,9 @@ import numpy as np
 from jaxq import formats
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._spec import QuantSpec
+
+# Axes of one shape beside those of another that hold the same numbers.
+_Groups = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,14 +225,22 @@ class QTensor:
         )
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
-    __pow__ = __rpow__ = __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __float__ = __int__ = __bool__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _refuse
+    __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _refuse
+    __float__ = __int__ = __index__ = __complex__ = __bool__ = _refuse
 
     # Showing.
 
     def __repr__(self) -> str:
         spec = self.spec
-        size = "x".join(map(str, self.shape))
+        try:
+            size = "x".join(map(str, self.shape))
+            bits = f"{self.bits_per_element:.4g} bits"
+        except (AttributeError, TypeError):  # a tree whose leaves are not arrays, as some transforms make
+            size = "x".join(["...", *map(str, self.meta.geometry.shape)])
+            bits = f"leaves={type(self.data).__name__}"
         parts = [f"{spec.fmt.name}[{size}]", f"{type(spec.granularity).__name__}{self._blocks()}"]
         parts.append(f"scale={_scale_name(spec)}")
         if spec.scale_rule != "absmax":
@@ -237,11 +249,7 @@ class QTensor:
             parts.append("asymmetric")
         if spec.offset:
             parts.append(f"offset={spec.offset}")
-        try:
-            parts.append(f"{self.bits_per_element:.4g} bits")
-        except (AttributeError, TypeError):  # a tree whose leaves are not arrays, as some transforms make
-            parts.append(f"leaves={type(self.data).__name__}")
-        return f"QTensor({', '.join(parts)}, {self.meta.dtype})"
+        return f"QTensor({', '.join(parts)}, {bits}, {self.meta.dtype})"
 
     def _blocks(self) -> str:
         geometry = self.meta.geometry
@@ -285,59 +293,108 @@ def relayout(qt: QTensor, packing: formats.Packing | str) -> QTensor:
     # The stored row is a multiple of what the first packing needed; another order may need more.
     multiple = math.lcm(geometry.multiple, formats.codes_per_pack(bits, packing))
     changed = changed._with(geometry=dataclasses.replace(geometry, multiple=multiple))
-    codes = qt.stored_codes()
-    extra = changed.meta.geometry.padded_shape[-1] - codes.shape[-1]
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, extra)])
+    wider = changed.meta.geometry
+    codes = _pad_last(qt.stored_codes(), wider.padded_shape[-1], qt.spec.fmt.zero_code)
     data = formats.pack(codes, bits, packing, unit=changed.meta.pack_unit)
-    return dataclasses.replace(changed, data=data)
+    changed = dataclasses.replace(changed, data=data)
+    blocks = wider.num_blocks[-1]
+    if blocks == geometry.num_blocks[-1]:
+        return changed
+    if isinstance(qt.scale, QTensor):
+        raise ValueError(
+            f"relayout: {packing.value!r} fills whole bytes of {qt!r} with {blocks - geometry.num_blocks[-1]} blocks "
+            f"more, and quantized scales cannot grow. Quantize with packing={packing.value!r}."
+        )
+    zero_point = None if qt.zero_point is None else _pad_last(qt.zero_point, blocks)
+    offset = _pad_last(qt.offset, blocks) if qt.offset is not None and qt.spec.offset == "min" else qt.offset
+    return dataclasses.replace(changed, scale=_pad_last(qt.scale, blocks), zero_point=zero_point, offset=offset)
+
+
+def _pad_last(leaf: jax.Array, size: int, value: int = 0) -> jax.Array:
+    widths = [(0, 0)] * (leaf.ndim - 1) + [(0, size - leaf.shape[-1])]
+    return jnp.pad(leaf, widths, constant_values=np.asarray(value, leaf.dtype))
 
 
 def _reshape(qt: QTensor, new: tuple[int, ...]) -> QTensor:
     geometry, batch = qt.meta.geometry, qt.batch_shape
-    if -1 in new:
+    problem = f"QTensor.reshape: {qt!r} cannot become {list(new)}: "
+    if new.count(-1) == 1:
         rest = -math.prod(new)
         new = tuple(qt.size // rest if s == -1 and rest else s for s in new)
-    problem = f"QTensor.reshape: {qt!r} cannot become {list(new)}: "
-    if math.prod(new) != qt.size or new[: len(batch)] != batch:
+    if min(new, default=0) < 0 or math.prod(new) != qt.size or new[: len(batch)] != batch:
         raise ValueError(problem + "the number of elements and the batch axes must stay.")
-    if geometry.flat or any(b not in (1, None) for b in geometry.block_shape[:-1]):
-        raise ValueError(problem + "its blocks run across kept axes. Use jaxq.dequantize(qt).")
     old, inner = geometry.shape, new[len(batch) :]
-    old_to_new: dict[int, tuple[int, ...]] = {}
-    i = j = 0
-    while i < len(old):  # walk both shapes in step, matching an old axis with new ones or several old with one
-        first_old, first_new, left, right = i, j, old[i], inner[j] if j < len(inner) else 1
-        i, j = i + 1, j + 1
-        while left != right:
-            if left < right:
-                left, i = left * old[i], i + 1
-            else:
-                right, j = right * inner[j], j + 1
-        if i == len(old):
-            j = len(inner)  # trailing ones
-        group_old = tuple(a - len(old) for a in range(first_old, i))
-        group_new = tuple(a - len(inner) for a in range(first_new, j))
-        if any(a in geometry.contracted for a in group_old) and (len(group_old), len(group_new)) != (1, 1):
+    if 0 in old and inner != old:
+        raise ValueError(problem + "an array without elements keeps its shape.")
+    groups = _match_axes(old, inner)
+    for group_old, group_new in groups:
+        if set(group_old) & set(geometry.contracted) and (len(group_old), len(group_new)) != (1, 1):
             raise ValueError(problem + f"contracted axes {list(geometry.contracted)} must keep their sizes.")
         position = [geometry.order.index(a) for a in group_old]
-        if position != list(range(position[0], position[0] + len(position))):
+        if any(b - a != 1 for a, b in itertools.pairwise(position)):
             raise ValueError(problem + "the axes to merge are not neighbours in storage. Use jaxq.dequantize(qt).")
-        old_to_new[group_old[0]] = group_new
-    order = tuple(axis for a in geometry.order for axis in old_to_new.get(a, ()))
-    block = (geometry.block_shape[0] if geometry.kept else 1,) * (len(order) - geometry.num_contracted)
-    changed = dataclasses.replace(geometry, shape=inner, order=order, block_shape=(*block, geometry.block_shape[-1]))
+    changed = _regroup(qt, groups, inner)
+    if changed is None:
+        raise ValueError(problem + "blocks, its own or its scales', run across these axes. Use jaxq.dequantize(qt).")
+    return changed
 
-    def stored(leaf: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
-        return leaf.reshape(*batch, *sizes[:-1], leaf.shape[-1])
 
-    if isinstance(qt.scale, QTensor):
-        if qt.scale.meta.geometry.flat or geometry.num_blocks[:-1] == changed.num_blocks[:-1]:
-            raise ValueError(problem + "its scales are quantized in blocks of their own. Use jaxq.dequantize(qt).")
-        scale: jax.Array | QTensor = qt.scale.reshape(*batch, *changed.num_blocks)
+def _match_axes(old: tuple[int, ...], new: tuple[int, ...]) -> _Groups:
+    """(old axes, new axes) that hold the same numbers, as negative numbers; axes of size 1 may come and go."""
+    groups: _Groups = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        start = i, j
+        if i < len(old) and j < len(new) and (old[i] == 1) == (new[j] == 1):
+            i, j = i + 1, j + 1
+            while (left := math.prod(old[start[0] : i])) != (right := math.prod(new[start[1] : j])):
+                i, j = (i + 1, j) if left < right else (i, j + 1)
+        elif i < len(old) and old[i] == 1:
+            i += 1
+        else:
+            j += 1
+        axes = range(start[0] - len(old), i - len(old)), range(start[1] - len(new), j - len(new))
+        groups.append((tuple(axes[0]), tuple(axes[1])))
+    return groups
+
+
+def _regroup(qt: QTensor, groups: _Groups, sizes: tuple[int, ...]) -> QTensor | None:
+    """`qt` with its kept axes split and merged by `groups`; None where a block would be cut."""
+    geometry, batch = qt.meta.geometry, qt.batch_shape
+    heirs = {min(group_old, key=geometry.order.index): group_new for group_old, group_new in groups if group_old}
+    kept = [axis for a in geometry.kept for axis in heirs.get(a, ())]
+    for group_old, group_new in groups:
+        if not group_old:  # new axes of size 1 may stand anywhere
+            for axis in group_new:
+                kept.insert(sum(a < axis for a in kept), axis)
+    contracted = tuple(axis for a in geometry.contracted for axis in heirs[a])
+    changed = dataclasses.replace(geometry, shape=sizes, order=(*kept, *contracted))
+    if geometry.flat:  # blocks run along the order of storage, which is what it was
+        return qt._with(geometry=changed)
+
+    block_of = dict.fromkeys(kept, 1)
+    for group_old, group_new in groups:
+        blocks = {geometry.block_shape[geometry.order.index(a)] for a in group_old if geometry.shape[a] != 1}
+        if (len(group_old), len(group_new)) != (1, 1) and (len(blocks) > 1 or not blocks <= {1, None}):
+            return None
+        block_of |= dict.fromkeys(group_new, blocks.pop() if blocks else 1)
+    changed = dataclasses.replace(changed, block_shape=(*(block_of[a] for a in kept), geometry.block_shape[-1]))
+
+    num_blocks = changed.num_blocks
+    if isinstance(qt.scale, QTensor):  # its axes are the storage axes
+        inner: _Groups = [((-1,), (-1,))]
+        for group_old, group_new in groups:
+            if not set(group_old) & set(geometry.contracted):
+                where = (geometry.order.index(a) - len(geometry.num_blocks) for a in group_old)
+                inner.append((tuple(where), tuple(kept.index(a) - len(num_blocks) for a in group_new)))
+        scale = _regroup(qt.scale, inner, num_blocks)
+        if scale is None:
+            return None
     else:
-        scale = stored(qt.scale, changed.num_blocks)
-    zero_point, offset = (
-        None if leaf is None else stored(leaf, changed.num_blocks) for leaf in (qt.zero_point, qt.offset)
-    )
-    data = stored(qt.data, changed.padded_shape)
+        scale = qt.scale.reshape(*batch, *num_blocks)
+    zero_point = None if qt.zero_point is None else qt.zero_point.reshape(*batch, *num_blocks)
+    offset = qt.offset
+    if offset is not None:  # a mean is one number
+        offset = offset.reshape(*batch, *(num_blocks if qt.spec.offset == "min" else (1,) * len(num_blocks)))
+    data = qt.data.reshape(*batch, *changed.padded_shape[:-1], qt.data.shape[-1])
     return QTensor(data, scale, zero_point, offset, dataclasses.replace(qt.meta, geometry=changed))
