@@ -41,8 +41,10 @@ def quantize(
       batch: leading axes with statistics of their own: stacked layers, experts.
       key: PRNG key, for `rounding="stochastic"`.
       on_nonfinite: what NaN and infinities do. "raise" names the first one's index; under jit, where no error can be
-        raised, it means "propagate": the scale of their block becomes NaN, and so does the block. "zero" replaces
-        them by 0; "saturate" replaces infinities by the largest finite magnitude of their block and NaN by 0.
+        raised, it means "propagate": the scale of their block becomes NaN, and so does the block. (A quantized scale
+        whose format has no NaN, as in nf4_dq and vsq4, passes it on to its own scale, and so to all blocks under
+        that.) "zero" replaces them by 0; "saturate" replaces infinities by the largest finite magnitude of their
+        block and NaN by 0.
       name: what errors call the array, a parameter's path for example.
 
     Returns:
@@ -74,14 +76,15 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
 
     Args:
       qt: a QTensor.
-      dtype: of the result; None takes `qt.dtype`.
+      dtype: of the result; None takes `qt.dtype`. A rounded scale can put a number just beyond the range of float16,
+        for example; it becomes the largest number of the dtype.
 
     Returns:
       Array of `qt.shape`, in logical axis order. Bitwise the same eager and jitted, except that an `offset` may be
       added with one rounding instead of two.
 
     Raises:
-      TypeError: `qt` is not a QTensor.
+      TypeError: `qt` is not a QTensor, or `dtype` not a float dtype.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -90,7 +93,10 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
     """
     if not isinstance(qt, QTensor):
         raise TypeError(f"dequantize: expected a QTensor, got {type(qt).__name__}.")
-    return _dequantize(qt, qt.dtype if dtype is None else jnp.dtype(dtype))
+    dtype = qt.dtype if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dequantize: only float dtypes, got dtype={dtype.name}. For the codes use qt.codes().")
+    return _dequantize(qt, dtype)
 
 
 def fake_quant(
@@ -139,6 +145,9 @@ def _dequantize(qt: QTensor, dtype: np.dtype) -> jax.Array:
     geometry = qt.meta.geometry
     blocks = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
     view = geometry.unpad(geometry.from_blocks(decode_blocks(qt, blocks)))
+    limit = float(jnp.finfo(dtype).max)
+    if limit < float(jnp.finfo(jnp.float32).max):  # narrow casts wrap, saturate or make NaN by dtype
+        view = jnp.clip(view, -limit, limit)
     return geometry.from_view(view.astype(dtype))
 
 
@@ -175,7 +184,7 @@ def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: st
     dtype = np.dtype(getattr(w, "dtype", None) or np.asarray(w).dtype)
     if isinstance(w, float | list | tuple):
         dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # Python numbers have no width of their own
-    what = f"{name}: {dtype.name}{list(np.shape(w))}"
+    what = f"{name}: {_describe(dtype.name, np.shape(w))}"
     if dtype.name not in _FLOATS:
         remedy = "Pass the real and imaginary parts." if dtype.kind == "c" else f"Pass {name}.astype(jnp.float32)."
         raise TypeError(f"{caller}: {name} must be float32, bfloat16 or float16, got {what}. {remedy}")
@@ -192,6 +201,10 @@ def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: st
     if on_nonfinite == "raise" and not isinstance(x, Tracer):
         _raise_if_not_finite(x, what, caller)
     return x, geometry
+
+
+def _describe(dtype: str, shape: tuple[int, ...]) -> str:
+    return f"{dtype}[{','.join(map(str, shape))}]"
 
 
 def _raise_if_not_finite(x: jax.Array, what: str, caller: str) -> None:
@@ -215,7 +228,7 @@ def _quantize(
     on_nonfinite: str = "propagate",
     positive: bool = False,
 ) -> QTensor:
-    """`positive`: x holds scales, of which none that is not zero may become zero."""
+    """`positive`: x holds scales, of which none that is not zero may become zero, nor a NaN take others along."""
     if on_nonfinite in ("zero", "saturate"):
         infinite, sign = jnp.isinf(x), jnp.sign(x)
         x = jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
@@ -227,12 +240,15 @@ def _quantize(
         view = view.astype(jnp.float32) - offset
     # Zeros in the padding change no magnitude, but would be the minimum of a block of positive numbers.
     blocks = geometry.to_blocks(geometry.pad(view, mode="edge" if spec.offset == "min" else "constant"))
-    found = _scales.extremes(blocks, geometry)
+    measured = blocks
+    if positive and _holds_nan(spec.fmt):
+        measured = jnp.where(jnp.isnan(blocks), np.float32(0), blocks)
+    found = _scales.extremes(measured, geometry)
     if on_nonfinite == "saturate":
         marks = geometry.to_blocks(geometry.pad(geometry.to_view(jnp.where(infinite, sign, 0))))
         blocks = jnp.where(marks != 0, marks.astype(jnp.float32) * found.magnitude, blocks.astype(jnp.float32))
-        found = _scales.extremes(blocks, geometry)
-    ideal = geometry.scale_from_blocks(_scales.scale_of(blocks, found, spec, geometry))
+        measured, found = blocks, _scales.extremes(blocks, geometry)
+    ideal = geometry.scale_from_blocks(_scales.scale_of(measured, found, spec, geometry))
     if isinstance(spec.scale, QuantSpec):
         stored: jax.Array | QTensor = _quantize_scale(ideal, spec.scale, geometry)
     else:
@@ -262,10 +278,14 @@ def _quantize_scale(ideal: jax.Array, spec: QuantSpec, geometry: Geometry) -> QT
         (-1,),
         (),
         caller="quantize",
-        what=f"scale: float32{list(geometry.num_blocks)}",
+        what=f"scale: {_describe('float32', geometry.num_blocks)}",
         multiple=formats.codes_per_pack(spec.fmt.bits, spec.order),
     )
     return _quantize(ideal, spec, inner, None, positive=spec.offset is None)
+
+
+def _holds_nan(fmt: formats.Format) -> bool:
+    return isinstance(fmt, formats.ExponentFormat | formats.FloatFormat) and getattr(fmt, "flavour", "") != "finite"
 
 
 def _encode(y: jax.Array, steps: jax.Array, found: _scales.Extremes, spec: QuantSpec, key: jax.Array | None):
