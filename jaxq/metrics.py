@@ -1,7 +1,7 @@
 """Numbers about two arrays: how far a quantized one is from the original.
 
-All of them accumulate in float32 after dividing by the reference's largest magnitude, so that 1e30 and 1e-30 neither
-overflow nor vanish; all jit, and take arrays of any one shape.
+All of them accumulate in float32, each sum of squares over the largest magnitude in it, so that 1e30 and 1e-30 neither
+overflow nor vanish, also side by side; all jit, and take arrays of any one shape. A NaN anywhere gives NaN.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ def mse(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
       >>> float(jaxq.metrics.mse([1.0, 2.0], [1.0, 4.0]))
       2.0
     """
-    a, b, unit = _scaled(reference, x, "mse")
-    return jnp.mean((a - b) ** 2) * unit * unit
+    a, b = _pair(reference, x, "mse")
+    noise, unit = _squares(a - b)
+    return noise / max(a.size, 1) * unit * unit
 
 
 def sqnr(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
     """Signal to quantization noise ratio, `10 log10(sum(reference^2) / sum((reference - x)^2))` in dB.
 
-    Infinite for equal arrays, NaN where either holds a NaN.
+    Infinite for equal arrays.
 
     Example:
       >>> import jaxq
       >>> round(float(jaxq.metrics.sqnr([1.0, 1.0], [1.0, 0.9])), 2)
       23.01
     """
-    a, b, _ = _scaled(reference, x, "sqnr")
-    noise, signal = jnp.sum((a - b) ** 2), jnp.sum(a**2)
-    return jnp.where(noise == 0, np.float32(np.inf), 10 * (jnp.log10(signal) - jnp.log10(noise)))
+    a, b = _pair(reference, x, "sqnr")
+    (noise, noise_unit), (signal, unit) = _squares(a - b), _squares(a)
+    ratio = jnp.log10(signal) - jnp.log10(noise) + 2 * (jnp.log10(unit) - jnp.log10(noise_unit))
+    return jnp.where(noise == 0, np.float32(np.inf), 10 * ratio)
 
 
 def cosine(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
@@ -48,8 +50,8 @@ def cosine(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Arra
       >>> float(jaxq.metrics.cosine([1.0, 0.0], [0.0, 2.0]))
       0.0
     """
-    a, b, _ = _scaled(reference, x, "cosine")
-    b = b / jnp.max(jnp.abs(b))
+    a, b = _pair(reference, x, "cosine")
+    a, b = (v / _unit(v) for v in (a, b))
     return jnp.sum(a * b) / (jnp.sqrt(jnp.sum(a * a)) * jnp.sqrt(jnp.sum(b * b)))
 
 
@@ -64,19 +66,21 @@ def worst_block(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike, *, siz
       >>> float(jaxq.metrics.worst_block([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0], size=1))
       1.0
     """
-    a, b, _ = _scaled(reference, x, "worst_block")
+    a, b = _pair(reference, x, "worst_block")
     extra = -a.shape[-1] % size if a.ndim else 0
     a, b = (jnp.pad(jnp.atleast_1d(v), [(0, 0)] * (max(v.ndim, 1) - 1) + [(0, extra)]) for v in (a, b))
-    a, b = a.reshape(-1, size), b.reshape(-1, size)
-    unit = jnp.max(jnp.abs(a), axis=1, keepdims=True)  # small blocks must not vanish beside large ones
-    noise = jnp.linalg.norm(a - b, axis=1)
-    signal = jnp.linalg.norm(a / jnp.where(unit > 0, unit, 1.0), axis=1) * unit[:, 0]
-    relative = noise / jnp.where(signal > 0, signal, 1.0)
-    return jnp.max(jnp.where(signal > 0, relative, jnp.where(noise > 0, np.float32(np.inf), 0.0)), initial=0.0)
+    a, b = (v.reshape(v.size // size, size) for v in (a, b))
+    (noise, noise_unit), (signal, unit) = _squares(a - b, axis=1), _squares(a, axis=1)
+    relative = jnp.sqrt(noise) / jnp.sqrt(jnp.where(signal > 0, signal, 1.0)) * (noise_unit / unit)
+    relative = jnp.where((signal == 0) & (noise > 0), np.float32(np.inf), relative)
+    lost = jnp.isnan(relative).any()  # a maximum may drop NaN
+    return jnp.where(lost, np.float32(np.nan), jnp.max(relative, initial=0.0))
 
 
 def kl_divergence(reference_logits: jax.typing.ArrayLike, logits: jax.typing.ArrayLike) -> jax.Array:
     """Mean over rows of `KL(softmax(reference) || softmax(logits))` along the last axis, in nats.
+
+    Entries the reference gives no probability (logits of -inf) count as 0, as in the limit.
 
     Args:
       reference_logits: `[..., vocab]`.
@@ -90,7 +94,8 @@ def kl_divergence(reference_logits: jax.typing.ArrayLike, logits: jax.typing.Arr
     a, b = (jnp.asarray(v, jnp.float32) for v in (reference_logits, logits))
     _same_shape(a, b, "kl_divergence")
     log_p, log_q = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
-    return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+    p = jnp.exp(log_p)
+    return jnp.mean(jnp.sum(jnp.where(p == 0, 0.0, p * (log_p - log_q)), axis=-1))
 
 
 def top1_agreement(reference_logits: jax.typing.ArrayLike, logits: jax.typing.ArrayLike) -> jax.Array:
@@ -106,13 +111,22 @@ def top1_agreement(reference_logits: jax.typing.ArrayLike, logits: jax.typing.Ar
     return jnp.mean((jnp.argmax(a, axis=-1) == jnp.argmax(b, axis=-1)).astype(jnp.float32))
 
 
-def _scaled(reference, x, caller: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both arrays over the reference's largest magnitude (over 1 if that is 0), and that magnitude; float32."""
+def _pair(reference, x, caller: str) -> tuple[jax.Array, jax.Array]:
+    """Both arrays in float32, of one shape."""
     a, b = jnp.asarray(reference, jnp.float32), jnp.asarray(x, jnp.float32)
     _same_shape(a, b, caller)
-    unit = jnp.max(jnp.abs(a), initial=0.0)
-    unit = jnp.where(unit > 0, unit, 1.0)
-    return a / unit, b / unit, unit
+    return a, b
+
+
+def _squares(v: jax.Array, axis: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """`sum((v / unit)^2)` and the unit, the largest magnitude (1 if that is 0 or infinite)."""
+    unit = _unit(v, axis)
+    return jnp.sum((v / unit) ** 2, axis=axis), unit if axis is None else unit.squeeze(axis)
+
+
+def _unit(v: jax.Array, axis: int | None = None) -> jax.Array:
+    unit = jnp.max(jnp.abs(v), axis=axis, keepdims=axis is not None, initial=0.0)
+    return jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1.0)
 
 
 def _same_shape(a: jax.Array, b: jax.Array, caller: str) -> None:
