@@ -1,0 +1,14 @@
+"""Reference models that read Hugging Face checkpoints, in plain flax nnx with no quantization inside.
+
+    model, tokenizer = jaxq.models.load("path/to/hf_dir")
+    logits = model(tokens)                    # int32[b, t] -> float32[b, t, vocab]
+    longer = jaxq.models.generate(model, tokens, 32)
+
+The Llama family covers Llama 1 to 3, Mistral, Qwen2 and their relatives of the same architecture.
+"""
+
+from jaxq.models._checkpoint import load, save
+from jaxq.models._generate import generate
+from jaxq.models.llama import Llama, LlamaConfig
+
+__all__ = ["Llama", "LlamaConfig", "generate", "load", "save"]

@@ -1,0 +1,291 @@
+"""Hugging Face directories: our reading against `transformers`, our writing, and every error."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from jaxq.evaluation import perplexity
+from jaxq.models import Llama, LlamaConfig, load, save
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+WHY = "compares with transformers on torch, which the bench extra installs"
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# name: (transformers config class, its extra arguments)
+PEERS = {
+    "llama": ("LlamaConfig", {}),
+    "tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "no_gqa": ("LlamaConfig", {"num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+    "biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "head_dim": ("LlamaConfig", {"head_dim": 16}),
+    "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
+    "linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "qwen2": ("Qwen2Config", {"use_sliding_window": False}),
+    "qwen2_tied": ("Qwen2Config", {"tie_word_embeddings": True, "use_sliding_window": False}),
+    "mistral": ("MistralConfig", {"sliding_window": 6}),
+    "mistral_all": ("MistralConfig", {"sliding_window": None}),
+}
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch", reason=WHY)
+
+
+@pytest.fixture(scope="module")
+def transformers(torch):
+    return pytest.importorskip("transformers", reason=WHY)
+
+
+@nnx.jit
+def run(model, x):
+    return model(x)
+
+
+def tokens(b=2, t=19):
+    return np.random.default_rng(0).integers(0, 97, (b, t)).astype(np.int32)
+
+
+def their_logits(torch, model, x):
+    with torch.no_grad():
+        return model(torch.tensor(x, dtype=torch.long)).logits.float().numpy()
+
+
+def make_peer(torch, transformers, name):
+    config_class, extra = PEERS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**SIZES | extra)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():  # biases start at zero and norms at one, where mistakes would not show
+        for value in model.parameters():
+            if value.ndim == 1:
+                value.add_(0.3 * torch.randn_like(value))
+    return model
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_logits_equal_transformers(torch, transformers, name, tmp_path):
+    peer = make_peer(torch, transformers, name)
+    peer.save_pretrained(tmp_path)
+    model, tokenizer = load(tmp_path, scan_layers=name == "no_gqa")
+    assert tokenizer is None
+    np.testing.assert_allclose(run(model, tokens()), their_logits(torch, peer, tokens()), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "biases", "llama3", "qwen2", "mistral"])
+def test_transformers_reads_what_we_write(torch, transformers, name, tmp_path):
+    make_peer(torch, transformers, name).save_pretrained(tmp_path / "theirs")
+    model, _ = load(tmp_path / "theirs")
+    save(tmp_path / "ours", model, dtype=jnp.float32)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    np.testing.assert_allclose(run(model, tokens()), their_logits(torch, again, tokens()), atol=2e-4, rtol=0)
+
+
+def test_sharded_checkpoints(torch, transformers, tmp_path):
+    peer = make_peer(torch, transformers, "llama")
+    peer.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model, _ = load(tmp_path)
+    np.testing.assert_allclose(run(model, tokens()), their_logits(torch, peer, tokens()), atol=2e-4, rtol=0)
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(FileNotFoundError, match="has no model-00002"):
+        load(tmp_path)
+
+
+@pytest.mark.heavy
+def test_the_trained_model_is_the_same_in_transformers(torch, transformers):
+    model, tokenizer = load(EXAMPLES / "tiny_llama")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny_llama", dtype=torch.float32).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(EXAMPLES / "tiny_llama")
+    text = (EXAMPLES / "heldout.txt").read_text(encoding="utf-8")[:20_000]
+    ids = np.asarray(tokenizer.encode(text).ids)
+    np.testing.assert_array_equal(their_tokenizer(text)["input_ids"], ids)
+    assert tokenizer.decode(ids.tolist()) == text
+    ours = perplexity(model, ids)
+    assert perplexity(lambda x: jnp.asarray(their_logits(torch, theirs, x)), ids) == pytest.approx(ours, rel=1e-3)
+    frequencies = np.bincount(ids)[ids] / len(ids)
+    assert ours < np.exp(-np.log(frequencies).mean()) / 3, "trained: far better than token frequencies alone"
+
+
+# Without peers: round trips and errors
+
+
+@pytest.fixture
+def written(tmp_path):
+    model = Llama(CONFIG, rngs=nnx.Rngs(0))
+    save(tmp_path, model, dtype=jnp.float32)
+    return tmp_path, model
+
+
+def rewrite(path, change):
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"scan_layers": True}])
+def test_round_trip_is_exact(changes, tmp_path):
+    model = Llama(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
+    save(tmp_path, model, dtype=jnp.float32)
+    for scan in (False, True):
+        again, _ = load(tmp_path, scan_layers=scan)
+        assert again.config == dataclasses.replace(model.config, scan_layers=scan)
+        if scan == model.config.scan_layers:
+            jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(again))
+        else:
+            np.testing.assert_allclose(run(again, tokens()), run(model, tokens()), atol=1e-5, rtol=0)
+
+
+def test_bfloat16_files_are_exact_in_float32(written):
+    path, model = written
+    save(path, model)
+    kernel = model.layers[1].mlp.up_proj.kernel[...]
+    stored = load_file(path / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    assert stored.dtype == ml_dtypes.bfloat16
+    loaded = load(path)[0].layers[1].mlp.up_proj.kernel[...]
+    assert loaded.dtype == jnp.float32
+    np.testing.assert_array_equal(loaded, kernel.astype(jnp.bfloat16).astype(jnp.float32))
+    low = load(path, dtype=jnp.bfloat16)[0]
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(nnx.state(low, nnx.Param)))
+    assert run(low, tokens()).dtype == jnp.float32
+
+
+def test_kernels_are_in_by_out(written):
+    path, _ = written
+    stored = load_file(path / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert stored.shape == (32, 48)
+    np.testing.assert_array_equal(load(path)[0].layers[0].mlp.down_proj.kernel[...], stored.T)
+
+
+def test_all_wrong_tensors_are_listed_at_once(written):
+    path, _ = written
+
+    def spoil(tensors):
+        del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.norm.weight"]
+        tensors["model.layers.0.self_attn.q_norm.weight"] = np.zeros(8, np.float32)
+        tensors["lm_head.weight"] = np.zeros((96, 32), np.float32)
+
+    rewrite(path, spoil)
+    message = (
+        "missing tensors: model.layers.0.mlp.up_proj.weight, model.norm.weight; "
+        "unexpected tensors: model.layers.0.self_attn.q_norm.weight; "
+        r"wrong shapes: lm_head.weight is \[96, 32\], expected \[97, 32\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+def test_transposed_tensor_is_an_error(written):
+    path, _ = written
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(path, lambda t: t.update({name: np.ascontiguousarray(t[name].T)}))
+    with pytest.raises(ValueError, match=r"up_proj.weight is \[32, 48\], expected \[48, 32\]"):
+        load(path)
+
+
+def test_head_beside_a_tied_embedding_must_repeat_it(tmp_path):
+    save(tmp_path, Llama(dataclasses.replace(CONFIG, tie_word_embeddings=True), rngs=nnx.Rngs(0)))
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    load(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] * 2}))
+    with pytest.raises(ValueError, match="lm_head.weight that differs from model.embed_tokens.weight"):
+        load(tmp_path)
+
+
+def test_rotary_tables_of_old_checkpoints_are_known(written):
+    path, _ = written
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
+    rewrite(path, lambda t: t.update(table))
+    load(path)
+
+
+def test_integer_tensors_are_an_error(written):
+    path, _ = written
+    rewrite(path, lambda t: t.update({"model.norm.weight": np.ones(32, np.int8)}))
+    with pytest.raises(ValueError, match="model.norm.weight holds I8"):
+        load(path)
+
+
+def test_unsupported_config_is_an_error(written):
+    path, _ = written
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match="quantization_config={'quant_method': 'gptq'}"):
+        load(path)
+
+
+def test_missing_files_are_errors(written, tmp_path):
+    path, _ = written
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        load(tmp_path / "nowhere")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
+        load(path)
+
+
+def test_tokenizer_without_its_package_is_an_error(written, monkeypatch):
+    path, _ = written
+    (path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"pip install jaxq\[hf\]"):
+        load(path)
+
+
+def test_tokenizer_round_trip(written):
+    tokenizers = pytest.importorskip("tokenizers", reason="the hf extra installs it")
+    path, model = written
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    save(path, model, tokenizer=tokenizer, eos_token_id=1)
+    assert load(path)[1].encode("b").ids == [1]
+    assert json.loads((path / "config.json").read_text())["eos_token_id"] == 1
+
+
+def test_saving_other_parameters_is_an_error(tmp_path):
+    model = Llama(CONFIG, rngs=nnx.Rngs(0))
+    model.layers[0].mlp.up_proj.kernel_scale = nnx.Param(jnp.ones(3))
+    with pytest.raises(ValueError, match="differ from those of a float Llama in layers.0.mlp.up_proj.kernel_scale"):
+        save(tmp_path, model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_read_from_a_moved_directory_stays(written, tmp_path):
+    """Nothing of the model refers to the file after loading."""
+    path, model = written
+    again, _ = load(path)
+    shutil.rmtree(path)
+    np.testing.assert_array_equal(run(again, tokens()), run(model, tokens()))

@@ -1,0 +1,277 @@
+"""The Llama module by itself: shapes, causality, cache, scan, generation, config errors."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxq.models import Llama, LlamaConfig, generate
+from jaxq.models._config import RopeScaling
+from jaxq.models.llama import _rope_frequencies
+
+CONFIG = LlamaConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+HF = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+}
+VARIANTS = {
+    "llama": {},
+    "scan": {"scan_layers": True},
+    "tied": {"tie_word_embeddings": True},
+    "window": {"sliding_window": 4},
+    "window_scan": {"sliding_window": 4, "scan_layers": True},
+    "biases": {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    "one_kv_head": {"num_key_value_heads": 1},
+    "wide_heads": {"head_dim": 24},
+}
+
+
+def make(dtype=jnp.float32, seed=0, **changes):
+    model = Llama(dataclasses.replace(CONFIG, **changes), dtype=dtype, rngs=nnx.Rngs(seed))
+    # Larger weights than at initialization, so that attention is far from uniform and mistakes show.
+    params = nnx.state(model, nnx.Param)
+    rng = np.random.default_rng(7)
+    nnx.update(model, jax.tree.map(lambda p: p + 0.2 * rng.normal(size=p.shape).astype(np.float32), params))
+    return model
+
+
+def tokens(b=2, t=11):
+    return jax.random.randint(jax.random.key(1), (b, t), 0, CONFIG.vocab_size)
+
+
+@nnx.jit
+def run(model, x):
+    return model(x)
+
+
+@nnx.jit
+def decode(model, x, cache):
+    return model.decode(x, cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "window_scan", "biases", "tied"])
+def test_logits_are_float32_and_causal(name):
+    model, x = make(jnp.bfloat16, **VARIANTS[name]), tokens()
+    logits = run(model, x)
+    assert logits.shape == (2, 11, 97)
+    assert logits.dtype == jnp.float32
+    assert bool(jnp.isfinite(logits).all())
+    changed = run(model, x.at[:, 7].add(1) % 97)
+    np.testing.assert_array_equal(logits[:, :7], changed[:, :7])
+    assert float(jnp.abs(logits[:, 7:] - changed[:, 7:]).max()) > 1e-3
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_cached_decode_equals_the_full_forward(changes):
+    model, x = make(**changes), tokens()
+    full = run(model, x)
+    part, cache = decode(model, x[:, :5], model.init_cache(2, 13))
+    parts = [part]
+    for i in range(5, 11):
+        part, cache = decode(model, x[:, i : i + 1], cache)
+        parts.append(part)
+    assert int(cache.used) == 11
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), full, atol=2e-5, rtol=1e-5)
+
+
+def test_window_limits_what_a_token_reads():
+    """With one layer and a window of 4, a token sees itself and three before it."""
+    model, x = make(sliding_window=4, num_hidden_layers=1), tokens()
+    logits, changed = run(model, x), run(model, x.at[:, 3].add(1) % 97)
+    different = jnp.abs(logits - changed).max(axis=(0, 2)) > 1e-6
+    np.testing.assert_array_equal(different, [3 <= i < 7 for i in range(11)])
+
+
+def test_positions_are_relative():
+    """Rotary attention sees differences of positions only: shifting a text by a prefix it cannot read is nothing."""
+    model = make(sliding_window=3, num_hidden_layers=1)
+    x = tokens(1, 6)
+    shifted = jnp.concatenate([jnp.zeros((1, 40), jnp.int32), x], axis=1)
+    np.testing.assert_allclose(run(model, x)[:, 2:], run(model, shifted)[:, 42:], atol=2e-5, rtol=1e-5)
+
+
+def test_scan_gives_the_same_logits():
+    scanned = make(scan_layers=True)
+    plain = Llama(CONFIG, rngs=nnx.Rngs(0))
+    state = nnx.state(scanned, nnx.Param)
+    stacked = nnx.to_pure_dict(state).pop("layers")
+    nnx.update(plain.embed_tokens, nnx.state(scanned.embed_tokens))
+    nnx.update(plain.lm_head, nnx.state(scanned.lm_head))
+    nnx.update(plain.norm, nnx.state(scanned.norm))
+    for i, layer in enumerate(plain.layers):
+        layer_state = nnx.state(layer)
+        nnx.replace_by_pure_dict(layer_state, jax.tree.map(lambda a, i=i: a[i], stacked))
+        nnx.update(layer, layer_state)
+    np.testing.assert_allclose(run(scanned, tokens()), run(plain, tokens()), atol=1e-5, rtol=1e-5)
+
+
+def test_scanned_layers_start_different():
+    kernel = Llama(dataclasses.replace(CONFIG, scan_layers=True), rngs=nnx.Rngs(0)).layers.mlp.up_proj.kernel[...]
+    assert kernel.shape == (3, 32, 48)
+    assert not np.array_equal(kernel[0], kernel[1])
+
+
+def test_projections_are_ordinary_linears_called_as_modules():
+    """A quantizer replaces the dot of every Linear: each of the 7 a layer and the head must go through it."""
+    model, seen = make(), []
+
+    def spy(x, kernel, *args, **kwargs):
+        seen.append(kernel.shape)
+        return jax.lax.dot_general(x, kernel, *args, **kwargs)
+
+    for _, module in nnx.iter_modules(model):
+        if type(module) is nnx.Linear:
+            module.dot_general = spy
+    model(tokens())
+    assert len(seen) == 7 * 3 + 1
+    assert sum(shape == (32, 48) for shape in seen) == 2 * 3
+
+
+def test_names_follow_hugging_face():
+    paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(make(), nnx.Param))}
+    assert {
+        "embed_tokens.embedding",
+        "layers.0.self_attn.q_proj.kernel",
+        "layers.2.mlp.down_proj.kernel",
+        "layers.1.post_attention_layernorm.scale",
+        "norm.scale",
+        "lm_head.kernel",
+    } <= paths
+
+
+def test_gradients_reach_every_parameter():
+    model = make(attention_bias=True, tie_word_embeddings=True)
+    grads = nnx.grad(lambda m: jax.nn.log_softmax(m(tokens())[:, :-1])[..., 3].mean())(model)
+    for path, grad in nnx.to_flat_state(grads):
+        if path[-2:] == ("k_proj", "bias"):
+            continue  # adds nearly the same to all scores of a query: only its rotation shows
+        assert float(jnp.abs(grad[...]).max()) > 0, path
+
+
+def test_tokens_must_be_an_integer_matrix():
+    with pytest.raises(ValueError, match=r"tokens is int32\[3\]; expected int32\[b, t\]"):
+        make()(jnp.zeros(3, jnp.int32))
+    with pytest.raises(ValueError, match=r"tokens is float32\[1,? ?3\]; expected int32\[b, t\]"):
+        make()(jnp.zeros((1, 3)))
+
+
+# Generation
+
+
+@pytest.mark.parametrize("changes", [VARIANTS[k] for k in ("llama", "scan", "window")], ids=["llama", "scan", "window"])
+def test_greedy_generation_equals_argmax_of_full_forwards(changes):
+    model, x = make(**changes), tokens(2, 4)
+    expected = x
+    for _ in range(6):
+        last = jnp.argmax(model(expected)[:, -1], axis=-1)
+        expected = jnp.concatenate([expected, last[:, None].astype(jnp.int32)], axis=1)
+    np.testing.assert_array_equal(generate(model, x, 6), expected)
+    np.testing.assert_array_equal(generate(model, x, 1), expected[:, :5])
+
+
+def test_sampling_follows_key_and_temperature():
+    model, x = make(), tokens(1, 4)
+    draw = lambda seed, t: np.asarray(generate(model, x, 12, key=jax.random.key(seed), temperature=t))  # noqa: E731
+    np.testing.assert_array_equal(draw(0, 1.0), draw(0, 1.0))
+    assert not np.array_equal(draw(0, 1.0), draw(1, 1.0))
+    np.testing.assert_array_equal(draw(0, 1e-4), generate(model, x, 12))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_tokens": 0}, "num_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0}, "pass key="),
+        ({"tokens": jnp.zeros(3, jnp.int32)}, r"tokens is int32\[3\]"),
+        ({"tokens": jnp.zeros((1, 0), jnp.int32)}, "t >= 1"),
+    ],
+)
+def test_generate_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        generate(**({"model": make(), "tokens": tokens(), "num_tokens": 2} | kwargs))
+
+
+# Config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2'; supported are llama, mistral, qwen2"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "needs low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "use_sliding_window=True"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        ({"head_dim": 7}, "head_dim is 7"),
+    ],
+)
+def test_unsupported_configs_are_errors(change, message):
+    with pytest.raises(ValueError, match=message.replace("{", r"\{")):
+        LlamaConfig.from_hf(HF | change)
+
+
+def test_all_config_problems_come_at_once():
+    with pytest.raises(ValueError, match="model_type.*hidden_act.*vocab_size is missing"):
+        LlamaConfig.from_hf({k: v for k, v in HF.items() if k != "vocab_size"} | {"model_type": "x", "hidden_act": "y"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "rope_theta": 5e5},
+        {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+        {"attention_bias": True, "head_dim": 8},
+        {"sliding_window": 4},
+        {"rope_scaling": RopeScaling("linear", 2.0)},
+        {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 64)},
+    ],
+)
+def test_config_round_trip(changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+
+
+def test_config_without_a_hugging_face_form_is_an_error():
+    with pytest.raises(ValueError, match="match none of the architectures"):
+        dataclasses.replace(CONFIG, attention_bias=True, sliding_window=4).to_hf()
+
+
+def test_llama3_frequencies():
+    """Fast rotations kept, slow ones divided by the factor, all in between and in order."""
+    plain = _rope_frequencies(dataclasses.replace(CONFIG, head_dim=64))
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 256)
+    scaled = _rope_frequencies(dataclasses.replace(CONFIG, head_dim=64, rope_scaling=scaling))
+    turns = 256 * plain / (2 * np.pi)
+    np.testing.assert_array_equal(scaled[turns > 4], plain[turns > 4])
+    np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
+    blend = (turns > 1) & (turns < 4)
+    assert blend.any()
+    assert ((scaled[blend] < plain[blend]) & (scaled[blend] > plain[blend] / 8)).all()
+    assert (np.diff(scaled) < 0).all()
