@@ -58,7 +58,8 @@ class CodebookFormat(Format):
         object.__setattr__(self, "table", tuple(table.tolist()))
         if self.boundaries is not None:
             edges, ordered = np.asarray(self.boundaries, np.float32), self._ordered()[0]
-            if edges.shape != (ordered.size - 1,) or not ((ordered[:-1] <= edges).all() and (edges <= ordered[1:]).all()):
+            low, high = ordered[:-1], ordered[1:]
+            if edges.shape != low.shape or not ((low <= edges) & (edges <= high)).all():
                 raise ValueError(
                     f"CodebookFormat {self.name!r}: boundaries must be {ordered.size - 1} numbers, each between two "
                     "neighbouring entries, ascending."
@@ -113,7 +114,7 @@ class CodebookFormat(Format):
             upper = jnp.asarray(ordered)[jnp.minimum(rank + 1, ordered.size - 1)]
             share = jnp.where(upper > lower, (x - lower) / jnp.where(upper > lower, upper - lower, 1.0), 0.0)
             assert key is not None
-            rank = rank + (jax.random.uniform(key, x.shape) < share)
+            rank = rank + (jax.random.uniform(key, x.shape) < share).astype(jnp.int32)
         elif self.boundaries is not None:
             rank = _rank(x, np.asarray(self.boundaries, np.float32))
         else:
@@ -160,13 +161,19 @@ def dynamic_map(signed: bool) -> tuple[float, ...]:
     5.5e-7 (signed) or 3.3e-7 (unsigned).
     """
     steps = 7
-    table: list[float] = [0.0, 1.0]
+    table: list[np.float32] = [np.float32(0), np.float32(1)]
     for i in range(steps):
-        count = 2**i + 1 if signed else 2 ** (i + 1) + 1
-        boundaries = np.linspace(0.1, 1, count)
-        middles = 10.0 ** (i - steps + 1) * (boundaries[:-1] + boundaries[1:]) / 2
+        boundaries = _float32_steps(2**i + 1 if signed else 2 ** (i + 1) + 1)
+        middles = np.float32(10.0 ** (i - steps + 1)) * ((boundaries[:-1] + boundaries[1:]) / np.float32(2))
         table += [*middles, *-middles] if signed else [*middles]
-    return tuple(np.sort(np.asarray(table)).astype(np.float32).tolist())
+    return tuple(np.sort(np.asarray(table)).tolist())
+
+
+def _float32_steps(count: int) -> np.ndarray:
+    """`count` numbers from 0.1 to 1 as torch.linspace rounds them, from both ends: bitsandbytes' table to the bit."""
+    step, i = (np.float32(1) - np.float32(0.1)) / np.float32(count - 1), np.arange(count)
+    up, down = float(np.float32(0.1)) + float(step) * i, 1 - float(step) * (count - 1 - i)
+    return np.where(i < count // 2, up, down).astype(np.float32)
 
 
 def powers_of_two(bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

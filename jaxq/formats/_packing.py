@@ -48,9 +48,11 @@ def codes_per_pack(bits: int, packing: Packing) -> int:
     """
     if packing is Packing.NONE:
         return 1
+    if not 1 <= bits <= 8:
+        raise ValueError(f"packing {packing.value!r} takes codes of 1 to 8 bits, not {bits}.")
     if packing is Packing.BITSTREAM:
         return 8 // math.gcd(8, bits)
-    if bits >= 8 or 8 % bits:
+    if bits == 8 or 8 % bits:
         raise ValueError(f"packing {packing.value!r} takes codes of 1, 2 or 4 bits, not {bits}. Use 'bitstream'.")
     return 8 // bits
 
@@ -102,6 +104,9 @@ def unpack(packed: jax.Array, bits: int, packing: Packing, *, unit: int | None =
 
     Returns:
       uint8 `[..., n]`; sign-extend with `as_signed` for two's complement codes.
+
+    Raises:
+      ValueError: the row is not whole packs, or the unit does not divide it.
     """
     if packing is Packing.NONE:
         return packed
@@ -125,6 +130,8 @@ def field(packed: jax.Array, index: int, bits: int) -> jax.Array:
 
 def as_signed(patterns: jax.Array, bits: int) -> jax.Array:
     """Two's complement bit patterns of `bits` bits as int8 numbers."""
+    if bits == 8:
+        return patterns.astype(jnp.int8)
     up = np.int8(8 - bits)
     return (patterns.astype(jnp.int8) << up) >> up
 
@@ -134,7 +141,7 @@ def _check_unit(caller: str, n: int, fields: int, packing: Packing, unit: int | 
         raise ValueError(f"{caller}: {n} codes do not fill whole bytes: {packing.value} takes {fields} at a time.")
     if packing is not Packing.HALVES or unit is None:
         return n
-    if n % unit or unit % fields:
+    if unit < 1 or n % unit or unit % fields:
         raise ValueError(f"{caller}: unit {unit} must divide the row of {n} codes and be a multiple of {fields}.")
     return unit
 
@@ -157,6 +164,8 @@ def _pack_bitstream(codes: jax.Array, bits: int, fields: int) -> jax.Array:
 def _unpack_bitstream(packed: jax.Array, bits: int) -> jax.Array:
     fields = codes_per_pack(bits, Packing.BITSTREAM)
     num_bytes = fields * bits // 8
+    if packed.shape[-1] % num_bytes:
+        raise ValueError(f"unpack: {packed.shape[-1]} bytes hold no whole pack: at {bits} bits, {num_bytes} at a time.")
     groups = packed.reshape(*packed.shape[:-1], packed.shape[-1] // num_bytes, num_bytes)
     out = []
     for i in range(fields):

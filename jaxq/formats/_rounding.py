@@ -36,4 +36,4 @@ def round_to_integer(x: jax.Array, rounding: str, key: jax.Array | None = None) 
         return jnp.trunc(x)
     assert key is not None
     below = jnp.floor(x)
-    return below + (jax.random.uniform(key, x.shape, x.dtype) < x - below)
+    return below + (jax.random.uniform(key, x.shape, x.dtype) < x - below).astype(x.dtype)

@@ -1,4 +1,21 @@
-def dot_general(*a): ...
-def einsum(*a): ...
-def explain(*a): ...
-def matmul(*a): ...
+"""Computing with QTensors: one matmul contract, embedding lookup, convolution.
+
+`dot_general` takes arrays or QTensors on either side and decides how to multiply them; `explain` tells what it decided
+and why. `matmul`, `einsum` and `@` are spelled in its terms. All of it is plain XLA here, on every platform.
+"""
+
+from jaxq.ops._conv import conv_general_dilated
+from jaxq.ops._dot_general import dot_general, explain
+from jaxq.ops._einsum import einsum, matmul
+from jaxq.ops._plan import Plan
+from jaxq.ops._take import take
+
+__all__ = [
+    "Plan",
+    "conv_general_dilated",
+    "dot_general",
+    "einsum",
+    "explain",
+    "matmul",
+    "take",
+]

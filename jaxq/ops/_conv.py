@@ -1,0 +1,99 @@
+"""Convolution with a quantized kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.qtensor import QTensor, dequantize, scale_values
+
+
+def conv_general_dilated(
+    lhs: jax.typing.ArrayLike | QTensor,
+    rhs: QTensor,
+    window_strides: Any,
+    padding: Any,
+    lhs_dilation: Any = None,
+    rhs_dilation: Any = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """`lax.conv_general_dilated` with a quantized kernel.
+
+    With integer codes on both sides, symmetric, one scale for each example of `lhs` (or one for all) and one for each
+    output channel of `rhs`, the codes are convolved with int32 accumulation. Otherwise both are dequantized, the kernel
+    as a whole: kernels are small beside what they are applied to.
+
+    Args:
+      lhs: array or QTensor; a QTensor keeps the batch dimension and contracts all others.
+      rhs: kernel; scales for each output channel, or any other.
+      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
+        precision: as in `lax.conv_general_dilated`.
+      preferred_element_type: dtype of the result; None takes what the operands' dtypes promote to.
+
+    Returns:
+      The convolution, accumulated in int32 or float32 and rounded once.
+
+    Raises:
+      TypeError: `rhs` is not a QTensor.
+    """
+    if not isinstance(rhs, QTensor):
+        raise TypeError(f"conv_general_dilated: rhs must be a QTensor, got {type(rhs).__name__}. Use lax for arrays.")
+    options = {
+        "window_strides": window_strides,
+        "padding": padding,
+        "lhs_dilation": lhs_dilation,
+        "rhs_dilation": rhs_dilation,
+        "dimension_numbers": dimension_numbers,
+        "feature_group_count": feature_group_count,
+        "batch_group_count": batch_group_count,
+        "precision": precision,
+    }
+    x = lhs if isinstance(lhs, QTensor) else jnp.asarray(lhs)
+    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, rhs.dtype))
+    numbers = lax.conv_dimension_numbers(x.shape, rhs.shape, dimension_numbers)
+    channel, batch, feature = numbers.rhs_spec[0], numbers.lhs_spec[0], numbers.out_spec[1]
+    if isinstance(x, QTensor) and why_not_codes(x, rhs, batch, channel) is None:
+        y = lax.conv_general_dilated(x.codes(), rhs.codes(), **options, preferred_element_type=jnp.int32)
+        out_batch = numbers.out_spec[0]
+        y = (
+            y.astype(jnp.float32)
+            * _along(scale_values(x), out_batch, y.ndim)
+            * _along(scale_values(rhs), feature, y.ndim)
+        )
+        return y.astype(out_dtype)
+    floats = dequantize(x) if isinstance(x, QTensor) else x
+    if floats.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise TypeError(f"conv_general_dilated: lhs must be float or a QTensor, got {floats.dtype.name}.")
+    kernel = dequantize(rhs, dtype=floats.dtype)
+    return lax.conv_general_dilated(floats, kernel, **options, preferred_element_type=jnp.float32).astype(out_dtype)
+
+
+def why_not_codes(x: QTensor, kernel: QTensor, batch: int, channel: int) -> str | None:
+    """None if the codes of `x` and `kernel` can be convolved as integers, else the reason."""
+    for what, qt, kept in (("input", x, batch), ("kernel", kernel, channel)):
+        geometry = qt.meta.geometry
+        if qt.spec.fmt.kind != "integer" or qt.zero_point is not None or qt.offset is not None:
+            return f"the {what} is not in symmetric integers: {qt!r}"
+        if qt.batch_shape or geometry.flat or geometry.num_blocks[-1] != 1:
+            return f"the {what} has several scales for one output: {qt!r}"
+        sizes = {a: n for a, n in zip(geometry.kept, geometry.num_blocks, strict=False) if n > 1}
+        if set(sizes) - {kept - qt.ndim}:
+            return f"the {what} has scales along axes {sorted(sizes)}: {qt!r}"
+    terms = kernel.size // kernel.shape[channel]
+    reach = np.prod([max(qt.spec.fmt.max, -qt.spec.fmt.min) for qt in (x, kernel)])
+    if terms * reach > 2**31 - 1:
+        return f"{terms} products may exceed int32"
+    return None
+
+
+def _along(scale: jax.Array, axis: int, ndim: int) -> jax.Array:
+    """Scales laid along one axis of the result."""
+    return scale.reshape([-1 if i == axis else 1 for i in range(ndim)])

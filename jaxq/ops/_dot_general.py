@@ -1,0 +1,219 @@
+"""One matmul contract: `lax.dot_general` with arrays or QTensors on either side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.ops._integer import codes_matmul
+from jaxq.ops._plan import DimensionNumbers, Plan, make_plan
+from jaxq.ops._rows import rows_of
+from jaxq.ops._weight_only import transposed_matmul, weight_only_matmul
+from jaxq.qtensor import QTensor, dequantize
+
+Operand = jax.typing.ArrayLike | QTensor
+
+
+def dot_general(
+    lhs: Operand,
+    rhs: Operand,
+    dimension_numbers: DimensionNumbers,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    **kwargs: Any,
+) -> jax.Array:
+    """`lax.dot_general`, where either operand may be a QTensor.
+
+    Low-precision operands accumulate as matrix units do: integer codes in int32, everything else in float32; the
+    result is rounded once. `explain` tells which path a product takes.
+
+    Args:
+      lhs: array or QTensor.
+      rhs: array or QTensor.
+      dimension_numbers: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
+      precision: passed on where both operands are arrays.
+      preferred_element_type: dtype of the result; None takes what the operands' dtypes promote to.
+      **kwargs: passed on where both operands are arrays.
+
+    Returns:
+      Array of batch axes, then free axes of lhs, then free axes of rhs.
+
+    Raises:
+      TypeError: sizes of contracted or batch axes differ, as `lax.dot_general` says; an operand is not numeric.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> qt = jaxq.quantize(jnp.eye(32), "int4")
+      >>> y = jaxq.dot_general(jnp.ones((2, 32)), qt, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+      >>> y.shape, y.dtype.name
+      ((2, 32), 'float32')
+    """
+    lhs, rhs = as_operand(lhs), as_operand(rhs)
+    dims = _as_tuples(dimension_numbers)
+    _check_sizes(lhs, rhs, dims)
+    plan = make_plan(lhs, rhs, dims)
+    out_dtype = jnp.dtype(preferred_element_type or _promoted(lhs, rhs))
+    if not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor):
+        wide = jnp.dtype(plan.accumulate)
+        y = lax.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=wide, **kwargs)
+    elif isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
+        y = _codes(lhs, rhs, dims) if plan.path == "codes" else dot_general(
+            dequantize(lhs), rhs, dims, preferred_element_type=jnp.float32
+        )  # fmt: skip
+    elif isinstance(lhs, QTensor):
+        assert not isinstance(rhs, QTensor)
+        mirrored = ((dims[0][1], dims[0][0]), (dims[1][1], dims[1][0]))
+        y = _float_by_weight(rhs, lhs, mirrored, plan)
+        num_batch, num_x = len(dims[1][0]), rhs.ndim - len(dims[0][1]) - len(dims[1][1])
+        # Computed as [batch, x's free axes, weight's free axes]; asked for the other way round.
+        y = jnp.moveaxis(y, range(num_batch, num_batch + num_x), range(y.ndim - num_x, y.ndim))
+    else:
+        assert isinstance(rhs, QTensor)
+        y = _float_by_weight(lhs, rhs, dims, plan)
+    return y.astype(out_dtype)
+
+
+def explain(lhs: Operand, rhs: Operand, dimension_numbers: DimensionNumbers | None = None) -> Plan:
+    """Which path `dot_general` takes for these operands, and why; nothing is computed.
+
+    Args:
+      lhs: array, `jax.ShapeDtypeStruct` or QTensor.
+      rhs: the same.
+      dimension_numbers: None takes those of `matmul`.
+
+    Returns:
+      A `Plan`; print it.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> print(jaxq.explain(jnp.ones((2, 32)), jaxq.quantize(jnp.eye(32), "nf4")))
+      weight_only (accumulates in float32): nf4 codes are decoded in blocks of rows
+    """
+    lhs, rhs = (v if hasattr(v, "ndim") else jnp.asarray(v) for v in (lhs, rhs))
+    if dimension_numbers is None:
+        lhs, rhs, dims = align_matmul(lhs, rhs)
+    else:
+        dims = _as_tuples(dimension_numbers)
+    _check_sizes(lhs, rhs, dims)
+    return make_plan(lhs, rhs, dims)
+
+
+def as_operand(x: Operand) -> jax.Array | QTensor:
+    """A QTensor as it is, anything else as a jax array."""
+    return x if isinstance(x, QTensor) else jnp.asarray(x)
+
+
+def align_matmul(lhs: Any, rhs: Any) -> tuple[Any, Any, DimensionNumbers]:
+    """The operands of `lhs @ rhs` and its dimension numbers.
+
+    Leading axes are matched from the right, as numpy does. Where a QTensor has more of them, the array is broadcast.
+    """
+    for operand in (lhs, rhs):
+        if operand.ndim == 0:
+            raise ValueError("matmul: operands must have at least one axis; use * for scalars.")
+    if isinstance(rhs, QTensor) and rhs.ndim > max(lhs.ndim, 2):
+        lhs = _broadcast(lhs, rhs.shape[:-2])
+    if isinstance(lhs, QTensor) and lhs.ndim > max(rhs.ndim, 2):
+        rhs = _broadcast(rhs, lhs.shape[:-2])
+    shared = max(0, min(lhs.ndim, rhs.ndim) - 2)
+    batch = [tuple(range(v.ndim - 2 - shared, v.ndim - 2)) if shared else () for v in (lhs, rhs)]
+    return lhs, rhs, (((lhs.ndim - 1,), (max(rhs.ndim - 2, 0),)), (batch[0], batch[1]))
+
+
+def _broadcast(x: Any, leading: tuple[int, ...]) -> Any:
+    if isinstance(x, QTensor):
+        raise ValueError(f"matmul: {x!r} cannot be broadcast to leading axes {list(leading)}.")
+    shape = (*leading, *x.shape[max(x.ndim - 2, 0) :])
+    if x.ndim == 1:
+        raise ValueError(f"matmul: a row meets leading axes {list(leading)}; give it two axes, x[None].")
+    return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.broadcast_to(x, shape)
+
+
+def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Plan) -> jax.Array:
+    """float32 `[batch, free axes of x, free axes of the weight]`."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"dot_general: {x.dtype.name}{list(x.shape)} meets {qt!r}. Pass floats, or quantize this operand as well."
+        )
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        x = x.astype(jnp.float32)
+    if plan.path == "dequantize":
+        w = dequantize(qt, dtype=x.dtype)
+        return lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+    (x_axes, w_axes), (x_batch, w_batch) = dims
+    named = {a - qt.ndim if a >= 0 else a: b for a, b in zip(w_axes, x_axes, strict=True)}
+    geometry = qt.meta.geometry
+    transposed = plan.path == "weight_only_transposed"
+    along, out = (geometry.kept, geometry.contracted) if transposed else (geometry.contracted, geometry.kept)
+    multiply = transposed_matmul if transposed else weight_only_matmul
+
+    def one(x: jax.Array, qt: QTensor) -> jax.Array:
+        rows, meta = rows_of(qt)
+        return multiply(x, rows, meta)
+
+    x_rows, free = _to_rows(x, [named[a] for a in along], x_batch)
+    y = _over_batch(one, len(w_batch))(x_rows, qt)
+    y = y.reshape(*x_rows.shape[: len(x_batch)], *free, *(geometry.shape[a] for a in out))
+    return _sort_last(y, out)
+
+
+def _codes(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> jax.Array:
+    def one(lhs: QTensor, rhs: QTensor) -> jax.Array:
+        return codes_matmul(*rows_of(lhs), *rows_of(rhs))
+
+    y = _over_batch(one, len(dims[1][0]))(lhs, rhs)
+    free = [qt.meta.geometry.kept for qt in (lhs, rhs)]
+    sizes = [qt.meta.geometry.shape[a] for qt, axes in zip((lhs, rhs), free, strict=True) for a in axes]
+    y = _sort_last(y.reshape(*lhs.batch_shape, *sizes), free[1])
+    first = len(lhs.batch_shape)
+    middle = [first + int(i) for i in np.argsort(free[0])]
+    return jnp.transpose(y, (*range(first), *middle, *range(first + len(middle), y.ndim)))
+
+
+def _over_batch(one, num_batch: int):
+    for _ in range(num_batch):
+        one = jax.vmap(one)
+    return one
+
+
+def _to_rows(x: jax.Array, contracted: list[int], batch: Sequence[int]) -> tuple[jax.Array, list[int]]:
+    """`[*batch, free..., contracted...]` with both runs flattened, and the sizes of the free axes."""
+    contracted = [a % x.ndim for a in contracted]
+    batch = [a % x.ndim for a in batch]
+    free = [a for a in range(x.ndim) if a not in contracted and a not in batch]
+    x = jnp.transpose(x, (*batch, *free, *contracted))
+    sizes = list(x.shape[len(batch) : len(batch) + len(free)])
+    k = math.prod(x.shape[len(batch) + len(free) :])
+    return x.reshape(*x.shape[: len(batch)], math.prod(sizes), k), sizes
+
+
+def _sort_last(y: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """The last axes of y stand in the order `axes` names them; brings them into ascending order."""
+    first = y.ndim - len(axes)
+    return jnp.transpose(y, (*range(first), *(first + int(i) for i in np.argsort(axes))))
+
+
+def _promoted(lhs: Any, rhs: Any) -> np.dtype:
+    if jnp.dtype(lhs.dtype) == jnp.dtype(rhs.dtype):
+        return jnp.dtype(lhs.dtype)
+    return jnp.promote_types(lhs.dtype, rhs.dtype)
+
+
+def _as_tuples(dims: DimensionNumbers) -> DimensionNumbers:
+    (a, b), (c, d) = dims
+    return (tuple(a), tuple(b)), (tuple(c), tuple(d))
+
+
+def _check_sizes(lhs: Any, rhs: Any, dims: DimensionNumbers) -> None:
+    left, right = lhs.shape, rhs.shape
+    for kind, (a, b) in zip(("contracting", "batch"), dims, strict=True):
+        if [left[i] for i in a] != [right[i] for i in b]:
+            raise TypeError(
+                f"dot_general: {kind} axes {list(a)} of {list(left)} and {list(b)} of {list(right)} differ in size."
+            )

@@ -1,0 +1,143 @@
+"""Which way a product is computed, and why: decided once, from static facts, for `dot_general` and `explain` alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.ops._integer import is_native_float, largest_exact_length
+from jaxq.ops._rows import rows_of, why_not_rows
+from jaxq.qtensor import QTensor
+
+DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+Path = Literal["dense", "codes", "weight_only", "weight_only_transposed", "dequantize"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How `dot_general` computes one product.
+
+    Attributes:
+      path: "dense": no QTensor, plain XLA. "codes": codes meet codes, integers in int32 or float8 in float32.
+        "weight_only": floats meet a weight decoded in blocks of rows. "weight_only_transposed": the same with a kept
+        axis contracted. "dequantize": a whole operand is dequantized first.
+      accumulate: dtype of the sums.
+      swapped: the weight stands on the left.
+      reason: why this path, in words.
+    """
+
+    path: Path
+    accumulate: str
+    swapped: bool
+    reason: str
+
+    def __str__(self) -> str:
+        side = ", weight on the left" if self.swapped else ""
+        return f"{self.path} (accumulates in {self.accumulate}{side}): {self.reason}"
+
+
+def make_plan(lhs: Any, rhs: Any, dims: DimensionNumbers) -> Plan:
+    """The plan for `lax.dot_general(lhs, rhs, dims)` with a QTensor on either side, both, or none."""
+    left, right = isinstance(lhs, QTensor), isinstance(rhs, QTensor)
+    if not left and not right:
+        return Plan("dense", _dense_accumulate(lhs, rhs), False, "no operand is quantized")
+    if left and right:
+        return _plan_both(lhs, rhs, dims)
+    qt, (contracted, batch), swapped = (rhs, (dims[0][1], dims[1][1]), False) if right else (
+        lhs, (dims[0][0], dims[1][0]), True
+    )  # fmt: skip
+    problem = why_not_batch(qt, batch) or why_not_rows(qt)
+    if problem:
+        return Plan("dequantize", "float32", swapped, f"the whole weight, because {problem}")
+    geometry = qt.meta.geometry
+    axes = {a - qt.ndim if a >= 0 else a for a in contracted}
+    if axes == set(geometry.contracted):
+        return Plan("weight_only", "float32", swapped, f"{qt.spec.fmt.name} codes are decoded in blocks of rows")
+    if axes == set(geometry.kept):
+        return Plan(
+            "weight_only_transposed",
+            "float32",
+            swapped,
+            f"kept axes {sorted(axes)} are contracted: blocks of decoded rows are summed up",
+        )
+    return Plan(
+        "dequantize",
+        "float32",
+        swapped,
+        f"the whole weight, because axes {sorted(axes)} are contracted and its blocks run along "
+        f"{list(geometry.contracted)}",
+    )
+
+
+def _plan_both(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> Plan:
+    problem = _why_not_codes(lhs, rhs, dims)
+    if problem:
+        rest = make_plan(_floats_like(lhs), rhs, dims)
+        return dataclasses.replace(rest, reason=f"the left operand is dequantized, because {problem}; {rest.reason}")
+    if is_native_float(rhs.spec.fmt):
+        return Plan("codes", "float32", False, f"{lhs.spec.fmt.name} x {rhs.spec.fmt.name} products of codes")
+    chunk = largest_exact_length(rows_meta(lhs), lhs.zero_point is None, rows_meta(rhs), rhs.zero_point is None)
+    parts = -(-rhs.meta.geometry.contracted_size // chunk)
+    more = f", in {parts} parts of at most {chunk} along k, which int32 holds" if parts > 1 else ""
+    zero = " with zero points" if lhs.zero_point is not None or rhs.zero_point is not None else ""
+    return Plan("codes", "int32", False, f"{lhs.spec.fmt.name} x {rhs.spec.fmt.name} products of codes{zero}{more}")
+
+
+def _why_not_codes(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> str | None:
+    for qt, contracted, batch in ((lhs, dims[0][0], dims[1][0]), (rhs, dims[0][1], dims[1][1])):
+        problem = why_not_batch(qt, batch) or why_not_rows(qt)
+        if problem:
+            return problem
+        order = [a - qt.ndim if a >= 0 else a for a in contracted]
+        if set(order) != set(qt.meta.geometry.contracted):
+            return f"axes {sorted(order)} of {qt!r} are contracted, not those its scales are shared along"
+        if qt.offset is not None:
+            return f"{qt!r} has a real offset"
+    ints = [qt.spec.fmt.kind == "integer" for qt in (lhs, rhs)]
+    floats = [is_native_float(qt.spec.fmt) for qt in (lhs, rhs)]
+    if not (all(ints) or all(floats)):
+        return f"codes of {lhs.spec.fmt.name} and {rhs.spec.fmt.name} do not multiply natively"
+    where = [
+        {a - qt.ndim if a >= 0 else a: i for i, a in enumerate(axes)}
+        for qt, axes in zip((lhs, rhs), dims[0], strict=True)
+    ]
+    if [where[0][a] for a in lhs.meta.geometry.contracted] != [where[1][a] for a in rhs.meta.geometry.contracted]:
+        return "their contracted axes are flattened in different orders"
+    groups = [qt.meta.geometry.num_blocks[-1] if not qt.meta.geometry.flat else 0 for qt in (lhs, rhs)]
+    sizes = [qt.meta.geometry.block_shape[-1] for qt in (lhs, rhs)]
+    if 0 in groups or (1 not in groups and (groups[0] != groups[1] or sizes[0] != sizes[1])):
+        return f"their groups along k differ ({sizes[0]} and {sizes[1]})"
+    return None
+
+
+def why_not_batch(qt: QTensor, batch: Sequence[int]) -> str | None:
+    """None if the dot's batch axes are the QTensor's own, else the reason."""
+    axes = [a + qt.ndim if a < 0 else a for a in batch]
+    if axes != list(range(len(qt.batch_shape))):
+        return f"the product's batch axes {axes} are not its own leading {len(qt.batch_shape)}"
+    return None
+
+
+def rows_meta(qt: QTensor):
+    """`RowMeta` of a QTensor, batch axes or not; nothing is computed."""
+    one = jax.eval_shape(lambda q: q, qt)
+    for _ in qt.batch_shape:
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one)
+    found = []
+    jax.eval_shape(lambda q: found.append(rows_of(q)[1]), one)
+    return found[0]
+
+
+def _floats_like(qt: QTensor) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(qt.shape, qt.dtype)
+
+
+def _dense_accumulate(lhs: Any, rhs: Any) -> str:
+    dtype = jnp.result_type(lhs, rhs)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return "int32"
+    return "float32" if jnp.finfo(dtype).bits <= 32 else dtype.name

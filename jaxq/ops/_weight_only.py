@@ -1,0 +1,154 @@
+"""Float activations times a quantized weight, decoding a few rows at a time.
+
+A dequantized weight is 4 to 16 times its quantized size, and on CPU the page faults of that one temporary cost more
+than the product. So rows are decoded in blocks that stay in cache, and multiplied at once:
+
+    for each block of rows:  y[:, rows] = (decode(codes[rows]) @ x.T).T          # [r, k] @ [k, m]
+
+Halves of a byte are never interleaved: each half meets its half of x. The block is the left operand, which the CPU's
+matrix library prefers. The backward pass runs the same loop: dx sums over blocks, and scales get exact gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import dtypes, lax
+
+from jaxq.ops._rows import RowMeta, Rows, block_rows, decode_field, for_blocks, join_fields, num_fields, split_fields
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
+    """`x @ decode(rows).T` accumulated in float32.
+
+    Args:
+      x: `[m, k]` float32, bfloat16 or float16; weights are rounded to its dtype, as on a matrix unit.
+      rows: `[n, k]`.
+      meta: static facts of the rows.
+
+    Returns:
+      float32 `[m, n]`.
+    """
+    m, n = x.shape[0], rows.data.shape[0]
+    if 0 in (m, n, meta.k):
+        return jnp.zeros((m, n), jnp.float32)
+    groups = rows.scale.shape[-1]
+    # A scale that is one along k leaves the sum and joins the result.
+    post = groups == 1 and rows.offset is None
+    # One lone row of a narrow type is no matrix product for XLA:CPU, which then widens the whole weight.
+    wide = jnp.pad(x, ((0, 1), (0, 0))) if m == 1 and x.dtype != jnp.float32 else x
+    parts = [part.T for part in split_fields(wide, meta, groups)]  # [k / fields, m]
+
+    def block(taken: Rows) -> jax.Array:
+        weights = [decode_field(taken, meta, i, scaled=not post).astype(wide.dtype) for i in range(len(parts))]
+        products = [
+            _dot(w, part, (1, 0)) for w, part in zip(weights, parts, strict=True)
+        ]  # [r, k/fields] @ [k/fields, m]
+        total = functools.reduce(jnp.add, products)
+        return total * taken.scale if post else total  # [r, m]
+
+    def write(y: jax.Array, start: jax.Array, taken: Rows) -> jax.Array:
+        return lax.dynamic_update_slice(y, block(taken).T[:m], (0, start))
+
+    return for_blocks(rows, meta, write, jnp.zeros((m, n), jnp.float32))
+
+
+def _forward(x, rows, meta):
+    return weight_only_matmul(x, rows, meta), (x, rows)
+
+
+def _backward(meta: RowMeta, saved: tuple[jax.Array, Rows], dy: jax.Array):
+    x, rows = saved
+    # Two loops, so that the one whose result nobody wants disappears.
+    dx = transposed_matmul(dy.astype(x.dtype), rows, meta).astype(x.dtype)
+    return dx, _rows_gradient(x, rows, meta, dy)
+
+
+weight_only_matmul.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def transposed_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
+    """`x @ decode(rows)`, accumulated in float32: the weight used the other way round.
+
+    Args:
+      x: `[m, n]`.
+      rows: `[n, k]`.
+      meta: static facts of the rows.
+
+    Returns:
+      float32 `[m, k]`.
+    """
+    m, n, groups = x.shape[0], rows.data.shape[0], rows.scale.shape[-1]
+    fields = num_fields(meta, groups)
+    if 0 in (m, n, meta.k):
+        return jnp.zeros((m, meta.k), jnp.float32)
+    count = block_rows(meta, n)
+    # The last block starts early so that all have one size; rows met before count as zero the second time.
+    index = jnp.arange(count)
+
+    def add(totals: list[jax.Array], start: jax.Array, taken: Rows, fresh: jax.Array) -> list[jax.Array]:
+        part = lax.dynamic_slice_in_dim(x, start, count, axis=1)
+        part = jnp.where(index[None, :] >= fresh, part, jnp.zeros((), x.dtype))
+        part = jnp.pad(part, ((0, 1), (0, 0))) if m == 1 and x.dtype != jnp.float32 else part
+        weights = [decode_field(taken, meta, i).astype(part.dtype) for i in range(fields)]
+        return [t + _dot(part, w, (1, 0))[:m] for t, w in zip(totals, weights, strict=True)]
+
+    zeros = [jnp.zeros((m, meta.padded_k // fields), jnp.float32)] * fields
+    return join_fields(for_blocks(rows, meta, add, zeros, tell_fresh=True), meta)
+
+
+def _transposed_forward(x, rows, meta):
+    return transposed_matmul(x, rows, meta), (x, rows)
+
+
+def _transposed_backward(meta: RowMeta, saved: tuple[jax.Array, Rows], dy: jax.Array):
+    x, rows = saved
+    dx = weight_only_matmul(dy.astype(x.dtype), rows, meta).astype(x.dtype)
+    return dx, _rows_gradient(dy.astype(x.dtype), rows, meta, x.astype(jnp.float32))
+
+
+transposed_matmul.defvjp(_transposed_forward, _transposed_backward)
+
+
+def _rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Rows:
+    """Cotangents of scale and offset for `y = x @ decode(rows).T`; none for codes and zero points (float0)."""
+    groups, n = rows.scale.shape[-1], rows.data.shape[0]
+    floats = {"scale": rows.scale} | ({} if rows.offset is None else {"offset": rows.offset})
+    parts = split_fields(x.astype(jnp.float32), meta, groups)
+    count = block_rows(meta, n)
+    shared = rows.scale.shape[0] == 1 != n
+
+    def add(totals: dict, start: jax.Array, taken: Rows, fresh: jax.Array) -> dict:
+        dy_part = lax.dynamic_slice_in_dim(dy, start, count, axis=1)  # [m, r]
+        dy_part = jnp.where(jnp.arange(count)[None, :] >= fresh, dy_part, 0.0)
+
+        def decode(leaves: dict) -> list[jax.Array]:
+            return [decode_field(taken._replace(**leaves), meta, i) for i in range(len(parts))]
+
+        _, pull = jax.vjp(decode, {name: getattr(taken, name) for name in floats})
+        (found,) = pull([_dot(dy_part, part, (0, 0)) for part in parts])  # from dW: [r, k / fields]
+        if shared:
+            return jax.tree.map(jnp.add, totals, found)
+
+        def put(total: jax.Array, new: jax.Array) -> jax.Array:
+            old = lax.dynamic_slice_in_dim(total, start, count, axis=0)
+            return lax.dynamic_update_slice_in_dim(total, old + new, start, axis=0)
+
+        return jax.tree.map(put, totals, found)
+
+    zeros = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in floats.items()}
+    if 0 not in (x.shape[0], n, meta.k):
+        zeros = for_blocks(rows, meta, add, zeros, tell_fresh=True)
+    none = None if rows.zero_point is None else np.zeros(rows.zero_point.shape, dtypes.float0)
+    data = np.zeros(rows.data.shape, dtypes.float0)
+    return Rows(data, zeros["scale"], none, zeros.get("offset"))  # pyright: ignore[reportArgumentType]
+
+
+def _dot(a: jax.Array, b: jax.Array, contracting: tuple[int, int]) -> jax.Array:
+    dims = (((contracting[0],), (contracting[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
