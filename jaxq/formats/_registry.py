@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxq.formats._codebook import CodebookFormat, dynamic_map, normal_float, powers_of_two
@@ -112,9 +112,11 @@ def from_dict(data: str | dict[str, Any]) -> Format:
     """
     if isinstance(data, str):
         return get(data)
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    kinds = {kind.__name__: kind for kind in (CodebookFormat, ExponentFormat, FloatFormat, IntegerFormat)}
-    kind = kinds.get(fields.pop("type", None))
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    kinds: dict[str, Callable[..., Format]] = {
+        kind.__name__: kind for kind in (CodebookFormat, ExponentFormat, FloatFormat, IntegerFormat)
+    }
+    kind = kinds.get(fields.pop("type", ""))
     if kind is None:
         raise ValueError(f"formats.from_dict: unknown kind of format {data.get('type')!r}; known are {sorted(kinds)}.")
     return kind(**fields)

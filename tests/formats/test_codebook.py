@@ -1,0 +1,142 @@
+"""Tables: the published numbers, their constructions, ties, tables in no order."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxq.formats import CodebookFormat, dynamic_map, get, normal_float, powers_of_two
+from tests.formats import oracle
+
+# bitsandbytes' "fp4" in the order of its codes: not the E2M1 of the microscaling formats, and with both zeros.
+FP4 = tuple(np.float32(v) / np.float32(12) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+FP4 = (*FP4, *(-v for v in FP4))
+
+
+def quantile(p: float) -> float:
+    """The standard normal's, by bisection of the error function."""
+    low, high = -10.0, 10.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if 0.5 * math.erfc(-middle / math.sqrt(2)) < p else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_normal_float_is_even_in_probability(bits):
+    # Evenly spaced probabilities from `offset` to 1/2 on either side, one fewer on the negative one.
+    half = 2 ** (bits - 1)
+    offset = (2 - 1 / (4 * half - 2) - 1 / (4 * half)) / 2
+    up = [quantile(offset + (0.5 - offset) * i / half) for i in range(half)]
+    down = [quantile(offset + (0.5 - offset) * i / (half - 1)) for i in range(half - 1)]
+    expected = np.array([*(-q for q in down), 0.0, *up[::-1]]) / up[0]
+    table = np.asarray(normal_float(bits))
+    np.testing.assert_allclose(table, expected, rtol=2**-23, atol=1e-12)
+    assert table.tolist() == sorted(table.tolist())
+
+
+def test_nf4_is_the_published_table():
+    # Appendix E of "QLoRA" (2023), to the digits that decide a float32.
+    published = [
+        *[-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635],
+        *[-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725],
+        *[0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    ]
+    np.testing.assert_array_equal(get("nf4").table, np.float32(published))
+    np.testing.assert_allclose(normal_float(4), published, atol=2**-23)
+
+
+def test_tables_are_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    for signed, name in ((True, "dynamic8"), (False, "udynamic8")):
+        expected = functional.create_dynamic_map(signed=signed).numpy()
+        np.testing.assert_array_equal(np.asarray(dynamic_map(signed), np.float32), expected)
+        np.testing.assert_array_equal(get(name).values(), expected)
+    np.testing.assert_array_equal(get("nf4").table, functional.get_4bit_type("nf4", device="cpu").numpy())
+    # bitsandbytes scales by its largest entry in float32, so an entry may differ in its last bit.
+    np.testing.assert_allclose(FP4, functional.get_4bit_type("fp4", device="cpu").numpy(), rtol=2**-22)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_map_is_the_definition(signed):
+    # Decade i of 7 is cut evenly between 0.1 and 1; its numbers are the middles of the cuts.
+    positive = [
+        10.0 ** (i - 6) * (0.1 + 0.9 * (j + 0.5) / cuts)
+        for i in range(7)
+        for cuts in [2**i if signed else 2 ** (i + 1)]
+        for j in range(cuts)
+    ]
+    expected = sorted([0.0, 1.0, *positive, *([-v for v in positive] if signed else [])])
+    np.testing.assert_allclose(dynamic_map(signed), expected, rtol=2**-21)  # made in float32, as bitsandbytes does
+
+
+def test_powers_of_two_round_in_the_logarithm():
+    fmt = get("log4")
+    assert fmt.values().tolist() == [*(-(2.0**-e) for e in range(7)), 0.0, *(2.0**-e for e in range(6, -1, -1))]
+    x = np.random.default_rng(0).uniform(2**-6, 1, 1 << 12).astype(np.float32)
+    rounded = np.asarray(fmt.decode(fmt.encode(x)))
+    np.testing.assert_array_equal(rounded, 2.0 ** np.rint(np.log2(x.astype(np.float64))))
+    # Half of the smallest power is the boundary of zero, and goes to zero.
+    edge = np.float32(2.0**-7)
+    assert fmt.decode(fmt.encode([edge, np.nextafter(edge, np.float32(1)), -edge / 2])).tolist() == [0, 2.0**-6, 0]
+    table, boundaries = powers_of_two(3)
+    assert (len(table), len(boundaries)) == (7, 6)
+
+
+@pytest.mark.parametrize("name", ["nf2", "nf3", "nf4", "nf8", "af4", "dynamic8", "udynamic8", "fp4"])
+def test_nearest_entry_and_the_lower_of_two(name):
+    fmt = CodebookFormat("fp4", FP4) if name == "fp4" else get(name)
+    numbers = fmt.values()
+    middles = (numbers[:-1] + numbers[1:]) / np.float32(2)  # as float32 has them: bitsandbytes compares with these
+    around = [np.nextafter(middles, np.float32(s)) for s in (-9, 9)]
+    x = np.concatenate([middles, *around, np.random.default_rng(0).uniform(-1.2, 1.2, 4096).astype(np.float32)])
+    expected = numbers[(x[:, None] > middles).sum(1)]
+    np.testing.assert_array_equal(np.asarray(fmt.decode(fmt.encode(x))), expected)
+
+
+def test_a_table_in_no_order_keeps_its_codes():
+    fmt = CodebookFormat("fp4", FP4)
+    assert fmt.decode(jnp.arange(16)).tolist() == [float(v) for v in FP4]
+    assert (fmt.bits, fmt.zero_code, len(fmt.values())) == (4, 0, 15)
+    for mode in oracle.ROUNDINGS:  # every code is its own, but for -0, which is encoded as +0
+        codes = fmt.encode(np.float32(FP4), rounding=mode).tolist()
+        assert codes == [0 if c == 8 else c for c in range(16)], mode
+    assert CodebookFormat("minus_first", (-0.0, 1.0, 0.0)).zero_code == 2
+
+
+def test_stochastic_mean_is_the_number():
+    # n draws: the share of the upper neighbour has a deviation of sqrt(p (1 - p) / n); five of them, fixed seed.
+    draws = 1 << 14
+    for fmt in (get("nf4"), get("log4"), CodebookFormat("fp4", FP4)):
+        x = np.float32([-0.95, -0.3, -0.01, 0.0, 0.02, 0.05, 0.6, 0.875, 1.0])
+        below, above = oracle.neighbours(x, fmt.values())
+        many = np.broadcast_to(x[:, None], (x.size, draws))
+        rounded = np.asarray(fmt.decode(fmt.encode(many, rounding="stochastic", key=jax.random.key(0))))
+        p = (x - below) / np.where(above > below, above - below, 1)
+        share = (rounded == above[:, None].astype(np.float32)).mean(1)
+        between = above > below
+        assert (share[~between] == 1).all()
+        assert (np.abs(share - p)[between] <= 5 * np.sqrt(p * (1 - p) / draws)[between]).all(), fmt
+
+
+@pytest.mark.parametrize(
+    ("table", "boundaries", "message"),
+    [
+        ((1.0,), None, "2 to 256 numbers"),
+        (tuple(range(257)), None, "2 to 256 numbers"),
+        ((1.0, math.nan), None, "entry 1 is not finite"),
+        ((1.0, 1.0 + 1e-12), None, "repeats an entry"),
+        ((0.0, 1.0, 2.0), (0.5,), "boundaries must be 2 numbers"),
+        ((0.0, 1.0, 2.0), (1.5, 0.5), "each between two"),
+    ],
+)
+def test_impossible_tables_are_refused(table, boundaries, message):
+    with pytest.raises(ValueError, match=message):
+        CodebookFormat("mine", table, boundaries)
+
+
+def test_normal_float_width():
+    with pytest.raises(ValueError, match="bits must be 2 to 8, got 9"):
+        normal_float(9)

@@ -1,0 +1,266 @@
+"""ExMy floats against ml_dtypes, and against distances computed in float64 where ml_dtypes has no such format."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxq.formats import ExponentFormat, FloatFormat, get
+from jaxq.formats import _float as float_module
+from tests.formats import oracle
+
+ML_DTYPES = {
+    "float16": np.float16,
+    **{
+        name: getattr(ml_dtypes, name)
+        for name in [
+            *["bfloat16", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e3m4", "float8_e4m3"],
+            *["float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"],
+        ]
+    },
+}
+# (exponent bits, mantissa bits, bias, flavour): what ml_dtypes has, what it lacks, and biases nobody uses.
+PARTS = {
+    "bfloat16": (8, 7, 127, "ieee"),
+    "float16": (5, 10, 15, "ieee"),
+    "float4_e1m2fn": (1, 2, 0, "finite"),
+    "float4_e2m1fn": (2, 1, 1, "finite"),
+    "float4_e3m0fn": (3, 0, 3, "finite"),
+    "float6_e2m3fn": (2, 3, 1, "finite"),
+    "float6_e3m2fn": (3, 2, 3, "finite"),
+    "float8_e3m4": (3, 4, 3, "ieee"),
+    "float8_e4m3": (4, 3, 7, "ieee"),
+    "float8_e4m3b11fnuz": (4, 3, 11, "fnuz"),
+    "float8_e4m3fn": (4, 3, 7, "fn"),
+    "float8_e4m3fnuz": (4, 3, 8, "fnuz"),
+    "float8_e5m2": (5, 2, 15, "ieee"),
+    "float8_e5m2fnuz": (5, 2, 16, "fnuz"),
+    "float3_e1m1fn": (1, 1, 0, "finite"),
+    "float12_e5m6": (5, 6, 15, "ieee"),
+    "float9_e8m0fn_low": (7, 1, 100, "fn"),
+    "float8_e7m0fn_high": (7, 0, 20, "fnuz"),
+    "float13_e8m4": (8, 4, 127, "ieee"),
+    "float16_e1m14fn": (1, 14, -3, "finite"),
+}
+USER = ("float3_e1m1fn", "float12_e5m6", "float9_e8m0fn_low", "float8_e7m0fn_high", "float13_e8m4", "float16_e1m14fn")
+MODES = [(rounding, saturate) for rounding in oracle.ROUNDINGS for saturate in (True, False)]
+
+
+def make(name: str) -> FloatFormat:
+    if name in USER:
+        e, m, bias, flavour = PARTS[name]
+        return FloatFormat(name, e, m, bias, flavour)
+    return get(name)
+
+
+def every_code(fmt) -> np.ndarray:
+    """All codes, over and over up to 2^16 of them: one shape for what eager operations compile."""
+    return np.arange(1 << 16).astype(fmt.code_dtype) & fmt.code_dtype.type((1 << fmt.bits) - 1)
+
+
+@functools.cache
+def hard_inputs(name: str) -> np.ndarray:
+    """Every bfloat16, random float32 patterns, every number of the format, every midpoint, and their neighbours."""
+    numbers = oracle.magnitudes(*PARTS[name])
+    numbers = numbers[numbers < 2.0**128]
+    bfloat16 = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    hard = oracle.hard_numbers(np.concatenate([-numbers[:0:-1], numbers]))
+    # One of two sizes, filled with more random patterns: formats then share what eager operations compile.
+    size = (1 << 19) if len(hard) < (1 << 17) else (1 << 20)
+    return np.concatenate([bfloat16, hard, oracle.random_patterns(size - len(hard) - len(bfloat16), seed=0)])
+
+
+@functools.cache
+def encoded(name: str) -> dict[tuple[str, bool], np.ndarray]:
+    """Codes of `hard_inputs` in every mode, from one compiled program."""
+    fmt = make(name)
+    encode = jax.jit(lambda x: [fmt.encode(x, rounding=rounding, saturate=saturate) for rounding, saturate in MODES])
+    return dict(zip(MODES, map(np.asarray, encode(hard_inputs(name))), strict=True))
+
+
+@pytest.mark.parametrize("name", ML_DTYPES)
+def test_decode_is_ml_dtypes(name):
+    fmt, dtype = get(name), np.dtype(ML_DTYPES[name])
+    codes = every_code(fmt)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        expected = codes.view(dtype).astype(np.float32)
+    for decoded in (fmt.decode(jnp.asarray(codes)), jax.jit(fmt.decode)(codes)):
+        decoded = np.asarray(decoded)
+        np.testing.assert_array_equal(np.isnan(decoded), np.isnan(expected))
+        real = ~np.isnan(expected)
+        np.testing.assert_array_equal(decoded[real].view(np.uint32), expected[real].view(np.uint32))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_decode_is_the_definition(name):
+    fmt, numbers = make(name), oracle.magnitudes(*PARTS[name])[:-1]
+    decoded = np.asarray(fmt.decode(jnp.asarray(every_code(fmt))))
+    positive, negative = decoded[: len(numbers)], decoded[1 << (fmt.bits - 1) :][: len(numbers)]
+    np.testing.assert_array_equal(positive, numbers.astype(np.float32))
+    np.testing.assert_array_equal(negative[1:], -numbers[1:].astype(np.float32))
+    assert np.isnan(negative[0]) if PARTS[name][3] == "fnuz" else (negative[0] == 0 and np.signbit(negative[0]))
+    assert (fmt.max, fmt.min, fmt.smallest_positive) == (numbers[-1], -numbers[-1], numbers[1])
+    assert (fmt.max_exponent, fmt.mantissa_bits) == (np.floor(np.log2(numbers[-1])), PARTS[name][1])
+
+
+@pytest.mark.parametrize("saturate", [True, False])
+@pytest.mark.parametrize("name", ML_DTYPES)
+def test_encode_is_ml_dtypes(name, saturate):
+    fmt, x = get(name), hard_inputs(name)
+    with np.errstate(all="ignore"):
+        clipped = np.clip(x, np.float32(-fmt.max), np.float32(fmt.max)) if saturate else x
+        expected = clipped.astype(ML_DTYPES[name])
+    codes = encoded(name)["nearest_even", saturate]
+    as_value = codes.view(ML_DTYPES[name])
+    nan = np.isnan(expected.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(as_value.astype(np.float32)), nan)  # the payload of a NaN is free
+    np.testing.assert_array_equal(codes[~nan], expected.view(codes.dtype)[~nan])
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_encode_is_the_nearest_by_distance(name):
+    x = hard_inputs(name)
+    expected = oracle.encode_float(x, *PARTS[name], MODES)
+    for mode, codes in encoded(name).items():
+        wrong = np.flatnonzero(codes != expected[mode])
+        first = {float(x[i]): (int(codes[i]), int(expected[mode][i])) for i in wrong[:5]}
+        assert wrong.size == 0, f"{mode}: {wrong.size} wrong, input: (code, expected) {first}"
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_eager_is_jit(name):
+    x = hard_inputs(name)[: 1 << 16]
+    eager = np.asarray(make(name).encode(x))
+    np.testing.assert_array_equal(eager, encoded(name)["nearest_even", True][: 1 << 16])
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_stochastic_gives_a_neighbour(name):
+    fmt, x = make(name), hard_inputs(name)[: 1 << 17]
+    codes = fmt.encode(x, rounding="stochastic", key=jax.random.key(0))
+    inside = np.isfinite(x) & (np.abs(x) <= fmt.max)
+    x, codes = x[inside], np.asarray(codes)[inside]
+    rounded = oracle.magnitudes(*PARTS[name])[codes & ((1 << (fmt.bits - 1)) - 1)] * np.where(np.signbit(x), -1, 1)
+    below, above = oracle.neighbours(x, fmt.values())
+    wrong = (rounded != below) & (rounded != above)  # a number of the format has itself on both sides
+    assert not wrong.any(), f"{x[wrong][:5]} became {rounded[wrong][:5]}"
+    minus = np.signbit(x) & ~((fmt.flavour == "fnuz") & (rounded == 0))
+    np.testing.assert_array_equal(codes >> (fmt.bits - 1), minus)
+
+
+def test_stochastic_bfloat16_is_exactly_unbiased(monkeypatch):
+    # All 65,536 noises: a number whose lower half is L must go up in exactly L of them, subnormals included.
+    noise = jnp.arange(1 << 16, dtype=jnp.uint32)[None] + np.uint32(0xABCD0000)  # upper bits must not matter
+    monkeypatch.setattr(float_module, "_random_bits", lambda key, shape: jnp.broadcast_to(noise, shape))
+    low = np.unique(
+        [0, 1, 2, 0x5555, 0x7FFF, 0x8000, 0x8001, 0xFFFF, *np.random.default_rng(0).integers(0, 1 << 16, 8)]
+    )
+    for high in (0x3F80, 0x0000, 0xC2FF):
+        pattern = (np.uint32(high) << np.uint32(16)) | low.astype(np.uint32)
+        x = np.broadcast_to(pattern.view(np.float32)[:, None], (low.size, 1 << 16))
+        codes = np.asarray(get("bfloat16").encode(x, rounding="stochastic", key=jax.random.key(0)))
+        assert set(np.unique(codes)) <= {high, high + 1}
+        np.testing.assert_array_equal((codes == high + 1).sum(1), low)
+
+
+@pytest.mark.parametrize("name", [*PARTS, "float8_e8m0fnu"])
+def test_stochastic_mean_is_the_number(name):
+    # Numbers inside gaps, n draws each, fixed seed: the share that goes up has a deviation of sqrt(p (1 - p) / n), and
+    # five of them are allowed. The first gaps are those of subnormal numbers, of float32's too.
+    fmt, draws = make(name) if name in PARTS else get(name), 1 << 14
+    numbers = fmt.values().astype(np.float64)
+    numbers = numbers[numbers >= 0]
+    starts = np.unique(np.concatenate([[0, 1, len(numbers) - 2], np.linspace(0, len(numbers) - 2, 5).astype(int)]))
+    below, above = numbers[starts][:, None], numbers[starts + 1][:, None]
+    x = np.resize((below + (above - below) * np.array([0.1, 0.5, 0.8125])).astype(np.float32), 24)
+    low, high = oracle.neighbours(x, numbers)
+    many = np.broadcast_to(x[:, None], (x.size, draws))
+    codes = fmt.encode(many, rounding="stochastic", key=jax.random.key(1))
+    share = (np.asarray(fmt.decode(codes)).astype(np.float64) == high[:, None]).mean(1)
+    with np.errstate(invalid="ignore"):
+        p = np.where(high > low, (x - low) / (high - low), 1.0)
+    bound = 5 * np.sqrt(p * (1 - p) / draws)
+    assert (np.abs(share - p) <= bound).all(), f"{x} went up with {share}, not {p}"
+
+
+@pytest.fixture(scope="module")
+def scales():
+    hard = oracle.hard_numbers(2.0 ** np.arange(-127, 128))
+    return np.concatenate([hard, hard_inputs("bfloat16")])[: 1 << 17]
+
+
+class TestExponent:
+    """float8_e8m0fnu, the scale type of microscaling formats."""
+
+    def test_decode_is_ml_dtypes(self):
+        codes = np.arange(256, dtype=np.uint8)
+        expected = codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+        for decoded in (get("float8_e8m0fnu").decode(jnp.asarray(codes)), jax.jit(get("float8_e8m0fnu").decode)(codes)):
+            np.testing.assert_array_equal(np.asarray(decoded)[:255].view(np.uint32), expected[:255].view(np.uint32))
+            assert np.isnan(decoded[255])
+
+    def test_encode_is_ml_dtypes(self, scales):
+        # ml_dtypes does not saturate; what it makes NaN for being too large is the largest number here.
+        x = scales
+        with np.errstate(invalid="ignore"):
+            expected = x.astype(ml_dtypes.float8_e8m0fnu).view(np.uint8)
+        fmt = get("float8_e8m0fnu")
+        np.testing.assert_array_equal(np.asarray(fmt.encode(x, saturate=False)), expected)
+        too_large = (expected == 255) & (x > 0)
+        np.testing.assert_array_equal(np.asarray(jax.jit(fmt.encode)(x)), np.where(too_large, 254, expected))
+
+    def test_toward_zero_is_the_exponent(self, scales):
+        x = scales
+        code = np.asarray(ExponentFormat("mine").encode(x, rounding="toward_zero"))
+        real = np.isfinite(x) & (x > 0)
+        exponent = np.maximum(np.frexp(x[real].astype(np.float64))[1] - 1, -127)
+        np.testing.assert_array_equal(code[real], exponent + 127)
+        np.testing.assert_array_equal(code[x == np.inf], 254)
+        np.testing.assert_array_equal(code[~(x > 0)], 255)
+
+    def test_stochastic_gives_a_neighbour(self, scales):
+        fmt = get("float8_e8m0fnu")
+        rounded = np.asarray(fmt.decode(fmt.encode(scales, rounding="stochastic", key=jax.random.key(0))))
+        inside = (scales > 0) & (scales <= 2.0**127)
+        rounded, (below, above) = rounded[inside], oracle.neighbours(scales[inside], fmt.values())
+        assert ((rounded == below) | (rounded == above)).all()
+
+
+def test_infinities_and_nan_by_flavour():
+    x = np.resize(np.array([np.inf, -np.inf, np.nan, 1e30, -1e30], np.float32), 1 << 16)
+
+    def cast(name, saturate):
+        return np.asarray(get(name).decode(get(name).encode(x, saturate=saturate)))[:5]
+
+    inf, nan = np.inf, np.nan
+    expected = {  # (saturating, not), as the OCP 8-bit and microscaling specifications have it
+        "float8_e5m2": ([57344, -57344, nan, 57344, -57344], [inf, -inf, nan, inf, -inf]),
+        "float8_e4m3fn": ([448, -448, nan, 448, -448], [nan] * 5),
+        "float8_e4m3fnuz": ([240, -240, nan, 240, -240], [nan] * 5),
+        "float4_e2m1fn": ([6, -6, 0, 6, -6], [6, -6, 0, 6, -6]),
+    }
+    for name, (saturating, plain) in expected.items():
+        np.testing.assert_array_equal(cast(name, True), saturating)
+        np.testing.assert_array_equal(cast(name, False), plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exponent_bits": 0, "num_mantissa_bits": 3}, "exponent_bits must be 1 to 8"),
+        ({"exponent_bits": 9, "num_mantissa_bits": 3}, "exponent_bits must be 1 to 8"),
+        ({"exponent_bits": 8, "num_mantissa_bits": 8}, "at most 16"),
+        ({"exponent_bits": 4, "num_mantissa_bits": -1}, "at most 16"),
+        ({"exponent_bits": 4, "num_mantissa_bits": 0}, "'ieee' keeps the top exponent"),
+        ({"exponent_bits": 1, "num_mantissa_bits": 3}, "'ieee' keeps the top exponent"),
+        ({"exponent_bits": 4, "num_mantissa_bits": 3, "flavour": "ocp"}, "flavour must be one of"),
+        ({"exponent_bits": 8, "num_mantissa_bits": 3, "flavour": "fn"}, "beyond float32"),
+        ({"exponent_bits": 4, "num_mantissa_bits": 3, "bias": 130}, "beyond float32"),
+    ],
+)
+def test_impossible_formats_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FloatFormat("mine", **arguments)

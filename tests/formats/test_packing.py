@@ -1,0 +1,143 @@
+"""Packing: every width, order and unit against numpy on bits, and the bytes of other libraries."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxq.formats import Packing, as_signed, codes_per_pack, default_packing, field, pack, unpack
+
+SUB_BYTE = [Packing.HALVES, Packing.LOW_FIRST, Packing.HIGH_FIRST]
+CASES = [*((bits, order) for bits in (1, 2, 4) for order in SUB_BYTE), *((b, Packing.BITSTREAM) for b in range(1, 9))]
+over_cases = pytest.mark.parametrize(("bits", "order"), CASES, ids=lambda v: getattr(v, "value", v))
+
+
+def random_codes(bits: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(bits).integers(0, 1 << bits, shape).astype(np.uint8)
+
+
+def by_bits(codes: np.ndarray, bits: int, order: Packing, unit: int) -> np.ndarray:
+    """One row of codes as bytes: codes written out as bits, moved, and packed by numpy."""
+    each = np.unpackbits(codes[:, None], axis=1, bitorder="little")[:, :bits]  # [n, bits], lowest first
+    per_byte = 8 // bits
+    if order is Packing.HALVES:  # byte j takes codes j, j + unit/per_byte, ... of its unit
+        each = each.reshape(-1, per_byte, unit // per_byte, bits).swapaxes(1, 2)
+    elif order is Packing.HIGH_FIRST:
+        each = each.reshape(-1, per_byte, bits)[:, ::-1]
+    return np.packbits(each.reshape(-1), bitorder="little")
+
+
+@over_cases
+def test_bytes_are_numpys(bits, order):
+    codes = random_codes(bits, 48)
+    for unit in (48, 16) if order is Packing.HALVES else (None,):
+        expected = by_bits(codes, bits, order, unit or 48)
+        packed = pack(jnp.asarray(codes), bits, order, unit=unit)
+        assert packed.dtype == np.uint8
+        np.testing.assert_array_equal(packed, expected)
+        np.testing.assert_array_equal(unpack(packed, bits, order, unit=unit), codes)
+
+
+@over_cases
+def test_round_trip(bits, order):
+    # One program for all shapes: rows of length zero, one row, several, and rows under vmap.
+    units = (None, 16, 32) if order is Packing.HALVES else (None,)
+    inputs = [random_codes(bits, *shape) for shape in ((0,), (3, 0), (32,), (2, 3, 64))]
+
+    @jax.jit
+    def round_trip(inputs):
+        def there_and_back(codes, unit):
+            packed = pack(codes, bits, order, unit=unit)
+            assert packed.shape == (*codes.shape[:-1], codes.shape[-1] * bits // 8)
+            return unpack(packed, bits, order, unit=unit)
+
+        mapped = jax.vmap(functools.partial(there_and_back, unit=None))(inputs[-1])
+        return [[there_and_back(codes, unit) for codes in inputs] for unit in units], mapped
+
+    results, mapped = round_trip(inputs)
+    for again in results:
+        for codes, result in zip(inputs, again, strict=True):
+            assert (result.dtype, result.shape) == (np.uint8, codes.shape)
+            np.testing.assert_array_equal(result, codes)
+    np.testing.assert_array_equal(mapped, inputs[-1])
+
+
+@over_cases
+def test_signed_codes_keep_their_sign(bits, order):
+    if bits == 1:
+        return  # one bit has no sign
+    codes = (random_codes(bits, 48).astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
+    for dtype in (np.int8, np.int32):
+        packed = pack(jnp.asarray(codes.astype(dtype)), bits, order)
+        np.testing.assert_array_equal(as_signed(unpack(packed, bits, order), bits), codes)
+
+
+def test_one_code_a_byte_is_left_alone():
+    codes = jnp.asarray(random_codes(8, 5))
+    assert pack(codes, 8, Packing.NONE) is codes
+    assert unpack(codes, 8, Packing.NONE) is codes
+
+
+def test_compressed_tensors_words():
+    # Rows [-8..-1] and [0..7], stored from 8 upward, as little-endian int32 words: its "pack-quantized" layout.
+    rows = np.arange(-8, 8, dtype=np.int8).reshape(2, 8)
+    packed = np.asarray(pack(jnp.asarray(rows + np.int8(8)), 4, Packing.LOW_FIRST))
+    assert packed.view("<u4").tolist() == [[0x76543210], [0xFEDCBA98]]
+
+
+def test_bitsandbytes_bytes():
+    # The first of two codes is in the upper half of the byte.
+    assert pack(jnp.asarray([1, 2, 15, 0], jnp.uint8), 4, Packing.HIGH_FIRST).tolist() == [0x12, 0xF0]
+
+
+def test_gguf_q4_0_blocks():
+    # Byte j of a block of 32 has element j below and element j + 16 above.
+    codes = random_codes(4, 64)
+    packed = np.asarray(pack(jnp.asarray(codes), 4, Packing.HALVES, unit=32)).reshape(2, 16)
+    blocks = codes.reshape(2, 32)
+    np.testing.assert_array_equal(packed & 15, blocks[:, :16])
+    np.testing.assert_array_equal(packed >> 4, blocks[:, 16:])
+
+
+def test_gptq_three_bit_words():
+    # 32 codes in three little-endian 32-bit words, without gaps: the 11th code straddles the first two.
+    codes = random_codes(3, 32)
+    stream = sum(int(code) << (3 * i) for i, code in enumerate(codes))
+    packed = np.asarray(pack(jnp.asarray(codes), 3, Packing.BITSTREAM))
+    assert packed.view("<u4").tolist() == [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(3)]
+
+
+def test_field_and_default():
+    assert [field(jnp.asarray([0b11100100], jnp.uint8), i, 2).item() for i in range(4)] == [0, 1, 2, 3]
+    assert {bits: default_packing(bits).value for bits in range(1, 9)} == {
+        **dict.fromkeys((1, 2, 4), "halves"),
+        **dict.fromkeys((3, 5, 6, 7), "bitstream"),
+        8: "none",
+    }
+    assert default_packing(16) is Packing.NONE
+    assert [codes_per_pack(bits, Packing.BITSTREAM) for bits in range(1, 9)] == [8, 4, 8, 2, 8, 4, 8, 1]
+
+
+def test_what_does_not_fit_is_refused():
+    codes = jnp.zeros((2, 30), jnp.uint8)
+    with pytest.raises(ValueError, match="takes codes of 1, 2 or 4 bits, not 3"):
+        pack(codes, 3, Packing.LOW_FIRST)
+    with pytest.raises(ValueError, match="30 codes do not fill whole bytes: halves takes 4"):
+        pack(codes, 2, Packing.HALVES)
+    with pytest.raises(ValueError, match="30 codes do not fill whole bytes: bitstream takes 8"):
+        pack(codes, 3, Packing.BITSTREAM)
+    with pytest.raises(ValueError, match="unit 20 must divide the row of 30"):
+        pack(codes, 4, Packing.HALVES, unit=20)
+    with pytest.raises(ValueError, match="unit 15 must divide .* multiple of 2"):
+        pack(codes, 4, Packing.HALVES, unit=15)
+    with pytest.raises(ValueError, match="unit 0 must"):
+        pack(codes, 4, Packing.HALVES, unit=0)
+    with pytest.raises(ValueError, match="unpack: unit 22"):
+        unpack(codes, 4, Packing.HALVES, unit=22)
+    with pytest.raises(ValueError, match="unpack: 31 bytes .* 3 at a time"):
+        unpack(jnp.zeros((2, 31), jnp.uint8), 3, Packing.BITSTREAM)
+    for bits in (0, 9, 16):
+        with pytest.raises(ValueError, match="1 to 8 bits"):
+            pack(codes, bits, Packing.BITSTREAM)

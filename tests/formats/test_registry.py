@@ -1,0 +1,111 @@
+"""Formats by name."""
+
+import json
+
+import pytest
+
+from jaxq.formats import (
+    CodebookFormat,
+    ExponentFormat,
+    FloatFormat,
+    IntegerFormat,
+    from_dict,
+    get,
+    names,
+    register,
+    to_dict,
+)
+from jaxq.formats import _registry as registry_module
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry that forgets what a test adds."""
+    monkeypatch.setattr(registry_module, "_registry", dict(registry_module._registry))
+
+
+def test_every_name_finds_its_format():
+    assert names() == sorted(set(names()))
+    for name in names():
+        assert get(name).name == name
+        assert get(name) is get(name)
+        assert get(get(name)) is get(name)
+
+
+def test_spelling_is_forgiven():
+    assert get("int4-narrow") is get("int4_narrow") is get(" INT4_narrow ")
+    assert get("float8-E4M3fn") is get("float8_e4m3fn")
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("nf44", "'nf4'"), ("float8_e4m3f", "'float8_e4m3fn'"), ("bfloat61", "'bfloat16'"), ("int44", "'int4'")],
+)
+def test_an_unknown_name_suggests_close_ones(name, suggestion):
+    with pytest.raises(ValueError, match=f"unknown format '{name}'. Did you mean .*{suggestion}.*names"):
+        get(name)
+
+
+def test_a_name_like_no_other_says_where_to_look():
+    with pytest.raises(ValueError, match=r"unknown format 'zzzz'. jaxq.formats.names\(\) lists them all"):
+        get("zzzz")
+    with pytest.raises(TypeError, match="takes a name or a Format, got int"):
+        get(8)
+
+
+def test_register(registry):
+    mine = CodebookFormat("Mine-1", (-1.0, 2.0))
+    assert register(mine) is mine
+    assert "mine_1" in names()
+    assert get("mine-1") is mine
+    register(CodebookFormat("Mine-1", (-1.0, 2.0)))  # the same again is no conflict
+    with pytest.raises(ValueError, match="'mine_1' is taken by CodebookFormat"):
+        register(CodebookFormat("mine_1", (-1.0, 3.0)))
+    with pytest.raises(ValueError, match="'int4' is taken"):
+        register(IntegerFormat("int4", 4, narrow=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("float5_e2m2fn", (2, 2, 1, "finite")),
+        ("float7_e3m3fnuz", (3, 3, 4, "fnuz")),
+        ("float10_e5m4", (5, 4, 15, "ieee")),
+        ("float9_e4m4fn", (4, 4, 7, "fn")),
+        ("float16_e6m9", (6, 9, 31, "ieee")),
+    ],
+)
+def test_any_exmy_name_is_a_format(name, expected):
+    fmt = get(name)
+    assert fmt == FloatFormat(name, *expected)
+    assert fmt.bits == int(name[5:].split("_")[0])
+
+
+def test_parsed_names_agree_with_registered_ones():
+    parsed = {name: registry_module._parse_float(name) for name in names()}
+    found = [name for name, fmt in parsed.items() if fmt is not None]
+    assert len(found) >= 11
+    assert all(parsed[name] == get(name) for name in found)
+
+
+def test_impossible_exmy_names_are_refused():
+    with pytest.raises(ValueError, match="e4m3 with its sign has 8 bits, not 9"):
+        get("float9_e4m3")
+    with pytest.raises(ValueError, match="at most 16"):
+        get("float17_e8m8")
+    with pytest.raises(ValueError, match="unknown format 'float8_e4m3fm'"):
+        get("float8_e4m3fm")
+
+
+def test_json_round_trip():
+    users = [
+        CodebookFormat("mine", (0.0, 0.1, 3.0), (0.01, 1.0)),
+        ExponentFormat("scale"),
+        FloatFormat("odd", 4, 3, 11, "fnuz"),
+        IntegerFormat("int4", 4, narrow=True),  # a registered name for something else
+    ]
+    for fmt in [*map(get, names()), get("float5_e2m2fn"), *users]:
+        assert from_dict(json.loads(json.dumps(to_dict(fmt)))) == fmt
+    assert to_dict(get("nf4")) == "nf4"
+    with pytest.raises(ValueError, match="unknown kind of format 'Nonsense'"):
+        from_dict({"type": "Nonsense"})
