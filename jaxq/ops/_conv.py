@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.qtensor import QTensor, dequantize, scale_values
+from jaxq.qtensor import QTensor, dequantize, quantize, scale_values
 
 
 def conv_general_dilated(
@@ -57,6 +59,8 @@ def conv_general_dilated(
         "precision": precision,
     }
     x = lhs if isinstance(lhs, QTensor) else jnp.asarray(lhs)
+    if rhs.meta.activation is not None and not isinstance(x, QTensor):
+        return _dynamic(x, rhs, _freeze(options), preferred_element_type)
     out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, rhs.dtype))
     numbers = lax.conv_dimension_numbers(x.shape, rhs.shape, dimension_numbers)
     channel, batch, feature = numbers.rhs_spec[0], numbers.lhs_spec[0], numbers.out_spec[1]
@@ -74,6 +78,46 @@ def conv_general_dilated(
         raise TypeError(f"conv_general_dilated: lhs must be float or a QTensor, got {floats.dtype.name}.")
     kernel = dequantize(rhs, dtype=floats.dtype)
     return lax.conv_general_dilated(floats, kernel, **options, preferred_element_type=jnp.float32).astype(out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dynamic(x: jax.Array, kernel: QTensor, options: tuple, dtype: Any) -> jax.Array:
+    """The convolution with each example of x quantized by its own scale. Backward, x passes straight through."""
+    assert kernel.meta.activation is not None
+    numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dict(options)["dimension_numbers"])
+    others = tuple(a for a in range(x.ndim) if a != numbers.lhs_spec[0])
+    qx = quantize(x, kernel.meta.activation, contracting=others, on_nonfinite="propagate", name="activation")
+    return conv_general_dilated(qx, kernel.with_activation(None), **dict(options), preferred_element_type=dtype)
+
+
+def _dynamic_forward(x, kernel, options, dtype):
+    return _dynamic(x, kernel, options, dtype), (x, kernel)
+
+
+def _dynamic_backward(options, dtype, saved, dy):
+    def floats(x: jax.Array, kernel: QTensor) -> jax.Array:
+        return conv_general_dilated(x, kernel, **dict(options), preferred_element_type=dtype)
+
+    x, kernel = saved
+    _, pull = jax.vjp(floats, x, kernel.with_activation(None))
+    dx, dkernel = pull(dy)
+    return dx, dataclasses.replace(dkernel, meta=kernel.meta)
+
+
+_dynamic.defvjp(_dynamic_forward, _dynamic_backward)
+
+
+def _freeze(options: dict[str, Any]) -> tuple:
+    """Options as a hashable tuple of pairs."""
+
+    def freeze(value: Any) -> Any:
+        return (
+            tuple(freeze(v) for v in value)
+            if isinstance(value, list | tuple) and type(value) in (list, tuple)
+            else value
+        )
+
+    return tuple((name, freeze(value)) for name, value in options.items())
 
 
 def why_not_codes(x: QTensor, kernel: QTensor, batch: int, channel: int) -> str | None:

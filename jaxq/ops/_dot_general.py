@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +17,7 @@ from jaxq.ops._integer import codes_matmul
 from jaxq.ops._plan import DimensionNumbers, Plan, make_plan
 from jaxq.ops._rows import rows_of
 from jaxq.ops._weight_only import transposed_matmul, weight_only_matmul
-from jaxq.qtensor import QTensor, dequantize
+from jaxq.qtensor import QTensor, dequantize, quantize
 
 Operand = jax.typing.ArrayLike | QTensor
 
@@ -58,6 +60,12 @@ def dot_general(
     dims = _as_tuples(dimension_numbers)
     _check_sizes(lhs, rhs, dims)
     plan = make_plan(lhs, rhs, dims)
+    if isinstance(rhs, QTensor) and rhs.meta.activation is not None and not isinstance(lhs, QTensor):
+        y = _dynamic(lhs, rhs, dims, False)
+        return y.astype(preferred_element_type or _promoted(lhs, rhs))
+    if isinstance(lhs, QTensor) and lhs.meta.activation is not None and not isinstance(rhs, QTensor):
+        y = _dynamic(rhs, lhs, dims, True)
+        return y.astype(preferred_element_type or _promoted(lhs, rhs))
     out_dtype = jnp.dtype(preferred_element_type or _promoted(lhs, rhs))
     if not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor):
         wide = jnp.dtype(plan.accumulate)
@@ -161,6 +169,42 @@ def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Pl
     y = _over_batch(one, len(w_batch))(x_rows, qt)
     y = y.reshape(*x_rows.shape[: len(x_batch)], *free, *(geometry.shape[a] for a in out))
     return _sort_last(y, out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dynamic(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -> jax.Array:
+    """The product with x quantized as `qt.meta.activation` says; float32. Backward, x passes straight through."""
+    assert qt.meta.activation is not None
+    side = 1 if swapped else 0
+    qx = quantize(
+        x,
+        qt.meta.activation,
+        contracting=dims[0][side],
+        batch=dims[1][side],
+        on_nonfinite="propagate",
+        name="activation",
+    )
+    weight = qt.with_activation(None)
+    lhs, rhs = (weight, qx) if swapped else (qx, weight)
+    return dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+
+
+def _dynamic_forward(x, qt, dims, swapped):
+    return _dynamic(x, qt, dims, swapped), (x, qt)
+
+
+def _dynamic_backward(dims, swapped, saved, dy):
+    def floats(x: jax.Array, qt: QTensor) -> jax.Array:
+        lhs, rhs = (qt, x) if swapped else (x, qt)
+        return dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+
+    x, qt = saved
+    _, pull = jax.vjp(floats, x, qt.with_activation(None))
+    dx, dqt = pull(dy)
+    return dx, dataclasses.replace(dqt, meta=qt.meta)
+
+
+_dynamic.defvjp(_dynamic_forward, _dynamic_backward)
 
 
 def _codes(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> jax.Array:

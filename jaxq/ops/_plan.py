@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxq.ops._integer import is_native_float, largest_exact_length
 from jaxq.ops._rows import rows_of, why_not_rows
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QTensor, quantize
 
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 Path = Literal["dense", "codes", "weight_only", "weight_only_transposed", "dequantize"]
@@ -50,6 +50,8 @@ def make_plan(lhs: Any, rhs: Any, dims: DimensionNumbers) -> Plan:
     qt, (contracted, batch), swapped = (rhs, (dims[0][1], dims[1][1]), False) if right else (
         lhs, (dims[0][0], dims[1][0]), True
     )  # fmt: skip
+    if qt.meta.activation is not None:
+        return _plan_dynamic(rhs if swapped else lhs, qt, dims, swapped)
     problem = why_not_batch(qt, batch) or why_not_rows(qt)
     if problem:
         return Plan("dequantize", "float32", swapped, f"the whole weight, because {problem}")
@@ -71,6 +73,16 @@ def make_plan(lhs: Any, rhs: Any, dims: DimensionNumbers) -> Plan:
         f"the whole weight, because axes {sorted(axes)} are contracted and its blocks run along "
         f"{list(geometry.contracted)}",
     )
+
+
+def _plan_dynamic(x: Any, qt: QTensor, dims: DimensionNumbers, swapped: bool) -> Plan:
+    spec, side = qt.meta.activation, 1 if swapped else 0
+    assert spec is not None
+    shaped = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=dims[0][side], batch=dims[1][side]), shaped)
+    weight = qt.with_activation(None)
+    rest = make_plan(*((weight, qx) if swapped else (qx, weight)), dims)
+    return dataclasses.replace(rest, reason=f"activations are quantized to {spec.fmt.name} on the fly; {rest.reason}")
 
 
 def _plan_both(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> Plan:

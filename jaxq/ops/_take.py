@@ -15,7 +15,7 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
 
     Args:
       table: QTensor `[n, d]` whose scales are shared along -1 (`contracting=(-1,)`), without batch axes.
-      indices: integers of any shape; out of range ones are clamped, as under jit.
+      indices: integers of any shape; out of range ones give NaN, as `jnp.take` does.
 
     Returns:
       `table.dtype`, `[*indices.shape, d]`.
@@ -39,21 +39,25 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"take: indices must be integers, got {indices.dtype.name}{list(indices.shape)}.")
 
+    row = jnp.where(indices < 0, indices + geometry.shape[0], indices)
+
     def rows(leaf: jax.Array | None) -> jax.Array | None:
         if leaf is None:
             return None
         if leaf.shape[0] == 1:
             return jnp.broadcast_to(leaf[0], (*indices.shape, *leaf.shape[1:]))
-        return jnp.take(leaf, indices, axis=0, mode="clip")
+        return jnp.take(leaf, row, axis=0, mode="clip")
 
     # The rows asked for become batch axes of a one-row geometry.
     one_row = Geometry(geometry.shape[-1:], (-1,), 1, geometry.block_shape[-1:], geometry.multiple)
     spec = table.spec.replace(scale="float32", packing=table.spec.order)
     found = QTensor(
-        jnp.take(table.data, indices, axis=0, mode="clip"),
+        jnp.take(table.data, row, axis=0, mode="clip"),
         rows(scale_values(table)),  # pyright: ignore[reportArgumentType]
         rows(table.zero_point),
         rows(table.offset),
         dataclasses.replace(table.meta, geometry=one_row, spec=spec),
     )
-    return dequantize(found)
+    n = geometry.shape[0]
+    inside = (indices >= -n) & (indices < n)
+    return jnp.where(inside[..., None], dequantize(found), jnp.nan)

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxq import formats
 from jaxq.qtensor._geometry import Geometry
+from jaxq.qtensor._presets import as_spec
 from jaxq.qtensor._spec import QuantSpec
 
 # Axes of one shape beside those of another that hold the same numbers.
@@ -28,12 +29,14 @@ class Meta:
       geometry: shape, axis roles and blocks.
       packing: order of the codes in `data`; `relayout` changes it.
       dtype: what `dequantize` returns by default.
+      activation: how a float array that meets this one in a product is quantized first; None leaves it in floats.
     """
 
     spec: QuantSpec
     geometry: Geometry
     packing: formats.Packing
     dtype: str
+    activation: QuantSpec | None = None
 
     @property
     def pack_unit(self) -> int | None:
@@ -139,6 +142,15 @@ class QTensor:
             raise TypeError(f"QTensor.astype: only float dtypes, got {dtype}. For the codes use qt.codes().")
         return self._with(dtype=dtype.name)
 
+    def with_activation(self, spec: str | QuantSpec | None) -> QTensor:
+        """The same codes; float arrays they meet in a product are quantized by `spec` on the fly (w8a8 and its like).
+
+        Args:
+          spec: preset name or `QuantSpec` for the other operand, scales shared along the contracted axes; None goes
+            back to float activations. The gradient passes straight through the rounding of activations.
+        """
+        return self._with(activation=None if spec is None else as_spec(spec, "with_activation"))
+
     @property
     def T(self) -> QTensor:
         """The transpose of a QTensor without batch axes: no data moves, only the names of axes."""
@@ -229,7 +241,7 @@ class QTensor:
     __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
     __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _refuse
-    __float__ = __int__ = __index__ = __complex__ = __bool__ = _refuse
+    __float__ = __int__ = __complex__ = __bool__ = _refuse
 
     # Showing.
 
@@ -249,6 +261,8 @@ class QTensor:
             parts.append("asymmetric")
         if spec.offset:
             parts.append(f"offset={spec.offset}")
+        if self.meta.activation is not None:
+            parts.append(f"activation={self.meta.activation.fmt.name}")
         return f"QTensor({', '.join(parts)}, {bits}, {self.meta.dtype})"
 
     def _blocks(self) -> str:
