@@ -225,7 +225,12 @@ def test_jit_is_eager(fmt):
     np.testing.assert_array_equal(np.asarray(numbers).view(np.uint32), results(fmt)[1]["nearest_even"].view(np.uint32))
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "float4_e2m1fn", "float8_e8m0fnu", "int4", "nf4", "dynamic8"])
+one_of_each_kind = pytest.mark.parametrize(
+    "name", ["bfloat16", "float4_e2m1fn", "float8_e8m0fnu", "int4", "nf4", "nf8"]
+)
+
+
+@one_of_each_kind
 def test_jit_is_eager_in_every_mode(name):
     x, fmt = inputs(get(name)), get(name)
     codes, numbers = jax.tree.map(np.asarray, jax.jit(functools.partial(run, fmt))(x))
@@ -234,18 +239,29 @@ def test_jit_is_eager_in_every_mode(name):
         np.testing.assert_array_equal(numbers[mode].view(np.uint32), results(fmt)[1][mode].view(np.uint32))
 
 
-@over_formats
-def test_shapes_and_dtypes(fmt):
+@one_of_each_kind
+def test_vmap_scalars_and_lower_precision(name):
+    fmt = get(name)
     x = inputs(fmt).reshape(4, -1)
-    codes = jax.vmap(fmt.encode)(x)
-    np.testing.assert_array_equal(codes.reshape(-1), results(fmt)[0]["nearest_even"])
-    np.testing.assert_array_equal(jax.vmap(fmt.decode)(codes).reshape(-1), results(fmt)[1]["nearest_even"])
-    assert fmt.encode(x[0, 5]).shape == ()
-    assert fmt.encode(x[0, 5]) == codes[0, 5]
-    assert fmt.encode(jnp.zeros((0, 3))).shape == fmt.decode(jnp.zeros((0, 3), fmt.code_dtype)).shape == (0, 3)
-    # Lower precision means the float32 numbers it holds, subnormal ones too.
-    half = jnp.asarray(x.reshape(-1)).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(fmt.encode(half), fmt.encode(np.asarray(half).astype(np.float32)))
+    half = jnp.asarray(x).astype(jnp.bfloat16)
+
+    @jax.jit
+    def every_way(x, half, widened):
+        return jax.vmap(fmt.encode)(x), fmt.encode(x[0, 5]), fmt.encode(half), fmt.encode(widened)
+
+    mapped, scalar, from_half, from_widened = every_way(x, half, np.asarray(half).astype(np.float32))
+    np.testing.assert_array_equal(mapped.reshape(-1), results(fmt)[0]["nearest_even"])
+    assert (scalar.shape, scalar) == ((), mapped[0, 5])
+    np.testing.assert_array_equal(from_half, from_widened)  # subnormal ones too
+
+
+@over_formats
+def test_shapes(fmt):
+    for shape in ((), (0, 3), (2, 1, 5)):
+        codes = jax.eval_shape(fmt.encode, jax.ShapeDtypeStruct(shape, np.float32))
+        assert (codes.shape, codes.dtype) == (shape, fmt.code_dtype)
+        numbers = jax.eval_shape(fmt.decode, codes)
+        assert (numbers.shape, numbers.dtype) == (shape, np.float32)
 
 
 @over_formats

@@ -139,7 +139,7 @@ def test_eager_is_jit(name):
 
 @pytest.mark.parametrize("name", PARTS)
 def test_stochastic_gives_a_neighbour(name):
-    fmt, x = make(name), hard_inputs(name)[: 1 << 17]
+    fmt, x = make(name), hard_inputs(name)[::4][: 1 << 16]
     codes = fmt.encode(x, rounding="stochastic", key=jax.random.key(0))
     inside = np.isfinite(x) & (np.abs(x) <= fmt.max)
     x, codes = x[inside], np.asarray(codes)[inside]
@@ -153,33 +153,29 @@ def test_stochastic_gives_a_neighbour(name):
 
 def test_stochastic_bfloat16_is_exactly_unbiased(monkeypatch):
     # All 65,536 noises: a number whose lower half is L must go up in exactly L of them, subnormals included.
-    noise = jnp.arange(1 << 16, dtype=jnp.uint32)[None] + np.uint32(0xABCD0000)  # upper bits must not matter
-    monkeypatch.setattr(float_module, "_random_bits", lambda key, shape: jnp.broadcast_to(noise, shape))
-    low = np.unique(
-        [0, 1, 2, 0x5555, 0x7FFF, 0x8000, 0x8001, 0xFFFF, *np.random.default_rng(0).integers(0, 1 << 16, 8)]
-    )
+    noise = jnp.arange(1 << 16, dtype=jnp.uint32) + np.uint32(0xABCD0000)  # upper bits must not matter
+    monkeypatch.setattr(float_module, "_random_bits", lambda key, shape: noise)
     for high in (0x3F80, 0x0000, 0xC2FF):
-        pattern = (np.uint32(high) << np.uint32(16)) | low.astype(np.uint32)
-        x = np.broadcast_to(pattern.view(np.float32)[:, None], (low.size, 1 << 16))
-        codes = np.asarray(get("bfloat16").encode(x, rounding="stochastic", key=jax.random.key(0)))
-        assert set(np.unique(codes)) <= {high, high + 1}
-        np.testing.assert_array_equal((codes == high + 1).sum(1), low)
+        for low in (0, 1, 2, 0x5555, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+            x = np.full(1 << 16, (high << 16) | low, np.uint32).view(np.float32)
+            codes = np.asarray(get("bfloat16").encode(x, rounding="stochastic", key=jax.random.key(0)))
+            assert set(np.unique(codes)) <= {high, high + 1}
+            assert (codes == high + 1).sum() == low
 
 
 @pytest.mark.parametrize("name", [*PARTS, "float8_e8m0fnu"])
 def test_stochastic_mean_is_the_number(name):
     # Numbers inside gaps, n draws each, fixed seed: the share that goes up has a deviation of sqrt(p (1 - p) / n), and
     # five of them are allowed. The first gaps are those of subnormal numbers, of float32's too.
-    fmt, draws = make(name) if name in PARTS else get(name), 1 << 14
+    fmt, draws = make(name) if name in PARTS else get(name), 1 << 12
     numbers = fmt.values().astype(np.float64)
     numbers = numbers[numbers >= 0]
     starts = np.unique(np.concatenate([[0, 1, len(numbers) - 2], np.linspace(0, len(numbers) - 2, 5).astype(int)]))
     below, above = numbers[starts][:, None], numbers[starts + 1][:, None]
-    x = np.resize((below + (above - below) * np.array([0.1, 0.5, 0.8125])).astype(np.float32), 24)
+    x = np.resize((below + (above - below) * np.array([0.1, 0.5, 0.8125])).T.astype(np.float32), 16)
     low, high = oracle.neighbours(x, numbers)
-    many = np.broadcast_to(x[:, None], (x.size, draws))
-    codes = fmt.encode(many, rounding="stochastic", key=jax.random.key(1))
-    share = (np.asarray(fmt.decode(codes)).astype(np.float64) == high[:, None]).mean(1)
+    codes = fmt.encode(np.repeat(x, draws), rounding="stochastic", key=jax.random.key(1))
+    share = (np.asarray(fmt.decode(codes)).astype(np.float64) == np.repeat(high, draws)).reshape(-1, draws).mean(1)
     with np.errstate(invalid="ignore"):
         p = np.where(high > low, (x - low) / (high - low), 1.0)
     bound = 5 * np.sqrt(p * (1 - p) / draws)
@@ -189,7 +185,7 @@ def test_stochastic_mean_is_the_number(name):
 @pytest.fixture(scope="module")
 def scales():
     hard = oracle.hard_numbers(2.0 ** np.arange(-127, 128))
-    return np.concatenate([hard, hard_inputs("bfloat16")])[: 1 << 17]
+    return np.concatenate([hard, hard_inputs("bfloat16")])[: 1 << 16]
 
 
 class TestExponent:
