@@ -94,8 +94,10 @@ class QuantSpec:
         if self.scale_rule != "absmax" and (not self.symmetric or self.offset == "min"):
             raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} is for symmetric specs without a minimum.")
         if self.scale_rule == "signed_extreme":
-            kept_as = self.scale.fmt if isinstance(self.scale, QuantSpec) else formats.get(self.scale)
-            for part in (fmt, kept_as):
+            parts = [fmt]
+            if self.scale != "float32":  # which is no format of codes
+                parts.append(self.scale.fmt if isinstance(self.scale, QuantSpec) else formats.get(self.scale))
+            for part in parts:
                 if part.min >= 0:
                     raise ValueError(
                         f"QuantSpec: scale_rule='signed_extreme' needs negative numbers; {part.name} has none."
