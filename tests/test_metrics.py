@@ -1,0 +1,142 @@
+"""Metrics against float64, on numbers of every size, and on what a mean would hide."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxq import metrics
+
+SHAPE = (8, 96)
+PAIRS = (metrics.mse, metrics.sqnr, metrics.cosine, metrics.worst_block, metrics.kl_divergence, metrics.top1_agreement)
+
+
+def pair(size: float = 1.0, noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    a = random.standard_normal(SHAPE)
+    return (a * size).astype(np.float32), ((a + noise * random.standard_normal(SHAPE)) * size).astype(np.float32)
+
+
+def sqnr64(a, b):
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return 10 * np.log10((a**2).sum() / ((a - b) ** 2).sum())
+
+
+def cosine64(a, b):
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum())
+
+
+def worst64(a, b, size):
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    blocks = [(x[i : i + size], y[i : i + size]) for x, y in zip(a, b, strict=True) for i in range(0, len(x), size)]
+    return max(np.linalg.norm(x - y) / np.linalg.norm(x) for x, y in blocks)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])
+def test_against_float64_at_every_magnitude(size):
+    a, b = pair(size)
+    assert float(metrics.sqnr(a, b)) == pytest.approx(sqnr64(a, b), abs=1e-3)
+    assert float(metrics.cosine(a, b)) == pytest.approx(cosine64(a, b), rel=1e-5)
+    assert float(metrics.worst_block(a, b, size=32)) == pytest.approx(worst64(a, b, 32), rel=1e-5)
+    assert float(metrics.worst_block(a, b)) == pytest.approx(worst64(a, b, 64), rel=1e-5)  # 96 = 64 + a tail of 32
+    assert 15 < sqnr64(a, b) < 25  # as noise of a tenth should be
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-15, 1e15])
+def test_mse_against_float64(size):
+    a, b = pair(size)
+    expected = ((a.astype(np.float64) - b.astype(np.float64)) ** 2).mean()
+    assert float(metrics.mse(a, b)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_numbers_of_different_sizes_side_by_side():
+    a, b = np.float32([1e30, 1.0]), np.float32([1e30, 3.0])
+    assert float(metrics.mse(a, b)) == pytest.approx(2.0, rel=1e-5)
+    assert float(metrics.sqnr(a, b)) == pytest.approx(sqnr64(a, b), rel=1e-5)
+    assert float(metrics.cosine(np.float32([1e30, 1e30]), np.float32([1e-30, 0]))) == pytest.approx(0.5**0.5, rel=1e-5)
+    # What is lost entirely or drowned in noise still has its ratio.
+    assert float(metrics.sqnr(np.float32([1e-20]), np.float32([1e20]))) == pytest.approx(-800, rel=1e-5)
+
+
+def test_equal_and_zero_arrays():
+    a, zero = pair()[0], np.zeros(SHAPE, np.float32)
+    assert float(metrics.sqnr(a, a)) == np.inf
+    assert float(metrics.mse(a, a)) == 0
+    assert float(metrics.worst_block(a, a)) == 0
+    assert float(metrics.sqnr(zero, zero)) == np.inf
+    assert float(metrics.sqnr(zero, a)) == -np.inf
+    assert float(metrics.worst_block(zero, zero)) == 0
+    assert float(metrics.worst_block(zero, a)) == np.inf
+    assert float(metrics.worst_block(a, zero)) == pytest.approx(1, rel=1e-6)
+    assert np.isnan(metrics.cosine(a, zero))
+    assert float(metrics.cosine(a, -a)) == pytest.approx(-1, rel=1e-5)
+
+
+def test_no_elements():
+    none = np.zeros((0, 4), np.float32)
+    assert float(metrics.mse(none, none)) == 0
+    assert float(metrics.sqnr(none, none)) == np.inf
+    assert float(metrics.worst_block(none, none)) == 0
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20])
+def test_worst_block_finds_the_one_that_is_ruined(size):
+    a = np.random.default_rng(1).standard_normal((64, 256)).astype(np.float32)
+    a[17, 64:128] *= np.float32(size)
+    x = a * np.float32(1.001)
+    assert float(metrics.worst_block(a, x)) == pytest.approx(1e-3, rel=1e-2)
+    x[17, 64:128] *= -1
+    assert float(metrics.worst_block(a, x)) == pytest.approx(2, rel=1e-2)
+    if size < 1:
+        assert float(metrics.sqnr(a, x)) == pytest.approx(60, abs=0.1)  # the mean has not noticed
+
+
+@pytest.mark.parametrize("metric", PAIRS[:5])
+def test_nan_is_never_dropped(metric):
+    # More than 4096 elements: there XLA's maximum drops NaN on CPU.
+    a = np.ones((128, 64), np.float32)
+    b = a.copy()
+    b[77, 5] = np.nan
+    assert np.isnan(metric(a, b))
+    assert np.isnan(metric(b, a))
+
+
+def test_infinities_count_as_infinite_errors():
+    a, b = pair()
+    b[2, 3] = np.inf
+    assert float(metrics.sqnr(a, b)) == -np.inf
+    assert float(metrics.mse(a, b)) == np.inf
+    assert float(metrics.worst_block(a, b)) == np.inf
+
+
+def test_kl_divergence_against_float64():
+    a, b = (v.astype(np.float64) * 5 for v in pair())
+    log_p, log_q = (v - np.log(np.exp(v).sum(-1, keepdims=True)) for v in (a, b))
+    expected = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+    assert expected > 0.01
+    assert float(metrics.kl_divergence(a, b)) == pytest.approx(expected, rel=1e-4)
+    # A constant added to all logits of a row changes nothing, and 1e4 does not overflow.
+    assert float(metrics.kl_divergence(a, b + 1e4)) == pytest.approx(expected, rel=2e-2)
+    masked = [[0.0, -np.inf]]
+    assert float(metrics.kl_divergence(masked, masked)) == 0
+    assert float(metrics.kl_divergence(masked, [[0.0, 0.0]])) == pytest.approx(np.log(2), rel=1e-6)
+    assert float(metrics.kl_divergence([[0.0, 0.0]], masked)) == np.inf
+
+
+def test_top1_agreement():
+    a = np.eye(4, dtype=np.float32)
+    assert float(metrics.top1_agreement(a, a * 3)) == 1
+    assert float(metrics.top1_agreement(a, np.roll(a, 1, axis=1))) == 0
+    assert float(metrics.top1_agreement(a, np.concatenate([a[:3], a[:1]]))) == 0.75
+
+
+@pytest.mark.parametrize("metric", PAIRS)
+def test_jit_dtypes_and_shapes(metric):
+    a, b = (jnp.asarray(v, jnp.bfloat16) for v in pair())
+    eager, jitted = metric(a, b), jax.jit(metric)(a, b)
+    assert (eager.shape, eager.dtype) == ((), jnp.float32)
+    np.testing.assert_allclose(eager, jitted, rtol=1e-5)
+    np.testing.assert_allclose(eager, metric(a.astype(jnp.float32), b), rtol=1e-6)
+    with pytest.raises(ValueError, match=rf"{metric.__name__}: shapes differ, \[2\] and \[2, 1\]"):
+        metric(np.ones(2, np.float32), np.ones((2, 1), np.float32))
