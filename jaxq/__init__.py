@@ -14,7 +14,7 @@ Example:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxq import formats, metrics, ops, qtensor
+from jaxq import formats, metrics, ops, qtensor, recipes
 from jaxq.ops import dot_general, einsum, explain, matmul
 from jaxq.qtensor import (
     PerBlock,
@@ -31,6 +31,7 @@ from jaxq.qtensor import (
     quantize,
     relayout,
 )
+from jaxq.recipes import Recipe, Rule
 
 if TYPE_CHECKING:
     from jaxq import evaluation, io, models, nn
@@ -73,6 +74,8 @@ __all__ = [
     "PerToken",
     "QTensor",
     "QuantSpec",
+    "Recipe",
+    "Rule",
     "dequantize",
     "dot_general",
     "einsum",
@@ -91,6 +94,7 @@ __all__ = [
     "qtensor",
     "quantize",
     "quantize_model",
+    "recipes",
     "relayout",
     "save",
 ]

@@ -1,0 +1,27 @@
+"""Flax: quantize whole nnx models, or write models of quantized layers.
+
+`quantize_model` returns a copy of a model with quantized weights and a report; `QLinear` and its like are layers that
+are quantized from the start. Both put a QTensor into the layer's weight and jaxq's functions into the layer's own
+hooks: no class is edited and no jax function is replaced.
+"""
+
+from jaxq.nn._explicit import QConv, QEinsum, QLinear, QLinearGeneral
+from jaxq.nn._layers import QEmbed, QuantizedParam, find_kind, put_weight, weight_axes
+from jaxq.nn._report import Report, Row
+from jaxq.nn._transform import find_layers, quantize_model
+
+__all__ = [
+    "QConv",
+    "QEinsum",
+    "QEmbed",
+    "QLinear",
+    "QLinearGeneral",
+    "QuantizedParam",
+    "Report",
+    "Row",
+    "find_kind",
+    "find_layers",
+    "put_weight",
+    "quantize_model",
+    "weight_axes",
+]

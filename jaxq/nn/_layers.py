@@ -1,0 +1,302 @@
+"""What jaxq knows of each Flax nnx layer: the roles of its weight's axes, and the public hook its product goes through.
+
+A quantized layer is the same layer with a QTensor in its weight's Variable and jaxq's functions in its own hook
+attributes (`dot_general`, `einsum_op`, `conv_general_dilated`, `promote_dtype`). No class is edited, no jax function is
+replaced. Hooks are module-level functions or frozen dataclasses, compared by value, so that `nnx.jit` does not retrace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxq import ops
+from jaxq.qtensor import QTensor, quantize
+
+
+class QuantizedParam(nnx.Variable):
+    """A weight held as a QTensor. Not an `nnx.Param`: optimizers and `nnx.grad` over Params leave it alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """The axes of a layer's weight.
+
+    Attributes:
+      contracting: negative axes the layer's product contracts.
+      shape: sizes without stacked leading axes.
+      num_batch: how many leading ones of them are batch axes of the product.
+    """
+
+    contracting: tuple[int, ...]
+    shape: tuple[int, ...]
+    num_batch: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """One kind of layer.
+
+    Attributes:
+      name: what rules and reports call it.
+      cls: the nnx class; subclasses count too.
+      weight: attribute that holds the weight.
+      roles: the weight's axes, from the layer.
+      attach: puts jaxq's hooks into a layer.
+      problem: why a given layer cannot be quantized, or None.
+    """
+
+    name: str
+    cls: type[nnx.Module]
+    weight: str
+    roles: Callable[[Any], Roles]
+    attach: Callable[[Any], None]
+    problem: Callable[[Any], str | None]
+
+
+def find_kind(layer: Any) -> LayerKind | None:
+    """The kind of a layer, or None for a module that holds no weight jaxq knows."""
+    return next((kind for kind in KINDS if isinstance(layer, kind.cls)), None)
+
+
+def weight_axes(layer: Any, kind: LayerKind) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(contracting, batch) axes of a layer's weight; stacked layers lead.
+
+    Raises:
+      ValueError: the weight's shape is not the layer's with leading stacked axes.
+    """
+    shape, roles = getattr(layer, kind.weight)[...].shape, kind.roles(layer)
+    stacked = len(shape) - len(roles.shape)
+    if stacked < 0 or tuple(shape[stacked:]) != roles.shape:
+        raise ValueError(
+            f"its {kind.weight} is {list(shape)}, which is not {list(roles.shape)} with stacked axes in front. "
+            "Stack layers along axis 0 (nnx.vmap out_axes=0)."
+        )
+    return roles.contracting, tuple(range(stacked + roles.num_batch))
+
+
+def put_weight(layer: Any, kind: LayerKind, variable: QuantizedParam) -> None:
+    """Gives a layer its quantized weight and jaxq's hooks."""
+    setattr(layer, kind.weight, variable)
+    kind.attach(layer)
+
+
+def quantize_own_weight(layer: Any, weight: Any, activation: Any) -> None:
+    """Turns a freshly initialized layer into a quantized one, in place.
+
+    Args:
+      layer: an nnx layer of a kind jaxq knows.
+      weight: preset name or `QuantSpec`; None keeps the float weight, with float32 accumulation.
+      activation: preset name or `QuantSpec` for the input; None leaves it in floats.
+    """
+    kind = find_kind(layer)
+    assert kind is not None
+    if weight is None:
+        if activation is not None:
+            raise ValueError(f"{type(layer).__name__}: activation={activation!r} needs a quantized weight=.")
+        if kind.name != "Embed":
+            kind.attach(layer)
+        return
+    contracting, batch = weight_axes(layer, kind)
+    floats = getattr(layer, kind.weight)[...]
+    qt = quantize(floats, weight, contracting=contracting, batch=batch, name=kind.weight)
+    put_weight(layer, kind, QuantizedParam(qt.with_activation(activation)))
+
+
+# Hooks.
+
+
+@dataclasses.dataclass(frozen=True)
+class PromoteAround:
+    """A layer's `promote_dtype` for a weight that is a QTensor: a scalar of its dtype stands in for it."""
+
+    original: Callable[..., Any]
+
+    def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
+        stand_ins = tuple(jnp.zeros((), a.dtype) if isinstance(a, QTensor) else a for a in arrays)
+        promoted = self.original(stand_ins, **kwargs)
+        return tuple(a.astype(p.dtype) if isinstance(a, QTensor) else p for a, p in zip(arrays, promoted, strict=True))
+
+
+def dot_general(
+    lhs: Any, rhs: Any, dims: Any, precision: Any = None, preferred_element_type: Any = None, out_sharding: Any = None
+) -> jax.Array:
+    """The `dot_general` hook of Linear and LinearGeneral."""
+    _no_out_sharding(out_sharding)
+    return ops.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=preferred_element_type)
+
+
+def einsum(
+    subscripts: str,
+    *operands: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """The `einsum_op` hook of Einsum."""
+    del precision  # about float32 products; those of codes are exact
+    _no_out_sharding(out_sharding)
+    return ops.einsum(subscripts, *operands, preferred_element_type=preferred_element_type)
+
+
+def conv_general_dilated(
+    lhs: Any, rhs: Any, window_strides: Any, padding: Any, *, out_sharding: Any = None, **kwargs: Any
+) -> jax.Array:
+    """The `conv_general_dilated` hook of Conv."""
+    _no_out_sharding(out_sharding)
+    if not isinstance(rhs, QTensor):
+        wide = kwargs.pop("preferred_element_type", None) or jnp.result_type(lhs, rhs)
+        y = lax.conv_general_dilated(lhs, rhs, window_strides, padding, preferred_element_type=jnp.float32, **kwargs)
+        return y.astype(wide)
+    return ops.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
+
+
+def _no_out_sharding(out_sharding: Any) -> None:
+    if out_sharding is not None:
+        raise NotImplementedError(
+            "out_sharding= of a quantized layer: explicit-mode sharding of its result is not supported. "
+            "Use jax.lax.with_sharding_constraint on the result."
+        )
+
+
+# Kinds.
+
+
+def _linear_roles(layer: Any) -> Roles:
+    return Roles((-2,), (layer.in_features, layer.out_features))
+
+
+def _general_roles(layer: Any) -> Roles:
+    num_in, num_out, batch = len(layer.in_features), len(layer.out_features), tuple(layer.batch_axis.values())
+    contracting = tuple(range(-num_in - num_out, -num_out))
+    return Roles(contracting, (*batch, *layer.in_features, *layer.out_features), len(batch))
+
+
+def _einsum_roles(layer: Any) -> Roles:
+    inputs, out = layer.einsum_str.split("->")
+    left, right = inputs.split(",")
+    summed = [i for i, index in enumerate(right) if index not in out and index in left]
+    batch = 0
+    while batch < len(right) and right[batch] in left and right[batch] in out:
+        batch += 1
+    return Roles(tuple(i - len(right) for i in summed), tuple(layer.kernel_shape), batch)
+
+
+def _conv_roles(layer: Any) -> Roles:
+    ndim = len(layer.kernel_shape)
+    return Roles(tuple(range(-ndim, -1)), tuple(layer.kernel_shape))
+
+
+def _embed_roles(layer: Any) -> Roles:
+    return Roles((-1,), (layer.num_embeddings, layer.features))
+
+
+def _attach_dot(layer: Any) -> None:
+    layer.promote_dtype = PromoteAround(layer.promote_dtype)
+    layer.dot_general = dot_general
+
+
+def _attach_einsum(layer: Any) -> None:
+    layer.promote_dtype = PromoteAround(layer.promote_dtype)
+    layer.einsum_op = einsum
+
+
+def _attach_conv(layer: Any) -> None:
+    layer.promote_dtype = PromoteAround(layer.promote_dtype)
+    layer.conv_general_dilated = conv_general_dilated
+
+
+def _attach_embed(layer: Any) -> None:
+    layer.__class__ = QEmbed  # Embed has no hook for its lookup; `problem` let only plain Embeds come here
+
+
+def _own_hook(name: str, plain: Any) -> Callable[[Any], str | None]:
+    def problem(layer: Any) -> str | None:
+        if getattr(layer, name) not in plain:
+            return f"it has a {name} of its own, {getattr(layer, name)!r}"
+        return None
+
+    return problem
+
+
+def _general_problem(layer: Any) -> str | None:
+    if layer.dot_general_cls is not None:
+        return f"it has a dot_general_cls of its own, {layer.dot_general_cls!r}"
+    return _own_hook("dot_general", (None, lax.dot_general, dot_general))(layer)
+
+
+def _einsum_problem(layer: Any) -> str | None:
+    if layer.einsum_str is None:
+        return "its einsum_str is given at each call, so which axes are contracted is not known"
+    right = layer.einsum_str.split("->")[0].split(",")[1]
+    if "..." in right:
+        return f"the kernel's axes in {layer.einsum_str!r} are not all named"
+    roles = _einsum_roles(layer)
+    if not roles.contracting:
+        return f"{layer.einsum_str!r} contracts no axis of the kernel"
+    return _own_hook("einsum_op", (jnp.einsum, einsum))(layer)
+
+
+def _conv_problem(layer: Any) -> str | None:
+    if layer.mask is not None:
+        return "its kernel is masked; multiply the mask into the kernel first"
+    return _own_hook("conv_general_dilated", (lax.conv_general_dilated, conv_general_dilated))(layer)
+
+
+def _embed_problem(layer: Any) -> str | None:
+    if type(layer) not in (nnx.Embed, QEmbed):
+        return f"{type(layer).__name__} is a subclass of Embed, whose lookup cannot be seen into"
+    return None
+
+
+class QEmbed(nnx.Embed):
+    """`nnx.Embed` whose table is a QTensor: looks up and dequantizes only the rows asked for.
+
+    Args:
+      num_embeddings: rows of the table.
+      features: length of a row.
+      weight: preset name or `QuantSpec`; None keeps floats.
+      **kwargs: as in `nnx.Embed`, `rngs` included.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from flax import nnx
+      >>> jaxq.nn.QEmbed(16, 64, weight="int8", rngs=nnx.Rngs(0))(jnp.array([1, 2])).shape
+      (2, 64)
+    """
+
+    def __init__(self, num_embeddings: int, features: int, *, weight: Any = "int8", **kwargs: Any):
+        super().__init__(num_embeddings, features, **kwargs)
+        quantize_own_weight(self, weight, None)
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        table = self.embedding[...]
+        if not isinstance(table, QTensor):
+            return super().__call__(inputs, out_sharding=out_sharding)
+        _no_out_sharding(out_sharding)
+        (table,) = PromoteAround(self.promote_dtype)((table,), dtype=self.dtype, inexact=False)
+        return ops.take(table, inputs)
+
+    def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
+        table = self.embedding[...]
+        if not isinstance(table, QTensor):
+            return super().attend(query, out_sharding=out_sharding)
+        _no_out_sharding(out_sharding)
+        query, table = PromoteAround(self.promote_dtype)((query, table), dtype=self.dtype)
+        return ops.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())))
+
+
+KINDS = (
+    LayerKind("Linear", nnx.Linear, "kernel", _linear_roles, _attach_dot,
+              _own_hook("dot_general", (lax.dot_general, dot_general))),
+    LayerKind("LinearGeneral", nnx.LinearGeneral, "kernel", _general_roles, _attach_dot, _general_problem),
+    LayerKind("Einsum", nnx.Einsum, "kernel", _einsum_roles, _attach_einsum, _einsum_problem),
+    LayerKind("Conv", nnx.Conv, "kernel", _conv_roles, _attach_conv, _conv_problem),
+    LayerKind("Embed", nnx.Embed, "embedding", _embed_roles, _attach_embed, _embed_problem),
+)  # fmt: skip
