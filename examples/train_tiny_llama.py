@@ -151,17 +151,20 @@ def save_all() -> float:
     return perplexity(model, heldout_tokens, context=CONTEXT)
 
 
-last_save, progress = spent, 0.0
-while progress < 1:
+def progress() -> float:
+    return step / args.steps if args.steps else spent / (60 * args.minutes)
+
+
+last_save = spent
+while progress() < 1:
     begin = time.perf_counter()
-    progress = step / args.steps if args.steps else spent / (60 * args.minutes)
-    params, opt_state, loss = train_step(params, opt_state, jnp.asarray(windows(step)), learning_rate(progress))
+    rate = learning_rate(progress())
+    params, opt_state, loss = train_step(params, opt_state, jnp.asarray(windows(step)), rate)
     losses.append(float(loss))
     step, spent = step + 1, spent + time.perf_counter() - begin
-    bar = "#" * int(30 * progress)
-    rate = step * BATCH * CONTEXT / spent
-    line = f"[{bar:30}] step {step} loss {np.mean(losses[-100:]):.3f} {rate:,.0f} tokens/s {spent / 60:.1f} min"
+    bar, speed = "#" * int(30 * min(progress(), 1)), step * BATCH * CONTEXT / spent
+    line = f"[{bar:30}] step {step} loss {np.mean(losses[-100:]):.3f} {speed:,.0f} tokens/s {spent / 60:.1f} min"
     print(f"\r{line}", end="", file=sys.stderr, flush=True)
-    if spent - last_save > 120 or progress >= 1:
+    if spent - last_save > 120 or progress() >= 1:
         print(f"\n{step * BATCH * CONTEXT:,} tokens; held-out perplexity {save_all():.3f}", file=sys.stderr, flush=True)
         last_save = spent

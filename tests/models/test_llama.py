@@ -16,7 +16,7 @@ CONFIG = LlamaConfig(
     vocab_size=97,
     hidden_size=32,
     intermediate_size=48,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
@@ -43,13 +43,15 @@ VARIANTS = {
 }
 
 
-def make(dtype=jnp.float32, seed=0, **changes):
-    model = Llama(dataclasses.replace(CONFIG, **changes), dtype=dtype, rngs=nnx.Rngs(seed))
-    # Larger weights than at initialization, so that attention is far from uniform and mistakes show.
-    params = nnx.state(model, nnx.Param)
-    rng = np.random.default_rng(7)
-    nnx.update(model, jax.tree.map(lambda p: p + 0.2 * rng.normal(size=p.shape).astype(np.float32), params))
-    return model
+def make(dtype=jnp.float32, **changes):
+    """A model of weights larger than at initialization, so that attention is far from uniform and mistakes show."""
+    config, rng = dataclasses.replace(CONFIG, **changes), np.random.default_rng(7)
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))  # compiles nothing
+    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    for path, param in flat.items():
+        value = 0.2 * rng.normal(size=param.shape) + (path[-1] == "scale")
+        flat[path] = param.replace(jnp.asarray(value, jnp.float32))
+    return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(flat))
 
 
 def tokens(b=2, t=11):
@@ -109,7 +111,7 @@ def test_positions_are_relative():
 
 def test_scan_gives_the_same_logits():
     scanned = make(scan_layers=True)
-    plain = Llama(CONFIG, rngs=nnx.Rngs(0))
+    plain = make()
     state = nnx.state(scanned, nnx.Param)
     stacked = nnx.to_pure_dict(state).pop("layers")
     nnx.update(plain.embed_tokens, nnx.state(scanned.embed_tokens))
@@ -124,7 +126,7 @@ def test_scan_gives_the_same_logits():
 
 def test_scanned_layers_start_different():
     kernel = Llama(dataclasses.replace(CONFIG, scan_layers=True), rngs=nnx.Rngs(0)).layers.mlp.up_proj.kernel[...]
-    assert kernel.shape == (3, 32, 48)
+    assert kernel.shape == (2, 32, 48)
     assert not np.array_equal(kernel[0], kernel[1])
 
 
@@ -139,9 +141,9 @@ def test_projections_are_ordinary_linears_called_as_modules():
     for _, module in nnx.iter_modules(model):
         if type(module) is nnx.Linear:
             module.dot_general = spy
-    model(tokens())
-    assert len(seen) == 7 * 3 + 1
-    assert sum(shape == (32, 48) for shape in seen) == 2 * 3
+    nnx.eval_shape(lambda m: m(tokens()), model)
+    assert len(seen) == 7 * 2 + 1
+    assert sum(shape == (32, 48) for shape in seen) == 2 * 2
 
 
 def test_names_follow_hugging_face():
@@ -149,7 +151,7 @@ def test_names_follow_hugging_face():
     assert {
         "embed_tokens.embedding",
         "layers.0.self_attn.q_proj.kernel",
-        "layers.2.mlp.down_proj.kernel",
+        "layers.1.mlp.down_proj.kernel",
         "layers.1.post_attention_layernorm.scale",
         "norm.scale",
         "lm_head.kernel",
@@ -158,10 +160,9 @@ def test_names_follow_hugging_face():
 
 def test_gradients_reach_every_parameter():
     model = make(attention_bias=True, tie_word_embeddings=True)
-    grads = nnx.grad(lambda m: jax.nn.log_softmax(m(tokens())[:, :-1])[..., 3].mean())(model)
+    loss = nnx.grad(lambda m: jax.nn.log_softmax(m(tokens())[:, :-1])[..., 3].mean())
+    grads = nnx.jit(loss)(model)
     for path, grad in nnx.to_flat_state(grads):
-        if path[-2:] == ("k_proj", "bias"):
-            continue  # adds nearly the same to all scores of a query: only its rotation shows
         assert float(jnp.abs(grad[...]).max()) > 0, path
 
 
@@ -178,16 +179,19 @@ def test_tokens_must_be_an_integer_matrix():
 @pytest.mark.parametrize("changes", [VARIANTS[k] for k in ("llama", "scan", "window")], ids=["llama", "scan", "window"])
 def test_greedy_generation_equals_argmax_of_full_forwards(changes):
     model, x = make(**changes), tokens(2, 4)
-    expected = x
-    for _ in range(6):
-        last = jnp.argmax(model(expected)[:, -1], axis=-1)
-        expected = jnp.concatenate([expected, last[:, None].astype(jnp.int32)], axis=1)
+    expected = jnp.zeros((2, 10), jnp.int32).at[:, :4].set(x)  # causal: what follows does not matter
+    for i in range(4, 10):
+        expected = expected.at[:, i].set(jnp.argmax(run(model, expected)[:, i - 1], axis=-1).astype(jnp.int32))
     np.testing.assert_array_equal(generate(model, x, 6), expected)
-    np.testing.assert_array_equal(generate(model, x, 1), expected[:, :5])
+
+
+def test_generating_one_token():
+    model, x = make(num_hidden_layers=1), tokens(2, 4)
+    np.testing.assert_array_equal(generate(model, x, 1)[:, 4], jnp.argmax(run(model, x)[:, -1], axis=-1))
 
 
 def test_sampling_follows_key_and_temperature():
-    model, x = make(), tokens(1, 4)
+    model, x = make(num_hidden_layers=1), tokens(1, 4)
     draw = lambda seed, t: np.asarray(generate(model, x, 12, key=jax.random.key(seed), temperature=t))  # noqa: E731
     np.testing.assert_array_equal(draw(0, 1.0), draw(0, 1.0))
     assert not np.array_equal(draw(0, 1.0), draw(1, 1.0))
