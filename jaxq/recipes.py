@@ -41,7 +41,7 @@ class Rule:
       optional: True where matching nothing is no mistake.
 
     Raises:
-      ValueError: neither or both of `weight` and `skip`; an unknown preset.
+      ValueError: neither or both of `weight` and `skip`; an unknown preset; a bad regular expression.
 
     Example:
       >>> import jaxq
@@ -66,8 +66,11 @@ class Rule:
         for field in ("weight", "activation"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, as_spec(getattr(self, field), f"Rule({self.pattern!r}) {field}"))
-        object.__setattr__(self, "kinds", tuple(self.kinds))
-        _compile(self.pattern)
+        object.__setattr__(self, "kinds", (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds))
+        try:
+            _compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"Rule({self.pattern!r}): not a regular expression: {error}.") from error
 
     def matches(self, path: str, kind: str) -> bool:
         """True if the rule is about the layer of this kind at this path."""
@@ -135,7 +138,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
     parts = []
     for part in pattern.split("/"):
         if part == "**":
-            parts.append("**")
+            parts += [] if parts[-1:] == ["**"] else ["**"]
         else:
             parts.append("".join("[^/]*" if c == "*" else "[^/]" if c == "?" else re.escape(c) for c in part))
     text = "/".join(parts)

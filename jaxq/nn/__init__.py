@@ -6,7 +6,7 @@ hooks: no class is edited and no jax function is replaced.
 """
 
 from jaxq.nn._explicit import QConv, QEinsum, QLinear, QLinearGeneral
-from jaxq.nn._layers import QEmbed, QuantizedParam, find_kind, put_weight, weight_axes
+from jaxq.nn._layers import QEmbed, QuantizedParam, find_kind, put_weight, replace_variables, weight_axes
 from jaxq.nn._report import Report, Row
 from jaxq.nn._transform import find_layers, quantize_model
 
@@ -23,5 +23,6 @@ __all__ = [
     "find_layers",
     "put_weight",
     "quantize_model",
+    "replace_variables",
     "weight_axes",
 ]

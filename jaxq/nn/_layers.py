@@ -71,7 +71,7 @@ def weight_axes(layer: Any, kind: LayerKind) -> tuple[tuple[int, ...], tuple[int
     Raises:
       ValueError: the weight's shape is not the layer's with leading stacked axes.
     """
-    shape, roles = getattr(layer, kind.weight)[...].shape, kind.roles(layer)
+    shape, roles = getattr(layer, kind.weight).get_value().shape, kind.roles(layer)
     stacked = len(shape) - len(roles.shape)
     if stacked < 0 or tuple(shape[stacked:]) != roles.shape:
         raise ValueError(
@@ -85,6 +85,29 @@ def put_weight(layer: Any, kind: LayerKind, variable: QuantizedParam) -> None:
     """Gives a layer its quantized weight and jaxq's hooks."""
     setattr(layer, kind.weight, variable)
     kind.attach(layer)
+
+
+def replace_variables(model: nnx.Module, replaced: dict[int, QuantizedParam]) -> None:
+    """Puts new variables where else a model holds the old ones, so that what was shared stays shared.
+
+    Args:
+      model: changed in place; its layers have the new variables already.
+      replaced: new variables by the identity of the old ones, which must still be alive.
+
+    Raises:
+      ValueError: an old one is held where no attribute can be set, in a tuple for example.
+    """
+    for _, node in list(nnx.iter_graph(model)):
+        if isinstance(node, nnx.Pytree):
+            for name, value in list(vars(node).items()):
+                if id(value) in replaced:
+                    setattr(node, name, replaced[id(value)])
+    left = ["/".join(map(str, path)) for path, node in nnx.iter_graph(model) if id(node) in replaced]
+    if left:
+        raise ValueError(
+            f"A quantized weight is also held as {', '.join(left)}, in a container that cannot be changed. "
+            "Use nnx.List or an attribute, or skip the layer."
+        )
 
 
 def quantize_own_weight(layer: Any, weight: Any, activation: Any) -> None:

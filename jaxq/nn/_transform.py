@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxq import metrics
-from jaxq.nn._layers import LayerKind, QuantizedParam, find_kind, put_weight, weight_axes
+from jaxq.nn._layers import LayerKind, QuantizedParam, find_kind, put_weight, replace_variables, weight_axes
 from jaxq.nn._report import Report, Row
 from jaxq.qtensor import QTensor, QuantSpec, dequantize, quantize
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -60,29 +59,28 @@ def quantize_model(
         raise TypeError(f"quantize_model: model must be a flax nnx Module, got {type(model).__name__}.")
     recipe = as_recipe(recipe, "quantize_model")
     copy = nnx.clone(model)
-    rules = _match(copy, recipe)
+    variables = {id(v): (path, v) for path, v in _variables(copy)}  # alive, so that identities stay theirs
     rows: dict[int, Row] = {}  # by the identity of the variable in the copy
     replaced: dict[int, QuantizedParam] = {}
-    kept = []  # keeps replaced variables alive, so that their identities stay theirs
-    for (path, layer, kind), rule in rules:
+    for (path, layer, kind), rule in _match(copy, recipe):
         variable = getattr(layer, kind.weight)
-        kept.append(variable)
-        where = f"{path}/{kind.weight}" if path else kind.weight
-        if id(variable) in replaced:
-            put_weight(layer, kind, replaced[id(variable)])
-        elif rule is None or rule.weight is None:
+        where = variables[id(variable)][0]
+        if rule is None or rule.weight is None:
             note = (rule.reason or "skipped by the recipe") if rule else "no rule of the recipe matches"
-            rows[id(variable)] = _float_row(where, kind.name, variable[...], note)
-        else:
+            rows[id(variable)] = _float_row(where, kind.name, variable.get_value(), note)
+            continue
+        if id(variable) not in replaced:
             contracting, batch = weight_axes(layer, kind)
-            floats = variable[...]
+            floats, name = variable.get_value(), f"{path}/{kind.weight}" if path else kind.weight
             qt = quantize(
-                floats, rule.weight, contracting=contracting, batch=batch, on_nonfinite=on_nonfinite, name=where
+                floats, rule.weight, contracting=contracting, batch=batch, on_nonfinite=on_nonfinite, name=name
             ).with_activation(rule.activation)
             replaced[id(variable)] = QuantizedParam(qt)
             rows[id(variable)] = _quantized_row(where, kind.name, floats, qt)
-            put_weight(layer, kind, replaced[id(variable)])
-    return copy, Report(tuple(_in_order(model, copy, rows)))
+        put_weight(layer, kind, replaced[id(variable)])
+    replace_variables(copy, replaced)
+    layers = {found.path for found in find_layers(copy)}
+    return copy, Report(tuple(rows.get(i) or _other_row(path, v, layers) for i, (path, v) in variables.items()))
 
 
 def find_layers(model: nnx.Module) -> Iterator[Found]:
@@ -98,28 +96,30 @@ def _match(model: nnx.Module, recipe: Recipe) -> list[tuple[Found, Rule | None]]
     problems: list[str] = []
     matched: list[tuple[Found, Rule | None]] = []
     used: set[int] = set()
-    roles: dict[int, tuple[str, Any]] = {}
+    uses: dict[int, tuple[str, Any]] = {}
     for found in find_layers(model):
         rule = recipe.find(found.path, found.kind.name)
         if rule is not None:
             used.add(next(i for i, r in enumerate(recipe.rules) if r is rule))
         matched.append((found, rule))
-        if rule is None or rule.weight is None:
-            continue
+        variable, problem, use = getattr(found.layer, found.kind.weight), None, None
         name = found.path or type(found.layer).__name__
-        problem = found.kind.problem(found.layer)
-        variable = getattr(found.layer, found.kind.weight)
-        if isinstance(variable[...], QTensor):
-            problem = "it is quantized already"
+        if rule is not None and rule.weight is not None:
+            value, problem = variable.get_value(), found.kind.problem(found.layer)
+            if isinstance(value, QTensor):
+                problem = "it is quantized already"
+            if problem is None:
+                try:
+                    axes = weight_axes(found.layer, found.kind)
+                    _dry_run(value, rule.weight, *axes, found.kind.weight)
+                    use = (axes, rule.weight, rule.activation)
+                except (TypeError, ValueError) as error:
+                    problem = str(error)
         if problem is None:
-            try:
-                axes = (found.kind.weight, weight_axes(found.layer, found.kind), rule)
-                _dry_run(variable[...], rule.weight, *axes[1], found.kind.weight)
-                other = roles.setdefault(id(variable), (name, axes))
-                if other[1] != axes:
-                    problem = f"it shares its weight with {other[0]}, which uses it in another way"
-            except (TypeError, ValueError) as error:
-                problem = str(error)
+            other, other_use = uses.setdefault(id(variable), (name, use))
+            if other_use != use:
+                how = "which uses it in another way" if use and other_use else "and only one of them is quantized"
+                problem = f"it shares its weight with {other}, {how}"
         if problem is not None:
             problems.append(f"  {name} ({found.kind.name}): {problem}")
     if problems:
@@ -129,7 +129,7 @@ def _match(model: nnx.Module, recipe: Recipe) -> list[tuple[Found, Rule | None]]
         )  # fmt: skip
     unused = [r.pattern for i, r in enumerate(recipe.rules) if i not in used and not r.optional]
     if unused:
-        paths = [f.path or "(the model itself)" for f, _ in matched]
+        paths = [f"{f.path or 'the model itself'} ({f.kind.name})" for f, _ in matched]
         listed = ", ".join(paths[:12]) + (f", ... ({len(paths)} layers)" if len(paths) > 12 else "")
         raise ValueError(
             f"quantize_model: rules {unused} match no layer (or only layers an earlier rule took). "
@@ -143,24 +143,31 @@ def _dry_run(w: Any, spec: str | QuantSpec, contracting: Any, batch: Any, name: 
     jax.eval_shape(lambda v: quantize(v, spec, contracting=contracting, batch=batch, name=name), w)
 
 
-def _in_order(model: nnx.Module, copy: nnx.Module, rows: dict[int, Row]) -> Iterator[Row]:
-    """Rows in the order of the model's parameters, those of no known layer included."""
-    by_path = {row.path: row for row in rows.values()}
-    for path, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Variable) and not isinstance(variable, nnx.RngState):
-            where = "/".join(map(str, path))
-            value = variable[...]
-            if where in by_path:
-                yield by_path[where]
-            else:
-                small = getattr(value, "ndim", 0) < 2
-                note = "not a matrix, left in floats" if small else "in no layer jaxq knows, left as it is"
-                yield _float_row(where, type(variable).__name__, value, note)
+def _variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
+    """Path and variable of everything a model holds but its random states; shared ones once."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
+            yield "/".join(map(str, path)), node
+
+
+def _other_row(path: str, variable: nnx.Variable, layers: set[str]) -> Row:
+    """The row of what is no weight of a known layer."""
+    value = variable.get_value()
+    if not jnp.issubdtype(getattr(value, "dtype", int), jnp.floating):
+        note = "no floats, left as it is"
+    elif value.ndim < 2:
+        note = "not a matrix, left in floats"
+    elif path.rpartition("/")[0] in layers:
+        note = "not the weight of its layer, left in floats"
+    else:
+        note = "in no layer jaxq knows, left as it is"
+    return _float_row(path, type(variable).__name__, value, note)
 
 
 def _float_row(path: str, kind: str, value: Any, note: str) -> Row:
-    size = int(np.prod(value.shape)) if hasattr(value, "shape") else 0
-    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype"))
+    leaves = [leaf for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    size = value.size if isinstance(value, QTensor) else sum(leaf.size for leaf in leaves)
     bits = 8 * nbytes / size if size else 0.0
     shape = tuple(getattr(value, "shape", ()))
     return Row(path, kind, shape, None, None, bits, nbytes, nbytes, None, None, note)
