@@ -94,3 +94,20 @@ def _install_problem(argument: str) -> str | None:
 
 def _exists(path: str) -> bool:
     return (ROOT / path).exists()
+
+
+def test_preset_table_is_true():
+    import jax.numpy as jnp
+
+    import jaxq
+
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\S+?)(?:,[^|]*)? \| ([^|]*) \| ([^|]*) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert [row[0] for row in rows] == list(jaxq.presets())
+    matrix = jnp.ones((1024, 1024))
+    for name, fmt, granularity, scale, bits in rows:
+        spec = jaxq.presets()[name]
+        assert fmt == spec.fmt.name
+        assert granularity.startswith(type(spec.granularity).__name__)
+        assert scale.startswith(spec.scale if isinstance(spec.scale, str) else spec.scale.fmt.name)
+        assert bits == f"{jaxq.quantize(matrix, name).bits_per_element:.4g}"
