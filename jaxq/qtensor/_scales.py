@@ -91,10 +91,10 @@ def _power_of_two(magnitude: jax.Array, fmt: formats.Format, rule: str) -> jax.A
     exponent = (pattern >> 23).astype(jnp.int32) - 127 - fmt.max_exponent
     mantissa = pattern & np.uint32(0x7FFFFF)
     if rule == "mx_ceil":
-        exponent = exponent + (mantissa > 0)
+        exponent = exponent + (mantissa > 0).astype(jnp.int32)
     elif rule == "mx_round_up":
         largest = np.asarray(fmt.max, np.float32).view(np.uint32) & np.uint32(0x7FFFFF)
-        exponent = exponent + (mantissa > largest)
+        exponent = exponent + (mantissa > largest).astype(jnp.int32)
     biased = jnp.clip(exponent + 127, 1, 254).astype(jnp.uint32)
     return jnp.where(magnitude > 0, lax.bitcast_convert_type(biased << 23, jnp.float32), 0.0)
 
