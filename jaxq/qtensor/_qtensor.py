@@ -248,11 +248,10 @@ class QTensor:
     def __repr__(self) -> str:
         spec = self.spec
         try:
-            size = "x".join(map(str, self.shape))
             bits = f"{self.bits_per_element:.4g} bits"
-        except (AttributeError, TypeError):  # a tree whose leaves are not arrays, as some transforms make
-            size = "x".join(["...", *map(str, self.meta.geometry.shape)])
+        except (AttributeError, TypeError):
             bits = f"leaves={type(self.data).__name__}"
+        size = "x".join(map(str, self._shown_shape()))
         parts = [f"{spec.fmt.name}[{size}]", f"{type(spec.granularity).__name__}{self._blocks()}"]
         parts.append(f"scale={_scale_name(spec)}")
         if spec.scale_rule != "absmax":
@@ -265,6 +264,12 @@ class QTensor:
             parts.append(f"activation={self.meta.activation.fmt.name}")
         return f"QTensor({', '.join(parts)}, {bits}, {self.meta.dtype})"
 
+    def _shown_shape(self) -> tuple[Any, ...]:
+        try:
+            return self.shape
+        except (AttributeError, TypeError):  # a tree whose leaves are not arrays, as some transforms make
+            return "...", *self.meta.geometry.shape
+
     def _blocks(self) -> str:
         geometry = self.meta.geometry
         sizes = [b for b in geometry.block_shape if b not in (None, 1)]
@@ -276,7 +281,7 @@ class QTensor:
 
         names = ("data", "scale", "zero_point", "offset")
         leaves = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        attributes = {"shape": self.shape, "dtype": self.meta.dtype, "spec": self.spec} | leaves
+        attributes = {"shape": self._shown_shape(), "dtype": self.meta.dtype, "spec": self.spec} | leaves
         return repr_lib.render_object_constructor(
             object_type=type(self), attributes=attributes, path=path, subtree_renderer=subtree_renderer
         )
