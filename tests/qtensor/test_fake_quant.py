@@ -1,0 +1,157 @@
+"""fake_quant: the values of quantize and dequantize, and a straight-through gradient that is clipped."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq import PerGroup, QuantSpec
+
+SHAPE = (64, 8)
+
+
+def normal(seed: int = 0, shape=SHAPE) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def both(x, spec):
+    return jaxq.fake_quant(x, spec), jaxq.dequantize(jaxq.quantize(x, spec))
+
+
+@pytest.mark.parametrize("preset", jaxq.presets())
+def test_equals_dequantize_of_quantize(preset):
+    x = normal()
+    fake, expected = both(x, preset)
+    np.testing.assert_array_equal(fake, expected)
+    assert np.any(np.asarray(fake) != x)
+    if preset in ("int8", "nf4_dq"):
+        np.testing.assert_array_equal(jaxq.fake_quant(x, preset), expected)
+
+
+MX = QuantSpec("float4_e2m1fn", PerGroup(32), scale="float8_e8m0fnu", scale_rule="mx_floor")
+TERNARY = QuantSpec("ternary", scale_rule="absmean")
+
+
+def test_gradient_is_one_inside_and_zero_outside():
+    # The block's largest number, 7.5, has the scale 1. A number is inside if only rounding moves it: up to half a step
+    # beyond the largest element, 6 + 2/2, the boundary included.
+    x = np.zeros((32, 1), np.float32)
+    x[:9, 0] = [7.5, -7.5, 7.0, -7.0, np.nextafter(np.float32(7), np.float32(8)), 6.5, 0.1, 0.0, -7.1]
+    gradient = jax.grad(lambda x: jaxq.fake_quant(x, MX).sum())(x)
+    assert gradient[:9, 0].tolist() == [0, 0, 1, 1, 0, 1, 1, 1, 0]
+    assert np.all(gradient[9:] == 1)
+    # Mean magnitude: {-1, 0, 1} * scale, inside up to 1.5 * scale.
+    x = np.float32([1.0, -1.0, 4.0, -0.2, 0.3, -2.5])
+    scale = abs(x).mean()
+    assert scale == 1.5
+    gradient = jax.grad(lambda x: jaxq.fake_quant(x, TERNARY).sum())(x)
+    assert gradient.tolist() == (abs(x) <= 1.5 * scale).astype(float).tolist() == [1, 1, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("preset", ["int8", "uint4", "nf4", "fp8", "nvfp4", "int4"])
+def test_gradient_is_one_where_nothing_clips(preset):
+    x, weight = normal(1), normal(2)
+    value, pull = jax.vjp(lambda x: jaxq.fake_quant(x, preset), x)
+    np.testing.assert_array_equal(value, jaxq.fake_quant(x, preset))
+    np.testing.assert_array_equal(pull(jnp.asarray(weight))[0], weight)
+
+
+def test_jit_vmap_grad_and_jvp_compose():
+    stack, weight = normal(3, (3, 32, 2)) * 4, normal(4, (3, 32, 2))
+
+    def loss(x, w):
+        return (jaxq.fake_quant(x, MX) ** 2 * w).sum()
+
+    single = [jax.grad(loss)(x, w) for x, w in zip(stack, weight, strict=True)]
+    mapped = jax.jit(jax.vmap(jax.grad(loss)))(stack, weight)
+    np.testing.assert_allclose(mapped, np.stack(single), rtol=1e-6)
+    assert 0 < np.mean(np.asarray(mapped) == 0) < 0.9
+    expected = np.stack([jaxq.fake_quant(x, MX) for x in stack])
+    np.testing.assert_array_equal(jax.vmap(lambda x: jaxq.fake_quant(x, MX))(stack), expected)
+    np.testing.assert_array_equal(jaxq.fake_quant(stack, MX, contracting=-2, batch=0), expected)
+
+    value, tangent = jax.jvp(lambda x: loss(x, weight[0]), (stack[0],), (np.ones_like(stack[0]),))
+    np.testing.assert_allclose(value, loss(stack[0], weight[0]), rtol=1e-6)
+    np.testing.assert_allclose(tangent, single[0].sum(), rtol=1e-4)
+    # The gradient is a constant: a second derivative of fake_quant alone is zero.
+    second = jax.grad(lambda x: jax.grad(lambda y: jaxq.fake_quant(y, MX).sum())(x).sum())(stack[0])
+    assert not np.any(second)
+
+
+def test_grad_of_a_layer_inside_scan():
+    weights, x = normal(5, (3, 8, 8)), normal(6, (2, 8))
+
+    def scanned(weights):
+        def layer(x, w):
+            return jnp.tanh(x @ jaxq.fake_quant(w, "int8")), None
+
+        return jax.lax.scan(layer, x, weights)[0].sum()
+
+    def plain(weights):
+        y = jnp.asarray(x)
+        for w in weights:
+            y = jnp.tanh(y @ jaxq.dequantize(jaxq.quantize(w, "int8")))
+        return y.sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(scanned))(weights)
+    np.testing.assert_allclose(value, plain(weights), rtol=1e-5)
+    rounded = jnp.stack([jaxq.dequantize(jaxq.quantize(w, "int8")) for w in weights])
+
+    def float_model(weights):
+        y = jnp.asarray(x)
+        for w in weights:
+            y = jnp.tanh(y @ w)
+        return y.sum()
+
+    np.testing.assert_allclose(gradient, jax.grad(float_model)(rounded), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_floats(dtype):
+    x = jnp.asarray(normal(7), dtype)
+    fake, expected = both(x, "int4")
+    assert fake.dtype == dtype
+    np.testing.assert_array_equal(fake, expected)
+    gradient = jax.grad(lambda x: jaxq.fake_quant(x, "int4").astype(jnp.float32).sum())(x)
+    assert gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient, np.ones(SHAPE))
+
+
+def test_stochastic_rounding_passes_its_key_and_gradient():
+    spec = QuantSpec("int4", rounding="stochastic")
+    x, key = normal(8), jax.random.key(0)
+    expected = jaxq.dequantize(jaxq.quantize(x, spec, key=key))
+    np.testing.assert_array_equal(jaxq.fake_quant(x, spec, key=key), expected)
+    assert np.any(expected != jaxq.fake_quant(x, spec, key=jax.random.key(1)))
+    gradient = jax.jit(jax.grad(lambda x, key: jaxq.fake_quant(x, spec, key=key).sum()))(x, key)
+    np.testing.assert_array_equal(gradient, np.ones(SHAPE))
+    with pytest.raises(ValueError, match="needs a PRNG key"):
+        jaxq.fake_quant(x, spec)
+
+
+def test_non_finite_numbers_show():
+    x = normal(9)
+    x[3, 2] = np.nan
+    fake = np.asarray(jaxq.fake_quant(x, "int8"))
+    assert np.isnan(fake[:, 2]).all()
+    assert np.isfinite(np.delete(fake, 2, axis=1)).all()
+
+
+def test_trains_through_the_steps():
+    # A weight between two codes reaches the target's code only if gradients pass the steps.
+    target = jnp.asarray(jaxq.fake_quant(normal(10), "int4"))
+
+    @jax.jit
+    def step(w):
+        return w - 0.2 * jax.grad(lambda w: ((jaxq.fake_quant(w, "int4") - target) ** 2).sum())(w)
+
+    w = target + 0.3 * normal(11)
+    start = float(((jaxq.fake_quant(w, "int4") - target) ** 2).mean())
+    for _ in range(20):
+        w = step(w)
+    end = float(((jaxq.fake_quant(w, "int4") - target) ** 2).mean())
+    assert end < 0.2 * start

@@ -1,0 +1,354 @@
+"""QTensor's surface: what it looks like, how its axes move, and that everything else says what to do instead."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq import PerBlock, PerFlat, PerGroup, PerTensor, QTensor, QuantSpec
+from jaxq.formats import Packing, codes_per_pack
+
+SHAPE = (96, 12)
+
+
+def normal(shape=SHAPE, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def quantized(spec="int8", shape=SHAPE, **roles) -> QTensor:
+    return jaxq.quantize(normal(shape), spec, **roles)
+
+
+# Showing.
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("int8", "QTensor(int8[96x12], PerChannel(along -2), scale=float32, 8.333 bits, float32)"),
+        ("int4", "QTensor(int4[96x12], PerGroup(along -2), scale=bfloat16, 4.167 bits, float32)"),
+        ("nf4", "QTensor(nf4[96x12], PerGroup(64 along -2), scale=float32, 6 bits, float32)"),
+        (
+            "nvfp4",
+            "QTensor(float4_e2m1fn[96x12], PerGroup(16 along -2), scale=float8_e4m3fn*float32, 4.528 bits, float32)",
+        ),
+        (
+            "uint8",
+            "QTensor(uint8[96x12], PerChannel(along -2), scale=float32, asymmetric, 8.417 bits, float32)",
+        ),
+        (
+            "mxfp4",
+            "QTensor(float4_e2m1fn[96x12], PerGroup(32 along -2), scale=float8_e8m0fnu, mx_floor, 4.25 bits, float32)",
+        ),
+    ],
+)
+def test_repr_is_one_line(spec, text):
+    assert repr(quantized(spec)) == text
+
+
+@pytest.mark.parametrize("preset", ["int8", "uint4", "nf4_dq"])
+def test_leaves_that_are_no_arrays(preset):
+    # What transforms and libraries put into a tree: sentinels, None, axis numbers, dtypes.
+    qt = quantized(preset)
+    for leaf in (object(), 0, None, "data", jnp.float32, jax.ShapeDtypeStruct((2,), jnp.int8)):
+        other = jax.tree.map(lambda _, leaf=leaf: leaf, qt)
+        assert isinstance(other, QTensor)
+        assert repr(other).startswith(f"QTensor({qt.spec.fmt.name}[")
+        assert "\n" not in repr(other)
+        if leaf is not None:
+            assert jax.tree.structure(other) == jax.tree.structure(qt)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(qt)]
+    assert paths[:2] == [".data", ".scale" if preset != "nf4_dq" else ".scale.data"]
+    mapped = jax.vmap(lambda q: q, in_axes=(jax.tree.map(lambda _: 0, qt),))
+    assert mapped(jax.tree.map(lambda a: a[None], qt)).shape == (1, *SHAPE)
+
+
+@pytest.mark.parametrize("preset", ["int8", "nf4_dq"])
+def test_treescope(preset):
+    treescope = pytest.importorskip("treescope", reason="renders with treescope")
+    qt = quantized(preset)
+    text = treescope.render_to_text(qt)
+    assert text.startswith("QTensor(")
+    assert f"name={qt.spec.fmt.name!r}" in text
+    assert "(96, 12)" in text
+    assert "QTensor(" in treescope.render_to_text(jax.tree.map(lambda _: object(), qt))
+
+
+# Bytes.
+
+
+@pytest.mark.parametrize(
+    ("preset", "data", "scale"),
+    [
+        ("int8", 96 * 12, 12 * 4),
+        ("int4", 96 * 12 // 2, 12 * 2),  # one group of 96 each
+        ("int3", 96 * 12 * 3 // 8, 12 * 2),
+        ("binary", 96 * 12 // 8, 12 * 4),
+        ("nf4", 128 * 12 // 2, 24 * 4),  # padded to two groups of 64
+        ("nf4_dq", 128 * 12 // 2, 24 + 4),
+        ("mxfp6_e2m3", 96 * 12 * 6 // 8, 36),
+        ("nvfp4", 96 * 12 // 2, 72 + 4),
+        ("vsq4", 96 * 12 // 2, 72 // 2 + 12 * 4),
+    ],
+)
+def test_bytes_of_every_level(preset, data, scale):
+    qt = quantized(preset)
+    assert qt.data.dtype in (jnp.uint8, jnp.int8)
+    assert (qt.data.nbytes, qt.scale.nbytes, qt.nbytes) == (data, scale, data + scale)
+    assert qt.bits_per_element == 8 * (data + scale) / (96 * 12)
+    if isinstance(qt.scale, QTensor):
+        assert qt.scale.size == np.prod(qt.meta.geometry.num_blocks)
+        assert qt.scale.bits_per_element == 8 * scale / qt.scale.size
+
+
+# Packing.
+
+RELAYOUT = {
+    **{name: jaxq.presets()[name] for name in ("int8", "int4", "int3", "uint4", "mxfp6_e2m3", "nf4_dq", "nvfp4")},
+    "odd groups": QuantSpec("int4", PerGroup(5, pad=True), packing="none"),
+    "odd groups, zero point": QuantSpec("uint2", PerGroup(7, pad=True), symmetric=False, packing="none"),
+    "odd groups, minimum": QuantSpec("uint4", PerGroup(5, pad=True), offset="min", packing="none"),
+    "flat": QuantSpec("nf4", PerFlat(10), packing="none"),
+    "bytes to nibbles": QuantSpec("binary", PerGroup(3), packing="bitstream"),
+}
+
+
+@pytest.mark.parametrize("name", RELAYOUT)
+def test_relayout_keeps_every_number(name):
+    qt = quantized(RELAYOUT[name], (95 if "odd" in name else 96, 12))
+    codes, values = np.asarray(qt.codes()), np.asarray(jaxq.dequantize(qt))
+    orders = []
+    for packing in Packing:
+        try:
+            codes_per_pack(qt.spec.fmt.bits, packing)
+        except ValueError as error:
+            with pytest.raises(ValueError, match=str(error).split("'")[1]):
+                jaxq.relayout(qt, packing)
+            continue
+        orders.append(packing)
+        other = jaxq.relayout(qt, packing.value)
+        assert other.meta.packing is packing
+        np.testing.assert_array_equal(other.codes(), codes)
+        np.testing.assert_array_equal(jaxq.dequantize(other), values)
+        back = jaxq.relayout(other, qt.meta.packing)
+        np.testing.assert_array_equal(jaxq.dequantize(back), values)
+    assert len(orders) >= (5 if qt.spec.fmt.bits < 8 and 8 % qt.spec.fmt.bits == 0 else 2)
+
+
+def test_relayout_gives_the_bytes_of_quantizing_so():
+    for packing in ("low_first", "high_first", "bitstream", "halves"):
+        spec = jaxq.presets()["nf4"].replace(packing=packing)
+        np.testing.assert_array_equal(jaxq.relayout(quantized("nf4"), packing).data, quantized(spec).data)
+    bytes_of = jaxq.relayout(quantized("nf4"), "none")
+    np.testing.assert_array_equal(bytes_of.data[:, :96].T, bytes_of.codes())
+
+
+def test_relayout_refuses_what_quantized_scales_cannot_hold():
+    spec = QuantSpec("int4", PerGroup(5, pad=True), scale=QuantSpec("uint8"), packing="none")
+    with pytest.raises(ValueError, match=r"1 blocks more, and quantized scales cannot grow\. Quantize with packing="):
+        jaxq.relayout(quantized(spec, (95, 12)), "halves")
+    with pytest.raises(ValueError, match="'zigzag' is not a valid Packing"):
+        jaxq.relayout(quantized("int4"), "zigzag")
+
+
+# Axes.
+
+MOVED = ["int8", "nf4_dq", "nvfp4", "vsq4", "uint4", QuantSpec("int8", PerTensor()), QuantSpec("nf4", PerFlat(64))]
+
+
+@pytest.mark.parametrize("spec", [*MOVED, QuantSpec("int8", PerBlock((16, 4)))], ids=str)
+def test_transposes(spec):
+    qt = quantized(spec)
+    values = np.asarray(jaxq.dequantize(qt))
+    turned = qt.T
+    assert turned.shape == (12, 96)
+    assert all(a is b for a, b in zip(jax.tree.leaves(turned), jax.tree.leaves(qt), strict=True))  # no data moved
+    np.testing.assert_array_equal(jaxq.dequantize(turned), values.T)
+    np.testing.assert_array_equal(turned.codes(), np.asarray(qt.codes()).T)
+    np.testing.assert_array_equal(jaxq.dequantize(qt.swapaxes(0, -1)), values.T)
+    assert turned.T.meta == qt.meta
+    assert qt.swapaxes(0, 0).meta == qt.meta
+
+
+def test_axes_of_stacks():
+    qt = quantized("nf4", (3, 64, 4, 2), contracting=-3, batch=0)
+    values = np.asarray(jaxq.dequantize(qt))
+    for a, b in ((-1, -2), (1, 3), (-3, -2)):
+        moved = qt.swapaxes(a, b)
+        np.testing.assert_array_equal(jaxq.dequantize(moved), values.swapaxes(a, b))
+        np.testing.assert_array_equal(jaxq.dequantize(moved[1]), values.swapaxes(a, b)[1])
+    with pytest.raises(
+        ValueError, match=r"swapaxes: axis -4 is not one of the last 3 axes of QTensor\(nf4\[3x64x4x2\]"
+    ):
+        qt.swapaxes(0, 1)
+    with pytest.raises(ValueError, match="axis 5 is not one of"):
+        qt.swapaxes(9, 1)
+    with pytest.raises(TypeError, match=r"has batch axes\. Use swapaxes\(-1, -2\), or slice the batch first"):
+        _ = qt.T
+
+
+@pytest.mark.parametrize("spec", MOVED, ids=str)
+def test_reshape_splits_and_merges_kept_axes(spec):
+    qt = quantized(spec)
+    values = np.asarray(jaxq.dequantize(qt))
+    for shape in ((96, 3, 4), (96, 1, 12), (96, 12, 1), (1, 96, 12), (96, 12), (96, 2, 3, 2), (96, -1, 6)):
+        split = qt.reshape(shape)
+        assert split.shape == values.reshape(shape).shape
+        np.testing.assert_array_equal(jaxq.dequantize(split), values.reshape(shape))
+        merged = split.reshape(96, 12)
+        assert jax.tree.structure(merged) == jax.tree.structure(qt)
+        np.testing.assert_array_equal(jaxq.dequantize(merged), values)
+    np.testing.assert_array_equal(jaxq.dequantize(qt.T.reshape(3, 4, 96)), values.T.reshape(3, 4, 96))
+    again = jaxq.dequantize(qt.reshape(96, 3, 4).reshape(96, 4, 3))
+    np.testing.assert_array_equal(again, values.reshape(96, 4, 3))
+
+
+def test_reshape_with_batch_axes_tiles_and_minimums():
+    qt = quantized(QuantSpec("uint4", PerGroup(16), offset="min"), (3, 32, 12), contracting=-2, batch=0)
+    values = np.asarray(jaxq.dequantize(qt))
+    np.testing.assert_array_equal(jaxq.dequantize(qt.reshape(3, 32, 4, 3)), values.reshape(3, 32, 4, 3))
+    mean = quantized(QuantSpec("int8", offset="mean"), (3, 32, 12), contracting=-2, batch=0)
+    np.testing.assert_array_equal(
+        jaxq.dequantize(mean.reshape(3, 32, 4, 3)), np.asarray(jaxq.dequantize(mean)).reshape(3, 32, 4, 3)
+    )
+    tiles = quantized(QuantSpec("int8", PerBlock((32, 12))), (4, 32, 12), contracting=-2)  # one scale for each of the 4
+    values = np.asarray(jaxq.dequantize(tiles))
+    np.testing.assert_array_equal(jaxq.dequantize(tiles.reshape(2, 2, 32, 12)), values.reshape(2, 2, 32, 12))
+    # One block along a whole axis may be split with it; tiles may not.
+    np.testing.assert_array_equal(jaxq.dequantize(tiles.reshape(4, 32, 3, 4)), values.reshape(4, 32, 3, 4))
+    cut = quantized(QuantSpec("int8", PerBlock((32, 6))))
+    with pytest.raises(ValueError, match="run across these axes"):
+        cut.reshape(96, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "new", "roles", "message"),
+    [
+        ((96, 12), (12, 96), {}, r"contracted axes \[-2\] must keep their sizes"),
+        ((96, 12), (8, 12, 12), {}, r"contracted axes \[-2\] must keep their sizes"),
+        ((96, 12), (1152,), {}, r"contracted axes \[-2\] must keep their sizes"),
+        ((96, 12), (96, 13), {}, "the number of elements and the batch axes must stay"),
+        ((96, 12), (-1, -1), {}, "the number of elements and the batch axes must stay"),
+        ((3, 32, 4), (96, 4), {"contracting": -2, "batch": 0}, "the number of elements and the batch axes must stay"),
+        ((4, 32, 6), (24, 32), {"contracting": -2}, r"contracted axes \[-2\] must keep their sizes"),
+        ((64, 0), (0, 64), {}, "an array without elements keeps its shape"),
+    ],
+)
+def test_reshape_refuses_the_rest(shape, new, roles, message):
+    with pytest.raises(ValueError, match=rf"QTensor\.reshape: QTensor\(int8.*cannot become \[.*\]: {message}"):
+        quantized("int8", shape, **roles).reshape(new)
+
+
+def test_reshape_refuses_axes_that_are_no_neighbours_in_storage():
+    qt = (
+        quantized("int8", (4, 32, 6), contracting=-2).swapaxes(-1, -3).swapaxes(-1, -2)
+    )  # [6, 4, 32], stored [4, 6, 32]
+    assert qt.shape == (6, 4, 32)
+    with pytest.raises(ValueError, match="the axes to merge are not neighbours in storage"):
+        qt.reshape(24, 32)
+
+
+def test_indexing_and_iteration_over_batch_axes():
+    qt = quantized("nf4_dq", (2, 3, 64, 4), contracting=-2, batch=(0, 1))
+    values = np.asarray(jaxq.dequantize(qt))
+    assert (len(qt), qt.batch_shape) == (2, (2, 3))
+    for index in (0, -1, (1, 2), slice(1, 2), (slice(None), 1), ..., (0, ...), np.array([1, 0])):
+        np.testing.assert_array_equal(jaxq.dequantize(qt[index]), values[index])
+    assert [part.shape for part in qt] == [(3, 64, 4)] * 2
+    np.testing.assert_array_equal(np.stack([jaxq.dequantize(part) for part in qt]), values)
+    single = qt[0, 0]
+    for index in (0, slice(2), (0, 0), None):
+        with pytest.raises(
+            IndexError, match=r"only batch axes can be indexed, and QTensor.* has 0\. .*jaxq\.dequantize"
+        ):
+            single[index]
+    with pytest.raises(IndexError, match="has 2"):
+        qt[0, 0, 0]
+    with pytest.raises(TypeError, match="only batch axes can be iterated over"):
+        list(single)
+
+
+def test_astype_changes_what_dequantize_returns():
+    qt = quantized()
+    half = qt.astype(jnp.bfloat16)
+    assert (half.dtype, jaxq.dequantize(half).dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert half.data is qt.data
+    assert half.astype("float32").meta == qt.meta
+    with pytest.raises(TypeError, match=r"astype: only float dtypes, got int8\. For the codes use qt\.codes\(\)"):
+        qt.astype(jnp.int8)
+
+
+# Everything else.
+
+REFUSED = {
+    "+": lambda q: q + 1,
+    "1 -": lambda q: 1 - q,
+    "*": lambda q: q * q,
+    "jax array *": lambda q: jnp.ones(3) * q,
+    "numpy array *": lambda q: np.ones(3) * q,
+    "numpy scalar /": lambda q: np.float32(2) / q,
+    "//": lambda q: q // 2,
+    "%": lambda q: q % 2,
+    "divmod": lambda q: divmod(q, 2),
+    "**": lambda q: q**2,
+    "negative": lambda q: -q,
+    "positive": lambda q: +q,
+    "invert": lambda q: ~q,
+    "abs": abs,
+    "round": round,
+    "<": lambda q: q < 1,
+    ">= array": lambda q: q >= np.ones(3),
+    "&": lambda q: q & 1,
+    "<<": lambda q: q << 1,
+    "float": float,
+    "int": int,
+    "complex": complex,
+    "if": lambda q: 1 if q else 0,
+    "numpy": np.asarray,
+    "numpy with dtype": lambda q: np.array(q, np.float32),
+    "jax": jnp.asarray,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_arithmetic_names_the_remedy(name):
+    with pytest.raises(TypeError, match=r"QTensor\(int8\[96x12\].*jaxq\.dequantize\(qt\)"):
+        REFUSED[name](quantized())
+
+
+@pytest.mark.parametrize(
+    "use", [jnp.sin, lambda q: jnp.add(jnp.ones(3), q), lambda q: np.add(np.ones(3), q), jnp.stack]
+)
+def test_functions_of_arrays_do_not_take_it(use):
+    # Their own errors: without __jax_array__ nobody turns a whole weight into floats unasked.
+    assert not hasattr(QTensor, "__jax_array__")
+    with pytest.raises(TypeError, match="QTensor"):
+        use(quantized())
+
+
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        quantized().data = None
+    assert quantized().meta == quantized().meta
+    assert hash(quantized().meta) == hash(quantized().meta)
+
+
+@pytest.mark.parametrize("preset", ["uint8", "nf4_dq"])
+def test_it_passes_through_jax(preset):
+    qt = quantized(preset, (4, 64, 4), contracting=-2, batch=0)
+    values = np.asarray(jaxq.dequantize(qt))
+    same = jax.jit(lambda q: q)(qt)
+    assert jax.tree.structure(same) == jax.tree.structure(qt)
+    put = jax.device_put(qt, jax.devices()[-1])
+    np.testing.assert_array_equal(jaxq.dequantize(put), values)
+    chosen = jax.jit(lambda q, i: jaxq.dequantize(q[i]))(qt, 2)
+    np.testing.assert_array_equal(chosen, values[2])
+    mesh = jax.make_mesh((len(jax.devices()),), ("layers",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put(qt, jax.NamedSharding(mesh, jax.P("layers")))
+    assert len(spread.data.sharding.device_set) == len(jax.devices()) == 4
+    np.testing.assert_array_equal(jaxq.dequantize(spread), values)
+    swapped = jax.lax.cond(jnp.array(True), lambda a, b: a, lambda a, b: b, qt[0], qt[1])
+    np.testing.assert_array_equal(jaxq.dequantize(swapped), values[0])

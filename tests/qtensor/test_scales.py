@@ -1,0 +1,191 @@
+"""Scales by rule and in their dtype: the definitions, written out in float64."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq import PerGroup, QuantSpec
+from jaxq.qtensor import scale_values
+from tests.qtensor import oracle
+
+# Element formats of the OCP microscaling specification, and the exponent of their largest number.
+MX = oracle.EMAX
+
+
+def mx(fmt: str, rule: str) -> QuantSpec:
+    return QuantSpec(fmt, PerGroup(32), scale="float8_e8m0fnu", scale_rule=rule)
+
+
+def blocks_of(largest) -> np.ndarray:
+    """[32, n]: a block for each number, in which it is the largest."""
+    largest = np.asarray(largest, np.float32)
+    x = np.random.default_rng(0).uniform(-1, 1, (32, len(largest))).astype(np.float32) * largest
+    x[11] = largest * np.where(np.arange(len(largest)) % 2, -1, 1).astype(np.float32)
+    return x
+
+
+def scale_bytes(qt) -> np.ndarray:
+    return np.asarray(qt.scale).view(np.uint8).ravel()
+
+
+def test_floor_scale_bytes():
+    x = blocks_of([1, 1.5, 1.99, 2, 6, 448, 0, 3e38])
+    qt = jaxq.quantize(x, mx("float4_e2m1fn", "mx_floor"))
+    assert scale_bytes(qt).tolist() == [125, 125, 125, 126, 127, 133, 0, 252]
+
+
+# Around powers of two, where a logarithm is off by one, and around the largest element times one.
+EDGES = [
+    np.nextafter(np.float32(2.0**e), np.float32(np.inf if side > 0 else 0)) if side else np.float32(2.0**e)
+    for e in (-60, -7, 0, 1, 5, 100)
+    for side in (-1, 0, 1)
+]
+
+
+@pytest.mark.parametrize("fmt", MX)
+@pytest.mark.parametrize("rule", ["mx_floor", "mx_ceil", "mx_even", "mx_round_up"])
+def test_power_of_two_rules(rule, fmt):
+    element = jaxq.formats.get(fmt)
+    tops = [np.float32(element.max), np.nextafter(np.float32(element.max), np.float32(np.inf)), 1.75, 7.99, 3.5, 29]
+    largest = np.asarray([*EDGES, *tops], np.float32)
+    qt = jaxq.quantize(blocks_of(largest), mx(fmt, rule))
+    got = scale_bytes(qt).astype(int) - 127
+    exact = largest.astype(np.float64)
+    if rule == "mx_floor":
+        expected = np.floor(np.log2(exact)) - MX[fmt]
+    elif rule == "mx_ceil":
+        expected = np.ceil(np.log2(exact)) - MX[fmt]
+    elif rule == "mx_even":  # the largest number is first rounded to the mantissa of the element, half of it upward
+        unit = 2.0 ** (np.floor(np.log2(exact)) - element.mantissa_bits)
+        expected = np.floor(np.log2(np.floor(exact / unit + 0.5) * unit)) - MX[fmt]
+    else:  # the least power of two that brings the block into range
+        expected = np.ceil(np.log2(exact / element.max))
+        assert np.all(exact / 2.0**expected <= element.max)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("fmt", MX)
+def test_microscaling_against_the_specification(fmt):
+    random = np.random.default_rng(1)
+    x = random.standard_normal((64, 40)).astype(np.float32) * 2.0 ** random.integers(-60, 60, (1, 40))
+    x = x.astype(np.float32)
+    x[:32, 3] = 0
+    qt = jaxq.quantize(x, mx(fmt, "mx_floor"))
+    blocks = x.T.reshape(40, 2, 32)
+    largest = abs(blocks).max(-1)
+    shared = np.frexp(largest)[1] - 1 - {**MX, "int8": 0}[fmt]  # int8 elements are code / 64, up to 1.98
+    if fmt == "int8":
+        elements = np.clip(np.rint(64 * np.ldexp(blocks.astype(np.float64), -shared[..., None])), -127, 127) / 64
+        assert np.all(scale_bytes(qt)[largest.ravel() > 0] == (shared - 6 + 127).ravel()[largest.ravel() > 0])
+    else:
+        element = getattr(ml_dtypes, fmt)
+        top = float(ml_dtypes.finfo(element).max)
+        elements = np.clip(np.ldexp(blocks, -shared[..., None]), -top, top).astype(element).astype(np.float64)
+        assert np.all(scale_bytes(qt)[largest.ravel() > 0] == (shared + 127).ravel()[largest.ravel() > 0])
+    values = np.ldexp(elements, shared[..., None]).reshape(40, 64).T
+    np.testing.assert_array_equal(jaxq.dequantize(qt), values.astype(np.float32))
+    assert len(np.unique(values)) > 100
+
+
+def test_nvfp4_levels():
+    # The block that holds the tensor's largest number has the largest E4M3 as its scale; the product is exact enough
+    # to give that number back.
+    x = np.random.default_rng(2).standard_normal((64, 8)).astype(np.float32)
+    x[5, 2] = -9
+    qt = jaxq.quantize(x, "nvfp4")
+    assert qt.scale.scale.tolist() == [[pytest.approx(9 / (448 * 6), rel=1e-6)]]
+    block = np.asarray(qt.scale.codes()).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert (block[2, 0], block.max(), block.min() > 0) == (448, 448, True)
+    np.testing.assert_allclose(jaxq.dequantize(qt)[5, 2], -9, rtol=1e-6)
+    ideal = abs(x.T.reshape(8, 4, 16)).max(-1) / 6 / float(qt.scale.scale[0, 0])
+    assert np.all(abs(block - ideal) <= ideal * 2.0**-4 + 2.0**-10)
+
+
+def test_vsq4_levels():
+    x = np.random.default_rng(3).standard_normal((64, 8)).astype(np.float32)
+    x[16:32, 1] *= np.float32(1e-4)  # its ideal code is 0, which would erase it
+    x[:16, 4] = 0
+    qt = jaxq.quantize(x, "vsq4")
+    ideal = abs(x.T.reshape(8, 4, 16)).max(-1) / 7
+    channel = ideal.max(1, keepdims=True) / 15
+    np.testing.assert_allclose(qt.scale.scale, channel, rtol=1e-6)
+    expected = np.where(ideal > 0, np.clip(np.rint(ideal / channel), 1, 15), 0)
+    np.testing.assert_array_equal(qt.scale.codes(), expected)
+    assert qt.scale.codes()[1, 1] == 1
+
+
+def test_three_levels():
+    spec = QuantSpec("int4", PerGroup(8), scale=QuantSpec("uint8", PerGroup(2), scale=QuantSpec("uint4")))
+    x = np.random.default_rng(4).standard_normal((64, 4)).astype(np.float32)
+    qt = jaxq.quantize(x, spec)
+    top = np.asarray(qt.scale.scale.scale)  # [4, 1]
+    second = np.asarray(qt.scale.scale.codes()) * top  # [4, 4]
+    first = np.asarray(qt.scale.codes()) * np.repeat(second, 2, axis=1)  # [4, 8]
+    np.testing.assert_allclose(scale_values(qt), first, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(qt.codes()) * np.repeat(first, 8, axis=1).T, jaxq.dequantize(qt), rtol=1e-6)
+    assert abs(np.asarray(jaxq.dequantize(qt)) - x).max() < 0.2
+    assert qt.nbytes == 64 * 4 // 2 + 4 * 8 + 4 * 4 // 2 + 4 * 4
+
+
+def test_mean_offset_of_scales_turns_no_sign():
+    # Scales kept as deviations from their mean can read back negative; they must not.
+    spec = QuantSpec("nf4", PerGroup(64), scale=QuantSpec("dynamic8", jaxq.PerFlat(256), offset="mean"))
+    random = np.random.default_rng(2)
+    x = (random.standard_normal((64, 256)) * random.random((1, 256)) ** 4).astype(np.float32)
+    qt = jaxq.quantize(x, spec)
+    assert qt.scale.offset.shape == (1,)
+    np.testing.assert_allclose(qt.scale.offset[0], abs(x).max(0).mean(), rtol=1e-6)
+    assert np.asarray(jaxq.dequantize(qt.scale)).min() < 0  # this input is one of those
+    assert np.asarray(scale_values(qt)).min() >= 0
+    assert not np.any(np.asarray(jaxq.dequantize(qt)) * x < 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"])
+def test_scales_are_rounded_into_their_dtype_before_use(dtype):
+    x = np.random.default_rng(6).standard_normal((32, 16)).astype(np.float32) * 4
+    qt = jaxq.quantize(x, QuantSpec("int4", PerGroup(32), scale=dtype))
+    ideal = abs(x).max(0) * np.float32(1 / 7)
+    stored = np.asarray(qt.scale)[:, 0]
+    assert stored.dtype == dtype
+    if dtype != "float32":
+        ideal = ideal.astype(getattr(ml_dtypes, dtype, dtype))
+    np.testing.assert_array_equal(stored.astype(np.float32), ideal.astype(np.float32))
+    codes = np.clip(np.rint(x * (np.float32(1) / stored.astype(np.float32))), -7, 7)
+    np.testing.assert_array_equal(qt.codes(), codes)
+
+
+@pytest.mark.parametrize(("dtype", "smallest"), [("float16", 2.0**-24), ("float8_e4m3fn", 2.0**-9), ("bfloat16", None)])
+def test_scales_beyond_their_dtype_are_clamped_not_lost(dtype, smallest):
+    # Below the smallest number of a dtype a scale becomes that number, never 0 or infinity.
+    x = np.float32([[1e-12, 5e-13], [1e12, -1e12]]).T
+    qt = jaxq.quantize(x, QuantSpec("int4", scale=dtype))
+    scales = np.asarray(scale_values(qt)).ravel()
+    assert np.isfinite(scales).all()
+    if smallest is None:
+        np.testing.assert_allclose(jaxq.dequantize(qt), x, rtol=0.3)
+        return
+    assert scales[0] == smallest
+    assert scales[1] == float(ml_dtypes.finfo(dtype).max)
+    assert jaxq.dequantize(qt)[:, 1].tolist() == [7 * scales[1], -7 * scales[1]]
+
+
+def test_subnormal_scales_are_none():
+    # XLA flushes subnormals: a scale below 2^-126 would divide by zero.
+    x = np.float32([[2e-38, -1e-38, 0, 1e-44]]).T
+    for spec in ("int8", "nf4", "mxfp4", QuantSpec("int8", scale="bfloat16")):
+        eager = jaxq.quantize(x, spec)
+        scale = np.asarray(scale_values(eager))
+        assert np.all((scale == 0) | (scale >= np.float32(2.0**-126)))
+        assert np.isfinite(jaxq.dequantize(eager)).all()
+        jitted = jax.jit(lambda x, spec=spec: jaxq.quantize(x, spec))(x)
+        np.testing.assert_array_equal(eager.codes(), jitted.codes())
+
+
+def test_absmean_counts_no_padding():
+    x = jnp.asarray(np.random.default_rng(7).standard_normal((40, 3)), jnp.float32)
+    qt = jaxq.quantize(x, QuantSpec("ternary", PerGroup(32, pad=True), scale_rule="absmean"))
+    expected = np.stack([abs(np.asarray(x[:32])).mean(0), abs(np.asarray(x[32:])).mean(0)], axis=1)
+    np.testing.assert_allclose(qt.scale, expected, rtol=1e-6)
