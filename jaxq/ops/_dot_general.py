@@ -59,6 +59,7 @@ def dot_general(
     lhs, rhs = as_operand(lhs), as_operand(rhs)
     dims = _as_tuples(dimension_numbers)
     _check_sizes(lhs, rhs, dims)
+    _check_floats(lhs, rhs)
     plan = make_plan(lhs, rhs, dims)
     if isinstance(rhs, QTensor) and rhs.meta.activation is not None and not isinstance(lhs, QTensor):
         y = _dynamic(lhs, rhs, dims, False)
@@ -145,10 +146,6 @@ def _broadcast(x: Any, leading: tuple[int, ...]) -> Any:
 
 def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Plan) -> jax.Array:
     """float32 `[batch, free axes of x, free axes of the weight]`."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(
-            f"dot_general: {x.dtype.name}{list(x.shape)} meets {qt!r}. Pass floats, or quantize this operand as well."
-        )
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         x = x.astype(jnp.float32)
     if plan.path == "dequantize":
@@ -260,4 +257,13 @@ def _check_sizes(lhs: Any, rhs: Any, dims: DimensionNumbers) -> None:
         if [left[i] for i in a] != [right[i] for i in b]:
             raise TypeError(
                 f"dot_general: {kind} axes {list(a)} of {list(left)} and {list(b)} of {list(right)} differ in size."
+            )
+
+
+def _check_floats(lhs: Any, rhs: Any) -> None:
+    for x, other in ((lhs, rhs), (rhs, lhs)):
+        if isinstance(other, QTensor) and not isinstance(x, QTensor) and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"dot_general: {x.dtype.name}{list(x.shape)} meets {other!r}. "
+                "Pass floats, or quantize this operand as well."
             )

@@ -78,11 +78,25 @@ def make_plan(lhs: Any, rhs: Any, dims: DimensionNumbers) -> Plan:
 def _plan_dynamic(x: Any, qt: QTensor, dims: DimensionNumbers, swapped: bool) -> Plan:
     spec, side = qt.meta.activation, 1 if swapped else 0
     assert spec is not None
-    shaped = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    order, dims = batch_first(x.ndim, dims, side)
+    shaped = jax.ShapeDtypeStruct(tuple(x.shape[a] for a in order), x.dtype)
     qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=dims[0][side], batch=dims[1][side]), shaped)
     weight = qt.with_activation(None)
     rest = make_plan(*((weight, qx) if swapped else (qx, weight)), dims)
     return dataclasses.replace(rest, reason=f"activations are quantized to {spec.fmt.name} on the fly; {rest.reason}")
+
+
+def batch_first(ndim: int, dims: DimensionNumbers, side: int) -> tuple[list[int], DimensionNumbers]:
+    """Order of one operand's axes that brings the product's batch axes to the front, and the numbers of that product.
+
+    The result stays what it is: its batch axes lead already, and free axes keep their order.
+    """
+    batch = [a % ndim for a in dims[1][side]]
+    order = [*batch, *(a for a in range(ndim) if a not in batch)]
+    contracted, leading = list(dims[0]), list(dims[1])
+    contracted[side] = tuple(order.index(a % ndim) for a in contracted[side])
+    leading[side] = tuple(range(len(batch)))
+    return order, ((contracted[0], contracted[1]), (leading[0], leading[1]))
 
 
 def _plan_both(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> Plan:
