@@ -3,10 +3,12 @@
 A dequantized weight is 4 to 16 times its quantized size, and on CPU the page faults of that one temporary cost more
 than the product. So rows are decoded in blocks that stay in cache, and multiplied at once:
 
-    for each block of rows:  y[:, rows] = (decode(codes[rows]) @ x.T).T          # [r, k] @ [k, m]
+    for each block of rows:  y[rows] = decode(codes[rows]) @ x.T          # [r, k] @ [k, m]
 
 Halves of a byte are never interleaved: each half meets its half of x. The block is the left operand, which the CPU's
-matrix library prefers. The backward pass runs the same loop: dx sums over blocks, and scales get exact gradients.
+matrix library prefers, and y stays [n, m] until the last block is done: a transpose right after a product would be
+folded into it, into a form that library does not take. The backward pass runs the same loop: dx sums over blocks, and
+scales get exact gradients.
 """
 
 from __future__ import annotations
@@ -41,20 +43,17 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     post = groups == 1 and rows.offset is None
     # One lone row of a narrow type is no matrix product for XLA:CPU, which then widens the whole weight.
     wide = jnp.pad(x, ((0, 1), (0, 0))) if m == 1 and x.dtype != jnp.float32 else x
-    parts = [part.T for part in split_fields(wide, meta, groups)]  # [k / fields, m]
+    parts = split_fields(wide, meta, groups)  # [m, k / fields]
 
     def block(taken: Rows) -> jax.Array:
         weights = [decode_field(taken, meta, i, scaled=not post).astype(wide.dtype) for i in range(len(parts))]
-        products = [
-            _dot(w, part, (1, 0)) for w, part in zip(weights, parts, strict=True)
-        ]  # [r, k/fields] @ [k/fields, m]
-        total = functools.reduce(jnp.add, products)
+        total = functools.reduce(jnp.add, [_dot(w, part, (1, 1)) for w, part in zip(weights, parts, strict=True)])
         return total * taken.scale if post else total  # [r, m]
 
     def write(y: jax.Array, start: jax.Array, taken: Rows) -> jax.Array:
-        return lax.dynamic_update_slice(y, block(taken).T[:m], (0, start))
+        return lax.dynamic_update_slice(y, block(taken), (start, 0))
 
-    return for_blocks(rows, meta, write, jnp.zeros((m, n), jnp.float32))
+    return for_blocks(rows, meta, write, jnp.zeros((n, wide.shape[0]), jnp.float32)).T[:m]
 
 
 def _forward(x, rows, meta):
