@@ -124,8 +124,8 @@ def store_in_dtype(scale: jax.Array, dtype: str, *, signed: bool = False) -> jax
 
 def load_from_dtype(stored: jax.Array) -> jax.Array:
     """The float32 numbers of a stored scale, exactly."""
-    if stored.dtype == jnp.float32:
-        return stored
+    if stored.dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return stored.astype(jnp.float32)  # a cast, so that gradients reach the scale
     fmt = formats.get(stored.dtype.name)
     return fmt.decode(lax.bitcast_convert_type(stored, fmt.code_dtype))
 
