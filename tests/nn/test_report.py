@@ -1,0 +1,134 @@
+"""The report: one row for everything a model holds, figures that are those of the arrays."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxq
+from jaxq import QTensor, Recipe, Rule
+
+SPEC = jaxq.QuantSpec("int4", jaxq.PerGroup(4, pad=True), scale="bfloat16")
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(5, 40, rngs=rngs)
+        self.norm = nnx.BatchNorm(40, rngs=rngs)
+        self.up = nnx.Linear(40, 8, rngs=rngs)
+        self.conv = nnx.Conv(2, 3, (3,), use_bias=False, rngs=rngs)
+        self.free = nnx.Param(jnp.ones((3, 4), jnp.bfloat16))
+        self.count = nnx.Variable(jnp.asarray(3))
+        self.pair = nnx.Variable({"a": jnp.ones((2, 3)), "b": jnp.zeros((), jnp.int8)})
+        self.step = nnx.Variable(7)
+        self.router = nnx.Linear(40, 4, use_bias=False, rngs=rngs)
+        self.lm_head = nnx.Linear(40, 5, use_bias=False, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+
+@pytest.fixture(scope="module")
+def made():
+    model = Model(nnx.Rngs(0))
+    return model, *jaxq.quantize_model(model, SPEC)
+
+
+def variables(model):
+    return {
+        "/".join(map(str, path)): v.get_value()
+        for path, v in nnx.iter_graph(model)
+        if isinstance(v, nnx.Variable) and not isinstance(v, nnx.RngState)
+    }
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
+
+
+def test_every_variable_has_one_row(made):
+    model, q, report = made
+    paths = [row.path for row in report.rows]
+    assert len(paths) == len(set(paths))
+    assert set(paths) == set(variables(model)) == set(variables(q))
+
+
+def test_totals_are_the_arrays_bytes(made):
+    model, q, report = made
+    for row in report.rows:
+        assert row.bytes_before == nbytes(variables(model)[row.path]), row.path
+        assert row.bytes_after == nbytes(variables(q)[row.path]), row.path
+    for total, of in ((report.bytes_before, model), (report.bytes_after, q)):
+        assert total == nbytes(nnx.state(of, nnx.Not(nnx.RngState)))
+
+
+def test_reasons(made):
+    _, _, report = made
+    notes = {row.path: row.note for row in report.rows}
+    assert notes == {
+        "embed/embedding": "embedding, left in floats by default",
+        "lm_head/kernel": "output head, left in floats by default",
+        "router/kernel": "router, left in floats by default",
+        "up/kernel": "",
+        "conv/kernel": "",
+        "up/bias": "not a matrix, left in floats",
+        "norm/mean": "not a matrix, left in floats",
+        "norm/var": "not a matrix, left in floats",
+        "norm/scale": "not a matrix, left in floats",
+        "norm/bias": "not a matrix, left in floats",
+        "free": "in no layer jaxq knows, left as it is",
+        "count": "no floats, left as it is",
+        "pair": "no floats, left as it is",
+        "step": "no floats, left as it is",
+    }
+    assert {row.path for row in report.quantized} == {"up/kernel", "conv/kernel"}
+
+
+def test_figures_are_those_of_the_arrays(made):
+    model, q, report = made
+    for row in report.quantized:
+        floats, qt = variables(model)[row.path], variables(q)[row.path]
+        assert isinstance(qt, QTensor)
+        w, back = (np.asarray(v, np.float64) for v in (floats, jaxq.dequantize(qt)))
+        assert row.sqnr == pytest.approx(10 * np.log10((w**2).sum() / ((w - back) ** 2).sum()), rel=1e-4)
+        assert row.sqnr == pytest.approx(float(jaxq.metrics.sqnr(floats, jaxq.dequantize(qt))), rel=1e-4)
+        assert 0 < row.worst_block < 1
+        assert row.bits_per_element == qt.bits_per_element == 8 * row.bytes_after / w.size
+        assert row.shape == floats.shape
+        assert (row.format, row.granularity) == ("int4", "PerGroup(4)")
+    total = 8 * sum(r.bytes_after for r in report.quantized) / sum(np.prod(r.shape) for r in report.quantized)
+    assert report.bits_per_weight == pytest.approx(total)
+    assert report.worst.sqnr == min(row.sqnr for row in report.quantized)
+
+
+def test_forms(made):
+    _, _, report = made
+    text, table = str(report), report.to_markdown()
+    for row in report.rows:
+        assert row.path in text
+        assert f"| {row.path} |" in table
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {12}
+    assert text.splitlines()[-1] == table.splitlines()[-1]
+    assert text.splitlines()[-1].startswith("2 of 14 parameters quantized")
+    again = json.loads(json.dumps(report.to_dict()))
+    assert again["totals"] == {"bytes_before": report.bytes_before, "bytes_after": report.bytes_after}
+    assert [row["path"] for row in again["rows"]] == [row.path for row in report.rows]
+
+
+def test_activations_and_own_reasons():
+    model = Model(nnx.Rngs(0))
+    recipe = Recipe([Rule("up", weight="int8", activation="fp8"), Rule("conv", skip=True, reason="small")])
+    report = jaxq.quantize_model(model, recipe)[1]
+    rows = {row.path: row for row in report.rows}
+    assert rows["up/kernel"].format == "int8 + float8_e4m3fn"
+    assert rows["conv/kernel"].note == "small"
+    assert rows["router/kernel"].note == "no rule of the recipe matches"
+
+
+def test_nothing_quantized():
+    report = jaxq.quantize_model(Model(nnx.Rngs(0)), Recipe([Rule(skip=True)]))[1]
+    assert report.quantized == ()
+    assert report.worst is None
+    assert report.bytes_before == report.bytes_after
+    assert "0 of 14 parameters quantized" in str(report)

@@ -1,0 +1,373 @@
+"""quantize_model: what it leaves alone, what it shares, and what it refuses, all problems at once."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxq
+from jaxq import QTensor, Recipe, Rule
+from jaxq.nn import QuantizedParam
+
+ALL = Recipe([Rule(weight="int8")])
+
+
+def squash(x):
+    return x / 2
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(40, 8, rngs=rngs)
+        self.down = nnx.Linear(8, 40, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.relu(self.up(x)))
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs, num_layers=2):
+        self.layers = nnx.List([Block(rngs) for _ in range(num_layers)])
+        self.lm_head = nnx.Linear(40, 5, rngs=rngs)
+        self.hook = squash
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.hook(x))
+
+
+class Hand(nnx.Module):
+    """Multiplies by hand, as `fn` says."""
+
+    def __init__(self, fn, rngs):
+        self.lin = nnx.Linear(8, 8, use_bias=False, rngs=rngs)
+        self.fn = fn
+
+    def __call__(self, x):
+        return self.fn(x, self.lin.kernel[...])
+
+
+def linear(rngs=None, **more):
+    return nnx.Linear(40, 8, rngs=rngs or nnx.Rngs(0), **more)
+
+
+def weights(model):
+    return {
+        "/".join(map(str, path)): v.get_value()
+        for path, v in nnx.iter_graph(model)
+        if isinstance(v.get_value() if isinstance(v, nnx.Variable) else None, QTensor)
+    }
+
+
+def test_the_model_stays_as_it_is():
+    model = Model(nnx.Rngs(0))
+    state = jax.tree.map(np.array, nnx.state(model))
+    graph = nnx.graphdef(model)
+    attributes = {
+        "/".join(map(str, path)): {k: v for k, v in vars(m).items() if not k.startswith("_")}
+        for path, m in nnx.iter_modules(model)
+    }
+    q, _ = jaxq.quantize_model(model, "int8")
+    assert type(q) is type(model)
+    assert nnx.graphdef(model) == graph
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), nnx.state(model), state))
+    for path, m in nnx.iter_modules(model):
+        before = attributes["/".join(map(str, path))]
+        after = {k: v for k, v in vars(m).items() if not k.startswith("_")}
+        assert before.keys() == after.keys()
+        assert all(before[k] is after[k] for k in before)
+    assert [type(m) for _, m in nnx.iter_modules(q)] == [type(m) for _, m in nnx.iter_modules(model)]
+
+
+def test_nothing_of_jax_or_flax_is_replaced():
+    watched = [(jax.lax, "dot_general"), (jax.lax, "conv_general_dilated"), (jnp, "einsum"), (jnp, "matmul")]
+    watched += [(jnp, "dot"), (jax.nn, "dot_product_attention"), (jax.nn, "relu"), (nnx.Linear, "__call__")]
+    watched += [(nnx.Conv, "__call__"), (nnx.Embed, "__call__"), (nnx.Embed, "attend"), (nnx.Einsum, "__call__")]
+    before = [(getattr(where, name), getattr(getattr(where, name), "__code__", None)) for where, name in watched]
+    q, _ = jaxq.quantize_model(Model(nnx.Rngs(0)), "w8a8")
+    q(jnp.ones((2, 40)))
+    for (where, name), (fn, code) in zip(watched, before, strict=True):
+        assert getattr(where, name) is fn
+        assert getattr(fn, "__code__", None) is code
+
+
+def test_quantized_models_are_models():
+    q, _ = jaxq.quantize_model(Model(nnx.Rngs(0)), "w8a8")
+    x = jax.random.normal(jax.random.key(1), (2, 40))
+    wanted = q(x)
+    graph, state = nnx.split(q)
+    for other in (nnx.merge(graph, state), nnx.clone(q), pickle.loads(pickle.dumps(q))):
+        assert nnx.graphdef(other) == graph
+        assert (other(x) == wanted).all()
+    np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(q, x), wanted, rtol=1e-4, atol=1e-5)
+    assert weights(nnx.merge(graph, jax.tree.map(lambda a: a, state))).keys() == weights(q).keys()
+    nnx.update(q, state)
+    assert (q(x) == wanted).all()
+    # Submodules work alone.
+    block = q.layers[1]
+    assert block.up(x).shape == (2, 8)
+    assert block(x).shape == (2, 40)
+
+
+def test_equal_quantizations_trace_once():
+    traces = []
+
+    @nnx.jit
+    def forward(model, x):
+        traces.append(1)
+        return model(x)
+
+    for seed in (0, 0, 1):
+        forward(jaxq.quantize_model(Model(nnx.Rngs(seed), 1), "int8")[0], jnp.ones((2, 40)))
+    assert len(traces) == 1
+    forward(jaxq.quantize_model(Model(nnx.Rngs(0), 1), "w8a8")[0], jnp.ones((2, 40)))
+    assert len(traces) == 2
+
+
+def test_optimizers_of_params_leave_weights_alone():
+    q, _ = jaxq.quantize_model(Model(nnx.Rngs(0), 1), "int8")
+    before = {path: jax.tree.map(np.array, qt) for path, qt in weights(q).items()}
+    bias = np.array(q.layers[0].up.bias[...])
+    optimizer = nnx.Optimizer(q, optax.sgd(0.1), wrt=nnx.Param)
+    grads = nnx.grad(lambda m, x: (m(x) ** 2).sum())(q, jnp.ones((2, 40)))
+    optimizer.update(q, grads)
+    assert weights(grads) == {}
+    assert len(before) == 2
+    for path, qt in weights(q).items():
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), qt, before[path]))
+    assert (q.layers[0].up.bias[...] != bias).any()
+
+
+# Multiplying by hand, which interception of jax functions misses.
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, w: x @ w,
+        lambda x, w: x @ w.astype(jnp.float32),
+        lambda x, w: x @ w.T,
+        lambda x, w: (w.T @ x.T).T,
+        lambda x, w: jax.jit(lambda a, b: a @ b)(x, w),
+        lambda x, w: jaxq.einsum("bk,kn->bn", x, w),
+        lambda x, w: x @ jaxq.dequantize(w) if isinstance(w, QTensor) else x @ w,
+    ],
+    ids=["@", "astype", "T", "left", "jit", "einsum", "dequantize"],
+)
+def test_products_by_hand_use_codes(fn):
+    model = Hand(fn, nnx.Rngs(0))
+    q, report = jaxq.quantize_model(model, "int4")
+    assert len(report.quantized) == 1
+    x = jax.random.normal(jax.random.key(0), (2, 8))
+    wanted = fn(x, jaxq.dequantize(q.lin.kernel[...]))
+    np.testing.assert_allclose(q(x), wanted, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(q(x), model(x), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda x, w: x @ (w * 2.0), "jaxq.dequantize"),
+        (lambda x, w: x @ (jnp.ones(8) * w), "jaxq.dequantize"),
+        (lambda x, w: x @ w[:, :4], "jaxq.dequantize"),
+        (lambda x, w: x @ np.asarray(w), "jaxq.dequantize"),
+        (lambda x, w: jnp.matmul(x, w), "QTensor"),
+        (lambda x, w: jnp.einsum("bk,kn->bn", x, w), "QTensor"),
+        (lambda x, w: jnp.dot(x, w), "QTensor"),
+        (lambda x, w: x @ jnp.split(w, 2, axis=1)[0], "QTensor"),
+        (lambda x, w: jax.lax.dot(x, w), "QTensor"),
+    ],
+    ids=["w*g", "g*w", "slice", "numpy", "matmul", "einsum", "dot", "split", "lax.dot"],
+)
+def test_what_needs_floats_raises(fn, message):
+    q, _ = jaxq.quantize_model(Hand(fn, nnx.Rngs(0)), "int4")
+    for call in (q, nnx.jit(lambda x: q(x))):
+        with pytest.raises((TypeError, IndexError), match=message):
+            call(jnp.ones((2, 8)))
+
+
+# Sharing.
+
+
+class Holder(nnx.Module):
+    def __init__(self, weight):
+        self.w = weight
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.first = linear(rngs)
+        self.second = linear(rngs)
+        self.second.kernel = self.first.kernel
+        self.last = self.first
+        self.a_holder = Holder(self.first.kernel)
+        self.listed = nnx.List([self.first.kernel])
+
+
+def test_shared_weights_stay_shared():
+    model = Tied(nnx.Rngs(0))
+    q, report = jaxq.quantize_model(model, "int8")
+    assert isinstance(q.first.kernel, QuantizedParam)
+    assert q.first.kernel is q.second.kernel is q.a_holder.w is q.listed[0]
+    assert q.last is q.first
+    assert q.first.bias is not q.second.bias
+    assert [row.path for row in report.rows] == ["a_holder/w", "first/bias", "second/bias"]
+    assert report.rows[0].kind == "Linear"
+    assert report.bytes_after == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(q)))
+    assert q.second(jnp.ones((2, 40))).shape == (2, 8)
+
+
+def test_a_weight_in_a_tuple_is_refused():
+    model = Tied(nnx.Rngs(0))
+    model.pair = nnx.data((model.first.kernel, 1))
+    with pytest.raises(ValueError, match=r"also held as pair/0, in a container that cannot be changed.*nnx.List"):
+        jaxq.quantize_model(model, "int8")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe([Rule("first", skip=True), Rule(weight="int8")]),
+        Recipe([Rule("first", weight="int8")]),
+        Recipe([Rule("first", weight="int8"), Rule("second", weight="int4")]),
+        Recipe([Rule("first", weight="int8"), Rule("second", weight="int8", activation="int8")]),
+    ],
+    ids=["skip first", "no rule for second", "two formats", "two activations"],
+)
+def test_conflicting_rules_for_one_weight(recipe):
+    with pytest.raises(ValueError, match=r"second \(Linear\): it shares its weight with first"):
+        jaxq.quantize_model(Tied(nnx.Rngs(0)), recipe)
+
+
+def test_equal_rules_for_one_weight():
+    recipe = Recipe([Rule("first", weight="int8"), Rule("second", weight="int8")])
+    assert len(jaxq.quantize_model(Tied(nnx.Rngs(0)), recipe)[1].quantized) == 1
+
+
+def test_conflicting_use_of_one_weight():
+    class Odd(nnx.Module):
+        def __init__(self, rngs):
+            self.table = nnx.Embed(40, 8, rngs=rngs)
+            self.lin = linear(rngs)
+            self.lin.kernel = self.table.embedding
+
+    with pytest.raises(ValueError, match=r"table \(Embed\): it shares its weight with lin, which uses it in another"):
+        jaxq.quantize_model(Odd(nnx.Rngs(0)), ALL)
+
+
+# Refusing.
+
+
+def own_dot(*args, **kwargs):
+    return jax.lax.dot_general(*args, **kwargs)
+
+
+class Named(nnx.Embed):
+    pass
+
+
+class Troubled(nnx.Module):
+    def __init__(self, rngs):
+        self.hooked = linear(rngs, dot_general=own_dot)
+        self.general = nnx.LinearGeneral(4, 4, dot_general_cls=lambda: own_dot, rngs=rngs)
+        self.masked = nnx.Conv(2, 3, (3,), mask=jnp.ones((3, 2, 3)), rngs=rngs)
+        self.free = nnx.Einsum("ab,bc->ac", (4, 4), rngs=rngs)
+        self.free.einsum_str = None  # given at each call
+        self.outer = nnx.Einsum("a,bc->abc", (4, 4), rngs=rngs)
+        self.table = Named(4, 4, rngs=rngs)
+        self.ints = linear(rngs)
+        self.ints.kernel.set_value(jnp.ones((40, 8), jnp.int32))
+        build = nnx.split_rngs(splits=3)(nnx.vmap(lambda r: linear(r), in_axes=0, out_axes=1))
+        self.stack = build(rngs)
+        self.good = linear(rngs)
+
+
+def test_all_problems_are_named_at_once():
+    with pytest.raises(ValueError, match="these layers cannot be quantized") as error:
+        jaxq.quantize_model(Troubled(nnx.Rngs(0)), ALL)
+    lines = {line.strip().split(" ")[0]: line for line in str(error.value).splitlines()[1:-1]}
+    assert lines.keys() == {"hooked", "general", "masked", "free", "outer", "table", "ints", "stack"}
+    for name, word in {
+        "hooked": "dot_general of its own",
+        "general": "dot_general_cls of its own",
+        "masked": "masked",
+        "free": "einsum_str is given at each call",
+        "outer": "contracts no axis",
+        "table": "Named is a subclass of Embed",
+        "ints": "int32",
+        "stack": r"is [40, 3, 8], which is not [40, 8] with stacked axes in front",
+    }.items():
+        assert word in lines[name], name
+    assert "skip=True" in str(error.value).splitlines()[-1]
+
+
+def test_problems_of_skipped_layers_are_none():
+    names = ("hooked", "general", "masked", "free", "outer", "table", "ints", "stack")
+    recipe = Recipe([*(Rule(name, skip=True) for name in names), Rule(weight="int8")])
+    _, report = jaxq.quantize_model(Troubled(nnx.Rngs(0)), recipe)
+    assert [row.path for row in report.quantized] == ["good/kernel"]
+
+
+def test_quantized_already():
+    q, _ = jaxq.quantize_model(Model(nnx.Rngs(0), 1), "int8")
+    with pytest.raises(ValueError, match=r"layers/0/down \(Linear\): it is quantized already"):
+        jaxq.quantize_model(q, "int8")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_weights_are_named(bad):
+    model = Model(nnx.Rngs(0))
+    kernel = model.layers[1].up.kernel
+    kernel.set_value(kernel[...].at[3, 2].set(bad))
+    with pytest.raises(ValueError, match=rf"layers/1/up/kernel\[3, 2\] is {bad}"):
+        jaxq.quantize_model(model, "int8")
+    q, _ = jaxq.quantize_model(model, "int8", on_nonfinite="zero")
+    assert np.isfinite(q(jnp.ones((2, 40)))).all()
+
+
+def test_unused_rules():
+    recipe = Recipe([Rule("layers/*/atn", weight="int8"), Rule("x", skip=True, optional=True), Rule(weight="int8")])
+    with pytest.raises(ValueError, match=r"\['layers/\*/atn'\] match no layer.*layers/0/down \(Linear\)"):
+        jaxq.quantize_model(Model(nnx.Rngs(0)), recipe)
+
+
+def test_rules_hidden_by_earlier_ones_are_unused():
+    with pytest.raises(ValueError, match=r"\['lm_head'\] match no layer \(or only layers an earlier rule took\)"):
+        jaxq.quantize_model(Model(nnx.Rngs(0)), Recipe([Rule(weight="int8"), Rule("lm_head", skip=True)]))
+
+
+def test_a_model_without_layers():
+    with pytest.raises(ValueError, match="none that jaxq knows"):
+        jaxq.quantize_model(Holder(nnx.Param(jnp.ones((4, 4)))), "int8")
+
+
+def test_no_model():
+    with pytest.raises(TypeError, match="must be a flax nnx Module, got dict"):
+        jaxq.quantize_model({"w": jnp.ones((4, 4))}, "int8")
+
+
+def test_a_layer_is_a_model():
+    q, report = jaxq.quantize_model(linear(), "int8")
+    assert [row.path for row in report.rows] == ["bias", "kernel"]
+    assert isinstance(q.kernel[...], QTensor)
+
+
+def test_defaults_skip_and_say_so():
+    class Usual(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(4, 40, rngs=rngs)
+            self.router = linear(rngs)
+            self.lm_head = linear(rngs)
+            self.up = linear(rngs)
+
+    q, report = jaxq.quantize_model(Usual(nnx.Rngs(0)), "int8")
+    assert weights(q).keys() == {"up/kernel"}
+    notes = {row.path: row.note for row in report.rows}
+    assert "embedding" in notes["embed/embedding"]
+    assert "router" in notes["router/kernel"]
+    assert "output head" in notes["lm_head/kernel"]
