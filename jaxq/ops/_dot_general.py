@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.ops._integer import codes_matmul
-from jaxq.ops._plan import DimensionNumbers, Plan, make_plan
+from jaxq.ops._plan import DimensionNumbers, Plan, batch_first, make_plan
 from jaxq.ops._rows import rows_of
 from jaxq.ops._weight_only import transposed_matmul, weight_only_matmul
 from jaxq.qtensor import QTensor, dequantize, quantize
@@ -173,8 +173,9 @@ def _dynamic(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -
     """The product with x quantized as `qt.meta.activation` says; float32. Backward, x passes straight through."""
     assert qt.meta.activation is not None
     side = 1 if swapped else 0
+    order, dims = batch_first(x.ndim, dims, side)
     qx = quantize(
-        x,
+        jnp.transpose(x, order),
         qt.meta.activation,
         contracting=dims[0][side],
         batch=dims[1][side],
