@@ -1,7 +1,7 @@
 """Saving and loading: safetensors with what is not a tensor in the file's metadata.
 
 A file holds a tree (dicts, lists, tuples of arrays, numbers and QTensors) or a model (its parameters by path). Each
-leaf of a QTensor is a tensor of its own, `<path>.data`, `<path>.scale` (`<path>.scale.data` where scales are quantized),
+leaf of a QTensor is a tensor of its own: `<path>.data`, `<path>.scale` (`<path>.scale.data` if that is quantized),
 `<path>.zero_point`, `<path>.offset`; spec, geometry and packing stand in the metadata, so a tree needs no template.
 Writing goes to a temporary file beside the target, which then takes its place: a crash leaves the old file whole.
 """
@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,12 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 
     Args:
       path: of the file; its folder must exist.
-      tree: a flax nnx module, or dicts (string keys), lists and tuples of arrays, Python numbers, None and QTensors.
+      tree: a flax nnx module or its `nnx.state`, or dicts (string keys), lists and tuples of arrays, Python numbers,
+        strings, None and QTensors.
 
     Raises:
       TypeError: something in the tree that cannot be saved, named by its path.
+      ValueError: two parameters of a model have one path.
       FileNotFoundError: the folder does not exist.
 
     Example:
@@ -69,7 +70,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         raise FileNotFoundError(f"save: the folder {path.parent} does not exist.")
     tensors: dict[str, np.ndarray] = {}
     if _is_module(tree):
-        kind, structure = "model", {name: _describe(value, name, tensors) for name, value in _parameters(tree)}
+        kind, structure = "model", {name: _describe(v, name, tensors) for name, v in _parameters(tree).items()}
     else:
         kind, structure = "tree", _describe(tree, "", tensors)
     header = {"version": FORMAT_VERSION, "kind": kind, "structure": structure}
@@ -95,7 +96,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
       path: of the file.
       into: a float model, to get back a quantized model of its class: parameters are replaced, quantized layers get
         their QTensors and jaxq's hooks. The model itself stays as it is. None returns a tree; of a model's file,
-        a dict from paths to arrays and QTensors.
+        a dict from paths to arrays and QTensors. A model of `nnx.eval_shape` serves too.
 
     Returns:
       The tree, or the model. Arrays are jax arrays.
@@ -115,10 +116,13 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
     except SafetensorError as error:
         raise ValueError(f"load: {path} is not a whole safetensors file: {error}.") from error
     used: set[str] = set()
-    if header["kind"] == "model":
-        tree = {name: _rebuild(entry, name, tensors, used) for name, entry in header["structure"].items()}
-    else:
-        tree = _rebuild(header["structure"], "", tensors, used)
+    try:
+        if header["kind"] == "model":
+            tree = {name: _rebuild(entry, name, tensors, used) for name, entry in header["structure"].items()}
+        else:
+            tree = _rebuild(header["structure"], "", tensors, used)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"load: the metadata of {path} is damaged: {error!r}.") from error
     if set(tensors) - used:
         raise ValueError(f"load: {path} holds tensors its metadata does not name: {sorted(set(tensors) - used)}.")
     if into is None:
@@ -142,12 +146,15 @@ def _describe(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
         array = np.asarray(value)
         if array.dtype.name in _NATIVE:
             stored = array
-        elif array.dtype.kind == "V" and array.dtype.itemsize in (1, 2):  # ml_dtypes: bfloat16, float8, ...
+        elif array.dtype.isbuiltin == 2 and array.dtype.itemsize in (1, 2):  # ml_dtypes: bfloat16, float8, ...
             stored = array.view(np.uint8 if array.dtype.itemsize == 1 else np.uint16)
         else:
             raise TypeError(f"save: {name or 'the value'} has dtype {array.dtype}, which cannot be saved.")
-        tensors[name or "value"] = np.ascontiguousarray(stored).reshape(array.shape)
-        return {"is": "array", "tensor": name or "value", "dtype": array.dtype.name}
+        tensor = name or "value"
+        while tensor in tensors or tensor == "__metadata__":  # {"a/b": x, "a": {"b": y}}, or safetensors' own key
+            tensor += "'"
+        tensors[tensor] = np.ascontiguousarray(stored).reshape(array.shape)
+        return {"is": "array", "tensor": tensor, "dtype": array.dtype.name}
     if value is None or isinstance(value, bool | int | float | str):
         return {"is": "value", "value": value}
     if isinstance(value, dict):
@@ -270,7 +277,10 @@ def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise ValueError(
             f"load: {path} was not written by jaxq.save. For a Hugging Face directory use jaxq.models.load."
         )
-    header = json.loads(metadata["jaxq"])
+    try:
+        header = json.loads(metadata["jaxq"])
+    except ValueError as error:
+        raise ValueError(f"load: the metadata of {path} is damaged: {error}.") from error
     if header.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"load: {path} has format version {header.get('version')}; this jaxq reads version {FORMAT_VERSION}."
@@ -289,16 +299,23 @@ def _is_module(value: Any) -> bool:
     import sys
 
     nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(value, nnx.Module)
+    return nnx is not None and isinstance(value, nnx.Module | nnx.State)
 
 
-def _parameters(model: Any) -> Iterator[tuple[str, Any]]:
-    """(path, value) of every variable of a model; shared ones once."""
+def _parameters(model: Any) -> dict[str, Any]:
+    """Path and value of every variable of a model or of a state; shared ones once."""
     from flax import nnx
 
-    for path, variable in nnx.iter_graph(model):
+    found: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(model) if isinstance(model, nnx.State) else nnx.iter_graph(model):
+        name = "/".join(map(str, path))
+        if name in found:
+            raise ValueError(f"save: two parameters have the path {name!r}. Rename an attribute.")
         if isinstance(variable, nnx.Variable):
-            yield "/".join(map(str, path)), variable.get_value()
+            found[name] = variable.get_value()
+        elif isinstance(model, nnx.State):  # of nnx.pure or nnx.to_arrays: values without their Variables
+            found[name] = variable
+    return found
 
 
 def _into_model(model: Any, found: dict[str, Any], path: Path) -> Any:
@@ -306,7 +323,7 @@ def _into_model(model: Any, found: dict[str, Any], path: Path) -> Any:
 
     from jaxq import nn
 
-    if not _is_module(model):
+    if not isinstance(model, nnx.Module):
         raise TypeError(f"load: into= must be a flax nnx module, got {type(model).__name__}.")
     copy = nnx.clone(model)
     variables = {"/".join(map(str, p)): v for p, v in nnx.iter_graph(copy) if isinstance(v, nnx.Variable)}
@@ -320,37 +337,57 @@ def _into_model(model: Any, found: dict[str, Any], path: Path) -> Any:
             continue
         current = variables[name].get_value()
         if isinstance(current, QTensor):
-            if not isinstance(value, QTensor) or current.spec != value.spec or current.shape != value.shape:
-                problems.append(f"  {name}: {current!r} in the model, {_short(value)} in the file")
-        elif tuple(value.shape) != tuple(current.shape):
-            problems.append(f"  {name}: {list(current.shape)} in the model, {list(value.shape)} in the file")
-        elif isinstance(value, QTensor):
-            if id(variables[name]) not in layers:
-                problems.append(f"  {name}: quantized in the file, but in no layer jaxq knows")
-            else:
-                for layer, kind, _ in layers[id(variables[name])]:
-                    contracting, batch = nn.weight_axes(layer, kind)
-                    problem = kind.problem(layer)
-                    if problem is None and (
-                        set(contracting) != set(value.meta.geometry.contracted) or len(batch) != len(value.batch_shape)
-                    ):
-                        problem = f"{value!r} does not contract the layer's axes {list(contracting)}"
-                    if problem:
-                        problems.append(f"  {name}: {problem}")
-        elif value.dtype != current.dtype:
-            problems.append(f"  {name}: {current.dtype} in the model, {value.dtype} in the file")
+            if not isinstance(value, QTensor) or _as_used(current) != _as_used(value):
+                problems.append(f"  {name}: {_short(current)} in the model, {_short(value)} in the file")
+        elif not isinstance(value, QTensor):
+            if _short(current) != _short(value):
+                problems.append(f"  {name}: {_short(current)} in the model, {_short(value)} in the file")
+        elif (current.shape, current.dtype) != (value.shape, value.dtype):
+            problems.append(f"  {name}: {_short(current)} in the model, {_short(value)} in the file")
+        elif id(variables[name]) not in layers:
+            problems.append(f"  {name}: quantized in the file, but in no layer jaxq knows")
+        else:
+            for layer, kind, _ in layers[id(variables[name])]:
+                problem = kind.problem(layer) or _axes_problem(layer, kind, value)
+                problems += [f"  {name}: {problem}"] if problem else []
     if problems:
         raise ValueError(f"load: {path} does not fit the model:\n" + "\n".join(problems))
+    replaced: dict[int, Any] = {}
     for name, value in found.items():
         variable = variables[name]
         if isinstance(value, QTensor) and not isinstance(variable.get_value(), QTensor):
-            quantized = nn.QuantizedParam(value)
+            quantized = replaced[id(variable)] = nn.QuantizedParam(value)
             for layer, kind, _ in layers[id(variable)]:
                 nn.put_weight(layer, kind, quantized)
         else:
             variable.set_value(value)
+    nn.replace_variables(copy, replaced)
     return copy
 
 
+def _axes_problem(layer: Any, kind: Any, value: QTensor) -> str | None:
+    from jaxq import nn
+
+    try:
+        contracting, batch = nn.weight_axes(layer, kind)
+    except ValueError as error:
+        return str(error)
+    if set(contracting) != set(value.meta.geometry.contracted) or len(batch) != len(value.batch_shape):
+        return f"{value!r} does not contract the layer's axes {list(contracting)}"
+    return None
+
+
+def _as_used(qt: QTensor) -> tuple:
+    """What two QTensors must share to take each other's place: all but the order of packing."""
+    geometry = dataclasses.replace(qt.meta.geometry, multiple=1)
+    return qt.shape, qt.spec.replace(packing=None), geometry, qt.meta.dtype, qt.meta.activation
+
+
 def _short(value: Any) -> str:
-    return repr(value) if isinstance(value, QTensor) else f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, QTensor):
+        return f"{value!r} of {value.spec.granularity}"
+    if hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, dict | list | tuple):
+        return str(jax.tree.map(_short, value, is_leaf=lambda v: isinstance(v, QTensor)))
+    return type(value).__name__
