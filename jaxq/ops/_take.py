@@ -39,7 +39,10 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"take: indices must be integers, got {indices.dtype.name}{list(indices.shape)}.")
 
-    row = jnp.where(indices < 0, indices + geometry.shape[0], indices)
+    n = geometry.shape[0]
+    if indices.dtype.itemsize < 4:
+        indices = indices.astype(jnp.int32)  # n may be beyond a narrow type
+    row = jnp.where(indices < 0, indices + n, indices)
 
     def rows(leaf: jax.Array | None) -> jax.Array | None:
         if leaf is None:
@@ -58,6 +61,5 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
         rows(table.offset),
         dataclasses.replace(table.meta, geometry=one_row, spec=spec),
     )
-    n = geometry.shape[0]
-    inside = (indices >= -n) & (indices < n)
+    inside = (row >= 0) & (row < n)
     return jnp.where(inside[..., None], dequantize(found), jnp.nan)
