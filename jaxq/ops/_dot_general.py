@@ -63,10 +63,10 @@ def dot_general(
     plan = make_plan(lhs, rhs, dims)
     if isinstance(rhs, QTensor) and rhs.meta.activation is not None and not isinstance(lhs, QTensor):
         y = _dynamic(lhs, rhs, dims, False)
-        return y.astype(preferred_element_type or _promoted(lhs, rhs))
+        return y.astype(preferred_element_type or _promoted(lhs, rhs))  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(lhs, QTensor) and lhs.meta.activation is not None and not isinstance(rhs, QTensor):
         y = _dynamic(rhs, lhs, dims, True)
-        return y.astype(preferred_element_type or _promoted(lhs, rhs))
+        return y.astype(preferred_element_type or _promoted(lhs, rhs))  # pyright: ignore[reportAttributeAccessIssue]
     out_dtype = jnp.dtype(preferred_element_type or _promoted(lhs, rhs))
     if not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor):
         wide = jnp.dtype(plan.accumulate)
@@ -177,8 +177,8 @@ def _dynamic(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -
     qx = quantize(
         jnp.transpose(x, order),
         qt.meta.activation,
-        contracting=dims[0][side],
-        batch=dims[1][side],
+        contracting=tuple(dims[0][side]),
+        batch=tuple(dims[1][side]),
         on_nonfinite="propagate",
         name="activation",
     )

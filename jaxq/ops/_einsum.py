@@ -30,11 +30,11 @@ def matmul(a: Operand, b: Operand, *, preferred_element_type: Any = None) -> jax
       >>> jaxq.matmul(jnp.ones((3, 5, 64)), jaxq.quantize(jnp.ones((64, 16)), "int8")).shape
       (3, 5, 16)
     """
-    a, b, dims = align_matmul(as_operand(a), as_operand(b))
-    y = dot_general(a, b, dims, preferred_element_type=preferred_element_type)
+    lhs, rhs, dims = align_matmul(as_operand(a), as_operand(b))
+    y = dot_general(lhs, rhs, dims, preferred_element_type=preferred_element_type)
     shared = len(dims[1][0])
-    rows = 1 if a.ndim > 1 else 0
-    extra_a, extra_b = max(a.ndim - 2 - shared, 0), max(b.ndim - 2 - shared, 0)
+    rows = 1 if lhs.ndim > 1 else 0
+    extra_a, extra_b = max(lhs.ndim - 2 - shared, 0), max(rhs.ndim - 2 - shared, 0)
     # [shared, extra of a, m, extra of b, n] -> [extra, shared, m, n]; only one of the two has extra axes
     y = jnp.moveaxis(y, range(shared, shared + extra_a), range(extra_a))
     first_b = shared + extra_a + rows

@@ -80,7 +80,9 @@ def _plan_dynamic(x: Any, qt: QTensor, dims: DimensionNumbers, swapped: bool) ->
     assert spec is not None
     order, dims = batch_first(x.ndim, dims, side)
     shaped = jax.ShapeDtypeStruct(tuple(x.shape[a] for a in order), x.dtype)
-    qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=dims[0][side], batch=dims[1][side]), shaped)
+    qx = jax.eval_shape(
+        lambda v: quantize(v, spec, contracting=tuple(dims[0][side]), batch=tuple(dims[1][side])), shaped
+    )
     weight = qt.with_activation(None)
     rest = make_plan(*((weight, qx) if swapped else (qx, weight)), dims)
     return dataclasses.replace(rest, reason=f"activations are quantized to {spec.fmt.name} on the fly; {rest.reason}")

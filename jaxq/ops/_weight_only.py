@@ -63,7 +63,7 @@ def _forward(x, rows, meta):
 def _backward(meta: RowMeta, saved: tuple[jax.Array, Rows], dy: jax.Array):
     x, rows = saved
     # Two loops, so that the one whose result nobody wants disappears.
-    dx = transposed_matmul(dy.astype(x.dtype), rows, meta).astype(x.dtype)
+    dx = transposed_matmul(dy.astype(x.dtype), rows, meta).astype(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     return dx, _rows_gradient(x, rows, meta, dy)
 
 
@@ -107,7 +107,7 @@ def _transposed_forward(x, rows, meta):
 
 def _transposed_backward(meta: RowMeta, saved: tuple[jax.Array, Rows], dy: jax.Array):
     x, rows = saved
-    dx = weight_only_matmul(dy.astype(x.dtype), rows, meta).astype(x.dtype)
+    dx = weight_only_matmul(dy.astype(x.dtype), rows, meta).astype(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     return dx, _rows_gradient(dy.astype(x.dtype), rows, meta, x.astype(jnp.float32))
 
 
