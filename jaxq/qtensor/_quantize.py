@@ -266,7 +266,9 @@ def _quantize(
         zero_point = geometry.scale_from_blocks(zero_point)
     codes = geometry.from_blocks(codes)
     meta = Meta(spec, geometry, spec.order, x.dtype.name)
-    data = formats.pack(geometry.to_storage(codes), spec.fmt.bits, spec.order, unit=meta.pack_unit)
+    k_axis = geometry.k_position - len(geometry.block_shape)
+    # Packed first and moved into place as bytes: less to transpose.
+    data = geometry.to_storage(formats.pack(codes, spec.fmt.bits, spec.order, unit=meta.pack_unit, axis=k_axis))
     return QTensor(data, stored, zero_point, offset, meta)
 
 

@@ -133,7 +133,9 @@ def load_from_dtype(stored: jax.Array) -> jax.Array:
 def divide(blocks: jax.Array, scale: jax.Array) -> jax.Array:
     """`blocks / scale` as a product with the reciprocal; 0 where the scale is 0 (or below float32's normal range)."""
     large = jnp.abs(scale) > _LARGE
-    shrink = jnp.where(large, np.float32(2.0**-8), np.float32(1))
     usable = ~(jnp.abs(scale) < _SMALLEST_NORMAL)  # NaN is usable: it must reach the codes' NaN rule
-    inverse = jnp.where(usable, 1 / jnp.where(usable, scale * shrink, 1.0), 0.0)
+    # Both factors end in a division, which XLA computes once a block; cheaper operations it would repeat for every
+    # number of the block, and all that they depend on with them.
+    shrink = 1 / jnp.where(large, np.float32(2.0**8), np.float32(1))
+    inverse = 1 / jnp.where(usable, scale * shrink, np.float32(np.inf))
     return (blocks.astype(jnp.float32) * shrink) * inverse
