@@ -121,7 +121,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
             tree = {name: _rebuild(entry, name, tensors, used) for name, entry in header["structure"].items()}
         else:
             tree = _rebuild(header["structure"], "", tensors, used)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(f"load: the metadata of {path} is damaged: {error!r}.") from error
     if set(tensors) - used:
         raise ValueError(f"load: {path} holds tensors its metadata does not name: {sorted(set(tensors) - used)}.")
@@ -197,7 +197,8 @@ def _rebuild(entry: Any, name: str, tensors: dict[str, np.ndarray], used: set[st
         used.add(entry["tensor"])
         stored, dtype = tensors[entry["tensor"]], jnp.dtype(entry["dtype"])
         if stored.dtype != dtype:
-            if stored.dtype.itemsize != dtype.itemsize:
+            carrier = {1: np.uint8, 2: np.uint16}.get(dtype.itemsize)
+            if dtype.name in _NATIVE or stored.dtype != carrier:
                 raise ValueError(f"load: {entry['tensor']} is stored as {stored.dtype} but should be {dtype}.")
             stored = stored.view(dtype)
         array = jnp.asarray(stored)
@@ -239,7 +240,10 @@ def _rebuild_qtensor(entry: dict[str, Any], name: str, tensors: dict[str, np.nda
         for leaf, described in entry["leaves"].items()
     }
     qt = QTensor(leaves["data"], leaves["scale"], leaves["zero_point"], leaves["offset"], meta)
-    problem = _shape_problem(qt, tuple(entry["shape"]))
+    try:
+        problem = _shape_problem(qt, tuple(entry["shape"]))
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        problem = f"its geometry contradicts itself, {error}"
     if problem:
         raise ValueError(f"load: {name or 'the value'} is damaged: {problem}.")
     return qt

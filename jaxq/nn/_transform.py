@@ -13,7 +13,7 @@ from flax import nnx
 from jaxq import metrics
 from jaxq.nn._layers import LayerKind, QuantizedParam, find_kind, put_weight, replace_variables, weight_axes
 from jaxq.nn._report import Report, Row
-from jaxq.qtensor import QTensor, QuantSpec, dequantize, quantize
+from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, quantize, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule, as_recipe
 
 
@@ -58,11 +58,15 @@ def quantize_model(
     if not isinstance(model, nnx.Module):
         raise TypeError(f"quantize_model: model must be a flax nnx Module, got {type(model).__name__}.")
     recipe = as_recipe(recipe, "quantize_model")
+    if on_nonfinite not in ON_NONFINITE:
+        raise ValueError(
+            f"quantize_model: on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}."
+        )
     copy = nnx.clone(model)
     variables = {id(v): (path, v) for path, v in _variables(copy)}  # alive, so that identities stay theirs
     rows: dict[int, Row] = {}  # by the identity of the variable in the copy
     replaced: dict[int, QuantizedParam] = {}
-    for (path, layer, kind), rule in _match(copy, recipe):
+    for (path, layer, kind), rule in _match(copy, recipe, on_nonfinite):
         variable = getattr(layer, kind.weight)
         where = variables[id(variable)][0]
         if rule is None or rule.weight is None:
@@ -91,7 +95,7 @@ def find_layers(model: nnx.Module) -> Iterator[Found]:
             yield Found("/".join(map(str, path)), module, kind)
 
 
-def _match(model: nnx.Module, recipe: Recipe) -> list[tuple[Found, Rule | None]]:
+def _match(model: nnx.Module, recipe: Recipe, on_nonfinite: str) -> list[tuple[Found, Rule | None]]:
     """Each layer with its rule (None: no rule matches), after checking all of them."""
     problems: list[str] = []
     matched: list[tuple[Found, Rule | None]] = []
@@ -111,7 +115,9 @@ def _match(model: nnx.Module, recipe: Recipe) -> list[tuple[Found, Rule | None]]
             if problem is None:
                 try:
                     axes = weight_axes(found.layer, found.kind)
-                    _dry_run(value, rule.weight, *axes, found.kind.weight)
+                    _dry_run(value, rule, *axes, found.kind.weight, found.kind.name)
+                    if on_nonfinite == "raise":
+                        raise_if_not_finite(jnp.asarray(value), found.kind.weight, "quantize")
                     use = (axes, rule.weight, rule.activation)
                 except (TypeError, ValueError) as error:
                     problem = str(error)
@@ -138,9 +144,16 @@ def _match(model: nnx.Module, recipe: Recipe) -> list[tuple[Found, Rule | None]]
     return matched
 
 
-def _dry_run(w: Any, spec: str | QuantSpec, contracting: Any, batch: Any, name: str) -> None:
-    """Raises what quantizing would raise, without doing it."""
-    jax.eval_shape(lambda v: quantize(v, spec, contracting=contracting, batch=batch, name=name), w)
+def _dry_run(w: Any, rule: Rule, contracting: Any, batch: Any, name: str, kind: str) -> None:
+    """Raises what quantizing a weight, and later its input, would raise; nothing is computed."""
+    weight, activation = rule.weight, rule.activation
+    assert weight is not None
+    qt = jax.eval_shape(lambda v: quantize(v, weight, contracting=contracting, batch=batch, name=name), w)
+    qt.with_activation(activation)
+    if activation is not None and kind != "Conv":  # how much a window of a convolution sees is not known here
+        x = jax.ShapeDtypeStruct((1, *(w.shape[a] for a in contracting)), w.dtype)
+        along = tuple(range(1, len(x.shape)))
+        jax.eval_shape(lambda v: quantize(v, activation, contracting=along, name="activation"), x)
 
 
 def _variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +40,15 @@ def dot_general(
       rhs: array or QTensor.
       dimension_numbers: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
       precision: passed on where both operands are arrays.
-      preferred_element_type: dtype of the result; None takes what the operands' dtypes promote to.
+      preferred_element_type: dtype of the result, float if an operand is quantized. None takes what the operands'
+        dtypes promote to, but int32 for narrower integers and float32 for float8: those sums rarely fit.
       **kwargs: passed on where both operands are arrays.
 
     Returns:
       Array of batch axes, then free axes of lhs, then free axes of rhs.
 
     Raises:
-      TypeError: sizes of contracted or batch axes differ, as `lax.dot_general` says; an operand is not numeric.
+      TypeError: sizes of contracted or batch axes differ, or axes repeat; integers meet a QTensor.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -61,13 +62,11 @@ def dot_general(
     _check_sizes(lhs, rhs, dims)
     _check_floats(lhs, rhs)
     plan = make_plan(lhs, rhs, dims)
+    out_dtype = _result_dtype(lhs, rhs, preferred_element_type)
     if isinstance(rhs, QTensor) and rhs.meta.activation is not None and not isinstance(lhs, QTensor):
-        y = _dynamic(lhs, rhs, dims, False)
-        return y.astype(preferred_element_type or _promoted(lhs, rhs))  # pyright: ignore[reportAttributeAccessIssue]
+        return cast(jax.Array, _dynamic(lhs, rhs, dims, False)).astype(out_dtype)
     if isinstance(lhs, QTensor) and lhs.meta.activation is not None and not isinstance(rhs, QTensor):
-        y = _dynamic(rhs, lhs, dims, True)
-        return y.astype(preferred_element_type or _promoted(lhs, rhs))  # pyright: ignore[reportAttributeAccessIssue]
-    out_dtype = jnp.dtype(preferred_element_type or _promoted(lhs, rhs))
+        return cast(jax.Array, _dynamic(rhs, lhs, dims, True)).astype(out_dtype)
     if not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor):
         wide = jnp.dtype(plan.accumulate)
         y = lax.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=wide, **kwargs)
@@ -241,23 +240,48 @@ def _sort_last(y: jax.Array, axes: Sequence[int]) -> jax.Array:
     return jnp.transpose(y, (*range(first), *(first + int(i) for i in np.argsort(axes))))
 
 
-def _promoted(lhs: Any, rhs: Any) -> np.dtype:
-    if jnp.dtype(lhs.dtype) == jnp.dtype(rhs.dtype):
-        return jnp.dtype(lhs.dtype)
-    return jnp.promote_types(lhs.dtype, rhs.dtype)
+def _result_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
+    """`preferred`, or what the operands' dtypes promote to; whole numbers in int32 and float8 in float32 at least."""
+    quantized = isinstance(lhs, QTensor) or isinstance(rhs, QTensor)
+    if preferred is not None:
+        dtype = jnp.dtype(preferred)
+        if quantized and not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"dot_general: scales make floats; preferred_element_type must be one, got {dtype}.")
+        return dtype
+    a, b = jnp.dtype(lhs.dtype), jnp.dtype(rhs.dtype)
+    dtype = a if a == b else jnp.promote_types(a, b)
+    if jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4:
+        return jnp.dtype(jnp.int32)
+    return jnp.dtype(jnp.float32) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2 else dtype
 
 
 def _as_tuples(dims: DimensionNumbers) -> DimensionNumbers:
-    (a, b), (c, d) = dims
-    return (tuple(a), tuple(b)), (tuple(c), tuple(d))
+    try:
+        (a, b), (c, d) = dims
+        return (tuple(a), tuple(b)), (tuple(c), tuple(d))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "dot_general: dimension_numbers must be ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)), "
+            f"got {dims!r}."
+        ) from error
 
 
 def _check_sizes(lhs: Any, rhs: Any, dims: DimensionNumbers) -> None:
-    left, right = lhs.shape, rhs.shape
-    for kind, (a, b) in zip(("contracting", "batch"), dims, strict=True):
-        if [left[i] for i in a] != [right[i] for i in b]:
+    shapes = (lhs.shape, rhs.shape)
+    for side, shape in enumerate(shapes):
+        axes = [*dims[0][side], *dims[1][side]]
+        if len({a % max(len(shape), 1) for a in axes}) != len(axes) or any(
+            not -len(shape) <= a < len(shape) for a in axes
+        ):
             raise TypeError(
-                f"dot_general: {kind} axes {list(a)} of {list(left)} and {list(b)} of {list(right)} differ in size."
+                f"dot_general: contracting and batch axes {axes} must be distinct axes of the "
+                f"{('left', 'right')[side]} operand, {list(shape)}."
+            )
+    for kind, (a, b) in zip(("contracting", "batch"), dims, strict=True):
+        if [shapes[0][i] for i in a] != [shapes[1][i] for i in b]:
+            raise TypeError(
+                f"dot_general: {kind} axes {list(a)} of {list(shapes[0])} and {list(b)} of {list(shapes[1])} "
+                "differ in size."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -62,8 +63,14 @@ def einsum(subscripts: str, *operands: Operand, preferred_element_type: Any = No
     """
     if not any(isinstance(v, QTensor) for v in operands):
         arrays = [jnp.asarray(v) for v in operands]
-        dtype = preferred_element_type or jnp.result_type(*arrays)
-        wide = jnp.float32 if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32 else dtype
+        promoted = functools.reduce(jnp.promote_types, (v.dtype for v in arrays[1:]), arrays[0].dtype)
+        narrow = jnp.dtype(promoted).itemsize
+        if jnp.issubdtype(promoted, jnp.integer) and narrow < 4:
+            wide = jnp.dtype(jnp.int32)
+        else:
+            wide = jnp.dtype(jnp.float32) if jnp.issubdtype(promoted, jnp.floating) and narrow < 4 else promoted
+        keeps = jnp.issubdtype(promoted, jnp.floating) and narrow > 1
+        dtype = preferred_element_type or (promoted if keeps else wide)
         return jnp.einsum(subscripts, *arrays, preferred_element_type=wide).astype(dtype)
     if len(operands) != 2:
         raise ValueError(f"einsum: QTensors multiply two at a time, got {len(operands)} operands in {subscripts!r}.")

@@ -53,7 +53,8 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
     if 0 in (m, n, a_meta.k):
         return jnp.zeros((m, n), jnp.float32)
     groups = max(a.scale.shape[-1], b.scale.shape[-1])
-    length = a_meta.k if groups == 1 else max(a_meta.padded_k, b_meta.padded_k)
+    # Whole groups, as the operand that has them stores them; the other's padding is cut or filled up to that.
+    length = a_meta.k if groups == 1 else (a_meta if a.scale.shape[-1] > 1 else b_meta).padded_k
     left = _grouped(a, a_meta, groups, length)
 
     def block(taken: Rows) -> jax.Array:

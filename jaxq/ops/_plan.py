@@ -165,7 +165,9 @@ def _floats_like(qt: QTensor) -> jax.ShapeDtypeStruct:
 
 
 def _dense_accumulate(lhs: Any, rhs: Any) -> str:
-    dtype = jnp.result_type(lhs, rhs)
-    if jnp.issubdtype(dtype, jnp.integer):
+    dtype = jnp.promote_types(lhs.dtype, rhs.dtype) if lhs.dtype != rhs.dtype else jnp.dtype(lhs.dtype)
+    if jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4:
         return "int32"
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return dtype.name
     return "float32" if jnp.finfo(dtype).bits <= 32 else dtype.name

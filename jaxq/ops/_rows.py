@@ -93,13 +93,16 @@ def _kept_rows(data: jax.Array, kept_sizes: tuple[int, ...], num_rows: int) -> j
 
 def why_not_rows(qt: QTensor) -> str | None:
     """None if `qt` can be taken as rows, else the reason."""
-    geometry = qt.meta.geometry
-    if geometry.flat and geometry.num_blocks != (1,):
-        block = geometry.block_shape[0] or 1
-        if geometry.contracted_size % block or geometry.padded_shape != geometry.storage_shape:
-            return f"blocks of {block} run across rows of {geometry.contracted_size}"
-    elif geometry.flat and geometry.padded_shape != geometry.storage_shape:
-        return "its packed codes end inside a byte"
+    geometry, packing = qt.meta.geometry, qt.meta.packing
+    if not geometry.flat:
+        return None
+    k, block = geometry.contracted_size, geometry.block_shape[0]
+    if geometry.num_blocks != (1,) and (block is None or k % block):
+        return f"blocks of {block} run across rows of {k}"
+    if geometry.padded_shape != geometry.storage_shape or k % formats.codes_per_pack(qt.spec.fmt.bits, packing):
+        return "its rows end inside a byte"
+    if packing is formats.Packing.HALVES and qt.meta.pack_unit is None and k != geometry.storage_shape[0]:
+        return "its codes are packed across rows"
     return None
 
 

@@ -30,6 +30,8 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
       >>> jaxq.ops.take(table, jnp.array([3, 3])).shape
       (2, 8)
     """
+    if not isinstance(table, QTensor):
+        raise TypeError(f"take: table must be a QTensor, got {type(table).__name__}. Index arrays with jnp.take.")
     geometry = table.meta.geometry
     if geometry.order != (-2, -1) or geometry.num_contracted != 1 or geometry.flat or table.batch_shape:
         raise ValueError(f"take: the table must be [n, d] with scales shared along -1, got {table!r}.")

@@ -16,10 +16,19 @@ from jaxq.qtensor._granularity import (
 )
 from jaxq.qtensor._presets import as_spec, presets
 from jaxq.qtensor._qtensor import Meta, QTensor, relayout
-from jaxq.qtensor._quantize import decode_blocks, dequantize, fake_quant, quantize, scale_values
+from jaxq.qtensor._quantize import (
+    ON_NONFINITE,
+    decode_blocks,
+    dequantize,
+    fake_quant,
+    quantize,
+    raise_if_not_finite,
+    scale_values,
+)
 from jaxq.qtensor._spec import QuantSpec
 
 __all__ = [
+    "ON_NONFINITE",
     "Geometry",
     "Granularity",
     "Meta",
@@ -37,6 +46,7 @@ __all__ = [
     "fake_quant",
     "presets",
     "quantize",
+    "raise_if_not_finite",
     "relayout",
     "scale_values",
 ]

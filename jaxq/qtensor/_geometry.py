@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -278,10 +280,16 @@ def _contracted(granularity, contracting, inner, ndim, caller, what) -> tuple[in
 
 
 def _normalize(axes: tuple[int, ...] | int, ndim: int, name: str, what: str) -> tuple[int, ...]:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
-    out = tuple(sorted(a - ndim if a >= 0 else a for a in axes))
+    try:
+        given = tuple(axes) if isinstance(axes, Sequence) and not isinstance(axes, str) else (axes,)
+        if any(isinstance(a, bool) for a in given):
+            raise TypeError
+        whole = [operator.index(a) for a in given]  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise TypeError(f"{name} must be an axis or a tuple of axes, got {axes!r} ({what}).") from None
+    out = tuple(sorted(a - ndim if a >= 0 else a for a in whole))
     if any(not -ndim <= a < 0 for a in out) or len(set(out)) != len(out):
-        raise ValueError(f"{name} axes {list(axes)} must be distinct axes of the array ({what}).")
+        raise ValueError(f"{name} axes {whole} must be distinct axes of the array ({what}).")
     return out
 
 

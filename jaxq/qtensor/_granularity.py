@@ -17,6 +17,8 @@ For a kernel `w: [k, n]` that contracts `k` (groups of `g`), the scales are, in 
 from __future__ import annotations
 
 import dataclasses
+import operator
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class PerGroup(Granularity):
     pad: bool = False
 
     def __post_init__(self):
-        _check_size("PerGroup", self.size)
+        object.__setattr__(self, "size", _whole("PerGroup", self.size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +78,9 @@ class PerBlock(Granularity):
     pad: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "shape", tuple(self.shape))
-        for size in self.shape:
-            _check_size("PerBlock", size)
+        if not isinstance(self.shape, tuple | list):
+            raise TypeError(f"PerBlock: shape must be a tuple of sizes, got {self.shape!r}.")
+        object.__setattr__(self, "shape", tuple(_whole("PerBlock", size) for size in self.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +94,10 @@ class PerFlat(Granularity):
     size: int
 
     def __post_init__(self):
-        _check_size("PerFlat", self.size)
+        object.__setattr__(self, "size", _whole("PerFlat", self.size))
 
 
-def _check_size(owner: str, size: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"{owner}: sizes are whole numbers of at least 1, got {size!r}.")
+def _whole(owner: str, size: Any) -> int:
+    if not isinstance(size, bool) and hasattr(size, "__index__") and operator.index(size) >= 1:
+        return operator.index(size)
+    raise ValueError(f"{owner}: sizes are whole numbers of at least 1, got {size!r}.")

@@ -149,7 +149,10 @@ class QTensor:
           spec: preset name or `QuantSpec` for the other operand, scales shared along the contracted axes; None goes
             back to float activations. The gradient passes straight through the rounding of activations.
         """
-        return self._with(activation=None if spec is None else as_spec(spec, "with_activation"))
+        activation = None if spec is None else as_spec(spec, "with_activation")
+        if activation is not None and activation.rounding == "stochastic":
+            raise ValueError("with_activation: rounding='stochastic' needs a key at every call; quantize x yourself.")
+        return self._with(activation=activation)
 
     @property
     def T(self) -> QTensor:

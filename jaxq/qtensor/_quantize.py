@@ -182,6 +182,8 @@ def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: st
     if isinstance(w, QTensor):
         raise TypeError(f"{caller}: {name} is a QTensor already: {w!r}.")
     dtype = np.dtype(getattr(w, "dtype", None) or np.asarray(w).dtype)
+    if dtype.kind in "OSU":
+        raise TypeError(f"{caller}: {name} must be one float array, got {type(w).__name__}.")
     if isinstance(w, float | list | tuple):
         dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # Python numbers have no width of their own
     what = f"{name}: {_describe(dtype.name, np.shape(w))}"
@@ -199,7 +201,7 @@ def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: st
     geometry = resolve(np.shape(w), spec.granularity, contracting, batch, caller=caller, what=what, multiple=multiple)
     x = jnp.asarray(w, dtype)
     if on_nonfinite == "raise" and not isinstance(x, Tracer):
-        _raise_if_not_finite(x, what, caller)
+        raise_if_not_finite(x, name, caller)
     return x, geometry
 
 
@@ -207,15 +209,16 @@ def _describe(dtype: str, shape: tuple[int, ...]) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def _raise_if_not_finite(x: jax.Array, what: str, caller: str) -> None:
+def raise_if_not_finite(x: jax.Array, name: str, caller: str) -> None:
+    """Raises a ValueError that names the first number of `x` that is NaN or infinite."""
     finite = np.asarray(jnp.isfinite(x))
     if finite.all():
         return
     index = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), finite.shape))
-    name, value = what.split(":")[0], np.asarray(x[index], np.float32)
     raise ValueError(
-        f"{caller}: {name}[{', '.join(map(str, index))}] is {value}, one of {int((~finite).sum())} non-finite "
-        f"numbers ({what}). Clean the array, or pass on_nonfinite='zero', 'saturate' or 'propagate'."
+        f"{caller}: {name}[{', '.join(map(str, index))}] is {np.asarray(x[index], np.float32)}, one of "
+        f"{int((~finite).sum())} non-finite numbers ({name}: {_describe(x.dtype.name, x.shape)}). Clean the array, or "
+        "pass on_nonfinite='zero', 'saturate' or 'propagate'."
     )
 
 

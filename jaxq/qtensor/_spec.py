@@ -58,7 +58,12 @@ class QuantSpec:
     packing: formats.Packing | str | None = None
 
     def __post_init__(self):
-        fmt = formats.get(self.format)
+        try:
+            fmt = formats.get(self.format)
+        except ValueError as error:
+            raise ValueError(f"QuantSpec: {error}") from None
+        if not isinstance(self.symmetric, bool):
+            raise TypeError(f"QuantSpec: symmetric must be True or False, got {self.symmetric!r}.")
         object.__setattr__(self, "format", fmt)
         if not isinstance(self.granularity, Granularity):
             raise TypeError(f"QuantSpec: granularity must be one of jaxq's Per... objects, got {self.granularity!r}.")

@@ -1,0 +1,53 @@
+"""Time of `[m, 4096] @ [4096, 4096]` with quantized weights, over the time of the float32 product in the same run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import interleaved, summary
+
+import jaxq
+
+SIZE = 4096
+TARGETS = {("w8a8", 1): 0.8, ("w8a8", 16): 0.6, ("w8a8", 128): 0.85, ("int4", 128): 0.8}
+
+
+def run() -> dict[str, Any]:
+    """Times each case beside the dense product, and checks it against dequantize-then-multiply."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_normal((SIZE, SIZE), np.float32))
+    weights = {name: jaxq.quantize(w, name) for name in ("int8", "int4", "nf4")}
+    weights["w8a8"] = weights["int8"].with_activation("int8")
+    dense = jax.jit(jnp.matmul)
+    product = jax.jit(lambda x, qt: x @ qt)
+    rows = []
+    for m in (1, 16, 128):
+        x = jnp.asarray(rng.standard_normal((m, SIZE), np.float32))
+        functions = {"float32": lambda x=x: jax.block_until_ready(dense(x, w))}
+        temporary = {"float32": dense.lower(x, w).compile().memory_analysis().temp_size_in_bytes}
+        for name, qt in weights.items():
+            exact = np.asarray(x, np.float64) @ np.asarray(jaxq.dequantize(qt), np.float64)
+            error = np.abs(np.asarray(product(x, qt)) - exact).max() / np.abs(exact).max()
+            assert error < (0.02 if name == "w8a8" else 1e-5), (name, m, error)
+            functions[name] = lambda x=x, qt=qt: jax.block_until_ready(product(x, qt))
+            temporary[name] = product.lower(x, qt).compile().memory_analysis().temp_size_in_bytes
+        for name, figures in summary(interleaved(functions, rounds=31, seconds=40.0), "float32").items():
+            row = {"what": name, "m": m, **figures, "temporary_bytes": temporary[name]}
+            rows.append(row | ({"target": TARGETS[name, m]} if (name, m) in TARGETS else {}))
+    return {"subject": "matmul", "shape": [SIZE, SIZE], "rows": rows, "missing": []}
+
+
+def table(result: dict[str, Any]) -> str:
+    """A markdown table of `run`'s figures."""
+    lines = ["| weight | m | median ms | least ms | time over float32 | target | temporary MB |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for r in result["rows"]:
+        target = f"<= {r['target']}" if "target" in r else "-"
+        lines.append(
+            f"| {r['what']} | {r['m']} | {r['median_ms']:.2f} | {r['min_ms']:.2f} | {r['time_over_base']:.2f} | {target} | "
+            f"{r['temporary_bytes'] / 2**20:.1f} |"
+        )
+    return "\n".join(lines)

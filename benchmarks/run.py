@@ -1,0 +1,74 @@
+"""Runs benchmarks and writes their figures and tables to benchmarks/results.
+
+    python benchmarks/run.py                      # all subjects
+    python benchmarks/run.py quantize matmul      # some
+
+Each subject runs in a process of its own, its cases in turns (see timing.py). Absolute times are the machine's; the
+ratios are what to compare. Run on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+SUBJECTS = ("import_time", "matmul", "quantize")
+PACKAGES = ("bitsandbytes", "gguf", "jax", "jaxlib", "numpy", "torch")
+
+
+def device() -> dict[str, Any]:
+    """What the figures depend on: processor, its vector extensions for narrow types, versions."""
+    import jax
+
+    found = jax.devices()[0]
+    about: dict[str, Any] = {"platform": found.platform, "kind": found.device_kind, "python": platform.python_version()}
+    cpuinfo = Path("/proc/cpuinfo")
+    if found.platform == "cpu" and cpuinfo.exists():
+        text = cpuinfo.read_text()
+        about["kind"] = re.search(r"model name\s*: (.*)", text)[1]  # pyright: ignore[reportOptionalSubscript]
+        about["cores"] = text.count("processor\t")
+        flags = set(re.search(r"flags\s*: (.*)", text)[1].split())  # pyright: ignore[reportOptionalSubscript]
+        about["flags"] = sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"})
+    about["versions"] = {p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)}
+    return about
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*", choices=[*SUBJECTS, []], help="default: all")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # in the process of one subject
+    args = parser.parse_args()
+    if args.one:
+        subject = importlib.import_module(args.one)
+        result = subject.run()
+        result["device"] = device()
+        name = f"{args.one}-{result['device']['platform']}"
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        about = result["device"]
+        head = f"{about['kind']}, {', '.join(about.get('flags', []))}; " + ", ".join(
+            f"{k} {v}" for k, v in about["versions"].items()
+        )
+        text = f"{subject.__doc__.strip()}\n\n{head}.\n\n{subject.table(result)}\n"
+        if result["missing"]:
+            text += f"\nNot installed, so not compared: {'; '.join(result['missing'])}.\n"
+        (RESULTS / f"{name}.md").write_text(text)
+        print(text)
+        return
+    RESULTS.mkdir(exist_ok=True)
+    for subject in args.subjects or SUBJECTS:
+        print(f"== {subject}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, __file__, "--one", subject], check=True)
+
+
+if __name__ == "__main__":
+    main()
