@@ -255,6 +255,9 @@ def _shape_problem(qt: QTensor, shape: tuple[int, ...]) -> str | None:
     batch = shape[: len(shape) - len(geometry.shape)]
     if shape[len(batch) :] != geometry.shape:
         return f"shape {list(shape)} does not end in {list(geometry.shape)}"
+    ndim = len(geometry.shape)
+    if sorted(geometry.order) != list(range(-ndim, 0)) or not 0 <= geometry.num_contracted <= ndim:
+        return f"order {list(geometry.order)} of {ndim} axes, {geometry.num_contracted} contracted, contradicts itself"
     padded = geometry.padded_shape
     row = padded[-1] if qt.meta.packing is formats.Packing.NONE else padded[-1] * bits // 8
     dtype = fmt.code_dtype if qt.meta.packing is formats.Packing.NONE else np.dtype(np.uint8)
