@@ -1,0 +1,102 @@
+"""What a product should be, in float64, and how far float32 sums may be from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxq
+from jaxq import QTensor, formats
+
+# Unit roundoff: half the distance from 1 to the next number.
+ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# The smallest number kept to full precision; below it rounding errors are absolute.
+TINY = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
+
+
+def normal(*shape: int, seed: int = 0, dtype: str = "float32") -> jax.Array:
+    """Normal numbers with some larger columns, rounded to `dtype`."""
+    x = np.random.default_rng([seed, *shape]).standard_normal(shape)
+    x[..., :2] *= 5
+    return jnp.asarray(x, dtype)
+
+
+def double(x: jax.typing.ArrayLike | QTensor) -> np.ndarray:
+    """Float64 numbers of an array or of what a QTensor stands for."""
+    return np.asarray(jaxq.dequantize(x, dtype=jnp.float32) if isinstance(x, QTensor) else x).astype(np.float64)
+
+
+def assert_product(
+    y: jax.typing.ArrayLike,
+    product: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    a: jax.typing.ArrayLike | QTensor,
+    b: jax.typing.ArrayLike | QTensor,
+    terms: int,
+    *,
+    weights: str = "float32",
+    dtype: str = "float32",
+):
+    """`y` is `product(a, b)` up to the error of `terms` float32 additions, rounded once to `dtype`.
+
+    |y - exact| <= gamma * product(|a|, |b|), gamma = K u / (1 - K u) (Higham, 2002, section 3.1), here with K a few
+    larger, for the roundings of scales. `weights`: dtype the dequantized operand was rounded to first.
+    """
+    left, right = double(a), double(b)
+    exact, size = product(left, right), product(abs(left), abs(right))
+    u = ROUNDOFF["float32"]
+    gamma = (terms + 8) * u / (1 - (terms + 8) * u)
+    bound = gamma * size
+    if weights != "float32":
+        bound += 1.01 * ROUNDOFF[weights] * size + terms * TINY[weights] * (abs(left).max() + abs(right).max())
+    if dtype != "float32":
+        bound += 1.01 * ROUNDOFF[dtype] * abs(exact)
+    y = np.asarray(y)
+    assert y.dtype == jnp.dtype(dtype)
+    assert y.shape == exact.shape
+    error = abs(y.astype(np.float64) - exact)
+    assert np.all(error <= bound + 1e-30), f"{np.max(error / (bound + 1e-30)):.3g} times the bound"
+
+
+def with_codes(qt: QTensor, codes: np.ndarray, zero_point: np.ndarray | None = None) -> QTensor:
+    """`qt` with stored codes (padding included) of one's own, and scales of one: it stands for integers."""
+    codes = jnp.asarray(codes, qt.spec.fmt.code_dtype)
+    data = formats.pack(codes, qt.spec.fmt.bits, qt.meta.packing, unit=qt.meta.pack_unit).astype(qt.data.dtype)
+    assert data.shape == qt.data.shape
+    zero = None if zero_point is None else jnp.asarray(zero_point, qt.spec.fmt.code_dtype).reshape(qt.scale.shape)
+    return dataclasses.replace(qt, data=data, scale=jnp.ones_like(qt.scale), zero_point=zero)
+
+
+def primitives(fn: Callable, *args) -> list[str]:
+    """Names of all primitives in `fn`'s jaxpr, inner ones too, in order."""
+    return [eqn.primitive.name for eqn in equations(jax.make_jaxpr(fn)(*args).jaxpr)]
+
+
+def dots(fn: Callable, *args) -> list[tuple[str, str, str]]:
+    """(dtype of lhs, of rhs, of the result) of every dot and convolution in `fn`'s jaxpr."""
+    found = []
+    for eqn in equations(jax.make_jaxpr(fn)(*args).jaxpr):
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.append(tuple(v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)))
+    return found
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, outer before inner."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            if hasattr(inner, "jaxpr"):
+                inner = inner.jaxpr
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def compiled(fn: Callable, *args):
+    """`fn` compiled for arguments given as arrays or shapes."""
+    return jax.jit(fn).lower(*args).compile()

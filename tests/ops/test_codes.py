@@ -1,0 +1,215 @@
+"""Codes times codes: exact in int32, native for float8, and the operands really are codes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq import PerGroup, QuantSpec
+from tests.ops.reference import assert_product, compiled, dots, normal, with_codes
+
+FORMATS = ("int8", "uint8", "int4", "uint4", "int3", "int2")
+
+
+def integers(fmt: str, shape: tuple[int, int], *, symmetric: bool, groups: int, contracting: int, seed: int):
+    """A QTensor of random whole numbers, scales of one, and those numbers as int64 with zero points taken off."""
+    k = shape[contracting]
+    granularity = PerGroup(k // groups) if groups > 1 else jaxq.PerChannel()
+    spec = QuantSpec(fmt, granularity, symmetric=symmetric)
+    qt = quantized(shape, spec, contracting)
+    rng = np.random.default_rng(seed)
+    rows, low, high = shape[1 + contracting], int(spec.fmt.min), int(spec.fmt.max)
+    codes = rng.integers(low, high + 1, (rows, k))
+    if symmetric:
+        codes = np.maximum(codes, -high)
+        zero = None
+        values = codes
+    else:
+        zero = rng.integers(low, high + 1, (rows, groups))
+        values = codes - np.repeat(zero, k // groups, axis=1)
+    return with_codes(qt, codes, zero), values.astype(np.int64)
+
+
+@functools.cache
+def quantized(shape: tuple[int, int], spec: QuantSpec, contracting: int) -> jaxq.QTensor:
+    return jaxq.quantize(jnp.full(shape, 0.5), spec, contracting=contracting)
+
+
+def both_sides():
+    for a in FORMATS:
+        for b in FORMATS:
+            for a_symmetric in (True, False):
+                for b_symmetric in (True, False):
+                    one_sided = (a_symmetric and a.startswith("u")) or (b_symmetric and b.startswith("u"))
+                    if not one_sided and (a in ("int8", "uint8") or a == b):
+                        yield a, a_symmetric, b, b_symmetric
+
+
+@pytest.mark.parametrize(("a", "a_symmetric", "b", "b_symmetric"), list(both_sides()))
+def test_integer_sums_are_exact(a, a_symmetric, b, b_symmetric):
+    x, left = integers(a, (3, 96), symmetric=a_symmetric, groups=1, contracting=-1, seed=1)
+    w, right = integers(b, (96, 5), symmetric=b_symmetric, groups=1, contracting=-2, seed=2)
+    assert jaxq.explain(x, w).path == "codes"
+    np.testing.assert_array_equal(jaxq.dequantize(w), right.T)
+    np.testing.assert_array_equal(x @ w, left @ right.T)  # below 2^24, so float32 holds every sum
+
+
+@pytest.mark.parametrize("groups", [(4, 4), (1, 4), (4, 1)])
+@pytest.mark.parametrize("symmetric", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("formats", [("int8", "int8"), ("int8", "int4"), ("int8", "int3")])
+def test_groups_on_one_side_or_both(formats, symmetric, groups):
+    x, left = integers(formats[0], (3, 96), symmetric=symmetric[0], groups=groups[0], contracting=-1, seed=3)
+    w, right = integers(formats[1], (96, 5), symmetric=symmetric[1], groups=groups[1], contracting=-2, seed=4)
+    assert jaxq.explain(x, w).path == "codes"
+    np.testing.assert_array_equal(x @ w, left @ right.T)
+    # With scales, each group's sum meets its own.
+    x, w = (dataclasses.replace(q, scale=jnp.exp2(jnp.round(normal(*q.scale.shape)))) for q in (x, w))
+    exact = np.asarray(jaxq.dequantize(x), np.float64) @ np.asarray(jaxq.dequantize(w), np.float64)
+    np.testing.assert_allclose(x @ w, exact, rtol=1e-6, atol=1e-6 * abs(exact).max())
+
+
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("int8", "int4"),
+        ("uint8", "uint4"),
+        ("uint8", "int3"),
+        ("mxint8", "mxint8"),
+        ("int8", "ternary"),
+        ("int8", "vsq4"),
+    ],
+)
+def test_real_numbers(a, b, m):
+    # 200 is no multiple of a group; padding must not count, whatever the zero points are.
+    x, w = jaxq.quantize(normal(m, 200) + 1, a, contracting=-1), jaxq.quantize(normal(200, 24) + 1, b)
+    assert jaxq.explain(x, w).path == "codes"
+    assert_product(jax.jit(jaxq.matmul)(x, w), np.matmul, x, w, 200)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_sums_beyond_int32(symmetric):
+    # 140,000 products of extreme codes, all of one sign.
+    k = 140_000
+    spec = QuantSpec("int8", symmetric=symmetric)
+    x = jaxq.quantize(jnp.full((2, k), 0.5), spec, contracting=-1)
+    w = jaxq.quantize(jnp.full((k, 3), 0.5), spec)
+    low = np.full((2, k), -127 if symmetric else -128)
+    zero = (None, None) if symmetric else (np.full(2, 127), np.full(3, 127))
+    x, w = with_codes(x, low, zero[0]), with_codes(w, low[:1].repeat(3, 0), zero[1])
+    exact = k * (127 if symmetric else 255) ** 2
+    assert exact > 2**31 - 1
+    np.testing.assert_allclose(jax.jit(jaxq.matmul)(x, w), np.full((2, 3), exact), rtol=1e-6)
+    chunk = 2**31 // (128**2 if symmetric else 255**2)
+    assert f"in {-(-k // chunk)} parts of at most" in str(jaxq.explain(x, w))
+    shorter = dataclasses.replace(QuantSpec("int8"), symmetric=symmetric)
+    few = jaxq.quantize(jnp.ones((2, 64)), shorter, contracting=-1), jaxq.quantize(jnp.ones((64, 3)), shorter)
+    assert "parts" not in str(jaxq.explain(*few))
+
+
+@pytest.mark.parametrize(("a", "b"), [("fp8", "fp8"), ("fp8", "fp8_e5m2"), ("mxfp8", "mxfp8"), ("fp8_e5m2", "mxfp8")])
+def test_float8_products(a, b):
+    x, w = jaxq.quantize(normal(5, 96), a, contracting=-1), jaxq.quantize(normal(96, 7), b)
+    assert jaxq.explain(x, w).path == "codes"
+    assert_product(x @ w, np.matmul, x, w, 96)
+    names = {"fp8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+    assert dots(jaxq.matmul, x, w) == [(names[a], names[b], "float32")]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ("int8", "int8", ("int8", "int8", "int32")),
+        ("int8", "int4", ("int8", "int8", "int32")),
+        ("uint8", "int8", ("uint8", "int8", "int32")),
+        ("uint8", "uint4", ("uint8", "uint8", "int32")),
+    ],
+)
+@pytest.mark.parametrize("m", [1, 16])
+def test_the_dot_is_of_codes(a, b, expected, m):
+    x, w = jaxq.quantize(normal(m, 256), a, contracting=-1), jaxq.quantize(normal(256, 128), b)
+    assert dots(jaxq.matmul, x, w) == [expected]
+
+
+@pytest.mark.parametrize("m", [1, 2, 16])
+def test_int8_goes_to_the_matrix_library(m):
+    # XLA:CPU leaves a product of int8 with one lone row to a loop over a widened weight; jaxq adds a row of zeros.
+    w = jaxq.quantize(normal(512, 256), "int8")
+
+    def dynamic(x, w):
+        return jaxq.quantize(x, "int8", contracting=-1) @ w
+
+    program = compiled(dynamic, normal(m, 512), w)
+    text = program.as_text()
+    assert "__ynn_fusion" in text
+    assert "s32[256,512]" not in text
+    assert "f32[256,512]" not in text
+    assert program.memory_analysis().temp_size_in_bytes < 256 * 512
+
+
+def test_batch_axes_and_several_free_axes():
+    x = jaxq.quantize(normal(3, 5, 64), "int8", contracting=-1, batch=0)
+    w = jaxq.quantize(normal(3, 64, 8), "int8", contracting=-2, batch=0)
+    assert jaxq.explain(x, w).path == "codes"
+    assert_product(x @ w, np.matmul, x, w, 64)
+    heads = jaxq.quantize(normal(64, 2, 8), "int8", contracting=-3)
+    tokens = jaxq.quantize(normal(3, 5, 64), "int8", contracting=-1)
+    product = functools.partial(np.einsum, "btd,dhk->bthk")
+    assert jaxq.explain(tokens, heads, (((2,), (0,)), ((), ()))).path == "codes"
+    assert_product(jaxq.einsum("btd,dhk->bthk", tokens, heads), product, tokens, heads, 64)
+    # weight first; kept axes in another order than stored
+    product = functools.partial(np.einsum, "dhk,btd->kthb")
+    assert_product(jaxq.einsum("dhk,btd->kthb", heads, tokens), product, heads, tokens, 64)
+    both = jaxq.quantize(normal(3, 4, 16), "int8", contracting=(-2, -1))
+    out = jaxq.quantize(normal(4, 16, 24), "int8", contracting=(-3, -2))
+    product = functools.partial(np.einsum, "thk,hkd->td")
+    assert jaxq.explain(both, out, (((1, 2), (0, 1)), ((), ()))).path == "codes"
+    assert_product(jaxq.einsum("thk,hkd->td", both, out), product, both, out, 64)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "why"),
+    [
+        (("int8", -1), ("nf4", -2), "do not multiply natively"),
+        (("fp8", -1), ("int8", -2), "do not multiply natively"),
+        (("int8", -2), ("int8", -2), "not those its scales are shared along"),
+        ((QuantSpec("uint8", offset="min"), -1), ("int8", -2), "has a real offset"),
+        ((QuantSpec("int8", PerGroup(16)), -1), (QuantSpec("int8", PerGroup(32)), -2), "their groups along k differ"),
+    ],
+)
+def test_what_codes_cannot_do_is_done_in_floats(x, w, why):
+    a = jaxq.quantize(normal(5, 64), x[0], contracting=x[1])
+    b = jaxq.quantize(normal(64, 8), w[0], contracting=w[1])
+    plan = jaxq.explain(a, b)
+    assert plan.path == "weight_only"
+    assert why in plan.reason
+    assert_product(a @ b, np.matmul, a, b, 64)
+
+
+def test_flattening_in_another_order_is_not_confused():
+    # [h, k] against [k, h]: the same contracted numbers, stored in another order.
+    x = jaxq.quantize(normal(5, 4, 16), "int8", contracting=(-2, -1))
+    w = jaxq.quantize(normal(16, 4, 8), "int8", contracting=(-3, -2))
+    assert "different orders" in jaxq.explain(x, w, (((1, 2), (1, 0)), ((), ()))).reason
+    assert_product(jaxq.einsum("thk,khd->td", x, w), functools.partial(np.einsum, "thk,khd->td"), x, w, 64)
+
+
+@pytest.mark.parametrize("preset", ["int4", "nf4"])
+def test_a_weight_can_say_how_its_partner_is_quantized(preset):
+    x, qt = normal(4, 256), jaxq.quantize(normal(256, 16), preset)
+    dynamic = qt.with_activation("int8")
+    explicit = jaxq.quantize(x, "int8", contracting=-1)
+    np.testing.assert_array_equal(x @ dynamic, explicit @ qt)
+    assert "quantized to int8 on the fly" in jaxq.explain(x, dynamic).reason
+    assert jaxq.explain(x, dynamic).path == jaxq.explain(explicit, qt).path
+    left = qt.T.with_activation("int8")
+    np.testing.assert_array_equal(left @ x.T, qt.T @ jaxq.quantize(x.T, "int8", contracting=-2))
+    # Straight through: the gradient is that of the weight alone.
+    seen = jax.grad(lambda x: jnp.sum(jnp.sin(jnp.arange(64.0)).reshape(4, 16) * (x @ dynamic)))(x)
+    plain = jax.grad(lambda x: jnp.sum(jnp.sin(jnp.arange(64.0)).reshape(4, 16) * (x @ qt)))(x)
+    np.testing.assert_allclose(seen, plain, rtol=1e-6, atol=1e-6)
+    assert x.astype("bfloat16").dtype == (x.astype("bfloat16") @ dynamic.astype("bfloat16")).dtype

@@ -1,0 +1,182 @@
+"""One table: every preset, times every way to stand in a product, against a float64 product of what it stands for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxq
+from tests.ops.reference import assert_product, dots, double, normal
+
+# One preset of each way to be stored: scales of channels, groups, flat blocks or the tensor; quantized scales, zero
+# points; whole bytes, halves, a stream of bits. These take every case below, the rest the first few.
+KINDS = ("int3", "int8", "nf4_dq", "nvfp4", "ternary", "uint4")
+# name: (weight, other operand's shape, product of x and weight, terms of a sum). `.T` is understood by numpy and
+# by QTensor alike. 288 is a multiple of neither 64, 128 nor 256.
+CASES = {
+    "2d": ("matrix", (5, 288), lambda m, x, w: x @ w, 288),
+    "left_1d": ("matrix", (288,), lambda m, x, w: w.T @ x, 288),
+    "stack": ("stack", (3, 5, 288), lambda m, x, w: x @ w, 288),
+    "transposed": ("matrix", (5, 24), lambda m, x, w: x @ w.T, 24),
+    # only for KINDS:
+    "qkv_moved": ("qkv", (2, 5, 288), lambda m, x, w: m.einsum("btd,dhk->bhtk", x, w), 288),
+    "attention_output": ("heads", (2, 5, 2, 144), lambda m, x, w: m.einsum("bthk,hkd->btd", x, w), 288),
+    "3d": ("matrix", (2, 3, 288), lambda m, x, w: x @ w, 288),
+    "1d": ("matrix", (288,), lambda m, x, w: x @ w, 288),
+    "left": ("matrix", (288, 5), lambda m, x, w: w.T @ x, 288),
+    "row": ("row", (5, 288), lambda m, x, w: x @ w, 288),
+    "stack_left": ("stack", (3, 5, 288), lambda m, x, w: m.einsum("lkn,lmk->lnm", w, x), 288),
+    "qkv": ("qkv", (2, 5, 288), lambda m, x, w: m.einsum("btd,dhk->bthk", x, w), 288),
+    "output_left": ("heads", (5, 2, 144), lambda m, x, w: m.einsum("hkd,thk->dt", w, x), 288),
+    "transposed_1d": ("matrix", (24,), lambda m, x, w: x @ w.T, 24),
+    "transposed_left": ("matrix", (24, 5), lambda m, x, w: w @ x, 24),
+    "transposed_stack": ("stack", (3, 5, 24), lambda m, x, w: m.einsum("lmn,lkn->lmk", x, w), 24),
+    "transposed_qkv": ("qkv", (5, 2, 12), lambda m, x, w: m.einsum("thk,dhk->td", x, w), 24),
+    "transposed_heads": ("heads", (5, 24), lambda m, x, w: m.einsum("td,hkd->thk", x, w), 24),
+    "one_kept_axis": ("qkv", (5, 12), lambda m, x, w: m.einsum("tk,dhk->tdh", x, w), 12),
+    "one_contracted_axis": ("heads", (5, 2), lambda m, x, w: m.einsum("th,hkd->tkd", x, w), 2),
+}  # fmt: skip
+FIRST = 4
+
+
+def cases_of(preset: str) -> list[str]:
+    return list(CASES) if preset in KINDS else list(CASES)[:FIRST]
+
+
+@functools.cache
+def weights(preset: str) -> dict[str, jaxq.QTensor]:
+    layers = [jaxq.quantize(normal(288, 24, seed=i), preset) for i in range(3)]
+    found = {"matrix": layers[0], "stack": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+    if preset in KINDS:
+        found["heads"] = jaxq.quantize(normal(2, 144, 24), preset, contracting=(-3, -2))
+        found["qkv"] = layers[0].reshape(288, 2, 12)
+        found["row"] = jaxq.quantize(normal(288), preset)
+    return found
+
+
+@functools.cache
+def numbers(preset: str) -> dict[str, np.ndarray]:
+    values = jax.jit(lambda qts: {name: jaxq.dequantize(qt) for name, qt in qts.items()})(weights(preset))
+    return {name: double(value) for name, value in values.items()}
+
+
+def other(case: str) -> jax.Array:
+    return normal(*CASES[case][1], seed=1)
+
+
+@functools.cache
+def products(preset: str) -> dict[str, jax.Array]:
+    def multiplied(qts, xs):
+        return {case: CASES[case][2](jaxq, x, qts[CASES[case][0]]) for case, x in xs.items()}
+
+    return jax.jit(multiplied)(weights(preset), {case: other(case) for case in cases_of(preset)})
+
+
+@pytest.mark.parametrize(("preset", "case"), [(p, c) for p in jaxq.presets() for c in cases_of(p)])
+def test_every_preset_everywhere(preset, case):
+    weight, _, product, terms = CASES[case]
+    assert_product(products(preset)[case], functools.partial(product, np), other(case), numbers(preset)[weight], terms)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("preset", ["int8", "nf4_dq"])
+def test_eager_equals_jitted(preset, case):
+    weight, _, product, _ = CASES[case]
+    eager, jitted = product(jaxq, other(case), weights(preset)[weight]), products(preset)[case]
+    np.testing.assert_allclose(eager, jitted, rtol=1e-5, atol=1e-5 * float(jnp.abs(jitted).max()))
+
+
+DTYPE_CASES = [
+    ("float32", "float32", None, "float32"),
+    ("bfloat16", "bfloat16", None, "bfloat16"),
+    ("bfloat16", "bfloat16", "float32", "float32"),
+    ("float16", "float16", None, "float16"),
+    ("float16", "float16", "float32", "float32"),
+    ("float32", "float32", "bfloat16", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("x_dtype", "w_dtype", "preferred", "result"), DTYPE_CASES)
+@pytest.mark.parametrize("case", ["2d", "1d", "left", "stack", "transposed_left", "one_kept_axis"])
+@pytest.mark.parametrize("preset", ["int8", "uint4"])
+def test_dtypes(preset, case, x_dtype, w_dtype, preferred, result):
+    weight, _, product, terms = CASES[case]
+    x, qt = other(case).astype(x_dtype), weights(preset)[weight].astype(w_dtype)
+
+    class Preferring:
+        @staticmethod
+        def einsum(*args):
+            return jaxq.einsum(*args, preferred_element_type=preferred)
+
+    if preferred is not None and case not in ("stack", "one_kept_axis"):
+        sides = {"left": (qt.T, x), "transposed": (x, qt.T), "transposed_left": (qt, x)}.get(case, (x, qt))
+        y = jaxq.matmul(*sides, preferred_element_type=preferred)
+    elif preferred is not None and case == "stack":
+        y = jaxq.matmul(x, qt, preferred_element_type=preferred)
+    else:
+        y = product(Preferring, x, qt)
+    assert_product(y, functools.partial(product, np), x, numbers(preset)[weight], terms, weights=x_dtype, dtype=result)
+
+
+def test_results_promote_as_lax_and_numpy_say(standard_promotion):
+    for a in ("float32", "bfloat16", "float16"):
+        for b in ("float32", "bfloat16", "float16"):
+            x, qt = jnp.ones((2, 32), a), jaxq.quantize(jnp.ones((32, 3), b), "int8")
+            expected = jnp.promote_types(a, b)
+            assert (x @ qt).dtype == (qt.T @ x.T).dtype == expected
+            assert (jaxq.quantize(x, "int8", contracting=-1) @ qt).dtype == expected
+
+
+def test_arrays_alone_are_lax():
+    x, w = normal(5, 32), normal(32, 7)
+    dims = (((1,), (0,)), ((), ()))
+    np.testing.assert_array_equal(jaxq.dot_general(x, w, dims), lax.dot_general(x, w, dims))
+    half = x.astype("bfloat16"), w.astype("bfloat16")
+    y = jaxq.dot_general(*half, dims)
+    assert_product(y, np.matmul, *half, 32, dtype="bfloat16")
+    assert dots(lambda a, b: jaxq.dot_general(a, b, dims), *half) == [("bfloat16", "bfloat16", "float32")]
+    codes = jnp.full((3, 64), 100, jnp.int8)
+    y = jaxq.dot_general(codes, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    assert y.dtype == jnp.int32
+    assert (y == 640000).all()
+
+
+@pytest.mark.parametrize("preset", ["int8", "fp8", "nf4"])
+def test_no_rows_no_columns_no_terms(preset):
+    qt = jaxq.quantize(normal(32, 8), preset)
+    assert (jnp.zeros((0, 32)) @ qt).shape == (0, 8)
+    assert (jnp.zeros((0, 8)) @ qt.T).shape == (0, 32)
+    assert (jaxq.quantize(jnp.zeros((0, 32)), preset, contracting=-1) @ qt).shape == (0, 8)
+    none = jaxq.quantize(jnp.zeros((32, 0)), preset)
+    assert (jnp.ones((3, 32)) @ none).shape == (3, 0)
+    np.testing.assert_array_equal(jnp.ones((3, 0)) @ none.T, jnp.zeros((3, 32)))
+    empty = jaxq.quantize(jnp.zeros((0, 8)), preset)
+    np.testing.assert_array_equal(jnp.ones((3, 0)) @ empty, jnp.zeros((3, 8)))
+
+
+def test_what_does_not_fit_is_said():
+    qt = jaxq.quantize(normal(32, 8), "int8")
+    with pytest.raises(TypeError, match=r"contracting axes \[1\] of \[2, 31\] and \[0\] of \[32, 8\] differ in size"):
+        jnp.ones((2, 31)) @ qt
+    stack = jaxq.quantize(normal(3, 32, 8), "int8", contracting=-2, batch=0)
+    with pytest.raises(TypeError, match="batch axes"):
+        jaxq.dot_general(jnp.ones((2, 5, 32)), stack, (((2,), (1,)), ((0,), (0,))))
+    for x in (jnp.ones((2, 32), jnp.int32), np.ones((2, 32), np.int8), jnp.ones((2, 32), bool)):
+        with pytest.raises(TypeError, match="Pass floats, or quantize this operand as well"):
+            jaxq.matmul(x, qt)
+    with pytest.raises(TypeError, match="Pass floats"):
+        jaxq.matmul(qt.T, jnp.ones((32, 2), jnp.int32))
+
+
+def test_numpy_arrays_and_lists_on_either_side():
+    qt = jaxq.quantize(normal(32, 8), "int8")
+    x = np.asarray(normal(2, 32))
+    expected = jnp.asarray(x) @ qt
+    for y in (x @ qt, jaxq.matmul(x, qt), jaxq.dot_general(x, qt, (((1,), (0,)), ((), ())))):
+        assert isinstance(y, jax.Array)
+        np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(qt.T @ x.T, jaxq.matmul(qt.T, jnp.asarray(x.T)))
+    np.testing.assert_array_equal(jaxq.matmul(x.tolist(), qt), expected)

@@ -1,0 +1,220 @@
+"""Weights decoded a few rows at a time: never whole in memory, in blocks that overlap, with gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxq
+from jaxq import PerBlock, PerGroup, PerTensor, QuantSpec
+from jaxq.ops import _rows
+from jaxq.qtensor import scale_values
+from tests.ops.reference import ROUNDOFF, assert_product, compiled, normal, primitives
+
+MEGABYTES = 2**20
+# uint8 codes counted up from each group's real minimum: the one way to store numbers that no preset has.
+WITH_OFFSET = QuantSpec("uint4", PerGroup(32, pad=True), offset="min")
+SPECS = {name: jaxq.presets()[name] for name in ("int8", "int4", "nf4_dq", "uint4", "nvfp4")} | {
+    "offset": WITH_OFFSET,
+    "tensor": QuantSpec("int8", PerTensor()),
+    "blocks": QuantSpec("float8_e4m3fn", PerBlock((32, 16), pad=True)),
+}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """16 rows at a time: 40 rows are three blocks, and the last one overlaps its neighbour by 8 rows."""
+    monkeypatch.setattr(_rows, "_BLOCK_BYTES", 0)
+
+
+@functools.cache
+def weight(name: str) -> jaxq.QTensor:
+    return jaxq.quantize(normal(96, 40), SPECS[name])
+
+
+def plain(x, qt):
+    """The product with no block and no rule of its own: what gradients are compared with."""
+    return x @ jaxq.dequantize(qt, dtype=jnp.float32)
+
+
+def close(actual, expected, tolerance=3e-6):
+    """Leaf by leaf, up to `tolerance` of the largest number in a leaf, or what a leaf's own dtype can tell apart."""
+
+    def compare(path, a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype, jax.tree_util.keystr(path)
+        if a.dtype != jax.dtypes.float0:
+            t = max(tolerance, 2 * ROUNDOFF[a.dtype.name])
+            a, b = a.astype(np.float64), b.astype(np.float64)
+            np.testing.assert_allclose(a, b, rtol=t, atol=t * abs(b).max(), err_msg=jax.tree_util.keystr(path))
+
+    jax.tree.map_with_path(compare, actual, expected)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SPECS)
+def test_overlapping_blocks_of_rows(small_blocks, name, dtype, m):
+    qt, x = weight(name), normal(m, 96, dtype=dtype)
+    forward = jax.jit(lambda x, qt: jaxq.matmul(x, qt, preferred_element_type=jnp.float32))
+    assert "while" in primitives(forward, x, qt) or "scan" in primitives(forward, x, qt)
+    assert_product(forward(x, qt), np.matmul, x, qt, 96, weights=dtype)
+    x = normal(m, 40, dtype=dtype)
+    backward = jax.jit(lambda x, qt: jaxq.matmul(x, qt.T, preferred_element_type=jnp.float32))
+    assert_product(backward(x, qt), lambda x, w: x @ w.T, x, qt, 40, weights=dtype)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_gradients(small_blocks, name):
+    # dy of many sizes and signs: a row counted twice, or not at all, shows.
+    qt, x, dy = weight(name), normal(3, 96), normal(3, 40, seed=2)
+
+    def loss(multiply):
+        return lambda x, qt: jnp.sum(dy * multiply(x, qt))
+
+    found = jax.jit(jax.grad(loss(jaxq.matmul), argnums=(0, 1), allow_int=True))(x, qt)
+    close(found, jax.jit(jax.grad(loss(plain), argnums=(0, 1), allow_int=True))(x, qt))
+    assert all(np.any(g != 0) for g in jax.tree.leaves(found) if g.dtype != jax.dtypes.float0)
+
+    y, dx = normal(3, 40, seed=3), normal(3, 96, seed=4)
+
+    def loss_transposed(multiply):
+        return lambda y, qt: jnp.sum(dx * multiply(y, qt))
+
+    found = jax.jit(jax.grad(loss_transposed(lambda y, q: y @ q.T), argnums=(0, 1), allow_int=True))(y, qt)
+    reference = loss_transposed(lambda y, q: y @ jaxq.dequantize(q, dtype=jnp.float32).T)
+    close(found, jax.jit(jax.grad(reference, argnums=(0, 1), allow_int=True))(y, qt))
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4_dq", "offset"])
+def test_gradients_under_vmap_scan_checkpoint_and_again(small_blocks, name):
+    layers = [jaxq.quantize(normal(40, 40, seed=i), SPECS[name]) for i in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    x = normal(5, 40) * 0.1
+
+    def through(multiply, checkpoint=False):
+        def body(h, layer):
+            return jnp.tanh(multiply(h, layer)), None
+
+        body = jax.checkpoint(body) if checkpoint else body
+        return lambda x, stack: jnp.sum(jax.lax.scan(body, x, stack)[0] ** 2)
+
+    def gradient(loss):
+        return jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(x, stack)
+
+    expected = gradient(through(plain))
+    close(gradient(through(jaxq.matmul)), expected, 1e-4)  # three layers apart
+    close(gradient(through(jaxq.matmul, checkpoint=True)), expected, 1e-4)
+    unrolled = x
+    for layer in layers:
+        unrolled = jnp.tanh(unrolled @ layer)
+    np.testing.assert_allclose(jnp.sum(unrolled**2), through(jaxq.matmul)(x, stack), rtol=1e-5)
+
+    mapped = jax.jit(jax.vmap(jaxq.matmul, in_axes=(None, 0)))(x, stack)
+    np.testing.assert_allclose(mapped, jnp.stack([x @ layer for layer in layers]), rtol=1e-5, atol=1e-5)
+    rows = jax.jit(jax.vmap(jaxq.matmul, in_axes=(0, None)))(x, layers[0])
+    np.testing.assert_allclose(rows, x @ layers[0], rtol=1e-5, atol=1e-5)
+    per_row = jax.jit(jax.vmap(jax.grad(lambda x, qt: jnp.sum(jnp.sin(x @ qt))), in_axes=(0, None)))(x, layers[0])
+    np.testing.assert_allclose(per_row, jax.grad(lambda x: jnp.sum(jnp.sin(x @ layers[0])))(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_a_stack_in_one_product(small_blocks):
+    stack = jaxq.quantize(normal(3, 96, 40), "nf4", contracting=-2, batch=0)
+    x, dy = normal(3, 5, 96), normal(3, 5, 40, seed=1)
+    found = jax.jit(jax.grad(lambda x, qt: jnp.sum(dy * (x @ qt)), argnums=(0, 1), allow_int=True))(x, stack)
+    close(found, jax.grad(lambda x, qt: jnp.sum(dy * plain(x, qt)), argnums=(0, 1), allow_int=True)(x, stack))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_keep_their_dtypes(dtype):
+    qt, x = weight("int4").astype(dtype), normal(3, 96, dtype=dtype)
+    dx, dqt = jax.grad(lambda x, qt: jnp.sum((x @ qt).astype(jnp.float32)), argnums=(0, 1), allow_int=True)(x, qt)
+    assert dx.dtype == jnp.dtype(dtype)
+    assert dqt.scale.dtype == qt.scale.dtype
+    assert dqt.data.dtype == jax.dtypes.float0
+    expected = jax.grad(lambda x: jnp.sum(plain(x.astype(jnp.float32), qt)))(x)
+    np.testing.assert_allclose(dx.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.02, atol=0.1)
+
+
+def test_integer_scales_of_scales_are_left_alone():
+    qt = weight("nf4_dq")
+    dqt = jax.grad(lambda qt: jnp.sum(normal(3, 96) @ qt), allow_int=True)(qt)
+    assert dqt.scale.data.dtype == jax.dtypes.float0
+    assert float(jnp.abs(dqt.scale.scale).max()) > 0
+    assert scale_values(qt).shape == (40, 2)
+
+
+# A scale for 16 numbers, itself quantized: the float32 scales of the whole weight take 4 MB.
+MANY_SCALES = {"nvfp4", "vsq4"}
+
+
+@pytest.mark.parametrize("m", [1, 128])
+@pytest.mark.parametrize("preset", [*jaxq.presets()])
+def test_the_weight_is_never_whole(preset, m):
+    qt = jax.eval_shape(lambda w: jaxq.quantize(w, preset), jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    x = jax.ShapeDtypeStruct((m, 4096), jnp.float32)
+    program = compiled(lambda x, qt: x @ qt, x, qt)
+    assert program.memory_analysis().temp_size_in_bytes <= (12 if preset in MANY_SCALES else 8) * MEGABYTES
+    assert "f32[4096,4096]" not in program.as_text()
+
+
+@pytest.mark.parametrize("m", [1, 16, 128])
+@pytest.mark.parametrize("preset", ["int8", "int4"])
+def test_codes_never_widened_as_a_whole(preset, m):
+    qt = jax.eval_shape(lambda w: jaxq.quantize(w, preset), jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    x = jax.ShapeDtypeStruct((m, 4096), jnp.float32)
+    program = compiled(lambda x, qt: jaxq.quantize(x, "int8", contracting=-1) @ qt, x, qt)
+    assert program.memory_analysis().temp_size_in_bytes <= 8 * MEGABYTES
+
+
+@pytest.mark.parametrize("m", [1, 16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("preset", ["int8", "int4", "mxint8"])
+def test_products_go_to_the_matrix_library(preset, dtype, m):
+    qt = jaxq.quantize(normal(512, 256), preset)
+    text = compiled(lambda x, qt: x @ qt, normal(m, 512, dtype=dtype), qt.astype(dtype)).as_text()
+    assert "__ynn_fusion" in text or (m, dtype) == (1, "float32")  # a row times a matrix needs no library
+
+
+@pytest.mark.parametrize("spec", ["int3", "mxint8", "mxfp8", "offset"])
+def test_one_product_a_block_is_not_turned_round(small_blocks, spec):
+    # XLA would fold a transpose that follows into the product, which then runs without the library in float32, and
+    # not at all in bfloat16.
+    qt, x = jaxq.quantize(normal(96, 40), SPECS.get(spec, spec)), normal(16, 96)
+    assert "__ynn_fusion" in compiled(jaxq.matmul, x, qt).as_text()
+    half = x.astype("bfloat16"), qt.astype("bfloat16")
+    assert_product(jax.jit(jaxq.matmul)(*half), np.matmul, *half, 96, weights="bfloat16", dtype="bfloat16")
+
+
+def test_backward_pass_needs_no_whole_weight_either():
+    qt = jax.eval_shape(lambda w: jaxq.quantize(w, "nf4"), jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    x = jax.ShapeDtypeStruct((16, 4096), jnp.float32)
+    program = compiled(jax.grad(lambda x, qt: jnp.sum((x @ qt) ** 2)), x, qt)
+    assert program.memory_analysis().temp_size_in_bytes <= 8 * MEGABYTES
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "nf4_dq"])
+@pytest.mark.parametrize("along", ["rows", "columns", "tokens"])
+def test_sharded_over_devices(small_blocks, name, along):
+    if len(jax.devices()) < 4:
+        pytest.skip("needs four devices")
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    qt, x = jaxq.quantize(normal(256, 64), SPECS[name]), normal(8, 256)
+    expected = jax.jit(jaxq.matmul)(x, qt)
+
+    def place(leaf, axis):
+        split = leaf.ndim > axis and leaf.shape[axis] % 4 == 0
+        spec = [None] * leaf.ndim
+        if split:
+            spec[axis] = "d"
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    if along == "tokens":
+        x, qt = place(x, 0), jax.tree.map(lambda leaf: place(leaf, 9), qt)
+    else:  # stored as [n, k]
+        qt = jax.tree.map(lambda leaf: place(leaf, 0 if along == "rows" else 1), qt)
+        x = place(x, 9)
+    np.testing.assert_allclose(jax.jit(jaxq.matmul)(x, qt), expected, rtol=1e-5, atol=1e-4)
