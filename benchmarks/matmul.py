@@ -34,7 +34,7 @@ def run() -> dict[str, Any]:
             assert error < (0.02 if name == "w8a8" else 1e-5), (name, m, error)
             functions[name] = lambda x=x, qt=qt: jax.block_until_ready(product(x, qt))
             temporary[name] = product.lower(x, qt).compile().memory_analysis().temp_size_in_bytes
-        for name, figures in summary(interleaved(functions, rounds=31, seconds=40.0), "float32").items():
+        for name, figures in summary(interleaved(functions, rounds=31, seconds=20.0), "float32").items():
             row = {"what": name, "m": m, **figures, "temporary_bytes": temporary[name]}
             rows.append(row | ({"target": TARGETS[name, m]} if (name, m) in TARGETS else {}))
     return {"subject": "matmul", "shape": [SIZE, SIZE], "rows": rows, "missing": []}

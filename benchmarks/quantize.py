@@ -64,11 +64,11 @@ def run() -> dict[str, Any]:
         }
         if peer in others:
             functions[peer] = others[peer]
-        times = summary(interleaved(functions, rounds=15, seconds=60.0), "jaxq [in, out]")
+        times = summary(interleaved(functions, rounds=9, seconds=15.0), "jaxq [in, out]")
         for name, figures in times.items():
             rows.append({"preset": preset, "what": name, **figures})
         if peer in others:
-            against = summary(interleaved({k: functions[k] for k in (peer, *times)}, rounds=7, seconds=30.0), peer)
+            against = summary(interleaved({k: functions[k] for k in (peer, *times)}, rounds=7, seconds=15.0), peer)
             for row in rows[-len(times) :]:
                 row["speed_over_peer"] = 1 / against[row["what"]]["time_over_base"]
                 row["peer"], row["target"] = peer, target

@@ -117,7 +117,8 @@ def _match(model: nnx.Module, recipe: Recipe, on_nonfinite: str) -> list[tuple[F
                     axes = weight_axes(found.layer, found.kind)
                     _dry_run(value, rule, *axes, found.kind.weight, found.kind.name)
                     if on_nonfinite == "raise":
-                        raise_if_not_finite(jnp.asarray(value), found.kind.weight, "quantize")
+                        where = f"{found.path}/{found.kind.weight}".lstrip("/")
+                        raise_if_not_finite(jnp.asarray(value), where, "quantize")
                     use = (axes, rule.weight, rule.activation)
                 except (TypeError, ValueError) as error:
                     problem = str(error)
