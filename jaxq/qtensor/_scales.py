@@ -23,6 +23,8 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 _LARGE = np.float32(2.0**120)
 # Above this sums and differences may leave float32's range, and are taken of numbers shrunk by its inverse.
 _HUGE = np.float32(2.0**64)
+# An axis is halved until this many of its entries have met in one: more would make a large program.
+_MOST_HALVES = 64
 
 
 class Extremes(NamedTuple):
@@ -30,32 +32,44 @@ class Extremes(NamedTuple):
 
     low: jax.Array
     high: jax.Array
-    finite: jax.Array  # bool: False where the block holds a NaN or an infinity
+    magnitude: jax.Array  # NaN where the block holds a NaN, else infinite where it holds an infinity
 
     @property
-    def magnitude(self) -> jax.Array:
-        return jnp.maximum(self.high, -self.low)
+    def finite(self) -> jax.Array:
+        return jnp.isfinite(self.magnitude)
 
 
 def extremes(blocks: jax.Array, geometry: Geometry) -> Extremes:
-    """Least and greatest number of every block, and whether all of it is finite.
+    """Least, greatest and largest number of every block; under jit, what is not used is not computed.
 
-    XLA's maximum drops NaN on CPU, so the sum answers for NaN: it keeps one wherever it stands, and it is as fast as
-    the maximum. A sum of huge finite numbers can be NaN as well (inf - inf); only then is every number looked at.
+    XLA's minimum and maximum drop NaN on CPU, so only `magnitude` tells of one.
     """
     axes = geometry.block_axes
     low = jnp.min(blocks, axis=axes, keepdims=True, initial=np.inf).astype(jnp.float32)
     high = jnp.max(blocks, axis=axes, keepdims=True, initial=-np.inf).astype(jnp.float32)
     empty = low > high
-    low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
-    suspect = jnp.isnan(jnp.sum(blocks, axis=axes, keepdims=True, dtype=jnp.float32))
-    has_nan = lax.cond(
-        jnp.any(suspect),
-        lambda b: jnp.any(jnp.isnan(b), axis=axes, keepdims=True),
-        lambda b: jnp.zeros(low.shape, bool),
-        blocks,
-    )
-    return Extremes(low, high, ~has_nan & jnp.isfinite(low) & jnp.isfinite(high))
+    return Extremes(jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high), _magnitude(blocks, axes))
+
+
+def _magnitude(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The largest `|x|` of every block, keeping dimensions; NaN where there is one.
+
+    Without their sign, bit patterns order as the numbers do, with infinity above them and NaN on top: one integer
+    maximum sees everything. Halving an axis by pairwise maxima first reads the array once, in long runs, and takes a
+    third to two thirds of the time of XLA's reduction on CPU.
+    """
+    dtype = blocks.dtype
+    unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
+    pattern = lax.bitcast_convert_type(blocks, unsigned) & np.array(jnp.iinfo(unsigned).max // 2, unsigned)
+    for axis in axes:
+        axis, size = axis % pattern.ndim, pattern.shape[axis]
+        smallest = size // _MOST_HALVES
+        while size % 2 == 0 and size > max(smallest, 1):
+            size //= 2
+            first = lax.slice_in_dim(pattern, 0, size, axis=axis)
+            pattern = jnp.maximum(first, lax.slice_in_dim(pattern, size, None, axis=axis))
+    largest = jnp.max(pattern, axis=axes, keepdims=True, initial=0)
+    return lax.bitcast_convert_type(largest, dtype).astype(jnp.float32)
 
 
 def scale_of(blocks: jax.Array, found: Extremes, spec: QuantSpec, geometry: Geometry) -> jax.Array:
