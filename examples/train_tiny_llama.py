@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -41,7 +42,7 @@ parser.add_argument("--resume", action="store_true", help="continue from the che
 args = parser.parse_args()
 args.work.mkdir(parents=True, exist_ok=True)
 
-SEED, BATCH, CONTEXT, PEAK_LR = 0, 4, 256, 2.5e-3
+SEED, BATCH, CONTEXT, PEAK_LR = 0, 8, 256, 2.5e-3
 config = LlamaConfig(
     vocab_size=2048,
     hidden_size=256,
@@ -107,12 +108,24 @@ def windows(step: int) -> np.ndarray:
     return np.stack([stream[s : s + CONTEXT + 1] for s in starts])  # [b, t + 1]
 
 
-# %% One jitted step: cross entropy, clipped gradient, AdamW with decay on matrices only
+# %% One jitted step: cross entropy, clipped gradient, Muon for the blocks' matrices and Adam for everything else
 graphdef, params = nnx.split(Llama(config, rngs=nnx.Rngs(SEED)))
+
+
+def muon_axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+    in_block = any("layers" in str(key) for key in path)
+    return optax.contrib.MuonDimensionNumbers() if in_block and leaf.ndim == 2 else None  # [in, out] kernels
+
+
 optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
-    optax.scale_by_adam(b1=0.9, b2=0.95),
-    optax.add_decayed_weights(0.05, mask=lambda tree: jax.tree.map(lambda p: p.ndim > 1, tree)),
+    optax.contrib.muon(  # Jordan et al. 2024; updates scaled to Adam's size as in Liu et al. 2025
+        -1.0,  # the step below multiplies by the clock's learning rate
+        consistent_rms=0.2,
+        adam_b2=0.95,
+        weight_decay=0.05,
+        muon_weight_dimension_numbers=lambda tree: jax.tree_util.tree_map_with_path(muon_axes, tree),
+    ),
 )
 opt_state = optimizer.init(params)
 
