@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-SUBJECTS = ("import_time", "matmul", "quantize")
+SUBJECTS = ("cast", "import_time", "matmul", "quantize")
 PACKAGES = ("bitsandbytes", "gguf", "jax", "jaxlib", "numpy", "torch")
 
 

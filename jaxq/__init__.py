@@ -14,7 +14,8 @@ Example:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxq import formats, metrics, ops, qtensor, recipes
+from jaxq import emulation, formats, metrics, ops, qtensor, recipes
+from jaxq.emulation import cast, emulate
 from jaxq.ops import dot_general, einsum, explain, matmul
 from jaxq.qtensor import (
     PerBlock,
@@ -76,9 +77,12 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "Rule",
+    "cast",
     "dequantize",
     "dot_general",
     "einsum",
+    "emulate",
+    "emulation",
     "evaluation",
     "explain",
     "fake_quant",

@@ -1,11 +1,17 @@
 """A strict session: no silent promotion of dtypes or ranks, four CPU devices, the same random examples every run."""
 
 import os
+from pathlib import Path
 
 # Before the first import of jax: the device count is read once. A platform asked for by the caller is kept.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+
+# Most of the suite's time goes into XLA's compiler: what one process has compiled, the others and the next run load.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import jax

@@ -5,9 +5,9 @@ nothing of scales, axes or storage. `get` finds one by name; `names` lists them.
 """
 
 from jaxq.formats._codebook import CodebookFormat, dynamic_map, normal_float, powers_of_two
-from jaxq.formats._float import ExponentFormat, FloatFormat
+from jaxq.formats._float import DoubleFormat, ExponentFormat, FloatFormat
 from jaxq.formats._format import Format
-from jaxq.formats._integer import IntegerFormat
+from jaxq.formats._integer import FixedPointFormat, IntegerFormat, SignMagnitudeFormat
 from jaxq.formats._packing import (
     Packing,
     as_signed,
@@ -19,16 +19,20 @@ from jaxq.formats._packing import (
 )
 from jaxq.formats._registry import from_dict, get, names, register, to_dict, unknown_name
 from jaxq.formats._rounding import MODES as ROUNDING_MODES
-from jaxq.formats._rounding import check_rounding, round_to_integer
+from jaxq.formats._rounding import OVERFLOWS, check_rounding, round_to_float, round_to_integer
 
 __all__ = [
+    "OVERFLOWS",
     "ROUNDING_MODES",
     "CodebookFormat",
+    "DoubleFormat",
     "ExponentFormat",
+    "FixedPointFormat",
     "FloatFormat",
     "Format",
     "IntegerFormat",
     "Packing",
+    "SignMagnitudeFormat",
     "as_signed",
     "check_rounding",
     "codes_per_pack",
@@ -42,6 +46,7 @@ __all__ = [
     "pack",
     "powers_of_two",
     "register",
+    "round_to_float",
     "round_to_integer",
     "to_dict",
     "unknown_name",

@@ -1,4 +1,4 @@
-"""Floating point of any width up to 16 bits, by integer arithmetic on float32 bit patterns.
+"""Floating point of any width up to 32 bits, by integer arithmetic on float32 bit patterns; and float64.
 
 No float operation touches a subnormal: XLA flushes them on CPU, so encode works on the bits alone.
 Casts follow IEEE 754 rounding; the tables of which formats have infinities, NaN and -0 follow ml_dtypes and the OCP
@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.formats._format import Format
-from jaxq.formats._rounding import check_rounding
+from jaxq.formats._rounding import check_rounding, random_bits, round_to_float, shift_right
 
 FLAVOURS = ("ieee", "fn", "fnuz", "finite")
 
@@ -35,7 +35,7 @@ class FloatFormat(Format):
     Args:
       name: registry name.
       exponent_bits: 1 to 8.
-      mantissa_bits: 0 to 10 (the code fits 16 bits).
+      num_mantissa_bits: 0 to 23.
       bias: exponent bias; None gives 2^(exponent_bits-1) - 1, and one more for "fnuz".
       flavour: which codes are infinities and NaN, as above.
     """
@@ -51,9 +51,9 @@ class FloatFormat(Format):
         e, m = self.exponent_bits, self.num_mantissa_bits
         if self.flavour not in FLAVOURS:
             raise ValueError(f"FloatFormat: flavour must be one of {', '.join(FLAVOURS)}; got {self.flavour!r}.")
-        if not (1 <= e <= 8 and m >= 0 and e + m <= 15):
+        if not (1 <= e <= 8 and 0 <= m <= 23):
             raise ValueError(
-                f"FloatFormat: exponent_bits must be 1 to 8 and 1 + exponent_bits + mantissa_bits at most 16; "
+                f"FloatFormat: exponent_bits must be 1 to 8 and mantissa_bits 0 to 23, which float32 holds; "
                 f"got exponent_bits={e}, mantissa_bits={m}."
             )
         if self.flavour == "ieee" and (m == 0 or e == 1):
@@ -121,7 +121,25 @@ class FloatFormat(Format):
         return 2.0 ** (1 - self._bias - self.num_mantissa_bits) if self.num_mantissa_bits else 2.0 ** (1 - self._bias)
 
     def codes(self) -> np.ndarray:
+        self._raise_if_too_many_codes()
         return np.arange(1 << self.bits, dtype=np.uint32).astype(self.code_dtype)
+
+    def round(self, x, *, rounding="nearest_even", saturate=True, key=None):
+        check_rounding(rounding, key)
+        x = jnp.asarray(x)
+        carrier = x.dtype if x.dtype == np.float64 else jnp.dtype(np.float32)
+        overflow = {"ieee": "infinity", "finite": "saturate"}.get(self.flavour, "nan")
+        return round_to_float(
+            x.astype(carrier),
+            mantissa_bits=self.num_mantissa_bits,
+            min_exponent=1 - self._bias,
+            largest=self.max,
+            overflow="saturate" if saturate else overflow,
+            has_nan=self.flavour != "finite",
+            signed_zero=self.flavour != "fnuz",
+            rounding=rounding,
+            key=key,
+        )
 
     def encode(self, x, *, rounding="nearest_even", saturate=True, key=None):
         check_rounding(rounding, key)
@@ -134,7 +152,7 @@ class FloatFormat(Format):
         exponent = jnp.maximum(biased32, 1) - 127
         # Low bits to drop: the mantissa's surplus, and more below the format's normal range.
         shift = (23 - m) + jnp.maximum(0, (1 - bias) - exponent)
-        code = _shift_right(significand, shift, rounding, key)
+        code = shift_right(significand, shift, rounding, key)
         # The implicit bit left in `code` lifts the exponent by one; a carry out of the mantissa does the rest.
         code = code + ((jnp.clip(exponent + bias, 1, 1 << self.exponent_bits) - 1) << m).astype(jnp.uint32)
 
@@ -209,7 +227,7 @@ class ExponentFormat(Format):
             # From 2^-127 to 2^-126 float32 is subnormal: stretch [2^22, 2^23) to a binade, so that 2^-127 stays itself.
             low = (jnp.maximum(pattern, np.uint32(1 << 22)) - np.uint32(1 << 22)) << 1
             line = jnp.where(pattern < np.uint32(1 << 23), low, pattern)
-            code = (line + (_random_bits(key, pattern.shape) >> 9)) >> 23
+            code = (line + (random_bits(key, pattern.shape, pattern.dtype) >> 9)) >> 23
         else:  # the mantissa is the implicit bit alone, always odd: a tie goes up in both nearest modes
             code = (pattern + np.uint32(1 << 22)) >> 23
             # Between 2^-127 and 2^-126 (a subnormal of float32) ml_dtypes goes up, and so do we.
@@ -226,23 +244,51 @@ class ExponentFormat(Format):
         return lax.bitcast_convert_type(pattern, jnp.float32)
 
 
-def _random_bits(key: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-    assert key is not None
-    return jax.random.bits(key, shape, jnp.uint32)
+@dataclasses.dataclass(frozen=True)
+class DoubleFormat(Format):
+    """float64: 11 exponent bits, 52 mantissa bits. Its codes and numbers exist under `jax_enable_x64` only."""
+
+    kind: ClassVar[str] = "float"
+
+    @property
+    def bits(self) -> int:
+        return 64
+
+    @property
+    def max(self) -> float:
+        return float(np.finfo(np.float64).max)
+
+    @property
+    def min(self) -> float:
+        return -self.max
+
+    @property
+    def smallest_positive(self) -> float:
+        return 2.0**-1074
+
+    @property
+    def mantissa_bits(self) -> int:
+        return 52
+
+    def codes(self) -> np.ndarray:
+        self._raise_if_too_many_codes()
+        raise AssertionError
+
+    def round(self, x, *, rounding="nearest_even", saturate=True, key=None):
+        check_rounding(rounding, key)
+        x = jnp.asarray(x)  # no carrier is wider: only infinities can change
+        return jnp.where(jnp.isinf(x), jnp.sign(x) * jnp.finfo(x.dtype).max, x) if saturate else x
+
+    def encode(self, x, *, rounding="nearest_even", saturate=True, key=None):
+        _raise_without_x64("encode")
+        x = self.round(jnp.asarray(x).astype(jnp.float64), rounding=rounding, saturate=saturate, key=key)
+        return lax.bitcast_convert_type(x, jnp.uint64)
+
+    def decode(self, codes: jax.Array) -> jax.Array:
+        _raise_without_x64("decode")
+        return lax.bitcast_convert_type(codes, jnp.float64)
 
 
-def _shift_right(significand: jax.Array, shift: jax.Array, rounding: str, key: jax.Array | None) -> jax.Array:
-    """`significand / 2^shift` rounded to an integer; significand < 2^24, so 30 places empty it for good."""
-    if rounding == "stochastic":
-        # A uniform integer in [0, 2^shift) is added before the cut. Beyond 31 places the significand moves first.
-        extra = jnp.clip(shift - 31, 0, 31).astype(jnp.uint32)
-        places = jnp.minimum(shift, 31).astype(jnp.uint32)
-        noise = _random_bits(key, significand.shape) & ((np.uint32(1) << places) - 1)
-        return ((significand >> extra) + noise) >> places
-    places = jnp.minimum(shift, 30).astype(jnp.uint32)
-    if rounding == "toward_zero":
-        return significand >> places
-    half = np.uint32(1) << (places - 1)
-    if rounding == "nearest_away":
-        return (significand + half) >> places
-    return (significand + half - 1 + ((significand >> places) & 1)) >> places
+def _raise_without_x64(caller: str) -> None:
+    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError(f"float64.{caller}: 64-bit types are off. Set jax.config.update('jax_enable_x64', True).")

@@ -22,8 +22,8 @@ class Format(abc.ABC):
 
     Attributes:
       name: registry name, ml_dtypes' spelling where ml_dtypes has the format.
-      bits: width of one code, 1 to 16.
-      code_dtype: dtype of unpacked codes: int8 for signed integers, else uint8 or uint16.
+      bits: width of one code, 1 to 64.
+      code_dtype: dtype of unpacked codes: int8 or int16 for signed integers, else the narrowest unsigned one.
 
     Example:
       >>> import jaxq
@@ -72,18 +72,41 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, codes: jax.Array) -> jax.Array:
-        """The float32 numbers behind `codes`, exactly; same shape."""
+        """The float32 (float64 of float64) numbers behind `codes`, exactly; same shape."""
+
+    def round(
+        self,
+        x: jax.typing.ArrayLike,
+        *,
+        rounding: str = "nearest_even",
+        saturate: bool = True,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """`decode(encode(x))`, float32; floating point formats do it in one step, and in float64 for float64 `x`."""
+        return self.decode(self.encode(x, rounding=rounding, saturate=saturate, key=key))
 
     @abc.abstractmethod
     def codes(self) -> np.ndarray:
-        """Every code that stands for something, in the order of its bit pattern; `code_dtype`, `[num_codes]`."""
+        """Every code that stands for something, in the order of its bit pattern; `code_dtype`, `[num_codes]`.
+
+        Raises:
+          ValueError: the format has more than 16 bits.
+        """
 
     @property
     def code_dtype(self) -> np.dtype:
-        return np.dtype(np.uint8 if self.bits <= 8 else np.uint16)
+        return np.dtype(f"uint{max(8, 1 << (self.bits - 1).bit_length())}")
+
+    def _raise_if_too_many_codes(self) -> None:
+        if self.bits > 16:
+            raise ValueError(f"{self.name} has 2^{self.bits} codes: too many to list. Ask for max, min, bits.")
 
     def values(self) -> np.ndarray:
-        """The distinct finite numbers of the format, ascending; float32 `[num_values]`."""
+        """The distinct finite numbers of the format, ascending; float32 `[num_values]`.
+
+        Raises:
+          ValueError: the format has more than 16 bits.
+        """
         with jax.ensure_compile_time_eval():
             decoded = np.asarray(self.decode(jnp.asarray(self.codes())))
         return np.unique(decoded[np.isfinite(decoded)]) + np.float32(0)  # -0 and 0 are one number

@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
 from jaxq.formats._codebook import CodebookFormat, dynamic_map, normal_float, powers_of_two
-from jaxq.formats._float import ExponentFormat, FloatFormat
+from jaxq.formats._float import DoubleFormat, ExponentFormat, FloatFormat
 from jaxq.formats._format import Format
-from jaxq.formats._integer import IntegerFormat
+from jaxq.formats._integer import FixedPointFormat, IntegerFormat, SignMagnitudeFormat
 
 # Dettmers et al., "QLoRA" (2023), appendix E: the published table, digit for digit.
 _NF4 = (
@@ -26,7 +28,13 @@ _AF4 = (
     0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0,
 )  # fmt: skip
 
+# bitsandbytes' "fp4" (2022): its codes are not in the order of its numbers, and 8 is -0.
+_FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+
 _FLOATS = (
+    DoubleFormat("float64"),
+    FloatFormat("float32", 8, 23),
+    FloatFormat("tfloat32", 8, 10),
     FloatFormat("bfloat16", 8, 7),
     FloatFormat("float16", 5, 10),
     FloatFormat("float8_e3m4", 3, 4),
@@ -68,8 +76,9 @@ def register(fmt: Format) -> Format:
 def get(name: str | Format) -> Format:
     """The format called `name`; a `Format` comes back as it is.
 
-    Registered names aside, `float<n>_e<E>m<M>` with an optional `fn`, `fnuz` makes any ExMy format up to 16 bits:
+    Registered names aside, `float<n>_e<E>m<M>` with an optional `fn`, `fnuz` makes any ExMy format up to 32 bits:
     bare is IEEE style, `fn` has no infinities (and, under 8 bits, no NaN), `fnuz` has neither infinities nor -0.
+    `q<m>.<n>` and `uq<m>.<n>` make fixed point, m not counting the sign.
 
     Raises:
       ValueError: no such format; close matches are named.
@@ -83,7 +92,7 @@ def get(name: str | Format) -> Format:
         return name
     if not isinstance(name, str):
         raise TypeError(f"formats.get takes a name or a Format, got {type(name).__name__}.")
-    found = _registry.get(_normal(name)) or _parse_float(_normal(name))
+    found = _registry.get(_normal(name)) or _parse_float(_normal(name)) or _parse_fixed_point(_normal(name))
     if found is None:
         raise ValueError(unknown_name("format", name, _registry, "jaxq.formats.names()"))
     return found
@@ -114,7 +123,16 @@ def from_dict(data: str | dict[str, Any]) -> Format:
         return get(data)
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     kinds: dict[str, Callable[..., Format]] = {
-        kind.__name__: kind for kind in (CodebookFormat, ExponentFormat, FloatFormat, IntegerFormat)
+        kind.__name__: kind
+        for kind in (
+            CodebookFormat,
+            DoubleFormat,
+            ExponentFormat,
+            FixedPointFormat,
+            FloatFormat,
+            IntegerFormat,
+            SignMagnitudeFormat,
+        )
     }
     kind = kinds.get(fields.pop("type", ""))
     if kind is None:
@@ -134,7 +152,7 @@ def _normal(name: str) -> str:
 
 
 def _parse_float(name: str) -> Format | None:
-    match = re.fullmatch(r"float(\d+)_e(\d)m(\d+)(fn|fnuz|)", name)
+    match = re.fullmatch(r"float(\d+)_e(\d+)m(\d+)(fn|fnuz|)", name)
     if not match:
         return None
     width, exponent, mantissa, suffix = int(match[1]), int(match[2]), int(match[3]), match[4]
@@ -147,13 +165,30 @@ def _parse_float(name: str) -> Format | None:
     return FloatFormat(name, exponent, mantissa, flavour=flavour)
 
 
+def _parse_fixed_point(name: str) -> Format | None:
+    match = re.fullmatch(r"(u?)q(\d+)\.(\d+)", name)
+    return FixedPointFormat(name, int(match[2]), int(match[3]), not match[1]) if match else None
+
+
+def _bitsandbytes_fp4() -> CodebookFormat:
+    """A number half-way between two goes to the smaller magnitude, on either side of zero."""
+    table = [np.float32(v) / np.float32(12) for v in (*_FP4, *(-v for v in _FP4))]
+    ordered = np.unique(np.asarray(table, np.float32))
+    edges = (ordered[1:] + ordered[:-1]) / np.float32(2)
+    edges = np.where(edges < 0, np.nextafter(edges, np.float32(-np.inf)), edges)
+    return CodebookFormat("float4_bitsandbytes", tuple(map(float, table)), tuple(edges.tolist()))
+
+
 for _fmt in _FLOATS:
     register(_fmt)
-for _bits in range(2, 9):
+for _bits in range(1, 9):
     register(IntegerFormat(f"int{_bits}", _bits))
-    register(IntegerFormat(f"int{_bits}_narrow", _bits, narrow=True))
     register(IntegerFormat(f"uint{_bits}", _bits, signed=False))
+for _bits in range(2, 9):
+    register(IntegerFormat(f"int{_bits}_narrow", _bits, narrow=True))
+    register(SignMagnitudeFormat(f"int{_bits}_sign_magnitude", _bits))
     register(CodebookFormat(f"nf{_bits}", _NF4 if _bits == 4 else normal_float(_bits)))
+register(_bitsandbytes_fp4())
 register(CodebookFormat("af4", _AF4))
 # Zero counts as positive (XNOR-Net, 2016), and so do numbers too small for float32's normal range.
 register(CodebookFormat("binary", (-1.0, 1.0), (-(2.0**-126),)))

@@ -141,3 +141,27 @@ def test_impossible_tables_are_refused(table, boundaries, message):
 def test_normal_float_width():
     with pytest.raises(ValueError, match="bits must be 2 to 8, got 9"):
         normal_float(9)
+
+
+def test_bitsandbytes_fp4_bytes_are_theirs():
+    torch = pytest.importorskip("torch", reason="bitsandbytes needs torch")
+    bnb = pytest.importorskip("bitsandbytes", reason="compares codes with bitsandbytes")
+    x = np.random.default_rng(0).uniform(-1, 1, 64 * 512).astype(np.float32).reshape(-1, 64)
+    x[:, 0] = 1  # the largest magnitude of every block: scale 1
+    packed, state = bnb.functional.quantize_4bit(torch.from_numpy(x), blocksize=64, quant_type="fp4")
+    theirs = packed.numpy().ravel()
+    theirs = np.stack([theirs >> 4, theirs & 15], -1).ravel()
+    fmt = get("float4_bitsandbytes")
+    ours = np.asarray(fmt.encode(x.ravel()))
+    theirs_value = bnb.functional.dequantize_4bit(packed, state).numpy().ravel()
+    np.testing.assert_array_equal(np.asarray(fmt.decode(jnp.asarray(ours))), theirs_value)
+    np.testing.assert_array_equal(ours[ours != 0], theirs[ours != 0])  # they also write -0
+    assert set(theirs[ours == 0].tolist()) <= {0, 8}
+
+
+def test_bitsandbytes_fp4_goes_to_the_smaller_magnitude_of_two():
+    fmt = get("float4_bitsandbytes")
+    positive = fmt.values()[fmt.values() >= 0]
+    middle = (positive[1:] + positive[:-1]) / np.float32(2)
+    for sign in (1, -1):
+        np.testing.assert_array_equal(np.asarray(fmt.round(sign * middle)), sign * positive[:-1])

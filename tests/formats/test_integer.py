@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq.formats import IntegerFormat, get, round_to_integer
+from jaxq.formats import FixedPointFormat, IntegerFormat, SignMagnitudeFormat, get, round_to_integer
 from tests.formats import oracle
 
 # Every quarter from -300 to 300, what float32 has next to each, and halves that a float32 sum would misround.
@@ -67,12 +67,62 @@ def test_stochastic_is_unbiased():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_bits": 1}, "signed width must be 2 to 8"),
-        ({"num_bits": 9}, "signed width must be 2 to 8"),
-        ({"num_bits": 0, "signed": False}, "unsigned width must be 1 to 8"),
+        ({"num_bits": 1, "narrow": True}, "narrow width must be 2 to 8"),
+        ({"num_bits": 9}, "integer width must be 1 to 8"),
+        ({"num_bits": 0, "signed": False}, "integer width must be 1 to 8"),
         ({"num_bits": 4, "signed": False, "narrow": True}, "narrow range is for signed"),
     ],
 )
 def test_impossible_formats_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         IntegerFormat("mine", **arguments)
+
+
+@pytest.mark.parametrize("rounding", oracle.ROUNDINGS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_sign_magnitude_is_sign_and_magnitude(bits, rounding):
+    fmt = get(f"int{bits}_sign_magnitude")
+    codes = np.asarray(fmt.encode(X, rounding=rounding))
+    magnitude = np.minimum(np.abs(rounded(X, rounding)), 2 ** (bits - 1) - 1).astype(np.uint8)
+    np.testing.assert_array_equal(codes, magnitude + np.signbit(X) * np.uint8(1 << (bits - 1)))
+    decoded = np.asarray(fmt.decode(jnp.asarray(codes)))
+    np.testing.assert_array_equal(np.abs(decoded), magnitude)
+    np.testing.assert_array_equal(np.signbit(decoded), np.signbit(X))
+    assert np.asarray(fmt.decode(jnp.asarray([0, 1 << (bits - 1)], np.uint8))).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("rounding", oracle.ROUNDINGS)
+@pytest.mark.parametrize("name", ["q3.4", "q0.15", "q7.0", "uq4.4", "uq0.8", "q8.7"])
+def test_fixed_point_is_a_scaled_integer(name, rounding):
+    fmt, (m, n) = get(name), map(int, name.lstrip("uq").split("."))
+    signed = name.startswith("q")
+    low, high = -(2 ** (m + n)) * signed, 2 ** (m + n) - 1
+    x = np.concatenate([X / 64, X])
+    codes = np.asarray(fmt.encode(x, rounding=rounding))
+    wide = x.astype(np.float64) * 2**n  # exact
+    whole = np.sign(wide) * np.floor(np.abs(wide) + 0.5) if rounding == "nearest_away" else rounded(wide, rounding)
+    np.testing.assert_array_equal(codes, np.clip(whole, low, high))
+    np.testing.assert_array_equal(np.asarray(fmt.decode(jnp.asarray(codes))), codes / np.float32(2**n))
+    assert fmt.bits == m + n + signed
+    assert codes.dtype == f"{'' if signed else 'u'}int{8 if fmt.bits <= 8 else 16}"
+    assert (fmt.min, fmt.max) == (low / 2**n, high / 2**n)
+
+
+def test_fixed_point_of_a_worked_example():
+    # Q3.4: 1.03 -> 16/16, half a unit goes to even, 7.97 saturates.
+    assert get("q3.4").encode(np.float32([1.03, 0.03125, 7.97])).tolist() == [16, 0, 127]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SignMagnitudeFormat("mine", 1), "width must be 2 to 8 bits, got 1"),
+        (lambda: FixedPointFormat("mine", 12, 4), "at most 16 with the sign"),
+        (lambda: FixedPointFormat("mine", -1, 4), "must not be negative"),
+        (lambda: FixedPointFormat("mine", 0, 0), "got integer_bits=0"),
+        (lambda: get("q12.12"), "at most 16 with the sign"),
+    ],
+)
+def test_impossible_fixed_point_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,166 @@
+"""Narrow accumulators against a running sum in float64 that is rounded by division."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxq
+from jaxq.emulation import Policy, Precision
+from tests.emulation import oracle
+
+random = np.random.default_rng(0)
+A = oracle.to_grid(random.standard_normal((3, 6, 40)), *oracle.GRIDS["bfloat16"]).astype(np.float32)
+B = oracle.to_grid(random.standard_normal((3, 40, 5)), *oracle.GRIDS["bfloat16"]).astype(np.float32)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7, 8, 40, 100])
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "tfloat32"])
+def test_dot_general(name, chunk):
+    policy = Policy(accumulate=name, chunk=chunk)
+    got = jax.jit(jaxq.emulate(jnp.matmul, policy))(A, B)
+    terms = np.moveaxis(A, 2, 0)[..., None].astype(np.float64) * np.moveaxis(B, 1, 0)[:, :, None, :]
+    whole = None if chunk is not None and chunk >= 40 else chunk
+    np.testing.assert_array_equal(got, oracle.running_sum(terms, oracle.GRIDS[name], whole))
+
+
+def test_two_contracted_axes_run_in_the_order_they_are_listed():
+    a, b = A, B.reshape(3, 5, 40)
+    policy = Policy(accumulate="bfloat16")
+    for dims in ((((0, 2), (0, 2)), ((), ())), (((2, 0), (2, 0)), ((), ()))):
+        got = jax.jit(jaxq.emulate(lambda a, b, dims=dims: lax.dot_general(a, b, dims), policy))(a, b)
+        order = dims[0][0]
+        terms = [
+            a[i, :, k].astype(np.float64)[:, None] * b[i, :, k]
+            for i, k in (
+                itertools.product(range(3), range(40))
+                if order == (0, 2)
+                else ((i, k) for k in range(40) for i in range(3))
+            )
+        ]
+        np.testing.assert_array_equal(got, oracle.running_sum(terms, oracle.GRIDS["bfloat16"]))
+
+
+def test_an_addition_is_rounded_once():
+    # 1 + 2^-8 is half-way and goes to even, 1. With 2^-40 more it must go up, though float32 cannot see those.
+    x = jnp.float32([1, 2.0**-8 * (1 + 2.0**-23)])
+    assert jaxq.emulate(jnp.sum, Policy(accumulate="bfloat16"))(x) == 1 + 2.0**-7
+    x = jnp.float32([1, 2.0**-8 * (1 - 2.0**-24)])
+    assert jaxq.emulate(jnp.sum, Policy(accumulate="bfloat16"))(x) == 1
+    x = jnp.float32([-1, -(2.0**-8) * (1 + 2.0**-23)])
+    assert jaxq.emulate(jnp.sum, Policy(accumulate="bfloat16"))(x) == -1 - 2.0**-7
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_ones_stick(name):
+    # The largest n for which n + 1 is in the format: 2^(mantissa bits + 1).
+    top = 2 ** (oracle.GRIDS[name][0] + 1)
+    assert jaxq.emulate(jnp.sum, Policy(accumulate=name))(jnp.ones(4 * top)) == top
+    assert jaxq.emulate(jnp.sum, Policy(accumulate=name, chunk=64))(jnp.ones(4 * top)) == 4 * top
+    ones = jnp.ones((1, 4 * top))
+    assert jaxq.emulate(jnp.dot, Policy(accumulate=name))(ones, ones.T).item() == top
+
+
+def test_1024_ones_in_bfloat16_give_256():
+    for fn, arguments in ((jnp.sum, (jnp.ones(1024),)), (jnp.dot, (jnp.ones(1024), jnp.ones(1024)))):
+        policy = Policy(operands="bfloat16", accumulate="bfloat16", result="bfloat16")
+        assert jax.jit(jaxq.emulate(fn, policy))(*arguments) == 256
+        policy = Policy(operands="bfloat16", accumulate="float32", result="bfloat16")
+        assert jax.jit(jaxq.emulate(fn, policy))(*arguments) == 1024
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_reduce_sum_runs_over_axes_in_order(chunk):
+    policy = Policy(accumulate="bfloat16", chunk=chunk)
+    got = jax.jit(jaxq.emulate(lambda x: jnp.sum(x, axis=(0, 2)), policy))(A)
+    terms = A.transpose(0, 2, 1).reshape(120, 6)
+    np.testing.assert_array_equal(got, oracle.running_sum(terms, oracle.GRIDS["bfloat16"], chunk))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_cumsum(reverse):
+    got = jax.jit(jaxq.emulate(lambda x: lax.cumsum(x, axis=2, reverse=reverse), Policy(accumulate="bfloat16")))(A)
+    x = A[..., ::-1] if reverse else A
+    expected, total = [], np.zeros((3, 6))
+    for k in range(40):
+        total = oracle.to_grid(total + x[..., k], *oracle.GRIDS["bfloat16"])
+        expected.append(total)
+    expected = np.stack(expected, -1)
+    np.testing.assert_array_equal(got, expected[..., ::-1] if reverse else expected)
+    with pytest.raises(NotImplementedError, match="cumsum has no chunked form"):
+        jaxq.emulate(jnp.cumsum, Policy(accumulate="bfloat16", chunk=8))(A)
+
+
+def test_reduce_window_sum():
+    def pooled(x):
+        return lax.reduce_window(
+            x, 0.0, lax.add, (1, 2, 3), (1, 2, 4), ((0, 0), (1, 0), (0, 2)), window_dilation=(1, 1, 2)
+        )
+
+    got = jax.jit(jaxq.emulate(pooled, Policy(accumulate="bfloat16")))(A)
+    padded = np.pad(A, ((0, 0), (1, 0), (0, 2)))
+    assert got.shape == pooled(A).shape
+    for i, j, k in itertools.product(*map(range, got.shape)):
+        window = padded[i, 2 * j : 2 * j + 2, 4 * k : 4 * k + 5 : 2].reshape(-1)
+        assert got[i, j, k] == oracle.running_sum(window, oracle.GRIDS["bfloat16"])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution(groups):
+    image = oracle.to_grid(random.standard_normal((2, 5, 6, 4)), 7, -126).astype(np.float32)
+    kernel = oracle.to_grid(random.standard_normal((3, 2, 4 // groups, 6)), 7, -126).astype(np.float32)
+
+    def conv(x, w):
+        return lax.conv_general_dilated(
+            x, w, (2, 1), "SAME", rhs_dilation=(1, 2), dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )  # fmt: skip
+
+    got = jax.jit(jaxq.emulate(conv, Policy(accumulate="bfloat16")))(image, kernel)
+    plain = conv(image, kernel)
+    assert got.shape == plain.shape
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(np.float64)
+    for n, i, j, o in itertools.product(*map(range, got.shape)):
+        first = o // (6 // groups) * (4 // groups)  # channel, then kernel row, then kernel column
+        terms = [
+            padded[n, 2 * i + r, j + 2 * c, first + channel] * kernel[r, c, channel, o]
+            for channel, r, c in itertools.product(range(4 // groups), range(3), range(2))
+        ]
+        assert got[n, i, j, o] == oracle.running_sum(terms, oracle.GRIDS["bfloat16"]), (n, i, j, o)
+
+
+def test_truncating_adder():
+    precision = Precision(8, 13, rounding="toward_zero")  # as some FP8 units keep about 14 bits
+    got = jaxq.emulate(jnp.sum, Policy(accumulate=precision))(jnp.float32([1, 2.0**-14, 2.0**-13, 2.0**-13 - 2.0**-30]))
+    assert got == 1 + 2.0**-13
+
+
+def test_no_terms():
+    policy = Policy(accumulate="bfloat16")
+    assert jaxq.emulate(jnp.dot, policy)(jnp.ones((2, 0)), jnp.ones((0, 3))).tolist() == [[0] * 3] * 2
+    assert jaxq.emulate(jnp.sum, policy)(jnp.ones(0)) == 0
+
+
+def test_gradient_of_a_narrow_sum_is_that_of_the_sum():
+    a, b = jnp.asarray(A[0]), jnp.asarray(B[0])
+    policy = Policy(operands="bfloat16", accumulate="bfloat16", chunk=8)
+    got = jax.jit(jax.grad(lambda a, b: jnp.sum(jaxq.emulate(jnp.dot, policy)(a, b) ** 2), argnums=(0, 1)))(a, b)
+    y = jaxq.emulate(jnp.dot, policy)(a, b)
+    np.testing.assert_allclose(got[0], 2 * y @ b.T, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(got[1], a.T @ (2 * y), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cumprod", "prod", "scatter_add", "cholesky"])
+def test_sums_without_a_narrow_form_say_so(name):
+    fn = {
+        "cumprod": jnp.cumprod,
+        "prod": jnp.prod,
+        "scatter_add": lambda x: x.at[0].add(1.0),
+        "cholesky": lambda x: jnp.linalg.cholesky(jnp.outer(x, x) + jnp.eye(3)),
+    }[name]
+    with pytest.raises(NotImplementedError, match="has no form with a narrow accumulator.*primitives="):
+        jaxq.emulate(fn, Policy(accumulate="bfloat16"))(jnp.ones(3))
+    assert jnp.all(jnp.isfinite(jaxq.emulate(fn, Policy("bfloat16", "float32", "bfloat16"))(jnp.ones(3))))

@@ -1,0 +1,325 @@
+"""emulate: every kind of function, in arithmetic checked against numpy's bfloat16 and against unrolled code."""
+
+import functools
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxq
+from jaxq.emulation import Policy, Precision, _emulate
+
+half = ml_dtypes.bfloat16
+BF16 = Policy(operands="bfloat16", accumulate="float32", result="bfloat16")
+random = np.random.default_rng(0)
+X = random.standard_normal(16).astype(np.float32)
+A, B = random.standard_normal((8, 64)).astype(np.float32), random.standard_normal((64, 5)).astype(np.float32)
+
+
+def bits(x) -> np.ndarray:
+    return np.asarray(x).view(np.uint32)
+
+
+def test_elementwise_is_numpy_in_bfloat16():
+    def fn(x, y):
+        return (x * y + x) / y
+
+    x, y = random.standard_normal((2, 4096)).astype(np.float32)
+    got = jax.jit(jaxq.emulate(fn, BF16))(x, y)
+    expected = fn(x.astype(half), y.astype(half)).astype(np.float32)  # numpy rounds every operation
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_bfloat16_functions_are_rounded_where_xla_keeps_more():
+    def fn(a, b):
+        return ((a + b) + a).astype(jnp.float32)  # widened at once, XLA drops the last rounding
+
+    a, b = random.standard_normal((2, 4096)).astype(half)
+    np.testing.assert_array_equal(jax.jit(jaxq.emulate(fn, BF16))(a, b), ((a + b) + a).astype(np.float32))
+
+
+def test_wide_accumulation_is_exact_where_the_sum_is():
+    a, b = random.integers(-8, 9, (2, 32, 256)).astype(np.float32)
+    dims = (((1,), (1,)), ((), ()))
+    got = jax.jit(jaxq.emulate(lambda a, b: lax.dot_general(a, b, dims), Policy("bfloat16", "float32")))(a, b)
+    native = lax.dot_general(a.astype(half), b.astype(half), dims, preferred_element_type=jnp.float32)
+    np.testing.assert_array_equal(got, native)
+    np.testing.assert_array_equal(got, a.astype(np.float64) @ b.T.astype(np.float64))
+
+
+def test_wide_accumulation_stays_within_its_bound():
+    got = np.asarray(jax.jit(jaxq.emulate(jnp.dot, Policy("bfloat16", "float32")))(A, B), np.float64)
+    a, b = A.astype(half).astype(np.float64), B.astype(half).astype(np.float64)
+    unit = 64 * 2.0**-24
+    assert (np.abs(got - a @ b) <= unit / (1 - unit) * (np.abs(a) @ np.abs(b))).all()
+    rounded = jax.jit(jaxq.emulate(jnp.dot, BF16))(A, B)
+    np.testing.assert_array_equal(rounded, got.astype(np.float32).astype(half).astype(np.float32))
+
+
+def doubled(x):
+    return x * 1.7 + x
+
+
+STRUCTURED = {
+    "jit": (lambda x: jax.jit(doubled)(x) + 1, lambda x: doubled(x) + 1),
+    "nested_jit": (lambda x: jax.jit(lambda y: jax.jit(doubled)(y) * 3)(x), lambda x: doubled(x) * 3),
+    "remat": (lambda x: jax.checkpoint(doubled)(x) + 1, lambda x: doubled(x) + 1),
+    "scan": (
+        lambda x: lax.scan(lambda c, y: (doubled(c) + y, c * y), x[0], x, reverse=True, unroll=2),
+        lambda x: _unrolled_scan(x),
+    ),
+    "while": (
+        lambda x: lax.while_loop(lambda s: s[1] < 3, lambda s: (doubled(s[0]), s[1] + 1), (x, 0))[0],
+        lambda x: doubled(doubled(doubled(x))),
+    ),
+    "fori": (lambda x: lax.fori_loop(0, 3, lambda i, y: doubled(y), x), lambda x: doubled(doubled(doubled(x)))),
+    "cond": (lambda x: lax.cond(x[0] > -9, doubled, jnp.sin, x), doubled),
+    "switch": (lambda x: lax.switch(2, [jnp.sin, jnp.cos, doubled], x), doubled),
+    "custom_jvp": (lambda x: jax.nn.relu(x) * 1.7, lambda x: jnp.maximum(x, 0) * 1.7),
+    "map": (lambda x: lax.map(doubled, x), doubled),
+    "vmap": (lambda x: jax.vmap(doubled)(x), doubled),
+    "associative_scan": (
+        lambda x: lax.associative_scan(jnp.add, x[:3]),
+        lambda x: jnp.stack([x[0], x[0] + x[1], (x[0] + x[1]) + x[2]]),
+    ),
+}
+
+
+def _unrolled_scan(x):
+    carry, out = x[0], []
+    for y in x[::-1]:
+        out.append(carry * y)
+        carry = doubled(carry) + y
+    return carry, jnp.stack(out[::-1])
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_structure_is_entered(name):
+    structured, plain = STRUCTURED[name]
+    got = jax.jit(jaxq.emulate(structured, BF16))(X)
+    expected = jax.jit(jaxq.emulate(plain, BF16))(X)
+    unrounded = jax.jit(plain)(X)
+    for a, b, c in zip(*map(jax.tree.leaves, (got, expected, unrounded)), strict=True):
+        np.testing.assert_array_equal(bits(a), bits(b))
+        assert (bits(a) != bits(c)).any(), "nothing was rounded"
+
+
+def test_eager_is_jitted():
+    def fn(x):
+        return lax.scan(lambda c, y: (doubled(c) + y, c), x[0], x)[0] + jnp.sum(jax.nn.gelu(x))
+
+    np.testing.assert_array_equal(jaxq.emulate(fn, BF16)(X), jax.jit(jaxq.emulate(fn, BF16))(X))
+
+
+def test_a_policy_that_changes_nothing_is_no_change():
+    def fn(x):
+        y = lax.scan(lambda c, y: (jax.jit(doubled)(c) + y, c), x[0], x)[1]
+        return jax.nn.gelu(y) @ jnp.outer(y, y)
+
+    for policy in (Policy(), Policy("float32", "float32", "float32"), Policy(primitives={"exp": Policy("float32")})):
+        same = jaxq.emulate(fn, policy)
+        assert str(jax.make_jaxpr(same)(X)) == str(jax.make_jaxpr(fn)(X))
+        np.testing.assert_array_equal(bits(jax.jit(same)(X)), bits(jax.jit(fn)(X)))
+        slopes = [jax.grad(lambda x, f=f: f(x).sum())(X) for f in (same, fn)]
+        np.testing.assert_array_equal(*map(bits, slopes))
+
+
+def test_pytrees_go_in_and_come_out():
+    def fn(tree, *, scale):
+        return {"y": tree["a"] * scale, "n": tree["n"] + 1, "same": tree["a"]}
+
+    out = jaxq.emulate(fn, BF16)({"a": X, "n": jnp.int32(3)}, scale=1.5)
+    assert sorted(out) == ["n", "same", "y"]
+    assert out["n"] == 4
+    np.testing.assert_array_equal(out["same"], X)  # handed through, not computed
+    np.testing.assert_array_equal(out["y"], (X.astype(half) * half(1.5)).astype(np.float32))
+
+
+def test_primitives_may_have_policies_of_their_own():
+    policy = Policy(primitives={"exp": Policy(result="bfloat16")})
+    got = jax.jit(jaxq.emulate(lambda x: jnp.exp(x) * 1.7, policy))(X)
+    np.testing.assert_array_equal(got, np.asarray(jnp.exp(X)).astype(half).astype(np.float32) * np.float32(1.7))
+    with pytest.raises(ValueError, match="names 'dot', which is no primitive of jax. The function has dot_general"):
+        jaxq.emulate(lambda x: x @ x, Policy(primitives={"dot": BF16}))(X)
+
+
+# Gradients.
+
+
+@jax.custom_vjp
+def _hundredfold(x):
+    return x * 2.0
+
+
+_hundredfold.defvjp(lambda x: (x * 2.0, x), lambda x, ct: (ct * x * 100.0,))
+
+
+@jax.custom_jvp
+def _sevenfold(x):
+    return jnp.log1p(x)
+
+
+@_sevenfold.defjvp
+def _sevenfold_rule(primals, tangents):
+    return _sevenfold(*primals), tangents[0] * 7.0 * primals[0]
+
+
+@pytest.mark.parametrize(("fn", "slope"), [(_hundredfold, 100.0), (_sevenfold, 7.0)])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint, jax.vmap], ids=["", "jit", "remat", "vmap"])
+def test_rules_of_custom_derivatives_are_kept(fn, slope, wrap):
+    x = np.abs(X)
+
+    def total(x):
+        return jnp.sum(wrap(fn)(x))
+
+    emulated = jaxq.emulate(total, BF16)
+    # Operands and results are rounded on the way; the rule sees its inputs as they come.
+    np.testing.assert_allclose(jax.jit(jax.grad(emulated))(x), slope * x, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(total)(x), slope * x, rtol=1e-6)
+    inside = jax.jit(jaxq.emulate(jax.grad(total), BF16))(x)
+    np.testing.assert_allclose(inside, slope * x, rtol=2**-6)
+    assert (np.asarray(inside).astype(half).astype(np.float32) == inside).all(), "the backward pass is rounded too"
+    swept = jax.vmap(lambda m: jax.grad(jaxq.emulate(total, Policy(result=Precision(8, m))))(x))(jnp.array([3, 20]))
+    np.testing.assert_allclose(swept, [slope * x] * 2, rtol=1e-6)
+
+
+def test_forward_mode_through_a_custom_jvp():
+    y, t = jax.jvp(jaxq.emulate(_sevenfold, BF16), (np.float32(0.3),), (np.float32(1),))
+    np.testing.assert_allclose(t, 2.1, rtol=1e-6)
+    assert y == np.asarray(jnp.log1p(jnp.float32(half(0.3)))).astype(half).astype(np.float32)
+
+
+def test_the_value_of_a_custom_function_is_the_same_with_and_without_its_gradient():
+    for fn in (_hundredfold, _sevenfold):
+        emulated = jaxq.emulate(lambda x, fn=fn: jnp.sum(fn(x)), BF16)
+        x = np.abs(X)
+        assert jax.jit(emulated)(x) == jax.jit(jax.value_and_grad(emulated))(x)[0]
+
+
+def test_rounding_is_straight_through():
+    def fn(x):
+        return jnp.sum(jnp.sin(x * 3.0))
+
+    got = jax.grad(jaxq.emulate(fn, BF16))(X)
+    inner = (X.astype(half) * half(3.0)).astype(np.float32)
+    np.testing.assert_allclose(got, 3 * np.cos(inner), rtol=1e-5)
+    swept = jax.grad(lambda x: jaxq.emulate(fn, Policy(result=Precision(8, jnp.asarray(7))))(x))(X)
+    assert np.isfinite(swept).all()
+
+
+def test_gradient_through_loops():
+    def fn(x):
+        return lax.scan(lambda c, y: (jnp.sin(c) * y, None), x[0], x)[0] + lax.cond(x[0] > 9, jnp.sum, jnp.max, x)
+
+    wide = jax.grad(fn)(X)
+    got = jax.jit(jax.grad(jaxq.emulate(fn, Policy(result="tfloat32"))))(X)
+    np.testing.assert_allclose(got, wide, rtol=0.02, atol=1e-3)
+
+
+# Sweeps, batches, meshes.
+
+
+def test_vmap_over_mantissa_bits():
+    def fn(x):
+        return jax.nn.softmax(lax.scan(lambda c, y: (c * 0.9 + y, c), x[0], x)[1]) @ x
+
+    widths = jnp.arange(2, 21, 3)
+    swept = jax.jit(jax.vmap(lambda m: jaxq.emulate(fn, Policy("float32", None, Precision(8, m)))(X)))(widths)
+    single = [jax.jit(jaxq.emulate(fn, Policy("float32", None, Precision(8, int(m)))))(X) for m in widths]
+    np.testing.assert_array_equal(swept, jnp.stack(single))
+    error = np.abs(np.asarray(swept) - fn(X))
+    assert error[0] > 100 * error[4] > 0
+
+
+def test_vmap_over_mantissa_bits_of_a_narrow_accumulator():
+    sums = jax.jit(jax.vmap(lambda m: jaxq.emulate(jnp.sum, Policy(accumulate=Precision(8, m)))(jnp.ones(600))))
+    assert sums(jnp.array([4, 7, 8, 10])).tolist() == [32, 256, 512, 600]
+
+
+def test_vmap_over_inputs():
+    fn = jaxq.emulate(lambda x: jax.nn.gelu(x) @ B, Policy("bfloat16", "bfloat16", "bfloat16"))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(fn))(A), jax.jit(fn)(A))
+
+
+@pytest.mark.parametrize("accumulate", ["float32", "bfloat16"])
+def test_sharded_inputs(accumulate):
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(4), ("d",))
+    fn = jax.jit(jaxq.emulate(lambda a, b: jnp.tanh(a @ b), Policy("bfloat16", accumulate, "bfloat16")))
+    sharded = fn(jax.device_put(A, NamedSharding(mesh, P("d"))), B)
+    np.testing.assert_array_equal(sharded, fn(A, B))
+
+
+def test_shard_map():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    policy = Policy("bfloat16", "bfloat16")
+    mapped = jax.shard_map(
+        lambda a, b: lax.psum(a @ b, "d"), mesh=mesh, in_specs=(P(None, "d"), P("d", None)), out_specs=P()
+    )
+    got = jax.jit(jaxq.emulate(mapped, policy))(A, B)
+    single = jax.jit(jaxq.emulate(jnp.matmul, policy))
+    parts = [single(A[:, i : i + 16], B[i : i + 16]) for i in range(0, 64, 16)]
+    np.testing.assert_allclose(got, sum(parts), rtol=1e-6)
+
+
+# What is not known is not passed over.
+
+
+def test_an_unknown_call_raises():
+    with pytest.raises(NotImplementedError, match="'custom_linear_solve' calls a function, and how is not known"):
+        jaxq.emulate(lambda a: jnp.linalg.solve(a, a[0]), BF16)(jnp.eye(3))
+
+
+def test_complex_numbers_raise():
+    with pytest.raises(NotImplementedError, match="computes complex numbers"):
+        jaxq.emulate(lambda x: jnp.abs(jnp.fft.fft(x)), BF16)(X)
+
+
+def test_integers_are_left_alone():
+    x = jnp.arange(300)
+    assert jaxq.emulate(lambda x: jnp.sum(x) * 2 + 1, BF16)(x) == 299 * 300 + 1
+    got = jaxq.emulate(lambda x: x.astype(jnp.float32), BF16)(x)
+    np.testing.assert_array_equal(got, np.arange(300).astype(half).astype(np.float32))
+
+
+def test_the_tables_name_primitives_that_exist():
+    known = {p.name for p in vars(jex.core.primitives).values() if isinstance(p, jex.core.Primitive)}
+    present = {"call": set(_emulate._CALLS), "exact": _emulate._EXACT, "sums": _emulate._WIDE_SUMS}
+    assert not present["exact"] & present["sums"]
+    assert not present["exact"] & present["call"]
+    assert {"jit", "scan", "while", "cond", "custom_jvp_call", "custom_vjp_call"} <= known | present["call"]
+
+
+def test_primitives_that_only_move_numbers_do_not_round():
+    def moves(x):
+        y = jnp.concatenate([x, x[::-1]]).reshape(4, 8).T[1:, :2]
+        y = jnp.where(y > 0, y, -jnp.abs(y))
+        y = jnp.sort(jnp.pad(y, 1), axis=0)[:, jnp.array([0, 2])]
+        return lax.stop_gradient(jnp.clip(y, -2, 2)).at[0, 0].set(x[3])
+
+    np.testing.assert_array_equal(bits(jaxq.emulate(moves, BF16)(X)), bits(moves(X)))
+
+
+@functools.cache
+def _llama():
+    model, _ = jaxq.models.load("examples/tiny_llama")
+    return model
+
+
+@pytest.mark.heavy
+def test_on_the_bundled_model():
+    pytest.importorskip("tokenizers", reason="the model comes with a tokenizer: pip install jaxq[hf]")
+    model, tokens = _llama(), jnp.asarray(random.integers(0, 2048, (1, 32)))
+    same = jax.jit(jaxq.emulate(model, Policy("float32", "float32", "float32")))(tokens)
+    plain = jax.jit(lambda tokens: model(tokens))(tokens)
+    np.testing.assert_array_equal(bits(same), bits(plain))
+    narrow = jax.jit(jaxq.emulate(model, BF16))(tokens)
+    assert narrow.dtype == plain.dtype
+    error = jnp.abs(narrow - plain)
+    assert 0 < jnp.max(error) < 1
+    assert (np.asarray(narrow).astype(half).astype(np.float32) == narrow).all()
