@@ -1,6 +1,8 @@
 """Speed of rounding: float8 casts beside torch's, and what stochastic rounding costs beside a plain cast.
 
-16 M float32 numbers. "cast" rounds in place, float32 to float32; "encode" gives one-byte codes.
+16 M float32 numbers. "cast" gives float32, "encode" one-byte codes, "quantize" codes and one scale a tensor (for
+torch: absolute maximum, division, clamp, cast, as one writes it). Freed memory is kept by the process on both sides.
+A plain encode is bound by memory: reading alone takes most of its time.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ def run() -> dict[str, Any]:
         cast, encode = jax.jit(lambda x, n=name: jaxq.cast(x, n)), jax.jit(fmt.encode)
         functions[f"jaxq cast {name}"] = lambda cast=cast: cast(array).block_until_ready()
         functions[f"jaxq encode {name}"] = lambda encode=encode: encode(array).block_until_ready()
+        spec = jaxq.QuantSpec(name, jaxq.PerTensor())
+        quantize = jax.jit(lambda x, spec=spec: jaxq.quantize(x, spec))
+        functions[f"jaxq quantize {name}"] = lambda quantize=quantize: jax.block_until_ready(quantize(array))
     missing = []
     try:
         import torch
@@ -40,6 +45,10 @@ def run() -> dict[str, Any]:
             dtype = getattr(torch, theirs)
             functions[f"torch to {name}"] = lambda dtype=dtype: tensor.to(dtype)
             functions[f"torch to {name} and back"] = lambda dtype=dtype: tensor.to(dtype).to(torch.float32)
+            largest = formats.get(name).max
+            functions[f"torch scale, to {name}"] = lambda dtype=dtype, largest=largest: (
+                (tensor / (tensor.abs().amax() / largest)).clamp(-largest, largest).to(dtype)
+            )
             ours = np.asarray(jaxq.cast(array, name))
             np.testing.assert_array_equal(ours, tensor.to(dtype).to(torch.float32).numpy())
     except ImportError as error:
@@ -56,6 +65,7 @@ def run() -> dict[str, Any]:
         for ours, theirs in (
             (f"jaxq cast {name}", f"torch to {name} and back"),
             (f"jaxq encode {name}", f"torch to {name}"),
+            (f"jaxq quantize {name}", f"torch scale, to {name}"),
         ):
             if theirs in times:
                 rows.append(_row(times, ours, theirs, "at least", TARGETS["float8"]))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.formats._format import Format
-from jaxq.formats._rounding import check_rounding
+from jaxq.formats._rounding import check_rounding, random_uniform
 
 # Up to this many entries a sum of comparisons beats a search on every platform: it is one fused elementwise pass.
 _MOST_COMPARISONS = 32
@@ -113,8 +113,7 @@ class CodebookFormat(Format):
             lower = jnp.asarray(ordered)[rank]
             upper = jnp.asarray(ordered)[jnp.minimum(rank + 1, ordered.size - 1)]
             share = jnp.where(upper > lower, (x - lower) / jnp.where(upper > lower, upper - lower, 1.0), 0.0)
-            assert key is not None
-            rank = rank + (jax.random.uniform(key, x.shape) < share).astype(jnp.int32)
+            rank = rank + (random_uniform(key, x.shape) < share).astype(jnp.int32)
         elif self.boundaries is not None:
             rank = _rank(x, np.asarray(self.boundaries, np.float32))
         else:

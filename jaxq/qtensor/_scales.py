@@ -23,8 +23,8 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 _LARGE = np.float32(2.0**120)
 # Above this sums and differences may leave float32's range, and are taken of numbers shrunk by its inverse.
 _HUGE = np.float32(2.0**64)
-# An axis is halved until this many of its entries have met in one: more would make a large program.
-_MOST_HALVES = 64
+# Axes are halved until this many numbers have met in one: more would make a large program.
+_MOST_MET = 64
 
 
 class Extremes(NamedTuple):
@@ -61,11 +61,11 @@ def _magnitude(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     dtype = blocks.dtype
     unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
     pattern = lax.bitcast_convert_type(blocks, unsigned) & np.array(jnp.iinfo(unsigned).max // 2, unsigned)
+    met = 1
     for axis in axes:
         axis, size = axis % pattern.ndim, pattern.shape[axis]
-        smallest = size // _MOST_HALVES
-        while size % 2 == 0 and size > max(smallest, 1):
-            size //= 2
+        while size % 2 == 0 and size > 1 and met < _MOST_MET:
+            size, met = size // 2, met * 2
             first = lax.slice_in_dim(pattern, 0, size, axis=axis)
             pattern = jnp.maximum(first, lax.slice_in_dim(pattern, size, None, axis=axis))
     largest = jnp.max(pattern, axis=axes, keepdims=True, initial=0)

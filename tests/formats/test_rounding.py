@@ -1,0 +1,79 @@
+"""Random bits for stochastic rounding: uniform, of their place and key alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxq.formats import _rounding
+
+N = 1 << 20
+
+
+def bits(key, shape, dtype=np.uint32):
+    return _rounding.random_bits(key, shape, np.dtype(dtype))
+
+
+def centred(x) -> np.ndarray:
+    return np.asarray(x).astype(np.float64) / 2.0**32 - 0.5
+
+
+def correlation(a, b) -> float:
+    """In standard deviations of what independent uniform numbers show."""
+    return float(np.mean(centred(a) * centred(b)) * 12 * np.sqrt(len(a)))
+
+
+def test_every_bit_is_fair():
+    x = np.asarray(bits(jax.random.key(0), (N,)))
+    ones = np.array([((x >> i) & 1).mean() for i in range(32)])
+    assert np.abs(ones - 0.5).max() < 4 / (2 * np.sqrt(N))
+    # The low half decides a rounding to bfloat16: all 65,536 values as often as chance has it.
+    counts = np.bincount(x & 0xFFFF, minlength=1 << 16)
+    chi = np.sum((counts - N / 2**16) ** 2) / (N / 2**16)
+    assert abs(chi - 65535) < 4 * np.sqrt(2 * 65535)
+
+
+def test_neighbours_and_keys_are_unrelated():
+    x = np.asarray(bits(jax.random.key(0), (N,)))
+    for lag in (1, 2, 3, 16, 64, 1024, 65536):
+        assert abs(correlation(x[lag:], x[:-lag])) < 4, lag
+    for other in (jax.random.key(1), jax.random.fold_in(jax.random.key(0), 1), jax.random.PRNGKey(7)):
+        assert abs(correlation(x, bits(other, (N,)))) < 4
+    many = jax.vmap(lambda key: bits(key, (2,)))(jax.random.split(jax.random.key(3), 1 << 14))
+    assert abs(np.mean(centred(many[:, 0]))) < 4 / np.sqrt(12 * (1 << 14))
+    assert abs(correlation(many[:, 0], many[:, 1])) < 4
+
+
+def test_bits_depend_on_key_and_place_alone():
+    key = jax.random.key(5)
+    flat = bits(key, (24,))
+    np.testing.assert_array_equal(bits(key, (2, 3, 4)).ravel(), flat)
+    np.testing.assert_array_equal(bits(key, (6,)), flat[:6])
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    sharded = jax.jit(lambda: bits(key, (24,)), out_shardings=NamedSharding(mesh, P("d")))()
+    np.testing.assert_array_equal(sharded, flat)
+    assert bits(key, ()).shape == ()
+    assert bits(key, (0, 3)).shape == (0, 3)
+
+
+def test_uniform_numbers():
+    x = np.asarray(_rounding.random_uniform(jax.random.key(0), (N,)))
+    assert x.dtype == np.float32
+    assert (x >= 0).all()
+    assert (x < 1).all()
+    assert abs(x.mean() - 0.5) < 4 / np.sqrt(12 * N)
+
+
+def test_64_bits():
+    with jax.enable_x64(True):
+        x = np.asarray(bits(jax.random.key(0), (1 << 14,), np.uint64))
+        assert x.dtype == np.uint64
+        low, high = (x & np.uint64(2**32 - 1)).astype(np.uint32), (x >> np.uint64(32)).astype(np.uint32)
+        assert abs(correlation(low, high)) < 4
+        many = _rounding.round_to_float(
+            jnp.full(1 << 14, 1 + 2.0**-9), mantissa_bits=7, min_exponent=-126, largest=1e30, rounding="stochastic",
+            key=jax.random.key(1),
+        )  # fmt: skip
+        assert set(np.asarray(many).tolist()) == {1.0, 1 + 2.0**-7}
+        assert abs(np.mean(np.asarray(many) > 1) - 0.25) < 0.02
