@@ -193,6 +193,7 @@ register(CodebookFormat("af4", _AF4))
 # Zero counts as positive (XNOR-Net, 2016), and so do numbers too small for float32's normal range.
 register(CodebookFormat("binary", (-1.0, 1.0), (-(2.0**-126),)))
 register(CodebookFormat("dynamic8", dynamic_map(signed=True)))
-register(CodebookFormat("log4", *powers_of_two(4)))
+for _bits in range(2, 8):
+    register(CodebookFormat(f"log{_bits}", *powers_of_two(_bits)))
 register(IntegerFormat("ternary", 2, narrow=True))
 register(CodebookFormat("udynamic8", dynamic_map(signed=False)))

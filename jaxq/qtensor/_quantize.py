@@ -251,17 +251,20 @@ def _quantize(
         marks = geometry.to_blocks(geometry.pad(geometry.to_view(jnp.where(infinite, sign, 0))))
         blocks = jnp.where(marks != 0, marks.astype(jnp.float32) * found.magnitude, blocks.astype(jnp.float32))
         measured, found = blocks, _scales.extremes(blocks, geometry)
-    ideal = geometry.scale_from_blocks(_scales.scale_of(measured, found, spec, geometry))
+    ideal_steps = _scales.scale_of(measured, found, spec, geometry)
+    ideal = geometry.scale_from_blocks(ideal_steps)
     if isinstance(spec.scale, QuantSpec):
         stored: jax.Array | QTensor = _quantize_scale(ideal, spec.scale, geometry)
     else:
         stored = _scales.store_in_dtype(ideal, spec.scale)
-    steps = geometry.scale_to_blocks(_values(stored))  # codes are made for the scale as it will read back
+    steps = ideal_steps if spec.codes_from == "ideal" else geometry.scale_to_blocks(_values(stored))
     if spec.offset == "min":
         dtype = spec.scale if isinstance(spec.scale, str) and spec.scale in _FLOATS else "float32"
         offset = _scales.store_in_dtype(geometry.scale_from_blocks(found.low), dtype, signed=True)
         centre = geometry.scale_to_blocks(_scales.load_from_dtype(offset))
     y = _scales.divide(blocks if centre is None else blocks.astype(jnp.float32) - centre, steps)
+    if spec.scale_rule == "twn":
+        y = jnp.where(jnp.isnan(steps), steps, _scales.terns(blocks, geometry))
     if positive:
         y = jnp.where(blocks > 0, jnp.maximum(y, spec.fmt.smallest_positive), y)
     codes, zero_point = _encode(y, steps, found, spec, key)

@@ -10,7 +10,8 @@ from jaxq.qtensor import _granularity
 from jaxq.qtensor._granularity import Granularity, PerChannel
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
-SCALE_RULES = ("absmax", "absmean", "mx_ceil", "mx_even", "mx_floor", "mx_round_up", "signed_extreme")
+SCALE_RULES = ("absmax", "absmean", "mx_ceil", "mx_even", "mx_floor", "mx_round_up", "signed_extreme", "twn")
+CODES_FROM = ("stored", "ideal")
 OFFSETS = ("mean", "min")
 
 
@@ -25,17 +26,20 @@ class QuantSpec:
         so that 0 is exact (Jacob et al., 2018).
       scale: how scales are kept: one of the dtypes float32, bfloat16, float16, float8_e4m3fn, float8_e5m2,
         float8_e8m0fnu, or another `QuantSpec`, whose own scale may be one again (two-level scales and deeper).
-        Codes are always computed from the scale as it is stored.
       scale_rule: scale of a block, with `max` the format's largest number and A the block's largest magnitude:
         "absmax": A / max. "absmean": mean |x| (XNOR-Net, 2016; BitNet b1.58, 2024). "signed_extreme": the number of
         magnitude A, signed, over the format's most negative number (GGUF). OCP microscaling (2023), powers of two:
         "mx_floor": 2^(floor(log2 A) - floor(log2 max)); "mx_ceil": with the ceiling of log2 A; "mx_even": floor
-        after rounding A to the element's mantissa; "mx_round_up": the least power that does not clip.
+        after rounding A to the element's mantissa; "mx_round_up": the least power that does not clip. "twn", for
+        the format ternary: what is not above 0.7 mean |x| becomes 0, and the scale is the mean |x| of the rest (Ternary
+        Weight Networks, Li et al., 2016).
       clipping: "absmax": the block's extremes; nothing is clipped on purpose.
       rounding: "nearest_even", "nearest_away", "toward_zero" or "stochastic" (quantize then needs `key`).
       offset: None, "min" (each block's real minimum, unsigned formats; KIVI, 2024) or "mean" (one mean for the
         whole array; double quantization in QLoRA, 2023). Real-valued, unlike a zero point.
       packing: order of codes in bytes, see `jaxq.formats.Packing`; None takes the default of the width.
+      codes_from: which scale the codes are made for: "stored", as it reads back, which adds no error; or "ideal",
+        before it is rounded or quantized, as bitsandbytes does.
 
     Raises:
       ValueError: an unknown name, or parts that contradict each other.
@@ -56,6 +60,7 @@ class QuantSpec:
     rounding: str = "nearest_even"
     offset: str | None = None
     packing: formats.Packing | str | None = None
+    codes_from: str = "stored"
 
     def __post_init__(self):
         try:
@@ -69,6 +74,7 @@ class QuantSpec:
             raise TypeError(f"QuantSpec: granularity must be one of jaxq's Per... objects, got {self.granularity!r}.")
         _one_of("scale_rule", self.scale_rule, SCALE_RULES)
         _one_of("clipping", self.clipping, ("absmax",))
+        _one_of("codes_from", self.codes_from, CODES_FROM)
         if self.offset is not None:
             _one_of("offset", self.offset, OFFSETS)
         if not isinstance(self.scale, QuantSpec):
@@ -98,6 +104,10 @@ class QuantSpec:
             )
         if self.scale_rule != "absmax" and (not self.symmetric or self.offset == "min"):
             raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} is for symmetric specs without a minimum.")
+        if fmt.max <= 0:
+            raise ValueError(f"QuantSpec: {fmt.name} has no positive numbers to scale to.")
+        if self.scale_rule == "twn" and (fmt.kind, fmt.max, fmt.min) != ("integer", 1, -1):
+            raise ValueError(f"QuantSpec: scale_rule='twn' is for the format ternary, not {fmt.name}.")
         if self.scale_rule == "signed_extreme":
             parts = [fmt]
             if self.scale != "float32":  # which is no format of codes

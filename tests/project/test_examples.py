@@ -21,6 +21,25 @@ def run(*arguments: str) -> str:
 
 
 @pytest.mark.heavy
+def test_accumulators_prints_its_tables_and_saves_its_plot(tmp_path):
+    pytest.importorskip("tokenizers", reason="the example reads a tokenizer: pip install jaxq[hf]")
+    pytest.importorskip("matplotlib", reason="the example draws a plot: pip install jaxq[plots]")
+    out = run("examples/02_accumulators.py", "--fast", "--out", str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    row = re.compile(r"^(\S.*?\S)  +((?:[\d.e+-]+ *)+)( %)?$", re.MULTILINE)
+    found = [(m[1], [float(v) for v in m[2].split()]) for m in row.finditer(out)]
+    errors = {name: values for name, values in found if len(values) == 8}
+    assert len(errors) == 7
+    # Wide sums are right; narrow ones get worse as they grow longer, unless they are chunked.
+    assert errors["bf16, fp32 sum"][-1] < 1e-6 < errors["e4m3, 14-bit sum, chunks of 128"][-1]
+    assert errors["bf16, bf16 sum"][-1] > 4 * errors["bf16, bf16 sum"][0]
+    assert errors["bf16, bf16 sum, chunks of 32"][-1] < errors["bf16, bf16 sum"][-1] / 2
+    kl = {name: values[1] for name, values in found if len(values) == 3}
+    assert len(kl) == 8
+    assert 0 == kl["float32"] < kl["bf16, fp32 sum"] < kl["bf16, bf16 sum"] < kl["e4m3, bf16 sum"]
+
+
+@pytest.mark.heavy
 def test_quickstart_prints_its_table():
     pytest.importorskip("tokenizers", reason="the quickstart reads a tokenizer: pip install jaxq[hf]")
     out = run("examples/01_quickstart.py", "--fast")

@@ -111,3 +111,24 @@ def test_preset_table_is_true():
         assert granularity.startswith(type(spec.granularity).__name__)
         assert scale.startswith(spec.scale if isinstance(spec.scale, str) else spec.scale.fmt.name)
         assert bits == f"{jaxq.quantize(matrix, name).bits_per_element:.4g}"
+
+
+def test_format_table_is_true():
+    from jaxq import formats
+
+    text = (ROOT / "README.md").read_text()
+    cells = r"\| `(\w+)` \| (\d+) \| (\d+)/(\d+) \| (\d+) \| (\S+) \| (\S+) \| (yes|no) \| ([^|]+) \| (yes|no) \|"
+    rows = re.findall(f"^{cells}$", text, re.MULTILINE)
+    floats = [name for name in formats.names() if name.startswith(("float", "bfloat", "tfloat"))]
+    known = {name for name in floats if formats.get(name).kind == "float" and name != "float7_e3m3"}  # a docstring's
+    assert {row[0] for row in rows} == known
+    for name, bits, exponent, mantissa, bias, largest, smallest, infinities, nan, minus_zero in rows:
+        fmt = formats.get(name)
+        assert (str(fmt.bits), largest, smallest) == (bits, f"{fmt.max:.6g}", f"{fmt.smallest_positive:.4g}"), name
+        if isinstance(fmt, formats.FloatFormat):
+            assert (fmt.exponent_bits, fmt.num_mantissa_bits, fmt.bias) == (int(exponent), int(mantissa), int(bias))
+            of = {"ieee": ("yes", "yes", "yes"), "fn": ("no", "all ones", "yes"), "finite": ("no", "no", "yes")}
+            assert (infinities, nan, minus_zero) == of.get(fmt.flavour, ("no", "the code of -0", "no"))
+    others = set(formats.names()) - set(floats) - {"af4", "binary", "ternary", "dynamic8", "udynamic8"}
+    families = r"(int[1-8]|uint[1-8]|int[2-8]_narrow|int[2-8]_sign_magnitude|nf[2-8]|log[2-7])"
+    assert not {name for name in others if not re.fullmatch(families, name) and not name.startswith("mine")}

@@ -189,3 +189,54 @@ def test_absmean_counts_no_padding():
     qt = jaxq.quantize(x, QuantSpec("ternary", PerGroup(32, pad=True), scale_rule="absmean"))
     expected = np.stack([abs(np.asarray(x[:32])).mean(0), abs(np.asarray(x[32:])).mean(0)], axis=1)
     np.testing.assert_allclose(qt.scale, expected, rtol=1e-6)
+
+
+def test_ternary_weight_networks():
+    # Li et al., 2016: 0 up to 0.7 of the mean magnitude, and the mean of what is above it.
+    x = np.random.default_rng(8).standard_normal((100, 6)).astype(np.float32)
+    x[:, 2] *= np.float32(1e37)  # sums of these leave float32's range
+    x[:, 4] = 0
+    spec = QuantSpec("ternary", PerGroup(64, pad=True), scale_rule="twn")
+    for qt in (jaxq.quantize(x, spec), jax.jit(lambda x: jaxq.quantize(x, spec))(x)):
+        scale = np.asarray(qt.scale)
+        for block, rows in enumerate((x[:64], x[64:])):
+            magnitude = abs(rows.astype(np.float64))
+            above = magnitude > 0.7 * magnitude.mean(0)
+            np.testing.assert_array_equal(qt.codes()[64 * block :][:64], np.sign(rows) * above)
+            mean = (magnitude * above).sum(0) / np.maximum(above.sum(0), 1)
+            np.testing.assert_allclose(scale[:, block], mean, rtol=1e-6)
+    bad = jnp.asarray(x[:, 0]).at[5].set(jnp.nan)
+    assert jnp.isnan(
+        jaxq.dequantize(jaxq.quantize(bad, QuantSpec("ternary", scale_rule="twn"), on_nonfinite="propagate"))
+    ).all()
+    with pytest.raises(ValueError, match="scale_rule='twn' is for the format ternary, not int4"):
+        QuantSpec("int4", scale_rule="twn")
+
+
+def test_bitsandbytes_double_quantization():
+    torch = pytest.importorskip("torch", reason="bitsandbytes needs torch")
+    bnb = pytest.importorskip("bitsandbytes", reason="compares bytes with bitsandbytes")
+    random = np.random.default_rng(0)
+    w = (random.standard_normal((512, 96)) * np.exp(random.standard_normal((1, 96)))).astype(np.float32)
+    packed, state = bnb.functional.quantize_4bit(
+        torch.from_numpy(w.T.copy()), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    scales = QuantSpec("dynamic8", jaxq.PerFlat(256), offset="mean")
+    spec = QuantSpec("nf4", jaxq.PerFlat(64), packing="high_first", scale=scales, codes_from="ideal")
+    qt = jaxq.quantize(w, spec)
+    np.testing.assert_array_equal(qt.data, packed.numpy().ravel())
+    # Their mean and ours are sums in another order, which moves a code here and there by one.
+    np.testing.assert_allclose(qt.scale.offset, [state.offset.item()], rtol=2e-7)
+    np.testing.assert_allclose(qt.scale.scale.ravel(), state.state2.absmax.numpy(), rtol=1e-6)
+    moved = np.asarray(qt.scale.codes()).ravel().astype(int) - state.absmax.numpy()
+    assert (abs(moved) <= 1).all()
+    assert np.mean(moved != 0) < 0.02
+    theirs = bnb.functional.dequantize_4bit(packed, state).numpy().T
+    same = np.repeat(moved == 0, 64).reshape(96, 512).T & (
+        np.asarray(scale_values(qt)).repeat(64).reshape(96, 512).T > 0
+    )
+    np.testing.assert_allclose(np.asarray(jaxq.dequantize(qt))[same], theirs[same], rtol=1e-5, atol=1e-5)
+    assert np.mean(same) > 0.9
+    stored = jaxq.quantize(w, spec.replace(codes_from="stored"))
+    errors = [np.linalg.norm(np.asarray(jaxq.dequantize(q)) - w) for q in (stored, qt)]
+    assert errors[0] < errors[1], "codes made for the scale as it reads back fit better"

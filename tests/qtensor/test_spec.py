@@ -55,6 +55,7 @@ def test_every_field_makes_a_difference():
         {"rounding": "toward_zero"},
         {"offset": "mean"},
         {"packing": "low_first"},
+        {"codes_from": "ideal"},
     ]
     changed = [base.replace(**c) for c in changes]
     assert len({base, *changed}) == len(changes) + 1
@@ -105,7 +106,7 @@ def test_mistakes_are_named(fields, error, message):
 def test_descriptions_that_cannot_be_read():
     good = QuantSpec("int4").to_dict()
     with pytest.raises(
-        ValueError, match=r"from_dict: unknown fields \['scalerule'\]; known are \['clipping', 'format'"
+        ValueError, match=r"from_dict: unknown fields \['scalerule'\]; known are \['clipping', 'codes_from', 'format'"
     ):
         QuantSpec.from_dict(good | {"scalerule": "absmax"})
     with pytest.raises(ValueError, match="unknown granularity 'PerRow'"):
