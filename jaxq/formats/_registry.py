@@ -63,8 +63,8 @@ def register(fmt: Format) -> Format:
 
     Example:
       >>> import jaxq
-      >>> fmt = jaxq.formats.register(jaxq.formats.FloatFormat("float7_e3m3", 3, 3, flavour="finite"))
-      >>> jaxq.formats.get("float7_e3m3").max
+      >>> fmt = jaxq.formats.register(jaxq.formats.FloatFormat("float7_e3m3fn", 3, 3, flavour="finite"))
+      >>> jaxq.formats.get("float7_e3m3fn").max
       30.0
     """
     name = _normal(fmt.name)

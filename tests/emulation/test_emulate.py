@@ -315,7 +315,9 @@ def _llama():
 def test_on_the_bundled_model():
     pytest.importorskip("tokenizers", reason="the model comes with a tokenizer: pip install jaxq[hf]")
     model, tokens = _llama(), jnp.asarray(random.integers(0, 2048, (1, 32)))
-    same = jax.jit(jaxq.emulate(model, Policy("float32", "float32", "float32")))(tokens)
+    wide = jaxq.emulate(model, Policy("float32", "float32", "float32"))
+    assert str(jax.make_jaxpr(wide)(tokens)) == str(jax.make_jaxpr(lambda tokens: model(tokens))(tokens))
+    same = jax.jit(wide)(tokens)
     plain = jax.jit(lambda tokens: model(tokens))(tokens)
     np.testing.assert_array_equal(bits(same), bits(plain))
     narrow = jax.jit(jaxq.emulate(model, BF16))(tokens)

@@ -137,6 +137,18 @@ def test_eager_is_jit(name):
     np.testing.assert_array_equal(eager, encoded(name)["nearest_even", True][: 1 << 16])
 
 
+@pytest.mark.parametrize("name", ML_DTYPES)
+def test_encode_of_a_million_patterns_is_ml_dtypes_eager_and_jitted(name):
+    fmt, x = get(name), oracle.random_patterns(1 << 20, seed=3)
+    with np.errstate(all="ignore"):
+        expected = x.astype(ML_DTYPES[name])
+    nan = np.isnan(expected.astype(np.float32))
+    for encode in (fmt.encode, jax.jit(fmt.encode, static_argnames="saturate")):
+        codes = np.asarray(encode(x, saturate=False))
+        np.testing.assert_array_equal(codes[~nan], expected.view(codes.dtype)[~nan])
+        assert np.isnan(codes.view(ML_DTYPES[name]).astype(np.float32)[nan]).all()
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_stochastic_gives_a_neighbour(name):
     fmt, x = make(name), hard_inputs(name)[::4][: 1 << 16]

@@ -122,6 +122,25 @@ def test_nf4_bytes_are_those_of_its_definition():
     assert jaxq.quantize(tie, "nf4").codes().tolist() == [15, *range(15)]
 
 
+STEPS = ((np.arange(256) * 37) % 101 - 50) / 16
+BITSANDBYTES = {  # bytes that bitsandbytes 0.50 wrote
+    "nf4, a line": ("nf4", np.linspace(-1, 1, 64), "00000111111112222233344445556667788899aaabbbccccddddeeeeeeefffff"),
+    "nf4": ("nf4", STEPS, "04c16e29f3b05d17e29f3c05d18e2af4c16e18e3b05d17e29f3b05d18e2af4c1"),
+    "fp4": ("float4_bitsandbytes", STEPS, "bf5a92a63c4be5a02d63c4be2a12d73f5a92a63d4bf5a92d63c4be5a12d73c5b"),
+}
+
+
+@pytest.mark.parametrize(("fmt", "x", "expected"), BITSANDBYTES.values(), ids=BITSANDBYTES)
+def test_bytes_of_bitsandbytes_written_down(fmt, x, expected):
+    qt = jaxq.quantize(x.astype(np.float32), QuantSpec(fmt, PerFlat(64), packing="high_first"))
+    written = np.asarray(qt.data).tobytes().hex()[: len(expected)]
+    if fmt == "float4_bitsandbytes":  # it also writes -0, as 8, where jaxq writes 0
+        expected = "".join("0" if a == "0" and b == "8" else b for a, b in zip(written, expected, strict=True))
+    assert written == expected
+    if len(x) == 256:
+        assert np.asarray(qt.scale).tolist() == [3.125] * 4
+
+
 def test_nf4_bytes_are_bitsandbytes():
     torch = pytest.importorskip("torch", reason="bitsandbytes needs torch")
     bnb = pytest.importorskip("bitsandbytes", reason="compares bytes with bitsandbytes")
