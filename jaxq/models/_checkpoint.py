@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxq.models.llama import Llama, LlamaConfig
@@ -37,8 +39,8 @@ def load(path: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = Fals
 
     Raises:
         FileNotFoundError: no config.json or no safetensors in the directory.
-        ValueError: an unsupported config, or one message with every missing, unexpected or mis-shaped tensor
-            and those that hold no floats.
+        ValueError: another dtype, a damaged file, an unsupported config, or one message with every missing,
+            unexpected or mis-shaped tensor and those that hold no floats.
         ImportError: there is a tokenizer.json but the `tokenizers` package is not installed.
 
     Example:
@@ -50,7 +52,12 @@ def load(path: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = Fals
         ((1, 3, 64), None)
     """
     path = Path(path)
-    config = LlamaConfig.from_hf(json.loads(_existing(path, "config.json").read_text()), scan_layers=scan_layers)
+    if jnp.dtype(dtype).name not in ("float32", "bfloat16"):
+        raise ValueError(f"jaxq.models.load: dtype must be float32 or bfloat16, got {jnp.dtype(dtype).name}.")
+    try:
+        config = LlamaConfig.from_hf(_read_json(_existing(path, "config.json")), scan_layers=scan_layers)
+    except ValueError as error:
+        raise ValueError(f"jaxq.models.load: {path / 'config.json'}: {error}") from error
     tokenizer = _load_tokenizer(path / "tokenizer.json")  # before the weights: it is the quicker one to fail
     model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model)
@@ -111,12 +118,13 @@ def save(path: str | Path, model: Llama, *, tokenizer: Any = None, dtype: Any = 
             raise ValueError(f"save: {'.'.join(map(str, key))} is {list(value.shape)}; the config asks {list(shape)}.")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / _SINGLE, metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+    _replace(path / _SINGLE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
+    _replace(path / "config.json", lambda file: file.write_text(text))
     if tokenizer is not None:
-        tokenizer.save(str(path / "tokenizer.json"))
+        _replace(path / "tokenizer.json", lambda file: tokenizer.save(str(file)))
         extra = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        (path / "tokenizer_config.json").write_text(json.dumps(extra, indent=2) + "\n")
+        _replace(path / "tokenizer_config.json", lambda file: file.write_text(json.dumps(extra, indent=2) + "\n"))
 
 
 def _names(config: LlamaConfig, params: Any) -> dict[str, tuple[tuple, int | None, tuple[int, ...]]]:
@@ -151,6 +159,33 @@ def _existing(path: Path, name: str) -> Path:
     return path / name
 
 
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file, with errors that name it."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"jaxq.models.load: {path} is damaged: {error}") from error
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file beside `path` and moves it there, so that a crash leaves the old one whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _load_tokenizer(path: Path) -> Any:
     if not path.is_file():
         return None
@@ -158,15 +193,21 @@ def _load_tokenizer(path: Path) -> Any:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError(f"jaxq.models.load: {path} needs the tokenizers package: pip install jaxq[hf]") from error
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"jaxq.models.load: {path} is damaged: {error}") from error
 
 
 def _tensor_files(path: Path) -> dict[str, str]:
     """Tensor name -> file name."""
     if not (path / _INDEX).is_file():
-        with safe_open(_existing(path, _SINGLE), framework="numpy") as file:
+        with _open(_existing(path, _SINGLE)) as file:
             return dict.fromkeys(file.keys(), _SINGLE)
-    files: Mapping[str, str] = json.loads((path / _INDEX).read_text())["weight_map"]
+    index = _read_json(path / _INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(shard, str) for shard in files.values()):
+        raise ValueError(f"jaxq.models.load: {path / _INDEX} is damaged: it holds no weight_map of tensors to files.")
     for shard in sorted(set(files.values())):
         _existing(path, shard)
     return dict(files)
@@ -176,7 +217,7 @@ def _headers(path: Path, files: Mapping[str, str]) -> dict[str, tuple[tuple[int,
     """Shape and dtype of all tensors that are really there, from the files' headers."""
     headers = {}
     for shard in sorted(set(files.values())):
-        with safe_open(path / shard, framework="numpy") as file:
+        with _open(path / shard) as file:
             for name in file.keys():  # noqa: SIM118
                 view = file.get_slice(name)
                 headers[name] = (tuple(view.get_shape()), view.get_dtype())
@@ -210,7 +251,7 @@ def _check_tied(name: str, tensor: np.ndarray, path: Path, files: Mapping[str, s
     if name != "lm_head.weight":
         return
     embedding = "model.embed_tokens.weight"
-    with safe_open(path / files[embedding], framework="numpy") as file:
+    with _open(path / files[embedding]) as file:
         if not np.array_equal(tensor, file.get_tensor(embedding)):
             raise ValueError(
                 f"jaxq.models.load: {path} says tie_word_embeddings but holds a lm_head.weight that differs from "
@@ -220,6 +261,6 @@ def _check_tied(name: str, tensor: np.ndarray, path: Path, files: Mapping[str, s
 
 def _read(path: Path, files: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
     for shard in sorted(set(files.values())):
-        with safe_open(path / shard, framework="numpy") as file:
+        with _open(path / shard) as file:
             for name in file.keys():  # noqa: SIM118
                 yield name, file.get_tensor(name)

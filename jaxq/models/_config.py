@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -121,7 +122,9 @@ class LlamaConfig:
         Raises:
             ValueError: one message listing every key whose value this model cannot honour.
         """
-        problems: list[str] = []
+        problems = _wrong_kinds(config)
+        if problems:  # nothing below could be trusted
+            raise ValueError("LlamaConfig.from_hf: " + "; ".join(problems) + ".")
 
         def need(key: str) -> Any:
             if config.get(key) is None:
@@ -158,7 +161,7 @@ class LlamaConfig:
             **sizes,
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or sizes["hidden_size"] // heads,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=config.get("rms_norm_eps") or 1e-6,
             rope_theta=theta,
             rope_scaling=scaling,
             max_position_embeddings=config.get("max_position_embeddings") or 2048,
@@ -213,6 +216,47 @@ class LlamaConfig:
         return out
 
 
+# What a key of config.json must hold if it is there and not null: a test, and its words.
+_KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "a whole number of at least 1",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
+        (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+        ),
+    ),
+    (
+        "a number above 0",
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf,
+        ("rms_norm_eps", "rope_theta"),
+    ),
+    (
+        "true or false",
+        lambda v: isinstance(v, bool),
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+    ),
+    ("an object", lambda v: isinstance(v, Mapping), ("rope_scaling", "rope_parameters")),
+    ("a list", lambda v: isinstance(v, list | tuple), ("layer_types",)),
+)
+
+
+def _wrong_kinds(config: Any) -> list[str]:
+    """One problem for every value that is not of its kind."""
+    if not isinstance(config, Mapping):
+        return [f"a config is an object of keys and values, not {type(config).__name__}"]
+    found = [(key, config.get(key), words, test) for words, test, keys in _KINDS for key in keys]
+    for group in ("rope_scaling", "rope_parameters"):
+        inner = config.get(group)
+        if isinstance(inner, Mapping):
+            positive = next(kind for kind in _KINDS if kind[0] == "a number above 0")
+            numbers = {k: v for k, v in inner.items() if k not in ("rope_type", "type")}
+            found += [(f"{group}.{key}", value, *positive[:2]) for key, value in numbers.items()]
+    return [
+        f"{key}={value!r} is not {words}" for key, value, words, test in found if value is not None and not test(value)
+    ]
+
+
 def _expect(config: Mapping[str, Any], key: str, allowed: tuple, problems: list[str], default: Any = None) -> None:
     value = config.get(key, default)
     if value not in allowed:
@@ -225,7 +269,7 @@ def _read_rope(config: Mapping[str, Any], problems: list[str]) -> tuple[RopeScal
     rope: dict[str, Any] = {}
     for key in both:
         rope |= config[key]
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"partial_rotary_factor={rope['partial_rotary_factor']!r}; supported: 1.0")
@@ -248,7 +292,9 @@ def _read_rope(config: Mapping[str, Any], problems: list[str]) -> tuple[RopeScal
 def _read_window(config: Mapping[str, Any], problems: list[str]) -> int | None:
     """The window of all layers; layers of different kinds are not supported."""
     kinds = set(config.get("layer_types") or ())
-    model_type, window = config.get("model_type"), config.get("sliding_window")
+    model_type = config.get("model_type")
+    # A Mistral config that says nothing means transformers' default; null means no window.
+    window = config.get("sliding_window", 4096 if model_type == "mistral" else None)
     if model_type == "qwen2":
         if not config.get("use_sliding_window", False):
             window = None

@@ -145,8 +145,9 @@ def _broadcast(x: Any, leading: tuple[int, ...]) -> Any:
 
 def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Plan) -> jax.Array:
     """float32 `[batch, free axes of x, free axes of the weight]`."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        x = x.astype(jnp.float32)
+    # Numbers of the weight must not be rounded, or overflow, on their way into a narrower x.
+    narrow = x.dtype == qt.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
+    x = x if narrow else x.astype(jnp.float32)
     if plan.path == "dequantize":
         w = dequantize(qt, dtype=x.dtype)
         return lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)

@@ -42,8 +42,8 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
     Args:
       a: `[m, k]` codes with scales, integers or native float8.
       a_meta: static facts of a.
-      b: `[n, k]` of the same kind, with as many groups along k as a, or one of the two with a single group. Packed
-        codes are unpacked a block of rows at a time.
+      b: `[n, k]` of the same kind, with as many groups along k as a, or one of the two with a single group. All but
+        int8 codes of one group are taken a block of rows at a time.
       b_meta: static facts of b.
 
     Returns:
@@ -60,13 +60,15 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
     def block(taken: Rows) -> jax.Array:
         return _product(left, _grouped(taken, b_meta, groups, length), a_meta, b_meta)
 
-    if b_meta.packing is formats.Packing.NONE:
-        return block(b)
+    if b_meta.packing is formats.Packing.NONE and groups == 1 and not is_native_float(b_meta.fmt):
+        return block(b)  # int8 as it lies
 
     def write(y: jax.Array, start: jax.Array, taken: Rows) -> jax.Array:
-        return lax.dynamic_update_slice(y, block(taken), (0, start))
+        return lax.dynamic_update_slice(y, block(taken), (jnp.zeros_like(start), start))
 
-    return for_blocks(b, b_meta, write, jnp.zeros((m, n), jnp.float32))
+    # A row of b costs its codes, widened by platforms without float8 units, and a partial sum for every group.
+    row_bytes = max(4 * b_meta.padded_k, 8 * groups * m)
+    return for_blocks(b, b_meta, write, jnp.zeros((m, n), jnp.float32), row_bytes=row_bytes)
 
 
 class _Groups(NamedTuple):

@@ -179,19 +179,21 @@ def join_fields(parts: list[jax.Array], meta: RowMeta) -> jax.Array:
     return jnp.stack(units, axis=2).reshape(m, meta.padded_k)[:, : meta.k]
 
 
-def for_blocks(rows: Rows, meta: RowMeta, step, carry, *, tell_fresh: bool = False):
+def for_blocks(rows: Rows, meta: RowMeta, step, carry, *, tell_fresh: bool = False, row_bytes: int | None = None):
     """Folds `step(carry, start, rows of the block[, fresh])` over blocks of rows.
 
     The last block starts early where the block size does not divide n; its first `fresh` rows were met before.
+    `row_bytes`: what one row costs while its block is alive; None for its decoded numbers.
     """
     n = rows.data.shape[0]
-    count = block_rows(meta, n)
+    count = block_rows(meta, n, row_bytes)
     blocks = -(-n // count)
     if blocks == 1:
         extra = (jnp.int32(0),) if tell_fresh else ()
         return step(carry, jnp.int32(0), rows, *extra)
 
     def body(i: jax.Array, carry):
+        i = i.astype(jnp.int32)  # int64 where 64-bit types are on
         start = jnp.minimum(i * count, n - count)
         extra = (i * count - start,) if tell_fresh else ()
         return step(carry, start, slice_rows(rows, start, count), *extra)
@@ -199,6 +201,6 @@ def for_blocks(rows: Rows, meta: RowMeta, step, carry, *, tell_fresh: bool = Fal
     return lax.fori_loop(0, blocks, body, carry)
 
 
-def block_rows(meta: RowMeta, n: int) -> int:
+def block_rows(meta: RowMeta, n: int, row_bytes: int | None = None) -> int:
     """Rows in a block of `for_blocks`."""
-    return min(n, max(16, _BLOCK_BYTES // (4 * max(meta.padded_k, 1)) // 16 * 16))
+    return min(n, max(16, _BLOCK_BYTES // (row_bytes or 4 * max(meta.padded_k, 1)) // 16 * 16))

@@ -51,7 +51,7 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
         return total * taken.scale if post else total  # [r, m]
 
     def write(y: jax.Array, start: jax.Array, taken: Rows) -> jax.Array:
-        return lax.dynamic_update_slice(y, block(taken), (start, 0))
+        return lax.dynamic_update_slice(y, block(taken), (start, jnp.zeros_like(start)))
 
     return for_blocks(rows, meta, write, jnp.zeros((n, wide.shape[0]), jnp.float32)).T[:m]
 
@@ -88,7 +88,7 @@ def transposed_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
         return jnp.zeros((m, meta.k), jnp.float32)
     count = block_rows(meta, n)
     # The last block starts early so that all have one size; rows met before count as zero the second time.
-    index = jnp.arange(count)
+    index = jnp.arange(count, dtype=jnp.int32)
 
     def add(totals: list[jax.Array], start: jax.Array, taken: Rows, fresh: jax.Array) -> list[jax.Array]:
         part = lax.dynamic_slice_in_dim(x, start, count, axis=1)
@@ -124,7 +124,7 @@ def _rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Ro
 
     def add(totals: dict, start: jax.Array, taken: Rows, fresh: jax.Array) -> dict:
         dy_part = lax.dynamic_slice_in_dim(dy, start, count, axis=1)  # [m, r]
-        dy_part = jnp.where(jnp.arange(count)[None, :] >= fresh, dy_part, 0.0)
+        dy_part = jnp.where(jnp.arange(count, dtype=jnp.int32)[None, :] >= fresh, dy_part, 0.0)
 
         def decode(leaves: dict) -> list[jax.Array]:
             return [decode_field(taken._replace(**leaves), meta, i) for i in range(len(parts))]

@@ -145,9 +145,9 @@ def _dequantize(qt: QTensor, dtype: np.dtype) -> jax.Array:
     geometry = qt.meta.geometry
     blocks = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
     view = geometry.unpad(geometry.from_blocks(decode_blocks(qt, blocks)))
-    limit = float(jnp.finfo(dtype).max)
-    if limit < float(jnp.finfo(jnp.float32).max):  # narrow casts wrap, saturate or make NaN by dtype
-        view = jnp.clip(view, -limit, limit)
+    # Products of a scale and a code may leave float32's range, and narrow casts wrap, saturate or make NaN by dtype.
+    limit = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
+    view = jnp.clip(view, -limit, limit)
     return geometry.from_view(view.astype(dtype))
 
 

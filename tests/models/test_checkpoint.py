@@ -289,3 +289,76 @@ def test_a_model_read_from_a_moved_directory_stays(written, tmp_path):
     again, _ = load(path)
     shutil.rmtree(path)
     np.testing.assert_array_equal(run(again, tokens()), run(model, tokens()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": "64"}, "vocab_size='64' is not a whole number of at least 1"),
+        ({"hidden_size": 32.5}, "hidden_size=32.5 is not a whole number"),
+        ({"sliding_window": 4.5}, "sliding_window=4.5 is not a whole number"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps=-1 is not a number above 0"),
+        ({"rope_theta": "10000"}, "rope_theta='10000' is not a number above 0"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' is not an object"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling.factor=0 is not a number above 0"),
+        ({"layer_types": 5}, "layer_types=5 is not a list"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' is not true or false"),
+    ],
+)
+def test_config_values_of_another_kind_are_named(change, message):
+    config = json.loads((EXAMPLES / "tiny_llama" / "config.json").read_text()) | change
+    with pytest.raises(ValueError, match=message):
+        LlamaConfig.from_hf(config)
+
+
+def test_a_mistral_config_that_names_no_window_has_the_default():
+    config = json.loads((EXAMPLES / "tiny_llama" / "config.json").read_text()) | {"model_type": "mistral"}
+    config.pop("sliding_window", None)
+    assert LlamaConfig.from_hf(config).sliding_window == 4096
+    assert LlamaConfig.from_hf(config | {"sliding_window": None}).sliding_window is None
+
+
+def test_damaged_files_are_named(tmp_path):
+    def copy(name: str) -> Path:
+        path = tmp_path / name
+        shutil.copytree(EXAMPLES / "tiny_llama", path)
+        return path
+
+    weights = (EXAMPLES / "tiny_llama" / "model.safetensors").read_bytes()
+    path = copy("weights")
+    for size in (0, 5, 100, len(weights) - 1000):
+        (path / "model.safetensors").write_bytes(weights[:size])
+        with pytest.raises(ValueError, match="model.safetensors is damaged"):
+            load(path)
+    path = copy("config")
+    for text in ("", "[]", "{"):
+        (path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json"):
+            load(path)
+    path = copy("index")
+    for text in ("{", "{}", "[]", '{"weight_map": {"a": 1}}'):
+        (path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match="index.json is damaged"):
+            load(path)
+    path = copy("tokenizer")
+    (path / "tokenizer.json").write_text("{")
+    pytest.importorskip("tokenizers", reason="reads a tokenizer: pip install jaxq[hf]")
+    with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+        load(path)
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, got int8"):
+        load(EXAMPLES / "tiny_llama", dtype="int8")
+
+
+def test_a_failing_save_leaves_the_old_directory(tmp_path, monkeypatch):
+    model, _ = load(EXAMPLES / "tiny_llama")
+    save(tmp_path, model)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(tensors, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("jaxq.models._checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, model)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

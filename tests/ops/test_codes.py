@@ -213,3 +213,22 @@ def test_a_weight_can_say_how_its_partner_is_quantized(preset):
     plain = jax.grad(lambda x: jnp.sum(jnp.sin(jnp.arange(64.0)).reshape(4, 16) * (x @ qt)))(x)
     np.testing.assert_allclose(seen, plain, rtol=1e-6, atol=1e-6)
     assert x.astype("bfloat16").dtype == (x.astype("bfloat16") @ dynamic.astype("bfloat16")).dtype
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "most"),
+    [
+        ("fp8", "fp8", 6e6),
+        ("mxfp8", "mxfp8", 7e6),
+        ("mxint8", "mxint8", 6e6),
+        ("uint4", "int8", 8e6),
+        ("vsq4", "vsq4", 10e6),
+    ],
+)
+@pytest.mark.parametrize("m", [1, 128])
+def test_no_product_of_codes_widens_a_whole_operand(weight, activation, most, m):
+    # The float32 weight would take 67 MB, the partial sums of all groups up to 540 MB.
+    shape, presets = jax.ShapeDtypeStruct((4096, 4096), jnp.float32), jaxq.presets()
+    qt = jax.eval_shape(lambda w: jaxq.quantize(w, weight).with_activation(presets[activation]), shape)
+    program = compiled(lambda x, qt: x @ qt, jax.ShapeDtypeStruct((m, 4096), jnp.float32), qt)
+    assert program.memory_analysis().temp_size_in_bytes <= most

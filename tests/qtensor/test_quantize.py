@@ -676,3 +676,11 @@ def test_gradient_of_dequantize_by_its_scale(preset):
     if qt.zero_point is not None:
         units = units - np.asarray(qt.zero_point).T.astype(np.float32)
     np.testing.assert_allclose(jax.grad(loss)(qt.scale), (units * direction).sum(0)[:, None], rtol=1e-5, atol=1e-5)
+
+
+def test_dequantize_does_not_overflow_float32():
+    x = jnp.array([[3e38], [-3e38], [1e38], [0.0]])
+    for spec in ("int2", "int4", "uint4", QuantSpec("int2", symmetric=False)):
+        values = jaxq.dequantize(jaxq.quantize(x, spec))
+        assert jnp.isfinite(values).all()
+        assert values[3, 0] == 0
