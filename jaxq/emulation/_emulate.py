@@ -18,7 +18,7 @@ from jaxq.emulation._precision import Policy, Precision, carrier_of
 _EXACT = frozenset(
     [
         *["abs", "all_gather", "all_gather_invariant", "all_to_all", "argmax", "argmin", "bitcast_convert_type"],
-        *["broadcast_in_dim", "ceil", "clamp", "concatenate", "copy", "copy_p", "cummax", "cummin", "debug_callback"],
+        *["broadcast_in_dim", "ceil", "clamp", "concatenate", "copy", "cummax", "cummin", "debug_callback"],
         *["debug_print", "device_put", "dynamic_slice", "dynamic_update_slice", "eq", "eq_to", "floor", "gather", "ge"],
         *["gt", "is_finite", "le", "le_to", "lt", "lt_to", "max", "mesh_cast", "min", "ne", "neg", "nextafter"],
         *["optimization_barrier", "pad", "pbroadcast", "pcast", "pmax", "pmin", "ppermute", "pvary", "reduce_max"],
@@ -32,13 +32,13 @@ _WIDE_SUMS = frozenset(
     [
         *["cholesky", "cumlogsumexp", "cumprod", "eig", "eigh", "fft", "householder_product", "lu", "qr", "ragged_dot"],
         *["ragged_dot_general", "reduce", "reduce_prod", "reduce_window", "scaled_matmul", "scatter-add"],
-        *["scatter-mul", "scatter_add", "scatter_mul", "schur", "select_and_scatter_add", "svd", "triangular_solve"],
+        *["scatter-mul", "schur", "select_and_scatter_add", "svd", "triangular_solve"],
         *["tridiagonal", "tridiagonal_solve"],
     ]
 )
 # Primitives whose parameters hold a small function that is no call of user code.
 _NO_CALLS = frozenset(["argmax", "argmin", "reduce", "reduce_window", "sort"]) | {
-    f"scatter{kind}" for kind in ("", "-add", "-mul", "-sub", "_add", "_mul", "_max", "_min", "-max", "-min", "_sub")
+    f"scatter{kind}" for kind in ("", "-add", "-max", "-min", "-mul", "-sub")
 }
 
 

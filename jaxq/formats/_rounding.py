@@ -145,7 +145,7 @@ def shift_right(significand: jax.Array, shift: jax.Array, rounding: str, key: ja
 def random_bits(key: jax.Array | None, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
     """Uniform bit patterns: a hash of the key's words and each element's place, a few integer operations an element.
 
-    `jax.random.bits` takes 30 times as long on CPU, which is more than all of rounding. The hash is two rounds of
+    `jax.random.bits` would take longer on CPU than all of rounding. The hash is two rounds of
     Wellons' lowbias32 (hash prospector, 2018), one for each word drawn from `key`; an element's bits depend on its
     index alone, so sharded arrays get the same ones.
     """

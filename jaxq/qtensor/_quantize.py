@@ -264,7 +264,7 @@ def _quantize(
         centre = geometry.scale_to_blocks(_scales.load_from_dtype(offset))
     y = _scales.divide(blocks if centre is None else blocks.astype(jnp.float32) - centre, steps)
     if spec.scale_rule == "twn":
-        y = jnp.where(jnp.isnan(steps), steps, _scales.terns(blocks, geometry))
+        y = jnp.where(jnp.isnan(steps), steps, _scales.terns(blocks, found, geometry))
     if positive:
         y = jnp.where(blocks > 0, jnp.maximum(y, spec.fmt.smallest_positive), y)
     codes, zero_point = _encode(y, steps, found, spec, key)
