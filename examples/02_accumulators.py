@@ -63,9 +63,9 @@ for name, policy in ARITHMETICS.items():
     progress(f"{name}: one dot product")
     # Against the exact sum of the same rounded operands, so that only the accumulator counts.
     a, b = (np.asarray(policy.operands.round(jnp.asarray(v)), np.float64) for v in (x, w))
-    found = []
+    dot, found = jax.jit(jaxq.emulate(jnp.dot, policy)), []
     for n in lengths:
-        y = jax.jit(jaxq.emulate(jnp.dot, policy))(x[:, :n], w[:n])
+        y = dot(x * (np.arange(512) < n).astype(np.float32), w)  # zeros at the end change no sum
         exact = a[:, :n] @ b[:n]
         found.append(float(np.sqrt(np.mean((y - exact) ** 2) / np.mean(exact**2))))
     errors[name] = found
@@ -76,7 +76,8 @@ for name, policy in ARITHMETICS.items():
 print(f"\n{'matrix products in':32}  perplexity   KL (nats)   top-1")
 perplexities = {}
 plain = jax.jit(lambda batch: model(batch))
-for name, policy in {"float32": Policy(), **ARITHMETICS}.items():
+some = ("bf16, fp32 sum", "bf16, bf16 sum", "e4m3, bf16 sum") if args.fast else tuple(ARITHMETICS)
+for name, policy in {"float32": Policy(), **{name: ARITHMETICS[name] for name in some}}.items():
     progress(f"{name}: {len(tokens)} tokens")
     forward = jax.jit(jaxq.emulate(lambda batch: model(batch), Policy(primitives={"dot_general": policy})))
     result = jaxq.evaluation.compare(plain, forward, tokens)

@@ -2,8 +2,9 @@
 
 A file holds a tree (dicts, lists, tuples of arrays, numbers and QTensors) or a model (its parameters by path). Each
 leaf of a QTensor is a tensor of its own: `<path>.data`, `<path>.scale` (`<path>.scale.data` if that is quantized),
-`<path>.zero_point`, `<path>.offset`; spec, geometry and packing stand in the metadata, so a tree needs no template.
-Writing goes to a temporary file beside the target, which then takes its place: a crash leaves the old file whole.
+`<path>.zero_point`, `<path>.offset`, `<path>.codebook`; spec, geometry and packing stand in the metadata, so a tree
+needs no template. Writing goes to a temporary file beside the target, which then takes its place: a crash leaves the
+old file whole.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxq import formats
-from jaxq.qtensor import Geometry, Meta, QTensor, QuantSpec
+from jaxq.qtensor import LEAVES, Geometry, Meta, QTensor, QuantSpec
 
 __all__ = ["load", "save"]
 
 FORMAT_VERSION = 1
-_LEAVES = ("data", "scale", "zero_point", "offset")
 # Dtypes safetensors has no name for travel as bytes of their width, named in the metadata.
 _NATIVE = (
     "bool",
@@ -173,7 +173,7 @@ def _describe(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
 
 def _describe_qtensor(qt: QTensor, name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     meta = qt.meta
-    leaves = {leaf: getattr(qt, leaf) for leaf in _LEAVES}
+    leaves = {leaf: getattr(qt, leaf) for leaf in LEAVES}
     return {
         "is": "qtensor",
         "shape": list(qt.shape),
@@ -235,11 +235,12 @@ def _rebuild_qtensor(entry: dict[str, Any], name: str, tensors: dict[str, np.nda
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: {name or 'the value'} is not described as a QTensor: {error}.") from error
-    leaves: dict[str, Any] = {
-        leaf: None if described is None else _rebuild(described, f"{name}.{leaf}", tensors, used)
-        for leaf, described in entry["leaves"].items()
-    }
-    qt = QTensor(leaves["data"], leaves["scale"], leaves["zero_point"], leaves["offset"], meta)
+    described = [entry["leaves"][leaf] for leaf in LEAVES]
+    leaves: list[Any] = [
+        None if one is None else _rebuild(one, f"{name}.{leaf}", tensors, used)
+        for leaf, one in zip(LEAVES, described, strict=True)
+    ]
+    qt = QTensor.tree_unflatten(meta, leaves)
     try:
         problem = _shape_problem(qt, tuple(entry["shape"]))
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -251,21 +252,27 @@ def _rebuild_qtensor(entry: dict[str, Any], name: str, tensors: dict[str, np.nda
 
 def _shape_problem(qt: QTensor, shape: tuple[int, ...]) -> str | None:
     """None if every leaf has the shape and dtype its description implies, else what is wrong."""
-    geometry, bits, fmt = qt.meta.geometry, qt.spec.fmt.bits, qt.spec.fmt
+    geometry, fmt = qt.meta.geometry, qt.spec.fmt
     batch = shape[: len(shape) - len(geometry.shape)]
     if shape[len(batch) :] != geometry.shape:
         return f"shape {list(shape)} does not end in {list(geometry.shape)}"
     ndim = len(geometry.shape)
     if sorted(geometry.order) != list(range(-ndim, 0)) or not 0 <= geometry.num_contracted <= ndim:
         return f"order {list(geometry.order)} of {ndim} axes, {geometry.num_contracted} contracted, contradicts itself"
-    padded = geometry.padded_shape
-    row = padded[-1] if qt.meta.packing is formats.Packing.NONE else padded[-1] * bits // 8
+    if not geometry.follows(qt.spec.granularity):
+        return f"its spec says {qt.spec.granularity}, its geometry blocks of {list(geometry.block_shape)}"
+    if not jnp.issubdtype(jnp.dtype(qt.meta.dtype), jnp.floating):
+        return f"it dequantizes to {qt.meta.dtype}, which is no float"
     dtype = fmt.code_dtype if qt.meta.packing is formats.Packing.NONE else np.dtype(np.uint8)
-    wanted = {"data": ((*batch, *padded[:-1], row), dtype), "scale": ((*batch, *geometry.num_blocks), None)}
+    wanted = {"data": ((*batch, *qt.meta.stored_shape), dtype), "scale": ((*batch, *geometry.num_blocks), None)}
     if qt.spec.symmetric == (qt.zero_point is not None) or (qt.spec.offset is None) == (qt.offset is not None):
         return "its spec and its leaves disagree on zero point or offset"
+    if (qt.spec.scale_rule == "ttq") == (qt.codebook is None):
+        return "its spec and its leaves disagree on a codebook"
     if qt.zero_point is not None:
         wanted["zero_point"] = (wanted["scale"][0], fmt.code_dtype)
+    if qt.codebook is not None:
+        wanted["codebook"] = ((*wanted["scale"][0], fmt.codes().size), np.dtype(np.float32))
     if isinstance(qt.spec.scale, QuantSpec) != isinstance(qt.scale, QTensor):
         return "its spec and its scale disagree"
     if isinstance(qt.spec.scale, str):
@@ -288,6 +295,8 @@ def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         header = json.loads(metadata["jaxq"])
     except ValueError as error:
         raise ValueError(f"load: the metadata of {path} is damaged: {error}.") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"load: the metadata of {path} is damaged: a {type(header).__name__} instead of an object.")
     if header.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"load: {path} has format version {header.get('version')}; this jaxq reads version {FORMAT_VERSION}."

@@ -25,6 +25,12 @@ hypothesis.settings.register_profile("jaxq", deadline=None, derandomize=True, ma
 hypothesis.settings.load_profile("jaxq")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with heavy tests go first, so that no process is left alone with one at the end."""
+    heavy = {item.path for item in items if item.get_closest_marker("heavy")}
+    items.sort(key=lambda item: item.path not in heavy)
+
+
 @pytest.fixture
 def standard_promotion():
     """For code of others that promotes silently, as optax's Adam does; jaxq itself must not need it."""

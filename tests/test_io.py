@@ -54,16 +54,6 @@ def back(path, tree):
 # Trees.
 
 
-@pytest.mark.parametrize("preset", jaxq.presets())
-def test_every_preset_at_every_level(path, preset):
-    w = jax.random.normal(jax.random.key(0), (3, 100, 32))
-    qt = jaxq.quantize(w, preset, contracting=(-2,), batch=(0,))
-    got = back(path, {"w": qt})
-    same(got, {"w": qt})
-    assert got["w"].meta == qt.meta
-    assert str(got["w"]) == str(qt)
-
-
 @pytest.mark.parametrize("packing", ["low_first", "high_first", "none"])
 def test_packing_and_activation_come_back(path, packing):
     qt = jaxq.relayout(jaxq.quantize(jnp.eye(64, 4), "int4"), packing).with_activation("int8").astype(jnp.bfloat16)
@@ -422,6 +412,13 @@ def rewrite(path, change):
         (lambda h, t: h["structure"]["items"]["w"]["geometry"].update(num_contracted=0), "w is damaged: .*contradicts"),
         (lambda h, t: h["structure"]["items"]["w"]["geometry"].update(num_contracted=3), "w is damaged: .*contradicts"),
         (lambda h, t: h["structure"]["items"]["w"]["geometry"].update(order=[-2, -9]), "w is damaged: .*contradicts"),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["spec"]["granularity"].update(size=32),
+            "w is damaged: its spec says",
+        ),
+        (lambda h, t: h["structure"]["items"]["w"].update(dtype="int8"), "w is damaged: it dequantizes to int8"),
+        (lambda h, t: h["structure"]["items"]["w"].update(dtype="float33"), "w is damaged: .*float33"),
+        (lambda h, t: h["structure"]["items"]["w"].update(dtype=7), "w is damaged: .*"),
         (lambda h, t: h["structure"]["items"]["b"].update(dtype="float16"), "b is stored as float32 but should be"),
         (lambda h, t: h["structure"]["items"]["b"].update(dtype="float33"), "damaged"),
     ],
@@ -430,6 +427,13 @@ def test_damaged_metadata(path, change, message):
     jaxq.save(path, {"w": jaxq.quantize(jnp.eye(64, 4), "nf4"), "b": jnp.ones(2)})
     rewrite(path, change)
     with pytest.raises(ValueError, match=message):
+        jaxq.load(path)
+
+
+@pytest.mark.parametrize("header", ["[1]", '"abc"', "3", "null", "{", ""])
+def test_metadata_that_is_no_object(path, header):
+    save_file({"a": np.ones(2, np.float32)}, path, metadata={"format": "jaxq", "jaxq": header})
+    with pytest.raises(ValueError, match="load: the metadata of .* is damaged"):
         jaxq.load(path)
 
 

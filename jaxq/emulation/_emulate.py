@@ -14,17 +14,23 @@ from jax import lax
 from jaxq.emulation import _accumulate
 from jaxq.emulation._precision import Policy, Precision, carrier_of
 
+# What comes out is one of the numbers that went in: rounded before, it is rounded still.
+_MOVES = frozenset(
+    [
+        *["broadcast_in_dim", "clamp", "concatenate", "copy", "dynamic_slice", "dynamic_update_slice", "max", "min"],
+        *["optimization_barrier", "reduce_max", "reduce_min", "reshape", "rev", "select_n", "slice", "squeeze"],
+        *["stop_gradient", "transpose"],
+    ]
+)
 # Numbers are moved, compared or chosen, none is made: nothing to round.
-_EXACT = frozenset(
+_EXACT = _MOVES | frozenset(
     [
         *["abs", "all_gather", "all_gather_invariant", "all_to_all", "argmax", "argmin", "bitcast_convert_type"],
-        *["broadcast_in_dim", "ceil", "clamp", "concatenate", "copy", "cummax", "cummin", "debug_callback"],
-        *["debug_print", "device_put", "dynamic_slice", "dynamic_update_slice", "eq", "eq_to", "floor", "gather", "ge"],
-        *["gt", "is_finite", "le", "le_to", "lt", "lt_to", "max", "mesh_cast", "min", "ne", "neg", "nextafter"],
-        *["optimization_barrier", "pad", "pbroadcast", "pcast", "pmax", "pmin", "ppermute", "pvary", "reduce_max"],
-        *["reduce_min", "reduce_precision", "reduce_window_max", "reduce_window_min", "reshape", "reshard", "rev"],
-        *["round", "scatter", "select_and_gather_add", "select_n", "sharding_constraint", "sign", "slice", "sort"],
-        *["split", "squeeze", "stop_gradient", "tile", "top_k", "transpose"],
+        *["ceil", "cummax", "cummin", "debug_callback", "debug_print", "device_put", "eq", "eq_to", "floor", "gather"],
+        *["ge", "gt", "is_finite", "le", "le_to", "lt", "lt_to", "mesh_cast", "ne", "neg", "nextafter", "pad"],
+        *["pbroadcast", "pcast", "pmax", "pmin", "ppermute", "pvary", "reduce_precision", "reduce_window_max"],
+        *["reduce_window_min", "reshard", "round", "scatter", "select_and_gather_add", "sharding_constraint", "sign"],
+        *["sort", "split", "tile", "top_k"],
     ]
 )
 # Sums, and algorithms made of sums, that a narrow accumulator is not written for.
@@ -100,21 +106,35 @@ def _check(policy: Any, name: str) -> None:
 
 
 def _run(closed: Any, args: Sequence, policy: Policy) -> list:
-    """Evaluates a closed jaxpr, one equation after the other."""
+    """Evaluates a closed jaxpr, one equation after the other; what a result was rounded to, no operand is again."""
     jaxpr = closed.jaxpr
+    rounded: dict[Any, Precision] = {}
     values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
+        known = [None if isinstance(atom, jex.core.Literal) else rounded.get(atom) for atom in equation.invars]
         with equation.ctx.manager:
-            outs = _equation(equation, [read(atom) for atom in equation.invars], policy)
+            outs = _equation(equation, [read(atom) for atom in equation.invars], policy, known)
         values.update(zip(equation.outvars, outs, strict=True))
+        if found := _rounded_to(equation, policy, known):
+            rounded.update((v, found) for v in equation.outvars if v.aval.dtype in (jnp.float32, jnp.float64))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _equation(equation: Any, args: list, policy: Policy) -> Sequence:
+def _rounded_to(equation: Any, policy: Policy, known: list[Precision | None]) -> Precision | None:
+    """What every result of an equation is rounded to, from what is `known` of its operands; None: nothing sure."""
+    name = equation.primitive.name
+    if name in _MOVES:
+        floats = [p for p, v in zip(known, equation.invars, strict=True) if carrier_of(v.aval.dtype) is not None]
+        first = floats[0] if floats else None
+        return first if first is not None and all(first.is_surely(p) for p in floats) else None
+    return None if name in _EXACT or name in _CALLS else policy.of(name).result
+
+
+def _equation(equation: Any, args: list, policy: Policy, known: list[Precision | None]) -> Sequence:
     name = equation.primitive.name
     if name in _CALLS:
         return _CALLS[name](equation, args, policy)
@@ -130,7 +150,8 @@ def _equation(equation: Any, args: list, policy: Policy) -> Sequence:
         return _bind(equation, args)
     policy = policy.of(name)
     if policy.operands is not None:
-        args = [policy.operands.round(a) for a in map(jnp.asarray, args)]
+        pairs = zip(map(jnp.asarray, args), known, strict=True)
+        args = [a if policy.operands.is_surely(p) else policy.operands.round(a) for a, p in pairs]
     outs = _sum(equation, args, policy) if name in _accumulate.SUMS else None
     if outs is None:
         if name in _WIDE_SUMS and _is_narrow(policy, avals):

@@ -81,6 +81,11 @@ class Precision:
             return cls(fmt.exponent_bits, fmt.mantissa_bits, fmt.bias)
         return cls(fmt.exponent_bits, fmt.mantissa_bits, fmt.bias, fmt.max, "saturate")
 
+    def is_surely(self, other: Precision | None) -> bool:
+        """Whether `other` is this precision; False where a number of either is not known yet."""
+        both = jax.tree.leaves((self, other))
+        return other is not None and all(isinstance(n, int | float) for n in both) and self == other
+
     def changes(self, dtype: Any) -> bool:
         """Whether rounding to this precision can change a number of `dtype`; True where that is not known yet."""
         if not all(_is_int(n) for n in (self.exponent_bits, self.mantissa_bits, self._bias)):

@@ -4,7 +4,7 @@ A format is a finite set of numbers with a code for each: integers, floating poi
 nothing of scales, axes or storage. `get` finds one by name; `names` lists them.
 """
 
-from jaxq.formats._codebook import CodebookFormat, dynamic_map, normal_float, powers_of_two
+from jaxq.formats._codebook import CodebookFormat, decode_by_table, dynamic_map, normal_float, powers_of_two
 from jaxq.formats._float import DoubleFormat, ExponentFormat, FloatFormat
 from jaxq.formats._format import Format
 from jaxq.formats._integer import FixedPointFormat, IntegerFormat, SignMagnitudeFormat
@@ -36,6 +36,7 @@ __all__ = [
     "as_signed",
     "check_rounding",
     "codes_per_pack",
+    "decode_by_table",
     "default_packing",
     "dynamic_map",
     "field",

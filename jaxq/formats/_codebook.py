@@ -15,6 +15,8 @@ from jaxq.formats._rounding import check_rounding, random_uniform
 
 # Up to this many entries a sum of comparisons beats a search on every platform: it is one fused elementwise pass.
 _MOST_COMPARISONS = 32
+# Up to this many entries a chain of selects beats a gather, and so does its gradient, sums that need no scatter.
+_MOST_SELECTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,30 @@ class CodebookFormat(Format):
 
     def decode(self, codes: jax.Array) -> jax.Array:
         return jnp.take(jnp.asarray(self.table, jnp.float32), codes.astype(jnp.int32), mode="clip")
+
+
+def decode_by_table(fmt: Format, codebook: jax.Array, codes: jax.Array) -> jax.Array:
+    """The numbers of `codes` by a table found for one array, which stands in for the format's own numbers.
+
+    Args:
+      fmt: format of the codes. Of a signed integer format, code 0 stays the number 0 whatever the table says, so that
+        the zeros of ternary weights are no parameter.
+      codebook: float32 `[..., num_codes]`, by ascending code; leading axes broadcast against `codes`.
+      codes: any shape.
+
+    Returns:
+      float32, the shape of `codes`; differentiable with respect to `codebook`.
+    """
+    first = int(fmt.min) if fmt.kind == "integer" else 0
+    index = codes.astype(jnp.int32) - first
+    size = codebook.shape[-1]
+    if size <= _MOST_SELECTS:
+        numbers = jnp.broadcast_to(codebook[..., 0], jnp.broadcast_shapes(codebook.shape[:-1], codes.shape))
+        for i in range(1, size):
+            numbers = jnp.where(index == i, codebook[..., i], numbers)
+    else:
+        numbers = jnp.take_along_axis(codebook, index[..., None], axis=-1, mode="clip")[..., 0]
+    return jnp.where(codes == 0, 0.0, numbers) if first < 0 else numbers
 
 
 def _rank(x: jax.Array, edges: np.ndarray) -> jax.Array:

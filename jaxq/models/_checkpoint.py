@@ -214,13 +214,22 @@ def _tensor_files(path: Path) -> dict[str, str]:
 
 
 def _headers(path: Path, files: Mapping[str, str]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of all tensors that are really there, from the files' headers."""
-    headers = {}
+    """Shape and dtype of all tensors that are really there, from the files' headers.
+
+    Raises:
+        ValueError: a tensor is not in the file the index names, or in two files.
+    """
+    headers, places = {}, {}
     for shard in sorted(set(files.values())):
         with _open(path / shard) as file:
             for name in file.keys():  # noqa: SIM118
+                if name in places:
+                    raise ValueError(f"jaxq.models.load: {path}: {name} is both in {places[name]} and in {shard}.")
                 view = file.get_slice(name)
-                headers[name] = (tuple(view.get_shape()), view.get_dtype())
+                headers[name], places[name] = (tuple(view.get_shape()), view.get_dtype()), shard
+    lost = [f"{name} is not in {shard}" for name, shard in sorted(files.items()) if places.get(name) != shard]
+    if lost:
+        raise ValueError(f"jaxq.models.load: {path / _INDEX} is damaged: {', '.join(lost)}.")
     return headers
 
 

@@ -163,9 +163,8 @@ def einsum(
     out_sharding: Any = None,
 ) -> jax.Array:
     """The `einsum_op` hook of Einsum."""
-    del precision  # about float32 products; those of codes are exact
     _no_out_sharding(out_sharding)
-    return ops.einsum(subscripts, *operands, preferred_element_type=preferred_element_type)
+    return ops.einsum(subscripts, *operands, precision=precision, preferred_element_type=preferred_element_type)
 
 
 def conv_general_dilated(

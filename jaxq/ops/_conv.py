@@ -124,7 +124,7 @@ def why_not_codes(x: QTensor, kernel: QTensor, batch: int, channel: int) -> str 
     """None if the codes of `x` and `kernel` can be convolved as integers, else the reason."""
     for what, qt, kept in (("input", x, batch), ("kernel", kernel, channel)):
         geometry = qt.meta.geometry
-        if qt.spec.fmt.kind != "integer" or qt.zero_point is not None or qt.offset is not None:
+        if qt.spec.fmt.kind != "integer" or any(v is not None for v in (qt.zero_point, qt.offset, qt.codebook)):
             return f"the {what} is not in symmetric integers: {qt!r}"
         if qt.batch_shape or geometry.flat or geometry.num_blocks[-1] != 1:
             return f"the {what} has several scales for one output: {qt!r}"

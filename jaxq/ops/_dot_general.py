@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.ops._integer import codes_matmul
-from jaxq.ops._plan import DimensionNumbers, Plan, batch_first, make_plan
+from jaxq.ops._plan import DimensionNumbers, Plan, batch_first, make_plan, result_dtype
 from jaxq.ops._rows import rows_of
 from jaxq.ops._weight_only import transposed_matmul, weight_only_matmul
 from jaxq.qtensor import QTensor, dequantize, quantize
@@ -48,7 +48,7 @@ def dot_general(
       Array of batch axes, then free axes of lhs, then free axes of rhs.
 
     Raises:
-      TypeError: sizes of contracted or batch axes differ, or axes repeat; integers meet a QTensor.
+      TypeError: sizes of contracted or batch axes differ, or axes repeat; integers or float64 meet a QTensor.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -242,18 +242,17 @@ def _sort_last(y: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 
 def _result_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
-    """`preferred`, or what the operands' dtypes promote to; whole numbers in int32 and float8 in float32 at least."""
+    """`preferred` if it can be had, else `result_dtype`."""
     quantized = isinstance(lhs, QTensor) or isinstance(rhs, QTensor)
     if preferred is not None:
         dtype = jnp.dtype(preferred)
-        if quantized and not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"dot_general: scales make floats; preferred_element_type must be one, got {dtype}.")
+        if quantized and (not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4):
+            raise TypeError(
+                f"dot_general: products with scales are float32 sums; preferred_element_type must be float32 or a "
+                f"narrower float, got {dtype}."
+            )
         return dtype
-    a, b = jnp.dtype(lhs.dtype), jnp.dtype(rhs.dtype)
-    dtype = a if a == b else jnp.promote_types(a, b)
-    if jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4:
-        return jnp.dtype(jnp.int32)
-    return jnp.dtype(jnp.float32) if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 2 else dtype
+    return result_dtype(lhs, rhs)
 
 
 def _as_tuples(dims: DimensionNumbers) -> DimensionNumbers:
@@ -292,4 +291,9 @@ def _check_floats(lhs: Any, rhs: Any) -> None:
             raise TypeError(
                 f"dot_general: {x.dtype.name}{list(x.shape)} meets {other!r}. "
                 "Pass floats, or quantize this operand as well."
+            )
+        if isinstance(other, QTensor) and x.dtype == jnp.float64:
+            raise TypeError(
+                f"dot_general: {x.dtype.name}{list(x.shape)} meets {other!r}, and products with it are float32 sums. "
+                "Pass x.astype(jnp.float32)."
             )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxq.ops._dot_general import Operand, align_matmul, as_operand, dot_general
+from jaxq.ops._plan import accumulate_dtype, result_dtype
 from jaxq.qtensor import QTensor
 
 
@@ -42,13 +42,14 @@ def matmul(a: Operand, b: Operand, *, preferred_element_type: Any = None) -> jax
     return jnp.moveaxis(y, range(first_b, first_b + extra_b), range(extra_b))
 
 
-def einsum(subscripts: str, *operands: Operand, preferred_element_type: Any = None) -> jax.Array:
+def einsum(subscripts: str, *operands: Operand, precision: Any = None, preferred_element_type: Any = None) -> jax.Array:
     """`jnp.einsum` of two operands, where either may be a QTensor; accumulates in int32 or float32.
 
     Args:
       subscripts: like "bk,kn->bn"; one ellipsis for leading axes of the operand that is not quantized. An index must
         not repeat within an operand, nor be summed in one operand alone.
       *operands: two arrays or QTensors.
+      precision: passed on where all operands are arrays.
       preferred_element_type: dtype of the result; None takes what the operands' dtypes promote to.
 
     Raises:
@@ -63,15 +64,9 @@ def einsum(subscripts: str, *operands: Operand, preferred_element_type: Any = No
     """
     if not any(isinstance(v, QTensor) for v in operands):
         arrays = [jnp.asarray(v) for v in operands]
-        promoted = functools.reduce(jnp.promote_types, (v.dtype for v in arrays[1:]), arrays[0].dtype)
-        narrow = jnp.dtype(promoted).itemsize
-        if jnp.issubdtype(promoted, jnp.integer) and narrow < 4:
-            wide = jnp.dtype(jnp.int32)
-        else:
-            wide = jnp.dtype(jnp.float32) if jnp.issubdtype(promoted, jnp.floating) and narrow < 4 else promoted
-        keeps = jnp.issubdtype(promoted, jnp.floating) and narrow > 1
-        dtype = preferred_element_type or (promoted if keeps else wide)
-        return jnp.einsum(subscripts, *arrays, preferred_element_type=wide).astype(dtype)
+        wide = accumulate_dtype(*arrays)
+        y = jnp.einsum(subscripts, *arrays, precision=precision, preferred_element_type=wide)
+        return y.astype(preferred_element_type or result_dtype(*arrays))
     if len(operands) != 2:
         raise ValueError(f"einsum: QTensors multiply two at a time, got {len(operands)} operands in {subscripts!r}.")
     a, b = (as_operand(v) for v in operands)

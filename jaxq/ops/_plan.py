@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxq.ops._integer import is_native_float, largest_exact_length
 from jaxq.ops._rows import rows_of, why_not_rows
@@ -44,7 +46,7 @@ def make_plan(lhs: Any, rhs: Any, dims: DimensionNumbers) -> Plan:
     """The plan for `lax.dot_general(lhs, rhs, dims)` with a QTensor on either side, both, or none."""
     left, right = isinstance(lhs, QTensor), isinstance(rhs, QTensor)
     if not left and not right:
-        return Plan("dense", _dense_accumulate(lhs, rhs), False, "no operand is quantized")
+        return Plan("dense", accumulate_dtype(lhs, rhs).name, False, "no operand is quantized")
     if left and right:
         return _plan_both(lhs, rhs, dims)
     qt, (contracted, batch), swapped = (rhs, (dims[0][1], dims[1][1]), False) if right else (
@@ -125,6 +127,8 @@ def _why_not_codes(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> str | 
             return f"axes {sorted(order)} of {qt!r} are contracted, not those its scales are shared along"
         if qt.offset is not None:
             return f"{qt!r} has a real offset"
+        if qt.codebook is not None:
+            return f"codes of {qt!r} stand for numbers of its own"
     ints = [qt.spec.fmt.kind == "integer" for qt in (lhs, rhs)]
     floats = [is_native_float(qt.spec.fmt) for qt in (lhs, rhs)]
     if not (all(ints) or all(floats)):
@@ -164,10 +168,19 @@ def _floats_like(qt: QTensor) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(qt.shape, qt.dtype)
 
 
-def _dense_accumulate(lhs: Any, rhs: Any) -> str:
-    dtype = jnp.promote_types(lhs.dtype, rhs.dtype) if lhs.dtype != rhs.dtype else jnp.dtype(lhs.dtype)
-    if jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4:
-        return "int32"
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return dtype.name
-    return "float32" if jnp.finfo(dtype).bits <= 32 else dtype.name
+def accumulate_dtype(*operands: Any) -> np.dtype:
+    """What sums of products of these operands are kept in: at least int32 or float32."""
+    dtype = _promoted(operands)
+    narrow = jnp.dtype(jnp.int32 if jnp.issubdtype(dtype, jnp.integer) else jnp.float32)
+    return dtype if dtype.itemsize >= 4 or dtype == jnp.bool else narrow
+
+
+def result_dtype(*operands: Any) -> np.dtype:
+    """What those sums are given back in if nobody says: what the operands promote to, if it has at least 16 bits."""
+    dtype = _promoted(operands)
+    return dtype if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2 else accumulate_dtype(*operands)
+
+
+def _promoted(operands: Sequence[Any]) -> np.dtype:
+    dtypes = [jnp.dtype(v.dtype) for v in operands]
+    return functools.reduce(lambda a, b: a if a == b else jnp.promote_types(a, b), dtypes)

@@ -45,12 +45,14 @@ class Rows(NamedTuple):
       scale: float32 `[n, g]`, or `[1, g]` where all rows share it; g groups of `padded_k / g` codes.
       zero_point: like scale in the code dtype, or None.
       offset: float32 like scale, or None.
+      codebook: float32 `[n or 1, g, num_codes]`, or None.
     """
 
     data: jax.Array
     scale: jax.Array
     zero_point: jax.Array | None
     offset: jax.Array | None
+    codebook: jax.Array | None
 
 
 def rows_of(qt: QTensor) -> tuple[Rows, RowMeta]:
@@ -82,7 +84,10 @@ def rows_of(qt: QTensor) -> tuple[Rows, RowMeta]:
     scale = spread(scale_values(qt))
     zero_point = None if qt.zero_point is None else spread(qt.zero_point)
     offset = None if qt.offset is None else spread(qt.offset.astype(jnp.float32))
-    return Rows(data, scale, zero_point, offset), RowMeta(spec.fmt, qt.meta.packing, meta_unit, k, padded_k)
+    codebook = None
+    if qt.codebook is not None:
+        codebook = jnp.stack([spread(qt.codebook[..., i]) for i in range(qt.codebook.shape[-1])], axis=-1)
+    return Rows(data, scale, zero_point, offset, codebook), RowMeta(spec.fmt, qt.meta.packing, meta_unit, k, padded_k)
 
 
 def _kept_rows(data: jax.Array, kept_sizes: tuple[int, ...], num_rows: int) -> jax.Array:
@@ -138,6 +143,8 @@ def decode_field(rows: Rows, meta: RowMeta, index: int, *, scaled: bool = True) 
     codes = codes_of_field(rows, meta, groups, index).reshape(n, groups, -1)
     if rows.zero_point is not None:
         values = (codes.astype(jnp.int16) - rows.zero_point[..., None].astype(jnp.int16)).astype(jnp.float32)
+    elif rows.codebook is not None:
+        values = formats.decode_by_table(meta.fmt, rows.codebook[:, :, None], codes)
     else:
         values = meta.fmt.decode(codes)
     if scaled:

@@ -61,6 +61,7 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
         rows(scale_values(table)),  # pyright: ignore[reportArgumentType]
         rows(table.zero_point),
         rows(table.offset),
+        rows(table.codebook),
         dataclasses.replace(table.meta, geometry=one_row, spec=spec),
     )
     inside = (row >= 0) & (row < n)

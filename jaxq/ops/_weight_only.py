@@ -115,12 +115,13 @@ transposed_matmul.defvjp(_transposed_forward, _transposed_backward)
 
 
 def _rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Rows:
-    """Cotangents of scale and offset for `y = x @ decode(rows).T`; none for codes and zero points (float0)."""
+    """Cotangents of scale, offset and codebook for `y = x @ decode(rows).T`; none (float0) for the others."""
     groups, n = rows.scale.shape[-1], rows.data.shape[0]
-    floats = {"scale": rows.scale} | ({} if rows.offset is None else {"offset": rows.offset})
+    leaves = {"scale": rows.scale, "offset": rows.offset, "codebook": rows.codebook}
+    floats = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     parts = split_fields(x.astype(jnp.float32), meta, groups)
     count = block_rows(meta, n)
-    shared = rows.scale.shape[0] == 1 != n
+    shared = rows.scale.shape[0] == 1 != n  # and so are the others
 
     def add(totals: dict, start: jax.Array, taken: Rows, fresh: jax.Array) -> dict:
         dy_part = lax.dynamic_slice_in_dim(dy, start, count, axis=1)  # [m, r]
@@ -145,7 +146,7 @@ def _rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Ro
         zeros = for_blocks(rows, meta, add, zeros, tell_fresh=True)
     none = None if rows.zero_point is None else np.zeros(rows.zero_point.shape, dtypes.float0)
     data = np.zeros(rows.data.shape, dtypes.float0)
-    return Rows(data, zeros["scale"], none, zeros.get("offset"))  # pyright: ignore[reportArgumentType]
+    return Rows(data, zeros["scale"], none, zeros.get("offset"), zeros.get("codebook"))  # pyright: ignore[reportArgumentType]
 
 
 def _dot(a: jax.Array, b: jax.Array, contracting: tuple[int, int]) -> jax.Array:

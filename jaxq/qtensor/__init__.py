@@ -15,7 +15,7 @@ from jaxq.qtensor._granularity import (
     PerToken,
 )
 from jaxq.qtensor._presets import as_spec, presets
-from jaxq.qtensor._qtensor import Meta, QTensor, relayout
+from jaxq.qtensor._qtensor import LEAVES, Meta, QTensor, relayout
 from jaxq.qtensor._quantize import (
     ON_NONFINITE,
     decode_blocks,
@@ -28,6 +28,7 @@ from jaxq.qtensor._quantize import (
 from jaxq.qtensor._spec import QuantSpec
 
 __all__ = [
+    "LEAVES",
     "ON_NONFINITE",
     "Geometry",
     "Granularity",

@@ -176,6 +176,22 @@ class Geometry:
             out = out[..., None, None] * along[:, None]
         return out
 
+    def follows(self, granularity: Granularity) -> bool:
+        """True where the blocks are those of `granularity`, wherever transposes and reshapes have moved the axes."""
+        if isinstance(granularity, PerBlock):
+            return not self.flat and {b for b in self.block_shape if b and b > 1} <= set(granularity.shape)
+        free = {"axis": None, "pad": True}
+        names = {field.name for field in dataclasses.fields(granularity)}
+        granularity = dataclasses.replace(granularity, **{k: v for k, v in free.items() if k in names})
+        wanted = resolve(self.shape, granularity, self.contracted, (), caller="follows", what="", multiple=1)
+
+        def blocks(geometry: Geometry) -> tuple:
+            rows = zip(geometry.kept, geometry.block_shape, strict=False)  # an axis of size 1 is as good as whole
+            kept = {} if geometry.flat else {a: b for a, b in rows if self.shape[a] != 1}
+            return geometry.flat, kept, geometry.block_shape[-1]
+
+        return blocks(self) == blocks(wanted)
+
     @property
     def _block_pairs(self) -> tuple[tuple[int, int], ...]:
         """(number of blocks, block size) of each view axis."""

@@ -41,6 +41,7 @@ _PRESETS: dict[str, QuantSpec] = {
     "nf4_dq": _group("nf4", 64, QuantSpec("udynamic8", PerFlat(256))),
     "nvfp4": _group("float4_e2m1fn", 16, QuantSpec("float8_e4m3fn", PerTensor())),
     "ternary": QuantSpec("ternary", PerChannel(), scale_rule="absmean"),
+    "ttq": QuantSpec("ternary", PerTensor(), scale_rule="ttq"),
     "uint4": _group("uint4", 128, "bfloat16", symmetric=False),
     "uint8": QuantSpec("uint8", PerChannel(), symmetric=False),
     "vsq4": _group("int4", 16, QuantSpec("uint4", PerChannel())),

@@ -18,6 +18,8 @@ from jaxq.qtensor._spec import QuantSpec
 
 # Axes of one shape beside those of another that hold the same numbers.
 _Groups = list[tuple[tuple[int, ...], tuple[int, ...]]]
+# The arrays of a QTensor, in the order of its constructor.
+LEAVES = ("data", "scale", "zero_point", "offset", "codebook")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,13 @@ class Meta:
     packing: formats.Packing
     dtype: str
     activation: QuantSpec | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of `data` behind its batch axes."""
+        *rows, last = self.geometry.padded_shape
+        packed = self.packing is not formats.Packing.NONE
+        return (*rows, last * self.spec.fmt.bits // 8 if packed else last)
 
     @property
     def pack_unit(self) -> int | None:
@@ -61,6 +70,8 @@ class QTensor:
       scale: array or QTensor, `[*batch, *num_blocks]`.
       zero_point: integer array like `scale`, or None.
       offset: float array like `scale` (one number where it is a mean), or None.
+      codebook: float32 `[*batch, *num_blocks, num_codes]`, what the codes stand for where this array has numbers of its
+        own (in units of the scale); None where they are the format's.
       meta: static facts: spec, geometry, packing, dtype.
     """
 
@@ -68,6 +79,7 @@ class QTensor:
     scale: jax.Array | QTensor
     zero_point: jax.Array | None
     offset: jax.Array | None
+    codebook: jax.Array | None
     meta: Meta
 
     # numpy must not take over `array @ qt`, and nothing may convert a QTensor to an array unasked.
@@ -75,13 +87,11 @@ class QTensor:
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
-        leaves = [(key(name), getattr(self, name)) for name in ("data", "scale", "zero_point", "offset")]
-        return leaves, self.meta
+        return [(key(name), getattr(self, name)) for name in LEAVES], self.meta
 
     @classmethod
     def tree_unflatten(cls, meta: Meta, leaves) -> QTensor:
-        data, scale, zero_point, offset = leaves
-        return cls(data, scale, zero_point, offset, meta)
+        return cls(**dict(zip(LEAVES, leaves, strict=True)), meta=meta)
 
     # What it looks like from outside.
 
@@ -91,8 +101,20 @@ class QTensor:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Sizes of the leading batch axes, read off the leaves."""
-        return tuple(self.data.shape[: len(self.data.shape) - len(self.meta.geometry.storage_shape)])
+        """Sizes of the leading batch axes, read off the leaves.
+
+        Raises:
+          ValueError: the leaves are not those of the geometry, as after `vmap` or `scan` over an axis of a stack that
+            is not its first (of a stack of as many arrays as one has rows, nothing tells).
+        """
+        shape, stored = tuple(self.data.shape), self.meta.stored_shape
+        batch = shape[: len(shape) - len(stored)]
+        if shape != batch + stored:
+            raise ValueError(
+                f"QTensor: codes {list(shape)} do not end in {list(stored)}, as those of an array "
+                f"{list(self.meta.geometry.shape)} do. Only leading batch axes may be mapped over: use in_axes=0."
+            )
+        return batch
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -127,7 +149,7 @@ class QTensor:
 
     def stored_codes(self) -> jax.Array:
         """The codes, unpacked, in storage order and with their padding: `[*batch, *padded]`."""
-        fmt = self.spec.fmt
+        _, fmt = self.batch_shape, self.spec.fmt  # raises where the leaves are not those of the geometry
         patterns = formats.unpack(self.data, fmt.bits, self.meta.packing, unit=self.meta.pack_unit)
         if fmt.code_dtype == np.int8:
             return formats.as_signed(patterns, fmt.bits)
@@ -252,7 +274,7 @@ class QTensor:
         spec = self.spec
         try:
             bits = f"{self.bits_per_element:.4g} bits"
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, ValueError):
             bits = f"leaves={type(self.data).__name__}"
         size = "x".join(map(str, self._shown_shape()))
         parts = [f"{spec.fmt.name}[{size}]", f"{type(spec.granularity).__name__}{self._blocks()}"]
@@ -270,7 +292,7 @@ class QTensor:
     def _shown_shape(self) -> tuple[Any, ...]:
         try:
             return self.shape
-        except (AttributeError, TypeError):  # a tree whose leaves are not arrays, as some transforms make
+        except (AttributeError, TypeError, ValueError):  # leaves that are not arrays or not its own, as transforms make
             return "...", *self.meta.geometry.shape
 
     def _blocks(self) -> str:
@@ -282,8 +304,7 @@ class QTensor:
     def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
         from treescope import repr_lib
 
-        names = ("data", "scale", "zero_point", "offset")
-        leaves = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        leaves = {name: getattr(self, name) for name in LEAVES if getattr(self, name) is not None}
         attributes = {"shape": self._shown_shape(), "dtype": self.meta.dtype, "spec": self.spec} | leaves
         return repr_lib.render_object_constructor(
             object_type=type(self), attributes=attributes, path=path, subtree_renderer=subtree_renderer
@@ -329,11 +350,14 @@ def relayout(qt: QTensor, packing: formats.Packing | str) -> QTensor:
         )
     zero_point = None if qt.zero_point is None else _pad_last(qt.zero_point, blocks)
     offset = _pad_last(qt.offset, blocks) if qt.offset is not None and qt.spec.offset == "min" else qt.offset
-    return dataclasses.replace(changed, scale=_pad_last(qt.scale, blocks), zero_point=zero_point, offset=offset)
+    codebook = None if qt.codebook is None else _pad_last(qt.codebook, blocks, axis=-2)
+    scale = _pad_last(qt.scale, blocks)
+    return dataclasses.replace(changed, scale=scale, zero_point=zero_point, offset=offset, codebook=codebook)
 
 
-def _pad_last(leaf: jax.Array, size: int, value: int = 0) -> jax.Array:
-    widths = [(0, 0)] * (leaf.ndim - 1) + [(0, size - leaf.shape[-1])]
+def _pad_last(leaf: jax.Array, size: int, value: int = 0, axis: int = -1) -> jax.Array:
+    widths = [(0, 0)] * leaf.ndim
+    widths[axis] = (0, size - leaf.shape[axis])
     return jnp.pad(leaf, widths, constant_values=np.asarray(value, leaf.dtype))
 
 
@@ -418,5 +442,6 @@ def _regroup(qt: QTensor, groups: _Groups, sizes: tuple[int, ...]) -> QTensor | 
     offset = qt.offset
     if offset is not None:  # a mean is one number
         offset = offset.reshape(*batch, *(num_blocks if qt.spec.offset == "min" else (1,) * len(num_blocks)))
+    codebook = None if qt.codebook is None else qt.codebook.reshape(*batch, *num_blocks, qt.codebook.shape[-1])
     data = qt.data.reshape(*batch, *changed.padded_shape[:-1], qt.data.shape[-1])
-    return QTensor(data, scale, zero_point, offset, dataclasses.replace(qt.meta, geometry=changed))
+    return QTensor(data, scale, zero_point, offset, codebook, dataclasses.replace(qt.meta, geometry=changed))

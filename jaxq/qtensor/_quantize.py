@@ -158,6 +158,9 @@ def decode_blocks(qt: QTensor, blocks: jax.Array) -> jax.Array:
     if qt.zero_point is not None:
         zero = geometry.scale_to_blocks(qt.zero_point)
         values = (blocks.astype(jnp.int32) - zero.astype(jnp.int32)).astype(jnp.float32) * scale
+    elif qt.codebook is not None:
+        tables = [geometry.scale_to_blocks(qt.codebook[..., i]) for i in range(qt.codebook.shape[-1])]
+        values = formats.decode_by_table(qt.spec.fmt, jnp.stack(tables, axis=-1), blocks) * scale
     else:
         values = qt.spec.fmt.decode(blocks) * scale
     if qt.offset is not None:
@@ -263,8 +266,11 @@ def _quantize(
         offset = _scales.store_in_dtype(geometry.scale_from_blocks(found.low), dtype, signed=True)
         centre = geometry.scale_to_blocks(_scales.load_from_dtype(offset))
     y = _scales.divide(blocks if centre is None else blocks.astype(jnp.float32) - centre, steps)
-    if spec.scale_rule == "twn":
-        y = jnp.where(jnp.isnan(steps), steps, _scales.terns(blocks, found, geometry))
+    codebook = None
+    if spec.scale_rule in ("ttq", "twn"):
+        signs = _scales.terns(blocks, found, spec.scale_rule, geometry)
+        codebook = _scales.ternary_codebook(y, signs, geometry) if spec.scale_rule == "ttq" else None
+        y = jnp.where(jnp.isnan(steps), steps, signs)
     if positive:
         y = jnp.where(blocks > 0, jnp.maximum(y, spec.fmt.smallest_positive), y)
     codes, zero_point = _encode(y, steps, found, spec, key)
@@ -275,7 +281,7 @@ def _quantize(
     k_axis = geometry.k_position - len(geometry.block_shape)
     # Packed first and moved into place as bytes: less to transpose.
     data = geometry.to_storage(formats.pack(codes, spec.fmt.bits, spec.order, unit=meta.pack_unit, axis=k_axis))
-    return QTensor(data, stored, zero_point, offset, meta)
+    return QTensor(data, stored, zero_point, offset, codebook, meta)
 
 
 def _quantize_scale(ideal: jax.Array, spec: QuantSpec, geometry: Geometry) -> QTensor:

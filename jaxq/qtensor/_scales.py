@@ -86,8 +86,10 @@ def scale_of(blocks: jax.Array, found: Extremes, spec: QuantSpec, geometry: Geom
         scale = magnitude * np.float32(1 / fmt.max)
     elif rule == "absmean":
         scale = _mean_magnitude(blocks, shrink, geometry) * grow
+    elif rule == "ttq":
+        scale = magnitude
     elif rule == "twn":
-        kept = jnp.abs(terns(blocks, found, geometry))
+        kept = jnp.abs(terns(blocks, found, rule, geometry))
         sizes = jnp.sum(jnp.abs(blocks.astype(jnp.float32)) * kept * shrink, axis=geometry.block_axes, keepdims=True)
         scale = sizes / jnp.maximum(jnp.sum(kept, axis=geometry.block_axes, keepdims=True), 1.0) * grow
     elif rule == "signed_extreme":
@@ -98,12 +100,39 @@ def scale_of(blocks: jax.Array, found: Extremes, spec: QuantSpec, geometry: Geom
     return jnp.where(found.finite, scale, np.float32(np.nan))
 
 
-def terns(blocks: jax.Array, found: Extremes, geometry: Geometry) -> jax.Array:
-    """The signs of what exceeds 0.7 of its block's mean magnitude, 0 elsewhere; float32 (Li et al., 2016)."""
+def terns(blocks: jax.Array, found: Extremes, rule: str, geometry: Geometry) -> jax.Array:
+    """The signs of what exceeds its block's threshold, 0 elsewhere; float32.
+
+    "twn": 0.7 of the mean magnitude (Li et al., 2016). "ttq": 0.05 of the largest (Zhu et al., 2017).
+    """
     shrink = jnp.where(found.magnitude > _HUGE, 1 / _HUGE, np.float32(1))
-    threshold = np.float32(0.7) * _mean_magnitude(blocks, shrink, geometry)
+    if rule == "twn":
+        threshold = np.float32(0.7) * _mean_magnitude(blocks, shrink, geometry)
+    else:
+        threshold = np.float32(0.05) * (found.magnitude * shrink)
     x = blocks.astype(jnp.float32)
     return jnp.where(jnp.abs(x) * shrink > threshold, jnp.sign(x), 0.0)
+
+
+def ternary_codebook(y: jax.Array, signs: jax.Array, geometry: Geometry) -> jax.Array:
+    """The mean of what stands behind each sign, which is the table of least squared error.
+
+    Args:
+      y: numbers in units of their scale, as `Geometry.to_blocks` keeps them.
+      signs: their ternary codes.
+      geometry: theirs.
+
+    Returns:
+      float32 `[*batch, *num_blocks, 3]`: of -1, 0 and 1; 0 where no number has that sign.
+    """
+
+    def mean(sign: int) -> jax.Array:
+        held = (signs == sign).astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(held, axis=geometry.block_axes, keepdims=True), 1.0)
+        return geometry.scale_from_blocks(jnp.sum(y * held, axis=geometry.block_axes, keepdims=True) / count)
+
+    negative, positive = mean(-1), mean(1)
+    return jnp.stack([negative, jnp.zeros_like(negative), positive], axis=-1)
 
 
 def _mean_magnitude(blocks: jax.Array, shrink: jax.typing.ArrayLike, geometry: Geometry) -> jax.Array:

@@ -10,7 +10,7 @@ from jaxq.qtensor import _granularity
 from jaxq.qtensor._granularity import Granularity, PerChannel
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
-SCALE_RULES = ("absmax", "absmean", "mx_ceil", "mx_even", "mx_floor", "mx_round_up", "signed_extreme", "twn")
+SCALE_RULES = ("absmax", "absmean", "mx_ceil", "mx_even", "mx_floor", "mx_round_up", "signed_extreme", "ttq", "twn")
 CODES_FROM = ("stored", "ideal")
 OFFSETS = ("mean", "min")
 
@@ -32,7 +32,9 @@ class QuantSpec:
         "mx_floor": 2^(floor(log2 A) - floor(log2 max)); "mx_ceil": with the ceiling of log2 A; "mx_even": floor
         after rounding A to the element's mantissa; "mx_round_up": the least power that does not clip. "twn", for
         the format ternary: what is not above 0.7 mean |x| becomes 0, and the scale is the mean |x| of the rest (Ternary
-        Weight Networks, Li et al., 2016).
+        Weight Networks, Li et al., 2016). "ttq", for ternary: what is not above 0.05 A becomes 0, the scale is A, and
+        negative and positive codes stand for magnitudes of their own, the QTensor's `codebook`, which starts at the
+        means and can be trained (Trained Ternary Quantization, Zhu et al., 2017).
       clipping: "absmax": the block's extremes; nothing is clipped on purpose.
       rounding: "nearest_even", "nearest_away", "toward_zero" or "stochastic" (quantize then needs `key`).
       offset: None, "min" (each block's real minimum, unsigned formats; KIVI, 2024) or "mean" (one mean for the
@@ -106,8 +108,8 @@ class QuantSpec:
             raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} is for symmetric specs without a minimum.")
         if fmt.max <= 0:
             raise ValueError(f"QuantSpec: {fmt.name} has no positive numbers to scale to.")
-        if self.scale_rule == "twn" and (fmt.kind, fmt.max, fmt.min) != ("integer", 1, -1):
-            raise ValueError(f"QuantSpec: scale_rule='twn' is for the format ternary, not {fmt.name}.")
+        if self.scale_rule in ("ttq", "twn") and (fmt.kind, fmt.max, fmt.min) != ("integer", 1, -1):
+            raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} is for the format ternary, not {fmt.name}.")
         if self.scale_rule == "signed_extreme":
             parts = [fmt]
             if self.scale != "float32":  # which is no format of codes

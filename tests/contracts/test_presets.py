@@ -77,7 +77,7 @@ def assert_same(actual, expected, *, sums: bool = False):
 
 def sums_floats(spec: QuantSpec) -> bool:
     nested = isinstance(spec.scale, QuantSpec) and sums_floats(spec.scale)
-    return spec.scale_rule == "absmean" or spec.offset == "mean" or nested
+    return spec.scale_rule in ("absmean", "ttq") or spec.offset == "mean" or nested
 
 
 @over_presets
@@ -130,6 +130,7 @@ def expected_bytes(rows: int, k: int, spec: QuantSpec) -> int:
     codes = rows * (-(-padded // fields) * fields) * spec.fmt.bits // 8
     scales = 1 if kind == "PerTensor" else rows
     codes += 0 if spec.symmetric else scales * blocks
+    codes += 12 * scales * blocks if spec.scale_rule == "ttq" else 0  # float32 numbers of -1, 0 and 1
     if isinstance(spec.scale, QuantSpec):
         return codes + expected_bytes(scales, blocks, spec.scale)
     return codes + scales * blocks * {"float32": 4, "bfloat16": 2, "float16": 2}.get(spec.scale, 1)
@@ -151,8 +152,20 @@ def test_every_number_goes_to_the_nearest_one(preset, case):
     # With the scale as it is stored, no other code comes closer; and the stored scale is the nearest to the ideal one.
     qt = quantized(preset, case)
     rows, values = rows_of(array(case), case), rows_of(dequantized(preset, case), case)
-    levels = scale_values(qt)
-    assert_nearest(rows, values, np.asarray(levels).reshape(*rows.shape[:2], -1), qt, qt.spec)
+    if qt.spec.scale_rule == "ttq":
+        assert_trained_ternary(rows, values)
+    else:
+        assert_nearest(rows, values, np.asarray(scale_values(qt)).reshape(*rows.shape[:2], -1), qt, qt.spec)
+
+
+def assert_trained_ternary(rows: np.ndarray, values: np.ndarray):
+    """Zhu et al., 2017: 0 up to 0.05 of the largest magnitude of a layer; the rest begins at its sign's mean."""
+    for x, found in zip(rows.astype(np.float64), values, strict=True):
+        expected = np.zeros_like(x)
+        for sign in (-1, 1):
+            held = sign * x > 0.05 * abs(x).max()
+            expected[held] = x[held].mean()
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def assert_nearest(rows: np.ndarray, values: np.ndarray, scale: np.ndarray, qt: QTensor, spec: QuantSpec):
@@ -251,13 +264,15 @@ def test_scan_over_the_layers_of_a_stack(preset):
     np.testing.assert_allclose(total, values[:, 0].sum(0), rtol=1e-5, atol=1e-4)
 
 
+@over_cases
 @over_presets
-def test_pickle(preset):
-    qt = quantized(preset, "matrix")
-    back = pickle.loads(pickle.dumps(qt))
-    assert_same(back, qt)
-    assert back.meta == qt.meta
-    assert hash(back.meta) == hash(qt.meta)
+def test_pickle_and_file(preset, case, tmp_path):
+    qt = quantized(preset, case)
+    jaxq.save(tmp_path / "file", {"layers": [qt, None]})
+    for back in (pickle.loads(pickle.dumps(qt)), jaxq.load(tmp_path / "file")["layers"][0]):
+        assert_same(back, qt)
+        assert back.meta == qt.meta
+        assert hash(back.meta) == hash(qt.meta)
 
 
 def test_presets_are_named_in_order_and_any_spelling_finds_them():
@@ -288,6 +303,7 @@ def test_presets_are_named_in_order_and_any_spelling_finds_them():
         ("int8", 8 + 32 / 1024),
         ("binary", 1 + 32 / 1024),
         ("ternary", 2 + 32 / 1024),
+        ("ttq", 2 + 4 * 32 / 2**20),
     ],
 )
 def test_published_bits_per_element(preset, bits):

@@ -242,6 +242,33 @@ def test_vmap_over_mantissa_bits_of_a_narrow_accumulator():
     assert sums(jnp.array([4, 7, 8, 10])).tolist() == [32, 256, 512, 600]
 
 
+def test_what_is_rounded_already_is_not_rounded_again():
+    def count(fn, policy):
+        return str(jax.make_jaxpr(jaxq.emulate(fn, policy))(X)).count("bitcast_convert_type[new_dtype=float32]")
+
+    def moved(x):
+        y = (x * x).reshape(4, 4)
+        return jnp.concatenate([y.T, y]) + jnp.concatenate([y[::-1], y])
+
+    both = Policy("bfloat16", None, "bfloat16")
+    assert count(lambda x: x * x, both) == 3  # two operands and a result
+    assert count(lambda x: (x * x) * (x * x), both) == 3 + 3 + 1
+    assert count(moved, both) == 3 + 1
+    # Rounded to something else, or compared with a number nobody rounded.
+    assert count(lambda x: (x * x) * (x * x), Policy("float16", None, "bfloat16")) == 3 + 3 + 3
+    assert count(lambda x: jnp.exp(jnp.maximum(x * x, x)), both) == 3 + 2
+
+    def swept(m):
+        return jaxq.emulate(lambda x: (x * x) * x, Policy(Precision(8, m), None, Precision(8, m)))(X)
+
+    twice = str(jax.make_jaxpr(swept)(7)).count("bitcast_convert_type[new_dtype=float32]")  # and once for the limit
+    assert twice == 2 * (3 + 3)
+
+    y = (X.astype(half) * X.astype(half)).reshape(4, 4)  # numpy rounds every operation
+    expected = np.concatenate([y.T, y]) + np.concatenate([y[::-1], y])
+    np.testing.assert_array_equal(jaxq.emulate(moved, both)(X), expected.astype(np.float32))
+
+
 def test_vmap_over_inputs():
     fn = jaxq.emulate(lambda x: jax.nn.gelu(x) @ B, Policy("bfloat16", "bfloat16", "bfloat16"))
     np.testing.assert_array_equal(jax.jit(jax.vmap(fn))(A), jax.jit(fn)(A))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq.formats import CodebookFormat, dynamic_map, get, normal_float, powers_of_two
+from jaxq.formats import CodebookFormat, decode_by_table, dynamic_map, get, normal_float, powers_of_two
 from tests.formats import oracle
 
 # bitsandbytes' "fp4" in the order of its codes: not the E2M1 of the microscaling formats, and with both zeros.
@@ -165,3 +165,18 @@ def test_bitsandbytes_fp4_goes_to_the_smaller_magnitude_of_two():
     middle = (positive[1:] + positive[:-1]) / np.float32(2)
     for sign in (1, -1):
         np.testing.assert_array_equal(np.asarray(fmt.round(sign * middle)), sign * positive[:-1])
+
+
+@pytest.mark.parametrize("size", [3, 16, 256])
+def test_tables_of_ones_own(size):
+    # A table for each row, in the order of the codes; long tables take another way than short ones.
+    random = np.random.default_rng(size)
+    fmt = get("ternary") if size == 3 else get(f"uint{size.bit_length() - 1}")
+    codebook = random.standard_normal((5, 1, size)).astype(np.float32)
+    codes = random.choice(fmt.codes(), (5, 40))
+    numbers = decode_by_table(fmt, codebook, codes)
+    expected = codebook[np.arange(5)[:, None], 0, codes.astype(int) - int(fmt.min)]
+    np.testing.assert_array_equal(numbers, np.where((codes == 0) & (size == 3), 0, expected))
+    found = jax.grad(lambda c: decode_by_table(fmt, c, codes).sum())(jnp.asarray(codebook))
+    counts = np.stack([(codes == code).sum(1) * (code != 0 or size > 3) for code in sorted(fmt.codes())], axis=-1)
+    np.testing.assert_array_equal(found[:, 0], counts)

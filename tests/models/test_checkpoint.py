@@ -340,6 +340,18 @@ def test_damaged_files_are_named(tmp_path):
         (path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(ValueError, match="index.json is damaged"):
             load(path)
+    names = dict.fromkeys(load_file(path / "model.safetensors"), "model.safetensors")
+    (path / "other.safetensors").write_bytes(weights)
+    for change, message in (
+        (
+            {"model.norm.more": "model.safetensors"},
+            "index.json is damaged: model.norm.more is not in model.safetensors",
+        ),
+        ({"model.norm.weight": "other.safetensors"}, " is both in model.safetensors and in other.safe"),
+    ):
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | change}))
+        with pytest.raises(ValueError, match=message):
+            load(path)
     path = copy("tokenizer")
     (path / "tokenizer.json").write_text("{")
     pytest.importorskip("tokenizers", reason="reads a tokenizer: pip install jaxq[hf]")

@@ -169,6 +169,11 @@ def test_what_does_not_fit_is_said():
             jaxq.matmul(x, qt)
     with pytest.raises(TypeError, match="Pass floats"):
         jaxq.matmul(qt.T, jnp.ones((32, 2), jnp.int32))
+    for weight in (qt, qt.with_activation("int8")):  # neither computes in float64, and neither pretends to
+        with jax.enable_x64(True), pytest.raises(TypeError, match=r"float64\[2,? 32\].*astype\(jnp.float32\)"):
+            jnp.ones((2, 32), jnp.float64) @ weight
+        with jax.enable_x64(True), pytest.raises(TypeError, match="must be float32 or a narrower float, got float64"):
+            jaxq.matmul(jnp.ones((2, 32), jnp.float32), weight, preferred_element_type=jnp.float64)
 
 
 def test_numpy_arrays_and_lists_on_either_side():

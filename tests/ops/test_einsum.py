@@ -112,6 +112,8 @@ def test_einsum_of_arrays_is_that_of_jax_with_wide_sums():
     y = jaxq.einsum("bk,kn->bn", x, w)
     assert_product(y, functools.partial(np.einsum, "bk,kn->bn"), x, w, 32, dtype="bfloat16")
     np.testing.assert_allclose(jaxq.einsum("ii->i", jnp.eye(3)), np.ones(3))
+    program = jax.jit(functools.partial(jaxq.einsum, "bk,kn->bn", precision="highest")).lower(x, w).as_text()
+    assert "precision = [HIGHEST, HIGHEST]" in program
 
 
 @pytest.mark.parametrize(

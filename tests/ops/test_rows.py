@@ -64,7 +64,7 @@ def test_wrong_dimension_numbers(dims, message):
 
 
 def test_scaled_products_are_floats():
-    with pytest.raises(TypeError, match="preferred_element_type must be one, got int8"):
+    with pytest.raises(TypeError, match="must be float32 or a narrower float, got int8"):
         jaxq.matmul(jnp.ones((2, 64)), jaxq.quantize(jnp.ones((64, 4)), "int8"), preferred_element_type=jnp.int8)
 
 

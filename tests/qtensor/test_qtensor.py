@@ -67,6 +67,7 @@ def test_leaves_that_are_no_arrays(preset):
 
 
 @pytest.mark.parametrize("preset", ["int8", "nf4_dq"])
+@pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")  # treescope's look at numpy
 def test_treescope(preset):
     treescope = pytest.importorskip("treescope", reason="renders with treescope")
     qt = quantized(preset)
@@ -269,6 +270,16 @@ def test_indexing_and_iteration_over_batch_axes():
         qt[0, 0, 0]
     with pytest.raises(TypeError, match="only batch axes can be iterated over"):
         list(single)
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4", "nf4"])
+def test_only_leading_axes_are_mapped_over(preset):
+    # A square matrix hides a wrong axis from its own sizes: [3, 64, 64] without axis 1 is [3, 64].
+    qt = jaxq.quantize(normal((3, 64, 64)), preset, contracting=-2, batch=0)
+    np.testing.assert_array_equal(jax.vmap(jaxq.dequantize)(qt), jaxq.dequantize(qt))
+    for use in (jaxq.dequantize, lambda layer: jnp.ones((2, 64)) @ layer, lambda layer: layer.codes()):
+        with pytest.raises(ValueError, match="Only leading batch axes may be mapped over: use in_axes=0"):
+            jax.vmap(use, in_axes=1)(jax.tree.map(lambda a: a, qt))
 
 
 def test_astype_changes_what_dequantize_returns():

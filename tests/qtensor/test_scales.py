@@ -1,5 +1,7 @@
 """Scales by rule and in their dtype: the definitions, written out in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -211,6 +213,40 @@ def test_ternary_weight_networks():
     ).all()
     with pytest.raises(ValueError, match="scale_rule='twn' is for the format ternary, not int4"):
         QuantSpec("int4", scale_rule="twn")
+
+
+def test_trained_ternary_quantization():
+    # Zhu et al., 2017, equations 4 to 7; the gradients of the two magnitudes are sums over their codes.
+    x = np.random.default_rng(8).standard_normal((100, 6)).astype(np.float32)
+    x[:, 2] *= np.float32(1e37)
+    x[:, 4] = 0
+    x[:64, 5] = abs(x[:64, 5])  # a block without negative numbers
+    spec = QuantSpec("ternary", PerGroup(64, pad=True), scale_rule="ttq")
+    for qt in (jaxq.quantize(x, spec), jax.jit(lambda x: jaxq.quantize(x, spec))(x)):
+        assert qt.codebook.shape == (6, 2, 3)
+        for block, rows in enumerate((x[:64], x[64:])):
+            largest = abs(rows).max(0)
+            np.testing.assert_array_equal(qt.scale[:, block], largest)
+            codes = np.sign(rows) * (abs(rows.astype(np.float64)) > 0.05 * largest.astype(np.float64))
+            np.testing.assert_array_equal(qt.codes()[64 * block :][:64], codes)
+            for sign in (-1, 0, 1):
+                count = np.maximum((codes == sign).sum(0), 1)
+                mean = (rows / np.where(largest > 0, largest, 1) * (codes == sign)).sum(0) / count
+                np.testing.assert_allclose(qt.codebook[:, block, sign + 1], mean * (sign != 0), rtol=1e-5)
+    assert "ttq" in repr(qt)
+
+    def loss(codebook, values):
+        return jnp.sum(values(dataclasses.replace(qt, codebook=codebook)) * jnp.cos(jnp.arange(600.0).reshape(100, 6)))
+
+    upstream, codes = np.cos(np.arange(600.0).reshape(100, 6)), np.asarray(qt.codes())
+    expected = np.stack([upstream * (codes == sign) * (sign != 0) for sign in (-1, 0, 1)], axis=-1)  # [100, 6, 3]
+    expected = np.stack([expected[:64].sum(0), expected[64:].sum(0)], axis=1)
+    for values in (jaxq.dequantize, lambda qt: jnp.eye(100) @ qt):
+        found = jax.grad(loss)(qt.codebook, values)
+        unit = np.where(qt.scale == 0, 1, qt.scale)[..., None]
+        np.testing.assert_allclose(found / unit, expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="scale_rule='ttq' is for the format ternary, not int4"):
+        QuantSpec("int4", scale_rule="ttq")
 
 
 def test_bitsandbytes_double_quantization():
