@@ -57,9 +57,15 @@ def quantize(rows: np.ndarray, spec: QuantSpec, *, positive: bool = False) -> Re
         codes = np.clip(np.rint(y) + zero[:, None], fmt.min, fmt.max)
         values = (codes - zero[:, None]).astype(F32) * scale[:, None]
     else:
+        if spec.scale_rule == "ttq":
+            y = np.where(np.abs(blocks) > F32(0.05) * magnitude[:, None], np.sign(blocks), 0)
         if positive:
             y = np.where(blocks > 0, np.maximum(y, F32(fmt.smallest_positive)), y)
         codes, numbers = encode(y, fmt)
+        if spec.scale_rule == "ttq":
+            held = [np.where(codes == sign, blocks.astype(np.float64), np.nan) for sign in (-1, 1)]
+            means = np.stack([np.nanmean(h, 1, keepdims=True) * inverse[:, None] for h in held])
+            numbers = np.choose(codes.astype(int) + 1, (means[0], 0, means[1])).astype(F32)
         values = numbers * scale[:, None]
     return Reference(_unblock(codes, rows.shape, spec), scale, zero, _unblock(values, rows.shape, spec))
 
