@@ -21,7 +21,11 @@ import jaxq
 
 HERE = Path(__file__).parent
 FAST = "--fast" in sys.argv  # a few recipes on a little text: shows that it runs, not what it costs
-RECIPES = ("int8", "w8a8", "int4", "nf4") if FAST else ("int8", "w8a8", "fp8", "nf4", "nvfp4", "mxfp4", "int4", "int3")
+RECIPES = (
+    ("int8", "w8a8", "nf4", "int4", "int3")
+    if FAST
+    else ("int8", "w8a8", "fp8", "nf4", "nvfp4", "mxfp4", "int4", "int3")
+)
 PROMPT = "def read(self, size=-1):\n"
 
 

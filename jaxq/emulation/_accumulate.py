@@ -1,7 +1,6 @@
 """Sums in a narrow accumulator: one term after the other, each addition rounded once.
 
-The additions are exact before they are rounded: a float32 sum of two numbers carries its own error (Knuth's TwoSum),
-which is folded into its last bit (rounding to odd) so that rounding it again to fewer bits rounds the true sum.
+Each addition rounds the true sum of two numbers, see `Precision.add`.
 
 | primitive | order of the terms |
 |---|---|
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.emulation._precision import Policy, Precision
+from jaxq.emulation._precision import Policy
 
 Term = Callable[[Any], jax.Array]
 
@@ -103,7 +102,7 @@ def cumsum(x: jax.Array, policy: Policy, *, axis, reverse) -> jax.Array:
     terms = jnp.moveaxis(x, axis, 0)
 
     def step(total, term):
-        total = _add(total, _widened(term), policy.accumulate)
+        total = policy.accumulate.add(total, _widened(term))
         return total, total
 
     start = _varying_like(jnp.zeros(terms.shape[1:], _carrier(x)), terms)
@@ -135,7 +134,7 @@ def _running_sum(term: Term, xs: Any, policy: Policy) -> jax.Array:
     zeros = _varying_like(jnp.zeros(shape.shape, shape.dtype), xs)
 
     def add(total, x):
-        return _add(total, term(x), policy.accumulate), None
+        return policy.accumulate.add(total, term(x)), None
 
     if chunk is None or chunk >= length:
         return lax.scan(add, zeros, xs)[0]
@@ -155,28 +154,3 @@ def _varying_like(start: jax.Array, xs: Any) -> jax.Array:
     """`start`, inside `shard_map` varying over the mesh axes that `xs` varies over."""
     axes = {axis for x in jax.tree.leaves(xs) for axis in jax.typeof(x).manual_axis_type.varying}
     return lax.pcast(start, tuple(sorted(axes)), to="varying") if axes else start
-
-
-def _add(total: jax.Array, term: jax.Array, precision: Precision) -> jax.Array:
-    """`total + term` rounded once."""
-    return precision.round(_rounded_to_odd(total, term))
-
-
-@jax.custom_jvp
-def _rounded_to_odd(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a + b`, and where that is not exact, the one of its two neighbours whose last bit is 1."""
-    total = a + b
-    part = total - a
-    error = (a - (total - part)) + (b - part)
-    unsigned = jnp.dtype(f"uint{8 * total.dtype.itemsize}")
-    pattern = lax.bitcast_convert_type(total, unsigned)
-    one = np.ones((), unsigned)
-    away = (error > 0) == (total > 0)  # the true sum lies farther from zero
-    moved = jnp.where(away, pattern + one, pattern - one)
-    inexact = (error != 0) & jnp.isfinite(total) & (pattern & one == 0)
-    return lax.bitcast_convert_type(jnp.where(inexact, moved, pattern), total.dtype)
-
-
-@_rounded_to_odd.defjvp
-def _rounded_to_odd_jvp(primals, tangents):
-    return _rounded_to_odd(*primals), tangents[0] + tangents[1]

@@ -52,12 +52,16 @@ def cast(
         formats.check_rounding(rounding, key)
     except ValueError as error:
         raise ValueError(f"cast: {error}") from None
-    x = jnp.asarray(x, np.float32) if isinstance(x, float | list | tuple) else jnp.asarray(x)
-    if x.dtype.name not in _CARRIERS:
+    x = jnp.asarray(x, np.float32) if isinstance(x, float | list | tuple) else x
+    dtype = getattr(x, "dtype", None)
+    if str(dtype) not in _CARRIERS:
+        found = type(x).__name__ if dtype is None else dtype
         raise TypeError(
-            f"cast: x must be a float16, bfloat16, float32 or float64 array, got {x.dtype.name}. "
-            "Pass x.astype(jnp.float32)."
+            f"cast: x must be a float16, bfloat16, float32 or float64 array, got {found}. Pass x.astype(jnp.float32)."
         )
+    x = jnp.asarray(x)
+    if x.dtype != dtype:
+        raise TypeError(f"cast: x is {dtype}, which jax keeps as {x.dtype} unless jax_enable_x64 is set.")
     _raise_if_not_held(x.dtype, found)
     rounded = found.round(lax.stop_gradient(x), rounding=rounding, saturate=saturate, key=key)
     held = _largest_held(x.dtype, found)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxq.emulation import _accumulate
@@ -26,20 +27,34 @@ _MOVES = frozenset(
 _EXACT = _MOVES | frozenset(
     [
         *["abs", "all_gather", "all_gather_invariant", "all_to_all", "argmax", "argmin", "bitcast_convert_type"],
-        *["ceil", "cummax", "cummin", "debug_callback", "debug_print", "device_put", "eq", "eq_to", "floor", "gather"],
-        *["ge", "gt", "is_finite", "le", "le_to", "lt", "lt_to", "mesh_cast", "ne", "neg", "nextafter", "pad"],
-        *["pbroadcast", "pcast", "pmax", "pmin", "ppermute", "pvary", "reduce_precision", "reduce_window_max"],
-        *["reduce_window_min", "reshard", "round", "scatter", "select_and_gather_add", "sharding_constraint", "sign"],
-        *["sort", "split", "tile", "top_k"],
+        *["cummax", "cummin", "debug_callback", "debug_print", "device_put", "eq", "eq_to", "gather", "ge", "gt"],
+        *["is_finite", "le", "le_to", "lt", "lt_to", "mesh_cast", "ne", "neg", "pad", "pbroadcast", "pcast", "pmax"],
+        *["pmin", "ppermute", "pvary", "reduce_precision", "reduce_window_max", "reduce_window_min", "reshard"],
+        *["scatter", "scatter-max", "scatter-min", "select_and_gather_add", "sharding_constraint", "sign", "sort"],
+        *["split", "tile", "top_k"],
     ]
 )
 # Sums, and algorithms made of sums, that a narrow accumulator is not written for.
 _WIDE_SUMS = frozenset(
     [
-        *["cholesky", "cumlogsumexp", "cumprod", "eig", "eigh", "fft", "householder_product", "lu", "qr", "ragged_dot"],
-        *["ragged_dot_general", "reduce", "reduce_prod", "reduce_window", "scaled_matmul", "scatter-add"],
-        *["scatter-mul", "schur", "select_and_scatter_add", "svd", "triangular_solve"],
-        *["tridiagonal", "tridiagonal_solve"],
+        *[
+            "addupdate",
+            "cholesky",
+            "cholesky_update",
+            "cumlogsumexp",
+            "cumprod",
+            "eig",
+            "eigh",
+            "fft",
+            "geqp3",
+            "geqrf",
+        ],
+        *["hessenberg", "householder_product", "lu", "ormqr", "psum", "psum_invariant", "psum_invariant_start"],
+        *["psum_start", "qr", "ragged_dot", "ragged_dot_general", "reduce", "reduce_prod", "reduce_scatter"],
+        *["reduce_scatter_start", "reduce_window", "scaled_dot", "scaled_matmul", "scaled_matmul_wrapper"],
+        *["scatter-add", "scatter-mul", "scatter-sub", "schur", "select_and_scatter_add", "svd", "symmetric_product"],
+        *["triangular_solve", "tridiagonal", "tridiagonal_solve", "unreduced_psum", "unreduced_psum_start"],
+        *["unreduced_reduce_scatter", "unreduced_reduce_scatter_start"],
     ]
 )
 # Primitives whose parameters hold a small function that is no call of user code.
@@ -58,6 +73,9 @@ def emulate(fn: Callable, policy: Policy) -> Callable:
     Rounding has a straight-through gradient, so `jax.grad(emulate(fn, policy))` differentiates through the rounded
     forward pass in plain arithmetic, and `emulate(jax.grad(fn), policy)` rounds the backward pass as well. Custom
     derivative rules stay those of `fn`.
+
+    Elementwise chains under two traced precisions that differ (a whole `Policy` as an argument of `jit`) take XLA's CPU
+    compiler of jax 0.11 minutes: trace one, or the same number in both, as `Precision(8, m)` for operands and result.
 
     Args:
       fn: any function of arrays (and pytrees of them) that `jax.jit` accepts.
@@ -78,6 +96,8 @@ def emulate(fn: Callable, policy: Policy) -> Callable:
       >>> float(f(1.0)), float(f(0.0))
       (1.0, 0.00099945068359375)
     """
+    if not callable(fn):
+        raise TypeError(f"emulate: fn must be a function, got {fn!r}.")
     _check(policy, "policy")
 
     @functools.wraps(fn, updated=())
@@ -101,6 +121,15 @@ def _check(policy: Any, name: str) -> None:
             raise TypeError(
                 f"emulate: {name}.{part} must be a format's name, a Precision or None, got {getattr(policy, part)!r}."
             )
+    for part in (policy.operands, policy.accumulate, policy.result):
+        for field in ("exponent_bits", "mantissa_bits", "bias"):
+            if isinstance(number := getattr(part, field, None), float):
+                raise TypeError(f"emulate: {name}: {field} must be a whole number, got {number!r}.")
+    wide = policy.accumulate is None or not policy.accumulate.changes_sums(np.float32)
+    if policy.chunk is not None and wide:
+        raise ValueError(f"emulate: {name}: chunk={policy.chunk} cuts narrow sums; accumulate= is not narrow.")
+    if not isinstance(policy.primitives, dict | None):
+        raise TypeError(f"emulate: {name}.primitives must be a dict from names to policies, got {policy.primitives!r}.")
     for primitive, inner in (policy.primitives or {}).items():
         _check(inner, f"{name}.primitives[{primitive!r}]")
 
@@ -160,10 +189,19 @@ def _equation(equation: Any, args: list, policy: Policy, known: list[Precision |
                 f"primitives={{{name!r}: Policy(operands=..., result=...)}}."
             )
         outs = _bind(equation, args)
-    if policy.result is not None:
-        outs = [policy.result.round(out) for out in outs]
-    dtypes = [v.aval.dtype for v in equation.outvars]
-    return [out.astype(dtype) if out.dtype != dtype else out for out, dtype in zip(outs, dtypes, strict=True)]
+    return [_settle(out, v.aval.dtype, policy.result) for out, v in zip(outs, equation.outvars, strict=True)]
+
+
+def _settle(out: jax.Array, dtype: Any, result: Precision | None) -> jax.Array:
+    """What a primitive gave, rounded to `result` and to the dtype of its array, by integers where that is narrow."""
+    own = Precision.of(dtype.name) if dtype in (jnp.bfloat16, jnp.float16) else None
+    steps: list[Precision] = []
+    for step in (own if out.dtype == dtype else None, result, own):
+        if step is not None and not (steps and step.is_surely(steps[-1])):
+            steps.append(step)
+    for step in steps:
+        out = step.round(out)
+    return out.astype(dtype) if out.dtype != dtype else out
 
 
 def _sum(equation: Any, args: list, policy: Policy) -> list | None:
@@ -172,7 +210,7 @@ def _sum(equation: Any, args: list, policy: Policy) -> list | None:
     carrier = carrier_of(equation.outvars[0].aval.dtype)
     if carrier is None or not policy.changes(carrier):
         return None
-    if _is_narrow(policy, [v.aval for v in equation.invars]):
+    if _is_narrow(policy, [v.aval for v in (*equation.invars, *equation.outvars)]):
         return [_accumulate.SUMS[name](*args, policy, **params)]
     if "preferred_element_type" in params:
         # Products exact, the sum in float32 on every platform, one rounding after it.
@@ -183,7 +221,7 @@ def _sum(equation: Any, args: list, policy: Policy) -> list | None:
 
 def _is_narrow(policy: Policy, avals: list) -> bool:
     carriers = {carrier_of(a.dtype) for a in avals if hasattr(a, "dtype")} - {None}
-    return policy.accumulate is not None and any(policy.accumulate.changes(carrier) for carrier in carriers)
+    return policy.accumulate is not None and any(policy.accumulate.changes_sums(carrier) for carrier in carriers)
 
 
 def _bind(equation: Any, args: Sequence) -> Sequence:
@@ -340,10 +378,13 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
 
 
 def _raise_if_unknown(policy: Policy, jaxpr: Any) -> None:
-    """Raises where `policy.primitives` names what jax does not have: a typing error would round nothing."""
+    """Raises where `policy.primitives` names what jax does not have or what never rounds: it would do nothing."""
     wanted = set(policy.primitives or {})
     if not wanted:
         return
+    for name in sorted(wanted & (_EXACT | set(_CALLS))):
+        what = "calls a function, whose primitives have their own policies" if name in _CALLS else "makes no numbers"
+        raise ValueError(f"emulate: policy.primitives names {name!r}, which {what}: it never rounds.")
     present = set(_primitives(jaxpr))
     known = present | {p.name for p in vars(jex.core.primitives).values() if isinstance(p, jex.core.Primitive)}
     for name in sorted(wanted - known):

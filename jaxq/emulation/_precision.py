@@ -46,13 +46,9 @@ class Precision:
     rounding: str = dataclasses.field(default="nearest_even", metadata={"static": True})
 
     def __post_init__(self):
-        if self.overflow not in formats.OVERFLOWS:
-            raise ValueError(
-                f"Precision: overflow must be one of {', '.join(formats.OVERFLOWS)}; got {self.overflow!r}."
-            )
-        if self.rounding not in formats.ROUNDING_MODES or self.rounding == "stochastic":
-            modes = [mode for mode in formats.ROUNDING_MODES if mode != "stochastic"]
-            raise ValueError(f"Precision: rounding must be one of {', '.join(modes)}; got {self.rounding!r}.")
+        formats.check_choice("Precision: overflow", self.overflow, formats.OVERFLOWS)
+        modes = [mode for mode in formats.ROUNDING_MODES if mode != "stochastic"]
+        formats.check_choice("Precision: rounding", self.rounding, modes)
         e, m = self.exponent_bits, self.mantissa_bits
         if (_is_int(e) and not 1 <= e <= 11) or (_is_int(m) and not 0 <= m <= 52):
             raise ValueError(
@@ -82,9 +78,12 @@ class Precision:
         return cls(fmt.exponent_bits, fmt.mantissa_bits, fmt.bias, fmt.max, "saturate")
 
     def is_surely(self, other: Precision | None) -> bool:
-        """Whether `other` is this precision; False where a number of either is not known yet."""
-        both = jax.tree.leaves((self, other))
-        return other is not None and all(isinstance(n, int | float) for n in both) and self == other
+        """Whether `other` is this precision; False where that is not known yet, unless both hold the same tracers."""
+        if other is None or (self.overflow, self.rounding) != (other.overflow, other.rounding):
+            return False
+        names = ("exponent_bits", "mantissa_bits", "bias", "largest")
+        pairs = [(getattr(self, name), getattr(other, name)) for name in names]
+        return all(a is b or (isinstance(a, int | float) and isinstance(b, int | float) and a == b) for a, b in pairs)
 
     def changes(self, dtype: Any) -> bool:
         """Whether rounding to this precision can change a number of `dtype`; True where that is not known yet."""
@@ -95,6 +94,10 @@ class Precision:
             return True
         exponents = self._bias >= info.maxexp - 1 and 1 - self._bias <= info.minexp
         return not (exponents and self.mantissa_bits >= info.nmant) or self.overflow != "infinity"
+
+    def changes_sums(self, dtype: Any) -> bool:
+        """Whether a sum in `dtype` can come out otherwise than rounded to nearest."""
+        return self.changes(dtype) or self.rounding != "nearest_even"
 
     @property
     def _bias(self) -> Number:
@@ -124,17 +127,33 @@ class Precision:
         carrier = carrier_of(x.dtype)
         if carrier is None or not self.changes(carrier):
             return x
-        least = jnp.finfo(carrier).minexp
+        return straight_through(x, self._rounded(lax.stop_gradient(x).astype(carrier)).astype(x.dtype))
+
+    def add(self, total: jax.Array, term: jax.Array) -> jax.Array:
+        """`total + term`, float32 or float64, rounded once: what the floating point sum leaves over (Knuth's TwoSum)
+        says on which side of it the true sum lies.
+        """
+        y = total + term
+        a, b, near = map(lax.stop_gradient, (total, term, y))
+        part = near - a
+        left = (a - (near - part)) + (b - part)
+        left = jnp.where(jnp.isfinite(left), left, jnp.zeros((), y.dtype))
+        half = (near + 2 * left) - near == 2 * left  # a tie between two floats
+        beyond = jnp.sign(left) * jnp.sign(near) * jnp.where(half, 2, 1).astype(y.dtype)
+        return straight_through(y, self._rounded(near, beyond.astype(jnp.int32)))
+
+    def _rounded(self, x: jax.Array, beyond: jax.Array | None = None) -> jax.Array:
+        least = jnp.finfo(x.dtype).minexp
         low = 1 - self._bias
-        rounded = formats.round_to_float(
-            lax.stop_gradient(x).astype(carrier),
+        return formats.round_to_float(
+            x,
             mantissa_bits=self.mantissa_bits,
             min_exponent=max(low, least) if _is_int(low) else jnp.maximum(low, least),
-            largest=self._largest(carrier),
+            largest=self._largest(x.dtype),
             overflow=self.overflow,
             rounding=self.rounding,
+            beyond=beyond,
         )
-        return straight_through(x, rounded.astype(x.dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -149,11 +168,12 @@ class Policy:
         the array's dtype, products exact where they fit. Anything narrower adds one term after the other, in the
         order of memory, and rounds each time.
       result: precision of what an arithmetic primitive gives.
-      chunk: length of the partial sums, whose totals are added in the array's own dtype. Static. None: one running
-        sum.
+      chunk: length of the partial sums in a narrow `accumulate`, whose totals are added in the array's own dtype.
+        Static. None: one running sum.
       primitives: policies for primitives of their own by name ("dot_general", "exp", ...), in place of this one.
 
-    Primitives that only move, compare or choose numbers do not round.
+    Primitives that only move, compare or choose numbers do not round. Arrays of float16 and bfloat16 are rounded to
+    their dtype after every primitive whatever the policy: XLA alone may keep more inside one program.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -189,20 +209,19 @@ class Policy:
 
     def changes(self, dtype: Any) -> bool:
         """Whether anything computed in `dtype` can come out otherwise."""
-        parts = [p for p in (self.operands, self.accumulate, self.result) if p is not None]
-        return any(p.changes(dtype) for p in parts) or any(p.changes(dtype) for p in (self.primitives or {}).values())
+        parts = [p for p in (self.operands, self.result, *(self.primitives or {}).values()) if p is not None]
+        sums = self.accumulate is not None and self.accumulate.changes_sums(dtype)
+        return sums or any(p.changes(dtype) for p in parts)
 
 
 def carrier_of(dtype: Any) -> np.dtype | None:
     """The dtype that numbers of `dtype` are computed in: float64 of float64, float32 of the narrower floats.
 
-    None for what is not rounded: integers, complex numbers, and floats of 8 bits and fewer, whose own arithmetic is
-    conversion alone.
+    None for what is not rounded: integers, complex numbers, random keys.
     """
-    name = jnp.dtype(dtype).name
-    if name == "float64":
-        return jnp.dtype(np.float64)
-    return jnp.dtype(np.float32) if name in ("float32", "bfloat16", "float16") else None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    return jnp.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 @jax.custom_jvp
@@ -214,7 +233,7 @@ def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
 
 @straight_through.defjvp
 def _straight_through_jvp(primals, tangents):
-    return primals[1], tangents[0]
+    return straight_through(*primals), tangents[0]  # again, for the derivative's own derivative
 
 
 def _is_int(value: Any) -> bool:

@@ -8,6 +8,7 @@ from jaxq.formats._codebook import CodebookFormat, decode_by_table, dynamic_map,
 from jaxq.formats._float import DoubleFormat, ExponentFormat, FloatFormat
 from jaxq.formats._format import Format
 from jaxq.formats._integer import FixedPointFormat, IntegerFormat, SignMagnitudeFormat
+from jaxq.formats._names import check_choice, unknown_name
 from jaxq.formats._packing import (
     Packing,
     as_signed,
@@ -17,7 +18,7 @@ from jaxq.formats._packing import (
     pack,
     unpack,
 )
-from jaxq.formats._registry import from_dict, get, names, register, to_dict, unknown_name
+from jaxq.formats._registry import from_dict, get, names, register, to_dict
 from jaxq.formats._rounding import MODES as ROUNDING_MODES
 from jaxq.formats._rounding import OVERFLOWS, check_rounding, round_to_float, round_to_integer
 
@@ -34,6 +35,7 @@ __all__ = [
     "Packing",
     "SignMagnitudeFormat",
     "as_signed",
+    "check_choice",
     "check_rounding",
     "codes_per_pack",
     "decode_by_table",

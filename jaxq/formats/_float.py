@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.formats._format import Format
+from jaxq.formats._names import check_choice
 from jaxq.formats._rounding import check_rounding, random_bits, round_to_float, shift_right
 
 FLAVOURS = ("ieee", "fn", "fnuz", "finite")
@@ -49,8 +50,7 @@ class FloatFormat(Format):
 
     def __post_init__(self):
         e, m = self.exponent_bits, self.num_mantissa_bits
-        if self.flavour not in FLAVOURS:
-            raise ValueError(f"FloatFormat: flavour must be one of {', '.join(FLAVOURS)}; got {self.flavour!r}.")
+        check_choice("FloatFormat: flavour", self.flavour, FLAVOURS)
         if not (1 <= e <= 8 and 0 <= m <= 23):
             raise ValueError(
                 f"FloatFormat: exponent_bits must be 1 to 8 and mantissa_bits 0 to 23, which float32 holds; "

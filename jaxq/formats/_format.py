@@ -1,7 +1,8 @@
 """What every number format is: a finite set of numbers, each with a code.
 
-A format knows nothing of scales, axes or storage. Three kinds exist: integers (`IntegerFormat`), floating
-point (`FloatFormat`, `ExponentFormat`) and tables (`CodebookFormat`). All are frozen dataclasses, compared and hashed
+A format knows nothing of scales, axes or storage. There are integers and fixed point
+(`IntegerFormat`, `SignMagnitudeFormat`, `FixedPointFormat`), floating point (`FloatFormat`, `DoubleFormat`,
+`ExponentFormat`) and tables (`CodebookFormat`). All are frozen dataclasses, compared and hashed
 by value, so two equal formats make one compiled program.
 """
 

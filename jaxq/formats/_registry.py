@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from jaxq.formats._codebook import CodebookFormat, dynamic_map, normal_float, po
 from jaxq.formats._float import DoubleFormat, ExponentFormat, FloatFormat
 from jaxq.formats._format import Format
 from jaxq.formats._integer import FixedPointFormat, IntegerFormat, SignMagnitudeFormat
+from jaxq.formats._names import normalize, unknown_name
 
 # Dettmers et al., "QLoRA" (2023), appendix E: the published table, digit for digit.
 _NF4 = (
@@ -67,7 +67,7 @@ def register(fmt: Format) -> Format:
       >>> jaxq.formats.get("float7_e3m3fn").max
       30.0
     """
-    name = _normal(fmt.name)
+    name = normalize(fmt.name)
     if _registry.setdefault(name, fmt) != fmt:
         raise ValueError(f"register: the name {fmt.name!r} is taken by {_registry[name]!r}.")
     return fmt
@@ -92,7 +92,7 @@ def get(name: str | Format) -> Format:
         return name
     if not isinstance(name, str):
         raise TypeError(f"formats.get takes a name or a Format, got {type(name).__name__}.")
-    found = _registry.get(_normal(name)) or _parse_float(_normal(name)) or _parse_fixed_point(_normal(name))
+    found = _registry.get(normalize(name)) or _parse_float(normalize(name)) or _parse_fixed_point(normalize(name))
     if found is None:
         raise ValueError(unknown_name("format", name, _registry, "jaxq.formats.names()"))
     return found
@@ -138,17 +138,6 @@ def from_dict(data: str | dict[str, Any]) -> Format:
     if kind is None:
         raise ValueError(f"formats.from_dict: unknown kind of format {data.get('type')!r}; known are {sorted(kinds)}.")
     return kind(**fields)
-
-
-def unknown_name(kind: str, name: str, known: Iterable[str], listing: str) -> str:
-    """An error message for `name`, with the closest of `known`, or where all of them are listed."""
-    close = difflib.get_close_matches(_normal(str(name)), list(known), n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
-    return f"unknown {kind} {name!r}. {hint}{listing} lists them all."
-
-
-def _normal(name: str) -> str:
-    return name.strip().lower().replace("-", "_")
 
 
 def _parse_float(name: str) -> Format | None:

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.formats._names import check_choice
+
 MODES = ("nearest_even", "nearest_away", "toward_zero", "stochastic")
 OVERFLOWS = ("infinity", "nan", "saturate")
 
 
 def check_rounding(rounding: str, key: jax.Array | None) -> None:
     """Raises unless `rounding` is known and a key came exactly when it is stochastic."""
-    if rounding not in MODES:
-        raise ValueError(f"rounding must be one of {', '.join(MODES)}; got {rounding!r}.")
+    check_choice("rounding", rounding, MODES)
     if rounding == "stochastic" and key is None:
         raise ValueError("rounding='stochastic' needs a PRNG key: pass key=jax.random.key(seed).")
     if rounding != "stochastic" and key is not None:
@@ -58,6 +59,7 @@ def round_to_float(
     signed_zero: bool = True,
     rounding: str = "nearest_even",
     key: jax.Array | None = None,
+    beyond: jax.Array | None = None,
 ) -> jax.Array:
     """`x` rounded to `+-m * 2^(e - mantissa_bits)`, `m < 2^(mantissa_bits + 1)`, `e >= min_exponent`, up to `largest`.
 
@@ -73,6 +75,8 @@ def round_to_float(
       signed_zero: False turns -0 into 0.
       rounding: one of `MODES`.
       key: PRNG key for stochastic rounding.
+      beyond: of a sum that `x` is the float nearest to, where it lies: 0 at `x`, 1 farther from zero, 2 half a last
+        place farther, -1 and -2 nearer. The sum is rounded, not `x`.
 
     Returns:
       Array like `x`; where `mantissa_bits` or another number is an array, of their common shape.
@@ -86,26 +90,40 @@ def round_to_float(
 
     pattern = lax.bitcast_convert_type(x, unsigned)
     magnitude = pattern & number((1 << (width - 1)) - 1)
-    biased = (magnitude >> fraction_bits).astype(signed)
-    implicit = jnp.where(biased > 0, number(1 << fraction_bits), number(0))
-    significand = (magnitude & number((1 << fraction_bits) - 1)) | implicit
-    lowest = number(min_exponent, signed) + number(bias, signed)
-    biased = jnp.maximum(biased, number(1, signed))
-    shift = number(fraction_bits, signed) - number(mantissa_bits, signed) + jnp.maximum(0, lowest - biased)
-    kept = shift_right(significand, shift, rounding, key)
-    # The implicit bit in the shifted number lifts the exponent by one, and a carry by one more.
-    places = jnp.minimum(shift, fraction_bits + 1).astype(unsigned)
-    body = ((biased - 1).astype(unsigned) << fraction_bits) + (kept << places)
-    if rounding == "stochastic":  # from far below: the smallest positive number of the grid, or 0
-        exponent = lowest - number(mantissa_bits, signed)
-        smallest = jnp.where(
-            exponent > 0,
-            exponent.astype(unsigned) << fraction_bits,
-            number(1) << jnp.clip(exponent + number(fraction_bits - 1, signed), 0, fraction_bits - 1).astype(unsigned),
-        )
-        body = jnp.where(shift > fraction_bits + 1, smallest, body)
-    body = jnp.where(kept == 0, number(0), body)
-
+    if (
+        beyond is None
+        and _is_int(mantissa_bits)
+        and mantissa_bits > 0
+        and _is_int(min_exponent)
+        and min_exponent <= info.minexp
+    ):
+        # The same place to cut at for every exponent, which a carry lifts by itself: few operations.
+        places = np.asarray(fraction_bits - mantissa_bits, signed)
+        body = shift_right(magnitude, places, rounding, key) << places.astype(unsigned)
+    else:
+        biased = (magnitude >> fraction_bits).astype(signed)
+        implicit = jnp.where(biased > 0, number(1 << fraction_bits), number(0))
+        significand = (magnitude & number((1 << fraction_bits) - 1)) | implicit
+        lowest = number(min_exponent, signed) + number(bias, signed)
+        biased = jnp.maximum(biased, number(1, signed))
+        shift = number(fraction_bits, signed) - number(mantissa_bits, signed) + jnp.maximum(0, lowest - biased)
+        if beyond is None:
+            kept = shift_right(significand, shift, rounding, key)
+        else:  # two places more, for what lies between x and its neighbours
+            kept = shift_right((significand << 2) + beyond.astype(unsigned), shift + 2, rounding, key)
+        # The implicit bit in the shifted number lifts the exponent by one, and a carry by one more.
+        places = jnp.minimum(shift, fraction_bits + 1).astype(unsigned)
+        body = ((biased - 1).astype(unsigned) << fraction_bits) + (kept << places)
+        if rounding == "stochastic":  # from far below: the smallest positive number of the grid, or 0
+            exponent = lowest - number(mantissa_bits, signed)
+            smallest = jnp.where(
+                exponent > 0,
+                exponent.astype(unsigned) << fraction_bits,
+                number(1)
+                << jnp.clip(exponent + number(fraction_bits - 1, signed), 0, fraction_bits - 1).astype(unsigned),
+            )
+            body = jnp.where(shift > fraction_bits + 1, smallest, body)
+        body = jnp.where(kept == 0, number(0), body)
     infinity, nan = number((2 * bias + 1) << fraction_bits), number((4 * bias + 3) << (fraction_bits - 1))
     limit = lax.bitcast_convert_type(jnp.asarray(largest, x.dtype), unsigned)
     over = body > limit
@@ -120,6 +138,10 @@ def round_to_float(
     if not signed_zero:
         sign = jnp.where(body == 0, number(0), sign)
     return lax.bitcast_convert_type(body | sign, x.dtype)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer)
 
 
 def shift_right(significand: jax.Array, shift: jax.Array, rounding: str, key: jax.Array | None) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxq import metrics
+from jaxq import formats, metrics
 from jaxq.nn._layers import LayerKind, QuantizedParam, find_kind, put_weight, replace_variables, weight_axes
 from jaxq.nn._report import Report, Row
 from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, quantize, raise_if_not_finite
@@ -58,10 +58,7 @@ def quantize_model(
     if not isinstance(model, nnx.Module):
         raise TypeError(f"quantize_model: model must be a flax nnx Module, got {type(model).__name__}.")
     recipe = as_recipe(recipe, "quantize_model")
-    if on_nonfinite not in ON_NONFINITE:
-        raise ValueError(
-            f"quantize_model: on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}."
-        )
+    formats.check_choice("quantize_model: on_nonfinite", on_nonfinite, ON_NONFINITE)
     copy = nnx.clone(model)
     variables = {id(v): (path, v) for path, v in _variables(copy)}  # alive, so that identities stay theirs
     rows: dict[int, Row] = {}  # by the identity of the variable in the copy

@@ -330,6 +330,8 @@ def relayout(qt: QTensor, packing: formats.Packing | str) -> QTensor:
     Raises:
       ValueError: the order does not exist at this width.
     """
+    if isinstance(packing, str):
+        formats.check_choice("relayout: packing", packing, [p.value for p in formats.Packing])
     packing = formats.Packing(packing)
     bits = qt.spec.fmt.bits
     geometry, changed = qt.meta.geometry, qt._with(packing=packing)

@@ -193,8 +193,7 @@ def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: st
     if dtype.name not in _FLOATS:
         remedy = "Pass the real and imaginary parts." if dtype.kind == "c" else f"Pass {name}.astype(jnp.float32)."
         raise TypeError(f"{caller}: {name} must be float32, bfloat16 or float16, got {what}. {remedy}")
-    if on_nonfinite not in ON_NONFINITE:
-        raise ValueError(f"{caller}: on_nonfinite must be one of {', '.join(ON_NONFINITE)}, got {on_nonfinite!r}.")
+    formats.check_choice(f"{caller}: on_nonfinite", on_nonfinite, ON_NONFINITE)
     if spec.symmetric and spec.offset is None and spec.fmt.min >= 0:
         raise ValueError(
             f"{caller}: {spec.fmt.name} has no negative numbers, and a symmetric spec would clip them all. "
@@ -349,7 +348,8 @@ def _fake_quant_jvp(spec: QuantSpec, geometry: Geometry, primals, tangents):
         y = y + geometry.scale_to_blocks(qt.zero_point.astype(jnp.float32))
     low, high = _reach(spec)
     inside = geometry.from_view(geometry.unpad(geometry.from_blocks((low <= y) & (y <= high))))
-    return dequantize(qt), jnp.where(inside, tangents[0], jnp.zeros((), x.dtype))
+    # The function again, not its value: a derivative may be taken of this one.
+    return _fake_quant(x, key, spec, geometry), jnp.where(inside, tangents[0], jnp.zeros((), x.dtype))
 
 
 def _reach(spec: QuantSpec) -> tuple[float, float]:

@@ -74,22 +74,21 @@ class QuantSpec:
         object.__setattr__(self, "format", fmt)
         if not isinstance(self.granularity, Granularity):
             raise TypeError(f"QuantSpec: granularity must be one of jaxq's Per... objects, got {self.granularity!r}.")
-        _one_of("scale_rule", self.scale_rule, SCALE_RULES)
-        _one_of("clipping", self.clipping, ("absmax",))
-        _one_of("codes_from", self.codes_from, CODES_FROM)
+        formats.check_choice("QuantSpec: scale_rule", self.scale_rule, SCALE_RULES)
+        formats.check_choice("QuantSpec: clipping", self.clipping, ("absmax",))
+        formats.check_choice("QuantSpec: codes_from", self.codes_from, CODES_FROM)
         if self.offset is not None:
-            _one_of("offset", self.offset, OFFSETS)
+            formats.check_choice("QuantSpec: offset", self.offset, OFFSETS)
         if not isinstance(self.scale, QuantSpec):
-            _one_of("scale", self.scale, SCALE_DTYPES)
+            formats.check_choice("QuantSpec: scale", self.scale, SCALE_DTYPES)
         elif not self.scale.symmetric or self.scale.offset == "min":
             raise ValueError(
                 "QuantSpec: a scale that is quantized itself must be symmetric, and not offset by its minimum."
             )
-        if self.rounding not in formats.ROUNDING_MODES:
-            _one_of("rounding", self.rounding, formats.ROUNDING_MODES)
+        formats.check_choice("QuantSpec: rounding", self.rounding, formats.ROUNDING_MODES)
         packing = formats.default_packing(fmt.bits) if self.packing is None else self.packing
         if isinstance(packing, str):
-            _one_of("packing", packing, tuple(p.value for p in formats.Packing))
+            formats.check_choice("QuantSpec: packing", packing, tuple(p.value for p in formats.Packing))
             packing = formats.Packing(packing)
         formats.codes_per_pack(fmt.bits, packing)
         object.__setattr__(self, "packing", packing)
@@ -108,6 +107,10 @@ class QuantSpec:
             raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} is for symmetric specs without a minimum.")
         if fmt.max <= 0:
             raise ValueError(f"QuantSpec: {fmt.name} has no positive numbers to scale to.")
+        if self.scale_rule in ("ttq", "twn") and self.rounding != "nearest_even":
+            raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} has a threshold, and rounds no other way.")
+        if isinstance(self.scale, QuantSpec) and self.scale.scale_rule in ("ttq", "twn"):
+            raise ValueError(f"QuantSpec: a scale cannot be ternary by scale_rule={self.scale.scale_rule!r}.")
         if self.scale_rule in ("ttq", "twn") and (fmt.kind, fmt.max, fmt.min) != ("integer", 1, -1):
             raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} is for the format ternary, not {fmt.name}.")
         if self.scale_rule == "signed_extreme":
@@ -175,11 +178,3 @@ def _granularity_from_dict(data: dict[str, Any]) -> Granularity:
     if kind is None:
         raise ValueError(f"QuantSpec.from_dict: unknown granularity {name!r}.")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
-def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        message = formats.unknown_name(field, value, allowed, "The list below")
-        raise ValueError(
-            f"QuantSpec: {message.replace('The list below lists them all.', '')}One of: {', '.join(allowed)}."
-        )

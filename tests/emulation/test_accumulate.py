@@ -153,14 +153,43 @@ def test_gradient_of_a_narrow_sum_is_that_of_the_sum():
     np.testing.assert_allclose(got[1], a.T @ (2 * y), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["cumprod", "prod", "scatter_add", "cholesky"])
+@pytest.mark.parametrize("name", ["cumprod", "prod", "scatter_add", "scatter_sub", "cholesky"])
 def test_sums_without_a_narrow_form_say_so(name):
     fn = {
         "cumprod": jnp.cumprod,
         "prod": jnp.prod,
         "scatter_add": lambda x: x.at[0].add(1.0),
+        "scatter_sub": lambda x: x.at[0].subtract(1.0),
         "cholesky": lambda x: jnp.linalg.cholesky(jnp.outer(x, x) + jnp.eye(3)),
     }[name]
     with pytest.raises(NotImplementedError, match="has no form with a narrow accumulator.*primitives="):
         jaxq.emulate(fn, Policy(accumulate="bfloat16"))(jnp.ones(3))
     assert jnp.all(jnp.isfinite(jaxq.emulate(fn, Policy("bfloat16", "float32", "bfloat16"))(jnp.ones(3))))
+
+
+def test_sums_across_devices_say_so():
+    total = jaxq.emulate(lambda x: lax.psum(x, "i"), Policy(accumulate="bfloat16"))
+    with pytest.raises(NotImplementedError, match="'psum' has no form with a narrow accumulator"):
+        jax.vmap(total, axis_name="i")(jnp.ones(3))
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "nearest_away", "toward_zero"])
+@pytest.mark.parametrize("mantissa_bits", [10, 21, 22, 23])
+def test_every_width_rounds_the_true_sum(mantissa_bits, rounding):
+    # Also where float32 leaves no bits to spare: the sums are exact in float64, and rounded there.
+    terms = np.random.default_rng(mantissa_bits).standard_normal(400).astype(np.float32)
+    terms[::7] *= np.float32(2.0**-20)
+    terms[5::40] = np.float32(2.0**-24)  # halves and quarters of a last place
+    precision = Precision(8, mantissa_bits, rounding=rounding)
+    total = 0.0
+    for term in terms.astype(np.float64):
+        total += term  # at most 53 bits: what is lost lies 29 places below float32's last
+        exponent = np.floor(np.log2(abs(total))) if total else 0
+        unit = 2.0 ** (exponent - mantissa_bits)
+        y = abs(total) / unit
+        whole = {"nearest_even": np.rint(y), "nearest_away": np.floor(y + 0.5), "toward_zero": np.floor(y)}[rounding]
+        total = float(np.copysign(whole * unit, total))
+    if mantissa_bits < 23 or rounding != "nearest_even":  # which is float32, added as XLA adds it
+        assert jax.jit(jaxq.emulate(jnp.sum, Policy(accumulate=precision)))(terms) == np.float32(total)
+    swept = jax.jit(lambda m: jaxq.emulate(jnp.sum, Policy(accumulate=Precision(8, m, rounding=rounding)))(terms))
+    assert swept(mantissa_bits) == np.float32(total)

@@ -162,3 +162,7 @@ def test_gradient_passes_straight_through():
 def test_bad_input(arguments, options, error, message):
     with pytest.raises(error, match=message):
         jaxq.cast(*arguments, **options)
+
+
+def test_second_derivatives():
+    assert jax.hessian(lambda x: jaxq.cast(x, "bfloat16") ** 2)(1.3) == 2

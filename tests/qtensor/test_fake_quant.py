@@ -155,3 +155,8 @@ def test_trains_through_the_steps():
         w = step(w)
     end = float(((jaxq.fake_quant(w, "int4") - target) ** 2).mean())
     assert end < 0.2 * start
+
+
+def test_second_derivatives():
+    slope = jax.hessian(lambda x: jnp.sum(jaxq.fake_quant(x, "int8") ** 2))(jnp.array([1.3, 0.2]))
+    np.testing.assert_array_equal(slope, 2 * np.eye(2))

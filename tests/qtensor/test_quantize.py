@@ -462,7 +462,7 @@ def test_a_non_finite_number_is_named():
         jaxq.quantize(x, "int8", name="kernel")
     with pytest.raises(ValueError, match=r"w\[0\] is -inf, one of 1 non-finite"):
         jaxq.quantize(np.array([-np.inf, 1], ml_dtypes.bfloat16), "int8")
-    with pytest.raises(ValueError, match="on_nonfinite must be one of raise, propagate, zero, saturate, got 'ignore'"):
+    with pytest.raises(ValueError, match="on_nonfinite must be one of raise, propagate, zero, saturate; got 'ignore'"):
         jaxq.quantize(x, "int8", on_nonfinite="ignore")
 
 
