@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, NoReturn
@@ -144,8 +145,7 @@ class QTensor:
 
     def codes(self) -> jax.Array:
         """The codes, unpacked: `spec.format.code_dtype`, shape and axis order of the array."""
-        geometry = self.meta.geometry
-        return geometry.from_view(geometry.unpad(geometry.to_view_order(self.stored_codes())))
+        return _codes(self)
 
     def stored_codes(self) -> jax.Array:
         """The codes, unpacked, in storage order and with their padding: `[*batch, *padded]`."""
@@ -332,7 +332,20 @@ def relayout(qt: QTensor, packing: formats.Packing | str) -> QTensor:
     """
     if isinstance(packing, str):
         formats.check_choice("relayout: packing", packing, [p.value for p in formats.Packing])
-    packing = formats.Packing(packing)
+    return _relayout(qt, formats.Packing(packing))
+
+
+# Compiled whole: outside jit, many small programs would take longer to compile and to run.
+
+
+@functools.partial(jax.jit, inline=True)
+def _codes(qt: QTensor) -> jax.Array:
+    geometry = qt.meta.geometry
+    return geometry.from_view(geometry.unpad(geometry.to_view_order(qt.stored_codes())))
+
+
+@functools.partial(jax.jit, static_argnames="packing", inline=True)
+def _relayout(qt: QTensor, packing: formats.Packing) -> QTensor:
     bits = qt.spec.fmt.bits
     geometry, changed = qt.meta.geometry, qt._with(packing=packing)
     # The stored row is a multiple of what the first packing needed; another order may need more.

@@ -196,7 +196,7 @@ def by_vmap(layers, x):
 
 
 STACKED = [(name, "int4", by_nnx_scan) for name in COMMON if name != "attention"]
-STACKED += [(name, "w8a8", by_lax_scan) for name in COMMON]
+STACKED += [(name, "w8a8", by_lax_scan) for name in COMMON if name != "conv2d"]
 STACKED += [("linear", "nf4", by_nnx_scan), ("linear", "fp8", by_lax_scan), ("linear", "int8", by_vmap)]
 
 

@@ -42,7 +42,7 @@ def all_but(ndim: int, axis: int) -> tuple[int, ...]:
 
 
 @over_cases
-@pytest.mark.parametrize("preset", ["int8", "int4", "nf4_dq", "fp8"])
+@pytest.mark.parametrize("preset", ["int8", "nf4_dq", "fp8"])
 def test_weight_only(preset, case):
     x, kernel, options = prepared(case)
     qt = jaxq.quantize(kernel, preset, contracting=all_but(kernel.ndim, -1))

@@ -187,7 +187,7 @@ def test_numpy_arrays_and_lists_on_either_side():
     np.testing.assert_array_equal(jaxq.matmul(x.tolist(), qt), expected)
 
 
-@pytest.mark.parametrize("preset", ["int8", "int4", "nf4", "mxfp4", "fp8"])
+@pytest.mark.parametrize("preset", ["int4", "mxfp4"])
 def test_64_bit_types_may_be_on(preset):
     x, w = normal(3, 64), normal(64, 8)
     expected = x @ jaxq.quantize(w, preset)
@@ -198,13 +198,13 @@ def test_64_bit_types_may_be_on(preset):
         assert y.dtype == jnp.float32
         np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(y.T, qt.T @ x.T, rtol=1e-5, atol=1e-5)
-        assert jax.grad(lambda x: jnp.sum(x @ qt))(x).shape == x.shape
+        assert jax.jit(jax.grad(lambda x: jnp.sum(x @ qt)))(x).shape == x.shape
         again = x @ jaxq.quantize(w, "int4").with_activation(jaxq.presets()["int8"])
         np.testing.assert_allclose(again, dynamic, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e-8, 1.0, 1e5])
-@pytest.mark.parametrize("preset", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize("preset", ["int4", "int8"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_wider_weight_is_not_rounded_to_a_narrow_operand(standard_promotion, dtype, preset, size):
     x, qt = normal(4, 256, dtype=dtype), jaxq.quantize(normal(256, 64) * size, preset)

@@ -242,7 +242,7 @@ def test_trained_ternary_quantization():
     expected = np.stack([upstream * (codes == sign) * (sign != 0) for sign in (-1, 0, 1)], axis=-1)  # [100, 6, 3]
     expected = np.stack([expected[:64].sum(0), expected[64:].sum(0)], axis=1)
     for values in (jaxq.dequantize, lambda qt: jnp.eye(100) @ qt):
-        found = jax.grad(loss)(qt.codebook, values)
+        found = jax.jit(jax.grad(loss), static_argnums=1)(qt.codebook, values)
         unit = np.where(qt.scale == 0, 1, qt.scale)[..., None]
         np.testing.assert_allclose(found / unit, expected, rtol=1e-5, atol=1e-4)
     with pytest.raises(ValueError, match="scale_rule='ttq' is for the format ternary, not int4"):
@@ -261,7 +261,8 @@ def test_bitsandbytes_double_quantization():
     spec = QuantSpec("nf4", jaxq.PerFlat(64), packing="high_first", scale=scales, codes_from="ideal")
     qt = jaxq.quantize(w, spec)
     np.testing.assert_array_equal(qt.data, packed.numpy().ravel())
-    # Their mean and ours are sums in another order, which moves a code here and there by one.
+    # Their mean and ours are sums in another order, and their 8-bit CPU kernel does not take the nearest entry of its
+    # table for about one number in a thousand: a code here and there is one off.
     np.testing.assert_allclose(qt.scale.offset, [state.offset.item()], rtol=2e-7)
     np.testing.assert_allclose(qt.scale.scale.ravel(), state.state2.absmax.numpy(), rtol=1e-6)
     moved = np.asarray(qt.scale.codes()).ravel().astype(int) - state.absmax.numpy()
