@@ -90,16 +90,10 @@ def round_to_float(
 
     pattern = lax.bitcast_convert_type(x, unsigned)
     magnitude = pattern & number((1 << (width - 1)) - 1)
-    if (
-        beyond is None
-        and _is_int(mantissa_bits)
-        and mantissa_bits > 0
-        and _is_int(min_exponent)
-        and min_exponent <= info.minexp
-    ):
+    cut = _fixed_cut(mantissa_bits, min_exponent, info)
+    if cut is not None and beyond is None:
         # The same place to cut at for every exponent, which a carry lifts by itself: few operations.
-        places = np.asarray(fraction_bits - mantissa_bits, signed)
-        body = shift_right(magnitude, places, rounding, key) << places.astype(unsigned)
+        body = shift_right(magnitude, jnp.asarray(cut, signed), rounding, key) << cut
     else:
         biased = (magnitude >> fraction_bits).astype(signed)
         implicit = jnp.where(biased > 0, number(1 << fraction_bits), number(0))
@@ -140,8 +134,10 @@ def round_to_float(
     return lax.bitcast_convert_type(body | sign, x.dtype)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer)
+def _fixed_cut(mantissa_bits: Any, min_exponent: Any, info: Any) -> int | None:
+    """How many last bits of every pattern a grid as wide as the dtype leaves; None where that differs or is traced."""
+    static = all(isinstance(n, int | np.integer) for n in (mantissa_bits, min_exponent))
+    return int(info.nmant - mantissa_bits) if static and mantissa_bits > 0 and min_exponent <= info.minexp else None
 
 
 def shift_right(significand: jax.Array, shift: jax.Array, rounding: str, key: jax.Array | None) -> jax.Array:
