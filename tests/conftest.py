@@ -1,5 +1,6 @@
 """A strict session: no silent promotion of dtypes or ranks, four CPU devices, the same random examples every run."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(items):
     """Files with heavy tests go first, so that no process is left alone with one at the end."""
     heavy = {item.path for item in items if item.get_closest_marker("heavy")}
     items.sort(key=lambda item: item.path not in heavy)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """What a file has compiled stays alive, gigabytes by the end: the garbage collector need not walk it again."""
+    yield
+    gc.freeze()
 
 
 @pytest.fixture
