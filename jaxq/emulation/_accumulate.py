@@ -47,10 +47,9 @@ def dot_general(lhs: jax.Array, rhs: jax.Array, policy: Policy, *, dimension_num
 
 def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, policy: Policy, **params) -> jax.Array:
     """`lax.conv_general_dilated` of rounded operands, as a dot product over patches."""
-    if params["batch_group_count"] != 1:
-        raise NotImplementedError("emulate: a narrow accumulator for convolutions with batch_group_count > 1.")
     carrier = _carrier(lhs, rhs)
-    specs, groups = params["dimension_numbers"], params["feature_group_count"]
+    specs, batch_groups = params["dimension_numbers"], params["batch_group_count"]
+    groups = params["feature_group_count"] * batch_groups  # at most one of them is not 1
     lhs = jnp.transpose(lhs.astype(carrier), specs.lhs_spec)  # [n, c, *spatial]
     rhs = jnp.transpose(rhs.astype(carrier), specs.rhs_spec)  # [o, c / groups, *kernel]
     patches = lax.conv_general_dilated_patches(
@@ -62,8 +61,11 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, policy: Policy, **param
         params["rhs_dilation"],
         precision=lax.Precision.HIGHEST,  # products with 0 and 1: exact
     )  # [n, c * kernel, *out]
-    num, _, *out = patches.shape
-    a = patches.reshape(num, groups, -1, math.prod(out))  # [n, g, k, out]
+    num, out = patches.shape[0] // batch_groups, patches.shape[2:]
+    if batch_groups > 1:
+        a = jnp.moveaxis(patches.reshape(groups, num, -1, math.prod(out)), 0, 1)  # [n, g, k, out]
+    else:
+        a = patches.reshape(num, groups, -1, math.prod(out))  # [n, g, k, out]
     b = rhs.reshape(groups, rhs.shape[0] // groups, -1)  # [g, o, k]
     y = dot_general(b, a, policy, dimension_numbers=(((2,), (2,)), ((0,), (1,))))  # [g, o, n, out]
     y = jnp.moveaxis(y.reshape(rhs.shape[0], num, *out), 0, 1)  # [n, o, *out]

@@ -35,7 +35,8 @@ def cast(
       Array of the shape and dtype of `x`. The gradient passes straight through.
 
     Raises:
-      TypeError: `x` is not a float array, or its dtype cannot hold the format's numbers.
+      TypeError: `x` is not a float array, is float64 while 64-bit types are off, or its dtype cannot hold the format's
+        numbers.
       ValueError: an unknown format or rounding, a missing or unused key.
 
     Example:
@@ -55,13 +56,15 @@ def cast(
     x = jnp.asarray(x, np.float32) if isinstance(x, float | list | tuple) else x
     dtype = getattr(x, "dtype", None)
     if str(dtype) not in _CARRIERS:
-        found = type(x).__name__ if dtype is None else dtype
+        got = type(x).__name__ if dtype is None else dtype
         raise TypeError(
-            f"cast: x must be a float16, bfloat16, float32 or float64 array, got {found}. Pass x.astype(jnp.float32)."
+            f"cast: x must be a float16, bfloat16, float32 or float64 array, got {got}. Pass x.astype(jnp.float32)."
         )
     x = jnp.asarray(x)
     if x.dtype != dtype:
-        raise TypeError(f"cast: x is {dtype}, which jax keeps as {x.dtype} unless jax_enable_x64 is set.")
+        raise TypeError(
+            f"cast: x is {dtype}, which jax keeps as {x.dtype}. Pass x.astype(np.float32), or set jax_enable_x64."
+        )
     _raise_if_not_held(x.dtype, found)
     rounded = found.round(lax.stop_gradient(x), rounding=rounding, saturate=saturate, key=key)
     held = _largest_held(x.dtype, found)

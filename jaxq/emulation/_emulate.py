@@ -37,24 +37,13 @@ _EXACT = _MOVES | frozenset(
 # Sums, and algorithms made of sums, that a narrow accumulator is not written for.
 _WIDE_SUMS = frozenset(
     [
-        *[
-            "addupdate",
-            "cholesky",
-            "cholesky_update",
-            "cumlogsumexp",
-            "cumprod",
-            "eig",
-            "eigh",
-            "fft",
-            "geqp3",
-            "geqrf",
-        ],
-        *["hessenberg", "householder_product", "lu", "ormqr", "psum", "psum_invariant", "psum_invariant_start"],
-        *["psum_start", "qr", "ragged_dot", "ragged_dot_general", "reduce", "reduce_prod", "reduce_scatter"],
-        *["reduce_scatter_start", "reduce_window", "scaled_dot", "scaled_matmul", "scaled_matmul_wrapper"],
-        *["scatter-add", "scatter-mul", "scatter-sub", "schur", "select_and_scatter_add", "svd", "symmetric_product"],
-        *["triangular_solve", "tridiagonal", "tridiagonal_solve", "unreduced_psum", "unreduced_psum_start"],
-        *["unreduced_reduce_scatter", "unreduced_reduce_scatter_start"],
+        *["addupdate", "cholesky", "cholesky_update", "cumlogsumexp", "cumprod", "eig", "eigh", "fft", "geqp3"],
+        *["geqrf", "hessenberg", "householder_product", "lu", "ormqr", "psum", "psum_invariant"],
+        *["psum_invariant_start", "psum_start", "qr", "ragged_dot", "ragged_dot_general", "reduce", "reduce_prod"],
+        *["reduce_scatter", "reduce_scatter_start", "reduce_window", "scaled_dot", "scaled_matmul"],
+        *["scaled_matmul_wrapper", "scatter-add", "scatter-mul", "scatter-sub", "schur", "select_and_scatter_add"],
+        *["svd", "symmetric_product", "triangular_solve", "tridiagonal", "tridiagonal_solve", "unreduced_psum"],
+        *["unreduced_psum_start", "unreduced_reduce_scatter", "unreduced_reduce_scatter_start"],
     ]
 )
 # Primitives whose parameters hold a small function that is no call of user code.

@@ -139,6 +139,12 @@ def decode_by_table(fmt: Format, codebook: jax.Array, codes: jax.Array) -> jax.A
 
     Returns:
       float32, the shape of `codes`; differentiable with respect to `codebook`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> ternary, codes = jaxq.formats.get("ternary"), jnp.array([-1, 0, 1], jnp.int8)
+      >>> jaxq.formats.decode_by_table(ternary, jnp.array([-0.5, 0.0, 2.0]), codes).tolist()
+      [-0.5, 0.0, 2.0]
     """
     first = int(fmt.min) if fmt.kind == "integer" else 0
     index = codes.astype(jnp.int32) - first

@@ -40,8 +40,9 @@ def dot_general(
       rhs: array or QTensor.
       dimension_numbers: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
       precision: passed on where both operands are arrays.
-      preferred_element_type: dtype of the result, float if an operand is quantized. None takes what the operands'
-        dtypes promote to, but int32 for narrower integers and float32 for float8: those sums rarely fit.
+      preferred_element_type: dtype of the result, a float of at most 32 bits if an operand is quantized. None takes
+        what the operands' dtypes promote to, but int32 for narrower integers and float32 for float8: those sums rarely
+        fit.
       **kwargs: passed on where both operands are arrays.
 
     Returns:

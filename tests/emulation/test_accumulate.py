@@ -193,3 +193,20 @@ def test_every_width_rounds_the_true_sum(mantissa_bits, rounding):
         assert jax.jit(jaxq.emulate(jnp.sum, Policy(accumulate=precision)))(terms) == np.float32(total)
     swept = jax.jit(lambda m: jaxq.emulate(jnp.sum, Policy(accumulate=Precision(8, m, rounding=rounding)))(terms))
     assert swept(mantissa_bits) == np.float32(total)
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_convolution_over_groups_of_the_batch(chunk):
+    # What the gradient of a grouped convolution is made of: each group of examples meets its own output channels.
+    x, w = random.standard_normal((4, 6, 3)).astype(np.float32), random.standard_normal((3, 3, 8)).astype(np.float32)
+
+    def convolve(x, w, groups=1):
+        numbers = ("NHC", "HIO", "NHC")
+        return lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=numbers, batch_group_count=groups)
+
+    narrow = jax.jit(jaxq.emulate(convolve, Policy("bfloat16", "bfloat16", chunk=chunk)))
+    parts = [narrow(x[2 * i : 2 * i + 2], w[..., 4 * i : 4 * i + 4]) for i in range(2)]
+    found = jax.jit(jaxq.emulate(lambda x, w: convolve(x, w, 2), Policy("bfloat16", "bfloat16", chunk=chunk)))(x, w)
+    np.testing.assert_array_equal(found, np.concatenate(parts, axis=-1))
+    np.testing.assert_allclose(found, convolve(x, w, 2), rtol=0.05, atol=0.1)
+    assert (np.asarray(found) != convolve(x, w, 2)).any()

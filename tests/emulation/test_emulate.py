@@ -444,8 +444,8 @@ def test_whole_numbers_may_lie_beyond_a_grid():
 
 def test_second_derivatives():
     assert jax.hessian(jaxq.emulate(lambda x: x**3, BF16))(1.5) == 9
-    cubed = jax.grad(jax.grad(jaxq.emulate(lambda x: jnp.sin(x) * x, BF16)))
-    np.testing.assert_allclose(cubed(1.25), 2 * np.cos(1.25) - 1.25 * np.sin(1.25), atol=0.02)
+    curvature = jax.grad(jax.grad(jaxq.emulate(lambda x: jnp.sin(x) * x, BF16)))
+    np.testing.assert_allclose(curvature(1.25), 2 * np.cos(1.25) - 1.25 * np.sin(1.25), atol=0.02)
 
 
 def test_what_would_do_nothing_is_said():
