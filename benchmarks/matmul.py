@@ -12,7 +12,12 @@ from timing import interleaved, summary
 import jaxq
 
 SIZE = 4096
-TARGETS = {("w8a8", 1): 0.8, ("w8a8", 16): 0.6, ("w8a8", 128): 0.85, ("int4", 128): 0.8}
+TARGETS = {
+    "w8a8": {1: 0.8, 16: 0.6, 128: 0.85},
+    "int8": {1: 1.7},
+    "int4": {16: 1.0, 128: 0.75},
+    "nf4": {16: 2.0, 128: 1.5},
+}
 
 
 def run() -> dict[str, Any]:
@@ -36,7 +41,7 @@ def run() -> dict[str, Any]:
             temporary[name] = product.lower(x, qt).compile().memory_analysis().temp_size_in_bytes
         for name, figures in summary(interleaved(functions, rounds=31, seconds=20.0), "float32").items():
             row = {"what": name, "m": m, **figures, "temporary_bytes": temporary[name]}
-            rows.append(row | ({"target": TARGETS[name, m]} if (name, m) in TARGETS else {}))
+            rows.append(row | ({"target": TARGETS[name][m]} if m in TARGETS.get(name, {}) else {}))
     return {"subject": "matmul", "shape": [SIZE, SIZE], "rows": rows, "missing": []}
 
 

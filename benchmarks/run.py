@@ -1,7 +1,8 @@
 """Runs benchmarks and writes their figures and tables to benchmarks/results.
 
-    python benchmarks/run.py                      # all subjects
+    python benchmarks/run.py                      # all subjects but kernels
     python benchmarks/run.py quantize matmul      # some
+    python benchmarks/run.py kernels              # on an accelerator
 
 Each subject runs in a process of its own, its cases in turns (see timing.py). Absolute times are the machine's; the
 ratios are what to compare. Run on a machine that does nothing else.
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-SUBJECTS = ("cast", "import_time", "matmul", "quantize")
+SUBJECTS = ("cast", "import_time", "kernels", "matmul", "quantize")
 # Freed memory stays with the process: else fresh pages are most of what writing 64 MB costs, ours and others'.
 ENVIRONMENT = {
     "cast": {
@@ -61,9 +62,10 @@ def main() -> None:
         subject = importlib.import_module(args.one)
         result = subject.run()
         result["device"] = device()
-        name = f"{args.one}-{result['device']['platform']}"
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         about = result["device"]
+        where = "cpu" if about["platform"] == "cpu" else re.sub(r"\W+", "-", about["kind"].lower())
+        name = f"{args.one}-{where}"
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         head = f"{about['kind']}, {', '.join(about.get('flags', []))}; " + ", ".join(
             f"{k} {v}" for k, v in about["versions"].items()
         )
@@ -74,7 +76,7 @@ def main() -> None:
         print(text)
         return
     RESULTS.mkdir(exist_ok=True)
-    for subject in args.subjects or SUBJECTS:
+    for subject in args.subjects or [name for name in SUBJECTS if name != "kernels"]:
         print(f"== {subject}", file=sys.stderr, flush=True)
         environment = os.environ | ENVIRONMENT.get(subject, {})
         subprocess.run([sys.executable, __file__, "--one", subject], check=True, env=environment)

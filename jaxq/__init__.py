@@ -35,7 +35,7 @@ from jaxq.qtensor import (
 from jaxq.recipes import Recipe, Rule
 
 if TYPE_CHECKING:
-    from jaxq import evaluation, io, models, nn
+    from jaxq import evaluation, io, models, nn, observers
     from jaxq.io import load, save
     from jaxq.nn import quantize_model
 
@@ -48,6 +48,7 @@ _LAZY = {
     "load": "jaxq.io",
     "models": "jaxq.models",
     "nn": "jaxq.nn",
+    "observers": "jaxq.observers",
     "quantize_model": "jaxq.nn",
     "save": "jaxq.io",
 }
@@ -93,6 +94,7 @@ __all__ = [
     "metrics",
     "models",
     "nn",
+    "observers",
     "ops",
     "presets",
     "qtensor",

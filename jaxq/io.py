@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxq import formats
-from jaxq.qtensor import LEAVES, Geometry, Meta, QTensor, QuantSpec
+from jaxq.qtensor import LEAVES, Meta, QTensor, QuantSpec, relayout
 
 __all__ = ["load", "save"]
 
@@ -172,16 +172,12 @@ def _describe(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
 
 
 def _describe_qtensor(qt: QTensor, name: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    meta = qt.meta
+    qt = relayout(qt, "rows")  # columns are for one kind of machine, files for all
     leaves = {leaf: getattr(qt, leaf) for leaf in LEAVES}
     return {
         "is": "qtensor",
         "shape": list(qt.shape),
-        "spec": meta.spec.to_dict(),
-        "geometry": dataclasses.asdict(meta.geometry),
-        "packing": meta.packing.value,
-        "dtype": meta.dtype,
-        "activation": None if meta.activation is None else meta.activation.to_dict(),
+        **qt.meta.to_dict(),
         "leaves": {
             k: None if v is None else _describe(v, f"{name or 'value'}.{k}", tensors) for k, v in leaves.items()
         },
@@ -224,15 +220,7 @@ def _rebuild(entry: Any, name: str, tensors: dict[str, np.ndarray], used: set[st
 
 def _rebuild_qtensor(entry: dict[str, Any], name: str, tensors: dict[str, np.ndarray], used: set[str]) -> QTensor:
     try:
-        fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["geometry"].items()}
-        geometry = Geometry(**fields)
-        meta = Meta(
-            QuantSpec.from_dict(entry["spec"]),
-            geometry,
-            formats.Packing(entry["packing"]),
-            entry["dtype"],
-            None if entry["activation"] is None else QuantSpec.from_dict(entry["activation"]),
-        )
+        meta = Meta.from_dict(entry)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: {name or 'the value'} is not described as a QTensor: {error}.") from error
     described = [entry["leaves"][leaf] for leaf in LEAVES]

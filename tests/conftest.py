@@ -26,10 +26,49 @@ hypothesis.settings.register_profile("jaxq", deadline=None, derandomize=True, ma
 hypothesis.settings.load_profile("jaxq")
 
 
+# The files that take longest.
+FIRST = (
+    "project/test_examples.py",
+    "nn/test_layers.py",
+    "project/test_docstrings.py",
+    "contracts/test_presets.py",
+    "ops/test_weight_only.py",
+    "ops/test_codes.py",
+    "ops/test_dot_general.py",
+    "qtensor/test_quantize.py",
+    "qtensor/test_qtensor.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Files with heavy tests go first, so that no process is left alone with one at the end."""
-    heavy = {item.path for item in items if item.get_closest_marker("heavy")}
-    items.sort(key=lambda item: item.path not in heavy)
+    """The dearest files go first, so that no process is left alone with one at the end."""
+    tests = Path(__file__).parent
+    place = {tests / name: i for i, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(FIRST)))
+
+
+# What these check is made before XLA sees it, or compared up to a tolerance: structure, roles of axes, errors, files,
+# models. Half of a compilation is LLVM's optimizer. What claims bits, bytes of memory or instructions is compiled as
+# users have it, and so is everything with `-m heavy`.
+PLAIN = ("kernels", "nn", "models", "project", "test_io.py", "test_evaluation.py", "qtensor/test_geometry.py")
+PLAIN += (
+    "qtensor/test_layout.py",
+    "qtensor/test_qtensor.py",
+    "ops/test_conv.py",
+    "ops/test_dot_general.py",
+    "ops/test_einsum.py",
+    "ops/test_ragged.py",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _unoptimized(request):
+    tests = Path(__file__).parent
+    plain = any(request.path.is_relative_to(tests / name) for name in PLAIN)
+    if plain and request.config.option.markexpr == "not heavy":
+        jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq import kernels
 from jaxq.emulation import _accumulate
 from jaxq.emulation._precision import Policy, Precision, carrier_of
 
@@ -320,6 +321,12 @@ def _custom_vjp(equation: Any, args: list, policy: Policy) -> Sequence:
     return rounded(arrays, *args)
 
 
+def _form(equation: Any, args: list, policy: Policy) -> Sequence:
+    """A product that kernels compute: its XLA form, whose primitives are rounded like any other."""
+    call = functools.partial(kernels.FORMS[equation.primitive.name], call=equation.params["call"])
+    return _run(jax.make_jaxpr(call)(*args), args, policy)
+
+
 _CALLS: dict[str, Callable[[Any, list, Policy], Sequence]] = {
     "checkpoint": _remat,
     "closed_call": _call,
@@ -329,6 +336,8 @@ _CALLS: dict[str, Callable[[Any, list, Policy], Sequence]] = {
     "custom_vjp_call": _custom_vjp,
     "jit": _jit,
     "pjit": _jit,
+    "quantized_matmul": _form,
+    "quantized_matmul_tangent": _form,
     "remat2": _remat,
     "scan": _scan,
     "shard_map": _shard_map,

@@ -8,6 +8,7 @@ from jaxq.ops._conv import conv_general_dilated
 from jaxq.ops._dot_general import dot_general, explain
 from jaxq.ops._einsum import einsum, matmul
 from jaxq.ops._plan import Plan
+from jaxq.ops._ragged import ragged_dot
 from jaxq.ops._take import take
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "einsum",
     "explain",
     "matmul",
+    "ragged_dot",
     "take",
 ]

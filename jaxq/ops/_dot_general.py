@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.ops._integer import codes_matmul
+from jaxq import kernels
 from jaxq.ops._plan import DimensionNumbers, Plan, batch_first, make_plan, result_dtype
 from jaxq.ops._rows import rows_of
-from jaxq.ops._weight_only import transposed_matmul, weight_only_matmul
 from jaxq.qtensor import QTensor, dequantize, quantize
 
 Operand = jax.typing.ArrayLike | QTensor
@@ -78,31 +77,40 @@ def dot_general(
     elif isinstance(lhs, QTensor):
         assert not isinstance(rhs, QTensor)
         mirrored = ((dims[0][1], dims[0][0]), (dims[1][1], dims[1][0]))
-        y = _float_by_weight(rhs, lhs, mirrored, plan)
+        y = _float_by_weight(rhs, lhs, mirrored, plan, out_dtype)
         num_batch, num_x = len(dims[1][0]), rhs.ndim - len(dims[0][1]) - len(dims[1][1])
         # Computed as [batch, x's free axes, weight's free axes]; asked for the other way round.
         y = jnp.moveaxis(y, range(num_batch, num_batch + num_x), range(y.ndim - num_x, y.ndim))
     else:
         assert isinstance(rhs, QTensor)
-        y = _float_by_weight(lhs, rhs, dims, plan)
+        y = _float_by_weight(lhs, rhs, dims, plan, out_dtype)
     return y.astype(out_dtype)
 
 
-def explain(lhs: Operand, rhs: Operand, dimension_numbers: DimensionNumbers | None = None) -> Plan:
-    """Which path `dot_general` takes for these operands, and why; nothing is computed.
+def explain(
+    lhs: Operand, rhs: Operand, dimension_numbers: DimensionNumbers | None = None, *, platform: str | None = None
+) -> Plan:
+    """Which path `dot_general` takes for these operands, which kernel runs it, and why; nothing is computed.
+
+    A kernel runs on one device. Where an operand lies on several, a program under plain `jax.jit` is partitioned by
+    XLA and takes the XLA form; inside `jax.shard_map` each device runs the kernel.
 
     Args:
       lhs: array, `jax.ShapeDtypeStruct` or QTensor.
       rhs: the same.
       dimension_numbers: None takes those of `matmul`.
+      platform: "cpu", "tpu", "cuda"; None takes the one jax runs on.
 
     Returns:
       A `Plan`; print it.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> print(jaxq.explain(jnp.ones((2, 32)), jaxq.quantize(jnp.eye(32), "nf4")))
+      >>> x, qt = jnp.ones((2, 32)), jaxq.quantize(jnp.eye(32), "nf4")
+      >>> print(jaxq.explain(x, qt, platform="cpu"))
       weight_only (accumulates in float32): nf4 codes are decoded in blocks of rows
+      >>> jaxq.explain(x, jaxq.relayout(qt, "columns"), platform="tpu").kernel
+      'tpu'
     """
     lhs, rhs = (v if hasattr(v, "ndim") else jnp.asarray(v) for v in (lhs, rhs))
     if dimension_numbers is None:
@@ -110,7 +118,27 @@ def explain(lhs: Operand, rhs: Operand, dimension_numbers: DimensionNumbers | No
     else:
         dims = _as_tuples(dimension_numbers)
     _check_sizes(lhs, rhs, dims)
-    return make_plan(lhs, rhs, dims)
+    plan = make_plan(lhs, rhs, dims)
+    platform = {"gpu": "cuda"}.get(platform or jax.default_backend(), platform or jax.default_backend())
+    choice = _choose_kernel(lhs, rhs, dims, platform)
+    return dataclasses.replace(plan, kernel=choice.backend, why_no_kernel=choice.reason, platform=platform)
+
+
+def _choose_kernel(lhs: Any, rhs: Any, dims: DimensionNumbers, platform: str) -> kernels.Choice:
+    """The kernel of the first product that has one, or the reason of the last."""
+    if platform not in kernels.KERNELS:
+        return kernels.Choice("xla", f"there are no kernels for {platform}")
+    traced = jax.make_jaxpr(lambda lhs, rhs: dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32))
+    shaped = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (lhs, rhs))
+    shardings: list[Any] = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves((lhs, rhs))]
+    num_devices = max([1, *(len(s.device_set) for s in shardings if hasattr(s, "device_set"))])
+    choice = kernels.Choice("xla", "no block-wise product is left to it")
+    for call, x, leaves in kernels.calls(traced(*shaped).jaxpr):
+        found = kernels.problem_of(call, x, leaves)
+        choice = kernels.choose(found, platform, kernels.device_kind(platform), num_devices)
+        if choice.reason is None:
+            break
+    return choice
 
 
 def as_operand(x: Operand) -> jax.Array | QTensor:
@@ -144,8 +172,8 @@ def _broadcast(x: Any, leading: tuple[int, ...]) -> Any:
     return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.broadcast_to(x, shape)
 
 
-def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Plan) -> jax.Array:
-    """float32 `[batch, free axes of x, free axes of the weight]`."""
+def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Plan, out_dtype: np.dtype) -> jax.Array:
+    """`[batch, free axes of x, free axes of the weight]`, summed in float32."""
     # Numbers of the weight must not be rounded, or overflow, on their way into a narrower x.
     narrow = x.dtype == qt.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
     x = x if narrow else x.astype(jnp.float32)
@@ -157,11 +185,11 @@ def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Pl
     geometry = qt.meta.geometry
     transposed = plan.path == "weight_only_transposed"
     along, out = (geometry.kept, geometry.contracted) if transposed else (geometry.contracted, geometry.kept)
-    multiply = transposed_matmul if transposed else weight_only_matmul
+    sums = out_dtype.name if out_dtype.name in ("bfloat16", "float16") else "float32"
 
     def one(x: jax.Array, qt: QTensor) -> jax.Array:
         rows, meta = rows_of(qt)
-        return multiply(x, rows, meta)
+        return kernels.call_matmul(x, rows, kernels.Call(meta, (), sums, transposed))
 
     x_rows, free = _to_rows(x, [named[a] for a in along], x_batch)
     y = _over_batch(one, len(w_batch))(x_rows, qt)
@@ -208,7 +236,11 @@ _dynamic.defvjp(_dynamic_forward, _dynamic_backward)
 
 def _codes(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> jax.Array:
     def one(lhs: QTensor, rhs: QTensor) -> jax.Array:
-        return codes_matmul(*rows_of(lhs), *rows_of(rhs))
+        (a, a_meta), (b, b_meta) = rows_of(lhs), rows_of(rhs)
+        if a_meta.fmt.name == "int8" and a.zero_point is None and a.scale.shape[-1] == 1:
+            # Plain int8 rows, as activations are: their scale joins the result, so that kernels see integers alone.
+            return kernels.call_matmul(a.data, b, kernels.Call(b_meta, (), "float32")) * a.scale.astype(jnp.float32)
+        return kernels.codes_matmul(a, a_meta, b, b_meta)
 
     y = _over_batch(one, len(dims[1][0]))(lhs, rhs)
     free = [qt.meta.geometry.kept for qt in (lhs, rhs)]

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.ops._integer import is_native_float, largest_exact_length
+from jaxq import kernels
+from jaxq.kernels import is_native_float, largest_exact_length
 from jaxq.ops._rows import rows_of, why_not_rows
 from jaxq.qtensor import QTensor, quantize
 
@@ -30,16 +31,27 @@ class Plan:
       accumulate: dtype of the sums.
       swapped: the weight stands on the left.
       reason: why this path, in words.
+      kernel: the Pallas kernel that runs it on `platform`: "tpu", "mosaic_gpu", "triton"; or "xla" where none does.
+      why_no_kernel: the reason where none does.
+      platform: what the kernel was chosen for; None where nobody asked.
     """
 
     path: Path
     accumulate: str
     swapped: bool
     reason: str
+    kernel: str = "xla"
+    why_no_kernel: str | None = None
+    platform: str | None = None
 
     def __str__(self) -> str:
         side = ", weight on the left" if self.swapped else ""
-        return f"{self.path} (accumulates in {self.accumulate}{side}): {self.reason}"
+        text = f"{self.path} (accumulates in {self.accumulate}{side}): {self.reason}"
+        if self.platform not in kernels.KERNELS:
+            return text
+        if self.why_no_kernel is None:
+            return f"{text}; runs as the {self.kernel} kernel on {self.platform}"
+        return f"{text}; in plain XLA on {self.platform}: {self.why_no_kernel}"
 
 
 def make_plan(lhs: Any, rhs: Any, dims: DimensionNumbers) -> Plan:

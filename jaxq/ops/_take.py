@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxq.qtensor import Geometry, QTensor, dequantize, scale_values
+from jaxq.qtensor import Geometry, QTensor, dequantize, relayout, scale_values
 
 
 def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
@@ -41,6 +41,7 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"take: indices must be integers, got {indices.dtype.name}{list(indices.shape)}.")
 
+    table = relayout(table, "rows")
     n = geometry.shape[0]
     if indices.dtype.itemsize < 4:
         indices = indices.astype(jnp.int32)  # n may be beyond a narrow type

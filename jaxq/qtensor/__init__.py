@@ -23,6 +23,7 @@ from jaxq.qtensor._quantize import (
     fake_quant,
     quantize,
     raise_if_not_finite,
+    requantize,
     scale_values,
 )
 from jaxq.qtensor._spec import QuantSpec
@@ -49,5 +50,6 @@ __all__ = [
     "quantize",
     "raise_if_not_finite",
     "relayout",
+    "requantize",
     "scale_values",
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from jaxq import formats
 from jaxq.qtensor._geometry import Geometry
@@ -21,6 +23,7 @@ from jaxq.qtensor._spec import QuantSpec
 _Groups = list[tuple[tuple[int, ...], tuple[int, ...]]]
 # The arrays of a QTensor, in the order of its constructor.
 LEAVES = ("data", "scale", "zero_point", "offset", "codebook")
+_LAYOUTS = ("rows", "columns")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Meta:
       packing: order of the codes in `data`; `relayout` changes it.
       dtype: what `dequantize` returns by default.
       activation: how a float array that meets this one in a product is quantized first; None leaves it in floats.
+      layout: "rows": codes of a row are neighbours in `data`; "columns": the row's axis comes first. `relayout` changes
+        it.
     """
 
     spec: QuantSpec
@@ -40,13 +45,40 @@ class Meta:
     packing: formats.Packing
     dtype: str
     activation: QuantSpec | None = None
+    layout: Literal["rows", "columns"] = "rows"
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of `data` behind its batch axes."""
         *rows, last = self.geometry.padded_shape
         packed = self.packing is not formats.Packing.NONE
-        return (*rows, last * self.spec.fmt.bits // 8 if packed else last)
+        row = last * self.spec.fmt.bits // 8 if packed else last
+        return (*rows, row) if self.layout == "rows" else (row, *rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON's own types; `from_dict` is the way back."""
+        return {
+            "spec": self.spec.to_dict(),
+            "geometry": dataclasses.asdict(self.geometry),
+            "packing": self.packing.value,
+            "dtype": self.dtype,
+            "activation": None if self.activation is None else self.activation.to_dict(),
+            "layout": self.layout,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Meta:
+        """The inverse of `to_dict`; a KeyError, TypeError or ValueError where `data` is none of its making."""
+        fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in data["geometry"].items()}
+        formats.check_choice("layout", layout := data.get("layout", "rows"), _LAYOUTS)
+        return cls(
+            QuantSpec.from_dict(data["spec"]),
+            Geometry(**fields),
+            formats.Packing(data["packing"]),
+            data["dtype"],
+            None if data["activation"] is None else QuantSpec.from_dict(data["activation"]),
+            layout,
+        )
 
     @property
     def pack_unit(self) -> int | None:
@@ -149,11 +181,38 @@ class QTensor:
 
     def stored_codes(self) -> jax.Array:
         """The codes, unpacked, in storage order and with their padding: `[*batch, *padded]`."""
-        _, fmt = self.batch_shape, self.spec.fmt  # raises where the leaves are not those of the geometry
-        patterns = formats.unpack(self.data, fmt.bits, self.meta.packing, unit=self.meta.pack_unit)
+        batch, fmt = self.batch_shape, self.spec.fmt  # raises where the leaves are not those of the geometry
+        data = self.data if self.meta.layout == "rows" else jnp.moveaxis(self.data, len(batch), -1)
+        patterns = formats.unpack(data, fmt.bits, self.meta.packing, unit=self.meta.pack_unit)
         if fmt.code_dtype == np.int8:
             return formats.as_signed(patterns, fmt.bits)
         return patterns
+
+    def with_codes(self, codes: jax.Array) -> QTensor:
+        """The same scales with other codes.
+
+        Args:
+          codes: `spec.format.code_dtype`, shape and axis order of the array, as `codes()` gives them.
+        """
+        geometry, fmt = self.meta.geometry, self.spec.fmt
+        if codes.shape != self.shape or codes.dtype != fmt.code_dtype:
+            raise ValueError(
+                f"QTensor.with_codes: expected {fmt.code_dtype.name}{list(self.shape)}, "
+                f"got {codes.dtype.name}{list(codes.shape)}."
+            )
+        stored = geometry.to_storage(geometry.to_view(codes))
+        widths = [
+            (0, padded - size) for padded, size in zip(geometry.padded_shape, geometry.storage_shape, strict=True)
+        ]
+        widths = [(0, 0)] * (stored.ndim - len(widths)) + widths
+        return self.with_stored_codes(jnp.pad(stored, widths, constant_values=np.asarray(fmt.zero_code, stored.dtype)))
+
+    def with_stored_codes(self, codes: jax.Array) -> QTensor:
+        """The same scales with other codes, in storage order and with their padding, as `stored_codes()` gives them."""
+        data = formats.pack(codes, self.spec.fmt.bits, self.meta.packing, unit=self.meta.pack_unit)
+        if self.meta.layout == "columns":
+            data = jnp.moveaxis(data, -1, len(self.batch_shape))
+        return dataclasses.replace(self, data=data)
 
     # Moving axes.
 
@@ -285,6 +344,8 @@ class QTensor:
             parts.append("asymmetric")
         if spec.offset:
             parts.append(f"offset={spec.offset}")
+        if self.meta.layout != "rows":
+            parts.append(self.meta.layout)
         if self.meta.activation is not None:
             parts.append(f"activation={self.meta.activation.fmt.name}")
         return f"QTensor({', '.join(parts)}, {bits}, {self.meta.dtype})"
@@ -314,25 +375,54 @@ class QTensor:
         return dataclasses.replace(self, meta=dataclasses.replace(self.meta, **changes))
 
 
+# Exported programs name the types of their arguments.
+export.register_pytree_node_serialization(
+    QTensor,
+    serialized_name="jaxq.QTensor",
+    serialize_auxdata=lambda meta: json.dumps(meta.to_dict()).encode(),
+    deserialize_auxdata=lambda data: Meta.from_dict(json.loads(data)),
+)
+
+
 def _scale_name(spec: QuantSpec) -> str:
     if isinstance(spec.scale, QuantSpec):
         return f"{spec.scale.fmt.name}*{_scale_name(spec.scale)}"
     return spec.scale
 
 
-def relayout(qt: QTensor, packing: formats.Packing | str) -> QTensor:
-    """`qt` with its codes packed in another order; the numbers stay what they are.
+def relayout(qt: QTensor, target: formats.Packing | str) -> QTensor:
+    """`qt` with its codes in another order in memory; the numbers stay what they are.
 
     Args:
       qt: any QTensor.
-      packing: a `jaxq.formats.Packing` or its value, "low_first" for example. NONE keeps one code a byte.
+      target: a `jaxq.formats.Packing` or its value, "low_first" for example (NONE keeps one code a byte): the order of
+        codes in bytes. Or "rows", as `quantize` stores them and GPU kernels want them, `[*batch, *kept, k]`; or
+        "columns", as TPU kernels want them, `[*batch, k, *kept]`.
 
     Raises:
-      ValueError: the order does not exist at this width.
+      ValueError: the order does not exist at this width, or blocks run across rows and columns are asked for.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> qt = jaxq.quantize(jnp.eye(64), "int4")
+      >>> jaxq.relayout(qt, "columns").data.shape
+      (32, 64)
     """
-    if isinstance(packing, str):
-        formats.check_choice("relayout: packing", packing, [p.value for p in formats.Packing])
-    return _relayout(qt, formats.Packing(packing))
+    if target in _LAYOUTS:
+        return _turn(qt, target)  # pyright: ignore[reportArgumentType]
+    if isinstance(target, str):
+        formats.check_choice("relayout: target", target, [*(p.value for p in formats.Packing), *_LAYOUTS])
+    return _turn(_relayout(_turn(qt, "rows"), formats.Packing(target)), qt.meta.layout)
+
+
+def _turn(qt: QTensor, layout: Literal["rows", "columns"]) -> QTensor:
+    if layout == qt.meta.layout:
+        return qt
+    if qt.meta.geometry.flat:
+        raise ValueError(f"relayout: blocks of {qt!r} run across rows, which have no columns of their own.")
+    first = len(qt.batch_shape)
+    ends = (-1, first) if layout == "columns" else (first, -1)
+    return dataclasses.replace(qt._with(layout=layout), data=jnp.moveaxis(qt.data, *ends))
 
 
 # Compiled whole: outside jit, many small programs would take longer to compile and to run.
@@ -458,5 +548,5 @@ def _regroup(qt: QTensor, groups: _Groups, sizes: tuple[int, ...]) -> QTensor | 
     if offset is not None:  # a mean is one number
         offset = offset.reshape(*batch, *(num_blocks if qt.spec.offset == "min" else (1,) * len(num_blocks)))
     codebook = None if qt.codebook is None else qt.codebook.reshape(*batch, *num_blocks, qt.codebook.shape[-1])
-    data = qt.data.reshape(*batch, *changed.padded_shape[:-1], qt.data.shape[-1])
-    return QTensor(data, scale, zero_point, offset, codebook, dataclasses.replace(qt.meta, geometry=changed))
+    meta = dataclasses.replace(qt.meta, geometry=changed)
+    return QTensor(qt.data.reshape(*batch, *meta.stored_shape), scale, zero_point, offset, codebook, meta)

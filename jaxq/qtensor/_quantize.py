@@ -71,6 +71,70 @@ def quantize(
     return _quantize(_no_gradient(x), spec, geometry, key, on_nonfinite)
 
 
+def requantize(w: jax.typing.ArrayLike, like: QTensor, *, key: jax.Array | None = None) -> QTensor:
+    """Codes of `w` on the grid of `like`: its scales, zero points, offsets and codebooks stay as they are.
+
+    Args:
+      w: float array of the shape of `like`.
+      like: the QTensor whose grid is taken.
+      key: PRNG key, for a spec of `rounding="stochastic"`.
+
+    Returns:
+      A QTensor that differs from `like` in its codes. Of an array, `requantize(w, quantize(w, spec))` is
+      `quantize(w, spec)` again, unless the spec has `codes_from="ideal"` or a ternary scale rule.
+
+    Raises:
+      TypeError: `like` is not a QTensor.
+      ValueError: shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> grid = jaxq.quantize(jnp.array([1.27, 0.5]), "int8")
+      >>> [round(v, 2) for v in jaxq.dequantize(jaxq.qtensor.requantize(jnp.array([0.024, 9.0]), grid)).tolist()]
+      [0.02, 1.27]
+    """
+    if not isinstance(like, QTensor):
+        raise TypeError(f"requantize: like must be a QTensor, got {type(like).__name__}.")
+    x = jnp.asarray(w)
+    if x.shape != like.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"requantize: w must be floats of shape {list(like.shape)}, got {_describe(x.dtype.name, x.shape)}."
+        )
+    formats.check_rounding(like.spec.rounding, key)
+    return _requantize(_no_gradient(x), like, key)
+
+
+@jax.jit
+def _requantize(x: jax.Array, like: QTensor, key: jax.Array | None) -> QTensor:
+    spec, geometry = like.spec, like.meta.geometry
+    view = geometry.to_view(x).astype(jnp.float32)
+    if spec.offset == "mean":
+        assert like.offset is not None
+        view = view - like.offset
+    blocks = geometry.to_blocks(geometry.pad(view, mode="edge" if spec.offset == "min" else "constant"))
+    if spec.offset == "min":
+        assert like.offset is not None
+        blocks = blocks - geometry.scale_to_blocks(_scales.load_from_dtype(like.offset))
+    steps = geometry.scale_to_blocks(scale_values(like))
+    y = _scales.divide(blocks, steps)
+    if like.codebook is not None:
+        tables = [geometry.scale_to_blocks(like.codebook[..., i]) for i in range(like.codebook.shape[-1])]
+        codes = _nearest(y, tables, spec.fmt)
+    else:
+        zero = None if like.zero_point is None else geometry.scale_to_blocks(like.zero_point).astype(jnp.float32)
+        codes = _encode(y, zero, spec, key)
+    return like.with_stored_codes(geometry.to_storage(geometry.from_blocks(codes)))
+
+
+def _nearest(y: jax.Array, tables: list[jax.Array], fmt: formats.Format) -> jax.Array:
+    """The code of the entry next to each number; of equally near ones the first."""
+    best, found = jnp.abs(y - tables[0]), jnp.zeros(y.shape, jnp.int32)
+    for i, entry in enumerate(tables[1:], 1):
+        distance = jnp.abs(y - entry)
+        found, best = jnp.where(distance < best, i, found), jnp.minimum(distance, best)
+    return (found + int(fmt.codes().min())).astype(fmt.code_dtype)
+
+
 def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
     """`scale * (codes - zero_point) + offset`, computed in float32.
 
@@ -272,9 +336,9 @@ def _quantize(
         y = jnp.where(jnp.isnan(steps), steps, signs)
     if positive:
         y = jnp.where(blocks > 0, jnp.maximum(y, spec.fmt.smallest_positive), y)
-    codes, zero_point = _encode(y, steps, found, spec, key)
-    if zero_point is not None:
-        zero_point = geometry.scale_from_blocks(zero_point)
+    zero = None if spec.symmetric else _zero_point(found, steps, spec.fmt)
+    codes = _encode(y, zero, spec, key)
+    zero_point = None if zero is None else geometry.scale_from_blocks(zero.astype(spec.fmt.code_dtype))
     codes = geometry.from_blocks(codes)
     meta = Meta(spec, geometry, spec.order, x.dtype.name)
     k_axis = geometry.k_position - len(geometry.block_shape)
@@ -301,19 +365,22 @@ def _holds_nan(fmt: formats.Format) -> bool:
     return isinstance(fmt, formats.ExponentFormat | formats.FloatFormat) and getattr(fmt, "flavour", "") != "finite"
 
 
-def _encode(y: jax.Array, steps: jax.Array, found: _scales.Extremes, spec: QuantSpec, key: jax.Array | None):
-    """(codes, zero point or None) of numbers in units of their scale."""
+def _zero_point(found: _scales.Extremes, steps: jax.Array, fmt: formats.Format) -> jax.Array:
+    """The code of 0 in every block, as float32."""
+    low = jnp.minimum(found.low, 0.0)
+    zero = jnp.clip(np.float32(fmt.min) - jnp.round(_scales.divide(low, steps)), fmt.min, fmt.max)
+    return jnp.where(jnp.isnan(zero), 0.0, zero)
+
+
+def _encode(y: jax.Array, zero: jax.Array | None, spec: QuantSpec, key: jax.Array | None) -> jax.Array:
+    """Codes of numbers in units of their scale."""
     fmt = spec.fmt
-    if not spec.symmetric:
-        low = jnp.minimum(found.low, 0.0)
-        zero = jnp.clip(np.float32(fmt.min) - jnp.round(_scales.divide(low, steps)), fmt.min, fmt.max)
-        zero = jnp.where(jnp.isnan(zero), 0.0, zero)
+    if zero is not None:
         codes = jnp.clip(formats.round_to_integer(y, spec.rounding, key) + zero, fmt.min, fmt.max)
-        codes = jnp.where(jnp.isnan(codes), 0.0, codes)
-        return codes.astype(fmt.code_dtype), zero.astype(fmt.code_dtype)
+        return jnp.where(jnp.isnan(codes), 0.0, codes).astype(fmt.code_dtype)
     if fmt.kind == "integer" and fmt.min < -fmt.max and spec.scale_rule != "signed_extreme":
         y = jnp.maximum(y, -fmt.max)  # a symmetric spec uses the symmetric range, also where a rounded scale clips
-    return fmt.encode(y, rounding=spec.rounding, key=key), None
+    return fmt.encode(y, rounding=spec.rounding, key=key)
 
 
 @jax.custom_jvp

@@ -13,6 +13,7 @@ import pytest
 import jaxq
 from jaxq import QTensor, QuantSpec
 from jaxq.qtensor import scale_values
+from tests import tables
 
 PRESETS = tuple(jaxq.presets())
 # name: (shape, contracting, batch). 100 and 288 are multiples of no common group size. A layer of the stack has the
@@ -26,6 +27,18 @@ CASES = {
 }
 over_presets = pytest.mark.parametrize("preset", PRESETS)
 over_cases = pytest.mark.parametrize("case", CASES)
+# The numbers: every preset as a matrix and as a stack, which other tests here compile anyway; some as all the rest.
+COMPILED = {
+    "row": ("int8", "int3", "nf4_dq", "nvfp4", "ttq"),
+    "matrix": PRESETS,
+    "qkv": ("int4", "uint4", "nf4", "mxfp4"),
+    "attention_output": ("fp8", "int3", "nf4_dq", "nvfp4", "ttq"),
+    "stacked": PRESETS,
+}
+TABLE = [(preset, case) for preset in PRESETS for case in CASES]
+over_numbers = pytest.mark.parametrize(
+    ("preset", "case"), tables.thinned(TABLE, [(preset, case) for preset, case in TABLE if preset in COMPILED[case]])
+)
 traces: list[QuantSpec] = []
 
 
@@ -80,9 +93,8 @@ def sums_floats(spec: QuantSpec) -> bool:
     return spec.scale_rule in ("absmean", "ttq") or spec.offset == "mean" or nested
 
 
-@over_presets
+@tables.over_presets
 def test_jitted_equals_eager_to_the_bit(preset):
-    # A stack's layers, quantized eagerly one by one, are compared with the jitted stack below.
     x, (_, contracting, batch) = array("matrix"), CASES["matrix"]
     qt, values = jitted(preset, "matrix")
     eager = jaxq.quantize(x, preset, contracting=contracting, batch=batch)
@@ -107,13 +119,14 @@ def test_equal_specs_are_traced_once(preset):
 @over_cases
 @over_presets
 def test_shape_dtype_and_bytes(preset, case):
-    x, qt = array(case), quantized(preset, case)
+    # Nothing is computed: the arrays of the other tests come from the same function.
+    x, (_, contracting, batch) = array(case), CASES[case]
+    qt, values = jax.eval_shape(lambda x: compiled(x, jaxq.presets()[preset], contracting, batch), x)
     assert (qt.shape, qt.dtype, qt.ndim, qt.size) == (x.shape, x.dtype, x.ndim, x.size)
-    assert qt.codes().shape == x.shape
-    assert qt.codes().dtype == qt.spec.fmt.code_dtype
-    values = dequantized(preset, case)
+    codes = jax.eval_shape(QTensor.codes, qt)
+    assert (codes.shape, codes.dtype) == (x.shape, qt.spec.fmt.code_dtype)
     assert (values.shape, values.dtype) == (x.shape, x.dtype)
-    stored = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(qt))
+    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(qt))
     batch, k = rows_of(x, case).shape[0], rows_of(x, case).shape[-1]
     assert qt.nbytes == stored == batch * expected_bytes(rows_of(x, case).shape[1], k, qt.spec)
     assert qt.bits_per_element == 8 * stored / x.size
@@ -146,8 +159,7 @@ def rows_of(x: np.ndarray, case: str) -> np.ndarray:
     return np.moveaxis(x, contracting, range(-len(contracting), 0)).reshape(num_batch, -1, k)
 
 
-@over_cases
-@over_presets
+@over_numbers
 def test_every_number_goes_to_the_nearest_one(preset, case):
     # With the scale as it is stored, no other code comes closer; and the stored scale is the nearest to the ideal one.
     qt = quantized(preset, case)
@@ -236,16 +248,22 @@ def ideal_scale(block: np.ndarray, spec: QuantSpec) -> np.ndarray:
 def test_layers_of_a_stack_stand_alone(preset):
     x, stack = array("stacked"), quantized(preset, "stacked")
     sums = sums_floats(stack.spec)
-    layers = [jaxq.quantize(layer, preset) for layer in x]
+    _, contracting, batch = CASES["matrix"]
+    layers = [compiled(layer, stack.spec, contracting, batch)[0] for layer in x]
     for i, layer in enumerate(layers):
         assert_same(jax.tree.map(lambda a, i=i: a[i], stack), layer, sums=sums)
         assert_same(stack[i], layer, sums=sums)
-    assert_same(jax.tree.map(lambda *a: jnp.stack(a), *layers), stack, sums=sums)
-    mapped = jax.jit(jax.vmap(functools.partial(jaxq.quantize, spec=preset)))(x)
-    assert_same(mapped, stack, sums=sums)
+    assert_same(jax.tree.map(lambda *a: np.stack(a), *layers), stack, sums=sums)
 
 
-@over_presets
+@tables.over_presets
+def test_mapping_over_layers_is_quantizing_a_stack(preset):
+    stack = quantized(preset, "stacked")
+    mapped = jax.jit(jax.vmap(functools.partial(jaxq.quantize, spec=preset)))(array("stacked"))
+    assert_same(mapped, stack, sums=sums_floats(stack.spec))
+
+
+@tables.over_presets
 def test_scan_over_the_layers_of_a_stack(preset):
     stack = quantized(preset, "stacked")
 
@@ -264,8 +282,7 @@ def test_scan_over_the_layers_of_a_stack(preset):
     np.testing.assert_allclose(total, values[:, 0].sum(0), rtol=1e-5, atol=1e-4)
 
 
-@over_cases
-@over_presets
+@over_numbers
 def test_pickle_and_file(preset, case, tmp_path):
     qt = quantized(preset, case)
     jaxq.save(tmp_path / "file", {"layers": [qt, None]})

@@ -1,19 +1,20 @@
 """emulate: every kind of function, in arithmetic checked against numpy's bfloat16 and against unrolled code."""
 
-import functools
-
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxq
+from jaxq import kernels
 from jaxq.emulation import Policy, Precision, _emulate
+from tests import tables
 
 half = ml_dtypes.bfloat16
 BF16 = Policy(operands="bfloat16", accumulate="float32", result="bfloat16")
@@ -346,6 +347,7 @@ def test_the_tables_name_primitives_that_exist():
         *["unreduced_reduce_scatter_start"],
     }
     known = {p.name for p in vars(jex.core.primitives).values() if isinstance(p, jex.core.Primitive)} | unlisted
+    known |= set(kernels.FORMS)
     calls, exact, sums = set(_emulate._CALLS), _emulate._EXACT, _emulate._WIDE_SUMS
     assert not exact & sums
     assert not (exact | sums) & calls
@@ -362,16 +364,22 @@ def test_primitives_that_only_move_numbers_do_not_round():
     np.testing.assert_array_equal(bits(jaxq.emulate(moves, BF16)(X)), bits(moves(X)))
 
 
-@functools.cache
-def _llama():
+def _bundled():
+    pytest.importorskip("tokenizers", reason="the model comes with a tokenizer: pip install jaxq[hf]")
     model, _ = jaxq.models.load("examples/tiny_llama")
     return model
 
 
-@pytest.mark.heavy
-def test_on_the_bundled_model():
-    pytest.importorskip("tokenizers", reason="the model comes with a tokenizer: pip install jaxq[hf]")
-    model, tokens = _llama(), jnp.asarray(random.integers(0, 2048, (1, 32)))
+def _one_layer():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = jaxq.models.LlamaConfig(**sizes, **heads, num_hidden_layers=1)
+    return jaxq.models.Llama(config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("make", tables.thinned([_one_layer, _bundled], [_one_layer]))
+def test_on_a_language_model(make):
+    model, tokens = make(), jnp.asarray(random.integers(0, 97, (1, 32)))
     wide = jaxq.emulate(model, Policy("float32", "float32", "float32"))
     assert str(jax.make_jaxpr(wide)(tokens)) == str(jax.make_jaxpr(lambda tokens: model(tokens))(tokens))
     same = jax.jit(wide)(tokens)

@@ -34,10 +34,12 @@ def test_bytes_are_numpys(bits, order):
     codes = random_codes(bits, 48)
     for unit in (48, 16) if order is Packing.HALVES else (None,):
         expected = by_bits(codes, bits, order, unit or 48)
-        packed = pack(jnp.asarray(codes), bits, order, unit=unit)
+        there = jax.jit(functools.partial(pack, bits=bits, packing=order, unit=unit))
+        back = jax.jit(functools.partial(unpack, bits=bits, packing=order, unit=unit))
+        packed = there(codes)
         assert packed.dtype == np.uint8
         np.testing.assert_array_equal(packed, expected)
-        np.testing.assert_array_equal(unpack(packed, bits, order, unit=unit), codes)
+        np.testing.assert_array_equal(back(packed), codes)
 
 
 @over_cases

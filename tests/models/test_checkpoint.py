@@ -126,7 +126,6 @@ def test_sharded_checkpoints(torch, transformers, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.heavy
 def test_the_trained_model_is_the_same_in_transformers(torch, transformers):
     model, tokenizer = load(EXAMPLES / "tiny_llama")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny_llama", dtype=torch.float32).eval()

@@ -11,6 +11,8 @@ import jaxq
 from jaxq import QTensor
 from jaxq.nn import QConv, QEinsum, QEmbed, QLinear, QLinearGeneral, QuantizedParam, find_layers
 from jaxq.nn._layers import quantize_own_weight
+from tests import tables
+from tests.ops.reference import equations
 
 RECIPES = {
     "int8": ("int8", None),
@@ -62,6 +64,15 @@ MORE = {
 LAYERS = COMMON | MORE
 EVERY = ("linear", "qkv", "embed tokens")  # the others compile longer and decode in the same way
 CASES = [(layer, recipe) for layer in LAYERS for recipe in (RECIPES if layer in EVERY else ("int4", "w8a8"))]
+# Each layer with at least one of its recipes.
+DEFAULT = {
+    "linear": ("int4", "int8", "w8a8"),
+    "qkv": ("nf4", "w8a8"),
+    "embed tokens": ("fp8", "int4"),
+    "conv2d": ("int4", "w8a8"),
+    **dict.fromkeys(("attend", "batched general", "experts", "kernel's inner experts", "conv1d"), ("w8a8",)),
+}
+DEFAULT = [(layer, recipe) for layer, recipe in CASES if recipe in DEFAULT.get(layer, ("int4",))]
 
 
 def data(name, shape, seed=1):
@@ -71,11 +82,14 @@ def data(name, shape, seed=1):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-def stretch(model):
-    """Biases that are not zero."""
-    for path, v in nnx.iter_graph(model):
-        if isinstance(v, nnx.Param) and path[-1] == "bias":
-            v.set_value(jnp.linspace(-1, 1, v.get_value().size, dtype=v.get_value().dtype).reshape(v.get_value().shape))
+def built(make):
+    """A layer of normal numbers, biases too. Compiles nothing, as initializers do."""
+    model, rng = nnx.eval_shape(lambda: make(nnx.Rngs(0))), np.random.default_rng(0)
+    for _, v in nnx.iter_graph(model):
+        if isinstance(v, nnx.Variable):
+            assert isinstance(v, nnx.Param), "only parameters are made here"
+            value = rng.normal(scale=1 if v.ndim == 1 else 0.2, size=v.shape)
+            v.set_value(jnp.asarray(value.astype(v.dtype)))
     return model
 
 
@@ -146,10 +160,10 @@ def value_and_grad(model, x):
     return y, grad
 
 
-@pytest.mark.parametrize(("name", "recipe"), CASES)
+@pytest.mark.parametrize(("name", "recipe"), tables.thinned(CASES, DEFAULT))
 def test_output_and_gradient(name, recipe):
     make, shape = LAYERS[name]
-    model, x = stretch(make(nnx.Rngs(0))), data(name, shape)
+    model, x = built(make), data(name, shape)
     q = quantize(model, recipe)
     y, grad = value_and_grad(q, x)
     wanted, wanted_grad = value_and_grad(reference(model, q, recipe), x)
@@ -160,7 +174,9 @@ def test_output_and_gradient(name, recipe):
         assert_close(grad, wanted_grad, bound)
 
 
-@pytest.mark.parametrize("name", ["linear", "einsum", "conv2d", "embed tokens"])
+@pytest.mark.parametrize(
+    "name", tables.thinned(["linear", "einsum", "conv2d", "embed tokens"], ["linear", "embed tokens"])
+)
 def test_plain_call_is_the_jitted_one(name):
     make, shape = LAYERS[name]
     q, x = quantize(make(nnx.Rngs(0)), "int8"), data(name, shape)
@@ -171,8 +187,7 @@ def test_plain_call_is_the_jitted_one(name):
 
 
 def stacked(make, num=3):
-    build = nnx.split_rngs(splits=num)(nnx.vmap(make, in_axes=0, out_axes=0))
-    return build(nnx.Rngs(0))
+    return built(nnx.split_rngs(splits=num)(nnx.vmap(make, in_axes=0, out_axes=0)))
 
 
 @nnx.jit
@@ -200,7 +215,11 @@ STACKED += [(name, "w8a8", by_lax_scan) for name in COMMON if name != "conv2d"]
 STACKED += [("linear", "nf4", by_nnx_scan), ("linear", "fp8", by_lax_scan), ("linear", "int8", by_vmap)]
 
 
-@pytest.mark.parametrize(("name", "recipe", "run"), STACKED)
+FEW = [(name, "int4", by_nnx_scan) for name in ("linear", "conv2d", "embed tokens")]
+FEW += [("qkv", "w8a8", by_lax_scan), ("attention", "w8a8", by_lax_scan), ("linear", "int8", by_vmap)]
+
+
+@pytest.mark.parametrize(("name", "recipe", "run"), tables.thinned(STACKED, FEW))
 def test_stacked_layers_scan(name, recipe, run):
     make, shape = LAYERS[name]
     layers, x = stacked(make), data(name, shape)
@@ -264,8 +283,10 @@ def test_results_have_the_float_layers_dtype(dtypes):
             assert (got.shape, got.dtype) == (plain.shape, plain.dtype), name
 
 
-@pytest.mark.parametrize("recipe", ["int4", "w8a8"])
-@pytest.mark.parametrize("name", ["linear", "embed tokens"])
+NARROW = [(name, recipe) for name in ("linear", "embed tokens") for recipe in ("int4", "w8a8")]
+
+
+@pytest.mark.parametrize(("name", "recipe"), tables.thinned(NARROW, [("linear", "w8a8"), ("embed tokens", "int4")]))
 def test_bfloat16_layers_are_near_the_float32_ones(name, recipe):
     make, shape = LAYERS[name]
     model = make(nnx.Rngs(0), param_dtype=jnp.bfloat16)
@@ -286,18 +307,13 @@ def test_bfloat16_layers_are_near_the_float32_ones(name, recipe):
 def dots(fn, *args):
     """(lhs, rhs, result, preferred) dtypes of every product in fn's jaxpr."""
 
-    def walk(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-                preferred = eqn.params["preferred_element_type"]
-                names = [v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)]
-                yield (*names, None if preferred is None else jnp.dtype(preferred).name)
-            for value in eqn.params.values():
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    yield from walk(inner)
-
-    return list(walk(jax.make_jaxpr(fn)(*args).jaxpr))
+    found = []
+    for eqn in equations(jax.make_jaxpr(fn)(*args).jaxpr):
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            preferred = eqn.params["preferred_element_type"]
+            names = [v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)]
+            found.append((*names, None if preferred is None else jnp.dtype(preferred).name))
+    return found
 
 
 @pytest.mark.parametrize(

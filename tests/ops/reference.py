@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxq
-from jaxq import QTensor, formats
+from jaxq import QTensor, formats, kernels
 
 # Unit roundoff: half the distance from 1 to the next number.
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -85,9 +86,12 @@ def dots(fn: Callable, *args) -> list[tuple[str, str, str]]:
 
 
 def equations(jaxpr):
-    """Every equation of a jaxpr, outer before inner."""
+    """Every equation of a jaxpr, outer before inner; products that kernels compute as their XLA form."""
     for eqn in jaxpr.eqns:
         yield eqn
+        if eqn.primitive.name in kernels.FORMS:
+            form = functools.partial(kernels.FORMS[eqn.primitive.name], **eqn.params)
+            yield from equations(jax.make_jaxpr(form)(*(v.aval for v in eqn.invars)).jaxpr)
         for inner in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
         ):

@@ -10,6 +10,7 @@ import pytest
 
 import jaxq
 from jaxq import PerGroup, QuantSpec
+from tests import tables
 from tests.ops.reference import assert_product, compiled, dots, normal, with_codes
 
 FORMATS = ("int8", "uint8", "int4", "uint4", "int3", "int2")
@@ -39,6 +40,9 @@ def quantized(shape: tuple[int, int], spec: QuantSpec, contracting: int) -> jaxq
     return jaxq.quantize(jnp.full(shape, 0.5), spec, contracting=contracting)
 
 
+product = jax.jit(jaxq.matmul)
+
+
 def both_sides():
     for a in FORMATS:
         for b in FORMATS:
@@ -49,46 +53,58 @@ def both_sides():
                         yield a, a_symmetric, b, b_symmetric
 
 
-@pytest.mark.parametrize(("a", "a_symmetric", "b", "b_symmetric"), list(both_sides()))
+# Each 8-bit activation with each weight once, and a few that differ in symmetry or are both packed.
+SIDES = list(both_sides())
+FEW = [side for side in SIDES if side[0] == "int8" and side[1] and side[3] == (not side[2].startswith("u"))]
+FEW += [("uint8", False, b, not b.startswith("u")) for b in FORMATS]
+FEW += [("int8", False, "int8", False), ("int8", True, "int4", False), ("uint4", False, "uint4", False)]
+FEW += [("int2", True, "int2", True)]
+
+
+@pytest.mark.parametrize(("a", "a_symmetric", "b", "b_symmetric"), tables.thinned(SIDES, FEW))
 def test_integer_sums_are_exact(a, a_symmetric, b, b_symmetric):
     x, left = integers(a, (3, 96), symmetric=a_symmetric, groups=1, contracting=-1, seed=1)
     w, right = integers(b, (96, 5), symmetric=b_symmetric, groups=1, contracting=-2, seed=2)
     assert jaxq.explain(x, w).path == "codes"
     np.testing.assert_array_equal(jaxq.dequantize(w), right.T)
-    np.testing.assert_array_equal(x @ w, left @ right.T)  # below 2^24, so float32 holds every sum
+    np.testing.assert_array_equal(product(x, w), left @ right.T)  # below 2^24, so float32 holds every sum
 
 
-@pytest.mark.parametrize("groups", [(4, 4), (1, 4), (4, 1)])
-@pytest.mark.parametrize("symmetric", [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("formats", [("int8", "int8"), ("int8", "int4"), ("int8", "int3")])
+GROUPED = [
+    (("int8", b), symmetric, groups)
+    for b in ("int8", "int4", "int3")
+    for symmetric in ((True, True), (True, False), (False, True), (False, False))
+    for groups in ((4, 4), (1, 4), (4, 1))
+]
+# Everything for int8; for packed weights both kinds of numbers, in groups of their own or of both sides.
+ENDS = (((True, True), (4, 4)), ((False, False), (4, 4)), ((True, True), (1, 4)), ((False, False), (1, 4)))
+FEW_GROUPED = [case for case in GROUPED if case[0][1] == "int8" or case[1:] in ENDS]
+
+
+@pytest.mark.parametrize(("formats", "symmetric", "groups"), tables.thinned(GROUPED, FEW_GROUPED))
 def test_groups_on_one_side_or_both(formats, symmetric, groups):
     x, left = integers(formats[0], (3, 96), symmetric=symmetric[0], groups=groups[0], contracting=-1, seed=3)
     w, right = integers(formats[1], (96, 5), symmetric=symmetric[1], groups=groups[1], contracting=-2, seed=4)
     assert jaxq.explain(x, w).path == "codes"
-    np.testing.assert_array_equal(x @ w, left @ right.T)
+    np.testing.assert_array_equal(product(x, w), left @ right.T)
     # With scales, each group's sum meets its own.
-    x, w = (dataclasses.replace(q, scale=jnp.exp2(jnp.round(normal(*q.scale.shape)))) for q in (x, w))
+    x, w = (dataclasses.replace(q, scale=np.exp2(np.round(normal(*q.scale.shape)))) for q in (x, w))
     exact = np.asarray(jaxq.dequantize(x), np.float64) @ np.asarray(jaxq.dequantize(w), np.float64)
-    np.testing.assert_allclose(x @ w, exact, rtol=1e-6, atol=1e-6 * abs(exact).max())
+    np.testing.assert_allclose(product(x, w), exact, rtol=1e-6, atol=1e-6 * abs(exact).max())
 
 
-@pytest.mark.parametrize("m", [1, 5])
+REAL = [("int8", "int4"), ("uint8", "uint4"), ("uint8", "int3"), ("mxint8", "mxint8"), ("int8", "ternary")]
+REAL = [(a, b, m) for a, b in [*REAL, ("int8", "vsq4")] for m in (1, 5)]
+
+
 @pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        ("int8", "int4"),
-        ("uint8", "uint4"),
-        ("uint8", "int3"),
-        ("mxint8", "mxint8"),
-        ("int8", "ternary"),
-        ("int8", "vsq4"),
-    ],
+    ("a", "b", "m"), tables.thinned(REAL, [case for case in REAL if case[2] == 5 or case[:2] == ("uint8", "uint4")])
 )
 def test_real_numbers(a, b, m):
     # 200 is no multiple of a group; padding must not count, whatever the zero points are.
     x, w = jaxq.quantize(normal(m, 200) + 1, a, contracting=-1), jaxq.quantize(normal(200, 24) + 1, b)
     assert jaxq.explain(x, w).path == "codes"
-    assert_product(jax.jit(jaxq.matmul)(x, w), np.matmul, x, w, 200)
+    assert_product(product(x, w), np.matmul, x, w, 200)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -103,19 +119,22 @@ def test_sums_beyond_int32(symmetric):
     x, w = with_codes(x, low, zero[0]), with_codes(w, low[:1].repeat(3, 0), zero[1])
     exact = k * (127 if symmetric else 255) ** 2
     assert exact > 2**31 - 1
-    np.testing.assert_allclose(jax.jit(jaxq.matmul)(x, w), np.full((2, 3), exact), rtol=1e-6)
+    np.testing.assert_allclose(product(x, w), np.full((2, 3), exact), rtol=1e-6)
     chunk = 2**31 // (128**2 if symmetric else 255**2)
     assert f"in {-(-k // chunk)} parts of at most" in str(jaxq.explain(x, w))
     shorter = dataclasses.replace(QuantSpec("int8"), symmetric=symmetric)
-    few = jaxq.quantize(jnp.ones((2, 64)), shorter, contracting=-1), jaxq.quantize(jnp.ones((64, 3)), shorter)
+    few = quantized((2, 64), shorter, -1), quantized((64, 3), shorter, -2)
     assert "parts" not in str(jaxq.explain(*few))
 
 
-@pytest.mark.parametrize(("a", "b"), [("fp8", "fp8"), ("fp8", "fp8_e5m2"), ("mxfp8", "mxfp8"), ("fp8_e5m2", "mxfp8")])
+FLOATS = [("fp8", "fp8"), ("fp8", "fp8_e5m2"), ("mxfp8", "mxfp8"), ("fp8_e5m2", "mxfp8")]
+
+
+@pytest.mark.parametrize(("a", "b"), tables.thinned(FLOATS, [("fp8", "fp8_e5m2"), ("mxfp8", "mxfp8")]))
 def test_float8_products(a, b):
     x, w = jaxq.quantize(normal(5, 96), a, contracting=-1), jaxq.quantize(normal(96, 7), b)
     assert jaxq.explain(x, w).path == "codes"
-    assert_product(x @ w, np.matmul, x, w, 96)
+    assert_product(product(x, w), np.matmul, x, w, 96)
     names = {"fp8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
     assert dots(jaxq.matmul, x, w) == [(names[a], names[b], "float32")]
 
@@ -151,24 +170,26 @@ def test_int8_goes_to_the_matrix_library(m):
     assert program.memory_analysis().temp_size_in_bytes < 256 * 512
 
 
+def assert_einsum(subscripts, a, b, terms):
+    y = jax.jit(functools.partial(jaxq.einsum, subscripts))(a, b)
+    assert_product(y, functools.partial(np.einsum, subscripts), a, b, terms)
+
+
 def test_batch_axes_and_several_free_axes():
     x = jaxq.quantize(normal(3, 5, 64), "int8", contracting=-1, batch=0)
     w = jaxq.quantize(normal(3, 64, 8), "int8", contracting=-2, batch=0)
     assert jaxq.explain(x, w).path == "codes"
-    assert_product(x @ w, np.matmul, x, w, 64)
+    assert_product(product(x, w), np.matmul, x, w, 64)
     heads = jaxq.quantize(normal(64, 2, 8), "int8", contracting=-3)
     tokens = jaxq.quantize(normal(3, 5, 64), "int8", contracting=-1)
-    product = functools.partial(np.einsum, "btd,dhk->bthk")
     assert jaxq.explain(tokens, heads, (((2,), (0,)), ((), ()))).path == "codes"
-    assert_product(jaxq.einsum("btd,dhk->bthk", tokens, heads), product, tokens, heads, 64)
+    assert_einsum("btd,dhk->bthk", tokens, heads, 64)
     # weight first; kept axes in another order than stored
-    product = functools.partial(np.einsum, "dhk,btd->kthb")
-    assert_product(jaxq.einsum("dhk,btd->kthb", heads, tokens), product, heads, tokens, 64)
+    assert_einsum("dhk,btd->kthb", heads, tokens, 64)
     both = jaxq.quantize(normal(3, 4, 16), "int8", contracting=(-2, -1))
     out = jaxq.quantize(normal(4, 16, 24), "int8", contracting=(-3, -2))
-    product = functools.partial(np.einsum, "thk,hkd->td")
     assert jaxq.explain(both, out, (((1, 2), (0, 1)), ((), ()))).path == "codes"
-    assert_product(jaxq.einsum("thk,hkd->td", both, out), product, both, out, 64)
+    assert_einsum("thk,hkd->td", both, out, 64)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +208,7 @@ def test_what_codes_cannot_do_is_done_in_floats(x, w, why):
     plan = jaxq.explain(a, b)
     assert plan.path == "weight_only"
     assert why in plan.reason
-    assert_product(a @ b, np.matmul, a, b, 64)
+    assert_product(product(a, b), np.matmul, a, b, 64)
 
 
 def test_flattening_in_another_order_is_not_confused():
@@ -195,10 +216,10 @@ def test_flattening_in_another_order_is_not_confused():
     x = jaxq.quantize(normal(5, 4, 16), "int8", contracting=(-2, -1))
     w = jaxq.quantize(normal(16, 4, 8), "int8", contracting=(-3, -2))
     assert "different orders" in jaxq.explain(x, w, (((1, 2), (1, 0)), ((), ()))).reason
-    assert_product(jaxq.einsum("thk,khd->td", x, w), functools.partial(np.einsum, "thk,khd->td"), x, w, 64)
+    assert_einsum("thk,khd->td", x, w, 64)
 
 
-@pytest.mark.parametrize("preset", ["int4", "nf4"])
+@pytest.mark.parametrize("preset", ["int4", "nf4"])  # multiplied as codes, and not
 def test_a_weight_can_say_how_its_partner_is_quantized(preset):
     x, qt = normal(4, 256), jaxq.quantize(normal(256, 16), preset)
     dynamic = qt.with_activation("int8")
@@ -209,23 +230,26 @@ def test_a_weight_can_say_how_its_partner_is_quantized(preset):
     left = qt.T.with_activation("int8")
     np.testing.assert_array_equal(left @ x.T, qt.T @ jaxq.quantize(x.T, "int8", contracting=-2))
     # Straight through: the gradient is that of the weight alone.
-    seen = jax.grad(lambda x: jnp.sum(jnp.sin(jnp.arange(64.0)).reshape(4, 16) * (x @ dynamic)))(x)
-    plain = jax.grad(lambda x: jnp.sum(jnp.sin(jnp.arange(64.0)).reshape(4, 16) * (x @ qt)))(x)
-    np.testing.assert_allclose(seen, plain, rtol=1e-6, atol=1e-6)
-    assert x.astype("bfloat16").dtype == (x.astype("bfloat16") @ dynamic.astype("bfloat16")).dtype
+    weights = np.sin(np.arange(64, dtype=np.float32)).reshape(4, 16)
+    slope = jax.jit(jax.grad(lambda x, qt: jnp.sum(weights * (x @ qt))))
+    np.testing.assert_allclose(slope(x, dynamic), slope(x, qt), rtol=1e-6, atol=1e-6)
+    assert jax.eval_shape(jaxq.matmul, x.astype("bfloat16"), dynamic.astype("bfloat16")).dtype == "bfloat16"
+
+
+MOST = [
+    ("fp8", "fp8", 6e6),
+    ("mxfp8", "mxfp8", 7e6),
+    ("mxint8", "mxint8", 6e6),
+    ("uint4", "int8", 8e6),
+    ("vsq4", "vsq4", 10e6),
+]
+MOST = [(*case, m) for case in MOST for m in (1, 128)]
 
 
 @pytest.mark.parametrize(
-    ("weight", "activation", "most"),
-    [
-        ("fp8", "fp8", 6e6),
-        ("mxfp8", "mxfp8", 7e6),
-        ("mxint8", "mxint8", 6e6),
-        ("uint4", "int8", 8e6),
-        ("vsq4", "vsq4", 10e6),
-    ],
+    ("weight", "activation", "most", "m"),
+    tables.thinned(MOST, [case for case in MOST if case[3] == 128 or case[0] == "mxint8"]),
 )
-@pytest.mark.parametrize("m", [1, 128])
 def test_no_product_of_codes_widens_a_whole_operand(weight, activation, most, m):
     # The float32 weight would take 67 MB, the partial sums of all groups up to 540 MB.
     shape, presets = jax.ShapeDtypeStruct((4096, 4096), jnp.float32), jaxq.presets()

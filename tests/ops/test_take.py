@@ -7,6 +7,7 @@ import pytest
 
 import jaxq
 from jaxq import PerBlock, PerTensor, QuantSpec
+from tests import tables
 from tests.ops.reference import compiled, normal
 
 # What no preset has: one scale for all, scales of columns, tiles (of several columns but one row).
@@ -17,7 +18,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", [*jaxq.presets(), *OTHERS])
+@pytest.mark.parametrize("name", tables.thinned([*jaxq.presets(), *OTHERS], [*tables.REPRESENTATIVES, *OTHERS]))
 def test_rows_are_equal_to_the_bit(name):
     table = jaxq.quantize(normal(20, 72), OTHERS.get(name, name), contracting=-1)
     ids = np.array([[0, 19, 7], [7, 7, 1]])

@@ -39,7 +39,6 @@ def test_accumulators_prints_its_tables_and_saves_its_plot(tmp_path):
     assert 0 == kl["float32"] < kl["bf16, fp32 sum"] < kl["bf16, bf16 sum"] < kl["e4m3, bf16 sum"]
 
 
-@pytest.mark.heavy
 def test_quickstart_prints_its_table():
     pytest.importorskip("tokenizers", reason="the quickstart reads a tokenizer: pip install jaxq[hf]")
     out = run("examples/01_quickstart.py", "--fast")

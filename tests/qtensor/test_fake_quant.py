@@ -9,6 +9,7 @@ import pytest
 
 import jaxq
 from jaxq import PerGroup, QuantSpec
+from tests import tables
 
 SHAPE = (64, 8)
 
@@ -22,7 +23,7 @@ def both(x, spec):
     return jaxq.fake_quant(x, spec), jaxq.dequantize(jaxq.quantize(x, spec))
 
 
-@pytest.mark.parametrize("preset", jaxq.presets())
+@tables.over_presets
 def test_equals_dequantize_of_quantize(preset):
     x = normal()
     fake, expected = both(x, preset)
@@ -36,49 +37,63 @@ MX = QuantSpec("float4_e2m1fn", PerGroup(32), scale="float8_e8m0fnu", scale_rule
 TERNARY = QuantSpec("ternary", scale_rule="absmean")
 
 
+@functools.partial(jax.jit, static_argnames="spec")
+def gradient_of_sum(x, spec):
+    return jax.grad(lambda x: jaxq.fake_quant(x, spec).astype(jnp.float32).sum())(x)
+
+
 def test_gradient_is_one_inside_and_zero_outside():
     # The block's largest number, 7.5, has the scale 1. A number is inside if only rounding moves it: up to half a step
     # beyond the largest element, 6 + 2/2, the boundary included.
     x = np.zeros((32, 1), np.float32)
     x[:9, 0] = [7.5, -7.5, 7.0, -7.0, np.nextafter(np.float32(7), np.float32(8)), 6.5, 0.1, 0.0, -7.1]
-    gradient = jax.grad(lambda x: jaxq.fake_quant(x, MX).sum())(x)
+    gradient = gradient_of_sum(x, MX)
     assert gradient[:9, 0].tolist() == [0, 0, 1, 1, 0, 1, 1, 1, 0]
     assert np.all(gradient[9:] == 1)
     # Mean magnitude: {-1, 0, 1} * scale, inside up to 1.5 * scale.
     x = np.float32([1.0, -1.0, 4.0, -0.2, 0.3, -2.5])
     scale = abs(x).mean()
     assert scale == 1.5
-    gradient = jax.grad(lambda x: jaxq.fake_quant(x, TERNARY).sum())(x)
+    gradient = gradient_of_sum(x, TERNARY)
     assert gradient.tolist() == (abs(x) <= 1.5 * scale).astype(float).tolist() == [1, 1, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("preset", ["int8", "uint4", "nf4", "fp8", "nvfp4", "int4"])
 def test_gradient_is_one_where_nothing_clips(preset):
+    @jax.jit
+    def pulled(x, weight):
+        value, pull = jax.vjp(lambda x: jaxq.fake_quant(x, preset), x)
+        return value, pull(weight)[0]
+
     x, weight = normal(1), normal(2)
-    value, pull = jax.vjp(lambda x: jaxq.fake_quant(x, preset), x)
-    np.testing.assert_array_equal(value, jaxq.fake_quant(x, preset))
-    np.testing.assert_array_equal(pull(jnp.asarray(weight))[0], weight)
+    value, gradient = pulled(x, weight)
+    np.testing.assert_array_equal(value, both(x, preset)[0])
+    np.testing.assert_array_equal(gradient, weight)
 
 
 def test_jit_vmap_grad_and_jvp_compose():
     stack, weight = normal(3, (3, 32, 2)) * 4, normal(4, (3, 32, 2))
 
+    fake = jax.jit(lambda x: jaxq.fake_quant(x, MX))
+
     def loss(x, w):
         return (jaxq.fake_quant(x, MX) ** 2 * w).sum()
 
-    single = [jax.grad(loss)(x, w) for x, w in zip(stack, weight, strict=True)]
+    slope = jax.jit(jax.value_and_grad(loss))
+    losses, single = zip(*(slope(x, w) for x, w in zip(stack, weight, strict=True)), strict=True)
     mapped = jax.jit(jax.vmap(jax.grad(loss)))(stack, weight)
     np.testing.assert_allclose(mapped, np.stack(single), rtol=1e-6)
     assert 0 < np.mean(np.asarray(mapped) == 0) < 0.9
-    expected = np.stack([jaxq.fake_quant(x, MX) for x in stack])
-    np.testing.assert_array_equal(jax.vmap(lambda x: jaxq.fake_quant(x, MX))(stack), expected)
+    expected = np.stack([fake(x) for x in stack])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(fake))(stack), expected)
     np.testing.assert_array_equal(jaxq.fake_quant(stack, MX, contracting=-2, batch=0), expected)
 
-    value, tangent = jax.jvp(lambda x: loss(x, weight[0]), (stack[0],), (np.ones_like(stack[0]),))
-    np.testing.assert_allclose(value, loss(stack[0], weight[0]), rtol=1e-6)
+    directional = jax.jit(lambda x, w, t: jax.jvp(lambda x: loss(x, w), (x,), (t,)))
+    value, tangent = directional(stack[0], weight[0], np.ones_like(stack[0]))
+    np.testing.assert_allclose(value, losses[0], rtol=1e-6)
     np.testing.assert_allclose(tangent, single[0].sum(), rtol=1e-4)
     # The gradient is a constant: a second derivative of fake_quant alone is zero.
-    second = jax.grad(lambda x: jax.grad(lambda y: jaxq.fake_quant(y, MX).sum())(x).sum())(stack[0])
+    second = jax.jit(jax.grad(lambda x: jax.grad(lambda y: jaxq.fake_quant(y, MX).sum())(x).sum()))(stack[0])
     assert not np.any(second)
 
 
@@ -98,8 +113,8 @@ def test_grad_of_a_layer_inside_scan():
         return y.sum()
 
     value, gradient = jax.jit(jax.value_and_grad(scanned))(weights)
-    np.testing.assert_allclose(value, plain(weights), rtol=1e-5)
-    rounded = jnp.stack([jaxq.dequantize(jaxq.quantize(w, "int8")) for w in weights])
+    np.testing.assert_allclose(value, jax.jit(plain)(weights), rtol=1e-5)
+    rounded = np.stack([jaxq.dequantize(jaxq.quantize(w, "int8")) for w in weights])
 
     def float_model(weights):
         y = jnp.asarray(x)
@@ -107,7 +122,7 @@ def test_grad_of_a_layer_inside_scan():
             y = jnp.tanh(y @ w)
         return y.sum()
 
-    np.testing.assert_allclose(gradient, jax.grad(float_model)(rounded), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradient, jax.jit(jax.grad(float_model))(rounded), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -116,7 +131,7 @@ def test_narrow_floats(dtype):
     fake, expected = both(x, "int4")
     assert fake.dtype == dtype
     np.testing.assert_array_equal(fake, expected)
-    gradient = jax.grad(lambda x: jaxq.fake_quant(x, "int4").astype(jnp.float32).sum())(x)
+    gradient = gradient_of_sum(x, "int4")
     assert gradient.dtype == dtype
     np.testing.assert_array_equal(gradient, np.ones(SHAPE))
 
@@ -158,5 +173,5 @@ def test_trains_through_the_steps():
 
 
 def test_second_derivatives():
-    slope = jax.hessian(lambda x: jnp.sum(jaxq.fake_quant(x, "int8") ** 2))(jnp.array([1.3, 0.2]))
+    slope = jax.jit(jax.hessian(lambda x: jnp.sum(jaxq.fake_quant(x, "int8") ** 2)))(np.float32([1.3, 0.2]))
     np.testing.assert_array_equal(slope, 2 * np.eye(2))

@@ -1,5 +1,8 @@
 """Roles of axes: what each array is stored as, that every arrangement has an inverse, and what is refused."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,24 +48,35 @@ def geometry_of(role: str):
 @over_roles
 def test_stored_shapes(role):
     shape, granularity, contracting, batch, codes, scales = ROLES[role]
-    qt = jaxq.quantize(jnp.ones(shape), QuantSpec("int8", granularity), contracting=contracting, batch=batch)
+    quantize = functools.partial(
+        jaxq.quantize, spec=QuantSpec("int8", granularity), contracting=contracting, batch=batch
+    )
+    qt = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
     assert (qt.data.shape, qt.scale.shape) == (codes, scales)
-    assert (qt.shape, qt.codes().shape, jaxq.dequantize(qt).shape) == (shape, shape, shape)
-    np.testing.assert_allclose(jaxq.dequantize(qt), np.ones(shape), rtol=1e-6)
+    assert (qt.shape, jax.eval_shape(jaxq.QTensor.codes, qt).shape) == (shape, shape)
+    values = jax.jit(lambda x: jaxq.dequantize(quantize(x)))(np.ones(shape, np.float32))
+    assert values.shape == shape
+    np.testing.assert_allclose(values, np.ones(shape), rtol=1e-6)
 
 
 @over_roles
 def test_every_arrangement_has_an_inverse(role):
     shape, geometry = ROLES[role][0], geometry_of(role)
     x = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-    view = geometry.to_view(jnp.asarray(x))
-    np.testing.assert_array_equal(geometry.from_view(view), x)
-    padded = geometry.pad(view)
-    np.testing.assert_array_equal(geometry.unpad(padded), view)
-    blocks = geometry.to_blocks(padded)
-    np.testing.assert_array_equal(geometry.from_blocks(blocks), padded)
-    storage = geometry.to_storage(padded)
-    np.testing.assert_array_equal(geometry.to_view_order(storage), padded)
+
+    @jax.jit
+    def there_and_back(x):
+        view = geometry.to_view(x)
+        padded = geometry.pad(view)
+        storage = geometry.to_storage(padded)
+        blocks = geometry.from_blocks(geometry.to_blocks(padded))
+        pairs = (geometry.unpad(padded), view), (blocks, padded), (geometry.to_view_order(storage), padded)
+        return geometry.from_view(view), pairs, storage
+
+    back, pairs, storage = there_and_back(x)
+    np.testing.assert_array_equal(back, x)
+    for found, expected in pairs:
+        np.testing.assert_array_equal(found, expected)
     # Storage is what the definition says: kept axes in order, contracted ones flattened last.
     rest = np.transpose(x, (*range(x.ndim - len(geometry.shape)), *(x.ndim + a for a in geometry.order)))
     flat = rest.reshape(*rest.shape[: x.ndim - len(geometry.shape)], *geometry.storage_shape)
@@ -73,16 +87,20 @@ def test_every_arrangement_has_an_inverse(role):
 def test_scales_meet_their_blocks(role):
     geometry, shape = geometry_of(role), ROLES[role][0]
     batch = shape[: len(shape) - len(geometry.shape)]
-    scale = jnp.arange(np.prod(batch + geometry.num_blocks), dtype=jnp.float32).reshape(*batch, *geometry.num_blocks)
-    spread = geometry.scale_to_blocks(scale)
-    np.testing.assert_array_equal(geometry.scale_from_blocks(spread), scale)
+    scale = np.arange(np.prod(batch + geometry.num_blocks), dtype=np.float32).reshape(*batch, *geometry.num_blocks)
+
+    @jax.jit
+    def blocked(scale, ones):
+        spread = geometry.scale_to_blocks(scale)
+        return spread, geometry.scale_from_blocks(spread), geometry.to_blocks(geometry.pad(geometry.to_view(ones)))
+
+    spread, back, ones = map(np.asarray, blocked(scale, np.ones(shape, np.float32)))
+    np.testing.assert_array_equal(back, scale)
     # Multiplying ones by a number of each block leaves exactly one number in each block.
-    x = geometry.to_blocks(geometry.pad(geometry.to_view(jnp.ones(shape)))) * spread
-    np.testing.assert_array_equal(jnp.max(x, axis=geometry.block_axes, keepdims=True), spread)
+    np.testing.assert_array_equal(np.max(ones * spread, axis=geometry.block_axes, keepdims=True), spread)
     counts = geometry.counts()
     assert counts.sum() * np.prod(batch, initial=1) == np.prod(shape)
-    ones = geometry.to_blocks(geometry.pad(geometry.to_view(jnp.ones(shape))))
-    expected = jnp.sum(ones, axis=geometry.block_axes, keepdims=True)
+    expected = np.sum(ones, axis=geometry.block_axes, keepdims=True)
     np.testing.assert_array_equal(np.broadcast_to(counts, expected.shape), expected)
 
 

@@ -10,6 +10,7 @@ import pytest
 import jaxq
 from jaxq import PerBlock, PerFlat, PerGroup, PerTensor, QTensor, QuantSpec
 from jaxq.formats import Packing, codes_per_pack
+from tests import tables
 
 SHAPE = (96, 12)
 
@@ -117,10 +118,11 @@ RELAYOUT = {
 }
 
 
-@pytest.mark.parametrize("name", RELAYOUT)
+@pytest.mark.parametrize(
+    "name", tables.thinned(RELAYOUT, [name for name in RELAYOUT if name not in ("int8", "uint4", "mxfp6_e2m3")])
+)
 def test_relayout_keeps_every_number(name):
     qt = quantized(RELAYOUT[name], (95 if "odd" in name else 96, 12))
-    codes, values = np.asarray(qt.codes()), np.asarray(jaxq.dequantize(qt))
     orders = []
     for packing in Packing:
         try:
@@ -130,12 +132,17 @@ def test_relayout_keeps_every_number(name):
                 jaxq.relayout(qt, packing)
             continue
         orders.append(packing)
-        other = jaxq.relayout(qt, packing.value)
-        assert other.meta.packing is packing
-        np.testing.assert_array_equal(other.codes(), codes)
-        np.testing.assert_array_equal(jaxq.dequantize(other), values)
-        back = jaxq.relayout(other, qt.meta.packing)
-        np.testing.assert_array_equal(jaxq.dequantize(back), values)
+
+    @jax.jit
+    def moved(qt):
+        others = [jaxq.relayout(qt, packing.value) for packing in orders]
+        assert [other.meta.packing for other in others] == orders
+        back = [jaxq.dequantize(jaxq.relayout(other, qt.meta.packing)) for other in others]
+        return [other.codes() for other in (qt, *others)], [jaxq.dequantize(other) for other in (qt, *others)] + back
+
+    for codes, *found in moved(qt):
+        for other in found:
+            np.testing.assert_array_equal(other, codes)
     assert len(orders) >= (5 if qt.spec.fmt.bits < 8 and 8 % qt.spec.fmt.bits == 0 else 2)
 
 
@@ -151,7 +158,7 @@ def test_relayout_refuses_what_quantized_scales_cannot_hold():
     spec = QuantSpec("int4", PerGroup(5, pad=True), scale=QuantSpec("uint8"), packing="none")
     with pytest.raises(ValueError, match=r"1 blocks more, and quantized scales cannot grow\. Quantize with packing="):
         jaxq.relayout(quantized(spec, (95, 12)), "halves")
-    with pytest.raises(ValueError, match="relayout: packing must be one of none, .*; got 'zigzag'"):
+    with pytest.raises(ValueError, match="relayout: target must be one of none, .*; got 'zigzag'"):
         jaxq.relayout(quantized("int4"), "zigzag")
 
 
@@ -191,19 +198,29 @@ def test_axes_of_stacks():
         _ = qt.T
 
 
-@pytest.mark.parametrize("spec", MOVED, ids=str)
+@pytest.mark.parametrize("spec", tables.thinned(MOVED, [s for s in MOVED if s not in ("int8", "vsq4")]), ids=str)
 def test_reshape_splits_and_merges_kept_axes(spec):
     qt = quantized(spec)
     values = np.asarray(jaxq.dequantize(qt))
-    for shape in ((96, 3, 4), (96, 1, 12), (96, 12, 1), (1, 96, 12), (96, 12), (96, 2, 3, 2), (96, -1, 6)):
-        split = qt.reshape(shape)
-        assert split.shape == values.reshape(shape).shape
-        np.testing.assert_array_equal(jaxq.dequantize(split), values.reshape(shape))
-        merged = split.reshape(96, 12)
-        assert jax.tree.structure(merged) == jax.tree.structure(qt)
-        np.testing.assert_array_equal(jaxq.dequantize(merged), values)
-    np.testing.assert_array_equal(jaxq.dequantize(qt.T.reshape(3, 4, 96)), values.T.reshape(3, 4, 96))
-    again = jaxq.dequantize(qt.reshape(96, 3, 4).reshape(96, 4, 3))
+    shapes = ((96, 3, 4), (96, 1, 12), (96, 12, 1), (1, 96, 12), (96, 12), (96, 2, 3, 2), (96, -1, 6))
+
+    @jax.jit
+    def reshaped(qt):
+        splits = [qt.reshape(shape) for shape in shapes]
+        merged = [split.reshape(96, 12) for split in splits]
+        assert {jax.tree.structure(other) for other in merged} == {jax.tree.structure(qt)}
+        assert [split.shape for split in splits] == [values.reshape(shape).shape for shape in shapes]
+        turned, again = qt.T.reshape(3, 4, 96), qt.reshape(96, 3, 4).reshape(96, 4, 3)
+        return jax.tree.map(
+            jaxq.dequantize, (splits, merged, turned, again), is_leaf=lambda leaf: isinstance(leaf, QTensor)
+        )
+
+    splits, merged, turned, again = reshaped(qt)
+    for split, shape in zip(splits, shapes, strict=True):
+        np.testing.assert_array_equal(split, values.reshape(shape))
+    for other in merged:
+        np.testing.assert_array_equal(other, values)
+    np.testing.assert_array_equal(turned, values.T.reshape(3, 4, 96))
     np.testing.assert_array_equal(again, values.reshape(96, 4, 3))
 
 
@@ -347,7 +364,7 @@ def test_it_is_frozen():
     assert hash(quantized().meta) == hash(quantized().meta)
 
 
-@pytest.mark.parametrize("preset", ["uint8", "nf4_dq"])
+@pytest.mark.parametrize("preset", tables.thinned(["uint8", "nf4_dq"], ["nf4_dq"]))
 def test_it_passes_through_jax(preset):
     qt = quantized(preset, (4, 64, 4), contracting=-2, batch=0)
     values = np.asarray(jaxq.dequantize(qt))

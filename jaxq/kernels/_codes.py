@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxq import formats
-from jaxq.ops._rows import RowMeta, Rows, for_blocks
+from jaxq.kernels._rows import RowMeta, Rows, for_blocks
 
 _NATIVE_FLOATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3b11fnuz")
 
@@ -47,14 +47,16 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
       b_meta: static facts of b.
 
     Returns:
-      float32 `[m, n]`.
+      float32 `[m, n]`; where neither has a scale, the sums themselves, int32 for integer codes, if int32 holds k of
+      them (`largest_exact_length`).
     """
     m, n = a.data.shape[0], b.data.shape[0]
+    raw = jnp.float32 if a.scale is not None or is_native_float(a_meta.fmt) else jnp.int32
     if 0 in (m, n, a_meta.k):
-        return jnp.zeros((m, n), jnp.float32)
-    groups = max(a.scale.shape[-1], b.scale.shape[-1])
+        return jnp.zeros((m, n), raw)
+    groups = 1 if a.scale is None or b.scale is None else max(a.scale.shape[-1], b.scale.shape[-1])
     # Whole groups, as the operand that has them stores them; the other's padding is cut or filled up to that.
-    length = a_meta.k if groups == 1 else (a_meta if a.scale.shape[-1] > 1 else b_meta).padded_k
+    length = a_meta.k if groups == 1 else (a_meta if a.scale.shape[-1] > 1 else b_meta).padded_k  # pyright: ignore
     left = _grouped(a, a_meta, groups, length)
 
     def block(taken: Rows) -> jax.Array:
@@ -68,14 +70,14 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
 
     # A row of b costs its codes, widened by platforms without float8 units, and a partial sum for every group.
     row_bytes = max(4 * b_meta.padded_k, 8 * groups * m)
-    return for_blocks(b, b_meta, write, jnp.zeros((m, n), jnp.float32), row_bytes=row_bytes)
+    return for_blocks(b, b_meta, write, jnp.zeros((m, n), raw), row_bytes=row_bytes)
 
 
 class _Groups(NamedTuple):
-    """One operand: codes `[n, g, s]`, and its scales and zero points `[n, g]` or with ones (None: no zero point)."""
+    """One operand: codes `[n, g, s]`, and its scales and zero points `[n, g]` or with ones (None: there is none)."""
 
     codes: jax.Array
-    scale: jax.Array
+    scale: jax.Array | None
     zero_point: jax.Array | None
 
 
@@ -100,11 +102,15 @@ def _product(a: _Groups, b: _Groups, a_meta: RowMeta, b_meta: RowMeta) -> jax.Ar
     chunk = size
     if not is_native_float(a_meta.fmt):
         chunk = largest_exact_length(a_meta, a.zero_point is None, b_meta, b.zero_point is None)
+    if a.scale is None or b.scale is None:
+        assert chunk >= size, "callers check what int32 holds"
+        return _dot(a.codes, b.codes, a.zero_point, b.zero_point)[0]
     total = jnp.zeros((), jnp.float32)
     for start in range(0, size, chunk):  # one turn, unless k is beyond what int32 holds
         part = slice(start, min(start + chunk, size))
         total = total + _dot(a.codes[..., part], b.codes[..., part], a.zero_point, b.zero_point).astype(jnp.float32)
-    scales = _t(a.scale)[:, :, None] * _t(b.scale)[:, None, :]  # [g or 1, m, n]
+    a_scale, b_scale = (_t(scale.astype(jnp.float32)) for scale in (a.scale, b.scale))
+    scales = a_scale[:, :, None] * b_scale[:, None, :]  # [g or 1, m, n]
     return jnp.sum(total * scales, axis=0) if groups > 1 else (total * scales)[0]
 
 

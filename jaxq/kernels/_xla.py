@@ -9,6 +9,9 @@ Halves of a byte are never interleaved: each half meets its half of x. The block
 matrix library prefers, and y stays [n, m] until the last block is done: a transpose right after a product would be
 folded into it, into a form that library does not take. The backward pass runs the same loop: dx sums over blocks, and
 scales get exact gradients.
+
+Where there are no cores but matrix units, the same loop runs over larger blocks (`RowMeta.block_bytes`): a dense
+product of a decoded weight, which is what a kernel for few rows of x cannot beat at many.
 """
 
 from __future__ import annotations
@@ -17,13 +20,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import dtypes, lax
+from jax import lax
 
-from jaxq.ops._rows import RowMeta, Rows, block_rows, decode_field, for_blocks, join_fields, num_fields, split_fields
+from jaxq.kernels._rows import (
+    RowMeta,
+    Rows,
+    block_rows,
+    decode_field,
+    for_blocks,
+    join_fields,
+    num_fields,
+    split_fields,
+)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     """`x @ decode(rows).T` accumulated in float32.
 
@@ -48,7 +58,7 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     def block(taken: Rows) -> jax.Array:
         weights = [decode_field(taken, meta, i, scaled=not post).astype(wide.dtype) for i in range(len(parts))]
         total = functools.reduce(jnp.add, [_dot(w, part, (1, 1)) for w, part in zip(weights, parts, strict=True)])
-        return total * taken.scale if post else total  # [r, m]
+        return total * taken.scale.astype(jnp.float32) if post else total  # [r, m]
 
     def write(y: jax.Array, start: jax.Array, taken: Rows) -> jax.Array:
         return lax.dynamic_update_slice(y, block(taken), (start, jnp.zeros_like(start)))
@@ -56,21 +66,6 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     return for_blocks(rows, meta, write, jnp.zeros((n, wide.shape[0]), jnp.float32)).T[:m]
 
 
-def _forward(x, rows, meta):
-    return weight_only_matmul(x, rows, meta), (x, rows)
-
-
-def _backward(meta: RowMeta, saved: tuple[jax.Array, Rows], dy: jax.Array):
-    x, rows = saved
-    # Two loops, so that the one whose result nobody wants disappears.
-    dx = transposed_matmul(dy.astype(x.dtype), rows, meta).astype(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-    return dx, _rows_gradient(x, rows, meta, dy)
-
-
-weight_only_matmul.defvjp(_forward, _backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def transposed_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     """`x @ decode(rows)`, accumulated in float32: the weight used the other way round.
 
@@ -101,27 +96,21 @@ def transposed_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     return join_fields(for_blocks(rows, meta, add, zeros, tell_fresh=True), meta)
 
 
-def _transposed_forward(x, rows, meta):
-    return transposed_matmul(x, rows, meta), (x, rows)
+def rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Rows:
+    """Cotangents of scale, offset and codebook for `y = x @ decode(rows).T`; None for the others.
 
-
-def _transposed_backward(meta: RowMeta, saved: tuple[jax.Array, Rows], dy: jax.Array):
-    x, rows = saved
-    dx = weight_only_matmul(dy.astype(x.dtype), rows, meta).astype(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-    return dx, _rows_gradient(dy.astype(x.dtype), rows, meta, x.astype(jnp.float32))
-
-
-transposed_matmul.defvjp(_transposed_forward, _transposed_backward)
-
-
-def _rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Rows:
-    """Cotangents of scale, offset and codebook for `y = x @ decode(rows).T`; none (float0) for the others."""
+    Args:
+      x: `[m, k]`.
+      rows: `[n, k]`.
+      meta: static facts of the rows.
+      dy: `[m, n]`.
+    """
     groups, n = rows.scale.shape[-1], rows.data.shape[0]
     leaves = {"scale": rows.scale, "offset": rows.offset, "codebook": rows.codebook}
     floats = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     parts = split_fields(x.astype(jnp.float32), meta, groups)
+    dy = dy.astype(jnp.float32)
     count = block_rows(meta, n)
-    shared = rows.scale.shape[0] == 1 != n  # and so are the others
 
     def add(totals: dict, start: jax.Array, taken: Rows, fresh: jax.Array) -> dict:
         dy_part = lax.dynamic_slice_in_dim(dy, start, count, axis=1)  # [m, r]
@@ -130,12 +119,12 @@ def _rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Ro
         def decode(leaves: dict) -> list[jax.Array]:
             return [decode_field(taken._replace(**leaves), meta, i) for i in range(len(parts))]
 
-        _, pull = jax.vjp(decode, {name: getattr(taken, name) for name in floats})
+        _, pull = jax.vjp(decode, {name: getattr(taken, name).astype(jnp.float32) for name in floats})
         (found,) = pull([_dot(dy_part, part, (0, 0)) for part in parts])  # from dW: [r, k / fields]
-        if shared:
-            return jax.tree.map(jnp.add, totals, found)
 
         def put(total: jax.Array, new: jax.Array) -> jax.Array:
+            if total.shape[0] == 1 != n:  # all rows share it
+                return total + new
             old = lax.dynamic_slice_in_dim(total, start, count, axis=0)
             return lax.dynamic_update_slice_in_dim(total, old + new, start, axis=0)
 
@@ -144,9 +133,8 @@ def _rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Ro
     zeros = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in floats.items()}
     if 0 not in (x.shape[0], n, meta.k):
         zeros = for_blocks(rows, meta, add, zeros, tell_fresh=True)
-    none = None if rows.zero_point is None else np.zeros(rows.zero_point.shape, dtypes.float0)
-    data = np.zeros(rows.data.shape, dtypes.float0)
-    return Rows(data, zeros["scale"], none, zeros.get("offset"), zeros.get("codebook"))  # pyright: ignore[reportArgumentType]
+    found = {name: leaf.astype(floats[name].dtype) for name, leaf in zeros.items()}
+    return Rows(**{name: found.get(name) for name in Rows._fields})  # pyright: ignore[reportArgumentType]
 
 
 def _dot(a: jax.Array, b: jax.Array, contracting: tuple[int, int]) -> jax.Array:

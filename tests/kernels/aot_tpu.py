@@ -1,0 +1,69 @@
+"""Compiles the TPU kernel for a TPU that need not be there, by libtpu's own compiler.
+
+    python -m tests.kernels.aot_tpu v6e:2x2
+
+It needs libtpu, which comes with jax[tpu], and prints a line for every case, "ok", "not served: why" or "FAILED why",
+and how many compiled.
+"""
+
+import functools
+import itertools
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no search for devices
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from jaxq.kernels import Problem, _tpu
+from tests.kernels.problems import CODES, problem, specs
+
+
+def cases() -> dict[str, Problem]:
+    """Every code by every group for one token to a prompt, and one of each other thing that the kernel looks at."""
+    found = {}
+    for codes in CODES:
+        make = functools.partial(problem, codes, layout="columns", scale_dtype="bfloat16")
+        for m, group in itertools.product((16, 512), (32, 64, 128, None)):
+            found[f"{codes} group={group} m={m}"] = make(m=m, group=group)
+        for m in (32, 512):
+            found[f"{codes} int8 x m={m}"] = make(m=m, x_dtype="int8")
+        sums = {"scale_dtype": None, "zero_point": False, "out_dtype": "int32"}
+        found[f"{codes} int32"] = make(m=32, group=None, x_dtype="int8", **sums)
+        for m in (16, 512):
+            wide = dict.fromkeys(("x_dtype", "scale_dtype", "out_dtype"), "float32")
+            found[f"{codes} float32 x m={m}"] = make(m=m, **wide)
+        found[f"{codes} float16"] = make(**dict.fromkeys(("x_dtype", "scale_dtype", "out_dtype"), "float16"))
+        found[f"{codes} tails"] = make(e=2, m=5, k=1152, n=96, group=64, scale_dtype="float32")
+    return found
+
+
+def main(topology: str) -> None:
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    sharding = SingleDeviceSharding(device)
+    compiled = 0
+    for name, p in cases().items():
+        reason = _tpu.why_not(p, device.device_kind)
+        if reason:
+            print(f"not served {name}: {reason}", flush=True)
+            continue
+        tiles = _tpu.default_tiles(p, device.device_kind)
+
+        def run(*arrays, p=p, tiles=tiles):
+            return _tpu.matmul(*arrays, problem=p, tiles=tiles)
+
+        try:
+            jax.jit(run, in_shardings=sharding, out_shardings=sharding).lower(*specs(p)).compile()
+        except Exception as error:  # whatever a compiler says is the finding
+            print(f"FAILED {name} {tiles}: {' '.join(str(error).split())[:500]}", flush=True)
+        else:
+            compiled += 1
+            print(f"ok {name}", flush=True)
+    print(f"{compiled} compiled for {device.device_kind}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,290 @@
+"""The product as a primitive: every transformation of jax, every platform, one device or several, and what is said."""
+
+import contextlib
+import functools
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+import jaxq
+from jaxq import kernels
+from tests.ops.reference import normal
+from tests.tables import thinned
+
+K, N, M = 128, 256, 16
+CUSTOM_CALL = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}
+LAYOUT = {"tpu": "columns", "cuda": "rows"}
+WITH_OFFSET = jaxq.QuantSpec("uint4", jaxq.PerGroup(64), offset="min")
+
+
+@functools.cache
+def weight(preset="int4", layout="rows", dtype="float32", *, stack: int = 0) -> jaxq.QTensor:
+    shape, roles = ((stack, K, N), {"contracting": -2, "batch": 0}) if stack else ((K, N), {})
+    return jaxq.relayout(jaxq.quantize(normal(*shape, dtype=dtype), preset, **roles), layout)
+
+
+def bf16(*shape: int) -> jax.Array:
+    return normal(*shape, dtype="bfloat16")
+
+
+def plain(x, qt):
+    return x @ jaxq.dequantize(qt, dtype=jnp.float32)
+
+
+def close(found, expected, tolerance=1e-5):
+    found, expected = (np.asarray(v, np.float64) for v in (found, expected))
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * max(1.0, abs(expected).max()))
+
+
+# Derivatives and batching, against the same function of a dequantized weight.
+
+
+@pytest.mark.parametrize(
+    ("preset", "layout"),
+    thinned(
+        itertools.product(["int4", "nf4", "uint4", "ttq"], ["rows", "columns"]), [("uint4", "columns"), ("ttq", "rows")]
+    ),
+)
+def test_forward_reverse_and_second_derivatives(preset, layout):
+    qt, x, v = weight(preset, layout), normal(3, K) / 8, normal(3, K, seed=2)
+
+    def loss(multiply):
+        return lambda x, scale: jnp.sum(jnp.sin(multiply(x, _with_scale(qt, scale))))
+
+    scale = qt.scale
+    ours, theirs = loss(jaxq.matmul), loss(plain)
+    for transform in (
+        lambda f: jax.jvp(f, (x, scale), (v, scale))[1],
+        lambda f: jax.grad(f, argnums=(0, 1))(x, scale),
+        lambda f: jax.jvp(jax.grad(f, argnums=(0, 1)), (x, scale), (v, scale))[1],
+        lambda f: jax.grad(lambda x, s: jnp.vdot(jax.grad(f)(x, s), v), argnums=(0, 1))(x, scale),
+    ):
+        found, expected = jax.jit(lambda: transform(ours))(), jax.jit(lambda: transform(theirs))()  # noqa: B023
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == b.dtype
+            close(a.astype(jnp.float32), b.astype(jnp.float32), 2e-2 if a.dtype == jnp.bfloat16 else 1e-4)
+
+
+def _with_scale(qt: jaxq.QTensor, scale: jax.Array) -> jaxq.QTensor:
+    leaves, tree = jax.tree.flatten(qt)
+    return jax.tree.unflatten(tree, [scale if leaf is qt.scale else leaf for leaf in leaves])
+
+
+def test_linearize_and_transpose():
+    qt, x = weight("nf4"), normal(3, K)
+    y, linear = jax.linearize(lambda x: x @ qt, x)
+    close(linear(x), y)
+    (dx,) = jax.linear_transpose(lambda x: x @ qt, x)(y)
+    close(dx, plain(y, qt.T))
+
+
+@pytest.mark.parametrize("in_axes", [(0, None), (1, None), (None, 0), (0, 0), (2, 0)])
+def test_vmap(in_axes):
+    x = normal(*{0: (3, 5, K), 1: (5, 3, K), 2: (5, K, 3), None: (5, K)}[in_axes[0]])
+    qt = weight("int4", stack=0 if in_axes[1] is None else 3)
+    found = jax.jit(jax.vmap(jaxq.matmul, in_axes=in_axes))(x, qt)
+    w = jaxq.dequantize(qt, dtype=jnp.float32)
+    close(found, jax.vmap(jnp.matmul, in_axes=in_axes)(x, w))
+
+
+@pytest.mark.heavy
+def test_vmap_of_gradients_and_gradients_of_vmap():
+    qt, x = weight("nf4", stack=3), normal(3, 5, K)
+
+    def loss(multiply, x, scale):
+        return jnp.sum(jnp.sin(multiply(x, _with_scale(one, scale))))
+
+    one = jax.tree.map(lambda leaf: leaf[0], qt)
+    for multiply in (jaxq.matmul, plain):
+        inner = jax.vmap(jax.grad(functools.partial(loss, multiply), argnums=(0, 1)))(x, qt.scale)
+        outer = jax.grad(lambda x, s: jnp.sum(jax.vmap(functools.partial(loss, multiply))(x, s)), argnums=(0, 1))(  # noqa: B023
+            x, qt.scale
+        )
+        jax.tree.map(functools.partial(close, tolerance=1e-4), inner, outer)
+        if multiply is jaxq.matmul:
+            ours = inner
+    jax.tree.map(functools.partial(close, tolerance=1e-4), ours, inner)
+    columns = jax.jacfwd(lambda s: jnp.sum(loss(jaxq.matmul, x[0], s * one.scale)))(jnp.ones(()))
+    close(columns, jax.grad(lambda s: loss(plain, x[0], s * one.scale))(jnp.ones(())), 1e-4)
+
+
+def test_products_of_integers_have_gradients_for_their_scales():
+    qt = weight("int8")
+    x = jaxq.quantize(normal(4, K), "int8", contracting=-1)
+
+    def loss(multiply):
+        return lambda scale: jnp.sum(jnp.sin(multiply(x, _with_scale(qt, scale))))
+
+    def both(x, qt):
+        return jaxq.dequantize(x) @ jaxq.dequantize(qt)
+
+    close(jax.grad(loss(jaxq.matmul))(qt.scale), jax.grad(loss(both))(qt.scale), 1e-4)
+
+
+# Platforms.
+
+
+def lowered(platform, f, *args, platforms=None):
+    mesh = AbstractMesh((1,), ("x",), abstract_device=_abstract_device(platform)) if platform == "cuda" else None
+    with jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext():
+        return jax.jit(f).trace(*args).lower(lowering_platforms=platforms or (platform,)).as_text()
+
+
+def _abstract_device(platform):
+    from jax._src.mesh import AbstractDevice  # not public yet; only this test of programs for absent devices needs it
+
+    assert platform == "cuda"
+    return AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+
+
+FUNCTIONS = {
+    "jit": lambda x, qt: x @ qt,
+    "grad": jax.grad(lambda x, qt: jnp.sum((x @ qt).astype(jnp.float32) ** 2)),
+    "grad of scales": jax.grad(lambda x, qt: jnp.sum((x @ qt).astype(jnp.float32) ** 2), argnums=1, allow_int=True),
+    "vmap": jax.vmap(lambda x, qt: x @ qt, in_axes=(0, None)),
+    "checkpoint": jax.grad(jax.checkpoint(lambda x, qt: jnp.sum((x @ qt).astype(jnp.float32) ** 2))),
+}
+
+
+@pytest.mark.parametrize("platform", CUSTOM_CALL)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_kernel_survives_transformations(name, platform):
+    qt = weight("int4", LAYOUT[platform], "bfloat16")
+    x = bf16(2, M, K) if name == "vmap" else bf16(M, K)
+    assert CUSTOM_CALL[platform] in lowered(platform, FUNCTIONS[name], x, qt)
+
+
+@pytest.mark.parametrize("platform", CUSTOM_CALL)
+def test_the_kernel_runs_on_stacks(platform):
+    stack, x = weight("int4", LAYOUT[platform], "bfloat16", stack=3), bf16(M, K)
+    assert CUSTOM_CALL[platform] in lowered(platform, jax.vmap(jaxq.matmul, in_axes=(None, 0)), x, stack)
+
+    def through(x, stack):
+        return jax.lax.scan(lambda h, layer: ((h @ layer)[:, :K], None), x, stack)[0]
+
+    assert CUSTOM_CALL[platform] in lowered(platform, through, x, stack)
+
+
+@pytest.mark.parametrize("platform", CUSTOM_CALL)
+def test_the_kernel_runs_inside_shard_map(platform):
+    qt, x = weight("int4", LAYOUT[platform], "bfloat16"), bf16(M, K)
+    mesh = AbstractMesh((4,), ("d",), abstract_device=_abstract_device("cuda") if platform == "cuda" else None)
+    columns = PartitionSpec("d", None) if LAYOUT[platform] == "rows" else PartitionSpec(None, "d")
+
+    def f(x, data, scale):
+        def one(x, data, scale):
+            return kernels.quantized_matmul(x, data, scale, layout=LAYOUT[platform])
+
+        specs = (PartitionSpec(), columns, PartitionSpec("d", None))
+        return jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(None, "d"))(x, data, scale)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(f).trace(x, qt.data, qt.scale).lower(lowering_platforms=(platform,)).as_text()
+    assert CUSTOM_CALL[platform] in text
+
+
+def test_one_program_for_several_platforms():
+    # Rows and columns both, so that each platform has a kernel for one of them; on the CPU both run.
+    x, rows, columns = bf16(M, K), weight("int4", "rows", "bfloat16"), weight("int4", "columns", "bfloat16")
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("tpu_custom_call", "mosaic_gpu")]
+    with pytest.warns(kernels.FallbackWarning, match="relayout"):
+        exported = jax.export.export(
+            jax.jit(lambda x, r, c: (x @ r, x @ c)), platforms=("cpu", "tpu"), disabled_checks=checks
+        )(x, rows, columns)
+    assert "tpu_custom_call" in exported.mlir_module()
+    found = jax.export.deserialize(exported.serialize()).call(x, rows, columns)
+    for y in found:
+        close(y.astype(jnp.float32), plain(x.astype(jnp.float32), rows), 2e-2)
+
+
+@pytest.mark.parametrize("platform", CUSTOM_CALL)
+@pytest.mark.parametrize("along", ["n", "k"])
+def test_plain_jit_over_several_devices_takes_the_xla_form_and_says_so(platform, along):
+    qt, x = weight("int8", LAYOUT[platform], "bfloat16"), bf16(M, K)
+    mesh = AbstractMesh((4,), ("d",))
+    axis = (1 if along == "k" else 0) if LAYOUT[platform] == "rows" else (0 if along == "k" else 1)
+
+    def struct(leaf, axis):
+        spec = [None] * leaf.ndim
+        if axis is not None and leaf.shape[axis] % 4 == 0:
+            spec[axis] = "d"
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    placed = jax.tree.map(lambda leaf: struct(leaf, axis if leaf is qt.data else 0 if along == "n" else None), qt)
+    with pytest.warns(kernels.FallbackWarning, match="partitions this program for 4 devices"):
+        text = (
+            jax.jit(lambda x, qt: x @ qt)
+            .trace(struct(x, 1 if along == "k" else None), placed)
+            .lower(lowering_platforms=(platform,))
+            .as_text()
+        )
+    assert CUSTOM_CALL[platform] not in text
+    assert "dot_general" in text
+
+
+def test_shard_map_on_real_devices():
+    if len(jax.devices()) < 4:
+        pytest.skip("needs four devices")
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    qt, x = weight("int4"), normal(M, K)
+    specs = (PartitionSpec(), PartitionSpec("d"), PartitionSpec("d"))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(None, "d"))
+    def by_columns(x, data, scale):
+        return kernels.quantized_matmul(x, data, scale)
+
+    def loss(multiply):
+        return lambda x, scale: jnp.sum(jnp.sin(multiply(x, qt.data, scale)))
+
+    close(jax.jit(by_columns)(x, qt.data, qt.scale), x @ qt)
+    found = jax.jit(jax.grad(loss(by_columns), argnums=(0, 1)))(x, qt.scale)
+    expected = jax.grad(loss(kernels.quantized_matmul), argnums=(0, 1))(x, qt.scale)
+    close(found[0], expected[0], 1e-4)
+    close(found[1].astype(jnp.float32), expected[1].astype(jnp.float32), 1e-2)
+
+
+# What is said.
+
+
+@pytest.mark.parametrize(
+    ("platform", "x", "qt", "kernel", "reason"),
+    [
+        ("cpu", "bfloat16", ("int4", "rows"), "xla", "there are no kernels for cpu"),
+        ("tpu", "bfloat16", ("int4", "columns"), "tpu", None),
+        ("tpu", "bfloat16", ("int4", "rows"), "xla", "relayout"),
+        ("cuda", "bfloat16", ("int4", "rows"), "mosaic_gpu", None),
+        ("cuda", "bfloat16", ("int4", "columns"), "xla", "relayout"),
+        ("cuda", "float32", ("nf4", "rows"), "triton", None),
+        ("tpu", "bfloat16", ("int3", "columns"), "xla", "int3 has 3 bits, kernels take 4 and 8"),
+        ("tpu", "bfloat16", ("fp8", "columns"), "xla", "float8_e4m3fn is no integer"),
+        ("tpu", "bfloat16", (WITH_OFFSET, "columns"), "xla", "real offsets"),
+    ],
+)
+def test_explain_names_the_kernel_and_the_reason(platform, x, qt, kernel, reason):
+    plan = jaxq.explain(normal(M, K, dtype=x), weight(*qt, dtype=x), platform=platform)
+    assert plan.kernel == kernel
+    assert (plan.why_no_kernel is None) if reason is None else reason in plan.why_no_kernel
+    assert platform == "cpu" or (plan.why_no_kernel or f"the {kernel} kernel") in str(plan)
+    if platform != "cpu":
+        assert (CUSTOM_CALL[platform] in _text(platform, x, weight(*qt, dtype=x))) == (kernel in ("tpu", "mosaic_gpu"))
+
+
+def _text(platform, dtype, qt):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kernels.FallbackWarning)
+        return lowered(platform, jaxq.matmul, normal(M, K, dtype=dtype), qt)
+
+
+def test_explain_sees_shardings():
+    if len(jax.devices()) < 4:
+        pytest.skip("needs four devices")
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    qt = jax.device_put(weight("int4", "columns", "bfloat16"), NamedSharding(mesh, PartitionSpec()))
+    plan = jaxq.explain(bf16(M, K), qt, platform="tpu")
+    assert plan.kernel == "xla"
+    assert "4 devices" in plan.why_no_kernel

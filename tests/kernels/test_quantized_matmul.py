@@ -1,0 +1,197 @@
+"""The product on raw arrays: against float64 on this machine, exact for integers, and every refusal."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq import formats, kernels
+from jaxq.kernels import quantized_matmul
+from tests.ops.reference import normal
+from tests.tables import thinned
+
+GROUPS = {"g32": 32, "g64": 64, "g128": 128, "channel": None}
+
+
+def packed(name, group, n=24, k=256, *, layout="rows", packing=None, seed=0):
+    """Random codes with what goes with them, as `quantized_matmul` takes them, and the matrix [n, k] in float64."""
+    rng = np.random.default_rng([seed, n, k, group or 0])
+    fmt = formats.get(name)
+    packing = formats.default_packing(fmt.bits) if packing is None else packing
+    group = group or k
+    padded = -(-k // group) * group
+    codes = rng.choice(fmt.codes(), (n, padded)).astype(fmt.code_dtype)
+    scale = rng.uniform(0.5, 1.5, (n, padded // group)).astype(np.float32) / 64
+    numbers = np.asarray(fmt.decode(jnp.asarray(fmt.codes())))
+    table = {int(c): float(v) for c, v in zip(fmt.codes(), numbers, strict=True)}
+    assert set(table.values()) == {float(v) for v in fmt.values()}
+    numbers = np.vectorize(table.get)(codes).astype(np.float64)
+    zero = None
+    if name.startswith("uint"):
+        zero = rng.integers(0, 2**fmt.bits, scale.shape).astype(np.uint8)
+        numbers = numbers - np.repeat(zero, group, 1)
+    matrix = (numbers * np.repeat(scale, group, 1).astype(np.float64))[:, :k]
+    unit = group if padded != group and packing is formats.Packing.HALVES else None
+    data = codes if packing is formats.Packing.NONE else formats.pack(jnp.asarray(codes), fmt.bits, packing, unit=unit)
+    data = jnp.asarray(data).T if layout == "columns" else jnp.asarray(data)
+    options = {"format": name, "layout": layout, "packing": packing}
+    if zero is not None:
+        options["zero_point"] = jnp.asarray(zero)
+    return (data, jnp.asarray(scale)), options, matrix, codes[:, :k]
+
+
+NAMES = ("int4", "uint4", "nf4", "float4_e2m1fn", "int8", "uint8")
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "layout"),
+    thinned(
+        itertools.product(NAMES, GROUPS, ("rows", "columns")),
+        [*zip(NAMES, [*GROUPS, "g64", "channel"], ["rows", "columns"] * 3, strict=True)],
+    ),
+)
+def test_against_float64(name, group, layout):
+    arrays, options, matrix, _ = packed(name, GROUPS[group], layout=layout)
+    x = normal(5, 256)
+    found = quantized_matmul(x, *arrays, **options)
+    exact = np.asarray(x, np.float64) @ matrix.T
+    assert np.linalg.norm(found - exact) <= 1e-6 * np.linalg.norm(exact)
+    narrow = quantized_matmul(x.astype(jnp.bfloat16), *arrays, **options)
+    assert narrow.dtype == jnp.bfloat16
+    exact = np.asarray(x.astype(jnp.bfloat16), np.float64) @ matrix.T
+    assert np.linalg.norm(np.asarray(narrow, np.float64) - exact) <= 5e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("packing", [formats.Packing.LOW_FIRST, formats.Packing.HIGH_FIRST, formats.Packing.HALVES])
+@pytest.mark.parametrize("k", [256, 200])
+def test_orders_of_codes_in_bytes(packing, k):
+    arrays, options, matrix, _ = packed("int4", 64, k=k, packing=packing)
+    x = normal(5, k)
+    expected = np.asarray(x, np.float64) @ matrix.T
+    np.testing.assert_allclose(quantized_matmul(x, *arrays, **options), expected, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_integers_are_exact(name, layout):
+    (data, scale), options, _, codes = packed(name, None, layout=layout)
+    x = np.random.default_rng(1).integers(-128, 128, (5, 256)).astype(np.int8)
+    sums = quantized_matmul(jnp.asarray(x), data, None, **options)
+    expected = x.astype(np.int64) @ codes.T.astype(np.int64)
+    assert sums.dtype == jnp.int32
+    np.testing.assert_array_equal(sums, expected)
+    scaled = quantized_matmul(jnp.asarray(x), data, scale, **options)
+    np.testing.assert_array_equal(scaled, expected.astype(np.float32) * np.asarray(scale)[:, 0])
+
+
+def test_a_table_of_ones_own():
+    (data, scale), options, _, codes = packed("nf4", 64)
+    table = jnp.sort(jax.random.normal(jax.random.key(0), (16,)))
+    x = normal(5, 256)
+    found = quantized_matmul(x, data, scale, **options, codebook=table)
+    matrix = np.asarray(table, np.float64)[codes] * np.repeat(np.asarray(scale, np.float64), 64, 1)
+    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ matrix.T, 1e-4, 1e-5)
+    slope = jax.grad(lambda t: jnp.sum(quantized_matmul(x, data, scale, **options, codebook=t)))(table)
+    counted = np.einsum("mk,nk,nkc->c", x, np.repeat(scale, 64, 1), codes[..., None] == np.arange(16))
+    np.testing.assert_allclose(slope, counted, 1e-3, 1e-4)
+
+
+def test_stacks_and_leading_axes():
+    parts = [packed("int4", 64, seed=i) for i in range(3)]
+    data, scale = (jnp.stack([p[0][i] for p in parts]) for i in range(2))
+    x = normal(3, 2, 5, 256)
+    found = quantized_matmul(x, data, scale, **parts[0][1])
+    expected = np.einsum("ebmk,enk->ebmn", np.asarray(x, np.float64), np.stack([p[2] for p in parts]))
+    np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
+    one = quantized_matmul(x, data[0], scale[0], **parts[0][1])
+    np.testing.assert_allclose(one[0], found[0], 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 24, 256), (5, 0, 256), (0, 0, 256)])
+def test_nothing_to_compute(m, n, k):
+    (data, scale), options, *_ = packed("int4", 64)
+    y = quantized_matmul(jnp.ones((m, k)), data[:n], scale[:n], **options)
+    assert y.shape == (m, n)
+    assert quantized_matmul(jnp.ones((m, k), jnp.int8), data[:n, :128], None, format="int4").dtype == jnp.int32
+
+
+def test_it_is_what_a_qtensor_does():
+    w, x = normal(100, 24), normal(5, 100)
+    for name in ("int4", "nf4", "uint4", "int8"):
+        qt = jaxq.quantize(w, name)
+        found = quantized_matmul(x, qt.data, qt.scale, format=qt.spec.fmt, zero_point=qt.zero_point)
+        np.testing.assert_array_equal(found, x @ qt)
+
+
+def _bad(**changes):
+    (data, scale), options, *_ = packed("int4", 64)
+    arguments = {"x": jnp.ones((5, 256)), "data": data, "scale": scale, **options} | changes
+    return quantized_matmul(arguments.pop("x"), arguments.pop("data"), arguments.pop("scale"), **arguments)
+
+
+ones = jnp.ones
+REFUSED = {
+    "x too long": ({"x": ones((5, 300))}, ValueError, r"k = 300 and rows of data hold 256 codes in 4 groups"),
+    "x too short": ({"x": ones((5, 100))}, ValueError, r"k = 100 and rows of data hold 256"),
+    "groups do not divide": ({"scale": ones((24, 3))}, ValueError, r"3 groups do not divide the 256 codes of a row"),
+    "scale of other rows": ({"scale": ones((20, 4))}, ValueError, r"scale must be \[24, 4\].*scale: float32\[20, 4\]"),
+    "scale for columns": ({"scale": ones((4, 24))}, ValueError, r"scale must be \[24, 24\]"),
+    "zero point of another shape": (
+        {"zero_point": ones((24, 1), jnp.int8)}, ValueError, r"zero_point must be \[24, 4\]"
+    ),
+    "zero point of another dtype": ({"zero_point": ones((24, 4), jnp.int32)}, TypeError, r"has their dtype, int8"),
+    "codes not packed": ({"data": ones((24, 256), jnp.int8)}, TypeError, r"data must be uint8 for int4 packed as"),
+    "codes packed": (
+        {"format": "int8", "packing": "none", "data": ones((24, 256), jnp.uint8)}, TypeError, r"data must be int8"
+    ),
+    "integer x": ({"x": ones((5, 256), jnp.int32)}, TypeError, r"x must be .* int8 \(x: int32\[5, 256\]"),
+    "int8 x and a table": ({"x": ones((5, 256), jnp.int8), "format": "nf4"}, TypeError, r"nf4 has none"),
+    "floats without scale": ({"scale": None}, TypeError, r"scale may be left out only where x is int8"),
+    "integer scale": ({"scale": ones((24, 4), jnp.int32)}, TypeError, r"scale must be bfloat16, float16 or float32"),
+    "a table for integers": ({"codebook": ones((16,))}, ValueError, r"codebook goes with a codebook format"),
+    "a result of integers": ({"out_dtype": jnp.int32}, TypeError, r"out_dtype must be float32"),
+    "stack of another size": (
+        {"x": ones((2, 5, 256)), "data": ones((3, 24, 128), jnp.uint8), "scale": ones((3, 24, 4))},
+        ValueError, r"x has 2 stacked matrices and data 3",
+    ),
+    "four axes": ({"data": ones((1, 1, 24, 128), jnp.uint8)}, ValueError, r"data must be a matrix, or a stack"),
+    "unknown backend": ({"backend": "tpus"}, ValueError, r"backend must be one of .*Did you mean 'tpu'"),
+    "unknown layout": ({"layout": "column"}, ValueError, r"Did you mean 'columns'"),
+    "unknown packing": ({"packing": "halfs"}, ValueError, r"Did you mean 'halves'"),
+    "the TPU kernel on rows": ({"backend": "tpu"}, ValueError, r"the tpu kernel does not compute this: .*relayout"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_name_what_came(case):
+    changes, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        _bad(**changes)
+
+
+@pytest.mark.parametrize(("backend", "layout", "platform"), [("tpu", "columns", "tpu"), ("triton", "rows", "cuda")])
+def test_a_kernel_asked_for_by_name_runs_nowhere_else(backend, layout, platform):
+    arrays, options, *_ = packed("int4", 64, layout=layout)
+    with pytest.raises(ValueError, match=f"the {backend} kernel runs on {platform}, and .* lowered for cpu.*interpret"):
+        quantized_matmul(normal(5, 256), *arrays, **options, backend=backend)
+
+
+def test_sums_that_int32_may_not_hold():
+    k = 2**18
+    with pytest.raises(ValueError, match="int32 surely holds 131071"):
+        jax.eval_shape(
+            lambda x, d: quantized_matmul(x, d, None, format="int8"),
+            jax.ShapeDtypeStruct((1, k), jnp.int8),
+            jax.ShapeDtypeStruct((1, k), jnp.int8),
+        )
+
+
+def test_the_choice_of_every_platform_has_a_reason():
+    problem = kernels.Problem(1, 16, 256, 24, 4, True, False, 64, False, "columns", "bfloat16", "bfloat16", "bfloat16")
+    assert kernels.choose(problem, "tpu", None)[:2] == ("tpu", None)
+    for platform in ("cpu", "rocm"):
+        assert kernels.choose(problem, platform, None)[:2] == ("xla", f"there are no kernels for {platform}")
+    assert "shard_map" in kernels.choose(problem, "tpu", None, num_devices=4).reason
