@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-SUBJECTS = ("cast", "import_time", "kernels", "matmul", "quantize")
+SUBJECTS = ("cast", "gptq", "import_time", "kernels", "kmeans", "matmul", "methods", "observers", "quantize")
 # Freed memory stays with the process: else fresh pages are most of what writing 64 MB costs, ours and others'.
 ENVIRONMENT = {
     "cast": {

@@ -35,7 +35,7 @@ from jaxq.qtensor import (
 from jaxq.recipes import Recipe, Rule
 
 if TYPE_CHECKING:
-    from jaxq import evaluation, io, models, nn, observers
+    from jaxq import evaluation, io, methods, models, nn, observers
     from jaxq.io import load, save
     from jaxq.nn import quantize_model
 
@@ -46,6 +46,7 @@ _LAZY = {
     "evaluation": "jaxq.evaluation",
     "io": "jaxq.io",
     "load": "jaxq.io",
+    "methods": "jaxq.methods",
     "models": "jaxq.models",
     "nn": "jaxq.nn",
     "observers": "jaxq.observers",
@@ -91,6 +92,7 @@ __all__ = [
     "io",
     "load",
     "matmul",
+    "methods",
     "metrics",
     "models",
     "nn",

@@ -255,7 +255,8 @@ def _shape_problem(qt: QTensor, shape: tuple[int, ...]) -> str | None:
     wanted = {"data": ((*batch, *qt.meta.stored_shape), dtype), "scale": ((*batch, *geometry.num_blocks), None)}
     if qt.spec.symmetric == (qt.zero_point is not None) or (qt.spec.offset is None) == (qt.offset is not None):
         return "its spec and its leaves disagree on zero point or offset"
-    if (qt.spec.scale_rule == "ttq") == (qt.codebook is None):
+    may_have = qt.spec.scale_rule == "ttq" or fmt.kind == "codebook"  # k-means finds a table for every array
+    if (qt.spec.scale_rule == "ttq" and qt.codebook is None) or (qt.codebook is not None and not may_have):
         return "its spec and its leaves disagree on a codebook"
     if qt.zero_point is not None:
         wanted["zero_point"] = (wanted["scale"][0], fmt.code_dtype)
@@ -384,7 +385,7 @@ def _axes_problem(layer: Any, kind: Any, value: QTensor) -> str | None:
 def _as_used(qt: QTensor) -> tuple:
     """What two QTensors must share to take each other's place: all but the order of packing."""
     geometry = dataclasses.replace(qt.meta.geometry, multiple=1)
-    return qt.shape, qt.spec.replace(packing=None), geometry, qt.meta.dtype, qt.meta.activation
+    return qt.shape, qt.spec.replace(packing=None), geometry, qt.meta.dtype, qt.meta.activation, qt.meta.outliers
 
 
 def _short(value: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jaxq import formats
@@ -20,6 +21,17 @@ _DYNAMIC = {
     "fp8_dynamic": ("fp8", "fp8"),
     "w4a8": ("int4", "int8"),
     "w8a8": ("int8", "int8"),
+}
+
+# (weight, activation, method) of the recipes that quantize by more than rounding to nearest.
+_BY_METHOD = {
+    "int3_gptq": ("int3", None, "gptq"),
+    "int4_adaround": ("int4", None, "adaround"),
+    "int4_awq": ("int4", None, "awq"),
+    "int4_gptq": ("int4", None, "gptq"),
+    "int4_hqq": ("int4", None, "hqq"),
+    "llm_int8": ("int8", None, "llm_int8"),
+    "w8a8_smoothquant": ("int8", "int8", "smoothquant"),
 }
 
 # Last names of layers that make logits or choose experts: small errors there cost most, so they stay in floats.
@@ -35,13 +47,16 @@ class Rule:
         "re:..." is a regular expression that must match the whole path.
       weight: preset name or `QuantSpec` for the weight.
       activation: preset name or `QuantSpec` for the input, quantized on the fly; None leaves it in floats.
+      method: how the weight is quantized, one of `jaxq.methods.names()`; those that need data get it from
+        `calibration=`.
+      options: keyword arguments of the method, `{"act_order": True}` for example.
       skip: leave the layer as it is.
       kinds: layer kinds the rule is about ("Linear", "Conv", ...); empty means all.
       reason: what a report says of a skipped layer.
       optional: True where matching nothing is no mistake.
 
     Raises:
-      ValueError: neither or both of `weight` and `skip`; an unknown preset; a bad regular expression.
+      ValueError: neither or both of `weight` and `skip`; an unknown preset or method; a bad regular expression.
 
     Example:
       >>> import jaxq
@@ -53,6 +68,8 @@ class Rule:
     pattern: str = "**"
     weight: str | QuantSpec | None = None
     activation: str | QuantSpec | None = None
+    method: str = "rtn"
+    options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     skip: bool = False
     kinds: tuple[str, ...] = ()
     reason: str | None = None
@@ -66,6 +83,11 @@ class Rule:
         for field in ("weight", "activation"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, as_spec(getattr(self, field), f"Rule({self.pattern!r}) {field}"))
+        if self.method != "rtn":
+            from jaxq import methods  # which import optax; most rules name no method
+
+            formats.check_choice(f"Rule({self.pattern!r}): method", self.method, methods.names())
+        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
         object.__setattr__(self, "kinds", (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds))
         try:
             _compile(self.pattern)
@@ -102,8 +124,8 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """The recipes known by name: every preset as weight-only, and those that quantize activations too."""
-    return sorted([*presets(), *_DYNAMIC])
+    """The recipes known by name: every preset as weight-only, those that quantize activations too, and by method."""
+    return sorted([*presets(), *_DYNAMIC, *_BY_METHOD])
 
 
 def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
@@ -118,9 +140,9 @@ def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
         name = recipe.strip().lower().replace("-", "_")
         if name not in names():
             raise ValueError(f"{caller}: {formats.unknown_name('recipe', recipe, names(), 'jaxq.recipes.names()')}")
-        weight, activation = _DYNAMIC.get(name, (name, None))
+        weight, activation, method = _BY_METHOD.get(name, (*_DYNAMIC.get(name, (name, None)), "rtn"))
     elif isinstance(recipe, QuantSpec):
-        weight, activation = recipe, None
+        weight, activation, method = recipe, None, "rtn"
     else:
         raise TypeError(f"{caller}: recipe must be a name, a QuantSpec or a jaxq.Recipe, got {type(recipe).__name__}.")
     defaults: list[Any] = [
@@ -129,7 +151,7 @@ def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
     for head in HEADS:
         what = "router" if head == "router" else "output head"
         defaults.append(Rule(f"**/{head}", skip=True, reason=f"{what}, left in floats by default", optional=True))
-    return Recipe((*defaults, Rule(weight=weight, activation=activation)))
+    return Recipe((*defaults, Rule(weight=weight, activation=activation, method=method)))
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

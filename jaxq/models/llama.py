@@ -133,6 +133,18 @@ class Llama(nnx.Module):
         """
         return self._forward(tokens, cache)
 
+    def scale_groups(self) -> list[Any]:
+        """Where a scale can move from one layer to the next ones: `jaxq.models.norm_groups`."""
+        from jaxq.models import _outliers
+
+        return _outliers.norm_groups(self)
+
+    def fold_scales(self, scales: Any) -> Llama:
+        """A copy in which scales have moved: `jaxq.models.fold_scales`."""
+        from jaxq.models import _outliers
+
+        return _outliers.fold_scales(self, scales)
+
     def _forward(self, tokens: jax.Array, cache: KVCache | None) -> tuple[jax.Array, Any]:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(

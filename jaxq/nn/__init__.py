@@ -2,10 +2,12 @@
 
 `quantize_model` returns a copy of a model with quantized weights and a report; `QLinear` and its like are layers that
 are quantized from the start. Both put a QTensor into the layer's weight and jaxq's functions into the layer's own
-hooks: no class is edited and no jax function is replaced.
+hooks: no class is edited and no jax function is replaced. `calibrate` looks at what reaches each layer.
 """
 
+from jaxq.nn._calibration import calibrate
 from jaxq.nn._explicit import QConv, QEinsum, QLinear, QLinearGeneral
+from jaxq.nn._folding import register_folding
 from jaxq.nn._layers import QEmbed, QuantizedParam, find_kind, put_weight, replace_variables, weight_axes
 from jaxq.nn._report import Report, Row
 from jaxq.nn._transform import find_layers, quantize_model
@@ -19,10 +21,12 @@ __all__ = [
     "QuantizedParam",
     "Report",
     "Row",
+    "calibrate",
     "find_kind",
     "find_layers",
     "put_weight",
     "quantize_model",
+    "register_folding",
     "replace_variables",
     "weight_axes",
 ]

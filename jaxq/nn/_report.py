@@ -11,6 +11,7 @@ COLUMNS = (
     "shape",
     "format",
     "granularity",
+    "method",
     "bits",
     "kB before",
     "kB after",
@@ -30,12 +31,14 @@ class Row:
       shape: of the parameter.
       format: of its codes, "+" the activations' where those are quantized; None where it stays in floats.
       granularity: with its block sizes, or None.
+      method: what made the codes ("rtn": rounding to nearest), or None.
       bits_per_element: scales of every level included.
       bytes_before: of the float parameter.
       bytes_after: of what replaced it.
       sqnr: dB, or None.
       worst_block: largest relative error of 64 neighbours along the last axis, or None.
-      note: why it was skipped.
+      note: why it was skipped, or what else happened.
+      loss: error of the layer's output on held-out inputs, over that of rounding to nearest; None without calibration.
     """
 
     path: str
@@ -49,6 +52,8 @@ class Row:
     sqnr: float | None
     worst_block: float | None
     note: str = ""
+    method: str | None = None
+    loss: float | None = None
 
     def cells(self) -> list[str]:
         """The row as text, in the order of `COLUMNS`."""
@@ -58,6 +63,7 @@ class Row:
             "x".join(map(str, self.shape)),
             self.format or "-",
             self.granularity or "-",
+            (self.method or "-") + ("" if self.loss is None else f" ({self.loss:.2f})"),
             f"{self.bits_per_element:.2f}",
             f"{self.bytes_before / 1e3:.1f}",
             f"{self.bytes_after / 1e3:.1f}",

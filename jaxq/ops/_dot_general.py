@@ -64,9 +64,9 @@ def dot_general(
     plan = make_plan(lhs, rhs, dims)
     out_dtype = _result_dtype(lhs, rhs, preferred_element_type)
     if isinstance(rhs, QTensor) and rhs.meta.activation is not None and not isinstance(lhs, QTensor):
-        return cast(jax.Array, _dynamic(lhs, rhs, dims, False)).astype(out_dtype)
+        return _dynamic(lhs, rhs, dims, False).astype(out_dtype)
     if isinstance(lhs, QTensor) and lhs.meta.activation is not None and not isinstance(rhs, QTensor):
-        return cast(jax.Array, _dynamic(rhs, lhs, dims, True)).astype(out_dtype)
+        return _dynamic(rhs, lhs, dims, True).astype(out_dtype)
     if not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor):
         wide = jnp.dtype(plan.accumulate)
         y = lax.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=wide, **kwargs)
@@ -197,8 +197,28 @@ def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Pl
     return _sort_last(y, out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _dynamic(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -> jax.Array:
+    """The product with x quantized on the fly, columns of outliers left out and multiplied in floats; float32."""
+    threshold = qt.meta.outliers
+    qt = qt.with_activation(qt.meta.activation)
+    if threshold is None:
+        return cast(jax.Array, _quantized(x, qt, dims, swapped))
+    side = 1 if swapped else 0
+    free = tuple(a for a in range(x.ndim) if a not in (*dims[0][side], *dims[1][side]))
+    magnitude = jnp.max(jnp.abs(x), axis=free, keepdims=True, initial=0.0)
+    ordinary = magnitude < threshold  # NaN is an outlier
+    low = cast(jax.Array, _quantized(jnp.where(ordinary, x, jnp.zeros((), x.dtype)), qt, dims, swapped))
+    high = jnp.where(ordinary, jnp.zeros((), x.dtype), x)
+    return low + _in_floats(high, qt.with_activation(None), dims, swapped)
+
+
+def _in_floats(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -> jax.Array:
+    lhs, rhs = (qt, x) if swapped else (x, qt)
+    return dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _quantized(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -> jax.Array:
     """The product with x quantized as `qt.meta.activation` says; float32. Backward, x passes straight through."""
     assert qt.meta.activation is not None
     side = 1 if swapped else 0
@@ -216,22 +236,18 @@ def _dynamic(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -
     return dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
 
 
-def _dynamic_forward(x, qt, dims, swapped):
-    return _dynamic(x, qt, dims, swapped), (x, qt)
+def _quantized_forward(x, qt, dims, swapped):
+    return _quantized(x, qt, dims, swapped), (x, qt)
 
 
-def _dynamic_backward(dims, swapped, saved, dy):
-    def floats(x: jax.Array, qt: QTensor) -> jax.Array:
-        lhs, rhs = (qt, x) if swapped else (x, qt)
-        return dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
-
+def _quantized_backward(dims, swapped, saved, dy):
     x, qt = saved
-    _, pull = jax.vjp(floats, x, qt.with_activation(None))
+    _, pull = jax.vjp(lambda x, qt: _in_floats(x, qt, dims, swapped), x, qt.with_activation(None))
     dx, dqt = pull(dy)
     return dx, dataclasses.replace(dqt, meta=qt.meta)
 
 
-_dynamic.defvjp(_dynamic_forward, _dynamic_backward)
+_quantized.defvjp(_quantized_forward, _quantized_backward)
 
 
 def _codes(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> jax.Array:

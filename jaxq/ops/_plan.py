@@ -99,7 +99,11 @@ def _plan_dynamic(x: Any, qt: QTensor, dims: DimensionNumbers, swapped: bool) ->
     )
     weight = qt.with_activation(None)
     rest = make_plan(*((weight, qx) if swapped else (qx, weight)), dims)
-    return dataclasses.replace(rest, reason=f"activations are quantized to {spec.fmt.name} on the fly; {rest.reason}")
+    outliers = qt.meta.outliers
+    kept = "" if outliers is None else f", but for columns that reach {outliers:g}, which are multiplied in floats"
+    return dataclasses.replace(
+        rest, reason=f"activations are quantized to {spec.fmt.name} on the fly{kept}; {rest.reason}"
+    )
 
 
 def batch_first(ndim: int, dims: DimensionNumbers, side: int) -> tuple[list[int], DimensionNumbers]:

@@ -38,6 +38,8 @@ class Meta:
       activation: how a float array that meets this one in a product is quantized first; None leaves it in floats.
       layout: "rows": codes of a row are neighbours in `data`; "columns": the row's axis comes first. `relayout` changes
         it.
+      outliers: columns of that float array in which a magnitude reaches this are multiplied in floats, not quantized;
+        None quantizes all.
     """
 
     spec: QuantSpec
@@ -46,6 +48,7 @@ class Meta:
     dtype: str
     activation: QuantSpec | None = None
     layout: Literal["rows", "columns"] = "rows"
+    outliers: float | None = None
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -64,6 +67,7 @@ class Meta:
             "dtype": self.dtype,
             "activation": None if self.activation is None else self.activation.to_dict(),
             "layout": self.layout,
+            "outliers": self.outliers,
         }
 
     @classmethod
@@ -78,6 +82,7 @@ class Meta:
             data["dtype"],
             None if data["activation"] is None else QuantSpec.from_dict(data["activation"]),
             layout,
+            data.get("outliers"),
         )
 
     @property
@@ -223,17 +228,24 @@ class QTensor:
             raise TypeError(f"QTensor.astype: only float dtypes, got {dtype}. For the codes use qt.codes().")
         return self._with(dtype=dtype.name)
 
-    def with_activation(self, spec: str | QuantSpec | None) -> QTensor:
+    def with_activation(self, spec: str | QuantSpec | None, *, outliers: float | None = None) -> QTensor:
         """The same codes; float arrays they meet in a product are quantized by `spec` on the fly (w8a8 and its like).
 
         Args:
           spec: preset name or `QuantSpec` for the other operand, scales shared along the contracted axes; None goes
             back to float activations. The gradient passes straight through the rounding of activations.
+          outliers: columns of the other operand with a magnitude of at least this, 6.0 in LLM.int8(), are not quantized
+            but multiplied in floats, and the sums are added; None quantizes all. Which columns is seen anew in every
+            call, so both products have full size: for accuracy, not for speed (Dettmers et al., 2022).
         """
         activation = None if spec is None else as_spec(spec, "with_activation")
         if activation is not None and activation.rounding == "stochastic":
             raise ValueError("with_activation: rounding='stochastic' needs a key at every call; quantize x yourself.")
-        return self._with(activation=activation)
+        if outliers is not None and (activation is None or not outliers >= 0):
+            raise ValueError(
+                f"with_activation: outliers={outliers} needs an activation spec, and a number of at least 0."
+            )
+        return self._with(activation=activation, outliers=None if outliers is None else float(outliers))
 
     @property
     def T(self) -> QTensor:
@@ -348,6 +360,8 @@ class QTensor:
             parts.append(self.meta.layout)
         if self.meta.activation is not None:
             parts.append(f"activation={self.meta.activation.fmt.name}")
+        if self.meta.outliers is not None:
+            parts.append(f"outliers from {self.meta.outliers:g}")
         return f"QTensor({', '.join(parts)}, {bits}, {self.meta.dtype})"
 
     def _shown_shape(self) -> tuple[Any, ...]:

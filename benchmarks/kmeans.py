@@ -1,0 +1,83 @@
+"""Time of clustering 16.8 million float32 weights about 16 centres, beside scikit-learn.
+
+jaxq clusters all of them and finds their codes; MiniBatchKMeans, too, is given all of them. How good the centres are is
+measured on every 16th weight, beside plain Lloyd iterations (scikit-learn's KMeans) on these alone from the same start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import summary
+
+from jaxq import methods
+
+SIZE, BITS, ROUNDS = 4096, 4, 3
+TARGET = 0.1
+
+
+def inertia(x: np.ndarray, centres: np.ndarray) -> float:
+    """Mean squared distance of every number to its nearest centre."""
+    centres = np.sort(centres.ravel().astype(np.float64))
+    member = np.searchsorted(0.5 * (centres[1:] + centres[:-1]), x)
+    return float(np.mean((x.astype(np.float64) - centres[member]) ** 2))
+
+
+def run() -> dict[str, Any]:
+    """Times each in turns, a few rounds only: the peer takes most of a minute; and compares the centres."""
+    import time
+
+    w = np.random.default_rng(0).standard_normal((SIZE, SIZE), np.float32)
+    weight, sample = jnp.asarray(w), w.ravel()[::16]
+    functions: dict[str, Any] = {"jaxq": lambda: jax.block_until_ready(methods.kmeans(weight, BITS))}
+    centres = {"jaxq": np.asarray(functions["jaxq"]()[0].codebook)}
+    missing = []
+    try:
+        from sklearn.cluster import KMeans, MiniBatchKMeans
+
+        column, start = w.reshape(-1, 1), np.linspace(w.min(), w.max(), 1 << BITS, dtype=np.float32)[:, None]
+
+        def mini_batch() -> Any:
+            return MiniBatchKMeans(1 << BITS, init=start, n_init=1, random_state=0).fit(column)
+
+        functions["MiniBatchKMeans"] = mini_batch
+        lloyd = KMeans(1 << BITS, init=start, n_init=1, max_iter=300, tol=0, algorithm="lloyd").fit(sample[:, None])
+        centres["Lloyd on the sample"] = lloyd.cluster_centers_
+    except ImportError as error:
+        missing.append(f"scikit-learn ({error})")
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(ROUNDS):
+        for name, fn in functions.items():
+            begin = time.perf_counter()
+            result = fn()
+            times[name].append(time.perf_counter() - begin)
+            if name == "MiniBatchKMeans":
+                centres[name] = result.cluster_centers_
+    base = "MiniBatchKMeans" if "MiniBatchKMeans" in functions else "jaxq"
+    figures: dict[str, dict[str, Any]] = {name: {} for name in centres} | summary(times, base)
+    rows = []
+    for name, row in figures.items():
+        found = {"what": name, **row, "inertia": inertia(sample, centres[name])}
+        rows.append(found | ({"target": TARGET} if name == "jaxq" and base != "jaxq" else {}))
+    if not missing:
+        by_name = {row["what"]: row["inertia"] for row in rows}
+        assert by_name["jaxq"] < 1.002 * by_name["Lloyd on the sample"], by_name
+    return {"subject": "kmeans", "shape": [SIZE, SIZE], "rows": rows, "missing": missing}
+
+
+def table(result: dict[str, Any]) -> str:
+    """A markdown table of `run`'s figures."""
+    lines = [
+        "| who | median ms | least ms | time over MiniBatchKMeans | target | inertia |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in result["rows"]:
+        target = f"<= {r['target']}" if "target" in r else "-"
+        times = "- | - | -"
+        if "median_ms" in r:
+            times = f"{r['median_ms']:.0f} | {r['min_ms']:.0f} | {r['time_over_base']:.4f}"
+        lines.append(f"| {r['what']} | {times} | {target} | {r['inertia']:.6f} |")
+    return "\n".join(lines)

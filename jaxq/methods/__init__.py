@@ -1,0 +1,66 @@
+"""Post-training methods: pure functions of a matrix and what is known of its inputs, `(w, stats, spec) -> (qt, info)`.
+
+Weights are `[in, out]`, as Flax keeps them; `jaxq.nn` knows models and calls these by name (`solve`).
+"""
+
+from jaxq.methods._adaround import AdaRoundInfo, adaround
+from jaxq.methods._awq import AWQInfo, AWQScaleInfo, awq, awq_scale
+from jaxq.methods._bias_correction import bias_correction
+from jaxq.methods._clipping import ClipInfo, clip
+from jaxq.methods._equalization import EqualizeInfo, equalize
+from jaxq.methods._gptq import GPTQInfo, gptq
+from jaxq.methods._hqq import HQQInfo, hqq
+from jaxq.methods._kmeans import KMeansInfo, centroid_gradient, kmeans
+from jaxq.methods._llm_int8 import LLMInt8Info, LLMInt8MatmulInfo, llm_int8, llm_int8_matmul
+from jaxq.methods._rotation import hadamard, hadamard_matrix, random_hadamard, rotate_in, rotate_out
+from jaxq.methods._rtn import RTNInfo, rtn
+from jaxq.methods._smoothquant import SmoothQuantInfo, fold_scale_into_next, fold_scale_into_previous, smoothquant
+from jaxq.methods._solve import FALLBACKS, METHODS, Solved, names, output_error, solve
+from jaxq.methods._stats import NUM_HELD_OUT, NUM_SAMPLES, LayerStats, empty_stats, update_stats
+
+__all__ = [
+    "FALLBACKS",
+    "METHODS",
+    "NUM_HELD_OUT",
+    "NUM_SAMPLES",
+    "AWQInfo",
+    "AWQScaleInfo",
+    "AdaRoundInfo",
+    "ClipInfo",
+    "EqualizeInfo",
+    "GPTQInfo",
+    "HQQInfo",
+    "KMeansInfo",
+    "LLMInt8Info",
+    "LLMInt8MatmulInfo",
+    "LayerStats",
+    "RTNInfo",
+    "SmoothQuantInfo",
+    "Solved",
+    "adaround",
+    "awq",
+    "awq_scale",
+    "bias_correction",
+    "centroid_gradient",
+    "clip",
+    "empty_stats",
+    "equalize",
+    "fold_scale_into_next",
+    "fold_scale_into_previous",
+    "gptq",
+    "hadamard",
+    "hadamard_matrix",
+    "hqq",
+    "kmeans",
+    "llm_int8",
+    "llm_int8_matmul",
+    "names",
+    "output_error",
+    "random_hadamard",
+    "rotate_in",
+    "rotate_out",
+    "rtn",
+    "smoothquant",
+    "solve",
+    "update_stats",
+]

@@ -1,0 +1,258 @@
+"""AWQ: the input channels that matter most are scaled up before rounding, then every group's range is clipped."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.methods import _matrix
+from jaxq.methods._clipping import clip as clip_ranges
+from jaxq.methods._smoothquant import as_weights
+from jaxq.methods._tokens import as_tokens
+from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
+
+_FLOOR = np.float32(1e-4)
+
+
+class AWQScaleInfo(NamedTuple):
+    """What the search for scales saw.
+
+    Attributes:
+      ratio: float32, the exponent of the scales chosen; 0 where scales of 1 were best.
+      loss: float32, of the scales chosen.
+      loss_unscaled: float32, of scales of 1, that is of rounding to nearest.
+      losses: float32 `[num]`, of each exponent tried.
+    """
+
+    ratio: jax.Array
+    loss: jax.Array
+    loss_unscaled: jax.Array
+    losses: jax.Array
+
+
+class AWQInfo(NamedTuple):
+    """What `awq` did.
+
+    Attributes:
+      scale: float32 `[in]`; the QTensor stands for `w * scale[:, None]`, so its inputs are to be divided by it.
+      ratio: float32, the exponent of the scales chosen.
+      loss: float32, mean squared error of the layer's output on the tokens looked at.
+      loss_unclipped: float32, the same before ranges were clipped.
+      loss_unscaled: float32, the same of rounding to nearest.
+      clipped: bool, whether clipped ranges were taken.
+    """
+
+    scale: jax.Array
+    ratio: jax.Array
+    loss: jax.Array
+    loss_unclipped: jax.Array
+    loss_unscaled: jax.Array
+    clipped: jax.Array
+
+
+def awq(
+    w: jax.typing.ArrayLike,
+    x: jax.typing.ArrayLike,
+    spec: str | QuantSpec,
+    *,
+    clip: bool = True,
+    duo: bool = False,
+    num: int = 20,
+    max_tokens: int = 512,
+    name: str = "w",
+) -> tuple[QTensor, AWQInfo]:
+    """Quantizes `w * s` with the scales s of `awq_scale`, then clips the range of every block.
+
+    `x w = (x / s) (s w)`: the caller divides by `info.scale` in whatever comes before the layer, a norm's gain or the
+    output channels of a linear (`fold_scale_into_previous`). Linears that share their input share their scales: use
+    `awq_scale` for those, and `clip` for each.
+
+    Ranges are clipped to `A (1 - k / 20)`, k = 0 .. 9, by the error of each block's part of the output (`clip` with
+    x), and are taken if they make the whole output better. So on the tokens looked at the output is never worse than
+    that of rounding to nearest.
+
+    Args:
+      w: float `[in, out]`, or a stack of such matrices with axes in front.
+      x: float `[..., in]`, inputs of the layer (for a stack: `[tokens, in]`, or stacked like w).
+      spec: preset name or `QuantSpec`; the paper has groups of 128, 4 bits and zero points, as "uint4".
+      clip: whether to clip; the authors leave out query and key projections.
+      duo: as in `awq_scale`.
+      num: as in `awq_scale`.
+      max_tokens: no more tokens than this are looked at, taken at even distances.
+      name: what errors call w, a parameter's path for example.
+
+    Returns:
+      `(qt, info)`: the QTensor of `w * s`, with the geometry of `jaxq.quantize(w, spec, contracting=-2)`, and an
+      `AWQInfo`.
+
+    Raises:
+      TypeError: not float arrays.
+      ValueError: shapes that do not meet, no tokens, non-finite numbers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> from jaxq.methods._awq import awq
+      >>> x = jax.random.normal(jax.random.key(0), (64, 32)) * jnp.where(jnp.arange(32) == 5, 30.0, 1.0)
+      >>> qt, info = awq(jax.random.normal(jax.random.key(1), (32, 8)), x, "int4")
+      >>> bool(info.loss < info.loss_unscaled), bool(info.scale[5] == info.scale.max())
+      (True, True)
+
+    References:
+      Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2023, section 3.
+    """
+    spec = as_spec(spec, "awq")
+    w = _matrix.as_weight(w, "awq", name)
+    _check(num, "awq")
+    magnitude = jnp.mean(jnp.abs(as_tokens(x, w, "awq")), axis=-2)
+    tokens = as_tokens(x, w, "awq", max_tokens)
+    one = functools.partial(_awq, spec=spec, clip=clip, duo=duo, num=num)
+    return _matrix.over_stack(one, w, (tokens, 2), (magnitude, 1))
+
+
+def awq_scale(
+    weights: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike],
+    x: jax.typing.ArrayLike,
+    spec: str | QuantSpec,
+    *,
+    loss: Callable[[tuple[jax.Array, ...]], jax.Array] | None = None,
+    duo: bool = False,
+    num: int = 20,
+    max_tokens: int = 512,
+) -> tuple[jax.Array, AWQScaleInfo]:
+    """Scales for an input that one or more linears share: `s = a^r / sqrt(max a^r min a^r)`, `a_j = mean_t |x_tj|`.
+
+    r is the best of 0, 1/num, ..., (num - 1)/num: the one of least loss with `Q(w s) / s` in place of w. At r = 0 all
+    scales are 1, which is rounding to nearest, so the result is never worse than that on the tokens looked at. With
+    `duo`, `s = a^r / (m^(1-r) + 1e-4)`, m_j the mean of `|w_j| / (largest magnitude of its block)`; scales of 1 are
+    tried as well. A channel that no token uses keeps the scale 1.
+
+    Args:
+      weights: `[in, out]`, or a sequence of `[in, out_i]` that read the same input (q, k and v; gate and up).
+      x: float `[..., in]`, the inputs.
+      spec: preset name or `QuantSpec`.
+      loss: function from a tuple of candidate weights `[in, out_i]`, float32 in the scale of the originals, to a
+        scalar to be made small: the error of a whole block, for example. None takes the mean squared error of all
+        outputs.
+      duo: scales from weights too.
+      num: how many exponents are tried.
+      max_tokens: no more tokens than this are looked at, taken at even distances; the means a are over all.
+
+    Returns:
+      `(s, info)`: float32 `[in]`, and an `AWQScaleInfo`. Multiply the rows of every weight by s
+      (`fold_scale_into_next`) and divide by it in what comes before (`fold_scale_into_previous`).
+
+    Raises:
+      TypeError: not float arrays.
+      ValueError: shapes that do not meet, no tokens, non-finite numbers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> from jaxq.methods._awq import awq_scale
+      >>> x = jax.random.normal(jax.random.key(0), (64, 32)) * jnp.where(jnp.arange(32) == 5, 30.0, 1.0)
+      >>> w = jax.random.normal(jax.random.key(1), (2, 32, 8))
+      >>> s, info = awq_scale([w[0], w[1]], x, "int4")
+      >>> s.shape, bool(info.loss <= info.loss_unscaled)
+      ((32,), True)
+
+    References:
+      Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2023, section 3.2.
+      AutoAWQ (`duo_scaling`).
+    """
+    spec = as_spec(spec, "awq_scale")
+    matrices = as_weights(weights, "awq_scale")
+    _check(num, "awq_scale")
+    magnitude = jnp.mean(jnp.abs(as_tokens(x, matrices[0], "awq_scale")), axis=-2)
+    tokens = as_tokens(x, matrices[0], "awq_scale", max_tokens)
+    return _awq_scale(tuple(matrices), tokens, magnitude, spec=spec, loss=loss, duo=duo, num=num)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "clip", "duo", "num"))
+def _awq(
+    w: jax.Array, x: jax.Array, magnitude: jax.Array, *, spec: QuantSpec, clip: bool, duo: bool, num: int
+) -> tuple[QTensor, AWQInfo]:
+    dtype, w = w.dtype, w.astype(jnp.float32)
+    s, found = _awq_scale((w,), x, magnitude, spec=spec, loss=None, duo=duo, num=num)
+    scaled, wanted = w * s[:, None], x / s[None]
+    qt = quantize(scaled, spec, contracting=-2, on_nonfinite="propagate")
+    unclipped = least = _output_error(wanted, dequantize(qt) - scaled)
+    better = jnp.zeros((), bool)
+    if clip:
+        limited, _ = clip_ranges(scaled, spec, x=wanted, num=10, max_shrink=0.5)
+        error = _output_error(wanted, dequantize(limited) - scaled)
+        better = error < unclipped
+        qt = jax.tree.map(lambda new, old: jnp.where(better, new, old), limited, qt)
+        least = jnp.where(better, error, unclipped)
+    return qt.astype(dtype), AWQInfo(s, found.ratio, least, unclipped, found.loss_unscaled, better)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "loss", "duo", "num"))
+def _awq_scale(
+    weights: tuple[jax.Array, ...],
+    x: jax.Array,
+    magnitude: jax.Array,
+    *,
+    spec: QuantSpec,
+    loss: Callable[[tuple[jax.Array, ...]], jax.Array] | None,
+    duo: bool,
+    num: int,
+) -> tuple[jax.Array, AWQScaleInfo]:
+    weights = tuple(w.astype(jnp.float32) for w in weights)
+    live = (magnitude > 0) & jnp.isfinite(magnitude)
+    ratios = jnp.asarray([i / num for i in range(num)], jnp.float32)
+    spread = _mean_share(weights, spec) if duo else None
+
+    def scales(ratio: jax.Array) -> jax.Array:
+        s = jnp.where(live, magnitude, 1.0) ** ratio
+        if spread is not None:
+            s = s / (spread ** (1 - ratio) + _FLOOR)
+        s = jnp.maximum(s, _FLOOR)
+        low = jnp.min(jnp.where(live, s, np.float32(np.inf)), initial=np.inf)
+        high = jnp.max(jnp.where(live, s, 0.0), initial=0.0)
+        return jnp.where(live, s / (jnp.sqrt(low) * jnp.sqrt(high)), 1.0)
+
+    def total(s: jax.Array) -> jax.Array:
+        rounded = [quantize(w * s[:, None], spec, contracting=-2, on_nonfinite="propagate") for w in weights]
+        candidates = tuple(dequantize(qt) / s[:, None] for qt in rounded)
+        if loss is not None:
+            return jnp.asarray(loss(candidates), jnp.float32)
+        sizes = [w.shape[1] for w in weights]
+        errors = [_output_error(x, c - w) for c, w in zip(candidates, weights, strict=True)]
+        return sum((e * (n / sum(sizes)) for e, n in zip(errors, sizes, strict=True)), jnp.zeros((), jnp.float32))
+
+    losses = lax.map(lambda ratio: total(scales(ratio)), ratios)  # one at a time: weights may be large
+    unscaled = total(jnp.ones_like(magnitude)) if duo else losses[0]
+    best = jnp.argmin(jnp.where(jnp.isnan(losses), np.float32(np.inf), losses))
+    helps = losses[best] < unscaled
+    ratio = jnp.where(helps, ratios[best], 0.0)
+    s = jnp.where(helps, scales(ratios[best]), 1.0)
+    return s, AWQScaleInfo(ratio, jnp.where(helps, losses[best], unscaled), unscaled, losses)
+
+
+def _output_error(x: jax.Array, delta: jax.Array) -> jax.Array:
+    """Mean squared error of the outputs: `mean (x delta)^2`."""
+    # HIGHEST: matrix units would otherwise read bfloat16.
+    return jnp.mean(jnp.matmul(x, delta, precision=lax.Precision.HIGHEST) ** 2)
+
+
+def _mean_share(weights: tuple[jax.Array, ...], spec: QuantSpec) -> jax.Array:
+    """Of each input channel, the mean over all outputs of `|w|` over the largest magnitude of its block; `[in]`."""
+
+    def shares(w: jax.Array) -> jax.Array:
+        geometry = jax.eval_shape(lambda v: quantize(v, spec, contracting=-2), w).meta.geometry
+        blocks = jnp.abs(geometry.to_blocks(geometry.pad(geometry.to_view(w))))
+        largest = jnp.max(blocks, axis=geometry.block_axes, keepdims=True, initial=0.0)
+        share = blocks / jnp.where(largest > 0, largest, 1.0)
+        return geometry.from_view(geometry.unpad(geometry.from_blocks(share)))
+
+    return jnp.mean(jnp.concatenate([shares(w) for w in weights], axis=1), axis=1)
+
+
+def _check(num: int, caller: str) -> None:
+    if num < 1:
+        raise ValueError(f"{caller}: num must be at least 1, got {num}.")

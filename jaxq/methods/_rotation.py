@@ -1,0 +1,284 @@
+"""Hadamard rotations: an orthogonal change of basis in which no channel stands out.
+
+`(x Q) (Q^T w) = x w` for orthogonal Q. With `Q = diag(signs) H / sqrt(n)`, H of entries 1 and -1, a spike in one
+channel becomes n numbers of equal magnitude, and the product with Q takes n log n additions.
+
+Orders: H of order `2^m K` is the Kronecker product of one of order K and m times `[[1, 1], [1, -1]]`; K is 1 or comes
+from quadratic residues of a finite field of q elements, q a power of an odd prime (Paley, 1933):
+
+| q mod 4 | order | examples |
+|---|---|---|
+| 3 | q + 1 | 12, 20, 28, 44, 60, 344 |
+| 1 | 2 (q + 1) | 36, 52, 76, 108, 148 |
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.methods import _matrix
+
+# Orders beyond are not looked for: the matrix of the odd part is multiplied densely.
+_LARGEST_PALEY = 1 << 12
+
+
+def hadamard(x: jax.typing.ArrayLike, axis: int = -1, *, inverse: bool = False) -> jax.Array:
+    """The fast Walsh-Hadamard transform, `x H_n / sqrt(n)` along an axis.
+
+    Sums are float32, exact for whole numbers up to 2^24 before the one product with `1 / sqrt(n)`.
+
+    Args:
+      x: float array.
+      axis: of length n, an order `hadamard_matrix` has: powers of two, 12, 20, 24, 28, 36, ... times those.
+      inverse: multiply by the transpose (the same matrix for powers of two).
+
+    Returns:
+      Array of the shape and dtype of x. The norm along the axis is kept.
+
+    Raises:
+      TypeError: x is not a float array.
+      ValueError: no such axis, or no Hadamard matrix of that order can be built.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq.methods._rotation import hadamard
+      >>> hadamard(jnp.array([8.0, 0.0, 0.0, 0.0])).tolist()
+      [4.0, 4.0, 4.0, 4.0]
+
+    References:
+      Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, section 3.
+      Fino and Algazi, "Unified Matrix Treatment of the Fast Walsh-Hadamard Transform", 1976.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"hadamard: x must be a float array, got {_matrix.describe(x)}.")
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"hadamard: axis {axis} is not an axis of x: {_matrix.describe(x)}.")
+    return _hadamard(x, axis, _split(x.shape[axis], "hadamard"), inverse)
+
+
+def hadamard_matrix(n: int) -> np.ndarray:
+    """The matrix H of `hadamard`: `H H^T = n I`, exactly.
+
+    Args:
+      n: the order: 1, or 2^m K with K = 1 or one of the module's table.
+
+    Returns:
+      int8 `[n, n]` of 1 and -1.
+
+    Raises:
+      ValueError: no matrix of order n can be built here (none exists unless n is 1, 2 or a multiple of 4).
+
+    Example:
+      >>> from jaxq.methods._rotation import hadamard_matrix
+      >>> hadamard_matrix(2).tolist(), hadamard_matrix(12).shape
+      ([[1, 1], [1, -1]], (12, 12))
+
+    References:
+      Paley, "On Orthogonal Matrices", 1933.
+    """
+    odd = _split(n, "hadamard_matrix")
+    out = _paley(odd)
+    for _ in range((n // odd).bit_length() - 1):
+        out = np.kron(out, np.array([[1, 1], [1, -1]], np.int8))
+    return out
+
+
+def random_hadamard(key: jax.Array, n: int) -> jax.Array:
+    """Random signs for `rotate_in` and `rotate_out`: with them `Q = diag(signs) H_n / sqrt(n)` is a random rotation.
+
+    Args:
+      key: PRNG key.
+      n: the order, as for `hadamard_matrix`.
+
+    Returns:
+      float32 `[n]` of 1 and -1. The matrix Q is `hadamard(jnp.diag(signs))`.
+
+    Raises:
+      ValueError: no Hadamard matrix of order n can be built.
+
+    Example:
+      >>> import jax
+      >>> from jaxq.methods._rotation import random_hadamard
+      >>> random_hadamard(jax.random.key(0), 12).shape
+      (12,)
+    """
+    _split(n, "random_hadamard")
+    return jax.random.rademacher(key, (n,), jnp.float32)
+
+
+def rotate_in(w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None) -> jax.Array:
+    """`Q^T w`: a weight for inputs that come rotated, `(x Q) (Q^T w) = x w`.
+
+    Args:
+      w: float `[..., in, out]`.
+      signs: float `[in]`, from `random_hadamard`; None takes `Q = H / sqrt(in)`.
+
+    Returns:
+      The rotated weight, in the dtype of w.
+
+    Raises:
+      TypeError, ValueError: as `hadamard`; sizes that differ.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxq.methods._rotation import random_hadamard, rotate_in, rotate_out
+      >>> x, w, signs = jnp.ones((1, 4)), jnp.ones((4, 2)), random_hadamard(jax.random.key(0), 4)
+      >>> (rotate_out(x, signs) @ rotate_in(w, signs)).tolist()
+      [[4.0, 4.0]]
+    """
+    w = _matrix.as_weight(w, "rotate_in")
+    return hadamard(_signed(w, signs, -2, "rotate_in"), -2)
+
+
+def rotate_out(w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None) -> jax.Array:
+    """`w Q`: a weight (or its bias, an embedding, an activation) whose outputs come out rotated.
+
+    Args:
+      w: float `[..., out]`.
+      signs: float `[out]`, from `random_hadamard`; None takes `Q = H / sqrt(out)`.
+
+    Returns:
+      The rotated array, in the dtype of w.
+
+    Raises:
+      TypeError, ValueError: as `hadamard`; sizes that differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq.methods._rotation import rotate_out
+      >>> rotate_out(jnp.array([[0.0, 2.0]])).round(3).tolist()
+      [[1.4140000343322754, -1.4140000343322754]]
+    """
+    return hadamard(_signed(jnp.asarray(w), signs, -1, "rotate_out"), -1)
+
+
+def _signed(w: jax.Array, signs: jax.typing.ArrayLike | None, axis: int, caller: str) -> jax.Array:
+    if signs is None:
+        return w
+    signs = jnp.asarray(signs)
+    if w.ndim < -axis or signs.shape != (w.shape[axis],):
+        raise ValueError(
+            f"{caller}: signs must have one number for each of axis {axis} of w, got signs: {_matrix.describe(signs)}, "
+            f"w: {_matrix.describe(w)}."
+        )
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"{caller}: w must be a float array, got {_matrix.describe(w)}.")
+    shape = [1] * w.ndim
+    shape[axis] = signs.shape[0]
+    return w * signs.astype(w.dtype).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _hadamard(x: jax.Array, axis: int, odd: int, inverse: bool) -> jax.Array:
+    sums = _transform(jnp.moveaxis(x, axis, -1).astype(jnp.float32), odd, inverse)
+    return jnp.moveaxis(sums * np.float32(1 / math.sqrt(x.shape[axis])), -1, axis).astype(x.dtype)
+
+
+def _transform(x: jax.Array, odd: int, inverse: bool) -> jax.Array:
+    """`x H` along the last axis, no division; float32."""
+    n, lead = x.shape[-1], x.shape[:-1]
+    half = n // odd
+    while half > 1:  # butterflies on the factors of two, the last axis of [..., odd, 2, 2, ..., 2] first
+        half //= 2
+        pairs = x.reshape(*lead, n // (2 * half), 2, half)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        x = jnp.stack([first + second, first - second], axis=-2).reshape(*lead, n)
+    if odd == 1:
+        return x
+    matrix = _paley(odd).astype(np.float32)
+    matrix = matrix if inverse else matrix.T  # [to, from]
+    x = x.reshape(*lead, odd, n // odd)
+    # HIGHEST: entries are exact in any dtype, x is not.
+    out = jnp.einsum("ba,...as->...bs", jnp.asarray(matrix), x, precision=lax.Precision.HIGHEST)
+    return out.reshape(*lead, n)
+
+
+def _split(n: int, caller: str) -> int:
+    """The K of `n = 2^m K`: 1, or the smallest order of Paley's that leaves a power of two."""
+    k = n & -n if n > 0 else 0
+    odd = n // k if k else 0
+    if odd == 1:
+        return 1
+    for order in itertools.takewhile(lambda v: n > 0 and n % v == 0, (odd << i for i in range(2, 64))):
+        if order <= _LARGEST_PALEY and _residue_field(order):
+            return order
+    raise ValueError(
+        f"{caller}: no Hadamard matrix of order {n} can be built here. Orders are 2^m K with K = 1, or q + 1 (q = 3 "
+        "mod 4) or 2 (q + 1) (q = 1 mod 4) for q a power of an odd prime. Pad, or rotate blocks of a smaller order."
+    )
+
+
+def _residue_field(order: int) -> tuple[int, int] | None:
+    """(p, k) of the field of p^k elements that gives a Hadamard matrix of this order, or None."""
+    for q, rest in ((order - 1, 3), (order // 2 - 1, 1)):
+        if q >= 3 and q % 4 == rest:
+            p = next((d for d in range(3, math.isqrt(q) + 1, 2) if q % d == 0), q)
+            k = round(math.log(q, p))
+            if p**k == q:
+                return p, k
+    return None
+
+
+@functools.cache
+def _paley(order: int) -> np.ndarray:
+    """Paley's Hadamard matrix of an order `_residue_field` knows, or of order 1; int8."""
+    if order == 1:
+        return np.ones((1, 1), np.int8)
+    found = _residue_field(order)
+    assert found is not None
+    residue = _quadratic_characters(*found)  # [q, q]
+    q = len(residue)
+    bordered = np.zeros((q + 1, q + 1), np.int8)
+    bordered[0, 1:] = 1
+    bordered[1:, 0] = -1 if q % 4 == 3 else 1
+    bordered[1:, 1:] = residue
+    if q % 4 == 3:  # skew-symmetric
+        return bordered + np.eye(q + 1, dtype=np.int8)
+    one, other = np.array([[1, 1], [1, -1]], np.int8), np.array([[1, -1], [-1, -1]], np.int8)
+    return np.kron(bordered, one) + np.kron(np.eye(q + 1, dtype=np.int8), other)
+
+
+def _quadratic_characters(p: int, k: int) -> np.ndarray:
+    """`chi(a - b)` for all elements a, b of the field of p^k: 1 for squares, -1 for others, 0 for 0; int8 `[q, q]`."""
+    q = p**k
+    character = np.zeros(q, np.int8)
+    for i, power in enumerate(_powers(p, k)):
+        character[_number(power, p)] = 1 if i % 2 == 0 else -1
+    digits = np.stack([np.arange(q) // p**i % p for i in range(k)], axis=-1)  # [q, k], the elements' coefficients
+    weights = p ** np.arange(k)
+    rows = [character[((digits[a] - digits) % p) @ weights] for a in range(q)]
+    return np.stack(rows)
+
+
+def _powers(p: int, k: int) -> list[tuple[int, ...]]:
+    """All elements but 0 of the field of p^k as the powers x^0, x^1, ... of a generator, each as k coefficients.
+
+    The generator is x modulo the first monic polynomial of degree k for which x has p^k - 1 different powers; that
+    many exist only in a field, so the polynomial is irreducible.
+    """
+    one: tuple[int, ...] = (1,) + (0,) * (k - 1)
+    for low in itertools.product(range(p), repeat=k):  # x^k = -(low[0] + low[1] x + ...)
+        powers: list[tuple[int, ...]] = [one]
+        element = one
+        while len(powers) < p**k:
+            top = element[-1]
+            shifted = (0, *element[:-1])
+            element = tuple((a - top * c) % p for a, c in zip(shifted, low, strict=True))
+            if element == one or not any(element):
+                break
+            powers.append(element)
+        if len(powers) == p**k - 1 and element == one:
+            return powers
+    raise AssertionError(f"every finite field has a generator: {p}^{k}")
+
+
+def _number(element: tuple[int, ...], p: int) -> int:
+    return sum(c * p**i for i, c in enumerate(element))

@@ -1,0 +1,197 @@
+"""Methods by name: one matrix, the statistics of its inputs, and a judgement on inputs that the method has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq import formats
+from jaxq.methods._adaround import adaround
+from jaxq.methods._clipping import clip
+from jaxq.methods._gptq import gptq
+from jaxq.methods._hqq import hqq
+from jaxq.methods._kmeans import kmeans
+from jaxq.methods._rtn import rtn
+from jaxq.methods._stats import LayerStats
+from jaxq.qtensor import QTensor, QuantSpec, dequantize
+
+FALLBACKS = ("rtn", "none", "raise")
+
+
+class Solved(NamedTuple):
+    """A weight that a method has quantized.
+
+    Attributes:
+      qt: the result.
+      method: what made it: the method asked for, or "rtn" where that fell back.
+      note: why it fell back, or what else is worth knowing; empty if nothing.
+      loss: mean squared error of the layer's output on held-out inputs over that of rounding to nearest; None without
+        inputs.
+    """
+
+    qt: QTensor
+    method: str
+    note: str
+    loss: float | None
+
+
+class Method(NamedTuple):
+    """How a method is called.
+
+    Attributes:
+      solve: `(w, stats, spec, key, **options) -> (QTensor, note)`.
+      needs_data: it cannot do without statistics.
+    """
+
+    solve: Callable[..., tuple[QTensor, str]]
+    needs_data: bool
+
+
+def names() -> list[str]:
+    """The methods that recipes can name."""
+    return sorted(METHODS)
+
+
+def solve(
+    method: str,
+    w: jax.Array,
+    stats: LayerStats | None,
+    spec: QuantSpec,
+    *,
+    options: Mapping[str, Any] | None = None,
+    fallback: str = "rtn",
+    key: jax.Array | None = None,
+    name: str = "w",
+) -> Solved:
+    """Quantizes a weight by a named method, and falls back to rounding to nearest where that does better.
+
+    Better is a smaller error of the layer's output on the held-out rows of `stats`, which no method sees.
+
+    Args:
+      method: one of `jaxq.methods.names()`.
+      w: float `[in, out]`, or a stack of such matrices with axes in front.
+      stats: statistics of its inputs, with the axes of the stack in front; None where there are none.
+      spec: what to quantize to.
+      options: keyword arguments of the method.
+      fallback: "rtn", "none" (keep the method's result), or "raise".
+      key: PRNG key, for methods that draw.
+      name: what errors call the weight.
+
+    Returns:
+      A `Solved`.
+
+    Raises:
+      ValueError: an unknown method; one that needs statistics without any; `fallback="raise"` and it did worse.
+
+    Example:
+      >>> import jax, jaxq
+      >>> w = jax.random.normal(jax.random.key(0), (64, 8))
+      >>> jaxq.methods.solve("clip", w, None, jaxq.presets()["int4"]).method
+      'clip'
+    """
+    formats.check_choice("solve: method", method, names())
+    formats.check_choice("solve: fallback", fallback, FALLBACKS)
+    found = METHODS[method]
+    if found.needs_data and stats is None:
+        raise ValueError(f"{name}: method {method!r} needs the layer's inputs: pass calibration data.")
+    key = jax.random.key(0) if key is None else key
+    try:
+        qt, note = found.solve(w, stats, spec, key, **(options or {}))
+    except TypeError as error:
+        if "unexpected keyword" in str(error):
+            raise TypeError(f"{name}: {error}; options are {sorted(options or {})}.") from None
+        raise
+    if stats is None or int(np.sum(stats.num_held_out)) == 0:
+        return Solved(qt, method, note, None)
+    if method in ("rtn", "llm_int8"):
+        return Solved(qt, method, note, 1.0)
+    nearest, _ = rtn(w, spec)
+    ours, theirs = (float(output_error(w, q, stats.held_out)) for q in (qt, nearest))
+    loss = ours / theirs if theirs else 1.0
+    if ours <= theirs or fallback == "none":
+        return Solved(qt, method, note, loss)
+    worse = f"{method} is worse than rtn on held-out inputs ({loss:.3g} times its error)"
+    if fallback == "raise":
+        raise ValueError(f"{name}: {worse}. Pass fallback='rtn' or 'none'.")
+    return Solved(nearest, "rtn", f"{worse}, so rtn", 1.0)
+
+
+@jax.jit
+def output_error(w: jax.Array, qt: QTensor, x: jax.Array) -> jax.Array:
+    """`sum (x W - x Q)^2`, over all of a stack.
+
+    Args:
+      w: float `[..., in, out]`.
+      qt: of the same shape.
+      x: float32 `[..., tokens, in]`; rows of zeros count for nothing.
+    """
+    delta = w.astype(jnp.float32) - dequantize(qt.with_activation(None), dtype=jnp.float32)
+    return jnp.sum(jnp.square(jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST)))
+
+
+def few_tokens(stats: LayerStats, k: int) -> str:
+    """What to say where there are fewer rows than inputs."""
+    count = int(np.min(stats.count))
+    return f"only {count} rows for {k} inputs" if count < k else ""
+
+
+def _say(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
+
+
+def _rtn(w, stats, spec, key):
+    return rtn(w, spec)[0], ""
+
+
+def _clip(w, stats, spec, key, **options):
+    if stats is not None and options.pop("inputs", False):
+        options["x"] = stats.samples
+    return clip(w, spec, **options)[0], ""
+
+
+def _hqq(w, stats, spec, key, **options):
+    return hqq(w, spec, **options)[0], ""
+
+
+def _kmeans(w, stats, spec, key, **options):
+    return kmeans(w, spec.fmt.bits, **{"granularity": spec.granularity} | options)[0], ""
+
+
+def _gptq(w, stats, spec, key, **options):
+    qt, info = gptq(w, stats.hessian, spec, **options)
+    damp = options.get("damp", 0.01)
+    fell = "its hessian is not positive definite, so rtn" if bool(np.any(info.fell_back)) else ""
+    more = f"damping {float(np.max(info.damp)):.3g}" if float(np.max(info.damp)) > 1.01 * damp and not fell else ""
+    dead = int(np.sum(info.num_dead))
+    return qt, _say(fell, more, f"{dead} dead inputs" if dead else "", few_tokens(stats, w.shape[-2]))
+
+
+def _adaround(w, stats, spec, key, **options):
+    qt, _ = adaround(w, stats.samples, spec, key=key, **options)
+    return qt, ""
+
+
+def _awq(w, stats, spec, key, **options):
+    """The second half of AWQ; scales have been folded into the weights by then."""
+    return clip(w, spec, **{"x": stats.samples, "num": 20, "max_shrink": 0.5} | options)[0], ""
+
+
+def _llm_int8(w, stats, spec, key, threshold: float = 6.0):
+    return rtn(w, spec)[0].with_activation("int8", outliers=threshold), ""
+
+
+METHODS = {
+    "adaround": Method(_adaround, True),
+    "awq": Method(_awq, True),
+    "clip": Method(_clip, False),
+    "gptq": Method(_gptq, True),
+    "hqq": Method(_hqq, False),
+    "kmeans": Method(_kmeans, False),
+    "llm_int8": Method(_llm_int8, False),
+    "rtn": Method(_rtn, False),
+    "smoothquant": Method(_rtn, True),
+}

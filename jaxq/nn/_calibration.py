@@ -1,0 +1,262 @@
+"""Calibration: what the inputs of a model's layers look like, from batches of real data.
+
+A copy of the model gets a `Probe` in the hook of each layer; running batches through it under jit updates the probes'
+statistics, one `LayerStats` a layer, whose size does not depend on how much data passes. What is counted are rows of
+the input: tokens, unless a mask says that they are padding. Some rows are held out of all statistics, for judging
+methods that were fitted to the others.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from jaxq.methods import LayerStats, empty_stats, update_stats
+from jaxq.nn._layers import LayerKind, find_kind, weight_axes
+
+_HELD_OUT = 8  # of so many rows one is held out
+
+
+class _Statistic(nnx.Variable):
+    """What a probe has seen."""
+
+
+# Set while a batch is traced: which rows count, and the paths of layers in the order in which they are reached.
+_MASK: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("mask", default=None)
+_REACHED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("reached", default=None)
+
+
+class Probe(nnx.Module):
+    """Stands in a layer's hook: looks at the input and passes the product on.
+
+    Args:
+      path: of the layer.
+      product: what was in the hook.
+      roles: how many batch and contracted axes the layer's product has.
+      stats: to begin with.
+    """
+
+    def __init__(self, path: str, product: Callable[..., Any], stats: LayerStats):
+        self.path = path
+        self.product = product
+        self.stats = _Statistic(stats)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(args[0], str):  # einsum(subscripts, x, w)
+            rows = _einsum_rows(args[0], args[1])
+        else:  # dot_general(x, w, dims)
+            (contracted, _), (batch, _) = args[2]
+            rows = _rows(args[0], tuple(contracted), tuple(batch))
+        self.stats.set_value(self._updated(rows))
+        reached = _REACHED.get()
+        if reached is not None and self.path not in reached:
+            reached.append(self.path)
+        return self.product(*args, **kwargs)
+
+    def _updated(self, x: jax.Array) -> LayerStats:
+        """x: `[*batch, *free, K]` with as many batch axes as the statistics have."""
+        stats = self.stats.get_value()
+        num_batch = stats.count.ndim
+        free = x.shape[num_batch:-1]
+        counts = _rows_that_count(free, self.path)
+        held = _rows_held_out(free)
+        x = x.reshape(*x.shape[:num_batch], -1, x.shape[-1])
+        update = update_stats
+        for _ in range(num_batch):
+            update = jax.vmap(update, in_axes=(0, 0, None, None))
+        return update(stats, x, counts, held)
+
+
+def _rows(x: jax.Array, contracted: tuple[int, ...], batch: tuple[int, ...]) -> jax.Array:
+    """`[*batch, *free, K]` of an operand."""
+    free = [a for a in range(x.ndim) if a not in contracted and a not in batch]
+    x = jnp.transpose(x, (*batch, *free, *contracted))
+    return x.reshape(*x.shape[: x.ndim - len(contracted)], -1)
+
+
+def _einsum_rows(subscripts: str, x: jax.Array) -> jax.Array:
+    inputs, out = subscripts.replace(" ", "").split("->")
+    left, right = inputs.split(",")
+    missing = x.ndim - len(left.replace("...", ""))
+    names = list(left.replace("...", "\0" * missing)) if "..." in left else list(left)
+    contracted = [names.index(c) for c in right if c in names and c not in out]
+    batch = []
+    for c in right:  # as the layer's roles have it: leading axes of the kernel
+        if c not in names or c not in out:
+            break
+        batch.append(names.index(c))
+    return _rows(x, tuple(contracted), tuple(batch))
+
+
+def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
+    mask = _MASK.get()
+    if mask is None:
+        return jnp.ones((int(np.prod(free)),), bool)
+    if tuple(mask.shape) != tuple(free[: mask.ndim]):
+        raise ValueError(
+            f"calibrate: the mask is {list(mask.shape)}, and the rows of {path} are {list(free)}: "
+            "which of them count is not known. Skip the layer, or pass batches without padding."
+        )
+    mask = mask.astype(bool).reshape(*mask.shape, *(1 for _ in free[mask.ndim :]))
+    return jnp.broadcast_to(mask, free).reshape(-1)
+
+
+def _rows_held_out(free: tuple[int, ...]) -> jax.Array:
+    """The last eighth of the batch; of a lone one, the last eighth of its rows."""
+    axis = 0 if len(free) > 1 and free[0] > 1 else len(free) - 1
+    size = free[axis] if free else 1
+    held = jnp.arange(size) >= size - max(size // _HELD_OUT, 1 if size > 1 else 0)
+    shape = [1] * len(free)
+    if free:
+        shape[axis] = size
+    return jnp.broadcast_to(held.reshape(shape), free).reshape(-1)
+
+
+# How a batch is run.
+
+
+def run(model: nnx.Module, batch: Any, forward: Callable | None) -> Any:
+    """`forward(model, batch)`, or the model on an array, a tuple of arguments or a dict of named ones."""
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, dict):
+        return model(**batch)  # pyright: ignore[reportCallIssue]
+    return model(*batch) if isinstance(batch, tuple) else model(batch)  # pyright: ignore[reportCallIssue]
+
+
+def calibrate(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    *,
+    layers: Sequence[str] | None = None,
+    mask: Callable[[Any], Any] | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    hessian: bool = True,
+    progress: bool | None = None,
+) -> dict[str, LayerStats]:
+    """Statistics of what reaches each layer of a model, over batches of data.
+
+    Args:
+      model: a flax nnx module; it stays as it is. Layers may be quantized or not.
+      batches: inputs of the model: an array, a tuple of arguments or a dict of named ones each; shapes may differ, and
+        each new shape is compiled once.
+      layers: paths of the layers to look at; None takes every Linear, LinearGeneral and Einsum.
+      mask: gives the rows of a batch that count, bool `[b, t]` (or `[b]`), False for padding.
+      forward: how to run a batch, `forward(model, batch)`; its result is not looked at.
+      hessian: collect `[K, K]` second moments too, 4 K^2 bytes a layer.
+      progress: show a line of progress; None does so on a terminal.
+
+    Returns:
+      Path of each layer to its `LayerStats`, in the order in which a batch reaches them.
+
+    Raises:
+      TypeError: not an nnx module.
+      ValueError: no batch; a path that is no layer; a layer that no batch reached; a number that is not finite, with
+        the layer's path; a mask that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from flax import nnx
+      >>> stats = jaxq.nn.calibrate(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), [jnp.ones((8, 4))])
+      >>> float(stats[""].count), stats[""].hessian.shape
+      (7.0, (4, 4))
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"calibrate: model must be a flax nnx Module, got {type(model).__name__}.")
+    copy = nnx.clone(model)
+    probes = dict(_attach(copy, layers, hessian))
+    reached: list[str] = []
+
+    @nnx.jit
+    def step(copy: nnx.Module, batch: Any, counts: Any) -> None:
+        tokens = _MASK.set(counts), _REACHED.set(reached)
+        try:
+            run(copy, batch, forward)
+        finally:
+            _MASK.reset(tokens[0])
+            _REACHED.reset(tokens[1])
+
+    num_batches = 0
+    for batch in shown(batches, "calibrating", progress):
+        step(copy, jax.tree.map(jnp.asarray, batch), None if mask is None else jnp.asarray(mask(batch)))
+        num_batches += 1
+    if not num_batches:
+        raise ValueError("calibrate: there is no batch. An iterator that was used before is empty; pass a list.")
+    # jit gives the probes' new states back to the copy's own.
+    found = {path: probe.stats.get_value() for path, probe in probes.items()}
+    _check(found, reached)
+    return {path: found[path] for path in sorted(found, key=reached.index)}
+
+
+def _attach(model: nnx.Module, layers: Sequence[str] | None, hessian: bool) -> Iterator[tuple[str, Probe]]:
+    """Puts a probe into each layer of a model."""
+    known = {}
+    for path, module in nnx.iter_modules(model):
+        kind = find_kind(module)
+        if kind is not None and hook_of(kind) is not None:
+            known["/".join(map(str, path))] = (module, kind)
+    missing = [path for path in layers or () if path not in known]
+    if missing:
+        raise ValueError(f"calibrate: no layer that can be looked into at {missing}. Layers here: {list(known)}.")
+    if not known:
+        raise ValueError("calibrate: the model has no Linear, LinearGeneral or Einsum.")
+    for path, (module, kind) in known.items():
+        if layers is not None and path not in layers:
+            continue
+        hook = hook_of(kind)
+        assert hook is not None
+        weight = getattr(module, kind.weight).get_value()
+        contracting, batch = weight_axes(module, kind)
+        k = int(np.prod([weight.shape[a] for a in contracting]))
+        prefix = tuple(weight.shape[a] for a in batch)
+        stats = jax.tree.map(lambda a, p=prefix: jnp.broadcast_to(a, (*p, *a.shape)), empty_stats(k, hessian=hessian))
+        probe = Probe(path, getattr(module, hook) or lax.dot_general, stats)
+        setattr(module, hook, nnx.data(probe))
+        yield path, probe
+
+
+def hook_of(kind: LayerKind) -> str | None:
+    """The attribute through which a layer of this kind computes its product; None where rows are no rows of it."""
+    return {"Linear": "dot_general", "LinearGeneral": "dot_general", "Einsum": "einsum_op"}.get(kind.name)
+
+
+def _check(found: dict[str, LayerStats], reached: list[str]) -> None:
+    never = [path or "the model itself" for path, stats in found.items() if path not in reached]
+    if never:
+        raise ValueError(
+            f"calibrate: no batch reached {', '.join(never)}. Their statistics are unknown; skip them in the recipe."
+        )
+    problems = []
+    for path, stats in found.items():
+        if not np.all(np.isfinite(stats.mean)) or not np.all(np.isfinite(stats.absmean)):
+            channel = int(np.argmin(np.isfinite(np.asarray(stats.absmean)).reshape(-1, stats.mean.shape[-1]).all(0)))
+            problems.append(f"{path or 'the model'}: channel {channel} of its input is not finite")
+        elif not np.any(np.asarray(stats.count) > 0):
+            problems.append(
+                f"{path or 'the model'}: no row counted. Either the mask is False everywhere, or its statistics were "
+                "lost: a plain jax.lax.scan over layers throws states away (build the model with unrolled layers)"
+            )
+    if problems:
+        raise ValueError("calibrate: " + "; ".join(problems) + ".")
+
+
+def shown(items: Iterable[Any], what: str, progress: bool | None) -> Iterator[Any]:
+    """The items, with a line on stderr that says how far it is."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield from items
+        return
+    total = f"/{len(items)}" if hasattr(items, "__len__") else ""  # pyright: ignore[reportArgumentType]
+    try:
+        for i, item in enumerate(items):
+            print(f"\r{what}: {i}{total}", end="", file=sys.stderr, flush=True)
+            yield item
+    finally:
+        print(f"\r{what}: done{' ' * 16}", file=sys.stderr, flush=True)

@@ -1,0 +1,44 @@
+"""Observers by the name of their factory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxq.formats import unknown_name
+from jaxq.observers._entropy import Entropy
+from jaxq.observers._histogram import Histogram
+from jaxq.observers._mse import MeanSquaredError
+from jaxq.observers._observer import Observer
+from jaxq.observers._percentile import Percentile
+from jaxq.observers._range import AbsMax, MinMax, MovingAverage
+
+_KINDS: dict[str, type[Observer]] = {
+    cls.kind: cls for cls in (AbsMax, Entropy, Histogram, MeanSquaredError, MinMax, MovingAverage, Percentile)
+}
+
+
+def names() -> list[str]:
+    """The kinds of observers there are, ascending."""
+    return sorted(_KINDS)
+
+
+def from_dict(data: dict[str, Any]) -> Observer:
+    """The observer that `to_dict` described.
+
+    Raises:
+      ValueError: an unknown kind or field.
+
+    Example:
+      >>> import jaxq
+      >>> obs = jaxq.observers.percentile(99.9, axis=-1)
+      >>> jaxq.observers.from_dict(obs.to_dict()) == obs
+      True
+    """
+    fields = dict(data)
+    kind = fields.pop("type", "")
+    if kind not in _KINDS:
+        raise ValueError("observers.from_dict: " + unknown_name("kind", kind, _KINDS, "jaxq.observers.names()"))
+    try:
+        return _KINDS[kind](**fields)
+    except TypeError as error:
+        raise ValueError(f"observers.from_dict: {error}") from None

@@ -1,0 +1,180 @@
+"""k-means: against Lloyd's algorithm in numpy, its properties, and QTensors with tables of their own elsewhere."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq import PerBlock, PerChannel, PerFlat, PerGroup, PerTensor
+from jaxq.methods._kmeans import centroid_gradient, kmeans
+from tests import tables
+
+SHAPE = (60, 12)
+
+
+def heavy_tailed(seed: int = 0, shape=SHAPE) -> np.ndarray:
+    return (0.03 * np.random.default_rng(seed).standard_t(4, shape)).astype(np.float32)
+
+
+def lloyd(x: np.ndarray, centres: np.ndarray, steps: int) -> np.ndarray:
+    """Plain Lloyd of a row of numbers, float64."""
+    x, centres = x.astype(np.float64), centres.astype(np.float64)
+    for _ in range(steps):
+        member = np.abs(x[:, None] - centres).argmin(1)
+        centres = np.array([x[member == k].mean() if (member == k).any() else c for k, c in enumerate(centres)])
+    return centres
+
+
+def inertia(w, qt) -> float:
+    return float(np.sum((np.asarray(jaxq.dequantize(qt), np.float64) - w) ** 2))
+
+
+def test_the_papers_example():
+    # Han et al., 2016, figure 3: 16 weights, 2 bits.
+    w = np.float32(
+        [[2.09, -0.98, 1.48, 0.09], [0.05, -0.14, -1.08, 2.12], [-0.91, 1.92, 0, -1.03], [1.87, 0, 1.53, 1.49]]
+    )
+    grad = np.float32([[-3, -3, 3, -2], [-1, 1, -2, 12], [-1, 2, 4, 4], [1, 7, -2, 2]]) / 100
+    qt, info = kmeans(w, 2)
+    np.testing.assert_allclose(qt.codebook.ravel(), [-1, 0, 1.5, 2], atol=5e-7)
+    assert qt.codes().tolist() == [[3, 0, 2, 1], [1, 1, 0, 3], [0, 3, 1, 0], [3, 1, 2, 2]]
+    assert qt.data.nbytes == 4
+    sums = centroid_gradient(grad, qt).ravel()
+    members = [grad[np.asarray(qt.codes()) == k].sum() for k in range(4)]
+    np.testing.assert_allclose(sums, members, atol=1e-7)
+    tuned = dataclasses.replace(qt, codebook=qt.codebook - centroid_gradient(grad, qt))
+    np.testing.assert_allclose(jaxq.dequantize(tuned)[0, 0], 2 - members[3], rtol=1e-6)
+    assert int(info.num_empty) == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 20])
+def test_equals_lloyd(steps):
+    w = heavy_tailed()
+    qt, info = kmeans(w, 3, granularity=PerChannel(), num_steps=steps)
+    for j in range(SHAPE[1]):
+        column = w[:, j]
+        expected = lloyd(column, np.linspace(column.min(), column.max(), 8), steps)
+        np.testing.assert_allclose(qt.codebook[j, 0], expected, rtol=1e-4, atol=1e-6)
+        codes = np.abs(column[:, None] - np.asarray(qt.codebook[j, 0])).argmin(1)
+        np.testing.assert_array_equal(qt.codes()[:, j], codes)
+    assert int(info.num_steps) <= steps
+    np.testing.assert_allclose(info.inertia, inertia(w, qt), rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["exact", "histogram"])
+def test_inertia_never_rises(algorithm):
+    w = heavy_tailed(1)
+    found = [float(kmeans(w, 4, num_steps=n, algorithm=algorithm)[1].inertia) for n in (0, 1, 2, 5, 20)]
+    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(found))
+    assert found[-1] < 0.7 * found[0]
+
+
+@pytest.mark.parametrize("init", ["linear", "density"])
+def test_a_histogram_is_as_good_as_all_numbers(init):
+    w = heavy_tailed(2, (200, 30))
+    exact, histogram = (kmeans(w, 4, init=init, algorithm=a, num_steps=300)[1] for a in ("exact", "histogram"))
+    np.testing.assert_allclose(histogram.inertia, exact.inertia, rtol=2e-3)
+
+
+GRANULARITIES = {
+    "tensor": (4, PerTensor()),
+    "channel": (3, PerChannel()),
+    "group": (2, PerGroup(16, pad=True)),
+    "flat": (1, PerFlat(100)),
+    "tiles": (2, PerBlock((20, 6))),
+    "tensor, 8 bits": (8, PerTensor()),
+    "tensor, 5 bits": (5, PerTensor()),
+}
+
+
+@pytest.mark.parametrize("name", tables.thinned(GRANULARITIES, list(GRANULARITIES)[:5]))
+def test_every_granularity_works_elsewhere(name, tmp_path):
+    bits, granularity = GRANULARITIES[name]
+    w = heavy_tailed(3)
+    qt, _ = kmeans(w, bits, granularity=granularity)
+    geometry = qt.meta.geometry
+    assert qt.codebook.shape == (*geometry.num_blocks, 2**bits)
+    assert np.all(np.diff(np.asarray(qt.codebook), axis=-1) >= 0)
+    values = np.asarray(jaxq.dequantize(qt))
+    assert np.isin(values, np.asarray(qt.codebook)).all()
+    # Every weight has the nearest number of its own block.
+    blocks = geometry.to_blocks(geometry.pad(geometry.to_view(jnp.asarray(w))))
+    tables_ = geometry.scale_to_blocks(jnp.moveaxis(qt.codebook, -1, 0))
+    least = np.abs(blocks[None] - tables_).min(0)
+    found = geometry.to_blocks(geometry.pad(geometry.to_view(jnp.abs(values - w))))
+    np.testing.assert_allclose(found, np.where(found == 0, 0, least), atol=1e-7)
+    # Products, files, gradients.
+    x = np.random.default_rng(0).standard_normal((3, SHAPE[0])).astype(np.float32)
+    np.testing.assert_allclose(jaxq.matmul(x, qt), x @ values, atol=1e-5)
+    jaxq.save(tmp_path / "w.safetensors", {"w": qt})
+    back = jaxq.load(tmp_path / "w.safetensors")["w"]
+    assert jax.tree.structure(back) == jax.tree.structure(qt)
+    jax.tree.map(np.testing.assert_array_equal, back, qt)
+    grad = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+    by_autodiff = jax.grad(lambda c: jnp.sum(jaxq.dequantize(dataclasses.replace(qt, codebook=c)) * grad))(qt.codebook)
+    np.testing.assert_allclose(centroid_gradient(grad, qt), by_autodiff, atol=1e-4)
+
+
+def test_the_gradient_of_a_trained_ternary():
+    w = heavy_tailed(4)
+    qt = jaxq.quantize(w, "ttq")
+    by_autodiff = jax.grad(lambda c: jnp.sum(jaxq.dequantize(dataclasses.replace(qt, codebook=c)) * w))(qt.codebook)
+    np.testing.assert_allclose(centroid_gradient(w, qt), by_autodiff, rtol=1e-4, atol=1e-6)
+
+
+def test_a_stack_is_its_matrices():
+    w = np.stack([heavy_tailed(0), heavy_tailed(1)])
+    w[1, :, 0] = 0
+    qt, info = kmeans(w, 3, granularity=PerChannel())
+    assert (qt.batch_shape, info.inertia.shape) == ((2,), (2,))
+    for i in range(2):
+        one, _ = kmeans(w[i], 3, granularity=PerChannel())
+        np.testing.assert_allclose(qt.codebook[i], one.codebook, atol=1e-6)
+    grad = heavy_tailed(2, w.shape)
+    np.testing.assert_allclose(centroid_gradient(grad, qt)[1], centroid_gradient(grad[1], qt[1]), atol=1e-6)
+
+
+def test_scale_of_the_weights_does_not_matter():
+    w = heavy_tailed(0)
+    qt, _ = kmeans(w, 4)
+    for exponent in (-100, 100):
+        again, _ = kmeans(w * np.float32(2.0**exponent), 4)
+        np.testing.assert_array_equal(again.codes(), qt.codes())
+        np.testing.assert_array_equal(again.codebook, qt.codebook * np.float32(2.0**exponent))
+
+
+def test_hard_weights():
+    zeros, info = kmeans(np.zeros(SHAPE, np.float32), 4)
+    assert not np.any(jaxq.dequantize(zeros))
+    assert float(info.inertia) == 0
+    few = np.float32([[1, 1, 5], [5, 1, 1]])  # fewer numbers than centres: exact
+    qt, info = kmeans(few, 4)
+    np.testing.assert_array_equal(jaxq.dequantize(qt), few)
+    assert int(info.num_empty) == 14
+    half, _ = kmeans(jnp.asarray(heavy_tailed(), jnp.bfloat16), 4)
+    assert half.dtype == jnp.bfloat16
+    w = heavy_tailed()
+    w[7, 3] = np.nan
+    with pytest.raises(ValueError, match=r"kmeans: w\[7, 3\] is nan"):
+        kmeans(w, 4)
+    qt, _ = jax.jit(lambda w: kmeans(w, 3, granularity=PerChannel()))(w)
+    lost = np.isnan(np.asarray(jaxq.dequantize(qt)))
+    assert lost[:, 3].all()
+    assert lost.sum() == SHAPE[0]
+
+
+def test_errors():
+    w = heavy_tailed()
+    for change, message in (({"bits": 9}, "bits must be"), ({"init": "random"}, "init"), ({"num_steps": -1}, "num_st")):
+        with pytest.raises(ValueError, match=f"kmeans: {message}"):
+            kmeans(w, **({"bits": 4} | change))
+    with pytest.raises(ValueError, match="algorithm"):
+        kmeans(w, 4, algorithm="fast")
+    with pytest.raises(TypeError, match="qt must be a QTensor with a codebook"):
+        centroid_gradient(w, jaxq.quantize(w, "int4"))
+    with pytest.raises(ValueError, match=r"grad_w must be floats of shape \[60, 12\]"):
+        centroid_gradient(w[1:], kmeans(w, 4)[0])

@@ -1,0 +1,200 @@
+"""Calibration passes: statistics against numpy, padding, order, bounded memory, and every way to have none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxq
+from jaxq import methods
+from jaxq.nn import calibrate
+from tests.ops.reference import normal
+
+
+class Block(nnx.Module):
+    """[b, t, 8] -> [b, t, 8] through every kind of layer that is looked into, out of order."""
+
+    def __init__(self, rngs):
+        self.last = nnx.Einsum("bth,hd->btd", (8, 8), rngs=rngs)
+        self.out = nnx.LinearGeneral((2, 4), 8, axis=(-2, -1), rngs=rngs)
+        self.heads = nnx.LinearGeneral(8, (2, 4), rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.norm(self.out(self.heads(x))))
+
+
+@pytest.fixture(scope="module")
+def block():
+    return Block(nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return [normal(8, 3, 8, seed=seed) * (seed + 1) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def stats(block, batches):
+    return calibrate(block, batches)
+
+
+def test_statistics_are_numpys(stats, batches):
+    rows = np.concatenate([np.asarray(b[:7], np.float64).reshape(-1, 8) for b in batches])  # an eighth is held out
+    found = stats["heads"]
+    assert float(found.count) == len(rows)
+    np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.absmean, abs(rows).mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(found.low, rows.min(0).astype(np.float32))
+    np.testing.assert_array_equal(found.absmax, abs(rows).max(0).astype(np.float32))
+    np.testing.assert_allclose(found.hessian, 2 * rows.T @ rows / len(rows), rtol=1e-4, atol=1e-4)
+
+
+def test_samples_and_held_out_rows_are_rows_of_the_data(stats, batches):
+    found = stats["heads"]
+    train = {np.asarray(row).tobytes() for b in batches for row in np.asarray(b[:7]).reshape(-1, 8)}
+    held = {np.asarray(row).tobytes() for b in batches for row in np.asarray(b[7:]).reshape(-1, 8)}
+    for rows, count, source in (
+        (found.samples, found.num_samples, train),
+        (found.held_out, found.num_held_out, held),
+    ):
+        taken = [row.tobytes() for row in np.asarray(rows)[: int(count)]]
+        assert len(taken) == len(set(taken)) == min(len(source), len(rows))
+        assert set(taken) <= source
+        assert not np.asarray(rows)[int(count) :].any()
+
+
+def test_layers_come_in_the_order_of_the_forward_pass(stats):
+    assert list(stats) == ["heads", "out", "last"]
+    assert stats["out"].mean.shape == (8,)  # two heads of four
+
+
+def test_the_model_stays_as_it_is(block, batches):
+    before = jax.tree.map(np.asarray, nnx.state(block))
+    calibrate(block, batches[:1])
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, nnx.state(block)), before)
+    assert block.heads.dot_general is None or block.heads.dot_general is jax.lax.dot_general
+
+
+def test_masked_rows_do_not_count(block, batches):
+    x = batches[0]
+    mask = np.arange(3) < np.array([3, 1, 2, 3, 0, 2, 1, 3])[:, None]
+    padded = jnp.where(mask[..., None], x, 1e6)
+    found = calibrate(block, [padded], mask=lambda batch: mask, layers=["heads"])["heads"]
+    rows = np.asarray(x)[:7][mask[:7]]
+    assert float(found.count) == len(rows)
+    np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-5, atol=1e-6)
+    assert float(found.absmax.max()) < 100
+
+
+def test_statistics_do_not_depend_on_how_rows_come(block):
+    """But for what is held out: here nothing is, since every batch is one row."""
+    rows = normal(12, 8)
+    one = methods.empty_stats(8)
+    nothing = jnp.zeros((12,), bool)
+    whole = methods.update_stats(one, rows, ~nothing, nothing)
+    for row in rows:
+        one = methods.update_stats(one, row[None], ~nothing[:1], nothing[:1])
+    for field in ("count", "mean", "absmean", "low", "high", "hessian"):
+        np.testing.assert_allclose(getattr(one, field), getattr(whole, field), rtol=1e-4, atol=1e-5)
+    assert int(one.num_samples) == 12
+
+
+def test_samples_fill_and_stop():
+    stats, rows = methods.empty_stats(4, hessian=False), normal(300, 4)
+    true = jnp.ones((300,), bool)
+    for _ in range(12):
+        stats = methods.update_stats(stats, rows, true, ~true)
+    assert int(stats.num_samples) == methods.NUM_SAMPLES
+    assert float(stats.count) == 3600
+    assert stats.hessian is None
+
+
+def test_stacked_layers_under_nnx_scan():
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(key):
+        return nnx.Linear(8, 8, rngs=nnx.Rngs(key))
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.layers = make(jax.random.split(jax.random.key(0), 3))
+
+        def __call__(self, x):
+            @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+            def run(layer, x):
+                return jnp.tanh(layer(x))
+
+            return run(self.layers, x)
+
+    model, x = Stack(), normal(6, 8)
+    found = calibrate(model, [x])["layers"]
+    assert found.hessian.shape == (3, 8, 8)
+    kernel, bias = model.layers.kernel[...], model.layers.bias[...]
+    for i in range(3):
+        np.testing.assert_allclose(found.mean[i], np.asarray(x)[:5].mean(0), rtol=1e-4, atol=1e-5)
+        x = jnp.tanh(x @ kernel[i] + bias[i][None])
+    qmodel, report = jaxq.quantize_model(
+        model, jaxq.Recipe([jaxq.Rule(weight="int4", method="gptq")]), calibration=[normal(6, 8)], fallback="none"
+    )
+    assert report.quantized[0].method == "gptq"
+    assert qmodel(normal(2, 8)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("case", ["tuple", "dict", "forward"])
+def test_batches_of_every_form(case):
+    class Two(nnx.Module):
+        def __init__(self):
+            self.layer = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, scale):
+            return self.layer(x * scale)
+
+    x, scale = normal(8, 4), jnp.float32(2.0)
+    batch = {"tuple": (x, scale), "dict": {"x": x, "scale": scale}, "forward": x}[case]
+    forward = (lambda model, x: model(x, scale)) if case == "forward" else None
+    found = calibrate(Two(), [batch], forward=forward)["layer"]
+    np.testing.assert_allclose(found.mean, 2 * np.asarray(x)[:7].mean(0), rtol=1e-5)
+
+
+class Unused(Block):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.expert = nnx.Linear(8, 8, rngs=rngs)
+
+
+def test_every_way_to_have_no_statistics_is_an_error(block, batches):
+    with pytest.raises(ValueError, match="there is no batch"):
+        calibrate(block, iter(()))
+    with pytest.raises(ValueError, match="no batch reached expert"):
+        calibrate(Unused(nnx.Rngs(0)), batches[:1])
+    with pytest.raises(ValueError, match=r"no layer .* at \['typo'\]"):
+        calibrate(block, batches[:1], layers=["typo"])
+    with pytest.raises(ValueError, match="heads: channel 2 of its input is not finite"):
+        calibrate(block, [batches[0].at[0, 0, 2].set(jnp.nan)], layers=["heads"])
+    with pytest.raises(ValueError, match=r"the mask is \[5\], and the rows of heads are \[8, 3\]"):
+        calibrate(block, batches[:1], mask=lambda batch: np.ones(5, bool), layers=["heads"])
+    with pytest.raises(ValueError, match="no row counted"):
+        calibrate(block, batches[:1], mask=lambda batch: np.zeros((8, 3), bool), layers=["heads"])
+    with pytest.raises(TypeError, match="must be a flax nnx Module"):
+        calibrate(lambda x: x, batches)
+    with pytest.raises(ValueError, match="has no Linear"):
+        calibrate(nnx.LayerNorm(8, rngs=nnx.Rngs(0)), batches)
+
+
+def test_shapes_of_batches_may_differ_and_each_is_compiled_once(block):
+    traces = []
+
+    def forward(model, x):
+        traces.append(x.shape)
+        return model(x)
+
+    calibrate(block, [normal(4, 3, 8), normal(4, 3, 8), normal(2, 5, 8)], forward=forward)
+    assert traces == [(4, 3, 8), (2, 5, 8)]
+
+
+def test_progress_is_shown_where_asked_for(block, batches, capsys):
+    calibrate(block, batches, progress=True)
+    assert "calibrating: 2/3" in capsys.readouterr().err
+    calibrate(block, batches[:1])
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,110 @@
+"""Percentiles against numpy: exact of one array, to a bucket of a stream."""
+
+import fractions
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxq import observers
+from jaxq.observers import _percentile
+from tests.observers import oracle
+from tests.tables import thinned
+
+PERCENTS = [99.9, 50, 99, 100, 90, 0.001, 25, 99.999, 99.9999, 66.6, 1]
+SIZE = 300
+DATA = {
+    "normal": np.random.default_rng(0).standard_normal(SIZE),
+    "repeated": np.random.default_rng(1).integers(-3, 4, SIZE).astype(float),
+    "heavy": np.random.default_rng(2).standard_cauchy(SIZE) * 1e3,
+    "subnormal": np.random.default_rng(3).integers(-50, 50, SIZE) * 2.0**-149,
+    "positive": np.random.default_rng(4).uniform(2, 3, SIZE),
+    "huge": np.random.default_rng(5).standard_normal(SIZE) * 5e37,
+}
+over_percents = pytest.mark.parametrize("p", thinned(PERCENTS, PERCENTS[:1]))
+
+
+@over_percents
+def test_nearest_rank_is_exact(p):
+    # One array of channels, so one compilation.
+    x = np.stack(list(DATA.values())).astype(np.float32)
+    obs = observers.percentile(p, method="nearest_rank", axis=0)
+    high = np.asarray(obs.bounds_of(x)[1])
+    np.testing.assert_array_equal(high, [oracle.nearest_rank(np.abs(row), p) for row in x])
+    state = obs.update(obs.init(x), x)
+    np.testing.assert_array_equal(np.asarray(obs.bounds(state)[1]), high)
+    low, high = (np.asarray(v) for v in obs.bounds(state, symmetric=False))
+    tail = (100 - p) / 2
+    for row, a, b in zip(x, low, high, strict=True):
+        assert a == min(-oracle.nearest_rank(-row, 100 - tail), 0)
+        assert b == max(oracle.nearest_rank(row, 100 - tail), 0)
+
+
+@over_percents
+def test_linear_is_numpys(p):
+    x = np.stack([v for k, v in DATA.items() if k != "subnormal"]).astype(np.float32)
+    obs = observers.percentile(p, axis=0)
+    state = obs.update(obs.init(x), x)
+    for found in (obs.bounds_of(x), obs.bounds(state)):
+        expected = np.percentile(np.abs(x).astype(np.float64), p, axis=1)
+        np.testing.assert_allclose(np.asarray(found[1]), expected, rtol=3e-7)
+    low, high = obs.bounds(state, symmetric=False)
+    ends = np.percentile(x.astype(np.float64), [(100 - p) / 2, 100 - (100 - p) / 2], axis=1)
+    # Between numbers of both signs only the size of what is interpolated bounds the rounding.
+    slack = 3e-7 * np.abs(x).max(axis=1)
+    assert (np.abs(np.asarray(low) - np.minimum(ends[0], 0)) <= slack).all()
+    assert (np.abs(np.asarray(high) - np.maximum(ends[1], 0)) <= slack).all()
+
+
+def test_the_published_example():
+    x = np.arange(1, 11, dtype=np.float32) / 10
+    for method, expected in (("linear", [0.55, 0.91, 0.991]), ("nearest_rank", [0.5, 0.9, 1.0])):
+        found = [float(observers.percentile(p, method=method).bounds_of(x)[1]) for p in (50, 90, 99)]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mantissa_bits", thinned([4, 2, 7], [4]))
+def test_a_stream_is_known_to_a_bucket(mantissa_bits):
+    x = np.random.default_rng(0).standard_cauchy((4, 500)).astype(np.float32)
+    for p in (99, 100):
+        obs = observers.percentile(p, mantissa_bits=mantissa_bits)
+        state = obs.init(x[0])
+        for one in x:
+            state = obs.update(state, one)
+        found, exact = float(obs.bounds(state)[1]), np.percentile(np.abs(x), p, method="inverted_cdf")
+        assert abs(found - exact) <= 2.0**-mantissa_bits * exact
+        assert p != 100 or found == exact
+        low, high = (float(v) for v in obs.bounds(state, symmetric=False))
+        ends = np.percentile(x, [(100 - p) / 2, 50 + p / 2], method="inverted_cdf")
+        np.testing.assert_allclose([low, high], ends, rtol=2.0 ** -(mantissa_bits - 1))
+
+
+def test_outliers_cost_no_accuracy():
+    # Where evenly wide bins would put all but one number into the first bin.
+    x = np.random.default_rng(0).standard_normal((2, 2000)).astype(np.float32)
+    x[0, 0] = 1e9
+    obs = observers.percentile(99)
+    state = obs.update(obs.update(obs.init(x[0]), x[0]), x[1])
+    assert float(obs.bounds(state)[1]) == pytest.approx(np.percentile(np.abs(x), 99), rel=0.04)
+
+
+def test_shares_are_exact_for_any_count():
+    numbers = np.array([0, 1, 9, 10, 999, 1000, 2**24 + 1, 2**31 + 7, 2**32 - 1], np.uint64)
+    for text in ("0", "1/10", "1/1000", "1/2", "1/1000000", "33333333/100000000", "99999999/100000000", "1/3"):
+        part = fractions.Fraction(text)
+        whole, rest = _percentile._share(jnp.asarray(numbers, jnp.uint32), part)
+        for n, w, r in zip(numbers.tolist(), np.asarray(whole).tolist(), np.asarray(rest).tolist(), strict=True):
+            assert (w, r) == divmod(n * part.numerator, part.denominator)
+
+
+@pytest.mark.parametrize("p", [0, -1, 100.1, float("nan"), 99.12345678])
+def test_p_is_checked(p):
+    with pytest.raises(ValueError, match="p must be above 0 and at most 100"):
+        observers.percentile(p)
+
+
+def test_other_arguments_are_checked():
+    with pytest.raises(ValueError, match="method must be one of linear, nearest_rank"):
+        observers.percentile(99, method="nearest")
+    with pytest.raises(ValueError, match="mantissa_bits must be from 0 to 8"):
+        observers.percentile(99, mantissa_bits=9)

@@ -1,0 +1,99 @@
+"""Extremes and moving averages, on streams worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxq import observers
+
+
+def trace(obs, stream):
+    state, found = obs.init(jnp.zeros(1)), []
+    for v in stream:
+        state = obs.update(state, jnp.asarray([v], jnp.float32))
+        found.append(float(state.high))
+    return np.array(found), state
+
+
+def test_moving_average():
+    found, _ = trace(observers.moving_average(0.99), [1, 3, 2, 2])
+    np.testing.assert_allclose(found, [1, 1.02, 1.0298, 1.039502], rtol=1e-6)
+
+
+def test_bias_corrected_moving_average():
+    decay, stream = 0.9, [1, 3, 2, 2, -1]
+    found, state = trace(observers.moving_average(decay, bias_corrected=True), stream)
+    average, expected = 0.0, []
+    for t, v in enumerate(stream, 1):
+        average = decay * average + (1 - decay) * v
+        expected.append(average / (1 - decay**t))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(float(state.weight), 1 - decay**5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bias_corrected", [False, True])
+def test_a_constant_is_a_fixed_point_and_averages_stay_inside(bias_corrected):
+    obs = observers.moving_average(0.99, bias_corrected=bias_corrected)
+    found, _ = trace(obs, [0.1] * 20)
+    assert (found == np.float32(0.1)).all()
+    stream = np.random.default_rng(0).uniform(0.5, 2, 20).astype(np.float32)
+    found, _ = trace(obs, stream)
+    assert (found >= stream.min()).all()
+    assert (found <= stream.max()).all()
+
+
+def test_merged_averages_weigh_their_batches():
+    obs = observers.moving_average(0.5)
+    (_, a), (_, b) = trace(obs, [4.0]), trace(obs, [1.0, 1.0, 1.0])
+    merged = obs.merge(a, b)
+    assert float(obs.bounds(merged)[1]) == pytest.approx((4 + 3 * 1) / 4)
+    assert float(merged.batches.low) == 4
+    # One that saw nothing weighs nothing, and equals stay what they are.
+    assert float(obs.merge(a, obs.init(jnp.zeros(1))).high) == 4
+    _, tenth = trace(obs, [0.1, 0.1])
+    assert float(obs.merge(tenth, tenth).high) == np.float32(0.1)
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
+def test_decay_is_checked(decay):
+    with pytest.raises(ValueError, match="decay must be at least 0 and below 1"):
+        observers.moving_average(decay)
+
+
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 128 * 37 + 5])
+def test_extremes_at_every_place_and_length(size):
+    # Lengths around those the fast path is made for; the extreme numbers at either end and within.
+    x = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    for place in {0, size // 2, size - 1}:
+        y = x.copy()
+        y[place] = -9.0
+        state = observers.minmax().update(observers.minmax().init(y), y)
+        assert (float(state.low), float(state.high)) == (y.min(), y.max())
+        assert int(state.seen.finite.low) == size
+
+
+def test_counts_neither_stick_nor_wrap():
+    from jaxq.observers import _numbers
+
+    total = np.uint64(0)
+    count = _numbers.no_count((2,))
+    for words in ([2**32 - 1, 5], [2**32 - 1, 2**31], [7, 2**31], [2**24, 1]):
+        count = _numbers.plus(count, _numbers.as_count(jnp.asarray(words, jnp.uint32)))
+        total = total + np.array(words, np.uint64)
+    whole = np.asarray(count.low).astype(np.uint64) + (np.asarray(count.high).astype(np.uint64) << np.uint64(32))
+    np.testing.assert_array_equal(whole, total)
+    added = _numbers.add_up(count, jnp.sum)
+    assert int(added.low) + (int(added.high) << 32) == int(total.sum())
+    np.testing.assert_allclose(_numbers.as_float(count), total.astype(np.float32), rtol=1e-7)
+    less = _numbers.minus(count, _numbers.as_count(jnp.asarray([2**32 - 1, 2**32 - 1], jnp.uint32)))
+    np.testing.assert_array_equal(np.asarray(less.low), (total - np.uint64(2**32 - 1)).astype(np.uint32))
+
+
+def test_a_state_far_along_still_counts():
+    obs, x = observers.minmax(), jnp.ones(3)
+    state = obs.update(obs.init(x), x)
+    full = jnp.full_like(state.seen.finite.low, 2**32 - 2)
+    state = state._replace(seen=state.seen._replace(finite=state.seen.finite._replace(low=full)))
+    finite = jax.device_get(obs.merge(obs.update(state, x), obs.init(x)).seen.finite)
+    assert (int(finite.high), int(finite.low)) == (1, 1)
