@@ -5,10 +5,12 @@ are quantized from the start. Both put a QTensor into the layer's weight and jax
 hooks: no class is edited and no jax function is replaced. `calibrate` looks at what reaches each layer.
 """
 
+from jaxq.nn import linen
 from jaxq.nn._calibration import calibrate
 from jaxq.nn._explicit import QConv, QEinsum, QLinear, QLinearGeneral
 from jaxq.nn._folding import register_folding
 from jaxq.nn._layers import QEmbed, QuantizedParam, find_kind, put_weight, replace_variables, weight_axes
+from jaxq.nn._mixed import Sensitivity, assign, mixed_recipe, sensitivity
 from jaxq.nn._report import Report, Row
 from jaxq.nn._transform import find_layers, quantize_model
 
@@ -21,12 +23,17 @@ __all__ = [
     "QuantizedParam",
     "Report",
     "Row",
+    "Sensitivity",
+    "assign",
     "calibrate",
     "find_kind",
     "find_layers",
+    "linen",
+    "mixed_recipe",
     "put_weight",
     "quantize_model",
     "register_folding",
     "replace_variables",
+    "sensitivity",
     "weight_axes",
 ]

@@ -8,9 +8,10 @@ methods that were fitted to the others.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,38 +52,43 @@ class Probe(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(args[0], str):  # einsum(subscripts, x, w)
-            rows = _einsum_rows(args[0], args[1])
+            rows, _ = einsum_rows(args[0], args[1])
         else:  # dot_general(x, w, dims)
             (contracted, _), (batch, _) = args[2]
-            rows = _rows(args[0], tuple(contracted), tuple(batch))
-        self.stats.set_value(self._updated(rows))
+            rows = contracted_rows(args[0], tuple(contracted), tuple(batch))
+        self.stats.set_value(updated(self.stats.get_value(), rows, self.path))
         reached = _REACHED.get()
         if reached is not None and self.path not in reached:
             reached.append(self.path)
         return self.product(*args, **kwargs)
 
-    def _updated(self, x: jax.Array) -> LayerStats:
-        """x: `[*batch, *free, K]` with as many batch axes as the statistics have."""
-        stats = self.stats.get_value()
-        num_batch = stats.count.ndim
-        free = x.shape[num_batch:-1]
-        counts = _rows_that_count(free, self.path)
-        held = _rows_held_out(free)
-        x = x.reshape(*x.shape[:num_batch], -1, x.shape[-1])
-        update = update_stats
-        for _ in range(num_batch):
-            update = jax.vmap(update, in_axes=(0, 0, None, None))
-        return update(stats, x, counts, held)
+
+def updated(stats: LayerStats, x: jax.Array, path: str) -> LayerStats:
+    """Statistics of a layer with the rows of one call in them.
+
+    Args:
+      stats: so far.
+      x: `[*batch, *free, K]` with as many batch axes as the statistics have.
+      path: of the layer, for errors.
+    """
+    num_batch = stats.count.ndim
+    free = x.shape[num_batch:-1]
+    counts, held = _rows_that_count(free, path), _rows_held_out(free)
+    update = update_stats
+    for _ in range(num_batch):
+        update = jax.vmap(update, in_axes=(0, 0, None, None))
+    return update(stats, x.reshape(*x.shape[:num_batch], -1, x.shape[-1]), counts, held)
 
 
-def _rows(x: jax.Array, contracted: tuple[int, ...], batch: tuple[int, ...]) -> jax.Array:
+def contracted_rows(x: jax.Array, contracted: tuple[int, ...], batch: tuple[int, ...]) -> jax.Array:
     """`[*batch, *free, K]` of an operand."""
     free = [a for a in range(x.ndim) if a not in contracted and a not in batch]
     x = jnp.transpose(x, (*batch, *free, *contracted))
     return x.reshape(*x.shape[: x.ndim - len(contracted)], -1)
 
 
-def _einsum_rows(subscripts: str, x: jax.Array) -> jax.Array:
+def einsum_rows(subscripts: str, x: jax.Array) -> tuple[jax.Array, int]:
+    """The same of the left operand of an einsum with a kernel, and how many batch axes there are."""
     inputs, out = subscripts.replace(" ", "").split("->")
     left, right = inputs.split(",")
     missing = x.ndim - len(left.replace("...", ""))
@@ -93,7 +99,7 @@ def _einsum_rows(subscripts: str, x: jax.Array) -> jax.Array:
         if c not in names or c not in out:
             break
         batch.append(names.index(c))
-    return _rows(x, tuple(contracted), tuple(batch))
+    return contracted_rows(x, tuple(contracted), tuple(batch)), len(batch)
 
 
 def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
@@ -123,6 +129,16 @@ def _rows_held_out(free: tuple[int, ...]) -> jax.Array:
 # How a batch is run.
 
 
+@contextlib.contextmanager
+def masked(counts: jax.Array | None) -> Iterator[None]:
+    """While a batch is traced: which of its rows count."""
+    token = _MASK.set(counts)
+    try:
+        yield
+    finally:
+        _MASK.reset(token)
+
+
 def run(model: nnx.Module, batch: Any, forward: Callable | None) -> Any:
     """`forward(model, batch)`, or the model on an array, a tuple of arguments or a dict of named ones."""
     if forward is not None:
@@ -140,6 +156,7 @@ def calibrate(
     mask: Callable[[Any], Any] | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     hessian: bool = True,
+    start: Mapping[str, LayerStats] | None = None,
     progress: bool | None = None,
 ) -> dict[str, LayerStats]:
     """Statistics of what reaches each layer of a model, over batches of data.
@@ -152,6 +169,8 @@ def calibrate(
       mask: gives the rows of a batch that count, bool `[b, t]` (or `[b]`), False for padding.
       forward: how to run a batch, `forward(model, batch)`; its result is not looked at.
       hessian: collect `[K, K]` second moments too, 4 K^2 bytes a layer.
+      start: statistics of batches seen before, to go on from: they are plain arrays, and `jaxq.save` keeps them. All
+        layers looked at must be in them.
       progress: show a line of progress; None does so on a terminal.
 
     Returns:
@@ -173,16 +192,18 @@ def calibrate(
         raise TypeError(f"calibrate: model must be a flax nnx Module, got {type(model).__name__}.")
     copy = nnx.clone(model)
     probes = dict(_attach(copy, layers, hessian))
+    if start is not None:
+        _go_on(probes, start)
     reached: list[str] = []
 
     @nnx.jit
     def step(copy: nnx.Module, batch: Any, counts: Any) -> None:
-        tokens = _MASK.set(counts), _REACHED.set(reached)
+        token = _REACHED.set(reached)
         try:
-            run(copy, batch, forward)
+            with masked(counts):
+                run(copy, batch, forward)
         finally:
-            _MASK.reset(tokens[0])
-            _REACHED.reset(tokens[1])
+            _REACHED.reset(token)
 
     num_batches = 0
     for batch in shown(batches, "calibrating", progress):
@@ -192,7 +213,12 @@ def calibrate(
         raise ValueError("calibrate: there is no batch. An iterator that was used before is empty; pass a list.")
     # jit gives the probes' new states back to the copy's own.
     found = {path: probe.stats.get_value() for path, probe in probes.items()}
-    _check(found, reached)
+    never = [path or "the model itself" for path in found if path not in reached]
+    if never:
+        raise ValueError(
+            f"calibrate: no batch reached {', '.join(never)}. Their statistics are unknown; skip them in the recipe."
+        )
+    check_stats(found)
     return {path: found[path] for path in sorted(found, key=reached.index)}
 
 
@@ -223,17 +249,21 @@ def _attach(model: nnx.Module, layers: Sequence[str] | None, hessian: bool) -> I
         yield path, probe
 
 
+def _go_on(probes: Mapping[str, Probe], start: Mapping[str, LayerStats]) -> None:
+    for path, probe in probes.items():
+        empty, given = probe.stats.get_value(), jax.tree.map(jnp.asarray, start.get(path))
+        if given is None or [v.shape for v in jax.tree.leaves(given)] != [v.shape for v in jax.tree.leaves(empty)]:
+            raise ValueError(f"calibrate: start has no statistics of {path or 'the model'}, or of other shapes.")
+        probe.stats.set_value(given)
+
+
 def hook_of(kind: LayerKind) -> str | None:
     """The attribute through which a layer of this kind computes its product; None where rows are no rows of it."""
     return {"Linear": "dot_general", "LinearGeneral": "dot_general", "Einsum": "einsum_op"}.get(kind.name)
 
 
-def _check(found: dict[str, LayerStats], reached: list[str]) -> None:
-    never = [path or "the model itself" for path, stats in found.items() if path not in reached]
-    if never:
-        raise ValueError(
-            f"calibrate: no batch reached {', '.join(never)}. Their statistics are unknown; skip them in the recipe."
-        )
+def check_stats(found: Mapping[str, LayerStats]) -> None:
+    """Raises where statistics are of nothing, or not finite."""
     problems = []
     for path, stats in found.items():
         if not np.all(np.isfinite(stats.mean)) or not np.all(np.isfinite(stats.absmean)):

@@ -66,6 +66,9 @@ class Histogram(Observer):
             ascending(state.counts)
         )
 
+    def _keeper(self):
+        return Histogram(bins=self.bins, axis=self.axis)
+
     def _init(self, seen, shape):
         return HistogramState(seen, *no_range(shape), _numbers.no_count((*shape, 2, self.bins)))
 

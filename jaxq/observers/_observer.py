@@ -100,7 +100,7 @@ class Observer(abc.ABC):
                 f"{self.kind}.update: the state keeps statistics of shape {list(held)} and this batch has "
                 f"{list(shape)} (x: {_describe(x)}, axis={self.axis}). Make the state with init(x) of such a batch."
             )
-        return _update(self, state, jnp.asarray(x), self._mask(where, x, "update"))
+        return _update(self._keeper(), state, jnp.asarray(x), self._mask(where, x, "update"))
 
     def merge(self, a: State, b: State) -> State:
         """The state of everything both have seen; the order of merging never matters.
@@ -111,7 +111,7 @@ class Observer(abc.ABC):
         shapes = [jax.tree.map(jnp.shape, s) for s in (a, b)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{self.kind}.merge: the states differ in shape: {shapes[0]} and {shapes[1]}.")
-        return _merge(self, a, b)
+        return _merge(self._keeper(), a, b)
 
     def merge_across(self, state: State, axis_name: str | tuple[str, ...]) -> State:
         """The merged state of all devices along a mapped axis, the same on each: inside `shard_map` or `vmap`.
@@ -212,6 +212,10 @@ class Observer(abc.ABC):
     def _bounds_of(self, x: jax.Array, keep: jax.Array, fmt: Format, symmetric: bool) -> tuple[jax.Array, jax.Array]:
         """The range of one array."""
         return self._bounds(self._update(self._empty(x.shape[:-1], x), x, keep), fmt, symmetric)
+
+    def _keeper(self) -> Observer:
+        """An observer whose states are made and merged alike: equal ones share compiled programs."""
+        return self
 
     def _empty(self, shape: tuple[int, ...], x: Any) -> Any:
         seen = Seen(*(_numbers.no_count(shape) for _ in range(3)))

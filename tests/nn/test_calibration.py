@@ -198,3 +198,12 @@ def test_progress_is_shown_where_asked_for(block, batches, capsys):
     assert "calibrating: 2/3" in capsys.readouterr().err
     calibrate(block, batches[:1])
     assert capsys.readouterr().err == ""
+
+
+def test_going_on_from_saved_statistics(block, batches, stats, tmp_path):
+    first = calibrate(block, batches[:2])
+    jaxq.save(tmp_path / "stats", {path: found._asdict() for path, found in first.items()})
+    kept = {path: methods.LayerStats(**found) for path, found in jaxq.load(tmp_path / "stats").items()}
+    jax.tree.map(np.testing.assert_array_equal, calibrate(block, batches[2:], start=kept), stats)
+    with pytest.raises(ValueError, match="start has no statistics of"):
+        calibrate(block, batches, start={"heads": kept["heads"]})

@@ -16,7 +16,7 @@ DATA = {
     "positive": np.abs(NORMAL) + 1,
 }
 X = np.stack(list(DATA.values()))
-FORMATS = ["int4", "nf4", "float8_e4m3fn", "ternary", "int8", "float4_e2m1fn", "uint4", "log4", "binary"]
+FORMATS = ["int4", "nf4", "float8_e4m3fn", "ternary", "int8", "float4_e2m1fn", "uint4", "af4", "binary"]
 FACTORS = 1 - np.arange(100) / 100
 
 

@@ -47,7 +47,7 @@ def test_linear_is_numpys(p):
     state = obs.update(obs.init(x), x)
     for found in (obs.bounds_of(x), obs.bounds(state)):
         expected = np.percentile(np.abs(x).astype(np.float64), p, axis=1)
-        np.testing.assert_allclose(np.asarray(found[1]), expected, rtol=3e-7)
+        np.testing.assert_allclose(np.asarray(found[1]), expected, rtol=1e-5)
     low, high = obs.bounds(state, symmetric=False)
     ends = np.percentile(x.astype(np.float64), [(100 - p) / 2, 100 - (100 - p) / 2], axis=1)
     # Between numbers of both signs only the size of what is interpolated bounds the rounding.
@@ -66,7 +66,7 @@ def test_the_published_example():
 @pytest.mark.parametrize("mantissa_bits", thinned([4, 2, 7], [4]))
 def test_a_stream_is_known_to_a_bucket(mantissa_bits):
     x = np.random.default_rng(0).standard_cauchy((4, 500)).astype(np.float32)
-    for p in (99, 100):
+    for p in (99.05, 100):  # at no whole rank from either end
         obs = observers.percentile(p, mantissa_bits=mantissa_bits)
         state = obs.init(x[0])
         for one in x:

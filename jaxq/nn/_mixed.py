@@ -1,0 +1,181 @@
+"""Mixed precision: how much each layer's quantization alone moves a model's predictions, and what to give each.
+
+`sensitivity` measures every layer with every choice, the others in floats; `assign` finds the choices that cost least
+in all within an average number of bits; `mixed_recipe` makes a recipe of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxq import metrics
+from jaxq.nn._calibration import run, shown
+from jaxq.nn._layers import weight_axes
+from jaxq.nn._transform import find_layers
+from jaxq.qtensor import QuantSpec, as_spec, dequantize, quantize
+from jaxq.recipes import Recipe, Rule, as_recipe
+
+# Parts of the budget that `assign` counts in; a layer's size is rounded up to them.
+_PARTS = 20_000
+
+
+class Sensitivity(NamedTuple):
+    """What `sensitivity` measures.
+
+    Attributes:
+      kl: path of each layer to the mean KL(float || model) in nats of each choice, the layer alone being quantized.
+      bits: path of each layer to the bits of each choice, scales included, for the whole weight.
+      size: path of each layer to its number of weights.
+    """
+
+    kl: dict[str, dict[str, float]]
+    bits: dict[str, dict[str, int]]
+    size: dict[str, int]
+
+
+def sensitivity(
+    model: nnx.Module,
+    choices: Sequence[str],
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[Any, Any], Any] | None = None,
+    progress: bool | None = None,
+) -> Sensitivity:
+    """How far a model's predictions move when one layer is quantized and the others are not.
+
+    Layers are those that a recipe by name would quantize: no embeddings, heads or routers. The weight is replaced by
+    what it dequantizes to, so the model is compiled once, whatever the number of layers and choices.
+
+    Args:
+      model: a flax nnx module in floats whose result are logits `[..., classes]`; it stays as it is.
+      choices: preset names.
+      batches: inputs of the model, as in `calibrate`.
+      forward: how to run a batch, `forward(model, batch) -> logits`.
+      progress: show a line of progress; None does so on a terminal.
+
+    Returns:
+      A `Sensitivity`.
+
+    Raises:
+      ValueError: no batch, no choice, an unknown preset, no layer.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from flax import nnx
+      >>> found = jaxq.nn.sensitivity(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), ["int8", "int2"], [jnp.ones((4, 32))])
+      >>> found.kl[""]["int8"] < found.kl[""]["int2"]
+      True
+    """
+    specs = {name: as_spec(name, "sensitivity") for name in choices}
+    batches = [jax.tree.map(jnp.asarray, batch) for batch in batches]
+    recipe = as_recipe(next(iter(choices)), "sensitivity") if specs else None
+    if recipe is None or not batches:
+        raise ValueError(f"sensitivity: needs choices and batches, got {len(specs)} and {len(batches)}.")
+    copy = nnx.clone(model)
+    layers = []
+    for found in find_layers(copy):
+        rule = recipe.find(found.path, found.kind.name)
+        if rule is not None and rule.weight is not None and found.kind.problem(found.layer) is None:
+            layers.append(found)
+    if not layers:
+        raise ValueError("sensitivity: the model has no layer that a recipe by name would quantize.")
+
+    @nnx.jit
+    def logits_of(model: nnx.Module, batch: Any) -> jax.Array:
+        return run(model, batch, forward)
+
+    @nnx.jit
+    def divergence(model: nnx.Module, batch: Any, reference: jax.Array) -> jax.Array:
+        return metrics.kl_divergence(reference, run(model, batch, forward))
+
+    references = [logits_of(copy, batch) for batch in batches]
+    kl, bits, size = {}, {}, {}
+    for found in shown(layers, "sensitivity", progress):
+        variable = getattr(found.layer, found.kind.weight)
+        floats = variable.get_value()
+        axes = weight_axes(found.layer, found.kind)
+        kl[found.path], bits[found.path], size[found.path] = {}, {}, int(floats.size)
+        for name, spec in specs.items():
+            rounded, total = _rounded(floats, spec, *axes)
+            variable.set_value(rounded)
+            moved = [divergence(copy, batch, ref) for batch, ref in zip(batches, references, strict=True)]
+            kl[found.path][name], bits[found.path][name] = float(np.mean(moved)), total
+        variable.set_value(floats)
+    return Sensitivity(kl, bits, size)
+
+
+def _rounded(w: jax.Array, spec: QuantSpec, contracting: Any, batch: Any) -> tuple[jax.Array, int]:
+    qt = quantize(w, spec, contracting=contracting, batch=batch)
+    return dequantize(qt), 8 * qt.nbytes
+
+
+def assign(found: Sensitivity, budget: float) -> dict[str, str]:
+    """The choice of each layer that makes the sum of divergences least, within an average of bits.
+
+    `min over choices c of sum_l kl[l, c_l]  subject to  sum_l bits[l, c_l] <= budget * sum_l size[l]`, a knapsack with
+    one choice a layer, solved by dynamic programming over the bits (counted in 20,000ths of the budget, rounded up, so
+    that the budget holds). Divergences are taken to add up, which for small ones they nearly do.
+
+    Args:
+      found: of `sensitivity`.
+      budget: bits per weight on average, scales included.
+
+    Returns:
+      Path of each layer to the name of its choice.
+
+    Raises:
+      ValueError: even the smallest choices need more; the message says how much.
+
+    Example:
+      >>> from jaxq.nn import Sensitivity, assign
+      >>> kl = {"a": {"int8": 0.0, "int4": 0.1}, "b": {"int8": 0.0, "int4": 0.5}}
+      >>> bits = {"a": {"int8": 800, "int4": 400}, "b": {"int8": 800, "int4": 400}}
+      >>> assign(Sensitivity(kl, bits, {"a": 100, "b": 100}), budget=6.0)
+      {'a': 'int4', 'b': 'int8'}
+    """
+    paths, total = list(found.kl), budget * sum(found.size.values())
+    least = sum(min(found.bits[path].values()) for path in paths)
+    if least > total:
+        raise ValueError(
+            f"assign: the smallest choices take {least / sum(found.size.values()):.3f} bits per weight, more than the "
+            f"budget of {budget}. Add a smaller choice or raise the budget."
+        )
+    # No fewer parts than layers would let each be rounded up by one.
+    unit = (total - least) / _PARTS or 1.0
+    best = np.zeros(_PARTS + 1)  # of the layers so far, within j parts over their smallest choices
+    taken = []
+    for path in paths:
+        names, base = list(found.kl[path]), min(found.bits[path].values())
+        over = {name: int(np.ceil((found.bits[path][name] - base) / unit - 1e-9)) for name in names}
+        options = np.full((len(names), _PARTS + 1), np.inf)
+        for i, name in enumerate(names):
+            if over[name] <= _PARTS:
+                options[i, over[name] :] = best[: _PARTS + 1 - over[name]] + found.kl[path][name]
+        taken.append((names, over, np.argmin(options, 0)))
+        best = np.min(options, 0)
+    out, j = {}, _PARTS
+    for path, (names, over, chosen) in zip(reversed(paths), reversed(taken), strict=True):
+        name = names[int(chosen[j])]
+        out[path], j = name, j - over[name]
+    return {path: out[path] for path in paths}
+
+
+def mixed_recipe(choices: Mapping[str, str], **how: Any) -> Recipe:
+    """A recipe that gives each layer its choice, and leaves all others in floats.
+
+    Args:
+      choices: path of a layer to a preset name, as `assign` gives them.
+      **how: of every `Rule`: `method="gptq"`, for example.
+
+    Example:
+      >>> import jaxq
+      >>> len(jaxq.nn.mixed_recipe({"mlp/up": "int4", "mlp/down": "int8"}).rules)
+      2
+    """
+    return Recipe(tuple(Rule(path, weight=name, **how) for path, name in choices.items()))

@@ -1,0 +1,132 @@
+"""Flax linen: calibration passes over a module and its variables.
+
+Modules are watched through `flax.linen.intercept_methods`, and nothing of theirs is changed. Statistics are carried
+through the compiled step as plain arrays, so what is inside `nn.scan`, `nn.remat` or `nn.vmap` cannot be watched, and
+is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen
+
+from jaxq.methods import LayerStats, empty_stats
+from jaxq.nn._calibration import check_stats, contracted_rows, einsum_rows, masked, shown, updated
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    module: linen.Module,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    layers: Sequence[str] | None = None,
+    mask: Callable[[Any], Any] | None = None,
+    forward: Callable[[linen.Module, Any, Any], Any] | None = None,
+    hessian: bool = True,
+    progress: bool | None = None,
+) -> dict[str, LayerStats]:
+    """Statistics of what reaches each Dense, DenseGeneral and Einsum of a linen module, over batches of data.
+
+    Args:
+      module: a linen module.
+      variables: as `module.apply` takes them.
+      batches: inputs: an array, a tuple of arguments or a dict of named ones each.
+      layers: paths ("blocks_0/mlp/up") of the layers to look at; None takes all.
+      mask: gives the rows of a batch that count, bool `[b, t]` (or `[b]`), False for padding.
+      forward: how to run a batch, `forward(module, variables, batch)`.
+      hessian: collect `[K, K]` second moments too.
+      progress: show a line of progress; None does so on a terminal.
+
+    Returns:
+      Path of each layer to its `LayerStats`, in the order in which a batch reaches them.
+
+    Raises:
+      TypeError: not a linen module.
+      ValueError: no batch; a path that no batch reached; a layer inside `nn.scan` or its like; a number that is not
+        finite; a mask that does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> from flax import linen
+      >>> module, x = linen.Dense(2), jnp.ones((8, 4))
+      >>> stats = jaxq.nn.linen.calibrate(module, module.init(jax.random.key(0), x), [x])
+      >>> float(stats[""].count), stats[""].hessian.shape
+      (7.0, (4, 4))
+    """
+    if not isinstance(module, linen.Module):
+        raise TypeError(f"linen.calibrate: module must be a flax linen Module, got {type(module).__name__}.")
+
+    def run(variables: Any, batch: Any) -> Any:
+        if forward is not None:
+            return forward(module, variables, batch)
+        if isinstance(batch, dict):
+            return module.apply(variables, **batch)
+        return module.apply(variables, *(batch if isinstance(batch, tuple) else (batch,)))
+
+    order: list[str] = []
+
+    @jax.jit
+    def step(variables: Any, stats: dict[str, LayerStats], batch: Any, counts: Any) -> dict[str, LayerStats]:
+        seen = dict(stats)
+
+        def watch(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+            path = "/".join(context.module.path)
+            if context.method_name == "__call__" and (layers is None or path in layers):
+                rows = _rows_of(context.module, args, kwargs)
+                if rows is not None:
+                    if path not in order:
+                        order.append(path)
+                    so_far = seen.get(path)
+                    if so_far is None:
+                        so_far = empty_stats(rows.shape[-1], hessian=hessian)
+                    seen[path] = updated(so_far, rows, path)
+            return call(*args, **kwargs)
+
+        with masked(counts), linen.intercept_methods(watch):
+            run(variables, batch)
+        return seen
+
+    stats: dict[str, LayerStats] = {}
+    num_batches = 0
+    for batch in shown(batches, "calibrating", progress):
+        counts = None if mask is None else jnp.asarray(mask(batch))
+        try:
+            stats = step(variables, stats, jax.tree.map(jnp.asarray, batch), counts)
+        except jax.errors.UnexpectedTracerError:
+            raise ValueError(
+                f"linen.calibrate: {order[-1] if order else 'a layer'} is inside nn.scan, nn.remat or nn.vmap, whose "
+                "inputs cannot be seen from outside. Build the module without it for calibration, or leave it out with "
+                "layers=."
+            ) from None
+        num_batches += 1
+    if not num_batches:
+        raise ValueError("linen.calibrate: there is no batch. An iterator that was used before is empty; pass a list.")
+    missing = [path for path in layers or () if path not in stats]
+    if missing or not stats:
+        raise ValueError(f"linen.calibrate: no batch reached {missing or 'a Dense, DenseGeneral or Einsum'}.")
+    found = {path: stats[path] for path in order}
+    check_stats(found)
+    return found
+
+
+def _rows_of(module: linen.Module, args: tuple, kwargs: dict[str, Any]) -> jax.Array | None:
+    """`[*free, K]` of the input of a layer that is looked into; None for other modules."""
+    x: Any = args[0] if args else kwargs.get("inputs")
+    if isinstance(module, linen.Dense):
+        return contracted_rows(jnp.asarray(x), (jnp.ndim(x) - 1,), ())
+    if isinstance(module, linen.DenseGeneral):
+        if module.batch_dims:
+            return None
+        axes = module.axis if isinstance(module.axis, tuple | list) else (module.axis,)
+        return contracted_rows(jnp.asarray(x), tuple(int(a) % np.ndim(x) for a in axes), ())
+    if isinstance(module, linen.Einsum):
+        rows, num_batch = einsum_rows(module.einsum_str or args[1], jnp.asarray(x))
+        return rows if not num_batch else None
+    return None

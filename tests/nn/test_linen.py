@@ -1,0 +1,90 @@
+"""Calibration of linen modules: the same numbers as from the same layers in nnx."""
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import jaxq
+from tests.ops.reference import normal
+
+
+class Model(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.DenseGeneral((2, 4), name="heads")(x)
+        x = linen.DenseGeneral(8, axis=(-2, -1), name="out")(x)
+        return linen.Einsum((8, 6), "bth,hd->btd", name="last")(jnp.tanh(x))
+
+
+class Twin(nnx.Module):
+    def __init__(self, params):
+        rngs = nnx.Rngs(0)
+        self.heads = nnx.LinearGeneral(8, (2, 4), rngs=rngs)
+        self.out = nnx.LinearGeneral((2, 4), 8, axis=(-2, -1), rngs=rngs)
+        self.last = nnx.Einsum("bth,hd->btd", (8, 6), (6,), rngs=rngs)
+        for name, values in params.items():
+            for leaf, value in values.items():
+                getattr(getattr(self, name), leaf).set_value(value)
+
+    def __call__(self, x):
+        return self.last(jnp.tanh(self.out(self.heads(x))))
+
+
+BATCHES = [normal(8, 3, 8, seed=seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return Model().init(jax.random.key(0), BATCHES[0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_numbers_are_those_of_nnx(variables, masked):
+    mask = (lambda batch: np.arange(24).reshape(8, 3) % 5 != 0) if masked else None
+    found = jaxq.nn.linen.calibrate(Model(), variables, BATCHES, mask=mask)
+    expected = jaxq.nn.calibrate(Twin(variables["params"]), BATCHES, mask=mask)
+    assert list(found) == list(expected) == ["heads", "out", "last"]
+    for path in found:
+        for a, b in zip(jax.tree.leaves(found[path]), jax.tree.leaves(expected[path]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_matrix_method_takes_them(variables):
+    stats = jaxq.nn.linen.calibrate(Model(), variables, BATCHES)
+    kernel = variables["params"]["out"]["kernel"].reshape(8, 8)
+    qt, info = jaxq.methods.gptq(kernel, stats["out"].hessian, "int4")
+    assert qt.shape == (8, 8)
+    assert not bool(info.fell_back)
+
+
+def test_layers_in_a_scan_are_refused():
+    class Layer(linen.Module):
+        @linen.compact
+        def __call__(self, x, _):
+            return jnp.tanh(linen.Dense(8)(x)), None
+
+    class Stack(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            scanned = linen.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return scanned(name="layers")(x, None)[0]
+
+    x = normal(4, 8)
+    with pytest.raises(ValueError, match=r"layers/Dense_0 is inside nn\.scan"):
+        jaxq.nn.linen.calibrate(Stack(), Stack().init(jax.random.key(0), x), [x])
+
+
+def test_every_way_to_have_no_statistics_is_an_error(variables):
+    calibrate = jaxq.nn.linen.calibrate
+    with pytest.raises(ValueError, match="there is no batch"):
+        calibrate(Model(), variables, [])
+    with pytest.raises(ValueError, match=r"no batch reached \['typo'\]"):
+        calibrate(Model(), variables, BATCHES, layers=["typo", "out"])
+    with pytest.raises(TypeError, match="must be a flax linen Module"):
+        calibrate(Twin(variables["params"]), variables, BATCHES)
+    with pytest.raises(ValueError, match="heads: channel 1 of its input is not finite"):
+        calibrate(Model(), variables, [BATCHES[0].at[0, 0, 1].set(jnp.inf)])
+    assert flax.traverse_util.flatten_dict(variables)  # as they were

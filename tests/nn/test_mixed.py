@@ -1,0 +1,77 @@
+"""Mixed precision: sensitivities against quantizing for real, and assignments against trying them all."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxq
+from jaxq.nn import Sensitivity, assign, mixed_recipe, sensitivity
+from tests.ops.reference import normal
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.embed = nnx.Embed(16, 32, rngs=nnx.Rngs(0))
+        self.first = nnx.Linear(32, 32, rngs=nnx.Rngs(1))
+        self.second = nnx.Linear(32, 16, rngs=nnx.Rngs(2))
+        self.lm_head = nnx.Linear(16, 8, rngs=nnx.Rngs(3))
+
+    def __call__(self, x):
+        return self.lm_head(jnp.tanh(self.second(jnp.tanh(self.first(x)))))
+
+
+def test_a_layers_sensitivity_is_what_quantizing_it_alone_costs():
+    model, batches = Model(), [4 * normal(8, 32), 4 * normal(8, 32, seed=1)]
+    found = sensitivity(model, ["int8", "int3"], batches)
+    assert list(found.kl) == ["first", "second"]
+    assert found.size == {"first": 1024, "second": 512}
+    for path, choice in itertools.product(found.kl, ("int8", "int3")):
+        rest = "second" if path == "first" else "first"
+        recipe = jaxq.Recipe([jaxq.Rule(rest, skip=True), jaxq.Rule(path, weight=choice)])
+        qmodel, report = jaxq.quantize_model(model, recipe)
+        kl = np.mean([float(jaxq.metrics.kl_divergence(model(b), qmodel(b))) for b in batches])
+        np.testing.assert_allclose(found.kl[path][choice], kl, rtol=0.02, atol=1e-7)
+        assert found.bits[path][choice] == 8 * report.quantized[0].bytes_after
+    np.testing.assert_array_equal(model.first.kernel[...], Model().first.kernel[...])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_assignments_are_the_best_of_all(seed):
+    rng = np.random.default_rng(seed)
+    names, size = ("a", "b", "c"), {f"l{i}": int(rng.integers(50, 500)) for i in range(5)}
+    kl = {path: dict(zip(names, np.sort(rng.exponential(size=3)), strict=True)) for path in size}
+    bits = {path: {"a": 8 * n, "b": 4 * n + 16, "c": 3 * n + 16} for path, n in size.items()}
+    budget = float(rng.uniform(3.5, 7))
+    chosen = assign(Sensitivity(kl, bits, size), budget)
+    allowed = budget * sum(size.values())
+    cost = {
+        combination: sum(kl[p][c] for p, c in zip(size, combination, strict=True))
+        for combination in itertools.product(names, repeat=5)
+        if sum(bits[p][c] for p, c in zip(size, combination, strict=True)) <= allowed
+    }
+    assert tuple(chosen.values()) in cost
+    assert cost[tuple(chosen.values())] <= 1.001 * min(cost.values())
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(ValueError, match=r"take 4\.000 bits per weight, more than the budget of 3"):
+        assign(Sensitivity({"a": {"int4": 0.1}}, {"a": {"int4": 400}}, {"a": 100}), 3)
+    with pytest.raises(ValueError, match="needs choices and batches"):
+        sensitivity(Model(), ["int8"], [])
+    with pytest.raises(ValueError, match="unknown preset"):
+        sensitivity(Model(), ["int9"], [normal(2, 32)])
+    with pytest.raises(ValueError, match="no layer that"):
+        sensitivity(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), ["int8"], [normal(2, 4)])
+
+
+def test_from_sensitivity_to_a_model():
+    model, batches = Model(), [4 * normal(64, 32)]
+    found = sensitivity(model, ["int8", "int2"], batches)
+    recipe = mixed_recipe(assign(found, 6.0), method="hqq")
+    _, report = jaxq.quantize_model(model, recipe)
+    assert report.bits_per_weight <= 6.0
+    assert {row.method for row in report.quantized} == {"hqq"}
+    assert len({row.format for row in report.quantized}) == 2
