@@ -6,12 +6,14 @@ everything else, for judging what was fitted.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from jaxq.observers import Observer
 
 NUM_SAMPLES = 512
 NUM_HELD_OUT = 256
@@ -31,6 +33,7 @@ class LayerStats(NamedTuple):
       num_samples: int32.
       held_out: float32 `[NUM_HELD_OUT, K]`, rows that nothing else has seen.
       num_held_out: int32.
+      observed: state of an observer of all these numbers (`jaxq.observers`), for a static range; None without one.
     """
 
     count: jax.Array
@@ -43,6 +46,7 @@ class LayerStats(NamedTuple):
     num_samples: jax.Array
     held_out: jax.Array
     num_held_out: jax.Array
+    observed: Any = None
 
     @property
     def absmax(self) -> jax.Array:
@@ -50,7 +54,7 @@ class LayerStats(NamedTuple):
         return jnp.maximum(jnp.abs(self.low), jnp.abs(self.high))
 
 
-def empty_stats(k: int, *, hessian: bool = True) -> LayerStats:
+def empty_stats(k: int, *, hessian: bool = True, observer: Observer | None = None) -> LayerStats:
     """The statistics of no rows of k numbers."""
     vector, none = jnp.zeros((k,), jnp.float32), jnp.zeros((), jnp.int32)
     far = jnp.full((k,), np.inf, jnp.float32)
@@ -65,10 +69,13 @@ def empty_stats(k: int, *, hessian: bool = True) -> LayerStats:
         num_samples=none,
         held_out=jnp.zeros((NUM_HELD_OUT, k), jnp.float32),
         num_held_out=none,
+        observed=None if observer is None else observer.init(jax.ShapeDtypeStruct((1, k), jnp.float32)),
     )
 
 
-def update_stats(stats: LayerStats, x: jax.Array, counts: jax.Array, held: jax.Array) -> LayerStats:
+def update_stats(
+    stats: LayerStats, x: jax.Array, counts: jax.Array, held: jax.Array, observer: Observer | None = None
+) -> LayerStats:
     """The statistics with more rows in them.
 
     Args:
@@ -76,6 +83,7 @@ def update_stats(stats: LayerStats, x: jax.Array, counts: jax.Array, held: jax.A
       x: floats `[t, K]`.
       counts: bool `[t]`, False for rows that do not.
       held: bool `[t]`, True for rows to hold out.
+      observer: whose state `stats.observed` is.
     """
     x = x.astype(jnp.float32)
     used = (counts & ~held)[:, None]  # [t, 1]
@@ -103,6 +111,7 @@ def update_stats(stats: LayerStats, x: jax.Array, counts: jax.Array, held: jax.A
         num_samples=num_samples,
         held_out=held_out,
         num_held_out=num_held_out,
+        observed=None if observer is None else observer.update(stats.observed, x, where=used),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from jax import lax
 
 from jaxq.methods import LayerStats, empty_stats, update_stats
 from jaxq.nn._layers import LayerKind, find_kind, weight_axes
+from jaxq.observers import Observer
 
 _HELD_OUT = 8  # of so many rows one is held out
 
@@ -43,10 +45,12 @@ class Probe(nnx.Module):
       product: what was in the hook.
       roles: how many batch and contracted axes the layer's product has.
       stats: to begin with.
+      observer: whose state is in them, or None.
     """
 
-    def __init__(self, path: str, product: Callable[..., Any], stats: LayerStats):
+    def __init__(self, path: str, product: Callable[..., Any], stats: LayerStats, observer: Observer | None):
         self.path = path
+        self.observer = observer
         self.product = product
         self.stats = _Statistic(stats)
 
@@ -56,25 +60,26 @@ class Probe(nnx.Module):
         else:  # dot_general(x, w, dims)
             (contracted, _), (batch, _) = args[2]
             rows = contracted_rows(args[0], tuple(contracted), tuple(batch))
-        self.stats.set_value(updated(self.stats.get_value(), rows, self.path))
+        self.stats.set_value(updated(self.stats.get_value(), rows, self.path, self.observer))
         reached = _REACHED.get()
         if reached is not None and self.path not in reached:
             reached.append(self.path)
         return self.product(*args, **kwargs)
 
 
-def updated(stats: LayerStats, x: jax.Array, path: str) -> LayerStats:
+def updated(stats: LayerStats, x: jax.Array, path: str, observer: Observer | None) -> LayerStats:
     """Statistics of a layer with the rows of one call in them.
 
     Args:
       stats: so far.
       x: `[*batch, *free, K]` with as many batch axes as the statistics have.
       path: of the layer, for errors.
+      observer: whose state is in the statistics, or None.
     """
     num_batch = stats.count.ndim
     free = x.shape[num_batch:-1]
     counts, held = _rows_that_count(free, path), _rows_held_out(free)
-    update = update_stats
+    update: Callable[..., LayerStats] = functools.partial(update_stats, observer=observer)
     for _ in range(num_batch):
         update = jax.vmap(update, in_axes=(0, 0, None, None))
     return update(stats, x.reshape(*x.shape[:num_batch], -1, x.shape[-1]), counts, held)
@@ -156,6 +161,7 @@ def calibrate(
     mask: Callable[[Any], Any] | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     hessian: bool = True,
+    observer: Observer | None = None,
     start: Mapping[str, LayerStats] | None = None,
     progress: bool | None = None,
 ) -> dict[str, LayerStats]:
@@ -169,6 +175,8 @@ def calibrate(
       mask: gives the rows of a batch that count, bool `[b, t]` (or `[b]`), False for padding.
       forward: how to run a batch, `forward(model, batch)`; its result is not looked at.
       hessian: collect `[K, K]` second moments too, 4 K^2 bytes a layer.
+      observer: watches all numbers of each layer's input (`jaxq.observers`, without `axis=`); its state is
+        `stats.observed`, and `observer.bounds(stats.observed, "int8")` the range for static quantization.
       start: statistics of batches seen before, to go on from: they are plain arrays, and `jaxq.save` keeps them. All
         layers looked at must be in them.
       progress: show a line of progress; None does so on a terminal.
@@ -191,7 +199,7 @@ def calibrate(
     if not isinstance(model, nnx.Module):
         raise TypeError(f"calibrate: model must be a flax nnx Module, got {type(model).__name__}.")
     copy = nnx.clone(model)
-    probes = dict(_attach(copy, layers, hessian))
+    probes = dict(_attach(copy, layers, hessian, observer))
     if start is not None:
         _go_on(probes, start)
     reached: list[str] = []
@@ -222,7 +230,9 @@ def calibrate(
     return {path: found[path] for path in sorted(found, key=reached.index)}
 
 
-def _attach(model: nnx.Module, layers: Sequence[str] | None, hessian: bool) -> Iterator[tuple[str, Probe]]:
+def _attach(
+    model: nnx.Module, layers: Sequence[str] | None, hessian: bool, observer: Observer | None
+) -> Iterator[tuple[str, Probe]]:
     """Puts a probe into each layer of a model."""
     known = {}
     for path, module in nnx.iter_modules(model):
@@ -243,8 +253,9 @@ def _attach(model: nnx.Module, layers: Sequence[str] | None, hessian: bool) -> I
         contracting, batch = weight_axes(module, kind)
         k = int(np.prod([weight.shape[a] for a in contracting]))
         prefix = tuple(weight.shape[a] for a in batch)
-        stats = jax.tree.map(lambda a, p=prefix: jnp.broadcast_to(a, (*p, *a.shape)), empty_stats(k, hessian=hessian))
-        probe = Probe(path, getattr(module, hook) or lax.dot_general, stats)
+        stats = empty_stats(k, hessian=hessian, observer=observer)
+        stats = jax.tree.map(lambda a, p=prefix: jnp.broadcast_to(a, (*p, *a.shape)), stats)
+        probe = Probe(path, getattr(module, hook) or lax.dot_general, stats, observer)
         setattr(module, hook, nnx.data(probe))
         yield path, probe
 

@@ -17,6 +17,7 @@ from flax import linen
 
 from jaxq.methods import LayerStats, empty_stats
 from jaxq.nn._calibration import check_stats, contracted_rows, einsum_rows, masked, shown, updated
+from jaxq.observers import Observer
 
 __all__ = ["calibrate"]
 
@@ -30,6 +31,7 @@ def calibrate(
     mask: Callable[[Any], Any] | None = None,
     forward: Callable[[linen.Module, Any, Any], Any] | None = None,
     hessian: bool = True,
+    observer: Observer | None = None,
     progress: bool | None = None,
 ) -> dict[str, LayerStats]:
     """Statistics of what reaches each Dense, DenseGeneral and Einsum of a linen module, over batches of data.
@@ -42,6 +44,7 @@ def calibrate(
       mask: gives the rows of a batch that count, bool `[b, t]` (or `[b]`), False for padding.
       forward: how to run a batch, `forward(module, variables, batch)`.
       hessian: collect `[K, K]` second moments too.
+      observer: as in `jaxq.nn.calibrate`.
       progress: show a line of progress; None does so on a terminal.
 
     Returns:
@@ -85,8 +88,8 @@ def calibrate(
                         order.append(path)
                     so_far = seen.get(path)
                     if so_far is None:
-                        so_far = empty_stats(rows.shape[-1], hessian=hessian)
-                    seen[path] = updated(so_far, rows, path)
+                        so_far = empty_stats(rows.shape[-1], hessian=hessian, observer=observer)
+                    seen[path] = updated(so_far, rows, path, observer)
             return call(*args, **kwargs)
 
         with masked(counts), linen.intercept_methods(watch):
@@ -124,8 +127,8 @@ def _rows_of(module: linen.Module, args: tuple, kwargs: dict[str, Any]) -> jax.A
     if isinstance(module, linen.DenseGeneral):
         if module.batch_dims:
             return None
-        axes = module.axis if isinstance(module.axis, tuple | list) else (module.axis,)
-        return contracted_rows(jnp.asarray(x), tuple(int(a) % np.ndim(x) for a in axes), ())
+        axes = np.atleast_1d(np.asarray(module.axis)) % np.ndim(x)
+        return contracted_rows(jnp.asarray(x), tuple(axes.tolist()), ())
     if isinstance(module, linen.Einsum):
         rows, num_batch = einsum_rows(module.einsum_str or args[1], jnp.asarray(x))
         return rows if not num_batch else None

@@ -207,3 +207,12 @@ def test_going_on_from_saved_statistics(block, batches, stats, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, calibrate(block, batches[2:], start=kept), stats)
     with pytest.raises(ValueError, match="start has no statistics of"):
         calibrate(block, batches, start={"heads": kept["heads"]})
+
+
+@pytest.mark.parametrize("observer", [jaxq.observers.percentile(99.0), jaxq.observers.entropy(bins=128)])
+def test_an_observer_sees_what_counts(block, batches, observer):
+    mask = np.arange(3) < np.array([3, 1, 2, 3, 0, 2, 1, 3])[:, None]
+    found = calibrate(block, [batches[0]], mask=lambda batch: mask, layers=["heads"], observer=observer)["heads"]
+    rows = np.asarray(batches[0])[:7][mask[:7]]
+    expected = observer.bounds_of(jnp.asarray(rows), "int8")
+    np.testing.assert_allclose(observer.bounds(found.observed, "int8"), expected, rtol=0.1)
