@@ -13,7 +13,9 @@ from jaxq.kernels._call import (
     call_matmul,
     calls,
     choose,
+    over_explicit_axes,
     problem_of,
+    spec_of,
     xla_form,
 )
 from jaxq.kernels._codes import codes_matmul, is_native_float, largest_exact_length
@@ -41,8 +43,10 @@ __all__ = [
     "device_kind",
     "is_native_float",
     "largest_exact_length",
+    "over_explicit_axes",
     "problem_of",
     "quantized_matmul",
     "ragged_matmul",
+    "spec_of",
     "xla_form",
 ]

@@ -19,6 +19,7 @@ A program for several devices is partitioned by XLA, which cannot cut a kernel: 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -31,10 +32,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxq import formats
 from jaxq.kernels import _tiles
-from jaxq.kernels._codes import codes_matmul
+from jaxq.kernels._codes import codes_matmul, largest_exact_length
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._rows import RowMeta, Rows, as_rows
 from jaxq.kernels._xla import rows_gradient, transposed_matmul, weight_only_matmul
@@ -46,6 +48,8 @@ KERNELS = {"tpu": ("tpu",), "cuda": ("mosaic_gpu", "triton")}
 _DENSE_FROM = {"cuda": 512}
 # Decoded rows that may lie in an accelerator's memory at once.
 _ACCELERATOR_BLOCK_BYTES = 256 * 2**20
+# Over several devices a weight is decoded at once, each device its part: XLA cannot cut a loop over blocks of rows.
+_WHOLE = 2**62
 
 
 class FallbackWarning(UserWarning):
@@ -63,6 +67,7 @@ class Call:
       transposed: `x @ decode(rows)`, not `x @ decode(rows).T`.
       backend: "auto", "xla" or the name of a kernel.
       interpret: run the kernel's interpreter, on any platform.
+      backward: it is part of a derivative, where nobody expects a kernel.
     """
 
     meta: RowMeta
@@ -71,6 +76,7 @@ class Call:
     transposed: bool = False
     backend: str = "auto"
     interpret: bool = False
+    backward: bool = False
 
     def rows(self, leaves: Sequence[Any]) -> Rows:
         return Rows(**(dict.fromkeys(Rows._fields) | dict(zip(self.leaves, leaves, strict=True))))  # pyright: ignore[reportArgumentType]
@@ -83,11 +89,13 @@ class Choice(NamedTuple):
       backend: "xla" or the name of a kernel.
       reason: why not a kernel, or None where one runs.
       preferred: the XLA form is taken for being the faster one.
+      passed_over: the kernels that were asked before the one that runs, with their reasons.
     """
 
     backend: str
     reason: str | None
     preferred: bool = False
+    passed_over: str = ""
 
 
 def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
@@ -103,9 +111,43 @@ def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
     """
     call = dataclasses.replace(call, leaves=tuple(f for f in Rows._fields if getattr(rows, f) is not None))
     args = [x, *(getattr(rows, field) for field in call.leaves)]
-    if x.ndim == 3:
-        return _bind(matmul_p, args, call)
-    return _bind(matmul_p, [a[None] for a in args], call)[0]
+
+    def bind(*args: jax.Array) -> jax.Array:
+        if x.ndim == 3:
+            return _bind(matmul_p, args, call)
+        return _bind(matmul_p, [a[None] for a in args], call)[0]
+
+    n_axis = x.ndim - 2 if call.meta.layout == "rows" else x.ndim - 1
+    last = None if call.transposed else spec_of(rows.data)[n_axis]
+    return over_explicit_axes(bind, (*spec_of(x)[:-1], last), *args)
+
+
+def spec_of(x: Any) -> tuple:
+    """The mesh axes that each axis of an array lies over, where that is part of its type."""
+    return tuple(getattr(jax.typeof(x).sharding, "spec", None) or (None,) * jnp.ndim(x))
+
+
+def over_explicit_axes(fn: Callable[..., jax.Array], spec: Sequence[Any], *args: Any) -> jax.Array:
+    """`fn(*args)` where mesh axes of explicit type among the operands' are left to XLA.
+
+    Loops over blocks of rows have no sharding that a type could state. Only the result's is: `spec`, less what names a
+    mesh axis twice. Without such axes it is the call.
+    """
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args)]
+    found = {mesh: [n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit]
+             for mesh in meshes if not mesh.empty}  # fmt: skip
+    mesh = next((mesh for mesh, names in found.items() if names), None)
+    if mesh is None:
+        return fn(*args)
+    taken: set[str] = set()
+    out = []
+    for entry in spec:
+        names = set(entry if isinstance(entry, tuple) else () if entry is None else (entry,))
+        out.append(None if names & taken else entry)
+        taken |= names
+    sharding = NamedSharding(mesh, PartitionSpec(*out))
+    auto: Any = jax.sharding.auto_axes(fn, axes=tuple(found[mesh]), out_sharding=sharding)
+    return auto(*args)
 
 
 def choose(problem: Problem | str, platform: str, device_kind: str | None, num_devices: int = 1) -> Choice:
@@ -125,6 +167,8 @@ def choose(problem: Problem | str, platform: str, device_kind: str | None, num_d
         return Choice("xla", f"XLA partitions this program for {num_devices} devices; a kernel runs inside shard_map")
     if 0 in (problem.e, problem.m, problem.n, problem.k):
         return Choice("xla", "nothing is to be computed")
+    if platform == "cuda" and problem.x_dtype == "int8" and problem.bits == 8:
+        return Choice("xla", "XLA's own int8 product serves int8 x and int8 codes", True)
     reasons = []
     for name in KERNELS[platform]:
         reason = _tiles.kernel(name).why_not(problem, device_kind)
@@ -135,7 +179,7 @@ def choose(problem: Problem | str, platform: str, device_kind: str | None, num_d
                 True,
             )
         if reason is None:
-            return Choice(name, None)
+            return Choice(name, None, passed_over="; ".join(reasons))
         reasons.append(reason if len(KERNELS[platform]) == 1 else f"{name}: {reason}")
     return Choice("xla", "; ".join(reasons))
 
@@ -150,6 +194,12 @@ def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
     if meta.fmt.bits not in (4, 8):
         return f"{meta.fmt.name} has {meta.fmt.bits} bits, kernels take 4 and 8"
     integer = meta.fmt.kind == "integer"
+    if x.dtype.name == "int8" and integer:
+        plain = RowMeta(formats.get("int8"), formats.Packing.NONE, None, meta.k, meta.k)
+        longest = largest_exact_length(plain, True, meta, rows.zero_point is None)
+        at_once = meta.padded_k // (1 if rows.scale is None else max(rows.scale.shape[-1], 1))
+        if at_once > longest:
+            return f"int32 surely holds {longest} products of {meta.fmt.name} codes and int8 x, and a sum has {at_once}"
     if meta.fmt.bits == 8 and not integer:
         return f"{meta.fmt.name} is no integer and no table of 16 numbers"
     if rows.codebook is not None and rows.codebook.shape[1:3] != (1, 1):
@@ -193,6 +243,9 @@ def xla_form(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
     one = functools.partial(_xla_matrix, call=call)
     if x.shape[0] == 1:
         return one(x[0], *(leaf[0] for leaf in leaves))[None]
+    if call.meta.block_bytes is None and x.dtype != jnp.int8:
+        # One matrix after the other: blocks of all of them at once would not stay in cache.
+        return lax.map(lambda args: one(*args), (x, *leaves))
     return jax.vmap(one)(x, *leaves)
 
 
@@ -238,6 +291,16 @@ def kernel_form(
         tiles=_tiles.lookup(backend, device_kind, problem),
         interpret=call.interpret,
     )
+
+
+def interpreted(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
+    """`call_matmul` by the interpreter of the kernel that `call.backend` names, without the primitive's rules."""
+    call = dataclasses.replace(call, leaves=tuple(f for f in Rows._fields if getattr(rows, f) is not None))
+    args = [a if x.ndim == 3 else a[None] for a in (x, *(getattr(rows, field) for field in call.leaves))]
+    problem = problem_of(call, args[0], args[1:])
+    assert isinstance(problem, Problem), problem
+    y = kernel_form(*args, call=call, backend=call.backend, problem=problem, device_kind=None)
+    return y if x.ndim == 3 else y[0]
 
 
 def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
@@ -309,7 +372,7 @@ def _transpose(ct, x, *leaves, call: Call):
     nothing = [None] * len(leaves)
     if type(ct) is ad.Zero:
         return [ad.Zero(x.aval), *nothing]
-    turned = dataclasses.replace(call, transposed=not call.transposed, out_dtype=x.aval.dtype.name)
+    turned = dataclasses.replace(call, transposed=not call.transposed, out_dtype=x.aval.dtype.name, backward=True)
     return [_bind(matmul_p, [ct.astype(x.aval.dtype), *leaves], turned), *nothing]
 
 
@@ -361,7 +424,20 @@ def _batch_tangent(args, dims, *, call: Call):
 
 
 def _lower(ctx, *args, call: Call, platform: str | None):
-    return mlir.lower_fun(_form_for(ctx, call, platform), multiple_results=False)(ctx, *args)
+    with _some_device(platform, ctx.avals_in):
+        return mlir.lower_fun(_form_for(ctx, call, platform), multiple_results=False)(ctx, *args)
+
+
+def _some_device(platform: str | None, avals: Sequence[Any]) -> contextlib.AbstractContextManager:
+    """From jax 0.11 on Triton's lowering wants to know a GPU: any will do where there is none and none is named."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(a.sharding.mesh for a in avals)]
+    known = jax.default_backend() == "gpu" or not all(mesh.empty for mesh in meshes)
+    if platform != "cuda" or jax.__version_info__ < (0, 11) or known:
+        return contextlib.nullcontext()
+    from jax._src.mesh import AbstractDevice
+
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("_",), (AxisType.Auto,), abstract_device=device))
 
 
 def _form_for(ctx, call: Call, platform: str | None) -> Callable[..., jax.Array]:
@@ -373,10 +449,13 @@ def _form_for(ctx, call: Call, platform: str | None) -> Callable[..., jax.Array]
             f"quantized_matmul: the {call.backend} kernel runs on {where}, and this program is lowered for "
             f"{platform or ctx.module_context.platforms[0]}. Use interpret=True to run its interpreter."
         )
-    if platform is None and not named:
-        return functools.partial(xla_form, call=call)
-    found = problem_of(call, ctx.avals_in[0], ctx.avals_in[1:])
     kind, num_devices = _device(ctx, platform)
+    if platform is None and not named:
+        meta = dataclasses.replace(call.meta, block_bytes=_WHOLE) if num_devices > 1 else call.meta
+        return functools.partial(xla_form, call=dataclasses.replace(call, meta=meta))
+    found = problem_of(call, ctx.avals_in[0], ctx.avals_in[1:])
+    if named and call.transposed:  # of a derivative: kernels go forward
+        return functools.partial(xla_form, call=call)
     if named:
         choice = Choice(call.backend, None)
     else:
@@ -386,13 +465,14 @@ def _form_for(ctx, call: Call, platform: str | None) -> Callable[..., jax.Array]
     if choice.reason is None:
         assert isinstance(found, Problem), found
         return functools.partial(kernel_form, call=call, backend=choice.backend, problem=found, device_kind=kind)
-    if call.backend == "auto" and not call.transposed and not choice.preferred:  # backward there is no kernel
+    if call.backend == "auto" and not call.backward and not choice.preferred:
         warnings.warn(
             f"{call.meta.fmt.name} product with k = {call.meta.k} takes the XLA form on {platform}: {choice.reason}.",
             FallbackWarning,
             stacklevel=2,
         )
-    wide = dataclasses.replace(call.meta, block_bytes=_ACCELERATOR_BLOCK_BYTES)
+    size = _WHOLE if num_devices > 1 else _ACCELERATOR_BLOCK_BYTES // max(ctx.avals_in[0].shape[0], 1)
+    wide = dataclasses.replace(call.meta, block_bytes=size)
     return functools.partial(xla_form, call=dataclasses.replace(call, meta=wide))
 
 
@@ -405,7 +485,7 @@ def _device(ctx, platform: str | None) -> tuple[str | None, int]:
     elif hasattr(context, "mesh"):  # inside shard_map; axes that are not manual are still XLA's
         manual = context.manual_axes | set(getattr(context.mesh, "manual_axes", ()))
         num_devices = math.prod(size for name, size in context.mesh.shape.items() if name not in manual)
-    if devices:
+    if devices and devices[0].platform in (platform, {"cuda": "gpu"}.get(platform or "")):  # not lowered for another
         return devices[0].device_kind, num_devices
     return _tiles.device_kind(platform), num_devices
 

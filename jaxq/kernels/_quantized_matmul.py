@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxq import formats
 from jaxq.kernels import _tiles
-from jaxq.kernels._call import KERNELS, Call, call_matmul, problem_of
+from jaxq.kernels._call import KERNELS, Call, call_matmul, interpreted, problem_of
 from jaxq.kernels._codes import largest_exact_length
 from jaxq.kernels._rows import RowMeta, Rows
 
@@ -54,7 +54,8 @@ def quantized_matmul(
       layout: "rows", which GPU kernels take, or "columns", which TPU kernels take.
       out_dtype: of the result; None takes x's, for int8 x float32, or int32 without scale.
       backend: "auto", "xla", or a kernel: "tpu", "mosaic_gpu", "triton".
-      interpret: run the kernel's interpreter: slow, on any platform, for tests.
+      interpret: run the interpreter of the kernel that `backend` names: slow, on any platform, for tests; that of
+        "mosaic_gpu" without derivatives.
 
     Returns:
       `[..., n]`.
@@ -82,6 +83,8 @@ def quantized_matmul(
     def refuse(kind: type[Exception], problem: str) -> Exception:
         return kind(f"quantized_matmul: {problem} ({shown}).")
 
+    if interpret and backend in ("auto", "xla"):
+        raise ValueError(f"quantized_matmul: interpret=True needs a kernel's name as backend=, got {backend!r}.")
     if x.dtype.name not in ("bfloat16", "float16", "float32", "int8"):
         raise refuse(TypeError, "x must be bfloat16, float16, float32 or int8")
     if x.dtype == jnp.int8 and fmt.kind != "integer":
@@ -108,9 +111,14 @@ def quantized_matmul(
     for name, leaf in (("scale", scale), ("zero_point", zero_point)):
         if leaf is not None and leaf.shape != (*lead, n, groups):
             raise refuse(ValueError, f"{name} must be {[*lead, n, groups]}: one row for every row of codes")
+    if codebook is not None and codebook.dtype.name not in ("bfloat16", "float16", "float32"):
+        raise refuse(TypeError, "codebook must be bfloat16, float16 or float32")
     if codebook is not None and (fmt.kind != "codebook" or codebook.shape != (2**fmt.bits,)):
-        raise refuse(ValueError, f"codebook goes with a codebook format and has 2^bits numbers, not with {fmt.name}")
+        shape = [2**fmt.bits]
+        raise refuse(ValueError, f"codebook goes with a codebook format, and is one table {shape} for the whole stack")
     fill = formats.codes_per_pack(fmt.bits, packing)
+    if not groups and k:
+        raise refuse(ValueError, f"scale has no groups, and rows of data hold {padded_k} codes")
     group = padded_k // groups if groups else 0
     if groups and padded_k % groups:
         raise refuse(ValueError, f"{groups} groups do not divide the {padded_k} codes of a row")
@@ -136,11 +144,14 @@ def quantized_matmul(
         longest = largest_exact_length(plain, True, meta, zero_point is None)
         if padded_k > longest:
             raise refuse(ValueError, f"int32 surely holds {longest} of these products, and a row has {padded_k}")
-    flat = x.reshape(*lead, -1 if k else math.prod(x.shape[len(lead) : -1]), k)
+    flat = x.reshape(*lead, math.prod(x.shape[len(lead) : -1]), k)
     call = Call(meta, (), out.name, backend=backend, interpret=interpret)
+    if 0 in (*lead, n, flat.shape[-2]):
+        return jnp.zeros((*x.shape[:-1], n), out)
     if backend not in ("auto", "xla"):
         _check_kernel(call, flat, rows, refuse)
-    y = call_matmul(flat, rows, call)
+    # That interpreter has effects, which no primitive of ours can have.
+    y = (interpreted if interpret and backend == "mosaic_gpu" else call_matmul)(flat, rows, call)
     return y.reshape(*x.shape[:-1], n)
 
 

@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.extend.core import Primitive
@@ -145,7 +144,9 @@ def _parts(*operands: jax.Array, problem: Problem, tiles: tuple, interpret: bool
 
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((splits, p.e, p.m, p.n), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct(
+            (splits, p.e, p.m, p.n), jnp.float32, manual_axis_type=jax.typeof(operands[0]).manual_axis_type
+        ),
         grid=(pl.cdiv(p.m, bm), pl.cdiv(p.n, bn), p.e * splits),
         compiler_params=plt.CompilerParams(num_warps=options["warps"], num_stages=options["stages"]),
         interpret=interpret,
@@ -188,7 +189,8 @@ def _lower_quietly(ctx, *operands, call):
 
 def _abstract(x, data, *_, call):
     splits = dict(call.keywords["tiles"])["splits"]
-    return ShapedArray((splits, x.shape[0], x.shape[2], data.shape[1]), jnp.float32)
+    shape = (splits, x.shape[0], x.shape[2], data.shape[1])
+    return x.update(shape=shape, dtype=jnp.dtype(jnp.float32), weak_type=False)
 
 
 _parts_p.def_impl(lambda *operands, call: jax.jit(functools.partial(_parts_p.bind, call=call))(*operands))

@@ -61,8 +61,39 @@ def dot_general(
     dims = _as_tuples(dimension_numbers)
     _check_sizes(lhs, rhs, dims)
     _check_floats(lhs, rhs)
-    plan = make_plan(lhs, rhs, dims)
     out_dtype = _result_dtype(lhs, rhs, preferred_element_type)
+    if not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor):
+        return _dot_general(lhs, rhs, dims, out_dtype, precision=precision, **kwargs)
+    specs = (_spec_of(lhs), _spec_of(rhs))
+    batch = [specs[0][a] for a in dims[1][0]]
+    free = [s[a] for s, c, b in zip(specs, dims[0], dims[1], strict=True) for a in range(len(s)) if a not in (*c, *b)]
+    product = functools.partial(_dot_general, dims=dims, out_dtype=out_dtype)
+    return kernels.over_explicit_axes(product, (*batch, *free), lhs, rhs)
+
+
+def _spec_of(x: jax.Array | QTensor) -> tuple:
+    """The mesh axes that each axis of an operand lies over, where its type says so; none for contracted codes."""
+    if not isinstance(x, QTensor):
+        return kernels.spec_of(x)
+    num_batch, geometry = len(x.batch_shape), x.meta.geometry
+    stored, out = kernels.spec_of(x.data), [None] * x.ndim
+    out[:num_batch] = stored[:num_batch]
+    if not geometry.flat:
+        first = num_batch + (x.meta.layout == "columns")
+        for i, axis in enumerate(geometry.kept):
+            out[x.ndim + axis] = stored[first + i]
+    return tuple(out)
+
+
+def _dot_general(
+    lhs: jax.Array | QTensor,
+    rhs: jax.Array | QTensor,
+    dims: DimensionNumbers,
+    out_dtype: Any,
+    precision: Any = None,
+    **kwargs: Any,
+) -> jax.Array:
+    plan = make_plan(lhs, rhs, dims)
     if isinstance(rhs, QTensor) and rhs.meta.activation is not None and not isinstance(lhs, QTensor):
         return _dynamic(lhs, rhs, dims, False).astype(out_dtype)
     if isinstance(lhs, QTensor) and lhs.meta.activation is not None and not isinstance(rhs, QTensor):
@@ -121,7 +152,13 @@ def explain(
     plan = make_plan(lhs, rhs, dims)
     platform = {"gpu": "cuda"}.get(platform or jax.default_backend(), platform or jax.default_backend())
     choice = _choose_kernel(lhs, rhs, dims, platform)
-    return dataclasses.replace(plan, kernel=choice.backend, why_no_kernel=choice.reason, platform=platform)
+    return dataclasses.replace(
+        plan,
+        kernel=choice.backend,
+        why_no_kernel=choice.reason,
+        passed_over=choice.passed_over,
+        platform=platform,
+    )
 
 
 def _choose_kernel(lhs: Any, rhs: Any, dims: DimensionNumbers, platform: str) -> kernels.Choice:
@@ -132,7 +169,7 @@ def _choose_kernel(lhs: Any, rhs: Any, dims: DimensionNumbers, platform: str) ->
     shaped = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (lhs, rhs))
     shardings: list[Any] = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves((lhs, rhs))]
     num_devices = max([1, *(len(s.device_set) for s in shardings if hasattr(s, "device_set"))])
-    choice = kernels.Choice("xla", "no block-wise product is left to it")
+    choice = kernels.Choice("xla", "kernels multiply floats, or int8 of one scale a row, by a weight; this is neither")
     for call, x, leaves in kernels.calls(traced(*shaped).jaxpr):
         found = kernels.problem_of(call, x, leaves)
         choice = kernels.choose(found, platform, kernels.device_kind(platform), num_devices)

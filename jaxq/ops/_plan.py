@@ -33,6 +33,7 @@ class Plan:
       reason: why this path, in words.
       kernel: the Pallas kernel that runs it on `platform`: "tpu", "mosaic_gpu", "triton"; or "xla" where none does.
       why_no_kernel: the reason where none does.
+      passed_over: kernels of the platform that were asked before the one that runs, with their reasons.
       platform: what the kernel was chosen for; None where nobody asked.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     reason: str
     kernel: str = "xla"
     why_no_kernel: str | None = None
+    passed_over: str = ""
     platform: str | None = None
 
     def __str__(self) -> str:
@@ -50,7 +52,8 @@ class Plan:
         if self.platform not in kernels.KERNELS:
             return text
         if self.why_no_kernel is None:
-            return f"{text}; runs as the {self.kernel} kernel on {self.platform}"
+            others = f" ({self.passed_over})" if self.passed_over else ""
+            return f"{text}; runs as the {self.kernel} kernel on {self.platform}{others}"
         return f"{text}; in plain XLA on {self.platform}: {self.why_no_kernel}"
 
 

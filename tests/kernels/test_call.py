@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxq
 from jaxq import kernels
@@ -173,7 +173,9 @@ def test_the_kernel_runs_on_stacks(platform):
 @pytest.mark.parametrize("platform", CUSTOM_CALL)
 def test_the_kernel_runs_inside_shard_map(platform):
     qt, x = weight("int4", LAYOUT[platform], "bfloat16"), bf16(M, K)
-    mesh = AbstractMesh((4,), ("d",), abstract_device=_abstract_device("cuda") if platform == "cuda" else None)
+    mesh = AbstractMesh(
+        (4,), ("d",), (AxisType.Auto,), abstract_device=_abstract_device("cuda") if platform == "cuda" else None
+    )
     columns = PartitionSpec("d", None) if LAYOUT[platform] == "rows" else PartitionSpec(None, "d")
 
     def f(x, data, scale):
@@ -206,7 +208,7 @@ def test_one_program_for_several_platforms():
 @pytest.mark.parametrize("along", ["n", "k"])
 def test_plain_jit_over_several_devices_takes_the_xla_form_and_says_so(platform, along):
     qt, x = weight("int8", LAYOUT[platform], "bfloat16"), bf16(M, K)
-    mesh = AbstractMesh((4,), ("d",))
+    mesh = AbstractMesh((4,), ("d",), (AxisType.Auto,))
     axis = (1 if along == "k" else 0) if LAYOUT[platform] == "rows" else (0 if along == "k" else 1)
 
     def struct(leaf, axis):
@@ -288,3 +290,76 @@ def test_explain_sees_shardings():
     plan = jaxq.explain(bf16(M, K), qt, platform="tpu")
     assert plan.kernel == "xla"
     assert "4 devices" in plan.why_no_kernel
+
+
+# Meshes whose axes are part of an array's type, as `jax.make_mesh` makes them.
+
+
+@pytest.mark.parametrize("activation", [None, "int8"])
+@pytest.mark.parametrize("where", ["rows of x", "columns of the weight", "k"])
+def test_ordinary_jit_on_four_devices(where, activation):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    auto = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    x, qt = normal(M, K), jaxq.quantize(normal(K, N), jaxq.QuantSpec("int4", jaxq.PerGroup(32)))
+    expected = jax.jit(jaxq.matmul)(x, qt.with_activation(activation))
+    x_spec = {"rows of x": ("d",), "columns of the weight": (), "k": (None, "d")}[where]
+    w_spec = {"rows of x": (), "columns of the weight": ("d",), "k": (None, "d")}[where]
+    for found in (mesh, auto):
+
+        def put(a, spec, found=found):
+            return jax.device_put(a, NamedSharding(found, PartitionSpec(*spec)))
+
+        sharded = jax.tree.map(lambda leaf, put=put: put(leaf, w_spec), qt).with_activation(activation)
+        with jax.set_mesh(found):
+            y = jax.jit(jaxq.matmul)(put(x, x_spec), sharded)
+            dx = jax.jit(jax.grad(lambda x, qt: jnp.sum(jnp.sin(x @ qt))))(put(x, x_spec), sharded)
+        close(y, expected)
+        slope = jax.grad(lambda x: jnp.sum(jnp.sin(x @ qt.with_activation(activation))))(x)
+        close(dx, slope, 1e-4)
+    # The type of the result says how it lies.
+    wide = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*x_spec)))
+    leaves = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*w_spec))), qt)
+    spec = jax.typeof(jax.jit(jaxq.matmul)(wide, leaves)).sharding.spec
+    assert tuple(spec) == (("d", None) if where == "rows of x" else (None, "d") if where != "k" else (None, None))
+
+
+def test_the_triton_kernel_runs_inside_shard_map():
+    mesh = AbstractMesh((4,), ("d",), (AxisType.Auto,), abstract_device=_abstract_device("cuda"))
+    specs = (PartitionSpec(), PartitionSpec("d"), PartitionSpec("d"))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(None, "d"))
+    def by_columns(x, data, scale):
+        return kernels.quantized_matmul(x, data, scale)
+
+    qt = weight("int4")
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (normal(M, K), qt.data, qt.scale)]
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(by_columns).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" in text
+
+
+def test_a_transposed_weight_says_that_it_has_no_kernel():
+    qt = weight("int4", dtype="bfloat16")
+    with pytest.warns(kernels.FallbackWarning, match="kept axes are contracted"):
+        lowered("cuda", lambda y, qt: y @ qt.T, bf16(M, N), qt)
+    with warnings.catch_warnings():  # a derivative has none either, and nobody expects one
+        warnings.simplefilter("error", kernels.FallbackWarning)
+        lowered("cuda", jax.grad(lambda x, qt: jnp.sum(x @ qt).astype(jnp.float32)), bf16(M, K), qt)
+
+
+def test_int8_products_on_a_gpu_are_xlas_own_and_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kernels.FallbackWarning)
+        lowered("cuda", jaxq.matmul, bf16(M, K), weight("int8", dtype="bfloat16").with_activation("int8"))
+    with pytest.warns(kernels.FallbackWarning, match="int8"):
+        lowered("cuda", jaxq.matmul, bf16(M, K), weight("int4", dtype="bfloat16").with_activation("int8"))
+
+
+def test_a_stack_is_decoded_one_matrix_after_the_other():
+    def memory(num: int) -> int:
+        qt = jax.eval_shape(lambda w: jaxq.quantize(w, "int4", contracting=-2, batch=0), jnp.zeros((num, 1024, 1024)))
+        product = jax.jit(lambda x, qt: jaxq.einsum("emk,ekn->emn", x, qt))
+        compiled = product.lower(jax.ShapeDtypeStruct((num, 4, 1024), jnp.float32), qt).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(8) < 1.5 * memory(2)

@@ -195,3 +195,51 @@ def test_the_choice_of_every_platform_has_a_reason():
     for platform in ("cpu", "rocm"):
         assert kernels.choose(problem, platform, None)[:2] == ("xla", f"there are no kernels for {platform}")
     assert "shard_map" in kernels.choose(problem, "tpu", None, num_devices=4).reason
+
+
+@pytest.mark.parametrize(("backend", "layout"), [("tpu", "columns"), ("triton", "rows"), ("mosaic_gpu", "rows")])
+@pytest.mark.parametrize("name", ["int4", "nf4"])
+def test_interpreters_through_the_public_function(name, layout, backend):
+    """What lies between the arguments and a kernel: the order of codes, scales along k, a format's own table."""
+    arrays, options, matrix, _ = packed(name, 64, n=64, layout=layout)
+    x = normal(5, 256).astype(jnp.bfloat16)
+    found = quantized_matmul(x, *arrays, **options, backend=backend, interpret=True)
+    exact = np.asarray(x, np.float64) @ matrix.T
+    assert np.linalg.norm(np.asarray(found, np.float64) - exact) <= 5e-3 * np.linalg.norm(exact)
+
+
+def test_a_named_kernel_has_derivatives():
+    (data, scale), options, matrix, _ = packed("int4", 64, n=64, layout="columns")
+
+    def loss(x, scale, **how):
+        return jnp.sum(quantized_matmul(x, data, scale, **options, **how))
+
+    x = normal(5, 256)
+    found = jax.grad(loss, argnums=(0, 1))(x, scale, backend="tpu", interpret=True)
+    np.testing.assert_allclose(found[0], np.broadcast_to(matrix.sum(0), (5, 256)), 1e-4, 1e-4)
+    np.testing.assert_allclose(found[1], jax.grad(loss, argnums=1)(x, scale), 1e-4, 1e-4)
+
+
+def test_sums_that_int32_may_not_hold_take_another_way():
+    k = 2**17 + 256
+    arrays = jnp.full((8, k), -128, jnp.int8), jnp.full((k, 128), -128, jnp.int8), jnp.ones((128, 1))
+    options = {"format": "int8", "layout": "columns"}
+    np.testing.assert_allclose(quantized_matmul(*arrays, **options), 128.0 * 128.0 * k, 1e-6)
+    with pytest.raises(ValueError, match="int32 surely holds 131071 products"):
+        quantized_matmul(*arrays, **options, backend="tpu", interpret=True)
+
+
+def test_empty_stacks_and_more_that_does_not_fit():
+    data, scale = jnp.zeros((24, 128), jnp.uint8), jnp.ones((24, 4))
+    assert quantized_matmul(jnp.ones((0, 5, 256)), jnp.zeros((0, 24, 128), jnp.uint8), jnp.ones((0, 24, 4))).shape == (
+        *(0, 5, 24),
+    )
+    x = jnp.ones((5, 256))
+    with pytest.raises(ValueError, match="scale has no groups, and rows of data hold 256 codes"):
+        quantized_matmul(x, data, jnp.ones((24, 0)))
+    with pytest.raises(TypeError, match="codebook must be"):
+        quantized_matmul(x, data, scale, format="nf4", codebook=jnp.ones(16, jnp.complex64))
+    with pytest.raises(ValueError, match=r"one table \[16\] for the whole stack"):
+        quantized_matmul(x, data, scale, format="nf4", codebook=jnp.ones((2, 16)))
+    with pytest.raises(ValueError, match="needs a kernel's name"):
+        quantized_matmul(x, data, scale, interpret=True)
