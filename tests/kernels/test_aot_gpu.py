@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
     reason="needs jax-cuda13-plugin and jax-cuda13-pjrt, as tests/kernels/aot_gpu.py says",
 )
 @pytest.mark.parametrize("kernel", ["mosaic_gpu", "triton"])
-def test_compiles_for_h200(kernel):
+def test_compiles_for_h200(kernel, capsys):
     """In a process of its own: a compiler may end the process it fails in."""
     command = [sys.executable, "-m", "tests.kernels.aot_gpu", kernel]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -26,3 +26,5 @@ def test_compiles_for_h200(kernel):
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line for line in lines if line.startswith("FAILED")] == []
     assert sum(line.startswith("ok ") for line in lines) >= 56
+    with capsys.disabled():
+        print(f"\n{lines[-1]}")

@@ -15,7 +15,7 @@ NOT_SERVED = {"codebook4 int8 x m=32", "codebook4 int8 x m=512", "codebook4 int3
 @pytest.mark.heavy
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='libtpu is not installed: pip install "jax[tpu]"')
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
-def test_every_case_compiles(topology):
+def test_every_case_compiles(topology, capsys):
     """In a process of its own: the compiler aborts on some faults, and takes the process with it."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.kernels.aot_tpu", topology],
@@ -32,3 +32,5 @@ def test_every_case_compiles(topology):
     compiled = sum(line.startswith("ok ") for line in lines)
     assert compiled > 60
     assert lines[-1].startswith(f"{compiled} compiled for TPU")
+    with capsys.disabled():
+        print(f"\n{lines[-1]}")
