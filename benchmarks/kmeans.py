@@ -1,7 +1,8 @@
 """Time of clustering 16.8 million float32 weights about 16 centres, beside scikit-learn.
 
 jaxq clusters all of them and finds their codes; so does MiniBatchKMeans, in one pass over them in batches of 16384
-(with its default of up to 100 passes in batches of 1024 it takes minutes). How good the centres are is measured on every 16th weight, beside plain Lloyd iterations (scikit-learn's KMeans) on these alone from the same start.
+(with its default of up to 100 passes in batches of 1024 it takes minutes). How good the centres are is measured on
+every 16th weight, beside plain Lloyd iterations (scikit-learn's KMeans) on these alone from the same start.
 """
 
 from __future__ import annotations
