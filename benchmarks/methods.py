@@ -8,6 +8,7 @@ held-out text. Heads and embeddings stay in floats.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ from jaxq import methods, models
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONTEXT, TOKENS, BATCHES, BATCH = 256, 64 * 256, 8, 4
 SEEDS = (0, 1, 2)
-BITS = (8, 4, 3, 2)
+# Rows of a run that was cut short, which the next one does not measure again.
+PARTIAL = Path(__file__).parent / "results" / "methods-partial.json"
+BITS = (4, 3, 8, 2)
 PER_CHANNEL = jaxq.QuantSpec("int4", jaxq.PerChannel())
 # name: (method, options, needs data)
 METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -119,16 +122,22 @@ def run() -> dict[str, Any]:
     text = Text()
     data = {seed: text.calibration(seed) for seed in SEEDS}
     measure = Measured(text.model, text.tokens)
-    rows = [{"what": "float32", "method": "-", "bits": 32.0, "seconds": 0.0, **measure(text.model)}]
+    rows = json.loads(PARTIAL.read_text()) if PARTIAL.exists() else []
+    rows = rows or [{"what": "float32", "method": "-", "bits": 32.0, "seconds": 0.0, **measure(text.model)}]
     for spec, name, how, needs in cases():
+        if any((row["what"], row["method"]) == (spec, name) for row in rows):
+            continue
         figures = []
         for seed in SEEDS if needs else SEEDS[:1]:
             qmodel, report, seconds = quantized(text.model, how, data[seed] if needs else None, seed)
             figures.append({"bits": report.bits_per_weight, "seconds": seconds, **measure(qmodel)})
         row = {key: float(np.mean([f[key] for f in figures])) for key in figures[0]}
         rows.append({"what": spec, "method": name, "perplexities": [f["perplexity"] for f in figures], **row})
+        PARTIAL.write_text(json.dumps(rows))
         print(f"{spec} {name}: {row['perplexity']:.3f} {row['kl']:.4f} {row['seconds']:.1f} s", flush=True)
-    return {"subject": "methods", "rows": rows, "outliers": outliers(text, data[0]), "missing": []}
+    result = {"subject": "methods", "rows": rows, "outliers": outliers(text, data[0]), "missing": []}
+    PARTIAL.unlink(missing_ok=True)
+    return result
 
 
 def outliers(text: Text, data: list[np.ndarray]) -> list[dict[str, Any]]:
