@@ -33,7 +33,7 @@ ENVIRONMENT = {
         "MALLOC_TRIM_THRESHOLD_": "17179869184",
     }
 }
-PACKAGES = ("bitsandbytes", "gguf", "jax", "jaxlib", "numpy", "torch")
+PACKAGES = ("bitsandbytes", "gguf", "jax", "jaxlib", "numpy", "scikit-learn", "torch")
 
 
 def device() -> dict[str, Any]:
@@ -49,7 +49,8 @@ def device() -> dict[str, Any]:
         about["cores"] = text.count("processor\t")
         flags = set(re.search(r"flags\s*: (.*)", text)[1].split())  # pyright: ignore[reportOptionalSubscript]
         about["flags"] = sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"})
-    about["versions"] = {p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(p)}
+    modules = {name: {"scikit-learn": "sklearn"}.get(name, name) for name in PACKAGES}
+    about["versions"] = {p: importlib.metadata.version(p) for p in PACKAGES if importlib.util.find_spec(modules[p])}
     return about
 
 

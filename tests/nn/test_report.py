@@ -108,7 +108,7 @@ def test_forms(made):
     for row in report.rows:
         assert row.path in text
         assert f"| {row.path} |" in table
-    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {12}
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {13}
     assert text.splitlines()[-1] == table.splitlines()[-1]
     assert text.splitlines()[-1].startswith("2 of 14 parameters quantized")
     again = json.loads(json.dumps(report.to_dict()))
