@@ -86,7 +86,9 @@ def test_every_preset_is_a_recipe():
     for name in recipes.names():
         last = recipes.as_recipe(name, "test").rules[-1]
         assert last.pattern == "**"
-        assert (last.activation is not None) == (name in ("fp8_dynamic", "w4a8", "w8a8"))
+        assert (last.activation is not None) == (name in ("fp8_dynamic", "w4a8", "w8a8", "w8a8_smoothquant"))
+        method = next((m for m in ("gptq", "awq", "hqq", "adaround", "smoothquant") if name.endswith(m)), "rtn")
+        assert last.method == ("llm_int8" if name == "llm_int8" else method)
 
 
 @pytest.mark.parametrize(("name", "close"), [("int88", "int8"), ("w8a88", "w8a8"), ("nf-5", "nf4")])
