@@ -13,12 +13,11 @@ from jaxq.kernels._call import (
     call_matmul,
     calls,
     choose,
-    over_explicit_axes,
     problem_of,
-    spec_of,
     xla_form,
 )
 from jaxq.kernels._codes import codes_matmul, is_native_float, largest_exact_length
+from jaxq.kernels._devices import over_explicit_axes, spec_of
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._quantized_matmul import quantized_matmul
 from jaxq.kernels._ragged import ragged_matmul

@@ -19,7 +19,6 @@ A program for several devices is partitioned by XLA, which cannot cut a kernel: 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -32,11 +31,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jaxq import formats
 from jaxq.kernels import _tiles
 from jaxq.kernels._codes import codes_matmul, largest_exact_length
+from jaxq.kernels._devices import device_of, over_explicit_axes, some_device, spec_of
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._rows import RowMeta, Rows, as_rows
 from jaxq.kernels._xla import rows_gradient, transposed_matmul, weight_only_matmul
@@ -120,34 +119,6 @@ def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
     n_axis = x.ndim - 2 if call.meta.layout == "rows" else x.ndim - 1
     last = None if call.transposed else spec_of(rows.data)[n_axis]
     return over_explicit_axes(bind, (*spec_of(x)[:-1], last), *args)
-
-
-def spec_of(x: Any) -> tuple:
-    """The mesh axes that each axis of an array lies over, where that is part of its type."""
-    return tuple(getattr(jax.typeof(x).sharding, "spec", None) or (None,) * jnp.ndim(x))
-
-
-def over_explicit_axes(fn: Callable[..., jax.Array], spec: Sequence[Any], *args: Any) -> jax.Array:
-    """`fn(*args)` where mesh axes of explicit type among the operands' are left to XLA.
-
-    Loops over blocks of rows have no sharding that a type could state. Only the result's is: `spec`, less what names a
-    mesh axis twice. Without such axes it is the call.
-    """
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args)]
-    found = {mesh: [n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit]
-             for mesh in meshes if not mesh.empty}  # fmt: skip
-    mesh = next((mesh for mesh, names in found.items() if names), None)
-    if mesh is None:
-        return fn(*args)
-    taken: set[str] = set()
-    out = []
-    for entry in spec:
-        names = set(entry if isinstance(entry, tuple) else () if entry is None else (entry,))
-        out.append(None if names & taken else entry)
-        taken |= names
-    sharding = NamedSharding(mesh, PartitionSpec(*out))
-    auto: Any = jax.sharding.auto_axes(fn, axes=tuple(found[mesh]), out_sharding=sharding)
-    return auto(*args)
 
 
 def choose(problem: Problem | str, platform: str, device_kind: str | None, num_devices: int = 1) -> Choice:
@@ -424,20 +395,8 @@ def _batch_tangent(args, dims, *, call: Call):
 
 
 def _lower(ctx, *args, call: Call, platform: str | None):
-    with _some_device(platform, ctx.avals_in):
+    with some_device(platform, ctx.avals_in):
         return mlir.lower_fun(_form_for(ctx, call, platform), multiple_results=False)(ctx, *args)
-
-
-def _some_device(platform: str | None, avals: Sequence[Any]) -> contextlib.AbstractContextManager:
-    """From jax 0.11 on Triton's lowering wants to know a GPU: any will do where there is none and none is named."""
-    meshes = [jax.sharding.get_abstract_mesh(), *(a.sharding.mesh for a in avals)]
-    known = jax.default_backend() == "gpu" or not all(mesh.empty for mesh in meshes)
-    if platform != "cuda" or jax.__version_info__ < (0, 11) or known:
-        return contextlib.nullcontext()
-    from jax._src.mesh import AbstractDevice
-
-    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("_",), (AxisType.Auto,), abstract_device=device))
 
 
 def _form_for(ctx, call: Call, platform: str | None) -> Callable[..., jax.Array]:
@@ -449,7 +408,7 @@ def _form_for(ctx, call: Call, platform: str | None) -> Callable[..., jax.Array]
             f"quantized_matmul: the {call.backend} kernel runs on {where}, and this program is lowered for "
             f"{platform or ctx.module_context.platforms[0]}. Use interpret=True to run its interpreter."
         )
-    kind, num_devices = _device(ctx, platform)
+    kind, num_devices = device_of(ctx, platform)
     if platform is None and not named:
         meta = dataclasses.replace(call.meta, block_bytes=_WHOLE) if num_devices > 1 else call.meta
         return functools.partial(xla_form, call=dataclasses.replace(call, meta=meta))
@@ -474,20 +433,6 @@ def _form_for(ctx, call: Call, platform: str | None) -> Callable[..., jax.Array]
     size = _WHOLE if num_devices > 1 else _ACCELERATOR_BLOCK_BYTES // max(ctx.avals_in[0].shape[0], 1)
     wide = dataclasses.replace(call.meta, block_bytes=size)
     return functools.partial(xla_form, call=dataclasses.replace(call, meta=wide))
-
-
-def _device(ctx, platform: str | None) -> tuple[str | None, int]:
-    """The kind of device a program is lowered for, if known, and how many of them XLA partitions it over."""
-    context = ctx.module_context.axis_context
-    num_devices, devices = 1, None
-    if hasattr(context, "num_devices"):  # ordinary jit
-        num_devices, devices = context.num_devices, context.device_assignment
-    elif hasattr(context, "mesh"):  # inside shard_map; axes that are not manual are still XLA's
-        manual = context.manual_axes | set(getattr(context.mesh, "manual_axes", ()))
-        num_devices = math.prod(size for name, size in context.mesh.shape.items() if name not in manual)
-    if devices and devices[0].platform in (platform, {"cuda": "gpu"}.get(platform or "")):  # not lowered for another
-        return devices[0].device_kind, num_devices
-    return _tiles.device_kind(platform), num_devices
 
 
 for _primitive, _form, _batch_rule in ((matmul_p, xla_form, _batch), (tangent_p, _tangent_form, _batch_tangent)):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxq import qtensor
+
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -64,14 +66,7 @@ def raise_if_not_finite(x: jax.Array, name: str, caller: str) -> None:
     """Outside jit, a ValueError that names the first number that is NaN or infinite."""
     if isinstance(x, Tracer):
         return
-    finite = np.asarray(jnp.isfinite(x))
-    if finite.all():
-        return
-    index = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), finite.shape))
-    raise ValueError(
-        f"{caller}: {name}[{', '.join(map(str, index))}] is {np.asarray(x[index], np.float32)}, one of "
-        f"{int((~finite).sum())} non-finite numbers ({name}: {describe(x)}). Clean the array first."
-    )
+    qtensor.raise_if_not_finite(x, name, caller, remedy="Clean the array first.")
 
 
 def over_stack(one: Callable[..., Any], w: jax.Array, *statistics: tuple[jax.Array, int]) -> Any:

@@ -30,7 +30,7 @@ class Solved(NamedTuple):
       method: what made it: the method asked for, or "rtn" where that fell back.
       note: why it fell back, or what else is worth knowing; empty if nothing.
       loss: mean squared error of the layer's output on held-out inputs over that of rounding to nearest; None without
-        inputs.
+        inputs, and for methods whose weight is the rounded one.
     """
 
     qt: QTensor
@@ -45,10 +45,12 @@ class Method(NamedTuple):
     Attributes:
       solve: `(w, stats, spec, key, **options) -> (QTensor, note)`.
       needs_data: it cannot do without statistics.
+      judged: its weight is another than rounding gives, and is compared with that on held-out inputs.
     """
 
     solve: Callable[..., tuple[QTensor, str]]
     needs_data: bool
+    judged: bool = True
 
 
 def names() -> list[str]:
@@ -105,10 +107,8 @@ def solve(
         if "unexpected keyword" in str(error):
             raise TypeError(f"{name}: {error}; options are {sorted(options or {})}.") from None
         raise
-    if stats is None or int(np.sum(stats.num_held_out)) == 0:
+    if not found.judged or stats is None or int(np.sum(stats.num_held_out)) == 0:
         return Solved(qt, method, note, None)
-    if method in ("rtn", "llm_int8"):
-        return Solved(qt, method, note, 1.0)
     nearest, _ = rtn(w, spec)
     ours, theirs = (float(output_error(w, q, stats.held_out)) for q in (qt, nearest))
     loss = ours / theirs if theirs else 1.0
@@ -191,7 +191,7 @@ METHODS = {
     "gptq": Method(_gptq, True),
     "hqq": Method(_hqq, False),
     "kmeans": Method(_kmeans, False),
-    "llm_int8": Method(_llm_int8, False),
-    "rtn": Method(_rtn, False),
-    "smoothquant": Method(_rtn, True),
+    "llm_int8": Method(_llm_int8, False, judged=False),
+    "rtn": Method(_rtn, False, judged=False),
+    "smoothquant": Method(_rtn, True, judged=False),
 }

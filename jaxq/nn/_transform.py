@@ -92,9 +92,9 @@ def quantize_model(
     _check_data(matched, data)
     groups = foldable(copy, rules)
     if groups:
+        data.check_batches()
         folding = data.of_model(copy, [group.targets[0] for group, _ in groups], hessian=False)
         copy = folded(copy, groups, folding)
-        data.forget()
         matched = _match(copy, recipe, on_nonfinite)
     variables = {id(v): (path, v) for path, v in _variables(copy)}  # alive, so that identities stay theirs
     rows: dict[int, Row] = {}  # by the identity of the variable in the copy
@@ -167,8 +167,8 @@ class _Data:
         first = calibrate(model, self._batches[:1], layers=paths, hessian=False, **self._how)
         return list(first)
 
-    def forget(self) -> None:
-        """Statistics of another model are none of this one."""
+    def check_batches(self) -> None:
+        """Raises where there are only statistics, which are of no use once the model changes."""
         if self._stats is not None:
             raise ValueError(
                 "quantize_model: a method that folds scales changes what reaches the layers, so it needs the batches "
@@ -178,7 +178,7 @@ class _Data:
 
 def _looks(rule: Rule, data: _Data) -> bool:
     """Whether a rule's method is shown the data."""
-    return bool(data) and rule.method not in ("rtn", "llm_int8", "smoothquant")
+    return bool(data) and methods.METHODS[rule.method].judged
 
 
 def _check_data(matched: list[tuple[Found, Rule | None]], data: _Data) -> None:

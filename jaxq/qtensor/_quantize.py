@@ -275,16 +275,20 @@ def _describe(dtype: str, shape: tuple[int, ...]) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def raise_if_not_finite(x: jax.Array, name: str, caller: str) -> None:
-    """Raises a ValueError that names the first number of `x` that is NaN or infinite."""
+def raise_if_not_finite(
+    x: jax.Array,
+    name: str,
+    caller: str,
+    remedy: str = "Clean the array, or pass on_nonfinite='zero', 'saturate' or 'propagate'.",
+) -> None:
+    """Raises a ValueError that names the first number of `x` that is NaN or infinite, and the remedy."""
     finite = np.asarray(jnp.isfinite(x))
     if finite.all():
         return
     index = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), finite.shape))
     raise ValueError(
         f"{caller}: {name}[{', '.join(map(str, index))}] is {np.asarray(x[index], np.float32)}, one of "
-        f"{int((~finite).sum())} non-finite numbers ({name}: {_describe(x.dtype.name, x.shape)}). Clean the array, or "
-        "pass on_nonfinite='zero', 'saturate' or 'propagate'."
+        f"{int((~finite).sum())} non-finite numbers ({name}: {_describe(x.dtype.name, x.shape)}). {remedy}"
     )
 
 

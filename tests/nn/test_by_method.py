@@ -46,7 +46,7 @@ OPTIONS = {"adaround": {"num_steps": 200}, "kmeans": {"granularity": jaxq.PerCha
 
 
 @pytest.mark.parametrize("method", sorted(set(methods.names()) - {"awq", "smoothquant", "rtn", "llm_int8"}))
-def test_every_method_is_better_on_inputs_it_has_not_seen(method):
+def test_every_method_runs_and_those_that_fit_outputs_gain_on_new_inputs(method):
     model, fresh = Pair(), correlated(256, 32, seed=99)
     qmodel, report = quantize(method, model, calibration=BATCHES, fallback="none", options=OPTIONS.get(method, {}))
     rounded, _ = quantize("rtn", model)

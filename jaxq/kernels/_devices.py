@@ -1,0 +1,68 @@
+"""Where a product runs: the devices a program is lowered for, and meshes whose axes are part of an array's type."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from jaxq.kernels import _tiles
+
+
+def spec_of(x: Any) -> tuple:
+    """The mesh axes that each axis of an array lies over, where that is part of its type."""
+    return tuple(getattr(jax.typeof(x).sharding, "spec", None) or (None,) * jnp.ndim(x))
+
+
+def over_explicit_axes(fn: Callable[..., jax.Array], spec: Sequence[Any], *args: Any) -> jax.Array:
+    """`fn(*args)` where mesh axes of explicit type among the operands' are left to XLA.
+
+    Loops over blocks of rows have no sharding that a type could state. Only the result's is: `spec`, less what names a
+    mesh axis twice. Without such axes it is the call.
+    """
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args)]
+    found = {mesh: [n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit]
+             for mesh in meshes if not mesh.empty}  # fmt: skip
+    mesh = next((mesh for mesh, names in found.items() if names), None)
+    if mesh is None:
+        return fn(*args)
+    taken: set[str] = set()
+    out = []
+    for entry in spec:
+        names = set(entry if isinstance(entry, tuple) else () if entry is None else (entry,))
+        out.append(None if names & taken else entry)
+        taken |= names
+    sharding = NamedSharding(mesh, PartitionSpec(*out))
+    auto: Any = jax.sharding.auto_axes(fn, axes=tuple(found[mesh]), out_sharding=sharding)
+    return auto(*args)
+
+
+def device_of(ctx, platform: str | None) -> tuple[str | None, int]:
+    """The kind of device a program is lowered for, if known, and how many of them XLA partitions it over."""
+    context = ctx.module_context.axis_context
+    num_devices, devices = 1, None
+    if hasattr(context, "num_devices"):  # ordinary jit
+        num_devices, devices = context.num_devices, context.device_assignment
+    elif hasattr(context, "mesh"):  # inside shard_map; axes that are not manual are still XLA's
+        manual = context.manual_axes | set(getattr(context.mesh, "manual_axes", ()))
+        num_devices = math.prod(size for name, size in context.mesh.shape.items() if name not in manual)
+    if devices and devices[0].platform in (platform, {"cuda": "gpu"}.get(platform or "")):  # not lowered for another
+        return devices[0].device_kind, num_devices
+    return _tiles.device_kind(platform), num_devices
+
+
+def some_device(platform: str | None, avals: Sequence[Any]) -> contextlib.AbstractContextManager:
+    """From jax 0.11 on Triton's lowering wants to know a GPU: any will do where there is none and none is named."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(a.sharding.mesh for a in avals)]
+    known = jax.default_backend() == "gpu" or not all(mesh.empty for mesh in meshes)
+    if platform != "cuda" or jax.__version_info__ < (0, 11) or known:
+        return contextlib.nullcontext()
+    from jax._src.mesh import AbstractDevice
+
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("_",), (AxisType.Auto,), abstract_device=device))
