@@ -37,12 +37,13 @@ from jaxq.recipes import Recipe, Rule
 if TYPE_CHECKING:
     from jaxq import evaluation, io, methods, models, nn, observers
     from jaxq.io import load, save
-    from jaxq.nn import quantize_model
+    from jaxq.nn import dequantize_params, quantize_model, quantize_params
 
 __version__ = "0.1.0"
 
 # Loaded at first use: these import Flax, or read and write files.
 _LAZY = {
+    "dequantize_params": "jaxq.nn",
     "evaluation": "jaxq.evaluation",
     "io": "jaxq.io",
     "load": "jaxq.io",
@@ -51,6 +52,7 @@ _LAZY = {
     "nn": "jaxq.nn",
     "observers": "jaxq.observers",
     "quantize_model": "jaxq.nn",
+    "quantize_params": "jaxq.nn",
     "save": "jaxq.io",
 }
 
@@ -81,6 +83,7 @@ __all__ = [
     "Rule",
     "cast",
     "dequantize",
+    "dequantize_params",
     "dot_general",
     "einsum",
     "emulate",
@@ -102,6 +105,7 @@ __all__ = [
     "qtensor",
     "quantize",
     "quantize_model",
+    "quantize_params",
     "recipes",
     "relayout",
     "save",

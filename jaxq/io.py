@@ -223,7 +223,7 @@ def _rebuild_qtensor(entry: dict[str, Any], name: str, tensors: dict[str, np.nda
         meta = Meta.from_dict(entry)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: {name or 'the value'} is not described as a QTensor: {error}.") from error
-    described = [entry["leaves"][leaf] for leaf in LEAVES]
+    described = [entry["leaves"].get(leaf) for leaf in LEAVES]
     leaves: list[Any] = [
         None if one is None else _rebuild(one, f"{name}.{leaf}", tensors, used)
         for leaf, one in zip(LEAVES, described, strict=True)
@@ -262,6 +262,10 @@ def _shape_problem(qt: QTensor, shape: tuple[int, ...]) -> str | None:
         wanted["zero_point"] = (wanted["scale"][0], fmt.code_dtype)
     if qt.codebook is not None:
         wanted["codebook"] = ((*wanted["scale"][0], fmt.codes().size), np.dtype(np.float32))
+    if qt.input_range is not None:
+        if qt.meta.activation is None:
+            return "it has a range of inputs, and leaves them in floats"
+        wanted["input_range"] = ((*batch, 2), np.dtype(np.float32))
     if isinstance(qt.spec.scale, QuantSpec) != isinstance(qt.scale, QTensor):
         return "its spec and its scale disagree"
     if isinstance(qt.spec.scale, str):

@@ -1,26 +1,37 @@
 """What to do to which parameter: rules on layer paths, first match wins.
 
-A recipe knows paths and kinds of layers, not models: `jaxq.nn` asks it about each layer it finds. Every preset is a
-weight-only recipe by name; `w8a8` and its like also quantize activations on the fly.
+A recipe knows paths, kinds and shapes of layers, not models: `jaxq.nn` asks it about each layer it finds. Every preset
+is a weight-only recipe by name; `w8a8` and its like also quantize activations, on the fly or (`w8a8_static`) by a range
+that calibration found.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxq import formats
-from jaxq.qtensor import QuantSpec, as_spec, presets
+from jaxq.qtensor import QuantSpec, as_spec, as_static, presets
 
-__all__ = ["Recipe", "Rule", "as_recipe", "names"]
+if TYPE_CHECKING:
+    from jaxq.observers import Observer
+
+__all__ = ["Layer", "Recipe", "Rule", "as_recipe", "get", "names"]
 
 # (weight, activation) of the recipes that quantize activations dynamically, one scale a token.
 _DYNAMIC = {
     "fp8_dynamic": ("fp8", "fp8"),
     "w4a8": ("int4", "int8"),
     "w8a8": ("int8", "int8"),
+}
+
+# (weight, activation, observer) of the recipes with one scale for all of a layer's input, known from calibration.
+_STATIC = {
+    "fp8_static": ("fp8", "fp8", "absmax"),
+    "w8a8_static": ("int8", "int8", "absmax"),
 }
 
 # (weight, activation, method) of the recipes that quantize by more than rounding to nearest.
@@ -35,7 +46,25 @@ _BY_METHOD = {
 }
 
 # Last names of layers that make logits or choose experts: small errors there cost most, so they stay in floats.
+# Arrays of a tree that are looked up by their names.
+_EMBEDDINGS = r"re:(.*/)?(embed|wte|wpe|token_emb|pos_emb)[^/]*(/.*)?"
 HEADS = ("head", "lm_head", "logits", "output_head", "router", "unembed")
+
+
+class Layer(NamedTuple):
+    """What a rule sees of a layer.
+
+    Attributes:
+      path: components joined by "/".
+      kind: "Linear", "Conv", ...; "Array" for an array of a tree that is no model.
+      shape: of its weight, stacked axes in front.
+      module: the layer's class; None for a bare array.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...] = ()
+    module: type | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +75,27 @@ class Rule:
       pattern: glob on the path, components joined by "/": `*` is within a component, `**` any number of components;
         "re:..." is a regular expression that must match the whole path.
       weight: preset name or `QuantSpec` for the weight.
-      activation: preset name or `QuantSpec` for the input, quantized on the fly; None leaves it in floats.
+      activation: preset name or `QuantSpec` for the input; None leaves it in floats. It is quantized on the fly, by the
+        extremes of each input (a token's, for presets of a scale a channel).
+      observer: an observer of `jaxq.observers`, or the name of its kind ("absmax", "minmax", "percentile", ...): the
+        input has one range then, which this finds in `calibration=` data ("static"). None looks at each input anew.
       method: how the weight is quantized, one of `jaxq.methods.names()`; those that need data get it from
         `calibration=`.
       options: keyword arguments of the method, `{"act_order": True}` for example.
       skip: leave the layer as it is.
-      kinds: layer kinds the rule is about ("Linear", "Conv", ...); empty means all.
+      kinds: layer kinds the rule is about ("Linear", "Conv", ...); empty means all. Arrays of a tree are "Array";
+        an `nnx.Param` that a module of yours multiplies with is a "Param", which a rule must name here to quantize it.
+      where: a function of `jaxq.recipes.Layer` (path, kind, shape, module) that says whether the rule is about a layer
+        the pattern matches. Compared by identity: use a function of a module to have equal rules.
+      contracting: axes a product with the weight contracts, as in `jaxq.quantize`; None takes them from the layer (of a
+        bare matrix -2).
+      batch: leading axes of a bare array with statistics of their own; None takes them from the layer.
       reason: what a report says of a skipped layer.
       optional: True where matching nothing is no mistake.
 
     Raises:
-      ValueError: neither or both of `weight` and `skip`; an unknown preset or method; a bad regular expression.
+      ValueError: neither or both of `weight` and `skip`; an unknown preset, observer or method; a bad regular
+        expression; an observer for an activation whose scales are of blocks.
 
     Example:
       >>> import jaxq
@@ -68,14 +107,21 @@ class Rule:
     pattern: str = "**"
     weight: str | QuantSpec | None = None
     activation: str | QuantSpec | None = None
+    observer: str | Observer | None = None
     method: str = "rtn"
     options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     skip: bool = False
     kinds: tuple[str, ...] = ()
+    where: Callable[[Layer], bool] | None = None
+    contracting: tuple[int, ...] | None = None
+    batch: tuple[int, ...] | None = None
     reason: str | None = None
     optional: bool = False
 
     def __post_init__(self):
+        for name in ("pattern", "method"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"Rule: {name} must be a string, got {type(getattr(self, name)).__name__}.")
         if self.skip == (self.weight is not None):
             raise ValueError(f"Rule({self.pattern!r}): give either weight= or skip=True.")
         if self.skip and self.activation is not None:
@@ -83,6 +129,17 @@ class Rule:
         for field in ("weight", "activation"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, as_spec(getattr(self, field), f"Rule({self.pattern!r}) {field}"))
+        for field in ("contracting", "batch"):
+            axes = getattr(self, field)
+            if axes is not None:
+                object.__setattr__(self, field, (axes,) if isinstance(axes, int) else tuple(axes))
+        if self.observer is not None:
+            object.__setattr__(self, "observer", _as_observer(self.observer, f"Rule({self.pattern!r})"))
+            if not isinstance(self.activation, QuantSpec):
+                raise ValueError(f"Rule({self.pattern!r}): observer= finds the range of an activation=; there is none.")
+            as_static(self.activation, f"Rule({self.pattern!r})")
+        if self.where is not None and not callable(self.where):
+            raise TypeError(f"Rule({self.pattern!r}): where must be a function of a Layer, got {self.where!r}.")
         if self.method != "rtn":
             from jaxq import methods  # which import optax; most rules name no method
 
@@ -94,9 +151,52 @@ class Rule:
         except re.error as error:
             raise ValueError(f"Rule({self.pattern!r}): not a regular expression: {error}.") from error
 
-    def matches(self, path: str, kind: str) -> bool:
+    def matches(self, path: str, kind: str, shape: tuple[int, ...] = (), module: type | None = None) -> bool:
         """True if the rule is about the layer of this kind at this path."""
-        return (not self.kinds or kind in self.kinds) and _compile(self.pattern).fullmatch(path) is not None
+        if (self.kinds and kind not in self.kinds) or _compile(self.pattern).fullmatch(path) is None:
+            return False
+        return self.where is None or bool(self.where(Layer(path, kind, tuple(shape), module)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description of what is not the default; `from_dict` gives an equal rule back.
+
+        Raises:
+          TypeError: `where` is a function, or an option is nothing that JSON has.
+        """
+        if self.where is not None:
+            raise TypeError(f"Rule({self.pattern!r}): where={self.where!r} is a function, which JSON cannot hold.")
+        out: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "pattern" and value == field.default:
+                continue
+            if field.name == "options":
+                value = dict(value)
+                try:
+                    json.dumps(value)
+                except TypeError as error:
+                    raise TypeError(f"Rule({self.pattern!r}): options {value} are nothing that JSON has.") from error
+            elif hasattr(value, "to_dict"):
+                value = value.to_dict()
+            out[field.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rule:
+        """The rule that `to_dict` described.
+
+        Raises:
+          ValueError: an unknown field.
+        """
+        fields = dict(data)
+        known = {field.name for field in dataclasses.fields(cls)} - {"where"}
+        for name in fields:
+            if name not in known:
+                raise ValueError("Rule.from_dict: " + formats.unknown_name("field", name, known, "jaxq.Rule"))
+        for name in ("weight", "activation"):
+            if isinstance(fields.get(name), Mapping):
+                fields[name] = QuantSpec.from_dict(dict(fields[name]))
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,19 +213,78 @@ class Recipe:
     rules: tuple[Rule, ...]
 
     def __post_init__(self):
+        if isinstance(self.rules, Rule):
+            raise TypeError("Recipe: rules must be a list of jaxq.Rule objects, got one Rule. Write [rule].")
         object.__setattr__(self, "rules", tuple(self.rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise TypeError(f"Recipe: rules must be jaxq.Rule objects, got {type(rule).__name__}.")
 
-    def find(self, path: str, kind: str) -> Rule | None:
+    def find(self, path: str, kind: str, shape: tuple[int, ...] = (), module: type | None = None) -> Rule | None:
         """The first rule that matches, or None."""
-        return next((rule for rule in self.rules if rule.matches(path, kind)), None)
+        return next((rule for rule in self.rules if rule.matches(path, kind, shape, module)), None)
+
+    def plan(self, model: Any, variables: Any = None) -> Any:
+        """What the recipe would do to each parameter of a model: a `jaxq.nn.Report` without measured errors.
+
+        Nothing is quantized, and no array is made; bytes are those the real thing would have.
+
+        Args:
+          model: a flax nnx module, a flax linen module (with its `variables`), or a tree of arrays.
+          variables: of a linen module.
+
+        Raises:
+          ValueError: all that `jaxq.quantize_model` would find before it quantizes anything.
+
+        Example:
+          >>> import jaxq
+          >>> from flax import nnx
+          >>> plan = jaxq.Recipe([jaxq.Rule(weight="int8")]).plan(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+          >>> plan.rows[0].format, plan.bytes_before, plan.bytes_after
+          ('int8', 2080, 576)
+        """
+        from jaxq import nn  # which knows models
+
+        return nn.plan(model, self, variables)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description; `from_dict` gives an equal recipe back."""
+        return {"rules": [rule.to_dict() for rule in self.rules]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The recipe that `to_dict` described.
+
+        Raises:
+          ValueError: something else.
+
+        Example:
+          >>> import json, jaxq
+          >>> recipe = jaxq.Recipe([jaxq.Rule("lm_head", skip=True), jaxq.Rule(weight="nf4")])
+          >>> jaxq.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+          True
+        """
+        if not isinstance(data, Mapping) or set(data) != {"rules"}:
+            raise ValueError(f"Recipe.from_dict: expected {{'rules': [...]}}, got {data!r:.80}.")
+        return cls(tuple(Rule.from_dict(rule) for rule in data["rules"]))
 
 
 def names() -> list[str]:
     """The recipes known by name: every preset as weight-only, those that quantize activations too, and by method."""
-    return sorted([*presets(), *_DYNAMIC, *_BY_METHOD])
+    return sorted([*presets(), *_DYNAMIC, *_STATIC, *_BY_METHOD])
+
+
+def get(name: str | QuantSpec) -> Recipe:
+    """The recipe of a name (`names()`), or of a spec for every weight.
+
+    Raises:
+      ValueError: no such recipe; close matches are named.
+
+    Example:
+      >>> import jaxq
+      >>> recipe = jaxq.Recipe([jaxq.Rule("layers/0/**", weight="int8"), *jaxq.recipes.get("int4").rules])
+    """
+    return as_recipe(name, "recipes.get")
 
 
 def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
@@ -140,18 +299,42 @@ def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
         name = recipe.strip().lower().replace("-", "_")
         if name not in names():
             raise ValueError(f"{caller}: {formats.unknown_name('recipe', recipe, names(), 'jaxq.recipes.names()')}")
-        weight, activation, method = _BY_METHOD.get(name, (*_DYNAMIC.get(name, (name, None)), "rtn"))
+        method, observer = "rtn", None
+        if name in _BY_METHOD:
+            weight, activation, method = _BY_METHOD[name]
+        elif name in _STATIC:
+            weight, activation, observer = _STATIC[name]
+        else:
+            weight, activation = _DYNAMIC.get(name, (name, None))
     elif isinstance(recipe, QuantSpec):
-        weight, activation, method = recipe, None, "rtn"
+        weight, activation, observer, method = recipe, None, None, "rtn"
     else:
         raise TypeError(f"{caller}: recipe must be a name, a QuantSpec or a jaxq.Recipe, got {type(recipe).__name__}.")
     defaults: list[Any] = [
-        Rule(kinds=("Embed",), skip=True, reason="embedding, left in floats by default", optional=True)
+        Rule(kinds=("Embed",), skip=True, reason="embedding, left in floats by default", optional=True),
+        Rule(_EMBEDDINGS, kinds=("Array",), skip=True, reason="embedding, left in floats by default", optional=True),
     ]
     for head in HEADS:
         what = "router" if head == "router" else "output head"
         defaults.append(Rule(f"**/{head}", skip=True, reason=f"{what}, left in floats by default", optional=True))
-    return Recipe((*defaults, Rule(weight=weight, activation=activation, method=method)))
+    return Recipe((*defaults, Rule(weight=weight, activation=activation, observer=observer, method=method)))
+
+
+def _as_observer(observer: Any, caller: str) -> Any:
+    """An observer, by its kind's name or as `to_dict` described it."""
+    from jaxq import observers  # most rules name none
+
+    if isinstance(observer, str):
+        name = observer.strip().lower().replace("-", "_")
+        formats.check_choice(f"{caller}: observer", name, observers.names())
+        return observers.from_dict({"type": name})
+    if isinstance(observer, Mapping):
+        return observers.from_dict(dict(observer))
+    if not isinstance(observer, observers.Observer):
+        raise TypeError(f"{caller}: observer must be a name or one of jaxq.observers, got {type(observer).__name__}.")
+    if observer.axis is not None:
+        raise ValueError(f"{caller}: one range covers a layer's input, so observer={observer!r} must not keep an axis.")
+    return observer
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -1,5 +1,7 @@
 """Rules: which layers they match, which of them decides, and what is said when one cannot be right."""
 
+import json
+
 import pytest
 
 import jaxq
@@ -86,7 +88,9 @@ def test_every_preset_is_a_recipe():
     for name in recipes.names():
         last = recipes.as_recipe(name, "test").rules[-1]
         assert last.pattern == "**"
-        assert (last.activation is not None) == (name in ("fp8_dynamic", "w4a8", "w8a8", "w8a8_smoothquant"))
+        quantizes = ("fp8_dynamic", "fp8_static", "w4a8", "w8a8", "w8a8_smoothquant", "w8a8_static")
+        assert (last.activation is not None) == (name in quantizes)
+        assert (last.observer is not None) == name.endswith("_static")
         method = next((m for m in ("gptq", "awq", "hqq", "adaround", "smoothquant") if name.endswith(m)), "rtn")
         assert last.method == ("llm_int8" if name == "llm_int8" else method)
 
@@ -113,3 +117,63 @@ def test_defaults_leave_tables_heads_and_routers():
         assert rule.skip
         assert "left in floats by default" in rule.reason
     assert recipe.find("layers/headless", "Linear").weight == jaxq.presets()["int4"]
+
+
+def big(layer):
+    """A rule's predicate, of a module so that it can be compared."""
+    return layer.shape[-1] >= 64 and layer.kind == "Linear"
+
+
+def test_predicates_see_path_kind_shape_and_class():
+    seen = []
+    rule = Rule("a/*", weight="int8", where=lambda layer: seen.append(layer) or True)
+    assert rule.matches("a/b", "Linear", (4, 8), int)
+    assert seen == [recipes.Layer("a/b", "Linear", (4, 8), int)]
+    recipe = Recipe([Rule(weight="int4", where=big), Rule(weight="int8")])
+    assert recipe.find("a", "Linear", (8, 64)).weight.fmt.name == "int4"
+    assert recipe.find("a", "Linear", (8, 32)).weight.fmt.name == "int8"
+    assert Rule(weight="int4", where=big) == Rule(weight="int4", where=big)
+    with pytest.raises(TypeError, match="JSON"):
+        recipe.to_dict()
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipes_survive_json(name):
+    recipe = recipes.get(name)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_rules_survive_json():
+    rules = [
+        Rule("head", skip=True, reason="it matters", optional=True, kinds=("Linear", "Conv")),
+        Rule("e", weight="nf4", contracting=-2, batch=(0,), kinds="Array"),
+        Rule(weight="int8", activation="int8", observer=jaxq.observers.percentile(99.9)),
+        Rule(weight=jaxq.QuantSpec("int4", jaxq.PerGroup(32)), method="gptq", options={"act_order": True}),
+    ]
+    data = json.loads(json.dumps(Recipe(rules).to_dict()))
+    assert Recipe.from_dict(data) == Recipe(rules)
+    assert data["rules"][0] == {
+        "pattern": "head", "skip": True, "kinds": ["Linear", "Conv"], "reason": "it matters", "optional": True
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="'weigth'.*weight"):
+        Rule.from_dict({"pattern": "**", "weigth": "int8"})
+    with pytest.raises(ValueError, match="rules"):
+        Recipe.from_dict({"rule": []})
+
+
+def test_observers_by_name():
+    rule = Rule(weight="int8", activation="int8", observer="minmax")
+    assert rule.observer == jaxq.observers.minmax()
+    with pytest.raises(ValueError, match="minmax"):
+        Rule(weight="int8", activation="int8", observer="min-maxx")
+    with pytest.raises(ValueError, match="there is none"):
+        Rule(weight="int8", observer="minmax")
+    with pytest.raises(ValueError, match="cannot be static"):
+        Rule(weight="mxfp8", activation="mxfp8", observer="absmax")
+    with pytest.raises(ValueError, match="axis"):
+        Rule(weight="int8", activation="int8", observer=jaxq.observers.absmax(axis=-1))
+
+
+def test_one_rule_is_no_list():
+    with pytest.raises(TypeError, match=r"\[rule\]"):
+        Recipe(Rule(weight="int8"))

@@ -33,7 +33,8 @@ class LayerStats(NamedTuple):
       num_samples: int32.
       held_out: float32 `[NUM_HELD_OUT, K]`, rows that nothing else has seen.
       num_held_out: int32.
-      observed: state of an observer of all these numbers (`jaxq.observers`), for a static range; None without one.
+      observed: state of an observer (`jaxq.observers`) of all numbers, those of held-out rows too, for a static range;
+        None without one.
     """
 
     count: jax.Array
@@ -111,7 +112,7 @@ def update_stats(
         num_samples=num_samples,
         held_out=held_out,
         num_held_out=num_held_out,
-        observed=None if observer is None else observer.update(stats.observed, x, where=used),
+        observed=None if observer is None else observer.update(stats.observed, x, where=counts[:, None]),
     )
 
 

@@ -9,13 +9,25 @@ from jaxq.nn import linen
 from jaxq.nn._calibration import calibrate
 from jaxq.nn._explicit import QConv, QEinsum, QLinear, QLinearGeneral
 from jaxq.nn._folding import register_folding
-from jaxq.nn._layers import QEmbed, QuantizedParam, find_kind, put_weight, replace_variables, weight_axes
+from jaxq.nn._layers import (
+    QConvTranspose,
+    QEmbed,
+    QuantizedParam,
+    find_kind,
+    put_weight,
+    replace_variables,
+    weight_axes,
+)
+from jaxq.nn._matching import find_layers
 from jaxq.nn._mixed import Sensitivity, assign, mixed_recipe, sensitivity
+from jaxq.nn._params import dequantize_params, quantize_params
+from jaxq.nn._plan import plan
 from jaxq.nn._report import Report, Row
-from jaxq.nn._transform import find_layers, quantize_model
+from jaxq.nn._transform import quantize_model
 
 __all__ = [
     "QConv",
+    "QConvTranspose",
     "QEinsum",
     "QEmbed",
     "QLinear",
@@ -26,12 +38,15 @@ __all__ = [
     "Sensitivity",
     "assign",
     "calibrate",
+    "dequantize_params",
     "find_kind",
     "find_layers",
     "linen",
     "mixed_recipe",
+    "plan",
     "put_weight",
     "quantize_model",
+    "quantize_params",
     "register_folding",
     "replace_variables",
     "sensitivity",

@@ -22,7 +22,7 @@ from flax import nnx
 from jax import lax
 
 from jaxq.methods import LayerStats, empty_stats, update_stats
-from jaxq.nn._layers import LayerKind, find_kind, weight_axes
+from jaxq.nn._layers import find_kind, weight_axes
 from jaxq.observers import Observer
 
 _HELD_OUT = 8  # of so many rows one is held out
@@ -43,13 +43,16 @@ class Probe(nnx.Module):
     Args:
       path: of the layer.
       product: what was in the hook.
-      roles: how many batch and contracted axes the layer's product has.
       stats: to begin with.
       observer: whose state is in them, or None.
+      windowed: the product is a convolution, whose rows are places with their channels.
     """
 
-    def __init__(self, path: str, product: Callable[..., Any], stats: LayerStats, observer: Observer | None):
+    def __init__(
+        self, path: str, product: Callable[..., Any], stats: LayerStats, observer: Observer | None, windowed: bool
+    ):
         self.path = path
+        self.windowed = windowed
         self.observer = observer
         self.product = product
         self.stats = _Statistic(stats)
@@ -57,6 +60,8 @@ class Probe(nnx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(args[0], str):  # einsum(subscripts, x, w)
             rows, _ = einsum_rows(args[0], args[1])
+        elif self.windowed:  # conv_general_dilated(x, w, ...) or promote_dtype((x, w, bias), ...), channels last
+            rows = args[0][0] if isinstance(args[0], tuple) else args[0]
         else:  # dot_general(x, w, dims)
             (contracted, _), (batch, _) = args[2]
             rows = contracted_rows(args[0], tuple(contracted), tuple(batch))
@@ -171,7 +176,8 @@ def calibrate(
       model: a flax nnx module; it stays as it is. Layers may be quantized or not.
       batches: inputs of the model: an array, a tuple of arguments or a dict of named ones each; shapes may differ, and
         each new shape is compiled once.
-      layers: paths of the layers to look at; None takes every Linear, LinearGeneral and Einsum.
+      layers: paths of the layers to look at; None takes every Linear, LinearGeneral, Einsum, Conv and ConvTranspose.
+        Rows of a convolution are places of its input with their channels, and have no second moments.
       mask: gives the rows of a batch that count, bool `[b, t]` (or `[b]`), False for padding.
       forward: how to run a batch, `forward(model, batch)`; its result is not looked at.
       hessian: collect `[K, K]` second moments too, 4 K^2 bytes a layer.
@@ -237,25 +243,25 @@ def _attach(
     known = {}
     for path, module in nnx.iter_modules(model):
         kind = find_kind(module)
-        if kind is not None and hook_of(kind) is not None:
+        if kind is not None and kind.hook is not None:
             known["/".join(map(str, path))] = (module, kind)
     missing = [path for path in layers or () if path not in known]
     if missing:
         raise ValueError(f"calibrate: no layer that can be looked into at {missing}. Layers here: {list(known)}.")
     if not known:
-        raise ValueError("calibrate: the model has no Linear, LinearGeneral or Einsum.")
+        raise ValueError("calibrate: the model has no Linear, LinearGeneral, Einsum or Conv.")
     for path, (module, kind) in known.items():
         if layers is not None and path not in layers:
             continue
-        hook = hook_of(kind)
+        hook = kind.hook
         assert hook is not None
         weight = getattr(module, kind.weight).get_value()
         contracting, batch = weight_axes(module, kind)
-        k = int(np.prod([weight.shape[a] for a in contracting]))
+        k = module.in_features if kind.windowed else int(np.prod([weight.shape[a] for a in contracting]))
         prefix = tuple(weight.shape[a] for a in batch)
-        stats = empty_stats(k, hessian=hessian, observer=observer)
+        stats = empty_stats(k, hessian=hessian and not kind.windowed, observer=observer)
         stats = jax.tree.map(lambda a, p=prefix: jnp.broadcast_to(a, (*p, *a.shape)), stats)
-        probe = Probe(path, getattr(module, hook) or lax.dot_general, stats, observer)
+        probe = Probe(path, getattr(module, hook) or lax.dot_general, stats, observer, kind.windowed)
         setattr(module, hook, nnx.data(probe))
         yield path, probe
 
@@ -266,11 +272,6 @@ def _go_on(probes: Mapping[str, Probe], start: Mapping[str, LayerStats]) -> None
         if given is None or [v.shape for v in jax.tree.leaves(given)] != [v.shape for v in jax.tree.leaves(empty)]:
             raise ValueError(f"calibrate: start has no statistics of {path or 'the model'}, or of other shapes.")
         probe.stats.set_value(given)
-
-
-def hook_of(kind: LayerKind) -> str | None:
-    """The attribute through which a layer of this kind computes its product; None where rows are no rows of it."""
-    return {"Linear": "dot_general", "LinearGeneral": "dot_general", "Einsum": "einsum_op"}.get(kind.name)
 
 
 def check_stats(found: Mapping[str, LayerStats]) -> None:

@@ -8,6 +8,7 @@ replaced. Hooks are module-level functions or frozen dataclasses, compared by va
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,8 @@ class LayerKind:
       roles: the weight's axes, from the layer.
       attach: puts jaxq's hooks into a layer.
       problem: why a given layer cannot be quantized, or None.
+      hook: the attribute its product goes through, which calibration watches; None where there is none.
+      windowed: True where windows of the input meet the weight, so that how much of it does is not in the weight.
     """
 
     name: str
@@ -58,6 +61,8 @@ class LayerKind:
     roles: Callable[[Any], Roles]
     attach: Callable[[Any], None]
     problem: Callable[[Any], str | None]
+    hook: str | None = None
+    windowed: bool = False
 
 
 def find_kind(layer: Any) -> LayerKind | None:
@@ -79,6 +84,15 @@ def weight_axes(layer: Any, kind: LayerKind) -> tuple[tuple[int, ...], tuple[int
             "Stack layers along axis 0 (nnx.vmap out_axes=0)."
         )
     return roles.contracting, tuple(range(stacked + roles.num_batch))
+
+
+def bare_kind(name: str, contracting: tuple[int, ...], num_batch: int) -> LayerKind:
+    """The kind of a module that holds a matrix of its own as the attribute `name`: "Param"."""
+
+    def roles(layer: Any) -> Roles:
+        return Roles(contracting, tuple(getattr(layer, name).get_value().shape), num_batch)
+
+    return LayerKind("Param", nnx.Module, name, roles, lambda layer: None, lambda layer: None)
 
 
 def put_weight(layer: Any, kind: LayerKind, variable: QuantizedParam) -> None:
@@ -215,6 +229,11 @@ def _conv_roles(layer: Any) -> Roles:
     return Roles(tuple(range(-ndim, -1)), tuple(layer.kernel_shape))
 
 
+def _conv_transpose_roles(layer: Any) -> Roles:
+    ndim, out = len(layer.kernel_shape), -2 if layer.transpose_kernel else -1
+    return Roles(tuple(a for a in range(-ndim, 0) if a != out), tuple(layer.kernel_shape))
+
+
 def _embed_roles(layer: Any) -> Roles:
     return Roles((-1,), (layer.num_embeddings, layer.features))
 
@@ -232,6 +251,10 @@ def _attach_einsum(layer: Any) -> None:
 def _attach_conv(layer: Any) -> None:
     layer.promote_dtype = PromoteAround(layer.promote_dtype)
     layer.conv_general_dilated = conv_general_dilated
+
+
+def _attach_conv_transpose(layer: Any) -> None:
+    layer.__class__ = QConvTranspose  # ConvTranspose has no hook for its product; `problem` let only plain ones come
 
 
 def _attach_embed(layer: Any) -> None:
@@ -271,10 +294,64 @@ def _conv_problem(layer: Any) -> str | None:
     return _own_hook("conv_general_dilated", (lax.conv_general_dilated, conv_general_dilated))(layer)
 
 
+def _conv_transpose_problem(layer: Any) -> str | None:
+    if type(layer) not in (nnx.ConvTranspose, QConvTranspose):
+        return f"{type(layer).__name__} is a subclass of ConvTranspose, whose product cannot be seen into"
+    return None if layer.mask is None else "its kernel is masked; multiply the mask into the kernel first"
+
+
 def _embed_problem(layer: Any) -> str | None:
     if type(layer) not in (nnx.Embed, QEmbed):
         return f"{type(layer).__name__} is a subclass of Embed, whose lookup cannot be seen into"
     return None
+
+
+class QConvTranspose(nnx.ConvTranspose):
+    """`nnx.ConvTranspose` with a quantized kernel; arguments as in `QConv` and `nnx.ConvTranspose`.
+
+    Integer activations have one scale an example (or one for all, where it is static) and meet an integer kernel with
+    int32 sums; in all other cases kernel and input are dequantized.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from flax import nnx
+      >>> jaxq.nn.QConvTranspose(8, 16, (3, 3), activation="int8", rngs=nnx.Rngs(0))(jnp.ones((1, 6, 6, 8))).shape
+      (1, 6, 6, 16)
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, kernel_size: Any, *args: Any, weight: Any = "int8",
+        activation: Any = None, **kwargs: Any,
+    ):  # fmt: skip
+        super().__init__(in_features, out_features, kernel_size, *args, **kwargs)
+        quantize_own_weight(self, weight, activation)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        if not isinstance(kernel, QTensor):
+            return super().__call__(inputs)
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = PromoteAround(self.promote_dtype)((inputs, kernel, bias), dtype=self.dtype)
+        first = x.ndim - len(self.kernel_size) - 1
+        flat = x.reshape(-1, *x.shape[first:])
+        y = ops.convolve(self._transposed, flat, kernel, channel=-2 if self.transpose_kernel else -1)
+        y = y.astype(self.preferred_element_type or x.dtype).reshape(*x.shape[:first], *y.shape[1:])
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+
+    def _transposed(self, x: jax.Array, kernel: jax.Array, accumulate: Any) -> jax.Array:
+        """The float layer's own product of arrays of any dtype, without bias: its method, with another kernel."""
+        names = ("dtype", "kernel_dilation", "kernel_shape", "kernel_size", "padding", "precision", "strides")
+        like_self: Any = types.SimpleNamespace(
+            **{name: getattr(self, name) for name in names},
+            transpose_kernel=self.transpose_kernel,
+            kernel=kernel,
+            bias=None,
+            mask=None,
+            use_bias=False,
+            promote_dtype=lambda arrays, **_: arrays,
+            preferred_element_type=accumulate,
+        )
+        return nnx.ConvTranspose.__call__(like_self, x)
 
 
 class QEmbed(nnx.Embed):
@@ -316,9 +393,12 @@ class QEmbed(nnx.Embed):
 
 KINDS = (
     LayerKind("Linear", nnx.Linear, "kernel", _linear_roles, _attach_dot,
-              _own_hook("dot_general", (lax.dot_general, dot_general))),
-    LayerKind("LinearGeneral", nnx.LinearGeneral, "kernel", _general_roles, _attach_dot, _general_problem),
-    LayerKind("Einsum", nnx.Einsum, "kernel", _einsum_roles, _attach_einsum, _einsum_problem),
-    LayerKind("Conv", nnx.Conv, "kernel", _conv_roles, _attach_conv, _conv_problem),
+              _own_hook("dot_general", (lax.dot_general, dot_general)), "dot_general"),
+    LayerKind("LinearGeneral", nnx.LinearGeneral, "kernel", _general_roles, _attach_dot, _general_problem,
+              "dot_general"),
+    LayerKind("Einsum", nnx.Einsum, "kernel", _einsum_roles, _attach_einsum, _einsum_problem, "einsum_op"),
+    LayerKind("Conv", nnx.Conv, "kernel", _conv_roles, _attach_conv, _conv_problem, "conv_general_dilated", True),
+    LayerKind("ConvTranspose", nnx.ConvTranspose, "kernel", _conv_transpose_roles, _attach_conv_transpose,
+              _conv_transpose_problem, "promote_dtype", True),
     LayerKind("Embed", nnx.Embed, "embedding", _embed_roles, _attach_embed, _embed_problem),
 )  # fmt: skip

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxq import metrics
 from jaxq.nn._calibration import run, shown
 from jaxq.nn._layers import weight_axes
-from jaxq.nn._transform import find_layers
+from jaxq.nn._matching import find_layers
 from jaxq.qtensor import QuantSpec, as_spec, dequantize, quantize
 from jaxq.recipes import Recipe, Rule, as_recipe
 

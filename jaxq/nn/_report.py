@@ -5,6 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq import metrics
+from jaxq.methods import Solved
+from jaxq.qtensor import QTensor, dequantize, inside_range
+from jaxq.recipes import Rule
+
 COLUMNS = (
     "path",
     "kind",
@@ -17,6 +26,7 @@ COLUMNS = (
     "kB after",
     "SQNR dB",
     "worst block",
+    "clipped",
     "note",
 )
 
@@ -30,13 +40,14 @@ class Row:
       kind: kind of the layer, or of the variable where it belongs to none.
       shape: of the parameter.
       format: of its codes, "+" the activations' where those are quantized; None where it stays in floats.
-      granularity: with its block sizes, or None.
+      granularity: with its block sizes and the axes that a product contracts, or None.
       method: what made the codes ("rtn": rounding to nearest), or None.
       bits_per_element: scales of every level included.
       bytes_before: of the float parameter.
       bytes_after: of what replaced it.
       sqnr: dB, or None.
       worst_block: largest relative error of 64 neighbours along the last axis, or None.
+      clipped: share of numbers that lie beyond what the format reaches at their scale, or None.
       note: why it was skipped, or what else happened.
       loss: error of the layer's output on held-out inputs, over that of rounding to nearest; None without calibration.
     """
@@ -52,6 +63,7 @@ class Row:
     sqnr: float | None
     worst_block: float | None
     note: str = ""
+    clipped: float | None = None
     method: str | None = None
     loss: float | None = None
 
@@ -69,19 +81,22 @@ class Row:
             f"{self.bytes_after / 1e3:.1f}",
             "-" if self.sqnr is None else f"{self.sqnr:.1f}",
             "-" if self.worst_block is None else f"{self.worst_block:.3f}",
+            "-" if self.clipped is None else f"{self.clipped:.2%}",
             self.note,
         ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `quantize_model` did; print it, or take `rows`.
+    """What `quantize_model` did; print it, or take `rows`. `rich.print` and notebooks show a table.
 
     Attributes:
       rows: one for each parameter of the model.
+      notes: what concerns no one parameter, such as rules that matched nothing where `strict=False` let them.
     """
 
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[Row, ...]:
@@ -110,14 +125,41 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: rows and totals."""
-        totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
-        return {"rows": [dataclasses.asdict(row) for row in self.rows], "totals": totals}
+        bits = self.bits_per_weight
+        totals = {
+            "parameters": len(self.rows),
+            "quantized": len(self.quantized),
+            "bits_per_weight": None if np.isnan(bits) else bits,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+        return {
+            "rows": [_plain(dataclasses.asdict(row)) for row in self.rows],
+            "totals": totals,
+            "notes": [*self.notes],
+        }
 
     def to_markdown(self) -> str:
         """A markdown table with a line of totals below."""
         lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-        lines += ["| " + " | ".join(row.cells()) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |" for row in self.rows]
         return "\n".join([*lines, "", self._totals()])
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+    def __rich__(self) -> Any:
+        from rich import box, table  # which Flax brings along
+
+        shown = table.Table(box=box.SIMPLE, caption=self._totals(), caption_justify="left", padding=(0, 1, 0, 0))
+        cells = [row.cells() for row in self.rows]
+        kept = [i for i, name in enumerate(COLUMNS) if name == "path" or any(row[i] not in ("", "-") for row in cells)]
+        for i in kept:
+            numbers = COLUMNS[i] in ("bits", "kB before", "kB after", "SQNR dB", "worst block", "clipped")
+            shown.add_column(COLUMNS[i], justify="right" if numbers else "left", overflow="fold")
+        for row, texts in zip(self.rows, cells, strict=True):
+            shown.add_row(*(texts[i].replace("[", "\\[") for i in kept), style=None if row.format else "dim")
+        return shown
 
     def __str__(self) -> str:
         cells = [list(COLUMNS), *(row.cells() for row in self.rows)]
@@ -127,7 +169,91 @@ class Report:
 
     def _totals(self) -> str:
         count = len(self.quantized)
-        return (
+        total = (
             f"{count} of {len(self.rows)} parameters quantized, {self.bits_per_weight:.3f} bits per weight; "
             f"{self.bytes_before / 1e6:.2f} MB before, {self.bytes_after / 1e6:.2f} MB after"
         )
+        return "\n".join([total, *self.notes])
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON has: infinities and NaN as text."""
+    return {k: str(v) if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+
+
+def skip_reason(rule: Rule | None) -> str:
+    """Why a layer with this rule stays in floats."""
+    return (rule.reason or "skipped by the recipe") if rule else "no rule of the recipe matches"
+
+
+def float_row(path: str, kind: str, value: Any, note: str) -> Row:
+    """The row of what stays as it is."""
+    leaves = [leaf for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    size = value.size if isinstance(value, QTensor) else sum(leaf.size for leaf in leaves)
+    bits = 8 * nbytes / size if size else 0.0
+    shape = tuple(getattr(value, "shape", ()))
+    return Row(path, kind, shape, None, None, bits, nbytes, nbytes, None, None, note)
+
+
+def other_row(path: str, variable: Any, layers: set[str]) -> Row:
+    """The row of what is no weight of a known layer.
+
+    Args:
+      path: of the variable.
+      variable: an nnx Variable.
+      layers: paths of the known layers.
+    """
+    value = variable.get_value()
+    if not jnp.issubdtype(getattr(value, "dtype", int), jnp.floating):
+        note = "no floats, left as it is"
+    elif value.ndim < 2:
+        note = "not a matrix, left in floats"
+    elif path.rpartition("/")[0] in layers:
+        note = "not the weight of its layer, left in floats"
+    else:
+        note = "in no layer jaxq knows, left as it is"
+    return float_row(path, type(variable).__name__, value, note)
+
+
+def planned_row(path: str, kind: str, floats: Any, qt: QTensor, method: str = "rtn", note: str = "") -> Row:
+    """The row of a weight as it is stored, without what must be measured.
+
+    Args:
+      path: of the weight.
+      kind: of its layer.
+      floats: the weight, or a `jax.ShapeDtypeStruct` of it.
+      qt: what replaces it; leaves may be `jax.ShapeDtypeStruct`s.
+      method: that makes the codes.
+      note: what else there is to say.
+    """
+    spec, geometry = qt.spec, qt.meta.geometry
+    name = spec.fmt.name
+    if qt.meta.activation is not None:
+        name += f" + {qt.meta.activation.fmt.name}" + ("" if qt.input_range is None else " static")
+    sizes = ",".join(str(b) for b in geometry.block_shape if b not in (None, 1))
+    along = ",".join(map(str, geometry.contracted))
+    granularity = f"{type(spec.granularity).__name__}({sizes}{' ' if sizes else ''}along {along})"
+    before = floats.size * floats.dtype.itemsize
+    bits = qt.bits_per_element
+    return Row(path, kind, qt.shape, name, granularity, bits, before, qt.nbytes, None, None, note, method=method)
+
+
+def quantized_row(path: str, kind: str, floats: jax.Array, qt: QTensor, solved: Solved | None) -> Row:
+    """The row of a quantized weight, with its errors."""
+    sqnr, worst, clipped = (float(value) for value in _errors(floats, qt))
+    row = planned_row(path, kind, floats, qt)
+    row = dataclasses.replace(row, sqnr=sqnr, worst_block=worst, clipped=clipped)
+    return row if solved is None else dataclasses.replace(row, note=solved.note, method=solved.method, loss=solved.loss)
+
+
+@jax.jit
+def _errors(floats: jax.Array, qt: QTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """SQNR in dB, the worst block, blocks running along the contraction, and the share that was clipped."""
+    view = qt.meta.geometry
+    back = dequantize(qt.with_activation(None), dtype=jnp.float32)
+    a, b = (view.to_storage(view.to_view(v.astype(jnp.float32))) for v in (floats, back))
+    beyond = jnp.float32(0)
+    if qt.codebook is None and floats.size:  # numbers of its own reach as far as they were made to
+        beyond = jnp.mean(~inside_range(floats, qt), dtype=jnp.float32)
+    return metrics.sqnr(a, b), metrics.worst_block(a, b), beyond

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxq import formats, methods, metrics
+from jaxq import formats, methods
 from jaxq.methods import LayerStats
-from jaxq.nn._calibration import calibrate, hook_of, shown
+from jaxq.nn._calibration import calibrate, shown
 from jaxq.nn._folding import foldable, folded
-from jaxq.nn._layers import LayerKind, QuantizedParam, find_kind, put_weight, replace_variables, weight_axes
-from jaxq.nn._report import Report, Row
-from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, quantize, raise_if_not_finite
+from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
+from jaxq.nn._matching import Found, match, unused_rules, variables_of
+from jaxq.nn._report import Report, Row, float_row, other_row, quantized_row, skip_reason
+from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, quantize
 from jaxq.recipes import Recipe, Rule, as_recipe
-
-
-class Found(NamedTuple):
-    """A layer of a model."""
-
-    path: str
-    layer: Any
-    kind: LayerKind
 
 
 def quantize_model(
@@ -38,15 +30,18 @@ def quantize_model(
     forward: Callable[[Any, Any], Any] | None = None,
     sequential: bool = False,
     fallback: str = "rtn",
+    strict: bool = True,
     key: jax.Array | None = None,
     on_nonfinite: str = "raise",
     progress: bool | None = None,
 ) -> tuple[Any, Report]:
     """A copy of `model` whose matrix weights are quantized; the model and its class stay as they are.
 
-    Layers it knows: Linear, LinearGeneral, Einsum, Conv, Embed, wherever they are in the model, stacked along leading
-    axes (`nnx.vmap`, `nnx.scan`) or shared by several parents. All of them are checked before any is quantized, and
-    all problems are named at once.
+    Layers it knows: Linear, LinearGeneral, Einsum, Conv, ConvTranspose, Embed, those that attention and LoRA layers are
+    made of too, wherever they are in the model, stacked along leading axes (`nnx.vmap`, `nnx.scan`) or shared by
+    several parents. A bare matrix, an `nnx.Param` of a module of yours, is quantized where a rule of
+    `kinds=("Param",)` says so: then `x @ self.w`, `jaxq.matmul` and `jaxq.einsum` take it, and all else raises. All
+    are checked before any is quantized, and all problems are named at once.
 
     Args:
       model: a flax nnx module with float parameters.
@@ -60,6 +55,8 @@ def quantize_model(
         The data passes once for every block, and only one block's statistics are in memory.
       fallback: what becomes of a layer whose method does worse than rounding to nearest on held-out inputs: "rtn" takes
         that and says so in the report, "none" keeps the method's result, "raise" stops.
+      strict: a rule that matches nothing, and a bare matrix that no rule is about, are errors. False leaves them, and
+        the report says so.
       key: PRNG key, for methods that draw.
       on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`; "raise" names path and index.
       progress: show a line of progress; None does so on a terminal.
@@ -70,15 +67,16 @@ def quantize_model(
 
     Raises:
       TypeError: not an nnx module.
-      ValueError: an unknown recipe; layers that cannot be quantized; a rule that matches nothing; no layer at all; a
-        method that needs data without `calibration`, and what `calibrate` raises.
+      ValueError: an unknown recipe; layers that cannot be quantized; a rule that matches nothing; bare matrices no rule
+        is about; no layer at all; a method or an observer that needs data without `calibration`, and what `calibrate`
+        raises.
 
     Example:
       >>> import jaxq
       >>> from flax import nnx
       >>> qmodel, report = jaxq.quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int8")
       >>> qmodel.kernel[...]
-      QTensor(int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
+      QTensor(kernel: int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"quantize_model: model must be a flax nnx Module, got {type(model).__name__}.")
@@ -86,7 +84,7 @@ def quantize_model(
     formats.check_choice("quantize_model: on_nonfinite", on_nonfinite, ON_NONFINITE)
     formats.check_choice("quantize_model: fallback", fallback, methods.FALLBACKS)
     copy = nnx.clone(model)
-    matched = _match(copy, recipe, on_nonfinite)
+    matched = match(copy, recipe, on_nonfinite, strict=strict)
     data = _Data(calibration, mask, forward, progress)
     rules = {found.path: rule for found, rule in matched}
     _check_data(matched, data)
@@ -95,28 +93,28 @@ def quantize_model(
         data.check_batches()
         folding = data.of_model(copy, [group.targets[0] for group, _ in groups], hessian=False)
         copy = folded(copy, groups, folding)
-        matched = _match(copy, recipe, on_nonfinite)
-    variables = {id(v): (path, v) for path, v in _variables(copy)}  # alive, so that identities stay theirs
+        matched = match(copy, recipe, on_nonfinite, strict=strict)
+    variables = {id(v): (path, v) for path, v in variables_of(copy)}  # alive, so that identities stay theirs
     rows: dict[int, Row] = {}  # by the identity of the variable in the copy
     replaced: dict[int, QuantizedParam] = {}
     for (_, layer, kind), rule in matched:
         if rule is None or rule.weight is None:
             variable = getattr(layer, kind.weight)
-            note = (rule.reason or "skipped by the recipe") if rule else "no rule of the recipe matches"
+            note = skip_reason(rule)
             where = variables[id(variable)][0]
-            rows[id(variable)] = _float_row(where, kind.name, variable.get_value(), note)
+            rows[id(variable)] = float_row(where, kind.name, variable.get_value(), note)
     taken = [(found, rule) for found, rule in matched if rule is not None and rule.weight is not None]
     keys = jax.random.split(jax.random.key(0) if key is None else key, max(len(taken), 1))
     for block in _blocks(copy, taken, data, sequential):
-        stats = data.of_model(copy, [found.path for found, rule in block if _looks(rule, data)])
+        stats = data.of_block(copy, block)
         for found, rule in shown(block, "quantizing", progress and bool(stats)):
             path, layer, kind = found
             variable = getattr(layer, kind.weight)
             if id(variable) not in replaced and not isinstance(variable, QuantizedParam):
                 contracting, batch = weight_axes(layer, kind)
-                floats, name = variable.get_value(), f"{path}/{kind.weight}" if path else kind.weight
+                floats, name = variable.get_value(), variables[id(variable)][0]
                 own = quantize(
-                    floats, rule.weight, contracting=contracting, batch=batch, on_nonfinite=on_nonfinite, name=name
+                    floats, nearest_spec(rule), contracting=contracting, batch=batch, on_nonfinite=on_nonfinite, name=name
                 )
                 solved = None
                 if rule.method == "smoothquant":  # its scales are in the floats by now
@@ -126,14 +124,18 @@ def quantize_model(
                         own, floats, stats.get(path), rule, fallback=fallback, key=keys[len(replaced)], name=name
                     )
                     own = solved.qt
-                outliers = own.meta.outliers
-                qt = own if outliers is not None else own.with_activation(rule.activation)
+                qt = own
+                if own.meta.outliers is None:
+                    qt = own.with_activation(rule.activation, bounds=static_bounds(rule, stats.get(path)))
                 replaced[id(variable)] = QuantizedParam(qt)
-                rows[id(variable)] = _quantized_row(variables[id(variable)][0], kind.name, floats, qt, solved)
+                rows[id(variable)] = quantized_row(variables[id(variable)][0], kind.name, floats, qt, solved)
             put_weight(layer, kind, replaced.get(id(variable), variable))
     replace_variables(copy, replaced)
-    layers = {found.path for found in find_layers(copy)}
-    return copy, Report(tuple(rows.get(i) or _other_row(path, v, layers) for i, (path, v) in variables.items()))
+    layers = {found.path for found, _ in matched}
+    notes = (
+        () if strict else tuple(f"rule {p!r} matched nothing" for p in unused_rules(recipe, [r for _, r in matched]))
+    )
+    return copy, Report(tuple(rows.get(i) or other_row(path, v, layers) for i, (path, v) in variables.items()), notes)
 
 
 class _Data:
@@ -160,6 +162,21 @@ class _Data:
             raise ValueError(f"quantize_model: calibration has no statistics of {missing}.")
         return self._stats
 
+    def of_block(self, model: Any, block: list[tuple[Found, Rule]]) -> dict[str, LayerStats]:
+        """What methods and observers of some layers need: one pass for each observer."""
+        if not self:
+            return {}
+        if self._stats is not None:
+            return self.of_model(model, [found.path for found, rule in block if _looks(rule, self) or rule.observer])
+        wanted: dict[Any, list[str]] = {}
+        for found, rule in block:
+            if _looks(rule, self) or rule.observer is not None:
+                wanted.setdefault((rule.observer, _looks(rule, self)), []).append(found.path)
+        out: dict[str, LayerStats] = {}
+        for (observer, looks), paths in wanted.items():
+            out |= calibrate(model, self._batches or [], layers=paths, hessian=looks, observer=observer, **self._how)
+        return out
+
     def order(self, model: Any, paths: list[str]) -> list[str]:
         """Paths in the order in which the model reaches them."""
         if self._batches is None:
@@ -176,6 +193,27 @@ class _Data:
             )
 
 
+def static_bounds(rule: Rule, stats: LayerStats | None) -> tuple[jax.Array, jax.Array] | None:
+    """The range of a layer's input that its rule's observer found; None where the rule has none."""
+    if rule.observer is None:
+        return None
+    assert isinstance(rule.activation, QuantSpec)
+    assert not isinstance(rule.observer, str)
+    if stats is None or stats.observed is None:
+        raise ValueError(
+            f"quantize_model: the statistics given have no state of {rule.observer!r}. Make them with "
+            "jaxq.nn.calibrate(..., observer=...), or pass the batches themselves as calibration=."
+        )
+    observer, spec = rule.observer, rule.activation
+
+    def bounds(state: Any) -> tuple[jax.Array, jax.Array]:
+        return observer.bounds(state, spec.fmt, symmetric=spec.symmetric and spec.offset is None)
+
+    for _ in range(stats.count.ndim):
+        bounds = jax.vmap(bounds)
+    return bounds(stats.observed)
+
+
 def _looks(rule: Rule, data: _Data) -> bool:
     """Whether a rule's method is shown the data."""
     return bool(data) and methods.METHODS[rule.method].judged
@@ -185,16 +223,22 @@ def _check_data(matched: list[tuple[Found, Rule | None]], data: _Data) -> None:
     """Raises where a method asks for what is not there, naming all layers."""
     problems = []
     for (path, layer, kind), rule in matched:
-        if rule is None or rule.weight is None or rule.method == "rtn":
+        if rule is None or rule.weight is None:
             continue
         name = path or type(layer).__name__
+        if rule.observer is not None and kind.hook is None:
+            problems.append(f"  {name} ({kind.name}): its input cannot be observed, so it has no static range")
+        elif rule.observer is not None and not data:
+            problems.append(f"  {name}: observer {rule.observer!r} needs data")
+        if rule.method == "rtn":
+            continue
         if methods.METHODS[rule.method].needs_data and not data:
             problems.append(f"  {name}: method {rule.method!r} needs data")
-        elif hook_of(kind) is None and (data or methods.METHODS[rule.method].needs_data):
+        elif (kind.hook is None or kind.windowed) and (data or methods.METHODS[rule.method].needs_data):
             problems.append(f"  {name} ({kind.name}): method {rule.method!r} is for Linear, LinearGeneral and Einsum")
     if problems:
         raise ValueError(
-            "quantize_model: these layers' methods cannot run:\n" + "\n".join(problems)
+            "quantize_model: these layers' methods or observers cannot run:\n" + "\n".join(problems)
             + "\nPass calibration=batches of real inputs, or give the layers a rule with another method."
         )  # fmt: skip
 
@@ -208,7 +252,7 @@ def _blocks(
         return
     if not data:
         raise ValueError("quantize_model: sequential=True needs calibration=batches, not statistics or nothing.")
-    seen = [found.path for found, rule in taken if hook_of(found.kind) is not None]
+    seen = [found.path for found, rule in taken if found.kind.hook is not None]
     order = data.order(model, seen)
     place = {path: i for i, path in enumerate(order)}
     blocks: dict[str, list[tuple[Found, Rule]]] = {}
@@ -252,6 +296,13 @@ def solve_layer(
     return solved._replace(qt=_in_place_of(solved.qt, own, rule.method, name))
 
 
+def nearest_spec(rule: Rule) -> QuantSpec:
+    """How a rule's weight is rounded to nearest: in the blocks of its method, where that has some of its own."""
+    assert isinstance(rule.weight, QuantSpec)
+    granularity = dict(rule.options).get("granularity")
+    return rule.weight if granularity is None else rule.weight.replace(granularity=granularity)
+
+
 def _in_place_of(qt: QTensor, own: QTensor, method: str, name: str) -> QTensor:
     """The QTensor of a matrix as that of an array with more axes, which is stored in the same order."""
     matrix, whole = qt.meta, own.meta
@@ -286,135 +337,3 @@ def _in_place_of(qt: QTensor, own: QTensor, method: str, name: str) -> QTensor:
 
 def _scale_like(own: QTensor, qt: QTensor) -> jax.Array:
     return jnp.empty((*own.batch_shape, *own.meta.geometry.num_blocks), jnp.float32)
-
-
-def find_layers(model: nnx.Module) -> Iterator[Found]:
-    """Every layer of a kind jaxq knows, with its path; each once, however many parents share it."""
-    for path, module in nnx.iter_modules(model):
-        kind = find_kind(module)
-        if kind is not None:
-            yield Found("/".join(map(str, path)), module, kind)
-
-
-def _match(model: nnx.Module, recipe: Recipe, on_nonfinite: str) -> list[tuple[Found, Rule | None]]:
-    """Each layer with its rule (None: no rule matches), after checking all of them."""
-    problems: list[str] = []
-    matched: list[tuple[Found, Rule | None]] = []
-    used: set[int] = set()
-    uses: dict[int, tuple[str, Any]] = {}
-    for found in find_layers(model):
-        rule = recipe.find(found.path, found.kind.name)
-        if rule is not None:
-            used.add(next(i for i, r in enumerate(recipe.rules) if r is rule))
-        matched.append((found, rule))
-        variable, problem, use = getattr(found.layer, found.kind.weight), None, None
-        name = found.path or type(found.layer).__name__
-        if rule is not None and rule.weight is not None:
-            value, problem = variable.get_value(), found.kind.problem(found.layer)
-            if isinstance(value, QTensor):
-                problem = "it is quantized already"
-            if problem is None:
-                try:
-                    axes = weight_axes(found.layer, found.kind)
-                    _dry_run(value, rule, *axes, found.kind.weight, found.kind.name)
-                    if on_nonfinite == "raise":
-                        where = f"{found.path}/{found.kind.weight}".lstrip("/")
-                        raise_if_not_finite(jnp.asarray(value), where, "quantize")
-                    use = (axes, rule.weight, rule.activation)
-                except (TypeError, ValueError) as error:
-                    problem = str(error)
-        if problem is None:
-            other, other_use = uses.setdefault(id(variable), (name, use))
-            if other_use != use:
-                how = "which uses it in another way" if use and other_use else "and only one of them is quantized"
-                problem = f"it shares its weight with {other}, {how}"
-        if problem is not None:
-            problems.append(f"  {name} ({found.kind.name}): {problem}")
-    if problems:
-        raise ValueError(
-            "quantize_model: these layers cannot be quantized:\n" + "\n".join(problems)
-            + "\nSkip them with jaxq.Rule(path, skip=True) in a jaxq.Recipe, or change them."
-        )  # fmt: skip
-    unused = [r.pattern for i, r in enumerate(recipe.rules) if i not in used and not r.optional]
-    if unused:
-        paths = [f"{f.path or 'the model itself'} ({f.kind.name})" for f, _ in matched]
-        listed = ", ".join(paths[:12]) + (f", ... ({len(paths)} layers)" if len(paths) > 12 else "")
-        raise ValueError(
-            f"quantize_model: rules {unused} match no layer (or only layers an earlier rule took). "
-            f"Layers here: {listed or 'none that jaxq knows'}."
-        )
-    return matched
-
-
-def _dry_run(w: Any, rule: Rule, contracting: Any, batch: Any, name: str, kind: str) -> None:
-    """Raises what quantizing a weight, and later its input, would raise; nothing is computed."""
-    weight, activation = rule.weight, rule.activation
-    assert weight is not None
-    qt = jax.eval_shape(lambda v: quantize(v, weight, contracting=contracting, batch=batch, name=name), w)
-    qt.with_activation(activation)
-    if activation is not None and kind != "Conv":  # how much a window of a convolution sees is not known here
-        x = jax.ShapeDtypeStruct((1, *(w.shape[a] for a in contracting)), w.dtype)
-        along = tuple(range(1, len(x.shape)))
-        jax.eval_shape(lambda v: quantize(v, activation, contracting=along, name="activation"), x)
-
-
-def _variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
-    """Path and variable of everything a model holds but its random states; shared ones once."""
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
-            yield "/".join(map(str, path)), node
-
-
-def _other_row(path: str, variable: nnx.Variable, layers: set[str]) -> Row:
-    """The row of what is no weight of a known layer."""
-    value = variable.get_value()
-    if not jnp.issubdtype(getattr(value, "dtype", int), jnp.floating):
-        note = "no floats, left as it is"
-    elif value.ndim < 2:
-        note = "not a matrix, left in floats"
-    elif path.rpartition("/")[0] in layers:
-        note = "not the weight of its layer, left in floats"
-    else:
-        note = "in no layer jaxq knows, left as it is"
-    return _float_row(path, type(variable).__name__, value, note)
-
-
-def _float_row(path: str, kind: str, value: Any, note: str) -> Row:
-    leaves = [leaf for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
-    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    size = value.size if isinstance(value, QTensor) else sum(leaf.size for leaf in leaves)
-    bits = 8 * nbytes / size if size else 0.0
-    shape = tuple(getattr(value, "shape", ()))
-    return Row(path, kind, shape, None, None, bits, nbytes, nbytes, None, None, note)
-
-
-def _quantized_row(path: str, kind: str, floats: jax.Array, qt: QTensor, solved: methods.Solved | None) -> Row:
-    sqnr, worst = _errors(floats, qt)
-    spec = qt.spec
-    name = spec.fmt.name + (f" + {qt.meta.activation.fmt.name}" if qt.meta.activation else "")
-    sizes = ",".join(str(b) for b in qt.meta.geometry.block_shape if b not in (None, 1))
-    granularity = type(spec.granularity).__name__ + (f"({sizes})" if sizes else "")
-    return Row(
-        path,
-        kind,
-        qt.shape,
-        name,
-        granularity,
-        qt.bits_per_element,
-        floats.nbytes,
-        qt.nbytes,
-        float(sqnr),
-        float(worst),
-        note=solved.note if solved else "",
-        method=solved.method if solved else "rtn",
-        loss=solved.loss if solved else None,
-    )
-
-
-@functools.partial(jax.jit)
-def _errors(floats: jax.Array, qt: QTensor) -> tuple[jax.Array, jax.Array]:
-    """SQNR in dB and the worst block, blocks running along the contraction."""
-    view = qt.meta.geometry
-    back = dequantize(qt.with_activation(None), dtype=jnp.float32)
-    a, b = (view.to_storage(view.to_view(v.astype(jnp.float32))) for v in (floats, back))
-    return metrics.sqnr(a, b), metrics.worst_block(a, b)

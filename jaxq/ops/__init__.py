@@ -4,7 +4,7 @@
 and why. `matmul`, `einsum` and `@` are spelled in its terms. All of it is plain XLA here, on every platform.
 """
 
-from jaxq.ops._conv import conv_general_dilated
+from jaxq.ops._conv import conv_general_dilated, convolve
 from jaxq.ops._dot_general import dot_general, explain
 from jaxq.ops._einsum import einsum, matmul
 from jaxq.ops._plan import Plan
@@ -14,6 +14,7 @@ from jaxq.ops._take import take
 __all__ = [
     "Plan",
     "conv_general_dilated",
+    "convolve",
     "dot_general",
     "einsum",
     "explain",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,76 +49,101 @@ def conv_general_dilated(
     """
     if not isinstance(rhs, QTensor):
         raise TypeError(f"conv_general_dilated: rhs must be a QTensor, got {type(rhs).__name__}. Use lax for arrays.")
-    options = {
-        "window_strides": window_strides,
-        "padding": padding,
-        "lhs_dilation": lhs_dilation,
-        "rhs_dilation": rhs_dilation,
-        "dimension_numbers": dimension_numbers,
-        "feature_group_count": feature_group_count,
-        "batch_group_count": batch_group_count,
-        "precision": precision,
-    }
     x = lhs if isinstance(lhs, QTensor) else jnp.asarray(lhs)
-    if rhs.meta.activation is not None and not isinstance(x, QTensor):
-        return _dynamic(x, rhs, _freeze(options), preferred_element_type)
     out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, rhs.dtype))
     numbers = lax.conv_dimension_numbers(x.shape, rhs.shape, dimension_numbers)
-    channel, batch, feature = numbers.rhs_spec[0], numbers.lhs_spec[0], numbers.out_spec[1]
-    if isinstance(x, QTensor) and why_not_codes(x, rhs, batch, channel) is None:
-        y = lax.conv_general_dilated(x.codes(), rhs.codes(), **options, preferred_element_type=jnp.int32)
-        out_batch = numbers.out_spec[0]
-        y = (
-            y.astype(jnp.float32)
-            * _along(scale_values(x), out_batch, y.ndim)
-            * _along(scale_values(rhs), feature, y.ndim)
+
+    def product(x: jax.Array, kernel: jax.Array, accumulate: Any) -> jax.Array:
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            numbers,
+            feature_group_count,
+            batch_group_count,
+            precision,
+            preferred_element_type=accumulate,
         )
-        return y.astype(out_dtype)
+
+    batch, features = (numbers.lhs_spec[0], numbers.out_spec[0]), numbers.out_spec[1]
+    return convolve(product, x, rhs, channel=numbers.rhs_spec[0], batch=batch, features=features).astype(out_dtype)
+
+
+Product = Callable[[jax.Array, jax.Array, Any], jax.Array]
+
+
+def convolve(
+    product: Product,
+    x: jax.Array | QTensor,
+    kernel: QTensor,
+    *,
+    channel: int,
+    batch: tuple[int, int] = (0, 0),
+    features: int = -1,
+) -> jax.Array:
+    """A convolution of any kind with a quantized kernel: of integer codes where they allow it, else of floats.
+
+    Args:
+      product: `product(x, kernel, accumulate)` convolves arrays, summing in the dtype `accumulate`.
+      x: what windows are taken of: float array, or QTensor that keeps the batch axis and contracts all others. An
+        array is quantized first where the kernel's `with_activation` says so, each example by its own scale or all by
+        the kernel's `input_range`. Backward, it passes straight through, where it was not clipped.
+      kernel: scales for each output channel, or any other.
+      channel: the axis of `kernel` that is the result's features.
+      batch: the batch axis of `x` and of the result.
+      features: axis of the result.
+
+    Returns:
+      The convolution, accumulated in int32 or float32; float32.
+
+    Raises:
+      TypeError: `x` is neither float nor a QTensor.
+    """
+    if kernel.meta.activation is not None and not isinstance(x, QTensor):
+        return _dynamic(product, x, kernel, channel, batch, features)
+    kernel = kernel.with_activation(None)
+    if isinstance(x, QTensor) and why_not_codes(x, kernel, batch[0], channel % kernel.ndim) is None:
+        y = product(x.codes(), kernel.codes(), jnp.int32).astype(jnp.float32)
+        return y * _along(scale_values(x), batch[1], y.ndim) * _along(scale_values(kernel), features % y.ndim, y.ndim)
     floats = dequantize(x) if isinstance(x, QTensor) else x
     if floats.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(f"conv_general_dilated: lhs must be float or a QTensor, got {floats.dtype.name}.")
-    kernel = dequantize(rhs, dtype=floats.dtype)
-    return lax.conv_general_dilated(floats, kernel, **options, preferred_element_type=jnp.float32).astype(out_dtype)
+    return product(floats, dequantize(kernel, dtype=floats.dtype), jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dynamic(x: jax.Array, kernel: QTensor, options: tuple, dtype: Any) -> jax.Array:
-    """The convolution with each example of x quantized by its own scale. Backward, x passes straight through."""
-    assert kernel.meta.activation is not None
-    numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dict(options)["dimension_numbers"])
-    others = tuple(a for a in range(x.ndim) if a != numbers.lhs_spec[0])
-    qx = quantize(x, kernel.meta.activation, contracting=others, on_nonfinite="propagate", name="activation")
-    return conv_general_dilated(qx, kernel.with_activation(None), **dict(options), preferred_element_type=dtype)
+def _dynamic(
+    product: Product, x: jax.Array, kernel: QTensor, channel: int, batch: tuple[int, int], features: int
+) -> jax.Array:
+    run = functools.partial(convolve, product, channel=channel, batch=batch, features=features)
 
-
-def _dynamic_forward(x, kernel, options, dtype):
-    return _dynamic(x, kernel, options, dtype), (x, kernel)
-
-
-def _dynamic_backward(options, dtype, saved, dy):
-    def floats(x: jax.Array, kernel: QTensor) -> jax.Array:
-        return conv_general_dilated(x, kernel, **dict(options), preferred_element_type=dtype)
-
-    x, kernel = saved
-    _, pull = jax.vjp(floats, x, kernel.with_activation(None))
-    dx, dkernel = pull(dy)
-    return dx, dataclasses.replace(dkernel, meta=kernel.meta)
-
-
-_dynamic.defvjp(_dynamic_forward, _dynamic_backward)
-
-
-def _freeze(options: dict[str, Any]) -> tuple:
-    """Options as a hashable tuple of pairs."""
-
-    def freeze(value: Any) -> Any:
-        return (
-            tuple(freeze(v) for v in value)
-            if isinstance(value, list | tuple) and type(value) in (list, tuple)
-            else value
+    @jax.custom_vjp
+    def quantized(x: jax.Array, kernel: QTensor) -> jax.Array:
+        assert kernel.meta.activation is not None
+        others = tuple(a for a in range(x.ndim) if a != batch[0])
+        bounds = None if kernel.input_range is None else (kernel.input_range[0], kernel.input_range[1])
+        qx = quantize(
+            x, kernel.meta.activation, contracting=others, on_nonfinite="propagate", bounds=bounds, name="activation"
         )
+        return run(qx, kernel.with_activation(None))
 
-    return tuple((name, freeze(value)) for name, value in options.items())
+    def forward(x: jax.Array, kernel: QTensor) -> Any:
+        return quantized(x, kernel), (x, kernel)
+
+    def backward(saved: Any, dy: jax.Array) -> Any:
+        x, kernel = saved
+        _, pull = jax.vjp(run, x, kernel.with_activation(None))
+        dx, dkernel = pull(dy)
+        if kernel.input_range is None:
+            return dx, dataclasses.replace(dkernel, meta=kernel.meta)
+        low, high = kernel.input_range
+        dx = jnp.where((low <= x) & (x <= high), dx, jnp.zeros((), dx.dtype))  # what is clipped has no gradient
+        return dx, dataclasses.replace(dkernel, meta=kernel.meta, input_range=jnp.zeros_like(kernel.input_range))
+
+    quantized.defvjp(forward, backward)
+    return quantized(x, kernel)
 
 
 def why_not_codes(x: QTensor, kernel: QTensor, batch: int, channel: int) -> str | None:

@@ -237,9 +237,9 @@ def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Pl
 def _dynamic(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -> jax.Array:
     """The product with x quantized on the fly, columns of outliers left out and multiplied in floats; float32."""
     threshold = qt.meta.outliers
-    qt = qt.with_activation(qt.meta.activation)
     if threshold is None:
         return cast(jax.Array, _quantized(x, qt, dims, swapped))
+    qt = qt.with_activation(qt.meta.activation)
     side = 1 if swapped else 0
     free = tuple(a for a in range(x.ndim) if a not in (*dims[0][side], *dims[1][side]))
     magnitude = jnp.max(jnp.abs(x), axis=free, keepdims=True, initial=0.0)
@@ -259,6 +259,7 @@ def _quantized(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool)
     """The product with x quantized as `qt.meta.activation` says; float32. Backward, x passes straight through."""
     assert qt.meta.activation is not None
     side = 1 if swapped else 0
+    bounds = None if qt.input_range is None else _ends(qt.input_range, dims[1][1 - side])
     order, dims = batch_first(x.ndim, dims, side)
     qx = quantize(
         jnp.transpose(x, order),
@@ -266,11 +267,18 @@ def _quantized(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool)
         contracting=tuple(dims[0][side]),
         batch=tuple(dims[1][side]),
         on_nonfinite="propagate",
+        bounds=bounds,
         name="activation",
     )
     weight = qt.with_activation(None)
     lhs, rhs = (weight, qx) if swapped else (qx, weight)
     return dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+
+
+def _ends(input_range: jax.Array, batch: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """(low, high), each `[*batch]` in the order of the product's batch axes."""
+    ordered = jnp.transpose(input_range, (*batch, len(batch)))
+    return ordered[..., 0], ordered[..., 1]
 
 
 def _quantized_forward(x, qt, dims, swapped):
@@ -281,7 +289,20 @@ def _quantized_backward(dims, swapped, saved, dy):
     x, qt = saved
     _, pull = jax.vjp(lambda x, qt: _in_floats(x, qt, dims, swapped), x, qt.with_activation(None))
     dx, dqt = pull(dy)
-    return dx, dataclasses.replace(dqt, meta=qt.meta)
+    if qt.input_range is None:
+        return dx, dataclasses.replace(dqt, meta=qt.meta)
+    side = 1 if swapped else 0
+    batch = [a % x.ndim for a in dims[1][side]]
+    ends = _ends(qt.input_range, dims[1][1 - side])
+    low, high = (_over_axes(end, batch, x.ndim) for end in ends)
+    dx = jnp.where((low <= x) & (x <= high), dx, jnp.zeros((), dx.dtype))  # what is clipped has no gradient
+    return dx, dataclasses.replace(dqt, meta=qt.meta, input_range=jnp.zeros_like(qt.input_range))
+
+
+def _over_axes(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
+    """`[*axes in any order]` as an array of `ndim` axes that broadcasts."""
+    values = jnp.transpose(values, np.argsort(axes).tolist())
+    return values.reshape([values.shape[sorted(axes).index(i)] if i in axes else 1 for i in range(ndim)])
 
 
 _quantized.defvjp(_quantized_forward, _quantized_backward)

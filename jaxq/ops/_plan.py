@@ -104,9 +104,8 @@ def _plan_dynamic(x: Any, qt: QTensor, dims: DimensionNumbers, swapped: bool) ->
     rest = make_plan(*((weight, qx) if swapped else (qx, weight)), dims)
     outliers = qt.meta.outliers
     kept = "" if outliers is None else f", but for columns that reach {outliers:g}, which are multiplied in floats"
-    return dataclasses.replace(
-        rest, reason=f"activations are quantized to {spec.fmt.name} on the fly{kept}; {rest.reason}"
-    )
+    how = "on the fly" if qt.input_range is None else "by a range known beforehand"
+    return dataclasses.replace(rest, reason=f"activations are quantized to {spec.fmt.name} {how}{kept}; {rest.reason}")
 
 
 def batch_first(ndim: int, dims: DimensionNumbers, side: int) -> tuple[list[int], DimensionNumbers]:

@@ -21,12 +21,13 @@ from jaxq.qtensor._quantize import (
     decode_blocks,
     dequantize,
     fake_quant,
+    inside_range,
     quantize,
     raise_if_not_finite,
     requantize,
     scale_values,
 )
-from jaxq.qtensor._spec import QuantSpec
+from jaxq.qtensor._spec import QuantSpec, as_static
 
 __all__ = [
     "LEAVES",
@@ -43,9 +44,11 @@ __all__ = [
     "QTensor",
     "QuantSpec",
     "as_spec",
+    "as_static",
     "decode_blocks",
     "dequantize",
     "fake_quant",
+    "inside_range",
     "presets",
     "quantize",
     "raise_if_not_finite",

@@ -17,12 +17,12 @@ from jax import export
 from jaxq import formats
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._presets import as_spec
-from jaxq.qtensor._spec import QuantSpec
+from jaxq.qtensor._spec import QuantSpec, as_static
 
 # Axes of one shape beside those of another that hold the same numbers.
 _Groups = list[tuple[tuple[int, ...], tuple[int, ...]]]
 # The arrays of a QTensor, in the order of its constructor.
-LEAVES = ("data", "scale", "zero_point", "offset", "codebook")
+LEAVES = ("data", "scale", "zero_point", "offset", "codebook", "input_range")
 _LAYOUTS = ("rows", "columns")
 
 
@@ -35,11 +35,13 @@ class Meta:
       geometry: shape, axis roles and blocks.
       packing: order of the codes in `data`; `relayout` changes it.
       dtype: what `dequantize` returns by default.
-      activation: how a float array that meets this one in a product is quantized first; None leaves it in floats.
+      activation: how a float array that meets this one in a product is quantized first, by its own extremes or by the
+        QTensor's `input_range`; None leaves it in floats.
       layout: "rows": codes of a row are neighbours in `data`; "columns": the row's axis comes first. `relayout` changes
         it.
       outliers: columns of that float array in which a magnitude reaches this are multiplied in floats, not quantized;
         None quantizes all.
+      name: what errors call the array, a parameter's path; no part of comparisons.
     """
 
     spec: QuantSpec
@@ -49,6 +51,7 @@ class Meta:
     activation: QuantSpec | None = None
     layout: Literal["rows", "columns"] = "rows"
     outliers: float | None = None
+    name: str = dataclasses.field(default="", compare=False)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -111,6 +114,8 @@ class QTensor:
       codebook: float32 `[*batch, *num_blocks, num_codes]`, what the codes stand for where this array has numbers of its
         own (in units of the scale); None where they are the format's.
       meta: static facts: spec, geometry, packing, dtype.
+      input_range: float32 `[*batch, 2]`, least and greatest number that `meta.activation` covers where it is static;
+        None where each input is quantized by its own extremes.
     """
 
     data: jax.Array
@@ -119,6 +124,7 @@ class QTensor:
     offset: jax.Array | None
     codebook: jax.Array | None
     meta: Meta
+    input_range: jax.Array | None = None
 
     # numpy must not take over `array @ qt`, and nothing may convert a QTensor to an array unasked.
     __array_ufunc__ = None
@@ -228,7 +234,13 @@ class QTensor:
             raise TypeError(f"QTensor.astype: only float dtypes, got {dtype}. For the codes use qt.codes().")
         return self._with(dtype=dtype.name)
 
-    def with_activation(self, spec: str | QuantSpec | None, *, outliers: float | None = None) -> QTensor:
+    def with_activation(
+        self,
+        spec: str | QuantSpec | None,
+        *,
+        outliers: float | None = None,
+        bounds: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None = None,
+    ) -> QTensor:
         """The same codes; float arrays they meet in a product are quantized by `spec` on the fly (w8a8 and its like).
 
         Args:
@@ -237,6 +249,12 @@ class QTensor:
           outliers: columns of the other operand with a magnitude of at least this, 6.0 in LLM.int8(), are not quantized
             but multiplied in floats, and the sums are added; None quantizes all. Which columns is seen anew in every
             call, so both products have full size: for accuracy, not for speed (Dettmers et al., 2022).
+          bounds: (low, high) of the other operand, float `[]` or `[*batch]`, as `jaxq.observers` find them: one range
+            for the whole of it, whose scale is known beforehand; what is beyond is clipped, and has no gradient. The
+            spec is then taken per tensor. None looks at each operand anew.
+
+        Raises:
+          ValueError: a spec or options that do not go together.
         """
         activation = None if spec is None else as_spec(spec, "with_activation")
         if activation is not None and activation.rounding == "stochastic":
@@ -245,7 +263,14 @@ class QTensor:
             raise ValueError(
                 f"with_activation: outliers={outliers} needs an activation spec, and a number of at least 0."
             )
-        return self._with(activation=activation, outliers=None if outliers is None else float(outliers))
+        changed = self._with(activation=activation, outliers=None if outliers is None else float(outliers))
+        if bounds is None:
+            return dataclasses.replace(changed, input_range=None)
+        if activation is None or outliers is not None:
+            raise ValueError("with_activation: bounds= needs an activation spec, and no outliers=.")
+        ends = [jnp.broadcast_to(jnp.asarray(end, jnp.float32), self.batch_shape) for end in bounds]
+        changed = changed._with(activation=as_static(activation, "with_activation"))
+        return dataclasses.replace(changed, input_range=jnp.stack(ends, axis=-1))
 
     @property
     def T(self) -> QTensor:
@@ -348,7 +373,8 @@ class QTensor:
         except (AttributeError, TypeError, ValueError):
             bits = f"leaves={type(self.data).__name__}"
         size = "x".join(map(str, self._shown_shape()))
-        parts = [f"{spec.fmt.name}[{size}]", f"{type(spec.granularity).__name__}{self._blocks()}"]
+        name = f"{self.meta.name}: " if self.meta.name else ""
+        parts = [f"{name}{spec.fmt.name}[{size}]", f"{type(spec.granularity).__name__}{self._blocks()}"]
         parts.append(f"scale={_scale_name(spec)}")
         if spec.scale_rule != "absmax":
             parts.append(spec.scale_rule)
@@ -359,7 +385,8 @@ class QTensor:
         if self.meta.layout != "rows":
             parts.append(self.meta.layout)
         if self.meta.activation is not None:
-            parts.append(f"activation={self.meta.activation.fmt.name}")
+            static = "" if self.input_range is None else " static"
+            parts.append(f"activation={self.meta.activation.fmt.name}{static}")
         if self.meta.outliers is not None:
             parts.append(f"outliers from {self.meta.outliers:g}")
         return f"QTensor({', '.join(parts)}, {bits}, {self.meta.dtype})"
@@ -563,4 +590,5 @@ def _regroup(qt: QTensor, groups: _Groups, sizes: tuple[int, ...]) -> QTensor | 
         offset = offset.reshape(*batch, *(num_blocks if qt.spec.offset == "min" else (1,) * len(num_blocks)))
     codebook = None if qt.codebook is None else qt.codebook.reshape(*batch, *num_blocks, qt.codebook.shape[-1])
     meta = dataclasses.replace(qt.meta, geometry=changed)
-    return QTensor(qt.data.reshape(*batch, *meta.stored_shape), scale, zero_point, offset, codebook, meta)
+    data = qt.data.reshape(*batch, *meta.stored_shape)
+    return QTensor(data, scale, zero_point, offset, codebook, meta, qt.input_range)

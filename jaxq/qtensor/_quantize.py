@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from jaxq.qtensor import _scales
 from jaxq.qtensor._geometry import Geometry, resolve
 from jaxq.qtensor._presets import as_spec
 from jaxq.qtensor._qtensor import Meta, QTensor
-from jaxq.qtensor._spec import QuantSpec
+from jaxq.qtensor._spec import NEED_BLOCKS, QuantSpec
 
 ON_NONFINITE = ("raise", "propagate", "zero", "saturate")
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -29,6 +31,7 @@ def quantize(
     batch: tuple[int, ...] | int = (),
     key: jax.Array | None = None,
     on_nonfinite: str = "raise",
+    bounds: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None = None,
     name: str = "w",
 ) -> QTensor:
     """Codes and scales of `w`: `codes = round(w / scale) + zero_point`, clipped to the format's range.
@@ -45,6 +48,9 @@ def quantize(
         whose format has no NaN, as in nf4_dq and vsq4, passes it on to its own scale, and so to all blocks under
         that.) "zero" replaces them by 0; "saturate" replaces infinities by the largest finite magnitude of their
         block and NaN by 0.
+      bounds: (low, high), the range to quantize instead of each block's extremes, as `jaxq.observers` find it; numbers
+        beyond are clipped. Floats, a number each, or one for each scale, `[*batch, *num_blocks]`. A symmetric spec
+        takes the larger magnitude.
       name: what errors call the array, a parameter's path for example.
 
     Returns:
@@ -68,7 +74,9 @@ def quantize(
     spec = as_spec(spec, "quantize")
     x, geometry = _prepare(w, spec, contracting, batch, on_nonfinite, name, "quantize")
     formats.check_rounding(spec.rounding, key)
-    return _quantize(_no_gradient(x), spec, geometry, key, on_nonfinite)
+    given = None if bounds is None else _as_bounds(bounds, x, spec, geometry)
+    qt = _quantize(_no_gradient(x), spec, geometry, key, on_nonfinite, bounds=given)
+    return qt if name == "w" else dataclasses.replace(qt, meta=dataclasses.replace(qt.meta, name=name))
 
 
 def requantize(w: jax.typing.ArrayLike, like: QTensor, *, key: jax.Array | None = None) -> QTensor:
@@ -292,6 +300,29 @@ def raise_if_not_finite(
     )
 
 
+def _as_bounds(bounds: Any, x: jax.Array, spec: QuantSpec, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+    """Bounds as float32 `[*batch, *num_blocks]`."""
+    if spec.scale_rule in NEED_BLOCKS or spec.offset == "mean":
+        raise ValueError(
+            f"quantize: bounds= say nothing of what scale_rule={spec.scale_rule!r} and offset={spec.offset!r} need."
+        )
+    batch = x.shape[: x.ndim - len(geometry.shape)]
+    wanted = (*batch, *geometry.num_blocks)
+    low, high = (jnp.asarray(end, jnp.float32) for end in bounds)
+    for end in (low, high):
+        if end.shape not in ((), batch) and end.size != math.prod(wanted):
+            raise ValueError(
+                f"quantize: bounds are {list(end.shape)}; expected one number, or one for each scale, {list(wanted)}."
+            )
+    if not isinstance(low, Tracer) and not isinstance(high, Tracer) and not bool(jnp.all(low <= high)):
+        raise ValueError("quantize: bounds= must be (low, high) with low <= high, and no NaN.")
+    ones = (1,) * len(geometry.num_blocks)
+    ends = [
+        end.reshape(wanted) if end.size == math.prod(wanted) else end.reshape(*end.shape, *ones) for end in (low, high)
+    ]
+    return jnp.broadcast_to(ends[0], wanted), jnp.broadcast_to(ends[1], wanted)
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "geometry", "on_nonfinite", "positive"))
 def _quantize(
     x: jax.Array,
@@ -300,6 +331,7 @@ def _quantize(
     key: jax.Array | None,
     on_nonfinite: str = "propagate",
     positive: bool = False,
+    bounds: tuple[jax.Array, jax.Array] | None = None,
 ) -> QTensor:
     """`positive`: x holds scales, of which none that is not zero may become zero, nor a NaN take others along."""
     if on_nonfinite in ("zero", "saturate"):
@@ -321,6 +353,8 @@ def _quantize(
         marks = geometry.to_blocks(geometry.pad(geometry.to_view(jnp.where(infinite, sign, 0))))
         blocks = jnp.where(marks != 0, marks.astype(jnp.float32) * found.magnitude, blocks.astype(jnp.float32))
         measured, found = blocks, _scales.extremes(blocks, geometry)
+    if bounds is not None:
+        found = _scales.within(found, *(geometry.scale_to_blocks(end) for end in bounds))
     ideal_steps = _scales.scale_of(measured, found, spec, geometry)
     ideal = geometry.scale_from_blocks(ideal_steps)
     if isinstance(spec.scale, QuantSpec):
@@ -411,16 +445,27 @@ def _fake_quant(x: jax.Array, key: jax.Array | None, spec: QuantSpec, geometry: 
 def _fake_quant_jvp(spec: QuantSpec, geometry: Geometry, primals, tangents):
     x, key = primals
     qt = _quantize(x, spec, geometry, key)
+    inside = inside_range(x, qt)
+    # The function again, not its value: a derivative may be taken of this one.
+    return _fake_quant(x, key, spec, geometry), jnp.where(inside, tangents[0], jnp.zeros((), x.dtype))
+
+
+def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
+    """Where rounding alone moves a number of `x` in `quantize(x)`, and no clipping: bool, of the shape of `x`.
+
+    Args:
+      x: floats.
+      qt: `x` quantized, by the format's own numbers (no `codebook`).
+    """
+    geometry = qt.meta.geometry
     y = geometry.to_blocks(geometry.pad(geometry.to_view(x))).astype(jnp.float32)
     if qt.offset is not None:
         y = y - geometry.scale_to_blocks(_scales.load_from_dtype(qt.offset))
     y = _scales.divide(y, geometry.scale_to_blocks(scale_values(qt)))
     if qt.zero_point is not None:
         y = y + geometry.scale_to_blocks(qt.zero_point.astype(jnp.float32))
-    low, high = _reach(spec)
-    inside = geometry.from_view(geometry.unpad(geometry.from_blocks((low <= y) & (y <= high))))
-    # The function again, not its value: a derivative may be taken of this one.
-    return _fake_quant(x, key, spec, geometry), jnp.where(inside, tangents[0], jnp.zeros((), x.dtype))
+    low, high = _reach(qt.spec)
+    return geometry.from_view(geometry.unpad(geometry.from_blocks((low <= y) & (y <= high))))
 
 
 def _reach(spec: QuantSpec) -> tuple[float, float]:

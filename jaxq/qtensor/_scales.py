@@ -51,6 +51,12 @@ def extremes(blocks: jax.Array, geometry: Geometry) -> Extremes:
     return Extremes(jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high), _magnitude(blocks, axes))
 
 
+def within(found: Extremes, low: jax.Array, high: jax.Array) -> Extremes:
+    """Given bounds in place of a block's own; a block that is not finite stays marked as such."""
+    magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    return Extremes(low, high, jnp.where(found.finite, magnitude, found.magnitude))
+
+
 def _magnitude(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The largest `|x|` of every block, keeping dimensions; NaN where there is one.
 

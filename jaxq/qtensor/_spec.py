@@ -7,10 +7,12 @@ from typing import Any
 
 from jaxq import formats
 from jaxq.qtensor import _granularity
-from jaxq.qtensor._granularity import Granularity, PerChannel
+from jaxq.qtensor._granularity import Granularity, PerChannel, PerTensor, PerToken
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
 SCALE_RULES = ("absmax", "absmean", "mx_ceil", "mx_even", "mx_floor", "mx_round_up", "signed_extreme", "ttq", "twn")
+# Those that depend on more than the extremes of a block.
+NEED_BLOCKS = ("absmean", "ttq", "twn")
 CODES_FROM = ("stored", "ideal")
 OFFSETS = ("mean", "min")
 
@@ -169,6 +171,25 @@ class QuantSpec:
         if isinstance(data["scale"], dict):
             data["scale"] = cls.from_dict(data["scale"])
         return cls(**data)
+
+
+def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
+    """The spec of an operand whose range is known beforehand: per tensor.
+
+    Raises:
+      ValueError: its scales are of blocks of the operand itself, which nobody knows beforehand.
+    """
+    if not isinstance(spec.granularity, PerTensor | PerToken | PerChannel):
+        raise ValueError(
+            f"{caller}: {spec.granularity} finds scales of blocks in each input, so its range cannot be static. "
+            "Leave the bounds or the observer out, or use a spec with one scale (PerTensor)."
+        )
+    if isinstance(spec.scale, QuantSpec) or spec.scale_rule in NEED_BLOCKS or spec.offset == "mean":
+        raise ValueError(
+            f"{caller}: a scale by {spec.scale_rule!r} of {spec.fmt.name} (scale={spec.scale!r}, "
+            f"offset={spec.offset!r}) depends on more than the range, so it cannot be static."
+        )
+    return spec.replace(granularity=PerTensor())
 
 
 def _granularity_from_dict(data: dict[str, Any]) -> Granularity:

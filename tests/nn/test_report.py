@@ -1,5 +1,7 @@
 """The report: one row for everything a model holds, figures that are those of the arrays."""
 
+import dataclasses
+import io
 import json
 
 import jax
@@ -32,7 +34,7 @@ class Model(nnx.Module):
 @pytest.fixture(scope="module")
 def made():
     model = Model(nnx.Rngs(0))
-    return model, *jaxq.quantize_model(model, SPEC)
+    return model, *jaxq.quantize_model(model, SPEC, strict=False)
 
 
 def variables(model):
@@ -96,7 +98,8 @@ def test_figures_are_those_of_the_arrays(made):
         assert 0 < row.worst_block < 1
         assert row.bits_per_element == qt.bits_per_element == 8 * row.bytes_after / w.size
         assert row.shape == floats.shape
-        assert (row.format, row.granularity) == ("int4", "PerGroup(4)")
+        assert (row.format, row.granularity.split(" along")[0]) == ("int4", "PerGroup(4")
+        assert row.clipped == 0
     total = 8 * sum(r.bytes_after for r in report.quantized) / sum(np.prod(r.shape) for r in report.quantized)
     assert report.bits_per_weight == pytest.approx(total)
     assert report.worst.sqnr == min(row.sqnr for row in report.quantized)
@@ -108,18 +111,24 @@ def test_forms(made):
     for row in report.rows:
         assert row.path in text
         assert f"| {row.path} |" in table
-    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {13}
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {14}
     assert text.splitlines()[-1] == table.splitlines()[-1]
     assert text.splitlines()[-1].startswith("2 of 14 parameters quantized")
     again = json.loads(json.dumps(report.to_dict()))
-    assert again["totals"] == {"bytes_before": report.bytes_before, "bytes_after": report.bytes_after}
+    assert again["totals"] == {
+        "parameters": 14,
+        "quantized": 2,
+        "bits_per_weight": report.bits_per_weight,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+    }
     assert [row["path"] for row in again["rows"]] == [row.path for row in report.rows]
 
 
 def test_activations_and_own_reasons():
     model = Model(nnx.Rngs(0))
     recipe = Recipe([Rule("up", weight="int8", activation="fp8"), Rule("conv", skip=True, reason="small")])
-    report = jaxq.quantize_model(model, recipe)[1]
+    report = jaxq.quantize_model(model, recipe, strict=False)[1]
     rows = {row.path: row for row in report.rows}
     assert rows["up/kernel"].format == "int8 + float8_e4m3fn"
     assert rows["conv/kernel"].note == "small"
@@ -127,8 +136,42 @@ def test_activations_and_own_reasons():
 
 
 def test_nothing_quantized():
-    report = jaxq.quantize_model(Model(nnx.Rngs(0)), Recipe([Rule(skip=True)]))[1]
+    report = jaxq.quantize_model(Model(nnx.Rngs(0)), Recipe([Rule(skip=True)]), strict=False)[1]
     assert report.quantized == ()
     assert report.worst is None
     assert report.bytes_before == report.bytes_after
     assert "0 of 14 parameters quantized" in str(report)
+
+
+def test_what_is_clipped_is_counted():
+    layer = nnx.Linear(64, 2, use_bias=False, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(jnp.full((64, 2), 0.1).at[0].set(1.0).at[1].set(-1.0))
+    # A group's scale is its largest magnitude: nothing clips. Mean magnitudes clip the four large numbers.
+    assert jaxq.quantize_model(layer, "int4")[1].rows[0].clipped == 0
+    spec = jaxq.QuantSpec("ternary", scale_rule="absmean")
+    assert jaxq.quantize_model(layer, spec)[1].rows[0].clipped == pytest.approx(4 / 128)
+
+
+def test_a_terminal_shows_a_table(made):
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(width=200, record=True, file=io.StringIO())
+    console.print(made[2])
+    text = console.export_text()
+    assert "up/kernel" in text
+    assert "2 of 14 parameters quantized" in text
+    assert made[2]._repr_markdown_() == made[2].to_markdown()
+
+
+def test_models_and_reports_show_in_treescope(made):
+    treescope = pytest.importorskip("treescope")
+    _, q, report = made
+    assert "QTensor" in treescope.render_to_text(nnx.state(q).raw_mapping)
+    assert "up/kernel" in treescope.render_to_text(report)
+
+
+def test_a_plan_is_the_report_without_figures(made):
+    model, _, report = made
+    plan = jaxq.nn.plan(model, SPEC, strict=False)
+    blank = [dataclasses.replace(row, sqnr=None, worst_block=None, clipped=None) for row in report.rows]
+    assert list(plan.rows) == blank
+    assert (plan.bytes_before, plan.bytes_after) == (report.bytes_before, report.bytes_after)

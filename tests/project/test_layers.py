@@ -13,7 +13,8 @@ ORDER = [
 # Reference models and what measures them know nothing of quantization, so any library's models can be measured.
 ONLY = {"models": set(), "evaluation": {"metrics", "models"}}
 # QTensor's operators reach the matmul inside the method: a container that could not be multiplied would be no array.
-UPWARD = {("qtensor", "ops")}
+# Recipe.plan asks those who know models, as a user asks the recipe.
+UPWARD = {("qtensor", "ops"), ("recipes", "nn")}
 
 
 def imports(path: Path):

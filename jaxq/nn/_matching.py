@@ -1,0 +1,213 @@
+"""Which layer of a model which rule is for, after all of them were checked: nothing is quantized here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxq.nn._layers import LayerKind, bare_kind, find_kind, weight_axes
+from jaxq.qtensor import QTensor, QuantSpec, quantize, raise_if_not_finite
+from jaxq.recipes import Recipe, Rule
+
+
+class Found(NamedTuple):
+    """A layer of a model."""
+
+    path: str
+    layer: Any
+    kind: LayerKind
+
+
+def find_layers(model: nnx.Module) -> Iterator[Found]:
+    """Every layer of a kind jaxq knows, with its path; each once, however many parents share it."""
+    for path, module in nnx.iter_modules(model):
+        kind = find_kind(module)
+        if kind is not None:
+            yield Found("/".join(map(str, path)), module, kind)
+
+
+def variables_of(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
+    """Path and variable of everything a model holds but its random states; shared ones once."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
+            yield "/".join(map(str, path)), node
+
+
+def match(
+    model: nnx.Module, recipe: Recipe, on_nonfinite: str, *, strict: bool = True
+) -> list[tuple[Found, Rule | None]]:
+    """Each layer with its rule (None: no rule matches).
+
+    Args:
+      model: a flax nnx module.
+      recipe: its rules.
+      on_nonfinite: "raise" looks for NaN and infinities.
+      strict: a rule that matches nothing is an error.
+
+    Raises:
+      ValueError: layers that cannot be quantized, all of them; rules that match nothing.
+    """
+    problems: list[str] = []
+    matched: list[tuple[Found, Rule | None]] = []
+    for found in find_layers(model):
+        value = getattr(found.layer, found.kind.weight).get_value()
+        shape = tuple(getattr(value, "shape", ()))
+        matched.append((found, recipe.find(found.path, found.kind.name, shape, type(found.layer))))
+    known = {id(getattr(found.layer, found.kind.weight)) for found, _ in matched}
+    bare, untouched = _match_bare(model, recipe, known)
+    matched += bare
+    uses: dict[int, tuple[str, Any]] = {}
+    for found, rule in matched:
+        variable, problem, use = getattr(found.layer, found.kind.weight), None, None
+        value = variable.get_value()
+        name = found.path or type(found.layer).__name__
+        if rule is not None and rule.weight is not None:
+            problem = found.kind.problem(found.layer)
+            if isinstance(value, QTensor):
+                problem = "it is quantized already"
+            if problem is None:
+                try:
+                    axes = weight_axes(found.layer, found.kind)
+                    check_axes(rule, *axes, len(value.shape))
+                    dry_run(value, rule, *axes, found.kind.weight, found.kind.windowed)
+                    if on_nonfinite == "raise":
+                        where = found.path if found.kind.name == "Param" else f"{found.path}/{found.kind.weight}"
+                        where = where.lstrip("/")
+                        raise_if_not_finite(jnp.asarray(value), where, "quantize")
+                    use = (axes, rule.weight, rule.activation, rule.observer)
+                except (TypeError, ValueError) as error:
+                    problem = str(error)
+        if problem is None:
+            other, other_use = uses.setdefault(id(variable), (name, use))
+            if other_use != use:
+                how = "which uses it in another way" if use and other_use else "and only one of them is quantized"
+                problem = f"it shares its weight with {other}, {how}"
+        if problem is not None:
+            problems.append(f"  {name} ({found.kind.name}): {problem}")
+    raise_problems(problems, "quantize_model")
+    if strict:
+        paths = [f"{f.path or 'the model itself'} ({f.kind.name})" for f, _ in matched]
+        raise_unused(recipe, [rule for _, rule in matched], paths, "quantize_model", "layer")
+        if untouched:
+            raise ValueError(
+                f"quantize_model: {', '.join(untouched)}: matrices of modules jaxq does not know, and no rule says "
+                "what to do with them. To quantize one that is multiplied with, add jaxq.Rule(path, weight=..., "
+                "kinds=('Param',)); to leave it in floats, jaxq.Rule(path, skip=True, kinds=('Param',)); strict=False "
+                "leaves them all. jaxq.recipes.get(name).rules are the rules of a recipe by name."
+            )
+    return matched
+
+
+# Names of parameters that are added or looked up, not multiplied with.
+_NO_MATRIX = re.compile(r"bias|embed|gamma|norm|pos|scale|token")
+
+
+def _match_bare(
+    model: nnx.Module, recipe: Recipe, known: set[int]
+) -> tuple[list[tuple[Found, Rule | None]], list[str]]:
+    """Matrices that modules of unknown classes hold themselves: those a rule names, and the others.
+
+    Args:
+      model: a flax nnx module.
+      recipe: its rules.
+      known: identities of the weights of known layers, which others may share.
+    """
+    matched: list[tuple[Found, Rule | None]] = []
+    untouched = []
+    named = [rule for rule in recipe.rules if "Param" in rule.kinds]
+    for path, module in nnx.iter_modules(model):
+        if find_kind(module) is not None:
+            continue
+        for name, variable in vars(module).items():
+            bare = type(variable) is nnx.Param and id(variable) not in known
+            value = variable.get_value() if bare else None
+            if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jnp.floating):
+                continue
+            where = "/".join([*map(str, path), name])
+            rule = next((r for r in named if r.matches(where, "Param", value.shape, type(module))), None)
+            if rule is not None:
+                contracting = rule.contracting if rule.contracting is not None else (-2,) if value.ndim == 2 else ()
+                axes = tuple(a - value.ndim if a >= 0 else a for a in contracting)
+                kind = bare_kind(name, axes, len(rule.batch or ()))
+                matched.append((Found(where, module, kind), rule))
+            elif (
+                sum(size > 1 for size in value.shape) >= 2
+                and not type(module).__module__.startswith("flax.")
+                and not _NO_MATRIX.search(where.lower())
+            ):
+                untouched.append(f"{where} {value.dtype.name}{list(value.shape)}")
+    return matched, untouched
+
+
+def raise_problems(problems: Sequence[str], caller: str) -> None:
+    """Raises one error for all of them, if there are any."""
+    if problems:
+        raise ValueError(
+            f"{caller}: these layers cannot be quantized:\n" + "\n".join(problems)
+            + "\nSkip them with jaxq.Rule(path, skip=True) in a jaxq.Recipe, or change them."
+        )  # fmt: skip
+
+
+def unused_rules(recipe: Recipe, taken: Sequence[Rule | None]) -> list[str]:
+    """Patterns of rules that are not optional and not among those that were taken."""
+    used = {id(rule) for rule in taken if rule is not None}
+    return [rule.pattern for rule in recipe.rules if id(rule) not in used and not rule.optional]
+
+
+def raise_unused(recipe: Recipe, taken: Sequence[Rule | None], paths: Sequence[str], caller: str, what: str) -> None:
+    """Raises where a rule matched nothing, naming what there is."""
+    unused = unused_rules(recipe, taken)
+    if unused:
+        listed = ", ".join(paths[:12]) + (f", ... ({len(paths)} {what}s)" if len(paths) > 12 else "")
+        raise ValueError(
+            f"{caller}: rules {unused} match no {what} (or only {what}s an earlier rule took). "
+            f"{what.capitalize()}s here: {listed or 'none that jaxq knows'}."
+        )
+
+
+def check_axes(rule: Rule, contracting: Sequence[int], batch: Sequence[int], ndim: int) -> None:
+    """Raises where a rule says other axes than the layer, or axes are not known at all."""
+    if not contracting:
+        raise ValueError(f"which of its {ndim} axes a product contracts is not known: say contracting= in its rule")
+    for name, said, known in (("contracting", rule.contracting, contracting), ("batch", rule.batch, batch)):
+        if said is not None and {a % ndim for a in said} != {a % ndim for a in known}:
+            raise ValueError(f"its rule says {name}={tuple(said)}, and the layer itself {name}={tuple(known)}")
+
+
+def dry_run(
+    w: Any, rule: Rule, contracting: Sequence[int], batch: Sequence[int], name: str, windowed: bool = False
+) -> QTensor:
+    """Raises what quantizing a weight, and later its input, would raise; nothing is computed.
+
+    Args:
+      w: float array.
+      rule: with a weight.
+      contracting: axes of `w`.
+      batch: axes of `w`.
+      name: what errors call it.
+      windowed: how many numbers of an input meet at once is not known here.
+
+    Returns:
+      The QTensor there would be, of `jax.ShapeDtypeStruct`s.
+    """
+    weight, activation = rule.weight, rule.activation
+    assert isinstance(weight, QuantSpec)
+    axes = tuple(contracting)
+    bounds = None if rule.observer is None else (0.0, 1.0)
+
+    def made(v: jax.Array) -> QTensor:
+        qt = quantize(v, weight, contracting=axes, batch=tuple(batch), name=name)
+        return qt.with_activation(activation, bounds=bounds)
+
+    qt = jax.eval_shape(made, w)
+    if qt.meta.activation is not None and not windowed:
+        x = jax.ShapeDtypeStruct((1, *(w.shape[a] for a in contracting)), w.dtype)
+        along = tuple(range(1, len(x.shape)))
+        spec = qt.meta.activation
+        jax.eval_shape(lambda v: quantize(v, spec, contracting=along, name="activation"), x)
+    return qt

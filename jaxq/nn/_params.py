@@ -1,0 +1,216 @@
+"""Any tree of parameters: quantized leaf by leaf, for models that are no Flax modules, or that one dequantizes inside.
+
+An array's path is that of its leaf, and rules match it or the path of what holds it: "layers/0/up/kernel" is matched by
+"layers/0/up" too, so a recipe for a model does for its parameters. Which axes a product contracts is not in an array:
+of a matrix it is -2, as Flax keeps kernels `[in, out]`; else a rule says it (`contracting=`, `batch=`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq import formats, methods
+from jaxq.nn._matching import check_axes, dry_run, raise_problems, raise_unused, unused_rules
+from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
+from jaxq.nn._transform import nearest_spec, solve_layer
+from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, quantize, raise_if_not_finite
+from jaxq.recipes import Recipe, Rule, as_recipe
+
+
+class _Leaf(NamedTuple):
+    path: str
+    value: Any
+    rule: Rule | None
+    axes: tuple[tuple[int, ...], tuple[int, ...]]  # contracting, batch
+    note: str  # why it stays in floats
+    planned: QTensor | None
+
+
+def quantize_params(
+    params: Any,
+    recipe: str | QuantSpec | Recipe,
+    *,
+    strict: bool = True,
+    donate: bool = False,
+    key: jax.Array | None = None,
+    on_nonfinite: str = "raise",
+) -> tuple[Any, Report]:
+    """A tree of the same structure whose matrices are QTensors, and the report of what happened to each leaf.
+
+    A QTensor is a tree itself, so the result goes through `jax.jit`, `lax.scan`, `jax.tree.map` and `jaxq.save`, and
+    multiplies with `@`, `jaxq.matmul` and `jaxq.einsum`. Code that needs floats calls `dequantize_params` inside jit.
+
+    Args:
+      params: any pytree of arrays: dicts of Haiku or Flax, Equinox modules, lists.
+      recipe: as in `jaxq.quantize_model`. A name or a spec takes every float matrix, but no arrays of embeddings,
+        heads and routers, by their names; arrays of three axes and more need a rule that says `contracting=`.
+      strict: a rule that matches nothing is an error; False says so in the report.
+      donate: frees each array once it is quantized, so that a model larger than half the memory fits. The arrays in
+        `params` must not be used afterwards.
+      key: PRNG key, for `rounding="stochastic"`.
+      on_nonfinite: as in `jaxq.quantize`.
+
+    Returns:
+      (tree, `Report`).
+
+    Raises:
+      ValueError: an unknown recipe; leaves that cannot be quantized, all of them; a rule that matches nothing; a method
+        that needs data, which are a matter of models.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> params = {"up": {"w": jnp.ones((64, 8)), "b": jnp.zeros(8)}}
+      >>> qparams, report = jaxq.quantize_params(params, "int8")
+      >>> (jnp.ones((2, 64)) @ qparams["up"]["w"] + qparams["up"]["b"]).shape, len(report.quantized)
+      ((2, 8), 1)
+    """
+    recipe = as_recipe(recipe, "quantize_params")
+    formats.check_choice("quantize_params: on_nonfinite", on_nonfinite, ON_NONFINITE)
+    leaves = _match(params, recipe, on_nonfinite, strict)
+    keys = iter(jax.random.split(jax.random.key(0) if key is None else key, max(len(leaves), 1)))
+    out, rows = [], []
+    for leaf in leaves:
+        if leaf.planned is None:
+            out.append(leaf.value)
+            rows.append(_left_row(leaf))
+            continue
+        assert leaf.rule is not None
+        qt, solved, floats = *_quantized(leaf, next(keys), key is not None, on_nonfinite), jnp.asarray(leaf.value)
+        out.append(qt)
+        rows.append(quantized_row(leaf.path, "Array", floats, qt, solved))
+        if donate and isinstance(leaf.value, jax.Array):
+            jax.block_until_ready(qt)
+            leaf.value.delete()
+    structure = jax.tree.structure(params, is_leaf=_is_qtensor)
+    return jax.tree.unflatten(structure, out), Report(tuple(rows), _notes(recipe, leaves, strict))
+
+
+def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
+    """The tree with every QTensor in it dequantized: inside `jax.jit`, only for as long as it is used.
+
+    Args:
+      params: a tree with QTensors.
+      dtype: of the results; None takes each QTensor's own.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> qparams, _ = jaxq.quantize_params({"w": jnp.eye(32)}, "int4")
+      >>> jaxq.dequantize_params(qparams)["w"].dtype.name
+      'float32'
+    """
+
+    def floats(leaf: Any) -> Any:
+        return dequantize(leaf, dtype=dtype) if isinstance(leaf, QTensor) else leaf
+
+    return jax.tree.map(floats, params, is_leaf=_is_qtensor)
+
+
+def plan_params(params: Any, recipe: Recipe, *, strict: bool = True) -> Report:
+    """The report `quantize_params` would give, without errors that must be measured."""
+    leaves = _match(params, recipe, "raise", strict)
+    rows = []
+    for leaf in leaves:
+        if leaf.planned is None:
+            rows.append(_left_row(leaf))
+        else:
+            assert leaf.rule is not None
+            rows.append(planned_row(leaf.path, "Array", leaf.value, leaf.planned, leaf.rule.method))
+    return Report(tuple(rows), _notes(recipe, leaves, strict))
+
+
+def _match(params: Any, recipe: Recipe, on_nonfinite: str, strict: bool) -> list[_Leaf]:
+    """Every leaf with what is to become of it, after all were checked."""
+    problems, leaves = [], []
+    for keys, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_qtensor):
+        leaf, problem = _match_leaf(_path_of(keys), value, recipe, on_nonfinite)
+        leaves.append(leaf)
+        if problem is not None:
+            problems.append(f"  {leaf.path or 'the array'} {list(np.shape(value))}: {problem}")
+    raise_problems(problems, "quantize_params")
+    if strict:
+        paths = [leaf.path or "the array itself" for leaf in leaves]
+        raise_unused(recipe, [leaf.rule for leaf in leaves], paths, "quantize_params", "parameter")
+    return leaves
+
+
+def _match_leaf(path: str, value: Any, recipe: Recipe, on_nonfinite: str) -> tuple[_Leaf, str | None]:
+    dtype = getattr(value, "dtype", None)
+    shape = () if dtype is None else tuple(np.shape(value))
+    note = None
+    if isinstance(value, QTensor):
+        note = "quantized already, left as it is"
+    elif dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        note = "no floats, left as it is"
+    elif len(shape) < 2:
+        note = "not a matrix, left in floats"
+    if note is not None:
+        return _Leaf(path, value, None, ((), ()), note, None), None
+    parent = path.rpartition("/")[0]
+    found = (
+        r for r in recipe.rules if r.matches(path, "Array", shape) or (parent and r.matches(parent, "Array", shape))
+    )
+    rule = next(found, None)
+    if rule is None or rule.weight is None:
+        return _Leaf(path, value, rule, ((), ()), skip_reason(rule), None), None
+    batch = rule.batch or ()
+    contracting = rule.contracting if rule.contracting is not None else (-2,) if len(shape) == 2 + len(batch) else ()
+    try:
+        check_axes(rule, contracting, batch, len(shape))
+        _check_method(rule)
+        planned = dry_run(value, rule, contracting, batch, path)
+        if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
+            raise_if_not_finite(jnp.asarray(value), path or "w", "quantize")
+    except (TypeError, ValueError) as error:
+        return _Leaf(path, value, rule, ((), ()), "", None), str(error)
+    return _Leaf(path, value, rule, (tuple(contracting), tuple(batch)), "", planned), None
+
+
+def _check_method(rule: Rule) -> None:
+    if rule.observer is not None:
+        raise ValueError(f"observer {rule.observer!r} needs calibration data, which pass through a model")
+    if methods.METHODS[rule.method].needs_data:
+        raise ValueError(f"method {rule.method!r} needs calibration data, which pass through a model")
+
+
+def _quantized(leaf: _Leaf, key: jax.Array, keyed: bool, on_nonfinite: str) -> tuple[QTensor, methods.Solved | None]:
+    rule, (contracting, batch) = leaf.rule, leaf.axes
+    assert rule is not None
+    assert rule.weight is not None
+    name = leaf.path or "w"
+    floats = jnp.asarray(leaf.value)
+    qt = quantize(
+        floats, nearest_spec(rule), contracting=contracting, batch=batch, key=key if keyed else None,
+        on_nonfinite=on_nonfinite, name=name,
+    )  # fmt: skip
+    solved = None
+    if rule.method != "rtn":
+        solved = solve_layer(qt, floats, None, rule, fallback="rtn", key=key, name=name)
+        qt = solved.qt
+    return (qt if qt.meta.outliers is not None else qt.with_activation(rule.activation)), solved
+
+
+def _left_row(leaf: _Leaf) -> Row:
+    value = leaf.value if hasattr(leaf.value, "dtype") or isinstance(leaf.value, QTensor) else np.asarray(leaf.value)
+    return float_row(leaf.path, "Array", value, leaf.note)
+
+
+def _notes(recipe: Recipe, leaves: list[_Leaf], strict: bool) -> tuple[str, ...]:
+    unused = () if strict else unused_rules(recipe, [leaf.rule for leaf in leaves])
+    return tuple(f"rule {pattern!r} matched nothing" for pattern in unused)
+
+
+def _path_of(keys: tuple[Any, ...]) -> str:
+    """Components joined by "/": names of keys and attributes, numbers of positions."""
+    parts = []
+    for key in keys:
+        named = (getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
+        parts.append(str(next(named, key)))
+    return "/".join(parts)
+
+
+def _is_qtensor(x: Any) -> bool:
+    return isinstance(x, QTensor)

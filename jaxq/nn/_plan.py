@@ -1,0 +1,57 @@
+"""What a recipe would do to a model, before anything is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+from jaxq.nn._layers import weight_axes
+from jaxq.nn._matching import dry_run, match, variables_of
+from jaxq.nn._params import plan_params
+from jaxq.nn._report import Report, float_row, other_row, planned_row, skip_reason
+from jaxq.qtensor import QuantSpec
+from jaxq.recipes import Recipe, as_recipe
+
+
+def plan(model: Any, recipe: str | QuantSpec | Recipe, variables: Any = None, *, strict: bool = True) -> Report:
+    """The report that `quantize_model` would give, without errors that must be measured; nothing is quantized.
+
+    Args:
+      model: a flax nnx module, a flax linen module (with `variables`), or a tree of arrays.
+      recipe: as in `quantize_model`.
+      variables: of a linen module.
+      strict: as in `quantize_model`.
+
+    Returns:
+      A `Report` with the bytes there would be. Layers whose method needs data show it; that it may fall back is not
+      known before.
+
+    Raises:
+      ValueError: as `quantize_model`, for what can be known without data.
+
+    Example:
+      >>> import jaxq
+      >>> from flax import nnx
+      >>> jaxq.nn.plan(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int4").rows[0].bytes_after
+      272
+    """
+    recipe = as_recipe(recipe, "plan")
+    if not isinstance(model, nnx.Module):
+        return plan_params(model, recipe, strict=strict)
+    matched = match(model, recipe, "raise", strict=strict)
+    found_of = {id(getattr(found.layer, found.kind.weight)): (found, rule) for found, rule in reversed(matched)}
+    layers = {found.path for found, _ in matched}
+    rows = []
+    for path, variable in variables_of(model):
+        if id(variable) not in found_of:
+            rows.append(other_row(path, variable, layers))
+            continue
+        found, rule = found_of[id(variable)]
+        value = variable.get_value()
+        if rule is None or rule.weight is None:
+            rows.append(float_row(path, found.kind.name, value, skip_reason(rule)))
+        else:
+            qt = dry_run(value, rule, *weight_axes(found.layer, found.kind), found.kind.weight, found.kind.windowed)
+            rows.append(planned_row(path, found.kind.name, value, qt, rule.method))
+    return Report(tuple(rows))

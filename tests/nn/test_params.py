@@ -1,0 +1,132 @@
+"""Trees of arrays: what is quantized, by which axes, and what is said of the rest."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq import QTensor, Recipe, Rule
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Mlp:
+    up: jax.Array
+    down: jax.Array
+
+
+def normal(*shape):
+    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return {
+        "embed_tokens": {"embedding": normal(16, 32)},
+        "layers": [{"up": {"kernel": normal(32, 8), "bias": normal(8)}}, {"up": {"kernel": normal(32, 8)}}],
+        "lm_head": {"kernel": normal(32, 16)},
+        "steps": jnp.int32(3),
+    }
+
+
+def test_matrices_become_qtensors_and_nothing_else(params):
+    q, report = jaxq.quantize_params(params, "int8")
+    assert jax.tree.structure(params) == jax.tree.structure(q, is_leaf=lambda x: isinstance(x, QTensor))
+    assert [row.path for row in report.quantized] == ["layers/0/up/kernel", "layers/1/up/kernel"]
+    assert q["embed_tokens"]["embedding"] is params["embed_tokens"]["embedding"]
+    notes = {row.path: row.note for row in report.rows}
+    assert notes["embed_tokens/embedding"] == "embedding, left in floats by default"
+    assert notes["lm_head/kernel"] == "output head, left in floats by default"
+    assert notes["layers/0/up/bias"] == "not a matrix, left in floats"
+    assert notes["steps"] == "no floats, left as it is"
+    own = jaxq.quantize(params["layers"][0]["up"]["kernel"], "int8")
+    np.testing.assert_array_equal(q["layers"][0]["up"]["kernel"].codes(), own.codes())
+
+
+def test_code_of_the_user_multiplies_and_dequantizes(params):
+    q, _ = jaxq.quantize_params(params, "w8a8")
+    x = normal(3, 32)
+
+    @jax.jit
+    def run(p, x):
+        w = p["layers"][0]["up"]["kernel"]
+        return x @ w, jaxq.matmul(x, w), jaxq.einsum("bk,kn->bn", x, w)
+
+    expected = x @ params["layers"][0]["up"]["kernel"]
+    for y in run(q, x):
+        assert np.linalg.norm(y - expected) < 0.02 * np.linalg.norm(expected)
+    floats = jax.jit(jaxq.dequantize_params)(q)
+    assert jax.tree.map(jnp.shape, floats) == jax.tree.map(jnp.shape, params)
+    assert jaxq.dequantize_params(q, dtype=jnp.bfloat16)["layers"][0]["up"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_roles_of_axes_are_said_by_rules():
+    params = {"experts": normal(4, 32, 8), "torch": {"weight": normal(8, 32)}}
+    with pytest.raises(ValueError, match=r"experts \[4, 32, 8\]: which of its 3 axes"):
+        jaxq.quantize_params(params, "int8")
+    recipe = Recipe(
+        [Rule("experts", weight="int4", contracting=(-2,), batch=(0,)), Rule("torch", weight="int8", contracting=(1,))]
+    )
+    q, report = jaxq.quantize_params(params, recipe)
+    assert q["experts"].batch_shape == (4,)
+    assert [row.granularity for row in report.rows] == ["PerGroup(along -2)", "PerChannel(along -1)"]
+    assert q["torch"]["weight"].scale.shape == (8, 1)
+    for i in range(4):
+        np.testing.assert_array_equal(q["experts"][i].codes(), jaxq.quantize(params["experts"][i], "int4").codes())
+    plan = recipe.plan(params)
+    assert [(r.path, r.bytes_after) for r in plan.rows] == [(r.path, r.bytes_after) for r in report.rows]
+
+
+def test_all_problems_at_once():
+    params = {"a": normal(4, 4).at[1, 2].set(jnp.nan), "b": normal(2, 2, 2), "c": normal(4, 4)}
+    with pytest.raises(ValueError, match=r"(?s)a \[4, 4\]: quantize: a\[1, 2\] is nan.*b \[2, 2, 2\]: which of"):
+        jaxq.quantize_params(params, "int8")
+    with pytest.raises(ValueError, match=r"(?s)c \[4, 4\]: method 'gptq' needs calibration data"):
+        jaxq.quantize_params({"c": params["c"]}, "int4_gptq")
+    with pytest.raises(ValueError, match=r"rules \['d'\] match no parameter.*Parameters here: c"):
+        jaxq.quantize_params({"c": params["c"]}, Recipe([Rule("d", weight="int8")]))
+    q, report = jaxq.quantize_params({"c": params["c"]}, Recipe([Rule("d", weight="int8")]), strict=False)
+    assert report.notes == ("rule 'd' matched nothing",)
+    assert "rule 'd' matched nothing" in str(report)
+    assert q["c"] is params["c"]
+
+
+def test_methods_without_data_work():
+    params = {"w": normal(64, 8)}
+    q, report = jaxq.quantize_params(params, Recipe([Rule(weight="int4", method="hqq")]))
+    assert report.rows[0].method == "hqq"
+    assert report.rows[0].sqnr > 15
+    assert q["w"].shape == (64, 8)
+
+
+def test_a_quantized_tree_stays_as_it_is(params):
+    q, _ = jaxq.quantize_params(params, "int8")
+    again, report = jaxq.quantize_params(q, Recipe([Rule("lm_head", weight="int8")]))
+    assert again["layers"][0]["up"]["kernel"] is q["layers"][0]["up"]["kernel"]
+    assert {r.path for r in report.rows if "already" in r.note} == {"layers/0/up/kernel", "layers/1/up/kernel"}
+
+
+def test_donated_arrays_are_gone():
+    params = {"w": normal(64, 8) + 0, "b": normal(8) + 0}
+    q, _ = jaxq.quantize_params(params, "int8", donate=True)
+    assert params["w"].is_deleted()
+    assert not params["b"].is_deleted()
+    assert q["w"].shape == (64, 8)
+
+
+def test_any_registered_class_is_a_tree():
+    q, report = jaxq.quantize_params(Mlp(normal(32, 8), normal(8, 32)), "int8")
+    assert isinstance(q, Mlp)
+    assert [row.path for row in report.rows] == ["up", "down"]
+    assert (normal(2, 32) @ q.up @ q.down).shape == (2, 32)
+
+
+def test_saved_and_loaded(tmp_path, params):
+    q, _ = jaxq.quantize_params(params, "nf4")
+    jaxq.save(tmp_path / "q.safetensors", q)
+    back = jaxq.load(tmp_path / "q.safetensors")
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), q, back)
+    assert all(jax.tree.leaves(same))
