@@ -52,6 +52,7 @@ def pytest_collection_modifyitems(items):
 # users have it, and so is everything with `-m heavy`.
 PLAIN = ("kernels", "nn", "models", "project", "test_io.py", "test_evaluation.py", "qtensor/test_geometry.py")
 PLAIN += (
+    "contracts/test_nnx_layers.py",
     "qtensor/test_layout.py",
     "qtensor/test_qtensor.py",
     "ops/test_conv.py",

@@ -114,7 +114,12 @@ def quantize_model(
                 contracting, batch = weight_axes(layer, kind)
                 floats, name = variable.get_value(), variables[id(variable)][0]
                 own = quantize(
-                    floats, nearest_spec(rule), contracting=contracting, batch=batch, on_nonfinite=on_nonfinite, name=name
+                    floats,
+                    nearest_spec(rule),
+                    contracting=contracting,
+                    batch=batch,
+                    on_nonfinite=on_nonfinite,
+                    name=name,
                 )
                 solved = None
                 if rule.method == "smoothquant":  # its scales are in the floats by now

@@ -57,3 +57,16 @@ def test_quickstart_prints_its_table():
     assert abs(perplexity["int8"] / perplexity["float32"] - 1) < 0.01
     assert "reloaded: logits identical" in out
     assert out.count("def read(self") == 2
+
+
+def test_digits_keep_their_accuracy_in_int8():
+    pytest.importorskip("sklearn", reason="the example reads scikit-learn's digits: pip install scikit-learn")
+    out = run("examples/03_digits.py", "--fast")
+    rows = {m[1]: float(m[2]) for m in re.finditer(r"^(\w+) +([\d.]+)% +\d+ +\d+ +[\d.]+$", out, re.MULTILINE)}
+    assert list(rows) == ["float32", "int8", "w8a8_static"]
+    assert rows["float32"] > 94
+    for name in ("int8", "w8a8_static"):
+        assert abs(rows[name] - rows["float32"]) <= 0.6, rows  # two images of 359
+    assert "int32 sums: 3 of 3" in out
+    assert "int8 static" in out
+    assert "by a range known beforehand" in out

@@ -1,0 +1,193 @@
+"""Every kind of nnx layer with every kind of recipe under every transform, beside the float layer.
+
+Bounds are errors of the result over the float result, as norms: what the format itself costs on normal numbers, with
+room for one seed's luck. What is not served raises, and the table says with which words.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxq
+from jaxq import PerGroup, QuantSpec, Recipe, Rule
+from tests import tables
+from tests.ops.reference import equations
+
+# name: (rule, bound)
+RECIPES = {
+    "int8": ({"weight": "int8"}, 0.015),
+    "int4 g32": ({"weight": QuantSpec("int4", PerGroup(32, pad=True))}, 0.17),
+    "nf4": ({"weight": "nf4"}, 0.15),
+    "fp8": ({"weight": "fp8"}, 0.05),
+    "w8a8": ({"weight": "int8", "activation": "int8"}, 0.025),
+    "w8a8 per tensor": ({"weight": "int8", "activation": QuantSpec("int8", jaxq.PerTensor())}, 0.025),
+    "w8a8 static": ({"weight": "int8", "activation": "int8", "observer": "absmax"}, 0.03),
+    "w8a8 static asymmetric": (
+        {"weight": "int8", "activation": QuantSpec("uint8", symmetric=False), "observer": "minmax"},
+        0.03,
+    ),
+    "w4a8": ({"weight": "int4", "activation": "int8"}, 0.17),
+    "w4a4": ({"weight": "int4", "activation": "int4"}, 0.25),
+    "fp8 dynamic": ({"weight": "fp8", "activation": "fp8"}, 0.06),
+    "fp8 static": ({"weight": "fp8", "activation": "fp8", "observer": "absmax"}, 0.06),
+    "mxfp8": ({"weight": "mxfp8", "activation": "mxfp8"}, 0.07),
+    "nvfp4": ({"weight": "nvfp4", "activation": "nvfp4"}, 0.25),
+}
+
+
+class Attend(nnx.Module):
+    """An embedding as an output head."""
+
+    def __init__(self, rngs):
+        self.table = nnx.Embed(16, 32, rngs=rngs)
+
+    def __call__(self, x):
+        return self.table.attend(x)
+
+
+class Lora(nnx.Module):
+    """An adapter around a linear layer."""
+
+    def __init__(self, rngs):
+        self.adapter = nnx.LoRA(32, 2, 16, base_module=nnx.Linear(32, 16, rngs=rngs), rngs=rngs)
+
+    def __call__(self, x):
+        return self.adapter(x)
+
+
+class Bare(nnx.Module):
+    """A matrix of its own."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (32, 16)))
+
+    def __call__(self, x):
+        return x @ self.w.astype(x.dtype)
+
+
+# name: (layer from rngs, shape of its input)
+LAYERS = {
+    "Linear": (lambda rngs: nnx.Linear(32, 16, rngs=rngs), (3, 32)),
+    "LinearGeneral": (lambda rngs: nnx.LinearGeneral((4, 8), (2, 8), axis=(-2, -1), rngs=rngs), (3, 4, 8)),
+    "Einsum": (lambda rngs: nnx.Einsum("btd,dhk->bthk", (32, 2, 8), rngs=rngs), (2, 3, 32)),
+    "Conv1d": (lambda rngs: nnx.Conv(8, 16, 3, rngs=rngs), (2, 6, 8)),
+    "Conv2d": (lambda rngs: nnx.Conv(8, 16, (3, 3), rngs=rngs), (2, 5, 5, 8)),
+    "Conv2d grouped": (lambda rngs: nnx.Conv(8, 16, (3, 3), feature_group_count=2, rngs=rngs), (2, 5, 5, 8)),
+    "Conv3d": (lambda rngs: nnx.Conv(4, 8, (2, 2, 2), rngs=rngs), (1, 3, 3, 3, 4)),
+    "ConvTranspose": (lambda rngs: nnx.ConvTranspose(8, 16, (3, 3), strides=(2, 2), rngs=rngs), (2, 4, 4, 8)),
+    "Embed": (lambda rngs: nnx.Embed(16, 32, rngs=rngs), None),
+    "Embed.attend": (Attend, (3, 32)),
+    "MultiHeadAttention": (lambda rngs: nnx.MultiHeadAttention(2, 32, decode=False, rngs=rngs), (2, 4, 32)),
+    "LoRA": (Lora, (3, 32)),
+    "LoRALinear": (lambda rngs: nnx.LoRALinear(32, 16, lora_rank=2, rngs=rngs), (3, 32)),
+    "Param": (Bare, (3, 32)),
+}
+# What raises, and with which words.
+REFUSED = {
+    **{("Embed.attend", name): "cannot be observed" for name in RECIPES if "static" in name},
+    **{("Embed", name): "cannot be observed" for name in RECIPES if "static" in name},
+    **{("Param", name): "cannot be observed" for name in RECIPES if "static" in name},
+}
+CASES = [(layer, recipe) for layer in LAYERS for recipe in RECIPES]
+DEFAULT = [("Linear", recipe) for recipe in ("int4 g32", "w8a8 static", "w8a8 static asymmetric", "w4a4", "mxfp8")]
+STATIC = ("Einsum", "Conv2d", "ConvTranspose", "Embed", "Embed.attend", "LoRA", "MultiHeadAttention", "Param")
+DEFAULT += [(layer, "w8a8 static") for layer in STATIC]
+DEFAULT += [(layer, "int4 g32") for layer in ("Embed", "LoRALinear", "Param")]
+DEFAULT += [("LinearGeneral", "w8a8 per tensor"), ("Conv2d grouped", "fp8"), ("ConvTranspose", "w8a8")]
+# Recipes whose operands are codes that multiply each other.
+OF_CODES = {
+    "w8a8",
+    "w8a8 per tensor",
+    "w8a8 static",
+    "w8a8 static asymmetric",
+    "w4a8",
+    "w4a4",
+    "fp8 dynamic",
+    "fp8 static",
+}
+
+
+class Both(nnx.Module):
+    """A layer, and two more in a stack that `nnx.scan` runs."""
+
+    def __init__(self, make):
+        self.one = make(nnx.Rngs(0))
+        self.stack = nnx.split_rngs(splits=2)(nnx.vmap(make, in_axes=0, out_axes=0))(nnx.Rngs(1))
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        def run(x, layer):
+            return x, layer(x)
+
+        return {"one": self.one(x), "scan": run(x, self.stack)[1]}
+
+
+@nnx.jit
+def transformed(model, x):
+    """The layer's results under every transform."""
+    graph, state = nnx.split(model.one)
+
+    def call(state, x):
+        return nnx.merge(graph, state)(x)
+
+    out = {"jit": call(state, x), "remat": jax.checkpoint(call)(state, x), **model(x)}
+    out["vmap"] = jax.vmap(call, in_axes=(None, 0))(state, jnp.stack([x, x[::-1]]))
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        weights = jnp.cos(jnp.arange(out["jit"].size, dtype=jnp.float32)).reshape(out["jit"].shape)
+        out["grad"] = jax.grad(lambda x: jnp.sum(call(state, x) * weights))(x)
+    return out
+
+
+def error(got, wanted):
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    assert got.shape == wanted.shape
+    return np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+
+
+def made(layer, recipe):
+    make, shape = LAYERS[layer]
+    model, rng = Both(make), np.random.default_rng(0)
+    for _, node in nnx.iter_graph(model):  # normal numbers, adapters too
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
+            node.set_value(jnp.asarray(0.3 * rng.standard_normal(node.shape), jnp.float32))
+    x = jnp.arange(6).reshape(2, 3) if shape is None else jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    rule, bound = RECIPES[recipe]
+    rules = [Rule(**rule)]
+    if layer == "Param":
+        rules = [Rule("one/w", **rule, kinds="Param"), Rule("stack/w", **rule, kinds="Param", batch=0, contracting=-2)]
+    return model, x, Recipe(rules), bound
+
+
+@pytest.mark.parametrize(("layer", "recipe"), tables.thinned(CASES, DEFAULT))
+def test_layer(layer, recipe):
+    model, x, rules, bound = made(layer, recipe)
+    batches = [x] if "static" in recipe else None
+    if (layer, recipe) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[layer, recipe]):
+            jaxq.quantize_model(model, rules, calibration=batches)
+        return
+    q, report = jaxq.quantize_model(model, rules, calibration=batches)
+    assert len(report.quantized) >= 1
+    wanted, got = transformed(model, x), transformed(q, x)
+    found = {name: error(got[name], wanted[name]) for name in wanted}
+    if layer == "MultiHeadAttention":  # four products in a row, and a softmax
+        bound = 4 * bound
+    assert max(found.values()) <= bound, found
+    assert min(found.values()) > 1e-6, "nothing was quantized"
+    assert error(q.one(x), got["jit"]) <= 0.005
+    assert error(got["remat"], got["jit"]) == 0
+    assert error(got["vmap"][0], got["jit"]) <= 1e-6 or "per tensor" in recipe
+    if recipe in OF_CODES and layer in ("Linear", "LinearGeneral", "Einsum", "Conv2d", "ConvTranspose"):
+        assert codes_only(q.one, x) or (recipe.startswith("fp8") and layer.startswith("Conv"))
+
+
+def codes_only(layer, x):
+    """Whether all products of a layer are of codes."""
+    kinds = set()
+    for eqn in equations(jax.make_jaxpr(lambda x: layer(x))(x).jaxpr):
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            kinds |= {v.aval.dtype.name for v in eqn.invars}
+            assert eqn.outvars[0].aval.dtype.name in ("int32", "float32")
+    return bool(kinds) and kinds <= {"int8", "uint8", "float8_e4m3fn"}
