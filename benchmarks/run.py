@@ -24,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-SUBJECTS = ("cast", "gptq", "import_time", "kernels", "kmeans", "matmul", "methods", "observers", "quantize")
+SUBJECTS = ("cast", "gptq", "import_time", "kernels", "kmeans", "matmul", "memory", "methods", "observers", "quantize")
 # Freed memory stays with the process: else fresh pages are most of what writing 64 MB costs, ours and others'.
 ENVIRONMENT = {
     "cast": {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "4294967296",
         "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    }
+    },
+    # Freed memory goes back at once, so that what is resident is what is alive.
+    "memory": {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"},
 }
 PACKAGES = ("bitsandbytes", "gguf", "jax", "jaxlib", "numpy", "scikit-learn", "torch")
 

@@ -22,7 +22,7 @@ def mse(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
       2.0
     """
     a, b = _pair(reference, x, "mse")
-    noise, unit = _squares(a - b)
+    noise, unit = squares(a - b)
     return noise / max(a.size, 1) * unit * unit
 
 
@@ -37,9 +37,7 @@ def sqnr(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
       23.01
     """
     a, b = _pair(reference, x, "sqnr")
-    (noise, noise_unit), (signal, unit) = _squares(a - b), _squares(a)
-    ratio = jnp.log10(signal) - jnp.log10(noise) + 2 * (jnp.log10(unit) - jnp.log10(noise_unit))
-    return jnp.where(noise == 0, np.float32(np.inf), 10 * ratio)
+    return decibels(squares(a), squares(a - b))
 
 
 def cosine(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
@@ -55,8 +53,10 @@ def cosine(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Arra
     return jnp.sum(a * b) / (jnp.sqrt(jnp.sum(a * a)) * jnp.sqrt(jnp.sum(b * b)))
 
 
-def worst_block(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike, *, size: int = 64) -> jax.Array:
-    """Largest relative error `norm(reference - x) / norm(reference)` of any `size` neighbours along the last axis.
+def worst_block(
+    reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike, *, size: int = 64, axis: int = -1
+) -> jax.Array:
+    """Largest relative error `norm(reference - x) / norm(reference)` of any `size` neighbours along an axis.
 
     A good mean hides one ruined block; this does not. Blocks where the reference is all zero count as 0 if x is zero
     there too, else as infinite. The tail is a block of its own.
@@ -67,10 +67,12 @@ def worst_block(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike, *, siz
       1.0
     """
     a, b = _pair(reference, x, "worst_block")
-    extra = -a.shape[-1] % size if a.ndim else 0
-    a, b = (jnp.pad(jnp.atleast_1d(v), [(0, 0)] * (max(v.ndim, 1) - 1) + [(0, extra)]) for v in (a, b))
-    a, b = (v.reshape(v.size // size, size) for v in (a, b))
-    (noise, noise_unit), (signal, unit) = _squares(a - b, axis=1), _squares(a, axis=1)
+    a, b = (jnp.atleast_1d(v) for v in (a, b))
+    axis, num = axis % a.ndim, a.shape[axis]
+    widths = [(0, -num % size if i == axis else 0) for i in range(a.ndim)]
+    cut = (*a.shape[:axis], -(-num // size), size, *a.shape[axis + 1 :])
+    a, b = (jnp.pad(v, widths).reshape(cut) for v in (a, b))
+    (noise, noise_unit), (signal, unit) = squares(a - b, axis=axis + 1), squares(a, axis=axis + 1)
     relative = jnp.sqrt(noise) / jnp.sqrt(jnp.where(signal > 0, signal, 1.0)) * (noise_unit / unit)
     relative = jnp.where((signal == 0) & (noise > 0), np.float32(np.inf), relative)
     lost = jnp.isnan(relative).any()  # a maximum may drop NaN
@@ -118,7 +120,13 @@ def _pair(reference, x, caller: str) -> tuple[jax.Array, jax.Array]:
     return a, b
 
 
-def _squares(v: jax.Array, axis: int | None = None) -> tuple[jax.Array, jax.Array]:
+def decibels(signal: tuple[jax.Array, jax.Array], noise: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Ten times the logarithm of a ratio of sums as `squares` gives them; infinite where there is no noise."""
+    ratio = jnp.log10(signal[0]) - jnp.log10(noise[0]) + 2 * (jnp.log10(signal[1]) - jnp.log10(noise[1]))
+    return jnp.where(noise[0] == 0, np.float32(np.inf), 10 * ratio)
+
+
+def squares(v: jax.Array, axis: int | None = None) -> tuple[jax.Array, jax.Array]:
     """`sum((v / unit)^2)` and the unit, the largest magnitude (1 if that is 0 or infinite)."""
     unit = _unit(v, axis)
     return jnp.sum((v / unit) ** 2, axis=axis), unit if axis is None else unit.squeeze(axis)

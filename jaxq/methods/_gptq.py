@@ -51,6 +51,8 @@ from jaxq.qtensor import (
 _DAMP_FACTOR, _LEAST_DAMP, _MOST_DAMP = 10.0, 1e-3, 1.0
 # Rows that update each other one by one.
 _TILE = 16
+# Columns of the hessian that are decomposed at once, at least.
+_STRETCH = 512
 # Regions at the top that are compiled one by one, so that each updates exactly the rows behind it.
 _SPANS = 4
 
@@ -175,32 +177,54 @@ def _factor(hessian: jax.Array, damp: ArrayLike) -> _Factor:
     unit = jnp.where(unit > 0, unit, 1.0)
     mean = jnp.sum(diagonal / unit) / jnp.maximum(jnp.sum(live, dtype=jnp.float32), 1.0)
     mean = jnp.where(mean > 0, mean, 1.0)
-    backwards = hessian[::-1, ::-1] / unit
+    relative = hessian / unit
     finite = jnp.isfinite(hessian).all()
     where = jnp.arange(n)
 
-    def decompose(damp: jax.Array) -> jax.Array:
-        added = jnp.where(live, damp, 1.0)[::-1] * mean  # a dead row is alone, whatever its diagonal
-        return lax.linalg.cholesky(backwards.at[where, where].add(added), symmetrize_input=False)
+    def decompose(damp: jax.Array) -> tuple[jax.Array, jax.Array]:
+        added = jnp.where(live, damp, 1.0) * mean  # a dead row is alone, whatever its diagonal
+        return _upper_factor(relative.at[where, where].add(added))
 
-    def again(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return state[2]
+    def again(state: tuple[Any, ...]) -> jax.Array:
+        return state[-1]
 
-    def attempt(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        tried, lower, _ = state
+    def attempt(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        tried = state[0]
         more = jnp.clip(tried * np.float32(_DAMP_FACTOR), _LEAST_DAMP, _MOST_DAMP)
         damp = jnp.where(tried < 0, first, more)
-        lower = decompose(damp)
-        return damp, lower, finite & ~jnp.isfinite(lower).all() & (damp < _MOST_DAMP)
+        updates, roots = decompose(damp)
+        return damp, updates, roots, finite & ~jnp.isfinite(roots).all() & (damp < _MOST_DAMP)
 
     first = jnp.asarray(damp, jnp.float32)
-    state = (jnp.float32(-1), jnp.zeros_like(backwards), jnp.bool_(True))
-    used, lower, _ = lax.while_loop(again, attempt, state)
-    failed = ~(finite & jnp.isfinite(lower).all())
-    diagonal = jnp.diagonal(lower)[::-1]
-    # lower[::-1, ::-1] is R; its transpose has the updates of row j in row j.
-    updates = jnp.tril((lower[::-1, ::-1] / diagonal[None, :]).T, -1)
-    return _Factor(updates, diagonal * jnp.sqrt(unit), live, used, failed)
+    state = (jnp.float32(-1), jnp.zeros_like(relative), jnp.zeros_like(diagonal), jnp.bool_(True))
+    used, updates, roots, _ = lax.while_loop(again, attempt, state)
+    failed = ~(finite & jnp.isfinite(roots).all())
+    return _Factor(updates, roots * jnp.sqrt(unit), live, used, failed)
+
+
+def _upper_factor(h: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`updates` and `diagonal` of `h = R @ R.T` as `_Factor` has them, NaN where `h` is not positive definite.
+
+    By stretches of columns from the last to the first, so that most of the work are matrix products.
+    """
+    n = h.shape[0]
+    size = max(_STRETCH, -(-n // 8))
+    panels: list[jax.Array] = []  # columns of R, [rows up to the stretch's end, size], last first
+    updates, roots = [], []
+    for start in range((n - 1) // size * size, -1, -size):
+        stop = min(start + size, n)
+        panel = h[:stop, start:stop]
+        if panels:
+            behind = jnp.concatenate([later[:stop] for later in panels], axis=1)
+            panel = panel - _dot(behind, behind[start:].T)
+        root = lax.linalg.cholesky(panel[start:][::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
+        inverse = lax.linalg.triangular_solve(root, jnp.eye(stop - start, dtype=h.dtype), left_side=True, lower=False)
+        panel = jnp.concatenate([_dot(panel[:start], inverse.T), jnp.triu(root)])
+        panels.append(panel)
+        roots.append(jnp.diagonal(root))
+        rows = jnp.tril((panel / roots[-1]).T, start - 1)  # row j: R_ij / R_jj at i < j
+        updates.append(jnp.pad(rows, ((0, 0), (0, n - stop))))
+    return jnp.concatenate(updates[::-1]), jnp.concatenate(roots[::-1])
 
 
 @jax.tree_util.register_dataclass
@@ -341,9 +365,10 @@ class _Rows(NamedTuple):
 
         Then `d_j + sum over earlier rows i here of R_ij / R_jj d_i` is what the rows before ask of row j, negated.
         """
-        asked = self.current - self.original
-        solve = functools.partial(lax.linalg.triangular_solve, left_side=True, lower=True, unit_diagonal=True)
-        return self.original + solve(self.updates, asked)
+        unit = jnp.eye(self.updates.shape[0], dtype=jnp.float32)
+        # Of the small matrix alone: for all columns of the weight a solve would cost more than the product does.
+        inverse = lax.linalg.triangular_solve(self.updates, unit, left_side=True, lower=True, unit_diagonal=True)
+        return self.original + _dot(inverse, self.current - self.original)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,8 +12,11 @@ import numpy as np
 
 from jaxq import metrics
 from jaxq.methods import Solved
-from jaxq.qtensor import QTensor, dequantize, inside_range
+from jaxq.qtensor import Geometry, QTensor, dequantize, inside_range
 from jaxq.recipes import Rule
+
+# Neighbours whose error is looked at together.
+_WORST = 64
 
 COLUMNS = (
     "path",
@@ -247,13 +251,39 @@ def quantized_row(path: str, kind: str, floats: jax.Array, qt: QTensor, solved: 
     return row if solved is None else dataclasses.replace(row, note=solved.note, method=solved.method, loss=solved.loss)
 
 
-@jax.jit
 def _errors(floats: jax.Array, qt: QTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """SQNR in dB, the worst block, blocks running along the contraction, and the share that was clipped."""
-    view = qt.meta.geometry
+    """SQNR in dB, the worst block, blocks running along the contraction, and the share that was clipped.
+
+    One by one and in parts, so that little more than one dequantized weight is in memory.
+    """
+    clipped = _clipped(floats, qt)
     back = dequantize(qt.with_activation(None), dtype=jnp.float32)
-    a, b = (view.to_storage(view.to_view(v.astype(jnp.float32))) for v in (floats, back))
-    beyond = jnp.float32(0)
-    if qt.codebook is None and floats.size:  # numbers of its own reach as far as they were made to
-        beyond = jnp.mean(~inside_range(floats, qt), dtype=jnp.float32)
-    return metrics.sqnr(a, b), metrics.worst_block(a, b), beyond
+    return (*_distances(floats, back, qt.meta.geometry), clipped)
+
+
+@jax.jit
+def _clipped(floats: jax.Array, qt: QTensor) -> jax.Array:
+    if qt.codebook is not None or not floats.size:  # numbers of its own reach as far as they were made to
+        return jnp.float32(0)
+    return jnp.mean(~inside_range(floats, qt), dtype=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="geometry")
+def _distances(floats: jax.Array, back: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+    a, b = geometry.to_view(floats), geometry.to_view(back)
+    along = geometry.k_position - len(geometry.storage_shape)
+    whole = _WORST if along + a.ndim == 0 else 1
+    parts = next(n for n in (8, 4, 2, 1) if a.shape[0] % (n * whole) == 0 or n == 1)
+
+    def measured(pair: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
+        a, b = (v.astype(jnp.float32) for v in pair)
+        return metrics.squares(a), metrics.squares(a - b), metrics.worst_block(a, b, size=_WORST, axis=along)
+
+    cut = tuple(v.reshape(parts, -1, *v.shape[1:]) if v.size else v[None] for v in (a, b))
+    *sums, worst = jax.lax.map(measured, cut)
+    totals = []
+    for part, units in sums:
+        unit = jnp.max(units)
+        totals.append((jnp.sum(part * (units / unit) ** 2), unit))
+    lost = jnp.isnan(worst).any()  # a maximum may drop NaN
+    return metrics.decibels(*totals), jnp.where(lost, np.float32(np.nan), jnp.max(worst))

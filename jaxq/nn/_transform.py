@@ -31,6 +31,7 @@ def quantize_model(
     sequential: bool = False,
     fallback: str = "rtn",
     strict: bool = True,
+    donate: bool = False,
     key: jax.Array | None = None,
     on_nonfinite: str = "raise",
     progress: bool | None = None,
@@ -57,6 +58,8 @@ def quantize_model(
         that and says so in the report, "none" keeps the method's result, "raise" stops.
       strict: a rule that matches nothing, and a bare matrix that no rule is about, are errors. False leaves them, and
         the report says so.
+      donate: frees each weight of `model` once it is quantized, so that a model larger than half the memory fits; it
+        must not be used afterwards. Not with data: the model runs on them.
       key: PRNG key, for methods that draw.
       on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`; "raise" names path and index.
       progress: show a line of progress; None does so on a terminal.
@@ -83,6 +86,8 @@ def quantize_model(
     recipe = as_recipe(recipe, "quantize_model")
     formats.check_choice("quantize_model: on_nonfinite", on_nonfinite, ON_NONFINITE)
     formats.check_choice("quantize_model: fallback", fallback, methods.FALLBACKS)
+    if donate and calibration is not None:
+        raise ValueError("quantize_model: donate=True frees weights that calibration= needs; pass one of them.")
     copy = nnx.clone(model)
     matched = match(copy, recipe, on_nonfinite, strict=strict)
     data = _Data(calibration, mask, forward, progress)
@@ -134,6 +139,9 @@ def quantize_model(
                     qt = own.with_activation(rule.activation, bounds=static_bounds(rule, stats.get(path)))
                 replaced[id(variable)] = QuantizedParam(qt)
                 rows[id(variable)] = quantized_row(variables[id(variable)][0], kind.name, floats, qt, solved)
+                if donate:
+                    jax.block_until_ready(qt)
+                    floats.delete()
             put_weight(layer, kind, replaced.get(id(variable), variable))
     replace_variables(copy, replaced)
     layers = {found.path for found, _ in matched}

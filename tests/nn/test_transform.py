@@ -371,3 +371,14 @@ def test_defaults_skip_and_say_so():
     assert "embedding" in notes["embed/embedding"]
     assert "router" in notes["router/kernel"]
     assert "output head" in notes["lm_head/kernel"]
+
+
+def test_donated_weights_are_gone():
+    model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    floats, bias = model.kernel.get_value(), model.bias.get_value()
+    q, _ = jaxq.quantize_model(model, "int8", donate=True)
+    assert floats.is_deleted()
+    assert not bias.is_deleted()
+    assert q(jnp.ones((2, 64))).shape == (2, 8)
+    with pytest.raises(ValueError, match="needs; pass one"):
+        jaxq.quantize_model(q, "int8", donate=True, calibration=[jnp.ones((2, 64))])
