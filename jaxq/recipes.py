@@ -45,6 +45,9 @@ _BY_METHOD = {
     "w8a8_smoothquant": ("int8", "int8", "smoothquant"),
 }
 
+# One layer under two names, nnx's and linen's: rules are about both.
+_SAME_KIND = {"Dense": "Linear", "DenseGeneral": "LinearGeneral", "Linear": "Dense", "LinearGeneral": "DenseGeneral"}
+
 # Last names of layers that make logits or choose experts: small errors there cost most, so they stay in floats.
 # Arrays of a tree that are looked up by their names.
 _EMBEDDINGS = r"re:(.*/)?(embed|wte|wpe|token_emb|pos_emb)[^/]*(/.*)?"
@@ -83,8 +86,8 @@ class Rule:
         `calibration=`.
       options: keyword arguments of the method, `{"act_order": True}` for example.
       skip: leave the layer as it is.
-      kinds: layer kinds the rule is about ("Linear", "Conv", ...); empty means all. Arrays of a tree are "Array";
-        an `nnx.Param` that a module of yours multiplies with is a "Param", which a rule must name here to quantize it.
+      kinds: layer kinds the rule is about ("Linear", "Conv", ...); empty means all. Linen's Dense goes by "Linear" too,
+        its DenseGeneral by "LinearGeneral", and the other way round. Arrays of a tree are "Array"; an `nnx.Param` that a module of yours multiplies with is a "Param", which a rule must name here to quantize it.
       where: a function of `jaxq.recipes.Layer` (path, kind, shape, module) that says whether the rule is about a layer
         the pattern matches. Compared by identity: use a function of a module to have equal rules.
       contracting: axes a product with the weight contracts, as in `jaxq.quantize`; None takes them from the layer (of a
@@ -153,7 +156,8 @@ class Rule:
 
     def matches(self, path: str, kind: str, shape: tuple[int, ...] = (), module: type | None = None) -> bool:
         """True if the rule is about the layer of this kind at this path."""
-        if (self.kinds and kind not in self.kinds) or _compile(self.pattern).fullmatch(path) is None:
+        names = {kind, _SAME_KIND.get(kind)}
+        if (self.kinds and names.isdisjoint(self.kinds)) or _compile(self.pattern).fullmatch(path) is None:
             return False
         return self.where is None or bool(self.where(Layer(path, kind, tuple(shape), module)))
 

@@ -17,9 +17,8 @@ from flax import linen
 
 from jaxq.methods import LayerStats, empty_stats
 from jaxq.nn._calibration import check_stats, contracted_rows, einsum_rows, masked, shown, updated
+from jaxq.nn.linen._layers import LayerKind, einsum_text, find_call
 from jaxq.observers import Observer
-
-__all__ = ["calibrate"]
 
 
 def calibrate(
@@ -81,15 +80,17 @@ def calibrate(
 
         def watch(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
             path = "/".join(context.module.path)
-            if context.method_name == "__call__" and (layers is None or path in layers):
-                rows = _rows_of(context.module, args, kwargs)
-                if rows is not None:
-                    if path not in order:
-                        order.append(path)
-                    so_far = seen.get(path)
-                    if so_far is None:
-                        so_far = empty_stats(rows.shape[-1], hessian=hessian, observer=observer)
-                    seen[path] = updated(so_far, rows, path, observer)
+            found = find_call(context)
+            if found is not None and found.kind.watched and (layers is None or path in layers):
+                rows, num_batch = _rows_of(context.module, found.kind, args, kwargs)
+                if path not in order:
+                    order.append(path)
+                so_far = seen.get(path)
+                if so_far is None:
+                    so_far = empty_stats(rows.shape[-1], hessian=hessian, observer=observer)
+                    prefix = rows.shape[:num_batch]
+                    so_far = jax.tree.map(lambda a: jnp.broadcast_to(a, (*prefix, *a.shape)), so_far)
+                seen[path] = updated(so_far, rows, path, observer)
             return call(*args, **kwargs)
 
         with masked(counts), linen.intercept_methods(watch):
@@ -119,17 +120,11 @@ def calibrate(
     return found
 
 
-def _rows_of(module: linen.Module, args: tuple, kwargs: dict[str, Any]) -> jax.Array | None:
-    """`[*free, K]` of the input of a layer that is looked into; None for other modules."""
-    x: Any = args[0] if args else kwargs.get("inputs")
-    if isinstance(module, linen.Dense):
-        return contracted_rows(jnp.asarray(x), (jnp.ndim(x) - 1,), ())
-    if isinstance(module, linen.DenseGeneral):
-        if module.batch_dims:
-            return None
-        axes = np.atleast_1d(np.asarray(module.axis)) % np.ndim(x)
-        return contracted_rows(jnp.asarray(x), tuple(axes.tolist()), ())
-    if isinstance(module, linen.Einsum):
-        rows, num_batch = einsum_rows(module.einsum_str or args[1], jnp.asarray(x))
-        return rows if not num_batch else None
-    return None
+def _rows_of(module: Any, kind: LayerKind, args: tuple, kwargs: dict[str, Any]) -> tuple[jax.Array, int]:
+    """`[*batch, *free, K]` of the input of a layer, and the number of batch axes."""
+    x = jnp.asarray(args[0] if args else kwargs["inputs"])
+    if kind.name == "Einsum":
+        return einsum_rows(einsum_text(module, x, *args[1:], **{k: v for k, v in kwargs.items() if k != "inputs"}), x)
+    axis, batch = ((x.ndim - 1,), ()) if kind.name == "Dense" else (module.axis, module.batch_dims)
+    axes, batch = (tuple((np.atleast_1d(np.asarray(a, int)) % x.ndim).tolist()) for a in (axis, batch))
+    return contracted_rows(x, tuple(sorted(axes)), tuple(sorted(batch))), len(batch)
