@@ -105,9 +105,9 @@ def calibrate(
             stats = step(variables, stats, jax.tree.map(jnp.asarray, batch), counts)
         except jax.errors.UnexpectedTracerError:
             raise ValueError(
-                f"linen.calibrate: {order[-1] if order else 'a layer'} is inside nn.scan, nn.remat or nn.vmap, whose "
-                "inputs cannot be seen from outside. Build the module without it for calibration, or leave it out with "
-                "layers=."
+                f"linen.calibrate: {order[-1] if order else 'a layer'} is inside nn.scan, nn.remat, nn.jit or nn.vmap, "
+                "whose inputs cannot be seen from outside. Build the module without it for calibration, or leave it "
+                "out with layers=."
             ) from None
         num_batches += 1
     if not num_batches:

@@ -100,7 +100,7 @@ def trace(
       forward: how else to call it, `forward(module, variables, example)`.
       interceptor: sees the calls.
     """
-    leaves, treedef = jax.tree.flatten((variables, example))
+    leaves, treedef = jax.tree.flatten(({**_plain(variables), "jaxq_trace": _tags(variables)}, example))
     arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
     more = {"mutable": linen.DenyList("params"), "rngs": {"params": _key(), "dropout": _key()}}
 
@@ -119,6 +119,16 @@ def trace(
 
 def _key() -> jax.Array:
     return jax.random.key(0)
+
+
+@jax.tree_util.register_static
+class _Tag:
+    """A variable of its own in every module: `nn.jit` would not call again what it has traced with equal variables."""
+
+
+def _tags(variables: Mapping[str, Any]) -> dict[str, Any]:
+    scopes = {path[:i] for path in params_of(variables) for i in range(len(path))}
+    return unflatten_dict({(*scope, "tag"): _Tag() for scope in scopes})
 
 
 # What layers there are.
@@ -178,7 +188,7 @@ def _structure(module: linen.Module, variables: Any, example: Any, forward: Forw
             before = found.setdefault(path, here)
             if before != here and before.problem is None:
                 found[path] = before._replace(problem=here.problem or "it is used in more than one way")
-        return call(*args, **kwargs)
+        return intercepted(stored, call, args, kwargs, context)
 
     trace(module, variables, example, forward, watch)
     return Structure(found, classes, example)
@@ -212,7 +222,8 @@ def _examples(module: linen.Module, variables: Any) -> Iterator[Any]:
     if not needed or any(p.name not in _USUAL for p in needed[1:]):
         return
     usual = {p.name: _USUAL[p.name] for p in needed[1:]}
-    shapes = [tuple(leaf.shape) for leaf in params_of(variables).values() if getattr(leaf, "ndim", 0) > 1]
+    leaves = [linen.meta.unbox(leaf) for leaf in params_of(variables).values()]
+    shapes = [tuple(leaf.shape) for leaf in leaves if getattr(leaf, "ndim", 0) > 1]
     sizes = list(dict.fromkeys(size for shape in shapes for size in shape))
     channels = dict.fromkeys(shape[-2] for shape in shapes if len(shape) == 4)
     images = ((1, side, side, c) for c in channels for side in _SIDES)
@@ -280,8 +291,13 @@ def check_weights(
             try:
                 run([path])
             except Exception as alone:  # whatever a module says of a weight that is no array
-                found = structure.layers[path]
-                problems.append(f"  {path or found.kind.name} ({found.kind.name}): {_short(alone)}")
+                kind = structure.layers[path].kind
+                reason = (
+                    str(alone)
+                    if type(alone) is ValueError and str(alone).startswith("its ")
+                    else (f"its {kind.weight} is used in a way that a QTensor cannot be ({_short(alone)})")
+                )
+                problems.append(f"  {path or kind.name} ({kind.name}): {reason}")
         return problems or [f"  {', '.join(weights)}: {_short(error)}"]
     return []
 
