@@ -87,7 +87,8 @@ class Rule:
       options: keyword arguments of the method, `{"act_order": True}` for example.
       skip: leave the layer as it is.
       kinds: layer kinds the rule is about ("Linear", "Conv", ...); empty means all. Linen's Dense goes by "Linear" too,
-        its DenseGeneral by "LinearGeneral", and the other way round. Arrays of a tree are "Array"; an `nnx.Param` that a module of yours multiplies with is a "Param", which a rule must name here to quantize it.
+        its DenseGeneral by "LinearGeneral", and the other way round. Arrays of a tree are "Array"; an `nnx.Param` that
+        a module of yours multiplies with is a "Param", which a rule must name here to quantize it.
       where: a function of `jaxq.recipes.Layer` (path, kind, shape, module) that says whether the rule is about a layer
         the pattern matches. Compared by identity: use a function of a module to have equal rules.
       contracting: axes a product with the weight contracts, as in `jaxq.quantize`; None takes them from the layer (of a
@@ -228,7 +229,7 @@ class Recipe:
         """The first rule that matches, or None."""
         return next((rule for rule in self.rules if rule.matches(path, kind, shape, module)), None)
 
-    def plan(self, model: Any, variables: Any = None) -> Any:
+    def plan(self, model: Any, variables: Any = None, *, example: Any = None) -> Any:
         """What the recipe would do to each parameter of a model: a `jaxq.nn.Report` without measured errors.
 
         Nothing is quantized, and no array is made; bytes are those the real thing would have.
@@ -236,6 +237,7 @@ class Recipe:
         Args:
           model: a flax nnx module, a flax linen module (with its `variables`), or a tree of arrays.
           variables: of a linen module.
+          example: an input of a linen module, as in `jaxq.nn.linen.quantize_model`.
 
         Raises:
           ValueError: all that `jaxq.quantize_model` would find before it quantizes anything.
@@ -249,7 +251,7 @@ class Recipe:
         """
         from jaxq import nn  # which knows models
 
-        return nn.plan(model, self, variables)
+        return nn.plan(model, self, variables, example=example)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description; `from_dict` gives an equal recipe back."""

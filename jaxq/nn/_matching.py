@@ -103,6 +103,12 @@ def match(
     return matched
 
 
+def multiplies(path: str, shape: Sequence[int], module: type) -> bool:
+    """Whether a module of this class seems to multiply with an array that it holds itself."""
+    foreign = not module.__module__.startswith("flax.")
+    return sum(size > 1 for size in shape) >= 2 and foreign and not _NO_MATRIX.search(path.lower())
+
+
 # Names of parameters that are added or looked up, not multiplied with.
 _NO_MATRIX = re.compile(r"bias|embed|gamma|norm|pos|scale|token")
 
@@ -135,11 +141,7 @@ def _match_bare(
                 axes = tuple(a - value.ndim if a >= 0 else a for a in contracting)
                 kind = bare_kind(name, axes, len(rule.batch or ()))
                 matched.append((Found(where, module, kind), rule))
-            elif (
-                sum(size > 1 for size in value.shape) >= 2
-                and not type(module).__module__.startswith("flax.")
-                and not _NO_MATRIX.search(where.lower())
-            ):
+            elif multiplies(where, value.shape, type(module)):
                 untouched.append(f"{where} {value.dtype.name}{list(value.shape)}")
     return matched, untouched
 

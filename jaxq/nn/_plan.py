@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from flax import nnx
+from flax import linen, nnx
 
 from jaxq.nn._layers import weight_axes
 from jaxq.nn._matching import dry_run, match, variables_of
 from jaxq.nn._params import plan_params
 from jaxq.nn._report import Report, float_row, other_row, planned_row, skip_reason
+from jaxq.nn.linen._transform import plan_linen
 from jaxq.qtensor import QuantSpec
 from jaxq.recipes import Recipe, as_recipe
 
 
-def plan(model: Any, recipe: str | QuantSpec | Recipe, variables: Any = None, *, strict: bool = True) -> Report:
+def plan(
+    model: Any, recipe: str | QuantSpec | Recipe, variables: Any = None, *, example: Any = None, strict: bool = True
+) -> Report:
     """The report that `quantize_model` would give, without errors that must be measured; nothing is quantized.
 
     Args:
       model: a flax nnx module, a flax linen module (with `variables`), or a tree of arrays.
       recipe: as in `quantize_model`.
       variables: of a linen module.
+      example: an input of a linen module, as in `jaxq.nn.linen.quantize_model`.
       strict: as in `quantize_model`.
 
     Returns:
@@ -32,11 +36,13 @@ def plan(model: Any, recipe: str | QuantSpec | Recipe, variables: Any = None, *,
 
     Example:
       >>> import jaxq
-      >>> from flax import nnx
+      >>> from flax import linen, nnx
       >>> jaxq.nn.plan(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int4").rows[0].bytes_after
       272
     """
     recipe = as_recipe(recipe, "plan")
+    if isinstance(model, linen.Module):
+        return plan_linen(model, variables, recipe, example, strict=strict)
     if not isinstance(model, nnx.Module):
         return plan_params(model, recipe, strict=strict)
     matched = match(model, recipe, "raise", strict=strict)

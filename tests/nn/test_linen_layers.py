@@ -8,21 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jax import lax
 
 import jaxq
 from jaxq import QTensor
-from jaxq.nn.linen import QConv, QDense, QDenseGeneral, QEinsum, QEmbed, Quantized, quantize_model
+from jaxq.nn.linen import QConv, QConvTranspose, QDense, QDenseGeneral, QEinsum, QEmbed, Quantized, quantize_model
 from tests import tables
 from tests.nn.test_layers import assert_close, dots, rounded
 
-# (weight, activation) of each recipe.
 RECIPES = {
-    "int8": ("int8", None),
-    "int4 g32": (jaxq.QuantSpec(format="int4", granularity=jaxq.PerGroup(size=32)), None),
-    "nf4": ("nf4", None),
-    "fp8": ("fp8", None),
-    "w8a8": ("int8", "int8"),
+    "int8": {"weight": "int8"},
+    "int4 g32": {"weight": jaxq.QuantSpec(format="int4", granularity=jaxq.PerGroup(size=32))},
+    "nf4": {"weight": "nf4"},
+    "fp8": {"weight": "fp8"},
+    "w8a8": {"weight": "int8", "activation": "int8"},
+    "w8a8 static": {"weight": "int8", "activation": "int8", "observer": "absmax"},
 }
 
 
@@ -49,19 +50,37 @@ class Lookup(nn.Module):
 # The same layers with rounded activations.
 
 
-def dot_of_rounded(x, w, dims, **kwargs):
-    return lax.dot_general(rounded(x, dims[0][0], dims[1][0]), w, dims)
+def rounded_by(limit, x, *axes):
+    """x as int8 activations see it: each row by its own scale or, with a limit, all by the same."""
+    if limit is None:
+        return rounded(x, *axes)
+    clipped = lax.stop_gradient(jnp.clip(x, -limit, limit))  # and has no gradient
+    inside = jnp.where(jnp.abs(x) <= limit, x, clipped)
+    return inside + lax.stop_gradient(jnp.round(inside * (127 / limit)) * (limit / 127) - inside)
 
 
-def conv_of_rounded(x, w, *args, **kwargs):
-    return lax.conv_general_dilated(rounded(x, tuple(range(1, x.ndim))), w, *args, **kwargs)
+def dot_of_rounded(x, w, dims, limit=None, **kwargs):
+    return lax.dot_general(rounded_by(limit, x, dims[0][0], dims[1][0]), w, dims)
+
+
+def conv_of_rounded(x, w, *args, limit=None, **kwargs):
+    return lax.conv_general_dilated(rounded_by(limit, x, tuple(range(1, x.ndim))), w, *args, **kwargs)
 
 
 class RoundedEinsum(nn.Einsum):
+    limit: float | None = None
+
     def __call__(self, x):
         left, right = self.einsum_str.split("->")[0].split(",")
         summed = [i - len(left) for i, c in enumerate(left) if c in right and c not in self.einsum_str.split("->")[1]]
-        return super().__call__(rounded(x, tuple(summed)))
+        return super().__call__(rounded_by(self.limit, x, tuple(summed)))
+
+
+class RoundedTranspose(nn.ConvTranspose):
+    limit: float | None = None
+
+    def __call__(self, x):
+        return super().__call__(rounded_by(self.limit, x, tuple(range(1, x.ndim))))
 
 
 class RoundedEmbed(nn.Embed):
@@ -91,6 +110,13 @@ MORE = {
         (2, 7, 64),
         None,
         CONV,
+    ),
+    "transpose": (
+        nn.ConvTranspose,
+        {"features": 6, "kernel_size": (3, 2), "strides": (2, 1), "transpose_kernel": True},
+        (2, 4, 3, 16),
+        RoundedTranspose,
+        {},
     ),
 }
 LAYERS = COMMON | MORE
@@ -131,8 +157,7 @@ def built(module, x, dtype=None):
 
 
 def everything(recipe):
-    weight, activation = RECIPES[recipe]
-    return jaxq.Recipe([jaxq.Rule(weight=weight, activation=activation)])
+    return jaxq.Recipe([jaxq.Rule(**RECIPES[recipe])])
 
 
 def is_qt(v):
@@ -142,6 +167,21 @@ def is_qt(v):
 def in_floats(variables):
     """Variables with what the QTensors stand for."""
     return jax.tree.map(lambda v: jaxq.dequantize(v.with_activation(None)) if is_qt(v) else v, variables, is_leaf=is_qt)
+
+
+def in_range(cls, fields, variables):
+    """Fields of a layer with rounded activations, in the range that its QTensor has, if it has one."""
+    ranges = {
+        key[-2] if key[1:] else "": v.input_range for key, v in flatten_dict(variables["params"]).items() if is_qt(v)
+    }
+    if any(v is None for v in ranges.values()):
+        return fields
+    limits = {name: float(jnp.abs(v).max()) for name, v in ranges.items()}
+    if cls is not None:
+        return {"limit": next(iter(limits.values()))}
+    # The projections of attention see one input, but for the last.
+    return {name: functools.partial(fn, limit=limits.get(name.split("_")[0], next(iter(limits.values()))))
+            for name, fn in fields.items()}  # fmt: skip
 
 
 def value_and_grad(module, variables, x):
@@ -155,8 +195,10 @@ def value_and_grad(module, variables, x):
 
 CASES = [(layer, recipe, use) for layer in LAYERS for recipe in RECIPES for use in USES]
 # Each layer with whole bytes and with halves, each recipe, each use.
-DEFAULT = [(layer, "int4 g32", "grad") for layer in ("dense", "conv", "output", "wide conv")]
-DEFAULT += [(layer, "w8a8", "grad") for layer in ("dense", "einsum", "conv", "batched", "attend")]
+DEFAULT = [(layer, "int4 g32", "grad") for layer in ("dense", "conv", "output", "transpose")]
+DEFAULT += [(layer, "w8a8", "grad") for layer in ("dense", "einsum", "wide conv", "batched", "attend")]
+DEFAULT += [(layer, "w8a8 static", "grad") for layer in ("einsum", "conv", "transpose")]
+DEFAULT += [("dense", "w8a8 static", "scan"), ("lookup", "w8a8 static", "plain")]
 DEFAULT += [("qkv", recipe, "grad") for recipe in ("int8", "nf4", "fp8")]
 DEFAULT += [("dense", "w8a8", use) for use in USES[:-1]] + [("qkv", "int4 g32", "scan"), ("einsum", "nf4", "jit")]
 DEFAULT += [("conv", "int8", "scan"), ("lookup", "int4 g32", "scan"), ("attend", "fp8", "vmap")]
@@ -168,10 +210,16 @@ def test_output_and_gradient(name, recipe, use):
     cls, fields, shape, rounded_cls, rounded_fields = LAYERS[name]
     module, x = module_of(use, cls, fields), jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
     variables = built(module, x)
-    qmodule, qvariables, report = quantize_model(module, variables, everything(recipe), example=x)
+    data = {"calibration": [x]} if recipe == "w8a8 static" else {"example": x}
+    if data.get("calibration") and (name in ("lookup", "attend") or use not in ("plain", "grad")):
+        refused = "its input cannot be observed" if name in ("lookup", "attend") else r"is inside nn\.scan, nn\.remat"
+        with pytest.raises(ValueError, match=refused):
+            quantize_model(module, variables, everything(recipe), **data)
+        return
+    qmodule, qvariables, report = quantize_model(module, variables, everything(recipe), **data)
     assert len(report.quantized) == (4 if name == "attention" else 1)
-    if RECIPES[recipe][1]:
-        module = module_of(use, rounded_cls or cls, fields | rounded_fields)
+    if "activation" in RECIPES[recipe]:
+        module = module_of(use, rounded_cls or cls, fields | in_range(rounded_cls, rounded_fields, qvariables))
     run = functools.partial(jax.jit, static_argnums=0)(value_and_grad) if use in ("grad", "remat") else None
     if run is None:
         wanted, y = module.apply(in_floats(qvariables), x), qmodule.apply(qvariables, x)
@@ -181,7 +229,7 @@ def test_output_and_gradient(name, recipe, use):
         wanted, wanted_grad = run(module, in_floats(qvariables), x)
         y, grad = run(qmodule, qvariables, x)
     # Inside attention, activations to be rounded differ in the last bit, and may round to another code.
-    bound = 0.02 if (name, recipe) == ("attention", "w8a8") else 1e-5
+    bound = 0.02 if name == "attention" and "activation" in RECIPES[recipe] else 1e-5
     assert_close(y, wanted, bound)
     if run is not None and name != "lookup":
         assert_close(grad, wanted_grad, bound)
@@ -205,7 +253,8 @@ DTYPES = [
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(f"{k}={v.dtype.name}" for k, v in d.items()))
 def test_results_have_the_float_layers_dtype(dtypes):
-    explicit = {nn.Dense: QDense, nn.DenseGeneral: QDenseGeneral, nn.Einsum: QEinsum, nn.Conv: QConv}
+    explicit = {nn.Dense: QDense, nn.DenseGeneral: QDenseGeneral, nn.Einsum: QEinsum, nn.Conv: QConv,
+                nn.ConvTranspose: QConvTranspose}  # fmt: skip
     for cls, fields, shape, *_ in LAYERS.values():
         if cls not in explicit:
             continue
@@ -240,6 +289,7 @@ EXPLICIT = {
     "general": (QDenseGeneral, nn.DenseGeneral, {"features": (2, 3), "batch_dims": (0,)}, (2, 3, 64)),
     "einsum": (QEinsum, nn.Einsum, {"shape": (64, 6), "einsum_str": "...d, dn->...n"}, (2, 64)),
     "conv": (QConv, nn.Conv, {"features": 6, "kernel_size": (3,), "use_bias": False}, (2, 6, 16)),
+    "transpose": (QConvTranspose, nn.ConvTranspose, {"features": 6, "kernel_size": (3,)}, (2, 6, 16)),
     "embed": (QEmbed, nn.Embed, {"num_embeddings": 6, "features": 64}, (2,)),
 }
 

@@ -221,22 +221,29 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_parameters_used_by_hand_have_a_row(pattern):
+def test_parameters_used_by_hand_are_an_error_or_a_row(pattern):
     module = Hand(PATTERNS[pattern], raw=True)
-    qmodule, qvariables, report = quantize_model(module, made(module, X), "int8")
-    (row,) = [row for row in report.rows if row.path == "own"]
-    assert row.format is None
-    assert "used by Hand itself, which is no layer jaxq quantizes" in row.note
+    variables = made(module, X)
+    with pytest.raises(ValueError, match=r"own float32\[8, 8\] \(Hand\): matrices of modules jaxq does not know"):
+        quantize_model(module, variables, "int8")
+    with pytest.raises(ValueError, match=r"own \(Param\): flax gives Hand an array of the shape that it asks for"):
+        quantize_model(module, variables, Recipe([Rule("own", kinds="Param", weight="int8"), Rule(weight="int8")]))
+    with pytest.raises(ValueError, match=r"rules \['own'\] match no layer.*own float32\[8, 8\] \(Hand\)"):
+        quantize_model(module, variables, Recipe([Rule("own", weight="int8")]))
+    skipping = Recipe([Rule("own", kinds="Param", skip=True, reason="small"), Rule(weight="int8")])
+    for recipe, strict, note in ((skipping, True, "small"), ("int8", False, "used by Hand itself, which is no layer")):
+        qmodule, qvariables, report = quantize_model(module, variables, recipe, strict=strict)
+        (row,) = [row for row in report.rows if row.path == "own"]
+        assert row.format is None
+        assert note in row.note
     assert_close(qmodule.apply(qvariables, X), module.apply(in_floats(qvariables), X))
-    with pytest.raises(ValueError, match=r"rules \['own'\] match no layer.*multiplies: own \(Hand\)"):
-        quantize_model(module, made(module, X), Recipe([Rule("own", weight="int8")]))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_kernels_used_by_hand_are_refused(pattern):
     module = Hand(PATTERNS[pattern], raw=False)
     with pytest.raises(ValueError, match=r"dense \(Dense\): its kernel is used in a way that a QTensor cannot be"):
-        quantize_model(module, made(module, X), "int8")
+        quantize_model(module, made(module, X), "int8", strict=False)
 
 
 def test_a_table_multiplied_by_hand_multiplies_codes():
@@ -468,6 +475,27 @@ def test_models_that_hold_quantized_layers():
     qmodule, qvariables, report = quantize_model(module, made(module, X), "int8")
     assert {row.path: row.note for row in report.rows}["ready/kernel"] == "quantized already, left as it is"
     assert qmodule.apply(qvariables, X).shape == (2, 8)
+
+
+def test_plans_have_the_bytes_of_the_real_thing():
+    module = Model("scan")
+    variables = made(module)
+    plan = Recipe([Rule("blocks/**", weight="int4"), Rule(skip=True)]).plan(module, variables, example=TOKENS)
+    report = quantize_model(module, variables, Recipe([Rule("blocks/**", weight="int4"), Rule(skip=True)]))[2]
+    assert [(r.path, r.format, r.bytes_after, r.note) for r in plan.rows] == [
+        (r.path, r.format, r.bytes_after, r.note) for r in report.rows
+    ]
+    abstract = jax.eval_shape(module.init, jax.random.key(0), TOKENS)
+    assert jaxq.nn.plan(module, "int4", abstract).bytes_before == plan.bytes_before
+    with pytest.raises(TypeError, match="variables must be a dict with 'params'"):
+        jaxq.nn.plan(module, "int8")
+
+
+def test_unused_rules_can_be_left_to_the_report():
+    module = nn.Dense(4)
+    recipe = Recipe([Rule("typo", weight="int4"), Rule(weight="int8")])
+    _, _, report = quantize_model(module, made(module, X), recipe, strict=False)
+    assert report.notes == ("rule 'typo' matched nothing",)
 
 
 # Methods that look at data.

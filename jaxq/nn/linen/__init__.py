@@ -6,12 +6,13 @@ no function of jax replaced: layers are met through `flax.linen.intercept_method
 """
 
 from jaxq.nn.linen._calibration import calibrate
-from jaxq.nn.linen._explicit import QConv, QDense, QDenseGeneral, QEinsum, QEmbed
+from jaxq.nn.linen._explicit import QConv, QConvTranspose, QDense, QDenseGeneral, QEinsum, QEmbed
 from jaxq.nn.linen._transform import quantize_model
 from jaxq.nn.linen._wrapper import Quantized
 
 __all__ = [
     "QConv",
+    "QConvTranspose",
     "QDense",
     "QDenseGeneral",
     "QEinsum",

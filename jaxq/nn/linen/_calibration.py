@@ -33,7 +33,9 @@ def calibrate(
     observer: Observer | None = None,
     progress: bool | None = None,
 ) -> dict[str, LayerStats]:
-    """Statistics of what reaches each Dense, DenseGeneral and Einsum of a linen module, over batches of data.
+    """Statistics of what reaches each Dense, DenseGeneral, Einsum, Conv and ConvTranspose of a linen module.
+
+    Rows of a convolution are places of its input with their channels, and have no second moments.
 
     Args:
       module: a linen module.
@@ -87,7 +89,7 @@ def calibrate(
                     order.append(path)
                 so_far = seen.get(path)
                 if so_far is None:
-                    so_far = empty_stats(rows.shape[-1], hessian=hessian, observer=observer)
+                    so_far = empty_stats(rows.shape[-1], hessian=hessian and not found.kind.windowed, observer=observer)
                     prefix = rows.shape[:num_batch]
                     so_far = jax.tree.map(lambda a: jnp.broadcast_to(a, (*prefix, *a.shape)), so_far)
                 seen[path] = updated(so_far, rows, path, observer)
@@ -114,7 +116,7 @@ def calibrate(
         raise ValueError("linen.calibrate: there is no batch. An iterator that was used before is empty; pass a list.")
     missing = [path for path in layers or () if path not in stats]
     if missing or not stats:
-        raise ValueError(f"linen.calibrate: no batch reached {missing or 'a Dense, DenseGeneral or Einsum'}.")
+        raise ValueError(f"linen.calibrate: no batch reached {missing or 'a Dense, DenseGeneral, Einsum or Conv'}.")
     found = {path: stats[path] for path in order}
     check_stats(found)
     return found
@@ -123,6 +125,8 @@ def calibrate(
 def _rows_of(module: Any, kind: LayerKind, args: tuple, kwargs: dict[str, Any]) -> tuple[jax.Array, int]:
     """`[*batch, *free, K]` of the input of a layer, and the number of batch axes."""
     x = jnp.asarray(args[0] if args else kwargs["inputs"])
+    if kind.windowed:  # places with their channels
+        return x, 0
     if kind.name == "Einsum":
         return einsum_rows(einsum_text(module, x, *args[1:], **{k: v for k, v in kwargs.items() if k != "inputs"}), x)
     axis, batch = ((x.ndim - 1,), ()) if kind.name == "Dense" else (module.axis, module.batch_dims)

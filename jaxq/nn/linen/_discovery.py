@@ -62,12 +62,12 @@ class Structure(NamedTuple):
 
     Attributes:
       layers: by path, in the order in which they are reached.
-      classes: name of the module class in each scope that was called.
+      classes: the module's class in each scope that was called.
       example: with which it was found.
     """
 
     layers: dict[str, Found]
-    classes: dict[tuple[str, ...], str]
+    classes: dict[tuple[str, ...], type]
     example: Any
 
 
@@ -176,13 +176,13 @@ def find_layers(module: linen.Module, variables: Any, example: Any, forward: For
 def _structure(module: linen.Module, variables: Any, example: Any, forward: Forward | None) -> Structure:
     params = params_of(variables)
     found: dict[str, Found] = {}
-    classes: dict[tuple[str, ...], str] = {}
+    classes: dict[tuple[str, ...], type] = {}
 
     def watch(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
         layer, method = context.module, find_call(context)
         path = "/".join(layer.path)
         if context.method_name not in ("setup", "<lambda>"):
-            classes[tuple(layer.path)] = type(layer).__name__
+            classes[tuple(layer.path)] = type(layer)
         if method is not None and layer.has_variable("params", method.kind.weight):
             here = _found(layer, method.kind, params, args, kwargs)
             before = found.setdefault(path, here)

@@ -33,7 +33,7 @@ class QDense(linen.Dense):
       >>> layer, x = jaxq.nn.linen.QDense(8, weight="int8", activation="int8"), jnp.ones((2, 64))
       >>> variables = layer.init(jax.random.key(0), x)
       >>> variables["params"]["kernel"]
-      QTensor(int8[64x8], PerChannel(along -2), scale=float32, activation=int8, 8.5 bits, float32)
+      QTensor(kernel: int8[64x8], PerChannel(along -2), scale=float32, activation=int8, 8.5 bits, float32)
       >>> layer.apply(variables, x).shape
       (2, 8)
     """
@@ -82,6 +82,32 @@ class QConv(linen.Conv):
     @linen.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         return _by_own_code(self, _layers.CONV, linen.Conv, inputs)
+
+
+class QConvTranspose(linen.ConvTranspose):
+    """`nn.ConvTranspose` with a quantized kernel; `weight`, `activation` and errors as in `QDense`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> layer, x = jaxq.nn.linen.QConvTranspose(16, (3, 3), activation="int8"), jnp.ones((1, 6, 6, 8))
+      >>> layer.apply(layer.init(jax.random.key(0), x), x).shape
+      (1, 6, 6, 16)
+    """
+
+    weight: Any = "int8"
+    activation: Any = None
+
+    @linen.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        _check(self, _layers.CONV_TRANSPOSE)
+        if self.weight is None:
+            return super().__call__(inputs)
+        sizes = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        ends = (inputs.shape[-1], self.features)
+        shape = (*sizes, *(reversed(ends) if self.transpose_kernel else ends))
+        roles = _layers.CONV_TRANSPOSE.roles(self, shape)
+        kernel: Any = _weight(self, "kernel", roles, self.kernel_init, shape, self.param_dtype)
+        return _layers.conv_transpose(self, kernel, inputs)
 
 
 class QEinsum(linen.Einsum):
@@ -155,13 +181,14 @@ def _weight(
     """A layer's weight as its variables hold it, or fresh."""
     if layer.weight is None:
         return layer.param(name, init, shape, dtype)
-    what = f"{type(layer).__name__}: {'/'.join((*layer.path, name))}"
+    path = "/".join((*layer.path, name))
+    what = f"{type(layer).__name__}: {path}"
     if not layer.has_variable("params", name):
         # Axes of a fresh weight are all its own: lifted layers are initialized one by one.
         def fresh(rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> QTensor:
             floats = linen.meta.unbox(init(rng, shape, dtype))
             qt = quantize(
-                floats, layer.weight, contracting=roles.contracting, batch=tuple(range(roles.num_batch)), name=name
+                floats, layer.weight, contracting=roles.contracting, batch=tuple(range(roles.num_batch)), name=path
             )
             return qt.with_activation(getattr(layer, "activation", None))
 

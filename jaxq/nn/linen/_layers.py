@@ -3,7 +3,7 @@
 Layers are met through `flax.linen.intercept_methods`, at the functions of flax's own classes (`Dense.__call__`,
 `Embed.attend`, ...), so a subclass that calls its parent's is met as well, and a lifted one (`nn.vmap(nn.Dense)`) where
 it has the weight of one element. Dense, DenseGeneral and Conv run their own code, with jaxq's functions where their
-fields `dot_general`, `conv_general_dilated` and `promote_dtype` are read; Einsum and Embed have no such fields.
+fields `dot_general`, `conv_general_dilated` and `promote_dtype` are read; the others have no such fields.
 
 What happens is decided by what is stored: a QTensor is multiplied by its codes, an array as ever. jit caches do not see
 interceptors, but they see the variables they are called with.
@@ -34,6 +34,7 @@ class LayerKind(NamedTuple):
       roles: the weight's axes, from the layer, the weight's shape and what the layer is called with.
       problem: why a given layer cannot be quantized, or None; from the layer and what it is called with.
       watched: whether calibration looks at its inputs.
+      windowed: True where windows of the input meet the weight, so that how much of it does is not in the weight.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerKind(NamedTuple):
     roles: Callable[..., Roles]
     problem: Callable[..., str | None]
     watched: bool = True
+    windowed: bool = False
 
 
 class Call(NamedTuple):
@@ -161,6 +163,34 @@ def einsum_text(layer: Any, inputs: Any, einsum_str: str | None = None) -> str:
     return linen.merge_param("einsum_str", layer.einsum_str, einsum_str).replace(" ", "")
 
 
+def conv_transpose(layer: Any, weight: QTensor, inputs: jax.Array) -> jax.Array:
+    """`ConvTranspose.__call__`."""
+    bias = layer.param("bias", layer.bias_init, (layer.features,), layer.param_dtype) if layer.use_bias else None
+    x, weight, bias = _promoted(layer, inputs, weight, bias, dtype=layer.dtype)
+    first = x.ndim - (weight.ndim - 1)
+    flat = x.reshape(-1, *x.shape[first:])
+
+    def product(x: jax.Array, kernel: jax.Array, accumulate: Any) -> jax.Array:
+        return code_of(linen.ConvTranspose.__call__)(_Unbiased(layer, kernel, accumulate), x)
+
+    y = ops.convolve(product, flat, weight, channel=_features_axis(layer))
+    y = y.astype(layer.preferred_element_type or x.dtype).reshape(*x.shape[:first], *y.shape[1:])
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+
+
+class _Unbiased(StandIn):
+    """A ConvTranspose as its own code sees it, to convolve arrays of any dtype with this kernel and without bias."""
+
+    use_bias = False
+
+    def __init__(self, layer: linen.Module, kernel: jax.Array, accumulate: Any):
+        super().__init__(layer, CONV_TRANSPOSE.weight, lambda *_: kernel)
+        self.preferred_element_type = accumulate
+
+    def promote_dtype(self, *arrays: Any, **kwargs: Any) -> tuple:
+        return arrays
+
+
 def lookup(layer: Any, table: QTensor, inputs: jax.Array) -> jax.Array:
     """`Embed.__call__`: only the rows asked for are decoded."""
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
@@ -205,6 +235,14 @@ def _conv_roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -
     return Roles(tuple(range(-len(shape), -1)), shape)
 
 
+def _conv_transpose_roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Roles:
+    return Roles(tuple(a for a in range(-len(shape), 0) if a != _features_axis(layer)), shape)
+
+
+def _features_axis(layer: Any) -> int:
+    return -2 if layer.transpose_kernel else -1
+
+
 def _embed_roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Roles:
     return Roles((-1,), shape)
 
@@ -219,6 +257,10 @@ def _conv_problem(layer: Any, *args: Any, **kwargs: Any) -> str | None:
     if layer.mask is not None:
         return "its kernel is masked; multiply the mask into the kernel first"
     return _own_function(layer, "conv_general_dilated", lax.conv_general_dilated)
+
+
+def _conv_transpose_problem(layer: Any, *args: Any, **kwargs: Any) -> str | None:
+    return None if layer.mask is None else "its kernel is masked; multiply the mask into the kernel first"
 
 
 def _own_function(layer: Any, name: str, plain: Any) -> str | None:
@@ -249,7 +291,8 @@ def _no_problem(layer: Any, *args: Any, **kwargs: Any) -> str | None:
 DENSE = LayerKind("Dense", "kernel", _dense_roles, _dot_problem)
 GENERAL = LayerKind("DenseGeneral", "kernel", _general_roles, _dot_problem)
 EINSUM = LayerKind("Einsum", "kernel", _einsum_roles, _einsum_problem)
-CONV = LayerKind("Conv", "kernel", _conv_roles, _conv_problem, watched=False)
+CONV = LayerKind("Conv", "kernel", _conv_roles, _conv_problem, windowed=True)
+CONV_TRANSPOSE = LayerKind("ConvTranspose", "kernel", _conv_transpose_roles, _conv_transpose_problem, windowed=True)
 EMBED = LayerKind("Embed", "embedding", _embed_roles, _no_problem, watched=False)
 
 
@@ -265,6 +308,7 @@ CALLS: dict[Any, Call] = {
     code_of(linen.DenseGeneral.__call__): Call(GENERAL, own_code(code_of(linen.DenseGeneral.__call__), GENERAL)),
     code_of(linen.Einsum.__call__): Call(EINSUM, einsum),
     code_of(linen.Conv.__call__): Call(CONV, own_code(code_of(linen.Conv.__call__), CONV)),  # ConvLocal's too
+    code_of(linen.ConvTranspose.__call__): Call(CONV_TRANSPOSE, conv_transpose),
     code_of(linen.Embed.__call__): Call(EMBED, lookup),
     code_of(linen.Embed.attend): Call(EMBED, attend),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,31 +16,15 @@ from jaxq import formats, methods
 from jaxq.methods import LayerStats
 from jaxq.nn._calibration import shown
 from jaxq.nn._folding import FOLDED
-from jaxq.nn._report import Report, Row
-from jaxq.nn._transform import _float_row, _quantized_row, solve_layer
+from jaxq.nn._matching import unused_rules
+from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
+from jaxq.nn._transform import nearest_spec, solve_layer, static_bounds
 from jaxq.nn.linen._calibration import calibrate
-from jaxq.nn.linen._discovery import (
-    Forward,
-    Found,
-    Params,
-    Structure,
-    check_weights,
-    find_layers,
-    params_of,
-    with_params,
-)
+from jaxq.nn.linen._discovery import Forward, Structure, find_layers, params_of, with_params
+from jaxq.nn.linen._matching import Matched, Taken, match
 from jaxq.nn.linen._wrapper import Quantized
-from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, quantize, raise_if_not_finite
-from jaxq.recipes import Recipe, Rule, as_recipe
-
-
-class _Taken(NamedTuple):
-    """A layer to be quantized: its rule, and the axes of its whole weight."""
-
-    found: Found
-    rule: Rule
-    contracting: tuple[int, ...]
-    batch: tuple[int, ...]
+from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, quantize
+from jaxq.recipes import Recipe, as_recipe
 
 
 def quantize_model(
@@ -53,18 +37,18 @@ def quantize_model(
     mask: Callable[[Any], Any] | None = None,
     forward: Forward | None = None,
     fallback: str = "rtn",
+    strict: bool = True,
     key: jax.Array | None = None,
     on_nonfinite: str = "raise",
     progress: bool | None = None,
 ) -> tuple[Quantized, Any, Report]:
     """A linen module and variables whose matrix weights are quantized; module and variables stay as they are.
 
-    Layers it knows: Dense, DenseGeneral (and so attention), Einsum, Conv, Embed, wherever they are in the module, in
+    Layers it knows: Dense, DenseGeneral (and so attention), Einsum, Conv, ConvTranspose, Embed, wherever they are, in
     `nn.scan` or `nn.vmap` (stacked along axis 0), `nn.remat` and `nn.jit`. Rules of `kinds=("Linear",)` are about Dense
     too, "LinearGeneral" about DenseGeneral. Which parameter belongs to which layer is found by tracing a call, with
     abstract values; weights that would not reach their layer as they are stored are refused. All layers are checked
-    before any is quantized, and all problems are named at once. Parameters that no such layer multiplies stay in floats
-    and have a row in the report that says why.
+    before any is quantized, and all problems are named at once.
 
     Args:
       module: a linen module.
@@ -81,6 +65,8 @@ def quantize_model(
       forward: how to run an example or a batch, `forward(module, variables, batch)`.
       fallback: what becomes of a layer whose method does worse than rounding to nearest on held-out inputs, as in
         `jaxq.quantize_model`.
+      strict: a rule that matches nothing, and a matrix that a module of yours asks for itself (`self.param`) and no
+        rule is about, are errors. False leaves them, and the report says so.
       key: PRNG key, for methods that draw.
       on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`; "raise" names path and index.
       progress: show a line of progress; None does so on a terminal.
@@ -91,8 +77,8 @@ def quantize_model(
     Raises:
       TypeError: not a linen module.
       ValueError: an unknown recipe; no example where one is needed; layers that cannot be quantized; a rule that
-        matches nothing; a method that needs data without `calibration`, one that folds scales (linen modules do not say
-        where), and what `calibrate` raises.
+        matches nothing, a matrix that no rule is about; a method or an observer that needs data without `calibration`,
+        a method that folds scales (linen modules do not say where), and what `calibrate` raises.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -101,16 +87,11 @@ def quantize_model(
       >>> variables = module.init(jax.random.key(0), x)
       >>> qmodule, qvariables, report = jaxq.nn.linen.quantize_model(module, variables, "int8")
       >>> qvariables["params"]["kernel"]
-      QTensor(int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
+      QTensor(kernel: int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
       >>> qmodule.apply(qvariables, x).shape
       (2, 8)
     """
-    if not isinstance(module, linen.Module):
-        raise TypeError(f"linen.quantize_model: module must be a flax linen Module, got {type(module).__name__}.")
-    if isinstance(module, Quantized):
-        raise TypeError("linen.quantize_model: the module is quantized already. Pass the float module and variables.")
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise TypeError("linen.quantize_model: variables must be a dict with 'params', as module.init returns it.")
+    _check_module(module, variables, "quantize_model")
     recipe = as_recipe(recipe, "quantize_model")
     formats.check_choice("quantize_model: on_nonfinite", on_nonfinite, ON_NONFINITE)
     formats.check_choice("quantize_model: fallback", fallback, methods.FALLBACKS)
@@ -119,135 +100,90 @@ def quantize_model(
         example = batches[0]
     structure = find_layers(module, variables, example, forward)
     params = params_of(variables)
-    rules = _match(module, variables, structure, params, recipe, forward, on_nonfinite)
-    taken = [v for v in rules.values() if isinstance(v, _Taken)]
-    seen = [v.found.path for v in taken if calibration is not None and methods.METHODS[v.rule.method].judged]
+    matched = match(module, variables, structure, params, recipe, forward, on_nonfinite, strict=strict)
+    taken = matched.taken
     _check_data(taken, calibration is not None)
-    stats = _statistics(module, variables, calibration, batches, seen, mask, forward, progress)
+    stats = _statistics(module, variables, calibration, batches, taken, mask, forward, progress)
     rows: dict[tuple[str, ...], Row] = {}
     keys = jax.random.split(jax.random.key(0) if key is None else key, max(len(taken), 1))
     for one, k in zip(shown(taken, "quantizing", progress and bool(stats)), keys, strict=False):
         where = one.found.key
         boxed, floats = params[where], linen.meta.unbox(params[where])
         qt, solved = _quantize(floats, one, stats.get(one.found.path), fallback, k, on_nonfinite)
-        row = _quantized_row("/".join(where), one.found.kind.name, floats, qt, solved)
-        if boxed is not floats:
-            note = f"its box {type(boxed).__name__}{_names(boxed)} is taken off"
-            row = dataclasses.replace(row, note="; ".join(filter(None, (row.note, note))))
-        params[where], rows[where] = qt, row
+        row = quantized_row("/".join(where), one.found.kind.name, floats, qt, solved)
+        params[where], rows[where] = qt, dataclasses.replace(row, note="; ".join(filter(None, (row.note, _box(boxed)))))
     out: Any = with_params(variables, params)
-    weights = tuple("/".join(one.found.key) for one in taken)
-    report = Report(tuple(_rows(out, rows, rules, structure)))
-    return Quantized(module, weights), freeze(out) if isinstance(variables, FrozenDict) else out, report
+    report = Report(tuple(_rows(out, rows, matched, structure)), _notes(recipe, matched, strict))
+    qmodule = Quantized(module, tuple("/".join(one.found.key) for one in taken))
+    return qmodule, freeze(out) if isinstance(variables, FrozenDict) else out, report
 
 
-def _match(
-    module: linen.Module,
-    variables: Any,
-    structure: Structure,
-    params: Params,
-    recipe: Recipe,
-    forward: Forward | None,
-    on_nonfinite: str,
-) -> dict[str, _Taken | Rule | None]:
-    """Each layer with its rule, after checking all of them."""
-    problems: list[str] = []
-    rules: dict[str, _Taken | Rule | None] = {}
-    weights: dict[str, QTensor] = {}
-    used: list[Rule] = []
-    for path, found in structure.layers.items():
-        rules[path] = rule = recipe.find(path, found.kind.name)
-        if rule is None:
-            continue
-        used.append(rule)
-        if rule.weight is None:
-            continue
-        problem = found.problem
-        if problem is None:
-            value = linen.meta.unbox(params[found.key])
-            stacked = value.ndim - len(found.roles.shape)
-            one = _Taken(found, rule, found.roles.contracting, tuple(range(stacked + found.roles.num_batch)))
-            try:
-                weights[path] = _abstract(value, one)
-                if on_nonfinite == "raise":
-                    raise_if_not_finite(jnp.asarray(value), "/".join(found.key), "quantize")
-                rules[path] = one
-            except (TypeError, ValueError) as error:
-                problem = str(error)
-        if problem is not None:
-            problems.append(f"  {path or type(module).__name__} ({found.kind.name}): {problem}")
-    problems += check_weights(module, variables, structure, forward, weights)
-    if problems:
-        raise ValueError(
-            "quantize_model: these layers cannot be quantized:\n" + "\n".join(problems)
-            + "\nSkip them with jaxq.Rule(path, skip=True) in a jaxq.Recipe, or change them."
-        )  # fmt: skip
-    unused = [rule.pattern for rule in recipe.rules if not rule.optional and not any(rule is r for r in used)]
-    if unused:
-        listed = [f"{path or 'the model itself'} ({found.kind.name})" for path, found in structure.layers.items()]
-        others = [
-            f"{'/'.join(k)} ({structure.classes.get(k[:-1], 'not reached')})" for k in _by_hand(params, structure)
-        ]
-        raise ValueError(
-            f"quantize_model: rules {unused} match no layer (or only layers an earlier rule took). "
-            f"Layers here: {_few(listed) or 'none that jaxq knows'}."
-            + (f" Matrices that no such layer multiplies: {_few(others)}." if others else "")
-        )
-    return rules
+def plan_linen(module: linen.Module, variables: Any, recipe: Recipe, example: Any, *, strict: bool = True) -> Report:
+    """The report that `quantize_model` would give, without errors that must be measured; nothing is quantized.
+
+    Args:
+      module: a linen module.
+      variables: its variables; leaves may be `jax.ShapeDtypeStruct`s.
+      recipe: its rules.
+      example: as in `quantize_model`.
+      strict: as in `quantize_model`.
+    """
+    _check_module(module, variables, "plan")
+    structure, params = find_layers(module, variables, example, None), params_of(variables)
+    matched = match(module, variables, structure, params, recipe, None, "raise", strict=strict)
+    rows = {}
+    for one in matched.taken:
+        where, value = one.found.key, linen.meta.unbox(params[one.found.key])
+        note = _box(params[where])
+        rows[where] = planned_row("/".join(where), one.found.kind.name, value, one.planned, one.rule.method, note)
+    return Report(tuple(_rows(variables, rows, matched, structure)), _notes(recipe, matched, strict))
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (f", ... ({len(names)})" if len(names) > 12 else "")
-
-
-def _by_hand(params: Params, structure: Structure) -> list[tuple[str, ...]]:
-    weights = {found.key for found in structure.layers.values()}
-    return [k for k, v in params.items() if k not in weights and getattr(linen.meta.unbox(v), "ndim", 0) > 1]
-
-
-def _abstract(value: Any, one: _Taken) -> QTensor:
-    """The QTensor there will be, of `jax.ShapeDtypeStruct`s; raises what quantizing raises."""
-    weight = one.rule.weight
-    assert weight is not None
-
-    def made(w: jax.Array) -> QTensor:
-        qt = quantize(w, weight, contracting=one.contracting, batch=one.batch, name=one.found.kind.weight)
-        return qt.with_activation(one.rule.activation)
-
-    return jax.eval_shape(made, jax.ShapeDtypeStruct(value.shape, value.dtype))
+def _check_module(module: Any, variables: Any, caller: str) -> None:
+    if not isinstance(module, linen.Module):
+        raise TypeError(f"linen.{caller}: module must be a flax linen Module, got {type(module).__name__}.")
+    if isinstance(module, Quantized):
+        raise TypeError(f"linen.{caller}: the module is quantized already. Pass the float module and variables.")
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise TypeError(f"linen.{caller}: variables must be a dict with 'params', as module.init returns it.")
 
 
 def _quantize(
-    floats: jax.Array, one: _Taken, stats: LayerStats | None, fallback: str, key: jax.Array, on_nonfinite: str
+    floats: jax.Array, one: Taken, stats: LayerStats | None, fallback: str, key: jax.Array, on_nonfinite: str
 ) -> tuple[QTensor, methods.Solved | None]:
     """A weight by its rule, and what its method says."""
     rule, name = one.rule, "/".join(one.found.key)
-    assert rule.weight is not None
     own = quantize(
-        floats, rule.weight, contracting=one.contracting, batch=one.batch, on_nonfinite=on_nonfinite, name=name
+        floats, nearest_spec(rule), contracting=one.contracting, batch=one.batch, on_nonfinite=on_nonfinite, name=name
     )
     solved = None
     if rule.method != "rtn":
         solved = solve_layer(own, floats, stats, rule, fallback=fallback, key=key, name=name)
         own = solved.qt
-    return own if own.meta.outliers is not None else own.with_activation(rule.activation), solved
+    if own.meta.outliers is None:
+        own = own.with_activation(rule.activation, bounds=static_bounds(rule, stats))
+    return own, solved
 
 
-def _check_data(taken: Sequence[_Taken], data: bool) -> None:
-    """Raises where a method asks for what is not there, naming all layers."""
+def _check_data(taken: Sequence[Taken], data: bool) -> None:
+    """Raises where a method or an observer asks for what is not there, naming all layers."""
     problems = []
     for found, rule, *_ in taken:
         name, method = f"{found.path or 'the model itself'} ({found.kind.name})", methods.METHODS[rule.method]
+        if rule.observer is not None and not found.kind.watched:
+            problems.append(f"  {name}: its input cannot be observed, so it has no static range")
+        elif rule.observer is not None and not data:
+            problems.append(f"  {name}: observer {rule.observer!r} needs data")
         if rule.method in FOLDED:
             problems.append(f"  {name}: method {rule.method!r} folds scales into what comes before a layer, and linen "
                             "modules do not say what that is; use another method, or an nnx model")  # fmt: skip
         elif method.needs_data and not data:
             problems.append(f"  {name}: method {rule.method!r} needs data")
-        elif not found.kind.watched and rule.method != "rtn" and (data or method.needs_data):
+        elif rule.method != "rtn" and data and (found.kind.windowed or not found.kind.watched):
             problems.append(f"  {name}: method {rule.method!r} is for Dense, DenseGeneral and Einsum")
     if problems:
         raise ValueError(
-            "quantize_model: these layers' methods cannot run:\n" + "\n".join(problems)
+            "quantize_model: these layers' methods or observers cannot run:\n" + "\n".join(problems)
             + "\nPass calibration=batches of real inputs, or give the layers a rule with another method."
         )  # fmt: skip
 
@@ -257,52 +193,52 @@ def _statistics(
     variables: Any,
     calibration: Any,
     batches: list[Any] | None,
-    paths: list[str],
+    taken: Sequence[Taken],
     mask: Any,
     forward: Any,
     progress: bool | None,
 ) -> Mapping[str, LayerStats]:
-    if not paths:
-        return {}
-    if batches is not None:
-        return calibrate(module, variables, batches, layers=paths, mask=mask, forward=forward, progress=progress)
-    missing = [path for path in paths if path not in calibration]
-    if missing:
-        raise ValueError(f"quantize_model: calibration has no statistics of {missing}.")
-    return calibration
+    """What methods and observers need: one pass for each observer."""
+    wanted: dict[Any, list[str]] = {}
+    for found, rule, *_ in taken:
+        looks = calibration is not None and methods.METHODS[rule.method].judged
+        if looks or rule.observer is not None:
+            wanted.setdefault((rule.observer, looks), []).append(found.path)
+    if batches is None:
+        calibration = calibration or {}
+        missing = [path for paths in wanted.values() for path in paths if path not in calibration]
+        if missing:
+            raise ValueError(f"quantize_model: calibration has no statistics of {missing}.")
+        return calibration
+    out: dict[str, LayerStats] = {}
+    how = {"mask": mask, "forward": forward, "progress": progress}
+    for (observer, looks), paths in wanted.items():
+        out |= calibrate(module, variables, batches, layers=paths, hessian=looks, observer=observer, **how)
+    return out
 
 
 # The report.
 
 
 def _rows(
-    variables: Mapping[str, Any],
-    rows: Mapping[tuple[str, ...], Row],
-    rules: Mapping[str, _Taken | Rule | None],
-    structure: Structure,
+    variables: Mapping[str, Any], rows: Mapping[tuple[str, ...], Row], matched: Matched, structure: Structure
 ) -> Iterable[Row]:
     """One row for each variable; parameters first, without the name of their collection."""
-    weights = {found.key: found for found in structure.layers.values()}
-    for where, value in params_of(variables).items():
-        owner = structure.classes.get(where[:-1], "-")
+    kinds = {found.key: found.kind.name for found in structure.layers.values()}
+    for where, boxed in params_of(variables).items():
+        value, owner = linen.meta.unbox(boxed), structure.classes.get(where[:-1])
         if where in rows:
             yield rows[where]
             continue
-        found = weights.get(where)
-        if found is not None:
-            rule = rules[found.path]
-            note = (
-                (rule.reason or "skipped by the recipe") if isinstance(rule, Rule) else "no rule of the recipe matches"
-            )
-            owner = found.kind.name
-        else:
-            note = _why_not(where, linen.meta.unbox(value), structure)
-        yield _float_row("/".join(where), owner, linen.meta.unbox(value), note)
+        kind = kinds.get(where, owner.__name__ if owner else "-")
+        note = skip_reason(matched.rules[where]) if where in matched.rules else _why_not(where, value, structure)
+        yield float_row("/".join(where), kind, value, note)
     for collection, tree in variables.items():
         if collection != "params":
-            for where, value in flatten_dict({collection: tree}).items():
-                owner = structure.classes.get(where[1:-1], "-")
-                yield _float_row("/".join(where), owner, linen.meta.unbox(value), "no parameter, passed through")
+            for where, boxed in flatten_dict({collection: tree}).items():
+                owner = structure.classes.get(where[1:-1])
+                kind = owner.__name__ if owner else "-"
+                yield float_row("/".join(where), kind, linen.meta.unbox(boxed), "no parameter, passed through")
 
 
 def _why_not(where: tuple[str, ...], value: Any, structure: Structure) -> str:
@@ -318,8 +254,15 @@ def _why_not(where: tuple[str, ...], value: Any, structure: Structure) -> str:
         return "not reached by the call of the example, left in floats"
     if "/".join(where[:-1]) in structure.layers:
         return "not the weight of its layer, left in floats"
-    return f"used by {owner} itself, which is no layer jaxq quantizes, left in floats"
+    return f"used by {owner.__name__} itself, which is no layer jaxq quantizes, left in floats"
 
 
-def _names(box: Any) -> str:
-    return str(getattr(box, "names", ""))
+def _notes(recipe: Recipe, matched: Matched, strict: bool) -> tuple[str, ...]:
+    return () if strict else tuple(f"rule {p!r} matched nothing" for p in unused_rules(recipe, matched.used))
+
+
+def _box(value: Any) -> str:
+    """What is said of a weight that was in a box of metadata."""
+    if not isinstance(value, linen.meta.AxisMetadata):
+        return ""
+    return f"its box {type(value).__name__}{getattr(value, 'names', '')} is taken off"

@@ -1,0 +1,131 @@
+"""Which layer of a linen module which rule is for, after all of them were checked: nothing is quantized here."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+
+from jaxq.nn._matching import check_axes, dry_run, multiplies, raise_problems, raise_unused
+from jaxq.nn.linen._discovery import Forward, Found, Params, Structure, check_weights
+from jaxq.qtensor import QTensor, raise_if_not_finite
+from jaxq.recipes import Recipe, Rule
+
+
+class Taken(NamedTuple):
+    """A layer to be quantized.
+
+    Attributes:
+      found: the layer.
+      rule: with a weight.
+      contracting: axes of the whole weight, stacked ones in front.
+      batch: of the whole weight.
+      planned: the QTensor there will be, of `jax.ShapeDtypeStruct`s.
+    """
+
+    found: Found
+    rule: Rule
+    contracting: tuple[int, ...]
+    batch: tuple[int, ...]
+    planned: QTensor
+
+
+class Matched(NamedTuple):
+    """Rules of layers and bare matrices.
+
+    Attributes:
+      taken: layers to be quantized.
+      rules: of everything else that is a weight or a bare matrix, by its key among the parameters.
+      used: all rules that matched something.
+    """
+
+    taken: list[Taken]
+    rules: dict[tuple[str, ...], Rule | None]
+    used: list[Rule]
+
+
+def match(
+    module: linen.Module,
+    variables: Any,
+    structure: Structure,
+    params: Params,
+    recipe: Recipe,
+    forward: Forward | None,
+    on_nonfinite: str,
+    *,
+    strict: bool,
+) -> Matched:
+    """Each layer with its rule.
+
+    Raises:
+      ValueError: layers that cannot be quantized, all of them; rules that match nothing; bare matrices without a rule.
+    """
+    problems: list[str] = []
+    out = Matched([], {}, [])
+    names = []
+    for path, found in structure.layers.items():
+        value = linen.meta.unbox(params.get(found.key))
+        cls = structure.classes[found.scope]
+        rule = recipe.find(path, found.kind.name, tuple(getattr(value, "shape", ())), cls)
+        names.append(f"{path or 'the model itself'} ({found.kind.name})")
+        out.rules[found.key] = rule
+        if rule is None:
+            continue
+        out.used.append(rule)
+        if rule.weight is None:
+            continue
+        problem = found.problem
+        if problem is None:
+            stacked = value.ndim - len(found.roles.shape)
+            axes = found.roles.contracting, tuple(range(stacked + found.roles.num_batch))
+            try:
+                check_axes(rule, *axes, value.ndim)
+                shaped = jax.ShapeDtypeStruct(value.shape, value.dtype)
+                planned = dry_run(shaped, rule, *axes, found.kind.weight, found.kind.windowed)
+                if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
+                    raise_if_not_finite(jnp.asarray(value), "/".join(found.key), "quantize")
+                out.taken.append(Taken(found, rule, *axes, planned))
+            except (TypeError, ValueError) as error:
+                problem = str(error)
+        if problem is not None:
+            problems.append(f"  {path or cls.__name__} ({found.kind.name}): {problem}")
+    weights = {one.found.path: one.planned for one in out.taken}
+    problems += check_weights(module, variables, structure, forward, weights)
+    untouched = _match_bare(structure, params, recipe, out, problems)
+    raise_problems(problems, "quantize_model")
+    if strict:
+        raise_unused(recipe, out.used, names + untouched, "quantize_model", "layer")
+        if untouched:
+            raise ValueError(
+                f"quantize_model: {', '.join(untouched)}: matrices of modules jaxq does not know, and no rule says "
+                "what to do with them. To leave one in floats, add jaxq.Rule(path, skip=True, kinds=('Param',)); "
+                "strict=False leaves them all. To quantize one, multiply with it in a Dense, DenseGeneral or Einsum."
+            )
+    return out
+
+
+def _match_bare(structure: Structure, params: Params, recipe: Recipe, out: Matched, problems: list[str]) -> list[str]:
+    """Matrices that modules of unknown classes ask for themselves: rules are noted, those without one returned."""
+    untouched = []
+    named = [rule for rule in recipe.rules if "Param" in rule.kinds]
+    weights = {found.key for found in structure.layers.values()}
+    for key, boxed in params.items():
+        value, path, cls = linen.meta.unbox(boxed), "/".join(key), structure.classes.get(key[:-1])
+        if key in weights or cls is None or not jnp.issubdtype(getattr(value, "dtype", int), jnp.floating):
+            continue
+        if isinstance(value, QTensor):
+            continue
+        rule = next((r for r in named if r.matches(path, "Param", tuple(value.shape), cls)), None)
+        if rule is not None:
+            out.used.append(rule)
+            out.rules[key] = rule
+            if rule.weight is not None:
+                problems.append(
+                    f"  {path} (Param): flax gives {cls.__name__} an array of the shape that it asks for, so this can "
+                    "only be quantized in a Dense, DenseGeneral or Einsum"
+                )
+        elif multiplies(path, value.shape, cls):
+            untouched.append(f"{path} {value.dtype.name}{list(value.shape)} ({cls.__name__})")
+    return untouched
