@@ -543,6 +543,18 @@ def test_experts_have_statistics_of_their_own():
         np.testing.assert_array_equal(qvariables["params"]["kernel"][i].codes(), qt.codes())
 
 
+def test_a_stack_on_one_input_shares_its_statistics():
+    lifted = nn.vmap(nn.Dense, in_axes=None, out_axes=0, axis_size=2, variable_axes={"params": 0},
+                     split_rngs={"params": True})  # fmt: skip
+    module, x = lifted(6), normal(40, 32)
+    variables = made(module, x)
+    _, qvariables, _ = quantize_model(module, variables, by("gptq"), calibration=[x], fallback="none")
+    stats = calibrate(nn.Dense(6), made(nn.Dense(6), x), [x])[""]
+    for i in range(2):
+        qt, _ = methods.gptq(variables["params"]["kernel"][i], stats.hessian, "int3")
+        np.testing.assert_array_equal(qvariables["params"]["kernel"][i].codes(), qt.codes())
+
+
 def test_what_methods_cannot_do_is_said_before_anything_runs():
     module, variables = Pair(), made(Pair(), BATCHES[0])
     conv, x = nn.Conv(4, (3,)), normal(2, 8, 4)

@@ -153,6 +153,9 @@ def _quantize(
 ) -> tuple[QTensor, methods.Solved | None]:
     """A weight by its rule, and what its method says."""
     rule, name = one.rule, "/".join(one.found.key)
+    if stats is not None and stats.count.ndim < len(one.batch):  # under nn.vmap, one input of all elements
+        stacked = floats.shape[: len(one.batch) - stats.count.ndim]
+        stats = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*stacked, *leaf.shape)), stats)
     own = quantize(
         floats, nearest_spec(rule), contracting=one.contracting, batch=one.batch, on_nonfinite=on_nonfinite, name=name
     )
