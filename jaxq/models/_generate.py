@@ -11,12 +11,18 @@ from flax import nnx
 
 
 def generate(
-    model: Any, tokens: jax.Array, num_tokens: int, *, key: jax.Array | None = None, temperature: float = 0.0
+    model: Any,
+    tokens: jax.Array,
+    num_tokens: int,
+    *,
+    key: jax.Array | None = None,
+    temperature: float = 0.0,
+    cache: Any = None,
 ) -> jax.Array:
     """Continues each row of `tokens` by `num_tokens` tokens.
 
-    One compiled program per (model structure, shape of tokens, num_tokens). There is no stop token: cut the result
-    where yours appears.
+    One compiled program per (model structure, shape of tokens, num_tokens, cache). There is no stop token: cut the
+    result where yours appears.
 
     Args:
         model: a `Llama`, or any nnx module with its `init_cache` and `decode`.
@@ -24,19 +30,24 @@ def generate(
         num_tokens: how many to add, at least 1.
         key: a jax random key, needed when `temperature > 0`.
         temperature: logits are divided by it before sampling; 0 takes the most probable token.
+        cache: how keys and values of earlier tokens are stored, as for `Llama.init_cache`: None in the compute dtype, a
+            preset name such as "int4", a `jaxq.QuantSpec` or a `jaxq.ops.KVCacheSpec` quantized. The given tokens are
+            read in full precision while they are taken in, and quantized from then on.
 
     Returns:
         int32[b, t + num_tokens], the given tokens first.
 
     Raises:
         ValueError: tokens are not an integer matrix with t >= 1, num_tokens < 1, a negative temperature, or a
-            temperature without a key.
+            temperature without a key; an unknown preset.
 
     Example:
         >>> from jaxq.models import Llama, LlamaConfig
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=16)
         >>> generate(Llama(config, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 3]]), 4).shape
+        (1, 7)
+        >>> generate(Llama(config, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 3]]), 4, cache="int4").shape
         (1, 7)
     """
     tokens = jnp.asarray(tokens)
@@ -54,13 +65,13 @@ def generate(
     sample = temperature > 0
     key = key if sample else jax.random.key(0)
     new = _generate(
-        model, tokens.astype(jnp.int32), key, jnp.float32(temperature), num_tokens=num_tokens, sample=sample
+        model, tokens.astype(jnp.int32), key, jnp.float32(temperature), num_tokens=num_tokens, sample=sample, kind=cache
     )
     return jnp.concatenate([tokens.astype(jnp.int32), new], axis=1)
 
 
-@functools.partial(nnx.jit, static_argnames=("num_tokens", "sample"))
-def _generate(model, tokens, key, temperature, *, num_tokens: int, sample: bool):
+@functools.partial(nnx.jit, static_argnames=("num_tokens", "sample", "kind"))
+def _generate(model, tokens, key, temperature, *, num_tokens: int, sample: bool, kind: Any):
     b, t = tokens.shape
 
     def choose(logits, key):  # [b, vocab] -> [b]
@@ -70,7 +81,8 @@ def _generate(model, tokens, key, temperature, *, num_tokens: int, sample: bool)
 
     keys = jax.random.split(key, num_tokens)
     # The last token chosen is never read, so the cache holds one place less than the result.
-    logits, cache = model.decode(tokens, model.init_cache(b, t + num_tokens - 1))
+    how = {} if kind is None else {"cache": kind}
+    logits, cache = model.decode(tokens, model.init_cache(b, t + num_tokens - 1, **how))
     first = choose(logits[:, -1], keys[0])  # [b]
 
     def step(carry, key):

@@ -36,13 +36,31 @@ class KVCache(NamedTuple):
     """Keys (after rotary embedding) and values of the tokens seen so far.
 
     Attributes:
-        layers: one `(keys, values)` pair a layer, each `[b, m, length, h]`; with `scan_layers` one pair with a
-            leading layer axis.
-        used: int32 scalar, how many of the `length` places are filled.
+        layers: one `(keys, values)` pair a layer, each `[b, m, length, h]`, or one `jaxq.ops.KVCache`; with
+            `scan_layers` a single one with a leading layer axis.
+        used: int32, how many of the `length` places are filled: a scalar, or `[b]` where the cache is quantized and
+            every row a slot of its own.
     """
 
     layers: Any
     used: jax.Array
+
+    def reset(self, slots: Any) -> KVCache:
+        """A quantized cache with some slots empty, ready for other texts.
+
+        Args:
+            slots: indices, or bool `[b]`, True for slots to empty.
+
+        Raises:
+            ValueError: the cache is not quantized: its rows have one length.
+        """
+        if self.used.ndim == 0:
+            raise ValueError('KVCache.reset: rows of a float cache have one length. Use init_cache(..., cache="int8").')
+        if hasattr(self.layers, "lengths"):  # stacked
+            layers = self.layers.reset(slots)
+            return KVCache(layers, layers.lengths[0])
+        layers = tuple(layer.reset(slots) for layer in self.layers)
+        return KVCache(layers, layers[0].lengths)
 
 
 class Llama(nnx.Module):
@@ -107,9 +125,40 @@ class Llama(nnx.Module):
         """
         return self._forward(tokens, None)[0]
 
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for `batch` rows of at most `length` tokens, in the compute dtype."""
+    def init_cache(self, batch: int, length: int, *, cache: Any = None) -> KVCache:
+        """An empty cache for `batch` rows of at most `length` tokens.
+
+        Args:
+            batch: rows.
+            length: most tokens of a row.
+            cache: how keys and values are stored: None keeps them in the compute dtype; a preset name ("int8", "int4",
+                "int2", "fp8", "nf4", ...), a `jaxq.QuantSpec` or a `jaxq.ops.KVCacheSpec` quantizes all but the newest
+                ones. A model with a sliding window then stores no more than the window.
+
+        Raises:
+            ValueError: no such preset, or sizes below 1.
+        """
         config = self.config
+        if cache is not None:
+            from jaxq.ops import KVCache as Quantized
+
+            def one() -> Any:
+                return Quantized.empty(
+                    cache,
+                    batch=batch,
+                    num_heads=config.num_key_value_heads,
+                    length=length,
+                    head_dim=config.head_dim,
+                    window=config.sliding_window,
+                    dtype=self.dtype,
+                )
+
+            num = config.num_hidden_layers
+            if config.scan_layers:
+                layers = jax.tree.map(lambda leaf: jnp.zeros((num, *leaf.shape), leaf.dtype), jax.eval_shape(one))
+            else:
+                layers = tuple(one() for _ in range(num))
+            return KVCache(layers, jnp.zeros((batch,), jnp.int32))
         shape = (batch, config.num_key_value_heads, length, config.head_dim)
         if config.scan_layers:
             shape = (config.num_hidden_layers, *shape)
@@ -120,18 +169,27 @@ class Llama(nnx.Module):
             )
         return KVCache(layers, jnp.zeros((), jnp.int32))
 
-    def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def decode(self, tokens: jax.Array, cache: KVCache, *, count: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
         """As a call, for tokens that follow those in the cache.
 
         Args:
-            tokens: int32[b, t], the next t tokens.
+            tokens: int32[b, t], the next t tokens. Of a quantized cache they read quantized tokens before them, and
+                one another in full precision.
             cache: from `init_cache` or an earlier `decode`. The caller sees to it that `used + t` stays within its
                 length: `used` is a traced number, so it cannot be checked here.
+            count: int32[b], how many of the t tokens each row really has, the first ones; logits behind them mean
+                nothing, and the row grows by that many. Only for a quantized cache, whose rows are slots of their own;
+                None takes all.
 
         Returns:
             Logits float32[b, t, vocab_size] and the grown cache.
+
+        Raises:
+            ValueError: tokens are not an integer matrix; `count` for a cache that is not quantized.
         """
-        return self._forward(tokens, cache)
+        if count is not None and cache.used.ndim == 0:
+            raise ValueError('Llama.decode: count needs a cache with slots; use init_cache(..., cache="int8").')
+        return self._forward(tokens, cache, count)
 
     def scale_groups(self) -> list[Any]:
         """Where a scale can move from one layer to the next ones: `jaxq.models.norm_groups`."""
@@ -145,7 +203,9 @@ class Llama(nnx.Module):
 
         return _outliers.fold_scales(self, scales)
 
-    def _forward(self, tokens: jax.Array, cache: KVCache | None) -> tuple[jax.Array, Any]:
+    def _forward(
+        self, tokens: jax.Array, cache: KVCache | None, count: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 f"Llama: tokens is {tokens.dtype}{list(tokens.shape)}; expected int32[b, t]. "
@@ -153,25 +213,44 @@ class Llama(nnx.Module):
             )
         t = tokens.shape[1]
         start = jnp.zeros((), jnp.int32) if cache is None else cache.used
-        positions = start + jnp.arange(t, dtype=jnp.int32)  # [t]
-        angles = _rope_angles(positions, self.config)  # [t, h/2]
-        num_keys = t if cache is None else jax.tree.leaves(cache.layers)[0].shape[-2]
-        mask = _mask(positions, num_keys, self.config.sliding_window)  # [t, s]
+        positions = start.reshape(-1, 1) + jnp.arange(t, dtype=jnp.int32)[None]  # [1, t], or [b, t] of slots
+        angles, mask = _rope_angles(positions, self.config), None  # [1 or b, t, h/2]
+        if start.ndim == 0:
+            num_keys = t if cache is None else jax.tree.leaves(cache.layers)[0].shape[-2]
+            mask = _mask(positions[0], num_keys, self.config.sliding_window)  # [t, s]
+        place = _Place(angles, mask, start, count)
 
         x = self.embed_tokens(tokens).astype(jnp.float32)  # [b, t, d]
         layer_caches = None if cache is None else cache.layers
         if self.config.scan_layers:
-            x, layer_caches = _scan(self.layers, x, layer_caches, angles, mask, start)
+            x, layer_caches = _scan(self.layers, x, layer_caches, place)
         else:
             new_caches = []
             for i, layer in enumerate(self.layers):
-                x, new = layer(x, angles, mask, start, None if layer_caches is None else layer_caches[i])
+                x, new = layer(x, place, None if layer_caches is None else layer_caches[i])
                 new_caches.append(new)
             layer_caches = tuple(new_caches)
         x = self.norm(x)
         head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
         logits = head(x).astype(jnp.float32)  # [b, t, vocab]
-        return logits, None if cache is None else KVCache(layer_caches, start + t)
+        grown = start + t if count is None else start + jnp.clip(jnp.asarray(count, start.dtype), 0, t)
+        return logits, None if cache is None else KVCache(layer_caches, grown)
+
+
+class _Place(NamedTuple):
+    """Where the tokens of one call stand.
+
+    Attributes:
+        angles: of the rotary embedding, float32 [1 or b, t, h/2].
+        mask: bool [t, s], what each reads; None for a quantized cache, which sees to that itself.
+        start: int32, where the first one goes in the cache; [b] of a quantized one.
+        count: int32[b], how many enter a quantized cache; None for all.
+    """
+
+    angles: jax.Array
+    mask: jax.Array | None
+    start: jax.Array
+    count: jax.Array | None
 
 
 class DecoderLayer(nnx.Module):
@@ -183,8 +262,8 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = _rms_norm(config, param_dtype, rngs)
         self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array, start: jax.Array, cache: Any):
-        attended, cache = self.self_attn(self.input_layernorm(x), angles, mask, start, cache)
+    def __call__(self, x: jax.Array, place: _Place, cache: Any):
+        attended, cache = self.self_attn(self.input_layernorm(x), place, cache)
         x = x + attended  # [b, t, d]
         return x + self.mlp(self.post_attention_layernorm(x)), cache  # [b, t, d]
 
@@ -203,22 +282,26 @@ class Attention(nnx.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = n, m, h
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array, start: jax.Array, cache: Any):
+    def __call__(self, x: jax.Array, place: _Place, cache: Any):
         b, t, _ = x.shape
         m, h, g = self.num_kv_heads, self.head_dim, self.num_heads // self.num_kv_heads
-        q = self.q_proj(x).astype(jnp.float32).reshape(b, t, m * g, h)
-        k = self.k_proj(x).astype(jnp.float32).reshape(b, t, m, h)
-        v = self.v_proj(x).astype(self.dtype).reshape(b, t, m, h).transpose(0, 2, 1, 3)  # [b, m, t, h]
+        q = _rotate(self.q_proj(x).astype(jnp.float32).reshape(b, t, m * g, h), place.angles).astype(self.dtype)
+        k = _rotate(self.k_proj(x).astype(jnp.float32).reshape(b, t, m, h), place.angles).astype(self.dtype)
+        v = self.v_proj(x).astype(self.dtype).reshape(b, t, m, h)
+        if place.mask is None:
+            y = cache.attend(q, k, v)  # [b, t, m * g, h]
+            cache = cache.append(k, v, count=place.count)
+            return self.o_proj(y.reshape(b, t, m * g * h)).astype(jnp.float32), cache  # [b, t, d]
         # The query heads of one key head become rows of one matrix: two plain batched products, no repeated keys.
-        q = _rotate(q, angles).astype(self.dtype).transpose(0, 2, 1, 3).reshape(b, m, g * t, h)
-        k = _rotate(k, angles).astype(self.dtype).transpose(0, 2, 1, 3)  # [b, m, t, h]
+        q = q.transpose(0, 2, 1, 3).reshape(b, m, g * t, h)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [b, m, t, h]
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, start, axis=2)  # [b, m, s, h]
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, start, axis=2)
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, place.start, axis=2)  # [b, m, s, h]
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, place.start, axis=2)
             cache = (k, v)
         scores = jnp.einsum("bmqh,bmsh->bmqs", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
         scores = scores.reshape(b, m, g, t, -1)
-        scores = jnp.where(mask[None, None, None], scores, jnp.finfo(jnp.float32).min)  # [b, m, g, t, s]
+        scores = jnp.where(place.mask[None, None, None], scores, jnp.finfo(jnp.float32).min)  # [b, m, g, t, s]
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype).reshape(b, m, g * t, -1)
         y = jnp.einsum("bmqs,bmsh->bmqh", weights, v, preferred_element_type=jnp.float32)
         y = y.reshape(b, m * g, t, h).transpose(0, 2, 1, 3).reshape(b, t, m * g * h)
@@ -273,13 +356,13 @@ def _rms_norm(config: LlamaConfig, param_dtype: Any, rngs: nnx.Rngs) -> nnx.RMSN
     )
 
 
-def _scan(layers: Any, x: jax.Array, caches: Any, angles: jax.Array, mask: jax.Array, start: jax.Array):
+def _scan(layers: Any, x: jax.Array, caches: Any, place: _Place):
     """Runs stacked layers. Layers are only read, so a plain scan over their state does, inside any other loop too."""
     graphdef, state = nnx.split(layers)
 
     def step(x, sliced):
         layer_state, cache = sliced
-        return nnx.merge(graphdef, layer_state)(x, angles, mask, start, cache)
+        return nnx.merge(graphdef, layer_state)(x, place, cache)
 
     return jax.lax.scan(step, x, (state, caches))
 
@@ -292,9 +375,9 @@ def _mask(positions: jax.Array, num_keys: int, window: int | None) -> jax.Array:
 
 
 def _rope_angles(positions: jax.Array, config: LlamaConfig) -> jax.Array:
-    """Angles in radians: position times frequency.   # [t, h/2]"""
+    """Angles in radians: position times frequency.   # [b, t] -> [b, t, h/2]"""
     inverse = _rope_frequencies(config)
-    return positions.astype(jnp.float32)[:, None] * jnp.asarray(inverse)[None]
+    return positions.astype(jnp.float32)[..., None] * jnp.asarray(inverse)[None, None]
 
 
 def _rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -314,6 +397,6 @@ def _rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + h/2) of every head by its position's angles.   # [b, t, heads, h]"""
-    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]  # [1, t, 1, h/2]
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]  # [1 or b, t, 1, h/2]
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

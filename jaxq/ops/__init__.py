@@ -1,4 +1,4 @@
-"""Computing with QTensors: one matmul contract, embedding lookup, convolution.
+"""Computing with QTensors: one matmul contract, embedding lookup, convolution, attention over a quantized KV cache.
 
 `dot_general` takes arrays or QTensors on either side and decides how to multiply them; `explain` tells what it decided
 and why. `matmul`, `einsum` and `@` are spelled in its terms. All of it is plain XLA here, on every platform.
@@ -7,11 +7,15 @@ and why. `matmul`, `einsum` and `@` are spelled in its terms. All of it is plain
 from jaxq.ops._conv import conv_general_dilated, convolve
 from jaxq.ops._dot_general import dot_general, explain
 from jaxq.ops._einsum import einsum, matmul
+from jaxq.ops._kv_cache import KVCache
+from jaxq.ops._kv_spec import KVCacheSpec
 from jaxq.ops._plan import Plan
 from jaxq.ops._ragged import ragged_dot
 from jaxq.ops._take import take
 
 __all__ = [
+    "KVCache",
+    "KVCacheSpec",
     "Plan",
     "conv_general_dilated",
     "convolve",
