@@ -24,7 +24,19 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-SUBJECTS = ("cast", "gptq", "import_time", "kernels", "kmeans", "matmul", "memory", "methods", "observers", "quantize")
+SUBJECTS = (
+    "cast",
+    "gptq",
+    "import_time",
+    "kernels",
+    "kmeans",
+    "kv_cache",
+    "matmul",
+    "memory",
+    "methods",
+    "observers",
+    "quantize",
+)
 # Freed memory stays with the process: else fresh pages are most of what writing 64 MB costs, ours and others'.
 ENVIRONMENT = {
     "cast": {

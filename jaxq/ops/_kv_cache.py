@@ -221,7 +221,7 @@ class KVCache:
             raise ValueError(f"KVCache.attend: q has {q.shape[1]} tokens and k {k.shape[1]}: one key for every query.")
         block = whole_number("KVCache.attend: block", block)
         t, h = q.shape[1], q.shape[3]
-        kept = self.num_groups * self.spec.group + self.spec.residual - self.spec.group + 1
+        kept = max(self.spec.residual, (self.num_groups - 1) * self.spec.group + self.spec.residual + 1)
         if k is None and self.window is not None and self.length > kept and t + self.window - 1 > kept:
             raise ValueError(
                 f"KVCache.attend: {t} queries of appended tokens read {t + self.window - 1} tokens, and a window of "
