@@ -263,6 +263,8 @@ class KVCache:
 
     def _check(self, caller: str, **arrays: Any) -> None:
         """Raises unless every array is `[b, t, heads, h]` in the cache's dtype."""
+        if self.recent_keys.ndim != 4:
+            raise ValueError(f"KVCache.{caller}: {self!r} is a stack of caches. Map over it with jax.vmap or lax.scan.")
         b, m, _, h = self.recent_keys.shape
         sizes = None
         for name, x in arrays.items():

@@ -297,6 +297,7 @@ MISTAKES = {
     "one of two": (lambda c, k, v: c.attend(queries(4), k), TypeError, "got one of them"),
     "query heads": (lambda c, k, v: c.attend(queries(4)[:, :, :3]), ValueError, "n a multiple of 2"),
     "key a query": (lambda c, k, v: c.attend(queries(2), k, v), ValueError, "q has 2 tokens and k 4"),
+    "stack": (lambda c, k, v: jax.tree.map(lambda x: x[None], c).append(k, v), ValueError, "is a stack of caches"),
     "slot": (lambda c, k, v: c.reset([3]), ValueError, "slots [3] are not all in [0, 3)"),
     "mask": (lambda c, k, v: c.reset(np.array([True])), ValueError, "must be bool[3], got bool[1]"),
     "float slots": (lambda c, k, v: c.reset([0.5]), TypeError, "slots are indices or bool[3]"),
