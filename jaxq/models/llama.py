@@ -155,7 +155,7 @@ class Llama(nnx.Module):
 
             num = config.num_hidden_layers
             if config.scan_layers:
-                layers = jax.tree.map(lambda leaf: jnp.zeros((num, *leaf.shape), leaf.dtype), jax.eval_shape(one))
+                layers = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num, *leaf.shape)), one())
             else:
                 layers = tuple(one() for _ in range(num))
             return KVCache(layers, jnp.zeros((batch,), jnp.int32))

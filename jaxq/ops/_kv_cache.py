@@ -119,7 +119,7 @@ class KVCache:
             num_groups = min(num_groups, needed)
         blocks = jax.ShapeDtypeStruct((b, m, num_groups, spec.group, h), dtype)
         shapes = jax.eval_shape(functools.partial(_kv_steps.quantize_groups, spec=spec), blocks, blocks)
-        keys, values = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        keys, values = jax.tree.map(_zeros, shapes)
         recent = jnp.zeros((b, m, spec.residual, h), dtype)
         return cls(keys, values, recent, jnp.zeros_like(recent), jnp.zeros((b,), jnp.int32), spec, length, window)
 
@@ -148,7 +148,8 @@ class KVCache:
           count: int32 `[b]`, how many of the t tokens each slot takes, the first ones; None takes all.
 
         Returns:
-          The grown cache; the same bits whether tokens come one by one or together, eager or jitted.
+          The grown cache; the same bits whether tokens come one by one or together, eager or jitted. (Scales that are
+          means, as of "ternary", are sums whose last bit depends on the program.)
 
         Raises:
           TypeError: another dtype.
@@ -296,6 +297,12 @@ class KVCache:
         if ((np.asarray(array) < 0) | (np.asarray(array) > t)).any():
             raise ValueError(f"KVCache.append: count must lie in [0, {t}], the tokens given; got {array.tolist()}.")
         return np.asarray(array, np.int32)
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zero in every bit: float8_e8m0fnu has no zero, and would be NaN."""
+    bits = jnp.zeros(leaf.shape, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+    return jax.lax.bitcast_convert_type(bits, leaf.dtype)
 
 
 def slot_mask(slots: Any, b: int, caller: str) -> jax.Array:

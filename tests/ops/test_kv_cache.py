@@ -20,7 +20,7 @@ SPECS = {
     "int8": jaxq.QuantSpec("int8"),
     "int4": jaxq.QuantSpec("int4"),
 }
-STORED = ("int8", "int4", "int2", "fp8", "nf4", "nf4_dq", "uint4", "nvfp4", "mxfp4", "int3", "ternary")
+STORED = ("int8", "int4", "int2", "fp8", "nf4", "nf4_dq", "uint4", "nvfp4", "mxfp4", "int3", "uint8")
 over_stored = pytest.mark.parametrize("spec", tables.thinned(STORED, ["int4", "int2", "nf4"]))
 
 
@@ -108,6 +108,7 @@ def test_attention_is_numpys_over_what_numpy_quantized(name):
 
 def test_quantized_tokens_really_are_what_is_read():
     """Fewer bits, more error: a cache that quantized nothing would fail here."""
+    assert not any(np.isnan(np.asarray(leaf, np.float32)).any() for leaf in jax.tree.leaves(empty("mxfp4")))
     (k, v), q = text(83), queries(1)
     exact = np.stack([attention(q[i], np.asarray(k[i]), np.asarray(v[i])) for i in range(B)])
     errors = [float(jnp.abs(empty(s).append(k, v).attend(q) - exact).max()) for s in ("int8", "int4", KIVI)]
