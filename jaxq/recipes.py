@@ -246,7 +246,7 @@ class Recipe:
           >>> import jaxq
           >>> from flax import nnx
           >>> plan = jaxq.Recipe([jaxq.Rule(weight="int8")]).plan(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
-          >>> plan.rows[0].format, plan.bytes_before, plan.bytes_after
+          >>> plan.quantized[0].format, plan.bytes_before, plan.bytes_after
           ('int8', 2080, 576)
         """
         from jaxq import nn  # which knows models

@@ -222,7 +222,7 @@ def _upper_factor(h: jax.Array) -> tuple[jax.Array, jax.Array]:
         panel = jnp.concatenate([_dot(panel[:start], inverse.T), jnp.triu(root)])
         panels.append(panel)
         roots.append(jnp.diagonal(root))
-        rows = jnp.tril((panel / roots[-1]).T, start - 1)  # row j: R_ij / R_jj at i < j
+        rows = jnp.tril((panel / roots[-1][None]).T, start - 1)  # row j: R_ij / R_jj at i < j
         updates.append(jnp.pad(rows, ((0, 0), (0, n - stop))))
     return jnp.concatenate(updates[::-1]), jnp.concatenate(roots[::-1])
 
@@ -446,4 +446,7 @@ def _spans(n: int, size: int) -> list[tuple[int, int]]:
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    """A product of its own: fused with the sum it goes into, XLA on CPU computes it by loops, four times as slow."""
+    return lax.optimization_barrier(
+        jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    )

@@ -37,7 +37,7 @@ def plan(
     Example:
       >>> import jaxq
       >>> from flax import linen, nnx
-      >>> jaxq.nn.plan(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int4").rows[0].bytes_after
+      >>> jaxq.nn.plan(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int4").quantized[0].bytes_after
       272
     """
     recipe = as_recipe(recipe, "plan")
