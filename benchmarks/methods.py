@@ -2,8 +2,8 @@
 
 Perplexity, KL divergence from the float model and top-1 agreement on examples/heldout.txt; CPU seconds to quantize,
 compilation included. Methods that need data get 8,192 tokens of other text, at 4 and 3 bits three times with other text
-(seeds); figures there are means, with the range of perplexity. Nothing falls back (`fallback="none"`), and nothing is tuned on the
-held-out text. Heads and embeddings stay in floats.
+(seeds); figures there are means, with the range of perplexity. Nothing falls back (`fallback="none"`), and nothing is
+tuned on the held-out text. Heads and embeddings stay in floats.
 """
 
 from __future__ import annotations

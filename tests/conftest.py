@@ -53,6 +53,10 @@ def pytest_collection_modifyitems(items):
 PLAIN = ("kernels", "nn", "models", "project", "test_io.py", "test_evaluation.py", "qtensor/test_geometry.py")
 PLAIN += (
     "contracts/test_nnx_layers.py",
+    *(
+        f"methods/test_{name}.py"
+        for name in ("adaround", "awq", "equalization", "gptq", "hqq", "rotation", "smoothquant")
+    ),
     "qtensor/test_layout.py",
     "qtensor/test_qtensor.py",
     "ops/test_conv.py",

@@ -378,6 +378,8 @@ class QTensor:
         parts.append(f"scale={_scale_name(spec)}")
         if spec.scale_rule != "absmax":
             parts.append(spec.scale_rule)
+        if not isinstance(spec.clipping, str):
+            parts.append(f"clipping={spec.clipping.kind}")
         if not spec.symmetric:
             parts.append("asymmetric")
         if spec.offset:

@@ -323,6 +323,26 @@ def _as_bounds(bounds: Any, x: jax.Array, spec: QuantSpec, geometry: Geometry) -
     return jnp.broadcast_to(ends[0], wanted), jnp.broadcast_to(ends[1], wanted)
 
 
+def _observed(view: jax.Array, spec: QuantSpec, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+    """The range that `spec.clipping` finds for every block, `[*batch, *num_blocks]`; NaN where nothing is finite."""
+    assert not isinstance(spec.clipping, str)
+    real = jnp.ones(view.shape[view.ndim - len(geometry.block_shape) :], bool)
+
+    def rows(x: jax.Array) -> jax.Array:  # [*batch, *num_blocks in view order, numbers of a block]
+        blocks = geometry.to_blocks(geometry.pad(x))
+        inner = len(geometry.block_axes)
+        blocks = jnp.moveaxis(blocks, geometry.block_axes, range(-inner, 0))
+        return blocks.reshape(*blocks.shape[: blocks.ndim - inner], -1)
+
+    x, where = rows(view.astype(jnp.float32)), rows(real)
+    observer = dataclasses.replace(spec.clipping, axis=tuple(range(x.ndim - 1)))
+    symmetric = spec.symmetric and spec.offset is None
+    mask = jnp.broadcast_to(where, x.shape)
+    ends = observer.bounds_of(x, spec.fmt, symmetric=symmetric, where=mask, on_nonfinite="ignore")
+    k = geometry.k_position - len(geometry.block_shape)
+    return jnp.moveaxis(ends[0], k, -1), jnp.moveaxis(ends[1], k, -1)
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "geometry", "on_nonfinite", "positive"))
 def _quantize(
     x: jax.Array,
@@ -345,6 +365,8 @@ def _quantize(
         view = view.astype(jnp.float32) - offset
     # Zeros in the padding change no magnitude, but would be the minimum of a block of positive numbers.
     blocks = geometry.to_blocks(geometry.pad(view, mode="edge" if spec.offset == "min" else "constant"))
+    if bounds is None and not isinstance(spec.clipping, str):
+        bounds = _observed(view, spec, geometry)
     measured = blocks
     if positive and _holds_nan(spec.fmt):
         measured = jnp.where(jnp.isnan(blocks), np.float32(0), blocks)

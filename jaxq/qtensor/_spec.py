@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxq import formats
 from jaxq.qtensor import _granularity
 from jaxq.qtensor._granularity import Granularity, PerChannel, PerTensor, PerToken
+
+if TYPE_CHECKING:
+    from jaxq.observers import Observer
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
 SCALE_RULES = ("absmax", "absmean", "mx_ceil", "mx_even", "mx_floor", "mx_round_up", "signed_extreme", "ttq", "twn")
@@ -37,7 +40,8 @@ class QuantSpec:
         Weight Networks, Li et al., 2016). "ttq", for ternary: what is not above 0.05 A becomes 0, the scale is A, and
         negative and positive codes stand for magnitudes of their own, the QTensor's `codebook`, which starts at the
         means and can be trained (Trained Ternary Quantization, Zhu et al., 2017).
-      clipping: "absmax": the block's extremes; nothing is clipped on purpose.
+      clipping: "absmax": the block's extremes; nothing is clipped on purpose. Or one of `jaxq.observers`, without
+        `axis=`, which finds the range of each block from its numbers: `mse()`, `percentile(99.9)`, `entropy()`.
       rounding: "nearest_even", "nearest_away", "toward_zero" or "stochastic" (quantize then needs `key`).
       offset: None, "min" (each block's real minimum, unsigned formats; KIVI, 2024) or "mean" (one mean for the
         whole array; double quantization in QLoRA, 2023). Real-valued, unlike a zero point.
@@ -60,7 +64,7 @@ class QuantSpec:
     symmetric: bool = True
     scale: str | QuantSpec = "float32"
     scale_rule: str = "absmax"
-    clipping: str = "absmax"
+    clipping: str | Observer = "absmax"
     rounding: str = "nearest_even"
     offset: str | None = None
     packing: formats.Packing | str | None = None
@@ -77,12 +81,17 @@ class QuantSpec:
         if not isinstance(self.granularity, Granularity):
             raise TypeError(f"QuantSpec: granularity must be one of jaxq's Per... objects, got {self.granularity!r}.")
         formats.check_choice("QuantSpec: scale_rule", self.scale_rule, SCALE_RULES)
-        formats.check_choice("QuantSpec: clipping", self.clipping, ("absmax",))
+        if isinstance(self.clipping, str):
+            formats.check_choice("QuantSpec: clipping", self.clipping, ("absmax",))
+        else:
+            _check_clipping(self)
         formats.check_choice("QuantSpec: codes_from", self.codes_from, CODES_FROM)
         if self.offset is not None:
             formats.check_choice("QuantSpec: offset", self.offset, OFFSETS)
         if not isinstance(self.scale, QuantSpec):
             formats.check_choice("QuantSpec: scale", self.scale, SCALE_DTYPES)
+        elif self.scale.clipping != "absmax":
+            raise ValueError("QuantSpec: a scale that is quantized itself is not clipped; leave its clipping='absmax'.")
         elif not self.scale.symmetric or self.scale.offset == "min":
             raise ValueError(
                 "QuantSpec: a scale that is quantized itself must be symmetric, and not offset by its minimum."
@@ -151,6 +160,8 @@ class QuantSpec:
         out["packing"] = self.order.value
         if isinstance(self.scale, QuantSpec):
             out["scale"] = self.scale.to_dict()
+        if not isinstance(self.clipping, str):
+            out["clipping"] = self.clipping.to_dict()
         return out
 
     @classmethod
@@ -170,7 +181,25 @@ class QuantSpec:
         data["granularity"] = _granularity_from_dict(data["granularity"])
         if isinstance(data["scale"], dict):
             data["scale"] = cls.from_dict(data["scale"])
+        if isinstance(data.get("clipping"), dict):
+            from jaxq import observers
+
+            data["clipping"] = observers.from_dict(data["clipping"])
         return cls(**data)
+
+
+def _check_clipping(spec: QuantSpec) -> None:
+    from jaxq import observers  # most specs name none
+
+    if not isinstance(spec.clipping, observers.Observer):
+        raise TypeError(f"QuantSpec: clipping must be 'absmax' or one of jaxq.observers, got {spec.clipping!r}.")
+    if spec.clipping.axis is not None:
+        raise ValueError(f"QuantSpec: clipping={spec.clipping!r} looks at each block by itself, so it keeps no axis.")
+    if spec.scale_rule in NEED_BLOCKS or spec.scale_rule == "signed_extreme" or spec.offset == "mean":
+        raise ValueError(
+            f"QuantSpec: clipping={spec.clipping!r} gives a range, which scale_rule={spec.scale_rule!r} and "
+            f"offset={spec.offset!r} do not go by."
+        )
 
 
 def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
