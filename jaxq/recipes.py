@@ -148,6 +148,11 @@ class Rule:
             from jaxq import methods  # which import optax; most rules name no method
 
             formats.check_choice(f"Rule({self.pattern!r}): method", self.method, methods.names())
+            methods.check_options(f"Rule({self.pattern!r})", self.method, dict(self.options))
+        elif dict(self.options):
+            raise ValueError(f"Rule({self.pattern!r}): options {dict(self.options)} need a method= that has them.")
+        if self.method == "llm_int8" and self.observer is not None:
+            raise ValueError(f"Rule({self.pattern!r}): llm_int8 looks at each input anew, so it takes no observer=.")
         object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
         object.__setattr__(self, "kinds", (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds))
         try:

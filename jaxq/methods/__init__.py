@@ -15,7 +15,16 @@ from jaxq.methods._llm_int8 import LLMInt8Info, LLMInt8MatmulInfo, llm_int8, llm
 from jaxq.methods._rotation import hadamard, hadamard_matrix, random_hadamard, rotate_in, rotate_out
 from jaxq.methods._rtn import RTNInfo, rtn
 from jaxq.methods._smoothquant import SmoothQuantInfo, fold_scale_into_next, fold_scale_into_previous, smoothquant
-from jaxq.methods._solve import FALLBACKS, METHODS, Solved, names, output_error, solve
+from jaxq.methods._solve import (
+    FALLBACKS,
+    METHODS,
+    Solved,
+    check_options,
+    names,
+    output_error,
+    own_granularity,
+    solve,
+)
 from jaxq.methods._stats import NUM_HELD_OUT, NUM_SAMPLES, LayerStats, empty_stats, update_stats
 
 __all__ = [
@@ -42,6 +51,7 @@ __all__ = [
     "awq_scale",
     "bias_correction",
     "centroid_gradient",
+    "check_options",
     "clip",
     "empty_stats",
     "equalize",
@@ -56,6 +66,7 @@ __all__ = [
     "llm_int8_matmul",
     "names",
     "output_error",
+    "own_granularity",
     "random_hadamard",
     "rotate_in",
     "rotate_out",

@@ -86,7 +86,8 @@ def llm_int8(
     w = _matrix.as_weight(w, "llm_int8", name)
     _check_threshold(threshold, "llm_int8")
     batch = tuple(range(w.ndim - 2))
-    qt = quantize(w, as_spec(spec, "llm_int8"), contracting=-2, batch=batch, name=name).with_activation(activation)
+    qt = quantize(w, as_spec(spec, "llm_int8"), contracting=-2, batch=batch, name=name)
+    qt = qt.with_activation(activation, outliers=None if absmax_x is None else threshold)
     if absmax_x is None:
         outliers = jnp.zeros((*w.shape[:-2], w.shape[-2]), bool)
     else:

@@ -71,7 +71,7 @@ def smoothquant(
     num_in = matrices[0].shape[0]
     said = "one magnitude for each input"
     x = _matrix.as_statistic(absmax_x, "absmax_x", "smoothquant", shape=(num_in,), said=said, w=matrices[0])
-    if not isinstance(x, Tracer) and bool((x < 0).any()):
+    if not isinstance(x, Tracer) and bool((np.asarray(x) < 0).any()):
         raise ValueError(f"smoothquant: absmax_x holds magnitudes, but its smallest number is {float(x.min())}.")
     w = jnp.stack([jnp.max(jnp.abs(m), axis=1, initial=0.0).astype(jnp.float32) for m in matrices]).max(axis=0)
     dead = ~((x > 0) & (w > 0) & jnp.isfinite(x) & jnp.isfinite(w))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from jaxq.methods._hqq import hqq
 from jaxq.methods._kmeans import kmeans
 from jaxq.methods._rtn import rtn
 from jaxq.methods._stats import LayerStats
-from jaxq.qtensor import QTensor, QuantSpec, dequantize
+from jaxq.qtensor import Granularity, PerChannel, QTensor, QuantSpec, dequantize
 
 FALLBACKS = ("rtn", "none", "raise")
 
@@ -44,11 +45,13 @@ class Method(NamedTuple):
 
     Attributes:
       solve: `(w, stats, spec, key, **options) -> (QTensor, note)`.
+      options: keyword arguments that a rule may give.
       needs_data: it cannot do without statistics.
       judged: its weight is another than rounding gives, and is compared with that on held-out inputs.
     """
 
     solve: Callable[..., tuple[QTensor, str]]
+    options: tuple[str, ...]
     needs_data: bool
     judged: bool = True
 
@@ -100,24 +103,51 @@ def solve(
     found = METHODS[method]
     if found.needs_data and stats is None:
         raise ValueError(f"{name}: method {method!r} needs the layer's inputs: pass calibration data.")
+    options = dict(options or {})
+    check_options(f"{name}: method {method!r}", method, options)
+    if stats is not None:
+        _check_stats(stats, w, method, name)
     key = jax.random.key(0) if key is None else key
-    try:
-        qt, note = found.solve(w, stats, spec, key, **(options or {}))
-    except TypeError as error:
-        if "unexpected keyword" in str(error):
-            raise TypeError(f"{name}: {error}; options are {sorted(options or {})}.") from None
-        raise
-    if not found.judged or stats is None or int(np.sum(stats.num_held_out)) == 0:
+    qt, note = found.solve(w, stats, spec, key, **options)
+    if not found.judged or stats is None:
         return Solved(qt, method, note, None)
-    nearest, _ = rtn(w, spec)
+    if int(np.sum(stats.num_held_out)) == 0:
+        return Solved(qt, method, _say(note, "not judged: too few rows to hold some out"), None)
+    nearest, _ = rtn(w, spec.replace(granularity=own_granularity(method, options, spec)))
     ours, theirs = (float(output_error(w, q, stats.held_out)) for q in (qt, nearest))
+    if not np.isfinite(ours + theirs):
+        raise ValueError(f"{name}: the error of its output on held-out inputs is not finite ({ours}; rtn: {theirs}).")
     loss = ours / theirs if theirs else 1.0
     if ours <= theirs or fallback == "none":
         return Solved(qt, method, note, loss)
     worse = f"{method} is worse than rtn on held-out inputs ({loss:.3g} times its error)"
     if fallback == "raise":
         raise ValueError(f"{name}: {worse}. Pass fallback='rtn' or 'none'.")
-    return Solved(nearest, "rtn", f"{worse}, so rtn", 1.0)
+    return Solved(nearest, "rtn", _say(f"{worse}, so rtn", note), 1.0)
+
+
+def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
+    """Raises a ValueError for an option that the method does not have, with those it has."""
+    for option in options:
+        if option not in METHODS[method].options:
+            known = METHODS[method].options
+            text = formats.unknown_name("option", option, known, f"{list(known)}") if known else "it has none."
+            raise ValueError(f"{caller}: options: {text}")
+
+
+def own_granularity(method: str, options: Mapping[str, Any], spec: QuantSpec) -> Granularity:
+    """Where the scales of a method's result vary: tables of k-means are large, and one a channel is the default."""
+    default = PerChannel() if method == "kmeans" else spec.granularity
+    return options.get("granularity", default)
+
+
+def _check_stats(stats: LayerStats, w: jax.Array, method: str, name: str) -> None:
+    """Raises where statistics are not those of this weight's input."""
+    expected = (*w.shape[:-2], w.shape[-2])
+    if tuple(stats.mean.shape) != expected:
+        raise ValueError(f"{name}: its statistics are of inputs {list(stats.mean.shape)}, expected {list(expected)}.")
+    if method == "gptq" and stats.hessian is None:
+        raise ValueError(f"{name}: method 'gptq' needs second moments; calibrate with hessian=True.")
 
 
 @jax.jit
@@ -139,6 +169,12 @@ def few_tokens(stats: LayerStats, k: int) -> str:
     return f"only {count} rows for {k} inputs" if count < k else ""
 
 
+def few_samples(stats: LayerStats, k: int) -> str:
+    """What to say where fewer rows than inputs were kept."""
+    count = int(np.min(stats.num_samples))
+    return f"fitted to {count} rows of {k} inputs" if count < k else ""
+
+
 def _say(*notes: str) -> str:
     return "; ".join(note for note in notes if note)
 
@@ -148,7 +184,9 @@ def _rtn(w, stats, spec, key):
 
 
 def _clip(w, stats, spec, key, **options):
-    if stats is not None and options.pop("inputs", False):
+    if options.pop("inputs", False):
+        if stats is None:
+            raise ValueError("clip: inputs=True weighs errors by the layer's inputs: pass calibration data.")
         options["x"] = stats.samples
     return clip(w, spec, **options)[0], ""
 
@@ -158,7 +196,8 @@ def _hqq(w, stats, spec, key, **options):
 
 
 def _kmeans(w, stats, spec, key, **options):
-    return kmeans(w, spec.fmt.bits, **{"granularity": spec.granularity} | options)[0], ""
+    how: dict[str, Any] = options | {"granularity": own_granularity("kmeans", options, spec)}
+    return kmeans(w, spec.fmt.bits, **how)[0], ""
 
 
 def _gptq(w, stats, spec, key, **options):
@@ -172,26 +211,40 @@ def _gptq(w, stats, spec, key, **options):
 
 def _adaround(w, stats, spec, key, **options):
     qt, _ = adaround(w, stats.samples, spec, key=key, **options)
-    return qt, ""
+    return qt, few_samples(stats, w.shape[-2])
 
 
 def _awq(w, stats, spec, key, **options):
     """The second half of AWQ; scales have been folded into the weights by then."""
-    return clip(w, spec, **{"x": stats.samples, "num": 20, "max_shrink": 0.5} | options)[0], ""
+    options.pop("duo", None)  # of the first half
+    clipped = clip(w, spec, **{"x": stats.samples, "num": 20, "max_shrink": 0.5} | options)[0]
+    return clipped, few_samples(stats, w.shape[-2])
 
 
 def _llm_int8(w, stats, spec, key, threshold: float = 6.0):
     return rtn(w, spec)[0].with_activation("int8", outliers=threshold), ""
 
 
+def _smoothquant(w, stats, spec, key, **options):
+    """Rounding: scales have been folded into the weights by then."""
+    return rtn(w, spec)[0], ""
+
+
+def _options(function: Callable[..., Any], *more: str) -> tuple[str, ...]:
+    """The names of a function's keyword arguments that are settings, no arrays."""
+    arrays = ("channel_weight", "key", "name", "x", "x_float")
+    found = inspect.signature(function).parameters.values()
+    return tuple(sorted({*(p.name for p in found if p.kind is p.KEYWORD_ONLY and p.name not in arrays), *more}))
+
+
 METHODS = {
-    "adaround": Method(_adaround, True),
-    "awq": Method(_awq, True),
-    "clip": Method(_clip, False),
-    "gptq": Method(_gptq, True),
-    "hqq": Method(_hqq, False),
-    "kmeans": Method(_kmeans, False),
-    "llm_int8": Method(_llm_int8, False, judged=False),
-    "rtn": Method(_rtn, False, judged=False),
-    "smoothquant": Method(_rtn, True, judged=False),
+    "adaround": Method(_adaround, _options(adaround), True),
+    "awq": Method(_awq, _options(clip, "duo"), True),
+    "clip": Method(_clip, _options(clip, "inputs"), False),
+    "gptq": Method(_gptq, _options(gptq), True),
+    "hqq": Method(_hqq, _options(hqq), False),
+    "kmeans": Method(_kmeans, _options(kmeans), False),
+    "llm_int8": Method(_llm_int8, ("threshold",), False, judged=False),
+    "rtn": Method(_rtn, (), False, judged=False),
+    "smoothquant": Method(_smoothquant, ("alpha",), True, judged=False),
 }

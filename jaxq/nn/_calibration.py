@@ -121,6 +121,8 @@ def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
             f"calibrate: the mask is {list(mask.shape)}, and the rows of {path} are {list(free)}: "
             "which of them count is not known. Skip the layer, or pass batches without padding."
         )
+    if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+        raise TypeError(f"calibrate: the mask must be bool, or integers 0 and 1, got {mask.dtype.name}.")
     mask = mask.astype(bool).reshape(*mask.shape, *(1 for _ in free[mask.ndim :]))
     return jnp.broadcast_to(mask, free).reshape(-1)
 
@@ -220,7 +222,7 @@ def calibrate(
             _REACHED.reset(token)
 
     num_batches = 0
-    for batch in shown(batches, "calibrating", progress):
+    for batch in shown(as_batches(batches, "calibrate"), "calibrating", progress):
         step(copy, jax.tree.map(jnp.asarray, batch), None if mask is None else jnp.asarray(mask(batch)))
         num_batches += 1
     if not num_batches:
@@ -274,13 +276,23 @@ def _go_on(probes: Mapping[str, Probe], start: Mapping[str, LayerStats]) -> None
         probe.stats.set_value(given)
 
 
+def as_batches(batches: Iterable[Any], caller: str) -> Iterable[Any]:
+    """The batches; a lone array or dict is none, though one could iterate over it."""
+    if isinstance(batches, jax.Array | np.ndarray | str | dict):
+        raise TypeError(f"{caller}: batches must be an iterable of them, got one {type(batches).__name__}: pass [x].")
+    return batches
+
+
 def check_stats(found: Mapping[str, LayerStats]) -> None:
     """Raises where statistics are of nothing, or not finite."""
     problems = []
     for path, stats in found.items():
+        kept = np.isfinite(np.asarray(stats.samples)).all() and np.isfinite(np.asarray(stats.held_out)).all()
         if not np.all(np.isfinite(stats.mean)) or not np.all(np.isfinite(stats.absmean)):
             channel = int(np.argmin(np.isfinite(np.asarray(stats.absmean)).reshape(-1, stats.mean.shape[-1]).all(0)))
             problems.append(f"{path or 'the model'}: channel {channel} of its input is not finite")
+        elif not kept:
+            problems.append(f"{path or 'the model'}: a row of its input that is held out for judging is not finite")
         elif not np.any(np.asarray(stats.count) > 0):
             problems.append(
                 f"{path or 'the model'}: no row counted. Either the mask is False everywhere, or its statistics were "

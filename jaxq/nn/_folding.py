@@ -90,11 +90,18 @@ def foldable(model: nnx.Module, rules: Mapping[str, Rule | None]) -> list[tuple[
         rule = next(iter(asked))
         if len(asked) == 1 and rule is not None and rule.method in FOLDED:
             out.append((group, rule))
+        elif wanted.intersection(group.targets):
+            raise ValueError(
+                f"quantize_model: {', '.join(group.targets)} read one input, so methods that fold scales into what "
+                f"comes before them ({', '.join(sorted(wanted.intersection(group.targets)))}) need one rule for all."
+            )
     return out
 
 
-def folded(model: Any, chosen: Sequence[tuple[Group, Rule]], stats: Mapping[str, LayerStats]) -> Any:
-    """A model with the scales in it that methods find for the chosen groups; what it computes stays the same.
+def folded(model: Any, chosen: Sequence[tuple[Group, Rule]], stats: Mapping[str, LayerStats]) -> tuple[Any, set[str]]:
+    """A model with the scales in it that methods find for the chosen groups, and the layers that have some now.
+
+    What the model computes stays the same.
 
     SmoothQuant takes groups behind norms only; AWQ those behind linears too, where one output feeds one input.
     """
@@ -117,4 +124,5 @@ def folded(model: Any, chosen: Sequence[tuple[Group, Rule]], stats: Mapping[str,
             scales[group.source] = methods.awq_scale(weights, seen.samples, rule.weight, duo=options.get("duo", False))[
                 0
             ]
-    return known.fold(model, scales)
+    taken = {target for group, _ in chosen if group.source in scales for target in group.targets}
+    return known.fold(model, scales), taken

@@ -146,6 +146,9 @@ def assign(found: Sensitivity, budget: float) -> dict[str, str]:
             f"assign: the smallest choices take {least / sum(found.size.values()):.3f} bits per weight, more than the "
             f"budget of {budget}. Add a smaller choice or raise the budget."
         )
+    lost = [f"{path} as {name}" for path in paths for name, kl in found.kl[path].items() if not np.isfinite(kl)]
+    if lost:
+        raise ValueError(f"assign: the sensitivity of {', '.join(lost[:8])} is not finite.")
     # No fewer parts than layers would let each be rounded up by one.
     unit = (total - least) / _PARTS or 1.0
     best = np.zeros(_PARTS + 1)  # of the layers so far, within j parts over their smallest choices

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxq import formats, methods
 from jaxq.methods import LayerStats
-from jaxq.nn._calibration import calibrate, shown
+from jaxq.nn._calibration import as_batches, calibrate, shown
 from jaxq.nn._folding import foldable, folded
 from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
 from jaxq.nn._matching import Found, match, unused_rules, variables_of
@@ -94,10 +94,11 @@ def quantize_model(
     rules = {found.path: rule for found, rule in matched}
     _check_data(matched, data)
     groups = foldable(copy, rules)
+    smoothed: set[str] = set()
     if groups:
         data.check_batches()
         folding = data.of_model(copy, [group.targets[0] for group, _ in groups], hessian=False)
-        copy = folded(copy, groups, folding)
+        copy, smoothed = folded(copy, groups, folding)
         matched = match(copy, recipe, on_nonfinite, strict=strict)
     variables = {id(v): (path, v) for path, v in variables_of(copy)}  # alive, so that identities stay theirs
     rows: dict[int, Row] = {}  # by the identity of the variable in the copy
@@ -128,14 +129,21 @@ def quantize_model(
                 )
                 solved = None
                 if rule.method == "smoothquant":  # its scales are in the floats by now
-                    solved = methods.Solved(own, rule.method, "", None)
+                    known = path in smoothed
+                    note = "" if known else "not smoothed: nothing before it can take its scales"
+                    solved = methods.Solved(own, rule.method if known else "rtn", note, None)
                 elif rule.method != "rtn":
                     solved = solve_layer(
                         own, floats, stats.get(path), rule, fallback=fallback, key=keys[len(replaced)], name=name
                     )
                     own = solved.qt
+                    if rule.method == "awq" and path not in smoothed:
+                        note = "not scaled, only clipped: nothing before it can take its scales"
+                        solved = solved._replace(note="; ".join(n for n in (note, solved.note) if n))
                 qt = own
-                if own.meta.outliers is None:
+                if own.meta.outliers is not None and rule.activation is not None:
+                    qt = own.with_activation(rule.activation, outliers=own.meta.outliers)
+                elif own.meta.outliers is None:
                     qt = own.with_activation(rule.activation, bounds=static_bounds(rule, stats.get(path)))
                 replaced[id(variable)] = QuantizedParam(qt)
                 rows[id(variable)] = quantized_row(variables[id(variable)][0], kind.name, floats, qt, solved)
@@ -157,7 +165,7 @@ class _Data:
     def __init__(self, calibration: Any, mask: Any, forward: Any, progress: bool | None):
         given = isinstance(calibration, Mapping)
         self._stats: dict[str, LayerStats] | None = dict(calibration) if given else None
-        self._batches = None if given or calibration is None else list(calibration)
+        self._batches = None if given or calibration is None else list(as_batches(calibration, "quantize_model"))
         self._how = {"mask": mask, "forward": forward, "progress": progress}
 
     def __bool__(self) -> bool:
@@ -301,8 +309,6 @@ def solve_layer(
     storage = jnp.reshape(geometry.to_storage(geometry.to_view(floats)), (*batch, -1, geometry.contracted_size))
     matrix = jnp.swapaxes(storage, -1, -2)  # [*batch, in, out]
     options = dict(rule.options)
-    if rule.method == "awq":
-        options.pop("duo", None)
     solved = methods.solve(
         rule.method, matrix, stats, rule.weight, options=options, fallback=fallback, key=key, name=name
     )
@@ -312,8 +318,8 @@ def solve_layer(
 def nearest_spec(rule: Rule) -> QuantSpec:
     """How a rule's weight is rounded to nearest: in the blocks of its method, where that has some of its own."""
     assert isinstance(rule.weight, QuantSpec)
-    granularity = dict(rule.options).get("granularity")
-    return rule.weight if granularity is None else rule.weight.replace(granularity=granularity)
+    granularity = methods.own_granularity(rule.method, dict(rule.options), rule.weight)
+    return rule.weight.replace(granularity=granularity)
 
 
 def _in_place_of(qt: QTensor, own: QTensor, method: str, name: str) -> QTensor:

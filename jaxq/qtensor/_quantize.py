@@ -290,12 +290,13 @@ def raise_if_not_finite(
     remedy: str = "Clean the array, or pass on_nonfinite='zero', 'saturate' or 'propagate'.",
 ) -> None:
     """Raises a ValueError that names the first number of `x` that is NaN or infinite, and the remedy."""
-    finite = np.asarray(jnp.isfinite(x))
+    with jax.ensure_compile_time_eval():  # a concrete array, though a function around it may be traced
+        finite = np.asarray(jnp.isfinite(x))
     if finite.all():
         return
     index = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), finite.shape))
     raise ValueError(
-        f"{caller}: {name}[{', '.join(map(str, index))}] is {np.asarray(x[index], np.float32)}, one of "
+        f"{caller}: {name}[{', '.join(map(str, index))}] is {np.asarray(x)[index].astype(np.float32)}, one of "
         f"{int((~finite).sum())} non-finite numbers ({name}: {_describe(x.dtype.name, x.shape)}). {remedy}"
     )
 
@@ -314,8 +315,11 @@ def _as_bounds(bounds: Any, x: jax.Array, spec: QuantSpec, geometry: Geometry) -
             raise ValueError(
                 f"quantize: bounds are {list(end.shape)}; expected one number, or one for each scale, {list(wanted)}."
             )
-    if not isinstance(low, Tracer) and not isinstance(high, Tracer) and not bool(jnp.all(low <= high)):
-        raise ValueError("quantize: bounds= must be (low, high) with low <= high, and no NaN.")
+    if not isinstance(low, Tracer) and not isinstance(high, Tracer):
+        with jax.ensure_compile_time_eval():
+            ordered = bool(jnp.all(low <= high))
+        if not ordered:
+            raise ValueError("quantize: bounds= must be (low, high) with low <= high, and no NaN.")
     ones = (1,) * len(geometry.num_blocks)
     ends = [
         end.reshape(wanted) if end.size == math.prod(wanted) else end.reshape(*end.shape, *ones) for end in (low, high)

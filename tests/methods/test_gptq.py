@@ -339,3 +339,10 @@ def test_errors_name_what_came(change, error, message):
     arguments = {"w": w, "hessian": hessian, "spec": "int4"} | change
     with pytest.raises(error, match=message):
         gptq(arguments.pop("w"), arguments.pop("hessian"), arguments.pop("spec"), **arguments)
+
+
+def test_statistics_of_a_surrounding_function_are_no_argument():
+    w, hessian = jnp.eye(16), jnp.eye(16) * 2
+    inside = jax.jit(lambda w: gptq(w, hessian, "int4")[0])(w)
+    np.testing.assert_array_equal(inside.codes(), gptq(w, hessian, "int4")[0].codes())
+    assert jax.jit(lambda: jaxq.quantize(w, "int8"))().shape == (16, 16)

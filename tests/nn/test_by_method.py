@@ -136,8 +136,14 @@ def test_what_cannot_be_is_refused_before_anything_runs():
         quantize("gptq", nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)), calibration=[normal(2, 8, 4)])
     with pytest.raises(ValueError, match="method must be one of"):
         jaxq.Rule(weight="int4", method="gpqt")
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        quantize("hqq", options={"typo": 1})
+    with pytest.raises(ValueError, match=r"unknown option 'num_step'.*num_steps"):
+        jaxq.Rule(weight="int4", method="hqq", options={"num_step": 1})
+    with pytest.raises(ValueError, match="options .* need a method"):
+        jaxq.Rule(weight="int4", options={"typo": 1})
+    with pytest.raises(ValueError, match="takes no observer"):
+        jaxq.Rule(weight="int8", activation="int8", method="llm_int8", observer="absmax")
+    with pytest.raises(TypeError, match=r"pass \[x\]"):
+        quantize("gptq", calibration=BATCHES[0])
     with pytest.raises(ValueError, match="no statistics of"):
         quantize("gptq", calibration={})
     with pytest.raises(ValueError, match="sequential=True needs calibration"):
@@ -196,3 +202,36 @@ def test_a_foreign_class_can_say_where_scales_fold(llama, tokens):
     outer, _ = jaxq.quantize_model(Mine(llama), "w8a8_smoothquant", calibration=tokens)
     inner, _ = jaxq.quantize_model(llama, "w8a8_smoothquant", calibration=tokens)
     np.testing.assert_array_equal(outer(tokens[0]), inner(tokens[0]))
+
+
+def test_a_held_out_row_that_is_not_finite_is_found():
+    x = normal(16, 64).at[-1, 3].set(jnp.nan)
+    with pytest.raises(ValueError, match="held out for judging is not finite"):
+        jaxq.nn.calibrate(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), [x])
+
+
+def test_kmeans_falls_back_to_rounding_in_its_own_blocks():
+    layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    options = {"granularity": jaxq.PerTensor(), "num_steps": 0}
+    rule = jaxq.Rule(weight=jaxq.QuantSpec("int4", jaxq.PerGroup(16)), method="kmeans", options=options)
+    _, report = jaxq.quantize_model(layer, jaxq.Recipe([rule]), calibration=[normal(64, 64)])
+    row = report.quantized[0]
+    assert row.method in ("kmeans", "rtn")
+    assert row.granularity.startswith("PerTensor")
+
+
+def test_few_rows_are_said():
+    rule = jaxq.Rule(weight="int4", method="adaround", options={"num_steps": 2})
+    layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    _, report = jaxq.quantize_model(layer, jaxq.Recipe([rule]), calibration=[normal(16, 64)], fallback="none")
+    assert "fitted to" in report.quantized[0].note
+    assert "rows of 64 inputs" in report.quantized[0].note
+
+
+def test_llm_int8_takes_the_rules_activation():
+    layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    spec = jaxq.QuantSpec("int8", symmetric=False)
+    rule = jaxq.Rule(weight="int8", activation=spec, method="llm_int8", options={"threshold": 4.0})
+    q, _ = jaxq.quantize_model(layer, jaxq.Recipe([rule]))
+    meta = q.kernel[...].meta
+    assert (meta.activation, meta.outliers) == (spec, 4.0)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen
 
 from jaxq.methods import LayerStats, empty_stats
-from jaxq.nn._calibration import check_stats, contracted_rows, einsum_rows, masked, shown, updated
+from jaxq.nn._calibration import as_batches, check_stats, contracted_rows, einsum_rows, masked, shown, updated
 from jaxq.nn.linen._layers import LayerKind, einsum_text, find_call
 from jaxq.observers import Observer
 
@@ -101,7 +101,7 @@ def calibrate(
 
     stats: dict[str, LayerStats] = {}
     num_batches = 0
-    for batch in shown(batches, "calibrating", progress):
+    for batch in shown(as_batches(batches, "linen.calibrate"), "calibrating", progress):
         counts = None if mask is None else jnp.asarray(mask(batch))
         try:
             stats = step(variables, stats, jax.tree.map(jnp.asarray, batch), counts)

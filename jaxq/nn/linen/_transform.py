@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxq import formats, methods
 from jaxq.methods import LayerStats
-from jaxq.nn._calibration import shown
+from jaxq.nn._calibration import as_batches, shown
 from jaxq.nn._folding import FOLDED
 from jaxq.nn._matching import unused_rules
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
@@ -95,7 +95,11 @@ def quantize_model(
     recipe = as_recipe(recipe, "quantize_model")
     formats.check_choice("quantize_model: on_nonfinite", on_nonfinite, ON_NONFINITE)
     formats.check_choice("quantize_model: fallback", fallback, methods.FALLBACKS)
-    batches = None if calibration is None or isinstance(calibration, Mapping) else list(calibration)
+    batches = (
+        None
+        if calibration is None or isinstance(calibration, Mapping)
+        else list(as_batches(calibration, "quantize_model"))
+    )
     if example is None and batches:
         example = batches[0]
     structure = find_layers(module, variables, example, forward)
