@@ -32,7 +32,7 @@ def quantize(
     key: jax.Array | None = None,
     on_nonfinite: str = "raise",
     bounds: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None = None,
-    name: str = "w",
+    name: str | None = None,
 ) -> QTensor:
     """Codes and scales of `w`: `codes = round(w / scale) + zero_point`, clipped to the format's range.
 
@@ -51,7 +51,7 @@ def quantize(
       bounds: (low, high), the range to quantize instead of each block's extremes, as `jaxq.observers` find it; numbers
         beyond are clipped. Floats, a number each, or one for each scale, `[*batch, *num_blocks]`. A symmetric spec
         takes the larger magnitude.
-      name: what errors call the array, a parameter's path for example.
+      name: what errors call the array, a parameter's path for example; None calls it w.
 
     Returns:
       A QTensor with the shape and dtype of `w`. Bitwise the same eager and jitted.
@@ -72,11 +72,11 @@ def quantize(
       2018, section 2.
     """
     spec = as_spec(spec, "quantize")
-    x, geometry = _prepare(w, spec, contracting, batch, on_nonfinite, name, "quantize")
+    x, geometry = _prepare(w, spec, contracting, batch, on_nonfinite, name or "w", "quantize")
     formats.check_rounding(spec.rounding, key)
     given = None if bounds is None else _as_bounds(bounds, x, spec, geometry)
     qt = _quantize(_no_gradient(x), spec, geometry, key, on_nonfinite, bounds=given)
-    return qt if name == "w" else dataclasses.replace(qt, meta=dataclasses.replace(qt.meta, name=name))
+    return qt if name is None else dataclasses.replace(qt, meta=dataclasses.replace(qt.meta, name=name))
 
 
 def requantize(w: jax.typing.ArrayLike, like: QTensor, *, key: jax.Array | None = None) -> QTensor:

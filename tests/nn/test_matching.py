@@ -1,0 +1,109 @@
+"""Weights that are used in other ways than a layer's own: quantized, or an error with the path, never silence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxq
+from jaxq import Recipe, Rule
+
+
+class Raw(nnx.Module):
+    """A module with a matrix of its own beside an ordinary layer."""
+
+    def __init__(self, use):
+        rng = np.random.default_rng(0)
+        self.up = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
+        self.w = nnx.Param(jnp.asarray(rng.standard_normal((32, 8)), jnp.float32))
+        self.gain = nnx.Param(jnp.ones((8,)))
+        self.pos_embedding = nnx.Param(jnp.ones((4, 32)))
+        self.use = use
+
+    def __call__(self, x):
+        return self.use(self.up(x) + self.pos_embedding[...].mean(0)[None], self.w, self.gain)
+
+
+# The five ways in which a matrix is used every day and which interception of jax functions misses, and two more; with
+# what a QTensor in its place does.
+USES = {
+    "jnp.matmul": (lambda x, w, g: jnp.matmul(x, w[...]), TypeError),
+    "split": (lambda x, w, g: x @ jnp.split(w[...], 2, axis=1)[0], TypeError),
+    "nested jit": (lambda x, w, g: jax.jit(lambda a, b: a @ b)(x, w[...]), None),
+    "astype": (lambda x, w, g: x.astype(jnp.bfloat16) @ w[...].astype(jnp.bfloat16), None),
+    "times a gain": (lambda x, w, g: x @ (w[...] * g[...][None]), TypeError),
+    "operator": (lambda x, w, g: x @ w, None),
+    "transpose": (lambda x, w, g: x @ w[...].T.T, None),
+}
+RULE = Rule("w", weight="int8", kinds="Param")
+
+
+@pytest.mark.parametrize("name", USES)
+def test_everyday_uses_are_quantized_or_raise(name):
+    use, raises = USES[name]
+    model, x = Raw(use), jnp.asarray(np.random.default_rng(1).standard_normal((3, 32)), jnp.float32)
+    with pytest.raises(ValueError, match=r"w float32\[32, 8\]: matrices of modules jaxq does not know"):
+        jaxq.quantize_model(model, "int8")
+    q, report = jaxq.quantize_model(model, Recipe([RULE, *jaxq.recipes.get("int8").rules]))
+    assert {row.path for row in report.quantized} == {"w", "up/kernel"}
+    if raises is not None:
+        with pytest.raises(raises, match=r"QTensor\(w: int8|got <class 'jaxq.qtensor._qtensor.QTensor'>"):
+            q(x)
+        return
+    y, wanted = q(x), model(x)
+    y, wanted = (np.asarray(v, np.float32) for v in (y, wanted))
+    assert 0 < np.linalg.norm(y - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
+def test_strictness_can_be_waived():
+    model = Raw(USES["operator"][0])
+    q, report = jaxq.quantize_model(model, "int8", strict=False)
+    rows = {row.path: row for row in report.rows}
+    assert rows["w"].note == "in no layer jaxq knows, left as it is"
+    assert q.w is not model.w
+    skipped = Recipe([Rule("w", skip=True, kinds="Param"), *jaxq.recipes.get("int8").rules])
+    rows = {row.path: row for row in jaxq.quantize_model(model, skipped)[1].rows}
+    assert rows["w"].note == "skipped by the recipe"
+
+
+def test_a_bare_stack_needs_its_axes():
+    model = Raw(lambda x, w, g: jaxq.einsum("bk,ekn->ebn", x, w[...]))
+    model.w.set_value(jnp.ones((2, 32, 8)))
+    with pytest.raises(ValueError, match="which of its 3 axes a product contracts is not known"):
+        jaxq.quantize_model(model, Recipe([RULE]))
+    rule = Rule("w", weight="int8", kinds="Param", contracting=-2, batch=0)
+    q, _ = jaxq.quantize_model(model, Recipe([rule]))
+    assert q(jnp.ones((3, 32))).shape == (2, 3, 8)
+
+
+def test_a_rule_that_contradicts_the_layer_is_refused():
+    with pytest.raises(ValueError, match=r"its rule says contracting=\(-1,\), and the layer itself"):
+        jaxq.quantize_model(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), Recipe([Rule(weight="int8", contracting=-1)]))
+
+
+def test_optimizers_see_floats_only():
+    q, _ = jaxq.quantize_model(Raw(USES["operator"][0]), Recipe([RULE, *jaxq.recipes.get("int8").rules]))
+    trainable = nnx.state(q, nnx.Param)
+    assert {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(trainable)} == {
+        "up/bias", "gain", "pos_embedding"
+    }  # fmt: skip
+
+
+def test_predicates_choose_by_class_and_shape():
+    model = nnx.Sequential(nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+    wide = Rule(weight="int8", where=lambda layer: layer.module is nnx.Linear and layer.shape[-1] == 64)
+    _, report = jaxq.quantize_model(model, Recipe([wide]))
+    assert [row.path for row in report.quantized] == ["layers/0/kernel"]
+
+
+def test_static_needs_data():
+    layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"(?s)Linear: observer AbsMax.* needs data.*calibration=batches"):
+        jaxq.quantize_model(layer, "w8a8_static")
+    stats = jaxq.nn.calibrate(layer, [jnp.ones((4, 8))])
+    with pytest.raises(ValueError, match="have no state of"):
+        jaxq.quantize_model(layer, "w8a8_static", calibration=stats)
+    stats = jaxq.nn.calibrate(layer, [jnp.ones((4, 8)), -3 * jnp.ones((4, 8))], observer=jaxq.observers.absmax())
+    q, _ = jaxq.quantize_model(layer, "w8a8_static", calibration=stats)
+    np.testing.assert_array_equal(q.kernel[...].input_range, [-3, 3])

@@ -1,0 +1,153 @@
+"""Ranges that are given or observed, instead of each block's extremes."""
+
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq import PerChannel, PerGroup, PerTensor, QuantSpec, observers
+
+
+def normal(*shape):
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+
+
+W = normal(100, 8)
+
+
+def test_given_bounds_set_the_scale_and_clip():
+    qt = jaxq.quantize(jnp.array([1.0, 5.0, -3.0]), "int8", bounds=(-2.0, 2.0))
+    np.testing.assert_array_equal(qt.scale, np.float32(2.0) * np.float32(1 / 127))
+    assert qt.codes().tolist() == [64, 127, -127]
+    spec = QuantSpec("uint8", PerTensor(), symmetric=False)
+    qt = jaxq.quantize(jnp.array([0.5, 5.0, -3.0]), spec, bounds=(-1.0, 3.0))
+    scale = np.float32(4.0) * np.float32(1 / 255)
+    zero = np.float32(0) - np.rint(np.float32(-1.0) * (np.float32(1) / scale))
+    np.testing.assert_array_equal(qt.zero_point.ravel(), zero)
+    assert qt.codes().tolist() == [int(np.rint(0.5 / scale) + zero), 255, 0]
+
+
+def test_bounds_for_each_scale():
+    high = jnp.abs(W).max(0)
+    qt = jaxq.quantize(W, "int8", bounds=(-high, high))
+    np.testing.assert_array_equal(qt.codes(), jaxq.quantize(W, "int8").codes())
+    stacked = jnp.stack([W, 2 * W])
+    qt = jaxq.quantize(
+        stacked, QuantSpec("int8", PerTensor()), contracting=-2, batch=0, bounds=(jnp.zeros(2), jnp.array([4.0, 8.0]))
+    )
+    np.testing.assert_array_equal(qt.scale.ravel(), np.float32([4, 8]) * np.float32(1 / 127))
+
+
+@pytest.mark.parametrize(
+    ("spec", "bounds", "message"),
+    [
+        ("int8", (jnp.zeros(3), jnp.ones(3)), r"bounds are \[3\]; expected one number"),
+        ("int8", (1.0, -1.0), "low <= high"),
+        ("int8", (0.0, float("nan")), "low <= high"),
+        (QuantSpec("ternary", scale_rule="absmean"), (0.0, 1.0), "say nothing of"),
+    ],
+)
+def test_bounds_that_cannot_be(spec, bounds, message):
+    with pytest.raises(ValueError, match=message):
+        jaxq.quantize(W, spec, bounds=bounds)
+
+
+def test_a_number_that_is_not_finite_shows():
+    x = jnp.array([1.0, jnp.nan, -3.0])
+    qt = jaxq.quantize(x, QuantSpec("int8", PerTensor()), bounds=(-2.0, 2.0), on_nonfinite="propagate")
+    assert np.isnan(jaxq.dequantize(qt)).all()
+
+
+# Activations.
+
+
+@pytest.mark.parametrize("weight", ["int8", "fp8"])
+def test_static_activations_multiply_as_written(weight):
+    x, w = normal(5, 64), normal(64, 16)
+    qt = jaxq.quantize(w, weight).with_activation(weight, bounds=(-2.0, 2.0))
+    qx = jaxq.quantize(x, QuantSpec(jaxq.presets()[weight].fmt, PerTensor()), contracting=-1, bounds=(-2.0, 2.0))
+    expected = np.asarray(jaxq.dequantize(qx), np.float64) @ np.asarray(jaxq.dequantize(qt), np.float64)
+    for y in (x @ qt, jax.jit(jaxq.matmul)(x, qt)):
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+    assert "known beforehand" in jaxq.explain(x, qt).reason
+    gradient = jax.grad(lambda x: (x @ qt).sum())(x)
+    assert ((np.asarray(gradient) == 0) == (np.abs(np.asarray(x)) > 2)).all()
+
+
+def test_static_ranges_of_a_stack_are_each_their_own():
+    x, w = normal(2, 5, 64), normal(2, 64, 16)
+    bounds = (jnp.array([-3.0, -1.0]), jnp.array([3.0, 1.0]))
+    stack = jaxq.quantize(w, "int8", batch=0).with_activation("int8", bounds=bounds)
+    together = jaxq.matmul(x, stack)
+    for i in range(2):
+        alone = jaxq.quantize(w[i], "int8").with_activation("int8", bounds=(bounds[0][i], bounds[1][i]))
+        np.testing.assert_array_equal(together[i], x[i] @ alone)
+        np.testing.assert_array_equal(together[i], x[i] @ stack[i])
+    scanned = jax.lax.scan(lambda _, layer: (None, x[0] @ layer), None, stack)[1]
+    np.testing.assert_array_equal(scanned[0], together[0])
+
+
+def test_blocks_cannot_be_static():
+    qt = jaxq.quantize(normal(64, 8), "mxfp8")
+    with pytest.raises(ValueError, match="cannot be static"):
+        qt.with_activation("mxfp8", bounds=(-1.0, 1.0))
+    with pytest.raises(ValueError, match="needs an activation"):
+        qt.with_activation(None, bounds=(-1.0, 1.0))
+    assert qt.with_activation("int8", bounds=(-1.0, 1.0)).with_activation(None).input_range is None
+
+
+def test_static_ranges_are_saved(tmp_path):
+    qt = jaxq.quantize(normal(64, 8), "int8").with_activation("int8", bounds=(-1.0, 2.0))
+    jaxq.save(tmp_path / "w", {"w": qt})
+    back = jaxq.load(tmp_path / "w")["w"]
+    np.testing.assert_array_equal(back.input_range, [-1.0, 2.0])
+    assert back.meta == qt.meta
+    assert pickle.loads(pickle.dumps(qt)).meta == qt.meta
+
+
+# Observers as clipping.
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(32, pad=True), PerTensor()], ids=str)
+def test_clipping_by_extremes_changes_nothing(granularity):
+    for fmt, symmetric in (("int4", True), ("uint4", False)):
+        plain = QuantSpec(fmt, granularity, symmetric=symmetric)
+        qt = jaxq.quantize(W, plain.replace(clipping=observers.minmax()))
+        expected = jaxq.quantize(W, plain)
+        np.testing.assert_array_equal(qt.codes(), expected.codes())
+        np.testing.assert_array_equal(qt.scale, expected.scale)
+
+
+def test_each_block_has_its_own_percentile():
+    spec = QuantSpec("int8", PerGroup(25), clipping=observers.percentile(90.0))
+    qt = jaxq.quantize(W, spec)
+    groups = np.abs(np.asarray(W)).reshape(4, 25, 8)
+    expected = np.percentile(groups, 90.0, axis=1).T.astype(np.float32) * np.float32(1 / 127)
+    np.testing.assert_allclose(qt.scale, expected, rtol=1e-6)
+
+
+def test_least_error_is_less_error():
+    plain = QuantSpec("int3", PerChannel())
+    found = [
+        float(jaxq.metrics.mse(W, jaxq.dequantize(jaxq.quantize(W, spec))))
+        for spec in (plain, plain.replace(clipping=observers.mse()))
+    ]
+    assert found[1] < 0.95 * found[0]
+
+
+def test_clipping_survives_json_and_jit():
+    spec = QuantSpec("int4", clipping=observers.mse())
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert hash(pickle.loads(pickle.dumps(spec))) == hash(spec)
+    eager, jitted = jaxq.quantize(W, spec), jax.jit(lambda w: jaxq.quantize(w, spec))(W)
+    np.testing.assert_array_equal(eager.codes(), jitted.codes())
+    with pytest.raises(ValueError, match="clipping must be one of"):
+        QuantSpec("int4", clipping="mse")
+    with pytest.raises(ValueError, match="keeps no axis"):
+        QuantSpec("int4", clipping=observers.mse(axis=0))
+    gradient = jax.grad(lambda w: jaxq.fake_quant(w, QuantSpec("int4", clipping=observers.percentile(50.0))).sum())(W)
+    assert 0.3 < float(gradient.mean()) < 0.8
