@@ -234,7 +234,7 @@ class Recipe:
         """The first rule that matches, or None."""
         return next((rule for rule in self.rules if rule.matches(path, kind, shape, module)), None)
 
-    def plan(self, model: Any, variables: Any = None, *, example: Any = None) -> Any:
+    def plan(self, model: Any, variables: Any = None, *, example: Any = None, strict: bool = True) -> Any:
         """What the recipe would do to each parameter of a model: a `jaxq.nn.Report` without measured errors.
 
         Nothing is quantized, and no array is made; bytes are those the real thing would have.
@@ -243,6 +243,7 @@ class Recipe:
           model: a flax nnx module, a flax linen module (with its `variables`), or a tree of arrays.
           variables: of a linen module.
           example: an input of a linen module, as in `jaxq.nn.linen.quantize_model`.
+          strict: as in `jaxq.quantize_model`.
 
         Raises:
           ValueError: all that `jaxq.quantize_model` would find before it quantizes anything.
@@ -256,7 +257,7 @@ class Recipe:
         """
         from jaxq import nn  # which knows models
 
-        return nn.plan(model, self, variables, example=example)
+        return nn.plan(model, self, variables, example=example, strict=strict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description; `from_dict` gives an equal recipe back."""

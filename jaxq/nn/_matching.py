@@ -79,7 +79,7 @@ def match(
                         where = found.path if found.kind.name == "Param" else f"{found.path}/{found.kind.weight}"
                         where = where.lstrip("/")
                         raise_if_not_finite(jnp.asarray(value), where, "quantize")
-                    use = (axes, rule.weight, rule.activation, rule.observer)
+                    use = (axes, rule.weight, rule.activation, rule.observer, rule.method, rule.options)
                 except (TypeError, ValueError) as error:
                     problem = str(error)
         if problem is None:
@@ -87,6 +87,8 @@ def match(
             if other_use != use:
                 how = "which uses it in another way" if use and other_use else "and only one of them is quantized"
                 problem = f"it shares its weight with {other}, {how}"
+            elif use and other != name and rule is not None and rule.observer is not None:
+                problem = f"it shares its weight with {other}, and no static range serves both; leave observer= out"
         if problem is not None:
             problems.append(f"  {name} ({found.kind.name}): {problem}")
     raise_problems(problems, "quantize_model")
@@ -106,11 +108,11 @@ def match(
 def multiplies(path: str, shape: Sequence[int], module: type) -> bool:
     """Whether a module of this class seems to multiply with an array that it holds itself."""
     foreign = not module.__module__.startswith("flax.")
-    return sum(size > 1 for size in shape) >= 2 and foreign and not _NO_MATRIX.search(path.lower())
+    return sum(size > 1 for size in shape) >= 2 and foreign and not _NO_MATRIX.search(path.rpartition("/")[2].lower())
 
 
 # Names of parameters that are added or looked up, not multiplied with.
-_NO_MATRIX = re.compile(r"bias|embed|gamma|norm|pos|scale|token")
+_NO_MATRIX = re.compile(r"(^|_)(bias|embed|embedding|gain|gamma|norm|pos|position|scale|token)s?(_|$)")
 
 
 def _match_bare(
@@ -126,24 +128,46 @@ def _match_bare(
     matched: list[tuple[Found, Rule | None]] = []
     untouched = []
     named = [rule for rule in recipe.rules if "Param" in rule.kinds]
-    for path, module in nnx.iter_modules(model):
-        if find_kind(module) is not None:
-            continue
-        for name, variable in vars(module).items():
-            bare = type(variable) is nnx.Param and id(variable) not in known
-            value = variable.get_value() if bare else None
-            if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jnp.floating):
-                continue
-            where = "/".join([*map(str, path), name])
-            rule = next((r for r in named if r.matches(where, "Param", value.shape, type(module))), None)
-            if rule is not None:
-                contracting = rule.contracting if rule.contracting is not None else (-2,) if value.ndim == 2 else ()
-                axes = tuple(a - value.ndim if a >= 0 else a for a in contracting)
-                kind = bare_kind(name, axes, len(rule.batch or ()))
-                matched.append((Found(where, module, kind), rule))
-            elif multiplies(where, value.shape, type(module)):
-                untouched.append(f"{where} {value.dtype.name}{list(value.shape)}")
+    for path, holder, attribute, value in _bare_arrays(model, known):
+        rule = next((r for r in named if r.matches(path, "Param", value.shape, type(holder))), None)
+        if rule is not None and attribute is not None:
+            contracting = rule.contracting if rule.contracting is not None else (-2,) if value.ndim == 2 else ()
+            axes = tuple(a - value.ndim if a >= 0 else a for a in contracting)
+            matched.append((Found(path, holder, bare_kind(attribute, axes, len(rule.batch or ()))), rule))
+        elif rule is not None and rule.weight is not None:
+            raise ValueError(f"quantize_model: {path} must be an nnx.Param that a module holds as an attribute.")
+        elif rule is None and multiplies(path, value.shape, type(holder)):
+            untouched.append(f"{path} {value.dtype.name}{list(value.shape)}")
     return matched, untouched
+
+
+def raw_arrays(model: nnx.Module) -> Iterator[tuple[str, jax.Array]]:
+    """Path and value of every array that a model holds outside variables."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, jax.Array):
+            yield "/".join(map(str, path)), node
+
+
+def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any, str | None, jax.Array]]:
+    """Path, the module in whose code it is used, its attribute and value of every float array outside known layers.
+
+    The attribute is None for what is in a list or dict, and for arrays that are no `nnx.Param`.
+    """
+    modules = dict(nnx.iter_modules(model))
+    for path, node in nnx.iter_graph(model):
+        adapter = isinstance(node, nnx.LoRAParam)
+        if id(node) in known or not isinstance(node, nnx.Param | jax.Array) or adapter or not path:
+            continue
+        value = node.get_value() if isinstance(node, nnx.Param) else node
+        owner = path[:-1]
+        if owner in modules and find_kind(modules[owner]) is not None:
+            continue
+        direct = owner in modules and not isinstance(modules[owner], nnx.List | nnx.Dict)
+        while owner and (owner not in modules or isinstance(modules[owner], nnx.List | nnx.Dict)):
+            owner = owner[:-1]
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating):
+            whole = direct and isinstance(node, nnx.Param) and isinstance(path[-1], str)
+            yield "/".join(map(str, path)), modules.get(owner, model), str(path[-1]) if whole else None, value
 
 
 def raise_problems(problems: Sequence[str], caller: str) -> None:

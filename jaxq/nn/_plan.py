@@ -7,7 +7,7 @@ from typing import Any
 from flax import linen, nnx
 
 from jaxq.nn._layers import weight_axes
-from jaxq.nn._matching import dry_run, match, variables_of
+from jaxq.nn._matching import dry_run, match, raw_arrays, unused_rules, variables_of
 from jaxq.nn._params import plan_params
 from jaxq.nn._report import Report, float_row, other_row, planned_row, skip_reason
 from jaxq.nn.linen._transform import plan_linen
@@ -60,4 +60,6 @@ def plan(
         else:
             qt = dry_run(value, rule, *weight_axes(found.layer, found.kind), found.kind.weight, found.kind.windowed)
             rows.append(planned_row(path, found.kind.name, value, qt, rule.method))
-    return Report(tuple(rows))
+    rows += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(model)]
+    unused = () if strict else unused_rules(recipe, [rule for _, rule in matched])
+    return Report(tuple(rows), tuple(f"rule {pattern!r} matched nothing" for pattern in unused))

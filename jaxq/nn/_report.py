@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq import metrics
+from jaxq import metrics, ops
 from jaxq.methods import Solved
-from jaxq.qtensor import Geometry, QTensor, dequantize, inside_range
+from jaxq.qtensor import Geometry, QTensor, dequantize, inside_range, quantize
 from jaxq.recipes import Rule
 
 # Neighbours whose error is looked at together.
@@ -240,7 +240,35 @@ def planned_row(path: str, kind: str, floats: Any, qt: QTensor, method: str = "r
     granularity = f"{type(spec.granularity).__name__}({sizes}{' ' if sizes else ''}along {along})"
     before = floats.size * floats.dtype.itemsize
     bits = qt.bits_per_element
+    note = "; ".join(n for n in (note, why_floats(kind, qt)) if n)
     return Row(path, kind, qt.shape, name, granularity, bits, before, qt.nbytes, None, None, note, method=method)
+
+
+def why_floats(kind: str, qt: QTensor) -> str:
+    """Why products with quantized inputs are of floats, though both sides are quantized; empty where they are not.
+
+    Args:
+      kind: of the layer.
+      qt: its weight; leaves may be `jax.ShapeDtypeStruct`s.
+    """
+    spec, geometry = qt.meta.activation, qt.meta.geometry
+    if spec is None:
+        return ""
+    shaped = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), qt)
+    if kind in ("Conv", "ConvTranspose"):
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(qt.batch_shape) :], leaf.dtype), shaped)
+        one_window = jax.ShapeDtypeStruct((1, geometry.contracted_size), jnp.float32)
+        qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=-1), one_window)
+        reason = ops.why_not_codes(qx, one.with_activation(None), 0, geometry.kept[0] + len(geometry.shape))
+    else:
+        sizes = (*qt.batch_shape, 1, *(geometry.shape[a] for a in geometry.contracted))
+        x: Any = jax.ShapeDtypeStruct(sizes, jnp.float32)
+        batch = tuple(range(len(qt.batch_shape)))
+        own = tuple(range(len(batch) + 1, x.ndim))
+        weight = tuple(a + qt.ndim for a in geometry.contracted)
+        plan = ops.explain(x, shaped, ((own, weight), (batch, batch)), platform="cpu")
+        reason = None if plan.path == "codes" else plan.reason
+    return "" if reason is None else f"products of floats: {reason}"
 
 
 def quantized_row(path: str, kind: str, floats: jax.Array, qt: QTensor, solved: Solved | None) -> Row:
@@ -248,7 +276,10 @@ def quantized_row(path: str, kind: str, floats: jax.Array, qt: QTensor, solved: 
     sqnr, worst, clipped = (float(value) for value in _errors(floats, qt))
     row = planned_row(path, kind, floats, qt)
     row = dataclasses.replace(row, sqnr=sqnr, worst_block=worst, clipped=clipped)
-    return row if solved is None else dataclasses.replace(row, note=solved.note, method=solved.method, loss=solved.loss)
+    if solved is None:
+        return row
+    note = "; ".join(n for n in (solved.note, row.note) if n)
+    return dataclasses.replace(row, note=note, method=solved.method, loss=solved.loss)
 
 
 def _errors(floats: jax.Array, qt: QTensor) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxq import formats, methods
@@ -15,7 +16,7 @@ from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, calibrate, shown
 from jaxq.nn._folding import foldable, folded
 from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
-from jaxq.nn._matching import Found, match, unused_rules, variables_of
+from jaxq.nn._matching import Found, match, raw_arrays, unused_rules, variables_of
 from jaxq.nn._report import Report, Row, float_row, other_row, quantized_row, skip_reason
 from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, quantize
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -144,9 +145,14 @@ def quantize_model(
                 if own.meta.outliers is not None and rule.activation is not None:
                     qt = own.with_activation(rule.activation, outliers=own.meta.outliers)
                 elif own.meta.outliers is None:
-                    qt = own.with_activation(rule.activation, bounds=static_bounds(rule, stats.get(path)))
+                    qt = own.with_activation(rule.activation, bounds=static_bounds(rule, stats.get(path), name))
                 replaced[id(variable)] = QuantizedParam(qt)
-                rows[id(variable)] = quantized_row(variables[id(variable)][0], kind.name, floats, qt, solved)
+                row = quantized_row(variables[id(variable)][0], kind.name, floats, qt, solved)
+                names = variable.get_metadata().get("out_sharding") or ()
+                if any(name is not None for name in names):
+                    dropped = "its sharding metadata is not kept"
+                    row = dataclasses.replace(row, note="; ".join(n for n in (row.note, dropped) if n))
+                rows[id(variable)] = row
                 if donate:
                     jax.block_until_ready(qt)
                     floats.delete()
@@ -156,7 +162,9 @@ def quantize_model(
     notes = (
         () if strict else tuple(f"rule {p!r} matched nothing" for p in unused_rules(recipe, [r for _, r in matched]))
     )
-    return copy, Report(tuple(rows.get(i) or other_row(path, v, layers) for i, (path, v) in variables.items()), notes)
+    listed = [rows.get(i) or other_row(path, v, layers) for i, (path, v) in variables.items()]
+    listed += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(copy)]
+    return copy, Report(tuple(listed), notes)
 
 
 class _Data:
@@ -214,8 +222,14 @@ class _Data:
             )
 
 
-def static_bounds(rule: Rule, stats: LayerStats | None) -> tuple[jax.Array, jax.Array] | None:
-    """The range of a layer's input that its rule's observer found; None where the rule has none."""
+def static_bounds(rule: Rule, stats: LayerStats | None, name: str) -> tuple[jax.Array, jax.Array] | None:
+    """The range of a layer's input that its rule's observer found; None where the rule has none.
+
+    Args:
+      rule: of the layer.
+      stats: of its input.
+      name: what errors call the weight.
+    """
     if rule.observer is None:
         return None
     assert isinstance(rule.activation, QuantSpec)
@@ -232,7 +246,13 @@ def static_bounds(rule: Rule, stats: LayerStats | None) -> tuple[jax.Array, jax.
 
     for _ in range(stats.count.ndim):
         bounds = jax.vmap(bounds)
-    return bounds(stats.observed)
+    low, high = bounds(stats.observed)
+    if not bool(np.all(np.asarray(low) < np.asarray(high))):
+        raise ValueError(
+            f"quantize_model: {name}: calibration has seen no input of it but zeros, so a static range would make them "
+            "all zero. Calibrate on data that reach it, or quantize its inputs on the fly (no observer=)."
+        )
+    return low, high
 
 
 def _looks(rule: Rule, data: _Data) -> bool:

@@ -4,7 +4,7 @@
 and why. `matmul`, `einsum` and `@` are spelled in its terms. All of it is plain XLA here, on every platform.
 """
 
-from jaxq.ops._conv import conv_general_dilated, convolve
+from jaxq.ops._conv import conv_general_dilated, convolve, why_not_codes
 from jaxq.ops._dot_general import dot_general, explain
 from jaxq.ops._einsum import einsum, matmul
 from jaxq.ops._kv_cache import KVCache
@@ -25,4 +25,5 @@ __all__ = [
     "matmul",
     "ragged_dot",
     "take",
+    "why_not_codes",
 ]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.qtensor import QTensor, dequantize, quantize, scale_values
+from jaxq.qtensor import QTensor, dequantize, quantize, scale_values, with_margin
 
 
 def conv_general_dilated(
@@ -138,7 +138,7 @@ def _dynamic(
         dx, dkernel = pull(dy)
         if kernel.input_range is None:
             return dx, dataclasses.replace(dkernel, meta=kernel.meta)
-        low, high = kernel.input_range
+        low, high = with_margin(kernel.input_range[0], kernel.input_range[1], kernel.meta.activation)
         dx = jnp.where((low <= x) & (x <= high), dx, jnp.zeros((), dx.dtype))  # what is clipped has no gradient
         return dx, dataclasses.replace(dkernel, meta=kernel.meta, input_range=jnp.zeros_like(kernel.input_range))
 

@@ -16,7 +16,7 @@ from jax import lax
 from jaxq import kernels
 from jaxq.ops._plan import DimensionNumbers, Plan, batch_first, make_plan, result_dtype
 from jaxq.ops._rows import rows_of
-from jaxq.qtensor import QTensor, dequantize, quantize
+from jaxq.qtensor import QTensor, dequantize, quantize, with_margin
 
 Operand = jax.typing.ArrayLike | QTensor
 
@@ -179,7 +179,9 @@ def _choose_kernel(lhs: Any, rhs: Any, dims: DimensionNumbers, platform: str) ->
 
 
 def as_operand(x: Operand) -> jax.Array | QTensor:
-    """A QTensor as it is, anything else as a jax array."""
+    """A QTensor as it is, also inside a Flax variable; anything else as a jax array."""
+    held = getattr(x, "get_value", None)
+    x = x if held is None else held()
     return x if isinstance(x, QTensor) else jnp.asarray(x)
 
 
@@ -294,7 +296,7 @@ def _quantized_backward(dims, swapped, saved, dy):
     side = 1 if swapped else 0
     batch = [a % x.ndim for a in dims[1][side]]
     ends = _ends(qt.input_range, dims[1][1 - side])
-    low, high = (_over_axes(end, batch, x.ndim) for end in ends)
+    low, high = (_over_axes(end, batch, x.ndim) for end in with_margin(*ends, qt.meta.activation))
     dx = jnp.where((low <= x) & (x <= high), dx, jnp.zeros((), dx.dtype))  # what is clipped has no gradient
     return dx, dataclasses.replace(dqt, meta=qt.meta, input_range=jnp.zeros_like(qt.input_range))
 

@@ -62,14 +62,15 @@ def einsum(subscripts: str, *operands: Operand, precision: Any = None, preferred
       >>> jaxq.einsum("btd,dhk->bthk", jnp.ones((2, 3, 64)), qt).shape
       (2, 3, 4, 8)
     """
+    operands = tuple(as_operand(v) for v in operands)
     if not any(isinstance(v, QTensor) for v in operands):
-        arrays = [jnp.asarray(v) for v in operands]
+        arrays: list[Any] = list(operands)
         wide = accumulate_dtype(*arrays)
         y = jnp.einsum(subscripts, *arrays, precision=precision, preferred_element_type=wide)
         return y.astype(preferred_element_type or result_dtype(*arrays))
     if len(operands) != 2:
         raise ValueError(f"einsum: QTensors multiply two at a time, got {len(operands)} operands in {subscripts!r}.")
-    a, b = (as_operand(v) for v in operands)
+    a, b = operands
     left, right, out = _parse(subscripts, a.ndim, b.ndim)
     batch = [i for i in left if i in right and i in out]
     summed = [i for i in left if i in right and i not in out]

@@ -185,6 +185,7 @@ class KVCache:
         k: jax.Array | None = None,
         v: jax.Array | None = None,
         *,
+        count: jax.typing.ArrayLike | None = None,
         scale: float | None = None,
         block: int = 256,
     ) -> jax.Array:
@@ -196,8 +197,10 @@ class KVCache:
         Args:
           q: queries `[b, t, n, h]` in the cache's dtype, n a multiple of the key heads; neighbours share a key head.
           k: keys `[b, t, m, h]` of the queries' own tokens, not appended yet, which are read as they come; None if q
-            belongs to the last t tokens appended.
+            belongs to the last t tokens appended (of every slot: else say `count`).
           v: their values, `[b, t, m, h]`.
+          count: int32 `[b]`, what was given to `append` of these queries' tokens, if k is None: slot i's first
+            `count[i]` queries are real, and results of the others mean nothing. None: all t of every slot.
           scale: of scores; None takes `1 / sqrt(h)`.
           block: tokens dequantized at a time, rounded to whole groups.
 
@@ -229,7 +232,10 @@ class KVCache:
                 f"{self.window} keeps {kept}. Pass k and v, and append them afterwards."
             )
         scale = 1 / math.sqrt(h) if scale is None else float(scale)
-        return _kv_steps.attend(self, q, k, v, scale=scale, block=block)
+        if count is not None and k is not None:
+            raise ValueError("KVCache.attend: count= is of tokens appended already; with k and v there are none.")
+        real = t if count is None else jnp.asarray(self._checked_count(count, t), jnp.int32)
+        return _kv_steps.attend(self, q, k, v, real, scale=scale, block=block)
 
     def reset(self, slots: jax.typing.ArrayLike | Sequence[int]) -> KVCache:
         """The cache with some slots empty, ready for other texts; nothing of what they held is read again.

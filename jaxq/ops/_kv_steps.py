@@ -105,7 +105,14 @@ def append(cache: KVCache, k: jax.Array, v: jax.Array, count: jax.Array) -> KVCa
 
 @functools.partial(jax.jit, static_argnames=("scale", "block"))
 def attend(
-    cache: KVCache, q: jax.Array, k: jax.Array | None, v: jax.Array | None, *, scale: float, block: int
+    cache: KVCache,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    count: jax.typing.ArrayLike,
+    *,
+    scale: float,
+    block: int,
 ) -> jax.Array:
     spec, lengths = cache.spec, cache.lengths
     b, t, n, h = q.shape
@@ -114,7 +121,7 @@ def attend(
         q, k = spec.rotation(q), None if k is None else spec.rotation(k)
     rows = q.transpose(0, 2, 1, 3).reshape(b, m, n // m, t, h)
     steps = jnp.arange(t, dtype=jnp.int32)[None]  # [1, t]
-    first = lengths if k is not None else lengths - t
+    first = lengths if k is not None else lengths - count
     positions = first[:, None] + steps  # [b, t]
     how: Any = {"q": rows, "positions": positions, "scale": scale, "window": cache.window}
     state = _attention.start(rows)

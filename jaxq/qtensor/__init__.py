@@ -26,6 +26,7 @@ from jaxq.qtensor._quantize import (
     raise_if_not_finite,
     requantize,
     scale_values,
+    with_margin,
 )
 from jaxq.qtensor._spec import QuantSpec, as_static
 
@@ -55,4 +56,5 @@ __all__ = [
     "relayout",
     "requantize",
     "scale_values",
+    "with_margin",
 ]

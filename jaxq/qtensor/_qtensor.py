@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
+from jax.core import Tracer
 
 from jaxq import formats
 from jaxq.qtensor._geometry import Geometry
@@ -268,7 +269,14 @@ class QTensor:
             return dataclasses.replace(changed, input_range=None)
         if activation is None or outliers is not None:
             raise ValueError("with_activation: bounds= needs an activation spec, and no outliers=.")
-        ends = [jnp.broadcast_to(jnp.asarray(end, jnp.float32), self.batch_shape) for end in bounds]
+        if len(bounds) != 2:
+            raise ValueError(f"with_activation: bounds must be (low, high), got {len(bounds)} of them.")
+        low, high = bounds
+        ends = [jnp.broadcast_to(jnp.asarray(end, jnp.float32), self.batch_shape) for end in (low, high)]
+        if not any(isinstance(end, Tracer) for end in ends):
+            known = [np.asarray(end) for end in ends]
+            if not all(np.isfinite(end).all() for end in known) or not (known[0] < known[1]).all():
+                raise ValueError(f"with_activation: bounds must be finite, low < high, got {known[0]} and {known[1]}.")
         changed = changed._with(activation=as_static(activation, "with_activation"))
         return dataclasses.replace(changed, input_range=jnp.stack(ends, axis=-1))
 

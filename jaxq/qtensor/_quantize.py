@@ -494,6 +494,15 @@ def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
     return geometry.from_view(geometry.unpad(geometry.from_blocks((low <= y) & (y <= high))))
 
 
+def with_margin(low: jax.Array, high: jax.Array, spec: QuantSpec | None) -> tuple[jax.Array, jax.Array]:
+    """Given bounds, wider by half a step at the edge: within them, rounding is the only error."""
+    assert spec is not None
+    values = spec.fmt.values()
+    share = float((values[-1] - values[-2]) / (values[-1] - values[0])) / 2
+    margin = (high - low) * np.float32(share)
+    return low - margin, high + margin
+
+
 def _reach(spec: QuantSpec) -> tuple[float, float]:
     """The range in which rounding is the only error: half a step beyond the outermost numbers."""
     values = spec.fmt.values()

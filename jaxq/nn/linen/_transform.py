@@ -168,7 +168,7 @@ def _quantize(
         solved = solve_layer(own, floats, stats, rule, fallback=fallback, key=key, name=name)
         own = solved.qt
     if own.meta.outliers is None:
-        own = own.with_activation(rule.activation, bounds=static_bounds(rule, stats))
+        own = own.with_activation(rule.activation, bounds=static_bounds(rule, stats, name))
     return own, solved
 
 
