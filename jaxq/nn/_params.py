@@ -65,7 +65,7 @@ def quantize_params(
       >>> import jax.numpy as jnp, jaxq
       >>> params = {"up": {"w": jnp.ones((64, 8)), "b": jnp.zeros(8)}}
       >>> qparams, report = jaxq.quantize_params(params, "int8")
-      >>> (jnp.ones((2, 64)) @ qparams["up"]["w"] + qparams["up"]["b"]).shape, len(report.quantized)
+      >>> (jnp.ones((2, 64)) @ qparams["up"]["w"]).shape, len(report.quantized)
       ((2, 8), 1)
     """
     recipe = as_recipe(recipe, "quantize_params")
