@@ -48,9 +48,9 @@ _BY_METHOD = {
 # One layer under two names, nnx's and linen's: rules are about both.
 _SAME_KIND = {"Dense": "Linear", "DenseGeneral": "LinearGeneral", "Linear": "Dense", "LinearGeneral": "DenseGeneral"}
 
-# Last names of layers that make logits or choose experts: small errors there cost most, so they stay in floats.
 # Arrays of a tree that are looked up by their names.
 _EMBEDDINGS = r"re:(.*/)?(embed|wte|wpe|token_emb|pos_emb)[^/]*(/.*)?"
+# Last names of layers that make logits or choose experts: small errors there cost most, so they stay in floats.
 HEADS = ("head", "lm_head", "logits", "output_head", "router", "unembed")
 
 

@@ -179,6 +179,15 @@ def raise_problems(problems: Sequence[str], caller: str) -> None:
         )  # fmt: skip
 
 
+def raise_unrunnable(problems: Sequence[str]) -> None:
+    """Raises one error for all layers whose methods or observers lack something, if there are any."""
+    if problems:
+        raise ValueError(
+            "quantize_model: these layers' methods or observers cannot run:\n" + "\n".join(problems)
+            + "\nPass calibration=batches of real inputs, or give the layers a rule with another method."
+        )  # fmt: skip
+
+
 def unused_rules(recipe: Recipe, taken: Sequence[Rule | None]) -> list[str]:
     """Patterns of rules that are not optional and not among those that were taken."""
     used = {id(rule) for rule in taken if rule is not None}

@@ -16,7 +16,7 @@ import numpy as np
 from jaxq import formats, methods
 from jaxq.nn._matching import check_axes, dry_run, raise_problems, raise_unused, unused_rules
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
-from jaxq.nn._transform import nearest_spec, solve_layer
+from jaxq.nn._transform import nearest_spec, solve_layer, with_inputs
 from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, quantize, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule, as_recipe
 
@@ -190,7 +190,7 @@ def _quantized(leaf: _Leaf, key: jax.Array, keyed: bool, on_nonfinite: str) -> t
     if rule.method != "rtn":
         solved = solve_layer(qt, floats, None, rule, fallback="rtn", key=key, name=name)
         qt = solved.qt
-    return (qt if qt.meta.outliers is not None else qt.with_activation(rule.activation)), solved
+    return with_inputs(qt, rule), solved
 
 
 def _left_row(leaf: _Leaf) -> Row:

@@ -15,6 +15,8 @@ from jaxq.methods import Solved
 from jaxq.qtensor import Geometry, QTensor, dequantize, inside_range, quantize
 from jaxq.recipes import Rule
 
+# Numbers of a convolution's input, whose size is not known here: more than any group has.
+_EXAMPLE = 1 << 20
 # Neighbours whose error is looked at together.
 _WORST = 64
 
@@ -257,8 +259,8 @@ def why_floats(kind: str, qt: QTensor) -> str:
     shaped = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), qt)
     if kind in ("Conv", "ConvTranspose"):
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(qt.batch_shape) :], leaf.dtype), shaped)
-        one_window = jax.ShapeDtypeStruct((1, geometry.contracted_size), jnp.float32)
-        qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=-1), one_window)
+        example = jax.ShapeDtypeStruct((1, _EXAMPLE), jnp.float32)
+        qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=-1), example)
         reason = ops.why_not_codes(qx, one.with_activation(None), 0, geometry.kept[0] + len(geometry.shape))
     else:
         sizes = (*qt.batch_shape, 1, *(geometry.shape[a] for a in geometry.contracted))

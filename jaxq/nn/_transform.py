@@ -16,7 +16,7 @@ from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, calibrate, shown
 from jaxq.nn._folding import foldable, folded
 from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
-from jaxq.nn._matching import Found, match, raw_arrays, unused_rules, variables_of
+from jaxq.nn._matching import Found, match, raise_unrunnable, raw_arrays, unused_rules, variables_of
 from jaxq.nn._report import Report, Row, float_row, other_row, quantized_row, skip_reason
 from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, quantize
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -141,11 +141,7 @@ def quantize_model(
                     if rule.method == "awq" and path not in smoothed:
                         note = "not scaled, only clipped: nothing before it can take its scales"
                         solved = solved._replace(note="; ".join(n for n in (note, solved.note) if n))
-                qt = own
-                if own.meta.outliers is not None and rule.activation is not None:
-                    qt = own.with_activation(rule.activation, outliers=own.meta.outliers)
-                elif own.meta.outliers is None:
-                    qt = own.with_activation(rule.activation, bounds=static_bounds(rule, stats.get(path), name))
+                qt = with_inputs(own, rule, static_bounds(rule, stats.get(path), name))
                 replaced[id(variable)] = QuantizedParam(qt)
                 row = quantized_row(variables[id(variable)][0], kind.name, floats, qt, solved)
                 names = variable.get_metadata().get("out_sharding") or ()
@@ -222,6 +218,20 @@ class _Data:
             )
 
 
+def with_inputs(qt: QTensor, rule: Rule, bounds: tuple[jax.Array, jax.Array] | None = None) -> QTensor:
+    """A weight that quantizes its inputs as a rule says; columns of outliers that its method set apart stay so.
+
+    Args:
+      qt: the weight.
+      rule: its rule.
+      bounds: the static range of its input, or None.
+    """
+    outliers = qt.meta.outliers
+    if outliers is not None and rule.activation is None:
+        return qt
+    return qt.with_activation(rule.activation, outliers=outliers, bounds=bounds)
+
+
 def static_bounds(rule: Rule, stats: LayerStats | None, name: str) -> tuple[jax.Array, jax.Array] | None:
     """The range of a layer's input that its rule's observer found; None where the rule has none.
 
@@ -277,11 +287,7 @@ def _check_data(matched: list[tuple[Found, Rule | None]], data: _Data) -> None:
             problems.append(f"  {name}: method {rule.method!r} needs data")
         elif (kind.hook is None or kind.windowed) and (data or methods.METHODS[rule.method].needs_data):
             problems.append(f"  {name} ({kind.name}): method {rule.method!r} is for Linear, LinearGeneral and Einsum")
-    if problems:
-        raise ValueError(
-            "quantize_model: these layers' methods or observers cannot run:\n" + "\n".join(problems)
-            + "\nPass calibration=batches of real inputs, or give the layers a rule with another method."
-        )  # fmt: skip
+    raise_unrunnable(problems)
 
 
 def _blocks(

@@ -130,3 +130,9 @@ def test_saved_and_loaded(tmp_path, params):
     back = jaxq.load(tmp_path / "q.safetensors")
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), q, back)
     assert all(jax.tree.leaves(same))
+
+
+def test_outliers_stay_apart_whatever_the_inputs_are():
+    rule = Rule(weight="int8", activation="fp8", method="llm_int8", options={"threshold": 4.0})
+    meta = jaxq.quantize_params({"w": normal(64, 8)}, Recipe([rule]))[0]["w"].meta
+    assert (meta.activation.fmt.name, meta.outliers) == ("float8_e4m3fn", 4.0)

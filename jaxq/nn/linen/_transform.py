@@ -16,9 +16,9 @@ from jaxq import formats, methods
 from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, shown
 from jaxq.nn._folding import FOLDED
-from jaxq.nn._matching import unused_rules
+from jaxq.nn._matching import raise_unrunnable, unused_rules
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
-from jaxq.nn._transform import nearest_spec, solve_layer, static_bounds
+from jaxq.nn._transform import nearest_spec, solve_layer, static_bounds, with_inputs
 from jaxq.nn.linen._calibration import calibrate
 from jaxq.nn.linen._discovery import Forward, Structure, find_layers, params_of, with_params
 from jaxq.nn.linen._matching import Matched, Taken, match
@@ -167,8 +167,7 @@ def _quantize(
     if rule.method != "rtn":
         solved = solve_layer(own, floats, stats, rule, fallback=fallback, key=key, name=name)
         own = solved.qt
-    if own.meta.outliers is None:
-        own = own.with_activation(rule.activation, bounds=static_bounds(rule, stats, name))
+    own = with_inputs(own, rule, static_bounds(rule, stats, name))
     return own, solved
 
 
@@ -188,11 +187,7 @@ def _check_data(taken: Sequence[Taken], data: bool) -> None:
             problems.append(f"  {name}: method {rule.method!r} needs data")
         elif rule.method != "rtn" and data and (found.kind.windowed or not found.kind.watched):
             problems.append(f"  {name}: method {rule.method!r} is for Dense, DenseGeneral and Einsum")
-    if problems:
-        raise ValueError(
-            "quantize_model: these layers' methods or observers cannot run:\n" + "\n".join(problems)
-            + "\nPass calibration=batches of real inputs, or give the layers a rule with another method."
-        )  # fmt: skip
+    raise_unrunnable(problems)
 
 
 def _statistics(
