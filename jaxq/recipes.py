@@ -24,6 +24,7 @@ __all__ = ["Layer", "Recipe", "Rule", "as_recipe", "get", "names"]
 # (weight, activation) of the recipes that quantize activations dynamically, one scale a token.
 _DYNAMIC = {
     "fp8_dynamic": ("fp8", "fp8"),
+    "w4a4": ("int4", "int4"),
     "w4a8": ("int4", "int8"),
     "w8a8": ("int8", "int8"),
 }
@@ -43,6 +44,12 @@ _BY_METHOD = {
     "int4_hqq": ("int4", None, "hqq"),
     "llm_int8": ("int8", None, "llm_int8"),
     "w8a8_smoothquant": ("int8", "int8", "smoothquant"),
+}
+
+# The same in rotated coordinates.
+_ROTATED = {
+    "w4a4_rotated": ("int4", "int4"),
+    "w8a8_rotated": ("int8", "int8"),
 }
 
 # One layer under two names, nnx's and linen's: rules are about both.
@@ -85,6 +92,8 @@ class Rule:
       method: how the weight is quantized, one of `jaxq.methods.names()`; those that need data get it from
         `calibration=`.
       options: keyword arguments of the method, `{"act_order": True}` for example.
+      correct_bias: add to the layer's bias what its quantized weight falls short of on average, on `calibration=` data
+        (`jaxq.methods.bias_correction`).
       skip: leave the layer as it is.
       kinds: layer kinds the rule is about ("Linear", "Conv", ...); empty means all. Linen's Dense goes by "Linear" too,
         its DenseGeneral by "LinearGeneral", and the other way round. Arrays of a tree are "Array"; an `nnx.Param` that
@@ -114,6 +123,7 @@ class Rule:
     observer: str | Observer | None = None
     method: str = "rtn"
     options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    correct_bias: bool = False
     skip: bool = False
     kinds: tuple[str, ...] = ()
     where: Callable[[Layer], bool] | None = None
@@ -130,6 +140,8 @@ class Rule:
             raise ValueError(f"Rule({self.pattern!r}): give either weight= or skip=True.")
         if self.skip and self.activation is not None:
             raise ValueError(f"Rule({self.pattern!r}): a skipped layer has no activation=.")
+        if self.skip and self.correct_bias:
+            raise ValueError(f"Rule({self.pattern!r}): a skipped layer has no error that correct_bias= could correct.")
         for field in ("weight", "activation"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, as_spec(getattr(self, field), f"Rule({self.pattern!r}) {field}"))
@@ -213,6 +225,12 @@ class Rule:
 class Recipe:
     """Rules in order; the first that matches a layer decides. A layer that none matches stays in floats.
 
+    Args:
+      rules: `jaxq.Rule` objects.
+      rotate: first put the model into rotated coordinates, in which no channel stands out (QuaRot). What it computes
+        stays the same. Its class says how, by a method `rotated(key)` as `jaxq.models.Llama` has, or
+        `jaxq.nn.register_rotation`.
+
     Example:
       >>> import jaxq
       >>> recipe = jaxq.Recipe([jaxq.Rule("lm_head", skip=True), jaxq.Rule("**", weight="nf4")])
@@ -221,6 +239,7 @@ class Recipe:
     """
 
     rules: tuple[Rule, ...]
+    rotate: bool = False
 
     def __post_init__(self):
         if isinstance(self.rules, Rule):
@@ -261,7 +280,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description; `from_dict` gives an equal recipe back."""
-        return {"rules": [rule.to_dict() for rule in self.rules]}
+        rules = {"rules": [rule.to_dict() for rule in self.rules]}
+        return {**rules, "rotate": True} if self.rotate else rules
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -276,14 +296,14 @@ class Recipe:
           >>> jaxq.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
           True
         """
-        if not isinstance(data, Mapping) or set(data) != {"rules"}:
+        if not isinstance(data, Mapping) or not {"rules"} <= set(data) <= {"rules", "rotate"}:
             raise ValueError(f"Recipe.from_dict: expected {{'rules': [...]}}, got {data!r:.80}.")
-        return cls(tuple(Rule.from_dict(rule) for rule in data["rules"]))
+        return cls(tuple(Rule.from_dict(rule) for rule in data["rules"]), rotate=bool(data.get("rotate", False)))
 
 
 def names() -> list[str]:
     """The recipes known by name: every preset as weight-only, those that quantize activations too, and by method."""
-    return sorted([*presets(), *_DYNAMIC, *_STATIC, *_BY_METHOD])
+    return sorted([*presets(), *_DYNAMIC, *_ROTATED, *_STATIC, *_BY_METHOD])
 
 
 def get(name: str | QuantSpec) -> Recipe:
@@ -311,15 +331,15 @@ def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
         name = recipe.strip().lower().replace("-", "_")
         if name not in names():
             raise ValueError(f"{caller}: {formats.unknown_name('recipe', recipe, names(), 'jaxq.recipes.names()')}")
-        method, observer = "rtn", None
+        method, observer, rotate = "rtn", None, name in _ROTATED
         if name in _BY_METHOD:
             weight, activation, method = _BY_METHOD[name]
         elif name in _STATIC:
             weight, activation, observer = _STATIC[name]
         else:
-            weight, activation = _DYNAMIC.get(name, (name, None))
+            weight, activation = (_DYNAMIC | _ROTATED).get(name, (name, None))
     elif isinstance(recipe, QuantSpec):
-        weight, activation, observer, method = recipe, None, None, "rtn"
+        weight, activation, observer, method, rotate = recipe, None, None, "rtn", False
     else:
         raise TypeError(f"{caller}: recipe must be a name, a QuantSpec or a jaxq.Recipe, got {type(recipe).__name__}.")
     defaults: list[Any] = [
@@ -329,7 +349,8 @@ def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
     for head in HEADS:
         what = "router" if head == "router" else "output head"
         defaults.append(Rule(f"**/{head}", skip=True, reason=f"{what}, left in floats by default", optional=True))
-    return Recipe((*defaults, Rule(weight=weight, activation=activation, observer=observer, method=method)))
+    last = Rule(weight=weight, activation=activation, observer=observer, method=method)
+    return Recipe((*defaults, last), rotate=rotate)
 
 
 def _as_observer(observer: Any, caller: str) -> Any:

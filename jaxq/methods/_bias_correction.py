@@ -12,7 +12,7 @@ from jaxq.qtensor import QTensor, dequantize
 
 def bias_correction(
     w: jax.typing.ArrayLike,
-    qt: QTensor,
+    qt: QTensor | jax.typing.ArrayLike,
     x_mean: jax.typing.ArrayLike,
     *,
     x_mean_quantized: jax.typing.ArrayLike | None = None,
@@ -23,7 +23,7 @@ def bias_correction(
 
     Args:
       w: float `[in, out]`, or a stack of such matrices with axes in front.
-      qt: QTensor of that shape.
+      qt: QTensor of that shape, or its dequantized values.
       x_mean: float `[in]` (or stacked like w), the mean input of the layer in the original model.
       x_mean_quantized: float `[in]`, its mean input in the quantized model, where layers before it have changed it;
         None takes `x_mean`, which corrects the error of `w` alone.
@@ -32,7 +32,7 @@ def bias_correction(
       float32 `[..., out]`, what to add to the bias.
 
     Raises:
-      TypeError: `qt` is not a QTensor, or the others are not float arrays.
+      TypeError: not float arrays.
       ValueError: shapes that do not meet; non-finite numbers.
 
     Example:
@@ -48,7 +48,7 @@ def bias_correction(
     """
     w = _matrix.as_weight(w, "bias_correction")
     if not isinstance(qt, QTensor):
-        raise TypeError(f"bias_correction: qt must be a QTensor, got {type(qt).__name__}.")
+        qt = _matrix.as_weight(qt, "bias_correction", "qt")
     if qt.shape != w.shape:
         raise ValueError(f"bias_correction: shapes differ: w is {_matrix.describe(w)}, qt is {qt!r}.")
     statistics = []
@@ -57,12 +57,15 @@ def bias_correction(
             said = "one mean for each input"
             mean = _matrix.as_statistic(mean, name, "bias_correction", shape=w.shape[-2:-1], said=said, w=w)
             statistics.append(mean)
-    return _bias_correction(w, qt.with_activation(None), *statistics)
+    return _bias_correction(w, qt.with_activation(None) if isinstance(qt, QTensor) else qt, *statistics)
 
 
 @jax.jit
-def _bias_correction(w: jax.Array, qt: QTensor, before: jax.Array, after: jax.Array | None = None) -> jax.Array:
-    w, w_hat = w.astype(jnp.float32), dequantize(qt, dtype=jnp.float32)
+def _bias_correction(
+    w: jax.Array, qt: QTensor | jax.Array, before: jax.Array, after: jax.Array | None = None
+) -> jax.Array:
+    w_hat = dequantize(qt, dtype=jnp.float32) if isinstance(qt, QTensor) else qt.astype(jnp.float32)
+    w = w.astype(jnp.float32)
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         # HIGHEST: matrix units would otherwise read bfloat16.

@@ -40,17 +40,25 @@ class Solved(NamedTuple):
     loss: float | None
 
 
+class _Made(NamedTuple):
+    """What a method made of a weight, and what is worth knowing; `rounded` where it could not but round to nearest."""
+
+    qt: QTensor
+    note: str = ""
+    rounded: bool = False
+
+
 class Method(NamedTuple):
     """How a method is called.
 
     Attributes:
-      solve: `(w, stats, spec, key, **options) -> (QTensor, note)`.
+      solve: `(w, stats, spec, key, **options) -> _Made`.
       options: keyword arguments that a rule may give.
       needs_data: it cannot do without statistics.
       judged: its weight is another than rounding gives, and is compared with that on held-out inputs.
     """
 
-    solve: Callable[..., tuple[QTensor, str]]
+    solve: Callable[..., _Made]
     options: tuple[str, ...]
     needs_data: bool
     judged: bool = True
@@ -74,7 +82,8 @@ def solve(
 ) -> Solved:
     """Quantizes a weight by a named method, and falls back to rounding to nearest where that does better.
 
-    Better is a smaller error of the layer's output on the held-out rows of `stats`, which no method sees.
+    Better is a smaller error of the layer's output on the held-out rows of `stats`, which no method sees. Of a stack,
+    each matrix is judged by itself.
 
     Args:
       method: one of `jaxq.methods.names()`.
@@ -108,22 +117,47 @@ def solve(
     if stats is not None:
         _check_stats(stats, w, method, name)
     key = jax.random.key(0) if key is None else key
-    qt, note = found.solve(w, stats, spec, key, **options)
+    qt, note, rounded = found.solve(w, stats, spec, key, **options)
+    if rounded:
+        if fallback == "raise":
+            raise ValueError(f"{name}: {method}: {note}. Pass fallback='rtn'.")
+        return Solved(qt, "rtn", note, None)
     if not found.judged or stats is None:
         return Solved(qt, method, note, None)
     if int(np.sum(stats.num_held_out)) == 0:
         return Solved(qt, method, _say(note, "not judged: too few rows to hold some out"), None)
     nearest, _ = rtn(w, spec.replace(granularity=own_granularity(method, options, spec)))
-    ours, theirs = (float(output_error(w, q, stats.held_out)) for q in (qt, nearest))
-    if not np.isfinite(ours + theirs):
+    ours, theirs = (np.asarray(output_error(w, q, stats.held_out)) for q in (qt, nearest))  # [...]
+    if not np.all(np.isfinite(ours + theirs)):
         raise ValueError(f"{name}: the error of its output on held-out inputs is not finite ({ours}; rtn: {theirs}).")
-    loss = ours / theirs if theirs else 1.0
-    if ours <= theirs or fallback == "none":
-        return Solved(qt, method, note, loss)
-    worse = f"{method} is worse than rtn on held-out inputs ({loss:.3g} times its error)"
+    worse = ours > theirs
+    if not worse.any() or fallback == "none":
+        return Solved(qt, method, note, _ratio(ours, theirs))
+    said = f"{method} is worse than rtn on held-out inputs ({_ratio(ours[worse], theirs[worse]):.3g} times its error)"
+    if not worse.all():
+        said += f" in {worse.sum()} of {worse.size} matrices"
     if fallback == "raise":
-        raise ValueError(f"{name}: {worse}. Pass fallback='rtn' or 'none'.")
-    return Solved(nearest, "rtn", _say(f"{worse}, so rtn", note), 1.0)
+        raise ValueError(f"{name}: {said}. Pass fallback='rtn' or 'none'.")
+    mixed = not worse.all() and jax.tree.structure(qt) == jax.tree.structure(nearest)
+    if mixed:
+        qt = _instead(worse, nearest, qt)
+        return Solved(qt, method, _say(f"{said}, so rtn there", note), _ratio(np.minimum(ours, theirs), theirs))
+    if ours.sum() <= theirs.sum():  # a codebook is no scale, so it is all or none
+        return Solved(qt, method, _say(said, note), _ratio(ours, theirs))
+    return Solved(nearest, "rtn", _say(f"{said}, so rtn", note), 1.0)
+
+
+def _ratio(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(ours.sum() / theirs.sum()) if theirs.sum() else 1.0
+
+
+def _instead(where: np.ndarray, there: QTensor, elsewhere: QTensor) -> QTensor:
+    """One QTensor where the matrices of a stack are chosen, another one elsewhere."""
+
+    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(where.reshape(*where.shape, *(1 for _ in a.shape[where.ndim :])), a, b)
+
+    return jax.tree.map(choose, there, elsewhere)
 
 
 def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
@@ -152,7 +186,7 @@ def _check_stats(stats: LayerStats, w: jax.Array, method: str, name: str) -> Non
 
 @jax.jit
 def output_error(w: jax.Array, qt: QTensor, x: jax.Array) -> jax.Array:
-    """`sum (x W - x Q)^2`, over all of a stack.
+    """`sum (x W - x Q)^2` of each matrix, `[...]`.
 
     Args:
       w: float `[..., in, out]`.
@@ -160,7 +194,7 @@ def output_error(w: jax.Array, qt: QTensor, x: jax.Array) -> jax.Array:
       x: float32 `[..., tokens, in]`; rows of zeros count for nothing.
     """
     delta = w.astype(jnp.float32) - dequantize(qt.with_activation(None), dtype=jnp.float32)
-    return jnp.sum(jnp.square(jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST)))
+    return jnp.sum(jnp.square(jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST)), axis=(-2, -1))
 
 
 def few_tokens(stats: LayerStats, k: int) -> str:
@@ -180,7 +214,7 @@ def _say(*notes: str) -> str:
 
 
 def _rtn(w, stats, spec, key):
-    return rtn(w, spec)[0], ""
+    return _Made(rtn(w, spec)[0])
 
 
 def _clip(w, stats, spec, key, **options):
@@ -188,46 +222,47 @@ def _clip(w, stats, spec, key, **options):
         if stats is None:
             raise ValueError("clip: inputs=True weighs errors by the layer's inputs: pass calibration data.")
         options["x"] = stats.samples
-    return clip(w, spec, **options)[0], ""
+    return _Made(clip(w, spec, **options)[0])
 
 
 def _hqq(w, stats, spec, key, **options):
-    return hqq(w, spec, **options)[0], ""
+    return _Made(hqq(w, spec, **options)[0])
 
 
 def _kmeans(w, stats, spec, key, **options):
     how: dict[str, Any] = options | {"granularity": own_granularity("kmeans", options, spec)}
-    return kmeans(w, spec.fmt.bits, **how)[0], ""
+    return _Made(kmeans(w, spec.fmt.bits, **how)[0])
 
 
 def _gptq(w, stats, spec, key, **options):
     qt, info = gptq(w, stats.hessian, spec, **options)
-    damp = options.get("damp", 0.01)
-    fell = "its hessian is not positive definite, so rtn" if bool(np.any(info.fell_back)) else ""
-    more = f"damping {float(np.max(info.damp)):.3g}" if float(np.max(info.damp)) > 1.01 * damp and not fell else ""
+    damp, fell = options.get("damp", 0.01), np.asarray(info.fell_back)
+    where = "" if fell.all() else f" in {fell.sum()} of {fell.size} matrices"
+    singular = f"its hessian is not positive definite{where}, so rtn" if fell.any() else ""
+    more = f"damping {float(np.max(info.damp)):.3g}" if float(np.max(info.damp)) > 1.01 * damp and not singular else ""
     dead = int(np.sum(info.num_dead))
-    return qt, _say(fell, more, f"{dead} dead inputs" if dead else "", few_tokens(stats, w.shape[-2]))
+    said = _say(singular, more, f"{dead} dead inputs" if dead else "", few_tokens(stats, w.shape[-2]))
+    return _Made(qt, said, bool(fell.all()))
 
 
 def _adaround(w, stats, spec, key, **options):
-    qt, _ = adaround(w, stats.samples, spec, key=key, **options)
-    return qt, few_samples(stats, w.shape[-2])
+    return _Made(adaround(w, stats.samples, spec, key=key, **options)[0], few_samples(stats, w.shape[-2]))
 
 
 def _awq(w, stats, spec, key, **options):
     """The second half of AWQ; scales have been folded into the weights by then."""
     options.pop("duo", None)  # of the first half
     clipped = clip(w, spec, **{"x": stats.samples, "num": 20, "max_shrink": 0.5} | options)[0]
-    return clipped, few_samples(stats, w.shape[-2])
+    return _Made(clipped, few_samples(stats, w.shape[-2]))
 
 
 def _llm_int8(w, stats, spec, key, threshold: float = 6.0):
-    return rtn(w, spec)[0].with_activation("int8", outliers=threshold), ""
+    return _Made(rtn(w, spec)[0].with_activation("int8", outliers=threshold))
 
 
-def _smoothquant(w, stats, spec, key, **options):
+def _folded(w, stats, spec, key, **options):
     """Rounding: scales have been folded into the weights by then."""
-    return rtn(w, spec)[0], ""
+    return _Made(rtn(w, spec)[0])
 
 
 def _options(function: Callable[..., Any], *more: str) -> tuple[str, ...]:
@@ -241,10 +276,11 @@ METHODS = {
     "adaround": Method(_adaround, _options(adaround), True),
     "awq": Method(_awq, _options(clip, "duo"), True),
     "clip": Method(_clip, _options(clip, "inputs"), False),
+    "equalize": Method(_folded, ("power_of_two",), False, judged=False),
     "gptq": Method(_gptq, _options(gptq), True),
     "hqq": Method(_hqq, _options(hqq), False),
     "kmeans": Method(_kmeans, _options(kmeans), False),
     "llm_int8": Method(_llm_int8, ("threshold",), False, judged=False),
     "rtn": Method(_rtn, (), False, judged=False),
-    "smoothquant": Method(_smoothquant, ("alpha",), True, judged=False),
+    "smoothquant": Method(_folded, ("alpha",), True, judged=False),
 }

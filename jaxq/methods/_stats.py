@@ -1,7 +1,7 @@
 """What methods know of a layer's inputs: statistics of fixed size that grow with every batch of rows.
 
-Rows are tokens. Some are kept as they are, for methods that fit a layer's outputs; some others are held out of
-everything else, for judging what was fitted.
+Rows are tokens. Some, drawn evenly from all, are kept as they are for methods that fit a layer's outputs; an eighth is
+held out of everything else, for judging what was fitted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jaxq.observers import Observer
 
 NUM_SAMPLES = 512
 NUM_HELD_OUT = 256
+_HELD_OUT = 8  # of so many parts of the data one is held out
 
 
 class LayerStats(NamedTuple):
@@ -29,10 +30,12 @@ class LayerStats(NamedTuple):
       low: float32 `[K]`, the least number of each channel.
       high: float32 `[K]`, the greatest.
       hessian: float32 `[K, K]`, `2 / count * sum x xT`, that of the squared error of the layer's output; or None.
-      samples: float32 `[NUM_SAMPLES, K]`, rows spread over the batches; the first `num_samples` are filled.
-      num_samples: int32.
-      held_out: float32 `[NUM_HELD_OUT, K]`, rows that nothing else has seen.
-      num_held_out: int32.
+      samples: float32 `[NUM_SAMPLES, K]`, rows drawn from all that counted, each as likely as any other; the first
+        `num_samples` are filled, the rest are zeros.
+      sample_ranks: float32 `[NUM_SAMPLES]`, what they were drawn by, falling; -1 where nothing is.
+      held_out: float32 `[NUM_HELD_OUT, K]`, the same of rows that nothing else has seen.
+      held_out_ranks: float32 `[NUM_HELD_OUT]`.
+      num_calls: int32, how often the layer was called.
       observed: state of an observer (`jaxq.observers`) of all numbers, those of held-out rows too, for a static range;
         None without one.
     """
@@ -44,9 +47,10 @@ class LayerStats(NamedTuple):
     high: jax.Array
     hessian: jax.Array | None
     samples: jax.Array
-    num_samples: jax.Array
+    sample_ranks: jax.Array
     held_out: jax.Array
-    num_held_out: jax.Array
+    held_out_ranks: jax.Array
+    num_calls: jax.Array
     observed: Any = None
 
     @property
@@ -54,10 +58,20 @@ class LayerStats(NamedTuple):
         """float32 `[K]`, the largest magnitude of each channel."""
         return jnp.maximum(jnp.abs(self.low), jnp.abs(self.high))
 
+    @property
+    def num_samples(self) -> jax.Array:
+        """int32, how many rows of `samples` are filled."""
+        return jnp.sum(self.sample_ranks >= 0, axis=-1, dtype=jnp.int32)
+
+    @property
+    def num_held_out(self) -> jax.Array:
+        """int32, how many rows of `held_out` are filled."""
+        return jnp.sum(self.held_out_ranks >= 0, axis=-1, dtype=jnp.int32)
+
 
 def empty_stats(k: int, *, hessian: bool = True, observer: Observer | None = None) -> LayerStats:
     """The statistics of no rows of k numbers."""
-    vector, none = jnp.zeros((k,), jnp.float32), jnp.zeros((), jnp.int32)
+    vector = jnp.zeros((k,), jnp.float32)
     far = jnp.full((k,), np.inf, jnp.float32)
     return LayerStats(
         count=jnp.zeros((), jnp.float32),
@@ -67,15 +81,16 @@ def empty_stats(k: int, *, hessian: bool = True, observer: Observer | None = Non
         high=-far,
         hessian=jnp.zeros((k, k), jnp.float32) if hessian else None,
         samples=jnp.zeros((NUM_SAMPLES, k), jnp.float32),
-        num_samples=none,
+        sample_ranks=jnp.full((NUM_SAMPLES,), -1, jnp.float32),
         held_out=jnp.zeros((NUM_HELD_OUT, k), jnp.float32),
-        num_held_out=none,
+        held_out_ranks=jnp.full((NUM_HELD_OUT,), -1, jnp.float32),
+        num_calls=jnp.zeros((), jnp.int32),
         observed=None if observer is None else observer.init(jax.ShapeDtypeStruct((1, k), jnp.float32)),
     )
 
 
 def update_stats(
-    stats: LayerStats, x: jax.Array, counts: jax.Array, held: jax.Array, observer: Observer | None = None
+    stats: LayerStats, x: jax.Array, counts: jax.Array, parts: jax.Array, observer: Observer | None = None
 ) -> LayerStats:
     """The statistics with more rows in them.
 
@@ -83,10 +98,11 @@ def update_stats(
       stats: so far.
       x: floats `[t, K]`.
       counts: bool `[t]`, False for rows that do not.
-      held: bool `[t]`, True for rows to hold out.
+      parts: int32 `[t]`, which part of the data each row is of: one in eight is held out, another one at every call.
       observer: whose state `stats.observed` is.
     """
     x = x.astype(jnp.float32)
+    held = (parts + stats.num_calls) % _HELD_OUT == _HELD_OUT - 1
     used = (counts & ~held)[:, None]  # [t, 1]
     rows = jnp.where(used, x, 0.0)
     added = jnp.sum(used, dtype=jnp.float32)
@@ -99,8 +115,9 @@ def update_stats(
     hessian = stats.hessian
     if hessian is not None:
         hessian = mean(hessian, 2 * jnp.dot(rows.T, rows, precision=lax.Precision.HIGHEST))
-    samples, num_samples = _keep(stats.samples, stats.num_samples, x, used[:, 0])
-    held_out, num_held_out = _keep(stats.held_out, stats.num_held_out, x, counts & held)
+    ranks = _scattered(stats.num_calls, x.shape[0])
+    samples, sample_ranks = _keep(stats.samples, stats.sample_ranks, x, jnp.where(used[:, 0], ranks, -1))
+    held_out, held_out_ranks = _keep(stats.held_out, stats.held_out_ranks, x, jnp.where(counts & held, ranks, -1))
     return LayerStats(
         count=count,
         mean=mean(stats.mean, jnp.sum(rows, 0)),
@@ -109,22 +126,29 @@ def update_stats(
         high=jnp.maximum(stats.high, jnp.max(jnp.where(used, x, -np.inf), 0)),
         hessian=hessian,
         samples=samples,
-        num_samples=num_samples,
+        sample_ranks=sample_ranks,
         held_out=held_out,
-        num_held_out=num_held_out,
+        held_out_ranks=held_out_ranks,
+        num_calls=stats.num_calls + 1,
         observed=None if observer is None else observer.update(stats.observed, x, where=counts[:, None]),
     )
 
 
-def _keep(kept: jax.Array, filled: jax.Array, x: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Puts up to an eighth of the places' number of wanted rows, evenly spread, behind the filled ones."""
+def _scattered(call: jax.Array, size: int) -> jax.Array:
+    """Numbers in [0, 1) as good as random, float32 `[size]`, others at every call: the finalizer of MurmurHash3.
+
+    A layer's statistics are a program of their own in every model; a random generator would be most of it.
+    """
+    h = jnp.arange(size, dtype=jnp.uint32) + call.astype(jnp.uint32) * np.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = (h ^ (h >> shift)) * np.uint32(factor)
+    return (h ^ (h >> 16)).astype(jnp.float32) * np.float32(2**-32)
+
+
+def _keep(kept: jax.Array, ranks: jax.Array, x: jax.Array, new_ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the rows kept and the new ones those of highest rank, and the ranks; a rank of -1 is none."""
     size = kept.shape[0]
-    most = min(x.shape[0], size // 8)
-    place = jnp.cumsum(wanted)  # of the i-th wanted row: i + 1
-    total = place[-1]
-    taken = jnp.minimum(total, most)
-    order = jnp.arange(most)
-    source = jnp.searchsorted(place, order * total // jnp.maximum(taken, 1) + 1)
-    target = jnp.where(order < taken, filled + order, size)  # what is beyond the end is dropped
-    kept = kept.at[target].set(x[jnp.minimum(source, x.shape[0] - 1)], mode="drop")
-    return kept, jnp.minimum(filled + taken, size).astype(filled.dtype)
+    best, place = lax.top_k(jnp.concatenate([ranks, new_ranks]), size)
+    old = (place < size)[:, None]
+    rows = jnp.where(old, kept[jnp.minimum(place, size - 1)], x[jnp.maximum(place - size, 0)])
+    return jnp.where(best[:, None] >= 0, rows, 0.0), best

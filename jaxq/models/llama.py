@@ -203,6 +203,15 @@ class Llama(nnx.Module):
 
         return _outliers.fold_scales(self, scales)
 
+    def rotated(self, key: jax.Array) -> Llama:
+        """A copy in coordinates rotated at random, heads and the inputs of down_proj too: `jaxq.models.rotate`."""
+        from jaxq import methods
+        from jaxq.models import _rotate
+
+        signs = methods.random_hadamard(key, self.config.hidden_size)
+        heads = methods.hadamard(jnp.eye(self.config.head_dim))
+        return _rotate.rotate(self, methods.hadamard(jnp.diag(signs)), heads=heads, online=methods.hadamard)
+
     def _forward(
         self, tokens: jax.Array, cache: KVCache | None, count: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:

@@ -8,7 +8,7 @@ hooks: no class is edited and no jax function is replaced. `calibrate` looks at 
 from jaxq.nn import linen
 from jaxq.nn._calibration import calibrate
 from jaxq.nn._explicit import QConv, QEinsum, QLinear, QLinearGeneral
-from jaxq.nn._folding import register_folding
+from jaxq.nn._folding import register_folding, register_rotation
 from jaxq.nn._layers import (
     QConvTranspose,
     QEmbed,
@@ -48,6 +48,7 @@ __all__ = [
     "quantize_model",
     "quantize_params",
     "register_folding",
+    "register_rotation",
     "replace_variables",
     "sensitivity",
     "weight_axes",

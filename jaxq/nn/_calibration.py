@@ -2,8 +2,8 @@
 
 A copy of the model gets a `Probe` in the hook of each layer; running batches through it under jit updates the probes'
 statistics, one `LayerStats` a layer, whose size does not depend on how much data passes. What is counted are rows of
-the input: tokens, unless a mask says that they are padding. Some rows are held out of all statistics, for judging
-methods that were fitted to the others.
+the input: tokens, unless a mask says that they are padding. An eighth of each sequence, another one from batch to
+batch, is held out of all statistics, for judging methods that were fitted to the others.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from jax import lax
 from jaxq.methods import LayerStats, empty_stats, update_stats
 from jaxq.nn._layers import find_kind, weight_axes
 from jaxq.observers import Observer
-
-_HELD_OUT = 8  # of so many rows one is held out
 
 
 class _Statistic(nnx.Variable):
@@ -83,11 +81,11 @@ def updated(stats: LayerStats, x: jax.Array, path: str, observer: Observer | Non
     """
     num_batch = stats.count.ndim
     free = x.shape[num_batch:-1]
-    counts, held = _rows_that_count(free, path), _rows_held_out(free)
+    counts, parts = _rows_that_count(free, path), _parts(free)
     update: Callable[..., LayerStats] = functools.partial(update_stats, observer=observer)
     for _ in range(num_batch):
         update = jax.vmap(update, in_axes=(0, 0, None, None))
-    return update(stats, x.reshape(*x.shape[:num_batch], -1, x.shape[-1]), counts, held)
+    return update(stats, x.reshape(*x.shape[:num_batch], -1, x.shape[-1]), counts, parts)
 
 
 def contracted_rows(x: jax.Array, contracted: tuple[int, ...], batch: tuple[int, ...]) -> jax.Array:
@@ -127,15 +125,11 @@ def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
     return jnp.broadcast_to(mask, free).reshape(-1)
 
 
-def _rows_held_out(free: tuple[int, ...]) -> jax.Array:
-    """The last eighth of the batch; of a lone one, the last eighth of its rows."""
-    axis = 0 if len(free) > 1 and free[0] > 1 else len(free) - 1
-    size = free[axis] if free else 1
-    held = jnp.arange(size) >= size - max(size // _HELD_OUT, 1 if size > 1 else 0)
-    shape = [1] * len(free)
-    if free:
-        shape[axis] = size
-    return jnp.broadcast_to(held.reshape(shape), free).reshape(-1)
+def _parts(free: tuple[int, ...]) -> jax.Array:
+    """Which rows are held out together, as numbers along the batch: eighths of a sequence, or all of a short one."""
+    sequences, length = (free[0], int(np.prod(free[1:]))) if free else (1, 1)
+    within = jnp.arange(length, dtype=jnp.int32) * (8 if length >= 8 else 0) // max(length, 1)
+    return (jnp.arange(sequences, dtype=jnp.int32)[:, None] + within[None]).reshape(-1)
 
 
 # How a batch is run.
@@ -271,9 +265,14 @@ def _attach(
 def _go_on(probes: Mapping[str, Probe], start: Mapping[str, LayerStats]) -> None:
     for path, probe in probes.items():
         empty, given = probe.stats.get_value(), jax.tree.map(jnp.asarray, start.get(path))
-        if given is None or [v.shape for v in jax.tree.leaves(given)] != [v.shape for v in jax.tree.leaves(empty)]:
+        if not same_shapes(given, empty):
             raise ValueError(f"calibrate: start has no statistics of {path or 'the model'}, or of other shapes.")
         probe.stats.set_value(given)
+
+
+def same_shapes(given: LayerStats | None, empty: LayerStats) -> bool:
+    """Whether statistics are there, and of the same kind of input."""
+    return [v.shape for v in jax.tree.leaves(given)] == [v.shape for v in jax.tree.leaves(empty)]
 
 
 def as_batches(batches: Iterable[Any], caller: str) -> Iterable[Any]:

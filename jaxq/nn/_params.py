@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import formats, methods
+from jaxq.nn._folding import FOLDED, raise_if_rotating
 from jaxq.nn._matching import check_axes, dry_run, raise_problems, raise_unused, unused_rules
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
-from jaxq.nn._transform import nearest_spec, solve_layer, with_inputs
-from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, quantize, raise_if_not_finite
+from jaxq.nn._solve import quantize_weight
+from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule, as_recipe
 
 
@@ -70,6 +71,7 @@ def quantize_params(
     """
     recipe = as_recipe(recipe, "quantize_params")
     formats.check_choice("quantize_params: on_nonfinite", on_nonfinite, ON_NONFINITE)
+    raise_if_rotating(recipe, "quantize_params")
     leaves = _match(params, recipe, on_nonfinite, strict)
     keys = iter(jax.random.split(jax.random.key(0) if key is None else key, max(len(leaves), 1)))
     out, rows = [], []
@@ -170,6 +172,12 @@ def _match_leaf(path: str, value: Any, recipe: Recipe, on_nonfinite: str) -> tup
 
 
 def _check_method(rule: Rule) -> None:
+    if rule.correct_bias:
+        raise ValueError("correct_bias=True needs calibration data, which pass through a model")
+    if rule.method in FOLDED:
+        raise ValueError(
+            f"method {rule.method!r} folds scales into what comes before a layer; a tree does not say what"
+        )
     if rule.observer is not None:
         raise ValueError(f"observer {rule.observer!r} needs calibration data, which pass through a model")
     if methods.METHODS[rule.method].needs_data:
@@ -177,20 +185,9 @@ def _check_method(rule: Rule) -> None:
 
 
 def _quantized(leaf: _Leaf, key: jax.Array, keyed: bool, on_nonfinite: str) -> tuple[QTensor, methods.Solved | None]:
-    rule, (contracting, batch) = leaf.rule, leaf.axes
-    assert rule is not None
-    assert rule.weight is not None
-    name = leaf.path or "w"
-    floats = jnp.asarray(leaf.value)
-    qt = quantize(
-        floats, nearest_spec(rule), contracting=contracting, batch=batch, key=key if keyed else None,
-        on_nonfinite=on_nonfinite, name=name,
-    )  # fmt: skip
-    solved = None
-    if rule.method != "rtn":
-        solved = solve_layer(qt, floats, None, rule, fallback="rtn", key=key, name=name)
-        qt = solved.qt
-    return with_inputs(qt, rule), solved
+    assert leaf.rule is not None
+    how: Any = {"key": key, "stochastic": keyed, "on_nonfinite": on_nonfinite, "name": leaf.path or "w"}
+    return quantize_weight(jnp.asarray(leaf.value), leaf.rule, leaf.axes, None, fallback="rtn", **how)
 
 
 def _left_row(leaf: _Leaf) -> Row:

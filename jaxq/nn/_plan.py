@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from flax import linen, nnx
 
+from jaxq.nn._folding import rotated
 from jaxq.nn._layers import weight_axes
 from jaxq.nn._matching import dry_run, match, raw_arrays, unused_rules, variables_of
 from jaxq.nn._params import plan_params
@@ -45,6 +47,8 @@ def plan(
         return plan_linen(model, variables, recipe, example, strict=strict)
     if not isinstance(model, nnx.Module):
         return plan_params(model, recipe, strict=strict)
+    if recipe.rotate:
+        model = rotated(model, jax.random.key(0))
     matched = match(model, recipe, "raise", strict=strict)
     found_of = {id(getattr(found.layer, found.kind.weight)): (found, rule) for found, rule in reversed(matched)}
     layers = {found.path for found, _ in matched}

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxq import formats, methods
 from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, calibrate, shown
-from jaxq.nn._folding import foldable, folded
-from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
+from jaxq.nn._folding import Group, Outcome, foldable, folded, looked_at, rotated
+from jaxq.nn._layers import LayerKind, QuantizedParam, put_weight, replace_variables, weight_axes
 from jaxq.nn._matching import Found, match, raise_unrunnable, raw_arrays, unused_rules, variables_of
 from jaxq.nn._report import Report, Row, float_row, other_row, quantized_row, skip_reason
-from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, quantize
+from jaxq.nn._solve import corrected_bias, quantize_weight
+from jaxq.qtensor import ON_NONFINITE, QuantSpec
 from jaxq.recipes import Recipe, Rule, as_recipe
+
+T = TypeVar("T")
 
 
 def quantize_model(
@@ -90,16 +91,17 @@ def quantize_model(
     if donate and calibration is not None:
         raise ValueError("quantize_model: donate=True frees weights that calibration= needs; pass one of them.")
     copy = nnx.clone(model)
+    key = jax.random.key(0) if key is None else key
+    if recipe.rotate:
+        copy = rotated(copy, jax.random.fold_in(key, 1))
     matched = match(copy, recipe, on_nonfinite, strict=strict)
     data = _Data(calibration, mask, forward, progress)
-    rules = {found.path: rule for found, rule in matched}
     _check_data(matched, data)
+    rules = {found.path: rule for found, rule in matched}
     groups = foldable(copy, rules)
-    smoothed: set[str] = set()
+    outcomes: dict[str, Outcome] = {}
     if groups:
-        data.check_batches()
-        folding = data.of_model(copy, [group.targets[0] for group, _ in groups], hessian=False)
-        copy, smoothed = folded(copy, groups, folding)
+        copy, outcomes = folded(copy, groups, rules, data.of_groups(copy, groups), fallback)
         matched = match(copy, recipe, on_nonfinite, strict=strict)
     variables = {id(v): (path, v) for path, v in variables_of(copy)}  # alive, so that identities stay theirs
     rows: dict[int, Row] = {}  # by the identity of the variable in the copy
@@ -111,44 +113,35 @@ def quantize_model(
             where = variables[id(variable)][0]
             rows[id(variable)] = float_row(where, kind.name, variable.get_value(), note)
     taken = [(found, rule) for found, rule in matched if rule is not None and rule.weight is not None]
-    keys = jax.random.split(jax.random.key(0) if key is None else key, max(len(taken), 1))
+    keys = jax.random.split(key, max(len(taken), 1))
     for block in _blocks(copy, taken, data, sequential):
         stats = data.of_block(copy, block)
-        for found, rule in shown(block, "quantizing", progress and bool(stats)):
-            path, layer, kind = found
+        for (path, layer, kind), rule in shown(block, "quantizing", progress and bool(stats)):
             variable = getattr(layer, kind.weight)
             if id(variable) not in replaced and not isinstance(variable, QuantizedParam):
-                contracting, batch = weight_axes(layer, kind)
                 floats, name = variable.get_value(), variables[id(variable)][0]
-                own = quantize(
+                qt, solved = quantize_weight(
                     floats,
-                    nearest_spec(rule),
-                    contracting=contracting,
-                    batch=batch,
-                    on_nonfinite=on_nonfinite,
+                    rule,
+                    weight_axes(layer, kind),
+                    stats.get(path),
+                    fallback=fallback,
+                    key=keys[len(replaced)],
                     name=name,
+                    on_nonfinite=on_nonfinite,
+                    outcome=outcomes.get(path),
                 )
-                solved = None
-                if rule.method == "smoothquant":  # its scales are in the floats by now
-                    known = path in smoothed
-                    note = "" if known else "not smoothed: nothing before it can take its scales"
-                    solved = methods.Solved(own, rule.method if known else "rtn", note, None)
-                elif rule.method != "rtn":
-                    solved = solve_layer(
-                        own, floats, stats.get(path), rule, fallback=fallback, key=keys[len(replaced)], name=name
-                    )
-                    own = solved.qt
-                    if rule.method == "awq" and path not in smoothed:
-                        note = "not scaled, only clipped: nothing before it can take its scales"
-                        solved = solved._replace(note="; ".join(n for n in (note, solved.note) if n))
-                qt = with_inputs(own, rule, static_bounds(rule, stats.get(path), name))
                 replaced[id(variable)] = QuantizedParam(qt)
-                row = quantized_row(variables[id(variable)][0], kind.name, floats, qt, solved)
+                notes = []
+                if rule.correct_bias:
+                    notes.append("bias corrected" if layer.bias is not None else "no bias to correct")
+                if rule.correct_bias and layer.bias is not None:
+                    layer.bias.set_value(corrected_bias(layer.bias.get_value(), floats, qt, stats[path]))
                 names = variable.get_metadata().get("out_sharding") or ()
                 if any(name is not None for name in names):
-                    dropped = "its sharding metadata is not kept"
-                    row = dataclasses.replace(row, note="; ".join(n for n in (row.note, dropped) if n))
-                rows[id(variable)] = row
+                    notes.append("its sharding metadata is not kept")
+                row = quantized_row(name, kind.name, floats, qt, solved)
+                rows[id(variable)] = dataclasses.replace(row, note="; ".join(n for n in (row.note, *notes) if n))
                 if donate:
                     jax.block_until_ready(qt)
                     floats.delete()
@@ -192,15 +185,21 @@ class _Data:
         if not self:
             return {}
         if self._stats is not None:
-            return self.of_model(model, [found.path for found, rule in block if _looks(rule, self) or rule.observer])
-        wanted: dict[Any, list[str]] = {}
-        for found, rule in block:
-            if _looks(rule, self) or rule.observer is not None:
-                wanted.setdefault((rule.observer, _looks(rule, self)), []).append(found.path)
+            return self.of_model(model, [found.path for found, rule in block if looks(rule, _has_rows(found.kind))])
         out: dict[str, LayerStats] = {}
-        for (observer, looks), paths in wanted.items():
-            out |= calibrate(model, self._batches or [], layers=paths, hessian=looks, observer=observer, **self._how)
+        layers = ((found.path, rule, _has_rows(found.kind)) for found, rule in block)
+        for (observer, hessian), paths in wanted_statistics(layers).items():
+            out |= calibrate(model, self._batches or [], layers=paths, hessian=hessian, observer=observer, **self._how)
         return out
+
+    def of_groups(self, model: Any, groups: Sequence[tuple[Group, Rule]]) -> dict[str, LayerStats]:
+        """What methods that fold scales need of their groups."""
+        if self._stats is not None:
+            raise ValueError(
+                "quantize_model: a method that folds scales changes what reaches the layers, so it needs the batches "
+                "themselves as calibration=, not statistics."
+            )
+        return self.of_model(model, looked_at(groups), hessian=False)
 
     def order(self, model: Any, paths: list[str]) -> list[str]:
         """Paths in the order in which the model reaches them."""
@@ -209,65 +208,27 @@ class _Data:
         first = calibrate(model, self._batches[:1], layers=paths, hessian=False, **self._how)
         return list(first)
 
-    def check_batches(self) -> None:
-        """Raises where there are only statistics, which are of no use once the model changes."""
-        if self._stats is not None:
-            raise ValueError(
-                "quantize_model: a method that folds scales changes what reaches the layers, so it needs the batches "
-                "themselves as calibration=, not statistics."
-            )
 
-
-def with_inputs(qt: QTensor, rule: Rule, bounds: tuple[jax.Array, jax.Array] | None = None) -> QTensor:
-    """A weight that quantizes its inputs as a rule says; columns of outliers that its method set apart stay so.
+def wanted_statistics(layers: Iterable[tuple[str, Rule, bool]]) -> dict[tuple[Any, bool], list[str]]:
+    """The layers that look at data, by (observer, whether second moments are needed): a pass for each.
 
     Args:
-      qt: the weight.
-      rule: its rule.
-      bounds: the static range of its input, or None.
+      layers: path, rule, and whether rows of the input meet the weight as a matrix.
     """
-    outliers = qt.meta.outliers
-    if outliers is not None and rule.activation is None:
-        return qt
-    return qt.with_activation(rule.activation, outliers=outliers, bounds=bounds)
+    out: dict[tuple[Any, bool], list[str]] = {}
+    for path, rule, has_rows in layers:
+        if looks(rule, has_rows):
+            out.setdefault((rule.observer, has_rows and rule.method == "gptq"), []).append(path)
+    return out
 
 
-def static_bounds(rule: Rule, stats: LayerStats | None, name: str) -> tuple[jax.Array, jax.Array] | None:
-    """The range of a layer's input that its rule's observer found; None where the rule has none.
-
-    Args:
-      rule: of the layer.
-      stats: of its input.
-      name: what errors call the weight.
-    """
-    if rule.observer is None:
-        return None
-    assert isinstance(rule.activation, QuantSpec)
-    assert not isinstance(rule.observer, str)
-    if stats is None or stats.observed is None:
-        raise ValueError(
-            f"quantize_model: the statistics given have no state of {rule.observer!r}. Make them with "
-            "jaxq.nn.calibrate(..., observer=...), or pass the batches themselves as calibration=."
-        )
-    observer, spec = rule.observer, rule.activation
-
-    def bounds(state: Any) -> tuple[jax.Array, jax.Array]:
-        return observer.bounds(state, spec.fmt, symmetric=spec.symmetric and spec.offset is None)
-
-    for _ in range(stats.count.ndim):
-        bounds = jax.vmap(bounds)
-    low, high = bounds(stats.observed)
-    if not bool(np.all(np.asarray(low) < np.asarray(high))):
-        raise ValueError(
-            f"quantize_model: {name}: calibration has seen no input of it but zeros, so a static range would make them "
-            "all zero. Calibrate on data that reach it, or quantize its inputs on the fly (no observer=)."
-        )
-    return low, high
+def looks(rule: Rule, has_rows: bool) -> bool:
+    """Whether a rule has a use for data about a layer's input, if there are any."""
+    return rule.observer is not None or (has_rows and (rule.correct_bias or methods.METHODS[rule.method].judged))
 
 
-def _looks(rule: Rule, data: _Data) -> bool:
-    """Whether a rule's method is shown the data."""
-    return bool(data) and methods.METHODS[rule.method].judged
+def _has_rows(kind: LayerKind) -> bool:
+    return kind.hook is not None and not kind.windowed
 
 
 def _check_data(matched: list[tuple[Found, Rule | None]], data: _Data) -> None:
@@ -281,31 +242,38 @@ def _check_data(matched: list[tuple[Found, Rule | None]], data: _Data) -> None:
             problems.append(f"  {name} ({kind.name}): its input cannot be observed, so it has no static range")
         elif rule.observer is not None and not data:
             problems.append(f"  {name}: observer {rule.observer!r} needs data")
+        if rule.correct_bias and not data:
+            problems.append(f"  {name}: correct_bias=True needs data")
+        elif rule.correct_bias and kind.name not in ("Linear", "LinearGeneral"):
+            problems.append(f"  {name} ({kind.name}): correct_bias=True is for Linear and LinearGeneral")
         if rule.method == "rtn":
             continue
         if methods.METHODS[rule.method].needs_data and not data:
             problems.append(f"  {name}: method {rule.method!r} needs data")
-        elif (kind.hook is None or kind.windowed) and (data or methods.METHODS[rule.method].needs_data):
+        elif not _has_rows(kind) and methods.METHODS[rule.method].needs_data:
             problems.append(f"  {name} ({kind.name}): method {rule.method!r} is for Linear, LinearGeneral and Einsum")
     raise_unrunnable(problems)
 
 
 def _blocks(
     model: Any, taken: list[tuple[Found, Rule]], data: _Data, sequential: bool
-) -> Iterator[list[tuple[Found, Rule]]]:
+) -> list[list[tuple[Found, Rule]]]:
     """Layers that are quantized on the same statistics: all, or block by block in the order of the forward pass."""
     if not sequential:
-        yield taken
-        return
+        return [taken]
     if not data:
         raise ValueError("quantize_model: sequential=True needs calibration=batches, not statistics or nothing.")
-    seen = [found.path for found, rule in taken if found.kind.hook is not None]
-    order = data.order(model, seen)
+    order = data.order(model, [found.path for found, rule in taken if found.kind.hook is not None])
+    return by_block([(found.path, (found, rule)) for found, rule in taken], order)
+
+
+def by_block(layers: Sequence[tuple[str, T]], order: Sequence[str]) -> list[list[T]]:
+    """What belongs to layers by path, block by block in the order in which data reach them; unseen ones first."""
     place = {path: i for i, path in enumerate(order)}
-    blocks: dict[str, list[tuple[Found, Rule]]] = {}
-    for found, rule in sorted(taken, key=lambda pair: place.get(pair[0].path, -1)):
-        blocks.setdefault(_block_name(found.path), []).append((found, rule))
-    yield from blocks.values()
+    blocks: dict[str, list[T]] = {}
+    for path, item in sorted(layers, key=lambda pair: place.get(pair[0], -1)):
+        blocks.setdefault(_block_name(path), []).append(item)
+    return list(blocks.values())
 
 
 def _block_name(path: str) -> str:
@@ -313,72 +281,3 @@ def _block_name(path: str) -> str:
     parts = path.split("/")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     return "/".join(parts[: number + 1])
-
-
-def solve_layer(
-    own: QTensor, floats: jax.Array, stats: LayerStats | None, rule: Rule, *, fallback: str, key: jax.Array, name: str
-) -> methods.Solved:
-    """A layer's weight by the method of its rule.
-
-    Args:
-      own: the weight rounded to nearest: what the result's axes and blocks are to be.
-      floats: the weight.
-      stats: of the layer's inputs.
-      rule: says method and options.
-      fallback: as in `quantize_model`.
-      key: PRNG key.
-      name: what errors call the weight.
-    """
-    assert isinstance(rule.weight, QuantSpec)
-    geometry = own.meta.geometry
-    batch = own.batch_shape
-    storage = jnp.reshape(geometry.to_storage(geometry.to_view(floats)), (*batch, -1, geometry.contracted_size))
-    matrix = jnp.swapaxes(storage, -1, -2)  # [*batch, in, out]
-    options = dict(rule.options)
-    solved = methods.solve(
-        rule.method, matrix, stats, rule.weight, options=options, fallback=fallback, key=key, name=name
-    )
-    return solved._replace(qt=_in_place_of(solved.qt, own, rule.method, name))
-
-
-def nearest_spec(rule: Rule) -> QuantSpec:
-    """How a rule's weight is rounded to nearest: in the blocks of its method, where that has some of its own."""
-    assert isinstance(rule.weight, QuantSpec)
-    granularity = methods.own_granularity(rule.method, dict(rule.options), rule.weight)
-    return rule.weight.replace(granularity=granularity)
-
-
-def _in_place_of(qt: QTensor, own: QTensor, method: str, name: str) -> QTensor:
-    """The QTensor of a matrix as that of an array with more axes, which is stored in the same order."""
-    matrix, whole = qt.meta, own.meta
-    batch = own.batch_shape
-
-    def fit(leaf: jax.Array | None, like: jax.Array | None) -> jax.Array | None:
-        if leaf is None or like is None:
-            return leaf
-        if leaf.size != like.size:
-            raise ValueError(
-                f"{name}: method {method!r} sees the weight as a matrix, in which {whole.spec.granularity} means "
-                "something else. Use PerChannel, PerGroup or PerTensor."
-            )
-        return leaf.reshape(like.shape)
-
-    data = fit(qt.data, own.data)
-    codebook = qt.codebook
-    if codebook is not None:
-        codebook = codebook.reshape(*batch, *whole.geometry.num_blocks, codebook.shape[-1])
-    meta = dataclasses.replace(
-        whole, spec=matrix.spec, packing=matrix.packing, activation=matrix.activation, outliers=matrix.outliers
-    )
-    scale = (
-        jax.tree.map(fit, qt.scale, own.scale) if isinstance(qt.scale, QTensor) else fit(qt.scale, _scale_like(own, qt))
-    )
-    if isinstance(scale, QTensor):
-        assert isinstance(own.scale, QTensor)
-        scale = dataclasses.replace(scale, meta=own.scale.meta)
-    like = _scale_like(own, qt)
-    return QTensor(data, scale, fit(qt.zero_point, like), fit(qt.offset, like), codebook, meta)  # pyright: ignore[reportArgumentType]
-
-
-def _scale_like(own: QTensor, qt: QTensor) -> jax.Array:
-    return jnp.empty((*own.batch_shape, *own.meta.geometry.num_blocks), jnp.float32)

@@ -48,8 +48,9 @@ def test_stacks():
 
 def test_errors():
     qt = jaxq.quantize(W, "int8")
-    with pytest.raises(TypeError, match="qt must be a QTensor"):
-        bias_correction(W, W, X.mean(0))
+    np.testing.assert_allclose(bias_correction(W, jaxq.dequantize(qt), X.mean(0)), bias_correction(W, qt, X.mean(0)))
+    with pytest.raises(TypeError, match="qt must be float32"):
+        bias_correction(W, W.astype(int), X.mean(0))
     with pytest.raises(ValueError, match=r"float32\[16,6\]"):
         bias_correction(W[:16], qt, X.mean(0))
     with pytest.raises(ValueError, match=r"x_mean must be .*float32\[200,32\]"):

@@ -33,6 +33,11 @@ class Pair(nnx.Module):
         return self.second(jnp.tanh(self.first(x)))
 
 
+def made(qt: jaxq.QTensor, note: str = "", rounded: bool = False):
+    """What a method in the registry returns."""
+    return type(methods.METHODS["rtn"].solve(jnp.eye(2), None, jaxq.presets()["int8"], None))(qt, note, rounded)
+
+
 BATCHES = [correlated(128, 32, seed) for seed in range(3)]
 
 
@@ -45,7 +50,7 @@ def quantize(method, model=None, spec="int3", **how):
 OPTIONS = {"adaround": {"num_steps": 200}, "kmeans": {"granularity": jaxq.PerChannel()}}
 
 
-@pytest.mark.parametrize("method", sorted(set(methods.names()) - {"awq", "smoothquant", "rtn", "llm_int8"}))
+@pytest.mark.parametrize("method", sorted(set(methods.names()) - {"awq", "equalize", "smoothquant", "rtn", "llm_int8"}))
 def test_every_method_runs_and_those_that_fit_outputs_gain_on_new_inputs(method):
     model, fresh = Pair(), correlated(256, 32, seed=99)
     qmodel, report = quantize(method, model, calibration=BATCHES, fallback="none", options=OPTIONS.get(method, {}))
@@ -88,7 +93,7 @@ def test_results_save_and_load_on_the_float_model(tmp_path):
 
 def test_worse_than_rounding_falls_back_and_says_so(monkeypatch):
     def bad(w, stats, spec, key):
-        return methods.rtn(0.5 * w, spec)[0], ""
+        return made(methods.rtn(0.5 * w, spec)[0])
 
     monkeypatch.setitem(methods.METHODS, "gptq", methods.METHODS["gptq"]._replace(solve=bad))
     model = Pair()
@@ -163,6 +168,149 @@ def llama():
 @pytest.fixture(scope="module")
 def tokens():
     return [jnp.asarray(np.random.default_rng(seed).integers(0, 64, (8, 16)), jnp.int32) for seed in range(2)]
+
+
+def test_each_matrix_of_a_stack_is_judged_by_itself(monkeypatch):
+    def bad_in_one(w, stats, spec, key):
+        return made(methods.rtn(w * jnp.array([1.0, 0.5])[:, None, None], spec)[0])
+
+    monkeypatch.setitem(methods.METHODS, "hqq", methods.METHODS["hqq"]._replace(solve=bad_in_one))
+    w, rows = normal(2, 32, 8), jnp.stack([correlated(64, 32, seed) for seed in (0, 1)])
+    stats = jax.vmap(methods.update_stats, (0, 0, None, None))(
+        jax.tree.map(lambda a: jnp.stack([a, a]), methods.empty_stats(32)), rows, jnp.ones(64, bool), jnp.arange(64)
+    )
+    solved = methods.solve("hqq", w, stats, jaxq.presets()["int4"])
+    assert (solved.method, solved.loss) == ("hqq", 1.0)
+    assert "in 1 of 2 matrices, so rtn there" in solved.note
+    jax.tree.map(np.testing.assert_array_equal, solved.qt, methods.rtn(w, "int4")[0])
+
+
+def test_a_method_that_could_only_round_is_not_named():
+    """GPTQ without a second moment that any damping helps."""
+    layer = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+    stats = jaxq.nn.calibrate(layer, [correlated(64, 32)])
+    stats = {"": stats[""]._replace(hessian=-stats[""].hessian)}
+    recipe = jaxq.Recipe([jaxq.Rule(weight="int4", method="gptq")])
+    _, report = jaxq.quantize_model(layer, recipe, calibration=stats)
+    assert report.quantized[0].method == "rtn"
+    assert "not positive definite, so rtn" in report.quantized[0].note
+    with pytest.raises(ValueError, match="not positive definite"):
+        jaxq.quantize_model(layer, recipe, calibration=stats, fallback="raise")
+
+
+def test_scales_that_do_worse_than_none_are_left_out(llama, tokens, monkeypatch):
+    """A scale of one channel alone, which makes the others' steps coarse."""
+
+    def bad(weights, *_, **__):
+        return jnp.ones(weights[0].shape[0]).at[0].set(1000.0), None
+
+    monkeypatch.setattr("jaxq.methods.awq_scale", bad)
+    qmodel, report = jaxq.quantize_model(llama, "int4_awq", calibration=tokens)
+    rows = {row.path.removesuffix("/kernel"): row for row in report.quantized}
+    row = rows["layers/0/mlp/gate_proj"]
+    assert "only clipped: awq's scales do worse than none on held-out inputs" in row.note
+    np.testing.assert_array_equal(
+        qmodel.layers[0].input_layernorm.scale[...], llama.layers[0].input_layernorm.scale[...]
+    )
+    with pytest.raises(ValueError, match="awq's scales do worse than none"):
+        jaxq.quantize_model(llama, "int4_awq", calibration=tokens, fallback="raise")
+
+
+def test_scales_are_measured_against_rounding_without_them(llama, tokens):
+    """What the report says of SmoothQuant is what its layer does on the rows held out."""
+    rule = jaxq.Rule("re:.*/[qkv]_proj", weight="int8", activation="int8", method="smoothquant")
+    recipe = jaxq.Recipe([rule])
+    qmodel, report = jaxq.quantize_model(llama, recipe, calibration=tokens)
+    row = next(row for row in report.quantized if row.path == "layers/0/self_attn/q_proj/kernel")
+    stats = jaxq.nn.calibrate(llama, tokens, layers=["layers/0/self_attn/q_proj"])["layers/0/self_attn/q_proj"]
+    x, w = stats.held_out, llama.layers[0].self_attn.q_proj.kernel[...]
+    gains = [m.layers[0].input_layernorm.scale[...] for m in (qmodel, llama)]
+    smoothed = (x * (gains[0] / gains[1])[None]) @ qmodel.layers[0].self_attn.q_proj.kernel[...]
+    plain = x @ jaxq.quantize(w, "int8").with_activation("int8")
+    errors = [float(jnp.sum((x @ w - y) ** 2)) for y in (smoothed, plain)]
+    assert row.method == "smoothquant"
+    assert row.loss == pytest.approx(errors[0] / errors[1], rel=0.05)
+    assert row.loss < 0.1
+
+
+class Chain(nnx.Module):
+    """Linears with a ReLU between them, which scales pass through."""
+
+    def __init__(self):
+        self.first, self.second = nnx.Linear(32, 24, rngs=nnx.Rngs(0)), nnx.Linear(24, 8, rngs=nnx.Rngs(1))
+        self.first.kernel.set_value(self.first.kernel[...] * jnp.exp(normal(1, 24)))
+
+    def __call__(self, x):
+        return self.second(jax.nn.relu(self.first(x)))
+
+    def scale_groups(self):
+        return [jaxq.models.NormGroup("first", ("second",), "linear")]
+
+    def fold_scales(self, scales):
+        out, s = nnx.clone(self), scales.get("first", jnp.ones(24))
+        out.first.kernel.set_value(out.first.kernel[...] / s[None])
+        out.first.bias.set_value(out.first.bias[...] / s)
+        out.second.kernel.set_value(out.second.kernel[...] * s[:, None])
+        return out
+
+
+@pytest.mark.parametrize("data", [None, BATCHES])
+def test_equalization_by_recipe(data):
+    model, fresh = Chain(), correlated(256, 32, seed=99)
+    spec = jaxq.QuantSpec("int8", jaxq.PerTensor())
+    qmodel, report = quantize("equalize", model, spec, calibration=data)
+    rounded, _ = quantize("rtn", model, spec)
+    error = [float(jnp.linalg.norm(q(fresh) - model(fresh))) for q in (qmodel, rounded)]
+    assert error[0] < 0.7 * error[1]
+    rows = {row.path: row for row in report.quantized}
+    assert (rows["first/kernel"].method, rows["second/kernel"].method) == ("rtn", "equalize")
+    assert "nothing before it" in rows["first/kernel"].note
+    assert (rows["second/kernel"].loss is None) == (data is None)
+
+
+def test_bias_correction_by_recipe():
+    """The mean of the outputs is the float layer's, on the rows that went into the statistics."""
+    model, x = Pair(), BATCHES[0] + 1.0
+    recipe = jaxq.Recipe([jaxq.Rule(weight="int3", correct_bias=True)])
+    qmodel, report = jaxq.quantize_model(model, recipe, calibration=[x])
+    plain, _ = jaxq.quantize_model(model, jaxq.Recipe([jaxq.Rule(weight="int3")]))
+    seen = x[jnp.arange(128) % 8 != 7]
+    shift = [jnp.abs(jnp.mean(q.first(seen) - model.first(seen), 0)).max() for q in (qmodel, plain)]
+    assert shift[0] < 1e-5 < shift[1]
+    assert qmodel.second.bias.shape == (2, 8)
+    assert all("bias corrected" in row.note for row in report.quantized)
+    no_bias = nnx.Linear(32, 8, use_bias=False, rngs=nnx.Rngs(0))
+    assert "no bias to correct" in jaxq.quantize_model(no_bias, recipe, calibration=[x])[1].quantized[0].note
+    with pytest.raises(ValueError, match=r"(?s)first: correct_bias=True needs data.*second"):
+        jaxq.quantize_model(model, recipe)
+    with pytest.raises(ValueError, match="correct_bias=True is for Linear"):
+        jaxq.quantize_model(nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)), recipe, calibration=[normal(2, 8, 4)])
+
+
+def test_rotation_by_recipe(llama, tokens):
+    fresh = jnp.asarray(np.random.default_rng(9).integers(0, 64, (4, 16)), jnp.int32)
+    qmodel, report = jaxq.quantize_model(llama, "w8a8_rotated")
+    rounded, _ = jaxq.quantize_model(llama, "w8a8")
+    error = [float(jnp.linalg.norm(q(fresh) - llama(fresh))) for q in (qmodel, rounded)]
+    assert error[0] < 0.5 * error[1]
+    recipe = jaxq.recipes.get("w4a4_rotated")
+    assert recipe.rotate
+    assert jaxq.Recipe.from_dict(recipe.to_dict()) == recipe
+    assert [row.path for row in recipe.plan(llama).rows] == [row.path for row in report.rows]
+    with pytest.raises(ValueError, match="nothing is known of how in Pair"):
+        jaxq.quantize_model(Pair(), "w8a8_rotated")
+    with pytest.raises(ValueError, match="rotate=True is for nnx models"):
+        jaxq.quantize_params({"w": jnp.eye(32)}, "w8a8_rotated")
+    jaxq.nn.register_rotation(Pair, lambda model, key: model)
+    assert len(jaxq.quantize_model(Pair(), "w8a8_rotated")[1].quantized) == 2
+
+
+@pytest.mark.parametrize("method", ["hqq", "clip"])
+def test_a_convolution_by_a_method_that_needs_no_data(method):
+    """Its rows are no vectors of the weight's, so it is not judged by them."""
+    conv, x = nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)), normal(2, 8, 4)
+    _, report = quantize(method, conv, calibration=[x])
+    assert (report.quantized[0].method, report.quantized[0].loss) == (method, None)
 
 
 @pytest.mark.parametrize(

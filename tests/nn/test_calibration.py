@@ -35,13 +35,20 @@ def batches():
     return [normal(8, 3, 8, seed=seed) * (seed + 1) for seed in range(3)]
 
 
+def split(batches):
+    """Rows that go into statistics, and those held out: of short sequences one in eight, another one at every call."""
+    held = [np.arange(8) == 7 - i for i in range(len(batches))]
+    train = [np.asarray(b)[~h].reshape(-1, 8) for b, h in zip(batches, held, strict=True)]
+    return np.concatenate(train), np.concatenate([np.asarray(b)[h][0] for b, h in zip(batches, held, strict=True)])
+
+
 @pytest.fixture(scope="module")
 def stats(block, batches):
     return calibrate(block, batches)
 
 
 def test_statistics_are_numpys(stats, batches):
-    rows = np.concatenate([np.asarray(b[:7], np.float64).reshape(-1, 8) for b in batches])  # an eighth is held out
+    rows = split(batches)[0].astype(np.float64)
     found = stats["heads"]
     assert float(found.count) == len(rows)
     np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-5, atol=1e-6)
@@ -53,8 +60,7 @@ def test_statistics_are_numpys(stats, batches):
 
 def test_samples_and_held_out_rows_are_rows_of_the_data(stats, batches):
     found = stats["heads"]
-    train = {np.asarray(row).tobytes() for b in batches for row in np.asarray(b[:7]).reshape(-1, 8)}
-    held = {np.asarray(row).tobytes() for b in batches for row in np.asarray(b[7:]).reshape(-1, 8)}
+    train, held = ({row.tobytes() for row in rows} for rows in split(batches))
     for rows, count, source in (
         (found.samples, found.num_samples, train),
         (found.held_out, found.num_held_out, held),
@@ -89,26 +95,44 @@ def test_masked_rows_do_not_count(block, batches):
 
 
 def test_statistics_do_not_depend_on_how_rows_come(block):
-    """But for what is held out: here nothing is, since every batch is one row."""
-    rows = normal(12, 8)
+    """But for what is held out: the last of eight, together or one by one."""
+    rows = normal(16, 8)
     one = methods.empty_stats(8)
-    nothing = jnp.zeros((12,), bool)
-    whole = methods.update_stats(one, rows, ~nothing, nothing)
+    true, parts = jnp.ones((16,), bool), jnp.arange(16)
+    whole = methods.update_stats(one, rows, true, parts)
     for row in rows:
-        one = methods.update_stats(one, row[None], ~nothing[:1], nothing[:1])
+        one = methods.update_stats(one, row[None], true[:1], parts[:1])
     for field in ("count", "mean", "absmean", "low", "high", "hessian"):
         np.testing.assert_allclose(getattr(one, field), getattr(whole, field), rtol=1e-4, atol=1e-5)
-    assert int(one.num_samples) == 12
+    assert int(one.num_samples) == int(whole.num_samples) == 14
+    assert {r.tobytes() for r in np.asarray(one.held_out[:2])} == {np.asarray(rows[i]).tobytes() for i in (7, 15)}
 
 
-def test_samples_fill_and_stop():
-    stats, rows = methods.empty_stats(4, hessian=False), normal(300, 4)
-    true = jnp.ones((300,), bool)
-    for _ in range(12):
-        stats = methods.update_stats(stats, rows, true, ~true)
+def test_samples_are_of_all_batches_alike():
+    stats, rows = methods.empty_stats(4, hessian=False), normal(304, 4)
+    true, parts = jnp.ones((304,), bool), jnp.arange(304)
+    for i in range(12):
+        stats = methods.update_stats(stats, rows.at[:, 0].set(i), true, parts)
     assert int(stats.num_samples) == methods.NUM_SAMPLES
-    assert float(stats.count) == 3600
+    assert int(stats.num_held_out) == methods.NUM_HELD_OUT
+    assert float(stats.count) == 12 * 304 * 7 / 8
     assert stats.hessian is None
+    share = np.bincount(np.asarray(stats.samples[:, 0], int), minlength=12)  # 43 of each would be even
+    assert share.min() > 20
+    assert share.max() < 75
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 8), (3, 64, 8), (16, 8), (2, 3, 4, 8)])
+def test_an_eighth_is_held_out_whatever_the_batch(shape):
+    """Of a long sequence a stretch of its own; over eight batches, as much of every place."""
+    layer = nnx.Linear(8, 2, rngs=nnx.Rngs(0))
+    number = jnp.arange(np.prod(shape[:-1]), dtype=jnp.float32).reshape(*shape[:-1], 1)
+    found = calibrate(layer, [jnp.broadcast_to(number, shape)] * 8)[""]
+    total = 8 * number.size
+    assert float(found.count) == total * 7 / 8
+    held = np.asarray(found.held_out[: int(found.num_held_out), 0], int)
+    if total // 8 <= methods.NUM_HELD_OUT:
+        np.testing.assert_array_equal(np.bincount(held), 1)  # each place once
 
 
 def test_stacked_layers_under_nnx_scan():
@@ -132,7 +156,7 @@ def test_stacked_layers_under_nnx_scan():
     assert found.hessian.shape == (3, 8, 8)
     kernel, bias = model.layers.kernel[...], model.layers.bias[...]
     for i in range(3):
-        np.testing.assert_allclose(found.mean[i], np.asarray(x)[:5].mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.mean[i], np.asarray(x).mean(0), rtol=1e-4, atol=1e-5)
         x = jnp.tanh(x @ kernel[i] + bias[i][None])
     qmodel, report = jaxq.quantize_model(
         model, jaxq.Recipe([jaxq.Rule(weight="int4", method="gptq")]), calibration=[normal(6, 8)], fallback="none"

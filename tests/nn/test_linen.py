@@ -60,6 +60,31 @@ def test_a_matrix_method_takes_them(variables):
     assert not bool(info.fell_back)
 
 
+def test_going_on_from_earlier_statistics(variables):
+    first = jaxq.nn.linen.calibrate(Model(), variables, BATCHES[:1])
+    found = jaxq.nn.linen.calibrate(Model(), variables, BATCHES[1:], start=first)
+    jax.tree.map(np.testing.assert_array_equal, found, jaxq.nn.linen.calibrate(Model(), variables, BATCHES))
+    with pytest.raises(ValueError, match="start has no statistics of out"):
+        jaxq.nn.linen.calibrate(Model(), variables, BATCHES, start={"heads": first["heads"]})
+
+
+def test_sequential_and_bias_correction_are_those_of_nnx(variables):
+    recipe = jaxq.Recipe([
+        jaxq.Rule("heads", weight="int2", method="gptq", correct_bias=True),
+        jaxq.Rule(weight="int2", method="gptq"),
+    ])  # fmt: skip
+    how = {"calibration": BATCHES, "sequential": True, "fallback": "none"}
+    qmodule, qvariables, report = jaxq.nn.linen.quantize_model(Model(), variables, recipe, **how)
+    qtwin, expected = jaxq.quantize_model(Twin(variables["params"]), recipe, **how)
+    np.testing.assert_allclose(qmodule.apply(qvariables, BATCHES[0]), qtwin(BATCHES[0]), rtol=1e-4, atol=1e-4)
+    assert {row.path: row.note for row in report.quantized} == {row.path: row.note for row in expected.quantized}
+    _, apart, _ = jaxq.nn.linen.quantize_model(Model(), variables, recipe, **how | {"sequential": False})
+    codes = [v["params"]["last"]["kernel"].codes() for v in (qvariables, apart)]
+    assert np.any(codes[0] != codes[1])
+    with pytest.raises(ValueError, match="sequential=True needs calibration"):
+        jaxq.nn.linen.quantize_model(Model(), variables, "int4", example=BATCHES[0], sequential=True)
+
+
 def test_layers_in_a_scan_are_refused():
     class Layer(linen.Module):
         @linen.compact

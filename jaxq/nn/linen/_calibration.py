@@ -16,7 +16,16 @@ import numpy as np
 from flax import linen
 
 from jaxq.methods import LayerStats, empty_stats
-from jaxq.nn._calibration import as_batches, check_stats, contracted_rows, einsum_rows, masked, shown, updated
+from jaxq.nn._calibration import (
+    as_batches,
+    check_stats,
+    contracted_rows,
+    einsum_rows,
+    masked,
+    same_shapes,
+    shown,
+    updated,
+)
 from jaxq.nn.linen._layers import LayerKind, einsum_text, find_call
 from jaxq.observers import Observer
 
@@ -31,6 +40,7 @@ def calibrate(
     forward: Callable[[linen.Module, Any, Any], Any] | None = None,
     hessian: bool = True,
     observer: Observer | None = None,
+    start: Mapping[str, LayerStats] | None = None,
     progress: bool | None = None,
 ) -> dict[str, LayerStats]:
     """Statistics of what reaches each Dense, DenseGeneral, Einsum, Conv and ConvTranspose of a linen module.
@@ -46,6 +56,7 @@ def calibrate(
       forward: how to run a batch, `forward(module, variables, batch)`.
       hessian: collect `[K, K]` second moments too.
       observer: as in `jaxq.nn.calibrate`.
+      start: statistics of batches seen before, to go on from, as in `jaxq.nn.calibrate`.
       progress: show a line of progress; None does so on a terminal.
 
     Returns:
@@ -87,11 +98,14 @@ def calibrate(
                 rows, num_batch = _rows_of(context.module, found.kind, args, kwargs)
                 if path not in order:
                     order.append(path)
-                so_far = seen.get(path)
-                if so_far is None:
-                    so_far = empty_stats(rows.shape[-1], hessian=hessian and not found.kind.windowed, observer=observer)
-                    prefix = rows.shape[:num_batch]
-                    so_far = jax.tree.map(lambda a: jnp.broadcast_to(a, (*prefix, *a.shape)), so_far)
+                empty = empty_stats(rows.shape[-1], hessian=hessian and not found.kind.windowed, observer=observer)
+                prefix = rows.shape[:num_batch]
+                empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (*prefix, *a.shape)), empty)
+                so_far = seen.get(path, empty if start is None else None)
+                if so_far is None or not same_shapes(so_far, empty):
+                    raise ValueError(
+                        f"linen.calibrate: start has no statistics of {path or 'the module'}, or of other shapes."
+                    )
                 seen[path] = updated(so_far, rows, path, observer)
             return call(*args, **kwargs)
 
@@ -99,7 +113,7 @@ def calibrate(
             run(variables, batch)
         return seen
 
-    stats: dict[str, LayerStats] = {}
+    stats: dict[str, LayerStats] = dict(jax.tree.map(jnp.asarray, dict(start or {})))
     num_batches = 0
     for batch in shown(as_batches(batches, "linen.calibrate"), "calibrating", progress):
         counts = None if mask is None else jnp.asarray(mask(batch))

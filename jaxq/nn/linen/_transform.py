@@ -15,15 +15,17 @@ from flax.traverse_util import flatten_dict
 from jaxq import formats, methods
 from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, shown
-from jaxq.nn._folding import FOLDED
+from jaxq.nn._folding import FOLDED, raise_if_rotating
 from jaxq.nn._matching import raise_unrunnable, unused_rules
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
-from jaxq.nn._transform import nearest_spec, solve_layer, static_bounds, with_inputs
+from jaxq.nn._solve import corrected_bias, quantize_weight
+from jaxq.nn._transform import by_block, looks, wanted_statistics
 from jaxq.nn.linen._calibration import calibrate
 from jaxq.nn.linen._discovery import Forward, Structure, find_layers, params_of, with_params
+from jaxq.nn.linen._layers import LayerKind
 from jaxq.nn.linen._matching import Matched, Taken, match
 from jaxq.nn.linen._wrapper import Quantized
-from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, quantize
+from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec
 from jaxq.recipes import Recipe, as_recipe
 
 
@@ -36,6 +38,7 @@ def quantize_model(
     calibration: Iterable[Any] | Mapping[str, LayerStats] | None = None,
     mask: Callable[[Any], Any] | None = None,
     forward: Forward | None = None,
+    sequential: bool = False,
     fallback: str = "rtn",
     strict: bool = True,
     key: jax.Array | None = None,
@@ -63,6 +66,8 @@ def quantize_model(
         `jaxq.nn.linen.calibrate` made of them. Layers inside `nn.scan` and its like cannot be watched.
       mask: which rows of a batch count, as in `calibrate`.
       forward: how to run an example or a batch, `forward(module, variables, batch)`.
+      sequential: quantize block by block, each on what the blocks before it make of the data when they are quantized; a
+        block is what has the same path up to the first number ("layers_3").
       fallback: what becomes of a layer whose method does worse than rounding to nearest on held-out inputs, as in
         `jaxq.quantize_model`.
       strict: a rule that matches nothing, and a matrix that a module of yours asks for itself (`self.param`) and no
@@ -106,16 +111,41 @@ def quantize_model(
     params = params_of(variables)
     matched = match(module, variables, structure, params, recipe, forward, on_nonfinite, strict=strict)
     taken = matched.taken
+    raise_if_rotating(recipe, "linen.quantize_model")
     _check_data(taken, calibration is not None)
-    stats = _statistics(module, variables, calibration, batches, taken, mask, forward, progress)
     rows: dict[tuple[str, ...], Row] = {}
     keys = jax.random.split(jax.random.key(0) if key is None else key, max(len(taken), 1))
-    for one, k in zip(shown(taken, "quantizing", progress and bool(stats)), keys, strict=False):
-        where = one.found.key
-        boxed, floats = params[where], linen.meta.unbox(params[where])
-        qt, solved = _quantize(floats, one, stats.get(one.found.path), fallback, k, on_nonfinite)
-        row = quantized_row("/".join(where), one.found.kind.name, floats, qt, solved)
-        params[where], rows[where] = qt, dataclasses.replace(row, note="; ".join(filter(None, (row.note, _box(boxed)))))
+    how = {"mask": mask, "forward": forward, "progress": progress}
+    layers = list(zip(taken, keys, strict=False))
+    blocks = _blocks(module, variables, layers, batches, how) if sequential else [layers]
+    for block in blocks:
+        done = tuple("/".join(where) for where in rows)
+        now = with_params(variables, params)
+        stats = _statistics(Quantized(module, done), now, calibration, batches, [one for one, _ in block], how)
+        for one, k in shown(block, "quantizing", progress and bool(stats)):
+            where, found = one.found.key, one.found
+            boxed, floats = params[where], linen.meta.unbox(params[where])
+            seen = _of_all(stats.get(found.path), floats.shape[: len(one.batch)])
+            qt, solved = quantize_weight(
+                floats,
+                one.rule,
+                (one.contracting, one.batch),
+                seen,
+                fallback=fallback,
+                key=k,
+                name="/".join(where),
+                on_nonfinite=on_nonfinite,
+            )
+            row = quantized_row("/".join(where), found.kind.name, floats, qt, solved)
+            notes = [row.note, _box(boxed)]
+            bias = (*where[:-1], "bias")
+            if one.rule.correct_bias:
+                notes.append("bias corrected" if bias in params else "no bias to correct")
+            if one.rule.correct_bias and bias in params:
+                assert seen is not None
+                old = linen.meta.unbox(params[bias])
+                params[bias] = linen.meta.replace_boxed(params[bias], corrected_bias(old, floats, qt, seen))
+            params[where], rows[where] = qt, dataclasses.replace(row, note="; ".join(filter(None, notes)))
     out: Any = with_params(variables, params)
     report = Report(tuple(_rows(out, rows, matched, structure)), _notes(recipe, matched, strict))
     qmodule = Quantized(module, tuple("/".join(one.found.key) for one in taken))
@@ -152,23 +182,23 @@ def _check_module(module: Any, variables: Any, caller: str) -> None:
         raise TypeError(f"linen.{caller}: variables must be a dict with 'params', as module.init returns it.")
 
 
-def _quantize(
-    floats: jax.Array, one: Taken, stats: LayerStats | None, fallback: str, key: jax.Array, on_nonfinite: str
-) -> tuple[QTensor, methods.Solved | None]:
-    """A weight by its rule, and what its method says."""
-    rule, name = one.rule, "/".join(one.found.key)
-    if stats is not None and stats.count.ndim < len(one.batch):  # under nn.vmap, one input of all elements
-        stacked = floats.shape[: len(one.batch) - stats.count.ndim]
-        stats = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*stacked, *leaf.shape)), stats)
-    own = quantize(
-        floats, nearest_spec(rule), contracting=one.contracting, batch=one.batch, on_nonfinite=on_nonfinite, name=name
-    )
-    solved = None
-    if rule.method != "rtn":
-        solved = solve_layer(own, floats, stats, rule, fallback=fallback, key=key, name=name)
-        own = solved.qt
-    own = with_inputs(own, rule, static_bounds(rule, stats, name))
-    return own, solved
+def _of_all(stats: LayerStats | None, batch: tuple[int, ...]) -> LayerStats | None:
+    """Statistics of a stack of weights; under `nn.vmap` all elements may have one input."""
+    if stats is None or stats.count.ndim >= len(batch):
+        return stats
+    stacked = batch[: len(batch) - stats.count.ndim]
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*stacked, *leaf.shape)), stats)
+
+
+def _blocks(
+    module: linen.Module, variables: Any, layers: list[tuple[Taken, Any]], batches: list[Any] | None, how: Any
+) -> list[list[tuple[Taken, Any]]]:
+    """Layers, with their keys, block by block in the order in which a batch reaches them."""
+    if not batches:
+        raise ValueError("quantize_model: sequential=True needs calibration=batches, not statistics or nothing.")
+    seen = [one.found.path for one, _ in layers if one.found.kind.watched]
+    order = list(calibrate(module, variables, batches[:1], layers=seen, hessian=False, **how)) if seen else []
+    return by_block([(one.found.path, (one, key)) for one, key in layers], order)
 
 
 def _check_data(taken: Sequence[Taken], data: bool) -> None:
@@ -180,42 +210,44 @@ def _check_data(taken: Sequence[Taken], data: bool) -> None:
             problems.append(f"  {name}: its input cannot be observed, so it has no static range")
         elif rule.observer is not None and not data:
             problems.append(f"  {name}: observer {rule.observer!r} needs data")
+        if rule.correct_bias and not data:
+            problems.append(f"  {name}: correct_bias=True needs data")
+        elif rule.correct_bias and found.kind.name not in ("Dense", "DenseGeneral"):
+            problems.append(f"  {name}: correct_bias=True is for Dense and DenseGeneral")
         if rule.method in FOLDED:
             problems.append(f"  {name}: method {rule.method!r} folds scales into what comes before a layer, and linen "
                             "modules do not say what that is; use another method, or an nnx model")  # fmt: skip
         elif method.needs_data and not data:
             problems.append(f"  {name}: method {rule.method!r} needs data")
-        elif rule.method != "rtn" and data and (found.kind.windowed or not found.kind.watched):
+        elif method.needs_data and not _has_rows(found.kind):
             problems.append(f"  {name}: method {rule.method!r} is for Dense, DenseGeneral and Einsum")
     raise_unrunnable(problems)
 
 
+def _has_rows(kind: LayerKind) -> bool:
+    return kind.watched and not kind.windowed
+
+
 def _statistics(
-    module: linen.Module,
+    module: Quantized,
     variables: Any,
     calibration: Any,
     batches: list[Any] | None,
     taken: Sequence[Taken],
-    mask: Any,
-    forward: Any,
-    progress: bool | None,
+    how: Mapping[str, Any],
 ) -> Mapping[str, LayerStats]:
-    """What methods and observers need: one pass for each observer."""
-    wanted: dict[Any, list[str]] = {}
-    for found, rule, *_ in taken:
-        looks = calibration is not None and methods.METHODS[rule.method].judged
-        if looks or rule.observer is not None:
-            wanted.setdefault((rule.observer, looks), []).append(found.path)
+    """What methods and observers of some layers need: one pass for each observer."""
+    layers = [(one.found.path, one.rule, _has_rows(one.found.kind)) for one in taken]
+    if calibration is None:
+        return {}
     if batches is None:
-        calibration = calibration or {}
-        missing = [path for paths in wanted.values() for path in paths if path not in calibration]
+        missing = [path for path, rule, has_rows in layers if looks(rule, has_rows) and path not in calibration]
         if missing:
             raise ValueError(f"quantize_model: calibration has no statistics of {missing}.")
         return calibration
     out: dict[str, LayerStats] = {}
-    how = {"mask": mask, "forward": forward, "progress": progress}
-    for (observer, looks), paths in wanted.items():
-        out |= calibrate(module, variables, batches, layers=paths, hessian=looks, observer=observer, **how)
+    for (observer, hessian), paths in wanted_statistics(layers).items():
+        out |= calibrate(module, variables, batches, layers=paths, hessian=hessian, observer=observer, **how)
     return out
 
 

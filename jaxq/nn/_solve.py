@@ -1,0 +1,215 @@
+"""One weight by its rule: rounded, solved by a method on the layer's inputs, told how to quantize those.
+
+What every way to quantize a model shares, whether its weights are variables of nnx modules, parameters of linen ones or
+leaves of a tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq import methods
+from jaxq.methods import LayerStats
+from jaxq.nn._folding import Outcome
+from jaxq.qtensor import QTensor, QuantSpec, dequantize, quantize
+from jaxq.recipes import Rule
+
+
+def quantize_weight(
+    floats: jax.Array,
+    rule: Rule,
+    axes: tuple[Sequence[int], Sequence[int]],
+    stats: LayerStats | None,
+    *,
+    fallback: str,
+    key: jax.Array,
+    name: str,
+    on_nonfinite: str,
+    outcome: Outcome | None = None,
+    stochastic: bool = False,
+) -> tuple[QTensor, methods.Solved | None]:
+    """A weight as its rule wants it, and what its method says; None of rounding to nearest.
+
+    Args:
+      floats: the weight.
+      rule: with a `QuantSpec` as weight.
+      axes: contracted and batch axes.
+      stats: of the layer's inputs, or None.
+      fallback: as in `jaxq.quantize_model`.
+      key: PRNG key.
+      name: what errors call the weight.
+      on_nonfinite: as in `jaxq.quantize`.
+      outcome: what became of the scales of the layer's group, if its method folds some.
+      stochastic: round with the key where the spec says so.
+    """
+    contracting, batch = axes
+    qt = quantize(
+        floats,
+        nearest_spec(rule),
+        contracting=tuple(contracting),
+        batch=tuple(batch),
+        key=key if stochastic else None,
+        on_nonfinite=on_nonfinite,
+        name=name,
+    )
+    solved = None
+    if rule.method in ("equalize", "smoothquant"):  # their scales are in the floats by now
+        outcome = outcome or Outcome(False, "nothing before it can take its scales")
+        solved = methods.Solved(qt, rule.method if outcome.taken else "rtn", outcome.note, outcome.loss)
+    elif rule.method != "rtn":
+        solved = _solve(qt, floats, stats, rule, fallback, key, name)
+        qt = solved.qt
+        if rule.method == "awq":
+            solved = _with_scales(solved, outcome)
+    return with_inputs(qt, rule, static_bounds(rule, stats, name)), solved
+
+
+def _with_scales(solved: methods.Solved, outcome: Outcome | None) -> methods.Solved:
+    """What AWQ's second half, clipping, made of a weight, with what is known of its first, the scales."""
+    outcome = outcome or Outcome(False, "nothing before it can take its scales")
+    if not outcome.taken:
+        note = "; ".join(n for n in (f"only clipped: {outcome.note}", solved.note) if n)
+        return solved._replace(note=note)
+    loss = None
+    if solved.loss is not None and outcome.loss is not None:
+        loss = solved.loss * outcome.loss
+    if solved.method == "rtn":
+        return solved._replace(method="awq", loss=loss, note="only scaled: clipping does worse on held-out inputs")
+    return solved._replace(loss=loss)
+
+
+def corrected_bias(bias: jax.Array, floats: jax.Array, qt: QTensor, stats: LayerStats) -> jax.Array:
+    """A layer's bias with what its quantized weight falls short of on average.
+
+    Args:
+      bias: `[*batch, *kept]`.
+      floats: the weight.
+      qt: what became of it.
+      stats: of the layer's inputs.
+    """
+    back = dequantize(qt.with_activation(None), dtype=jnp.float32)
+    shift = methods.bias_correction(_matrix(qt, floats), _matrix(qt, back), stats.mean)
+    return (bias.astype(jnp.float32) + shift.reshape(bias.shape)).astype(bias.dtype)
+
+
+def _matrix(qt: QTensor, floats: jax.Array) -> jax.Array:
+    """An array of a QTensor's shape as its matrix `[*batch, in, out]`."""
+    geometry = qt.meta.geometry
+    view = geometry.to_storage(geometry.to_view(floats))
+    return jnp.swapaxes(view.reshape(*qt.batch_shape, -1, geometry.contracted_size), -1, -2)
+
+
+def with_inputs(qt: QTensor, rule: Rule, bounds: tuple[jax.Array, jax.Array] | None = None) -> QTensor:
+    """A weight that quantizes its inputs as a rule says; columns of outliers that its method set apart stay so.
+
+    Args:
+      qt: the weight.
+      rule: its rule.
+      bounds: the static range of its input, or None.
+    """
+    outliers = qt.meta.outliers
+    if outliers is not None and rule.activation is None:
+        return qt
+    return qt.with_activation(rule.activation, outliers=outliers, bounds=bounds)
+
+
+def static_bounds(rule: Rule, stats: LayerStats | None, name: str) -> tuple[jax.Array, jax.Array] | None:
+    """The range of a layer's input that its rule's observer found; None where the rule has none.
+
+    Args:
+      rule: of the layer.
+      stats: of its input.
+      name: what errors call the weight.
+    """
+    if rule.observer is None:
+        return None
+    assert isinstance(rule.activation, QuantSpec)
+    assert not isinstance(rule.observer, str)
+    if stats is None or stats.observed is None:
+        raise ValueError(
+            f"quantize_model: the statistics given have no state of {rule.observer!r}. Make them with "
+            "jaxq.nn.calibrate(..., observer=...), or pass the batches themselves as calibration=."
+        )
+    observer, spec = rule.observer, rule.activation
+
+    def bounds(state: Any) -> tuple[jax.Array, jax.Array]:
+        return observer.bounds(state, spec.fmt, symmetric=spec.symmetric and spec.offset is None)
+
+    for _ in range(stats.count.ndim):
+        bounds = jax.vmap(bounds)
+    low, high = bounds(stats.observed)
+    if not bool(np.all(np.asarray(low) < np.asarray(high))):
+        raise ValueError(
+            f"quantize_model: {name}: calibration has seen no input of it but zeros, so a static range would make them "
+            "all zero. Calibrate on data that reach it, or quantize its inputs on the fly (no observer=)."
+        )
+    return low, high
+
+
+def _solve(
+    own: QTensor, floats: jax.Array, stats: LayerStats | None, rule: Rule, fallback: str, key: jax.Array, name: str
+) -> methods.Solved:
+    """A weight by the method of its rule; `own` is what the result's axes and blocks are to be."""
+    assert isinstance(rule.weight, QuantSpec)
+    if stats is not None and stats.mean.shape[-1] != own.meta.geometry.contracted_size:
+        stats = None  # of a convolution: places with their channels, not what meets the weight
+    solved = methods.solve(
+        rule.method,
+        _matrix(own, floats),
+        stats,
+        rule.weight,
+        options=dict(rule.options),
+        fallback=fallback,
+        key=key,
+        name=name,
+    )
+    return solved._replace(qt=_in_place_of(solved.qt, own, rule.method, name))
+
+
+def nearest_spec(rule: Rule) -> QuantSpec:
+    """How a rule's weight is rounded to nearest: in the blocks of its method, where that has some of its own."""
+    assert isinstance(rule.weight, QuantSpec)
+    granularity = methods.own_granularity(rule.method, dict(rule.options), rule.weight)
+    return rule.weight.replace(granularity=granularity)
+
+
+def _in_place_of(qt: QTensor, own: QTensor, method: str, name: str) -> QTensor:
+    """The QTensor of a matrix as that of an array with more axes, which is stored in the same order."""
+    matrix, whole = qt.meta, own.meta
+    batch = own.batch_shape
+
+    def fit(leaf: jax.Array | None, like: jax.Array | None) -> jax.Array | None:
+        if leaf is None or like is None:
+            return leaf
+        if leaf.size != like.size:
+            raise ValueError(
+                f"{name}: method {method!r} sees the weight as a matrix, in which {whole.spec.granularity} means "
+                "something else. Use PerChannel, PerGroup or PerTensor."
+            )
+        return leaf.reshape(like.shape)
+
+    data = fit(qt.data, own.data)
+    codebook = qt.codebook
+    if codebook is not None:
+        codebook = codebook.reshape(*batch, *whole.geometry.num_blocks, codebook.shape[-1])
+    meta = dataclasses.replace(
+        whole, spec=matrix.spec, packing=matrix.packing, activation=matrix.activation, outliers=matrix.outliers
+    )
+    scale = (
+        jax.tree.map(fit, qt.scale, own.scale) if isinstance(qt.scale, QTensor) else fit(qt.scale, _scale_like(own, qt))
+    )
+    if isinstance(scale, QTensor):
+        assert isinstance(own.scale, QTensor)
+        scale = dataclasses.replace(scale, meta=own.scale.meta)
+    like = _scale_like(own, qt)
+    return QTensor(data, scale, fit(qt.zero_point, like), fit(qt.offset, like), codebook, meta)  # pyright: ignore[reportArgumentType]
+
+
+def _scale_like(own: QTensor, qt: QTensor) -> jax.Array:
+    return jnp.empty((*own.batch_shape, *own.meta.geometry.num_blocks), jnp.float32)
