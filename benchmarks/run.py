@@ -36,6 +36,7 @@ SUBJECTS = (
     "methods",
     "observers",
     "quantize",
+    "recipes",
 )
 # Freed memory stays with the process: else fresh pages are most of what writing 64 MB costs, ours and others'.
 ENVIRONMENT = {
