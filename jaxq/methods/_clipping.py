@@ -10,21 +10,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq import formats
+from jaxq import formats, observers
 from jaxq.methods import _matrix
 from jaxq.methods._tokens import as_tokens
 from jaxq.qtensor import Geometry, QTensor, QuantSpec, as_spec, dequantize, quantize, requantize
 
 RULES = ("entropy", "mse", "percentile")
-# Histograms of this many blocks, times their bins, are held at once.
-_HELD = 1 << 22
 
 
 class ClipInfo(NamedTuple):
@@ -86,7 +84,7 @@ def clip(
     least `sum_i c_i |w_i - Q_T(w_i)|^power`, or, given `x`, of least `mean_t (sum_i x_ti (w_i - Q_T(w_i)))^2` over
     the block's part of the products, as AWQ does. T_0 = A is plain quantization. "percentile": `percentile` per cent
     of the block lie inside, by linear interpolation. "entropy": the T whose histogram loses least information when it
-    is told in half as many levels as there are codes (TensorRT).
+    is told in as few levels as the codes have there (`jaxq.observers.entropy`).
 
     Without `symmetric`, both ends shrink by the same factor; "percentile" leaves half of the rest on either side.
 
@@ -101,7 +99,7 @@ def clip(
       num: how many ranges "mse" tries.
       max_shrink: how far the last of them is from the first, 0 to 1.
       percentile: 0 to 100.
-      bins: of each block's histogram, for "entropy"; time grows with its square.
+      bins: of each block's histogram, for "entropy": at least the number of levels. Time grows with its square.
       name: what errors call w, a parameter's path for example.
 
     Returns:
@@ -141,8 +139,6 @@ def clip(
             raise ValueError(f"clip: {argument} must be 0 to {most}, got {value}.")
     if num < 1 or power <= 0:
         raise ValueError(f"clip: num must be at least 1 and power positive, got num={num} and power={power}.")
-    if rule == "entropy" and bins < num_levels(spec.fmt):
-        raise ValueError(f"clip: {spec.fmt.name} has {num_levels(spec.fmt)} levels a side; bins={bins} are too few.")
     if rule == "entropy" and spec.offset == "min":
         raise ValueError("clip: rule='entropy' counts magnitudes, which offset='min' does not start from; use 'mse'.")
     statistics = []
@@ -157,11 +153,6 @@ def clip(
     amounts = _Amounts(np.int32(num), np.float32(max_shrink), tuple(map(np.float32, shares)))
     one = functools.partial(_clip, amounts=amounts, spec=spec, search=_Search(rule, float(power), int(bins)))
     return _matrix.over_stack(one, w, *statistics)
-
-
-def num_levels(fmt: formats.Format) -> int:
-    """Half of the numbers of a format: how many magnitudes it tells apart."""
-    return max(1, len(fmt.values()) // 2)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "search"))
@@ -351,58 +342,6 @@ def _flat_blocks(w: jax.Array, spec: QuantSpec, geometry: Geometry) -> tuple[jax
 
 def _least_divergence(w: jax.Array, whole: _Range, spec: QuantSpec, geometry: Geometry, bins: int) -> _Range:
     values, inside = _flat_blocks(w, spec, geometry)
-    levels = num_levels(spec.fmt)
-    find = functools.partial(_entropy_threshold, bins=bins, levels=levels)
-    threshold = lax.map(find, (jnp.abs(values), inside), batch_size=max(1, min(len(values), _HELD // bins)))
-    threshold = threshold.reshape(whole.low.shape)
+    found = observers.entropy(bins, axis=0).bounds_of(values, spec.fmt, symmetric=spec.symmetric, where=inside)
+    threshold = jnp.maximum(-found[0], found[1]).reshape(whole.low.shape)
     return _Range(jnp.maximum(whole.low, -threshold), jnp.minimum(whole.high, threshold))
-
-
-def _entropy_threshold(block: Any, *, bins: int, levels: int) -> jax.Array:
-    """TensorRT's threshold of one block `([size] magnitudes, [size] which of them are true numbers)`."""
-    magnitudes, inside = block
-    largest = jnp.max(jnp.where(inside, magnitudes, 0.0), initial=0.0)
-    width = jnp.where(largest > 0, largest, 1.0) / bins
-    place = jnp.clip((magnitudes / width).astype(jnp.int32), 0, bins - 1)
-    histogram = jnp.zeros(bins, jnp.float32).at[place].add(inside.astype(jnp.float32))
-    return best_bin(histogram, levels).astype(jnp.float32) * width
-
-
-def best_bin(histogram: jax.Array, levels: int) -> jax.Array:
-    """How many bins to keep of a histogram of magnitudes: the i of least `KL(P_i || Q_i)`, the last one of equals.
-
-    P_i is the first i bins with all mass beyond added to the last of them; Q_i is the same bins without that mass,
-    merged into `levels` equal runs, each spread evenly over its bins that are not empty.
-
-    Args:
-      histogram: float32 `[bins]` of counts, bins starting at 0.
-      levels: 1 to bins.
-
-    Returns:
-      int32 scalar, levels to bins.
-    """
-    (bins,) = histogram.shape
-    j = np.arange(bins)
-    filled = histogram > 0
-    start = jnp.zeros(1, jnp.float32)
-    mass = jnp.concatenate([start, jnp.cumsum(histogram)])  # [bins + 1], of all bins before
-    count = jnp.concatenate([start, jnp.cumsum(filled.astype(jnp.float32))])
-
-    def divergence(i: jax.Array) -> jax.Array:
-        kept = j < i
-        p = jnp.where(kept, histogram, 0.0) + jnp.where(j == i - 1, mass[-1] - mass[i], 0.0)
-        run = jnp.minimum(j * levels // i, levels - 1)
-        first, last = (jnp.minimum((r * i + levels - 1) // levels, i) for r in (run, run + 1))
-        q = (mass[last] - mass[first]) / jnp.maximum(count[last] - count[first], 1.0)
-        q = jnp.where(kept & filled, q, 0.0)
-        p, q = p / jnp.maximum(mass[-1], 1.0), q / jnp.maximum(mass[i], 1.0)
-        terms = p * (jnp.log(jnp.where(p > 0, p, 1.0)) - jnp.log(q))  # infinite where q = 0 < p
-        return jnp.sum(jnp.where(p > 0, terms, 0.0))
-
-    def step(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        now = divergence(i)
-        better = now <= best[0]
-        return jnp.where(better, now, best[0]), jnp.where(better, i, best[1])
-
-    first = (jnp.asarray(np.inf, jnp.float32), jnp.asarray(bins, jnp.int32))
-    return lax.fori_loop(levels, bins + 1, step, first)[1]

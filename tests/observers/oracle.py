@@ -5,25 +5,29 @@ import math
 import numpy as np
 
 
-def entropy_divergences(h, levels):
-    """D_i of TensorRT's steps for i = 0 to len(h) of counts of magnitudes, infinite below `levels`."""
-    found = [math.inf] * (len(h) + 1)
-    for i in range(levels, len(h) + 1):
-        p = [float(v) for v in h[:i]]
-        for v in h[i:]:
-            p[i - 1] += v
-        q = [0.0] * i
-        for g in range(levels):
-            members = [j for j in range(i) if j * levels // i == g]
-            mass, holding = sum(h[j] for j in members), [j for j in members if h[j] > 0]
-            for j in holding:
-                q[j] = mass / len(holding)
-        divergence = 0.0
-        for pj, qj in zip(p, q, strict=True):
-            if pj > 0:
-                divergence += math.inf if qj == 0 else pj / sum(p) * math.log((pj / sum(p)) / (qj / sum(q)))
-        found[i] = divergence
-    return found
+def entropy_divergence(h, i, levels):
+    """D_i of TensorRT's steps for counts h of magnitudes, told in so many levels."""
+    h = np.asarray(h, np.float64)
+    p, kept = h[:i].copy(), h[:i]
+    p[-1] += h[i:].sum()
+    group = np.arange(i) * levels // i
+    mass, holding = np.zeros(levels), np.zeros(levels)
+    np.add.at(mass, group, kept)
+    np.add.at(holding, group, kept > 0)
+    q = np.where(kept > 0, mass[group] / np.maximum(holding[group], 1), 0)
+    if (q[p > 0] == 0).any():
+        return math.inf
+    p, q = p[p > 0] / p.sum(), q[p > 0] / q.sum()
+    return float((p * np.log(p / q)).sum())
+
+
+def entropy_levels(fmt, symmetric, positive, negative):
+    """How many levels magnitudes have, of numbers that reach so many bins to either side."""
+    values = fmt.values()
+    if symmetric:
+        return int((values >= 0).sum())
+    longer, both = max(positive, negative), positive + negative
+    return (len(values) - 1) * longer // both + 1
 
 
 def counted(x, bins):
@@ -35,14 +39,17 @@ def counted(x, bins):
     return width, np.bincount(np.floor(magnitude / width).astype(int), minlength=bins)
 
 
-def entropy_threshold(x, bins, levels):
+def entropy_threshold(x, bins, fmt, symmetric=True):
     """The threshold on |x| of least divergence; the last of equals, and never beyond the largest."""
+    x = np.asarray(x)
     width, h = counted(x, bins)
     used = int(np.flatnonzero(h)[-1]) + 1
-    found = entropy_divergences(list(h[:used]), levels)
+    reach = [int(np.floor(side.max() / width)) + 1 if side.size else 0 for side in (x[x >= 0], -x[x < 0])]
     least, best = math.inf, used
-    for i, divergence in enumerate(found):
-        if divergence <= least and i >= levels:
+    for i in range(1, used + 1):
+        levels = entropy_levels(fmt, symmetric, *(min(i, n) for n in reach))
+        divergence = entropy_divergence(h, i, levels) if i >= levels else math.inf
+        if divergence < math.inf and divergence <= least:
             least, best = divergence, i
     return float(np.abs(x).max()) if best == used else best * width
 

@@ -1,9 +1,13 @@
 """TensorRT's steps against a loop-by-loop oracle."""
 
+import functools
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxq import formats, observers
+from jaxq.observers import _entropy, _numbers
 from tests.observers import oracle
 from tests.tables import thinned
 
@@ -26,40 +30,59 @@ def data() -> np.ndarray:
     return np.stack(rows).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", thinned(["int4", "int5"], ["int4"]))
-def test_thresholds(name):
-    x, levels = data(), int((formats.get(name).values() >= 0).sum())
-    assert levels == {"int4": 8, "int5": 16}[name]
-    obs = observers.entropy(BINS, axis=0)
-    found = np.asarray(obs.bounds(obs.update(obs.init(x), x), name)[1])
-    expected = [oracle.entropy_threshold(row, BINS, levels) for row in x]
-    np.testing.assert_array_equal(found, np.float32(expected))
+CASES = [("int4", True), ("uint4", True), ("uint4", False), ("int8", True), ("int8", False)]
+
+
+@pytest.mark.parametrize(("name", "symmetric"), thinned(CASES, [("int4", True), ("uint4", False)]))
+def test_thresholds(name, symmetric):
+    x, fmt = data(), formats.get(name)
+    bins = BINS if fmt.bits == 4 else 512
+    obs = observers.entropy(bins, axis=0)
+    state = obs.update(obs.init(x), x)
+    low, high = (np.asarray(b) for b in obs.bounds(state, name, symmetric=symmetric))
+    found = np.maximum(-low, high)
+    expected = np.float32([oracle.entropy_threshold(row, bins, fmt, symmetric) for row in x])
+    np.testing.assert_array_equal(found, expected)
     assert (found < np.abs(x).max(axis=1)).any(), "no row is clipped: this says little"
-    np.testing.assert_array_equal(np.asarray(obs.bounds_of(x, name)[1]), found)
+    if not symmetric:
+        np.testing.assert_array_equal(low, np.maximum(np.minimum(x.min(axis=1), 0), -expected))
+        np.testing.assert_array_equal(high, np.minimum(np.maximum(x.max(axis=1), 0), expected))
+    of = obs.bounds_of(x, name, symmetric=symmetric)
+    np.testing.assert_array_equal(np.stack(of), np.stack([low, high]))
+
+
+def test_numbers_of_levels():
+    int8, uint4 = formats.get("int8"), formats.get("uint4")
+    assert oracle.entropy_levels(int8, True, 9, 9) == 128
+    assert oracle.entropy_levels(uint4, True, 9, 0) == 16
+    # Codes with a zero point: all for one side, half where both reach as far.
+    assert [oracle.entropy_levels(uint4, False, *reach) for reach in ((9, 0), (0, 9), (9, 9))] == [16, 16, 8]
+    assert _entropy._levels(int8, True) == (128, 128)
+    assert _entropy._levels(uint4, True) == (16, 16)
+    assert _entropy._levels(uint4, False) == (8, 16)
+    assert _entropy._levels(int8, False) == (128, 256)
 
 
 def test_divergences_are_the_oracles():
-    import jax.numpy as jnp
-
-    from jaxq.observers import _entropy, _numbers
-
     # The histogram of the published example's size: 16 bins, 4 levels; gaps, and mass beyond them.
     h = np.array([90, 60, 41, 30, 22, 14, 9, 0, 4, 3, 1, 2, 0, 0, 0, 1], np.uint32)
-    divergences = oracle.entropy_divergences(h.tolist(), 4)
-    best, used = _entropy._best(_numbers.as_count(jnp.asarray(h)), 4)
+    divergences = [oracle.entropy_divergence(h, i, 4) if i >= 4 else np.inf for i in range(17)]
+    both = np.stack([h, np.zeros_like(h)])
+    search = functools.partial(_entropy.best_bin, fmt=formats.get("int3"), symmetric=True)
+    best, used = search(_numbers.as_count(jnp.asarray(both)))
     assert (int(best), int(used)) == (int(np.argmin(divergences)), 16)
     assert np.isinf(divergences[13])  # its last bin holds nothing, and there is mass beyond it
     # Sizes of counts do not matter: 2^33 times as many.
-    many = _numbers.Count(jnp.zeros(16, jnp.uint32), jnp.asarray(h * 2))
-    assert int(_entropy._best(many, 4)[0]) == int(best)
+    many = _numbers.Count(jnp.zeros((2, 16), jnp.uint32), jnp.asarray(both * 2))
+    assert int(search(many)[0]) == int(best)
 
 
-def test_asymmetric_bounds_are_cut_and_stay_inside():
-    x = data()[4]
-    obs = observers.entropy(BINS)
-    state = obs.update(obs.init(x), x)
-    low, high = (float(v) for v in obs.bounds(state, "int4", symmetric=False))
-    assert (low, high) == (0.0, float(obs.bounds(state, "int4")[1]))
+def test_what_is_told_exactly_is_kept():
+    search = functools.partial(_entropy.best_bin, fmt=formats.get("int4"), symmetric=True)
+    for h in (np.full(16, 5), np.zeros(16), np.repeat([3, 0], 8)):
+        both = np.stack([h, np.zeros_like(h)]).astype(np.uint32)
+        best, used = search(_numbers.as_count(jnp.asarray(both)))
+        assert int(best) >= int(used)
 
 
 def test_levels_need_bins():
