@@ -97,7 +97,7 @@ def awq(
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
-      >>> from jaxq.methods._awq import awq
+      >>> from jaxq.methods import awq
       >>> x = jax.random.normal(jax.random.key(0), (64, 32)) * jnp.ones((1, 32)).at[0, 5].set(30.0)
       >>> qt, info = awq(jax.random.normal(jax.random.key(1), (32, 8)), x, "int4")
       >>> bool(info.loss < info.loss_unscaled), bool(info.scale[5] == info.scale.max())
@@ -153,7 +153,7 @@ def awq_scale(
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
-      >>> from jaxq.methods._awq import awq_scale
+      >>> from jaxq.methods import awq_scale
       >>> x = jax.random.normal(jax.random.key(0), (64, 32)) * jnp.ones((1, 32)).at[0, 5].set(30.0)
       >>> w = jax.random.normal(jax.random.key(1), (2, 32, 8))
       >>> s, info = awq_scale([w[0], w[1]], x, "int4")

@@ -37,7 +37,7 @@ def bias_correction(
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> from jaxq.methods._bias_correction import bias_correction
+      >>> from jaxq.methods import bias_correction
       >>> w = jnp.array([[0.26], [1.27]])
       >>> bias_correction(w, jaxq.quantize(w, "int8"), jnp.array([1.0, 0.0])).shape
       (1,)

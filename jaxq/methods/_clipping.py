@@ -113,7 +113,7 @@ def clip(
 
     Example:
       >>> import jax, jaxq
-      >>> from jaxq.methods._clipping import clip
+      >>> from jaxq.methods import clip
       >>> w = jax.random.normal(jax.random.key(0), (128, 4))
       >>> qt, info = clip(w, "int4")
       >>> bool((info.error <= info.error_unclipped).all()), qt.shape

@@ -57,7 +57,7 @@ def equalize(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxq.methods._equalization import equalize
+      >>> from jaxq.methods import equalize
       >>> (w1, w2, _), info = equalize(jnp.array([[8.0, 1.0]]), jnp.array([[2.0], [4.0]]))
       >>> w1.tolist(), w2.tolist(), info.scale.tolist()
       ([[4.0, 2.0]], [[4.0], [2.0]], [2.0, 0.5])

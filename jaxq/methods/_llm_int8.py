@@ -75,7 +75,7 @@ def llm_int8(
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> from jaxq.methods._llm_int8 import llm_int8
+      >>> from jaxq.methods import llm_int8
       >>> qt, info = llm_int8(jnp.ones((4, 2)), absmax_x=jnp.array([1.0, 40.0, 2.0, 6.0]))
       >>> int(info.num_outliers)
       2
@@ -136,7 +136,7 @@ def llm_int8_matmul(
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> from jaxq.methods._llm_int8 import llm_int8_matmul
+      >>> from jaxq.methods import llm_int8_matmul
       >>> x = jnp.array([[0.5, -40.0, 1.0]])
       >>> y, info = llm_int8_matmul(x, jaxq.quantize(jnp.eye(3), "int8"))
       >>> [round(v, 3) for v in y[0].tolist()], info.outliers.tolist()

@@ -48,7 +48,7 @@ def hadamard(x: jax.typing.ArrayLike, axis: int = -1, *, inverse: bool = False) 
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxq.methods._rotation import hadamard
+      >>> from jaxq.methods import hadamard
       >>> hadamard(jnp.array([8.0, 0.0, 0.0, 0.0])).tolist()
       [4.0, 4.0, 4.0, 4.0]
 
@@ -77,7 +77,7 @@ def hadamard_matrix(n: int) -> np.ndarray:
       ValueError: no matrix of order n can be built here (none exists unless n is 1, 2 or a multiple of 4).
 
     Example:
-      >>> from jaxq.methods._rotation import hadamard_matrix
+      >>> from jaxq.methods import hadamard_matrix
       >>> hadamard_matrix(2).tolist(), hadamard_matrix(12).shape
       ([[1, 1], [1, -1]], (12, 12))
 
@@ -106,7 +106,7 @@ def random_hadamard(key: jax.Array, n: int) -> jax.Array:
 
     Example:
       >>> import jax
-      >>> from jaxq.methods._rotation import random_hadamard
+      >>> from jaxq.methods import random_hadamard
       >>> random_hadamard(jax.random.key(0), 12).shape
       (12,)
     """
@@ -129,7 +129,7 @@ def rotate_in(w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from jaxq.methods._rotation import random_hadamard, rotate_in, rotate_out
+      >>> from jaxq.methods import random_hadamard, rotate_in, rotate_out
       >>> x, w, signs = jnp.ones((1, 4)), jnp.ones((4, 2)), random_hadamard(jax.random.key(0), 4)
       >>> (rotate_out(x, signs) @ rotate_in(w, signs)).tolist()
       [[4.0, 4.0]]
@@ -153,7 +153,7 @@ def rotate_out(w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = Non
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxq.methods._rotation import rotate_out
+      >>> from jaxq.methods import rotate_out
       >>> rotate_out(jnp.array([[0.0, 2.0]])).round(3).tolist()
       [[1.4140000343322754, -1.4140000343322754]]
     """

@@ -56,7 +56,7 @@ def smoothquant(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxq.methods._smoothquant import smoothquant
+      >>> from jaxq.methods import smoothquant
       >>> s, _ = smoothquant(jnp.array([2.0, 16.0, 2.0, 9.0]), jnp.array([[2.0], [1.0], [-2.0], [1.0]]))
       >>> s.tolist()
       [1.0, 4.0, 1.0, 3.0]
@@ -95,7 +95,7 @@ def fold_scale_into_previous(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxq.methods._smoothquant import fold_scale_into_previous
+      >>> from jaxq.methods import fold_scale_into_previous
       >>> fold_scale_into_previous(jnp.array([1.0, 4.0]), jnp.array([1.0, 2.0]))[0].tolist()
       [1.0, 0.5]
     """
@@ -125,7 +125,7 @@ def fold_scale_into_next(s: jax.typing.ArrayLike, w: jax.typing.ArrayLike) -> ja
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxq.methods._smoothquant import fold_scale_into_next
+      >>> from jaxq.methods import fold_scale_into_next
       >>> fold_scale_into_next(jnp.array([1.0, 4.0]), jnp.ones((2, 1))).tolist()
       [[1.0], [4.0]]
     """
