@@ -73,18 +73,15 @@ def awq(
     output channels of a linear (`fold_scale_into_previous`). Linears that share their input share their scales: use
     `awq_scale` for those, and `clip` for each.
 
-    Ranges are clipped to `A (1 - k / 20)`, k = 0 .. 9, by the error of each block's part of the output (`clip` with
-    x), and are taken if they make the whole output better. So on the tokens looked at the output is never worse than
-    that of rounding to nearest.
+    Ranges are clipped to `A (1 - k / 20)`, k = 0 .. 9 (`clip` with x), where that makes the whole output better. So on
+    the tokens looked at the output is never worse than that of rounding to nearest.
 
     Args:
       w: float `[in, out]`, or a stack of such matrices with axes in front.
       x: float `[..., in]`, inputs of the layer (for a stack: `[tokens, in]`, or stacked like w).
       spec: preset name or `QuantSpec`; the paper has groups of 128, 4 bits and zero points, as "uint4".
       clip: whether to clip; the authors leave out query and key projections.
-      duo: as in `awq_scale`.
-      num: as in `awq_scale`.
-      max_tokens: no more tokens than this are looked at, taken at even distances.
+      duo, num, max_tokens: as in `awq_scale`.
       name: what errors call w, a parameter's path for example.
 
     Returns:
@@ -148,8 +145,7 @@ def awq_scale(
       (`fold_scale_into_next`) and divide by it in what comes before (`fold_scale_into_previous`).
 
     Raises:
-      TypeError: not float arrays.
-      ValueError: shapes that do not meet, no tokens, non-finite numbers.
+      TypeError, ValueError: as `awq`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -161,8 +157,7 @@ def awq_scale(
       ((32,), True)
 
     References:
-      Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2023, section 3.2.
-      AutoAWQ (`duo_scaling`).
+      Lin et al., 2023 (see `awq`), section 3.2. AutoAWQ (`duo_scaling`).
     """
     spec = as_spec(spec, "awq_scale")
     matrices = as_weights(weights, "awq_scale")

@@ -93,7 +93,7 @@ def llm_int8(
     else:
         said = "one magnitude for each input"
         x = _matrix.as_statistic(absmax_x, "absmax_x", "llm_int8", shape=w.shape[-2:-1], said=said, w=w)
-        outliers = jnp.broadcast_to(_is_outlier(x, threshold), (*w.shape[:-2], w.shape[-2]))
+        outliers = jnp.broadcast_to(~(x < threshold), (*w.shape[:-2], w.shape[-2]))
     return qt, LLMInt8Info(outliers, jnp.sum(outliers, axis=-1, dtype=jnp.int32))
 
 
@@ -109,12 +109,13 @@ def llm_int8_matmul(
     """`x @ w` with the columns of x that hold an outlier, `max_t |x_tj| >= threshold`, in high precision.
 
     The other columns are quantized row by row, over what is left of each row, multiply the codes of w in int32, and
-    are scaled by both scales. Without outliers that is `x @ qt.with_activation("int8")` to the bit; with threshold 0
-    it is the product in high precision.
+    are scaled by both scales. With threshold 0 it is the product in high precision.
 
-    Which columns are outliers depends on the data, and compiled shapes cannot. `num_outliers=None` is exact: x is cut
-    in two by a mask, and the high-precision product has all columns. `num_outliers=k` gathers the k columns of largest
-    magnitude, so that product costs k columns; outliers beyond k stay in int8 and are counted in `info.num_missed`.
+    As it stands this is `x @ qt.with_activation("int8", outliers=threshold)`, the product of layers, and says which
+    columns were outliers. A layer's product has no more settings than that; two are here. Which columns are outliers
+    depends on the data, and compiled shapes cannot, so x is cut in two by a mask and both products have all columns;
+    `num_outliers=k` gathers the k columns of largest magnitude, so that the second one costs k columns, and counts
+    outliers beyond k, which stay in int8, in `info.num_missed`. `keep` gives that product the weight before rounding.
 
     Args:
       x: float `[..., in]`; outliers are looked for over all leading axes.
@@ -166,26 +167,25 @@ def llm_int8_matmul(
             )
     if num_outliers is not None and num_outliers < 0:
         raise ValueError(f"llm_int8_matmul: num_outliers must be None or at least 0, got {num_outliers}.")
-    codes = w.with_activation(activation or w.meta.activation or "int8")
-    floats = w.with_activation(None)
+    activation = activation or w.meta.activation or "int8"
 
     magnitude = jnp.max(jnp.abs(x.reshape(-1, num_in)), axis=0, initial=0.0)  # [in]
-    reached = _is_outlier(magnitude, threshold)
-    if num_outliers is None:
-        outliers = reached
-        high = _product(_where(outliers, x), floats if keep is None else keep)
-    else:
+    outliers = reached = ~(magnitude < threshold)  # NaN is an outlier
+    if num_outliers is not None:
         _, columns = lax.top_k(magnitude, min(num_outliers, num_in))
         chosen = reached[columns]
         outliers = jnp.zeros(num_in, bool).at[columns].set(chosen)
         taken = _where(chosen, jnp.take(x, columns, axis=-1))
-        rows = _rows(floats, columns) if keep is None else jnp.take(keep, columns, axis=0)
-        high = _product(taken, rows)
-    low = _product(_where(~outliers, x), codes)
+        rows = _rows(w.with_activation(None), columns) if keep is None else jnp.take(keep, columns, axis=0)
+        y = _product(_where(~outliers, x), w.with_activation(activation)) + _product(taken, rows)
+    elif keep is not None:
+        y = _product(_where(~outliers, x), w.with_activation(activation)) + _product(_where(outliers, x), keep)
+    else:
+        y = _product(x, w.with_activation(activation, outliers=threshold))
     dtype = jnp.promote_types(x.dtype, w.dtype)
     total = jnp.sum(reached, dtype=jnp.int32)
     info = LLMInt8MatmulInfo(outliers, total, total - jnp.sum(outliers, dtype=jnp.int32))
-    return (low + high).astype(dtype), info
+    return y.astype(dtype), info
 
 
 def _where(columns: jax.Array, x: jax.Array) -> jax.Array:
@@ -216,10 +216,6 @@ def _rows(qt: QTensor, columns: jax.Array) -> jax.Array:
     return dequantize(
         dataclasses.replace(qt, data=data, meta=dataclasses.replace(qt.meta, geometry=taken)), dtype=jnp.float32
     )
-
-
-def _is_outlier(magnitude: jax.Array, threshold: float) -> jax.Array:
-    return ~(magnitude < threshold)  # NaN is one
 
 
 def _check_threshold(threshold: float, caller: str) -> None:

@@ -141,15 +141,7 @@ def rotate_in(w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None
 def rotate_out(w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None) -> jax.Array:
     """`w Q`: a weight (or its bias, an embedding, an activation) whose outputs come out rotated.
 
-    Args:
-      w: float `[..., out]`.
-      signs: float `[out]`, from `random_hadamard`; None takes `Q = H / sqrt(out)`.
-
-    Returns:
-      The rotated array, in the dtype of w.
-
-    Raises:
-      TypeError, ValueError: as `hadamard`; sizes that differ.
+    Args, Returns, Raises: as `rotate_in`, with w `[..., out]` and signs `[out]`.
 
     Example:
       >>> import jax.numpy as jnp

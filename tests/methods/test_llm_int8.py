@@ -61,6 +61,13 @@ def test_without_outliers_it_is_the_plain_product(dtype, num_outliers):
     np.testing.assert_array_equal(matmul(x, qt, threshold=1e9)[0], x @ qt.with_activation("int8"))
 
 
+def test_is_the_product_of_layers():
+    y, _ = matmul(X, QT, threshold=6.0)
+    layer = jax.jit(lambda x: x @ QT.with_activation("int8", outliers=6.0))
+    np.testing.assert_array_equal(y, layer(X))
+    np.testing.assert_allclose(matmul(X, QT, keep=jaxq.dequantize(QT))[0], y, rtol=1e-5, atol=1e-4)
+
+
 def test_threshold_zero_is_the_product_in_high_precision():
     y, info = matmul(X, QT, threshold=0.0)
     np.testing.assert_array_equal(y, X @ QT)
