@@ -55,7 +55,7 @@ PLAIN += (
     "contracts/test_nnx_layers.py",
     *(
         f"methods/test_{name}.py"
-        for name in ("adaround", "awq", "contract", "equalization", "gptq", "hqq", "rotation", "smoothquant")
+        for name in ("adaround", "awq", "contract", "equalization", "gptq", "hqq", "limits", "rotation", "smoothquant")
     ),
     "qtensor/test_layout.py",
     "qtensor/test_qtensor.py",

@@ -11,6 +11,7 @@ from jaxq.methods._equalization import EqualizeInfo, equalize
 from jaxq.methods._gptq import GPTQInfo, gptq
 from jaxq.methods._hqq import HQQInfo, hqq
 from jaxq.methods._kmeans import KMeansInfo, centroid_gradient, kmeans
+from jaxq.methods._limits import why_not
 from jaxq.methods._llm_int8 import LLMInt8Info, LLMInt8MatmulInfo, llm_int8, llm_int8_matmul
 from jaxq.methods._rotation import hadamard, hadamard_matrix, random_hadamard, rotate_in, rotate_out
 from jaxq.methods._rtn import RTNInfo, rtn
@@ -74,4 +75,5 @@ __all__ = [
     "smoothquant",
     "solve",
     "update_stats",
+    "why_not",
 ]

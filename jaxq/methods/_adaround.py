@@ -21,7 +21,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxq.methods import _matrix
+from jaxq.methods import _limits, _matrix
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize, requantize, scale_values
 
 # The rectified sigmoid reaches 0 and 1, so that gradients end there (section 3).
@@ -102,17 +102,13 @@ def adaround(
       Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020, section 3.
     """
     spec = as_spec(spec, "adaround")
+    _limits.refuse("adaround", spec)
     w = _matrix.as_weight(w, "adaround", name)
     said = "inputs [tokens, in]"
     x = _matrix.as_statistic(x, "x", "adaround", shape=(None, w.shape[-2]), said=said, w=w)
     target = x
     if x_float is not None:
         target = _matrix.as_statistic(x_float, "x_float", "adaround", shape=x.shape[-2:], said=said, w=w)
-    if spec.rounding == "stochastic" or spec.scale_rule in ("ttq", "twn"):
-        raise ValueError(
-            f"adaround: rounding={spec.rounding!r} with scale_rule={spec.scale_rule!r} has no two neighbours to choose "
-            "from. Use rounding='nearest_even' and another scale rule."
-        )
     if num_steps < 1 or batch_size < 1 or learning_rate <= 0 or regularization < 0 or not 0 <= warm_start <= 1:
         raise ValueError(
             "adaround: num_steps and batch_size must be at least 1, learning_rate positive, regularization not "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.methods import _matrix
+from jaxq.methods import _limits, _matrix
 from jaxq.methods._clipping import clip as clip_ranges
 from jaxq.methods._smoothquant import as_weights
 from jaxq.methods._tokens import as_tokens
@@ -104,6 +104,7 @@ def awq(
       Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2023, section 3.
     """
     spec = as_spec(spec, "awq")
+    _limits.refuse("awq", spec)
     w = _matrix.as_weight(w, "awq", name)
     _check(num, "awq")
     magnitude = jnp.mean(jnp.abs(as_tokens(x, w, "awq")), axis=-2)

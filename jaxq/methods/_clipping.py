@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxq import formats, observers
-from jaxq.methods import _matrix
+from jaxq.methods import _limits, _matrix
 from jaxq.methods._tokens import as_tokens
 from jaxq.qtensor import Geometry, QTensor, QuantSpec, as_spec, dequantize, quantize, requantize
 
@@ -127,6 +127,7 @@ def clip(
     """
     spec = as_spec(spec, "clip")
     formats.check_choice("clip: rule", rule, RULES)
+    _limits.refuse("clip", spec, rule=rule)
     w = _matrix.as_weight(w, "clip", name)
     if rule != "mse" and (x is not None or channel_weight is not None):
         raise ValueError(f"clip: x and channel_weight weigh the error of rule='mse'; rule={rule!r} has none.")
@@ -139,8 +140,6 @@ def clip(
             raise ValueError(f"clip: {argument} must be 0 to {most}, got {value}.")
     if num < 1 or power <= 0:
         raise ValueError(f"clip: num must be at least 1 and power positive, got num={num} and power={power}.")
-    if rule == "entropy" and spec.offset == "min":
-        raise ValueError("clip: rule='entropy' counts magnitudes, which offset='min' does not start from; use 'mse'.")
     statistics = []
     if x is not None:
         statistics = [(as_tokens(x, w, "clip"), 2)]

@@ -24,7 +24,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxq import formats
-from jaxq.methods import _matrix
+from jaxq.methods import _limits, _matrix
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, decode_blocks, quantize, requantize, scale_values
 
 
@@ -94,6 +94,7 @@ def hqq(
       Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023, section 2.
     """
     spec = as_spec(spec, "hqq")
+    _limits.refuse("hqq", spec)
     w = _matrix.as_weight(w, "hqq", name)
     if not 0 < norm < 1:
         raise ValueError(f"hqq: norm must be above 0 and below 1, got {norm}.")
@@ -101,13 +102,6 @@ def hqq(
         raise ValueError(
             f"hqq: beta and kappa must be positive and num_steps not negative; got beta={beta}, kappa={kappa}, "
             f"num_steps={num_steps}."
-        )
-    if spec.rounding == "stochastic":
-        raise ValueError("hqq: rounding='stochastic' needs a key, and HQQ rounds to nearest. Change spec.rounding.")
-    if isinstance(spec.scale, QuantSpec) and spec.offset != "min":
-        raise ValueError(
-            f"hqq: scales of this spec are quantized themselves ({spec.scale.fmt.name}) and cannot be moved one by "
-            "one. Use a spec with scale='float32', 'bfloat16' or 'float16', or with offset='min'."
         )
     return _hqq(w, spec, np.float32(norm), np.float32(beta), np.float32(kappa), num_steps)
 

@@ -9,7 +9,7 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxq import metrics
-from jaxq.methods import _matrix
+from jaxq.methods import _limits, _matrix
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
 
 
@@ -40,7 +40,7 @@ def rtn(w: ArrayLike, spec: str | QuantSpec, *, name: str = "w") -> tuple[QTenso
 
     Raises:
       TypeError: `w` is not a float array.
-      ValueError: not a matrix, a number that is not finite (outside jit).
+      ValueError: stochastic rounding, not a matrix, a number that is not finite (outside jit).
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -54,7 +54,9 @@ def rtn(w: ArrayLike, spec: str | QuantSpec, *, name: str = "w") -> tuple[QTenso
       section 3. Rastegari et al., "XNOR-Net", 2016, section 3.1. Li et al., "Ternary Weight Networks", 2016, section
       2. Zhu et al., "Trained Ternary Quantization", 2017, section 3.
     """
-    return _rtn(_matrix.as_weight(w, "rtn", name), as_spec(spec, "rtn"))
+    spec = as_spec(spec, "rtn")
+    _limits.refuse("rtn", spec)
+    return _rtn(_matrix.as_weight(w, "rtn", name), spec)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
