@@ -74,6 +74,8 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     else:
         kind, structure = "tree", _describe(tree, "", tensors)
     header = {"version": FORMAT_VERSION, "kind": kind, "structure": structure}
+    if kind == "model" and (transforms := _transforms(tree)) is not None:
+        header["transforms"] = transforms
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     os.close(handle)
     try:
@@ -104,7 +106,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
     Raises:
       FileNotFoundError: no such file.
       ValueError: not a jaxq file, another version, a damaged entry; `into` and file differ: every missing,
-        extra or misshaped parameter is named.
+        extra or misshaped parameter is named, and every layer whose inputs are transformed in one of them only.
     """
     path = Path(path)
     if not path.is_file():
@@ -129,7 +131,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
         return tree
     if header["kind"] != "model":
         raise ValueError(f"load: {path} holds a tree, not a model. Load it without into=.")
-    return _into_model(into, tree, path)
+    return _into_model(into, tree, path, header.get("transforms"))
 
 
 # Describing what is not a tensor.
@@ -290,6 +292,8 @@ def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         raise ValueError(f"load: the metadata of {path} is damaged: {error}.") from error
     if not isinstance(header, dict):
         raise ValueError(f"load: the metadata of {path} is damaged: a {type(header).__name__} instead of an object.")
+    if not isinstance(header.get("transforms", {}), dict):
+        raise ValueError(f"load: the metadata of {path} is damaged: transforms are {header['transforms']!r}.")
     if header.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"load: {path} has format version {header.get('version')}; this jaxq reads version {FORMAT_VERSION}."
@@ -327,7 +331,16 @@ def _parameters(model: Any) -> dict[str, Any]:
     return found
 
 
-def _into_model(model: Any, found: dict[str, Any], path: Path) -> Any:
+def _transforms(model: Any) -> dict[str, str] | None:
+    """What inputs of layers go through at run time, by path; None of a state, which cannot tell."""
+    from flax import nnx
+
+    from jaxq.models._rotate import input_transforms
+
+    return input_transforms(model) if isinstance(model, nnx.Module) else None
+
+
+def _into_model(model: Any, found: dict[str, Any], path: Path, transforms: dict[str, str] | None) -> Any:
     from flax import nnx
 
     from jaxq import nn
@@ -338,6 +351,13 @@ def _into_model(model: Any, found: dict[str, Any], path: Path) -> Any:
     variables = {"/".join(map(str, p)): v for p, v in nnx.iter_graph(copy) if isinstance(v, nnx.Variable)}
     problems = [f"  {name}: in the model, missing from the file" for name in variables if name not in found]
     problems += [f"  {name}: in the file, not in the model" for name in found if name not in variables]
+    own = _transforms(copy) or {}
+    theirs = own if transforms is None else transforms
+    for name in sorted({*own, *theirs}):
+        mine, saved = own.get(name, "nothing"), theirs.get(name, "nothing")
+        if mine != saved:
+            remedy = "Pass a model of the same jaxq.models.rotate(..., online=...)"
+            problems.append(f"  {name}: its inputs go through {mine} in the model, {saved} in the file. {remedy}")
     layers: dict[int, list[tuple[Any, Any, str]]] = {}
     for layer_path, layer, kind in nn.find_layers(copy):
         layers.setdefault(id(getattr(layer, kind.weight)), []).append((layer, kind, layer_path))

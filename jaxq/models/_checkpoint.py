@@ -15,6 +15,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxq.models._rotate import input_transforms
 from jaxq.models.llama import Llama, LlamaConfig
 
 _INDEX = "model.safetensors.index.json"
@@ -97,7 +98,8 @@ def save(path: str | Path, model: Llama, *, tokenizer: Any = None, dtype: Any = 
         **config: more entries of config.json, such as `eos_token_id=0`.
 
     Raises:
-        ValueError: the parameters are not those of a float `Llama`.
+        ValueError: the parameters are not those of a float `Llama`; layers transform their inputs (`rotate` with
+            `online=`), which such a directory cannot say.
 
     Example:
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
@@ -106,6 +108,12 @@ def save(path: str | Path, model: Llama, *, tokenizer: Any = None, dtype: Any = 
         >>> sorted(path.name for path in Path("my_model").iterdir())
         ['config.json', 'model.safetensors']
     """
+    if transforms := input_transforms(model):
+        layer, name = next(iter(transforms.items()))
+        raise ValueError(
+            f"save: inputs of {layer} go through {name}, one of {len(transforms)} layers, and a Hugging Face directory "
+            "cannot say so. Rotate without online=, or use jaxq.save."
+        )
     entries = model.config.to_hf() | {"dtype": jnp.dtype(dtype).name} | config
     params = nnx.state(model, nnx.Param)
     flat = dict(nnx.to_flat_state(params))

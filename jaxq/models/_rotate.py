@@ -67,7 +67,8 @@ def rotate(
       heads: float `[h, h]`, orthogonal, for the values of every head, between v and o; None leaves them.
       online: orthogonal linear map of the last axis of `[..., intermediate_size]`, that the inputs of down_proj go
         through at run time, with its inverse in the weight: `jaxq.methods.hadamard`, for example. A module-level
-        function or a frozen object, since models are compared by it. None leaves them.
+        function or a frozen object, since models are compared by it. None leaves them. It is no parameter: what
+        `jaxq.save` wrote is loaded into a model that was rotated with the same `online`.
 
     Returns:
       The new model, with `tie_word_embeddings=False`.
@@ -124,6 +125,19 @@ def rotate(
             down = layer.mlp.down_proj
             down.promote_dtype = TransformInput(online, down.promote_dtype)
     return out
+
+
+def input_transforms(model: nnx.Module) -> dict[str, str]:
+    """By layer path, the name of what its inputs go through at run time: part of a model that is no parameter."""
+    found = {}
+    for path, layer in nnx.iter_modules(model):
+        hook = getattr(layer, "promote_dtype", None)
+        while hook is not None:  # hooks of others may lie around it
+            if isinstance(hook, TransformInput):
+                name = getattr(hook.transform, "__qualname__", repr(hook.transform))
+                found["/".join(map(str, path))] = name
+            hook = getattr(hook, "original", None)
+    return found
 
 
 def _untied(model: Llama) -> Llama:

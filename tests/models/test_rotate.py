@@ -56,6 +56,32 @@ def test_stream_is_rotated():
     np.testing.assert_allclose(moved, hadamard(wide), rtol=1e-6)
 
 
+def twice(x):
+    return hadamard(hadamard(x))
+
+
+def test_files_say_what_inputs_go_through(tmp_path):
+    path, model = tmp_path / "model.safetensors", make()
+    rotated = rotate(model, orthogonal(32), online=hadamard)
+    jaxq.save(path, rotated)
+    shell = rotate(make(), np.eye(32, dtype=np.float32), online=hadamard)
+    np.testing.assert_array_equal(run(jaxq.load(path, into=shell), tokens()), run(rotated, tokens()))
+    said = r"layers/1/mlp/down_proj: .*%s in the model, %s in the file.*online="
+    with pytest.raises(ValueError, match=said % ("nothing", "hadamard")):
+        jaxq.load(path, into=make())
+    with pytest.raises(ValueError, match=said % ("twice", "hadamard")):
+        jaxq.load(path, into=rotate(model, orthogonal(32), online=twice))
+    jaxq.save(path, model)
+    with pytest.raises(ValueError, match=said % ("hadamard", "nothing")):
+        jaxq.load(path, into=shell)
+    quantized, _ = jaxq.quantize_model(rotated, "int8")
+    jaxq.save(path, quantized)
+    with pytest.raises(ValueError, match=said % ("nothing", "hadamard")):
+        jaxq.load(path, into=make())
+    with pytest.raises(ValueError, match=r"layers/0/mlp/down_proj go through hadamard"):
+        jaxq.models.save(tmp_path / "directory", rotated)
+
+
 def test_models_of_one_rotation_are_one_program():
     model, count = make(), 0
 
