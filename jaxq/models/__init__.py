@@ -5,13 +5,15 @@
     longer = jaxq.models.generate(model, tokens, 32)
 
 The Llama family covers Llama 1 to 3, Mistral, Qwen2 and their relatives of the same architecture. What changes a model
-without changing what it computes is here too: scales moved between layers, outliers made that way, rotations.
+without changing what it computes is here too: scales moved between layers, outliers made that way, rotations, layers in
+a list or stacked.
 """
 
 from jaxq.models._checkpoint import load, save
 from jaxq.models._generate import generate
 from jaxq.models._outliers import NormGroup, fold_scales, norm_groups, smooth, with_outliers
 from jaxq.models._rotate import rotate
+from jaxq.models._stacking import stacked, unrolled
 from jaxq.models.llama import Llama, LlamaConfig
 
 __all__ = [
@@ -25,5 +27,7 @@ __all__ = [
     "rotate",
     "save",
     "smooth",
+    "stacked",
+    "unrolled",
     "with_outliers",
 ]

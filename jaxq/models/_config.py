@@ -65,7 +65,7 @@ class LlamaConfig:
         mlp_bias: whether the MLP's projections have a bias.
         sliding_window: a token attends to itself and the `sliding_window - 1` before it; None means all.
         scan_layers: stack the layers' parameters along a leading axis and run them by one scan: same logits,
-            compile time independent of depth.
+            compile time independent of depth. Calibration needs them in a list: `jaxq.models.unrolled`.
 
     Raises:
         ValueError: sizes that do not fit together.
