@@ -99,7 +99,10 @@ def get(name: str | Format) -> Format:
 
 
 def names() -> list[str]:
-    """The names of every registered format, ascending."""
+    """The names of every registered format, ascending.
+
+    Tables made for one array have a name but no entry: those of `jaxq.methods.kmeans`, "kmeans4", live in its QTensors.
+    """
     return sorted(_registry)
 
 

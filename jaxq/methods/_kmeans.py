@@ -85,8 +85,8 @@ def kmeans(
       name: what errors call the weight.
 
     Returns:
-      QTensor with the shape and dtype of `w`, axis -2 contracted; `KMeansInfo`, arrays with the leading axes of `w`.
-      Under jit, a block with a NaN gets a table of NaN.
+      QTensor with the shape and dtype of `w`, axis -2 contracted, its format named "kmeans4" for 4 bits; `KMeansInfo`,
+      arrays with the leading axes of `w`. Under jit, a block with a NaN gets a table of NaN.
 
     Raises:
       TypeError: `w` is not a float array.

@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxq
 from jaxq import PerBlock, PerChannel, PerFlat, PerGroup, PerTensor
@@ -117,6 +119,26 @@ def test_every_granularity_works_elsewhere(name, tmp_path):
     grad = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
     by_autodiff = jax.grad(lambda c: jnp.sum(jaxq.dequantize(dataclasses.replace(qt, codebook=c)) * grad))(qt.codebook)
     np.testing.assert_allclose(centroid_gradient(grad, qt), by_autodiff, atol=1e-4)
+
+
+def test_tables_go_with_a_model(tmp_path):
+    def make(seed):
+        return nnx.Linear(32, 16, use_bias=False, rngs=nnx.Rngs(seed))
+
+    recipe = jaxq.Recipe([jaxq.Rule("*", weight="int4", method="kmeans", options={"num_steps": 2})])
+    model, report = jaxq.quantize_model(make(0), recipe)
+    qt = model.kernel.get_value()
+    assert "kmeans4[32x16]" in repr(qt)
+    (row,) = report.rows
+    assert (row.format, row.method, row.bytes_after) == ("kmeans4", "kmeans", qt.nbytes)
+    assert qt.bits_per_element == 4 + (16 * 16 + 16) * 32 / (32 * 16)  # tables and scales included
+    jaxq.save(tmp_path / "model.safetensors", model)
+    back = jaxq.load(tmp_path / "model.safetensors", into=make(1)).kernel.get_value()
+    assert jax.tree.structure(back) == jax.tree.structure(qt)
+    jax.tree.map(np.testing.assert_array_equal, back, qt)
+    # The format by itself is in no list, and comes back from its description.
+    assert "kmeans4" not in jaxq.formats.names()
+    assert jaxq.QuantSpec.from_dict(json.loads(json.dumps(qt.spec.to_dict()))) == qt.spec
 
 
 def test_the_gradient_of_a_trained_ternary():
