@@ -55,8 +55,7 @@ class Entropy(Histogram):
         magnitude = _numbers.larger(jnp.abs(state.low), jnp.abs(state.high))
         rows = Count(*(words.reshape(-1, 2, self.bins) for words in state.counts))
         search = functools.partial(best_bin, fmt=fmt, symmetric=symmetric)
-        together = min(len(rows.low), max(1, _HELD // (_TOGETHER * self.bins)))
-        best, used = lax.map(search, rows, batch_size=together)
+        best, used = lax.map(search, rows, batch_size=self._side_by_side(len(rows.low)))
         best, used = best.reshape(magnitude.shape), used.reshape(magnitude.shape)
         width = self._exponent(state.low, state.high)
         threshold = _numbers.times_power(best.astype(jnp.float32), width)
@@ -74,9 +73,14 @@ class Entropy(Histogram):
         if len(shape) == 0:
             return one(x, keep, fmt, symmetric)
         rows = x.reshape(-1, x.shape[-1]), keep.reshape(-1, x.shape[-1])
-        together = min(len(rows[0]), max(1, _HELD // (_TOGETHER * self.bins)))
+        together = self._side_by_side(len(rows[0]))
         low, high = lax.map(lambda row: one(row[0], row[1], fmt, symmetric), rows, batch_size=together)
         return low.reshape(shape), high.reshape(shape)
+
+    def _side_by_side(self, channels: int) -> int | None:
+        """How many channels one step looks at; None for one, which then has no axis of its own and is faster."""
+        together = min(channels, _HELD // (_TOGETHER * self.bins))
+        return together if together > 1 else None
 
 
 def entropy(bins: int = 2048, *, axis: int | tuple[int, ...] | None = None) -> Entropy:
