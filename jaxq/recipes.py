@@ -161,6 +161,10 @@ class Rule:
 
             formats.check_choice(f"Rule({self.pattern!r}): method", self.method, methods.names())
             methods.check_options(f"Rule({self.pattern!r})", self.method, dict(self.options))
+            if isinstance(self.weight, QuantSpec) and (
+                why := methods.why_not(self.method, self.weight, dict(self.options))
+            ):
+                raise ValueError(f"Rule({self.pattern!r}): method {self.method!r}: {why}")
         elif dict(self.options):
             raise ValueError(f"Rule({self.pattern!r}): options {dict(self.options)} need a method= that has them.")
         if self.method == "llm_int8" and self.observer is not None:

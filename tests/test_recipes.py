@@ -88,7 +88,8 @@ def test_every_preset_is_a_recipe():
     for name in recipes.names():
         last = recipes.as_recipe(name, "test").rules[-1]
         assert last.pattern == "**"
-        quantizes = ("fp8_dynamic", "fp8_static", "w4a8", "w8a8", "w8a8_smoothquant", "w8a8_static")
+        quantizes = ("fp8_dynamic", "fp8_static", "w4a4", "w4a4_rotated", "w4a8",
+                     "w8a8", "w8a8_rotated", "w8a8_smoothquant", "w8a8_static")  # fmt: skip
         assert (last.activation is not None) == (name in quantizes)
         assert (last.observer is not None) == name.endswith("_static")
         method = next((m for m in ("gptq", "awq", "hqq", "adaround", "smoothquant") if name.endswith(m)), "rtn")

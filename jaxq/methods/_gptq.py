@@ -32,7 +32,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxq import formats
-from jaxq.methods import _matrix
+from jaxq.methods import _limits, _matrix
 from jaxq.qtensor import (
     Geometry,
     Meta,
@@ -128,8 +128,7 @@ def gptq(
     w = _matrix.as_weight(w, "gptq", name)
     n = w.shape[-2]
     hessian = _matrix.as_statistic(hessian, "hessian", "gptq", shape=(n, n), said="second moments [in, in]", w=w)
-    if spec.rounding == "stochastic":
-        raise ValueError("gptq: rounding='stochastic' needs a key, and GPTQ rounds to nearest. Change spec.rounding.")
+    _limits.refuse("gptq", spec)
     if not 0 <= damp <= _MOST_DAMP:
         raise ValueError(f"gptq: damp is a share of the diagonal's mean from 0 to {_MOST_DAMP:g}, got {damp}.")
     if block_size < 1:

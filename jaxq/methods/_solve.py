@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import formats
+from jaxq.methods import _matrix
 from jaxq.methods._adaround import adaround
 from jaxq.methods._clipping import clip
 from jaxq.methods._gptq import gptq
 from jaxq.methods._hqq import hqq
 from jaxq.methods._kmeans import kmeans
+from jaxq.methods._limits import why_not
 from jaxq.methods._rtn import rtn
 from jaxq.methods._stats import LayerStats
 from jaxq.qtensor import Granularity, PerChannel, QTensor, QuantSpec, dequantize
@@ -114,9 +116,12 @@ def solve(
         raise ValueError(f"{name}: method {method!r} needs the layer's inputs: pass calibration data.")
     options = dict(options or {})
     check_options(f"{name}: method {method!r}", method, options)
+    if found.judged and (why := why_not(method, spec, options)):
+        raise ValueError(f"{name}: method {method!r}: {why}")
     if stats is not None:
         _check_stats(stats, w, method, name)
     key = jax.random.key(0) if key is None else key
+    _matrix.raise_if_not_finite(w, name, method)
     qt, note, rounded = found.solve(w, stats, spec, key, **options)
     if rounded:
         if fallback == "raise":
@@ -165,7 +170,11 @@ def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
     for option in options:
         if option not in METHODS[method].options:
             known = METHODS[method].options
-            text = formats.unknown_name("option", option, known, f"{list(known)}") if known else "it has none."
+            text = (
+                formats.unknown_name("option", option, known, f"{list(known)}")
+                if known
+                else f"unknown option {option!r}; it has none."
+            )
             raise ValueError(f"{caller}: options: {text}")
 
 
@@ -274,7 +283,7 @@ def _options(function: Callable[..., Any], *more: str) -> tuple[str, ...]:
 
 METHODS = {
     "adaround": Method(_adaround, _options(adaround), True),
-    "awq": Method(_awq, _options(clip, "duo"), True),
+    "awq": Method(_awq, ("duo", "max_shrink", "num"), True),
     "clip": Method(_clip, _options(clip, "inputs"), False),
     "equalize": Method(_folded, ("power_of_two",), False, judged=False),
     "gptq": Method(_gptq, _options(gptq), True),

@@ -295,7 +295,8 @@ def check_stats(found: Mapping[str, LayerStats]) -> None:
         elif not np.any(np.asarray(stats.count) > 0):
             problems.append(
                 f"{path or 'the model'}: no row counted. Either the mask is False everywhere, or its statistics were "
-                "lost: a plain jax.lax.scan over layers throws states away (build the model with unrolled layers)"
+                "lost: a plain jax.lax.scan over layers throws states away. Put the layers in a list first: for a "
+                "Llama of scan_layers=True, jaxq.models.unrolled(model), and jaxq.models.stacked(quantized) afterwards"
             )
     if problems:
         raise ValueError("calibrate: " + "; ".join(problems) + ".")

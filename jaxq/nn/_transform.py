@@ -250,7 +250,7 @@ def _check_data(matched: list[tuple[Found, Rule | None]], data: _Data) -> None:
             continue
         if methods.METHODS[rule.method].needs_data and not data:
             problems.append(f"  {name}: method {rule.method!r} needs data")
-        elif not _has_rows(kind) and methods.METHODS[rule.method].needs_data:
+        elif not _has_rows(kind) and (methods.METHODS[rule.method].needs_data or dict(rule.options).get("inputs")):
             problems.append(f"  {name} ({kind.name}): method {rule.method!r} is for Linear, LinearGeneral and Einsum")
     raise_unrunnable(problems)
 

@@ -53,12 +53,13 @@ TABLE = {
     "adaround": Row(adarounded, (inputs,)),
     "awq": Row(lambda w, x, **more: methods.awq(w, x, SPEC, num=2, **more), (inputs,)),
     "clip": Row(lambda w, **more: methods.clip(w, SPEC, num=3, **more)),
+    "equalize": Row(rounded),  # its scales are in the weight by then
     "gptq": Row(lambda w, h, **more: methods.gptq(w, h, SPEC, **more), (second_moments,)),
     "hqq": Row(lambda w, **more: methods.hqq(w, SPEC, num_steps=2, **more)),
     "kmeans": Row(lambda w, **more: methods.kmeans(w, 2, granularity=PerChannel(), num_steps=3, **more)),
     "llm_int8": Row(lambda w, a, **more: methods.llm_int8(w, SPEC, absmax_x=a, threshold=2, **more), (largest,)),
     "rtn": Row(rounded),
-    "smoothquant": Row(rounded),  # its scales are in the weight by then
+    "smoothquant": Row(rounded),  # too
 }
 CHEAP = ("hqq", "kmeans", "rtn")
 over_methods = pytest.mark.parametrize("name", TABLE)

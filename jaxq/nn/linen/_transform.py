@@ -219,7 +219,7 @@ def _check_data(taken: Sequence[Taken], data: bool) -> None:
                             "modules do not say what that is; use another method, or an nnx model")  # fmt: skip
         elif method.needs_data and not data:
             problems.append(f"  {name}: method {rule.method!r} needs data")
-        elif method.needs_data and not _has_rows(found.kind):
+        elif not _has_rows(found.kind) and (method.needs_data or dict(rule.options).get("inputs")):
             problems.append(f"  {name}: method {rule.method!r} is for Dense, DenseGeneral and Einsum")
     raise_unrunnable(problems)
 
