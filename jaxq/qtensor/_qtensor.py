@@ -361,7 +361,7 @@ class QTensor:
 
     def _refuse(self, *args: Any) -> NoReturn:
         raise TypeError(
-            f"{self!r} multiplies with @, jaxq.matmul, jaxq.einsum and jaxq.dot_general; other arithmetic needs "
+            f"{self!r} multiplies with @, jaxq.matmul, jaxq.einsum and jaxq.dot_general; all else needs "
             "floats: use jaxq.dequantize(qt)."
         )
 
@@ -371,6 +371,14 @@ class QTensor:
     __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
     __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _refuse
     __float__ = __int__ = __complex__ = __bool__ = _refuse
+
+    def __eq__(self, other: Any) -> bool:
+        """Identity, as pytrees and caches compare; comparing with numbers or arrays would need floats and raises."""
+        if isinstance(other, jax.Array | np.ndarray | np.generic | int | float | complex):
+            self._refuse()
+        return self is other
+
+    __hash__ = object.__hash__
 
     # Showing.
 

@@ -328,6 +328,9 @@ REFUSED = {
     "abs": abs,
     "round": round,
     "<": lambda q: q < 1,
+    "==": lambda q: q == 0,
+    "== array": lambda q: jnp.ones(3) == q,
+    "!=": lambda q: np.ones(3) != q,
     ">= array": lambda q: q >= np.ones(3),
     "&": lambda q: q & 1,
     "<<": lambda q: q << 1,
@@ -345,6 +348,13 @@ REFUSED = {
 def test_arithmetic_names_the_remedy(name):
     with pytest.raises(TypeError, match=r"QTensor\(int8\[96x12\].*jaxq\.dequantize\(qt\)"):
         REFUSED[name](quantized())
+
+
+def test_it_equals_itself_alone():
+    q, other = quantized(), quantized()
+    assert (q == q, q == other, q != other, q == None, q == "w") == (True, False, True, False, False)  # noqa: E711
+    assert q in [other, q]
+    assert len({q, q, other}) == 2
 
 
 @pytest.mark.parametrize(
