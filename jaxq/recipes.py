@@ -55,8 +55,15 @@ _ROTATED = {
 # One layer under two names, nnx's and linen's: rules are about both.
 _SAME_KIND = {"Dense": "Linear", "DenseGeneral": "LinearGeneral", "Linear": "Dense", "LinearGeneral": "DenseGeneral"}
 
-# Arrays of a tree that are looked up by their names.
-_EMBEDDINGS = r"re:(.*/)?(embed|wte|wpe|token_emb|pos_emb)[^/]*(/.*)?"
+# What a layer or an array can be called: layers of nnx and linen, arrays of a tree, matrices of a module's own.
+KINDS = (
+    *("Linear", "LinearGeneral", "Dense", "DenseGeneral", "Einsum", "Conv", "ConvTranspose", "Embed"),
+    *("Array", "Param"),
+)
+
+# Arrays of a tree that are looked up, by a word of their names; "embedding_proj" and what is in it are multiplied with.
+_PROJECTION = r"(.*[/_])?(dense|linear|mlp|patch|proj|projection)s?\d*([/_].*)?$"
+_EMBEDDINGS = rf"re:(.*/)?(?!{_PROJECTION})([^/]*_)?(emb|embed|embedder|embeddings?|wpe|wte)(_[^/]*)?(/.*)?"
 # Last names of layers that make logits or choose experts: small errors there cost most, so they stay in floats.
 HEADS = ("head", "lm_head", "logits", "output_head", "router", "unembed")
 
@@ -107,7 +114,7 @@ class Rule:
       optional: True where matching nothing is no mistake.
 
     Raises:
-      ValueError: neither or both of `weight` and `skip`; an unknown preset, observer or method; a bad regular
+      ValueError: neither or both of `weight` and `skip`; an unknown preset, observer, method or kind; a bad regular
         expression; an observer for an activation whose scales are of blocks.
 
     Example:
@@ -171,6 +178,8 @@ class Rule:
             raise ValueError(f"Rule({self.pattern!r}): llm_int8 looks at each input anew, so it takes no observer=.")
         object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
         object.__setattr__(self, "kinds", (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds))
+        for kind in self.kinds:
+            formats.check_choice(f"Rule({self.pattern!r}): kinds", kind, KINDS)
         try:
             _compile(self.pattern)
         except re.error as error:

@@ -45,6 +45,36 @@ def test_kinds():
     assert Rule(weight="int8", kinds="Conv") == Rule(weight="int8", kinds=("Conv",))
 
 
+@pytest.mark.parametrize(("kind", "close"), [("Liner", "'Linear'"), ("conv", "'Conv'"), ("param", "'Param'")])
+def test_unknown_kinds_name_close_ones(kind, close):
+    with pytest.raises(ValueError, match=rf"Rule\('a/\*'\): kinds must be one of Linear, .*Did you mean .*{close}"):
+        Rule("a/*", weight="int8", kinds=("Einsum", kind))
+
+
+def test_kinds_are_those_of_the_layers():
+    from jaxq.nn import _layers
+    from jaxq.nn.linen._layers import CALLS
+
+    known = {kind.name for kind in _layers.KINDS} | {call.kind.name for call in CALLS.values()}
+    assert {*recipes.KINDS} == known | {"Array", "Param"}
+
+
+TABLES = (
+    *("embed", "embedding", "embed_tokens/weight", "wte", "transformer/wpe/embedding", "tok_embeddings", "pos_emb"),
+    *("embedder/input_embedding", "embeddings/word_embeddings/weight", "projector/embed"),
+)
+MATRICES = (
+    *("embedding_proj", "layers/0/embed_proj/kernel", "embeddings/patch_embeddings/projection/kernel", "patch_embed/w"),
+    *("time_embedding/linear_1/kernel", "embed/dense", "membed", "embeddingless", "wteam", "mlp/kernel"),
+)
+
+
+@pytest.mark.parametrize("path", [*TABLES, *MATRICES])
+def test_arrays_are_tables_by_whole_words(path):
+    rule = recipes.get("int8").find(path, "Array", (16, 8))
+    assert rule.skip == (path in TABLES)
+
+
 def test_first_match_decides():
     recipe = Recipe([Rule("a/*", weight="int4"), Rule("**/b", skip=True), Rule(weight="nf4", kinds=("Linear",))])
     assert recipe.find("a/b", "Linear").weight.fmt.name == "int4"
