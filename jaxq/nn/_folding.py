@@ -185,15 +185,11 @@ def folded(
     """
     known = _known(type(model))
     assert known is not None
-    modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    scales, outcomes = {}, {}
+    scales, outcomes = {}, planned_outcomes(model, chosen)
     for group, rule in chosen:
-        weights = [modules[target].kernel.get_value() for target in group.targets]
-        source = modules[group.source].kernel.get_value() if group.kind == "linear" else None
-        why = _why_no_scales(rule.method, source, weights)
-        if why:
-            outcomes |= dict.fromkeys(group.targets, Outcome(False, why))
+        if not outcomes[group.targets[0]].taken:
             continue
+        source, weights = _kernels(model, group)
         seen = stats.get(group.targets[0])
         scale = _scales(rule, source, weights, seen)
         losses, overall = _losses(rule, weights, scale, seen)
@@ -207,6 +203,22 @@ def folded(
         for target, loss in zip(group.targets, losses, strict=True):
             outcomes[target] = Outcome(not why, why, None if why else loss)
     return known.fold(model, scales), outcomes
+
+
+def planned_outcomes(model: Any, chosen: Sequence[tuple[Group, Rule]]) -> dict[str, Outcome]:
+    """What can become of the scales of each layer's group, before any are known."""
+    out = {}
+    for group, rule in chosen:
+        why = _why_no_scales(rule.method, *_kernels(model, group))
+        out |= dict.fromkeys(group.targets, Outcome(not why, why))
+    return out
+
+
+def _kernels(model: Any, group: Group) -> tuple[jax.Array | None, list[jax.Array]]:
+    """The weight of what comes before a group, if it is a linear, and those of its layers."""
+    modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    source = modules[group.source].kernel.get_value() if group.kind == "linear" else None
+    return source, [modules[target].kernel.get_value() for target in group.targets]
 
 
 def _why_no_scales(method: str, source: jax.Array | None, weights: Sequence[jax.Array]) -> str:

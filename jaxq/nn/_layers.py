@@ -54,11 +54,13 @@ class Roles:
       contracting: negative axes the layer's product contracts.
       shape: sizes without stacked leading axes.
       num_batch: how many leading ones of them are batch axes of the product.
+      inner: negative axes that are batch axes of the product too, behind others that are not.
     """
 
     contracting: tuple[int, ...]
     shape: tuple[int, ...]
     num_batch: int = 0
+    inner: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,11 @@ class LayerKind:
     problem: Callable[[Any], str | None]
     hook: str | None = None
     windowed: bool = False
+
+    @property
+    def watched(self) -> bool:
+        """Whether calibration looks at its inputs."""
+        return self.hook is not None
 
 
 def find_kind(layer: Any) -> LayerKind | None:
@@ -236,13 +243,17 @@ def _general_roles(layer: Any) -> Roles:
 
 
 def _einsum_roles(layer: Any) -> Roles:
-    inputs, out = layer.einsum_str.split("->")
+    return einsum_roles(layer.einsum_str, tuple(layer.kernel_shape))
+
+
+def einsum_roles(subscripts: str, shape: tuple[int, ...]) -> Roles:
+    """The axes of an einsum's right operand, of this shape."""
+    inputs, out = subscripts.split("->")
     left, right = inputs.split(",")
-    summed = [i for i, index in enumerate(right) if index not in out and index in left]
-    batch = 0
-    while batch < len(right) and right[batch] in left and right[batch] in out:
-        batch += 1
-    return Roles(tuple(i - len(right) for i in summed), tuple(layer.kernel_shape), batch)
+    summed = tuple(i - len(right) for i, index in enumerate(right) if index in left and index not in out)
+    batch = [i for i, index in enumerate(right) if index in left and index in out]
+    leading = sum(i == position for position, i in enumerate(batch))
+    return Roles(summed, shape, leading, tuple(i - len(right) for i in batch[leading:]))
 
 
 def _conv_roles(layer: Any) -> Roles:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxq import methods
+from jaxq.nn._folding import FOLDED
 from jaxq.nn._layers import LayerKind, bare_kind, find_kind, weight_axes
-from jaxq.qtensor import QTensor, QuantSpec, quantize, raise_if_not_finite
+from jaxq.nn._solve import dry_run
+from jaxq.qtensor import QTensor, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule
 
 
@@ -179,15 +182,6 @@ def raise_problems(problems: Sequence[str], caller: str) -> None:
         )  # fmt: skip
 
 
-def raise_unrunnable(problems: Sequence[str]) -> None:
-    """Raises one error for all layers whose methods or observers lack something, if there are any."""
-    if problems:
-        raise ValueError(
-            "quantize_model: these layers' methods or observers cannot run:\n" + "\n".join(problems)
-            + "\nPass calibration=batches of real inputs, or give the layers a rule with another method."
-        )  # fmt: skip
-
-
 def unused_rules(recipe: Recipe, taken: Sequence[Rule | None]) -> list[str]:
     """Patterns of rules that are not optional and not among those that were taken."""
     used = {id(rule) for rule in taken if rule is not None}
@@ -205,6 +199,45 @@ def raise_unused(recipe: Recipe, taken: Sequence[Rule | None], paths: Sequence[s
         )
 
 
+def has_rows(kind: LayerKind | Any) -> bool:
+    """Whether rows of a layer's input, as calibration sees them, meet its weight as a matrix."""
+    return kind.watched and not kind.windowed
+
+
+def check_data(layers: Iterable[tuple[str, LayerKind | Any, Rule]], data: bool | None, *, folds: bool = True) -> None:
+    """Raises where methods or observers cannot run on their layers, or ask for data that are not there; names them all.
+
+    Args:
+      layers: path, kind and rule of each layer to be quantized.
+      data: whether there are data; None where that is not known yet.
+      folds: whether the model can say what comes before a layer.
+    """
+    problems = []
+    for path, kind, rule in layers:
+        name, method = f"{path or 'the model itself'} ({kind.name})", methods.METHODS[rule.method]
+        reads = method.needs_data or dict(rule.options).get("inputs", False)
+        if rule.observer is not None and not kind.watched:
+            problems.append(f"  {name}: its input cannot be observed, so it has no static range")
+        elif rule.observer is not None and data is False:
+            problems.append(f"  {name}: observer {rule.observer!r} needs data")
+        if rule.correct_bias and data is False:
+            problems.append(f"  {name}: correct_bias=True needs data")
+        elif rule.correct_bias and kind.name not in ("Dense", "DenseGeneral", "Linear", "LinearGeneral"):
+            problems.append(f"  {name}: correct_bias=True is for Linear and LinearGeneral")
+        if rule.method in FOLDED and not folds:
+            problems.append(f"  {name}: method {rule.method!r} folds scales into what comes before a layer, and linen "
+                            "modules do not say what that is; use another method, or an nnx model")  # fmt: skip
+        elif reads and data is False:
+            problems.append(f"  {name}: method {rule.method!r} needs data")
+        elif reads and not has_rows(kind):
+            problems.append(f"  {name}: method {rule.method!r} is for matrices: Linear, LinearGeneral and Einsum")
+    if problems:
+        raise ValueError(
+            "quantize_model: these layers' methods or observers cannot run:\n" + "\n".join(problems)
+            + "\nPass calibration=batches of real inputs, or give the layers a rule with another method."
+        )  # fmt: skip
+
+
 def check_axes(rule: Rule, contracting: Sequence[int], batch: Sequence[int], ndim: int) -> None:
     """Raises where a rule says other axes than the layer, or axes are not known at all."""
     if not contracting:
@@ -212,37 +245,3 @@ def check_axes(rule: Rule, contracting: Sequence[int], batch: Sequence[int], ndi
     for name, said, known in (("contracting", rule.contracting, contracting), ("batch", rule.batch, batch)):
         if said is not None and {a % ndim for a in said} != {a % ndim for a in known}:
             raise ValueError(f"its rule says {name}={tuple(said)}, and the layer itself {name}={tuple(known)}")
-
-
-def dry_run(
-    w: Any, rule: Rule, contracting: Sequence[int], batch: Sequence[int], name: str, windowed: bool = False
-) -> QTensor:
-    """Raises what quantizing a weight, and later its input, would raise; nothing is computed.
-
-    Args:
-      w: float array.
-      rule: with a weight.
-      contracting: axes of `w`.
-      batch: axes of `w`.
-      name: what errors call it.
-      windowed: how many numbers of an input meet at once is not known here.
-
-    Returns:
-      The QTensor there would be, of `jax.ShapeDtypeStruct`s.
-    """
-    weight, activation = rule.weight, rule.activation
-    assert isinstance(weight, QuantSpec)
-    axes = tuple(contracting)
-    bounds = None if rule.observer is None else (0.0, 1.0)
-
-    def made(v: jax.Array) -> QTensor:
-        qt = quantize(v, weight, contracting=axes, batch=tuple(batch), name=name)
-        return qt.with_activation(activation, bounds=bounds)
-
-    qt = jax.eval_shape(made, w)
-    if qt.meta.activation is not None and not windowed:
-        x = jax.ShapeDtypeStruct((1, *(w.shape[a] for a in contracting)), w.dtype)
-        along = tuple(range(1, len(x.shape)))
-        spec = qt.meta.activation
-        jax.eval_shape(lambda v: quantize(v, spec, contracting=along, name="activation"), x)
-    return qt

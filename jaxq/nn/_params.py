@@ -15,9 +15,9 @@ import numpy as np
 
 from jaxq import formats, methods
 from jaxq.nn._folding import FOLDED, raise_if_rotating
-from jaxq.nn._matching import check_axes, dry_run, raise_problems, raise_unused, unused_rules
+from jaxq.nn._matching import check_axes, raise_problems, raise_unused, unused_rules
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
-from jaxq.nn._solve import quantize_weight
+from jaxq.nn._solve import dry_run, quantize_weight
 from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule, as_recipe
 

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
-from jaxq.nn._folding import rotated
+from jaxq.nn._folding import foldable, planned_outcomes, rotated
 from jaxq.nn._layers import weight_axes
-from jaxq.nn._matching import dry_run, match, raw_arrays, unused_rules, variables_of
+from jaxq.nn._matching import check_data, match, raw_arrays, unused_rules, variables_of
 from jaxq.nn._params import plan_params
 from jaxq.nn._report import Report, float_row, other_row, planned_row, skip_reason
+from jaxq.nn._solve import dry_run, unscaled_note
 from jaxq.nn.linen._transform import plan_linen
 from jaxq.qtensor import QuantSpec
 from jaxq.recipes import Recipe, as_recipe
@@ -50,6 +51,8 @@ def plan(
     if recipe.rotate:
         model = rotated(model, jax.random.key(0))
     matched = match(model, recipe, "raise", strict=strict)
+    check_data([(f.path, f.kind, rule) for f, rule in matched if rule and rule.weight], None)
+    outcomes = planned_outcomes(model, foldable(model, {found.path: rule for found, rule in matched}))
     found_of = {id(getattr(found.layer, found.kind.weight)): (found, rule) for found, rule in reversed(matched)}
     layers = {found.path for found, _ in matched}
     rows = []
@@ -63,7 +66,9 @@ def plan(
             rows.append(float_row(path, found.kind.name, value, skip_reason(rule)))
         else:
             qt = dry_run(value, rule, *weight_axes(found.layer, found.kind), found.kind.weight, found.kind.windowed)
-            rows.append(planned_row(path, found.kind.name, value, qt, rule.method))
+            note, inner = unscaled_note(rule, outcomes.get(found.path)), found.kind.roles(found.layer).inner
+            method = "rtn" if note and rule.method != "awq" else rule.method
+            rows.append(planned_row(path, found.kind.name, value, qt, method, note, inner))
     rows += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(model)]
     unused = () if strict else unused_rules(recipe, [rule for _, rule in matched])
     return Report(tuple(rows), tuple(f"rule {pattern!r} matched nothing" for pattern in unused))

@@ -222,7 +222,9 @@ def other_row(path: str, variable: Any, layers: set[str]) -> Row:
     return float_row(path, type(variable).__name__, value, note)
 
 
-def planned_row(path: str, kind: str, floats: Any, qt: QTensor, method: str = "rtn", note: str = "") -> Row:
+def planned_row(
+    path: str, kind: str, floats: Any, qt: QTensor, method: str = "rtn", note: str = "", inner: tuple[int, ...] = ()
+) -> Row:
     """The row of a weight as it is stored, without what must be measured.
 
     Args:
@@ -232,6 +234,7 @@ def planned_row(path: str, kind: str, floats: Any, qt: QTensor, method: str = "r
       qt: what replaces it; leaves may be `jax.ShapeDtypeStruct`s.
       method: that makes the codes.
       note: what else there is to say.
+      inner: as in `why_floats`.
     """
     spec, geometry = qt.spec, qt.meta.geometry
     name = spec.fmt.name
@@ -242,16 +245,17 @@ def planned_row(path: str, kind: str, floats: Any, qt: QTensor, method: str = "r
     granularity = f"{type(spec.granularity).__name__}({sizes}{' ' if sizes else ''}along {along})"
     before = floats.size * floats.dtype.itemsize
     bits = qt.bits_per_element
-    note = "; ".join(n for n in (note, why_floats(kind, qt)) if n)
+    note = "; ".join(n for n in (note, why_floats(kind, qt, inner)) if n)
     return Row(path, kind, qt.shape, name, granularity, bits, before, qt.nbytes, None, None, note, method=method)
 
 
-def why_floats(kind: str, qt: QTensor) -> str:
+def why_floats(kind: str, qt: QTensor, inner: tuple[int, ...] = ()) -> str:
     """Why products with quantized inputs are of floats, though both sides are quantized; empty where they are not.
 
     Args:
       kind: of the layer.
       qt: its weight; leaves may be `jax.ShapeDtypeStruct`s.
+      inner: negative axes of it that are batch axes of the product, though no leading ones.
     """
     spec, geometry = qt.meta.activation, qt.meta.geometry
     if spec is None:
@@ -263,20 +267,21 @@ def why_floats(kind: str, qt: QTensor) -> str:
         qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=-1), example)
         reason = ops.why_not_codes(qx, one.with_activation(None), 0, geometry.kept[0] + len(geometry.shape))
     else:
-        sizes = (*qt.batch_shape, 1, *(geometry.shape[a] for a in geometry.contracted))
-        x: Any = jax.ShapeDtypeStruct(sizes, jnp.float32)
-        batch = tuple(range(len(qt.batch_shape)))
-        own = tuple(range(len(batch) + 1, x.ndim))
-        weight = tuple(a + qt.ndim for a in geometry.contracted)
-        plan = ops.explain(x, shaped, ((own, weight), (batch, batch)), platform="cpu")
+        batch = (*range(len(qt.batch_shape)), *(a + qt.ndim for a in inner))
+        along = tuple(a + qt.ndim for a in geometry.contracted)
+        x: Any = jax.ShapeDtypeStruct((*(qt.shape[a] for a in (*batch, *along)), 1), jnp.float32)
+        dims = (tuple(range(len(batch), x.ndim - 1)), along), (tuple(range(len(batch))), batch)
+        plan = ops.explain(x, shaped, dims, platform="cpu")
         reason = None if plan.path == "codes" else plan.reason
     return "" if reason is None else f"products of floats: {reason}"
 
 
-def quantized_row(path: str, kind: str, floats: jax.Array, qt: QTensor, solved: Solved | None) -> Row:
-    """The row of a quantized weight, with its errors."""
+def quantized_row(
+    path: str, kind: str, floats: jax.Array, qt: QTensor, solved: Solved | None, inner: tuple[int, ...] = ()
+) -> Row:
+    """The row of a quantized weight, with its errors; arguments as in `planned_row`."""
     sqnr, worst, clipped = (float(value) for value in _errors(floats, qt))
-    row = planned_row(path, kind, floats, qt)
+    row = planned_row(path, kind, floats, qt, inner=inner)
     row = dataclasses.replace(row, sqnr=sqnr, worst_block=worst, clipped=clipped)
     if solved is None:
         return row

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxq import methods
 from jaxq.methods import LayerStats
-from jaxq.nn._folding import Outcome
+from jaxq.nn._folding import FOLDED, Outcome
 from jaxq.qtensor import QTensor, QuantSpec, dequantize, quantize
 from jaxq.recipes import Rule
 
@@ -60,22 +60,62 @@ def quantize_weight(
     )
     solved = None
     if rule.method in ("equalize", "smoothquant"):  # their scales are in the floats by now
-        outcome = outcome or Outcome(False, "nothing before it can take its scales")
-        solved = methods.Solved(qt, rule.method if outcome.taken else "rtn", outcome.note, outcome.loss)
+        note = unscaled_note(rule, outcome)
+        solved = methods.Solved(qt, "rtn" if note else rule.method, note, outcome.loss if outcome else None)
     elif rule.method != "rtn":
         solved = _solve(qt, floats, stats, rule, fallback, key, name)
         qt = solved.qt
         if rule.method == "awq":
-            solved = _with_scales(solved, outcome)
+            solved = _with_scales(solved, unscaled_note(rule, outcome), outcome)
     return with_inputs(qt, rule, static_bounds(rule, stats, name)), solved
 
 
-def _with_scales(solved: methods.Solved, outcome: Outcome | None) -> methods.Solved:
+def dry_run(
+    w: Any, rule: Rule, contracting: Sequence[int], batch: Sequence[int], name: str, windowed: bool = False
+) -> QTensor:
+    """Raises what quantizing a weight, and later its input, would raise; nothing is computed.
+
+    Args:
+      w: float array.
+      rule: with a weight.
+      contracting: axes of `w`.
+      batch: axes of `w`.
+      name: what errors call it.
+      windowed: how many numbers of an input meet at once is not known here.
+
+    Returns:
+      The QTensor there would be, of `jax.ShapeDtypeStruct`s.
+    """
+    axes = tuple(contracting)
+    found = methods.METHODS[rule.method]
+
+    def made(v: jax.Array) -> QTensor:
+        qt = quantize(v, nearest_spec(rule), contracting=axes, batch=tuple(batch), name=name)
+        if rule.method != "rtn" and not found.needs_data:  # the others give codes and scales like these
+            qt = _solve(qt, v, None, rule, "rtn", jax.random.key(0), name).qt
+        return with_inputs(qt, rule, None if rule.observer is None else (0.0, 1.0))
+
+    qt = jax.eval_shape(made, w)
+    if qt.meta.activation is not None and not windowed:
+        x = jax.ShapeDtypeStruct((1, *(w.shape[a] for a in contracting)), w.dtype)
+        along = tuple(range(1, len(x.shape)))
+        spec = qt.meta.activation
+        jax.eval_shape(lambda v: quantize(v, spec, contracting=along, name="activation"), x)
+    return qt
+
+
+def unscaled_note(rule: Rule, outcome: Outcome | None) -> str:
+    """What a report says of a layer whose method wants scales in front of it and has none; else empty."""
+    if rule.method not in FOLDED or (outcome is not None and outcome.taken):
+        return ""
+    why = "nothing before it can take its scales" if outcome is None else outcome.note
+    return f"only clipped: {why}" if rule.method == "awq" else why
+
+
+def _with_scales(solved: methods.Solved, unscaled: str, outcome: Outcome | None) -> methods.Solved:
     """What AWQ's second half, clipping, made of a weight, with what is known of its first, the scales."""
-    outcome = outcome or Outcome(False, "nothing before it can take its scales")
-    if not outcome.taken:
-        note = "; ".join(n for n in (f"only clipped: {outcome.note}", solved.note) if n)
-        return solved._replace(note=note)
+    if unscaled or outcome is None:
+        return solved._replace(note="; ".join(n for n in (unscaled, solved.note) if n))
     loss = None
     if solved.loss is not None and outcome.loss is not None:
         loss = solved.loss * outcome.loss

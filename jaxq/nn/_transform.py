@@ -13,8 +13,8 @@ from jaxq import formats, methods
 from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, calibrate, shown
 from jaxq.nn._folding import Group, Outcome, foldable, folded, looked_at, rotated
-from jaxq.nn._layers import LayerKind, QuantizedParam, put_weight, replace_variables, weight_axes
-from jaxq.nn._matching import Found, match, raise_unrunnable, raw_arrays, unused_rules, variables_of
+from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
+from jaxq.nn._matching import Found, check_data, has_rows, match, raw_arrays, unused_rules, variables_of
 from jaxq.nn._report import Report, Row, float_row, other_row, quantized_row, skip_reason
 from jaxq.nn._solve import corrected_bias, quantize_weight
 from jaxq.qtensor import ON_NONFINITE, QuantSpec
@@ -96,7 +96,7 @@ def quantize_model(
         copy = rotated(copy, jax.random.fold_in(key, 1))
     matched = match(copy, recipe, on_nonfinite, strict=strict)
     data = _Data(calibration, mask, forward, progress)
-    _check_data(matched, data)
+    check_data([(f.path, f.kind, rule) for f, rule in matched if rule and rule.weight], bool(data))
     rules = {found.path: rule for found, rule in matched}
     groups = foldable(copy, rules)
     outcomes: dict[str, Outcome] = {}
@@ -140,7 +140,7 @@ def quantize_model(
                 names = variable.get_metadata().get("out_sharding") or ()
                 if any(name is not None for name in names):
                     notes.append("its sharding metadata is not kept")
-                row = quantized_row(name, kind.name, floats, qt, solved)
+                row = quantized_row(name, kind.name, floats, qt, solved, kind.roles(layer).inner)
                 rows[id(variable)] = dataclasses.replace(row, note="; ".join(n for n in (row.note, *notes) if n))
                 if donate:
                     jax.block_until_ready(qt)
@@ -185,9 +185,9 @@ class _Data:
         if not self:
             return {}
         if self._stats is not None:
-            return self.of_model(model, [found.path for found, rule in block if looks(rule, _has_rows(found.kind))])
+            return self.of_model(model, [found.path for found, rule in block if looks(rule, has_rows(found.kind))])
         out: dict[str, LayerStats] = {}
-        layers = ((found.path, rule, _has_rows(found.kind)) for found, rule in block)
+        layers = ((found.path, rule, has_rows(found.kind)) for found, rule in block)
         for (observer, hessian), paths in wanted_statistics(layers).items():
             out |= calibrate(model, self._batches or [], layers=paths, hessian=hessian, observer=observer, **self._how)
         return out
@@ -216,43 +216,15 @@ def wanted_statistics(layers: Iterable[tuple[str, Rule, bool]]) -> dict[tuple[An
       layers: path, rule, and whether rows of the input meet the weight as a matrix.
     """
     out: dict[tuple[Any, bool], list[str]] = {}
-    for path, rule, has_rows in layers:
-        if looks(rule, has_rows):
-            out.setdefault((rule.observer, has_rows and rule.method == "gptq"), []).append(path)
+    for path, rule, rows in layers:
+        if looks(rule, rows):
+            out.setdefault((rule.observer, rows and rule.method == "gptq"), []).append(path)
     return out
 
 
-def looks(rule: Rule, has_rows: bool) -> bool:
+def looks(rule: Rule, rows: bool) -> bool:
     """Whether a rule has a use for data about a layer's input, if there are any."""
     return rule.observer is not None or (has_rows and (rule.correct_bias or methods.METHODS[rule.method].judged))
-
-
-def _has_rows(kind: LayerKind) -> bool:
-    return kind.hook is not None and not kind.windowed
-
-
-def _check_data(matched: list[tuple[Found, Rule | None]], data: _Data) -> None:
-    """Raises where a method asks for what is not there, naming all layers."""
-    problems = []
-    for (path, layer, kind), rule in matched:
-        if rule is None or rule.weight is None:
-            continue
-        name = path or type(layer).__name__
-        if rule.observer is not None and kind.hook is None:
-            problems.append(f"  {name} ({kind.name}): its input cannot be observed, so it has no static range")
-        elif rule.observer is not None and not data:
-            problems.append(f"  {name}: observer {rule.observer!r} needs data")
-        if rule.correct_bias and not data:
-            problems.append(f"  {name}: correct_bias=True needs data")
-        elif rule.correct_bias and kind.name not in ("Linear", "LinearGeneral"):
-            problems.append(f"  {name} ({kind.name}): correct_bias=True is for Linear and LinearGeneral")
-        if rule.method == "rtn":
-            continue
-        if methods.METHODS[rule.method].needs_data and not data:
-            problems.append(f"  {name}: method {rule.method!r} needs data")
-        elif not _has_rows(kind) and (methods.METHODS[rule.method].needs_data or dict(rule.options).get("inputs")):
-            problems.append(f"  {name} ({kind.name}): method {rule.method!r} is for Linear, LinearGeneral and Einsum")
-    raise_unrunnable(problems)
 
 
 def _blocks(

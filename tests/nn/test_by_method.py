@@ -133,11 +133,11 @@ def test_fewer_rows_than_inputs_are_said():
 
 
 def test_what_cannot_be_is_refused_before_anything_runs():
-    with pytest.raises(ValueError, match=r"(?s)first: method 'gptq' needs data.*second: method 'gptq' needs data"):
+    with pytest.raises(ValueError, match=r"(?s)first .*method 'gptq' needs data.*second .*method 'gptq' needs data"):
         quantize("gptq")
     with pytest.raises(ValueError, match="nothing is known of that in Pair"):
         quantize("awq", calibration=BATCHES)
-    with pytest.raises(ValueError, match=r"(?s)Conv.*is for Linear, LinearGeneral and Einsum"):
+    with pytest.raises(ValueError, match=r"(?s)Conv.*is for matrices: Linear, LinearGeneral and Einsum"):
         quantize("gptq", nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)), calibration=[normal(2, 8, 4)])
     with pytest.raises(ValueError, match="method must be one of"):
         jaxq.Rule(weight="int4", method="gpqt")

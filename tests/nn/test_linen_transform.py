@@ -562,7 +562,7 @@ def test_what_methods_cannot_do_is_said_before_anything_runs():
         quantize_model(module, variables, by("gptq"))
     with pytest.raises(ValueError, match="linen modules do not say what that is"):
         quantize_model(module, variables, "int4_awq", calibration=BATCHES)
-    with pytest.raises(ValueError, match=r"Conv.*is for Dense, DenseGeneral and Einsum"):
+    with pytest.raises(ValueError, match=r"Conv.*is for matrices: Linear, LinearGeneral and Einsum"):
         quantize_model(conv, made(conv, x), by("gptq"), calibration=[x])
     with pytest.raises(ValueError, match="no statistics of"):
         quantize_model(module, variables, by("gptq"), calibration={})

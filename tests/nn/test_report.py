@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxq
-from jaxq import QTensor, Recipe, Rule
+from jaxq import QTensor, Recipe, Rule, methods
 
 SPEC = jaxq.QuantSpec("int4", jaxq.PerGroup(4, pad=True), scale="bfloat16")
 
@@ -175,3 +176,54 @@ def test_a_plan_is_the_report_without_figures(made):
     blank = [dataclasses.replace(row, sqnr=None, worst_block=None, clipped=None) for row in report.rows]
     assert list(plan.rows) == blank
     assert (plan.bytes_before, plan.bytes_after) == (report.bytes_before, report.bytes_after)
+
+
+class Scaled(nnx.Module):
+    """A norm that can take scales, before one of two layers."""
+
+    def __init__(self):
+        self.norm = nnx.RMSNorm(32, rngs=nnx.Rngs(0))
+        self.up = nnx.Linear(32, 32, rngs=nnx.Rngs(1))
+        self.down = nnx.Linear(32, 32, rngs=nnx.Rngs(2))
+
+    def __call__(self, x):
+        return self.down(jnp.tanh(self.up(self.norm(x))))
+
+    def scale_groups(self):
+        return [SimpleNamespace(source="norm", targets=["up"], kind="norm")]
+
+    def fold_scales(self, scales):
+        model = nnx.clone(self)
+        model.norm.scale[...] /= scales["norm"]
+        model.up.kernel[...] *= scales["norm"][:, None]
+        return model
+
+
+def unmeasured(report):
+    return [dataclasses.replace(row, sqnr=None, worst_block=None, clipped=None, loss=None) for row in report.rows]
+
+
+@pytest.mark.parametrize("name", jaxq.recipes.names())
+def test_a_plan_is_the_report_but_for_what_is_measured(name):
+    model, recipe = Scaled(), jaxq.recipes.get(name)
+    data = any(rule.observer or methods.METHODS[rule.method].needs_data for rule in recipe.rules)
+    x = jax.random.normal(jax.random.key(0), (64, 32))
+    _, report = jaxq.quantize_model(model, recipe, calibration=[x] if data else None, fallback="none")
+    assert unmeasured(recipe.plan(model)) == unmeasured(report)
+
+
+def test_products_of_floats_are_said_of_experts_that_do_not_lead():
+    model = nnx.Einsum("bek,ken->ben", (32, 2, 8), rngs=nnx.Rngs(0))
+    _, report = jaxq.quantize_model(model, "w8a8")
+    (row,) = report.quantized
+    assert "products of floats" in row.note
+    assert "batch axes [1] are not its own leading 0" in row.note
+    assert unmeasured(jaxq.recipes.get("w8a8").plan(model)) == unmeasured(report)
+    model = nnx.Einsum("bek,ekn->ben", (2, 32, 8), rngs=nnx.Rngs(0))
+    assert jaxq.recipes.get("w8a8").plan(model).quantized[0].note == ""
+
+
+@pytest.mark.parametrize("method", ["clip", "hqq", "kmeans"])
+def test_methods_that_need_no_data_are_planned_as_they_are(method):
+    model, recipe = Scaled(), Recipe([Rule(weight="int3", method=method)])
+    assert unmeasured(recipe.plan(model)) == unmeasured(jaxq.quantize_model(model, recipe)[1])

@@ -21,7 +21,7 @@ from flax import linen
 from jax import lax
 
 from jaxq import ops
-from jaxq.nn._layers import PromoteAround, Roles, conv_general_dilated, dot_general
+from jaxq.nn._layers import PromoteAround, Roles, conv_general_dilated, dot_general, einsum_roles
 from jaxq.qtensor import QTensor
 
 
@@ -222,13 +222,7 @@ def _length(value: Any) -> int:
 
 
 def _einsum_roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Roles:
-    text = einsum_text(layer, *args, **kwargs)
-    (left, right), out = text.split("->")[0].split(","), text.split("->")[1]
-    num_batch = 0
-    while num_batch < len(right) and right[num_batch] in left and right[num_batch] in out:
-        num_batch += 1
-    summed = tuple(i - len(right) for i, c in enumerate(right) if c in left and c not in out)
-    return Roles(summed, shape, num_batch)
+    return einsum_roles(einsum_text(layer, *args, **kwargs), shape)
 
 
 def _conv_roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Roles:

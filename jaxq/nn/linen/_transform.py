@@ -15,14 +15,13 @@ from flax.traverse_util import flatten_dict
 from jaxq import formats, methods
 from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, shown
-from jaxq.nn._folding import FOLDED, raise_if_rotating
-from jaxq.nn._matching import raise_unrunnable, unused_rules
+from jaxq.nn._folding import raise_if_rotating
+from jaxq.nn._matching import check_data, has_rows, unused_rules
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
 from jaxq.nn._solve import corrected_bias, quantize_weight
 from jaxq.nn._transform import by_block, looks, wanted_statistics
 from jaxq.nn.linen._calibration import calibrate
 from jaxq.nn.linen._discovery import Forward, Structure, find_layers, params_of, with_params
-from jaxq.nn.linen._layers import LayerKind
 from jaxq.nn.linen._matching import Matched, Taken, match
 from jaxq.nn.linen._wrapper import Quantized
 from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec
@@ -112,7 +111,7 @@ def quantize_model(
     matched = match(module, variables, structure, params, recipe, forward, on_nonfinite, strict=strict)
     taken = matched.taken
     raise_if_rotating(recipe, "linen.quantize_model")
-    _check_data(taken, calibration is not None)
+    check_data([(o.found.path, o.found.kind, o.rule) for o in taken], calibration is not None, folds=False)
     rows: dict[tuple[str, ...], Row] = {}
     keys = jax.random.split(jax.random.key(0) if key is None else key, max(len(taken), 1))
     how = {"mask": mask, "forward": forward, "progress": progress}
@@ -136,7 +135,7 @@ def quantize_model(
                 name="/".join(where),
                 on_nonfinite=on_nonfinite,
             )
-            row = quantized_row("/".join(where), found.kind.name, floats, qt, solved)
+            row = quantized_row("/".join(where), found.kind.name, floats, qt, solved, found.roles.inner)
             notes = [row.note, _box(boxed)]
             bias = (*where[:-1], "bias")
             if one.rule.correct_bias:
@@ -165,11 +164,12 @@ def plan_linen(module: linen.Module, variables: Any, recipe: Recipe, example: An
     _check_module(module, variables, "plan")
     structure, params = find_layers(module, variables, example, None), params_of(variables)
     matched = match(module, variables, structure, params, recipe, None, "raise", strict=strict)
+    check_data([(o.found.path, o.found.kind, o.rule) for o in matched.taken], None, folds=False)
     rows = {}
     for one in matched.taken:
         where, value = one.found.key, linen.meta.unbox(params[one.found.key])
-        note = _box(params[where])
-        rows[where] = planned_row("/".join(where), one.found.kind.name, value, one.planned, one.rule.method, note)
+        note, inner, path = _box(params[where]), one.found.roles.inner, "/".join(where)
+        rows[where] = planned_row(path, one.found.kind.name, value, one.planned, one.rule.method, note, inner)
     return Report(tuple(_rows(variables, rows, matched, structure)), _notes(recipe, matched, strict))
 
 
@@ -201,33 +201,6 @@ def _blocks(
     return by_block([(one.found.path, (one, key)) for one, key in layers], order)
 
 
-def _check_data(taken: Sequence[Taken], data: bool) -> None:
-    """Raises where a method or an observer asks for what is not there, naming all layers."""
-    problems = []
-    for found, rule, *_ in taken:
-        name, method = f"{found.path or 'the model itself'} ({found.kind.name})", methods.METHODS[rule.method]
-        if rule.observer is not None and not found.kind.watched:
-            problems.append(f"  {name}: its input cannot be observed, so it has no static range")
-        elif rule.observer is not None and not data:
-            problems.append(f"  {name}: observer {rule.observer!r} needs data")
-        if rule.correct_bias and not data:
-            problems.append(f"  {name}: correct_bias=True needs data")
-        elif rule.correct_bias and found.kind.name not in ("Dense", "DenseGeneral"):
-            problems.append(f"  {name}: correct_bias=True is for Dense and DenseGeneral")
-        if rule.method in FOLDED:
-            problems.append(f"  {name}: method {rule.method!r} folds scales into what comes before a layer, and linen "
-                            "modules do not say what that is; use another method, or an nnx model")  # fmt: skip
-        elif method.needs_data and not data:
-            problems.append(f"  {name}: method {rule.method!r} needs data")
-        elif not _has_rows(found.kind) and (method.needs_data or dict(rule.options).get("inputs")):
-            problems.append(f"  {name}: method {rule.method!r} is for Dense, DenseGeneral and Einsum")
-    raise_unrunnable(problems)
-
-
-def _has_rows(kind: LayerKind) -> bool:
-    return kind.watched and not kind.windowed
-
-
 def _statistics(
     module: Quantized,
     variables: Any,
@@ -237,11 +210,11 @@ def _statistics(
     how: Mapping[str, Any],
 ) -> Mapping[str, LayerStats]:
     """What methods and observers of some layers need: one pass for each observer."""
-    layers = [(one.found.path, one.rule, _has_rows(one.found.kind)) for one in taken]
+    layers = [(one.found.path, one.rule, has_rows(one.found.kind)) for one in taken]
     if calibration is None:
         return {}
     if batches is None:
-        missing = [path for path, rule, has_rows in layers if looks(rule, has_rows) and path not in calibration]
+        missing = [path for path, rule, rows in layers if looks(rule, rows) and path not in calibration]
         if missing:
             raise ValueError(f"quantize_model: calibration has no statistics of {missing}.")
         return calibration
