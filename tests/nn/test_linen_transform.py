@@ -200,10 +200,14 @@ def test_without_an_example_all_parameters_must_be_reached():
     variables = module.init(jax.random.key(0), X, method="both")
     with pytest.raises(ValueError, match="none fits, and reaches all parameters"):
         quantize_model(module, variables, "int8")
-    qmodule, qvariables, report = quantize_model(module, variables, "int8", example=X)
-    assert set(weights(qvariables)) == {"used/kernel"}
-    notes = {row.path: row.note for row in report.rows}
-    assert notes["other/kernel"] == "not reached by the call of the example, left in floats"
+    with pytest.raises(ValueError, match=r"does not reach other/kernel.*Pass an example= \(or forward=\)"):
+        quantize_model(module, variables, "int8", example=X)
+    skipping = Recipe([Rule("other", skip=True), *jaxq.recipes.get("int8").rules])
+    unreached = "not reached by the call of the example, left in floats"
+    for recipe, strict, note in (skipping, True, "skipped by the recipe"), ("int8", False, unreached):
+        qmodule, qvariables, report = quantize_model(module, variables, recipe, example=X, strict=strict)
+        assert set(weights(qvariables)) == {"used/kernel"}
+        assert {row.path: row.note for row in report.rows}["other/kernel"] == note
     assert qmodule.apply(qvariables, X, method="both").shape == (2, 8)
     both = quantize_model(module, variables, "int8", example={"x": X, "method": "both"})[1]
     assert set(weights(both)) == {"used/kernel", "other/kernel"}

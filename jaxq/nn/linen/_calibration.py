@@ -122,8 +122,8 @@ def calibrate(
         except jax.errors.UnexpectedTracerError:
             raise ValueError(
                 f"linen.calibrate: {order[-1] if order else 'a layer'} is inside nn.scan, nn.remat, nn.jit or nn.vmap, "
-                "whose inputs cannot be seen from outside. Build the module without it for calibration, or leave it "
-                "out with layers=."
+                "whose inputs cannot be seen from outside. Build the module without it, or leave the layer "
+                "out: by layers= of calibrate, or by a rule without observer= and without a method that needs data."
             ) from None
         num_batches += 1
     if not num_batches:

@@ -95,7 +95,14 @@ def match(
     weights = {one.found.path: one.planned for one in out.taken}
     problems += check_weights(module, variables, structure, forward, weights)
     untouched = _match_bare(structure, params, recipe, out, problems)
+    unreached = _match_unreached(structure, params, recipe, out)
     raise_problems(problems, "quantize_model")
+    if strict and unreached:
+        raise ValueError(
+            f"quantize_model: the call of the example does not reach {', '.join(unreached)}, which rules are about, so "
+            "what layers they belong to is not known. Pass an example= (or forward=) whose call reaches them, a dict "
+            "with method= for example, or leave them in floats: jaxq.Rule(path, skip=True), or strict=False for all."
+        )
     if strict:
         raise_unused(recipe, out.used, names + untouched, "quantize_model", "layer")
         if untouched:
@@ -105,6 +112,28 @@ def match(
                 "strict=False leaves them all. To quantize one, multiply with it in a Dense, DenseGeneral or Einsum."
             )
     return out
+
+
+def _match_unreached(structure: Structure, params: Params, recipe: Recipe, out: Matched) -> list[str]:
+    """Matrices that the traced call did not reach: rules that skip them are noted, those to be quantized returned.
+
+    Their kind is not known, but what layers call their weights is.
+    """
+    unreached = []
+    for key, boxed in params.items():
+        value = linen.meta.unbox(boxed)
+        floats = jnp.issubdtype(getattr(value, "dtype", int), jnp.floating) and value.ndim > 1
+        if key[:-1] in structure.classes or not floats or isinstance(value, QTensor):
+            continue
+        kinds = {call.kind.name for call in CALLS.values() if call.kind.weight == key[-1]}
+        rules = [recipe.find("/".join(key[:-1]), kind, tuple(value.shape)) for kind in sorted(kinds)]
+        rules = [rule for rule in rules if rule is not None]
+        if any(rule.weight is not None for rule in rules):
+            unreached.append("/".join(key))
+        elif rules:
+            out.used.extend(rules)
+            out.rules[key] = rules[0]
+    return unreached
 
 
 def _match_bare(structure: Structure, params: Params, recipe: Recipe, out: Matched, problems: list[str]) -> list[str]:

@@ -69,8 +69,9 @@ def quantize_model(
         block is what has the same path up to the first number ("layers_3").
       fallback: what becomes of a layer whose method does worse than rounding to nearest on held-out inputs, as in
         `jaxq.quantize_model`.
-      strict: a rule that matches nothing, and a matrix that a module of yours asks for itself (`self.param`) and no
-        rule is about, are errors. False leaves them, and the report says so.
+      strict: a rule that matches nothing, a matrix that a module of yours asks for itself (`self.param`) and no rule is
+        about, and a weight that a rule is about and the example does not reach, are errors. False leaves them, and the
+        report says so.
       key: PRNG key, for methods that draw.
       on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`; "raise" names path and index.
       progress: show a line of progress; None does so on a terminal.
@@ -81,8 +82,9 @@ def quantize_model(
     Raises:
       TypeError: not a linen module.
       ValueError: an unknown recipe; no example where one is needed; layers that cannot be quantized; a rule that
-        matches nothing, a matrix that no rule is about; a method or an observer that needs data without `calibration`,
-        a method that folds scales (linen modules do not say where), and what `calibrate` raises.
+        matches nothing, a matrix that no rule is about, a weight that the example does not reach; a method or an
+        observer that needs data without `calibration`, a method that folds scales (linen modules do not say where), and
+        what `calibrate` raises.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
