@@ -192,7 +192,9 @@ class KVCache:
         """`softmax(scale q k^T) v` of every query over the tokens at and before its position.
 
         Groups are dequantized `block` tokens at a time, and only as many as the longest slot holds; softmax and sums
-        are float32. For inference: the loop has no reverse derivative.
+        are float32. For inference: the loop has no reverse derivative. A value that is NaN or
+        infinite reaches every query of the call in its slot and head, earlier ones too: these weigh it with 0, and
+        0 NaN = NaN.
 
         Args:
           q: queries `[b, t, n, h]` in the cache's dtype, n a multiple of the key heads; neighbours share a key head.
