@@ -42,6 +42,31 @@ def over_explicit_axes(fn: Callable[..., jax.Array], spec: Sequence[Any], *args:
     return auto(*args)
 
 
+def lay_out(y: jax.Array, sharding: NamedSharding | PartitionSpec | None) -> jax.Array:
+    """A result as its caller wants it to lie over a mesh; None leaves it.
+
+    Over explicit axes that is part of its type; over others it is what XLA is told.
+
+    Raises:
+      NotImplementedError: axes of both types are named.
+    """
+    if sharding is None:
+        return y
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+    named = {name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,)) if name is not None}
+    explicit = {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit}
+    if not explicit:
+        return jax.lax.with_sharding_constraint(y, sharding)
+    if named - explicit:
+        raise NotImplementedError(
+            f"out_sharding={spec} names {sorted(named - explicit)}, whose axes are not explicit, in a mesh where "
+            f"{sorted(explicit)} are: jax reshards along explicit axes only. Name those alone, and constrain the rest "
+            "with jax.lax.with_sharding_constraint."
+        )
+    return jax.sharding.reshard(y, sharding)
+
+
 def device_of(ctx, platform: str | None) -> tuple[str | None, int]:
     """The kind of device a program is lowered for, if known, and how many of them XLA partitions it over."""
     context = ctx.module_context.axis_context

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxq import ops
+from jaxq import kernels, ops
 from jaxq.qtensor import QTensor, quantize
 
 
@@ -193,8 +193,7 @@ def dot_general(
     lhs: Any, rhs: Any, dims: Any, precision: Any = None, preferred_element_type: Any = None, out_sharding: Any = None
 ) -> jax.Array:
     """The `dot_general` hook of Linear and LinearGeneral."""
-    _no_out_sharding(out_sharding)
-    return ops.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=preferred_element_type)
+    return ops.dot_general(lhs, rhs, dims, precision, preferred_element_type, out_sharding)
 
 
 def einsum(
@@ -205,28 +204,19 @@ def einsum(
     out_sharding: Any = None,
 ) -> jax.Array:
     """The `einsum_op` hook of Einsum."""
-    _no_out_sharding(out_sharding)
-    return ops.einsum(subscripts, *operands, precision=precision, preferred_element_type=preferred_element_type)
+    how: Any = {"preferred_element_type": preferred_element_type, "out_sharding": out_sharding}
+    return ops.einsum(subscripts, *operands, precision=precision, **how)
 
 
 def conv_general_dilated(
     lhs: Any, rhs: Any, window_strides: Any, padding: Any, *, out_sharding: Any = None, **kwargs: Any
 ) -> jax.Array:
     """The `conv_general_dilated` hook of Conv."""
-    _no_out_sharding(out_sharding)
     if not isinstance(rhs, QTensor):
         wide = kwargs.pop("preferred_element_type", None) or jnp.result_type(lhs, rhs)
-        y = lax.conv_general_dilated(lhs, rhs, window_strides, padding, preferred_element_type=jnp.float32, **kwargs)
-        return y.astype(wide)
-    return ops.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
-
-
-def _no_out_sharding(out_sharding: Any) -> None:
-    if out_sharding is not None:
-        raise NotImplementedError(
-            "out_sharding= of a quantized layer: explicit-mode sharding of its result is not supported. "
-            "Use jax.lax.with_sharding_constraint on the result."
-        )
+        kwargs |= {"preferred_element_type": jnp.float32, "out_sharding": out_sharding}
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs).astype(wide)
+    return kernels.lay_out(ops.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs), out_sharding)
 
 
 # Kinds.
@@ -410,17 +400,15 @@ class QEmbed(nnx.Embed):
         table = self.embedding[...]
         if not isinstance(table, QTensor):
             return super().__call__(inputs, out_sharding=out_sharding)
-        _no_out_sharding(out_sharding)
         (table,) = PromoteAround(self.promote_dtype)((table,), dtype=self.dtype, inexact=False)
-        return ops.take(table, inputs)
+        return kernels.lay_out(ops.take(table, inputs), out_sharding)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         table = self.embedding[...]
         if not isinstance(table, QTensor):
             return super().attend(query, out_sharding=out_sharding)
-        _no_out_sharding(out_sharding)
         query, table = PromoteAround(self.promote_dtype)((query, table), dtype=self.dtype)
-        return ops.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())))
+        return ops.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())), out_sharding=out_sharding)
 
 
 KINDS = (

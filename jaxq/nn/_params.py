@@ -16,6 +16,7 @@ import numpy as np
 from jaxq import formats, methods
 from jaxq.nn._folding import FOLDED, raise_if_rotating
 from jaxq.nn._matching import check_axes, raise_problems, raise_unused, unused_rules
+from jaxq.nn._placement import on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
 from jaxq.nn._solve import dry_run, quantize_weight
 from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, raise_if_not_finite
@@ -81,9 +82,13 @@ def quantize_params(
             rows.append(_left_row(leaf))
             continue
         assert leaf.rule is not None
-        qt, solved, floats = *_quantized(leaf, next(keys), key is not None, on_nonfinite), jnp.asarray(leaf.value)
+        with on_auto_axes((jnp.asarray(leaf.value), next(keys))) as (floats, own_key):
+            how: Any = {"key": own_key, "stochastic": key is not None, "on_nonfinite": on_nonfinite}
+            name = leaf.path or "w"
+            qt, solved = quantize_weight(floats, leaf.rule, leaf.axes, None, fallback="rtn", name=name, **how)
+            rows.append(quantized_row(leaf.path, "Array", floats, qt, solved))
+        qt = placed_like(qt, leaf.value)
         out.append(qt)
-        rows.append(quantized_row(leaf.path, "Array", floats, qt, solved))
         if donate and isinstance(leaf.value, jax.Array):
             jax.block_until_ready(qt)
             leaf.value.delete()
@@ -182,12 +187,6 @@ def _check_method(rule: Rule) -> None:
         raise ValueError(f"observer {rule.observer!r} needs calibration data, which pass through a model")
     if methods.METHODS[rule.method].needs_data:
         raise ValueError(f"method {rule.method!r} needs calibration data, which pass through a model")
-
-
-def _quantized(leaf: _Leaf, key: jax.Array, keyed: bool, on_nonfinite: str) -> tuple[QTensor, methods.Solved | None]:
-    assert leaf.rule is not None
-    how: Any = {"key": key, "stochastic": keyed, "on_nonfinite": on_nonfinite, "name": leaf.path or "w"}
-    return quantize_weight(jnp.asarray(leaf.value), leaf.rule, leaf.axes, None, fallback="rtn", **how)
 
 
 def _left_row(leaf: _Leaf) -> Row:

@@ -11,7 +11,7 @@ from jaxq.nn._folding import foldable, planned_outcomes, rotated
 from jaxq.nn._layers import weight_axes
 from jaxq.nn._matching import check_data, match, raw_arrays, unused_rules, variables_of
 from jaxq.nn._params import plan_params
-from jaxq.nn._report import Report, float_row, other_row, planned_row, skip_reason
+from jaxq.nn._report import Report, dropped_metadata, float_row, other_row, planned_row, skip_reason
 from jaxq.nn._solve import dry_run, unscaled_note
 from jaxq.nn.linen._transform import plan_linen
 from jaxq.qtensor import QuantSpec
@@ -66,9 +66,10 @@ def plan(
             rows.append(float_row(path, found.kind.name, value, skip_reason(rule)))
         else:
             qt = dry_run(value, rule, *weight_axes(found.layer, found.kind), found.kind.weight, found.kind.windowed)
-            note, inner = unscaled_note(rule, outcomes.get(found.path)), found.kind.roles(found.layer).inner
-            method = "rtn" if note and rule.method != "awq" else rule.method
-            rows.append(planned_row(path, found.kind.name, value, qt, method, note, inner))
+            unscaled, inner = unscaled_note(rule, outcomes.get(found.path)), found.kind.roles(found.layer).inner
+            method = "rtn" if unscaled and rule.method != "awq" else rule.method
+            notes = (unscaled, dropped_metadata(variable))
+            rows.append(planned_row(path, found.kind.name, value, qt, method, notes, inner))
     rows += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(model)]
     unused = () if strict else unused_rules(recipe, [rule for _, rule in matched])
     return Report(tuple(rows), tuple(f"rule {pattern!r} matched nothing" for pattern in unused))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -223,8 +224,9 @@ def other_row(path: str, variable: Any, layers: set[str]) -> Row:
 
 
 def planned_row(
-    path: str, kind: str, floats: Any, qt: QTensor, method: str = "rtn", note: str = "", inner: tuple[int, ...] = ()
-) -> Row:
+    path: str, kind: str, floats: Any, qt: QTensor, method: str = "rtn", notes: Sequence[str] = (),
+    inner: tuple[int, ...] = (),
+) -> Row:  # fmt: skip
     """The row of a weight as it is stored, without what must be measured.
 
     Args:
@@ -233,7 +235,7 @@ def planned_row(
       floats: the weight, or a `jax.ShapeDtypeStruct` of it.
       qt: what replaces it; leaves may be `jax.ShapeDtypeStruct`s.
       method: that makes the codes.
-      note: what else there is to say.
+      notes: what else there is to say.
       inner: as in `why_floats`.
     """
     spec, geometry = qt.spec, qt.meta.geometry
@@ -245,7 +247,7 @@ def planned_row(
     granularity = f"{type(spec.granularity).__name__}({sizes}{' ' if sizes else ''}along {along})"
     before = floats.size * floats.dtype.itemsize
     bits = qt.bits_per_element
-    note = "; ".join(n for n in (note, why_floats(kind, qt, inner)) if n)
+    note = "; ".join(n for n in (*notes, why_floats(kind, qt, inner)) if n)
     return Row(path, kind, qt.shape, name, granularity, bits, before, qt.nbytes, None, None, note, method=method)
 
 
@@ -277,16 +279,20 @@ def why_floats(kind: str, qt: QTensor, inner: tuple[int, ...] = ()) -> str:
 
 
 def quantized_row(
-    path: str, kind: str, floats: jax.Array, qt: QTensor, solved: Solved | None, inner: tuple[int, ...] = ()
-) -> Row:
+    path: str, kind: str, floats: jax.Array, qt: QTensor, solved: Solved | None, notes: Sequence[str] = (),
+    inner: tuple[int, ...] = (),
+) -> Row:  # fmt: skip
     """The row of a quantized weight, with its errors; arguments as in `planned_row`."""
     sqnr, worst, clipped = (float(value) for value in _errors(floats, qt))
-    row = planned_row(path, kind, floats, qt, inner=inner)
-    row = dataclasses.replace(row, sqnr=sqnr, worst_block=worst, clipped=clipped)
-    if solved is None:
-        return row
-    note = "; ".join(n for n in (solved.note, row.note) if n)
-    return dataclasses.replace(row, note=note, method=solved.method, loss=solved.loss)
+    method, said, loss = ("rtn", "", None) if solved is None else (solved.method, solved.note, solved.loss)
+    row = planned_row(path, kind, floats, qt, method, (said, *notes), inner)
+    return dataclasses.replace(row, sqnr=sqnr, worst_block=worst, clipped=clipped, loss=loss)
+
+
+def dropped_metadata(variable: Any) -> str:
+    """What is said of an nnx Variable that names mesh axes for the axes of its array, which codes do not have."""
+    names = variable.get_metadata().get("out_sharding") or ()
+    return "its sharding metadata is not kept" if any(name is not None for name in names) else ""
 
 
 def _errors(floats: jax.Array, qt: QTensor) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -95,7 +95,7 @@ def dry_run(
             qt = _solve(qt, v, None, rule, "rtn", jax.random.key(0), name).qt
         return with_inputs(qt, rule, None if rule.observer is None else (0.0, 1.0))
 
-    qt = jax.eval_shape(made, w)
+    qt = jax.eval_shape(made, jax.ShapeDtypeStruct(w.shape, w.dtype))
     if qt.meta.activation is not None and not windowed:
         x = jax.ShapeDtypeStruct((1, *(w.shape[a] for a in contracting)), w.dtype)
         along = tuple(range(1, len(x.shape)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +14,8 @@ from jaxq.nn._calibration import as_batches, calibrate, shown
 from jaxq.nn._folding import Group, Outcome, foldable, folded, looked_at, rotated
 from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
 from jaxq.nn._matching import Found, check_data, has_rows, match, raw_arrays, unused_rules, variables_of
-from jaxq.nn._report import Report, Row, float_row, other_row, quantized_row, skip_reason
+from jaxq.nn._placement import on_auto_axes, placed_like
+from jaxq.nn._report import Report, Row, dropped_metadata, float_row, other_row, quantized_row, skip_reason
 from jaxq.nn._solve import corrected_bias, quantize_weight
 from jaxq.qtensor import ON_NONFINITE, QuantSpec
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -119,32 +119,30 @@ def quantize_model(
         for (path, layer, kind), rule in shown(block, "quantizing", progress and bool(stats)):
             variable = getattr(layer, kind.weight)
             if id(variable) not in replaced and not isinstance(variable, QuantizedParam):
-                floats, name = variable.get_value(), variables[id(variable)][0]
-                qt, solved = quantize_weight(
-                    floats,
-                    rule,
-                    weight_axes(layer, kind),
-                    stats.get(path),
-                    fallback=fallback,
-                    key=keys[len(replaced)],
-                    name=name,
-                    on_nonfinite=on_nonfinite,
-                    outcome=outcomes.get(path),
-                )
-                replaced[id(variable)] = QuantizedParam(qt)
-                notes = []
-                if rule.correct_bias:
-                    notes.append("bias corrected" if layer.bias is not None else "no bias to correct")
-                if rule.correct_bias and layer.bias is not None:
-                    layer.bias.set_value(corrected_bias(layer.bias.get_value(), floats, qt, stats[path]))
-                names = variable.get_metadata().get("out_sharding") or ()
-                if any(name is not None for name in names):
-                    notes.append("its sharding metadata is not kept")
-                row = quantized_row(name, kind.name, floats, qt, solved, kind.roles(layer).inner)
-                rows[id(variable)] = dataclasses.replace(row, note="; ".join(n for n in (row.note, *notes) if n))
+                value, name = variable.get_value(), variables[id(variable)][0]
+                with on_auto_axes((value, keys[len(replaced)], stats.get(path))) as (floats, own_key, seen):
+                    qt, solved = quantize_weight(
+                        floats,
+                        rule,
+                        weight_axes(layer, kind),
+                        seen,
+                        fallback=fallback,
+                        key=own_key,
+                        name=name,
+                        on_nonfinite=on_nonfinite,
+                        outcome=outcomes.get(path),
+                    )
+                    notes = [dropped_metadata(variable)]
+                    if rule.correct_bias:
+                        notes.append("bias corrected" if layer.bias is not None else "no bias to correct")
+                    if rule.correct_bias and layer.bias is not None:
+                        layer.bias.set_value(corrected_bias(layer.bias.get_value(), floats, qt, seen))
+                    row = quantized_row(name, kind.name, floats, qt, solved, notes, kind.roles(layer).inner)
+                rows[id(variable)] = row
+                replaced[id(variable)] = QuantizedParam(placed_like(qt, value))
                 if donate:
                     jax.block_until_ready(qt)
-                    floats.delete()
+                    value.delete()
             put_weight(layer, kind, replaced.get(id(variable), variable))
     replace_variables(copy, replaced)
     layers = {found.path for found, _ in matched}

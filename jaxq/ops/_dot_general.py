@@ -27,7 +27,7 @@ def dot_general(
     dimension_numbers: DimensionNumbers,
     precision: Any = None,
     preferred_element_type: Any = None,
-    **kwargs: Any,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """`lax.dot_general`, where either operand may be a QTensor.
 
@@ -42,13 +42,15 @@ def dot_general(
       preferred_element_type: dtype of the result, a float of at most 32 bits if an operand is quantized. None takes
         what the operands' dtypes promote to, but int32 for narrower integers and float32 for float8: those sums rarely
         fit.
-      **kwargs: passed on where both operands are arrays.
+      out_sharding: how the result lies over a mesh, a `NamedSharding` or `PartitionSpec`. Of arrays lax takes explicit
+        axes alone; a product with a QTensor is resharded along those, and constrained along automatic ones.
 
     Returns:
       Array of batch axes, then free axes of lhs, then free axes of rhs.
 
     Raises:
       TypeError: sizes of contracted or batch axes differ, or axes repeat; integers or float64 meet a QTensor.
+      NotImplementedError: `out_sharding` of a product with a QTensor names explicit and automatic axes at once.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -63,12 +65,12 @@ def dot_general(
     _check_floats(lhs, rhs)
     out_dtype = _result_dtype(lhs, rhs, preferred_element_type)
     if not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor):
-        return _dot_general(lhs, rhs, dims, out_dtype, precision=precision, **kwargs)
+        return _dot_general(lhs, rhs, dims, out_dtype, precision, out_sharding)
     specs = (_spec_of(lhs), _spec_of(rhs))
     batch = [specs[0][a] for a in dims[1][0]]
     free = [s[a] for s, c, b in zip(specs, dims[0], dims[1], strict=True) for a in range(len(s)) if a not in (*c, *b)]
     product = functools.partial(_dot_general, dims=dims, out_dtype=out_dtype)
-    return kernels.over_explicit_axes(product, (*batch, *free), lhs, rhs)
+    return kernels.lay_out(kernels.over_explicit_axes(product, (*batch, *free), lhs, rhs), out_sharding)
 
 
 def _spec_of(x: jax.Array | QTensor) -> tuple:
@@ -91,7 +93,7 @@ def _dot_general(
     dims: DimensionNumbers,
     out_dtype: Any,
     precision: Any = None,
-    **kwargs: Any,
+    out_sharding: Any = None,
 ) -> jax.Array:
     plan = make_plan(lhs, rhs, dims)
     if isinstance(rhs, QTensor) and rhs.meta.activation is not None and not isinstance(lhs, QTensor):
@@ -100,7 +102,7 @@ def _dot_general(
         return _dynamic(rhs, lhs, dims, True).astype(out_dtype)
     if not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor):
         wide = jnp.dtype(plan.accumulate)
-        y = lax.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=wide, **kwargs)
+        y = lax.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=wide, out_sharding=out_sharding)
     elif isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
         y = _codes(lhs, rhs, dims) if plan.path == "codes" else dot_general(
             dequantize(lhs), rhs, dims, preferred_element_type=jnp.float32

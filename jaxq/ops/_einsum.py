@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq import kernels
 from jaxq.ops._dot_general import Operand, align_matmul, as_operand, dot_general
 from jaxq.ops._plan import accumulate_dtype, result_dtype
 from jaxq.qtensor import QTensor
@@ -42,7 +43,13 @@ def matmul(a: Operand, b: Operand, *, preferred_element_type: Any = None) -> jax
     return jnp.moveaxis(y, range(first_b, first_b + extra_b), range(extra_b))
 
 
-def einsum(subscripts: str, *operands: Operand, precision: Any = None, preferred_element_type: Any = None) -> jax.Array:
+def einsum(
+    subscripts: str,
+    *operands: Operand,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
     """`jnp.einsum` of two operands, where either may be a QTensor; accumulates in int32 or float32.
 
     Args:
@@ -51,6 +58,7 @@ def einsum(subscripts: str, *operands: Operand, precision: Any = None, preferred
       *operands: two arrays or QTensors.
       precision: passed on where all operands are arrays.
       preferred_element_type: dtype of the result; None takes what the operands' dtypes promote to.
+      out_sharding: how the result lies over a mesh, as in `dot_general`.
 
     Raises:
       ValueError: subscripts that do not fit the operands, or go beyond the above.
@@ -66,7 +74,7 @@ def einsum(subscripts: str, *operands: Operand, precision: Any = None, preferred
     if not any(isinstance(v, QTensor) for v in operands):
         arrays: list[Any] = list(operands)
         wide = accumulate_dtype(*arrays)
-        y = jnp.einsum(subscripts, *arrays, precision=precision, preferred_element_type=wide)
+        y = jnp.einsum(subscripts, *arrays, precision=precision, preferred_element_type=wide, out_sharding=out_sharding)
         return y.astype(preferred_element_type or result_dtype(*arrays))
     if len(operands) != 2:
         raise ValueError(f"einsum: QTensors multiply two at a time, got {len(operands)} operands in {subscripts!r}.")
@@ -80,7 +88,7 @@ def einsum(subscripts: str, *operands: Operand, precision: Any = None, preferred
     )
     y = dot_general(a, b, dims, preferred_element_type=preferred_element_type)
     produced = batch + [i for i in left if i not in batch + summed] + [i for i in right if i not in batch + summed]
-    return jnp.transpose(y, [produced.index(i) for i in out])
+    return kernels.lay_out(jnp.transpose(y, [produced.index(i) for i in out]), out_sharding)
 
 
 def _parse(subscripts: str, left_ndim: int, right_ndim: int) -> tuple[list[str], list[str], list[str]]:

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxq import kernels
 from jaxq.qtensor import Geometry, QTensor, dequantize, relayout, scale_values
 
 
@@ -41,7 +42,11 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"take: indices must be integers, got {indices.dtype.name}{list(indices.shape)}.")
 
-    table = relayout(table, "rows")
+    return kernels.over_explicit_axes(_take, (*kernels.spec_of(indices), None), table, indices)
+
+
+def _take(table: QTensor, indices: jax.Array) -> jax.Array:
+    table, geometry = relayout(table, "rows"), table.meta.geometry
     n = geometry.shape[0]
     if indices.dtype.itemsize < 4:
         indices = indices.astype(jnp.int32)  # n may be beyond a narrow type

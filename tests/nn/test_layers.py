@@ -386,12 +386,6 @@ def test_out_of_range_tokens_are_nan_as_in_flax():
         assert np.isnan(np.asarray(layer(tokens))).all(axis=1).tolist() == [False, True]
 
 
-def test_out_sharding_is_refused():
-    q = quantize(nnx.Linear(40, 6, rngs=nnx.Rngs(0)), "int8")
-    with pytest.raises(NotImplementedError, match="with_sharding_constraint"):
-        q(jnp.ones((2, 40)), out_sharding=jax.P())
-
-
 def test_hooks_are_values():
     a, b = (quantize(nnx.Linear(40, 6, rngs=nnx.Rngs(seed)), "int8") for seed in (0, 1))
     assert a.promote_dtype == b.promote_dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, shown
 from jaxq.nn._folding import raise_if_rotating
 from jaxq.nn._matching import check_data, has_rows, unused_rules
+from jaxq.nn._placement import on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
 from jaxq.nn._solve import corrected_bias, quantize_weight
 from jaxq.nn._transform import by_block, looks, wanted_statistics
@@ -125,28 +125,28 @@ def quantize_model(
         stats = _statistics(Quantized(module, done), now, calibration, batches, [one for one, _ in block], how)
         for one, k in shown(block, "quantizing", progress and bool(stats)):
             where, found = one.found.key, one.found
-            boxed, floats = params[where], linen.meta.unbox(params[where])
-            seen = _of_all(stats.get(found.path), floats.shape[: len(one.batch)])
-            qt, solved = quantize_weight(
-                floats,
-                one.rule,
-                (one.contracting, one.batch),
-                seen,
-                fallback=fallback,
-                key=k,
-                name="/".join(where),
-                on_nonfinite=on_nonfinite,
-            )
-            row = quantized_row("/".join(where), found.kind.name, floats, qt, solved, found.roles.inner)
-            notes = [row.note, _box(boxed)]
-            bias = (*where[:-1], "bias")
-            if one.rule.correct_bias:
-                notes.append("bias corrected" if bias in params else "no bias to correct")
-            if one.rule.correct_bias and bias in params:
-                assert seen is not None
-                old = linen.meta.unbox(params[bias])
-                params[bias] = linen.meta.replace_boxed(params[bias], corrected_bias(old, floats, qt, seen))
-            params[where], rows[where] = qt, dataclasses.replace(row, note="; ".join(filter(None, notes)))
+            boxed, value, name = params[where], linen.meta.unbox(params[where]), "/".join(where)
+            with on_auto_axes((value, k, stats.get(found.path))) as (floats, own_key, seen):
+                seen = _of_all(seen, floats.shape[: len(one.batch)])
+                qt, solved = quantize_weight(
+                    floats,
+                    one.rule,
+                    (one.contracting, one.batch),
+                    seen,
+                    fallback=fallback,
+                    key=own_key,
+                    name=name,
+                    on_nonfinite=on_nonfinite,
+                )
+                notes, bias = [_box(boxed)], (*where[:-1], "bias")
+                if one.rule.correct_bias:
+                    notes.append("bias corrected" if bias in params else "no bias to correct")
+                if one.rule.correct_bias and bias in params:
+                    assert seen is not None
+                    new = corrected_bias(linen.meta.unbox(params[bias]), floats, qt, seen)
+                    params[bias] = linen.meta.replace_boxed(params[bias], new)
+                rows[where] = quantized_row(name, found.kind.name, floats, qt, solved, notes, found.roles.inner)
+            params[where] = placed_like(qt, value)
     out: Any = with_params(variables, params)
     report = Report(tuple(_rows(out, rows, matched, structure)), _notes(recipe, matched, strict))
     qmodule = Quantized(module, tuple("/".join(one.found.key) for one in taken))
@@ -171,7 +171,7 @@ def plan_linen(module: linen.Module, variables: Any, recipe: Recipe, example: An
     for one in matched.taken:
         where, value = one.found.key, linen.meta.unbox(params[one.found.key])
         note, inner, path = _box(params[where]), one.found.roles.inner, "/".join(where)
-        rows[where] = planned_row(path, one.found.kind.name, value, one.planned, one.rule.method, note, inner)
+        rows[where] = planned_row(path, one.found.kind.name, value, one.planned, one.rule.method, (note,), inner)
     return Report(tuple(_rows(variables, rows, matched, structure)), _notes(recipe, matched, strict))
 
 
