@@ -219,6 +219,31 @@ def conv_general_dilated(
     return kernels.lay_out(ops.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs), out_sharding)
 
 
+def convolved(
+    product: Callable[..., jax.Array],
+    x: jax.Array,
+    kernel: QTensor,
+    bias: jax.Array | None,
+    *,
+    channel: int,
+    dtype: Any,
+) -> jax.Array:
+    """A convolution of examples `[*leading, *places, channels]`, with bias.
+
+    Args:
+      product: as in `ops.convolve`, of examples `[n, *places, channels]`.
+      x: examples.
+      kernel: quantized, of as many axes as there are places, and two.
+      bias: `[features]`, or None.
+      channel: the axis of `kernel` that is the result's features.
+      dtype: of the result; None takes that of x.
+    """
+    first = x.ndim - (kernel.ndim - 1)
+    y = ops.convolve(product, x.reshape(-1, *x.shape[first:]), kernel, channel=channel)
+    y = y.astype(dtype or x.dtype).reshape(*x.shape[:first], *y.shape[1:])
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+
+
 # Kinds.
 
 
@@ -354,11 +379,8 @@ class QConvTranspose(nnx.ConvTranspose):
             return super().__call__(inputs)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = PromoteAround(self.promote_dtype)((inputs, kernel, bias), dtype=self.dtype)
-        first = x.ndim - len(self.kernel_size) - 1
-        flat = x.reshape(-1, *x.shape[first:])
-        y = ops.convolve(self._transposed, flat, kernel, channel=-2 if self.transpose_kernel else -1)
-        y = y.astype(self.preferred_element_type or x.dtype).reshape(*x.shape[:first], *y.shape[1:])
-        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+        channel, dtype = -2 if self.transpose_kernel else -1, self.preferred_element_type
+        return convolved(self._transposed, x, kernel, bias, channel=channel, dtype=dtype)
 
     def _transposed(self, x: jax.Array, kernel: jax.Array, accumulate: Any) -> jax.Array:
         """The float layer's own product of arrays of any dtype, without bias: its method, with another kernel."""

@@ -21,7 +21,7 @@ from flax import linen
 from jax import lax
 
 from jaxq import ops
-from jaxq.nn._layers import PromoteAround, Roles, conv_general_dilated, dot_general, einsum_roles
+from jaxq.nn._layers import PromoteAround, Roles, conv_general_dilated, convolved, dot_general, einsum_roles
 from jaxq.qtensor import QTensor
 
 
@@ -167,15 +167,11 @@ def conv_transpose(layer: Any, weight: QTensor, inputs: jax.Array) -> jax.Array:
     """`ConvTranspose.__call__`."""
     bias = layer.param("bias", layer.bias_init, (layer.features,), layer.param_dtype) if layer.use_bias else None
     x, weight, bias = _promoted(layer, inputs, weight, bias, dtype=layer.dtype)
-    first = x.ndim - (weight.ndim - 1)
-    flat = x.reshape(-1, *x.shape[first:])
 
     def product(x: jax.Array, kernel: jax.Array, accumulate: Any) -> jax.Array:
         return code_of(linen.ConvTranspose.__call__)(_Unbiased(layer, kernel, accumulate), x)
 
-    y = ops.convolve(product, flat, weight, channel=_features_axis(layer))
-    y = y.astype(layer.preferred_element_type or x.dtype).reshape(*x.shape[:first], *y.shape[1:])
-    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+    return convolved(product, x, weight, bias, channel=_features_axis(layer), dtype=layer.preferred_element_type)
 
 
 class _Unbiased(StandIn):
