@@ -145,7 +145,7 @@ def _matrix(qt: QTensor, floats: jax.Array) -> jax.Array:
     return jnp.swapaxes(view.reshape(*qt.batch_shape, -1, geometry.contracted_size), -1, -2)
 
 
-def with_inputs(qt: QTensor, rule: Rule, bounds: tuple[jax.Array, jax.Array] | None = None) -> QTensor:
+def with_inputs(qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None = None) -> QTensor:
     """A weight that quantizes its inputs as a rule says; columns of outliers that its method set apart stay so.
 
     Args:

@@ -11,6 +11,7 @@ from flax import linen
 from jaxq.nn._matching import check_axes, multiplies, raise_problems, raise_unused
 from jaxq.nn._solve import dry_run
 from jaxq.nn.linen._discovery import Forward, Found, Params, Structure, check_weights
+from jaxq.nn.linen._layers import CALLS
 from jaxq.qtensor import QTensor, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule
 
