@@ -241,7 +241,7 @@ class Recipe:
     Args:
       rules: `jaxq.Rule` objects.
       rotate: first put the model into rotated coordinates, in which no channel stands out (QuaRot). What it computes
-        stays the same. Its class says how, by a method `rotated(key)` as `jaxq.models.Llama` has, or
+        stays the same. Its class says how, by a method `rotated` as `jaxq.models.Llama` has, or
         `jaxq.nn.register_rotation`.
 
     Example:

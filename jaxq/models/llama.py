@@ -203,14 +203,17 @@ class Llama(nnx.Module):
 
         return _outliers.fold_scales(self, scales)
 
-    def rotated(self, key: jax.Array) -> Llama:
-        """A copy in coordinates rotated at random, heads and the inputs of down_proj too: `jaxq.models.rotate`."""
-        from jaxq import methods
+    def rotated(self, orthogonal: Any, online: Any) -> Llama:
+        """A copy in rotated coordinates, heads and the inputs of down_proj too: `jaxq.models.rotate`.
+
+        Args:
+          orthogonal: gives an orthogonal matrix `[n, n]`, from n.
+          online: orthogonal linear map of the last axis of an array.
+        """
         from jaxq.models import _rotate
 
-        signs = methods.random_hadamard(key, self.config.hidden_size)
-        heads = methods.hadamard(jnp.eye(self.config.head_dim))
-        return _rotate.rotate(self, methods.hadamard(jnp.diag(signs)), heads=heads, online=methods.hadamard)
+        heads = orthogonal(self.config.head_dim)
+        return _rotate.rotate(self, orthogonal(self.config.hidden_size), heads=heads, online=online)
 
     def _forward(
         self, tokens: jax.Array, cache: KVCache | None, count: jax.Array | None = None

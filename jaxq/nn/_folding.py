@@ -3,7 +3,7 @@
 What comes before a layer is a matter of the model, not of its parameters: a model class says it, by methods
 `scale_groups()` and `fold_scales(scales)` or, for a class of others, by `register_folding`. Methods that need it (AWQ,
 SmoothQuant, cross-layer equalization) are refused for classes of which it is not known. Rotations of a whole model are
-told the same way, by a method `rotated(key)` or `register_rotation`.
+told the same way, by a method `rotated(orthogonal, online)` or `register_rotation`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Outcome(NamedTuple):
 
 
 _KNOWN: dict[type, _Folding] = {}
-_ROTATIONS: dict[type, Callable[[Any, jax.Array], Any]] = {}
+_Orthogonal = Callable[[int], jax.Array]
+_Online = Callable[[jax.Array], jax.Array]
+_ROTATIONS: dict[type, Callable[[Any, _Orthogonal, _Online], Any]] = {}
 
 
 def register_folding(
@@ -82,12 +84,14 @@ def register_folding(
     _KNOWN[cls] = _Folding(groups, fold)
 
 
-def register_rotation(cls: type[nnx.Module], rotated: Callable[[Any, jax.Array], Any]) -> None:
-    """Tells jaxq how to rotate models of a class that has no method `rotated(key)`, for `Recipe(rotate=True)`.
+def register_rotation(cls: type[nnx.Module], rotated: Callable[[Any, _Orthogonal, _Online], Any]) -> None:
+    """Tells jaxq how to rotate models of a class that has no method `rotated`, for `Recipe(rotate=True)`.
 
     Args:
       cls: an nnx module class; subclasses count too.
-      rotated: from a model and a PRNG key a new model that computes the same, in rotated coordinates.
+      rotated: `(model, orthogonal, online)` to a new model that computes the same in rotated coordinates. `orthogonal`
+        gives a random Hadamard matrix `[n, n]` from n, to be multiplied into weights; `online` is such a map of the
+        last axis of an array, for what must be rotated at run time.
 
     Example:
       >>> import jaxq
@@ -98,7 +102,7 @@ def register_rotation(cls: type[nnx.Module], rotated: Callable[[Any, jax.Array],
 
 
 def rotated(model: nnx.Module, key: jax.Array) -> Any:
-    """The model in rotated coordinates.
+    """The model in coordinates rotated at random.
 
     Raises:
       ValueError: it is not known how.
@@ -111,7 +115,11 @@ def rotated(model: nnx.Module, key: jax.Array) -> Any:
             f"quantize_model: the recipe rotates the model, and nothing is known of how in {cls.__name__}. Tell it "
             "with jaxq.nn.register_rotation, or use a recipe without rotate=True."
         )
-    return found(model, key)
+
+    def orthogonal(n: int) -> jax.Array:
+        return methods.hadamard(jnp.diag(methods.random_hadamard(jax.random.fold_in(key, n), n)))
+
+    return found(model, orthogonal, methods.hadamard)
 
 
 def raise_if_rotating(recipe: Recipe, caller: str) -> None:

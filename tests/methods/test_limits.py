@@ -42,7 +42,7 @@ def test_presets(method, preset):
     if why:
         with pytest.raises(ValueError) as raised:
             solve()
-        assert str(raised.value) == f"{method}: {why}"
+        assert why in str(raised.value)
         return
     qt = solve().qt
     assert qt.shape == W.shape

@@ -198,6 +198,9 @@ class Scaled(nnx.Module):
         model.up.kernel[...] *= scales["norm"][:, None]
         return model
 
+    def rotated(self, orthogonal, online):
+        return nnx.clone(self)
+
 
 def unmeasured(report):
     return [dataclasses.replace(row, sqnr=None, worst_block=None, clipped=None, loss=None) for row in report.rows]
