@@ -12,9 +12,8 @@ Only while rows wait do the two differ: the paper's are what waiting rows would 
 group's scales are found, a triangular system of the group's size gives these (`_Rows.expected`).
 
 Rows are taken in regions within regions (16 rows, a block of 128, 8 blocks, a quarter of all): within the smallest,
-each row updates the others at once; a region that is done updates the rest of the one around it in a single matrix
-product. So the loop over rows touches 16 rows at a time, which stay in cache, and large products do the bulk of the
-work.
+each row asks for what the errors before it owe; a region that is done updates what is ahead of it in the one around it.
+So the loop over rows touches 16 rows at a time, which stay in cache, and large products do the bulk of the work.
 """
 
 from __future__ import annotations
@@ -168,7 +167,6 @@ class _Factor(NamedTuple):
 
 
 def _factor(hessian: jax.Array, damp: ArrayLike) -> _Factor:
-    n = hessian.shape[0]
     diagonal = jnp.diagonal(hessian)
     live = diagonal != 0
     # Relative to the largest, so that no multiple of H overflows.
@@ -176,13 +174,11 @@ def _factor(hessian: jax.Array, damp: ArrayLike) -> _Factor:
     unit = jnp.where(unit > 0, unit, 1.0)
     mean = jnp.sum(diagonal / unit) / jnp.maximum(jnp.sum(live, dtype=jnp.float32), 1.0)
     mean = jnp.where(mean > 0, mean, 1.0)
-    relative = hessian / unit
-    finite = jnp.isfinite(hessian).all()
-    where = jnp.arange(n)
+    finite = jnp.isfinite(jnp.sum(hessian / unit))
 
     def decompose(damp: jax.Array) -> tuple[jax.Array, jax.Array]:
-        added = jnp.where(live, damp, 1.0) * mean  # a dead row is alone, whatever its diagonal
-        return _upper_factor(relative.at[where, where].add(added))
+        # A dead row is alone, whatever its diagonal.
+        return _upper_factor(hessian, unit, jnp.where(live, damp, 1.0) * mean)
 
     def again(state: tuple[Any, ...]) -> jax.Array:
         return state[-1]
@@ -195,14 +191,14 @@ def _factor(hessian: jax.Array, damp: ArrayLike) -> _Factor:
         return damp, updates, roots, finite & ~jnp.isfinite(roots).all() & (damp < _MOST_DAMP)
 
     first = jnp.asarray(damp, jnp.float32)
-    state = (jnp.float32(-1), jnp.zeros_like(relative), jnp.zeros_like(diagonal), jnp.bool_(True))
+    state = (jnp.float32(-1), jnp.zeros_like(hessian), jnp.zeros_like(diagonal), jnp.bool_(True))
     used, updates, roots, _ = lax.while_loop(again, attempt, state)
     failed = ~(finite & jnp.isfinite(roots).all())
     return _Factor(updates, roots * jnp.sqrt(unit), live, used, failed)
 
 
-def _upper_factor(h: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`updates` and `diagonal` of `h = R @ R.T` as `_Factor` has them, NaN where `h` is not positive definite.
+def _upper_factor(h: jax.Array, unit: jax.Array, added: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`updates` and `diagonal` of `h / unit + diag(added) = R @ R.T` as `_Factor` has them, NaN where there is no R.
 
     By stretches of columns from the last to the first, so that most of the work are matrix products.
     """
@@ -212,7 +208,8 @@ def _upper_factor(h: jax.Array) -> tuple[jax.Array, jax.Array]:
     updates, roots = [], []
     for start in range((n - 1) // size * size, -1, -size):
         stop = min(start + size, n)
-        panel = h[:stop, start:stop]
+        panel = h[:stop, start:stop] / unit
+        panel = panel.at[start:].add(jnp.diag(added[start:stop]))
         if panels:
             behind = jnp.concatenate([later[:stop] for later in panels], axis=1)
             panel = panel - _dot(behind, behind[start:].T)
@@ -253,7 +250,8 @@ class _Grid:
         fmt = self.spec.fmt
         geometry = Geometry((1, row.shape[0]), (-1, -2), 1, (1, None))
         meta = Meta(self.spec, geometry, formats.Packing.NONE, "float32")
-        mine: dict[str, Any] = {name: leaf[group][:, None] for name, leaf in self.leaves().items()}
+        take = functools.partial(lax.dynamic_index_in_dim, index=group, keepdims=False)
+        mine: dict[str, Any] = {name: take(leaf)[:, None] for name, leaf in self.leaves().items()}
         if self.spec.offset == "mean":
             mine["offset"] = self.offset
         data = jnp.zeros((row.shape[0], 1), fmt.code_dtype)
@@ -390,10 +388,15 @@ class _Region:
             if size == self.group:
                 grid = grid.measure(part.expected(), (start + begin) // size)
             done, error, grid = inner.run(part, grid, start + begin)
-            # Rows of the part and before it are done, and stay.
-            ahead = (jnp.arange(current.shape[0]) >= begin + size)[:, None]
-            updates = jnp.where(ahead, lax.dynamic_slice_in_dim(rows.updates, begin, size, axis=1), 0.0)
-            current = lax.dynamic_update_slice_in_dim(current + _dot(updates, error), done, begin, axis=0)
+            updates = lax.dynamic_slice_in_dim(rows.updates, begin, size, axis=1)
+
+            def update(j: jax.Array, current: jax.Array) -> jax.Array:  # only what is ahead
+                of_part = functools.partial(lax.dynamic_slice_in_dim, start_index=j * size, slice_size=size)
+                new = of_part(current) + _dot(of_part(updates), error)
+                return lax.dynamic_update_slice_in_dim(current, new, j * size, axis=0)
+
+            current = lax.dynamic_update_slice_in_dim(current, done, begin, axis=0)
+            current = lax.fori_loop(i + 1, count, update, current)
             return current, lax.dynamic_update_slice_in_dim(errors, error, begin, axis=0), grid
 
         state = (rows.current, jnp.zeros_like(rows.current), grid)
@@ -404,14 +407,18 @@ class _Region:
 
     def _one_by_one(self, rows: _Rows, grid: _Grid) -> tuple[jax.Array, jax.Array, _Grid]:
         def step(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            current, errors = state
-            error = rows.original[i] - grid.round(current[i], rows.groups[i])
+            # What reads `errors` is a product, and what writes it changes one row: so it is never copied.
+            asked, errors = state
+            row = functools.partial(lax.dynamic_index_in_dim, index=i, keepdims=False)
+            ask = _dot(row(rows.updates)[None], errors)[0]  # 0 for errors not yet made
+            error = row(rows.original) - grid.round(row(rows.current) + ask, row(rows.groups))
             error = jnp.where(jnp.isfinite(error), error, 0.0)  # a NaN ruins its own block and no other
-            current = current + rows.updates[:, i][:, None] * error[None]  # 0 for this row and those before
-            return current, errors.at[i].set(error)
+            put = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
+            return put(asked, ask), put(errors, error)
 
-        state = (rows.current, jnp.zeros_like(rows.current))
-        return (*lax.fori_loop(0, rows.current.shape[0], step, state), grid)
+        zeros = jnp.zeros_like(rows.current)
+        asked, errors = lax.fori_loop(0, rows.current.shape[0], step, (zeros, zeros))
+        return rows.current + asked, errors, grid
 
 
 def _region_sizes(n: int, group: int | None, block_size: int) -> tuple[int, ...]:
