@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntegerFormat, get, names
+from tests import tables
 from tests.formats import oracle
 
 SIZE = 1 << 12
@@ -62,6 +63,8 @@ OTHERS = (
 WIDE = {"float32", "float64", "tfloat32"}
 ALL = [*(get(name) for name in names() if name not in WIDE), *OTHERS]
 over_formats = pytest.mark.parametrize("fmt", ALL, ids=str)
+# Where each is a program of its own.
+over_some_formats = pytest.mark.parametrize("fmt", tables.thinned(ALL, ALL[::3]), ids=str)
 
 
 @functools.cache
@@ -222,7 +225,7 @@ def test_idempotent(fmt):
         np.testing.assert_array_equal(again[real], codes[mode][real], err_msg=mode)
 
 
-@over_formats
+@over_some_formats
 def test_jit_is_eager(fmt):
     codes, numbers = jax.jit(lambda x: (codes := fmt.encode(x), fmt.decode(codes)))(inputs(fmt))
     assert (codes.dtype, codes.shape) == (fmt.code_dtype, (SIZE,))

@@ -66,9 +66,9 @@ EVERY = ("linear", "qkv", "embed tokens")  # the others compile longer and decod
 CASES = [(layer, recipe) for layer in LAYERS for recipe in (RECIPES if layer in EVERY else ("int4", "w8a8"))]
 # Each layer with at least one of its recipes.
 DEFAULT = {
-    "linear": ("int4", "int8", "w8a8"),
-    "qkv": ("nf4", "w8a8"),
-    "embed tokens": ("fp8", "int4"),
+    "linear": ("int4", "w8a8"),
+    "qkv": ("nf4",),
+    "embed tokens": ("fp8",),
     "conv2d": ("int4", "w8a8"),
     **dict.fromkeys(("attend", "batched general", "experts", "kernel's inner experts", "conv1d"), ("w8a8",)),
 }
