@@ -1,10 +1,10 @@
 """What each post-training method costs a trained language model (examples/tiny_llama), on text it has not seen.
 
 Perplexity, KL divergence from the float model and top-1 agreement on examples/heldout.txt; CPU seconds to quantize,
-compilation (by jax 0.10's older, quicker code generator) included. Methods that need data get 8,192 tokens of other text, at 4 and 3 bits three times with other text
-(seeds); figures there are means, with the range of perplexity. Nothing falls back (`fallback="none"`), and nothing is
-tuned on the held-out text. Heads and embeddings stay in floats. The model has no biases, so there is nothing for bias
-correction to do.
+compilation (by jax 0.10's older, quicker code generator) included. Methods that need data get 8,192 tokens of other
+text, at 4 and 3 bits three times with other text (seeds); figures there are means, with the range of perplexity.
+Nothing falls back (`fallback="none"`), and nothing is tuned on the held-out text. Heads and embeddings stay in floats.
+The model has no biases, so there is nothing for bias correction to do.
 """
 
 from __future__ import annotations
