@@ -209,11 +209,15 @@ def output_error(w: jax.Array, qt: QTensor, x: jax.Array) -> jax.Array:
 def few_tokens(stats: LayerStats, k: int) -> str:
     """What to say where there are fewer rows than inputs."""
     count = int(np.min(stats.count))
+    if count == 0 and np.size(stats.count) > 1:
+        return f"{np.sum(np.asarray(stats.count) == 0)} of {np.size(stats.count)} matrices never reached"
     return f"only {count} rows for {k} inputs" if count < k else ""
 
 
 def few_samples(stats: LayerStats, k: int) -> str:
     """What to say where fewer rows than inputs were kept."""
+    if 0 < np.sum(np.asarray(stats.count) == 0) < np.size(stats.count):
+        return few_tokens(stats, k)
     count = int(np.min(stats.num_samples))
     return f"fitted to {count} rows of {k} inputs" if count < k else ""
 

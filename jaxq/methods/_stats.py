@@ -117,6 +117,8 @@ def update_stats(
         hessian = mean(hessian, 2 * jnp.dot(rows.T, rows, precision=lax.Precision.HIGHEST))
     ranks = _scattered(stats.num_calls, x.shape[0])
     samples, sample_ranks = _keep(stats.samples, stats.sample_ranks, x, jnp.where(used[:, 0], ranks, -1))
+    # A row that is not finite is always kept, so that it is found.
+    ranks = jnp.where(jnp.isfinite(x).all(-1), ranks, np.inf)
     held_out, held_out_ranks = _keep(stats.held_out, stats.held_out_ranks, x, jnp.where(counts & held, ranks, -1))
     return LayerStats(
         count=count,

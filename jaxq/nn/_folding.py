@@ -8,6 +8,7 @@ told the same way, by a method `rotated(orthogonal, online)` or `register_rotati
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -152,8 +153,8 @@ def foldable(model: nnx.Module, rules: Mapping[str, Rule | None]) -> list[tuple[
         )
     out = []
     for group in known.groups(model):
-        asked = {rules.get(target) for target in group.targets}
-        rule = next(iter(asked))
+        rule = rules.get(group.targets[0])
+        asked = {_what(rules.get(target)) for target in group.targets}
         if len(asked) == 1 and rule is not None and rule.method in FOLDED:
             out.append((group, rule))
         elif wanted.intersection(group.targets):
@@ -162,6 +163,13 @@ def foldable(model: nnx.Module, rules: Mapping[str, Rule | None]) -> list[tuple[
                 f"comes before them ({', '.join(sorted(wanted.intersection(group.targets)))}) need one rule for all."
             )
     return out
+
+
+def _what(rule: Rule | None) -> Rule | None:
+    """A rule without what says which layers it is about."""
+    if rule is None or rule.skip:
+        return None
+    return dataclasses.replace(rule, pattern="**", kinds=(), where=None, reason=None, optional=False)
 
 
 def looked_at(chosen: Sequence[tuple[Group, Rule]]) -> list[str]:

@@ -72,6 +72,8 @@ def sensitivity(
       >>> found.kl[""]["int8"] < found.kl[""]["int2"]
       True
     """
+    if isinstance(choices, str):
+        raise TypeError(f"sensitivity: choices must be a list of presets, got {choices!r}: pass [{choices!r}].")
     specs = {name: as_spec(name, "sensitivity") for name in choices}
     batches = [jax.tree.map(jnp.asarray, batch) for batch in batches]
     recipe = as_recipe(next(iter(choices)), "sensitivity") if specs else None
@@ -139,6 +141,8 @@ def assign(found: Sensitivity, budget: float) -> dict[str, str]:
       >>> assign(Sensitivity(kl, bits, {"a": 100, "b": 100}), budget=6.0)
       {'a': 'int4', 'b': 'int8'}
     """
+    if not np.isfinite(budget):
+        raise ValueError(f"assign: budget must be a number of bits per weight, got {budget}.")
     paths, total = list(found.kl), budget * sum(found.size.values())
     least = sum(min(found.bits[path].values()) for path in paths)
     if least > total:

@@ -31,6 +31,7 @@ def quantize_weight(
     key: jax.Array,
     name: str,
     on_nonfinite: str,
+    rows: bool = True,
     outcome: Outcome | None = None,
     stochastic: bool = False,
 ) -> tuple[QTensor, methods.Solved | None]:
@@ -45,6 +46,7 @@ def quantize_weight(
       key: PRNG key.
       name: what errors call the weight.
       on_nonfinite: as in `jaxq.quantize`.
+      rows: rows of the input meet the weight as a matrix; those of a convolution, places with their channels, do not.
       outcome: what became of the scales of the layer's group, if its method folds some.
       stochastic: round with the key where the spec says so.
     """
@@ -63,7 +65,7 @@ def quantize_weight(
         note = unscaled_note(rule, outcome)
         solved = methods.Solved(qt, "rtn" if note else rule.method, note, outcome.loss if outcome else None)
     elif rule.method != "rtn":
-        solved = _solve(qt, floats, stats, rule, fallback, key, name)
+        solved = _solve(qt, floats, stats if rows else None, rule, fallback, key, name)
         qt = solved.qt
         if rule.method == "awq":
             solved = _with_scales(solved, unscaled_note(rule, outcome), outcome)
@@ -91,7 +93,8 @@ def dry_run(
 
     def made(v: jax.Array) -> QTensor:
         qt = quantize(v, nearest_spec(rule), contracting=axes, batch=tuple(batch), name=name)
-        if rule.method != "rtn" and not found.needs_data:  # the others give codes and scales like these
+        needs_data = found.needs_data or dict(rule.options).get("inputs", False)
+        if rule.method != "rtn" and not needs_data:  # the others give codes and scales like these
             qt = _solve(qt, v, None, rule, "rtn", jax.random.key(0), name).qt
         return with_inputs(qt, rule, None if rule.observer is None else (0.0, 1.0))
 
@@ -124,18 +127,35 @@ def _with_scales(solved: methods.Solved, unscaled: str, outcome: Outcome | None)
     return solved._replace(loss=loss)
 
 
-def corrected_bias(bias: jax.Array, floats: jax.Array, qt: QTensor, stats: LayerStats) -> jax.Array:
-    """A layer's bias with what its quantized weight falls short of on average.
+def corrected_bias(
+    bias: jax.Array, floats: jax.Array, qt: QTensor, stats: LayerStats, fallback: str, name: str
+) -> tuple[jax.Array, str]:
+    """A layer's bias with what its quantized weight falls short of on average, and what a report says of it.
+
+    The bias stays as it is where the outputs on held-out inputs are nearer to the float layer's without.
 
     Args:
       bias: `[*batch, *kept]`.
       floats: the weight.
       qt: what became of it.
       stats: of the layer's inputs.
+      fallback: as in `jaxq.quantize_model`.
+      name: what errors call the weight.
     """
     back = dequantize(qt.with_activation(None), dtype=jnp.float32)
-    shift = methods.bias_correction(_matrix(qt, floats), _matrix(qt, back), stats.mean)
-    return (bias.astype(jnp.float32) + shift.reshape(bias.shape)).astype(bias.dtype)
+    w, w_hat = _matrix(qt, floats), _matrix(qt, back)
+    shift = methods.bias_correction(w, w_hat, stats.mean)  # [*batch, out]
+    missing = jnp.matmul(stats.held_out, w.astype(jnp.float32) - w_hat, precision=jax.lax.Precision.HIGHEST)
+    counts = (stats.held_out_ranks >= 0)[..., None]
+    after = jnp.sum(jnp.where(counts, missing - shift[..., None, :], 0.0) ** 2)
+    before = jnp.sum(missing**2)
+    note = "; ".join(n for n in ("bias corrected", methods.few_tokens(stats, w.shape[-2])) if n)
+    if bool(after > before) and fallback != "none":
+        worse = f"bias correction does worse on held-out inputs ({float(after / before):.3g} times the error)"
+        if fallback == "raise":
+            raise ValueError(f"{name}: {worse}. Pass fallback='rtn' or 'none'.")
+        return bias, f"{worse}, so none"
+    return (bias.astype(jnp.float32) + shift.reshape(bias.shape)).astype(bias.dtype), note
 
 
 def _matrix(qt: QTensor, floats: jax.Array) -> jax.Array:
@@ -197,8 +217,6 @@ def _solve(
 ) -> methods.Solved:
     """A weight by the method of its rule; `own` is what the result's axes and blocks are to be."""
     assert isinstance(rule.weight, QuantSpec)
-    if stats is not None and stats.mean.shape[-1] != own.meta.geometry.contracted_size:
-        stats = None  # of a convolution: places with their channels, not what meets the weight
     solved = methods.solve(
         rule.method,
         _matrix(own, floats),

@@ -96,6 +96,11 @@ def quantize_model(
         copy = rotated(copy, jax.random.fold_in(key, 1))
     matched = match(copy, recipe, on_nonfinite, strict=strict)
     data = _Data(calibration, mask, forward, progress)
+    if recipe.rotate and data and not data.has_batches:
+        raise ValueError(
+            "quantize_model: rotate=True changes what reaches the layers, so it needs the batches themselves as "
+            "calibration=, not statistics."
+        )
     check_data([(f.path, f.kind, rule) for f, rule in matched if rule and rule.weight], bool(data))
     rules = {found.path: rule for found, rule in matched}
     groups = foldable(copy, rules)
@@ -126,6 +131,7 @@ def quantize_model(
                         rule,
                         weight_axes(layer, kind),
                         seen,
+                        rows=has_rows(kind),
                         fallback=fallback,
                         key=own_key,
                         name=name,
@@ -133,10 +139,12 @@ def quantize_model(
                         outcome=outcomes.get(path),
                     )
                     notes = [dropped_metadata(variable)]
-                    if rule.correct_bias:
-                        notes.append("bias corrected" if layer.bias is not None else "no bias to correct")
-                    if rule.correct_bias and layer.bias is not None:
-                        layer.bias.set_value(corrected_bias(layer.bias.get_value(), floats, qt, seen))
+                    if rule.correct_bias and layer.bias is None:
+                        notes.append("no bias to correct")
+                    elif rule.correct_bias:
+                        bias, said = corrected_bias(layer.bias.get_value(), floats, qt, seen, fallback, name)
+                        layer.bias.set_value(bias)
+                        notes.append(said)
                     row = quantized_row(name, kind.name, floats, qt, solved, notes, kind.roles(layer).inner)
                 rows[id(variable)] = row
                 replaced[id(variable)] = QuantizedParam(placed_like(qt, value))
@@ -165,6 +173,10 @@ class _Data:
 
     def __bool__(self) -> bool:
         return self._stats is not None or self._batches is not None
+
+    @property
+    def has_batches(self) -> bool:
+        return bool(self._batches)
 
     def of_model(self, model: Any, paths: list[str], *, hessian: bool = True) -> dict[str, LayerStats]:
         """Statistics of layers of a model, as it is now."""
@@ -221,8 +233,8 @@ def wanted_statistics(layers: Iterable[tuple[str, Rule, bool]]) -> dict[tuple[An
 
 
 def looks(rule: Rule, rows: bool) -> bool:
-    """Whether a rule has a use for data about a layer's input, if there are any."""
-    return rule.observer is not None or (has_rows and (rule.correct_bias or methods.METHODS[rule.method].judged))
+    """Whether a rule has a use for data about a layer's input, if there are any; `rows`: see `wanted_statistics`."""
+    return rule.observer is not None or (rows and (rule.correct_bias or methods.METHODS[rule.method].judged))
 
 
 def _blocks(
@@ -231,7 +243,7 @@ def _blocks(
     """Layers that are quantized on the same statistics: all, or block by block in the order of the forward pass."""
     if not sequential:
         return [taken]
-    if not data:
+    if not data.has_batches:
         raise ValueError("quantize_model: sequential=True needs calibration=batches, not statistics or nothing.")
     order = data.order(model, [found.path for found, rule in taken if found.kind.hook is not None])
     return by_block([(found.path, (found, rule)) for found, rule in taken], order)

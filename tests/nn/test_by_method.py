@@ -309,6 +309,71 @@ def test_rotation_by_recipe(llama, tokens):
     assert len(jaxq.quantize_model(Mine(), "w8a8_rotated")[1].quantized) == 2
 
 
+class Mixed(nnx.Module):
+    """Layers whose inputs are no rows, beside one whose are."""
+
+    def __init__(self):
+        self.table = nnx.Embed(16, 32, rngs=nnx.Rngs(0))
+        self.layer = nnx.Linear(32, 8, rngs=nnx.Rngs(1))
+        self.w = nnx.Param(normal(8, 8))
+
+    def __call__(self, tokens):
+        return self.layer(self.table(tokens)) @ self.w
+
+    recipe = jaxq.Recipe([jaxq.Rule(kinds=("Embed", "Linear", "Param"), weight="int4", method="clip")])
+
+
+def test_what_has_no_rows_is_not_looked_at():
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (8, 16)), jnp.int32)
+    _, report = jaxq.quantize_model(Mixed(), Mixed.recipe, calibration=[tokens])
+    assert {row.path: row.loss is None for row in report.quantized} == {
+        "table/embedding": True,
+        "layer/kernel": False,
+        "w": True,
+    }
+    # Its groups of two channels by four places are as many numbers as there are channels.
+    conv = nnx.Conv(8, 8, (4,), feature_group_count=4, rngs=nnx.Rngs(0))
+    rule = jaxq.Rule(weight="int4", method="clip", activation="int8", observer="absmax")
+    _, report = jaxq.quantize_model(conv, jaxq.Recipe([rule]), calibration=[normal(2, 8, 8)])
+    assert report.quantized[0].loss is None
+
+
+def test_clipping_by_inputs():
+    recipe = jaxq.Recipe([jaxq.Rule(weight="int3", method="clip", options={"inputs": True})])
+    _, report = jaxq.quantize_model(Pair(), recipe, calibration=BATCHES, fallback="none")
+    assert all(row.loss is not None for row in report.quantized)
+
+
+def test_statistics_of_another_model_are_refused(llama, tokens):
+    stats = jaxq.nn.calibrate(Pair(), BATCHES)
+    recipe = jaxq.Recipe([jaxq.Rule(weight="int4", method="gptq")])
+    with pytest.raises(ValueError, match="sequential=True needs calibration=batches"):
+        jaxq.quantize_model(Pair(), recipe, calibration=stats, sequential=True)
+    with pytest.raises(ValueError, match="rotate=True changes what reaches the layers"):
+        jaxq.quantize_model(llama, "w4a4_rotated", calibration=stats)
+
+
+def test_a_bias_correction_that_does_worse_is_left_out():
+    layer = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+    recipe = jaxq.Recipe([jaxq.Rule(weight="int4", correct_bias=True)])
+    rows = normal(64, 64).at[7::8].multiply(-1.0)  # of few rows, whose mean is none of the others'
+    qmodel, report = jaxq.quantize_model(layer, recipe, calibration=[rows[:16]])
+    assert "bias correction does worse on held-out inputs" in report.quantized[0].note
+    np.testing.assert_array_equal(qmodel.bias[...], layer.bias[...])
+    qmodel, report = jaxq.quantize_model(layer, recipe, calibration=[rows[:16]], fallback="none")
+    assert report.quantized[0].note == "bias corrected; only 14 rows for 64 inputs"
+    assert np.any(qmodel.bias[...] != layer.bias[...])
+    with pytest.raises(ValueError, match="does worse"):
+        jaxq.quantize_model(layer, recipe, calibration=[rows[:16]], fallback="raise")
+
+
+def test_rules_that_say_the_same_fold_together(llama, tokens):
+    how = {"weight": "int8", "activation": "int8", "method": "smoothquant"}
+    recipe = jaxq.Recipe([jaxq.Rule("**/gate_proj", **how), jaxq.Rule("**/up_proj", **how)])
+    _, report = jaxq.quantize_model(llama, recipe, calibration=tokens)
+    assert {row.method for row in report.quantized} == {"smoothquant"}
+
+
 @pytest.mark.parametrize("method", ["hqq", "clip"])
 def test_a_convolution_by_a_method_that_needs_no_data(method):
     """Its rows are no vectors of the weight's, so it is not judged by them."""

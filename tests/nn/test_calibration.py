@@ -206,6 +206,12 @@ def test_every_way_to_have_no_statistics_is_an_error(block, batches):
         calibrate(nnx.LayerNorm(8, rngs=nnx.Rngs(0)), batches)
 
 
+def test_a_held_out_number_that_is_not_finite_is_found_wherever_it_is():
+    x = normal(1, 4096, 8).at[0, 4000, 3].set(jnp.nan)  # one of 512 rows held out, of which 256 are kept
+    with pytest.raises(ValueError, match="held out for judging is not finite"):
+        calibrate(nnx.Linear(8, 2, rngs=nnx.Rngs(0)), [x, normal(1, 4096, 8)])
+
+
 def test_shapes_of_batches_may_differ_and_each_is_compiled_once(block):
     traces = []
 

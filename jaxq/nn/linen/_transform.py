@@ -133,18 +133,20 @@ def quantize_model(
                     one.rule,
                     (one.contracting, one.batch),
                     seen,
+                    rows=has_rows(found.kind),
                     fallback=fallback,
                     key=own_key,
                     name=name,
                     on_nonfinite=on_nonfinite,
                 )
                 notes, bias = [_box(boxed)], (*where[:-1], "bias")
-                if one.rule.correct_bias:
-                    notes.append("bias corrected" if bias in params else "no bias to correct")
-                if one.rule.correct_bias and bias in params:
+                if one.rule.correct_bias and bias not in params:
+                    notes.append("no bias to correct")
+                elif one.rule.correct_bias:
                     assert seen is not None
-                    new = corrected_bias(linen.meta.unbox(params[bias]), floats, qt, seen)
+                    new, said = corrected_bias(linen.meta.unbox(params[bias]), floats, qt, seen, fallback, name)
                     params[bias] = linen.meta.replace_boxed(params[bias], new)
+                    notes.append(said)
                 rows[where] = quantized_row(name, found.kind.name, floats, qt, solved, notes, found.roles.inner)
             params[where] = placed_like(qt, value)
     out: Any = with_params(variables, params)
