@@ -3,7 +3,8 @@
 The peak is the process's largest resident set while the call runs (VmHWM of /proc, reset before it), less what was
 resident before the weights were made; compilation is done before, on a model of one layer. The first target is what two
 copies of the model and two of its largest layer take; with donated weights, where each is freed once it is quantized,
-the model as it comes, or its quantized form if that is larger, and two of its largest layer.
+the model as it comes, or its quantized form if that is larger, and two of its largest layer. (What a donated model
+itself takes is there at the start, so no way can stay below it.)
 """
 
 from __future__ import annotations

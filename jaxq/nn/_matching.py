@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxq import methods
@@ -78,7 +79,7 @@ def match(
                     axes = weight_axes(found.layer, found.kind)
                     check_axes(rule, *axes, len(value.shape))
                     dry_run(value, rule, *axes, found.kind.weight, found.kind.windowed)
-                    if on_nonfinite == "raise":
+                    if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
                         where = found.path if found.kind.name == "Param" else f"{found.path}/{found.kind.weight}"
                         where = where.lstrip("/")
                         raise_if_not_finite(jnp.asarray(value), where, "quantize")
@@ -110,12 +111,15 @@ def match(
 
 def multiplies(path: str, shape: Sequence[int], module: type) -> bool:
     """Whether a module of this class seems to multiply with an array that it holds itself."""
-    foreign = not module.__module__.startswith("flax.")
+    # Flax's own classes hold gains and biases, but for what its recurrent cells keep their matrices in.
+    foreign = not module.__module__.startswith("flax.") or module.__name__ == "DenseParams"
     return sum(size > 1 for size in shape) >= 2 and foreign and not _NO_MATRIX.search(path.rpartition("/")[2].lower())
 
 
-# Names of parameters that are added or looked up, not multiplied with.
-_NO_MATRIX = re.compile(r"(^|_)(bias|embed|embedding|gain|gamma|norm|pos|position|scale|token)s?(_|$)")
+# Last words of the names of parameters that are added or looked up, not multiplied with.
+_NO_MATRIX = re.compile(r"(^|_)(bias|embed|embedding|gain|gamma|norm|pos|position|scale|token)s?$")
+# Variables that no product reads as a weight; adapters stay in floats.
+_NO_WEIGHTS = (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, nnx.LoRAParam)
 
 
 def _match_bare(
@@ -144,33 +148,36 @@ def _match_bare(
     return matched, untouched
 
 
-def raw_arrays(model: nnx.Module) -> Iterator[tuple[str, jax.Array]]:
+def raw_arrays(model: nnx.Module) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
     """Path and value of every array that a model holds outside variables."""
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, jax.Array):
+        if isinstance(node, jax.Array | np.ndarray):
             yield "/".join(map(str, path)), node
 
 
-def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any, str | None, jax.Array]]:
+def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any, str | None, jax.Array | np.ndarray]]:
     """Path, the module in whose code it is used, its attribute and value of every float array outside known layers.
 
     The attribute is None for what is in a list or dict, and for arrays that are no `nnx.Param`.
     """
     modules = dict(nnx.iter_modules(model))
     for path, node in nnx.iter_graph(model):
-        adapter = isinstance(node, nnx.LoRAParam)
-        if id(node) in known or not isinstance(node, nnx.Param | jax.Array) or adapter or not path:
+        variable = isinstance(node, nnx.Variable) and not isinstance(node, _NO_WEIGHTS)
+        if id(node) in known or not path or not (variable or isinstance(node, jax.Array | np.ndarray)):
             continue
-        value = node.get_value() if isinstance(node, nnx.Param) else node
         owner = path[:-1]
         if owner in modules and find_kind(modules[owner]) is not None:
             continue
         direct = owner in modules and not isinstance(modules[owner], nnx.List | nnx.Dict)
         while owner and (owner not in modules or isinstance(modules[owner], nnx.List | nnx.Dict)):
             owner = owner[:-1]
-        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating):
-            whole = direct and isinstance(node, nnx.Param) and isinstance(path[-1], str)
-            yield "/".join(map(str, path)), modules.get(owner, model), str(path[-1]) if whole else None, value
+        name, holder = "/".join(map(str, path)), modules.get(owner, model)
+        whole = direct and isinstance(node, nnx.Param) and isinstance(path[-1], str)
+        held = node.get_value() if isinstance(node, nnx.Variable) else node
+        for keys, value in jax.tree_util.tree_leaves_with_path(held):
+            if isinstance(value, jax.Array | np.ndarray) and jnp.issubdtype(value.dtype, jnp.floating):
+                own = name + "".join(f"/{getattr(key, 'key', getattr(key, 'idx', key))}" for key in keys)
+                yield own, holder, str(path[-1]) if whole and not keys else None, value
 
 
 def raise_problems(problems: Sequence[str], caller: str) -> None:

@@ -212,7 +212,9 @@ def other_row(path: str, variable: Any, layers: set[str]) -> Row:
       layers: paths of the known layers.
     """
     value = variable.get_value()
-    if not jnp.issubdtype(getattr(value, "dtype", int), jnp.floating):
+    if not hasattr(value, "dtype"):
+        note = "not one array, left as it is"
+    elif not jnp.issubdtype(value.dtype, jnp.floating):
         note = "no floats, left as it is"
     elif value.ndim < 2:
         note = "not a matrix, left in floats"

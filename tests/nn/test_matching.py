@@ -74,6 +74,34 @@ def test_strictness_can_be_waived():
     assert rows["w"].note == "skipped by the recipe"
 
 
+class Frozen(nnx.Variable):
+    """A type of one's own."""
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [("token_mix", nnx.Param), ("embed_proj", nnx.Param), ("w", nnx.Variable), ("w", Frozen), ("w", np.asarray),
+     ("w", lambda v: nnx.Param({"a": v}))],
+)  # fmt: skip
+def test_matrices_are_found_whatever_holds_them_and_however_they_are_called(name, held):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.up = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+            setattr(self, name, held(jnp.ones((8, 8))))
+
+    with pytest.raises(ValueError, match=rf"{name}(/a)? float32\[8, 8\]: matrices of modules jaxq does not know"):
+        jaxq.quantize_model(Model(), "int8")
+    rows = {row.path: row for row in jaxq.quantize_model(Model(), "int8", strict=False)[1].rows}
+    assert rows[name].note in ("in no layer jaxq knows, left as it is", "in no variable, left as it is",
+                               "not one array, left as it is")  # fmt: skip
+
+
+def test_plans_of_models_that_hold_no_arrays():
+    model = nnx.eval_shape(lambda: nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+    real = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    assert jaxq.recipes.get("int4").plan(model).rows == jaxq.recipes.get("int4").plan(real).rows
+
+
 def test_a_bare_stack_needs_its_axes():
     model = Raw(lambda x, w, g: jaxq.einsum("bk,ekn->ebn", x, w[...]))
     model.w.set_value(jnp.ones((2, 32, 8)))
