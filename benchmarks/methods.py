@@ -144,8 +144,12 @@ def run() -> dict[str, Any]:
         rows.append({"what": spec, "method": name, "perplexities": [f["perplexity"] for f in figures], **row})
         PARTIAL.write_text(json.dumps(rows))
         print(f"{spec} {name}: {row['perplexity']:.3f} {row['kl']:.4f} {row['seconds']:.1f} s", flush=True)
-    result = {"subject": "methods", "rows": rows, "outliers": outliers(text, data[0]), "missing": []}
+    apart = PARTIAL.with_name("methods-outliers-partial.json")
+    if not apart.exists():
+        apart.write_text(json.dumps(outliers(text, data[0])))
+    result = {"subject": "methods", "rows": rows, "outliers": json.loads(apart.read_text()), "missing": []}
     PARTIAL.unlink(missing_ok=True)
+    apart.unlink()
     return result
 
 

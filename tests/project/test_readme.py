@@ -134,3 +134,10 @@ def test_format_table_is_true():
     others = set(formats.names()) - set(floats) - {"af4", "binary", "ternary", "dynamic8", "udynamic8"}
     families = r"(int[1-8]|uint[1-8]|int[2-8]_narrow|int[2-8]_sign_magnitude|nf[2-8]|log[2-7])"
     assert not {name for name in others if not re.fullmatch(families, name) and not name.startswith("mine")}
+
+
+def test_measured_tables_are_those_of_the_results():
+    text, found = (ROOT / "README.md").read_text(), (ROOT / "benchmarks/results/methods-cpu.md").read_text()
+    rows = [line for line in found.splitlines() if line.startswith("| ")]
+    assert len(rows) > 50
+    assert [row for row in rows if row not in text] == []
