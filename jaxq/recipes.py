@@ -240,9 +240,9 @@ class Recipe:
 
     Args:
       rules: `jaxq.Rule` objects.
-      rotate: first put the model into rotated coordinates, in which no channel stands out (QuaRot). What it computes
-        stays the same. Its class says how, by a method `rotated` as `jaxq.models.Llama` has, or
-        `jaxq.nn.register_rotation`.
+      rotate: first put the model into rotated coordinates, in which no channel stands out (Ashkboos et al., QuaRot,
+        2024). What it computes stays the same. Its class says how, by a method `rotated` as `jaxq.models.Llama` has,
+        or `jaxq.nn.register_rotation`.
 
     Example:
       >>> import jaxq

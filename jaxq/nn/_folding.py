@@ -98,6 +98,9 @@ def register_rotation(cls: type[nnx.Module], rotated: Callable[[Any, _Orthogonal
       >>> import jaxq
       >>> from jaxq.models import Llama
       >>> jaxq.nn.register_rotation(Llama, Llama.rotated)
+
+    References:
+      Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, section 4.
     """
     _ROTATIONS[cls] = rotated
 
@@ -201,11 +204,11 @@ def folded(
     """
     known = _known(type(model))
     assert known is not None
-    scales, outcomes = {}, planned_outcomes(model, chosen)
+    modules, scales, outcomes = _modules(model), {}, planned_outcomes(model, chosen)
     for group, rule in chosen:
         if not outcomes[group.targets[0]].taken:
             continue
-        source, weights = _kernels(model, group)
+        source, weights = _kernels(modules, group)
         seen = stats.get(group.targets[0])
         scale = _scales(rule, source, weights, seen)
         losses, overall = _losses(rule, weights, scale, seen)
@@ -223,16 +226,19 @@ def folded(
 
 def planned_outcomes(model: Any, chosen: Sequence[tuple[Group, Rule]]) -> dict[str, Outcome]:
     """What can become of the scales of each layer's group, before any are known."""
-    out = {}
+    modules, out = _modules(model), {}
     for group, rule in chosen:
-        why = _why_no_scales(rule.method, *_kernels(model, group))
+        why = _why_no_scales(rule.method, *_kernels(modules, group))
         out |= dict.fromkeys(group.targets, Outcome(not why, why))
     return out
 
 
-def _kernels(model: Any, group: Group) -> tuple[jax.Array | None, list[jax.Array]]:
+def _modules(model: Any) -> dict[str, Any]:
+    return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+
+
+def _kernels(modules: Mapping[str, Any], group: Group) -> tuple[jax.Array | None, list[jax.Array]]:
     """The weight of what comes before a group, if it is a linear, and those of its layers."""
-    modules: dict[str, Any] = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     source = modules[group.source].kernel.get_value() if group.kind == "linear" else None
     return source, [modules[target].kernel.get_value() for target in group.targets]
 

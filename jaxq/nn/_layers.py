@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 
 from jaxq import kernels, ops
+from jaxq.ops import dot_general, einsum  # hooks of Linear and LinearGeneral, and of Einsum, as they are
 from jaxq.qtensor import QTensor, quantize
 
 
@@ -187,25 +188,6 @@ class PromoteAround:
         stand_ins = tuple(jnp.zeros((), a.dtype) if isinstance(a, QTensor) else a for a in arrays)
         promoted = self.original(stand_ins, **kwargs)
         return tuple(a.astype(p.dtype) if isinstance(a, QTensor) else p for a, p in zip(arrays, promoted, strict=True))
-
-
-def dot_general(
-    lhs: Any, rhs: Any, dims: Any, precision: Any = None, preferred_element_type: Any = None, out_sharding: Any = None
-) -> jax.Array:
-    """The `dot_general` hook of Linear and LinearGeneral."""
-    return ops.dot_general(lhs, rhs, dims, precision, preferred_element_type, out_sharding)
-
-
-def einsum(
-    subscripts: str,
-    *operands: Any,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    out_sharding: Any = None,
-) -> jax.Array:
-    """The `einsum_op` hook of Einsum."""
-    how: Any = {"preferred_element_type": preferred_element_type, "out_sharding": out_sharding}
-    return ops.einsum(subscripts, *operands, precision=precision, **how)
 
 
 def conv_general_dilated(

@@ -212,10 +212,11 @@ def other_row(path: str, variable: Any, layers: set[str]) -> Row:
       layers: paths of the known layers.
     """
     value = variable.get_value()
-    if not hasattr(value, "dtype"):
-        note = "not one array, left as it is"
-    elif not jnp.issubdtype(value.dtype, jnp.floating):
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
+    if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
         note = "no floats, left as it is"
+    elif not hasattr(value, "dtype"):
+        note = "not one array, left as it is"
     elif value.ndim < 2:
         note = "not a matrix, left in floats"
     elif path.rpartition("/")[0] in layers:

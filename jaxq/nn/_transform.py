@@ -213,8 +213,7 @@ class _Data:
 
     def order(self, model: Any, paths: list[str]) -> list[str]:
         """Paths in the order in which the model reaches them."""
-        if self._batches is None:
-            return paths
+        assert self._batches
         first = calibrate(model, self._batches[:1], layers=paths, hessian=False, **self._how)
         return list(first)
 

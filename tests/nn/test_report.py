@@ -82,7 +82,7 @@ def test_reasons(made):
         "norm/bias": "not a matrix, left in floats",
         "free": "in no layer jaxq knows, left as it is",
         "count": "no floats, left as it is",
-        "pair": "no floats, left as it is",
+        "pair": "not one array, left as it is",
         "step": "no floats, left as it is",
     }
     assert {row.path for row in report.quantized} == {"up/kernel", "conv/kernel"}
