@@ -64,7 +64,7 @@ def step(model, optimizer, x, y):
 begin = time.perf_counter()
 for epoch in range(EPOCHS):
     shuffled = np.random.default_rng(epoch).permutation(rest)
-    for batch in np.array_split(shuffled, len(shuffled) // 64):
+    for batch in shuffled[: len(shuffled) // 64 * 64].reshape(-1, 64):
         value = step(model, optimizer, images[batch], labels[batch])
     if sys.stderr.isatty():
         print(f"\r\033[Kepoch {epoch + 1}/{EPOCHS}: loss {value:.3f}", end="", file=sys.stderr, flush=True)
@@ -72,13 +72,18 @@ print(f"\rtrained for {EPOCHS} epochs in {time.perf_counter() - begin:.0f} s", f
 
 
 # %% Quantization
+@nnx.jit
+def predicted(model: nnx.Module, x: jax.Array) -> jax.Array:
+    return model(x).argmax(-1)
+
+
 def errors(model: nnx.Module) -> tuple[int, int]:
     """Held-out images the model gets wrong, and those it sees otherwise than the float model."""
-    guess = nnx.jit(lambda model, x: model(x).argmax(-1))(model, images[held])
+    guess = predicted(model, images[held])
     return int((guess != labels[held]).sum()), int((guess != expected).sum())
 
 
-expected = nnx.jit(lambda model, x: model(x).argmax(-1))(model, images[held])
+expected = predicted(model, images[held])
 calibration = [images[batch] for batch in np.array_split(rest[:512], 8)]
 print(f"{len(held)} held-out images          accuracy  wrong  other than float       kB")
 nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,25 +26,8 @@ class QuantizedParam(nnx.Variable):
     """A weight held as a QTensor. Not an `nnx.Param`: optimizers and `nnx.grad` over Params leave it alone."""
 
     def __jax_array__(self) -> Any:
-        # Not raised here: jax's own operators ask as well, and leave `x @ w` to `w` when they get no array.
         value = self.get_value()
-        return _NoArray(value) if isinstance(value, QTensor) else value
-
-
-class _NoArray:
-    """What jax functions get that want a quantized weight as an array: the text of their error."""
-
-    def __init__(self, qt: QTensor):
-        self.qt = qt
-
-    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"expected an array, got {self!r}.")
-
-    def __repr__(self) -> str:
-        return (
-            f"{self.qt!r} (a quantized weight: write x @ self.w, jaxq.matmul(x, self.w) or jaxq.einsum(..., self.w), "
-            "or take its floats with jaxq.dequantize(self.w[...]))"
-        )
+        return value.__jax_array__() if isinstance(value, QTensor) else value  # what raises there
 
 
 @dataclasses.dataclass(frozen=True)

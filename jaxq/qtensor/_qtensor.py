@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import math
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,22 @@ class Meta:
         block = self.geometry.block_shape[-1]
         whole = block is not None and block % formats.codes_per_pack(self.spec.fmt.bits, self.packing) == 0
         return block if whole else None
+
+
+class _NoArray:
+    """What jax.numpy gets that wants a QTensor as an array: the text of its error."""
+
+    def __init__(self, qt: QTensor):
+        self.qt = qt
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"expected an array, got {self!r}.")
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.qt!r} (a quantized array: write x @ w, jaxq.matmul(x, w) or jaxq.einsum(..., w), or take its "
+            "floats with jaxq.dequantize(w))"
+        )
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -313,12 +329,13 @@ class QTensor:
         )
         return self._with(geometry=changed)
 
-    def reshape(self, *shape: int | tuple[int, ...]) -> QTensor:
+    def reshape(self, *shape: int | tuple[int, ...], order: str = "C") -> QTensor:
         """Splits or merges neighbouring kept axes; the contracted axes must come out as they are.
 
         Raises:
-          ValueError: the sizes do not fit, or a contracted or batch axis or a block would be cut.
+          ValueError: the sizes do not fit, a contracted or batch axis or a block would be cut, or `order` is not "C".
         """
+        formats.check_choice("order", order, ("C",))
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
         return _reshape(self, tuple(int(s) for s in sizes))  # pyright: ignore[reportArgumentType]
 
@@ -355,6 +372,15 @@ class QTensor:
         return ops.matmul(other, self)
 
     # Everything else needs floats, and says so.
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # No QTensor turns into an array, but jax.numpy names an operand in its errors only if it says that it can.
+            # Not raised here: jax's operators ask as well, and leave `x @ qt` to `qt` when they get no array.
+            if name == "__jax_array__":
+                return lambda: _NoArray(self)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"{self!r} does not turn into an array by itself. Use jaxq.dequantize(qt) or qt.codes().")

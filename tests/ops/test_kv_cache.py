@@ -21,7 +21,7 @@ SPECS = {
     "int4": jaxq.QuantSpec("int4"),
 }
 STORED = ("int8", "int4", "int2", "fp8", "nf4", "nf4_dq", "uint4", "nvfp4", "mxfp4", "int3", "uint8")
-over_stored = pytest.mark.parametrize("spec", tables.thinned(STORED, ["int4", "int2", "nf4"]))
+over_stored = pytest.mark.parametrize("spec", tables.thinned(STORED, ["int2", "nf4"]))
 
 
 def spec_of(spec, **changes):
@@ -91,7 +91,7 @@ def assert_same_bits(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", tables.thinned(SPECS, ["kivi2", "int4"]))
 def test_attention_is_numpys_over_what_numpy_quantized(name):
     """Slots that hold nothing, less than the window, and more; grouped queries; tokens before and after appending."""
     lengths, (k, v), q = [0, 11, 83], text(86), queries(3)
@@ -117,7 +117,7 @@ def test_quantized_tokens_really_are_what_is_read():
 
 @over_stored
 def test_one_by_one_or_together_gives_the_same_bits(spec):
-    k, v = text(75)
+    k, v = text(62)
     whole = empty(spec).append(k, v)
 
     def step(cache, token):
@@ -125,12 +125,17 @@ def test_one_by_one_or_together_gives_the_same_bits(spec):
 
     single, _ = jax.lax.scan(step, empty(spec), (k.swapaxes(0, 1), v.swapaxes(0, 1)))
     pieces = empty(spec)
-    for a, b in ((0, 3), (3, 20), (20, 21), (21, 62), (62, 75)):
+    for a, b in ((0, 20), (20, 21), (21, 41), (41, 61), (61, 62)):  # two lengths: two programs
         pieces = pieces.append(k[:, a:b], v[:, a:b])
     assert_same_bits(single, whole)
     assert_same_bits(pieces, whole)
+
+
+def test_without_jit_the_bits_are_the_same():
+    k, v = text(62)
     with jax.disable_jit():
-        assert_same_bits(empty(spec).append(k, v), whole)
+        found = empty("int2").append(k, v)
+    assert_same_bits(found, empty("int2").append(k, v))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -147,7 +152,7 @@ def test_slots_are_caches_of_their_own():
     slots, k, v, q = empty(), *text(60), queries(2)
     alone = [empty(batch=1) for _ in range(B)]
     at = np.zeros(B, int)
-    for step, counts in enumerate([(20, 0, 5), (1, 30, 4), (2, 2, 0), (7, 2, 7), (3, 20, 6)]):
+    for step, counts in enumerate([(20, 0, 7), (1, 20, 7), (7, 7, 0), (1, 0, 7), (7, 20, 1)]):
         if step == 3:
             slots, alone[1], at[1] = slots.reset([1]), empty(batch=1), 0
         t = max(counts)
@@ -160,7 +165,7 @@ def test_slots_are_caches_of_their_own():
         found = slots.attend(q)
         for i in range(B):
             np.testing.assert_allclose(found[i], alone[i].attend(q[i : i + 1])[0], atol=1e-6)
-    assert slots.lengths.tolist() == [33, 22, 22]
+    assert slots.lengths.tolist() == [36, 20, 22]
 
 
 def test_nothing_of_a_freed_slot_is_read_again():
@@ -175,12 +180,12 @@ def test_nothing_of_a_freed_slot_is_read_again():
     np.testing.assert_allclose(again.attend(q)[1], empty().append(k[:, :20], v[:, :20]).attend(q)[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("window", tables.thinned([1, R, R + 1, 30, 41], [R, 30]))
+@pytest.mark.parametrize("window", tables.thinned([1, R, R + 1, 30, 41], [30]))
 def test_a_window_stores_no_more_than_it_needs_and_reads_the_same(window):
     length = 96
     small, (k, v), q = empty("int4", length, window=window), text(length), queries(1)
     full = dataclasses.replace(empty("int4", length), window=window)  # stores all, reads the window
-    for a, b in ((0, 1), (1, 40), (40, 41), (41, 49), (49, 90), (90, 91)):
+    for a, b in ((0, 1), (1, 40), (40, 41), (41, 80), (80, 81), (81, 82)):
         new = k[:, a:b], v[:, a:b]
         np.testing.assert_allclose(
             small.attend(queries(b - a), *new), full.attend(queries(b - a), *new), atol=5e-6, err_msg=f"{a}:{b}"

@@ -361,10 +361,22 @@ def test_it_equals_itself_alone():
     "use", [jnp.sin, lambda q: jnp.add(jnp.ones(3), q), lambda q: np.add(np.ones(3), q), jnp.stack]
 )
 def test_functions_of_arrays_do_not_take_it(use):
-    # Their own errors: without __jax_array__ nobody turns a whole weight into floats unasked.
+    # Nobody turns a whole weight into floats unasked: what the hook gives on an array is the text of an error.
     assert not hasattr(QTensor, "__jax_array__")
     with pytest.raises(TypeError, match="QTensor"):
         use(quantized())
+
+
+@pytest.mark.parametrize(
+    "use", [jnp.asarray, jnp.exp, lambda q: jnp.split(q, 2), lambda q: jnp.dot(jnp.ones((1, 8)), q)]
+)
+def test_errors_of_jax_name_the_array_and_the_remedy(use):
+    q = quantized()
+    q = dataclasses.replace(q, meta=dataclasses.replace(q.meta, name="mlp/up"))
+    with pytest.raises(TypeError, match=r"QTensor\(mlp/up: .*jaxq.dequantize"):
+        use(q)
+    with pytest.raises(ValueError, match="order must be one of C"):
+        q.reshape(q.shape, order="F")
 
 
 def test_it_is_frozen():
