@@ -81,7 +81,7 @@ with tempfile.TemporaryDirectory() as folder:
     reloaded = jaxq.load(path, into=model)
     size = path.stat().st_size / 1e6
 probe = jnp.asarray(tokens[None, :64])
-same = bool((qmodels["nf4"](probe) == reloaded(probe)).all())
+same = bool((forward(qmodels["nf4"], probe) == forward(reloaded, probe)).all())
 print(f"\nsaved nf4 as {size:.2f} MB, reloaded: logits {'identical' if same else 'DIFFER'}")
 if not same:
     raise SystemExit("the reloaded model differs from the saved one")

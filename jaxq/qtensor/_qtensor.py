@@ -108,8 +108,8 @@ class _NoArray:
 
     def __repr__(self) -> str:
         return (
-            f"{self.qt!r} (a quantized array: write x @ w, jaxq.matmul(x, w) or jaxq.einsum(..., w), or take its "
-            "floats with jaxq.dequantize(w))"
+            f"{self.qt!r} (a quantized array: write x @ qt, jaxq.matmul(x, qt) or jaxq.einsum(..., qt), or take its "
+            "floats with jaxq.dequantize(qt))"
         )
 
 

@@ -91,10 +91,9 @@ REFUSED = {
     **{("Param", name): "cannot be observed" for name in RECIPES if "static" in name},
 }
 CASES = [(layer, recipe) for layer in LAYERS for recipe in RECIPES]
-DEFAULT = [("Linear", recipe) for recipe in ("int4 g32", "w8a8 static asymmetric", "mxfp8")]
-DEFAULT += [(layer, "w8a8 static") for layer in ("Einsum", "Conv2d", "Embed", "MultiHeadAttention", "Param")]
-DEFAULT += [(layer, "int4 g32") for layer in ("Embed", "LoRALinear", "Param")]
-DEFAULT += [("LinearGeneral", "w8a8 per tensor"), ("Conv2d grouped", "fp8"), ("ConvTranspose", "w8a8")]
+DEFAULT = [("Linear", "w8a8 static asymmetric"), ("LoRALinear", "int4 g32"), ("LinearGeneral", "w8a8 per tensor")]
+DEFAULT += [(layer, "w8a8 static") for layer in ("Conv2d", "Embed", "MultiHeadAttention", "Param")]
+DEFAULT += [("Embed", "int4 g32"), ("Conv2d grouped", "fp8"), ("Einsum", "mxfp8")]
 # Recipes whose operands are codes that multiply each other.
 OF_CODES = {
     "w8a8",

@@ -47,7 +47,7 @@ WEIGHTS = [(preset, case) for preset in ("int8", "nf4_dq", "fp8") for case in CA
 @pytest.mark.parametrize(
     ("preset", "case"),
     tables.thinned(
-        WEIGHTS, [("int8", "3d"), ("fp8", "2d"), ("fp8", "grouped"), *(w for w in WEIGHTS if w[0] == "nf4_dq")]
+        WEIGHTS, [("int8", "3d"), ("fp8", "grouped"), *(("nf4_dq", c) for c in ("1d", "strided", "depthwise"))]
     ),
 )
 def test_weight_only(preset, case):
@@ -63,7 +63,7 @@ def test_weight_only(preset, case):
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", tables.thinned(CASES, ["1d", "3d", "strided", "stretched", "grouped"]))
+@pytest.mark.parametrize("case", tables.thinned(CASES, ["3d", "stretched", "grouped"]))
 def test_integer_sums_are_exact(case):
     x, kernel, options = prepared(case)
     qx = jaxq.quantize(x, "int8", contracting=all_but(x.ndim, -x.ndim))
@@ -83,7 +83,7 @@ def test_integer_sums_are_exact(case):
     np.testing.assert_array_equal(jax.jit(conv)(qx, qk), exact)
 
 
-@pytest.mark.parametrize("case", tables.thinned(CASES, ["1d", "3d", "strided", "grouped"]))
+@pytest.mark.parametrize("case", tables.thinned(CASES, ["1d", "grouped"]))
 def test_scales_meet_their_example_and_channel(case):
     x, kernel, options = prepared(case)
     x = x * jnp.exp2(jnp.arange(x.shape[0], dtype=x.dtype)).reshape(-1, *[1] * (x.ndim - 1))

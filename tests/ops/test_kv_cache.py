@@ -131,6 +131,7 @@ def test_one_by_one_or_together_gives_the_same_bits(spec):
     assert_same_bits(pieces, whole)
 
 
+@pytest.mark.heavy
 def test_without_jit_the_bits_are_the_same():
     k, v = text(62)
     with jax.disable_jit():
