@@ -44,7 +44,9 @@ CASES = [(recipe, where, kind) for kind in TYPES for recipe in ("w8a8", "int4", 
 FEW = (("w8a8", "columns"), ("w8a8", "replicated"), ("int4", "both"), ("mxfp4", "rows"))
 
 
-@pytest.mark.parametrize(("recipe", "where", "kind"), tables.thinned(CASES, [case for case in CASES if case[:2] in FEW]))
+@pytest.mark.parametrize(
+    ("recipe", "where", "kind"), tables.thinned(CASES, [case for case in CASES if case[:2] in FEW])
+)
 def test_a_sharded_kernel_gives_sharded_codes_and_the_result_asked_for(recipe, where, kind):
     model, x = nnx.Linear(64, 64, rngs=nnx.Rngs(0)), normal(8, 64)
     alone, _ = jaxq.quantize_model(model, recipe)
