@@ -21,7 +21,7 @@ def correlated(num: int, k: int, seed: int = 0) -> jax.Array:
     """Rows of which a few directions are most."""
     rng = np.random.default_rng(7)
     mix = rng.normal(size=(k, k)) * np.exp(-np.arange(k) / 6)[:, None]
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(num, k)) @ mix, jnp.float32)
+    return jnp.asarray(np.float32(np.random.default_rng(seed).normal(size=(num, k)) @ mix))
 
 
 class Pair(nnx.Module):

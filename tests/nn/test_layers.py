@@ -79,7 +79,7 @@ def data(name, shape, seed=1):
     rng = np.random.default_rng(seed)
     if "tokens" in name:
         return jnp.asarray(rng.integers(0, 6, shape), jnp.int32)
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return jnp.asarray(np.float32(rng.normal(size=shape)))
 
 
 def built(make):

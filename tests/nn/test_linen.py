@@ -73,7 +73,7 @@ def test_going_on_from_earlier_statistics(variables, stats):
         jaxq.nn.linen.calibrate(Model(), variables, BATCHES, start={"heads": first["heads"]})
 
 
-def test_sequential_and_bias_correction_are_those_of_nnx(variables):
+def test_sequential_and_bias_correction_are_those_of_nnx(variables, stats):
     recipe = jaxq.Recipe([
         jaxq.Rule("heads", weight="int2", method="gptq", correct_bias=True),
         jaxq.Rule(weight="int2", method="gptq"),
@@ -83,7 +83,7 @@ def test_sequential_and_bias_correction_are_those_of_nnx(variables):
     qtwin, expected = jaxq.quantize_model(Twin(variables["params"]), recipe, **how)
     np.testing.assert_allclose(qmodule.apply(qvariables, BATCHES[0]), qtwin(BATCHES[0]), rtol=1e-4, atol=1e-4)
     assert {row.path: row.note for row in report.quantized} == {row.path: row.note for row in expected.quantized}
-    _, apart, _ = jaxq.nn.linen.quantize_model(Model(), variables, recipe, **how | {"sequential": False})
+    _, apart, _ = jaxq.nn.linen.quantize_model(Model(), variables, recipe, calibration=stats, fallback="none")
     codes = [v["params"]["last"]["kernel"].codes() for v in (qvariables, apart)]
     assert np.any(codes[0] != codes[1])
     with pytest.raises(ValueError, match="sequential=True needs calibration"):

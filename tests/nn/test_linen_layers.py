@@ -163,7 +163,7 @@ def built(module, x, dtype=None):
     """Variables of normal numbers, biases too. Compiles nothing, as initializers do."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-    return jax.tree.map(lambda v: jnp.asarray(rng.normal(scale=0.2, size=v.shape), dtype or v.dtype), shapes)
+    return jax.tree.map(lambda v: jnp.asarray(rng.normal(scale=0.2, size=v.shape).astype(dtype or v.dtype)), shapes)
 
 
 def everything(recipe):
@@ -213,10 +213,10 @@ CASES = [(layer, recipe, use) for layer in LAYERS for recipe in RECIPES for use 
 # Each layer with whole bytes and with halves, each recipe, each use.
 DEFAULT = [(layer, "int4 g32", "grad") for layer in ("dense", "conv", "output", "transpose")]
 DEFAULT += [(layer, "w8a8", "grad") for layer in ("dense", "einsum", "wide conv", "batched", "attend")]
-DEFAULT += [(layer, "w8a8 static", "grad") for layer in ("einsum", "conv", "transpose")]
+DEFAULT += [(layer, "w8a8 static", "grad") for layer in ("einsum", "transpose")]
 DEFAULT += [("dense", "w8a8 static", "scan"), ("lookup", "w8a8 static", "plain")]
-DEFAULT += [("qkv", recipe, "grad") for recipe in ("int8", "nf4", "fp8")]
-DEFAULT += [("dense", "w8a8", use) for use in USES[:-1]] + [("einsum", "nf4", "jit")]
+DEFAULT += [("qkv", recipe, "grad") for recipe in ("nf4", "fp8")]
+DEFAULT += [("dense", "w8a8", use) for use in USES[:-1]]
 DEFAULT += [("conv", "int8", "scan"), ("lookup", "int4 g32", "scan"), ("attend", "fp8", "vmap")]
 DEFAULT += [("attention", "w8a8", "scan"), ("experts", "w8a8", "vmap")]
 
@@ -228,7 +228,7 @@ FLOAT_BOUNDS = {"int8": 0.03, "int4 g32": 0.3, "nf4": 0.3, "fp8": 0.1, "w8a8": 0
 @pytest.mark.parametrize(("name", "recipe", "use"), tables.thinned(CASES, dict.fromkeys(DEFAULT)))
 def test_output_and_gradient(name, recipe, use):
     cls, fields, shape, rounded_cls, rounded_fields = LAYERS[name]
-    module, x = module_of(use, cls, fields), jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    module, x = module_of(use, cls, fields), jnp.asarray(np.float32(np.random.default_rng(1).normal(size=shape)))
     variables = built(module, x)
     data = {"calibration": [x]} if recipe == "w8a8 static" else {"example": x}
     inside = use in ("jit", "scan", "remat") or (name, use) == ("attention", "vmap")  # whose last input is mapped over
