@@ -14,7 +14,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxq.evaluation import perplexity
-from jaxq.models import Llama, LlamaConfig, load, save
+from jaxq.models import LlamaConfig, load, save
+from tests.models.test_llama import make
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WHY = "compares with transformers on torch, which the bench extra installs"
@@ -50,15 +51,6 @@ PEERS = {
     "mistral": ("MistralConfig", {"sliding_window": 6}),
     "mistral_all": ("MistralConfig", {"sliding_window": None}),
 }
-CONFIG = LlamaConfig(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +119,7 @@ def test_sharded_checkpoints(torch, transformers, tmp_path):
 
 
 def test_the_trained_model_is_the_same_in_transformers(torch, transformers):
-    model, tokenizer = load(EXAMPLES / "tiny_llama")
+    model, tokenizer = load(EXAMPLES / "tiny_llama", scan_layers=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny_llama", dtype=torch.float32).eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(EXAMPLES / "tiny_llama")
     text = (EXAMPLES / "heldout.txt").read_text(encoding="utf-8")[:20_000]
@@ -145,7 +137,7 @@ def test_the_trained_model_is_the_same_in_transformers(torch, transformers):
 
 @pytest.fixture
 def written(tmp_path):
-    model = Llama(CONFIG, rngs=nnx.Rngs(0))
+    model = make(head_dim=8)
     save(tmp_path, model, dtype=jnp.float32)
     return tmp_path, model
 
@@ -159,7 +151,7 @@ def rewrite(path, change):
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"scan_layers": True}])
 def test_round_trip_is_exact(changes, tmp_path):
-    model = Llama(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
+    model = make(head_dim=8, **changes)
     save(tmp_path, model, dtype=jnp.float32)
     for scan in (False, True):
         again, _ = load(tmp_path, scan_layers=scan)
@@ -218,7 +210,7 @@ def test_transposed_tensor_is_an_error(written):
 
 
 def test_head_beside_a_tied_embedding_must_repeat_it(tmp_path):
-    save(tmp_path, Llama(dataclasses.replace(CONFIG, tie_word_embeddings=True), rngs=nnx.Rngs(0)))
+    save(tmp_path, make(head_dim=8, tie_word_embeddings=True))
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     load(tmp_path)
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] * 2}))
@@ -275,7 +267,7 @@ def test_tokenizer_round_trip(written):
 
 
 def test_saving_other_parameters_is_an_error(tmp_path):
-    model = Llama(CONFIG, rngs=nnx.Rngs(0))
+    model = make(head_dim=8)
     model.layers[0].mlp.up_proj.kernel_scale = nnx.Param(jnp.ones(3))
     with pytest.raises(ValueError, match="differ from those of a float Llama in layers.0.mlp.up_proj.kernel_scale"):
         save(tmp_path, model)
@@ -317,13 +309,13 @@ def test_a_mistral_config_that_names_no_window_has_the_default():
     assert LlamaConfig.from_hf(config | {"sliding_window": None}).sliding_window is None
 
 
-def test_damaged_files_are_named(tmp_path):
-    def copy(name: str) -> Path:
-        path = tmp_path / name
-        shutil.copytree(EXAMPLES / "tiny_llama", path)
-        return path
+def test_damaged_files_are_named(written, tmp_path_factory):
+    source, _ = written
 
-    weights = (EXAMPLES / "tiny_llama" / "model.safetensors").read_bytes()
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(source, tmp_path_factory.mktemp("damaged") / name))
+
+    weights = (source / "model.safetensors").read_bytes()
     path = copy("weights")
     for size in (0, 5, 100, len(weights) - 1000):
         (path / "model.safetensors").write_bytes(weights[:size])
@@ -357,11 +349,11 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json is damaged"):
         load(path)
     with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, got int8"):
-        load(EXAMPLES / "tiny_llama", dtype="int8")
+        load(source, dtype="int8")
 
 
 def test_a_failing_save_leaves_the_old_directory(tmp_path, monkeypatch):
-    model, _ = load(EXAMPLES / "tiny_llama")
+    model = make(head_dim=8)
     save(tmp_path, model)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

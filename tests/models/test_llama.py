@@ -56,12 +56,19 @@ def make(dtype=jnp.float32, **changes):
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     for path, param in flat.items():
         value = 0.2 * rng.normal(size=param.shape) + (path[-1] == "scale")
-        flat[path] = param.replace(jnp.asarray(value, jnp.float32))
+        flat[path] = param.replace(jnp.asarray(np.float32(value)))
     return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(flat))
 
 
-def tokens(b=2, t=11):
-    return jax.random.randint(jax.random.key(1), (b, t), 0, CONFIG.vocab_size)
+def tokens(b=2, t=12):
+    return np.random.default_rng(1).integers(0, CONFIG.vocab_size, (b, t)).astype(np.int32)
+
+
+def with_another(x, place):
+    """The tokens with all rows changed in one place."""
+    out = x.copy()
+    out[:, place] = (out[:, place] + 1) % CONFIG.vocab_size
+    return out
 
 
 @nnx.jit
@@ -83,12 +90,12 @@ def slots(model, x, cache, count):
 def test_logits_are_float32_and_causal(name):
     model, x = make(jnp.bfloat16, **VARIANTS[name]), tokens()
     logits = run(model, x)
-    assert logits.shape == (2, 11, 97)
+    assert logits.shape == (2, 12, 97)
     assert logits.dtype == jnp.float32
-    assert bool(jnp.isfinite(logits).all())
-    changed = run(model, x.at[:, 7].add(1) % 97)
+    logits, changed = np.asarray(logits), np.asarray(run(model, with_another(x, 7)))
+    assert np.isfinite(logits).all()
     np.testing.assert_array_equal(logits[:, :7], changed[:, :7])
-    assert float(jnp.abs(logits[:, 7:] - changed[:, 7:]).max()) > 1e-3
+    assert np.abs(logits[:, 7:] - changed[:, 7:]).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", tables.thinned(VARIANTS, ["llama", "window_scan", "one_kv_head", "wide_heads"]))
@@ -97,43 +104,43 @@ def test_cached_decode_equals_the_full_forward(name):
     full = run(model, x)
     part, cache = decode(model, x[:, :5], model.init_cache(2, 13))
     parts = [part]
-    for i in range(5, 11):
+    for i in range(5, 12):
         part, cache = decode(model, x[:, i : i + 1], cache)
         parts.append(part)
-    assert int(cache.used) == 11
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), full, atol=2e-5, rtol=1e-5)
+    assert int(cache.used) == 12
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), full, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", tables.thinned(VARIANTS, ["llama", "window_scan"]))
 def test_a_quantized_cache_is_close_to_the_full_forward(name):
     """int8 is close; and what leaves the window of recent tokens is quantized, so it is not the same."""
     cache = jaxq.ops.KVCacheSpec("int8", group=2, residual=2)
-    model, x = make(**VARIANTS[name]), tokens(2, 12)
-    full = run(model, x)
+    model, x = make(**VARIANTS[name]), tokens()
+    full = np.asarray(run(model, x))
     parts, state = [], model.init_cache(2, 12, cache=cache)
     for i in range(0, 12, 3):
         part, state = decode(model, x[:, i : i + 3], state)
         parts.append(part)
-    difference = jnp.abs(jnp.concatenate(parts, axis=1) - full)
+    difference = np.abs(np.concatenate(parts, axis=1) - full)
     assert state.used.tolist() == [12, 12]
-    assert float(difference[:, :3].max()) < 1e-4
-    assert 1e-4 < float(difference.max()) < 0.05 * float(jnp.abs(full).max())
+    assert difference[:, :3].max() < 1e-4
+    assert 1e-4 < difference.max() < 0.05 * np.abs(full).max()
 
 
 def test_rows_of_a_quantized_cache_are_slots():
     """A text that starts where another ended, beside one that goes on: each as if it were alone."""
     cache = jaxq.ops.KVCacheSpec("int8", group=2, residual=2)
-    model, x = make(num_hidden_layers=1), tokens(2, 12)
+    model, x = make(num_hidden_layers=1), tokens()
 
     def after(state, *counts):
         for i, count in enumerate(counts):
-            found, state = slots(model, x[:, 6 * i : 6 * i + 6], state, jnp.array(count))
-        return found, state
+            found, state = slots(model, x[:, 6 * i : 6 * i + 6], state, np.asarray(count, np.int32))
+        return np.asarray(found), state
 
     empty = model.init_cache(2, 12, cache=cache)
     found, state = after(after(empty, (6, 5))[1].reset([1]), (4, 6))
     assert state.used.tolist() == [10, 6]
-    x = jnp.concatenate([x[:, :6], x[:, :6]], axis=1)  # as the second call above read it
+    x = np.concatenate([x[:, :6], x[:, :6]], axis=1)  # as the second call above read it
     alone, _ = after(empty, (6, 0), (4, 0))
     np.testing.assert_allclose(found[0, :4], alone[0, :4], atol=2e-5)
     alone, _ = after(empty, (0, 6))
@@ -162,9 +169,9 @@ def test_generation_with_a_quantized_cache_repeats(scan_layers):
     logits, state = decode(model, x, model.init_cache(2, 13, cache=cache))
     found = [x]
     for _ in range(8):
-        found.append(jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32))
+        found.append(np.argmax(np.asarray(logits)[:, -1:], axis=-1).astype(np.int32))
         logits, state = decode(model, found[-1], state)
-    np.testing.assert_array_equal(jnp.concatenate(found, axis=1), first)
+    np.testing.assert_array_equal(np.concatenate(found, axis=1), first)
 
 
 KIVI2 = jaxq.QuantSpec("uint2", jaxq.PerGroup(32, pad=True), offset="min", scale="bfloat16")
@@ -179,8 +186,8 @@ COSTS = {
 @pytest.mark.parametrize("name", tables.thinned(COSTS, ["int4"]))
 def test_what_a_quantized_cache_costs_a_trained_model(name):
     """Perplexity through the cache, four tokens at a time, against the float model's."""
-    model, tokenizer = load(EXAMPLES / "tiny_llama")
-    ids = np.asarray(tokenizer.encode((EXAMPLES / "heldout.txt").read_text()[:16_000]).ids, np.int32)
+    model, tokenizer = load(EXAMPLES / "tiny_llama", scan_layers=True)
+    ids = np.asarray(tokenizer.encode((EXAMPLES / "heldout.txt").read_text()[:8_000]).ids, np.int32)
 
     @nnx.jit
     def logits(model, x):
@@ -188,11 +195,12 @@ def test_what_a_quantized_cache_costs_a_trained_model(name):
             logits, state = model.decode(now.T, state)
             return state, logits
 
-        _, out = jax.lax.scan(step, model.init_cache(8, 256, cache=COSTS[name][0]), x.T.reshape(64, 4, 8))
-        return out.transpose(1, 0, 2, 3).reshape(8, 256, -1)
+        _, out = jax.lax.scan(step, model.init_cache(4, 256, cache=COSTS[name][0]), x.T.reshape(64, 4, 4))
+        return out.transpose(1, 0, 2, 3).reshape(4, 256, -1)
 
-    reference = perplexity(model, ids[: 8 * 256])
-    loss = 100 * (perplexity(lambda x: logits(model, x), ids[: 8 * 256]) / reference - 1)
+    ids = ids[: 4 * 256]
+    reference = perplexity(model, ids)
+    loss = 100 * (perplexity(lambda x: logits(model, x), ids) / reference - 1)
     assert abs(loss) < COSTS[name][1]
     assert loss != 0
 
@@ -200,24 +208,24 @@ def test_what_a_quantized_cache_costs_a_trained_model(name):
 def test_window_limits_what_a_token_reads():
     """With one layer and a window of 4, a token sees itself and three before it."""
     model, x = make(sliding_window=4, num_hidden_layers=1), tokens()
-    logits, changed = run(model, x), run(model, x.at[:, 3].add(1) % 97)
-    different = jnp.abs(logits - changed).max(axis=(0, 2)) > 1e-6
-    np.testing.assert_array_equal(different, [3 <= i < 7 for i in range(11)])
+    logits, changed = np.asarray(run(model, x)), np.asarray(run(model, with_another(x, 3)))
+    different = np.abs(logits - changed).max(axis=(0, 2)) > 1e-6
+    np.testing.assert_array_equal(different, [3 <= i < 7 for i in range(12)])
 
 
 def test_positions_are_relative():
     """Rotary attention sees differences of positions only: shifting a text by a prefix it cannot read is nothing."""
     model = make(sliding_window=3, num_hidden_layers=1)
-    x = tokens(1, 6)
-    shifted = jnp.concatenate([jnp.zeros((1, 40), jnp.int32), x], axis=1)
-    np.testing.assert_allclose(run(model, x)[:, 2:], run(model, shifted)[:, 42:], atol=2e-5, rtol=1e-5)
+    x, more = tokens(1, 6), np.zeros((1, 40), np.int32)
+    first, last = (np.asarray(run(model, np.concatenate(both, axis=1))) for both in ((x, more), (more, x)))
+    np.testing.assert_allclose(first[:, 2:6], last[:, 42:], atol=2e-5, rtol=1e-5)
 
 
 def test_scan_gives_the_same_logits():
     scanned = make(scan_layers=True)
     plain = make()
     state = nnx.state(scanned, nnx.Param)
-    stacked = nnx.to_pure_dict(state).pop("layers")
+    stacked = jax.tree.map(np.asarray, nnx.to_pure_dict(state).pop("layers"))
     nnx.update(plain.embed_tokens, nnx.state(scanned.embed_tokens))
     nnx.update(plain.lm_head, nnx.state(scanned.lm_head))
     nnx.update(plain.norm, nnx.state(scanned.norm))
@@ -267,7 +275,7 @@ def test_gradients_reach_every_parameter():
     loss = nnx.grad(lambda m: jax.nn.log_softmax(m(tokens())[:, :-1])[..., 3].mean())
     grads = nnx.jit(loss)(model)
     for path, grad in nnx.to_flat_state(grads):
-        assert float(jnp.abs(grad[...]).max()) > 0, path
+        assert np.abs(np.asarray(grad[...])).max() > 0, path
 
 
 def test_tokens_must_be_an_integer_matrix():
@@ -282,16 +290,17 @@ def test_tokens_must_be_an_integer_matrix():
 
 @pytest.mark.parametrize("name", tables.thinned(["llama", "scan", "window"], ["scan", "window"]))
 def test_greedy_generation_equals_argmax_of_full_forwards(name):
-    model, x = make(**VARIANTS[name]), tokens(2, 4)
-    expected = jnp.zeros((2, 10), jnp.int32).at[:, :4].set(x)  # causal: what follows does not matter
-    for i in range(4, 10):
-        expected = expected.at[:, i].set(jnp.argmax(run(model, expected)[:, i - 1], axis=-1).astype(jnp.int32))
+    model, x = make(**VARIANTS[name]), tokens(2, 6)
+    expected = np.pad(x, ((0, 0), (0, 6)))  # causal: what follows does not matter
+    for i in range(6, 12):
+        expected[:, i] = np.argmax(np.asarray(run(model, expected))[:, i - 1], axis=-1)
     np.testing.assert_array_equal(generate(model, x, 6), expected)
 
 
 def test_generating_one_token():
     model, x = make(num_hidden_layers=1), tokens(2, 4)
-    np.testing.assert_array_equal(generate(model, x, 1)[:, 4], jnp.argmax(run(model, x)[:, -1], axis=-1))
+    found, logits = np.asarray(generate(model, x, 1)), np.asarray(run(model, x))
+    np.testing.assert_array_equal(found[:, 4], np.argmax(logits[:, -1], axis=-1))
 
 
 def test_sampling_follows_key_and_temperature():

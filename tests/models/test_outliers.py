@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -22,8 +21,8 @@ def state(model):
     return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
 
 
-def record(model, batch):
-    """The inputs of every linear `[tokens, in]`, by path, from one run."""
+@nnx.jit
+def inputs(model, batch):
     model, found = nnx.clone(model), {}
 
     def hook(name, original, arrays, **kwargs):
@@ -33,14 +32,13 @@ def record(model, batch):
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Linear):
             module.promote_dtype = functools.partial(hook, "/".join(map(str, path)), module.promote_dtype)
-    graphdef, params = nnx.split(model)
+    model(batch)
+    return found
 
-    @jax.jit
-    def run(params, batch):
-        nnx.merge(graphdef, params)(batch)
-        return dict(found)
 
-    return jax.tree.map(np.asarray, run(params, batch))
+def record(model, batch):
+    """The inputs of every linear `[tokens, in]`, by path, from one run."""
+    return jax.tree.map(np.asarray, inputs(model, batch))
 
 
 def random_scales(model, seed=0):
@@ -137,9 +135,9 @@ def test_stacked_layers_smooth_like_separate_ones():
     flat = dict(nnx.to_flat_state(params))
     for path, variable in flat.items():
         if path[0] == "layers":
-            flat[path] = variable.replace(jnp.stack([whole["layers", i, *path[1:]] for i in (0, 1)]))
+            flat[path] = variable.replace(np.stack([whole["layers", i, *path[1:]] for i in (0, 1)]))
         else:
-            flat[path] = variable.replace(jnp.asarray(whole[path]))
+            flat[path] = variable.replace(whole[path])
     stacked = nnx.merge(graphdef, nnx.from_flat_state(flat))
     absmax = {path: abs(x).max(0) for path, x in record(model, tokens()).items()}
     rule = functools.partial(smoothquant, alpha=0.7)

@@ -74,7 +74,7 @@ def test_files_say_what_inputs_go_through(tmp_path):
     jaxq.save(path, model)
     with pytest.raises(ValueError, match=said % ("hadamard", "nothing")):
         jaxq.load(path, into=shell)
-    quantized, _ = jaxq.quantize_model(rotated, "int8")
+    quantized, _ = jaxq.quantize_model(rotated, jaxq.Recipe([jaxq.Rule("**/down_proj", weight="int8")]))
     jaxq.save(path, quantized)
     with pytest.raises(ValueError, match=said % ("nothing", "hadamard")):
         jaxq.load(path, into=make())
@@ -110,6 +110,7 @@ def test_errors():
         rotate(model, orthogonal(32), online=jnp.tanh)
 
 
+@pytest.mark.heavy
 def test_outliers_of_the_bundled_model():
     pytest.importorskip("tokenizers", reason="reads a tokenizer: pip install jaxq[hf]")
     model, tokenizer = jaxq.models.load(EXAMPLES / "tiny_llama")

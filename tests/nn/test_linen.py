@@ -8,6 +8,7 @@ import pytest
 from flax import linen, nnx
 
 import jaxq
+from tests.nn.test_linen_layers import built
 from tests.ops.reference import normal
 
 
@@ -16,7 +17,7 @@ class Model(linen.Module):
     def __call__(self, x):
         x = linen.DenseGeneral((2, 4), name="heads")(x)
         x = linen.DenseGeneral(8, axis=(-2, -1), name="out")(x)
-        return linen.Einsum((8, 6), "bth,hd->btd", name="last")(jnp.tanh(x))
+        return linen.Einsum((8, 8), "bth,hd->btd", name="last")(jnp.tanh(x))
 
 
 class Twin(nnx.Module):
@@ -24,7 +25,7 @@ class Twin(nnx.Module):
         rngs = nnx.Rngs(0)
         self.heads = nnx.LinearGeneral(8, (2, 4), rngs=rngs)
         self.out = nnx.LinearGeneral((2, 4), 8, axis=(-2, -1), rngs=rngs)
-        self.last = nnx.Einsum("bth,hd->btd", (8, 6), (6,), rngs=rngs)
+        self.last = nnx.Einsum("bth,hd->btd", (8, 8), (8,), rngs=rngs)
         for name, values in params.items():
             for leaf, value in values.items():
                 getattr(getattr(self, name), leaf).set_value(value)
@@ -38,13 +39,18 @@ BATCHES = [normal(8, 3, 8, seed=seed) for seed in range(2)]
 
 @pytest.fixture(scope="module")
 def variables():
-    return Model().init(jax.random.key(0), BATCHES[0])
+    return built(Model(), BATCHES[0])
+
+
+@pytest.fixture(scope="module")
+def stats(variables):
+    return jaxq.nn.linen.calibrate(Model(), variables, BATCHES)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_numbers_are_those_of_nnx(variables, masked):
+def test_numbers_are_those_of_nnx(variables, stats, masked):
     mask = (lambda batch: np.arange(24).reshape(8, 3) % 5 != 0) if masked else None
-    found = jaxq.nn.linen.calibrate(Model(), variables, BATCHES, mask=mask)
+    found = jaxq.nn.linen.calibrate(Model(), variables, BATCHES, mask=mask) if masked else stats
     expected = jaxq.nn.calibrate(Twin(variables["params"]), BATCHES, mask=mask)
     assert list(found) == list(expected) == ["heads", "out", "last"]
     for path in found:
@@ -52,23 +58,22 @@ def test_numbers_are_those_of_nnx(variables, masked):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_matrix_method_takes_them(variables):
-    stats = jaxq.nn.linen.calibrate(Model(), variables, BATCHES)
+def test_a_matrix_method_takes_them(variables, stats):
     kernel = variables["params"]["out"]["kernel"].reshape(8, 8)
     qt, info = jaxq.methods.gptq(kernel, stats["out"].hessian, "int4")
     assert qt.shape == (8, 8)
     assert not bool(info.fell_back)
 
 
-def test_going_on_from_earlier_statistics(variables):
+def test_going_on_from_earlier_statistics(variables, stats):
     first = jaxq.nn.linen.calibrate(Model(), variables, BATCHES[:1])
     found = jaxq.nn.linen.calibrate(Model(), variables, BATCHES[1:], start=first)
-    jax.tree.map(np.testing.assert_array_equal, found, jaxq.nn.linen.calibrate(Model(), variables, BATCHES))
+    jax.tree.map(np.testing.assert_array_equal, found, stats)
     with pytest.raises(ValueError, match="start has no statistics of out"):
         jaxq.nn.linen.calibrate(Model(), variables, BATCHES, start={"heads": first["heads"]})
 
 
-def test_sequential_and_bias_correction_are_those_of_nnx(variables):
+def test_sequential_and_bias_correction_are_those_of_nnx(variables, stats):
     recipe = jaxq.Recipe([
         jaxq.Rule("heads", weight="int2", method="gptq", correct_bias=True),
         jaxq.Rule(weight="int2", method="gptq"),
@@ -78,7 +83,7 @@ def test_sequential_and_bias_correction_are_those_of_nnx(variables):
     qtwin, expected = jaxq.quantize_model(Twin(variables["params"]), recipe, **how)
     np.testing.assert_allclose(qmodule.apply(qvariables, BATCHES[0]), qtwin(BATCHES[0]), rtol=1e-4, atol=1e-4)
     assert {row.path: row.note for row in report.quantized} == {row.path: row.note for row in expected.quantized}
-    _, apart, _ = jaxq.nn.linen.quantize_model(Model(), variables, recipe, **how | {"sequential": False})
+    _, apart, _ = jaxq.nn.linen.quantize_model(Model(), variables, recipe, calibration=stats, fallback="none")
     codes = [v["params"]["last"]["kernel"].codes() for v in (qvariables, apart)]
     assert np.any(codes[0] != codes[1])
     with pytest.raises(ValueError, match="sequential=True needs calibration"):
@@ -99,7 +104,7 @@ def test_layers_in_a_scan_are_refused():
 
     x = normal(4, 8)
     with pytest.raises(ValueError, match=r"layers/Dense_0 is inside nn\.scan"):
-        jaxq.nn.linen.calibrate(Stack(), Stack().init(jax.random.key(0), x), [x])
+        jaxq.nn.linen.calibrate(Stack(), built(Stack(), x), [x])
 
 
 def test_every_way_to_have_no_statistics_is_an_error(variables):
@@ -111,5 +116,5 @@ def test_every_way_to_have_no_statistics_is_an_error(variables):
     with pytest.raises(TypeError, match="must be a flax linen Module"):
         calibrate(Twin(variables["params"]), variables, BATCHES)
     with pytest.raises(ValueError, match="heads: channel 1 of its input is not finite"):
-        calibrate(Model(), variables, [BATCHES[0].at[0, 0, 1].set(jnp.inf)])
+        calibrate(Model(), variables, [np.where(np.arange(8) == 1, np.float32(np.inf), BATCHES[0])])
     assert flax.traverse_util.flatten_dict(variables)  # as they were

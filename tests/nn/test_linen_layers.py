@@ -163,7 +163,7 @@ def built(module, x, dtype=None):
     """Variables of normal numbers, biases too. Compiles nothing, as initializers do."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-    return jax.tree.map(lambda v: jnp.asarray(rng.normal(scale=0.2, size=v.shape), dtype or v.dtype), shapes)
+    return jax.tree.map(lambda v: jnp.asarray(rng.normal(scale=0.2, size=v.shape).astype(dtype or v.dtype)), shapes)
 
 
 def everything(recipe):
@@ -174,6 +174,7 @@ def is_qt(v):
     return isinstance(v, QTensor)
 
 
+@jax.jit
 def in_floats(variables):
     """Variables with what the QTensors stand for."""
     return jax.tree.map(lambda v: jaxq.dequantize(v.with_activation(None)) if is_qt(v) else v, variables, is_leaf=is_qt)
@@ -194,6 +195,11 @@ def in_range(cls, fields, variables):
             for name, fn in fields.items()}  # fmt: skip
 
 
+def value(module, variables, x):
+    return module.apply(variables, x), None
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_grad(module, variables, x):
     def loss(x):
         y = module.apply(variables, x)
@@ -207,10 +213,10 @@ CASES = [(layer, recipe, use) for layer in LAYERS for recipe in RECIPES for use 
 # Each layer with whole bytes and with halves, each recipe, each use.
 DEFAULT = [(layer, "int4 g32", "grad") for layer in ("dense", "conv", "output", "transpose")]
 DEFAULT += [(layer, "w8a8", "grad") for layer in ("dense", "einsum", "wide conv", "batched", "attend")]
-DEFAULT += [(layer, "w8a8 static", "grad") for layer in ("einsum", "conv", "transpose")]
+DEFAULT += [(layer, "w8a8 static", "grad") for layer in ("einsum", "transpose")]
 DEFAULT += [("dense", "w8a8 static", "scan"), ("lookup", "w8a8 static", "plain")]
-DEFAULT += [("qkv", recipe, "grad") for recipe in ("int8", "nf4", "fp8")]
-DEFAULT += [("dense", "w8a8", use) for use in USES[:-1]] + [("qkv", "int4 g32", "scan"), ("einsum", "nf4", "jit")]
+DEFAULT += [("qkv", recipe, "grad") for recipe in ("nf4", "fp8")]
+DEFAULT += [("dense", "w8a8", use) for use in USES[:-1]]
 DEFAULT += [("conv", "int8", "scan"), ("lookup", "int4 g32", "scan"), ("attend", "fp8", "vmap")]
 DEFAULT += [("attention", "w8a8", "scan"), ("experts", "w8a8", "vmap")]
 
@@ -222,7 +228,7 @@ FLOAT_BOUNDS = {"int8": 0.03, "int4 g32": 0.3, "nf4": 0.3, "fp8": 0.1, "w8a8": 0
 @pytest.mark.parametrize(("name", "recipe", "use"), tables.thinned(CASES, dict.fromkeys(DEFAULT)))
 def test_output_and_gradient(name, recipe, use):
     cls, fields, shape, rounded_cls, rounded_fields = LAYERS[name]
-    module, x = module_of(use, cls, fields), jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    module, x = module_of(use, cls, fields), jnp.asarray(np.float32(np.random.default_rng(1).normal(size=shape)))
     variables = built(module, x)
     data = {"calibration": [x]} if recipe == "w8a8 static" else {"example": x}
     inside = use in ("jit", "scan", "remat") or (name, use) == ("attention", "vmap")  # whose last input is mapped over
@@ -233,21 +239,19 @@ def test_output_and_gradient(name, recipe, use):
         return
     qmodule, qvariables, report = quantize_model(module, variables, everything(recipe), **data)
     assert len(report.quantized) == (4 if name == "attention" else 1)
-    assert_close(qmodule.apply(qvariables, x), module.apply(variables, x), FLOAT_BOUNDS[recipe])
+    compiled = functools.partial(jax.jit, static_argnums=0)(value)
+    run = {"plain": value, "jit": value, "scan": compiled, "vmap": compiled}.get(use, value_and_grad)
+    y, grad = run(qmodule, qvariables, x)
+    assert_close(y, run(module, variables, x)[0], FLOAT_BOUNDS[recipe])
     if "activation" in RECIPES[recipe]:
         module = module_of(use, rounded_cls or cls, fields | in_range(rounded_cls, rounded_fields, qvariables))
-    run = functools.partial(jax.jit, static_argnums=0)(value_and_grad) if use in ("grad", "remat") else None
-    if run is None:
-        wanted, y = module.apply(in_floats(qvariables), x), qmodule.apply(qvariables, x)
-        if use == "jit":
-            assert_close(jax.jit(qmodule.apply)(qvariables, x), y, 1e-6)
-    else:
-        wanted, wanted_grad = run(module, in_floats(qvariables), x)
-        y, grad = run(qmodule, qvariables, x)
+    wanted, wanted_grad = run(module, in_floats(qvariables), x)
+    if use == "jit":
+        assert_close(jax.jit(qmodule.apply)(qvariables, x), y, 1e-6)
     # Inside attention, activations to be rounded differ in the last bit, and may round to another code.
     bound = 0.02 if name == "attention" and "activation" in RECIPES[recipe] else 1e-5
     assert_close(y, wanted, bound)
-    if run is not None and name != "lookup":
+    if grad is not None and name != "lookup":
         assert_close(grad, wanted_grad, bound)
 
 
@@ -317,15 +321,14 @@ def test_explicit_layers_hold_what_quantize_model_makes(name):
     layer, module = explicit(**fields, weight="int4"), plain(**fields)
     variables = layer.init(jax.random.key(0), x)
     recipe = jaxq.Recipe([jaxq.Rule(weight="int4")])
-    qmodule, qvariables, _ = quantize_model(module, module.init(jax.random.key(0), x), recipe, example=x)
+    original = module.init(jax.random.key(0), x)
+    qmodule, qvariables, _ = quantize_model(module, original, recipe, example=x)
     assert jax.tree.structure(variables) == jax.tree.structure(qvariables)
     jax.tree.map(np.testing.assert_array_equal, variables, qvariables)
     np.testing.assert_array_equal(layer.apply(variables, x), qmodule.apply(qvariables, x))
     np.testing.assert_array_equal(layer.apply(qvariables, x), qmodule.apply(variables, x))
     floats = explicit(**fields, weight=None)
-    np.testing.assert_array_equal(
-        floats.apply(module.init(jax.random.key(0), x), x), module.apply(module.init(jax.random.key(0), x), x)
-    )
+    np.testing.assert_array_equal(floats.apply(original, x), module.apply(original, x))
 
 
 def test_explicit_layers_stack():
@@ -366,8 +369,9 @@ def test_out_of_range_tokens_are_nan_as_in_flax():
     tokens = jnp.asarray([0, 7, -1, -8])
     for num in (6, 1):
         layer = nn.Embed(num, 64)
-        variables = {"params": {"embedding": jnp.ones((num, 64))}}
-        table = {"params": {"embedding": jaxq.quantize(jnp.ones((num, 64)), "int8", contracting=-1)}}
+        embedding = jnp.asarray(np.ones((num, 64), np.float32))
+        variables = {"params": {"embedding": embedding}}
+        table = {"params": {"embedding": jaxq.quantize(embedding, "int8", contracting=-1)}}
         wanted = np.isnan(layer.apply(variables, tokens))
         np.testing.assert_array_equal(np.isnan(Quantized(layer).apply(table, tokens)), wanted)
 

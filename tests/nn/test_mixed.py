@@ -11,6 +11,8 @@ import jaxq
 from jaxq.nn import Sensitivity, assign, mixed_recipe, sensitivity
 from tests.ops.reference import normal
 
+CHOICES, BATCHES = ("int8", "int2"), [4 * np.asarray(normal(8, 32, seed=seed)) for seed in range(2)]
+
 
 class Model(nnx.Module):
     def __init__(self):
@@ -23,16 +25,29 @@ class Model(nnx.Module):
         return self.lm_head(jnp.tanh(self.second(jnp.tanh(self.first(x)))))
 
 
-def test_a_layers_sensitivity_is_what_quantizing_it_alone_costs():
-    model, batches = Model(), [4 * normal(8, 32), 4 * normal(8, 32, seed=1)]
-    found = sensitivity(model, ["int8", "int3"], batches)
+@pytest.fixture(scope="module")
+def model():
+    return Model()
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    return sensitivity(model, CHOICES, BATCHES)
+
+
+@nnx.jit
+def cost(model, qmodel, batch):
+    return jaxq.metrics.kl_divergence(model(batch), qmodel(batch))
+
+
+def test_a_layers_sensitivity_is_what_quantizing_it_alone_costs(model, found):
     assert list(found.kl) == ["first", "second"]
     assert found.size == {"first": 1024, "second": 512}
-    for path, choice in itertools.product(found.kl, ("int8", "int3")):
+    for path, choice in itertools.product(found.kl, CHOICES):
         rest = "second" if path == "first" else "first"
         recipe = jaxq.Recipe([jaxq.Rule(rest, skip=True), jaxq.Rule(path, weight=choice)])
         qmodel, report = jaxq.quantize_model(model, recipe)
-        kl = np.mean([float(jaxq.metrics.kl_divergence(model(b), qmodel(b))) for b in batches])
+        kl = np.mean([float(cost(model, qmodel, batch)) for batch in BATCHES])
         np.testing.assert_allclose(found.kl[path][choice], kl, rtol=0.02, atol=1e-7)
         assert found.bits[path][choice] == 8 * report.quantized[0].bytes_after
     np.testing.assert_array_equal(model.first.kernel[...], Model().first.kernel[...])
@@ -67,9 +82,7 @@ def test_what_cannot_be_is_said():
         sensitivity(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), ["int8"], [normal(2, 4)])
 
 
-def test_from_sensitivity_to_a_model():
-    model, batches = Model(), [4 * normal(64, 32)]
-    found = sensitivity(model, ["int8", "int2"], batches)
+def test_from_sensitivity_to_a_model(model, found):
     recipe = mixed_recipe(assign(found, 6.0), method="hqq")
     _, report = jaxq.quantize_model(model, recipe)
     assert report.bits_per_weight <= 6.0
