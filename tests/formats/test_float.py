@@ -70,7 +70,7 @@ def hard_inputs(name: str) -> np.ndarray:
     bfloat16 = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
     hard = oracle.hard_numbers(np.concatenate([-numbers[:0:-1], numbers]))
     # One of two sizes, filled with more random patterns: formats then share what eager operations compile.
-    size = (1 << 19) if len(hard) < (1 << 17) else (1 << 20)
+    size = (1 << 18) if len(hard) < (1 << 17) else (1 << 19)
     return np.concatenate([bfloat16, hard, oracle.random_patterns(size - len(hard) - len(bfloat16), seed=0)])
 
 
