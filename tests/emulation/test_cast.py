@@ -55,9 +55,10 @@ def test_is_decode_of_encode(name):
             out.append((jaxq.cast(x, fmt, **options), fmt.decode(fmt.encode(x, **options))))
         return out
 
-    for mode, (value, expected) in zip(modes, both(x, jax.random.key(0)), strict=True):
+    found = dict(zip(modes, both(x, jax.random.key(0)), strict=True))
+    for mode, (value, expected) in found.items():
         assert same(value, expected), mode
-    assert same(jaxq.cast(x, fmt), fmt.decode(fmt.encode(x))), "eager"
+    assert same(jaxq.cast(x, fmt), found["nearest_even", True][0]), "eager"
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float6_e2m3fn"])
@@ -113,12 +114,14 @@ def test_float64_is_rounded_once():
         largest = (2 - 2.0**-7) * 2.0**127
         expected = [1 + 2.0**-7, 1.0, -(1 + 2.0**-7), 2.0**-133, largest]
         assert np.asarray(got).tolist() == expected
-        assert np.asarray(jaxq.cast(x, "float64")).tolist() == hard
         wide = formats.get("float64")
-        assert np.asarray(wide.decode(wide.encode(x))).tolist() == hard
-        assert np.asarray(jaxq.cast(x, "float32")).tolist() == [float(np.float32(v)) for v in hard[:-1]] + [
-            float(np.finfo(np.float32).max)
-        ]
+        in_float32 = [float(np.float32(v)) for v in hard[:-1]] + [float(np.finfo(np.float32).max)]
+        for cast, expected in (
+            (lambda x: jaxq.cast(x, "float64"), hard),
+            (lambda x: wide.decode(wide.encode(x)), hard),
+            (lambda x: jaxq.cast(x, "float32"), in_float32),
+        ):
+            assert np.asarray(jax.jit(cast)(x)).tolist() == expected
         with pytest.raises(TypeError, match="nf4 is computed in float32, x is float64"):
             jaxq.cast(x, "nf4")
     with pytest.raises(ValueError, match="jax_enable_x64"):
@@ -136,31 +139,36 @@ def test_a_rounding_inside_jit_is_not_dropped():
 def test_stochastic_rounding_goes_up_with_the_probability_of_its_distance():
     # 2^16 draws of one number: the mean is the number up to four standard deviations.
     x = np.float32(1.001)
-    many = np.asarray(jaxq.cast(jnp.full(1 << 16, x), "bfloat16", rounding="stochastic", key=jax.random.key(0)))
+    cast = jax.jit(lambda x, key: jaxq.cast(x, "bfloat16", rounding="stochastic", key=key))
+    many = np.asarray(cast(np.full(1 << 16, x), jax.random.key(0)))
     below, unit = np.float32(1.0), 2.0**-7
     assert set(many.tolist()) == {1.0, 1.0 + unit}
     share = (float(x) - below) / unit
     assert abs(np.mean(many > below) - share) < 4 * np.sqrt(share * (1 - share) / many.size)
-    exact = jaxq.cast(jnp.asarray([1.0, -2.5]), "bfloat16", rounding="stochastic", key=jax.random.key(1))
-    assert exact.tolist() == [1.0, -2.5]
+    assert cast(np.float32([1.0, -2.5]), jax.random.key(1)).tolist() == [1.0, -2.5]
 
 
 def test_gradient_passes_straight_through():
-    x = jnp.asarray([0.1, 3.0, 1000.0, -7.7])
-    grad = jax.grad(lambda x: jnp.sum(jaxq.cast(x, "float8_e4m3fn") * jnp.arange(4.0)))(x)
+    x = np.float32([0.1, 3.0, 1000.0, -7.7])
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(jaxq.cast(x, "float8_e4m3fn") * np.arange(4, dtype=np.float32))))(x)
     assert grad.tolist() == [0, 1, 2, 3]
-    assert jax.vmap(lambda x: jaxq.cast(x, "int4"))(x).tolist() == [0, 3, 7, -8]
+    assert jax.jit(jax.vmap(lambda x: jaxq.cast(x, "int4")))(x).tolist() == [0, 3, 7, -8]
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((jnp.ones(3, jnp.int32), "bfloat16"), {}, TypeError, "got int32.*astype"),
-        ((jnp.ones(3), "bfloat17"), {}, ValueError, "cast: unknown format 'bfloat17'. Did you mean 'bfloat16'"),
-        ((jnp.ones(3), "bfloat16"), {"rounding": "up"}, ValueError, "cast: rounding must be one of"),
-        ((jnp.ones(3), "bfloat16"), {"rounding": "stochastic"}, ValueError, "needs a PRNG key"),
-        ((jnp.ones(3, jnp.bfloat16), "nf4"), {}, TypeError, "bfloat16 cannot hold the numbers of nf4"),
-        ((jnp.ones(3, jnp.float16), "float8_e8m0fnu"), {}, TypeError, "float16 cannot hold"),
+        ((np.ones(3, np.int32), "bfloat16"), {}, TypeError, "got int32.*astype"),
+        (
+            (np.ones(3, np.float32), "bfloat17"),
+            {},
+            ValueError,
+            "cast: unknown format 'bfloat17'. Did you mean 'bfloat16'",
+        ),
+        ((np.ones(3, np.float32), "bfloat16"), {"rounding": "up"}, ValueError, "cast: rounding must be one of"),
+        ((np.ones(3, np.float32), "bfloat16"), {"rounding": "stochastic"}, ValueError, "needs a PRNG key"),
+        ((np.ones(3, jnp.bfloat16), "nf4"), {}, TypeError, "bfloat16 cannot hold the numbers of nf4"),
+        ((np.ones(3, np.float16), "float8_e8m0fnu"), {}, TypeError, "float16 cannot hold"),
     ],
 )
 def test_bad_input(arguments, options, error, message):
@@ -169,4 +177,4 @@ def test_bad_input(arguments, options, error, message):
 
 
 def test_second_derivatives():
-    assert jax.hessian(lambda x: jaxq.cast(x, "bfloat16") ** 2)(1.3) == 2
+    assert jax.jit(jax.hessian(lambda x: jaxq.cast(x, "bfloat16") ** 2))(np.float32(1.3)) == 2

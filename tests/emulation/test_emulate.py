@@ -1,5 +1,7 @@
 """emulate: every kind of function, in arithmetic checked against numpy's bfloat16 and against unrolled code."""
 
+import functools
+
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
@@ -67,19 +69,27 @@ def doubled(x):
     return x * 1.7 + x
 
 
+def doubled_and_one(x):
+    return doubled(x) + 1
+
+
+def thrice(x):
+    return doubled(doubled(doubled(x)))
+
+
 STRUCTURED = {
-    "jit": (lambda x: jax.jit(doubled)(x) + 1, lambda x: doubled(x) + 1),
+    "jit": (lambda x: jax.jit(doubled)(x) + 1, doubled_and_one),
     "nested_jit": (lambda x: jax.jit(lambda y: jax.jit(doubled)(y) * 3)(x), lambda x: doubled(x) * 3),
-    "remat": (lambda x: jax.checkpoint(doubled)(x) + 1, lambda x: doubled(x) + 1),
+    "remat": (lambda x: jax.checkpoint(doubled)(x) + 1, doubled_and_one),
     "scan": (
         lambda x: lax.scan(lambda c, y: (doubled(c) + y, c * y), x[0], x, reverse=True, unroll=2),
         lambda x: _unrolled_scan(x),
     ),
     "while": (
         lambda x: lax.while_loop(lambda s: s[1] < 3, lambda s: (doubled(s[0]), s[1] + 1), (x, 0))[0],
-        lambda x: doubled(doubled(doubled(x))),
+        thrice,
     ),
-    "fori": (lambda x: lax.fori_loop(0, 3, lambda i, y: doubled(y), x), lambda x: doubled(doubled(doubled(x)))),
+    "fori": (lambda x: lax.fori_loop(0, 3, lambda i, y: doubled(y), x), thrice),
     "cond": (lambda x: lax.cond(x[0] > -9, doubled, jnp.sin, x), doubled),
     "switch": (lambda x: lax.switch(2, [jnp.sin, jnp.cos, doubled], x), doubled),
     "custom_jvp": (lambda x: jax.nn.relu(x) * 1.7, lambda x: jnp.maximum(x, 0) * 1.7),
@@ -100,12 +110,16 @@ def _unrolled_scan(x):
     return carry, jnp.stack(out[::-1])
 
 
+@functools.cache
+def rounded_and_not(plain):
+    return jax.jit(lambda x: (jaxq.emulate(plain, BF16)(x), plain(x)))(X)
+
+
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_structure_is_entered(name):
     structured, plain = STRUCTURED[name]
     got = jax.jit(jaxq.emulate(structured, BF16))(X)
-    expected = jax.jit(jaxq.emulate(plain, BF16))(X)
-    unrounded = jax.jit(plain)(X)
+    expected, unrounded = rounded_and_not(plain)
     for a, b, c in zip(*map(jax.tree.leaves, (got, expected, unrounded)), strict=True):
         np.testing.assert_array_equal(bits(a), bits(b))
         assert (bits(a) != bits(c)).any(), "nothing was rounded"
@@ -123,12 +137,15 @@ def test_a_policy_that_changes_nothing_is_no_change():
         y = lax.scan(lambda c, y: (jax.jit(doubled)(c) + y, c), x[0], x)[1]
         return jax.nn.gelu(y) @ jnp.outer(y, y)
 
+    def value_and_slope(f):
+        return jax.jit(lambda x: (f(x), jax.grad(lambda x: f(x).sum())(x)))(X)
+
+    expected = value_and_slope(fn)
     for policy in (Policy(), Policy("float32", "float32", "float32"), Policy(primitives={"exp": Policy("float32")})):
         same = jaxq.emulate(fn, policy)
         assert str(jax.make_jaxpr(same)(X)) == str(jax.make_jaxpr(fn)(X))
-        np.testing.assert_array_equal(bits(jax.jit(same)(X)), bits(jax.jit(fn)(X)))
-        slopes = [jax.grad(lambda x, f=f: f(x).sum())(X) for f in (same, fn)]
-        np.testing.assert_array_equal(*map(bits, slopes))
+        for found, plain in zip(value_and_slope(same), expected, strict=True):
+            np.testing.assert_array_equal(bits(found), bits(plain))
 
 
 def test_pytrees_go_in_and_come_out():
@@ -186,16 +203,17 @@ def test_rules_of_custom_derivatives_are_kept(fn, slope, wrap):
     emulated = jaxq.emulate(total, BF16)
     # Operands and results are rounded on the way; the rule sees its inputs as they come.
     np.testing.assert_allclose(jax.jit(jax.grad(emulated))(x), slope * x, rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(total)(x), slope * x, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(x), slope * x, rtol=1e-6)
     inside = jax.jit(jaxq.emulate(jax.grad(total), BF16))(x)
     np.testing.assert_allclose(inside, slope * x, rtol=2**-6)
     assert (np.asarray(inside).astype(half).astype(np.float32) == inside).all(), "the backward pass is rounded too"
-    swept = jax.vmap(lambda m: jax.grad(jaxq.emulate(total, Policy(result=Precision(8, m))))(x))(jnp.array([3, 20]))
-    np.testing.assert_allclose(swept, [slope * x] * 2, rtol=1e-6)
+    swept = jax.vmap(lambda m: jax.grad(jaxq.emulate(total, Policy(result=Precision(8, m))))(x))
+    np.testing.assert_allclose(jax.jit(swept)(np.array([3, 20])), [slope * x] * 2, rtol=1e-6)
 
 
 def test_forward_mode_through_a_custom_jvp():
-    y, t = jax.jvp(jaxq.emulate(_sevenfold, BF16), (np.float32(0.3),), (np.float32(1),))
+    forward = jax.jit(lambda x, t: jax.jvp(jaxq.emulate(_sevenfold, BF16), (x,), (t,)))
+    y, t = forward(np.float32(0.3), np.float32(1))
     np.testing.assert_allclose(t, 2.1, rtol=1e-6)
     assert y == np.asarray(jnp.log1p(jnp.float32(half(0.3)))).astype(half).astype(np.float32)
 
@@ -211,10 +229,10 @@ def test_rounding_is_straight_through():
     def fn(x):
         return jnp.sum(jnp.sin(x * 3.0))
 
-    got = jax.grad(jaxq.emulate(fn, BF16))(X)
+    got = jax.jit(jax.grad(jaxq.emulate(fn, BF16)))(X)
     inner = (X.astype(half) * half(3.0)).astype(np.float32)
     np.testing.assert_allclose(got, 3 * np.cos(inner), rtol=1e-5)
-    swept = jax.grad(lambda x: jaxq.emulate(fn, Policy(result=Precision(8, jnp.asarray(7))))(x))(X)
+    swept = jax.jit(jax.grad(lambda x, m: jaxq.emulate(fn, Policy(result=Precision(8, m)))(x)))(X, 7)
     assert np.isfinite(swept).all()
 
 
@@ -222,7 +240,7 @@ def test_gradient_through_loops():
     def fn(x):
         return lax.scan(lambda c, y: (jnp.sin(c) * y, None), x[0], x)[0] + lax.cond(x[0] > 9, jnp.sum, jnp.max, x)
 
-    wide = jax.grad(fn)(X)
+    wide = jax.jit(jax.grad(fn))(X)
     got = jax.jit(jax.grad(jaxq.emulate(fn, Policy(result="tfloat32"))))(X)
     np.testing.assert_allclose(got, wide, rtol=0.02, atol=1e-3)
 
@@ -234,17 +252,19 @@ def test_vmap_over_mantissa_bits():
     def fn(x):
         return jax.nn.softmax(lax.scan(lambda c, y: (c * 0.9 + y, c), x[0], x)[1]) @ x
 
-    widths = jnp.arange(2, 21, 3)
+    widths = np.array([2, 8, 14])
     swept = jax.jit(jax.vmap(lambda m: jaxq.emulate(fn, Policy("float32", None, Precision(8, m)))(X)))(widths)
     single = [jax.jit(jaxq.emulate(fn, Policy("float32", None, Precision(8, int(m)))))(X) for m in widths]
-    np.testing.assert_array_equal(swept, jnp.stack(single))
-    error = np.abs(np.asarray(swept) - fn(X))
-    assert error[0] > 100 * error[4] > 0
+    np.testing.assert_array_equal(swept, np.stack(single))
+    error = np.abs(np.asarray(swept) - jax.jit(fn)(X))
+    assert error[0] > 100 * error[2] > 0
 
 
 def test_vmap_over_mantissa_bits_of_a_narrow_accumulator():
-    sums = jax.jit(jax.vmap(lambda m: jaxq.emulate(jnp.sum, Policy(accumulate=Precision(8, m)))(jnp.ones(600))))
-    assert sums(jnp.array([4, 7, 8, 10])).tolist() == [32, 256, 512, 600]
+    sums = jax.jit(
+        jax.vmap(lambda m: jaxq.emulate(jnp.sum, Policy(accumulate=Precision(8, m)))(np.ones(600, np.float32)))
+    )
+    assert sums(np.array([4, 7, 8, 10])).tolist() == [32, 256, 512, 600]
 
 
 def test_what_is_rounded_already_is_not_rounded_again():
@@ -271,7 +291,7 @@ def test_what_is_rounded_already_is_not_rounded_again():
 
     y = (X.astype(half) * X.astype(half)).reshape(4, 4)  # numpy rounds every operation
     expected = np.concatenate([y.T, y]) + np.concatenate([y[::-1], y])
-    np.testing.assert_array_equal(jaxq.emulate(moved, both)(X), expected.astype(np.float32))
+    np.testing.assert_array_equal(jax.jit(jaxq.emulate(moved, both))(X), expected.astype(np.float32))
 
 
 def test_vmap_over_inputs():
@@ -294,7 +314,7 @@ def test_shard_map():
         lambda a, b: lax.psum(a @ b, "d"), mesh=mesh, in_specs=(P(None, "d"), P("d", None)), out_specs=P()
     )
     with pytest.raises(NotImplementedError, match="'psum_invariant' has no form with a narrow accumulator"):
-        jaxq.emulate(mapped, policy)(A, B)
+        jax.eval_shape(jaxq.emulate(mapped, policy), A, B)
     wide_psum = Policy("bfloat16", "bfloat16", primitives={"psum_invariant": Policy()})
     got = jax.jit(jaxq.emulate(mapped, wide_psum))(A, B)
     single = jax.jit(jaxq.emulate(jnp.matmul, policy))
@@ -307,18 +327,18 @@ def test_shard_map():
 
 def test_an_unknown_call_raises():
     with pytest.raises(NotImplementedError, match="'custom_linear_solve' calls a function, and how is not known"):
-        jaxq.emulate(lambda a: jnp.linalg.solve(a, a[0]), BF16)(jnp.eye(3))
+        jax.eval_shape(jaxq.emulate(lambda a: jnp.linalg.solve(a, a[0]), BF16), np.eye(3, dtype=np.float32))
 
 
 def test_complex_numbers_raise():
     with pytest.raises(NotImplementedError, match="computes complex numbers"):
-        jaxq.emulate(lambda x: jnp.abs(jnp.fft.fft(x)), BF16)(X)
+        jax.eval_shape(jaxq.emulate(lambda x: jnp.abs(jnp.fft.fft(x)), BF16), X)
 
 
 def test_integers_are_left_alone():
-    x = jnp.arange(300)
-    assert jaxq.emulate(lambda x: jnp.sum(x) * 2 + 1, BF16)(x) == 299 * 300 + 1
-    got = jaxq.emulate(lambda x: x.astype(jnp.float32), BF16)(x)
+    x = np.arange(300, dtype=np.int32)
+    assert jax.jit(jaxq.emulate(lambda x: jnp.sum(x) * 2 + 1, BF16))(x) == 299 * 300 + 1
+    got = jax.jit(jaxq.emulate(lambda x: x.astype(jnp.float32), BF16))(x)
     np.testing.assert_array_equal(got, np.arange(300).astype(half).astype(np.float32))
 
 
@@ -365,7 +385,7 @@ def test_primitives_that_only_move_numbers_do_not_round():
         y = jnp.sort(jnp.pad(y, 1), axis=0)[:, jnp.array([0, 2])]
         return lax.stop_gradient(jnp.clip(y, -2, 2)).at[0, 0].set(x[3])
 
-    np.testing.assert_array_equal(bits(jaxq.emulate(moves, BF16)(X)), bits(moves(X)))
+    np.testing.assert_array_equal(bits(jax.jit(jaxq.emulate(moves, BF16))(X)), bits(jax.jit(moves)(X)))
 
 
 def _bundled():
@@ -375,7 +395,7 @@ def _bundled():
 
 
 def _one_layer():
-    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = jaxq.models.LlamaConfig(**sizes, **heads, num_hidden_layers=1)
     return jaxq.models.Llama(config, rngs=nnx.Rngs(0))
@@ -383,7 +403,7 @@ def _one_layer():
 
 @pytest.mark.parametrize("make", tables.thinned([_one_layer, _bundled], [_one_layer]))
 def test_on_a_language_model(make):
-    model, tokens = make(), jnp.asarray(random.integers(0, 97, (1, 32)))
+    model, tokens = make(), random.integers(0, 32, (1, 32), dtype=np.int32)
     wide = jaxq.emulate(model, Policy("float32", "float32", "float32"))
     assert str(jax.make_jaxpr(wide)(tokens)) == str(jax.make_jaxpr(lambda tokens: model(tokens))(tokens))
     same = jax.jit(wide)(tokens)
@@ -391,8 +411,8 @@ def test_on_a_language_model(make):
     np.testing.assert_array_equal(bits(same), bits(plain))
     narrow = jax.jit(jaxq.emulate(model, BF16))(tokens)
     assert narrow.dtype == plain.dtype
-    error = jnp.abs(narrow - plain)
-    assert 0 < jnp.max(error) < 1
+    error = np.abs(np.asarray(narrow) - plain)
+    assert 0 < error.max() < 1
     assert (np.asarray(narrow).astype(half).astype(np.float32) == narrow).all()
 
 
@@ -400,40 +420,41 @@ def test_on_a_language_model(make):
 
 
 def test_random_keys_pass_through():
-    for key in (jax.random.key(0), jax.random.PRNGKey(0)):
-        for policy in (BF16, Policy(result="bfloat16")):
-            got = jax.jit(jaxq.emulate(lambda k: jax.random.normal(jax.random.split(k)[0], (64,)), policy))(key)
-            np.testing.assert_array_equal(np.asarray(got).astype(half).astype(np.float32), got)
-            exact = jax.random.normal(jax.random.split(key)[0], (64,))
-            np.testing.assert_allclose(got, exact, rtol=0.05, atol=0.05)
-            kept = jaxq.emulate(lambda k: jax.random.bernoulli(k, 0.5, (64,)), policy)(key)
-            assert kept.dtype == bool
+    def draw(k):
+        return jax.random.normal(jax.random.split(k)[0], (64,)), jax.random.bernoulli(k, 0.5, (64,))
+
+    exact, _ = jax.jit(draw)(jax.random.key(0))  # of either kind of key
+    for key, policy in ((jax.random.key(0), BF16), (jax.random.PRNGKey(0), Policy(result="bfloat16"))):
+        got, kept = jax.jit(jaxq.emulate(draw, policy))(key)
+        np.testing.assert_array_equal(np.asarray(got).astype(half).astype(np.float32), got)
+        np.testing.assert_allclose(got, exact, rtol=0.05, atol=0.05)
+        assert kept.dtype == bool
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
 def test_narrow_sums_of_narrow_operands(dtype):
-    ones = jnp.ones(1024, dtype)
+    ones = np.ones(1024, dtype)
     dims = (((0,), (0,)), ((), ()))
 
     def dot(a, b):
         return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
-    assert dot(ones, ones) == 1024
+    assert jax.jit(dot)(ones, ones) == 1024
     assert jax.jit(jaxq.emulate(dot, Policy(accumulate="bfloat16")))(ones, ones) == 256
     assert jax.jit(jaxq.emulate(dot, Policy(accumulate="bfloat16", chunk=128)))(ones, ones) == 1024
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        Policy("bfloat16"),
-        Policy("bfloat16", "float32"),
-        Policy(result="float8_e4m3fn"),
-        Policy(result="float16"),
-        Policy("float8_e5m2"),
-    ],
-)
-def test_narrow_arrays_are_narrow_inside_one_program(policy):
+NARROW = {
+    "operands": Policy("bfloat16"),
+    "operands of wide sums": Policy("bfloat16", "float32"),
+    "results of 8 bits": Policy(result="float8_e4m3fn"),
+    "results of float16": Policy(result="float16"),
+    "operands of 8 bits": Policy("float8_e5m2"),
+}
+
+
+@pytest.mark.parametrize("name", tables.thinned(NARROW, ["operands of wide sums", "results of 8 bits"]))
+def test_narrow_arrays_are_narrow_inside_one_program(name):
     # XLA widens bfloat16 arithmetic and drops the roundings in between; emulated programs have them all.
     a = random.standard_normal(1024).astype(half)
 
@@ -441,7 +462,7 @@ def test_narrow_arrays_are_narrow_inside_one_program(policy):
         square = a.reshape(32, 32)
         return ((a + a[::-1]) + a).astype(jnp.float32), (square @ square + square).astype(jnp.float32)
 
-    emulated = jaxq.emulate(fn, policy)
+    emulated = jaxq.emulate(fn, NARROW[name])
     for eager, jitted in zip(emulated(a), jax.jit(emulated)(a), strict=True):
         np.testing.assert_array_equal(eager, jitted)
         np.testing.assert_array_equal(np.asarray(jitted).astype(half).astype(np.float32), jitted)
@@ -449,14 +470,14 @@ def test_narrow_arrays_are_narrow_inside_one_program(policy):
 
 def test_whole_numbers_may_lie_beyond_a_grid():
     narrow = Policy("float6_e2m3fn", None, "float6_e2m3fn")
-    assert jaxq.emulate(jnp.ceil, narrow)(7.5) == 7.5
-    assert jaxq.emulate(jnp.floor, BF16)(257.3) == 258  # 257 has 9 bits
-    assert jaxq.emulate(lambda x: jnp.nextafter(x, 2.0), BF16)(1.0) == 1
+    assert jax.jit(jaxq.emulate(jnp.ceil, narrow))(7.5) == 7.5
+    assert jax.jit(jaxq.emulate(jnp.floor, BF16))(257.3) == 258  # 257 has 9 bits
+    assert jax.jit(jaxq.emulate(lambda x: jnp.nextafter(x, 2.0), BF16))(1.0) == 1
 
 
 def test_second_derivatives():
-    assert jax.hessian(jaxq.emulate(lambda x: x**3, BF16))(1.5) == 9
-    curvature = jax.grad(jax.grad(jaxq.emulate(lambda x: jnp.sin(x) * x, BF16)))
+    assert jax.jit(jax.hessian(jaxq.emulate(lambda x: x**3, BF16)))(1.5) == 9
+    curvature = jax.jit(jax.grad(jax.grad(jaxq.emulate(lambda x: jnp.sin(x) * x, BF16))))
     np.testing.assert_allclose(curvature(1.25), 2 * np.cos(1.25) - 1.25 * np.sin(1.25), atol=0.02)
 
 

@@ -31,15 +31,19 @@ def by_bits(codes: np.ndarray, bits: int, order: Packing, unit: int) -> np.ndarr
 
 @over_cases
 def test_bytes_are_numpys(bits, order):
-    codes = random_codes(bits, 48)
-    for unit in (48, 16) if order is Packing.HALVES else (None,):
-        expected = by_bits(codes, bits, order, unit or 48)
-        there = jax.jit(functools.partial(pack, bits=bits, packing=order, unit=unit))
-        back = jax.jit(functools.partial(unpack, bits=bits, packing=order, unit=unit))
-        packed = there(codes)
+    codes, units = random_codes(bits, 48), (48, 16) if order is Packing.HALVES else (None,)
+    expected = [by_bits(codes, bits, order, unit or 48) for unit in units]
+
+    @jax.jit
+    def there_and_back(codes, stored):
+        there = [pack(codes, bits, order, unit=unit) for unit in units]
+        return there, [unpack(data, bits, order, unit=unit) for data, unit in zip(stored, units, strict=True)]
+
+    there, back = there_and_back(codes, expected)
+    for packed, unpacked, data in zip(there, back, expected, strict=True):
         assert packed.dtype == np.uint8
-        np.testing.assert_array_equal(packed, expected)
-        np.testing.assert_array_equal(back(packed), codes)
+        np.testing.assert_array_equal(packed, data)
+        np.testing.assert_array_equal(unpacked, codes)
 
 
 @over_cases
@@ -71,9 +75,13 @@ def test_signed_codes_keep_their_sign(bits, order):
     if bits == 1:
         return  # one bit has no sign
     codes = (random_codes(bits, 48).astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
-    for dtype in (np.int8, np.int32):
-        packed = pack(jnp.asarray(codes.astype(dtype)), bits, order)
-        np.testing.assert_array_equal(as_signed(unpack(packed, bits, order), bits), codes)
+
+    @jax.jit
+    def there_and_back(*inputs):
+        return [as_signed(unpack(pack(codes, bits, order), bits, order), bits) for codes in inputs]
+
+    for again in there_and_back(codes, codes.astype(np.int32)):
+        np.testing.assert_array_equal(again, codes)
 
 
 def test_one_code_a_byte_is_left_alone():

@@ -1,7 +1,8 @@
 """Random bits for stochastic rounding: uniform, of their place and key alone."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -11,7 +12,8 @@ from jaxq.formats import _rounding
 N = 1 << 20
 
 
-def bits(key, shape, dtype=np.uint32):
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def bits(key, shape, dtype="uint32"):
     return _rounding.random_bits(key, shape, np.dtype(dtype))
 
 
@@ -58,7 +60,7 @@ def test_bits_depend_on_key_and_place_alone():
 
 
 def test_uniform_numbers():
-    x = np.asarray(_rounding.random_uniform(jax.random.key(0), (N,)))
+    x = np.asarray(jax.jit(lambda key: _rounding.random_uniform(key, (N,)))(jax.random.key(0)))
     assert x.dtype == np.float32
     assert (x >= 0).all()
     assert (x < 1).all()
@@ -67,13 +69,17 @@ def test_uniform_numbers():
 
 def test_64_bits():
     with jax.enable_x64(True):
-        x = np.asarray(bits(jax.random.key(0), (1 << 14,), np.uint64))
+        x = np.asarray(bits(jax.random.key(0), (1 << 14,), "uint64"))
         assert x.dtype == np.uint64
         low, high = (x & np.uint64(2**32 - 1)).astype(np.uint32), (x >> np.uint64(32)).astype(np.uint32)
         assert abs(correlation(low, high)) < 4
-        many = _rounding.round_to_float(
-            jnp.full(1 << 14, 1 + 2.0**-9), mantissa_bits=7, min_exponent=-126, largest=1e30, rounding="stochastic",
-            key=jax.random.key(1),
-        )  # fmt: skip
+
+        @jax.jit
+        def rounded(x, key):
+            return _rounding.round_to_float(
+                x, mantissa_bits=7, min_exponent=-126, largest=1e30, rounding="stochastic", key=key
+            )
+
+        many = rounded(np.full(1 << 14, 1 + 2.0**-9), jax.random.key(1))
         assert set(np.asarray(many).tolist()) == {1.0, 1 + 2.0**-7}
         assert abs(np.mean(np.asarray(many) > 1) - 0.25) < 0.02

@@ -48,11 +48,17 @@ def test_float32_is_exact(codes):
     assert run(problem(codes, m=8, k=K, n=64, group=64, x_dtype="float32", out_dtype="float32")) < 1e-6
 
 
-@pytest.mark.parametrize("m", [1, 512])
+FACTS = [(32, "bfloat16", 1), (64, "float32", 512), (128, "float16", 1), (4096, "bfloat16", 512)]
+FACTS += [(group, x_dtype, 512 if m == 1 else 1) for group, x_dtype, m in FACTS]
+
+
 @pytest.mark.parametrize(
-    ("group", "x_dtype"), [(32, "bfloat16"), (64, "float32"), (128, "float16"), (4096, "bfloat16")]
+    ("codes", "group", "x_dtype", "m"),
+    thinned(
+        [(codes, *facts) for codes in CODES for facts in FACTS],
+        [(codes, *FACTS[(3 * i + j) % 8]) for i, codes in enumerate(CODES) for j in range(2)],
+    ),
 )
-@pytest.mark.parametrize("codes", CODES)
 def test_lowers_for_cuda_without_a_warning(codes, group, x_dtype, m):
     p = problem(codes, m=m, group=group, x_dtype=x_dtype)
     assert "triton" in lowered(kernel, p, kernel.default_tiles(p, None))

@@ -18,6 +18,7 @@ SPECS: dict[str, QuantSpec] = {name: jaxq.presets()[name] for name in ("int4", "
     "signed extreme": QuantSpec("int4", PerGroup(16), scale="float16", scale_rule="signed_extreme"),
 }
 KEY = jax.random.key(0)
+neighbours = jax.jit(_neighbours)
 
 
 @functools.cache
@@ -46,7 +47,7 @@ over_specs = pytest.mark.parametrize("name", tables.thinned(SPECS, ["int4", "uin
 def test_soft_rounding_begins_at_the_weights(name):
     w, _, _ = problem()
     nearest = jaxq.quantize(w, SPECS[name], contracting=-2)
-    low, high, share = _neighbours(jnp.asarray(w), nearest)
+    low, high, share = map(np.asarray, neighbours(w, nearest))
     np.testing.assert_allclose(low + share * (high - low), np.clip(w, low, high), atol=1e-6)
     assert np.all(low <= high)
     rounded = np.asarray(jaxq.dequantize(nearest))
@@ -62,7 +63,7 @@ def test_every_code_is_a_neighbour_and_no_output_is_worse(name):
     qt, info = learned(name)
     nearest = jaxq.quantize(w, SPECS[name], contracting=-2)
     assert jax.tree.structure(qt) == jax.tree.structure(nearest)
-    low, high, _ = _neighbours(jnp.asarray(w), nearest)
+    low, high, _ = map(np.asarray, neighbours(w, nearest))
     values = np.asarray(jaxq.dequantize(qt))
     np.testing.assert_allclose(np.minimum(abs(values - low), abs(values - high)), 0, atol=1e-6)
     before, after = errors(w, nearest, x), errors(w, qt, x)

@@ -124,7 +124,7 @@ SPECS: dict[str, QuantSpec] = {name: jaxq.presets()[name] for name in KINDS} | {
     "signed extreme": QuantSpec("int4", PerGroup(32), scale="float16", scale_rule="signed_extreme"),
 }
 over_specs = pytest.mark.parametrize(
-    "name", tables.thinned(SPECS, ["int4", "uint4", "nf4_dq", "mxfp4", "nvfp4", "ternary", "flat", "tiles", "mean"])
+    "name", tables.thinned(SPECS, ["int4", "uint4", "nf4_dq", "mxfp4", "ternary", "flat", "tiles", "mean"])
 )
 
 
@@ -163,7 +163,7 @@ def test_block_size_does_not_matter(act_order):
 
 def test_many_regions_are_one_loop():
     # More than 512 rows are taken in stretches, each with an exact update of the rest.
-    w, _, hessian = problem(4, 600, 4)
+    w, _, hessian = problem(4, 520, 4)
     spec = QuantSpec("int4", PerGroup(40))
     qt, info = gptq(w, hessian, spec, block_size=16)
     np.testing.assert_allclose(info.loss, proxy(w, qt, damped(hessian)), rtol=2e-4)
@@ -238,6 +238,9 @@ def test_damping_rises_until_the_hessian_is_positive_definite():
     assert float(info.damp) == pytest.approx(0.1)
 
 
+inside_jit = jax.jit(functools.partial(gptq, spec="int4"))
+
+
 @pytest.mark.parametrize("kind", ["negative", "nan", "infinite", "huge"])
 def test_a_hopeless_hessian_rounds_to_nearest_and_says_so(kind):
     w, _, hessian = problem()
@@ -247,7 +250,7 @@ def test_a_hopeless_hessian_rounds_to_nearest_and_says_so(kind):
         bad[5, 7] = bad[7, 5] = {"nan": np.nan, "infinite": np.inf}[kind]
         with pytest.raises(ValueError, match=r"gptq: hessian\[5, 7\] is (nan|inf), one of 2 non-finite"):
             gptq(w, bad, "int4")
-    qt, info = jax.jit(lambda w, h: gptq(w, h, "int4"))(w, bad)
+    qt, info = inside_jit(w, bad)
     assert bool(info.fell_back)
     assert np.isnan(info.loss)
     np.testing.assert_array_equal(qt.codes(), jaxq.quantize(w, "int4").codes())
@@ -342,7 +345,7 @@ def test_errors_name_what_came(change, error, message):
 
 
 def test_statistics_of_a_surrounding_function_are_no_argument():
-    w, hessian = jnp.eye(16), jnp.eye(16) * 2
+    w, hessian = np.eye(16, dtype=np.float32), jnp.asarray(np.eye(16, dtype=np.float32) * 2)
     inside = jax.jit(lambda w: gptq(w, hessian, "int4")[0])(w)
     np.testing.assert_array_equal(inside.codes(), gptq(w, hessian, "int4")[0].codes())
-    assert jax.jit(lambda: jaxq.quantize(w, "int8"))().shape == (16, 16)
+    assert jax.jit(lambda: jaxq.quantize(hessian, "int8"))().shape == (16, 16)

@@ -32,11 +32,11 @@ COMMON = [name for name in FACTORIES if name not in RARE]
 CHANNELS = 4
 SHAPE = (3, 10, CHANNELS)
 over_observers = pytest.mark.parametrize("name", thinned(FACTORIES, COMMON))
+STATES = [name for name in COMMON if name != "mse"]  # which keeps the state of entropy
+over_states = pytest.mark.parametrize("name", thinned(FACTORIES, STATES))
 # Nearly all of the time goes into compiling: arrays are of one shape, and most tests keep channels.
-over_both = pytest.mark.parametrize(
-    ("name", "axis"),
-    thinned([(name, axis) for name in FACTORIES for axis in (-1, None)], [(name, -1) for name in COMMON]),
-)
+BOTH = [(name, axis) for name in FACTORIES for axis in (-1, None)]
+over_both = pytest.mark.parametrize(("name", "axis"), thinned(BOTH, [(name, -1) for name in COMMON]))
 FORMAT = "int4"
 MASK = np.broadcast_to(np.arange(10)[:, None] < 7, SHAPE[1:])
 
@@ -53,6 +53,10 @@ def observed(obs, *xs, where=None):
     for x in xs:
         state = obs.update(state, x, where=where)
     return state
+
+
+def scanned(obs, x):
+    return lax.scan(lambda state, one: (obs.update(state, one), None), obs.init(x[0]), x)[0]
 
 
 def both(obs, state):
@@ -130,20 +134,20 @@ def test_scan_and_jit_are_eager(name, axis):
     obs, x = FACTORIES[name](axis=axis), batches()
 
     @jax.jit
-    def scanned(x):
-        state = lax.scan(lambda s, b: (obs.update(s, b), None), obs.init(x[0]), x)[0]
+    def inside(x):
+        state = scanned(obs, x)
         return state, obs.bounds(state, FORMAT), obs.bounds(state, FORMAT, symmetric=False)
 
     state = observed(obs, *x)
     eager = state, obs.bounds(state, FORMAT), obs.bounds(state, FORMAT, symmetric=False)
-    assert_equal(scanned(x), eager)
+    assert_equal(inside(x), eager)
 
 
-@over_observers
+@over_states
 def test_channels_are_independent(name):
     # A channel's statistics are those of its numbers alone, which is also what vmap makes.
     make, x = FACTORIES[name], batches()
-    mapped = jax.jit(jax.vmap(lambda x: observed(make(), *x), in_axes=-1))(x)
+    mapped = jax.jit(jax.vmap(functools.partial(scanned, make()), in_axes=-1))(x)
     assert_equal(observed(make(axis=-1), *x), mapped)
 
 
@@ -161,16 +165,14 @@ def test_merging_in_any_order(name, axis):
     assert_equal(obs.merge(left, obs.init(x[0])), left)
 
 
-@over_both
+@pytest.mark.parametrize(("name", "axis"), thinned(BOTH, [(name, -1) for name in STATES]))
 def test_merging_across_devices(name, axis):
     obs, x = FACTORIES[name](axis=axis), np.concatenate([batches(), 2 * batches()[:1]])
     mesh = jax.make_mesh((4,), ("data",))
     spec = PartitionSpec("data")
 
     def shard(x):
-        state = obs.init(x[0])
-        state = lax.scan(lambda s, b: (obs.update(s, b), None), state, x)[0]
-        return obs.merge_across(state, "data")
+        return obs.merge_across(scanned(obs, x), "data")
 
     across = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=PartitionSpec()))
     state = jax.device_get(across(jax.device_put(x, NamedSharding(mesh, spec))))
@@ -183,7 +185,7 @@ def test_merging_across_devices(name, axis):
         assert_equal(state, expected)
 
 
-@over_observers
+@over_states
 def test_mask(name):
     # Padding that would show: as if it had not been there. NaN is not there either, but counted.
     obs, x = FACTORIES[name](axis=-1), batches()
@@ -196,16 +198,16 @@ def test_mask(name):
     assert np.asarray(state.seen.nan.low).tolist() == [0] * CHANNELS
 
 
-@over_observers
+@over_states
 def test_narrow_inputs(name):
-    obs, x = FACTORIES[name](axis=-1), jnp.asarray(batches()).astype(jnp.bfloat16)
-    assert_equal(observed(obs, *x), observed(obs, *x.astype(jnp.float32)))
+    obs, x = FACTORIES[name](axis=-1), batches().astype(jnp.bfloat16)
+    assert_equal(observed(obs, *x), observed(obs, *x.astype(np.float32)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
 def test_other_narrow_inputs(dtype):
-    obs, x = observers.minmax(axis=-1), jnp.asarray(batches()).astype(dtype)
-    assert_equal(observed(obs, *x), observed(obs, *x.astype(jnp.float32)))
+    obs, x = observers.minmax(axis=-1), batches().astype(dtype)
+    assert_equal(observed(obs, *x), observed(obs, *x.astype(np.float32)))
 
 
 @over_observers

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_divergences_are_the_oracles():
     h = np.array([90, 60, 41, 30, 22, 14, 9, 0, 4, 3, 1, 2, 0, 0, 0, 1], np.uint32)
     divergences = [oracle.entropy_divergence(h, i, 4) if i >= 4 else np.inf for i in range(17)]
     both = np.stack([h, np.zeros_like(h)])
-    search = functools.partial(_entropy.best_bin, fmt=formats.get("int3"), symmetric=True)
+    search = jax.jit(functools.partial(_entropy.best_bin, fmt=formats.get("int3"), symmetric=True))
     best, used = search(_numbers.as_count(jnp.asarray(both)))
     assert (int(best), int(used)) == (int(np.argmin(divergences)), 16)
     assert np.isinf(divergences[13])  # its last bin holds nothing, and there is mass beyond it
@@ -78,7 +79,7 @@ def test_divergences_are_the_oracles():
 
 
 def test_what_is_told_exactly_is_kept():
-    search = functools.partial(_entropy.best_bin, fmt=formats.get("int4"), symmetric=True)
+    search = jax.jit(functools.partial(_entropy.best_bin, fmt=formats.get("int4"), symmetric=True))
     for h in (np.full(16, 5), np.zeros(16), np.repeat([3, 0], 8)):
         both = np.stack([h, np.zeros_like(h)]).astype(np.uint32)
         best, used = search(_numbers.as_count(jnp.asarray(both)))

@@ -2,7 +2,7 @@
 
 import fractions
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -56,11 +56,14 @@ def test_linear_is_numpys(p):
     assert (np.abs(np.asarray(high) - np.maximum(ends[1], 0)) <= slack).all()
 
 
-def test_the_published_example():
+EXAMPLE = [(50, 0.55, 0.5), (90, 0.91, 0.9), (99, 0.991, 1.0)]
+
+
+@pytest.mark.parametrize(("p", "linear", "nearest_rank"), thinned(EXAMPLE, EXAMPLE[1:2]))
+def test_the_published_example(p, linear, nearest_rank):
     x = np.arange(1, 11, dtype=np.float32) / 10
-    for method, expected in (("linear", [0.55, 0.91, 0.991]), ("nearest_rank", [0.5, 0.9, 1.0])):
-        found = [float(observers.percentile(p, method=method).bounds_of(x)[1]) for p in (50, 90, 99)]
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for method, expected in (("linear", linear), ("nearest_rank", nearest_rank)):
+        assert float(observers.percentile(p, method=method).bounds_of(x)[1]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("mantissa_bits", thinned([4, 2, 7], [4]))
@@ -81,18 +84,21 @@ def test_a_stream_is_known_to_a_bucket(mantissa_bits):
 
 def test_outliers_cost_no_accuracy():
     # Where evenly wide bins would put all but one number into the first bin.
-    x = np.random.default_rng(0).standard_normal((2, 2000)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((4, 500)).astype(np.float32)
     x[0, 0] = 1e9
-    obs = observers.percentile(99)
-    state = obs.update(obs.update(obs.init(x[0]), x[0]), x[1])
-    assert float(obs.bounds(state)[1]) == pytest.approx(np.percentile(np.abs(x), 99), rel=0.04)
+    obs = observers.percentile(99.05)
+    state = obs.init(x[0])
+    for one in x:
+        state = obs.update(state, one)
+    assert float(obs.bounds(state)[1]) == pytest.approx(np.percentile(np.abs(x), 99.05), rel=0.04)
 
 
 def test_shares_are_exact_for_any_count():
     numbers = np.array([0, 1, 9, 10, 999, 1000, 2**24 + 1, 2**31 + 7, 2**32 - 1], np.uint64)
-    for text in ("0", "1/10", "1/1000", "1/2", "1/1000000", "33333333/100000000", "99999999/100000000", "1/3"):
-        part = fractions.Fraction(text)
-        whole, rest = _percentile._share(jnp.asarray(numbers, jnp.uint32), part)
+    texts = ("0", "1/10", "1/1000", "1/2", "1/1000000", "33333333/100000000", "99999999/100000000", "1/3")
+    parts = [fractions.Fraction(text) for text in texts]
+    shares = jax.jit(lambda n: [_percentile._share(n, part) for part in parts])(numbers.astype(np.uint32))
+    for part, (whole, rest) in zip(parts, shares, strict=True):
         for n, w, r in zip(numbers.tolist(), np.asarray(whole).tolist(), np.asarray(rest).tolist(), strict=True):
             assert (w, r) == divmod(n * part.numerator, part.denominator)
 

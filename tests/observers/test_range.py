@@ -9,9 +9,9 @@ from jaxq import observers
 
 
 def trace(obs, stream):
-    state, found = obs.init(jnp.zeros(1)), []
+    state, found = obs.init(np.zeros(1, np.float32)), []
     for v in stream:
-        state = obs.update(state, jnp.asarray([v], jnp.float32))
+        state = obs.update(state, np.float32([v]))
         found.append(float(state.high))
     return np.array(found), state
 
@@ -50,7 +50,7 @@ def test_merged_averages_weigh_their_batches():
     assert float(obs.bounds(merged)[1]) == pytest.approx((4 + 3 * 1) / 4)
     assert float(merged.batches.low) == 4
     # One that saw nothing weighs nothing, and equals stay what they are.
-    assert float(obs.merge(a, obs.init(jnp.zeros(1))).high) == 4
+    assert float(obs.merge(a, obs.init(np.zeros(1, np.float32))).high) == 4
     _, tenth = trace(obs, [0.1, 0.1])
     assert float(obs.merge(tenth, tenth).high) == np.float32(0.1)
 
