@@ -246,8 +246,9 @@ def _neighbours(w: jax.Array, nearest: QTensor) -> tuple[jax.Array, jax.Array, j
     def back(units: jax.Array) -> jax.Array:
         return geometry.from_view(geometry.unpad(geometry.from_blocks(units)))
 
-    low, high = (back((edge - zero) * steps + offset) for edge in (below, above))
-    return low, high, back(share)
+    share = jnp.where(steps < 0, 1.0 - share, share)  # a negative scale turns the grid around
+    ends = [back((edge - zero) * steps + offset) for edge in (below, above)]
+    return jnp.minimum(*ends), jnp.maximum(*ends), back(share)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

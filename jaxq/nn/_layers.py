@@ -27,7 +27,8 @@ class QuantizedParam(nnx.Variable):
 
     def __jax_array__(self) -> Any:
         value = self.get_value()
-        return value.__jax_array__() if isinstance(value, QTensor) else value  # what raises there
+        asked = getattr(value, "__jax_array__", None)  # a QTensor's is what raises where an array is wanted
+        return value if asked is None else asked()
 
 
 @dataclasses.dataclass(frozen=True)
