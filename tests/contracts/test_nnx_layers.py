@@ -91,9 +91,9 @@ REFUSED = {
     **{("Param", name): "cannot be observed" for name in RECIPES if "static" in name},
 }
 CASES = [(layer, recipe) for layer in LAYERS for recipe in RECIPES]
-DEFAULT = [("Linear", "w8a8 static asymmetric"), ("LoRALinear", "int4 g32"), ("LinearGeneral", "w8a8 per tensor")]
+DEFAULT = [("Linear", "w8a8 static asymmetric"), ("LinearGeneral", "w8a8 per tensor")]
 DEFAULT += [(layer, "w8a8 static") for layer in ("Conv2d", "Embed", "MultiHeadAttention", "Param")]
-DEFAULT += [("Embed", "int4 g32"), ("Conv2d grouped", "fp8"), ("Einsum", "mxfp8")]
+DEFAULT += [("Embed", "int4 g32"), ("Einsum", "mxfp8")]
 # Recipes whose operands are codes that multiply each other.
 OF_CODES = {
     "w8a8",

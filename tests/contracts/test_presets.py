@@ -26,6 +26,7 @@ CASES = {
     "stacked": ((3, 100, 64), -2, 0),
 }
 over_presets = pytest.mark.parametrize("preset", PRESETS)
+over_some = tables.over_presets
 over_cases = pytest.mark.parametrize("case", CASES)
 # The numbers: every preset as a matrix and as a stack, which other tests here compile anyway; some as all the rest.
 COMPILED = {
@@ -102,7 +103,7 @@ def test_jitted_equals_eager_to_the_bit(preset):
     assert_same(values, jaxq.dequantize(eager))
 
 
-@over_presets
+@over_some
 def test_equal_specs_are_traced_once(preset):
     x, (_, contracting, batch) = array("matrix"), CASES["matrix"]
     spec = jaxq.presets()[preset]
@@ -244,7 +245,7 @@ def ideal_scale(block: np.ndarray, spec: QuantSpec) -> np.ndarray:
     return largest / spec.fmt.max
 
 
-@over_presets
+@over_some
 def test_layers_of_a_stack_stand_alone(preset):
     x, stack = array("stacked"), quantized(preset, "stacked")
     sums = sums_floats(stack.spec)

@@ -9,6 +9,7 @@ from flax import nnx
 import jaxq
 from jaxq import methods
 from jaxq.models import Llama, LlamaConfig
+from tests import tables
 from tests.ops.reference import normal
 
 CONFIG = LlamaConfig(
@@ -73,7 +74,10 @@ def rounded_pair(pair):
 OPTIONS = {"adaround": {"num_steps": 200}, "kmeans": {"granularity": jaxq.PerChannel()}}
 
 
-@pytest.mark.parametrize("method", sorted(set(methods.names()) - {"awq", "equalize", "smoothquant", "rtn", "llm_int8"}))
+BY_OUTPUT = sorted(set(methods.names()) - {"awq", "equalize", "smoothquant", "rtn", "llm_int8"})
+
+
+@pytest.mark.parametrize("method", tables.thinned(BY_OUTPUT, ["adaround", "gptq"]))
 def test_every_method_runs_and_those_that_fit_outputs_gain_on_new_inputs(method, pair, pair_stats, rounded_pair):
     fresh = correlated(128, 32, seed=99)
     qmodel, report = quantize(method, pair, calibration=pair_stats, fallback="none", options=OPTIONS.get(method, {}))
@@ -241,6 +245,7 @@ def seen_by_queries(llama, tokens):
     return jaxq.nn.calibrate(llama, tokens, layers=["layers/0/self_attn/q_proj"])
 
 
+@pytest.mark.heavy
 def test_scales_are_measured_against_rounding_without_them(llama, tokens, seen_by_queries):
     """What the report says of SmoothQuant is what its layer does on the rows held out."""
     rule = jaxq.Rule("re:.*/[qkv]_proj", weight="int8", activation="int8", method="smoothquant")
@@ -348,6 +353,7 @@ class Mixed(nnx.Module):
     recipe = jaxq.Recipe([jaxq.Rule(kinds=("Embed", "Linear", "Param"), weight="int4", method="clip")])
 
 
+@pytest.mark.heavy
 def test_what_has_no_rows_is_not_looked_at():
     _, report = jaxq.quantize_model(Mixed(), Mixed.recipe, calibration=[drawn(0) % 32])
     assert {row.path: row.loss is None for row in report.quantized} == {
@@ -411,9 +417,10 @@ def smoothed(llama, tokens):
     return jaxq.quantize_model(llama, "w8a8_smoothquant", calibration=tokens)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "plain"), [("w8a8_smoothquant", "w8a8"), ("int4_awq", "int4"), ("llm_int8", "w8a8")]
-)
+OUTLIERS = [("w8a8_smoothquant", "w8a8"), ("int4_awq", "int4"), ("llm_int8", "w8a8")]
+
+
+@pytest.mark.parametrize(("recipe", "plain"), tables.thinned(OUTLIERS, OUTLIERS[:1]))
 def test_outliers_are_dealt_with(llama, tokens, smoothed, recipe, plain):
     given = smoothed if recipe == "w8a8_smoothquant" else None
     qmodel, report = given or jaxq.quantize_model(llama, recipe, calibration=tokens)

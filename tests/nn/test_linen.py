@@ -73,6 +73,7 @@ def test_going_on_from_earlier_statistics(variables, stats):
         jaxq.nn.linen.calibrate(Model(), variables, BATCHES, start={"heads": first["heads"]})
 
 
+@pytest.mark.heavy
 def test_sequential_and_bias_correction_are_those_of_nnx(variables, stats):
     recipe = jaxq.Recipe([
         jaxq.Rule("heads", weight="int2", method="gptq", correct_bias=True),

@@ -56,7 +56,7 @@ def both_sides():
 # Each 8-bit activation with each weight once, and a few that differ in symmetry or are both packed.
 SIDES = list(both_sides())
 FEW = [side for side in SIDES if side[0] == "int8" and side[1] and side[3] == (not side[2].startswith("u"))]
-FEW += [("uint8", False, b, not b.startswith("u")) for b in FORMATS]
+FEW += [("uint8", False, "int4", True), ("uint8", False, "uint8", False)]
 FEW += [("int8", False, "int8", False), ("int8", True, "int4", False), ("uint4", False, "uint4", False)]
 FEW += [("int2", True, "int2", True)]
 

@@ -139,7 +139,7 @@ def test_without_jit_the_bits_are_the_same():
     assert_same_bits(found, empty("int2").append(k, v))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", tables.thinned([jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
 def test_narrow_dtypes_accumulate_in_float32(dtype):
     (k, v), q = text(83, dtype=dtype), queries(1, dtype=dtype)
     found = empty(SPECS["int8"], dtype=dtype).append(k, v).attend(q)
@@ -197,6 +197,7 @@ def test_a_window_stores_no_more_than_it_needs_and_reads_the_same(window):
     assert small.num_groups * G <= max(0, window - R) + 2 * G
 
 
+@pytest.mark.heavy
 def test_any_block_size_gives_the_same_attention():
     (k, v), q = text(90), queries(90)
     cache = empty().append(k[:, :80], v[:, :80], count=jnp.array([80, 0, 33]))
@@ -234,7 +235,7 @@ def test_under_jit_scan_and_vmap():
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("preset", ["int4", "nf4", "int2"])
+@pytest.mark.parametrize("preset", tables.thinned(["int4", "nf4", "int2"], ["int4"]))
 def test_a_decode_step_never_holds_the_cache_in_floats(preset):
     b, m, length, h = 2, 4, 4096, 64
     cache = jax.eval_shape(

@@ -61,6 +61,7 @@ def test_quickstart_prints_its_table():
     assert out.count("def read(self") == 2
 
 
+@pytest.mark.heavy
 def test_digits_keep_their_accuracy_in_int8():
     pytest.importorskip("sklearn", reason="the example reads scikit-learn's digits: pip install scikit-learn")
     out = run("examples/03_digits.py", "--fast")
