@@ -93,7 +93,7 @@ REFUSED = {
 CASES = [(layer, recipe) for layer in LAYERS for recipe in RECIPES]
 DEFAULT = [("Linear", "w8a8 static asymmetric"), ("LinearGeneral", "w8a8 per tensor")]
 DEFAULT += [(layer, "w8a8 static") for layer in ("Conv2d", "Embed", "MultiHeadAttention", "Param")]
-DEFAULT += [("Embed", "int4 g32"), ("Einsum", "mxfp8")]
+DEFAULT += [("Embed", "int4 g32")]
 # Recipes whose operands are codes that multiply each other.
 OF_CODES = {
     "w8a8",

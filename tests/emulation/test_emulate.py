@@ -401,6 +401,7 @@ def _one_layer():
     return jaxq.models.Llama(config, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("make", tables.thinned([_one_layer, _bundled], [_one_layer]))
 def test_on_a_language_model(make):
     model, tokens = make(), random.integers(0, 32, (1, 32), dtype=np.int32)

@@ -110,6 +110,7 @@ def test_outliers_in_the_same_channels_everywhere(variant):
     np.testing.assert_allclose(run(drawn, tokens()), run(model, tokens()), atol=2e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("variant", tables.thinned(["llama", "one_kv_head", "biases"], ["one_kv_head"]))
 def test_smoothing_shares_out_magnitudes(variant):
     model = with_outliers(make(**VARIANTS[variant]), channels=[3, 30])

@@ -77,7 +77,7 @@ OPTIONS = {"adaround": {"num_steps": 200}, "kmeans": {"granularity": jaxq.PerCha
 BY_OUTPUT = sorted(set(methods.names()) - {"awq", "equalize", "smoothquant", "rtn", "llm_int8"})
 
 
-@pytest.mark.parametrize("method", tables.thinned(BY_OUTPUT, ["adaround", "gptq"]))
+@pytest.mark.parametrize("method", tables.thinned(BY_OUTPUT, ["gptq", "hqq"]))
 def test_every_method_runs_and_those_that_fit_outputs_gain_on_new_inputs(method, pair, pair_stats, rounded_pair):
     fresh = correlated(128, 32, seed=99)
     qmodel, report = quantize(method, pair, calibration=pair_stats, fallback="none", options=OPTIONS.get(method, {}))

@@ -210,7 +210,7 @@ def unmeasured(report):
 
 # A recipe of each kind: whole bytes, halves, a stream of bits, tables, floats; scales that are quantized; activations
 # rounded on the fly, in a range and with columns of outliers apart; every method.
-FEW = ("int3_gptq", "nf4_dq", "fp8_static", "nvfp4", "w8a8_smoothquant", "int4_awq", "int4_adaround", "int4_hqq")
+FEW = ("int3_gptq", "nf4_dq", "fp8_static", "nvfp4", "w8a8_smoothquant", "int4_awq", "int4_hqq")
 FEW += ("llm_int8", "w4a4_rotated")
 
 

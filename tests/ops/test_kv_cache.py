@@ -207,6 +207,7 @@ def test_any_block_size_gives_the_same_attention():
             np.testing.assert_allclose(cache.attend(q if new else q[:, :5], *new, block=block), one, atol=5e-6)
 
 
+@pytest.mark.heavy
 def test_rotation_leaves_scores_and_spreads_outliers():
     (k, v), q = text(80), queries(1)
     short = [empty("int4", rotation=f).append(k[:, :R], v[:, :R]).attend(q) for f in (None, hadamard)]
