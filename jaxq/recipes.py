@@ -143,6 +143,9 @@ class Rule:
         for name in ("pattern", "method"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"Rule: {name} must be a string, got {type(getattr(self, name)).__name__}.")
+        for name in ("skip", "optional", "correct_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Rule({self.pattern!r}): {name} must be True or False, got {getattr(self, name)!r}.")
         if self.skip == (self.weight is not None):
             raise ValueError(f"Rule({self.pattern!r}): give either weight= or skip=True.")
         if self.skip and self.activation is not None:
@@ -257,6 +260,8 @@ class Recipe:
     def __post_init__(self):
         if isinstance(self.rules, Rule):
             raise TypeError("Recipe: rules must be a list of jaxq.Rule objects, got one Rule. Write [rule].")
+        if not isinstance(self.rotate, bool):
+            raise TypeError(f"Recipe: rotate must be True or False, got {self.rotate!r}.")
         object.__setattr__(self, "rules", tuple(self.rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
@@ -311,7 +316,7 @@ class Recipe:
         """
         if not isinstance(data, Mapping) or not {"rules"} <= set(data) <= {"rules", "rotate"}:
             raise ValueError(f"Recipe.from_dict: expected {{'rules': [...]}}, got {data!r:.80}.")
-        return cls(tuple(Rule.from_dict(rule) for rule in data["rules"]), rotate=bool(data.get("rotate", False)))
+        return cls(tuple(Rule.from_dict(rule) for rule in data["rules"]), rotate=data.get("rotate", False))
 
 
 def names() -> list[str]:

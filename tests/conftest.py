@@ -26,13 +26,18 @@ hypothesis.settings.register_profile("jaxq", deadline=None, derandomize=True, ma
 hypothesis.settings.load_profile("jaxq")
 
 
+def quickly(config) -> bool:
+    """Whether programs are compiled the quick way, not as users have them."""
+    return config.option.markexpr == "not heavy" and os.environ.get("JAXQ_COMPILE") != "as_users"
+
+
 def pytest_configure(config):
     """Programs are compiled the quick way: most of the suite's time was XLA's compiler.
 
     The older of jax 0.10's two code generators takes half the time of the one users have; later versions have no
     choice. Runs with `-m heavy` compile as users do, and so does one with JAXQ_COMPILE=as_users.
     """
-    if config.option.markexpr != "not heavy" or os.environ.get("JAXQ_COMPILE") == "as_users":
+    if not quickly(config):
         return
     flags = ["--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):  # XLA refuses to start with a flag it does not know
@@ -71,7 +76,7 @@ OPTIMIZED = ("emulation", "formats")
 def _unoptimized(request):
     tests = Path(__file__).parent
     optimized = any(request.path.is_relative_to(tests / name) for name in OPTIMIZED)
-    if not optimized and request.config.option.markexpr == "not heavy":
+    if not optimized and quickly(request.config):
         jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

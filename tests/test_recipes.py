@@ -208,3 +208,11 @@ def test_observers_by_name():
 def test_one_rule_is_no_list():
     with pytest.raises(TypeError, match=r"\[rule\]"):
         Recipe(Rule(weight="int8"))
+
+
+@pytest.mark.parametrize("name", ["skip", "optional", "correct_bias"])
+def test_switches_are_true_or_false(name):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'false'"):
+        Rule("a", weight=None if name == "skip" else "int8", **{name: "false"})
+    with pytest.raises(TypeError, match="rotate must be True or False"):
+        Recipe.from_dict({"rules": [], "rotate": "false"})

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxq.models._rotate import input_transforms
+from jaxq.models._transforms import input_transforms
 from jaxq.models.llama import Llama, LlamaConfig
 
 _INDEX = "model.safetensors.index.json"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxq.models._transforms import input_transforms
 from jaxq.models.llama import Llama
 
 _SEPARATOR = "/"
@@ -41,7 +42,8 @@ def norm_groups(model: Llama) -> list[NormGroup]:
     For each layer: the first norm with q, k and v; v with o; the second norm with gate and up; up with down. Then the
     last norm with the head, if the head is no embedding. Stacked layers (`scan_layers`) are one, "layers", and their
     scales have a leading axis. With fewer key heads than query heads, a channel of v feeds one of o for each query
-    head of its group; its scale goes to all of them.
+    head of its group; its scale goes to all of them. Where inputs go through a transform at run time
+    (`rotate(..., online=)`), no scale can: channels meet in it.
 
     Args:
       model: a `Llama`.
@@ -56,6 +58,12 @@ def norm_groups(model: Llama) -> list[NormGroup]:
       >>> norm_groups(Llama(config, rngs=nnx.Rngs(0)))[0].targets
       ('layers/0/self_attn/q_proj', 'layers/0/self_attn/k_proj', 'layers/0/self_attn/v_proj')
     """
+    transformed = input_transforms(model)
+    return [group for group in all_groups(model) if not transformed.keys() & set(group.targets)]
+
+
+def all_groups(model: Llama) -> list[NormGroup]:
+    """The layers that read one another, whether a scale can move between them or not."""
     config = model.config
     layers = ["layers"] if config.scan_layers else [f"layers/{i}" for i in range(config.num_hidden_layers)]
     groups = []

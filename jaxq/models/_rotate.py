@@ -15,35 +15,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxq.models._outliers import Params, norm_groups
+from jaxq.models._outliers import Params, all_groups
+from jaxq.models._transforms import TransformInput
 from jaxq.models.llama import Llama
 
 # A rotation may be this far from orthogonal, in any entry of Q^T Q.
 _TOLERANCE = 1e-4
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformInput:
-    """A linear's `promote_dtype` that transforms its input first; compared by value, as long as its parts are.
-
-    Attributes:
-      transform: function of the input `[..., in]` along its last axis.
-      original: the layer's own `promote_dtype`.
-    """
-
-    transform: Callable[[jax.Array], jax.Array]
-    original: Callable[..., Any]
-
-    def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
-        x, *rest = arrays
-        return self.original((self.transform(x), *rest), **kwargs)
 
 
 def rotate(
@@ -94,7 +77,7 @@ def rotate(
         inner = _orthogonal(online(jnp.eye(config.intermediate_size)), config.intermediate_size, "online")
     model = _untied(model)
     params = Params(model, "rotate")
-    for group in norm_groups(model):
+    for group in all_groups(model):
         if group.kind != "norm":
             continue
         gain = params[group.source, "scale"]  # [..., d]
@@ -102,7 +85,7 @@ def rotate(
             params[target, "kernel"] = _dot(q.T, params[target, "kernel"] * gain[..., :, None])
         params[group.source, "scale"] = jnp.ones_like(gain)
     params["embed_tokens", "embedding"] = _dot(params["embed_tokens", "embedding"], q)
-    for group in norm_groups(model):
+    for group in all_groups(model):
         if group.kind != "linear":
             continue
         (target,) = group.targets
@@ -125,19 +108,6 @@ def rotate(
             down = layer.mlp.down_proj
             down.promote_dtype = TransformInput(online, down.promote_dtype)
     return out
-
-
-def input_transforms(model: nnx.Module) -> dict[str, str]:
-    """By layer path, the name of what its inputs go through at run time: part of a model that is no parameter."""
-    found = {}
-    for path, layer in nnx.iter_modules(model):
-        hook = getattr(layer, "promote_dtype", None)
-        while hook is not None:  # hooks of others may lie around it
-            if isinstance(hook, TransformInput):
-                name = getattr(hook.transform, "__qualname__", repr(hook.transform))
-                found["/".join(map(str, path))] = name
-            hook = getattr(hook, "original", None)
-    return found
 
 
 def _untied(model: Llama) -> Llama:

@@ -92,10 +92,13 @@ def dry_run(
     found = methods.METHODS[rule.method]
 
     def made(v: jax.Array) -> QTensor:
-        qt = quantize(v, nearest_spec(rule), contracting=axes, batch=tuple(batch), name=name)
+        key = jax.random.key(0)  # whether there is one is told when the numbers are there
+        spec = nearest_spec(rule)
+        drawn = key if spec.rounding == "stochastic" else None
+        qt = quantize(v, spec, contracting=axes, batch=tuple(batch), key=drawn, name=name)
         needs_data = found.needs_data or dict(rule.options).get("inputs", False)
         if rule.method != "rtn" and not needs_data:  # the others give codes and scales like these
-            qt = _solve(qt, v, None, rule, "rtn", jax.random.key(0), name).qt
+            qt = _solve(qt, v, None, rule, "rtn", key, name).qt
         return with_inputs(qt, rule, None if rule.observer is None else (0.0, 1.0))
 
     qt = jax.eval_shape(made, jax.ShapeDtypeStruct(w.shape, w.dtype))

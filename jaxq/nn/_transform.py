@@ -62,7 +62,7 @@ def quantize_model(
         the report says so.
       donate: frees each weight of `model` once it is quantized, so that a model larger than half the memory fits; it
         must not be used afterwards. Not with data: the model runs on them.
-      key: PRNG key, for methods that draw.
+      key: PRNG key, for methods that draw and `rounding="stochastic"`.
       on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`; "raise" names path and index.
       progress: show a line of progress; None does so on a terminal.
 
@@ -91,7 +91,7 @@ def quantize_model(
     if donate and calibration is not None:
         raise ValueError("quantize_model: donate=True frees weights that calibration= needs; pass one of them.")
     copy = nnx.clone(model)
-    key = jax.random.key(0) if key is None else key
+    stochastic, key = key is not None, jax.random.key(0) if key is None else key
     if recipe.rotate:
         copy = rotated(copy, jax.random.fold_in(key, 1))
     matched = match(copy, recipe, on_nonfinite, strict=strict)
@@ -134,6 +134,7 @@ def quantize_model(
                         rows=has_rows(kind),
                         fallback=fallback,
                         key=own_key,
+                        stochastic=stochastic and rule.weight.rounding == "stochastic",
                         name=name,
                         on_nonfinite=on_nonfinite,
                         outcome=outcomes.get(path),
@@ -258,7 +259,10 @@ def by_block(layers: Sequence[tuple[str, T]], order: Sequence[str]) -> list[list
 
 
 def _block_name(path: str) -> str:
-    """The path up to its first number: "layers/3/mlp/up" is of block "layers/3"; without one, a layer is its own."""
+    """The path up to its first number: "layers/3/mlp/up" is of block "layers/3", "layers_3/up" of "layers_3".
+
+    Without one, a layer is its own.
+    """
     parts = path.split("/")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    number = next((i for i, part in enumerate(parts) if part.rpartition("_")[2].isdigit()), len(parts))
     return "/".join(parts[: number + 1])

@@ -56,6 +56,23 @@ def test_stream_is_rotated():
     np.testing.assert_allclose(moved, hadamard(wide), rtol=1e-6)
 
 
+def test_no_scale_moves_through_a_transform():
+    """Channels meet in it: what up_proj is divided by, down_proj cannot be multiplied by."""
+    rotated = rotate(make(), orthogonal(32), online=hadamard)
+    assert {g.source for g in norm_groups(make())} - {g.source for g in norm_groups(rotated)} == {
+        f"layers/{i}/mlp/up_proj" for i in range(2)
+    }
+    with pytest.raises(ValueError, match="mlp/up_proj'] are no sources of groups"):
+        rotated.fold_scales({"layers/0/mlp/up_proj": jnp.full((48,), 2.0)})
+    rule = jaxq.Rule(weight="int8", method="equalize")
+    model = make()
+    q, report = jaxq.quantize_model(model, jaxq.Recipe([rule], rotate=True), calibration=[tokens()], strict=False)
+    rows = {row.path: row for row in report.quantized}
+    assert rows["layers/0/mlp/down_proj/kernel"].method == "rtn"
+    wanted = np.asarray(run(model, tokens()))
+    assert np.linalg.norm(run(q, tokens()) - wanted) < 0.03 * np.linalg.norm(wanted)
+
+
 def twice(x):
     return hadamard(hadamard(x))
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxq
 from jaxq import QTensor, Recipe, Rule
@@ -135,3 +136,18 @@ def test_outliers_stay_apart_whatever_the_inputs_are():
     rule = Rule(weight="int8", activation="fp8", method="llm_int8", options={"threshold": 4.0})
     meta = jaxq.quantize_params({"w": normal(64, 8)}, Recipe([rule]))[0]["w"].meta
     assert (meta.activation.fmt.name, meta.outliers) == ("float8_e4m3fn", 4.0)
+
+
+def test_stochastic_rounding_takes_a_key():
+    spec = jaxq.QuantSpec("int4", jaxq.PerGroup(32), rounding="stochastic")
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((64, 8)), jnp.float32)
+    found = [jaxq.quantize_params({"w": w}, spec, key=jax.random.key(i))[0]["w"].codes() for i in (0, 0, 1)]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (np.asarray(found[0]) != np.asarray(found[2])).any()
+    layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    made = [jaxq.quantize_model(layer, spec, key=jax.random.key(i))[0].kernel[...].codes() for i in (0, 1)]
+    assert (np.asarray(made[0]) != np.asarray(made[1])).any()
+    with pytest.raises(ValueError, match="needs a PRNG key"):
+        jaxq.quantize_params({"w": w}, spec)
+    with pytest.raises(ValueError, match="needs a PRNG key"):
+        jaxq.quantize_model(layer, spec)

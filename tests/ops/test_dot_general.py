@@ -248,3 +248,11 @@ def test_a_wider_weight_is_not_rounded_to_a_narrow_operand(standard_promotion, d
     assert_product(right, np.matmul, x, qt, 256)
     assert_product(left, np.matmul, qt.T, x.T, 256)
     assert_product(turned, np.matmul, y, qt.T, 64)
+
+
+@pytest.mark.parametrize("activation", [None, "int8"])
+def test_without_jit(activation):
+    x, qt = normal(2, 64), jaxq.quantize(normal(64, 16), "int8").with_activation(activation)
+    with jax.disable_jit():
+        y = x @ qt
+    np.testing.assert_allclose(y, x @ qt, rtol=1e-5, atol=1e-4)

@@ -72,7 +72,7 @@ def quantize_model(
       strict: a rule that matches nothing, a matrix that a module of yours asks for itself (`self.param`) and no rule is
         about, and a weight that a rule is about and the example does not reach, are errors. False leaves them, and the
         report says so.
-      key: PRNG key, for methods that draw.
+      key: PRNG key, for methods that draw and `rounding="stochastic"`.
       on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`; "raise" names path and index.
       progress: show a line of progress; None does so on a terminal.
 
@@ -136,6 +136,7 @@ def quantize_model(
                     rows=has_rows(found.kind),
                     fallback=fallback,
                     key=own_key,
+                    stochastic=key is not None and one.rule.weight.rounding == "stochastic",
                     name=name,
                     on_nonfinite=on_nonfinite,
                 )
