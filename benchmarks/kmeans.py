@@ -1,10 +1,10 @@
 """Time of clustering 16.8 million float32 weights about 16 centres, beside scikit-learn.
 
 jaxq clusters all of them and finds their codes, and so does MiniBatchKMeans from one start in one pass over the data
-(max_iter=1), by batches of 262,144. By default it makes up to 100 passes by batches of 1,024: every batch is drawn from
-the cumulated weights of all samples, 0.3 s each, more than an hour a pass. `partial_fit` on one batch after the other
-draws nothing; it is given the same batches, and labels by `predict`. How good the centres are is measured on every 16th
-weight, beside plain Lloyd iterations (scikit-learn's KMeans) on these alone.
+(max_iter=1), by batches of 262,144. By default it makes up to 100 passes by batches of 1,024, each drawn from the
+cumulated weights of all samples, which does not end in reasonable time. `partial_fit` on one batch after the other draws
+nothing; it is given the same batches, and labels by `predict`. How good the centres are is
+measured on every 16th weight, beside plain Lloyd iterations (scikit-learn's KMeans) on these alone.
 """
 
 from __future__ import annotations
