@@ -2,9 +2,9 @@
 
 jaxq clusters all of them and finds their codes, and so does MiniBatchKMeans from one start in one pass over the data
 (max_iter=1), by batches of 262,144. By default it makes up to 100 passes by batches of 1,024, each drawn from the
-cumulated weights of all samples, which does not end in reasonable time. `partial_fit` on one batch after the other draws
-nothing; it is given the same batches, and labels by `predict`. How good the centres are is
-measured on every 16th weight, beside plain Lloyd iterations (scikit-learn's KMeans) on these alone.
+cumulated weights of all samples, which does not end in reasonable time. `partial_fit` on one batch after the other
+draws nothing; it is given the same batches, and labels by `predict`. How good the centres are is measured on every
+16th weight, beside plain Lloyd iterations (scikit-learn's KMeans) on these alone.
 """
 
 from __future__ import annotations
