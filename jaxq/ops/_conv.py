@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.qtensor import QTensor, dequantize, quantize, scale_values, with_margin
+from jaxq.ops._dot_general import as_operands
+from jaxq.ops._straight_through import straight_through
+from jaxq.qtensor import QTensor, dequantize, quantize, scale_values
 
 
 def conv_general_dilated(
@@ -31,8 +33,9 @@ def conv_general_dilated(
     """`lax.conv_general_dilated` with a quantized kernel.
 
     With integer codes on both sides, symmetric, one scale for each example of `lhs` (or one for all) and one for each
-    output channel of `rhs`, the codes are convolved with int32 accumulation. Otherwise both are dequantized, the kernel
-    as a whole: kernels are small beside what they are applied to.
+    output channel of `rhs`, the codes are convolved with int32 accumulation. Otherwise, and where batch groups meet
+    scales of their own for each example, both are dequantized, the kernel as a whole: kernels are small beside what
+    they are applied to.
 
     Args:
       lhs: array or QTensor; a QTensor keeps the batch dimension and contracts all others.
@@ -49,7 +52,7 @@ def conv_general_dilated(
     """
     if not isinstance(rhs, QTensor):
         raise TypeError(f"conv_general_dilated: rhs must be a QTensor, got {type(rhs).__name__}. Use lax for arrays.")
-    x = lhs if isinstance(lhs, QTensor) else jnp.asarray(lhs)
+    x, _ = as_operands(lhs, rhs)
     out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, rhs.dtype))
     numbers = lax.conv_dimension_numbers(x.shape, rhs.shape, dimension_numbers)
 
@@ -69,7 +72,10 @@ def conv_general_dilated(
         )
 
     batch, features = (numbers.lhs_spec[0], numbers.out_spec[0]), numbers.out_spec[1]
-    return convolve(product, x, rhs, channel=numbers.rhs_spec[0], batch=batch, features=features).astype(out_dtype)
+    y = convolve(
+        product, x, rhs, channel=numbers.rhs_spec[0], batch=batch, features=features, mixed=batch_group_count > 1
+    )
+    return y.astype(out_dtype)
 
 
 Product = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -83,6 +89,7 @@ def convolve(
     channel: int,
     batch: tuple[int, int] = (0, 0),
     features: int = -1,
+    mixed: bool = False,
 ) -> jax.Array:
     """A convolution of any kind with a quantized kernel: of integer codes where they allow it, else of floats.
 
@@ -95,6 +102,7 @@ def convolve(
       channel: the axis of `kernel` that is the result's features.
       batch: the batch axis of `x` and of the result.
       features: axis of the result.
+      mixed: whether an example of the result has terms of several examples of `x` (batch groups).
 
     Returns:
       The convolution, accumulated in int32 or float32; float32.
@@ -103,9 +111,12 @@ def convolve(
       TypeError: `x` is neither float nor a QTensor.
     """
     if kernel.meta.activation is not None and not isinstance(x, QTensor):
-        return _dynamic(product, x, kernel, channel, batch, features)
+        run = functools.partial(convolve, product, channel=channel, batch=batch, features=features, mixed=mixed)
+        return _dynamic(run, x, kernel, batch[0])
     kernel = kernel.with_activation(None)
-    if isinstance(x, QTensor) and why_not_codes(x, kernel, batch[0], channel % kernel.ndim) is None:
+    mixes_scales = mixed and isinstance(x, QTensor) and math.prod(x.meta.geometry.num_blocks) > 1
+    codes = isinstance(x, QTensor) and why_not_codes(x, kernel, batch[0], channel % kernel.ndim) is None
+    if isinstance(x, QTensor) and codes and not mixes_scales:
         y = product(x.codes(), kernel.codes(), jnp.int32).astype(jnp.float32)
         return y * _along(scale_values(x), batch[1], y.ndim) * _along(scale_values(kernel), features % y.ndim, y.ndim)
     floats = dequantize(x) if isinstance(x, QTensor) else x
@@ -114,15 +125,11 @@ def convolve(
     return product(floats, dequantize(kernel, dtype=floats.dtype), jnp.float32)
 
 
-def _dynamic(
-    product: Product, x: jax.Array, kernel: QTensor, channel: int, batch: tuple[int, int], features: int
-) -> jax.Array:
-    run = functools.partial(convolve, product, channel=channel, batch=batch, features=features)
-
+def _dynamic(run: Callable[..., jax.Array], x: jax.Array, kernel: QTensor, batch: int) -> jax.Array:
     @jax.custom_vjp
     def quantized(x: jax.Array, kernel: QTensor) -> jax.Array:
         assert kernel.meta.activation is not None
-        others = tuple(a for a in range(x.ndim) if a != batch[0])
+        others = tuple(a for a in range(x.ndim) if a != batch)
         bounds = None if kernel.input_range is None else (kernel.input_range[0], kernel.input_range[1])
         qx = quantize(
             x, kernel.meta.activation, contracting=others, on_nonfinite="propagate", bounds=bounds, name="activation"
@@ -136,11 +143,8 @@ def _dynamic(
         x, kernel = saved
         _, pull = jax.vjp(run, x, kernel.with_activation(None))
         dx, dkernel = pull(dy)
-        if kernel.input_range is None:
-            return dx, dataclasses.replace(dkernel, meta=kernel.meta)
-        low, high = with_margin(kernel.input_range[0], kernel.input_range[1], kernel.meta.activation)
-        dx = jnp.where((low <= x) & (x <= high), dx, jnp.zeros((), dx.dtype))  # what is clipped has no gradient
-        return dx, dataclasses.replace(dkernel, meta=kernel.meta, input_range=jnp.zeros_like(kernel.input_range))
+        ends = None if kernel.input_range is None else (kernel.input_range[0], kernel.input_range[1])
+        return straight_through(dx, dkernel, x, kernel, ends)
 
     quantized.defvjp(forward, backward)
     return quantized(x, kernel)

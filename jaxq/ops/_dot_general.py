@@ -16,7 +16,8 @@ from jax import lax
 from jaxq import kernels
 from jaxq.ops._plan import DimensionNumbers, Plan, batch_first, make_plan, result_dtype
 from jaxq.ops._rows import rows_of
-from jaxq.qtensor import QTensor, dequantize, quantize, with_margin
+from jaxq.ops._straight_through import straight_through
+from jaxq.qtensor import QTensor, dequantize, quantize
 
 Operand = jax.typing.ArrayLike | QTensor
 
@@ -59,7 +60,7 @@ def dot_general(
       >>> y.shape, y.dtype.name
       ((2, 32), 'float32')
     """
-    lhs, rhs = as_operand(lhs), as_operand(rhs)
+    lhs, rhs = as_operands(lhs, rhs)
     dims = _as_tuples(dimension_numbers)
     _check_sizes(lhs, rhs, dims)
     _check_floats(lhs, rhs)
@@ -180,11 +181,19 @@ def _choose_kernel(lhs: Any, rhs: Any, dims: DimensionNumbers, platform: str) ->
     return choice
 
 
-def as_operand(x: Operand) -> jax.Array | QTensor:
-    """A QTensor as it is, also inside a Flax variable; anything else as a jax array."""
-    held = getattr(x, "get_value", None)
-    x = x if held is None else held()
-    return x if isinstance(x, QTensor) else jnp.asarray(x)
+def as_operands(*operands: Operand) -> tuple[jax.Array | QTensor, ...]:
+    """QTensors as they are, also inside Flax variables; anything else as jax arrays.
+
+    Raises:
+      TypeError: a numpy array that would lose its dtype on the way meets a QTensor.
+    """
+    held = [getattr(x, "get_value", None) for x in operands]
+    values = [x if get is None else get() for x, get in zip(operands, held, strict=True)]
+    quantized = next((x for x in values if isinstance(x, QTensor)), None)
+    for x in values:
+        if quantized is not None and isinstance(x, np.ndarray) and jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+            _check_floats(x, quantized)
+    return tuple(x if isinstance(x, QTensor) else jnp.asarray(x) for x in values)
 
 
 def align_matmul(lhs: Any, rhs: Any) -> tuple[Any, Any, DimensionNumbers]:
@@ -293,14 +302,12 @@ def _quantized_backward(dims, swapped, saved, dy):
     x, qt = saved
     _, pull = jax.vjp(lambda x, qt: _in_floats(x, qt, dims, swapped), x, qt.with_activation(None))
     dx, dqt = pull(dy)
-    if qt.input_range is None:
-        return dx, dataclasses.replace(dqt, meta=qt.meta)
-    side = 1 if swapped else 0
-    batch = [a % x.ndim for a in dims[1][side]]
-    ends = _ends(qt.input_range, dims[1][1 - side])
-    low, high = (_over_axes(end, batch, x.ndim) for end in with_margin(*ends, qt.meta.activation))
-    dx = jnp.where((low <= x) & (x <= high), dx, jnp.zeros((), dx.dtype))  # what is clipped has no gradient
-    return dx, dataclasses.replace(dqt, meta=qt.meta, input_range=jnp.zeros_like(qt.input_range))
+    ends = None
+    if qt.input_range is not None:
+        batch = [a % x.ndim for a in dims[1][1 if swapped else 0]]
+        low, high = _ends(qt.input_range, dims[1][0 if swapped else 1])
+        ends = _over_axes(low, batch, x.ndim), _over_axes(high, batch, x.ndim)
+    return straight_through(dx, dqt, x, qt, ends)
 
 
 def _over_axes(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import kernels
-from jaxq.ops._dot_general import Operand, align_matmul, as_operand, dot_general
+from jaxq.ops._dot_general import Operand, align_matmul, as_operands, dot_general
 from jaxq.ops._plan import accumulate_dtype, result_dtype
 from jaxq.qtensor import QTensor
 
@@ -32,7 +32,7 @@ def matmul(a: Operand, b: Operand, *, preferred_element_type: Any = None) -> jax
       >>> jaxq.matmul(jnp.ones((3, 5, 64)), jaxq.quantize(jnp.ones((64, 16)), "int8")).shape
       (3, 5, 16)
     """
-    lhs, rhs, dims = align_matmul(as_operand(a), as_operand(b))
+    lhs, rhs, dims = align_matmul(*as_operands(a, b))
     y = dot_general(lhs, rhs, dims, preferred_element_type=preferred_element_type)
     shared = len(dims[1][0])
     rows = 1 if lhs.ndim > 1 else 0
@@ -70,7 +70,7 @@ def einsum(
       >>> jaxq.einsum("btd,dhk->bthk", jnp.ones((2, 3, 64)), qt).shape
       (2, 3, 4, 8)
     """
-    operands = tuple(as_operand(v) for v in operands)
+    operands = as_operands(*operands)
     if not any(isinstance(v, QTensor) for v in operands):
         arrays: list[Any] = list(operands)
         wide = accumulate_dtype(*arrays)

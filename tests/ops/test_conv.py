@@ -96,6 +96,17 @@ def test_scales_meet_their_example_and_channel(case):
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
+def test_batch_groups():
+    x, kernel = normal(4, 8, 3), normal(3, 3, 6)
+    options = {"window_strides": (1,), "padding": "SAME", "dimension_numbers": ("NHC", "HIO", "NHC")}
+    for spec, ends in (("int8", {}), (QuantSpec("int8", PerTensor()), {}), ("int8", {"bounds": (-20.0, 20.0)})):
+        qt = jaxq.quantize(kernel, "int8", contracting=(-3, -2)).with_activation(spec, **ends)
+        y = jaxq.ops.conv_general_dilated(x, qt, **options, batch_group_count=2)
+        expected = lax.conv_general_dilated(x, kernel, **options, batch_group_count=2)
+        assert y.shape == expected.shape == (2, 8, 6)
+        assert np.abs(y - expected).max() < 0.04 * np.abs(expected).max()
+
+
 def test_pytorch_order():
     x, kernel = normal(2, 6, 9, 10), normal(8, 6, 3, 3)
     qx, qk = jaxq.quantize(x, "int8", contracting=(-3, -2, -1)), jaxq.quantize(kernel, "int8", contracting=(-3, -2, -1))

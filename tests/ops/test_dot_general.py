@@ -200,6 +200,9 @@ def test_what_does_not_fit_is_said():
             jnp.ones((2, 32), jnp.float64) @ weight
         with jax.enable_x64(True), pytest.raises(TypeError, match="must be float32 or a narrower float, got float64"):
             jaxq.matmul(jnp.ones((2, 32), jnp.float32), weight, preferred_element_type=jnp.float64)
+        for product in (lambda x, w: x @ w, jaxq.matmul, lambda x, w: jaxq.einsum("mk,kn->mn", x, w)):
+            with pytest.raises(TypeError, match=r"float64\[2,? 32\].*astype\(jnp.float32\)"):
+                product(np.full((2, 32), 1e300), weight)
 
 
 def test_numpy_arrays_and_lists_on_either_side():

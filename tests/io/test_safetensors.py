@@ -110,13 +110,26 @@ def test_dtypes(path, dtype):
     same(back(path, {"a": array.T, "b": array[:, ::2]}), {"a": array.T, "b": array[:, ::2]})
 
 
-def test_wide_dtypes_need_x64_to_be_read(path):
-    jaxq.save(path, {"step": np.int64(3), "x": np.ones(2)})
+def test_wide_arrays_of_jax_need_x64_to_be_read(path):
+    with jax.enable_x64(True):
+        jaxq.save(path, {"step": jnp.int64(3), "x": jnp.ones(2, jnp.float64)})
     with pytest.raises(ValueError, match="step is int64, which jax turns into int32. Set jax_enable_x64"):
         jaxq.load(path)
     with jax.enable_x64(True):
         got = jaxq.load(path)
     assert (got["step"].dtype, got["x"].dtype) == ("int64", "float64")
+
+
+def test_wide_arrays_of_numpy_come_back(path):
+    got = back(path, {"step": np.int64(2**40 + 1), "x": np.array([1e300, 0.1])})
+    assert got["step"].dtype == np.int64
+    assert int(got["step"]) == 2**40 + 1
+    assert (got["x"] == [1e300, 0.1]).all()
+
+
+def test_named_tuples_come_back_as_dicts(path):
+    got = back(path, {"layer": Pair(jnp.ones(2), (Pair(1, None),))})
+    same(got, {"layer": {"a": jnp.ones(2), "b": ({"a": 1, "b": None},)}})
 
 
 def test_big_endian_arrays(path):
@@ -158,7 +171,7 @@ class Pair(NamedTuple):
     ("value", "message"),
     [
         (object(), "a/0 is a object"),
-        (Pair(1, 2), "a/0 is a Pair. Trees are dicts, lists and tuples"),
+        (object, "a/0 is a type. Trees are dicts, lists and tuples"),
         ({1, 2}, "a/0 is a set"),
         ({3: jnp.ones(1)}, "keys of a/0 must be strings, got 3"),
         (1j, "a/0 is a complex"),
@@ -490,7 +503,7 @@ def test_a_failure_while_saving_keeps_the_old_file(path, monkeypatch, where):
             Path(args[1]).write_bytes(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr(f"jaxq.io.{where}", fail)
+    monkeypatch.setattr(f"jaxq.io._safetensors.{where}", fail)
     with pytest.raises(OSError, match="disk full"):
         jaxq.save(path, {"x": 2})
     monkeypatch.undo()
@@ -501,16 +514,16 @@ def test_a_failure_while_saving_keeps_the_old_file(path, monkeypatch, where):
 KILLED = """
 import os, signal, sys, time
 import numpy as np
-import jaxq.io
-write = jaxq.io.save_file
+import jaxq.io._safetensors as files
+write = files.save_file
 def slowly(tensors, name, metadata):
     write(tensors, name, metadata)
     with open(name, "rb+") as file:
         file.truncate(100)
     print("writing", flush=True)
     time.sleep(600)
-jaxq.io.save_file = slowly
-jaxq.io.save(sys.argv[1], {"x": np.ones(100, np.float32)})
+files.save_file = slowly
+files.save(sys.argv[1], {"x": np.ones(100, np.float32)})
 """
 
 
@@ -548,3 +561,28 @@ def test_readers_see_one_whole_file_or_the_other(path):
             assert x.shape == (20_000,)
             assert (x == x[0]).all()
     assert process.returncode == 0
+
+
+class Bare(nnx.Module):
+    """Arrays that are in no Variable, in every kind of container, beside a layer."""
+
+    def __init__(self, value: float):
+        self.layer = nnx.Linear(32, 4, rngs=nnx.Rngs(0))
+        self.table = nnx.data(jnp.full(3, value))
+        self.pair = nnx.data((np.full(2, value, np.float32), {"z": jnp.full(1, value)}))
+        self.named = nnx.data(Pair(jnp.full(1, value), 3))
+        self.codes = nnx.data(jaxq.quantize(jnp.full((32, 1), value), "int8"))
+
+
+def test_arrays_outside_variables_are_part_of_a_model(path):
+    model, _ = jaxq.quantize_model(Bare(2.0), ALL)
+    jaxq.save(path, model)
+    assert {"table", "pair/0", "pair/1/z", "codes"} <= set(jaxq.load(path))
+    got = jaxq.load(path, into=Bare(1.0))
+    same(jax.tree.leaves(nnx.state(got)), [jnp.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))])
+    assert isinstance(got.layer.kernel, QuantizedParam)
+    other = Bare(1.0)
+    other.table = jnp.ones(4)
+    jaxq.save(path, model)
+    with pytest.raises(ValueError, match=r"table: float32\[4\] in the model, float32\[3\] in the file"):
+        jaxq.load(path, into=other)
