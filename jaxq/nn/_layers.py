@@ -153,6 +153,8 @@ def quantize_own_weight(layer: Any, weight: Any, activation: Any) -> None:
         if kind.name != "Embed":
             kind.attach(layer)
         return
+    if getattr(layer, "mask", None) is not None:
+        raise ValueError(f"{type(layer).__name__}: mask= needs weight=None; a quantized kernel has no mask.")
     contracting, batch = weight_axes(layer, kind)
     floats = getattr(layer, kind.weight)[...]
     qt = quantize(floats, weight, contracting=contracting, batch=batch, name=kind.weight)
@@ -340,13 +342,13 @@ class QConvTranspose(nnx.ConvTranspose):
         quantize_own_weight(self, weight, activation)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        kernel = self.kernel[...]
-        if not isinstance(kernel, QTensor):
-            return super().__call__(inputs)
         bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = PromoteAround(self.promote_dtype)((inputs, kernel, bias), dtype=self.dtype)
+        x, kernel, bias = PromoteAround(self.promote_dtype)((inputs, self.kernel[...], bias), dtype=self.dtype)
         channel, dtype = -2 if self.transpose_kernel else -1, self.preferred_element_type
-        return convolved(self._transposed, x, kernel, bias, channel=channel, dtype=dtype)
+        if isinstance(kernel, QTensor):
+            return convolved(self._transposed, x, kernel, bias, channel=channel, dtype=dtype)
+        y = self._transposed(x, kernel, jnp.float32).astype(dtype or x.dtype)
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
 
     def _transposed(self, x: jax.Array, kernel: jax.Array, accumulate: Any) -> jax.Array:
         """The float layer's own product of arrays of any dtype, without bias: its method, with another kernel."""
@@ -356,7 +358,7 @@ class QConvTranspose(nnx.ConvTranspose):
             transpose_kernel=self.transpose_kernel,
             kernel=kernel,
             bias=None,
-            mask=None,
+            mask=self.mask,
             use_bias=False,
             promote_dtype=lambda arrays, **_: arrays,
             preferred_element_type=accumulate,
@@ -389,13 +391,11 @@ class QEmbed(nnx.Embed):
         if not isinstance(table, QTensor):
             return super().__call__(inputs, out_sharding=out_sharding)
         (table,) = PromoteAround(self.promote_dtype)((table,), dtype=self.dtype, inexact=False)
-        return kernels.lay_out(ops.take(table, inputs), out_sharding)
+        rows = jnp.zeros_like(inputs) if self.num_embeddings == 1 else inputs  # which is what nnx.Embed does
+        return kernels.lay_out(ops.take(table, rows), out_sharding)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
-        table = self.embedding[...]
-        if not isinstance(table, QTensor):
-            return super().attend(query, out_sharding=out_sharding)
-        query, table = PromoteAround(self.promote_dtype)((query, table), dtype=self.dtype)
+        query, table = PromoteAround(self.promote_dtype)((query, self.embedding[...]), dtype=self.dtype)
         return ops.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())), out_sharding=out_sharding)
 
 

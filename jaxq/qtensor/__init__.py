@@ -4,6 +4,8 @@
 `fake_quant` does both with a straight-through gradient. All knowledge of axes, blocks and padding is in `Geometry`.
 """
 
+from jaxq.qtensor._bounds import inside_range, with_margin
+from jaxq.qtensor._dequantize import decode_blocks, dequantize, scale_values
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._granularity import (
     Granularity,
@@ -14,19 +16,16 @@ from jaxq.qtensor._granularity import (
     PerTensor,
     PerToken,
 )
+from jaxq.qtensor._layout import relayout
+from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._presets import as_spec, presets
-from jaxq.qtensor._qtensor import LEAVES, Meta, QTensor, relayout
+from jaxq.qtensor._qtensor import LEAVES, QTensor
 from jaxq.qtensor._quantize import (
     ON_NONFINITE,
-    decode_blocks,
-    dequantize,
     fake_quant,
-    inside_range,
     quantize,
     raise_if_not_finite,
     requantize,
-    scale_values,
-    with_margin,
 )
 from jaxq.qtensor._spec import QuantSpec, as_static
 

@@ -337,3 +337,8 @@ def _tiles(granularity: PerBlock, sizes, kept, contracted, caller, what) -> tupl
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def describe(dtype: str, shape: tuple[int, ...]) -> str:
+    """`float32[4,8]`."""
+    return f"{dtype}[{','.join(map(str, shape))}]"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import json
 import math
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -16,85 +14,14 @@ from jax import export
 from jax.core import Tracer
 
 from jaxq import formats
-from jaxq.qtensor._geometry import Geometry
+from jaxq.qtensor._layout import unpacked
+from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._presets import as_spec
+from jaxq.qtensor._reshape import reshape
 from jaxq.qtensor._spec import QuantSpec, as_static
 
-# Axes of one shape beside those of another that hold the same numbers.
-_Groups = list[tuple[tuple[int, ...], tuple[int, ...]]]
 # The arrays of a QTensor, in the order of its constructor.
 LEAVES = ("data", "scale", "zero_point", "offset", "codebook", "input_range")
-_LAYOUTS = ("rows", "columns")
-
-
-@dataclasses.dataclass(frozen=True)
-class Meta:
-    """What of a QTensor is static: part of its treedef, compared by value.
-
-    Attributes:
-      spec: how it was quantized.
-      geometry: shape, axis roles and blocks.
-      packing: order of the codes in `data`; `relayout` changes it.
-      dtype: what `dequantize` returns by default.
-      activation: how a float array that meets this one in a product is quantized first, by its own extremes or by the
-        QTensor's `input_range`; None leaves it in floats.
-      layout: "rows": codes of a row are neighbours in `data`; "columns": the row's axis comes first. `relayout` changes
-        it.
-      outliers: columns of that float array in which a magnitude reaches this are multiplied in floats, not quantized;
-        None quantizes all.
-      name: what errors call the array, a parameter's path; no part of comparisons.
-    """
-
-    spec: QuantSpec
-    geometry: Geometry
-    packing: formats.Packing
-    dtype: str
-    activation: QuantSpec | None = None
-    layout: Literal["rows", "columns"] = "rows"
-    outliers: float | None = None
-    name: str = dataclasses.field(default="", compare=False)
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Shape of `data` behind its batch axes."""
-        *rows, last = self.geometry.padded_shape
-        packed = self.packing is not formats.Packing.NONE
-        row = last * self.spec.fmt.bits // 8 if packed else last
-        return (*rows, row) if self.layout == "rows" else (row, *rows)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON's own types; `from_dict` is the way back."""
-        return {
-            "spec": self.spec.to_dict(),
-            "geometry": dataclasses.asdict(self.geometry),
-            "packing": self.packing.value,
-            "dtype": self.dtype,
-            "activation": None if self.activation is None else self.activation.to_dict(),
-            "layout": self.layout,
-            "outliers": self.outliers,
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Meta:
-        """The inverse of `to_dict`; a KeyError, TypeError or ValueError where `data` is none of its making."""
-        fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in data["geometry"].items()}
-        formats.check_choice("layout", layout := data.get("layout", "rows"), _LAYOUTS)
-        return cls(
-            QuantSpec.from_dict(data["spec"]),
-            Geometry(**fields),
-            formats.Packing(data["packing"]),
-            data["dtype"],
-            None if data["activation"] is None else QuantSpec.from_dict(data["activation"]),
-            layout,
-            data.get("outliers"),
-        )
-
-    @property
-    def pack_unit(self) -> int | None:
-        """Codes in one HALVES unit: a block where it fills whole bytes, so that blocks stay together, else a row."""
-        block = self.geometry.block_shape[-1]
-        whole = block is not None and block % formats.codes_per_pack(self.spec.fmt.bits, self.packing) == 0
-        return block if whole else None
 
 
 class _NoArray:
@@ -205,7 +132,7 @@ class QTensor:
 
     def codes(self) -> jax.Array:
         """The codes, unpacked: `spec.format.code_dtype`, shape and axis order of the array."""
-        return _codes(self)
+        return unpacked(self)
 
     def stored_codes(self) -> jax.Array:
         """The codes, unpacked, in storage order and with their padding: `[*batch, *padded]`."""
@@ -337,7 +264,7 @@ class QTensor:
         """
         formats.check_choice("order", order, ("C",))
         sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-        return _reshape(self, tuple(int(s) for s in sizes))  # pyright: ignore[reportArgumentType]
+        return reshape(self, tuple(int(s) for s in sizes))  # pyright: ignore[reportArgumentType]
 
     def __getitem__(self, index: Any) -> QTensor:
         """`qt[i]`, `qt[a:b]`, `qt[...]` on batch axes."""
@@ -473,166 +400,3 @@ def _scale_name(spec: QuantSpec) -> str:
     if isinstance(spec.scale, QuantSpec):
         return f"{spec.scale.fmt.name}*{_scale_name(spec.scale)}"
     return spec.scale
-
-
-def relayout(qt: QTensor, target: formats.Packing | str) -> QTensor:
-    """`qt` with its codes in another order in memory; the numbers stay what they are.
-
-    Args:
-      qt: any QTensor.
-      target: a `jaxq.formats.Packing` or its value, "low_first" for example (NONE keeps one code a byte): the order of
-        codes in bytes. Or "rows", as `quantize` stores them and GPU kernels want them, `[*batch, *kept, k]`; or
-        "columns", as TPU kernels want them, `[*batch, k, *kept]`.
-
-    Raises:
-      ValueError: the order does not exist at this width, or blocks run across rows and columns are asked for.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxq
-      >>> qt = jaxq.quantize(jnp.eye(64), "int4")
-      >>> jaxq.relayout(qt, "columns").data.shape
-      (32, 64)
-    """
-    if target in _LAYOUTS:
-        return _turn(qt, target)  # pyright: ignore[reportArgumentType]
-    if isinstance(target, str):
-        formats.check_choice("relayout: target", target, [*(p.value for p in formats.Packing), *_LAYOUTS])
-    return _turn(_relayout(_turn(qt, "rows"), formats.Packing(target)), qt.meta.layout)
-
-
-def _turn(qt: QTensor, layout: Literal["rows", "columns"]) -> QTensor:
-    if layout == qt.meta.layout:
-        return qt
-    if qt.meta.geometry.flat:
-        raise ValueError(f"relayout: blocks of {qt!r} run across rows, which have no columns of their own.")
-    first = len(qt.batch_shape)
-    ends = (-1, first) if layout == "columns" else (first, -1)
-    return dataclasses.replace(qt._with(layout=layout), data=jnp.moveaxis(qt.data, *ends))
-
-
-# Compiled whole: outside jit, many small programs would take longer to compile and to run.
-
-
-@functools.partial(jax.jit, inline=True)
-def _codes(qt: QTensor) -> jax.Array:
-    geometry = qt.meta.geometry
-    return geometry.from_view(geometry.unpad(geometry.to_view_order(qt.stored_codes())))
-
-
-@functools.partial(jax.jit, static_argnames="packing", inline=True)
-def _relayout(qt: QTensor, packing: formats.Packing) -> QTensor:
-    bits = qt.spec.fmt.bits
-    geometry, changed = qt.meta.geometry, qt._with(packing=packing)
-    # The stored row is a multiple of what the first packing needed; another order may need more.
-    multiple = math.lcm(geometry.multiple, formats.codes_per_pack(bits, packing))
-    changed = changed._with(geometry=dataclasses.replace(geometry, multiple=multiple))
-    wider = changed.meta.geometry
-    codes = _pad_last(qt.stored_codes(), wider.padded_shape[-1], qt.spec.fmt.zero_code)
-    data = formats.pack(codes, bits, packing, unit=changed.meta.pack_unit)
-    changed = dataclasses.replace(changed, data=data)
-    blocks = wider.num_blocks[-1]
-    if blocks == geometry.num_blocks[-1]:
-        return changed
-    if isinstance(qt.scale, QTensor):
-        raise ValueError(
-            f"relayout: {packing.value!r} fills whole bytes of {qt!r} with {blocks - geometry.num_blocks[-1]} blocks "
-            f"more, and quantized scales cannot grow. Quantize with packing={packing.value!r}."
-        )
-    zero_point = None if qt.zero_point is None else _pad_last(qt.zero_point, blocks)
-    offset = _pad_last(qt.offset, blocks) if qt.offset is not None and qt.spec.offset == "min" else qt.offset
-    codebook = None if qt.codebook is None else _pad_last(qt.codebook, blocks, axis=-2)
-    scale = _pad_last(qt.scale, blocks)
-    return dataclasses.replace(changed, scale=scale, zero_point=zero_point, offset=offset, codebook=codebook)
-
-
-def _pad_last(leaf: jax.Array, size: int, value: int = 0, axis: int = -1) -> jax.Array:
-    widths = [(0, 0)] * leaf.ndim
-    widths[axis] = (0, size - leaf.shape[axis])
-    return jnp.pad(leaf, widths, constant_values=np.asarray(value, leaf.dtype))
-
-
-def _reshape(qt: QTensor, new: tuple[int, ...]) -> QTensor:
-    geometry, batch = qt.meta.geometry, qt.batch_shape
-    problem = f"QTensor.reshape: {qt!r} cannot become {list(new)}: "
-    if new.count(-1) == 1:
-        rest = -math.prod(new)
-        new = tuple(qt.size // rest if s == -1 and rest else s for s in new)
-    if min(new, default=0) < 0 or math.prod(new) != qt.size or new[: len(batch)] != batch:
-        raise ValueError(problem + "the number of elements and the batch axes must stay.")
-    old, inner = geometry.shape, new[len(batch) :]
-    if 0 in old and inner != old:
-        raise ValueError(problem + "an array without elements keeps its shape.")
-    groups = _match_axes(old, inner)
-    for group_old, group_new in groups:
-        if set(group_old) & set(geometry.contracted) and (len(group_old), len(group_new)) != (1, 1):
-            raise ValueError(problem + f"contracted axes {list(geometry.contracted)} must keep their sizes.")
-        position = [geometry.order.index(a) for a in group_old]
-        if any(b - a != 1 for a, b in itertools.pairwise(position)):
-            raise ValueError(problem + "the axes to merge are not neighbours in storage. Use jaxq.dequantize(qt).")
-    changed = _regroup(qt, groups, inner)
-    if changed is None:
-        raise ValueError(problem + "blocks, its own or its scales', run across these axes. Use jaxq.dequantize(qt).")
-    return changed
-
-
-def _match_axes(old: tuple[int, ...], new: tuple[int, ...]) -> _Groups:
-    """(old axes, new axes) that hold the same numbers, as negative numbers; axes of size 1 may come and go."""
-    groups: _Groups = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        start = i, j
-        if i < len(old) and j < len(new) and (old[i] == 1) == (new[j] == 1):
-            i, j = i + 1, j + 1
-            while (left := math.prod(old[start[0] : i])) != (right := math.prod(new[start[1] : j])):
-                i, j = (i + 1, j) if left < right else (i, j + 1)
-        elif i < len(old) and old[i] == 1:
-            i += 1
-        else:
-            j += 1
-        axes = range(start[0] - len(old), i - len(old)), range(start[1] - len(new), j - len(new))
-        groups.append((tuple(axes[0]), tuple(axes[1])))
-    return groups
-
-
-def _regroup(qt: QTensor, groups: _Groups, sizes: tuple[int, ...]) -> QTensor | None:
-    """`qt` with its kept axes split and merged by `groups`; None where a block would be cut."""
-    geometry, batch = qt.meta.geometry, qt.batch_shape
-    heirs = {min(group_old, key=geometry.order.index): group_new for group_old, group_new in groups if group_old}
-    kept = [axis for a in geometry.kept for axis in heirs.get(a, ())]
-    for group_old, group_new in groups:
-        if not group_old:  # new axes of size 1 may stand anywhere
-            for axis in group_new:
-                kept.insert(sum(a < axis for a in kept), axis)
-    contracted = tuple(axis for a in geometry.contracted for axis in heirs[a])
-    changed = dataclasses.replace(geometry, shape=sizes, order=(*kept, *contracted))
-    if geometry.flat:  # blocks run along the order of storage, which is what it was
-        return qt._with(geometry=changed)
-
-    block_of = dict.fromkeys(kept, 1)
-    for group_old, group_new in groups:
-        blocks = {geometry.block_shape[geometry.order.index(a)] for a in group_old if geometry.shape[a] != 1}
-        if (len(group_old), len(group_new)) != (1, 1) and (len(blocks) > 1 or not blocks <= {1, None}):
-            return None
-        block_of |= dict.fromkeys(group_new, blocks.pop() if blocks else 1)
-    changed = dataclasses.replace(changed, block_shape=(*(block_of[a] for a in kept), geometry.block_shape[-1]))
-
-    num_blocks = changed.num_blocks
-    if isinstance(qt.scale, QTensor):  # its axes are the storage axes
-        inner: _Groups = [((-1,), (-1,))]
-        for group_old, group_new in groups:
-            if not set(group_old) & set(geometry.contracted):
-                where = (geometry.order.index(a) - len(geometry.num_blocks) for a in group_old)
-                inner.append((tuple(where), tuple(kept.index(a) - len(num_blocks) for a in group_new)))
-        scale = _regroup(qt.scale, inner, num_blocks)
-        if scale is None:
-            return None
-    else:
-        scale = qt.scale.reshape(*batch, *num_blocks)
-    zero_point = None if qt.zero_point is None else qt.zero_point.reshape(*batch, *num_blocks)
-    offset = qt.offset
-    if offset is not None:  # a mean is one number
-        offset = offset.reshape(*batch, *(num_blocks if qt.spec.offset == "min" else (1,) * len(num_blocks)))
-    codebook = None if qt.codebook is None else qt.codebook.reshape(*batch, *num_blocks, qt.codebook.shape[-1])
-    meta = dataclasses.replace(qt.meta, geometry=changed)
-    data = qt.data.reshape(*batch, *meta.stored_shape)
-    return QTensor(data, scale, zero_point, offset, codebook, meta, qt.input_range)

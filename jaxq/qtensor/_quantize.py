@@ -1,11 +1,10 @@
-"""quantize, dequantize, fake_quant: between floats and QTensors."""
+"""quantize, requantize, fake_quant: from floats to QTensors."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,18 @@ from jax.core import Tracer
 
 from jaxq import formats
 from jaxq.qtensor import _scales
-from jaxq.qtensor._geometry import Geometry, resolve
+from jaxq.qtensor._bounds import as_bounds, inside_range, observed
+from jaxq.qtensor._dequantize import dequantize, scale_values, stored_values
+from jaxq.qtensor._geometry import Geometry, describe, resolve
+from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._presets import as_spec
-from jaxq.qtensor._qtensor import Meta, QTensor
-from jaxq.qtensor._spec import NEED_BLOCKS, QuantSpec
+from jaxq.qtensor._qtensor import QTensor
+from jaxq.qtensor._spec import QuantSpec
 
 ON_NONFINITE = ("raise", "propagate", "zero", "saturate")
 _FLOATS = ("float32", "bfloat16", "float16")
+# No float32 array has blocks whose scales a dtype that reaches this cannot hold.
+_WIDE = 1e30
 
 
 def quantize(
@@ -56,6 +60,9 @@ def quantize(
     Returns:
       A QTensor with the shape and dtype of `w`. Bitwise the same eager and jitted.
 
+    Warns:
+      UserWarning: scales beyond the range of the narrow dtype they are kept in (float16, float8), not under jit.
+
     Raises:
       TypeError: `w` is not a float array; the message names the cast.
       ValueError: unknown preset; axes that do not fit; a group size that does not divide; a non-finite number.
@@ -74,9 +81,29 @@ def quantize(
     spec = as_spec(spec, "quantize")
     x, geometry = _prepare(w, spec, contracting, batch, on_nonfinite, name or "w", "quantize")
     formats.check_rounding(spec.rounding, key)
-    given = None if bounds is None else _as_bounds(bounds, x, spec, geometry)
+    given = None if bounds is None else as_bounds(bounds, x, spec, geometry)
     qt = _quantize(_no_gradient(x), spec, geometry, key, on_nonfinite, bounds=given)
+    _warn_of_lost_range(qt, name or "w")
     return qt if name is None else dataclasses.replace(qt, meta=dataclasses.replace(qt.meta, name=name))
+
+
+def _warn_of_lost_range(qt: QTensor, name: str) -> None:
+    """Warns where scales were clamped into their dtype: numbers of their blocks are clipped, or become 0."""
+    scale = qt.scale
+    while isinstance(scale, QTensor):
+        scale = scale.scale
+    fmt = formats.get(scale.dtype.name)
+    if isinstance(scale, Tracer) or fmt.max > _WIDE:
+        return
+    magnitude = np.abs(np.asarray(scale).astype(np.float32))
+    lost = int(np.sum((magnitude >= fmt.max) | ((magnitude > 0) & (magnitude <= fmt.smallest_positive))))
+    if lost:
+        warnings.warn(
+            f"quantize: {lost} of {magnitude.size} scales of {name} lie beyond {scale.dtype.name}, which ends at "
+            f"{fmt.smallest_positive:g} and {fmt.max:g}: numbers of their blocks are clipped or lost. "
+            "Use scale='bfloat16' or 'float32', or a scale that is a QuantSpec.",
+            stacklevel=3,
+        )
 
 
 def requantize(w: jax.typing.ArrayLike, like: QTensor, *, key: jax.Array | None = None) -> QTensor:
@@ -106,7 +133,7 @@ def requantize(w: jax.typing.ArrayLike, like: QTensor, *, key: jax.Array | None 
     x = jnp.asarray(w)
     if x.shape != like.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"requantize: w must be floats of shape {list(like.shape)}, got {_describe(x.dtype.name, x.shape)}."
+            f"requantize: w must be floats of shape {list(like.shape)}, got {describe(x.dtype.name, x.shape)}."
         )
     formats.check_rounding(like.spec.rounding, key)
     return _requantize(_no_gradient(x), like, key)
@@ -141,34 +168,6 @@ def _nearest(y: jax.Array, tables: list[jax.Array], fmt: formats.Format) -> jax.
         distance = jnp.abs(y - entry)
         found, best = jnp.where(distance < best, i, found), jnp.minimum(distance, best)
     return (found + int(fmt.codes().min())).astype(fmt.code_dtype)
-
-
-def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
-    """`scale * (codes - zero_point) + offset`, computed in float32.
-
-    Args:
-      qt: a QTensor.
-      dtype: of the result; None takes `qt.dtype`. A rounded scale can put a number just beyond the range of float16,
-        for example; it becomes the largest number of the dtype.
-
-    Returns:
-      Array of `qt.shape`, in logical axis order. Bitwise the same eager and jitted, except that an `offset` may be
-      added with one rounding instead of two.
-
-    Raises:
-      TypeError: `qt` is not a QTensor, or `dtype` not a float dtype.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxq
-      >>> jaxq.dequantize(jaxq.quantize(jnp.array([0.0, 1.0, -2.0]), "int8")).tolist()
-      [0.0, 1.0078740119934082, -2.0]
-    """
-    if not isinstance(qt, QTensor):
-        raise TypeError(f"dequantize: expected a QTensor, got {type(qt).__name__}.")
-    dtype = qt.dtype if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dequantize: only float dtypes, got dtype={dtype.name}. For the codes use qt.codes().")
-    return _dequantize(qt, dtype)
 
 
 def fake_quant(
@@ -212,47 +211,6 @@ def fake_quant(
     return _fake_quant(x, key, spec, geometry)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _dequantize(qt: QTensor, dtype: np.dtype) -> jax.Array:
-    geometry = qt.meta.geometry
-    blocks = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
-    view = geometry.unpad(geometry.from_blocks(decode_blocks(qt, blocks)))
-    # Products of a scale and a code may leave float32's range, and narrow casts wrap, saturate or make NaN by dtype.
-    limit = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
-    view = jnp.clip(view, -limit, limit)
-    return geometry.from_view(view.astype(dtype))
-
-
-def decode_blocks(qt: QTensor, blocks: jax.Array) -> jax.Array:
-    """The float32 numbers behind codes arranged by `Geometry.to_blocks` (or broadcastable to it)."""
-    geometry = qt.meta.geometry
-    scale = geometry.scale_to_blocks(scale_values(qt))
-    if qt.zero_point is not None:
-        zero = geometry.scale_to_blocks(qt.zero_point)
-        values = (blocks.astype(jnp.int32) - zero.astype(jnp.int32)).astype(jnp.float32) * scale
-    elif qt.codebook is not None:
-        tables = [geometry.scale_to_blocks(qt.codebook[..., i]) for i in range(qt.codebook.shape[-1])]
-        values = formats.decode_by_table(qt.spec.fmt, jnp.stack(tables, axis=-1), blocks) * scale
-    else:
-        values = qt.spec.fmt.decode(blocks) * scale
-    if qt.offset is not None:
-        values = values + geometry.scale_to_blocks(_scales.load_from_dtype(qt.offset))
-    return values
-
-
-def scale_values(qt: QTensor) -> jax.Array:
-    """The scales as float32 `[*batch, *num_blocks]`, dequantized where they are quantized themselves."""
-    return _values(qt.scale)
-
-
-def _values(scale: jax.Array | QTensor) -> jax.Array:
-    if not isinstance(scale, QTensor):
-        return _scales.load_from_dtype(scale)
-    values = dequantize(scale, dtype=jnp.float32)
-    # About a mean a small scale can come out negative, which would turn its block's signs.
-    return values if scale.offset is None else jnp.maximum(values, 0.0)
-
-
 def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: str, caller: str):
     if isinstance(w, QTensor):
         raise TypeError(f"{caller}: {name} is a QTensor already: {w!r}.")
@@ -261,7 +219,7 @@ def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: st
         raise TypeError(f"{caller}: {name} must be one float array, got {type(w).__name__}.")
     if isinstance(w, float | list | tuple):
         dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # Python numbers have no width of their own
-    what = f"{name}: {_describe(dtype.name, np.shape(w))}"
+    what = f"{name}: {describe(dtype.name, np.shape(w))}"
     if dtype.name not in _FLOATS:
         remedy = "Pass the real and imaginary parts." if dtype.kind == "c" else f"Pass {name}.astype(jnp.float32)."
         raise TypeError(f"{caller}: {name} must be float32, bfloat16 or float16, got {what}. {remedy}")
@@ -279,10 +237,6 @@ def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: st
     return x, geometry
 
 
-def _describe(dtype: str, shape: tuple[int, ...]) -> str:
-    return f"{dtype}[{','.join(map(str, shape))}]"
-
-
 def raise_if_not_finite(
     x: jax.Array,
     name: str,
@@ -297,54 +251,8 @@ def raise_if_not_finite(
     index = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), finite.shape))
     raise ValueError(
         f"{caller}: {name}[{', '.join(map(str, index))}] is {np.asarray(x)[index].astype(np.float32)}, one of "
-        f"{int((~finite).sum())} non-finite numbers ({name}: {_describe(x.dtype.name, x.shape)}). {remedy}"
+        f"{int((~finite).sum())} non-finite numbers ({name}: {describe(x.dtype.name, x.shape)}). {remedy}"
     )
-
-
-def _as_bounds(bounds: Any, x: jax.Array, spec: QuantSpec, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
-    """Bounds as float32 `[*batch, *num_blocks]`."""
-    if spec.scale_rule in NEED_BLOCKS or spec.offset == "mean":
-        raise ValueError(
-            f"quantize: bounds= say nothing of what scale_rule={spec.scale_rule!r} and offset={spec.offset!r} need."
-        )
-    batch = x.shape[: x.ndim - len(geometry.shape)]
-    wanted = (*batch, *geometry.num_blocks)
-    low, high = (jnp.asarray(end, jnp.float32) for end in bounds)
-    for end in (low, high):
-        if end.shape not in ((), batch) and end.size != math.prod(wanted):
-            raise ValueError(
-                f"quantize: bounds are {list(end.shape)}; expected one number, or one for each scale, {list(wanted)}."
-            )
-    if not isinstance(low, Tracer) and not isinstance(high, Tracer):
-        with jax.ensure_compile_time_eval():
-            ordered = bool(jnp.all(low <= high))
-        if not ordered:
-            raise ValueError("quantize: bounds= must be (low, high) with low <= high, and no NaN.")
-    ones = (1,) * len(geometry.num_blocks)
-    ends = [
-        end.reshape(wanted) if end.size == math.prod(wanted) else end.reshape(*end.shape, *ones) for end in (low, high)
-    ]
-    return jnp.broadcast_to(ends[0], wanted), jnp.broadcast_to(ends[1], wanted)
-
-
-def _observed(view: jax.Array, spec: QuantSpec, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
-    """The range that `spec.clipping` finds for every block, `[*batch, *num_blocks]`; NaN where nothing is finite."""
-    assert not isinstance(spec.clipping, str)
-    real = jnp.ones(view.shape[view.ndim - len(geometry.block_shape) :], bool)
-
-    def rows(x: jax.Array) -> jax.Array:  # [*batch, *num_blocks in view order, numbers of a block]
-        blocks = geometry.to_blocks(geometry.pad(x))
-        inner = len(geometry.block_axes)
-        blocks = jnp.moveaxis(blocks, geometry.block_axes, range(-inner, 0))
-        return blocks.reshape(*blocks.shape[: blocks.ndim - inner], -1)
-
-    x, where = rows(view.astype(jnp.float32)), rows(real)
-    observer = dataclasses.replace(spec.clipping, axis=tuple(range(x.ndim - 1)))
-    symmetric = spec.symmetric and spec.offset is None
-    mask = jnp.broadcast_to(where, x.shape)
-    ends = observer.bounds_of(x, spec.fmt, symmetric=symmetric, where=mask, on_nonfinite="ignore")
-    k = geometry.k_position - len(geometry.block_shape)
-    return jnp.moveaxis(ends[0], k, -1), jnp.moveaxis(ends[1], k, -1)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "geometry", "on_nonfinite", "positive"))
@@ -370,7 +278,7 @@ def _quantize(
     # Zeros in the padding change no magnitude, but would be the minimum of a block of positive numbers.
     blocks = geometry.to_blocks(geometry.pad(view, mode="edge" if spec.offset == "min" else "constant"))
     if bounds is None and not isinstance(spec.clipping, str):
-        bounds = _observed(view, spec, geometry)
+        bounds = observed(view, spec, geometry)
     measured = blocks
     if positive and _holds_nan(spec.fmt):
         measured = jnp.where(jnp.isnan(blocks), np.float32(0), blocks)
@@ -387,7 +295,7 @@ def _quantize(
         stored: jax.Array | QTensor = _quantize_scale(ideal, spec.scale, geometry)
     else:
         stored = _scales.store_in_dtype(ideal, spec.scale)
-    steps = ideal_steps if spec.codes_from == "ideal" else geometry.scale_to_blocks(_values(stored))
+    steps = ideal_steps if spec.codes_from == "ideal" else geometry.scale_to_blocks(stored_values(stored))
     if spec.offset == "min":
         dtype = spec.scale if isinstance(spec.scale, str) and spec.scale in _FLOATS else "float32"
         offset = _scales.store_in_dtype(geometry.scale_from_blocks(found.low), dtype, signed=True)
@@ -419,7 +327,7 @@ def _quantize_scale(ideal: jax.Array, spec: QuantSpec, geometry: Geometry) -> QT
         (-1,),
         (),
         caller="quantize",
-        what=f"scale: {_describe('float32', geometry.num_blocks)}",
+        what=f"scale: {describe('float32', geometry.num_blocks)}",
         multiple=formats.codes_per_pack(spec.fmt.bits, spec.order),
     )
     return _quantize(ideal, spec, inner, None, positive=spec.offset is None)
@@ -474,38 +382,3 @@ def _fake_quant_jvp(spec: QuantSpec, geometry: Geometry, primals, tangents):
     inside = inside_range(x, qt)
     # The function again, not its value: a derivative may be taken of this one.
     return _fake_quant(x, key, spec, geometry), jnp.where(inside, tangents[0], jnp.zeros((), x.dtype))
-
-
-def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
-    """Where rounding alone moves a number of `x` in `quantize(x)`, and no clipping: bool, of the shape of `x`.
-
-    Args:
-      x: floats.
-      qt: `x` quantized, by the format's own numbers (no `codebook`).
-    """
-    geometry = qt.meta.geometry
-    y = geometry.to_blocks(geometry.pad(geometry.to_view(x))).astype(jnp.float32)
-    if qt.offset is not None:
-        y = y - geometry.scale_to_blocks(_scales.load_from_dtype(qt.offset))
-    y = _scales.divide(y, geometry.scale_to_blocks(scale_values(qt)))
-    if qt.zero_point is not None:
-        y = y + geometry.scale_to_blocks(qt.zero_point.astype(jnp.float32))
-    low, high = _reach(qt.spec)
-    return geometry.from_view(geometry.unpad(geometry.from_blocks((low <= y) & (y <= high))))
-
-
-def with_margin(low: jax.Array, high: jax.Array, spec: QuantSpec | None) -> tuple[jax.Array, jax.Array]:
-    """Given bounds, wider by half a step at the edge: within them, rounding is the only error."""
-    assert spec is not None
-    values = spec.fmt.values()
-    share = float((values[-1] - values[-2]) / (values[-1] - values[0])) / 2
-    margin = (high - low) * np.float32(share)
-    return low - margin, high + margin
-
-
-def _reach(spec: QuantSpec) -> tuple[float, float]:
-    """The range in which rounding is the only error: half a step beyond the outermost numbers."""
-    values = spec.fmt.values()
-    if spec.symmetric and spec.fmt.kind == "integer" and spec.scale_rule != "signed_extreme" and spec.offset is None:
-        values = values[values >= -spec.fmt.max]
-    return float(values[0] - (values[1] - values[0]) / 2), float(values[-1] + (values[-1] - values[-2]) / 2)

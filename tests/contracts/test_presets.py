@@ -1,6 +1,10 @@
-"""One table: every preset, times every kind of array, times every promise of `quantize`. A new preset is a row."""
+"""One table: every preset, times every kind of array, times every promise of `quantize`. A new preset is a row.
+
+Beside the presets stands a spec of three levels of scales, which none of them has.
+"""
 
 import functools
+import itertools
 import json
 import math
 import pickle
@@ -11,34 +15,49 @@ import numpy as np
 import pytest
 
 import jaxq
-from jaxq import QTensor, QuantSpec
+from jaxq import PerChannel, PerGroup, PerTensor, QTensor, QuantSpec
 from jaxq.qtensor import scale_values
 from tests import tables
 
 PRESETS = tuple(jaxq.presets())
-# name: (shape, contracting, batch). 100 and 288 are multiples of no common group size. A layer of the stack has the
-# shape of the matrix, so that both share what is compiled for it.
-CASES = {
+THREE_LEVELS = QuantSpec(
+    "int4",
+    PerGroup(16, pad=True),
+    scale=QuantSpec("uint8", PerChannel(), scale=QuantSpec("float8_e4m3fn", PerTensor())),
+)
+SPECS = {**jaxq.presets(), "three_levels": THREE_LEVELS}
+# name: (shape, contracting, batch). 100 and 288 are multiples of no common group size.
+ARRAYS = {
     "row": ((100,), None, ()),
     "matrix": ((100, 64), None, ()),
     "qkv": ((288, 4, 6), -3, ()),
     "attention_output": ((4, 16, 48), (-3, -2), ()),
-    "stacked": ((3, 100, 64), -2, 0),
 }
-over_presets = pytest.mark.parametrize("preset", PRESETS)
-over_some = tables.over_presets
-over_cases = pytest.mark.parametrize("case", CASES)
+# Three of each, in one array with a batch axis.
+STACKS = {
+    f"stacked_{name}": ((3, *shape), -min(len(shape), 2) if contracting is None else contracting, 0)
+    for name, (shape, contracting, _) in ARRAYS.items()
+}
+CASES = {**ARRAYS, **STACKS}
+DEFAULT = (*tables.REPRESENTATIVES, "three_levels")
+over_presets = pytest.mark.parametrize("preset", tables.thinned(SPECS, DEFAULT))
+over_cases = pytest.mark.parametrize("case", [*ARRAYS, "stacked_matrix"])
+over_stacks = pytest.mark.parametrize(
+    ("preset", "case"),
+    tables.thinned(itertools.product(SPECS, STACKS), [(preset, "stacked_matrix") for preset in DEFAULT]),
+)
 # The numbers: every preset as a matrix and as a stack, which other tests here compile anyway; some as all the rest.
 COMPILED = {
     "row": ("int8", "int3", "nf4_dq", "nvfp4", "ttq"),
-    "matrix": PRESETS,
+    "matrix": tuple(SPECS),
     "qkv": ("int4", "uint4", "nf4", "mxfp4"),
     "attention_output": ("fp8", "int3", "nf4_dq", "nvfp4", "ttq"),
-    "stacked": PRESETS[::4],
+    "stacked_matrix": PRESETS[::4],
 }
-TABLE = [(preset, case) for preset in PRESETS for case in CASES]
+TABLE = list(itertools.product(SPECS, CASES))
 over_numbers = pytest.mark.parametrize(
-    ("preset", "case"), tables.thinned(TABLE, [(preset, case) for preset, case in TABLE if preset in COMPILED[case]])
+    ("preset", "case"),
+    tables.thinned(TABLE, [(preset, case) for preset, case in TABLE if preset in COMPILED.get(case, ())]),
 )
 traces: list[QuantSpec] = []
 
@@ -64,7 +83,7 @@ def array(case: str) -> np.ndarray:
 @functools.cache
 def jitted(preset: str, case: str) -> tuple[QTensor, jax.Array]:
     _, contracting, batch = CASES[case]
-    return compiled(array(case), jaxq.presets()[preset], contracting, batch)
+    return compiled(array(case), SPECS[preset], contracting, batch)
 
 
 def quantized(preset: str, case: str) -> QTensor:
@@ -94,19 +113,19 @@ def sums_floats(spec: QuantSpec) -> bool:
     return spec.scale_rule in ("absmean", "ttq") or spec.offset == "mean" or nested
 
 
-@tables.over_presets
+@over_presets
 def test_jitted_equals_eager_to_the_bit(preset):
     x, (_, contracting, batch) = array("matrix"), CASES["matrix"]
     qt, values = jitted(preset, "matrix")
-    eager = jaxq.quantize(x, preset, contracting=contracting, batch=batch)
+    eager = jaxq.quantize(x, SPECS[preset], contracting=contracting, batch=batch)
     assert_same(qt, eager)
     assert_same(values, jaxq.dequantize(eager))
 
 
-@over_some
+@over_presets
 def test_equal_specs_are_traced_once(preset):
     x, (_, contracting, batch) = array("matrix"), CASES["matrix"]
-    spec = jaxq.presets()[preset]
+    spec = SPECS[preset]
     compiled(x, spec, contracting, batch)
     before = len(traces)
     assert spec in traces
@@ -118,11 +137,11 @@ def test_equal_specs_are_traced_once(preset):
 
 
 @over_cases
-@over_presets
+@pytest.mark.parametrize("preset", list(SPECS))
 def test_shape_dtype_and_bytes(preset, case):
     # Nothing is computed: the arrays of the other tests come from the same function.
     x, (_, contracting, batch) = array(case), CASES[case]
-    qt, values = jax.eval_shape(lambda x: compiled(x, jaxq.presets()[preset], contracting, batch), x)
+    qt, values = jax.eval_shape(lambda x: compiled(x, SPECS[preset], contracting, batch), x)
     assert (qt.shape, qt.dtype, qt.ndim, qt.size) == (x.shape, x.dtype, x.ndim, x.size)
     codes = jax.eval_shape(QTensor.codes, qt)
     assert (codes.shape, codes.dtype) == (x.shape, qt.spec.fmt.code_dtype)
@@ -245,11 +264,11 @@ def ideal_scale(block: np.ndarray, spec: QuantSpec) -> np.ndarray:
     return largest / spec.fmt.max
 
 
-@over_some
-def test_layers_of_a_stack_stand_alone(preset):
-    x, stack = array("stacked"), quantized(preset, "stacked")
+@over_stacks
+def test_layers_of_a_stack_stand_alone(preset, case):
+    x, stack = array(case), quantized(preset, case)
     sums = sums_floats(stack.spec)
-    _, contracting, batch = CASES["matrix"]
+    _, contracting, batch = ARRAYS[case.removeprefix("stacked_")]
     layers = [compiled(layer, stack.spec, contracting, batch)[0] for layer in x]
     for i, layer in enumerate(layers):
         assert_same(jax.tree.map(lambda a, i=i: a[i], stack), layer, sums=sums)
@@ -257,30 +276,30 @@ def test_layers_of_a_stack_stand_alone(preset):
     assert_same(jax.tree.map(lambda *a: np.stack(a), *layers), stack, sums=sums)
 
 
-@tables.over_presets
-def test_mapping_over_layers_is_quantizing_a_stack(preset):
-    stack = quantized(preset, "stacked")
-    mapped = jax.jit(jax.vmap(functools.partial(jaxq.quantize, spec=preset)))(array("stacked"))
-    assert_same(mapped, stack, sums=sums_floats(stack.spec))
+@over_stacks
+def test_mapping_over_layers_is_quantizing_a_stack(preset, case):
+    stack, (_, contracting, batch) = quantized(preset, case), ARRAYS[case.removeprefix("stacked_")]
+    one = functools.partial(jaxq.quantize, spec=SPECS[preset], contracting=contracting, batch=batch)
+    assert_same(jax.jit(jax.vmap(one))(array(case)), stack, sums=sums_floats(stack.spec))
 
 
-@tables.over_presets
-def test_scan_over_the_layers_of_a_stack(preset):
-    stack = quantized(preset, "stacked")
+@over_stacks
+def test_scan_over_the_layers_of_a_stack(preset, case):
+    stack = quantized(preset, case)
 
     @jax.jit
     def scanned(stack, start):
         def body(carry, layer):
             assert layer.shape == stack.shape[1:]
             values = jaxq.dequantize(layer)
-            return carry + values[0], (layer, values)
+            return carry + values, (layer, values)
 
         return jax.lax.scan(body, start, stack)
 
-    total, (back, values) = scanned(stack, np.zeros(64, np.float32))
+    total, (back, values) = scanned(stack, np.zeros(stack.shape[1:], np.float32))
     assert_same(back, stack)
-    assert_same(values, dequantized(preset, "stacked"))
-    np.testing.assert_allclose(total, values[:, 0].sum(0), rtol=1e-5, atol=1e-4)
+    assert_same(values, dequantized(preset, case))
+    np.testing.assert_allclose(total, values.sum(0), rtol=1e-5, atol=1e-4)
 
 
 @over_numbers

@@ -9,7 +9,7 @@ from jax import lax
 
 import jaxq
 from jaxq import QTensor
-from jaxq.nn import QConv, QEinsum, QEmbed, QLinear, QLinearGeneral, QuantizedParam, find_layers
+from jaxq.nn import QConv, QConvTranspose, QEinsum, QEmbed, QLinear, QLinearGeneral, QuantizedParam, find_layers
 from jaxq.nn._layers import quantize_own_weight
 from tests import tables
 from tests.ops.reference import equations
@@ -335,11 +335,31 @@ def test_bfloat16_products_accumulate_in_float32():
         (QLinearGeneral(40, (2, 3), **bf16), (2, 40)),
         (QEinsum("bd,dn->bn", (40, 6), **bf16), (2, 40)),
         (QConv(5, 6, (3,), **bf16), (2, 6, 5)),
+        (QConvTranspose(5, 6, (3,), **bf16), (2, 6, 5)),
     ]
     for layer, shape in layers:
         x = jnp.ones(shape, jnp.bfloat16)
         assert dots(layer, x) == [("bfloat16", "bfloat16", "float32", "float32")], type(layer)
         assert jax.eval_shape(layer, x).dtype == jnp.bfloat16
+    table = QEmbed(6, 40, weight=None, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert dots(table.attend, jnp.ones((2, 40), jnp.bfloat16)) == [("bfloat16", "bfloat16", "float32", "float32")]
+
+
+@pytest.mark.parametrize("layer", [QConv, QConvTranspose])
+def test_masked_convolutions_stay_in_floats(layer):
+    mask = jnp.ones((3, 5, 6)).at[0].set(0)
+    with pytest.raises(ValueError, match="mask= needs weight=None"):
+        layer(5, 6, (3,), mask=mask, rngs=nnx.Rngs(0))
+    x, plain = jnp.ones((2, 6, 5)), {QConv: nnx.Conv, QConvTranspose: nnx.ConvTranspose}[layer]
+    y = layer(5, 6, (3,), mask=mask, weight=None, rngs=nnx.Rngs(0))(x)
+    np.testing.assert_allclose(y, plain(5, 6, (3,), mask=mask, rngs=nnx.Rngs(0))(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_table_of_one_row_has_it_for_every_index():
+    layer = quantize(nnx.Embed(1, 40, rngs=nnx.Rngs(0)), "int8")
+    rows = layer(jnp.asarray([0, 3]))
+    assert (rows[0] == rows[1]).all()
+    assert np.isfinite(rows).all()
 
 
 def test_weight_only_products_accumulate_in_float32():

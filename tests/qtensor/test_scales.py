@@ -1,6 +1,7 @@
 """Scales by rule and in their dtype: the definitions, written out in float64."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxq
-from jaxq import PerGroup, QuantSpec
+from jaxq import PerChannel, PerGroup, QuantSpec
 from jaxq.qtensor import scale_values
 from tests import tables
 from tests.qtensor import oracle
@@ -164,6 +165,7 @@ def test_scales_are_rounded_into_their_dtype_before_use(dtype):
     np.testing.assert_array_equal(qt.codes(), codes)
 
 
+@pytest.mark.filterwarnings("ignore:quantize")
 @pytest.mark.parametrize(("dtype", "smallest"), [("float16", 2.0**-24), ("float8_e4m3fn", 2.0**-9), ("bfloat16", None)])
 def test_scales_beyond_their_dtype_are_clamped_not_lost(dtype, smallest):
     # Below the smallest number of a dtype a scale becomes that number, never 0 or infinity.
@@ -282,3 +284,20 @@ def test_bitsandbytes_double_quantization():
     stored = jaxq.quantize(w, spec.replace(codes_from="stored"))
     errors = [np.linalg.norm(np.asarray(jaxq.dequantize(q)) - w) for q in (stored, qt)]
     assert errors[0] < errors[1], "codes made for the scale as it reads back fit better"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "magnitude", "lost"),
+    [("float16", 1e8, 1), ("float16", 1e-6, 1), ("float16", 1.0, 0), ("float8_e4m3fn", 0.1, 2), ("bfloat16", 1e30, 0)],
+)
+def test_scales_beyond_their_dtype_are_said(dtype, magnitude, lost):
+    w = jnp.asarray([[1.0 if dtype == "float16" else magnitude, magnitude, 0.0]] * 2)
+    spec = QuantSpec("int8", PerChannel(), scale=dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jaxq.quantize(w, spec, name="layer/kernel")
+    assert len(caught) == bool(lost)
+    if lost:
+        assert str(caught[0].message).startswith(f"quantize: {lost} of 3 scales of layer/kernel lie beyond {dtype}")
+        assert caught[0].filename == __file__
+    jax.jit(lambda w: jaxq.quantize(w, spec).data)(w)  # where nothing can be told, nothing is
