@@ -30,9 +30,11 @@ PROMPT = "def read(self, size=-1):\n"
 
 
 def progress(text: str) -> None:
-    """One line that the next overwrites, on a terminal only."""
+    """One line that the next overwrites on a terminal; in a log, a line each."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
 
 
 start = time.perf_counter()

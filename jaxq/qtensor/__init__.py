@@ -18,6 +18,7 @@ from jaxq.qtensor._granularity import (
 )
 from jaxq.qtensor._layout import relayout
 from jaxq.qtensor._meta import Meta
+from jaxq.qtensor._partition import combine, partition
 from jaxq.qtensor._presets import as_spec, presets
 from jaxq.qtensor._qtensor import LEAVES, QTensor
 from jaxq.qtensor._quantize import (
@@ -45,10 +46,12 @@ __all__ = [
     "QuantSpec",
     "as_spec",
     "as_static",
+    "combine",
     "decode_blocks",
     "dequantize",
     "fake_quant",
     "inside_range",
+    "partition",
     "presets",
     "quantize",
     "raise_if_not_finite",

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import jaxq
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,3 +76,17 @@ def test_digits_keep_their_accuracy_in_int8():
     assert "int32 sums: 3 of 3" in out
     assert "int8 static" in out
     assert "by a range known beforehand" in out
+
+
+@pytest.mark.heavy
+def test_training_writes_a_model_and_goes_on_where_it_stopped(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="the example trains a tokenizer: pip install jaxq[hf]")
+    places = [f"--{name}={tmp_path / name}" for name in ("out", "work", "heldout")]
+    run("examples/train_tiny_llama.py", "--steps=2", *places)
+    first = (tmp_path / "out" / "model.safetensors").read_bytes()
+    run("examples/train_tiny_llama.py", "--steps=3", "--resume", *places)
+    model, tokenizer = jaxq.models.load(tmp_path / "out")
+    assert isinstance(tokenizer, tokenizers.Tokenizer)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != first
+    tokens = np.asarray(tokenizer.encode((tmp_path / "heldout").read_text()[:2000]).ids, np.int32)
+    assert jaxq.evaluation.perplexity(model, tokens, context=64) < model.config.vocab_size  # better than not knowing
