@@ -61,11 +61,31 @@ KINDS = (
     *("Array", "Param"),
 )
 
-# Arrays of a tree that are looked up, by a word of their names; "embedding_proj" and what is in it are multiplied with.
-_PROJECTION = r"(.*[/_])?(dense|linear|mlp|patch|proj|projection)s?\d*([/_].*)?$"
-_EMBEDDINGS = rf"re:(.*/)?(?!{_PROJECTION})([^/]*_)?(emb|embed|embedder|embeddings?|wpe|wte)(_[^/]*)?(/.*)?"
-# Last names of layers that make logits or choose experts: small errors there cost most, so they stay in floats.
-HEADS = ("head", "lm_head", "logits", "output_head", "router", "unembed")
+# What recipes by name leave in floats: small errors there cost most. Names are words of a path, whose components "/"
+# separates, or "." in flat dicts of Hugging Face; "LMHead_0" is what linen calls an LMHead without a name.
+_IN = r"re:(?i)(?:.*[/.])?"  # anywhere in the model
+_TOP = r"re:(?i)(?:(?:base_model|model|module|params|transformer)[/.])*"  # of the model itself
+_AND_BELOW = r"(?:_\d+)?(?:[/.].*)?"  # and what is in it
+# Arrays that are looked up; "embedding_proj" and what is in it are multiplied with.
+_PROJECTION = r"(.*[/._])?(dense|linear|mlp|patch|proj|projection)s?\d*([/._].*)?$"
+_TABLES = r"([^/.]*_)?(emb|embed|embedder|embeddings?|relative_attention_bias|wpe|wte)(_[^/.]*)?([/.].*)?"
+# Gains and biases; stacks of them have two axes, as matrices do.
+_NORM = r"([^/.]*_)?(bn|(batch|group|layer|rms)?_?norm|ln)(_?\d+|_[^/.]*)?([/.](w|weight))?"
+_VECTOR = r"([^/.]*_)?(beta|bias|gain|gamma|mean|scale|var)(es|s)?"
+_HEADS = "embed_out|head|lm_?head|mlm_?head|logits|output_?head|unembed|unembedding"
+_TOP_HEADS = "classification_head|classifier|cls|out|output|score"  # attention has an `out` too, inside
+_ROUTERS = r"router|[^/.]*moe[^/.]*[/.]gate|shared_expert_gate"
+_MATRICES = ("Linear", "Dense", "Einsum", "Array", "Param")  # attention's own `out` is a LinearGeneral
+_IN_FLOATS = (
+    # (what, pattern, kinds)
+    ("embedding", "**", ("Embed",)),
+    ("router", rf"{_IN}({_ROUTERS}){_AND_BELOW}", KINDS),
+    ("output head", rf"{_IN}({_HEADS}){_AND_BELOW}", KINDS),
+    ("output head", rf"{_TOP}({_TOP_HEADS}){_AND_BELOW}", _MATRICES),
+    ("embedding", rf"{_IN}(?!{_PROJECTION}){_TABLES}", ("Array",)),
+    ("embedding", rf"{_TOP}shared[/.]weight", ("Array",)),  # T5's
+    ("norm or bias", rf"{_IN}({_NORM}|{_VECTOR})", ("Array",)),
+)
 
 
 class Layer(NamedTuple):
@@ -338,7 +358,7 @@ def get(name: str | QuantSpec) -> Recipe:
 
 
 def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
-    """A recipe by name, or a spec for every weight; both leave embeddings, output heads and routers in floats.
+    """A recipe by name, or a spec for every weight; both leave embeddings, norms, output heads and routers in floats.
 
     Raises:
       ValueError: no such recipe; close matches are named.
@@ -360,13 +380,10 @@ def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
         weight, activation, observer, method, rotate = recipe, None, None, "rtn", False
     else:
         raise TypeError(f"{caller}: recipe must be a name, a QuantSpec or a jaxq.Recipe, got {type(recipe).__name__}.")
-    defaults: list[Any] = [
-        Rule(kinds=("Embed",), skip=True, reason="embedding, left in floats by default", optional=True),
-        Rule(_EMBEDDINGS, kinds=("Array",), skip=True, reason="embedding, left in floats by default", optional=True),
-    ]
-    for head in HEADS:
-        what = "router" if head == "router" else "output head"
-        defaults.append(Rule(f"**/{head}", skip=True, reason=f"{what}, left in floats by default", optional=True))
+    defaults = (
+        Rule(pattern, kinds=kinds, skip=True, reason=f"{what}, left in floats by default", optional=True)
+        for what, pattern, kinds in _IN_FLOATS
+    )
     last = Rule(weight=weight, activation=activation, observer=observer, method=method)
     return Recipe((*defaults, last), rotate=rotate)
 

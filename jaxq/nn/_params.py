@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxq import formats, methods
 from jaxq.nn._folding import FOLDED, raise_if_rotating
@@ -48,8 +49,9 @@ def quantize_params(
 
     Args:
       params: any pytree of arrays: dicts of Haiku or Flax, Equinox modules, lists.
-      recipe: as in `jaxq.quantize_model`. A name or a spec takes every float matrix, but no arrays of embeddings,
-        heads and routers, by their names; arrays of three axes and more need a rule that says `contracting=`.
+      recipe: as in `jaxq.quantize_model`. A name or a spec takes every float matrix, but no embeddings, norms,
+        biases, heads and routers, which it knows by their names; arrays of three axes and more need a rule that says
+        `contracting=`.
       strict: a rule that matches nothing is an error; False says so in the report.
       donate: frees each array once it is quantized, so that a model larger than half the memory fits. The arrays in
         `params` must not be used afterwards.
@@ -132,8 +134,11 @@ def plan_params(params: Any, recipe: Recipe, *, strict: bool = True) -> Report:
 def _match(params: Any, recipe: Recipe, on_nonfinite: str, strict: bool) -> list[_Leaf]:
     """Every leaf with what is to become of it, after all were checked."""
     problems, leaves = [], []
+    held = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    variables = {keys for keys, node in held if isinstance(node, nnx.Variable)}
     for keys, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_qtensor):
-        leaf, problem = _match_leaf(_path_of(keys), value, recipe, on_nonfinite)
+        own = keys[:-1] if keys[:-1] in variables else keys  # of `nnx.state`, without the variable's ".value"
+        leaf, problem = _match_leaf(_path_of(own), value, recipe, on_nonfinite)
         leaves.append(leaf)
         if problem is not None:
             problems.append(f"  {leaf.path or 'the array'} {list(np.shape(value))}: {problem}")

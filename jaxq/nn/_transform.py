@@ -49,7 +49,8 @@ def quantize_model(
     Args:
       model: a flax nnx module with float parameters.
       recipe: a name (`jaxq.recipes.names()`: every preset as weight-only, "w8a8", ...), a `QuantSpec` for every
-        weight, or a `jaxq.Recipe`. Names and specs leave embeddings, output heads and routers in floats.
+        weight, or a `jaxq.Recipe`. Names and specs leave embeddings, output heads and routers in floats,
+        which they know by kind and by name ("lm_head", "router", ...): the report says which.
       calibration: batches of real inputs, for methods that need data (`jaxq.methods`), or what `jaxq.nn.calibrate` made
         of them. Methods that do without are judged by them too, if they are given.
       mask: which rows of a batch count, as in `calibrate`.

@@ -139,7 +139,7 @@ def test_attention_convolution_and_statistics_of_batches():
     module, x = Image(), normal(2, 8, 8, 3)
     variables = jax.jit(module.init, static_argnums=2)(jax.random.key(0), x, False)
     qmodule, qvariables, report = quantize_model(module, variables, "int8")  # an image and train=False are guessed
-    expected = {"conv", "attn/query", "attn/key", "attn/value", "attn/out", "out"}
+    expected = {"conv", "attn/query", "attn/key", "attn/value", "attn/out"}  # "out" is a head
     assert {row.path.removesuffix("/kernel") for row in report.quantized} == expected
     note = next(row.note for row in report.rows if row.path == "batch_stats/norm/mean")
     assert note == "no parameter, passed through"

@@ -64,6 +64,18 @@ def test_code_of_the_user_multiplies_and_dequantizes(params):
     assert jaxq.dequantize_params(q, dtype=jnp.bfloat16)["layers"][0]["up"]["kernel"].dtype == jnp.bfloat16
 
 
+def test_states_of_nnx_and_stacks_go_by_the_names_of_layers():
+    model = nnx.Dict(up=nnx.Linear(32, 8, rngs=nnx.Rngs(0)), router=nnx.Linear(32, 4, rngs=nnx.Rngs(0)))
+    q, report = jaxq.quantize_params(nnx.state(model), "int8")
+    notes = {row.path: row.note for row in report.rows}
+    assert notes["router/kernel"] == "router, left in floats by default"
+    assert [row.path for row in report.quantized] == ["up/kernel"]
+    assert isinstance(q["up"]["kernel"].get_value(), QTensor)
+    q, _ = jaxq.quantize_params(nnx.state(model), Recipe([Rule("up", weight="int8")]))
+    stacked = {"norm": {"scale": normal(3, 32)}, "up": {"bias": normal(3, 8), "kernel": normal(32, 8)}}
+    assert [row.path for row in jaxq.quantize_params(stacked, "int8")[1].quantized] == ["up/kernel"]
+
+
 def test_roles_of_axes_are_said_by_rules():
     params = {"experts": normal(4, 32, 8), "torch": {"weight": normal(8, 32)}}
     with pytest.raises(ValueError, match=r"experts \[4, 32, 8\]: which of its 3 axes"):

@@ -151,7 +151,8 @@ def _match_bare(structure: Structure, params: Params, recipe: Recipe, out: Match
         rule = next((r for r in named if r.matches(path, "Param", tuple(value.shape), cls)), None)
         if rule is not None:
             out.used.append(rule)
-            out.rules[key] = rule
+            if value.ndim > 1:  # of others the report says that they are no matrices
+                out.rules[key] = rule
             if rule.weight is not None:
                 problems.append(
                     f"  {path} (Param): flax gives {cls.__name__} an array of the shape that it asks for, so this can "

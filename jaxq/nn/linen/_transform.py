@@ -57,7 +57,8 @@ def quantize_model(
       variables: as `module.apply` takes them, float parameters; also a FrozenDict. Boxes of metadata
         (`nn.Partitioned`) are taken off the weights that are quantized, for they speak of axes that codes do not have.
       recipe: a name (`jaxq.recipes.names()`: every preset as weight-only, "w8a8", ...), a `QuantSpec` for every
-        weight, or a `jaxq.Recipe`. Names and specs leave embeddings, output heads and routers in floats.
+        weight, or a `jaxq.Recipe`. Names and specs leave embeddings, output heads and routers in floats,
+        which they know by kind and by name ("lm_head", "router", ...): the report says which.
       example: an input of the module, or its `jax.ShapeDtypeStruct`: an array, a tuple of arguments or a dict of named
         ones (`method=`, `rngs=` and `mutable=` of `apply` among them). None takes the first batch of `calibration`;
         without it, inputs of usual shapes are tried until one reaches all parameters.
