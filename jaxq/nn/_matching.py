@@ -64,6 +64,7 @@ def match(
         matched.append((found, recipe.find(found.path, found.kind.name, shape, type(found.layer))))
     known = {id(getattr(found.layer, found.kind.weight)) for found, _ in matched}
     bare, untouched = _match_bare(model, recipe, known)
+    changed = _changed_on_their_way(model)
     matched += bare
     uses: dict[int, tuple[str, Any]] = {}
     for found, rule in matched:
@@ -71,7 +72,7 @@ def match(
         value = variable.get_value()
         name = found.path or type(found.layer).__name__
         if rule is not None and rule.weight is not None:
-            problem = found.kind.problem(found.layer)
+            problem = changed.get(id(found.layer)) or found.kind.problem(found.layer)
             if isinstance(value, QTensor):
                 problem = "it is quantized already"
             if problem is None:
@@ -99,14 +100,36 @@ def match(
     if strict:
         paths = [f"{f.path or 'the model itself'} ({f.kind.name})" for f, _ in matched]
         raise_unused(recipe, [rule for _, rule in matched], paths, "quantize_model", "layer")
-        if untouched:
-            raise ValueError(
-                f"quantize_model: {', '.join(untouched)}: matrices of modules jaxq does not know, and no rule says "
-                "what to do with them. To quantize one that is multiplied with, add jaxq.Rule(path, weight=..., "
-                "kinds=('Param',)); to leave it in floats, jaxq.Rule(path, skip=True, kinds=('Param',)); strict=False "
-                "leaves them all. jaxq.recipes.get(name).rules are the rules of a recipe by name."
-            )
+        raise_untouched(
+            untouched,
+            "To quantize one that is multiplied with, add jaxq.Rule(path, weight=..., kinds=('Param',)); to leave it "
+            "in floats,",
+            "jaxq.recipes.get(name).rules are the rules of a recipe by name.",
+        )
     return matched
+
+
+def raise_untouched(untouched: Sequence[str], how: str, more: str) -> None:
+    """Raises where there are matrices that no rule is about; `how` one says so, and what `more` there is to know."""
+    if untouched:
+        raise ValueError(
+            f"quantize_model: {', '.join(untouched)}: matrices of modules jaxq does not know, and no rule says what to "
+            f"do with them. {how} jaxq.Rule(path, skip=True, kinds=('Param',)); strict=False leaves them all. {more}"
+        )
+
+
+def _changed_on_their_way(model: nnx.Module) -> dict[int, str]:
+    """What stands against quantizing modules whose weights another one normalizes at each call, by identity."""
+    changed = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.SpectralNorm | nnx.WeightNorm):
+            where = "/".join(map(str, path)) or "the model itself"
+            reason = (
+                f"{where}, an nnx.{type(module).__name__}, normalizes its weight at each call, which codes cannot be; "
+                "put the normalized weight into the layer, and the layer in the place of its wrapper"
+            )
+            changed |= {id(inner): reason for _, inner in nnx.iter_modules(module) if inner is not module}
+    return changed
 
 
 def multiplies(path: str, shape: Sequence[int], module: type) -> bool:
@@ -166,7 +189,8 @@ def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any,
         if id(node) in known or not path or not (variable or isinstance(node, jax.Array | np.ndarray)):
             continue
         owner = path[:-1]
-        if owner in modules and find_kind(modules[owner]) is not None:
+        of_flax = owner in modules and type(modules[owner]).__module__.startswith("flax.")
+        if of_flax and find_kind(modules[owner]) is not None:
             continue
         direct = owner in modules and not isinstance(modules[owner], nnx.List | nnx.Dict)
         while owner and (owner not in modules or isinstance(modules[owner], nnx.List | nnx.Dict)):
@@ -193,6 +217,11 @@ def unused_rules(recipe: Recipe, taken: Sequence[Rule | None]) -> list[str]:
     """Patterns of rules that are not optional and not among those that were taken."""
     used = {id(rule) for rule in taken if rule is not None}
     return [rule.pattern for rule in recipe.rules if id(rule) not in used and not rule.optional]
+
+
+def unused_notes(recipe: Recipe, taken: Sequence[Rule | None], strict: bool) -> tuple[str, ...]:
+    """What a report says of rules that matched nothing, where that is no error."""
+    return () if strict else tuple(f"rule {pattern!r} matched nothing" for pattern in unused_rules(recipe, taken))
 
 
 def raise_unused(recipe: Recipe, taken: Sequence[Rule | None], paths: Sequence[str], caller: str, what: str) -> None:

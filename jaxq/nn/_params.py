@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxq import formats, methods
 from jaxq.nn._folding import FOLDED, raise_if_rotating
-from jaxq.nn._matching import check_axes, raise_problems, raise_unused, unused_rules
+from jaxq.nn._matching import check_axes, raise_problems, raise_unused, unused_notes
 from jaxq.nn._placement import on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
 from jaxq.nn._solve import dry_run, quantize_weight
@@ -94,8 +94,8 @@ def quantize_params(
         if donate and isinstance(leaf.value, jax.Array):
             jax.block_until_ready(qt)
             leaf.value.delete()
-    structure = jax.tree.structure(params, is_leaf=_is_qtensor)
-    return jax.tree.unflatten(structure, out), Report(tuple(rows), _notes(recipe, leaves, strict))
+    tree = jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_qtensor), out)
+    return tree, Report(tuple(rows), unused_notes(recipe, [leaf.rule for leaf in leaves], strict))
 
 
 def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
@@ -128,7 +128,7 @@ def plan_params(params: Any, recipe: Recipe, *, strict: bool = True) -> Report:
         else:
             assert leaf.rule is not None
             rows.append(planned_row(leaf.path, "Array", leaf.value, leaf.planned, leaf.rule.method))
-    return Report(tuple(rows), _notes(recipe, leaves, strict))
+    return Report(tuple(rows), unused_notes(recipe, [leaf.rule for leaf in leaves], strict))
 
 
 def _match(params: Any, recipe: Recipe, on_nonfinite: str, strict: bool) -> list[_Leaf]:
@@ -197,11 +197,6 @@ def _check_method(rule: Rule) -> None:
 def _left_row(leaf: _Leaf) -> Row:
     value = leaf.value if hasattr(leaf.value, "dtype") or isinstance(leaf.value, QTensor) else np.asarray(leaf.value)
     return float_row(leaf.path, "Array", value, leaf.note)
-
-
-def _notes(recipe: Recipe, leaves: list[_Leaf], strict: bool) -> tuple[str, ...]:
-    unused = () if strict else unused_rules(recipe, [leaf.rule for leaf in leaves])
-    return tuple(f"rule {pattern!r} matched nothing" for pattern in unused)
 
 
 def _path_of(keys: tuple[Any, ...]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxq import metrics, ops
 from jaxq.methods import Solved
+from jaxq.nn._layers import Roles
 from jaxq.qtensor import Geometry, QTensor, dequantize, inside_range, quantize
 from jaxq.recipes import Rule
 
@@ -228,7 +229,7 @@ def other_row(path: str, variable: Any, layers: set[str]) -> Row:
 
 def planned_row(
     path: str, kind: str, floats: Any, qt: QTensor, method: str = "rtn", notes: Sequence[str] = (),
-    inner: tuple[int, ...] = (),
+    roles: Roles | None = None,
 ) -> Row:  # fmt: skip
     """The row of a weight as it is stored, without what must be measured.
 
@@ -239,7 +240,7 @@ def planned_row(
       qt: what replaces it; leaves may be `jax.ShapeDtypeStruct`s.
       method: that makes the codes.
       notes: what else there is to say.
-      inner: as in `why_floats`.
+      roles: of its axes in its layer; None where it is in none.
     """
     spec, geometry = qt.spec, qt.meta.geometry
     name = spec.fmt.name
@@ -250,45 +251,63 @@ def planned_row(
     granularity = f"{type(spec.granularity).__name__}({sizes}{' ' if sizes else ''}along {along})"
     before = floats.size * floats.dtype.itemsize
     bits = qt.bits_per_element
-    note = "; ".join(n for n in (*notes, why_floats(kind, qt, inner)) if n)
+    note = "; ".join(n for n in (*notes, why_floats(kind, qt, roles)) if n)
     return Row(path, kind, qt.shape, name, granularity, bits, before, qt.nbytes, None, None, note, method=method)
 
 
-def why_floats(kind: str, qt: QTensor, inner: tuple[int, ...] = ()) -> str:
-    """Why products with quantized inputs are of floats, though both sides are quantized; empty where they are not.
+def why_floats(kind: str, qt: QTensor, roles: Roles | None = None) -> str:
+    """Why products are of floats though inputs are quantized, or a whole weight is dequantized; empty where neither is.
 
     Args:
       kind: of the layer.
       qt: its weight; leaves may be `jax.ShapeDtypeStruct`s.
-      inner: negative axes of it that are batch axes of the product, though no leading ones.
+      roles: of the weight's axes in its layer.
     """
     spec, geometry = qt.meta.activation, qt.meta.geometry
-    if spec is None:
-        return ""
     shaped = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), qt)
     if kind in ("Conv", "ConvTranspose"):
-        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(qt.batch_shape) :], leaf.dtype), shaped)
+        if spec is None:
+            return ""
+        one = _without_leading(shaped, len(qt.batch_shape))
         example = jax.ShapeDtypeStruct((1, _EXAMPLE), jnp.float32)
         qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=-1), example)
         reason = ops.why_not_codes(qx, one.with_activation(None), 0, geometry.kept[0] + len(geometry.shape))
-    else:
-        batch = (*range(len(qt.batch_shape)), *(a + qt.ndim for a in inner))
-        along = tuple(a + qt.ndim for a in geometry.contracted)
-        x: Any = jax.ShapeDtypeStruct((*(qt.shape[a] for a in (*batch, *along)), 1), jnp.float32)
-        dims = (tuple(range(len(batch), x.ndim - 1)), along), (tuple(range(len(batch))), batch)
-        plan = ops.explain(x, shaped, dims, platform="cpu")
-        reason = None if plan.path == "codes" else plan.reason
-    return "" if reason is None else f"products of floats: {reason}"
+        return "" if reason is None else f"products of floats: {reason}"
+    plan = _plan_of_product(shaped, roles)
+    if spec is not None:
+        return "" if plan.path == "codes" else f"products of floats: {plan.reason}"
+    # An Embed only looks up rows; where it attends too, its blocks run along what is contracted.
+    return "" if plan.path != "dequantize" or kind == "Embed" else f"dequantized at each call: {plan.reason}"
+
+
+def _plan_of_product(qt: QTensor, roles: Roles | None) -> ops.Plan:
+    """How one row of inputs meets a weight of `jax.ShapeDtypeStruct`s."""
+    if roles is not None and roles.subscripts:
+        one = _without_leading(qt, qt.ndim - len(roles.shape))
+        left, right = roles.subscripts.replace("...", "").split("->")[0].split(",")
+        size = dict(zip(right, one.shape, strict=True))
+        x: Any = jax.ShapeDtypeStruct(tuple(size.get(index, 1) for index in left), jnp.float32)
+        dims, _ = ops.einsum_numbers(roles.subscripts, x.ndim, one.ndim)
+        return ops.explain(x, one, dims, platform="cpu")
+    batch, along = tuple(range(len(qt.batch_shape))), tuple(a + qt.ndim for a in qt.meta.geometry.contracted)
+    x = jax.ShapeDtypeStruct((*(qt.shape[a] for a in (*batch, *along)), 1), jnp.float32)
+    dims = (tuple(range(len(batch), x.ndim - 1)), along), (batch, batch)
+    return ops.explain(x, qt, dims, platform="cpu")
+
+
+def _without_leading(qt: QTensor, num_axes: int) -> QTensor:
+    """One element of a stack of `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[num_axes:], leaf.dtype), qt)
 
 
 def quantized_row(
     path: str, kind: str, floats: jax.Array, qt: QTensor, solved: Solved | None, notes: Sequence[str] = (),
-    inner: tuple[int, ...] = (),
+    roles: Roles | None = None,
 ) -> Row:  # fmt: skip
     """The row of a quantized weight, with its errors; arguments as in `planned_row`."""
     sqnr, worst, clipped = (float(value) for value in _errors(floats, qt))
     method, said, loss = ("rtn", "", None) if solved is None else (solved.method, solved.note, solved.loss)
-    row = planned_row(path, kind, floats, qt, method, (said, *notes), inner)
+    row = planned_row(path, kind, floats, qt, method, (said, *notes), roles)
     return dataclasses.replace(row, sqnr=sqnr, worst_block=worst, clipped=clipped, loss=loss)
 
 

@@ -13,7 +13,7 @@ from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, calibrate, shown
 from jaxq.nn._folding import Group, Outcome, foldable, folded, looked_at, rotated
 from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
-from jaxq.nn._matching import Found, check_data, has_rows, match, raw_arrays, unused_rules, variables_of
+from jaxq.nn._matching import Found, check_data, has_rows, match, raw_arrays, unused_notes, variables_of
 from jaxq.nn._placement import on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, dropped_metadata, float_row, other_row, quantized_row, skip_reason
 from jaxq.nn._solve import corrected_bias, quantize_weight
@@ -147,7 +147,7 @@ def quantize_model(
                         bias, said = corrected_bias(layer.bias.get_value(), floats, qt, seen, fallback, name)
                         layer.bias.set_value(bias)
                         notes.append(said)
-                    row = quantized_row(name, kind.name, floats, qt, solved, notes, kind.roles(layer).inner)
+                    row = quantized_row(name, kind.name, floats, qt, solved, notes, kind.roles(layer))
                 rows[id(variable)] = row
                 replaced[id(variable)] = QuantizedParam(placed_like(qt, value))
                 if donate:
@@ -156,9 +156,7 @@ def quantize_model(
             put_weight(layer, kind, replaced.get(id(variable), variable))
     replace_variables(copy, replaced)
     layers = {found.path for found, _ in matched}
-    notes = (
-        () if strict else tuple(f"rule {p!r} matched nothing" for p in unused_rules(recipe, [r for _, r in matched]))
-    )
+    notes = unused_notes(recipe, [rule for _, rule in matched], strict)
     listed = [rows.get(i) or other_row(path, v, layers) for i, (path, v) in variables.items()]
     listed += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(copy)]
     return copy, Report(tuple(listed), notes)

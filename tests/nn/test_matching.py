@@ -74,6 +74,41 @@ def test_strictness_can_be_waived():
     assert rows["w"].note == "skipped by the recipe"
 
 
+class Gated(nnx.Linear):
+    """A layer jaxq knows with a second matrix."""
+
+    def __init__(self):
+        super().__init__(32, 8, rngs=nnx.Rngs(0))
+        self.w2 = nnx.Param(jax.random.normal(jax.random.key(1), (32, 8)))
+
+    def __call__(self, x):
+        return super().__call__(x) * (x @ self.w2)
+
+
+def test_a_second_matrix_of_a_known_layer_is_a_matrix():
+    with pytest.raises(ValueError, match=r"gate/w2 float32\[32, 8\]: matrices of modules jaxq does not know"):
+        jaxq.quantize_model(nnx.Dict(gate=Gated()), "int8")
+    rules = jaxq.recipes.get("int8").rules
+    recipe = Recipe([Rule("gate/w2", weight="uint8", kinds="Param"), *rules])
+    q, report = jaxq.quantize_model(nnx.Dict(gate=Gated()), recipe)
+    assert [(row.path, row.format) for row in report.quantized] == [("gate/kernel", "int8"), ("gate/w2", "uint8")]
+    x = jnp.ones((2, 32))
+    np.testing.assert_allclose(q["gate"](x), Gated()(x), atol=0.5)
+    rows = {row.path: row.note for row in jaxq.quantize_model(nnx.Dict(gate=Gated()), "int8", strict=False)[1].rows}
+    assert rows["gate/w2"] == "not the weight of its layer, left in floats"
+
+
+@pytest.mark.parametrize("norm", [nnx.SpectralNorm, nnx.WeightNorm])
+def test_weights_that_another_module_normalizes_are_refused(norm):
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(a=norm(nnx.Linear(32, 8, rngs=rngs), rngs=rngs), b=nnx.Linear(32, 8, rngs=rngs))
+    with pytest.raises(ValueError, match=rf"a/layer_instance \(Linear\): a, an nnx.{norm.__name__}, normalizes"):
+        jaxq.quantize_model(model, "int8")
+    rules = jaxq.recipes.get("int8").rules
+    q, _ = jaxq.quantize_model(model, Recipe([Rule("a/**", skip=True, kinds=("Linear",)), *rules]), strict=False)
+    np.testing.assert_array_equal(q["a"](jnp.ones((2, 32))), model["a"](jnp.ones((2, 32))))
+
+
 class Frozen(nnx.Variable):
     """A type of one's own."""
 

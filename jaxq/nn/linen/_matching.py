@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
-from jaxq.nn._matching import check_axes, multiplies, raise_problems, raise_unused
+from jaxq.nn._matching import check_axes, multiplies, raise_problems, raise_untouched, raise_unused
 from jaxq.nn._solve import dry_run
 from jaxq.nn.linen._discovery import Forward, Found, Params, Structure, check_weights
 from jaxq.nn.linen._layers import CALLS
@@ -106,12 +106,8 @@ def match(
         )
     if strict:
         raise_unused(recipe, out.used, names + untouched, "quantize_model", "layer")
-        if untouched:
-            raise ValueError(
-                f"quantize_model: {', '.join(untouched)}: matrices of modules jaxq does not know, and no rule says "
-                "what to do with them. To leave one in floats, add jaxq.Rule(path, skip=True, kinds=('Param',)); "
-                "strict=False leaves them all. To quantize one, multiply with it in a Dense, DenseGeneral or Einsum."
-            )
+        quantized = "To quantize one, multiply with it in a Dense, DenseGeneral or Einsum."
+        raise_untouched(untouched, "To leave one in floats, add", quantized)
     return out
 
 

@@ -15,7 +15,7 @@ from jaxq import formats, methods
 from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, shown
 from jaxq.nn._folding import raise_if_rotating
-from jaxq.nn._matching import check_data, has_rows, unused_rules
+from jaxq.nn._matching import check_data, has_rows, unused_notes
 from jaxq.nn._placement import on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
 from jaxq.nn._solve import corrected_bias, quantize_weight
@@ -149,10 +149,10 @@ def quantize_model(
                     new, said = corrected_bias(linen.meta.unbox(params[bias]), floats, qt, seen, fallback, name)
                     params[bias] = linen.meta.replace_boxed(params[bias], new)
                     notes.append(said)
-                rows[where] = quantized_row(name, found.kind.name, floats, qt, solved, notes, found.roles.inner)
+                rows[where] = quantized_row(name, found.kind.name, floats, qt, solved, notes, found.roles)
             params[where] = placed_like(qt, value)
     out: Any = with_params(variables, params)
-    report = Report(tuple(_rows(out, rows, matched, structure)), _notes(recipe, matched, strict))
+    report = Report(tuple(_rows(out, rows, matched, structure)), unused_notes(recipe, matched.used, strict))
     qmodule = Quantized(module, tuple("/".join(one.found.key) for one in taken))
     return qmodule, freeze(out) if isinstance(variables, FrozenDict) else out, report
 
@@ -174,9 +174,9 @@ def plan_linen(module: linen.Module, variables: Any, recipe: Recipe, example: An
     rows = {}
     for one in matched.taken:
         where, value = one.found.key, linen.meta.unbox(params[one.found.key])
-        note, inner, path = _box(params[where]), one.found.roles.inner, "/".join(where)
-        rows[where] = planned_row(path, one.found.kind.name, value, one.planned, one.rule.method, (note,), inner)
-    return Report(tuple(_rows(variables, rows, matched, structure)), _notes(recipe, matched, strict))
+        note, roles, path = _box(params[where]), one.found.roles, "/".join(where)
+        rows[where] = planned_row(path, one.found.kind.name, value, one.planned, one.rule.method, (note,), roles)
+    return Report(tuple(_rows(variables, rows, matched, structure)), unused_notes(recipe, matched.used, strict))
 
 
 def _check_module(module: Any, variables: Any, caller: str) -> None:
@@ -268,10 +268,6 @@ def _why_not(where: tuple[str, ...], value: Any, structure: Structure) -> str:
     if "/".join(where[:-1]) in structure.layers:
         return "not the weight of its layer, left in floats"
     return f"used by {owner.__name__} itself, which is no layer jaxq quantizes, left in floats"
-
-
-def _notes(recipe: Recipe, matched: Matched, strict: bool) -> tuple[str, ...]:
-    return () if strict else tuple(f"rule {p!r} matched nothing" for p in unused_rules(recipe, matched.used))
 
 
 def _box(value: Any) -> str:
