@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -134,8 +135,9 @@ class Rule:
       optional: True where matching nothing is no mistake.
 
     Raises:
+      TypeError: a field of another type, axes that are no integers for example.
       ValueError: neither or both of `weight` and `skip`; an unknown preset, observer, method or kind; a bad regular
-        expression; an observer for an activation whose scales are of blocks.
+        expression; an axis named twice; an observer for an activation whose scales are of blocks.
 
     Example:
       >>> import jaxq
@@ -178,7 +180,7 @@ class Rule:
         for field in ("contracting", "batch"):
             axes = getattr(self, field)
             if axes is not None:
-                object.__setattr__(self, field, (axes,) if isinstance(axes, int) else tuple(axes))
+                object.__setattr__(self, field, _as_axes(axes, f"Rule({self.pattern!r}): {field}"))
         if self.observer is not None:
             object.__setattr__(self, "observer", _as_observer(self.observer, f"Rule({self.pattern!r})"))
             if not isinstance(self.activation, QuantSpec):
@@ -200,7 +202,10 @@ class Rule:
         if self.method == "llm_int8" and self.observer is not None:
             raise ValueError(f"Rule({self.pattern!r}): llm_int8 looks at each input anew, so it takes no observer=.")
         object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
-        object.__setattr__(self, "kinds", (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds))
+        kinds = (self.kinds,) if isinstance(self.kinds, str) else self.kinds
+        if not isinstance(kinds, tuple | list | set | frozenset):
+            raise TypeError(f"Rule({self.pattern!r}): kinds must be names such as ('Linear', 'Conv'), got {kinds!r}.")
+        object.__setattr__(self, "kinds", tuple(kinds))
         for kind in self.kinds:
             formats.check_choice(f"Rule({self.pattern!r}): kinds", kind, KINDS)
         try:
@@ -246,6 +251,8 @@ class Rule:
         Raises:
           ValueError: an unknown field.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"Rule.from_dict: expected a dict of what is in a jaxq.Rule, got {data!r:.80}.")
         fields = dict(data)
         known = {field.name for field in dataclasses.fields(cls)} - {"where"}
         for name in fields:
@@ -334,7 +341,8 @@ class Recipe:
           >>> jaxq.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
           True
         """
-        if not isinstance(data, Mapping) or not {"rules"} <= set(data) <= {"rules", "rotate"}:
+        fits = isinstance(data, Mapping) and {"rules"} <= set(data) <= {"rules", "rotate"}
+        if not fits or not isinstance(data["rules"], list | tuple):
             raise ValueError(f"Recipe.from_dict: expected {{'rules': [...]}}, got {data!r:.80}.")
         return cls(tuple(Rule.from_dict(rule) for rule in data["rules"]), rotate=data.get("rotate", False))
 
@@ -386,6 +394,17 @@ def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
     )
     last = Rule(weight=weight, activation=activation, observer=observer, method=method)
     return Recipe((*defaults, last), rotate=rotate)
+
+
+def _as_axes(axes: Any, what: str) -> tuple[int, ...]:
+    """Axes as a tuple of different integers."""
+    found = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
+    if not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in found):
+        raise TypeError(f"{what} must be an axis or several, such as -2 or (0, 1), got {axes!r}.")
+    found = tuple(operator.index(a) for a in found)
+    if len(set(found)) != len(found):
+        raise ValueError(f"{what} names an axis twice: {axes!r}. Name each once.")
+    return found
 
 
 def _as_observer(observer: Any, caller: str) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 import jaxq
@@ -123,6 +124,36 @@ def test_rules_are_values():
 def test_impossible_rules(arguments, message):
     with pytest.raises(ValueError, match=message):
         Rule("a", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"contracting": "0"}, "contracting must be an axis or several, such as -2"),
+        ({"contracting": 1.5}, "contracting must be an axis"),
+        ({"batch": (True,)}, "batch must be an axis"),
+        ({"contracting": (0, 0)}, "contracting names an axis twice"),
+        ({"kinds": 5}, "kinds must be names such as"),
+    ],
+)
+def test_fields_of_other_types_name_the_rule(fields, message):
+    with pytest.raises((TypeError, ValueError), match=rf"Rule\('a'\): {message}"):
+        Rule("a", weight="int8", **fields)
+
+
+@pytest.mark.parametrize("data", [{"rules": 5}, {"rules": [5]}, {"rules": "int8"}, {"rules": [["a"]]}])
+def test_descriptions_of_nothing_say_what_is_expected(data):
+    with pytest.raises(ValueError, match=r"(Recipe|Rule)\.from_dict: expected"):
+        Recipe.from_dict(data)
+
+
+def test_misspelt_names_have_close_ones():
+    with pytest.raises(ValueError, match=r"QuantSpec.from_dict: unknown field 'fromat'. Did you mean 'format'"):
+        jaxq.QuantSpec.from_dict({"fromat": "int8"})
+    with pytest.raises(AttributeError, match=r"no attribute 'quantise'. Did you mean 'quantize'"):
+        _ = jaxq.quantise
+    with pytest.raises(ValueError, match="explain: platform must be one of .*'tpuu'.* Did you mean 'tpu'"):
+        jaxq.explain(jax.numpy.ones((2, 8)), jaxq.quantize(jax.numpy.ones((8, 2)), "int8"), platform="tpuu")
 
 
 def test_bad_regular_expression_names_the_rule():

@@ -15,7 +15,7 @@ from jaxq import methods
 from jaxq.nn._folding import FOLDED
 from jaxq.nn._layers import LayerKind, bare_kind, find_kind, weight_axes
 from jaxq.nn._solve import dry_run
-from jaxq.qtensor import QTensor, raise_if_not_finite
+from jaxq.qtensor import QTensor, QuantSpec, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule
 
 
@@ -141,6 +141,8 @@ def multiplies(path: str, shape: Sequence[int], module: type) -> bool:
 
 # Last words of the names of parameters that are added or looked up, not multiplied with.
 _NO_MATRIX = re.compile(r"(^|_)(bias|embed|embedding|gain|gamma|norm|pos|position|scale|token)s?$")
+# What holds numbers, or would in a model that holds none.
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 # Variables that no product reads as a weight; adapters stay in floats.
 _NO_WEIGHTS = (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, nnx.LoRAParam)
 
@@ -174,7 +176,7 @@ def _match_bare(
 def raw_arrays(model: nnx.Module) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
     """Path and value of every array that a model holds outside variables."""
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, jax.Array | np.ndarray):
+        if isinstance(node, _ARRAYS):
             yield "/".join(map(str, path)), node
 
 
@@ -186,7 +188,7 @@ def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any,
     modules = dict(nnx.iter_modules(model))
     for path, node in nnx.iter_graph(model):
         variable = isinstance(node, nnx.Variable) and not isinstance(node, _NO_WEIGHTS)
-        if id(node) in known or not path or not (variable or isinstance(node, jax.Array | np.ndarray)):
+        if id(node) in known or not path or not (variable or isinstance(node, _ARRAYS)):
             continue
         owner = path[:-1]
         of_flax = owner in modules and type(modules[owner]).__module__.startswith("flax.")
@@ -199,7 +201,7 @@ def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any,
         whole = direct and isinstance(node, nnx.Param) and isinstance(path[-1], str)
         held = node.get_value() if isinstance(node, nnx.Variable) else node
         for keys, value in jax.tree_util.tree_leaves_with_path(held):
-            if isinstance(value, jax.Array | np.ndarray) and jnp.issubdtype(value.dtype, jnp.floating):
+            if isinstance(value, _ARRAYS) and jnp.issubdtype(value.dtype, jnp.floating):
                 own = name + "".join(f"/{getattr(key, 'key', getattr(key, 'idx', key))}" for key in keys)
                 yield own, holder, str(path[-1]) if whole and not keys else None, value
 
@@ -272,6 +274,16 @@ def check_data(layers: Iterable[tuple[str, LayerKind | Any, Rule]], data: bool |
             "quantize_model: these layers' methods or observers cannot run:\n" + "\n".join(problems)
             + "\nPass calibration=batches of real inputs, or give the layers a rule with another method."
         )  # fmt: skip
+
+
+def check_key(recipe: Recipe, key: Any, caller: str) -> None:
+    """Raises where a rule rounds at random and there is no key to draw with."""
+    for rule in recipe.rules:
+        if key is None and isinstance(rule.weight, QuantSpec) and rule.weight.rounding == "stochastic":
+            raise ValueError(
+                f"{caller}: the weight= of Rule({rule.pattern!r}) has rounding='stochastic', which needs a PRNG key. "
+                "Pass key=jax.random.key(0)."
+            )
 
 
 def check_axes(rule: Rule, contracting: Sequence[int], batch: Sequence[int], ndim: int) -> None:

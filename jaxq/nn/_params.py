@@ -16,8 +16,8 @@ from flax import nnx
 
 from jaxq import formats, methods
 from jaxq.nn._folding import FOLDED, raise_if_rotating
-from jaxq.nn._matching import check_axes, raise_problems, raise_unused, unused_notes
-from jaxq.nn._placement import on_auto_axes, placed_like
+from jaxq.nn._matching import check_axes, check_key, raise_problems, raise_unused, unused_notes
+from jaxq.nn._placement import Donated, on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
 from jaxq.nn._solve import dry_run, quantize_weight
 from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, raise_if_not_finite
@@ -54,7 +54,7 @@ def quantize_params(
         `contracting=`.
       strict: a rule that matches nothing is an error; False says so in the report.
       donate: frees each array once it is quantized, so that a model larger than half the memory fits. The arrays in
-        `params` must not be used afterwards.
+        `params` must not be used afterwards. One that also stays in floats, under another path, is kept.
       key: PRNG key, for `rounding="stochastic"`.
       on_nonfinite: as in `jaxq.quantize`.
 
@@ -74,10 +74,11 @@ def quantize_params(
     """
     recipe = as_recipe(recipe, "quantize_params")
     formats.check_choice("quantize_params: on_nonfinite", on_nonfinite, ON_NONFINITE)
+    check_key(recipe, key, "quantize_params")
     raise_if_rotating(recipe, "quantize_params")
     leaves = _match(params, recipe, on_nonfinite, strict)
     keys = iter(jax.random.split(jax.random.key(0) if key is None else key, max(len(leaves), 1)))
-    out, rows = [], []
+    out, rows, donated = [], [], Donated(leaf.value for leaf in leaves)
     for leaf in leaves:
         if leaf.planned is None:
             out.append(leaf.value)
@@ -91,9 +92,8 @@ def quantize_params(
             rows.append(quantized_row(leaf.path, "Array", floats, qt, solved))
         qt = placed_like(qt, leaf.value)
         out.append(qt)
-        if donate and isinstance(leaf.value, jax.Array):
-            jax.block_until_ready(qt)
-            leaf.value.delete()
+        if donate:
+            donated.quantized(leaf.value, qt)
     tree = jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_qtensor), out)
     return tree, Report(tuple(rows), unused_notes(recipe, [leaf.rule for leaf in leaves], strict))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class Row:
       kind: kind of the layer, or of the variable where it belongs to none.
       shape: of the parameter.
       format: of its codes, "+" the activations' where those are quantized; None where it stays in floats.
-      granularity: with its block sizes and the axes that a product contracts, or None.
+      granularity: with its block sizes, the axes that a product contracts and those that lead (stacks), or None.
       method: what made the codes ("rtn": rounding to nearest), or None.
       bits_per_element: scales of every level included.
       bytes_before: of the float parameter.
@@ -122,8 +123,8 @@ class Report:
     @property
     def bits_per_weight(self) -> float:
         """Mean over the quantized parameters, scales included; NaN if there are none."""
-        size = sum(8 * row.bytes_after / row.bits_per_element for row in self.quantized if row.bits_per_element)
-        return sum(8 * row.bytes_after for row in self.quantized) / size if size else float("nan")
+        rows = [row for row in self.quantized if 0 not in row.shape]  # scales of nothing are none of its bits
+        return 8 * sum(row.bytes_after for row in rows) / sum(math.prod(row.shape) for row in rows) if rows else math.nan
 
     @property
     def worst(self) -> Row | None:
@@ -248,7 +249,9 @@ def planned_row(
         name += f" + {qt.meta.activation.fmt.name}" + ("" if qt.input_range is None else " static")
     sizes = ",".join(str(b) for b in geometry.block_shape if b not in (None, 1))
     along = ",".join(map(str, geometry.contracted))
-    granularity = f"{type(spec.granularity).__name__}({sizes}{' ' if sizes else ''}along {along})"
+    batch = ",".join(map(str, range(len(qt.batch_shape))))
+    each = f", of each {batch}" if batch else ""
+    granularity = f"{type(spec.granularity).__name__}({sizes}{' ' if sizes else ''}along {along}{each})"
     before = floats.size * floats.dtype.itemsize
     bits = qt.bits_per_element
     note = "; ".join(n for n in (*notes, why_floats(kind, qt, roles)) if n)

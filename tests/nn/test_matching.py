@@ -135,6 +135,10 @@ def test_plans_of_models_that_hold_no_arrays():
     model = nnx.eval_shape(lambda: nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
     real = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     assert jaxq.recipes.get("int4").plan(model).rows == jaxq.recipes.get("int4").plan(real).rows
+    bare = nnx.eval_shape(lambda: Raw(USES["operator"][0]))
+    with pytest.raises(ValueError, match="w float32.* matrices of modules jaxq does not know"):
+        jaxq.recipes.get("int8").plan(bare)
+    assert Recipe([RULE]).plan(bare).quantized[0].path == "w"
 
 
 def test_a_bare_stack_needs_its_axes():

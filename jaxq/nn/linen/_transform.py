@@ -15,8 +15,8 @@ from jaxq import formats, methods
 from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, shown
 from jaxq.nn._folding import raise_if_rotating
-from jaxq.nn._matching import check_data, has_rows, unused_notes
-from jaxq.nn._placement import on_auto_axes, placed_like
+from jaxq.nn._matching import check_data, check_key, has_rows, unused_notes
+from jaxq.nn._placement import Donated, on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
 from jaxq.nn._solve import corrected_bias, quantize_weight
 from jaxq.nn._transform import by_block, looks, wanted_statistics
@@ -40,6 +40,7 @@ def quantize_model(
     sequential: bool = False,
     fallback: str = "rtn",
     strict: bool = True,
+    donate: bool = False,
     key: jax.Array | None = None,
     on_nonfinite: str = "raise",
     progress: bool | None = None,
@@ -73,6 +74,7 @@ def quantize_model(
       strict: a rule that matches nothing, a matrix that a module of yours asks for itself (`self.param`) and no rule is
         about, and a weight that a rule is about and the example does not reach, are errors. False leaves them, and the
         report says so.
+      donate: frees each weight among `variables` once it is quantized, as in `jaxq.quantize_model`; not with data.
       key: PRNG key, for methods that draw and `rounding="stochastic"`.
       on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`; "raise" names path and index.
       progress: show a line of progress; None does so on a terminal.
@@ -102,6 +104,9 @@ def quantize_model(
     recipe = as_recipe(recipe, "quantize_model")
     formats.check_choice("quantize_model: on_nonfinite", on_nonfinite, ON_NONFINITE)
     formats.check_choice("quantize_model: fallback", fallback, methods.FALLBACKS)
+    check_key(recipe, key, "quantize_model")
+    if donate and calibration is not None:
+        raise ValueError("quantize_model: donate=True frees weights that calibration= needs; pass one of them.")
     batches = (
         None
         if calibration is None or isinstance(calibration, Mapping)
@@ -115,6 +120,7 @@ def quantize_model(
     taken = matched.taken
     raise_if_rotating(recipe, "linen.quantize_model")
     check_data([(o.found.path, o.found.kind, o.rule) for o in taken], calibration is not None, folds=False)
+    donated = Donated(list(jax.tree.leaves(variables)) if donate else [])
     rows: dict[tuple[str, ...], Row] = {}
     keys = jax.random.split(jax.random.key(0) if key is None else key, max(len(taken), 1))
     how = {"mask": mask, "forward": forward, "progress": progress}
@@ -150,7 +156,9 @@ def quantize_model(
                     params[bias] = linen.meta.replace_boxed(params[bias], new)
                     notes.append(said)
                 rows[where] = quantized_row(name, found.kind.name, floats, qt, solved, notes, found.roles)
-            params[where] = placed_like(qt, value)
+            params[where] = qt = placed_like(qt, value)
+            if donate:
+                donated.quantized(value, qt)
     out: Any = with_params(variables, params)
     report = Report(tuple(_rows(out, rows, matched, structure)), unused_notes(recipe, matched.used, strict))
     qmodule = Quantized(module, tuple("/".join(one.found.key) for one in taken))
