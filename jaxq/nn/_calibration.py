@@ -68,9 +68,9 @@ class Probe(nnx.Module):
             self.stats.set_value(updated(self.stats.get_value(), rows, self.path, self.observer))
         except errors.TraceContextError as error:
             raise ValueError(
-                f"calibrate: {self.path or 'the model'} is called inside jax.jit, jax.checkpoint, jax.vmap or a loop of "
-                "jax.lax, out of which no statistics come. Use nnx.jit, nnx.remat, nnx.vmap or nnx.scan there, or leave "
-                "the layer out: by layers= of calibrate, or by a rule without observer= and a method that needs data."
+                f"calibrate: {self.path or 'the model'} is called inside jax.jit, jax.checkpoint, jax.vmap or a "
+                "jax.lax loop, out of which no statistics come. Use nnx.jit, nnx.remat, nnx.vmap or nnx.scan, or leave "
+                "it out: by layers= of calibrate, or by a rule without observer= and without a method that needs data."
             ) from error
         reached = _REACHED.get()
         if reached is not None and self.path not in reached:
@@ -196,8 +196,8 @@ def calibrate(
 
     Raises:
       TypeError: not an nnx module.
-      ValueError: no batch; a path that is no layer; a layer that no batch reached, or inside a transform of jax's own; a number that is not finite, with
-        the layer's path; a mask that does not fit.
+      ValueError: no batch; a path that is no layer; a layer that no batch reached, or inside a transform of jax's own;
+        a number that is not finite, with the layer's path; a mask that does not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

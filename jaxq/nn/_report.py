@@ -124,7 +124,8 @@ class Report:
     def bits_per_weight(self) -> float:
         """Mean over the quantized parameters, scales included; NaN if there are none."""
         rows = [row for row in self.quantized if 0 not in row.shape]  # scales of nothing are none of its bits
-        return 8 * sum(row.bytes_after for row in rows) / sum(math.prod(row.shape) for row in rows) if rows else math.nan
+        size = sum(math.prod(row.shape) for row in rows)
+        return 8 * sum(row.bytes_after for row in rows) / size if rows else math.nan
 
     @property
     def worst(self) -> Row | None:

@@ -259,7 +259,10 @@ def _rows(
             for where, boxed in flatten_dict({collection: tree}).items():
                 owner = structure.classes.get(where[1:-1])
                 kind = owner.__name__ if owner else "-"
-                yield float_row("/".join(where), kind, linen.meta.unbox(boxed), "no parameter, passed through")
+                value = linen.meta.unbox(boxed)
+                matrix = getattr(value, "ndim", 0) > 1 and jnp.issubdtype(value.dtype, jnp.floating)
+                note = "no parameter, passed through" + (": rules are about 'params' alone" if matrix else "")
+                yield float_row("/".join(where), kind, value, note)
 
 
 def _why_not(where: tuple[str, ...], value: Any, structure: Structure) -> str:
