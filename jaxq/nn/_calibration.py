@@ -69,8 +69,8 @@ class Probe(nnx.Module):
         except errors.TraceContextError as error:
             raise ValueError(
                 f"calibrate: {self.path or 'the model'} is called inside jax.jit, jax.checkpoint, jax.vmap or a "
-                "jax.lax loop, out of which no statistics come. Use nnx.jit, nnx.remat, nnx.vmap or nnx.scan, or leave "
-                "it out: by layers= of calibrate, or by a rule without observer= and without a method that needs data."
+                "jax.lax loop, out of which no statistics come. Use nnx.jit, nnx.remat or nnx.scan, or leave the layer "
+                "out: by layers= of calibrate, or by a rule without observer= and without a method that needs data."
             ) from error
         reached = _REACHED.get()
         if reached is not None and self.path not in reached:

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxq import methods
 from jaxq.nn._folding import FOLDED
 from jaxq.nn._layers import LayerKind, bare_kind, find_kind, weight_axes
+from jaxq.nn._report import why_floats
 from jaxq.nn._solve import dry_run
 from jaxq.qtensor import QTensor, QuantSpec, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule
@@ -79,7 +80,8 @@ def match(
                 try:
                     axes = weight_axes(found.layer, found.kind)
                     check_axes(rule, *axes, len(value.shape))
-                    dry_run(value, rule, *axes, found.kind.weight, found.kind.windowed)
+                    planned = dry_run(value, rule, *axes, found.kind.weight)
+                    why_floats(found.kind.name, planned, found.kind.roles(found.layer))
                     if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
                         where = found.path if found.kind.name == "Param" else f"{found.path}/{found.kind.weight}"
                         where = where.lstrip("/")
@@ -173,14 +175,14 @@ def _match_bare(
     return matched, untouched
 
 
-def raw_arrays(model: nnx.Module) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
+def raw_arrays(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     """Path and value of every array that a model holds outside variables."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, _ARRAYS):
             yield "/".join(map(str, path)), node
 
 
-def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any, str | None, jax.Array | np.ndarray]]:
+def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any, str | None, Any]]:
     """Path, the module in whose code it is used, its attribute and value of every float array outside known layers.
 
     The attribute is None for what is in a list or dict, and for arrays that are no `nnx.Param`.

@@ -18,7 +18,7 @@ from jaxq import formats, methods
 from jaxq.nn._folding import FOLDED, raise_if_rotating
 from jaxq.nn._matching import check_axes, check_key, raise_problems, raise_unused, unused_notes
 from jaxq.nn._placement import Donated, on_auto_axes, placed_like
-from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
+from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason, why_floats
 from jaxq.nn._solve import dry_run, quantize_weight
 from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -174,6 +174,7 @@ def _match_leaf(path: str, value: Any, recipe: Recipe, on_nonfinite: str) -> tup
         check_axes(rule, contracting, batch, len(shape))
         _check_method(rule)
         planned = dry_run(value, rule, contracting, batch, path)
+        why_floats("Array", planned)
         if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
             raise_if_not_finite(jnp.asarray(value), path or "w", "quantize")
     except (TypeError, ValueError) as error:

@@ -65,7 +65,7 @@ def plan(
         if rule is None or rule.weight is None:
             rows.append(float_row(path, found.kind.name, value, skip_reason(rule)))
         else:
-            qt = dry_run(value, rule, *weight_axes(found.layer, found.kind), found.kind.weight, found.kind.windowed)
+            qt = dry_run(value, rule, *weight_axes(found.layer, found.kind), found.kind.weight)
             unscaled, roles = unscaled_note(rule, outcomes.get(found.path)), found.kind.roles(found.layer)
             method = "rtn" if unscaled and rule.method != "awq" else rule.method
             notes = (unscaled, dropped_metadata(variable))

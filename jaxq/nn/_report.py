@@ -262,6 +262,8 @@ def planned_row(
 def why_floats(kind: str, qt: QTensor, roles: Roles | None = None) -> str:
     """Why products are of floats though inputs are quantized, or a whole weight is dequantized; empty where neither is.
 
+    Raises what quantizing an input would raise, but for sizes that only the input has.
+
     Args:
       kind: of the layer.
       qt: its weight; leaves may be `jax.ShapeDtypeStruct`s.
@@ -273,8 +275,9 @@ def why_floats(kind: str, qt: QTensor, roles: Roles | None = None) -> str:
         if spec is None:
             return ""
         one = _without_leading(shaped, len(qt.batch_shape))
-        example = jax.ShapeDtypeStruct((1, _EXAMPLE), jnp.float32)
-        qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=-1), example)
+        along = tuple(range(1, 1 + len(geometry.contracted)))  # places and channels of an example
+        example = jax.ShapeDtypeStruct((1, *(1 for _ in along[1:]), _EXAMPLE), jnp.float32)
+        qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=along, name="activation"), example)
         reason = ops.why_not_codes(qx, one.with_activation(None), 0, geometry.kept[0] + len(geometry.shape))
         return "" if reason is None else f"products of floats: {reason}"
     plan = _plan_of_product(shaped, roles)
@@ -294,8 +297,8 @@ def _plan_of_product(qt: QTensor, roles: Roles | None) -> ops.Plan:
         dims, _ = ops.einsum_numbers(roles.subscripts, x.ndim, one.ndim)
         return ops.explain(x, one, dims, platform="cpu")
     batch, along = tuple(range(len(qt.batch_shape))), tuple(a + qt.ndim for a in qt.meta.geometry.contracted)
-    x = jax.ShapeDtypeStruct((*(qt.shape[a] for a in (*batch, *along)), 1), jnp.float32)
-    dims = (tuple(range(len(batch), x.ndim - 1)), along), (batch, batch)
+    x = jax.ShapeDtypeStruct((*qt.batch_shape, 1, *(qt.shape[a] for a in along)), jnp.float32)
+    dims = (tuple(range(len(batch) + 1, x.ndim)), along), (batch, batch)
     return ops.explain(x, qt, dims, platform="cpu")
 
 

@@ -181,3 +181,19 @@ def test_static_needs_data():
     stats = jaxq.nn.calibrate(layer, [jnp.ones((4, 8)), -3 * jnp.ones((4, 8))], observer=jaxq.observers.absmax())
     q, _ = jaxq.quantize_model(layer, "w8a8_static", calibration=stats)
     np.testing.assert_array_equal(q.kernel[...].input_range, [-3, 3])
+
+
+@pytest.mark.parametrize(
+    ("layer", "activation", "message"),
+    [
+        (lambda r: nnx.Conv(8, 8, (3, 3), rngs=r), jaxq.PerBlock((16,)), "needs one contracted axis"),
+        (lambda r: nnx.Conv(8, 8, (3, 3), rngs=r), jaxq.PerChannel(axis=-2), "contracts axes"),
+        (lambda r: nnx.Conv(8, 8, (3, 3), rngs=r), jaxq.PerGroup(24), "not a multiple of group size 24"),
+        (lambda r: nnx.Einsum("btd,dn->btn", (32, 8), rngs=r), jaxq.PerChannel(axis=-2), "contracts axes"),
+        (lambda r: nnx.Linear(32, 8, rngs=r), jaxq.PerBlock((16, 16)), "not a multiple of block size 16"),
+    ],
+)
+def test_impossible_activations_are_found_before_anything_is_called(layer, activation, message):
+    rule = Rule(weight="int8", activation=jaxq.QuantSpec("int8", activation))
+    with pytest.raises(ValueError, match=rf"(?s)layers cannot be quantized:\n  a \(.*{message}.*activation: float"):
+        jaxq.quantize_model(nnx.Dict(a=layer(nnx.Rngs(0))), Recipe([rule]))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen
 
 from jaxq.nn._matching import check_axes, multiplies, raise_problems, raise_untouched, raise_unused
+from jaxq.nn._report import why_floats
 from jaxq.nn._solve import dry_run
 from jaxq.nn.linen._discovery import Forward, Found, Params, Structure, check_weights
 from jaxq.nn.linen._layers import CALLS
@@ -85,7 +86,8 @@ def match(
             try:
                 check_axes(rule, *axes, value.ndim)
                 shaped = jax.ShapeDtypeStruct(value.shape, value.dtype)
-                planned = dry_run(shaped, rule, *axes, found.kind.weight, found.kind.windowed)
+                planned = dry_run(shaped, rule, *axes, found.kind.weight)
+                why_floats(found.kind.name, planned, found.roles)
                 if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
                     raise_if_not_finite(jnp.asarray(value), "/".join(found.key), "quantize")
                 out.taken.append(Taken(found, rule, *axes, planned))
