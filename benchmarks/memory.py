@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 import jaxq
 
@@ -39,6 +39,18 @@ class Model(nnx.Module):
         self.layers = nnx.List(layers)
 
 
+class Dense(linen.Module):
+    """The same of linen."""
+
+    num_layers: int
+
+    @linen.compact
+    def __call__(self, x):
+        for i in range(self.num_layers):
+            x = linen.Dense(SIZE, use_bias=False, name=str(i))(x)
+        return x
+
+
 def _resident(field: str) -> int:
     """Bytes of a line of /proc/self/status: VmRSS now, VmHWM at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -57,13 +69,21 @@ def _params(model: Model) -> dict[str, jax.Array]:
     return {str(i): layer.kernel.get_value() for i, layer in enumerate(model.layers)}
 
 
+def _linen(model: Model, recipe: str, **how: Any) -> Any:
+    variables = {"params": {name: {"kernel": kernel} for name, kernel in _params(model).items()}}
+    example = jax.ShapeDtypeStruct((1, SIZE), jnp.float32)
+    return jaxq.nn.linen.quantize_model(Dense(len(model.layers)), variables, recipe, example=example, **how)[1]
+
+
 def run() -> dict[str, Any]:
     """Measures every way to quantize with every recipe."""
     ways: dict[str, tuple[Any, bool]] = {
         "quantize_model": (lambda m, r: nnx.state(jaxq.quantize_model(m, r)[0]), False),
         "quantize_params": (lambda m, r: jaxq.quantize_params(_params(m), r)[0], False),
+        "nn.linen.quantize_model": (_linen, False),
         "quantize_model, donate": (lambda m, r: nnx.state(jaxq.quantize_model(m, r, donate=True)[0]), True),
         "quantize_params, donate": (lambda m, r: jaxq.quantize_params(_params(m), r, donate=True)[0], True),
+        "nn.linen.quantize_model, donate": (functools.partial(_linen, donate=True), True),
     }
     rows = []
     for recipe in RECIPES:

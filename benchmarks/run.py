@@ -31,6 +31,7 @@ SUBJECTS = (
     "kernels",
     "kmeans",
     "kv_cache",
+    "kv_steps",
     "matmul",
     "memory",
     "methods",

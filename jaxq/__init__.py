@@ -11,6 +11,7 @@ Example:
   (2, 8)
 """
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,9 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module 'jaxq' has no attribute {name!r}")
+        close = difflib.get_close_matches(name, __all__, n=2)
+        hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+        raise AttributeError(f"module 'jaxq' has no attribute {name!r}.{hint}")
     module = importlib.import_module(_LAZY[name])
     value = module if _LAZY[name] == f"jaxq.{name}" else getattr(module, name)
     globals()[name] = value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,11 +62,31 @@ KINDS = (
     *("Array", "Param"),
 )
 
-# Arrays of a tree that are looked up, by a word of their names; "embedding_proj" and what is in it are multiplied with.
-_PROJECTION = r"(.*[/_])?(dense|linear|mlp|patch|proj|projection)s?\d*([/_].*)?$"
-_EMBEDDINGS = rf"re:(.*/)?(?!{_PROJECTION})([^/]*_)?(emb|embed|embedder|embeddings?|wpe|wte)(_[^/]*)?(/.*)?"
-# Last names of layers that make logits or choose experts: small errors there cost most, so they stay in floats.
-HEADS = ("head", "lm_head", "logits", "output_head", "router", "unembed")
+# What recipes by name leave in floats: small errors there cost most. Names are words of a path, whose components "/"
+# separates, or "." in flat dicts of Hugging Face; "LMHead_0" is what linen calls an LMHead without a name.
+_IN = r"re:(?i)(?:.*[/.])?"  # anywhere in the model
+_TOP = r"re:(?i)(?:(?:base_model|model|module|params|transformer)[/.])*"  # of the model itself
+_AND_BELOW = r"(?:_\d+)?(?:[/.].*)?"  # and what is in it
+# Arrays that are looked up; "embedding_proj" and what is in it are multiplied with.
+_PROJECTION = r"(.*[/._])?(dense|linear|mlp|patch|proj|projection)s?\d*([/._].*)?$"
+_TABLES = r"([^/.]*_)?(emb|embed|embedder|embeddings?|relative_attention_bias|wpe|wte)(_[^/.]*)?([/.].*)?"
+# Gains and biases; stacks of them have two axes, as matrices do.
+_NORM = r"([^/.]*_)?(bn|(batch|group|layer|rms)?_?norm|ln)(_?\d+|_[^/.]*)?([/.](w|weight))?"
+_VECTOR = r"([^/.]*_)?(beta|bias|gain|gamma|mean|scale|var)(es|s)?"
+_HEADS = "embed_out|head|lm_?head|mlm_?head|logits|output_?head|unembed|unembedding"
+_TOP_HEADS = "classification_head|classifier|cls|out|output|score"  # attention has an `out` too, inside
+_ROUTERS = r"router|[^/.]*moe[^/.]*[/.]gate|shared_expert_gate"
+_MATRICES = ("Linear", "Dense", "Einsum", "Array", "Param")  # attention's own `out` is a LinearGeneral
+_IN_FLOATS = (
+    # (what, pattern, kinds)
+    ("embedding", "**", ("Embed",)),
+    ("router", rf"{_IN}({_ROUTERS}){_AND_BELOW}", KINDS),
+    ("output head", rf"{_IN}({_HEADS}){_AND_BELOW}", KINDS),
+    ("output head", rf"{_TOP}({_TOP_HEADS}){_AND_BELOW}", _MATRICES),
+    ("embedding", rf"{_IN}(?!{_PROJECTION}){_TABLES}", ("Array",)),
+    ("embedding", rf"{_TOP}shared[/.]weight", ("Array",)),  # T5's
+    ("norm or bias", rf"{_IN}({_NORM}|{_VECTOR})", ("Array",)),
+)
 
 
 class Layer(NamedTuple):
@@ -114,8 +135,9 @@ class Rule:
       optional: True where matching nothing is no mistake.
 
     Raises:
+      TypeError: a field of another type, axes that are no integers for example.
       ValueError: neither or both of `weight` and `skip`; an unknown preset, observer, method or kind; a bad regular
-        expression; an observer for an activation whose scales are of blocks.
+        expression; an axis named twice; an observer for an activation whose scales are of blocks.
 
     Example:
       >>> import jaxq
@@ -158,7 +180,7 @@ class Rule:
         for field in ("contracting", "batch"):
             axes = getattr(self, field)
             if axes is not None:
-                object.__setattr__(self, field, (axes,) if isinstance(axes, int) else tuple(axes))
+                object.__setattr__(self, field, _as_axes(axes, f"Rule({self.pattern!r}): {field}"))
         if self.observer is not None:
             object.__setattr__(self, "observer", _as_observer(self.observer, f"Rule({self.pattern!r})"))
             if not isinstance(self.activation, QuantSpec):
@@ -180,7 +202,10 @@ class Rule:
         if self.method == "llm_int8" and self.observer is not None:
             raise ValueError(f"Rule({self.pattern!r}): llm_int8 looks at each input anew, so it takes no observer=.")
         object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
-        object.__setattr__(self, "kinds", (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds))
+        kinds = (self.kinds,) if isinstance(self.kinds, str) else self.kinds
+        if not isinstance(kinds, tuple | list | set | frozenset):
+            raise TypeError(f"Rule({self.pattern!r}): kinds must be names such as ('Linear', 'Conv'), got {kinds!r}.")
+        object.__setattr__(self, "kinds", tuple(kinds))
         for kind in self.kinds:
             formats.check_choice(f"Rule({self.pattern!r}): kinds", kind, KINDS)
         try:
@@ -226,6 +251,8 @@ class Rule:
         Raises:
           ValueError: an unknown field.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"Rule.from_dict: expected a dict of what is in a jaxq.Rule, got {data!r:.80}.")
         fields = dict(data)
         known = {field.name for field in dataclasses.fields(cls)} - {"where"}
         for name in fields:
@@ -314,7 +341,8 @@ class Recipe:
           >>> jaxq.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
           True
         """
-        if not isinstance(data, Mapping) or not {"rules"} <= set(data) <= {"rules", "rotate"}:
+        fits = isinstance(data, Mapping) and {"rules"} <= set(data) <= {"rules", "rotate"}
+        if not fits or not isinstance(data["rules"], list | tuple):
             raise ValueError(f"Recipe.from_dict: expected {{'rules': [...]}}, got {data!r:.80}.")
         return cls(tuple(Rule.from_dict(rule) for rule in data["rules"]), rotate=data.get("rotate", False))
 
@@ -338,7 +366,7 @@ def get(name: str | QuantSpec) -> Recipe:
 
 
 def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
-    """A recipe by name, or a spec for every weight; both leave embeddings, output heads and routers in floats.
+    """A recipe by name, or a spec for every weight; both leave embeddings, norms, output heads and routers in floats.
 
     Raises:
       ValueError: no such recipe; close matches are named.
@@ -360,15 +388,23 @@ def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
         weight, activation, observer, method, rotate = recipe, None, None, "rtn", False
     else:
         raise TypeError(f"{caller}: recipe must be a name, a QuantSpec or a jaxq.Recipe, got {type(recipe).__name__}.")
-    defaults: list[Any] = [
-        Rule(kinds=("Embed",), skip=True, reason="embedding, left in floats by default", optional=True),
-        Rule(_EMBEDDINGS, kinds=("Array",), skip=True, reason="embedding, left in floats by default", optional=True),
-    ]
-    for head in HEADS:
-        what = "router" if head == "router" else "output head"
-        defaults.append(Rule(f"**/{head}", skip=True, reason=f"{what}, left in floats by default", optional=True))
+    defaults = (
+        Rule(pattern, kinds=kinds, skip=True, reason=f"{what}, left in floats by default", optional=True)
+        for what, pattern, kinds in _IN_FLOATS
+    )
     last = Rule(weight=weight, activation=activation, observer=observer, method=method)
     return Recipe((*defaults, last), rotate=rotate)
+
+
+def _as_axes(axes: Any, what: str) -> tuple[int, ...]:
+    """Axes as a tuple of different integers."""
+    found = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
+    if not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in found):
+        raise TypeError(f"{what} must be an axis or several, such as -2 or (0, 1), got {axes!r}.")
+    found = tuple(operator.index(a) for a in found)
+    if len(set(found)) != len(found):
+        raise ValueError(f"{what} names an axis twice: {axes!r}. Name each once.")
+    return found
 
 
 def _as_observer(observer: Any, caller: str) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 import jaxq
@@ -61,18 +62,40 @@ def test_kinds_are_those_of_the_layers():
 
 TABLES = (
     *("embed", "embedding", "embed_tokens/weight", "wte", "transformer/wpe/embedding", "tok_embeddings", "pos_emb"),
-    *("embedder/input_embedding", "embeddings/word_embeddings/weight", "projector/embed"),
+    *("embedder/input_embedding", "embeddings/word_embeddings/weight", "projector/embed", "transformer.wte.weight"),
+    *("Embed_0/embedding", "model.embed_tokens.weight", "shared.weight", "a.relative_attention_bias.weight"),
+)
+VECTORS = (
+    *("layers/norm/scale", "layers.input_layernorm.weight", "blocks/LayerNorm_0/scale", "h/ln_1/weight", "dense/bias"),
+    *("bn1/weight", "transformer.ln_f.weight", "final_norm", "rms/gamma", "attn/q_bias", "batch_stats/bn/mean"),
+)
+ROUTERS = ("router", "layers/0/router/Dense_0", "a.block_sparse_moe.gate.weight", "mlp/shared_expert_gate", "Router_1")
+HEADS = (
+    *("lm_head", "a/head", "lm_head/layers/0", "model.lm_head.weight", "LMHead_0/Dense_0", "embed_out", "unembed"),
+    *("output", "params/out", "model.score.weight", "classifier/dense", "cls/predictions/decoder", "logits"),
 )
 MATRICES = (
     *("embedding_proj", "layers/0/embed_proj/kernel", "embeddings/patch_embeddings/projection/kernel", "patch_embed/w"),
     *("time_embedding/linear_1/kernel", "embed/dense", "membed", "embeddingless", "wteam", "mlp/kernel"),
+    *("layer/0/attention/output/dense", "layers/0/attn/out", "mlp/gate", "norm1/linear/kernel", "heads", "ahead/w"),
+    *("mlp.gate_proj.weight", "attn/bias_proj", "overhead", "outer", "cls_mlp", "layers/scores", "h.0.c_fc"),
 )
+LEFT = {"embedding": TABLES, "norm or bias": VECTORS, "router": ROUTERS, "output head": HEADS, None: MATRICES}
+LEFT = {path: what for what, paths in LEFT.items() for path in paths}
 
 
-@pytest.mark.parametrize("path", [*TABLES, *MATRICES])
-def test_arrays_are_tables_by_whole_words(path):
-    rule = recipes.get("int8").find(path, "Array", (16, 8))
-    assert rule.skip == (path in TABLES)
+@pytest.mark.parametrize("path", LEFT)
+def test_recipes_by_name_leave_arrays_by_whole_words(path):
+    what, recipe = LEFT[path], recipes.get("int8")
+    reason = None if what is None else f"{what}, left in floats by default"
+    assert recipe.find(path, "Array", (16, 8)).reason == reason
+    by_name = reason if what in ("router", "output head") else None
+    assert recipe.find(path, "Linear").reason == recipe.find(path, "Dense").reason == by_name
+    assert recipe.find(path, "Embed").reason == "embedding, left in floats by default"
+
+
+def test_the_projection_of_a_lone_attention_is_no_head():
+    assert recipes.get("int8").find("out", "LinearGeneral").weight.fmt.name == "int8"
 
 
 def test_first_match_decides():
@@ -101,6 +124,36 @@ def test_rules_are_values():
 def test_impossible_rules(arguments, message):
     with pytest.raises(ValueError, match=message):
         Rule("a", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"contracting": "0"}, "contracting must be an axis or several, such as -2"),
+        ({"contracting": 1.5}, "contracting must be an axis"),
+        ({"batch": (True,)}, "batch must be an axis"),
+        ({"contracting": (0, 0)}, "contracting names an axis twice"),
+        ({"kinds": 5}, "kinds must be names such as"),
+    ],
+)
+def test_fields_of_other_types_name_the_rule(fields, message):
+    with pytest.raises((TypeError, ValueError), match=rf"Rule\('a'\): {message}"):
+        Rule("a", weight="int8", **fields)
+
+
+@pytest.mark.parametrize("data", [{"rules": 5}, {"rules": [5]}, {"rules": "int8"}, {"rules": [["a"]]}])
+def test_descriptions_of_nothing_say_what_is_expected(data):
+    with pytest.raises(ValueError, match=r"(Recipe|Rule)\.from_dict: expected"):
+        Recipe.from_dict(data)
+
+
+def test_misspelt_names_have_close_ones():
+    with pytest.raises(ValueError, match=r"QuantSpec.from_dict: unknown field 'fromat'. Did you mean 'format'"):
+        jaxq.QuantSpec.from_dict({"fromat": "int8"})
+    with pytest.raises(AttributeError, match=r"no attribute 'quantise'. Did you mean 'quantize'"):
+        _ = jaxq.quantise
+    with pytest.raises(ValueError, match="explain: platform must be one of .*'tpuu'.* Did you mean 'tpu'"):
+        jaxq.explain(jax.numpy.ones((2, 8)), jaxq.quantize(jax.numpy.ones((8, 2)), "int8"), platform="tpuu")
 
 
 def test_bad_regular_expression_names_the_rule():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import errors, nnx
 from jax import lax
 
 from jaxq.methods import LayerStats, empty_stats, update_stats
@@ -63,7 +64,14 @@ class Probe(nnx.Module):
         else:  # dot_general(x, w, dims)
             (contracted, _), (batch, _) = args[2]
             rows = contracted_rows(args[0], tuple(contracted), tuple(batch))
-        self.stats.set_value(updated(self.stats.get_value(), rows, self.path, self.observer))
+        try:
+            self.stats.set_value(updated(self.stats.get_value(), rows, self.path, self.observer))
+        except errors.TraceContextError as error:
+            raise ValueError(
+                f"calibrate: {self.path or 'the model'} is called inside jax.jit, jax.checkpoint, jax.vmap or a "
+                "jax.lax loop, out of which no statistics come. Use nnx.jit, nnx.remat or nnx.scan, or leave the layer "
+                "out: by layers= of calibrate, or by a rule without observer= and without a method that needs data."
+            ) from error
         reached = _REACHED.get()
         if reached is not None and self.path not in reached:
             reached.append(self.path)
@@ -171,7 +179,7 @@ def calibrate(
     Args:
       model: a flax nnx module; it stays as it is. Layers may be quantized or not.
       batches: inputs of the model: an array, a tuple of arguments or a dict of named ones each; shapes may differ, and
-        each new shape is compiled once.
+        each new shape is compiled once. What is no array (`{"x": x, "train": False}`) is passed as it is.
       layers: paths of the layers to look at; None takes every Linear, LinearGeneral, Einsum, Conv and ConvTranspose.
         Rows of a convolution are places of its input with their channels, and have no second moments.
       mask: gives the rows of a batch that count, bool `[b, t]` (or `[b]`), False for padding.
@@ -188,12 +196,12 @@ def calibrate(
 
     Raises:
       TypeError: not an nnx module.
-      ValueError: no batch; a path that is no layer; a layer that no batch reached; a number that is not finite, with
-        the layer's path; a mask that does not fit.
+      ValueError: no batch; a path that is no layer; a layer that no batch reached, or inside a transform of jax's own;
+        a number that is not finite, with the layer's path; a mask that does not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> from flax import nnx
+      >>> from flax import errors, nnx
       >>> stats = jaxq.nn.calibrate(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), [jnp.ones((8, 4))])
       >>> float(stats[""].count), stats[""].hessian.shape
       (7.0, (4, 4))
@@ -207,17 +215,17 @@ def calibrate(
     reached: list[str] = []
 
     @nnx.jit
-    def step(copy: nnx.Module, batch: Any, counts: Any) -> None:
+    def step(copy: nnx.Module, batch: Batch, counts: Any) -> None:
         token = _REACHED.set(reached)
         try:
             with masked(counts):
-                run(copy, batch, forward)
+                run(copy, batch.given(), forward)
         finally:
             _REACHED.reset(token)
 
     num_batches = 0
     for batch in shown(as_batches(batches, "calibrate"), "calibrating", progress):
-        step(copy, jax.tree.map(jnp.asarray, batch), None if mask is None else jnp.asarray(mask(batch)))
+        step(copy, Batch.of(batch), None if mask is None else jnp.asarray(mask(batch)))
         num_batches += 1
     if not num_batches:
         raise ValueError("calibrate: there is no batch. An iterator that was used before is empty; pass a list.")
@@ -273,6 +281,32 @@ def _go_on(probes: Mapping[str, Probe], start: Mapping[str, LayerStats]) -> None
 def same_shapes(given: LayerStats | None, empty: LayerStats) -> bool:
     """Whether statistics are there, and of the same kind of input."""
     return [v.shape for v in jax.tree.leaves(given)] == [v.shape for v in jax.tree.leaves(empty)]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["rest", "structure"])
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A batch on its way into jit: arrays are traced, all else (train=False, method="encode") stays what it is.
+
+    Attributes:
+      arrays: by their places among the leaves.
+      rest: the other leaves, None where there is an array.
+      structure: of the batch.
+    """
+
+    arrays: dict[int, jax.Array]
+    rest: tuple[Any, ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, batch: Any) -> Batch:
+        leaves, structure = jax.tree.flatten(batch)
+        arrays = {i: jnp.asarray(v) for i, v in enumerate(leaves) if hasattr(v, "shape") and hasattr(v, "dtype")}
+        return cls(arrays, tuple(None if i in arrays else v for i, v in enumerate(leaves)), structure)
+
+    def given(self) -> Any:
+        """The batch as it was given."""
+        return jax.tree.unflatten(self.structure, [self.arrays.get(i, v) for i, v in enumerate(self.rest)])
 
 
 def as_batches(batches: Iterable[Any], caller: str) -> Iterable[Any]:

@@ -39,13 +39,13 @@ class Roles:
       contracting: negative axes the layer's product contracts.
       shape: sizes without stacked leading axes.
       num_batch: how many leading ones of them are batch axes of the product.
-      inner: negative axes that are batch axes of the product too, behind others that are not.
+      subscripts: of the einsum that the product is, the weight on its right; empty where it is none.
     """
 
     contracting: tuple[int, ...]
     shape: tuple[int, ...]
     num_batch: int = 0
-    inner: tuple[int, ...] = ()
+    subscripts: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,12 +231,12 @@ def _einsum_roles(layer: Any) -> Roles:
 
 def einsum_roles(subscripts: str, shape: tuple[int, ...]) -> Roles:
     """The axes of an einsum's right operand, of this shape."""
+    subscripts = subscripts.replace(" ", "")
     inputs, out = subscripts.split("->")
     left, right = inputs.split(",")
     summed = tuple(i - len(right) for i, index in enumerate(right) if index in left and index not in out)
     batch = [i for i, index in enumerate(right) if index in left and index in out]
-    leading = sum(i == position for position, i in enumerate(batch))
-    return Roles(summed, shape, leading, tuple(i - len(right) for i in batch[leading:]))
+    return Roles(summed, shape, sum(i == position for position, i in enumerate(batch)), subscripts)
 
 
 def _conv_roles(layer: Any) -> Roles:
@@ -300,6 +300,10 @@ def _einsum_problem(layer: Any) -> str | None:
     roles = _einsum_roles(layer)
     if not roles.contracting:
         return f"{layer.einsum_str!r} contracts no axis of the kernel"
+    try:
+        ops.einsum_numbers(roles.subscripts, roles.subscripts.replace("...", "").index(","), len(right))
+    except ValueError as error:
+        return str(error)
     return _own_hook("einsum_op", (jnp.einsum, einsum))(layer)
 
 

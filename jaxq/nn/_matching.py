@@ -14,8 +14,9 @@ from flax import nnx
 from jaxq import methods
 from jaxq.nn._folding import FOLDED
 from jaxq.nn._layers import LayerKind, bare_kind, find_kind, weight_axes
+from jaxq.nn._report import why_floats
 from jaxq.nn._solve import dry_run
-from jaxq.qtensor import QTensor, raise_if_not_finite
+from jaxq.qtensor import QTensor, QuantSpec, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule
 
 
@@ -64,6 +65,7 @@ def match(
         matched.append((found, recipe.find(found.path, found.kind.name, shape, type(found.layer))))
     known = {id(getattr(found.layer, found.kind.weight)) for found, _ in matched}
     bare, untouched = _match_bare(model, recipe, known)
+    changed = _changed_on_their_way(model)
     matched += bare
     uses: dict[int, tuple[str, Any]] = {}
     for found, rule in matched:
@@ -71,14 +73,15 @@ def match(
         value = variable.get_value()
         name = found.path or type(found.layer).__name__
         if rule is not None and rule.weight is not None:
-            problem = found.kind.problem(found.layer)
+            problem = changed.get(id(found.layer)) or found.kind.problem(found.layer)
             if isinstance(value, QTensor):
                 problem = "it is quantized already"
             if problem is None:
                 try:
                     axes = weight_axes(found.layer, found.kind)
                     check_axes(rule, *axes, len(value.shape))
-                    dry_run(value, rule, *axes, found.kind.weight, found.kind.windowed)
+                    planned = dry_run(value, rule, *axes, found.kind.weight)
+                    why_floats(found.kind.name, planned, found.kind.roles(found.layer))
                     if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
                         where = found.path if found.kind.name == "Param" else f"{found.path}/{found.kind.weight}"
                         where = where.lstrip("/")
@@ -99,14 +102,36 @@ def match(
     if strict:
         paths = [f"{f.path or 'the model itself'} ({f.kind.name})" for f, _ in matched]
         raise_unused(recipe, [rule for _, rule in matched], paths, "quantize_model", "layer")
-        if untouched:
-            raise ValueError(
-                f"quantize_model: {', '.join(untouched)}: matrices of modules jaxq does not know, and no rule says "
-                "what to do with them. To quantize one that is multiplied with, add jaxq.Rule(path, weight=..., "
-                "kinds=('Param',)); to leave it in floats, jaxq.Rule(path, skip=True, kinds=('Param',)); strict=False "
-                "leaves them all. jaxq.recipes.get(name).rules are the rules of a recipe by name."
-            )
+        raise_untouched(
+            untouched,
+            "To quantize one that is multiplied with, add jaxq.Rule(path, weight=..., kinds=('Param',)); to leave it "
+            "in floats,",
+            "jaxq.recipes.get(name).rules are the rules of a recipe by name.",
+        )
     return matched
+
+
+def raise_untouched(untouched: Sequence[str], how: str, more: str) -> None:
+    """Raises where there are matrices that no rule is about; `how` one says so, and what `more` there is to know."""
+    if untouched:
+        raise ValueError(
+            f"quantize_model: {', '.join(untouched)}: matrices of modules jaxq does not know, and no rule says what to "
+            f"do with them. {how} jaxq.Rule(path, skip=True, kinds=('Param',)); strict=False leaves them all. {more}"
+        )
+
+
+def _changed_on_their_way(model: nnx.Module) -> dict[int, str]:
+    """What stands against quantizing modules whose weights another one normalizes at each call, by identity."""
+    changed = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.SpectralNorm | nnx.WeightNorm):
+            where = "/".join(map(str, path)) or "the model itself"
+            reason = (
+                f"{where}, an nnx.{type(module).__name__}, normalizes its weight at each call, which codes cannot be; "
+                "put the normalized weight into the layer, and the layer in the place of its wrapper"
+            )
+            changed |= {id(inner): reason for _, inner in nnx.iter_modules(module) if inner is not module}
+    return changed
 
 
 def multiplies(path: str, shape: Sequence[int], module: type) -> bool:
@@ -118,6 +143,8 @@ def multiplies(path: str, shape: Sequence[int], module: type) -> bool:
 
 # Last words of the names of parameters that are added or looked up, not multiplied with.
 _NO_MATRIX = re.compile(r"(^|_)(bias|embed|embedding|gain|gamma|norm|pos|position|scale|token)s?$")
+# What holds numbers, or would in a model that holds none.
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 # Variables that no product reads as a weight; adapters stay in floats.
 _NO_WEIGHTS = (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, nnx.LoRAParam)
 
@@ -148,14 +175,14 @@ def _match_bare(
     return matched, untouched
 
 
-def raw_arrays(model: nnx.Module) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
+def raw_arrays(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     """Path and value of every array that a model holds outside variables."""
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, jax.Array | np.ndarray):
+        if isinstance(node, _ARRAYS):
             yield "/".join(map(str, path)), node
 
 
-def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any, str | None, jax.Array | np.ndarray]]:
+def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any, str | None, Any]]:
     """Path, the module in whose code it is used, its attribute and value of every float array outside known layers.
 
     The attribute is None for what is in a list or dict, and for arrays that are no `nnx.Param`.
@@ -163,10 +190,11 @@ def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any,
     modules = dict(nnx.iter_modules(model))
     for path, node in nnx.iter_graph(model):
         variable = isinstance(node, nnx.Variable) and not isinstance(node, _NO_WEIGHTS)
-        if id(node) in known or not path or not (variable or isinstance(node, jax.Array | np.ndarray)):
+        if id(node) in known or not path or not (variable or isinstance(node, _ARRAYS)):
             continue
         owner = path[:-1]
-        if owner in modules and find_kind(modules[owner]) is not None:
+        of_flax = owner in modules and type(modules[owner]).__module__.startswith("flax.")
+        if of_flax and find_kind(modules[owner]) is not None:
             continue
         direct = owner in modules and not isinstance(modules[owner], nnx.List | nnx.Dict)
         while owner and (owner not in modules or isinstance(modules[owner], nnx.List | nnx.Dict)):
@@ -175,7 +203,7 @@ def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any,
         whole = direct and isinstance(node, nnx.Param) and isinstance(path[-1], str)
         held = node.get_value() if isinstance(node, nnx.Variable) else node
         for keys, value in jax.tree_util.tree_leaves_with_path(held):
-            if isinstance(value, jax.Array | np.ndarray) and jnp.issubdtype(value.dtype, jnp.floating):
+            if isinstance(value, _ARRAYS) and jnp.issubdtype(value.dtype, jnp.floating):
                 own = name + "".join(f"/{getattr(key, 'key', getattr(key, 'idx', key))}" for key in keys)
                 yield own, holder, str(path[-1]) if whole and not keys else None, value
 
@@ -193,6 +221,11 @@ def unused_rules(recipe: Recipe, taken: Sequence[Rule | None]) -> list[str]:
     """Patterns of rules that are not optional and not among those that were taken."""
     used = {id(rule) for rule in taken if rule is not None}
     return [rule.pattern for rule in recipe.rules if id(rule) not in used and not rule.optional]
+
+
+def unused_notes(recipe: Recipe, taken: Sequence[Rule | None], strict: bool) -> tuple[str, ...]:
+    """What a report says of rules that matched nothing, where that is no error."""
+    return () if strict else tuple(f"rule {pattern!r} matched nothing" for pattern in unused_rules(recipe, taken))
 
 
 def raise_unused(recipe: Recipe, taken: Sequence[Rule | None], paths: Sequence[str], caller: str, what: str) -> None:
@@ -243,6 +276,16 @@ def check_data(layers: Iterable[tuple[str, LayerKind | Any, Rule]], data: bool |
             "quantize_model: these layers' methods or observers cannot run:\n" + "\n".join(problems)
             + "\nPass calibration=batches of real inputs, or give the layers a rule with another method."
         )  # fmt: skip
+
+
+def check_key(recipe: Recipe, key: Any, caller: str) -> None:
+    """Raises where a rule rounds at random and there is no key to draw with."""
+    for rule in recipe.rules:
+        if key is None and isinstance(rule.weight, QuantSpec) and rule.weight.rounding == "stochastic":
+            raise ValueError(
+                f"{caller}: the weight= of Rule({rule.pattern!r}) has rounding='stochastic', which needs a PRNG key. "
+                "Pass key=jax.random.key(0)."
+            )
 
 
 def check_axes(rule: Rule, contracting: Sequence[int], batch: Sequence[int], ndim: int) -> None:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxq import metrics
-from jaxq.nn._calibration import run, shown
+from jaxq.nn._calibration import Batch, run, shown
 from jaxq.nn._layers import weight_axes
 from jaxq.nn._matching import find_layers
 from jaxq.qtensor import QuantSpec, as_spec, dequantize, quantize
@@ -75,7 +74,7 @@ def sensitivity(
     if isinstance(choices, str):
         raise TypeError(f"sensitivity: choices must be a list of presets, got {choices!r}: pass [{choices!r}].")
     specs = {name: as_spec(name, "sensitivity") for name in choices}
-    batches = [jax.tree.map(jnp.asarray, batch) for batch in batches]
+    batches = [Batch.of(batch) for batch in batches]
     recipe = as_recipe(next(iter(choices)), "sensitivity") if specs else None
     if recipe is None or not batches:
         raise ValueError(f"sensitivity: needs choices and batches, got {len(specs)} and {len(batches)}.")
@@ -89,12 +88,12 @@ def sensitivity(
         raise ValueError("sensitivity: the model has no layer that a recipe by name would quantize.")
 
     @nnx.jit
-    def logits_of(model: nnx.Module, batch: Any) -> jax.Array:
-        return run(model, batch, forward)
+    def logits_of(model: nnx.Module, batch: Batch) -> jax.Array:
+        return run(model, batch.given(), forward)
 
     @nnx.jit
-    def divergence(model: nnx.Module, batch: Any, reference: jax.Array) -> jax.Array:
-        return metrics.kl_divergence(reference, run(model, batch, forward))
+    def divergence(model: nnx.Module, batch: Batch, reference: jax.Array) -> jax.Array:
+        return metrics.kl_divergence(reference, run(model, batch.given(), forward))
 
     references = [logits_of(copy, batch) for batch in batches]
     kl, bits, size = {}, {}, {}

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxq import formats, methods
 from jaxq.nn._folding import FOLDED, raise_if_rotating
-from jaxq.nn._matching import check_axes, raise_problems, raise_unused, unused_rules
-from jaxq.nn._placement import on_auto_axes, placed_like
-from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
+from jaxq.nn._matching import check_axes, check_key, raise_problems, raise_unused, unused_notes
+from jaxq.nn._placement import Donated, on_auto_axes, placed_like
+from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason, why_floats
 from jaxq.nn._solve import dry_run, quantize_weight
 from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -48,11 +49,12 @@ def quantize_params(
 
     Args:
       params: any pytree of arrays: dicts of Haiku or Flax, Equinox modules, lists.
-      recipe: as in `jaxq.quantize_model`. A name or a spec takes every float matrix, but no arrays of embeddings,
-        heads and routers, by their names; arrays of three axes and more need a rule that says `contracting=`.
+      recipe: as in `jaxq.quantize_model`. A name or a spec takes every float matrix, but no embeddings, norms,
+        biases, heads and routers, which it knows by their names; arrays of three axes and more need a rule that says
+        `contracting=`.
       strict: a rule that matches nothing is an error; False says so in the report.
       donate: frees each array once it is quantized, so that a model larger than half the memory fits. The arrays in
-        `params` must not be used afterwards.
+        `params` must not be used afterwards. One that also stays in floats, under another path, is kept.
       key: PRNG key, for `rounding="stochastic"`.
       on_nonfinite: as in `jaxq.quantize`.
 
@@ -72,10 +74,11 @@ def quantize_params(
     """
     recipe = as_recipe(recipe, "quantize_params")
     formats.check_choice("quantize_params: on_nonfinite", on_nonfinite, ON_NONFINITE)
+    check_key(recipe, key, "quantize_params")
     raise_if_rotating(recipe, "quantize_params")
     leaves = _match(params, recipe, on_nonfinite, strict)
     keys = iter(jax.random.split(jax.random.key(0) if key is None else key, max(len(leaves), 1)))
-    out, rows = [], []
+    out, rows, donated = [], [], Donated(leaf.value for leaf in leaves)
     for leaf in leaves:
         if leaf.planned is None:
             out.append(leaf.value)
@@ -89,11 +92,10 @@ def quantize_params(
             rows.append(quantized_row(leaf.path, "Array", floats, qt, solved))
         qt = placed_like(qt, leaf.value)
         out.append(qt)
-        if donate and isinstance(leaf.value, jax.Array):
-            jax.block_until_ready(qt)
-            leaf.value.delete()
-    structure = jax.tree.structure(params, is_leaf=_is_qtensor)
-    return jax.tree.unflatten(structure, out), Report(tuple(rows), _notes(recipe, leaves, strict))
+        if donate:
+            donated.quantized(leaf.value, qt)
+    tree = jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_qtensor), out)
+    return tree, Report(tuple(rows), unused_notes(recipe, [leaf.rule for leaf in leaves], strict))
 
 
 def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
@@ -126,14 +128,17 @@ def plan_params(params: Any, recipe: Recipe, *, strict: bool = True) -> Report:
         else:
             assert leaf.rule is not None
             rows.append(planned_row(leaf.path, "Array", leaf.value, leaf.planned, leaf.rule.method))
-    return Report(tuple(rows), _notes(recipe, leaves, strict))
+    return Report(tuple(rows), unused_notes(recipe, [leaf.rule for leaf in leaves], strict))
 
 
 def _match(params: Any, recipe: Recipe, on_nonfinite: str, strict: bool) -> list[_Leaf]:
     """Every leaf with what is to become of it, after all were checked."""
     problems, leaves = [], []
+    held = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    variables = {keys for keys, node in held if isinstance(node, nnx.Variable)}
     for keys, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_qtensor):
-        leaf, problem = _match_leaf(_path_of(keys), value, recipe, on_nonfinite)
+        own = keys[:-1] if keys[:-1] in variables else keys  # of `nnx.state`, without the variable's ".value"
+        leaf, problem = _match_leaf(_path_of(own), value, recipe, on_nonfinite)
         leaves.append(leaf)
         if problem is not None:
             problems.append(f"  {leaf.path or 'the array'} {list(np.shape(value))}: {problem}")
@@ -169,6 +174,7 @@ def _match_leaf(path: str, value: Any, recipe: Recipe, on_nonfinite: str) -> tup
         check_axes(rule, contracting, batch, len(shape))
         _check_method(rule)
         planned = dry_run(value, rule, contracting, batch, path)
+        why_floats("Array", planned)
         if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
             raise_if_not_finite(jnp.asarray(value), path or "w", "quantize")
     except (TypeError, ValueError) as error:
@@ -192,11 +198,6 @@ def _check_method(rule: Rule) -> None:
 def _left_row(leaf: _Leaf) -> Row:
     value = leaf.value if hasattr(leaf.value, "dtype") or isinstance(leaf.value, QTensor) else np.asarray(leaf.value)
     return float_row(leaf.path, "Array", value, leaf.note)
-
-
-def _notes(recipe: Recipe, leaves: list[_Leaf], strict: bool) -> tuple[str, ...]:
-    unused = () if strict else unused_rules(recipe, [leaf.rule for leaf in leaves])
-    return tuple(f"rule {pattern!r} matched nothing" for pattern in unused)
 
 
 def _path_of(keys: tuple[Any, ...]) -> str:

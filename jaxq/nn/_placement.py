@@ -1,10 +1,11 @@
-"""Weights over a mesh: quantized with their axes left to XLA, and put where the floats lay."""
+"""Weights over a mesh: quantized with their axes left to XLA, and put where the floats lay. And their memory."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -63,3 +64,21 @@ def placed_like(qt: QTensor, floats: Any) -> QTensor:
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*cut)))
 
     return jax.tree.map(put, qt)
+
+
+class Donated:
+    """Arrays to be freed after their last use: one that has several names, or stays in floats under one, has several.
+
+    Args:
+      arrays: all that there are, each as often as it is used; they must stay alive while this is used.
+    """
+
+    def __init__(self, arrays: Iterable[Any]):
+        self._uses = collections.Counter(map(id, arrays))
+
+    def quantized(self, array: Any, qt: QTensor) -> None:
+        """One use of an array has ended: `qt` is made of it."""
+        self._uses[id(array)] -= 1
+        if not self._uses[id(array)] and isinstance(array, jax.Array):
+            jax.block_until_ready(qt)
+            array.delete()

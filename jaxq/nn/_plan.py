@@ -9,7 +9,7 @@ from flax import linen, nnx
 
 from jaxq.nn._folding import foldable, planned_outcomes, rotated
 from jaxq.nn._layers import weight_axes
-from jaxq.nn._matching import check_data, match, raw_arrays, unused_rules, variables_of
+from jaxq.nn._matching import check_data, match, raw_arrays, unused_notes, variables_of
 from jaxq.nn._params import plan_params
 from jaxq.nn._report import Report, dropped_metadata, float_row, other_row, planned_row, skip_reason
 from jaxq.nn._solve import dry_run, unscaled_note
@@ -65,11 +65,10 @@ def plan(
         if rule is None or rule.weight is None:
             rows.append(float_row(path, found.kind.name, value, skip_reason(rule)))
         else:
-            qt = dry_run(value, rule, *weight_axes(found.layer, found.kind), found.kind.weight, found.kind.windowed)
-            unscaled, inner = unscaled_note(rule, outcomes.get(found.path)), found.kind.roles(found.layer).inner
+            qt = dry_run(value, rule, *weight_axes(found.layer, found.kind), found.kind.weight)
+            unscaled, roles = unscaled_note(rule, outcomes.get(found.path)), found.kind.roles(found.layer)
             method = "rtn" if unscaled and rule.method != "awq" else rule.method
             notes = (unscaled, dropped_metadata(variable))
-            rows.append(planned_row(path, found.kind.name, value, qt, method, notes, inner))
+            rows.append(planned_row(path, found.kind.name, value, qt, method, notes, roles))
     rows += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(model)]
-    unused = () if strict else unused_rules(recipe, [rule for _, rule in matched])
-    return Report(tuple(rows), tuple(f"rule {pattern!r} matched nothing" for pattern in unused))
+    return Report(tuple(rows), unused_notes(recipe, [rule for _, rule in matched], strict))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from jaxq import metrics, ops
 from jaxq.methods import Solved
+from jaxq.nn._layers import Roles
 from jaxq.qtensor import Geometry, QTensor, dequantize, inside_range, quantize
 from jaxq.recipes import Rule
 
@@ -47,7 +49,7 @@ class Row:
       kind: kind of the layer, or of the variable where it belongs to none.
       shape: of the parameter.
       format: of its codes, "+" the activations' where those are quantized; None where it stays in floats.
-      granularity: with its block sizes and the axes that a product contracts, or None.
+      granularity: with its block sizes, the axes that a product contracts and those that lead (stacks), or None.
       method: what made the codes ("rtn": rounding to nearest), or None.
       bits_per_element: scales of every level included.
       bytes_before: of the float parameter.
@@ -121,8 +123,9 @@ class Report:
     @property
     def bits_per_weight(self) -> float:
         """Mean over the quantized parameters, scales included; NaN if there are none."""
-        size = sum(8 * row.bytes_after / row.bits_per_element for row in self.quantized if row.bits_per_element)
-        return sum(8 * row.bytes_after for row in self.quantized) / size if size else float("nan")
+        rows = [row for row in self.quantized if 0 not in row.shape]  # scales of nothing are none of its bits
+        size = sum(math.prod(row.shape) for row in rows)
+        return 8 * sum(row.bytes_after for row in rows) / size if rows else math.nan
 
     @property
     def worst(self) -> Row | None:
@@ -228,7 +231,7 @@ def other_row(path: str, variable: Any, layers: set[str]) -> Row:
 
 def planned_row(
     path: str, kind: str, floats: Any, qt: QTensor, method: str = "rtn", notes: Sequence[str] = (),
-    inner: tuple[int, ...] = (),
+    roles: Roles | None = None,
 ) -> Row:  # fmt: skip
     """The row of a weight as it is stored, without what must be measured.
 
@@ -239,7 +242,7 @@ def planned_row(
       qt: what replaces it; leaves may be `jax.ShapeDtypeStruct`s.
       method: that makes the codes.
       notes: what else there is to say.
-      inner: as in `why_floats`.
+      roles: of its axes in its layer; None where it is in none.
     """
     spec, geometry = qt.spec, qt.meta.geometry
     name = spec.fmt.name
@@ -247,48 +250,71 @@ def planned_row(
         name += f" + {qt.meta.activation.fmt.name}" + ("" if qt.input_range is None else " static")
     sizes = ",".join(str(b) for b in geometry.block_shape if b not in (None, 1))
     along = ",".join(map(str, geometry.contracted))
-    granularity = f"{type(spec.granularity).__name__}({sizes}{' ' if sizes else ''}along {along})"
+    batch = ",".join(map(str, range(len(qt.batch_shape))))
+    each = f", of each {batch}" if batch else ""
+    granularity = f"{type(spec.granularity).__name__}({sizes}{' ' if sizes else ''}along {along}{each})"
     before = floats.size * floats.dtype.itemsize
     bits = qt.bits_per_element
-    note = "; ".join(n for n in (*notes, why_floats(kind, qt, inner)) if n)
+    note = "; ".join(n for n in (*notes, why_floats(kind, qt, roles)) if n)
     return Row(path, kind, qt.shape, name, granularity, bits, before, qt.nbytes, None, None, note, method=method)
 
 
-def why_floats(kind: str, qt: QTensor, inner: tuple[int, ...] = ()) -> str:
-    """Why products with quantized inputs are of floats, though both sides are quantized; empty where they are not.
+def why_floats(kind: str, qt: QTensor, roles: Roles | None = None) -> str:
+    """Why products are of floats though inputs are quantized, or a whole weight is dequantized; empty where neither is.
+
+    Raises what quantizing an input would raise, but for sizes that only the input has.
 
     Args:
       kind: of the layer.
       qt: its weight; leaves may be `jax.ShapeDtypeStruct`s.
-      inner: negative axes of it that are batch axes of the product, though no leading ones.
+      roles: of the weight's axes in its layer.
     """
     spec, geometry = qt.meta.activation, qt.meta.geometry
-    if spec is None:
-        return ""
     shaped = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), qt)
     if kind in ("Conv", "ConvTranspose"):
-        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[len(qt.batch_shape) :], leaf.dtype), shaped)
-        example = jax.ShapeDtypeStruct((1, _EXAMPLE), jnp.float32)
-        qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=-1), example)
+        if spec is None:
+            return ""
+        one = _without_leading(shaped, len(qt.batch_shape))
+        along = tuple(range(1, 1 + len(geometry.contracted)))  # places and channels of an example
+        example = jax.ShapeDtypeStruct((1, *(1 for _ in along[1:]), _EXAMPLE), jnp.float32)
+        qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=along, name="activation"), example)
         reason = ops.why_not_codes(qx, one.with_activation(None), 0, geometry.kept[0] + len(geometry.shape))
-    else:
-        batch = (*range(len(qt.batch_shape)), *(a + qt.ndim for a in inner))
-        along = tuple(a + qt.ndim for a in geometry.contracted)
-        x: Any = jax.ShapeDtypeStruct((*(qt.shape[a] for a in (*batch, *along)), 1), jnp.float32)
-        dims = (tuple(range(len(batch), x.ndim - 1)), along), (tuple(range(len(batch))), batch)
-        plan = ops.explain(x, shaped, dims, platform="cpu")
-        reason = None if plan.path == "codes" else plan.reason
-    return "" if reason is None else f"products of floats: {reason}"
+        return "" if reason is None else f"products of floats: {reason}"
+    plan = _plan_of_product(shaped, roles)
+    if spec is not None:
+        return "" if plan.path == "codes" else f"products of floats: {plan.reason}"
+    # An Embed only looks up rows; where it attends too, its blocks run along what is contracted.
+    return "" if plan.path != "dequantize" or kind == "Embed" else f"dequantized at each call: {plan.reason}"
+
+
+def _plan_of_product(qt: QTensor, roles: Roles | None) -> ops.Plan:
+    """How one row of inputs meets a weight of `jax.ShapeDtypeStruct`s."""
+    if roles is not None and roles.subscripts:
+        one = _without_leading(qt, qt.ndim - len(roles.shape))
+        left, right = roles.subscripts.replace("...", "").split("->")[0].split(",")
+        size = dict(zip(right, one.shape, strict=True))
+        x: Any = jax.ShapeDtypeStruct(tuple(size.get(index, 1) for index in left), jnp.float32)
+        dims, _ = ops.einsum_numbers(roles.subscripts, x.ndim, one.ndim)
+        return ops.explain(x, one, dims, platform="cpu")
+    batch, along = tuple(range(len(qt.batch_shape))), tuple(a + qt.ndim for a in qt.meta.geometry.contracted)
+    x = jax.ShapeDtypeStruct((*qt.batch_shape, 1, *(qt.shape[a] for a in along)), jnp.float32)
+    dims = (tuple(range(len(batch) + 1, x.ndim)), along), (batch, batch)
+    return ops.explain(x, qt, dims, platform="cpu")
+
+
+def _without_leading(qt: QTensor, num_axes: int) -> QTensor:
+    """One element of a stack of `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[num_axes:], leaf.dtype), qt)
 
 
 def quantized_row(
     path: str, kind: str, floats: jax.Array, qt: QTensor, solved: Solved | None, notes: Sequence[str] = (),
-    inner: tuple[int, ...] = (),
+    roles: Roles | None = None,
 ) -> Row:  # fmt: skip
     """The row of a quantized weight, with its errors; arguments as in `planned_row`."""
     sqnr, worst, clipped = (float(value) for value in _errors(floats, qt))
     method, said, loss = ("rtn", "", None) if solved is None else (solved.method, solved.note, solved.loss)
-    row = planned_row(path, kind, floats, qt, method, (said, *notes), inner)
+    row = planned_row(path, kind, floats, qt, method, (said, *notes), roles)
     return dataclasses.replace(row, sqnr=sqnr, worst_block=worst, clipped=clipped, loss=loss)
 
 

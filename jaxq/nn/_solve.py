@@ -72,10 +72,8 @@ def quantize_weight(
     return with_inputs(qt, rule, static_bounds(rule, stats, name)), solved
 
 
-def dry_run(
-    w: Any, rule: Rule, contracting: Sequence[int], batch: Sequence[int], name: str, windowed: bool = False
-) -> QTensor:
-    """Raises what quantizing a weight, and later its input, would raise; nothing is computed.
+def dry_run(w: Any, rule: Rule, contracting: Sequence[int], batch: Sequence[int], name: str) -> QTensor:
+    """Raises what quantizing a weight would raise; nothing is computed.
 
     Args:
       w: float array.
@@ -83,7 +81,6 @@ def dry_run(
       contracting: axes of `w`.
       batch: axes of `w`.
       name: what errors call it.
-      windowed: how many numbers of an input meet at once is not known here.
 
     Returns:
       The QTensor there would be, of `jax.ShapeDtypeStruct`s.
@@ -101,13 +98,7 @@ def dry_run(
             qt = _solve(qt, v, None, rule, "rtn", key, name).qt
         return with_inputs(qt, rule, None if rule.observer is None else (0.0, 1.0))
 
-    qt = jax.eval_shape(made, jax.ShapeDtypeStruct(w.shape, w.dtype))
-    if qt.meta.activation is not None and not windowed:
-        x = jax.ShapeDtypeStruct((1, *(w.shape[a] for a in contracting)), w.dtype)
-        along = tuple(range(1, len(x.shape)))
-        spec = qt.meta.activation
-        jax.eval_shape(lambda v: quantize(v, spec, contracting=along, name="activation"), x)
-    return qt
+    return jax.eval_shape(made, jax.ShapeDtypeStruct(w.shape, w.dtype))
 
 
 def unscaled_note(rule: Rule, outcome: Outcome | None) -> str:

@@ -13,8 +13,8 @@ from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, calibrate, shown
 from jaxq.nn._folding import Group, Outcome, foldable, folded, looked_at, rotated
 from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
-from jaxq.nn._matching import Found, check_data, has_rows, match, raw_arrays, unused_rules, variables_of
-from jaxq.nn._placement import on_auto_axes, placed_like
+from jaxq.nn._matching import Found, check_data, check_key, has_rows, match, raw_arrays, unused_notes, variables_of
+from jaxq.nn._placement import Donated, on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, dropped_metadata, float_row, other_row, quantized_row, skip_reason
 from jaxq.nn._solve import corrected_bias, quantize_weight
 from jaxq.qtensor import ON_NONFINITE, QuantSpec
@@ -49,7 +49,8 @@ def quantize_model(
     Args:
       model: a flax nnx module with float parameters.
       recipe: a name (`jaxq.recipes.names()`: every preset as weight-only, "w8a8", ...), a `QuantSpec` for every
-        weight, or a `jaxq.Recipe`. Names and specs leave embeddings, output heads and routers in floats.
+        weight, or a `jaxq.Recipe`. Names and specs leave embeddings, output heads and routers in floats,
+        which they know by kind and by name ("lm_head", "router", ...): the report says which.
       calibration: batches of real inputs, for methods that need data (`jaxq.methods`), or what `jaxq.nn.calibrate` made
         of them. Methods that do without are judged by them too, if they are given.
       mask: which rows of a batch count, as in `calibrate`.
@@ -88,6 +89,7 @@ def quantize_model(
     recipe = as_recipe(recipe, "quantize_model")
     formats.check_choice("quantize_model: on_nonfinite", on_nonfinite, ON_NONFINITE)
     formats.check_choice("quantize_model: fallback", fallback, methods.FALLBACKS)
+    check_key(recipe, key, "quantize_model")
     if donate and calibration is not None:
         raise ValueError("quantize_model: donate=True frees weights that calibration= needs; pass one of them.")
     copy = nnx.clone(model)
@@ -109,6 +111,7 @@ def quantize_model(
         copy, outcomes = folded(copy, groups, rules, data.of_groups(copy, groups), fallback)
         matched = match(copy, recipe, on_nonfinite, strict=strict)
     variables = {id(v): (path, v) for path, v in variables_of(copy)}  # alive, so that identities stay theirs
+    donated = Donated([*(v.get_value() for _, v in variables.values()), *(array for _, array in raw_arrays(copy))])
     rows: dict[int, Row] = {}  # by the identity of the variable in the copy
     replaced: dict[int, QuantizedParam] = {}
     for (_, layer, kind), rule in matched:
@@ -146,18 +149,15 @@ def quantize_model(
                         bias, said = corrected_bias(layer.bias.get_value(), floats, qt, seen, fallback, name)
                         layer.bias.set_value(bias)
                         notes.append(said)
-                    row = quantized_row(name, kind.name, floats, qt, solved, notes, kind.roles(layer).inner)
+                    row = quantized_row(name, kind.name, floats, qt, solved, notes, kind.roles(layer))
                 rows[id(variable)] = row
                 replaced[id(variable)] = QuantizedParam(placed_like(qt, value))
                 if donate:
-                    jax.block_until_ready(qt)
-                    value.delete()
+                    donated.quantized(value, qt)
             put_weight(layer, kind, replaced.get(id(variable), variable))
     replace_variables(copy, replaced)
     layers = {found.path for found, _ in matched}
-    notes = (
-        () if strict else tuple(f"rule {p!r} matched nothing" for p in unused_rules(recipe, [r for _, r in matched]))
-    )
+    notes = unused_notes(recipe, [rule for _, rule in matched], strict)
     listed = [rows.get(i) or other_row(path, v, layers) for i, (path, v) in variables.items()]
     listed += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(copy)]
     return copy, Report(tuple(listed), notes)

@@ -6,7 +6,7 @@ and why. `matmul`, `einsum` and `@` are spelled in its terms. All of it is plain
 
 from jaxq.ops._conv import conv_general_dilated, convolve, why_not_codes
 from jaxq.ops._dot_general import dot_general, explain
-from jaxq.ops._einsum import einsum, matmul
+from jaxq.ops._einsum import einsum, einsum_numbers, matmul
 from jaxq.ops._kv_cache import KVCache
 from jaxq.ops._kv_spec import KVCacheSpec
 from jaxq.ops._plan import Plan
@@ -21,6 +21,7 @@ __all__ = [
     "convolve",
     "dot_general",
     "einsum",
+    "einsum_numbers",
     "explain",
     "matmul",
     "ragged_dot",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq import kernels
+from jaxq import formats, kernels
 from jaxq.ops._plan import DimensionNumbers, Plan, batch_first, make_plan, result_dtype
 from jaxq.ops._rows import rows_of
 from jaxq.ops._straight_through import straight_through
@@ -138,6 +138,9 @@ def explain(
     Returns:
       A `Plan`; print it.
 
+    Raises:
+      ValueError: an unknown platform, or sizes that do not fit.
+
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> x, qt = jnp.ones((2, 32)), jaxq.quantize(jnp.eye(32), "nf4")
@@ -153,7 +156,11 @@ def explain(
         dims = _as_tuples(dimension_numbers)
     _check_sizes(lhs, rhs, dims)
     plan = make_plan(lhs, rhs, dims)
-    platform = {"gpu": "cuda"}.get(platform or jax.default_backend(), platform or jax.default_backend())
+    if platform is None:
+        platform = jax.default_backend()
+    else:
+        formats.check_choice("explain: platform", platform, ("cpu", "cuda", "gpu", "rocm", "tpu"))
+    platform = {"gpu": "cuda"}.get(platform, platform)
     choice = _choose_kernel(lhs, rhs, dims, platform)
     return dataclasses.replace(
         plan,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxq import kernels
 from jaxq.ops._dot_general import Operand, align_matmul, as_operands, dot_general
-from jaxq.ops._plan import accumulate_dtype, result_dtype
+from jaxq.ops._plan import DimensionNumbers, accumulate_dtype, result_dtype
 from jaxq.qtensor import QTensor
 
 
@@ -79,16 +79,26 @@ def einsum(
     if len(operands) != 2:
         raise ValueError(f"einsum: QTensors multiply two at a time, got {len(operands)} operands in {subscripts!r}.")
     a, b = operands
-    left, right, out = _parse(subscripts, a.ndim, b.ndim)
+    dims, order = einsum_numbers(subscripts, a.ndim, b.ndim)
+    y = dot_general(a, b, dims, preferred_element_type=preferred_element_type)
+    return kernels.lay_out(jnp.transpose(y, order), out_sharding)
+
+
+def einsum_numbers(subscripts: str, left_ndim: int, right_ndim: int) -> tuple[DimensionNumbers, list[int]]:
+    """The dimension numbers of an einsum's product, and the order in which its result has that product's axes.
+
+    Raises:
+      ValueError: subscripts as in `einsum`.
+    """
+    left, right, out = _parse(subscripts, left_ndim, right_ndim)
     batch = [i for i in left if i in right and i in out]
     summed = [i for i in left if i in right and i not in out]
     dims = (
         (tuple(left.index(i) for i in summed), tuple(right.index(i) for i in summed)),
         (tuple(left.index(i) for i in batch), tuple(right.index(i) for i in batch)),
     )
-    y = dot_general(a, b, dims, preferred_element_type=preferred_element_type)
     produced = batch + [i for i in left if i not in batch + summed] + [i for i in right if i not in batch + summed]
-    return kernels.lay_out(jnp.transpose(y, [produced.index(i) for i in out]), out_sharding)
+    return dims, [produced.index(i) for i in out]
 
 
 def _parse(subscripts: str, left_ndim: int, right_ndim: int) -> tuple[list[str], list[str], list[str]]:

@@ -20,8 +20,8 @@ class KVCacheSpec:
       keys: preset name or `QuantSpec`. Its scales are shared along tokens: a channel of a group of tokens has one, or
         several for a granularity of fewer tokens.
       values: preset name or `QuantSpec`, its scales shared along the head; None takes that of the keys.
-      group: tokens quantized together, at least 1.
-      residual: newest tokens kept in full precision, at least `group`.
+      group: tokens quantized together, at least 1. None takes 32, and 16 where keys have 2 bits or fewer.
+      residual: newest tokens kept in full precision, at least `group`. None takes 32, and 64 for such keys.
       rotation: orthogonal transform along the last axis, a module-level function such as `jaxq.methods.hadamard`. Keys
         and queries both go through it, which leaves scores as they are and spreads outlier channels; None does without.
 
@@ -32,14 +32,16 @@ class KVCacheSpec:
     Example:
       >>> import jaxq
       >>> spec = jaxq.ops.KVCacheSpec("int4", residual=64)
-      >>> spec.values.fmt.name, spec == jaxq.ops.KVCacheSpec("int4", "int4", residual=64)
+      >>> spec.values.fmt.name, spec == jaxq.ops.KVCacheSpec("int4", "int4", group=32, residual=64)
       ('int4', True)
+      >>> jaxq.ops.KVCacheSpec("int2").group, jaxq.ops.KVCacheSpec("int2").residual
+      (16, 64)
     """
 
     keys: QuantSpec | str
     values: QuantSpec | str | None = None
-    group: int = 32
-    residual: int = 32
+    group: int = None  # pyright: ignore[reportAssignmentType] # a number from __post_init__ on
+    residual: int = None  # pyright: ignore[reportAssignmentType]
     rotation: Callable[[jax.Array], jax.Array] | None = None
 
     def __post_init__(self):
@@ -49,8 +51,12 @@ class KVCacheSpec:
             if spec.rounding == "stochastic":
                 raise ValueError(f"KVCacheSpec: {name} round at random, and nobody passes a key. Use 'nearest_even'.")
             object.__setattr__(self, name, spec)
-        object.__setattr__(self, "group", whole_number("KVCacheSpec: group", self.group))
-        object.__setattr__(self, "residual", whole_number("KVCacheSpec: residual", self.residual))
+        assert isinstance(self.keys, QuantSpec)
+        group, residual = (16, 64) if self.keys.fmt.bits <= 2 else (32, 32)
+        given = {name: getattr(self, name) for name in ("group", "residual") if getattr(self, name) is not None}
+        given = {name: whole_number(f"KVCacheSpec: {name}", size) for name, size in given.items()}
+        object.__setattr__(self, "group", given.get("group", min(group, given.get("residual", group))))
+        object.__setattr__(self, "residual", given.get("residual", max(residual, self.group)))
         if self.residual < self.group:
             raise ValueError(
                 f"KVCacheSpec: residual is {self.residual}, less than group {self.group}: tokens wait there until "

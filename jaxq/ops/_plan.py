@@ -98,7 +98,8 @@ def _plan_dynamic(x: Any, qt: QTensor, dims: DimensionNumbers, swapped: bool) ->
     order, dims = batch_first(x.ndim, dims, side)
     shaped = jax.ShapeDtypeStruct(tuple(x.shape[a] for a in order), x.dtype)
     qx = jax.eval_shape(
-        lambda v: quantize(v, spec, contracting=tuple(dims[0][side]), batch=tuple(dims[1][side])), shaped
+        lambda v: quantize(v, spec, contracting=tuple(dims[0][side]), batch=tuple(dims[1][side]), name="activation"),
+        shaped,
     )
     weight = qt.with_activation(None)
     rest = make_plan(*((weight, qx) if swapped else (qx, weight)), dims)

@@ -172,10 +172,9 @@ class QuantSpec:
           ValueError: an unknown field or granularity.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        if set(data) - known:
-            raise ValueError(
-                f"QuantSpec.from_dict: unknown fields {sorted(set(data) - known)}; known are {sorted(known)}."
-            )
+        for name in data:
+            if name not in known:
+                raise ValueError("QuantSpec.from_dict: " + formats.unknown_name("field", name, known, "jaxq.QuantSpec"))
         data = dict(data)
         data["format"] = formats.from_dict(data["format"])
         data["granularity"] = _granularity_from_dict(data["granularity"])

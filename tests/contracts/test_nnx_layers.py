@@ -72,6 +72,9 @@ LAYERS = {
     "Linear": (lambda rngs: nnx.Linear(32, 16, rngs=rngs), (3, 32)),
     "LinearGeneral": (lambda rngs: nnx.LinearGeneral((4, 8), (2, 8), axis=(-2, -1), rngs=rngs), (3, 4, 8)),
     "Einsum": (lambda rngs: nnx.Einsum("btd,dhk->bthk", (32, 2, 8), rngs=rngs), (2, 3, 32)),
+    "Einsum, axes in turn": (lambda rngs: nnx.Einsum("bhd,dhk->bk", (8, 4, 16), rngs=rngs), (3, 4, 8)),
+    "Einsum, experts in turn": (lambda rngs: nnx.Einsum("febk,efkn->febn", (2, 3, 32, 4), rngs=rngs), (3, 2, 2, 32)),
+    "Einsum, heads behind": (lambda rngs: nnx.Einsum("bhd,dhf->bhf", (32, 2, 8), rngs=rngs), (3, 2, 32)),
     "Conv1d": (lambda rngs: nnx.Conv(8, 16, 3, rngs=rngs), (2, 6, 8)),
     "Conv2d": (lambda rngs: nnx.Conv(8, 16, (3, 3), rngs=rngs), (2, 5, 5, 8)),
     "Conv2d grouped": (lambda rngs: nnx.Conv(8, 16, (3, 3), feature_group_count=2, rngs=rngs), (2, 5, 5, 8)),
@@ -93,7 +96,7 @@ REFUSED = {
 CASES = [(layer, recipe) for layer in LAYERS for recipe in RECIPES]
 DEFAULT = [("Linear", "w8a8 static asymmetric"), ("LinearGeneral", "w8a8 per tensor")]
 DEFAULT += [(layer, "w8a8 static") for layer in ("Conv2d", "Embed", "MultiHeadAttention", "Param")]
-DEFAULT += [("Embed", "int4 g32")]
+DEFAULT += [("Embed", "int4 g32"), ("Einsum, axes in turn", "w8a8"), ("Einsum, experts in turn", "w8a8")]
 # Recipes whose operands are codes that multiply each other.
 OF_CODES = {
     "w8a8",
@@ -177,7 +180,7 @@ def test_layer(layer, recipe):
     assert error(q.one(x), got["jit"]) <= 0.005
     assert error(got["remat"], got["jit"]) == 0
     assert error(got["vmap"][0], got["jit"]) <= 1e-6 or "per tensor" in recipe
-    if recipe in OF_CODES and layer in ("Linear", "LinearGeneral", "Einsum", "Conv2d", "ConvTranspose"):
+    if recipe in OF_CODES and layer.split(",")[0] in ("Linear", "LinearGeneral", "Einsum", "Conv2d", "ConvTranspose"):
         noted = any("products of floats" in row.note for row in report.quantized)
         assert codes_only(q.one, x) != noted  # of codes, or said
 

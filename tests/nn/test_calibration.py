@@ -249,3 +249,30 @@ def test_an_observer_sees_what_counts(block, batches, observer):
     rows = np.asarray(batches[0])[:7][mask[:7]]
     expected = observer.bounds_of(jnp.asarray(rows), "int8")
     np.testing.assert_allclose(observer.bounds(found.observed, "int8"), expected, rtol=0.1)
+
+
+class Switched(nnx.Module):
+    """Takes what is no array, and runs its layer as it is told."""
+
+    def __init__(self, transform=lambda f: f):
+        self.up = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        self.transform = transform
+
+    def __call__(self, x, *, train=True, method=None, fn=None):
+        if train or method != "up":
+            raise RuntimeError("not as it was given")
+        return self.transform(lambda x: self.up(x))(fn(x))
+
+
+def test_what_is_no_array_is_passed_as_it_is():
+    batch = {"x": normal(8, 8), "train": False, "method": "up", "fn": jnp.tanh}
+    found = calibrate(Switched(), [batch])["up"]
+    np.testing.assert_allclose(found.absmax, np.abs(np.tanh(batch["x"][:7])).max(0), rtol=1e-6)
+    jaxq.quantize_model(Switched(), "w8a8_static", calibration=[batch])
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, jax.vmap])
+def test_layers_inside_transforms_of_jax_cannot_be_watched(transform):
+    batch = {"x": normal(8, 8), "train": False, "method": "up", "fn": jnp.tanh}
+    with pytest.raises(ValueError, match="calibrate: up is called inside jax.jit, .* Use nnx.jit"):
+        jaxq.quantize_model(Switched(transform), "w8a8_static", calibration=[batch])

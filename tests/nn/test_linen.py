@@ -119,3 +119,20 @@ def test_every_way_to_have_no_statistics_is_an_error(variables):
     with pytest.raises(ValueError, match="heads: channel 1 of its input is not finite"):
         calibrate(Model(), variables, [np.where(np.arange(8) == 1, np.float32(np.inf), BATCHES[0])])
     assert flax.traverse_util.flatten_dict(variables)  # as they were
+
+
+def test_what_is_no_array_is_passed_as_it_is():
+    class Switched(linen.Module):
+        def setup(self):
+            self.up = linen.Dense(8)
+
+        def encode(self, x, *, deterministic):
+            assert deterministic is True
+            return self.up(x)
+
+    module, x = Switched(), jnp.ones((8, 8))
+    batch = {"x": x, "deterministic": True, "method": "encode"}
+    variables = module.init(jax.random.key(0), **batch)
+    assert list(jaxq.nn.linen.calibrate(module, variables, [batch])) == ["up"]
+    _, _, report = jaxq.nn.linen.quantize_model(module, variables, "w8a8_static", calibration=[batch])
+    assert [row.path for row in report.quantized] == ["up/kernel"]

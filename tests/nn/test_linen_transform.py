@@ -139,7 +139,7 @@ def test_attention_convolution_and_statistics_of_batches():
     module, x = Image(), normal(2, 8, 8, 3)
     variables = jax.jit(module.init, static_argnums=2)(jax.random.key(0), x, False)
     qmodule, qvariables, report = quantize_model(module, variables, "int8")  # an image and train=False are guessed
-    expected = {"conv", "attn/query", "attn/key", "attn/value", "attn/out", "out"}
+    expected = {"conv", "attn/query", "attn/key", "attn/value", "attn/out"}  # "out" is a head
     assert {row.path.removesuffix("/kernel") for row in report.quantized} == expected
     note = next(row.note for row in report.rows if row.path == "batch_stats/norm/mean")
     assert note == "no parameter, passed through"
@@ -436,6 +436,61 @@ def test_pickling_frozen_variables_and_saving(tmp_path):
     jaxq.save(tmp_path / "q.safetensors", flax.core.unfreeze(qvariables))
     loaded = jaxq.load(tmp_path / "q.safetensors")
     np.testing.assert_array_equal(again.apply(loaded, TOKENS), qmodule.apply(qvariables, TOKENS))
+
+
+@pytest.mark.parametrize("preset", ["int4", "mxfp4", "nf4_dq"])
+def test_flax_serialization_knows_qtensors(preset):
+    module = nn.Dense(8)
+    variables = made(module, normal(2, 64))
+    _, qvariables, _ = quantize_model(module, variables, preset)
+    data = flax.serialization.to_bytes(qvariables)
+    empty = jax.tree.map(jnp.zeros_like, qvariables)
+    back = flax.serialization.from_bytes(empty, data)
+    assert jax.tree.structure(back) == jax.tree.structure(qvariables)
+    jax.tree.map(np.testing.assert_array_equal, back, qvariables)
+    other = quantize_model(module, variables, "af4")[1]
+    with pytest.raises(ValueError, match="quantized in another way than QTensor"):
+        flax.serialization.from_bytes(other, data)
+    with pytest.raises(ValueError, match="what was no QTensor when it was saved"):
+        flax.serialization.from_bytes(empty, flax.serialization.to_bytes(variables))
+
+
+class Awkward(nn.Module):
+    """Whose submodule, fields and methods are called what a wrapper might call its own."""
+
+    weights: int = 3
+
+    def setup(self):
+        self.module = nn.Dense(8)
+
+    def enter(self, x):
+        return self.module(x) * self.weights
+
+    def __call__(self, x):
+        return self.enter(x)
+
+
+def test_no_name_collides_with_the_wrappers():
+    module = Awkward()
+    variables = made(module, X)
+    qmodule, qvariables, report = quantize_model(module, variables, "int8", donate=True)
+    assert [row.path for row in report.quantized] == ["module/kernel"]
+    assert variables["params"]["module"]["kernel"].is_deleted()
+    assert not variables["params"]["module"]["bias"].is_deleted()
+    assert qmodule.weights == 3
+    np.testing.assert_array_equal(qmodule.apply(qvariables, X), qmodule.apply(qvariables, X, method="enter"))
+    assert qmodule.bind(qvariables).module(X).shape == X.shape
+
+
+def test_captured_intermediates_are_those_of_the_module():
+    module = Block()
+    variables = made(module, X)
+    qmodule, qvariables, _ = quantize_model(module, variables, "int8")
+    for wanted in (True, lambda module, name: isinstance(module, nn.Dense)):
+        wanted = {"capture_intermediates": wanted}
+        _, captured = module.apply(variables, X, **wanted)
+        _, qcaptured = qmodule.apply(qvariables, X, **wanted)
+        assert jax.tree.structure(captured) == jax.tree.structure(qcaptured)
 
 
 def test_nothing_of_flax_is_replaced():

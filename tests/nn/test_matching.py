@@ -74,6 +74,41 @@ def test_strictness_can_be_waived():
     assert rows["w"].note == "skipped by the recipe"
 
 
+class Gated(nnx.Linear):
+    """A layer jaxq knows with a second matrix."""
+
+    def __init__(self):
+        super().__init__(32, 8, rngs=nnx.Rngs(0))
+        self.w2 = nnx.Param(jax.random.normal(jax.random.key(1), (32, 8)))
+
+    def __call__(self, x):
+        return super().__call__(x) * (x @ self.w2)
+
+
+def test_a_second_matrix_of_a_known_layer_is_a_matrix():
+    with pytest.raises(ValueError, match=r"gate/w2 float32\[32, 8\]: matrices of modules jaxq does not know"):
+        jaxq.quantize_model(nnx.Dict(gate=Gated()), "int8")
+    rules = jaxq.recipes.get("int8").rules
+    recipe = Recipe([Rule("gate/w2", weight="uint8", kinds="Param"), *rules])
+    q, report = jaxq.quantize_model(nnx.Dict(gate=Gated()), recipe)
+    assert [(row.path, row.format) for row in report.quantized] == [("gate/kernel", "int8"), ("gate/w2", "uint8")]
+    x = jnp.ones((2, 32))
+    np.testing.assert_allclose(q["gate"](x), Gated()(x), atol=0.5)
+    rows = {row.path: row.note for row in jaxq.quantize_model(nnx.Dict(gate=Gated()), "int8", strict=False)[1].rows}
+    assert rows["gate/w2"] == "not the weight of its layer, left in floats"
+
+
+@pytest.mark.parametrize("norm", [nnx.SpectralNorm, nnx.WeightNorm])
+def test_weights_that_another_module_normalizes_are_refused(norm):
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(a=norm(nnx.Linear(32, 8, rngs=rngs), rngs=rngs), b=nnx.Linear(32, 8, rngs=rngs))
+    with pytest.raises(ValueError, match=rf"a/layer_instance \(Linear\): a, an nnx.{norm.__name__}, normalizes"):
+        jaxq.quantize_model(model, "int8")
+    rules = jaxq.recipes.get("int8").rules
+    q, _ = jaxq.quantize_model(model, Recipe([Rule("a/**", skip=True, kinds=("Linear",)), *rules]), strict=False)
+    np.testing.assert_array_equal(q["a"](jnp.ones((2, 32))), model["a"](jnp.ones((2, 32))))
+
+
 class Frozen(nnx.Variable):
     """A type of one's own."""
 
@@ -100,6 +135,10 @@ def test_plans_of_models_that_hold_no_arrays():
     model = nnx.eval_shape(lambda: nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
     real = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     assert jaxq.recipes.get("int4").plan(model).rows == jaxq.recipes.get("int4").plan(real).rows
+    bare = nnx.eval_shape(lambda: Raw(USES["operator"][0]))
+    with pytest.raises(ValueError, match="w float32.* matrices of modules jaxq does not know"):
+        jaxq.recipes.get("int8").plan(bare)
+    assert Recipe([RULE]).plan(bare).quantized[0].path == "w"
 
 
 def test_a_bare_stack_needs_its_axes():
@@ -142,3 +181,19 @@ def test_static_needs_data():
     stats = jaxq.nn.calibrate(layer, [jnp.ones((4, 8)), -3 * jnp.ones((4, 8))], observer=jaxq.observers.absmax())
     q, _ = jaxq.quantize_model(layer, "w8a8_static", calibration=stats)
     np.testing.assert_array_equal(q.kernel[...].input_range, [-3, 3])
+
+
+@pytest.mark.parametrize(
+    ("layer", "activation", "message"),
+    [
+        (lambda r: nnx.Conv(8, 8, (3, 3), rngs=r), jaxq.PerBlock((16,)), "needs one contracted axis"),
+        (lambda r: nnx.Conv(8, 8, (3, 3), rngs=r), jaxq.PerChannel(axis=-2), "contracts axes"),
+        (lambda r: nnx.Conv(8, 8, (3, 3), rngs=r), jaxq.PerGroup(24), "not a multiple of group size 24"),
+        (lambda r: nnx.Einsum("btd,dn->btn", (32, 8), rngs=r), jaxq.PerChannel(axis=-2), "contracts axes"),
+        (lambda r: nnx.Linear(32, 8, rngs=r), jaxq.PerBlock((16, 16)), "not a multiple of block size 16"),
+    ],
+)
+def test_impossible_activations_are_found_before_anything_is_called(layer, activation, message):
+    rule = Rule(weight="int8", activation=jaxq.QuantSpec("int8", activation))
+    with pytest.raises(ValueError, match=rf"(?s)layers cannot be quantized:\n  a \(.*{message}.*activation: float"):
+        jaxq.quantize_model(nnx.Dict(a=layer(nnx.Rngs(0))), Recipe([rule]))

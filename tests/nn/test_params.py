@@ -64,6 +64,18 @@ def test_code_of_the_user_multiplies_and_dequantizes(params):
     assert jaxq.dequantize_params(q, dtype=jnp.bfloat16)["layers"][0]["up"]["kernel"].dtype == jnp.bfloat16
 
 
+def test_states_of_nnx_and_stacks_go_by_the_names_of_layers():
+    model = nnx.Dict(up=nnx.Linear(32, 8, rngs=nnx.Rngs(0)), router=nnx.Linear(32, 4, rngs=nnx.Rngs(0)))
+    q, report = jaxq.quantize_params(nnx.state(model), "int8")
+    notes = {row.path: row.note for row in report.rows}
+    assert notes["router/kernel"] == "router, left in floats by default"
+    assert [row.path for row in report.quantized] == ["up/kernel"]
+    assert isinstance(q["up"]["kernel"].get_value(), QTensor)
+    q, _ = jaxq.quantize_params(nnx.state(model), Recipe([Rule("up", weight="int8")]))
+    stacked = {"norm": {"scale": normal(3, 32)}, "up": {"bias": normal(3, 8), "kernel": normal(32, 8)}}
+    assert [row.path for row in jaxq.quantize_params(stacked, "int8")[1].quantized] == ["up/kernel"]
+
+
 def test_roles_of_axes_are_said_by_rules():
     params = {"experts": normal(4, 32, 8), "torch": {"weight": normal(8, 32)}}
     with pytest.raises(ValueError, match=r"experts \[4, 32, 8\]: which of its 3 axes"):
@@ -73,7 +85,7 @@ def test_roles_of_axes_are_said_by_rules():
     )
     q, report = jaxq.quantize_params(params, recipe)
     assert q["experts"].batch_shape == (4,)
-    assert [row.granularity for row in report.rows] == ["PerGroup(along -2)", "PerChannel(along -1)"]
+    assert [row.granularity for row in report.rows] == ["PerGroup(along -2, of each 0)", "PerChannel(along -1)"]
     assert q["torch"]["weight"].scale.shape == (8, 1)
     for i in range(4):
         np.testing.assert_array_equal(q["experts"][i].codes(), jaxq.quantize(params["experts"][i], "int4").codes())
@@ -118,6 +130,22 @@ def test_donated_arrays_are_gone():
     assert q["w"].shape == (64, 8)
 
 
+def test_donated_arrays_of_several_names_live_as_long_as_one_needs_them():
+    w, head = normal(64, 8) + 0, normal(8, 64) + 0
+    params = {"a": w, "b": w, "c": head, "lm_head": head}
+    q, _ = jaxq.quantize_params(params, "int8", donate=True)
+    assert w.is_deleted()
+    np.testing.assert_array_equal(q["a"].codes(), q["b"].codes())
+    np.testing.assert_array_equal(q["lm_head"], normal(8, 64))
+    w = normal(64, 8) + 0
+    layers = [nnx.eval_shape(lambda: nnx.Linear(64, 8, use_bias=False, rngs=nnx.Rngs(0))) for _ in range(2)]
+    for layer in layers:
+        layer.kernel.set_value(w)
+    q, _ = jaxq.quantize_model(nnx.List(layers), "int8", donate=True)
+    assert w.is_deleted()
+    np.testing.assert_array_equal(q[0].kernel[...].codes(), q[1].kernel[...].codes())
+
+
 def test_any_registered_class_is_a_tree():
     q, report = jaxq.quantize_params(Mlp(normal(32, 8), normal(8, 32)), "int8")
     assert isinstance(q, Mlp)
@@ -130,6 +158,12 @@ def test_saved_and_loaded(tmp_path, params):
     jaxq.save(tmp_path / "q.safetensors", q)
     back = jaxq.load(tmp_path / "q.safetensors")
     jax.tree.map(np.testing.assert_array_equal, q, back)
+
+
+def test_arrays_of_nothing_have_no_bits_per_weight():
+    _, report = jaxq.quantize_params({"w": normal(64, 8), "none": normal(0, 8)}, "int8")
+    assert report.bits_per_weight == jaxq.quantize(normal(64, 8), "int8").bits_per_element
+    assert np.isnan(jaxq.quantize_params({"none": normal(0, 8)}, "int8")[1].bits_per_weight)
 
 
 def test_outliers_stay_apart_whatever_the_inputs_are():
@@ -147,7 +181,7 @@ def test_stochastic_rounding_takes_a_key():
     layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     made = [jaxq.quantize_model(layer, spec, key=jax.random.key(i))[0].kernel[...].codes() for i in (0, 1)]
     assert (np.asarray(made[0]) != np.asarray(made[1])).any()
-    with pytest.raises(ValueError, match="needs a PRNG key"):
+    with pytest.raises(ValueError, match=r"quantize_params: the weight= of Rule\('\*\*'\) .* needs a PRNG key"):
         jaxq.quantize_params({"w": w}, spec)
     with pytest.raises(ValueError, match="needs a PRNG key"):
         jaxq.quantize_model(layer, spec)

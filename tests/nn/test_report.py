@@ -14,7 +14,7 @@ from flax import nnx
 import jaxq
 from jaxq import QTensor, Recipe, Rule, methods
 from tests import tables
-from tests.ops.reference import normal
+from tests.ops.reference import equations, normal
 
 SPEC = jaxq.QuantSpec("int4", jaxq.PerGroup(4, pad=True), scale="bfloat16")
 
@@ -231,6 +231,36 @@ def test_products_of_floats_are_said_of_experts_that_do_not_lead():
     assert unmeasured(jaxq.recipes.get("w8a8").plan(model)) == unmeasured(report)
     model = nnx.Einsum("bek,ekn->ben", (2, 32, 8), rngs=nnx.Rngs(0))
     assert jaxq.recipes.get("w8a8").plan(model).quantized[0].note == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "codes", "decoded"),
+    [
+        ("bd,dn->bn", (32, 8), True, True),
+        ("...hd,hdn->...n", (4, 8, 8), True, True),
+        ("bhd,dhk->bk", (8, 4, 16), False, True),
+        ("febk,efkn->febn", (2, 3, 32, 4), False, False),
+        ("ebk,ekn->ebn", (2, 32, 8), True, True),
+        ("bhd,dhf->bhf", (32, 2, 8), False, False),
+    ],
+)
+def test_einsums_of_floats_and_of_whole_weights_are_said(text, shape, codes, decoded):
+    model = nnx.Einsum(text, shape, rngs=nnx.Rngs(0))
+    note = {name: jaxq.recipes.get(name).plan(model).quantized[0].note for name in ("w8a8", "int8")}
+    assert ("products of floats" not in note["w8a8"]) == codes
+    assert ("dequantized at each call: the whole weight" not in note["int8"]) == decoded
+    left = text.split(",")[0].replace("...", "b")
+    size = dict(zip(text.split("->")[0].split(",")[1], shape, strict=True))
+    x = jnp.ones([size.get(index, 3) for index in left])
+    q, _ = jaxq.quantize_model(model, "w8a8")
+    kinds = {v.aval.dtype.name for e in equations(jax.make_jaxpr(q)(x).jaxpr) if e.primitive.name == "dot_general"
+             for v in e.invars}  # fmt: skip
+    assert (kinds == {"int8"}) == codes
+
+
+def test_einsums_that_sum_an_index_of_one_operand_are_refused():
+    with pytest.raises(ValueError, match="sums .*'k'.* in one operand alone"):
+        jaxq.quantize_model(nnx.Einsum("bd,dkn->bn", (32, 2, 8), rngs=nnx.Rngs(0)), "int8")
 
 
 @pytest.mark.parametrize("method", ["clip", "hqq", "kmeans"])

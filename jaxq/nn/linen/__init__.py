@@ -7,8 +7,11 @@ no function of jax replaced: layers are met through `flax.linen.intercept_method
 
 from jaxq.nn.linen._calibration import calibrate
 from jaxq.nn.linen._explicit import QConv, QConvTranspose, QDense, QDenseGeneral, QEinsum, QEmbed
+from jaxq.nn.linen._serialization import register_serialization
 from jaxq.nn.linen._transform import quantize_model
 from jaxq.nn.linen._wrapper import Quantized
+
+register_serialization()
 
 __all__ = [
     "QConv",

@@ -17,6 +17,7 @@ from flax import linen
 
 from jaxq.methods import LayerStats, empty_stats
 from jaxq.nn._calibration import (
+    Batch,
     as_batches,
     check_stats,
     contracted_rows,
@@ -50,7 +51,8 @@ def calibrate(
     Args:
       module: a linen module.
       variables: as `module.apply` takes them.
-      batches: inputs: an array, a tuple of arguments or a dict of named ones each.
+      batches: inputs: an array, a tuple of arguments or a dict of named ones each, of `apply` too (`method=`). What is
+        no array is passed as it is.
       layers: paths ("blocks_0/mlp/up") of the layers to look at; None takes all.
       mask: gives the rows of a batch that count, bool `[b, t]` (or `[b]`), False for padding.
       forward: how to run a batch, `forward(module, variables, batch)`.
@@ -88,7 +90,7 @@ def calibrate(
     order: list[str] = []
 
     @jax.jit
-    def step(variables: Any, stats: dict[str, LayerStats], batch: Any, counts: Any) -> dict[str, LayerStats]:
+    def step(variables: Any, stats: dict[str, LayerStats], batch: Batch, counts: Any) -> dict[str, LayerStats]:
         seen = dict(stats)
 
         def watch(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
@@ -110,7 +112,7 @@ def calibrate(
             return call(*args, **kwargs)
 
         with masked(counts), linen.intercept_methods(watch):
-            run(variables, batch)
+            run(variables, batch.given())
         return seen
 
     stats: dict[str, LayerStats] = dict(jax.tree.map(jnp.asarray, dict(start or {})))
@@ -118,7 +120,7 @@ def calibrate(
     for batch in shown(as_batches(batches, "linen.calibrate"), "calibrating", progress):
         counts = None if mask is None else jnp.asarray(mask(batch))
         try:
-            stats = step(variables, stats, jax.tree.map(jnp.asarray, batch), counts)
+            stats = step(variables, stats, Batch.of(batch), counts)
         except jax.errors.UnexpectedTracerError:
             raise ValueError(
                 f"linen.calibrate: {order[-1] if order else 'a layer'} is inside nn.scan, nn.remat, nn.jit or nn.vmap, "

@@ -271,6 +271,10 @@ def _einsum_problem(layer: Any, *args: Any, **kwargs: Any) -> str | None:
         return f"the kernel's axes in {text!r} are not all named"
     if not any(c in left and c not in out for c in right):
         return f"{text!r} contracts no axis of the kernel"
+    try:
+        ops.einsum_numbers(text, len(left.replace("...", "")), len(right))
+    except ValueError as error:
+        return str(error)
     return None
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
-from jaxq.nn._matching import check_axes, multiplies, raise_problems, raise_unused
+from jaxq.nn._matching import check_axes, multiplies, raise_problems, raise_untouched, raise_unused
+from jaxq.nn._report import why_floats
 from jaxq.nn._solve import dry_run
 from jaxq.nn.linen._discovery import Forward, Found, Params, Structure, check_weights
 from jaxq.nn.linen._layers import CALLS
@@ -85,7 +86,8 @@ def match(
             try:
                 check_axes(rule, *axes, value.ndim)
                 shaped = jax.ShapeDtypeStruct(value.shape, value.dtype)
-                planned = dry_run(shaped, rule, *axes, found.kind.weight, found.kind.windowed)
+                planned = dry_run(shaped, rule, *axes, found.kind.weight)
+                why_floats(found.kind.name, planned, found.roles)
                 if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
                     raise_if_not_finite(jnp.asarray(value), "/".join(found.key), "quantize")
                 out.taken.append(Taken(found, rule, *axes, planned))
@@ -106,12 +108,8 @@ def match(
         )
     if strict:
         raise_unused(recipe, out.used, names + untouched, "quantize_model", "layer")
-        if untouched:
-            raise ValueError(
-                f"quantize_model: {', '.join(untouched)}: matrices of modules jaxq does not know, and no rule says "
-                "what to do with them. To leave one in floats, add jaxq.Rule(path, skip=True, kinds=('Param',)); "
-                "strict=False leaves them all. To quantize one, multiply with it in a Dense, DenseGeneral or Einsum."
-            )
+        quantized = "To quantize one, multiply with it in a Dense, DenseGeneral or Einsum."
+        raise_untouched(untouched, "To leave one in floats, add", quantized)
     return out
 
 
@@ -151,7 +149,8 @@ def _match_bare(structure: Structure, params: Params, recipe: Recipe, out: Match
         rule = next((r for r in named if r.matches(path, "Param", tuple(value.shape), cls)), None)
         if rule is not None:
             out.used.append(rule)
-            out.rules[key] = rule
+            if value.ndim > 1:  # of others the report says that they are no matrices
+                out.rules[key] = rule
             if rule.weight is not None:
                 problems.append(
                     f"  {path} (Param): flax gives {cls.__name__} an array of the shape that it asks for, so this can "

@@ -15,8 +15,8 @@ from jaxq import formats, methods
 from jaxq.methods import LayerStats
 from jaxq.nn._calibration import as_batches, shown
 from jaxq.nn._folding import raise_if_rotating
-from jaxq.nn._matching import check_data, has_rows, unused_rules
-from jaxq.nn._placement import on_auto_axes, placed_like
+from jaxq.nn._matching import check_data, check_key, has_rows, unused_notes
+from jaxq.nn._placement import Donated, on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
 from jaxq.nn._solve import corrected_bias, quantize_weight
 from jaxq.nn._transform import by_block, looks, wanted_statistics
@@ -40,6 +40,7 @@ def quantize_model(
     sequential: bool = False,
     fallback: str = "rtn",
     strict: bool = True,
+    donate: bool = False,
     key: jax.Array | None = None,
     on_nonfinite: str = "raise",
     progress: bool | None = None,
@@ -57,7 +58,8 @@ def quantize_model(
       variables: as `module.apply` takes them, float parameters; also a FrozenDict. Boxes of metadata
         (`nn.Partitioned`) are taken off the weights that are quantized, for they speak of axes that codes do not have.
       recipe: a name (`jaxq.recipes.names()`: every preset as weight-only, "w8a8", ...), a `QuantSpec` for every
-        weight, or a `jaxq.Recipe`. Names and specs leave embeddings, output heads and routers in floats.
+        weight, or a `jaxq.Recipe`. Names and specs leave embeddings, output heads and routers in floats,
+        which they know by kind and by name ("lm_head", "router", ...): the report says which.
       example: an input of the module, or its `jax.ShapeDtypeStruct`: an array, a tuple of arguments or a dict of named
         ones (`method=`, `rngs=` and `mutable=` of `apply` among them). None takes the first batch of `calibration`;
         without it, inputs of usual shapes are tried until one reaches all parameters.
@@ -72,6 +74,7 @@ def quantize_model(
       strict: a rule that matches nothing, a matrix that a module of yours asks for itself (`self.param`) and no rule is
         about, and a weight that a rule is about and the example does not reach, are errors. False leaves them, and the
         report says so.
+      donate: frees each weight among `variables` once it is quantized, as in `jaxq.quantize_model`; not with data.
       key: PRNG key, for methods that draw and `rounding="stochastic"`.
       on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`; "raise" names path and index.
       progress: show a line of progress; None does so on a terminal.
@@ -101,6 +104,9 @@ def quantize_model(
     recipe = as_recipe(recipe, "quantize_model")
     formats.check_choice("quantize_model: on_nonfinite", on_nonfinite, ON_NONFINITE)
     formats.check_choice("quantize_model: fallback", fallback, methods.FALLBACKS)
+    check_key(recipe, key, "quantize_model")
+    if donate and calibration is not None:
+        raise ValueError("quantize_model: donate=True frees weights that calibration= needs; pass one of them.")
     batches = (
         None
         if calibration is None or isinstance(calibration, Mapping)
@@ -114,6 +120,7 @@ def quantize_model(
     taken = matched.taken
     raise_if_rotating(recipe, "linen.quantize_model")
     check_data([(o.found.path, o.found.kind, o.rule) for o in taken], calibration is not None, folds=False)
+    donated = Donated(list(jax.tree.leaves(variables)) if donate else [])
     rows: dict[tuple[str, ...], Row] = {}
     keys = jax.random.split(jax.random.key(0) if key is None else key, max(len(taken), 1))
     how = {"mask": mask, "forward": forward, "progress": progress}
@@ -148,10 +155,12 @@ def quantize_model(
                     new, said = corrected_bias(linen.meta.unbox(params[bias]), floats, qt, seen, fallback, name)
                     params[bias] = linen.meta.replace_boxed(params[bias], new)
                     notes.append(said)
-                rows[where] = quantized_row(name, found.kind.name, floats, qt, solved, notes, found.roles.inner)
-            params[where] = placed_like(qt, value)
+                rows[where] = quantized_row(name, found.kind.name, floats, qt, solved, notes, found.roles)
+            params[where] = qt = placed_like(qt, value)
+            if donate:
+                donated.quantized(value, qt)
     out: Any = with_params(variables, params)
-    report = Report(tuple(_rows(out, rows, matched, structure)), _notes(recipe, matched, strict))
+    report = Report(tuple(_rows(out, rows, matched, structure)), unused_notes(recipe, matched.used, strict))
     qmodule = Quantized(module, tuple("/".join(one.found.key) for one in taken))
     return qmodule, freeze(out) if isinstance(variables, FrozenDict) else out, report
 
@@ -173,9 +182,9 @@ def plan_linen(module: linen.Module, variables: Any, recipe: Recipe, example: An
     rows = {}
     for one in matched.taken:
         where, value = one.found.key, linen.meta.unbox(params[one.found.key])
-        note, inner, path = _box(params[where]), one.found.roles.inner, "/".join(where)
-        rows[where] = planned_row(path, one.found.kind.name, value, one.planned, one.rule.method, (note,), inner)
-    return Report(tuple(_rows(variables, rows, matched, structure)), _notes(recipe, matched, strict))
+        note, roles, path = _box(params[where]), one.found.roles, "/".join(where)
+        rows[where] = planned_row(path, one.found.kind.name, value, one.planned, one.rule.method, (note,), roles)
+    return Report(tuple(_rows(variables, rows, matched, structure)), unused_notes(recipe, matched.used, strict))
 
 
 def _check_module(module: Any, variables: Any, caller: str) -> None:
@@ -250,7 +259,10 @@ def _rows(
             for where, boxed in flatten_dict({collection: tree}).items():
                 owner = structure.classes.get(where[1:-1])
                 kind = owner.__name__ if owner else "-"
-                yield float_row("/".join(where), kind, linen.meta.unbox(boxed), "no parameter, passed through")
+                value = linen.meta.unbox(boxed)
+                matrix = getattr(value, "ndim", 0) > 1 and jnp.issubdtype(value.dtype, jnp.floating)
+                note = "no parameter, passed through" + (": rules are about 'params' alone" if matrix else "")
+                yield float_row("/".join(where), kind, value, note)
 
 
 def _why_not(where: tuple[str, ...], value: Any, structure: Structure) -> str:
@@ -267,10 +279,6 @@ def _why_not(where: tuple[str, ...], value: Any, structure: Structure) -> str:
     if "/".join(where[:-1]) in structure.layers:
         return "not the weight of its layer, left in floats"
     return f"used by {owner.__name__} itself, which is no layer jaxq quantizes, left in floats"
-
-
-def _notes(recipe: Recipe, matched: Matched, strict: bool) -> tuple[str, ...]:
-    return () if strict else tuple(f"rule {p!r} matched nothing" for p in unused_rules(recipe, matched.used))
 
 
 def _box(value: Any) -> str:

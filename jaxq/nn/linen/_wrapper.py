@@ -15,10 +15,10 @@ from jaxq.qtensor import QTensor
 class Quantized(linen.Module):
     """A linen module whose layers multiply by codes where the variables hold QTensors.
 
-    It has the parameters of `module`, under the same names, and is used like it: `apply` with `method=`, `rngs=` and
-    `mutable=`, `bind`, as part of other modules. Methods and attributes of `module` are reached through it. Nothing of
-    the module is changed, and everything that differs between one quantization and another is in the variables, so
-    `jax.jit` and `nn.jit` compile again when they must.
+    Made as `Quantized(module, weights)`. It has the parameters of `module`, under the same names, and is used like it:
+    `apply` with `method=`, `rngs=` and `mutable=`, `bind`, as part of other modules. Methods and attributes of `module`
+    are reached through it. Nothing of the module is changed, and everything that differs between one quantization and
+    another is in the variables, so `jax.jit` and `nn.jit` compile again when they must.
 
     Args:
       module: with float parameters or, in its variables, QTensors.
@@ -39,30 +39,31 @@ class Quantized(linen.Module):
       (2, 8)
     """
 
-    module: linen.Module
-    weights: tuple[str, ...] = ()
+    # Names that no module inside has for a submodule, a field or a method of its own.
+    _jaxq_module: linen.Module
+    _jaxq_weights: tuple[str, ...] = ()
 
     def setup(self):
-        linen.share_scope(self, self.module)
+        linen.share_scope(self, self._jaxq_module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.enter(None, *args, **kwargs)
+        return self._jaxq_enter(None, *args, **kwargs)
 
-    def enter(self, method: str | Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    def _jaxq_enter(self, method: str | Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
         """Calls a method of the module, by name or as a function of it; None calls the module itself."""
-        self._check()
-        inner = self.module
+        self._jaxq_check()
+        inner = self._jaxq_module
         with linen.intercept_methods(use_codes):
             if callable(method):
                 return method(inner, *args, **kwargs)
             return (inner if method is None else getattr(inner, method))(*args, **kwargs)
 
     @linen.nowrap
-    def _check(self) -> None:
+    def _jaxq_check(self) -> None:
         if self.is_initializing():
             return
         params: Any = self.variables.get("params", {})
-        floats = [path for path in self.weights if _is_array(params, path.split("/"))]
+        floats = [path for path in self._jaxq_weights if _is_array(params, path.split("/"))]
         if floats:
             raise ValueError(
                 f"Quantized: {floats} are floats where QTensors are expected. Pass the variables that quantize_model "
@@ -73,20 +74,20 @@ class Quantized(linen.Module):
 
     @linen.nowrap
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        return super().apply(variables, *args, method=_entering(method), **kwargs)
+        return super().apply(variables, *args, method=_entering(method), **_of_inner(kwargs))
 
     @linen.nowrap
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        return super().init_with_output(rngs, *args, method=_entering(method), **kwargs)
+        return super().init_with_output(rngs, *args, method=_entering(method), **_of_inner(kwargs))
 
     @linen.nowrap
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "module" not in vars(self):
+            if name.startswith("_") or "_jaxq_module" not in vars(self):
                 raise
-        value = getattr(self.module, name)
+        value = getattr(self._jaxq_module, name)
         return value if self.scope is None else _inside(value)
 
 
@@ -97,7 +98,7 @@ class _Method:
         self.method = method
 
     def __call__(self, outer: Quantized, *args: Any, **kwargs: Any) -> Any:
-        return outer.enter(self.method, *args, **kwargs)
+        return outer._jaxq_enter(self.method, *args, **kwargs)
 
 
 class _Inside:
@@ -132,7 +133,20 @@ def _entering(method: Any) -> Any:
         if isinstance(method.__self__, Quantized):
             return method
         method = method.__func__
-    return method if method in (Quantized.__call__, Quantized.enter) else _Method(method)
+    return method if method in (Quantized.__call__, Quantized._jaxq_enter) else _Method(method)
+
+
+def _of_inner(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `apply` by which results of the module inside are captured, not the wrapper's beside them."""
+    wanted = arguments.get("capture_intermediates", False)
+    if not wanted:
+        return arguments
+
+    def inner_alone(module: linen.Module, method: str) -> bool:
+        of_flax = method == "__call__" if wanted is True else wanted(module, method)
+        return of_flax and not isinstance(module, Quantized)
+
+    return {**arguments, "capture_intermediates": inner_alone}
 
 
 def _is_array(params: Any, path: list[str]) -> bool:
