@@ -346,7 +346,7 @@ def _distances(floats: jax.Array, back: jax.Array, geometry: Geometry) -> tuple[
     a, b = geometry.to_view(floats), geometry.to_view(back)
     along = geometry.k_position - len(geometry.storage_shape)
     whole = _WORST if along + a.ndim == 0 else 1
-    parts = next(n for n in (8, 4, 2, 1) if a.shape[0] % (n * whole) == 0 or n == 1)
+    parts = next(n for n in (16, 8, 4, 2, 1) if a.shape[0] % (n * whole) == 0 or n == 1)
 
     def measured(pair: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
         a, b = (v.astype(jnp.float32) for v in pair)
