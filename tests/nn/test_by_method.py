@@ -144,6 +144,43 @@ def test_sequential_quantizes_on_what_came_before(pair):
     np.testing.assert_array_equal(qmodel.second.kernel[...].codes().reshape(32, -1), qt.codes())
 
 
+class Numbered(nnx.Module):
+    """One block of two layers."""
+
+    def __init__(self):
+        self.layers = nnx.List([Pair()])
+
+    def __call__(self, x):
+        return self.layers[0](x)
+
+
+def test_layers_of_a_block_see_those_before_them(pair, monkeypatch, tmp_path):
+    """Queries, keys and values read one array, and go together."""
+    how: dict = {"calibration": BATCHES, "fallback": "none", "spec": "int2"}
+    expected, _ = quantize("gptq", pair, sequential="blocks", **how)  # here each layer is a block
+    by_block, _ = quantize("gptq", Numbered(), sequential=True, **how)
+    found, report = quantize("gptq", Numbered(), sequential="layers", resume=tmp_path, **how)
+    codes = [model.second.kernel[...].codes() for model in (expected, found.layers[0], by_block.layers[0])]
+    np.testing.assert_array_equal(codes[0], codes[1])
+    assert (codes[0] != codes[2]).any()
+    order = jaxq.nn._calibration.call_order(Llama(CONFIG, rngs=nnx.Rngs(0)), np.ones((1, 4), np.int32), None)
+    sizes = [len(group) for group in jaxq.nn._transform.in_order([(p, p) for p in order], order, "layers")]
+    assert sizes == [3, 1, 2, 1, 1]  # queries, keys, values; outputs; gate and up; down; head
+
+    # As it would go on after the first layer.
+    (tmp_path / "block-0001.safetensors").unlink()
+    passes, calibrated = [], jaxq.nn._transform.calibrated
+    monkeypatch.setattr(
+        jaxq.nn._transform, "calibrated", lambda *args, **how: passes.append(args[2]) or calibrated(*args, **how)
+    )
+    again, said = quantize("gptq", Numbered(), sequential="layers", resume=tmp_path, **how)
+    assert [list(wanted) for wanted in passes] == [["layers/0/second"]]
+    assert said == report
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(found))
+    with pytest.raises(ValueError, match="is of another run"):
+        quantize("gptq", Numbered(), sequential="layers", resume=tmp_path, **{**how, "spec": "int3"})
+
+
 def test_fewer_rows_than_inputs_are_said():
     _, report = quantize("gptq", calibration=[correlated(16, 32)])
     assert all("only 14 rows for" in row.note or row.method == "rtn" for row in report.quantized)
@@ -169,8 +206,12 @@ def test_what_cannot_be_is_refused_before_anything_runs():
         quantize("gptq", calibration=BATCHES[0])
     with pytest.raises(ValueError, match="no statistics of"):
         quantize("gptq", calibration={})
-    with pytest.raises(ValueError, match="sequential=True needs calibration"):
+    with pytest.raises(ValueError, match="sequential='blocks' needs calibration"):
         quantize("hqq", sequential=True)
+    with pytest.raises(ValueError, match="sequential must be one of"):
+        quantize("hqq", sequential="layer")
+    with pytest.raises(ValueError, match="resume= keeps finished blocks"):
+        quantize("hqq", resume="somewhere")
     with pytest.raises(ValueError, match="fallback must be one of"):
         quantize("hqq", fallback="maybe")
 
@@ -376,7 +417,7 @@ def test_clipping_by_inputs(pair, pair_stats):
 
 def test_statistics_of_another_model_are_refused(llama, pair, pair_stats):
     recipe = jaxq.Recipe([jaxq.Rule(weight="int4", method="gptq")])
-    with pytest.raises(ValueError, match="sequential=True needs calibration=batches"):
+    with pytest.raises(ValueError, match="sequential='blocks' needs calibration=batches"):
         jaxq.quantize_model(pair, recipe, calibration=pair_stats, sequential=True)
     with pytest.raises(ValueError, match="rotate=True changes what reaches the layers"):
         jaxq.quantize_model(llama, "w4a4_rotated", calibration=pair_stats)
