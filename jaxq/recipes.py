@@ -179,7 +179,8 @@ class Rule:
             raise ValueError(f"Rule({self.pattern!r}): options {dict(self.options)} need a method= that has them.")
         if self.method == "llm_int8" and self.observer is not None:
             raise ValueError(f"Rule({self.pattern!r}): llm_int8 looks at each input anew, so it takes no observer=.")
-        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
+        options = {name: tuple(v) if isinstance(v, list) else v for name, v in dict(self.options).items()}
+        object.__setattr__(self, "options", tuple(sorted(options.items())))  # JSON has no tuples
         object.__setattr__(self, "kinds", (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds))
         for kind in self.kinds:
             formats.check_choice(f"Rule({self.pattern!r}): kinds", kind, KINDS)

@@ -23,7 +23,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxq import formats
-from jaxq.methods import _matrix
+from jaxq.methods import _limits, _matrix
 from jaxq.qtensor import (
     Geometry,
     Granularity,
@@ -107,8 +107,7 @@ def kmeans(
         raise ValueError(f"kmeans: bits must be a whole number from 1 to 8, got {bits!r}.")
     formats.check_choice("kmeans: init", init, INITS)
     formats.check_choice("kmeans: algorithm", algorithm, ALGORITHMS)
-    if num_steps < 0:
-        raise ValueError(f"kmeans: num_steps must not be negative, got {num_steps}.")
+    _limits.check_numbers("kmeans", num_steps=num_steps)
     return _kmeans(w, np.int32(num_steps), QuantSpec(_table_format(bits), granularity), init, algorithm)
 
 
@@ -288,7 +287,7 @@ def _lloyd(bins: _Bins, centres: jax.Array, num_steps: ArrayLike) -> tuple[jax.A
     """(centres `[blocks, k]` ascending, steps taken, empty clusters)."""
     ends = ((0, 0), (1, 0))
     counts = jnp.pad(jnp.cumsum(bins.counts, axis=1), ends)  # of all before, [blocks, m + 1]
-    sums = jnp.pad(jnp.cumsum(bins.numbers * bins.counts.astype(jnp.float32), axis=1), ends)
+    sums = [jnp.pad(part, ends) for part in _running_sums(bins.numbers * bins.counts.astype(jnp.float32))]
     search = jax.vmap(functools.partial(jnp.searchsorted, side="right"))
 
     def boundaries(centres: jax.Array) -> jax.Array:
@@ -302,7 +301,7 @@ def _lloyd(bins: _Bins, centres: jax.Array, num_steps: ArrayLike) -> tuple[jax.A
     def step(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]):
         centres, places, _, count = state
         held = within(counts, places)
-        means = within(sums, places) / jnp.maximum(held, 1).astype(jnp.float32)
+        means = (within(sums[0], places) + within(sums[1], places)) / jnp.maximum(held, 1).astype(jnp.float32)
         # Rounded sums may put a mean of few numbers outside its interval.
         middle = 0.5 * (centres[:, 1:] + centres[:, :-1])
         low, high = jnp.pad(middle, ends, constant_values=-1.0), jnp.pad(middle, ((0, 0), (0, 1)), constant_values=1.0)
@@ -316,3 +315,20 @@ def _lloyd(bins: _Bins, centres: jax.Array, num_steps: ArrayLike) -> tuple[jax.A
     state = (centres, boundaries(centres), jnp.bool_(True), jnp.int32(0))
     centres, places, _, count = lax.while_loop(more, step, state)
     return centres, count, jnp.sum(within(counts, places) == 0, dtype=jnp.int32)
+
+
+def _running_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of all up to each place along axis 1, float32 and what it lacks: few numbers differ from many before them.
+
+    Of two such sums, the error of adding their first parts is known exactly (Knuth, The Art of Computer Programming,
+    volume 2, section 4.2.2).
+    """
+
+    def add(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total = a[0] + b[0]
+        back = total - a[0]
+        lost = (a[0] - (total - back)) + (b[0] - back) + (a[1] + b[1])
+        whole = total + lost
+        return whole, lost - (whole - total)
+
+    return lax.associative_scan(add, (x, jnp.zeros_like(x)), axis=1)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
-from jaxq.nn._folding import foldable, planned_outcomes, rotated
+from jaxq.nn._folding import foldable, planned_outcomes, rotated, rotation_note
 from jaxq.nn._layers import weight_axes
 from jaxq.nn._matching import check_data, match, raw_arrays, unused_rules, variables_of
 from jaxq.nn._params import plan_params
@@ -72,4 +72,5 @@ def plan(
             rows.append(planned_row(path, found.kind.name, value, qt, method, notes, inner))
     rows += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(model)]
     unused = () if strict else unused_rules(recipe, [rule for _, rule in matched])
-    return Report(tuple(rows), tuple(f"rule {pattern!r} matched nothing" for pattern in unused))
+    notes = (*rotation_note(recipe), *(f"rule {pattern!r} matched nothing" for pattern in unused))
+    return Report(tuple(rows), notes)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxq import formats, methods
 from jaxq.methods import LayerStats, empty_stats
 from jaxq.nn._calibration import Wanted, as_batches, as_stats, calibrated, call_order, shown
-from jaxq.nn._folding import Group, Outcome, foldable, folded, looked_at, rotated
+from jaxq.nn._folding import Group, Outcome, foldable, folded, looked_at, rotated, rotation_note
 from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
 from jaxq.nn._matching import Found, check_data, has_rows, match, raw_arrays, unused_rules, variables_of
 from jaxq.nn._placement import on_auto_axes, placed_like
@@ -177,9 +177,8 @@ def quantize_model(
             kept.write(number, done)
     replace_variables(copy, replaced)
     layers = {found.path for found, _ in matched}
-    notes = (
-        () if strict else tuple(f"rule {p!r} matched nothing" for p in unused_rules(recipe, [r for _, r in matched]))
-    )
+    unused = () if strict else unused_rules(recipe, [rule for _, rule in matched])
+    notes = (*rotation_note(recipe), *(f"rule {pattern!r} matched nothing" for pattern in unused))
     listed = [rows.get(i) or other_row(path, v, layers) for i, (path, v) in variables.items()]
     listed += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(copy)]
     return copy, Report(tuple(listed), notes)
