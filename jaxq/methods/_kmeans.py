@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -317,18 +318,38 @@ def _lloyd(bins: _Bins, centres: jax.Array, num_steps: ArrayLike) -> tuple[jax.A
     return centres, count, jnp.sum(within(counts, places) == 0, dtype=jnp.int32)
 
 
-def _running_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums of all up to each place along axis 1, float32 and what it lacks: few numbers differ from many before them.
+_Pair = tuple[jax.Array, jax.Array]  # a float32 sum and what it lacks
 
-    Of two such sums, the error of adding their first parts is known exactly (Knuth, The Art of Computer Programming,
-    volume 2, section 4.2.2).
+
+def _running_sums(x: jax.Array) -> _Pair:
+    """Sums of all up to each place along axis 1, with what float32 lacks: few numbers differ from many before them."""
+    blocks, n = x.shape
+    size = math.isqrt(max(n - 1, 0)) + 1  # steps are few, and few things of a kind are compiled
+    x = jnp.pad(x, ((0, 0), (0, size * size - n))).reshape(blocks, size, size)
+    inner = _along_last((x, jnp.zeros_like(x)))
+    ends = _along_last((inner[0][..., -1], inner[1][..., -1]))
+    before = [jnp.pad(part[:, :-1], ((0, 0), (1, 0)))[..., None] for part in ends]
+    high, low = _added((before[0], before[1]), inner)
+    return high.reshape(blocks, -1)[:, :n], low.reshape(blocks, -1)[:, :n]
+
+
+def _along_last(pair: _Pair) -> _Pair:
+    def step(total: _Pair, new: _Pair) -> tuple[_Pair, _Pair]:
+        total = _added(total, new)
+        return total, total
+
+    zeros = jnp.zeros_like(pair[0][..., 0])
+    _, sums = lax.scan(step, (zeros, zeros), (jnp.moveaxis(pair[0], -1, 0), jnp.moveaxis(pair[1], -1, 0)))
+    return jnp.moveaxis(sums[0], 0, -1), jnp.moveaxis(sums[1], 0, -1)
+
+
+def _added(a: _Pair, b: _Pair) -> _Pair:
+    """Of two sums, with the error of adding them, which is known exactly.
+
+    Knuth, The Art of Computer Programming, volume 2, section 4.2.2.
     """
-
-    def add(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        total = a[0] + b[0]
-        back = total - a[0]
-        lost = (a[0] - (total - back)) + (b[0] - back) + (a[1] + b[1])
-        whole = total + lost
-        return whole, lost - (whole - total)
-
-    return lax.associative_scan(add, (x, jnp.zeros_like(x)), axis=1)
+    total = a[0] + b[0]
+    back = total - a[0]
+    lost = (a[0] - (total - back)) + (b[0] - back) + (a[1] + b[1])
+    whole = total + lost
+    return whole, lost - (whole - total)

@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxq import formats
 from jaxq.qtensor import Granularity, QuantSpec, as_spec
 
@@ -146,6 +148,8 @@ def problem(method: str, spec: QuantSpec, options: Mapping[str, Any]) -> str:
         )
     if method == "clip" and rule == "entropy" and spec.offset == "min":
         return "rule='entropy' counts magnitudes, which offset='min' does not start from; use 'mse'."
+    if method == "clip" and rule == "entropy" and np.ptp(np.diff(np.unique(spec.fmt.values()))) > 0:
+        return f"rule='entropy' counts even steps, which the numbers of {spec.fmt.name} are not; use 'mse'."
     if method == "awq" and rule != "mse":
         return f"ranges are clipped by the error of products, which rule={rule!r} does not read. Leave rule='mse'."
     if method == "clip" and options.get("inputs", False) and (rule != "mse" or options.get("power", 2.0) != 2.0):

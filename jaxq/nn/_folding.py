@@ -147,10 +147,17 @@ def _known(cls: type) -> _Folding | None:
 
 
 def foldable(model: nnx.Module, rules: Mapping[str, Rule | None]) -> list[tuple[Group, Rule]]:
-    """The groups of a model whose layers all ask for one method that folds scales, with the rule.
+    """The groups of a model whose scales are wanted, each with the rule that all its layers have.
+
+    A layer that is in no group is none of them: the report says that nothing before it can take its scales.
+
+    Args:
+      model: a flax nnx module.
+      rules: path of each layer to its rule, or None.
 
     Raises:
-      ValueError: a layer asks for such a method and the model's class has no groups, or none with this layer.
+      ValueError: a rule's method folds scales and nothing is known of the model's class; or only some layers of a group
+        have such a rule, or they have different ones.
     """
     wanted = {path for path, rule in rules.items() if rule is not None and rule.method in FOLDED}
     if not wanted:

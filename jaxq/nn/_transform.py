@@ -133,6 +133,7 @@ def quantize_model(
         names = {found.path: variables[id(getattr(found.layer, found.kind.weight))][0] for found, _ in block}
         before, done = kept.read(number, list(names.values())), {}
         stats = {} if before else data.of_block(copy, block)
+        data.used = data.used or bool(before)
         for (path, layer, kind), rule in shown(block, "quantizing", progress and bool(stats)):
             variable = getattr(layer, kind.weight)
             if id(variable) not in replaced and not isinstance(variable, QuantizedParam):
@@ -178,7 +179,11 @@ def quantize_model(
     replace_variables(copy, replaced)
     layers = {found.path for found, _ in matched}
     unused = () if strict else unused_rules(recipe, [rule for _, rule in matched])
-    notes = (*rotation_note(recipe), *(f"rule {pattern!r} matched nothing" for pattern in unused))
+    notes = (
+        *rotation_note(recipe),
+        *unused_note(data.used, calibration, mask, forward),
+        *(f"rule {pattern!r} matched nothing" for pattern in unused),
+    )
     listed = [rows.get(i) or other_row(path, v, layers) for i, (path, v) in variables.items()]
     listed += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(copy)]
     return copy, Report(tuple(listed), notes)
@@ -188,6 +193,7 @@ class _Data:
     """Calibration data, or statistics made of them before."""
 
     def __init__(self, calibration: Any, mask: Any, forward: Any, progress: bool | None):
+        self.used = False
         given = isinstance(calibration, Mapping)
         self._stats: dict[str, LayerStats] | None = dict(calibration) if given else None
         self._batches = None if given or calibration is None else list(as_batches(calibration, "quantize_model"))
@@ -208,6 +214,7 @@ class _Data:
         """Statistics of layers of a model, as it is now."""
         if not wanted or not self:
             return {}
+        self.used = True
         if self._batches is not None:
             return calibrated(model, self._batches, wanted, **self._how)
         assert self._stats is not None
@@ -230,6 +237,15 @@ class _Data:
     def order(self, model: Any) -> dict[str, tuple[int, ...]]:
         """The layers in the order in which the model reaches them, and what they read."""
         return call_order(model, self.batches[0], self._how["forward"])
+
+
+def unused_note(used: bool, calibration: Any, mask: Any, forward: Any) -> list[str]:
+    """What a report says of data that no layer looked at, and of what says how to look at them."""
+    given = {"calibration": calibration, "mask": mask, "forward": forward}
+    names = [f"{name}=" for name, value in given.items() if value is not None]
+    if used or not names:
+        return []
+    return [f"not used, for no rule looks at data: {', '.join(names)}"]
 
 
 def given_stats(stats: Mapping[str, Any], wanted: Mapping[str, Wanted]) -> dict[str, LayerStats]:

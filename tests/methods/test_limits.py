@@ -24,6 +24,7 @@ REFUSED = [
     *((method, STOCHASTIC, {}) for method in methods.names() if method != "kmeans"),
     ("adaround", QuantSpec("ternary", scale_rule="twn"), {}),
     ("clip", OFFSET, {"rule": "entropy"}),
+    ("clip", jaxq.presets()["fp8"], {"rule": "entropy"}),
     ("awq", QuantSpec("int4"), {"rule": "percentile"}),
 ]
 PRODUCT = [(method, preset) for method in methods.names() for preset in jaxq.presets()]

@@ -569,3 +569,9 @@ def test_equalize_scales_stacked_layers_each_by_itself():
     for i in range(2):
         expected = apart.layers[i].mlp.down_proj.kernel[...].codes()
         np.testing.assert_array_equal(together.layers.mlp.down_proj.kernel[...][i].codes(), expected)
+
+
+def test_data_that_nothing_looks_at_are_told(pair):
+    _, report = quantize("rtn", pair, calibration=["nonsense"], mask=lambda batch: None)
+    assert report.notes == ("not used, for no rule looks at data: calibration=, mask=",)
+    assert not quantize("clip", pair, calibration=BATCHES, options={"num": 2})[1].notes

@@ -21,7 +21,7 @@ from jaxq.nn._placement import on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
 from jaxq.nn._resume import Done, Resume, as_order
 from jaxq.nn._solve import corrected_bias, quantize_weight
-from jaxq.nn._transform import given_stats, in_order, wanted_statistics
+from jaxq.nn._transform import given_stats, in_order, unused_note, wanted_statistics
 from jaxq.nn.linen._calibration import calibrated, call_order
 from jaxq.nn.linen._discovery import Forward, Structure, find_layers, params_of, with_params
 from jaxq.nn.linen._matching import Matched, Taken, match
@@ -112,7 +112,8 @@ def quantize_model(
         if calibration is None or isinstance(calibration, Mapping)
         else list(as_batches(calibration, "quantize_model"))
     )
-    if example is None and batches:
+    data_is_example = example is None and bool(batches)
+    if data_is_example:
         example = batches[0]
     structure = find_layers(module, variables, example, forward)
     params = params_of(variables)
@@ -126,11 +127,13 @@ def quantize_model(
     layers = list(zip(taken, keys, strict=False))
     blocks = _blocks(module, variables, layers, batches, forward, order) if order else [layers]
     kept = Resume(resume, recipe, batches or [], linen.meta.unbox(dict(variables)), key, (fallback, order))
+    used = False
     for number, block in enumerate(blocks):
         before = kept.read(number, ["/".join(one.found.key) for one, _ in block])
         made = {}
         now = Quantized(module, tuple("/".join(where) for where in rows)), with_params(variables, params)
         stats = {} if before else _statistics(*now, calibration, batches, [one for one, _ in block], how)
+        used = used or bool(stats) or bool(before)
         for one, k in shown(block, "quantizing", progress and bool(stats)):
             where, found = one.found.key, one.found
             boxed, value, name = params[where], linen.meta.unbox(params[where]), "/".join(where)
@@ -168,7 +171,8 @@ def quantize_model(
         if not before:
             kept.write(number, made)
     out: Any = with_params(variables, params)
-    report = Report(tuple(_rows(out, rows, matched, structure)), _notes(recipe, matched, strict))
+    unused = unused_note(used, None if data_is_example else calibration, mask, None)
+    report = Report(tuple(_rows(out, rows, matched, structure)), (*unused, *_notes(recipe, matched, strict)))
     qmodule = Quantized(module, tuple("/".join(one.found.key) for one in taken))
     return qmodule, freeze(out) if isinstance(variables, FrozenDict) else out, report
 
