@@ -91,8 +91,7 @@ def hadamard_matrix(n: int) -> np.ndarray:
       ([[1, 1], [1, -1]], (12, 12))
 
     References:
-      Paley, "On Orthogonal Matrices", 1933. Goethals and Seidel, "Orthogonal Matrices
-      with Zero Diagonal", 1967.
+      Paley, "On Orthogonal Matrices", 1933. Goethals and Seidel, "Orthogonal Matrices with Zero Diagonal", 1967.
     """
     odd = _split(n, "hadamard_matrix")
     out = _odd_part(odd)

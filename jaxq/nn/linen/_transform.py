@@ -113,7 +113,7 @@ def quantize_model(
         else list(as_batches(calibration, "quantize_model"))
     )
     data_is_example = example is None and bool(batches)
-    if data_is_example:
+    if example is None and batches:
         example = batches[0]
     structure = find_layers(module, variables, example, forward)
     params = params_of(variables)
