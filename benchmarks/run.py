@@ -2,6 +2,7 @@
 
     python benchmarks/run.py                      # all subjects but kernels
     python benchmarks/run.py quantize matmul      # some
+    python benchmarks/run.py methods --keep       # only rows of the table that the last results lack
     python benchmarks/run.py kernels              # on an accelerator
 
 Each subject runs in a process of its own, its cases in turns (see timing.py). Absolute times are the machine's; the
@@ -77,15 +78,19 @@ def device() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", nargs="*", choices=[*SUBJECTS, []], help="default: all")
+    parser.add_argument("--keep", action="store_true", help="measure only what the last results lack (methods)")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # in the process of one subject
     args = parser.parse_args()
+    if args.keep and [args.one or s for s in args.subjects or [args.one]] != ["methods"]:
+        parser.error("--keep is for the subject methods alone")
     if args.one:
         subject = importlib.import_module(args.one)
-        result = subject.run()
-        result["device"] = device()
-        about = result["device"]
+        about = device()
         where = "cpu" if about["platform"] == "cpu" else re.sub(r"\W+", "-", about["kind"].lower())
         name = f"{args.one}-{where}"
+        last = RESULTS / f"{name}.json"
+        result = subject.run(json.loads(last.read_text())) if args.keep and last.exists() else subject.run()
+        result["device"] = about
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         head = f"{about['kind']}, {', '.join(about.get('flags', []))}; " + ", ".join(
             f"{k} {v}" for k, v in about["versions"].items()
@@ -100,7 +105,8 @@ def main() -> None:
     for subject in args.subjects or [name for name in SUBJECTS if name != "kernels"]:
         print(f"== {subject}", file=sys.stderr, flush=True)
         environment = os.environ | ENVIRONMENT.get(subject, {})
-        subprocess.run([sys.executable, __file__, "--one", subject], check=True, env=environment)
+        command = [sys.executable, __file__, "--one", subject, *(["--keep"] if args.keep else [])]
+        subprocess.run(command, check=True, env=environment)
 
 
 if __name__ == "__main__":

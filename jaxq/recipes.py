@@ -201,7 +201,8 @@ class Rule:
             raise ValueError(f"Rule({self.pattern!r}): options {dict(self.options)} need a method= that has them.")
         if self.method == "llm_int8" and self.observer is not None:
             raise ValueError(f"Rule({self.pattern!r}): llm_int8 looks at each input anew, so it takes no observer=.")
-        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
+        options = {name: tuple(v) if isinstance(v, list) else v for name, v in dict(self.options).items()}
+        object.__setattr__(self, "options", tuple(sorted(options.items())))  # JSON has no tuples
         kinds = (self.kinds,) if isinstance(self.kinds, str) else self.kinds
         if not isinstance(kinds, tuple | list | set | frozenset):
             raise TypeError(f"Rule({self.pattern!r}): kinds must be names such as ('Linear', 'Conv'), got {kinds!r}.")

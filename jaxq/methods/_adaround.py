@@ -109,12 +109,15 @@ def adaround(
     target = x
     if x_float is not None:
         target = _matrix.as_statistic(x_float, "x_float", "adaround", shape=x.shape[-2:], said=said, w=w)
-    if num_steps < 1 or batch_size < 1 or learning_rate <= 0 or regularization < 0 or not 0 <= warm_start <= 1:
-        raise ValueError(
-            "adaround: num_steps and batch_size must be at least 1, learning_rate positive, regularization not "
-            f"negative, warm_start a share; got num_steps={num_steps}, batch_size={batch_size}, "
-            f"learning_rate={learning_rate}, regularization={regularization}, warm_start={warm_start}."
-        )
+    _limits.check_numbers(
+        "adaround",
+        num_steps=num_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        regularization=regularization,
+        beta=beta,
+        warm_start=warm_start,
+    )
     keys = jax.random.split(key, w.shape[:-2]) if w.ndim > 2 else key
     rates = (learning_rate, regularization, *beta, warm_start)
     numbers = _Numbers(*(jnp.float32(v) for v in rates))

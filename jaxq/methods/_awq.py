@@ -106,7 +106,7 @@ def awq(
     spec = as_spec(spec, "awq")
     _limits.refuse("awq", spec)
     w = _matrix.as_weight(w, "awq", name)
-    _check(num, "awq")
+    _limits.check_numbers("awq", duo=duo, num=num, max_tokens=max_tokens)
     magnitude = jnp.mean(jnp.abs(as_tokens(x, w, "awq")), axis=-2)
     tokens = as_tokens(x, w, "awq", max_tokens)
     one = functools.partial(_awq, spec=spec, clip=clip, duo=duo, num=num)
@@ -131,8 +131,9 @@ def awq_scale(
     tried as well. A channel that no token uses keeps the scale 1.
 
     Args:
-      weights: `[in, out]`, or a sequence of `[in, out_i]` that read the same input (q, k and v; gate and up).
-      x: float `[..., in]`, the inputs.
+      weights: `[in, out]`, or a sequence of `[in, out_i]` that read the same input (q, k and v; gate and up); or stacks
+        of such matrices with the same axes in front, which are looked at one by one.
+      x: float `[..., in]`, the inputs (for a stack: `[tokens, in]`, or stacked like weights).
       spec: preset name or `QuantSpec`.
       loss: function from a tuple of candidate weights `[in, out_i]`, float32 in the scale of the originals, to a
         scalar to be made small: the error of a whole block, for example. None takes the mean squared error of all
@@ -142,8 +143,8 @@ def awq_scale(
       max_tokens: no more tokens than this are looked at, taken at even distances; the means a are over all.
 
     Returns:
-      `(s, info)`: float32 `[in]`, and an `AWQScaleInfo`. Multiply the rows of every weight by s
-      (`fold_scale_into_next`) and divide by it in what comes before (`fold_scale_into_previous`).
+      `(s, info)`: float32 `[in]`, and an `AWQScaleInfo`; with the axes of a stack in front. Multiply the rows of every
+      weight by s (`fold_scale_into_next`) and divide by it in what comes before (`fold_scale_into_previous`).
 
     Raises:
       TypeError, ValueError: as `awq`.
@@ -162,10 +163,14 @@ def awq_scale(
     """
     spec = as_spec(spec, "awq_scale")
     matrices = as_weights(weights, "awq_scale")
-    _check(num, "awq_scale")
+    _limits.check_numbers("awq_scale", "awq", duo=duo, num=num, max_tokens=max_tokens)
     magnitude = jnp.mean(jnp.abs(as_tokens(x, matrices[0], "awq_scale")), axis=-2)
     tokens = as_tokens(x, matrices[0], "awq_scale", max_tokens)
-    return _awq_scale(tuple(matrices), tokens, magnitude, spec=spec, loss=loss, duo=duo, num=num)
+
+    def one(w: jax.Array, tokens: jax.Array, magnitude: jax.Array, *others: jax.Array) -> tuple:
+        return _awq_scale((w, *others), tokens, magnitude, spec=spec, loss=loss, duo=duo, num=num)
+
+    return _matrix.over_stack(one, matrices[0], (tokens, 2), (magnitude, 1), *((w, 2) for w in matrices[1:]))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "clip", "duo", "num"))
@@ -247,8 +252,3 @@ def _mean_share(weights: tuple[jax.Array, ...], spec: QuantSpec) -> jax.Array:
         return geometry.from_view(geometry.unpad(geometry.from_blocks(share)))
 
     return jnp.mean(jnp.concatenate([shares(w) for w in weights], axis=1), axis=1)
-
-
-def _check(num: int, caller: str) -> None:
-    if num < 1:
-        raise ValueError(f"{caller}: num must be at least 1, got {num}.")

@@ -135,11 +135,7 @@ def clip(
         raise ValueError("clip: give x or channel_weight, not both.")
     if x is not None and power != 2.0:
         raise ValueError(f"clip: the error of products is squared; power={power} is for clip without x.")
-    for argument, value, most in (("max_shrink", max_shrink, 1), ("percentile", percentile, 100)):
-        if not 0 <= value <= most:
-            raise ValueError(f"clip: {argument} must be 0 to {most}, got {value}.")
-    if num < 1 or power <= 0:
-        raise ValueError(f"clip: num must be at least 1 and power positive, got num={num} and power={power}.")
+    _limits.check_numbers("clip", num=num, power=power, max_shrink=max_shrink, percentile=percentile, bins=bins)
     statistics = []
     if x is not None:
         statistics = [(as_tokens(x, w, "clip"), 2)]

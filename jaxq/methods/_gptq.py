@@ -128,10 +128,7 @@ def gptq(
     n = w.shape[-2]
     hessian = _matrix.as_statistic(hessian, "hessian", "gptq", shape=(n, n), said="second moments [in, in]", w=w)
     _limits.refuse("gptq", spec)
-    if not 0 <= damp <= _MOST_DAMP:
-        raise ValueError(f"gptq: damp is a share of the diagonal's mean from 0 to {_MOST_DAMP:g}, got {damp}.")
-    if block_size < 1:
-        raise ValueError(f"gptq: block_size must be at least 1, got {block_size}.")
+    _limits.check_numbers("gptq", damp=damp, block_size=block_size, act_order=act_order)
     return _gptq(w, hessian, np.float32(damp), spec, act_order, block_size)
 
 

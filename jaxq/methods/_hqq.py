@@ -96,13 +96,7 @@ def hqq(
     spec = as_spec(spec, "hqq")
     _limits.refuse("hqq", spec)
     w = _matrix.as_weight(w, "hqq", name)
-    if not 0 < norm < 1:
-        raise ValueError(f"hqq: norm must be above 0 and below 1, got {norm}.")
-    if beta <= 0 or kappa <= 0 or num_steps < 0:
-        raise ValueError(
-            f"hqq: beta and kappa must be positive and num_steps not negative; got beta={beta}, kappa={kappa}, "
-            f"num_steps={num_steps}."
-        )
+    _limits.check_numbers("hqq", norm=norm, beta=beta, kappa=kappa, num_steps=num_steps)
     return _hqq(w, spec, np.float32(norm), np.float32(beta), np.float32(kappa), num_steps)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxq import formats
-from jaxq.methods import _matrix
+from jaxq.methods import _limits, _matrix
 from jaxq.qtensor import (
     Geometry,
     Granularity,
@@ -107,8 +108,7 @@ def kmeans(
         raise ValueError(f"kmeans: bits must be a whole number from 1 to 8, got {bits!r}.")
     formats.check_choice("kmeans: init", init, INITS)
     formats.check_choice("kmeans: algorithm", algorithm, ALGORITHMS)
-    if num_steps < 0:
-        raise ValueError(f"kmeans: num_steps must not be negative, got {num_steps}.")
+    _limits.check_numbers("kmeans", num_steps=num_steps)
     return _kmeans(w, np.int32(num_steps), QuantSpec(_table_format(bits), granularity), init, algorithm)
 
 
@@ -288,7 +288,7 @@ def _lloyd(bins: _Bins, centres: jax.Array, num_steps: ArrayLike) -> tuple[jax.A
     """(centres `[blocks, k]` ascending, steps taken, empty clusters)."""
     ends = ((0, 0), (1, 0))
     counts = jnp.pad(jnp.cumsum(bins.counts, axis=1), ends)  # of all before, [blocks, m + 1]
-    sums = jnp.pad(jnp.cumsum(bins.numbers * bins.counts.astype(jnp.float32), axis=1), ends)
+    sums = [jnp.pad(part, ends) for part in _running_sums(bins.numbers * bins.counts.astype(jnp.float32))]
     search = jax.vmap(functools.partial(jnp.searchsorted, side="right"))
 
     def boundaries(centres: jax.Array) -> jax.Array:
@@ -302,7 +302,7 @@ def _lloyd(bins: _Bins, centres: jax.Array, num_steps: ArrayLike) -> tuple[jax.A
     def step(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]):
         centres, places, _, count = state
         held = within(counts, places)
-        means = within(sums, places) / jnp.maximum(held, 1).astype(jnp.float32)
+        means = (within(sums[0], places) + within(sums[1], places)) / jnp.maximum(held, 1).astype(jnp.float32)
         # Rounded sums may put a mean of few numbers outside its interval.
         middle = 0.5 * (centres[:, 1:] + centres[:, :-1])
         low, high = jnp.pad(middle, ends, constant_values=-1.0), jnp.pad(middle, ((0, 0), (0, 1)), constant_values=1.0)
@@ -316,3 +316,40 @@ def _lloyd(bins: _Bins, centres: jax.Array, num_steps: ArrayLike) -> tuple[jax.A
     state = (centres, boundaries(centres), jnp.bool_(True), jnp.int32(0))
     centres, places, _, count = lax.while_loop(more, step, state)
     return centres, count, jnp.sum(within(counts, places) == 0, dtype=jnp.int32)
+
+
+_Pair = tuple[jax.Array, jax.Array]  # a float32 sum and what it lacks
+
+
+def _running_sums(x: jax.Array) -> _Pair:
+    """Sums of all up to each place along axis 1, with what float32 lacks: few numbers differ from many before them."""
+    blocks, n = x.shape
+    size = math.isqrt(max(n - 1, 0)) + 1  # steps are few, and few things of a kind are compiled
+    x = jnp.pad(x, ((0, 0), (0, size * size - n))).reshape(blocks, size, size)
+    inner = _along_last((x, jnp.zeros_like(x)))
+    ends = _along_last((inner[0][..., -1], inner[1][..., -1]))
+    before = [jnp.pad(part[:, :-1], ((0, 0), (1, 0)))[..., None] for part in ends]
+    high, low = _added((before[0], before[1]), inner)
+    return high.reshape(blocks, -1)[:, :n], low.reshape(blocks, -1)[:, :n]
+
+
+def _along_last(pair: _Pair) -> _Pair:
+    def step(total: _Pair, new: _Pair) -> tuple[_Pair, _Pair]:
+        total = _added(total, new)
+        return total, total
+
+    zeros = jnp.zeros_like(pair[0][..., 0])
+    _, sums = lax.scan(step, (zeros, zeros), (jnp.moveaxis(pair[0], -1, 0), jnp.moveaxis(pair[1], -1, 0)))
+    return jnp.moveaxis(sums[0], 0, -1), jnp.moveaxis(sums[1], 0, -1)
+
+
+def _added(a: _Pair, b: _Pair) -> _Pair:
+    """Of two sums, with the error of adding them, which is known exactly.
+
+    Knuth, The Art of Computer Programming, volume 2, section 4.2.2.
+    """
+    total = a[0] + b[0]
+    back = total - a[0]
+    lost = (a[0] - (total - back)) + (b[0] - back) + (a[1] + b[1])
+    whole = total + lost
+    return whole, lost - (whole - total)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq import formats, ops
-from jaxq.methods import _matrix
+from jaxq.methods import _limits, _matrix
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
 
 
@@ -66,8 +66,8 @@ def llm_int8(
       name: what errors call w, a parameter's path for example.
 
     Returns:
-      `(qt, info)`: a QTensor with the geometry of `jaxq.quantize(w, spec, contracting=-2)` and the activation
-      attached, and an `LLMInt8Info` (no outliers without `absmax_x`).
+      `(qt, info)`: a QTensor with the geometry of `jaxq.quantize(w, spec, contracting=-2)`, activation and threshold
+      attached, so that `x @ qt` is the product; and an `LLMInt8Info` (no outliers without `absmax_x`).
 
     Raises:
       TypeError: not float arrays.
@@ -84,10 +84,10 @@ def llm_int8(
       Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022, section 3.
     """
     w = _matrix.as_weight(w, "llm_int8", name)
-    _check_threshold(threshold, "llm_int8")
+    _limits.check_numbers("llm_int8", threshold=threshold)
     batch = tuple(range(w.ndim - 2))
     qt = quantize(w, as_spec(spec, "llm_int8"), contracting=-2, batch=batch, name=name)
-    qt = qt.with_activation(activation, outliers=None if absmax_x is None else threshold)
+    qt = qt.with_activation(activation, outliers=threshold)
     if absmax_x is None:
         outliers = jnp.zeros((*w.shape[:-2], w.shape[-2]), bool)
     else:
@@ -101,7 +101,7 @@ def llm_int8_matmul(
     x: jax.typing.ArrayLike,
     w: QTensor | jax.typing.ArrayLike,
     *,
-    threshold: float = 6.0,
+    threshold: float | None = None,
     num_outliers: int | None = None,
     keep: jax.typing.ArrayLike | None = None,
     activation: str | QuantSpec | None = None,
@@ -121,7 +121,7 @@ def llm_int8_matmul(
       x: float `[..., in]`; outliers are looked for over all leading axes.
       w: `[in, out]`: a QTensor (from `llm_int8`, or any whose scales are shared along the input), or a float
         array, which is quantized here as "int8" and kept for the outlier columns.
-      threshold: at least 0.
+      threshold: at least 0; None takes what is attached to the QTensor, or 6.0.
       num_outliers: None, or k at least 0.
       keep: float `[in, out]`, the rows that outlier columns meet; None dequantizes the rows of codes, as bitsandbytes
         does unless it is told to keep float weights.
@@ -146,10 +146,12 @@ def llm_int8_matmul(
     References:
       Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022, section 3.
     """
-    _check_threshold(threshold, "llm_int8_matmul")
     if not isinstance(w, QTensor):
         keep = _matrix.as_weight(w, "llm_int8_matmul") if keep is None else keep
         w, _ = llm_int8(w)
+    if threshold is None:
+        threshold = 6.0 if w.meta.outliers is None else w.meta.outliers
+    _limits.check_numbers("llm_int8_matmul", "llm_int8", threshold=threshold)
     geometry = w.meta.geometry
     if w.batch_shape or geometry.order != (-1, -2) or geometry.num_contracted != 1:
         raise ValueError(f"llm_int8_matmul: w must be [in, out] quantized with contracting=-2, got {w!r}.")
@@ -216,8 +218,3 @@ def _rows(qt: QTensor, columns: jax.Array) -> jax.Array:
     return dequantize(
         dataclasses.replace(qt, data=data, meta=dataclasses.replace(qt.meta, geometry=taken)), dtype=jnp.float32
     )
-
-
-def _check_threshold(threshold: float, caller: str) -> None:
-    if not threshold >= 0:
-        raise ValueError(f"{caller}: threshold must be at least 0, got {threshold}.")

@@ -10,6 +10,9 @@ from quadratic residues of a finite field of q elements, q a power of an odd pri
 |---|---|---|
 | 3 | q + 1 | 12, 20, 28, 44, 60, 344 |
 | 1 | 2 (q + 1) | 36, 52, 76, 108, 148 |
+
+or, of orders 156 and 172, from four circulant matrices (Goethals and Seidel, 1967). Of orders up to 200, 92,
+116, 184 and 188 are left: matrices are known, but by none of these constructions.
 """
 
 from __future__ import annotations
@@ -25,6 +28,12 @@ from jax import lax
 
 from jaxq.methods import _matrix
 
+# Order to four numbers whose bits are the signs, 1 for -1, of the first rows of circulant matrices A, B, C, D of order
+# n = order / 4, with A A^T + B B^T + C C^T + D D^T = 4 n I.
+_CIRCULANT = {
+    156: (74228022126, 432057256904, 506044792308, 266021435876),
+    172: (7905464307918, 3872785226268, 1431347407656, 2231983365636),
+}
 # Orders beyond are not looked for: the matrix of the odd part is multiplied densely.
 _LARGEST_PALEY = 1 << 12
 
@@ -82,10 +91,10 @@ def hadamard_matrix(n: int) -> np.ndarray:
       ([[1, 1], [1, -1]], (12, 12))
 
     References:
-      Paley, "On Orthogonal Matrices", 1933.
+      Paley, "On Orthogonal Matrices", 1933. Goethals and Seidel, "Orthogonal Matrices with Zero Diagonal", 1967.
     """
     odd = _split(n, "hadamard_matrix")
-    out = _paley(odd)
+    out = _odd_part(odd)
     for _ in range((n // odd).bit_length() - 1):
         out = np.kron(out, np.array([[1, 1], [1, -1]], np.int8))
     return out
@@ -185,7 +194,7 @@ def _transform(x: jax.Array, odd: int, inverse: bool) -> jax.Array:
         x = jnp.stack([first + second, first - second], axis=-2).reshape(*lead, n)
     if odd == 1:
         return x
-    matrix = _paley(odd).astype(np.float32)
+    matrix = _odd_part(odd).astype(np.float32)
     matrix = matrix if inverse else matrix.T  # [to, from]
     x = x.reshape(*lead, odd, n // odd)
     # HIGHEST: entries are exact in any dtype, x is not.
@@ -194,17 +203,18 @@ def _transform(x: jax.Array, odd: int, inverse: bool) -> jax.Array:
 
 
 def _split(n: int, caller: str) -> int:
-    """The K of `n = 2^m K`: 1, or the smallest order of Paley's that leaves a power of two."""
+    """The K of `n = 2^m K`: 1, or the smallest order of the module's table that leaves a power of two."""
     k = n & -n if n > 0 else 0
     odd = n // k if k else 0
     if odd == 1:
         return 1
     for order in itertools.takewhile(lambda v: n > 0 and n % v == 0, (odd << i for i in range(2, 64))):
-        if order <= _LARGEST_PALEY and _residue_field(order):
+        if order in _CIRCULANT or (order <= _LARGEST_PALEY and _residue_field(order)):
             return order
     raise ValueError(
         f"{caller}: no Hadamard matrix of order {n} can be built here. Orders are 2^m K with K = 1, or q + 1 (q = 3 "
-        "mod 4) or 2 (q + 1) (q = 1 mod 4) for q a power of an odd prime. Pad, or rotate blocks of a smaller order."
+        "mod 4) or 2 (q + 1) (q = 1 mod 4) for q a power of an odd prime, 156 or 172. Pad, or rotate blocks of a "
+        "smaller order."
     )
 
 
@@ -220,12 +230,19 @@ def _residue_field(order: int) -> tuple[int, int] | None:
 
 
 @functools.cache
-def _paley(order: int) -> np.ndarray:
-    """Paley's Hadamard matrix of an order `_residue_field` knows, or of order 1; int8."""
+def _odd_part(order: int) -> np.ndarray:
+    """The Hadamard matrix of order 1, one of circulant matrices, or one that `_residue_field` knows; int8."""
     if order == 1:
         return np.ones((1, 1), np.int8)
+    if order in _CIRCULANT:
+        n = order // 4
+        place = (np.arange(n)[None] - np.arange(n)[:, None]) % n
+        rows = [np.array([1 - 2 * (code >> i & 1) for i in range(n)], np.int8) for code in _CIRCULANT[order]]
+        a, b, c, d = (row[place] for row in rows)
+        br, cr, dr, btr, ctr, dtr = (m[:, ::-1] for m in (b, c, d, b.T, c.T, d.T))
+        return np.block([[a, br, cr, dr], [-br, a, dtr, -ctr], [-cr, -dtr, a, btr], [-dr, ctr, -btr, a]])
     found = _residue_field(order)
-    assert found is not None
+    assert found is not None  # Paley's
     residue = _quadratic_characters(*found)  # [q, q]
     q = len(residue)
     bordered = np.zeros((q + 1, q + 1), np.int8)

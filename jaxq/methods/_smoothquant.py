@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxq.methods import _matrix
+from jaxq.methods import _limits, _matrix
 
 # Neither a channel's magnitude nor its scale is taken smaller than this.
 _FLOOR = np.float32(1e-5)
@@ -43,12 +43,13 @@ def smoothquant(
     channel; at 1 all of the difficulty lies in the weights.
 
     Args:
-      absmax_x: float `[in]`, largest magnitude of each input channel over the calibration data.
-      weights: `[in, out]`, or a sequence of `[in, out_i]` that read the same input (q, k and v; gate and up).
+      absmax_x: float `[in]` (or stacked like weights), largest magnitude of each input channel over calibration data.
+      weights: `[in, out]`, or a sequence of `[in, out_i]` that read the same input (q, k and v; gate and up); or stacks
+        of such matrices with the same axes in front.
       alpha: 0 to 1; 0.5 suits most models, 0.75 to 0.9 those with strong outliers.
 
     Returns:
-      `(s, info)`: float32 `[in]`, and a `SmoothQuantInfo`.
+      `(s, info)`: float32 `[in]` with the axes of a stack in front, and a `SmoothQuantInfo`.
 
     Raises:
       TypeError: not float arrays.
@@ -65,15 +66,14 @@ def smoothquant(
       Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", 2023,
       section 4, equation 4.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"smoothquant: alpha must be 0 to 1, got {alpha}.")
+    _limits.check_numbers("smoothquant", alpha=alpha)
     matrices = as_weights(weights, "smoothquant")
-    num_in = matrices[0].shape[0]
+    num_in = matrices[0].shape[-2]
     said = "one magnitude for each input"
     x = _matrix.as_statistic(absmax_x, "absmax_x", "smoothquant", shape=(num_in,), said=said, w=matrices[0])
     if not isinstance(x, Tracer) and bool((np.asarray(x) < 0).any()):
         raise ValueError(f"smoothquant: absmax_x holds magnitudes, but its smallest number is {float(x.min())}.")
-    w = jnp.stack([jnp.max(jnp.abs(m), axis=1, initial=0.0).astype(jnp.float32) for m in matrices]).max(axis=0)
+    w = jnp.stack([jnp.max(jnp.abs(m), axis=-1, initial=0.0).astype(jnp.float32) for m in matrices]).max(axis=0)
     dead = ~((x > 0) & (w > 0) & jnp.isfinite(x) & jnp.isfinite(w))
     s = jnp.maximum(x, _FLOOR) ** alpha / jnp.maximum(w, _FLOOR) ** (1 - alpha)
     s = jnp.where(dead, 1.0, jnp.maximum(s, _FLOOR))
@@ -149,9 +149,11 @@ def as_weights(weights: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike], c
         out = [_matrix.as_weight(w, caller, f"weights[{i}]") for i, w in enumerate(weights)]
     else:
         out = [_matrix.as_weight(weights, caller, "weights")]  # pyright: ignore[reportArgumentType]
-    if any(w.ndim != 2 or w.shape[0] != out[0].shape[0] for w in out):
+    if any(w.shape[:-1] != out[0].shape[:-1] for w in out):
         shapes = ", ".join(_matrix.describe(w) for w in out)
-        raise ValueError(f"{caller}: weights must be matrices [in, out] that read the same input, got {shapes}.")
+        raise ValueError(
+            f"{caller}: weights must be matrices [in, out] that read the same input, or stacks of them, got {shapes}."
+        )
     return out
 
 

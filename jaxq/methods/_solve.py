@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq import formats
-from jaxq.methods import _matrix
+from jaxq import formats, ops
+from jaxq.methods import _limits, _matrix
 from jaxq.methods._adaround import adaround
 from jaxq.methods._clipping import clip
 from jaxq.methods._gptq import gptq
@@ -132,6 +133,8 @@ def solve(
     if int(np.sum(stats.num_held_out)) == 0:
         return Solved(qt, method, _say(note, "not judged: too few rows to hold some out"), None)
     nearest, _ = rtn(w, spec.replace(granularity=own_granularity(method, options, spec)))
+    if qt.meta.activation is not None:  # inputs all of whose columns are quantized alike
+        nearest = nearest.with_activation(qt.meta.activation)
     ours, theirs = (np.asarray(output_error(w, q, stats.held_out)) for q in (qt, nearest))  # [...]
     if not np.all(np.isfinite(ours + theirs)):
         raise ValueError(f"{name}: the error of its output on held-out inputs is not finite ({ours}; rtn: {theirs}).")
@@ -166,7 +169,7 @@ def _instead(where: np.ndarray, there: QTensor, elsewhere: QTensor) -> QTensor:
 
 
 def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
-    """Raises a ValueError for an option that the method does not have, with those it has."""
+    """Raises a ValueError for an option that the method does not have, with those it has, or that is out of range."""
     for option in options:
         if option not in METHODS[method].options:
             known = METHODS[method].options
@@ -176,6 +179,7 @@ def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
                 else f"unknown option {option!r}; it has none."
             )
             raise ValueError(f"{caller}: options: {text}")
+    _limits.check_numbers(f"{caller}: options", method, **options)
 
 
 def own_granularity(method: str, options: Mapping[str, Any], spec: QuantSpec) -> Granularity:
@@ -191,17 +195,29 @@ def _check_stats(stats: LayerStats, w: jax.Array, method: str, name: str) -> Non
         raise ValueError(f"{name}: its statistics are of inputs {list(stats.mean.shape)}, expected {list(expected)}.")
     if method == "gptq" and stats.hessian is None:
         raise ValueError(f"{name}: method 'gptq' needs second moments; calibrate with hessian=True.")
+    if method == "gptq" and stats.hessian is not None and not bool(jnp.isfinite(stats.hessian).all()):
+        largest = float(np.max(stats.absmax))
+        raise ValueError(
+            f"{name}: the second moments of its inputs are not finite: magnitudes up to {largest:.3g} are too large to "
+            "be squared in float32. Scale its inputs down, or use another method."
+        )
 
 
 @jax.jit
 def output_error(w: jax.Array, qt: QTensor, x: jax.Array) -> jax.Array:
-    """`sum (x W - x Q)^2` of each matrix, `[...]`.
+    """`sum (x W - x Q)^2` of each matrix, `[...]`; x is quantized too, where Q has it so.
 
     Args:
       w: float `[..., in, out]`.
       qt: of the same shape.
       x: float32 `[..., tokens, in]`; rows of zeros count for nothing.
     """
+    if qt.meta.activation is not None:
+        product = functools.partial(ops.matmul, preferred_element_type=jnp.float32)
+        for _ in range(w.ndim - 2):
+            product = jax.vmap(product)
+        exact = jnp.matmul(x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(jnp.square(exact - product(x, qt)), axis=(-2, -1))
     delta = w.astype(jnp.float32) - dequantize(qt.with_activation(None), dtype=jnp.float32)
     return jnp.sum(jnp.square(jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST)), axis=(-2, -1))
 
@@ -234,7 +250,7 @@ def _clip(w, stats, spec, key, **options):
     if options.pop("inputs", False):
         if stats is None:
             raise ValueError("clip: inputs=True weighs errors by the layer's inputs: pass calibration data.")
-        options["x"] = stats.samples
+        return _Made(clip(w, spec, x=stats.samples, **options)[0], few_samples(stats, w.shape[-2]))
     return _Made(clip(w, spec, **options)[0])
 
 
@@ -264,8 +280,8 @@ def _adaround(w, stats, spec, key, **options):
 
 def _awq(w, stats, spec, key, **options):
     """The second half of AWQ; scales have been folded into the weights by then."""
-    options.pop("duo", None)  # of the first half
-    clipped = clip(w, spec, **{"x": stats.samples, "num": 20, "max_shrink": 0.5} | options)[0]
+    num, max_shrink = options.get("clip_num", 20), options.get("clip_max_shrink", 0.5)
+    clipped = clip(w, spec, x=stats.samples, num=num, max_shrink=max_shrink)[0]
     return _Made(clipped, few_samples(stats, w.shape[-2]))
 
 
@@ -287,13 +303,13 @@ def _options(function: Callable[..., Any], *more: str) -> tuple[str, ...]:
 
 METHODS = {
     "adaround": Method(_adaround, _options(adaround), True),
-    "awq": Method(_awq, ("duo", "max_shrink", "num"), True),
+    "awq": Method(_awq, ("clip_max_shrink", "clip_num", "duo", "num"), True),
     "clip": Method(_clip, _options(clip, "inputs"), False),
     "equalize": Method(_folded, ("power_of_two",), False, judged=False),
     "gptq": Method(_gptq, _options(gptq), True),
     "hqq": Method(_hqq, _options(hqq), False),
     "kmeans": Method(_kmeans, _options(kmeans), False),
-    "llm_int8": Method(_llm_int8, ("threshold",), False, judged=False),
+    "llm_int8": Method(_llm_int8, ("threshold",), False),
     "rtn": Method(_rtn, (), False, judged=False),
     "smoothquant": Method(_folded, ("alpha",), True, judged=False),
 }

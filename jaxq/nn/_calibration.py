@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,23 @@ class _Statistic(nnx.Variable):
     """What a probe has seen."""
 
 
-# Set while a batch is traced: which rows count, and the paths of layers in the order in which they are reached.
+class Wanted(NamedTuple):
+    """What to count of a layer's input.
+
+    Attributes:
+      observer: that watches all its numbers, or None.
+      hessian: second moments too.
+    """
+
+    observer: Observer | None = None
+    hessian: bool = True
+
+
+# Set while a batch is traced: which rows count, the paths of layers in the order in which they are reached, and the
+# inputs they are called with where those alone are looked for.
 _MASK: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("mask", default=None)
 _REACHED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("reached", default=None)
+_CALLS: contextvars.ContextVar[dict[str, list[Any]] | None] = contextvars.ContextVar("calls", default=None)
 
 
 class Probe(nnx.Module):
@@ -57,6 +71,9 @@ class Probe(nnx.Module):
         self.stats = _Statistic(stats)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[1] if isinstance(args[0], str) else args[0]
+        if record_call(self.path, x[0] if isinstance(x, tuple) else x):
+            return self.product(*args, **kwargs)
         if isinstance(args[0], str):  # einsum(subscripts, x, w)
             rows, _ = einsum_rows(args[0], args[1])
         elif self.windowed:  # conv_general_dilated(x, w, ...) or promote_dtype((x, w, bias), ...), channels last
@@ -187,8 +204,8 @@ def calibrate(
       hessian: collect `[K, K]` second moments too, 4 K^2 bytes a layer.
       observer: watches all numbers of each layer's input (`jaxq.observers`, without `axis=`); its state is
         `stats.observed`, and `observer.bounds(stats.observed, "int8")` the range for static quantization.
-      start: statistics of batches seen before, to go on from: they are plain arrays, and `jaxq.save` keeps them. All
-        layers looked at must be in them.
+      start: statistics of batches seen before, to go on from; also as dicts of their fields, as files keep them. All
+        layers looked at must be in them, and keep theirs where no batch reaches them.
       progress: show a line of progress; None does so on a terminal.
 
     Returns:
@@ -208,8 +225,37 @@ def calibrate(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"calibrate: model must be a flax nnx Module, got {type(model).__name__}.")
+    every = Wanted(observer, hessian)
+    wanted = None if layers is None else dict.fromkeys(layers, every)
+    how: Any = {"mask": mask, "forward": forward, "progress": progress}
+    return calibrated(model, batches, wanted, every, start=start, **how)
+
+
+def calibrated(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    wanted: Mapping[str, Wanted] | None,
+    every: Wanted = Wanted(),  # noqa: B008 (a tuple)
+    *,
+    mask: Callable[[Any], Any] | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    start: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> dict[str, LayerStats]:
+    """`calibrate` with statistics of each layer's own, in one pass.
+
+    Args:
+      model: as there, like what follows.
+      batches: inputs.
+      wanted: path of each layer to what to count; None takes `every` of all.
+      every: what to count without `wanted`.
+      mask: which rows count.
+      forward: how to run a batch.
+      start: statistics to go on from.
+      progress: show a line of progress.
+    """
     copy = nnx.clone(model)
-    probes = dict(_attach(copy, layers, hessian, observer))
+    probes = dict(_attach(copy, wanted, every))
     if start is not None:
         _go_on(probes, start)
     reached: list[str] = []
@@ -232,31 +278,66 @@ def calibrate(
     # jit gives the probes' new states back to the copy's own.
     found = {path: probe.stats.get_value() for path, probe in probes.items()}
     never = [path or "the model itself" for path in found if path not in reached]
-    if never:
+    if never and start is None:
         raise ValueError(
             f"calibrate: no batch reached {', '.join(never)}. Their statistics are unknown; skip them in the recipe."
         )
     check_stats(found)
-    return {path: found[path] for path in sorted(found, key=reached.index)}
+    return {path: found[path] for path in [*reached, *(path for path in found if path not in reached)]}
 
 
-def _attach(
-    model: nnx.Module, layers: Sequence[str] | None, hessian: bool, observer: Observer | None
-) -> Iterator[tuple[str, Probe]]:
+def call_order(model: nnx.Module, batch: Any, forward: Callable | None) -> dict[str, tuple[int, ...]]:
+    """Layers in the order in which a batch reaches them, each with the numbers of the arrays that it is called with.
+
+    Layers that read one array have one number. The model is traced, and nothing is computed.
+    """
+    copy = nnx.clone(model)
+    dict(_attach(copy, None, Wanted(hessian=False)))
+    graph, state = nnx.split(copy)
+
+    def trace(state: Any, batch: Batch) -> None:
+        run(nnx.merge(graph, state), batch.given(), forward)
+
+    return traced_order(trace, state, Batch.of(batch))
+
+
+def record_call(path: str, x: Any) -> bool:
+    """Notes what a layer is called with, if only that is looked for."""
+    calls = _CALLS.get()
+    if calls is None:
+        return False
+    calls.setdefault(path, []).append(x)
+    return True
+
+
+def traced_order(trace: Callable[..., None], *args: Any) -> dict[str, tuple[int, ...]]:
+    """`call_order` of a function that calls layers, which are watched by `_CALLS`."""
+    calls: dict[str, list[Any]] = {}
+    token = _CALLS.set(calls)
+    try:
+        jax.eval_shape(trace, *args)
+    finally:
+        _CALLS.reset(token)
+    numbers: dict[int, int] = {}  # all inputs are alive, so that identities stay theirs
+    return {path: tuple(numbers.setdefault(id(x), len(numbers)) for x in xs) for path, xs in calls.items()}
+
+
+def _attach(model: nnx.Module, wanted: Mapping[str, Wanted] | None, every: Wanted) -> Iterator[tuple[str, Probe]]:
     """Puts a probe into each layer of a model."""
     known = {}
     for path, module in nnx.iter_modules(model):
         kind = find_kind(module)
         if kind is not None and kind.hook is not None:
             known["/".join(map(str, path))] = (module, kind)
-    missing = [path for path in layers or () if path not in known]
+    missing = [path for path in wanted or () if path not in known]
     if missing:
         raise ValueError(f"calibrate: no layer that can be looked into at {missing}. Layers here: {list(known)}.")
     if not known:
         raise ValueError("calibrate: the model has no Linear, LinearGeneral, Einsum or Conv.")
     for path, (module, kind) in known.items():
-        if layers is not None and path not in layers:
+        if wanted is not None and path not in wanted:
             continue
+        observer, hessian = every if wanted is None else wanted[path]
         hook = kind.hook
         assert hook is not None
         weight = getattr(module, kind.weight).get_value()
@@ -270,17 +351,46 @@ def _attach(
         yield path, probe
 
 
-def _go_on(probes: Mapping[str, Probe], start: Mapping[str, LayerStats]) -> None:
+def _go_on(probes: Mapping[str, Probe], start: Mapping[str, Any]) -> None:
     for path, probe in probes.items():
-        empty, given = probe.stats.get_value(), jax.tree.map(jnp.asarray, start.get(path))
-        if not same_shapes(given, empty):
-            raise ValueError(f"calibrate: start has no statistics of {path or 'the model'}, or of other shapes.")
+        given = going_on(start.get(path), probe.stats.get_value(), path or "the model", "calibrate")
         probe.stats.set_value(given)
 
 
-def same_shapes(given: LayerStats | None, empty: LayerStats) -> bool:
-    """Whether statistics are there, and of the same kind of input."""
-    return [v.shape for v in jax.tree.leaves(given)] == [v.shape for v in jax.tree.leaves(empty)]
+def going_on(given: Any, empty: LayerStats, path: str, caller: str) -> LayerStats:
+    """Statistics to go on from, as `empty` has them.
+
+    Raises:
+      ValueError: none are given, or of another kind of input.
+    """
+    stats = None if given is None else as_stats(given, empty)
+    if [(v.shape, v.dtype) for v in jax.tree.leaves(stats)] != [(v.shape, v.dtype) for v in jax.tree.leaves(empty)]:
+        raise ValueError(f"{caller}: start has no statistics of {path}, or of other shapes.")
+    assert stats is not None
+    return stats
+
+
+def as_stats(given: Any, like: Any) -> Any:
+    """Named tuples of arrays again, where files keep them as dicts of their fields.
+
+    Args:
+      given: statistics of a layer, or a part of them.
+      like: the same part of others, which says what it is.
+
+    Raises:
+      ValueError: a field is missing, or not one of those.
+    """
+    if given is None or like is None:
+        return given
+    if hasattr(like, "_fields"):
+        fields = given._asdict() if hasattr(given, "_fields") else given
+        if not isinstance(fields, Mapping) or set(fields) - set(like._fields):
+            what = list(fields) if isinstance(fields, Mapping) else type(given).__name__
+            raise ValueError(f"calibrate: a {type(like).__name__} has the fields {list(like._fields)}, got {what}.")
+        return type(like)(**{name: as_stats(fields.get(name), getattr(like, name)) for name in like._fields})
+    if isinstance(like, tuple | list):
+        return type(like)(as_stats(a, b) for a, b in zip(given, like, strict=True))
+    return jnp.asarray(given)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["rest", "structure"])

@@ -126,6 +126,13 @@ def rotated(model: nnx.Module, key: jax.Array) -> Any:
     return found(model, orthogonal, methods.hadamard)
 
 
+def rotation_note(recipe: Recipe) -> tuple[str, ...]:
+    """What a report says of a rotated model."""
+    if not recipe.rotate:
+        return ()
+    return ("rotated by random Hadamard matrices first; errors are of rotated weights, and the rotation is not judged",)
+
+
 def raise_if_rotating(recipe: Recipe, caller: str) -> None:
     """For what is no nnx model, and cannot say what rotations pass through it."""
     if recipe.rotate:
@@ -140,10 +147,17 @@ def _known(cls: type) -> _Folding | None:
 
 
 def foldable(model: nnx.Module, rules: Mapping[str, Rule | None]) -> list[tuple[Group, Rule]]:
-    """The groups of a model whose layers all ask for one method that folds scales, with the rule.
+    """The groups of a model whose scales are wanted, each with the rule that all its layers have.
+
+    A layer that is in no group is none of them: the report says that nothing before it can take its scales.
+
+    Args:
+      model: a flax nnx module.
+      rules: path of each layer to its rule, or None.
 
     Raises:
-      ValueError: a layer asks for such a method and the model's class has no groups, or none with this layer.
+      ValueError: a rule's method folds scales and nothing is known of the model's class; or only some layers of a group
+        have such a rule, or they have different ones.
     """
     wanted = {path for path, rule in rules.items() if rule is not None and rule.method in FOLDED}
     if not wanted:
@@ -248,7 +262,7 @@ def _why_no_scales(method: str, source: jax.Array | None, weights: Sequence[jax.
         return "not equalized: what comes before it is no linear" if method == "equalize" else ""
     if method == "smoothquant":
         return "not smoothed: no norm before it can take its scales"
-    if source.shape[-1] != weights[0].shape[0]:
+    if source.shape[-1] != weights[0].shape[-2]:
         return "not scaled: an output of the linear before it feeds several of its inputs"
     return ""
 
@@ -256,12 +270,16 @@ def _why_no_scales(method: str, source: jax.Array | None, weights: Sequence[jax.
 def _scales(rule: Rule, source: jax.Array | None, weights: list[jax.Array], seen: LayerStats | None) -> jax.Array:
     options = dict(rule.options)
     if rule.method == "equalize":
-        return methods.equalize(source, weights[0], **options)[1].scale  # pyright: ignore[reportArgumentType]
+        found = functools.partial(methods.equalize, **options)
+        for _ in range(weights[0].ndim - 2):
+            found = jax.vmap(found)
+        return found(source, weights[0])[1].scale
     assert seen is not None
     if rule.method == "smoothquant":
         return methods.smoothquant(seen.absmax, weights, alpha=options.get("alpha", 0.5))[0]
     assert isinstance(rule.weight, QuantSpec)
-    return methods.awq_scale(weights, seen.samples, rule.weight, duo=options.get("duo", False))[0]
+    how = {name: options[name] for name in ("duo", "num") if name in options}
+    return methods.awq_scale(weights, seen.samples, rule.weight, **how)[0]
 
 
 def _losses(

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxq import metrics
-from jaxq.nn._calibration import Batch, run, shown
+from jaxq.nn._calibration import Batch, as_batches, run, shown
 from jaxq.nn._layers import weight_axes
 from jaxq.nn._matching import find_layers
 from jaxq.qtensor import QuantSpec, as_spec, dequantize, quantize
@@ -43,6 +43,7 @@ def sensitivity(
     choices: Sequence[str],
     batches: Iterable[Any],
     *,
+    mask: Callable[[Any], Any] | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     progress: bool | None = None,
 ) -> Sensitivity:
@@ -55,6 +56,8 @@ def sensitivity(
       model: a flax nnx module in floats whose result are logits `[..., classes]`; it stays as it is.
       choices: preset names.
       batches: inputs of the model, as in `calibrate`.
+      mask: gives the rows of a batch that count, bool with as many axes as logits have before the last, or fewer; False
+        for padding.
       forward: how to run a batch, `forward(model, batch) -> logits`.
       progress: show a line of progress; None does so on a terminal.
 
@@ -62,7 +65,8 @@ def sensitivity(
       A `Sensitivity`.
 
     Raises:
-      ValueError: no batch, no choice, an unknown preset, no layer.
+      TypeError: `batches` is one array, or `choices` one name.
+      ValueError: no batch, no choice, an unknown preset, no layer; a mask that does not fit, or is False everywhere.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -74,7 +78,7 @@ def sensitivity(
     if isinstance(choices, str):
         raise TypeError(f"sensitivity: choices must be a list of presets, got {choices!r}: pass [{choices!r}].")
     specs = {name: as_spec(name, "sensitivity") for name in choices}
-    batches = [Batch.of(batch) for batch in batches]
+    batches = [Batch.of(batch) for batch in as_batches(batches, "sensitivity")]
     recipe = as_recipe(next(iter(choices)), "sensitivity") if specs else None
     if recipe is None or not batches:
         raise ValueError(f"sensitivity: needs choices and batches, got {len(specs)} and {len(batches)}.")
@@ -92,10 +96,17 @@ def sensitivity(
         return run(model, batch.given(), forward)
 
     @nnx.jit
-    def divergence(model: nnx.Module, batch: Batch, reference: jax.Array) -> jax.Array:
-        return metrics.kl_divergence(reference, run(model, batch.given(), forward))
+    def divergence(model: nnx.Module, batch: Batch, reference: jax.Array, counts: jax.Array | None) -> jax.Array:
+        logits = run(model, batch.given(), forward)
+        if counts is None:
+            return metrics.kl_divergence(reference, logits)
+        each = metrics.kl_divergence
+        for _ in reference.shape[:-1]:
+            each = jax.vmap(each)
+        return jnp.mean(each(reference, logits), where=counts)
 
     references = [logits_of(copy, batch) for batch in batches]
+    counts = [_counts(mask, batch.given(), ref) for batch, ref in zip(batches, references, strict=True)]
     kl, bits, size = {}, {}, {}
     for found in shown(layers, "sensitivity", progress):
         variable = getattr(found.layer, found.kind.weight)
@@ -105,10 +116,23 @@ def sensitivity(
         for name, spec in specs.items():
             rounded, total = _rounded(floats, spec, *axes)
             variable.set_value(rounded)
-            moved = [divergence(copy, batch, ref) for batch, ref in zip(batches, references, strict=True)]
+            moved = [divergence(copy, *one) for one in zip(batches, references, counts, strict=True)]
             kl[found.path][name], bits[found.path][name] = float(np.mean(moved)), total
         variable.set_value(floats)
     return Sensitivity(kl, bits, size)
+
+
+def _counts(mask: Callable[[Any], Any] | None, batch: Any, logits: jax.Array) -> jax.Array | None:
+    """Which rows of logits count, as many as there are."""
+    if mask is None:
+        return None
+    counts = np.asarray(mask(batch)).astype(bool)
+    rows = logits.shape[:-1]
+    if counts.shape != rows[: counts.ndim] or not counts.any():
+        raise ValueError(
+            f"sensitivity: the mask {list(counts.shape)} must have True somewhere and fit rows of logits {list(rows)}."
+        )
+    return jnp.broadcast_to(counts.reshape(*counts.shape, *(1 for _ in rows[counts.ndim :])), rows)
 
 
 def _rounded(w: jax.Array, spec: QuantSpec, contracting: Any, batch: Any) -> tuple[jax.Array, int]:

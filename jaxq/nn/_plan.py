@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
-from jaxq.nn._folding import foldable, planned_outcomes, rotated
+from jaxq.nn._folding import foldable, planned_outcomes, rotated, rotation_note
 from jaxq.nn._layers import weight_axes
 from jaxq.nn._matching import check_data, match, raw_arrays, unused_notes, variables_of
 from jaxq.nn._params import plan_params
@@ -71,4 +71,5 @@ def plan(
             notes = (unscaled, dropped_metadata(variable))
             rows.append(planned_row(path, found.kind.name, value, qt, method, notes, roles))
     rows += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(model)]
-    return Report(tuple(rows), unused_notes(recipe, [rule for _, rule in matched], strict))
+    notes = (*rotation_note(recipe), *unused_notes(recipe, [rule for _, rule in matched], strict))
+    return Report(tuple(rows), notes)

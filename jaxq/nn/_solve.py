@@ -168,8 +168,8 @@ def with_inputs(qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None = None) 
       bounds: the static range of its input, or None.
     """
     outliers = qt.meta.outliers
-    if outliers is not None and rule.activation is None:
-        return qt
+    if qt.meta.activation is not None and rule.activation is None:
+        return qt  # as its method says
     return qt.with_activation(rule.activation, outliers=outliers, bounds=bounds)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -9,13 +10,14 @@ import jax
 from flax import nnx
 
 from jaxq import formats, methods
-from jaxq.methods import LayerStats
-from jaxq.nn._calibration import as_batches, calibrate, shown
-from jaxq.nn._folding import Group, Outcome, foldable, folded, looked_at, rotated
+from jaxq.methods import LayerStats, empty_stats
+from jaxq.nn._calibration import Wanted, as_batches, as_stats, calibrated, call_order, shown
+from jaxq.nn._folding import Group, Outcome, foldable, folded, looked_at, rotated, rotation_note
 from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
 from jaxq.nn._matching import Found, check_data, check_key, has_rows, match, raw_arrays, unused_notes, variables_of
 from jaxq.nn._placement import Donated, on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, dropped_metadata, float_row, other_row, quantized_row, skip_reason
+from jaxq.nn._resume import Done, Resume, as_order
 from jaxq.nn._solve import corrected_bias, quantize_weight
 from jaxq.qtensor import ON_NONFINITE, QuantSpec
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -30,7 +32,8 @@ def quantize_model(
     calibration: Iterable[Any] | Mapping[str, LayerStats] | None = None,
     mask: Callable[[Any], Any] | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
-    sequential: bool = False,
+    sequential: bool | str = False,
+    resume: str | os.PathLike[str] | None = None,
     fallback: str = "rtn",
     strict: bool = True,
     donate: bool = False,
@@ -55,8 +58,12 @@ def quantize_model(
         of them. Methods that do without are judged by them too, if they are given.
       mask: which rows of a batch count, as in `calibrate`.
       forward: how to run a batch, as in `calibrate`.
-      sequential: quantize block by block, each on what the blocks before it make of the data when they are quantized.
-        The data passes once for every block, and only one block's statistics are in memory.
+      sequential: "blocks" (or True) quantizes block by block, each on what the blocks before it make of the data when
+        they are quantized; a block is what has the same path up to the first number. "layers" does so layer by layer;
+        layers that read one array (queries, keys and values) go together. The data pass once for each, and only its
+        statistics are in memory. Scales that a method folds are found before, on the float model.
+      resume: a folder for the results of finished blocks, with `sequential`: the same call goes on with the first that
+        has none. `mask` and `forward` are taken to be the same.
       fallback: what becomes of a layer whose method does worse than rounding to nearest on held-out inputs: "rtn" takes
         that and says so in the report, "none" keeps the method's result, "raise" stops.
       strict: a rule that matches nothing, and a bare matrix that no rule is about, are errors. False leaves them, and
@@ -90,6 +97,7 @@ def quantize_model(
     formats.check_choice("quantize_model: on_nonfinite", on_nonfinite, ON_NONFINITE)
     formats.check_choice("quantize_model: fallback", fallback, methods.FALLBACKS)
     check_key(recipe, key, "quantize_model")
+    order = as_order(sequential, resume)
     if donate and calibration is not None:
         raise ValueError("quantize_model: donate=True frees weights that calibration= needs; pass one of them.")
     copy = nnx.clone(model)
@@ -122,12 +130,25 @@ def quantize_model(
             rows[id(variable)] = float_row(where, kind.name, variable.get_value(), note)
     taken = [(found, rule) for found, rule in matched if rule is not None and rule.weight is not None]
     keys = jax.random.split(key, max(len(taken), 1))
-    for block in _blocks(copy, taken, data, sequential):
-        stats = data.of_block(copy, block)
+    blocks = _blocks(copy, taken, data, order)
+    kept = Resume(resume, recipe, data.batches, nnx.state(model), key, (fallback, order, stochastic))
+    for number, block in enumerate(blocks):
+        names = {found.path: variables[id(getattr(found.layer, found.kind.weight))][0] for found, _ in block}
+        before, done = kept.read(number, list(names.values())), {}
+        stats = {} if before else data.of_block(copy, block)
+        data.used = data.used or bool(before)
         for (path, layer, kind), rule in shown(block, "quantizing", progress and bool(stats)):
             variable = getattr(layer, kind.weight)
             if id(variable) not in replaced and not isinstance(variable, QuantizedParam):
-                value, name = variable.get_value(), variables[id(variable)][0]
+                value, name = variable.get_value(), names[path]
+                if name in before:
+                    qt, bias, rows[id(variable)] = before[name]
+                    replaced[id(variable)] = QuantizedParam(placed_like(qt, value))
+                    if bias is not None:
+                        layer.bias.set_value(bias)
+                    put_weight(layer, kind, replaced[id(variable)])
+                    continue
+                bias = None
                 with on_auto_axes((value, keys[len(replaced)], stats.get(path))) as (floats, own_key, seen):
                     qt, solved = quantize_weight(
                         floats,
@@ -150,14 +171,20 @@ def quantize_model(
                         layer.bias.set_value(bias)
                         notes.append(said)
                     row = quantized_row(name, kind.name, floats, qt, solved, notes, kind.roles(layer))
-                rows[id(variable)] = row
+                rows[id(variable)], done[name] = row, Done(qt, bias, row)
                 replaced[id(variable)] = QuantizedParam(placed_like(qt, value))
                 if donate:
                     donated.quantized(value, qt)
             put_weight(layer, kind, replaced.get(id(variable), variable))
+        if not before:
+            kept.write(number, done)
     replace_variables(copy, replaced)
     layers = {found.path for found, _ in matched}
-    notes = unused_notes(recipe, [rule for _, rule in matched], strict)
+    notes = (
+        *rotation_note(recipe),
+        *unused_note(data.used, calibration, mask, forward),
+        *unused_notes(recipe, [rule for _, rule in matched], strict),
+    )
     listed = [rows.get(i) or other_row(path, v, layers) for i, (path, v) in variables.items()]
     listed += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(copy)]
     return copy, Report(tuple(listed), notes)
@@ -167,6 +194,7 @@ class _Data:
     """Calibration data, or statistics made of them before."""
 
     def __init__(self, calibration: Any, mask: Any, forward: Any, progress: bool | None):
+        self.used = False
         given = isinstance(calibration, Mapping)
         self._stats: dict[str, LayerStats] | None = dict(calibration) if given else None
         self._batches = None if given or calibration is None else list(as_batches(calibration, "quantize_model"))
@@ -179,29 +207,24 @@ class _Data:
     def has_batches(self) -> bool:
         return bool(self._batches)
 
-    def of_model(self, model: Any, paths: list[str], *, hessian: bool = True) -> dict[str, LayerStats]:
+    @property
+    def batches(self) -> list[Any]:
+        return self._batches or []
+
+    def of_model(self, model: Any, wanted: Mapping[str, Wanted]) -> dict[str, LayerStats]:
         """Statistics of layers of a model, as it is now."""
-        if not paths or not self:
+        if not wanted or not self:
             return {}
+        self.used = True
         if self._batches is not None:
-            return calibrate(model, self._batches, layers=paths, hessian=hessian, **self._how)
+            return calibrated(model, self._batches, wanted, **self._how)
         assert self._stats is not None
-        missing = [path for path in paths if path not in self._stats]
-        if missing:
-            raise ValueError(f"quantize_model: calibration has no statistics of {missing}.")
-        return self._stats
+        return given_stats(self._stats, wanted)
 
     def of_block(self, model: Any, block: list[tuple[Found, Rule]]) -> dict[str, LayerStats]:
-        """What methods and observers of some layers need: one pass for each observer."""
-        if not self:
-            return {}
-        if self._stats is not None:
-            return self.of_model(model, [found.path for found, rule in block if looks(rule, has_rows(found.kind))])
-        out: dict[str, LayerStats] = {}
+        """What methods and observers of some layers need."""
         layers = ((found.path, rule, has_rows(found.kind)) for found, rule in block)
-        for (observer, hessian), paths in wanted_statistics(layers).items():
-            out |= calibrate(model, self._batches or [], layers=paths, hessian=hessian, observer=observer, **self._how)
-        return out
+        return self.of_model(model, wanted_statistics(layers))
 
     def of_groups(self, model: Any, groups: Sequence[tuple[Group, Rule]]) -> dict[str, LayerStats]:
         """What methods that fold scales need of their groups."""
@@ -210,26 +233,41 @@ class _Data:
                 "quantize_model: a method that folds scales changes what reaches the layers, so it needs the batches "
                 "themselves as calibration=, not statistics."
             )
-        return self.of_model(model, looked_at(groups), hessian=False)
+        return self.of_model(model, dict.fromkeys(looked_at(groups), Wanted(hessian=False)))
 
-    def order(self, model: Any, paths: list[str]) -> list[str]:
-        """Paths in the order in which the model reaches them."""
-        assert self._batches
-        first = calibrate(model, self._batches[:1], layers=paths, hessian=False, **self._how)
-        return list(first)
+    def order(self, model: Any) -> dict[str, tuple[int, ...]]:
+        """The layers in the order in which the model reaches them, and what they read."""
+        return call_order(model, self.batches[0], self._how["forward"])
 
 
-def wanted_statistics(layers: Iterable[tuple[str, Rule, bool]]) -> dict[tuple[Any, bool], list[str]]:
-    """The layers that look at data, by (observer, whether second moments are needed): a pass for each.
+def unused_note(used: bool, calibration: Any, mask: Any, forward: Any) -> list[str]:
+    """What a report says of data that no layer looked at, and of what says how to look at them."""
+    given = {"calibration": calibration, "mask": mask, "forward": forward}
+    names = [f"{name}=" for name, value in given.items() if value is not None]
+    if used or not names:
+        return []
+    return [f"not used, for no rule looks at data: {', '.join(names)}"]
+
+
+def given_stats(stats: Mapping[str, Any], wanted: Mapping[str, Wanted]) -> dict[str, LayerStats]:
+    """Of statistics that were made before those of some layers, or a ValueError that names what is missing."""
+    missing = [path for path in wanted if path not in stats]
+    if missing:
+        raise ValueError(f"quantize_model: calibration has no statistics of {missing}.")
+    return {path: as_stats(stats[path], empty_stats(1, observer=one.observer)) for path, one in wanted.items()}
+
+
+def wanted_statistics(layers: Iterable[tuple[str, Rule, bool]]) -> dict[str, Wanted]:
+    """The layers that look at data, and at what.
 
     Args:
       layers: path, rule, and whether rows of the input meet the weight as a matrix.
     """
-    out: dict[tuple[Any, bool], list[str]] = {}
-    for path, rule, rows in layers:
-        if looks(rule, rows):
-            out.setdefault((rule.observer, rows and rule.method == "gptq"), []).append(path)
-    return out
+    return {
+        path: Wanted(rule.observer, rows and rule.method == "gptq")  # pyright: ignore[reportArgumentType]
+        for path, rule, rows in layers
+        if looks(rule, rows)
+    }
 
 
 def looks(rule: Rule, rows: bool) -> bool:
@@ -237,25 +275,28 @@ def looks(rule: Rule, rows: bool) -> bool:
     return rule.observer is not None or (rows and (rule.correct_bias or methods.METHODS[rule.method].judged))
 
 
-def _blocks(
-    model: Any, taken: list[tuple[Found, Rule]], data: _Data, sequential: bool
-) -> list[list[tuple[Found, Rule]]]:
-    """Layers that are quantized on the same statistics: all, or block by block in the order of the forward pass."""
-    if not sequential:
+def _blocks(model: Any, taken: list[tuple[Found, Rule]], data: _Data, order: str) -> list[list[tuple[Found, Rule]]]:
+    """Layers that are quantized on the same statistics: all, or some after others in the order of the forward pass."""
+    if not order:
         return [taken]
     if not data.has_batches:
-        raise ValueError("quantize_model: sequential=True needs calibration=batches, not statistics or nothing.")
-    order = data.order(model, [found.path for found, rule in taken if found.kind.hook is not None])
-    return by_block([(found.path, (found, rule)) for found, rule in taken], order)
+        raise ValueError(f"quantize_model: sequential={order!r} needs calibration=batches, not statistics or nothing.")
+    return in_order([(found.path, (found, rule)) for found, rule in taken], data.order(model), order)
 
 
-def by_block(layers: Sequence[tuple[str, T]], order: Sequence[str]) -> list[list[T]]:
-    """What belongs to layers by path, block by block in the order in which data reach them; unseen ones first."""
-    place = {path: i for i, path in enumerate(order)}
-    blocks: dict[str, list[T]] = {}
+def in_order(layers: Sequence[tuple[str, T]], reached: Mapping[str, tuple[int, ...]], order: str) -> list[list[T]]:
+    """What belongs to layers by path, some after others in the order in which data reach them; unseen ones first.
+
+    Args:
+      layers: path, and what belongs to it.
+      reached: the layers in order, each with the numbers of the arrays it reads.
+      order: "blocks", or "layers": those that read the same arrays go together.
+    """
+    place = {path: i for i, path in enumerate(reached)}
+    out: dict[Any, list[T]] = {}
     for path, item in sorted(layers, key=lambda pair: place.get(pair[0], -1)):
-        blocks.setdefault(_block_name(path), []).append(item)
-    return list(blocks.values())
+        out.setdefault(_block_name(path) if order == "blocks" else reached.get(path), []).append(item)
+    return list(out.values())
 
 
 def _block_name(path: str) -> str:

@@ -45,6 +45,11 @@ class Entropy(Histogram):
     kind: ClassVar[str] = "entropy"
 
     def _check(self, fmt, symmetric):
+        if fmt.bits <= 16 and np.ptp(np.diff(np.unique(fmt.values()))) > 0:
+            raise ValueError(
+                f"entropy: the numbers of {fmt.name} are not evenly apart, and levels are counted as if they were. Use "
+                "mse, percentile or absmax, or an integer format."
+            )
         if fmt.bits > 16 or _levels(fmt, symmetric)[1] > self.bins:
             raise ValueError(
                 f"entropy: {fmt.name} has more levels than the histogram has bins, {self.bins}; give it more bins, or "
@@ -96,7 +101,8 @@ def entropy(bins: int = 2048, *, axis: int | tuple[int, ...] | None = None) -> E
       axis: see `Observer`.
 
     Raises:
-      ValueError: bins out of range; at `bounds`, fewer bins than the format has levels.
+      ValueError: bins out of range; at `bounds`, fewer bins than the format has levels, or a format whose numbers are
+        not evenly apart (floats, tables).
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq

@@ -109,7 +109,7 @@ def test_a_stack_the_key_and_few_tokens():
         ({"x": np.full((8, N), np.nan, np.float32)}, ValueError, r"x\[0, 0\] is nan"),
         ({"x": np.ones((0, N), np.float32)}, ValueError, r"x must be inputs.*got float32\[0,32\]"),
         ({"spec": QuantSpec("ternary", PerTensor(), scale_rule="twn")}, ValueError, "no two neighbours"),
-        ({"num_steps": 0}, ValueError, "num_steps and batch_size must be at least 1"),
+        ({"num_steps": 0}, ValueError, "num_steps must be a whole number of at least 1"),
     ],
 )
 def test_errors(change, error, message):

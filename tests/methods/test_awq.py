@@ -176,9 +176,9 @@ def test_errors():
         awq(W, X * np.float32(np.nan), SPEC)
     with pytest.raises(ValueError, match="must be matrices.*same input"):
         awq_scale([W, W[1:]], X, SPEC)
-    with pytest.raises(ValueError, match="num must be at least 1"):
+    with pytest.raises(ValueError, match="num must be a whole number of at least 1"):
         awq(W, X, SPEC, num=0)
-    with pytest.raises(ValueError, match="max_tokens must be at least 1"):
+    with pytest.raises(ValueError, match="max_tokens must be a whole number of at least 1"):
         awq(W, X, SPEC, max_tokens=0)
     with pytest.raises(ValueError, match="awq: unknown preset"):
         awq(W, X, "int5x")

@@ -215,7 +215,7 @@ def test_zeros_and_dead_channels():
         ({"x": np.ones((0, 48), np.float32)}, r"float32\[0,48\]"),
         ({"x": np.ones((3, 48), np.float32), "power": 2.4}, "squared"),
         ({"percentile": 101}, "percentile must be 0 to 100"),
-        ({"num": 0}, "num must be at least 1"),
+        ({"num": 0}, "num must be a whole number of at least 1"),
         ({"rule": "entropy", "bins": 4}, "int4 has more levels than the histogram has bins, 4"),
     ],
 )

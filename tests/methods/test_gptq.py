@@ -333,8 +333,8 @@ def test_one_trace_for_one_shape():
         ({"w": np.ones((N, OUT), int)}, TypeError, r"w must be float32, bfloat16 or float16, got int64\[96, 24\]"),
         ({"spec": QuantSpec("int4", rounding="stochastic")}, ValueError, "gptq: rounding='stochastic'"),
         ({"spec": "int5"}, ValueError, "gptq: unknown preset 'int5'"),
-        ({"damp": 2.0}, ValueError, "damp is a share"),
-        ({"block_size": 0}, ValueError, "block_size must be at least 1"),
+        ({"damp": 2.0}, ValueError, "damp must be a share"),
+        ({"block_size": 0}, ValueError, "block_size must be a whole number of at least 1"),
     ],
 )
 def test_errors_name_what_came(change, error, message):

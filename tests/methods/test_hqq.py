@@ -120,7 +120,7 @@ def test_a_stack_and_a_nan():
     [
         ("nf4_dq", {}, "scales of this spec are quantized themselves"),
         ("int4", {"norm": 1.0}, "norm must be above 0 and below 1"),
-        ("int4", {"beta": 0.0}, "beta and kappa must be positive"),
+        ("int4", {"beta": 0.0}, "beta must be a positive number"),
         (QuantSpec("int4", rounding="stochastic"), {}, "rounding='stochastic'"),
     ],
 )

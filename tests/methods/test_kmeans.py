@@ -208,3 +208,23 @@ def test_errors():
         centroid_gradient(w, jaxq.quantize(w, "int4"))
     with pytest.raises(ValueError, match=r"grad_w must be floats of shape \[60, 12\]"):
         centroid_gradient(w[1:], kmeans(w, 4)[0])
+
+
+@pytest.mark.parametrize("algorithm", ["exact", "histogram"])
+def test_few_numbers_behind_many(algorithm):
+    """Sums of 65536 zeros and four numbers are told apart from those without the four."""
+    rare = np.float32([1.0, 0.49, 0.51, 0.51])
+    w = np.concatenate([rare, np.zeros(2**16, np.float32)])[:, None]
+    qt, _ = jaxq.methods.kmeans(w, 2, algorithm=algorithm)
+    centres = np.linspace(0.0, 1.0, 4)
+    for _ in range(8):  # Lloyd's in float64
+        nearest = np.abs(w[:, 0].astype(np.float64)[:, None] - centres).argmin(1)
+        centres = np.array([w[nearest == k, 0].astype(np.float64).mean() if (nearest == k).any() else c
+                            for k, c in enumerate(centres)])  # fmt: skip
+    np.testing.assert_allclose(np.asarray(qt.codebook).ravel(), centres, rtol=1e-6, atol=1e-6)
+    # Many numbers of one sign, of which float32 sums lose the last digits.
+    w = np.abs(np.random.default_rng(0).standard_normal((1 << 16, 1))).astype(np.float32) + 1
+    qt, _ = jaxq.methods.kmeans(w, 2, algorithm=algorithm)
+    codes, table = np.asarray(qt.codes())[:, 0], np.asarray(qt.codebook).ravel()
+    means = [w[codes == k, 0].astype(np.float64).mean() for k in range(4)]
+    np.testing.assert_allclose(table, means, rtol=2e-6)

@@ -198,3 +198,13 @@ def test_errors():
         llm_int8_matmul(X, QT, keep=W.T)
     with pytest.raises(ValueError, match=r"absmax_x must be .*\[40\]"):
         llm_int8(W, absmax_x=X)
+
+
+def test_the_threshold_of_the_weight_is_used():
+    x = jnp.asarray([[0.5, -4.0, 1.0]])
+    qt, _ = llm_int8(jnp.eye(3), threshold=3.0)
+    assert qt.meta.outliers == 3.0
+    y, info = llm_int8_matmul(x, qt)
+    assert info.outliers.tolist() == [False, True, False]
+    np.testing.assert_array_equal(y, x @ qt)
+    assert not llm_int8_matmul(x, qt, threshold=6.0)[1].outliers.any()

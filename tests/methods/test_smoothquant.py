@@ -7,6 +7,7 @@ import pytest
 
 import jaxq
 from jaxq.methods._smoothquant import fold_scale_into_next, fold_scale_into_previous, smoothquant
+from tests.ops.reference import normal
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((64, 32)).astype(np.float32)
@@ -94,3 +95,18 @@ def test_errors():
         fold_scale_into_previous(ABSMAX, W)
     with pytest.raises(ValueError, match=r"\[..., 32, out\]"):
         fold_scale_into_next(ABSMAX, W.T)
+
+
+def test_stacks_are_matrices_one_by_one():
+    stack, x = np.asarray(normal(2, 8, 4)), np.abs(np.asarray(normal(2, 8, seed=1)))
+    s, info = smoothquant(x, [stack, stack[..., :2]])
+    tokens = np.asarray(normal(2, 16, 8, seed=2))
+    scale, found = jaxq.methods.awq_scale([stack, 2 * stack], tokens, "int3")
+    for i in range(2):
+        np.testing.assert_allclose(s[i], smoothquant(x[i], [stack[i], stack[i, :, :2]])[0], rtol=1e-6)
+        one, about = jaxq.methods.awq_scale([stack[i], 2 * stack[i]], tokens[i], "int3")
+        np.testing.assert_allclose(scale[i], one, rtol=1e-5)
+        np.testing.assert_allclose(found.losses[i], about.losses, rtol=1e-4)
+    assert info.dead.shape == s.shape == (2, 8)
+    with pytest.raises(ValueError, match="or stacks of them"):
+        smoothquant(x, [stack, stack[0]])

@@ -1,5 +1,7 @@
 """quantize_model by methods that look at data: what they gain on data they have not seen, and what is said."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +146,43 @@ def test_sequential_quantizes_on_what_came_before(pair):
     np.testing.assert_array_equal(qmodel.second.kernel[...].codes().reshape(32, -1), qt.codes())
 
 
+class Numbered(nnx.Module):
+    """One block of two layers."""
+
+    def __init__(self):
+        self.layers = nnx.List([Pair()])
+
+    def __call__(self, x):
+        return self.layers[0](x)
+
+
+def test_layers_of_a_block_see_those_before_them(pair, monkeypatch, tmp_path):
+    """Queries, keys and values read one array, and go together."""
+    how: dict = {"calibration": BATCHES, "fallback": "none", "spec": "int2"}
+    expected, _ = quantize("gptq", pair, sequential="blocks", **how)  # here each layer is a block
+    by_block, _ = quantize("gptq", Numbered(), sequential=True, **how)
+    found, report = quantize("gptq", Numbered(), sequential="layers", resume=tmp_path, **how)
+    codes = [model.second.kernel[...].codes() for model in (expected, found.layers[0], by_block.layers[0])]
+    np.testing.assert_array_equal(codes[0], codes[1])
+    assert (codes[0] != codes[2]).any()
+    order = jaxq.nn._calibration.call_order(Llama(CONFIG, rngs=nnx.Rngs(0)), np.ones((1, 4), np.int32), None)
+    sizes = [len(group) for group in jaxq.nn._transform.in_order([(p, p) for p in order], order, "layers")]
+    assert sizes == [3, 1, 2, 1, 1]  # queries, keys, values; outputs; gate and up; down; head
+
+    # As it would go on after the first layer.
+    (tmp_path / "block-0001.safetensors").unlink()
+    passes, calibrated = [], jaxq.nn._transform.calibrated
+    monkeypatch.setattr(
+        jaxq.nn._transform, "calibrated", lambda *args, **how: passes.append(args[2]) or calibrated(*args, **how)
+    )
+    again, said = quantize("gptq", Numbered(), sequential="layers", resume=tmp_path, **how)
+    assert [list(wanted) for wanted in passes] == [["layers/0/second"]]
+    assert said == report
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(found))
+    with pytest.raises(ValueError, match="is of another run"):
+        quantize("gptq", Numbered(), sequential="layers", resume=tmp_path, **{**how, "spec": "int3"})
+
+
 def test_fewer_rows_than_inputs_are_said():
     _, report = quantize("gptq", calibration=[correlated(16, 32)])
     assert all("only 14 rows for" in row.note or row.method == "rtn" for row in report.quantized)
@@ -169,8 +208,12 @@ def test_what_cannot_be_is_refused_before_anything_runs():
         quantize("gptq", calibration=BATCHES[0])
     with pytest.raises(ValueError, match="no statistics of"):
         quantize("gptq", calibration={})
-    with pytest.raises(ValueError, match="sequential=True needs calibration"):
+    with pytest.raises(ValueError, match="sequential='blocks' needs calibration"):
         quantize("hqq", sequential=True)
+    with pytest.raises(ValueError, match="sequential must be one of"):
+        quantize("hqq", sequential="layer")
+    with pytest.raises(ValueError, match="resume= keeps finished blocks"):
+        quantize("hqq", resume="somewhere")
     with pytest.raises(ValueError, match="fallback must be one of"):
         quantize("hqq", fallback="maybe")
 
@@ -259,7 +302,7 @@ def test_scales_are_measured_against_rounding_without_them(llama, tokens, seen_b
     errors = [np.sum((np.asarray(x) @ np.asarray(w) - np.asarray(y)) ** 2) for y in (smoothed, plain)]
     assert row.method == "smoothquant"
     assert row.loss == pytest.approx(errors[0] / errors[1], rel=0.05)
-    assert row.loss < 0.1
+    assert row.loss < 0.5
 
 
 class Chain(nnx.Module):
@@ -376,7 +419,7 @@ def test_clipping_by_inputs(pair, pair_stats):
 
 def test_statistics_of_another_model_are_refused(llama, pair, pair_stats):
     recipe = jaxq.Recipe([jaxq.Rule(weight="int4", method="gptq")])
-    with pytest.raises(ValueError, match="sequential=True needs calibration=batches"):
+    with pytest.raises(ValueError, match="sequential='blocks' needs calibration=batches"):
         jaxq.quantize_model(pair, recipe, calibration=pair_stats, sequential=True)
     with pytest.raises(ValueError, match="rotate=True changes what reaches the layers"):
         jaxq.quantize_model(llama, "w4a4_rotated", calibration=pair_stats)
@@ -487,3 +530,48 @@ def test_llm_int8_takes_the_rules_activation():
     q, _ = jaxq.quantize_model(layer, jaxq.Recipe([rule]))
     meta = q.kernel[...].meta
     assert (meta.activation, meta.outliers) == (spec, 4.0)
+
+
+def test_llm_int8_is_judged_against_inputs_quantized_alike(pair):
+    data = [x.at[:, 3].multiply(200.0) for x in BATCHES]
+    _, report = quantize("llm_int8", pair, spec="int8", calibration=data, fallback="none")
+    row = report.rows[[row.path for row in report.rows].index("first/kernel")]
+    assert row.loss < 0.5
+    qmodel, report = quantize("llm_int8", pair, spec="int8", calibration=BATCHES, options={"threshold": 1e9})
+    assert all(row.loss == 1.0 for row in report.quantized)
+    assert qmodel.first.kernel[...].meta.activation is not None
+
+
+def test_what_is_too_large_to_be_squared_is_named(pair):
+    with pytest.raises(ValueError, match=r"first/kernel: the second moments of its inputs are not finite"):
+        quantize("gptq", pair, calibration=[1e20 * BATCHES[0]])
+
+
+def test_clipping_by_few_inputs_is_said():
+    _, report = quantize("clip", calibration=[correlated(16, 32)], options={"inputs": True, "num": 2}, fallback="none")
+    assert all("fitted to 14 rows of 32 inputs" in row.note for row in report.quantized)
+
+
+def test_reports_say_that_a_model_was_rotated():
+    rules = (jaxq.Rule("**/mlp/*", weight="int8"),)
+    recipe = jaxq.Recipe(rules, rotate=True)
+    assert "rotated by random Hadamard" in str(recipe.plan(Llama(CONFIG, rngs=nnx.Rngs(0))))
+
+
+def test_equalize_scales_stacked_layers_each_by_itself():
+    config = dataclasses.replace(CONFIG, num_hidden_layers=2)
+    model = Llama(config, rngs=nnx.Rngs(0))
+    recipe = jaxq.Recipe([jaxq.Rule("**/mlp/*", weight="int8", method="equalize")])
+    apart, _ = jaxq.quantize_model(model, recipe)
+    together, report = jaxq.quantize_model(jaxq.models.stacked(model), recipe)
+    note = {row.path: row.note for row in report.quantized}["layers/mlp/down_proj/kernel"]
+    assert "several of its inputs" not in note
+    for i in range(2):
+        expected = apart.layers[i].mlp.down_proj.kernel[...].codes()
+        np.testing.assert_array_equal(together.layers.mlp.down_proj.kernel[...][i].codes(), expected)
+
+
+def test_data_that_nothing_looks_at_are_told(pair):
+    _, report = quantize("rtn", pair, calibration=["nonsense"], mask=lambda batch: None)
+    assert report.notes == ("not used, for no rule looks at data: calibration=, mask=",)
+    assert not quantize("clip", pair, calibration=BATCHES, options={"num": 2})[1].notes

@@ -73,21 +73,65 @@ def test_going_on_from_earlier_statistics(variables, stats):
         jaxq.nn.linen.calibrate(Model(), variables, BATCHES, start={"heads": first["heads"]})
 
 
+class Branch(linen.Module):
+    """[8, 8] goes one way, [4, 8] the other."""
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(2, name="eight" if len(x) == 8 else "four")(x)
+
+
+class Twins(nnx.Module):
+    def __init__(self):
+        self.eight, self.four = (nnx.Linear(8, 2, rngs=nnx.Rngs(0)) for _ in range(2))
+
+    def __call__(self, x):
+        return self.eight(x) if len(x) == 8 else self.four(x)
+
+
+def as_files_keep_it(stats):
+    """Named tuples as dicts of their fields."""
+    if hasattr(stats, "_fields"):
+        return {name: as_files_keep_it(getattr(stats, name)) for name in stats._fields}
+    return None if stats is None else np.asarray(stats)
+
+
+def test_what_new_batches_do_not_reach_keeps_its_statistics():
+    x, observer = normal(8, 8), jaxq.observers.percentile(99.0)
+    kernels = {name: built(linen.Dense(2), x)["params"] for name in ("eight", "four")}
+    for calibrate in (
+        lambda *args, **how: jaxq.nn.linen.calibrate(Branch(), {"params": kernels}, *args, observer=observer, **how),
+        lambda *args, **how: jaxq.nn.calibrate(Twins(), *args, observer=observer, **how),
+    ):
+        both, expected = calibrate([x, x[:4]]), calibrate([x, x[:4], x[4:]])
+        found = calibrate([x[4:]], start={path: as_files_keep_it(v) for path, v in both.items()})
+        assert set(found) == {"eight", "four"}
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        with pytest.raises(ValueError, match=r"LayerStats has the fields .* got \['typo'\]"):
+            calibrate([x], start={"eight": {"typo": 1}, "four": both["four"]})
+
+
 @pytest.mark.heavy
-def test_sequential_and_bias_correction_are_those_of_nnx(variables, stats):
+def test_sequential_and_bias_correction_are_those_of_nnx(variables, stats, tmp_path):
     recipe = jaxq.Recipe([
         jaxq.Rule("heads", weight="int2", method="gptq", correct_bias=True),
         jaxq.Rule(weight="int2", method="gptq"),
     ])  # fmt: skip
-    how = {"calibration": BATCHES, "sequential": True, "fallback": "none"}
+    how = {"calibration": BATCHES, "sequential": "layers", "fallback": "none"}
     qmodule, qvariables, report = jaxq.nn.linen.quantize_model(Model(), variables, recipe, **how)
     qtwin, expected = jaxq.quantize_model(Twin(variables["params"]), recipe, **how)
     np.testing.assert_allclose(qmodule.apply(qvariables, BATCHES[0]), qtwin(BATCHES[0]), rtol=1e-4, atol=1e-4)
     assert {row.path: row.note for row in report.quantized} == {row.path: row.note for row in expected.quantized}
     _, apart, _ = jaxq.nn.linen.quantize_model(Model(), variables, recipe, calibration=stats, fallback="none")
+    first = jaxq.nn.linen.quantize_model(Model(), variables, recipe, resume=tmp_path, **how)
+    (tmp_path / "block-0001.safetensors").unlink()
+    again = jaxq.nn.linen.quantize_model(Model(), variables, recipe, resume=tmp_path, **how)
+    assert again[2] == first[2] == report
+    jax.tree.map(np.testing.assert_array_equal, again[1], qvariables)
     codes = [v["params"]["last"]["kernel"].codes() for v in (qvariables, apart)]
     assert np.any(codes[0] != codes[1])
-    with pytest.raises(ValueError, match="sequential=True needs calibration"):
+    with pytest.raises(ValueError, match="sequential='blocks' needs calibration"):
         jaxq.nn.linen.quantize_model(Model(), variables, "int4", example=BATCHES[0], sequential=True)
 
 

@@ -88,3 +88,14 @@ def test_from_sensitivity_to_a_model(model, found):
     assert report.bits_per_weight <= 6.0
     assert {row.method for row in report.quantized} == {"hqq"}
     assert len({row.format for row in report.quantized}) == 2
+
+
+def test_padding_does_not_count(model, found):
+    padded = [np.concatenate([batch, 100 + 0 * batch]) for batch in BATCHES]
+    masked = sensitivity(model, CHOICES, padded, mask=lambda batch: np.arange(16) < 8)
+    for path in found.kl:
+        np.testing.assert_allclose(masked.kl[path]["int2"], found.kl[path]["int2"], rtol=1e-4)
+    with pytest.raises(ValueError, match="must have True somewhere and fit"):
+        sensitivity(model, CHOICES, BATCHES, mask=lambda batch: np.arange(8) > 8)
+    with pytest.raises(TypeError, match=r"pass \[x\]"):
+        sensitivity(model, CHOICES, BATCHES[0])

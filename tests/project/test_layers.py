@@ -14,8 +14,8 @@ ORDER = [
 ONLY = {"models": set(), "evaluation": {"metrics", "models"}}
 # Inside a function only. QTensor's operators reach the matmul: a container that could not be multiplied would be no
 # array. A model makes a quantized cache where one is asked for by name, and is told how to use it by the cache itself.
-# Recipe.plan asks those who know models, as a user asks the recipe.
-INSIDE = {("qtensor", "ops"), ("models", "ops"), ("recipes", "nn")}
+# Recipe.plan asks those who know models, as a user asks the recipe. A sequential run keeps finished blocks in files.
+INSIDE = {("qtensor", "ops"), ("models", "ops"), ("recipes", "nn"), ("nn", "io")}
 
 
 def imports(path: Path):

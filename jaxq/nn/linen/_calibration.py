@@ -18,13 +18,17 @@ from flax import linen
 from jaxq.methods import LayerStats, empty_stats
 from jaxq.nn._calibration import (
     Batch,
+    Wanted,
     as_batches,
+    as_stats,
     check_stats,
     contracted_rows,
     einsum_rows,
+    going_on,
     masked,
-    same_shapes,
+    record_call,
     shown,
+    traced_order,
     updated,
 )
 from jaxq.nn.linen._layers import LayerKind, einsum_text, find_call
@@ -80,42 +84,52 @@ def calibrate(
     if not isinstance(module, linen.Module):
         raise TypeError(f"linen.calibrate: module must be a flax linen Module, got {type(module).__name__}.")
 
-    def run(variables: Any, batch: Any) -> Any:
-        if forward is not None:
-            return forward(module, variables, batch)
-        if isinstance(batch, dict):
-            return module.apply(variables, **batch)
-        return module.apply(variables, *(batch if isinstance(batch, tuple) else (batch,)))
+    every = Wanted(observer, hessian)
+    wanted = None if layers is None else dict.fromkeys(layers, every)
+    how: Any = {"mask": mask, "forward": forward, "progress": progress}
+    return calibrated(module, variables, batches, wanted, every, start=start, **how)
 
+
+def calibrated(
+    module: linen.Module,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    wanted: Mapping[str, Wanted] | None,
+    every: Wanted = Wanted(),  # noqa: B008 (a tuple)
+    *,
+    mask: Callable[[Any], Any] | None = None,
+    forward: Callable[[linen.Module, Any, Any], Any] | None = None,
+    start: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> dict[str, LayerStats]:
+    """`calibrate` with statistics of each layer's own, in one pass; as `jaxq.nn` has it."""
     order: list[str] = []
 
     @jax.jit
-    def step(variables: Any, stats: dict[str, LayerStats], batch: Batch, counts: Any) -> dict[str, LayerStats]:
+    def step(variables: Any, stats: dict[str, Any], batch: Batch, counts: Any) -> dict[str, Any]:
         seen = dict(stats)
 
         def watch(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
             path = "/".join(context.module.path)
             found = find_call(context)
-            if found is not None and found.kind.watched and (layers is None or path in layers):
+            if found is not None and found.kind.watched and (wanted is None or path in wanted):
+                observer, hessian = every if wanted is None else wanted[path]
                 rows, num_batch = _rows_of(context.module, found.kind, args, kwargs)
-                if path not in order:
-                    order.append(path)
                 empty = empty_stats(rows.shape[-1], hessian=hessian and not found.kind.windowed, observer=observer)
                 prefix = rows.shape[:num_batch]
                 empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (*prefix, *a.shape)), empty)
-                so_far = seen.get(path, empty if start is None else None)
-                if so_far is None or not same_shapes(so_far, empty):
-                    raise ValueError(
-                        f"linen.calibrate: start has no statistics of {path or 'the module'}, or of other shapes."
-                    )
-                seen[path] = updated(so_far, rows, path, observer)
+                if path not in order:
+                    order.append(path)
+                    if start is not None:
+                        seen[path] = going_on(seen.get(path), empty, path or "the module", "linen.calibrate")
+                seen[path] = updated(seen.get(path, empty), rows, path, observer)
             return call(*args, **kwargs)
 
         with masked(counts), linen.intercept_methods(watch):
-            run(variables, batch.given())
+            _run(module, variables, batch.given(), forward)
         return seen
 
-    stats: dict[str, LayerStats] = dict(jax.tree.map(jnp.asarray, dict(start or {})))
+    stats: dict[str, Any] = jax.tree.map(jnp.asarray, dict(start or {}))
     num_batches = 0
     for batch in shown(as_batches(batches, "linen.calibrate"), "calibrating", progress):
         counts = None if mask is None else jnp.asarray(mask(batch))
@@ -130,12 +144,42 @@ def calibrate(
         num_batches += 1
     if not num_batches:
         raise ValueError("linen.calibrate: there is no batch. An iterator that was used before is empty; pass a list.")
-    missing = [path for path in layers or () if path not in stats]
+    missing = [path for path in wanted or () if path not in stats]
     if missing or not stats:
         raise ValueError(f"linen.calibrate: no batch reached {missing or 'a Dense, DenseGeneral, Einsum or Conv'}.")
+    kept = [path for path in stats if path not in order and (wanted is None or path in wanted)]
     found = {path: stats[path] for path in order}
+    for path in kept:  # what they are of, no call has told
+        observer = (every if wanted is None else wanted[path]).observer
+        found[path] = as_stats(stats[path], empty_stats(1, observer=observer))
     check_stats(found)
     return found
+
+
+def call_order(
+    module: linen.Module, variables: Any, batch: Any, forward: Callable[[linen.Module, Any, Any], Any] | None
+) -> dict[str, tuple[int, ...]]:
+    """Layers in the order in which a batch reaches them, and what they are called with; as `jaxq.nn` has it."""
+
+    def trace(variables: Any, batch: Batch) -> None:
+        def watch(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+            found = find_call(context)
+            if found is not None and found.kind.watched:
+                record_call("/".join(context.module.path), args[0] if args else kwargs["inputs"])
+            return call(*args, **kwargs)
+
+        with linen.intercept_methods(watch):
+            _run(module, variables, batch.given(), forward)
+
+    return traced_order(trace, variables, Batch.of(batch))
+
+
+def _run(module: linen.Module, variables: Any, batch: Any, forward: Callable[..., Any] | None) -> Any:
+    if forward is not None:
+        return forward(module, variables, batch)
+    if isinstance(batch, dict):
+        return module.apply(variables, **batch)
+    return module.apply(variables, *(batch if isinstance(batch, tuple) else (batch,)))
 
 
 def _rows_of(module: Any, kind: LayerKind, args: tuple, kwargs: dict[str, Any]) -> tuple[jax.Array, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ from jaxq.nn._folding import raise_if_rotating
 from jaxq.nn._matching import check_data, check_key, has_rows, unused_notes
 from jaxq.nn._placement import Donated, on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
+from jaxq.nn._resume import Done, Resume, as_order
 from jaxq.nn._solve import corrected_bias, quantize_weight
-from jaxq.nn._transform import by_block, looks, wanted_statistics
-from jaxq.nn.linen._calibration import calibrate
+from jaxq.nn._transform import given_stats, in_order, unused_note, wanted_statistics
+from jaxq.nn.linen._calibration import calibrated, call_order
 from jaxq.nn.linen._discovery import Forward, Structure, find_layers, params_of, with_params
 from jaxq.nn.linen._matching import Matched, Taken, match
 from jaxq.nn.linen._wrapper import Quantized
@@ -37,7 +39,8 @@ def quantize_model(
     calibration: Iterable[Any] | Mapping[str, LayerStats] | None = None,
     mask: Callable[[Any], Any] | None = None,
     forward: Forward | None = None,
-    sequential: bool = False,
+    sequential: bool | str = False,
+    resume: str | os.PathLike[str] | None = None,
     fallback: str = "rtn",
     strict: bool = True,
     donate: bool = False,
@@ -67,8 +70,10 @@ def quantize_model(
         `jaxq.nn.linen.calibrate` made of them. Layers inside `nn.scan` and its like cannot be watched.
       mask: which rows of a batch count, as in `calibrate`.
       forward: how to run an example or a batch, `forward(module, variables, batch)`.
-      sequential: quantize block by block, each on what the blocks before it make of the data when they are quantized; a
-        block is what has the same path up to the first number ("layers_3").
+      sequential: "blocks" (or True) or "layers", as in `jaxq.quantize_model`: some layers after others, each on what
+        those before it make of the data when they are quantized. A block is what has the same path up to the first
+        number ("layers_3").
+      resume: a folder for the results of finished blocks, as in `jaxq.quantize_model`.
       fallback: what becomes of a layer whose method does worse than rounding to nearest on held-out inputs, as in
         `jaxq.quantize_model`.
       strict: a rule that matches nothing, a matrix that a module of yours asks for itself (`self.param`) and no rule is
@@ -107,11 +112,13 @@ def quantize_model(
     check_key(recipe, key, "quantize_model")
     if donate and calibration is not None:
         raise ValueError("quantize_model: donate=True frees weights that calibration= needs; pass one of them.")
+    order = as_order(sequential, resume)
     batches = (
         None
         if calibration is None or isinstance(calibration, Mapping)
         else list(as_batches(calibration, "quantize_model"))
     )
+    data_is_example = example is None and bool(batches)
     if example is None and batches:
         example = batches[0]
     structure = find_layers(module, variables, example, forward)
@@ -125,14 +132,25 @@ def quantize_model(
     keys = jax.random.split(jax.random.key(0) if key is None else key, max(len(taken), 1))
     how = {"mask": mask, "forward": forward, "progress": progress}
     layers = list(zip(taken, keys, strict=False))
-    blocks = _blocks(module, variables, layers, batches, how) if sequential else [layers]
-    for block in blocks:
-        done = tuple("/".join(where) for where in rows)
-        now = with_params(variables, params)
-        stats = _statistics(Quantized(module, done), now, calibration, batches, [one for one, _ in block], how)
+    blocks = _blocks(module, variables, layers, batches, forward, order) if order else [layers]
+    kept = Resume(resume, recipe, batches or [], linen.meta.unbox(dict(variables)), key, (fallback, order))
+    used = False
+    for number, block in enumerate(blocks):
+        before = kept.read(number, ["/".join(one.found.key) for one, _ in block])
+        made = {}
+        now = Quantized(module, tuple("/".join(where) for where in rows)), with_params(variables, params)
+        stats = {} if before else _statistics(*now, calibration, batches, [one for one, _ in block], how)
+        used = used or bool(stats) or bool(before)
         for one, k in shown(block, "quantizing", progress and bool(stats)):
             where, found = one.found.key, one.found
             boxed, value, name = params[where], linen.meta.unbox(params[where]), "/".join(where)
+            bias_at, bias = (*where[:-1], "bias"), None
+            if name in before:
+                qt, bias, rows[where] = before[name]
+                params[where] = placed_like(qt, value)
+                if bias is not None:
+                    params[bias_at] = linen.meta.replace_boxed(params[bias_at], bias)
+                continue
             with on_auto_axes((value, k, stats.get(found.path))) as (floats, own_key, seen):
                 seen = _of_all(seen, floats.shape[: len(one.batch)])
                 qt, solved = quantize_weight(
@@ -147,20 +165,24 @@ def quantize_model(
                     name=name,
                     on_nonfinite=on_nonfinite,
                 )
-                notes, bias = [_box(boxed)], (*where[:-1], "bias")
-                if one.rule.correct_bias and bias not in params:
+                notes = [_box(boxed)]
+                if one.rule.correct_bias and bias_at not in params:
                     notes.append("no bias to correct")
                 elif one.rule.correct_bias:
                     assert seen is not None
-                    new, said = corrected_bias(linen.meta.unbox(params[bias]), floats, qt, seen, fallback, name)
-                    params[bias] = linen.meta.replace_boxed(params[bias], new)
+                    bias, said = corrected_bias(linen.meta.unbox(params[bias_at]), floats, qt, seen, fallback, name)
+                    params[bias_at] = linen.meta.replace_boxed(params[bias_at], bias)
                     notes.append(said)
                 rows[where] = quantized_row(name, found.kind.name, floats, qt, solved, notes, found.roles)
-            params[where] = qt = placed_like(qt, value)
+            params[where], made[name] = placed_like(qt, value), Done(qt, bias, rows[where])
             if donate:
-                donated.quantized(value, qt)
+                donated.quantized(value, params[where])
+        if not before:
+            kept.write(number, made)
     out: Any = with_params(variables, params)
-    report = Report(tuple(_rows(out, rows, matched, structure)), unused_notes(recipe, matched.used, strict))
+    unused = unused_note(used, None if data_is_example else calibration, mask, None)
+    notes = (*unused, *unused_notes(recipe, matched.used, strict))
+    report = Report(tuple(_rows(out, rows, matched, structure)), notes)
     qmodule = Quantized(module, tuple("/".join(one.found.key) for one in taken))
     return qmodule, freeze(out) if isinstance(variables, FrozenDict) else out, report
 
@@ -205,14 +227,18 @@ def _of_all(stats: LayerStats | None, batch: tuple[int, ...]) -> LayerStats | No
 
 
 def _blocks(
-    module: linen.Module, variables: Any, layers: list[tuple[Taken, Any]], batches: list[Any] | None, how: Any
+    module: linen.Module,
+    variables: Any,
+    layers: list[tuple[Taken, Any]],
+    batches: list[Any] | None,
+    forward: Forward | None,
+    order: str,
 ) -> list[list[tuple[Taken, Any]]]:
-    """Layers, with their keys, block by block in the order in which a batch reaches them."""
+    """Layers, with their keys, some after others in the order in which a batch reaches them."""
     if not batches:
-        raise ValueError("quantize_model: sequential=True needs calibration=batches, not statistics or nothing.")
-    seen = [one.found.path for one, _ in layers if one.found.kind.watched]
-    order = list(calibrate(module, variables, batches[:1], layers=seen, hessian=False, **how)) if seen else []
-    return by_block([(one.found.path, (one, key)) for one, key in layers], order)
+        raise ValueError(f"quantize_model: sequential={order!r} needs calibration=batches, not statistics or nothing.")
+    reached = call_order(module, variables, batches[0], forward)
+    return in_order([(one.found.path, (one, key)) for one, key in layers], reached, order)
 
 
 def _statistics(
@@ -223,19 +249,13 @@ def _statistics(
     taken: Sequence[Taken],
     how: Mapping[str, Any],
 ) -> Mapping[str, LayerStats]:
-    """What methods and observers of some layers need: one pass for each observer."""
-    layers = [(one.found.path, one.rule, has_rows(one.found.kind)) for one in taken]
-    if calibration is None:
+    """What methods and observers of some layers need."""
+    wanted = wanted_statistics((one.found.path, one.rule, has_rows(one.found.kind)) for one in taken)
+    if calibration is None or not wanted:
         return {}
     if batches is None:
-        missing = [path for path, rule, rows in layers if looks(rule, rows) and path not in calibration]
-        if missing:
-            raise ValueError(f"quantize_model: calibration has no statistics of {missing}.")
-        return calibration
-    out: dict[str, LayerStats] = {}
-    for (observer, hessian), paths in wanted_statistics(layers).items():
-        out |= calibrate(module, variables, batches, layers=paths, hessian=hessian, observer=observer, **how)
-    return out
+        return given_stats(calibration, wanted)
+    return calibrated(module, variables, batches, wanted, **how)
 
 
 # The report.
