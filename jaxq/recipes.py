@@ -71,11 +71,12 @@ _AND_BELOW = r"(?:_\d+)?(?:[/.].*)?"  # and what is in it
 _PROJECTION = r"(.*[/._])?(dense|linear|mlp|patch|proj|projection)s?\d*([/._].*)?$"
 _TABLES = r"([^/.]*_)?(emb|embed|embedder|embeddings?|relative_attention_bias|wpe|wte)(_[^/.]*)?([/.].*)?"
 # Gains and biases; stacks of them have two axes, as matrices do.
-_NORM = r"([^/.]*_)?(bn|(batch|group|layer|rms)?_?norm|ln)(_?\d+|_[^/.]*)?([/.](w|weight))?"
+_NORM = rf"(?!{_PROJECTION})([^/.]*_)?(bn|(batch|group|layer|rms)?_?norm|ln)(_?\d+|_[^/.]*)?([/.](w|weight))?"
 _VECTOR = r"([^/.]*_)?(beta|bias|gain|gamma|mean|scale|var)(es|s)?"
-_HEADS = "embed_out|head|lm_?head|mlm_?head|logits|output_?head|unembed|unembedding"
-_TOP_HEADS = "classification_head|classifier|cls|out|output|score"  # attention has an `out` too, inside
-_ROUTERS = r"router|[^/.]*moe[^/.]*[/.]gate|shared_expert_gate"
+_HEADS = r"embed_out|(?:[^/.]*_)?head|(lm|mlm|output)head|(to_)?logits?(_?dense)?|unembed|unembedding"
+# Of the model itself: attention has an `out` too.
+_TOP_HEADS = "classifier|cls|out|output|output_(layer|projection)|qa_outputs|readout|score"
+_ROUTERS = r"router|[^/.]*moe[^/.]*[/.]gate|(?:[^/.]*_)?(expert|moe)_gate"
 _MATRICES = ("Linear", "Dense", "Einsum", "Array", "Param")  # attention's own `out` is a LinearGeneral
 _IN_FLOATS = (
     # (what, pattern, kinds)
@@ -86,6 +87,7 @@ _IN_FLOATS = (
     ("embedding", rf"{_IN}(?!{_PROJECTION}){_TABLES}", ("Array",)),
     ("embedding", rf"{_TOP}shared[/.]weight", ("Array",)),  # T5's
     ("norm or bias", rf"{_IN}({_NORM}|{_VECTOR})", ("Array",)),
+    ("adapter", rf"{_IN}lora_?[ab]{_AND_BELOW}", ("Array",)),
 )
 
 

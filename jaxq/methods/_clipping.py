@@ -71,11 +71,11 @@ def clip(
     rule: str = "mse",
     x: jax.typing.ArrayLike | None = None,
     channel_weight: jax.typing.ArrayLike | None = None,
-    power: float = 2.0,
-    num: int = 80,
-    max_shrink: float = 0.8,
-    percentile: float = 99.9,
-    bins: int = 512,
+    power: float | None = None,
+    num: int | None = None,
+    max_shrink: float | None = None,
+    percentile: float | None = None,
+    bins: int | None = None,
     name: str = "w",
 ) -> tuple[QTensor, ClipInfo]:
     """Quantizes `w` with a range of its own choice for each block of the spec's granularity.
@@ -95,11 +95,12 @@ def clip(
       x: float `[..., in]`, inputs of the layer, for "mse" (for a stack: `[tokens, in]`, or stacked like w).
       channel_weight: float `[in]` (or stacked like w), not negative: the weight c of each input channel for "mse",
         `mean_t x_t^2` for example.
-      power: exponent of "mse".
-      num: how many ranges "mse" tries.
-      max_shrink: how far the last of them is from the first, 0 to 1.
-      percentile: 0 to 100.
-      bins: of each block's histogram, for "entropy": at least the number of levels. Time grows with its square.
+      power: exponent of "mse"; None takes 2.
+      num: how many ranges "mse" tries; None takes 80.
+      max_shrink: how far the last of them is from the first, 0 to 1; None takes 0.8.
+      percentile: 0 to 100, for "percentile"; None takes 99.9.
+      bins: of each block's histogram, for "entropy": at least the number of levels; None takes 512. Time grows with its
+        square.
       name: what errors call w, a parameter's path for example.
 
     Returns:
@@ -133,9 +134,14 @@ def clip(
         raise ValueError(f"clip: x and channel_weight weigh the error of rule='mse'; rule={rule!r} has none.")
     if x is not None and channel_weight is not None:
         raise ValueError("clip: give x or channel_weight, not both.")
-    if x is not None and power != 2.0:
+    given = {"power": power, "num": num, "max_shrink": max_shrink, "percentile": percentile, "bins": bins}
+    _limits.check_clipping("clip", {"rule": rule, **given})
+    _limits.check_numbers("clip", **{option: value for option, value in given.items() if value is not None})
+    if x is not None and power not in (None, 2.0):
         raise ValueError(f"clip: the error of products is squared; power={power} is for clip without x.")
-    _limits.check_numbers("clip", num=num, power=power, max_shrink=max_shrink, percentile=percentile, bins=bins)
+    power, max_shrink = 2.0 if power is None else power, 0.8 if max_shrink is None else max_shrink
+    num, bins = 80 if num is None else num, 512 if bins is None else bins
+    percentile = 99.9 if percentile is None else percentile
     statistics = []
     if x is not None:
         statistics = [(as_tokens(x, w, "clip"), 2)]

@@ -89,6 +89,19 @@ NUMBERS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
 }
 
 
+# What each rule of clipping reads.
+CLIPPING = {"entropy": ("bins",), "mse": ("power", "num", "max_shrink", "inputs"), "percentile": ("percentile",)}
+
+
+def check_clipping(caller: str, options: Mapping[str, Any]) -> None:
+    """Raises a ValueError for an option of `clip` that its rule does not read; None is no option."""
+    rule = options.get("rule", "mse")
+    for name, value in options.items():
+        owner = next((owner for owner, names in CLIPPING.items() if name in names), rule)
+        if value not in (None, False) and owner != rule:
+            raise ValueError(f"{caller}: {name}={value!r} is of rule={owner!r}, and rule={rule!r} does not read it.")
+
+
 def check_numbers(caller: str, method: str = "", /, **options: Any) -> None:
     """Raises a ValueError for an option that no weight could make right.
 

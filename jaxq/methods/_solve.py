@@ -180,6 +180,8 @@ def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
             )
             raise ValueError(f"{caller}: options: {text}")
     _limits.check_numbers(f"{caller}: options", method, **options)
+    if method == "clip":
+        _limits.check_clipping(f"{caller}: options", options)
 
 
 def own_granularity(method: str, options: Mapping[str, Any], spec: QuantSpec) -> Granularity:
@@ -271,6 +273,8 @@ def _gptq(w, stats, spec, key, **options):
     more = f"damping {float(np.max(info.damp)):.3g}" if float(np.max(info.damp)) > 1.01 * damp and not singular else ""
     dead = int(np.sum(info.num_dead))
     said = _say(singular, more, f"{dead} dead inputs" if dead else "", few_tokens(stats, w.shape[-2]))
+    if dead and dead == info.num_dead.size * w.shape[-2]:
+        return _Made(qt, f"all of its {dead} inputs are dead, so rtn", True)
     return _Made(qt, said, bool(fell.all()))
 
 

@@ -280,7 +280,8 @@ def calibrated(
     never = [path or "the model itself" for path in found if path not in reached]
     if never and start is None:
         raise ValueError(
-            f"calibrate: no batch reached {', '.join(never)}. Their statistics are unknown; skip them in the recipe."
+            f"calibrate: no batch reached {', '.join(never)}, or not by the layer's own product (a subclass that "
+            "multiplies by its kernel itself). What goes in there is unknown: skip it in the recipe."
         )
     check_stats(found)
     return {path: found[path] for path in [*reached, *(path for path in found if path not in reached)]}

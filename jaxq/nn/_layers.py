@@ -99,6 +99,13 @@ def weight_axes(layer: Any, kind: LayerKind) -> tuple[tuple[int, ...], tuple[int
     return roles.contracting, tuple(range(stacked + roles.num_batch))
 
 
+def stack_note(layer: Any, kind: LayerKind) -> str:
+    """What a report says of a stack that could be stacked along another axis as well; else empty."""
+    shape, own = getattr(layer, kind.weight).get_value().shape, kind.roles(layer).shape
+    others = [i for i in range(1, len(shape)) if len(shape) == len(own) + 1 and (*shape[:i], *shape[i + 1 :]) == own]
+    return f"taken as stacked along axis 0; sizes would fit axis {others[0]} too" if others else ""
+
+
 def bare_kind(name: str, contracting: tuple[int, ...], num_batch: int) -> LayerKind:
     """The kind of a module that holds a matrix of its own as the attribute `name`: "Param"."""
 

@@ -146,7 +146,7 @@ _NO_MATRIX = re.compile(r"(^|_)(bias|embed|embedding|gain|gamma|norm|pos|positio
 # What holds numbers, or would in a model that holds none.
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 # Variables that no product reads as a weight; adapters stay in floats.
-_NO_WEIGHTS = (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, nnx.LoRAParam)
+NO_WEIGHTS = (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, nnx.LoRAParam)
 
 
 def _match_bare(
@@ -189,7 +189,7 @@ def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any,
     """
     modules = dict(nnx.iter_modules(model))
     for path, node in nnx.iter_graph(model):
-        variable = isinstance(node, nnx.Variable) and not isinstance(node, _NO_WEIGHTS)
+        variable = isinstance(node, nnx.Variable) and not isinstance(node, NO_WEIGHTS)
         if id(node) in known or not path or not (variable or isinstance(node, _ARRAYS)):
             continue
         owner = path[:-1]
@@ -269,7 +269,7 @@ def check_data(layers: Iterable[tuple[str, LayerKind | Any, Rule]], data: bool |
                             "modules do not say what that is; use another method, or an nnx model")  # fmt: skip
         elif reads and data is False:
             problems.append(f"  {name}: method {rule.method!r} needs data")
-        elif reads and not has_rows(kind):
+        elif (reads and not has_rows(kind)) or (rule.method == "llm_int8" and kind.windowed):
             problems.append(f"  {name}: method {rule.method!r} is for matrices: Linear, LinearGeneral and Einsum")
     if problems:
         raise ValueError(

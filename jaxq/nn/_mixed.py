@@ -107,7 +107,13 @@ def sensitivity(
         return jnp.mean(each(reference, logits), where=counts)
 
     references = [logits_of(copy, batch) for batch in batches]
+    for number, reference in enumerate(references):
+        if not bool(jnp.isfinite(reference).all()):
+            raise ValueError(f"sensitivity: the logits of batch {number} are not finite, in floats already.")
     counts = [_counts(mask, batch.given(), ref) for batch, ref in zip(batches, references, strict=True)]
+    weights = [
+        reference[..., 0].size if c is None else int(c.sum()) for reference, c in zip(references, counts, strict=True)
+    ]
     kl, bits, size = {}, {}, {}
     for found in shown(layers, "sensitivity", progress):
         variable = getattr(found.layer, found.kind.weight)
@@ -118,7 +124,7 @@ def sensitivity(
             rounded, total = _rounded(floats, spec, *axes)
             variable.set_value(rounded)
             moved = [divergence(copy, *one) for one in zip(batches, references, counts, strict=True)]
-            kl[found.path][name], bits[found.path][name] = float(np.mean(moved)), total
+            kl[found.path][name], bits[found.path][name] = float(np.average(moved, weights=weights)), total
         variable.set_value(floats)
     return Sensitivity(kl, bits, size)
 

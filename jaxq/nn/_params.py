@@ -7,6 +7,7 @@ of a matrix it is -2, as Flax keeps kernels `[in, out]`; else a rule says it (`c
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx
 
 from jaxq import formats, methods
 from jaxq.nn._folding import FOLDED, raise_if_rotating
-from jaxq.nn._matching import check_axes, check_key, raise_problems, raise_unused, unused_notes
+from jaxq.nn._matching import NO_WEIGHTS, check_axes, check_key, raise_problems, raise_unused, unused_notes
 from jaxq.nn._placement import Donated, on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, float_row, planned_row, quantized_row, skip_reason, why_floats
 from jaxq.nn._solve import dry_run, quantize_weight
@@ -79,12 +80,22 @@ def quantize_params(
     leaves = _match(params, recipe, on_nonfinite, strict)
     keys = iter(jax.random.split(jax.random.key(0) if key is None else key, max(len(leaves), 1)))
     out, rows, donated = [], [], Donated(leaf.value for leaf in leaves)
+    made: dict[Any, tuple[QTensor, Row]] = {}  # an array of several names is quantized once
     for leaf in leaves:
         if leaf.planned is None:
             out.append(leaf.value)
             rows.append(_left_row(leaf))
             continue
         assert leaf.rule is not None
+        at = (id(leaf.value), id(leaf.rule), leaf.axes)
+        if at in made:
+            qt, first = made[at]
+            out.append(qt)
+            note = f"the same array as {first.path}"
+            rows.append(dataclasses.replace(first, path=leaf.path, note=note, bytes_before=0, bytes_after=0))
+            if donate:
+                donated.quantized(leaf.value, qt)
+            continue
         with on_auto_axes((jnp.asarray(leaf.value), next(keys))) as (floats, own_key):
             how: Any = {"key": own_key, "stochastic": key is not None, "on_nonfinite": on_nonfinite}
             name = leaf.path or "w"
@@ -92,6 +103,7 @@ def quantize_params(
             rows.append(quantized_row(leaf.path, "Array", floats, qt, solved))
         qt = placed_like(qt, leaf.value)
         out.append(qt)
+        made[at] = qt, rows[-1]
         if donate:
             donated.quantized(leaf.value, qt)
     tree = jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_qtensor), out)
@@ -135,10 +147,14 @@ def _match(params: Any, recipe: Recipe, on_nonfinite: str, strict: bool) -> list
     """Every leaf with what is to become of it, after all were checked."""
     problems, leaves = [], []
     held = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    variables = {keys for keys, node in held if isinstance(node, nnx.Variable)}
+    variables = {keys: type(node) for keys, node in held if isinstance(node, nnx.Variable)}
     for keys, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_qtensor):
         own = keys[:-1] if keys[:-1] in variables else keys  # of `nnx.state`, without the variable's ".value"
-        leaf, problem = _match_leaf(_path_of(own), value, recipe, on_nonfinite)
+        if issubclass(variables.get(own, nnx.Param), NO_WEIGHTS):
+            note = f"{variables[own].__name__}, no weight: left as it is"
+            leaf, problem = _Leaf(_path_of(own), value, None, ((), ()), note, None), None
+        else:
+            leaf, problem = _match_leaf(_path_of(own), value, recipe, on_nonfinite)
         leaves.append(leaf)
         if problem is not None:
             problems.append(f"  {leaf.path or 'the array'} {list(np.shape(value))}: {problem}")

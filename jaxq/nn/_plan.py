@@ -8,7 +8,7 @@ import jax
 from flax import linen, nnx
 
 from jaxq.nn._folding import foldable, planned_outcomes, rotated, rotation_note
-from jaxq.nn._layers import weight_axes
+from jaxq.nn._layers import stack_note, weight_axes
 from jaxq.nn._matching import check_data, match, raw_arrays, unused_notes, variables_of
 from jaxq.nn._params import plan_params
 from jaxq.nn._report import Report, dropped_metadata, float_row, other_row, planned_row, skip_reason
@@ -68,7 +68,7 @@ def plan(
             qt = dry_run(value, rule, *weight_axes(found.layer, found.kind), found.kind.weight)
             unscaled, roles = unscaled_note(rule, outcomes.get(found.path)), found.kind.roles(found.layer)
             method = "rtn" if unscaled and rule.method != "awq" else rule.method
-            notes = (unscaled, dropped_metadata(variable))
+            notes = (unscaled, dropped_metadata(variable), stack_note(found.layer, found.kind))
             rows.append(planned_row(path, found.kind.name, value, qt, method, notes, roles))
     rows += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(model)]
     notes = (*rotation_note(recipe), *unused_notes(recipe, [rule for _, rule in matched], strict))

@@ -17,7 +17,7 @@ import numpy as np
 from jaxq import methods
 from jaxq.methods import LayerStats
 from jaxq.nn._folding import FOLDED, Outcome
-from jaxq.qtensor import QTensor, QuantSpec, dequantize, quantize
+from jaxq.qtensor import QTensor, QuantSpec, check_floats, dequantize, quantize
 from jaxq.recipes import Rule
 
 
@@ -87,6 +87,7 @@ def dry_run(w: Any, rule: Rule, contracting: Sequence[int], batch: Sequence[int]
     """
     axes = tuple(contracting)
     found = methods.METHODS[rule.method]
+    check_floats(w.dtype, w.shape, name, "quantize")  # before jax makes float32 of what it cannot hold
 
     def made(v: jax.Array) -> QTensor:
         key = jax.random.key(0)  # whether there is one is told when the numbers are there

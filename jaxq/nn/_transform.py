@@ -13,7 +13,7 @@ from jaxq import formats, methods
 from jaxq.methods import LayerStats, empty_stats
 from jaxq.nn._calibration import Wanted, as_batches, as_stats, calibrated, call_order, shown
 from jaxq.nn._folding import Group, Outcome, foldable, folded, looked_at, rotated, rotation_note
-from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, weight_axes
+from jaxq.nn._layers import QuantizedParam, put_weight, replace_variables, stack_note, weight_axes
 from jaxq.nn._matching import Found, check_data, check_key, has_rows, match, raw_arrays, unused_notes, variables_of
 from jaxq.nn._placement import Donated, on_auto_axes, placed_like
 from jaxq.nn._report import Report, Row, dropped_metadata, float_row, other_row, quantized_row, skip_reason
@@ -163,7 +163,7 @@ def quantize_model(
                         on_nonfinite=on_nonfinite,
                         outcome=outcomes.get(path),
                     )
-                    notes = [dropped_metadata(variable)]
+                    notes = [dropped_metadata(variable), stack_note(layer, kind)]
                     if rule.correct_bias and layer.bias is None:
                         notes.append("no bias to correct")
                     elif rule.correct_bias:
@@ -254,7 +254,11 @@ def given_stats(stats: Mapping[str, Any], wanted: Mapping[str, Wanted]) -> dict[
     missing = [path for path in wanted if path not in stats]
     if missing:
         raise ValueError(f"quantize_model: calibration has no statistics of {missing}.")
-    return {path: as_stats(stats[path], empty_stats(1, observer=one.observer)) for path, one in wanted.items()}
+    found = {path: as_stats(stats[path], empty_stats(1, observer=one.observer)) for path, one in wanted.items()}
+    for path, one in wanted.items():
+        if one.observer is not None:
+            one.observer.check_state(found[path].observed, f"calibration of {path or 'the model'}")
+    return found
 
 
 def wanted_statistics(layers: Iterable[tuple[str, Rule, bool]]) -> dict[str, Wanted]:

@@ -100,6 +100,7 @@ class Observer(abc.ABC):
                 f"{self.kind}.update: the state keeps statistics of shape {list(held)} and this batch has "
                 f"{list(shape)} (x: {_describe(x)}, axis={self.axis}). Make the state with init(x) of such a batch."
             )
+        self.check_state(state, "update")
         return _update(self._keeper(), state, jnp.asarray(x), self._mask(where, x, "update"))
 
     def merge(self, a: State, b: State) -> State:
@@ -145,9 +146,11 @@ class Observer(abc.ABC):
           (low, high), each float32 `[*channels]`. Under jit, where no error can be raised, NaN in place of one.
 
         Raises:
-          ValueError: nothing finite was observed, here or in some channel; or something was that is not finite.
+          ValueError: nothing finite was observed, here or in some channel; or something was that is not finite; the
+            state is of an observer of another kind or other settings.
         """
         fmt = self._checked(format, symmetric, on_nonfinite, "bounds")
+        self.check_state(state, "bounds")
         low, high = _bounds(self, fmt, symmetric, on_nonfinite, state)
         self._complain(state.seen, on_nonfinite, "bounds")
         return low, high
@@ -212,6 +215,15 @@ class Observer(abc.ABC):
     def _bounds_of(self, x: jax.Array, keep: jax.Array, fmt: Format, symmetric: bool) -> tuple[jax.Array, jax.Array]:
         """The range of one array."""
         return self._bounds(self._update(self._empty(x.shape[:-1], x), x, keep), fmt, symmetric)
+
+    def check_state(self, state: Any, caller: str) -> None:
+        """Raises a ValueError where the arrays of a state are not those this observer keeps."""
+        shape = state.seen.nan.low.shape if isinstance(getattr(state, "seen", None), Seen) else ()
+        if _described(state) != _described(_blank(self._keeper(), tuple(shape))):
+            raise ValueError(
+                f"{self.kind}.{caller}: the state is not of {self!r}, but of another kind or other settings. Observe "
+                "the data with this one."
+            )
 
     def _keeper(self) -> Observer:
         """An observer whose states are made and merged alike: equal ones share compiled programs."""
@@ -312,6 +324,17 @@ def enclose(low: jax.Array, high: jax.Array, fmt: Format, symmetric: bool) -> tu
 def mirror(threshold: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
     """(-T, T), or (0, T) for a format without negative numbers."""
     return (-threshold if fmt.min < 0 else jnp.zeros_like(threshold)), threshold
+
+
+@functools.lru_cache
+def _blank(observer: Observer, shape: tuple[int, ...]) -> Any:
+    """The state of nothing seen, of `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(lambda: observer._empty(shape, np.float32(0)))
+
+
+def _described(state: Any) -> tuple[Any, list[tuple[tuple[int, ...], np.dtype]]]:
+    leaves, structure = jax.tree.flatten(state)
+    return structure, [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -52,7 +52,7 @@ def conv_general_dilated(
     """
     if not isinstance(rhs, QTensor):
         raise TypeError(f"conv_general_dilated: rhs must be a QTensor, got {type(rhs).__name__}. Use lax for arrays.")
-    x, _ = as_operands(lhs, rhs)
+    x, _ = as_operands(lhs, rhs, caller="conv_general_dilated")
     out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, rhs.dtype))
     numbers = lax.conv_dimension_numbers(x.shape, rhs.shape, dimension_numbers)
 
@@ -109,7 +109,10 @@ def convolve(
 
     Raises:
       TypeError: `x` is neither float nor a QTensor.
+      ValueError: `kernel` has `outliers`.
     """
+    if kernel.meta.outliers is not None:
+        raise ValueError(f"conv_general_dilated: {kernel!r} leaves out columns of a matrix; convolutions have none.")
     if kernel.meta.activation is not None and not isinstance(x, QTensor):
         run = functools.partial(convolve, product, channel=channel, batch=batch, features=features, mixed=mixed)
         return _dynamic(run, x, kernel, batch[0])
@@ -155,9 +158,9 @@ def why_not_codes(x: QTensor, kernel: QTensor, batch: int, channel: int) -> str 
     for what, qt, kept in (("input", x, batch), ("kernel", kernel, channel)):
         geometry = qt.meta.geometry
         if qt.spec.fmt.kind != "integer" or any(v is not None for v in (qt.zero_point, qt.offset, qt.codebook)):
-            return f"the {what} is not in symmetric integers: {qt!r}"
+            return f"the {what}, {qt.spec.fmt.name}, is not in symmetric integers"
         if qt.batch_shape or geometry.flat or geometry.num_blocks[-1] != 1:
-            return f"the {what} has several scales for one output: {qt!r}"
+            return f"the {what} has several scales for one output, {qt.spec.granularity}"
         sizes = {a: n for a, n in zip(geometry.kept, geometry.num_blocks, strict=False) if n > 1}
         if set(sizes) - {kept - qt.ndim}:
             return f"the {what} has scales along axes {sorted(sizes)}: {qt!r}"

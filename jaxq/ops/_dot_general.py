@@ -188,7 +188,7 @@ def _choose_kernel(lhs: Any, rhs: Any, dims: DimensionNumbers, platform: str) ->
     return choice
 
 
-def as_operands(*operands: Operand) -> tuple[jax.Array | QTensor, ...]:
+def as_operands(*operands: Operand, caller: str = "dot_general") -> tuple[jax.Array | QTensor, ...]:
     """QTensors as they are, also inside Flax variables; anything else as jax arrays.
 
     Raises:
@@ -199,7 +199,7 @@ def as_operands(*operands: Operand) -> tuple[jax.Array | QTensor, ...]:
     quantized = next((x for x in values if isinstance(x, QTensor)), None)
     for x in values:
         if quantized is not None and isinstance(x, np.ndarray) and jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
-            _check_floats(x, quantized)
+            _check_floats(x, quantized, caller)
     return tuple(x if isinstance(x, QTensor) else jnp.asarray(x) for x in values)
 
 
@@ -410,15 +410,15 @@ def _check_sizes(lhs: Any, rhs: Any, dims: DimensionNumbers) -> None:
             )
 
 
-def _check_floats(lhs: Any, rhs: Any) -> None:
+def _check_floats(lhs: Any, rhs: Any, caller: str = "dot_general") -> None:
     for x, other in ((lhs, rhs), (rhs, lhs)):
         if isinstance(other, QTensor) and not isinstance(x, QTensor) and not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
-                f"dot_general: {x.dtype.name}{list(x.shape)} meets {other!r}. "
+                f"{caller}: {x.dtype.name}{list(x.shape)} meets {other!r}. "
                 "Pass floats, or quantize this operand as well."
             )
         if isinstance(other, QTensor) and x.dtype == jnp.float64:
             raise TypeError(
-                f"dot_general: {x.dtype.name}{list(x.shape)} meets {other!r}, and products with it are float32 sums. "
+                f"{caller}: {x.dtype.name}{list(x.shape)} meets {other!r}, and products with it are float32 sums. "
                 "Pass x.astype(jnp.float32)."
             )

@@ -18,7 +18,8 @@ def matmul(a: Operand, b: Operand, *, preferred_element_type: Any = None) -> jax
 
     Args:
       a: `[..., m, k]` or `[k]`.
-      b: `[..., k, n]` or `[k]`. Leading axes match from the right; those of a QTensor are its batch axes.
+      b: `[..., k, n]` or `[k]`. Leading axes match from the right and have equal sizes (a 1 is not stretched); those of
+        a QTensor are its batch axes.
       preferred_element_type: dtype of the result; None takes what the operands' dtypes promote to.
 
     Returns:
@@ -70,6 +71,8 @@ def einsum(
       >>> jaxq.einsum("btd,dhk->bthk", jnp.ones((2, 3, 64)), qt).shape
       (2, 3, 4, 8)
     """
+    if not isinstance(subscripts, str):
+        raise TypeError(f"einsum: subscripts must be a text like 'bk,kn->bn', got {type(subscripts).__name__}.")
     operands = as_operands(*operands)
     if not any(isinstance(v, QTensor) for v in operands):
         arrays: list[Any] = list(operands)
@@ -123,7 +126,8 @@ def _parse(subscripts: str, left_ndim: int, right_ndim: int) -> tuple[list[str],
         out_indices = expand(out)
     for part, ndim in zip(indices, (left_ndim, right_ndim), strict=True):
         if len(part) != ndim:
-            raise ValueError(f"einsum: {subscripts!r} names {len(part)} axes of an operand that has {ndim}.")
+            more = " An ellipsis may stand in one operand, the float one." if dots else ""
+            raise ValueError(f"einsum: {subscripts!r} names {len(part)} axes of an operand that has {ndim}.{more}")
         if len(set(part)) != len(part):
             raise ValueError(f"einsum: {subscripts!r} repeats an index within an operand; take the diagonal first.")
     everything = set(indices[0]) | set(indices[1])

@@ -23,6 +23,7 @@ from jaxq.qtensor._presets import as_spec, presets
 from jaxq.qtensor._qtensor import LEAVES, QTensor
 from jaxq.qtensor._quantize import (
     ON_NONFINITE,
+    check_floats,
     fake_quant,
     quantize,
     raise_if_not_finite,
@@ -46,6 +47,7 @@ __all__ = [
     "QuantSpec",
     "as_spec",
     "as_static",
+    "check_floats",
     "combine",
     "decode_blocks",
     "dequantize",

@@ -39,6 +39,8 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
     dtype = qt.dtype if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dequantize: only float dtypes, got dtype={dtype.name}. For the codes use qt.codes().")
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise TypeError(f"dequantize: jax has no {dtype.name} here. Set jax_enable_x64, or pass dtype=jnp.float32.")
     return _dequantize(qt, dtype)
 
 

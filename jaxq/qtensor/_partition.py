@@ -52,6 +52,13 @@ def combine(trainable: Any, rest: Any) -> Any:
       True
     """
 
+    def places(tree: Any) -> set[str]:
+        found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
+        return {jax.tree_util.keystr(path) for path, _ in found}
+
+    if odd := sorted(places(trainable) ^ places(rest)):
+        raise ValueError(f"combine: the two trees are not the halves of one: {', '.join(odd[:5])} is in one of them.")
+
     def one(path: Any, a: Any, b: Any) -> Any:
         if a is not None and b is not None:
             raise ValueError(f"combine: both trees have a leaf at {jax.tree_util.keystr(path) or 'the root'}.")

@@ -176,6 +176,8 @@ class QTensor:
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"QTensor.astype: only float dtypes, got {dtype}. For the codes use qt.codes().")
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise TypeError(f"QTensor.astype: jax has no {dtype} here. Set jax_enable_x64, or use float32.")
         return self._with(dtype=dtype.name)
 
     def with_activation(
@@ -307,7 +309,17 @@ class QTensor:
             # Not raised here: jax's operators ask as well, and leave `x @ qt` to `qt` when they get no array.
             if name == "__jax_array__":
                 return lambda: _NoArray(self)
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            said = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name.startswith("_"):
+                raise AttributeError(said)
+            # Not repr(self), which may have come here itself.
+            size = "x".join(map(str, self.meta.geometry.shape))
+            if hasattr(type(self), name):  # a property that found no array
+                said = f"{name!r} of a QTensor is unknown"
+                remedy = "Its leaves are no arrays; jaxq.combine puts the halves of jaxq.partition together"
+            else:
+                remedy = "It is a quantized array: take its floats with jaxq.dequantize(qt)"
+            raise AttributeError(f"{said}: {self.meta.name or 'QTensor'} {self.spec.fmt.name}[{size}]. {remedy}.")
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"{self!r} does not turn into an array by itself. Use jaxq.dequantize(qt) or qt.codes().")

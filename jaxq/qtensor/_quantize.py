@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -220,9 +221,7 @@ def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: st
     if isinstance(w, float | list | tuple):
         dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # Python numbers have no width of their own
     what = f"{name}: {describe(dtype.name, np.shape(w))}"
-    if dtype.name not in _FLOATS:
-        remedy = "Pass the real and imaginary parts." if dtype.kind == "c" else f"Pass {name}.astype(jnp.float32)."
-        raise TypeError(f"{caller}: {name} must be float32, bfloat16 or float16, got {what}. {remedy}")
+    check_floats(dtype, np.shape(w), name, caller, listed=isinstance(w, list | tuple))
     formats.check_choice(f"{caller}: on_nonfinite", on_nonfinite, ON_NONFINITE)
     if spec.symmetric and spec.offset is None and spec.fmt.min >= 0:
         raise ValueError(
@@ -235,6 +234,17 @@ def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: st
     if on_nonfinite == "raise" and not isinstance(x, Tracer):
         raise_if_not_finite(x, name, caller)
     return x, geometry
+
+
+def check_floats(dtype: Any, shape: tuple[int, ...], name: str, caller: str, *, listed: bool = False) -> None:
+    """Raises a TypeError with the remedy where an array is none that can be quantized; `listed`: it is a list."""
+    dtype = np.dtype(dtype)
+    if dtype.name in _FLOATS:
+        return
+    remedy = f"Pass jnp.asarray({name}, jnp.float32)." if listed else f"Pass {name}.astype(jnp.float32)."
+    remedy = "Pass the real and imaginary parts." if dtype.kind == "c" else remedy
+    what = f"{name}: {describe(dtype.name, shape)}"
+    raise TypeError(f"{caller}: {name} must be float32, bfloat16 or float16, got {what}. {remedy}")
 
 
 def raise_if_not_finite(

@@ -214,7 +214,7 @@ def test_zeros_and_dead_channels():
         ({"rule": "percentile", "x": np.ones((3, 48), np.float32)}, "rule='percentile' has none"),
         ({"x": np.ones((0, 48), np.float32)}, r"float32\[0,48\]"),
         ({"x": np.ones((3, 48), np.float32), "power": 2.4}, "squared"),
-        ({"percentile": 101}, "percentile must be 0 to 100"),
+        ({"rule": "percentile", "percentile": 101}, "percentile must be 0 to 100"),
         ({"num": 0}, "num must be a whole number of at least 1"),
         ({"rule": "entropy", "bins": 4}, "int4 has more levels than the histogram has bins, 4"),
     ],
@@ -222,3 +222,13 @@ def test_zeros_and_dead_channels():
 def test_errors(arguments, match):
     with pytest.raises(ValueError, match=match):
         clip(W, INT4, **arguments)
+
+
+@pytest.mark.parametrize(
+    "options", [{"percentile": 50.0}, {"rule": "percentile", "num": 3}, {"rule": "entropy", "power": 3.0}, {"bins": 64}]
+)
+def test_options_of_another_rule_are_refused(options):
+    with pytest.raises(ValueError, match="does not read it"):
+        clip(np.ones((8, 4), np.float32), "int4", **options)
+    with pytest.raises(ValueError, match="does not read it"):
+        jaxq.Rule(weight="int4", method="clip", options=options)

@@ -575,3 +575,14 @@ def test_data_that_nothing_looks_at_are_told(pair):
     _, report = quantize("rtn", pair, calibration=["nonsense"], mask=lambda batch: None)
     assert report.notes == ("not used, for no rule looks at data: calibration=, mask=",)
     assert not quantize("clip", pair, calibration=BATCHES, options={"num": 2})[1].notes
+
+
+def test_llm_int8_is_for_matrices():
+    model = nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"\(Conv\): method 'llm_int8' is for matrices"):
+        jaxq.quantize_model(model, "llm_int8")
+    kernel = jaxq.quantize(model.kernel[...], "int8", contracting=(-3, -2)).with_activation("int8", outliers=6.0)
+    with pytest.raises(ValueError, match="leaves out columns of a matrix"):
+        jaxq.ops.conv_general_dilated(
+            jnp.ones((1, 8, 4)), kernel, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        )

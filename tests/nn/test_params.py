@@ -185,3 +185,26 @@ def test_stochastic_rounding_takes_a_key():
         jaxq.quantize_params({"w": w}, spec)
     with pytest.raises(ValueError, match="needs a PRNG key"):
         jaxq.quantize_model(layer, spec)
+
+
+def test_numpy_float64_is_refused_beside_all_other_problems():
+    params = {"wide": np.full((8, 8), 1e300), "hollow": jnp.full((8, 8), jnp.nan)}
+    with pytest.raises(ValueError, match=r"(?s)hollow.*non-finite.*wide must be float32.*float64\[8,8\]"):
+        jaxq.quantize_params(params, "int8")
+
+
+def test_an_array_of_two_names_is_quantized_once():
+    w = jnp.ones((32, 4))
+    out, report = jaxq.quantize_params({"a": w, "b": w}, "int8")
+    assert out["a"] is out["b"]
+    first, second = report.rows
+    assert (second.note, second.bytes_after) == ("the same array as a", 0)
+    assert first.bytes_after == out["a"].nbytes
+
+
+def test_adapters_and_states_are_no_weights():
+    model = nnx.Sequential(nnx.LoRALinear(32, 32, lora_rank=4, rngs=nnx.Rngs(0)), nnx.BatchNorm(32, rngs=nnx.Rngs(0)))
+    _, report = jaxq.quantize_params(nnx.state(model), "int8")
+    assert [row.path for row in report.quantized] == ["layers/0/kernel"]
+    raw, _ = jaxq.quantize_params({"q": {"w": jnp.ones((32, 4)), "lora_a": jnp.ones((32, 4))}}, "int8")
+    assert isinstance(raw["q"]["lora_a"], jax.Array)

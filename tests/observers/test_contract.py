@@ -329,3 +329,13 @@ def test_one_compilation_for_equal_observers(name):
         obs = make(axis=-1)
         jitted.lower(obs, obs.init(x), x[0])
     assert traces == 1
+
+
+def test_states_of_other_observers_are_refused():
+    x = np.ones(64, np.float32)
+    fine, coarse = observers.percentile(99.0, mantissa_bits=4), observers.percentile(99.0, mantissa_bits=2)
+    state = coarse.update(coarse.init(x), x)
+    for use in (lambda: fine.bounds(state), lambda: fine.update(state, x), lambda: observers.minmax().bounds(state)):
+        with pytest.raises(ValueError, match="the state is not of .*other settings"):
+            use()
+    assert observers.percentile(50.0, mantissa_bits=2).bounds(state)[1] == 1  # which share is asked for is no setting

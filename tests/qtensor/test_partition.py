@@ -56,3 +56,12 @@ def test_trees_that_do_not_fit_are_refused():
         jaxq.combine({**trainable, "step": 1}, rest)
     with pytest.raises(ValueError, match="norm"):
         jaxq.combine({k: v for k, v in trainable.items() if k != "norm"}, rest)
+
+
+def test_a_half_says_what_is_missing():
+    trainable, rest = jaxq.partition(jaxq.quantize(W, "int8"))
+    for half in (trainable, rest):
+        assert "leaves=" in repr(half) or "int8[" in repr(half)
+    for use in (jaxq.dequantize, lambda half: jnp.ones((2, 64)) @ half):
+        with pytest.raises(AttributeError, match=r"int8\[64x8\].*jaxq.combine"):
+            use(trainable)
