@@ -256,7 +256,7 @@ def given_stats(stats: Mapping[str, Any], wanted: Mapping[str, Wanted]) -> dict[
         raise ValueError(f"quantize_model: calibration has no statistics of {missing}.")
     found = {path: as_stats(stats[path], empty_stats(1, observer=one.observer)) for path, one in wanted.items()}
     for path, one in wanted.items():
-        if one.observer is not None:
+        if one.observer is not None and found[path].observed is not None:
             one.observer.check_state(found[path].observed, f"calibration of {path or 'the model'}")
     return found
 
