@@ -94,9 +94,8 @@ REFUSED = {
     **{("Param", name): "cannot be observed" for name in RECIPES if "static" in name},
 }
 CASES = [(layer, recipe) for layer in LAYERS for recipe in RECIPES]
-DEFAULT = [("Linear", "w8a8 static asymmetric"), ("LinearGeneral", "w8a8 per tensor")]
-DEFAULT += [(layer, "w8a8 static") for layer in ("Conv2d", "Embed", "MultiHeadAttention", "Param")]
-DEFAULT += [("Embed", "int4 g32"), ("Einsum, axes in turn", "w8a8"), ("Einsum, experts in turn", "w8a8")]
+DEFAULT = [("Linear", "w8a8 static asymmetric"), ("Einsum, axes in turn", "w8a8")]
+DEFAULT += [(layer, "w8a8 static") for layer in ("Conv2d", "Embed", "Param")]
 # Recipes whose operands are codes that multiply each other.
 OF_CODES = {
     "w8a8",

@@ -66,7 +66,7 @@ def test_refused(method, spec, options):
     said = methods.why_not(method, spec, options)[:30]
     assert said
     with pytest.raises(ValueError) as raised:
-        methods.solve(method, jnp.asarray(W), stats(), spec, options=STEPS.get(method, {}) | options)
+        methods.solve(method, jnp.asarray(W), stats(), spec, options=options or STEPS.get(method, {}))
     # Methods that are made of others, as awq of clip, are refused by those, in their words.
     assert said in str(raised.value) or method == "awq"
 
@@ -89,7 +89,7 @@ def test_names_are_checked():
         ("awq", {"max_shrink": 0.5}, "unknown option 'max_shrink'"),
         ("clip", {"rule": "power"}, "rule must be one of entropy, mse"),
         ("clip", {"max_shrink": float("nan")}, "max_shrink must be 0 to 1, got nan"),
-        ("clip", {"inputs": True, "rule": "percentile"}, "inputs=True weighs"),
+        ("clip", {"inputs": True, "rule": "percentile"}, "inputs=True is of rule='mse'"),
         ("clip", {"inputs": True, "power": 2.4}, "inputs=True weighs"),
         ("equalize", {"power_of_two": "yes"}, "power_of_two must be True or False"),
         ("hqq", {"norm": float("nan")}, "norm must be above 0 and below 1"),
