@@ -67,7 +67,8 @@ def sensitivity(
 
     Raises:
       TypeError: `batches` is one array, or `choices` one name.
-      ValueError: no batch, no choice, an unknown preset, no layer; a mask that does not fit, or is False everywhere.
+      ValueError: no batch, no choice, an unknown preset, no layer; a mask that does not fit, or is False everywhere;
+        logits that are not finite before anything is quantized.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

@@ -49,10 +49,11 @@ def quantize_params(
     multiplies with `@`, `jaxq.matmul` and `jaxq.einsum`. Code that needs floats calls `dequantize_params` inside jit.
 
     Args:
-      params: any pytree of arrays: dicts of Haiku or Flax, Equinox modules, lists.
+      params: any pytree of arrays: dicts of Haiku or Flax, Equinox modules, lists. An array of several names is
+        quantized once, and stays shared.
       recipe: as in `jaxq.quantize_model`. A name or a spec takes every float matrix, but no embeddings, norms,
-        biases, heads and routers, which it knows by their names; arrays of three axes and more need a rule that says
-        `contracting=`.
+        biases, heads, routers and LoRA adapters, which it knows by their names; arrays of three axes and more need a
+        rule that says `contracting=`.
       strict: a rule that matches nothing is an error; False says so in the report.
       donate: frees each array once it is quantized, so that a model larger than half the memory fits. The arrays in
         `params` must not be used afterwards. One that also stays in floats, under another path, is kept.

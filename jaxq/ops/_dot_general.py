@@ -296,7 +296,9 @@ def _quantized(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool)
 
 
 def _ends(input_range: jax.Array, batch: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """(low, high), each `[*batch]` in the order of the product's batch axes."""
+    """(low, high), each `[*batch]` in the order of the product's batch axes; `[]` where all share one range."""
+    if input_range.ndim == 1:  # a weight whose batch axes do not lead has no stacked ranges
+        return input_range[0], input_range[1]
     ordered = jnp.transpose(input_range, (*batch, len(batch)))
     return ordered[..., 0], ordered[..., 1]
 
@@ -318,7 +320,9 @@ def _quantized_backward(dims, swapped, saved, dy):
 
 
 def _over_axes(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
-    """`[*axes in any order]` as an array of `ndim` axes that broadcasts."""
+    """`[*axes in any order]` as an array of `ndim` axes that broadcasts; a number as it is."""
+    if not values.ndim:
+        return values
     values = jnp.transpose(values, np.argsort(axes).tolist())
     return values.reshape([values.shape[sorted(axes).index(i)] if i in axes else 1 for i in range(ndim)])
 

@@ -27,7 +27,7 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
       added with one rounding instead of two.
 
     Raises:
-      TypeError: `qt` is not a QTensor, or `dtype` not a float dtype.
+      TypeError: `qt` is not a QTensor, or `dtype` not a float dtype, or float64 without `jax_enable_x64`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

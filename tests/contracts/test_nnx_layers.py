@@ -174,6 +174,8 @@ def test_layer(layer, recipe):
     found = {name: error(got[name], wanted[name]) for name in wanted}
     if layer == "MultiHeadAttention":  # four products in a row, and a softmax
         bound = 4 * bound
+    if layer == "Einsum, experts in turn" and "static" in recipe:  # under vmap the experts meet one another's rows
+        bound = 1.5 * bound
     assert max(found.values()) <= bound, found
     assert min(found.values()) > 1e-6, "nothing was quantized"
     assert error(q.one(x), got["jit"]) <= 0.005
