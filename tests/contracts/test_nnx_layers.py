@@ -79,7 +79,8 @@ LAYERS = {
     "Conv2d": (lambda rngs: nnx.Conv(8, 16, (3, 3), rngs=rngs), (2, 5, 5, 8)),
     "Conv2d grouped": (lambda rngs: nnx.Conv(8, 16, (3, 3), feature_group_count=2, rngs=rngs), (2, 5, 5, 8)),
     "Conv3d": (lambda rngs: nnx.Conv(4, 8, (2, 2, 2), rngs=rngs), (1, 3, 3, 3, 4)),
-    "ConvTranspose": (lambda rngs: nnx.ConvTranspose(8, 16, (3, 3), strides=(2, 2), rngs=rngs), (2, 4, 4, 8)),
+    # More than 128 inputs an example: a report speaks of several blocks, where one alone would be codes.
+    "ConvTranspose": (lambda rngs: nnx.ConvTranspose(8, 16, (3, 3), strides=(2, 2), rngs=rngs), (2, 5, 4, 8)),
     "Embed": (lambda rngs: nnx.Embed(16, 32, rngs=rngs), None),
     "Embed.attend": (Attend, (3, 32)),
     "MultiHeadAttention": (lambda rngs: nnx.MultiHeadAttention(2, 32, decode=False, rngs=rngs), (2, 4, 32)),
