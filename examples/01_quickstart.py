@@ -41,7 +41,7 @@ start = time.perf_counter()
 progress("loading examples/tiny_llama")
 model, tokenizer = jaxq.models.load(HERE / "tiny_llama")
 tokens = np.asarray(tokenizer.encode((HERE / "heldout.txt").read_text()).ids, np.int32)
-tokens = tokens[: (8 if FAST else 32) * 256]
+tokens = tokens[: (4 if FAST else 32) * 256]
 
 forward, seen = nnx.jit(lambda model, batch: model(batch)), {}
 

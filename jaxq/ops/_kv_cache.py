@@ -60,9 +60,9 @@ class KVCache:
       >>> import jax, jax.numpy as jnp, jaxq
       >>> cache = jaxq.ops.KVCache.empty("int4", batch=2, num_heads=1, length=256, head_dim=64, dtype=jnp.float32)
       >>> k, v = jax.random.normal(jax.random.key(0), (2, 2, 100, 1, 64))
-      >>> cache = cache.append(k, v)
+      >>> cache = jax.jit(jaxq.ops.KVCache.append)(cache, k, v)
       >>> q = jnp.ones((2, 1, 4, 64))
-      >>> cache.attend(q).shape, cache.lengths.tolist()
+      >>> jax.jit(jaxq.ops.KVCache.attend)(cache, q).shape, cache.lengths.tolist()
       ((2, 1, 4, 64), [100, 100])
 
     References:

@@ -39,7 +39,7 @@ def same(actual, expected) -> bool:
     return bool(equal.all() and (nan == np.isnan(expected.astype(np.float32))).all())
 
 
-EVERY_KIND = ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float4_e2m1fn", "float8_e8m0fnu", "int4", "nf4")
+EVERY_KIND = ("bfloat16", "float8_e4m3fnuz", "float8_e8m0fnu", "int4", "nf4")
 
 
 @pytest.mark.parametrize("name", tables.thinned([*FLOATS, *OTHERS], EVERY_KIND))
@@ -88,8 +88,12 @@ def test_wide_formats_by_integer_arithmetic_on_python_numbers(name):
     assert same(np.asarray(fmt.decode(codes))[finite], got[finite])
 
 
-@pytest.mark.parametrize("name", [*FLOATS, "float32", "float64", "tfloat32"])
-@pytest.mark.parametrize("carrier", ["bfloat16", "float16"])
+CARRIED = [
+    (carrier, name) for carrier in ("bfloat16", "float16") for name in (*FLOATS, "float32", "float64", "tfloat32")
+]
+
+
+@pytest.mark.parametrize(("carrier", "name"), tables.thinned(CARRIED, CARRIED[::2]))
 @np.errstate(all="ignore")  # numpy 2 warns of signalling NaN and of overflow in casts
 def test_narrow_carriers_hold_what_comes_out(carrier, name):
     x = np.arange(1 << 16, dtype=np.uint16).view(getattr(ml_dtypes, carrier, np.float16))

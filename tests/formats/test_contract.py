@@ -69,7 +69,7 @@ over_formats = pytest.mark.parametrize(
     "fmt", tables.thinned(ALL, [fmt for fmt in ALL if not IN_BETWEEN.fullmatch(fmt.name)]), ids=str
 )
 # Where each is a program of its own.
-over_some_formats = pytest.mark.parametrize("fmt", tables.thinned(ALL, ALL[::6]), ids=str)
+over_some_formats = pytest.mark.parametrize("fmt", tables.thinned(ALL, ALL[::12]), ids=str)
 
 
 @functools.cache

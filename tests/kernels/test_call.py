@@ -303,7 +303,7 @@ def test_explain_sees_shardings():
 SHARDED = list(itertools.product(("rows of x", "columns of the weight", "k"), (None, "int8")))
 
 
-@pytest.mark.parametrize(("where", "activation"), thinned(SHARDED, SHARDED[1:5]))
+@pytest.mark.parametrize(("where", "activation"), thinned(SHARDED, [SHARDED[1], SHARDED[4]]))
 def test_ordinary_jit_on_four_devices(where, activation):
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
     auto = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))

@@ -46,16 +46,14 @@ def check(p: Problem, limit: float, **tiles) -> None:
     ("codes", "group"),
     thinned(
         itertools.product(CODES, GROUPS),
-        [("int4", 128), ("uint4", 32), ("codebook4", 64), ("int8", None), ("uint8", 64)],
+        [("int4", 128), ("codebook4", 64), ("uint8", None)],
     ),
 )
 def test_every_code_and_group(codes, group):
     check(small(codes, group), 5e-3)
 
 
-@pytest.mark.parametrize(
-    ("codes", "m"), thinned([*((codes, 21) for codes in CODES), ("int4", 1)], [("uint4", 21), ("codebook4", 21)])
-)
+@pytest.mark.parametrize(("codes", "m"), thinned([*((codes, 21) for codes in CODES), ("int4", 1)], [("uint4", 21)]))
 def test_tails_in_every_direction(codes, m):
     check(small(codes, 32, m=m, k=352, n=200), 5e-3, bm=16, bk=256, bn=128)
 
@@ -90,7 +88,7 @@ def test_each_body_of_a_codebook(body, bm):
 
 @pytest.mark.parametrize(
     ("codes", "x"),
-    thinned(itertools.product(CODES, ("float32", "float16")), [("int4", "float32"), ("codebook4", "float32")]),
+    thinned(itertools.product(CODES, ("float32", "float16")), [("int4", "float32")]),
 )
 def test_wide_x_keeps_float32(codes, x):
     p = small(codes, 32, m=5, k=320, n=130, x_dtype=x, scale_dtype="float32")
@@ -98,7 +96,7 @@ def test_wide_x_keeps_float32(codes, x):
         check(p, 1e-6, bk=256, body=body)
 
 
-@pytest.mark.parametrize("codes", thinned(INTEGERS, ["int4", "uint8"]))
+@pytest.mark.parametrize("codes", thinned(INTEGERS, ["uint8"]))
 def test_integer_sums_are_exact(codes):
     p = small(codes, None, m=5, k=330, n=130, x_dtype="int8", scale_dtype=None, out_dtype="int32")
     for zero_point in (False, True):
@@ -107,9 +105,7 @@ def test_integer_sums_are_exact(codes):
         np.testing.assert_array_equal(multiply(p, arrays, bk=256), expected)
 
 
-@pytest.mark.parametrize(
-    ("codes", "group"), thinned(itertools.product(INTEGERS, (32, 128, None)), [("uint4", 32), ("int8", 128)])
-)
+@pytest.mark.parametrize(("codes", "group"), thinned(itertools.product(INTEGERS, (32, 128, None)), [("uint4", 32)]))
 def test_integer_x_is_exact_within_a_group(codes, group):
     p = small(codes, group, m=5, k=384, n=130, x_dtype="int8", scale_dtype="float32")
     arrays, expected = operands(p, powers_of_two=True)

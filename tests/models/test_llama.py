@@ -98,7 +98,7 @@ def test_logits_are_float32_and_causal(name):
     assert np.abs(logits[:, 7:] - changed[:, 7:]).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", tables.thinned(VARIANTS, ["llama", "window_scan", "one_kv_head", "wide_heads"]))
+@pytest.mark.parametrize("name", tables.thinned(VARIANTS, ["window_scan", "one_kv_head"]))
 def test_cached_decode_equals_the_full_forward(name):
     model, x = make(**VARIANTS[name]), tokens()
     full = run(model, x)
@@ -111,7 +111,7 @@ def test_cached_decode_equals_the_full_forward(name):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), full, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", tables.thinned(VARIANTS, ["llama", "window_scan"]))
+@pytest.mark.parametrize("name", tables.thinned(VARIANTS, ["window_scan"]))
 def test_a_quantized_cache_is_close_to_the_full_forward(name):
     """int8 is close; and what leaves the window of recent tokens is quantized, so it is not the same."""
     cache = jaxq.ops.KVCacheSpec("int8", group=2, residual=2)
@@ -288,7 +288,7 @@ def test_tokens_must_be_an_integer_matrix():
 # Generation
 
 
-@pytest.mark.parametrize("name", tables.thinned(["llama", "scan", "window"], ["scan", "window"]))
+@pytest.mark.parametrize("name", tables.thinned(["llama", "scan", "window"], ["window"]))
 def test_greedy_generation_equals_argmax_of_full_forwards(name):
     model, x = make(**VARIANTS[name]), tokens(2, 6)
     expected = np.pad(x, ((0, 0), (0, 6)))  # causal: what follows does not matter

@@ -66,7 +66,7 @@ def test_the_published_example(p, linear, nearest_rank):
         assert float(observers.percentile(p, method=method).bounds_of(x)[1]) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("mantissa_bits", thinned([4, 2, 7], [4]))
+@pytest.mark.parametrize("mantissa_bits", thinned([4, 2, 7], [2]))
 def test_a_stream_is_known_to_a_bucket(mantissa_bits):
     x = np.random.default_rng(0).standard_cauchy((4, 500)).astype(np.float32)
     for p in (99.05, 100):  # at no whole rank from either end

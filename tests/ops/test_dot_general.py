@@ -46,7 +46,7 @@ EVERYWHERE = [(preset, case) for preset in jaxq.presets() for case in (CASES if 
 DEFAULT = [
     (preset, case)
     for preset, case in EVERYWHERE
-    if (preset in tables.REPRESENTATIVES and case in FIRST) or preset == "nf4_dq"
+    if (preset in ("int8", "uint4", "nvfp4", "ttq") and case in FIRST) or preset == "nf4_dq"
 ]
 
 

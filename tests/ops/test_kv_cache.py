@@ -21,7 +21,7 @@ SPECS = {
     "int4": jaxq.QuantSpec("int4"),
 }
 STORED = ("int8", "int4", "int2", "fp8", "nf4", "nf4_dq", "uint4", "nvfp4", "mxfp4", "int3", "uint8")
-over_stored = pytest.mark.parametrize("spec", tables.thinned(STORED, ["int2", "nf4"]))
+over_stored = pytest.mark.parametrize("spec", tables.thinned(STORED, ["int2"]))
 
 
 def spec_of(spec, **changes):
@@ -91,7 +91,7 @@ def assert_same_bits(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("name", tables.thinned(SPECS, ["kivi2", "int4"]))
+@pytest.mark.parametrize("name", tables.thinned(SPECS, ["kivi2"]))
 def test_attention_is_numpys_over_what_numpy_quantized(name):
     """Slots that hold nothing, less than the window, and more; grouped queries; tokens before and after appending."""
     lengths, (k, v), q = [0, 11, 83], text(86), queries(3)
@@ -153,7 +153,7 @@ def test_slots_are_caches_of_their_own():
     slots, k, v, q = empty(), *text(60), queries(2)
     alone = [empty(batch=1) for _ in range(B)]
     at = np.zeros(B, int)
-    for step, counts in enumerate([(20, 0, 7), (1, 20, 7), (7, 7, 0), (1, 0, 7), (7, 20, 1)]):
+    for step, counts in enumerate([(20, 0, 7), (7, 20, 7), (7, 7, 0), (7, 0, 7), (7, 20, 7)]):
         if step == 3:
             slots, alone[1], at[1] = slots.reset([1]), empty(batch=1), 0
         t = max(counts)
@@ -166,7 +166,7 @@ def test_slots_are_caches_of_their_own():
         found = slots.attend(q)
         for i in range(B):
             np.testing.assert_allclose(found[i], alone[i].attend(q[i : i + 1])[0], atol=1e-6)
-    assert slots.lengths.tolist() == [36, 20, 22]
+    assert slots.lengths.tolist() == [48, 20, 28]
 
 
 def test_nothing_of_a_freed_slot_is_read_again():

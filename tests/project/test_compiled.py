@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 FILES = ("tests/contracts/test_presets.py", "tests/qtensor/test_quantize.py")
 # Zero points, and scales that are quantized themselves, are multiplications with additions.
 PROMISES = (
-    "test_jitted_equals_eager_to_the_bit and (uint4 or nvfp4 or nf4_dq)",
+    "test_jitted_equals_eager_to_the_bit and (uint4 or nf4_dq)",
     "test_integers_equal_numpy_to_the_bit and (True-float16 or False-bfloat16)",
 )
 
