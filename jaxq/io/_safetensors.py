@@ -22,7 +22,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes a model or a tree to one safetensors file, whole or not at all.
 
     Args:
-      path: of the file; its folder must exist.
+      path: of the file; its folder must exist. A symbolic link is replaced, the file it led to stays as it is.
       tree: a flax nnx module or its `nnx.state`, or dicts (string keys), lists and tuples of arrays, Python numbers,
         strings, None and QTensors. Named tuples, such as the statistics of `jaxq.nn.calibrate`, come back as dicts.
         Of a model every array is saved, in a Variable or not; what else it holds is made by its class.

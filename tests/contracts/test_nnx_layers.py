@@ -95,7 +95,7 @@ REFUSED = {
     **{("Param", name): "cannot be observed" for name in RECIPES if "static" in name},
 }
 CASES = [(layer, recipe) for layer in LAYERS for recipe in RECIPES]
-DEFAULT = [("Linear", "w8a8 static asymmetric"), ("Einsum, axes in turn", "w8a8")]
+DEFAULT = [("Linear", "w8a8 static asymmetric"), ("Einsum, heads behind", "w8a8 static")]
 DEFAULT += [(layer, "w8a8 static") for layer in ("Embed", "Param")]
 # Recipes whose operands are codes that multiply each other.
 OF_CODES = {
