@@ -64,7 +64,7 @@ MORE = {
 LAYERS = COMMON | MORE
 EVERY = ("linear", "qkv", "embed tokens")  # the others compile longer and decode in the same way
 CASES = [(layer, recipe) for layer in LAYERS for recipe in (RECIPES if layer in EVERY else ("int4", "w8a8"))]
-# One layer of each kind.
+# Of attention, its stack below.
 DEFAULT = [("linear", "int4"), ("qkv", "nf4"), ("output", "int4"), ("embed tokens", "fp8"), ("conv groups", "int4")]
 DEFAULT += [(name, "w8a8") for name in ("linear", "conv2d", "attend", "experts", "kernel's inner experts")]
 

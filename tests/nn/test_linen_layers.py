@@ -210,7 +210,7 @@ def value_and_grad(module, variables, x):
 
 
 CASES = [(layer, recipe, use) for layer in LAYERS for recipe in RECIPES for use in USES]
-# Each kind of layer, each recipe, each use.
+# Each recipe and each use; attention is in test_linen_transform.py.
 DEFAULT = [("dense", "w8a8", use) for use in USES]
 DEFAULT += [("conv", "int8", "scan"), ("output", "int4 g32", "grad"), ("attend", "w8a8", "grad")]
 DEFAULT += [("qkv", recipe, "grad") for recipe in ("nf4", "fp8")]

@@ -209,8 +209,8 @@ def unmeasured(report):
     return [dataclasses.replace(row, sqnr=None, worst_block=None, clipped=None, loss=None) for row in report.rows]
 
 
-# A recipe of each kind: whole bytes, halves, a stream of bits, tables, floats; scales that are quantized; activations
-# rounded on the fly, in a range and with columns of outliers apart; every method.
+# A recipe of each kind: whole bytes, halves, tables, floats; scales that are quantized; activations rounded on the
+# fly, in a range and with columns of outliers apart; methods with data and without.
 FEW = ("nf4_dq", "fp8_static", "w8a8_smoothquant", "int4_hqq", "llm_int8", "w4a4_rotated")
 
 
