@@ -51,7 +51,7 @@ def transforms(model: Any) -> dict[str, str] | None:
     """What inputs of layers go through at run time, by path; None of a state, which cannot tell."""
     from flax import nnx
 
-    from jaxq.models._transforms import input_transforms
+    from jaxq.nn.layers._input_transform import input_transforms
 
     return input_transforms(model) if isinstance(model, nnx.Module) else None
 

@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxq.io._entries import describe, rebuild
 from jaxq.io._models import into_model, is_module, parameters, transforms
+from jaxq.serialization._entries import describe, rebuild
 
 FORMAT_VERSION = 1
 

@@ -17,7 +17,6 @@ from jaxq.kernels._call import (
     xla_form,
 )
 from jaxq.kernels._codes import codes_matmul, is_native_float, largest_exact_length
-from jaxq.kernels._devices import lay_out, over_explicit_axes, spec_of
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._quantized_matmul import quantized_matmul
 from jaxq.kernels._ragged import ragged_matmul
@@ -42,11 +41,8 @@ __all__ = [
     "device_kind",
     "is_native_float",
     "largest_exact_length",
-    "lay_out",
-    "over_explicit_axes",
     "problem_of",
     "quantized_matmul",
     "ragged_matmul",
-    "spec_of",
     "xla_form",
 ]

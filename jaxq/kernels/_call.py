@@ -35,10 +35,11 @@ from jax.interpreters import ad, batching, mlir
 from jaxq import formats
 from jaxq.kernels import _tiles
 from jaxq.kernels._codes import codes_matmul, largest_exact_length
-from jaxq.kernels._devices import device_of, over_explicit_axes, some_device, spec_of
+from jaxq.kernels._devices import device_of, some_device
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._rows import RowMeta, Rows, as_rows
 from jaxq.kernels._xla import rows_gradient, transposed_matmul, weight_only_matmul
+from jaxq.sharding import over_explicit_axes, spec_of
 
 # The kernels of a platform, in the order in which they are asked.
 KERNELS = {"tpu": ("tpu",), "cuda": ("mosaic_gpu", "triton")}

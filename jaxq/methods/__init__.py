@@ -27,13 +27,10 @@ from jaxq.methods._solve import (
     own_granularity,
     solve,
 )
-from jaxq.methods._stats import NUM_HELD_OUT, NUM_SAMPLES, LayerStats, empty_stats, update_stats
 
 __all__ = [
     "FALLBACKS",
     "METHODS",
-    "NUM_HELD_OUT",
-    "NUM_SAMPLES",
     "AWQInfo",
     "AWQScaleInfo",
     "AdaRoundInfo",
@@ -44,7 +41,6 @@ __all__ = [
     "KMeansInfo",
     "LLMInt8Info",
     "LLMInt8MatmulInfo",
-    "LayerStats",
     "RTNInfo",
     "SmoothQuantInfo",
     "Solved",
@@ -55,7 +51,6 @@ __all__ = [
     "centroid_gradient",
     "check_options",
     "clip",
-    "empty_stats",
     "equalize",
     "few_tokens",
     "fold_scale_into_next",
@@ -76,6 +71,5 @@ __all__ = [
     "rtn",
     "smoothquant",
     "solve",
-    "update_stats",
     "why_not",
 ]

@@ -20,7 +20,7 @@ from jaxq.methods._hqq import hqq
 from jaxq.methods._kmeans import kmeans
 from jaxq.methods._limits import why_not
 from jaxq.methods._rtn import rtn
-from jaxq.methods._stats import LayerStats
+from jaxq.observers import LayerStats
 from jaxq.qtensor import Granularity, PerChannel, QTensor, QuantSpec, dequantize
 
 FALLBACKS = ("rtn", "none", "raise")

@@ -15,8 +15,8 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxq.models._transforms import input_transforms
 from jaxq.models.llama import Llama, LlamaConfig
+from jaxq.nn.layers._input_transform import input_transforms
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

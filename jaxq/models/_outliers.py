@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxq.models._transforms import input_transforms
 from jaxq.models.llama import Llama
+from jaxq.nn.layers._input_transform import input_transforms
 
 _SEPARATOR = "/"
 

@@ -22,8 +22,8 @@ from flax import nnx
 from jax import lax
 
 from jaxq.models._outliers import Params, all_groups
-from jaxq.models._transforms import TransformInput
 from jaxq.models.llama import Llama
+from jaxq.nn.layers._input_transform import TransformInput
 
 # A rotation may be this far from orthogonal, in any entry of Q^T Q.
 _TOLERANCE = 1e-4

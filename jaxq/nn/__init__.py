@@ -6,10 +6,9 @@ hooks: no class is edited and no jax function is replaced. `calibrate` looks at 
 """
 
 from jaxq.nn import linen
-from jaxq.nn._calibration import calibrate
-from jaxq.nn._explicit import QConv, QEinsum, QLinear, QLinearGeneral
-from jaxq.nn._folding import register_folding, register_rotation
-from jaxq.nn._layers import (
+from jaxq.nn._mixed_precision import Sensitivity, assign, mixed_recipe, sensitivity
+from jaxq.nn.calibration._nnx import calibrate
+from jaxq.nn.layers._nnx import (
     QConvTranspose,
     QEmbed,
     QuantizedParam,
@@ -18,12 +17,13 @@ from jaxq.nn._layers import (
     replace_variables,
     weight_axes,
 )
-from jaxq.nn._matching import find_layers
-from jaxq.nn._mixed import Sensitivity, assign, mixed_recipe, sensitivity
-from jaxq.nn._params import dequantize_params, quantize_params
-from jaxq.nn._plan import plan
-from jaxq.nn._report import Report, Row
-from jaxq.nn._transform import quantize_model
+from jaxq.nn.layers._nnx_explicit import QConv, QEinsum, QLinear, QLinearGeneral
+from jaxq.nn.report._report import Report, Row
+from jaxq.nn.transform._folding import register_folding, register_rotation
+from jaxq.nn.transform._nnx import quantize_model
+from jaxq.nn.transform._nnx_matching import find_layers
+from jaxq.nn.transform._plan import plan
+from jaxq.nn.transform._tree import dequantize_params, quantize_params
 
 __all__ = [
     "QConv",

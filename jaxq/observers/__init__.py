@@ -8,6 +8,7 @@ merges the states of devices, and `from_dict` makes an observer of what `to_dict
 
 from jaxq.observers._entropy import Entropy, entropy
 from jaxq.observers._histogram import Histogram, HistogramState, histogram
+from jaxq.observers._layer_stats import NUM_HELD_OUT, NUM_SAMPLES, LayerStats, empty_stats, update_stats
 from jaxq.observers._mse import MeanSquaredError, mse
 from jaxq.observers._numbers import Count
 from jaxq.observers._observer import Observer, Seen
@@ -26,12 +27,15 @@ from jaxq.observers._range import (
 from jaxq.observers._registry import from_dict, names
 
 __all__ = [
+    "NUM_HELD_OUT",
+    "NUM_SAMPLES",
     "AbsMax",
     "AbsMaxState",
     "Count",
     "Entropy",
     "Histogram",
     "HistogramState",
+    "LayerStats",
     "MeanSquaredError",
     "MinMax",
     "MovingAverage",
@@ -42,6 +46,7 @@ __all__ = [
     "RangeState",
     "Seen",
     "absmax",
+    "empty_stats",
     "entropy",
     "from_dict",
     "histogram",
@@ -50,4 +55,5 @@ __all__ = [
     "mse",
     "names",
     "percentile",
+    "update_stats",
 ]

@@ -7,11 +7,10 @@ and why. `matmul`, `einsum` and `@` are spelled in its terms. All of it is plain
 from jaxq.ops._conv import conv_general_dilated, convolve, why_not_codes
 from jaxq.ops._dot_general import dot_general, explain
 from jaxq.ops._einsum import einsum, einsum_numbers, matmul
-from jaxq.ops._kv_cache import KVCache
-from jaxq.ops._kv_spec import KVCacheSpec
 from jaxq.ops._plan import Plan
 from jaxq.ops._ragged import ragged_dot
 from jaxq.ops._take import take
+from jaxq.ops.kv_cache import KVCache, KVCacheSpec
 
 __all__ = [
     "KVCache",

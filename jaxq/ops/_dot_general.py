@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq import formats, kernels
+from jaxq import formats, kernels, sharding
 from jaxq.ops._plan import DimensionNumbers, Plan, batch_first, make_plan, result_dtype
 from jaxq.ops._rows import rows_of
 from jaxq.ops._straight_through import straight_through
@@ -71,15 +71,15 @@ def dot_general(
     batch = [specs[0][a] for a in dims[1][0]]
     free = [s[a] for s, c, b in zip(specs, dims[0], dims[1], strict=True) for a in range(len(s)) if a not in (*c, *b)]
     product = functools.partial(_dot_general, dims=dims, out_dtype=out_dtype)
-    return kernels.lay_out(kernels.over_explicit_axes(product, (*batch, *free), lhs, rhs), out_sharding)
+    return sharding.lay_out(sharding.over_explicit_axes(product, (*batch, *free), lhs, rhs), out_sharding)
 
 
 def _spec_of(x: jax.Array | QTensor) -> tuple:
     """The mesh axes that each axis of an operand lies over, where its type says so; none for contracted codes."""
     if not isinstance(x, QTensor):
-        return kernels.spec_of(x)
+        return sharding.spec_of(x)
     num_batch, geometry = len(x.batch_shape), x.meta.geometry
-    stored, out = kernels.spec_of(x.data), [None] * x.ndim
+    stored, out = sharding.spec_of(x.data), [None] * x.ndim
     out[:num_batch] = stored[:num_batch]
     if not geometry.flat:
         first = num_batch + (x.meta.layout == "columns")

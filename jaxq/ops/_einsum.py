@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq import kernels
+from jaxq import sharding
 from jaxq.ops._dot_general import Operand, align_matmul, as_operands, dot_general
 from jaxq.ops._plan import DimensionNumbers, accumulate_dtype, result_dtype
 from jaxq.qtensor import QTensor
@@ -84,7 +84,7 @@ def einsum(
     a, b = operands
     dims, order = einsum_numbers(subscripts, a.ndim, b.ndim)
     y = dot_general(a, b, dims, preferred_element_type=preferred_element_type)
-    return kernels.lay_out(jnp.transpose(y, order), out_sharding)
+    return sharding.lay_out(jnp.transpose(y, order), out_sharding)
 
 
 def einsum_numbers(subscripts: str, left_ndim: int, right_ndim: int) -> tuple[DimensionNumbers, list[int]]:

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxq import kernels
+from jaxq import sharding
 from jaxq.qtensor import Geometry, QTensor, dequantize, relayout, scale_values
 
 
@@ -42,7 +42,7 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"take: indices must be integers, got {indices.dtype.name}{list(indices.shape)}.")
 
-    return kernels.over_explicit_axes(_take, (*kernels.spec_of(indices), None), table, indices)
+    return sharding.over_explicit_axes(_take, (*sharding.spec_of(indices), None), table, indices)
 
 
 def _take(table: QTensor, indices: jax.Array) -> jax.Array:

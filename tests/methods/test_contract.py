@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq import PerChannel, PerGroup, QTensor, QuantSpec, dequantize, methods
+from jaxq import PerChannel, PerGroup, QTensor, QuantSpec, dequantize, methods, observers
 from tests.tables import thinned
 
 IN, OUT, STACK, TOKENS = 32, 16, 2, 24
@@ -155,12 +155,12 @@ def test_statistics_of_another_layer_are_refused(name):
 @over_methods
 def test_solve_refuses_what_it_does_not_know(name):
     w, _ = data()
-    stats, known = methods.empty_stats(IN), methods.METHODS[name].options
+    stats, known = observers.empty_stats(IN), methods.METHODS[name].options
     with pytest.raises(ValueError, match="options: .*speed" if known else "options: .*it has none") as raised:
         methods.solve(name, w, stats, SPEC, options={"speed": 2})
     assert all(option in str(raised.value) for option in known)
     with pytest.raises(ValueError, match=r"some/kernel.*\[31\], expected \[32\]"):
-        methods.solve(name, w, methods.empty_stats(31), SPEC, name="some/kernel")
+        methods.solve(name, w, observers.empty_stats(31), SPEC, name="some/kernel")
     if methods.METHODS[name].needs_data:
         with pytest.raises(ValueError, match=r"some/kernel.*needs the layer's inputs"):
             methods.solve(name, w, None, SPEC, name="some/kernel")

@@ -35,7 +35,7 @@ SAMPLE += [("hqq", "mxfp4"), ("rtn", "ttq"), ("kmeans", "nf4_dq")]
 @functools.cache
 def stats():
     """Of the inputs, as calibration finds them."""
-    update = jax.jit(lambda *new: methods.update_stats(methods.empty_stats(IN), *new))
+    update = jax.jit(lambda *new: jaxq.observers.update_stats(jaxq.observers.empty_stats(IN), *new))
     return update(X, np.ones(TOKENS, bool), np.arange(TOKENS, dtype=np.int32))
 
 

@@ -7,8 +7,8 @@ import jaxq
 
 ROOT = Path(jaxq.__file__).parent
 ORDER = [
-    *["formats", "metrics", "observers", "kernels", "qtensor", "ops", "emulation", "methods", "recipes", "nn"],
-    *["models", "training", "evaluation", "io", "cli"],
+    *["formats", "metrics", "observers", "qtensor", "sharding", "kernels", "ops", "emulation", "methods"],
+    *["recipes", "optim", "distillation", "serialization", "nn", "io", "models", "training", "evaluation", "cli"],
 ]
 # Reference models and what measures them know nothing of quantization, so any library's models can be measured.
 ONLY = {"models": set(), "evaluation": {"metrics", "models"}}

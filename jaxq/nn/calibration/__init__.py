@@ -1,0 +1,1 @@
+"""Statistics of the inputs of a model's layers."""

@@ -1,0 +1,1 @@
+"""What each layer kind is, and how a quantized weight enters it."""

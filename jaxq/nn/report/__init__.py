@@ -1,0 +1,1 @@
+"""What happened to each parameter: rows, totals, rendering."""

@@ -1,0 +1,3 @@
+"""Trees of arrays and QTensors in one safetensors file."""
+
+__all__: list[str] = []
