@@ -19,7 +19,12 @@ PAIRS = (("3.11", "0.10.2"), ("3.12", "0.11.2"))
 def runs(executable: str, version: str) -> bool:
     """True where `executable` starts and is that Python: the shims of pyenv exist for versions that are not active."""
     code = f"import sys; sys.exit(sys.version_info[:2] != {tuple(map(int, version.split('.')))})"
-    return subprocess.run([executable, "-c", code], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(
+            [executable, "-c", code], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 def find(version: str) -> None:
@@ -39,7 +44,12 @@ def find(version: str) -> None:
 def tests(session: nox.Session, jax: str) -> None:
     """Install jaxq with that jax and run pytest."""
     session.install("-e", ".[test,hf,plots]", f"jax=={jax}", f"jaxlib=={jax}")
-    session.run("python", "-m", "pytest", *(session.posargs or ("-n", "2", "--dist", "loadfile")))
+    session.run(
+        "python",
+        "-m",
+        "pytest",
+        *(session.posargs or ("-n", "2", "--dist", "loadfile")),
+    )
 
 
 for _version, _ in PAIRS:

@@ -31,11 +31,17 @@ def run() -> dict[str, Any]:
     for name in FLOAT8:
         fmt = formats.get(name)
         cast, encode = jax.jit(lambda x, n=name: jaxq.cast(x, n)), jax.jit(fmt.encode)
-        functions[f"jaxq cast {name}"] = lambda cast=cast: cast(array).block_until_ready()
-        functions[f"jaxq encode {name}"] = lambda encode=encode: encode(array).block_until_ready()
+        functions[f"jaxq cast {name}"] = lambda cast=cast: cast(
+            array
+        ).block_until_ready()
+        functions[f"jaxq encode {name}"] = lambda encode=encode: encode(
+            array
+        ).block_until_ready()
         spec = jaxq.QuantSpec(name, jaxq.PerTensor())
         quantize = jax.jit(lambda x, spec=spec: jaxq.quantize(x, spec))
-        functions[f"jaxq quantize {name}"] = lambda quantize=quantize: jax.block_until_ready(quantize(array))
+        functions[f"jaxq quantize {name}"] = lambda quantize=quantize: (
+            jax.block_until_ready(quantize(array))
+        )
     missing = []
     try:
         import torch
@@ -44,19 +50,29 @@ def run() -> dict[str, Any]:
         for name in FLOAT8:
             dtype = getattr(torch, name)
             functions[f"torch to {name}"] = lambda dtype=dtype: tensor.to(dtype)
-            functions[f"torch to {name} and back"] = lambda dtype=dtype: tensor.to(dtype).to(torch.float32)
+            functions[f"torch to {name} and back"] = lambda dtype=dtype: tensor.to(
+                dtype
+            ).to(torch.float32)
             largest = formats.get(name).max
             functions[f"torch scale, to {name}"] = lambda dtype=dtype, largest=largest: (
-                (tensor / (tensor.abs().amax() / largest)).clamp(-largest, largest).to(dtype)
+                (tensor / (tensor.abs().amax() / largest))
+                .clamp(-largest, largest)
+                .to(dtype)
             )
             ours = np.asarray(jaxq.cast(array, name))
-            np.testing.assert_array_equal(ours, tensor.to(dtype).to(torch.float32).numpy())
+            np.testing.assert_array_equal(
+                ours, tensor.to(dtype).to(torch.float32).numpy()
+            )
     except ImportError as error:
         missing.append(f"torch ({error})")
     plain = jax.jit(lambda x: jaxq.cast(x, "bfloat16"))
-    stochastic = jax.jit(lambda x, key: jaxq.cast(x, "bfloat16", rounding="stochastic", key=key))
+    stochastic = jax.jit(
+        lambda x, key: jaxq.cast(x, "bfloat16", rounding="stochastic", key=key)
+    )
     functions["jaxq cast bfloat16"] = lambda: plain(array).block_until_ready()
-    functions["jaxq cast bfloat16, stochastic"] = lambda: stochastic(array, key).block_until_ready()
+    functions["jaxq cast bfloat16, stochastic"] = lambda: stochastic(
+        array, key
+    ).block_until_ready()
     times = interleaved(functions, rounds=15, seconds=60)
     rows = []
     for name in FLOAT8:
@@ -67,7 +83,15 @@ def run() -> dict[str, Any]:
         ):
             if theirs in times:
                 rows.append(_row(times, ours, theirs, "at least", TARGETS["float8"]))
-    rows.append(_row(times, "jaxq cast bfloat16", "jaxq cast bfloat16, stochastic", "at most", TARGETS["stochastic"]))
+    rows.append(
+        _row(
+            times,
+            "jaxq cast bfloat16",
+            "jaxq cast bfloat16, stochastic",
+            "at most",
+            TARGETS["stochastic"],
+        )
+    )
     return {"elements": SIZE, "rows": rows, "missing": missing}
 
 
@@ -85,7 +109,10 @@ def _row(times, ours: str, theirs: str, relation: str, target: float) -> dict[st
 
 def table(result: dict[str, Any]) -> str:
     """The figures as markdown."""
-    lines = ["| function | ms | beside | ms | ratio | target |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| function | ms | beside | ms | ratio | target |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
         lines.append(
             f"| {row['function']} | {row['ms']:.1f} | {row['beside']} | {row['beside_ms']:.1f} | {row['ratio']:.2f}x "

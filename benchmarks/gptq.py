@@ -52,9 +52,17 @@ def torch_gptq(w: Any, hessian: Any) -> tuple[Any, Any]:
 def problem() -> tuple[np.ndarray, np.ndarray]:
     """(weight [in, out], hessian) with correlated inputs of different sizes."""
     rng = np.random.default_rng(0)
-    mix = np.eye(SIZE, dtype=np.float32) + np.float32(0.3 / SIZE**0.5) * rng.standard_normal((SIZE, SIZE), np.float32)
-    x = rng.standard_normal((2 * SIZE, SIZE), np.float32) @ mix * np.exp(rng.standard_normal(SIZE, np.float32) / 2)
-    return rng.standard_normal((SIZE, SIZE), np.float32), 2 * x.T @ x / np.float32(len(x))
+    mix = np.eye(SIZE, dtype=np.float32) + np.float32(
+        0.3 / SIZE**0.5
+    ) * rng.standard_normal((SIZE, SIZE), np.float32)
+    x = (
+        rng.standard_normal((2 * SIZE, SIZE), np.float32)
+        @ mix
+        * np.exp(rng.standard_normal(SIZE, np.float32) / 2)
+    )
+    return rng.standard_normal((SIZE, SIZE), np.float32), 2 * x.T @ x / np.float32(
+        len(x)
+    )
 
 
 def run() -> dict[str, Any]:
@@ -64,9 +72,14 @@ def run() -> dict[str, Any]:
     weight, moments = jnp.asarray(w), jnp.asarray(hessian)
     functions: dict[str, Any] = {
         "jaxq": lambda: jax.block_until_ready(methods.gptq(weight, moments, spec)),
-        "jaxq, act order": lambda: jax.block_until_ready(methods.gptq(weight, moments, spec, act_order=True)),
+        "jaxq, act order": lambda: jax.block_until_ready(
+            methods.gptq(weight, moments, spec, act_order=True)
+        ),
     }
-    values = {"jaxq": jaxq.dequantize(functions["jaxq"]()[0]), "nearest": jaxq.dequantize(jaxq.quantize(weight, spec))}
+    values = {
+        "jaxq": jaxq.dequantize(functions["jaxq"]()[0]),
+        "nearest": jaxq.dequantize(jaxq.quantize(weight, spec)),
+    }
     missing = []
     try:
         import torch
@@ -76,13 +89,24 @@ def run() -> dict[str, Any]:
         values["torch"] = jnp.asarray(torch_gptq(turned, theirs)[0].numpy().T)
     except ImportError as error:
         missing.append(f"torch ({error})")
-    loss = {name: float(jnp.sum((weight - q) * (moments @ (weight - q)))) for name, q in values.items()}
+    loss = {
+        name: float(jnp.sum((weight - q) * (moments @ (weight - q))))
+        for name, q in values.items()
+    }
     assert loss["jaxq"] < loss["nearest"]
     base = "torch" if "torch" in functions else "jaxq"
     rows = []
-    for name, figures in summary(interleaved(functions, rounds=9, seconds=60.0), base).items():
-        row = {"what": name, **figures, "loss_over_nearest": loss.get(name, float("nan")) / loss["nearest"]}
-        rows.append(row | ({"target": TARGET} if name == "jaxq" and base == "torch" else {}))
+    for name, figures in summary(
+        interleaved(functions, rounds=9, seconds=60.0), base
+    ).items():
+        row = {
+            "what": name,
+            **figures,
+            "loss_over_nearest": loss.get(name, float("nan")) / loss["nearest"],
+        }
+        rows.append(
+            row | ({"target": TARGET} if name == "jaxq" and base == "torch" else {})
+        )
     if "torch" in loss:
         assert abs(loss["jaxq"] / loss["torch"] - 1) < 0.01, loss
     return {"subject": "gptq", "shape": [SIZE, SIZE], "rows": rows, "missing": missing}
@@ -96,7 +120,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     for r in result["rows"]:
         target = f"<= {r['target']}" if "target" in r else "-"
-        loss = "-" if np.isnan(r["loss_over_nearest"]) else f"{r['loss_over_nearest']:.4f}"
+        loss = (
+            "-" if np.isnan(r["loss_over_nearest"]) else f"{r['loss_over_nearest']:.4f}"
+        )
         times = f"{r['median_ms']:.0f} | {r['min_ms']:.0f} | {r['time_over_base']:.2f}"
         lines.append(f"| {r['what']} | {times} | {target} | {loss} |")
     return "\n".join(lines)

@@ -17,9 +17,13 @@ def run() -> dict[str, Any]:
     def start(module: str) -> None:
         subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
 
-    times = interleaved({m: lambda m=m: start(m) for m in ("jax", "jaxq")}, rounds=11, seconds=120.0)
+    times = interleaved(
+        {m: lambda m=m: start(m) for m in ("jax", "jaxq")}, rounds=11, seconds=120.0
+    )
     extra = sorted(b - a for a, b in zip(times["jax"], times["jaxq"], strict=True))
-    rows = [{"what": name, **figures} for name, figures in summary(times, "jax").items()]
+    rows = [
+        {"what": name, **figures} for name, figures in summary(times, "jax").items()
+    ]
     median = extra[len(extra) // 2]
     return {
         "subject": "import_time",
@@ -33,6 +37,9 @@ def run() -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """A markdown table of `run`'s figures."""
     lines = ["| import | median ms | least ms |", "|---|---|---|"]
-    lines += [f"| {r['what']} | {r['median_ms']:.0f} | {r['min_ms']:.0f} |" for r in result["rows"]]
+    lines += [
+        f"| {r['what']} | {r['median_ms']:.0f} | {r['min_ms']:.0f} |"
+        for r in result["rows"]
+    ]
     extra = f"jaxq adds {result['extra_seconds']:.2f} s (median of pairs; limit {result['limit_seconds']} s)."
     return "\n".join([*lines, "", extra])

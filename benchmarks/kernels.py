@@ -19,7 +19,12 @@ from timing import interleaved, summary
 import jaxq
 
 K = 4096
-ACCELERATOR = {"n": (4096, 14336), "m": (1, 16, 64, 128, 256, 2048), "cache_bytes": 256 * 2**20, "loops": 8}
+ACCELERATOR = {
+    "n": (4096, 14336),
+    "m": (1, 16, 64, 128, 256, 2048),
+    "cache_bytes": 256 * 2**20,
+    "loops": 8,
+}
 # A CPU has no kernels: what it runs shows that the benchmark itself is right.
 CPU = {"n": (1024,), "m": (1, 16), "cache_bytes": 2**20, "loops": 1}
 PRESETS = {"int8": "int8", "int4": "int4", "nf4": "nf4", "w8a8": "int8"}
@@ -48,22 +53,45 @@ def run() -> dict[str, Any]:
                 about[name] = (stack[0].nbytes, plan.kernel, error)
             calls |= _others(m, n, count, sizes["loops"])
             products = count * sizes["loops"]
-            for name, figures in summary(interleaved(calls, rounds=21, seconds=30.0), "bfloat16").items():
+            for name, figures in summary(
+                interleaved(calls, rounds=21, seconds=30.0), "bfloat16"
+            ).items():
                 weight_bytes, kernel, error = about.get(name, (None, name, None))
                 seconds = figures["median_ms"] / 1e3 / products
-                row = {"what": name, "m": m, "n": n, "kernel": kernel, "error": error, "us": 1e6 * seconds}
+                row = {
+                    "what": name,
+                    "m": m,
+                    "n": n,
+                    "kernel": kernel,
+                    "error": error,
+                    "us": 1e6 * seconds,
+                }
                 row["speedup"] = 1 / figures["time_over_base"]
                 row["tflops"] = 2 * m * n * K / seconds / 1e12
                 if weight_bytes is not None:
                     row["gb_per_s"] = (weight_bytes + 2 * m * (K + n)) / seconds / 1e9
-                    fractions = row["gb_per_s"] / peaks["gb_per_s"], row["tflops"] / peaks["tflops"]
+                    fractions = (
+                        row["gb_per_s"] / peaks["gb_per_s"],
+                        row["tflops"] / peaks["tflops"],
+                    )
                     row["roofline"] = max(fractions)
-                rows.append(row | ({"target": TARGETS[name, m]} if (name, m) in TARGETS and platform != "cpu" else {}))
-    missing = [] if platform == "cpu" or _torch() else ["torch with CUDA and bitsandbytes"]
+                rows.append(
+                    row
+                    | (
+                        {"target": TARGETS[name, m]}
+                        if (name, m) in TARGETS and platform != "cpu"
+                        else {}
+                    )
+                )
+    missing = (
+        [] if platform == "cpu" or _torch() else ["torch with CUDA and bitsandbytes"]
+    )
     return {"subject": "kernels", "peaks": peaks, "rows": rows, "missing": missing}
 
 
-def _weights(n: int, count: int, platform: str) -> tuple[dict[str, list[jaxq.QTensor]], list[jax.Array]]:
+def _weights(
+    n: int, count: int, platform: str
+) -> tuple[dict[str, list[jaxq.QTensor]], list[jax.Array]]:
     """`count` weights of every kind, and dense ones."""
     keys = jax.random.split(jax.random.key(0), count)
     dense = [jax.random.normal(key, (K, n), jnp.bfloat16) / 64 for key in keys]
@@ -72,11 +100,15 @@ def _weights(n: int, count: int, platform: str) -> tuple[dict[str, list[jaxq.QTe
         stack = [jaxq.quantize(w, preset) for w in dense]
         if platform == "tpu":
             stack = [jaxq.relayout(qt, "columns") for qt in stack]
-        found[name] = [qt.with_activation("int8") for qt in stack] if name == "w8a8" else stack
+        found[name] = (
+            [qt.with_activation("int8") for qt in stack] if name == "w8a8" else stack
+        )
     return found, dense
 
 
-def _loop(product: Callable, x: jax.Array, weights: list[Any], loops: int) -> Callable[[], Any]:
+def _loop(
+    product: Callable, x: jax.Array, weights: list[Any], loops: int
+) -> Callable[[], Any]:
     """All weights, `loops` times, in one program; x changes a little, so that no product is the same as one before."""
 
     @jax.jit
@@ -94,7 +126,9 @@ def _loop(product: Callable, x: jax.Array, weights: list[Any], loops: int) -> Ca
 
 
 def _error(x: jax.Array, qt: jaxq.QTensor) -> float:
-    exact = np.asarray(x, np.float64) @ np.asarray(jaxq.dequantize(qt, dtype=jnp.float32), np.float64)
+    exact = np.asarray(x, np.float64) @ np.asarray(
+        jaxq.dequantize(qt, dtype=jnp.float32), np.float64
+    )
     found = np.asarray(jax.jit(lambda x, qt: x @ qt)(x, qt), np.float64)
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
@@ -102,7 +136,10 @@ def _error(x: jax.Array, qt: jaxq.QTensor) -> float:
 def _peaks(platform: str) -> dict[str, float]:
     """What this device reaches: bytes a second of a copy, operations a second of a large dense product."""
     size, side = (2**22, 512) if platform == "cpu" else (2**29, 8192)
-    big, square = jnp.zeros((size,), jnp.bfloat16), jnp.zeros((side, side), jnp.bfloat16)
+    big, square = (
+        jnp.zeros((size,), jnp.bfloat16),
+        jnp.zeros((side, side), jnp.bfloat16),
+    )
     copy, dense = jax.jit(lambda v: v + jnp.bfloat16(1)), jax.jit(jnp.matmul)
     calls = {
         "copy": lambda: jax.block_until_ready(copy(big)),
@@ -110,7 +147,10 @@ def _peaks(platform: str) -> dict[str, float]:
     }
     found = summary(interleaved(calls, rounds=11, seconds=10.0), "copy")
     seconds = {name: figures["min_ms"] / 1e3 for name, figures in found.items()}
-    return {"gb_per_s": 4 * size / seconds["copy"] / 1e9, "tflops": 2 * side**3 / seconds["dense"] / 1e12}
+    return {
+        "gb_per_s": 4 * size / seconds["copy"] / 1e9,
+        "tflops": 2 * side**3 / seconds["dense"] / 1e12,
+    }
 
 
 def _torch() -> Any:
@@ -130,19 +170,33 @@ def _others(m: int, n: int, count: int, loops: int) -> dict[str, Callable[[], An
     from bitsandbytes import functional
 
     x = torch.randn(m, K, device="cuda", dtype=torch.bfloat16)
-    dense = [torch.randn(n, K, device="cuda", dtype=torch.bfloat16) / 64 for _ in range(count)]
+    dense = [
+        torch.randn(n, K, device="cuda", dtype=torch.bfloat16) / 64
+        for _ in range(count)
+    ]
     products: dict[str, Callable] = {"torch bfloat16": torch.nn.functional.linear}
     weights: dict[str, list] = {"torch bfloat16": dense}
 
     import bitsandbytes
 
-    weights["bitsandbytes nf4"] = [functional.quantize_4bit(w, blocksize=64, quant_type="nf4") for w in dense]
-    products["bitsandbytes nf4"] = lambda x, w: bitsandbytes.matmul_4bit(x, w[0].t(), quant_state=w[1])
+    weights["bitsandbytes nf4"] = [
+        functional.quantize_4bit(w, blocksize=64, quant_type="nf4") for w in dense
+    ]
+    products["bitsandbytes nf4"] = lambda x, w: bitsandbytes.matmul_4bit(
+        x, w[0].t(), quant_state=w[1]
+    )
     if hasattr(torch, "_weight_int4pack_mm"):
-        packed = [torch.randint(0, 256, (n, K // 2), device="cuda", dtype=torch.uint8) for _ in dense]
+        packed = [
+            torch.randint(0, 256, (n, K // 2), device="cuda", dtype=torch.uint8)
+            for _ in dense
+        ]
         scales = torch.ones(K // 128, n, 2, device="cuda", dtype=torch.bfloat16)
-        weights["torch int4"] = [(torch._convert_weight_to_int4pack(w, 8), scales) for w in packed]
-        products["torch int4"] = lambda x, w: torch._weight_int4pack_mm(x, w[0], 128, w[1])
+        weights["torch int4"] = [
+            (torch._convert_weight_to_int4pack(w, 8), scales) for w in packed
+        ]
+        products["torch int4"] = lambda x, w: torch._weight_int4pack_mm(
+            x, w[0], 128, w[1]
+        )
     calls = {}
     for name, product in products.items():
         try:
@@ -152,7 +206,9 @@ def _others(m: int, n: int, count: int, loops: int) -> dict[str, Callable[[], An
     return calls
 
 
-def _graph(torch: Any, product: Callable, x: Any, weights: list, loops: int) -> Callable[[], Any]:
+def _graph(
+    torch: Any, product: Callable, x: Any, weights: list, loops: int
+) -> Callable[[], Any]:
     def body():
         for _ in range(loops):
             for w in weights:
@@ -176,14 +232,32 @@ def _graph(torch: Any, product: Callable, x: Any, weights: list, loops: int) -> 
 def table(result: dict[str, Any]) -> str:
     """A markdown table of `run`'s figures."""
     peaks = result["peaks"]
-    lines = [f"Copy: {peaks['gb_per_s']:.0f} GB/s. Dense bfloat16: {peaks['tflops']:.1f} TFLOP/s.", ""]
-    lines.append("| weight | runs as | m | n | us | GB/s | TFLOP/s | roofline | times bfloat16 | target | error |")
+    lines = [
+        f"Copy: {peaks['gb_per_s']:.0f} GB/s. Dense bfloat16: {peaks['tflops']:.1f} TFLOP/s.",
+        "",
+    ]
+    lines.append(
+        "| weight | runs as | m | n | us | GB/s | TFLOP/s | roofline | times bfloat16 | target | error |"
+    )
     lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
     for r in result["rows"]:
         bandwidth = f"{r['gb_per_s']:.0f}" if "gb_per_s" in r else "-"
         roofline = f"{r['roofline']:.2f}" if "roofline" in r else "-"
         target = f">= {r['target']}" if "target" in r else "-"
         error = "-" if r["error"] is None else f"{r['error']:.1e}"
-        cells = [r["what"], r["kernel"], r["m"], r["n"], f"{r['us']:.1f}", bandwidth, f"{r['tflops']:.2f}", roofline]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{r['speedup']:.2f}", target, error])) + " |")
+        cells = [
+            r["what"],
+            r["kernel"],
+            r["m"],
+            r["n"],
+            f"{r['us']:.1f}",
+            bandwidth,
+            f"{r['tflops']:.2f}",
+            roofline,
+        ]
+        lines.append(
+            "| "
+            + " | ".join(map(str, [*cells, f"{r['speedup']:.2f}", target, error]))
+            + " |"
+        )
     return "\n".join(lines)

@@ -36,16 +36,23 @@ def run() -> dict[str, Any]:
 
     w = np.random.default_rng(0).standard_normal((SIZE, SIZE), np.float32)
     weight, sample = jnp.asarray(w), w.ravel()[::16]
-    functions: dict[str, Any] = {"jaxq": lambda: jax.block_until_ready(methods.kmeans(weight, BITS))}
+    functions: dict[str, Any] = {
+        "jaxq": lambda: jax.block_until_ready(methods.kmeans(weight, BITS))
+    }
     centres = {"jaxq": np.asarray(functions["jaxq"]()[0].codebook)}
     missing = []
     try:
         from sklearn.cluster import KMeans, MiniBatchKMeans
 
-        column, start = w.reshape(-1, 1), np.linspace(w.min(), w.max(), 1 << BITS, dtype=np.float32)[:, None]
+        column, start = (
+            w.reshape(-1, 1),
+            np.linspace(w.min(), w.max(), 1 << BITS, dtype=np.float32)[:, None],
+        )
 
         def estimator(**changes: Any) -> Any:
-            return MiniBatchKMeans(1 << BITS, batch_size=BATCH, n_init=1, random_state=0, **changes)
+            return MiniBatchKMeans(
+                1 << BITS, batch_size=BATCH, n_init=1, random_state=0, **changes
+            )
 
         def by_batches() -> Any:
             found = estimator()
@@ -56,7 +63,9 @@ def run() -> dict[str, Any]:
 
         functions["MiniBatchKMeans"] = lambda: estimator(max_iter=1).fit(column)
         functions["MiniBatchKMeans.partial_fit"] = by_batches
-        lloyd = KMeans(1 << BITS, init=start, n_init=1, max_iter=300, tol=0, algorithm="lloyd").fit(sample[:, None])
+        lloyd = KMeans(
+            1 << BITS, init=start, n_init=1, max_iter=300, tol=0, algorithm="lloyd"
+        ).fit(sample[:, None])
         centres["Lloyd on the sample"] = lloyd.cluster_centers_
     except ImportError as error:
         missing.append(f"scikit-learn ({error})")
@@ -69,15 +78,24 @@ def run() -> dict[str, Any]:
             if name != "jaxq":
                 centres[name] = result.cluster_centers_
     base = "MiniBatchKMeans" if "MiniBatchKMeans" in functions else "jaxq"
-    figures: dict[str, dict[str, Any]] = {name: {} for name in centres} | summary(times, base)
+    figures: dict[str, dict[str, Any]] = {name: {} for name in centres} | summary(
+        times, base
+    )
     rows = []
     for name, row in figures.items():
         found = {"what": name, **row, "inertia": inertia(sample, centres[name])}
-        rows.append(found | ({"target": TARGET} if name == "jaxq" and base != "jaxq" else {}))
+        rows.append(
+            found | ({"target": TARGET} if name == "jaxq" and base != "jaxq" else {})
+        )
     if not missing:
         by_name = {row["what"]: row["inertia"] for row in rows}
         assert by_name["jaxq"] < 1.002 * by_name["Lloyd on the sample"], by_name
-    return {"subject": "kmeans", "shape": [SIZE, SIZE], "rows": rows, "missing": missing}
+    return {
+        "subject": "kmeans",
+        "shape": [SIZE, SIZE],
+        "rows": rows,
+        "missing": missing,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -90,6 +108,8 @@ def table(result: dict[str, Any]) -> str:
         target = f"<= {r['target']}" if "target" in r else "-"
         times = "- | - | -"
         if "median_ms" in r:
-            times = f"{r['median_ms']:.0f} | {r['min_ms']:.0f} | {r['time_over_base']:.4f}"
+            times = (
+                f"{r['median_ms']:.0f} | {r['min_ms']:.0f} | {r['time_over_base']:.4f}"
+            )
         lines.append(f"| {r['what']} | {times} | {target} | {r['inertia']:.6f} |")
     return "\n".join(lines)

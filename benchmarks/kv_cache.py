@@ -26,7 +26,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 CONTEXT, WINDOWS, LENGTH = 512, 16, 2048
 HEADS, HEAD_DIM = 2, 64
 # KIVI's rule: codes count up from the minimum of their group.
-KIVI2 = jaxq.QuantSpec("uint2", jaxq.PerGroup(32, pad=True), offset="min", scale="bfloat16")
+KIVI2 = jaxq.QuantSpec(
+    "uint2", jaxq.PerGroup(32, pad=True), offset="min", scale="bfloat16"
+)
 KIVI4 = KIVI2.replace(format="uint4")
 hadamard = jaxq.methods.hadamard
 CASES: dict[str, KVCacheSpec] = {
@@ -39,7 +41,9 @@ CASES: dict[str, KVCacheSpec] = {
     "int2": KVCacheSpec("int2"),
     "int2, rotated": KVCacheSpec("int2", rotation=hadamard),
     "int2, KIVI": KVCacheSpec(KIVI2, group=32, residual=128),
-    "int2, KIVI, rotated, groups of 16": KVCacheSpec(KIVI2, group=16, residual=64, rotation=hadamard),
+    "int2, KIVI, rotated, groups of 16": KVCacheSpec(
+        KIVI2, group=16, residual=64, rotation=hadamard
+    ),
 }
 # Largest loss of perplexity in per cent, and memory, wanted of a case.
 TARGETS = {"int8": (0.2, None), "int4": (1.0, 0.3), "int2": (5.0, None)}
@@ -57,31 +61,54 @@ def losses(model: Any, tokens: jax.Array, *, cache: Any) -> jax.Array:
         return state, -jnp.take_along_axis(log_p, following[:, None], axis=-1)[:, 0]
 
     columns = tokens.T
-    return jax.lax.scan(step, model.init_cache(b, t, cache=cache), (columns[:-1], columns[1:]))[1]
+    return jax.lax.scan(
+        step, model.init_cache(b, t, cache=cache), (columns[:-1], columns[1:])
+    )[1]
 
 
 def memory(spec: KVCacheSpec) -> float:
-    cache = KVCache.empty(spec, batch=1, num_heads=HEADS, length=LENGTH, head_dim=HEAD_DIM)
+    cache = KVCache.empty(
+        spec, batch=1, num_heads=HEADS, length=LENGTH, head_dim=HEAD_DIM
+    )
     held = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(cache))
     return held / (2 * HEADS * LENGTH * HEAD_DIM * 2)
 
 
 def run() -> dict[str, Any]:
     model, tokenizer = jaxq.models.load(EXAMPLES / "tiny_llama")
-    ids = np.asarray(tokenizer.encode((EXAMPLES / "heldout.txt").read_text()).ids, np.int32)
+    ids = np.asarray(
+        tokenizer.encode((EXAMPLES / "heldout.txt").read_text()).ids, np.int32
+    )
     tokens = jnp.asarray(ids[: WINDOWS * CONTEXT].reshape(WINDOWS, CONTEXT))
 
     def perplexity(cache: KVCacheSpec | None) -> float:
-        return math.exp(np.asarray(losses(model, tokens, cache=cache), np.float64).mean())
+        return math.exp(
+            np.asarray(losses(model, tokens, cache=cache), np.float64).mean()
+        )
 
     base = perplexity(None)
     rows = []
     for name, spec in CASES.items():
         found = perplexity(spec)
-        row = {"cache": name, "group": spec.group, "residual": spec.residual, "perplexity": found}
-        rows.append({**row, "loss_percent": 100 * (found / base - 1), "memory": memory(spec)})
-        print(f"{name}: {found:.3f} ({rows[-1]['loss_percent']:+.2f} %), {rows[-1]['memory']:.3f}", flush=True)
-    return {"subject": "kv_cache", "float_perplexity": base, "rows": rows, "missing": []}
+        row = {
+            "cache": name,
+            "group": spec.group,
+            "residual": spec.residual,
+            "perplexity": found,
+        }
+        rows.append(
+            {**row, "loss_percent": 100 * (found / base - 1), "memory": memory(spec)}
+        )
+        print(
+            f"{name}: {found:.3f} ({rows[-1]['loss_percent']:+.2f} %), {rows[-1]['memory']:.3f}",
+            flush=True,
+        )
+    return {
+        "subject": "kv_cache",
+        "float_perplexity": base,
+        "rows": rows,
+        "missing": [],
+    }
 
 
 def table(result: dict[str, Any]) -> str:

@@ -22,13 +22,22 @@ CASES = ("int8", "int4", "nf4", "int2")
 def run() -> dict[str, Any]:
     """Times of one step, float32 beside quantized caches."""
     rng = np.random.default_rng(0)
-    k, v = (jnp.asarray(rng.normal(size=(SLOTS, LENGTH, HEADS, HEAD_DIM)), jnp.float32) for _ in range(2))
+    k, v = (
+        jnp.asarray(rng.normal(size=(SLOTS, LENGTH, HEADS, HEAD_DIM)), jnp.float32)
+        for _ in range(2)
+    )
     q = jnp.asarray(rng.normal(size=(SLOTS, 1, 4 * HEADS, HEAD_DIM)), jnp.float32)
     dense = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v))
     read = jax.jit(lambda q, cache: cache.attend(q))
     functions: dict[str, Any] = {"float32": lambda: dense(q, k, v).block_until_ready()}
     for name in CASES:
-        sizes = {"batch": SLOTS, "num_heads": HEADS, "length": LENGTH, "head_dim": HEAD_DIM, "dtype": jnp.float32}
+        sizes = {
+            "batch": SLOTS,
+            "num_heads": HEADS,
+            "length": LENGTH,
+            "head_dim": HEAD_DIM,
+            "dtype": jnp.float32,
+        }
         cache = KVCache.empty(name, **sizes).append(k, v)
         functions[name] = lambda cache=cache: read(q, cache).block_until_ready()
     steps = timing.summary(timing.interleaved(functions, rounds=20), "float32")
@@ -40,5 +49,7 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| cache | step, ms | over float32 |", "|---|---|---|"]
     base = result["steps"]["float32"]["median_ms"]
     for name, taken in result["steps"].items():
-        lines.append(f"| {name} | {taken['median_ms']:.2f} | {taken['median_ms'] / base:.2f} |")
+        lines.append(
+            f"| {name} | {taken['median_ms']:.2f} | {taken['median_ms'] / base:.2f} |"
+        )
     return "\n".join(lines)

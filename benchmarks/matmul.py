@@ -38,26 +38,47 @@ def run() -> dict[str, Any]:
     for m in (1, 16, 128):
         inputs = jnp.asarray(rng.standard_normal((m, SIZE), np.float32))
         functions = {"float32": lambda x=inputs: jax.block_until_ready(dense(x, w))}
-        temporary = {"float32": dense.lower(inputs, w).compile().memory_analysis().temp_size_in_bytes}
+        temporary = {
+            "float32": dense.lower(inputs, w)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        }
         for name, qt in weights.items():
             x = inputs.astype(qt.dtype)
-            exact = np.asarray(x, np.float64) @ np.asarray(jaxq.dequantize(qt), np.float64)
-            error = np.abs(np.asarray(product(x, qt), np.float64) - exact).max() / np.abs(exact).max()
+            exact = np.asarray(x, np.float64) @ np.asarray(
+                jaxq.dequantize(qt), np.float64
+            )
+            error = (
+                np.abs(np.asarray(product(x, qt), np.float64) - exact).max()
+                / np.abs(exact).max()
+            )
             assert error < error_of.get(name, 1e-5), (name, m, error)
             functions[name] = lambda x=x, qt=qt: jax.block_until_ready(product(x, qt))
-            temporary[name] = product.lower(x, qt).compile().memory_analysis().temp_size_in_bytes
-        for name, figures in summary(interleaved(functions, rounds=31, seconds=20.0), "float32").items():
+            temporary[name] = (
+                product.lower(x, qt).compile().memory_analysis().temp_size_in_bytes
+            )
+        for name, figures in summary(
+            interleaved(functions, rounds=31, seconds=20.0), "float32"
+        ).items():
             row = {"what": name, "m": m, **figures, "temporary_bytes": temporary[name]}
-            rows.append(row | ({"target": TARGETS[name][m]} if m in TARGETS.get(name, {}) else {}))
+            rows.append(
+                row
+                | ({"target": TARGETS[name][m]} if m in TARGETS.get(name, {}) else {})
+            )
     return {"subject": "matmul", "shape": [SIZE, SIZE], "rows": rows, "missing": []}
 
 
 def table(result: dict[str, Any]) -> str:
     """A markdown table of `run`'s figures."""
-    lines = ["| weight | m | median ms | least ms | time over float32 | target | temporary MB |"]
+    lines = [
+        "| weight | m | median ms | least ms | time over float32 | target | temporary MB |"
+    ]
     lines.append("|---|---|---|---|---|---|---|")
     for r in result["rows"]:
         target = f"<= {r['target']}" if "target" in r else "-"
         times = f"{r['median_ms']:.2f} | {r['min_ms']:.2f} | {r['time_over_base']:.2f}"
-        lines.append(f"| {r['what']} | {r['m']} | {times} | {target} | {r['temporary_bytes'] / 2**20:.1f} |")
+        lines.append(
+            f"| {r['what']} | {r['m']} | {times} | {target} | {r['temporary_bytes'] / 2**20:.1f} |"
+        )
     return "\n".join(lines)

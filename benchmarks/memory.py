@@ -32,10 +32,15 @@ class Model(nnx.Module):
     def __init__(self, num_layers: int):
         rng = np.random.default_rng(0)
         layers = [
-            nnx.eval_shape(lambda: nnx.Linear(SIZE, SIZE, use_bias=False, rngs=nnx.Rngs(0))) for _ in range(num_layers)
+            nnx.eval_shape(
+                lambda: nnx.Linear(SIZE, SIZE, use_bias=False, rngs=nnx.Rngs(0))
+            )
+            for _ in range(num_layers)
         ]
         for layer in layers:
-            layer.kernel.set_value(jnp.asarray(rng.standard_normal((SIZE, SIZE), np.float32)))
+            layer.kernel.set_value(
+                jnp.asarray(rng.standard_normal((SIZE, SIZE), np.float32))
+            )
         self.layers = nnx.List(layers)
 
 
@@ -70,9 +75,13 @@ def _params(model: Model) -> dict[str, jax.Array]:
 
 
 def _linen(model: Model, recipe: str, **how: Any) -> Any:
-    variables = {"params": {name: {"kernel": kernel} for name, kernel in _params(model).items()}}
+    variables = {
+        "params": {name: {"kernel": kernel} for name, kernel in _params(model).items()}
+    }
     example = jax.ShapeDtypeStruct((1, SIZE), jnp.float32)
-    return jaxq.nn.linen.quantize_model(Dense(len(model.layers)), variables, recipe, example=example, **how)[1]
+    return jaxq.nn.linen.quantize_model(
+        Dense(len(model.layers)), variables, recipe, example=example, **how
+    )[1]
 
 
 def run() -> dict[str, Any]:
@@ -81,9 +90,18 @@ def run() -> dict[str, Any]:
         "quantize_model": (lambda m, r: nnx.state(jaxq.quantize_model(m, r)[0]), False),
         "quantize_params": (lambda m, r: jaxq.quantize_params(_params(m), r)[0], False),
         "nn.linen.quantize_model": (_linen, False),
-        "quantize_model, donate": (lambda m, r: nnx.state(jaxq.quantize_model(m, r, donate=True)[0]), True),
-        "quantize_params, donate": (lambda m, r: jaxq.quantize_params(_params(m), r, donate=True)[0], True),
-        "nn.linen.quantize_model, donate": (functools.partial(_linen, donate=True), True),
+        "quantize_model, donate": (
+            lambda m, r: nnx.state(jaxq.quantize_model(m, r, donate=True)[0]),
+            True,
+        ),
+        "quantize_params, donate": (
+            lambda m, r: jaxq.quantize_params(_params(m), r, donate=True)[0],
+            True,
+        ),
+        "nn.linen.quantize_model, donate": (
+            functools.partial(_linen, donate=True),
+            True,
+        ),
     }
     rows = []
     for recipe in RECIPES:
@@ -93,13 +111,34 @@ def run() -> dict[str, Any]:
             before = _resident("VmRSS")
             model = Model(LAYERS)
             out, peak = _peak(functools.partial(way, model, recipe))
-            given, made = LAYERS * SIZE * SIZE * 4, sum(leaf.nbytes for leaf in jax.tree.leaves(out))
+            given, made = (
+                LAYERS * SIZE * SIZE * 4,
+                sum(leaf.nbytes for leaf in jax.tree.leaves(out)),
+            )
             largest = SIZE * SIZE * 4
             target = (max(given, made) if donated else given + made) + 2 * largest
-            figures = {"input": given, "output": made, "peak": peak - before, "target": target, "largest": largest}
-            rows.append({"way": name, "recipe": recipe, **{k: v / MB for k, v in figures.items()}})
+            figures = {
+                "input": given,
+                "output": made,
+                "peak": peak - before,
+                "target": target,
+                "largest": largest,
+            }
+            rows.append(
+                {
+                    "way": name,
+                    "recipe": recipe,
+                    **{k: v / MB for k, v in figures.items()},
+                }
+            )
             del model, out
-    return {"subject": "memory", "layers": LAYERS, "shape": [SIZE, SIZE], "rows": rows, "missing": []}
+    return {
+        "subject": "memory",
+        "layers": LAYERS,
+        "shape": [SIZE, SIZE],
+        "rows": rows,
+        "missing": [],
+    }
 
 
 def table(result: dict[str, Any]) -> str:

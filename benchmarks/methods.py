@@ -66,30 +66,54 @@ class Text:
     def calibration(self, seed: int) -> list[np.ndarray]:
         """Windows of standard library sources that are not in the held-out text."""
         rng, found = np.random.default_rng(seed), []
-        files = [p for p in sorted(Path(os.__file__).parent.glob("*.py")) if p.stat().st_size > 20_000]
-        files = [p for p in files if not p.name.startswith("_sysconfig")]  # which are the machine's
+        files = [
+            p
+            for p in sorted(Path(os.__file__).parent.glob("*.py"))
+            if p.stat().st_size > 20_000
+        ]
+        files = [
+            p for p in files if not p.name.startswith("_sysconfig")
+        ]  # which are the machine's
         for i in rng.permutation(len(files)):
             text = files[i].read_text(encoding="utf-8", errors="ignore")
-            if any(text[at : at + 100] in self.heldout for at in range(0, len(text), 100)):
+            if any(
+                text[at : at + 100] in self.heldout for at in range(0, len(text), 100)
+            ):
                 continue
             ids = self.encode(text)
             start = int(rng.integers(0, max(1, len(ids) - 2 * CONTEXT)))
-            found += list(ids[start : start + 2 * CONTEXT].reshape(-1, CONTEXT)) if len(ids) >= 2 * CONTEXT else []
+            found += (
+                list(ids[start : start + 2 * CONTEXT].reshape(-1, CONTEXT))
+                if len(ids) >= 2 * CONTEXT
+                else []
+            )
             if len(found) >= BATCHES * BATCH:
                 break
         return list(np.stack(found[: BATCHES * BATCH]).reshape(BATCHES, BATCH, CONTEXT))
 
 
-def recipe(weight: Any, activation: Any = None, *, rotate: bool = False, **how: Any) -> jaxq.Recipe:
-    rules = [jaxq.Rule(kinds="Embed", skip=True, optional=True), jaxq.Rule("lm_head", skip=True, optional=True)]
-    return jaxq.Recipe((*rules, jaxq.Rule(weight=weight, activation=activation, **how)), rotate=rotate)
+def recipe(
+    weight: Any, activation: Any = None, *, rotate: bool = False, **how: Any
+) -> jaxq.Recipe:
+    rules = [
+        jaxq.Rule(kinds="Embed", skip=True, optional=True),
+        jaxq.Rule("lm_head", skip=True, optional=True),
+    ]
+    return jaxq.Recipe(
+        (*rules, jaxq.Rule(weight=weight, activation=activation, **how)), rotate=rotate
+    )
 
 
 class Measured:
     """Compares quantized models with one reference, whose logits are kept."""
 
     def __init__(self, model: Any, tokens: np.ndarray):
-        self._forward, self._seen, self._model, self._tokens = nnx.jit(lambda m, t: m(t)), {}, model, tokens
+        self._forward, self._seen, self._model, self._tokens = (
+            nnx.jit(lambda m, t: m(t)),
+            {},
+            model,
+            tokens,
+        )
 
     def _reference(self, batch: jax.Array) -> jax.Array:
         key = np.asarray(batch).tobytes()
@@ -98,14 +122,24 @@ class Measured:
         return self._seen[key]
 
     def __call__(self, qmodel: Any) -> dict[str, float]:
-        found = jaxq.evaluation.compare(self._reference, qmodel, self._tokens, context=CONTEXT)
-        return {"perplexity": found.perplexity, "kl": found.kl, "top1": found.top1_agreement}
+        found = jaxq.evaluation.compare(
+            self._reference, qmodel, self._tokens, context=CONTEXT
+        )
+        return {
+            "perplexity": found.perplexity,
+            "kl": found.kl,
+            "top1": found.top1_agreement,
+        }
 
 
-def quantized(model: Any, how: jaxq.Recipe, data: Any = None, seed: int = 0) -> tuple[Any, Any, float]:
+def quantized(
+    model: Any, how: jaxq.Recipe, data: Any = None, seed: int = 0
+) -> tuple[Any, Any, float]:
     start = time.process_time()
     key = jax.random.key(seed)
-    qmodel, report = jaxq.quantize_model(model, how, calibration=data, fallback="none", key=key, progress=False)
+    qmodel, report = jaxq.quantize_model(
+        model, how, calibration=data, fallback="none", key=key, progress=False
+    )
     jax.block_until_ready(jax.tree.leaves(nnx.state(qmodel)))
     return qmodel, report, time.process_time() - start
 
@@ -120,10 +154,20 @@ def cases(model: Any, data: list[np.ndarray]) -> Iterator[Case]:
         spec = f"int{bits}"
         for name, (method, options, needs) in METHODS.items():
             rotate = name.startswith("rotated")
-            yield spec, name, recipe(spec, rotate=rotate, method=method, options=options), needs
+            yield (
+                spec,
+                name,
+                recipe(spec, rotate=rotate, method=method, options=options),
+                needs,
+            )
     yield "int4, per channel", "rtn", recipe(PER_CHANNEL), False
     for name in (name for name in METHODS if name.startswith("clip")):
-        yield "int4, per channel", name, recipe(PER_CHANNEL, method="clip", options=METHODS[name][1]), False
+        yield (
+            "int4, per channel",
+            name,
+            recipe(PER_CHANNEL, method="clip", options=METHODS[name][1]),
+            False,
+        )
     for preset in ("nf4", "log4", "ternary", "binary"):
         yield preset, "rtn", recipe(preset), False
         if preset == "nf4":
@@ -137,15 +181,24 @@ def cases(model: Any, data: list[np.ndarray]) -> Iterator[Case]:
     @functools.cache
     def measured() -> tuple[Any, float]:
         start = time.process_time()
-        return jaxq.nn.sensitivity(model, CHOICES, data, progress=False), time.process_time() - start
+        return jaxq.nn.sensitivity(
+            model, CHOICES, data, progress=False
+        ), time.process_time() - start
 
     def mixed(budget: float, method: str) -> tuple[jaxq.Recipe, float]:
         found, seconds = measured()
-        return jaxq.nn.mixed_recipe(jaxq.nn.assign(found, budget), method=method), seconds
+        return jaxq.nn.mixed_recipe(
+            jaxq.nn.assign(found, budget), method=method
+        ), seconds
 
     for budget in BUDGETS:
         for method in ("rtn", "gptq"):
-            yield f"mixed, {budget} bits", method, functools.partial(mixed, budget, method), method == "gptq"
+            yield (
+                f"mixed, {budget} bits",
+                method,
+                functools.partial(mixed, budget, method),
+                method == "gptq",
+            )
 
 
 def run(keep: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -158,7 +211,13 @@ def run(keep: dict[str, Any] | None = None) -> dict[str, Any]:
     text = Text()
     data = {seed: text.calibration(seed) for seed in SEEDS}
     measure = Measured(text.model, text.tokens)
-    floats = {"what": "float32", "method": "-", "bits": 32.0, "seconds": 0.0, **measure(text.model)}
+    floats = {
+        "what": "float32",
+        "method": "-",
+        "bits": 32.0,
+        "seconds": 0.0,
+        **measure(text.model),
+    }
     begun = json.loads(PARTIAL.read_text()) if PARTIAL.exists() else begin(keep, floats)
     rows = {(row["what"], row["method"]): row for row in begun["rows"]}
     order = [("float32", "-")]
@@ -169,17 +228,41 @@ def run(keep: dict[str, Any] | None = None) -> dict[str, Any]:
         figures = []
         for seed in SEEDS if needs and spec in ("int4", "int3") else SEEDS[:1]:
             chosen, choosing = (how, 0.0) if isinstance(how, jaxq.Recipe) else how()
-            qmodel, report, seconds = quantized(text.model, chosen, data[seed] if needs else None, seed)
-            figures.append({"bits": report.bits_per_weight, "seconds": seconds + choosing, **measure(qmodel)})
+            qmodel, report, seconds = quantized(
+                text.model, chosen, data[seed] if needs else None, seed
+            )
+            figures.append(
+                {
+                    "bits": report.bits_per_weight,
+                    "seconds": seconds + choosing,
+                    **measure(qmodel),
+                }
+            )
         row = {key: float(np.mean([f[key] for f in figures])) for key in figures[0]}
-        about = {"what": spec, "method": name, "perplexities": [f["perplexity"] for f in figures]}
+        about = {
+            "what": spec,
+            "method": name,
+            "perplexities": [f["perplexity"] for f in figures],
+        }
         rows[order[-1]] = {**about, **row, **({"added": True} if keep else {})}
         PARTIAL.write_text(json.dumps({**begun, "rows": list(rows.values())}))
-        print(f"{spec} {name}: {row['perplexity']:.3f} {row['kl']:.4f} {row['seconds']:.1f} s", flush=True)
+        print(
+            f"{spec} {name}: {row['perplexity']:.3f} {row['kl']:.4f} {row['seconds']:.1f} s",
+            flush=True,
+        )
     found = outliers(text, data[0], {row["what"]: row for row in begun["outliers"]})
     PARTIAL.unlink(missing_ok=True)
-    result = {"subject": "methods", "rows": [rows[key] for key in order], "outliers": found, "missing": []}
-    return {**result, "kept from": keep.get("kept from", keep["device"])} if keep else result
+    result = {
+        "subject": "methods",
+        "rows": [rows[key] for key in order],
+        "outliers": found,
+        "missing": [],
+    }
+    return (
+        {**result, "kept from": keep.get("kept from", keep["device"])}
+        if keep
+        else result
+    )
 
 
 def begin(keep: dict[str, Any] | None, floats: dict[str, Any]) -> dict[str, Any]:
@@ -187,32 +270,52 @@ def begin(keep: dict[str, Any] | None, floats: dict[str, Any]) -> dict[str, Any]
     if keep is None:
         return {"rows": [floats], "outliers": []}
     if abs(keep["rows"][0]["perplexity"] - floats["perplexity"]) > 1e-3:
-        raise ValueError(f"run: kept rows are of another model or text: {keep['rows'][0]} is now {floats}.")
+        raise ValueError(
+            f"run: kept rows are of another model or text: {keep['rows'][0]} is now {floats}."
+        )
     return {"rows": [floats, *keep["rows"][1:]], "outliers": keep["outliers"]}
 
 
-def outliers(text: Text, data: list[np.ndarray], kept: dict[str, Any]) -> list[dict[str, Any]]:
+def outliers(
+    text: Text, data: list[np.ndarray], kept: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Activations with outlier channels, made by a transform that keeps the logits: what breaks, and what helps."""
-    model = models.with_outliers(text.model, channels=6, strength=64.0, key=jax.random.key(0))
+    model = models.with_outliers(
+        text.model, channels=6, strength=64.0, key=jax.random.key(0)
+    )
     signs = methods.random_hadamard(jax.random.key(1), model.config.hidden_size)
     rotation = methods.hadamard(jnp.diag(signs))
     rotated = models.rotate(model, rotation, online=methods.hadamard)
-    w8a8, w4a4 = recipe("int8", "int8"), recipe(PER_CHANNEL, PER_CHANNEL.replace(granularity=jaxq.PerToken()))
+    w8a8, w4a4 = (
+        recipe("int8", "int8"),
+        recipe(PER_CHANNEL, PER_CHANNEL.replace(granularity=jaxq.PerToken())),
+    )
     smoothed = recipe("int8", "int8", method="smoothquant")
     rows, measure = [], Measured(model, text.tokens)
     for name, base, how in (
         ("float32", model, None),
         ("w8a8", model, w8a8),
         ("w8a8, smoothquant, alpha 0.5 (default)", model, smoothed),
-        ("w8a8, smoothquant, alpha 0.8", model, recipe("int8", "int8", method="smoothquant", options={"alpha": 0.8})),
+        (
+            "w8a8, smoothquant, alpha 0.8",
+            model,
+            recipe("int8", "int8", method="smoothquant", options={"alpha": 0.8}),
+        ),
         ("llm_int8", model, recipe("int8", method="llm_int8")),
         ("w8a8, rotated", rotated, w8a8),
         ("w4a4", model, w4a4),
         ("w4a4, rotated", rotated, w4a4),
-        ("w4a4, rotated, gptq", rotated, recipe(w4a4.rules[-1].weight, w4a4.rules[-1].activation, method="gptq")),
+        (
+            "w4a4, rotated, gptq",
+            rotated,
+            recipe(w4a4.rules[-1].weight, w4a4.rules[-1].activation, method="gptq"),
+        ),
     ):
         if name not in kept:
-            kept[name] = {"what": name, **measure(base if how is None else quantized(base, how, data)[0])}
+            kept[name] = {
+                "what": name,
+                **measure(base if how is None else quantized(base, how, data)[0]),
+            }
         rows.append(kept[name])
         print(f"outliers, {name}: {rows[-1]['perplexity']:.3f}", flush=True)
     best, worst = rows[0]["perplexity"], rows[1]["perplexity"]
@@ -232,17 +335,44 @@ def table(result: dict[str, Any]) -> str:
         found = r.get("perplexities", [])
         span = f"{min(found):.3f} to {max(found):.3f}" if len(found) > 1 else "-"
         base = nearest.get(r["what"], r)
-        said = ["no better than rtn"] if base is not r and max(found) >= base["perplexity"] else []
-        said += [f"takes {r['bits'] - base['bits']:.1f} more bits"] if r["bits"] > base["bits"] + 0.05 else []
-        cells = (r["what"], r["method"], f"{r['bits']:.2f}", f"{r['perplexity']:.3f}", span, f"{r['kl']:.5f}")
-        cells += (f"{100 * r['top1']:.2f} %", f"{r['seconds']:.1f}{' ✕' if r.get('added') else ''}", "; ".join(said))
+        said = (
+            ["no better than rtn"]
+            if base is not r and max(found) >= base["perplexity"]
+            else []
+        )
+        said += (
+            [f"takes {r['bits'] - base['bits']:.1f} more bits"]
+            if r["bits"] > base["bits"] + 0.05
+            else []
+        )
+        cells = (
+            r["what"],
+            r["method"],
+            f"{r['bits']:.2f}",
+            f"{r['perplexity']:.3f}",
+            span,
+            f"{r['kl']:.5f}",
+        )
+        cells += (
+            f"{100 * r['top1']:.2f} %",
+            f"{r['seconds']:.1f}{' ✕' if r.get('added') else ''}",
+            "; ".join(said),
+        )
         lines.append("| " + " | ".join(cells) + " |")
     if "kept from" in result:
         flags = ", ".join(result["kept from"].get("flags", []))
-        lines += ["", f"Rows without a cross were measured on {result['kept from']['kind']}, {flags}."]
+        lines += [
+            "",
+            f"Rows without a cross were measured on {result['kept from']['kind']}, {flags}.",
+        ]
     lines += ["", "With outliers in 6 of 256 channels, 64 times as large:", ""]
-    lines += ["| model | perplexity | KL | top-1 | of the loss recovered |", "|---|---|---|---|---|"]
+    lines += [
+        "| model | perplexity | KL | top-1 | of the loss recovered |",
+        "|---|---|---|---|---|",
+    ]
     for r in result["outliers"]:
         back = f"{100 * r['recovered']:.1f} %" if "recovered" in r else "-"
-        lines.append(f"| {r['what']} | {r['perplexity']:.3f} | {r['kl']:.5f} | {100 * r['top1']:.2f} % | {back} |")
+        lines.append(
+            f"| {r['what']} | {r['perplexity']:.3f} | {r['kl']:.5f} | {100 * r['top1']:.2f} % | {back} |"
+        )
     return "\n".join(lines)

@@ -26,7 +26,9 @@ def run() -> dict[str, Any]:
     x = jnp.asarray(data)
     peer = jax.jit(lambda x: jnp.percentile(jnp.abs(x), P))
     percentile = jaxq.observers.percentile(P)
-    exact = np.partition(np.abs(data), [int(P / 100 * (SIZE - 1)), int(P / 100 * (SIZE - 1)) + 1])
+    exact = np.partition(
+        np.abs(data), [int(P / 100 * (SIZE - 1)), int(P / 100 * (SIZE - 1)) + 1]
+    )
     exact = exact[int(P / 100 * (SIZE - 1))]
     for found in (peer(x), percentile.bounds_of(x)[1]):
         assert abs(float(found) / exact - 1) < 1e-5, (float(found), exact)
@@ -37,7 +39,9 @@ def run() -> dict[str, Any]:
     seen = percentile.update(percentile.init(x), x)
     cases = {
         "jnp.percentile": lambda: jax.block_until_ready(peer(x)),
-        "percentile of one array": lambda: jax.block_until_ready(percentile.bounds_of(x)),
+        "percentile of one array": lambda: jax.block_until_ready(
+            percentile.bounds_of(x)
+        ),
         "percentile, first batch": updating(percentile, percentile.init(x)),
         "percentile, later batch": updating(percentile, seen),
         "numpy.percentile": lambda: np.percentile(np.abs(data), P),
@@ -49,7 +53,9 @@ def run() -> dict[str, Any]:
     histogram, minmax = jaxq.observers.histogram(BINS), jaxq.observers.minmax()
     cases = {
         "jnp.histogram": lambda: jax.block_until_ready(count(x)),
-        "histogram, one batch": updating(histogram, histogram.update(histogram.init(x), x)),
+        "histogram, one batch": updating(
+            histogram, histogram.update(histogram.init(x), x)
+        ),
         "minmax, one batch": updating(minmax, minmax.init(x)),
     }
     rows += _rows(cases, "jnp.histogram", rounds=9, seconds=20.0)
@@ -63,7 +69,10 @@ def run() -> dict[str, Any]:
         "mse, 2048 bins": lambda: jax.block_until_ready(mse.bounds(state)),
     }
     best = numpy_entropy(counts, 128) * _width(state, entropy)
-    assert abs(float(entropy.bounds(state)[1]) - best) < 1e-6, (float(entropy.bounds(state)[1]), best)
+    assert abs(float(entropy.bounds(state)[1]) - best) < 1e-6, (
+        float(entropy.bounds(state)[1]),
+        best,
+    )
     rows += _rows(cases, "numpy, entropy", rounds=15, seconds=30.0)
     return {"subject": "observers", "shape": [SIZE], "rows": rows, "missing": []}
 
@@ -76,8 +85,13 @@ def numpy_entropy(h: np.ndarray, levels: int) -> int:
         p, raw = h[:i].copy(), h[:i]
         p[-1] += h[i:].sum()
         start = -(-np.arange(levels) * i // levels)
-        mass, held = np.add.reduceat(raw, start), np.add.reduceat((raw > 0).astype(np.int64), start)
-        q = np.where(raw > 0, np.repeat(mass / np.maximum(held, 1), np.diff([*start, i])), 0)
+        mass, held = (
+            np.add.reduceat(raw, start),
+            np.add.reduceat((raw > 0).astype(np.int64), start),
+        )
+        q = np.where(
+            raw > 0, np.repeat(mass / np.maximum(held, 1), np.diff([*start, i])), 0
+        )
         some = p > 0
         if (q[some] > 0).all():
             p, q = p / p.sum(), q / q.sum()
@@ -90,7 +104,9 @@ def _width(state: Any, obs: Any) -> float:
     return float(edges[-1] - edges[-2])
 
 
-def _rows(cases: dict[str, Callable[[], Any]], base: str, **limits: Any) -> list[dict[str, Any]]:
+def _rows(
+    cases: dict[str, Callable[[], Any]], base: str, **limits: Any
+) -> list[dict[str, Any]]:
     rows = []
     for name, figures in summary(interleaved(cases, **limits), base).items():
         row = {"what": name, "over": base, **figures}
@@ -101,9 +117,18 @@ def _rows(cases: dict[str, Callable[[], Any]], base: str, **limits: Any) -> list
 
 def table(result: dict[str, Any]) -> str:
     """A markdown table of `run`'s figures."""
-    lines = ["| what | median ms | least ms | time over | of | target |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| what | median ms | least ms | time over | of | target |",
+        "|---|---|---|---|---|---|",
+    ]
     for r in result["rows"]:
-        target = f"<= {r['target']}" if "target" in r else f"<= {r['target_ms']:.0f} ms" if "target_ms" in r else "-"
+        target = (
+            f"<= {r['target']}"
+            if "target" in r
+            else f"<= {r['target_ms']:.0f} ms"
+            if "target_ms" in r
+            else "-"
+        )
         times = f"{r['median_ms']:.1f} | {r['min_ms']:.1f} | {r['time_over_base']:.3f}"
         lines.append(f"| {r['what']} | {times} | {r['over']} | {target} |")
     return "\n".join(lines)

@@ -17,7 +17,11 @@ from timing import interleaved, summary
 import jaxq
 
 SIZE = 4096
-TARGETS = {"nf4": ("bitsandbytes", 15.0), "int4": ("gguf Q4_0", 5.0), "int8": ("numpy", 3.0)}
+TARGETS = {
+    "nf4": ("bitsandbytes", 15.0),
+    "int4": ("gguf Q4_0", 5.0),
+    "int8": ("numpy", 3.0),
+}
 
 
 def numpy_int8(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +39,9 @@ def peers(w: np.ndarray) -> tuple[dict[str, Callable[[], Any]], list[str]]:
         import torch
 
         tensor = torch.from_numpy(w)
-        found["bitsandbytes"] = lambda: bnb.quantize_4bit(tensor, blocksize=64, quant_type="nf4")
+        found["bitsandbytes"] = lambda: bnb.quantize_4bit(
+            tensor, blocksize=64, quant_type="nf4"
+        )
     except ImportError as error:
         missing.append(f"bitsandbytes ({error})")
     try:
@@ -55,8 +61,12 @@ def run() -> dict[str, Any]:
     others, missing = peers(w)
     rows = []
     for preset, (peer, target) in TARGETS.items():
-        flax = jax.jit(lambda x, preset=preset: jaxq.quantize(x, preset, contracting=-2))
-        last = jax.jit(lambda x, preset=preset: jaxq.quantize(x, preset, contracting=-1))
+        flax = jax.jit(
+            lambda x, preset=preset: jaxq.quantize(x, preset, contracting=-2)
+        )
+        last = jax.jit(
+            lambda x, preset=preset: jaxq.quantize(x, preset, contracting=-1)
+        )
         _check(w, last(x), preset)
         functions: dict[str, Callable[[], Any]] = {
             "jaxq [in, out]": lambda flax=flax: jax.block_until_ready(flax(x)),
@@ -64,15 +74,27 @@ def run() -> dict[str, Any]:
         }
         if peer in others:
             functions[peer] = others[peer]
-        times = summary(interleaved(functions, rounds=9, seconds=15.0), "jaxq [in, out]")
+        times = summary(
+            interleaved(functions, rounds=9, seconds=15.0), "jaxq [in, out]"
+        )
         for name, figures in times.items():
             rows.append({"preset": preset, "what": name, **figures})
         if peer in others:
-            against = summary(interleaved({k: functions[k] for k in (peer, *times)}, rounds=7, seconds=15.0), peer)
+            against = summary(
+                interleaved(
+                    {k: functions[k] for k in (peer, *times)}, rounds=7, seconds=15.0
+                ),
+                peer,
+            )
             for row in rows[-len(times) :]:
                 row["speed_over_peer"] = 1 / against[row["what"]]["time_over_base"]
                 row["peer"], row["target"] = peer, target
-    return {"subject": "quantize", "shape": [SIZE, SIZE], "rows": rows, "missing": missing}
+    return {
+        "subject": "quantize",
+        "shape": [SIZE, SIZE],
+        "rows": rows,
+        "missing": missing,
+    }
 
 
 def _check(w: np.ndarray, qt: jaxq.QTensor, preset: str) -> None:
@@ -86,12 +108,18 @@ def _check(w: np.ndarray, qt: jaxq.QTensor, preset: str) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """A markdown table of `run`'s figures."""
-    lines = ["| preset | who | median ms | least ms | GB/s of float32 | times the peer's speed | target |"]
+    lines = [
+        "| preset | who | median ms | least ms | GB/s of float32 | times the peer's speed | target |"
+    ]
     lines.append("|---|---|---|---|---|---|---|")
     size = 4e-9 * SIZE * SIZE
     for r in result["rows"]:
         ratio = f"{r['speed_over_peer']:.1f}" if "speed_over_peer" in r else "-"
-        target = f">= {r['target']:.0f} x {r['peer']}" if r["what"].startswith("jaxq") and "target" in r else "-"
+        target = (
+            f">= {r['target']:.0f} x {r['peer']}"
+            if r["what"].startswith("jaxq") and "target" in r
+            else "-"
+        )
         lines.append(
             f"| {r['preset']} | {r['what']} | {r['median_ms']:.1f} | {r['min_ms']:.1f} | "
             f"{size / (r['median_ms'] / 1e3):.2f} | {ratio} | {target} |"

@@ -31,13 +31,31 @@ def run() -> dict[str, Any]:
     rows = []
     for name in RECIPES:
         how = jaxq.recipes.get(name)
-        needs = any(rule.observer or jaxq.methods.METHODS[rule.method].needs_data for rule in how.rules)
-        qmodel, report = jaxq.quantize_model(text.model, how, calibration=data if needs else None, progress=False)
+        needs = any(
+            rule.observer or jaxq.methods.METHODS[rule.method].needs_data
+            for rule in how.rules
+        )
+        qmodel, report = jaxq.quantize_model(
+            text.model, how, calibration=data if needs else None, progress=False
+        )
         found = measure(qmodel)
         loss = 100 * (found["perplexity"] / base["perplexity"] - 1)
-        rows.append({"recipe": name, "bits": report.bits_per_weight, "loss_percent": loss, **found})
+        rows.append(
+            {
+                "recipe": name,
+                "bits": report.bits_per_weight,
+                "loss_percent": loss,
+                **found,
+            }
+        )
         print(f"{name}: {found['perplexity']:.3f} ({loss:+.2f} %)", flush=True)
-    return {"subject": "recipes", "tokens": len(tokens), "float": base, "rows": rows, "missing": []}
+    return {
+        "subject": "recipes",
+        "tokens": len(tokens),
+        "float": base,
+        "rows": rows,
+        "missing": [],
+    }
 
 
 def table(result: dict[str, Any]) -> str:

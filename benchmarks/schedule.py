@@ -31,9 +31,13 @@ class Schedules:
     def __init__(self, topology: str):
         self._dump = Path(tempfile.mkdtemp(prefix="jaxq-schedule-"))
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={self._dump} --xla_jf_dump_llo_text=true"
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={self._dump} --xla_jf_dump_llo_text=true"
+        )
         jax.config.update("jax_platforms", "cpu")
-        device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+        device = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology
+        ).devices[0]
         self.device_kind: str = device.device_kind
         self._sharding = SingleDeviceSharding(device)
 
@@ -45,15 +49,22 @@ class Schedules:
         """
         for path in self._dump.iterdir():
             path.unlink()
-        jax.jit(matmul, in_shardings=self._sharding, out_shardings=self._sharding).lower(*specs).compile()
+        jax.jit(
+            matmul, in_shardings=self._sharding, out_shardings=self._sharding
+        ).lower(*specs).compile()
         found = [0]
         for path in self._dump.glob("*schedule-analysis_final_bundles.txt"):
             text = path.read_text()
             if "tpu_custom_call" in text:
-                found += [int(n) for n in re.findall(r"total scheduled bundles:\s*(\d+)", text)]
+                found += [
+                    int(n)
+                    for n in re.findall(r"total scheduled bundles:\s*(\d+)", text)
+                ]
         return max(found)
 
-    def cycles(self, problem: Any, tiles: Mapping[str, Any], bundles: int) -> tuple[int, int]:
+    def cycles(
+        self, problem: Any, tiles: Mapping[str, Any], bundles: int
+    ) -> tuple[int, int]:
         """Of the whole product: with these tiles, and for reading its codes and scales once."""
         p, (bm, bk, bn) = problem, (tiles[name] for name in ("bm", "bk", "bn"))
         per_weight = p.bits / 8 + (0 if p.group == p.k else 2 / p.group)

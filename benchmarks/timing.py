@@ -15,7 +15,9 @@ from typing import Any
 Times = dict[str, list[float]]
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], *, rounds: int = 30, seconds: float = 30.0) -> Times:
+def interleaved(
+    functions: dict[str, Callable[[], Any]], *, rounds: int = 30, seconds: float = 30.0
+) -> Times:
     """Seconds of every call, by name; each function must block until its result is there.
 
     Args:
@@ -49,7 +51,9 @@ def summary(times: Times, base: str) -> dict[str, dict[str, float]]:
         name: {
             "median_ms": 1e3 * statistics.median(taken),
             "min_ms": 1e3 * min(taken),
-            "time_over_base": statistics.median(t / b for t, b in zip(taken, times[base], strict=True)),
+            "time_over_base": statistics.median(
+                t / b for t, b in zip(taken, times[base], strict=True)
+            ),
             "rounds": len(taken),
         }
         for name, taken in times.items()

@@ -29,20 +29,37 @@ from jaxq import kernels
 from jaxq.kernels import _tiles
 
 TABLE = Path(_tiles.__file__).with_name("tiles.json")
-CODES = {"int4": 128, "uint4": 128, "codebook4": 64, "int8": None}  # with the group each is tuned for
+CODES = {
+    "int4": 128,
+    "uint4": 128,
+    "codebook4": 64,
+    "int8": None,
+}  # with the group each is tuned for
 BUCKETS = (16, 64, 128, 256)
 CACHE_BYTES = 256 * 2**20
 
 
-def candidates(name: str, problem: kernels.Problem, device: str | None) -> Iterator[dict[str, Any]]:
+def candidates(
+    name: str, problem: kernels.Problem, device: str | None
+) -> Iterator[dict[str, Any]]:
     """The kernel's own tiles, and what is near them."""
     own = dict(_tiles.kernel(name).default_tiles(problem, device))
     yield own
     bodies = ("select", "gather") if problem.codebook else ("pre", "post")
     choices: dict[str, tuple] = {
         "tpu": {"bk": (1024, 2048, 4096), "bn": (256, 512, 1024), "body": bodies},
-        "mosaic_gpu": {"bk": (64, 128), "warpgroups": (1, 2), "stages": (3, 4, 6), "splits": (1, 2, 4, 8)},
-        "triton": {"bn": (32, 64, 128), "splits": (1, 2, 4, 8), "warps": (4, 8), "stages": (2, 3, 4)},
+        "mosaic_gpu": {
+            "bk": (64, 128),
+            "warpgroups": (1, 2),
+            "stages": (3, 4, 6),
+            "splits": (1, 2, 4, 8),
+        },
+        "triton": {
+            "bn": (32, 64, 128),
+            "splits": (1, 2, 4, 8),
+            "warps": (4, 8),
+            "stages": (2, 3, 4),
+        },
     }[name]
     seen = [own]
     for values in itertools.product(*choices.values()):
@@ -52,7 +69,9 @@ def candidates(name: str, problem: kernels.Problem, device: str | None) -> Itera
             yield tiles
 
 
-def make_problem(codes: str, group: int | None, m: int, k: int, n: int, layout: str) -> kernels.Problem:
+def make_problem(
+    codes: str, group: int | None, m: int, k: int, n: int, layout: str
+) -> kernels.Problem:
     return kernels.Problem(
         e=1,
         m=m,
@@ -74,7 +93,9 @@ def arrays(problem: kernels.Problem, seed: int) -> tuple[jax.Array, ...]:
     """Random x, data, scale, zero point and codebook for a problem, on the device."""
     p, rng = problem, np.random.default_rng(seed)
     width = p.k * p.bits // 8
-    data = rng.integers(0, 256, (1, p.n, width) if p.layout == "rows" else (1, width, p.n), np.uint8)
+    data = rng.integers(
+        0, 256, (1, p.n, width) if p.layout == "rows" else (1, width, p.n), np.uint8
+    )
     scales = (1, p.num_groups, p.n)
     zero = rng.integers(0, 2**p.bits, scales).astype(np.uint8)
     made = (
@@ -82,7 +103,9 @@ def arrays(problem: kernels.Problem, seed: int) -> tuple[jax.Array, ...]:
         jnp.asarray(data.view(np.int8) if p.bits == 8 and p.signed else data),
         jnp.asarray(rng.uniform(0.5, 1.5, scales), jnp.bfloat16),
         jnp.asarray(zero) if p.zero_point else None,
-        jnp.asarray(np.sort(rng.standard_normal((1, 16))), jnp.float32) if p.codebook else None,
+        jnp.asarray(np.sort(rng.standard_normal((1, 16))), jnp.float32)
+        if p.codebook
+        else None,
     )
     return jax.tree.map(jax.device_put, made)
 
@@ -90,19 +113,30 @@ def arrays(problem: kernels.Problem, seed: int) -> tuple[jax.Array, ...]:
 def expected(problem: kernels.Problem, made: tuple) -> np.ndarray:
     """The product in float64."""
     p = problem
-    x, data, scale, zero, codebook = (None if a is None else np.asarray(a)[0] for a in made)
+    x, data, scale, zero, codebook = (
+        None if a is None else np.asarray(a)[0] for a in made
+    )
     assert x is not None
     assert data is not None
     assert scale is not None
-    data = data.view(np.uint8) if p.layout == "rows" else np.ascontiguousarray(data.view(np.uint8).T)
-    codes = np.stack([data & 15, data >> 4], -1).reshape(p.n, p.k) if p.bits == 4 else data
+    data = (
+        data.view(np.uint8)
+        if p.layout == "rows"
+        else np.ascontiguousarray(data.view(np.uint8).T)
+    )
+    codes = (
+        np.stack([data & 15, data >> 4], -1).reshape(p.n, p.k) if p.bits == 4 else data
+    )
     codes = codes.astype(np.int32)
     if p.signed:
         codes -= (codes >= 2 ** (p.bits - 1)) * 2**p.bits
     numbers = codebook[codes] if codebook is not None else codes.astype(np.float64)
     if zero is not None:
         numbers = numbers - np.repeat(zero.T.astype(np.float64), p.group, 1)
-    return x.astype(np.float64) @ (numbers * np.repeat(scale.T.astype(np.float64), p.group, 1)).T
+    return (
+        x.astype(np.float64)
+        @ (numbers * np.repeat(scale.T.astype(np.float64), p.group, 1)).T
+    )
 
 
 def loop(product: Callable, weights: list[tuple]) -> Callable[[], Any]:
@@ -113,7 +147,9 @@ def loop(product: Callable, weights: list[tuple]) -> Callable[[], Any]:
         def body(_, x):
             for w in weights:
                 y = product(x, *w)
-                y = jnp.pad(y, ((0, 0), (0, 0), (0, max(0, x.shape[2] - y.shape[2]))))[..., : x.shape[2]]
+                y = jnp.pad(y, ((0, 0), (0, 0), (0, max(0, x.shape[2] - y.shape[2]))))[
+                    ..., : x.shape[2]
+                ]
                 x = x + y * jnp.bfloat16(1e-30)
             return x
 
@@ -139,11 +175,15 @@ def tune(name: str, problem: kernels.Problem, device: str) -> dict[str, Any] | N
 
         try:
             y = np.asarray(jax.jit(product)(*weights[0])[0], np.float64)
-        except Exception as error:  # the compiler refuses: too large, or not for this body
+        except (
+            Exception
+        ) as error:  # the compiler refuses: too large, or not for this body
             print(f"  {label}: {str(error).splitlines()[0][:90]}")
             continue
         if np.linalg.norm(y - exact) > 5e-3 * np.linalg.norm(exact):
-            print(f"  {label}: WRONG by {np.linalg.norm(y - exact) / np.linalg.norm(exact):.2g}")
+            print(
+                f"  {label}: WRONG by {np.linalg.norm(y - exact) / np.linalg.norm(exact):.2g}"
+            )
             continue
         calls[label], found[label] = loop(product, weights), tiles
     if not calls:
@@ -151,17 +191,25 @@ def tune(name: str, problem: kernels.Problem, device: str) -> dict[str, Any] | N
     figures = summary(interleaved(calls, rounds=7, seconds=10.0), next(iter(calls)))
     best = min(figures, key=lambda label: figures[label]["median_ms"])
     us = 1e3 * figures[best]["median_ms"] / 8 / count
-    print(f"{name} {problem.codes} m={problem.m} n={problem.n}: {best}, {us:.1f} us", flush=True)
-    return _entry(name, device, problem, found[best], {"source": "measured", "us": round(us, 2)})
+    print(
+        f"{name} {problem.codes} m={problem.m} n={problem.n}: {best}, {us:.1f} us",
+        flush=True,
+    )
+    return _entry(
+        name, device, problem, found[best], {"source": "measured", "us": round(us, 2)}
+    )
 
 
-def rank(schedules: Schedules, problem: kernels.Problem, known: dict[str, int]) -> dict[str, Any] | None:
+def rank(
+    schedules: Schedules, problem: kernels.Problem, known: dict[str, int]
+) -> dict[str, Any] | None:
     """The table's entry for a problem by the compiler's schedule; `known` keeps the bundles of tiles seen before."""
     module, p, device = _tiles.kernel("tpu"), problem, schedules.device_kind
     if module.why_not(p, device) is not None:
         return None
     specs = [
-        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jax.eval_shape(lambda: arrays(p, 0))
+        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype)
+        for a in jax.eval_shape(lambda: arrays(p, 0))
     ]
     figures = {}
     for tiles in candidates("tpu", p, device):
@@ -169,8 +217,12 @@ def rank(schedules: Schedules, problem: kernels.Problem, known: dict[str, int]) 
         key = f"{p.codes} {p.group} {p.m} {label}"
         if key not in known:
             try:
-                known[key] = schedules.bundles(functools.partial(module.matmul, problem=p, tiles=tiles), specs)
-            except Exception as error:  # the compiler refuses: too large, or not for this body
+                known[key] = schedules.bundles(
+                    functools.partial(module.matmul, problem=p, tiles=tiles), specs
+                )
+            except (
+                Exception
+            ) as error:  # the compiler refuses: too large, or not for this body
                 print(f"  {label}: {str(error).splitlines()[0][:90]}")
                 known[key] = 0
         if known[key]:
@@ -181,43 +233,93 @@ def rank(schedules: Schedules, problem: kernels.Problem, known: dict[str, int]) 
         f"{device} {p.codes} m={p.m} n={p.n}: {best}, {cycles} cycles, {reading} for reading, {rule} by rule",
         flush=True,
     )
-    return _entry("tpu", device, p, json.loads(best), {"source": "schedule", "cycles": cycles, "hbm_cycles": reading})
+    return _entry(
+        "tpu",
+        device,
+        p,
+        json.loads(best),
+        {"source": "schedule", "cycles": cycles, "hbm_cycles": reading},
+    )
 
 
-def _entry(name: str, device: str, p: kernels.Problem, tiles: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    key = {"kernel": name, "device": device, "codes": p.codes, "x": p.x_dtype, "group": p.group}
+def _entry(
+    name: str,
+    device: str,
+    p: kernels.Problem,
+    tiles: dict[str, Any],
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    key = {
+        "kernel": name,
+        "device": device,
+        "codes": p.codes,
+        "x": p.x_dtype,
+        "group": p.group,
+    }
     return key | {"m": p.m, "k": p.k, "n": p.n, "tiles": tiles} | found
 
 
 def _key(entry: dict[str, Any]) -> str:
-    return json.dumps([entry[name] for name in ("kernel", "device", "codes", "x", "group", "m", "k", "n")])
+    return json.dumps(
+        [
+            entry[name]
+            for name in ("kernel", "device", "codes", "x", "group", "m", "k", "n")
+        ]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--codes", nargs="+", choices=CODES, default=list(CODES))
     parser.add_argument("--m", nargs="+", type=int, default=list(BUCKETS))
     parser.add_argument("--k", nargs="+", type=int, default=[4096])
     parser.add_argument("--n", nargs="+", type=int, default=[4096, 14336])
-    parser.add_argument("--kernels", nargs="+", default=None, help="default: the first kernel of this platform")
-    parser.add_argument("--topology", help="rank tiles for this TPU, such as v6e:2x2, by the compiler's schedule")
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=None,
+        help="default: the first kernel of this platform",
+    )
+    parser.add_argument(
+        "--topology",
+        help="rank tiles for this TPU, such as v6e:2x2, by the compiler's schedule",
+    )
     args = parser.parse_args()
     schedules = Schedules(args.topology) if args.topology else None
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()) if schedules is None else "tpu"
+    platform = (
+        {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+        if schedules is None
+        else "tpu"
+    )
     if platform not in kernels.KERNELS:
-        parser.exit(1, f"There are no kernels for {platform}: nothing to time. See --topology.\n")
-    device = jax.devices()[0].device_kind if schedules is None else schedules.device_kind
+        parser.exit(
+            1,
+            f"There are no kernels for {platform}: nothing to time. See --topology.\n",
+        )
+    device = (
+        jax.devices()[0].device_kind if schedules is None else schedules.device_kind
+    )
     layout = "columns" if platform == "tpu" else "rows"
     table, known = {_key(entry): entry for entry in _tiles.table()}, {}
     for name in args.kernels or kernels.KERNELS[platform][:1]:
         for codes, m, k, n in itertools.product(args.codes, args.m, args.k, args.n):
             problem = make_problem(codes, CODES[codes], _tiles.bucket(m), k, n, layout)
-            entry = tune(name, problem, device) if schedules is None else rank(schedules, problem, known)
-            if entry is None or (schedules and table.get(_key(entry), entry)["source"] == "measured"):
+            entry = (
+                tune(name, problem, device)
+                if schedules is None
+                else rank(schedules, problem, known)
+            )
+            if entry is None or (
+                schedules and table.get(_key(entry), entry)["source"] == "measured"
+            ):
                 continue
             table[_key(entry)] = entry
             text = ",\n ".join(json.dumps(e) for e in table.values())
-            TABLE.write_text(f"[{text}]\n")  # after every problem: a run may be cut short
+            TABLE.write_text(
+                f"[{text}]\n"
+            )  # after every problem: a run may be cut short
     if schedules:
         schedules.close()
 

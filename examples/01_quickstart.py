@@ -20,7 +20,9 @@ from flax import nnx
 import jaxq
 
 HERE = Path(__file__).parent
-FAST = "--fast" in sys.argv  # a few recipes on a little text: shows that it runs, not what it costs
+FAST = (
+    "--fast" in sys.argv
+)  # a few recipes on a little text: shows that it runs, not what it costs
 RECIPES = (
     ("int8", "w8a8", "nf4", "int4", "int3")
     if FAST
@@ -69,12 +71,20 @@ for i, recipe in enumerate(RECIPES):
     )
 progress("")
 
-print(f"{'recipe':8}  {'bits':>6}  {'MB':>6}  {'perplexity':>10}  {'KL (nats)':>9}  {'top-1':>8}  worst layer (SQNR)")
+print(
+    f"{'recipe':8}  {'bits':>6}  {'MB':>6}  {'perplexity':>10}  {'KL (nats)':>9}  {'top-1':>8}  worst layer (SQNR)"
+)
 print(f"{'float32':8}  {32:6.3f}  {report.bytes_before / 1e6:6.2f}  {found.reference_perplexity:10.3f}  "
       f"{0:9.5f}  {100:6.2f} %  -")  # fmt: skip
 print("\n".join(lines))
-skipped = [f"{row.path} ({row.note})" for row in report.rows if len(row.shape) > 1 and row.format is None]
-print(f"\nbits: per quantized weight, scales included. MB: all parameters. Left in floats: {', '.join(skipped)}.")
+skipped = [
+    f"{row.path} ({row.note})"
+    for row in report.rows
+    if len(row.shape) > 1 and row.format is None
+]
+print(
+    f"\nbits: per quantized weight, scales included. MB: all parameters. Left in floats: {', '.join(skipped)}."
+)
 
 # %% Save, reload, compare
 with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +94,9 @@ with tempfile.TemporaryDirectory() as folder:
     size = path.stat().st_size / 1e6
 probe = jnp.asarray(tokens[None, :64])
 same = bool((forward(qmodels["nf4"], probe) == forward(reloaded, probe)).all())
-print(f"\nsaved nf4 as {size:.2f} MB, reloaded: logits {'identical' if same else 'DIFFER'}")
+print(
+    f"\nsaved nf4 as {size:.2f} MB, reloaded: logits {'identical' if same else 'DIFFER'}"
+)
 if not same:
     raise SystemExit("the reloaded model differs from the saved one")
 

@@ -23,12 +23,22 @@ import jaxq
 from jaxq.emulation import Policy, Precision
 
 HERE = Path(__file__).parent
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--out", type=Path, default=Path("accumulators.png"), help="where the plot goes")
-parser.add_argument("--fast", action="store_true", help="little text: shows that it runs, not what it costs")
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument(
+    "--out", type=Path, default=Path("accumulators.png"), help="where the plot goes"
+)
+parser.add_argument(
+    "--fast",
+    action="store_true",
+    help="little text: shows that it runs, not what it costs",
+)
 args = parser.parse_args()
 
-FP8_UNIT = Precision(8, 13, rounding="toward_zero")  # DeepSeek-V3 (2024), section 3.5.2: about 14 bits, truncated
+FP8_UNIT = Precision(
+    8, 13, rounding="toward_zero"
+)  # DeepSeek-V3 (2024), section 3.5.2: about 14 bits, truncated
 ARITHMETICS = {
     "bf16, fp32 sum": Policy("bfloat16", "float32"),
     "bf16, bf16 sum": Policy("bfloat16", "bfloat16"),
@@ -51,23 +61,37 @@ def progress(text: str) -> None:
 start = time.perf_counter()
 progress("loading examples/tiny_llama")
 model, tokenizer = jaxq.models.load(HERE / "tiny_llama")
-tokens = np.asarray(tokenizer.encode((HERE / "heldout.txt").read_text()).ids, np.int32)[: (1 if args.fast else 8) * 256]
+tokens = np.asarray(tokenizer.encode((HERE / "heldout.txt").read_text()).ids, np.int32)[
+    : (1 if args.fast else 8) * 256
+]
 
 # %% One real dot product: what the first MLP's down projection adds up, for more and more of its 512 terms
 mlp = model.layers[0].mlp
-hidden = model.layers[0].post_attention_layernorm(model.embed_tokens(jnp.asarray(tokens[:256])))
-x = np.asarray(jax.nn.silu(mlp.gate_proj(hidden)) * mlp.up_proj(hidden))  # [tokens, 512]
+hidden = model.layers[0].post_attention_layernorm(
+    model.embed_tokens(jnp.asarray(tokens[:256]))
+)
+x = np.asarray(
+    jax.nn.silu(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
+)  # [tokens, 512]
 w = np.asarray(mlp.down_proj.kernel[...])  # [512, 256]
 lengths = [2**i for i in range(2, 10)]
-print(f"{'error of a sum of':32}" + "".join(f"{n:>9}" for n in lengths) + "   terms (relative, root mean square)")
+print(
+    f"{'error of a sum of':32}"
+    + "".join(f"{n:>9}" for n in lengths)
+    + "   terms (relative, root mean square)"
+)
 errors = {}
 for name, policy in ARITHMETICS.items():
     progress(f"{name}: one dot product")
     # Against the exact sum of the same rounded operands, so that only the accumulator counts.
-    a, b = (np.asarray(policy.operands.round(jnp.asarray(v)), np.float64) for v in (x, w))
+    a, b = (
+        np.asarray(policy.operands.round(jnp.asarray(v)), np.float64) for v in (x, w)
+    )
     dot, found = jax.jit(jaxq.emulate(jnp.dot, policy)), []
     for n in lengths:
-        y = dot(x * (np.arange(512) < n).astype(np.float32), w)  # zeros at the end change no sum
+        y = dot(
+            x * (np.arange(512) < n).astype(np.float32), w
+        )  # zeros at the end change no sum
         exact = a[:, :n] @ b[:n]
         found.append(float(np.sqrt(np.mean((y - exact) ** 2) / np.mean(exact**2))))
     errors[name] = found
@@ -78,14 +102,27 @@ for name, policy in ARITHMETICS.items():
 print(f"\n{'matrix products in':32}  perplexity   KL (nats)   top-1")
 perplexities = {}
 plain = jax.jit(lambda batch: model(batch))
-some = ("bf16, fp32 sum", "bf16, bf16 sum", "e4m3, bf16 sum") if args.fast else tuple(ARITHMETICS)
-for name, policy in {"float32": Policy(), **{name: ARITHMETICS[name] for name in some}}.items():
+some = (
+    ("bf16, fp32 sum", "bf16, bf16 sum", "e4m3, bf16 sum")
+    if args.fast
+    else tuple(ARITHMETICS)
+)
+for name, policy in {
+    "float32": Policy(),
+    **{name: ARITHMETICS[name] for name in some},
+}.items():
     progress(f"{name}: {len(tokens)} tokens")
-    forward = jax.jit(jaxq.emulate(lambda batch: model(batch), Policy(primitives={"dot_general": policy})))
+    forward = jax.jit(
+        jaxq.emulate(
+            lambda batch: model(batch), Policy(primitives={"dot_general": policy})
+        )
+    )
     result = jaxq.evaluation.compare(plain, forward, tokens)
     perplexities[name] = result.perplexity
     progress("")
-    print(f"{name:32}{result.perplexity:12.3f}{result.kl:12.5f}{100 * result.top1_agreement:8.2f} %")
+    print(
+        f"{name:32}{result.perplexity:12.3f}{result.kl:12.5f}{100 * result.top1_agreement:8.2f} %"
+    )
 
 # %% The plot
 matplotlib.use("Agg")

@@ -23,7 +23,11 @@ import jaxq
 
 FAST = "--fast" in sys.argv  # less training and fewer recipes: shows that it runs
 EPOCHS = 8 if FAST else 30
-RECIPES = ("int8", "w8a8_static") if FAST else ("int8", "w8a8", "w8a8_static", "fp8_static", "int4")
+RECIPES = (
+    ("int8", "w8a8_static")
+    if FAST
+    else ("int8", "w8a8", "w8a8_static", "fp8_static", "int4")
+)
 images, labels = load_digits(return_X_y=True)
 images = (images.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
 order = np.random.default_rng(0).permutation(len(images))
@@ -35,7 +39,12 @@ class Network(nnx.Module):
     """Three convolutions, a mean over places, and a linear layer: float32[b, 8, 8, 1] -> float32[b, 10]."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.convs = nnx.List([nnx.Conv(a, b, (3, 3), rngs=rngs) for a, b in ((1, 16), (16, 32), (32, 32))])
+        self.convs = nnx.List(
+            [
+                nnx.Conv(a, b, (3, 3), rngs=rngs)
+                for a, b in ((1, 16), (16, 32), (32, 32))
+            ]
+        )
         self.out = nnx.Linear(32, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -67,8 +76,16 @@ for epoch in range(EPOCHS):
     for batch in shuffled[: len(shuffled) // 64 * 64].reshape(-1, 64):
         value = step(model, optimizer, images[batch], labels[batch])
     if sys.stderr.isatty():
-        print(f"\r\033[Kepoch {epoch + 1}/{EPOCHS}: loss {value:.3f}", end="", file=sys.stderr, flush=True)
-print(f"\rtrained for {EPOCHS} epochs in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+        print(
+            f"\r\033[Kepoch {epoch + 1}/{EPOCHS}: loss {value:.3f}",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+print(
+    f"\rtrained for {EPOCHS} epochs in {time.perf_counter() - begin:.0f} s",
+    file=sys.stderr,
+)
 
 
 # %% Quantization
@@ -85,19 +102,29 @@ def errors(model: nnx.Module) -> tuple[int, int]:
 
 expected = predicted(model, images[held])
 calibration = [images[batch] for batch in np.array_split(rest[:512], 8)]
-print(f"{len(held)} held-out images          accuracy  wrong  other than float       kB")
+print(
+    f"{len(held)} held-out images          accuracy  wrong  other than float       kB"
+)
 nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-print(f"{'float32':<28} {1 - errors(model)[0] / len(held):>10.2%} {errors(model)[0]:>6} {0:>17} {nbytes / 1e3:>8.1f}")
+print(
+    f"{'float32':<28} {1 - errors(model)[0] / len(held):>10.2%} {errors(model)[0]:>6} {0:>17} {nbytes / 1e3:>8.1f}"
+)
 for recipe in RECIPES:
-    qmodel, report = jaxq.quantize_model(model, recipe, calibration=calibration if "static" in recipe else None)
+    qmodel, report = jaxq.quantize_model(
+        model, recipe, calibration=calibration if "static" in recipe else None
+    )
     wrong, other = errors(qmodel)
     accuracy = 1 - wrong / len(held)
-    print(f"{recipe:<28} {accuracy:>10.2%} {wrong:>6} {other:>17} {report.bytes_after / 1e3:>8.1f}")
+    print(
+        f"{recipe:<28} {accuracy:>10.2%} {wrong:>6} {other:>17} {report.bytes_after / 1e3:>8.1f}"
+    )
     if recipe == "w8a8_static":
         static, layers = qmodel, report
 
 # %% What became of each layer, and that its products are of int8
 print(f"\n{layers}")
 program = str(jax.make_jaxpr(lambda x: static(x))(jnp.asarray(images[:2])))
-print(f"\nconvolutions of int8 with int32 sums: {program.count('preferred_element_type=int32')} of 3")
+print(
+    f"\nconvolutions of int8 with int32 sums: {program.count('preferred_element_type=int32')} of 3"
+)
 print(f"the linear layer: {jaxq.explain(jnp.ones((2, 32)), static.out.kernel[...])}")

@@ -39,7 +39,9 @@ class Comparison(NamedTuple):
     top1_agreement: float
 
 
-def perplexity(model: Callable, tokens: Any, *, batch_size: int = 8, context: int = 256) -> float:
+def perplexity(
+    model: Callable, tokens: Any, *, batch_size: int = 8, context: int = 256
+) -> float:
     """`exp` of the mean negative log-likelihood a predicted token: `exp(-mean_i log p(x_i | x_<i))`.
 
     Args:
@@ -69,7 +71,12 @@ def perplexity(model: Callable, tokens: Any, *, batch_size: int = 8, context: in
 
 
 def compare(
-    reference: Callable, model: Callable, tokens: Any, *, batch_size: int = 8, context: int = 256
+    reference: Callable,
+    model: Callable,
+    tokens: Any,
+    *,
+    batch_size: int = 8,
+    context: int = 256,
 ) -> Comparison:
     """Perplexities of two models on the same text, and the distance between their predictions.
 
@@ -102,14 +109,21 @@ def compare(
                 f"compare: reference gives logits {list(expected.shape)}, model {list(logits.shape)}; "
                 "both must have one vocabulary."
             )
-        totals += [np.asarray(part, np.float64).sum() for part in _distances(expected, logits, batch)]
+        totals += [
+            np.asarray(part, np.float64).sum()
+            for part in _distances(expected, logits, batch)
+        ]
         count += batch.shape[0] * (context - 1)
     nll, reference_nll, kl, same = totals / count
     return Comparison(_exp(nll), _exp(reference_nll), float(kl), float(same))
 
 
 def _callable(model: Callable) -> Callable:
-    return functools.partial(_module_logits, model) if isinstance(model, nnx.Module) else model
+    return (
+        functools.partial(_module_logits, model)
+        if isinstance(model, nnx.Module)
+        else model
+    )
 
 
 @nnx.jit
@@ -117,7 +131,9 @@ def _module_logits(model: Any, tokens: jax.Array) -> jax.Array:
     return model(tokens)
 
 
-def _batches(name: str, tokens: Any, batch_size: int, context: int) -> Iterator[jax.Array]:
+def _batches(
+    name: str, tokens: Any, batch_size: int, context: int
+) -> Iterator[jax.Array]:
     """Yields int32[at most batch_size, context]."""
     array = np.asarray(tokens)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
@@ -137,8 +153,12 @@ def _batches(name: str, tokens: Any, batch_size: int, context: int) -> Iterator[
             "are at least 2, a shorter context."
         )
     if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
-        raise ValueError(f"{name}: tokens span [{array.min()}, {array.max()}]; ids are not negative and fit int32.")
-    windows = array[: num_windows * context].astype(np.int32).reshape(num_windows, context)
+        raise ValueError(
+            f"{name}: tokens span [{array.min()}, {array.max()}]; ids are not negative and fit int32."
+        )
+    windows = (
+        array[: num_windows * context].astype(np.int32).reshape(num_windows, context)
+    )
     for start in range(0, num_windows, batch_size):
         yield jnp.asarray(windows[start : start + batch_size])
 
@@ -167,12 +187,16 @@ def _nll(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _distances(expected: jax.Array, logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
+def _distances(
+    expected: jax.Array, logits: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, ...]:
     """Model's and reference's nll, KL and top-1 agreement of every prediction, each float32[b, t - 1]."""
     log_p = jax.nn.log_softmax(expected[:, :-1].astype(jnp.float32))
     log_q = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     # p = 0 contributes 0 even where q is 0 too (-inf logits of banned tokens).
-    kl = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    kl = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q)).sum(
+        axis=-1
+    )
     same = log_p.argmax(axis=-1) == log_q.argmax(axis=-1)
     return _nll(logits, tokens), _nll(expected, tokens), kl, same.astype(jnp.float32)
 

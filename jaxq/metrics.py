@@ -54,7 +54,11 @@ def cosine(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Arra
 
 
 def worst_block(
-    reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike, *, size: int = 64, axis: int = -1
+    reference: jax.typing.ArrayLike,
+    x: jax.typing.ArrayLike,
+    *,
+    size: int = 64,
+    axis: int = -1,
 ) -> jax.Array:
     """Largest relative error `norm(reference - x) / norm(reference)` of any `size` neighbours along an axis.
 
@@ -72,14 +76,23 @@ def worst_block(
     widths = [(0, -num % size if i == axis else 0) for i in range(a.ndim)]
     cut = (*a.shape[:axis], -(-num // size), size, *a.shape[axis + 1 :])
     a, b = (jnp.pad(v, widths).reshape(cut) for v in (a, b))
-    (noise, noise_unit), (signal, unit) = squares(a - b, axis=axis + 1), squares(a, axis=axis + 1)
-    relative = jnp.sqrt(noise) / jnp.sqrt(jnp.where(signal > 0, signal, 1.0)) * (noise_unit / unit)
+    (noise, noise_unit), (signal, unit) = (
+        squares(a - b, axis=axis + 1),
+        squares(a, axis=axis + 1),
+    )
+    relative = (
+        jnp.sqrt(noise)
+        / jnp.sqrt(jnp.where(signal > 0, signal, 1.0))
+        * (noise_unit / unit)
+    )
     relative = jnp.where((signal == 0) & (noise > 0), np.float32(np.inf), relative)
     lost = jnp.isnan(relative).any()  # a maximum may drop NaN
     return jnp.where(lost, np.float32(np.nan), jnp.max(relative, initial=0.0))
 
 
-def kl_divergence(reference_logits: jax.typing.ArrayLike, logits: jax.typing.ArrayLike) -> jax.Array:
+def kl_divergence(
+    reference_logits: jax.typing.ArrayLike, logits: jax.typing.ArrayLike
+) -> jax.Array:
     """Mean over rows of `KL(softmax(reference) || softmax(logits))` along the last axis, in nats.
 
     Entries the reference gives no probability (logits of -inf) count as 0, as in the limit.
@@ -100,7 +113,9 @@ def kl_divergence(reference_logits: jax.typing.ArrayLike, logits: jax.typing.Arr
     return jnp.mean(jnp.sum(jnp.where(p == 0, 0.0, p * (log_p - log_q)), axis=-1))
 
 
-def top1_agreement(reference_logits: jax.typing.ArrayLike, logits: jax.typing.ArrayLike) -> jax.Array:
+def top1_agreement(
+    reference_logits: jax.typing.ArrayLike, logits: jax.typing.ArrayLike
+) -> jax.Array:
     """Fraction of rows whose largest entry stands at the same index in both; 0 to 1.
 
     Example:
@@ -110,7 +125,9 @@ def top1_agreement(reference_logits: jax.typing.ArrayLike, logits: jax.typing.Ar
     """
     a, b = jnp.asarray(reference_logits), jnp.asarray(logits)
     _same_shape(a, b, "top1_agreement")
-    return jnp.mean((jnp.argmax(a, axis=-1) == jnp.argmax(b, axis=-1)).astype(jnp.float32))
+    return jnp.mean(
+        (jnp.argmax(a, axis=-1) == jnp.argmax(b, axis=-1)).astype(jnp.float32)
+    )
 
 
 def _pair(reference, x, caller: str) -> tuple[jax.Array, jax.Array]:
@@ -120,16 +137,24 @@ def _pair(reference, x, caller: str) -> tuple[jax.Array, jax.Array]:
     return a, b
 
 
-def decibels(signal: tuple[jax.Array, jax.Array], noise: tuple[jax.Array, jax.Array]) -> jax.Array:
+def decibels(
+    signal: tuple[jax.Array, jax.Array], noise: tuple[jax.Array, jax.Array]
+) -> jax.Array:
     """Ten times the logarithm of a ratio of sums as `squares` gives them; infinite where there is no noise."""
-    ratio = jnp.log10(signal[0]) - jnp.log10(noise[0]) + 2 * (jnp.log10(signal[1]) - jnp.log10(noise[1]))
+    ratio = (
+        jnp.log10(signal[0])
+        - jnp.log10(noise[0])
+        + 2 * (jnp.log10(signal[1]) - jnp.log10(noise[1]))
+    )
     return jnp.where(noise[0] == 0, np.float32(np.inf), 10 * ratio)
 
 
 def squares(v: jax.Array, axis: int | None = None) -> tuple[jax.Array, jax.Array]:
     """`sum((v / unit)^2)` and the unit, the largest magnitude (1 if that is 0 or infinite)."""
     unit = _unit(v, axis)
-    return jnp.sum((v / unit) ** 2, axis=axis), unit if axis is None else unit.squeeze(axis)
+    return jnp.sum((v / unit) ** 2, axis=axis), unit if axis is None else unit.squeeze(
+        axis
+    )
 
 
 def _unit(v: jax.Array, axis: int | None = None) -> jax.Array:
@@ -139,4 +164,6 @@ def _unit(v: jax.Array, axis: int | None = None) -> jax.Array:
 
 def _same_shape(a: jax.Array, b: jax.Array, caller: str) -> None:
     if a.shape != b.shape:
-        raise ValueError(f"{caller}: shapes differ, {list(a.shape)} and {list(b.shape)}.")
+        raise ValueError(
+            f"{caller}: shapes differ, {list(a.shape)} and {list(b.shape)}."
+        )

@@ -7,10 +7,14 @@ from pathlib import Path
 # Before the first import of jax: the device count is read once. A platform asked for by the caller is kept.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+    )
 
 # Most of the suite's time goes into XLA's compiler: what one process has compiled, the others and the next run load.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -22,13 +26,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # No deadline: the first example of a shape compiles. Derandomized: a red run is red for everyone.
-hypothesis.settings.register_profile("jaxq", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.register_profile(
+    "jaxq", deadline=None, derandomize=True, max_examples=50
+)
 hypothesis.settings.load_profile("jaxq")
 
 
 def quickly(config) -> bool:
     """Whether programs are compiled the quick way, not as users have them."""
-    return config.option.markexpr == "not heavy" and os.environ.get("JAXQ_COMPILE") != "as_users"
+    return (
+        config.option.markexpr == "not heavy"
+        and os.environ.get("JAXQ_COMPILE") != "as_users"
+    )
 
 
 def pytest_configure(config):
@@ -40,10 +49,15 @@ def pytest_configure(config):
     if not quickly(config):
         return
     flags = ["--xla_cpu_parallel_codegen_split_count=1"]
-    if jax.__version_info__ < (0, 11):  # XLA refuses to start with a flag it does not know
+    if jax.__version_info__ < (
+        0,
+        11,
+    ):  # XLA refuses to start with a flag it does not know
         flags.append("--xla_cpu_use_fusion_emitters=false")
     given = os.environ["XLA_FLAGS"]
-    os.environ["XLA_FLAGS"] = " ".join([given, *(flag for flag in flags if flag not in given)])
+    os.environ["XLA_FLAGS"] = " ".join(
+        [given, *(flag for flag in flags if flag not in given)]
+    )
 
 
 # The files that take longest.

@@ -43,18 +43,28 @@ def test_perplexity_by_hand(batch_size):
 
 
 def test_uniform_guess_has_the_vocabulary_as_perplexity():
-    assert perplexity(lambda t: jnp.zeros((*t.shape, 50)), np.arange(40), context=8) == pytest.approx(50, rel=1e-6)
+    assert perplexity(
+        lambda t: jnp.zeros((*t.shape, 50)), np.arange(40), context=8
+    ) == pytest.approx(50, rel=1e-6)
 
 
 def test_any_callable_works():
     log_p = table(1)
     by_numpy = perplexity(lambda t: log_p[np.asarray(t)], TOKENS, context=8)
-    assert by_numpy == pytest.approx(perplexity(Bigram(log_p), TOKENS, context=8), rel=1e-6)
+    assert by_numpy == pytest.approx(
+        perplexity(Bigram(log_p), TOKENS, context=8), rel=1e-6
+    )
 
 
 def test_half_precision_logits_are_summed_in_float32():
-    low = perplexity(lambda t: jnp.asarray(table(1))[t].astype(jnp.bfloat16), TOKENS, context=8)
-    exact = perplexity(lambda t: jnp.asarray(table(1)).astype(jnp.bfloat16).astype(jnp.float32)[t], TOKENS, context=8)
+    low = perplexity(
+        lambda t: jnp.asarray(table(1))[t].astype(jnp.bfloat16), TOKENS, context=8
+    )
+    exact = perplexity(
+        lambda t: jnp.asarray(table(1)).astype(jnp.bfloat16).astype(jnp.float32)[t],
+        TOKENS,
+        context=8,
+    )
     assert low == exact
 
 
@@ -66,8 +76,12 @@ def test_comparison_by_hand():
     got = compare(Bigram(table(1)), Bigram(table(2)), TOKENS, batch_size=5, context=8)
     assert got.kl == pytest.approx(kl, rel=1e-5)
     assert got.top1_agreement == pytest.approx(same)
-    assert got.perplexity == pytest.approx(perplexity(Bigram(table(2)), TOKENS, context=8), rel=1e-6)
-    assert got.reference_perplexity == pytest.approx(perplexity(Bigram(table(1)), TOKENS, context=8), rel=1e-6)
+    assert got.perplexity == pytest.approx(
+        perplexity(Bigram(table(2)), TOKENS, context=8), rel=1e-6
+    )
+    assert got.reference_perplexity == pytest.approx(
+        perplexity(Bigram(table(1)), TOKENS, context=8), rel=1e-6
+    )
 
 
 def test_a_model_agrees_with_itself():
@@ -118,10 +132,18 @@ def test_works_on_jax_arrays_and_within_the_last_window():
     [
         (TOKENS[:7], {}, "7 tokens do not fill one window of context=8"),
         (TOKENS[:0], {}, "0 tokens do not fill one window"),
-        (TOKENS.astype(np.float32), {}, r"tokens is float32\[100\]; expected a 1-D integer array"),
+        (
+            TOKENS.astype(np.float32),
+            {},
+            r"tokens is float32\[100\]; expected a 1-D integer array",
+        ),
         (TOKENS[None], {}, r"tokens is int64\[1, 100\]; expected a 1-D integer array"),
         (np.where(TOKENS == 5, -1, TOKENS), {}, r"tokens span \[-1, 12\]"),
-        (np.where(TOKENS == 5, 13, TOKENS), {}, "token id 13 is outside the vocabulary of 13"),
+        (
+            np.where(TOKENS == 5, 13, TOKENS),
+            {},
+            "token id 13 is outside the vocabulary of 13",
+        ),
         (TOKENS, {"context": 1}, "context >= 2"),
         (TOKENS, {"batch_size": 0}, "batch_size >= 1"),
     ],

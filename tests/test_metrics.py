@@ -10,13 +10,22 @@ from jaxq import metrics
 # One shape for what eager operations compile: two blocks of 64 and a tail of 32, and enough numbers that XLA's maximum
 # drops NaN on CPU.
 SHAPE = (64, 160)
-PAIRS = (metrics.mse, metrics.sqnr, metrics.cosine, metrics.worst_block, metrics.kl_divergence, metrics.top1_agreement)
+PAIRS = (
+    metrics.mse,
+    metrics.sqnr,
+    metrics.cosine,
+    metrics.worst_block,
+    metrics.kl_divergence,
+    metrics.top1_agreement,
+)
 
 
 def pair(size: float = 1.0, noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
     a = random.standard_normal(SHAPE)
-    return (a * size).astype(np.float32), ((a + noise * random.standard_normal(SHAPE)) * size).astype(np.float32)
+    return (a * size).astype(np.float32), (
+        (a + noise * random.standard_normal(SHAPE)) * size
+    ).astype(np.float32)
 
 
 def sqnr64(a, b):
@@ -31,7 +40,11 @@ def cosine64(a, b):
 
 def worst64(a, b, size):
     a, b = a.astype(np.float64), b.astype(np.float64)
-    blocks = [(x[i : i + size], y[i : i + size]) for x, y in zip(a, b, strict=True) for i in range(0, len(x), size)]
+    blocks = [
+        (x[i : i + size], y[i : i + size])
+        for x, y in zip(a, b, strict=True)
+        for i in range(0, len(x), size)
+    ]
     return max(np.linalg.norm(x - y) / np.linalg.norm(x) for x, y in blocks)
 
 
@@ -40,8 +53,12 @@ def test_against_float64_at_every_magnitude(size):
     a, b = pair(size)
     assert float(metrics.sqnr(a, b)) == pytest.approx(sqnr64(a, b), abs=1e-3)
     assert float(metrics.cosine(a, b)) == pytest.approx(cosine64(a, b), rel=1e-5)
-    assert float(metrics.worst_block(a, b, size=32)) == pytest.approx(worst64(a, b, 32), rel=1e-5)
-    assert float(metrics.worst_block(a, b)) == pytest.approx(worst64(a, b, 64), rel=1e-5)
+    assert float(metrics.worst_block(a, b, size=32)) == pytest.approx(
+        worst64(a, b, 32), rel=1e-5
+    )
+    assert float(metrics.worst_block(a, b)) == pytest.approx(
+        worst64(a, b, 64), rel=1e-5
+    )
     assert 15 < sqnr64(a, b) < 25  # as noise of a tenth should be
 
 
@@ -57,9 +74,13 @@ def test_numbers_of_different_sizes_side_by_side():
     a, b = np.float32([1e30, 1.0]), np.float32([1e30, 3.0])
     assert float(mse(a, b)) == pytest.approx(2.0, rel=1e-5)
     assert float(sqnr(a, b)) == pytest.approx(sqnr64(a, b), rel=1e-5)
-    assert float(cosine(np.float32([1e30, 1e30]), np.float32([1e-30, 0]))) == pytest.approx(0.5**0.5, rel=1e-5)
+    assert float(
+        cosine(np.float32([1e30, 1e30]), np.float32([1e-30, 0]))
+    ) == pytest.approx(0.5**0.5, rel=1e-5)
     # What is lost entirely or drowned in noise still has its ratio.
-    assert float(sqnr(np.float32([1e-20, 0]), np.float32([1e20, 0]))) == pytest.approx(-800, rel=1e-5)
+    assert float(sqnr(np.float32([1e-20, 0]), np.float32([1e20, 0]))) == pytest.approx(
+        -800, rel=1e-5
+    )
 
 
 def test_equal_and_zero_arrays():
@@ -78,7 +99,11 @@ def test_equal_and_zero_arrays():
 
 def test_no_elements():
     none = np.zeros((0, 4), np.float32)
-    for metric, expected in ((metrics.mse, 0), (metrics.sqnr, np.inf), (metrics.worst_block, 0)):
+    for metric, expected in (
+        (metrics.mse, 0),
+        (metrics.sqnr, np.inf),
+        (metrics.worst_block, 0),
+    ):
         assert float(jax.jit(metric)(none, none)) == expected
 
 
@@ -91,7 +116,9 @@ def test_worst_block_finds_the_one_that_is_ruined(size):
     x[17, 64:128] *= -1
     assert float(metrics.worst_block(a, x)) == pytest.approx(2, rel=1e-2)
     if size < 1:
-        assert float(metrics.sqnr(a, x)) == pytest.approx(60, abs=0.1)  # the mean has not noticed
+        assert float(metrics.sqnr(a, x)) == pytest.approx(
+            60, abs=0.1
+        )  # the mean has not noticed
 
 
 @pytest.mark.parametrize("metric", PAIRS[:5])
@@ -119,7 +146,11 @@ def test_kl_divergence_against_float64():
     assert float(metrics.kl_divergence(a, b)) == pytest.approx(expected, rel=1e-4)
     # A constant added to all logits of a row changes nothing, and 1e4 does not overflow.
     assert float(metrics.kl_divergence(a, b + 1e4)) == pytest.approx(expected, rel=2e-2)
-    divergence, masked, even = jax.jit(metrics.kl_divergence), np.float32([[0, -np.inf]]), np.zeros((1, 2), np.float32)
+    divergence, masked, even = (
+        jax.jit(metrics.kl_divergence),
+        np.float32([[0, -np.inf]]),
+        np.zeros((1, 2), np.float32),
+    )
     assert float(divergence(masked, masked)) == 0
     assert float(divergence(masked, even)) == pytest.approx(np.log(2), rel=1e-6)
     assert float(divergence(even, masked)) == np.inf
@@ -139,5 +170,7 @@ def test_jit_dtypes_and_shapes(metric):
     assert (eager.shape, eager.dtype) == ((), jnp.float32)
     np.testing.assert_allclose(eager, jitted, rtol=1e-5)
     np.testing.assert_allclose(eager, metric(a.astype(jnp.float32), b), rtol=1e-6)
-    with pytest.raises(ValueError, match=rf"{metric.__name__}: shapes differ, \[2\] and \[2, 1\]"):
+    with pytest.raises(
+        ValueError, match=rf"{metric.__name__}: shapes differ, \[2\] and \[2, 1\]"
+    ):
         metric(np.ones(2, np.float32), np.ones((2, 1), np.float32))

@@ -66,11 +66,17 @@ def cast(
             f"cast: x is {dtype}, which jax keeps as {x.dtype}. Pass x.astype(np.float32), or set jax_enable_x64."
         )
     _raise_if_not_held(x.dtype, found)
-    rounded = found.round(lax.stop_gradient(x), rounding=rounding, saturate=saturate, key=key)
+    rounded = found.round(
+        lax.stop_gradient(x), rounding=rounding, saturate=saturate, key=key
+    )
     held = _largest_held(x.dtype, found)
-    if saturate and held < found.max:  # a carrier too narrow for the format's largest number must not overflow either
+    if (
+        saturate and held < found.max
+    ):  # a carrier too narrow for the format's largest number must not overflow either
         # By selection: a minimum could flush subnormals.
-        rounded = jnp.where(rounded > held, held, jnp.where(rounded < -held, -held, rounded))
+        rounded = jnp.where(
+            rounded > held, held, jnp.where(rounded < -held, -held, rounded)
+        )
     return straight_through(x, rounded.astype(x.dtype))
 
 
@@ -79,11 +85,17 @@ def _raise_if_not_held(dtype: np.dtype, fmt: formats.Format) -> None:
     if fmt.kind == "float" and not isinstance(fmt, formats.ExponentFormat):
         return  # a number of the carrier, rounded to a grid of powers of two, is a number of the carrier again
     if dtype == np.float64:
-        raise TypeError(f"cast: {fmt.name} is computed in float32, x is float64. Pass x.astype(jnp.float32).")
+        raise TypeError(
+            f"cast: {fmt.name} is computed in float32, x is float64. Pass x.astype(jnp.float32)."
+        )
     with np.errstate(over="ignore"):
-        held = dtype == np.float32 or np.array_equal(fmt.values(), fmt.values().astype(dtype).astype(np.float32))
+        held = dtype == np.float32 or np.array_equal(
+            fmt.values(), fmt.values().astype(dtype).astype(np.float32)
+        )
     if not held:
-        raise TypeError(f"cast: {dtype.name} cannot hold the numbers of {fmt.name}. Pass x.astype(jnp.float32).")
+        raise TypeError(
+            f"cast: {dtype.name} cannot hold the numbers of {fmt.name}. Pass x.astype(jnp.float32)."
+        )
 
 
 def _largest_held(dtype: np.dtype, fmt: formats.Format) -> float:

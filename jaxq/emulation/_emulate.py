@@ -19,32 +19,148 @@ from jaxq.emulation._precision import Policy, Precision, carrier_of
 # What comes out is one of the numbers that went in: rounded before, it is rounded still.
 _MOVES = frozenset(
     [
-        *["broadcast_in_dim", "clamp", "concatenate", "copy", "dynamic_slice", "dynamic_update_slice", "max", "min"],
-        *["optimization_barrier", "reduce_max", "reduce_min", "reshape", "rev", "select_n", "slice", "squeeze"],
+        *[
+            "broadcast_in_dim",
+            "clamp",
+            "concatenate",
+            "copy",
+            "dynamic_slice",
+            "dynamic_update_slice",
+            "max",
+            "min",
+        ],
+        *[
+            "optimization_barrier",
+            "reduce_max",
+            "reduce_min",
+            "reshape",
+            "rev",
+            "select_n",
+            "slice",
+            "squeeze",
+        ],
         *["stop_gradient", "transpose"],
     ]
 )
 # Numbers are moved, compared or chosen, none is made: nothing to round.
 _EXACT = _MOVES | frozenset(
     [
-        *["abs", "all_gather", "all_gather_invariant", "all_to_all", "argmax", "argmin", "bitcast_convert_type"],
-        *["cummax", "cummin", "debug_callback", "debug_print", "device_put", "eq", "eq_to", "gather", "ge", "gt"],
-        *["is_finite", "le", "le_to", "lt", "lt_to", "mesh_cast", "ne", "neg", "pad", "pbroadcast", "pcast", "pmax"],
-        *["pmin", "ppermute", "pvary", "reduce_precision", "reduce_window_max", "reduce_window_min", "reshard"],
-        *["scatter", "scatter-max", "scatter-min", "select_and_gather_add", "sharding_constraint", "sign", "sort"],
+        *[
+            "abs",
+            "all_gather",
+            "all_gather_invariant",
+            "all_to_all",
+            "argmax",
+            "argmin",
+            "bitcast_convert_type",
+        ],
+        *[
+            "cummax",
+            "cummin",
+            "debug_callback",
+            "debug_print",
+            "device_put",
+            "eq",
+            "eq_to",
+            "gather",
+            "ge",
+            "gt",
+        ],
+        *[
+            "is_finite",
+            "le",
+            "le_to",
+            "lt",
+            "lt_to",
+            "mesh_cast",
+            "ne",
+            "neg",
+            "pad",
+            "pbroadcast",
+            "pcast",
+            "pmax",
+        ],
+        *[
+            "pmin",
+            "ppermute",
+            "pvary",
+            "reduce_precision",
+            "reduce_window_max",
+            "reduce_window_min",
+            "reshard",
+        ],
+        *[
+            "scatter",
+            "scatter-max",
+            "scatter-min",
+            "select_and_gather_add",
+            "sharding_constraint",
+            "sign",
+            "sort",
+        ],
         *["split", "tile", "top_k"],
     ]
 )
 # Sums, and algorithms made of sums, that a narrow accumulator is not written for.
 _WIDE_SUMS = frozenset(
     [
-        *["addupdate", "cholesky", "cholesky_update", "cumlogsumexp", "cumprod", "eig", "eigh", "fft", "geqp3"],
-        *["geqrf", "hessenberg", "householder_product", "lu", "ormqr", "psum", "psum_invariant"],
-        *["psum_invariant_start", "psum_start", "qr", "ragged_dot", "ragged_dot_general", "reduce", "reduce_prod"],
-        *["reduce_scatter", "reduce_scatter_start", "reduce_window", "scaled_dot", "scaled_matmul"],
-        *["scaled_matmul_wrapper", "scatter-add", "scatter-mul", "scatter-sub", "schur", "select_and_scatter_add"],
-        *["svd", "symmetric_product", "triangular_solve", "tridiagonal", "tridiagonal_solve", "unreduced_psum"],
-        *["unreduced_psum_start", "unreduced_reduce_scatter", "unreduced_reduce_scatter_start"],
+        *[
+            "addupdate",
+            "cholesky",
+            "cholesky_update",
+            "cumlogsumexp",
+            "cumprod",
+            "eig",
+            "eigh",
+            "fft",
+            "geqp3",
+        ],
+        *[
+            "geqrf",
+            "hessenberg",
+            "householder_product",
+            "lu",
+            "ormqr",
+            "psum",
+            "psum_invariant",
+        ],
+        *[
+            "psum_invariant_start",
+            "psum_start",
+            "qr",
+            "ragged_dot",
+            "ragged_dot_general",
+            "reduce",
+            "reduce_prod",
+        ],
+        *[
+            "reduce_scatter",
+            "reduce_scatter_start",
+            "reduce_window",
+            "scaled_dot",
+            "scaled_matmul",
+        ],
+        *[
+            "scaled_matmul_wrapper",
+            "scatter-add",
+            "scatter-mul",
+            "scatter-sub",
+            "schur",
+            "select_and_scatter_add",
+        ],
+        *[
+            "svd",
+            "symmetric_product",
+            "triangular_solve",
+            "tridiagonal",
+            "tridiagonal_solve",
+            "unreduced_psum",
+        ],
+        *[
+            "unreduced_psum_start",
+            "unreduced_reduce_scatter",
+            "unreduced_reduce_scatter_start",
+        ],
     ]
 )
 # Primitives whose parameters hold a small function that is no call of user code.
@@ -94,7 +210,9 @@ def emulate(fn: Callable, policy: Policy) -> Callable:
     def emulated(*args, **kwargs):
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
         _raise_if_unknown(policy, closed.jaxpr)
-        if not policy.changes(jnp.float64 if jax.config.jax_enable_x64 else jnp.float32):  # pyright: ignore[reportAttributeAccessIssue]
+        if not policy.changes(
+            jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+        ):  # pyright: ignore[reportAttributeAccessIssue]
             return fn(*args, **kwargs)
         flat = _run(closed, jax.tree.leaves((args, kwargs)), policy)
         return jax.tree.unflatten(jax.tree.structure(shapes), flat)
@@ -105,7 +223,9 @@ def emulate(fn: Callable, policy: Policy) -> Callable:
 def _check(policy: Any, name: str) -> None:
     """Raises where a part of a policy is of another type. Not when one is made: jax fills pytrees with anything."""
     if not isinstance(policy, Policy):
-        raise TypeError(f"emulate: {name} must be a jaxq.emulation.Policy, got {policy!r}.")
+        raise TypeError(
+            f"emulate: {name} must be a jaxq.emulation.Policy, got {policy!r}."
+        )
     for part in ("operands", "accumulate", "result"):
         if not isinstance(getattr(policy, part), Precision | None):
             raise TypeError(
@@ -114,12 +234,18 @@ def _check(policy: Any, name: str) -> None:
     for part in (policy.operands, policy.accumulate, policy.result):
         for field in ("exponent_bits", "mantissa_bits", "bias"):
             if isinstance(number := getattr(part, field, None), float):
-                raise TypeError(f"emulate: {name}: {field} must be a whole number, got {number!r}.")
+                raise TypeError(
+                    f"emulate: {name}: {field} must be a whole number, got {number!r}."
+                )
     wide = policy.accumulate is None or not policy.accumulate.changes_sums(np.float32)
     if policy.chunk is not None and wide:
-        raise ValueError(f"emulate: {name}: chunk={policy.chunk} cuts narrow sums; accumulate= is not narrow.")
+        raise ValueError(
+            f"emulate: {name}: chunk={policy.chunk} cuts narrow sums; accumulate= is not narrow."
+        )
     if not isinstance(policy.primitives, dict | None):
-        raise TypeError(f"emulate: {name}.primitives must be a dict from names to policies, got {policy.primitives!r}.")
+        raise TypeError(
+            f"emulate: {name}.primitives must be a dict from names to policies, got {policy.primitives!r}."
+        )
     for primitive, inner in (policy.primitives or {}).items():
         _check(inner, f"{name}.primitives[{primitive!r}]")
 
@@ -128,32 +254,55 @@ def _run(closed: Any, args: Sequence, policy: Policy) -> list:
     """Evaluates a closed jaxpr, one equation after the other; what a result was rounded to, no operand is again."""
     jaxpr = closed.jaxpr
     rounded: dict[Any, Precision] = {}
-    values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
+    values: dict[Any, Any] = dict(
+        zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True)
+    )
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        known = [None if isinstance(atom, jex.core.Literal) else rounded.get(atom) for atom in equation.invars]
+        known = [
+            None if isinstance(atom, jex.core.Literal) else rounded.get(atom)
+            for atom in equation.invars
+        ]
         with equation.ctx.manager:
-            outs = _equation(equation, [read(atom) for atom in equation.invars], policy, known)
+            outs = _equation(
+                equation, [read(atom) for atom in equation.invars], policy, known
+            )
         values.update(zip(equation.outvars, outs, strict=True))
         if found := _rounded_to(equation, policy, known):
-            rounded.update((v, found) for v in equation.outvars if v.aval.dtype in (jnp.float32, jnp.float64))
+            rounded.update(
+                (v, found)
+                for v in equation.outvars
+                if v.aval.dtype in (jnp.float32, jnp.float64)
+            )
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _rounded_to(equation: Any, policy: Policy, known: list[Precision | None]) -> Precision | None:
+def _rounded_to(
+    equation: Any, policy: Policy, known: list[Precision | None]
+) -> Precision | None:
     """What every result of an equation is rounded to, from what is `known` of its operands; None: nothing sure."""
     name = equation.primitive.name
     if name in _MOVES:
-        floats = [p for p, v in zip(known, equation.invars, strict=True) if carrier_of(v.aval.dtype) is not None]
+        floats = [
+            p
+            for p, v in zip(known, equation.invars, strict=True)
+            if carrier_of(v.aval.dtype) is not None
+        ]
         first = floats[0] if floats else None
-        return first if first is not None and all(first.is_surely(p) for p in floats) else None
+        return (
+            first
+            if first is not None and all(first.is_surely(p) for p in floats)
+            else None
+        )
     return None if name in _EXACT or name in _CALLS else policy.of(name).result
 
 
-def _equation(equation: Any, args: list, policy: Policy, known: list[Precision | None]) -> Sequence:
+def _equation(
+    equation: Any, args: list, policy: Policy, known: list[Precision | None]
+) -> Sequence:
     name = equation.primitive.name
     if name in _CALLS:
         return _CALLS[name](equation, args, policy)
@@ -163,14 +312,23 @@ def _equation(equation: Any, args: list, policy: Policy, known: list[Precision |
             "Known are " + ", ".join(sorted(_CALLS)) + "."
         )
     avals = [v.aval for v in (*equation.invars, *equation.outvars)]
-    if any(jnp.issubdtype(a.dtype, jnp.complexfloating) for a in avals if hasattr(a, "dtype")):
-        raise NotImplementedError(f"emulate: {name!r} computes complex numbers, which have no rounding here.")
+    if any(
+        jnp.issubdtype(a.dtype, jnp.complexfloating)
+        for a in avals
+        if hasattr(a, "dtype")
+    ):
+        raise NotImplementedError(
+            f"emulate: {name!r} computes complex numbers, which have no rounding here."
+        )
     if name in _EXACT:
         return _bind(equation, args)
     policy = policy.of(name)
     if policy.operands is not None:
         pairs = zip(map(jnp.asarray, args), known, strict=True)
-        args = [a if policy.operands.is_surely(p) else policy.operands.round(a) for a, p in pairs]
+        args = [
+            a if policy.operands.is_surely(p) else policy.operands.round(a)
+            for a, p in pairs
+        ]
     outs = _sum(equation, args, policy) if name in _accumulate.SUMS else None
     if outs is None:
         if name in _WIDE_SUMS and _is_narrow(policy, avals):
@@ -179,7 +337,10 @@ def _equation(equation: Any, args: list, policy: Policy, known: list[Precision |
                 f"primitives={{{name!r}: Policy(operands=..., result=...)}}."
             )
         outs = _bind(equation, args)
-    return [_settle(out, v.aval.dtype, policy.result) for out, v in zip(outs, equation.outvars, strict=True)]
+    return [
+        _settle(out, v.aval.dtype, policy.result)
+        for out, v in zip(outs, equation.outvars, strict=True)
+    ]
 
 
 def _settle(out: jax.Array, dtype: Any, result: Precision | None) -> jax.Array:
@@ -204,19 +365,26 @@ def _sum(equation: Any, args: list, policy: Policy) -> list | None:
         return [_accumulate.SUMS[name](*args, policy, **params)]
     if "preferred_element_type" in params:
         # Products exact, the sum in float32 on every platform, one rounding after it.
-        wide = {"precision": (lax.Precision.HIGHEST,) * 2, "preferred_element_type": carrier}
+        wide = {
+            "precision": (lax.Precision.HIGHEST,) * 2,
+            "preferred_element_type": carrier,
+        }
         return [equation.primitive.bind(*args, **{**params, **wide})]
     return None
 
 
 def _is_narrow(policy: Policy, avals: list) -> bool:
     carriers = {carrier_of(a.dtype) for a in avals if hasattr(a, "dtype")} - {None}
-    return policy.accumulate is not None and any(policy.accumulate.changes_sums(carrier) for carrier in carriers)
+    return policy.accumulate is not None and any(
+        policy.accumulate.changes_sums(carrier) for carrier in carriers
+    )
 
 
 def _bind(equation: Any, args: Sequence) -> Sequence:
     """The equation as it is."""
-    outs = equation.primitive.bind(*args, **equation.primitive.get_bind_params(equation.params))
+    outs = equation.primitive.bind(
+        *args, **equation.primitive.get_bind_params(equation.params)
+    )
     return outs if equation.primitive.multiple_results else [outs]
 
 
@@ -231,17 +399,25 @@ def _jit(equation: Any, args: list, policy: Policy) -> Sequence:
 
     call.__name__ = params["name"]
     shardings = {k: params[k] for k in ("in_shardings", "out_shardings")}
-    return jax.jit(call, keep_unused=params["keep_unused"], inline=params["inline"], **shardings)(*args)
+    return jax.jit(
+        call, keep_unused=params["keep_unused"], inline=params["inline"], **shardings
+    )(*args)
 
 
 def _call(equation: Any, args: list, policy: Policy) -> Sequence:
-    return _run(_closed(equation.params.get("call_jaxpr") or equation.params["jaxpr"]), args, policy)
+    return _run(
+        _closed(equation.params.get("call_jaxpr") or equation.params["jaxpr"]),
+        args,
+        policy,
+    )
 
 
 def _remat(equation: Any, args: list, policy: Policy) -> Sequence:
     params = equation.params
     call = functools.partial(_run, _closed(params["jaxpr"]), policy=policy)
-    return jax.checkpoint(lambda *a: call(a), prevent_cse=params["prevent_cse"], policy=params["policy"])(*args)
+    return jax.checkpoint(
+        lambda *a: call(a), prevent_cse=params["prevent_cse"], policy=params["policy"]
+    )(*args)
 
 
 def _shard_map(equation: Any, args: list, policy: Policy) -> Sequence:
@@ -275,7 +451,10 @@ def _scan(equation: Any, args: list, policy: Policy) -> Sequence:
 
 def _while(equation: Any, args: list, policy: Policy) -> Sequence:
     params = equation.params
-    first, last = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    first, last = (
+        params["cond_nconsts"],
+        params["cond_nconsts"] + params["body_nconsts"],
+    )
     return lax.while_loop(
         lambda state: _run(params["cond_jaxpr"], [*args[:first], *state], policy)[0],
         lambda state: _run(params["body_jaxpr"], [*args[first:last], *state], policy),
@@ -284,7 +463,10 @@ def _while(equation: Any, args: list, policy: Policy) -> Sequence:
 
 
 def _cond(equation: Any, args: list, policy: Policy) -> Sequence:
-    branches = [lambda *a, b=branch: _run(b, a, policy) for branch in equation.params["branches"]]
+    branches = [
+        lambda *a, b=branch: _run(b, a, policy)
+        for branch in equation.params["branches"]
+    ]
     return lax.switch(args[0], branches, *args[1:])
 
 
@@ -323,7 +505,9 @@ def _custom_vjp(equation: Any, args: list, policy: Policy) -> Sequence:
 
 def _form(equation: Any, args: list, policy: Policy) -> Sequence:
     """A product that kernels compute: its XLA form, whose primitives are rounded like any other."""
-    call = functools.partial(kernels.FORMS[equation.primitive.name], call=equation.params["call"])
+    call = functools.partial(
+        kernels.FORMS[equation.primitive.name], call=equation.params["call"]
+    )
     return _run(jax.make_jaxpr(call)(*args), args, policy)
 
 
@@ -352,13 +536,19 @@ def _traced_leaves(policy: Policy) -> tuple[list, Callable[[list], Policy]]:
 
     def rebuild(arrays: list) -> Policy:
         filled = dict(zip(places, arrays, strict=True))
-        return jax.tree.unflatten(structure, [filled.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return jax.tree.unflatten(
+            structure, [filled.get(i, leaf) for i, leaf in enumerate(leaves)]
+        )
 
     return [leaves[i] for i in places], rebuild
 
 
 def _closed(jaxpr: Any) -> Any:
-    return jaxpr if isinstance(jaxpr, jex.core.ClosedJaxpr) else jex.core.ClosedJaxpr(jaxpr, ())
+    return (
+        jaxpr
+        if isinstance(jaxpr, jex.core.ClosedJaxpr)
+        else jex.core.ClosedJaxpr(jaxpr, ())
+    )
 
 
 def _inner_jaxprs(equation: Any) -> Iterator[Any]:
@@ -381,10 +571,20 @@ def _raise_if_unknown(policy: Policy, jaxpr: Any) -> None:
     if not wanted:
         return
     for name in sorted(wanted & (_EXACT | set(_CALLS))):
-        what = "calls a function, whose primitives have their own policies" if name in _CALLS else "makes no numbers"
-        raise ValueError(f"emulate: policy.primitives names {name!r}, which {what}: it never rounds.")
+        what = (
+            "calls a function, whose primitives have their own policies"
+            if name in _CALLS
+            else "makes no numbers"
+        )
+        raise ValueError(
+            f"emulate: policy.primitives names {name!r}, which {what}: it never rounds."
+        )
     present = set(_primitives(jaxpr))
-    known = present | {p.name for p in vars(jex.core.primitives).values() if isinstance(p, jex.core.Primitive)}
+    known = present | {
+        p.name
+        for p in vars(jex.core.primitives).values()
+        if isinstance(p, jex.core.Primitive)
+    }
     for name in sorted(wanted - known):
         raise ValueError(
             f"emulate: policy.primitives names {name!r}, which is no primitive of jax. The function has "

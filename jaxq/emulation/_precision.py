@@ -79,21 +79,35 @@ class Precision:
 
     def is_surely(self, other: Precision | None) -> bool:
         """Whether `other` is this precision; False where that is not known yet, unless both hold the same tracers."""
-        if other is None or (self.overflow, self.rounding) != (other.overflow, other.rounding):
+        if other is None or (self.overflow, self.rounding) != (
+            other.overflow,
+            other.rounding,
+        ):
             return False
         names = ("exponent_bits", "mantissa_bits", "bias", "largest")
         pairs = [(getattr(self, name), getattr(other, name)) for name in names]
-        return all(a is b or (isinstance(a, int | float) and isinstance(b, int | float) and a == b) for a, b in pairs)
+        return all(
+            a is b
+            or (isinstance(a, int | float) and isinstance(b, int | float) and a == b)
+            for a, b in pairs
+        )
 
     def changes(self, dtype: Any) -> bool:
         """Whether rounding to this precision can change a number of `dtype`; True where that is not known yet."""
-        if not all(_is_int(n) for n in (self.exponent_bits, self.mantissa_bits, self._bias)):
+        if not all(
+            _is_int(n) for n in (self.exponent_bits, self.mantissa_bits, self._bias)
+        ):
             return True
         info = jnp.finfo(dtype)
-        if self.largest is not None and not (isinstance(self.largest, float) and self.largest >= float(info.max)):
+        if self.largest is not None and not (
+            isinstance(self.largest, float) and self.largest >= float(info.max)
+        ):
             return True
         exponents = self._bias >= info.maxexp - 1 and 1 - self._bias <= info.minexp
-        return not (exponents and self.mantissa_bits >= info.nmant) or self.overflow != "infinity"
+        return (
+            not (exponents and self.mantissa_bits >= info.nmant)
+            or self.overflow != "infinity"
+        )
 
     def changes_sums(self, dtype: Any) -> bool:
         """Whether a sum in `dtype` can come out otherwise than rounded to nearest."""
@@ -112,10 +126,14 @@ class Precision:
         info = jnp.finfo(dtype)
         most = info.maxexp - 1
         if _is_int(self._bias) and _is_int(self.mantissa_bits):
-            return min((2 - 2.0**-self.mantissa_bits) * 2.0**self._bias, float(info.max))
+            return min(
+                (2 - 2.0**-self.mantissa_bits) * 2.0**self._bias, float(info.max)
+            )
         unsigned = jnp.dtype(f"uint{info.bits}")
         exponent = (jnp.minimum(jnp.asarray(self._bias), most) + most).astype(unsigned)
-        places = (info.nmant - jnp.minimum(jnp.asarray(self.mantissa_bits), info.nmant)).astype(unsigned)
+        places = (
+            info.nmant - jnp.minimum(jnp.asarray(self.mantissa_bits), info.nmant)
+        ).astype(unsigned)
         fraction = (np.array((1 << info.nmant) - 1, unsigned) >> places) << places
         return lax.bitcast_convert_type((exponent << info.nmant) | fraction, dtype)
 
@@ -127,7 +145,9 @@ class Precision:
         carrier = carrier_of(x.dtype)
         if carrier is None or not self.changes(carrier):
             return x
-        return straight_through(x, self._rounded(lax.stop_gradient(x).astype(carrier)).astype(x.dtype))
+        return straight_through(
+            x, self._rounded(lax.stop_gradient(x).astype(carrier)).astype(x.dtype)
+        )
 
     def add(self, total: jax.Array, term: jax.Array) -> jax.Array:
         """`total + term`, float32 or float64, rounded once: what the floating point sum leaves over (Knuth's TwoSum)
@@ -200,8 +220,12 @@ class Policy:
                     object.__setattr__(self, name, Precision.of(value))
                 except ValueError as error:
                     raise ValueError(f"Policy: {name}: {error}") from None
-        if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
-            raise ValueError(f"Policy: chunk must be a positive int or None, got {self.chunk!r}.")
+        if self.chunk is not None and (
+            not isinstance(self.chunk, int) or self.chunk < 1
+        ):
+            raise ValueError(
+                f"Policy: chunk must be a positive int or None, got {self.chunk!r}."
+            )
 
     def of(self, primitive: str) -> Policy:
         """The policy of one primitive."""
@@ -209,7 +233,11 @@ class Policy:
 
     def changes(self, dtype: Any) -> bool:
         """Whether anything computed in `dtype` can come out otherwise."""
-        parts = [p for p in (self.operands, self.result, *(self.primitives or {}).values()) if p is not None]
+        parts = [
+            p
+            for p in (self.operands, self.result, *(self.primitives or {}).values())
+            if p is not None
+        ]
         sums = self.accumulate is not None and self.accumulate.changes_sums(dtype)
         return sums or any(p.changes(dtype) for p in parts)
 
@@ -233,7 +261,9 @@ def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
 
 @straight_through.defjvp
 def _straight_through_jvp(primals, tangents):
-    return straight_through(*primals), tangents[0]  # again, for the derivative's own derivative
+    return straight_through(*primals), tangents[
+        0
+    ]  # again, for the derivative's own derivative
 
 
 def _is_int(value: Any) -> bool:

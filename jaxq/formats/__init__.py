@@ -4,7 +4,13 @@ A format is a finite set of numbers with a code for each: integers, floating poi
 nothing of scales, axes or storage. `get` finds one by name; `names` lists them.
 """
 
-from jaxq.formats._codebook import CodebookFormat, decode_by_table, dynamic_map, normal_float, powers_of_two
+from jaxq.formats._codebook import (
+    CodebookFormat,
+    decode_by_table,
+    dynamic_map,
+    normal_float,
+    powers_of_two,
+)
 from jaxq.formats._float import DoubleFormat, ExponentFormat, FloatFormat
 from jaxq.formats._format import Format
 from jaxq.formats._integer import FixedPointFormat, IntegerFormat, SignMagnitudeFormat
@@ -20,7 +26,12 @@ from jaxq.formats._packing import (
 )
 from jaxq.formats._registry import from_dict, get, names, register, to_dict
 from jaxq.formats._rounding import MODES as ROUNDING_MODES
-from jaxq.formats._rounding import OVERFLOWS, check_rounding, round_to_float, round_to_integer
+from jaxq.formats._rounding import (
+    OVERFLOWS,
+    check_rounding,
+    round_to_float,
+    round_to_integer,
+)
 
 __all__ = [
     "OVERFLOWS",

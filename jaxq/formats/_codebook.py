@@ -54,9 +54,15 @@ class CodebookFormat(Format):
                 f"CodebookFormat {self.name!r}: a table is one row of 2 to 256 numbers, got shape {table.shape}."
             )
         if not np.isfinite(table).all():
-            raise ValueError(f"CodebookFormat {self.name!r}: entry {int(np.argmin(np.isfinite(table)))} is not finite.")
-        if np.unique(table.view(np.uint32)).size != table.size:  # by bits: -0 beside +0 is no repetition
-            raise ValueError(f"CodebookFormat {self.name!r}: the table repeats an entry (in float32).")
+            raise ValueError(
+                f"CodebookFormat {self.name!r}: entry {int(np.argmin(np.isfinite(table)))} is not finite."
+            )
+        if (
+            np.unique(table.view(np.uint32)).size != table.size
+        ):  # by bits: -0 beside +0 is no repetition
+            raise ValueError(
+                f"CodebookFormat {self.name!r}: the table repeats an entry (in float32)."
+            )
         object.__setattr__(self, "table", tuple(table.tolist()))
         if self.boundaries is not None:
             edges, ordered = np.asarray(self.boundaries, np.float32), self._ordered()[0]
@@ -107,14 +113,24 @@ class CodebookFormat(Format):
         ordered, codes = self._ordered()
         if rounding == "toward_zero":
             # The entry below a positive number, above a negative one; the outermost entries where there is none.
-            edges = np.where(ordered[1:] > 0, np.nextafter(ordered[1:], np.float32(-np.inf)), ordered[:-1])
+            edges = np.where(
+                ordered[1:] > 0,
+                np.nextafter(ordered[1:], np.float32(-np.inf)),
+                ordered[:-1],
+            )
             rank = _rank(x, edges)
         elif rounding == "stochastic":
             # Between neighbours a <= x < b the upper one wins with probability (x - a) / (b - a).
-            rank = _rank(x, np.nextafter(ordered[1:], np.float32(-np.inf))).astype(jnp.int32)
+            rank = _rank(x, np.nextafter(ordered[1:], np.float32(-np.inf))).astype(
+                jnp.int32
+            )
             lower = jnp.asarray(ordered)[rank]
             upper = jnp.asarray(ordered)[jnp.minimum(rank + 1, ordered.size - 1)]
-            share = jnp.where(upper > lower, (x - lower) / jnp.where(upper > lower, upper - lower, 1.0), 0.0)
+            share = jnp.where(
+                upper > lower,
+                (x - lower) / jnp.where(upper > lower, upper - lower, 1.0),
+                0.0,
+            )
             rank = rank + (random_uniform(key, x.shape) < share).astype(jnp.int32)
         elif self.boundaries is not None:
             rank = _rank(x, np.asarray(self.boundaries, np.float32))
@@ -125,7 +141,9 @@ class CodebookFormat(Format):
         return jnp.asarray(codes)[rank]
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        return jnp.take(jnp.asarray(self.table, jnp.float32), codes.astype(jnp.int32), mode="clip")
+        return jnp.take(
+            jnp.asarray(self.table, jnp.float32), codes.astype(jnp.int32), mode="clip"
+        )
 
 
 def decode_by_table(fmt: Format, codebook: jax.Array, codes: jax.Array) -> jax.Array:
@@ -150,11 +168,15 @@ def decode_by_table(fmt: Format, codebook: jax.Array, codes: jax.Array) -> jax.A
     index = codes.astype(jnp.int32) - first
     size = codebook.shape[-1]
     if size <= _MOST_SELECTS:
-        numbers = jnp.broadcast_to(codebook[..., 0], jnp.broadcast_shapes(codebook.shape[:-1], codes.shape))
+        numbers = jnp.broadcast_to(
+            codebook[..., 0], jnp.broadcast_shapes(codebook.shape[:-1], codes.shape)
+        )
         for i in range(1, size):
             numbers = jnp.where(index == i, codebook[..., i], numbers)
     else:
-        numbers = jnp.take_along_axis(codebook, index[..., None], axis=-1, mode="clip")[..., 0]
+        numbers = jnp.take_along_axis(codebook, index[..., None], axis=-1, mode="clip")[
+            ..., 0
+        ]
     return jnp.where(codes == 0, 0.0, numbers) if first < 0 else numbers
 
 
@@ -165,7 +187,9 @@ def _rank(x: jax.Array, edges: np.ndarray) -> jax.Array:
         for edge in edges:
             rank = rank + (x > edge).astype(jnp.uint8)
         return rank
-    return jnp.where(jnp.isnan(x), 0, jnp.searchsorted(jnp.asarray(edges), x, side="left"))
+    return jnp.where(
+        jnp.isnan(x), 0, jnp.searchsorted(jnp.asarray(edges), x, side="left")
+    )
 
 
 def normal_float(bits: int) -> tuple[float, ...]:
@@ -195,15 +219,23 @@ def dynamic_map(signed: bool) -> tuple[float, ...]:
     table: list[np.float32] = [np.float32(0), np.float32(1)]
     for i in range(steps):
         boundaries = _float32_steps(2**i + 1 if signed else 2 ** (i + 1) + 1)
-        middles = np.float32(10.0 ** (i - steps + 1)) * ((boundaries[:-1] + boundaries[1:]) / np.float32(2))
+        middles = np.float32(10.0 ** (i - steps + 1)) * (
+            (boundaries[:-1] + boundaries[1:]) / np.float32(2)
+        )
         table += [*middles, *-middles] if signed else [*middles]
     return tuple(np.sort(np.asarray(table)).tolist())
 
 
 def _float32_steps(count: int) -> np.ndarray:
     """`count` numbers from 0.1 to 1 as torch.linspace rounds them, from both ends: bitsandbytes' table to the bit."""
-    step, i = (np.float32(1) - np.float32(0.1)) / np.float32(count - 1), np.arange(count)
-    up, down = float(np.float32(0.1)) + float(step) * i, 1 - float(step) * (count - 1 - i)
+    step, i = (
+        (np.float32(1) - np.float32(0.1)) / np.float32(count - 1),
+        np.arange(count),
+    )
+    up, down = (
+        float(np.float32(0.1)) + float(step) * i,
+        1 - float(step) * (count - 1 - i),
+    )
     return np.where(i < count // 2, up, down).astype(np.float32)
 
 
@@ -220,4 +252,6 @@ def powers_of_two(bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     positive = 2.0 ** -np.arange(count)[::-1]
     edges = np.concatenate([[positive[0] / 2], positive[:-1] * np.sqrt(2)])
     table = np.concatenate([-positive[::-1], [0.0], positive])
-    return tuple(table.tolist()), tuple(np.concatenate([-edges[::-1], edges]).astype(np.float32).tolist())
+    return tuple(table.tolist()), tuple(
+        np.concatenate([-edges[::-1], edges]).astype(np.float32).tolist()
+    )

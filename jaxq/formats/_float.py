@@ -17,7 +17,12 @@ from jax import lax
 
 from jaxq.formats._format import Format
 from jaxq.formats._names import check_choice
-from jaxq.formats._rounding import check_rounding, random_bits, round_to_float, shift_right
+from jaxq.formats._rounding import (
+    check_rounding,
+    random_bits,
+    round_to_float,
+    shift_right,
+)
 
 FLAVOURS = ("ieee", "fn", "fnuz", "finite")
 
@@ -62,7 +67,9 @@ class FloatFormat(Format):
                 f"exponent bits and 1 mantissa bit; got e{e}m{m}. Use flavour='finite' or 'fn'."
             )
         if self.bias is None:
-            object.__setattr__(self, "bias", (1 << (e - 1)) - 1 + (self.flavour == "fnuz"))
+            object.__setattr__(
+                self, "bias", (1 << (e - 1)) - 1 + (self.flavour == "fnuz")
+            )
         low, high = 1 - self._bias - m, (self._top >> m) - self._bias
         if high > 127 or (low < -126 and not self._cuts_float32):
             raise ValueError(
@@ -118,7 +125,11 @@ class FloatFormat(Format):
 
     @property
     def smallest_positive(self) -> float:
-        return 2.0 ** (1 - self._bias - self.num_mantissa_bits) if self.num_mantissa_bits else 2.0 ** (1 - self._bias)
+        return (
+            2.0 ** (1 - self._bias - self.num_mantissa_bits)
+            if self.num_mantissa_bits
+            else 2.0 ** (1 - self._bias)
+        )
 
     def codes(self) -> np.ndarray:
         self._raise_if_too_many_codes()
@@ -148,24 +159,39 @@ class FloatFormat(Format):
         magnitude = pattern & np.uint32(0x7FFFFFFF)
         sign = pattern >> 31
         biased32 = (magnitude >> 23).astype(jnp.int32)
-        significand = (magnitude & np.uint32(0x7FFFFF)) | jnp.where(biased32 > 0, np.uint32(1 << 23), np.uint32(0))
+        significand = (magnitude & np.uint32(0x7FFFFF)) | jnp.where(
+            biased32 > 0, np.uint32(1 << 23), np.uint32(0)
+        )
         exponent = jnp.maximum(biased32, 1) - 127
         # Low bits to drop: the mantissa's surplus, and more below the format's normal range.
         shift = (23 - m) + jnp.maximum(0, (1 - bias) - exponent)
         code = shift_right(significand, shift, rounding, key)
         # The implicit bit left in `code` lifts the exponent by one; a carry out of the mantissa does the rest.
-        code = code + ((jnp.clip(exponent + bias, 1, 1 << self.exponent_bits) - 1) << m).astype(jnp.uint32)
+        code = code + (
+            (jnp.clip(exponent + bias, 1, 1 << self.exponent_bits) - 1) << m
+        ).astype(jnp.uint32)
 
         is_nan, over = magnitude > np.uint32(0x7F800000), code > top
-        if rounding == "toward_zero":  # no finite number overflows toward zero (IEEE 754-2019, 7.4)
-            over, code = magnitude == np.uint32(0x7F800000), jnp.minimum(code, np.uint32(top))
+        if (
+            rounding == "toward_zero"
+        ):  # no finite number overflows toward zero (IEEE 754-2019, 7.4)
+            over, code = (
+                magnitude == np.uint32(0x7F800000),
+                jnp.minimum(code, np.uint32(top)),
+            )
         has_infinity, has_nan = self.flavour == "ieee", self.flavour != "finite"
-        code = jnp.where(over, np.uint32(top if saturate or not has_infinity else top + 1), code)
+        code = jnp.where(
+            over, np.uint32(top if saturate or not has_infinity else top + 1), code
+        )
         sign = jnp.where((code == 0) & (self.flavour == "fnuz"), np.uint32(0), sign)
         lost = is_nan if saturate or has_infinity or not has_nan else is_nan | over
         # Where no code is NaN, ml_dtypes turns one into the zero of the opposite sign, and so do we.
-        nan_code = np.uint32(self._nan_code) if has_nan else (sign ^ 1) << (self.bits - 1)
-        return jnp.where(lost, nan_code, code | (sign << (self.bits - 1))).astype(self.code_dtype)
+        nan_code = (
+            np.uint32(self._nan_code) if has_nan else (sign ^ 1) << (self.bits - 1)
+        )
+        return jnp.where(lost, nan_code, code | (sign << (self.bits - 1))).astype(
+            self.code_dtype
+        )
 
     def decode(self, codes: jax.Array) -> jax.Array:
         m, bias = self.num_mantissa_bits, self._bias
@@ -174,12 +200,16 @@ class FloatFormat(Format):
         sign = (codes >> (self.bits - 1)) << 31
         if self._cuts_float32:
             return lax.bitcast_convert_type(sign | (body << (23 - m)), jnp.float32)
-        normal = lax.bitcast_convert_type((body << (23 - m)) + np.uint32((127 - bias) << 23 & 0xFFFFFFFF), jnp.float32)
+        normal = lax.bitcast_convert_type(
+            (body << (23 - m)) + np.uint32((127 - bias) << 23 & 0xFFFFFFFF), jnp.float32
+        )
         subnormal = body.astype(jnp.float32) * np.float32(2.0 ** (1 - bias - m))
         value = jnp.where(body >> m == 0, subnormal, normal)
         if self.flavour == "ieee":
             value = jnp.where(body == self._top + 1, np.float32(np.inf), value)
-        value = lax.bitcast_convert_type(lax.bitcast_convert_type(value, jnp.uint32) | sign, jnp.float32)
+        value = lax.bitcast_convert_type(
+            lax.bitcast_convert_type(value, jnp.uint32) | sign, jnp.float32
+        )
         if self.flavour == "ieee":
             return jnp.where(body > self._top + 1, np.float32(np.nan), value)
         if self.flavour == "finite":
@@ -231,15 +261,27 @@ class ExponentFormat(Format):
         else:  # the mantissa is the implicit bit alone, always odd: a tie goes up in both nearest modes
             code = (pattern + np.uint32(1 << 22)) >> 23
             # Between 2^-127 and 2^-126 (a subnormal of float32) ml_dtypes goes up, and so do we.
-            code = jnp.where(pattern < np.uint32(1 << 23), (pattern > np.uint32(1 << 22)).astype(jnp.uint32), code)
-        not_positive = (pattern == 0) | (pattern > np.uint32(0x7F800000))  # 0, NaN, and the sign bit
+            code = jnp.where(
+                pattern < np.uint32(1 << 23),
+                (pattern > np.uint32(1 << 22)).astype(jnp.uint32),
+                code,
+            )
+        not_positive = (pattern == 0) | (
+            pattern > np.uint32(0x7F800000)
+        )  # 0, NaN, and the sign bit
         over = ~not_positive & (code > 254)
-        code = jnp.where(not_positive | (over & (not saturate)), np.uint32(255), jnp.minimum(code, np.uint32(254)))
+        code = jnp.where(
+            not_positive | (over & (not saturate)),
+            np.uint32(255),
+            jnp.minimum(code, np.uint32(254)),
+        )
         return code.astype(jnp.uint8)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         codes = codes.astype(jnp.uint32)
-        pattern = jnp.where(codes == 0, np.uint32(1 << 22), codes << 23)  # 2^-127 is a float32 subnormal
+        pattern = jnp.where(
+            codes == 0, np.uint32(1 << 22), codes << 23
+        )  # 2^-127 is a float32 subnormal
         pattern = jnp.where(codes == 255, np.uint32(0x7FC00000), pattern)
         return lax.bitcast_convert_type(pattern, jnp.float32)
 
@@ -277,11 +319,20 @@ class DoubleFormat(Format):
     def round(self, x, *, rounding="nearest_even", saturate=True, key=None):
         check_rounding(rounding, key)
         x = jnp.asarray(x)  # no carrier is wider: only infinities can change
-        return jnp.where(jnp.isinf(x), jnp.sign(x) * jnp.finfo(x.dtype).max, x) if saturate else x
+        return (
+            jnp.where(jnp.isinf(x), jnp.sign(x) * jnp.finfo(x.dtype).max, x)
+            if saturate
+            else x
+        )
 
     def encode(self, x, *, rounding="nearest_even", saturate=True, key=None):
         _raise_without_x64("encode")
-        x = self.round(jnp.asarray(x).astype(jnp.float64), rounding=rounding, saturate=saturate, key=key)
+        x = self.round(
+            jnp.asarray(x).astype(jnp.float64),
+            rounding=rounding,
+            saturate=saturate,
+            key=key,
+        )
         return lax.bitcast_convert_type(x, jnp.uint64)
 
     def decode(self, codes: jax.Array) -> jax.Array:
@@ -291,4 +342,6 @@ class DoubleFormat(Format):
 
 def _raise_without_x64(caller: str) -> None:
     if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        raise ValueError(f"float64.{caller}: 64-bit types are off. Set jax.config.update('jax_enable_x64', True).")
+        raise ValueError(
+            f"float64.{caller}: 64-bit types are off. Set jax.config.update('jax_enable_x64', True)."
+        )

@@ -84,7 +84,9 @@ class Format(abc.ABC):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """`decode(encode(x))`, float32; floating point formats do it in one step, and in float64 for float64 `x`."""
-        return self.decode(self.encode(x, rounding=rounding, saturate=saturate, key=key))
+        return self.decode(
+            self.encode(x, rounding=rounding, saturate=saturate, key=key)
+        )
 
     @abc.abstractmethod
     def codes(self) -> np.ndarray:
@@ -100,7 +102,9 @@ class Format(abc.ABC):
 
     def _raise_if_too_many_codes(self) -> None:
         if self.bits > 16:
-            raise ValueError(f"{self.name} has 2^{self.bits} codes: too many to list. Ask for max, min, bits.")
+            raise ValueError(
+                f"{self.name} has 2^{self.bits} codes: too many to list. Ask for max, min, bits."
+            )
 
     def values(self) -> np.ndarray:
         """The distinct finite numbers of the format, ascending; float32 `[num_values]`.
@@ -110,7 +114,9 @@ class Format(abc.ABC):
         """
         with jax.ensure_compile_time_eval():
             decoded = np.asarray(self.decode(jnp.asarray(self.codes())))
-        return np.unique(decoded[np.isfinite(decoded)]) + np.float32(0)  # -0 and 0 are one number
+        return np.unique(decoded[np.isfinite(decoded)]) + np.float32(
+            0
+        )  # -0 and 0 are one number
 
     @property
     @abc.abstractmethod

@@ -44,7 +44,9 @@ class IntegerFormat(Format):
                 f"got {self.num_bits}."
             )
         if self.narrow and not self.signed:
-            raise ValueError("IntegerFormat: narrow range is for signed integers; unsigned ones start at 0.")
+            raise ValueError(
+                "IntegerFormat: narrow range is for signed integers; unsigned ones start at 0."
+            )
 
     @property
     def bits(self) -> int:
@@ -56,7 +58,9 @@ class IntegerFormat(Format):
 
     @property
     def max(self) -> float:
-        return float(2 ** (self.num_bits - 1) - 1 if self.signed else 2**self.num_bits - 1)
+        return float(
+            2 ** (self.num_bits - 1) - 1 if self.signed else 2**self.num_bits - 1
+        )
 
     @property
     def min(self) -> float:
@@ -70,7 +74,9 @@ class IntegerFormat(Format):
 
     def codes(self) -> np.ndarray:
         low = int(self.min)
-        return np.concatenate([np.arange(0, self.max + 1), np.arange(low, 0)]).astype(self.code_dtype)
+        return np.concatenate([np.arange(0, self.max + 1), np.arange(low, 0)]).astype(
+            self.code_dtype
+        )
 
     def encode(self, x, *, rounding="nearest_even", saturate=True, key=None):
         del saturate  # integers have no other overflow value
@@ -97,7 +103,9 @@ class SignMagnitudeFormat(Format):
 
     def __post_init__(self):
         if not 2 <= self.num_bits <= 8:
-            raise ValueError(f"SignMagnitudeFormat: width must be 2 to 8 bits, got {self.num_bits}.")
+            raise ValueError(
+                f"SignMagnitudeFormat: width must be 2 to 8 bits, got {self.num_bits}."
+            )
 
     @property
     def bits(self) -> int:
@@ -121,13 +129,17 @@ class SignMagnitudeFormat(Format):
     def encode(self, x, *, rounding="nearest_even", saturate=True, key=None):
         del saturate
         x = jnp.asarray(x, jnp.float32)
-        magnitude = jnp.abs(_whole(x, self.min, self.max, rounding, key)).astype(jnp.uint8)
+        magnitude = jnp.abs(_whole(x, self.min, self.max, rounding, key)).astype(
+            jnp.uint8
+        )
         sign = (jnp.signbit(x) & ~jnp.isnan(x)).astype(jnp.uint8)
         return magnitude | (sign << (self.num_bits - 1))
 
     def decode(self, codes: jax.Array) -> jax.Array:
         sign = codes >> (self.num_bits - 1)
-        magnitude = (codes & np.uint8((1 << (self.num_bits - 1)) - 1)).astype(jnp.float32)
+        magnitude = (codes & np.uint8((1 << (self.num_bits - 1)) - 1)).astype(
+            jnp.float32
+        )
         return jnp.where(sign == 0, magnitude, -magnitude)
 
 
@@ -160,7 +172,11 @@ class FixedPointFormat(Format):
     signed: bool = True
 
     def __post_init__(self):
-        if self.integer_bits < 0 or self.fraction_bits < 0 or not 1 + self.signed <= self.bits <= 16:
+        if (
+            self.integer_bits < 0
+            or self.fraction_bits < 0
+            or not 1 + self.signed <= self.bits <= 16
+        ):
             raise ValueError(
                 f"FixedPointFormat: bits must not be negative and at most 16 with the sign; got "
                 f"integer_bits={self.integer_bits}, fraction_bits={self.fraction_bits}, signed={self.signed}."
@@ -172,7 +188,9 @@ class FixedPointFormat(Format):
 
     @property
     def code_dtype(self) -> np.dtype:
-        return np.dtype(f"{'int' if self.signed else 'uint'}{8 if self.bits <= 8 else 16}")
+        return np.dtype(
+            f"{'int' if self.signed else 'uint'}{8 if self.bits <= 8 else 16}"
+        )
 
     @property
     def max(self) -> float:
@@ -191,20 +209,35 @@ class FixedPointFormat(Format):
         return max(0, self.integer_bits + self.fraction_bits - 1)
 
     def codes(self) -> np.ndarray:
-        low, high = int(self.min / self.smallest_positive), int(self.max / self.smallest_positive)
-        return np.concatenate([np.arange(0, high + 1), np.arange(low, 0)]).astype(self.code_dtype)
+        low, high = (
+            int(self.min / self.smallest_positive),
+            int(self.max / self.smallest_positive),
+        )
+        return np.concatenate([np.arange(0, high + 1), np.arange(low, 0)]).astype(
+            self.code_dtype
+        )
 
     def encode(self, x, *, rounding="nearest_even", saturate=True, key=None):
         del saturate
         unit = self.smallest_positive
-        x = jnp.clip(jnp.asarray(x, jnp.float32), self.min, self.max)  # first: x / unit could overflow
-        return _whole(x * np.float32(1 / unit), self.min / unit, self.max / unit, rounding, key).astype(self.code_dtype)
+        x = jnp.clip(
+            jnp.asarray(x, jnp.float32), self.min, self.max
+        )  # first: x / unit could overflow
+        return _whole(
+            x * np.float32(1 / unit), self.min / unit, self.max / unit, rounding, key
+        ).astype(self.code_dtype)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         return codes.astype(jnp.float32) * np.float32(self.smallest_positive)
 
 
-def _whole(x: jax.typing.ArrayLike, low: float, high: float, rounding: str, key: jax.Array | None) -> jax.Array:
+def _whole(
+    x: jax.typing.ArrayLike,
+    low: float,
+    high: float,
+    rounding: str,
+    key: jax.Array | None,
+) -> jax.Array:
     """`x` as whole numbers from `low` to `high`, float32; NaN, which has no code, is 0 as in XLA's own cast."""
     check_rounding(rounding, key)
     x = round_to_integer(jnp.asarray(x, jnp.float32), rounding, key)

@@ -51,15 +51,26 @@ def codes_per_pack(bits: int, packing: Packing) -> int:
     if packing is Packing.NONE:
         return 1
     if not 1 <= bits <= 8:
-        raise ValueError(f"packing {packing.value!r} takes codes of 1 to 8 bits, not {bits}.")
+        raise ValueError(
+            f"packing {packing.value!r} takes codes of 1 to 8 bits, not {bits}."
+        )
     if packing is Packing.BITSTREAM:
         return 8 // math.gcd(8, bits)
     if bits == 8 or 8 % bits:
-        raise ValueError(f"packing {packing.value!r} takes codes of 1, 2 or 4 bits, not {bits}. Use 'bitstream'.")
+        raise ValueError(
+            f"packing {packing.value!r} takes codes of 1, 2 or 4 bits, not {bits}. Use 'bitstream'."
+        )
     return 8 // bits
 
 
-def pack(codes: jax.Array, bits: int, packing: Packing, *, unit: int | None = None, axis: int = -1) -> jax.Array:
+def pack(
+    codes: jax.Array,
+    bits: int,
+    packing: Packing,
+    *,
+    unit: int | None = None,
+    axis: int = -1,
+) -> jax.Array:
     """Packs one axis of `codes` into bytes.
 
     Args:
@@ -83,17 +94,28 @@ def pack(codes: jax.Array, bits: int, packing: Packing, *, unit: int | None = No
     unit = _check_unit("pack", n, fields, packing, unit)
     codes = codes.astype(jnp.uint8) & np.uint8((1 << bits) - 1)
     if packing is Packing.BITSTREAM:
-        return jnp.moveaxis(_pack_bitstream(jnp.moveaxis(codes, axis, -1), bits, fields), -1, axis)
+        return jnp.moveaxis(
+            _pack_bitstream(jnp.moveaxis(codes, axis, -1), bits, fields), -1, axis
+        )
     shifts = [bits * i for i in range(fields)]
     if packing is Packing.HALVES:
-        rows = codes.reshape(*before, n // unit if unit else 0, fields, unit // fields, *after)
+        rows = codes.reshape(
+            *before, n // unit if unit else 0, fields, unit // fields, *after
+        )
     else:
         rows = codes.reshape(*before, n // fields, fields, *after)
     if packing is Packing.HIGH_FIRST:
         shifts.reverse()
-    parts = [lax.index_in_dim(rows, i, axis + 1, keepdims=False) << np.uint8(shifts[i]) for i in range(fields)]
+    parts = [
+        lax.index_in_dim(rows, i, axis + 1, keepdims=False) << np.uint8(shifts[i])
+        for i in range(fields)
+    ]
     packed = functools.reduce(jnp.bitwise_or, parts)
-    if packing is Packing.HALVES and axis == codes.ndim - 1 and (unit // fields) % 4 == 0:
+    if (
+        packing is Packing.HALVES
+        and axis == codes.ndim - 1
+        and (unit // fields) % 4 == 0
+    ):
         return _flatten_units(packed)
     return packed.reshape(*before, n // fields, *after)
 
@@ -104,12 +126,18 @@ def _flatten_units(units: jax.Array) -> jax.Array:
     Flattened as bytes, units are folded into the loop that computes the codes. The scale's index then changes within
     the inner loop, which no longer vectorizes: three to six times slower.
     """
-    words = lax.bitcast_convert_type(units.reshape(*units.shape[:-1], units.shape[-1] // 4, 4), jnp.uint32)
-    flat = lax.bitcast_convert_type(words.reshape(*units.shape[:-2], units.shape[-2] * words.shape[-1]), jnp.uint8)
+    words = lax.bitcast_convert_type(
+        units.reshape(*units.shape[:-1], units.shape[-1] // 4, 4), jnp.uint32
+    )
+    flat = lax.bitcast_convert_type(
+        words.reshape(*units.shape[:-2], units.shape[-2] * words.shape[-1]), jnp.uint8
+    )
     return flat.reshape(*units.shape[:-2], units.shape[-2] * units.shape[-1])
 
 
-def unpack(packed: jax.Array, bits: int, packing: Packing, *, unit: int | None = None) -> jax.Array:
+def unpack(
+    packed: jax.Array, bits: int, packing: Packing, *, unit: int | None = None
+) -> jax.Array:
     """The codes behind `pack`, as unsigned bit patterns.
 
     Args:
@@ -132,11 +160,15 @@ def unpack(packed: jax.Array, bits: int, packing: Packing, *, unit: int | None =
     n = packed.shape[-1] * fields
     if packing is Packing.HALVES:
         unit = _check_unit("unpack", n, fields, packing, unit)
-        rows = packed.reshape(*packed.shape[:-1], n // unit if unit else 0, unit // fields)
+        rows = packed.reshape(
+            *packed.shape[:-1], n // unit if unit else 0, unit // fields
+        )
         parts = [field(rows, i, bits) for i in range(fields)]
         return jnp.stack(parts, axis=-2).reshape(*packed.shape[:-1], n)
     order = range(fields) if packing is Packing.LOW_FIRST else reversed(range(fields))
-    return jnp.stack([field(packed, i, bits) for i in order], axis=-1).reshape(*packed.shape[:-1], n)
+    return jnp.stack([field(packed, i, bits) for i in order], axis=-1).reshape(
+        *packed.shape[:-1], n
+    )
 
 
 def field(packed: jax.Array, index: int, bits: int) -> jax.Array:
@@ -152,13 +184,19 @@ def as_signed(patterns: jax.Array, bits: int) -> jax.Array:
     return (patterns.astype(jnp.int8) << up) >> up
 
 
-def _check_unit(caller: str, n: int, fields: int, packing: Packing, unit: int | None) -> int:
+def _check_unit(
+    caller: str, n: int, fields: int, packing: Packing, unit: int | None
+) -> int:
     if n % fields:
-        raise ValueError(f"{caller}: {n} codes do not fill whole bytes: {packing.value} takes {fields} at a time.")
+        raise ValueError(
+            f"{caller}: {n} codes do not fill whole bytes: {packing.value} takes {fields} at a time."
+        )
     if packing is not Packing.HALVES or unit is None:
         return n
     if unit < 1 or n % unit or unit % fields:
-        raise ValueError(f"{caller}: unit {unit} must divide the row of {n} codes and be a multiple of {fields}.")
+        raise ValueError(
+            f"{caller}: unit {unit} must divide the row of {n} codes and be a multiple of {fields}."
+        )
     return unit
 
 
@@ -172,17 +210,25 @@ def _pack_bitstream(codes: jax.Array, bits: int, fields: int) -> jax.Array:
             shift = i * bits - byte * 8  # where code i starts, seen from this byte
             if -bits < shift < 8:
                 code = groups[..., i]
-                total = total | (code << np.uint8(shift) if shift >= 0 else code >> np.uint8(-shift))
+                total = total | (
+                    code << np.uint8(shift) if shift >= 0 else code >> np.uint8(-shift)
+                )
         out.append(total)
-    return jnp.stack(out, axis=-1).reshape(*codes.shape[:-1], codes.shape[-1] // fields * num_bytes)
+    return jnp.stack(out, axis=-1).reshape(
+        *codes.shape[:-1], codes.shape[-1] // fields * num_bytes
+    )
 
 
 def _unpack_bitstream(packed: jax.Array, bits: int) -> jax.Array:
     fields = codes_per_pack(bits, Packing.BITSTREAM)
     num_bytes = fields * bits // 8
     if packed.shape[-1] % num_bytes:
-        raise ValueError(f"unpack: {packed.shape[-1]} bytes hold no whole pack: at {bits} bits, {num_bytes} at a time.")
-    groups = packed.reshape(*packed.shape[:-1], packed.shape[-1] // num_bytes, num_bytes)
+        raise ValueError(
+            f"unpack: {packed.shape[-1]} bytes hold no whole pack: at {bits} bits, {num_bytes} at a time."
+        )
+    groups = packed.reshape(
+        *packed.shape[:-1], packed.shape[-1] // num_bytes, num_bytes
+    )
     out = []
     for i in range(fields):
         first, shift = divmod(i * bits, 8)
@@ -190,4 +236,6 @@ def _unpack_bitstream(packed: jax.Array, bits: int) -> jax.Array:
         if shift + bits > 8:
             code = code | (groups[..., first + 1] << np.uint8(8 - shift))
         out.append(code & np.uint8((1 << bits) - 1))
-    return jnp.stack(out, axis=-1).reshape(*packed.shape[:-1], packed.shape[-1] // num_bytes * fields)
+    return jnp.stack(out, axis=-1).reshape(
+        *packed.shape[:-1], packed.shape[-1] // num_bytes * fields
+    )

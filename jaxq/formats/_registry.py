@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxq.formats._codebook import CodebookFormat, dynamic_map, normal_float, powers_of_two
+from jaxq.formats._codebook import (
+    CodebookFormat,
+    dynamic_map,
+    normal_float,
+    powers_of_two,
+)
 from jaxq.formats._float import DoubleFormat, ExponentFormat, FloatFormat
 from jaxq.formats._format import Format
 from jaxq.formats._integer import FixedPointFormat, IntegerFormat, SignMagnitudeFormat
@@ -69,7 +74,9 @@ def register(fmt: Format) -> Format:
     """
     name = normalize(fmt.name)
     if _registry.setdefault(name, fmt) != fmt:
-        raise ValueError(f"register: the name {fmt.name!r} is taken by {_registry[name]!r}.")
+        raise ValueError(
+            f"register: the name {fmt.name!r} is taken by {_registry[name]!r}."
+        )
     return fmt
 
 
@@ -91,10 +98,18 @@ def get(name: str | Format) -> Format:
     if isinstance(name, Format):
         return name
     if not isinstance(name, str):
-        raise TypeError(f"formats.get takes a name or a Format, got {type(name).__name__}.")
-    found = _registry.get(normalize(name)) or _parse_float(normalize(name)) or _parse_fixed_point(normalize(name))
+        raise TypeError(
+            f"formats.get takes a name or a Format, got {type(name).__name__}."
+        )
+    found = (
+        _registry.get(normalize(name))
+        or _parse_float(normalize(name))
+        or _parse_fixed_point(normalize(name))
+    )
     if found is None:
-        raise ValueError(unknown_name("format", name, _registry, "jaxq.formats.names()"))
+        raise ValueError(
+            unknown_name("format", name, _registry, "jaxq.formats.names()")
+        )
     return found
 
 
@@ -124,7 +139,9 @@ def from_dict(data: str | dict[str, Any]) -> Format:
     """
     if isinstance(data, str):
         return get(data)
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+    }
     kinds: dict[str, Callable[..., Format]] = {
         kind.__name__: kind
         for kind in (
@@ -139,7 +156,9 @@ def from_dict(data: str | dict[str, Any]) -> Format:
     }
     kind = kinds.get(fields.pop("type", ""))
     if kind is None:
-        raise ValueError(f"formats.from_dict: unknown kind of format {data.get('type')!r}; known are {sorted(kinds)}.")
+        raise ValueError(
+            f"formats.from_dict: unknown kind of format {data.get('type')!r}; known are {sorted(kinds)}."
+        )
     return kind(**fields)
 
 
@@ -147,19 +166,30 @@ def _parse_float(name: str) -> Format | None:
     match = re.fullmatch(r"float(\d+)_e(\d+)m(\d+)(fn|fnuz|)", name)
     if not match:
         return None
-    width, exponent, mantissa, suffix = int(match[1]), int(match[2]), int(match[3]), match[4]
+    width, exponent, mantissa, suffix = (
+        int(match[1]),
+        int(match[2]),
+        int(match[3]),
+        match[4],
+    )
     if width != 1 + exponent + mantissa:
         raise ValueError(
             f"unknown format {name!r}: e{exponent}m{mantissa} with its sign has {1 + exponent + mantissa} bits, "
             f"not {width}."
         )
-    flavour = {"": "ieee", "fnuz": "fnuz", "fn": "fn" if width >= 8 else "finite"}[suffix]
+    flavour = {"": "ieee", "fnuz": "fnuz", "fn": "fn" if width >= 8 else "finite"}[
+        suffix
+    ]
     return FloatFormat(name, exponent, mantissa, flavour=flavour)
 
 
 def _parse_fixed_point(name: str) -> Format | None:
     match = re.fullmatch(r"(u?)q(\d+)\.(\d+)", name)
-    return FixedPointFormat(name, int(match[2]), int(match[3]), not match[1]) if match else None
+    return (
+        FixedPointFormat(name, int(match[2]), int(match[3]), not match[1])
+        if match
+        else None
+    )
 
 
 def _bitsandbytes_fp4() -> CodebookFormat:
@@ -168,7 +198,9 @@ def _bitsandbytes_fp4() -> CodebookFormat:
     ordered = np.unique(np.asarray(table, np.float32))
     edges = (ordered[1:] + ordered[:-1]) / np.float32(2)
     edges = np.where(edges < 0, np.nextafter(edges, np.float32(-np.inf)), edges)
-    return CodebookFormat("float4_bitsandbytes", tuple(map(float, table)), tuple(edges.tolist()))
+    return CodebookFormat(
+        "float4_bitsandbytes", tuple(map(float, table)), tuple(edges.tolist())
+    )
 
 
 for _fmt in _FLOATS:

@@ -23,7 +23,9 @@ def check_rounding(rounding: str, key: jax.Array | None) -> None:
     """Raises unless `rounding` is known and a key came exactly when it is stochastic."""
     check_choice("rounding", rounding, MODES)
     if rounding == "stochastic" and key is None:
-        raise ValueError("rounding='stochastic' needs a PRNG key: pass key=jax.random.key(seed).")
+        raise ValueError(
+            "rounding='stochastic' needs a PRNG key: pass key=jax.random.key(seed)."
+        )
     if rounding != "stochastic" and key is not None:
         raise ValueError(
             f"key= was given but rounding={rounding!r} does not use it. Ask for rounding='stochastic' "
@@ -31,7 +33,9 @@ def check_rounding(rounding: str, key: jax.Array | None) -> None:
         )
 
 
-def round_to_integer(x: jax.Array, rounding: str, key: jax.Array | None = None) -> jax.Array:
+def round_to_integer(
+    x: jax.Array, rounding: str, key: jax.Array | None = None
+) -> jax.Array:
     """`x` rounded to whole numbers, still float32; NaN and infinities pass through.
 
     Stochastic: `floor(x + u)` with u uniform in [0, 1), so the mean over keys is x (Gupta et al., 2015).
@@ -86,7 +90,11 @@ def round_to_float(
     unsigned, signed = jnp.dtype(f"uint{width}"), jnp.dtype(f"int{width}")
 
     def number(value: Any, dtype: Any = unsigned) -> Any:
-        return value.astype(dtype) if isinstance(value, jax.Array) else np.asarray(value, dtype)
+        return (
+            value.astype(dtype)
+            if isinstance(value, jax.Array)
+            else np.asarray(value, dtype)
+        )
 
     pattern = lax.bitcast_convert_type(x, unsigned)
     magnitude = pattern & number((1 << (width - 1)) - 1)
@@ -100,30 +108,47 @@ def round_to_float(
         significand = (magnitude & number((1 << fraction_bits) - 1)) | implicit
         lowest = number(min_exponent, signed) + number(bias, signed)
         biased = jnp.maximum(biased, number(1, signed))
-        shift = number(fraction_bits, signed) - number(mantissa_bits, signed) + jnp.maximum(0, lowest - biased)
+        shift = (
+            number(fraction_bits, signed)
+            - number(mantissa_bits, signed)
+            + jnp.maximum(0, lowest - biased)
+        )
         if beyond is None:
             kept = shift_right(significand, shift, rounding, key)
         else:  # two places more, for what lies between x and its neighbours
-            kept = shift_right((significand << 2) + beyond.astype(unsigned), shift + 2, rounding, key)
+            kept = shift_right(
+                (significand << 2) + beyond.astype(unsigned), shift + 2, rounding, key
+            )
         # The implicit bit in the shifted number lifts the exponent by one, and a carry by one more.
         places = jnp.minimum(shift, fraction_bits + 1).astype(unsigned)
         body = ((biased - 1).astype(unsigned) << fraction_bits) + (kept << places)
-        if rounding == "stochastic":  # from far below: the smallest positive number of the grid, or 0
+        if (
+            rounding == "stochastic"
+        ):  # from far below: the smallest positive number of the grid, or 0
             exponent = lowest - number(mantissa_bits, signed)
             smallest = jnp.where(
                 exponent > 0,
                 exponent.astype(unsigned) << fraction_bits,
                 number(1)
-                << jnp.clip(exponent + number(fraction_bits - 1, signed), 0, fraction_bits - 1).astype(unsigned),
+                << jnp.clip(
+                    exponent + number(fraction_bits - 1, signed), 0, fraction_bits - 1
+                ).astype(unsigned),
             )
             body = jnp.where(shift > fraction_bits + 1, smallest, body)
         body = jnp.where(kept == 0, number(0), body)
-    infinity, nan = number((2 * bias + 1) << fraction_bits), number((4 * bias + 3) << (fraction_bits - 1))
+    infinity, nan = (
+        number((2 * bias + 1) << fraction_bits),
+        number((4 * bias + 3) << (fraction_bits - 1)),
+    )
     limit = lax.bitcast_convert_type(jnp.asarray(largest, x.dtype), unsigned)
     over = body > limit
-    if rounding == "toward_zero":  # no finite number overflows toward zero (IEEE 754-2019, 7.4)
+    if (
+        rounding == "toward_zero"
+    ):  # no finite number overflows toward zero (IEEE 754-2019, 7.4)
         over, body = magnitude == infinity, jnp.minimum(body, limit)
-    body = jnp.where(over, {"infinity": infinity, "nan": nan, "saturate": limit}[overflow], body)
+    body = jnp.where(
+        over, {"infinity": infinity, "nan": nan, "saturate": limit}[overflow], body
+    )
     sign = pattern ^ magnitude
     is_nan = magnitude > infinity
     body = jnp.where(is_nan, nan if has_nan else number(0), body)
@@ -137,10 +162,16 @@ def round_to_float(
 def _fixed_cut(mantissa_bits: Any, min_exponent: Any, info: Any) -> int | None:
     """How many last bits of every pattern a grid as wide as the dtype leaves; None where that differs or is traced."""
     static = all(isinstance(n, int | np.integer) for n in (mantissa_bits, min_exponent))
-    return int(info.nmant - mantissa_bits) if static and mantissa_bits > 0 and min_exponent <= info.minexp else None
+    return (
+        int(info.nmant - mantissa_bits)
+        if static and mantissa_bits > 0 and min_exponent <= info.minexp
+        else None
+    )
 
 
-def shift_right(significand: jax.Array, shift: jax.Array, rounding: str, key: jax.Array | None) -> jax.Array:
+def shift_right(
+    significand: jax.Array, shift: jax.Array, rounding: str, key: jax.Array | None
+) -> jax.Array:
     """`significand / 2^shift` rounded to an integer; unsigned, with room for one carry above its highest bit."""
     dtype, width = significand.dtype, jnp.iinfo(significand.dtype).bits
     one = np.ones((), dtype)
@@ -148,19 +179,27 @@ def shift_right(significand: jax.Array, shift: jax.Array, rounding: str, key: ja
         # A uniform integer in [0, 2^shift) is added before the cut. Beyond the width the significand moves first.
         extra = jnp.clip(shift - (width - 1), 0, width - 1).astype(dtype)
         places = jnp.minimum(shift, width - 1).astype(dtype)
-        noise = random_bits(key, jnp.broadcast_shapes(significand.shape, shift.shape), dtype)
+        noise = random_bits(
+            key, jnp.broadcast_shapes(significand.shape, shift.shape), dtype
+        )
         return ((significand >> extra) + (noise & ((one << places) - one))) >> places
-    places = jnp.minimum(shift, width - 2).astype(dtype)  # enough to empty any significand
+    places = jnp.minimum(shift, width - 2).astype(
+        dtype
+    )  # enough to empty any significand
     if rounding == "toward_zero":
         return significand >> places
     half = (one << places) >> one
     if rounding == "nearest_away":
         return (significand + half) >> places
-    below_half = jnp.where(places == 0, np.zeros((), dtype), half - one + ((significand >> places) & one))
+    below_half = jnp.where(
+        places == 0, np.zeros((), dtype), half - one + ((significand >> places) & one)
+    )
     return (significand + below_half) >> places
 
 
-def random_bits(key: jax.Array | None, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+def random_bits(
+    key: jax.Array | None, shape: tuple[int, ...], dtype: np.dtype
+) -> jax.Array:
     """Uniform bit patterns: a hash of the key's words and each element's place, a few integer operations an element.
 
     `jax.random.bits` would take longer on CPU than all of rounding. The hash is two rounds of
@@ -171,17 +210,23 @@ def random_bits(key: jax.Array | None, shape: tuple[int, ...], dtype: np.dtype) 
     words = jax.random.bits(key, (2,), np.uint32)
     place, stride = jnp.zeros(shape, np.uint32), 1
     for axis in reversed(range(len(shape))):
-        place = place + lax.broadcasted_iota(np.uint32, shape, axis) * np.uint32(stride % 2**32)
+        place = place + lax.broadcasted_iota(np.uint32, shape, axis) * np.uint32(
+            stride % 2**32
+        )
         stride *= shape[axis]
     bits = _mix(_mix(place ^ words[0]) ^ words[1])
     if dtype == np.uint64:
-        return bits.astype(np.uint64) << np.uint64(32) | _mix(bits ^ words[0]).astype(np.uint64)
+        return bits.astype(np.uint64) << np.uint64(32) | _mix(bits ^ words[0]).astype(
+            np.uint64
+        )
     return bits.astype(dtype)
 
 
 def random_uniform(key: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
     """Uniform multiples of 2^-24 in [0, 1), float32."""
-    return (random_bits(key, shape, np.dtype(np.uint32)) >> 8).astype(np.float32) * np.float32(2.0**-24)
+    return (random_bits(key, shape, np.dtype(np.uint32)) >> 8).astype(
+        np.float32
+    ) * np.float32(2.0**-24)
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -44,16 +44,23 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         raise FileNotFoundError(f"save: the folder {path.parent} does not exist.")
     tensors: dict[str, np.ndarray] = {}
     if is_module(tree):
-        kind, structure = "model", {name: describe(v, name, tensors) for name, v in parameters(tree).items()}
+        kind, structure = (
+            "model",
+            {name: describe(v, name, tensors) for name, v in parameters(tree).items()},
+        )
     else:
         kind, structure = "tree", describe(tree, "", tensors)
     header = {"version": FORMAT_VERSION, "kind": kind, "structure": structure}
     if kind == "model" and (found := transforms(tree)) is not None:
         header["transforms"] = found
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".partial"
+    )
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"format": "jaxq", "jaxq": json.dumps(header)})
+        save_file(
+            tensors, temporary, metadata={"format": "jaxq", "jaxq": json.dumps(header)}
+        )
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         mask = os.umask(0)
@@ -91,21 +98,32 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
             header = _read_header(path, file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"load: {path} is not a whole safetensors file: {error}.") from error
+        raise ValueError(
+            f"load: {path} is not a whole safetensors file: {error}."
+        ) from error
     used: set[str] = set()
     try:
         if header["kind"] == "model":
-            tree = {name: rebuild(entry, name, tensors, used) for name, entry in header["structure"].items()}
+            tree = {
+                name: rebuild(entry, name, tensors, used)
+                for name, entry in header["structure"].items()
+            }
         else:
             tree = rebuild(header["structure"], "", tensors, used)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"load: the metadata of {path} is damaged: {error!r}.") from error
+        raise ValueError(
+            f"load: the metadata of {path} is damaged: {error!r}."
+        ) from error
     if set(tensors) - used:
-        raise ValueError(f"load: {path} holds tensors its metadata does not name: {sorted(set(tensors) - used)}.")
+        raise ValueError(
+            f"load: {path} holds tensors its metadata does not name: {sorted(set(tensors) - used)}."
+        )
     if into is None:
         return tree
     if header["kind"] != "model":
-        raise ValueError(f"load: {path} holds a tree, not a model. Load it without into=.")
+        raise ValueError(
+            f"load: {path} holds a tree, not a model. Load it without into=."
+        )
     return into_model(into, tree, path, header.get("transforms"))
 
 
@@ -117,11 +135,17 @@ def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     try:
         header = json.loads(metadata["jaxq"])
     except ValueError as error:
-        raise ValueError(f"load: the metadata of {path} is damaged: {error}.") from error
+        raise ValueError(
+            f"load: the metadata of {path} is damaged: {error}."
+        ) from error
     if not isinstance(header, dict):
-        raise ValueError(f"load: the metadata of {path} is damaged: a {type(header).__name__} instead of an object.")
+        raise ValueError(
+            f"load: the metadata of {path} is damaged: a {type(header).__name__} instead of an object."
+        )
     if not isinstance(header.get("transforms", {}), dict):
-        raise ValueError(f"load: the metadata of {path} is damaged: transforms are {header['transforms']!r}.")
+        raise ValueError(
+            f"load: the metadata of {path} is damaged: transforms are {header['transforms']!r}."
+        )
     if header.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"load: {path} has format version {header.get('version')}; this jaxq reads version {FORMAT_VERSION}."

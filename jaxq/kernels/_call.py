@@ -79,7 +79,12 @@ class Call:
     backward: bool = False
 
     def rows(self, leaves: Sequence[Any]) -> Rows:
-        return Rows(**(dict.fromkeys(Rows._fields) | dict(zip(self.leaves, leaves, strict=True))))  # pyright: ignore[reportArgumentType]
+        return Rows(
+            **(
+                dict.fromkeys(Rows._fields)
+                | dict(zip(self.leaves, leaves, strict=True))
+            )
+        )  # pyright: ignore[reportArgumentType]
 
 
 class Choice(NamedTuple):
@@ -109,7 +114,9 @@ def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
     Returns:
       `[m, n]` (or `[m, k]`) in `call.out_dtype`.
     """
-    call = dataclasses.replace(call, leaves=tuple(f for f in Rows._fields if getattr(rows, f) is not None))
+    call = dataclasses.replace(
+        call, leaves=tuple(f for f in Rows._fields if getattr(rows, f) is not None)
+    )
     args = [x, *(getattr(rows, field) for field in call.leaves)]
 
     def bind(*args: jax.Array) -> jax.Array:
@@ -122,7 +129,9 @@ def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
     return over_explicit_axes(bind, (*spec_of(x)[:-1], last), *args)
 
 
-def choose(problem: Problem | str, platform: str, device_kind: str | None, num_devices: int = 1) -> Choice:
+def choose(
+    problem: Problem | str, platform: str, device_kind: str | None, num_devices: int = 1
+) -> Choice:
     """Which kernel computes a product on a platform, by static facts alone.
 
     Args:
@@ -136,11 +145,16 @@ def choose(problem: Problem | str, platform: str, device_kind: str | None, num_d
     if isinstance(problem, str):
         return Choice("xla", problem)
     if num_devices > 1:
-        return Choice("xla", f"XLA partitions this program for {num_devices} devices; a kernel runs inside shard_map")
+        return Choice(
+            "xla",
+            f"XLA partitions this program for {num_devices} devices; a kernel runs inside shard_map",
+        )
     if 0 in (problem.e, problem.m, problem.n, problem.k):
         return Choice("xla", "nothing is to be computed")
     if platform == "cuda" and problem.x_dtype == "int8" and problem.bits == 8:
-        return Choice("xla", "XLA's own int8 product serves int8 x and int8 codes", True)
+        return Choice(
+            "xla", "XLA's own int8 product serves int8 x and int8 codes", True
+        )
     reasons = []
     for name in KERNELS[platform]:
         reason = _tiles.kernel(name).why_not(problem, device_kind)
@@ -169,7 +183,9 @@ def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
     if x.dtype.name == "int8" and integer:
         plain = RowMeta(formats.get("int8"), formats.Packing.NONE, None, meta.k, meta.k)
         longest = largest_exact_length(plain, True, meta, rows.zero_point is None)
-        at_once = meta.padded_k // (1 if rows.scale is None else max(rows.scale.shape[-1], 1))
+        at_once = meta.padded_k // (
+            1 if rows.scale is None else max(rows.scale.shape[-1], 1)
+        )
         if at_once > longest:
             return f"int32 surely holds {longest} products of {meta.fmt.name} codes and int8 x, and a sum has {at_once}"
     if meta.fmt.bits == 8 and not integer:
@@ -178,7 +194,11 @@ def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
         return "it has several codebooks"
     groups = 1 if rows.scale is None else rows.scale.shape[-1]
     group = meta.padded_k // groups if groups else 0
-    if meta.packing is formats.Packing.HALVES and groups > 1 and (meta.unit is None or group % meta.unit):
+    if (
+        meta.packing is formats.Packing.HALVES
+        and groups > 1
+        and (meta.unit is None or group % meta.unit)
+    ):
         return f"codes are packed in units of {meta.unit or meta.padded_k}, scales change every {group}"
     if x.dtype.name == "int8" and not integer:
         return f"int8 activations meet {meta.fmt.name} codes"
@@ -205,7 +225,9 @@ def calls(jaxpr: Any) -> Iterator[tuple[Call, Any, list[Any]]]:
         if equation.primitive is matmul_p:
             x, *leaves = (v.aval for v in equation.invars)
             yield equation.params["call"], x, leaves
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
             if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
                 yield from calls(getattr(inner, "jaxpr", inner))
 
@@ -227,16 +249,29 @@ def _xla_matrix(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
         scale = None if rows.scale is None else jnp.ones((1, 1), jnp.float32)
         left = Rows(x, scale, None, None, None)  # pyright: ignore[reportArgumentType]
         fmt = formats.get("int8")
-        y = codes_matmul(left, RowMeta(fmt, formats.Packing.NONE, None, meta.k, meta.k), rows, meta)
+        y = codes_matmul(
+            left, RowMeta(fmt, formats.Packing.NONE, None, meta.k, meta.k), rows, meta
+        )
     else:
         # XLA:CPU would multiply columns as they lie, and its matrix library refuses that in narrow floats.
-        x = x.astype(jnp.float32) if call.meta.layout == "columns" and meta.block_bytes is None else x
-        y = (transposed_matmul if call.transposed else weight_only_matmul)(x, rows, meta)
+        x = (
+            x.astype(jnp.float32)
+            if call.meta.layout == "columns" and meta.block_bytes is None
+            else x
+        )
+        y = (transposed_matmul if call.transposed else weight_only_matmul)(
+            x, rows, meta
+        )
     return y.astype(call.out_dtype)
 
 
 def kernel_form(
-    x: jax.Array, *leaves: jax.Array, call: Call, backend: str, problem: Problem, device_kind: str | None
+    x: jax.Array,
+    *leaves: jax.Array,
+    call: Call,
+    backend: str,
+    problem: Problem,
+    device_kind: str | None,
 ) -> jax.Array:
     """The product by a kernel: x in the order of the codes in memory, scales along k first."""
     rows = call.rows(leaves)
@@ -250,7 +285,9 @@ def kernel_form(
     def along_k(leaf: jax.Array | None) -> jax.Array | None:
         if leaf is None:
             return None
-        return jnp.swapaxes(jnp.broadcast_to(leaf, (problem.e, problem.n, leaf.shape[-1])), 1, 2)
+        return jnp.swapaxes(
+            jnp.broadcast_to(leaf, (problem.e, problem.n, leaf.shape[-1])), 1, 2
+        )
 
     module = _tiles.kernel(backend)
     return module.matmul(
@@ -267,11 +304,18 @@ def kernel_form(
 
 def interpreted(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
     """`call_matmul` by the interpreter of the kernel that `call.backend` names, without the primitive's rules."""
-    call = dataclasses.replace(call, leaves=tuple(f for f in Rows._fields if getattr(rows, f) is not None))
-    args = [a if x.ndim == 3 else a[None] for a in (x, *(getattr(rows, field) for field in call.leaves))]
+    call = dataclasses.replace(
+        call, leaves=tuple(f for f in Rows._fields if getattr(rows, f) is not None)
+    )
+    args = [
+        a if x.ndim == 3 else a[None]
+        for a in (x, *(getattr(rows, field) for field in call.leaves))
+    ]
     problem = problem_of(call, args[0], args[1:])
     assert isinstance(problem, Problem), problem
-    y = kernel_form(*args, call=call, backend=call.backend, problem=problem, device_kind=None)
+    y = kernel_form(
+        *args, call=call, backend=call.backend, problem=problem, device_kind=None
+    )
     return y if x.ndim == 3 else y[0]
 
 
@@ -302,7 +346,9 @@ def _bind(primitive: Primitive, args: Sequence[jax.Array], call: Call) -> jax.Ar
     varying = [jax.typeof(a).manual_axis_type.varying for a in args]
     everywhere = frozenset().union(*varying)
     args = [
-        lax.pcast(a, tuple(everywhere - found), to="varying") if everywhere - found else a
+        lax.pcast(a, tuple(everywhere - found), to="varying")
+        if everywhere - found
+        else a
         for a, found in zip(args, varying, strict=True)
     ]
     return primitive.bind(*args, call=call)
@@ -310,8 +356,14 @@ def _bind(primitive: Primitive, args: Sequence[jax.Array], call: Call) -> jax.Ar
 
 def _abstract(x, *leaves, call: Call):
     data = leaves[call.leaves.index("data")]
-    last = call.meta.k if call.transposed else data.shape[1 if call.meta.layout == "rows" else 2]
-    return x.update(shape=(*x.shape[:2], last), dtype=jnp.dtype(call.out_dtype), weak_type=False)
+    last = (
+        call.meta.k
+        if call.transposed
+        else data.shape[1 if call.meta.layout == "rows" else 2]
+    )
+    return x.update(
+        shape=(*x.shape[:2], last), dtype=jnp.dtype(call.out_dtype), weak_type=False
+    )
 
 
 def _tangent_form(x: jax.Array, *args: jax.Array, call: Call) -> jax.Array:
@@ -319,10 +371,14 @@ def _tangent_form(x: jax.Array, *args: jax.Array, call: Call) -> jax.Array:
     names = _float_leaves(call)
 
     def product(floats: list[jax.Array]) -> jax.Array:
-        filled = dict(zip(call.leaves, leaves, strict=True)) | dict(zip(names, floats, strict=True))
+        filled = dict(zip(call.leaves, leaves, strict=True)) | dict(
+            zip(names, floats, strict=True)
+        )
         return xla_form(x, *(filled[name] for name in call.leaves), call=call)
 
-    return jax.jvp(product, ([leaves[call.leaves.index(name)] for name in names],), (list(dots),))[1]
+    return jax.jvp(
+        product, ([leaves[call.leaves.index(name)] for name in names],), (list(dots),)
+    )[1]
 
 
 def _jvp(primals, tangents, *, call: Call):
@@ -332,11 +388,17 @@ def _jvp(primals, tangents, *, call: Call):
     terms = []
     if type(x_dot) is not ad.Zero:
         terms.append(_bind(matmul_p, [x_dot, *leaves], call))
-    dots = {name: dot for name, dot in zip(call.leaves, leaf_dots, strict=True) if name in _float_leaves(call)}
+    dots = {
+        name: dot
+        for name, dot in zip(call.leaves, leaf_dots, strict=True)
+        if name in _float_leaves(call)
+    }
     if any(type(dot) is not ad.Zero for dot in dots.values()):
         filled = [ad.instantiate_zeros(dot) for dot in dots.values()]
         terms.append(_bind(tangent_p, [x, *leaves, *filled], call))
-    return y, functools.reduce(jnp.add, terms) if terms else ad.Zero.from_primal_value(y)  # pyright: ignore[reportAttributeAccessIssue]
+    return y, functools.reduce(jnp.add, terms) if terms else ad.Zero.from_primal_value(
+        y
+    )  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _transpose(ct, x, *leaves, call: Call):
@@ -344,17 +406,24 @@ def _transpose(ct, x, *leaves, call: Call):
     nothing = [None] * len(leaves)
     if type(ct) is ad.Zero:
         return [ad.Zero(x.aval), *nothing]
-    turned = dataclasses.replace(call, transposed=not call.transposed, out_dtype=x.aval.dtype.name, backward=True)
+    turned = dataclasses.replace(
+        call, transposed=not call.transposed, out_dtype=x.aval.dtype.name, backward=True
+    )
     return [_bind(matmul_p, [ct.astype(x.aval.dtype), *leaves], turned), *nothing]
 
 
 def _tangent_transpose(ct, x, *args, call: Call):
     undefined = [ad.is_undefined_primal(a) for a in (x, *args)]
     if type(ct) is ad.Zero:
-        return [ad.Zero(a.aval) if u else None for a, u in zip((x, *args), undefined, strict=True)]
+        return [
+            ad.Zero(a.aval) if u else None
+            for a, u in zip((x, *args), undefined, strict=True)
+        ]
     if undefined[0]:
         shape = jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype)
-        (dx,) = jax.linear_transpose(lambda x: _tangent_form(x, *args, call=call), shape)(ct)
+        (dx,) = jax.linear_transpose(
+            lambda x: _tangent_form(x, *args, call=call), shape
+        )(ct)
         return [dx, *(None for _ in args)]
     leaves, dots = args[: len(call.leaves)], args[len(call.leaves) :]
 
@@ -370,7 +439,10 @@ def _tangent_transpose(ct, x, *args, call: Call):
         found = jax.vmap(one)(x, ct, *leaves)
     return [
         *(None for _ in (x, *leaves)),
-        *(g if ad.is_undefined_primal(d) else None for g, d in zip(found, dots, strict=True)),
+        *(
+            g if ad.is_undefined_primal(d) else None
+            for g, d in zip(found, dots, strict=True)
+        ),
     ]
 
 
@@ -384,7 +456,11 @@ def _batch(args, dims, *, call: Call):
     size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
 
     def merge(a: jax.Array, dim: int | None) -> jax.Array:
-        front = jnp.broadcast_to(a[None], (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
+        front = (
+            jnp.broadcast_to(a[None], (size, *a.shape))
+            if dim is None
+            else jnp.moveaxis(a, dim, 0)
+        )
         return front.reshape(math.prod(front.shape[:2]), *front.shape[2:])
 
     y = _bind(matmul_p, [merge(a, d) for a, d in zip(args, dims, strict=True)], call)
@@ -397,13 +473,19 @@ def _batch_tangent(args, dims, *, call: Call):
 
 def _lower(ctx, *args, call: Call, platform: str | None):
     with some_device(platform, ctx.avals_in):
-        return mlir.lower_fun(_form_for(ctx, call, platform), multiple_results=False)(ctx, *args)
+        return mlir.lower_fun(_form_for(ctx, call, platform), multiple_results=False)(
+            ctx, *args
+        )
 
 
 def _form_for(ctx, call: Call, platform: str | None) -> Callable[..., jax.Array]:
     """What computes a product on a platform; None is any without kernels."""
     named = call.backend not in ("auto", "xla")
-    if named and not call.interpret and call.backend not in KERNELS.get(platform or "", ()):
+    if (
+        named
+        and not call.interpret
+        and call.backend not in KERNELS.get(platform or "", ())
+    ):
         where = next(p for p, names in KERNELS.items() if call.backend in names)
         raise ValueError(
             f"quantized_matmul: the {call.backend} kernel runs on {where}, and this program is lowered for "
@@ -411,7 +493,11 @@ def _form_for(ctx, call: Call, platform: str | None) -> Callable[..., jax.Array]
         )
     kind, num_devices = device_of(ctx, platform)
     if platform is None and not named:
-        meta = dataclasses.replace(call.meta, block_bytes=_WHOLE) if num_devices > 1 else call.meta
+        meta = (
+            dataclasses.replace(call.meta, block_bytes=_WHOLE)
+            if num_devices > 1
+            else call.meta
+        )
         return functools.partial(xla_form, call=dataclasses.replace(call, meta=meta))
     found = problem_of(call, ctx.avals_in[0], ctx.avals_in[1:])
     if named and call.transposed:  # of a derivative: kernels go forward
@@ -421,34 +507,55 @@ def _form_for(ctx, call: Call, platform: str | None) -> Callable[..., jax.Array]
     else:
         assert platform is not None
         asked = "the XLA form is asked for" if call.backend == "xla" else None
-        choice = Choice("xla", asked) if asked else choose(found, platform, kind, num_devices)
+        choice = (
+            Choice("xla", asked)
+            if asked
+            else choose(found, platform, kind, num_devices)
+        )
     if choice.reason is None:
         assert isinstance(found, Problem), found
-        return functools.partial(kernel_form, call=call, backend=choice.backend, problem=found, device_kind=kind)
+        return functools.partial(
+            kernel_form,
+            call=call,
+            backend=choice.backend,
+            problem=found,
+            device_kind=kind,
+        )
     if call.backend == "auto" and not call.backward and not choice.preferred:
         warnings.warn(
             f"{call.meta.fmt.name} product with k = {call.meta.k} takes the XLA form on {platform}: {choice.reason}.",
             FallbackWarning,
             stacklevel=2,
         )
-    size = _WHOLE if num_devices > 1 else _ACCELERATOR_BLOCK_BYTES // max(ctx.avals_in[0].shape[0], 1)
+    size = (
+        _WHOLE
+        if num_devices > 1
+        else _ACCELERATOR_BLOCK_BYTES // max(ctx.avals_in[0].shape[0], 1)
+    )
     wide = dataclasses.replace(call.meta, block_bytes=size)
     return functools.partial(xla_form, call=dataclasses.replace(call, meta=wide))
 
 
-for _primitive, _form, _batch_rule in ((matmul_p, xla_form, _batch), (tangent_p, _tangent_form, _batch_tangent)):
+for _primitive, _form, _batch_rule in (
+    (matmul_p, xla_form, _batch),
+    (tangent_p, _tangent_form, _batch_tangent),
+):
     _primitive.def_abstract_eval(_abstract)
     batching.primitive_batchers[_primitive] = _batch_rule
 ad.primitive_jvps[matmul_p] = _jvp
 ad.primitive_transposes[matmul_p] = _transpose
 ad.primitive_jvps[tangent_p] = lambda primals, tangents, *, call: jax.jvp(
-    functools.partial(_tangent_form, call=call), primals, [ad.instantiate_zeros(t) for t in tangents]
+    functools.partial(_tangent_form, call=call),
+    primals,
+    [ad.instantiate_zeros(t) for t in tangents],
 )
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 mlir.register_lowering(tangent_p, mlir.lower_fun(_tangent_form, multiple_results=False))
 mlir.register_lowering(matmul_p, functools.partial(_lower, platform=None))
 for _platform in KERNELS:
-    mlir.register_lowering(matmul_p, functools.partial(_lower, platform=_platform), platform=_platform)
+    mlir.register_lowering(
+        matmul_p, functools.partial(_lower, platform=_platform), platform=_platform
+    )
 
 
 # The function behind each primitive, for those who look into programs.

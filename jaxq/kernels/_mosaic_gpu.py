@@ -46,7 +46,10 @@ from jaxq.kernels._problem import Problem
 # How 64 rows lie in the registers of a warp group. A word has the place of the four bytes it is made of.
 _BYTES = plgpu.Layout.WGMMA_8BIT
 _WORDS = plgpu.Layout.TILED(
-    plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
+    plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))),
+    warp_dims=(-7,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
 )
 _WEIGHTS = plgpu.Layout.WGMMA  # and of sums
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -66,7 +69,9 @@ def why_not(problem: Problem, device_kind: str | None) -> str | None:
     if p.x_dtype == "int8" or p.scale_dtype is None:
         return "XLA's own int8 product serves int8 x"
     if p.x_dtype not in _BASE:
-        return f"its tensor core instruction takes bfloat16 and float16, not {p.x_dtype}"
+        return (
+            f"its tensor core instruction takes bfloat16 and float16, not {p.x_dtype}"
+        )
     if p.bits not in (4, 8) or (p.codebook and p.bits != 4):
         return f"it decodes codes of 4 or 8 bits and codebooks of 16 numbers, not {p.codes}"
     if 0 in (p.e, p.m, p.n, p.k):
@@ -88,7 +93,14 @@ def default_tiles(problem: Problem, device_kind: str | None) -> dict:
     splits = 1
     while splits < 16 and 2 * splits * ctas <= 160 and p.k >= 8 * splits * bk:
         splits *= 2
-    return {"bm": bm, "bn": 64, "bk": bk, "warpgroups": 2, "stages": 4 if bm == 128 else 6, "splits": splits}
+    return {
+        "bm": bm,
+        "bn": 64,
+        "bk": bk,
+        "warpgroups": 2,
+        "stages": 4 if bm == 128 else 6,
+        "splits": splits,
+    }
 
 
 def matmul(
@@ -118,24 +130,39 @@ def matmul(
     """
     p = problem
     bm, bn, bk, warpgroups, stages, splits = (
-        int(tiles[name]) for name in ("bm", "bn", "bk", "warpgroups", "stages", "splits")
+        int(tiles[name])
+        for name in ("bm", "bn", "bk", "warpgroups", "stages", "splits")
     )
-    chunk = bk if p.num_groups == 1 else min(bk, p.group)  # codes whose sum meets one scale
+    chunk = (
+        bk if p.num_groups == 1 else min(bk, p.group)
+    )  # codes whose sum meets one scale
     uneven = p.k % min(bk, 1024 // p.bits) or (p.num_groups > 1 and p.group % chunk)
     if bn % 64 or bm % 8 or chunk % 32 or bk % chunk or uneven:
-        raise ValueError(f"matmul: no tiles {dict(tiles)} for groups of {p.group} in rows of {p.k}.")
+        raise ValueError(
+            f"matmul: no tiles {dict(tiles)} for groups of {p.group} in rows of {p.k}."
+        )
     columns, row_bytes = warpgroups * bn, bk * p.bits // 8
-    m_blocks, n_blocks, steps = pl.cdiv(p.m, bm), pl.cdiv(p.n, columns), pl.cdiv(p.k, bk * splits)
+    m_blocks, n_blocks, steps = (
+        pl.cdiv(p.m, bm),
+        pl.cdiv(p.n, columns),
+        pl.cdiv(p.k, bk * splits),
+    )
 
     x = jnp.pad(_reorder(x, p), ((0, 0), (0, m_blocks * bm - p.m), (0, 0)))
-    inputs = [x, data, _align(scale)] + [_align(a) for a in (zero_point,) if a is not None]
+    inputs = [x, data, _align(scale)] + [
+        _align(a) for a in (zero_point,) if a is not None
+    ]
     # Sums of a part stay transposed, for XLA to add up. A whole result of 16 bits is turned on its way out, in tiles.
     whole = splits == 1 and p.n % 64 == 0 and jnp.dtype(p.out_dtype).itemsize == 2
     # TMA writes nothing beyond an edge; an interpreter may drop the whole block.
-    m, n = (m_blocks * bm, n_blocks * columns) if interpret else (pl.cdiv(p.m, 8) * 8, p.n)
+    m, n = (
+        (m_blocks * bm, n_blocks * columns) if interpret else (pl.cdiv(p.m, 8) * 8, p.n)
+    )
     if whole:
         out = jax.ShapeDtypeStruct((1, p.e, m, n), jnp.dtype(p.out_dtype))
-        staging = plgpu.SMEM((warpgroups, bm, bn), out.dtype, transforms=_swizzled(64, 16))
+        staging = plgpu.SMEM(
+            (warpgroups, bm, bn), out.dtype, transforms=_swizzled(64, 16)
+        )
     else:
         out = jax.ShapeDtypeStruct((splits, p.e, n, m_blocks * bm), jnp.float32)
         staging = plgpu.SMEM((warpgroups, bn, bm), out.dtype)
@@ -150,16 +177,26 @@ def matmul(
             scale_smem, *zero_smem, (sums, table) = rest
             words = _as_words(_layout(data_smem[rows, :], _BYTES, interpret), interpret)
             for c in range(bk // chunk):
-                part = words[:, c * chunk * p.bits // 32 : (c + 1) * chunk * p.bits // 32]
+                part = words[
+                    :, c * chunk * p.bits // 32 : (c + 1) * chunk * p.bits // 32
+                ]
                 zero = [_layout(ref[c, rows], _ROWS, interpret) for ref in zero_smem]
                 weights = _decode(part, table, zero, p, interpret)
                 taken = x_smem.at[:, pl.ds(c * chunk, chunk)]
-                factor = _layout(scale_smem[c, rows], _ROWS, interpret).astype(jnp.float32)
-                sums = sums + _product(weights, taken, interpret) * lax.broadcast_in_dim(factor, sums.shape, (0,))
+                factor = _layout(scale_smem[c, rows], _ROWS, interpret).astype(
+                    jnp.float32
+                )
+                sums = sums + _product(
+                    weights, taken, interpret
+                ) * lax.broadcast_in_dim(factor, sums.shape, (0,))
             return sums, table
 
         def compute(pipeline):
-            table = tuple(sources[-1][e, place] for place in range(16)) if p.codebook else ()
+            table = (
+                tuple(sources[-1][e, place] for place in range(16))
+                if p.codebook
+                else ()
+            )
             sums = _layout(jnp.zeros((bn, bm), jnp.float32), _WEIGHTS, interpret)
             sums, _ = pipeline((sums, table))
             n_rows, m_rows = pl.ds(j * columns + mine * bn, bn), pl.ds(i * bm, bm)
@@ -175,15 +212,24 @@ def matmul(
 
         groups = bk // chunk
         of_group = plgpu.BlockSpec(
-            (groups, columns), lambda t: ((s * steps + t) * bk // (max(chunk, p.group) * groups), j)
+            (groups, columns),
+            lambda t: ((s * steps + t) * bk // (max(chunk, p.group) * groups), j),
         )
         plgpu.emit_pipeline_warp_specialized(
             step,  # pyright: ignore[reportArgumentType]
             grid=(steps,),
             memory_registers=40,
             in_specs=[
-                plgpu.BlockSpec((bm, bk), lambda t: (i, s * steps + t), transforms=_swizzled(min(chunk, 64), 16)),
-                plgpu.BlockSpec((columns, row_bytes), lambda t: (j, s * steps + t), transforms=_swizzled(row_bytes, 8)),
+                plgpu.BlockSpec(
+                    (bm, bk),
+                    lambda t: (i, s * steps + t),
+                    transforms=_swizzled(min(chunk, 64), 16),
+                ),
+                plgpu.BlockSpec(
+                    (columns, row_bytes),
+                    lambda t: (j, s * steps + t),
+                    transforms=_swizzled(row_bytes, 8),
+                ),
                 *[of_group] * (len(inputs) - 2),
             ],
             wg_axis="warpgroup",
@@ -200,9 +246,13 @@ def matmul(
         grid_names=("e", "s", "n", "m"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
         # Reads beyond an edge give zeros, as TMA does.
-        interpret=InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+        interpret=InterpretGPUParams(
+            out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+        )
         if interpret
         else None,
     )(*inputs, *(() if codebook is None else (codebook,)))
@@ -213,7 +263,9 @@ def matmul(
 def _reorder(x: jax.Array, p: Problem) -> jax.Array:
     """Columns of x in the order in which `_decode` gives weights."""
     num_pairs = 16 // p.bits
-    units = x.reshape(p.e, p.m, -1, 4, *((num_pairs, 2) if p.codebook else (2, num_pairs)))
+    units = x.reshape(
+        p.e, p.m, -1, 4, *((num_pairs, 2) if p.codebook else (2, num_pairs))
+    )
     pair, number = (4, 5) if p.codebook else (5, 4)
     return units.transpose(0, 1, 2, pair, 3, number).reshape(x.shape)
 
@@ -230,21 +282,35 @@ def _decode(words, table, zero: list, p: Problem, interpret: bool):
     """
     dtype = jnp.dtype(p.x_dtype)
     if p.codebook:
-        return _look_up(words, _table_words(table, words.shape, dtype, interpret), dtype, interpret)
+        return _look_up(
+            words, _table_words(table, words.shape, dtype, interpret), dtype, interpret
+        )
     bits, base = _BASE[p.x_dtype]
     ones = np.uint32(0x00010001)  # a factor that writes 16 bits twice
     shifted = [words >> np.uint32(p.bits * pair) for pair in range(16 // p.bits)]
-    offset = -(1 << (p.bits - 1)) if p.signed else 0  # code - offset is not negative, and its first bit flipped
+    offset = (
+        -(1 << (p.bits - 1)) if p.signed else 0
+    )  # code - offset is not negative, and its first bit flipped
     if p.bits == 4 or dtype == jnp.float16:
-        mask, flip = ones * np.uint32((1 << p.bits) - 1), ones * np.uint32(bits - offset)
+        mask, flip = (
+            ones * np.uint32((1 << p.bits) - 1),
+            ones * np.uint32(bits - offset),
+        )
         weights = _as_weights([(s & mask) ^ flip for s in shifted], dtype, interpret)
         offset = base - offset
     else:
         # Seven bits fit under the exponent of 128. The eighth, the sign's, turns 128 into 256.
         flip = np.uint32(0 if p.signed else 0x80)
-        rest = [(s & (ones * np.uint32(0x7F))) ^ (ones * np.uint32(bits)) for s in shifted]
-        sign = [(s & (ones * np.uint32(0x80))) ^ (ones * (np.uint32(bits) ^ flip)) for s in shifted]
-        weights = _as_weights(rest, dtype, interpret) - _as_weights(sign, dtype, interpret)
+        rest = [
+            (s & (ones * np.uint32(0x7F))) ^ (ones * np.uint32(bits)) for s in shifted
+        ]
+        sign = [
+            (s & (ones * np.uint32(0x80))) ^ (ones * (np.uint32(bits) ^ flip))
+            for s in shifted
+        ]
+        weights = _as_weights(rest, dtype, interpret) - _as_weights(
+            sign, dtype, interpret
+        )
         offset = 0 if p.signed else -128
     for z in zero:
         total = (z.astype(jnp.float32) + np.float32(offset)).astype(dtype)
@@ -257,8 +323,14 @@ def _table_words(entries, shape: tuple[int, int], dtype, interpret: bool) -> lis
 
     All of it is scalar work that a compiler moves out of the loop over steps.
     """
-    full = [_layout(jnp.full(shape, entry), _WORDS, interpret).astype(dtype) for entry in entries]
-    patterns = [lax.bitcast_convert_type(numbers, jnp.uint16).astype(jnp.uint32) for numbers in full]
+    full = [
+        _layout(jnp.full(shape, entry), _WORDS, interpret).astype(dtype)
+        for entry in entries
+    ]
+    patterns = [
+        lax.bitcast_convert_type(numbers, jnp.uint16).astype(jnp.uint32)
+        for numbers in full
+    ]
     words = []
     for plane in (0, 8):
         for first in range(0, 16, 4):
@@ -280,7 +352,10 @@ def _look_up(words, table: list, dtype, interpret: bool):
     def fetch(permute, place, half, later_place, later_half, *table):
         pairs = []
         for at, which in ((place, half), (later_place, later_half)):
-            low, high = (permute(permute(a, b, at), permute(c, d, at), which) for a, b, c, d in (table[:4], table[4:]))
+            low, high = (
+                permute(permute(a, b, at), permute(c, d, at), which)
+                for a, b, c, d in (table[:4], table[4:])
+            )
             pairs += [permute(low, high, 0x5140), permute(low, high, 0x7362)]
         return pairs
 
@@ -290,17 +365,25 @@ def _look_up(words, table: list, dtype, interpret: bool):
     # One piece of inline code, because the compiler does not feed one such piece to another.
     @plgpu.inline_mgpu(
         arg_types=(_WORDS,) * len(arrays),
-        return_type=plgpu.ShapeDtypeStruct((words.shape[0], 8 * words.shape[1]), dtype, layout=_WEIGHTS),
+        return_type=plgpu.ShapeDtypeStruct(
+            (words.shape[0], 8 * words.shape[1]), dtype, layout=_WEIGHTS
+        ),
     )
     def fetch_registers(_, *arrays):
         i32 = ir.IntegerType.get_signless(32)
 
         def permute(low, high, which):
-            return mgpu_utils.prmt(low, high, arith.constant(i32, which) if isinstance(which, int) else which)
+            return mgpu_utils.prmt(
+                low,
+                high,
+                arith.constant(i32, which) if isinstance(which, int) else which,
+            )
 
         registers = [np.empty_like(arrays[0].registers) for _ in range(4)]
         for index in np.ndindex(registers[0].shape):
-            numbers = [mgpu_utils.bitcast(array.registers[index], i32) for array in arrays]
+            numbers = [
+                mgpu_utils.bitcast(array.registers[index], i32) for array in arrays
+            ]
             for pair, found in zip(registers, fetch(permute, *numbers), strict=True):
                 pair[index] = mgpu_utils.bitcast(found, ir.VectorType.get((1,), i32))
         return _rename(registers, _WEIGHTS, dtype, 2)
@@ -314,7 +397,9 @@ def _permute_bytes(low, high, which):
     out = jnp.zeros_like(low)
     for byte in range(4):
         place = (which >> np.uint32(4 * byte)) & np.uint32(7)
-        source = jnp.where(place < 4, low, high) >> (np.uint32(8) * (place & np.uint32(3)))
+        source = jnp.where(place < 4, low, high) >> (
+            np.uint32(8) * (place & np.uint32(3))
+        )
         out = out | ((source & np.uint32(0xFF)) << np.uint32(8 * byte))
     return out
 
@@ -322,13 +407,21 @@ def _permute_bytes(low, high, which):
 def _product(weights, x_smem, interpret: bool):
     """`weights @ x.T` `[bn, bm]` float32."""
     if interpret:
-        return lax.dot_general(weights, x_smem[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return lax.dot_general(
+            weights,
+            x_smem[...],
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
 
     def accumulate(sums):
         plgpu.wgmma(sums, weights, x_smem.T)
         return sums[...]
 
-    return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((weights.shape[0], x_smem.shape[0]), jnp.float32))
+    return pl.run_scoped(
+        accumulate,
+        plgpu.WGMMAAccumulatorRef((weights.shape[0], x_smem.shape[0]), jnp.float32),
+    )
 
 
 def _store_turned(target, value, interpret: bool) -> None:
@@ -348,7 +441,10 @@ def _as_words(data, interpret: bool):
     if interpret:
         return lax.bitcast_convert_type(data.reshape(*shape, 4), jnp.uint32)
 
-    @plgpu.inline_mgpu(arg_types=(_BYTES,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.uint32, layout=_WORDS))
+    @plgpu.inline_mgpu(
+        arg_types=(_BYTES,),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.uint32, layout=_WORDS),
+    )
     def rename(_, *arrays):
         return _rename([array.registers for array in arrays], _WORDS, jnp.uint32, 1)
 
@@ -360,11 +456,14 @@ def _as_weights(pairs: list, dtype, interpret: bool):
     rows, width = pairs[0].shape
     shape = (rows, 2 * len(pairs) * width)
     if interpret:
-        stacked = jnp.stack([pair.reshape(rows, width // 4, 4) for pair in pairs], axis=2)
+        stacked = jnp.stack(
+            [pair.reshape(rows, width // 4, 4) for pair in pairs], axis=2
+        )
         return lax.bitcast_convert_type(stacked, dtype).reshape(shape)
 
     @plgpu.inline_mgpu(
-        arg_types=(_WORDS,) * len(pairs), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=_WEIGHTS)
+        arg_types=(_WORDS,) * len(pairs),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=_WEIGHTS),
     )
     def rename(_, *pairs):
         return _rename([pair.registers for pair in pairs], _WEIGHTS, dtype, 2)
@@ -380,7 +479,9 @@ def _rename(parts: list, layout, dtype, length: int):
     for index, register in np.ndenumerate(registers):
         out[index] = vector.bitcast(kind, register)
     signed = False if jnp.issubdtype(dtype, jnp.unsignedinteger) else None
-    return mgpu.FragmentedArray(_registers=out, _layout=layout.to_mgpu(), _is_signed=signed)
+    return mgpu.FragmentedArray(
+        _registers=out, _layout=layout.to_mgpu(), _is_signed=signed
+    )
 
 
 def _by_unit(parts: list) -> np.ndarray:
@@ -392,7 +493,9 @@ def _by_unit(parts: list) -> np.ndarray:
 def _swizzled(row: int, bits: int) -> tuple:
     """Transforms for a tile of rows of that many numbers, in which no two lanes of a load meet in one bank."""
     swizzle = min(128, row * bits // 8)
-    return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(
+        swizzle
+    )
 
 
 def _align(a: jax.Array) -> jax.Array:

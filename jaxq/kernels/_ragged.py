@@ -22,12 +22,16 @@ from jaxq.kernels._rows import (
 
 # dW[e] = dy[rows of e].T @ x[rows of e]
 _OUTER = lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=()
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=(0,),
+    rhs_group_dimensions=(),
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def ragged_matmul(x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta) -> jax.Array:
+def ragged_matmul(
+    x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta
+) -> jax.Array:
     """`x[i] @ decode(rows[expert of i]).T`.
 
     Args:
@@ -41,11 +45,24 @@ def ragged_matmul(x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta) -> 
     """
     parts = split_fields(x, meta, _groups(rows))
 
-    def write(y: jax.Array, start: jax.Array, weights: list[jax.Array], _: jax.Array) -> jax.Array:
-        products = [_ragged(part, jnp.swapaxes(w, 1, 2), sizes) for part, w in zip(parts, weights, strict=True)]
-        return lax.dynamic_update_slice_in_dim(y, functools.reduce(jnp.add, products), start, axis=1)
+    def write(
+        y: jax.Array, start: jax.Array, weights: list[jax.Array], _: jax.Array
+    ) -> jax.Array:
+        products = [
+            _ragged(part, jnp.swapaxes(w, 1, 2), sizes)
+            for part, w in zip(parts, weights, strict=True)
+        ]
+        return lax.dynamic_update_slice_in_dim(
+            y, functools.reduce(jnp.add, products), start, axis=1
+        )
 
-    return _for_blocks(x.dtype, rows, meta, write, jnp.zeros((x.shape[0], rows.data.shape[1]), jnp.float32))
+    return _for_blocks(
+        x.dtype,
+        rows,
+        meta,
+        write,
+        jnp.zeros((x.shape[0], rows.data.shape[1]), jnp.float32),
+    )
 
 
 def _forward(x, rows, sizes, meta):
@@ -55,21 +72,39 @@ def _forward(x, rows, sizes, meta):
 def _backward(meta: RowMeta, saved: tuple[jax.Array, Rows, jax.Array], dy: jax.Array):
     x, rows, sizes = saved
     parts = split_fields(x.astype(jnp.float32), meta, _groups(rows))
-    floats = {name: leaf for name in ("scale", "offset", "codebook") if (leaf := getattr(rows, name)) is not None}
+    floats = {
+        name: leaf
+        for name in ("scale", "offset", "codebook")
+        if (leaf := getattr(rows, name)) is not None
+    }
     n = rows.data.shape[1]
 
-    def to_x(totals: list[jax.Array], start: jax.Array, weights: list[jax.Array], fresh: jax.Array) -> list[jax.Array]:
+    def to_x(
+        totals: list[jax.Array],
+        start: jax.Array,
+        weights: list[jax.Array],
+        fresh: jax.Array,
+    ) -> list[jax.Array]:
         part = _fresh_columns(dy, start, weights[0].shape[1], fresh).astype(x.dtype)
-        return [t + _ragged(part, w, sizes) for t, w in zip(totals, weights, strict=True)]
+        return [
+            t + _ragged(part, w, sizes) for t, w in zip(totals, weights, strict=True)
+        ]
 
-    def to_leaves(totals: dict, start: jax.Array, taken: Rows, fresh: jax.Array) -> dict:
+    def to_leaves(
+        totals: dict, start: jax.Array, taken: Rows, fresh: jax.Array
+    ) -> dict:
         part = _fresh_columns(dy, start, taken.data.shape[1], fresh)
 
         def decode(leaves: dict) -> list[jax.Array]:
             return _decode(taken._replace(**leaves), meta)
 
         wide = {name: getattr(taken, name).astype(jnp.float32) for name in floats}
-        outer = [lax.ragged_dot_general(part, p, sizes, _OUTER, preferred_element_type=jnp.float32) for p in parts]
+        outer = [
+            lax.ragged_dot_general(
+                part, p, sizes, _OUTER, preferred_element_type=jnp.float32
+            )
+            for p in parts
+        ]
         (found,) = jax.vjp(decode, wide)[1](outer)
 
         def put(total: jax.Array, new: jax.Array) -> jax.Array:
@@ -84,7 +119,11 @@ def _backward(meta: RowMeta, saved: tuple[jax.Array, Rows, jax.Array], dy: jax.A
     dx = join_fields(_for_blocks(x.dtype, rows, meta, to_x, zeros), meta)
     totals = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in floats.items()}
     totals = _for_blocks(None, rows, meta, to_leaves, totals)
-    grads = {name: np.zeros(leaf.shape, dtypes.float0) for name, leaf in rows._asdict().items() if leaf is not None}
+    grads = {
+        name: np.zeros(leaf.shape, dtypes.float0)
+        for name, leaf in rows._asdict().items()
+        if leaf is not None
+    }
     grads |= {name: leaf.astype(floats[name].dtype) for name, leaf in totals.items()}
     none = np.zeros(sizes.shape, dtypes.float0)
     return dx.astype(x.dtype), Rows(**(dict.fromkeys(Rows._fields) | grads)), none  # pyright: ignore[reportArgumentType]
@@ -104,7 +143,9 @@ def _for_blocks(dtype, rows: Rows, meta: RowMeta, step, carry):
         i = i.astype(jnp.int32)
         start = jnp.minimum(i * count, n - count)
         taken = jax.vmap(lambda one: slice_rows(one, start, count))(rows)
-        weights = taken if dtype is None else [w.astype(dtype) for w in _decode(taken, meta)]
+        weights = (
+            taken if dtype is None else [w.astype(dtype) for w in _decode(taken, meta)]
+        )
         return step(carry, start, weights, i * count - start)
 
     return lax.fori_loop(0, -(-n // count), body, carry)
@@ -112,7 +153,10 @@ def _for_blocks(dtype, rows: Rows, meta: RowMeta, step, carry):
 
 def _decode(rows: Rows, meta: RowMeta) -> list[jax.Array]:
     """Parts of every row, float32 `[e, r, k / parts]`."""
-    return [jax.vmap(lambda one, i=i: decode_field(one, meta, i))(rows) for i in range(num_fields(meta, _groups(rows)))]
+    return [
+        jax.vmap(lambda one, i=i: decode_field(one, meta, i))(rows)
+        for i in range(num_fields(meta, _groups(rows)))
+    ]
 
 
 def _groups(rows: Rows) -> int:
@@ -120,7 +164,9 @@ def _groups(rows: Rows) -> int:
     return rows.scale.shape[-1]
 
 
-def _fresh_columns(dy: jax.Array, start: jax.Array, count: int, fresh: jax.Array) -> jax.Array:
+def _fresh_columns(
+    dy: jax.Array, start: jax.Array, count: int, fresh: jax.Array
+) -> jax.Array:
     """`count` columns from `start` on; those met before count as zero."""
     part = lax.dynamic_slice_in_dim(dy, start, count, axis=1)
     return jnp.where(jnp.arange(count, dtype=jnp.int32)[None, :] >= fresh, part, 0.0)

@@ -84,10 +84,16 @@ def num_fields(meta: RowMeta, groups: int) -> int:
     if meta.packing is not formats.Packing.HALVES:
         return 1
     group = meta.padded_k // groups
-    return formats.codes_per_pack(meta.fmt.bits, meta.packing) if groups == 1 or meta.unit == group else 1
+    return (
+        formats.codes_per_pack(meta.fmt.bits, meta.packing)
+        if groups == 1 or meta.unit == group
+        else 1
+    )
 
 
-def decode_field(rows: Rows, meta: RowMeta, index: int, *, scaled: bool = True) -> jax.Array:
+def decode_field(
+    rows: Rows, meta: RowMeta, index: int, *, scaled: bool = True
+) -> jax.Array:
     """Numbers of part `index` of every row, float32 `[n, padded_k / num_fields]`.
 
     Args:
@@ -99,7 +105,9 @@ def decode_field(rows: Rows, meta: RowMeta, index: int, *, scaled: bool = True) 
     n, groups = rows.data.shape[0], rows.scale.shape[-1]
     codes = codes_of_field(rows, meta, groups, index).reshape(n, groups, -1)
     if rows.zero_point is not None:
-        values = (codes.astype(jnp.int16) - rows.zero_point[..., None].astype(jnp.int16)).astype(jnp.float32)
+        values = (
+            codes.astype(jnp.int16) - rows.zero_point[..., None].astype(jnp.int16)
+        ).astype(jnp.float32)
     elif rows.codebook is not None:
         values = formats.decode_by_table(meta.fmt, rows.codebook[:, :, None], codes)
     else:
@@ -116,8 +124,14 @@ def codes_of_field(rows: Rows, meta: RowMeta, groups: int, index: int) -> jax.Ar
     bits, fields = meta.fmt.bits, num_fields(meta, groups)
     if fields == 1:
         patterns = formats.unpack(rows.data, bits, meta.packing, unit=meta.unit)
-        return formats.as_signed(patterns, bits) if meta.fmt.code_dtype == np.int8 else patterns
-    if meta.fmt.code_dtype == np.int8:  # shift the field to the top and back: the sign comes along
+        return (
+            formats.as_signed(patterns, bits)
+            if meta.fmt.code_dtype == np.int8
+            else patterns
+        )
+    if (
+        meta.fmt.code_dtype == np.int8
+    ):  # shift the field to the top and back: the sign comes along
         up, down = np.uint8(8 - bits * (index + 1)), np.int8(8 - bits)
         return (rows.data << up).astype(jnp.int8) >> down
     return formats.field(rows.data, index, bits)
@@ -139,11 +153,21 @@ def join_fields(parts: list[jax.Array], meta: RowMeta) -> jax.Array:
     if len(parts) == 1:
         return parts[0][:, : meta.k]
     m, unit = parts[0].shape[0], meta.unit or meta.padded_k
-    units = [part.reshape(m, meta.padded_k // unit, unit // len(parts)) for part in parts]
+    units = [
+        part.reshape(m, meta.padded_k // unit, unit // len(parts)) for part in parts
+    ]
     return jnp.stack(units, axis=2).reshape(m, meta.padded_k)[:, : meta.k]
 
 
-def for_blocks(rows: Rows, meta: RowMeta, step, carry, *, tell_fresh: bool = False, row_bytes: int | None = None):
+def for_blocks(
+    rows: Rows,
+    meta: RowMeta,
+    step,
+    carry,
+    *,
+    tell_fresh: bool = False,
+    row_bytes: int | None = None,
+):
     """Folds `step(carry, start, rows of the block[, fresh])` over blocks of rows.
 
     The last block starts early where the block size does not divide n; its first `fresh` rows were met before.
@@ -168,4 +192,6 @@ def for_blocks(rows: Rows, meta: RowMeta, step, carry, *, tell_fresh: bool = Fal
 def block_rows(meta: RowMeta, n: int, row_bytes: int | None = None) -> int:
     """Rows in a block of `for_blocks`."""
     bytes_at_once = _BLOCK_BYTES if meta.block_bytes is None else meta.block_bytes
-    return min(n, max(16, bytes_at_once // (row_bytes or 4 * max(meta.padded_k, 1)) // 16 * 16))
+    return min(
+        n, max(16, bytes_at_once // (row_bytes or 4 * max(meta.padded_k, 1)) // 16 * 16)
+    )

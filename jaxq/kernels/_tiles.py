@@ -32,7 +32,9 @@ def device_kind(platform: str | None) -> str | None:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return device.device_kind
-    if platform is None or jax.default_backend() != {"cuda": "gpu"}.get(platform, platform):
+    if platform is None or jax.default_backend() != {"cuda": "gpu"}.get(
+        platform, platform
+    ):
         return None
     return jax.devices()[0].device_kind
 
@@ -48,9 +50,22 @@ def source(name: str, device: str | None, problem: Problem) -> str:
 
 
 @functools.cache
-def _lookup(name: str, device: str | None, problem: Problem) -> tuple[Mapping[str, Any], str]:
-    key = (name, device, problem.codes, problem.x_dtype, problem.group, bucket(problem.m))
-    found = [e for e in table() if (e["kernel"], e["device"], e["codes"], e["x"], e["group"], e["m"]) == key]
+def _lookup(
+    name: str, device: str | None, problem: Problem
+) -> tuple[Mapping[str, Any], str]:
+    key = (
+        name,
+        device,
+        problem.codes,
+        problem.x_dtype,
+        problem.group,
+        bucket(problem.m),
+    )
+    found = [
+        e
+        for e in table()
+        if (e["kernel"], e["device"], e["codes"], e["x"], e["group"], e["m"]) == key
+    ]
     for sizes in ((problem.k, problem.n), (None, None)):
         for entry in found:
             if (entry.get("k"), entry.get("n")) == sizes:
@@ -61,7 +76,9 @@ def _lookup(name: str, device: str | None, problem: Problem) -> tuple[Mapping[st
 @functools.cache
 def table() -> list[dict[str, Any]]:
     """Every entry of `tiles.json`."""
-    return json.loads(importlib.resources.files("jaxq.kernels").joinpath("tiles.json").read_text())
+    return json.loads(
+        importlib.resources.files("jaxq.kernels").joinpath("tiles.json").read_text()
+    )
 
 
 def bucket(m: int) -> int:

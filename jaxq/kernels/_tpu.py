@@ -98,7 +98,10 @@ def default_tiles(problem: Problem, device_kind: str | None) -> dict[str, int | 
     most = 1024 if wide or (select and many) else 2048 if select or many else 4096
     # A step costs about as much as 512 rows of weights on top of its own, and the last one is as long as the others.
     height = _height(p)
-    bk = min(range(most // height * height, 0, -height), key=lambda bk: pl.cdiv(p.k, bk) * (bk + 512))
+    bk = min(
+        range(most // height * height, 0, -height),
+        key=lambda bk: pl.cdiv(p.k, bk) * (bk + 512),
+    )
     return {"bm": bm, "bk": bk, "bn": bn, "body": body}
 
 
@@ -143,18 +146,29 @@ def matmul(
     inputs = {"x": x, "data": data}
     specs = {
         "x": pl.BlockSpec((None, bm, bk), lambda e, m, n, k: (e, m, k)),
-        "data": pl.BlockSpec((None, bk * p.bits // 8, bn), lambda e, m, n, k: (e, k, n)),
+        "data": pl.BlockSpec(
+            (None, bk * p.bits // 8, bn), lambda e, m, n, k: (e, k, n)
+        ),
     }
     if scale is not None:
         inputs["scale"], specs["scale"] = _to_native(scale), per_group
     if zero_point is not None:
         # bfloat16 holds every one of them, and its tiles may be 8 rows high where those of a byte are 32.
-        inputs["zero_point"], specs["zero_point"] = zero_point.astype(jnp.bfloat16), per_group
+        inputs["zero_point"], specs["zero_point"] = (
+            zero_point.astype(jnp.bfloat16),
+            per_group,
+        )
     if codebook is not None:
         inputs["codebook"] = _lay_codebook(codebook, body)
-        specs["codebook"] = pl.BlockSpec((None, *inputs["codebook"].shape[1:]), lambda e, m, n, k: (e, 0, 0))
+        specs["codebook"] = pl.BlockSpec(
+            (None, *inputs["codebook"].shape[1:]), lambda e, m, n, k: (e, 0, 0)
+        )
     integer = p.x_dtype == "int8" and one_scale
-    out = jax.ShapeDtypeStruct((p.e, p.m, p.n), _native(p.out_dtype), manual_axis_type=jax.typeof(x).manual_axis_type)
+    out = jax.ShapeDtypeStruct(
+        (p.e, p.m, p.n),
+        _native(p.out_dtype),
+        manual_axis_type=jax.typeof(x).manual_axis_type,
+    )
     y = pl.pallas_call(
         functools.partial(_kernel, tuple(inputs), p, body, steps),
         grid=(p.e, pl.cdiv(p.m, bm), pl.cdiv(p.n, bn), steps),
@@ -162,10 +176,14 @@ def matmul(
         out_specs=pl.BlockSpec((None, bm, bn), lambda e, m, n, k: (e, m, n)),
         out_shape=out,
         scratch_shapes=[pltpu.VMEM((bm, bn), jnp.int32 if integer else jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * p.e * p.m * p.k * p.n,
-            bytes_accessed=sum(array.size * array.dtype.itemsize for array in (*inputs.values(), out)),
+            bytes_accessed=sum(
+                array.size * array.dtype.itemsize for array in (*inputs.values(), out)
+            ),
             transcendentals=0,
         ),
         interpret=interpret,
@@ -207,7 +225,9 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
     if zero is None and bias:
         zero = jnp.full((num_groups, w.shape[1]), -float(bias), jnp.float32)
 
-    few_rows = 4 * x.shape[0] <= group  # then scaling sums costs less than scaling weights, whoever decodes them
+    few_rows = (
+        4 * x.shape[0] <= group
+    )  # then scaling sums costs less than scaling weights, whoever decodes them
     if one_scale or body == "post" or (p.codebook and few_rows):
         w = w.astype(x.dtype)
         scale = None if one_scale else per_group("scale")
@@ -218,10 +238,14 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
             if zero is not None:
                 sum_x = jnp.sum(x[:, at].astype(part.dtype), axis=1, keepdims=True)
                 part -= sum_x * zero[g : g + 1].astype(part.dtype)
-            sums += part if scale is None else part.astype(jnp.float32) * scale[g : g + 1]
+            sums += (
+                part if scale is None else part.astype(jnp.float32) * scale[g : g + 1]
+            )
         total[...] = sums
     else:
-        w = w.astype(x.dtype) if not p.codebook else w  # integers are exact in every dtype of x
+        w = (
+            w.astype(x.dtype) if not p.codebook else w
+        )  # integers are exact in every dtype of x
         if zero is not None:
             w = onto(zero.astype(w.dtype), w, jnp.subtract)
         exact = w.dtype if w.dtype == taken["scale"].dtype else jnp.float32
@@ -250,7 +274,9 @@ def _integers(data: jax.Array, p: Problem) -> tuple[jax.Array, int]:
 def _lay_codebook(codebook: jax.Array, body: str) -> jax.Array:
     """Tables as registers want them: entries along 16 sublanes, or eight times along 128 lanes."""
     if body == "gather":
-        return jnp.broadcast_to(codebook.astype(jnp.bfloat16)[:, :, None], (*codebook.shape, _LANES))
+        return jnp.broadcast_to(
+            codebook.astype(jnp.bfloat16)[:, :, None], (*codebook.shape, _LANES)
+        )
     return jnp.tile(codebook, (1, _LANES // 16))[:, None, :]
 
 
@@ -261,16 +287,30 @@ def _look_up(data: jax.Array, table: jax.Array, body: str) -> jax.Array:
     take = functools.partial(jnp.take_along_axis, mode="promise_in_bounds")
     # A gather serves one register at a time, and index and entry have one width: 16 bits, or 32 bits.
     if body == "gather":
-        codes, table = codes.astype(jnp.int16), jnp.concatenate([table] * (bn // _LANES), axis=1)
-        return jnp.concatenate([take(table, codes[i : i + 16], axis=0) for i in range(0, bk, 16)], axis=0)
+        codes, table = (
+            codes.astype(jnp.int16),
+            jnp.concatenate([table] * (bn // _LANES), axis=1),
+        )
+        return jnp.concatenate(
+            [take(table, codes[i : i + 16], axis=0) for i in range(0, bk, 16)], axis=0
+        )
     codes, table = codes.astype(jnp.int32), jnp.broadcast_to(table, (bk, _LANES))
-    return jnp.concatenate([take(table, codes[:, i : i + _LANES], axis=1) for i in range(0, bn, _LANES)], axis=1)
+    return jnp.concatenate(
+        [take(table, codes[:, i : i + _LANES], axis=1) for i in range(0, bn, _LANES)],
+        axis=1,
+    )
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=total)
+    return lax.dot_general(
+        x,
+        w,
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=total,
+    )
 
 
 def _native(dtype: str | jnp.dtype) -> jnp.dtype:
@@ -300,8 +340,14 @@ def _check_tiles(p: Problem, bm: int, bk: int, bn: int, body: str) -> None:
         )
     bodies = ("gather", "select") if p.codebook else ("pre", "post")
     if body not in bodies:
-        raise ValueError(f"body {body!r} does not decode {p.codes}: use one of {bodies}.")
+        raise ValueError(
+            f"body {body!r} does not decode {p.codes}: use one of {bodies}."
+        )
     if body == "gather" and p.x_dtype != "bfloat16":
-        raise ValueError(f'body "gather" has bfloat16 entries, too coarse for x of {p.x_dtype}: use "select".')
+        raise ValueError(
+            f'body "gather" has bfloat16 entries, too coarse for x of {p.x_dtype}: use "select".'
+        )
     if body == "pre" and p.x_dtype == "int8":
-        raise ValueError('body "pre" rounds weights to x\'s dtype, which int8 cannot hold: use "post".')
+        raise ValueError(
+            'body "pre" rounds weights to x\'s dtype, which int8 cannot hold: use "post".'
+        )

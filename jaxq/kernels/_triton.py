@@ -96,12 +96,16 @@ def matmul(
     # [e, 2, m, k / 2] at 4 bits: x of the first codes of all bytes, then of the second ones.
     x = jnp.moveaxis(x.reshape(p.e, p.m, p.k // halves, halves), 3, 1)
     operands = [a for a in (x, data, scale, zero_point, codebook) if a is not None]
-    call = functools.partial(_parts, problem=p, tiles=tuple(sorted(tiles.items())), interpret=interpret)
+    call = functools.partial(
+        _parts, problem=p, tiles=tuple(sorted(tiles.items())), interpret=interpret
+    )
     parts = call(*operands) if interpret else _parts_p.bind(*operands, call=call)
     return parts.sum(0).astype(p.out_dtype)
 
 
-def _parts(*operands: jax.Array, problem: Problem, tiles: tuple, interpret: bool) -> jax.Array:
+def _parts(
+    *operands: jax.Array, problem: Problem, tiles: tuple, interpret: bool
+) -> jax.Array:
     """Sums over each part of k, float32 `[splits, e, m, n]`."""
     p, options = problem, {name: int(size) for name, size in tiles}
     bm, bn, splits = (options[name] for name in ("bm", "bn", "splits"))
@@ -116,7 +120,10 @@ def _parts(*operands: jax.Array, problem: Problem, tiles: tuple, interpret: bool
         *extra, out_ref = rest
         zero_ref = extra[0] if p.zero_point else None
         e, s = pl.program_id(2) // splits, pl.program_id(2) % splits
-        m_rows, n_rows = pl.ds(pl.program_id(0) * bm, bm), pl.ds(pl.program_id(1) * bn, bn)
+        m_rows, n_rows = (
+            pl.ds(pl.program_id(0) * bm, bm),
+            pl.ds(pl.program_id(1) * bn, bn),
+        )
         m_mask = pl.program_id(0) * bm + jnp.arange(bm) < p.m
         n_mask = pl.program_id(1) * bn + jnp.arange(bn) < p.n
         table = [extra[-1][e, i] for i in range(16)] if p.codebook else []
@@ -125,18 +132,36 @@ def _parts(*operands: jax.Array, problem: Problem, tiles: tuple, interpret: bool
             t = s * steps + t
             inside = t * size + jnp.arange(size) < p.k // halves
             taken = pl.ds(t * size, size)
-            group = jnp.minimum(t * chunk // p.group, p.num_groups - 1)  # the last part may end beyond k
-            packed = plt.load(data_ref.at[e, n_rows, taken], mask=_both(n_mask, inside), other=0).astype(jnp.int32)
-            factor = plt.load(scale_ref.at[e, group, n_rows], mask=n_mask, other=0).astype(jnp.float32)
+            group = jnp.minimum(
+                t * chunk // p.group, p.num_groups - 1
+            )  # the last part may end beyond k
+            packed = plt.load(
+                data_ref.at[e, n_rows, taken], mask=_both(n_mask, inside), other=0
+            ).astype(jnp.int32)
+            factor = plt.load(
+                scale_ref.at[e, group, n_rows], mask=n_mask, other=0
+            ).astype(jnp.float32)
             zero = None
             if zero_ref is not None:
-                zero = plt.load(zero_ref.at[e, group, n_rows], mask=n_mask, other=0).astype(jnp.int32)
+                zero = plt.load(
+                    zero_ref.at[e, group, n_rows], mask=n_mask, other=0
+                ).astype(jnp.int32)
             product = jnp.zeros((bm, bn), jnp.float32)
             for half in range(halves):
-                part = plt.load(x_ref.at[e, jnp.int32(half), m_rows, taken], mask=_both(m_mask, inside), other=0)
+                part = plt.load(
+                    x_ref.at[e, jnp.int32(half), m_rows, taken],
+                    mask=_both(m_mask, inside),
+                    other=0,
+                )
                 weights = _decode(packed, half, table, zero, p).astype(part.dtype)
                 dims = (((1,), (1,)), ((), ()))
-                product += lax.dot_general(part, weights, dims, precision=precision, preferred_element_type=jnp.float32)
+                product += lax.dot_general(
+                    part,
+                    weights,
+                    dims,
+                    precision=precision,
+                    preferred_element_type=jnp.float32,
+                )
             return sums + product * lax.broadcast_in_dim(factor, (bm, bn), (1,))
 
         sums = lax.fori_loop(0, steps, step, jnp.zeros((bm, bn), jnp.float32))
@@ -145,10 +170,14 @@ def _parts(*operands: jax.Array, problem: Problem, tiles: tuple, interpret: bool
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(
-            (splits, p.e, p.m, p.n), jnp.float32, manual_axis_type=jax.typeof(operands[0]).manual_axis_type
+            (splits, p.e, p.m, p.n),
+            jnp.float32,
+            manual_axis_type=jax.typeof(operands[0]).manual_axis_type,
         ),
         grid=(pl.cdiv(p.m, bm), pl.cdiv(p.n, bn), p.e * splits),
-        compiler_params=plt.CompilerParams(num_warps=options["warps"], num_stages=options["stages"]),
+        compiler_params=plt.CompilerParams(
+            num_warps=options["warps"], num_stages=options["stages"]
+        ),
         interpret=interpret,
         name="jaxq_triton_matmul",
     )(*operands)
@@ -162,17 +191,26 @@ def _decode(packed, half: int, table: list, zero, p: Problem):
         if p.signed and not p.codebook:
             codes = (codes ^ np.int32(8)) - np.int32(8)
     if not p.codebook:
-        return codes if zero is None else codes - lax.broadcast_in_dim(zero, codes.shape, (0,))
+        return (
+            codes
+            if zero is None
+            else codes - lax.broadcast_in_dim(zero, codes.shape, (0,))
+        )
     values = [jnp.full(codes.shape, number) for number in table]
     for bit in range(4):  # neighbours differ in the lowest bit that is left
         is_set = (codes & np.int32(1 << bit)) != 0
-        values = [jnp.where(is_set, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
+        values = [
+            jnp.where(is_set, odd, even)
+            for even, odd in zip(values[::2], values[1::2], strict=True)
+        ]
     return values[0]
 
 
 def _both(rows, columns):
     shape = (rows.shape[0], columns.shape[0])
-    return lax.broadcast_in_dim(rows, shape, (0,)) & lax.broadcast_in_dim(columns, shape, (1,))
+    return lax.broadcast_in_dim(rows, shape, (0,)) & lax.broadcast_in_dim(
+        columns, shape, (1,)
+    )
 
 
 # Newer jax calls Triton deprecated whenever it lowers such a kernel, which may be long after `matmul` has returned. It
@@ -183,7 +221,9 @@ _parts_p = Primitive("jaxq_triton_parts")
 
 def _lower_quietly(ctx, *operands, call):
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        warnings.filterwarnings(
+            "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
+        )
         return mlir.lower_fun(call, multiple_results=False)(ctx, *operands)
 
 
@@ -193,6 +233,10 @@ def _abstract(x, data, *_, call):
     return x.update(shape=shape, dtype=jnp.dtype(jnp.float32), weak_type=False)
 
 
-_parts_p.def_impl(lambda *operands, call: jax.jit(functools.partial(_parts_p.bind, call=call))(*operands))
+_parts_p.def_impl(
+    lambda *operands, call: jax.jit(functools.partial(_parts_p.bind, call=call))(
+        *operands
+    )
+)
 _parts_p.def_abstract_eval(_abstract)
 mlir.register_lowering(_parts_p, _lower_quietly)

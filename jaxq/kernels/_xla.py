@@ -56,14 +56,22 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     parts = split_fields(wide, meta, groups)  # [m, k / fields]
 
     def block(taken: Rows) -> jax.Array:
-        weights = [decode_field(taken, meta, i, scaled=not post).astype(wide.dtype) for i in range(len(parts))]
-        total = functools.reduce(jnp.add, [_dot(w, part, (1, 1)) for w, part in zip(weights, parts, strict=True)])
+        weights = [
+            decode_field(taken, meta, i, scaled=not post).astype(wide.dtype)
+            for i in range(len(parts))
+        ]
+        total = functools.reduce(
+            jnp.add,
+            [_dot(w, part, (1, 1)) for w, part in zip(weights, parts, strict=True)],
+        )
         return total * taken.scale.astype(jnp.float32) if post else total  # [r, m]
 
     def write(y: jax.Array, start: jax.Array, taken: Rows) -> jax.Array:
         return lax.dynamic_update_slice(y, block(taken), (start, jnp.zeros_like(start)))
 
-    return for_blocks(rows, meta, write, jnp.zeros((n, wide.shape[0]), jnp.float32)).T[:m]
+    return for_blocks(rows, meta, write, jnp.zeros((n, wide.shape[0]), jnp.float32)).T[
+        :m
+    ]
 
 
 def transposed_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
@@ -85,12 +93,22 @@ def transposed_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     # The last block starts early so that all have one size; rows met before count as zero the second time.
     index = jnp.arange(count, dtype=jnp.int32)
 
-    def add(totals: list[jax.Array], start: jax.Array, taken: Rows, fresh: jax.Array) -> list[jax.Array]:
+    def add(
+        totals: list[jax.Array], start: jax.Array, taken: Rows, fresh: jax.Array
+    ) -> list[jax.Array]:
         part = lax.dynamic_slice_in_dim(x, start, count, axis=1)
         part = jnp.where(index[None, :] >= fresh, part, jnp.zeros((), x.dtype))
-        part = jnp.pad(part, ((0, 1), (0, 0))) if m == 1 and x.dtype != jnp.float32 else part
-        weights = [decode_field(taken, meta, i).astype(part.dtype) for i in range(fields)]
-        return [t + _dot(part, w, (1, 0))[:m] for t, w in zip(totals, weights, strict=True)]
+        part = (
+            jnp.pad(part, ((0, 1), (0, 0)))
+            if m == 1 and x.dtype != jnp.float32
+            else part
+        )
+        weights = [
+            decode_field(taken, meta, i).astype(part.dtype) for i in range(fields)
+        ]
+        return [
+            t + _dot(part, w, (1, 0))[:m] for t, w in zip(totals, weights, strict=True)
+        ]
 
     zeros = [jnp.zeros((m, meta.padded_k // fields), jnp.float32)] * fields
     return join_fields(for_blocks(rows, meta, add, zeros, tell_fresh=True), meta)
@@ -114,13 +132,22 @@ def rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Row
 
     def add(totals: dict, start: jax.Array, taken: Rows, fresh: jax.Array) -> dict:
         dy_part = lax.dynamic_slice_in_dim(dy, start, count, axis=1)  # [m, r]
-        dy_part = jnp.where(jnp.arange(count, dtype=jnp.int32)[None, :] >= fresh, dy_part, 0.0)
+        dy_part = jnp.where(
+            jnp.arange(count, dtype=jnp.int32)[None, :] >= fresh, dy_part, 0.0
+        )
 
         def decode(leaves: dict) -> list[jax.Array]:
-            return [decode_field(taken._replace(**leaves), meta, i) for i in range(len(parts))]
+            return [
+                decode_field(taken._replace(**leaves), meta, i)
+                for i in range(len(parts))
+            ]
 
-        _, pull = jax.vjp(decode, {name: getattr(taken, name).astype(jnp.float32) for name in floats})
-        (found,) = pull([_dot(dy_part, part, (0, 0)) for part in parts])  # from dW: [r, k / fields]
+        _, pull = jax.vjp(
+            decode, {name: getattr(taken, name).astype(jnp.float32) for name in floats}
+        )
+        (found,) = pull(
+            [_dot(dy_part, part, (0, 0)) for part in parts]
+        )  # from dW: [r, k / fields]
 
         def put(total: jax.Array, new: jax.Array) -> jax.Array:
             if total.shape[0] == 1 != n:  # all rows share it

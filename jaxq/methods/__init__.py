@@ -12,10 +12,26 @@ from jaxq.methods._gptq import GPTQInfo, gptq
 from jaxq.methods._hqq import HQQInfo, hqq
 from jaxq.methods._kmeans import KMeansInfo, centroid_gradient, kmeans
 from jaxq.methods._limits import why_not
-from jaxq.methods._llm_int8 import LLMInt8Info, LLMInt8MatmulInfo, llm_int8, llm_int8_matmul
-from jaxq.methods._rotation import hadamard, hadamard_matrix, random_hadamard, rotate_in, rotate_out
+from jaxq.methods._llm_int8 import (
+    LLMInt8Info,
+    LLMInt8MatmulInfo,
+    llm_int8,
+    llm_int8_matmul,
+)
+from jaxq.methods._rotation import (
+    hadamard,
+    hadamard_matrix,
+    random_hadamard,
+    rotate_in,
+    rotate_out,
+)
 from jaxq.methods._rtn import RTNInfo, rtn
-from jaxq.methods._smoothquant import SmoothQuantInfo, fold_scale_into_next, fold_scale_into_previous, smoothquant
+from jaxq.methods._smoothquant import (
+    SmoothQuantInfo,
+    fold_scale_into_next,
+    fold_scale_into_previous,
+    smoothquant,
+)
 from jaxq.methods._solve import (
     FALLBACKS,
     METHODS,

@@ -22,7 +22,15 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxq.methods import _limits, _matrix
-from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize, requantize, scale_values
+from jaxq.qtensor import (
+    QTensor,
+    QuantSpec,
+    as_spec,
+    dequantize,
+    quantize,
+    requantize,
+    scale_values,
+)
 
 # The rectified sigmoid reaches 0 and 1, so that gradients end there (section 3).
 _STRETCH, _SHIFT = 1.2, -0.1
@@ -105,10 +113,14 @@ def adaround(
     _limits.refuse("adaround", spec)
     w = _matrix.as_weight(w, "adaround", name)
     said = "inputs [tokens, in]"
-    x = _matrix.as_statistic(x, "x", "adaround", shape=(None, w.shape[-2]), said=said, w=w)
+    x = _matrix.as_statistic(
+        x, "x", "adaround", shape=(None, w.shape[-2]), said=said, w=w
+    )
     target = x
     if x_float is not None:
-        target = _matrix.as_statistic(x_float, "x_float", "adaround", shape=x.shape[-2:], said=said, w=w)
+        target = _matrix.as_statistic(
+            x_float, "x_float", "adaround", shape=x.shape[-2:], said=said, w=w
+        )
     _limits.check_numbers(
         "adaround",
         num_steps=num_steps,
@@ -121,7 +133,17 @@ def adaround(
     keys = jax.random.split(key, w.shape[:-2]) if w.ndim > 2 else key
     rates = (learning_rate, regularization, *beta, warm_start)
     numbers = _Numbers(*(jnp.float32(v) for v in rates))
-    return _adaround(w, x, target, keys, numbers, key.ndim, spec, num_steps, min(batch_size, x.shape[-2]))
+    return _adaround(
+        w,
+        x,
+        target,
+        keys,
+        numbers,
+        key.ndim,
+        spec,
+        num_steps,
+        min(batch_size, x.shape[-2]),
+    )
 
 
 class _Numbers(NamedTuple):
@@ -132,7 +154,9 @@ class _Numbers(NamedTuple):
     warm_start: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("key_ndim", "spec", "num_steps", "batch_size"))
+@functools.partial(
+    jax.jit, static_argnames=("key_ndim", "spec", "num_steps", "batch_size")
+)
 def _adaround(
     w: jax.Array,
     x: jax.Array,
@@ -144,7 +168,9 @@ def _adaround(
     num_steps: int,
     batch_size: int,
 ):
-    one = functools.partial(_one, numbers=numbers, spec=spec, num_steps=num_steps, batch_size=batch_size)
+    one = functools.partial(
+        _one, numbers=numbers, spec=spec, num_steps=num_steps, batch_size=batch_size
+    )
     return _matrix.over_stack(one, w, (x, 2), (target, 2), (keys, key_ndim))
 
 
@@ -174,7 +200,9 @@ def _one(
     def loss(v: jax.Array, rows: jax.Array, progress: jax.Array) -> jax.Array:
         h = _soft(v)
         error = _dot(target[rows], weights) - _dot(x[rows], low + h * (high - low))
-        after = jnp.maximum(progress - numbers.warm_start, 0.0) / jnp.maximum(1 - numbers.warm_start, 1e-6)
+        after = jnp.maximum(progress - numbers.warm_start, 0.0) / jnp.maximum(
+            1 - numbers.warm_start, 1e-6
+        )
         beta = numbers.first_beta + (numbers.last_beta - numbers.first_beta) * after
         distance = jnp.abs(2 * h - 1)
         # 0^beta has the gradient 0; autodiff would take a logarithm of it.
@@ -184,9 +212,13 @@ def _one(
 
     optimizer = optax.adam(numbers.learning_rate)
 
-    def step(state: tuple[jax.Array, optax.OptState], i: jax.Array) -> tuple[tuple[jax.Array, optax.OptState], None]:
+    def step(
+        state: tuple[jax.Array, optax.OptState], i: jax.Array
+    ) -> tuple[tuple[jax.Array, optax.OptState], None]:
         v, moments = state
-        rows = jax.random.choice(jax.random.fold_in(key, i), x.shape[0], (batch_size,), replace=False)
+        rows = jax.random.choice(
+            jax.random.fold_in(key, i), x.shape[0], (batch_size,), replace=False
+        )
         gradient = jax.grad(loss)(v, rows, i.astype(jnp.float32) / num_steps)
         # Adam counts its steps in int32 and raises float32 to them, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
@@ -218,7 +250,9 @@ def _soft(v: jax.Array) -> jax.Array:
     return jnp.clip(_STRETCH * jax.nn.sigmoid(v) + _SHIFT, 0.0, 1.0)
 
 
-def _neighbours(w: jax.Array, nearest: QTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _neighbours(
+    w: jax.Array, nearest: QTensor
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The numbers of the grid below and above each weight, and how far w lies between them, 0 to 1.
 
     A weight beyond the grid has its outermost number on both sides; one on the grid is the lower of two, so that it too
@@ -226,7 +260,9 @@ def _neighbours(w: jax.Array, nearest: QTensor) -> tuple[jax.Array, jax.Array, j
     """
     fmt, geometry = nearest.spec.fmt, nearest.meta.geometry
     ordered = np.unique(fmt.values())
-    narrow = fmt.kind == "integer" and nearest.spec.symmetric and nearest.spec.offset is None
+    narrow = (
+        fmt.kind == "integer" and nearest.spec.symmetric and nearest.spec.offset is None
+    )
     if narrow and nearest.spec.scale_rule != "signed_extreme":
         ordered = ordered[ordered >= -fmt.max]
     scale = scale_values(nearest)
@@ -240,19 +276,28 @@ def _neighbours(w: jax.Array, nearest: QTensor) -> tuple[jax.Array, jax.Array, j
         offset = geometry.scale_to_blocks(nearest.offset.astype(jnp.float32))
     safe = jnp.where(steps == 0, 1.0, steps)
     y = jnp.where(steps == 0, zero, (blocks - offset) / safe + zero)
-    place = jnp.clip(jnp.searchsorted(jnp.asarray(ordered), y, side="right") - 1, 0, ordered.size - 2)
+    place = jnp.clip(
+        jnp.searchsorted(jnp.asarray(ordered), y, side="right") - 1, 0, ordered.size - 2
+    )
     below, above = jnp.asarray(ordered)[place], jnp.asarray(ordered)[place + 1]
     share = jnp.clip((y - below) / (above - below), 0.0, 1.0)
     outside = (y < ordered[0]) | (y > ordered[-1])
-    below, above = (jnp.where(outside, jnp.clip(y, ordered[0], ordered[-1]), edge) for edge in (below, above))
+    below, above = (
+        jnp.where(outside, jnp.clip(y, ordered[0], ordered[-1]), edge)
+        for edge in (below, above)
+    )
 
     def back(units: jax.Array) -> jax.Array:
         return geometry.from_view(geometry.unpad(geometry.from_blocks(units)))
 
-    share = jnp.where(steps < 0, 1.0 - share, share)  # a negative scale turns the grid around
+    share = jnp.where(
+        steps < 0, 1.0 - share, share
+    )  # a negative scale turns the grid around
     ends = [back((edge - zero) * steps + offset) for edge in (below, above)]
     return jnp.minimum(*ends), jnp.maximum(*ends), back(share)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return jnp.matmul(
+        a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )

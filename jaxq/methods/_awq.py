@@ -167,15 +167,28 @@ def awq_scale(
     magnitude = jnp.mean(jnp.abs(as_tokens(x, matrices[0], "awq_scale")), axis=-2)
     tokens = as_tokens(x, matrices[0], "awq_scale", max_tokens)
 
-    def one(w: jax.Array, tokens: jax.Array, magnitude: jax.Array, *others: jax.Array) -> tuple:
-        return _awq_scale((w, *others), tokens, magnitude, spec=spec, loss=loss, duo=duo, num=num)
+    def one(
+        w: jax.Array, tokens: jax.Array, magnitude: jax.Array, *others: jax.Array
+    ) -> tuple:
+        return _awq_scale(
+            (w, *others), tokens, magnitude, spec=spec, loss=loss, duo=duo, num=num
+        )
 
-    return _matrix.over_stack(one, matrices[0], (tokens, 2), (magnitude, 1), *((w, 2) for w in matrices[1:]))
+    return _matrix.over_stack(
+        one, matrices[0], (tokens, 2), (magnitude, 1), *((w, 2) for w in matrices[1:])
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "clip", "duo", "num"))
 def _awq(
-    w: jax.Array, x: jax.Array, magnitude: jax.Array, *, spec: QuantSpec, clip: bool, duo: bool, num: int
+    w: jax.Array,
+    x: jax.Array,
+    magnitude: jax.Array,
+    *,
+    spec: QuantSpec,
+    clip: bool,
+    duo: bool,
+    num: int,
 ) -> tuple[QTensor, AWQInfo]:
     dtype, w = w.dtype, w.astype(jnp.float32)
     s, found = _awq_scale((w,), x, magnitude, spec=spec, loss=None, duo=duo, num=num)
@@ -189,7 +202,9 @@ def _awq(
         better = error < unclipped
         qt = jax.tree.map(lambda new, old: jnp.where(better, new, old), limited, qt)
         least = jnp.where(better, error, unclipped)
-    return qt.astype(dtype), AWQInfo(s, found.ratio, least, unclipped, found.loss_unscaled, better)
+    return qt.astype(dtype), AWQInfo(
+        s, found.ratio, least, unclipped, found.loss_unscaled, better
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "loss", "duo", "num"))
@@ -218,21 +233,33 @@ def _awq_scale(
         return jnp.where(live, s / (jnp.sqrt(low) * jnp.sqrt(high)), 1.0)
 
     def total(s: jax.Array) -> jax.Array:
-        rounded = [quantize(w * s[:, None], spec, contracting=-2, on_nonfinite="propagate") for w in weights]
+        rounded = [
+            quantize(w * s[:, None], spec, contracting=-2, on_nonfinite="propagate")
+            for w in weights
+        ]
         candidates = tuple(dequantize(qt) / s[:, None] for qt in rounded)
         if loss is not None:
             return jnp.asarray(loss(candidates), jnp.float32)
         sizes = [w.shape[1] for w in weights]
-        errors = [_output_error(x, c - w) for c, w in zip(candidates, weights, strict=True)]
-        return sum((e * (n / sum(sizes)) for e, n in zip(errors, sizes, strict=True)), jnp.zeros((), jnp.float32))
+        errors = [
+            _output_error(x, c - w) for c, w in zip(candidates, weights, strict=True)
+        ]
+        return sum(
+            (e * (n / sum(sizes)) for e, n in zip(errors, sizes, strict=True)),
+            jnp.zeros((), jnp.float32),
+        )
 
-    losses = lax.map(lambda ratio: total(scales(ratio)), ratios)  # one at a time: weights may be large
+    losses = lax.map(
+        lambda ratio: total(scales(ratio)), ratios
+    )  # one at a time: weights may be large
     unscaled = total(jnp.ones_like(magnitude)) if duo else losses[0]
     best = jnp.argmin(jnp.where(jnp.isnan(losses), np.float32(np.inf), losses))
     helps = losses[best] < unscaled
     ratio = jnp.where(helps, ratios[best], 0.0)
     s = jnp.where(helps, scales(ratios[best]), 1.0)
-    return s, AWQScaleInfo(ratio, jnp.where(helps, losses[best], unscaled), unscaled, losses)
+    return s, AWQScaleInfo(
+        ratio, jnp.where(helps, losses[best], unscaled), unscaled, losses
+    )
 
 
 def _output_error(x: jax.Array, delta: jax.Array) -> jax.Array:
@@ -245,7 +272,9 @@ def _mean_share(weights: tuple[jax.Array, ...], spec: QuantSpec) -> jax.Array:
     """Of each input channel, the mean over all outputs of `|w|` over the largest magnitude of its block; `[in]`."""
 
     def shares(w: jax.Array) -> jax.Array:
-        geometry = jax.eval_shape(lambda v: quantize(v, spec, contracting=-2), w).meta.geometry
+        geometry = jax.eval_shape(
+            lambda v: quantize(v, spec, contracting=-2), w
+        ).meta.geometry
         blocks = jnp.abs(geometry.to_blocks(geometry.pad(geometry.to_view(w))))
         largest = jnp.max(blocks, axis=geometry.block_axes, keepdims=True, initial=0.0)
         share = blocks / jnp.where(largest > 0, largest, 1.0)

@@ -50,21 +50,34 @@ def bias_correction(
     if not isinstance(qt, QTensor):
         qt = _matrix.as_weight(qt, "bias_correction", "qt")
     if qt.shape != w.shape:
-        raise ValueError(f"bias_correction: shapes differ: w is {_matrix.describe(w)}, qt is {qt!r}.")
+        raise ValueError(
+            f"bias_correction: shapes differ: w is {_matrix.describe(w)}, qt is {qt!r}."
+        )
     statistics = []
     for name, mean in (("x_mean", x_mean), ("x_mean_quantized", x_mean_quantized)):
         if mean is not None:
             said = "one mean for each input"
-            mean = _matrix.as_statistic(mean, name, "bias_correction", shape=w.shape[-2:-1], said=said, w=w)
+            mean = _matrix.as_statistic(
+                mean, name, "bias_correction", shape=w.shape[-2:-1], said=said, w=w
+            )
             statistics.append(mean)
-    return _bias_correction(w, qt.with_activation(None) if isinstance(qt, QTensor) else qt, *statistics)
+    return _bias_correction(
+        w, qt.with_activation(None) if isinstance(qt, QTensor) else qt, *statistics
+    )
 
 
 @jax.jit
 def _bias_correction(
-    w: jax.Array, qt: QTensor | jax.Array, before: jax.Array, after: jax.Array | None = None
+    w: jax.Array,
+    qt: QTensor | jax.Array,
+    before: jax.Array,
+    after: jax.Array | None = None,
 ) -> jax.Array:
-    w_hat = dequantize(qt, dtype=jnp.float32) if isinstance(qt, QTensor) else qt.astype(jnp.float32)
+    w_hat = (
+        dequantize(qt, dtype=jnp.float32)
+        if isinstance(qt, QTensor)
+        else qt.astype(jnp.float32)
+    )
     w = w.astype(jnp.float32)
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:

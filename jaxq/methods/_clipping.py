@@ -20,7 +20,15 @@ from jax import lax
 from jaxq import formats, observers
 from jaxq.methods import _limits, _matrix
 from jaxq.methods._tokens import as_tokens
-from jaxq.qtensor import Geometry, QTensor, QuantSpec, as_spec, dequantize, quantize, requantize
+from jaxq.qtensor import (
+    Geometry,
+    QTensor,
+    QuantSpec,
+    as_spec,
+    dequantize,
+    quantize,
+    requantize,
+)
 
 RULES = ("entropy", "mse", "percentile")
 
@@ -131,15 +139,31 @@ def clip(
     _limits.refuse("clip", spec, rule=rule)
     w = _matrix.as_weight(w, "clip", name)
     if rule != "mse" and (x is not None or channel_weight is not None):
-        raise ValueError(f"clip: x and channel_weight weigh the error of rule='mse'; rule={rule!r} has none.")
+        raise ValueError(
+            f"clip: x and channel_weight weigh the error of rule='mse'; rule={rule!r} has none."
+        )
     if x is not None and channel_weight is not None:
         raise ValueError("clip: give x or channel_weight, not both.")
-    given = {"power": power, "num": num, "max_shrink": max_shrink, "percentile": percentile, "bins": bins}
+    given = {
+        "power": power,
+        "num": num,
+        "max_shrink": max_shrink,
+        "percentile": percentile,
+        "bins": bins,
+    }
     _limits.check_clipping("clip", {"rule": rule, **given})
-    _limits.check_numbers("clip", **{option: value for option, value in given.items() if value is not None})
+    _limits.check_numbers(
+        "clip",
+        **{option: value for option, value in given.items() if value is not None},
+    )
     if x is not None and power not in (None, 2.0):
-        raise ValueError(f"clip: the error of products is squared; power={power} is for clip without x.")
-    power, max_shrink = 2.0 if power is None else power, 0.8 if max_shrink is None else max_shrink
+        raise ValueError(
+            f"clip: the error of products is squared; power={power} is for clip without x."
+        )
+    power, max_shrink = (
+        2.0 if power is None else power,
+        0.8 if max_shrink is None else max_shrink,
+    )
     num, bins = 80 if num is None else num, 512 if bins is None else bins
     percentile = 99.9 if percentile is None else percentile
     statistics = []
@@ -147,22 +171,44 @@ def clip(
         statistics = [(as_tokens(x, w, "clip"), 2)]
     elif channel_weight is not None:
         said = "one number for each input"
-        given = _matrix.as_statistic(channel_weight, "channel_weight", "clip", shape=w.shape[-2:-1], said=said, w=w)
+        given = _matrix.as_statistic(
+            channel_weight,
+            "channel_weight",
+            "clip",
+            shape=w.shape[-2:-1],
+            said=said,
+            w=w,
+        )
         statistics = [(given, 1)]
     one_sided = spec.symmetric and spec.offset != "min"
-    shares = (percentile / 100,) if one_sided else ((100 - percentile) / 200, (100 + percentile) / 200)
-    amounts = _Amounts(np.int32(num), np.float32(max_shrink), tuple(map(np.float32, shares)))
-    one = functools.partial(_clip, amounts=amounts, spec=spec, search=_Search(rule, float(power), int(bins)))
+    shares = (
+        (percentile / 100,)
+        if one_sided
+        else ((100 - percentile) / 200, (100 + percentile) / 200)
+    )
+    amounts = _Amounts(
+        np.int32(num), np.float32(max_shrink), tuple(map(np.float32, shares))
+    )
+    one = functools.partial(
+        _clip, amounts=amounts, spec=spec, search=_Search(rule, float(power), int(bins))
+    )
     return _matrix.over_stack(one, w, *statistics)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "search"))
 def _clip(
-    w: jax.Array, weight: jax.Array | None = None, *, amounts: _Amounts, spec: QuantSpec, search: _Search
+    w: jax.Array,
+    weight: jax.Array | None = None,
+    *,
+    amounts: _Amounts,
+    spec: QuantSpec,
+    search: _Search,
 ) -> tuple[QTensor, ClipInfo]:
     """`weight`: tokens `[tokens, in]`, weights of channels `[in]`, or None."""
     dtype, w = w.dtype, w.astype(jnp.float32)
-    geometry = jax.eval_shape(lambda v: quantize(v, spec, contracting=-2), w).meta.geometry
+    geometry = jax.eval_shape(
+        lambda v: quantize(v, spec, contracting=-2), w
+    ).meta.geometry
     whole = _extremes(w, spec, geometry)
 
     def error(qt: QTensor) -> jax.Array:
@@ -170,20 +216,30 @@ def _clip(
         if weight is not None and weight.ndim == 2:
             return output_error(delta, weight, geometry)
         delta = _powered(delta, search.power)
-        return _block_error(delta if weight is None else delta * weight[:, None], geometry)
+        return _block_error(
+            delta if weight is None else delta * weight[:, None], geometry
+        )
 
     def within(ends: _Range) -> QTensor:
-        limited = _map_blocks(lambda b: jnp.clip(b, ends.low, ends.high), w, spec, geometry)
-        return requantize(w, quantize(limited, spec, contracting=-2, on_nonfinite="propagate"))
+        limited = _map_blocks(
+            lambda b: jnp.clip(b, ends.low, ends.high), w, spec, geometry
+        )
+        return requantize(
+            w, quantize(limited, spec, contracting=-2, on_nonfinite="propagate")
+        )
 
     plain = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
     if search.rule == "mse":
         qt, ends, found, unclipped = _least_error(whole, within, error, spec, amounts)
-        if not _is_separable(spec):  # the best of each block need not be the best of all
+        if not _is_separable(
+            spec
+        ):  # the best of each block need not be the best of all
             unclipped = error(plain)
             better = jnp.sum(found) <= jnp.sum(unclipped)
             qt, ends, found = jax.tree.map(
-                lambda new, old: jnp.where(better, new, old), (qt, ends, found), (plain, whole, unclipped)
+                lambda new, old: jnp.where(better, new, old),
+                (qt, ends, found),
+                (plain, whole, unclipped),
             )
     else:
         if search.rule == "percentile":
@@ -198,7 +254,11 @@ def _clip(
 
 def _is_separable(spec: QuantSpec) -> bool:
     """True where what a block becomes depends on its own range alone, and the whole range gives plain codes."""
-    plain = isinstance(spec.scale, str) and spec.offset != "mean" and spec.scale_rule not in ("ttq", "twn")
+    plain = (
+        isinstance(spec.scale, str)
+        and spec.offset != "mean"
+        and spec.scale_rule not in ("ttq", "twn")
+    )
     return plain and spec.codes_from == "stored"
 
 
@@ -216,7 +276,9 @@ def _least_error(
 
     def step(k: jax.Array, carry: tuple) -> tuple:
         _, _, now, unclipped, least, factor = carry
-        tried = 1.0 - amounts.max_shrink * k.astype(jnp.float32) / jnp.float32(amounts.num)
+        tried = 1.0 - amounts.max_shrink * k.astype(jnp.float32) / jnp.float32(
+            amounts.num
+        )
         tried = jnp.where(k < amounts.num, tried, factor)
         qt = within(ends := _shrink(whole, tried, spec))
         now = error(qt)
@@ -238,7 +300,12 @@ def _shrink(whole: _Range, factor: jax.Array, spec: QuantSpec) -> _Range:
     middle = whole.low * 0.5 + whole.high * 0.5
     half = (whole.high * 0.5 - whole.low * 0.5) * factor
     shrunk = _Range(middle - half, middle + half)
-    return _Range(*(jnp.where(factor == 1.0, old, new) for old, new in zip(whole, shrunk, strict=True)))
+    return _Range(
+        *(
+            jnp.where(factor == 1.0, old, new)
+            for old, new in zip(whole, shrunk, strict=True)
+        )
+    )
 
 
 def output_error(delta: jax.Array, x: jax.Array, geometry: Geometry) -> jax.Array:
@@ -255,15 +322,21 @@ def output_error(delta: jax.Array, x: jax.Array, geometry: Geometry) -> jax.Arra
     groups = padded_k // size
     n = delta.shape[1]
     xs = jnp.pad(x, ((0, 0), (0, padded_k - k))).reshape(tokens, groups, size)
-    ds = jnp.pad(delta, ((0, padded_k - k), (0, padded_n - n))).reshape(groups, size, padded_n)
+    ds = jnp.pad(delta, ((0, padded_k - k), (0, padded_n - n))).reshape(
+        groups, size, padded_n
+    )
     # HIGHEST: matrix units would otherwise read bfloat16.
-    dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    dot = functools.partial(
+        jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
     if size < tokens:  # [size, size] a group is less than [tokens, size]
         moments = dot("tgk,tgl->gkl", xs, xs) / tokens
         error = jnp.sum(ds * dot("gkl,glo->gko", moments, ds), axis=1)
     else:
         error = jnp.mean(dot("tgk,gko->tgo", xs, ds) ** 2, axis=0)
-    error = jnp.sum(error.reshape(groups, padded_n // block_n if block_n else 0, block_n), axis=2)
+    error = jnp.sum(
+        error.reshape(groups, padded_n // block_n if block_n else 0, block_n), axis=2
+    )
     return error[:, None, :, None]
 
 
@@ -276,7 +349,12 @@ def _block_error(error: jax.Array, geometry: Geometry) -> jax.Array:
     return jnp.sum(blocks, axis=geometry.block_axes, keepdims=True)
 
 
-def _map_blocks(fn: Callable[[jax.Array], jax.Array], w: jax.Array, spec: QuantSpec, geometry: Geometry) -> jax.Array:
+def _map_blocks(
+    fn: Callable[[jax.Array], jax.Array],
+    w: jax.Array,
+    spec: QuantSpec,
+    geometry: Geometry,
+) -> jax.Array:
     """`fn` of the blocks, back in the shape of w."""
     blocks = _blocks(w, spec, geometry)
     return geometry.from_view(geometry.unpad(geometry.from_blocks(fn(blocks))))
@@ -301,7 +379,11 @@ def _extremes(w: jax.Array, spec: QuantSpec, geometry: Geometry) -> _Range:
 
 
 def _percentiles(
-    w: jax.Array, whole: _Range, spec: QuantSpec, geometry: Geometry, shares: tuple[np.float32, ...]
+    w: jax.Array,
+    whole: _Range,
+    spec: QuantSpec,
+    geometry: Geometry,
+    shares: tuple[np.float32, ...],
 ) -> _Range:
     values, inside = _flat_blocks(w, spec, geometry)
     counts = jnp.sum(inside, axis=-1)
@@ -316,19 +398,25 @@ def _percentiles(
     return _Range(jnp.where(empty, whole.low, low), jnp.where(empty, whole.high, high))
 
 
-def _quantile(values: jax.Array, inside: jax.Array, counts: jax.Array, share: np.float32) -> jax.Array:
+def _quantile(
+    values: jax.Array, inside: jax.Array, counts: jax.Array, share: np.float32
+) -> jax.Array:
     """Of each row's numbers inside, by linear interpolation between the two nearest ranks."""
     ordered = jnp.sort(jnp.where(inside, values, np.float32(np.inf)), axis=-1)
     position = share * (counts - 1).astype(jnp.float32)
     below = jnp.floor(position)
     lower, upper = (
-        jnp.take_along_axis(ordered, jnp.clip(rank.astype(jnp.int32), 0, counts - 1)[:, None], axis=-1)[:, 0]
+        jnp.take_along_axis(
+            ordered, jnp.clip(rank.astype(jnp.int32), 0, counts - 1)[:, None], axis=-1
+        )[:, 0]
         for rank in (below, below + 1)
     )
     return lower + (upper - lower) * (position - below)
 
 
-def _flat_blocks(w: jax.Array, spec: QuantSpec, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+def _flat_blocks(
+    w: jax.Array, spec: QuantSpec, geometry: Geometry
+) -> tuple[jax.Array, jax.Array]:
     """Each block as a row `[blocks, size]`, and where it holds true numbers."""
 
     def rows(blocks: jax.Array) -> jax.Array:
@@ -341,8 +429,14 @@ def _flat_blocks(w: jax.Array, spec: QuantSpec, geometry: Geometry) -> tuple[jax
     return rows(_blocks(w, spec, geometry)), rows(true)
 
 
-def _least_divergence(w: jax.Array, whole: _Range, spec: QuantSpec, geometry: Geometry, bins: int) -> _Range:
+def _least_divergence(
+    w: jax.Array, whole: _Range, spec: QuantSpec, geometry: Geometry, bins: int
+) -> _Range:
     values, inside = _flat_blocks(w, spec, geometry)
-    found = observers.entropy(bins, axis=0).bounds_of(values, spec.fmt, symmetric=spec.symmetric, where=inside)
+    found = observers.entropy(bins, axis=0).bounds_of(
+        values, spec.fmt, symmetric=spec.symmetric, where=inside
+    )
     threshold = jnp.maximum(-found[0], found[1]).reshape(whole.low.shape)
-    return _Range(jnp.maximum(whole.low, -threshold), jnp.minimum(whole.high, threshold))
+    return _Range(
+        jnp.maximum(whole.low, -threshold), jnp.minimum(whole.high, threshold)
+    )

@@ -65,7 +65,9 @@ def equalize(
     References:
       Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.1.
     """
-    w1, w2 = (_matrix.as_weight(w, "equalize", name) for w, name in ((w1, "w1"), (w2, "w2")))
+    w1, w2 = (
+        _matrix.as_weight(w, "equalize", name) for w, name in ((w1, "w1"), (w2, "w2"))
+    )
     if w1.shape[-1] != w2.shape[-2]:
         raise ValueError(
             f"equalize: w1 must be [..., in, hidden] and w2 [..., hidden, out], got w1: {_matrix.describe(w1)}, "
@@ -75,16 +77,26 @@ def equalize(
     bias = None
     if bias1 is not None:
         said = "one number for each hidden channel"
-        bias = _matrix.as_statistic(bias1, "bias1", "equalize", shape=(hidden,), said=said, w=w1)
-    range1 = jnp.max(jnp.abs(w1), axis=tuple(range(w1.ndim - 1)), initial=0.0).astype(jnp.float32)
-    range2 = jnp.max(jnp.abs(w2), axis=(*range(w2.ndim - 2), w2.ndim - 1), initial=0.0).astype(jnp.float32)
+        bias = _matrix.as_statistic(
+            bias1, "bias1", "equalize", shape=(hidden,), said=said, w=w1
+        )
+    range1 = jnp.max(jnp.abs(w1), axis=tuple(range(w1.ndim - 1)), initial=0.0).astype(
+        jnp.float32
+    )
+    range2 = jnp.max(
+        jnp.abs(w2), axis=(*range(w2.ndim - 2), w2.ndim - 1), initial=0.0
+    ).astype(jnp.float32)
     live = (range1 > 0) & (range2 > 0)
     # Roots first: the quotient of two float32 numbers may leave their range.
     s = jnp.sqrt(jnp.where(live, range1, 1.0)) / jnp.sqrt(jnp.where(live, range2, 1.0))
     if power_of_two:
         s = nearest_power_of_two(s)
-    out1 = (w1.astype(jnp.float32) / s.reshape((1,) * (w1.ndim - 1) + (hidden,))).astype(w1.dtype)
-    out2 = (w2.astype(jnp.float32) * s.reshape((1,) * (w2.ndim - 2) + (hidden, 1))).astype(w2.dtype)
+    out1 = (
+        w1.astype(jnp.float32) / s.reshape((1,) * (w1.ndim - 1) + (hidden,))
+    ).astype(w1.dtype)
+    out2 = (
+        w2.astype(jnp.float32) * s.reshape((1,) * (w2.ndim - 2) + (hidden, 1))
+    ).astype(w2.dtype)
     out_bias = None if bias is None else (bias / s).astype(jnp.asarray(bias1).dtype)
     return (out1, out2, out_bias), EqualizeInfo(s, range1, range2)
 
@@ -92,4 +104,7 @@ def equalize(
 def nearest_power_of_two(s: jax.Array) -> jax.Array:
     """Of positive float32 numbers, by ratio: the threshold between 1 and 2 is the root of 2."""
     mantissa, exponent = jnp.frexp(s)
-    return jnp.ldexp(jnp.ones_like(s), jnp.where(mantissa > np.float32(2**-0.5), exponent, exponent - 1))
+    return jnp.ldexp(
+        jnp.ones_like(s),
+        jnp.where(mantissa > np.float32(2**-0.5), exponent, exponent - 1),
+    )

@@ -126,19 +126,37 @@ def gptq(
     spec = as_spec(spec, "gptq")
     w = _matrix.as_weight(w, "gptq", name)
     n = w.shape[-2]
-    hessian = _matrix.as_statistic(hessian, "hessian", "gptq", shape=(n, n), said="second moments [in, in]", w=w)
+    hessian = _matrix.as_statistic(
+        hessian, "hessian", "gptq", shape=(n, n), said="second moments [in, in]", w=w
+    )
     _limits.refuse("gptq", spec)
     _limits.check_numbers("gptq", damp=damp, block_size=block_size, act_order=act_order)
     return _gptq(w, hessian, np.float32(damp), spec, act_order, block_size)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "act_order", "block_size"))
-def _gptq(w: jax.Array, hessian: jax.Array, damp: ArrayLike, spec: QuantSpec, act_order: bool, block_size: int):
-    one = functools.partial(_one, damp=damp, spec=spec, act_order=act_order, block_size=block_size)
+def _gptq(
+    w: jax.Array,
+    hessian: jax.Array,
+    damp: ArrayLike,
+    spec: QuantSpec,
+    act_order: bool,
+    block_size: int,
+):
+    one = functools.partial(
+        _one, damp=damp, spec=spec, act_order=act_order, block_size=block_size
+    )
     return _matrix.over_stack(one, w, (hessian, 2))
 
 
-def _one(w: jax.Array, hessian: jax.Array, damp: ArrayLike, spec: QuantSpec, act_order: bool, block_size: int):
+def _one(
+    w: jax.Array,
+    hessian: jax.Array,
+    damp: ArrayLike,
+    spec: QuantSpec,
+    act_order: bool,
+    block_size: int,
+):
     nearest = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
     order = None
     if act_order:
@@ -149,8 +167,12 @@ def _one(w: jax.Array, hessian: jax.Array, damp: ArrayLike, spec: QuantSpec, act
     def round_rows() -> tuple[QTensor, jax.Array]:
         return _round_rows(w, found, nearest, order, block_size)
 
-    qt, loss = lax.cond(found.failed, lambda: (nearest, jnp.float32(np.nan)), round_rows)
-    return qt, GPTQInfo(loss, found.damp, jnp.sum(~found.live, dtype=jnp.int32), found.failed)
+    qt, loss = lax.cond(
+        found.failed, lambda: (nearest, jnp.float32(np.nan)), round_rows
+    )
+    return qt, GPTQInfo(
+        loss, found.damp, jnp.sum(~found.live, dtype=jnp.int32), found.failed
+    )
 
 
 class _Factor(NamedTuple):
@@ -185,23 +207,37 @@ def _factor(hessian: jax.Array, damp: ArrayLike) -> _Factor:
         more = jnp.clip(tried * np.float32(_DAMP_FACTOR), _LEAST_DAMP, _MOST_DAMP)
         damp = jnp.where(tried < 0, first, more)
         updates, roots = decompose(damp)
-        return damp, updates, roots, finite & ~jnp.isfinite(roots).all() & (damp < _MOST_DAMP)
+        return (
+            damp,
+            updates,
+            roots,
+            finite & ~jnp.isfinite(roots).all() & (damp < _MOST_DAMP),
+        )
 
     first = jnp.asarray(damp, jnp.float32)
-    state = (jnp.float32(-1), jnp.zeros_like(hessian), jnp.zeros_like(diagonal), jnp.bool_(True))
+    state = (
+        jnp.float32(-1),
+        jnp.zeros_like(hessian),
+        jnp.zeros_like(diagonal),
+        jnp.bool_(True),
+    )
     used, updates, roots, _ = lax.while_loop(again, attempt, state)
     failed = ~(finite & jnp.isfinite(roots).all())
     return _Factor(updates, roots * jnp.sqrt(unit), live, used, failed)
 
 
-def _upper_factor(h: jax.Array, unit: jax.Array, added: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _upper_factor(
+    h: jax.Array, unit: jax.Array, added: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """`updates` and `diagonal` of `h / unit + diag(added) = R @ R.T` as `_Factor` has them, NaN where there is no R.
 
     By stretches of columns from the last to the first, so that most of the work are matrix products.
     """
     n = h.shape[0]
     size = max(_STRETCH, -(-n // 8))
-    panels: list[jax.Array] = []  # columns of R, [rows up to the stretch's end, size], last first
+    panels: list[
+        jax.Array
+    ] = []  # columns of R, [rows up to the stretch's end, size], last first
     updates, roots = [], []
     for start in range((n - 1) // size * size, -1, -size):
         stop = min(start + size, n)
@@ -210,12 +246,18 @@ def _upper_factor(h: jax.Array, unit: jax.Array, added: jax.Array) -> tuple[jax.
         if panels:
             behind = jnp.concatenate([later[:stop] for later in panels], axis=1)
             panel = panel - _dot(behind, behind[start:].T)
-        root = lax.linalg.cholesky(panel[start:][::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
-        inverse = lax.linalg.triangular_solve(root, jnp.eye(stop - start, dtype=h.dtype), left_side=True, lower=False)
+        root = lax.linalg.cholesky(panel[start:][::-1, ::-1], symmetrize_input=False)[
+            ::-1, ::-1
+        ]
+        inverse = lax.linalg.triangular_solve(
+            root, jnp.eye(stop - start, dtype=h.dtype), left_side=True, lower=False
+        )
         panel = jnp.concatenate([_dot(panel[:start], inverse.T), jnp.triu(root)])
         panels.append(panel)
         roots.append(jnp.diagonal(root))
-        rows = jnp.tril((panel / roots[-1][None]).T, start - 1)  # row j: R_ij / R_jj at i < j
+        rows = jnp.tril(
+            (panel / roots[-1][None]).T, start - 1
+        )  # row j: R_ij / R_jj at i < j
         updates.append(jnp.pad(rows, ((0, 0), (0, n - stop))))
     return jnp.concatenate(updates[::-1]), jnp.concatenate(roots[::-1])
 
@@ -239,7 +281,10 @@ class _Grid:
     codebook: jax.Array | None
 
     def leaves(self) -> dict[str, jax.Array]:
-        found = {name: getattr(self, name) for name in ("scale", "zero_point", "offset", "codebook")}
+        found = {
+            name: getattr(self, name)
+            for name in ("scale", "zero_point", "offset", "codebook")
+        }
         return {name: leaf for name, leaf in found.items() if leaf is not None}
 
     def round(self, row: jax.Array, group: jax.Array) -> jax.Array:
@@ -248,7 +293,9 @@ class _Grid:
         geometry = Geometry((1, row.shape[0]), (-1, -2), 1, (1, None))
         meta = Meta(self.spec, geometry, formats.Packing.NONE, "float32")
         take = functools.partial(lax.dynamic_index_in_dim, index=group, keepdims=False)
-        mine: dict[str, Any] = {name: take(leaf)[:, None] for name, leaf in self.leaves().items()}
+        mine: dict[str, Any] = {
+            name: take(leaf)[:, None] for name, leaf in self.leaves().items()
+        }
         if self.spec.offset == "mean":
             mine["offset"] = self.offset
         data = jnp.zeros((row.shape[0], 1), fmt.code_dtype)
@@ -259,7 +306,10 @@ class _Grid:
     def measure(self, rows: jax.Array, group: jax.Array) -> _Grid:
         """The same with the scales of one group found anew, from its `rows` `[size, out]`."""
         found = quantize(rows, self.spec, contracting=-2, on_nonfinite="propagate")
-        new = {name: leaf.at[group].set(getattr(found, name)[:, 0]) for name, leaf in self.leaves().items()}
+        new = {
+            name: leaf.at[group].set(getattr(found, name)[:, 0])
+            for name, leaf in self.leaves().items()
+        }
         return dataclasses.replace(self, **new)
 
 
@@ -268,13 +318,25 @@ def _grid_of(qt: QTensor) -> tuple[_Grid, np.ndarray]:
     geometry = qt.meta.geometry
     n, out = geometry.shape
     plain = not isinstance(qt.scale, QTensor)
-    spec = qt.spec.replace(granularity=PerChannel(), packing="none", scale=qt.spec.scale if plain else "float32")
+    spec = qt.spec.replace(
+        granularity=PerChannel(),
+        packing="none",
+        scale=qt.spec.scale if plain else "float32",
+    )
 
-    def along_rows(leaf: jax.Array) -> jax.Array:  # [*num_blocks, ...] -> [groups, out, ...]
+    def along_rows(
+        leaf: jax.Array,
+    ) -> jax.Array:  # [*num_blocks, ...] -> [groups, out, ...]
         if geometry.flat:  # blocks of the transposed weight as it is stored
             one = leaf.shape[0] == 1
-            spread = leaf if one else jnp.repeat(leaf, geometry.block_shape[0] or 1, axis=0)[: n * out]
-            spread = jnp.broadcast_to(spread, (n * out, *leaf.shape[1:])) if one else spread
+            spread = (
+                leaf
+                if one
+                else jnp.repeat(leaf, geometry.block_shape[0] or 1, axis=0)[: n * out]
+            )
+            spread = (
+                jnp.broadcast_to(spread, (n * out, *leaf.shape[1:])) if one else spread
+            )
             return jnp.swapaxes(spread.reshape(out, n, *leaf.shape[1:]), 0, 1)
         block = geometry.block_shape[0]
         if block != 1:
@@ -285,26 +347,41 @@ def _grid_of(qt: QTensor) -> tuple[_Grid, np.ndarray]:
     offset = qt.offset
     if offset is not None:
         offset = offset.reshape(1, 1) if spec.offset == "mean" else along_rows(offset)
-    others = [None if leaf is None else along_rows(leaf) for leaf in (qt.zero_point, qt.codebook)]
+    others = [
+        None if leaf is None else along_rows(leaf)
+        for leaf in (qt.zero_point, qt.codebook)
+    ]
     size = 1 if geometry.flat else geometry.block_shape[-1]
-    return _Grid(spec, along_rows(scale), others[0], offset, others[1]), np.arange(n) // (size or n)
+    return _Grid(spec, along_rows(scale), others[0], offset, others[1]), np.arange(
+        n
+    ) // (size or n)
 
 
 def _moving_group(qt: QTensor) -> int | None:
     """Size of the groups whose scales are found on the way; None where all are known before."""
     spec, geometry = qt.spec, qt.meta.geometry
-    if not isinstance(spec.granularity, PerGroup) or isinstance(spec.scale, QuantSpec) or spec.offset == "mean":
+    if (
+        not isinstance(spec.granularity, PerGroup)
+        or isinstance(spec.scale, QuantSpec)
+        or spec.offset == "mean"
+    ):
         return None
     size = geometry.block_shape[-1]
     # Zeros that fill up a last group change a mean and a minimum.
     padded = size is not None and geometry.contracted_size % size != 0
-    if padded and (spec.offset == "min" or spec.scale_rule in ("absmean", "twn", "ttq")):
+    if padded and (
+        spec.offset == "min" or spec.scale_rule in ("absmean", "twn", "ttq")
+    ):
         return None
     return size
 
 
 def _round_rows(
-    w: jax.Array, factor: _Factor, nearest: QTensor, order: jax.Array | None, block_size: int
+    w: jax.Array,
+    factor: _Factor,
+    nearest: QTensor,
+    order: jax.Array | None,
+    block_size: int,
 ) -> tuple[QTensor, jax.Array]:
     """The QTensor and the loss of it."""
     n = w.shape[0]
@@ -324,7 +401,12 @@ def _round_rows(
     met, errors, current = [], [], original
     for start, stop in _spans(n + extra, sizes[-1]):
         inner = slice(start, stop)
-        taken = _Rows(original[inner], current[: stop - start], updates[inner, inner], groups[inner])
+        taken = _Rows(
+            original[inner],
+            current[: stop - start],
+            updates[inner, inner],
+            groups[inner],
+        )
         done, error, grid = region.run(taken, grid, jnp.int32(start))
         met, errors = [*met, done], [*errors, error]
         if stop < n + extra:
@@ -332,7 +414,9 @@ def _round_rows(
     reached = jnp.concatenate(met)[:n]  # what each row was when its turn came
     error = jnp.concatenate(errors)[:n]
 
-    cost = (reached - original[:n] + error) * jnp.where(factor.live, factor.diagonal, 0.0)[:, None]
+    cost = (reached - original[:n] + error) * jnp.where(
+        factor.live, factor.diagonal, 0.0
+    )[:, None]
     loss = jnp.sum(cost * cost)
     if order is not None:
         reached = jnp.zeros_like(reached).at[order].set(reached, unique_indices=True)
@@ -351,8 +435,15 @@ class _Rows(NamedTuple):
     groups: jax.Array  # [rows], int32
 
     def part(self, start: jax.Array, size: int) -> _Rows:
-        cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-        return _Rows(cut(self.original), cut(self.current), cut(cut(self.updates), axis=1), cut(self.groups))
+        cut = functools.partial(
+            lax.dynamic_slice_in_dim, start_index=start, slice_size=size
+        )
+        return _Rows(
+            cut(self.original),
+            cut(self.current),
+            cut(cut(self.updates), axis=1),
+            cut(self.groups),
+        )
 
     def expected(self) -> jax.Array:
         """What the rows would be, given those before them, if none of them were rounded: `[rows, out]`.
@@ -361,7 +452,9 @@ class _Rows(NamedTuple):
         """
         unit = jnp.eye(self.updates.shape[0], dtype=jnp.float32)
         # Of the small matrix alone: for all columns of the weight a solve would cost more than the product does.
-        inverse = lax.linalg.triangular_solve(self.updates, unit, left_side=True, lower=True, unit_diagonal=True)
+        inverse = lax.linalg.triangular_solve(
+            self.updates, unit, left_side=True, lower=True, unit_diagonal=True
+        )
         return self.original + _dot(inverse, self.current - self.original)
 
 
@@ -372,13 +465,17 @@ class _Region:
     sizes: tuple[int, ...]
     group: int | None
 
-    def run(self, rows: _Rows, grid: _Grid, start: jax.Array) -> tuple[jax.Array, jax.Array, _Grid]:
+    def run(
+        self, rows: _Rows, grid: _Grid, start: jax.Array
+    ) -> tuple[jax.Array, jax.Array, _Grid]:
         """(weights each row was rounded from, errors of its rounding, grid), for rows from `start` on."""
         if not self.sizes:
             return self._one_by_one(rows, grid)
         size, inner = self.sizes[-1], _Region(self.sizes[:-1], self.group)
 
-        def step(i: jax.Array, state: tuple[jax.Array, jax.Array, _Grid]) -> tuple[jax.Array, jax.Array, _Grid]:
+        def step(
+            i: jax.Array, state: tuple[jax.Array, jax.Array, _Grid]
+        ) -> tuple[jax.Array, jax.Array, _Grid]:
             current, errors, grid = state
             begin = (i * size).astype(jnp.int32)
             part = rows._replace(current=current).part(begin, size)
@@ -387,29 +484,49 @@ class _Region:
             done, error, grid = inner.run(part, grid, start + begin)
             updates = lax.dynamic_slice_in_dim(rows.updates, begin, size, axis=1)
 
-            def update(j: jax.Array, current: jax.Array) -> jax.Array:  # only what is ahead
-                of_part = functools.partial(lax.dynamic_slice_in_dim, start_index=j * size, slice_size=size)
+            def update(
+                j: jax.Array, current: jax.Array
+            ) -> jax.Array:  # only what is ahead
+                of_part = functools.partial(
+                    lax.dynamic_slice_in_dim, start_index=j * size, slice_size=size
+                )
                 new = of_part(current) + _dot(of_part(updates), error)
                 return lax.dynamic_update_slice_in_dim(current, new, j * size, axis=0)
 
             current = lax.dynamic_update_slice_in_dim(current, done, begin, axis=0)
             current = lax.fori_loop(i + 1, count, update, current)
-            return current, lax.dynamic_update_slice_in_dim(errors, error, begin, axis=0), grid
+            return (
+                current,
+                lax.dynamic_update_slice_in_dim(errors, error, begin, axis=0),
+                grid,
+            )
 
         state = (rows.current, jnp.zeros_like(rows.current), grid)
         count = rows.current.shape[0] // size
         if count == 1 and size == self.group:
             grid = grid.measure(rows.expected(), start // size)
-        return inner.run(rows, grid, start) if count == 1 else lax.fori_loop(0, count, step, state)
+        return (
+            inner.run(rows, grid, start)
+            if count == 1
+            else lax.fori_loop(0, count, step, state)
+        )
 
-    def _one_by_one(self, rows: _Rows, grid: _Grid) -> tuple[jax.Array, jax.Array, _Grid]:
-        def step(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def _one_by_one(
+        self, rows: _Rows, grid: _Grid
+    ) -> tuple[jax.Array, jax.Array, _Grid]:
+        def step(
+            i: jax.Array, state: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
             # What reads `errors` is a product, and what writes it changes one row: so it is never copied.
             asked, errors = state
             row = functools.partial(lax.dynamic_index_in_dim, index=i, keepdims=False)
             ask = _dot(row(rows.updates)[None], errors)[0]  # 0 for errors not yet made
-            error = row(rows.original) - grid.round(row(rows.current) + ask, row(rows.groups))
-            error = jnp.where(jnp.isfinite(error), error, 0.0)  # a NaN ruins its own block and no other
+            error = row(rows.original) - grid.round(
+                row(rows.current) + ask, row(rows.groups)
+            )
+            error = jnp.where(
+                jnp.isfinite(error), error, 0.0
+            )  # a NaN ruins its own block and no other
             put = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
             return put(asked, ask), put(errors, error)
 
@@ -451,5 +568,7 @@ def _spans(n: int, size: int) -> list[tuple[int, int]]:
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """A product of its own: fused with the sum it goes into, XLA on CPU computes it by loops, four times as slow."""
     return lax.optimization_barrier(
-        jnp.matmul(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        jnp.matmul(
+            a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
     )

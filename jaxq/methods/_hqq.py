@@ -25,7 +25,15 @@ from jax.typing import ArrayLike
 
 from jaxq import formats
 from jaxq.methods import _limits, _matrix
-from jaxq.qtensor import QTensor, QuantSpec, as_spec, decode_blocks, quantize, requantize, scale_values
+from jaxq.qtensor import (
+    QTensor,
+    QuantSpec,
+    as_spec,
+    decode_blocks,
+    quantize,
+    requantize,
+    scale_values,
+)
 
 
 class HQQInfo(NamedTuple):
@@ -97,12 +105,23 @@ def hqq(
     _limits.refuse("hqq", spec)
     w = _matrix.as_weight(w, "hqq", name)
     _limits.check_numbers("hqq", norm=norm, beta=beta, kappa=kappa, num_steps=num_steps)
-    return _hqq(w, spec, np.float32(norm), np.float32(beta), np.float32(kappa), num_steps)
+    return _hqq(
+        w, spec, np.float32(norm), np.float32(beta), np.float32(kappa), num_steps
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "num_steps"))
-def _hqq(w: jax.Array, spec: QuantSpec, norm: ArrayLike, beta: ArrayLike, kappa: ArrayLike, num_steps: int):
-    one = functools.partial(_one, spec=spec, norm=norm, beta=beta, kappa=kappa, num_steps=num_steps)
+def _hqq(
+    w: jax.Array,
+    spec: QuantSpec,
+    norm: ArrayLike,
+    beta: ArrayLike,
+    kappa: ArrayLike,
+    num_steps: int,
+):
+    one = functools.partial(
+        _one, spec=spec, norm=norm, beta=beta, kappa=kappa, num_steps=num_steps
+    )
     return _matrix.over_stack(one, w)
 
 
@@ -113,7 +132,9 @@ _Grid = dict[str, jax.Array]
 class _State(NamedTuple):
     grid: _Grid
     best: _Grid
-    least: jax.Array  # sum of |w - q| of every block on `best`, as `Geometry.to_blocks` keeps it
+    least: (
+        jax.Array
+    )  # sum of |w - q| of every block on `best`, as `Geometry.to_blocks` keeps it
     beta: jax.Array
 
 
@@ -127,7 +148,14 @@ class _Seen(NamedTuple):
     error: jax.Array  # w - (units * steps + offset)
 
 
-def _one(w: jax.Array, spec: QuantSpec, norm: ArrayLike, beta: ArrayLike, kappa: ArrayLike, num_steps: int):
+def _one(
+    w: jax.Array,
+    spec: QuantSpec,
+    norm: ArrayLike,
+    beta: ArrayLike,
+    kappa: ArrayLike,
+    num_steps: int,
+):
     start = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
     geometry, axes = start.meta.geometry, start.meta.geometry.block_axes
     view = geometry.to_view(w).astype(jnp.float32)
@@ -142,27 +170,51 @@ def _one(w: jax.Array, spec: QuantSpec, norm: ArrayLike, beta: ArrayLike, kappa:
         qt = requantize(w, dataclasses.replace(start, **grid))
         codes = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
         scale = scale_values(qt)
-        units = decode_blocks(dataclasses.replace(qt, scale=jnp.ones_like(scale), offset=None), codes)
+        units = decode_blocks(
+            dataclasses.replace(qt, scale=jnp.ones_like(scale), offset=None), codes
+        )
         steps = geometry.scale_to_blocks(scale)
         offset = jnp.zeros_like(steps)
         if qt.offset is not None:
             offset = geometry.scale_to_blocks(qt.offset.astype(jnp.float32))
-        return _Seen(codes.astype(jnp.float32), units, steps, offset, blocks - (units * steps + offset))
+        return _Seen(
+            codes.astype(jnp.float32),
+            units,
+            steps,
+            offset,
+            blocks - (units * steps + offset),
+        )
 
     def move(grid: _Grid, seen: _Seen, beta: jax.Array) -> _Grid:
         safe = jnp.where(seen.steps == 0, 1.0, jnp.abs(seen.steps))
         size = jnp.abs(seen.error) / safe
         # No error is no outlier, though the power of 0 is infinite.
         power = jnp.where(size > 0, size, 1.0) ** (norm - 1)
-        outlier = jnp.where(size > 0, jnp.sign(seen.error) * jnp.maximum(size - power / beta, 0.0) * safe, 0.0)
+        outlier = jnp.where(
+            size > 0,
+            jnp.sign(seen.error) * jnp.maximum(size - power / beta, 0.0) * safe,
+            0.0,
+        )
         rest = blocks - outlier
         if spec.offset == "min":
-            return {"offset": _stored(total(rest - seen.units * seen.steps) / counts, grid["offset"], start)}
+            return {
+                "offset": _stored(
+                    total(rest - seen.units * seen.steps) / counts,
+                    grid["offset"],
+                    start,
+                )
+            }
         new, units = {}, seen.units
         if "zero_point" in grid:
-            zero = jnp.clip(jnp.round(total(seen.codes - rest / safe) / counts), spec.fmt.min, spec.fmt.max)
+            zero = jnp.clip(
+                jnp.round(total(seen.codes - rest / safe) / counts),
+                spec.fmt.min,
+                spec.fmt.max,
+            )
             units = seen.codes - zero
-            new["zero_point"] = geometry.scale_from_blocks(zero.astype(spec.fmt.code_dtype))
+            new["zero_point"] = geometry.scale_from_blocks(
+                zero.astype(spec.fmt.code_dtype)
+            )
         square = total(units * units)
         scale = total((rest - seen.offset) * units) / jnp.where(square > 0, square, 1.0)
         # A scale keeps its sign, which is negative only where spec.scale_rule="signed_extreme" made it so.
@@ -174,12 +226,19 @@ def _one(w: jax.Array, spec: QuantSpec, norm: ArrayLike, beta: ArrayLike, kappa:
         error = total(jnp.abs(seen.error))
         better = error < state.least
         chosen = geometry.scale_from_blocks(better)
-        best = {name: jnp.where(chosen, leaf, state.best[name]) for name, leaf in state.grid.items()}
+        best = {
+            name: jnp.where(chosen, leaf, state.best[name])
+            for name, leaf in state.grid.items()
+        }
         least = jnp.where(better, error, state.least)
-        return _State(move(state.grid, seen, state.beta), best, least, state.beta * kappa), None
+        return _State(
+            move(state.grid, seen, state.beta), best, least, state.beta * kappa
+        ), None
 
     names = ["offset"] if spec.offset == "min" else ["scale", "zero_point"]
-    first = {name: getattr(start, name) for name in names if getattr(start, name) is not None}
+    first = {
+        name: getattr(start, name) for name in names if getattr(start, name) is not None
+    }
     seen, beta = look(first), jnp.asarray(beta, jnp.float32)
     initial = total(jnp.abs(seen.error))
     state = _State(move(first, seen, beta), first, initial, beta * kappa)
@@ -192,5 +251,9 @@ def _one(w: jax.Array, spec: QuantSpec, norm: ArrayLike, beta: ArrayLike, kappa:
 def _stored(x: jax.Array, like: jax.Array, qt: QTensor) -> jax.Array:
     """Numbers of blocks in the dtype and order `like` has; what is not zero stays so, and nothing overflows."""
     fmt, x = formats.get(like.dtype.name), qt.meta.geometry.scale_from_blocks(x)
-    magnitude = jnp.clip(jnp.abs(x), max(fmt.smallest_positive, float(np.finfo(np.float32).tiny)), fmt.max)
+    magnitude = jnp.clip(
+        jnp.abs(x),
+        max(fmt.smallest_positive, float(np.finfo(np.float32).tiny)),
+        fmt.max,
+    )
     return jnp.where(x == 0, 0.0, jnp.sign(x) * magnitude).astype(like.dtype)

@@ -105,11 +105,19 @@ def kmeans(
     """
     w = _matrix.as_weight(w, "kmeans", name)
     if not (isinstance(bits, int) and 1 <= bits <= 8):
-        raise ValueError(f"kmeans: bits must be a whole number from 1 to 8, got {bits!r}.")
+        raise ValueError(
+            f"kmeans: bits must be a whole number from 1 to 8, got {bits!r}."
+        )
     formats.check_choice("kmeans: init", init, INITS)
     formats.check_choice("kmeans: algorithm", algorithm, ALGORITHMS)
     _limits.check_numbers("kmeans", num_steps=num_steps)
-    return _kmeans(w, np.int32(num_steps), QuantSpec(_table_format(bits), granularity), init, algorithm)
+    return _kmeans(
+        w,
+        np.int32(num_steps),
+        QuantSpec(_table_format(bits), granularity),
+        init,
+        algorithm,
+    )
 
 
 def centroid_gradient(grad_w: ArrayLike, qt: QTensor) -> jax.Array:
@@ -140,7 +148,9 @@ def centroid_gradient(grad_w: ArrayLike, qt: QTensor) -> jax.Array:
       Han et al., "Deep Compression", 2016, section 3.3.
     """
     if not isinstance(qt, QTensor) or qt.codebook is None:
-        raise TypeError(f"centroid_gradient: qt must be a QTensor with a codebook, got {qt!r}.")
+        raise TypeError(
+            f"centroid_gradient: qt must be a QTensor with a codebook, got {qt!r}."
+        )
     gradient = jnp.asarray(grad_w)
     if gradient.shape != qt.shape or not jnp.issubdtype(gradient.dtype, jnp.floating):
         raise ValueError(
@@ -157,9 +167,16 @@ def _centroid_gradient(gradient: jax.Array, qt: QTensor) -> jax.Array:
         assert qt.codebook is not None
         blocks = geometry.to_blocks(geometry.pad(geometry.to_view(gradient)))
         blocks = blocks * geometry.scale_to_blocks(scale_values(qt))
-        codes = geometry.to_blocks(geometry.to_view_order(qt.stored_codes())).astype(jnp.int32)
-        first, size = (int(fmt.min) if fmt.kind == "integer" else 0), qt.codebook.shape[-1]
-        number = jnp.arange(np.prod(geometry.num_blocks), dtype=jnp.int32).reshape(geometry.num_blocks)
+        codes = geometry.to_blocks(geometry.to_view_order(qt.stored_codes())).astype(
+            jnp.int32
+        )
+        first, size = (
+            (int(fmt.min) if fmt.kind == "integer" else 0),
+            qt.codebook.shape[-1],
+        )
+        number = jnp.arange(np.prod(geometry.num_blocks), dtype=jnp.int32).reshape(
+            geometry.num_blocks
+        )
         cluster = geometry.scale_to_blocks(number) * size + (codes - first)
         if first < 0:
             blocks = jnp.where(codes == 0, 0.0, blocks)
@@ -174,16 +191,24 @@ def _centroid_gradient(gradient: jax.Array, qt: QTensor) -> jax.Array:
 def _table_format(bits: int) -> formats.CodebookFormat:
     """Codes that are places in a table; the numbers here are never used, for every array has its own."""
     count = 1 << bits
-    return formats.CodebookFormat(f"kmeans{bits}", tuple(float(v) for v in range(1 - count, count, 2)))
+    return formats.CodebookFormat(
+        f"kmeans{bits}", tuple(float(v) for v in range(1 - count, count, 2))
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "init", "algorithm"))
-def _kmeans(w: jax.Array, num_steps: ArrayLike, spec: QuantSpec, init: str, algorithm: str):
-    one = functools.partial(_one, num_steps=num_steps, spec=spec, init=init, algorithm=algorithm)
+def _kmeans(
+    w: jax.Array, num_steps: ArrayLike, spec: QuantSpec, init: str, algorithm: str
+):
+    one = functools.partial(
+        _one, num_steps=num_steps, spec=spec, init=init, algorithm=algorithm
+    )
     return _matrix.over_stack(one, w)
 
 
-def _one(w: jax.Array, num_steps: ArrayLike, spec: QuantSpec, init: str, algorithm: str) -> tuple[QTensor, KMeansInfo]:
+def _one(
+    w: jax.Array, num_steps: ArrayLike, spec: QuantSpec, init: str, algorithm: str
+) -> tuple[QTensor, KMeansInfo]:
     qt = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
     geometry, size = qt.meta.geometry, 1 << spec.fmt.bits
     x, counts = _rows_of_blocks(w, geometry)  # [blocks, n]
@@ -196,15 +221,27 @@ def _one(w: jax.Array, num_steps: ArrayLike, spec: QuantSpec, init: str, algorit
     unit = jnp.where(half > 0, half, 1.0)[:, None]
     if algorithm == "auto":
         algorithm = "histogram" if x.shape[1] > _BINS else "exact"
-    bins = _histogram(x, inside, low, unit) if algorithm == "histogram" else _sorted(x, inside)
-    bins = bins._replace(numbers=jnp.clip((bins.numbers - middle[:, None]) / unit, -1.0, 1.0))
+    bins = (
+        _histogram(x, inside, low, unit)
+        if algorithm == "histogram"
+        else _sorted(x, inside)
+    )
+    bins = bins._replace(
+        numbers=jnp.clip((bins.numbers - middle[:, None]) / unit, -1.0, 1.0)
+    )
     centres, steps, empty = _lloyd(bins, _first_centres(bins, size, init), num_steps)
-    table = jnp.where(finite[:, None], middle[:, None] + unit * centres, np.float32(np.nan))
+    table = jnp.where(
+        finite[:, None], middle[:, None] + unit * centres, np.float32(np.nan)
+    )
 
     # [blocks, k] -> [k, n1, 1, n2, 1] -> [*num_blocks, k]
     view = geometry.scale_to_blocks(jnp.zeros(geometry.num_blocks)).shape
-    codebook = jnp.moveaxis(geometry.scale_from_blocks(table.T.reshape(size, *view)), 0, -1)
-    qt = dataclasses.replace(qt, scale=jnp.ones(geometry.num_blocks, jnp.float32), codebook=codebook)
+    codebook = jnp.moveaxis(
+        geometry.scale_from_blocks(table.T.reshape(size, *view)), 0, -1
+    )
+    qt = dataclasses.replace(
+        qt, scale=jnp.ones(geometry.num_blocks, jnp.float32), codebook=codebook
+    )
     qt = _with_nearest(w, qt)
     error = w.astype(jnp.float32) - dequantize(qt, dtype=jnp.float32)
     return qt, KMeansInfo(jnp.sum(jnp.sum(error * error, axis=0)), steps, empty)
@@ -218,12 +255,19 @@ def _with_nearest(w: jax.Array, qt: QTensor) -> QTensor:
         return requantize(w, qt)
     middles = (0.5 * (codebook[..., 1:] + codebook[..., :-1])).ravel()
     count = (1 << bits) - 1
-    first = jnp.arange(np.prod(geometry.num_blocks), dtype=jnp.int32).reshape(geometry.num_blocks) * count
+    first = (
+        jnp.arange(np.prod(geometry.num_blocks), dtype=jnp.int32).reshape(
+            geometry.num_blocks
+        )
+        * count
+    )
     first = geometry.scale_to_blocks(first)
     blocks = geometry.to_blocks(geometry.pad(geometry.to_view(w).astype(jnp.float32)))
     codes = jnp.zeros(blocks.shape, jnp.int32)
     for bit in reversed(range(bits)):  # a binary search
-        above = blocks > jnp.take(middles, first + codes + ((1 << bit) - 1), mode="clip")
+        above = blocks > jnp.take(
+            middles, first + codes + ((1 << bit) - 1), mode="clip"
+        )
         codes = codes + (above.astype(jnp.int32) << bit)
     codes = codes.astype(qt.spec.fmt.code_dtype)
     return qt.with_stored_codes(geometry.to_storage(geometry.from_blocks(codes)))
@@ -236,10 +280,14 @@ def _rows_of_blocks(w: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Ar
     def rows(view: jax.Array) -> jax.Array:
         blocks = geometry.to_blocks(geometry.pad(view))
         outer = [a for a in range(-blocks.ndim, 0) if a not in geometry.block_axes]
-        return jnp.transpose(blocks, (*outer, *geometry.block_axes)).reshape(np.prod(geometry.num_blocks), -1)
+        return jnp.transpose(blocks, (*outer, *geometry.block_axes)).reshape(
+            np.prod(geometry.num_blocks), -1
+        )
 
     x, true = rows(view), geometry.counts()
-    counts = np.broadcast_to(true, (*geometry.scale_to_blocks(jnp.zeros(geometry.num_blocks)).shape,))
+    counts = np.broadcast_to(
+        true, (*geometry.scale_to_blocks(jnp.zeros(geometry.num_blocks)).shape,)
+    )
     counts = jnp.asarray(counts.reshape(-1), jnp.int32)
     if true.min() == x.shape[1]:
         return x, counts
@@ -260,40 +308,61 @@ def _sorted(x: jax.Array, inside: jax.Array) -> _Bins:
     return _Bins(jnp.where(inside, ordered, greatest), inside.astype(jnp.int32))
 
 
-def _histogram(x: jax.Array, inside: jax.Array, low: jax.Array, unit: jax.Array) -> _Bins:
+def _histogram(
+    x: jax.Array, inside: jax.Array, low: jax.Array, unit: jax.Array
+) -> _Bins:
     blocks = x.shape[0]
     share = (x - low[:, None]) / unit * np.float32(_BINS / 2)  # 0 to _BINS
     place = jnp.clip(share.astype(jnp.int32), 0, _BINS - 1)
-    left = low[:, None] + (jnp.arange(_BINS, dtype=jnp.float32)[None] + 0.5) * (unit * np.float32(2 / _BINS))
+    left = low[:, None] + (jnp.arange(_BINS, dtype=jnp.float32)[None] + 0.5) * (
+        unit * np.float32(2 / _BINS)
+    )
     index = jnp.arange(blocks, dtype=jnp.int32)[:, None] * _BINS + place
     index = jnp.where(inside, index, blocks * _BINS).ravel()  # beyond the last: dropped
-    counts = jax.ops.segment_sum(jnp.ones(index.shape, jnp.int32), index, blocks * _BINS).reshape(blocks, _BINS)
+    counts = jax.ops.segment_sum(
+        jnp.ones(index.shape, jnp.int32), index, blocks * _BINS
+    ).reshape(blocks, _BINS)
     beside = x - jnp.take(left.ravel(), index, mode="clip").reshape(x.shape)
-    sums = jax.ops.segment_sum(beside.ravel(), index, blocks * _BINS).reshape(blocks, _BINS)
+    sums = jax.ops.segment_sum(beside.ravel(), index, blocks * _BINS).reshape(
+        blocks, _BINS
+    )
     return _Bins(left + sums / jnp.maximum(counts, 1).astype(jnp.float32), counts)
 
 
 def _first_centres(bins: _Bins, size: int, init: str) -> jax.Array:
     blocks = bins.numbers.shape[0]
     if init == "linear":
-        return jnp.broadcast_to(jnp.linspace(-1.0, 1.0, size, dtype=jnp.float32), (blocks, size))
+        return jnp.broadcast_to(
+            jnp.linspace(-1.0, 1.0, size, dtype=jnp.float32), (blocks, size)
+        )
     below = jnp.cumsum(bins.counts, axis=1)
     share = (jnp.arange(size, dtype=jnp.float32) + 0.5) / size
     wanted = share[None] * below[:, -1:].astype(jnp.float32)
-    places = jax.vmap(functools.partial(jnp.searchsorted, side="left"))(below.astype(jnp.float32), wanted)
+    places = jax.vmap(functools.partial(jnp.searchsorted, side="left"))(
+        below.astype(jnp.float32), wanted
+    )
     return jnp.take_along_axis(bins.numbers, places, axis=1, mode="clip")
 
 
-def _lloyd(bins: _Bins, centres: jax.Array, num_steps: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _lloyd(
+    bins: _Bins, centres: jax.Array, num_steps: ArrayLike
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(centres `[blocks, k]` ascending, steps taken, empty clusters)."""
     ends = ((0, 0), (1, 0))
-    counts = jnp.pad(jnp.cumsum(bins.counts, axis=1), ends)  # of all before, [blocks, m + 1]
-    sums = [jnp.pad(part, ends) for part in _running_sums(bins.numbers * bins.counts.astype(jnp.float32))]
+    counts = jnp.pad(
+        jnp.cumsum(bins.counts, axis=1), ends
+    )  # of all before, [blocks, m + 1]
+    sums = [
+        jnp.pad(part, ends)
+        for part in _running_sums(bins.numbers * bins.counts.astype(jnp.float32))
+    ]
     search = jax.vmap(functools.partial(jnp.searchsorted, side="right"))
 
     def boundaries(centres: jax.Array) -> jax.Array:
         # A number half-way between two centres belongs to the lower one.
-        return search(bins.numbers, 0.5 * (centres[:, 1:] + centres[:, :-1])).astype(jnp.int32)
+        return search(bins.numbers, 0.5 * (centres[:, 1:] + centres[:, :-1])).astype(
+            jnp.int32
+        )
 
     def within(of_all_before: jax.Array, places: jax.Array) -> jax.Array:
         taken = jnp.take_along_axis(of_all_before, places, axis=1, mode="clip")
@@ -302,10 +371,15 @@ def _lloyd(bins: _Bins, centres: jax.Array, num_steps: ArrayLike) -> tuple[jax.A
     def step(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]):
         centres, places, _, count = state
         held = within(counts, places)
-        means = (within(sums[0], places) + within(sums[1], places)) / jnp.maximum(held, 1).astype(jnp.float32)
+        means = (within(sums[0], places) + within(sums[1], places)) / jnp.maximum(
+            held, 1
+        ).astype(jnp.float32)
         # Rounded sums may put a mean of few numbers outside its interval.
         middle = 0.5 * (centres[:, 1:] + centres[:, :-1])
-        low, high = jnp.pad(middle, ends, constant_values=-1.0), jnp.pad(middle, ((0, 0), (0, 1)), constant_values=1.0)
+        low, high = (
+            jnp.pad(middle, ends, constant_values=-1.0),
+            jnp.pad(middle, ((0, 0), (0, 1)), constant_values=1.0),
+        )
         centres = jnp.where(held > 0, jnp.clip(means, low, high), centres)
         moved = boundaries(centres)
         return centres, moved, (moved != places).any(), count + 1
@@ -324,7 +398,9 @@ _Pair = tuple[jax.Array, jax.Array]  # a float32 sum and what it lacks
 def _running_sums(x: jax.Array) -> _Pair:
     """Sums of all up to each place along axis 1, with what float32 lacks: few numbers differ from many before them."""
     blocks, n = x.shape
-    size = math.isqrt(max(n - 1, 0)) + 1  # steps are few, and few things of a kind are compiled
+    size = (
+        math.isqrt(max(n - 1, 0)) + 1
+    )  # steps are few, and few things of a kind are compiled
     x = jnp.pad(x, ((0, 0), (0, size * size - n))).reshape(blocks, size, size)
     inner = _along_last((x, jnp.zeros_like(x)))
     ends = _along_last((inner[0][..., -1], inner[1][..., -1]))
@@ -339,7 +415,11 @@ def _along_last(pair: _Pair) -> _Pair:
         return total, total
 
     zeros = jnp.zeros_like(pair[0][..., 0])
-    _, sums = lax.scan(step, (zeros, zeros), (jnp.moveaxis(pair[0], -1, 0), jnp.moveaxis(pair[1], -1, 0)))
+    _, sums = lax.scan(
+        step,
+        (zeros, zeros),
+        (jnp.moveaxis(pair[0], -1, 0), jnp.moveaxis(pair[1], -1, 0)),
+    )
     return jnp.moveaxis(sums[0], 0, -1), jnp.moveaxis(sums[1], 0, -1)
 
 

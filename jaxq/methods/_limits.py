@@ -14,13 +14,21 @@ from jaxq.qtensor import Granularity, QuantSpec, as_spec
 INF = float("inf")
 
 
-def _is_number(least: float, most: float, *, open_ends: str = "", whole: bool = False) -> Callable[[Any], bool]:
+def _is_number(
+    least: float, most: float, *, open_ends: str = "", whole: bool = False
+) -> Callable[[Any], bool]:
     def fits(value: Any) -> bool:
         kind: Any = numbers.Integral if whole else numbers.Real
-        if isinstance(value, bool) or not (isinstance(value, kind) or getattr(value, "ndim", None) == 0):
+        if isinstance(value, bool) or not (
+            isinstance(value, kind) or getattr(value, "ndim", None) == 0
+        ):
             return False
-        inside = (least < value if "(" in open_ends else least <= value) and value <= most
-        return bool(inside and (value < most or ")" not in open_ends))  # NaN is nowhere inside
+        inside = (
+            least < value if "(" in open_ends else least <= value
+        ) and value <= most
+        return bool(
+            inside and (value < most or ")" not in open_ends)
+        )  # NaN is nowhere inside
 
     return fits
 
@@ -46,7 +54,11 @@ NUMBERS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
         "regularization": (_is_number(0, INF, open_ends=")"), "a number, not negative"),
         "warm_start": _SHARE,
         "beta": (
-            lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(map(_POSITIVE[0], v)),
+            lambda v: (
+                isinstance(v, tuple | list)
+                and len(v) == 2
+                and all(map(_POSITIVE[0], v))
+            ),
             "two positive numbers, at first and in the end",
         ),
     },
@@ -58,7 +70,10 @@ NUMBERS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
         "clip_max_shrink": _SHARE,
     },
     "clip": {
-        "rule": (lambda v: v in ("entropy", "mse", "percentile"), "one of entropy, mse, percentile"),
+        "rule": (
+            lambda v: v in ("entropy", "mse", "percentile"),
+            "one of entropy, mse, percentile",
+        ),
         "power": _POSITIVE,
         "num": _COUNT,
         "max_shrink": _SHARE,
@@ -79,10 +94,16 @@ NUMBERS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
         "num_steps": _NOT_NEGATIVE,
     },
     "kmeans": {
-        "granularity": (lambda v: isinstance(v, Granularity), "a granularity, jaxq.PerChannel() for example"),
+        "granularity": (
+            lambda v: isinstance(v, Granularity),
+            "a granularity, jaxq.PerChannel() for example",
+        ),
         "init": (lambda v: v in ("density", "linear"), "one of density, linear"),
         "num_steps": _NOT_NEGATIVE,
-        "algorithm": (lambda v: v in ("auto", "exact", "histogram"), "one of auto, exact, histogram"),
+        "algorithm": (
+            lambda v: v in ("auto", "exact", "histogram"),
+            "one of auto, exact, histogram",
+        ),
     },
     "llm_int8": {"threshold": (_is_number(0, INF), "at least 0")},
     "smoothquant": {"alpha": _SHARE},
@@ -90,16 +111,24 @@ NUMBERS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
 
 
 # What each rule of clipping reads.
-CLIPPING = {"entropy": ("bins",), "mse": ("power", "num", "max_shrink", "inputs"), "percentile": ("percentile",)}
+CLIPPING = {
+    "entropy": ("bins",),
+    "mse": ("power", "num", "max_shrink", "inputs"),
+    "percentile": ("percentile",),
+}
 
 
 def check_clipping(caller: str, options: Mapping[str, Any]) -> None:
     """Raises a ValueError for an option of `clip` that its rule does not read; None is no option."""
     rule = options.get("rule", "mse")
     for name, value in options.items():
-        owner = next((owner for owner, names in CLIPPING.items() if name in names), rule)
+        owner = next(
+            (owner for owner, names in CLIPPING.items() if name in names), rule
+        )
         if value not in (None, False) and owner != rule:
-            raise ValueError(f"{caller}: {name}={value!r} is of rule={owner!r}, and rule={rule!r} does not read it.")
+            raise ValueError(
+                f"{caller}: {name}={value!r} is of rule={owner!r}, and rule={rule!r} does not read it."
+            )
 
 
 def check_numbers(caller: str, method: str = "", /, **options: Any) -> None:
@@ -116,7 +145,9 @@ def check_numbers(caller: str, method: str = "", /, **options: Any) -> None:
             raise ValueError(f"{caller}: {name} must be {said}, got {value!r}.")
 
 
-def why_not(method: str, spec: str | QuantSpec, options: Mapping[str, Any] | None = None) -> str:
+def why_not(
+    method: str, spec: str | QuantSpec, options: Mapping[str, Any] | None = None
+) -> str:
     """Why a method cannot quantize to a spec, as it would say itself; empty if it can.
 
     Args:
@@ -161,10 +192,18 @@ def problem(method: str, spec: QuantSpec, options: Mapping[str, Any]) -> str:
         )
     if method == "clip" and rule == "entropy" and spec.offset == "min":
         return "rule='entropy' counts magnitudes, which offset='min' does not start from; use 'mse'."
-    if method == "clip" and rule == "entropy" and np.ptp(np.diff(np.unique(spec.fmt.values()))) > 0:
+    if (
+        method == "clip"
+        and rule == "entropy"
+        and np.ptp(np.diff(np.unique(spec.fmt.values()))) > 0
+    ):
         return f"rule='entropy' counts even steps, which the numbers of {spec.fmt.name} are not; use 'mse'."
     if method == "awq" and rule != "mse":
         return f"ranges are clipped by the error of products, which rule={rule!r} does not read. Leave rule='mse'."
-    if method == "clip" and options.get("inputs", False) and (rule != "mse" or options.get("power", 2.0) != 2.0):
+    if (
+        method == "clip"
+        and options.get("inputs", False)
+        and (rule != "mse" or options.get("power", 2.0) != 2.0)
+    ):
         return "inputs=True weighs the squared error of products, which rule='mse' with power=2 minimises; leave those."
     return ""

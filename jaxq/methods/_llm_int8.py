@@ -92,7 +92,9 @@ def llm_int8(
         outliers = jnp.zeros((*w.shape[:-2], w.shape[-2]), bool)
     else:
         said = "one magnitude for each input"
-        x = _matrix.as_statistic(absmax_x, "absmax_x", "llm_int8", shape=w.shape[-2:-1], said=said, w=w)
+        x = _matrix.as_statistic(
+            absmax_x, "absmax_x", "llm_int8", shape=w.shape[-2:-1], said=said, w=w
+        )
         outliers = jnp.broadcast_to(~(x < threshold), (*w.shape[:-2], w.shape[-2]))
     return qt, LLMInt8Info(outliers, jnp.sum(outliers, axis=-1, dtype=jnp.int32))
 
@@ -154,13 +156,19 @@ def llm_int8_matmul(
     _limits.check_numbers("llm_int8_matmul", "llm_int8", threshold=threshold)
     geometry = w.meta.geometry
     if w.batch_shape or geometry.order != (-1, -2) or geometry.num_contracted != 1:
-        raise ValueError(f"llm_int8_matmul: w must be [in, out] quantized with contracting=-2, got {w!r}.")
+        raise ValueError(
+            f"llm_int8_matmul: w must be [in, out] quantized with contracting=-2, got {w!r}."
+        )
     num_in, _ = w.shape
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"llm_int8_matmul: x must be a float array, got {_matrix.describe(x)}.")
+        raise TypeError(
+            f"llm_int8_matmul: x must be a float array, got {_matrix.describe(x)}."
+        )
     if x.ndim < 1 or x.shape[-1] != num_in:
-        raise ValueError(f"llm_int8_matmul: x must be [..., {num_in}] to meet w, got x: {_matrix.describe(x)}, {w!r}.")
+        raise ValueError(
+            f"llm_int8_matmul: x must be [..., {num_in}] to meet w, got x: {_matrix.describe(x)}, {w!r}."
+        )
     if keep is not None:
         keep = jnp.asarray(keep)
         if keep.shape != w.shape or not jnp.issubdtype(keep.dtype, jnp.floating):
@@ -168,7 +176,9 @@ def llm_int8_matmul(
                 f"llm_int8_matmul: keep must be the float weight {list(w.shape)}, got {_matrix.describe(keep)}."
             )
     if num_outliers is not None and num_outliers < 0:
-        raise ValueError(f"llm_int8_matmul: num_outliers must be None or at least 0, got {num_outliers}.")
+        raise ValueError(
+            f"llm_int8_matmul: num_outliers must be None or at least 0, got {num_outliers}."
+        )
     activation = activation or w.meta.activation or "int8"
 
     magnitude = jnp.max(jnp.abs(x.reshape(-1, num_in)), axis=0, initial=0.0)  # [in]
@@ -178,15 +188,25 @@ def llm_int8_matmul(
         chosen = reached[columns]
         outliers = jnp.zeros(num_in, bool).at[columns].set(chosen)
         taken = _where(chosen, jnp.take(x, columns, axis=-1))
-        rows = _rows(w.with_activation(None), columns) if keep is None else jnp.take(keep, columns, axis=0)
-        y = _product(_where(~outliers, x), w.with_activation(activation)) + _product(taken, rows)
+        rows = (
+            _rows(w.with_activation(None), columns)
+            if keep is None
+            else jnp.take(keep, columns, axis=0)
+        )
+        y = _product(_where(~outliers, x), w.with_activation(activation)) + _product(
+            taken, rows
+        )
     elif keep is not None:
-        y = _product(_where(~outliers, x), w.with_activation(activation)) + _product(_where(outliers, x), keep)
+        y = _product(_where(~outliers, x), w.with_activation(activation)) + _product(
+            _where(outliers, x), keep
+        )
     else:
         y = _product(x, w.with_activation(activation, outliers=threshold))
     dtype = jnp.promote_types(x.dtype, w.dtype)
     total = jnp.sum(reached, dtype=jnp.int32)
-    info = LLMInt8MatmulInfo(outliers, total, total - jnp.sum(outliers, dtype=jnp.int32))
+    info = LLMInt8MatmulInfo(
+        outliers, total, total - jnp.sum(outliers, dtype=jnp.int32)
+    )
     return y.astype(dtype), info
 
 
@@ -204,17 +224,30 @@ def _product(x: jax.Array, w: QTensor | jax.Array) -> jax.Array:
     if x.dtype != w.dtype:
         x, w = x.astype(jnp.float32), w.astype(jnp.float32)
     # HIGHEST: matrix units would otherwise read float32 as bfloat16.
-    return lax.dot_general(x, w, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        x, w, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
 
 
 def _rows(qt: QTensor, columns: jax.Array) -> jax.Array:
     """`dequantize(qt)[columns]` in float32; of codes with one scale for all rows, only those rows are decoded."""
     geometry = qt.meta.geometry
-    whole = not geometry.flat and geometry.block_shape[-1] is None and qt.meta.layout == "rows"
-    if not whole or qt.meta.packing is not formats.Packing.NONE or geometry.num_blocks[-1] != 1:
+    whole = (
+        not geometry.flat
+        and geometry.block_shape[-1] is None
+        and qt.meta.layout == "rows"
+    )
+    if (
+        not whole
+        or qt.meta.packing is not formats.Packing.NONE
+        or geometry.num_blocks[-1] != 1
+    ):
         return jnp.take(dequantize(qt, dtype=jnp.float32), columns, axis=0)
     taken = dataclasses.replace(geometry, shape=(columns.shape[0], geometry.shape[1]))
     data = jnp.take(qt.data, columns, axis=-1)
     return dequantize(
-        dataclasses.replace(qt, data=data, meta=dataclasses.replace(qt.meta, geometry=taken)), dtype=jnp.float32
+        dataclasses.replace(
+            qt, data=data, meta=dataclasses.replace(qt.meta, geometry=taken)
+        ),
+        dtype=jnp.float32,
     )

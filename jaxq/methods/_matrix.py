@@ -29,16 +29,26 @@ def as_weight(w: jax.typing.ArrayLike, caller: str, name: str = "w") -> jax.Arra
     """
     dtype = np.dtype(getattr(w, "dtype", None) or np.asarray(w).dtype)
     if dtype.name not in WEIGHT_DTYPES:
-        raise TypeError(f"{caller}: {name} must be float32, bfloat16 or float16, got {dtype.name}{list(np.shape(w))}.")
+        raise TypeError(
+            f"{caller}: {name} must be float32, bfloat16 or float16, got {dtype.name}{list(np.shape(w))}."
+        )
     x = jnp.asarray(w)
     if x.ndim < 2 or x.size == 0:
-        raise ValueError(f"{caller}: {name} must be a matrix [in, out], or a stack of them, got {describe(x)}.")
+        raise ValueError(
+            f"{caller}: {name} must be a matrix [in, out], or a stack of them, got {describe(x)}."
+        )
     raise_if_not_finite(x, name, caller)
     return x
 
 
 def as_statistic(
-    x: jax.typing.ArrayLike, name: str, caller: str, *, shape: Sequence[int | None], said: str, w: jax.Array
+    x: jax.typing.ArrayLike,
+    name: str,
+    caller: str,
+    *,
+    shape: Sequence[int | None],
+    said: str,
+    w: jax.Array,
 ) -> jax.Array:
     """`x` as float32 of `shape` (None: any size), with the leading axes of `w` or none; finite where that can be known.
 
@@ -48,13 +58,24 @@ def as_statistic(
     """
     dtype = np.dtype(getattr(x, "dtype", None) or np.asarray(x).dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{caller}: {name} must be floats {said}, got {dtype.name}{list(np.shape(x))}.")
+        raise TypeError(
+            f"{caller}: {name} must be floats {said}, got {dtype.name}{list(np.shape(x))}."
+        )
     array = jnp.asarray(x).astype(jnp.float32)
-    lead, core = array.shape[: array.ndim - len(shape)], array.shape[array.ndim - len(shape) :]
-    fits = len(core) == len(shape) and all(b in (None, a) and a > 0 for a, b in zip(core, shape, strict=True))
+    lead, core = (
+        array.shape[: array.ndim - len(shape)],
+        array.shape[array.ndim - len(shape) :],
+    )
+    fits = len(core) == len(shape) and all(
+        b in (None, a) and a > 0 for a, b in zip(core, shape, strict=True)
+    )
     if not fits or lead not in ((), w.shape[:-2]):
         expected = ",".join("any" if n is None else str(n) for n in shape)
-        stack = f", or stacked like w, [{','.join(map(str, w.shape[:-2]))},{expected}]" if w.ndim > 2 else ""
+        stack = (
+            f", or stacked like w, [{','.join(map(str, w.shape[:-2]))},{expected}]"
+            if w.ndim > 2
+            else ""
+        )
         raise ValueError(
             f"{caller}: {name} must be {said}: [{expected}]{stack}; got {describe(array)} (w: {describe(w)})."
         )
@@ -69,7 +90,9 @@ def raise_if_not_finite(x: jax.Array, name: str, caller: str) -> None:
     qtensor.raise_if_not_finite(x, name, caller, remedy="Clean the array first.")
 
 
-def over_stack(one: Callable[..., Any], w: jax.Array, *statistics: tuple[jax.Array, int]) -> Any:
+def over_stack(
+    one: Callable[..., Any], w: jax.Array, *statistics: tuple[jax.Array, int]
+) -> Any:
     """`one(w, *statistics)` for each matrix of a stack, by `jax.vmap` over the leading axes of w.
 
     Args:

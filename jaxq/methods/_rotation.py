@@ -38,7 +38,9 @@ _CIRCULANT = {
 _LARGEST_PALEY = 1 << 12
 
 
-def hadamard(x: jax.typing.ArrayLike, axis: int = -1, *, inverse: bool = False) -> jax.Array:
+def hadamard(
+    x: jax.typing.ArrayLike, axis: int = -1, *, inverse: bool = False
+) -> jax.Array:
     """The fast Walsh-Hadamard transform, `x H_n / sqrt(n)` along an axis.
 
     Sums are float32, exact for whole numbers up to 2^24 before the one product with `1 / sqrt(n)`.
@@ -67,9 +69,13 @@ def hadamard(x: jax.typing.ArrayLike, axis: int = -1, *, inverse: bool = False) 
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"hadamard: x must be a float array, got {_matrix.describe(x)}.")
+        raise TypeError(
+            f"hadamard: x must be a float array, got {_matrix.describe(x)}."
+        )
     if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"hadamard: axis {axis} is not an axis of x: {_matrix.describe(x)}.")
+        raise ValueError(
+            f"hadamard: axis {axis} is not an axis of x: {_matrix.describe(x)}."
+        )
     return _hadamard(x, axis, _split(x.shape[axis], "hadamard"), inverse)
 
 
@@ -123,7 +129,9 @@ def random_hadamard(key: jax.Array, n: int) -> jax.Array:
     return jax.random.rademacher(key, (n,), jnp.float32)
 
 
-def rotate_in(w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None) -> jax.Array:
+def rotate_in(
+    w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None
+) -> jax.Array:
     """`Q^T w`: a weight for inputs that come rotated, `(x Q) (Q^T w) = x w`.
 
     Args:
@@ -147,7 +155,9 @@ def rotate_in(w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None
     return hadamard(_signed(w, signs, -2, "rotate_in"), -2)
 
 
-def rotate_out(w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None) -> jax.Array:
+def rotate_out(
+    w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = None
+) -> jax.Array:
     """`w Q`: a weight (or its bias, an embedding, an activation) whose outputs come out rotated.
 
     Args, Returns, Raises: as `rotate_in`, with w `[..., out]` and signs `[out]`.
@@ -161,7 +171,9 @@ def rotate_out(w: jax.typing.ArrayLike, signs: jax.typing.ArrayLike | None = Non
     return hadamard(_signed(jnp.asarray(w), signs, -1, "rotate_out"), -1)
 
 
-def _signed(w: jax.Array, signs: jax.typing.ArrayLike | None, axis: int, caller: str) -> jax.Array:
+def _signed(
+    w: jax.Array, signs: jax.typing.ArrayLike | None, axis: int, caller: str
+) -> jax.Array:
     if signs is None:
         return w
     signs = jnp.asarray(signs)
@@ -171,7 +183,9 @@ def _signed(w: jax.Array, signs: jax.typing.ArrayLike | None, axis: int, caller:
             f"w: {_matrix.describe(w)}."
         )
     if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"{caller}: w must be a float array, got {_matrix.describe(w)}.")
+        raise TypeError(
+            f"{caller}: w must be a float array, got {_matrix.describe(w)}."
+        )
     shape = [1] * w.ndim
     shape[axis] = signs.shape[0]
     return w * signs.astype(w.dtype).reshape(shape)
@@ -180,14 +194,18 @@ def _signed(w: jax.Array, signs: jax.typing.ArrayLike | None, axis: int, caller:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _hadamard(x: jax.Array, axis: int, odd: int, inverse: bool) -> jax.Array:
     sums = _transform(jnp.moveaxis(x, axis, -1).astype(jnp.float32), odd, inverse)
-    return jnp.moveaxis(sums * np.float32(1 / math.sqrt(x.shape[axis])), -1, axis).astype(x.dtype)
+    return jnp.moveaxis(
+        sums * np.float32(1 / math.sqrt(x.shape[axis])), -1, axis
+    ).astype(x.dtype)
 
 
 def _transform(x: jax.Array, odd: int, inverse: bool) -> jax.Array:
     """`x H` along the last axis, no division; float32."""
     n, lead = x.shape[-1], x.shape[:-1]
     half = n // odd
-    while half > 1:  # butterflies on the factors of two, the last axis of [..., odd, 2, 2, ..., 2] first
+    while (
+        half > 1
+    ):  # butterflies on the factors of two, the last axis of [..., odd, 2, 2, ..., 2] first
         half //= 2
         pairs = x.reshape(*lead, n // (2 * half), 2, half)
         first, second = pairs[..., 0, :], pairs[..., 1, :]
@@ -198,7 +216,9 @@ def _transform(x: jax.Array, odd: int, inverse: bool) -> jax.Array:
     matrix = matrix if inverse else matrix.T  # [to, from]
     x = x.reshape(*lead, odd, n // odd)
     # HIGHEST: entries are exact in any dtype, x is not.
-    out = jnp.einsum("ba,...as->...bs", jnp.asarray(matrix), x, precision=lax.Precision.HIGHEST)
+    out = jnp.einsum(
+        "ba,...as->...bs", jnp.asarray(matrix), x, precision=lax.Precision.HIGHEST
+    )
     return out.reshape(*lead, n)
 
 
@@ -208,7 +228,9 @@ def _split(n: int, caller: str) -> int:
     odd = n // k if k else 0
     if odd == 1:
         return 1
-    for order in itertools.takewhile(lambda v: n > 0 and n % v == 0, (odd << i for i in range(2, 64))):
+    for order in itertools.takewhile(
+        lambda v: n > 0 and n % v == 0, (odd << i for i in range(2, 64))
+    ):
         if order in _CIRCULANT or (order <= _LARGEST_PALEY and _residue_field(order)):
             return order
     raise ValueError(
@@ -237,10 +259,20 @@ def _odd_part(order: int) -> np.ndarray:
     if order in _CIRCULANT:
         n = order // 4
         place = (np.arange(n)[None] - np.arange(n)[:, None]) % n
-        rows = [np.array([1 - 2 * (code >> i & 1) for i in range(n)], np.int8) for code in _CIRCULANT[order]]
+        rows = [
+            np.array([1 - 2 * (code >> i & 1) for i in range(n)], np.int8)
+            for code in _CIRCULANT[order]
+        ]
         a, b, c, d = (row[place] for row in rows)
         br, cr, dr, btr, ctr, dtr = (m[:, ::-1] for m in (b, c, d, b.T, c.T, d.T))
-        return np.block([[a, br, cr, dr], [-br, a, dtr, -ctr], [-cr, -dtr, a, btr], [-dr, ctr, -btr, a]])
+        return np.block(
+            [
+                [a, br, cr, dr],
+                [-br, a, dtr, -ctr],
+                [-cr, -dtr, a, btr],
+                [-dr, ctr, -btr, a],
+            ]
+        )
     found = _residue_field(order)
     assert found is not None  # Paley's
     residue = _quadratic_characters(*found)  # [q, q]
@@ -251,7 +283,10 @@ def _odd_part(order: int) -> np.ndarray:
     bordered[1:, 1:] = residue
     if q % 4 == 3:  # skew-symmetric
         return bordered + np.eye(q + 1, dtype=np.int8)
-    one, other = np.array([[1, 1], [1, -1]], np.int8), np.array([[1, -1], [-1, -1]], np.int8)
+    one, other = (
+        np.array([[1, 1], [1, -1]], np.int8),
+        np.array([[1, -1], [-1, -1]], np.int8),
+    )
     return np.kron(bordered, one) + np.kron(np.eye(q + 1, dtype=np.int8), other)
 
 
@@ -261,7 +296,9 @@ def _quadratic_characters(p: int, k: int) -> np.ndarray:
     character = np.zeros(q, np.int8)
     for i, power in enumerate(_powers(p, k)):
         character[_number(power, p)] = 1 if i % 2 == 0 else -1
-    digits = np.stack([np.arange(q) // p**i % p for i in range(k)], axis=-1)  # [q, k], the elements' coefficients
+    digits = np.stack(
+        [np.arange(q) // p**i % p for i in range(k)], axis=-1
+    )  # [q, k], the elements' coefficients
     weights = p ** np.arange(k)
     rows = [character[((digits[a] - digits) % p) @ weights] for a in range(q)]
     return np.stack(rows)
@@ -274,13 +311,17 @@ def _powers(p: int, k: int) -> list[tuple[int, ...]]:
     many exist only in a field, so the polynomial is irreducible.
     """
     one: tuple[int, ...] = (1,) + (0,) * (k - 1)
-    for low in itertools.product(range(p), repeat=k):  # x^k = -(low[0] + low[1] x + ...)
+    for low in itertools.product(
+        range(p), repeat=k
+    ):  # x^k = -(low[0] + low[1] x + ...)
         powers: list[tuple[int, ...]] = [one]
         element = one
         while len(powers) < p**k:
             top = element[-1]
             shifted = (0, *element[:-1])
-            element = tuple((a - top * c) % p for a, c in zip(shifted, low, strict=True))
+            element = tuple(
+                (a - top * c) % p for a, c in zip(shifted, low, strict=True)
+            )
             if element == one or not any(element):
                 break
             powers.append(element)

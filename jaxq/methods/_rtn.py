@@ -23,7 +23,9 @@ class RTNInfo(NamedTuple):
     sqnr: jax.Array
 
 
-def rtn(w: ArrayLike, spec: str | QuantSpec, *, name: str = "w") -> tuple[QTensor, RTNInfo]:
+def rtn(
+    w: ArrayLike, spec: str | QuantSpec, *, name: str = "w"
+) -> tuple[QTensor, RTNInfo]:
     """Rounds a weight to nearest, as `quantize(w, spec, contracting=-2)` does: no data, no optimization.
 
     `codes = round(w / scale)`, by any format and scale rule. So this is also how weights become powers of two

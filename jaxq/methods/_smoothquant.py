@@ -70,10 +70,19 @@ def smoothquant(
     matrices = as_weights(weights, "smoothquant")
     num_in = matrices[0].shape[-2]
     said = "one magnitude for each input"
-    x = _matrix.as_statistic(absmax_x, "absmax_x", "smoothquant", shape=(num_in,), said=said, w=matrices[0])
+    x = _matrix.as_statistic(
+        absmax_x, "absmax_x", "smoothquant", shape=(num_in,), said=said, w=matrices[0]
+    )
     if not isinstance(x, Tracer) and bool((np.asarray(x) < 0).any()):
-        raise ValueError(f"smoothquant: absmax_x holds magnitudes, but its smallest number is {float(x.min())}.")
-    w = jnp.stack([jnp.max(jnp.abs(m), axis=-1, initial=0.0).astype(jnp.float32) for m in matrices]).max(axis=0)
+        raise ValueError(
+            f"smoothquant: absmax_x holds magnitudes, but its smallest number is {float(x.min())}."
+        )
+    w = jnp.stack(
+        [
+            jnp.max(jnp.abs(m), axis=-1, initial=0.0).astype(jnp.float32)
+            for m in matrices
+        ]
+    ).max(axis=0)
     dead = ~((x > 0) & (w > 0) & jnp.isfinite(x) & jnp.isfinite(w))
     s = jnp.maximum(x, _FLOOR) ** alpha / jnp.maximum(w, _FLOOR) ** (1 - alpha)
     s = jnp.where(dead, 1.0, jnp.maximum(s, _FLOOR))
@@ -81,7 +90,9 @@ def smoothquant(
 
 
 def fold_scale_into_previous(
-    s: jax.typing.ArrayLike, kernel_or_gain: jax.typing.ArrayLike, bias: jax.typing.ArrayLike | None = None
+    s: jax.typing.ArrayLike,
+    kernel_or_gain: jax.typing.ArrayLike,
+    bias: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Divides the outputs of what comes before by `s`: a norm's gain and bias, or a linear's kernel and bias.
 
@@ -108,9 +119,13 @@ def fold_scale_into_previous(
                 f"fold_scale_into_previous: the last axis of {name} must be that of s: {name} is "
                 f"{_matrix.describe(v)}, s is {_matrix.describe(s)}."
             )
-        return (v.astype(jnp.float32) / s.reshape((1,) * (v.ndim - 1) + s.shape)).astype(v.dtype)
+        return (
+            v.astype(jnp.float32) / s.reshape((1,) * (v.ndim - 1) + s.shape)
+        ).astype(v.dtype)
 
-    return divided(kernel_or_gain, "kernel_or_gain"), None if bias is None else divided(bias, "bias")
+    return divided(kernel_or_gain, "kernel_or_gain"), None if bias is None else divided(
+        bias, "bias"
+    )
 
 
 def fold_scale_into_next(s: jax.typing.ArrayLike, w: jax.typing.ArrayLike) -> jax.Array:
@@ -129,15 +144,22 @@ def fold_scale_into_next(s: jax.typing.ArrayLike, w: jax.typing.ArrayLike) -> ja
       >>> fold_scale_into_next(jnp.array([1.0, 4.0]), jnp.ones((2, 1))).tolist()
       [[1.0], [4.0]]
     """
-    s, w = _scale(s, "fold_scale_into_next"), _matrix.as_weight(w, "fold_scale_into_next")
+    s, w = (
+        _scale(s, "fold_scale_into_next"),
+        _matrix.as_weight(w, "fold_scale_into_next"),
+    )
     if w.shape[-2] != s.shape[0]:
         raise ValueError(
             f"fold_scale_into_next: w must be [..., {s.shape[0]}, out] to meet s, got {_matrix.describe(w)}."
         )
-    return (w.astype(jnp.float32) * s.reshape((1,) * (w.ndim - 2) + (s.shape[0], 1))).astype(w.dtype)
+    return (
+        w.astype(jnp.float32) * s.reshape((1,) * (w.ndim - 2) + (s.shape[0], 1))
+    ).astype(w.dtype)
 
 
-def as_weights(weights: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike], caller: str) -> list[jax.Array]:
+def as_weights(
+    weights: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike], caller: str
+) -> list[jax.Array]:
     """One or several matrices that read the same input, as a list.
 
     Raises:
@@ -145,8 +167,12 @@ def as_weights(weights: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike], c
     """
     if isinstance(weights, list | tuple):
         if not weights:
-            raise ValueError(f"{caller}: weights is empty; pass the matrices [in, out] that read the input.")
-        out = [_matrix.as_weight(w, caller, f"weights[{i}]") for i, w in enumerate(weights)]
+            raise ValueError(
+                f"{caller}: weights is empty; pass the matrices [in, out] that read the input."
+            )
+        out = [
+            _matrix.as_weight(w, caller, f"weights[{i}]") for i, w in enumerate(weights)
+        ]
     else:
         out = [_matrix.as_weight(weights, caller, "weights")]  # pyright: ignore[reportArgumentType]
     if any(w.shape[:-1] != out[0].shape[:-1] for w in out):
@@ -160,6 +186,8 @@ def as_weights(weights: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike], c
 def _scale(s: jax.typing.ArrayLike, caller: str) -> jax.Array:
     s = jnp.asarray(s)
     if s.ndim != 1 or not jnp.issubdtype(s.dtype, jnp.floating):
-        raise ValueError(f"{caller}: s must be a vector of floats, one a channel, got {_matrix.describe(s)}.")
+        raise ValueError(
+            f"{caller}: s must be a vector of floats, one a channel, got {_matrix.describe(s)}."
+        )
     _matrix.raise_if_not_finite(s, "s", caller)
     return s.astype(jnp.float32)

@@ -114,7 +114,9 @@ def solve(
     formats.check_choice("solve: fallback", fallback, FALLBACKS)
     found = METHODS[method]
     if found.needs_data and stats is None:
-        raise ValueError(f"{name}: method {method!r} needs the layer's inputs: pass calibration data.")
+        raise ValueError(
+            f"{name}: method {method!r} needs the layer's inputs: pass calibration data."
+        )
     options = dict(options or {})
     check_options(f"{name}: method {method!r}", method, options)
     if found.judged and (why := why_not(method, spec, options)):
@@ -131,13 +133,23 @@ def solve(
     if not found.judged or stats is None:
         return Solved(qt, method, note, None)
     if int(np.sum(stats.num_held_out)) == 0:
-        return Solved(qt, method, _say(note, "not judged: too few rows to hold some out"), None)
-    nearest, _ = rtn(w, spec.replace(granularity=own_granularity(method, options, spec)))
-    if qt.meta.activation is not None:  # inputs all of whose columns are quantized alike
+        return Solved(
+            qt, method, _say(note, "not judged: too few rows to hold some out"), None
+        )
+    nearest, _ = rtn(
+        w, spec.replace(granularity=own_granularity(method, options, spec))
+    )
+    if (
+        qt.meta.activation is not None
+    ):  # inputs all of whose columns are quantized alike
         nearest = nearest.with_activation(qt.meta.activation)
-    ours, theirs = (np.asarray(output_error(w, q, stats.held_out)) for q in (qt, nearest))  # [...]
+    ours, theirs = (
+        np.asarray(output_error(w, q, stats.held_out)) for q in (qt, nearest)
+    )  # [...]
     if not np.all(np.isfinite(ours + theirs)):
-        raise ValueError(f"{name}: the error of its output on held-out inputs is not finite ({ours}; rtn: {theirs}).")
+        raise ValueError(
+            f"{name}: the error of its output on held-out inputs is not finite ({ours}; rtn: {theirs})."
+        )
     worse = ours > theirs
     if not worse.any() or fallback == "none":
         return Solved(qt, method, note, _ratio(ours, theirs))
@@ -149,7 +161,12 @@ def solve(
     mixed = not worse.all() and jax.tree.structure(qt) == jax.tree.structure(nearest)
     if mixed:
         qt = _instead(worse, nearest, qt)
-        return Solved(qt, method, _say(f"{said}, so rtn there", note), _ratio(np.minimum(ours, theirs), theirs))
+        return Solved(
+            qt,
+            method,
+            _say(f"{said}, so rtn there", note),
+            _ratio(np.minimum(ours, theirs), theirs),
+        )
     if ours.sum() <= theirs.sum():  # a codebook is no scale, so it is all or none
         return Solved(qt, method, _say(said, note), _ratio(ours, theirs))
     return Solved(nearest, "rtn", _say(f"{said}, so rtn", note), 1.0)
@@ -163,7 +180,9 @@ def _instead(where: np.ndarray, there: QTensor, elsewhere: QTensor) -> QTensor:
     """One QTensor where the matrices of a stack are chosen, another one elsewhere."""
 
     def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(where.reshape(*where.shape, *(1 for _ in a.shape[where.ndim :])), a, b)
+        return jnp.where(
+            where.reshape(*where.shape, *(1 for _ in a.shape[where.ndim :])), a, b
+        )
 
     return jax.tree.map(choose, there, elsewhere)
 
@@ -184,7 +203,9 @@ def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
         _limits.check_clipping(f"{caller}: options", options)
 
 
-def own_granularity(method: str, options: Mapping[str, Any], spec: QuantSpec) -> Granularity:
+def own_granularity(
+    method: str, options: Mapping[str, Any], spec: QuantSpec
+) -> Granularity:
     """Where the scales of a method's result vary: tables of k-means are large, and one a channel is the default."""
     default = PerChannel() if method == "kmeans" else spec.granularity
     return options.get("granularity", default)
@@ -194,10 +215,18 @@ def _check_stats(stats: LayerStats, w: jax.Array, method: str, name: str) -> Non
     """Raises where statistics are not those of this weight's input."""
     expected = (*w.shape[:-2], w.shape[-2])
     if tuple(stats.mean.shape) != expected:
-        raise ValueError(f"{name}: its statistics are of inputs {list(stats.mean.shape)}, expected {list(expected)}.")
+        raise ValueError(
+            f"{name}: its statistics are of inputs {list(stats.mean.shape)}, expected {list(expected)}."
+        )
     if method == "gptq" and stats.hessian is None:
-        raise ValueError(f"{name}: method 'gptq' needs second moments; calibrate with hessian=True.")
-    if method == "gptq" and stats.hessian is not None and not bool(jnp.isfinite(stats.hessian).all()):
+        raise ValueError(
+            f"{name}: method 'gptq' needs second moments; calibrate with hessian=True."
+        )
+    if (
+        method == "gptq"
+        and stats.hessian is not None
+        and not bool(jnp.isfinite(stats.hessian).all())
+    ):
         largest = float(np.max(stats.absmax))
         raise ValueError(
             f"{name}: the second moments of its inputs are not finite: magnitudes up to {largest:.3g} are too large to "
@@ -218,10 +247,17 @@ def output_error(w: jax.Array, qt: QTensor, x: jax.Array) -> jax.Array:
         product = functools.partial(ops.matmul, preferred_element_type=jnp.float32)
         for _ in range(w.ndim - 2):
             product = jax.vmap(product)
-        exact = jnp.matmul(x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        exact = jnp.matmul(
+            x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
         return jnp.sum(jnp.square(exact - product(x, qt)), axis=(-2, -1))
-    delta = w.astype(jnp.float32) - dequantize(qt.with_activation(None), dtype=jnp.float32)
-    return jnp.sum(jnp.square(jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST)), axis=(-2, -1))
+    delta = w.astype(jnp.float32) - dequantize(
+        qt.with_activation(None), dtype=jnp.float32
+    )
+    return jnp.sum(
+        jnp.square(jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST)),
+        axis=(-2, -1),
+    )
 
 
 def few_tokens(stats: LayerStats, k: int) -> str:
@@ -251,8 +287,13 @@ def _rtn(w, stats, spec, key):
 def _clip(w, stats, spec, key, **options):
     if options.pop("inputs", False):
         if stats is None:
-            raise ValueError("clip: inputs=True weighs errors by the layer's inputs: pass calibration data.")
-        return _Made(clip(w, spec, x=stats.samples, **options)[0], few_samples(stats, w.shape[-2]))
+            raise ValueError(
+                "clip: inputs=True weighs errors by the layer's inputs: pass calibration data."
+            )
+        return _Made(
+            clip(w, spec, x=stats.samples, **options)[0],
+            few_samples(stats, w.shape[-2]),
+        )
     return _Made(clip(w, spec, **options)[0])
 
 
@@ -261,7 +302,9 @@ def _hqq(w, stats, spec, key, **options):
 
 
 def _kmeans(w, stats, spec, key, **options):
-    how: dict[str, Any] = options | {"granularity": own_granularity("kmeans", options, spec)}
+    how: dict[str, Any] = options | {
+        "granularity": own_granularity("kmeans", options, spec)
+    }
     return _Made(kmeans(w, spec.fmt.bits, **how)[0])
 
 
@@ -269,17 +312,31 @@ def _gptq(w, stats, spec, key, **options):
     qt, info = gptq(w, stats.hessian, spec, **options)
     damp, fell = options.get("damp", 0.01), np.asarray(info.fell_back)
     where = "" if fell.all() else f" in {fell.sum()} of {fell.size} matrices"
-    singular = f"its hessian is not positive definite{where}, so rtn" if fell.any() else ""
-    more = f"damping {float(np.max(info.damp)):.3g}" if float(np.max(info.damp)) > 1.01 * damp and not singular else ""
+    singular = (
+        f"its hessian is not positive definite{where}, so rtn" if fell.any() else ""
+    )
+    more = (
+        f"damping {float(np.max(info.damp)):.3g}"
+        if float(np.max(info.damp)) > 1.01 * damp and not singular
+        else ""
+    )
     dead = int(np.sum(info.num_dead))
-    said = _say(singular, more, f"{dead} dead inputs" if dead else "", few_tokens(stats, w.shape[-2]))
+    said = _say(
+        singular,
+        more,
+        f"{dead} dead inputs" if dead else "",
+        few_tokens(stats, w.shape[-2]),
+    )
     if dead and dead == info.num_dead.size * w.shape[-2]:
         return _Made(qt, f"all of its {dead} inputs are dead, so rtn", True)
     return _Made(qt, said, bool(fell.all()))
 
 
 def _adaround(w, stats, spec, key, **options):
-    return _Made(adaround(w, stats.samples, spec, key=key, **options)[0], few_samples(stats, w.shape[-2]))
+    return _Made(
+        adaround(w, stats.samples, spec, key=key, **options)[0],
+        few_samples(stats, w.shape[-2]),
+    )
 
 
 def _awq(w, stats, spec, key, **options):
@@ -302,7 +359,18 @@ def _options(function: Callable[..., Any], *more: str) -> tuple[str, ...]:
     """The names of a function's keyword arguments that are settings, no arrays."""
     arrays = ("channel_weight", "key", "name", "x", "x_float")
     found = inspect.signature(function).parameters.values()
-    return tuple(sorted({*(p.name for p in found if p.kind is p.KEYWORD_ONLY and p.name not in arrays), *more}))
+    return tuple(
+        sorted(
+            {
+                *(
+                    p.name
+                    for p in found
+                    if p.kind is p.KEYWORD_ONLY and p.name not in arrays
+                ),
+                *more,
+            }
+        )
+    )
 
 
 METHODS = {

@@ -11,7 +11,9 @@ import numpy as np
 from jaxq.methods import _matrix
 
 
-def as_tokens(x: Any, w: jax.Array, caller: str, max_tokens: int | None = None) -> jax.Array:
+def as_tokens(
+    x: Any, w: jax.Array, caller: str, max_tokens: int | None = None
+) -> jax.Array:
     """Float32 `[tokens, in]` of the inputs `[..., in]` of a weight `[in, out]`, thinned evenly to `max_tokens`.
 
     For a stack of weights, x is `[tokens, in]` for all of them or stacked like them.
@@ -25,5 +27,7 @@ def as_tokens(x: Any, w: jax.Array, caller: str, max_tokens: int | None = None) 
     k = w.shape[-2]
     if w.ndim == 2 and np.ndim(x) != 2 and np.shape(x)[-1:] == (k,):
         x = jnp.asarray(x).reshape(-1, k)
-    x = _matrix.as_statistic(x, "x", caller, shape=(None, k), said="inputs [tokens, in]", w=w)
+    x = _matrix.as_statistic(
+        x, "x", caller, shape=(None, k), said="inputs [tokens, in]", w=w
+    )
     return x if max_tokens is None else x[..., :: -(-x.shape[-2] // max_tokens), :]

@@ -11,7 +11,13 @@ a list or stacked.
 
 from jaxq.models._checkpoint import load, save
 from jaxq.models._generate import generate
-from jaxq.models._outliers import NormGroup, fold_scales, norm_groups, smooth, with_outliers
+from jaxq.models._outliers import (
+    NormGroup,
+    fold_scales,
+    norm_groups,
+    smooth,
+    with_outliers,
+)
 from jaxq.models._rotate import rotate
 from jaxq.models._stacking import stacked, unrolled
 from jaxq.models.llama import Llama, LlamaConfig

@@ -23,7 +23,9 @@ _SINGLE = "model.safetensors"
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
-def load(path: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = False) -> tuple[Llama, Any]:
+def load(
+    path: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = False
+) -> tuple[Llama, Any]:
     """Reads a Hugging Face directory of a Llama-family model.
 
     Reads `config.json`, `model.safetensors` (or the shards named by `model.safetensors.index.json`) and
@@ -54,19 +56,33 @@ def load(path: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = Fals
     """
     path = Path(path)
     if jnp.dtype(dtype).name not in ("float32", "bfloat16"):
-        raise ValueError(f"jaxq.models.load: dtype must be float32 or bfloat16, got {jnp.dtype(dtype).name}.")
+        raise ValueError(
+            f"jaxq.models.load: dtype must be float32 or bfloat16, got {jnp.dtype(dtype).name}."
+        )
     try:
-        config = LlamaConfig.from_hf(_read_json(_existing(path, "config.json")), scan_layers=scan_layers)
+        config = LlamaConfig.from_hf(
+            _read_json(_existing(path, "config.json")), scan_layers=scan_layers
+        )
     except ValueError as error:
-        raise ValueError(f"jaxq.models.load: {path / 'config.json'}: {error}") from error
-    tokenizer = _load_tokenizer(path / "tokenizer.json")  # before the weights: it is the quicker one to fail
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
+        raise ValueError(
+            f"jaxq.models.load: {path / 'config.json'}: {error}"
+        ) from error
+    tokenizer = _load_tokenizer(
+        path / "tokenizer.json"
+    )  # before the weights: it is the quicker one to fail
+    model = nnx.eval_shape(
+        lambda: Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    )
     graphdef, params = nnx.split(model)
     wanted = _names(config, params)
     files = _tensor_files(path)
     problems = _check(wanted, _headers(path, files), config)
     if problems:
-        raise ValueError(f"jaxq.models.load: {path} does not fit its config.json: " + "; ".join(problems) + ".")
+        raise ValueError(
+            f"jaxq.models.load: {path} does not fit its config.json: "
+            + "; ".join(problems)
+            + "."
+        )
 
     flat = dict(nnx.to_flat_state(params))
     stacks: dict[tuple, np.ndarray] = {}
@@ -87,7 +103,14 @@ def load(path: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = Fals
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), tokenizer
 
 
-def save(path: str | Path, model: Llama, *, tokenizer: Any = None, dtype: Any = jnp.bfloat16, **config: Any) -> None:
+def save(
+    path: str | Path,
+    model: Llama,
+    *,
+    tokenizer: Any = None,
+    dtype: Any = jnp.bfloat16,
+    **config: Any,
+) -> None:
     """Writes a directory that `load` and `transformers` read: config.json, model.safetensors, tokenizer files.
 
     Args:
@@ -119,33 +142,53 @@ def save(path: str | Path, model: Llama, *, tokenizer: Any = None, dtype: Any = 
     flat = dict(nnx.to_flat_state(params))
     tensors: dict[str, np.ndarray] = {}
     for name, (key, layer, shape) in _names(model.config, params).items():
-        value = np.asarray(flat[key][...]) if layer is None else np.asarray(flat[key][layer])
+        value = (
+            np.asarray(flat[key][...])
+            if layer is None
+            else np.asarray(flat[key][layer])
+        )
         value = value.T if key[-1] == "kernel" else value
         tensors[name] = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
         if tensors[name].shape != shape:
-            raise ValueError(f"save: {'.'.join(map(str, key))} is {list(value.shape)}; the config asks {list(shape)}.")
+            raise ValueError(
+                f"save: {'.'.join(map(str, key))} is {list(value.shape)}; the config asks {list(shape)}."
+            )
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    _replace(path / _SINGLE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    _replace(
+        path / _SINGLE, lambda file: save_file(tensors, file, metadata={"format": "pt"})
+    )
     text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
     _replace(path / "config.json", lambda file: file.write_text(text))
     if tokenizer is not None:
         _replace(path / "tokenizer.json", lambda file: tokenizer.save(str(file)))
-        extra = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        _replace(path / "tokenizer_config.json", lambda file: file.write_text(json.dumps(extra, indent=2) + "\n"))
+        extra = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        _replace(
+            path / "tokenizer_config.json",
+            lambda file: file.write_text(json.dumps(extra, indent=2) + "\n"),
+        )
 
 
-def _names(config: LlamaConfig, params: Any) -> dict[str, tuple[tuple, int | None, tuple[int, ...]]]:
+def _names(
+    config: LlamaConfig, params: Any
+) -> dict[str, tuple[tuple, int | None, tuple[int, ...]]]:
     """Hugging Face name -> (our path, layer of a stack or None, shape in the file).
 
     `layers.0.self_attn.q_proj.kernel [in, out]` is `model.layers.0.self_attn.q_proj.weight [out, in]`.
     """
-    expected = nnx.state(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
+    expected = nnx.state(
+        nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param
+    )
     shapes = {key: param.shape for key, param in nnx.to_flat_state(expected)}
     got = {key for key, _ in nnx.to_flat_state(params)}
     if got != set(shapes):
         odd = sorted(".".join(map(str, key)) for key in got ^ set(shapes))
-        raise ValueError(f"jaxq.models: the parameters differ from those of a float Llama in {', '.join(odd)}.")
+        raise ValueError(
+            f"jaxq.models: the parameters differ from those of a float Llama in {', '.join(odd)}."
+        )
     names = {}
     for key, shape in shapes.items():
         last = "bias" if key[-1] == "bias" else "weight"
@@ -155,7 +198,11 @@ def _names(config: LlamaConfig, params: Any) -> dict[str, tuple[tuple, int | Non
         shape = shape[::-1] if key[-1] == "kernel" else shape
         if stacked:
             for i in range(config.num_hidden_layers):
-                names["model." + stem.replace("layers.", f"layers.{i}.", 1)] = (key, i, shape)
+                names["model." + stem.replace("layers.", f"layers.{i}.", 1)] = (
+                    key,
+                    i,
+                    shape,
+                )
         else:
             names[stem if key[0] == "lm_head" else "model." + stem] = (key, None, shape)
     return names
@@ -163,7 +210,9 @@ def _names(config: LlamaConfig, params: Any) -> dict[str, tuple[tuple, int | Non
 
 def _existing(path: Path, name: str) -> Path:
     if not (path / name).is_file():
-        raise FileNotFoundError(f"jaxq.models.load: {path} has no {name}; expected a Hugging Face model directory.")
+        raise FileNotFoundError(
+            f"jaxq.models.load: {path} has no {name}; expected a Hugging Face model directory."
+        )
     return path / name
 
 
@@ -202,7 +251,9 @@ def _load_tokenizer(path: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise ImportError(f"jaxq.models.load: {path} needs the tokenizers package: pip install jaxq[hf]") from error
+        raise ImportError(
+            f"jaxq.models.load: {path} needs the tokenizers package: pip install jaxq[hf]"
+        ) from error
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing narrower
@@ -216,14 +267,20 @@ def _tensor_files(path: Path) -> dict[str, str]:
             return dict.fromkeys(file.keys(), _SINGLE)
     index = _read_json(path / _INDEX)
     files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(shard, str) for shard in files.values()):
-        raise ValueError(f"jaxq.models.load: {path / _INDEX} is damaged: it holds no weight_map of tensors to files.")
+    if not isinstance(files, dict) or not all(
+        isinstance(shard, str) for shard in files.values()
+    ):
+        raise ValueError(
+            f"jaxq.models.load: {path / _INDEX} is damaged: it holds no weight_map of tensors to files."
+        )
     for shard in sorted(set(files.values())):
         _existing(path, shard)
     return dict(files)
 
 
-def _headers(path: Path, files: Mapping[str, str]) -> dict[str, tuple[tuple[int, ...], str]]:
+def _headers(
+    path: Path, files: Mapping[str, str]
+) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of all tensors that are really there, from the files' headers.
 
     Raises:
@@ -234,23 +291,48 @@ def _headers(path: Path, files: Mapping[str, str]) -> dict[str, tuple[tuple[int,
         with _open(path / shard) as file:
             for name in file.keys():  # noqa: SIM118
                 if name in places:
-                    raise ValueError(f"jaxq.models.load: {path}: {name} is both in {places[name]} and in {shard}.")
+                    raise ValueError(
+                        f"jaxq.models.load: {path}: {name} is both in {places[name]} and in {shard}."
+                    )
                 view = file.get_slice(name)
-                headers[name], places[name] = (tuple(view.get_shape()), view.get_dtype()), shard
-    lost = [f"{name} is not in {shard}" for name, shard in sorted(files.items()) if places.get(name) != shard]
+                headers[name], places[name] = (
+                    (tuple(view.get_shape()), view.get_dtype()),
+                    shard,
+                )
+    lost = [
+        f"{name} is not in {shard}"
+        for name, shard in sorted(files.items())
+        if places.get(name) != shard
+    ]
     if lost:
-        raise ValueError(f"jaxq.models.load: {path / _INDEX} is damaged: {', '.join(lost)}.")
+        raise ValueError(
+            f"jaxq.models.load: {path / _INDEX} is damaged: {', '.join(lost)}."
+        )
     return headers
 
 
 def _check(
-    wanted: Mapping[str, tuple], found: Mapping[str, tuple[tuple[int, ...], str]], config: LlamaConfig
+    wanted: Mapping[str, tuple],
+    found: Mapping[str, tuple[tuple[int, ...], str]],
+    config: LlamaConfig,
 ) -> list[str]:
     missing = sorted(set(wanted) - set(found))
-    extra = sorted(name for name in set(found) - set(wanted) if not _derived(name, config))
-    both = [(name, shape, *found[name]) for name, (_, _, shape) in sorted(wanted.items()) if name in found]
-    shapes = [f"{name} is {list(got)}, expected {list(shape)}" for name, shape, got, _ in both if got != shape]
-    dtypes = [f"{name} holds {dtype}" for name, _, _, dtype in both if dtype not in _FLOATS]
+    extra = sorted(
+        name for name in set(found) - set(wanted) if not _derived(name, config)
+    )
+    both = [
+        (name, shape, *found[name])
+        for name, (_, _, shape) in sorted(wanted.items())
+        if name in found
+    ]
+    shapes = [
+        f"{name} is {list(got)}, expected {list(shape)}"
+        for name, shape, got, _ in both
+        if got != shape
+    ]
+    dtypes = [
+        f"{name} holds {dtype}" for name, _, _, dtype in both if dtype not in _FLOATS
+    ]
     listed = {
         "missing tensors": missing,
         "unexpected tensors": extra,
@@ -262,10 +344,14 @@ def _check(
 
 def _derived(name: str, config: LlamaConfig) -> bool:
     """Tensors that repeat what is known: old checkpoints' rotary tables, and the head of a tied model."""
-    return name.endswith(".rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+    return name.endswith(".rotary_emb.inv_freq") or (
+        config.tie_word_embeddings and name == "lm_head.weight"
+    )
 
 
-def _check_tied(name: str, tensor: np.ndarray, path: Path, files: Mapping[str, str]) -> None:
+def _check_tied(
+    name: str, tensor: np.ndarray, path: Path, files: Mapping[str, str]
+) -> None:
     """A head stored beside a tied embedding must repeat it, or one of the two would be dropped unseen."""
     if name != "lm_head.weight":
         return

@@ -96,23 +96,38 @@ class LlamaConfig:
     scan_layers: bool = False
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "head_dim",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"LlamaConfig: {name} is {getattr(self, name)}; it must be at least 1.")
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+                raise ValueError(
+                    f"LlamaConfig: {name} is {getattr(self, name)}; it must be at least 1."
+                )
+        if (
+            self.num_key_value_heads < 1
+            or self.num_attention_heads % self.num_key_value_heads
+        ):
             raise ValueError(
                 f"LlamaConfig: num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; every key head serves as many query heads."
             )
         if self.head_dim % 2:
-            raise ValueError(f"LlamaConfig: head_dim is {self.head_dim}; rotary embedding needs an even width.")
+            raise ValueError(
+                f"LlamaConfig: head_dim is {self.head_dim}; rotary embedding needs an even width."
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(
                 f"LlamaConfig: sliding_window is {self.sliding_window}; it must be at least 1, or None for all."
             )
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], *, scan_layers: bool = False) -> LlamaConfig:
+    def from_hf(
+        cls, config: Mapping[str, Any], *, scan_layers: bool = False
+    ) -> LlamaConfig:
         """Reads the dict of a Hugging Face `config.json` (`model_type` llama, mistral or qwen2).
 
         Args:
@@ -133,7 +148,9 @@ class LlamaConfig:
 
         model_type = config.get("model_type")
         if model_type not in _MODEL_TYPES:
-            problems.append(f"model_type={model_type!r}; supported are {', '.join(_MODEL_TYPES)}")
+            problems.append(
+                f"model_type={model_type!r}; supported are {', '.join(_MODEL_TYPES)}"
+            )
         _expect(config, "hidden_act", ("silu", "swish"), problems, default="silu")
         _expect(config, "partial_rotary_factor", (None, 1.0), problems)
         if config.get("quantization_config") is not None:
@@ -182,16 +199,24 @@ class LlamaConfig:
         qkv_only = self.attention_bias and not self.attention_output_bias
         if (
             (qkv_only and (self.sliding_window or self.mlp_bias))
-            or (self.sliding_window and (self.attention_bias or self.attention_output_bias or self.mlp_bias))
+            or (
+                self.sliding_window
+                and (self.attention_bias or self.attention_output_bias or self.mlp_bias)
+            )
             or (self.attention_output_bias and not self.attention_bias)
-            or (qkv_only and self.head_dim * self.num_attention_heads != self.hidden_size)
+            or (
+                qkv_only
+                and self.head_dim * self.num_attention_heads != self.hidden_size
+            )
         ):
             raise ValueError(
                 f"LlamaConfig.to_hf: attention_bias={self.attention_bias}, attention_output_bias="
                 f"{self.attention_output_bias}, mlp_bias={self.mlp_bias}, sliding_window={self.sliding_window}, "
                 f"head_dim={self.head_dim} together match none of the architectures {', '.join(_MODEL_TYPES)}."
             )
-        model_type = "qwen2" if qkv_only else "mistral" if self.sliding_window else "llama"
+        model_type = (
+            "qwen2" if qkv_only else "mistral" if self.sliding_window else "llama"
+        )
         skip = (
             "rope_scaling",
             "scan_layers",
@@ -222,13 +247,26 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         "a whole number of at least 1",
         lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
         (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+            *(
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+            ),
+            *(
+                "num_key_value_heads",
+                "head_dim",
+                "max_position_embeddings",
+                "sliding_window",
+            ),
         ),
     ),
     (
         "a number above 0",
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf,
+        lambda v: (
+            isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf
+        ),
         ("rms_norm_eps", "rope_theta"),
     ),
     (
@@ -236,7 +274,11 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         lambda v: isinstance(v, bool),
         ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
     ),
-    ("an object", lambda v: isinstance(v, Mapping), ("rope_scaling", "rope_parameters")),
+    (
+        "an object",
+        lambda v: isinstance(v, Mapping),
+        ("rope_scaling", "rope_parameters"),
+    ),
     ("a list", lambda v: isinstance(v, list | tuple), ("layer_types",)),
 )
 
@@ -244,26 +286,47 @@ _KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 def _wrong_kinds(config: Any) -> list[str]:
     """One problem for every value that is not of its kind."""
     if not isinstance(config, Mapping):
-        return [f"a config is an object of keys and values, not {type(config).__name__}"]
-    found = [(key, config.get(key), words, test) for words, test, keys in _KINDS for key in keys]
+        return [
+            f"a config is an object of keys and values, not {type(config).__name__}"
+        ]
+    found = [
+        (key, config.get(key), words, test)
+        for words, test, keys in _KINDS
+        for key in keys
+    ]
     for group in ("rope_scaling", "rope_parameters"):
         inner = config.get(group)
         if isinstance(inner, Mapping):
             positive = next(kind for kind in _KINDS if kind[0] == "a number above 0")
             numbers = {k: v for k, v in inner.items() if k not in ("rope_type", "type")}
-            found += [(f"{group}.{key}", value, *positive[:2]) for key, value in numbers.items()]
+            found += [
+                (f"{group}.{key}", value, *positive[:2])
+                for key, value in numbers.items()
+            ]
     return [
-        f"{key}={value!r} is not {words}" for key, value, words, test in found if value is not None and not test(value)
+        f"{key}={value!r} is not {words}"
+        for key, value, words, test in found
+        if value is not None and not test(value)
     ]
 
 
-def _expect(config: Mapping[str, Any], key: str, allowed: tuple, problems: list[str], default: Any = None) -> None:
+def _expect(
+    config: Mapping[str, Any],
+    key: str,
+    allowed: tuple,
+    problems: list[str],
+    default: Any = None,
+) -> None:
     value = config.get(key, default)
     if value not in allowed:
-        problems.append(f"{key}={value!r}; supported: {', '.join(repr(a) for a in allowed)}")
+        problems.append(
+            f"{key}={value!r}; supported: {', '.join(repr(a) for a in allowed)}"
+        )
 
 
-def _read_rope(config: Mapping[str, Any], problems: list[str]) -> tuple[RopeScaling, float]:
+def _read_rope(
+    config: Mapping[str, Any], problems: list[str]
+) -> tuple[RopeScaling, float]:
     """Both spellings: `rope_scaling` beside `rope_theta`, and the newer `rope_parameters` holding all."""
     both = [key for key in ("rope_scaling", "rope_parameters") if config.get(key)]
     rope: dict[str, Any] = {}
@@ -272,15 +335,24 @@ def _read_rope(config: Mapping[str, Any], problems: list[str]) -> tuple[RopeScal
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"partial_rotary_factor={rope['partial_rotary_factor']!r}; supported: 1.0")
+        problems.append(
+            f"partial_rotary_factor={rope['partial_rotary_factor']!r}; supported: 1.0"
+        )
     if kind == "default":
         return RopeScaling(), theta
     wanted = {
         "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
     }.get(kind)
     if wanted is None:
-        problems.append(f"{both[-1]}: rope_type={kind!r}; supported are 'default', 'linear' and 'llama3'")
+        problems.append(
+            f"{both[-1]}: rope_type={kind!r}; supported are 'default', 'linear' and 'llama3'"
+        )
         return RopeScaling(), theta
     missing = [key for key in wanted if rope.get(key) is None]
     if missing:
@@ -299,11 +371,15 @@ def _read_window(config: Mapping[str, Any], problems: list[str]) -> int | None:
         if not config.get("use_sliding_window", False):
             window = None
         elif not kinds:
-            problems.append("use_sliding_window=True without layer_types; only one window for all layers is supported")
+            problems.append(
+                "use_sliding_window=True without layer_types; only one window for all layers is supported"
+            )
     elif model_type == "llama":
         window = None
     if len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"}:
-        problems.append(f"layer_types holds {sorted(kinds)}; supported is one kind of attention for all layers")
+        problems.append(
+            f"layer_types holds {sorted(kinds)}; supported is one kind of attention for all layers"
+        )
     elif kinds == {"full_attention"}:
         window = None
     return window

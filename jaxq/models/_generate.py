@@ -51,27 +51,45 @@ def generate(
         (1, 7)
     """
     tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or tokens.shape[1] < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    if (
+        tokens.ndim != 2
+        or tokens.shape[1] < 1
+        or not jnp.issubdtype(tokens.dtype, jnp.integer)
+    ):
         raise ValueError(
             f"generate: tokens is {tokens.dtype}{list(tokens.shape)}; expected int32[b, t] with t >= 1. "
             "Add a batch axis with tokens[None]."
         )
     if num_tokens < 1:
-        raise ValueError(f"generate: num_tokens is {num_tokens}; it must be at least 1.")
+        raise ValueError(
+            f"generate: num_tokens is {num_tokens}; it must be at least 1."
+        )
     if not temperature >= 0:
-        raise ValueError(f"generate: temperature is {temperature}; it must be 0 (greedy) or positive.")
+        raise ValueError(
+            f"generate: temperature is {temperature}; it must be 0 (greedy) or positive."
+        )
     if temperature > 0 and key is None:
-        raise ValueError(f"generate: temperature={temperature} draws tokens at random; pass key=jax.random.key(0).")
+        raise ValueError(
+            f"generate: temperature={temperature} draws tokens at random; pass key=jax.random.key(0)."
+        )
     sample = temperature > 0
     key = key if sample else jax.random.key(0)
     new = _generate(
-        model, tokens.astype(jnp.int32), key, jnp.float32(temperature), num_tokens=num_tokens, sample=sample, kind=cache
+        model,
+        tokens.astype(jnp.int32),
+        key,
+        jnp.float32(temperature),
+        num_tokens=num_tokens,
+        sample=sample,
+        kind=cache,
     )
     return jnp.concatenate([tokens.astype(jnp.int32), new], axis=1)
 
 
 @functools.partial(nnx.jit, static_argnames=("num_tokens", "sample", "kind"))
-def _generate(model, tokens, key, temperature, *, num_tokens: int, sample: bool, kind: Any):
+def _generate(
+    model, tokens, key, temperature, *, num_tokens: int, sample: bool, kind: Any
+):
     b, t = tokens.shape
 
     def choose(logits, key):  # [b, vocab] -> [b]

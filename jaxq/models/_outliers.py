@@ -59,19 +59,29 @@ def norm_groups(model: Llama) -> list[NormGroup]:
       ('layers/0/self_attn/q_proj', 'layers/0/self_attn/k_proj', 'layers/0/self_attn/v_proj')
     """
     transformed = input_transforms(model)
-    return [group for group in all_groups(model) if not transformed.keys() & set(group.targets)]
+    return [
+        group
+        for group in all_groups(model)
+        if not transformed.keys() & set(group.targets)
+    ]
 
 
 def all_groups(model: Llama) -> list[NormGroup]:
     """The layers that read one another, whether a scale can move between them or not."""
     config = model.config
-    layers = ["layers"] if config.scan_layers else [f"layers/{i}" for i in range(config.num_hidden_layers)]
+    layers = (
+        ["layers"]
+        if config.scan_layers
+        else [f"layers/{i}" for i in range(config.num_hidden_layers)]
+    )
     groups = []
     for layer in layers:
         attention, mlp = f"{layer}/self_attn", f"{layer}/mlp"
         inputs = tuple(f"{attention}/{name}" for name in ("q_proj", "k_proj", "v_proj"))
         groups.append(NormGroup(f"{layer}/input_layernorm", inputs, "norm"))
-        groups.append(NormGroup(f"{attention}/v_proj", (f"{attention}/o_proj",), "linear"))
+        groups.append(
+            NormGroup(f"{attention}/v_proj", (f"{attention}/o_proj",), "linear")
+        )
         gated = (f"{mlp}/gate_proj", f"{mlp}/up_proj")
         groups.append(NormGroup(f"{layer}/post_attention_layernorm", gated, "norm"))
         groups.append(NormGroup(f"{mlp}/up_proj", (f"{mlp}/down_proj",), "linear"))
@@ -109,16 +119,26 @@ def fold_scales(model: Llama, scales: Mapping[str, jax.typing.ArrayLike]) -> Lla
     groups = {group.source: group for group in norm_groups(model)}
     unknown = sorted(set(scales) - set(groups))
     if unknown:
-        raise ValueError(f"fold_scales: {unknown} are no sources of groups; those are {sorted(groups)}.")
+        raise ValueError(
+            f"fold_scales: {unknown} are no sources of groups; those are {sorted(groups)}."
+        )
     params = Params(model, "fold_scales")
     for source, given in scales.items():
         group, s = groups[source], jnp.asarray(given).astype(jnp.float32)
         outputs = params[source, "scale" if group.kind == "norm" else "kernel"]
-        shape = outputs.shape if group.kind == "norm" else (*outputs.shape[:-2], outputs.shape[-1])
+        shape = (
+            outputs.shape
+            if group.kind == "norm"
+            else (*outputs.shape[:-2], outputs.shape[-1])
+        )
         if s.shape != shape:
-            raise ValueError(f"fold_scales: the scale of {source} must be {list(shape)}, got {list(s.shape)}.")
+            raise ValueError(
+                f"fold_scales: the scale of {source} must be {list(shape)}, got {list(s.shape)}."
+            )
         if not bool((jnp.isfinite(s) & (s != 0)).all()):
-            raise ValueError(f"fold_scales: the scale of {source} holds a 0 or a number that is not finite.")
+            raise ValueError(
+                f"fold_scales: the scale of {source} holds a 0 or a number that is not finite."
+            )
         if group.kind == "norm":
             params[source, "scale"] = outputs / s
         else:
@@ -166,14 +186,24 @@ def smooth(
       0.5
     """
     if groups is None:
-        groups = [g for g in norm_groups(model) if g.kind == "norm" and g.targets != ("lm_head",)]
-    missing = [group.targets[0] for group in groups if not set(group.targets) & set(absmax)]
+        groups = [
+            g
+            for g in norm_groups(model)
+            if g.kind == "norm" and g.targets != ("lm_head",)
+        ]
+    missing = [
+        group.targets[0] for group in groups if not set(group.targets) & set(absmax)
+    ]
     if missing:
-        raise ValueError(f"smooth: absmax has nothing for {missing}, nor for a linear that shares its input.")
+        raise ValueError(
+            f"smooth: absmax has nothing for {missing}, nor for a linear that shares its input."
+        )
     params = Params(model, "smooth")
     scales = {}
     for group in groups:
-        x = jnp.asarray(next(absmax[target] for target in group.targets if target in absmax))
+        x = jnp.asarray(
+            next(absmax[target] for target in group.targets if target in absmax)
+        )
         weights = [params[target, "kernel"] for target in group.targets]
         if x.shape != weights[0].shape[:-1]:
             raise ValueError(
@@ -231,26 +261,44 @@ def with_outliers(
     d = model.config.hidden_size
     if isinstance(channels, int):
         if key is None:
-            raise ValueError(f"with_outliers: {channels} channels are drawn at random; pass key=.")
+            raise ValueError(
+                f"with_outliers: {channels} channels are drawn at random; pass key=."
+            )
         if not 0 <= channels <= d:
-            raise ValueError(f"with_outliers: channels must be 0 to {d}, got {channels}.")
+            raise ValueError(
+                f"with_outliers: channels must be 0 to {d}, got {channels}."
+            )
         index = jax.random.permutation(key, d)[:channels]
     else:
         index = jnp.asarray([int(c) for c in channels], jnp.int32)
         if any(not 0 <= c < d for c in channels):
-            raise ValueError(f"with_outliers: channels must be 0 to {d - 1}, got {list(channels)}.")
+            raise ValueError(
+                f"with_outliers: channels must be 0 to {d - 1}, got {list(channels)}."
+            )
     if not (strength > 0 and np.isfinite(strength)):
         raise ValueError(f"with_outliers: strength must be positive, got {strength}.")
     unknown = sorted(set(kinds) - {"norm", "linear"})
     if unknown:
-        raise ValueError(f"with_outliers: kinds are 'norm' and 'linear', got {unknown}.")
+        raise ValueError(
+            f"with_outliers: kinds are 'norm' and 'linear', got {unknown}."
+        )
     params, scales = Params(model, "with_outliers"), {}
     for group in norm_groups(model):
-        if group.kind not in kinds or group.source == "norm" or group.source.endswith("v_proj"):
+        if (
+            group.kind not in kinds
+            or group.source == "norm"
+            or group.source.endswith("v_proj")
+        ):
             continue
         outputs = params[group.source, "scale" if group.kind == "norm" else "kernel"]
-        shape = outputs.shape if group.kind == "norm" else (*outputs.shape[:-2], outputs.shape[-1])
-        scales[group.source] = jnp.ones(shape, jnp.float32).at[..., index].set(1 / strength)
+        shape = (
+            outputs.shape
+            if group.kind == "norm"
+            else (*outputs.shape[:-2], outputs.shape[-1])
+        )
+        scales[group.source] = (
+            jnp.ones(shape, jnp.float32).at[..., index].set(1 / strength)
+        )
     return fold_scales(model, scales)
 
 
@@ -262,10 +310,18 @@ class Params:
         self._flat = dict(nnx.to_flat_state(state))
         for path, variable in self._flat.items():
             value = variable[...]
-            if not (isinstance(value, jax.Array | np.ndarray) and jnp.issubdtype(value.dtype, jnp.floating)):
+            if not (
+                isinstance(value, jax.Array | np.ndarray)
+                and jnp.issubdtype(value.dtype, jnp.floating)
+            ):
                 name = _SEPARATOR.join(map(str, path))
-                raise ValueError(f"{caller}: {name} holds no floats. Transform the float model, then quantize it.")
-        self._keys = {(_SEPARATOR.join(map(str, path[:-1])), path[-1]): path for path in self._flat}
+                raise ValueError(
+                    f"{caller}: {name} holds no floats. Transform the float model, then quantize it."
+                )
+        self._keys = {
+            (_SEPARATOR.join(map(str, path[:-1])), path[-1]): path
+            for path in self._flat
+        }
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self._keys
@@ -290,18 +346,26 @@ class Params:
 def _of_query_heads(s: jax.Array, model: Llama) -> jax.Array:
     """Scales of v's outputs `[..., m h]`, repeated for the query heads of each key head: `[..., m g h]`."""
     c = model.config
-    m, g, lead = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads, s.shape[:-1]
+    m, g, lead = (
+        c.num_key_value_heads,
+        c.num_attention_heads // c.num_key_value_heads,
+        s.shape[:-1],
+    )
     s = jnp.broadcast_to(s.reshape(*lead, m, 1, c.head_dim), (*lead, m, g, c.head_dim))
     return s.reshape(*lead, m * g * c.head_dim)
 
 
-def _by_key_heads(x: jax.Array, weights: list[jax.Array], model: Llama) -> tuple[jax.Array, list[jax.Array]]:
+def _by_key_heads(
+    x: jax.Array, weights: list[jax.Array], model: Llama
+) -> tuple[jax.Array, list[jax.Array]]:
     """Magnitudes `[..., m g h]` and weights `[..., m g h, out]` of o as seen from v's channels `[..., m h]`."""
     c = model.config
     m, h = c.num_key_value_heads, c.head_dim
     g, lead = c.num_attention_heads // m, x.shape[:-1]
     out = []
     for w in weights:
-        heads = jnp.moveaxis(w.reshape(*lead, m, g, h, w.shape[-1]), -3, -2)  # [..., m, h, g, out]
+        heads = jnp.moveaxis(
+            w.reshape(*lead, m, g, h, w.shape[-1]), -3, -2
+        )  # [..., m, h, g, out]
         out.append(heads.reshape(*lead, m * h, g * w.shape[-1]))
     return jnp.max(x.reshape(*lead, m, g, h), axis=-2).reshape(*lead, m * h), out

@@ -74,7 +74,11 @@ def rotate(
     per_head = None if heads is None else _orthogonal(heads, config.head_dim, "heads")
     inner = None
     if online is not None:
-        inner = _orthogonal(online(jnp.eye(config.intermediate_size)), config.intermediate_size, "online")
+        inner = _orthogonal(
+            online(jnp.eye(config.intermediate_size)),
+            config.intermediate_size,
+            "online",
+        )
     model = _untied(model)
     params = Params(model, "rotate")
     for group in all_groups(model):
@@ -82,7 +86,9 @@ def rotate(
             continue
         gain = params[group.source, "scale"]  # [..., d]
         for target in group.targets:
-            params[target, "kernel"] = _dot(q.T, params[target, "kernel"] * gain[..., :, None])
+            params[target, "kernel"] = _dot(
+                q.T, params[target, "kernel"] * gain[..., :, None]
+            )
         params[group.source, "scale"] = jnp.ones_like(gain)
     params["embed_tokens", "embedding"] = _dot(params["embed_tokens", "embedding"], q)
     for group in all_groups(model):
@@ -94,9 +100,13 @@ def rotate(
             values = params[group.source, "kernel"]
             params[group.source, "kernel"] = _per_head(values, per_head)
             if (group.source, "bias") in params:
-                params[group.source, "bias"] = _per_head(params[group.source, "bias"], per_head)
+                params[group.source, "bias"] = _per_head(
+                    params[group.source, "bias"], per_head
+                )
             # Rows of o as heads: what v's columns do, its rows undo.
-            kernel = jnp.swapaxes(_per_head(jnp.swapaxes(kernel, -1, -2), per_head), -1, -2)
+            kernel = jnp.swapaxes(
+                _per_head(jnp.swapaxes(kernel, -1, -2), per_head), -1, -2
+            )
         if target.endswith("down_proj") and inner is not None:
             kernel = _dot(inner.T, kernel)
         params[target, "kernel"] = _dot(kernel, q)
@@ -120,7 +130,9 @@ def _untied(model: Llama) -> Llama:
     make = functools.partial(Llama, config, dtype=model.dtype, param_dtype=table.dtype)
     shell = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(shell)
-    flat = {path: old.get(path, variable) for path, variable in nnx.to_flat_state(state)}
+    flat = {
+        path: old.get(path, variable) for path, variable in nnx.to_flat_state(state)
+    }
     head = ("lm_head", "kernel")
     flat[head] = flat[head].replace(jnp.asarray(table[...]).T)
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
@@ -129,7 +141,9 @@ def _untied(model: Llama) -> Llama:
 def _per_head(columns: jax.Array, per_head: jax.Array) -> jax.Array:
     """Each run of h last entries times `per_head [h, h]`."""
     h = per_head.shape[0]
-    return _dot(columns.reshape(*columns.shape[:-1], -1, h), per_head).reshape(columns.shape)
+    return _dot(columns.reshape(*columns.shape[:-1], -1, h), per_head).reshape(
+        columns.shape
+    )
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -141,7 +155,9 @@ def _orthogonal(matrix: jax.typing.ArrayLike, size: int, name: str) -> jax.Array
     q = jnp.asarray(matrix)
     if q.shape != (size, size) or not jnp.issubdtype(q.dtype, jnp.floating):
         shape = ",".join(map(str, q.shape))
-        raise ValueError(f"rotate: {name} must be float32[{size},{size}], got {q.dtype}[{shape}].")
+        raise ValueError(
+            f"rotate: {name} must be float32[{size},{size}], got {q.dtype}[{shape}]."
+        )
     q = q.astype(jnp.float32)
     error = jnp.abs(_dot(q.T, q) - jnp.eye(size))
     if not bool((error <= _TOLERANCE).all()):  # NaN is not orthogonal either

@@ -39,7 +39,9 @@ def unrolled(model: Llama) -> Llama:
     def layer(i: int) -> Any:
         return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], state))
 
-    return _with_layers(copy, nnx.List([layer(i) for i in range(model.config.num_hidden_layers)]), False)
+    return _with_layers(
+        copy, nnx.List([layer(i) for i in range(model.config.num_hidden_layers)]), False
+    )
 
 
 def stacked(model: Llama) -> Llama:
@@ -58,7 +60,10 @@ def stacked(model: Llama) -> Llama:
     if model.config.scan_layers:
         return copy
     graphdefs, states = zip(*(nnx.split(layer) for layer in copy.layers), strict=True)
-    kinds = [(graphdef, _kinds(state)) for graphdef, state in zip(graphdefs, states, strict=True)]
+    kinds = [
+        (graphdef, _kinds(state))
+        for graphdef, state in zip(graphdefs, states, strict=True)
+    ]
     for i, kind in enumerate(kinds):
         if kind != kinds[0]:
             raise ValueError(
@@ -86,5 +91,7 @@ def _kinds(state: Any) -> dict[str, Any]:
 
 
 def _difference(first: dict[str, Any], other: dict[str, Any]) -> str:
-    names = [name for name in sorted({*first, *other}) if first.get(name) != other.get(name)]
+    names = [
+        name for name in sorted({*first, *other}) if first.get(name) != other.get(name)
+    ]
     return f": {names[0]} differs" if names else ""

@@ -55,7 +55,9 @@ class KVCache(NamedTuple):
             ValueError: the cache is not quantized: its rows have one length.
         """
         if self.used.ndim == 0:
-            raise ValueError('KVCache.reset: rows of a float cache have one length. Use init_cache(..., cache="int8").')
+            raise ValueError(
+                'KVCache.reset: rows of a float cache have one length. Use init_cache(..., cache="int8").'
+            )
         if hasattr(self.layers, "lengths"):  # stacked
             layers = self.layers.reset(slots)
             return KVCache(layers, layers.lengths[0])
@@ -83,7 +85,12 @@ class Llama(nnx.Module):
     """
 
     def __init__(
-        self, config: LlamaConfig, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -105,10 +112,14 @@ class Llama(nnx.Module):
             split = nnx.split_rngs(splits=config.num_hidden_layers)
             self.layers = split(nnx.vmap(make_layer, in_axes=0, out_axes=0))(rngs)
         else:
-            self.layers = nnx.List([make_layer(rngs) for _ in range(config.num_hidden_layers)])
+            self.layers = nnx.List(
+                [make_layer(rngs) for _ in range(config.num_hidden_layers)]
+            )
         self.norm = _rms_norm(config, param_dtype, rngs)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config.hidden_size, config.vocab_size, False, dtype, param_dtype, rngs)
+            self.lm_head = _linear(
+                config.hidden_size, config.vocab_size, False, dtype, param_dtype, rngs
+            )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits of every next token.
@@ -155,7 +166,9 @@ class Llama(nnx.Module):
 
             num = config.num_hidden_layers
             if config.scan_layers:
-                layers = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num, *leaf.shape)), one())
+                layers = jax.tree.map(
+                    lambda leaf: jnp.broadcast_to(leaf, (num, *leaf.shape)), one()
+                )
             else:
                 layers = tuple(one() for _ in range(num))
             return KVCache(layers, jnp.zeros((batch,), jnp.int32))
@@ -165,11 +178,14 @@ class Llama(nnx.Module):
             layers = (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
         else:
             layers = tuple(
-                (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(config.num_hidden_layers)
+                (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+                for _ in range(config.num_hidden_layers)
             )
         return KVCache(layers, jnp.zeros((), jnp.int32))
 
-    def decode(self, tokens: jax.Array, cache: KVCache, *, count: jax.Array | None = None) -> tuple[jax.Array, KVCache]:
+    def decode(
+        self, tokens: jax.Array, cache: KVCache, *, count: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
         """As a call, for tokens that follow those in the cache.
 
         Args:
@@ -188,7 +204,9 @@ class Llama(nnx.Module):
             ValueError: tokens are not an integer matrix; `count` for a cache that is not quantized.
         """
         if count is not None and cache.used.ndim == 0:
-            raise ValueError('Llama.decode: count needs a cache with slots; use init_cache(..., cache="int8").')
+            raise ValueError(
+                'Llama.decode: count needs a cache with slots; use init_cache(..., cache="int8").'
+            )
         return self._forward(tokens, cache, count)
 
     def scale_groups(self) -> list[Any]:
@@ -213,7 +231,9 @@ class Llama(nnx.Module):
         from jaxq.models import _rotate
 
         heads = orthogonal(self.config.head_dim)
-        return _rotate.rotate(self, orthogonal(self.config.hidden_size), heads=heads, online=online)
+        return _rotate.rotate(
+            self, orthogonal(self.config.hidden_size), heads=heads, online=online
+        )
 
     def _forward(
         self, tokens: jax.Array, cache: KVCache | None, count: jax.Array | None = None
@@ -225,10 +245,14 @@ class Llama(nnx.Module):
             )
         t = tokens.shape[1]
         start = jnp.zeros((), jnp.int32) if cache is None else cache.used
-        positions = start.reshape(-1, 1) + jnp.arange(t, dtype=jnp.int32)[None]  # [1, t], or [b, t] of slots
+        positions = (
+            start.reshape(-1, 1) + jnp.arange(t, dtype=jnp.int32)[None]
+        )  # [1, t], or [b, t] of slots
         angles, mask = _rope_angles(positions, self.config), None  # [1 or b, t, h/2]
         if start.ndim == 0:
-            num_keys = t if cache is None else jax.tree.leaves(cache.layers)[0].shape[-2]
+            num_keys = (
+                t if cache is None else jax.tree.leaves(cache.layers)[0].shape[-2]
+            )
             mask = _mask(positions[0], num_keys, self.config.sliding_window)  # [t, s]
         place = _Place(angles, mask, start, count)
 
@@ -239,13 +263,23 @@ class Llama(nnx.Module):
         else:
             new_caches = []
             for i, layer in enumerate(self.layers):
-                x, new = layer(x, place, None if layer_caches is None else layer_caches[i])
+                x, new = layer(
+                    x, place, None if layer_caches is None else layer_caches[i]
+                )
                 new_caches.append(new)
             layer_caches = tuple(new_caches)
         x = self.norm(x)
-        head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
+        head = (
+            self.embed_tokens.attend
+            if self.config.tie_word_embeddings
+            else self.lm_head
+        )
         logits = head(x).astype(jnp.float32)  # [b, t, vocab]
-        grown = start + t if count is None else start + jnp.clip(jnp.asarray(count, start.dtype), 0, t)
+        grown = (
+            start + t
+            if count is None
+            else start + jnp.clip(jnp.asarray(count, start.dtype), 0, t)
+        )
         return logits, None if cache is None else KVCache(layer_caches, grown)
 
 
@@ -268,9 +302,13 @@ class _Place(NamedTuple):
 class DecoderLayer(nnx.Module):
     """Attention, then the gated MLP, each read through a norm and added to the stream."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+    ):
         self.input_layernorm = _rms_norm(config, param_dtype, rngs)
-        self.self_attn = Attention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.self_attn = Attention(
+            config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.post_attention_layernorm = _rms_norm(config, param_dtype, rngs)
         self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -283,39 +321,65 @@ class DecoderLayer(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+    ):
         d, h = config.hidden_size, config.head_dim
         n, m = config.num_attention_heads, config.num_key_value_heads
         bias = config.attention_bias
         self.q_proj = _linear(d, n * h, bias, dtype, param_dtype, rngs)
         self.k_proj = _linear(d, m * h, bias, dtype, param_dtype, rngs)
         self.v_proj = _linear(d, m * h, bias, dtype, param_dtype, rngs)
-        self.o_proj = _linear(n * h, d, config.attention_output_bias, dtype, param_dtype, rngs, _output_std(config))
+        self.o_proj = _linear(
+            n * h,
+            d,
+            config.attention_output_bias,
+            dtype,
+            param_dtype,
+            rngs,
+            _output_std(config),
+        )
         self.num_heads, self.num_kv_heads, self.head_dim = n, m, h
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: jax.Array, place: _Place, cache: Any):
         b, t, _ = x.shape
         m, h, g = self.num_kv_heads, self.head_dim, self.num_heads // self.num_kv_heads
-        q = _rotate(self.q_proj(x).astype(jnp.float32).reshape(b, t, m * g, h), place.angles).astype(self.dtype)
-        k = _rotate(self.k_proj(x).astype(jnp.float32).reshape(b, t, m, h), place.angles).astype(self.dtype)
+        q = _rotate(
+            self.q_proj(x).astype(jnp.float32).reshape(b, t, m * g, h), place.angles
+        ).astype(self.dtype)
+        k = _rotate(
+            self.k_proj(x).astype(jnp.float32).reshape(b, t, m, h), place.angles
+        ).astype(self.dtype)
         v = self.v_proj(x).astype(self.dtype).reshape(b, t, m, h)
         if place.mask is None:
             y = cache.attend(q, k, v)  # [b, t, m * g, h]
             cache = cache.append(k, v, count=place.count)
-            return self.o_proj(y.reshape(b, t, m * g * h)).astype(jnp.float32), cache  # [b, t, d]
+            return self.o_proj(y.reshape(b, t, m * g * h)).astype(
+                jnp.float32
+            ), cache  # [b, t, d]
         # The query heads of one key head become rows of one matrix: two plain batched products, no repeated keys.
         q = q.transpose(0, 2, 1, 3).reshape(b, m, g * t, h)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [b, m, t, h]
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, place.start, axis=2)  # [b, m, s, h]
+            k = jax.lax.dynamic_update_slice_in_dim(
+                cache[0], k, place.start, axis=2
+            )  # [b, m, s, h]
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, place.start, axis=2)
             cache = (k, v)
-        scores = jnp.einsum("bmqh,bmsh->bmqs", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
+        scores = jnp.einsum(
+            "bmqh,bmsh->bmqs", q, k, preferred_element_type=jnp.float32
+        ) / math.sqrt(h)
         scores = scores.reshape(b, m, g, t, -1)
-        scores = jnp.where(place.mask[None, None, None], scores, jnp.finfo(jnp.float32).min)  # [b, m, g, t, s]
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype).reshape(b, m, g * t, -1)
-        y = jnp.einsum("bmqs,bmsh->bmqh", weights, v, preferred_element_type=jnp.float32)
+        scores = jnp.where(
+            place.mask[None, None, None], scores, jnp.finfo(jnp.float32).min
+        )  # [b, m, g, t, s]
+        weights = (
+            jax.nn.softmax(scores, axis=-1).astype(self.dtype).reshape(b, m, g * t, -1)
+        )
+        y = jnp.einsum(
+            "bmqs,bmsh->bmqh", weights, v, preferred_element_type=jnp.float32
+        )
         y = y.reshape(b, m * g, t, h).transpose(0, 2, 1, 3).reshape(b, t, m * g * h)
         return self.o_proj(y).astype(jnp.float32), cache  # [b, t, d]
 
@@ -323,19 +387,31 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+    ):
         d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = _linear(d, f, bias, dtype, param_dtype, rngs)
         self.up_proj = _linear(d, f, bias, dtype, param_dtype, rngs)
-        self.down_proj = _linear(f, d, bias, dtype, param_dtype, rngs, _output_std(config))
+        self.down_proj = _linear(
+            f, d, bias, dtype, param_dtype, rngs, _output_std(config)
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = jax.nn.silu(self.gate_proj(x).astype(jnp.float32))  # [b, t, f]
-        return self.down_proj(gate * self.up_proj(x).astype(jnp.float32)).astype(jnp.float32)  # [b, t, d]
+        return self.down_proj(gate * self.up_proj(x).astype(jnp.float32)).astype(
+            jnp.float32
+        )  # [b, t, d]
 
 
 def _linear(
-    num_in: int, num_out: int, bias: bool, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, std: float = 0.02
+    num_in: int,
+    num_out: int,
+    bias: bool,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+    std: float = 0.02,
 ) -> nnx.Linear:
     promote: Any = _promote if bias else flax_dtypes.promote_dtype
     return nnx.Linear(
@@ -354,7 +430,11 @@ def _linear(
 def _promote(arrays: tuple, *, dtype: Any, **_: Any) -> tuple:
     """Operands in the compute dtype, the bias in float32 like the product it is added to."""
     x, kernel, bias = arrays
-    return x.astype(dtype), kernel.astype(dtype), None if bias is None else bias.astype(jnp.float32)
+    return (
+        x.astype(dtype),
+        kernel.astype(dtype),
+        None if bias is None else bias.astype(jnp.float32),
+    )
 
 
 def _output_std(config: LlamaConfig) -> float:
@@ -364,7 +444,11 @@ def _output_std(config: LlamaConfig) -> float:
 
 def _rms_norm(config: LlamaConfig, param_dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(
-        config.hidden_size, epsilon=config.rms_norm_eps, dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
+        config.hidden_size,
+        epsilon=config.rms_norm_eps,
+        dtype=jnp.float32,
+        param_dtype=param_dtype,
+        rngs=rngs,
     )
 
 
@@ -401,14 +485,25 @@ def _rope_frequencies(config: LlamaConfig) -> np.ndarray:
         return inverse / np.float32(scaling.factor)
     if scaling.kind == "llama3":
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        turns = scaling.original_max_position_embeddings * inverse / (2 * np.pi)  # over the training context
-        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: low frequency, 1: high
-        return ((1 - keep) * inverse / scaling.factor + keep * inverse).astype(np.float32)
+        turns = (
+            scaling.original_max_position_embeddings * inverse / (2 * np.pi)
+        )  # over the training context
+        keep = np.clip(
+            (turns - low) / (high - low), 0.0, 1.0
+        )  # 0: low frequency, 1: high
+        return ((1 - keep) * inverse / scaling.factor + keep * inverse).astype(
+            np.float32
+        )
     return inverse
 
 
 def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + h/2) of every head by its position's angles.   # [b, t, heads, h]"""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]  # [1 or b, t, 1, h/2]
+    cos, sin = (
+        jnp.cos(angles)[:, :, None],
+        jnp.sin(angles)[:, :, None],
+    )  # [1 or b, t, 1, h/2]
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )

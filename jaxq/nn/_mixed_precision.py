@@ -78,27 +78,39 @@ def sensitivity(
       True
     """
     if isinstance(choices, str):
-        raise TypeError(f"sensitivity: choices must be a list of presets, got {choices!r}: pass [{choices!r}].")
+        raise TypeError(
+            f"sensitivity: choices must be a list of presets, got {choices!r}: pass [{choices!r}]."
+        )
     specs = {name: as_spec(name, "sensitivity") for name in choices}
     batches = [Batch.of(batch) for batch in as_batches(batches, "sensitivity")]
     recipe = as_recipe(next(iter(choices)), "sensitivity") if specs else None
     if recipe is None or not batches:
-        raise ValueError(f"sensitivity: needs choices and batches, got {len(specs)} and {len(batches)}.")
+        raise ValueError(
+            f"sensitivity: needs choices and batches, got {len(specs)} and {len(batches)}."
+        )
     copy = nnx.clone(model)
     layers = []
     for found in find_layers(copy):
         rule = recipe.find(found.path, found.kind.name)
-        if rule is not None and rule.weight is not None and found.kind.problem(found.layer) is None:
+        if (
+            rule is not None
+            and rule.weight is not None
+            and found.kind.problem(found.layer) is None
+        ):
             layers.append(found)
     if not layers:
-        raise ValueError("sensitivity: the model has no layer that a recipe by name would quantize.")
+        raise ValueError(
+            "sensitivity: the model has no layer that a recipe by name would quantize."
+        )
 
     @nnx.jit
     def logits_of(model: nnx.Module, batch: Batch) -> jax.Array:
         return run(model, batch.given(), forward)
 
     @nnx.jit
-    def divergence(model: nnx.Module, batch: Batch, reference: jax.Array, counts: jax.Array | None) -> jax.Array:
+    def divergence(
+        model: nnx.Module, batch: Batch, reference: jax.Array, counts: jax.Array | None
+    ) -> jax.Array:
         logits = run(model, batch.given(), forward)
         if counts is None:
             return metrics.kl_divergence(reference, logits)
@@ -110,10 +122,16 @@ def sensitivity(
     references = [logits_of(copy, batch) for batch in batches]
     for number, reference in enumerate(references):
         if not bool(jnp.isfinite(reference).all()):
-            raise ValueError(f"sensitivity: the logits of batch {number} are not finite, in floats already.")
-    counts = [_counts(mask, batch.given(), ref) for batch, ref in zip(batches, references, strict=True)]
+            raise ValueError(
+                f"sensitivity: the logits of batch {number} are not finite, in floats already."
+            )
+    counts = [
+        _counts(mask, batch.given(), ref)
+        for batch, ref in zip(batches, references, strict=True)
+    ]
     weights = [
-        reference[..., 0].size if c is None else int(c.sum()) for reference, c in zip(references, counts, strict=True)
+        reference[..., 0].size if c is None else int(c.sum())
+        for reference, c in zip(references, counts, strict=True)
     ]
     kl, bits, size = {}, {}, {}
     for found in shown(layers, "sensitivity", progress):
@@ -124,13 +142,21 @@ def sensitivity(
         for name, spec in specs.items():
             rounded, total = _rounded(floats, spec, *axes)
             variable.set_value(rounded)
-            moved = [divergence(copy, *one) for one in zip(batches, references, counts, strict=True)]
-            kl[found.path][name], bits[found.path][name] = float(np.average(moved, weights=weights)), total
+            moved = [
+                divergence(copy, *one)
+                for one in zip(batches, references, counts, strict=True)
+            ]
+            kl[found.path][name], bits[found.path][name] = (
+                float(np.average(moved, weights=weights)),
+                total,
+            )
         variable.set_value(floats)
     return Sensitivity(kl, bits, size)
 
 
-def _counts(mask: Callable[[Any], Any] | None, batch: Any, logits: jax.Array) -> jax.Array | None:
+def _counts(
+    mask: Callable[[Any], Any] | None, batch: Any, logits: jax.Array
+) -> jax.Array | None:
     """Which rows of logits count, as many as there are."""
     if mask is None:
         return None
@@ -140,10 +166,14 @@ def _counts(mask: Callable[[Any], Any] | None, batch: Any, logits: jax.Array) ->
         raise ValueError(
             f"sensitivity: the mask {list(counts.shape)} must have True somewhere and fit rows of logits {list(rows)}."
         )
-    return jnp.broadcast_to(counts.reshape(*counts.shape, *(1 for _ in rows[counts.ndim :])), rows)
+    return jnp.broadcast_to(
+        counts.reshape(*counts.shape, *(1 for _ in rows[counts.ndim :])), rows
+    )
 
 
-def _rounded(w: jax.Array, spec: QuantSpec, contracting: Any, batch: Any) -> tuple[jax.Array, int]:
+def _rounded(
+    w: jax.Array, spec: QuantSpec, contracting: Any, batch: Any
+) -> tuple[jax.Array, int]:
     qt = quantize(w, spec, contracting=contracting, batch=batch)
     return dequantize(qt), 8 * qt.nbytes
 
@@ -173,7 +203,9 @@ def assign(found: Sensitivity, budget: float) -> dict[str, str]:
       {'a': 'int4', 'b': 'int8'}
     """
     if not np.isfinite(budget):
-        raise ValueError(f"assign: budget must be a number of bits per weight, got {budget}.")
+        raise ValueError(
+            f"assign: budget must be a number of bits per weight, got {budget}."
+        )
     paths, total = list(found.kl), budget * sum(found.size.values())
     least = sum(min(found.bits[path].values()) for path in paths)
     if least > total:
@@ -181,24 +213,40 @@ def assign(found: Sensitivity, budget: float) -> dict[str, str]:
             f"assign: the smallest choices take {least / sum(found.size.values()):.3f} bits per weight, more than the "
             f"budget of {budget}. Add a smaller choice or raise the budget."
         )
-    lost = [f"{path} as {name}" for path in paths for name, kl in found.kl[path].items() if not np.isfinite(kl)]
+    lost = [
+        f"{path} as {name}"
+        for path in paths
+        for name, kl in found.kl[path].items()
+        if not np.isfinite(kl)
+    ]
     if lost:
-        raise ValueError(f"assign: the sensitivity of {', '.join(lost[:8])} is not finite.")
+        raise ValueError(
+            f"assign: the sensitivity of {', '.join(lost[:8])} is not finite."
+        )
     # No fewer parts than layers would let each be rounded up by one.
     unit = (total - least) / _PARTS or 1.0
-    best = np.zeros(_PARTS + 1)  # of the layers so far, within j parts over their smallest choices
+    best = np.zeros(
+        _PARTS + 1
+    )  # of the layers so far, within j parts over their smallest choices
     taken = []
     for path in paths:
         names, base = list(found.kl[path]), min(found.bits[path].values())
-        over = {name: int(np.ceil((found.bits[path][name] - base) / unit - 1e-9)) for name in names}
+        over = {
+            name: int(np.ceil((found.bits[path][name] - base) / unit - 1e-9))
+            for name in names
+        }
         options = np.full((len(names), _PARTS + 1), np.inf)
         for i, name in enumerate(names):
             if over[name] <= _PARTS:
-                options[i, over[name] :] = best[: _PARTS + 1 - over[name]] + found.kl[path][name]
+                options[i, over[name] :] = (
+                    best[: _PARTS + 1 - over[name]] + found.kl[path][name]
+                )
         taken.append((names, over, np.argmin(options, 0)))
         best = np.min(options, 0)
     out, j = {}, _PARTS
-    for path, (names, over, chosen) in zip(reversed(paths), reversed(taken), strict=True):
+    for path, (names, over, chosen) in zip(
+        reversed(paths), reversed(taken), strict=True
+    ):
         name = names[int(chosen[j])]
         out[path], j = name, j - over[name]
     return {path: out[path] for path in paths}
@@ -216,4 +264,6 @@ def mixed_recipe(choices: Mapping[str, str], **how: Any) -> Recipe:
       >>> len(jaxq.nn.mixed_recipe({"mlp/up": "int4", "mlp/down": "int8"}).rules)
       2
     """
-    return Recipe(tuple(Rule(path, weight=name, **how) for path, name in choices.items()))
+    return Recipe(
+        tuple(Rule(path, weight=name, **how) for path, name in choices.items())
+    )

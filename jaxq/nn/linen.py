@@ -6,7 +6,14 @@ no function of jax replaced: layers are met through `flax.linen.intercept_method
 """
 
 from jaxq.nn.calibration._linen import calibrate
-from jaxq.nn.layers._linen_explicit import QConv, QConvTranspose, QDense, QDenseGeneral, QEinsum, QEmbed
+from jaxq.nn.layers._linen_explicit import (
+    QConv,
+    QConvTranspose,
+    QDense,
+    QDenseGeneral,
+    QEinsum,
+    QEmbed,
+)
 from jaxq.nn.layers._linen_quantized import Quantized
 from jaxq.nn.layers._linen_state import register_serialization
 from jaxq.nn.transform._linen import quantize_model

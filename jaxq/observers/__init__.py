@@ -8,7 +8,13 @@ merges the states of devices, and `from_dict` makes an observer of what `to_dict
 
 from jaxq.observers._entropy import Entropy, entropy
 from jaxq.observers._histogram import Histogram, HistogramState, histogram
-from jaxq.observers._layer_stats import NUM_HELD_OUT, NUM_SAMPLES, LayerStats, empty_stats, update_stats
+from jaxq.observers._layer_stats import (
+    NUM_HELD_OUT,
+    NUM_SAMPLES,
+    LayerStats,
+    empty_stats,
+    update_stats,
+)
 from jaxq.observers._mse import MeanSquaredError, mse
 from jaxq.observers._numbers import Count
 from jaxq.observers._observer import Observer, Seen

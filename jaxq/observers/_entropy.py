@@ -79,7 +79,9 @@ class Entropy(Histogram):
             return one(x, keep, fmt, symmetric)
         rows = x.reshape(-1, x.shape[-1]), keep.reshape(-1, x.shape[-1])
         together = self._side_by_side(len(rows[0]))
-        low, high = lax.map(lambda row: one(row[0], row[1], fmt, symmetric), rows, batch_size=together)
+        low, high = lax.map(
+            lambda row: one(row[0], row[1], fmt, symmetric), rows, batch_size=together
+        )
         return low.reshape(shape), high.reshape(shape)
 
     def _side_by_side(self, channels: int) -> int | None:
@@ -123,7 +125,9 @@ def _levels(fmt: Format, symmetric: bool) -> tuple[int, int]:
     return (from_zero, from_zero) if symmetric else (shared, len(values))
 
 
-def best_bin(counts: Count, fmt: Format, symmetric: bool) -> tuple[jax.Array, jax.Array]:
+def best_bin(
+    counts: Count, fmt: Format, symmetric: bool
+) -> tuple[jax.Array, jax.Array]:
     """The best number of bins to keep for counts `[2, n]` of positive and of negative magnitudes, and those in use.
 
     Both int32 scalars; channels by `jax.vmap`.
@@ -143,7 +147,10 @@ def best_bin(counts: Count, fmt: Format, symmetric: bool) -> tuple[jax.Array, ja
         return jnp.pad(jnp.cumsum(words, dtype=words.dtype), (1, 0))
 
     # Sums of 64 bits and their differences are exact: float32 sums would lose small groups beside large.
-    below, held_below = _numbers.add_up(counts, from_zero), from_zero(held.astype(jnp.int32))  # [n + 1]
+    below, held_below = (
+        _numbers.add_up(counts, from_zero),
+        from_zero(held.astype(jnp.int32)),
+    )  # [n + 1]
     total = Count(*(words[-1] for words in below))
 
     def num_levels(i):
@@ -156,28 +163,48 @@ def best_bin(counts: Count, fmt: Format, symmetric: bool) -> tuple[jax.Array, ja
     def divergence(i):
         levels = num_levels(i)
         # Where groups begin, [most + 1]; those behind the last level are empty.
-        edge = jnp.minimum((jnp.arange(most + 1, dtype=jnp.int32) * i + levels - 1) // levels, i)
+        edge = jnp.minimum(
+            (jnp.arange(most + 1, dtype=jnp.int32) * i + levels - 1) // levels, i
+        )
         at, holding = Count(*(words[edge] for words in below)), held_below[edge]
-        group = _numbers.as_float(_numbers.minus(Count(*(w[1:] for w in at)), Count(*(w[:-1] for w in at))))
+        group = _numbers.as_float(
+            _numbers.minus(Count(*(w[1:] for w in at)), Count(*(w[:-1] for w in at)))
+        )
         inside = Count(*(words[i] for words in below))
         outside = _numbers.as_float(_numbers.minus(total, inside))
         share = _numbers.as_float(inside) / _numbers.as_float(total)
         # P / Q is h times this, [most]
-        over_q = (holding[1:] - holding[:-1]).astype(jnp.float32) / jnp.where(group > 0, group, 1.0) * share
+        over_q = (
+            (holding[1:] - holding[:-1]).astype(jnp.float32)
+            / jnp.where(group > 0, group, 1.0)
+            * share
+        )
         length = edge[1:] - edge[:-1]
         in_group = jnp.arange(widest, dtype=jnp.int32)[None] < length[:, None]
-        terms = _p_log_p_over_q(jnp.where(in_group, rows[edge[:-1]], 0.0), over_q[:, None])  # [most, widest]
+        terms = _p_log_p_over_q(
+            jnp.where(in_group, rows[edge[:-1]], 0.0), over_q[:, None]
+        )  # [most, widest]
         last, last_over_q = mass[i - 1], over_q[levels - 1]
-        extra = _p_log_p_over_q(last + outside, last_over_q) - _p_log_p_over_q(last, last_over_q)
+        extra = _p_log_p_over_q(last + outside, last_over_q) - _p_log_p_over_q(
+            last, last_over_q
+        )
         found = (jnp.sum(terms) + extra) / _numbers.as_float(total)
         lost = (outside > 0) & (last == 0)
         return jnp.where(lost | (i > used) | (i < levels), np.float32(np.inf), found)
 
     # Candidates beyond the bins fill the last chunk: their divergence is infinite.
-    candidates = least + np.arange(-(-(bins + 1 - least) // _TOGETHER) * _TOGETHER, dtype=np.int32)
-    found = lax.map(jax.vmap(divergence), jnp.asarray(candidates.reshape(-1, _TOGETHER))).reshape(-1)
-    best = candidates[-1] - jnp.argmin(found[::-1]).astype(jnp.int32)  # the last of equals
-    return jnp.where(jnp.min(found) < np.inf, best, used), used  # with fewer bins in use than levels, all are kept
+    candidates = least + np.arange(
+        -(-(bins + 1 - least) // _TOGETHER) * _TOGETHER, dtype=np.int32
+    )
+    found = lax.map(
+        jax.vmap(divergence), jnp.asarray(candidates.reshape(-1, _TOGETHER))
+    ).reshape(-1)
+    best = candidates[-1] - jnp.argmin(found[::-1]).astype(
+        jnp.int32
+    )  # the last of equals
+    return jnp.where(
+        jnp.min(found) < np.inf, best, used
+    ), used  # with fewer bins in use than levels, all are kept
 
 
 def _in_use(counts: Count) -> jax.Array:

@@ -50,7 +50,9 @@ class Histogram(Observer):
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.bins, int) or not 2 <= self.bins <= MOST_BINS:
-            raise ValueError(f"{self.kind}: bins must be a whole number from 2 to {MOST_BINS}, got {self.bins!r}.")
+            raise ValueError(
+                f"{self.kind}: bins must be a whole number from 2 to {MOST_BINS}, got {self.bins!r}."
+            )
 
     def table(self, state: HistogramState) -> tuple[jax.Array, jax.Array]:
         """What to plot: (edges, counts), ascending.
@@ -61,16 +63,20 @@ class Histogram(Observer):
         """
         whole = jnp.arange(-self.bins, self.bins + 1, dtype=jnp.float32)
         shape = (*state.low.shape, whole.size)
-        exponent = jnp.broadcast_to(self._exponent(state.low, state.high)[..., None], shape)
-        return _numbers.times_power(jnp.broadcast_to(whole, shape), exponent), _numbers.as_float(
-            ascending(state.counts)
+        exponent = jnp.broadcast_to(
+            self._exponent(state.low, state.high)[..., None], shape
         )
+        return _numbers.times_power(
+            jnp.broadcast_to(whole, shape), exponent
+        ), _numbers.as_float(ascending(state.counts))
 
     def _keeper(self):
         return Histogram(bins=self.bins, axis=self.axis)
 
     def _init(self, seen, shape):
-        return HistogramState(seen, *no_range(shape), _numbers.no_count((*shape, 2, self.bins)))
+        return HistogramState(
+            seen, *no_range(shape), _numbers.no_count((*shape, 2, self.bins))
+        )
 
     def _update(self, state, x, keep):
         low, high = range_of(x, keep)
@@ -82,21 +88,32 @@ class Histogram(Observer):
 
     def _across(self, state, axis_name):
         low, high = range_across(state.low, state.high, axis_name)
-        own = _coarsen(state.counts, self._exponent(low, high) - self._exponent(state.low, state.high))
-        return state._replace(low=low, high=high, counts=_numbers.add_up(own, lambda words: lax.psum(words, axis_name)))
+        own = _coarsen(
+            state.counts,
+            self._exponent(low, high) - self._exponent(state.low, state.high),
+        )
+        return state._replace(
+            low=low,
+            high=high,
+            counts=_numbers.add_up(own, lambda words: lax.psum(words, axis_name)),
+        )
 
     def _bounds(self, state: Any, fmt, symmetric):
         return enclose(state.low, state.high, fmt, symmetric)
 
     def _exponent(self, low: jax.Array, high: jax.Array) -> jax.Array:
         """The width is 2 to this; int32 `[*channels]`. The least there is, -149, for an empty state."""
-        pattern = jnp.maximum(_numbers.magnitude_pattern(low), _numbers.magnitude_pattern(high))
+        pattern = jnp.maximum(
+            _numbers.magnitude_pattern(low), _numbers.magnitude_pattern(high)
+        )
         pattern = jnp.where(pattern < _numbers.INFINITY, pattern, np.uint32(0))
         digits, place = _numbers.significand(pattern)
         last = np.uint32(self.bins - 1)
         length = np.int32(32) - lax.clz(digits).astype(jnp.int32)
         shift = jnp.maximum(length - np.int32((self.bins - 1).bit_length()), 0)
-        shift = shift + (lax.shift_right_logical(digits, shift.astype(jnp.uint32)) > last).astype(jnp.int32)
+        shift = shift + (
+            lax.shift_right_logical(digits, shift.astype(jnp.uint32)) > last
+        ).astype(jnp.int32)
         return place - 150 + shift
 
     def _count(self, x: jax.Array, keep: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -107,7 +124,9 @@ class Histogram(Observer):
         return count_signed(x, index, keep, self.bins)
 
 
-def histogram(bins: int = 2048, *, axis: int | tuple[int, ...] | None = None) -> Histogram:
+def histogram(
+    bins: int = 2048, *, axis: int | tuple[int, ...] | None = None
+) -> Histogram:
     """A histogram that grows by powers of two; its bounds are the extremes, and `table(state)` is there to look at.
 
     The state of `mse` and `entropy`, which find a better range in it.
@@ -133,24 +152,35 @@ def histogram(bins: int = 2048, *, axis: int | tuple[int, ...] | None = None) ->
     return Histogram(bins=bins, axis=axis)
 
 
-def count_signed(x: jax.Array, index: jax.Array, keep: jax.Array, num_bins: int) -> jax.Array:
+def count_signed(
+    x: jax.Array, index: jax.Array, keep: jax.Array, num_bins: int
+) -> jax.Array:
     """How often each index comes with a positive and with a negative number; uint32 `[*channels, 2, num_bins]`."""
     shape = x.shape[:-1]
     negative = (_numbers.ordered(x) < -1).astype(jnp.int32)  # neither zero
     channel = jnp.arange(int(np.prod(shape)), dtype=jnp.int32).reshape(*shape, 1)
     row = jnp.broadcast_to(channel * 2, x.shape) + negative
-    return _numbers.tally(row, index, keep, (2 * int(np.prod(shape)), num_bins)).reshape(*shape, 2, num_bins)
+    return _numbers.tally(
+        row, index, keep, (2 * int(np.prod(shape)), num_bins)
+    ).reshape(*shape, 2, num_bins)
 
 
 def folded(counts: Count) -> Count:
     """`[..., 2, bins]` as `[..., bins]` of magnitudes."""
-    positive, negative = (Count(*(words[..., i, :] for words in counts)) for i in (0, 1))
+    positive, negative = (
+        Count(*(words[..., i, :] for words in counts)) for i in (0, 1)
+    )
     return _numbers.plus(positive, negative)
 
 
 def ascending(counts: Count) -> Count:
     """`[..., 2, bins]` as `[..., 2 * bins]`, from the most negative bin to the most positive."""
-    return Count(*(jnp.concatenate([words[..., 1, ::-1], words[..., 0, :]], axis=-1) for words in counts))
+    return Count(
+        *(
+            jnp.concatenate([words[..., 1, ::-1], words[..., 0, :]], axis=-1)
+            for words in counts
+        )
+    )
 
 
 def _coarsen(counts: Count, times: jax.Array) -> Count:
@@ -162,12 +192,28 @@ def _coarsen(counts: Count, times: jax.Array) -> Count:
     def join(carry):
         done, counts = carry
         first, second = (
-            Count(*(jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, bins % 2)])[..., i::2] for words in counts))
+            Count(
+                *(
+                    jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, bins % 2)])[
+                        ..., i::2
+                    ]
+                    for words in counts
+                )
+            )
             for i in (0, 1)
         )
         pairs = _numbers.plus(first, second)
-        pairs = Count(*(jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, bins - w.shape[-1])]) for w in pairs))
+        pairs = Count(
+            *(
+                jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, bins - w.shape[-1])])
+                for w in pairs
+            )
+        )
         more = (done < times)[..., None, None]
-        return done + 1, Count(*(jnp.where(more, new, old) for new, old in zip(pairs, counts, strict=True)))
+        return done + 1, Count(
+            *(jnp.where(more, new, old) for new, old in zip(pairs, counts, strict=True))
+        )
 
-    return lax.while_loop(lambda carry: jnp.any(carry[0] < times), join, (times * 0, counts))[1]
+    return lax.while_loop(
+        lambda carry: jnp.any(carry[0] < times), join, (times * 0, counts)
+    )[1]

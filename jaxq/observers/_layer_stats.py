@@ -69,7 +69,9 @@ class LayerStats(NamedTuple):
         return jnp.sum(self.held_out_ranks >= 0, axis=-1, dtype=jnp.int32)
 
 
-def empty_stats(k: int, *, hessian: bool = True, observer: Observer | None = None) -> LayerStats:
+def empty_stats(
+    k: int, *, hessian: bool = True, observer: Observer | None = None
+) -> LayerStats:
     """The statistics of no rows of k numbers."""
     vector = jnp.zeros((k,), jnp.float32)
     far = jnp.full((k,), np.inf, jnp.float32)
@@ -85,12 +87,18 @@ def empty_stats(k: int, *, hessian: bool = True, observer: Observer | None = Non
         held_out=jnp.zeros((NUM_HELD_OUT, k), jnp.float32),
         held_out_ranks=jnp.full((NUM_HELD_OUT,), -1, jnp.float32),
         num_calls=jnp.zeros((), jnp.int32),
-        observed=None if observer is None else observer.init(jax.ShapeDtypeStruct((1, k), jnp.float32)),
+        observed=None
+        if observer is None
+        else observer.init(jax.ShapeDtypeStruct((1, k), jnp.float32)),
     )
 
 
 def update_stats(
-    stats: LayerStats, x: jax.Array, counts: jax.Array, parts: jax.Array, observer: Observer | None = None
+    stats: LayerStats,
+    x: jax.Array,
+    counts: jax.Array,
+    parts: jax.Array,
+    observer: Observer | None = None,
 ) -> LayerStats:
     """The statistics with more rows in them.
 
@@ -114,12 +122,18 @@ def update_stats(
 
     hessian = stats.hessian
     if hessian is not None:
-        hessian = mean(hessian, 2 * jnp.dot(rows.T, rows, precision=lax.Precision.HIGHEST))
+        hessian = mean(
+            hessian, 2 * jnp.dot(rows.T, rows, precision=lax.Precision.HIGHEST)
+        )
     ranks = _scattered(stats.num_calls, x.shape[0])
-    samples, sample_ranks = _keep(stats.samples, stats.sample_ranks, x, jnp.where(used[:, 0], ranks, -1))
+    samples, sample_ranks = _keep(
+        stats.samples, stats.sample_ranks, x, jnp.where(used[:, 0], ranks, -1)
+    )
     # A row that is not finite is always kept, so that it is found.
     ranks = jnp.where(jnp.isfinite(x).all(-1), ranks, np.inf)
-    held_out, held_out_ranks = _keep(stats.held_out, stats.held_out_ranks, x, jnp.where(counts & held, ranks, -1))
+    held_out, held_out_ranks = _keep(
+        stats.held_out, stats.held_out_ranks, x, jnp.where(counts & held, ranks, -1)
+    )
     return LayerStats(
         count=count,
         mean=mean(stats.mean, jnp.sum(rows, 0)),
@@ -132,7 +146,9 @@ def update_stats(
         held_out=held_out,
         held_out_ranks=held_out_ranks,
         num_calls=stats.num_calls + 1,
-        observed=None if observer is None else observer.update(stats.observed, x, where=counts[:, None]),
+        observed=None
+        if observer is None
+        else observer.update(stats.observed, x, where=counts[:, None]),
     )
 
 
@@ -141,16 +157,22 @@ def _scattered(call: jax.Array, size: int) -> jax.Array:
 
     A layer's statistics are a program of their own in every model; a random generator would be most of it.
     """
-    h = jnp.arange(size, dtype=jnp.uint32) + call.astype(jnp.uint32) * np.uint32(0x9E3779B9)
+    h = jnp.arange(size, dtype=jnp.uint32) + call.astype(jnp.uint32) * np.uint32(
+        0x9E3779B9
+    )
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = (h ^ (h >> shift)) * np.uint32(factor)
     return (h ^ (h >> 16)).astype(jnp.float32) * np.float32(2**-32)
 
 
-def _keep(kept: jax.Array, ranks: jax.Array, x: jax.Array, new_ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _keep(
+    kept: jax.Array, ranks: jax.Array, x: jax.Array, new_ranks: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Of the rows kept and the new ones those of highest rank, and the ranks; a rank of -1 is none."""
     size = kept.shape[0]
     best, place = lax.top_k(jnp.concatenate([ranks, new_ranks]), size)
     old = (place < size)[:, None]
-    rows = jnp.where(old, kept[jnp.minimum(place, size - 1)], x[jnp.maximum(place - size, 0)])
+    rows = jnp.where(
+        old, kept[jnp.minimum(place, size - 1)], x[jnp.maximum(place - size, 0)]
+    )
     return jnp.where(best[:, None] >= 0, rows, 0.0), best

@@ -48,17 +48,25 @@ class MeanSquaredError(Histogram):
         object.__setattr__(self, "power", float(self.power))
         object.__setattr__(self, "shrink", float(self.shrink))
         if not 0 < self.power <= 8:
-            raise ValueError(f"mse: power must be above 0 and at most 8, got {self.power}.")
+            raise ValueError(
+                f"mse: power must be above 0 and at most 8, got {self.power}."
+            )
         if not isinstance(self.grid, int) or not 1 <= self.grid <= 10000:
-            raise ValueError(f"mse: grid must be a whole number from 1 to 10000, got {self.grid!r}.")
+            raise ValueError(
+                f"mse: grid must be a whole number from 1 to 10000, got {self.grid!r}."
+            )
         if not 0 < self.shrink <= 1:
-            raise ValueError(f"mse: shrink must be above 0 and at most 1, got {self.shrink}.")
+            raise ValueError(
+                f"mse: shrink must be above 0 and at most 1, got {self.shrink}."
+            )
 
     def _check(self, fmt, symmetric):
         if fmt.max <= 0:
             raise ValueError(f"mse: {fmt.name} has no positive numbers to scale to.")
         if fmt.bits > 16:
-            raise ValueError(f"mse: {fmt.name} has too many numbers to measure; use minmax or absmax.")
+            raise ValueError(
+                f"mse: {fmt.name} has too many numbers to measure; use minmax or absmax."
+            )
         if not symmetric and fmt.kind != "integer":
             raise ValueError(
                 f"mse: symmetric=False finds a zero point, which only integer formats have, and {fmt.name} has none."
@@ -71,8 +79,13 @@ class MeanSquaredError(Histogram):
         low, high = enclose(state.low, state.high, fmt, symmetric)
         exponent = -self._exponent(state.low, state.high)
         # From here on in bins, `[*channels, 2 * bins + 1]` edges: whole numbers, cut where the numbers end.
-        least, most = (_numbers.times_power(v, exponent)[..., None] for v in (state.low, state.high))
-        bottom, top = (_numbers.times_power(v, exponent)[..., None] for v in (low, high))
+        least, most = (
+            _numbers.times_power(v, exponent)[..., None]
+            for v in (state.low, state.high)
+        )
+        bottom, top = (
+            _numbers.times_power(v, exponent)[..., None] for v in (low, high)
+        )
         whole = jnp.arange(-self.bins, self.bins + 1, dtype=jnp.float32)
         edges = jnp.clip(jnp.broadcast_to(whole, (*low.shape, whole.size)), least, most)
         counts = _numbers.as_float(ascending(state.counts))
@@ -83,25 +96,39 @@ class MeanSquaredError(Histogram):
         def error(factor):
             inverse, zero = _inverse_step(bottom * factor, top * factor, fmt, symmetric)
             t = edges * inverse + zero
-            integral, middle = _integral(steps, t, self.power), (t[..., 1:] + t[..., :-1]) / 2
+            integral, middle = (
+                _integral(steps, t, self.power),
+                (t[..., 1:] + t[..., :-1]) / 2,
+            )
             width = t[..., 1:] - t[..., :-1]
             mean = jnp.where(
                 width < _NARROW,
                 _raised(middle - _at(steps.values, _cell(steps, middle)), self.power),
-                (integral[..., 1:] - integral[..., :-1]) / jnp.where(width < _NARROW, 1.0, width),
+                (integral[..., 1:] - integral[..., :-1])
+                / jnp.where(width < _NARROW, 1.0, width),
             )
             return jnp.sum(counts * mean, axis=-1) * _raised(factor, self.power)
 
         errors = lax.map(error, jnp.asarray(self._factors()))
-        return self._best(low, high, jnp.argmin(jnp.where(jnp.isnan(errors), np.float32(np.inf), errors), axis=0))
+        return self._best(
+            low,
+            high,
+            jnp.argmin(
+                jnp.where(jnp.isnan(errors), np.float32(np.inf), errors), axis=0
+            ),
+        )
 
     def _bounds_of(self, x, keep, fmt, symmetric):
         least, most = range_of(x, keep)
         low, high = enclose(least, most, fmt, symmetric)
         # In units of a power of two near the largest magnitude.
         exponent = -(self._exponent(least, most) + (self.bins - 1).bit_length())
-        scaled = _numbers.times_power(jnp.where(keep, x, 0.0), jnp.broadcast_to(exponent[..., None], x.shape))
-        bottom, top = (_numbers.times_power(v, exponent)[..., None] for v in (low, high))
+        scaled = _numbers.times_power(
+            jnp.where(keep, x, 0.0), jnp.broadcast_to(exponent[..., None], x.shape)
+        )
+        bottom, top = (
+            _numbers.times_power(v, exponent)[..., None] for v in (low, high)
+        )
         factors = jnp.asarray(self._factors())
 
         def step(k, carry):
@@ -110,17 +137,30 @@ class MeanSquaredError(Histogram):
             inverse, zero = _inverse_step(bottom * factor, top * factor, fmt, symmetric)
             t = scaled * inverse + zero
             error = _raised(t - _nearest(t, fmt, symmetric), self.power)
-            total = jnp.sum(jnp.where(keep, error, 0.0), axis=-1) * _raised(factor, self.power)
+            total = jnp.sum(jnp.where(keep, error, 0.0), axis=-1) * _raised(
+                factor, self.power
+            )
             return jnp.where(total < best, total, best), jnp.where(total < best, k, at)
 
-        start = jnp.full(low.shape, np.inf, jnp.float32), jnp.zeros(low.shape, jnp.int32)
-        return self._best(low, high, lax.fori_loop(0, self.grid, step, _numbers.varying_like(start, x))[1])
+        start = (
+            jnp.full(low.shape, np.inf, jnp.float32),
+            jnp.zeros(low.shape, jnp.int32),
+        )
+        return self._best(
+            low,
+            high,
+            lax.fori_loop(0, self.grid, step, _numbers.varying_like(start, x))[1],
+        )
 
-    def _best(self, low: jax.Array, high: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _best(
+        self, low: jax.Array, high: jax.Array, k: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """The range `k` steps in; numbers below float32's normal range are not shrunk."""
         factor = jnp.asarray(self._factors())[k]
         tiny = jnp.maximum(jnp.abs(low), jnp.abs(high)) < _numbers.SMALLEST_NORMAL
-        low, high = (jnp.where(tiny | (k == 0), bound, bound * factor) for bound in (low, high))
+        low, high = (
+            jnp.where(tiny | (k == 0), bound, bound * factor) for bound in (low, high)
+        )
         return low, high
 
 
@@ -163,19 +203,29 @@ def mse(
     return MeanSquaredError(power=power, grid=grid, shrink=shrink, bins=bins, axis=axis)
 
 
-def _inverse_step(low: jax.Array, high: jax.Array, fmt: Format, symmetric: bool) -> tuple[jax.Array, jax.Array]:
+def _inverse_step(
+    low: jax.Array, high: jax.Array, fmt: Format, symmetric: bool
+) -> tuple[jax.Array, jax.Array]:
     """(1 / scale, zero point) of a range, as `quantize` finds them; 0 in place of 1 / 0."""
-    step = high * np.float32(1 / fmt.max) if symmetric else (high - low) * np.float32(1 / (fmt.max - fmt.min))
+    step = (
+        high * np.float32(1 / fmt.max)
+        if symmetric
+        else (high - low) * np.float32(1 / (fmt.max - fmt.min))
+    )
     inverse = jnp.where(step > 0, 1 / jnp.where(step > 0, step, 1.0), 0.0)
     if symmetric:
         return inverse, jnp.zeros_like(inverse)
-    return inverse, jnp.clip(np.float32(fmt.min) - jnp.round(low * inverse), fmt.min, fmt.max)
+    return inverse, jnp.clip(
+        np.float32(fmt.min) - jnp.round(low * inverse), fmt.min, fmt.max
+    )
 
 
 def _nearest(t: jax.Array, fmt: Format, symmetric: bool) -> jax.Array:
     """The format's number nearest to t: for integers -max to max where symmetric."""
     if fmt.kind == "integer":
-        return jnp.clip(jnp.round(t), max(fmt.min, -fmt.max) if symmetric else fmt.min, fmt.max)
+        return jnp.clip(
+            jnp.round(t), max(fmt.min, -fmt.max) if symmetric else fmt.min, fmt.max
+        )
     return fmt.round(t)
 
 
@@ -192,7 +242,9 @@ def _grid(fmt: Format, symmetric: bool, power: float) -> _Grid:
     boundaries = getattr(fmt, "boundaries", None)
     if boundaries is not None:
         edges = np.asarray(boundaries, np.float64)
-    jumps = _antiderivative(edges - values[:-1], power) - _antiderivative(edges - values[1:], power)
+    jumps = _antiderivative(edges - values[:-1], power) - _antiderivative(
+        edges - values[1:], power
+    )
     home = int(np.searchsorted(edges, 0.0))
     base = np.zeros_like(values)
     # Outwards from 0, so that small numbers keep small integrals, and their digits.
@@ -209,7 +261,9 @@ def _antiderivative(u, power: float):
 def _integral(grid: _Grid, t: jax.Array, power: float) -> jax.Array:
     cell = _cell(grid, t)
     u = t - _at(grid.values, cell)
-    return _at(grid.base, cell) + jnp.sign(u) * _raised(u, power + 1) * np.float32(1 / (power + 1))
+    return _at(grid.base, cell) + jnp.sign(u) * _raised(u, power + 1) * np.float32(
+        1 / (power + 1)
+    )
 
 
 def _cell(grid: _Grid, t: jax.Array) -> jax.Array:

@@ -72,7 +72,9 @@ def add_up(count: Count, add: Callable[[jax.Array], jax.Array]) -> Count:
 
 def as_float(count: Count) -> jax.Array:
     """The nearest float32, or its neighbour."""
-    return count.high.astype(jnp.float32) * np.float32(2.0**32) + count.low.astype(jnp.float32)
+    return count.high.astype(jnp.float32) * np.float32(2.0**32) + count.low.astype(
+        jnp.float32
+    )
 
 
 def is_zero(count: Count) -> jax.Array:
@@ -106,10 +108,15 @@ def count_true(*conditions: jax.Array) -> tuple[jax.Array, ...]:
     for i, condition in enumerate(conditions[1:], 1):
         packed = packed | (condition.astype(jnp.uint32) << (8 * i))
     met = fold(packed, jnp.add)
-    return tuple(jnp.sum((met >> (8 * i)) & np.uint32(255), axis=-1, dtype=jnp.uint32) for i in range(len(conditions)))
+    return tuple(
+        jnp.sum((met >> (8 * i)) & np.uint32(255), axis=-1, dtype=jnp.uint32)
+        for i in range(len(conditions))
+    )
 
 
-def tally(row: jax.Array, index: jax.Array, keep: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def tally(
+    row: jax.Array, index: jax.Array, keep: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
     """How often each index occurs in each row; uint32 of `shape`, `[num_rows, num_bins]`.
 
     Args:
@@ -120,9 +127,13 @@ def tally(row: jax.Array, index: jax.Array, keep: jax.Array, shape: tuple[int, i
     """
     size = shape[0] * shape[1]
     if size >= 2**31:
-        raise ValueError(f"observers: {shape[0]} rows of {shape[1]} bins are too many for one state; use fewer bins.")
+        raise ValueError(
+            f"observers: {shape[0]} rows of {shape[1]} bins are too many for one state; use fewer bins."
+        )
     place = jnp.where(keep, row * np.int32(shape[1]) + index, np.int32(size))
-    counts = jnp.zeros(size, jnp.uint32).at[place.reshape(-1)].add(np.uint32(1), mode="drop")
+    counts = (
+        jnp.zeros(size, jnp.uint32).at[place.reshape(-1)].add(np.uint32(1), mode="drop")
+    )
     return counts.reshape(shape)
 
 
@@ -151,7 +162,9 @@ def ordered(x: jax.Array) -> jax.Array:
 
 def unordered(key: jax.Array) -> jax.Array:
     """The float32 that `ordered` made `key` of."""
-    return lax.bitcast_convert_type(key ^ ((key >> 31) & np.int32(0x7FFFFFFF)), jnp.float32)
+    return lax.bitcast_convert_type(
+        key ^ ((key >> 31) & np.int32(0x7FFFFFFF)), jnp.float32
+    )
 
 
 def larger(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -168,7 +181,9 @@ def significand(pattern: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(m, e) with `|x| = m * 2^(e - 150)`: uint32 below 2^24 and int32 of at least 1; subnormals as they are."""
     biased = pattern >> 23
     implicit = jnp.where(biased > 0, np.uint32(1 << 23), np.uint32(0))
-    return (pattern & np.uint32(0x7FFFFF)) | implicit, jnp.maximum(biased, np.uint32(1)).astype(jnp.int32)
+    return (pattern & np.uint32(0x7FFFFF)) | implicit, jnp.maximum(
+        biased, np.uint32(1)
+    ).astype(jnp.int32)
 
 
 def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:

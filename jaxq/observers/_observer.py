@@ -64,7 +64,9 @@ class Observer(abc.ABC):
     def __post_init__(self):
         axis = tuple(self.axis) if isinstance(self.axis, list | tuple) else self.axis
         if not all(_is_int(a) for a in _as_tuple(axis)):
-            raise TypeError(f"{self.kind}: axis must be a whole number, several or None, got {self.axis!r}.")
+            raise TypeError(
+                f"{self.kind}: axis must be a whole number, several or None, got {self.axis!r}."
+            )
         object.__setattr__(self, "axis", axis)
 
     def init(self, x: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> Any:
@@ -81,7 +83,13 @@ class Observer(abc.ABC):
         shape = self._channels(x, "init")
         return self._empty(shape, x)
 
-    def update(self, state: State, x: jax.typing.ArrayLike, *, where: jax.typing.ArrayLike | None = None) -> State:
+    def update(
+        self,
+        state: State,
+        x: jax.typing.ArrayLike,
+        *,
+        where: jax.typing.ArrayLike | None = None,
+    ) -> State:
         """The state after one more batch.
 
         Args:
@@ -101,7 +109,9 @@ class Observer(abc.ABC):
                 f"{list(shape)} (x: {_describe(x)}, axis={self.axis}). Make the state with init(x) of such a batch."
             )
         self.check_state(state, "update")
-        return _update(self._keeper(), state, jnp.asarray(x), self._mask(where, x, "update"))
+        return _update(
+            self._keeper(), state, jnp.asarray(x), self._mask(where, x, "update")
+        )
 
     def merge(self, a: State, b: State) -> State:
         """The state of everything both have seen; the order of merging never matters.
@@ -111,7 +121,9 @@ class Observer(abc.ABC):
         """
         shapes = [jax.tree.map(jnp.shape, s) for s in (a, b)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{self.kind}.merge: the states differ in shape: {shapes[0]} and {shapes[1]}.")
+            raise ValueError(
+                f"{self.kind}.merge: the states differ in shape: {shapes[0]} and {shapes[1]}."
+            )
         return _merge(self._keeper(), a, b)
 
     def merge_across(self, state: State, axis_name: str | tuple[str, ...]) -> State:
@@ -131,7 +143,12 @@ class Observer(abc.ABC):
         return self._across(state, axis_name)._replace(seen=seen)
 
     def bounds(
-        self, state: Any, format: str | Format = "int8", *, symmetric: bool = True, on_nonfinite: str = "raise"
+        self,
+        state: Any,
+        format: str | Format = "int8",
+        *,
+        symmetric: bool = True,
+        on_nonfinite: str = "raise",
     ) -> tuple[jax.Array, jax.Array]:
         """The range to quantize.
 
@@ -185,7 +202,9 @@ class Observer(abc.ABC):
         self._channels(x, "bounds_of")
         fmt = self._checked(format, symmetric, on_nonfinite, "bounds_of")
         mask = self._mask(where, x, "bounds_of")
-        low, high, seen = _bounds_of(self, fmt, symmetric, on_nonfinite, jnp.asarray(x), mask)
+        low, high, seen = _bounds_of(
+            self, fmt, symmetric, on_nonfinite, jnp.asarray(x), mask
+        )
         self._complain(seen, on_nonfinite, "bounds_of")
         return low, high
 
@@ -209,16 +228,26 @@ class Observer(abc.ABC):
         """The merged state of everything along a mapped axis; `seen` is the caller's business."""
 
     @abc.abstractmethod
-    def _bounds(self, state: Any, fmt: Format, symmetric: bool) -> tuple[jax.Array, jax.Array]:
+    def _bounds(
+        self, state: Any, fmt: Format, symmetric: bool
+    ) -> tuple[jax.Array, jax.Array]:
         """The range, where anything was seen."""
 
-    def _bounds_of(self, x: jax.Array, keep: jax.Array, fmt: Format, symmetric: bool) -> tuple[jax.Array, jax.Array]:
+    def _bounds_of(
+        self, x: jax.Array, keep: jax.Array, fmt: Format, symmetric: bool
+    ) -> tuple[jax.Array, jax.Array]:
         """The range of one array."""
-        return self._bounds(self._update(self._empty(x.shape[:-1], x), x, keep), fmt, symmetric)
+        return self._bounds(
+            self._update(self._empty(x.shape[:-1], x), x, keep), fmt, symmetric
+        )
 
     def check_state(self, state: Any, caller: str) -> None:
         """Raises a ValueError where the arrays of a state are not those this observer keeps."""
-        shape = state.seen.nan.low.shape if isinstance(getattr(state, "seen", None), Seen) else ()
+        shape = (
+            state.seen.nan.low.shape
+            if isinstance(getattr(state, "seen", None), Seen)
+            else ()
+        )
         if _described(state) != _described(_blank(self._keeper(), tuple(shape))):
             raise ValueError(
                 f"{self.kind}.{caller}: the state is not of {self!r}, but of another kind or other settings. Observe "
@@ -236,11 +265,17 @@ class Observer(abc.ABC):
     def _check(self, fmt: Format, symmetric: bool) -> None:  # noqa: B027 (most have an answer for every format)
         """Raises if the format is one this observer has no answer for."""
 
-    def _checked(self, format: str | Format, symmetric: bool, on_nonfinite: str, caller: str) -> Format:
+    def _checked(
+        self, format: str | Format, symmetric: bool, on_nonfinite: str, caller: str
+    ) -> Format:
         fmt = formats.get(format)
-        formats.check_choice(f"{self.kind}.{caller}: on_nonfinite", on_nonfinite, ON_NONFINITE)
+        formats.check_choice(
+            f"{self.kind}.{caller}: on_nonfinite", on_nonfinite, ON_NONFINITE
+        )
         if not isinstance(symmetric, bool):
-            raise TypeError(f"{self.kind}.{caller}: symmetric must be True or False, got {symmetric!r}.")
+            raise TypeError(
+                f"{self.kind}.{caller}: symmetric must be True or False, got {symmetric!r}."
+            )
         self._check(fmt, symmetric)
         return fmt
 
@@ -248,10 +283,16 @@ class Observer(abc.ABC):
         """The shape of the statistics of x."""
         shape, dtype = jnp.shape(x), jnp.result_type(x)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"{self.kind}.{caller}: x must be floating point, got {_describe(x)}.")
+            raise TypeError(
+                f"{self.kind}.{caller}: x must be floating point, got {_describe(x)}."
+            )
         axes = _as_tuple(self.axis)
-        if any(not -len(shape) <= a < len(shape) for a in axes) or len({a % len(shape) for a in axes}) < len(axes):
-            raise ValueError(f"{self.kind}.{caller}: x has no such axes: axis={self.axis}, x: {_describe(x)}.")
+        if any(not -len(shape) <= a < len(shape) for a in axes) or len(
+            {a % len(shape) for a in axes}
+        ) < len(axes):
+            raise ValueError(
+                f"{self.kind}.{caller}: x has no such axes: axis={self.axis}, x: {_describe(x)}."
+            )
         return tuple(shape[a] for a in axes)
 
     def _mask(self, where: Any, x: Any, caller: str) -> jax.Array | None:
@@ -259,7 +300,9 @@ class Observer(abc.ABC):
             return None
         mask, shape = jnp.asarray(where), jnp.shape(x)
         if mask.dtype != jnp.bool_:
-            raise TypeError(f"{self.kind}.{caller}: where must be bool, got {_describe(mask)}.")
+            raise TypeError(
+                f"{self.kind}.{caller}: where must be bool, got {_describe(mask)}."
+            )
         try:
             fits = np.broadcast_shapes(mask.shape, shape) == shape
         except ValueError:
@@ -274,7 +317,10 @@ class Observer(abc.ABC):
         """Raises what `bounds` says NaN of under jit."""
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(seen)):
             return
-        finite, nan, infinite = (np.asarray(c.low) + np.asarray(c.high).astype(np.float64) * 2.0**32 for c in seen)
+        finite, nan, infinite = (
+            np.asarray(c.low) + np.asarray(c.high).astype(np.float64) * 2.0**32
+            for c in seen
+        )
         if on_nonfinite == "raise" and (nan.any() or infinite.any()):
             raise ValueError(
                 f"{self.kind}.{caller}: {int(nan.sum())} NaN and {int(infinite.sum())} infinities were observed"
@@ -293,14 +339,18 @@ class Observer(abc.ABC):
         first = [int(i) for i in np.argwhere(bad)[0]]
         return f" in {int(bad.sum())} of {bad.size} channels, the first being {first[0] if len(first) == 1 else first}"
 
-    def _view(self, x: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array, Seen]:
+    def _view(
+        self, x: jax.Array, where: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, Seen]:
         """x as float32 `[*channels, n]`, which of it are to be used, and how many of each kind there are."""
         axes = tuple(a % x.ndim for a in _as_tuple(self.axis))
         order = (*axes, *(a for a in range(x.ndim) if a not in axes))
         shape = tuple(x.shape[a] for a in axes)
 
         def channels_first(v: jax.Array) -> jax.Array:
-            return v.transpose(order).reshape(*shape, math.prod(x.shape) // max(math.prod(shape), 1))
+            return v.transpose(order).reshape(
+                *shape, math.prod(x.shape) // max(math.prod(shape), 1)
+            )
 
         view = channels_first(x.astype(jnp.float32))
         pattern = _numbers.magnitude_pattern(view)
@@ -313,7 +363,9 @@ class Observer(abc.ABC):
         return view, finite, Seen(*(_numbers.as_count(count) for count in counts))
 
 
-def enclose(low: jax.Array, high: jax.Array, fmt: Format, symmetric: bool) -> tuple[jax.Array, jax.Array]:
+def enclose(
+    low: jax.Array, high: jax.Array, fmt: Format, symmetric: bool
+) -> tuple[jax.Array, jax.Array]:
     """The range a format is given for numbers from `low` to `high`: symmetric about 0, or containing it."""
     if symmetric:
         return mirror(_numbers.larger(jnp.abs(low), jnp.abs(high)), fmt)
@@ -338,32 +390,49 @@ def _described(state: Any) -> tuple[Any, list[tuple[tuple[int, ...], np.dtype]]]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _update(observer: Observer, state: Any, x: jax.Array, where: jax.Array | None) -> Any:
+def _update(
+    observer: Observer, state: Any, x: jax.Array, where: jax.Array | None
+) -> Any:
     view, keep, seen = observer._view(x, where)
     total = Seen(*(_numbers.plus(a, b) for a, b in zip(state.seen, seen, strict=True)))
-    return observer._update(_numbers.varying_like(state, view), view, keep)._replace(seen=total)
+    return observer._update(_numbers.varying_like(state, view), view, keep)._replace(
+        seen=total
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _merge(observer: Observer, a: Any, b: Any) -> Any:
     both = jax.tree.map(lambda u, v: jnp.stack([u, v]), a, b)
-    return jax.vmap(lambda s: observer.merge_across(s, "merged"), axis_name="merged", out_axes=None)(both)
+    return jax.vmap(
+        lambda s: observer.merge_across(s, "merged"), axis_name="merged", out_axes=None
+    )(both)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _bounds(observer: Observer, fmt: Format, symmetric: bool, on_nonfinite: str, state: Any):
+def _bounds(
+    observer: Observer, fmt: Format, symmetric: bool, on_nonfinite: str, state: Any
+):
     return _or_nan(observer._bounds(state, fmt, symmetric), state.seen, on_nonfinite)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _bounds_of(
-    observer: Observer, fmt: Format, symmetric: bool, on_nonfinite: str, x: jax.Array, where: jax.Array | None
+    observer: Observer,
+    fmt: Format,
+    symmetric: bool,
+    on_nonfinite: str,
+    x: jax.Array,
+    where: jax.Array | None,
 ):
     view, keep, seen = observer._view(x, where)
-    return *_or_nan(observer._bounds_of(view, keep, fmt, symmetric), seen, on_nonfinite), seen
+    return *_or_nan(
+        observer._bounds_of(view, keep, fmt, symmetric), seen, on_nonfinite
+    ), seen
 
 
-def _or_nan(bounds: tuple[jax.Array, jax.Array], seen: Seen, on_nonfinite: str) -> tuple[jax.Array, jax.Array]:
+def _or_nan(
+    bounds: tuple[jax.Array, jax.Array], seen: Seen, on_nonfinite: str
+) -> tuple[jax.Array, jax.Array]:
     bad = _numbers.is_zero(seen.finite)
     if on_nonfinite == "raise":
         bad = bad | ~_numbers.is_zero(seen.nan) | ~_numbers.is_zero(seen.infinite)
@@ -372,7 +441,9 @@ def _or_nan(bounds: tuple[jax.Array, jax.Array], seen: Seen, on_nonfinite: str) 
 
 
 def _broadcast(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.broadcast_to(mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape), shape)
+    return jnp.broadcast_to(
+        mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape), shape
+    )
 
 
 def _as_tuple(axis: int | tuple[int, ...] | None) -> tuple[int, ...]:

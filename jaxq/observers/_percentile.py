@@ -67,7 +67,9 @@ class Percentile(Observer):
             )
         formats.check_choice("percentile: method", self.method, METHODS)
         if not isinstance(self.mantissa_bits, int) or not 0 <= self.mantissa_bits <= 8:
-            raise ValueError(f"percentile: mantissa_bits must be from 0 to 8, got {self.mantissa_bits!r}.")
+            raise ValueError(
+                f"percentile: mantissa_bits must be from 0 to 8, got {self.mantissa_bits!r}."
+            )
 
     @property
     def _buckets(self) -> int:
@@ -89,10 +91,16 @@ class Percentile(Observer):
 
     def _update(self, state, x, keep):
         low, high = range_of(x, keep)
-        index = (_numbers.magnitude_pattern(x) >> (23 - self.mantissa_bits)).astype(jnp.int32)
+        index = (_numbers.magnitude_pattern(x) >> (23 - self.mantissa_bits)).astype(
+            jnp.int32
+        )
         new = _numbers.as_count(count_signed(x, index, keep, self._buckets))
         # A second batch ends the exact answer: no need to find it then.
-        exact = lax.cond(jnp.all(state.batches > 0), lambda: state.exact, lambda: self._exact(x, keep, symmetric=None))
+        exact = lax.cond(
+            jnp.all(state.batches > 0),
+            lambda: state.exact,
+            lambda: self._exact(x, keep, symmetric=None),
+        )
         came = jnp.any(keep, axis=-1)
         batches = jnp.minimum(state.batches + came.astype(jnp.uint32), 2)
         exact = jnp.where(came[..., None], exact, state.exact)
@@ -109,7 +117,9 @@ class Percentile(Observer):
         low, high = range_across(state.low, state.high, axis_name)
         batches = lax.psum(state.batches, axis_name)
         # At most one of them is not 0, where the sum is of use.
-        exact = lax.psum(jnp.where((state.batches == 1)[..., None], state.exact, 0.0), axis_name)
+        exact = lax.psum(
+            jnp.where((state.batches == 1)[..., None], state.exact, 0.0), axis_name
+        )
         return PercentileState(
             state.seen,
             low,
@@ -120,20 +130,32 @@ class Percentile(Observer):
         )
 
     def _bounds(self, state, fmt, symmetric):
-        positive, negative = (Count(*(words[..., i, :] for words in state.counts)) for i in (0, 1))
+        positive, negative = (
+            Count(*(words[..., i, :] for words in state.counts)) for i in (0, 1)
+        )
         nothing = Count(*(jnp.zeros_like(words) for words in positive))
         one = state.batches == 1
         largest = _numbers.larger(jnp.abs(state.low), jnp.abs(state.high))
         if symmetric:
-            threshold = self._from_top(_numbers.plus(positive, negative), nothing, self._tail)
+            threshold = self._from_top(
+                _numbers.plus(positive, negative), nothing, self._tail
+            )
             # Not below the smallest magnitude, which is known where all numbers have one sign.
-            threshold = _numbers.larger(threshold, _numbers.larger(state.low, -state.high))
+            threshold = _numbers.larger(
+                threshold, _numbers.larger(state.low, -state.high)
+            )
             threshold = _numbers.smaller(threshold, largest)
             return mirror(jnp.where(one, state.exact[..., 0], threshold), fmt)
         high = self._from_top(positive, negative, self._tail / 2)
         low = -self._from_top(negative, positive, self._tail / 2)
-        high, low = (_numbers.larger(_numbers.smaller(v, state.high), state.low) for v in (high, low))
-        low, high = jnp.where(one, state.exact[..., 1], low), jnp.where(one, state.exact[..., 2], high)
+        high, low = (
+            _numbers.larger(_numbers.smaller(v, state.high), state.low)
+            for v in (high, low)
+        )
+        low, high = (
+            jnp.where(one, state.exact[..., 1], low),
+            jnp.where(one, state.exact[..., 2], high),
+        )
         return enclose(low, high, fmt, symmetric)
 
     def _bounds_of(self, x, keep, fmt, symmetric):
@@ -142,15 +164,25 @@ class Percentile(Observer):
             return mirror(exact[..., 0], fmt)
         return enclose(exact[..., 0], exact[..., 1], fmt, symmetric)
 
-    def _exact(self, x: jax.Array, keep: jax.Array, *, symmetric: bool | None) -> jax.Array:
+    def _exact(
+        self, x: jax.Array, keep: jax.Array, *, symmetric: bool | None
+    ) -> jax.Array:
         """Of the magnitudes, or of the numbers from below and above, or (None) all three; `[*channels, k]`."""
         half = self._tail / 2
         asked = [] if symmetric is False else [("size", self._tail)]
         asked += [] if symmetric is True else [("low", half), ("high", half)]
         found = self._select(x, keep, asked)
-        return jnp.stack([-v if side == "low" else v for v, (side, _) in zip(found, asked, strict=True)], axis=-1)
+        return jnp.stack(
+            [
+                -v if side == "low" else v
+                for v, (side, _) in zip(found, asked, strict=True)
+            ],
+            axis=-1,
+        )
 
-    def _select(self, x: jax.Array, keep: jax.Array, asked: list[tuple[str, fractions.Fraction]]) -> list[jax.Array]:
+    def _select(
+        self, x: jax.Array, keep: jax.Array, asked: list[tuple[str, fractions.Fraction]]
+    ) -> list[jax.Array]:
         """Of each channel of `[*channels, n]` the number above which a share of them lies, by `method`.
 
         For each (side, share) asked for; side says of which numbers: "high", x; "low", -x; "size", |x|. All are
@@ -161,46 +193,71 @@ class Percentile(Observer):
         spaces = jnp.where(number > 0, number - 1, 0) if linear else number
         shares = [_share(spaces, tail) for _, tail in asked]
         last = jnp.maximum(number, 1) - 1
-        rank = jnp.stack([jnp.minimum(share, last) for share, _ in shares])  # [k, *channels], 0 of the largest
+        rank = jnp.stack(
+            [jnp.minimum(share, last) for share, _ in shares]
+        )  # [k, *channels], 0 of the largest
         keys = jnp.where(keep, _numbers.ordered(x), _NONE)
 
         def count(pivots):
             # The pivots stand in the way of XLA, which would make an array of every side's keys before the loop.
             key, pivots = lax.optimization_barrier((keys, pivots))
             pairs = zip(asked, pivots, strict=True)
-            return jnp.stack(_numbers.count_true(*(_from(side, key) >= p[..., None] for (side, _), p in pairs)))
+            return jnp.stack(
+                _numbers.count_true(
+                    *(_from(side, key) >= p[..., None] for (side, _), p in pairs)
+                )
+            )
 
         def halve(carry):
             least, most = carry  # the answer lies between
-            middle = (least >> 1) + (most >> 1) + ((least | most) & 1)  # rounded up, without overflow
+            middle = (
+                (least >> 1) + (most >> 1) + ((least | most) & 1)
+            )  # rounded up, without overflow
             enough = count(middle) > rank
             return jnp.where(enough, middle, least), jnp.where(enough, most, middle - 1)
 
-        most = jnp.stack([_numbers.largest(_from(side, keys), _NONE) for side, _ in asked])
+        most = jnp.stack(
+            [_numbers.largest(_from(side, keys), _NONE) for side, _ in asked]
+        )
         high = _numbers.largest(keys, _NONE)
         low = ~_numbers.largest(_from("low", keys), _NONE)
         bottom = {"high": low, "low": ~high, "size": jnp.zeros_like(low)}
         least = jnp.minimum(jnp.stack([bottom[side] for side, _ in asked]), most)
-        at, _ = lax.while_loop(lambda carry: jnp.any(carry[0] < carry[1]), halve, (least, most))
+        at, _ = lax.while_loop(
+            lambda carry: jnp.any(carry[0] < carry[1]), halve, (least, most)
+        )
         values = list(_numbers.unordered(at))
         if not linear:
             return values
         more = count(at) > rank + 1  # there is another one of the same size
         for i, ((side, tail), (_, rest)) in enumerate(zip(asked, shares, strict=True)):
             key = _from(side, keys)
-            below = _numbers.largest(jnp.where(key < at[i][..., None], key, _NONE), _NONE)
-            following = jnp.where(more[i] | (rest == 0), values[i], _numbers.unordered(below))
+            below = _numbers.largest(
+                jnp.where(key < at[i][..., None], key, _NONE), _NONE
+            )
+            following = jnp.where(
+                more[i] | (rest == 0), values[i], _numbers.unordered(below)
+            )
             share = rest.astype(jnp.float32) * np.float32(1 / tail.denominator)
             mixed = (1 - share) * values[i] + share * following
             values[i] = jnp.where(following == values[i], values[i], mixed)
         return values
 
-    def _from_top(self, above: Count, below: Count, tail: fractions.Fraction) -> jax.Array:
+    def _from_top(
+        self, above: Count, below: Count, tail: fractions.Fraction
+    ) -> jax.Array:
         """As `_select`, of counts by magnitude, `[*channels, buckets]` of positive numbers and of negative ones."""
         if tail == 0:  # the extremes, which the caller knows
             return jnp.full(above.low.shape[:-1], np.inf, jnp.float32)
-        counts = Count(*(jnp.concatenate([u[..., ::-1], v], axis=-1) for u, v in zip(above, below, strict=True)))
-        sums = _numbers.as_float(_numbers.add_up(counts, lambda w: jnp.cumsum(w, axis=-1, dtype=w.dtype)))
+        counts = Count(
+            *(
+                jnp.concatenate([u[..., ::-1], v], axis=-1)
+                for u, v in zip(above, below, strict=True)
+            )
+        )
+        sums = _numbers.as_float(
+            _numbers.add_up(counts, lambda w: jnp.cumsum(w, axis=-1, dtype=w.dtype))
+        )
         number = _numbers.as_float(counts)
         total = sums[..., -1:]
         rank = jnp.minimum(total * np.float32(float(tail)), total - 1)
@@ -214,7 +271,9 @@ class Percentile(Observer):
         bucket = jnp.where(negative, index - self._buckets, self._buckets - 1 - index)
         width = 1 << (23 - self.mantissa_bits)
         part = (jnp.where(negative, depth, 1 - depth) * width).astype(jnp.int32)
-        magnitude = lax.bitcast_convert_type(bucket * np.int32(width) + jnp.minimum(part, width - 1), jnp.float32)
+        magnitude = lax.bitcast_convert_type(
+            bucket * np.int32(width) + jnp.minimum(part, width - 1), jnp.float32
+        )
         return jnp.where(negative, -magnitude, magnitude)
 
 
@@ -266,10 +325,17 @@ def _share(number: jax.Array, part: fractions.Fraction) -> tuple[jax.Array, jax.
 
     def divide(step, carry):
         quotient, rest = (2 * part for part in carry)
-        more = jnp.where((np.uint32(numerator) >> (_BITS - 1 - step).astype(jnp.uint32)) & 1 == 1, b, 0)
+        more = jnp.where(
+            (np.uint32(numerator) >> (_BITS - 1 - step).astype(jnp.uint32)) & 1 == 1,
+            b,
+            0,
+        )
         for extra in (0, more):
             rest = rest + extra
-            quotient, rest = quotient + (rest >= denominator).astype(jnp.uint32), rest % denominator
+            quotient, rest = (
+                quotient + (rest >= denominator).astype(jnp.uint32),
+                rest % denominator,
+            )
         return quotient, rest
 
     quotient, rest = lax.fori_loop(0, _BITS, divide, (b * 0, b * 0))

@@ -55,7 +55,9 @@ class MinMax(Observer):
 
     def _update(self, state, x, keep):
         low, high = range_of(x, keep)
-        return state._replace(low=_numbers.smaller(state.low, low), high=_numbers.larger(state.high, high))
+        return state._replace(
+            low=_numbers.smaller(state.low, low), high=_numbers.larger(state.high, high)
+        )
 
     def _across(self, state, axis_name):
         low, high = range_across(state.low, state.high, axis_name)
@@ -79,7 +81,11 @@ class AbsMax(Observer):
         return state._replace(magnitude=_numbers.larger(state.magnitude, largest))
 
     def _across(self, state, axis_name):
-        return state._replace(magnitude=_numbers.unordered(lax.pmax(_numbers.ordered(state.magnitude), axis_name)))
+        return state._replace(
+            magnitude=_numbers.unordered(
+                lax.pmax(_numbers.ordered(state.magnitude), axis_name)
+            )
+        )
 
     def _bounds(self, state, fmt, symmetric):
         del symmetric
@@ -99,7 +105,9 @@ class MovingAverage(Observer):
         super().__post_init__()
         object.__setattr__(self, "decay", float(self.decay))
         if not 0 <= self.decay < 1:
-            raise ValueError(f"moving_average: decay must be at least 0 and below 1, got {self.decay}.")
+            raise ValueError(
+                f"moving_average: decay must be at least 0 and below 1, got {self.decay}."
+            )
 
     def _init(self, seen, shape):
         zeros = jnp.zeros(shape, jnp.float32)
@@ -115,11 +123,17 @@ class MovingAverage(Observer):
             weight = jnp.ones_like(state.weight)
             share = jnp.where(state.weight == 0, weight, new)
         any_came = jnp.any(keep, axis=-1)
-        batches = _numbers.plus(state.batches, _numbers.as_count(any_came.astype(jnp.uint32)))
+        batches = _numbers.plus(
+            state.batches, _numbers.as_count(any_came.astype(jnp.uint32))
+        )
 
         def average(old, came):
             # Between the two, whatever is rounded, so that a constant stays itself; the first batch counts in full.
-            mixed = _between((1 - share) * old + share * came, _numbers.smaller(old, came), _numbers.larger(old, came))
+            mixed = _between(
+                (1 - share) * old + share * came,
+                _numbers.smaller(old, came),
+                _numbers.larger(old, came),
+            )
             return jnp.where(any_came, jnp.where(state.weight == 0, came, mixed), old)
 
         return state._replace(
@@ -135,16 +149,22 @@ class MovingAverage(Observer):
         share = _numbers.as_float(state.batches) / jnp.maximum(total, 1.0)
 
         def average(value):
-            low, high = (jnp.where(some, value, np.float32(end)) for end in (np.inf, -np.inf))
+            low, high = (
+                jnp.where(some, value, np.float32(end)) for end in (np.inf, -np.inf)
+            )
             # Of one state alone, or of equal ones, it is that number, whatever is rounded.
-            mixed = _between(lax.psum(share * value, axis_name), *range_across(low, high, axis_name))
+            mixed = _between(
+                lax.psum(share * value, axis_name), *range_across(low, high, axis_name)
+            )
             return jnp.where(total == 0, 0.0, mixed)
 
         return state._replace(
             low=average(state.low),
             high=average(state.high),
             weight=lax.pmax(state.weight, axis_name),
-            batches=_numbers.add_up(state.batches, lambda words: lax.psum(words, axis_name)),
+            batches=_numbers.add_up(
+                state.batches, lambda words: lax.psum(words, axis_name)
+            ),
         )
 
     def _bounds(self, state, fmt, symmetric):
@@ -181,7 +201,10 @@ def absmax(*, axis: int | tuple[int, ...] | None = None) -> AbsMax:
 
 
 def moving_average(
-    decay: float = 0.99, *, bias_corrected: bool = False, axis: int | tuple[int, ...] | None = None
+    decay: float = 0.99,
+    *,
+    bias_corrected: bool = False,
+    axis: int | tuple[int, ...] | None = None,
 ) -> MovingAverage:
     """Moving averages of each batch's least and greatest number: `e = decay * e + (1 - decay) * v`.
 
@@ -222,12 +245,19 @@ def no_range(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
 def range_of(x: jax.Array, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The least and greatest number of each channel of `[*channels, n]`, infinite if there is none."""
     key = _numbers.ordered(x)
-    above, below = np.int32(_numbers.INFINITY), ~np.int32(_numbers.INFINITY)  # of infinity and minus infinity
+    above, below = (
+        np.int32(_numbers.INFINITY),
+        ~np.int32(_numbers.INFINITY),
+    )  # of infinity and minus infinity
     low = ~_numbers.largest(jnp.where(keep, ~key, ~above), ~above)
-    return _numbers.unordered(low), _numbers.unordered(_numbers.largest(jnp.where(keep, key, below), below))
+    return _numbers.unordered(low), _numbers.unordered(
+        _numbers.largest(jnp.where(keep, key, below), below)
+    )
 
 
-def range_across(low: jax.Array, high: jax.Array, axis_name) -> tuple[jax.Array, jax.Array]:
+def range_across(
+    low: jax.Array, high: jax.Array, axis_name
+) -> tuple[jax.Array, jax.Array]:
     """The least and greatest of all devices."""
     least = _numbers.unordered(lax.pmin(_numbers.ordered(low), axis_name))
     return least, _numbers.unordered(lax.pmax(_numbers.ordered(high), axis_name))
@@ -238,4 +268,6 @@ def _between(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def _largest_pattern(x: jax.Array, keep: jax.Array) -> jax.Array:
-    return _numbers.largest(jnp.where(keep, _numbers.magnitude_pattern(x), np.uint32(0)), np.uint32(0))
+    return _numbers.largest(
+        jnp.where(keep, _numbers.magnitude_pattern(x), np.uint32(0)), np.uint32(0)
+    )

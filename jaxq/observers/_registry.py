@@ -13,7 +13,16 @@ from jaxq.observers._percentile import Percentile
 from jaxq.observers._range import AbsMax, MinMax, MovingAverage
 
 _KINDS: dict[str, type[Observer]] = {
-    cls.kind: cls for cls in (AbsMax, Entropy, Histogram, MeanSquaredError, MinMax, MovingAverage, Percentile)
+    cls.kind: cls
+    for cls in (
+        AbsMax,
+        Entropy,
+        Histogram,
+        MeanSquaredError,
+        MinMax,
+        MovingAverage,
+        Percentile,
+    )
 }
 
 
@@ -37,7 +46,10 @@ def from_dict(data: dict[str, Any]) -> Observer:
     fields = dict(data)
     kind = fields.pop("type", "")
     if kind not in _KINDS:
-        raise ValueError("observers.from_dict: " + unknown_name("kind", kind, _KINDS, "jaxq.observers.names()"))
+        raise ValueError(
+            "observers.from_dict: "
+            + unknown_name("kind", kind, _KINDS, "jaxq.observers.names()")
+        )
     try:
         return _KINDS[kind](**fields)
     except TypeError as error:

@@ -51,9 +51,13 @@ def conv_general_dilated(
       TypeError: `rhs` is not a QTensor.
     """
     if not isinstance(rhs, QTensor):
-        raise TypeError(f"conv_general_dilated: rhs must be a QTensor, got {type(rhs).__name__}. Use lax for arrays.")
+        raise TypeError(
+            f"conv_general_dilated: rhs must be a QTensor, got {type(rhs).__name__}. Use lax for arrays."
+        )
     x, _ = as_operands(lhs, rhs, caller="conv_general_dilated")
-    out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(x.dtype, rhs.dtype))
+    out_dtype = jnp.dtype(
+        preferred_element_type or jnp.promote_types(x.dtype, rhs.dtype)
+    )
     numbers = lax.conv_dimension_numbers(x.shape, rhs.shape, dimension_numbers)
 
     def product(x: jax.Array, kernel: jax.Array, accumulate: Any) -> jax.Array:
@@ -73,7 +77,13 @@ def conv_general_dilated(
 
     batch, features = (numbers.lhs_spec[0], numbers.out_spec[0]), numbers.out_spec[1]
     y = convolve(
-        product, x, rhs, channel=numbers.rhs_spec[0], batch=batch, features=features, mixed=batch_group_count > 1
+        product,
+        x,
+        rhs,
+        channel=numbers.rhs_spec[0],
+        batch=batch,
+        features=features,
+        mixed=batch_group_count > 1,
     )
     return y.astype(out_dtype)
 
@@ -112,30 +122,61 @@ def convolve(
       ValueError: `kernel` has `outliers`.
     """
     if kernel.meta.outliers is not None:
-        raise ValueError(f"conv_general_dilated: {kernel!r} leaves out columns of a matrix; convolutions have none.")
+        raise ValueError(
+            f"conv_general_dilated: {kernel!r} leaves out columns of a matrix; convolutions have none."
+        )
     if kernel.meta.activation is not None and not isinstance(x, QTensor):
-        run = functools.partial(convolve, product, channel=channel, batch=batch, features=features, mixed=mixed)
+        run = functools.partial(
+            convolve,
+            product,
+            channel=channel,
+            batch=batch,
+            features=features,
+            mixed=mixed,
+        )
         return _dynamic(run, x, kernel, batch[0])
     kernel = kernel.with_activation(None)
-    mixes_scales = mixed and isinstance(x, QTensor) and math.prod(x.meta.geometry.num_blocks) > 1
-    codes = isinstance(x, QTensor) and why_not_codes(x, kernel, batch[0], channel % kernel.ndim) is None
+    mixes_scales = (
+        mixed and isinstance(x, QTensor) and math.prod(x.meta.geometry.num_blocks) > 1
+    )
+    codes = (
+        isinstance(x, QTensor)
+        and why_not_codes(x, kernel, batch[0], channel % kernel.ndim) is None
+    )
     if isinstance(x, QTensor) and codes and not mixes_scales:
         y = product(x.codes(), kernel.codes(), jnp.int32).astype(jnp.float32)
-        return y * _along(scale_values(x), batch[1], y.ndim) * _along(scale_values(kernel), features % y.ndim, y.ndim)
+        return (
+            y
+            * _along(scale_values(x), batch[1], y.ndim)
+            * _along(scale_values(kernel), features % y.ndim, y.ndim)
+        )
     floats = dequantize(x) if isinstance(x, QTensor) else x
     if floats.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise TypeError(f"conv_general_dilated: lhs must be float or a QTensor, got {floats.dtype.name}.")
+        raise TypeError(
+            f"conv_general_dilated: lhs must be float or a QTensor, got {floats.dtype.name}."
+        )
     return product(floats, dequantize(kernel, dtype=floats.dtype), jnp.float32)
 
 
-def _dynamic(run: Callable[..., jax.Array], x: jax.Array, kernel: QTensor, batch: int) -> jax.Array:
+def _dynamic(
+    run: Callable[..., jax.Array], x: jax.Array, kernel: QTensor, batch: int
+) -> jax.Array:
     @jax.custom_vjp
     def quantized(x: jax.Array, kernel: QTensor) -> jax.Array:
         assert kernel.meta.activation is not None
         others = tuple(a for a in range(x.ndim) if a != batch)
-        bounds = None if kernel.input_range is None else (kernel.input_range[0], kernel.input_range[1])
+        bounds = (
+            None
+            if kernel.input_range is None
+            else (kernel.input_range[0], kernel.input_range[1])
+        )
         qx = quantize(
-            x, kernel.meta.activation, contracting=others, on_nonfinite="propagate", bounds=bounds, name="activation"
+            x,
+            kernel.meta.activation,
+            contracting=others,
+            on_nonfinite="propagate",
+            bounds=bounds,
+            name="activation",
         )
         return run(qx, kernel.with_activation(None))
 
@@ -146,7 +187,11 @@ def _dynamic(run: Callable[..., jax.Array], x: jax.Array, kernel: QTensor, batch
         x, kernel = saved
         _, pull = jax.vjp(run, x, kernel.with_activation(None))
         dx, dkernel = pull(dy)
-        ends = None if kernel.input_range is None else (kernel.input_range[0], kernel.input_range[1])
+        ends = (
+            None
+            if kernel.input_range is None
+            else (kernel.input_range[0], kernel.input_range[1])
+        )
         return straight_through(dx, dkernel, x, kernel, ends)
 
     quantized.defvjp(forward, backward)
@@ -157,11 +202,19 @@ def why_not_codes(x: QTensor, kernel: QTensor, batch: int, channel: int) -> str 
     """None if the codes of `x` and `kernel` can be convolved as integers, else the reason."""
     for what, qt, kept in (("input", x, batch), ("kernel", kernel, channel)):
         geometry = qt.meta.geometry
-        if qt.spec.fmt.kind != "integer" or any(v is not None for v in (qt.zero_point, qt.offset, qt.codebook)):
+        if qt.spec.fmt.kind != "integer" or any(
+            v is not None for v in (qt.zero_point, qt.offset, qt.codebook)
+        ):
             return f"the {what}, {qt.spec.fmt.name}, is not in symmetric integers"
         if qt.batch_shape or geometry.flat or geometry.num_blocks[-1] != 1:
-            return f"the {what} has several scales for one output, {qt.spec.granularity}"
-        sizes = {a: n for a, n in zip(geometry.kept, geometry.num_blocks, strict=False) if n > 1}
+            return (
+                f"the {what} has several scales for one output, {qt.spec.granularity}"
+            )
+        sizes = {
+            a: n
+            for a, n in zip(geometry.kept, geometry.num_blocks, strict=False)
+            if n > 1
+        }
         if set(sizes) - {kept - qt.ndim}:
             return f"the {what} has scales along axes {sorted(sizes)}: {qt!r}"
     terms = kernel.size // kernel.shape[channel]

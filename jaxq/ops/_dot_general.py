@@ -69,9 +69,16 @@ def dot_general(
         return _dot_general(lhs, rhs, dims, out_dtype, precision, out_sharding)
     specs = (_spec_of(lhs), _spec_of(rhs))
     batch = [specs[0][a] for a in dims[1][0]]
-    free = [s[a] for s, c, b in zip(specs, dims[0], dims[1], strict=True) for a in range(len(s)) if a not in (*c, *b)]
+    free = [
+        s[a]
+        for s, c, b in zip(specs, dims[0], dims[1], strict=True)
+        for a in range(len(s))
+        if a not in (*c, *b)
+    ]
     product = functools.partial(_dot_general, dims=dims, out_dtype=out_dtype)
-    return sharding.lay_out(sharding.over_explicit_axes(product, (*batch, *free), lhs, rhs), out_sharding)
+    return sharding.lay_out(
+        sharding.over_explicit_axes(product, (*batch, *free), lhs, rhs), out_sharding
+    )
 
 
 def _spec_of(x: jax.Array | QTensor) -> tuple:
@@ -97,13 +104,28 @@ def _dot_general(
     out_sharding: Any = None,
 ) -> jax.Array:
     plan = make_plan(lhs, rhs, dims)
-    if isinstance(rhs, QTensor) and rhs.meta.activation is not None and not isinstance(lhs, QTensor):
+    if (
+        isinstance(rhs, QTensor)
+        and rhs.meta.activation is not None
+        and not isinstance(lhs, QTensor)
+    ):
         return _dynamic(lhs, rhs, dims, False).astype(out_dtype)
-    if isinstance(lhs, QTensor) and lhs.meta.activation is not None and not isinstance(rhs, QTensor):
+    if (
+        isinstance(lhs, QTensor)
+        and lhs.meta.activation is not None
+        and not isinstance(rhs, QTensor)
+    ):
         return _dynamic(rhs, lhs, dims, True).astype(out_dtype)
     if not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor):
         wide = jnp.dtype(plan.accumulate)
-        y = lax.dot_general(lhs, rhs, dims, precision=precision, preferred_element_type=wide, out_sharding=out_sharding)
+        y = lax.dot_general(
+            lhs,
+            rhs,
+            dims,
+            precision=precision,
+            preferred_element_type=wide,
+            out_sharding=out_sharding,
+        )
     elif isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
         y = _codes(lhs, rhs, dims) if plan.path == "codes" else dot_general(
             dequantize(lhs), rhs, dims, preferred_element_type=jnp.float32
@@ -114,7 +136,9 @@ def _dot_general(
         y = _float_by_weight(rhs, lhs, mirrored, plan, out_dtype)
         num_batch, num_x = len(dims[1][0]), rhs.ndim - len(dims[0][1]) - len(dims[1][1])
         # Computed as [batch, x's free axes, weight's free axes]; asked for the other way round.
-        y = jnp.moveaxis(y, range(num_batch, num_batch + num_x), range(y.ndim - num_x, y.ndim))
+        y = jnp.moveaxis(
+            y, range(num_batch, num_batch + num_x), range(y.ndim - num_x, y.ndim)
+        )
     else:
         assert isinstance(rhs, QTensor)
         y = _float_by_weight(lhs, rhs, dims, plan, out_dtype)
@@ -122,7 +146,11 @@ def _dot_general(
 
 
 def explain(
-    lhs: Operand, rhs: Operand, dimension_numbers: DimensionNumbers | None = None, *, platform: str | None = None
+    lhs: Operand,
+    rhs: Operand,
+    dimension_numbers: DimensionNumbers | None = None,
+    *,
+    platform: str | None = None,
 ) -> Plan:
     """Which path `dot_general` takes for these operands, which kernel runs it, and why; nothing is computed.
 
@@ -159,7 +187,9 @@ def explain(
     if platform is None:
         platform = jax.default_backend()
     else:
-        formats.check_choice("explain: platform", platform, ("cpu", "cuda", "gpu", "rocm", "tpu"))
+        formats.check_choice(
+            "explain: platform", platform, ("cpu", "cuda", "gpu", "rocm", "tpu")
+        )
     platform = {"gpu": "cuda"}.get(platform, platform)
     choice = _choose_kernel(lhs, rhs, dims, platform)
     return dataclasses.replace(
@@ -171,34 +201,57 @@ def explain(
     )
 
 
-def _choose_kernel(lhs: Any, rhs: Any, dims: DimensionNumbers, platform: str) -> kernels.Choice:
+def _choose_kernel(
+    lhs: Any, rhs: Any, dims: DimensionNumbers, platform: str
+) -> kernels.Choice:
     """The kernel of the first product that has one, or the reason of the last."""
     if platform not in kernels.KERNELS:
         return kernels.Choice("xla", f"there are no kernels for {platform}")
-    traced = jax.make_jaxpr(lambda lhs, rhs: dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32))
-    shaped = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (lhs, rhs))
-    shardings: list[Any] = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves((lhs, rhs))]
-    num_devices = max([1, *(len(s.device_set) for s in shardings if hasattr(s, "device_set"))])
-    choice = kernels.Choice("xla", "kernels multiply floats, or int8 of one scale a row, by a weight; this is neither")
+    traced = jax.make_jaxpr(
+        lambda lhs, rhs: dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+    )
+    shaped = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (lhs, rhs)
+    )
+    shardings: list[Any] = [
+        getattr(leaf, "sharding", None) for leaf in jax.tree.leaves((lhs, rhs))
+    ]
+    num_devices = max(
+        [1, *(len(s.device_set) for s in shardings if hasattr(s, "device_set"))]
+    )
+    choice = kernels.Choice(
+        "xla",
+        "kernels multiply floats, or int8 of one scale a row, by a weight; this is neither",
+    )
     for call, x, leaves in kernels.calls(traced(*shaped).jaxpr):
         found = kernels.problem_of(call, x, leaves)
-        choice = kernels.choose(found, platform, kernels.device_kind(platform), num_devices)
+        choice = kernels.choose(
+            found, platform, kernels.device_kind(platform), num_devices
+        )
         if choice.reason is None:
             break
     return choice
 
 
-def as_operands(*operands: Operand, caller: str = "dot_general") -> tuple[jax.Array | QTensor, ...]:
+def as_operands(
+    *operands: Operand, caller: str = "dot_general"
+) -> tuple[jax.Array | QTensor, ...]:
     """QTensors as they are, also inside Flax variables; anything else as jax arrays.
 
     Raises:
       TypeError: a numpy array that would lose its dtype on the way meets a QTensor.
     """
     held = [getattr(x, "get_value", None) for x in operands]
-    values = [x if get is None else get() for x, get in zip(operands, held, strict=True)]
+    values = [
+        x if get is None else get() for x, get in zip(operands, held, strict=True)
+    ]
     quantized = next((x for x in values if isinstance(x, QTensor)), None)
     for x in values:
-        if quantized is not None and isinstance(x, np.ndarray) and jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+        if (
+            quantized is not None
+            and isinstance(x, np.ndarray)
+            and jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
+        ):
             _check_floats(x, quantized, caller)
     return tuple(x if isinstance(x, QTensor) else jnp.asarray(x) for x in values)
 
@@ -210,26 +263,41 @@ def align_matmul(lhs: Any, rhs: Any) -> tuple[Any, Any, DimensionNumbers]:
     """
     for operand in (lhs, rhs):
         if operand.ndim == 0:
-            raise ValueError("matmul: operands must have at least one axis; use * for scalars.")
+            raise ValueError(
+                "matmul: operands must have at least one axis; use * for scalars."
+            )
     if isinstance(rhs, QTensor) and rhs.ndim > max(lhs.ndim, 2):
         lhs = _broadcast(lhs, rhs.shape[:-2])
     if isinstance(lhs, QTensor) and lhs.ndim > max(rhs.ndim, 2):
         rhs = _broadcast(rhs, lhs.shape[:-2])
     shared = max(0, min(lhs.ndim, rhs.ndim) - 2)
-    batch = [tuple(range(v.ndim - 2 - shared, v.ndim - 2)) if shared else () for v in (lhs, rhs)]
+    batch = [
+        tuple(range(v.ndim - 2 - shared, v.ndim - 2)) if shared else ()
+        for v in (lhs, rhs)
+    ]
     return lhs, rhs, (((lhs.ndim - 1,), (max(rhs.ndim - 2, 0),)), (batch[0], batch[1]))
 
 
 def _broadcast(x: Any, leading: tuple[int, ...]) -> Any:
     if isinstance(x, QTensor):
-        raise ValueError(f"matmul: {x!r} cannot be broadcast to leading axes {list(leading)}.")
+        raise ValueError(
+            f"matmul: {x!r} cannot be broadcast to leading axes {list(leading)}."
+        )
     shape = (*leading, *x.shape[max(x.ndim - 2, 0) :])
     if x.ndim == 1:
-        raise ValueError(f"matmul: a row meets leading axes {list(leading)}; give it two axes, x[None].")
-    return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jnp.broadcast_to(x, shape)
+        raise ValueError(
+            f"matmul: a row meets leading axes {list(leading)}; give it two axes, x[None]."
+        )
+    return (
+        jax.ShapeDtypeStruct(shape, x.dtype)
+        if isinstance(x, jax.ShapeDtypeStruct)
+        else jnp.broadcast_to(x, shape)
+    )
 
 
-def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Plan, out_dtype: np.dtype) -> jax.Array:
+def _float_by_weight(
+    x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Plan, out_dtype: np.dtype
+) -> jax.Array:
     """`[batch, free axes of x, free axes of the weight]`, summed in float32."""
     # Numbers of the weight must not be rounded, or overflow, on their way into a narrower x.
     narrow = x.dtype == qt.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
@@ -238,10 +306,16 @@ def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Pl
         w = dequantize(qt, dtype=x.dtype)
         return lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
     (x_axes, w_axes), (x_batch, w_batch) = dims
-    named = {a - qt.ndim if a >= 0 else a: b for a, b in zip(w_axes, x_axes, strict=True)}
+    named = {
+        a - qt.ndim if a >= 0 else a: b for a, b in zip(w_axes, x_axes, strict=True)
+    }
     geometry = qt.meta.geometry
     transposed = plan.path == "weight_only_transposed"
-    along, out = (geometry.kept, geometry.contracted) if transposed else (geometry.contracted, geometry.kept)
+    along, out = (
+        (geometry.kept, geometry.contracted)
+        if transposed
+        else (geometry.contracted, geometry.kept)
+    )
     sums = out_dtype.name if out_dtype.name in ("bfloat16", "float16") else "float32"
 
     def one(x: jax.Array, qt: QTensor) -> jax.Array:
@@ -250,11 +324,15 @@ def _float_by_weight(x: jax.Array, qt: QTensor, dims: DimensionNumbers, plan: Pl
 
     x_rows, free = _to_rows(x, [named[a] for a in along], x_batch)
     y = _over_batch(one, len(w_batch))(x_rows, qt)
-    y = y.reshape(*x_rows.shape[: len(x_batch)], *free, *(geometry.shape[a] for a in out))
+    y = y.reshape(
+        *x_rows.shape[: len(x_batch)], *free, *(geometry.shape[a] for a in out)
+    )
     return _sort_last(y, out)
 
 
-def _dynamic(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -> jax.Array:
+def _dynamic(
+    x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool
+) -> jax.Array:
     """The product with x quantized on the fly, columns of outliers left out and multiplied in floats; float32."""
     threshold = qt.meta.outliers
     if threshold is None:
@@ -264,22 +342,31 @@ def _dynamic(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -
     free = tuple(a for a in range(x.ndim) if a not in (*dims[0][side], *dims[1][side]))
     magnitude = jnp.max(jnp.abs(x), axis=free, keepdims=True, initial=0.0)
     ordinary = magnitude < threshold  # NaN is an outlier
-    low = cast(jax.Array, _quantized(jnp.where(ordinary, x, jnp.zeros((), x.dtype)), qt, dims, swapped))
+    low = cast(
+        jax.Array,
+        _quantized(jnp.where(ordinary, x, jnp.zeros((), x.dtype)), qt, dims, swapped),
+    )
     high = jnp.where(ordinary, jnp.zeros((), x.dtype), x)
     return low + _in_floats(high, qt.with_activation(None), dims, swapped)
 
 
-def _in_floats(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -> jax.Array:
+def _in_floats(
+    x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool
+) -> jax.Array:
     lhs, rhs = (qt, x) if swapped else (x, qt)
     return dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _quantized(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool) -> jax.Array:
+def _quantized(
+    x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool
+) -> jax.Array:
     """The product with x quantized as `qt.meta.activation` says; float32. Backward, x passes straight through."""
     assert qt.meta.activation is not None
     side = 1 if swapped else 0
-    bounds = None if qt.input_range is None else _ends(qt.input_range, dims[1][1 - side])
+    bounds = (
+        None if qt.input_range is None else _ends(qt.input_range, dims[1][1 - side])
+    )
     order, dims = batch_first(x.ndim, dims, side)
     qx = quantize(
         jnp.transpose(x, order),
@@ -297,7 +384,9 @@ def _quantized(x: jax.Array, qt: QTensor, dims: DimensionNumbers, swapped: bool)
 
 def _ends(input_range: jax.Array, batch: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """(low, high), each `[*batch]` in the order of the product's batch axes; `[]` where all share one range."""
-    if input_range.ndim == 1:  # a weight whose batch axes do not lead has no stacked ranges
+    if (
+        input_range.ndim == 1
+    ):  # a weight whose batch axes do not lead has no stacked ranges
         return input_range[0], input_range[1]
     ordered = jnp.transpose(input_range, (*batch, len(batch)))
     return ordered[..., 0], ordered[..., 1]
@@ -309,7 +398,9 @@ def _quantized_forward(x, qt, dims, swapped):
 
 def _quantized_backward(dims, swapped, saved, dy):
     x, qt = saved
-    _, pull = jax.vjp(lambda x, qt: _in_floats(x, qt, dims, swapped), x, qt.with_activation(None))
+    _, pull = jax.vjp(
+        lambda x, qt: _in_floats(x, qt, dims, swapped), x, qt.with_activation(None)
+    )
     dx, dqt = pull(dy)
     ends = None
     if qt.input_range is not None:
@@ -324,7 +415,9 @@ def _over_axes(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
     if not values.ndim:
         return values
     values = jnp.transpose(values, np.argsort(axes).tolist())
-    return values.reshape([values.shape[sorted(axes).index(i)] if i in axes else 1 for i in range(ndim)])
+    return values.reshape(
+        [values.shape[sorted(axes).index(i)] if i in axes else 1 for i in range(ndim)]
+    )
 
 
 _quantized.defvjp(_quantized_forward, _quantized_backward)
@@ -333,18 +426,30 @@ _quantized.defvjp(_quantized_forward, _quantized_backward)
 def _codes(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> jax.Array:
     def one(lhs: QTensor, rhs: QTensor) -> jax.Array:
         (a, a_meta), (b, b_meta) = rows_of(lhs), rows_of(rhs)
-        if a_meta.fmt.name == "int8" and a.zero_point is None and a.scale.shape[-1] == 1:
+        if (
+            a_meta.fmt.name == "int8"
+            and a.zero_point is None
+            and a.scale.shape[-1] == 1
+        ):
             # Plain int8 rows, as activations are: their scale joins the result, so that kernels see integers alone.
-            return kernels.call_matmul(a.data, b, kernels.Call(b_meta, (), "float32")) * a.scale.astype(jnp.float32)
+            return kernels.call_matmul(
+                a.data, b, kernels.Call(b_meta, (), "float32")
+            ) * a.scale.astype(jnp.float32)
         return kernels.codes_matmul(a, a_meta, b, b_meta)
 
     y = _over_batch(one, len(dims[1][0]))(lhs, rhs)
     free = [qt.meta.geometry.kept for qt in (lhs, rhs)]
-    sizes = [qt.meta.geometry.shape[a] for qt, axes in zip((lhs, rhs), free, strict=True) for a in axes]
+    sizes = [
+        qt.meta.geometry.shape[a]
+        for qt, axes in zip((lhs, rhs), free, strict=True)
+        for a in axes
+    ]
     y = _sort_last(y.reshape(*lhs.batch_shape, *sizes), free[1])
     first = len(lhs.batch_shape)
     middle = [first + int(i) for i in np.argsort(free[0])]
-    return jnp.transpose(y, (*range(first), *middle, *range(first + len(middle), y.ndim)))
+    return jnp.transpose(
+        y, (*range(first), *middle, *range(first + len(middle), y.ndim))
+    )
 
 
 def _over_batch(one, num_batch: int):
@@ -353,7 +458,9 @@ def _over_batch(one, num_batch: int):
     return one
 
 
-def _to_rows(x: jax.Array, contracted: list[int], batch: Sequence[int]) -> tuple[jax.Array, list[int]]:
+def _to_rows(
+    x: jax.Array, contracted: list[int], batch: Sequence[int]
+) -> tuple[jax.Array, list[int]]:
     """`[*batch, free..., contracted...]` with both runs flattened, and the sizes of the free axes."""
     contracted = [a % x.ndim for a in contracted]
     batch = [a % x.ndim for a in batch]
@@ -367,7 +474,9 @@ def _to_rows(x: jax.Array, contracted: list[int], batch: Sequence[int]) -> tuple
 def _sort_last(y: jax.Array, axes: Sequence[int]) -> jax.Array:
     """The last axes of y stand in the order `axes` names them; brings them into ascending order."""
     first = y.ndim - len(axes)
-    return jnp.transpose(y, (*range(first), *(first + int(i) for i in np.argsort(axes))))
+    return jnp.transpose(
+        y, (*range(first), *(first + int(i) for i in np.argsort(axes)))
+    )
 
 
 def _result_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
@@ -375,7 +484,9 @@ def _result_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
     quantized = isinstance(lhs, QTensor) or isinstance(rhs, QTensor)
     if preferred is not None:
         dtype = jnp.dtype(preferred)
-        if quantized and (not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4):
+        if quantized and (
+            not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4
+        ):
             raise TypeError(
                 f"dot_general: products with scales are float32 sums; preferred_element_type must be float32 or a "
                 f"narrower float, got {dtype}."
@@ -416,7 +527,11 @@ def _check_sizes(lhs: Any, rhs: Any, dims: DimensionNumbers) -> None:
 
 def _check_floats(lhs: Any, rhs: Any, caller: str = "dot_general") -> None:
     for x, other in ((lhs, rhs), (rhs, lhs)):
-        if isinstance(other, QTensor) and not isinstance(x, QTensor) and not jnp.issubdtype(x.dtype, jnp.floating):
+        if (
+            isinstance(other, QTensor)
+            and not isinstance(x, QTensor)
+            and not jnp.issubdtype(x.dtype, jnp.floating)
+        ):
             raise TypeError(
                 f"{caller}: {x.dtype.name}{list(x.shape)} meets {other!r}. "
                 "Pass floats, or quantize this operand as well."

@@ -72,22 +72,34 @@ def einsum(
       (2, 3, 4, 8)
     """
     if not isinstance(subscripts, str):
-        raise TypeError(f"einsum: subscripts must be a text like 'bk,kn->bn', got {type(subscripts).__name__}.")
+        raise TypeError(
+            f"einsum: subscripts must be a text like 'bk,kn->bn', got {type(subscripts).__name__}."
+        )
     operands = as_operands(*operands)
     if not any(isinstance(v, QTensor) for v in operands):
         arrays: list[Any] = list(operands)
         wide = accumulate_dtype(*arrays)
-        y = jnp.einsum(subscripts, *arrays, precision=precision, preferred_element_type=wide, out_sharding=out_sharding)
+        y = jnp.einsum(
+            subscripts,
+            *arrays,
+            precision=precision,
+            preferred_element_type=wide,
+            out_sharding=out_sharding,
+        )
         return y.astype(preferred_element_type or result_dtype(*arrays))
     if len(operands) != 2:
-        raise ValueError(f"einsum: QTensors multiply two at a time, got {len(operands)} operands in {subscripts!r}.")
+        raise ValueError(
+            f"einsum: QTensors multiply two at a time, got {len(operands)} operands in {subscripts!r}."
+        )
     a, b = operands
     dims, order = einsum_numbers(subscripts, a.ndim, b.ndim)
     y = dot_general(a, b, dims, preferred_element_type=preferred_element_type)
     return sharding.lay_out(jnp.transpose(y, order), out_sharding)
 
 
-def einsum_numbers(subscripts: str, left_ndim: int, right_ndim: int) -> tuple[DimensionNumbers, list[int]]:
+def einsum_numbers(
+    subscripts: str, left_ndim: int, right_ndim: int
+) -> tuple[DimensionNumbers, list[int]]:
     """The dimension numbers of an einsum's product, and the order in which its result has that product's axes.
 
     Raises:
@@ -100,18 +112,31 @@ def einsum_numbers(subscripts: str, left_ndim: int, right_ndim: int) -> tuple[Di
         (tuple(left.index(i) for i in summed), tuple(right.index(i) for i in summed)),
         (tuple(left.index(i) for i in batch), tuple(right.index(i) for i in batch)),
     )
-    produced = batch + [i for i in left if i not in batch + summed] + [i for i in right if i not in batch + summed]
+    produced = (
+        batch
+        + [i for i in left if i not in batch + summed]
+        + [i for i in right if i not in batch + summed]
+    )
     return dims, [produced.index(i) for i in out]
 
 
-def _parse(subscripts: str, left_ndim: int, right_ndim: int) -> tuple[list[str], list[str], list[str]]:
+def _parse(
+    subscripts: str, left_ndim: int, right_ndim: int
+) -> tuple[list[str], list[str], list[str]]:
     """The three index lists; an ellipsis becomes capital indices of its own."""
     text = subscripts.replace(" ", "")
     inputs, arrow, out = text.partition("->")
     if inputs.count(",") != 1:
         raise ValueError(f"einsum: {subscripts!r} must name two operands.")
     left, right = inputs.split(",")
-    dots = max((n - len(part) + 3 for part, n in ((left, left_ndim), (right, right_ndim)) if "..." in part), default=0)
+    dots = max(
+        (
+            n - len(part) + 3
+            for part, n in ((left, left_ndim), (right, right_ndim))
+            if "..." in part
+        ),
+        default=0,
+    )
     extra = [f"...{i}" for i in range(dots)]
 
     def expand(part: str) -> list[str]:
@@ -121,19 +146,31 @@ def _parse(subscripts: str, left_ndim: int, right_ndim: int) -> tuple[list[str],
     indices = [expand(left), expand(right)]
     if not arrow:
         counted = indices[0] + indices[1]
-        out_indices = extra + sorted(i for i in set(counted) - set(extra) if counted.count(i) == 1)
+        out_indices = extra + sorted(
+            i for i in set(counted) - set(extra) if counted.count(i) == 1
+        )
     else:
         out_indices = expand(out)
     for part, ndim in zip(indices, (left_ndim, right_ndim), strict=True):
         if len(part) != ndim:
-            more = " An ellipsis may stand in one operand, the float one." if dots else ""
-            raise ValueError(f"einsum: {subscripts!r} names {len(part)} axes of an operand that has {ndim}.{more}")
+            more = (
+                " An ellipsis may stand in one operand, the float one." if dots else ""
+            )
+            raise ValueError(
+                f"einsum: {subscripts!r} names {len(part)} axes of an operand that has {ndim}.{more}"
+            )
         if len(set(part)) != len(part):
-            raise ValueError(f"einsum: {subscripts!r} repeats an index within an operand; take the diagonal first.")
+            raise ValueError(
+                f"einsum: {subscripts!r} repeats an index within an operand; take the diagonal first."
+            )
     everything = set(indices[0]) | set(indices[1])
     if set(out_indices) - everything or len(set(out_indices)) != len(out_indices):
-        raise ValueError(f"einsum: the result of {subscripts!r} must name indices of the operands, each once.")
+        raise ValueError(
+            f"einsum: the result of {subscripts!r} must name indices of the operands, each once."
+        )
     alone = (set(indices[0]) ^ set(indices[1])) - set(out_indices)
     if alone:
-        raise ValueError(f"einsum: {subscripts!r} sums {sorted(alone)} in one operand alone; sum it beforehand.")
+        raise ValueError(
+            f"einsum: {subscripts!r} sums {sorted(alone)} in one operand alone; sum it beforehand."
+        )
     return indices[0], indices[1], out_indices

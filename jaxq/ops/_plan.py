@@ -16,7 +16,9 @@ from jaxq.kernels import is_native_float, largest_exact_length
 from jaxq.ops._rows import rows_of, why_not_rows
 from jaxq.qtensor import QTensor, quantize
 
-DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+DimensionNumbers = tuple[
+    tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
+]
 Path = Literal["dense", "codes", "weight_only", "weight_only_transposed", "dequantize"]
 
 
@@ -53,7 +55,9 @@ class Plan:
             return text
         if self.why_no_kernel is None:
             others = f" ({self.passed_over})" if self.passed_over else ""
-            return f"{text}; runs as the {self.kernel} kernel on {self.platform}{others}"
+            return (
+                f"{text}; runs as the {self.kernel} kernel on {self.platform}{others}"
+            )
         return f"{text}; in plain XLA on {self.platform}: {self.why_no_kernel}"
 
 
@@ -61,7 +65,9 @@ def make_plan(lhs: Any, rhs: Any, dims: DimensionNumbers) -> Plan:
     """The plan for `lax.dot_general(lhs, rhs, dims)` with a QTensor on either side, both, or none."""
     left, right = isinstance(lhs, QTensor), isinstance(rhs, QTensor)
     if not left and not right:
-        return Plan("dense", accumulate_dtype(lhs, rhs).name, False, "no operand is quantized")
+        return Plan(
+            "dense", accumulate_dtype(lhs, rhs).name, False, "no operand is quantized"
+        )
     if left and right:
         return _plan_both(lhs, rhs, dims)
     qt, (contracted, batch), swapped = (rhs, (dims[0][1], dims[1][1]), False) if right else (
@@ -71,11 +77,18 @@ def make_plan(lhs: Any, rhs: Any, dims: DimensionNumbers) -> Plan:
         return _plan_dynamic(rhs if swapped else lhs, qt, dims, swapped)
     problem = why_not_batch(qt, batch) or why_not_rows(qt)
     if problem:
-        return Plan("dequantize", "float32", swapped, f"the whole weight, because {problem}")
+        return Plan(
+            "dequantize", "float32", swapped, f"the whole weight, because {problem}"
+        )
     geometry = qt.meta.geometry
     axes = {a - qt.ndim if a >= 0 else a for a in contracted}
     if axes == set(geometry.contracted):
-        return Plan("weight_only", "float32", swapped, f"{qt.spec.fmt.name} codes are decoded in blocks of rows")
+        return Plan(
+            "weight_only",
+            "float32",
+            swapped,
+            f"{qt.spec.fmt.name} codes are decoded in blocks of rows",
+        )
     if axes == set(geometry.kept):
         return Plan(
             "weight_only_transposed",
@@ -98,18 +111,33 @@ def _plan_dynamic(x: Any, qt: QTensor, dims: DimensionNumbers, swapped: bool) ->
     order, dims = batch_first(x.ndim, dims, side)
     shaped = jax.ShapeDtypeStruct(tuple(x.shape[a] for a in order), x.dtype)
     qx = jax.eval_shape(
-        lambda v: quantize(v, spec, contracting=tuple(dims[0][side]), batch=tuple(dims[1][side]), name="activation"),
+        lambda v: quantize(
+            v,
+            spec,
+            contracting=tuple(dims[0][side]),
+            batch=tuple(dims[1][side]),
+            name="activation",
+        ),
         shaped,
     )
     weight = qt.with_activation(None)
     rest = make_plan(*((weight, qx) if swapped else (qx, weight)), dims)
     outliers = qt.meta.outliers
-    kept = "" if outliers is None else f", but for columns that reach {outliers:g}, which are multiplied in floats"
+    kept = (
+        ""
+        if outliers is None
+        else f", but for columns that reach {outliers:g}, which are multiplied in floats"
+    )
     how = "on the fly" if qt.input_range is None else "by a range known beforehand"
-    return dataclasses.replace(rest, reason=f"activations are quantized to {spec.fmt.name} {how}{kept}; {rest.reason}")
+    return dataclasses.replace(
+        rest,
+        reason=f"activations are quantized to {spec.fmt.name} {how}{kept}; {rest.reason}",
+    )
 
 
-def batch_first(ndim: int, dims: DimensionNumbers, side: int) -> tuple[list[int], DimensionNumbers]:
+def batch_first(
+    ndim: int, dims: DimensionNumbers, side: int
+) -> tuple[list[int], DimensionNumbers]:
     """Order of one operand's axes that brings the product's batch axes to the front, and the numbers of that product.
 
     The result stays what it is: its batch axes lead already, and free axes keep their order.
@@ -126,18 +154,44 @@ def _plan_both(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> Plan:
     problem = _why_not_codes(lhs, rhs, dims)
     if problem:
         rest = make_plan(_floats_like(lhs), rhs, dims)
-        return dataclasses.replace(rest, reason=f"the left operand is dequantized, because {problem}; {rest.reason}")
+        return dataclasses.replace(
+            rest,
+            reason=f"the left operand is dequantized, because {problem}; {rest.reason}",
+        )
     if is_native_float(rhs.spec.fmt):
-        return Plan("codes", "float32", False, f"{lhs.spec.fmt.name} x {rhs.spec.fmt.name} products of codes")
-    chunk = largest_exact_length(rows_meta(lhs), lhs.zero_point is None, rows_meta(rhs), rhs.zero_point is None)
+        return Plan(
+            "codes",
+            "float32",
+            False,
+            f"{lhs.spec.fmt.name} x {rhs.spec.fmt.name} products of codes",
+        )
+    chunk = largest_exact_length(
+        rows_meta(lhs), lhs.zero_point is None, rows_meta(rhs), rhs.zero_point is None
+    )
     parts = -(-rhs.meta.geometry.contracted_size // chunk)
-    more = f", in {parts} parts of at most {chunk} along k, which int32 holds" if parts > 1 else ""
-    zero = " with zero points" if lhs.zero_point is not None or rhs.zero_point is not None else ""
-    return Plan("codes", "int32", False, f"{lhs.spec.fmt.name} x {rhs.spec.fmt.name} products of codes{zero}{more}")
+    more = (
+        f", in {parts} parts of at most {chunk} along k, which int32 holds"
+        if parts > 1
+        else ""
+    )
+    zero = (
+        " with zero points"
+        if lhs.zero_point is not None or rhs.zero_point is not None
+        else ""
+    )
+    return Plan(
+        "codes",
+        "int32",
+        False,
+        f"{lhs.spec.fmt.name} x {rhs.spec.fmt.name} products of codes{zero}{more}",
+    )
 
 
 def _why_not_codes(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> str | None:
-    for qt, contracted, batch in ((lhs, dims[0][0], dims[1][0]), (rhs, dims[0][1], dims[1][1])):
+    for qt, contracted, batch in (
+        (lhs, dims[0][0], dims[1][0]),
+        (rhs, dims[0][1], dims[1][1]),
+    ):
         problem = why_not_batch(qt, batch) or why_not_rows(qt)
         if problem:
             return problem
@@ -156,11 +210,18 @@ def _why_not_codes(lhs: QTensor, rhs: QTensor, dims: DimensionNumbers) -> str | 
         {a - qt.ndim if a >= 0 else a: i for i, a in enumerate(axes)}
         for qt, axes in zip((lhs, rhs), dims[0], strict=True)
     ]
-    if [where[0][a] for a in lhs.meta.geometry.contracted] != [where[1][a] for a in rhs.meta.geometry.contracted]:
+    if [where[0][a] for a in lhs.meta.geometry.contracted] != [
+        where[1][a] for a in rhs.meta.geometry.contracted
+    ]:
         return "their contracted axes are flattened in different orders"
-    groups = [qt.meta.geometry.num_blocks[-1] if not qt.meta.geometry.flat else 0 for qt in (lhs, rhs)]
+    groups = [
+        qt.meta.geometry.num_blocks[-1] if not qt.meta.geometry.flat else 0
+        for qt in (lhs, rhs)
+    ]
     sizes = [qt.meta.geometry.block_shape[-1] for qt in (lhs, rhs)]
-    if 0 in groups or (1 not in groups and (groups[0] != groups[1] or sizes[0] != sizes[1])):
+    if 0 in groups or (
+        1 not in groups and (groups[0] != groups[1] or sizes[0] != sizes[1])
+    ):
         return f"their groups along k differ ({sizes[0]} and {sizes[1]})"
     return None
 
@@ -177,7 +238,9 @@ def rows_meta(qt: QTensor):
     """`RowMeta` of a QTensor, batch axes or not; nothing is computed."""
     one = jax.eval_shape(lambda q: q, qt)
     for _ in qt.batch_shape:
-        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one)
+        one = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one
+        )
     found = []
     jax.eval_shape(lambda q: found.append(rows_of(q)[1]), one)
     return found[0]
@@ -197,9 +260,15 @@ def accumulate_dtype(*operands: Any) -> np.dtype:
 def result_dtype(*operands: Any) -> np.dtype:
     """What those sums are given back in if nobody says: what the operands promote to, if it has at least 16 bits."""
     dtype = _promoted(operands)
-    return dtype if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2 else accumulate_dtype(*operands)
+    return (
+        dtype
+        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2
+        else accumulate_dtype(*operands)
+    )
 
 
 def _promoted(operands: Sequence[Any]) -> np.dtype:
     dtypes = [jnp.dtype(v.dtype) for v in operands]
-    return functools.reduce(lambda a, b: a if a == b else jnp.promote_types(a, b), dtypes)
+    return functools.reduce(
+        lambda a, b: a if a == b else jnp.promote_types(a, b), dtypes
+    )

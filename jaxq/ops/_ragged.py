@@ -14,7 +14,11 @@ from jaxq.qtensor import QTensor
 
 
 def ragged_dot(
-    x: jax.Array, weights: QTensor, group_sizes: jax.Array, *, preferred_element_type: Any = None
+    x: jax.Array,
+    weights: QTensor,
+    group_sizes: jax.Array,
+    *,
+    preferred_element_type: Any = None,
 ) -> jax.Array:
     """`lax.ragged_dot` with quantized weights: the first `group_sizes[0]` rows of x meet `weights[0]`, and so on.
 
@@ -41,19 +45,32 @@ def ragged_dot(
       (5, 8)
     """
     if not isinstance(weights, QTensor):
-        raise TypeError(f"ragged_dot: weights must be a QTensor, got {type(weights).__name__}. Use jax.lax.ragged_dot.")
+        raise TypeError(
+            f"ragged_dot: weights must be a QTensor, got {type(weights).__name__}. Use jax.lax.ragged_dot."
+        )
     x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
     shown = f"x: {x.dtype.name}{list(x.shape)}, group_sizes: {group_sizes.dtype.name}{list(group_sizes.shape)}"
     if x.ndim != 2 or x.dtype.name not in ("float32", "bfloat16", "float16"):
-        raise TypeError(f"ragged_dot: x must be a float32, bfloat16 or float16 matrix ({shown}).")
+        raise TypeError(
+            f"ragged_dot: x must be a float32, bfloat16 or float16 matrix ({shown})."
+        )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"ragged_dot: group_sizes must be integers ({shown}).")
     geometry = weights.meta.geometry
-    if len(weights.batch_shape) != 1 or geometry.contracted != (-2,) or geometry.kept != (-1,) or why_not_rows(weights):
-        raise ValueError(f"ragged_dot: weights must be [e, k, n] with contracting=-2 and batch=0, got {weights!r}.")
+    if (
+        len(weights.batch_shape) != 1
+        or geometry.contracted != (-2,)
+        or geometry.kept != (-1,)
+        or why_not_rows(weights)
+    ):
+        raise ValueError(
+            f"ragged_dot: weights must be [e, k, n] with contracting=-2 and batch=0, got {weights!r}."
+        )
     e, k, _ = weights.shape
     if x.shape[1] != k or group_sizes.shape != (e,):
-        raise ValueError(f"ragged_dot: x must be [m, {k}] and group_sizes [{e}] for {weights!r} ({shown}).")
+        raise ValueError(
+            f"ragged_dot: x must be [m, {k}] and group_sizes [{e}] for {weights!r} ({shown})."
+        )
     out = jnp.dtype(preferred_element_type or result_dtype(x, weights))
     x = x if x.dtype == weights.dtype else x.astype(jnp.float32)
     found: list[RowMeta] = []
@@ -64,4 +81,6 @@ def ragged_dot(
         return one
 
     stacked = jax.vmap(rows)(weights)
-    return ragged_matmul(x, stacked, group_sizes.astype(jnp.int32), found[0]).astype(out)  # pyright: ignore
+    return ragged_matmul(x, stacked, group_sizes.astype(jnp.int32), found[0]).astype(
+        out
+    )  # pyright: ignore

@@ -11,7 +11,11 @@ from jaxq.qtensor import QTensor, with_margin
 
 
 def straight_through(
-    dx: jax.Array, dweight: QTensor, x: jax.Array, weight: QTensor, ends: tuple[jax.Array, jax.Array] | None
+    dx: jax.Array,
+    dweight: QTensor,
+    x: jax.Array,
+    weight: QTensor,
+    ends: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, QTensor]:
     """What passes back through rounding: everything, but for numbers that a known range has clipped.
 
@@ -29,4 +33,6 @@ def straight_through(
     assert weight.input_range is not None
     low, high = with_margin(*ends, weight.meta.activation)
     dx = jnp.where((low <= x) & (x <= high), dx, jnp.zeros((), dx.dtype))
-    return dx, dataclasses.replace(dweight, meta=weight.meta, input_range=jnp.zeros_like(weight.input_range))
+    return dx, dataclasses.replace(
+        dweight, meta=weight.meta, input_range=jnp.zeros_like(weight.input_range)
+    )

@@ -32,17 +32,32 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
       (2, 8)
     """
     if not isinstance(table, QTensor):
-        raise TypeError(f"take: table must be a QTensor, got {type(table).__name__}. Index arrays with jnp.take.")
+        raise TypeError(
+            f"take: table must be a QTensor, got {type(table).__name__}. Index arrays with jnp.take."
+        )
     geometry = table.meta.geometry
-    if geometry.order != (-2, -1) or geometry.num_contracted != 1 or geometry.flat or table.batch_shape:
-        raise ValueError(f"take: the table must be [n, d] with scales shared along -1, got {table!r}.")
+    if (
+        geometry.order != (-2, -1)
+        or geometry.num_contracted != 1
+        or geometry.flat
+        or table.batch_shape
+    ):
+        raise ValueError(
+            f"take: the table must be [n, d] with scales shared along -1, got {table!r}."
+        )
     if geometry.block_shape[0] not in (1, None):
-        raise ValueError(f"take: the blocks of {table!r} run across rows. Use jaxq.dequantize(table)[indices].")
+        raise ValueError(
+            f"take: the blocks of {table!r} run across rows. Use jaxq.dequantize(table)[indices]."
+        )
     indices = jnp.asarray(indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise TypeError(f"take: indices must be integers, got {indices.dtype.name}{list(indices.shape)}.")
+        raise TypeError(
+            f"take: indices must be integers, got {indices.dtype.name}{list(indices.shape)}."
+        )
 
-    return sharding.over_explicit_axes(_take, (*sharding.spec_of(indices), None), table, indices)
+    return sharding.over_explicit_axes(
+        _take, (*sharding.spec_of(indices), None), table, indices
+    )
 
 
 def _take(table: QTensor, indices: jax.Array) -> jax.Array:
@@ -60,7 +75,9 @@ def _take(table: QTensor, indices: jax.Array) -> jax.Array:
         return jnp.take(leaf, row, axis=0, mode="clip")
 
     # The rows asked for become batch axes of a one-row geometry.
-    one_row = Geometry(geometry.shape[-1:], (-1,), 1, geometry.block_shape[-1:], geometry.multiple)
+    one_row = Geometry(
+        geometry.shape[-1:], (-1,), 1, geometry.block_shape[-1:], geometry.multiple
+    )
     spec = table.spec.replace(scale="float32", packing=table.spec.order)
     found = QTensor(
         jnp.take(table.data, row, axis=0, mode="clip"),

@@ -18,7 +18,9 @@ from jaxq.qtensor._qtensor import QTensor
 from jaxq.qtensor._spec import NEED_BLOCKS, QuantSpec
 
 
-def as_bounds(bounds: Any, x: jax.Array, spec: QuantSpec, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+def as_bounds(
+    bounds: Any, x: jax.Array, spec: QuantSpec, geometry: Geometry
+) -> tuple[jax.Array, jax.Array]:
     """Bounds as float32 `[*batch, *num_blocks]`."""
     if spec.scale_rule in NEED_BLOCKS or spec.offset == "mean":
         raise ValueError(
@@ -36,20 +38,29 @@ def as_bounds(bounds: Any, x: jax.Array, spec: QuantSpec, geometry: Geometry) ->
         with jax.ensure_compile_time_eval():
             ordered = bool(jnp.all(low <= high))
         if not ordered:
-            raise ValueError("quantize: bounds= must be (low, high) with low <= high, and no NaN.")
+            raise ValueError(
+                "quantize: bounds= must be (low, high) with low <= high, and no NaN."
+            )
     ones = (1,) * len(geometry.num_blocks)
     ends = [
-        end.reshape(wanted) if end.size == math.prod(wanted) else end.reshape(*end.shape, *ones) for end in (low, high)
+        end.reshape(wanted)
+        if end.size == math.prod(wanted)
+        else end.reshape(*end.shape, *ones)
+        for end in (low, high)
     ]
     return jnp.broadcast_to(ends[0], wanted), jnp.broadcast_to(ends[1], wanted)
 
 
-def observed(view: jax.Array, spec: QuantSpec, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+def observed(
+    view: jax.Array, spec: QuantSpec, geometry: Geometry
+) -> tuple[jax.Array, jax.Array]:
     """The range that `spec.clipping` finds for every block, `[*batch, *num_blocks]`; NaN where nothing is finite."""
     assert not isinstance(spec.clipping, str)
     real = jnp.ones(view.shape[view.ndim - len(geometry.block_shape) :], bool)
 
-    def rows(x: jax.Array) -> jax.Array:  # [*batch, *num_blocks in view order, numbers of a block]
+    def rows(
+        x: jax.Array,
+    ) -> jax.Array:  # [*batch, *num_blocks in view order, numbers of a block]
         blocks = geometry.to_blocks(geometry.pad(x))
         inner = len(geometry.block_axes)
         blocks = jnp.moveaxis(blocks, geometry.block_axes, range(-inner, 0))
@@ -59,7 +70,9 @@ def observed(view: jax.Array, spec: QuantSpec, geometry: Geometry) -> tuple[jax.
     observer = dataclasses.replace(spec.clipping, axis=tuple(range(x.ndim - 1)))
     symmetric = spec.symmetric and spec.offset is None
     mask = jnp.broadcast_to(where, x.shape)
-    ends = observer.bounds_of(x, spec.fmt, symmetric=symmetric, where=mask, on_nonfinite="ignore")
+    ends = observer.bounds_of(
+        x, spec.fmt, symmetric=symmetric, where=mask, on_nonfinite="ignore"
+    )
     k = geometry.k_position - len(geometry.block_shape)
     return jnp.moveaxis(ends[0], k, -1), jnp.moveaxis(ends[1], k, -1)
 
@@ -79,10 +92,14 @@ def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
     if qt.zero_point is not None:
         y = y + geometry.scale_to_blocks(qt.zero_point.astype(jnp.float32))
     low, high = _reach(qt.spec)
-    return geometry.from_view(geometry.unpad(geometry.from_blocks((low <= y) & (y <= high))))
+    return geometry.from_view(
+        geometry.unpad(geometry.from_blocks((low <= y) & (y <= high)))
+    )
 
 
-def with_margin(low: jax.Array, high: jax.Array, spec: QuantSpec | None) -> tuple[jax.Array, jax.Array]:
+def with_margin(
+    low: jax.Array, high: jax.Array, spec: QuantSpec | None
+) -> tuple[jax.Array, jax.Array]:
     """Given bounds, wider by half a step at the edge: within them, rounding is the only error."""
     assert spec is not None
     values = spec.fmt.values()
@@ -94,6 +111,13 @@ def with_margin(low: jax.Array, high: jax.Array, spec: QuantSpec | None) -> tupl
 def _reach(spec: QuantSpec) -> tuple[float, float]:
     """The range in which rounding is the only error: half a step beyond the outermost numbers."""
     values = spec.fmt.values()
-    if spec.symmetric and spec.fmt.kind == "integer" and spec.scale_rule != "signed_extreme" and spec.offset is None:
+    if (
+        spec.symmetric
+        and spec.fmt.kind == "integer"
+        and spec.scale_rule != "signed_extreme"
+        and spec.offset is None
+    ):
         values = values[values >= -spec.fmt.max]
-    return float(values[0] - (values[1] - values[0]) / 2), float(values[-1] + (values[-1] - values[-2]) / 2)
+    return float(values[0] - (values[1] - values[0]) / 2), float(
+        values[-1] + (values[-1] - values[-2]) / 2
+    )

@@ -38,9 +38,13 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
         raise TypeError(f"dequantize: expected a QTensor, got {type(qt).__name__}.")
     dtype = qt.dtype if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dequantize: only float dtypes, got dtype={dtype.name}. For the codes use qt.codes().")
+        raise TypeError(
+            f"dequantize: only float dtypes, got dtype={dtype.name}. For the codes use qt.codes()."
+        )
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise TypeError(f"dequantize: jax has no {dtype.name} here. Set jax_enable_x64, or pass dtype=jnp.float32.")
+        raise TypeError(
+            f"dequantize: jax has no {dtype.name} here. Set jax_enable_x64, or pass dtype=jnp.float32."
+        )
     return _dequantize(qt, dtype)
 
 
@@ -61,10 +65,18 @@ def decode_blocks(qt: QTensor, blocks: jax.Array) -> jax.Array:
     scale = geometry.scale_to_blocks(scale_values(qt))
     if qt.zero_point is not None:
         zero = geometry.scale_to_blocks(qt.zero_point)
-        values = (blocks.astype(jnp.int32) - zero.astype(jnp.int32)).astype(jnp.float32) * scale
+        values = (blocks.astype(jnp.int32) - zero.astype(jnp.int32)).astype(
+            jnp.float32
+        ) * scale
     elif qt.codebook is not None:
-        tables = [geometry.scale_to_blocks(qt.codebook[..., i]) for i in range(qt.codebook.shape[-1])]
-        values = formats.decode_by_table(qt.spec.fmt, jnp.stack(tables, axis=-1), blocks) * scale
+        tables = [
+            geometry.scale_to_blocks(qt.codebook[..., i])
+            for i in range(qt.codebook.shape[-1])
+        ]
+        values = (
+            formats.decode_by_table(qt.spec.fmt, jnp.stack(tables, axis=-1), blocks)
+            * scale
+        )
     else:
         values = qt.spec.fmt.decode(blocks) * scale
     if qt.offset is not None:

@@ -77,14 +77,22 @@ class Geometry:
     @property
     def padded_shape(self) -> tuple[int, ...]:
         """Sizes of the storage axes as stored: whole blocks, and whole bytes along the last one."""
-        sizes = [_round_up(n, b or 1) for n, b in zip(self.storage_shape, self.block_shape, strict=True)]
-        sizes[-1] = _round_up(sizes[-1], math.lcm(self.multiple, self.block_shape[-1] or 1))
+        sizes = [
+            _round_up(n, b or 1)
+            for n, b in zip(self.storage_shape, self.block_shape, strict=True)
+        ]
+        sizes[-1] = _round_up(
+            sizes[-1], math.lcm(self.multiple, self.block_shape[-1] or 1)
+        )
         return tuple(sizes)
 
     @property
     def num_blocks(self) -> tuple[int, ...]:
         """Number of blocks along each storage axis: the shape of the scales."""
-        return tuple(1 if b is None else n // b for n, b in zip(self.padded_shape, self.block_shape, strict=True))
+        return tuple(
+            1 if b is None else n // b
+            for n, b in zip(self.padded_shape, self.block_shape, strict=True)
+        )
 
     @property
     def k_position(self) -> int:
@@ -105,7 +113,9 @@ class Geometry:
         """`[*batch, *shape] -> [*batch, *view]`; free of data movement for contiguous contractions."""
         batch = x.shape[: x.ndim - len(self.shape)]
         if self.flat or not self._contiguous:
-            x = jnp.transpose(x, (*range(len(batch)), *(x.ndim + a for a in self.order)))
+            x = jnp.transpose(
+                x, (*range(len(batch)), *(x.ndim + a for a in self.order))
+            )
         return x.reshape(*batch, *self._view(self.storage_shape))
 
     def from_view(self, view: jax.Array) -> jax.Array:
@@ -115,11 +125,18 @@ class Geometry:
             return view.reshape(*batch, *self.shape)
         x = view.reshape(*batch, *(self.shape[a] for a in self.order))
         back = np.argsort([a + len(self.shape) for a in self.order])
-        return jnp.transpose(x, (*range(len(batch)), *(len(batch) + int(i) for i in back)))
+        return jnp.transpose(
+            x, (*range(len(batch)), *(len(batch) + int(i) for i in back))
+        )
 
     def pad(self, view: jax.Array, mode: str = "constant") -> jax.Array:
         """Fills a view up to whole blocks and whole bytes: with zeros, or the nearest number (`mode="edge"`)."""
-        extra = self._view(tuple(p - n for n, p in zip(self.storage_shape, self.padded_shape, strict=True)))
+        extra = self._view(
+            tuple(
+                p - n
+                for n, p in zip(self.storage_shape, self.padded_shape, strict=True)
+            )
+        )
         if not any(extra):
             return view
         batch = view.ndim - len(extra)
@@ -152,7 +169,9 @@ class Geometry:
         """Scales `[*batch, *num_blocks]` (or ones) in storage order, shaped to broadcast against `to_blocks`."""
         batch = scale.shape[: scale.ndim - len(self.block_shape)]
         scale = jnp.moveaxis(scale, -1, len(batch) + self.k_position)
-        return scale.reshape(*batch, *(part for n in scale.shape[len(batch) :] for part in (n, 1)))
+        return scale.reshape(
+            *batch, *(part for n in scale.shape[len(batch) :] for part in (n, 1))
+        )
 
     def scale_from_blocks(self, scale: jax.Array) -> jax.Array:
         """The inverse of `scale_to_blocks`."""
@@ -162,16 +181,22 @@ class Geometry:
 
     def to_storage(self, view: jax.Array) -> jax.Array:
         """Moves the contraction of a view last."""
-        return jnp.moveaxis(view, view.ndim - len(self.block_shape) + self.k_position, -1)
+        return jnp.moveaxis(
+            view, view.ndim - len(self.block_shape) + self.k_position, -1
+        )
 
     def to_view_order(self, storage: jax.Array) -> jax.Array:
         """Moves the last axis of storage back to its place in the view."""
-        return jnp.moveaxis(storage, -1, storage.ndim - len(self.block_shape) + self.k_position)
+        return jnp.moveaxis(
+            storage, -1, storage.ndim - len(self.block_shape) + self.k_position
+        )
 
     def counts(self) -> np.ndarray:
         """How many true numbers each block holds, shaped to broadcast against `to_blocks`; float32."""
         out = np.ones((), np.float32)
-        for (n, b), true in zip(self._block_pairs, self._view(self.storage_shape), strict=True):
+        for (n, b), true in zip(
+            self._block_pairs, self._view(self.storage_shape), strict=True
+        ):
             along = np.clip(true - b * np.arange(n), 0, b).astype(np.float32)
             out = out[..., None, None] * along[:, None]
         return out
@@ -179,15 +204,31 @@ class Geometry:
     def follows(self, granularity: Granularity) -> bool:
         """True where the blocks are those of `granularity`, wherever transposes and reshapes have moved the axes."""
         if isinstance(granularity, PerBlock):
-            return not self.flat and {b for b in self.block_shape if b and b > 1} <= set(granularity.shape)
+            return not self.flat and {
+                b for b in self.block_shape if b and b > 1
+            } <= set(granularity.shape)
         free = {"axis": None, "pad": True}
         names = {field.name for field in dataclasses.fields(granularity)}
-        granularity = dataclasses.replace(granularity, **{k: v for k, v in free.items() if k in names})
-        wanted = resolve(self.shape, granularity, self.contracted, (), caller="follows", what="", multiple=1)
+        granularity = dataclasses.replace(
+            granularity, **{k: v for k, v in free.items() if k in names}
+        )
+        wanted = resolve(
+            self.shape,
+            granularity,
+            self.contracted,
+            (),
+            caller="follows",
+            what="",
+            multiple=1,
+        )
 
         def blocks(geometry: Geometry) -> tuple:
-            rows = zip(geometry.kept, geometry.block_shape, strict=False)  # an axis of size 1 is as good as whole
-            kept = {} if geometry.flat else {a: b for a, b in rows if self.shape[a] != 1}
+            rows = zip(
+                geometry.kept, geometry.block_shape, strict=False
+            )  # an axis of size 1 is as good as whole
+            kept = (
+                {} if geometry.flat else {a: b for a, b in rows if self.shape[a] != 1}
+            )
             return geometry.flat, kept, geometry.block_shape[-1]
 
         return blocks(self) == blocks(wanted)
@@ -195,7 +236,10 @@ class Geometry:
     @property
     def _block_pairs(self) -> tuple[tuple[int, int], ...]:
         """(number of blocks, block size) of each view axis."""
-        pairs = tuple((n, p // n if n else 1) for n, p in zip(self.num_blocks, self.padded_shape, strict=True))
+        pairs = tuple(
+            (n, p // n if n else 1)
+            for n, p in zip(self.num_blocks, self.padded_shape, strict=True)
+        )
         return self._view(pairs)
 
     def _view(self, per_storage_axis: tuple) -> tuple:
@@ -231,7 +275,9 @@ def resolve(
     """
     ndim = len(shape)
     if ndim == 0:
-        raise ValueError(f"{caller}: a 0-d array has no axis to share a scale along ({what}). Pass x.reshape(1).")
+        raise ValueError(
+            f"{caller}: a 0-d array has no axis to share a scale along ({what}). Pass x.reshape(1)."
+        )
     batch_axes = _normalize(batch, ndim, f"{caller}: batch", what)
     if batch_axes != tuple(range(-ndim, len(batch_axes) - ndim)):
         raise ValueError(
@@ -240,7 +286,9 @@ def resolve(
         )
     inner = tuple(range(len(batch_axes) - ndim, 0))
     if not inner:
-        raise ValueError(f"{caller}: every axis is a batch axis, none is left to quantize along ({what}).")
+        raise ValueError(
+            f"{caller}: every axis is a batch axis, none is left to quantize along ({what})."
+        )
     contracted = _contracted(granularity, contracting, inner, ndim, caller, what)
     kept = tuple(a for a in inner if a not in contracted)
     sizes = shape[len(batch_axes) :]
@@ -252,13 +300,19 @@ def resolve(
         block = (1,) * len(kept) + (None,)
     elif isinstance(granularity, PerGroup):
         along = "axis " + ", ".join(map(str, contracted)) + " of"
-        block = (1,) * len(kept) + (_group(granularity.size, k, granularity.pad, "group", along, caller, what),)
+        block = (1,) * len(kept) + (
+            _group(granularity.size, k, granularity.pad, "group", along, caller, what),
+        )
     elif isinstance(granularity, PerFlat):
-        block = (_group(granularity.size, math.prod(sizes), True, "block", "", caller, what),)
+        block = (
+            _group(granularity.size, math.prod(sizes), True, "block", "", caller, what),
+        )
     elif isinstance(granularity, PerBlock):
         block = _tiles(granularity, sizes, kept, contracted, caller, what)
     else:
-        raise TypeError(f"{caller}: granularity must be one of jaxq's Per... classes, got {granularity!r}.")
+        raise TypeError(
+            f"{caller}: granularity must be one of jaxq's Per... classes, got {granularity!r}."
+        )
     return Geometry(sizes, (*kept, *contracted), len(contracted), block, multiple, flat)
 
 
@@ -269,7 +323,11 @@ def _contracted(granularity, contracting, inner, ndim, caller, what) -> tuple[in
         (axis,) = _normalize(axis, ndim, f"{caller}: granularity axis", what)
         if axis not in inner:
             raise ValueError(f"{caller}: {granularity} names a batch axis ({what}).")
-        named = (axis,) if isinstance(granularity, PerGroup) else tuple(a for a in inner if a != axis)
+        named = (
+            (axis,)
+            if isinstance(granularity, PerGroup)
+            else tuple(a for a in inner if a != axis)
+        )
     if contracting is None:
         if named is not None:
             return named
@@ -295,24 +353,39 @@ def _contracted(granularity, contracting, inner, ndim, caller, what) -> tuple[in
     return given
 
 
-def _normalize(axes: tuple[int, ...] | int, ndim: int, name: str, what: str) -> tuple[int, ...]:
+def _normalize(
+    axes: tuple[int, ...] | int, ndim: int, name: str, what: str
+) -> tuple[int, ...]:
     try:
-        given = tuple(axes) if isinstance(axes, Sequence) and not isinstance(axes, str) else (axes,)
+        given = (
+            tuple(axes)
+            if isinstance(axes, Sequence) and not isinstance(axes, str)
+            else (axes,)
+        )
         if any(isinstance(a, bool) for a in given):
             raise TypeError
         whole = [operator.index(a) for a in given]  # pyright: ignore[reportArgumentType]
     except TypeError:
-        raise TypeError(f"{name} must be an axis or a tuple of axes, got {axes!r} ({what}).") from None
+        raise TypeError(
+            f"{name} must be an axis or a tuple of axes, got {axes!r} ({what})."
+        ) from None
     out = tuple(sorted(a - ndim if a >= 0 else a for a in whole))
     if any(not -ndim <= a < 0 for a in out) or len(set(out)) != len(out):
-        raise ValueError(f"{name} axes {whole} must be distinct axes of the array ({what}).")
+        raise ValueError(
+            f"{name} axes {whole} must be distinct axes of the array ({what})."
+        )
     return out
 
 
-def _group(size: int, n: int, pad: bool, kind: str, along: str, caller: str, what: str) -> int | None:
+def _group(
+    size: int, n: int, pad: bool, kind: str, along: str, caller: str, what: str
+) -> int | None:
     if n % size and not pad:
         even = [d for d in range(1, n + 1) if n % d == 0 and (d % 2 == 0 or n % 2)]
-        near = [max((d for d in even if d < size), default=None), min((d for d in even if d > size), default=None)]
+        near = [
+            max((d for d in even if d < size), default=None),
+            min((d for d in even if d > size), default=None),
+        ]
         use = " or ".join(str(d) for d in near if d)
         raise ValueError(
             f"{caller}: {along} {what.split(':')[0]} has size {n}, not a multiple of {kind} size {size} ({what}). "
@@ -321,18 +394,39 @@ def _group(size: int, n: int, pad: bool, kind: str, along: str, caller: str, wha
     return None if n <= size else size
 
 
-def _tiles(granularity: PerBlock, sizes, kept, contracted, caller, what) -> tuple[int | None, ...]:
+def _tiles(
+    granularity: PerBlock, sizes, kept, contracted, caller, what
+) -> tuple[int | None, ...]:
     if len(contracted) > 1 or len(granularity.shape) > len(sizes):
         raise ValueError(
             f"{caller}: {granularity} needs one contracted axis and at most {len(sizes)} sizes; "
             f"contracted are {list(contracted)} ({what})."
         )
-    tile = dict(zip(range(-1, -1 - len(granularity.shape), -1), reversed(granularity.shape), strict=True))
+    tile = dict(
+        zip(
+            range(-1, -1 - len(granularity.shape), -1),
+            reversed(granularity.shape),
+            strict=True,
+        )
+    )
     out = []
     for axis in (*kept, *contracted):
         size = tile.get(axis, 1)
-        out.append(_group(size, sizes[axis], granularity.pad, "block", f"axis {axis} of", caller, what))
-    return tuple(1 if b is None and tile.get(a, 1) == 1 else b for a, b in zip((*kept, *contracted), out, strict=True))
+        out.append(
+            _group(
+                size,
+                sizes[axis],
+                granularity.pad,
+                "block",
+                f"axis {axis} of",
+                caller,
+                what,
+            )
+        )
+    return tuple(
+        1 if b is None and tile.get(a, 1) == 1 else b
+        for a, b in zip((*kept, *contracted), out, strict=True)
+    )
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -79,8 +79,12 @@ class PerBlock(Granularity):
 
     def __post_init__(self):
         if not isinstance(self.shape, tuple | list):
-            raise TypeError(f"PerBlock: shape must be a tuple of sizes, got {self.shape!r}.")
-        object.__setattr__(self, "shape", tuple(_whole("PerBlock", size) for size in self.shape))
+            raise TypeError(
+                f"PerBlock: shape must be a tuple of sizes, got {self.shape!r}."
+            )
+        object.__setattr__(
+            self, "shape", tuple(_whole("PerBlock", size) for size in self.shape)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,10 @@ class PerFlat(Granularity):
 
 
 def _whole(owner: str, size: Any) -> int:
-    if not isinstance(size, bool) and hasattr(size, "__index__") and operator.index(size) >= 1:
+    if (
+        not isinstance(size, bool)
+        and hasattr(size, "__index__")
+        and operator.index(size) >= 1
+    ):
         return operator.index(size)
     raise ValueError(f"{owner}: sizes are whole numbers of at least 1, got {size!r}.")

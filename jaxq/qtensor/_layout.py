@@ -39,7 +39,9 @@ def relayout(qt: QTensor, target: formats.Packing | str) -> QTensor:
     if target in LAYOUTS:
         return _turn(qt, target)  # pyright: ignore[reportArgumentType]
     if isinstance(target, str):
-        formats.check_choice("relayout: target", target, [*(p.value for p in formats.Packing), *LAYOUTS])
+        formats.check_choice(
+            "relayout: target", target, [*(p.value for p in formats.Packing), *LAYOUTS]
+        )
     return _turn(_relayout(_turn(qt, "rows"), formats.Packing(target)), qt.meta.layout)
 
 
@@ -47,10 +49,14 @@ def _turn(qt: QTensor, layout: Literal["rows", "columns"]) -> QTensor:
     if layout == qt.meta.layout:
         return qt
     if qt.meta.geometry.flat:
-        raise ValueError(f"relayout: blocks of {qt!r} run across rows, which have no columns of their own.")
+        raise ValueError(
+            f"relayout: blocks of {qt!r} run across rows, which have no columns of their own."
+        )
     first = len(qt.batch_shape)
     ends = (-1, first) if layout == "columns" else (first, -1)
-    return dataclasses.replace(qt._with(layout=layout), data=jnp.moveaxis(qt.data, *ends))
+    return dataclasses.replace(
+        qt._with(layout=layout), data=jnp.moveaxis(qt.data, *ends)
+    )
 
 
 # Compiled whole: outside jit, many small programs would take longer to compile and to run.
@@ -82,10 +88,16 @@ def _relayout(qt: QTensor, packing: formats.Packing) -> QTensor:
             f"more, and quantized scales cannot grow. Quantize with packing={packing.value!r}."
         )
     zero_point = None if qt.zero_point is None else _pad_last(qt.zero_point, blocks)
-    offset = _pad_last(qt.offset, blocks) if qt.offset is not None and qt.spec.offset == "min" else qt.offset
+    offset = (
+        _pad_last(qt.offset, blocks)
+        if qt.offset is not None and qt.spec.offset == "min"
+        else qt.offset
+    )
     codebook = None if qt.codebook is None else _pad_last(qt.codebook, blocks, axis=-2)
     scale = _pad_last(cast(jax.Array, qt.scale), blocks)
-    return dataclasses.replace(changed, scale=scale, zero_point=zero_point, offset=offset, codebook=codebook)
+    return dataclasses.replace(
+        changed, scale=scale, zero_point=zero_point, offset=offset, codebook=codebook
+    )
 
 
 def _pad_last(leaf: jax.Array, size: int, value: int = 0, axis: int = -1) -> jax.Array:

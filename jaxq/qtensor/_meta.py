@@ -54,7 +54,9 @@ class Meta:
             "geometry": dataclasses.asdict(self.geometry),
             "packing": self.packing.value,
             "dtype": self.dtype,
-            "activation": None if self.activation is None else self.activation.to_dict(),
+            "activation": None
+            if self.activation is None
+            else self.activation.to_dict(),
             "layout": self.layout,
             "outliers": self.outliers,
         }
@@ -62,14 +64,19 @@ class Meta:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Meta:
         """The inverse of `to_dict`; a KeyError, TypeError or ValueError where `data` is none of its making."""
-        fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in data["geometry"].items()}
+        fields: Any = {
+            k: tuple(v) if isinstance(v, list) else v
+            for k, v in data["geometry"].items()
+        }
         formats.check_choice("layout", layout := data.get("layout", "rows"), LAYOUTS)
         return cls(
             QuantSpec.from_dict(data["spec"]),
             Geometry(**fields),
             formats.Packing(data["packing"]),
             data["dtype"],
-            None if data["activation"] is None else QuantSpec.from_dict(data["activation"]),
+            None
+            if data["activation"] is None
+            else QuantSpec.from_dict(data["activation"]),
             layout,
             data.get("outliers"),
         )
@@ -78,5 +85,8 @@ class Meta:
     def pack_unit(self) -> int | None:
         """Codes in one HALVES unit: a block where it fills whole bytes, so that blocks stay together, else a row."""
         block = self.geometry.block_shape[-1]
-        whole = block is not None and block % formats.codes_per_pack(self.spec.fmt.bits, self.packing) == 0
+        whole = (
+            block is not None
+            and block % formats.codes_per_pack(self.spec.fmt.bits, self.packing) == 0
+        )
         return block if whole else None

@@ -29,7 +29,11 @@ def partition(tree: Any) -> tuple[Any, Any]:
 
     def trains(leaf: Any) -> bool:
         dtype = getattr(leaf, "dtype", None)
-        return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
+        return (
+            dtype is not None
+            and jnp.issubdtype(dtype, jnp.floating)
+            and jnp.dtype(dtype).itemsize > 1
+        )
 
     first = jax.tree.map(lambda leaf: leaf if trains(leaf) else None, tree)
     return first, jax.tree.map(lambda leaf: None if trains(leaf) else leaf, tree)
@@ -53,15 +57,23 @@ def combine(trainable: Any, rest: Any) -> Any:
     """
 
     def places(tree: Any) -> set[str]:
-        found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
+        found = jax.tree_util.tree_leaves_with_path(
+            tree, is_leaf=lambda leaf: leaf is None
+        )
         return {jax.tree_util.keystr(path) for path, _ in found}
 
     if odd := sorted(places(trainable) ^ places(rest)):
-        raise ValueError(f"combine: the two trees are not the halves of one: {', '.join(odd[:5])} is in one of them.")
+        raise ValueError(
+            f"combine: the two trees are not the halves of one: {', '.join(odd[:5])} is in one of them."
+        )
 
     def one(path: Any, a: Any, b: Any) -> Any:
         if a is not None and b is not None:
-            raise ValueError(f"combine: both trees have a leaf at {jax.tree_util.keystr(path) or 'the root'}.")
+            raise ValueError(
+                f"combine: both trees have a leaf at {jax.tree_util.keystr(path) or 'the root'}."
+            )
         return b if a is None else a
 
-    return jax.tree.map_with_path(one, trainable, rest, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map_with_path(
+        one, trainable, rest, is_leaf=lambda leaf: leaf is None
+    )

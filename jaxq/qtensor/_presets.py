@@ -23,7 +23,9 @@ _PRESETS: dict[str, QuantSpec] = {
     "fp6_e3m2": QuantSpec("float6_e3m2fn", PerChannel()),
     "fp8": QuantSpec("float8_e4m3fn", PerChannel()),
     "fp8_e5m2": QuantSpec("float8_e5m2", PerChannel()),
-    "int2": _group("int2", 64, "bfloat16", symmetric=False),  # symmetric, it would have three values
+    "int2": _group(
+        "int2", 64, "bfloat16", symmetric=False
+    ),  # symmetric, it would have three values
     "int3": _group("int3", 128, "bfloat16"),
     "int4": _group("int4", 128, "bfloat16"),
     "int8": QuantSpec("int8", PerChannel()),
@@ -69,11 +71,15 @@ def as_spec(spec: str | QuantSpec, caller: str) -> QuantSpec:
     if isinstance(spec, QuantSpec):
         return spec
     if not isinstance(spec, str):
-        raise TypeError(f"{caller}: spec must be a preset name or a QuantSpec, got {type(spec).__name__}.")
+        raise TypeError(
+            f"{caller}: spec must be a preset name or a QuantSpec, got {type(spec).__name__}."
+        )
     found = _PRESETS.get(spec.strip().lower().replace("-", "_"))
     if found is None:
         message = formats.unknown_name("preset", spec, _PRESETS, "jaxq.presets()")
         if spec in formats.names():
-            message += f" {spec!r} is a format: use jaxq.QuantSpec(format={spec!r}, ...)."
+            message += (
+                f" {spec!r} is a format: use jaxq.QuantSpec(format={spec!r}, ...)."
+            )
         raise ValueError(f"{caller}: {message}")
     return found

@@ -136,9 +136,18 @@ class QTensor:
 
     def stored_codes(self) -> jax.Array:
         """The codes, unpacked, in storage order and with their padding: `[*batch, *padded]`."""
-        batch, fmt = self.batch_shape, self.spec.fmt  # raises where the leaves are not those of the geometry
-        data = self.data if self.meta.layout == "rows" else jnp.moveaxis(self.data, len(batch), -1)
-        patterns = formats.unpack(data, fmt.bits, self.meta.packing, unit=self.meta.pack_unit)
+        batch, fmt = (
+            self.batch_shape,
+            self.spec.fmt,
+        )  # raises where the leaves are not those of the geometry
+        data = (
+            self.data
+            if self.meta.layout == "rows"
+            else jnp.moveaxis(self.data, len(batch), -1)
+        )
+        patterns = formats.unpack(
+            data, fmt.bits, self.meta.packing, unit=self.meta.pack_unit
+        )
         if fmt.code_dtype == np.int8:
             return formats.as_signed(patterns, fmt.bits)
         return patterns
@@ -157,14 +166,23 @@ class QTensor:
             )
         stored = geometry.to_storage(geometry.to_view(codes))
         widths = [
-            (0, padded - size) for padded, size in zip(geometry.padded_shape, geometry.storage_shape, strict=True)
+            (0, padded - size)
+            for padded, size in zip(
+                geometry.padded_shape, geometry.storage_shape, strict=True
+            )
         ]
         widths = [(0, 0)] * (stored.ndim - len(widths)) + widths
-        return self.with_stored_codes(jnp.pad(stored, widths, constant_values=np.asarray(fmt.zero_code, stored.dtype)))
+        return self.with_stored_codes(
+            jnp.pad(
+                stored, widths, constant_values=np.asarray(fmt.zero_code, stored.dtype)
+            )
+        )
 
     def with_stored_codes(self, codes: jax.Array) -> QTensor:
         """The same scales with other codes, in storage order and with their padding, as `stored_codes()` gives them."""
-        data = formats.pack(codes, self.spec.fmt.bits, self.meta.packing, unit=self.meta.pack_unit)
+        data = formats.pack(
+            codes, self.spec.fmt.bits, self.meta.packing, unit=self.meta.pack_unit
+        )
         if self.meta.layout == "columns":
             data = jnp.moveaxis(data, -1, len(self.batch_shape))
         return dataclasses.replace(self, data=data)
@@ -175,9 +193,13 @@ class QTensor:
         """The same codes, with another dtype for `dequantize` to return."""
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"QTensor.astype: only float dtypes, got {dtype}. For the codes use qt.codes().")
+            raise TypeError(
+                f"QTensor.astype: only float dtypes, got {dtype}. For the codes use qt.codes()."
+            )
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-            raise TypeError(f"QTensor.astype: jax has no {dtype} here. Set jax_enable_x64, or use float32.")
+            raise TypeError(
+                f"QTensor.astype: jax has no {dtype} here. Set jax_enable_x64, or use float32."
+            )
         return self._with(dtype=dtype.name)
 
     def with_activation(
@@ -204,24 +226,41 @@ class QTensor:
         """
         activation = None if spec is None else as_spec(spec, "with_activation")
         if activation is not None and activation.rounding == "stochastic":
-            raise ValueError("with_activation: rounding='stochastic' needs a key at every call; quantize x yourself.")
+            raise ValueError(
+                "with_activation: rounding='stochastic' needs a key at every call; quantize x yourself."
+            )
         if outliers is not None and (activation is None or not outliers >= 0):
             raise ValueError(
                 f"with_activation: outliers={outliers} needs an activation spec, and a number of at least 0."
             )
-        changed = self._with(activation=activation, outliers=None if outliers is None else float(outliers))
+        changed = self._with(
+            activation=activation,
+            outliers=None if outliers is None else float(outliers),
+        )
         if bounds is None:
             return dataclasses.replace(changed, input_range=None)
         if activation is None or outliers is not None:
-            raise ValueError("with_activation: bounds= needs an activation spec, and no outliers=.")
+            raise ValueError(
+                "with_activation: bounds= needs an activation spec, and no outliers=."
+            )
         if len(bounds) != 2:
-            raise ValueError(f"with_activation: bounds must be (low, high), got {len(bounds)} of them.")
+            raise ValueError(
+                f"with_activation: bounds must be (low, high), got {len(bounds)} of them."
+            )
         low, high = bounds
-        ends = [jnp.broadcast_to(jnp.asarray(end, jnp.float32), self.batch_shape) for end in (low, high)]
+        ends = [
+            jnp.broadcast_to(jnp.asarray(end, jnp.float32), self.batch_shape)
+            for end in (low, high)
+        ]
         if not any(isinstance(end, Tracer) for end in ends):
             known = [np.asarray(end) for end in ends]
-            if not all(np.isfinite(end).all() for end in known) or not (known[0] < known[1]).all():
-                raise ValueError(f"with_activation: bounds must be finite, low < high, got {known[0]} and {known[1]}.")
+            if (
+                not all(np.isfinite(end).all() for end in known)
+                or not (known[0] < known[1]).all()
+            ):
+                raise ValueError(
+                    f"with_activation: bounds must be finite, low < high, got {known[0]} and {known[1]}."
+                )
         changed = changed._with(activation=as_static(activation, "with_activation"))
         return dataclasses.replace(changed, input_range=jnp.stack(ends, axis=-1))
 
@@ -229,7 +268,9 @@ class QTensor:
     def T(self) -> QTensor:
         """The transpose of a QTensor without batch axes: no data moves, only the names of axes."""
         if self.batch_shape:
-            raise TypeError(f"QTensor.T: {self!r} has batch axes. Use swapaxes(-1, -2), or slice the batch first.")
+            raise TypeError(
+                f"QTensor.T: {self!r} has batch axes. Use swapaxes(-1, -2), or slice the batch first."
+            )
         return self._permute(tuple(range(-1, -1 - self.ndim, -1)))
 
     def swapaxes(self, axis1: int, axis2: int) -> QTensor:
@@ -242,7 +283,9 @@ class QTensor:
         axes = [a - self.ndim if a >= 0 else a for a in (axis1, axis2)]
         for axis in axes:
             if not -inner <= axis < 0:
-                raise ValueError(f"QTensor.swapaxes: axis {axis} is not one of the last {inner} axes of {self!r}.")
+                raise ValueError(
+                    f"QTensor.swapaxes: axis {axis} is not one of the last {inner} axes of {self!r}."
+                )
         order = list(range(-inner, 0))
         order[axes[0]], order[axes[1]] = order[axes[1]], order[axes[0]]
         return self._permute(tuple(order))
@@ -265,12 +308,20 @@ class QTensor:
           ValueError: the sizes do not fit, a contracted or batch axis or a block would be cut, or `order` is not "C".
         """
         formats.check_choice("order", order, ("C",))
-        sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        sizes = (
+            shape[0]
+            if len(shape) == 1 and isinstance(shape[0], tuple | list)
+            else shape
+        )
         return reshape(self, tuple(int(s) for s in sizes))  # pyright: ignore[reportArgumentType]
 
     def __getitem__(self, index: Any) -> QTensor:
         """`qt[i]`, `qt[a:b]`, `qt[...]` on batch axes."""
-        entries = [e for e in (index if isinstance(index, tuple) else (index,)) if e is not Ellipsis]
+        entries = [
+            e
+            for e in (index if isinstance(index, tuple) else (index,))
+            if e is not Ellipsis
+        ]
         if len(entries) > len(self.batch_shape) or any(e is None for e in entries):
             raise IndexError(
                 f"QTensor: only batch axes can be indexed, and {self!r} has {len(self.batch_shape)}. "
@@ -285,7 +336,9 @@ class QTensor:
 
     def __iter__(self):
         if not self.batch_shape:
-            raise TypeError(f"QTensor: only batch axes can be iterated over, and {self!r} has none.")
+            raise TypeError(
+                f"QTensor: only batch axes can be iterated over, and {self!r} has none."
+            )
         return (self[i] for i in range(len(self)))
 
     # Multiplying. The one upward import of the house: ops stands above qtensor.
@@ -318,11 +371,17 @@ class QTensor:
                 said = f"{name!r} of a QTensor is unknown"
                 remedy = "Its leaves are no arrays; jaxq.combine puts the halves of jaxq.partition together"
             else:
-                remedy = "It is a quantized array: take its floats with jaxq.dequantize(qt)"
-            raise AttributeError(f"{said}: {self.meta.name or 'QTensor'} {self.spec.fmt.name}[{size}]. {remedy}.")
+                remedy = (
+                    "It is a quantized array: take its floats with jaxq.dequantize(qt)"
+                )
+            raise AttributeError(
+                f"{said}: {self.meta.name or 'QTensor'} {self.spec.fmt.name}[{size}]. {remedy}."
+            )
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"{self!r} does not turn into an array by itself. Use jaxq.dequantize(qt) or qt.codes().")
+        raise TypeError(
+            f"{self!r} does not turn into an array by itself. Use jaxq.dequantize(qt) or qt.codes()."
+        )
 
     def _refuse(self, *args: Any) -> NoReturn:
         raise TypeError(
@@ -330,16 +389,24 @@ class QTensor:
             "floats: use jaxq.dequantize(qt)."
         )
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _refuse
-    __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = (
+        __rtruediv__
+    ) = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = (
+        __pow__
+    ) = __rpow__ = _refuse
+    __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __lt__ = __le__ = __gt__ = (
+        __ge__
+    ) = _refuse
     __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
     __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _refuse
     __float__ = __int__ = __complex__ = __bool__ = _refuse
 
     def __eq__(self, other: Any) -> bool:
         """Identity, as pytrees and caches compare; comparing with numbers or arrays would need floats and raises."""
-        if isinstance(other, jax.Array | np.ndarray | np.generic | int | float | complex):
+        if isinstance(
+            other, jax.Array | np.ndarray | np.generic | int | float | complex
+        ):
             self._refuse()
         return self is other
 
@@ -355,7 +422,10 @@ class QTensor:
             bits = f"leaves={type(self.data).__name__}"
         size = "x".join(map(str, self._shown_shape()))
         name = f"{self.meta.name}: " if self.meta.name else ""
-        parts = [f"{name}{spec.fmt.name}[{size}]", f"{type(spec.granularity).__name__}{self._blocks()}"]
+        parts = [
+            f"{name}{spec.fmt.name}[{size}]",
+            f"{type(spec.granularity).__name__}{self._blocks()}",
+        ]
         parts.append(f"scale={_scale_name(spec)}")
         if spec.scale_rule != "absmax":
             parts.append(spec.scale_rule)
@@ -377,7 +447,11 @@ class QTensor:
     def _shown_shape(self) -> tuple[Any, ...]:
         try:
             return self.shape
-        except (AttributeError, TypeError, ValueError):  # leaves that are not arrays or not its own, as transforms make
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+        ):  # leaves that are not arrays or not its own, as transforms make
             return "...", *self.meta.geometry.shape
 
     def _blocks(self) -> str:
@@ -389,10 +463,21 @@ class QTensor:
     def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
         from treescope import repr_lib
 
-        leaves = {name: getattr(self, name) for name in LEAVES if getattr(self, name) is not None}
-        attributes = {"shape": self._shown_shape(), "dtype": self.meta.dtype, "spec": self.spec} | leaves
+        leaves = {
+            name: getattr(self, name)
+            for name in LEAVES
+            if getattr(self, name) is not None
+        }
+        attributes = {
+            "shape": self._shown_shape(),
+            "dtype": self.meta.dtype,
+            "spec": self.spec,
+        } | leaves
         return repr_lib.render_object_constructor(
-            object_type=type(self), attributes=attributes, path=path, subtree_renderer=subtree_renderer
+            object_type=type(self),
+            attributes=attributes,
+            path=path,
+            subtree_renderer=subtree_renderer,
         )
 
     def _with(self, **changes: Any) -> QTensor:

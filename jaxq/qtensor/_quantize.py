@@ -80,12 +80,18 @@ def quantize(
       2018, section 2.
     """
     spec = as_spec(spec, "quantize")
-    x, geometry = _prepare(w, spec, contracting, batch, on_nonfinite, name or "w", "quantize")
+    x, geometry = _prepare(
+        w, spec, contracting, batch, on_nonfinite, name or "w", "quantize"
+    )
     formats.check_rounding(spec.rounding, key)
     given = None if bounds is None else as_bounds(bounds, x, spec, geometry)
     qt = _quantize(_no_gradient(x), spec, geometry, key, on_nonfinite, bounds=given)
     _warn_of_lost_range(qt, name or "w")
-    return qt if name is None else dataclasses.replace(qt, meta=dataclasses.replace(qt.meta, name=name))
+    return (
+        qt
+        if name is None
+        else dataclasses.replace(qt, meta=dataclasses.replace(qt.meta, name=name))
+    )
 
 
 def _warn_of_lost_range(qt: QTensor, name: str) -> None:
@@ -97,7 +103,12 @@ def _warn_of_lost_range(qt: QTensor, name: str) -> None:
     if isinstance(scale, Tracer) or fmt.max > _WIDE:
         return
     magnitude = np.abs(np.asarray(scale).astype(np.float32))
-    lost = int(np.sum((magnitude >= fmt.max) | ((magnitude > 0) & (magnitude <= fmt.smallest_positive))))
+    lost = int(
+        np.sum(
+            (magnitude >= fmt.max)
+            | ((magnitude > 0) & (magnitude <= fmt.smallest_positive))
+        )
+    )
     if lost:
         warnings.warn(
             f"quantize: {lost} of {magnitude.size} scales of {name} lie beyond {scale.dtype.name}, which ends at "
@@ -107,7 +118,9 @@ def _warn_of_lost_range(qt: QTensor, name: str) -> None:
         )
 
 
-def requantize(w: jax.typing.ArrayLike, like: QTensor, *, key: jax.Array | None = None) -> QTensor:
+def requantize(
+    w: jax.typing.ArrayLike, like: QTensor, *, key: jax.Array | None = None
+) -> QTensor:
     """Codes of `w` on the grid of `like`: its scales, zero points, offsets and codebooks stay as they are.
 
     Args:
@@ -130,7 +143,9 @@ def requantize(w: jax.typing.ArrayLike, like: QTensor, *, key: jax.Array | None 
       [0.02, 1.27]
     """
     if not isinstance(like, QTensor):
-        raise TypeError(f"requantize: like must be a QTensor, got {type(like).__name__}.")
+        raise TypeError(
+            f"requantize: like must be a QTensor, got {type(like).__name__}."
+        )
     x = jnp.asarray(w)
     if x.shape != like.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
@@ -147,17 +162,26 @@ def _requantize(x: jax.Array, like: QTensor, key: jax.Array | None) -> QTensor:
     if spec.offset == "mean":
         assert like.offset is not None
         view = view - like.offset
-    blocks = geometry.to_blocks(geometry.pad(view, mode="edge" if spec.offset == "min" else "constant"))
+    blocks = geometry.to_blocks(
+        geometry.pad(view, mode="edge" if spec.offset == "min" else "constant")
+    )
     if spec.offset == "min":
         assert like.offset is not None
         blocks = blocks - geometry.scale_to_blocks(_scales.load_from_dtype(like.offset))
     steps = geometry.scale_to_blocks(scale_values(like))
     y = _scales.divide(blocks, steps)
     if like.codebook is not None:
-        tables = [geometry.scale_to_blocks(like.codebook[..., i]) for i in range(like.codebook.shape[-1])]
+        tables = [
+            geometry.scale_to_blocks(like.codebook[..., i])
+            for i in range(like.codebook.shape[-1])
+        ]
         codes = _nearest(y, tables, spec.fmt)
     else:
-        zero = None if like.zero_point is None else geometry.scale_to_blocks(like.zero_point).astype(jnp.float32)
+        zero = (
+            None
+            if like.zero_point is None
+            else geometry.scale_to_blocks(like.zero_point).astype(jnp.float32)
+        )
         codes = _encode(y, zero, spec, key)
     return like.with_stored_codes(geometry.to_storage(geometry.from_blocks(codes)))
 
@@ -212,14 +236,20 @@ def fake_quant(
     return _fake_quant(x, key, spec, geometry)
 
 
-def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: str, caller: str):
+def _prepare(
+    w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: str, caller: str
+):
     if isinstance(w, QTensor):
         raise TypeError(f"{caller}: {name} is a QTensor already: {w!r}.")
     dtype = np.dtype(getattr(w, "dtype", None) or np.asarray(w).dtype)
     if dtype.kind in "OSU":
-        raise TypeError(f"{caller}: {name} must be one float array, got {type(w).__name__}.")
+        raise TypeError(
+            f"{caller}: {name} must be one float array, got {type(w).__name__}."
+        )
     if isinstance(w, float | list | tuple):
-        dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # Python numbers have no width of their own
+        dtype = (
+            np.dtype(np.float32) if dtype == np.float64 else dtype
+        )  # Python numbers have no width of their own
     what = f"{name}: {describe(dtype.name, np.shape(w))}"
     check_floats(dtype, np.shape(w), name, caller, listed=isinstance(w, list | tuple))
     formats.check_choice(f"{caller}: on_nonfinite", on_nonfinite, ON_NONFINITE)
@@ -229,22 +259,38 @@ def _prepare(w, spec: QuantSpec, contracting, batch, on_nonfinite: str, name: st
             "Use symmetric=False or offset='min'."
         )
     multiple = formats.codes_per_pack(spec.fmt.bits, spec.order)
-    geometry = resolve(np.shape(w), spec.granularity, contracting, batch, caller=caller, what=what, multiple=multiple)
+    geometry = resolve(
+        np.shape(w),
+        spec.granularity,
+        contracting,
+        batch,
+        caller=caller,
+        what=what,
+        multiple=multiple,
+    )
     x = jnp.asarray(w, dtype)
     if on_nonfinite == "raise" and not isinstance(x, Tracer):
         raise_if_not_finite(x, name, caller)
     return x, geometry
 
 
-def check_floats(dtype: Any, shape: tuple[int, ...], name: str, caller: str, *, listed: bool = False) -> None:
+def check_floats(
+    dtype: Any, shape: tuple[int, ...], name: str, caller: str, *, listed: bool = False
+) -> None:
     """Raises a TypeError with the remedy where an array is none that can be quantized; `listed`: it is a list."""
     dtype = np.dtype(dtype)
     if dtype.name in _FLOATS:
         return
-    remedy = f"Pass jnp.asarray({name}, jnp.float32)." if listed else f"Pass {name}.astype(jnp.float32)."
+    remedy = (
+        f"Pass jnp.asarray({name}, jnp.float32)."
+        if listed
+        else f"Pass {name}.astype(jnp.float32)."
+    )
     remedy = "Pass the real and imaginary parts." if dtype.kind == "c" else remedy
     what = f"{name}: {describe(dtype.name, shape)}"
-    raise TypeError(f"{caller}: {name} must be float32, bfloat16 or float16, got {what}. {remedy}")
+    raise TypeError(
+        f"{caller}: {name} must be float32, bfloat16 or float16, got {what}. {remedy}"
+    )
 
 
 def raise_if_not_finite(
@@ -254,18 +300,24 @@ def raise_if_not_finite(
     remedy: str = "Clean the array, or pass on_nonfinite='zero', 'saturate' or 'propagate'.",
 ) -> None:
     """Raises a ValueError that names the first number of `x` that is NaN or infinite, and the remedy."""
-    with jax.ensure_compile_time_eval():  # a concrete array, though a function around it may be traced
+    with (
+        jax.ensure_compile_time_eval()
+    ):  # a concrete array, though a function around it may be traced
         finite = np.asarray(jnp.isfinite(x))
     if finite.all():
         return
-    index = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), finite.shape))
+    index = tuple(
+        int(i) for i in np.unravel_index(int(np.argmin(finite)), finite.shape)
+    )
     raise ValueError(
         f"{caller}: {name}[{', '.join(map(str, index))}] is {np.asarray(x)[index].astype(np.float32)}, one of "
         f"{int((~finite).sum())} non-finite numbers ({name}: {describe(x.dtype.name, x.shape)}). {remedy}"
     )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "geometry", "on_nonfinite", "positive"))
+@functools.partial(
+    jax.jit, static_argnames=("spec", "geometry", "on_nonfinite", "positive")
+)
 def _quantize(
     x: jax.Array,
     spec: QuantSpec,
@@ -286,7 +338,9 @@ def _quantize(
         offset = jnp.mean(view, axis=axes, keepdims=True, dtype=jnp.float32)
         view = view.astype(jnp.float32) - offset
     # Zeros in the padding change no magnitude, but would be the minimum of a block of positive numbers.
-    blocks = geometry.to_blocks(geometry.pad(view, mode="edge" if spec.offset == "min" else "constant"))
+    blocks = geometry.to_blocks(
+        geometry.pad(view, mode="edge" if spec.offset == "min" else "constant")
+    )
     if bounds is None and not isinstance(spec.clipping, str):
         bounds = observed(view, spec, geometry)
     measured = blocks
@@ -294,38 +348,68 @@ def _quantize(
         measured = jnp.where(jnp.isnan(blocks), np.float32(0), blocks)
     found = _scales.extremes(measured, geometry)
     if on_nonfinite == "saturate":
-        marks = geometry.to_blocks(geometry.pad(geometry.to_view(jnp.where(infinite, sign, 0))))
-        blocks = jnp.where(marks != 0, marks.astype(jnp.float32) * found.magnitude, blocks.astype(jnp.float32))
+        marks = geometry.to_blocks(
+            geometry.pad(geometry.to_view(jnp.where(infinite, sign, 0)))
+        )
+        blocks = jnp.where(
+            marks != 0,
+            marks.astype(jnp.float32) * found.magnitude,
+            blocks.astype(jnp.float32),
+        )
         measured, found = blocks, _scales.extremes(blocks, geometry)
     if bounds is not None:
-        found = _scales.within(found, *(geometry.scale_to_blocks(end) for end in bounds))
+        found = _scales.within(
+            found, *(geometry.scale_to_blocks(end) for end in bounds)
+        )
     ideal_steps = _scales.scale_of(measured, found, spec, geometry)
     ideal = geometry.scale_from_blocks(ideal_steps)
     if isinstance(spec.scale, QuantSpec):
         stored: jax.Array | QTensor = _quantize_scale(ideal, spec.scale, geometry)
     else:
         stored = _scales.store_in_dtype(ideal, spec.scale)
-    steps = ideal_steps if spec.codes_from == "ideal" else geometry.scale_to_blocks(stored_values(stored))
+    steps = (
+        ideal_steps
+        if spec.codes_from == "ideal"
+        else geometry.scale_to_blocks(stored_values(stored))
+    )
     if spec.offset == "min":
-        dtype = spec.scale if isinstance(spec.scale, str) and spec.scale in _FLOATS else "float32"
-        offset = _scales.store_in_dtype(geometry.scale_from_blocks(found.low), dtype, signed=True)
+        dtype = (
+            spec.scale
+            if isinstance(spec.scale, str) and spec.scale in _FLOATS
+            else "float32"
+        )
+        offset = _scales.store_in_dtype(
+            geometry.scale_from_blocks(found.low), dtype, signed=True
+        )
         centre = geometry.scale_to_blocks(_scales.load_from_dtype(offset))
-    y = _scales.divide(blocks if centre is None else blocks.astype(jnp.float32) - centre, steps)
+    y = _scales.divide(
+        blocks if centre is None else blocks.astype(jnp.float32) - centre, steps
+    )
     codebook = None
     if spec.scale_rule in ("ttq", "twn"):
         signs = _scales.terns(blocks, found, spec.scale_rule, geometry)
-        codebook = _scales.ternary_codebook(y, signs, geometry) if spec.scale_rule == "ttq" else None
+        codebook = (
+            _scales.ternary_codebook(y, signs, geometry)
+            if spec.scale_rule == "ttq"
+            else None
+        )
         y = jnp.where(jnp.isnan(steps), steps, signs)
     if positive:
         y = jnp.where(blocks > 0, jnp.maximum(y, spec.fmt.smallest_positive), y)
     zero = None if spec.symmetric else _zero_point(found, steps, spec.fmt)
     codes = _encode(y, zero, spec, key)
-    zero_point = None if zero is None else geometry.scale_from_blocks(zero.astype(spec.fmt.code_dtype))
+    zero_point = (
+        None
+        if zero is None
+        else geometry.scale_from_blocks(zero.astype(spec.fmt.code_dtype))
+    )
     codes = geometry.from_blocks(codes)
     meta = Meta(spec, geometry, spec.order, x.dtype.name)
     k_axis = geometry.k_position - len(geometry.block_shape)
     # Packed first and moved into place as bytes: less to transpose.
-    data = geometry.to_storage(formats.pack(codes, spec.fmt.bits, spec.order, unit=meta.pack_unit, axis=k_axis))
+    data = geometry.to_storage(
+        formats.pack(codes, spec.fmt.bits, spec.order, unit=meta.pack_unit, axis=k_axis)
+    )
     return QTensor(data, stored, zero_point, offset, codebook, meta)
 
 
@@ -344,24 +428,41 @@ def _quantize_scale(ideal: jax.Array, spec: QuantSpec, geometry: Geometry) -> QT
 
 
 def _holds_nan(fmt: formats.Format) -> bool:
-    return isinstance(fmt, formats.ExponentFormat | formats.FloatFormat) and getattr(fmt, "flavour", "") != "finite"
+    return (
+        isinstance(fmt, formats.ExponentFormat | formats.FloatFormat)
+        and getattr(fmt, "flavour", "") != "finite"
+    )
 
 
-def _zero_point(found: _scales.Extremes, steps: jax.Array, fmt: formats.Format) -> jax.Array:
+def _zero_point(
+    found: _scales.Extremes, steps: jax.Array, fmt: formats.Format
+) -> jax.Array:
     """The code of 0 in every block, as float32."""
     low = jnp.minimum(found.low, 0.0)
-    zero = jnp.clip(np.float32(fmt.min) - jnp.round(_scales.divide(low, steps)), fmt.min, fmt.max)
+    zero = jnp.clip(
+        np.float32(fmt.min) - jnp.round(_scales.divide(low, steps)), fmt.min, fmt.max
+    )
     return jnp.where(jnp.isnan(zero), 0.0, zero)
 
 
-def _encode(y: jax.Array, zero: jax.Array | None, spec: QuantSpec, key: jax.Array | None) -> jax.Array:
+def _encode(
+    y: jax.Array, zero: jax.Array | None, spec: QuantSpec, key: jax.Array | None
+) -> jax.Array:
     """Codes of numbers in units of their scale."""
     fmt = spec.fmt
     if zero is not None:
-        codes = jnp.clip(formats.round_to_integer(y, spec.rounding, key) + zero, fmt.min, fmt.max)
+        codes = jnp.clip(
+            formats.round_to_integer(y, spec.rounding, key) + zero, fmt.min, fmt.max
+        )
         return jnp.where(jnp.isnan(codes), 0.0, codes).astype(fmt.code_dtype)
-    if fmt.kind == "integer" and fmt.min < -fmt.max and spec.scale_rule != "signed_extreme":
-        y = jnp.maximum(y, -fmt.max)  # a symmetric spec uses the symmetric range, also where a rounded scale clips
+    if (
+        fmt.kind == "integer"
+        and fmt.min < -fmt.max
+        and spec.scale_rule != "signed_extreme"
+    ):
+        y = jnp.maximum(
+            y, -fmt.max
+        )  # a symmetric spec uses the symmetric range, also where a rounded scale clips
     return fmt.encode(y, rounding=spec.rounding, key=key)
 
 
@@ -381,7 +482,9 @@ def _refuse_gradient(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _fake_quant(x: jax.Array, key: jax.Array | None, spec: QuantSpec, geometry: Geometry) -> jax.Array:
+def _fake_quant(
+    x: jax.Array, key: jax.Array | None, spec: QuantSpec, geometry: Geometry
+) -> jax.Array:
     return dequantize(_quantize(x, spec, geometry, key))
 
 
@@ -391,4 +494,6 @@ def _fake_quant_jvp(spec: QuantSpec, geometry: Geometry, primals, tangents):
     qt = _quantize(x, spec, geometry, key)
     inside = inside_range(x, qt)
     # The function again, not its value: a derivative may be taken of this one.
-    return _fake_quant(x, key, spec, geometry), jnp.where(inside, tangents[0], jnp.zeros((), x.dtype))
+    return _fake_quant(x, key, spec, geometry), jnp.where(
+        inside, tangents[0], jnp.zeros((), x.dtype)
+    )

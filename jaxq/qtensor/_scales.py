@@ -32,7 +32,9 @@ class Extremes(NamedTuple):
 
     low: jax.Array
     high: jax.Array
-    magnitude: jax.Array  # NaN where the block holds a NaN, else infinite where it holds an infinity
+    magnitude: (
+        jax.Array
+    )  # NaN where the block holds a NaN, else infinite where it holds an infinity
 
     @property
     def finite(self) -> jax.Array:
@@ -46,9 +48,15 @@ def extremes(blocks: jax.Array, geometry: Geometry) -> Extremes:
     """
     axes = geometry.block_axes
     low = jnp.min(blocks, axis=axes, keepdims=True, initial=np.inf).astype(jnp.float32)
-    high = jnp.max(blocks, axis=axes, keepdims=True, initial=-np.inf).astype(jnp.float32)
+    high = jnp.max(blocks, axis=axes, keepdims=True, initial=-np.inf).astype(
+        jnp.float32
+    )
     empty = low > high
-    return Extremes(jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high), _magnitude(blocks, axes))
+    return Extremes(
+        jnp.where(empty, 0.0, low),
+        jnp.where(empty, 0.0, high),
+        _magnitude(blocks, axes),
+    )
 
 
 def within(found: Extremes, low: jax.Array, high: jax.Array) -> Extremes:
@@ -66,28 +74,41 @@ def _magnitude(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """
     dtype = blocks.dtype
     unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
-    pattern = lax.bitcast_convert_type(blocks, unsigned) & np.array(jnp.iinfo(unsigned).max // 2, unsigned)
+    pattern = lax.bitcast_convert_type(blocks, unsigned) & np.array(
+        jnp.iinfo(unsigned).max // 2, unsigned
+    )
     met = 1
     for axis in axes:
         axis, size = axis % pattern.ndim, pattern.shape[axis]
         while size % 2 == 0 and size > 1 and met < _MOST_MET:
             size, met = size // 2, met * 2
             first = lax.slice_in_dim(pattern, 0, size, axis=axis)
-            pattern = jnp.maximum(first, lax.slice_in_dim(pattern, size, None, axis=axis))
+            pattern = jnp.maximum(
+                first, lax.slice_in_dim(pattern, size, None, axis=axis)
+            )
     largest = jnp.max(pattern, axis=axes, keepdims=True, initial=0)
     return lax.bitcast_convert_type(largest, dtype).astype(jnp.float32)
 
 
-def scale_of(blocks: jax.Array, found: Extremes, spec: QuantSpec, geometry: Geometry) -> jax.Array:
+def scale_of(
+    blocks: jax.Array, found: Extremes, spec: QuantSpec, geometry: Geometry
+) -> jax.Array:
     """The ideal float32 scale of every block by `spec.scale_rule`: 0 for a block of zeros, NaN for a non-finite one."""
     fmt, rule, magnitude = spec.fmt, spec.scale_rule, found.magnitude
     huge = magnitude > _HUGE
-    shrink, grow = jnp.where(huge, 1 / _HUGE, np.float32(1)), jnp.where(huge, _HUGE, np.float32(1))
+    shrink, grow = (
+        jnp.where(huge, 1 / _HUGE, np.float32(1)),
+        jnp.where(huge, _HUGE, np.float32(1)),
+    )
     if not spec.symmetric:
         high, low = jnp.maximum(found.high, 0.0), jnp.minimum(found.low, 0.0)
-        scale = (high * shrink - low * shrink) * np.float32(1 / (fmt.max - fmt.min)) * grow
+        scale = (
+            (high * shrink - low * shrink) * np.float32(1 / (fmt.max - fmt.min)) * grow
+        )
     elif spec.offset == "min":
-        scale = (found.high * shrink - found.low * shrink) * np.float32(1 / fmt.max) * grow
+        scale = (
+            (found.high * shrink - found.low * shrink) * np.float32(1 / fmt.max) * grow
+        )
     elif rule == "absmax":
         scale = magnitude * np.float32(1 / fmt.max)
     elif rule == "absmean":
@@ -96,8 +117,16 @@ def scale_of(blocks: jax.Array, found: Extremes, spec: QuantSpec, geometry: Geom
         scale = magnitude
     elif rule == "twn":
         kept = jnp.abs(terns(blocks, found, rule, geometry))
-        sizes = jnp.sum(jnp.abs(blocks.astype(jnp.float32)) * kept * shrink, axis=geometry.block_axes, keepdims=True)
-        scale = sizes / jnp.maximum(jnp.sum(kept, axis=geometry.block_axes, keepdims=True), 1.0) * grow
+        sizes = jnp.sum(
+            jnp.abs(blocks.astype(jnp.float32)) * kept * shrink,
+            axis=geometry.block_axes,
+            keepdims=True,
+        )
+        scale = (
+            sizes
+            / jnp.maximum(jnp.sum(kept, axis=geometry.block_axes, keepdims=True), 1.0)
+            * grow
+        )
     elif rule == "signed_extreme":
         extreme = jnp.where(found.high >= -found.low, found.high, found.low)
         scale = extreme * np.float32(1 / fmt.min)
@@ -106,7 +135,9 @@ def scale_of(blocks: jax.Array, found: Extremes, spec: QuantSpec, geometry: Geom
     return jnp.where(found.finite, scale, np.float32(np.nan))
 
 
-def terns(blocks: jax.Array, found: Extremes, rule: str, geometry: Geometry) -> jax.Array:
+def terns(
+    blocks: jax.Array, found: Extremes, rule: str, geometry: Geometry
+) -> jax.Array:
     """The signs of what exceeds its block's threshold, 0 elsewhere; float32.
 
     "twn": 0.7 of the mean magnitude (Li et al., 2016). "ttq": 0.05 of the largest (Zhu et al., 2017).
@@ -135,15 +166,23 @@ def ternary_codebook(y: jax.Array, signs: jax.Array, geometry: Geometry) -> jax.
     def mean(sign: int) -> jax.Array:
         held = (signs == sign).astype(jnp.float32)
         count = jnp.maximum(jnp.sum(held, axis=geometry.block_axes, keepdims=True), 1.0)
-        return geometry.scale_from_blocks(jnp.sum(y * held, axis=geometry.block_axes, keepdims=True) / count)
+        return geometry.scale_from_blocks(
+            jnp.sum(y * held, axis=geometry.block_axes, keepdims=True) / count
+        )
 
     negative, positive = mean(-1), mean(1)
     return jnp.stack([negative, jnp.zeros_like(negative), positive], axis=-1)
 
 
-def _mean_magnitude(blocks: jax.Array, shrink: jax.typing.ArrayLike, geometry: Geometry) -> jax.Array:
+def _mean_magnitude(
+    blocks: jax.Array, shrink: jax.typing.ArrayLike, geometry: Geometry
+) -> jax.Array:
     """The mean of `|x| * shrink` over a block's true numbers."""
-    total = jnp.sum(jnp.abs(blocks.astype(jnp.float32)) * shrink, axis=geometry.block_axes, keepdims=True)
+    total = jnp.sum(
+        jnp.abs(blocks.astype(jnp.float32)) * shrink,
+        axis=geometry.block_axes,
+        keepdims=True,
+    )
     share = (1 / np.maximum(geometry.counts(), 1)).astype(np.float32)
     return total * share.reshape((1,) * (total.ndim - share.ndim) + share.shape)
 
@@ -152,7 +191,9 @@ def _power_of_two(magnitude: jax.Array, fmt: formats.Format, rule: str) -> jax.A
     """OCP microscaling scales by the exponent bits of the block's maximum: no logarithm, so never off by one."""
     pattern = lax.bitcast_convert_type(magnitude, jnp.uint32)
     if rule == "mx_even":
-        pattern = pattern + np.uint32(1 << (22 - fmt.mantissa_bits))  # half a unit in the element's last place
+        pattern = pattern + np.uint32(
+            1 << (22 - fmt.mantissa_bits)
+        )  # half a unit in the element's last place
     exponent = (pattern >> 23).astype(jnp.int32) - 127 - fmt.max_exponent
     mantissa = pattern & np.uint32(0x7FFFFF)
     if rule == "mx_ceil":
@@ -161,7 +202,9 @@ def _power_of_two(magnitude: jax.Array, fmt: formats.Format, rule: str) -> jax.A
         largest = np.asarray(fmt.max, np.float32).view(np.uint32) & np.uint32(0x7FFFFF)
         exponent = exponent + (mantissa > largest).astype(jnp.int32)
     biased = jnp.clip(exponent + 127, 1, 254).astype(jnp.uint32)
-    return jnp.where(magnitude > 0, lax.bitcast_convert_type(biased << 23, jnp.float32), 0.0)
+    return jnp.where(
+        magnitude > 0, lax.bitcast_convert_type(biased << 23, jnp.float32), 0.0
+    )
 
 
 def store_in_dtype(scale: jax.Array, dtype: str, *, signed: bool = False) -> jax.Array:
@@ -180,7 +223,9 @@ def store_in_dtype(scale: jax.Array, dtype: str, *, signed: bool = False) -> jax
     fmt = formats.get(dtype)
     has_zero = fmt.min < 0
     if not signed:
-        magnitude = jnp.clip(jnp.abs(scale), max(fmt.smallest_positive, float(_SMALLEST_NORMAL)), fmt.max)
+        magnitude = jnp.clip(
+            jnp.abs(scale), max(fmt.smallest_positive, float(_SMALLEST_NORMAL)), fmt.max
+        )
         zero = 0.0 if has_zero else fmt.smallest_positive
         scale = jnp.where(scale == 0, zero, jnp.sign(scale) * magnitude)
     codes = fmt.encode(scale)
@@ -198,7 +243,9 @@ def load_from_dtype(stored: jax.Array) -> jax.Array:
 def divide(blocks: jax.Array, scale: jax.Array) -> jax.Array:
     """`blocks / scale` as a product with the reciprocal; 0 where the scale is 0 (or below float32's normal range)."""
     large = jnp.abs(scale) > _LARGE
-    usable = ~(jnp.abs(scale) < _SMALLEST_NORMAL)  # NaN is usable: it must reach the codes' NaN rule
+    usable = ~(
+        jnp.abs(scale) < _SMALLEST_NORMAL
+    )  # NaN is usable: it must reach the codes' NaN rule
     # Both factors end in a division, which XLA computes once a block; cheaper operations it would repeat for every
     # number of the block, and all that they depend on with them.
     shrink = 1 / jnp.where(large, np.float32(2.0**8), np.float32(1))

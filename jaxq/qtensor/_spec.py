@@ -12,8 +12,25 @@ from jaxq.qtensor._granularity import Granularity, PerChannel, PerTensor, PerTok
 if TYPE_CHECKING:
     from jaxq.observers import Observer
 
-SCALE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
-SCALE_RULES = ("absmax", "absmean", "mx_ceil", "mx_even", "mx_floor", "mx_round_up", "signed_extreme", "ttq", "twn")
+SCALE_DTYPES = (
+    "float32",
+    "bfloat16",
+    "float16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e8m0fnu",
+)
+SCALE_RULES = (
+    "absmax",
+    "absmean",
+    "mx_ceil",
+    "mx_even",
+    "mx_floor",
+    "mx_round_up",
+    "signed_extreme",
+    "ttq",
+    "twn",
+)
 # Those that depend on more than the extremes of a block.
 NEED_BLOCKS = ("absmean", "ttq", "twn")
 CODES_FROM = ("stored", "ideal")
@@ -76,10 +93,14 @@ class QuantSpec:
         except ValueError as error:
             raise ValueError(f"QuantSpec: {error}") from None
         if not isinstance(self.symmetric, bool):
-            raise TypeError(f"QuantSpec: symmetric must be True or False, got {self.symmetric!r}.")
+            raise TypeError(
+                f"QuantSpec: symmetric must be True or False, got {self.symmetric!r}."
+            )
         object.__setattr__(self, "format", fmt)
         if not isinstance(self.granularity, Granularity):
-            raise TypeError(f"QuantSpec: granularity must be one of jaxq's Per... objects, got {self.granularity!r}.")
+            raise TypeError(
+                f"QuantSpec: granularity must be one of jaxq's Per... objects, got {self.granularity!r}."
+            )
         formats.check_choice("QuantSpec: scale_rule", self.scale_rule, SCALE_RULES)
         if isinstance(self.clipping, str):
             formats.check_choice("QuantSpec: clipping", self.clipping, ("absmax",))
@@ -91,20 +112,30 @@ class QuantSpec:
         if not isinstance(self.scale, QuantSpec):
             formats.check_choice("QuantSpec: scale", self.scale, SCALE_DTYPES)
         elif self.scale.clipping != "absmax":
-            raise ValueError("QuantSpec: a scale that is quantized itself is not clipped; leave its clipping='absmax'.")
+            raise ValueError(
+                "QuantSpec: a scale that is quantized itself is not clipped; leave its clipping='absmax'."
+            )
         elif not self.scale.symmetric or self.scale.offset == "min":
             raise ValueError(
                 "QuantSpec: a scale that is quantized itself must be symmetric, and not offset by its minimum."
             )
-        formats.check_choice("QuantSpec: rounding", self.rounding, formats.ROUNDING_MODES)
-        packing = formats.default_packing(fmt.bits) if self.packing is None else self.packing
+        formats.check_choice(
+            "QuantSpec: rounding", self.rounding, formats.ROUNDING_MODES
+        )
+        packing = (
+            formats.default_packing(fmt.bits) if self.packing is None else self.packing
+        )
         if isinstance(packing, str):
-            formats.check_choice("QuantSpec: packing", packing, tuple(p.value for p in formats.Packing))
+            formats.check_choice(
+                "QuantSpec: packing", packing, tuple(p.value for p in formats.Packing)
+            )
             packing = formats.Packing(packing)
         formats.codes_per_pack(fmt.bits, packing)
         object.__setattr__(self, "packing", packing)
         if fmt.bits > 8:
-            raise ValueError(f"QuantSpec: codes have at most 8 bits; {fmt.name} has {fmt.bits}.")
+            raise ValueError(
+                f"QuantSpec: codes have at most 8 bits; {fmt.name} has {fmt.bits}."
+            )
         if not self.symmetric and (fmt.kind != "integer" or self.offset is not None):
             raise ValueError(
                 f"QuantSpec: symmetric=False finds a zero point, which only integer formats without an offset have "
@@ -115,19 +146,40 @@ class QuantSpec:
                 f"QuantSpec: offset='min' counts up from the minimum: use an unsigned integer, not {fmt.name}."
             )
         if self.scale_rule != "absmax" and (not self.symmetric or self.offset == "min"):
-            raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} is for symmetric specs without a minimum.")
+            raise ValueError(
+                f"QuantSpec: scale_rule={self.scale_rule!r} is for symmetric specs without a minimum."
+            )
         if fmt.max <= 0:
-            raise ValueError(f"QuantSpec: {fmt.name} has no positive numbers to scale to.")
+            raise ValueError(
+                f"QuantSpec: {fmt.name} has no positive numbers to scale to."
+            )
         if self.scale_rule in ("ttq", "twn") and self.rounding != "nearest_even":
-            raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} has a threshold, and rounds no other way.")
-        if isinstance(self.scale, QuantSpec) and self.scale.scale_rule in ("ttq", "twn"):
-            raise ValueError(f"QuantSpec: a scale cannot be ternary by scale_rule={self.scale.scale_rule!r}.")
-        if self.scale_rule in ("ttq", "twn") and (fmt.kind, fmt.max, fmt.min) != ("integer", 1, -1):
-            raise ValueError(f"QuantSpec: scale_rule={self.scale_rule!r} is for the format ternary, not {fmt.name}.")
+            raise ValueError(
+                f"QuantSpec: scale_rule={self.scale_rule!r} has a threshold, and rounds no other way."
+            )
+        if isinstance(self.scale, QuantSpec) and self.scale.scale_rule in (
+            "ttq",
+            "twn",
+        ):
+            raise ValueError(
+                f"QuantSpec: a scale cannot be ternary by scale_rule={self.scale.scale_rule!r}."
+            )
+        if self.scale_rule in ("ttq", "twn") and (fmt.kind, fmt.max, fmt.min) != (
+            "integer",
+            1,
+            -1,
+        ):
+            raise ValueError(
+                f"QuantSpec: scale_rule={self.scale_rule!r} is for the format ternary, not {fmt.name}."
+            )
         if self.scale_rule == "signed_extreme":
             parts = [fmt]
             if self.scale != "float32":  # which is no format of codes
-                parts.append(self.scale.fmt if isinstance(self.scale, QuantSpec) else formats.get(self.scale))
+                parts.append(
+                    self.scale.fmt
+                    if isinstance(self.scale, QuantSpec)
+                    else formats.get(self.scale)
+                )
             for part in parts:
                 if part.min >= 0:
                     raise ValueError(
@@ -156,7 +208,10 @@ class QuantSpec:
         """A JSON-ready description; `from_dict` gives an equal spec back."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["format"] = formats.to_dict(self.fmt)
-        out["granularity"] = {"type": type(self.granularity).__name__, **dataclasses.asdict(self.granularity)}
+        out["granularity"] = {
+            "type": type(self.granularity).__name__,
+            **dataclasses.asdict(self.granularity),
+        }
         out["packing"] = self.order.value
         if isinstance(self.scale, QuantSpec):
             out["scale"] = self.scale.to_dict()
@@ -174,7 +229,10 @@ class QuantSpec:
         known = {f.name for f in dataclasses.fields(cls)}
         for name in data:
             if name not in known:
-                raise ValueError("QuantSpec.from_dict: " + formats.unknown_name("field", name, known, "jaxq.QuantSpec"))
+                raise ValueError(
+                    "QuantSpec.from_dict: "
+                    + formats.unknown_name("field", name, known, "jaxq.QuantSpec")
+                )
         data = dict(data)
         data["format"] = formats.from_dict(data["format"])
         data["granularity"] = _granularity_from_dict(data["granularity"])
@@ -191,10 +249,18 @@ def _check_clipping(spec: QuantSpec) -> None:
     from jaxq import observers  # most specs name none
 
     if not isinstance(spec.clipping, observers.Observer):
-        raise TypeError(f"QuantSpec: clipping must be 'absmax' or one of jaxq.observers, got {spec.clipping!r}.")
+        raise TypeError(
+            f"QuantSpec: clipping must be 'absmax' or one of jaxq.observers, got {spec.clipping!r}."
+        )
     if spec.clipping.axis is not None:
-        raise ValueError(f"QuantSpec: clipping={spec.clipping!r} looks at each block by itself, so it keeps no axis.")
-    if spec.scale_rule in NEED_BLOCKS or spec.scale_rule == "signed_extreme" or spec.offset == "mean":
+        raise ValueError(
+            f"QuantSpec: clipping={spec.clipping!r} looks at each block by itself, so it keeps no axis."
+        )
+    if (
+        spec.scale_rule in NEED_BLOCKS
+        or spec.scale_rule == "signed_extreme"
+        or spec.offset == "mean"
+    ):
         raise ValueError(
             f"QuantSpec: clipping={spec.clipping!r} gives a range, which scale_rule={spec.scale_rule!r} and "
             f"offset={spec.offset!r} do not go by."
@@ -212,7 +278,11 @@ def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
             f"{caller}: {spec.granularity} finds scales of blocks in each input, so its range cannot be static. "
             "Leave the bounds or the observer out, or use a spec with one scale (PerTensor)."
         )
-    if isinstance(spec.scale, QuantSpec) or spec.scale_rule in NEED_BLOCKS or spec.offset == "mean":
+    if (
+        isinstance(spec.scale, QuantSpec)
+        or spec.scale_rule in NEED_BLOCKS
+        or spec.offset == "mean"
+    ):
         raise ValueError(
             f"{caller}: a scale by {spec.scale_rule!r} of {spec.fmt.name} (scale={spec.scale!r}, "
             f"offset={spec.offset!r}) depends on more than the range, so it cannot be static."
@@ -226,4 +296,6 @@ def _granularity_from_dict(data: dict[str, Any]) -> Granularity:
     kind = getattr(_granularity, name, None) if name.startswith("Per") else None
     if kind is None:
         raise ValueError(f"QuantSpec.from_dict: unknown granularity {name!r}.")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return kind(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    )

@@ -54,11 +54,25 @@ _ROTATED = {
 }
 
 # One layer under two names, nnx's and linen's: rules are about both.
-_SAME_KIND = {"Dense": "Linear", "DenseGeneral": "LinearGeneral", "Linear": "Dense", "LinearGeneral": "DenseGeneral"}
+_SAME_KIND = {
+    "Dense": "Linear",
+    "DenseGeneral": "LinearGeneral",
+    "Linear": "Dense",
+    "LinearGeneral": "DenseGeneral",
+}
 
 # What a layer or an array can be called: layers of nnx and linen, arrays of a tree, matrices of a module's own.
 KINDS = (
-    *("Linear", "LinearGeneral", "Dense", "DenseGeneral", "Einsum", "Conv", "ConvTranspose", "Embed"),
+    *(
+        "Linear",
+        "LinearGeneral",
+        "Dense",
+        "DenseGeneral",
+        "Einsum",
+        "Conv",
+        "ConvTranspose",
+        "Embed",
+    ),
     *("Array", "Param"),
 )
 
@@ -75,9 +89,17 @@ _NORM = rf"(?!{_PROJECTION})([^/.]*_)?(bn|(batch|group|layer|rms)?_?norm|ln)(_?\
 _VECTOR = r"([^/.]*_)?(beta|bias|gain|gamma|mean|scale|var)(es|s)?"
 _HEADS = r"embed_out|(?:[^/.]*_)?head|(lm|mlm|output)head|(to_)?logits?(_?dense)?|unembed|unembedding"
 # Of the model itself: attention has an `out` too.
-_TOP_HEADS = "classifier|cls|out|output|output_(layer|projection)|qa_outputs|readout|score"
+_TOP_HEADS = (
+    "classifier|cls|out|output|output_(layer|projection)|qa_outputs|readout|score"
+)
 _ROUTERS = r"router|[^/.]*moe[^/.]*[/.]gate|(?:[^/.]*_)?(expert|moe)_gate"
-_MATRICES = ("Linear", "Dense", "Einsum", "Array", "Param")  # attention's own `out` is a LinearGeneral
+_MATRICES = (
+    "Linear",
+    "Dense",
+    "Einsum",
+    "Array",
+    "Param",
+)  # attention's own `out` is a LinearGeneral
 _IN_FLOATS = (
     # (what, pattern, kinds)
     ("embedding", "**", ("Embed",)),
@@ -166,62 +188,113 @@ class Rule:
     def __post_init__(self):
         for name in ("pattern", "method"):
             if not isinstance(getattr(self, name), str):
-                raise TypeError(f"Rule: {name} must be a string, got {type(getattr(self, name)).__name__}.")
+                raise TypeError(
+                    f"Rule: {name} must be a string, got {type(getattr(self, name)).__name__}."
+                )
         for name in ("skip", "optional", "correct_bias"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"Rule({self.pattern!r}): {name} must be True or False, got {getattr(self, name)!r}.")
+                raise TypeError(
+                    f"Rule({self.pattern!r}): {name} must be True or False, got {getattr(self, name)!r}."
+                )
         if self.skip == (self.weight is not None):
-            raise ValueError(f"Rule({self.pattern!r}): give either weight= or skip=True.")
+            raise ValueError(
+                f"Rule({self.pattern!r}): give either weight= or skip=True."
+            )
         if self.skip and self.activation is not None:
-            raise ValueError(f"Rule({self.pattern!r}): a skipped layer has no activation=.")
+            raise ValueError(
+                f"Rule({self.pattern!r}): a skipped layer has no activation=."
+            )
         if self.skip and self.correct_bias:
-            raise ValueError(f"Rule({self.pattern!r}): a skipped layer has no error that correct_bias= could correct.")
+            raise ValueError(
+                f"Rule({self.pattern!r}): a skipped layer has no error that correct_bias= could correct."
+            )
         for field in ("weight", "activation"):
             if getattr(self, field) is not None:
-                object.__setattr__(self, field, as_spec(getattr(self, field), f"Rule({self.pattern!r}) {field}"))
+                object.__setattr__(
+                    self,
+                    field,
+                    as_spec(getattr(self, field), f"Rule({self.pattern!r}) {field}"),
+                )
         for field in ("contracting", "batch"):
             axes = getattr(self, field)
             if axes is not None:
-                object.__setattr__(self, field, _as_axes(axes, f"Rule({self.pattern!r}): {field}"))
+                object.__setattr__(
+                    self, field, _as_axes(axes, f"Rule({self.pattern!r}): {field}")
+                )
         if self.observer is not None:
-            object.__setattr__(self, "observer", _as_observer(self.observer, f"Rule({self.pattern!r})"))
+            object.__setattr__(
+                self, "observer", _as_observer(self.observer, f"Rule({self.pattern!r})")
+            )
             if not isinstance(self.activation, QuantSpec):
-                raise ValueError(f"Rule({self.pattern!r}): observer= finds the range of an activation=; there is none.")
+                raise ValueError(
+                    f"Rule({self.pattern!r}): observer= finds the range of an activation=; there is none."
+                )
             as_static(self.activation, f"Rule({self.pattern!r})")
         if self.where is not None and not callable(self.where):
-            raise TypeError(f"Rule({self.pattern!r}): where must be a function of a Layer, got {self.where!r}.")
+            raise TypeError(
+                f"Rule({self.pattern!r}): where must be a function of a Layer, got {self.where!r}."
+            )
         if self.method != "rtn":
             from jaxq import methods  # which import optax; most rules name no method
 
-            formats.check_choice(f"Rule({self.pattern!r}): method", self.method, methods.names())
-            methods.check_options(f"Rule({self.pattern!r})", self.method, dict(self.options))
+            formats.check_choice(
+                f"Rule({self.pattern!r}): method", self.method, methods.names()
+            )
+            methods.check_options(
+                f"Rule({self.pattern!r})", self.method, dict(self.options)
+            )
             if isinstance(self.weight, QuantSpec) and (
                 why := methods.why_not(self.method, self.weight, dict(self.options))
             ):
-                raise ValueError(f"Rule({self.pattern!r}): method {self.method!r}: {why}")
+                raise ValueError(
+                    f"Rule({self.pattern!r}): method {self.method!r}: {why}"
+                )
         elif dict(self.options):
-            raise ValueError(f"Rule({self.pattern!r}): options {dict(self.options)} need a method= that has them.")
+            raise ValueError(
+                f"Rule({self.pattern!r}): options {dict(self.options)} need a method= that has them."
+            )
         if self.method == "llm_int8" and self.observer is not None:
-            raise ValueError(f"Rule({self.pattern!r}): llm_int8 looks at each input anew, so it takes no observer=.")
-        options = {name: tuple(v) if isinstance(v, list) else v for name, v in dict(self.options).items()}
-        object.__setattr__(self, "options", tuple(sorted(options.items())))  # JSON has no tuples
+            raise ValueError(
+                f"Rule({self.pattern!r}): llm_int8 looks at each input anew, so it takes no observer=."
+            )
+        options = {
+            name: tuple(v) if isinstance(v, list) else v
+            for name, v in dict(self.options).items()
+        }
+        object.__setattr__(
+            self, "options", tuple(sorted(options.items()))
+        )  # JSON has no tuples
         kinds = (self.kinds,) if isinstance(self.kinds, str) else self.kinds
         if not isinstance(kinds, tuple | list | set | frozenset):
-            raise TypeError(f"Rule({self.pattern!r}): kinds must be names such as ('Linear', 'Conv'), got {kinds!r}.")
+            raise TypeError(
+                f"Rule({self.pattern!r}): kinds must be names such as ('Linear', 'Conv'), got {kinds!r}."
+            )
         object.__setattr__(self, "kinds", tuple(kinds))
         for kind in self.kinds:
             formats.check_choice(f"Rule({self.pattern!r}): kinds", kind, KINDS)
         try:
             _compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"Rule({self.pattern!r}): not a regular expression: {error}.") from error
+            raise ValueError(
+                f"Rule({self.pattern!r}): not a regular expression: {error}."
+            ) from error
 
-    def matches(self, path: str, kind: str, shape: tuple[int, ...] = (), module: type | None = None) -> bool:
+    def matches(
+        self,
+        path: str,
+        kind: str,
+        shape: tuple[int, ...] = (),
+        module: type | None = None,
+    ) -> bool:
         """True if the rule is about the layer of this kind at this path."""
         names = {kind, _SAME_KIND.get(kind)}
-        if (self.kinds and names.isdisjoint(self.kinds)) or _compile(self.pattern).fullmatch(path) is None:
+        if (self.kinds and names.isdisjoint(self.kinds)) or _compile(
+            self.pattern
+        ).fullmatch(path) is None:
             return False
-        return self.where is None or bool(self.where(Layer(path, kind, tuple(shape), module)))
+        return self.where is None or bool(
+            self.where(Layer(path, kind, tuple(shape), module))
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready description of what is not the default; `from_dict` gives an equal rule back.
@@ -230,7 +303,9 @@ class Rule:
           TypeError: `where` is a function, or an option is nothing that JSON has.
         """
         if self.where is not None:
-            raise TypeError(f"Rule({self.pattern!r}): where={self.where!r} is a function, which JSON cannot hold.")
+            raise TypeError(
+                f"Rule({self.pattern!r}): where={self.where!r} is a function, which JSON cannot hold."
+            )
         out: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -241,7 +316,9 @@ class Rule:
                 try:
                     json.dumps(value)
                 except TypeError as error:
-                    raise TypeError(f"Rule({self.pattern!r}): options {value} are nothing that JSON has.") from error
+                    raise TypeError(
+                        f"Rule({self.pattern!r}): options {value} are nothing that JSON has."
+                    ) from error
             elif hasattr(value, "to_dict"):
                 value = value.to_dict()
             out[field.name] = list(value) if isinstance(value, tuple) else value
@@ -255,12 +332,17 @@ class Rule:
           ValueError: an unknown field.
         """
         if not isinstance(data, Mapping):
-            raise ValueError(f"Rule.from_dict: expected a dict of what is in a jaxq.Rule, got {data!r:.80}.")
+            raise ValueError(
+                f"Rule.from_dict: expected a dict of what is in a jaxq.Rule, got {data!r:.80}."
+            )
         fields = dict(data)
         known = {field.name for field in dataclasses.fields(cls)} - {"where"}
         for name in fields:
             if name not in known:
-                raise ValueError("Rule.from_dict: " + formats.unknown_name("field", name, known, "jaxq.Rule"))
+                raise ValueError(
+                    "Rule.from_dict: "
+                    + formats.unknown_name("field", name, known, "jaxq.Rule")
+                )
         for name in ("weight", "activation"):
             if isinstance(fields.get(name), Mapping):
                 fields[name] = QuantSpec.from_dict(dict(fields[name]))
@@ -289,19 +371,41 @@ class Recipe:
 
     def __post_init__(self):
         if isinstance(self.rules, Rule):
-            raise TypeError("Recipe: rules must be a list of jaxq.Rule objects, got one Rule. Write [rule].")
+            raise TypeError(
+                "Recipe: rules must be a list of jaxq.Rule objects, got one Rule. Write [rule]."
+            )
         if not isinstance(self.rotate, bool):
-            raise TypeError(f"Recipe: rotate must be True or False, got {self.rotate!r}.")
+            raise TypeError(
+                f"Recipe: rotate must be True or False, got {self.rotate!r}."
+            )
         object.__setattr__(self, "rules", tuple(self.rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
-                raise TypeError(f"Recipe: rules must be jaxq.Rule objects, got {type(rule).__name__}.")
+                raise TypeError(
+                    f"Recipe: rules must be jaxq.Rule objects, got {type(rule).__name__}."
+                )
 
-    def find(self, path: str, kind: str, shape: tuple[int, ...] = (), module: type | None = None) -> Rule | None:
+    def find(
+        self,
+        path: str,
+        kind: str,
+        shape: tuple[int, ...] = (),
+        module: type | None = None,
+    ) -> Rule | None:
         """The first rule that matches, or None."""
-        return next((rule for rule in self.rules if rule.matches(path, kind, shape, module)), None)
+        return next(
+            (rule for rule in self.rules if rule.matches(path, kind, shape, module)),
+            None,
+        )
 
-    def plan(self, model: Any, variables: Any = None, *, example: Any = None, strict: bool = True) -> Any:
+    def plan(
+        self,
+        model: Any,
+        variables: Any = None,
+        *,
+        example: Any = None,
+        strict: bool = True,
+    ) -> Any:
         """What the recipe would do to each parameter of a model: a `jaxq.nn.Report` without measured errors.
 
         Nothing is quantized, and no array is made; bytes are those the real thing would have.
@@ -344,10 +448,18 @@ class Recipe:
           >>> jaxq.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
           True
         """
-        fits = isinstance(data, Mapping) and {"rules"} <= set(data) <= {"rules", "rotate"}
+        fits = isinstance(data, Mapping) and {"rules"} <= set(data) <= {
+            "rules",
+            "rotate",
+        }
         if not fits or not isinstance(data["rules"], list | tuple):
-            raise ValueError(f"Recipe.from_dict: expected {{'rules': [...]}}, got {data!r:.80}.")
-        return cls(tuple(Rule.from_dict(rule) for rule in data["rules"]), rotate=data.get("rotate", False))
+            raise ValueError(
+                f"Recipe.from_dict: expected {{'rules': [...]}}, got {data!r:.80}."
+            )
+        return cls(
+            tuple(Rule.from_dict(rule) for rule in data["rules"]),
+            rotate=data.get("rotate", False),
+        )
 
 
 def names() -> list[str]:
@@ -379,7 +491,9 @@ def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
     if isinstance(recipe, str):
         name = recipe.strip().lower().replace("-", "_")
         if name not in names():
-            raise ValueError(f"{caller}: {formats.unknown_name('recipe', recipe, names(), 'jaxq.recipes.names()')}")
+            raise ValueError(
+                f"{caller}: {formats.unknown_name('recipe', recipe, names(), 'jaxq.recipes.names()')}"
+            )
         method, observer, rotate = "rtn", None, name in _ROTATED
         if name in _BY_METHOD:
             weight, activation, method = _BY_METHOD[name]
@@ -390,9 +504,17 @@ def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
     elif isinstance(recipe, QuantSpec):
         weight, activation, observer, method, rotate = recipe, None, None, "rtn", False
     else:
-        raise TypeError(f"{caller}: recipe must be a name, a QuantSpec or a jaxq.Recipe, got {type(recipe).__name__}.")
+        raise TypeError(
+            f"{caller}: recipe must be a name, a QuantSpec or a jaxq.Recipe, got {type(recipe).__name__}."
+        )
     defaults = (
-        Rule(pattern, kinds=kinds, skip=True, reason=f"{what}, left in floats by default", optional=True)
+        Rule(
+            pattern,
+            kinds=kinds,
+            skip=True,
+            reason=f"{what}, left in floats by default",
+            optional=True,
+        )
         for what, pattern, kinds in _IN_FLOATS
     )
     last = Rule(weight=weight, activation=activation, observer=observer, method=method)
@@ -403,7 +525,9 @@ def _as_axes(axes: Any, what: str) -> tuple[int, ...]:
     """Axes as a tuple of different integers."""
     found = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
     if not all(hasattr(a, "__index__") and not isinstance(a, bool) for a in found):
-        raise TypeError(f"{what} must be an axis or several, such as -2 or (0, 1), got {axes!r}.")
+        raise TypeError(
+            f"{what} must be an axis or several, such as -2 or (0, 1), got {axes!r}."
+        )
     found = tuple(operator.index(a) for a in found)
     if len(set(found)) != len(found):
         raise ValueError(f"{what} names an axis twice: {axes!r}. Name each once.")
@@ -421,9 +545,13 @@ def _as_observer(observer: Any, caller: str) -> Any:
     if isinstance(observer, Mapping):
         return observers.from_dict(dict(observer))
     if not isinstance(observer, observers.Observer):
-        raise TypeError(f"{caller}: observer must be a name or one of jaxq.observers, got {type(observer).__name__}.")
+        raise TypeError(
+            f"{caller}: observer must be a name or one of jaxq.observers, got {type(observer).__name__}."
+        )
     if observer.axis is not None:
-        raise ValueError(f"{caller}: one range covers a layer's input, so observer={observer!r} must not keep an axis.")
+        raise ValueError(
+            f"{caller}: one range covers a layer's input, so observer={observer!r} must not keep an axis."
+        )
     return observer
 
 
@@ -435,7 +563,12 @@ def _compile(pattern: str) -> re.Pattern[str]:
         if part == "**":
             parts += [] if parts[-1:] == ["**"] else ["**"]
         else:
-            parts.append("".join("[^/]*" if c == "*" else "[^/]" if c == "?" else re.escape(c) for c in part))
+            parts.append(
+                "".join(
+                    "[^/]*" if c == "*" else "[^/]" if c == "?" else re.escape(c)
+                    for c in part
+                )
+            )
     text = "/".join(parts)
     # "**/" may stand for nothing, "/**" for nothing, a lone "**" for everything.
     text = text.replace("/**/", "/(?:.*/)?")

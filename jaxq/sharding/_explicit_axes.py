@@ -15,7 +15,9 @@ def spec_of(x: Any) -> tuple:
     return tuple(getattr(jax.typeof(x).sharding, "spec", None) or (None,) * jnp.ndim(x))
 
 
-def over_explicit_axes(fn: Callable[..., jax.Array], spec: Sequence[Any], *args: Any) -> jax.Array:
+def over_explicit_axes(
+    fn: Callable[..., jax.Array], spec: Sequence[Any], *args: Any
+) -> jax.Array:
     """`fn(*args)` where mesh axes of explicit type among the operands' are left to XLA.
 
     Loops over blocks of rows have no sharding that a type could state. Only the result's is: `spec`, less what names a
@@ -30,11 +32,15 @@ def over_explicit_axes(fn: Callable[..., jax.Array], spec: Sequence[Any], *args:
     taken: set[str] = set()
     out = []
     for entry in spec:
-        names = set(entry if isinstance(entry, tuple) else () if entry is None else (entry,))
+        names = set(
+            entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        )
         out.append(None if names & taken else entry)
         taken |= names
     sharding = NamedSharding(mesh, PartitionSpec(*out))
-    auto: Any = jax.sharding.auto_axes(fn, axes=tuple(found[mesh]), out_sharding=sharding)
+    auto: Any = jax.sharding.auto_axes(
+        fn, axes=tuple(found[mesh]), out_sharding=sharding
+    )
     return auto(*args)
 
 
@@ -48,10 +54,23 @@ def lay_out(y: jax.Array, sharding: NamedSharding | PartitionSpec | None) -> jax
     """
     if sharding is None:
         return y
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
+    mesh = (
+        sharding.mesh
+        if isinstance(sharding, NamedSharding)
+        else jax.sharding.get_abstract_mesh()
+    )
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
-    named = {name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,)) if name is not None}
-    explicit = {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit}
+    named = {
+        name
+        for entry in spec
+        for name in (entry if isinstance(entry, tuple) else (entry,))
+        if name is not None
+    }
+    explicit = {
+        n
+        for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if t == AxisType.Explicit
+    }
     if not explicit:
         return jax.lax.with_sharding_constraint(y, sharding)
     if named - explicit:

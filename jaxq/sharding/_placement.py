@@ -19,7 +19,9 @@ def on_auto_axes(tree: Any) -> Iterator[Any]:
 
     Over explicit axes every step of a method would have to say how its result lies.
     """
-    meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if _is_explicit(leaf)]
+    meshes = [
+        leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if _is_explicit(leaf)
+    ]
     if not meshes:
         yield tree
         return
@@ -27,7 +29,11 @@ def on_auto_axes(tree: Any) -> Iterator[Any]:
     mesh = Mesh(meshes[0].devices, names, axis_types=(AxisType.Auto,) * len(names))
 
     def put(leaf: Any) -> Any:
-        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec)) if _is_explicit(leaf) else leaf
+        return (
+            jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+            if _is_explicit(leaf)
+            else leaf
+        )
 
     with jax.set_mesh(mesh):
         yield jax.tree.map(put, tree)
@@ -35,7 +41,10 @@ def on_auto_axes(tree: Any) -> Iterator[Any]:
 
 def _is_explicit(leaf: Any) -> bool:
     sharding = getattr(leaf, "sharding", None)
-    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+    return (
+        isinstance(sharding, NamedSharding)
+        and AxisType.Explicit in sharding.mesh.axis_types
+    )
 
 
 def placed_like(qt: QTensor, floats: Any) -> QTensor:
@@ -56,10 +65,15 @@ def placed_like(qt: QTensor, floats: Any) -> QTensor:
 
     def put(leaf: jax.Array) -> jax.Array:
         def fits(entry: Any, size: int) -> bool:
-            names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+            names = (
+                entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+            )
             return size % math.prod(mesh.shape[name] for name in names) == 0
 
-        cut = [entry if fits(entry, size) else None for entry, size in zip(wanted, leaf.shape, strict=False)]
+        cut = [
+            entry if fits(entry, size) else None
+            for entry, size in zip(wanted, leaf.shape, strict=False)
+        ]
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*cut)))
 
     return jax.tree.map(put, qt)

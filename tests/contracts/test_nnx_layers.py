@@ -22,10 +22,20 @@ RECIPES = {
     "nf4": ({"weight": "nf4"}, 0.15),
     "fp8": ({"weight": "fp8"}, 0.05),
     "w8a8": ({"weight": "int8", "activation": "int8"}, 0.025),
-    "w8a8 per tensor": ({"weight": "int8", "activation": QuantSpec("int8", jaxq.PerTensor())}, 0.025),
-    "w8a8 static": ({"weight": "int8", "activation": "int8", "observer": "absmax"}, 0.03),
+    "w8a8 per tensor": (
+        {"weight": "int8", "activation": QuantSpec("int8", jaxq.PerTensor())},
+        0.025,
+    ),
+    "w8a8 static": (
+        {"weight": "int8", "activation": "int8", "observer": "absmax"},
+        0.03,
+    ),
     "w8a8 static asymmetric": (
-        {"weight": "int8", "activation": QuantSpec("uint8", symmetric=False), "observer": "minmax"},
+        {
+            "weight": "int8",
+            "activation": QuantSpec("uint8", symmetric=False),
+            "observer": "minmax",
+        },
         0.03,
     ),
     "w4a8": ({"weight": "int4", "activation": "int8"}, 0.17),
@@ -51,7 +61,9 @@ class Lora(nnx.Module):
     """An adapter around a linear layer."""
 
     def __init__(self, rngs):
-        self.adapter = nnx.LoRA(32, 2, 16, base_module=nnx.Linear(32, 16, rngs=rngs), rngs=rngs)
+        self.adapter = nnx.LoRA(
+            32, 2, 16, base_module=nnx.Linear(32, 16, rngs=rngs), rngs=rngs
+        )
 
     def __call__(self, x):
         return self.adapter(x)
@@ -70,32 +82,66 @@ class Bare(nnx.Module):
 # name: (layer from rngs, shape of its input)
 LAYERS = {
     "Linear": (lambda rngs: nnx.Linear(32, 16, rngs=rngs), (3, 32)),
-    "LinearGeneral": (lambda rngs: nnx.LinearGeneral((4, 8), (2, 8), axis=(-2, -1), rngs=rngs), (3, 4, 8)),
-    "Einsum": (lambda rngs: nnx.Einsum("btd,dhk->bthk", (32, 2, 8), rngs=rngs), (2, 3, 32)),
-    "Einsum, axes in turn": (lambda rngs: nnx.Einsum("bhd,dhk->bk", (8, 4, 16), rngs=rngs), (3, 4, 8)),
-    "Einsum, experts in turn": (lambda rngs: nnx.Einsum("febk,efkn->febn", (2, 3, 32, 4), rngs=rngs), (3, 2, 2, 32)),
-    "Einsum, heads behind": (lambda rngs: nnx.Einsum("bhd,dhf->bhf", (32, 2, 8), rngs=rngs), (3, 2, 32)),
+    "LinearGeneral": (
+        lambda rngs: nnx.LinearGeneral((4, 8), (2, 8), axis=(-2, -1), rngs=rngs),
+        (3, 4, 8),
+    ),
+    "Einsum": (
+        lambda rngs: nnx.Einsum("btd,dhk->bthk", (32, 2, 8), rngs=rngs),
+        (2, 3, 32),
+    ),
+    "Einsum, axes in turn": (
+        lambda rngs: nnx.Einsum("bhd,dhk->bk", (8, 4, 16), rngs=rngs),
+        (3, 4, 8),
+    ),
+    "Einsum, experts in turn": (
+        lambda rngs: nnx.Einsum("febk,efkn->febn", (2, 3, 32, 4), rngs=rngs),
+        (3, 2, 2, 32),
+    ),
+    "Einsum, heads behind": (
+        lambda rngs: nnx.Einsum("bhd,dhf->bhf", (32, 2, 8), rngs=rngs),
+        (3, 2, 32),
+    ),
     "Conv1d": (lambda rngs: nnx.Conv(8, 16, 3, rngs=rngs), (2, 6, 8)),
     "Conv2d": (lambda rngs: nnx.Conv(8, 16, (3, 3), rngs=rngs), (2, 5, 5, 8)),
-    "Conv2d grouped": (lambda rngs: nnx.Conv(8, 16, (3, 3), feature_group_count=2, rngs=rngs), (2, 5, 5, 8)),
+    "Conv2d grouped": (
+        lambda rngs: nnx.Conv(8, 16, (3, 3), feature_group_count=2, rngs=rngs),
+        (2, 5, 5, 8),
+    ),
     "Conv3d": (lambda rngs: nnx.Conv(4, 8, (2, 2, 2), rngs=rngs), (1, 3, 3, 3, 4)),
     # More than 128 inputs an example: a report speaks of several blocks, where one alone would be codes.
-    "ConvTranspose": (lambda rngs: nnx.ConvTranspose(8, 16, (3, 3), strides=(2, 2), rngs=rngs), (2, 5, 4, 8)),
+    "ConvTranspose": (
+        lambda rngs: nnx.ConvTranspose(8, 16, (3, 3), strides=(2, 2), rngs=rngs),
+        (2, 5, 4, 8),
+    ),
     "Embed": (lambda rngs: nnx.Embed(16, 32, rngs=rngs), None),
     "Embed.attend": (Attend, (3, 32)),
-    "MultiHeadAttention": (lambda rngs: nnx.MultiHeadAttention(2, 32, decode=False, rngs=rngs), (2, 4, 32)),
+    "MultiHeadAttention": (
+        lambda rngs: nnx.MultiHeadAttention(2, 32, decode=False, rngs=rngs),
+        (2, 4, 32),
+    ),
     "LoRA": (Lora, (3, 32)),
-    "LoRALinear": (lambda rngs: nnx.LoRALinear(32, 16, lora_rank=2, rngs=rngs), (3, 32)),
+    "LoRALinear": (
+        lambda rngs: nnx.LoRALinear(32, 16, lora_rank=2, rngs=rngs),
+        (3, 32),
+    ),
     "Param": (Bare, (3, 32)),
 }
 # What raises, and with which words.
 REFUSED = {
-    **{("Embed.attend", name): "cannot be observed" for name in RECIPES if "static" in name},
+    **{
+        ("Embed.attend", name): "cannot be observed"
+        for name in RECIPES
+        if "static" in name
+    },
     **{("Embed", name): "cannot be observed" for name in RECIPES if "static" in name},
     **{("Param", name): "cannot be observed" for name in RECIPES if "static" in name},
 }
 CASES = [(layer, recipe) for layer in LAYERS for recipe in RECIPES]
-DEFAULT = [("Linear", "w8a8 static asymmetric"), ("Einsum, heads behind", "w8a8 static")]
+DEFAULT = [
+    ("Linear", "w8a8 static asymmetric"),
+    ("Einsum, heads behind", "w8a8 static"),
+]
 DEFAULT += [(layer, "w8a8 static") for layer in ("Embed", "Param")]
 # Recipes whose operands are codes that multiply each other.
 OF_CODES = {
@@ -115,7 +161,9 @@ class Both(nnx.Module):
 
     def __init__(self, make):
         self.one = make(nnx.Rngs(0))
-        self.stack = nnx.split_rngs(splits=2)(nnx.vmap(make, in_axes=0, out_axes=0))(nnx.Rngs(1))
+        self.stack = nnx.split_rngs(splits=2)(nnx.vmap(make, in_axes=0, out_axes=0))(
+            nnx.Rngs(1)
+        )
 
     def __call__(self, x):
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
@@ -136,7 +184,9 @@ def transformed(model, x):
     out = {"jit": call(state, x), "remat": jax.checkpoint(call)(state, x), **model(x)}
     out["vmap"] = jax.vmap(call, in_axes=(None, 0))(state, jnp.stack([x, x[::-1]]))
     if jnp.issubdtype(x.dtype, jnp.floating):
-        weights = jnp.cos(jnp.arange(out["jit"].size, dtype=jnp.float32)).reshape(out["jit"].shape)
+        weights = jnp.cos(jnp.arange(out["jit"].size, dtype=jnp.float32)).reshape(
+            out["jit"].shape
+        )
         out["grad"] = jax.grad(lambda x: jnp.sum(call(state, x) * weights))(x)
     return out
 
@@ -152,12 +202,21 @@ def made(layer, recipe):
     model, rng = Both(make), np.random.default_rng(0)
     for _, node in nnx.iter_graph(model):  # normal numbers, adapters too
         if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState):
-            node.set_value(jnp.asarray(0.3 * rng.standard_normal(node.shape), jnp.float32))
-    x = jnp.arange(6).reshape(2, 3) if shape is None else jnp.asarray(rng.standard_normal(shape), jnp.float32)
+            node.set_value(
+                jnp.asarray(0.3 * rng.standard_normal(node.shape), jnp.float32)
+            )
+    x = (
+        jnp.arange(6).reshape(2, 3)
+        if shape is None
+        else jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    )
     rule, bound = RECIPES[recipe]
     rules = [Rule(**rule)]
     if layer == "Param":
-        rules = [Rule("one/w", **rule, kinds="Param"), Rule("stack/w", **rule, kinds="Param", batch=0, contracting=-2)]
+        rules = [
+            Rule("one/w", **rule, kinds="Param"),
+            Rule("stack/w", **rule, kinds="Param", batch=0, contracting=-2),
+        ]
     return model, x, Recipe(rules), bound
 
 
@@ -175,14 +234,22 @@ def test_layer(layer, recipe):
     found = {name: error(got[name], wanted[name]) for name in wanted}
     if layer == "MultiHeadAttention":  # four products in a row, and a softmax
         bound = 4 * bound
-    if layer == "Einsum, experts in turn" and "static" in recipe:  # under vmap the experts meet one another's rows
+    if (
+        layer == "Einsum, experts in turn" and "static" in recipe
+    ):  # under vmap the experts meet one another's rows
         bound = 1.5 * bound
     assert max(found.values()) <= bound, found
     assert min(found.values()) > 1e-6, "nothing was quantized"
     assert error(q.one(x), got["jit"]) <= 0.005
     assert error(got["remat"], got["jit"]) == 0
     assert error(got["vmap"][0], got["jit"]) <= 1e-6 or "per tensor" in recipe
-    if recipe in OF_CODES and layer.split(",")[0] in ("Linear", "LinearGeneral", "Einsum", "Conv2d", "ConvTranspose"):
+    if recipe in OF_CODES and layer.split(",")[0] in (
+        "Linear",
+        "LinearGeneral",
+        "Einsum",
+        "Conv2d",
+        "ConvTranspose",
+    ):
         noted = any("products of floats" in row.note for row in report.quantized)
         assert codes_only(q.one, x) != noted  # of codes, or said
 

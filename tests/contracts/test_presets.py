@@ -23,7 +23,9 @@ PRESETS = tuple(jaxq.presets())
 THREE_LEVELS = QuantSpec(
     "int4",
     PerGroup(16, pad=True),
-    scale=QuantSpec("uint8", PerChannel(), scale=QuantSpec("float8_e4m3fn", PerTensor())),
+    scale=QuantSpec(
+        "uint8", PerChannel(), scale=QuantSpec("float8_e4m3fn", PerTensor())
+    ),
 )
 SPECS = {**jaxq.presets(), "three_levels": THREE_LEVELS}
 # name: (shape, contracting, batch). 100 and 288 are multiples of no common group size.
@@ -35,7 +37,11 @@ ARRAYS = {
 }
 # Three of each, in one array with a batch axis.
 STACKS = {
-    f"stacked_{name}": ((3, *shape), -min(len(shape), 2) if contracting is None else contracting, 0)
+    f"stacked_{name}": (
+        (3, *shape),
+        -min(len(shape), 2) if contracting is None else contracting,
+        0,
+    )
     for name, (shape, contracting, _) in ARRAYS.items()
 }
 CASES = {**ARRAYS, **STACKS}
@@ -44,7 +50,10 @@ over_presets = pytest.mark.parametrize("preset", tables.thinned(SPECS, DEFAULT))
 over_cases = pytest.mark.parametrize("case", [*ARRAYS, "stacked_matrix"])
 over_stacks = pytest.mark.parametrize(
     ("preset", "case"),
-    tables.thinned(itertools.product(SPECS, STACKS), [(preset, "stacked_matrix") for preset in DEFAULT]),
+    tables.thinned(
+        itertools.product(SPECS, STACKS),
+        [(preset, "stacked_matrix") for preset in DEFAULT],
+    ),
 )
 # The numbers: every preset as a matrix and as a stack, which other tests here compile anyway; some as all the rest.
 COMPILED = {
@@ -57,7 +66,10 @@ COMPILED = {
 TABLE = list(itertools.product(SPECS, CASES))
 over_numbers = pytest.mark.parametrize(
     ("preset", "case"),
-    tables.thinned(TABLE, [(preset, case) for preset, case in TABLE if preset in COMPILED.get(case, ())]),
+    tables.thinned(
+        TABLE,
+        [(preset, case) for preset, case in TABLE if preset in COMPILED.get(case, ())],
+    ),
 )
 traces: list[QuantSpec] = []
 
@@ -97,15 +109,21 @@ def dequantized(preset: str, case: str) -> np.ndarray:
 def assert_same(actual, expected, *, sums: bool = False):
     """Equal treedefs, equal bits in every leaf; with `sums`, float32 scales may differ as sums in another order do."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    pairs = zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True)
+    pairs = zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    )
     for (path, a), b in pairs:
         a, b = np.asarray(a), np.asarray(b)
         assert (a.dtype, a.shape) == (b.dtype, b.shape), jax.tree_util.keystr(path)
         if sums and a.dtype == np.float32:
-            np.testing.assert_array_max_ulp(a, b, maxulp=8)  # about log2 of the 100 numbers summed
+            np.testing.assert_array_max_ulp(
+                a, b, maxulp=8
+            )  # about log2 of the 100 numbers summed
         else:
             same = a.view(np.uint8) == b.view(np.uint8) if a.ndim else a == b
-            assert np.all(same), f"{jax.tree_util.keystr(path)}: {np.sum(~same)} bytes differ"
+            assert np.all(same), (
+                f"{jax.tree_util.keystr(path)}: {np.sum(~same)} bytes differ"
+            )
 
 
 def sums_floats(spec: QuantSpec) -> bool:
@@ -141,20 +159,29 @@ def test_equal_specs_are_traced_once(preset):
 def test_shape_dtype_and_bytes(preset, case):
     # Nothing is computed: the arrays of the other tests come from the same function.
     x, (_, contracting, batch) = array(case), CASES[case]
-    qt, values = jax.eval_shape(lambda x: compiled(x, SPECS[preset], contracting, batch), x)
+    qt, values = jax.eval_shape(
+        lambda x: compiled(x, SPECS[preset], contracting, batch), x
+    )
     assert (qt.shape, qt.dtype, qt.ndim, qt.size) == (x.shape, x.dtype, x.ndim, x.size)
     codes = jax.eval_shape(QTensor.codes, qt)
     assert (codes.shape, codes.dtype) == (x.shape, qt.spec.fmt.code_dtype)
     assert (values.shape, values.dtype) == (x.shape, x.dtype)
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(qt))
     batch, k = rows_of(x, case).shape[0], rows_of(x, case).shape[-1]
-    assert qt.nbytes == stored == batch * expected_bytes(rows_of(x, case).shape[1], k, qt.spec)
+    assert (
+        qt.nbytes
+        == stored
+        == batch * expected_bytes(rows_of(x, case).shape[1], k, qt.spec)
+    )
     assert qt.bits_per_element == 8 * stored / x.size
 
 
 def expected_bytes(rows: int, k: int, spec: QuantSpec) -> int:
     """Bytes of `[rows, k]` by the definitions of group, padding and packing."""
-    kind, size = type(spec.granularity).__name__, getattr(spec.granularity, "size", None)
+    kind, size = (
+        type(spec.granularity).__name__,
+        getattr(spec.granularity, "size", None),
+    )
     if kind == "PerFlat":
         rows, k = 1, rows * k
     blocks = 1 if size is None or size >= k else -(-k // size)
@@ -163,20 +190,30 @@ def expected_bytes(rows: int, k: int, spec: QuantSpec) -> int:
     codes = rows * (-(-padded // fields) * fields) * spec.fmt.bits // 8
     scales = 1 if kind == "PerTensor" else rows
     codes += 0 if spec.symmetric else scales * blocks
-    codes += 12 * scales * blocks if spec.scale_rule == "ttq" else 0  # float32 numbers of -1, 0 and 1
+    codes += (
+        12 * scales * blocks if spec.scale_rule == "ttq" else 0
+    )  # float32 numbers of -1, 0 and 1
     if isinstance(spec.scale, QuantSpec):
         return codes + expected_bytes(scales, blocks, spec.scale)
-    return codes + scales * blocks * {"float32": 4, "bfloat16": 2, "float16": 2}.get(spec.scale, 1)
+    return codes + scales * blocks * {"float32": 4, "bfloat16": 2, "float16": 2}.get(
+        spec.scale, 1
+    )
 
 
 def rows_of(x: np.ndarray, case: str) -> np.ndarray:
     """The array as `[batch, kept, contracted]`, whatever its axes are called."""
     _, contracting, batch = CASES[case]
-    contracting = (contracting or -min(x.ndim, 2),) if not isinstance(contracting, tuple) else contracting
+    contracting = (
+        (contracting or -min(x.ndim, 2),)
+        if not isinstance(contracting, tuple)
+        else contracting
+    )
     num_batch = x.shape[0] if batch == 0 else 1
     x = x.reshape(num_batch, *x.shape[1:] if batch == 0 else x.shape)
     k = math.prod(x.shape[a] for a in contracting)
-    return np.moveaxis(x, contracting, range(-len(contracting), 0)).reshape(num_batch, -1, k)
+    return np.moveaxis(x, contracting, range(-len(contracting), 0)).reshape(
+        num_batch, -1, k
+    )
 
 
 @over_numbers
@@ -187,7 +224,13 @@ def test_every_number_goes_to_the_nearest_one(preset, case):
     if qt.spec.scale_rule == "ttq":
         assert_trained_ternary(rows, values)
     else:
-        assert_nearest(rows, values, np.asarray(scale_values(qt)).reshape(*rows.shape[:2], -1), qt, qt.spec)
+        assert_nearest(
+            rows,
+            values,
+            np.asarray(scale_values(qt)).reshape(*rows.shape[:2], -1),
+            qt,
+            qt.spec,
+        )
 
 
 def assert_trained_ternary(rows: np.ndarray, values: np.ndarray):
@@ -200,41 +243,68 @@ def assert_trained_ternary(rows: np.ndarray, values: np.ndarray):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def assert_nearest(rows: np.ndarray, values: np.ndarray, scale: np.ndarray, qt: QTensor, spec: QuantSpec):
+def assert_nearest(
+    rows: np.ndarray,
+    values: np.ndarray,
+    scale: np.ndarray,
+    qt: QTensor,
+    spec: QuantSpec,
+):
     """`rows`, `values` `[batch, n, k]`; `scale` `[batch, n, blocks]`."""
     size = getattr(spec.granularity, "size", rows.shape[-1])
 
     def spread(per_block):
-        return np.repeat(per_block, size, axis=-1)[..., : rows.shape[-1]].astype(np.float64)
+        return np.repeat(per_block, size, axis=-1)[..., : rows.shape[-1]].astype(
+            np.float64
+        )
 
     step, numbers = spread(scale), spec.fmt.values().astype(np.float64)
     if spec.fmt.kind == "integer" and spec.symmetric:
         numbers = numbers[numbers >= -spec.fmt.max]
-    zero = 0 if qt.zero_point is None else spread(np.asarray(qt.zero_point).reshape(scale.shape))
+    zero = (
+        0
+        if qt.zero_point is None
+        else spread(np.asarray(qt.zero_point).reshape(scale.shape))
+    )
     usable = np.where(step > 2.0**-126, step, 1.0)
     y = np.where(step > 2.0**-126, rows / usable, 0.0) + zero
     above = np.clip(np.searchsorted(numbers, y), 1, len(numbers) - 1)
     nearest = np.minimum(abs(y - numbers[above - 1]), abs(y - numbers[above]))
-    if getattr(spec.fmt, "boundaries", None):  # rounds in the logarithm: a boundary at sqrt(2) between 1 and 2
+    if getattr(
+        spec.fmt, "boundaries", None
+    ):  # rounds in the logarithm: a boundary at sqrt(2) between 1 and 2
         inside = (numbers[0] <= y) & (y <= numbers[-1])
-        nearest = np.where(inside, (2 - np.sqrt(2)) * (numbers[above] - numbers[above - 1]), nearest)
+        nearest = np.where(
+            inside, (2 - np.sqrt(2)) * (numbers[above] - numbers[above - 1]), nearest
+        )
     error = abs(values.astype(np.float64) - rows)
     slack = 1e-5 * step * np.abs(numbers).max() / 40 + 1e-6 * abs(rows)
-    assert np.all(error <= step * nearest + slack), f"off by {np.max((error - step * nearest) / usable)} steps"
+    assert np.all(error <= step * nearest + slack), (
+        f"off by {np.max((error - step * nearest) / usable)} steps"
+    )
 
-    blocks = [rows[..., i : i + size].astype(np.float64) for i in range(0, rows.shape[-1], size)]
+    blocks = [
+        rows[..., i : i + size].astype(np.float64)
+        for i in range(0, rows.shape[-1], size)
+    ]
     ideal = np.stack([ideal_scale(b, spec) for b in blocks], axis=-1)
     if isinstance(spec.scale, QuantSpec):
         second = np.asarray(scale_values(qt.scale)).reshape(len(rows), -1)
         assert_nearest_scale(ideal, scale, second, spec.scale)
     else:
-        close = {"float32": 1e-6, "bfloat16": 2.0**-8, "float8_e8m0fnu": 0.0}[spec.scale]
+        close = {"float32": 1e-6, "bfloat16": 2.0**-8, "float8_e8m0fnu": 0.0}[
+            spec.scale
+        ]
         wrong = abs(scale - ideal) > close * ideal
-        assert not np.any(wrong & (ideal > 0)), f"scales {scale[wrong]} instead of {ideal[wrong]}"
+        assert not np.any(wrong & (ideal > 0)), (
+            f"scales {scale[wrong]} instead of {ideal[wrong]}"
+        )
         assert np.all(scale[ideal == 0] <= 2.0**-126)
 
 
-def assert_nearest_scale(ideal: np.ndarray, scale: np.ndarray, second: np.ndarray, spec: QuantSpec):
+def assert_nearest_scale(
+    ideal: np.ndarray, scale: np.ndarray, second: np.ndarray, spec: QuantSpec
+):
     """Scales that are numbers of `spec.fmt` times a second scale: the nearest such number, and not 0 but for 0."""
     numbers = spec.fmt.values().astype(np.float64)
     numbers = numbers[numbers > 0]
@@ -242,12 +312,18 @@ def assert_nearest_scale(ideal: np.ndarray, scale: np.ndarray, second: np.ndarra
         if second.shape[1] in (1, ideal.shape[1]):
             step = np.broadcast_to(second[batch][:, None], ideal[batch].shape)
         else:  # blocks of flattened scales
-            step = np.repeat(second[batch], spec.granularity.size)[: ideal[batch].size].reshape(ideal[batch].shape)
-        for a, b, unit in zip(ideal[batch].ravel(), scale[batch].ravel(), step.ravel(), strict=True):
+            step = np.repeat(second[batch], spec.granularity.size)[
+                : ideal[batch].size
+            ].reshape(ideal[batch].shape)
+        for a, b, unit in zip(
+            ideal[batch].ravel(), scale[batch].ravel(), step.ravel(), strict=True
+        ):
             if a == 0:
                 assert b == 0
             else:
-                assert abs(a - b) <= min(abs(a - unit * numbers)) * (1 + 1e-5) + 1e-6 * a
+                assert (
+                    abs(a - b) <= min(abs(a - unit * numbers)) * (1 + 1e-5) + 1e-6 * a
+                )
 
 
 def ideal_scale(block: np.ndarray, spec: QuantSpec) -> np.ndarray:
@@ -258,9 +334,13 @@ def ideal_scale(block: np.ndarray, spec: QuantSpec) -> np.ndarray:
     if spec.scale_rule == "absmean":
         return abs(block).mean(-1)
     if spec.scale_rule == "mx_floor":
-        exponent = np.floor(np.log2(largest + (largest == 0))) - np.floor(np.log2(spec.fmt.max))
+        exponent = np.floor(np.log2(largest + (largest == 0))) - np.floor(
+            np.log2(spec.fmt.max)
+        )
         return np.where(largest > 0, 2.0**exponent, 0)
-    assert spec.scale_rule == "absmax", f"teach this test the scale rule {spec.scale_rule!r}"
+    assert spec.scale_rule == "absmax", (
+        f"teach this test the scale rule {spec.scale_rule!r}"
+    )
     return largest / spec.fmt.max
 
 
@@ -278,9 +358,16 @@ def test_layers_of_a_stack_stand_alone(preset, case):
 
 @over_stacks
 def test_mapping_over_layers_is_quantizing_a_stack(preset, case):
-    stack, (_, contracting, batch) = quantized(preset, case), ARRAYS[case.removeprefix("stacked_")]
-    one = functools.partial(jaxq.quantize, spec=SPECS[preset], contracting=contracting, batch=batch)
-    assert_same(jax.jit(jax.vmap(one))(array(case)), stack, sums=sums_floats(stack.spec))
+    stack, (_, contracting, batch) = (
+        quantized(preset, case),
+        ARRAYS[case.removeprefix("stacked_")],
+    )
+    one = functools.partial(
+        jaxq.quantize, spec=SPECS[preset], contracting=contracting, batch=batch
+    )
+    assert_same(
+        jax.jit(jax.vmap(one))(array(case)), stack, sums=sums_floats(stack.spec)
+    )
 
 
 @over_stacks
@@ -306,7 +393,10 @@ def test_scan_over_the_layers_of_a_stack(preset, case):
 def test_pickle_and_file(preset, case, tmp_path):
     qt = quantized(preset, case)
     jaxq.save(tmp_path / "file", {"layers": [qt, None]})
-    for back in (pickle.loads(pickle.dumps(qt)), jaxq.load(tmp_path / "file")["layers"][0]):
+    for back in (
+        pickle.loads(pickle.dumps(qt)),
+        jaxq.load(tmp_path / "file")["layers"][0],
+    ):
         assert_same(back, qt)
         assert back.meta == qt.meta
         assert hash(back.meta) == hash(qt.meta)
@@ -345,4 +435,6 @@ def test_presets_are_named_in_order_and_any_spelling_finds_them():
 )
 def test_published_bits_per_element(preset, bits):
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
-    assert jax.eval_shape(lambda x: jaxq.quantize(x, preset), x).bits_per_element == bits
+    assert (
+        jax.eval_shape(lambda x: jaxq.quantize(x, preset), x).bits_per_element == bits
+    )

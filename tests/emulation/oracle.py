@@ -3,7 +3,12 @@
 import numpy as np
 
 # name: (mantissa bits, smallest exponent)
-GRIDS = {"bfloat16": (7, -126), "float16": (10, -14), "float8_e4m3fn": (3, -6), "tfloat32": (10, -126)}
+GRIDS = {
+    "bfloat16": (7, -126),
+    "float16": (10, -14),
+    "float8_e4m3fn": (3, -6),
+    "tfloat32": (10, -126),
+}
 
 
 def to_grid(x, mantissa_bits: int, min_exponent: int) -> np.ndarray:
@@ -22,5 +27,9 @@ def running_sum(terms, grid: tuple[int, int], chunk: int | None = None) -> np.nd
         part = np.zeros(terms.shape[1:])
         for term in terms[start : start + (chunk or len(terms))]:
             part = to_grid(part + term, *grid)
-        total = part if chunk is None else (total.astype(np.float32) + part.astype(np.float32)).astype(np.float64)
+        total = (
+            part
+            if chunk is None
+            else (total.astype(np.float32) + part.astype(np.float32)).astype(np.float64)
+        )
     return total

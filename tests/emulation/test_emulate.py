@@ -23,7 +23,10 @@ half = ml_dtypes.bfloat16
 BF16 = Policy(operands="bfloat16", accumulate="float32", result="bfloat16")
 random = np.random.default_rng(0)
 X = random.standard_normal(16).astype(np.float32)
-A, B = random.standard_normal((8, 64)).astype(np.float32), random.standard_normal((64, 5)).astype(np.float32)
+A, B = (
+    random.standard_normal((8, 64)).astype(np.float32),
+    random.standard_normal((64, 5)).astype(np.float32),
+)
 
 
 def bits(x) -> np.ndarray:
@@ -36,34 +39,50 @@ def test_elementwise_is_numpy_in_bfloat16():
 
     x, y = random.standard_normal((2, 4096)).astype(np.float32)
     got = jax.jit(jaxq.emulate(fn, BF16))(x, y)
-    expected = fn(x.astype(half), y.astype(half)).astype(np.float32)  # numpy rounds every operation
+    expected = fn(x.astype(half), y.astype(half)).astype(
+        np.float32
+    )  # numpy rounds every operation
     np.testing.assert_array_equal(got, expected)
 
 
 def test_bfloat16_functions_are_rounded_where_xla_keeps_more():
     def fn(a, b):
-        return ((a + b) + a).astype(jnp.float32)  # widened at once, XLA drops the last rounding
+        return ((a + b) + a).astype(
+            jnp.float32
+        )  # widened at once, XLA drops the last rounding
 
     a, b = random.standard_normal((2, 4096)).astype(half)
-    np.testing.assert_array_equal(jax.jit(jaxq.emulate(fn, BF16))(a, b), ((a + b) + a).astype(np.float32))
+    np.testing.assert_array_equal(
+        jax.jit(jaxq.emulate(fn, BF16))(a, b), ((a + b) + a).astype(np.float32)
+    )
 
 
 def test_wide_accumulation_is_exact_where_the_sum_is():
     a, b = random.integers(-8, 9, (2, 32, 256)).astype(np.float32)
     dims = (((1,), (1,)), ((), ()))
-    got = jax.jit(jaxq.emulate(lambda a, b: lax.dot_general(a, b, dims), Policy("bfloat16", "float32")))(a, b)
-    native = lax.dot_general(a.astype(half), b.astype(half), dims, preferred_element_type=jnp.float32)
+    got = jax.jit(
+        jaxq.emulate(
+            lambda a, b: lax.dot_general(a, b, dims), Policy("bfloat16", "float32")
+        )
+    )(a, b)
+    native = lax.dot_general(
+        a.astype(half), b.astype(half), dims, preferred_element_type=jnp.float32
+    )
     np.testing.assert_array_equal(got, native)
     np.testing.assert_array_equal(got, a.astype(np.float64) @ b.T.astype(np.float64))
 
 
 def test_wide_accumulation_stays_within_its_bound():
-    got = np.asarray(jax.jit(jaxq.emulate(jnp.dot, Policy("bfloat16", "float32")))(A, B), np.float64)
+    got = np.asarray(
+        jax.jit(jaxq.emulate(jnp.dot, Policy("bfloat16", "float32")))(A, B), np.float64
+    )
     a, b = A.astype(half).astype(np.float64), B.astype(half).astype(np.float64)
     unit = 64 * 2.0**-24
     assert (np.abs(got - a @ b) <= unit / (1 - unit) * (np.abs(a) @ np.abs(b))).all()
     rounded = jax.jit(jaxq.emulate(jnp.dot, BF16))(A, B)
-    np.testing.assert_array_equal(rounded, got.astype(np.float32).astype(half).astype(np.float32))
+    np.testing.assert_array_equal(
+        rounded, got.astype(np.float32).astype(half).astype(np.float32)
+    )
 
 
 def doubled(x):
@@ -80,14 +99,21 @@ def thrice(x):
 
 STRUCTURED = {
     "jit": (lambda x: jax.jit(doubled)(x) + 1, doubled_and_one),
-    "nested_jit": (lambda x: jax.jit(lambda y: jax.jit(doubled)(y) * 3)(x), lambda x: doubled(x) * 3),
+    "nested_jit": (
+        lambda x: jax.jit(lambda y: jax.jit(doubled)(y) * 3)(x),
+        lambda x: doubled(x) * 3,
+    ),
     "remat": (lambda x: jax.checkpoint(doubled)(x) + 1, doubled_and_one),
     "scan": (
-        lambda x: lax.scan(lambda c, y: (doubled(c) + y, c * y), x[0], x, reverse=True, unroll=2),
+        lambda x: lax.scan(
+            lambda c, y: (doubled(c) + y, c * y), x[0], x, reverse=True, unroll=2
+        ),
         lambda x: _unrolled_scan(x),
     ),
     "while": (
-        lambda x: lax.while_loop(lambda s: s[1] < 3, lambda s: (doubled(s[0]), s[1] + 1), (x, 0))[0],
+        lambda x: lax.while_loop(
+            lambda s: s[1] < 3, lambda s: (doubled(s[0]), s[1] + 1), (x, 0)
+        )[0],
         thrice,
     ),
     "fori": (lambda x: lax.fori_loop(0, 3, lambda i, y: doubled(y), x), thrice),
@@ -128,9 +154,13 @@ def test_structure_is_entered(name):
 
 def test_eager_is_jitted():
     def fn(x):
-        return lax.scan(lambda c, y: (doubled(c) + y, c), x[0], x)[0] + jnp.sum(jax.nn.gelu(x))
+        return lax.scan(lambda c, y: (doubled(c) + y, c), x[0], x)[0] + jnp.sum(
+            jax.nn.gelu(x)
+        )
 
-    np.testing.assert_array_equal(jaxq.emulate(fn, BF16)(X), jax.jit(jaxq.emulate(fn, BF16))(X))
+    np.testing.assert_array_equal(
+        jaxq.emulate(fn, BF16)(X), jax.jit(jaxq.emulate(fn, BF16))(X)
+    )
 
 
 def test_a_policy_that_changes_nothing_is_no_change():
@@ -142,7 +172,11 @@ def test_a_policy_that_changes_nothing_is_no_change():
         return jax.jit(lambda x: (f(x), jax.grad(lambda x: f(x).sum())(x)))(X)
 
     expected = value_and_slope(fn)
-    for policy in (Policy(), Policy("float32", "float32", "float32"), Policy(primitives={"exp": Policy("float32")})):
+    for policy in (
+        Policy(),
+        Policy("float32", "float32", "float32"),
+        Policy(primitives={"exp": Policy("float32")}),
+    ):
         same = jaxq.emulate(fn, policy)
         assert str(jax.make_jaxpr(same)(X)) == str(jax.make_jaxpr(fn)(X))
         for found, plain in zip(value_and_slope(same), expected, strict=True):
@@ -157,14 +191,21 @@ def test_pytrees_go_in_and_come_out():
     assert sorted(out) == ["n", "same", "y"]
     assert out["n"] == 4
     np.testing.assert_array_equal(out["same"], X)  # handed through, not computed
-    np.testing.assert_array_equal(out["y"], (X.astype(half) * half(1.5)).astype(np.float32))
+    np.testing.assert_array_equal(
+        out["y"], (X.astype(half) * half(1.5)).astype(np.float32)
+    )
 
 
 def test_primitives_may_have_policies_of_their_own():
     policy = Policy(primitives={"exp": Policy(result="bfloat16")})
     got = jax.jit(jaxq.emulate(lambda x: jnp.exp(x) * 1.7, policy))(X)
-    np.testing.assert_array_equal(got, np.asarray(jnp.exp(X)).astype(half).astype(np.float32) * np.float32(1.7))
-    with pytest.raises(ValueError, match="names 'dot', which is no primitive of jax. The function has dot_general"):
+    np.testing.assert_array_equal(
+        got, np.asarray(jnp.exp(X)).astype(half).astype(np.float32) * np.float32(1.7)
+    )
+    with pytest.raises(
+        ValueError,
+        match="names 'dot', which is no primitive of jax. The function has dot_general",
+    ):
         jaxq.emulate(lambda x: x @ x, Policy(primitives={"dot": BF16}))(X)
 
 
@@ -207,16 +248,24 @@ def test_rules_of_custom_derivatives_are_kept(fn, slope, wrap):
     np.testing.assert_allclose(jax.jit(jax.grad(total))(x), slope * x, rtol=1e-6)
     inside = jax.jit(jaxq.emulate(jax.grad(total), BF16))(x)
     np.testing.assert_allclose(inside, slope * x, rtol=2**-6)
-    assert (np.asarray(inside).astype(half).astype(np.float32) == inside).all(), "the backward pass is rounded too"
-    swept = jax.vmap(lambda m: jax.grad(jaxq.emulate(total, Policy(result=Precision(8, m))))(x))
-    np.testing.assert_allclose(jax.jit(swept)(np.array([3, 20])), [slope * x] * 2, rtol=1e-6)
+    assert (np.asarray(inside).astype(half).astype(np.float32) == inside).all(), (
+        "the backward pass is rounded too"
+    )
+    swept = jax.vmap(
+        lambda m: jax.grad(jaxq.emulate(total, Policy(result=Precision(8, m))))(x)
+    )
+    np.testing.assert_allclose(
+        jax.jit(swept)(np.array([3, 20])), [slope * x] * 2, rtol=1e-6
+    )
 
 
 def test_forward_mode_through_a_custom_jvp():
     forward = jax.jit(lambda x, t: jax.jvp(jaxq.emulate(_sevenfold, BF16), (x,), (t,)))
     y, t = forward(np.float32(0.3), np.float32(1))
     np.testing.assert_allclose(t, 2.1, rtol=1e-6)
-    assert y == np.asarray(jnp.log1p(jnp.float32(half(0.3)))).astype(half).astype(np.float32)
+    assert y == np.asarray(jnp.log1p(jnp.float32(half(0.3)))).astype(half).astype(
+        np.float32
+    )
 
 
 def test_the_value_of_a_custom_function_is_the_same_with_and_without_its_gradient():
@@ -233,13 +282,17 @@ def test_rounding_is_straight_through():
     got = jax.jit(jax.grad(jaxq.emulate(fn, BF16)))(X)
     inner = (X.astype(half) * half(3.0)).astype(np.float32)
     np.testing.assert_allclose(got, 3 * np.cos(inner), rtol=1e-5)
-    swept = jax.jit(jax.grad(lambda x, m: jaxq.emulate(fn, Policy(result=Precision(8, m)))(x)))(X, 7)
+    swept = jax.jit(
+        jax.grad(lambda x, m: jaxq.emulate(fn, Policy(result=Precision(8, m)))(x))
+    )(X, 7)
     assert np.isfinite(swept).all()
 
 
 def test_gradient_through_loops():
     def fn(x):
-        return lax.scan(lambda c, y: (jnp.sin(c) * y, None), x[0], x)[0] + lax.cond(x[0] > 9, jnp.sum, jnp.max, x)
+        return lax.scan(lambda c, y: (jnp.sin(c) * y, None), x[0], x)[0] + lax.cond(
+            x[0] > 9, jnp.sum, jnp.max, x
+        )
 
     wide = jax.jit(jax.grad(fn))(X)
     got = jax.jit(jax.grad(jaxq.emulate(fn, Policy(result="tfloat32"))))(X)
@@ -249,14 +302,23 @@ def test_gradient_through_loops():
 # Sweeps, batches, meshes.
 
 
-@pytest.mark.parametrize("widths", tables.thinned([((2, 8, 14),), ((4, 6, 10, 12),)], [((2, 8, 14),)]))
+@pytest.mark.parametrize(
+    "widths", tables.thinned([((2, 8, 14),), ((4, 6, 10, 12),)], [((2, 8, 14),)])
+)
 def test_vmap_over_mantissa_bits(widths):
     def fn(x):
         return jax.nn.softmax(lax.scan(lambda c, y: (c * 0.9 + y, c), x[0], x)[1]) @ x
 
     widths = np.array(widths)
-    swept = jax.jit(jax.vmap(lambda m: jaxq.emulate(fn, Policy("float32", None, Precision(8, m)))(X)))(widths)
-    single = [jax.jit(jaxq.emulate(fn, Policy("float32", None, Precision(8, int(m)))))(X) for m in widths]
+    swept = jax.jit(
+        jax.vmap(
+            lambda m: jaxq.emulate(fn, Policy("float32", None, Precision(8, m)))(X)
+        )
+    )(widths)
+    single = [
+        jax.jit(jaxq.emulate(fn, Policy("float32", None, Precision(8, int(m)))))(X)
+        for m in widths
+    ]
     np.testing.assert_array_equal(swept, np.stack(single))
     error = np.abs(np.asarray(swept) - jax.jit(fn)(X))
     assert error[0] > 2 ** int(widths[-1] - widths[0] - 3) * error[-1] > 0
@@ -264,14 +326,20 @@ def test_vmap_over_mantissa_bits(widths):
 
 def test_vmap_over_mantissa_bits_of_a_narrow_accumulator():
     sums = jax.jit(
-        jax.vmap(lambda m: jaxq.emulate(jnp.sum, Policy(accumulate=Precision(8, m)))(np.ones(600, np.float32)))
+        jax.vmap(
+            lambda m: jaxq.emulate(jnp.sum, Policy(accumulate=Precision(8, m)))(
+                np.ones(600, np.float32)
+            )
+        )
     )
     assert sums(np.array([4, 7, 8, 10])).tolist() == [32, 256, 512, 600]
 
 
 def test_what_is_rounded_already_is_not_rounded_again():
     def count(fn, policy):
-        return str(jax.make_jaxpr(jaxq.emulate(fn, policy))(X)).count("bitcast_convert_type[new_dtype=float32]")
+        return str(jax.make_jaxpr(jaxq.emulate(fn, policy))(X)).count(
+            "bitcast_convert_type[new_dtype=float32]"
+        )
 
     def moved(x):
         y = (x * x).reshape(4, 4)
@@ -282,29 +350,44 @@ def test_what_is_rounded_already_is_not_rounded_again():
     assert count(lambda x: (x * x) * (x * x), both) == 3 + 3 + 1
     assert count(moved, both) == 3 + 1
     # Rounded to something else, or compared with a number nobody rounded.
-    assert count(lambda x: (x * x) * (x * x), Policy("float16", None, "bfloat16")) == 3 + 3 + 3
+    assert (
+        count(lambda x: (x * x) * (x * x), Policy("float16", None, "bfloat16"))
+        == 3 + 3 + 3
+    )
     assert count(lambda x: jnp.exp(jnp.maximum(x * x, x)), both) == 3 + 2
 
     def swept(m):
-        return jaxq.emulate(lambda x: (x * x) * x, Policy(Precision(8, m), None, Precision(8, m)))(X)
+        return jaxq.emulate(
+            lambda x: (x * x) * x, Policy(Precision(8, m), None, Precision(8, m))
+        )(X)
 
-    twice = str(jax.make_jaxpr(swept)(7)).count("bitcast_convert_type[new_dtype=float32]")  # and once for the limit
+    twice = str(jax.make_jaxpr(swept)(7)).count(
+        "bitcast_convert_type[new_dtype=float32]"
+    )  # and once for the limit
     assert twice == 2 * (3 + 2)  # the same tracer in both
 
     y = (X.astype(half) * X.astype(half)).reshape(4, 4)  # numpy rounds every operation
     expected = np.concatenate([y.T, y]) + np.concatenate([y[::-1], y])
-    np.testing.assert_array_equal(jax.jit(jaxq.emulate(moved, both))(X), expected.astype(np.float32))
+    np.testing.assert_array_equal(
+        jax.jit(jaxq.emulate(moved, both))(X), expected.astype(np.float32)
+    )
 
 
 def test_vmap_over_inputs():
-    fn = jaxq.emulate(lambda x: jax.nn.gelu(x) @ B, Policy("bfloat16", "bfloat16", "bfloat16"))
+    fn = jaxq.emulate(
+        lambda x: jax.nn.gelu(x) @ B, Policy("bfloat16", "bfloat16", "bfloat16")
+    )
     np.testing.assert_array_equal(jax.jit(jax.vmap(fn))(A), jax.jit(fn)(A))
 
 
 @pytest.mark.parametrize("accumulate", ["float32", "bfloat16"])
 def test_sharded_inputs(accumulate):
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(4), ("d",))
-    fn = jax.jit(jaxq.emulate(lambda a, b: jnp.tanh(a @ b), Policy("bfloat16", accumulate, "bfloat16")))
+    fn = jax.jit(
+        jaxq.emulate(
+            lambda a, b: jnp.tanh(a @ b), Policy("bfloat16", accumulate, "bfloat16")
+        )
+    )
     sharded = fn(jax.device_put(A, NamedSharding(mesh, P("d"))), B)
     np.testing.assert_array_equal(sharded, fn(A, B))
 
@@ -313,9 +396,15 @@ def test_shard_map():
     mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
     policy = Policy("bfloat16", "bfloat16")
     mapped = jax.shard_map(
-        lambda a, b: lax.psum(a @ b, "d"), mesh=mesh, in_specs=(P(None, "d"), P("d", None)), out_specs=P()
+        lambda a, b: lax.psum(a @ b, "d"),
+        mesh=mesh,
+        in_specs=(P(None, "d"), P("d", None)),
+        out_specs=P(),
     )
-    with pytest.raises(NotImplementedError, match="'psum_invariant' has no form with a narrow accumulator"):
+    with pytest.raises(
+        NotImplementedError,
+        match="'psum_invariant' has no form with a narrow accumulator",
+    ):
         jax.eval_shape(jaxq.emulate(mapped, policy), A, B)
     wide_psum = Policy("bfloat16", "bfloat16", primitives={"psum_invariant": Policy()})
     got = jax.jit(jaxq.emulate(mapped, wide_psum))(A, B)
@@ -328,8 +417,14 @@ def test_shard_map():
 
 
 def test_an_unknown_call_raises():
-    with pytest.raises(NotImplementedError, match="'custom_linear_solve' calls a function, and how is not known"):
-        jax.eval_shape(jaxq.emulate(lambda a: jnp.linalg.solve(a, a[0]), BF16), np.eye(3, dtype=np.float32))
+    with pytest.raises(
+        NotImplementedError,
+        match="'custom_linear_solve' calls a function, and how is not known",
+    ):
+        jax.eval_shape(
+            jaxq.emulate(lambda a: jnp.linalg.solve(a, a[0]), BF16),
+            np.eye(3, dtype=np.float32),
+        )
 
 
 def test_complex_numbers_raise():
@@ -367,12 +462,36 @@ def test_the_tables_name_primitives_that_exist():
             "reshard",
         ],
         *["scaled_matmul", "scatter-sub", "shard_map", "split", "tile"],
-        *["addupdate", "cholesky_update", "geqp3", "geqrf", "ormqr", "psum", "psum_invariant", "psum_invariant_start"],
-        *["psum_start", "reduce_scatter", "reduce_scatter_start", "scaled_dot", "scaled_matmul_wrapper"],
-        *["symmetric_product", "unreduced_psum", "unreduced_psum_start", "unreduced_reduce_scatter"],
+        *[
+            "addupdate",
+            "cholesky_update",
+            "geqp3",
+            "geqrf",
+            "ormqr",
+            "psum",
+            "psum_invariant",
+            "psum_invariant_start",
+        ],
+        *[
+            "psum_start",
+            "reduce_scatter",
+            "reduce_scatter_start",
+            "scaled_dot",
+            "scaled_matmul_wrapper",
+        ],
+        *[
+            "symmetric_product",
+            "unreduced_psum",
+            "unreduced_psum_start",
+            "unreduced_reduce_scatter",
+        ],
         *["unreduced_reduce_scatter_start"],
     }
-    known = {p.name for p in vars(jex.core.primitives).values() if isinstance(p, jex.core.Primitive)} | unlisted
+    known = {
+        p.name
+        for p in vars(jex.core.primitives).values()
+        if isinstance(p, jex.core.Primitive)
+    } | unlisted
     known |= set(kernels.FORMS)
     calls, exact, sums = set(_emulate._CALLS), _emulate._EXACT, _emulate._WIDE_SUMS
     assert not exact & sums
@@ -387,17 +506,26 @@ def test_primitives_that_only_move_numbers_do_not_round():
         y = jnp.sort(jnp.pad(y, 1), axis=0)[:, jnp.array([0, 2])]
         return lax.stop_gradient(jnp.clip(y, -2, 2)).at[0, 0].set(x[3])
 
-    np.testing.assert_array_equal(bits(jax.jit(jaxq.emulate(moves, BF16))(X)), bits(jax.jit(moves)(X)))
+    np.testing.assert_array_equal(
+        bits(jax.jit(jaxq.emulate(moves, BF16))(X)), bits(jax.jit(moves)(X))
+    )
 
 
 def _bundled():
-    pytest.importorskip("tokenizers", reason="the model comes with a tokenizer: pip install jaxq[hf]")
+    pytest.importorskip(
+        "tokenizers", reason="the model comes with a tokenizer: pip install jaxq[hf]"
+    )
     model, _ = jaxq.models.load("examples/tiny_llama")
     return model
 
 
 def _one_layer():
-    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16}
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "head_dim": 16,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = jaxq.models.LlamaConfig(**sizes, **heads, num_hidden_layers=1)
     return jaxq.models.Llama(config, rngs=nnx.Rngs(0))
@@ -408,7 +536,9 @@ def _one_layer():
 def test_on_a_language_model(make):
     model, tokens = make(), random.integers(0, 32, (1, 32), dtype=np.int32)
     wide = jaxq.emulate(model, Policy("float32", "float32", "float32"))
-    assert str(jax.make_jaxpr(wide)(tokens)) == str(jax.make_jaxpr(lambda tokens: model(tokens))(tokens))
+    assert str(jax.make_jaxpr(wide)(tokens)) == str(
+        jax.make_jaxpr(lambda tokens: model(tokens))(tokens)
+    )
     same = jax.jit(wide)(tokens)
     plain = jax.jit(lambda tokens: model(tokens))(tokens)
     np.testing.assert_array_equal(bits(same), bits(plain))
@@ -424,11 +554,16 @@ def test_on_a_language_model(make):
 
 @pytest.mark.parametrize(
     ("key", "policy"),
-    tables.thinned(itertools.product(("key", "PRNGKey"), ("both", "result")), [("key", "both"), ("PRNGKey", "result")]),
+    tables.thinned(
+        itertools.product(("key", "PRNGKey"), ("both", "result")),
+        [("key", "both"), ("PRNGKey", "result")],
+    ),
 )
 def test_random_keys_pass_through(key, policy):
     def draw(k):
-        return jax.random.normal(jax.random.split(k)[0], (64,)), jax.random.bernoulli(k, 0.5, (64,))
+        return jax.random.normal(jax.random.split(k)[0], (64,)), jax.random.bernoulli(
+            k, 0.5, (64,)
+        )
 
     exact, _ = jax.jit(draw)(jax.random.key(0))  # of either kind of key
     policy = BF16 if policy == "both" else Policy(result="bfloat16")
@@ -448,7 +583,10 @@ def test_narrow_sums_of_narrow_operands(dtype):
 
     assert jax.jit(dot)(ones, ones) == 1024
     assert jax.jit(jaxq.emulate(dot, Policy(accumulate="bfloat16")))(ones, ones) == 256
-    assert jax.jit(jaxq.emulate(dot, Policy(accumulate="bfloat16", chunk=128)))(ones, ones) == 1024
+    assert (
+        jax.jit(jaxq.emulate(dot, Policy(accumulate="bfloat16", chunk=128)))(ones, ones)
+        == 1024
+    )
 
 
 NARROW = {
@@ -467,12 +605,16 @@ def test_narrow_arrays_are_narrow_inside_one_program(name):
 
     def fn(a):
         square = a.reshape(32, 32)
-        return ((a + a[::-1]) + a).astype(jnp.float32), (square @ square + square).astype(jnp.float32)
+        return ((a + a[::-1]) + a).astype(jnp.float32), (
+            square @ square + square
+        ).astype(jnp.float32)
 
     emulated = jaxq.emulate(fn, NARROW[name])
     for eager, jitted in zip(emulated(a), jax.jit(emulated)(a), strict=True):
         np.testing.assert_array_equal(eager, jitted)
-        np.testing.assert_array_equal(np.asarray(jitted).astype(half).astype(np.float32), jitted)
+        np.testing.assert_array_equal(
+            np.asarray(jitted).astype(half).astype(np.float32), jitted
+        )
 
 
 def test_whole_numbers_may_lie_beyond_a_grid():
@@ -484,8 +626,12 @@ def test_whole_numbers_may_lie_beyond_a_grid():
 
 def test_second_derivatives():
     assert jax.jit(jax.hessian(jaxq.emulate(lambda x: x**3, BF16)))(1.5) == 9
-    curvature = jax.jit(jax.grad(jax.grad(jaxq.emulate(lambda x: jnp.sin(x) * x, BF16))))
-    np.testing.assert_allclose(curvature(1.25), 2 * np.cos(1.25) - 1.25 * np.sin(1.25), atol=0.02)
+    curvature = jax.jit(
+        jax.grad(jax.grad(jaxq.emulate(lambda x: jnp.sin(x) * x, BF16)))
+    )
+    np.testing.assert_allclose(
+        curvature(1.25), 2 * np.cos(1.25) - 1.25 * np.sin(1.25), atol=0.02
+    )
 
 
 def test_what_would_do_nothing_is_said():
@@ -493,12 +639,20 @@ def test_what_would_do_nothing_is_said():
         return lax.scan(lambda c, y: (jnp.maximum(c, y), c), x[0], x)[0]
 
     for name, message in (("max", "makes no numbers"), ("scan", "calls a function")):
-        with pytest.raises(ValueError, match=f"policy.primitives names '{name}', which {message}.*never rounds"):
+        with pytest.raises(
+            ValueError,
+            match=f"policy.primitives names '{name}', which {message}.*never rounds",
+        ):
             jaxq.emulate(fn, Policy(primitives={name: BF16}))(X)
     for policy in (Policy(chunk=4), Policy("bfloat16", "float32", chunk=4)):
-        with pytest.raises(ValueError, match="policy: chunk=4 cuts narrow sums; accumulate= is not narrow"):
+        with pytest.raises(
+            ValueError,
+            match="policy: chunk=4 cuts narrow sums; accumulate= is not narrow",
+        ):
             jaxq.emulate(fn, policy)
-    with pytest.raises(TypeError, match="policy: mantissa_bits must be a whole number, got 3.5"):
+    with pytest.raises(
+        TypeError, match="policy: mantissa_bits must be a whole number, got 3.5"
+    ):
         jaxq.emulate(fn, Policy(Precision(8, 3.5)))
     with pytest.raises(TypeError, match="policy.primitives must be a dict"):
         jaxq.emulate(fn, Policy(primitives=BF16))

@@ -13,19 +13,32 @@ from jaxq import formats
 from jaxq.emulation import Policy, Precision
 from tests.formats import oracle
 
-IEEE = [name for name in formats.names() if getattr(formats.get(name), "flavour", "") == "ieee"]
-X = np.concatenate([oracle.random_patterns(1 << 14, seed=2), np.float32([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45])])
+IEEE = [
+    name
+    for name in formats.names()
+    if getattr(formats.get(name), "flavour", "") == "ieee"
+]
+X = np.concatenate(
+    [
+        oracle.random_patterns(1 << 14, seed=2),
+        np.float32([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45]),
+    ]
+)
 
 
 @pytest.mark.parametrize("name", IEEE)
 def test_a_name_is_its_format(name):
     got = np.asarray(jax.jit(Precision.of(name).round)(X))
     expected = np.asarray(jaxq.cast(X, name, saturate=False))
-    np.testing.assert_array_equal(got.view(np.uint32)[~np.isnan(X)], expected.view(np.uint32)[~np.isnan(X)])
+    np.testing.assert_array_equal(
+        got.view(np.uint32)[~np.isnan(X)], expected.view(np.uint32)[~np.isnan(X)]
+    )
     assert np.isnan(got[np.isnan(X)]).all()
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2fnuz", "float6_e2m3fn", "float4_e2m1fn"])
+@pytest.mark.parametrize(
+    "name", ["float8_e4m3fn", "float8_e5m2fnuz", "float6_e2m3fn", "float4_e2m1fn"]
+)
 def test_formats_without_infinity_saturate_and_keep_nan(name):
     got = np.asarray(jax.jit(Precision.of(name).round)(X))
     expected = np.asarray(jaxq.cast(X, name))
@@ -41,11 +54,18 @@ def test_traced_numbers_give_what_plain_ones_give():
     swept = jax.jit(jax.vmap(lambda e, m: Precision(e, m).round(jnp.asarray(X))))(e, m)
     for width, got in zip(widths, np.asarray(swept), strict=True):
         expected = np.asarray(Precision(*width).round(jnp.asarray(X)))
-        assert ((got.view(np.uint32) == expected.view(np.uint32)) | np.isnan(X)).all(), width
+        assert (
+            (got.view(np.uint32) == expected.view(np.uint32)) | np.isnan(X)
+        ).all(), width
 
 
 def test_policies_are_pytrees_of_numbers():
-    policy = Policy("bfloat16", "float32", "float8_e4m3fn", primitives={"exp": Policy(result="float16")})
+    policy = Policy(
+        "bfloat16",
+        "float32",
+        "float8_e4m3fn",
+        primitives={"exp": Policy(result="float16")},
+    )
     assert jax.tree.map(lambda leaf: leaf, policy) == policy
     assert set(jax.tree.leaves(policy)) >= {7, 23, 3, 10}
 
@@ -54,12 +74,16 @@ def test_policies_are_pytrees_of_numbers():
         return jaxq.emulate(lambda x: jnp.exp(x) * 3, policy)(x)
 
     x = np.linspace(-1, 1, 64, dtype=np.float32)
-    np.testing.assert_array_equal(run(policy, x), jax.jit(jaxq.emulate(lambda x: jnp.exp(x) * 3, policy))(x))
+    np.testing.assert_array_equal(
+        run(policy, x), jax.jit(jaxq.emulate(lambda x: jnp.exp(x) * 3, policy))(x)
+    )
 
 
 @functools.cache
 def changes(name: str) -> tuple[bool, bool]:
-    return Precision.of(name).changes(jnp.float32), Precision.of(name).changes(jnp.bfloat16)
+    return Precision.of(name).changes(jnp.float32), Precision.of(name).changes(
+        jnp.bfloat16
+    )
 
 
 def test_what_changes_nothing_is_known():
@@ -77,18 +101,46 @@ def test_what_changes_nothing_is_known():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Policy(operands="bfloat61"), ValueError, "Policy: operands: unknown format.*'bfloat16'"),
-        (lambda: Policy(result="int8"), ValueError, "Policy: result: .*int8 is no floating point format.*fake_quant"),
-        (lambda: Policy(result="float8_e8m0fnu"), ValueError, "no floating point format with a sign and a zero"),
-        (lambda: Policy(accumulate="bfloat16", chunk=0), ValueError, "chunk must be a positive int or None, got 0"),
-        (lambda: jaxq.emulate(jnp.exp, Policy(result=8)), TypeError, "policy.result must be a format's name.* got 8"),
+        (
+            lambda: Policy(operands="bfloat61"),
+            ValueError,
+            "Policy: operands: unknown format.*'bfloat16'",
+        ),
+        (
+            lambda: Policy(result="int8"),
+            ValueError,
+            "Policy: result: .*int8 is no floating point format.*fake_quant",
+        ),
+        (
+            lambda: Policy(result="float8_e8m0fnu"),
+            ValueError,
+            "no floating point format with a sign and a zero",
+        ),
+        (
+            lambda: Policy(accumulate="bfloat16", chunk=0),
+            ValueError,
+            "chunk must be a positive int or None, got 0",
+        ),
+        (
+            lambda: jaxq.emulate(jnp.exp, Policy(result=8)),
+            TypeError,
+            "policy.result must be a format's name.* got 8",
+        ),
         (
             lambda: jaxq.emulate(jnp.exp, Policy(primitives={"exp": "bfloat16"})),
             TypeError,
             "policy.primitives\\['exp'\\] must be a jaxq.emulation.Policy, got 'bfloat16'",
         ),
-        (lambda: Precision(8, 7, overflow="wrap"), ValueError, "overflow must be one of infinity, nan, saturate"),
-        (lambda: Precision(8, 7, rounding="stochastic"), ValueError, "rounding must be one of nearest_even"),
+        (
+            lambda: Precision(8, 7, overflow="wrap"),
+            ValueError,
+            "overflow must be one of infinity, nan, saturate",
+        ),
+        (
+            lambda: Precision(8, 7, rounding="stochastic"),
+            ValueError,
+            "rounding must be one of nearest_even",
+        ),
         (lambda: Precision(0, 7), ValueError, "exponent_bits must be 1 to 11"),
         (lambda: Precision(8, 99), ValueError, "mantissa_bits 0 to 52"),
         (

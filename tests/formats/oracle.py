@@ -5,20 +5,32 @@ import numpy as np
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero")
 
 
-def magnitudes(exponent_bits: int, mantissa_bits: int, bias: int, flavour: str) -> np.ndarray:
+def magnitudes(
+    exponent_bits: int, mantissa_bits: int, bias: int, flavour: str
+) -> np.ndarray:
     """The number behind every code without sign, from 0 to the largest, then the next one were there room."""
     num_codes = {
-        "ieee": (2**exponent_bits - 1) << mantissa_bits,  # the top exponent is infinity and NaN
+        "ieee": (2**exponent_bits - 1)
+        << mantissa_bits,  # the top exponent is infinity and NaN
         "fn": (2**exponent_bits << mantissa_bits) - 1,  # all ones is NaN
         "fnuz": 2**exponent_bits << mantissa_bits,
         "finite": 2**exponent_bits << mantissa_bits,
     }[flavour]
     code = np.arange(num_codes + 1)
-    exponent, fraction = code >> mantissa_bits, (code & (2**mantissa_bits - 1)) / 2.0**mantissa_bits
-    return np.where(exponent == 0, 2.0 ** (1 - bias) * fraction, 2.0 ** (exponent - float(bias)) * (1 + fraction))
+    exponent, fraction = (
+        code >> mantissa_bits,
+        (code & (2**mantissa_bits - 1)) / 2.0**mantissa_bits,
+    )
+    return np.where(
+        exponent == 0,
+        2.0 ** (1 - bias) * fraction,
+        2.0 ** (exponent - float(bias)) * (1 + fraction),
+    )
 
 
-def encode_float(x, exponent_bits, mantissa_bits, bias, flavour, modes) -> dict[tuple[str, bool], np.ndarray]:
+def encode_float(
+    x, exponent_bits, mantissa_bits, bias, flavour, modes
+) -> dict[tuple[str, bool], np.ndarray]:
     """Codes of float32 numbers in each of `modes`, (rounding, saturate), by comparing exact distances; uint32."""
     numbers = magnitudes(exponent_bits, mantissa_bits, bias, flavour)
     sign_bit, top = 1 << (exponent_bits + mantissa_bits), len(numbers) - 2
@@ -35,7 +47,11 @@ def encode_float(x, exponent_bits, mantissa_bits, bias, flavour, modes) -> dict[
         "toward_zero": np.isinf(magnitude),  # no finite number overflows toward zero
     }
     overflow = {"ieee": top + 1, "finite": top}.get(flavour, -1)
-    nan_code = {"ieee": top + 1 + (1 << mantissa_bits >> 1), "fn": top + 1, "fnuz": sign_bit}.get(flavour)
+    nan_code = {
+        "ieee": top + 1 + (1 << mantissa_bits >> 1),
+        "fn": top + 1,
+        "fnuz": sign_bit,
+    }.get(flavour)
     if nan_code is None:
         nan_code = np.where(minus, 0, sign_bit)
     codes = {}
@@ -43,7 +59,9 @@ def encode_float(x, exponent_bits, mantissa_bits, bias, flavour, modes) -> dict[
         code = low + up[rounding]
         code = np.where(code > top, top if saturate else overflow, code)
         negative = minus & ~((flavour == "fnuz") & (code == 0))
-        codes[rounding, saturate] = np.where(nan | (code < 0), nan_code, code + negative * sign_bit).astype(np.uint32)
+        codes[rounding, saturate] = np.where(
+            nan | (code < 0), nan_code, code + negative * sign_bit
+        ).astype(np.uint32)
     return codes
 
 
@@ -59,12 +77,25 @@ def neighbours(x, numbers) -> tuple[np.ndarray, np.ndarray]:
 def hard_numbers(numbers: np.ndarray) -> np.ndarray:
     """The numbers of a format, the points half-way between them, and what float32 has next to each."""
     numbers = np.sort(np.asarray(numbers, np.float64))
-    beyond = [1.5 * numbers[0] - 0.5 * numbers[1], 1.5 * numbers[-1] - 0.5 * numbers[-2]]
+    beyond = [
+        1.5 * numbers[0] - 0.5 * numbers[1],
+        1.5 * numbers[-1] - 0.5 * numbers[-2],
+    ]
     points = np.concatenate([numbers, (numbers[1:] + numbers[:-1]) / 2, beyond])
     points = points[np.abs(points) < float(np.finfo(np.float32).max)].astype(np.float32)
-    return np.concatenate([points, np.nextafter(points, np.float32(np.inf)), np.nextafter(points, np.float32(-np.inf))])
+    return np.concatenate(
+        [
+            points,
+            np.nextafter(points, np.float32(np.inf)),
+            np.nextafter(points, np.float32(-np.inf)),
+        ]
+    )
 
 
 def random_patterns(count: int, seed: int) -> np.ndarray:
     """Uniform float32 bit patterns: every exponent, subnormals, infinities and NaN."""
-    return np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32).view(np.float32)
+    return (
+        np.random.default_rng(seed)
+        .integers(0, 2**32, count, dtype=np.uint32)
+        .view(np.float32)
+    )

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq.formats import CodebookFormat, decode_by_table, dynamic_map, get, normal_float, powers_of_two
+from jaxq.formats import (
+    CodebookFormat,
+    decode_by_table,
+    dynamic_map,
+    get,
+    normal_float,
+    powers_of_two,
+)
 from tests.formats import oracle
 
 # bitsandbytes' "fp4" in the order of its codes: not the E2M1 of the microscaling formats, and with both zeros.
@@ -20,7 +27,11 @@ def quantile(p: float) -> float:
     low, high = -10.0, 10.0
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if 0.5 * math.erfc(-middle / math.sqrt(2)) < p else (low, middle)
+        low, high = (
+            (middle, high)
+            if 0.5 * math.erfc(-middle / math.sqrt(2)) < p
+            else (low, middle)
+        )
     return low
 
 
@@ -40,23 +51,50 @@ def test_normal_float_is_even_in_probability(bits):
 def test_nf4_is_the_published_table():
     # Appendix E of "QLoRA" (2023), to the digits that decide a float32.
     published = [
-        *[-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635],
-        *[-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725],
-        *[0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+        *[
+            -1.0,
+            -0.6961928009986877,
+            -0.5250730514526367,
+            -0.39491748809814453,
+            -0.28444138169288635,
+        ],
+        *[
+            -0.18477343022823334,
+            -0.09105003625154495,
+            0.0,
+            0.07958029955625534,
+            0.16093020141124725,
+        ],
+        *[
+            0.24611230194568634,
+            0.33791524171829224,
+            0.44070982933044434,
+            0.5626170039176941,
+            0.7229568362236023,
+            1.0,
+        ],
     ]
     np.testing.assert_array_equal(get("nf4").table, np.float32(published))
     np.testing.assert_allclose(normal_float(4), published, atol=2**-23)
 
 
 def test_tables_are_those_of_bitsandbytes():
-    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    functional = pytest.importorskip(
+        "bitsandbytes.functional", reason="bitsandbytes is not installed"
+    )
     for signed, name in ((True, "dynamic8"), (False, "udynamic8")):
         expected = functional.create_dynamic_map(signed=signed).numpy()
-        np.testing.assert_array_equal(np.asarray(dynamic_map(signed), np.float32), expected)
+        np.testing.assert_array_equal(
+            np.asarray(dynamic_map(signed), np.float32), expected
+        )
         np.testing.assert_array_equal(get(name).values(), expected)
-    np.testing.assert_array_equal(get("nf4").table, functional.get_4bit_type("nf4", device="cpu").numpy())
+    np.testing.assert_array_equal(
+        get("nf4").table, functional.get_4bit_type("nf4", device="cpu").numpy()
+    )
     # bitsandbytes scales by its largest entry in float32, so an entry may differ in its last bit.
-    np.testing.assert_allclose(FP4, functional.get_4bit_type("fp4", device="cpu").numpy(), rtol=2**-22)
+    np.testing.assert_allclose(
+        FP4, functional.get_4bit_type("fp4", device="cpu").numpy(), rtol=2**-22
+    )
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -68,30 +106,52 @@ def test_dynamic_map_is_the_definition(signed):
         for cuts in [2**i if signed else 2 ** (i + 1)]
         for j in range(cuts)
     ]
-    expected = sorted([0.0, 1.0, *positive, *([-v for v in positive] if signed else [])])
-    np.testing.assert_allclose(dynamic_map(signed), expected, rtol=2**-21)  # made in float32, as bitsandbytes does
+    expected = sorted(
+        [0.0, 1.0, *positive, *([-v for v in positive] if signed else [])]
+    )
+    np.testing.assert_allclose(
+        dynamic_map(signed), expected, rtol=2**-21
+    )  # made in float32, as bitsandbytes does
 
 
 def test_powers_of_two_round_in_the_logarithm():
     fmt = get("log4")
-    assert fmt.values().tolist() == [*(-(2.0**-e) for e in range(7)), 0.0, *(2.0**-e for e in range(6, -1, -1))]
+    assert fmt.values().tolist() == [
+        *(-(2.0**-e) for e in range(7)),
+        0.0,
+        *(2.0**-e for e in range(6, -1, -1)),
+    ]
     x = np.random.default_rng(0).uniform(2**-6, 1, 1 << 12).astype(np.float32)
     rounded = np.asarray(fmt.decode(fmt.encode(x)))
-    np.testing.assert_array_equal(rounded, 2.0 ** np.rint(np.log2(x.astype(np.float64))))
+    np.testing.assert_array_equal(
+        rounded, 2.0 ** np.rint(np.log2(x.astype(np.float64)))
+    )
     # Half of the smallest power is the boundary of zero, and goes to zero.
     edge = np.float32(2.0**-7)
-    assert fmt.decode(fmt.encode([edge, np.nextafter(edge, np.float32(1)), -edge / 2])).tolist() == [0, 2.0**-6, 0]
+    assert fmt.decode(
+        fmt.encode([edge, np.nextafter(edge, np.float32(1)), -edge / 2])
+    ).tolist() == [0, 2.0**-6, 0]
     table, boundaries = powers_of_two(3)
     assert (len(table), len(boundaries)) == (7, 6)
 
 
-@pytest.mark.parametrize("name", ["nf2", "nf3", "nf4", "nf8", "af4", "dynamic8", "udynamic8", "fp4"])
+@pytest.mark.parametrize(
+    "name", ["nf2", "nf3", "nf4", "nf8", "af4", "dynamic8", "udynamic8", "fp4"]
+)
 def test_nearest_entry_and_the_lower_of_two(name):
     fmt = CodebookFormat("fp4", FP4) if name == "fp4" else get(name)
     numbers = fmt.values()
-    middles = (numbers[:-1] + numbers[1:]) / np.float32(2)  # as float32 has them: bitsandbytes compares with these
+    middles = (numbers[:-1] + numbers[1:]) / np.float32(
+        2
+    )  # as float32 has them: bitsandbytes compares with these
     around = [np.nextafter(middles, np.float32(s)) for s in (-9, 9)]
-    x = np.concatenate([middles, *around, np.random.default_rng(0).uniform(-1.2, 1.2, 4096).astype(np.float32)])
+    x = np.concatenate(
+        [
+            middles,
+            *around,
+            np.random.default_rng(0).uniform(-1.2, 1.2, 4096).astype(np.float32),
+        ]
+    )
     x = np.resize(x, 1 << 13)  # one shape for all tables
     expected = numbers[(x[:, None] > middles).sum(1)]
     np.testing.assert_array_equal(np.asarray(fmt.decode(fmt.encode(x))), expected)
@@ -101,7 +161,9 @@ def test_a_table_in_no_order_keeps_its_codes():
     fmt = CodebookFormat("fp4", FP4)
     assert fmt.decode(jnp.arange(16)).tolist() == [float(v) for v in FP4]
     assert (fmt.bits, fmt.zero_code, len(fmt.values())) == (4, 0, 15)
-    for mode in oracle.ROUNDINGS:  # every code is its own, but for -0, which is encoded as +0
+    for (
+        mode
+    ) in oracle.ROUNDINGS:  # every code is its own, but for -0, which is encoded as +0
         codes = fmt.encode(np.float32(FP4), rounding=mode).tolist()
         assert codes == [0 if c == 8 else c for c in range(16)], mode
     assert CodebookFormat("minus_first", (-0.0, 1.0, 0.0)).zero_code == 2
@@ -114,12 +176,16 @@ def test_stochastic_mean_is_the_number():
         x = np.float32([-0.95, -0.3, -0.01, 0.0, 0.02, 0.05, 0.6, 0.875, 1.0])
         below, above = oracle.neighbours(x, fmt.values())
         many = np.broadcast_to(x[:, None], (x.size, draws))
-        rounded = np.asarray(fmt.decode(fmt.encode(many, rounding="stochastic", key=jax.random.key(0))))
+        rounded = np.asarray(
+            fmt.decode(fmt.encode(many, rounding="stochastic", key=jax.random.key(0)))
+        )
         p = (x - below) / np.where(above > below, above - below, 1)
         share = (rounded == above[:, None].astype(np.float32)).mean(1)
         between = above > below
         assert (share[~between] == 1).all()
-        assert (np.abs(share - p)[between] <= 5 * np.sqrt(p * (1 - p) / draws)[between]).all(), fmt
+        assert (
+            np.abs(share - p)[between] <= 5 * np.sqrt(p * (1 - p) / draws)[between]
+        ).all(), fmt
 
 
 @pytest.mark.parametrize(
@@ -146,16 +212,27 @@ def test_normal_float_width():
 def test_bitsandbytes_fp4_bytes_are_theirs():
     torch = pytest.importorskip("torch", reason="bitsandbytes needs torch")
     bnb = pytest.importorskip("bitsandbytes", reason="compares codes with bitsandbytes")
-    x = np.random.default_rng(0).uniform(-1, 1, 64 * 512).astype(np.float32).reshape(-1, 64)
+    x = (
+        np.random.default_rng(0)
+        .uniform(-1, 1, 64 * 512)
+        .astype(np.float32)
+        .reshape(-1, 64)
+    )
     x[:, 0] = 1  # the largest magnitude of every block: scale 1
-    packed, state = bnb.functional.quantize_4bit(torch.from_numpy(x), blocksize=64, quant_type="fp4")
+    packed, state = bnb.functional.quantize_4bit(
+        torch.from_numpy(x), blocksize=64, quant_type="fp4"
+    )
     theirs = packed.numpy().ravel()
     theirs = np.stack([theirs >> 4, theirs & 15], -1).ravel()
     fmt = get("float4_bitsandbytes")
     ours = np.asarray(fmt.encode(x.ravel()))
     theirs_value = bnb.functional.dequantize_4bit(packed, state).numpy().ravel()
-    np.testing.assert_array_equal(np.asarray(fmt.decode(jnp.asarray(ours))), theirs_value)
-    np.testing.assert_array_equal(ours[ours != 0], theirs[ours != 0])  # they also write -0
+    np.testing.assert_array_equal(
+        np.asarray(fmt.decode(jnp.asarray(ours))), theirs_value
+    )
+    np.testing.assert_array_equal(
+        ours[ours != 0], theirs[ours != 0]
+    )  # they also write -0
     assert set(theirs[ours == 0].tolist()) <= {0, 8}
 
 
@@ -164,7 +241,9 @@ def test_bitsandbytes_fp4_goes_to_the_smaller_magnitude_of_two():
     positive = fmt.values()[fmt.values() >= 0]
     middle = (positive[1:] + positive[:-1]) / np.float32(2)
     for sign in (1, -1):
-        np.testing.assert_array_equal(np.asarray(fmt.round(sign * middle)), sign * positive[:-1])
+        np.testing.assert_array_equal(
+            np.asarray(fmt.round(sign * middle)), sign * positive[:-1]
+        )
 
 
 @pytest.mark.parametrize("size", [3, 16, 256])
@@ -174,9 +253,19 @@ def test_tables_of_ones_own(size):
     fmt = get("ternary") if size == 3 else get(f"uint{size.bit_length() - 1}")
     codebook = random.standard_normal((5, 1, size)).astype(np.float32)
     codes = random.choice(fmt.codes(), (5, 40))
-    numbers = jax.jit(lambda table, codes: decode_by_table(fmt, table, codes))(codebook, codes)
+    numbers = jax.jit(lambda table, codes: decode_by_table(fmt, table, codes))(
+        codebook, codes
+    )
     expected = codebook[np.arange(5)[:, None], 0, codes.astype(int) - int(fmt.min)]
-    np.testing.assert_array_equal(numbers, np.where((codes == 0) & (size == 3), 0, expected))
+    np.testing.assert_array_equal(
+        numbers, np.where((codes == 0) & (size == 3), 0, expected)
+    )
     found = jax.jit(jax.grad(lambda c: decode_by_table(fmt, c, codes).sum()))(codebook)
-    counts = np.stack([(codes == code).sum(1) * (code != 0 or size > 3) for code in sorted(fmt.codes())], axis=-1)
+    counts = np.stack(
+        [
+            (codes == code).sum(1) * (code != 0 or size > 3)
+            for code in sorted(fmt.codes())
+        ],
+        axis=-1,
+    )
     np.testing.assert_array_equal(found[:, 0], counts)

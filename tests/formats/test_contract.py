@@ -19,7 +19,13 @@ ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "stochastic")
 
 # (bits, max, min, smallest positive, distinct finite numbers) of what is registered, from the formats' definitions.
 FACTS = {
-    "bfloat16": (16, (2 - 2.0**-7) * 2.0**127, -(2 - 2.0**-7) * 2.0**127, 2.0**-133, 2 * 0x7F80 - 1),
+    "bfloat16": (
+        16,
+        (2 - 2.0**-7) * 2.0**127,
+        -(2 - 2.0**-7) * 2.0**127,
+        2.0**-133,
+        2 * 0x7F80 - 1,
+    ),
     "float16": (16, 65504, -65504, 2.0**-24, 2 * 0x7C00 - 1),
     "float8_e3m4": (8, 15.5, -15.5, 2.0**-6, 2 * 0x70 - 1),
     "float8_e4m3": (8, 240, -240, 2.0**-9, 2 * 0x78 - 1),
@@ -36,8 +42,14 @@ FACTS = {
     "float4_e3m0fn": (4, 16, -16, 0.25, 15),
     "int1": (1, 0, -1, 0, 2),
     **{f"int{b}": (b, 2 ** (b - 1) - 1, -(2 ** (b - 1)), 1, 2**b) for b in range(2, 9)},
-    **{f"int{b}_sign_magnitude": (b, 2 ** (b - 1) - 1, 1 - 2 ** (b - 1), 1, 2**b - 1) for b in range(2, 9)},
-    **{f"int{b}_narrow": (b, 2 ** (b - 1) - 1, 1 - 2 ** (b - 1), 1, 2**b - 1) for b in range(2, 9)},
+    **{
+        f"int{b}_sign_magnitude": (b, 2 ** (b - 1) - 1, 1 - 2 ** (b - 1), 1, 2**b - 1)
+        for b in range(2, 9)
+    },
+    **{
+        f"int{b}_narrow": (b, 2 ** (b - 1) - 1, 1 - 2 ** (b - 1), 1, 2**b - 1)
+        for b in range(2, 9)
+    },
     **{f"uint{b}": (b, 2**b - 1, 0, 1, 2**b) for b in range(1, 9)},
     # The NormalFloats' smallest numbers are the construction's own business: see test_codebook.py.
     **{f"nf{b}": (b, 1, -1, None, 2**b) for b in range(2, 9)},
@@ -46,7 +58,9 @@ FACTS = {
     "float4_bitsandbytes": (4, 1, -1, 0.0625 / 12, 15),
     "binary": (1, 1, -1, 1, 2),
     "ternary": (2, 1, -1, 1, 3),
-    **{f"log{b}": (b, 1, -1, 2.0 ** -(2 ** (b - 1) - 2), 2**b - 1) for b in range(2, 8)},
+    **{
+        f"log{b}": (b, 1, -1, 2.0 ** -(2 ** (b - 1) - 2), 2**b - 1) for b in range(2, 8)
+    },
     "dynamic8": (8, 1, -0.99296875, 5.5e-7, 256),
     "udynamic8": (8, 1, 0, 3.25e-7, 256),
 }
@@ -66,10 +80,14 @@ ALL = [*(get(name) for name in names() if name not in WIDE), *OTHERS]
 # Of families that come in every width the widths from 5 to 7 are heavy.
 IN_BETWEEN = re.compile(r"(u?int|nf|log)[567](_.*)?")
 over_formats = pytest.mark.parametrize(
-    "fmt", tables.thinned(ALL, [fmt for fmt in ALL if not IN_BETWEEN.fullmatch(fmt.name)]), ids=str
+    "fmt",
+    tables.thinned(ALL, [fmt for fmt in ALL if not IN_BETWEEN.fullmatch(fmt.name)]),
+    ids=str,
 )
 # Where each is a program of its own.
-over_some_formats = pytest.mark.parametrize("fmt", tables.thinned(ALL, ALL[::12]), ids=str)
+over_some_formats = pytest.mark.parametrize(
+    "fmt", tables.thinned(ALL, ALL[::12]), ids=str
+)
 
 
 @functools.cache
@@ -80,9 +98,16 @@ def values(fmt: Format) -> np.ndarray:
 @functools.cache
 def inputs(fmt: Format) -> np.ndarray:
     """The format's numbers, what lies half-way and next to them, and numbers of every size; ascending, no NaN."""
-    numbers = values(fmt)[:: max(1, len(values(fmt)) // 512)]  # all of them are tried in the tests of one kind
-    random = np.random.default_rng(0).uniform(-1, 1, SIZE) ** 3 * min(2 * fmt.max, float(np.finfo(np.float32).max))
-    special = np.array([np.inf, -np.inf, 0, -0.0, 1e-45, -1e-45, 1e-38, 3e38, -3e38, fmt.max, fmt.min], np.float32)
+    numbers = values(fmt)[
+        :: max(1, len(values(fmt)) // 512)
+    ]  # all of them are tried in the tests of one kind
+    random = np.random.default_rng(0).uniform(-1, 1, SIZE) ** 3 * min(
+        2 * fmt.max, float(np.finfo(np.float32).max)
+    )
+    special = np.array(
+        [np.inf, -np.inf, 0, -0.0, 1e-45, -1e-45, 1e-38, 3e38, -3e38, fmt.max, fmt.min],
+        np.float32,
+    )
     hard = np.concatenate([special, oracle.hard_numbers(numbers)])
     assert len(hard) < SIZE
     return np.sort(np.concatenate([hard, random.astype(np.float32)])[:SIZE])
@@ -90,12 +115,25 @@ def inputs(fmt: Format) -> np.ndarray:
 
 def decoded(fmt: Format, codes) -> np.ndarray:
     """Numbers of some codes, over and over up to one size for all formats."""
-    return np.asarray(fmt.decode(jnp.asarray(np.resize(np.asarray(codes, fmt.code_dtype), max(SIZE, len(codes))))))
+    return np.asarray(
+        fmt.decode(
+            jnp.asarray(
+                np.resize(np.asarray(codes, fmt.code_dtype), max(SIZE, len(codes)))
+            )
+        )
+    )
 
 
-def run(fmt: Format, x, seed: int = 0) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+def run(
+    fmt: Format, x, seed: int = 0
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """(codes, numbers) of `x` in every mode. Not jitted: on arrays of one shape all formats share the operations."""
-    codes = {r: fmt.encode(x, rounding=r, key=jax.random.key(seed) if r == "stochastic" else None) for r in ROUNDINGS}
+    codes = {
+        r: fmt.encode(
+            x, rounding=r, key=jax.random.key(seed) if r == "stochastic" else None
+        )
+        for r in ROUNDINGS
+    }
     codes["overflow"] = fmt.encode(x, saturate=False)
     return codes, {name: fmt.decode(code) for name, code in codes.items()}
 
@@ -112,22 +150,37 @@ def in_range(fmt: Format, x: np.ndarray) -> np.ndarray:
 
 def test_the_table_has_every_registered_format():
     # Formats that examples in docstrings register may be there too, when those ran first in this process.
-    assert set(FACTS) <= set(names()), f"not registered: {sorted(set(FACTS) - set(names()))}"
-    extra = {name for name in set(names()) - set(FACTS) - WIDE if not name.startswith("float")}
+    assert set(FACTS) <= set(names()), (
+        f"not registered: {sorted(set(FACTS) - set(names()))}"
+    )
+    extra = {
+        name
+        for name in set(names()) - set(FACTS) - WIDE
+        if not name.startswith("float")
+    }
     assert not extra, f"add a row for {sorted(extra)}"
 
 
-@pytest.mark.parametrize("name", tables.thinned(FACTS, [name for name in FACTS if not IN_BETWEEN.fullmatch(name)]))
+@pytest.mark.parametrize(
+    "name",
+    tables.thinned(FACTS, [name for name in FACTS if not IN_BETWEEN.fullmatch(name)]),
+)
 def test_facts(name):
     fmt, (bits, largest, smallest, positive, count) = get(name), FACTS[name]
     numbers = values(fmt)
     assert (fmt.name, fmt.bits, len(numbers)) == (name, bits, count)
-    assert (fmt.max, fmt.min) == (numbers[-1], numbers[0]) == (np.float32(largest), np.float32(smallest))
+    assert (
+        (fmt.max, fmt.min)
+        == (numbers[-1], numbers[0])
+        == (np.float32(largest), np.float32(smallest))
+    )
     assert fmt.smallest_positive == min(numbers[numbers > 0], default=0)
     if positive is not None:
         assert fmt.smallest_positive == pytest.approx(positive, rel=1e-6)
     signed = isinstance(fmt, IntegerFormat) and fmt.signed
-    assert fmt.code_dtype == (np.int8 if signed else np.uint16 if bits > 8 else np.uint8)
+    assert fmt.code_dtype == (
+        np.int8 if signed else np.uint16 if bits > 8 else np.uint8
+    )
 
 
 @over_formats
@@ -145,8 +198,12 @@ def test_codes_are_all_there_is(fmt):
     codes = fmt.codes()
     assert codes.dtype == fmt.code_dtype
     patterns = codes.astype(np.int64) % 2**fmt.bits
-    assert (np.diff(patterns) > 0).all(), "codes come in the order of their bit patterns"
-    assert {np.asarray(c).item() for c in results(fmt)[0]["nearest_even"]} <= set(codes.tolist())
+    assert (np.diff(patterns) > 0).all(), (
+        "codes come in the order of their bit patterns"
+    )
+    assert {np.asarray(c).item() for c in results(fmt)[0]["nearest_even"]} <= set(
+        codes.tolist()
+    )
     assert fmt.zero_code in codes.tolist()
     if 0 in values(fmt):
         assert decoded(fmt, [fmt.zero_code])[0] == 0
@@ -160,8 +217,13 @@ def test_every_number_is_its_own_nearest(fmt):
     again, _ = run(fmt, numbers, seed=1)
     finite = np.isfinite(numbers) & ((numbers != 0) | (fmt.kind == "float"))
     for mode, code in again.items():
-        np.testing.assert_array_equal(np.asarray(code)[finite], codes[finite], err_msg=mode)
-        np.testing.assert_array_equal(np.asarray(fmt.decode(code))[np.isfinite(numbers)], numbers[np.isfinite(numbers)])
+        np.testing.assert_array_equal(
+            np.asarray(code)[finite], codes[finite], err_msg=mode
+        )
+        np.testing.assert_array_equal(
+            np.asarray(fmt.decode(code))[np.isfinite(numbers)],
+            numbers[np.isfinite(numbers)],
+        )
 
 
 @over_formats
@@ -177,12 +239,18 @@ def test_rounds_to_a_neighbour_and_to_the_nearer_one(fmt):
     half = (above - below) / 2
     for mode in ("nearest_even", "nearest_away"):
         # A table's boundaries are float32 midpoints, half a unit in the last place from the true ones.
-        slack = 0 if fmt.kind != "codebook" else np.spacing(np.abs(x[inside])).astype(np.float64)
+        slack = (
+            0
+            if fmt.kind != "codebook"
+            else np.spacing(np.abs(x[inside])).astype(np.float64)
+        )
         error = np.abs(numbers[mode][inside].astype(np.float64) - x[inside])
         far = error > half + slack
         if fmt.name == "float8_e8m0fnu":  # below 2^-126 it goes up, as in ml_dtypes
             far &= x[inside] >= 2.0**-126
-        assert not far.any(), f"{mode}: {x[inside][far][:5]} became {numbers[mode][inside][far][:5]}"
+        assert not far.any(), (
+            f"{mode}: {x[inside][far][:5]} became {numbers[mode][inside][far][:5]}"
+        )
 
 
 @over_formats
@@ -222,7 +290,9 @@ def test_nan_is_nan_where_there_is_one(fmt):
         if has_nan:
             assert np.isnan(number).all(), mode
         else:  # one fixed number: zero for floats and integers, the lowest entry for tables
-            assert (np.asarray(number) == (fmt.min if fmt.kind == "codebook" else 0)).all(), mode
+            assert (
+                np.asarray(number) == (fmt.min if fmt.kind == "codebook" else 0)
+            ).all(), mode
 
 
 @over_formats
@@ -237,12 +307,17 @@ def test_idempotent(fmt):
 
 @over_some_formats
 def test_jit_is_eager(fmt):
-    codes, numbers = jax.jit(lambda x: (codes := fmt.encode(x), fmt.decode(codes)))(inputs(fmt))
+    codes, numbers = jax.jit(lambda x: (codes := fmt.encode(x), fmt.decode(codes)))(
+        inputs(fmt)
+    )
     assert (codes.dtype, codes.shape) == (fmt.code_dtype, (SIZE,))
     assert (numbers.dtype, numbers.shape) == (np.float32, (SIZE,))
     np.testing.assert_array_equal(codes, results(fmt)[0]["nearest_even"])
     # By bits, so that the sign of zero counts.
-    np.testing.assert_array_equal(np.asarray(numbers).view(np.uint32), results(fmt)[1]["nearest_even"].view(np.uint32))
+    np.testing.assert_array_equal(
+        np.asarray(numbers).view(np.uint32),
+        results(fmt)[1]["nearest_even"].view(np.uint32),
+    )
 
 
 one_of_each_kind = pytest.mark.parametrize(
@@ -256,7 +331,9 @@ def test_jit_is_eager_in_every_mode(name):
     codes, numbers = jax.tree.map(np.asarray, jax.jit(functools.partial(run, fmt))(x))
     for mode, code in codes.items():
         np.testing.assert_array_equal(code, results(fmt)[0][mode], err_msg=mode)
-        np.testing.assert_array_equal(numbers[mode].view(np.uint32), results(fmt)[1][mode].view(np.uint32))
+        np.testing.assert_array_equal(
+            numbers[mode].view(np.uint32), results(fmt)[1][mode].view(np.uint32)
+        )
 
 
 @one_of_each_kind
@@ -267,9 +344,16 @@ def test_vmap_scalars_and_lower_precision(name):
 
     @jax.jit
     def every_way(x, half, widened):
-        return jax.vmap(fmt.encode)(x), fmt.encode(x[0, 5]), fmt.encode(half), fmt.encode(widened)
+        return (
+            jax.vmap(fmt.encode)(x),
+            fmt.encode(x[0, 5]),
+            fmt.encode(half),
+            fmt.encode(widened),
+        )
 
-    mapped, scalar, from_half, from_widened = every_way(x, half, np.asarray(half).astype(np.float32))
+    mapped, scalar, from_half, from_widened = every_way(
+        x, half, np.asarray(half).astype(np.float32)
+    )
     np.testing.assert_array_equal(mapped.reshape(-1), results(fmt)[0]["nearest_even"])
     assert (scalar.shape, scalar) == ((), mapped[0, 5])
     np.testing.assert_array_equal(from_half, from_widened)  # subnormal ones too
@@ -302,7 +386,11 @@ def test_equal_formats_share_one_trace():
         traces.append(fmt)
         return fmt.encode(x)
 
-    for fmt in (FloatFormat("f", 4, 3), FloatFormat("f", 4, 3, 7), pickle.loads(pickle.dumps(FloatFormat("f", 4, 3)))):
+    for fmt in (
+        FloatFormat("f", 4, 3),
+        FloatFormat("f", 4, 3, 7),
+        pickle.loads(pickle.dumps(FloatFormat("f", 4, 3))),
+    ):
         run(jnp.ones(3), fmt)
     assert len(traces) == 1
 

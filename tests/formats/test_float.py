@@ -19,8 +19,21 @@ ML_DTYPES = {
     **{
         name: getattr(ml_dtypes, name)
         for name in [
-            *["bfloat16", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn", "float8_e3m4", "float8_e4m3"],
-            *["float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"],
+            *[
+                "bfloat16",
+                "float4_e2m1fn",
+                "float6_e2m3fn",
+                "float6_e3m2fn",
+                "float8_e3m4",
+                "float8_e4m3",
+            ],
+            *[
+                "float8_e4m3b11fnuz",
+                "float8_e4m3fn",
+                "float8_e4m3fnuz",
+                "float8_e5m2",
+                "float8_e5m2fnuz",
+            ],
         ]
     },
 }
@@ -47,8 +60,17 @@ PARTS = {
     "float13_e8m4": (8, 4, 127, "ieee"),
     "float16_e1m14fn": (1, 14, -3, "finite"),
 }
-USER = ("float3_e1m1fn", "float12_e5m6", "float9_e8m0fn_low", "float8_e7m0fn_high", "float13_e8m4", "float16_e1m14fn")
-MODES = [(rounding, saturate) for rounding in oracle.ROUNDINGS for saturate in (True, False)]
+USER = (
+    "float3_e1m1fn",
+    "float12_e5m6",
+    "float9_e8m0fn_low",
+    "float8_e7m0fn_high",
+    "float13_e8m4",
+    "float16_e1m14fn",
+)
+MODES = [
+    (rounding, saturate) for rounding in oracle.ROUNDINGS for saturate in (True, False)
+]
 
 
 def make(name: str) -> FloatFormat:
@@ -60,7 +82,9 @@ def make(name: str) -> FloatFormat:
 
 def every_code(fmt) -> np.ndarray:
     """All codes, over and over up to 2^16 of them: one shape for what eager operations compile."""
-    return np.arange(1 << 16).astype(fmt.code_dtype) & fmt.code_dtype.type((1 << fmt.bits) - 1)
+    return np.arange(1 << 16).astype(fmt.code_dtype) & fmt.code_dtype.type(
+        (1 << fmt.bits) - 1
+    )
 
 
 @functools.cache
@@ -72,14 +96,25 @@ def hard_inputs(name: str) -> np.ndarray:
     hard = oracle.hard_numbers(np.concatenate([-numbers[:0:-1], numbers]))
     # One of two sizes, filled with more random patterns: formats then share what eager operations compile.
     size = (1 << 18) if len(hard) < (1 << 17) else (1 << 19)
-    return np.concatenate([bfloat16, hard, oracle.random_patterns(size - len(hard) - len(bfloat16), seed=0)])
+    return np.concatenate(
+        [
+            bfloat16,
+            hard,
+            oracle.random_patterns(size - len(hard) - len(bfloat16), seed=0),
+        ]
+    )
 
 
 @functools.cache
 def encoded(name: str) -> dict[tuple[str, bool], np.ndarray]:
     """Codes of `hard_inputs` in every mode, from one compiled program."""
     fmt = make(name)
-    encode = jax.jit(lambda x: [fmt.encode(x, rounding=rounding, saturate=saturate) for rounding, saturate in MODES])
+    encode = jax.jit(
+        lambda x: [
+            fmt.encode(x, rounding=rounding, saturate=saturate)
+            for rounding, saturate in MODES
+        ]
+    )
     return dict(zip(MODES, map(np.asarray, encode(hard_inputs(name))), strict=True))
 
 
@@ -93,34 +128,57 @@ def test_decode_is_ml_dtypes(name):
         decoded = np.asarray(decoded)
         np.testing.assert_array_equal(np.isnan(decoded), np.isnan(expected))
         real = ~np.isnan(expected)
-        np.testing.assert_array_equal(decoded[real].view(np.uint32), expected[real].view(np.uint32))
+        np.testing.assert_array_equal(
+            decoded[real].view(np.uint32), expected[real].view(np.uint32)
+        )
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_decode_is_the_definition(name):
     fmt, numbers = make(name), oracle.magnitudes(*PARTS[name])[:-1]
     decoded = np.asarray(fmt.decode(jnp.asarray(every_code(fmt))))
-    positive, negative = decoded[: len(numbers)], decoded[1 << (fmt.bits - 1) :][: len(numbers)]
+    positive, negative = (
+        decoded[: len(numbers)],
+        decoded[1 << (fmt.bits - 1) :][: len(numbers)],
+    )
     np.testing.assert_array_equal(positive, numbers.astype(np.float32))
     np.testing.assert_array_equal(negative[1:], -numbers[1:].astype(np.float32))
-    assert np.isnan(negative[0]) if PARTS[name][3] == "fnuz" else (negative[0] == 0 and np.signbit(negative[0]))
-    assert (fmt.max, fmt.min, fmt.smallest_positive) == (numbers[-1], -numbers[-1], numbers[1])
-    assert (fmt.max_exponent, fmt.mantissa_bits) == (np.floor(np.log2(numbers[-1])), PARTS[name][1])
+    assert (
+        np.isnan(negative[0])
+        if PARTS[name][3] == "fnuz"
+        else (negative[0] == 0 and np.signbit(negative[0]))
+    )
+    assert (fmt.max, fmt.min, fmt.smallest_positive) == (
+        numbers[-1],
+        -numbers[-1],
+        numbers[1],
+    )
+    assert (fmt.max_exponent, fmt.mantissa_bits) == (
+        np.floor(np.log2(numbers[-1])),
+        PARTS[name][1],
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "saturate"),
-    thinned(itertools.product(ML_DTYPES, (True, False)), [(name, i % 2 == 0) for i, name in enumerate(ML_DTYPES)]),
+    thinned(
+        itertools.product(ML_DTYPES, (True, False)),
+        [(name, i % 2 == 0) for i, name in enumerate(ML_DTYPES)],
+    ),
 )
 def test_encode_is_ml_dtypes(name, saturate):
     fmt, x = get(name), hard_inputs(name)
     with np.errstate(all="ignore"):
-        clipped = np.clip(x, np.float32(-fmt.max), np.float32(fmt.max)) if saturate else x
+        clipped = (
+            np.clip(x, np.float32(-fmt.max), np.float32(fmt.max)) if saturate else x
+        )
         expected = clipped.astype(ML_DTYPES[name])
     codes = encoded(name)["nearest_even", saturate]
     as_value = codes.view(ML_DTYPES[name])
     nan = np.isnan(expected.astype(np.float32))
-    np.testing.assert_array_equal(np.isnan(as_value.astype(np.float32)), nan)  # the payload of a NaN is free
+    np.testing.assert_array_equal(
+        np.isnan(as_value.astype(np.float32)), nan
+    )  # the payload of a NaN is free
     np.testing.assert_array_equal(codes[~nan], expected.view(codes.dtype)[~nan])
 
 
@@ -130,8 +188,12 @@ def test_encode_is_the_nearest_by_distance(name):
     expected = oracle.encode_float(x, *PARTS[name], MODES)
     for mode, codes in encoded(name).items():
         wrong = np.flatnonzero(codes != expected[mode])
-        first = {float(x[i]): (int(codes[i]), int(expected[mode][i])) for i in wrong[:5]}
-        assert wrong.size == 0, f"{mode}: {wrong.size} wrong, input: (code, expected) {first}"
+        first = {
+            float(x[i]): (int(codes[i]), int(expected[mode][i])) for i in wrong[:5]
+        }
+        assert wrong.size == 0, (
+            f"{mode}: {wrong.size} wrong, input: (code, expected) {first}"
+        )
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -141,7 +203,9 @@ def test_eager_is_jit(name):
     np.testing.assert_array_equal(eager, encoded(name)["nearest_even", True][: 1 << 16])
 
 
-@pytest.mark.parametrize("name", thinned(ML_DTYPES, ["float16", "float8_e4m3fnuz", "float4_e2m1fn"]))
+@pytest.mark.parametrize(
+    "name", thinned(ML_DTYPES, ["float16", "float8_e4m3fnuz", "float4_e2m1fn"])
+)
 def test_encode_of_a_million_patterns_is_ml_dtypes_eager_and_jitted(name):
     fmt, x = get(name), oracle.random_patterns(1 << 20, seed=3)
     with np.errstate(all="ignore"):
@@ -159,9 +223,13 @@ def test_stochastic_gives_a_neighbour(name):
     codes = fmt.encode(x, rounding="stochastic", key=jax.random.key(0))
     inside = np.isfinite(x) & (np.abs(x) <= fmt.max)
     x, codes = x[inside], np.asarray(codes)[inside]
-    rounded = oracle.magnitudes(*PARTS[name])[codes & ((1 << (fmt.bits - 1)) - 1)] * np.where(np.signbit(x), -1, 1)
+    rounded = oracle.magnitudes(*PARTS[name])[
+        codes & ((1 << (fmt.bits - 1)) - 1)
+    ] * np.where(np.signbit(x), -1, 1)
     below, above = oracle.neighbours(x, fmt.values())
-    wrong = (rounded != below) & (rounded != above)  # a number of the format has itself on both sides
+    wrong = (rounded != below) & (
+        rounded != above
+    )  # a number of the format has itself on both sides
     assert not wrong.any(), f"{x[wrong][:5]} became {rounded[wrong][:5]}"
     minus = np.signbit(x) & ~((fmt.flavour == "fnuz") & (rounded == 0))
     np.testing.assert_array_equal(codes >> (fmt.bits - 1), minus)
@@ -169,15 +237,21 @@ def test_stochastic_gives_a_neighbour(name):
 
 def test_stochastic_bfloat16_is_exactly_unbiased(monkeypatch):
     # All 65,536 noises: a number whose lower half is L must go up in exactly L of them, subnormals included.
-    noise = jnp.arange(1 << 16, dtype=jnp.uint32) + np.uint32(0xABCD0000)  # upper bits must not matter
+    noise = jnp.arange(1 << 16, dtype=jnp.uint32) + np.uint32(
+        0xABCD0000
+    )  # upper bits must not matter
     monkeypatch.setattr(rounding_module, "random_bits", lambda key, shape, dtype: noise)
     for high in (0x3F80, 0x0000, 0xC2FF):
         for low in (0, 1, 2, 0x5555, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
             x = np.full(1 << 16, (high << 16) | low, np.uint32).view(np.float32)
-            codes = np.asarray(get("bfloat16").encode(x, rounding="stochastic", key=jax.random.key(0)))
+            codes = np.asarray(
+                get("bfloat16").encode(x, rounding="stochastic", key=jax.random.key(0))
+            )
             assert set(np.unique(codes)) <= {high, high + 1}
             assert (codes == high + 1).sum() == low
-            values = np.asarray(get("bfloat16").round(x, rounding="stochastic", key=jax.random.key(0)))
+            values = np.asarray(
+                get("bfloat16").round(x, rounding="stochastic", key=jax.random.key(0))
+            )
             np.testing.assert_array_equal(values.view(np.uint32) >> 16, codes)
 
 
@@ -188,12 +262,25 @@ def test_stochastic_mean_is_the_number(name):
     fmt, draws = make(name) if name in PARTS else get(name), 1 << 12
     numbers = fmt.values().astype(np.float64)
     numbers = numbers[numbers >= 0]
-    starts = np.unique(np.concatenate([[0, 1, len(numbers) - 2], np.linspace(0, len(numbers) - 2, 5).astype(int)]))
+    starts = np.unique(
+        np.concatenate(
+            [[0, 1, len(numbers) - 2], np.linspace(0, len(numbers) - 2, 5).astype(int)]
+        )
+    )
     below, above = numbers[starts][:, None], numbers[starts + 1][:, None]
-    x = np.resize((below + (above - below) * np.array([0.1, 0.5, 0.8125])).T.astype(np.float32), 16)
+    x = np.resize(
+        (below + (above - below) * np.array([0.1, 0.5, 0.8125])).T.astype(np.float32),
+        16,
+    )
     low, high = oracle.neighbours(x, numbers)
-    codes = fmt.encode(np.repeat(x, draws), rounding="stochastic", key=jax.random.key(1))
-    share = (np.asarray(fmt.decode(codes)).astype(np.float64) == np.repeat(high, draws)).reshape(-1, draws).mean(1)
+    codes = fmt.encode(
+        np.repeat(x, draws), rounding="stochastic", key=jax.random.key(1)
+    )
+    share = (
+        (np.asarray(fmt.decode(codes)).astype(np.float64) == np.repeat(high, draws))
+        .reshape(-1, draws)
+        .mean(1)
+    )
     with np.errstate(invalid="ignore"):
         p = np.where(high > low, (x - low) / (high - low), 1.0)
     bound = 5 * np.sqrt(p * (1 - p) / draws)
@@ -212,8 +299,14 @@ class TestExponent:
     def test_decode_is_ml_dtypes(self):
         codes = np.arange(256, dtype=np.uint8)
         expected = codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-        for decoded in (get("float8_e8m0fnu").decode(jnp.asarray(codes)), jax.jit(get("float8_e8m0fnu").decode)(codes)):
-            np.testing.assert_array_equal(np.asarray(decoded)[:255].view(np.uint32), expected[:255].view(np.uint32))
+        for decoded in (
+            get("float8_e8m0fnu").decode(jnp.asarray(codes)),
+            jax.jit(get("float8_e8m0fnu").decode)(codes),
+        ):
+            np.testing.assert_array_equal(
+                np.asarray(decoded)[:255].view(np.uint32),
+                expected[:255].view(np.uint32),
+            )
             assert np.isnan(decoded[255])
 
     def test_encode_is_ml_dtypes(self, scales):
@@ -222,9 +315,13 @@ class TestExponent:
         with np.errstate(invalid="ignore"):
             expected = x.astype(ml_dtypes.float8_e8m0fnu).view(np.uint8)
         fmt = get("float8_e8m0fnu")
-        np.testing.assert_array_equal(np.asarray(fmt.encode(x, saturate=False)), expected)
+        np.testing.assert_array_equal(
+            np.asarray(fmt.encode(x, saturate=False)), expected
+        )
         too_large = (expected == 255) & (x > 0)
-        np.testing.assert_array_equal(np.asarray(jax.jit(fmt.encode)(x)), np.where(too_large, 254, expected))
+        np.testing.assert_array_equal(
+            np.asarray(jax.jit(fmt.encode)(x)), np.where(too_large, 254, expected)
+        )
 
     def test_toward_zero_is_the_exponent(self, scales):
         x = scales
@@ -237,9 +334,14 @@ class TestExponent:
 
     def test_stochastic_gives_a_neighbour(self, scales):
         fmt = get("float8_e8m0fnu")
-        rounded = np.asarray(fmt.decode(fmt.encode(scales, rounding="stochastic", key=jax.random.key(0))))
+        rounded = np.asarray(
+            fmt.decode(fmt.encode(scales, rounding="stochastic", key=jax.random.key(0)))
+        )
         inside = (scales > 0) & (scales <= 2.0**127)
-        rounded, (below, above) = rounded[inside], oracle.neighbours(scales[inside], fmt.values())
+        rounded, (below, above) = (
+            rounded[inside],
+            oracle.neighbours(scales[inside], fmt.values()),
+        )
         assert ((rounded == below) | (rounded == above)).all()
 
 
@@ -251,7 +353,10 @@ def test_infinities_and_nan_by_flavour():
 
     inf, nan = np.inf, np.nan
     expected = {  # (saturating, not), as the OCP 8-bit and microscaling specifications have it
-        "float8_e5m2": ([57344, -57344, nan, 57344, -57344], [inf, -inf, nan, inf, -inf]),
+        "float8_e5m2": (
+            [57344, -57344, nan, 57344, -57344],
+            [inf, -inf, nan, inf, -inf],
+        ),
         "float8_e4m3fn": ([448, -448, nan, 448, -448], [nan] * 5),
         "float8_e4m3fnuz": ([240, -240, nan, 240, -240], [nan] * 5),
         "float4_e2m1fn": ([6, -6, 0, 6, -6], [6, -6, 0, 6, -6]),
@@ -270,8 +375,14 @@ def test_infinities_and_nan_by_flavour():
         ({"exponent_bits": 4, "num_mantissa_bits": -1}, "mantissa_bits 0 to 23"),
         ({"exponent_bits": 4, "num_mantissa_bits": 0}, "'ieee' keeps the top exponent"),
         ({"exponent_bits": 1, "num_mantissa_bits": 3}, "'ieee' keeps the top exponent"),
-        ({"exponent_bits": 4, "num_mantissa_bits": 3, "flavour": "ocp"}, "flavour must be one of"),
-        ({"exponent_bits": 8, "num_mantissa_bits": 3, "flavour": "fn"}, "beyond float32"),
+        (
+            {"exponent_bits": 4, "num_mantissa_bits": 3, "flavour": "ocp"},
+            "flavour must be one of",
+        ),
+        (
+            {"exponent_bits": 8, "num_mantissa_bits": 3, "flavour": "fn"},
+            "beyond float32",
+        ),
         ({"exponent_bits": 4, "num_mantissa_bits": 3, "bias": 130}, "beyond float32"),
     ],
 )

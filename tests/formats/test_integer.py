@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq.formats import FixedPointFormat, IntegerFormat, SignMagnitudeFormat, get, round_to_integer
+from jaxq.formats import (
+    FixedPointFormat,
+    IntegerFormat,
+    SignMagnitudeFormat,
+    get,
+    round_to_integer,
+)
 from tests.formats import oracle
 
 # Every quarter from -300 to 300, what float32 has next to each, and halves that a float32 sum would misround.
@@ -15,7 +21,21 @@ X = np.concatenate(
         _quarters,
         np.nextafter(_quarters, np.float32(np.inf)),
         np.nextafter(_quarters, np.float32(-np.inf)),
-        np.float32([0.49999997, -0.49999997, 8388607.5, -8388607.5, 16777217, 3e9, -3e9, 3e38, -3e38, 1e-45, -0.0]),
+        np.float32(
+            [
+                0.49999997,
+                -0.49999997,
+                8388607.5,
+                -8388607.5,
+                16777217,
+                3e9,
+                -3e9,
+                3e38,
+                -3e38,
+                1e-45,
+                -0.0,
+            ]
+        ),
         np.float32([np.inf, -np.inf]),
     ]
 )
@@ -31,24 +51,48 @@ def rounded(x: np.ndarray, rounding: str) -> np.ndarray:
 
 @pytest.mark.parametrize("rounding", oracle.ROUNDINGS)
 def test_codes_are_rounded_and_clipped(rounding):
-    for name in ("int2", "int4", "int4_narrow", "int8", "int8_narrow", "uint2", "uint4", "uint8"):
+    for name in (
+        "int2",
+        "int4",
+        "int4_narrow",
+        "int8",
+        "int8_narrow",
+        "uint2",
+        "uint4",
+        "uint8",
+    ):
         fmt = get(name)
         codes = np.asarray(fmt.encode(X, rounding=rounding))
-        np.testing.assert_array_equal(codes, np.clip(rounded(X, rounding), fmt.min, fmt.max), err_msg=name)
-        np.testing.assert_array_equal(np.asarray(fmt.decode(jnp.asarray(codes))), codes.astype(np.float32))
+        np.testing.assert_array_equal(
+            codes, np.clip(rounded(X, rounding), fmt.min, fmt.max), err_msg=name
+        )
+        np.testing.assert_array_equal(
+            np.asarray(fmt.decode(jnp.asarray(codes))), codes.astype(np.float32)
+        )
 
 
 @pytest.mark.parametrize("rounding", oracle.ROUNDINGS)
 def test_round_to_integer(rounding):
     expected = rounded(X, rounding)
-    np.testing.assert_array_equal(np.asarray(round_to_integer(jnp.asarray(X), rounding)), expected)
-    np.testing.assert_array_equal(np.asarray(jax.jit(round_to_integer, static_argnums=1)(X, rounding)), expected)
+    np.testing.assert_array_equal(
+        np.asarray(round_to_integer(jnp.asarray(X), rounding)), expected
+    )
+    np.testing.assert_array_equal(
+        np.asarray(jax.jit(round_to_integer, static_argnums=1)(X, rounding)), expected
+    )
     assert np.isnan(round_to_integer(jnp.float32(np.nan), rounding))
 
 
 def test_casts_neither_wrap_nor_truncate():
     # What a bare astype gets wrong: 7.5 -> 7, 128 -> -128, 8 -> -8 at four bits.
-    assert get("int8").encode([7.5, 2.5, 128.0, 127.5, -128.5, 300.0]).tolist() == [8, 2, 127, 127, -128, 127]
+    assert get("int8").encode([7.5, 2.5, 128.0, 127.5, -128.5, 300.0]).tolist() == [
+        8,
+        2,
+        127,
+        127,
+        -128,
+        127,
+    ]
     assert get("int4").encode([8.0, 7.5, -8.5, 20.0]).tolist() == [7, 7, -8, 7]
     assert get("uint4").encode([-1.0, 15.5, 16.0, np.nan]).tolist() == [0, 15, 15, 0]
 
@@ -58,7 +102,9 @@ def test_stochastic_is_unbiased():
     fmt, draws = get("int8"), 1 << 14
     x = np.float32([-127.9, -3.5, -0.25, 0.0, 0.1, 0.5, 2.0, 64.75, 126.99])
     many = np.broadcast_to(x[:, None], (x.size, draws))
-    codes = np.asarray(fmt.encode(many, rounding="stochastic", key=jax.random.key(0))).astype(np.float64)
+    codes = np.asarray(
+        fmt.encode(many, rounding="stochastic", key=jax.random.key(0))
+    ).astype(np.float64)
     assert ((codes == np.floor(many)) | (codes == np.ceil(many))).all()
     p = x.astype(np.float64) - np.floor(x)
     assert (np.abs(codes.mean(1) - x) <= 5 * np.sqrt(p * (1 - p) / draws)).all()
@@ -70,7 +116,10 @@ def test_stochastic_is_unbiased():
         ({"num_bits": 1, "narrow": True}, "narrow width must be 2 to 8"),
         ({"num_bits": 9}, "integer width must be 1 to 8"),
         ({"num_bits": 0, "signed": False}, "integer width must be 1 to 8"),
-        ({"num_bits": 4, "signed": False, "narrow": True}, "narrow range is for signed"),
+        (
+            {"num_bits": 4, "signed": False, "narrow": True},
+            "narrow range is for signed",
+        ),
     ],
 )
 def test_impossible_formats_are_refused(arguments, message):
@@ -83,12 +132,18 @@ def test_impossible_formats_are_refused(arguments, message):
 def test_sign_magnitude_is_sign_and_magnitude(bits, rounding):
     fmt = get(f"int{bits}_sign_magnitude")
     codes = np.asarray(fmt.encode(X, rounding=rounding))
-    magnitude = np.minimum(np.abs(rounded(X, rounding)), 2 ** (bits - 1) - 1).astype(np.uint8)
-    np.testing.assert_array_equal(codes, magnitude + np.signbit(X) * np.uint8(1 << (bits - 1)))
+    magnitude = np.minimum(np.abs(rounded(X, rounding)), 2 ** (bits - 1) - 1).astype(
+        np.uint8
+    )
+    np.testing.assert_array_equal(
+        codes, magnitude + np.signbit(X) * np.uint8(1 << (bits - 1))
+    )
     decoded = np.asarray(fmt.decode(jnp.asarray(codes)))
     np.testing.assert_array_equal(np.abs(decoded), magnitude)
     np.testing.assert_array_equal(np.signbit(decoded), np.signbit(X))
-    assert np.asarray(fmt.decode(jnp.asarray([0, 1 << (bits - 1)], np.uint8))).tolist() == [0, 0]
+    assert np.asarray(
+        fmt.decode(jnp.asarray([0, 1 << (bits - 1)], np.uint8))
+    ).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("rounding", oracle.ROUNDINGS)
@@ -100,9 +155,15 @@ def test_fixed_point_is_a_scaled_integer(name, rounding):
     x = np.concatenate([X / 64, X])
     codes = np.asarray(fmt.encode(x, rounding=rounding))
     wide = x.astype(np.float64) * 2**n  # exact
-    whole = np.sign(wide) * np.floor(np.abs(wide) + 0.5) if rounding == "nearest_away" else rounded(wide, rounding)
+    whole = (
+        np.sign(wide) * np.floor(np.abs(wide) + 0.5)
+        if rounding == "nearest_away"
+        else rounded(wide, rounding)
+    )
     np.testing.assert_array_equal(codes, np.clip(whole, low, high))
-    np.testing.assert_array_equal(np.asarray(fmt.decode(jnp.asarray(codes))), codes / np.float32(2**n))
+    np.testing.assert_array_equal(
+        np.asarray(fmt.decode(jnp.asarray(codes))), codes / np.float32(2**n)
+    )
     assert fmt.bits == m + n + signed
     assert codes.dtype == f"{'' if signed else 'u'}int{8 if fmt.bits <= 8 else 16}"
     assert (fmt.min, fmt.max) == (low / 2**n, high / 2**n)
@@ -110,7 +171,11 @@ def test_fixed_point_is_a_scaled_integer(name, rounding):
 
 def test_fixed_point_of_a_worked_example():
     # Q3.4: 1.03 -> 16/16, half a unit goes to even, 7.97 saturates.
-    assert get("q3.4").encode(np.float32([1.03, 0.03125, 7.97])).tolist() == [16, 0, 127]
+    assert get("q3.4").encode(np.float32([1.03, 0.03125, 7.97])).tolist() == [
+        16,
+        0,
+        127,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq.formats import Packing, as_signed, codes_per_pack, default_packing, field, pack, unpack
+from jaxq.formats import (
+    Packing,
+    as_signed,
+    codes_per_pack,
+    default_packing,
+    field,
+    pack,
+    unpack,
+)
 from tests.tables import thinned
 
 SUB_BYTE = [Packing.HALVES, Packing.LOW_FIRST, Packing.HIGH_FIRST]
-CASES = [*((bits, order) for bits in (1, 2, 4) for order in SUB_BYTE), *((b, Packing.BITSTREAM) for b in range(1, 9))]
-FEW = [(4, Packing.HALVES), (2, Packing.HALVES), (4, Packing.LOW_FIRST), (1, Packing.HIGH_FIRST)]
+CASES = [
+    *((bits, order) for bits in (1, 2, 4) for order in SUB_BYTE),
+    *((b, Packing.BITSTREAM) for b in range(1, 9)),
+]
+FEW = [
+    (4, Packing.HALVES),
+    (2, Packing.HALVES),
+    (4, Packing.LOW_FIRST),
+    (1, Packing.HIGH_FIRST),
+]
 FEW += [(bits, Packing.BITSTREAM) for bits in (3, 5, 8)]
-over_cases = pytest.mark.parametrize(("bits", "order"), thinned(CASES, FEW), ids=lambda v: getattr(v, "value", v))
+over_cases = pytest.mark.parametrize(
+    ("bits", "order"), thinned(CASES, FEW), ids=lambda v: getattr(v, "value", v)
+)
 
 
 def random_codes(bits: int, *shape: int) -> np.ndarray:
@@ -23,9 +41,13 @@ def random_codes(bits: int, *shape: int) -> np.ndarray:
 
 def by_bits(codes: np.ndarray, bits: int, order: Packing, unit: int) -> np.ndarray:
     """One row of codes as bytes: codes written out as bits, moved, and packed by numpy."""
-    each = np.unpackbits(codes[:, None], axis=1, bitorder="little")[:, :bits]  # [n, bits], lowest first
+    each = np.unpackbits(codes[:, None], axis=1, bitorder="little")[
+        :, :bits
+    ]  # [n, bits], lowest first
     per_byte = 8 // bits
-    if order is Packing.HALVES:  # byte j takes codes j, j + unit/per_byte, ... of its unit
+    if (
+        order is Packing.HALVES
+    ):  # byte j takes codes j, j + unit/per_byte, ... of its unit
         each = each.reshape(-1, per_byte, unit // per_byte, bits).swapaxes(1, 2)
     elif order is Packing.HIGH_FIRST:
         each = each.reshape(-1, per_byte, bits)[:, ::-1]
@@ -34,13 +56,19 @@ def by_bits(codes: np.ndarray, bits: int, order: Packing, unit: int) -> np.ndarr
 
 @over_cases
 def test_bytes_are_numpys(bits, order):
-    codes, units = random_codes(bits, 48), (48, 16) if order is Packing.HALVES else (None,)
+    codes, units = (
+        random_codes(bits, 48),
+        (48, 16) if order is Packing.HALVES else (None,),
+    )
     expected = [by_bits(codes, bits, order, unit or 48) for unit in units]
 
     @jax.jit
     def there_and_back(codes, stored):
         there = [pack(codes, bits, order, unit=unit) for unit in units]
-        return there, [unpack(data, bits, order, unit=unit) for data, unit in zip(stored, units, strict=True)]
+        return there, [
+            unpack(data, bits, order, unit=unit)
+            for data, unit in zip(stored, units, strict=True)
+        ]
 
     there, back = there_and_back(codes, expected)
     for packed, unpacked, data in zip(there, back, expected, strict=True):
@@ -63,7 +91,9 @@ def test_round_trip(bits, order):
             return unpack(packed, bits, order, unit=unit)
 
         mapped = jax.vmap(functools.partial(there_and_back, unit=None))(inputs[-1])
-        return [[there_and_back(codes, unit) for codes in inputs] for unit in units], mapped
+        return [
+            [there_and_back(codes, unit) for codes in inputs] for unit in units
+        ], mapped
 
     results, mapped = round_trip(inputs)
     for again in results:
@@ -77,11 +107,16 @@ def test_round_trip(bits, order):
 def test_signed_codes_keep_their_sign(bits, order):
     if bits == 1:
         return  # one bit has no sign
-    codes = (random_codes(bits, 48).astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
+    codes = (random_codes(bits, 48).astype(np.int16) - (1 << (bits - 1))).astype(
+        np.int8
+    )
 
     @jax.jit
     def there_and_back(*inputs):
-        return [as_signed(unpack(pack(codes, bits, order), bits, order), bits) for codes in inputs]
+        return [
+            as_signed(unpack(pack(codes, bits, order), bits, order), bits)
+            for codes in inputs
+        ]
 
     for again in there_and_back(codes, codes.astype(np.int32)):
         np.testing.assert_array_equal(again, codes)
@@ -102,13 +137,17 @@ def test_compressed_tensors_words():
 
 def test_bitsandbytes_bytes():
     # The first of two codes is in the upper half of the byte.
-    assert pack(jnp.asarray([1, 2, 15, 0], jnp.uint8), 4, Packing.HIGH_FIRST).tolist() == [0x12, 0xF0]
+    assert pack(
+        jnp.asarray([1, 2, 15, 0], jnp.uint8), 4, Packing.HIGH_FIRST
+    ).tolist() == [0x12, 0xF0]
 
 
 def test_gguf_q4_0_blocks():
     # Byte j of a block of 32 has element j below and element j + 16 above.
     codes = random_codes(4, 64)
-    packed = np.asarray(pack(jnp.asarray(codes), 4, Packing.HALVES, unit=32)).reshape(2, 16)
+    packed = np.asarray(pack(jnp.asarray(codes), 4, Packing.HALVES, unit=32)).reshape(
+        2, 16
+    )
     blocks = codes.reshape(2, 32)
     np.testing.assert_array_equal(packed & 15, blocks[:, :16])
     np.testing.assert_array_equal(packed >> 4, blocks[:, 16:])
@@ -119,27 +158,44 @@ def test_gptq_three_bit_words():
     codes = random_codes(3, 32)
     stream = sum(int(code) << (3 * i) for i, code in enumerate(codes))
     packed = np.asarray(pack(jnp.asarray(codes), 3, Packing.BITSTREAM))
-    assert packed.view("<u4").tolist() == [(stream >> (32 * i)) & 0xFFFFFFFF for i in range(3)]
+    assert packed.view("<u4").tolist() == [
+        (stream >> (32 * i)) & 0xFFFFFFFF for i in range(3)
+    ]
 
 
 def test_field_and_default():
-    assert [field(jnp.asarray([0b11100100], jnp.uint8), i, 2).item() for i in range(4)] == [0, 1, 2, 3]
+    assert [
+        field(jnp.asarray([0b11100100], jnp.uint8), i, 2).item() for i in range(4)
+    ] == [0, 1, 2, 3]
     assert {bits: default_packing(bits).value for bits in range(1, 9)} == {
         **dict.fromkeys((1, 2, 4), "halves"),
         **dict.fromkeys((3, 5, 6, 7), "bitstream"),
         8: "none",
     }
     assert default_packing(16) is Packing.NONE
-    assert [codes_per_pack(bits, Packing.BITSTREAM) for bits in range(1, 9)] == [8, 4, 8, 2, 8, 4, 8, 1]
+    assert [codes_per_pack(bits, Packing.BITSTREAM) for bits in range(1, 9)] == [
+        8,
+        4,
+        8,
+        2,
+        8,
+        4,
+        8,
+        1,
+    ]
 
 
 def test_what_does_not_fit_is_refused():
     codes = jnp.zeros((2, 30), jnp.uint8)
     with pytest.raises(ValueError, match="takes codes of 1, 2 or 4 bits, not 3"):
         pack(codes, 3, Packing.LOW_FIRST)
-    with pytest.raises(ValueError, match="30 codes do not fill whole bytes: halves takes 4"):
+    with pytest.raises(
+        ValueError, match="30 codes do not fill whole bytes: halves takes 4"
+    ):
         pack(codes, 2, Packing.HALVES)
-    with pytest.raises(ValueError, match="30 codes do not fill whole bytes: bitstream takes 8"):
+    with pytest.raises(
+        ValueError, match="30 codes do not fill whole bytes: bitstream takes 8"
+    ):
         pack(codes, 3, Packing.BITSTREAM)
     with pytest.raises(ValueError, match="unit 20 must divide the row of 30"):
         pack(codes, 4, Packing.HALVES, unit=20)

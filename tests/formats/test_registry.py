@@ -39,15 +39,25 @@ def test_spelling_is_forgiven():
 
 @pytest.mark.parametrize(
     ("name", "suggestion"),
-    [("nf44", "'nf4'"), ("float8_e4m3f", "'float8_e4m3fn'"), ("bfloat61", "'bfloat16'"), ("int44", "'int4'")],
+    [
+        ("nf44", "'nf4'"),
+        ("float8_e4m3f", "'float8_e4m3fn'"),
+        ("bfloat61", "'bfloat16'"),
+        ("int44", "'int4'"),
+    ],
 )
 def test_an_unknown_name_suggests_close_ones(name, suggestion):
-    with pytest.raises(ValueError, match=f"unknown format '{name}'. Did you mean .*{suggestion}.*names"):
+    with pytest.raises(
+        ValueError, match=f"unknown format '{name}'. Did you mean .*{suggestion}.*names"
+    ):
         get(name)
 
 
 def test_a_name_like_no_other_says_where_to_look():
-    with pytest.raises(ValueError, match=r"unknown format 'zzzz'. jaxq.formats.names\(\) lists them all"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown format 'zzzz'. jaxq.formats.names\(\) lists them all",
+    ):
         get("zzzz")
     with pytest.raises(TypeError, match="takes a name or a Format, got int"):
         get(8)

@@ -40,9 +40,15 @@ def test_neighbours_and_keys_are_unrelated():
     x = np.asarray(bits(jax.random.key(0), (N,)))
     for lag in (1, 2, 3, 16, 64, 1024, 65536):
         assert abs(correlation(x[lag:], x[:-lag])) < 4, lag
-    for other in (jax.random.key(1), jax.random.fold_in(jax.random.key(0), 1), jax.random.PRNGKey(7)):
+    for other in (
+        jax.random.key(1),
+        jax.random.fold_in(jax.random.key(0), 1),
+        jax.random.PRNGKey(7),
+    ):
         assert abs(correlation(x, bits(other, (N,)))) < 4
-    many = jax.vmap(lambda key: bits(key, (2,)))(jax.random.split(jax.random.key(3), 1 << 14))
+    many = jax.vmap(lambda key: bits(key, (2,)))(
+        jax.random.split(jax.random.key(3), 1 << 14)
+    )
     assert abs(np.mean(centred(many[:, 0]))) < 4 / np.sqrt(12 * (1 << 14))
     assert abs(correlation(many[:, 0], many[:, 1])) < 4
 
@@ -53,14 +59,18 @@ def test_bits_depend_on_key_and_place_alone():
     np.testing.assert_array_equal(bits(key, (2, 3, 4)).ravel(), flat)
     np.testing.assert_array_equal(bits(key, (6,)), flat[:6])
     mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
-    sharded = jax.jit(lambda: bits(key, (24,)), out_shardings=NamedSharding(mesh, P("d")))()
+    sharded = jax.jit(
+        lambda: bits(key, (24,)), out_shardings=NamedSharding(mesh, P("d"))
+    )()
     np.testing.assert_array_equal(sharded, flat)
     assert bits(key, ()).shape == ()
     assert bits(key, (0, 3)).shape == (0, 3)
 
 
 def test_uniform_numbers():
-    x = np.asarray(jax.jit(lambda key: _rounding.random_uniform(key, (N,)))(jax.random.key(0)))
+    x = np.asarray(
+        jax.jit(lambda key: _rounding.random_uniform(key, (N,)))(jax.random.key(0))
+    )
     assert x.dtype == np.float32
     assert (x >= 0).all()
     assert (x < 1).all()
@@ -71,13 +81,21 @@ def test_64_bits():
     with jax.enable_x64(True):
         x = np.asarray(bits(jax.random.key(0), (1 << 14,), "uint64"))
         assert x.dtype == np.uint64
-        low, high = (x & np.uint64(2**32 - 1)).astype(np.uint32), (x >> np.uint64(32)).astype(np.uint32)
+        low, high = (
+            (x & np.uint64(2**32 - 1)).astype(np.uint32),
+            (x >> np.uint64(32)).astype(np.uint32),
+        )
         assert abs(correlation(low, high)) < 4
 
         @jax.jit
         def rounded(x, key):
             return _rounding.round_to_float(
-                x, mantissa_bits=7, min_exponent=-126, largest=1e30, rounding="stochastic", key=key
+                x,
+                mantissa_bits=7,
+                min_exponent=-126,
+                largest=1e30,
+                rounding="stochastic",
+                key=key,
             )
 
         many = rounded(np.full(1 << 14, 1 + 2.0**-9), jax.random.key(1))

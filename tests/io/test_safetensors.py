@@ -57,7 +57,11 @@ def back(path, tree):
 
 @pytest.mark.parametrize("packing", ["low_first", "high_first", "none"])
 def test_packing_and_activation_come_back(path, packing):
-    qt = jaxq.relayout(jaxq.quantize(jnp.eye(64, 4), "int4"), packing).with_activation("int8").astype(jnp.bfloat16)
+    qt = (
+        jaxq.relayout(jaxq.quantize(jnp.eye(64, 4), "int4"), packing)
+        .with_activation("int8")
+        .astype(jnp.bfloat16)
+    )
     got = back(path, qt)
     same(got, qt)
     assert got.meta == qt.meta
@@ -89,7 +93,10 @@ def test_names_that_meet_those_of_leaves(path):
     same(back(path, {"w": qt, "w.data": jnp.ones(2), "w.scale": jnp.zeros(1)}), {
         "w": qt, "w.data": jnp.ones(2), "w.scale": jnp.zeros(1)
     })  # fmt: skip
-    same(back(path, {"": jnp.ones(1), "value": jnp.zeros(1)}), {"": jnp.ones(1), "value": jnp.zeros(1)})
+    same(
+        back(path, {"": jnp.ones(1), "value": jnp.zeros(1)}),
+        {"": jnp.ones(1), "value": jnp.zeros(1)},
+    )
 
 
 @pytest.mark.parametrize("value", [None, 3, 2.5, True, "text", jnp.ones(2), [], {}])
@@ -97,23 +104,50 @@ def test_a_single_value(path, value):
     same(back(path, value), value)
 
 
-DTYPES = [d for d in vars(ml_dtypes).values() if isinstance(d, type) and issubclass(d, np.generic)]
+DTYPES = [
+    d
+    for d in vars(ml_dtypes).values()
+    if isinstance(d, type) and issubclass(d, np.generic)
+]
 NOT_ON_CPU = ("int1", "uint1", "float6_e2m3fn", "float6_e3m2fn")
-DTYPES = [np.dtype(d) for d in DTYPES if np.dtype(d).itemsize <= 2 and np.dtype(d).name not in NOT_ON_CPU]
-DTYPES += [np.dtype(d) for d in ("bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "float16", "float32")]
+DTYPES = [
+    np.dtype(d)
+    for d in DTYPES
+    if np.dtype(d).itemsize <= 2 and np.dtype(d).name not in NOT_ON_CPU
+]
+DTYPES += [
+    np.dtype(d)
+    for d in (
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "uint8",
+        "uint16",
+        "uint32",
+        "float16",
+        "float32",
+    )
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(path, dtype):
     array = np.asarray([[0, 1, 0], [1, 1, 0]]).astype(dtype)
     same(back(path, {"a": array}), {"a": array})
-    same(back(path, {"a": array.T, "b": array[:, ::2]}), {"a": array.T, "b": array[:, ::2]})
+    same(
+        back(path, {"a": array.T, "b": array[:, ::2]}),
+        {"a": array.T, "b": array[:, ::2]},
+    )
 
 
 def test_wide_arrays_of_jax_need_x64_to_be_read(path):
     with jax.enable_x64(True):
         jaxq.save(path, {"step": jnp.int64(3), "x": jnp.ones(2, jnp.float64)})
-    with pytest.raises(ValueError, match="step is int64, which jax turns into int32. Set jax_enable_x64"):
+    with pytest.raises(
+        ValueError,
+        match="step is int64, which jax turns into int32. Set jax_enable_x64",
+    ):
         jaxq.load(path)
     with jax.enable_x64(True):
         got = jaxq.load(path)
@@ -143,7 +177,10 @@ def test_path_may_be_text_and_the_name_anything(tmp_path):
 
 
 def test_the_file_is_plain_safetensors(path):
-    jaxq.save(path, {"w": jaxq.quantize(jnp.eye(64, 4), "nf4_dq"), "b": jnp.ones(2, jnp.bfloat16)})
+    jaxq.save(
+        path,
+        {"w": jaxq.quantize(jnp.eye(64, 4), "nf4_dq"), "b": jnp.ones(2, jnp.bfloat16)},
+    )
     with safe_open(path, framework="numpy") as file:
         assert sorted(file.keys()) == ["b", "w.data", "w.scale.data", "w.scale.scale"]
         assert file.metadata()["format"] == "jaxq"
@@ -219,11 +256,17 @@ def logits(model):
     return np.asarray(nnx.jit(lambda m: m(TOKENS))(model))
 
 
-@pytest.mark.parametrize("weight", tables.thinned([None, "int8", "nf4_dq", "w8a8"], ["nf4_dq"]))
+@pytest.mark.parametrize(
+    "weight", tables.thinned([None, "int8", "nf4_dq", "w8a8"], ["nf4_dq"])
+)
 def test_models(path, weight):
     model = make()
     if weight:
-        rule = Rule(weight="int8", activation="int8") if weight == "w8a8" else Rule(weight=weight)
+        rule = (
+            Rule(weight="int8", activation="int8")
+            if weight == "w8a8"
+            else Rule(weight=weight)
+        )
         model, _ = jaxq.quantize_model(model, Recipe([rule]))
     jaxq.save(path, model)
     other = make(1)
@@ -242,7 +285,13 @@ def test_models(path, weight):
     shapes = nnx.eval_shape(lambda: make())
     same(nnx.state(jaxq.load(path, into=shapes)), nnx.state(model))
     flat = jaxq.load(path)
-    assert set(flat) >= {"embed/embedding", "conv/kernel", "count", "dropout/rngs/key", "pair"}
+    assert set(flat) >= {
+        "embed/embedding",
+        "conv/kernel",
+        "count",
+        "dropout/rngs/key",
+        "pair",
+    }
     assert isinstance(flat["conv/kernel"], QTensor) == bool(weight)
 
 
@@ -293,7 +342,9 @@ def linear(seed=0, **more):
 
 
 def quantized(spec="int8", activation=None, **more):
-    return jaxq.quantize_model(linear(**more), Recipe([Rule(weight=spec, activation=activation)]))[0]
+    return jaxq.quantize_model(
+        linear(**more), Recipe([Rule(weight=spec, activation=activation)])
+    )[0]
 
 
 def own_dot(*args, **kwargs):
@@ -306,8 +357,16 @@ GROUPS = [jaxq.QuantSpec("int4", jaxq.PerGroup(size)) for size in (20, 8)]
 @pytest.mark.parametrize(
     ("saved", "into", "message"),
     [
-        (quantized, lambda: linear(use_bias=False), "bias: in the file, not in the model"),
-        (lambda: linear(use_bias=False), linear, "bias: in the model, missing from the file"),
+        (
+            quantized,
+            lambda: linear(use_bias=False),
+            "bias: in the file, not in the model",
+        ),
+        (
+            lambda: linear(use_bias=False),
+            linear,
+            "bias: in the model, missing from the file",
+        ),
         (
             lambda: nnx.Linear(40, 9, rngs=nnx.Rngs(0)),
             linear,
@@ -318,23 +377,49 @@ GROUPS = [jaxq.QuantSpec("int4", jaxq.PerGroup(size)) for size in (20, 8)]
             lambda: nnx.Linear(8, 8, rngs=nnx.Rngs(0)),
             r"kernel: float32\[8, 8\] in the model, QTensor\(int8\[40x8",
         ),
-        (lambda: linear(param_dtype=jnp.bfloat16), linear, r"kernel: float32\[40, 8\] in the model, bfloat16"),
-        (lambda: quantized(param_dtype=jnp.bfloat16), linear, r"kernel: float32\[40, 8\] in the model, QTensor"),
-        (lambda: quantized(GROUPS[0]), lambda: quantized(GROUPS[1]), r"size=8.* in the model, .*size=20.* in the file"),
+        (
+            lambda: linear(param_dtype=jnp.bfloat16),
+            linear,
+            r"kernel: float32\[40, 8\] in the model, bfloat16",
+        ),
+        (
+            lambda: quantized(param_dtype=jnp.bfloat16),
+            linear,
+            r"kernel: float32\[40, 8\] in the model, QTensor",
+        ),
+        (
+            lambda: quantized(GROUPS[0]),
+            lambda: quantized(GROUPS[1]),
+            r"size=8.* in the model, .*size=20.* in the file",
+        ),
         (
             lambda: quantized("int4"),
             lambda: quantized("nf4"),
             r"kernel: QTensor\(.*nf4.* in the model, QTensor\(.*int4.* in",
         ),
-        (linear, quantized, r"kernel: QTensor\(kernel: int8.* in the model, float32\[40, 8\] in the file"),
-        (lambda: quantized(activation="int8"), quantized, "in the model, .*activation=int8.* in the file"),
-        (quantized, lambda: linear(dot_general=own_dot), "kernel: it has a dot_general of its own"),
+        (
+            linear,
+            quantized,
+            r"kernel: QTensor\(kernel: int8.* in the model, float32\[40, 8\] in the file",
+        ),
+        (
+            lambda: quantized(activation="int8"),
+            quantized,
+            "in the model, .*activation=int8.* in the file",
+        ),
+        (
+            quantized,
+            lambda: linear(dot_general=own_dot),
+            "kernel: it has a dot_general of its own",
+        ),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_what_does_not_fit_is_named(path, saved, into, message):
     jaxq.save(path, saved())
-    with pytest.raises(ValueError, match=r"(?s)file.safetensors does not fit the model:.*" + message):
+    with pytest.raises(
+        ValueError, match=r"(?s)file.safetensors does not fit the model:.*" + message
+    ):
         jaxq.load(path, into=into())
 
 
@@ -342,7 +427,9 @@ def test_all_that_does_not_fit_is_named_at_once(path):
     jaxq.save(path, quantized())
     with pytest.raises(ValueError) as error:
         jaxq.load(path, into=make())
-    assert {"bias", "kernel"} <= {line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]}
+    assert {"bias", "kernel"} <= {
+        line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]
+    }
     assert "embed/embedding: in the model, missing" in str(error.value)
 
 
@@ -353,10 +440,14 @@ def test_a_quantized_weight_in_another_role(path):
             self.bias = nnx.Param(jnp.ones(8))
 
     jaxq.save(path, quantized())
-    with pytest.raises(ValueError, match="kernel: quantized in the file, but in no layer jaxq knows"):
+    with pytest.raises(
+        ValueError, match="kernel: quantized in the file, but in no layer jaxq knows"
+    ):
         jaxq.load(path, into=Own())
     other = nnx.Einsum("bn,kn->bk", (40, 8), (8,), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"kernel: QTensor.* does not contract the layer's axes \[-1\]"):
+    with pytest.raises(
+        ValueError, match=r"kernel: QTensor.* does not contract the layer's axes \[-1\]"
+    ):
         jaxq.load(path, into=other)
 
 
@@ -370,7 +461,9 @@ def test_a_relaid_model_takes_canonical_codes(path):
 
 def test_trees_and_models_are_not_each_other(path):
     jaxq.save(path, {"kernel": jnp.ones((40, 8)), "bias": jnp.ones(8)})
-    with pytest.raises(ValueError, match="holds a tree, not a model. Load it without into="):
+    with pytest.raises(
+        ValueError, match="holds a tree, not a model. Load it without into="
+    ):
         jaxq.load(path, into=linear())
     jaxq.save(path, linear())
     with pytest.raises(TypeError, match="into= must be a flax nnx module, got dict"):
@@ -380,7 +473,12 @@ def test_trees_and_models_are_not_each_other(path):
 def test_paths_that_meet(path):
     class Odd(nnx.Module):
         def __init__(self):
-            self.a = nnx.Dict({"b/c": nnx.Param(jnp.ones(1)), "b": nnx.Dict({"c": nnx.Param(jnp.ones(1))})})
+            self.a = nnx.Dict(
+                {
+                    "b/c": nnx.Param(jnp.ones(1)),
+                    "b": nnx.Dict({"c": nnx.Param(jnp.ones(1))}),
+                }
+            )
 
     with pytest.raises(ValueError, match="two parameters have the path 'a/b/c'"):
         jaxq.save(path, Odd())
@@ -392,7 +490,9 @@ def test_paths_that_meet(path):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"load: there is no file .*nothing"):
         jaxq.load(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match=r"save: the folder .*nowhere does not exist"):
+    with pytest.raises(
+        FileNotFoundError, match=r"save: the folder .*nowhere does not exist"
+    ):
         jaxq.save(tmp_path / "nowhere" / "file", {})
     with pytest.raises(FileNotFoundError, match="load: there is no file"):
         jaxq.load(tmp_path)
@@ -400,7 +500,9 @@ def test_missing_file_and_folder(tmp_path):
 
 def test_not_a_jaxq_file(path):
     save_file({"a": np.ones(2, np.float32)}, path)
-    with pytest.raises(ValueError, match="was not written by jaxq.save.*jaxq.models.load"):
+    with pytest.raises(
+        ValueError, match="was not written by jaxq.save.*jaxq.models.load"
+    ):
         jaxq.load(path)
     path.write_text("something else, long enough to have a header of eight bytes")
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
@@ -419,29 +521,82 @@ def rewrite(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h, t: h.update(version=2), "has format version 2; this jaxq reads version 1"),
+        (
+            lambda h, t: h.update(version=2),
+            "has format version 2; this jaxq reads version 1",
+        ),
         (lambda h, t: h.pop("version"), "has format version None"),
         (lambda h, t: h.pop("structure"), "metadata of .* is damaged"),
         (lambda h, t: t.pop("w.data"), "tensor 'w.data' is missing"),
-        (lambda h, t: t.update(more=np.ones(1)), r"holds tensors its metadata does not name: \['more'\]"),
-        (lambda h, t: t.update({"w.data": t["w.data"][:-1]}), "w is damaged: data is uint8"),
-        (lambda h, t: t.update({"w.scale": t["w.scale"][:, :-1]}), "w is damaged: scale is"),
-        (lambda h, t: h["structure"]["items"]["w"].update({"is": "odd"}), "'odd', which this version does not know"),
-        (lambda h, t: h["structure"]["items"]["w"]["spec"].update(format="int5x"), "w is not described as a QTensor"),
-        (lambda h, t: h["structure"]["items"]["w"]["spec"].update(new=1), "w is not described as a QTensor"),
-        (lambda h, t: h["structure"]["items"]["w"]["geometry"].pop("order"), "w is not described as a QTensor"),
-        (lambda h, t: h["structure"]["items"]["w"]["spec"].update(symmetric=False), "w .*(damaged|described)"),
-        (lambda h, t: h["structure"]["items"]["w"]["geometry"].update(num_contracted=0), "w is damaged: .*contradicts"),
-        (lambda h, t: h["structure"]["items"]["w"]["geometry"].update(num_contracted=3), "w is damaged: .*contradicts"),
-        (lambda h, t: h["structure"]["items"]["w"]["geometry"].update(order=[-2, -9]), "w is damaged: .*contradicts"),
         (
-            lambda h, t: h["structure"]["items"]["w"]["spec"]["granularity"].update(size=32),
+            lambda h, t: t.update(more=np.ones(1)),
+            r"holds tensors its metadata does not name: \['more'\]",
+        ),
+        (
+            lambda h, t: t.update({"w.data": t["w.data"][:-1]}),
+            "w is damaged: data is uint8",
+        ),
+        (
+            lambda h, t: t.update({"w.scale": t["w.scale"][:, :-1]}),
+            "w is damaged: scale is",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"].update({"is": "odd"}),
+            "'odd', which this version does not know",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["spec"].update(format="int5x"),
+            "w is not described as a QTensor",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["spec"].update(new=1),
+            "w is not described as a QTensor",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["geometry"].pop("order"),
+            "w is not described as a QTensor",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["spec"].update(symmetric=False),
+            "w .*(damaged|described)",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["geometry"].update(
+                num_contracted=0
+            ),
+            "w is damaged: .*contradicts",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["geometry"].update(
+                num_contracted=3
+            ),
+            "w is damaged: .*contradicts",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["geometry"].update(
+                order=[-2, -9]
+            ),
+            "w is damaged: .*contradicts",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["spec"]["granularity"].update(
+                size=32
+            ),
             "w is damaged: its spec says",
         ),
-        (lambda h, t: h["structure"]["items"]["w"].update(dtype="int8"), "w is damaged: it dequantizes to int8"),
-        (lambda h, t: h["structure"]["items"]["w"].update(dtype="float33"), "w is damaged: .*float33"),
+        (
+            lambda h, t: h["structure"]["items"]["w"].update(dtype="int8"),
+            "w is damaged: it dequantizes to int8",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"].update(dtype="float33"),
+            "w is damaged: .*float33",
+        ),
         (lambda h, t: h["structure"]["items"]["w"].update(dtype=7), "w is damaged: .*"),
-        (lambda h, t: h["structure"]["items"]["b"].update(dtype="float16"), "b is stored as float32 but should be"),
+        (
+            lambda h, t: h["structure"]["items"]["b"].update(dtype="float16"),
+            "b is stored as float32 but should be",
+        ),
         (lambda h, t: h["structure"]["items"]["b"].update(dtype="float33"), "damaged"),
     ],
 )
@@ -454,7 +609,9 @@ def test_damaged_metadata(path, change, message):
 
 @pytest.mark.parametrize("header", ["[1]", '"abc"', "3", "null", "{", ""])
 def test_metadata_that_is_no_object(path, header):
-    save_file({"a": np.ones(2, np.float32)}, path, metadata={"format": "jaxq", "jaxq": header})
+    save_file(
+        {"a": np.ones(2, np.float32)}, path, metadata={"format": "jaxq", "jaxq": header}
+    )
     with pytest.raises(ValueError, match="load: the metadata of .* is damaged"):
         jaxq.load(path)
 
@@ -462,12 +619,26 @@ def test_metadata_that_is_no_object(path, header):
 def test_truncated_files(path):
     jaxq.save(path, {"w": jaxq.quantize(jnp.eye(64, 4), "nf4_dq"), "b": jnp.ones(2)})
     whole = path.read_bytes()
-    for length in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+    for length in (
+        0,
+        1,
+        7,
+        8,
+        9,
+        100,
+        len(whole) // 2,
+        len(whole) - 100,
+        len(whole) - 1,
+    ):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="file.safetensors is not a whole safetensors file"):
+        with pytest.raises(
+            ValueError, match="file.safetensors is not a whole safetensors file"
+        ):
             jaxq.load(path)
     path.write_bytes(whole + b"more")
-    with pytest.raises(ValueError, match="file.safetensors is not a whole safetensors file"):
+    with pytest.raises(
+        ValueError, match="file.safetensors is not a whole safetensors file"
+    ):
         jaxq.load(path)
 
 
@@ -529,7 +700,9 @@ files.save(sys.argv[1], {"x": np.ones(100, np.float32)})
 
 def test_a_killed_process_leaves_the_old_file(path):
     jaxq.save(path, {"x": 1})
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)
@@ -553,7 +726,9 @@ def test_readers_see_one_whole_file_or_the_other(path):
         "print('ready', flush=True)\n"
         "for i in range(60): jaxq.io.save(sys.argv[1], {'x': np.full(20_000, i % 2, np.int32)})\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "ready\n"
         start = time.monotonic()
         while process.poll() is None and time.monotonic() - start < 120:
@@ -579,10 +754,15 @@ def test_arrays_outside_variables_are_part_of_a_model(path):
     jaxq.save(path, model)
     assert {"table", "pair/0", "pair/1/z", "codes"} <= set(jaxq.load(path))
     got = jaxq.load(path, into=Bare(1.0))
-    same(jax.tree.leaves(nnx.state(got)), [jnp.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))])
+    same(
+        jax.tree.leaves(nnx.state(got)),
+        [jnp.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))],
+    )
     assert isinstance(got.layer.kernel, QuantizedParam)
     other = Bare(1.0)
     other.table = jnp.ones(4)
     jaxq.save(path, model)
-    with pytest.raises(ValueError, match=r"table: float32\[4\] in the model, float32\[3\] in the file"):
+    with pytest.raises(
+        ValueError, match=r"table: float32\[4\] in the model, float32\[3\] in the file"
+    ):
         jaxq.load(path, into=other)

@@ -32,40 +32,66 @@ def cases() -> dict[str, Problem]:
     for codes, m, group in itertools.product(CODES, (1, 16, 512), (32, 64, 128, 4096)):
         out[f"{codes} m={m} group={group}"] = problem(codes, m=m, group=group)
     for codes in CODES:
-        out[f"{codes} float16"] = problem(codes, m=16, group=128, x_dtype="float16", scale_dtype="float16")
-        out[f"{codes} float32"] = problem(codes, m=16, group=128, x_dtype="float32", out_dtype="float32")
+        out[f"{codes} float16"] = problem(
+            codes, m=16, group=128, x_dtype="float16", scale_dtype="float16"
+        )
+        out[f"{codes} float32"] = problem(
+            codes, m=16, group=128, x_dtype="float32", out_dtype="float32"
+        )
     out["int4 tails"] = problem("int4", m=5, group=32, e=3, k=4160, n=1000)
     out["int4 odd n"] = problem("int4", m=5, group=32, e=3, k=4160, n=1001)
     out["int4 wide tails"] = problem("int4", m=300, group=64, e=3, k=4160, n=1000)
     out["int4 m=300"] = problem("int4", m=300, group=128)
     out["int4 m=300 n=4104"] = problem("int4", m=300, group=128, n=4104)
-    out["int8 zero points"] = problem("int8", m=16, group=128, zero_point=True, scale_dtype="bfloat16")
+    out["int8 zero points"] = problem(
+        "int8", m=16, group=128, zero_point=True, scale_dtype="bfloat16"
+    )
     return out
 
 
 def main(kernel_name: str = "mosaic_gpu", *words: str) -> None:
     kernel = importlib.import_module(f"jaxq.kernels._{kernel_name}")
     target = (Path(__file__).parent / "h200.txtpb").read_text()
-    device = topologies.get_topology_desc("", "cuda", topology="1x1x1", target_config=target).devices[0]
+    device = topologies.get_topology_desc(
+        "", "cuda", topology="1x1x1", target_config=target
+    ).devices[0]
     mesh = Mesh(np.array([device]), ("x",))
     counts = dict.fromkeys(("ok", "FAILED", "not served"), 0)
     for name, p in cases().items():
         if not all(word in name for word in words):
             continue
-        shapes = [None if a is None else a.update(sharding=NamedSharding(mesh, PartitionSpec())) for a in specs(p)]
+        shapes = [
+            None
+            if a is None
+            else a.update(sharding=NamedSharding(mesh, PartitionSpec()))
+            for a in specs(p)
+        ]
         result = "ok"
         if reason := kernel.why_not(p, DEVICE):
             result = "not served"
         else:
-            matmul = functools.partial(kernel.matmul, problem=p, tiles=kernel.default_tiles(p, DEVICE))
+            matmul = functools.partial(
+                kernel.matmul, problem=p, tiles=kernel.default_tiles(p, DEVICE)
+            )
             try:
                 with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                     jax.jit(matmul).lower(*shapes).compile()
-            except Exception as error:  # whatever a compiler raises is this case's result
-                result, reason = "FAILED", f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            except (
+                Exception
+            ) as error:  # whatever a compiler raises is this case's result
+                result, reason = (
+                    "FAILED",
+                    f"{type(error).__name__}: {str(error).splitlines()[0][:300]}",
+                )
         counts[result] += 1
-        print(f"{result}{': ' if result == 'not served' else ' '}{name} {reason or ''}".strip(), flush=True)
-    print(f"jax {jax.__version__} {kernel_name}:", ", ".join(f"{count} {what}" for what, count in counts.items()))
+        print(
+            f"{result}{': ' if result == 'not served' else ' '}{name} {reason or ''}".strip(),
+            flush=True,
+        )
+    print(
+        f"jax {jax.__version__} {kernel_name}:",
+        ", ".join(f"{count} {what}" for what, count in counts.items()),
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ def cases() -> dict[str, Problem]:
     """Every code by every group for one token to a prompt, and one of each other thing that the kernel looks at."""
     found = {}
     for codes in CODES:
-        make = functools.partial(problem, codes, layout="columns", scale_dtype="bfloat16")
+        make = functools.partial(
+            problem, codes, layout="columns", scale_dtype="bfloat16"
+        )
         for m, group in itertools.product((16, 512), (32, 64, 128, None)):
             found[f"{codes} group={group} m={m}"] = make(m=m, group=group)
         for m in (32, 512):
@@ -36,13 +38,19 @@ def cases() -> dict[str, Problem]:
         for m in (16, 512):
             wide = dict.fromkeys(("x_dtype", "scale_dtype", "out_dtype"), "float32")
             found[f"{codes} float32 x m={m}"] = make(m=m, **wide)
-        found[f"{codes} float16"] = make(**dict.fromkeys(("x_dtype", "scale_dtype", "out_dtype"), "float16"))
-        found[f"{codes} tails"] = make(e=2, m=5, k=1152, n=96, group=64, scale_dtype="float32")
+        found[f"{codes} float16"] = make(
+            **dict.fromkeys(("x_dtype", "scale_dtype", "out_dtype"), "float16")
+        )
+        found[f"{codes} tails"] = make(
+            e=2, m=5, k=1152, n=96, group=64, scale_dtype="float32"
+        )
     return found
 
 
 def main(topology: str) -> None:
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    device = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology
+    ).devices[0]
     sharding = SingleDeviceSharding(device)
     compiled = 0
     for name, p in cases().items():
@@ -56,9 +64,14 @@ def main(topology: str) -> None:
             return _tpu.matmul(*arrays, problem=p, tiles=tiles)
 
         try:
-            jax.jit(run, in_shardings=sharding, out_shardings=sharding).lower(*specs(p)).compile()
+            jax.jit(run, in_shardings=sharding, out_shardings=sharding).lower(
+                *specs(p)
+            ).compile()
         except Exception as error:  # whatever a compiler says is the finding
-            print(f"FAILED {name} {tiles}: {' '.join(str(error).split())[:500]}", flush=True)
+            print(
+                f"FAILED {name} {tiles}: {' '.join(str(error).split())[:500]}",
+                flush=True,
+            )
         else:
             compiled += 1
             print(f"ok {name}", flush=True)

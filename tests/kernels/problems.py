@@ -21,11 +21,30 @@ CODES = {
 CUSTOM_CALL = {"tpu": "tpu_custom_call", "mosaic_gpu": "mosaic_gpu", "triton": "triton"}
 
 
-def problem(codes: str, *, m: int = 16, group: int | None = 128, k: int = 4096, n: int = 4096, **other) -> Problem:
+def problem(
+    codes: str,
+    *,
+    m: int = 16,
+    group: int | None = 128,
+    k: int = 4096,
+    n: int = 4096,
+    **other,
+) -> Problem:
     """A product of codes along rows; `group=None` is one scale a column of the result."""
     bits, signed, codebook, zero_point = CODES[codes]
-    facts = {"x_dtype": "bfloat16", "scale_dtype": "float32", "out_dtype": "bfloat16", "zero_point": zero_point}
-    facts |= {"e": 1, "bits": bits, "signed": signed, "codebook": codebook, "layout": "rows"} | other
+    facts = {
+        "x_dtype": "bfloat16",
+        "scale_dtype": "float32",
+        "out_dtype": "bfloat16",
+        "zero_point": zero_point,
+    }
+    facts |= {
+        "e": 1,
+        "bits": bits,
+        "signed": signed,
+        "codebook": codebook,
+        "layout": "rows",
+    } | other
     return Problem(m=m, k=k, n=n, group=group or k, **facts)
 
 
@@ -43,7 +62,9 @@ def specs(p: Problem) -> list[jax.ShapeDtypeStruct | None]:
     ]
 
 
-def operands(p: Problem, seed: int = 0, *, powers_of_two: bool = False) -> tuple[list[jax.Array | None], np.ndarray]:
+def operands(
+    p: Problem, seed: int = 0, *, powers_of_two: bool = False
+) -> tuple[list[jax.Array | None], np.ndarray]:
     """Arrays for a kernel, and their product in float64; scales that are powers of two leave nothing to round."""
     rng = np.random.default_rng(seed)
     shapes = specs(p)
@@ -54,14 +75,25 @@ def operands(p: Problem, seed: int = 0, *, powers_of_two: bool = False) -> tuple
         x = jnp.asarray(rng.integers(-128, 128, shapes[0].shape), jnp.int8)
     else:
         x = jnp.asarray(rng.normal(size=shapes[0].shape), p.x_dtype)
-    drawn = np.exp2(rng.integers(-1, 2, scales)) if powers_of_two else rng.uniform(0.5, 1.5, scales)
+    drawn = (
+        np.exp2(rng.integers(-1, 2, scales))
+        if powers_of_two
+        else rng.uniform(0.5, 1.5, scales)
+    )
     scale = jnp.asarray(drawn, p.scale_dtype) if p.scale_dtype else None
     zero = integers(scales) if p.zero_point else None
-    codebook = rng.normal(size=(p.e, 16)).astype(np.float32) if p.codebook else None  # unsorted: any table will do
+    codebook = (
+        rng.normal(size=(p.e, 16)).astype(np.float32) if p.codebook else None
+    )  # unsorted: any table will do
 
     weights = codes.astype(np.float64)
     if codebook is not None:
-        weights = np.stack([table.astype(np.float64)[c] for table, c in zip(codebook, codes, strict=True)])
+        weights = np.stack(
+            [
+                table.astype(np.float64)[c]
+                for table, c in zip(codebook, codes, strict=True)
+            ]
+        )
     if zero is not None:
         weights -= np.repeat(zero, p.group, 1)
     if scale is not None:
@@ -71,23 +103,37 @@ def operands(p: Problem, seed: int = 0, *, powers_of_two: bool = False) -> tuple
     data = data if p.layout == "columns" else data.swapaxes(1, 2)
     arrays = [x, jnp.asarray(data, shapes[1].dtype), scale]
     arrays += [None if zero is None else jnp.asarray(zero, shapes[3].dtype)]
-    return [*arrays, None if codebook is None else jnp.asarray(codebook)], np.asarray(x, np.float64) @ weights
+    return [*arrays, None if codebook is None else jnp.asarray(codebook)], np.asarray(
+        x, np.float64
+    ) @ weights
 
 
 def error(y: jax.Array, expected: np.ndarray) -> float:
     """Of the Frobenius norm."""
-    return float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
+    return float(
+        np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+    )
 
 
 def lowered(kernel, p: Problem, tiles: dict, device: str = "NVIDIA H200") -> str:
     """What a kernel lowers to for its platform, on any machine."""
     platform = "tpu" if kernel.__name__.endswith("_tpu") else "cuda"
     context = contextlib.nullcontext()
-    if platform == "cuda" and jax.__version_info__ >= (0, 11):  # Triton asks for the device
+    if platform == "cuda" and jax.__version_info__ >= (
+        0,
+        11,
+    ):  # Triton asks for the device
         from jax._src.mesh import AbstractDevice
 
         device = AbstractDevice(device_kind=device, num_cores=132, platform="gpu")
-        context = jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+        context = jax.sharding.use_abstract_mesh(
+            AbstractMesh((1,), ("x",), abstract_device=device)
+        )
     with context:
         matmul = functools.partial(kernel.matmul, problem=p, tiles=tiles)
-        return jax.jit(matmul).trace(*specs(p)).lower(lowering_platforms=(platform,)).as_text()
+        return (
+            jax.jit(matmul)
+            .trace(*specs(p))
+            .lower(lowering_platforms=(platform,))
+            .as_text()
+        )

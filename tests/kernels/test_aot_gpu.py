@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.heavy
 @pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    importlib.util.find_spec("jax_plugins") is None
+    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
     reason="needs jax-cuda13-plugin and jax-cuda13-pjrt, as tests/kernels/aot_gpu.py says",
 )
 @pytest.mark.parametrize("kernel", ["mosaic_gpu", "triton"])
@@ -21,7 +22,15 @@ def test_compiles_for_h200(kernel, capsys):
     """In a process of its own: a compiler may end the process it fails in."""
     command = [sys.executable, "-m", "tests.kernels.aot_gpu", kernel]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line for line in lines if line.startswith("FAILED")] == []

@@ -13,7 +13,10 @@ NOT_SERVED = {"codebook4 int8 x m=32", "codebook4 int8 x m=512", "codebook4 int3
 
 
 @pytest.mark.heavy
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason='libtpu is not installed: pip install "jax[tpu]"')
+@pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"),
+    reason='libtpu is not installed: pip install "jax[tpu]"',
+)
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
 def test_every_case_compiles(topology, capsys):
     """In a process of its own: the compiler aborts on some faults, and takes the process with it."""
@@ -28,7 +31,11 @@ def test_every_case_compiles(topology, capsys):
     assert run.returncode == 0, f"{lines[-1:]}\n{run.stderr[-2000:]}"
     failed = [line for line in lines if line.startswith("FAILED")]
     assert not failed, "\n".join(failed)
-    assert {line.removeprefix("not served ").partition(":")[0] for line in lines if "not served" in line} == NOT_SERVED
+    assert {
+        line.removeprefix("not served ").partition(":")[0]
+        for line in lines
+        if "not served" in line
+    } == NOT_SERVED
     compiled = sum(line.startswith("ok ") for line in lines)
     assert compiled > 60
     assert lines[-1].startswith(f"{compiled} compiled for TPU")

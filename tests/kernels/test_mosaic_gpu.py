@@ -43,12 +43,28 @@ def test_every_code_by_every_group(codes, group):
 
 
 EDGES = [
-    ("int4", {"m": 5, "n": 72, "e": 2, "group": 64, "k": 192}, {"warpgroups": 2}),  # edges in m, n and k
-    ("codebook4", {"m": 3, "n": 40, "e": 2, "group": 32, "scale_dtype": "bfloat16"}, {}),
+    (
+        "int4",
+        {"m": 5, "n": 72, "e": 2, "group": 64, "k": 192},
+        {"warpgroups": 2},
+    ),  # edges in m, n and k
+    (
+        "codebook4",
+        {"m": 3, "n": 40, "e": 2, "group": 32, "scale_dtype": "bfloat16"},
+        {},
+    ),
     ("uint8", {"m": 8, "n": 64, "group": 64}, {}),
     ("uint4", {"m": 19, "n": 64, "group": 64, "scale_dtype": "float16"}, {"splits": 2}),
-    ("int8", {"m": 9, "n": 64, "group": K, "zero_point": True}, {"splits": 3}),  # the last part is beyond k
-    ("uint8", {"m": 8, "n": 64, "group": 64, "zero_point": False, "x_dtype": "float16"}, {}),
+    (
+        "int8",
+        {"m": 9, "n": 64, "group": K, "zero_point": True},
+        {"splits": 3},
+    ),  # the last part is beyond k
+    (
+        "uint8",
+        {"m": 8, "n": 64, "group": 64, "zero_point": False, "x_dtype": "float16"},
+        {},
+    ),
     ("int4", {"m": 8, "n": 64, "group": 192, "k": 384}, {}),  # three steps to a group
 ]
 
@@ -74,11 +90,17 @@ def test_bfloat16_codes_are_exact():
     p = problem("int8", m=8, k=K, n=256, group=K, zero_point=True, out_dtype="float32")
     codes = np.broadcast_to(np.arange(-128, 128), (1, 256, K))
     zero = np.arange(-128, 128)[None, None, :]
-    x = jnp.zeros((1, 8, K), jnp.bfloat16).at[0, np.arange(8), np.arange(0, K, 32)].set(1)
+    x = (
+        jnp.zeros((1, 8, K), jnp.bfloat16)
+        .at[0, np.arange(8), np.arange(0, K, 32)]
+        .set(1)
+    )
     ones = jnp.ones((1, 1, 256), jnp.float32)
     tiles = kernel.default_tiles(p, None)
     integers = [jnp.asarray(a, jnp.int8) for a in (codes, zero)]
-    y = kernel.matmul(x, integers[0], ones, integers[1], None, problem=p, tiles=tiles, interpret=True)
+    y = kernel.matmul(
+        x, integers[0], ones, integers[1], None, problem=p, tiles=tiles, interpret=True
+    )
     np.testing.assert_array_equal(y[0], codes[0, :, ::32].T - zero[0])
 
 
@@ -86,7 +108,10 @@ def test_bfloat16_codes_are_exact():
     ("codes", "group", "m"),
     thinned(
         itertools.product(CODES, (32, 64, 128, 4096), (1, 512)),
-        [(codes, *case) for codes, case in zip(CODES, [(64, 1), (128, 512)], strict=False)],
+        [
+            (codes, *case)
+            for codes, case in zip(CODES, [(64, 1), (128, 512)], strict=False)
+        ],
     ),
 )
 def test_lowers_for_cuda(codes, group, m):
@@ -100,15 +125,25 @@ def places(layout, shape):
     index = np.arange(np.prod(shape)).reshape(shape)
     for tile in layout.tiling.tiles:
         split = index.ndim - len(tile)
-        pairs = [(size // t, t) for size, t in zip(index.shape[split:], tile, strict=True)]
-        index = index.reshape(*index.shape[:split], *(size for pair in pairs for size in pair))
+        pairs = [
+            (size // t, t) for size, t in zip(index.shape[split:], tile, strict=True)
+        ]
+        index = index.reshape(
+            *index.shape[:split], *(size for pair in pairs for size in pair)
+        )
         outer, inner = range(split, index.ndim, 2), range(split + 1, index.ndim, 2)
         index = index.transpose(*range(split), *outer, *inner)
     (warp,), lanes = layout.warp_dims, layout.lane_dims
     moved = [index.ndim + dim for dim in (warp, *lanes, layout.vector_dim)]
     registers = [dim for dim in range(index.ndim) if dim not in moved]
     index = index.transpose(*moved[:-1], *registers, moved[-1])
-    return index.reshape(4, 32, index.shape[3], *(size for size in index.shape[4:-1] if size > 1), index.shape[-1])
+    return index.reshape(
+        4,
+        32,
+        index.shape[3],
+        *(size for size in index.shape[4:-1] if size > 1),
+        index.shape[-1],
+    )
 
 
 def test_a_word_is_where_its_bytes_are():
@@ -120,15 +155,23 @@ def test_a_word_is_where_its_bytes_are():
 def test_registers_mean_what_the_interpreter_says(num_pairs):
     """Threads put pairs into registers, the interpreter into columns: wgmma finds the same number either way."""
     words = places(kernel._WORDS, (64, 8))[..., 0]
-    first = [2 * (np.arange(512) + 512 * pair).reshape(64, 8) for pair in range(num_pairs)]  # numbers 2 i and 2 i + 1
-    pairs = [jnp.asarray(numbers | (numbers + 1) << 16, jnp.uint32) for numbers in first]
+    first = [
+        2 * (np.arange(512) + 512 * pair).reshape(64, 8) for pair in range(num_pairs)
+    ]  # numbers 2 i and 2 i + 1
+    pairs = [
+        jnp.asarray(numbers | (numbers + 1) << 16, jnp.uint32) for numbers in first
+    ]
     expected = np.asarray(kernel._as_weights(pairs, jnp.uint16, True)).ravel()
     columns = places(kernel._WEIGHTS, (64, 16 * num_pairs))
     for warp, lane in ((0, 0), (0, 7), (1, 18), (3, 31)):
-        mine = words[warp, lane].reshape(1, 2, 2)  # [rows / 64, units, halves of 16 rows]
+        mine = words[warp, lane].reshape(
+            1, 2, 2
+        )  # [rows / 64, units, halves of 16 rows]
         registers = kernel._by_unit([numbers.ravel()[mine] for numbers in first])
         found = np.stack([registers, registers + 1], axis=-1)
-        np.testing.assert_array_equal(expected[columns[warp, lane]].ravel(), found.ravel())
+        np.testing.assert_array_equal(
+            expected[columns[warp, lane]].ravel(), found.ravel()
+        )
 
 
 def test_weights_are_not_copied():
@@ -140,7 +183,12 @@ def test_weights_are_not_copied():
     )
     data = jaxpr.jaxpr.invars[1]
     (user,) = [eqn for eqn in jaxpr.jaxpr.eqns if any(v is data for v in eqn.invars)]
-    assert user.outvars[0].aval.shape == (tiles["splits"], 1, 1000, 8)  # parts of the result
+    assert user.outvars[0].aval.shape == (
+        tiles["splits"],
+        1,
+        1000,
+        8,
+    )  # parts of the result
 
 
 @pytest.mark.parametrize(
@@ -168,4 +216,6 @@ def test_is_for_hopper():
     assert "A100" in kernel.why_not(p, "NVIDIA A100-SXM4-40GB")
     assert kernel.why_not(p, "NVIDIA H100 80GB HBM3") is None
     with pytest.raises(ValueError, match="no tiles"):
-        kernel.matmul(*operands(p)[0], problem=p, tiles=kernel.default_tiles(p, None) | {"bk": 96})
+        kernel.matmul(
+            *operands(p)[0], problem=p, tiles=kernel.default_tiles(p, None) | {"bk": 96}
+        )

@@ -20,7 +20,10 @@ GROUPS = {"g32": 32, "g64": 64, "g128": 128, "channel": None}
 @functools.cache
 def numbers_of(fmt):
     """What each code stands for."""
-    numbers = {int(c): float(v) for c, v in zip(fmt.codes(), jax.jit(fmt.decode)(fmt.codes()), strict=True)}
+    numbers = {
+        int(c): float(v)
+        for c, v in zip(fmt.codes(), jax.jit(fmt.decode)(fmt.codes()), strict=True)
+    }
     assert set(numbers.values()) == {float(v) for v in fmt.values()}
     return numbers
 
@@ -45,7 +48,11 @@ def packed(name, group, n=24, k=256, *, layout="rows", packing=None, seed=0):
         numbers = numbers - np.repeat(zero, group, 1)
     matrix = (numbers * np.repeat(scale, group, 1).astype(np.float64))[:, :k]
     unit = group if padded != group and packing is formats.Packing.HALVES else None
-    data = codes if packing is formats.Packing.NONE else np.asarray(pack(codes, fmt.bits, packing, unit=unit))
+    data = (
+        codes
+        if packing is formats.Packing.NONE
+        else np.asarray(pack(codes, fmt.bits, packing, unit=unit))
+    )
     data = jnp.asarray(data.T if layout == "columns" else data)
     options = {"format": name, "layout": layout, "packing": packing}
     if zero is not None:
@@ -60,7 +67,11 @@ NAMES = ("int4", "uint4", "nf4", "float4_e2m1fn", "int8", "uint8")
     ("name", "group", "layout"),
     thinned(
         itertools.product(NAMES, GROUPS, ("rows", "columns")),
-        [*zip(NAMES, [*GROUPS, "g64", "channel"], ["rows", "columns"] * 3, strict=True)],
+        [
+            *zip(
+                NAMES, [*GROUPS, "g64", "channel"], ["rows", "columns"] * 3, strict=True
+            )
+        ],
     ),
 )
 def test_against_float64(name, group, layout):
@@ -72,10 +83,15 @@ def test_against_float64(name, group, layout):
     narrow = multiply(x.astype(jnp.bfloat16), *arrays, **options)
     assert narrow.dtype == jnp.bfloat16
     exact = np.asarray(x.astype(jnp.bfloat16), np.float64) @ matrix.T
-    assert np.linalg.norm(np.asarray(narrow, np.float64) - exact) <= 5e-3 * np.linalg.norm(exact)
+    assert np.linalg.norm(
+        np.asarray(narrow, np.float64) - exact
+    ) <= 5e-3 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("packing", [formats.Packing.LOW_FIRST, formats.Packing.HIGH_FIRST, formats.Packing.HALVES])
+@pytest.mark.parametrize(
+    "packing",
+    [formats.Packing.LOW_FIRST, formats.Packing.HIGH_FIRST, formats.Packing.HALVES],
+)
 @pytest.mark.parametrize("k", [256, 200])
 def test_orders_of_codes_in_bytes(packing, k):
     arrays, options, matrix, _ = packed("int4", 64, k=k, packing=packing)
@@ -94,7 +110,9 @@ def test_integers_are_exact(name, layout):
     assert sums.dtype == jnp.int32
     np.testing.assert_array_equal(sums, expected)
     scaled = quantized_matmul(jnp.asarray(x), data, scale, **options)
-    np.testing.assert_array_equal(scaled, expected.astype(np.float32) * np.asarray(scale)[:, 0])
+    np.testing.assert_array_equal(
+        scaled, expected.astype(np.float32) * np.asarray(scale)[:, 0]
+    )
 
 
 def test_a_table_of_ones_own():
@@ -106,10 +124,14 @@ def test_a_table_of_ones_own():
         return quantized_matmul(x, data, scale, **options, codebook=table)
 
     found = product(table)
-    matrix = np.asarray(table, np.float64)[codes] * np.repeat(np.asarray(scale, np.float64), 64, 1)
+    matrix = np.asarray(table, np.float64)[codes] * np.repeat(
+        np.asarray(scale, np.float64), 64, 1
+    )
     np.testing.assert_allclose(found, np.asarray(x, np.float64) @ matrix.T, 1e-4, 1e-5)
     slope = jax.jit(jax.grad(lambda t: jnp.sum(product(t))))(table)
-    counted = np.einsum("mk,nk,nkc->c", x, np.repeat(scale, 64, 1), codes[..., None] == np.arange(16))
+    counted = np.einsum(
+        "mk,nk,nkc->c", x, np.repeat(scale, 64, 1), codes[..., None] == np.arange(16)
+    )
     np.testing.assert_allclose(slope, counted, 1e-3, 1e-4)
 
 
@@ -118,7 +140,9 @@ def test_stacks_and_leading_axes():
     data, scale = (np.stack([p[0][i] for p in parts]) for i in range(2))
     x = normal(3, 2, 5, 256)
     found = multiply(x, data, scale, **parts[0][1])
-    expected = np.einsum("ebmk,enk->ebmn", np.asarray(x, np.float64), np.stack([p[2] for p in parts]))
+    expected = np.einsum(
+        "ebmk,enk->ebmn", np.asarray(x, np.float64), np.stack([p[2] for p in parts])
+    )
     np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
     one = multiply(x, data[0], scale[0], **parts[0][1])
     np.testing.assert_allclose(np.asarray(one)[0], np.asarray(found)[0], 1e-5, 1e-5)
@@ -129,21 +153,35 @@ def test_nothing_to_compute(m, n, k):
     (data, scale), options, *_ = packed("int4", 64)
     y = quantized_matmul(jnp.ones((m, k)), data[:n], scale[:n], **options)
     assert y.shape == (m, n)
-    assert quantized_matmul(jnp.ones((m, k), jnp.int8), data[:n, :128], None, format="int4").dtype == jnp.int32
+    assert (
+        quantized_matmul(
+            jnp.ones((m, k), jnp.int8), data[:n, :128], None, format="int4"
+        ).dtype
+        == jnp.int32
+    )
 
 
 def test_it_is_what_a_qtensor_does():
     w, x = normal(100, 24), normal(5, 100)
     for name in ("int4", "nf4", "uint4", "int8"):
         qt = jaxq.quantize(w, name)
-        found = quantized_matmul(x, qt.data, qt.scale, format=qt.spec.fmt, zero_point=qt.zero_point)
+        found = quantized_matmul(
+            x, qt.data, qt.scale, format=qt.spec.fmt, zero_point=qt.zero_point
+        )
         np.testing.assert_array_equal(found, x @ qt)
 
 
 def _bad(**changes):
     (data, scale), options, *_ = packed("int4", 64)
-    arguments = {"x": jnp.ones((5, 256)), "data": data, "scale": scale, **options} | changes
-    return quantized_matmul(arguments.pop("x"), arguments.pop("data"), arguments.pop("scale"), **arguments)
+    arguments = {
+        "x": jnp.ones((5, 256)),
+        "data": data,
+        "scale": scale,
+        **options,
+    } | changes
+    return quantized_matmul(
+        arguments.pop("x"), arguments.pop("data"), arguments.pop("scale"), **arguments
+    )
 
 
 ones = jnp.ones
@@ -186,10 +224,16 @@ def test_refusals_name_what_came(case):
         _bad(**changes)
 
 
-@pytest.mark.parametrize(("backend", "layout", "platform"), [("tpu", "columns", "tpu"), ("triton", "rows", "cuda")])
+@pytest.mark.parametrize(
+    ("backend", "layout", "platform"),
+    [("tpu", "columns", "tpu"), ("triton", "rows", "cuda")],
+)
 def test_a_kernel_asked_for_by_name_runs_nowhere_else(backend, layout, platform):
     arrays, options, *_ = packed("int4", 64, layout=layout)
-    with pytest.raises(ValueError, match=f"the {backend} kernel runs on {platform}, and .* lowered for cpu.*interpret"):
+    with pytest.raises(
+        ValueError,
+        match=f"the {backend} kernel runs on {platform}, and .* lowered for cpu.*interpret",
+    ):
         quantized_matmul(normal(5, 256), *arrays, **options, backend=backend)
 
 
@@ -204,10 +248,27 @@ def test_sums_that_int32_may_not_hold():
 
 
 def test_the_choice_of_every_platform_has_a_reason():
-    problem = kernels.Problem(1, 16, 256, 24, 4, True, False, 64, False, "columns", "bfloat16", "bfloat16", "bfloat16")
+    problem = kernels.Problem(
+        1,
+        16,
+        256,
+        24,
+        4,
+        True,
+        False,
+        64,
+        False,
+        "columns",
+        "bfloat16",
+        "bfloat16",
+        "bfloat16",
+    )
     assert kernels.choose(problem, "tpu", None)[:2] == ("tpu", None)
     for platform in ("cpu", "rocm"):
-        assert kernels.choose(problem, platform, None)[:2] == ("xla", f"there are no kernels for {platform}")
+        assert kernels.choose(problem, platform, None)[:2] == (
+            "xla",
+            f"there are no kernels for {platform}",
+        )
     assert "shard_map" in kernels.choose(problem, "tpu", None, num_devices=4).reason
 
 
@@ -227,7 +288,9 @@ def test_interpreters_through_the_public_function(name, layout, backend):
     x = normal(5, 256).astype(jnp.bfloat16)
     found = quantized_matmul(x, *arrays, **options, backend=backend, interpret=True)
     exact = np.asarray(x, np.float64) @ matrix.T
-    assert np.linalg.norm(np.asarray(found, np.float64) - exact) <= 5e-3 * np.linalg.norm(exact)
+    assert np.linalg.norm(
+        np.asarray(found, np.float64) - exact
+    ) <= 5e-3 * np.linalg.norm(exact)
 
 
 def test_a_named_kernel_has_derivatives():
@@ -237,14 +300,24 @@ def test_a_named_kernel_has_derivatives():
         return jnp.sum(quantized_matmul(x, data, scale, **options, **how))
 
     x = normal(5, 256)
-    found = jax.jit(jax.grad(functools.partial(loss, backend="tpu", interpret=True), argnums=(0, 1)))(x, scale)
-    np.testing.assert_allclose(found[0], np.broadcast_to(matrix.sum(0), (5, 256)), 1e-4, 1e-4)
-    np.testing.assert_allclose(found[1], jax.jit(jax.grad(loss, argnums=1))(x, scale), 1e-4, 1e-4)
+    found = jax.jit(
+        jax.grad(functools.partial(loss, backend="tpu", interpret=True), argnums=(0, 1))
+    )(x, scale)
+    np.testing.assert_allclose(
+        found[0], np.broadcast_to(matrix.sum(0), (5, 256)), 1e-4, 1e-4
+    )
+    np.testing.assert_allclose(
+        found[1], jax.jit(jax.grad(loss, argnums=1))(x, scale), 1e-4, 1e-4
+    )
 
 
 def test_sums_that_int32_may_not_hold_take_another_way():
     k = 2**17 + 256
-    arrays = np.full((8, k), -128, np.int8), np.full((k, 128), -128, np.int8), np.ones((128, 1), np.float32)
+    arrays = (
+        np.full((8, k), -128, np.int8),
+        np.full((k, 128), -128, np.int8),
+        np.ones((128, 1), np.float32),
+    )
     options = {"format": "int8", "layout": "columns"}
     np.testing.assert_allclose(multiply(*arrays, **options), 128.0 * 128.0 * k, 1e-6)
     with pytest.raises(ValueError, match="int32 surely holds 131071 products"):
@@ -253,14 +326,18 @@ def test_sums_that_int32_may_not_hold_take_another_way():
 
 def test_empty_stacks_and_more_that_does_not_fit():
     data, scale = jnp.zeros((24, 128), jnp.uint8), jnp.ones((24, 4))
-    assert quantized_matmul(jnp.ones((0, 5, 256)), jnp.zeros((0, 24, 128), jnp.uint8), jnp.ones((0, 24, 4))).shape == (
-        *(0, 5, 24),
-    )
+    assert quantized_matmul(
+        jnp.ones((0, 5, 256)), jnp.zeros((0, 24, 128), jnp.uint8), jnp.ones((0, 24, 4))
+    ).shape == (*(0, 5, 24),)
     x = jnp.ones((5, 256))
-    with pytest.raises(ValueError, match="scale has no groups, and rows of data hold 256 codes"):
+    with pytest.raises(
+        ValueError, match="scale has no groups, and rows of data hold 256 codes"
+    ):
         quantized_matmul(x, data, jnp.ones((24, 0)))
     with pytest.raises(TypeError, match="codebook must be"):
-        quantized_matmul(x, data, scale, format="nf4", codebook=jnp.ones(16, jnp.complex64))
+        quantized_matmul(
+            x, data, scale, format="nf4", codebook=jnp.ones(16, jnp.complex64)
+        )
     with pytest.raises(ValueError, match=r"one table \[16\] for the whole stack"):
         quantized_matmul(x, data, scale, format="nf4", codebook=jnp.ones((2, 16)))
     with pytest.raises(ValueError, match="needs a kernel's name"):

@@ -21,7 +21,13 @@ GENERATIONS = ["TPU v5 lite", "TPU v6 lite", "TPU7x"]
 
 
 def small(codes: str, group: int | None = 64, **other) -> Problem:
-    facts = {"k": 256, "n": 128, "layout": "columns", "scale_dtype": "bfloat16", "out_dtype": "float32"}
+    facts = {
+        "k": 256,
+        "n": 128,
+        "layout": "columns",
+        "scale_dtype": "bfloat16",
+        "out_dtype": "float32",
+    }
     return problem(codes, group=group, **facts | other)
 
 
@@ -53,7 +59,10 @@ def test_every_code_and_group(codes, group):
     check(small(codes, group), 5e-3)
 
 
-@pytest.mark.parametrize(("codes", "m"), thinned([*((codes, 21) for codes in CODES), ("int4", 1)], [("uint4", 21)]))
+@pytest.mark.parametrize(
+    ("codes", "m"),
+    thinned([*((codes, 21) for codes in CODES), ("int4", 1)], [("uint4", 21)]),
+)
 def test_tails_in_every_direction(codes, m):
     check(small(codes, 32, m=m, k=352, n=200), 5e-3, bm=16, bk=256, bn=128)
 
@@ -74,16 +83,31 @@ BODIES = [("int4", "pre"), ("uint4", "pre"), ("int8", "pre"), ("uint8", "post")]
     ),
 )
 def test_each_body_of_integers(codes, body, scale):
-    check(small(codes, 64, m=3, k=576, n=130, scale_dtype=scale), 5e-3, bk=512, bn=256, body=body)
+    check(
+        small(codes, 64, m=3, k=576, n=130, scale_dtype=scale),
+        5e-3,
+        bk=512,
+        bn=256,
+        body=body,
+    )
 
 
 # With 16 rows scales go onto sums, with 32 onto weights.
 TABLE_BODIES = list(itertools.product(["gather", "select"], [16, 32]))
 
 
-@pytest.mark.parametrize(("body", "bm"), thinned(TABLE_BODIES, [("gather", 16), ("select", 32)]))
+@pytest.mark.parametrize(
+    ("body", "bm"), thinned(TABLE_BODIES, [("gather", 16), ("select", 32)])
+)
 def test_each_body_of_a_codebook(body, bm):
-    check(small("codebook4", 64, m=20, k=576, n=130), 5e-3, bm=bm, bk=512, bn=256, body=body)
+    check(
+        small("codebook4", 64, m=20, k=576, n=130),
+        5e-3,
+        bm=bm,
+        bk=512,
+        bn=256,
+        body=body,
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,14 +122,26 @@ def test_wide_x_keeps_float32(codes, x):
 
 @pytest.mark.parametrize("codes", thinned(INTEGERS, ["uint8"]))
 def test_integer_sums_are_exact(codes):
-    p = small(codes, None, m=5, k=330, n=130, x_dtype="int8", scale_dtype=None, out_dtype="int32")
+    p = small(
+        codes,
+        None,
+        m=5,
+        k=330,
+        n=130,
+        x_dtype="int8",
+        scale_dtype=None,
+        out_dtype="int32",
+    )
     for zero_point in (False, True):
         p = dataclasses.replace(p, zero_point=zero_point)
         arrays, expected = operands(p)
         np.testing.assert_array_equal(multiply(p, arrays, bk=256), expected)
 
 
-@pytest.mark.parametrize(("codes", "group"), thinned(itertools.product(INTEGERS, (32, 128, None)), [("uint4", 32)]))
+@pytest.mark.parametrize(
+    ("codes", "group"),
+    thinned(itertools.product(INTEGERS, (32, 128, None)), [("uint4", 32)]),
+)
 def test_integer_x_is_exact_within_a_group(codes, group):
     p = small(codes, group, m=5, k=384, n=130, x_dtype="int8", scale_dtype="float32")
     arrays, expected = operands(p, powers_of_two=True)
@@ -123,9 +159,18 @@ def test_any_table_is_taken_entry_by_entry(body):
     p = small("codebook4", None, k=32, n=16, m=32)
     codes = (np.arange(32)[:, None] + np.arange(16)) % 16
     data = (codes[0::2] | codes[1::2] << 4).astype(np.uint8)[None]
-    table = np.asarray(jnp.asarray(np.random.default_rng(0).normal(size=(1, 16)), jnp.bfloat16), np.float32)
+    table = np.asarray(
+        jnp.asarray(np.random.default_rng(0).normal(size=(1, 16)), jnp.bfloat16),
+        np.float32,
+    )
     x = jnp.eye(32, dtype=jnp.bfloat16)[None]
-    arrays = [x, jnp.asarray(data), jnp.ones((1, 1, 16), jnp.bfloat16), None, jnp.asarray(table)]
+    arrays = [
+        x,
+        jnp.asarray(data),
+        jnp.ones((1, 1, 16), jnp.bfloat16),
+        None,
+        jnp.asarray(table),
+    ]
     np.testing.assert_array_equal(multiply(p, arrays, body=body)[0], table[0][codes])
 
 
@@ -133,7 +178,11 @@ def test_any_table_is_taken_entry_by_entry(body):
     ("codes", "group", "m", "kind"),
     thinned(
         itertools.product(CODES, GROUPS, (16, 512), [*GENERATIONS, None]),
-        [(codes, 64, m, kind) for codes in CODES for m, kind in ((16, "TPU v5 lite"), (512, "TPU7x"))],
+        [
+            (codes, 64, m, kind)
+            for codes in CODES
+            for m, kind in ((16, "TPU v5 lite"), (512, "TPU7x"))
+        ],
     ),
 )
 def test_lowers_for_tpu(codes, group, m, kind):
@@ -152,8 +201,18 @@ def test_default_tiles_stay_in_their_memory(codes, kind):
             tiles = kernel.default_tiles(p, kind)
             bm, bk, bn = (int(tiles[name]) for name in ("bm", "bk", "bn"))
             width = jnp.dtype(x).itemsize
-            twice = bm * bk * width + bk * bn * p.bits // 8 + bk // p.group * bn * 4 + bm * bn * 4
-            assert 2 * twice + bm * bn * 4 + bk * bn * (4 if tiles["body"] == "select" else width) <= 12 * 2**20
+            twice = (
+                bm * bk * width
+                + bk * bn * p.bits // 8
+                + bk // p.group * bn * 4
+                + bm * bn * 4
+            )
+            assert (
+                2 * twice
+                + bm * bn * 4
+                + bk * bn * (4 if tiles["body"] == "select" else width)
+                <= 12 * 2**20
+            )
 
 
 @pytest.mark.parametrize(
@@ -169,7 +228,9 @@ def test_default_tiles_stay_in_their_memory(codes, kind):
     ],
 )
 def test_refusals_say_why(change, kind, reason):
-    assert reason in (kernel.why_not(dataclasses.replace(small("int4"), **change), kind) or "")
+    assert reason in (
+        kernel.why_not(dataclasses.replace(small("int4"), **change), kind) or ""
+    )
 
 
 @pytest.mark.parametrize(

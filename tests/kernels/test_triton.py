@@ -15,7 +15,9 @@ K = 256
 def run(p, **tiles):
     assert kernel.why_not(p, "NVIDIA A100-SXM4-40GB") is None
     arrays, expected = operands(p)
-    y = kernel.matmul(*arrays, problem=p, tiles=kernel.default_tiles(p, None) | tiles, interpret=True)
+    y = kernel.matmul(
+        *arrays, problem=p, tiles=kernel.default_tiles(p, None) | tiles, interpret=True
+    )
     assert y.shape == (p.e, p.m, p.n)
     assert y.dtype == p.out_dtype
     return error(y, expected)
@@ -33,9 +35,21 @@ def test_every_code_by_every_group(codes, group):
     ("codes", "facts", "tiles"),
     [
         ("int4", {"m": 5, "n": 71, "e": 2, "group": 96, "k": 192}, {}),
-        ("codebook4", {"m": 3, "n": 40, "e": 2, "group": 32, "scale_dtype": "bfloat16"}, {"splits": 3}),
-        ("uint4", {"m": 19, "n": 70, "group": 64, "scale_dtype": "float16"}, {"splits": 2}),
-        ("int4", {"m": 5, "n": 64, "group": 202, "k": 202}, {}),  # k ends within a chunk
+        (
+            "codebook4",
+            {"m": 3, "n": 40, "e": 2, "group": 32, "scale_dtype": "bfloat16"},
+            {"splits": 3},
+        ),
+        (
+            "uint4",
+            {"m": 19, "n": 70, "group": 64, "scale_dtype": "float16"},
+            {"splits": 2},
+        ),
+        (
+            "int4",
+            {"m": 5, "n": 64, "group": 202, "k": 202},
+            {},
+        ),  # k ends within a chunk
         ("uint8", {"m": 9, "n": 64, "group": 64}, {}),
     ],
 )
@@ -45,10 +59,22 @@ def test_edges_and_dtypes(codes, facts, tiles):
 
 @pytest.mark.parametrize("codes", CODES)
 def test_float32_is_exact(codes):
-    assert run(problem(codes, m=8, k=K, n=64, group=64, x_dtype="float32", out_dtype="float32")) < 1e-6
+    assert (
+        run(
+            problem(
+                codes, m=8, k=K, n=64, group=64, x_dtype="float32", out_dtype="float32"
+            )
+        )
+        < 1e-6
+    )
 
 
-FACTS = [(32, "bfloat16", 1), (64, "float32", 512), (128, "float16", 1), (4096, "bfloat16", 512)]
+FACTS = [
+    (32, "bfloat16", 1),
+    (64, "float32", 512),
+    (128, "float16", 1),
+    (4096, "bfloat16", 512),
+]
 FACTS += [(group, x_dtype, 512 if m == 1 else 1) for group, x_dtype, m in FACTS]
 
 
@@ -56,7 +82,11 @@ FACTS += [(group, x_dtype, 512 if m == 1 else 1) for group, x_dtype, m in FACTS]
     ("codes", "group", "x_dtype", "m"),
     thinned(
         [(codes, *facts) for codes in CODES for facts in FACTS],
-        [(codes, *FACTS[(3 * i + j) % 8]) for i, codes in enumerate(CODES) for j in range(2)],
+        [
+            (codes, *FACTS[(3 * i + j) % 8])
+            for i, codes in enumerate(CODES)
+            for j in range(2)
+        ],
     ),
 )
 def test_lowers_for_cuda_without_a_warning(codes, group, x_dtype, m):

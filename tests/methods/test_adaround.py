@@ -13,9 +13,13 @@ from jaxq.methods._adaround import _neighbours, _soft, adaround
 from tests import tables
 
 N, OUT, STEPS = 32, 16, 600
-SPECS: dict[str, QuantSpec] = {name: jaxq.presets()[name] for name in ("int4", "uint4", "nf4", "mxfp4", "int8")} | {
+SPECS: dict[str, QuantSpec] = {
+    name: jaxq.presets()[name] for name in ("int4", "uint4", "nf4", "mxfp4", "int8")
+} | {
     "minimum": QuantSpec("uint4", PerGroup(20, pad=True), offset="min"),
-    "signed extreme": QuantSpec("int4", PerGroup(16), scale="float16", scale_rule="signed_extreme"),
+    "signed extreme": QuantSpec(
+        "int4", PerGroup(16), scale="float16", scale_rule="signed_extreme"
+    ),
 }
 KEY = jax.random.key(0)
 neighbours = jax.jit(_neighbours)
@@ -27,11 +31,19 @@ def problem(seed: int = 0):
     random = np.random.default_rng(seed)
     mix = np.eye(N) + 0.6 * random.standard_normal((N, N)) / np.sqrt(N)
     x = (random.standard_normal((512, N)) @ mix).astype(np.float32)
-    return (0.05 * random.standard_normal((N, OUT))).astype(np.float32), x[:256], x[256:]
+    return (
+        (0.05 * random.standard_normal((N, OUT))).astype(np.float32),
+        x[:256],
+        x[256:],
+    )
 
 
 def errors(w, qt, x, target=None) -> np.ndarray:
-    return np.mean(((x if target is None else target) @ w - x @ np.asarray(jaxq.dequantize(qt))) ** 2, axis=0)
+    return np.mean(
+        ((x if target is None else target) @ w - x @ np.asarray(jaxq.dequantize(qt)))
+        ** 2,
+        axis=0,
+    )
 
 
 @functools.cache
@@ -48,7 +60,9 @@ def test_soft_rounding_begins_at_the_weights(name):
     w, _, _ = problem()
     nearest = jaxq.quantize(w, SPECS[name], contracting=-2)
     low, high, share = map(np.asarray, neighbours(w, nearest))
-    np.testing.assert_allclose(low + share * (high - low), np.clip(w, low, high), atol=1e-6)
+    np.testing.assert_allclose(
+        low + share * (high - low), np.clip(w, low, high), atol=1e-6
+    )
     assert np.all(low <= high)
     rounded = np.asarray(jaxq.dequantize(nearest))
     either = np.minimum(abs(rounded - low), abs(rounded - high))
@@ -65,11 +79,19 @@ def test_every_code_is_a_neighbour_and_no_output_is_worse(name):
     assert jax.tree.structure(qt) == jax.tree.structure(nearest)
     low, high, _ = map(np.asarray, neighbours(w, nearest))
     values = np.asarray(jaxq.dequantize(qt))
-    np.testing.assert_allclose(np.minimum(abs(values - low), abs(values - high)), 0, atol=1e-6)
+    np.testing.assert_allclose(
+        np.minimum(abs(values - low), abs(values - high)), 0, atol=1e-6
+    )
     before, after = errors(w, nearest, x), errors(w, qt, x)
     assert np.all(after <= before * (1 + 1e-4))
-    np.testing.assert_allclose([info.error, info.initial_error], [after.mean(), before.mean()], rtol=1e-3)
-    assert int(info.num_changed) == np.sum(np.asarray(qt.codes()) != np.asarray(nearest.codes())) > 0
+    np.testing.assert_allclose(
+        [info.error, info.initial_error], [after.mean(), before.mean()], rtol=1e-3
+    )
+    assert (
+        int(info.num_changed)
+        == np.sum(np.asarray(qt.codes()) != np.asarray(nearest.codes()))
+        > 0
+    )
     assert after.mean() < 0.9 * before.mean()
     assert errors(w, qt, held).mean() < 0.95 * errors(w, nearest, held).mean()
     assert not info.underdetermined
@@ -78,7 +100,9 @@ def test_every_code_is_a_neighbour_and_no_output_is_worse(name):
 def test_targets_of_the_float_network():
     # x comes from a quantized layer: biased and noisy. Meeting the float outputs needs the float inputs.
     w, x, _ = problem(1)
-    noisy = (x + 0.2 * np.random.default_rng(3).standard_normal(x.shape) + 0.2).astype(np.float32)
+    noisy = (x + 0.2 * np.random.default_rng(3).standard_normal(x.shape) + 0.2).astype(
+        np.float32
+    )
     plain, _ = adaround(w, noisy, "int4", key=KEY, num_steps=STEPS)
     aware, info = adaround(w, noisy, "int4", key=KEY, num_steps=STEPS, x_float=x)
     np.testing.assert_allclose(info.error, errors(w, aware, noisy, x).mean(), rtol=1e-3)
@@ -104,12 +128,32 @@ def test_a_stack_the_key_and_few_tokens():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": np.ones((8, N + 1), np.float32)}, ValueError, r"x must be inputs \[tokens, in\]: \[any,32\]; got"),
-        ({"x_float": np.ones((7, N), np.float32)}, ValueError, r"x_float must be inputs.*: \[256,32\]; got"),
+        (
+            {"x": np.ones((8, N + 1), np.float32)},
+            ValueError,
+            r"x must be inputs \[tokens, in\]: \[any,32\]; got",
+        ),
+        (
+            {"x_float": np.ones((7, N), np.float32)},
+            ValueError,
+            r"x_float must be inputs.*: \[256,32\]; got",
+        ),
         ({"x": np.full((8, N), np.nan, np.float32)}, ValueError, r"x\[0, 0\] is nan"),
-        ({"x": np.ones((0, N), np.float32)}, ValueError, r"x must be inputs.*got float32\[0,32\]"),
-        ({"spec": QuantSpec("ternary", PerTensor(), scale_rule="twn")}, ValueError, "no two neighbours"),
-        ({"num_steps": 0}, ValueError, "num_steps must be a whole number of at least 1"),
+        (
+            {"x": np.ones((0, N), np.float32)},
+            ValueError,
+            r"x must be inputs.*got float32\[0,32\]",
+        ),
+        (
+            {"spec": QuantSpec("ternary", PerTensor(), scale_rule="twn")},
+            ValueError,
+            "no two neighbours",
+        ),
+        (
+            {"num_steps": 0},
+            ValueError,
+            "num_steps must be a whole number of at least 1",
+        ),
     ],
 )
 def test_errors(change, error, message):

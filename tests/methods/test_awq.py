@@ -34,21 +34,28 @@ def losses(weights, of_ratio, tokens=X, num=20):
     out = []
     for i in range(num):
         s = of_ratio(i / num)
-        errors = [tokens.astype(np.float64) @ (rounded(w * s[:, None]) / s[:, None] - w) for w in weights]
+        errors = [
+            tokens.astype(np.float64) @ (rounded(w * s[:, None]) / s[:, None] - w)
+            for w in weights
+        ]
         out.append(np.mean(np.concatenate(errors, axis=1) ** 2))
     return np.asarray(out)
 
 
 def output_error(qt, scale):
     """Of the layer as it runs: inputs divided by the scale."""
-    y = (X / np.asarray(scale, np.float64)) @ np.asarray(jaxq.dequantize(qt), np.float64)
+    y = (X / np.asarray(scale, np.float64)) @ np.asarray(
+        jaxq.dequantize(qt), np.float64
+    )
     return np.mean((y - X.astype(np.float64) @ W) ** 2)
 
 
 def test_scale_search_is_the_papers():
     s, info = awq_scale(W, X, SPEC)
     exact = losses([W], scales)
-    np.testing.assert_allclose(info.losses, exact, rtol=1e-3)  # a tie in rounding may fall either way
+    np.testing.assert_allclose(
+        info.losses, exact, rtol=1e-3
+    )  # a tie in rounding may fall either way
     best = int(np.argmin(exact))
     np.testing.assert_allclose(info.ratio, best / 20, atol=1e-6)
     np.testing.assert_allclose(s, scales(best / 20), rtol=1e-5)
@@ -64,7 +71,9 @@ def test_weights_that_share_an_input_share_scales():
 
     # The same with the loss of a block: here its outputs, in one array.
     def loss(candidates):
-        y = jnp.asarray(X) @ (jnp.concatenate(candidates, axis=1) - jnp.concatenate(parts, axis=1))
+        y = jnp.asarray(X) @ (
+            jnp.concatenate(candidates, axis=1) - jnp.concatenate(parts, axis=1)
+        )
         return jnp.mean(y**2)
 
     other, other_info = awq_scale(parts, X, SPEC, loss=loss)
@@ -77,7 +86,10 @@ def test_scales_from_weights_too():
     mean = share.reshape(48, 10).mean(1, dtype=np.float64)
 
     def of_ratio(ratio):
-        s = np.maximum(abs(X).mean(0, dtype=np.float64) ** ratio / (mean ** (1 - ratio) + 1e-4), 1e-4)
+        s = np.maximum(
+            abs(X).mean(0, dtype=np.float64) ** ratio / (mean ** (1 - ratio) + 1e-4),
+            1e-4,
+        )
         return s / np.sqrt(s.max() * s.min())
 
     s, info = awq_scale(W, X, SPEC, duo=True)
@@ -98,7 +110,9 @@ def test_never_worse_than_rounding_to_nearest(preset):
     assert jax.tree.structure(qt) == jax.tree.structure(plain)
     assert qt.dtype == W.dtype
     np.testing.assert_allclose(info.loss, output_error(qt, info.scale), rtol=1e-3)
-    np.testing.assert_allclose(info.loss_unscaled, output_error(plain, np.ones(48)), rtol=1e-3)
+    np.testing.assert_allclose(
+        info.loss_unscaled, output_error(plain, np.ones(48)), rtol=1e-3
+    )
     assert info.loss <= info.loss_unclipped <= info.loss_unscaled
 
 
@@ -111,7 +125,9 @@ def test_protects_the_channels_that_matter():
     fresh = np.random.default_rng(1).standard_normal((500, 48)) * abs(X).mean(0)
     qt, info = awq(W, X, SPEC)
     plain = np.asarray(jaxq.dequantize(jaxq.quantize(W, SPEC)), np.float64)
-    w_hat = np.asarray(jaxq.dequantize(qt), np.float64) / np.asarray(info.scale)[:, None]
+    w_hat = (
+        np.asarray(jaxq.dequantize(qt), np.float64) / np.asarray(info.scale)[:, None]
+    )
     assert np.mean((fresh @ (w_hat - W)) ** 2) < np.mean((fresh @ (plain - W)) ** 2) / 2
 
 
@@ -168,7 +184,10 @@ def test_compiles_once_for_a_shape():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"inputs \[tokens, in\].*float32\[60,47\].*w: float32\[48,10\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"inputs \[tokens, in\].*float32\[60,47\].*w: float32\[48,10\]",
+    ):
         awq(W, X[:, 1:], SPEC)
     with pytest.raises(ValueError, match=r"float32\[0,48\]"):
         awq(W, X[:0], SPEC)
@@ -178,7 +197,9 @@ def test_errors():
         awq_scale([W, W[1:]], X, SPEC)
     with pytest.raises(ValueError, match="num must be a whole number of at least 1"):
         awq(W, X, SPEC, num=0)
-    with pytest.raises(ValueError, match="max_tokens must be a whole number of at least 1"):
+    with pytest.raises(
+        ValueError, match="max_tokens must be a whole number of at least 1"
+    ):
         awq(W, X, SPEC, max_tokens=0)
     with pytest.raises(ValueError, match="awq: unknown preset"):
         awq(W, X, "int5x")

@@ -20,16 +20,22 @@ def test_mean_output_is_that_of_the_original(preset):
     x = X.astype(np.float64)
     gap = (x @ W).mean(0) - (x @ w_hat).mean(0)
     np.testing.assert_allclose(shift, gap, atol=1e-5)
-    before, after = (np.mean((x @ W - x @ w_hat - s) ** 2) for s in (0, np.asarray(shift)))
+    before, after = (
+        np.mean((x @ W - x @ w_hat - s) ** 2) for s in (0, np.asarray(shift))
+    )
     assert after < before
-    np.testing.assert_array_equal(jax.jit(bias_correction)(W, qt.with_activation("int8"), X.mean(0)), shift)
+    np.testing.assert_array_equal(
+        jax.jit(bias_correction)(W, qt.with_activation("int8"), X.mean(0)), shift
+    )
 
 
 def test_mean_of_a_changed_input():
     qt, moved = jaxq.quantize(W, "int3"), X.mean(0) + np.float32(0.1)
     shift = bias_correction(W, qt, X.mean(0), x_mean_quantized=moved)
     w_hat = np.asarray(jaxq.dequantize(qt), np.float64)
-    np.testing.assert_allclose(shift, X.mean(0).astype(np.float64) @ W - moved @ w_hat, atol=1e-5)
+    np.testing.assert_allclose(
+        shift, X.mean(0).astype(np.float64) @ W - moved @ w_hat, atol=1e-5
+    )
 
 
 def test_nothing_to_correct():
@@ -43,12 +49,17 @@ def test_stacks():
     qt = jaxq.quantize(stack, "int4", contracting=-2, batch=0)
     shift = bias_correction(stack, qt, np.stack([X.mean(0), X[0]]))
     assert shift.shape == (2, 6)
-    np.testing.assert_allclose(shift[1], bias_correction(2 * W, qt[1], X[0]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        shift[1], bias_correction(2 * W, qt[1], X[0]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_errors():
     qt = jaxq.quantize(W, "int8")
-    np.testing.assert_allclose(bias_correction(W, jaxq.dequantize(qt), X.mean(0)), bias_correction(W, qt, X.mean(0)))
+    np.testing.assert_allclose(
+        bias_correction(W, jaxq.dequantize(qt), X.mean(0)),
+        bias_correction(W, qt, X.mean(0)),
+    )
     with pytest.raises(TypeError, match="qt must be float32"):
         bias_correction(W, W.astype(int), X.mean(0))
     with pytest.raises(ValueError, match=r"float32\[16,6\]"):

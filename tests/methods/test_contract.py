@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq import PerChannel, PerGroup, QTensor, QuantSpec, dequantize, methods, observers
+from jaxq import (
+    PerChannel,
+    PerGroup,
+    QTensor,
+    QuantSpec,
+    dequantize,
+    methods,
+    observers,
+)
 from tests.tables import thinned
 
 IN, OUT, STACK, TOKENS = 32, 16, 2, 24
@@ -54,10 +62,19 @@ TABLE = {
     "awq": Row(lambda w, x, **more: methods.awq(w, x, SPEC, num=2, **more), (inputs,)),
     "clip": Row(lambda w, **more: methods.clip(w, SPEC, num=3, **more)),
     "equalize": Row(rounded),  # its scales are in the weight by then
-    "gptq": Row(lambda w, h, **more: methods.gptq(w, h, SPEC, **more), (second_moments,)),
+    "gptq": Row(
+        lambda w, h, **more: methods.gptq(w, h, SPEC, **more), (second_moments,)
+    ),
     "hqq": Row(lambda w, **more: methods.hqq(w, SPEC, num_steps=2, **more)),
-    "kmeans": Row(lambda w, **more: methods.kmeans(w, 2, granularity=PerChannel(), num_steps=3, **more)),
-    "llm_int8": Row(lambda w, a, **more: methods.llm_int8(w, SPEC, absmax_x=a, threshold=2, **more), (largest,)),
+    "kmeans": Row(
+        lambda w, **more: methods.kmeans(
+            w, 2, granularity=PerChannel(), num_steps=3, **more
+        )
+    ),
+    "llm_int8": Row(
+        lambda w, a, **more: methods.llm_int8(w, SPEC, absmax_x=a, threshold=2, **more),
+        (largest,),
+    ),
     "rtn": Row(rounded),
     "smoothquant": Row(rounded),  # too
 }
@@ -71,7 +88,10 @@ thinly_over_methods = pytest.mark.parametrize("name", thinned(TABLE, CHEAP))
 def data(stack: bool = False) -> tuple[jax.Array, jax.Array]:
     """A weight and its inputs, or a stack of such."""
     lead, random = (STACK,) if stack else (), np.random.default_rng(0)
-    return tuple(jnp.asarray(random.standard_normal((*lead, *s)), jnp.float32) for s in ((IN, OUT), (TOKENS, IN)))
+    return tuple(
+        jnp.asarray(random.standard_normal((*lead, *s)), jnp.float32)
+        for s in ((IN, OUT), (TOKENS, IN))
+    )
 
 
 @functools.cache
@@ -132,9 +152,13 @@ def test_each_of_a_stack_is_as_alone(name):
         assert leaf.shape[:1] == (STACK,)
     for i in range(STACK):
         more = {"key": jax.random.split(KEY, STACK)[i]} if name == "adaround" else {}
-        alone, _ = TABLE[name].run(w[i], *(stat(x[i]) for stat in TABLE[name].stats), **more)
+        alone, _ = TABLE[name].run(
+            w[i], *(stat(x[i]) for stat in TABLE[name].stats), **more
+        )
         np.testing.assert_array_equal(qt[i].codes(), alone.codes())
-        np.testing.assert_allclose(dequantize(qt[i]), dequantize(alone), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            dequantize(qt[i]), dequantize(alone), rtol=1e-5, atol=1e-6
+        )
 
 
 @over_methods
@@ -156,7 +180,9 @@ def test_statistics_of_another_layer_are_refused(name):
 def test_solve_refuses_what_it_does_not_know(name):
     w, _ = data()
     stats, known = observers.empty_stats(IN), methods.METHODS[name].options
-    with pytest.raises(ValueError, match="options: .*speed" if known else "options: .*it has none") as raised:
+    with pytest.raises(
+        ValueError, match="options: .*speed" if known else "options: .*it has none"
+    ) as raised:
         methods.solve(name, w, stats, SPEC, options={"speed": 2})
     assert all(option in str(raised.value) for option in known)
     with pytest.raises(ValueError, match=r"some/kernel.*\[31\], expected \[32\]"):

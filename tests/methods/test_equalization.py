@@ -9,8 +9,12 @@ import jaxq
 from jaxq.methods._equalization import equalize
 
 RANDOM = np.random.default_rng(0)
-W1 = (RANDOM.standard_normal((10, 16)) * 10.0 ** RANDOM.uniform(-2, 2, 16)).astype(np.float32)
-W2 = (RANDOM.standard_normal((16, 7)) * 10.0 ** RANDOM.uniform(-2, 2, (16, 1))).astype(np.float32)
+W1 = (RANDOM.standard_normal((10, 16)) * 10.0 ** RANDOM.uniform(-2, 2, 16)).astype(
+    np.float32
+)
+W2 = (RANDOM.standard_normal((16, 7)) * 10.0 ** RANDOM.uniform(-2, 2, (16, 1))).astype(
+    np.float32
+)
 BIAS = RANDOM.standard_normal(16).astype(np.float32)
 X = RANDOM.standard_normal((50, 10)).astype(np.float32)
 
@@ -25,9 +29,15 @@ def two_layers(w1, w2, bias, slope=0.0):
 def test_function_is_unchanged_and_ranges_meet(slope):
     (w1, w2, bias), info = equalize(W1, W2, BIAS)
     before = two_layers(W1, W2, BIAS, slope)
-    np.testing.assert_allclose(two_layers(w1, w2, bias, slope), before, atol=1e-5 * abs(before).max())
-    np.testing.assert_allclose(abs(np.asarray(w1)).max(0), abs(np.asarray(w2)).max(1), rtol=1e-6)
-    np.testing.assert_allclose(info.range1 * info.range2, abs(np.asarray(w1)).max(0) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        two_layers(w1, w2, bias, slope), before, atol=1e-5 * abs(before).max()
+    )
+    np.testing.assert_allclose(
+        abs(np.asarray(w1)).max(0), abs(np.asarray(w2)).max(1), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        info.range1 * info.range2, abs(np.asarray(w1)).max(0) ** 2, rtol=1e-5
+    )
 
 
 def test_powers_of_two_are_exact():
@@ -41,14 +51,24 @@ def test_powers_of_two_are_exact():
 def test_helps_where_one_scale_serves_a_layer():
     spec = jaxq.QuantSpec("int8", jaxq.PerTensor())
     apart = (10.0 ** RANDOM.uniform(-2, 2, 16)).astype(np.float32)
-    first, second = (RANDOM.standard_normal(s).astype(np.float32) for s in ((10, 16), (16, 7)))
-    first, second = first * apart, second / apart[:, None]  # large where the other is small
+    first, second = (
+        RANDOM.standard_normal(s).astype(np.float32) for s in ((10, 16), (16, 7))
+    )
+    first, second = (
+        first * apart,
+        second / apart[:, None],
+    )  # large where the other is small
 
     def error(w1, w2, bias):
         rounded = [jaxq.dequantize(jaxq.quantize(w, spec)) for w in (w1, w2)]
-        return np.mean((two_layers(*rounded, bias) - two_layers(first, second, 0 * BIAS)) ** 2)
+        return np.mean(
+            (two_layers(*rounded, bias) - two_layers(first, second, 0 * BIAS)) ** 2
+        )
 
-    assert error(*equalize(first, second, 0 * BIAS)[0]) < error(first, second, 0 * BIAS) / 100
+    assert (
+        error(*equalize(first, second, 0 * BIAS)[0])
+        < error(first, second, 0 * BIAS) / 100
+    )
 
 
 def test_dead_channels_and_extreme_ranges():
@@ -63,7 +83,10 @@ def test_dead_channels_and_extreme_ranges():
 
 
 def test_convolutions_and_dtypes():
-    w1, w2 = (RANDOM.standard_normal(s).astype(np.float32) for s in ((3, 3, 2, 4), (3, 3, 4, 5)))
+    w1, w2 = (
+        RANDOM.standard_normal(s).astype(np.float32)
+        for s in ((3, 3, 2, 4), (3, 3, 4, 5))
+    )
     w1[..., 1] *= 20
     (a, b, _), _ = equalize(jnp.asarray(w1, jnp.bfloat16), w2)
     assert (a.dtype, b.dtype) == (jnp.bfloat16, jnp.float32)
@@ -72,12 +95,20 @@ def test_convolutions_and_dtypes():
     def net(first, second):
         dims = ("NHWC", "HWIO", "NHWC")
         first = jnp.asarray(first, jnp.float32)
-        hidden = jax.nn.relu(jax.lax.conv_general_dilated(x, first, (1, 1), "SAME", dimension_numbers=dims))
-        return jax.lax.conv_general_dilated(hidden, second, (1, 1), "SAME", dimension_numbers=dims)
+        hidden = jax.nn.relu(
+            jax.lax.conv_general_dilated(
+                x, first, (1, 1), "SAME", dimension_numbers=dims
+            )
+        )
+        return jax.lax.conv_general_dilated(
+            hidden, second, (1, 1), "SAME", dimension_numbers=dims
+        )
 
     (a, b, _), _ = equalize(w1, w2)
     np.testing.assert_allclose(net(a, b), net(w1, w2), atol=2e-4)
-    np.testing.assert_allclose(abs(np.asarray(a)).max((0, 1, 2)), abs(np.asarray(b)).max((0, 1, 3)), rtol=1e-6)
+    np.testing.assert_allclose(
+        abs(np.asarray(a)).max((0, 1, 2)), abs(np.asarray(b)).max((0, 1, 3)), rtol=1e-6
+    )
 
 
 def test_errors():

@@ -22,9 +22,17 @@ def problem(seed: int = 0, n: int = N, out: int = OUT):
     """(w, inputs, hessian): inputs are correlated and differ in size."""
     random = np.random.default_rng(seed)
     mix = np.eye(n) + 0.5 * random.standard_normal((n, n)) / np.sqrt(n)
-    x = random.standard_normal((4 * n, n)) @ mix * np.exp(0.5 * random.standard_normal(n))
+    x = (
+        random.standard_normal((4 * n, n))
+        @ mix
+        * np.exp(0.5 * random.standard_normal(n))
+    )
     w = random.standard_normal((n, out))
-    return w.astype(np.float32), x.astype(np.float32), (2 * x.T @ x / len(x)).astype(np.float32)
+    return (
+        w.astype(np.float32),
+        x.astype(np.float32),
+        (2 * x.T @ x / len(x)).astype(np.float32),
+    )
 
 
 def damped(hessian, damp=0.01) -> np.ndarray:
@@ -47,12 +55,16 @@ def grid_of(rows: np.ndarray, spec: QuantSpec):
     if not spec.symmetric:
         scale = (high - low) / (fmt.max - fmt.min)
         zero = np.clip(fmt.min - np.rint(low / scale), fmt.min, fmt.max)
-        return lambda row: (np.clip(np.rint(row / scale) + zero, fmt.min, fmt.max) - zero) * scale
+        return lambda row: (
+            (np.clip(np.rint(row / scale) + zero, fmt.min, fmt.max) - zero) * scale
+        )
     scale = np.abs(rows).max(0) / fmt.max
     if fmt.kind == "integer":
         return lambda row: np.clip(np.rint(row / scale), -fmt.max, fmt.max) * scale
     values = fmt.values().astype(np.float64)
-    return lambda row: values[np.abs(row[:, None] / scale[:, None] - values).argmin(1)] * scale
+    return lambda row: (
+        values[np.abs(row[:, None] / scale[:, None] - values).argmin(1)] * scale
+    )
 
 
 def reference(w, hessian, spec: QuantSpec, group: int, act_order=False) -> np.ndarray:
@@ -90,7 +102,12 @@ REFERENCES = {
     "name",
     tables.thinned(
         REFERENCES,
-        ["int4 groups of 5, padded", "uint4 asymmetric", "nf4 groups of 48", "act order, groups"],
+        [
+            "int4 groups of 5, padded",
+            "uint4 asymmetric",
+            "nf4 groups of 48",
+            "act order, groups",
+        ],
     ),
 )
 def test_equals_the_papers_algorithm(name):
@@ -114,16 +131,34 @@ def test_nearest_is_not_best():
 
 # Invariants.
 
-KINDS = ("int4", "uint4", "int8", "nf4", "nf4_dq", "fp8", "mxfp4", "nvfp4", "vsq4", "int3", "ternary", "log4", "binary")
+KINDS = (
+    "int4",
+    "uint4",
+    "int8",
+    "nf4",
+    "nf4_dq",
+    "fp8",
+    "mxfp4",
+    "nvfp4",
+    "vsq4",
+    "int3",
+    "ternary",
+    "log4",
+    "binary",
+)
 SPECS: dict[str, QuantSpec] = {name: jaxq.presets()[name] for name in KINDS} | {
     "flat": QuantSpec("nf4", PerFlat(64)),
     "tiles": QuantSpec("int4", PerBlock((32, 8))),
     "tensor": QuantSpec("int8", PerTensor()),
     "minimum": QuantSpec("uint4", PerGroup(32), offset="min", scale="float16"),
     "mean": QuantSpec("nf4", PerGroup(32), offset="mean"),
-    "signed extreme": QuantSpec("int4", PerGroup(32), scale="float16", scale_rule="signed_extreme"),
+    "signed extreme": QuantSpec(
+        "int4", PerGroup(32), scale="float16", scale_rule="signed_extreme"
+    ),
 }
-over_specs = pytest.mark.parametrize("name", tables.thinned(SPECS, ["nf4_dq", "mxfp4", "ternary", "mean"]))
+over_specs = pytest.mark.parametrize(
+    "name", tables.thinned(SPECS, ["nf4_dq", "mxfp4", "ternary", "mean"])
+)
 
 
 @over_specs
@@ -133,7 +168,9 @@ def test_loss_geometry_and_gain_of_every_kind(name):
     qt, info = gptq(w, hessian, spec)
     nearest = jaxq.quantize(w, spec, contracting=-2)
     assert jax.tree.structure(qt) == jax.tree.structure(nearest)
-    assert [(a.shape, a.dtype) for a in jax.tree.leaves(qt)] == [(a.shape, a.dtype) for a in jax.tree.leaves(nearest)]
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(qt)] == [
+        (a.shape, a.dtype) for a in jax.tree.leaves(nearest)
+    ]
     # sum e^2 = tr((W - Q)^T H (W - Q)), Q as it is stored.
     np.testing.assert_allclose(info.loss, proxy(w, qt, damped(hessian)), rtol=2e-4)
     assert proxy(w, qt, hessian) < 0.95 * proxy(w, nearest, hessian)
@@ -153,10 +190,14 @@ def test_a_diagonal_hessian_rounds_to_nearest(name):
 def test_block_size_does_not_matter(act_order):
     w, _, hessian = problem(3)
     spec = QuantSpec("int4", PerGroup(32))
-    found = [gptq(w, hessian, spec, block_size=b, act_order=act_order) for b in (128, 1, 32)]
+    found = [
+        gptq(w, hessian, spec, block_size=b, act_order=act_order) for b in (128, 1, 32)
+    ]
     for qt, info in found[1:]:
         np.testing.assert_allclose(info.loss, found[0][1].loss, rtol=1e-3)
-        assert np.mean(np.asarray(qt.codes()) == np.asarray(found[0][0].codes())) > 0.998
+        assert (
+            np.mean(np.asarray(qt.codes()) == np.asarray(found[0][0].codes())) > 0.998
+        )
 
 
 def test_many_regions_are_one_loop():
@@ -169,7 +210,9 @@ def test_many_regions_are_one_loop():
     assert np.mean(np.abs(np.asarray(jaxq.dequantize(qt)) - expected) < 1e-3) > 0.99
 
 
-@pytest.mark.parametrize("group", [None, 1, 3, 5, 16, 24, 31, 64, 100, 128, 251, 300, 1000, 1024, 4096])
+@pytest.mark.parametrize(
+    "group", [None, 1, 3, 5, 16, 24, 31, 64, 100, 128, 251, 300, 1000, 1024, 4096]
+)
 def test_regions_divide_each_other(group):
     for block_size in (1, 7, 16, 100, 128):
         for n in (1, 40, 4096, 14336):
@@ -215,10 +258,18 @@ def test_dead_inputs_are_rounded_to_nearest_and_touch_nothing():
         qt, info = gptq(w, hessian, spec, act_order=act_order)
         assert int(info.num_dead) == 3
         assert not info.fell_back
-        codes, nearest = np.asarray(qt.codes()), np.asarray(jaxq.quantize(w, spec).codes())
+        codes, nearest = (
+            np.asarray(qt.codes()),
+            np.asarray(jaxq.quantize(w, spec).codes()),
+        )
         np.testing.assert_array_equal(codes[dead], nearest[dead])
         live = np.setdiff1d(np.arange(N), dead)
-        other, _ = gptq(np.where(np.isin(np.arange(N), dead)[:, None], w / 2, w), hessian, spec, act_order=act_order)
+        other, _ = gptq(
+            np.where(np.isin(np.arange(N), dead)[:, None], w / 2, w),
+            hessian,
+            spec,
+            act_order=act_order,
+        )
         np.testing.assert_array_equal(np.asarray(other.codes())[live], codes[live])
 
 
@@ -243,10 +294,14 @@ inside_jit = jax.jit(functools.partial(gptq, spec="int4"))
 def test_a_hopeless_hessian_rounds_to_nearest_and_says_so(kind):
     w, _, hessian = problem()
     with np.errstate(over="ignore"):
-        bad = {"negative": -hessian, "huge": hessian * np.float32(1e38)}.get(kind, hessian.copy())
+        bad = {"negative": -hessian, "huge": hessian * np.float32(1e38)}.get(
+            kind, hessian.copy()
+        )
     if kind in ("nan", "infinite"):
         bad[5, 7] = bad[7, 5] = {"nan": np.nan, "infinite": np.inf}[kind]
-        with pytest.raises(ValueError, match=r"gptq: hessian\[5, 7\] is (nan|inf), one of 2 non-finite"):
+        with pytest.raises(
+            ValueError, match=r"gptq: hessian\[5, 7\] is (nan|inf), one of 2 non-finite"
+        ):
             gptq(w, bad, "int4")
     qt, info = inside_jit(w, bad)
     assert bool(info.fell_back)
@@ -293,13 +348,17 @@ def test_a_stack_is_its_matrices():
         assert np.mean(np.asarray(qt[i].codes()) == np.asarray(one.codes())) > 0.998
     shared, info = gptq(ws[:, None], hs[0], spec)
     assert (shared.shape, info.loss.shape) == ((3, 1, N, OUT), (3, 1))
-    assert np.mean(np.asarray(shared[0, 0].codes()) == np.asarray(qt[0].codes())) > 0.998
+    assert (
+        np.mean(np.asarray(shared[0, 0].codes()) == np.asarray(qt[0].codes())) > 0.998
+    )
 
 
 def test_narrow_dtypes_and_odd_shapes():
     for shape, dtype in (((50, 3), jnp.bfloat16), ((1, 1), jnp.float16)):
         w, _, hessian = problem(0, *shape)
-        qt, info = gptq(jnp.asarray(w, dtype), jnp.asarray(hessian, jnp.bfloat16), "int4")
+        qt, info = gptq(
+            jnp.asarray(w, dtype), jnp.asarray(hessian, jnp.bfloat16), "int4"
+        )
         assert (qt.shape, qt.dtype) == (shape, dtype)
         assert np.isfinite(info.loss)
 
@@ -324,26 +383,58 @@ def test_one_trace_for_one_shape():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"hessian": np.ones((4, 5), np.float32)}, ValueError, r"hessian must be second moments.*: \[96,96\]; got"),
-        ({"hessian": np.ones((2, N, N), np.float32)}, ValueError, r"got float32\[2,96,96\] \(w: float32\[96,24\]\)"),
+        (
+            {"hessian": np.ones((4, 5), np.float32)},
+            ValueError,
+            r"hessian must be second moments.*: \[96,96\]; got",
+        ),
+        (
+            {"hessian": np.ones((2, N, N), np.float32)},
+            ValueError,
+            r"got float32\[2,96,96\] \(w: float32\[96,24\]\)",
+        ),
         ({"hessian": np.ones((N, N), int)}, TypeError, r"hessian must be floats"),
-        ({"w": np.ones(N, np.float32)}, ValueError, r"w must be a matrix \[in, out\].*got float32\[96\]"),
-        ({"w": np.ones((N, OUT), int)}, TypeError, r"w must be float32, bfloat16 or float16, got int64\[96, 24\]"),
-        ({"spec": QuantSpec("int4", rounding="stochastic")}, ValueError, "gptq: rounding='stochastic'"),
+        (
+            {"w": np.ones(N, np.float32)},
+            ValueError,
+            r"w must be a matrix \[in, out\].*got float32\[96\]",
+        ),
+        (
+            {"w": np.ones((N, OUT), int)},
+            TypeError,
+            r"w must be float32, bfloat16 or float16, got int64\[96, 24\]",
+        ),
+        (
+            {"spec": QuantSpec("int4", rounding="stochastic")},
+            ValueError,
+            "gptq: rounding='stochastic'",
+        ),
         ({"spec": "int5"}, ValueError, "gptq: unknown preset 'int5'"),
         ({"damp": 2.0}, ValueError, "damp must be a share"),
-        ({"block_size": 0}, ValueError, "block_size must be a whole number of at least 1"),
+        (
+            {"block_size": 0},
+            ValueError,
+            "block_size must be a whole number of at least 1",
+        ),
     ],
 )
 def test_errors_name_what_came(change, error, message):
     w, _, hessian = problem()
     arguments = {"w": w, "hessian": hessian, "spec": "int4"} | change
     with pytest.raises(error, match=message):
-        gptq(arguments.pop("w"), arguments.pop("hessian"), arguments.pop("spec"), **arguments)
+        gptq(
+            arguments.pop("w"),
+            arguments.pop("hessian"),
+            arguments.pop("spec"),
+            **arguments,
+        )
 
 
 def test_statistics_of_a_surrounding_function_are_no_argument():
-    w, hessian = np.eye(16, dtype=np.float32), jnp.asarray(np.eye(16, dtype=np.float32) * 2)
+    w, hessian = (
+        np.eye(16, dtype=np.float32),
+        jnp.asarray(np.eye(16, dtype=np.float32) * 2),
+    )
     inside = jax.jit(lambda w: gptq(w, hessian, "int4")[0])(w)
     np.testing.assert_array_equal(inside.codes(), gptq(w, hessian, "int4")[0].codes())
     assert jax.jit(lambda: jaxq.quantize(hessian, "int8"))().shape == (16, 16)

@@ -14,14 +14,28 @@ SHAPE = (100, 12)
 MINIMUM = QuantSpec("uint4", PerGroup(25), offset="min")
 SPECS: dict[str, QuantSpec] = {
     name: jaxq.presets()[name]
-    for name in ("int4", "int3", "uint4", "int8", "nf4", "mxfp4", "fp4_e2m1", "ternary", "ttq")
+    for name in (
+        "int4",
+        "int3",
+        "uint4",
+        "int8",
+        "nf4",
+        "mxfp4",
+        "fp4_e2m1",
+        "ternary",
+        "ttq",
+    )
 } | {
     "minimum": MINIMUM,
-    "minimum, quantized scales": MINIMUM.replace(scale=QuantSpec("float8_e4m3fn", PerTensor())),
+    "minimum, quantized scales": MINIMUM.replace(
+        scale=QuantSpec("float8_e4m3fn", PerTensor())
+    ),
     "padded": MINIMUM.replace(granularity=PerGroup(32, pad=True), scale="float16"),
     "flat": QuantSpec("nf4", PerFlat(64)),
     "mean": QuantSpec("nf4", PerGroup(50), offset="mean"),
-    "signed extreme": QuantSpec("int4", PerGroup(50), scale="float16", scale_rule="signed_extreme"),
+    "signed extreme": QuantSpec(
+        "int4", PerGroup(50), scale="float16", scale_rule="signed_extreme"
+    ),
 }
 
 
@@ -32,7 +46,11 @@ def heavy_tailed(seed: int = 0, shape=SHAPE) -> np.ndarray:
 def block_errors(w, qt) -> np.ndarray:
     geometry = qt.meta.geometry
     error = jnp.abs(jaxq.dequantize(qt, dtype=jnp.float32) - w)
-    return np.asarray(geometry.to_blocks(geometry.pad(geometry.to_view(error))).sum(geometry.block_axes))
+    return np.asarray(
+        geometry.to_blocks(geometry.pad(geometry.to_view(error))).sum(
+            geometry.block_axes
+        )
+    )
 
 
 def reference(w: np.ndarray, size: int, top: int, steps: int = 20) -> np.ndarray:
@@ -41,7 +59,11 @@ def reference(w: np.ndarray, size: int, top: int, steps: int = 20) -> np.ndarray
     for start in range(0, len(w), size):
         for column in range(w.shape[1]):
             x = w[start : start + size, column].astype(np.float64)
-            scale, zero, beta = (x.max() - x.min()) / top, -x.min() * top / (x.max() - x.min()), 10.0
+            scale, zero, beta = (
+                (x.max() - x.min()) / top,
+                -x.min() * top / (x.max() - x.min()),
+                10.0,
+            )
             best = None
             for _ in range(steps + 1):
                 q = np.clip(np.rint(x / scale + zero), 0, top)
@@ -57,24 +79,37 @@ def reference(w: np.ndarray, size: int, top: int, steps: int = 20) -> np.ndarray
 
 def test_equals_the_published_steps():
     w = heavy_tailed()
-    got, expected = np.asarray(jaxq.dequantize(hqq(w, MINIMUM)[0])), reference(w, 25, 15)
-    step = np.repeat((w.reshape(4, 25, -1).max(1) - w.reshape(4, 25, -1).min(1)) / 15, 25, axis=0)
+    got, expected = (
+        np.asarray(jaxq.dequantize(hqq(w, MINIMUM)[0])),
+        reference(w, 25, 15),
+    )
+    step = np.repeat(
+        (w.reshape(4, 25, -1).max(1) - w.reshape(4, 25, -1).min(1)) / 15, 25, axis=0
+    )
     # Two offsets may be equally good to float32; everything else agrees.
     assert np.mean(np.abs(got - expected) < 1e-2 * step) > 0.95
-    np.testing.assert_allclose(np.abs(got - w).mean(), np.abs(expected - w).mean(), rtol=1e-3)
+    np.testing.assert_allclose(
+        np.abs(got - w).mean(), np.abs(expected - w).mean(), rtol=1e-3
+    )
 
 
-@pytest.mark.parametrize("name", tables.thinned(SPECS, ["minimum, quantized scales", "padded"]))
+@pytest.mark.parametrize(
+    "name", tables.thinned(SPECS, ["minimum, quantized scales", "padded"])
+)
 def test_no_block_gets_worse(name):
     w, spec = heavy_tailed(1), SPECS[name]
     qt, info = hqq(w, spec)
     nearest = jaxq.quantize(w, spec, contracting=-2)
     assert jax.tree.structure(qt) == jax.tree.structure(nearest)
-    assert [(a.shape, a.dtype) for a in jax.tree.leaves(qt)] == [(a.shape, a.dtype) for a in jax.tree.leaves(nearest)]
+    assert [(a.shape, a.dtype) for a in jax.tree.leaves(qt)] == [
+        (a.shape, a.dtype) for a in jax.tree.leaves(nearest)
+    ]
     before, after = block_errors(w, nearest), block_errors(w, qt)
     assert np.all(after <= before * (1 + 1e-5) + 1e-7)
     np.testing.assert_allclose(info.error, after.sum() / w.size, rtol=1e-4)
-    if name == "ttq":  # rounded by a threshold at first, with numbers that are means already
+    if (
+        name == "ttq"
+    ):  # rounded by a threshold at first, with numbers that are means already
         return
     np.testing.assert_allclose(info.initial_error, before.sum() / w.size, rtol=1e-4)
     if spec.fmt.bits <= 4 and spec.scale != "float8_e8m0fnu":
@@ -85,7 +120,9 @@ def test_no_block_gets_worse(name):
 def test_powers_of_two_scale_the_result():
     w = heavy_tailed(2)
     values = np.asarray(jaxq.dequantize(hqq(w, "int4")[0]))
-    np.testing.assert_array_equal(jaxq.dequantize(hqq(w * np.float32(2.0**20), "int4")[0]), values * 2.0**20)
+    np.testing.assert_array_equal(
+        jaxq.dequantize(hqq(w * np.float32(2.0**20), "int4")[0]), values * 2.0**20
+    )
 
 
 def test_no_steps_round_to_nearest_and_zeros_stay():
@@ -105,7 +142,9 @@ def test_a_stack_and_a_nan():
     qt, info = jax.jit(lambda w: hqq(w, "int4"))(w)
     assert (qt.batch_shape, info.error.shape) == ((2,), (2,))
     for i in range(2):
-        np.testing.assert_allclose(jaxq.dequantize(qt[i]), jaxq.dequantize(hqq(w[i], "int4")[0]), atol=1e-6)
+        np.testing.assert_allclose(
+            jaxq.dequantize(qt[i]), jaxq.dequantize(hqq(w[i], "int4")[0]), atol=1e-6
+        )
     w[0, 5, 7] = np.nan
     qt, _ = jax.jit(lambda w: hqq(w, "int4"))(w)
     lost = np.isnan(np.asarray(jaxq.dequantize(qt)))

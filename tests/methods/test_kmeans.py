@@ -27,7 +27,12 @@ def lloyd(x: np.ndarray, centres: np.ndarray, steps: int) -> np.ndarray:
     x, centres = x.astype(np.float64), centres.astype(np.float64)
     for _ in range(steps):
         member = np.abs(x[:, None] - centres).argmin(1)
-        centres = np.array([x[member == k].mean() if (member == k).any() else c for k, c in enumerate(centres)])
+        centres = np.array(
+            [
+                x[member == k].mean() if (member == k).any() else c
+                for k, c in enumerate(centres)
+            ]
+        )
     return centres
 
 
@@ -38,18 +43,33 @@ def inertia(w, qt) -> float:
 @jax.jit
 def by_autodiff(grad, qt):
     """`centroid_gradient`, as jax has it."""
-    return jax.grad(lambda c: jnp.sum(jaxq.dequantize(dataclasses.replace(qt, codebook=c)) * grad))(qt.codebook)
+    return jax.grad(
+        lambda c: jnp.sum(jaxq.dequantize(dataclasses.replace(qt, codebook=c)) * grad)
+    )(qt.codebook)
 
 
 def test_the_papers_example():
     # Han et al., 2016, figure 3: 16 weights, 2 bits.
     w = np.float32(
-        [[2.09, -0.98, 1.48, 0.09], [0.05, -0.14, -1.08, 2.12], [-0.91, 1.92, 0, -1.03], [1.87, 0, 1.53, 1.49]]
+        [
+            [2.09, -0.98, 1.48, 0.09],
+            [0.05, -0.14, -1.08, 2.12],
+            [-0.91, 1.92, 0, -1.03],
+            [1.87, 0, 1.53, 1.49],
+        ]
     )
-    grad = np.float32([[-3, -3, 3, -2], [-1, 1, -2, 12], [-1, 2, 4, 4], [1, 7, -2, 2]]) / 100
+    grad = (
+        np.float32([[-3, -3, 3, -2], [-1, 1, -2, 12], [-1, 2, 4, 4], [1, 7, -2, 2]])
+        / 100
+    )
     qt, info = kmeans(w, 2)
     np.testing.assert_allclose(qt.codebook.ravel(), [-1, 0, 1.5, 2], atol=5e-7)
-    assert qt.codes().tolist() == [[3, 0, 2, 1], [1, 1, 0, 3], [0, 3, 1, 0], [3, 1, 2, 2]]
+    assert qt.codes().tolist() == [
+        [3, 0, 2, 1],
+        [1, 1, 0, 3],
+        [0, 3, 1, 0],
+        [3, 1, 2, 2],
+    ]
     assert qt.data.nbytes == 4
     sums = centroid_gradient(grad, qt).ravel()
     members = [grad[np.asarray(qt.codes()) == k].sum() for k in range(4)]
@@ -76,7 +96,10 @@ def test_equals_lloyd(steps):
 @pytest.mark.parametrize("algorithm", ["exact", "histogram"])
 def test_inertia_never_rises(algorithm):
     w = heavy_tailed(1)
-    found = [float(kmeans(w, 4, num_steps=n, algorithm=algorithm)[1].inertia) for n in (0, 1, 2, 5, 20)]
+    found = [
+        float(kmeans(w, 4, num_steps=n, algorithm=algorithm)[1].inertia)
+        for n in (0, 1, 2, 5, 20)
+    ]
     assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(found))
     assert found[-1] < 0.7 * found[0]
 
@@ -84,7 +107,10 @@ def test_inertia_never_rises(algorithm):
 @pytest.mark.parametrize("init", ["linear", "density"])
 def test_a_histogram_is_as_good_as_all_numbers(init):
     w = heavy_tailed(2)
-    exact, histogram = (kmeans(w, 4, init=init, algorithm=a, num_steps=300)[1] for a in ("exact", "histogram"))
+    exact, histogram = (
+        kmeans(w, 4, init=init, algorithm=a, num_steps=300)[1]
+        for a in ("exact", "histogram")
+    )
     np.testing.assert_allclose(histogram.inertia, exact.inertia, rtol=2e-3)
 
 
@@ -99,7 +125,9 @@ GRANULARITIES = {
 }
 
 
-@pytest.mark.parametrize("name", tables.thinned(GRANULARITIES, list(GRANULARITIES)[:3:2]))
+@pytest.mark.parametrize(
+    "name", tables.thinned(GRANULARITIES, list(GRANULARITIES)[:3:2])
+)
 def test_every_granularity_works_elsewhere(name, tmp_path):
     bits, granularity = GRANULARITIES[name]
     w = heavy_tailed(3)
@@ -113,10 +141,14 @@ def test_every_granularity_works_elsewhere(name, tmp_path):
 
     @jax.jit
     def in_blocks(w, found, codebook):
-        w, found = (geometry.to_blocks(geometry.pad(geometry.to_view(v))) for v in (w, found))
+        w, found = (
+            geometry.to_blocks(geometry.pad(geometry.to_view(v))) for v in (w, found)
+        )
         return w, found, geometry.scale_to_blocks(jnp.moveaxis(codebook, -1, 0))
 
-    blocks, found, tables_ = map(np.asarray, in_blocks(w, np.abs(values - w), qt.codebook))
+    blocks, found, tables_ = map(
+        np.asarray, in_blocks(w, np.abs(values - w), qt.codebook)
+    )
     least = np.abs(blocks[None] - tables_).min(0)
     np.testing.assert_allclose(found, np.where(found == 0, 0, least), atol=1e-7)
     # Products, files, gradients.
@@ -127,33 +159,43 @@ def test_every_granularity_works_elsewhere(name, tmp_path):
     assert jax.tree.structure(back) == jax.tree.structure(qt)
     jax.tree.map(np.testing.assert_array_equal, back, qt)
     grad = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
-    np.testing.assert_allclose(centroid_gradient(grad, qt), by_autodiff(grad, qt), atol=1e-4)
+    np.testing.assert_allclose(
+        centroid_gradient(grad, qt), by_autodiff(grad, qt), atol=1e-4
+    )
 
 
 def test_tables_go_with_a_model(tmp_path):
     def make(seed):
         return nnx.Linear(32, 16, use_bias=False, rngs=nnx.Rngs(seed))
 
-    recipe = jaxq.Recipe([jaxq.Rule("*", weight="int4", method="kmeans", options={"num_steps": 2})])
+    recipe = jaxq.Recipe(
+        [jaxq.Rule("*", weight="int4", method="kmeans", options={"num_steps": 2})]
+    )
     model, report = jaxq.quantize_model(make(0), recipe)
     qt = model.kernel.get_value()
     assert "kmeans4[32x16]" in repr(qt)
     (row,) = report.rows
     assert (row.format, row.method, row.bytes_after) == ("kmeans4", "kmeans", qt.nbytes)
-    assert qt.bits_per_element == 4 + (16 * 16 + 16) * 32 / (32 * 16)  # tables and scales included
+    assert qt.bits_per_element == 4 + (16 * 16 + 16) * 32 / (
+        32 * 16
+    )  # tables and scales included
     jaxq.save(tmp_path / "model.safetensors", model)
     back = jaxq.load(tmp_path / "model.safetensors", into=make(1)).kernel.get_value()
     assert jax.tree.structure(back) == jax.tree.structure(qt)
     jax.tree.map(np.testing.assert_array_equal, back, qt)
     # The format by itself is in no list, and comes back from its description.
     assert "kmeans4" not in jaxq.formats.names()
-    assert jaxq.QuantSpec.from_dict(json.loads(json.dumps(qt.spec.to_dict()))) == qt.spec
+    assert (
+        jaxq.QuantSpec.from_dict(json.loads(json.dumps(qt.spec.to_dict()))) == qt.spec
+    )
 
 
 def test_the_gradient_of_a_trained_ternary():
     w = heavy_tailed(4)
     qt = jaxq.quantize(w, "ttq")
-    np.testing.assert_allclose(centroid_gradient(w, qt), by_autodiff(w, qt), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        centroid_gradient(w, qt), by_autodiff(w, qt), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_stack_is_its_matrices():
@@ -165,7 +207,9 @@ def test_a_stack_is_its_matrices():
         one, _ = kmeans(w[i], 3, granularity=PerChannel())
         np.testing.assert_allclose(qt.codebook[i], one.codebook, atol=1e-6)
     grad = heavy_tailed(2, w.shape)
-    np.testing.assert_allclose(centroid_gradient(grad, qt)[1], centroid_gradient(grad[1], qt[1]), atol=1e-6)
+    np.testing.assert_allclose(
+        centroid_gradient(grad, qt)[1], centroid_gradient(grad[1], qt[1]), atol=1e-6
+    )
 
 
 def test_scale_of_the_weights_does_not_matter():
@@ -174,7 +218,9 @@ def test_scale_of_the_weights_does_not_matter():
     for exponent in (-100, 100):
         again, _ = kmeans(w * np.float32(2.0**exponent), 4)
         np.testing.assert_array_equal(again.codes(), qt.codes())
-        np.testing.assert_array_equal(again.codebook, qt.codebook * np.float32(2.0**exponent))
+        np.testing.assert_array_equal(
+            again.codebook, qt.codebook * np.float32(2.0**exponent)
+        )
 
 
 def test_hard_weights():
@@ -199,7 +245,11 @@ def test_hard_weights():
 
 def test_errors():
     w = heavy_tailed()
-    for change, message in (({"bits": 9}, "bits must be"), ({"init": "random"}, "init"), ({"num_steps": -1}, "num_st")):
+    for change, message in (
+        ({"bits": 9}, "bits must be"),
+        ({"init": "random"}, "init"),
+        ({"num_steps": -1}, "num_st"),
+    ):
         with pytest.raises(ValueError, match=f"kmeans: {message}"):
             kmeans(w, **({"bits": 4} | change))
     with pytest.raises(ValueError, match="algorithm"):
@@ -221,9 +271,16 @@ def test_few_numbers_behind_many(algorithm):
         nearest = np.abs(w[:, 0].astype(np.float64)[:, None] - centres).argmin(1)
         centres = np.array([w[nearest == k, 0].astype(np.float64).mean() if (nearest == k).any() else c
                             for k, c in enumerate(centres)])  # fmt: skip
-    np.testing.assert_allclose(np.asarray(qt.codebook).ravel(), centres, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(qt.codebook).ravel(), centres, rtol=1e-6, atol=1e-6
+    )
     # Many numbers of one sign, of which float32 sums lose the last digits.
-    w = np.abs(np.random.default_rng(0).standard_normal((1 << 16, 1))).astype(np.float32) + 1
+    w = (
+        np.abs(np.random.default_rng(0).standard_normal((1 << 16, 1))).astype(
+            np.float32
+        )
+        + 1
+    )
     qt, _ = jaxq.methods.kmeans(w, 2, algorithm=algorithm)
     codes, table = np.asarray(qt.codes())[:, 0], np.asarray(qt.codebook).ravel()
     means = [w[codes == k, 0].astype(np.float64).mean() for k in range(4)]

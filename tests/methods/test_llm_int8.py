@@ -20,7 +20,9 @@ W = RANDOM.standard_normal((40, 9)).astype(np.float32)
 QT = jaxq.quantize(W, "int8")
 ZERO_POINT = QuantSpec("int8", jaxq.PerToken(), symmetric=False)
 # `matmul` compiled once for all tests of one set of arguments.
-matmul = jax.jit(llm_int8_matmul, static_argnames=("threshold", "num_outliers", "activation"))
+matmul = jax.jit(
+    llm_int8_matmul, static_argnames=("threshold", "num_outliers", "activation")
+)
 
 
 def steps_of_the_paper(x, w, threshold, keep):
@@ -42,13 +44,19 @@ def test_steps_of_the_paper(threshold, keep):
     exact = steps_of_the_paper(X, W, threshold, keep)
     # A tie in rounding may fall either way: one step of one code.
     np.testing.assert_allclose(y, exact, atol=2e-2 if threshold > 100 else 2e-3)
-    assert np.flatnonzero(info.outliers).tolist() == np.flatnonzero(abs(X).max(0) >= threshold).tolist()
+    assert (
+        np.flatnonzero(info.outliers).tolist()
+        == np.flatnonzero(abs(X).max(0) >= threshold).tolist()
+    )
 
 
 LIMITS = [(dtype, k) for dtype in ("float32", "bfloat16") for k in (None, 4)]
 
 
-@pytest.mark.parametrize(("dtype", "num_outliers"), tables.thinned(LIMITS, [("float32", None), ("bfloat16", 4)]))
+@pytest.mark.parametrize(
+    ("dtype", "num_outliers"),
+    tables.thinned(LIMITS, [("float32", None), ("bfloat16", 4)]),
+)
 def test_without_outliers_it_is_the_plain_product(dtype, num_outliers):
     x, w = jnp.asarray(CALM, dtype), jnp.asarray(W, dtype)
     qt = jaxq.quantize(w, "int8")
@@ -58,14 +66,18 @@ def test_without_outliers_it_is_the_plain_product(dtype, num_outliers):
     assert (int(info.num_outliers), int(info.num_missed)) == (0, 0)
     # And so it is whatever comes in, where nothing reaches the threshold.
     x = jnp.asarray(X, dtype)
-    np.testing.assert_array_equal(matmul(x, qt, threshold=1e9)[0], x @ qt.with_activation("int8"))
+    np.testing.assert_array_equal(
+        matmul(x, qt, threshold=1e9)[0], x @ qt.with_activation("int8")
+    )
 
 
 def test_is_the_product_of_layers():
     y, _ = matmul(X, QT, threshold=6.0)
     layer = jax.jit(lambda x: x @ QT.with_activation("int8", outliers=6.0))
     np.testing.assert_array_equal(y, layer(X))
-    np.testing.assert_allclose(matmul(X, QT, keep=jaxq.dequantize(QT))[0], y, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        matmul(X, QT, keep=jaxq.dequantize(QT))[0], y, rtol=1e-5, atol=1e-4
+    )
 
 
 def test_threshold_zero_is_the_product_in_high_precision():
@@ -100,7 +112,11 @@ def test_fixed_number_of_outliers(keep):
         assert (int(info.num_outliers), int(info.num_missed)) == (2, 0)
         assert np.flatnonzero(info.outliers).tolist() == OUTLIERS
     _, info = matmul(X, QT, keep=floats, num_outliers=1)
-    assert (int(info.num_outliers), int(info.num_missed), int(info.outliers.sum())) == (2, 1, 1)
+    assert (int(info.num_outliers), int(info.num_missed), int(info.outliers.sum())) == (
+        2,
+        1,
+        1,
+    )
     y, info = matmul(X, QT, keep=floats, num_outliers=0)
     np.testing.assert_array_equal(y, X @ QT.with_activation("int8"))
     assert int(info.num_missed) == 2
@@ -114,7 +130,9 @@ def test_weights_of_other_geometries(preset):
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-4)
     high = X[:, OUTLIERS] @ np.asarray(jaxq.dequantize(qt))[OUTLIERS]
     rest = np.where(np.isin(np.arange(40), OUTLIERS), 0, X).astype(np.float32)
-    np.testing.assert_allclose(exact - high, rest @ qt.with_activation("int8"), atol=2e-4)
+    np.testing.assert_allclose(
+        exact - high, rest @ qt.with_activation("int8"), atol=2e-4
+    )
 
 
 def test_scaling_a_row_scales_its_result():
@@ -128,7 +146,9 @@ def test_scaling_a_row_scales_its_result():
 
 
 def test_zero_point_activations():
-    x = (abs(X) + 1).astype(np.float32)  # one-sided: half of a symmetric range would be idle
+    x = (abs(X) + 1).astype(
+        np.float32
+    )  # one-sided: half of a symmetric range would be idle
     y, info = matmul(x, QT, threshold=8.0, activation=ZERO_POINT)
     out = np.asarray(info.outliers)
     rest = np.where(out, 0, x).astype(np.float64)
@@ -140,9 +160,13 @@ def test_zero_point_activations():
     exact = s * ((q - zero) @ w_hat) + x[:, out].astype(np.float64) @ w_hat[out]
     np.testing.assert_allclose(y, exact, atol=5e-3)
     qt, _ = llm_int8(W, activation=ZERO_POINT)
-    np.testing.assert_array_equal(matmul(x, qt, threshold=8.0)[0], y)  # taken from the QTensor
+    np.testing.assert_array_equal(
+        matmul(x, qt, threshold=8.0)[0], y
+    )  # taken from the QTensor
     wide = x.astype(np.float64) @ w_hat
-    assert np.mean((y - wide) ** 2) < np.mean((matmul(x, QT, threshold=8.0)[0] - wide) ** 2)
+    assert np.mean((y - wide) ** 2) < np.mean(
+        (matmul(x, QT, threshold=8.0)[0] - wide) ** 2
+    )
 
 
 def test_shapes_of_the_input():
@@ -156,7 +180,9 @@ def test_shapes_of_the_input():
 
 
 def test_the_rest_multiplies_as_integers():
-    text = jax.jit(lambda x: llm_int8_matmul(x, QT, num_outliers=2)[0]).lower(X).as_text()
+    text = (
+        jax.jit(lambda x: llm_int8_matmul(x, QT, num_outliers=2)[0]).lower(X).as_text()
+    )
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert any("tensor<40x9xi8>" in p or "xi8>" in p for p in products), products
     floats = [p for p in products if "xi8>" not in p]
@@ -176,8 +202,13 @@ def test_calibration_counts_outliers():
     qt, info = llm_int8(W, absmax_x=abs(X).max(0))
     np.testing.assert_array_equal(qt.data, QT.data)
     assert qt.meta.activation == jaxq.presets()["int8"]
-    assert (int(info.num_outliers), np.flatnonzero(info.outliers).tolist()) == (2, OUTLIERS)
-    stack, info = llm_int8(np.stack([W, W]), absmax_x=np.stack([abs(X).max(0), abs(CALM).max(0)]))
+    assert (int(info.num_outliers), np.flatnonzero(info.outliers).tolist()) == (
+        2,
+        OUTLIERS,
+    )
+    stack, info = llm_int8(
+        np.stack([W, W]), absmax_x=np.stack([abs(X).max(0), abs(CALM).max(0)])
+    )
     assert stack.shape == (2, 40, 9)
     assert info.num_outliers.tolist() == [2, 0]
     assert llm_int8(W)[1].num_outliers == 0

@@ -6,11 +6,45 @@ import numpy as np
 import pytest
 
 import jaxq
-from jaxq.methods._rotation import hadamard, hadamard_matrix, random_hadamard, rotate_in, rotate_out
+from jaxq.methods._rotation import (
+    hadamard,
+    hadamard_matrix,
+    random_hadamard,
+    rotate_in,
+    rotate_out,
+)
 from tests import tables
 
 # Powers of two; both of Paley's constructions, over primes and over powers of primes (9, 25, 27, 49); doubled ones.
-ORDERS = [1, 2, 4, 8, 64, 12, 20, 24, 28, 36, 40, 44, 48, 52, 56, 60, 68, 72, 76, 80, 84, 88, 96, 100, 104, 108, 120]
+ORDERS = [
+    1,
+    2,
+    4,
+    8,
+    64,
+    12,
+    20,
+    24,
+    28,
+    36,
+    40,
+    44,
+    48,
+    52,
+    56,
+    60,
+    68,
+    72,
+    76,
+    80,
+    84,
+    88,
+    96,
+    100,
+    104,
+    108,
+    120,
+]
 ORDERS += [124, 128, 140, 148, 156, 160, 164, 172, 256, 312, 344, 896]
 SHORT = [1, 2, 8, 12, 20, 28, 36, 40, 52, 156, 172, 344]
 
@@ -25,7 +59,10 @@ def test_rows_are_orthogonal_to_the_integer(n):
 
 
 def test_powers_of_two_are_sylvesters():
-    np.testing.assert_array_equal(hadamard_matrix(4), [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
+    np.testing.assert_array_equal(
+        hadamard_matrix(4),
+        [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]],
+    )
     indices = np.arange(64)
     parity = np.array([[bin(i & j).count("1") % 2 for j in indices] for i in indices])
     np.testing.assert_array_equal(hadamard_matrix(64), 1 - 2 * parity)
@@ -36,21 +73,33 @@ def test_transform_is_the_product(n):
     h = hadamard_matrix(n).astype(np.float64)
     whole = np.random.default_rng(n).integers(-9, 10, (5, n)).astype(np.float32)
     # Whole numbers: sums are exact, and one rounding each is left for 1 / sqrt(n) and the product with it.
-    np.testing.assert_allclose(hadamard(whole), whole @ h / np.sqrt(n), rtol=2e-7, atol=0)
-    np.testing.assert_allclose(hadamard(whole, inverse=True), whole @ h.T / np.sqrt(n), rtol=2e-7, atol=0)
-    np.testing.assert_allclose(hadamard(hadamard(whole), inverse=True), whole, atol=1e-5)
+    np.testing.assert_allclose(
+        hadamard(whole), whole @ h / np.sqrt(n), rtol=2e-7, atol=0
+    )
+    np.testing.assert_allclose(
+        hadamard(whole, inverse=True), whole @ h.T / np.sqrt(n), rtol=2e-7, atol=0
+    )
+    np.testing.assert_allclose(
+        hadamard(hadamard(whole), inverse=True), whole, atol=1e-5
+    )
 
 
 def test_axes_dtypes_and_norm():
     x = np.random.default_rng(0).standard_normal((3, 24, 4)).astype(np.float32)
     y = np.asarray(hadamard(x, 1))
-    np.testing.assert_allclose(np.linalg.norm(y, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.linalg.norm(y, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5
+    )
     np.testing.assert_allclose(y.swapaxes(1, 2), hadamard(x.swapaxes(1, 2)), rtol=1e-6)
     narrow = hadamard(jnp.asarray(x, jnp.bfloat16), 1)
     assert narrow.dtype == jnp.bfloat16  # computed in float32 and rounded once
-    exact = hadamard(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), 1).astype(jnp.bfloat16)
+    exact = hadamard(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), 1).astype(
+        jnp.bfloat16
+    )
     np.testing.assert_array_equal(narrow, exact)
-    np.testing.assert_allclose(jax.jit(lambda v: hadamard(v, 1))(x), y, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(lambda v: hadamard(v, 1))(x), y, rtol=1e-6, atol=1e-6
+    )
     gradient = jax.grad(lambda v: hadamard(v, 1)[0, 0, 0])(x)  # a row of the matrix
     np.testing.assert_allclose(abs(gradient[0, :, 0]), 24**-0.5, rtol=1e-6)
 
@@ -64,10 +113,14 @@ def test_a_spike_becomes_flat():
 @pytest.mark.parametrize("n", tables.thinned([16, 20], [20]))
 def test_rotations_cancel_between_layers(n):
     random = np.random.default_rng(1)
-    x, w, before = (random.standard_normal(s).astype(np.float32) for s in ((7, n), (n, 5), (3, n)))
+    x, w, before = (
+        random.standard_normal(s).astype(np.float32) for s in ((7, n), (n, 5), (3, n))
+    )
     signs = random_hadamard(jax.random.key(2), n)
     assert set(np.unique(signs)) == {-1, 1}
-    np.testing.assert_allclose(rotate_out(x, signs) @ rotate_in(w, signs), x @ w, atol=2e-5)
+    np.testing.assert_allclose(
+        rotate_out(x, signs) @ rotate_in(w, signs), x @ w, atol=2e-5
+    )
     np.testing.assert_allclose(rotate_out(x) @ rotate_in(w), x @ w, atol=2e-5)
     # A linear before: its outputs come out rotated.
     y = x[:, :3] @ rotate_out(before, signs) @ rotate_in(w, signs)
@@ -76,7 +129,9 @@ def test_rotations_cancel_between_layers(n):
     np.testing.assert_allclose(rotate_in(w, signs), q(signs).T @ w, atol=2e-5)
     np.testing.assert_allclose(q(signs) @ q(signs).T, np.eye(n), atol=1e-6)
     stack = np.stack([w, 2 * w])
-    np.testing.assert_allclose(rotate_in(stack, signs)[1], 2 * rotate_in(w, signs), rtol=1e-6)
+    np.testing.assert_allclose(
+        rotate_in(stack, signs)[1], 2 * rotate_in(w, signs), rtol=1e-6
+    )
 
 
 def q(signs):
@@ -91,15 +146,32 @@ def test_outliers_are_spread():
     spec = jaxq.QuantSpec("int4", jaxq.PerToken())
 
     def error(v):
-        return float(jaxq.metrics.mse(v, jaxq.dequantize(jaxq.quantize(v, spec, contracting=-1))))
+        return float(
+            jaxq.metrics.mse(v, jaxq.dequantize(jaxq.quantize(v, spec, contracting=-1)))
+        )
 
     assert error(hadamard(x)) < error(x) / 4
 
 
 def test_widths_of_known_models():
     # Hidden and inner sizes of Llama 2 and 3, Mistral, Qwen2 and Gemma.
-    for n in (11008, 13824, 14336, 28672, 8960, 4864, 18944, 29568, 3072, 5120, 8192, 2816):
-        assert jax.eval_shape(lambda key, n=n: random_hadamard(key, n), jax.random.key(0)).shape == (n,)
+    for n in (
+        11008,
+        13824,
+        14336,
+        28672,
+        8960,
+        4864,
+        18944,
+        29568,
+        3072,
+        5120,
+        8192,
+        2816,
+    ):
+        assert jax.eval_shape(
+            lambda key, n=n: random_hadamard(key, n), jax.random.key(0)
+        ).shape == (n,)
 
 
 def test_errors():

@@ -26,7 +26,9 @@ def test_is_quantize(spec):
     assert jax.tree.structure(qt) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, qt, expected)
     assert info.sqnr.shape == (3,)
-    assert float(info.sqnr[1]) == pytest.approx(float(jaxq.metrics.sqnr(w[1], jaxq.dequantize(expected)[1])))
+    assert float(info.sqnr[1]) == pytest.approx(
+        float(jaxq.metrics.sqnr(w[1], jaxq.dequantize(expected)[1]))
+    )
 
 
 def test_log4_rounds_in_the_logarithm():
@@ -36,11 +38,15 @@ def test_log4_rounds_in_the_logarithm():
     size = np.abs(w).astype(np.float64) / np.abs(w).max(0)
     with np.errstate(divide="ignore"):
         exponent = np.clip(np.rint(np.log2(size)), -6, 0)
-    expected = np.where(size >= 2.0**-7, np.sign(w) * 2.0**exponent * np.abs(w).max(0), 0)
+    expected = np.where(
+        size >= 2.0**-7, np.sign(w) * 2.0**exponent * np.abs(w).max(0), 0
+    )
     got = values(w, "log4")
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     inside = size >= 2.0**-6
-    assert np.all((abs(got - w) / np.where(inside, abs(w), 1))[inside] <= np.sqrt(2) - 1 + 1e-6)
+    assert np.all(
+        (abs(got - w) / np.where(inside, abs(w), 1))[inside] <= np.sqrt(2) - 1 + 1e-6
+    )
     # The threshold of two octaves is sqrt(2), not 1.5.
     near = np.float32([[4.0, 2.82, 2.83, 1.41, 1.42]]).T
     assert values(near, "log4").ravel().tolist() == [4, 2, 4, 1, 2]
@@ -55,14 +61,18 @@ def test_binary_is_the_best_sign_and_scale():
     w[5, 3] = 0
     got, alpha = values(w, "binary"), np.abs(w).mean(0)
     np.testing.assert_allclose(got, np.where(w >= 0, alpha, -alpha), rtol=1e-6)
-    np.testing.assert_allclose(((w - got) ** 2).sum(0), (w**2).sum(0) - len(w) * alpha**2, rtol=1e-4)
+    np.testing.assert_allclose(
+        ((w - got) ** 2).sum(0), (w**2).sum(0) - len(w) * alpha**2, rtol=1e-4
+    )
 
 
 def test_ternary_rounds_over_the_mean_magnitude():
     # BitNet b1.58 (Ma et al., 2024): clip(rint(w / mean |w|), -1, 1) * mean |w|.
     w = normal(3)
     mean = np.abs(w).mean(0)
-    np.testing.assert_allclose(values(w, "ternary"), np.clip(np.rint(w / mean), -1, 1) * mean, rtol=1e-6)
+    np.testing.assert_allclose(
+        values(w, "ternary"), np.clip(np.rint(w / mean), -1, 1) * mean, rtol=1e-6
+    )
 
 
 def test_twn_has_a_threshold_and_the_mean_above_it():
@@ -78,7 +88,9 @@ def test_ttq_has_a_number_for_each_sign():
     # Zhu et al., 2017: 0.05 max |w|, and one trained magnitude a sign, which starts at the mean.
     w = np.where(normal(5) > 0, 2, 1).astype(np.float32) * normal(5)
     kept = np.abs(w) > 0.05 * np.abs(w).max()
-    expected = np.select([kept & (w > 0), kept], [w[kept & (w > 0)].mean(), w[kept & (w < 0)].mean()], 0)
+    expected = np.select(
+        [kept & (w > 0), kept], [w[kept & (w > 0)].mean(), w[kept & (w < 0)].mean()], 0
+    )
     np.testing.assert_allclose(values(w, "ttq"), expected, rtol=1e-5)
 
 

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 import jaxq
-from jaxq.methods._smoothquant import fold_scale_into_next, fold_scale_into_previous, smoothquant
+from jaxq.methods._smoothquant import (
+    fold_scale_into_next,
+    fold_scale_into_previous,
+    smoothquant,
+)
 from tests.ops.reference import normal
 
 RANDOM = np.random.default_rng(0)
@@ -23,14 +27,18 @@ def test_example_of_the_paper():
     s = np.asarray(smoothquant(abs(x).max(0), w)[0])
     assert s.tolist() == [1, 4, 1, 3]
     np.testing.assert_array_equal(x / s, [[1, -4, 2, 2], [-2, 2, -1, -3]])
-    np.testing.assert_array_equal(fold_scale_into_next(s, w), [[2, 1, -2], [4, -4, -4], [2, -1, -2], [-3, -3, 3]])
+    np.testing.assert_array_equal(
+        fold_scale_into_next(s, w), [[2, 1, -2], [4, -4, -4], [2, -1, -2], [-3, -3, 3]]
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.8, 1.0])
 def test_definition(alpha):
     s, info = smoothquant(ABSMAX, [W[:, :5], W[:, 5:]], alpha=alpha)
     s = np.asarray(s)
-    exact = ABSMAX.astype(np.float64) ** alpha / abs(W).max(1).astype(np.float64) ** (1 - alpha)
+    exact = ABSMAX.astype(np.float64) ** alpha / abs(W).max(1).astype(np.float64) ** (
+        1 - alpha
+    )
     np.testing.assert_allclose(s, exact, rtol=1e-5)
     np.testing.assert_allclose(info.absmax_x, abs(X / s).max(0), rtol=1e-5)
     np.testing.assert_allclose(info.absmax_w, abs(W * s[:, None]).max(1), rtol=1e-5)
@@ -48,7 +56,9 @@ def test_makes_activations_quantizable():
         y = np.asarray(x @ jaxq.quantize(w, "int8").with_activation("int8"), np.float64)
         return np.mean((y - X.astype(np.float64) @ W) ** 2)
 
-    assert error(jnp.asarray(X) / s[None], fold_scale_into_next(s, W)) < error(X, W) / 10
+    assert (
+        error(jnp.asarray(X) / s[None], fold_scale_into_next(s, W)) < error(X, W) / 10
+    )
 
 
 def test_dead_channels_keep_the_scale_one():
@@ -59,7 +69,9 @@ def test_dead_channels_keep_the_scale_one():
     assert np.flatnonzero(info.dead).tolist() == [4, 9]
     assert np.all(np.isfinite(s) & (np.asarray(s) > 0))
     # Under jit nothing can be raised: a NaN is no magnitude either.
-    broken = jax.jit(lambda a: smoothquant(a, w)[0])(jnp.asarray(absmax).at[7].set(jnp.nan))
+    broken = jax.jit(lambda a: smoothquant(a, w)[0])(
+        jnp.asarray(absmax).at[7].set(jnp.nan)
+    )
     assert broken[7] == 1
     np.testing.assert_allclose(np.delete(broken, 7), np.delete(s, 7), rtol=1e-6)
 
@@ -69,13 +81,23 @@ def test_folding_into_what_comes_before():
     gain, bias = RANDOM.standard_normal((2, 32)).astype(np.float32)
     new_gain, new_bias = map(np.asarray, fold_scale_into_previous(s, gain, bias))
     normed = X / 7
-    np.testing.assert_allclose(normed * new_gain + new_bias, (normed * gain + bias) / s, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        normed * new_gain + new_bias, (normed * gain + bias) / s, rtol=1e-5, atol=1e-5
+    )
     kernel = RANDOM.standard_normal((8, 32)).astype(np.float32)
     folded, none = fold_scale_into_previous(s, jnp.asarray(kernel, jnp.bfloat16))
     assert (folded.dtype, folded.shape, none) == (jnp.bfloat16, (8, 32), None)
-    before, after = RANDOM.standard_normal((5, 8)).astype(np.float32), fold_scale_into_next(s, W)
+    before, after = (
+        RANDOM.standard_normal((5, 8)).astype(np.float32),
+        fold_scale_into_next(s, W),
+    )
     exact = before @ kernel @ W
-    np.testing.assert_allclose(before @ fold_scale_into_previous(s, kernel)[0] @ after, exact, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        before @ fold_scale_into_previous(s, kernel)[0] @ after,
+        exact,
+        rtol=1e-3,
+        atol=1e-3,
+    )
 
 
 def test_errors():
@@ -85,7 +107,9 @@ def test_errors():
         smoothquant(ABSMAX, [W, W[1:]])
     with pytest.raises(ValueError, match="weights is empty"):
         smoothquant(ABSMAX, [])
-    with pytest.raises(ValueError, match=r"absmax_x must be .*\[32\]; got float32\[64,32\]"):
+    with pytest.raises(
+        ValueError, match=r"absmax_x must be .*\[32\]; got float32\[64,32\]"
+    ):
         smoothquant(X, W)
     with pytest.raises(ValueError, match="smallest number is -"):
         smoothquant(-ABSMAX, W)
@@ -103,7 +127,9 @@ def test_stacks_are_matrices_one_by_one():
     tokens = np.asarray(normal(2, 16, 8, seed=2))
     scale, found = jaxq.methods.awq_scale([stack, 2 * stack], tokens, "int3")
     for i in range(2):
-        np.testing.assert_allclose(s[i], smoothquant(x[i], [stack[i], stack[i, :, :2]])[0], rtol=1e-6)
+        np.testing.assert_allclose(
+            s[i], smoothquant(x[i], [stack[i], stack[i, :, :2]])[0], rtol=1e-6
+        )
         one, about = jaxq.methods.awq_scale([stack[i], 2 * stack[i]], tokens[i], "int3")
         np.testing.assert_allclose(scale[i], one, rtol=1e-5)
         np.testing.assert_allclose(found.losses[i], about.losses, rtol=1e-4)

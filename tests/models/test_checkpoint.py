@@ -46,9 +46,15 @@ PEERS = {
     "biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "head_dim": ("LlamaConfig", {"head_dim": 16}),
     "llama3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
-    "linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "linear": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
     "qwen2": ("Qwen2Config", {"use_sliding_window": False}),
-    "qwen2_tied": ("Qwen2Config", {"tie_word_embeddings": True, "use_sliding_window": False}),
+    "qwen2_tied": (
+        "Qwen2Config",
+        {"tie_word_embeddings": True, "use_sliding_window": False},
+    ),
     "mistral": ("MistralConfig", {"sliding_window": 6}),
     "mistral_all": ("MistralConfig", {"sliding_window": None}),
 }
@@ -83,29 +89,39 @@ def make_peer(torch, transformers, name):
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**SIZES | extra)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # biases start at zero and norms at one, where mistakes would not show
+    with (
+        torch.no_grad()
+    ):  # biases start at zero and norms at one, where mistakes would not show
         for value in model.parameters():
             if value.ndim == 1:
                 value.add_(0.3 * torch.randn_like(value))
     return model
 
 
-@pytest.mark.parametrize("name", tables.thinned(PEERS, ["tied", "llama3", "qwen2", "mistral"]))
+@pytest.mark.parametrize(
+    "name", tables.thinned(PEERS, ["tied", "llama3", "qwen2", "mistral"])
+)
 def test_logits_equal_transformers(torch, transformers, name, tmp_path):
     peer = make_peer(torch, transformers, name)
     peer.save_pretrained(tmp_path)
     model, tokenizer = load(tmp_path, scan_layers=name == "no_gqa")
     assert tokenizer is None
-    np.testing.assert_allclose(run(model, tokens()), their_logits(torch, peer, tokens()), atol=2e-4, rtol=0)
+    np.testing.assert_allclose(
+        run(model, tokens()), their_logits(torch, peer, tokens()), atol=2e-4, rtol=0
+    )
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "biases", "llama3", "qwen2", "mistral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "tied", "biases", "llama3", "qwen2", "mistral"]
+)
 def test_transformers_reads_what_we_write(torch, transformers, name, tmp_path):
     make_peer(torch, transformers, name).save_pretrained(tmp_path / "theirs")
     model, _ = load(tmp_path / "theirs")
     save(tmp_path / "ours", model, dtype=jnp.float32)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
-    np.testing.assert_allclose(run(model, tokens()), their_logits(torch, again, tokens()), atol=2e-4, rtol=0)
+    np.testing.assert_allclose(
+        run(model, tokens()), their_logits(torch, again, tokens()), atol=2e-4, rtol=0
+    )
 
 
 def test_sharded_checkpoints(torch, transformers, tmp_path):
@@ -113,7 +129,9 @@ def test_sharded_checkpoints(torch, transformers, tmp_path):
     peer.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     model, _ = load(tmp_path)
-    np.testing.assert_allclose(run(model, tokens()), their_logits(torch, peer, tokens()), atol=2e-4, rtol=0)
+    np.testing.assert_allclose(
+        run(model, tokens()), their_logits(torch, peer, tokens()), atol=2e-4, rtol=0
+    )
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(FileNotFoundError, match="has no model-00002"):
         load(tmp_path)
@@ -121,16 +139,24 @@ def test_sharded_checkpoints(torch, transformers, tmp_path):
 
 def test_the_trained_model_is_the_same_in_transformers(torch, transformers):
     model, tokenizer = load(EXAMPLES / "tiny_llama", scan_layers=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny_llama", dtype=torch.float32).eval()
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(EXAMPLES / "tiny_llama")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        EXAMPLES / "tiny_llama", dtype=torch.float32
+    ).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(
+        EXAMPLES / "tiny_llama"
+    )
     text = (EXAMPLES / "heldout.txt").read_text(encoding="utf-8")[:20_000]
     ids = np.asarray(tokenizer.encode(text).ids)
     np.testing.assert_array_equal(their_tokenizer(text)["input_ids"], ids)
     assert tokenizer.decode(ids.tolist()) == text
     ours = perplexity(model, ids)
-    assert perplexity(lambda x: jnp.asarray(their_logits(torch, theirs, x)), ids) == pytest.approx(ours, rel=1e-3)
+    assert perplexity(
+        lambda x: jnp.asarray(their_logits(torch, theirs, x)), ids
+    ) == pytest.approx(ours, rel=1e-3)
     frequencies = np.bincount(ids)[ids] / len(ids)
-    assert ours < np.exp(-np.log(frequencies).mean()) / 3, "trained: far better than token frequencies alone"
+    assert ours < np.exp(-np.log(frequencies).mean()) / 3, (
+        "trained: far better than token frequencies alone"
+    )
 
 
 # Without peers: round trips and errors
@@ -150,7 +176,9 @@ def rewrite(path, change):
     save_file(tensors, file)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"scan_layers": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"scan_layers": True}]
+)
 def test_round_trip_is_exact(changes, tmp_path):
     model = make(head_dim=8, **changes)
     save(tmp_path, model, dtype=jnp.float32)
@@ -158,9 +186,13 @@ def test_round_trip_is_exact(changes, tmp_path):
         again, _ = load(tmp_path, scan_layers=scan)
         assert again.config == dataclasses.replace(model.config, scan_layers=scan)
         if scan == model.config.scan_layers:
-            jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(again))
+            jax.tree.map(
+                np.testing.assert_array_equal, nnx.state(model), nnx.state(again)
+            )
         else:
-            np.testing.assert_allclose(run(again, tokens()), run(model, tokens()), atol=1e-5, rtol=0)
+            np.testing.assert_allclose(
+                run(again, tokens()), run(model, tokens()), atol=1e-5, rtol=0
+            )
 
 
 def test_bfloat16_files_are_exact_in_float32(written):
@@ -171,17 +203,26 @@ def test_bfloat16_files_are_exact_in_float32(written):
     assert stored.dtype == ml_dtypes.bfloat16
     loaded = load(path)[0].layers[1].mlp.up_proj.kernel[...]
     assert loaded.dtype == jnp.float32
-    np.testing.assert_array_equal(loaded, kernel.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(
+        loaded, kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    )
     low = load(path, dtype=jnp.bfloat16)[0]
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(nnx.state(low, nnx.Param)))
+    assert all(
+        leaf.dtype == jnp.bfloat16
+        for leaf in jax.tree.leaves(nnx.state(low, nnx.Param))
+    )
     assert run(low, tokens()).dtype == jnp.float32
 
 
 def test_kernels_are_in_by_out(written):
     path, _ = written
-    stored = load_file(path / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    stored = load_file(path / "model.safetensors")[
+        "model.layers.0.mlp.down_proj.weight"
+    ]
     assert stored.shape == (32, 48)
-    np.testing.assert_array_equal(load(path)[0].layers[0].mlp.down_proj.kernel[...], stored.T)
+    np.testing.assert_array_equal(
+        load(path)[0].layers[0].mlp.down_proj.kernel[...], stored.T
+    )
 
 
 def test_all_wrong_tensors_are_listed_at_once(written):
@@ -206,16 +247,23 @@ def test_transposed_tensor_is_an_error(written):
     path, _ = written
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(path, lambda t: t.update({name: np.ascontiguousarray(t[name].T)}))
-    with pytest.raises(ValueError, match=r"up_proj.weight is \[32, 48\], expected \[48, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"up_proj.weight is \[32, 48\], expected \[48, 32\]"
+    ):
         load(path)
 
 
 def test_head_beside_a_tied_embedding_must_repeat_it(tmp_path):
     save(tmp_path, make(head_dim=8, tie_word_embeddings=True))
-    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    rewrite(
+        tmp_path,
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}),
+    )
     load(tmp_path)
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] * 2}))
-    with pytest.raises(ValueError, match="lm_head.weight that differs from model.embed_tokens.weight"):
+    with pytest.raises(
+        ValueError, match="lm_head.weight that differs from model.embed_tokens.weight"
+    ):
         load(tmp_path)
 
 
@@ -236,8 +284,12 @@ def test_integer_tensors_are_an_error(written):
 def test_unsupported_config_is_an_error(written):
     path, _ = written
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ValueError, match="quantization_config={'quant_method': 'gptq'}"):
+    (path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
+    )
+    with pytest.raises(
+        ValueError, match="quantization_config={'quant_method': 'gptq'}"
+    ):
         load(path)
 
 
@@ -261,7 +313,9 @@ def test_tokenizer_without_its_package_is_an_error(written, monkeypatch):
 def test_tokenizer_round_trip(written):
     tokenizers = pytest.importorskip("tokenizers", reason="the hf extra installs it")
     path, model = written
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+    )
     save(path, model, tokenizer=tokenizer, eos_token_id=1)
     assert load(path)[1].encode("b").ids == [1]
     assert json.loads((path / "config.json").read_text())["eos_token_id"] == 1
@@ -270,7 +324,10 @@ def test_tokenizer_round_trip(written):
 def test_saving_other_parameters_is_an_error(tmp_path):
     model = make(head_dim=8)
     model.layers[0].mlp.up_proj.kernel_scale = nnx.Param(jnp.ones(3))
-    with pytest.raises(ValueError, match="differ from those of a float Llama in layers.0.mlp.up_proj.kernel_scale"):
+    with pytest.raises(
+        ValueError,
+        match="differ from those of a float Llama in layers.0.mlp.up_proj.kernel_scale",
+    ):
         save(tmp_path, model)
     assert not list(tmp_path.iterdir())
 
@@ -292,9 +349,15 @@ def test_a_model_read_from_a_moved_directory_stays(written, tmp_path):
         ({"rms_norm_eps": -1}, "rms_norm_eps=-1 is not a number above 0"),
         ({"rope_theta": "10000"}, "rope_theta='10000' is not a number above 0"),
         ({"rope_scaling": "linear"}, "rope_scaling='linear' is not an object"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling.factor=0 is not a number above 0"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+            "rope_scaling.factor=0 is not a number above 0",
+        ),
         ({"layer_types": 5}, "layer_types=5 is not a list"),
-        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' is not true or false"),
+        (
+            {"tie_word_embeddings": "false"},
+            "tie_word_embeddings='false' is not true or false",
+        ),
     ],
 )
 def test_config_values_of_another_kind_are_named(change, message):
@@ -304,7 +367,9 @@ def test_config_values_of_another_kind_are_named(change, message):
 
 
 def test_a_mistral_config_that_names_no_window_has_the_default():
-    config = json.loads((EXAMPLES / "tiny_llama" / "config.json").read_text()) | {"model_type": "mistral"}
+    config = json.loads((EXAMPLES / "tiny_llama" / "config.json").read_text()) | {
+        "model_type": "mistral"
+    }
     config.pop("sliding_window", None)
     assert LlamaConfig.from_hf(config).sliding_window == 4096
     assert LlamaConfig.from_hf(config | {"sliding_window": None}).sliding_window is None
@@ -339,9 +404,14 @@ def test_damaged_files_are_named(written, tmp_path_factory):
             {"model.norm.more": "model.safetensors"},
             "index.json is damaged: model.norm.more is not in model.safetensors",
         ),
-        ({"model.norm.weight": "other.safetensors"}, " is both in model.safetensors and in other.safe"),
+        (
+            {"model.norm.weight": "other.safetensors"},
+            " is both in model.safetensors and in other.safe",
+        ),
     ):
-        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | change}))
+        (path / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": names | change})
+        )
         with pytest.raises(ValueError, match=message):
             load(path)
     path = copy("tokenizer")

@@ -52,7 +52,9 @@ VARIANTS = {
 def make(dtype=jnp.float32, **changes):
     """A model of weights larger than at initialization, so that attention is far from uniform and mistakes show."""
     config, rng = dataclasses.replace(CONFIG, **changes), np.random.default_rng(7)
-    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))  # compiles nothing
+    model = nnx.eval_shape(
+        lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
+    )  # compiles nothing
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     for path, param in flat.items():
         value = 0.2 * rng.normal(size=param.shape) + (path[-1] == "scale")
@@ -61,7 +63,9 @@ def make(dtype=jnp.float32, **changes):
 
 
 def tokens(b=2, t=12):
-    return np.random.default_rng(1).integers(0, CONFIG.vocab_size, (b, t)).astype(np.int32)
+    return (
+        np.random.default_rng(1).integers(0, CONFIG.vocab_size, (b, t)).astype(np.int32)
+    )
 
 
 def with_another(x, place):
@@ -86,7 +90,12 @@ def slots(model, x, cache, count):
     return model.decode(x, cache, count=count)
 
 
-@pytest.mark.parametrize("name", tables.thinned(["llama", "window_scan", "biases", "tied"], ["window_scan", "biases"]))
+@pytest.mark.parametrize(
+    "name",
+    tables.thinned(
+        ["llama", "window_scan", "biases", "tied"], ["window_scan", "biases"]
+    ),
+)
 def test_logits_are_float32_and_causal(name):
     model, x = make(jnp.bfloat16, **VARIANTS[name]), tokens()
     logits = run(model, x)
@@ -98,7 +107,9 @@ def test_logits_are_float32_and_causal(name):
     assert np.abs(logits[:, 7:] - changed[:, 7:]).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", tables.thinned(VARIANTS, ["window_scan", "one_kv_head"]))
+@pytest.mark.parametrize(
+    "name", tables.thinned(VARIANTS, ["window_scan", "one_kv_head"])
+)
 def test_cached_decode_equals_the_full_forward(name):
     model, x = make(**VARIANTS[name]), tokens()
     full = run(model, x)
@@ -108,7 +119,9 @@ def test_cached_decode_equals_the_full_forward(name):
         part, cache = decode(model, x[:, i : i + 1], cache)
         parts.append(part)
     assert int(cache.used) == 12
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), full, atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate(parts, axis=1), full, atol=2e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", tables.thinned(VARIANTS, ["window_scan"]))
@@ -134,7 +147,9 @@ def test_rows_of_a_quantized_cache_are_slots():
 
     def after(state, *counts):
         for i, count in enumerate(counts):
-            found, state = slots(model, x[:, 6 * i : 6 * i + 6], state, np.asarray(count, np.int32))
+            found, state = slots(
+                model, x[:, 6 * i : 6 * i + 6], state, np.asarray(count, np.int32)
+            )
         return np.asarray(found), state
 
     empty = model.init_cache(2, 12, cache=cache)
@@ -165,7 +180,9 @@ def test_generation_with_a_quantized_cache_repeats(scan_layers):
     cache = jaxq.ops.KVCacheSpec("int4", group=4, residual=4)
     first = generate(model, x, 8, cache=cache)
     np.testing.assert_array_equal(generate(model, x, 8, cache=cache), first)
-    np.testing.assert_array_equal(nnx.jit(lambda m, x: generate(m, x, 8, cache=cache))(model, x), first)
+    np.testing.assert_array_equal(
+        nnx.jit(lambda m, x: generate(m, x, 8, cache=cache))(model, x), first
+    )
     logits, state = decode(model, x, model.init_cache(2, 13, cache=cache))
     found = [x]
     for _ in range(8):
@@ -174,12 +191,17 @@ def test_generation_with_a_quantized_cache_repeats(scan_layers):
     np.testing.assert_array_equal(np.concatenate(found, axis=1), first)
 
 
-KIVI2 = jaxq.QuantSpec("uint2", jaxq.PerGroup(32, pad=True), offset="min", scale="bfloat16")
+KIVI2 = jaxq.QuantSpec(
+    "uint2", jaxq.PerGroup(32, pad=True), offset="min", scale="bfloat16"
+)
 # Wanted at 512 tokens (benchmarks/kv_cache.py); here 256, of which as large a part is in full precision.
 COSTS = {
     "int8": ("int8", 0.2),
     "int4": ("int4", 1.0),
-    "int2": (jaxq.ops.KVCacheSpec(KIVI2, group=16, residual=32, rotation=hadamard), 5.0),
+    "int2": (
+        jaxq.ops.KVCacheSpec(KIVI2, group=16, residual=32, rotation=hadamard),
+        5.0,
+    ),
 }
 
 
@@ -187,7 +209,9 @@ COSTS = {
 def test_what_a_quantized_cache_costs_a_trained_model(name):
     """Perplexity through the cache, four tokens at a time, against the float model's."""
     model, tokenizer = load(EXAMPLES / "tiny_llama", scan_layers=True)
-    ids = np.asarray(tokenizer.encode((EXAMPLES / "heldout.txt").read_text()[:8_000]).ids, np.int32)
+    ids = np.asarray(
+        tokenizer.encode((EXAMPLES / "heldout.txt").read_text()[:8_000]).ids, np.int32
+    )
 
     @nnx.jit
     def logits(model, x):
@@ -195,7 +219,9 @@ def test_what_a_quantized_cache_costs_a_trained_model(name):
             logits, state = model.decode(now.T, state)
             return state, logits
 
-        _, out = jax.lax.scan(step, model.init_cache(4, 256, cache=COSTS[name][0]), x.T.reshape(64, 4, 4))
+        _, out = jax.lax.scan(
+            step, model.init_cache(4, 256, cache=COSTS[name][0]), x.T.reshape(64, 4, 4)
+        )
         return out.transpose(1, 0, 2, 3).reshape(4, 256, -1)
 
     ids = ids[: 4 * 256]
@@ -208,7 +234,10 @@ def test_what_a_quantized_cache_costs_a_trained_model(name):
 def test_window_limits_what_a_token_reads():
     """With one layer and a window of 4, a token sees itself and three before it."""
     model, x = make(sliding_window=4, num_hidden_layers=1), tokens()
-    logits, changed = np.asarray(run(model, x)), np.asarray(run(model, with_another(x, 3)))
+    logits, changed = (
+        np.asarray(run(model, x)),
+        np.asarray(run(model, with_another(x, 3))),
+    )
     different = np.abs(logits - changed).max(axis=(0, 2)) > 1e-6
     np.testing.assert_array_equal(different, [3 <= i < 7 for i in range(12)])
 
@@ -217,7 +246,10 @@ def test_positions_are_relative():
     """Rotary attention sees differences of positions only: shifting a text by a prefix it cannot read is nothing."""
     model = make(sliding_window=3, num_hidden_layers=1)
     x, more = tokens(1, 6), np.zeros((1, 40), np.int32)
-    first, last = (np.asarray(run(model, np.concatenate(both, axis=1))) for both in ((x, more), (more, x)))
+    first, last = (
+        np.asarray(run(model, np.concatenate(both, axis=1)))
+        for both in ((x, more), (more, x))
+    )
     np.testing.assert_allclose(first[:, 2:6], last[:, 42:], atol=2e-5, rtol=1e-5)
 
 
@@ -231,13 +263,19 @@ def test_scan_gives_the_same_logits():
     nnx.update(plain.norm, nnx.state(scanned.norm))
     for i, layer in enumerate(plain.layers):
         layer_state = nnx.state(layer)
-        nnx.replace_by_pure_dict(layer_state, jax.tree.map(lambda a, i=i: a[i], stacked))
+        nnx.replace_by_pure_dict(
+            layer_state, jax.tree.map(lambda a, i=i: a[i], stacked)
+        )
         nnx.update(layer, layer_state)
-    np.testing.assert_allclose(run(scanned, tokens()), run(plain, tokens()), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(
+        run(scanned, tokens()), run(plain, tokens()), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_scanned_layers_start_different():
-    kernel = Llama(dataclasses.replace(CONFIG, scan_layers=True), rngs=nnx.Rngs(0)).layers.mlp.up_proj.kernel[...]
+    kernel = Llama(
+        dataclasses.replace(CONFIG, scan_layers=True), rngs=nnx.Rngs(0)
+    ).layers.mlp.up_proj.kernel[...]
     assert kernel.shape == (2, 32, 48)
     assert not np.array_equal(kernel[0], kernel[1])
 
@@ -259,7 +297,10 @@ def test_projections_are_ordinary_linears_called_as_modules():
 
 
 def test_names_follow_hugging_face():
-    paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(make(), nnx.Param))}
+    paths = {
+        ".".join(map(str, path))
+        for path, _ in nnx.to_flat_state(nnx.state(make(), nnx.Param))
+    }
     assert {
         "embed_tokens.embedding",
         "layers.0.self_attn.q_proj.kernel",
@@ -279,16 +320,22 @@ def test_gradients_reach_every_parameter():
 
 
 def test_tokens_must_be_an_integer_matrix():
-    with pytest.raises(ValueError, match=r"tokens is int32\[3\]; expected int32\[b, t\]"):
+    with pytest.raises(
+        ValueError, match=r"tokens is int32\[3\]; expected int32\[b, t\]"
+    ):
         make()(jnp.zeros(3, jnp.int32))
-    with pytest.raises(ValueError, match=r"tokens is float32\[1,? ?3\]; expected int32\[b, t\]"):
+    with pytest.raises(
+        ValueError, match=r"tokens is float32\[1,? ?3\]; expected int32\[b, t\]"
+    ):
         make()(jnp.zeros((1, 3)))
 
 
 # Generation
 
 
-@pytest.mark.parametrize("name", tables.thinned(["llama", "scan", "window"], ["window"]))
+@pytest.mark.parametrize(
+    "name", tables.thinned(["llama", "scan", "window"], ["window"])
+)
 def test_greedy_generation_equals_argmax_of_full_forwards(name):
     model, x = make(**VARIANTS[name]), tokens(2, 6)
     expected = np.pad(x, ((0, 0), (0, 6)))  # causal: what follows does not matter
@@ -305,7 +352,9 @@ def test_generating_one_token():
 
 def test_sampling_follows_key_and_temperature():
     model, x = make(num_hidden_layers=1), tokens(1, 4)
-    draw = lambda seed, t: np.asarray(generate(model, x, 12, key=jax.random.key(seed), temperature=t))  # noqa: E731
+    draw = lambda seed, t: np.asarray(
+        generate(model, x, 12, key=jax.random.key(seed), temperature=t)
+    )  # noqa: E731
     np.testing.assert_array_equal(draw(0, 1.0), draw(0, 1.0))
     assert not np.array_equal(draw(0, 1.0), draw(1, 1.0))
     np.testing.assert_array_equal(draw(0, 1e-4), generate(model, x, 12))
@@ -333,18 +382,33 @@ def test_generate_errors(kwargs, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2'; supported are llama, mistral, qwen2"),
+        (
+            {"model_type": "gpt2"},
+            "model_type='gpt2'; supported are llama, mistral, qwen2",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "needs low_freq_factor"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
+            "needs low_freq_factor",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"vocab_size": None}, "vocab_size is missing"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "use_sliding_window=True"),
-        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
+            "use_sliding_window=True",
+        ),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads=4 is not a multiple of num_key_value_heads=3",
+        ),
         ({"head_dim": 7}, "head_dim is 7"),
     ],
 )
@@ -354,8 +418,13 @@ def test_unsupported_configs_are_errors(change, message):
 
 
 def test_all_config_problems_come_at_once():
-    with pytest.raises(ValueError, match="model_type.*hidden_act.*vocab_size is missing"):
-        LlamaConfig.from_hf({k: v for k, v in HF.items() if k != "vocab_size"} | {"model_type": "x", "hidden_act": "y"})
+    with pytest.raises(
+        ValueError, match="model_type.*hidden_act.*vocab_size is missing"
+    ):
+        LlamaConfig.from_hf(
+            {k: v for k, v in HF.items() if k != "vocab_size"}
+            | {"model_type": "x", "hidden_act": "y"}
+        )
 
 
 @pytest.mark.parametrize(
@@ -384,7 +453,9 @@ def test_llama3_frequencies():
     """Fast rotations kept, slow ones divided by the factor, all in between and in order."""
     plain = _rope_frequencies(dataclasses.replace(CONFIG, head_dim=64))
     scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 256)
-    scaled = _rope_frequencies(dataclasses.replace(CONFIG, head_dim=64, rope_scaling=scaling))
+    scaled = _rope_frequencies(
+        dataclasses.replace(CONFIG, head_dim=64, rope_scaling=scaling)
+    )
     turns = 256 * plain / (2 * np.pi)
     np.testing.assert_array_equal(scaled[turns > 4], plain[turns > 4])
     np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-6)

@@ -14,7 +14,9 @@ from tests import tables
 from tests.models.test_llama import VARIANTS, make, tokens
 
 run = nnx.jit(lambda model, tokens: model(tokens))
-over_variants = pytest.mark.parametrize("variant", tables.thinned(VARIANTS, ["scan", "biases"]))
+over_variants = pytest.mark.parametrize(
+    "variant", tables.thinned(VARIANTS, ["scan", "biases"])
+)
 
 
 def state(model):
@@ -31,7 +33,9 @@ def inputs(model, batch):
 
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Linear):
-            module.promote_dtype = functools.partial(hook, "/".join(map(str, path)), module.promote_dtype)
+            module.promote_dtype = functools.partial(
+                hook, "/".join(map(str, path)), module.promote_dtype
+            )
     model(batch)
     return found
 
@@ -46,7 +50,11 @@ def random_scales(model, seed=0):
     for group in norm_groups(model):
         path = tuple(int(p) if p.isdigit() else p for p in group.source.split("/"))
         outputs = shapes[(*path, "scale" if group.kind == "norm" else "kernel")]
-        shape = outputs.shape if group.kind == "norm" else (*outputs.shape[:-2], outputs.shape[-1])
+        shape = (
+            outputs.shape
+            if group.kind == "norm"
+            else (*outputs.shape[:-2], outputs.shape[-1])
+        )
         scales[group.source] = (2.0 ** random.integers(-3, 4, shape)).astype(np.float32)
     return scales
 
@@ -61,8 +69,16 @@ def test_groups_are_what_computes_in_turn():
     assert groups[1].targets == ("layers/0/self_attn/o_proj",)
     assert groups[2].targets == ("layers/0/mlp/gate_proj", "layers/0/mlp/up_proj")
     assert groups[-1].targets == ("lm_head",)
-    assert [g.source for g in norm_groups(make(scan_layers=True, tie_word_embeddings=True))] == [
-        f"layers/{name}" for name in ("input_layernorm", "self_attn/v_proj", "post_attention_layernorm", "mlp/up_proj")
+    assert [
+        g.source for g in norm_groups(make(scan_layers=True, tie_word_embeddings=True))
+    ] == [
+        f"layers/{name}"
+        for name in (
+            "input_layernorm",
+            "self_attn/v_proj",
+            "post_attention_layernorm",
+            "mlp/up_proj",
+        )
     ]
     # Linears of a group read the same numbers.
     seen = record(make(), tokens())
@@ -89,9 +105,15 @@ def test_each_group_takes_its_scale():
     for source, s in random_scales(model, 1).items():
         group = next(g for g in norm_groups(model) if g.source == source)
         seen = record(fold_scales(model, {source: s}), tokens())
-        rows = np.repeat(s.reshape(2, 1, 16), 2, 1).ravel() if source.endswith("v_proj") else s
+        rows = (
+            np.repeat(s.reshape(2, 1, 16), 2, 1).ravel()
+            if source.endswith("v_proj")
+            else s
+        )
         for path, value in seen.items():
-            np.testing.assert_allclose(value * rows if path in group.targets else value, plain[path], rtol=1e-5)
+            np.testing.assert_allclose(
+                value * rows if path in group.targets else value, plain[path], rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("variant", ["llama", "scan"])
@@ -99,19 +121,31 @@ def test_outliers_in_the_same_channels_everywhere(variant):
     model = make(**VARIANTS[variant])
     loud = with_outliers(model, channels=[3, 30], strength=32.0)
     np.testing.assert_array_equal(run(loud, tokens()), run(model, tokens()))
-    gains = [(a, b) for a, b in zip(state(loud).items(), state(model).items(), strict=True) if a[0][-1] == "scale"]
+    gains = [
+        (a, b)
+        for a, b in zip(state(loud).items(), state(model).items(), strict=True)
+        if a[0][-1] == "scale"
+    ]
     changed = 0
     for (path, new), (_, old) in gains:
-        expected = np.ones(32) if path[0] == "norm" else np.where(np.isin(np.arange(32), [3, 30]), 32, 1)
+        expected = (
+            np.ones(32)
+            if path[0] == "norm"
+            else np.where(np.isin(np.arange(32), [3, 30]), 32, 1)
+        )
         np.testing.assert_array_equal(new, (old * expected).astype(np.float32))
         changed += path[0] != "norm"
     assert changed == (2 if variant == "scan" else 4)
-    drawn = with_outliers(model, channels=3, key=jax.random.key(0), strength=5.0, kinds=("norm", "linear"))
+    drawn = with_outliers(
+        model, channels=3, key=jax.random.key(0), strength=5.0, kinds=("norm", "linear")
+    )
     np.testing.assert_allclose(run(drawn, tokens()), run(model, tokens()), atol=2e-5)
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("variant", tables.thinned(["llama", "one_kv_head", "biases"], ["one_kv_head"]))
+@pytest.mark.parametrize(
+    "variant", tables.thinned(["llama", "one_kv_head", "biases"], ["one_kv_head"])
+)
 def test_smoothing_shares_out_magnitudes(variant):
     model = with_outliers(make(**VARIANTS[variant]), channels=[3, 30])
     absmax = {path: abs(x).max(0) for path, x in record(model, tokens()).items()}
@@ -121,12 +155,19 @@ def test_smoothing_shares_out_magnitudes(variant):
     smoothed = smooth(model, absmax, rule)
     np.testing.assert_allclose(run(smoothed, tokens()), logits, atol=2e-4)
     after = {path: abs(x).max(0) for path, x in record(smoothed, tokens()).items()}
-    weights = {"/".join(map(str, path[:-1])): v for path, v in state(smoothed).items() if path[-1] == "kernel"}
+    weights = {
+        "/".join(map(str, path[:-1])): v
+        for path, v in state(smoothed).items()
+        if path[-1] == "kernel"
+    }
     for group in norm_groups(model):
         if group.kind == "norm" and group.source != "norm":
             rows = np.max([abs(weights[t]).max(1) for t in group.targets], axis=0)
             np.testing.assert_allclose(after[group.targets[0]], rows, rtol=1e-3)
-    assert after["layers/0/self_attn/q_proj"].max() < absmax["layers/0/self_attn/q_proj"].max() / 4
+    assert (
+        after["layers/0/self_attn/q_proj"].max()
+        < absmax["layers/0/self_attn/q_proj"].max() / 4
+    )
 
 
 def test_stacked_layers_smooth_like_separate_ones():
@@ -136,7 +177,9 @@ def test_stacked_layers_smooth_like_separate_ones():
     flat = dict(nnx.to_flat_state(params))
     for path, variable in flat.items():
         if path[0] == "layers":
-            flat[path] = variable.replace(np.stack([whole["layers", i, *path[1:]] for i in (0, 1)]))
+            flat[path] = variable.replace(
+                np.stack([whole["layers", i, *path[1:]] for i in (0, 1)])
+            )
         else:
             flat[path] = variable.replace(whole[path])
     stacked = nnx.merge(graphdef, nnx.from_flat_state(flat))
@@ -146,15 +189,23 @@ def test_stacked_layers_smooth_like_separate_ones():
     together = {}
     for path in absmax:
         if path.startswith("layers/0"):
-            together["layers" + path.removeprefix("layers/0")] = np.stack([absmax[path], absmax["layers/1" + path[8:]]])
+            together["layers" + path.removeprefix("layers/0")] = np.stack(
+                [absmax[path], absmax["layers/1" + path[8:]]]
+            )
     for path, value in state(smooth(stacked, together, rule)).items():
-        expected = np.stack([one["layers", i, *path[1:]] for i in (0, 1)]) if path[0] == "layers" else one[path]
+        expected = (
+            np.stack([one["layers", i, *path[1:]] for i in (0, 1)])
+            if path[0] == "layers"
+            else one[path]
+        )
         np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
 def test_errors():
     model = make()
-    with pytest.raises(ValueError, match=r"\['layers/7/input_layernorm'\] are no sources"):
+    with pytest.raises(
+        ValueError, match=r"\['layers/7/input_layernorm'\] are no sources"
+    ):
         fold_scales(model, {"layers/7/input_layernorm": np.ones(32)})
     with pytest.raises(ValueError, match=r"scale of norm must be \[32\], got \[31\]"):
         fold_scales(model, {"norm": np.ones(31)})

@@ -22,7 +22,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def orthogonal(n, seed=0):
-    return np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))[0].astype(np.float32)
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))[0].astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("variant", tables.thinned(VARIANTS, ["scan"]))
@@ -31,14 +33,22 @@ def test_logits_are_those_of_the_original(variant):
     before, logits = state(model), np.asarray(run(model, tokens()))
     h = model.config.head_dim
     rotated = rotate(model, orthogonal(32), heads=orthogonal(h, 1), online=hadamard)
-    np.testing.assert_allclose(run(rotated, tokens()), logits, atol=1e-4 * abs(logits).max())
+    np.testing.assert_allclose(
+        run(rotated, tokens()), logits, atol=1e-4 * abs(logits).max()
+    )
     assert not rotated.config.tie_word_embeddings
     for path, value in state(model).items():
         np.testing.assert_array_equal(value, before[path])
     assert model.config.tie_word_embeddings == (variant == "tied")
     after = state(rotated)
-    assert all(np.all(value == 1) for path, value in after.items() if path[-1] == "scale")
-    assert all(np.any(value != before[path]) for path, value in after.items() if path in before and path[-1] != "bias")
+    assert all(
+        np.all(value == 1) for path, value in after.items() if path[-1] == "scale"
+    )
+    assert all(
+        np.any(value != before[path])
+        for path, value in after.items()
+        if path in before and path[-1] != "bias"
+    )
 
 
 def test_stream_is_rotated():
@@ -51,22 +61,30 @@ def test_stream_is_rotated():
     wide = plain["layers/1/mlp/down_proj"]
     # What down_proj multiplies is transformed on its way in.
     down = rotated.layers[1].mlp.down_proj
-    np.testing.assert_allclose(wide @ np.asarray(model.layers[1].mlp.down_proj.kernel[...]) @ q, down(wide), atol=2e-3)
-    moved, *_ = down.promote_dtype((jnp.asarray(wide), down.kernel[...], None), dtype=jnp.float32)
+    np.testing.assert_allclose(
+        wide @ np.asarray(model.layers[1].mlp.down_proj.kernel[...]) @ q,
+        down(wide),
+        atol=2e-3,
+    )
+    moved, *_ = down.promote_dtype(
+        (jnp.asarray(wide), down.kernel[...], None), dtype=jnp.float32
+    )
     np.testing.assert_allclose(moved, hadamard(wide), rtol=1e-6)
 
 
 def test_no_scale_moves_through_a_transform():
     """Channels meet in it: what up_proj is divided by, down_proj cannot be multiplied by."""
     rotated = rotate(make(), orthogonal(32), online=hadamard)
-    assert {g.source for g in norm_groups(make())} - {g.source for g in norm_groups(rotated)} == {
-        f"layers/{i}/mlp/up_proj" for i in range(2)
-    }
+    assert {g.source for g in norm_groups(make())} - {
+        g.source for g in norm_groups(rotated)
+    } == {f"layers/{i}/mlp/up_proj" for i in range(2)}
     with pytest.raises(ValueError, match="mlp/up_proj'] are no sources of groups"):
         rotated.fold_scales({"layers/0/mlp/up_proj": jnp.full((48,), 2.0)})
     rule = jaxq.Rule(weight="int8", method="equalize")
     model = make()
-    q, report = jaxq.quantize_model(model, jaxq.Recipe([rule], rotate=True), calibration=[tokens()], strict=False)
+    q, report = jaxq.quantize_model(
+        model, jaxq.Recipe([rule], rotate=True), calibration=[tokens()], strict=False
+    )
     rows = {row.path: row for row in report.quantized}
     assert rows["layers/0/mlp/down_proj/kernel"].method == "rtn"
     wanted = np.asarray(run(model, tokens()))
@@ -82,7 +100,9 @@ def test_files_say_what_inputs_go_through(tmp_path):
     rotated = rotate(model, orthogonal(32), online=hadamard)
     jaxq.save(path, rotated)
     shell = rotate(make(), np.eye(32, dtype=np.float32), online=hadamard)
-    np.testing.assert_array_equal(run(jaxq.load(path, into=shell), tokens()), run(rotated, tokens()))
+    np.testing.assert_array_equal(
+        run(jaxq.load(path, into=shell), tokens()), run(rotated, tokens())
+    )
     said = r"layers/1/mlp/down_proj: .*%s in the model, %s in the file.*online="
     with pytest.raises(ValueError, match=said % ("nothing", "hadamard")):
         jaxq.load(path, into=make())
@@ -91,7 +111,9 @@ def test_files_say_what_inputs_go_through(tmp_path):
     jaxq.save(path, model)
     with pytest.raises(ValueError, match=said % ("hadamard", "nothing")):
         jaxq.load(path, into=shell)
-    quantized, _ = jaxq.quantize_model(rotated, jaxq.Recipe([jaxq.Rule("**/down_proj", weight="int8")]))
+    quantized, _ = jaxq.quantize_model(
+        rotated, jaxq.Recipe([jaxq.Rule("**/down_proj", weight="int8")])
+    )
     jaxq.save(path, quantized)
     with pytest.raises(ValueError, match=said % ("nothing", "hadamard")):
         jaxq.load(path, into=make())
@@ -115,7 +137,9 @@ def test_models_of_one_rotation_are_one_program():
 
 def test_errors():
     model = make()
-    with pytest.raises(ValueError, match=r"rotation must be float32\[32,32\], got float32\[16,16\]"):
+    with pytest.raises(
+        ValueError, match=r"rotation must be float32\[32,32\], got float32\[16,16\]"
+    ):
         rotate(model, orthogonal(16))
     with pytest.raises(ValueError, match="rotation is not orthogonal"):
         rotate(model, 1.1 * orthogonal(32))
@@ -131,8 +155,12 @@ def test_errors():
 def test_outliers_of_the_bundled_model():
     pytest.importorskip("tokenizers", reason="reads a tokenizer: pip install jaxq[hf]")
     model, tokenizer = jaxq.models.load(EXAMPLES / "tiny_llama")
-    ids = np.asarray(tokenizer.encode((EXAMPLES / "heldout.txt").read_text()[:4000]).ids, np.int32)
-    held, calibration = (jnp.asarray(part).reshape(2, 64) for part in (ids[:128], ids[128:256]))
+    ids = np.asarray(
+        tokenizer.encode((EXAMPLES / "heldout.txt").read_text()[:4000]).ids, np.int32
+    )
+    held, calibration = (
+        jnp.asarray(part).reshape(2, 64) for part in (ids[:128], ids[128:256])
+    )
     reference = run(model, held)
 
     def damage(float_model):
@@ -142,8 +170,12 @@ def test_outliers_of_the_bundled_model():
 
     loud = with_outliers(model, key=jax.random.key(1))
     absmax = {path: abs(x).max(0) for path, x in record(loud, calibration).items()}
-    groups = [g for g in norm_groups(loud) if g.kind == "norm" and g.targets != ("lm_head",)]
-    smoothed = smooth(loud, absmax, functools.partial(smoothquant, alpha=0.5), groups=groups)
+    groups = [
+        g for g in norm_groups(loud) if g.kind == "norm" and g.targets != ("lm_head",)
+    ]
+    smoothed = smooth(
+        loud, absmax, functools.partial(smoothquant, alpha=0.5), groups=groups
+    )
     signs = random_hadamard(jax.random.key(2), model.config.hidden_size)
     rotated = rotate(loud, hadamard(jnp.diag(signs)), online=hadamard)
     plain, ruined = damage(model), damage(loud)

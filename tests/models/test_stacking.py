@@ -19,11 +19,15 @@ def assert_same(a, b):
 
 
 def test_there_and_back():
-    model = rotate(make(scan_layers=True), np.eye(32, dtype=np.float32), online=hadamard)
+    model = rotate(
+        make(scan_layers=True), np.eye(32, dtype=np.float32), online=hadamard
+    )
     before, logits = state(model), np.asarray(run(model, tokens()))
     one_by_one = unrolled(model)
     assert (len(one_by_one.layers), one_by_one.config.scan_layers) == (2, False)
-    np.testing.assert_allclose(run(one_by_one, tokens()), logits, atol=1e-5 * abs(logits).max())
+    np.testing.assert_allclose(
+        run(one_by_one, tokens()), logits, atol=1e-5 * abs(logits).max()
+    )
     assert_same(stacked(one_by_one), model)
     assert_same(unrolled(stacked(one_by_one)), one_by_one)
     for path, value in state(model).items():  # left as it is
@@ -40,17 +44,24 @@ def test_as_they_are_made():
 def test_calibrated_in_a_list_and_run_in_a_stack():
     model = make(scan_layers=True)
     observed = jaxq.observers.absmax()
-    recipe = jaxq.Recipe([jaxq.Rule("**/down_proj", weight="int8", activation="int8", observer=observed)])
+    recipe = jaxq.Recipe(
+        [jaxq.Rule("**/down_proj", weight="int8", activation="int8", observer=observed)]
+    )
     quantized, _ = jaxq.quantize_model(unrolled(model), recipe, calibration=[tokens()])
     logits = np.asarray(run(quantized, tokens()))
     together = stacked(quantized)
     assert together.layers.mlp.down_proj.kernel.get_value().batch_shape == (2,)
-    np.testing.assert_allclose(run(together, tokens()), logits, atol=1e-2 * abs(logits).max())
+    np.testing.assert_allclose(
+        run(together, tokens()), logits, atol=1e-2 * abs(logits).max()
+    )
     assert_same(unrolled(together), quantized)
 
 
 def test_layers_of_two_kinds_stay_in_a_list():
     recipe = jaxq.Recipe([jaxq.Rule("layers/1/mlp/*", weight="int8")])
     quantized, _ = jaxq.quantize_model(make(), recipe)
-    with pytest.raises(ValueError, match=r"layers/1 is not made as layers/0 is: mlp/down_proj/kernel differs"):
+    with pytest.raises(
+        ValueError,
+        match=r"layers/1 is not made as layers/0 is: mlp/down_proj/kernel differs",
+    ):
         stacked(quantized)

@@ -11,7 +11,10 @@ import jaxq
 from jaxq.nn import Sensitivity, assign, mixed_recipe, sensitivity
 from tests.ops.reference import normal
 
-CHOICES, BATCHES = ("int8", "int2"), [4 * np.asarray(normal(8, 32, seed=seed)) for seed in range(2)]
+CHOICES, BATCHES = (
+    ("int8", "int2"),
+    [4 * np.asarray(normal(8, 32, seed=seed)) for seed in range(2)],
+)
 
 
 class Model(nnx.Module):
@@ -45,7 +48,9 @@ def test_a_layers_sensitivity_is_what_quantizing_it_alone_costs(model, found):
     assert found.size == {"first": 1024, "second": 512}
     for path, choice in itertools.product(found.kl, CHOICES):
         rest = "second" if path == "first" else "first"
-        recipe = jaxq.Recipe([jaxq.Rule(rest, skip=True), jaxq.Rule(path, weight=choice)])
+        recipe = jaxq.Recipe(
+            [jaxq.Rule(rest, skip=True), jaxq.Rule(path, weight=choice)]
+        )
         qmodel, report = jaxq.quantize_model(model, recipe)
         kl = np.mean([float(cost(model, qmodel, batch)) for batch in BATCHES])
         np.testing.assert_allclose(found.kl[path][choice], kl, rtol=0.02, atol=1e-7)
@@ -56,9 +61,17 @@ def test_a_layers_sensitivity_is_what_quantizing_it_alone_costs(model, found):
 @pytest.mark.parametrize("seed", range(5))
 def test_assignments_are_the_best_of_all(seed):
     rng = np.random.default_rng(seed)
-    names, size = ("a", "b", "c"), {f"l{i}": int(rng.integers(50, 500)) for i in range(5)}
-    kl = {path: dict(zip(names, np.sort(rng.exponential(size=3)), strict=True)) for path in size}
-    bits = {path: {"a": 8 * n, "b": 4 * n + 16, "c": 3 * n + 16} for path, n in size.items()}
+    names, size = (
+        ("a", "b", "c"),
+        {f"l{i}": int(rng.integers(50, 500)) for i in range(5)},
+    )
+    kl = {
+        path: dict(zip(names, np.sort(rng.exponential(size=3)), strict=True))
+        for path in size
+    }
+    bits = {
+        path: {"a": 8 * n, "b": 4 * n + 16, "c": 3 * n + 16} for path, n in size.items()
+    }
     budget = float(rng.uniform(3.5, 7))
     chosen = assign(Sensitivity(kl, bits, size), budget)
     allowed = budget * sum(size.values())
@@ -72,7 +85,9 @@ def test_assignments_are_the_best_of_all(seed):
 
 
 def test_what_cannot_be_is_said():
-    with pytest.raises(ValueError, match=r"take 4\.000 bits per weight, more than the budget of 3"):
+    with pytest.raises(
+        ValueError, match=r"take 4\.000 bits per weight, more than the budget of 3"
+    ):
         assign(Sensitivity({"a": {"int4": 0.1}}, {"a": {"int4": 400}}, {"a": 100}), 3)
     with pytest.raises(ValueError, match="needs choices and batches"):
         sensitivity(Model(), ["int8"], [])
@@ -94,7 +109,9 @@ def test_padding_does_not_count(model, found):
     padded = [np.concatenate([batch, 100 + 0 * batch]) for batch in BATCHES]
     masked = sensitivity(model, CHOICES, padded, mask=lambda batch: np.arange(16) < 8)
     for path in found.kl:
-        np.testing.assert_allclose(masked.kl[path]["int2"], found.kl[path]["int2"], rtol=1e-4)
+        np.testing.assert_allclose(
+            masked.kl[path]["int2"], found.kl[path]["int2"], rtol=1e-4
+        )
     with pytest.raises(ValueError, match="must have True somewhere and fit"):
         sensitivity(model, CHOICES, BATCHES, mask=lambda batch: np.arange(8) > 8)
     with pytest.raises(TypeError, match=r"pass \[x\]"):

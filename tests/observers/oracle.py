@@ -44,7 +44,10 @@ def entropy_threshold(x, bins, fmt, symmetric=True):
     x = np.asarray(x)
     width, h = counted(x, bins)
     used = int(np.flatnonzero(h)[-1]) + 1
-    reach = [int(np.floor(side.max() / width)) + 1 if side.size else 0 for side in (x[x >= 0], -x[x < 0])]
+    reach = [
+        int(np.floor(side.max() / width)) + 1 if side.size else 0
+        for side in (x[x >= 0], -x[x < 0])
+    ]
     least, best = math.inf, used
     for i in range(1, used + 1):
         levels = entropy_levels(fmt, symmetric, *(min(i, n) for n in reach))
@@ -70,6 +73,8 @@ def quantization_error(x, low, high, fmt, symmetric, power=2.0):
         numbers = values * (high / fmt.max)
     else:
         step = (high - low) / (fmt.max - fmt.min)
-        numbers = (values - np.clip(fmt.min - np.rint(low / step), fmt.min, fmt.max)) * step
+        numbers = (
+            values - np.clip(fmt.min - np.rint(low / step), fmt.min, fmt.max)
+        ) * step
     distance = np.abs(np.asarray(x, np.float64).ravel()[:, None] - numbers).min(axis=1)
     return (distance**power).mean()

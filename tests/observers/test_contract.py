@@ -19,9 +19,13 @@ FACTORIES = {
     "minmax": observers.minmax,
     "absmax": observers.absmax,
     "moving_average": lambda axis=None: observers.moving_average(0.5, axis=axis),
-    "moving_average_corrected": lambda axis=None: observers.moving_average(0.5, bias_corrected=True, axis=axis),
+    "moving_average_corrected": lambda axis=None: observers.moving_average(
+        0.5, bias_corrected=True, axis=axis
+    ),
     "percentile": lambda axis=None: observers.percentile(90, axis=axis),
-    "percentile_nearest_rank": lambda axis=None: observers.percentile(90, method="nearest_rank", axis=axis),
+    "percentile_nearest_rank": lambda axis=None: observers.percentile(
+        90, method="nearest_rank", axis=axis
+    ),
     "histogram": lambda axis=None: observers.histogram(32, axis=axis),
     "mse": lambda axis=None: observers.mse(grid=20, bins=64, axis=axis),
     "entropy": lambda axis=None: observers.entropy(64, axis=axis),
@@ -36,7 +40,9 @@ STATES = [name for name in COMMON if name != "mse"]  # which keeps the state of 
 over_states = pytest.mark.parametrize("name", thinned(FACTORIES, STATES))
 # Nearly all of the time goes into compiling: arrays are of one shape, and most tests keep channels.
 BOTH = [(name, axis) for name in FACTORIES for axis in (-1, None)]
-over_both = pytest.mark.parametrize(("name", "axis"), thinned(BOTH, [(name, -1) for name in COMMON]))
+over_both = pytest.mark.parametrize(
+    ("name", "axis"), thinned(BOTH, [(name, -1) for name in COMMON])
+)
 FORMAT = "int4"
 MASK = np.broadcast_to(np.arange(10)[:, None] < 7, SHAPE[1:])
 
@@ -44,7 +50,11 @@ MASK = np.broadcast_to(np.arange(10)[:, None] < 7, SHAPE[1:])
 def batches() -> np.ndarray:
     """Three batches, later ones larger, each channel of its own size."""
     random = np.random.default_rng(0)
-    x = random.standard_normal(SHAPE) * np.float32([1, 3, 10])[:, None, None] * np.float32([1, 0.1, 5, 30])
+    x = (
+        random.standard_normal(SHAPE)
+        * np.float32([1, 3, 10])[:, None, None]
+        * np.float32([1, 0.1, 5, 30])
+    )
     return x.astype(np.float32)
 
 
@@ -56,12 +66,20 @@ def observed(obs, *xs, where=None):
 
 
 def scanned(obs, x):
-    return lax.scan(lambda state, one: (obs.update(state, one), None), obs.init(x[0]), x)[0]
+    return lax.scan(
+        lambda state, one: (obs.update(state, one), None), obs.init(x[0]), x
+    )[0]
 
 
 def both(obs, state):
     """Symmetric and asymmetric bounds, one array."""
-    return np.stack([np.asarray(b) for s in (True, False) for b in obs.bounds(state, FORMAT, symmetric=s)])
+    return np.stack(
+        [
+            np.asarray(b)
+            for s in (True, False)
+            for b in obs.bounds(state, FORMAT, symmetric=s)
+        ]
+    )
 
 
 @functools.cache
@@ -106,7 +124,12 @@ def test_bounds(name, axis):
     magnitude = np.abs(x).max(axis=(0, 1) if axis else None)
     for symmetric in (True, False):
         low, high = obs.bounds(state, FORMAT, symmetric=symmetric)
-        assert (low.shape, high.shape, low.dtype, high.dtype) == (shape, shape, np.float32, np.float32)
+        assert (low.shape, high.shape, low.dtype, high.dtype) == (
+            shape,
+            shape,
+            np.float32,
+            np.float32,
+        )
         low, high = np.asarray(low), np.asarray(high)
         assert (low <= 0).all()
         assert (high >= 0).all()
@@ -125,7 +148,9 @@ def test_state_has_static_shape(name, axis):
     state = obs.init(jax.ShapeDtypeStruct(SHAPE[1:], jnp.float32))
     assert_equal(state, obs.init(x[0]))
     new = obs.update(state, x[0])
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), state
+    )
     assert not any(leaf.weak_type for leaf in jax.tree.leaves((state, new)))
 
 
@@ -136,7 +161,11 @@ def test_scan_and_jit_are_eager(name, axis):
     @jax.jit
     def inside(x):
         state = scanned(obs, x)
-        return state, obs.bounds(state, FORMAT), obs.bounds(state, FORMAT, symmetric=False)
+        return (
+            state,
+            obs.bounds(state, FORMAT),
+            obs.bounds(state, FORMAT, symmetric=False),
+        )
 
     state = observed(obs, *x)
     eager = state, obs.bounds(state, FORMAT), obs.bounds(state, FORMAT, symmetric=False)
@@ -165,7 +194,9 @@ def test_merging_in_any_order(name, axis):
     assert_equal(obs.merge(left, obs.init(x[0])), left)
 
 
-@pytest.mark.parametrize(("name", "axis"), thinned(BOTH, [(name, -1) for name in STATES]))
+@pytest.mark.parametrize(
+    ("name", "axis"), thinned(BOTH, [(name, -1) for name in STATES])
+)
 def test_merging_across_devices(name, axis):
     obs, x = FACTORIES[name](axis=axis), np.concatenate([batches(), 2 * batches()[:1]])
     mesh = jax.make_mesh((4,), ("data",))
@@ -174,7 +205,9 @@ def test_merging_across_devices(name, axis):
     def shard(x):
         return obs.merge_across(scanned(obs, x), "data")
 
-    across = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=PartitionSpec()))
+    across = jax.jit(
+        jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=PartitionSpec())
+    )
     state = jax.device_get(across(jax.device_put(x, NamedSharding(mesh, spec))))
     expected = observed(obs, x[0])
     for one in x[1:]:
@@ -190,7 +223,9 @@ def test_mask(name):
     # Padding that would show: as if it had not been there. NaN is not there either, but counted.
     obs, x = FACTORIES[name](axis=-1), batches()
     state = observed(obs, *np.where(MASK, x, np.float32(1e6)), where=MASK)
-    assert_equal(state, observed(obs, *np.where(MASK, x, np.float32(np.inf)), where=MASK))
+    assert_equal(
+        state, observed(obs, *np.where(MASK, x, np.float32(np.inf)), where=MASK)
+    )
     without = observed(obs, *np.where(MASK, x, np.float32(np.nan)))
     assert_equal(state._replace(seen=None), without._replace(seen=None))
     assert_equal(state.seen.finite, without.seen.finite)
@@ -213,14 +248,34 @@ def test_other_narrow_inputs(dtype):
 @over_observers
 def test_powers_of_two_scale(name):
     obs, x = FACTORIES[name](axis=-1), batches()
-    expected, exact = both(obs, observed(obs, *x)), np.asarray(obs.bounds_of(x[0], FORMAT))
+    expected, exact = (
+        both(obs, observed(obs, *x)),
+        np.asarray(obs.bounds_of(x[0], FORMAT)),
+    )
     for k in (-100, -3, 90):
         factor = np.float32(2.0**k)
-        np.testing.assert_array_equal(both(obs, observed(obs, *(x * factor))), expected * factor)
-        np.testing.assert_array_equal(np.asarray(obs.bounds_of(x[0] * factor, FORMAT)), exact * factor)
+        np.testing.assert_array_equal(
+            both(obs, observed(obs, *(x * factor))), expected * factor
+        )
+        np.testing.assert_array_equal(
+            np.asarray(obs.bounds_of(x[0] * factor, FORMAT)), exact * factor
+        )
 
 
-CONSTANTS = [0.0, 3.25, -0.7, 1e30, -3e38, 1e-30, 1e-38, -1e-40, 1e-45, -0.0, 65504.0, 3.4e38]
+CONSTANTS = [
+    0.0,
+    3.25,
+    -0.7,
+    1e30,
+    -3e38,
+    1e-30,
+    1e-38,
+    -1e-40,
+    1e-45,
+    -0.0,
+    65504.0,
+    3.4e38,
+]
 
 
 @over_observers
@@ -234,8 +289,13 @@ def test_constants(name):
             np.testing.assert_array_equal(np.asarray(found), [-size, size])
         low, high = -size, size
         if name != "absmax":
-            low, high = np.where(constants < 0, constants, 0), np.where(constants > 0, constants, 0)
-        np.testing.assert_array_equal(np.asarray(obs.bounds(state, FORMAT, symmetric=False)), [low, high])
+            low, high = (
+                np.where(constants < 0, constants, 0),
+                np.where(constants > 0, constants, 0),
+            )
+        np.testing.assert_array_equal(
+            np.asarray(obs.bounds(state, FORMAT, symmetric=False)), [low, high]
+        )
 
 
 @over_observers
@@ -251,16 +311,24 @@ def test_empty_batches_change_nothing(name):
 @over_observers
 def test_nothing_seen(name):
     obs, x = FACTORIES[name](axis=-1), batches()
-    with pytest.raises(ValueError, match=rf"{obs.kind}.bounds: no finite number was observed in 4 of 4 channels"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{obs.kind}.bounds: no finite number was observed in 4 of 4 channels",
+    ):
         obs.bounds(obs.init(x), FORMAT)
     mask = np.array([True, False, True, True])
     state = observed(obs, x[0], where=MASK & mask)
-    with pytest.raises(ValueError, match="in 1 of 4 channels, the first being 1, so there is no range. Update"):
+    with pytest.raises(
+        ValueError,
+        match="in 1 of 4 channels, the first being 1, so there is no range. Update",
+    ):
         obs.bounds(state, FORMAT)
     for bound in bounds_inside(obs)(state):
         np.testing.assert_array_equal(np.isnan(bound), ~mask)
     nothing = np.full(SHAPE[1:], np.nan, np.float32)
-    with pytest.raises(ValueError, match="bounds_of: no finite number was observed in 4 of 4"):
+    with pytest.raises(
+        ValueError, match="bounds_of: no finite number was observed in 4 of 4"
+    ):
         obs.bounds_of(nothing, FORMAT, on_nonfinite="ignore")
 
 
@@ -274,7 +342,9 @@ def test_what_is_not_finite_is_told(name):
     with pytest.raises(ValueError, match=told):
         obs.bounds(state, FORMAT)
     assert np.isnan(bounds_inside(obs)(state)).all()
-    assert_equal(obs.bounds(state, FORMAT, on_nonfinite="ignore"), obs.bounds(clean, FORMAT))
+    assert_equal(
+        obs.bounds(state, FORMAT, on_nonfinite="ignore"), obs.bounds(clean, FORMAT)
+    )
     with pytest.raises(ValueError, match=r"bounds_of: 11 NaN and 1 infinities"):
         obs.bounds_of(dirty[0], FORMAT)
     with pytest.raises(ValueError, match=told):  # once seen it stays known
@@ -287,7 +357,9 @@ def test_errors(name):
     state = observed(obs, *x)
     with pytest.raises(TypeError, match=r"x must be floating point, got int32\[3\]"):
         obs.init(np.zeros(3, np.int32))
-    with pytest.raises(ValueError, match=r"keeps statistics of shape \[4\] and this batch has \[10\]"):
+    with pytest.raises(
+        ValueError, match=r"keeps statistics of shape \[4\] and this batch has \[10\]"
+    ):
         obs.update(state, x[0].T)
     with pytest.raises(ValueError, match="no such axes"):
         obs.init(np.float32(1))
@@ -308,7 +380,9 @@ def test_errors(name):
 
 
 def test_from_dict_names_what_is_wrong():
-    with pytest.raises(ValueError, match="unknown kind 'percentiles'. Did you mean 'percentile'"):
+    with pytest.raises(
+        ValueError, match="unknown kind 'percentiles'. Did you mean 'percentile'"
+    ):
         observers.from_dict({"type": "percentiles"})
     with pytest.raises(ValueError, match="unexpected keyword argument 'q'"):
         observers.from_dict({"type": "percentile", "q": 3})
@@ -333,9 +407,18 @@ def test_one_compilation_for_equal_observers(name):
 
 def test_states_of_other_observers_are_refused():
     x = np.ones(64, np.float32)
-    fine, coarse = observers.percentile(99.0, mantissa_bits=4), observers.percentile(99.0, mantissa_bits=2)
+    fine, coarse = (
+        observers.percentile(99.0, mantissa_bits=4),
+        observers.percentile(99.0, mantissa_bits=2),
+    )
     state = coarse.update(coarse.init(x), x)
-    for use in (lambda: fine.bounds(state), lambda: fine.update(state, x), lambda: observers.minmax().bounds(state)):
+    for use in (
+        lambda: fine.bounds(state),
+        lambda: fine.update(state, x),
+        lambda: observers.minmax().bounds(state),
+    ):
         with pytest.raises(ValueError, match="the state is not of .*other settings"):
             use()
-    assert observers.percentile(50.0, mantissa_bits=2).bounds(state)[1] == 1  # which share is asked for is no setting
+    assert (
+        observers.percentile(50.0, mantissa_bits=2).bounds(state)[1] == 1
+    )  # which share is asked for is no setting

@@ -24,17 +24,27 @@ def data() -> np.ndarray:
         random.laplace(size=SIZE) * 1e-20,
         np.where(np.arange(SIZE) < 4, 40.0, random.standard_normal(SIZE)),
         random.uniform(-1, 1, SIZE),
-        np.where(random.uniform(size=SIZE) < 0.5, 0.0, np.abs(random.standard_normal(SIZE))),
+        np.where(
+            random.uniform(size=SIZE) < 0.5, 0.0, np.abs(random.standard_normal(SIZE))
+        ),
         random.integers(-9, 10, SIZE) * 1e30,
         np.full(SIZE, -3.3),
     ]
     return np.stack(rows).astype(np.float32)
 
 
-CASES = [("int4", True), ("uint4", True), ("uint4", False), ("int8", True), ("int8", False)]
+CASES = [
+    ("int4", True),
+    ("uint4", True),
+    ("uint4", False),
+    ("int8", True),
+    ("int8", False),
+]
 
 
-@pytest.mark.parametrize(("name", "symmetric"), thinned(CASES, [("int4", True), ("uint4", False)]))
+@pytest.mark.parametrize(
+    ("name", "symmetric"), thinned(CASES, [("int4", True), ("uint4", False)])
+)
 def test_thresholds(name, symmetric):
     x, fmt = data(), formats.get(name)
     bins = BINS if fmt.bits == 4 else 512
@@ -42,12 +52,18 @@ def test_thresholds(name, symmetric):
     state = obs.update(obs.init(x), x)
     low, high = (np.asarray(b) for b in obs.bounds(state, name, symmetric=symmetric))
     found = np.maximum(-low, high)
-    expected = np.float32([oracle.entropy_threshold(row, bins, fmt, symmetric) for row in x])
+    expected = np.float32(
+        [oracle.entropy_threshold(row, bins, fmt, symmetric) for row in x]
+    )
     np.testing.assert_array_equal(found, expected)
     assert (found < np.abs(x).max(axis=1)).any(), "no row is clipped: this says little"
     if not symmetric:
-        np.testing.assert_array_equal(low, np.maximum(np.minimum(x.min(axis=1), 0), -expected))
-        np.testing.assert_array_equal(high, np.minimum(np.maximum(x.max(axis=1), 0), expected))
+        np.testing.assert_array_equal(
+            low, np.maximum(np.minimum(x.min(axis=1), 0), -expected)
+        )
+        np.testing.assert_array_equal(
+            high, np.minimum(np.maximum(x.max(axis=1), 0), expected)
+        )
     of = obs.bounds_of(x, name, symmetric=symmetric)
     np.testing.assert_array_equal(np.stack(of), np.stack([low, high]))
 
@@ -57,7 +73,10 @@ def test_numbers_of_levels():
     assert oracle.entropy_levels(int8, True, 9, 9) == 128
     assert oracle.entropy_levels(uint4, True, 9, 0) == 16
     # Codes with a zero point: all for one side, half where both reach as far.
-    assert [oracle.entropy_levels(uint4, False, *reach) for reach in ((9, 0), (0, 9), (9, 9))] == [16, 16, 8]
+    assert [
+        oracle.entropy_levels(uint4, False, *reach)
+        for reach in ((9, 0), (0, 9), (9, 9))
+    ] == [16, 16, 8]
     assert _entropy._levels(int8, True) == (128, 128)
     assert _entropy._levels(uint4, True) == (16, 16)
     assert _entropy._levels(uint4, False) == (8, 16)
@@ -67,19 +86,27 @@ def test_numbers_of_levels():
 def test_divergences_are_the_oracles():
     # The histogram of the published example's size: 16 bins, 4 levels; gaps, and mass beyond them.
     h = np.array([90, 60, 41, 30, 22, 14, 9, 0, 4, 3, 1, 2, 0, 0, 0, 1], np.uint32)
-    divergences = [oracle.entropy_divergence(h, i, 4) if i >= 4 else np.inf for i in range(17)]
+    divergences = [
+        oracle.entropy_divergence(h, i, 4) if i >= 4 else np.inf for i in range(17)
+    ]
     both = np.stack([h, np.zeros_like(h)])
-    search = jax.jit(functools.partial(_entropy.best_bin, fmt=formats.get("int3"), symmetric=True))
+    search = jax.jit(
+        functools.partial(_entropy.best_bin, fmt=formats.get("int3"), symmetric=True)
+    )
     best, used = search(_numbers.as_count(jnp.asarray(both)))
     assert (int(best), int(used)) == (int(np.argmin(divergences)), 16)
-    assert np.isinf(divergences[13])  # its last bin holds nothing, and there is mass beyond it
+    assert np.isinf(
+        divergences[13]
+    )  # its last bin holds nothing, and there is mass beyond it
     # Sizes of counts do not matter: 2^33 times as many.
     many = _numbers.Count(jnp.zeros((2, 16), jnp.uint32), jnp.asarray(both * 2))
     assert int(search(many)[0]) == int(best)
 
 
 def test_what_is_told_exactly_is_kept():
-    search = jax.jit(functools.partial(_entropy.best_bin, fmt=formats.get("int4"), symmetric=True))
+    search = jax.jit(
+        functools.partial(_entropy.best_bin, fmt=formats.get("int4"), symmetric=True)
+    )
     for h in (np.full(16, 5), np.zeros(16), np.repeat([3, 0], 8)):
         both = np.stack([h, np.zeros_like(h)]).astype(np.uint32)
         best, used = search(_numbers.as_count(jnp.asarray(both)))
@@ -87,5 +114,7 @@ def test_what_is_told_exactly_is_kept():
 
 
 def test_levels_need_bins():
-    with pytest.raises(ValueError, match="int8 has more levels than the histogram has bins, 64"):
+    with pytest.raises(
+        ValueError, match="int8 has more levels than the histogram has bins, 64"
+    ):
         observers.entropy(64).bounds_of(np.ones(3, np.float32), "int8")

@@ -19,7 +19,10 @@ def observed(obs, *xs):
 @pytest.mark.parametrize("bins", thinned([16, 7, 2, 2048], [7]))
 def test_growth_conserves_mass_and_is_what_counting_at_once_gives(bins):
     random = np.random.default_rng(0)
-    xs = [(random.standard_normal(50) * size).astype(np.float32) for size in (1e-30, 1e-3, 0.1, 100, 1e20, 1)]
+    xs = [
+        (random.standard_normal(50) * size).astype(np.float32)
+        for size in (1e-30, 1e-3, 0.1, 100, 1e20, 1)
+    ]
     obs, state = observers.histogram(bins), None
     table = jax.jit(obs.table)
     for i, x in enumerate(xs):

@@ -16,7 +16,17 @@ DATA = {
     "positive": np.abs(NORMAL) + 1,
 }
 X = np.stack(list(DATA.values()))
-FORMATS = ["int4", "nf4", "float8_e4m3fn", "ternary", "int8", "float4_e2m1fn", "uint4", "af4", "binary"]
+FORMATS = [
+    "int4",
+    "nf4",
+    "float8_e4m3fn",
+    "ternary",
+    "int8",
+    "float4_e2m1fn",
+    "uint4",
+    "af4",
+    "binary",
+]
 FACTORS = 1 - np.arange(100) / 100
 
 
@@ -27,28 +37,41 @@ def candidates(x, fmt, symmetric, power):
         high = np.abs(x).max()
         low = -high
     ends = [(low * f, high * f) for f in FACTORS]
-    return np.array([oracle.quantization_error(x, a, b, fmt, symmetric, power) for a, b in ends])
+    return np.array(
+        [oracle.quantization_error(x, a, b, fmt, symmetric, power) for a, b in ends]
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "symmetric", "power"),
     thinned(
-        [*((name, True, 2.0) for name in FORMATS), ("int4", False, 2.0), ("uint8", False, 2.0), ("int4", True, 2.4)],
+        [
+            *((name, True, 2.0) for name in FORMATS),
+            ("int4", False, 2.0),
+            ("uint8", False, 2.0),
+            ("int4", True, 2.4),
+        ],
         [("nf4", True, 2.0), ("int4", False, 2.0), ("int4", True, 2.4)],
     ),
 )
 def test_the_best_of_all_candidates(name, symmetric, power):
     fmt, obs = formats.get(name), observers.mse(power, axis=0)
     exact = np.asarray(obs.bounds_of(X, fmt, symmetric=symmetric), np.float64)
-    streamed = np.asarray(obs.bounds(obs.update(obs.init(X), X), fmt, symmetric=symmetric), np.float64)
+    streamed = np.asarray(
+        obs.bounds(obs.update(obs.init(X), X), fmt, symmetric=symmetric), np.float64
+    )
     for i, x in enumerate(X):
         errors = candidates(x, fmt, symmetric, power)
         # float32 sums and a tie rounded the other way may choose among equals.
-        error = oracle.quantization_error(x, exact[0, i], exact[1, i], fmt, symmetric, power)
+        error = oracle.quantization_error(
+            x, exact[0, i], exact[1, i], fmt, symmetric, power
+        )
         assert error <= errors.min() * (1 + 1e-3)
         assert error <= errors[0] * (1 + 1e-6)
         # A histogram knows the numbers to a bin.
-        error = oracle.quantization_error(x, streamed[0, i], streamed[1, i], fmt, symmetric, power)
+        error = oracle.quantization_error(
+            x, streamed[0, i], streamed[1, i], fmt, symmetric, power
+        )
         assert error <= errors.min() * 1.1
         assert error <= errors[0] * 1.02
 
@@ -69,13 +92,22 @@ def test_other_grids_reach_no_farther_than_they_say():
 
 
 def test_arguments_are_checked():
-    for arguments in ({"power": 0}, {"grid": 0}, {"grid": 2.5}, {"shrink": 0}, {"shrink": 1.5}):
+    for arguments in (
+        {"power": 0},
+        {"grid": 0},
+        {"grid": 2.5},
+        {"shrink": 0},
+        {"shrink": 1.5},
+    ):
         with pytest.raises(ValueError, match=f"mse: {next(iter(arguments))} must be"):
             observers.mse(**arguments)
     obs, x = observers.mse(), np.ones(3, np.float32)
     with pytest.raises(ValueError, match="float32 has too many numbers to measure"):
         obs.bounds_of(x, "float32")
-    with pytest.raises(ValueError, match="symmetric=False finds a zero point, which only integer formats have"):
+    with pytest.raises(
+        ValueError,
+        match="symmetric=False finds a zero point, which only integer formats have",
+    ):
         obs.bounds_of(x, "nf4", symmetric=False)
     with pytest.raises(ValueError, match="int1 has no positive numbers"):
         obs.bounds_of(x, "int1")

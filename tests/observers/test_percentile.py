@@ -30,7 +30,9 @@ def test_nearest_rank_is_exact(p):
     x = np.stack(list(DATA.values())).astype(np.float32)
     obs = observers.percentile(p, method="nearest_rank", axis=0)
     high = np.asarray(obs.bounds_of(x)[1])
-    np.testing.assert_array_equal(high, [oracle.nearest_rank(np.abs(row), p) for row in x])
+    np.testing.assert_array_equal(
+        high, [oracle.nearest_rank(np.abs(row), p) for row in x]
+    )
     state = obs.update(obs.init(x), x)
     np.testing.assert_array_equal(np.asarray(obs.bounds(state)[1]), high)
     low, high = (np.asarray(v) for v in obs.bounds(state, symmetric=False))
@@ -49,7 +51,9 @@ def test_linear_is_numpys(p):
         expected = np.percentile(np.abs(x).astype(np.float64), p, axis=1)
         np.testing.assert_allclose(np.asarray(found[1]), expected, rtol=1e-5)
     low, high = obs.bounds(state, symmetric=False)
-    ends = np.percentile(x.astype(np.float64), [(100 - p) / 2, 100 - (100 - p) / 2], axis=1)
+    ends = np.percentile(
+        x.astype(np.float64), [(100 - p) / 2, 100 - (100 - p) / 2], axis=1
+    )
     # Between numbers of both signs only the size of what is interpolated bounds the rounding.
     slack = 3e-7 * np.abs(x).max(axis=1)
     assert (np.abs(np.asarray(low) - np.minimum(ends[0], 0)) <= slack).all()
@@ -59,11 +63,15 @@ def test_linear_is_numpys(p):
 EXAMPLE = [(50, 0.55, 0.5), (90, 0.91, 0.9), (99, 0.991, 1.0)]
 
 
-@pytest.mark.parametrize(("p", "linear", "nearest_rank"), thinned(EXAMPLE, EXAMPLE[1:2]))
+@pytest.mark.parametrize(
+    ("p", "linear", "nearest_rank"), thinned(EXAMPLE, EXAMPLE[1:2])
+)
 def test_the_published_example(p, linear, nearest_rank):
     x = np.arange(1, 11, dtype=np.float32) / 10
     for method, expected in (("linear", linear), ("nearest_rank", nearest_rank)):
-        assert float(observers.percentile(p, method=method).bounds_of(x)[1]) == pytest.approx(expected, rel=1e-6)
+        assert float(
+            observers.percentile(p, method=method).bounds_of(x)[1]
+        ) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("mantissa_bits", thinned([4, 2, 7], [2]))
@@ -74,7 +82,10 @@ def test_a_stream_is_known_to_a_bucket(mantissa_bits):
         state = obs.init(x[0])
         for one in x:
             state = obs.update(state, one)
-        found, exact = float(obs.bounds(state)[1]), np.percentile(np.abs(x), p, method="inverted_cdf")
+        found, exact = (
+            float(obs.bounds(state)[1]),
+            np.percentile(np.abs(x), p, method="inverted_cdf"),
+        )
         assert abs(found - exact) <= 2.0**-mantissa_bits * exact
         assert p != 100 or found == exact
         low, high = (float(v) for v in obs.bounds(state, symmetric=False))
@@ -90,16 +101,36 @@ def test_outliers_cost_no_accuracy():
     state = obs.init(x[0])
     for one in x:
         state = obs.update(state, one)
-    assert float(obs.bounds(state)[1]) == pytest.approx(np.percentile(np.abs(x), 99.05), rel=0.04)
+    assert float(obs.bounds(state)[1]) == pytest.approx(
+        np.percentile(np.abs(x), 99.05), rel=0.04
+    )
 
 
 def test_shares_are_exact_for_any_count():
-    numbers = np.array([0, 1, 9, 10, 999, 1000, 2**24 + 1, 2**31 + 7, 2**32 - 1], np.uint64)
-    texts = ("0", "1/10", "1/1000", "1/2", "1/1000000", "33333333/100000000", "99999999/100000000", "1/3")
+    numbers = np.array(
+        [0, 1, 9, 10, 999, 1000, 2**24 + 1, 2**31 + 7, 2**32 - 1], np.uint64
+    )
+    texts = (
+        "0",
+        "1/10",
+        "1/1000",
+        "1/2",
+        "1/1000000",
+        "33333333/100000000",
+        "99999999/100000000",
+        "1/3",
+    )
     parts = [fractions.Fraction(text) for text in texts]
-    shares = jax.jit(lambda n: [_percentile._share(n, part) for part in parts])(numbers.astype(np.uint32))
+    shares = jax.jit(lambda n: [_percentile._share(n, part) for part in parts])(
+        numbers.astype(np.uint32)
+    )
     for part, (whole, rest) in zip(parts, shares, strict=True):
-        for n, w, r in zip(numbers.tolist(), np.asarray(whole).tolist(), np.asarray(rest).tolist(), strict=True):
+        for n, w, r in zip(
+            numbers.tolist(),
+            np.asarray(whole).tolist(),
+            np.asarray(rest).tolist(),
+            strict=True,
+        ):
             assert (w, r) == divmod(n * part.numerator, part.denominator)
 
 

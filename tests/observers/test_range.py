@@ -81,19 +81,29 @@ def test_counts_neither_stick_nor_wrap():
     for words in ([2**32 - 1, 5], [2**32 - 1, 2**31], [7, 2**31], [2**24, 1]):
         count = _numbers.plus(count, _numbers.as_count(jnp.asarray(words, jnp.uint32)))
         total = total + np.array(words, np.uint64)
-    whole = np.asarray(count.low).astype(np.uint64) + (np.asarray(count.high).astype(np.uint64) << np.uint64(32))
+    whole = np.asarray(count.low).astype(np.uint64) + (
+        np.asarray(count.high).astype(np.uint64) << np.uint64(32)
+    )
     np.testing.assert_array_equal(whole, total)
     added = _numbers.add_up(count, jnp.sum)
     assert int(added.low) + (int(added.high) << 32) == int(total.sum())
-    np.testing.assert_allclose(_numbers.as_float(count), total.astype(np.float32), rtol=1e-7)
-    less = _numbers.minus(count, _numbers.as_count(jnp.asarray([2**32 - 1, 2**32 - 1], jnp.uint32)))
-    np.testing.assert_array_equal(np.asarray(less.low), (total - np.uint64(2**32 - 1)).astype(np.uint32))
+    np.testing.assert_allclose(
+        _numbers.as_float(count), total.astype(np.float32), rtol=1e-7
+    )
+    less = _numbers.minus(
+        count, _numbers.as_count(jnp.asarray([2**32 - 1, 2**32 - 1], jnp.uint32))
+    )
+    np.testing.assert_array_equal(
+        np.asarray(less.low), (total - np.uint64(2**32 - 1)).astype(np.uint32)
+    )
 
 
 def test_a_state_far_along_still_counts():
     obs, x = observers.minmax(), jnp.ones(3)
     state = obs.update(obs.init(x), x)
     full = jnp.full_like(state.seen.finite.low, 2**32 - 2)
-    state = state._replace(seen=state.seen._replace(finite=state.seen.finite._replace(low=full)))
+    state = state._replace(
+        seen=state.seen._replace(finite=state.seen.finite._replace(low=full))
+    )
     finite = jax.device_get(obs.merge(obs.update(state, x), obs.init(x)).seen.finite)
     assert (int(finite.high), int(finite.low)) == (1, 1)

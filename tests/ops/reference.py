@@ -28,7 +28,9 @@ def normal(*shape: int, seed: int = 0, dtype: str = "float32") -> jax.Array:
 
 def double(x: jax.typing.ArrayLike | QTensor) -> np.ndarray:
     """Float64 numbers of an array or of what a QTensor stands for."""
-    return np.asarray(jaxq.dequantize(x, dtype=jnp.float32) if isinstance(x, QTensor) else x).astype(np.float64)
+    return np.asarray(
+        jaxq.dequantize(x, dtype=jnp.float32) if isinstance(x, QTensor) else x
+    ).astype(np.float64)
 
 
 def assert_product(
@@ -52,23 +54,37 @@ def assert_product(
     gamma = (terms + 8) * u / (1 - (terms + 8) * u)
     bound = gamma * size
     if weights != "float32":
-        bound += 1.01 * ROUNDOFF[weights] * size + terms * TINY[weights] * (abs(left).max() + abs(right).max())
+        bound += 1.01 * ROUNDOFF[weights] * size + terms * TINY[weights] * (
+            abs(left).max() + abs(right).max()
+        )
     if dtype != "float32":
         bound += 1.01 * ROUNDOFF[dtype] * abs(exact)
     y = np.asarray(y)
     assert y.dtype == jnp.dtype(dtype)
     assert y.shape == exact.shape
     error = abs(y.astype(np.float64) - exact)
-    assert np.all(error <= bound + 1e-30), f"{np.max(error / (bound + 1e-30)):.3g} times the bound"
+    assert np.all(error <= bound + 1e-30), (
+        f"{np.max(error / (bound + 1e-30)):.3g} times the bound"
+    )
 
 
-def with_codes(qt: QTensor, codes: np.ndarray, zero_point: np.ndarray | None = None) -> QTensor:
+def with_codes(
+    qt: QTensor, codes: np.ndarray, zero_point: np.ndarray | None = None
+) -> QTensor:
     """`qt` with stored codes (padding included) of one's own, and scales of one: it stands for integers."""
     codes = jnp.asarray(codes, qt.spec.fmt.code_dtype)
-    data = formats.pack(codes, qt.spec.fmt.bits, qt.meta.packing, unit=qt.meta.pack_unit).astype(qt.data.dtype)
+    data = formats.pack(
+        codes, qt.spec.fmt.bits, qt.meta.packing, unit=qt.meta.pack_unit
+    ).astype(qt.data.dtype)
     assert data.shape == qt.data.shape
-    zero = None if zero_point is None else jnp.asarray(zero_point, qt.spec.fmt.code_dtype).reshape(qt.scale.shape)
-    return dataclasses.replace(qt, data=data, scale=jnp.ones_like(qt.scale), zero_point=zero)
+    zero = (
+        None
+        if zero_point is None
+        else jnp.asarray(zero_point, qt.spec.fmt.code_dtype).reshape(qt.scale.shape)
+    )
+    return dataclasses.replace(
+        qt, data=data, scale=jnp.ones_like(qt.scale), zero_point=zero
+    )
 
 
 def primitives(fn: Callable, *args) -> list[str]:
@@ -91,9 +107,12 @@ def equations(jaxpr):
         yield eqn
         if eqn.primitive.name in kernels.FORMS:
             form = functools.partial(kernels.FORMS[eqn.primitive.name], **eqn.params)
-            yield from equations(jax.make_jaxpr(form)(*(v.aval for v in eqn.invars)).jaxpr)
+            yield from equations(
+                jax.make_jaxpr(form)(*(v.aval for v in eqn.invars)).jaxpr
+            )
         for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+            list(eqn.params.values()),
+            is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr"),
         ):
             if hasattr(inner, "jaxpr"):
                 inner = inner.jaxpr

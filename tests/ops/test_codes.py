@@ -16,7 +16,15 @@ from tests.ops.reference import assert_product, compiled, dots, normal, with_cod
 FORMATS = ("int8", "uint8", "int4", "uint4", "int3", "int2")
 
 
-def integers(fmt: str, shape: tuple[int, int], *, symmetric: bool, groups: int, contracting: int, seed: int):
+def integers(
+    fmt: str,
+    shape: tuple[int, int],
+    *,
+    symmetric: bool,
+    groups: int,
+    contracting: int,
+    seed: int,
+):
     """A QTensor of random whole numbers, scales of one, and those numbers as int64 with zero points taken off."""
     k = shape[contracting]
     granularity = PerGroup(k // groups) if groups > 1 else jaxq.PerChannel()
@@ -36,7 +44,9 @@ def integers(fmt: str, shape: tuple[int, int], *, symmetric: bool, groups: int, 
 
 
 @functools.cache
-def quantized(shape: tuple[int, int], spec: QuantSpec, contracting: int) -> jaxq.QTensor:
+def quantized(
+    shape: tuple[int, int], spec: QuantSpec, contracting: int
+) -> jaxq.QTensor:
     return jaxq.quantize(jnp.full(shape, 0.5), spec, contracting=contracting)
 
 
@@ -48,24 +58,42 @@ def both_sides():
         for b in FORMATS:
             for a_symmetric in (True, False):
                 for b_symmetric in (True, False):
-                    one_sided = (a_symmetric and a.startswith("u")) or (b_symmetric and b.startswith("u"))
+                    one_sided = (a_symmetric and a.startswith("u")) or (
+                        b_symmetric and b.startswith("u")
+                    )
                     if not one_sided and (a in ("int8", "uint8") or a == b):
                         yield a, a_symmetric, b, b_symmetric
 
 
 # Whole bytes, halves and a stream of bits; both symmetries on either side.
 SIDES = list(both_sides())
-FEW = [("int8", True, "int8", True), ("int8", True, "int3", True), ("int8", True, "uint4", False)]
-FEW += [("uint8", False, "int4", True), ("uint8", False, "uint8", False), ("int2", True, "int2", True)]
+FEW = [
+    ("int8", True, "int8", True),
+    ("int8", True, "int3", True),
+    ("int8", True, "uint4", False),
+]
+FEW += [
+    ("uint8", False, "int4", True),
+    ("uint8", False, "uint8", False),
+    ("int2", True, "int2", True),
+]
 
 
-@pytest.mark.parametrize(("a", "a_symmetric", "b", "b_symmetric"), tables.thinned(SIDES, FEW))
+@pytest.mark.parametrize(
+    ("a", "a_symmetric", "b", "b_symmetric"), tables.thinned(SIDES, FEW)
+)
 def test_integer_sums_are_exact(a, a_symmetric, b, b_symmetric):
-    x, left = integers(a, (3, 96), symmetric=a_symmetric, groups=1, contracting=-1, seed=1)
-    w, right = integers(b, (96, 5), symmetric=b_symmetric, groups=1, contracting=-2, seed=2)
+    x, left = integers(
+        a, (3, 96), symmetric=a_symmetric, groups=1, contracting=-1, seed=1
+    )
+    w, right = integers(
+        b, (96, 5), symmetric=b_symmetric, groups=1, contracting=-2, seed=2
+    )
     assert jaxq.explain(x, w).path == "codes"
     np.testing.assert_array_equal(jaxq.dequantize(w), right.T)
-    np.testing.assert_array_equal(product(x, w), left @ right.T)  # below 2^24, so float32 holds every sum
+    np.testing.assert_array_equal(
+        product(x, w), left @ right.T
+    )  # below 2^24, so float32 holds every sum
 
 
 GROUPED = [
@@ -75,32 +103,72 @@ GROUPED = [
     for groups in ((4, 4), (1, 4), (4, 1))
 ]
 # Both kinds of numbers, in groups of their own or of both sides.
-ENDS = (((True, True), (4, 4)), ((False, False), (4, 4)), ((True, True), (1, 4)), ((False, False), (1, 4)))
+ENDS = (
+    ((True, True), (4, 4)),
+    ((False, False), (4, 4)),
+    ((True, True), (1, 4)),
+    ((False, False), (1, 4)),
+)
 FEW_GROUPED = [case for case in GROUPED if case[1:] in ENDS]
 
 
-@pytest.mark.parametrize(("formats", "symmetric", "groups"), tables.thinned(GROUPED, FEW_GROUPED))
+@pytest.mark.parametrize(
+    ("formats", "symmetric", "groups"), tables.thinned(GROUPED, FEW_GROUPED)
+)
 def test_groups_on_one_side_or_both(formats, symmetric, groups):
-    x, left = integers(formats[0], (3, 96), symmetric=symmetric[0], groups=groups[0], contracting=-1, seed=3)
-    w, right = integers(formats[1], (96, 5), symmetric=symmetric[1], groups=groups[1], contracting=-2, seed=4)
+    x, left = integers(
+        formats[0],
+        (3, 96),
+        symmetric=symmetric[0],
+        groups=groups[0],
+        contracting=-1,
+        seed=3,
+    )
+    w, right = integers(
+        formats[1],
+        (96, 5),
+        symmetric=symmetric[1],
+        groups=groups[1],
+        contracting=-2,
+        seed=4,
+    )
     assert jaxq.explain(x, w).path == "codes"
     np.testing.assert_array_equal(product(x, w), left @ right.T)
     # With scales, each group's sum meets its own.
-    x, w = (dataclasses.replace(q, scale=np.exp2(np.round(normal(*q.scale.shape)))) for q in (x, w))
-    exact = np.asarray(jaxq.dequantize(x), np.float64) @ np.asarray(jaxq.dequantize(w), np.float64)
-    np.testing.assert_allclose(product(x, w), exact, rtol=1e-6, atol=1e-6 * abs(exact).max())
+    x, w = (
+        dataclasses.replace(q, scale=np.exp2(np.round(normal(*q.scale.shape))))
+        for q in (x, w)
+    )
+    exact = np.asarray(jaxq.dequantize(x), np.float64) @ np.asarray(
+        jaxq.dequantize(w), np.float64
+    )
+    np.testing.assert_allclose(
+        product(x, w), exact, rtol=1e-6, atol=1e-6 * abs(exact).max()
+    )
 
 
-REAL = [("int8", "int4"), ("uint8", "uint4"), ("uint8", "int3"), ("mxint8", "mxint8"), ("int8", "ternary")]
+REAL = [
+    ("int8", "int4"),
+    ("uint8", "uint4"),
+    ("uint8", "int3"),
+    ("mxint8", "mxint8"),
+    ("int8", "ternary"),
+]
 REAL = [(a, b, m) for a, b in [*REAL, ("int8", "vsq4")] for m in (1, 5)]
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "m"), tables.thinned(REAL, [case for case in REAL if case[2] == 5 or case[:2] == ("uint8", "uint4")])
+    ("a", "b", "m"),
+    tables.thinned(
+        REAL, [case for case in REAL if case[2] == 5 or case[:2] == ("uint8", "uint4")]
+    ),
 )
 def test_real_numbers(a, b, m):
     # 200 is no multiple of a group; padding must not count, whatever the zero points are.
-    x, w = jaxq.quantize(normal(m, 200) + 1, a, contracting=-1), jaxq.quantize(normal(200, 24) + 1, b)
+    x, w = (
+        jaxq.quantize(normal(m, 200) + 1, a, contracting=-1),
+        jaxq.quantize(normal(200, 24) + 1, b),
+    )
     assert jaxq.explain(x, w).path == "codes"
     assert_product(product(x, w), np.matmul, x, w, 200)
 
@@ -125,15 +193,29 @@ def test_sums_beyond_int32(symmetric):
     assert "parts" not in str(jaxq.explain(*few))
 
 
-FLOATS = [("fp8", "fp8"), ("fp8", "fp8_e5m2"), ("mxfp8", "mxfp8"), ("fp8_e5m2", "mxfp8")]
+FLOATS = [
+    ("fp8", "fp8"),
+    ("fp8", "fp8_e5m2"),
+    ("mxfp8", "mxfp8"),
+    ("fp8_e5m2", "mxfp8"),
+]
 
 
-@pytest.mark.parametrize(("a", "b"), tables.thinned(FLOATS, [("fp8", "fp8_e5m2"), ("mxfp8", "mxfp8")]))
+@pytest.mark.parametrize(
+    ("a", "b"), tables.thinned(FLOATS, [("fp8", "fp8_e5m2"), ("mxfp8", "mxfp8")])
+)
 def test_float8_products(a, b):
-    x, w = jaxq.quantize(normal(5, 96), a, contracting=-1), jaxq.quantize(normal(96, 7), b)
+    x, w = (
+        jaxq.quantize(normal(5, 96), a, contracting=-1),
+        jaxq.quantize(normal(96, 7), b),
+    )
     assert jaxq.explain(x, w).path == "codes"
     assert_product(product(x, w), np.matmul, x, w, 96)
-    names = {"fp8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+    names = {
+        "fp8": "float8_e4m3fn",
+        "mxfp8": "float8_e4m3fn",
+        "fp8_e5m2": "float8_e5m2",
+    }
     assert dots(jaxq.matmul, x, w) == [(names[a], names[b], "float32")]
 
 
@@ -148,7 +230,10 @@ def test_float8_products(a, b):
 )
 @pytest.mark.parametrize("m", [1, 16])
 def test_the_dot_is_of_codes(a, b, expected, m):
-    x, w = jaxq.quantize(normal(m, 256), a, contracting=-1), jaxq.quantize(normal(256, 128), b)
+    x, w = (
+        jaxq.quantize(normal(m, 256), a, contracting=-1),
+        jaxq.quantize(normal(256, 128), b),
+    )
     assert dots(jaxq.matmul, x, w) == [expected]
 
 
@@ -197,7 +282,11 @@ def test_batch_axes_and_several_free_axes():
         (("fp8", -1), ("int8", -2), "do not multiply natively"),
         (("int8", -2), ("int8", -2), "not those its scales are shared along"),
         ((QuantSpec("uint8", offset="min"), -1), ("int8", -2), "has a real offset"),
-        ((QuantSpec("int8", PerGroup(16)), -1), (QuantSpec("int8", PerGroup(32)), -2), "their groups along k differ"),
+        (
+            (QuantSpec("int8", PerGroup(16)), -1),
+            (QuantSpec("int8", PerGroup(32)), -2),
+            "their groups along k differ",
+        ),
     ],
 )
 def test_what_codes_cannot_do_is_done_in_floats(x, w, why):
@@ -226,12 +315,19 @@ def test_a_weight_can_say_how_its_partner_is_quantized(preset):
     assert "quantized to int8 on the fly" in jaxq.explain(x, dynamic).reason
     assert jaxq.explain(x, dynamic).path == jaxq.explain(explicit, qt).path
     left = qt.T.with_activation("int8")
-    np.testing.assert_array_equal(left @ x.T, qt.T @ jaxq.quantize(x.T, "int8", contracting=-2))
+    np.testing.assert_array_equal(
+        left @ x.T, qt.T @ jaxq.quantize(x.T, "int8", contracting=-2)
+    )
     # Straight through: the gradient is that of the weight alone.
     weights = np.sin(np.arange(64, dtype=np.float32)).reshape(4, 16)
     slope = jax.jit(jax.grad(lambda x, qt: jnp.sum(weights * (x @ qt))))
     np.testing.assert_allclose(slope(x, dynamic), slope(x, qt), rtol=1e-6, atol=1e-6)
-    assert jax.eval_shape(jaxq.matmul, x.astype("bfloat16"), dynamic.astype("bfloat16")).dtype == "bfloat16"
+    assert (
+        jax.eval_shape(
+            jaxq.matmul, x.astype("bfloat16"), dynamic.astype("bfloat16")
+        ).dtype
+        == "bfloat16"
+    )
 
 
 MOST = [
@@ -246,11 +342,17 @@ MOST = [(*case, m) for case in MOST for m in (1, 128)]
 
 @pytest.mark.parametrize(
     ("weight", "activation", "most", "m"),
-    tables.thinned(MOST, [case for case in MOST if case[3] == 128 or case[0] == "mxint8"]),
+    tables.thinned(
+        MOST, [case for case in MOST if case[3] == 128 or case[0] == "mxint8"]
+    ),
 )
 def test_no_product_of_codes_widens_a_whole_operand(weight, activation, most, m):
     # The float32 weight would take 67 MB, the partial sums of all groups up to 540 MB.
     shape, presets = jax.ShapeDtypeStruct((4096, 4096), jnp.float32), jaxq.presets()
-    qt = jax.eval_shape(lambda w: jaxq.quantize(w, weight).with_activation(presets[activation]), shape)
-    program = compiled(lambda x, qt: x @ qt, jax.ShapeDtypeStruct((m, 4096), jnp.float32), qt)
+    qt = jax.eval_shape(
+        lambda w: jaxq.quantize(w, weight).with_activation(presets[activation]), shape
+    )
+    program = compiled(
+        lambda x, qt: x @ qt, jax.ShapeDtypeStruct((m, 4096), jnp.float32), qt
+    )
     assert program.memory_analysis().temp_size_in_bytes <= most

@@ -13,28 +13,56 @@ from tests import tables
 from tests.ops.reference import ROUNDOFF, dots, normal, with_codes
 
 # Flax's order: batch, spatial, feature; kernels [*window, in, out].
-NUMBERS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
+NUMBERS = {
+    1: ("NWC", "WIO", "NWC"),
+    2: ("NHWC", "HWIO", "NHWC"),
+    3: ("NDHWC", "DHWIO", "NDHWC"),
+}
 # name: (x, kernel, options)
 CASES = {
     "1d": ((2, 20, 6), (3, 6, 8), {"window_strides": (1,), "padding": "SAME"}),
     "2d": ((2, 9, 10, 6), (3, 2, 6, 8), {"window_strides": (1, 1), "padding": "VALID"}),
-    "3d": ((1, 5, 6, 4, 3), (2, 3, 2, 3, 4), {"window_strides": (1, 1, 1), "padding": "SAME"}),
-    "strided": ((2, 9, 10, 6), (3, 3, 6, 8), {"window_strides": (2, 3), "padding": [(1, 2), (0, 1)]}),
-    "dilated": ((2, 9, 10, 6), (3, 3, 6, 8), {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (2, 1)}),
+    "3d": (
+        (1, 5, 6, 4, 3),
+        (2, 3, 2, 3, 4),
+        {"window_strides": (1, 1, 1), "padding": "SAME"},
+    ),
+    "strided": (
+        (2, 9, 10, 6),
+        (3, 3, 6, 8),
+        {"window_strides": (2, 3), "padding": [(1, 2), (0, 1)]},
+    ),
+    "dilated": (
+        (2, 9, 10, 6),
+        (3, 3, 6, 8),
+        {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (2, 1)},
+    ),
     "stretched": (
         (2, 5, 6, 6),
         (3, 3, 6, 8),
         {"window_strides": (1, 1), "padding": [(2, 2), (2, 2)], "lhs_dilation": (2, 2)},
     ),
-    "grouped": ((2, 9, 10, 6), (3, 3, 2, 9), {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 3}),
-    "depthwise": ((2, 20, 6), (3, 1, 12), {"window_strides": (1,), "padding": "SAME", "feature_group_count": 6}),
+    "grouped": (
+        (2, 9, 10, 6),
+        (3, 3, 2, 9),
+        {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 3},
+    ),
+    "depthwise": (
+        (2, 20, 6),
+        (3, 1, 12),
+        {"window_strides": (1,), "padding": "SAME", "feature_group_count": 6},
+    ),
 }
 
 
 def prepared(case: str):
     x_shape, k_shape, options = CASES[case]
     numbers = NUMBERS[len(x_shape) - 2]
-    return normal(*x_shape), normal(*k_shape, seed=1), {**options, "dimension_numbers": numbers}
+    return (
+        normal(*x_shape),
+        normal(*k_shape, seed=1),
+        {**options, "dimension_numbers": numbers},
+    )
 
 
 def all_but(ndim: int, axis: int) -> tuple[int, ...]:
@@ -46,7 +74,9 @@ WEIGHTS = [(preset, case) for preset in ("int8", "nf4_dq", "fp8") for case in CA
 
 @pytest.mark.parametrize(
     ("preset", "case"),
-    tables.thinned(WEIGHTS, [("int8", "3d"), ("fp8", "grouped"), ("nf4_dq", "strided")]),
+    tables.thinned(
+        WEIGHTS, [("int8", "3d"), ("fp8", "grouped"), ("nf4_dq", "strided")]
+    ),
 )
 def test_weight_only(preset, case):
     x, kernel, options = prepared(case)
@@ -84,21 +114,39 @@ def test_integer_sums_are_exact(case):
 @pytest.mark.parametrize("case", tables.thinned(CASES, ["1d", "grouped"]))
 def test_scales_meet_their_example_and_channel(case):
     x, kernel, options = prepared(case)
-    x = x * jnp.exp2(jnp.arange(x.shape[0], dtype=x.dtype)).reshape(-1, *[1] * (x.ndim - 1))
-    kernel = kernel * jnp.exp2(jnp.arange(kernel.shape[-1], dtype=x.dtype)).reshape(*[1] * (kernel.ndim - 1), -1)
+    x = x * jnp.exp2(jnp.arange(x.shape[0], dtype=x.dtype)).reshape(
+        -1, *[1] * (x.ndim - 1)
+    )
+    kernel = kernel * jnp.exp2(jnp.arange(kernel.shape[-1], dtype=x.dtype)).reshape(
+        *[1] * (kernel.ndim - 1), -1
+    )
     qk = jaxq.quantize(kernel, "int8", contracting=all_but(kernel.ndim, -1))
     for spec in ("int8", QuantSpec("int8", PerTensor())):
         qx = jaxq.quantize(x, spec, contracting=all_but(x.ndim, -x.ndim))
         y = jaxq.ops.conv_general_dilated(qx, qk, **options)
-        expected = lax.conv_general_dilated(jaxq.dequantize(qx), jaxq.dequantize(qk), **options)
-        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max()))
+        expected = lax.conv_general_dilated(
+            jaxq.dequantize(qx), jaxq.dequantize(qk), **options
+        )
+        np.testing.assert_allclose(
+            y, expected, rtol=1e-5, atol=1e-5 * float(jnp.abs(expected).max())
+        )
 
 
 def test_batch_groups():
     x, kernel = normal(4, 8, 3), normal(3, 3, 6)
-    options = {"window_strides": (1,), "padding": "SAME", "dimension_numbers": ("NHC", "HIO", "NHC")}
-    for spec, ends in (("int8", {}), (QuantSpec("int8", PerTensor()), {}), ("int8", {"bounds": (-20.0, 20.0)})):
-        qt = jaxq.quantize(kernel, "int8", contracting=(-3, -2)).with_activation(spec, **ends)
+    options = {
+        "window_strides": (1,),
+        "padding": "SAME",
+        "dimension_numbers": ("NHC", "HIO", "NHC"),
+    }
+    for spec, ends in (
+        ("int8", {}),
+        (QuantSpec("int8", PerTensor()), {}),
+        ("int8", {"bounds": (-20.0, 20.0)}),
+    ):
+        qt = jaxq.quantize(kernel, "int8", contracting=(-3, -2)).with_activation(
+            spec, **ends
+        )
         y = jaxq.ops.conv_general_dilated(x, qt, **options, batch_group_count=2)
         expected = lax.conv_general_dilated(x, kernel, **options, batch_group_count=2)
         assert y.shape == expected.shape == (2, 8, 6)
@@ -107,11 +155,18 @@ def test_batch_groups():
 
 def test_pytorch_order():
     x, kernel = normal(2, 6, 9, 10), normal(8, 6, 3, 3)
-    qx, qk = jaxq.quantize(x, "int8", contracting=(-3, -2, -1)), jaxq.quantize(kernel, "int8", contracting=(-3, -2, -1))
+    qx, qk = (
+        jaxq.quantize(x, "int8", contracting=(-3, -2, -1)),
+        jaxq.quantize(kernel, "int8", contracting=(-3, -2, -1)),
+    )
     y = jaxq.ops.conv_general_dilated(qx, qk, (1, 1), "SAME")
-    expected = lax.conv_general_dilated(jaxq.dequantize(qx), jaxq.dequantize(qk), (1, 1), "SAME")
+    expected = lax.conv_general_dilated(
+        jaxq.dequantize(qx), jaxq.dequantize(qk), (1, 1), "SAME"
+    )
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
-    assert dots(lambda a, b: jaxq.ops.conv_general_dilated(a, b, (1, 1), "SAME"), qx, qk) == [("int8", "int8", "int32")]
+    assert dots(
+        lambda a, b: jaxq.ops.conv_general_dilated(a, b, (1, 1), "SAME"), qx, qk
+    ) == [("int8", "int8", "int32")]
 
 
 def why(x, kernel) -> str:
@@ -123,24 +178,49 @@ def test_what_cannot_be_convolved_as_codes():
     qx = jaxq.quantize(x, "int8", contracting=(-2, -1))
     qk = jaxq.quantize(kernel, "int8", contracting=(-3, -2))
     assert why(qx, qk) == "None"
-    assert "not in symmetric integers" in why(jaxq.quantize(x, "uint8", contracting=(-2, -1)), qk)
-    assert "not in symmetric integers" in why(qx, jaxq.quantize(kernel, "fp8", contracting=(-3, -2)))
-    assert "several scales" in why(qx, jaxq.quantize(kernel, QuantSpec("int8", jaxq.PerGroup(9)), contracting=(-3, -2)))
+    assert "not in symmetric integers" in why(
+        jaxq.quantize(x, "uint8", contracting=(-2, -1)), qk
+    )
+    assert "not in symmetric integers" in why(
+        qx, jaxq.quantize(kernel, "fp8", contracting=(-3, -2))
+    )
+    assert "several scales" in why(
+        qx,
+        jaxq.quantize(
+            kernel, QuantSpec("int8", jaxq.PerGroup(9)), contracting=(-3, -2)
+        ),
+    )
     assert "scales along axes" in why(jaxq.quantize(x, "int8", contracting=-1), qk)
     long = jax.eval_shape(
-        lambda w: jaxq.quantize(w, "int8", contracting=(-3, -2)), jax.ShapeDtypeStruct((9, 16384, 2), jnp.float32)
+        lambda w: jaxq.quantize(w, "int8", contracting=(-3, -2)),
+        jax.ShapeDtypeStruct((9, 16384, 2), jnp.float32),
     )
     assert "may exceed int32" in why(qx, long)
     # and is convolved in floats
     tokens = jaxq.quantize(x, "int8", contracting=-1)
-    options = {"window_strides": (1,), "padding": "SAME", "dimension_numbers": NUMBERS[1]}
-    expected = lax.conv_general_dilated(jaxq.dequantize(tokens), jaxq.dequantize(qk), **options)
-    np.testing.assert_allclose(jaxq.ops.conv_general_dilated(tokens, qk, **options), expected, rtol=1e-5, atol=1e-4)
+    options = {
+        "window_strides": (1,),
+        "padding": "SAME",
+        "dimension_numbers": NUMBERS[1],
+    }
+    expected = lax.conv_general_dilated(
+        jaxq.dequantize(tokens), jaxq.dequantize(qk), **options
+    )
+    np.testing.assert_allclose(
+        jaxq.ops.conv_general_dilated(tokens, qk, **options),
+        expected,
+        rtol=1e-5,
+        atol=1e-4,
+    )
 
 
 def test_sums_beyond_int32_are_not_trusted_to_it():
     # 147,456 products of 127 * 127: int32 would wrap.
-    options = {"window_strides": (1,), "padding": "VALID", "dimension_numbers": NUMBERS[1]}
+    options = {
+        "window_strides": (1,),
+        "padding": "VALID",
+        "dimension_numbers": NUMBERS[1],
+    }
     x = jaxq.quantize(jnp.ones((1, 9, 16384)), "int8", contracting=(-2, -1))
     kernel = jaxq.quantize(jnp.ones((9, 16384, 1)), "int8", contracting=(-3, -2))
     y = jaxq.ops.conv_general_dilated(x, kernel, **options)
@@ -153,13 +233,19 @@ def test_dtypes(dtype):
     qt = jaxq.quantize(kernel, "int8", contracting=all_but(4, -1)).astype(dtype)
     y = jaxq.ops.conv_general_dilated(x.astype(dtype), qt, **options)
     assert y.dtype == jnp.dtype(dtype)
-    wide = jaxq.ops.conv_general_dilated(x.astype(dtype), qt, **options, preferred_element_type=jnp.float32)
+    wide = jaxq.ops.conv_general_dilated(
+        x.astype(dtype), qt, **options, preferred_element_type=jnp.float32
+    )
     assert wide.dtype == jnp.float32
     floats = x.astype(dtype).astype(jnp.float32), jaxq.dequantize(qt, dtype=jnp.float32)
     expected = lax.conv_general_dilated(*floats, **options)
     size = lax.conv_general_dilated(*(abs(v) for v in floats), **options)
-    assert np.all(abs(wide - expected) <= 1.01 * ROUNDOFF[dtype] * size)  # the kernel is rounded to dtype
-    assert np.all(abs(y.astype(jnp.float32) - wide) <= 1.01 * ROUNDOFF[dtype] * abs(wide))
+    assert np.all(
+        abs(wide - expected) <= 1.01 * ROUNDOFF[dtype] * size
+    )  # the kernel is rounded to dtype
+    assert np.all(
+        abs(y.astype(jnp.float32) - wide) <= 1.01 * ROUNDOFF[dtype] * abs(wide)
+    )
 
 
 @pytest.mark.parametrize("case", ["1d", "strided", "grouped"])
@@ -176,7 +262,11 @@ def test_activations_quantized_on_the_fly(case):
     assert dots(conv, x, dynamic) == [("int8", "int8", "int32")]
     dy = normal(*explicit.shape, seed=3)
     seen, plain = (
-        jax.jit(jax.grad(lambda x, k: jnp.sum(dy * conv(x, k)), argnums=(0, 1), allow_int=True))(x, k)
+        jax.jit(
+            jax.grad(
+                lambda x, k: jnp.sum(dy * conv(x, k)), argnums=(0, 1), allow_int=True
+            )
+        )(x, k)
         for k in (dynamic, qk)
     )
     np.testing.assert_allclose(seen[0], plain[0], rtol=1e-5, atol=1e-4)
@@ -201,7 +291,9 @@ def test_gradients_of_weight_only():
 
 def test_operands_that_do_not_fit():
     with pytest.raises(TypeError, match="rhs must be a QTensor"):
-        jaxq.ops.conv_general_dilated(jnp.ones((1, 4, 2)), jnp.ones((2, 2, 2)), (1,), "SAME")
+        jaxq.ops.conv_general_dilated(
+            jnp.ones((1, 4, 2)), jnp.ones((2, 2, 2)), (1,), "SAME"
+        )
     qk = jaxq.quantize(normal(3, 6, 8), "int8", contracting=(-3, -2))
     with pytest.raises(TypeError, match="lhs must be float or a QTensor, got int32"):
         jaxq.ops.conv_general_dilated(

@@ -42,18 +42,26 @@ CASES = {
 }  # fmt: skip
 FIRST = tuple(CASES)[:4]
 REST = tuple(CASES)[4:]
-EVERYWHERE = [(preset, case) for preset in jaxq.presets() for case in (CASES if preset in KINDS else FIRST)]
+EVERYWHERE = [
+    (preset, case)
+    for preset in jaxq.presets()
+    for case in (CASES if preset in KINDS else FIRST)
+]
 DEFAULT = [
     (preset, case)
     for preset, case in EVERYWHERE
-    if (preset in ("int8", "uint4", "nvfp4", "ttq") and case in FIRST) or preset == "nf4_dq"
+    if (preset in ("int8", "uint4", "nvfp4", "ttq") and case in FIRST)
+    or preset == "nf4_dq"
 ]
 
 
 @functools.cache
 def weights(preset: str) -> dict[str, jaxq.QTensor]:
     layers = [jaxq.quantize(normal(288, 24, seed=i), preset) for i in range(3)]
-    found = {"matrix": layers[0], "stack": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+    found = {
+        "matrix": layers[0],
+        "stack": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),
+    }
     if preset in KINDS:
         found["heads"] = jaxq.quantize(normal(2, 144, 24), preset, contracting=(-3, -2))
         found["qkv"] = layers[0].reshape(288, 2, 12)
@@ -63,7 +71,9 @@ def weights(preset: str) -> dict[str, jaxq.QTensor]:
 
 @functools.cache
 def numbers(preset: str) -> dict[str, np.ndarray]:
-    values = jax.jit(lambda qts: {name: jaxq.dequantize(qt) for name, qt in qts.items()})(weights(preset))
+    values = jax.jit(
+        lambda qts: {name: jaxq.dequantize(qt) for name, qt in qts.items()}
+    )(weights(preset))
     return {name: double(value) for name, value in values.items()}
 
 
@@ -74,7 +84,9 @@ def other(case: str) -> jax.Array:
 @functools.cache
 def products(preset: str, cases: tuple[str, ...]) -> dict[str, jax.Array]:
     def multiplied(qts, xs):
-        return {case: CASES[case][2](jaxq, x, qts[CASES[case][0]]) for case, x in xs.items()}
+        return {
+            case: CASES[case][2](jaxq, x, qts[CASES[case][0]]) for case, x in xs.items()
+        }
 
     return jax.jit(multiplied)(weights(preset), {case: other(case) for case in cases})
 
@@ -87,7 +99,9 @@ def jitted_product(preset: str, case: str) -> jax.Array:
 def test_every_preset_everywhere(preset, case):
     weight, _, product, terms = CASES[case]
     y = jitted_product(preset, case)
-    assert_product(y, functools.partial(product, np), other(case), numbers(preset)[weight], terms)
+    assert_product(
+        y, functools.partial(product, np), other(case), numbers(preset)[weight], terms
+    )
 
 
 EAGER = [(preset, case) for preset in ("int8", "nf4_dq") for case in CASES]
@@ -95,12 +109,21 @@ EAGER = [(preset, case) for preset in ("int8", "nf4_dq") for case in CASES]
 
 @pytest.mark.parametrize(
     ("preset", "case"),
-    tables.thinned(EAGER, [("int8", case) for case in FIRST] + [("nf4_dq", case) for case in ("2d", "qkv", "left")]),
+    tables.thinned(
+        EAGER,
+        [("int8", case) for case in FIRST]
+        + [("nf4_dq", case) for case in ("2d", "qkv", "left")],
+    ),
 )
 def test_eager_equals_jitted(preset, case):
     weight, _, product, _ = CASES[case]
-    eager, jitted = product(jaxq, other(case), weights(preset)[weight]), jitted_product(preset, case)
-    np.testing.assert_allclose(eager, jitted, rtol=1e-5, atol=1e-5 * float(jnp.abs(jitted).max()))
+    eager, jitted = (
+        product(jaxq, other(case), weights(preset)[weight]),
+        jitted_product(preset, case),
+    )
+    np.testing.assert_allclose(
+        eager, jitted, rtol=1e-5, atol=1e-5 * float(jnp.abs(jitted).max())
+    )
 
 
 DTYPE_CASES = [
@@ -123,7 +146,14 @@ TYPED = [
 
 @pytest.mark.parametrize(
     ("preset", "case", "x_dtype", "w_dtype", "preferred", "result"),
-    tables.thinned(TYPED, [row for row in TYPED if row[:2] in (("int8", "2d"), ("int8", "left"), ("uint4", "stack"))]),
+    tables.thinned(
+        TYPED,
+        [
+            row
+            for row in TYPED
+            if row[:2] in (("int8", "2d"), ("int8", "left"), ("uint4", "stack"))
+        ],
+    ),
 )
 def test_dtypes(preset, case, x_dtype, w_dtype, preferred, result):
     weight, _, product, terms = CASES[case]
@@ -135,13 +165,25 @@ def test_dtypes(preset, case, x_dtype, w_dtype, preferred, result):
             return jaxq.einsum(*args, preferred_element_type=preferred)
 
     if preferred is not None and case not in ("stack", "one_kept_axis"):
-        sides = {"left": (qt.T, x), "transposed": (x, qt.T), "transposed_left": (qt, x)}.get(case, (x, qt))
+        sides = {
+            "left": (qt.T, x),
+            "transposed": (x, qt.T),
+            "transposed_left": (qt, x),
+        }.get(case, (x, qt))
         y = jaxq.matmul(*sides, preferred_element_type=preferred)
     elif preferred is not None and case == "stack":
         y = jaxq.matmul(x, qt, preferred_element_type=preferred)
     else:
         y = product(Preferring, x, qt)
-    assert_product(y, functools.partial(product, np), x, numbers(preset)[weight], terms, weights=x_dtype, dtype=result)
+    assert_product(
+        y,
+        functools.partial(product, np),
+        x,
+        numbers(preset)[weight],
+        terms,
+        weights=x_dtype,
+        dtype=result,
+    )
 
 
 def test_results_promote_as_lax_and_numpy_say(standard_promotion):
@@ -152,20 +194,30 @@ def test_results_promote_as_lax_and_numpy_say(standard_promotion):
                 qt = jaxq.quantize(w, "int8")
                 return x @ qt, qt.T @ x.T, jaxq.quantize(x, "int8", contracting=-1) @ qt
 
-            results = jax.eval_shape(products, jax.ShapeDtypeStruct((2, 32), a), jax.ShapeDtypeStruct((32, 3), b))
+            results = jax.eval_shape(
+                products,
+                jax.ShapeDtypeStruct((2, 32), a),
+                jax.ShapeDtypeStruct((32, 3), b),
+            )
             assert {y.dtype for y in results} == {jnp.promote_types(a, b)}
 
 
 def test_arrays_alone_are_lax():
     x, w = normal(5, 32), normal(32, 7)
     dims = (((1,), (0,)), ((), ()))
-    np.testing.assert_array_equal(jaxq.dot_general(x, w, dims), lax.dot_general(x, w, dims))
+    np.testing.assert_array_equal(
+        jaxq.dot_general(x, w, dims), lax.dot_general(x, w, dims)
+    )
     half = x.astype("bfloat16"), w.astype("bfloat16")
     y = jaxq.dot_general(*half, dims)
     assert_product(y, np.matmul, *half, 32, dtype="bfloat16")
-    assert dots(lambda a, b: jaxq.dot_general(a, b, dims), *half) == [("bfloat16", "bfloat16", "float32")]
+    assert dots(lambda a, b: jaxq.dot_general(a, b, dims), *half) == [
+        ("bfloat16", "bfloat16", "float32")
+    ]
     codes = jnp.full((3, 64), 100, jnp.int8)
-    y = jaxq.dot_general(codes, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    y = jaxq.dot_general(
+        codes, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )
     assert y.dtype == jnp.int32
     assert (y == 640000).all()
 
@@ -175,7 +227,10 @@ def test_no_rows_no_columns_no_terms(preset):
     qt = jaxq.quantize(normal(32, 8), preset)
     assert (jnp.zeros((0, 32)) @ qt).shape == (0, 8)
     assert (jnp.zeros((0, 8)) @ qt.T).shape == (0, 32)
-    assert (jaxq.quantize(jnp.zeros((0, 32)), preset, contracting=-1) @ qt).shape == (0, 8)
+    assert (jaxq.quantize(jnp.zeros((0, 32)), preset, contracting=-1) @ qt).shape == (
+        0,
+        8,
+    )
     none = jaxq.quantize(jnp.zeros((32, 0)), preset)
     assert (jnp.ones((3, 32)) @ none).shape == (3, 0)
     np.testing.assert_array_equal(jnp.ones((3, 0)) @ none.T, jnp.zeros((3, 32)))
@@ -185,23 +240,53 @@ def test_no_rows_no_columns_no_terms(preset):
 
 def test_what_does_not_fit_is_said():
     qt = jaxq.quantize(normal(32, 8), "int8")
-    with pytest.raises(TypeError, match=r"contracting axes \[1\] of \[2, 31\] and \[0\] of \[32, 8\] differ in size"):
+    with pytest.raises(
+        TypeError,
+        match=r"contracting axes \[1\] of \[2, 31\] and \[0\] of \[32, 8\] differ in size",
+    ):
         jnp.ones((2, 31)) @ qt
     stack = jaxq.quantize(normal(3, 32, 8), "int8", contracting=-2, batch=0)
     with pytest.raises(TypeError, match="batch axes"):
         jaxq.dot_general(jnp.ones((2, 5, 32)), stack, (((2,), (1,)), ((0,), (0,))))
-    for x in (jnp.ones((2, 32), jnp.int32), np.ones((2, 32), np.int8), jnp.ones((2, 32), bool)):
-        with pytest.raises(TypeError, match="Pass floats, or quantize this operand as well"):
+    for x in (
+        jnp.ones((2, 32), jnp.int32),
+        np.ones((2, 32), np.int8),
+        jnp.ones((2, 32), bool),
+    ):
+        with pytest.raises(
+            TypeError, match="Pass floats, or quantize this operand as well"
+        ):
             jaxq.matmul(x, qt)
     with pytest.raises(TypeError, match="Pass floats"):
         jaxq.matmul(qt.T, jnp.ones((32, 2), jnp.int32))
-    for weight in (qt, qt.with_activation("int8")):  # neither computes in float64, and neither pretends to
-        with jax.enable_x64(True), pytest.raises(TypeError, match=r"float64\[2,? 32\].*astype\(jnp.float32\)"):
+    for weight in (
+        qt,
+        qt.with_activation("int8"),
+    ):  # neither computes in float64, and neither pretends to
+        with (
+            jax.enable_x64(True),
+            pytest.raises(TypeError, match=r"float64\[2,? 32\].*astype\(jnp.float32\)"),
+        ):
             jnp.ones((2, 32), jnp.float64) @ weight
-        with jax.enable_x64(True), pytest.raises(TypeError, match="must be float32 or a narrower float, got float64"):
-            jaxq.matmul(jnp.ones((2, 32), jnp.float32), weight, preferred_element_type=jnp.float64)
-        for product in (lambda x, w: x @ w, jaxq.matmul, lambda x, w: jaxq.einsum("mk,kn->mn", x, w)):
-            with pytest.raises(TypeError, match=r"float64\[2,? 32\].*astype\(jnp.float32\)"):
+        with (
+            jax.enable_x64(True),
+            pytest.raises(
+                TypeError, match="must be float32 or a narrower float, got float64"
+            ),
+        ):
+            jaxq.matmul(
+                jnp.ones((2, 32), jnp.float32),
+                weight,
+                preferred_element_type=jnp.float64,
+            )
+        for product in (
+            lambda x, w: x @ w,
+            jaxq.matmul,
+            lambda x, w: jaxq.einsum("mk,kn->mn", x, w),
+        ):
+            with pytest.raises(
+                TypeError, match=r"float64\[2,? 32\].*astype\(jnp.float32\)"
+            ):
                 product(np.full((2, 32), 1e300), weight)
 
 
@@ -209,7 +294,11 @@ def test_numpy_arrays_and_lists_on_either_side():
     qt = jaxq.quantize(normal(32, 8), "int8")
     x = np.asarray(normal(2, 32))
     expected = jnp.asarray(x) @ qt
-    for y in (x @ qt, jaxq.matmul(x, qt), jaxq.dot_general(x, qt, (((1,), (0,)), ((), ())))):
+    for y in (
+        x @ qt,
+        jaxq.matmul(x, qt),
+        jaxq.dot_general(x, qt, (((1,), (0,)), ((), ()))),
+    ):
         assert isinstance(y, jax.Array)
         np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(qt.T @ x.T, jaxq.matmul(qt.T, jnp.asarray(x.T)))
@@ -244,7 +333,9 @@ def wider_products(x, y, qt):
 @pytest.mark.parametrize("size", [1e-8, 1.0, 1e5])
 @pytest.mark.parametrize("preset", ["int4", "int8"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_wider_weight_is_not_rounded_to_a_narrow_operand(standard_promotion, dtype, preset, size):
+def test_a_wider_weight_is_not_rounded_to_a_narrow_operand(
+    standard_promotion, dtype, preset, size
+):
     x, qt = normal(4, 256, dtype=dtype), jaxq.quantize(normal(256, 64) * size, preset)
     y = normal(4, 64, dtype=dtype)
     right, left, turned = wider_products(x, y, qt)
@@ -255,7 +346,10 @@ def test_a_wider_weight_is_not_rounded_to_a_narrow_operand(standard_promotion, d
 
 @pytest.mark.parametrize("activation", [None, "int8"])
 def test_without_jit(activation):
-    x, qt = normal(2, 64), jaxq.quantize(normal(64, 16), "int8").with_activation(activation)
+    x, qt = (
+        normal(2, 64),
+        jaxq.quantize(normal(64, 16), "int8").with_activation(activation),
+    )
     with jax.disable_jit():
         y = x @ qt
     np.testing.assert_allclose(y, x @ qt, rtol=1e-5, atol=1e-4)

@@ -16,7 +16,12 @@ multiplied = jax.jit(lambda a, b: a @ b)
 
 
 def quantized(*shape: int, contracting: int, batch: int = 0) -> jaxq.QTensor:
-    return jaxq.quantize(normal(*shape, seed=5), "int8", contracting=contracting, batch=tuple(range(batch)))
+    return jaxq.quantize(
+        normal(*shape, seed=5),
+        "int8",
+        contracting=contracting,
+        batch=tuple(range(batch)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,22 +102,40 @@ def test_einsum(subscripts, x, w, contracting):
     left, right = subscripts.replace(" ", "").split("->")[0].split(",")
     if "->" in subscripts:
         turned = f"{right},{left}->{subscripts.replace(' ', '').split('->')[1]}"
-        assert_product(jaxq.einsum(turned, qt, x), functools.partial(np.einsum, turned), qt, x, 32)
+        assert_product(
+            jaxq.einsum(turned, qt, x), functools.partial(np.einsum, turned), qt, x, 32
+        )
 
 
 def test_einsum_with_batch_axes():
     qt = quantized(3, 32, 8, contracting=-2, batch=1)
-    for subscripts, shape in [("lbk,lkn->lbn", (3, 5, 32)), ("blk,lkn->bln", (5, 3, 32)), ("blk,lkn->nlb", (5, 3, 32))]:
+    for subscripts, shape in [
+        ("lbk,lkn->lbn", (3, 5, 32)),
+        ("blk,lkn->bln", (5, 3, 32)),
+        ("blk,lkn->nlb", (5, 3, 32)),
+    ]:
         x = normal(*shape)
-        assert_product(jaxq.einsum(subscripts, x, qt), functools.partial(np.einsum, subscripts), x, qt, 32)
+        assert_product(
+            jaxq.einsum(subscripts, x, qt),
+            functools.partial(np.einsum, subscripts),
+            x,
+            qt,
+            32,
+        )
 
 
 def test_einsum_of_arrays_is_that_of_jax_with_wide_sums():
     x, w = normal(5, 32, dtype="bfloat16"), normal(32, 8, dtype="bfloat16")
     y = jaxq.einsum("bk,kn->bn", x, w)
-    assert_product(y, functools.partial(np.einsum, "bk,kn->bn"), x, w, 32, dtype="bfloat16")
+    assert_product(
+        y, functools.partial(np.einsum, "bk,kn->bn"), x, w, 32, dtype="bfloat16"
+    )
     np.testing.assert_allclose(jaxq.einsum("ii->i", jnp.eye(3)), np.ones(3))
-    program = jax.jit(functools.partial(jaxq.einsum, "bk,kn->bn", precision="highest")).lower(x, w).as_text()
+    program = (
+        jax.jit(functools.partial(jaxq.einsum, "bk,kn->bn", precision="highest"))
+        .lower(x, w)
+        .as_text()
+    )
     assert "precision = [HIGHEST, HIGHEST]" in program
 
 
@@ -138,4 +161,9 @@ def test_einsum_says_what_it_does_not_read(subscripts, message):
 
 def test_einsum_takes_two_operands():
     with pytest.raises(ValueError, match="two at a time, got 3"):
-        jaxq.einsum("ab,bc,cd->ad", normal(2, 32), quantized(32, 8, contracting=-2), normal(8, 3))
+        jaxq.einsum(
+            "ab,bc,cd->ad",
+            normal(2, 32),
+            quantized(32, 8, contracting=-2),
+            normal(8, 3),
+        )

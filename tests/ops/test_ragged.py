@@ -38,10 +38,14 @@ def plain(x, w):
     ),
 )
 def test_products_and_gradients(small_blocks, preset, layout):
-    qt = jaxq.relayout(jaxq.quantize(normal(3, K, N), preset, contracting=-2, batch=0), layout)
+    qt = jaxq.relayout(
+        jaxq.quantize(normal(3, K, N), preset, contracting=-2, batch=0), layout
+    )
     x, dy = normal(M, K), normal(M, N, seed=2)
     w = jaxq.dequantize(qt)
-    np.testing.assert_allclose(jax.jit(ragged_dot)(x, qt, SIZES), plain(x, w), 1e-5, 1e-4)
+    np.testing.assert_allclose(
+        jax.jit(ragged_dot)(x, qt, SIZES), plain(x, w), 1e-5, 1e-4
+    )
 
     def ours(x, qt):
         return jnp.sum(dy * ragged_dot(x, qt, SIZES))
@@ -49,43 +53,79 @@ def test_products_and_gradients(small_blocks, preset, layout):
     def theirs(x, qt):
         return jnp.sum(dy * plain(x, jaxq.dequantize(qt)))
 
-    found, expected = (jax.jit(jax.grad(f, argnums=(0, 1), allow_int=True))(x, qt) for f in (ours, theirs))
+    found, expected = (
+        jax.jit(jax.grad(f, argnums=(0, 1), allow_int=True))(x, qt)
+        for f in (ours, theirs)
+    )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         if a.dtype != jax.dtypes.float0:
             tolerance = 1e-2 if a.dtype == jnp.bfloat16 else 1e-4
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * abs(b).max())
+            np.testing.assert_allclose(
+                a, b, rtol=tolerance, atol=tolerance * abs(b).max()
+            )
 
 
 def test_narrow_floats_and_dtypes():
-    qt = jaxq.quantize(normal(3, K, N, dtype="bfloat16"), "int4", contracting=-2, batch=0)
+    qt = jaxq.quantize(
+        normal(3, K, N, dtype="bfloat16"), "int4", contracting=-2, batch=0
+    )
     x = normal(M, K, dtype="bfloat16")
     y = ragged_dot(x, qt, SIZES)
     assert y.dtype == jnp.bfloat16
     exact = plain(x.astype(jnp.float32), jaxq.dequantize(qt, dtype=jnp.float32))
     assert np.linalg.norm(y.astype(jnp.float32) - exact) <= 5e-3 * np.linalg.norm(exact)
-    assert ragged_dot(x, qt, SIZES, preferred_element_type=jnp.float32).dtype == jnp.float32
+    assert (
+        ragged_dot(x, qt, SIZES, preferred_element_type=jnp.float32).dtype
+        == jnp.float32
+    )
 
 
 def test_the_stack_is_never_whole():
     qt = jax.eval_shape(
-        lambda w: jaxq.quantize(w, "int4", contracting=-2, batch=0), jax.ShapeDtypeStruct((4, 1024, 4096), jnp.float32)
+        lambda w: jaxq.quantize(w, "int4", contracting=-2, batch=0),
+        jax.ShapeDtypeStruct((4, 1024, 4096), jnp.float32),
     )
-    x, sizes = jax.ShapeDtypeStruct((8, 1024), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    x, sizes = (
+        jax.ShapeDtypeStruct((8, 1024), jnp.float32),
+        jax.ShapeDtypeStruct((4,), jnp.int32),
+    )
     program = jax.jit(ragged_dot).lower(x, qt, sizes).compile()
-    assert program.memory_analysis().temp_size_in_bytes <= 12 * 2**20  # decoded, it takes 64 MB
+    assert (
+        program.memory_analysis().temp_size_in_bytes <= 12 * 2**20
+    )  # decoded, it takes 64 MB
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((jnp.ones((M, K)), jnp.ones((3, K, N)), SIZES), TypeError, "weights must be a QTensor"),
+        (
+            (jnp.ones((M, K)), jnp.ones((3, K, N)), SIZES),
+            TypeError,
+            "weights must be a QTensor",
+        ),
         ((jnp.ones((M, K)), "matrix", SIZES), ValueError, "weights must be .* batch=0"),
-        ((jnp.ones((M, 64)), "stack", SIZES), ValueError, r"x must be \[m, 96\] and group_sizes \[3\]"),
-        ((jnp.ones((M, K)), "stack", SIZES[:2]), ValueError, r"group_sizes: int32\[2\]"),
-        ((jnp.ones((M, K)), "stack", jnp.ones(3)), TypeError, "group_sizes must be integers"),
-        ((jnp.ones((M, K), jnp.int8), "stack", SIZES), TypeError, "x must be a float32"),
+        (
+            (jnp.ones((M, 64)), "stack", SIZES),
+            ValueError,
+            r"x must be \[m, 96\] and group_sizes \[3\]",
+        ),
+        (
+            (jnp.ones((M, K)), "stack", SIZES[:2]),
+            ValueError,
+            r"group_sizes: int32\[2\]",
+        ),
+        (
+            (jnp.ones((M, K)), "stack", jnp.ones(3)),
+            TypeError,
+            "group_sizes must be integers",
+        ),
+        (
+            (jnp.ones((M, K), jnp.int8), "stack", SIZES),
+            TypeError,
+            "x must be a float32",
+        ),
     ],
 )
 def test_refusals(arguments, error, message):

@@ -24,20 +24,37 @@ ACROSS_ROWS = {
 def test_flat_blocks(case):
     shape, spec = ACROSS_ROWS[case]
     rng = np.random.default_rng(0)
-    w, x = rng.standard_normal(shape, np.float32), rng.standard_normal((5, shape[0]), np.float32)
+    w, x = (
+        rng.standard_normal(shape, np.float32),
+        rng.standard_normal((5, shape[0]), np.float32),
+    )
     qt = jaxq.quantize(w, spec)
     expected = x.astype(np.float64) @ np.asarray(jaxq.dequantize(qt), np.float64)
-    np.testing.assert_allclose(np.asarray(jaxq.matmul(x, qt)), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    assert jaxq.explain(x, qt).path == ("weight_only" if case == "whole rows" else "dequantize")
+    np.testing.assert_allclose(
+        np.asarray(jaxq.matmul(x, qt)),
+        expected,
+        rtol=1e-5,
+        atol=1e-5 * np.abs(expected).max(),
+    )
+    assert jaxq.explain(x, qt).path == (
+        "weight_only" if case == "whole rows" else "dequantize"
+    )
 
 
 def test_packed_weight_meets_grouped_activations():
     rng = np.random.default_rng(0)
-    w, x = rng.standard_normal((100, 6), np.float32), rng.standard_normal((5, 100), np.float32)
+    w, x = (
+        rng.standard_normal((100, 6), np.float32),
+        rng.standard_normal((5, 100), np.float32),
+    )
     qt = jaxq.quantize(w, S("int3"))
     qx = jaxq.quantize(x, S("int8", jaxq.PerGroup(20)), contracting=-1)
-    expected = np.asarray(jaxq.dequantize(qx), np.float64) @ np.asarray(jaxq.dequantize(qt), np.float64)
-    np.testing.assert_allclose(np.asarray(qx @ qt), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    expected = np.asarray(jaxq.dequantize(qx), np.float64) @ np.asarray(
+        jaxq.dequantize(qt), np.float64
+    )
+    np.testing.assert_allclose(
+        np.asarray(qx @ qt), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max()
+    )
     assert jaxq.explain(qx, qt).path == "codes"
 
 
@@ -60,12 +77,20 @@ def test_narrow_arrays_do_not_wrap():
 )
 def test_wrong_dimension_numbers(dims, message):
     with pytest.raises(TypeError, match=message):
-        jaxq.dot_general(jnp.ones((64, 64)), jaxq.quantize(jnp.ones((64, 64)), "int8"), dims)
+        jaxq.dot_general(
+            jnp.ones((64, 64)), jaxq.quantize(jnp.ones((64, 64)), "int8"), dims
+        )
 
 
 def test_scaled_products_are_floats():
-    with pytest.raises(TypeError, match="must be float32 or a narrower float, got int8"):
-        jaxq.matmul(jnp.ones((2, 64)), jaxq.quantize(jnp.ones((64, 4)), "int8"), preferred_element_type=jnp.int8)
+    with pytest.raises(
+        TypeError, match="must be float32 or a narrower float, got int8"
+    ):
+        jaxq.matmul(
+            jnp.ones((2, 64)),
+            jaxq.quantize(jnp.ones((64, 4)), "int8"),
+            preferred_element_type=jnp.int8,
+        )
 
 
 def test_activations_that_need_a_key_are_refused():

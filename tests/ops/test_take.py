@@ -18,7 +18,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", tables.thinned([*jaxq.presets(), *OTHERS], [*tables.REPRESENTATIVES, *OTHERS]))
+@pytest.mark.parametrize(
+    "name",
+    tables.thinned([*jaxq.presets(), *OTHERS], [*tables.REPRESENTATIVES, *OTHERS]),
+)
 def test_rows_are_equal_to_the_bit(name):
     table = jaxq.quantize(normal(20, 72), OTHERS.get(name, name), contracting=-1)
     ids = np.array([[0, 19, 7], [7, 7, 1]])
@@ -26,7 +29,9 @@ def test_rows_are_equal_to_the_bit(name):
     np.testing.assert_array_equal(rows, np.asarray(jaxq.dequantize(table))[ids])
 
 
-@pytest.mark.parametrize("ids", [3, [], [[]], [-1, -20], np.array([5], np.uint8), np.array([5], np.uint32)])
+@pytest.mark.parametrize(
+    "ids", [3, [], [[]], [-1, -20], np.array([5], np.uint8), np.array([5], np.uint32)]
+)
 def test_indices_of_any_shape(ids):
     table = jaxq.quantize(normal(20, 72), "int4", contracting=-1)
     ids = np.asarray(ids, np.asarray(ids).dtype if np.size(ids) else np.int32)
@@ -40,7 +45,9 @@ def test_indices_of_any_shape(ids):
 def test_narrow_indices_into_a_long_table(dtype):
     table = jaxq.quantize(normal(70_000, 2), "int8", contracting=-1)
     ids = np.array([0, 5, 127], dtype)
-    np.testing.assert_array_equal(jaxq.ops.take(table, ids), np.asarray(jaxq.dequantize(table))[ids])
+    np.testing.assert_array_equal(
+        jaxq.ops.take(table, ids), np.asarray(jaxq.dequantize(table))[ids]
+    )
 
 
 def test_rows_that_do_not_exist_are_nan():
@@ -62,17 +69,25 @@ def test_dtype_is_that_of_the_table(dtype):
 
 def test_only_the_rows_asked_for_are_decoded():
     table = jax.eval_shape(
-        lambda w: jaxq.quantize(w, "nf4", contracting=-1), jax.ShapeDtypeStruct((32000, 512), jnp.float32)
+        lambda w: jaxq.quantize(w, "nf4", contracting=-1),
+        jax.ShapeDtypeStruct((32000, 512), jnp.float32),
     )
     program = compiled(jaxq.ops.take, table, jax.ShapeDtypeStruct((4,), jnp.int32))
     assert program.memory_analysis().temp_size_in_bytes < 64 * 1024
 
 
 def test_gradient_reaches_the_scales():
-    table, ids = jaxq.quantize(normal(20, 8), "int8", contracting=-1), jnp.array([3, 3, 5])
-    scale = jax.grad(lambda t: jnp.sum(jaxq.ops.take(t, ids)), allow_int=True)(table).scale
+    table, ids = (
+        jaxq.quantize(normal(20, 8), "int8", contracting=-1),
+        jnp.array([3, 3, 5]),
+    )
+    scale = jax.grad(lambda t: jnp.sum(jaxq.ops.take(t, ids)), allow_int=True)(
+        table
+    ).scale
     codes = np.asarray(table.codes(), np.float32).sum(1)
-    np.testing.assert_allclose(scale[:, 0], codes * np.bincount(ids, minlength=20), rtol=1e-6)
+    np.testing.assert_allclose(
+        scale[:, 0], codes * np.bincount(ids, minlength=20), rtol=1e-6
+    )
 
 
 def test_tables_and_indices_that_do_not_fit():
@@ -82,10 +97,16 @@ def test_tables_and_indices_that_do_not_fit():
     for wrong in (
         jaxq.quantize(normal(20, 8), "int8"),
         jaxq.quantize(normal(2, 20, 8), "int8", contracting=-1, batch=0),
-        jaxq.quantize(normal(20, 8), QuantSpec("int8", jaxq.PerFlat(16)), contracting=-1),
+        jaxq.quantize(
+            normal(20, 8), QuantSpec("int8", jaxq.PerFlat(16)), contracting=-1
+        ),
     ):
-        with pytest.raises(ValueError, match=r"must be \[n, d\] with scales shared along -1"):
+        with pytest.raises(
+            ValueError, match=r"must be \[n, d\] with scales shared along -1"
+        ):
             jaxq.ops.take(wrong, jnp.array([1]))
-    tiles = jaxq.quantize(normal(20, 8), QuantSpec("int8", PerBlock((4, 4))), contracting=-1)
+    tiles = jaxq.quantize(
+        normal(20, 8), QuantSpec("int8", PerBlock((4, 4))), contracting=-1
+    )
     with pytest.raises(ValueError, match="run across rows"):
         jaxq.ops.take(tiles, jnp.array([1]))

@@ -18,7 +18,9 @@ from tests.ops.reference import ROUNDOFF, assert_product, compiled, normal, prim
 MEGABYTES = 2**20
 # uint8 codes counted up from each group's real minimum: the one way to store numbers that no preset has.
 WITH_OFFSET = QuantSpec("uint4", PerGroup(32, pad=True), offset="min")
-SPECS = {name: jaxq.presets()[name] for name in ("int8", "int4", "nf4_dq", "uint4", "nvfp4")} | {
+SPECS = {
+    name: jaxq.presets()[name] for name in ("int8", "int4", "nf4_dq", "uint4", "nvfp4")
+} | {
     "offset": WITH_OFFSET,
     "tensor": QuantSpec("int8", PerTensor()),
     "blocks": QuantSpec("float8_e4m3fn", PerBlock((32, 16), pad=True)),
@@ -50,29 +52,39 @@ def close(actual, expected, tolerance=3e-6):
         if a.dtype != jax.dtypes.float0:
             t = max(tolerance, 2 * ROUNDOFF[a.dtype.name])
             a, b = a.astype(np.float64), b.astype(np.float64)
-            np.testing.assert_allclose(a, b, rtol=t, atol=t * abs(b).max(), err_msg=jax.tree_util.keystr(path))
+            np.testing.assert_allclose(
+                a, b, rtol=t, atol=t * abs(b).max(), err_msg=jax.tree_util.keystr(path)
+            )
 
     jax.tree.map_with_path(compare, actual, expected)
 
 
-OVERLAPPING = [(name, dtype, m) for name in SPECS for dtype, m in [("float32", 3), ("bfloat16", 1)]]
+OVERLAPPING = [
+    (name, dtype, m) for name in SPECS for dtype, m in [("float32", 3), ("bfloat16", 1)]
+]
 NARROW = ("int8", "nf4_dq", "offset")
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "m"),
-    tables.thinned(OVERLAPPING, [c for c in OVERLAPPING if (c[1] == "float32") != (c[0] in NARROW)]),
+    tables.thinned(
+        OVERLAPPING, [c for c in OVERLAPPING if (c[1] == "float32") != (c[0] in NARROW)]
+    ),
 )
 def test_overlapping_blocks_of_rows(small_blocks, name, dtype, m):
     qt, x, y = weight(name), normal(m, 96, dtype=dtype), normal(m, 40, dtype=dtype)
     product = functools.partial(jaxq.matmul, preferred_element_type=jnp.float32)
     assert {"while", "scan"} & set(primitives(product, x, qt))
-    forward, backward = jax.jit(lambda x, y, qt: (product(x, qt), product(y, qt.T)))(x, y, qt)
+    forward, backward = jax.jit(lambda x, y, qt: (product(x, qt), product(y, qt.T)))(
+        x, y, qt
+    )
     assert_product(forward, np.matmul, x, qt, 96, weights=dtype)
     assert_product(backward, lambda y, w: y @ w.T, y, qt, 40, weights=dtype)
 
 
-@pytest.mark.parametrize("name", tables.thinned(SPECS, ["int8", "nf4_dq", "offset", "blocks"]))
+@pytest.mark.parametrize(
+    "name", tables.thinned(SPECS, ["int8", "nf4_dq", "offset", "blocks"])
+)
 def test_gradients(small_blocks, name):
     # dy of many sizes and signs: a row counted twice, or not at all, shows.
     qt, x, dy = weight(name), normal(3, 96), normal(3, 40, seed=2)
@@ -82,15 +94,21 @@ def test_gradients(small_blocks, name):
 
     found = jax.jit(jax.grad(loss(jaxq.matmul), argnums=(0, 1), allow_int=True))(x, qt)
     close(found, jax.jit(jax.grad(loss(plain), argnums=(0, 1), allow_int=True))(x, qt))
-    assert all(np.any(g != 0) for g in jax.tree.leaves(found) if g.dtype != jax.dtypes.float0)
+    assert all(
+        np.any(g != 0) for g in jax.tree.leaves(found) if g.dtype != jax.dtypes.float0
+    )
 
     y, dx = normal(3, 40, seed=3), normal(3, 96, seed=4)
 
     def loss_transposed(multiply):
         return lambda y, qt: jnp.sum(dx * multiply(y, qt))
 
-    found = jax.jit(jax.grad(loss_transposed(lambda y, q: y @ q.T), argnums=(0, 1), allow_int=True))(y, qt)
-    reference = loss_transposed(lambda y, q: y @ jaxq.dequantize(q, dtype=jnp.float32).T)
+    found = jax.jit(
+        jax.grad(loss_transposed(lambda y, q: y @ q.T), argnums=(0, 1), allow_int=True)
+    )(y, qt)
+    reference = loss_transposed(
+        lambda y, q: y @ jaxq.dequantize(q, dtype=jnp.float32).T
+    )
     close(found, jax.jit(jax.grad(reference, argnums=(0, 1), allow_int=True))(y, qt))
 
 
@@ -108,7 +126,9 @@ def test_gradients_under_vmap_scan_checkpoint_and_again(small_blocks, name):
         return lambda x, stack: jnp.sum(jax.lax.scan(body, x, stack)[0] ** 2)
 
     def gradient(loss):
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), allow_int=True))(x, stack)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), allow_int=True))(
+            x, stack
+        )
 
     _, expected = gradient(through(plain))
     value, found = gradient(through(jaxq.matmul))
@@ -120,19 +140,29 @@ def test_gradients_under_vmap_scan_checkpoint_and_again(small_blocks, name):
     np.testing.assert_allclose(np.sum(np.square(unrolled)), value, rtol=1e-5)
 
     mapped = jax.jit(jax.vmap(jaxq.matmul, in_axes=(None, 0)))(x, stack)
-    np.testing.assert_allclose(mapped, np.stack([product(x, layer) for layer in layers]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        mapped, np.stack([product(x, layer) for layer in layers]), rtol=1e-5, atol=1e-5
+    )
     rows = jax.jit(jax.vmap(jaxq.matmul, in_axes=(0, None)))(x, layers[0])
     np.testing.assert_allclose(rows, product(x, layers[0]), rtol=1e-5, atol=1e-5)
     slope = jax.grad(lambda x, qt: jnp.sum(jnp.sin(x @ qt)))
     per_row = jax.jit(jax.vmap(slope, in_axes=(0, None)))(x, layers[0])
-    np.testing.assert_allclose(per_row, jax.jit(slope)(x, layers[0]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        per_row, jax.jit(slope)(x, layers[0]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_gradient_of_a_stack_in_one_product(small_blocks):
     stack = jaxq.quantize(normal(3, 96, 40), "nf4", contracting=-2, batch=0)
     x, dy = normal(3, 5, 96), normal(3, 5, 40, seed=1)
-    found = jax.jit(jax.grad(lambda x, qt: jnp.sum(dy * (x @ qt)), argnums=(0, 1), allow_int=True))(x, stack)
-    expected = jax.jit(jax.grad(lambda x, qt: jnp.sum(dy * plain(x, qt)), argnums=(0, 1), allow_int=True))(x, stack)
+    found = jax.jit(
+        jax.grad(lambda x, qt: jnp.sum(dy * (x @ qt)), argnums=(0, 1), allow_int=True)
+    )(x, stack)
+    expected = jax.jit(
+        jax.grad(
+            lambda x, qt: jnp.sum(dy * plain(x, qt)), argnums=(0, 1), allow_int=True
+        )
+    )(x, stack)
     close(found, expected)
 
 
@@ -147,8 +177,12 @@ def test_gradients_keep_their_dtypes(dtype):
     assert dx.dtype == jnp.dtype(dtype)
     assert dqt.scale.dtype == qt.scale.dtype
     assert dqt.data.dtype == jax.dtypes.float0
-    expected = jax.jit(jax.grad(lambda x, qt: jnp.sum(plain(x.astype(jnp.float32), qt))))(x, qt)
-    np.testing.assert_allclose(dx.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.02, atol=0.1)
+    expected = jax.jit(
+        jax.grad(lambda x, qt: jnp.sum(plain(x.astype(jnp.float32), qt)))
+    )(x, qt)
+    np.testing.assert_allclose(
+        dx.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.02, atol=0.1
+    )
 
 
 def test_integer_scales_of_scales_are_left_alone():
@@ -169,56 +203,96 @@ MATRICES = [(preset, 128) for preset in tables.REPRESENTATIVES]
 
 @pytest.mark.parametrize(
     ("preset", "m"),
-    tables.thinned(ROWS, [*MATRICES, ("int8", 1), ("int4", 1), ("int3", 1), ("nf4_dq", 1), ("nvfp4", 1)]),
+    tables.thinned(
+        ROWS,
+        [*MATRICES, ("int8", 1), ("int4", 1), ("int3", 1), ("nf4_dq", 1), ("nvfp4", 1)],
+    ),
 )
 def test_the_weight_is_never_whole(preset, m):
-    qt = jax.eval_shape(lambda w: jaxq.quantize(w, preset), jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    qt = jax.eval_shape(
+        lambda w: jaxq.quantize(w, preset),
+        jax.ShapeDtypeStruct((4096, 4096), jnp.float32),
+    )
     x = jax.ShapeDtypeStruct((m, 4096), jnp.float32)
     program = compiled(lambda x, qt: x @ qt, x, qt)
-    assert program.memory_analysis().temp_size_in_bytes <= (12 if preset in MANY_SCALES else 8) * MEGABYTES
+    assert (
+        program.memory_analysis().temp_size_in_bytes
+        <= (12 if preset in MANY_SCALES else 8) * MEGABYTES
+    )
     assert "f32[4096,4096]" not in program.as_text()
 
 
 @pytest.mark.parametrize("m", [1, 16, 128])
 @pytest.mark.parametrize("preset", ["int8", "int4"])
 def test_codes_never_widened_as_a_whole(preset, m):
-    qt = jax.eval_shape(lambda w: jaxq.quantize(w, preset), jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    qt = jax.eval_shape(
+        lambda w: jaxq.quantize(w, preset),
+        jax.ShapeDtypeStruct((4096, 4096), jnp.float32),
+    )
     x = jax.ShapeDtypeStruct((m, 4096), jnp.float32)
-    program = compiled(lambda x, qt: jaxq.quantize(x, "int8", contracting=-1) @ qt, x, qt)
+    program = compiled(
+        lambda x, qt: jaxq.quantize(x, "int8", contracting=-1) @ qt, x, qt
+    )
     assert program.memory_analysis().temp_size_in_bytes <= 8 * MEGABYTES
 
 
 @pytest.mark.parametrize("m", [1, 16])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("preset", tables.thinned(["int8", "int4", "mxint8"], ["int8", "mxint8"]))
+@pytest.mark.parametrize(
+    "preset", tables.thinned(["int8", "int4", "mxint8"], ["int8", "mxint8"])
+)
 def test_products_go_to_the_matrix_library(preset, dtype, m):
     qt = jaxq.quantize(normal(512, 256), preset)
-    text = compiled(lambda x, qt: x @ qt, normal(m, 512, dtype=dtype), qt.astype(dtype)).as_text()
-    assert "__ynn_fusion" in text or (m, dtype) == (1, "float32")  # a row times a matrix needs no library
+    text = compiled(
+        lambda x, qt: x @ qt, normal(m, 512, dtype=dtype), qt.astype(dtype)
+    ).as_text()
+    assert "__ynn_fusion" in text or (m, dtype) == (
+        1,
+        "float32",
+    )  # a row times a matrix needs no library
 
 
-@pytest.mark.parametrize("spec", tables.thinned(["int3", "mxint8", "mxfp8", "offset"], ["int3", "mxfp8"]))
+@pytest.mark.parametrize(
+    "spec", tables.thinned(["int3", "mxint8", "mxfp8", "offset"], ["int3", "mxfp8"])
+)
 def test_one_product_a_block_is_not_turned_round(small_blocks, spec):
     # XLA would fold a transpose that follows into the product, which then runs without the library in float32, and
     # not at all in bfloat16.
     qt, x = jaxq.quantize(normal(96, 40), SPECS.get(spec, spec)), normal(16, 96)
     assert "__ynn_fusion" in compiled(jaxq.matmul, x, qt).as_text()
     half = x.astype("bfloat16"), qt.astype("bfloat16")
-    assert_product(jax.jit(jaxq.matmul)(*half), np.matmul, *half, 96, weights="bfloat16", dtype="bfloat16")
+    assert_product(
+        jax.jit(jaxq.matmul)(*half),
+        np.matmul,
+        *half,
+        96,
+        weights="bfloat16",
+        dtype="bfloat16",
+    )
 
 
 def test_backward_pass_needs_no_whole_weight_either():
-    qt = jax.eval_shape(lambda w: jaxq.quantize(w, "nf4"), jax.ShapeDtypeStruct((4096, 4096), jnp.float32))
+    qt = jax.eval_shape(
+        lambda w: jaxq.quantize(w, "nf4"),
+        jax.ShapeDtypeStruct((4096, 4096), jnp.float32),
+    )
     x = jax.ShapeDtypeStruct((16, 4096), jnp.float32)
     program = compiled(jax.grad(lambda x, qt: jnp.sum((x @ qt) ** 2)), x, qt)
     assert program.memory_analysis().temp_size_in_bytes <= 8 * MEGABYTES
 
 
-SHARDED = [(name, along) for name in ("int8", "int4", "nf4_dq") for along in ("rows", "columns", "tokens")]
+SHARDED = [
+    (name, along)
+    for name in ("int8", "int4", "nf4_dq")
+    for along in ("rows", "columns", "tokens")
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "along"), tables.thinned(SHARDED, [("int8", "rows"), ("int4", "tokens"), ("nf4_dq", "columns")])
+    ("name", "along"),
+    tables.thinned(
+        SHARDED, [("int8", "rows"), ("int4", "tokens"), ("nf4_dq", "columns")]
+    ),
 )
 def test_sharded_over_devices(small_blocks, name, along):
     if len(jax.devices()) < 4:
@@ -239,4 +313,6 @@ def test_sharded_over_devices(small_blocks, name, along):
     else:  # stored as [n, k]
         qt = jax.tree.map(lambda leaf: place(leaf, 0 if along == "rows" else 1), qt)
         x = place(x, 9)
-    np.testing.assert_allclose(jax.jit(jaxq.matmul)(x, qt), expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(jaxq.matmul)(x, qt), expected, rtol=1e-5, atol=1e-4
+    )

@@ -16,7 +16,9 @@ PROMISES = (
 
 def test_codes_and_values_are_the_same_bits():
     ours = ("PYTEST_", "XLA_FLAGS", "JAX_COMPILATION_CACHE")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(ours)
+    }
     command = [
         sys.executable,
         "-m",

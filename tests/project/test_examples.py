@@ -17,9 +17,16 @@ ROOT = Path(__file__).parents[2]
 def run(*arguments: str, **variables: str) -> str:
     environment = dict(os.environ) | variables
     flags = environment.pop("XLA_FLAGS", "").split()
-    environment["XLA_FLAGS"] = " ".join(f for f in flags if "device_count" not in f)  # one device, as a user has
+    environment["XLA_FLAGS"] = " ".join(
+        f for f in flags if "device_count" not in f
+    )  # one device, as a user has
     found = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert found.returncode == 0, found.stderr[-2000:]
     return found.stdout
@@ -27,31 +34,53 @@ def run(*arguments: str, **variables: str) -> str:
 
 @pytest.mark.heavy
 def test_accumulators_prints_its_tables_and_saves_its_plot(tmp_path):
-    pytest.importorskip("tokenizers", reason="the example reads a tokenizer: pip install jaxq[hf]")
-    pytest.importorskip("matplotlib", reason="the example draws a plot: pip install jaxq[plots]")
-    out = run("examples/02_accumulators.py", "--fast", "--out", str(tmp_path / "plot.png"))
+    pytest.importorskip(
+        "tokenizers", reason="the example reads a tokenizer: pip install jaxq[hf]"
+    )
+    pytest.importorskip(
+        "matplotlib", reason="the example draws a plot: pip install jaxq[plots]"
+    )
+    out = run(
+        "examples/02_accumulators.py", "--fast", "--out", str(tmp_path / "plot.png")
+    )
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     row = re.compile(r"^(\S.*?\S)  +((?:[\d.e+-]+ *)+)( %)?$", re.MULTILINE)
     found = [(m[1], [float(v) for v in m[2].split()]) for m in row.finditer(out)]
     errors = {name: values for name, values in found if len(values) == 8}
     assert len(errors) == 7
     # Wide sums are right; narrow ones get worse as they grow longer, unless they are chunked.
-    assert errors["bf16, fp32 sum"][-1] < 1e-6 < errors["e4m3, 14-bit sum, chunks of 128"][-1]
+    assert (
+        errors["bf16, fp32 sum"][-1]
+        < 1e-6
+        < errors["e4m3, 14-bit sum, chunks of 128"][-1]
+    )
     assert errors["bf16, bf16 sum"][-1] > 4 * errors["bf16, bf16 sum"][0]
     assert errors["bf16, bf16 sum, chunks of 32"][-1] < errors["bf16, bf16 sum"][-1] / 2
     kl = {name: values[1] for name, values in found if len(values) == 3}
     assert len(kl) == 4
-    assert 0 == kl["float32"] < kl["bf16, fp32 sum"] < kl["bf16, bf16 sum"] < kl["e4m3, bf16 sum"]
+    assert (
+        0
+        == kl["float32"]
+        < kl["bf16, fp32 sum"]
+        < kl["bf16, bf16 sum"]
+        < kl["e4m3, bf16 sum"]
+    )
 
 
 def test_quickstart_prints_its_table():
-    pytest.importorskip("tokenizers", reason="the quickstart reads a tokenizer: pip install jaxq[hf]")
+    pytest.importorskip(
+        "tokenizers", reason="the quickstart reads a tokenizer: pip install jaxq[hf]"
+    )
     out = run("examples/01_quickstart.py", "--fast")
     number = r"\s+([\d.]+)"
-    rows = {m[1]: [float(v) for v in m.groups()[1:]] for m in re.finditer(rf"^(\w+){number * 5} %", out, re.MULTILINE)}
+    rows = {
+        m[1]: [float(v) for v in m.groups()[1:]]
+        for m in re.finditer(rf"^(\w+){number * 5} %", out, re.MULTILINE)
+    }
     assert list(rows) == ["float32", "int8", "w8a8", "nf4", "int4", "int3"]
     bits, megabytes, perplexity, kl, top1 = (
-        dict(zip(rows, column, strict=True)) for column in zip(*rows.values(), strict=True)
+        dict(zip(rows, column, strict=True))
+        for column in zip(*rows.values(), strict=True)
     )
     assert bits["int8"] > 8 > bits["nf4"] > bits["int4"] > 4
     assert megabytes["float32"] > megabytes["int8"] > megabytes["nf4"]
@@ -66,9 +95,15 @@ def test_quickstart_prints_its_table():
 
 @pytest.mark.heavy
 def test_digits_keep_their_accuracy_in_int8():
-    pytest.importorskip("sklearn", reason="the example reads scikit-learn's digits: pip install scikit-learn")
+    pytest.importorskip(
+        "sklearn",
+        reason="the example reads scikit-learn's digits: pip install scikit-learn",
+    )
     out = run("examples/03_digits.py", "--fast")
-    rows = {m[1]: float(m[2]) for m in re.finditer(r"^(\w+) +([\d.]+)% +\d+ +\d+ +[\d.]+$", out, re.MULTILINE)}
+    rows = {
+        m[1]: float(m[2])
+        for m in re.finditer(r"^(\w+) +([\d.]+)% +\d+ +\d+ +[\d.]+$", out, re.MULTILINE)
+    }
     assert list(rows) == ["float32", "int8", "w8a8_static"]
     assert rows["float32"] > 94
     for name in ("int8", "w8a8_static"):
@@ -80,7 +115,9 @@ def test_digits_keep_their_accuracy_in_int8():
 
 @pytest.mark.heavy
 def test_training_writes_a_model_and_goes_on_where_it_stopped(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers", reason="the example trains a tokenizer: pip install jaxq[hf]")
+    tokenizers = pytest.importorskip(
+        "tokenizers", reason="the example trains a tokenizer: pip install jaxq[hf]"
+    )
     places = [f"--{name}={tmp_path / name}" for name in ("out", "work", "heldout")]
     run("examples/train_tiny_llama.py", "--steps=2", *places)
     first = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -88,5 +125,9 @@ def test_training_writes_a_model_and_goes_on_where_it_stopped(tmp_path):
     model, tokenizer = jaxq.models.load(tmp_path / "out")
     assert isinstance(tokenizer, tokenizers.Tokenizer)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != first
-    tokens = np.asarray(tokenizer.encode((tmp_path / "heldout").read_text()[:2000]).ids, np.int32)
-    assert jaxq.evaluation.perplexity(model, tokens, context=64) < model.config.vocab_size  # better than not knowing
+    tokens = np.asarray(
+        tokenizer.encode((tmp_path / "heldout").read_text()[:2000]).ids, np.int32
+    )
+    assert (
+        jaxq.evaluation.perplexity(model, tokens, context=64) < model.config.vocab_size
+    )  # better than not knowing

@@ -19,7 +19,14 @@ NF4 = np.array(
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], F32,
 )  # fmt: skip
 # floor(log2(largest element)) of the OCP microscaling specification, table 1; int8 elements there are code / 64.
-EMAX = {"float8_e5m2": 15, "float8_e4m3fn": 8, "float6_e3m2fn": 4, "float6_e2m3fn": 2, "float4_e2m1fn": 2, "int8": 6}
+EMAX = {
+    "float8_e5m2": 15,
+    "float8_e4m3fn": 8,
+    "float6_e3m2fn": 4,
+    "float6_e2m3fn": 2,
+    "float4_e2m1fn": 2,
+    "int8": 6,
+}
 
 
 class Reference(NamedTuple):
@@ -42,9 +49,20 @@ def quantize(rows: np.ndarray, spec: QuantSpec, *, positive: bool = False) -> Re
         low, high = np.minimum(low, F32(0)), np.maximum(high, F32(0))
         ideal = (high - low) * F32(1 / (fmt.max - fmt.min))
     elif spec.scale_rule == "absmean":
-        ideal = np.array([np.abs(b[:n].astype(np.float64)).mean() for b, n in zip(blocks, true, strict=True)], F32)
+        ideal = np.array(
+            [
+                np.abs(b[:n].astype(np.float64)).mean()
+                for b, n in zip(blocks, true, strict=True)
+            ],
+            F32,
+        )
     elif spec.scale_rule == "mx_floor":
-        ideal = np.where(magnitude > 0, F32(2) ** (np.floor(np.log2(magnitude + (magnitude == 0))) - EMAX[fmt.name]), 0)
+        ideal = np.where(
+            magnitude > 0,
+            F32(2)
+            ** (np.floor(np.log2(magnitude + (magnitude == 0))) - EMAX[fmt.name]),
+            0,
+        )
     else:
         ideal = magnitude * F32(1 / fmt.max)
     scale = _stored(ideal.astype(F32), spec, rows.shape[0])
@@ -58,16 +76,30 @@ def quantize(rows: np.ndarray, spec: QuantSpec, *, positive: bool = False) -> Re
         values = (codes - zero[:, None]).astype(F32) * scale[:, None]
     else:
         if spec.scale_rule == "ttq":
-            y = np.where(np.abs(blocks) > F32(0.05) * magnitude[:, None], np.sign(blocks), 0)
+            y = np.where(
+                np.abs(blocks) > F32(0.05) * magnitude[:, None], np.sign(blocks), 0
+            )
         if positive:
             y = np.where(blocks > 0, np.maximum(y, F32(fmt.smallest_positive)), y)
         codes, numbers = encode(y, fmt)
         if spec.scale_rule == "ttq":
-            held = [np.where(codes == sign, blocks.astype(np.float64), np.nan) for sign in (-1, 1)]
-            means = np.stack([np.nanmean(h, 1, keepdims=True) * inverse[:, None] for h in held])
-            numbers = np.choose(codes.astype(int) + 1, (means[0], 0, means[1])).astype(F32)
+            held = [
+                np.where(codes == sign, blocks.astype(np.float64), np.nan)
+                for sign in (-1, 1)
+            ]
+            means = np.stack(
+                [np.nanmean(h, 1, keepdims=True) * inverse[:, None] for h in held]
+            )
+            numbers = np.choose(codes.astype(int) + 1, (means[0], 0, means[1])).astype(
+                F32
+            )
         values = numbers * scale[:, None]
-    return Reference(_unblock(codes, rows.shape, spec), scale, zero, _unblock(values, rows.shape, spec))
+    return Reference(
+        _unblock(codes, rows.shape, spec),
+        scale,
+        zero,
+        _unblock(values, rows.shape, spec),
+    )
 
 
 def encode(y: np.ndarray, fmt: formats.Format) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +119,9 @@ def encode(y: np.ndarray, fmt: formats.Format) -> tuple[np.ndarray, np.ndarray]:
 def _stored(ideal: np.ndarray, spec: QuantSpec, num_rows: int) -> np.ndarray:
     """Scales as they read back from the dtype, or the second quantization, that keeps them."""
     if isinstance(spec.scale, QuantSpec):
-        return quantize(ideal.reshape(num_rows, -1), spec.scale, positive=True).values.reshape(-1)
+        return quantize(
+            ideal.reshape(num_rows, -1), spec.scale, positive=True
+        ).values.reshape(-1)
     if spec.scale == "float32":
         return np.where(ideal == 0, F32(0), np.maximum(ideal, F32(2.0**-126)))
     if spec.scale == "float8_e8m0fnu":
@@ -98,13 +132,24 @@ def _stored(ideal: np.ndarray, spec: QuantSpec, num_rows: int) -> np.ndarray:
 
 def _blocks(rows: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, list[int]]:
     """(blocks `[number, size]` filled up with zeros, how many true numbers each has)."""
-    kind, size = type(spec.granularity).__name__, getattr(spec.granularity, "size", None)
-    lines = {"PerTensor": rows.reshape(1, -1), "PerFlat": rows.reshape(1, -1)}.get(kind, rows)
+    kind, size = (
+        type(spec.granularity).__name__,
+        getattr(spec.granularity, "size", None),
+    )
+    lines = {"PerTensor": rows.reshape(1, -1), "PerFlat": rows.reshape(1, -1)}.get(
+        kind, rows
+    )
     size = min(size or lines.shape[1], lines.shape[1])
-    cuts = [line[i : i + size] for line in lines for i in range(0, lines.shape[1], size)]
-    return np.stack([np.pad(c, (0, size - len(c))) for c in cuts]), [len(c) for c in cuts]
+    cuts = [
+        line[i : i + size] for line in lines for i in range(0, lines.shape[1], size)
+    ]
+    return np.stack([np.pad(c, (0, size - len(c))) for c in cuts]), [
+        len(c) for c in cuts
+    ]
 
 
 def _unblock(blocks: np.ndarray, shape: tuple[int, int], spec: QuantSpec) -> np.ndarray:
-    lines = 1 if type(spec.granularity).__name__ in ("PerTensor", "PerFlat") else shape[0]
+    lines = (
+        1 if type(spec.granularity).__name__ in ("PerTensor", "PerFlat") else shape[0]
+    )
     return blocks.reshape(lines, -1)[:, : shape[0] * shape[1] // lines].reshape(shape)

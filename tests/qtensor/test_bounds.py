@@ -38,9 +38,15 @@ def test_bounds_for_each_scale():
     np.testing.assert_array_equal(qt.codes(), jaxq.quantize(W, "int8").codes())
     stacked = jnp.stack([W, 2 * W])
     qt = jaxq.quantize(
-        stacked, QuantSpec("int8", PerTensor()), contracting=-2, batch=0, bounds=(jnp.zeros(2), jnp.array([4.0, 8.0]))
+        stacked,
+        QuantSpec("int8", PerTensor()),
+        contracting=-2,
+        batch=0,
+        bounds=(jnp.zeros(2), jnp.array([4.0, 8.0])),
     )
-    np.testing.assert_array_equal(qt.scale.ravel(), np.float32([4, 8]) * np.float32(1 / 127))
+    np.testing.assert_array_equal(
+        qt.scale.ravel(), np.float32([4, 8]) * np.float32(1 / 127)
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,7 +65,9 @@ def test_bounds_that_cannot_be(spec, bounds, message):
 
 def test_a_number_that_is_not_finite_shows():
     x = jnp.array([1.0, jnp.nan, -3.0])
-    qt = jaxq.quantize(x, QuantSpec("int8", PerTensor()), bounds=(-2.0, 2.0), on_nonfinite="propagate")
+    qt = jaxq.quantize(
+        x, QuantSpec("int8", PerTensor()), bounds=(-2.0, 2.0), on_nonfinite="propagate"
+    )
     assert np.isnan(jaxq.dequantize(qt)).all()
 
 
@@ -70,14 +78,25 @@ def test_a_number_that_is_not_finite_shows():
 def test_static_activations_multiply_as_written(weight):
     x, w = normal(5, 64), normal(64, 16)
     qt = jaxq.quantize(w, weight).with_activation(weight, bounds=(-2.0, 2.0))
-    qx = jaxq.quantize(x, QuantSpec(jaxq.presets()[weight].fmt, PerTensor()), contracting=-1, bounds=(-2.0, 2.0))
-    expected = np.asarray(jaxq.dequantize(qx), np.float64) @ np.asarray(jaxq.dequantize(qt), np.float64)
+    qx = jaxq.quantize(
+        x,
+        QuantSpec(jaxq.presets()[weight].fmt, PerTensor()),
+        contracting=-1,
+        bounds=(-2.0, 2.0),
+    )
+    expected = np.asarray(jaxq.dequantize(qx), np.float64) @ np.asarray(
+        jaxq.dequantize(qt), np.float64
+    )
     for y in (x @ qt, jax.jit(jaxq.matmul)(x, qt)):
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
     assert "known beforehand" in jaxq.explain(x, qt).reason
     gradient = jax.grad(lambda x: (x @ qt).sum())(x)
-    half_a_step = {"int8": 1 / 127, "fp8": 2 * 16 / 448}[weight]  # what rounding alone moves is not clipped
-    assert ((np.asarray(gradient) == 0) == (np.abs(np.asarray(x)) > 2 + half_a_step)).all()
+    half_a_step = {"int8": 1 / 127, "fp8": 2 * 16 / 448}[
+        weight
+    ]  # what rounding alone moves is not clipped
+    assert (
+        (np.asarray(gradient) == 0) == (np.abs(np.asarray(x)) > 2 + half_a_step)
+    ).all()
 
 
 def test_static_ranges_of_a_stack_are_each_their_own():
@@ -86,7 +105,9 @@ def test_static_ranges_of_a_stack_are_each_their_own():
     stack = jaxq.quantize(w, "int8", batch=0).with_activation("int8", bounds=bounds)
     together = jaxq.matmul(x, stack)
     for i in range(2):
-        alone = jaxq.quantize(w[i], "int8").with_activation("int8", bounds=(bounds[0][i], bounds[1][i]))
+        alone = jaxq.quantize(w[i], "int8").with_activation(
+            "int8", bounds=(bounds[0][i], bounds[1][i])
+        )
         np.testing.assert_array_equal(together[i], x[i] @ alone)
         np.testing.assert_array_equal(together[i], x[i] @ stack[i])
     scanned = jax.lax.scan(lambda _, layer: (None, x[0] @ layer), None, stack)[1]
@@ -99,11 +120,16 @@ def test_blocks_cannot_be_static():
         qt.with_activation("mxfp8", bounds=(-1.0, 1.0))
     with pytest.raises(ValueError, match="needs an activation"):
         qt.with_activation(None, bounds=(-1.0, 1.0))
-    assert qt.with_activation("int8", bounds=(-1.0, 1.0)).with_activation(None).input_range is None
+    assert (
+        qt.with_activation("int8", bounds=(-1.0, 1.0)).with_activation(None).input_range
+        is None
+    )
 
 
 def test_static_ranges_are_saved(tmp_path):
-    qt = jaxq.quantize(normal(64, 8), "int8").with_activation("int8", bounds=(-1.0, 2.0))
+    qt = jaxq.quantize(normal(64, 8), "int8").with_activation(
+        "int8", bounds=(-1.0, 2.0)
+    )
     jaxq.save(tmp_path / "w", {"w": qt})
     back = jaxq.load(tmp_path / "w")["w"]
     np.testing.assert_array_equal(back.input_range, [-1.0, 2.0])
@@ -115,7 +141,11 @@ def test_static_ranges_are_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "granularity", thinned([PerChannel(), PerGroup(32, pad=True), PerTensor()], [PerGroup(32, pad=True)]), ids=str
+    "granularity",
+    thinned(
+        [PerChannel(), PerGroup(32, pad=True), PerTensor()], [PerGroup(32, pad=True)]
+    ),
+    ids=str,
 )
 def test_clipping_by_extremes_changes_nothing(granularity):
     for fmt, symmetric in (("int4", True), ("uint4", False)):
@@ -130,7 +160,9 @@ def test_each_block_has_its_own_percentile():
     spec = QuantSpec("int8", PerGroup(25), clipping=observers.percentile(90.0))
     qt = jaxq.quantize(W, spec)
     groups = np.abs(np.asarray(W)).reshape(4, 25, 8)
-    expected = np.percentile(groups, 90.0, axis=1).T.astype(np.float32) * np.float32(1 / 127)
+    expected = np.percentile(groups, 90.0, axis=1).T.astype(np.float32) * np.float32(
+        1 / 127
+    )
     np.testing.assert_allclose(qt.scale, expected, rtol=1e-6)
 
 
@@ -153,5 +185,9 @@ def test_clipping_survives_json_and_jit():
         QuantSpec("int4", clipping="mse")
     with pytest.raises(ValueError, match="keeps no axis"):
         QuantSpec("int4", clipping=observers.mse(axis=0))
-    gradient = jax.grad(lambda w: jaxq.fake_quant(w, QuantSpec("int4", clipping=observers.percentile(50.0))).sum())(W)
+    gradient = jax.grad(
+        lambda w: jaxq.fake_quant(
+            w, QuantSpec("int4", clipping=observers.percentile(50.0))
+        ).sum()
+    )(W)
     assert 0.3 < float(gradient.mean()) < 0.8

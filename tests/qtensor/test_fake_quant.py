@@ -33,7 +33,9 @@ def test_equals_dequantize_of_quantize(preset):
         np.testing.assert_array_equal(jaxq.fake_quant(x, preset), expected)
 
 
-MX = QuantSpec("float4_e2m1fn", PerGroup(32), scale="float8_e8m0fnu", scale_rule="mx_floor")
+MX = QuantSpec(
+    "float4_e2m1fn", PerGroup(32), scale="float8_e8m0fnu", scale_rule="mx_floor"
+)
 TERNARY = QuantSpec("ternary", scale_rule="absmean")
 
 
@@ -46,7 +48,17 @@ def test_gradient_is_one_inside_and_zero_outside():
     # The block's largest number, 7.5, has the scale 1. A number is inside if only rounding moves it: up to half a step
     # beyond the largest element, 6 + 2/2, the boundary included.
     x = np.zeros((32, 1), np.float32)
-    x[:9, 0] = [7.5, -7.5, 7.0, -7.0, np.nextafter(np.float32(7), np.float32(8)), 6.5, 0.1, 0.0, -7.1]
+    x[:9, 0] = [
+        7.5,
+        -7.5,
+        7.0,
+        -7.0,
+        np.nextafter(np.float32(7), np.float32(8)),
+        6.5,
+        0.1,
+        0.0,
+        -7.1,
+    ]
     gradient = gradient_of_sum(x, MX)
     assert gradient[:9, 0].tolist() == [0, 0, 1, 1, 0, 1, 1, 1, 0]
     assert np.all(gradient[9:] == 1)
@@ -55,7 +67,11 @@ def test_gradient_is_one_inside_and_zero_outside():
     scale = abs(x).mean()
     assert scale == 1.5
     gradient = gradient_of_sum(x, TERNARY)
-    assert gradient.tolist() == (abs(x) <= 1.5 * scale).astype(float).tolist() == [1, 1, 0, 1, 1, 0]
+    assert (
+        gradient.tolist()
+        == (abs(x) <= 1.5 * scale).astype(float).tolist()
+        == [1, 1, 0, 1, 1, 0]
+    )
 
 
 @pytest.mark.parametrize("preset", ["int8", "uint4", "nf4", "fp8", "nvfp4", "int4"])
@@ -80,20 +96,26 @@ def test_jit_vmap_grad_and_jvp_compose():
         return (jaxq.fake_quant(x, MX) ** 2 * w).sum()
 
     slope = jax.jit(jax.value_and_grad(loss))
-    losses, single = zip(*(slope(x, w) for x, w in zip(stack, weight, strict=True)), strict=True)
+    losses, single = zip(
+        *(slope(x, w) for x, w in zip(stack, weight, strict=True)), strict=True
+    )
     mapped = jax.jit(jax.vmap(jax.grad(loss)))(stack, weight)
     np.testing.assert_allclose(mapped, np.stack(single), rtol=1e-6)
     assert 0 < np.mean(np.asarray(mapped) == 0) < 0.9
     expected = np.stack([fake(x) for x in stack])
     np.testing.assert_array_equal(jax.jit(jax.vmap(fake))(stack), expected)
-    np.testing.assert_array_equal(jaxq.fake_quant(stack, MX, contracting=-2, batch=0), expected)
+    np.testing.assert_array_equal(
+        jaxq.fake_quant(stack, MX, contracting=-2, batch=0), expected
+    )
 
     directional = jax.jit(lambda x, w, t: jax.jvp(lambda x: loss(x, w), (x,), (t,)))
     value, tangent = directional(stack[0], weight[0], np.ones_like(stack[0]))
     np.testing.assert_allclose(value, losses[0], rtol=1e-6)
     np.testing.assert_allclose(tangent, single[0].sum(), rtol=1e-4)
     # The gradient is a constant: a second derivative of fake_quant alone is zero.
-    second = jax.jit(jax.grad(lambda x: jax.grad(lambda y: jaxq.fake_quant(y, MX).sum())(x).sum()))(stack[0])
+    second = jax.jit(
+        jax.grad(lambda x: jax.grad(lambda y: jaxq.fake_quant(y, MX).sum())(x).sum())
+    )(stack[0])
     assert not np.any(second)
 
 
@@ -122,7 +144,9 @@ def test_grad_of_a_layer_inside_scan():
             y = jnp.tanh(y @ w)
         return y.sum()
 
-    np.testing.assert_allclose(gradient, jax.jit(jax.grad(float_model))(rounded), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        gradient, jax.jit(jax.grad(float_model))(rounded), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -142,7 +166,9 @@ def test_stochastic_rounding_passes_its_key_and_gradient():
     expected = jaxq.dequantize(jaxq.quantize(x, spec, key=key))
     np.testing.assert_array_equal(jaxq.fake_quant(x, spec, key=key), expected)
     assert np.any(expected != jaxq.fake_quant(x, spec, key=jax.random.key(1)))
-    gradient = jax.jit(jax.grad(lambda x, key: jaxq.fake_quant(x, spec, key=key).sum()))(x, key)
+    gradient = jax.jit(
+        jax.grad(lambda x, key: jaxq.fake_quant(x, spec, key=key).sum())
+    )(x, key)
     np.testing.assert_array_equal(gradient, np.ones(SHAPE))
     with pytest.raises(ValueError, match="needs a PRNG key"):
         jaxq.fake_quant(x, spec)
@@ -162,7 +188,9 @@ def test_trains_through_the_steps():
 
     @jax.jit
     def step(w):
-        return w - 0.2 * jax.grad(lambda w: ((jaxq.fake_quant(w, "int4") - target) ** 2).sum())(w)
+        return w - 0.2 * jax.grad(
+            lambda w: ((jaxq.fake_quant(w, "int4") - target) ** 2).sum()
+        )(w)
 
     w = target + 0.3 * normal(11)
     start = float(((jaxq.fake_quant(w, "int4") - target) ** 2).mean())
@@ -173,5 +201,7 @@ def test_trains_through_the_steps():
 
 
 def test_second_derivatives():
-    slope = jax.jit(jax.hessian(lambda x: jnp.sum(jaxq.fake_quant(x, "int8") ** 2)))(np.float32([1.3, 0.2]))
+    slope = jax.jit(jax.hessian(lambda x: jnp.sum(jaxq.fake_quant(x, "int8") ** 2)))(
+        np.float32([1.3, 0.2])
+    )
     np.testing.assert_array_equal(slope, 2 * np.eye(2))

@@ -20,7 +20,9 @@ def same(a: jaxq.QTensor, b: jaxq.QTensor):
     """The same leaves, bit for bit, and the same statics."""
     assert a.meta == b.meta
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(left).view(np.uint8), np.asarray(right).view(np.uint8))
+        np.testing.assert_array_equal(
+            np.asarray(left).view(np.uint8), np.asarray(right).view(np.uint8)
+        )
 
 
 @pytest.mark.parametrize("preset", thinned(PRESETS, ["int8", "int3", "nf4_dq", "ttq"]))
@@ -42,7 +44,9 @@ def test_there_and_back(preset):
 
 @pytest.mark.parametrize("preset", thinned(["int8", "int4", "nf4_dq"], ["nf4_dq"]))
 def test_stacks_slice_scan_and_map(preset):
-    stack = jaxq.relayout(jaxq.quantize(normal(3, 100, 24), preset, contracting=-2, batch=0), "columns")
+    stack = jaxq.relayout(
+        jaxq.quantize(normal(3, 100, 24), preset, contracting=-2, batch=0), "columns"
+    )
     whole = jaxq.dequantize(stack)
     np.testing.assert_array_equal(jaxq.dequantize(stack[1]), whole[1])
     np.testing.assert_array_equal(jax.vmap(jaxq.dequantize)(stack), whole)
@@ -56,7 +60,9 @@ def test_axes_of_columns():
     assert turned.data.shape == (50, 4, 6)
     merged = turned.reshape(100, 24)
     assert merged.data.shape == (50, 24)
-    np.testing.assert_array_equal(jaxq.dequantize(merged), jaxq.dequantize(qt).reshape(100, 24))
+    np.testing.assert_array_equal(
+        jaxq.dequantize(merged), jaxq.dequantize(qt).reshape(100, 24)
+    )
     np.testing.assert_array_equal(jaxq.dequantize(merged.T), jaxq.dequantize(merged).T)
     x = normal(5, 24)
     np.testing.assert_allclose(x @ merged.T, x @ jaxq.dequantize(merged).T, 1e-5, 1e-4)
@@ -84,7 +90,10 @@ def test_blocks_across_rows_have_no_columns():
 
 
 def test_exported_programs_name_their_arguments():
-    x, qt = normal(3, 100), jaxq.relayout(jaxq.quantize(normal(100, 24), "nf4_dq"), "columns")
+    x, qt = (
+        normal(3, 100),
+        jaxq.relayout(jaxq.quantize(normal(100, 24), "nf4_dq"), "columns"),
+    )
     exported = jax.export.export(jax.jit(jaxq.matmul))(x, qt)
     again = jax.export.deserialize(exported.serialize())
     np.testing.assert_array_equal(again.call(x, qt), jax.jit(jaxq.matmul)(x, qt))

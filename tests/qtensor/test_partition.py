@@ -23,17 +23,25 @@ def tree():
 def test_every_leaf_is_in_one_of_the_two():
     whole = tree()
     trainable, rest = jaxq.partition(whole)
-    assert [leaf.dtype.name for leaf in jax.tree.leaves(trainable)] == ["bfloat16", "float32"]
+    assert [leaf.dtype.name for leaf in jax.tree.leaves(trainable)] == [
+        "bfloat16",
+        "float32",
+    ]
     assert trainable["narrow"].scale is None  # float8 has no gradient
     assert rest["w"].scale.data is whole["w"].scale.data
     assert trainable["w"].scale.scale is whole["w"].scale.scale
     back = jaxq.combine(trainable, rest)
     assert jax.tree.structure(back) == jax.tree.structure(whole)
-    assert all(a is b for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(whole), strict=True))
+    assert all(
+        a is b
+        for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(whole), strict=True)
+    )
 
 
 def test_gradients_reach_scales_under_jit():
-    trainable, rest = jaxq.partition({"w": jaxq.quantize(W, "int8"), "norm": jnp.ones(64)})
+    trainable, rest = jaxq.partition(
+        {"w": jaxq.quantize(W, "int8"), "norm": jnp.ones(64)}
+    )
     x = np.ones((2, 64), np.float32)
 
     @jax.jit

@@ -29,9 +29,18 @@ def quantized(spec="int8", shape=SHAPE, **roles) -> QTensor:
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("int8", "QTensor(int8[96x12], PerChannel(along -2), scale=float32, 8.333 bits, float32)"),
-        ("int4", "QTensor(int4[96x12], PerGroup(along -2), scale=bfloat16, 4.167 bits, float32)"),
-        ("nf4", "QTensor(nf4[96x12], PerGroup(64 along -2), scale=float32, 6 bits, float32)"),
+        (
+            "int8",
+            "QTensor(int8[96x12], PerChannel(along -2), scale=float32, 8.333 bits, float32)",
+        ),
+        (
+            "int4",
+            "QTensor(int4[96x12], PerGroup(along -2), scale=bfloat16, 4.167 bits, float32)",
+        ),
+        (
+            "nf4",
+            "QTensor(nf4[96x12], PerGroup(64 along -2), scale=float32, 6 bits, float32)",
+        ),
         (
             "nvfp4",
             "QTensor(float4_e2m1fn[96x12], PerGroup(16 along -2), scale=float8_e4m3fn*float32, 4.528 bits, float32)",
@@ -54,7 +63,14 @@ def test_repr_is_one_line(spec, text):
 def test_leaves_that_are_no_arrays(preset):
     # What transforms and libraries put into a tree: sentinels, None, axis numbers, dtypes.
     qt = quantized(preset)
-    for leaf in (object(), 0, None, "data", jnp.float32, jax.ShapeDtypeStruct((2,), jnp.int8)):
+    for leaf in (
+        object(),
+        0,
+        None,
+        "data",
+        jnp.float32,
+        jax.ShapeDtypeStruct((2,), jnp.int8),
+    ):
         other = jax.tree.map(lambda _, leaf=leaf: leaf, qt)
         assert isinstance(other, QTensor)
         assert repr(other).startswith(f"QTensor({qt.spec.fmt.name}[")
@@ -68,7 +84,9 @@ def test_leaves_that_are_no_arrays(preset):
 
 
 @pytest.mark.parametrize("preset", ["int8", "nf4_dq"])
-@pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")  # treescope's look at numpy
+@pytest.mark.filterwarnings(
+    "ignore:The chararray class is deprecated:DeprecationWarning"
+)  # treescope's look at numpy
 def test_treescope(preset):
     treescope = pytest.importorskip("treescope", reason="renders with treescope")
     qt = quantized(preset)
@@ -109,17 +127,28 @@ def test_bytes_of_every_level(preset, data, scale):
 # Packing.
 
 RELAYOUT = {
-    **{name: jaxq.presets()[name] for name in ("int8", "int4", "int3", "uint4", "mxfp6_e2m3", "nf4_dq", "nvfp4")},
+    **{
+        name: jaxq.presets()[name]
+        for name in ("int8", "int4", "int3", "uint4", "mxfp6_e2m3", "nf4_dq", "nvfp4")
+    },
     "odd groups": QuantSpec("int4", PerGroup(5, pad=True), packing="none"),
-    "odd groups, zero point": QuantSpec("uint2", PerGroup(7, pad=True), symmetric=False, packing="none"),
-    "odd groups, minimum": QuantSpec("uint4", PerGroup(5, pad=True), offset="min", packing="none"),
+    "odd groups, zero point": QuantSpec(
+        "uint2", PerGroup(7, pad=True), symmetric=False, packing="none"
+    ),
+    "odd groups, minimum": QuantSpec(
+        "uint4", PerGroup(5, pad=True), offset="min", packing="none"
+    ),
     "flat": QuantSpec("nf4", PerFlat(10), packing="none"),
     "bytes to nibbles": QuantSpec("binary", PerGroup(3), packing="bitstream"),
 }
 
 
 @pytest.mark.parametrize(
-    "name", tables.thinned(RELAYOUT, [name for name in RELAYOUT if name not in ("int8", "uint4", "mxfp6_e2m3")])
+    "name",
+    tables.thinned(
+        RELAYOUT,
+        [name for name in RELAYOUT if name not in ("int8", "uint4", "mxfp6_e2m3")],
+    ),
 )
 def test_relayout_keeps_every_number(name):
     qt = quantized(RELAYOUT[name], (95 if "odd" in name else 96, 12))
@@ -137,43 +166,71 @@ def test_relayout_keeps_every_number(name):
     def moved(qt):
         others = [jaxq.relayout(qt, packing.value) for packing in orders]
         assert [other.meta.packing for other in others] == orders
-        back = [jaxq.dequantize(jaxq.relayout(other, qt.meta.packing)) for other in others]
-        return [other.codes() for other in (qt, *others)], [jaxq.dequantize(other) for other in (qt, *others)] + back
+        back = [
+            jaxq.dequantize(jaxq.relayout(other, qt.meta.packing)) for other in others
+        ]
+        return [other.codes() for other in (qt, *others)], [
+            jaxq.dequantize(other) for other in (qt, *others)
+        ] + back
 
     for codes, *found in moved(qt):
         for other in found:
             np.testing.assert_array_equal(other, codes)
-    assert len(orders) >= (5 if qt.spec.fmt.bits < 8 and 8 % qt.spec.fmt.bits == 0 else 2)
+    assert len(orders) >= (
+        5 if qt.spec.fmt.bits < 8 and 8 % qt.spec.fmt.bits == 0 else 2
+    )
 
 
 def test_relayout_gives_the_bytes_of_quantizing_so():
     for packing in ("low_first", "high_first", "bitstream", "halves"):
         spec = jaxq.presets()["nf4"].replace(packing=packing)
-        np.testing.assert_array_equal(jaxq.relayout(quantized("nf4"), packing).data, quantized(spec).data)
+        np.testing.assert_array_equal(
+            jaxq.relayout(quantized("nf4"), packing).data, quantized(spec).data
+        )
     bytes_of = jaxq.relayout(quantized("nf4"), "none")
     np.testing.assert_array_equal(bytes_of.data[:, :96].T, bytes_of.codes())
 
 
 def test_relayout_refuses_what_quantized_scales_cannot_hold():
-    spec = QuantSpec("int4", PerGroup(5, pad=True), scale=QuantSpec("uint8"), packing="none")
-    with pytest.raises(ValueError, match=r"1 blocks more, and quantized scales cannot grow\. Quantize with packing="):
+    spec = QuantSpec(
+        "int4", PerGroup(5, pad=True), scale=QuantSpec("uint8"), packing="none"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"1 blocks more, and quantized scales cannot grow\. Quantize with packing=",
+    ):
         jaxq.relayout(quantized(spec, (95, 12)), "halves")
-    with pytest.raises(ValueError, match="relayout: target must be one of none, .*; got 'zigzag'"):
+    with pytest.raises(
+        ValueError, match="relayout: target must be one of none, .*; got 'zigzag'"
+    ):
         jaxq.relayout(quantized("int4"), "zigzag")
 
 
 # Axes.
 
-MOVED = ["int8", "nf4_dq", "nvfp4", "vsq4", "uint4", QuantSpec("int8", PerTensor()), QuantSpec("nf4", PerFlat(64))]
+MOVED = [
+    "int8",
+    "nf4_dq",
+    "nvfp4",
+    "vsq4",
+    "uint4",
+    QuantSpec("int8", PerTensor()),
+    QuantSpec("nf4", PerFlat(64)),
+]
 
 
-@pytest.mark.parametrize("spec", [*MOVED, QuantSpec("int8", PerBlock((16, 4)))], ids=str)
+@pytest.mark.parametrize(
+    "spec", [*MOVED, QuantSpec("int8", PerBlock((16, 4)))], ids=str
+)
 def test_transposes(spec):
     qt = quantized(spec)
     values = np.asarray(jaxq.dequantize(qt))
     turned = qt.T
     assert turned.shape == (12, 96)
-    assert all(a is b for a, b in zip(jax.tree.leaves(turned), jax.tree.leaves(qt), strict=True))  # no data moved
+    assert all(
+        a is b
+        for a, b in zip(jax.tree.leaves(turned), jax.tree.leaves(qt), strict=True)
+    )  # no data moved
     np.testing.assert_array_equal(jaxq.dequantize(turned), values.T)
     np.testing.assert_array_equal(turned.codes(), np.asarray(qt.codes()).T)
     np.testing.assert_array_equal(jaxq.dequantize(qt.swapaxes(0, -1)), values.T)
@@ -187,32 +244,56 @@ def test_axes_of_stacks():
     for a, b in ((-1, -2), (1, 3), (-3, -2)):
         moved = qt.swapaxes(a, b)
         np.testing.assert_array_equal(jaxq.dequantize(moved), values.swapaxes(a, b))
-        np.testing.assert_array_equal(jaxq.dequantize(moved[1]), values.swapaxes(a, b)[1])
+        np.testing.assert_array_equal(
+            jaxq.dequantize(moved[1]), values.swapaxes(a, b)[1]
+        )
     with pytest.raises(
-        ValueError, match=r"swapaxes: axis -4 is not one of the last 3 axes of QTensor\(nf4\[3x64x4x2\]"
+        ValueError,
+        match=r"swapaxes: axis -4 is not one of the last 3 axes of QTensor\(nf4\[3x64x4x2\]",
     ):
         qt.swapaxes(0, 1)
     with pytest.raises(ValueError, match="axis 5 is not one of"):
         qt.swapaxes(9, 1)
-    with pytest.raises(TypeError, match=r"has batch axes\. Use swapaxes\(-1, -2\), or slice the batch first"):
+    with pytest.raises(
+        TypeError,
+        match=r"has batch axes\. Use swapaxes\(-1, -2\), or slice the batch first",
+    ):
         _ = qt.T
 
 
-@pytest.mark.parametrize("spec", tables.thinned(MOVED, [s for s in MOVED if s not in ("int8", "vsq4")]), ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    tables.thinned(MOVED, [s for s in MOVED if s not in ("int8", "vsq4")]),
+    ids=str,
+)
 def test_reshape_splits_and_merges_kept_axes(spec):
     qt = quantized(spec)
     values = np.asarray(jaxq.dequantize(qt))
-    shapes = ((96, 3, 4), (96, 1, 12), (96, 12, 1), (1, 96, 12), (96, 12), (96, 2, 3, 2), (96, -1, 6))
+    shapes = (
+        (96, 3, 4),
+        (96, 1, 12),
+        (96, 12, 1),
+        (1, 96, 12),
+        (96, 12),
+        (96, 2, 3, 2),
+        (96, -1, 6),
+    )
 
     @jax.jit
     def reshaped(qt):
         splits = [qt.reshape(shape) for shape in shapes]
         merged = [split.reshape(96, 12) for split in splits]
-        assert {jax.tree.structure(other) for other in merged} == {jax.tree.structure(qt)}
-        assert [split.shape for split in splits] == [values.reshape(shape).shape for shape in shapes]
+        assert {jax.tree.structure(other) for other in merged} == {
+            jax.tree.structure(qt)
+        }
+        assert [split.shape for split in splits] == [
+            values.reshape(shape).shape for shape in shapes
+        ]
         turned, again = qt.T.reshape(3, 4, 96), qt.reshape(96, 3, 4).reshape(96, 4, 3)
         return jax.tree.map(
-            jaxq.dequantize, (splits, merged, turned, again), is_leaf=lambda leaf: isinstance(leaf, QTensor)
+            jaxq.dequantize,
+            (splits, merged, turned, again),
+            is_leaf=lambda leaf: isinstance(leaf, QTensor),
         )
 
     splits, merged, turned, again = reshaped(qt)
@@ -225,18 +306,34 @@ def test_reshape_splits_and_merges_kept_axes(spec):
 
 
 def test_reshape_with_batch_axes_tiles_and_minimums():
-    qt = quantized(QuantSpec("uint4", PerGroup(16), offset="min"), (3, 32, 12), contracting=-2, batch=0)
-    values = np.asarray(jaxq.dequantize(qt))
-    np.testing.assert_array_equal(jaxq.dequantize(qt.reshape(3, 32, 4, 3)), values.reshape(3, 32, 4, 3))
-    mean = quantized(QuantSpec("int8", offset="mean"), (3, 32, 12), contracting=-2, batch=0)
-    np.testing.assert_array_equal(
-        jaxq.dequantize(mean.reshape(3, 32, 4, 3)), np.asarray(jaxq.dequantize(mean)).reshape(3, 32, 4, 3)
+    qt = quantized(
+        QuantSpec("uint4", PerGroup(16), offset="min"),
+        (3, 32, 12),
+        contracting=-2,
+        batch=0,
     )
-    tiles = quantized(QuantSpec("int8", PerBlock((32, 12))), (4, 32, 12), contracting=-2)  # one scale for each of the 4
+    values = np.asarray(jaxq.dequantize(qt))
+    np.testing.assert_array_equal(
+        jaxq.dequantize(qt.reshape(3, 32, 4, 3)), values.reshape(3, 32, 4, 3)
+    )
+    mean = quantized(
+        QuantSpec("int8", offset="mean"), (3, 32, 12), contracting=-2, batch=0
+    )
+    np.testing.assert_array_equal(
+        jaxq.dequantize(mean.reshape(3, 32, 4, 3)),
+        np.asarray(jaxq.dequantize(mean)).reshape(3, 32, 4, 3),
+    )
+    tiles = quantized(
+        QuantSpec("int8", PerBlock((32, 12))), (4, 32, 12), contracting=-2
+    )  # one scale for each of the 4
     values = np.asarray(jaxq.dequantize(tiles))
-    np.testing.assert_array_equal(jaxq.dequantize(tiles.reshape(2, 2, 32, 12)), values.reshape(2, 2, 32, 12))
+    np.testing.assert_array_equal(
+        jaxq.dequantize(tiles.reshape(2, 2, 32, 12)), values.reshape(2, 2, 32, 12)
+    )
     # One block along a whole axis may be split with it; tiles may not.
-    np.testing.assert_array_equal(jaxq.dequantize(tiles.reshape(4, 32, 3, 4)), values.reshape(4, 32, 3, 4))
+    np.testing.assert_array_equal(
+        jaxq.dequantize(tiles.reshape(4, 32, 3, 4)), values.reshape(4, 32, 3, 4)
+    )
     cut = quantized(QuantSpec("int8", PerBlock((32, 6))))
     with pytest.raises(ValueError, match="run across these axes"):
         cut.reshape(96, 3, 4)
@@ -250,13 +347,26 @@ def test_reshape_with_batch_axes_tiles_and_minimums():
         ((96, 12), (1152,), {}, r"contracted axes \[-2\] must keep their sizes"),
         ((96, 12), (96, 13), {}, "the number of elements and the batch axes must stay"),
         ((96, 12), (-1, -1), {}, "the number of elements and the batch axes must stay"),
-        ((3, 32, 4), (96, 4), {"contracting": -2, "batch": 0}, "the number of elements and the batch axes must stay"),
-        ((4, 32, 6), (24, 32), {"contracting": -2}, r"contracted axes \[-2\] must keep their sizes"),
+        (
+            (3, 32, 4),
+            (96, 4),
+            {"contracting": -2, "batch": 0},
+            "the number of elements and the batch axes must stay",
+        ),
+        (
+            (4, 32, 6),
+            (24, 32),
+            {"contracting": -2},
+            r"contracted axes \[-2\] must keep their sizes",
+        ),
         ((64, 0), (0, 64), {}, "an array without elements keeps its shape"),
     ],
 )
 def test_reshape_refuses_the_rest(shape, new, roles, message):
-    with pytest.raises(ValueError, match=rf"QTensor\.reshape: QTensor\(int8.*cannot become \[.*\]: {message}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"QTensor\.reshape: QTensor\(int8.*cannot become \[.*\]: {message}",
+    ):
         quantized("int8", shape, **roles).reshape(new)
 
 
@@ -265,7 +375,9 @@ def test_reshape_refuses_axes_that_are_no_neighbours_in_storage():
         quantized("int8", (4, 32, 6), contracting=-2).swapaxes(-1, -3).swapaxes(-1, -2)
     )  # [6, 4, 32], stored [4, 6, 32]
     assert qt.shape == (6, 4, 32)
-    with pytest.raises(ValueError, match="the axes to merge are not neighbours in storage"):
+    with pytest.raises(
+        ValueError, match="the axes to merge are not neighbours in storage"
+    ):
         qt.reshape(24, 32)
 
 
@@ -273,14 +385,26 @@ def test_indexing_and_iteration_over_batch_axes():
     qt = quantized("nf4_dq", (2, 3, 64, 4), contracting=-2, batch=(0, 1))
     values = np.asarray(jaxq.dequantize(qt))
     assert (len(qt), qt.batch_shape) == (2, (2, 3))
-    for index in (0, -1, (1, 2), slice(1, 2), (slice(None), 1), ..., (0, ...), np.array([1, 0])):
+    for index in (
+        0,
+        -1,
+        (1, 2),
+        slice(1, 2),
+        (slice(None), 1),
+        ...,
+        (0, ...),
+        np.array([1, 0]),
+    ):
         np.testing.assert_array_equal(jaxq.dequantize(qt[index]), values[index])
     assert [part.shape for part in qt] == [(3, 64, 4)] * 2
-    np.testing.assert_array_equal(np.stack([jaxq.dequantize(part) for part in qt]), values)
+    np.testing.assert_array_equal(
+        np.stack([jaxq.dequantize(part) for part in qt]), values
+    )
     single = qt[0, 0]
     for index in (0, slice(2), (0, 0), None):
         with pytest.raises(
-            IndexError, match=r"only batch axes can be indexed, and QTensor.* has 0\. .*jaxq\.dequantize"
+            IndexError,
+            match=r"only batch axes can be indexed, and QTensor.* has 0\. .*jaxq\.dequantize",
         ):
             single[index]
     with pytest.raises(IndexError, match="has 2"):
@@ -294,8 +418,15 @@ def test_only_leading_axes_are_mapped_over(preset):
     # A square matrix hides a wrong axis from its own sizes: [3, 64, 64] without axis 1 is [3, 64].
     qt = jaxq.quantize(normal((3, 64, 64)), preset, contracting=-2, batch=0)
     np.testing.assert_array_equal(jax.vmap(jaxq.dequantize)(qt), jaxq.dequantize(qt))
-    for use in (jaxq.dequantize, lambda layer: jnp.ones((2, 64)) @ layer, lambda layer: layer.codes()):
-        with pytest.raises(ValueError, match="Only leading batch axes may be mapped over: use in_axes=0"):
+    for use in (
+        jaxq.dequantize,
+        lambda layer: jnp.ones((2, 64)) @ layer,
+        lambda layer: layer.codes(),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="Only leading batch axes may be mapped over: use in_axes=0",
+        ):
             jax.vmap(use, in_axes=1)(qt)
 
 
@@ -305,7 +436,10 @@ def test_astype_changes_what_dequantize_returns():
     assert (half.dtype, jaxq.dequantize(half).dtype) == (jnp.bfloat16, jnp.bfloat16)
     assert half.data is qt.data
     assert half.astype("float32").meta == qt.meta
-    with pytest.raises(TypeError, match=r"astype: only float dtypes, got int8\. For the codes use qt\.codes\(\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"astype: only float dtypes, got int8\. For the codes use qt\.codes\(\)",
+    ):
         qt.astype(jnp.int8)
 
 
@@ -346,19 +480,33 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_arithmetic_names_the_remedy(name):
-    with pytest.raises(TypeError, match=r"QTensor\(int8\[96x12\].*jaxq\.dequantize\(qt\)"):
+    with pytest.raises(
+        TypeError, match=r"QTensor\(int8\[96x12\].*jaxq\.dequantize\(qt\)"
+    ):
         REFUSED[name](quantized())
 
 
 def test_it_equals_itself_alone():
     q, other = quantized(), quantized()
-    assert (q == q, q == other, q != other, q == None, q == "w") == (True, False, True, False, False)  # noqa: E711
+    assert (q == q, q == other, q != other, q == None, q == "w") == (
+        True,
+        False,
+        True,
+        False,
+        False,
+    )  # noqa: E711
     assert q in [other, q]
     assert len({q, q, other}) == 2
 
 
 @pytest.mark.parametrize(
-    "use", [jnp.sin, lambda q: jnp.add(jnp.ones(3), q), lambda q: np.add(np.ones(3), q), jnp.stack]
+    "use",
+    [
+        jnp.sin,
+        lambda q: jnp.add(jnp.ones(3), q),
+        lambda q: np.add(np.ones(3), q),
+        jnp.stack,
+    ],
 )
 def test_functions_of_arrays_do_not_take_it(use):
     # Nobody turns a whole weight into floats unasked: what the hook gives on an array is the text of an error.
@@ -368,7 +516,13 @@ def test_functions_of_arrays_do_not_take_it(use):
 
 
 @pytest.mark.parametrize(
-    "use", [jnp.asarray, jnp.exp, lambda q: jnp.split(q, 2), lambda q: jnp.dot(jnp.ones((1, 8)), q)]
+    "use",
+    [
+        jnp.asarray,
+        jnp.exp,
+        lambda q: jnp.split(q, 2),
+        lambda q: jnp.dot(jnp.ones((1, 8)), q),
+    ],
 )
 def test_errors_of_jax_name_the_array_and_the_remedy(use):
     q = quantized()
@@ -396,9 +550,13 @@ def test_it_passes_through_jax(preset):
     np.testing.assert_array_equal(jaxq.dequantize(put), values)
     chosen = jax.jit(lambda q, i: jaxq.dequantize(q[i]))(qt, 2)
     np.testing.assert_array_equal(chosen, values[2])
-    mesh = jax.make_mesh((len(jax.devices()),), ("layers",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (len(jax.devices()),), ("layers",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
     spread = jax.device_put(qt, jax.NamedSharding(mesh, jax.P("layers")))
     assert len(spread.data.sharding.device_set) == len(jax.devices()) == 4
     np.testing.assert_array_equal(jaxq.dequantize(spread), values)
-    swapped = jax.lax.cond(jnp.array(True), lambda a, b: a, lambda a, b: b, qt[0], qt[1])
+    swapped = jax.lax.cond(
+        jnp.array(True), lambda a, b: a, lambda a, b: b, qt[0], qt[1]
+    )
     np.testing.assert_array_equal(jaxq.dequantize(swapped), values[0])

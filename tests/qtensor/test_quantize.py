@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxq
-from jaxq import PerBlock, PerChannel, PerFlat, PerGroup, PerTensor, PerToken, QuantSpec, formats
+from jaxq import (
+    PerBlock,
+    PerChannel,
+    PerFlat,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QuantSpec,
+    formats,
+)
 from jaxq.qtensor import scale_values
 from tests import tables
 from tests.qtensor import oracle
@@ -57,7 +66,9 @@ def assert_equals_oracle(qt, values, x, spec):
     else:
         np.testing.assert_array_equal(bits(got), bits(reference.scale + np.float32(0)))
         expected = reference.values.astype(x.dtype)
-        np.testing.assert_array_equal(np.asarray(values, np.float32).T, expected.astype(np.float32))
+        np.testing.assert_array_equal(
+            np.asarray(values, np.float32).T, expected.astype(np.float32)
+        )
     codes = np.asarray(qt.codes()).T
     if spec.fmt.kind == "float":  # -0 and 0 are two codes of one number
         codes, zero = codes.astype(np.int32), 1 << (spec.fmt.bits - 1)
@@ -67,7 +78,9 @@ def assert_equals_oracle(qt, values, x, spec):
         np.testing.assert_array_equal(codes, reference.codes)
     assert (qt.zero_point is None) == (reference.zero_point is None)
     if reference.zero_point is not None:
-        np.testing.assert_array_equal(np.asarray(qt.zero_point).ravel(), reference.zero_point)
+        np.testing.assert_array_equal(
+            np.asarray(qt.zero_point).ravel(), reference.zero_point
+        )
 
 
 @over_presets
@@ -82,23 +95,33 @@ INTEGERS = [
     for symmetric in (True, False)
     for dtype in ("float32", "bfloat16", "float16")
 ]
-NARROW = [("int8", False, "bfloat16"), ("int4", True, "float16"), ("uint8", False, "float16")]
+NARROW = [
+    ("int8", False, "bfloat16"),
+    ("int4", True, "float16"),
+    ("uint8", False, "float16"),
+]
 NARROW += [("uint4", False, "bfloat16")]
 
 
 @pytest.mark.parametrize(
-    ("name", "symmetric", "dtype"), tables.thinned(INTEGERS, [c for c in INTEGERS if c[2] == "float32"] + NARROW)
+    ("name", "symmetric", "dtype"),
+    tables.thinned(INTEGERS, [c for c in INTEGERS if c[2] == "float32"] + NARROW),
 )
 def test_integers_equal_numpy_to_the_bit(name, symmetric, dtype):
     if symmetric and name.startswith("u"):
         spec = QuantSpec(name)
-        with pytest.raises(ValueError, match=f"{name} has no negative numbers.*symmetric=False or offset='min'"):
+        with pytest.raises(
+            ValueError,
+            match=f"{name} has no negative numbers.*symmetric=False or offset='min'",
+        ):
             jaxq.quantize(jnp.ones(SHAPE), spec)
         return
     if name.endswith("8"):
         spec = QuantSpec(name, PerChannel(), symmetric=symmetric)
     else:
-        spec = QuantSpec(name, PerGroup(32, pad=True), symmetric=symmetric, scale="bfloat16")
+        spec = QuantSpec(
+            name, PerGroup(32, pad=True), symmetric=symmetric, scale="bfloat16"
+        )
     x = normal(1).astype(getattr(ml_dtypes, dtype, dtype))
     qt, values = compiled(x, spec)
     assert qt.dtype == x.dtype
@@ -138,18 +161,37 @@ def test_nf4_bytes_are_those_of_its_definition():
 
 STEPS = ((np.arange(256) * 37) % 101 - 50) / 16
 BITSANDBYTES = {  # bytes that bitsandbytes 0.50 wrote
-    "nf4, a line": ("nf4", np.linspace(-1, 1, 64), "00000111111112222233344445556667788899aaabbbccccddddeeeeeeefffff"),
-    "nf4": ("nf4", STEPS, "04c16e29f3b05d17e29f3c05d18e2af4c16e18e3b05d17e29f3b05d18e2af4c1"),
-    "fp4": ("float4_bitsandbytes", STEPS, "bf5a92a63c4be5a02d63c4be2a12d73f5a92a63d4bf5a92d63c4be5a12d73c5b"),
+    "nf4, a line": (
+        "nf4",
+        np.linspace(-1, 1, 64),
+        "00000111111112222233344445556667788899aaabbbccccddddeeeeeeefffff",
+    ),
+    "nf4": (
+        "nf4",
+        STEPS,
+        "04c16e29f3b05d17e29f3c05d18e2af4c16e18e3b05d17e29f3b05d18e2af4c1",
+    ),
+    "fp4": (
+        "float4_bitsandbytes",
+        STEPS,
+        "bf5a92a63c4be5a02d63c4be2a12d73f5a92a63d4bf5a92d63c4be5a12d73c5b",
+    ),
 }
 
 
-@pytest.mark.parametrize(("fmt", "x", "expected"), BITSANDBYTES.values(), ids=BITSANDBYTES)
+@pytest.mark.parametrize(
+    ("fmt", "x", "expected"), BITSANDBYTES.values(), ids=BITSANDBYTES
+)
 def test_bytes_of_bitsandbytes_written_down(fmt, x, expected):
-    qt = jaxq.quantize(x.astype(np.float32), QuantSpec(fmt, PerFlat(64), packing="high_first"))
+    qt = jaxq.quantize(
+        x.astype(np.float32), QuantSpec(fmt, PerFlat(64), packing="high_first")
+    )
     written = np.asarray(qt.data).tobytes().hex()[: len(expected)]
     if fmt == "float4_bitsandbytes":  # it also writes -0, as 8, where jaxq writes 0
-        expected = "".join("0" if a == "0" and b == "8" else b for a, b in zip(written, expected, strict=True))
+        expected = "".join(
+            "0" if a == "0" and b == "8" else b
+            for a, b in zip(written, expected, strict=True)
+        )
     assert written == expected
     if len(x) == 256:
         assert np.asarray(qt.scale).tolist() == [3.125] * 4
@@ -159,7 +201,9 @@ def test_nf4_bytes_are_bitsandbytes():
     torch = pytest.importorskip("torch", reason="bitsandbytes needs torch")
     bnb = pytest.importorskip("bitsandbytes", reason="compares bytes with bitsandbytes")
     w = normal(3, (128, 20))
-    packed, state = bnb.functional.quantize_4bit(torch.from_numpy(w.T.copy()), blocksize=64, quant_type="nf4")
+    packed, state = bnb.functional.quantize_4bit(
+        torch.from_numpy(w.T.copy()), blocksize=64, quant_type="nf4"
+    )
     qt = jaxq.quantize(w, QuantSpec("nf4", PerFlat(64), packing="high_first"))
     np.testing.assert_array_equal(qt.data, packed.numpy().ravel())
     np.testing.assert_array_equal(qt.scale, state.absmax.numpy())
@@ -203,7 +247,9 @@ def test_scaling_by_a_power_of_two_scales_the_result(preset, exponent):
     np.testing.assert_array_equal(scaled.codes(), qt.codes())
     scale = np.asarray(scale_values(qt))
     none = scale <= 2.0**-126  # E8M0 keeps the scale of a block of zeros as 2^-127
-    np.testing.assert_array_equal(scale_values(scaled), np.where(none, scale, scale * factor))
+    np.testing.assert_array_equal(
+        scale_values(scaled), np.where(none, scale, scale * factor)
+    )
     np.testing.assert_array_equal(scaled_values, np.asarray(values) * factor)
 
 
@@ -231,7 +277,9 @@ def test_permuting_the_kept_axis_permutes_the_result(preset):
     _, values = compiled(x, preset)
     _, permuted = compiled(x[:, order], preset)
     summed = jaxq.presets()[preset].scale_rule == "ttq"  # across the permuted axis
-    np.testing.assert_allclose(permuted, np.asarray(values)[:, order], rtol=1e-6 if summed else 0)
+    np.testing.assert_allclose(
+        permuted, np.asarray(values)[:, order], rtol=1e-6 if summed else 0
+    )
 
 
 @over_presets
@@ -269,22 +317,44 @@ def test_error_is_at_most_half_a_step(name, numbers):
     values, scale = (np.asarray(v, np.float64) for v in round_trip(x, spec))
     largest = abs(x.astype(np.float64)).max()
     # A zero point or a rounded scale can leave the ends of the range uncovered, by less than half a step.
-    half = 1.0 if not spec.symmetric else half + (7 * 2.0**-8 if spec.scale == "bfloat16" else 0)
-    smallest = 2.0**-126 * 8  # XLA flushes what is smaller than float32's normal numbers
+    half = (
+        1.0
+        if not spec.symmetric
+        else half + (7 * 2.0**-8 if spec.scale == "bfloat16" else 0)
+    )
+    smallest = (
+        2.0**-126 * 8
+    )  # XLA flushes what is smaller than float32's normal numbers
     assert np.all(abs(values - x) <= half * scale + 1e-6 * largest + smallest)
-    steps = {"asymmetric": 15, "real minimum": 255, "nf4": 1, "bfloat16 scale": 7, "e4m3": 448, "symmetric": 127}[name]
+    steps = {
+        "asymmetric": 15,
+        "real minimum": 255,
+        "nf4": 1,
+        "bfloat16 scale": 7,
+        "e4m3": 448,
+        "symmetric": 127,
+    }[name]
     assert np.all(scale <= 2 * largest / steps * (1 + 2.0**-8) + smallest)
 
 
 def test_stochastic_rounding_needs_a_key_and_has_no_bias():
     spec = QuantSpec("int8", rounding="stochastic")
     x = np.float32([1.27, 0.123, -0.777, 0.005, 0.0])
-    with pytest.raises(ValueError, match=r"rounding='stochastic' needs a PRNG key: pass key=jax\.random\.key"):
+    with pytest.raises(
+        ValueError,
+        match=r"rounding='stochastic' needs a PRNG key: pass key=jax\.random\.key",
+    ):
         jaxq.quantize(x, spec)
-    with pytest.raises(ValueError, match="key= was given but rounding='nearest_even' does not use it"):
+    with pytest.raises(
+        ValueError, match="key= was given but rounding='nearest_even' does not use it"
+    ):
         jaxq.quantize(x, "int8", key=jax.random.key(0))
     keys = jax.random.split(jax.random.key(1), 4000)
-    values = np.asarray(jax.jit(jax.vmap(lambda key: jaxq.dequantize(jaxq.quantize(x, spec, key=key))))(keys))
+    values = np.asarray(
+        jax.jit(jax.vmap(lambda key: jaxq.dequantize(jaxq.quantize(x, spec, key=key))))(
+            keys
+        )
+    )
     step = 0.01
     assert np.all(abs(values - x) < step * 1.001)
     # The mean of 4000 has a standard deviation of at most half a step over sqrt(4000).
@@ -301,7 +371,9 @@ def test_tiles():
     w = normal(9, (64, 48))
     spec = QuantSpec("int8", PerBlock((16, 8)))
     qt = jaxq.quantize(w, spec)
-    expected = abs(w.reshape(4, 16, 6, 8)).max((1, 3)) * np.float32(1 / 127)  # [k / 16, n / 8]
+    expected = abs(w.reshape(4, 16, 6, 8)).max((1, 3)) * np.float32(
+        1 / 127
+    )  # [k / 16, n / 8]
     np.testing.assert_array_equal(qt.scale, expected.T)
     values = np.asarray(jaxq.dequantize(qt))
     step = np.kron(expected, np.ones((16, 8)))
@@ -315,7 +387,9 @@ def test_tiles():
 def test_tokens_of_a_batch_of_activations():
     x = normal(10, (3, 5, 32))
     qt = jaxq.quantize(x, QuantSpec("int8", PerToken()))
-    np.testing.assert_array_equal(qt.scale[..., 0], abs(x).max(-1) * np.float32(1 / 127))
+    np.testing.assert_array_equal(
+        qt.scale[..., 0], abs(x).max(-1) * np.float32(1 / 127)
+    )
     assert qt.shape == x.shape
     scale = np.asarray(qt.scale)
     assert np.all(abs(np.asarray(jaxq.dequantize(qt)) - x) <= 0.501 * scale)
@@ -325,8 +399,12 @@ def test_whole_tensor():
     x = normal(11, (32, 8))
     qt = jaxq.quantize(x, QuantSpec("int8", PerTensor()))
     assert np.asarray(qt.scale).tolist() == [[abs(x).max() * np.float32(1 / 127)]]
-    stack = jaxq.quantize(np.stack([x, 2 * x]), QuantSpec("int8", PerTensor()), contracting=-2, batch=0)
-    np.testing.assert_array_equal(stack.scale.ravel(), np.float32([1, 2]) * qt.scale.ravel())
+    stack = jaxq.quantize(
+        np.stack([x, 2 * x]), QuantSpec("int8", PerTensor()), contracting=-2, batch=0
+    )
+    np.testing.assert_array_equal(
+        stack.scale.ravel(), np.float32([1, 2]) * qt.scale.ravel()
+    )
 
 
 def test_real_minimum_spends_no_code_on_zero():
@@ -361,14 +439,23 @@ def test_zeros(preset):
 
 
 @pytest.mark.parametrize("constant", [3.0, -3.0, 1e-30, -7e-5])
-@pytest.mark.parametrize("preset", [*PRESETS, QuantSpec("uint8", offset="min"), QuantSpec("int8", symmetric=False)])
+@pytest.mark.parametrize(
+    "preset",
+    [*PRESETS, QuantSpec("uint8", offset="min"), QuantSpec("int8", symmetric=False)],
+)
 def test_constant_blocks(preset, constant):
     x = np.full(SHAPE, constant, np.float32)
     qt, values = compiled(x, preset)
     assert np.isfinite(scale_values(qt)).all()
     # Block scales of one kind: the constant is the largest number of its block, up to the rounding of the scale.
     spec = qt.spec
-    worst = 0.5 if spec.fmt.name == "uint2" else 0.26 if spec.scale_rule == "mx_floor" else 2.0**-4
+    worst = (
+        0.5
+        if spec.fmt.name == "uint2"
+        else 0.26
+        if spec.scale_rule == "mx_floor"
+        else 2.0**-4
+    )
     if not spec.symmetric:
         worst = 0.51 / (spec.fmt.max - spec.fmt.min) + 2.0**-8
     np.testing.assert_allclose(values, x, rtol=worst)
@@ -397,9 +484,13 @@ def test_huge_numbers(preset, size):
     x = normal(12)
     x = (x / abs(x).max() * size).astype(np.float32)
     small = (x * np.float32(2.0**-90)).astype(np.float32)
-    values, expected = (np.asarray(compiled(v, preset)[1], np.float64) for v in (x, small))
+    values, expected = (
+        np.asarray(compiled(v, preset)[1], np.float64) for v in (x, small)
+    )
     assert np.isfinite(values).all()
-    np.testing.assert_allclose(values, expected * 2.0**90, rtol=1e-6, atol=size * 2.0**-100)
+    np.testing.assert_allclose(
+        values, expected * 2.0**90, rtol=1e-6, atol=size * 2.0**-100
+    )
 
 
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"int2"}))
@@ -416,10 +507,14 @@ def test_sums_of_huge_numbers_do_not_overflow():
     qt = jaxq.quantize(x, "ternary")
     np.testing.assert_allclose(qt.scale, np.full((2, 1), 3e38), rtol=1e-6)
     x[::2] *= -1
-    np.testing.assert_allclose(jaxq.quantize(x, "uint8").scale, np.full((2, 1), 6e38 / 255), rtol=1e-6)
+    np.testing.assert_allclose(
+        jaxq.quantize(x, "uint8").scale, np.full((2, 1), 6e38 / 255), rtol=1e-6
+    )
 
 
-@pytest.mark.parametrize("preset", ["int8", "int4", "nf4", "nf4_dq", "mxfp4", "nvfp4", "uint4", "fp8"])
+@pytest.mark.parametrize(
+    "preset", ["int8", "int4", "nf4", "nf4_dq", "mxfp4", "nvfp4", "uint4", "fp8"]
+)
 def test_small_float16_weights_do_not_vanish(preset):
     # A scale computed in float16 underflows: 1e-3 / 448 is a subnormal there.
     x = (normal(13) * 1e-3).astype(np.float16)
@@ -435,19 +530,26 @@ def test_a_rounded_scale_does_not_push_float16_to_infinity():
     qt, values = compiled(x, "int3")
     assert float(np.asarray(scale_values(qt)).max()) * 3 > 65520
     np.testing.assert_array_equal(values, np.full(SHAPE, 65504, np.float16))
-    assert np.isfinite(jaxq.dequantize(qt, dtype=jnp.float8_e4m3fn).astype(jnp.float32)).all()
+    assert np.isfinite(
+        jaxq.dequantize(qt, dtype=jnp.float8_e4m3fn).astype(jnp.float32)
+    ).all()
 
 
 def test_double_quantization_turns_no_sign_and_ruins_no_block():
     # Blocks that differ by orders of magnitude: scales about a mean come out negative for the small ones.
     random = np.random.default_rng(0)
-    x = (random.standard_normal((64, 256)) * random.random((1, 256)) ** 4).astype(np.float32)
+    x = (random.standard_normal((64, 256)) * random.random((1, 256)) ** 4).astype(
+        np.float32
+    )
     x[:, 7] *= np.float32(1e-3)
     qt = jaxq.quantize(x, "nf4_dq")
     values = np.asarray(jaxq.dequantize(qt))
     assert not np.any(values * x < 0)
     plain = np.asarray(jaxq.dequantize(jaxq.quantize(x, "nf4")))
-    errors, plain_errors = (np.linalg.norm(v - x, axis=0) / np.linalg.norm(x, axis=0) for v in (values, plain))
+    errors, plain_errors = (
+        np.linalg.norm(v - x, axis=0) / np.linalg.norm(x, axis=0)
+        for v in (values, plain)
+    )
     assert plain_errors.max() < 0.15
     # The dynamic map has 128 steps from a tenth of the largest to the largest, and half as many in each decade below.
     scales, exact = np.asarray(scale_values(qt)).ravel(), abs(x).max(0)
@@ -472,7 +574,10 @@ def test_a_non_finite_number_is_named():
         jaxq.quantize(x, "int8", name="kernel")
     with pytest.raises(ValueError, match=r"w\[0\] is -inf, one of 1 non-finite"):
         jaxq.quantize(np.array([-np.inf, 1], ml_dtypes.bfloat16), "int8")
-    with pytest.raises(ValueError, match="on_nonfinite must be one of raise, propagate, zero, saturate; got 'ignore'"):
+    with pytest.raises(
+        ValueError,
+        match="on_nonfinite must be one of raise, propagate, zero, saturate; got 'ignore'",
+    ):
         jaxq.quantize(x, "int8", on_nonfinite="ignore")
 
 
@@ -484,13 +589,19 @@ POISONED = {
     "asymmetric": ("uint4", "float32"),
     "real minimum": (QuantSpec("uint8", PerGroup(32), offset="min"), "float32"),
     "nf4": ("nf4", "float32"),
-    "mean magnitude": (QuantSpec("ternary", PerGroup(32), scale_rule="absmean"), "float32"),
+    "mean magnitude": (
+        QuantSpec("ternary", PerGroup(32), scale_rule="absmean"),
+        "float32",
+    ),
     "tiles": (QuantSpec("int8", PerBlock((32, 8))), "float32"),
     "one scale": (QuantSpec("int8", PerTensor()), "float32"),
     "scales that hold NaN": ("nvfp4", "float32"),
     # These scales have no code for NaN: it reaches every block under the second scale.
     "scales without NaN, a channel": ("vsq4", "float32"),
-    "scales without NaN, flat": (QuantSpec("nf4", PerGroup(64), scale=QuantSpec("udynamic8", PerFlat(16))), "float32"),
+    "scales without NaN, flat": (
+        QuantSpec("nf4", PerGroup(64), scale=QuantSpec("udynamic8", PerFlat(16))),
+        "float32",
+    ),
 }
 BLOCKS = {
     "int8": (slice(None), slice(17, 18)),
@@ -536,14 +647,23 @@ def test_policies_for_non_finite_numbers():
     saturated[5, 2], saturated[6, 4] = -abs(zeroed[:, 2]).max(), abs(zeroed[:, 4]).max()
     for policy, same in {"zero": zeroed, "saturate": saturated}.items():
         expected = jaxq.quantize(same, "int8")
-        for run in (jaxq.quantize, jax.jit(jaxq.quantize, static_argnames=("spec", "on_nonfinite"))):
+        for run in (
+            jaxq.quantize,
+            jax.jit(jaxq.quantize, static_argnames=("spec", "on_nonfinite")),
+        ):
             got = run(bad, spec="int8", on_nonfinite=policy)
             np.testing.assert_array_equal(got.codes(), expected.codes())
             np.testing.assert_array_equal(got.scale, expected.scale)
-    propagated = np.asarray(jaxq.dequantize(jaxq.quantize(bad, "int8", on_nonfinite="propagate")))
+    propagated = np.asarray(
+        jaxq.dequantize(jaxq.quantize(bad, "int8", on_nonfinite="propagate"))
+    )
     assert np.isnan(propagated[:, [2, 4]]).all()
-    np.testing.assert_array_equal(propagated[:, 5:], jaxq.dequantize(jaxq.quantize(x, "int8"))[:, 5:])
-    everything = jaxq.quantize(np.full(8, np.nan, np.float32), "int8", on_nonfinite="saturate")
+    np.testing.assert_array_equal(
+        propagated[:, 5:], jaxq.dequantize(jaxq.quantize(x, "int8"))[:, 5:]
+    )
+    everything = jaxq.quantize(
+        np.full(8, np.nan, np.float32), "int8", on_nonfinite="saturate"
+    )
     assert jaxq.dequantize(everything).tolist() == [0] * 8
 
 
@@ -558,11 +678,23 @@ def test_groups_that_do_not_divide():
         "quantize: axis -2 of w has size 100, not a multiple of group size 32 (w: float32[100,64]). "
         "Pass pad=True or use size=20 or 50."
     )
-    with pytest.raises(ValueError, match=r"axis -1 of layers/0/kernel has size 7, not a multiple of group size 32"):
-        jaxq.quantize(jnp.ones(7), QuantSpec("int4", PerGroup(32)), name="layers/0/kernel")
-    with pytest.raises(ValueError, match=r"axis -3, -2 of w has size 64, not a multiple of group size 48"):
-        jaxq.quantize(jnp.ones((4, 16, 8)), QuantSpec("int4", PerGroup(48)), contracting=(-3, -2))
-    with pytest.raises(ValueError, match=r"axis -1 of w has size 64, not a multiple of block size 24"):
+    with pytest.raises(
+        ValueError,
+        match=r"axis -1 of layers/0/kernel has size 7, not a multiple of group size 32",
+    ):
+        jaxq.quantize(
+            jnp.ones(7), QuantSpec("int4", PerGroup(32)), name="layers/0/kernel"
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"axis -3, -2 of w has size 64, not a multiple of group size 48",
+    ):
+        jaxq.quantize(
+            jnp.ones((4, 16, 8)), QuantSpec("int4", PerGroup(48)), contracting=(-3, -2)
+        )
+    with pytest.raises(
+        ValueError, match=r"axis -1 of w has size 64, not a multiple of block size 24"
+    ):
         jaxq.quantize(w, QuantSpec("int8", PerBlock((20, 24))))
     padded = jaxq.quantize(w, QuantSpec("int4", PerGroup(32, pad=True)))
     assert (padded.shape, padded.scale.shape) == ((100, 64), (64, 4))
@@ -580,11 +712,25 @@ def test_no_elements(preset, shape):
     assert np.isfinite(scale_values(qt)).all()
 
 
-ODD = [(p, size) for p in ("int4", "int3", "nf4_dq", "mxfp6_e2m3", "nvfp4", "binary") for size in (1, 7, 33)]
-SMALL_OR_LARGE = [("int4", 33), ("int3", 1), ("nf4_dq", 1), ("mxfp6_e2m3", 33), ("nvfp4", 1), ("binary", 33)]
+ODD = [
+    (p, size)
+    for p in ("int4", "int3", "nf4_dq", "mxfp6_e2m3", "nvfp4", "binary")
+    for size in (1, 7, 33)
+]
+SMALL_OR_LARGE = [
+    ("int4", 33),
+    ("int3", 1),
+    ("nf4_dq", 1),
+    ("mxfp6_e2m3", 33),
+    ("nvfp4", 1),
+    ("binary", 33),
+]
 
 
-@pytest.mark.parametrize(("preset", "size"), tables.thinned(ODD, SMALL_OR_LARGE + [c for c in ODD if c[1] == 7]))
+@pytest.mark.parametrize(
+    ("preset", "size"),
+    tables.thinned(ODD, SMALL_OR_LARGE + [c for c in ODD if c[1] == 7]),
+)
 def test_odd_sizes(preset, size):
     x = normal(17)[:size, :1].ravel()
     values = np.asarray(compiled(x, preset)[1])
@@ -596,14 +742,38 @@ def test_odd_sizes(preset, size):
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        (jnp.float32(1), ValueError, r"quantize: a 0-d array has no axis .*\(w: float32\[\]\)\. Pass x\.reshape\(1\)"),
-        (jnp.arange(4), TypeError, r"must be float32, bfloat16 or float16, got w: int32\[4\]\. Pass w\.astype\("),
-        (np.ones((2, 3), bool), TypeError, r"got w: bool\[2,3\]\. Pass w\.astype\(jnp\.float32\)"),
-        (np.ones(3, np.complex64), TypeError, r"got w: complex64\[3\]\. Pass the real and imaginary parts"),
-        (np.ones(3), TypeError, r"got w: float64\[3\]\. Pass w\.astype\(jnp\.float32\)"),
+        (
+            jnp.float32(1),
+            ValueError,
+            r"quantize: a 0-d array has no axis .*\(w: float32\[\]\)\. Pass x\.reshape\(1\)",
+        ),
+        (
+            jnp.arange(4),
+            TypeError,
+            r"must be float32, bfloat16 or float16, got w: int32\[4\]\. Pass w\.astype\(",
+        ),
+        (
+            np.ones((2, 3), bool),
+            TypeError,
+            r"got w: bool\[2,3\]\. Pass w\.astype\(jnp\.float32\)",
+        ),
+        (
+            np.ones(3, np.complex64),
+            TypeError,
+            r"got w: complex64\[3\]\. Pass the real and imaginary parts",
+        ),
+        (
+            np.ones(3),
+            TypeError,
+            r"got w: float64\[3\]\. Pass w\.astype\(jnp\.float32\)",
+        ),
         (np.ones(3, ml_dtypes.float8_e4m3fn), TypeError, r"got w: float8_e4m3fn\[3\]"),
         ([1, 2], TypeError, r"got w: int64\[2\]"),
-        (jnp.ones((2, 3, 4)), ValueError, r"which axes are contracted\? .*\(w: float32\[2,3,4\]\)\. Pass contracting="),
+        (
+            jnp.ones((2, 3, 4)),
+            ValueError,
+            r"which axes are contracted\? .*\(w: float32\[2,3,4\]\)\. Pass contracting=",
+        ),
     ],
 )
 def test_arrays_that_cannot_be_quantized(x, error, message):
@@ -619,19 +789,32 @@ def test_lists_of_python_floats_are_float32():
         jaxq.quantize(jaxq.quantize([1.0], "int8"), "int8")
     with pytest.raises(TypeError, match="dequantize: expected a QTensor, got ndarray"):
         jaxq.dequantize(np.ones(3))
-    with pytest.raises(TypeError, match=r"dequantize: only float dtypes, got dtype=int8\. For the codes use qt\.codes"):
+    with pytest.raises(
+        TypeError,
+        match=r"dequantize: only float dtypes, got dtype=int8\. For the codes use qt\.codes",
+    ):
         jaxq.dequantize(jaxq.quantize([1.0], "int8"), dtype=jnp.int8)
 
 
 def test_unknown_names():
     x = jnp.ones(4)
-    with pytest.raises(ValueError, match=r"quantize: unknown preset 'nf4dq'\. Did you mean 'nf4_dq'"):
+    with pytest.raises(
+        ValueError, match=r"quantize: unknown preset 'nf4dq'\. Did you mean 'nf4_dq'"
+    ):
         jaxq.quantize(x, "nf4dq")
-    with pytest.raises(ValueError, match=r"unknown preset 'nf3'.*'nf3' is a format: use jaxq\.QuantSpec\(format='nf3'"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown preset 'nf3'.*'nf3' is a format: use jaxq\.QuantSpec\(format='nf3'",
+    ):
         jaxq.quantize(x, "nf3")
-    with pytest.raises(ValueError, match=r"fake_quant: unknown preset 'zzz'\. jaxq\.presets\(\) lists them all"):
+    with pytest.raises(
+        ValueError,
+        match=r"fake_quant: unknown preset 'zzz'\. jaxq\.presets\(\) lists them all",
+    ):
         jaxq.fake_quant(x, "zzz")
-    with pytest.raises(TypeError, match="spec must be a preset name or a QuantSpec, got Int"):
+    with pytest.raises(
+        TypeError, match="spec must be a preset name or a QuantSpec, got Int"
+    ):
         jaxq.quantize(x, formats.get("int8"))
 
 
@@ -640,7 +823,9 @@ def test_dequantize_to_another_dtype():
     qt, values = compiled(x, "int8")
     half = jaxq.dequantize(qt, dtype="bfloat16")
     assert half.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(bits(half), bits(np.asarray(values).astype(ml_dtypes.bfloat16)))
+    np.testing.assert_array_equal(
+        bits(half), bits(np.asarray(values).astype(ml_dtypes.bfloat16))
+    )
 
 
 # Gradients.
@@ -653,13 +838,19 @@ def test_quantize_refuses_gradients():
         return (x @ jaxq.dequantize(jaxq.quantize(w, "int8"))).sum()
 
     refusal = r"quantize has no gradient.*jaxq\.fake_quant.*jax\.lax\.stop_gradient"
-    for run in (jax.grad(loss, 1), jax.grad(jax.jit(loss), 1), jax.jit(jax.grad(loss, (0, 1)))):
+    for run in (
+        jax.grad(loss, 1),
+        jax.grad(jax.jit(loss), 1),
+        jax.jit(jax.grad(loss, (0, 1))),
+    ):
         with pytest.raises(TypeError, match=refusal):
             run(x, w)
     with pytest.raises(TypeError, match=refusal):
         jax.jvp(lambda w: loss(x, w), (w,), (w,))
     # A constant weight, and one cut off from the gradient, are no reason to refuse.
-    expected = np.broadcast_to(np.asarray(jaxq.dequantize(jaxq.quantize(w, "int8"))).sum(1), (2, 8))
+    expected = np.broadcast_to(
+        np.asarray(jaxq.dequantize(jaxq.quantize(w, "int8"))).sum(1), (2, 8)
+    )
     stopped = jax.grad(lambda x, w: loss(x, jax.lax.stop_gradient(w)), (0, 1))
     for got in (jax.grad(loss)(x, w), jax.jit(jax.grad(loss))(x, w), stopped(x, w)[0]):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
@@ -682,7 +873,12 @@ def test_constant_weights_inside_scan_and_checkpoint():
         return x.sum()
 
     x = jnp.full((2, 8), 0.1)
-    np.testing.assert_allclose(jax.jit(jax.grad(model))(x, stack), jax.grad(plain)(x, stack), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(model))(x, stack),
+        jax.grad(plain)(x, stack),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("preset", ["int8", "nf4", "uint8"])
@@ -696,7 +892,12 @@ def test_gradient_of_dequantize_by_its_scale(preset):
     units = np.asarray(qt.spec.fmt.decode(qt.codes()))
     if qt.zero_point is not None:
         units = units - np.asarray(qt.zero_point).T.astype(np.float32)
-    np.testing.assert_allclose(jax.grad(loss)(qt.scale), (units * direction).sum(0)[:, None], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(loss)(qt.scale),
+        (units * direction).sum(0)[:, None],
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
 def test_dequantize_does_not_overflow_float32():

@@ -11,7 +11,8 @@ from tests import tables
 from tests.ops.reference import normal
 
 over_some = pytest.mark.parametrize(
-    "preset", tables.thinned(jaxq.presets(), ["int8", "uint4", "int3", "nf4_dq", "mxfp4", "ttq"])
+    "preset",
+    tables.thinned(jaxq.presets(), ["int8", "uint4", "int3", "nf4_dq", "mxfp4", "ttq"]),
 )
 
 
@@ -19,7 +20,9 @@ over_some = pytest.mark.parametrize(
 def test_the_same_numbers_get_the_same_codes(preset):
     qt = jaxq.quantize(normal(100, 24), preset)
     if qt.codebook is not None:
-        pytest.skip("a table of its own takes the nearest entry, its codes came from a threshold")
+        pytest.skip(
+            "a table of its own takes the nearest entry, its codes came from a threshold"
+        )
     again = requantize(normal(100, 24), qt)
     jax.tree.map(np.testing.assert_array_equal, again, qt)
     jax.tree.map(np.testing.assert_array_equal, qt.with_codes(qt.codes()), qt)
@@ -30,12 +33,17 @@ def test_other_numbers_go_to_the_nearest_of_the_grid(preset):
     """Against every number that the grid has."""
     qt, w = jaxq.quantize(normal(96, 5), preset), normal(96, 5, seed=1) / 2
     found = np.asarray(jaxq.dequantize(requantize(w, qt)), np.float64)
-    grid = [jaxq.dequantize(qt.with_codes(jnp.full(qt.shape, c, qt.spec.fmt.code_dtype))) for c in qt.spec.fmt.codes()]
+    grid = [
+        jaxq.dequantize(qt.with_codes(jnp.full(qt.shape, c, qt.spec.fmt.code_dtype)))
+        for c in qt.spec.fmt.codes()
+    ]
     grid = np.asarray(jnp.stack(grid), np.float64)
     nearest = np.nanmin(np.abs(grid - np.asarray(w, np.float64)), 0)
     if preset == "log4":  # nearest of the logarithm
         nearest = nearest * 1.5
-    np.testing.assert_array_less(np.abs(found - np.asarray(w, np.float64)), nearest + 1e-6)
+    np.testing.assert_array_less(
+        np.abs(found - np.asarray(w, np.float64)), nearest + 1e-6
+    )
 
 
 def test_in_every_layout():

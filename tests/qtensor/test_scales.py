@@ -26,7 +26,10 @@ def mx(fmt: str, rule: str) -> QuantSpec:
 def blocks_of(largest) -> np.ndarray:
     """[32, n]: a block for each number, in which it is the largest."""
     largest = np.asarray(largest, np.float32)
-    x = np.random.default_rng(0).uniform(-1, 1, (32, len(largest))).astype(np.float32) * largest
+    x = (
+        np.random.default_rng(0).uniform(-1, 1, (32, len(largest))).astype(np.float32)
+        * largest
+    )
     x[11] = largest * np.where(np.arange(len(largest)) % 2, -1, 1).astype(np.float32)
     return x
 
@@ -43,21 +46,38 @@ def test_floor_scale_bytes():
 
 # Around powers of two, where a logarithm is off by one, and around the largest element times one.
 EDGES = [
-    np.nextafter(np.float32(2.0**e), np.float32(np.inf if side > 0 else 0)) if side else np.float32(2.0**e)
+    np.nextafter(np.float32(2.0**e), np.float32(np.inf if side > 0 else 0))
+    if side
+    else np.float32(2.0**e)
     for e in (-60, -7, 0, 1, 5, 100)
     for side in (-1, 0, 1)
 ]
 
 
-RULES = [(rule, fmt) for rule in ("mx_floor", "mx_ceil", "mx_even", "mx_round_up") for fmt in MX]
+RULES = [
+    (rule, fmt)
+    for rule in ("mx_floor", "mx_ceil", "mx_even", "mx_round_up")
+    for fmt in MX
+]
 
 
 @pytest.mark.parametrize(
-    ("rule", "fmt"), tables.thinned(RULES, [r for r in RULES if r[0] == "mx_even" or r[1] in ("float4_e2m1fn", "int8")])
+    ("rule", "fmt"),
+    tables.thinned(
+        RULES,
+        [r for r in RULES if r[0] == "mx_even" or r[1] in ("float4_e2m1fn", "int8")],
+    ),
 )
 def test_power_of_two_rules(rule, fmt):
     element = jaxq.formats.get(fmt)
-    tops = [np.float32(element.max), np.nextafter(np.float32(element.max), np.float32(np.inf)), 1.75, 7.99, 3.5, 29]
+    tops = [
+        np.float32(element.max),
+        np.nextafter(np.float32(element.max), np.float32(np.inf)),
+        1.75,
+        7.99,
+        3.5,
+        29,
+    ]
     largest = np.asarray([*EDGES, *tops], np.float32)
     qt = jaxq.quantize(blocks_of(largest), mx(fmt, rule))
     got = scale_bytes(qt).astype(int) - 127
@@ -66,7 +86,9 @@ def test_power_of_two_rules(rule, fmt):
         expected = np.floor(np.log2(exact)) - MX[fmt]
     elif rule == "mx_ceil":
         expected = np.ceil(np.log2(exact)) - MX[fmt]
-    elif rule == "mx_even":  # the largest number is first rounded to the mantissa of the element, half of it upward
+    elif (
+        rule == "mx_even"
+    ):  # the largest number is first rounded to the mantissa of the element, half of it upward
         unit = 2.0 ** (np.floor(np.log2(exact)) - element.mantissa_bits)
         expected = np.floor(np.log2(np.floor(exact / unit + 0.5) * unit)) - MX[fmt]
     else:  # the least power of two that brings the block into range
@@ -78,21 +100,42 @@ def test_power_of_two_rules(rule, fmt):
 @pytest.mark.parametrize("fmt", MX)
 def test_microscaling_against_the_specification(fmt):
     random = np.random.default_rng(1)
-    x = random.standard_normal((64, 40)).astype(np.float32) * 2.0 ** random.integers(-60, 60, (1, 40))
+    x = random.standard_normal((64, 40)).astype(np.float32) * 2.0 ** random.integers(
+        -60, 60, (1, 40)
+    )
     x = x.astype(np.float32)
     x[:32, 3] = 0
     qt = jaxq.quantize(x, mx(fmt, "mx_floor"))
     blocks = x.T.reshape(40, 2, 32)
     largest = abs(blocks).max(-1)
-    shared = np.frexp(largest)[1] - 1 - {**MX, "int8": 0}[fmt]  # int8 elements are code / 64, up to 1.98
+    shared = (
+        np.frexp(largest)[1] - 1 - {**MX, "int8": 0}[fmt]
+    )  # int8 elements are code / 64, up to 1.98
     if fmt == "int8":
-        elements = np.clip(np.rint(64 * np.ldexp(blocks.astype(np.float64), -shared[..., None])), -127, 127) / 64
-        assert np.all(scale_bytes(qt)[largest.ravel() > 0] == (shared - 6 + 127).ravel()[largest.ravel() > 0])
+        elements = (
+            np.clip(
+                np.rint(64 * np.ldexp(blocks.astype(np.float64), -shared[..., None])),
+                -127,
+                127,
+            )
+            / 64
+        )
+        assert np.all(
+            scale_bytes(qt)[largest.ravel() > 0]
+            == (shared - 6 + 127).ravel()[largest.ravel() > 0]
+        )
     else:
         element = getattr(ml_dtypes, fmt)
         top = float(ml_dtypes.finfo(element).max)
-        elements = np.clip(np.ldexp(blocks, -shared[..., None]), -top, top).astype(element).astype(np.float64)
-        assert np.all(scale_bytes(qt)[largest.ravel() > 0] == (shared + 127).ravel()[largest.ravel() > 0])
+        elements = (
+            np.clip(np.ldexp(blocks, -shared[..., None]), -top, top)
+            .astype(element)
+            .astype(np.float64)
+        )
+        assert np.all(
+            scale_bytes(qt)[largest.ravel() > 0]
+            == (shared + 127).ravel()[largest.ravel() > 0]
+        )
     values = np.ldexp(elements, shared[..., None]).reshape(40, 64).T
     np.testing.assert_array_equal(jaxq.dequantize(qt), values.astype(np.float32))
     assert len(np.unique(values)) > 100
@@ -105,7 +148,9 @@ def test_nvfp4_levels():
     x[5, 2] = -9
     qt = jaxq.quantize(x, "nvfp4")
     assert qt.scale.scale.tolist() == [[pytest.approx(9 / (448 * 6), rel=1e-6)]]
-    block = np.asarray(qt.scale.codes()).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    block = (
+        np.asarray(qt.scale.codes()).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    )
     assert (block[2, 0], block.max(), block.min() > 0) == (448, 448, True)
     np.testing.assert_allclose(jaxq.dequantize(qt)[5, 2], -9, rtol=1e-6)
     ideal = abs(x.T.reshape(8, 4, 16)).max(-1) / 6 / float(qt.scale.scale[0, 0])
@@ -126,23 +171,37 @@ def test_vsq4_levels():
 
 
 def test_three_levels():
-    spec = QuantSpec("int4", PerGroup(8), scale=QuantSpec("uint8", PerGroup(2), scale=QuantSpec("uint4")))
+    spec = QuantSpec(
+        "int4",
+        PerGroup(8),
+        scale=QuantSpec("uint8", PerGroup(2), scale=QuantSpec("uint4")),
+    )
     x = np.random.default_rng(4).standard_normal((64, 4)).astype(np.float32)
     qt = jaxq.quantize(x, spec)
     top = np.asarray(qt.scale.scale.scale)  # [4, 1]
     second = np.asarray(qt.scale.scale.codes()) * top  # [4, 4]
     first = np.asarray(qt.scale.codes()) * np.repeat(second, 2, axis=1)  # [4, 8]
     np.testing.assert_allclose(scale_values(qt), first, rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(qt.codes()) * np.repeat(first, 8, axis=1).T, jaxq.dequantize(qt), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(qt.codes()) * np.repeat(first, 8, axis=1).T,
+        jaxq.dequantize(qt),
+        rtol=1e-6,
+    )
     assert abs(np.asarray(jaxq.dequantize(qt)) - x).max() < 0.2
     assert qt.nbytes == 64 * 4 // 2 + 4 * 8 + 4 * 4 // 2 + 4 * 4
 
 
 def test_mean_offset_of_scales_turns_no_sign():
     # Scales kept as deviations from their mean can read back negative; they must not.
-    spec = QuantSpec("nf4", PerGroup(64), scale=QuantSpec("dynamic8", jaxq.PerFlat(256), offset="mean"))
+    spec = QuantSpec(
+        "nf4",
+        PerGroup(64),
+        scale=QuantSpec("dynamic8", jaxq.PerFlat(256), offset="mean"),
+    )
     random = np.random.default_rng(2)
-    x = (random.standard_normal((64, 256)) * random.random((1, 256)) ** 4).astype(np.float32)
+    x = (random.standard_normal((64, 256)) * random.random((1, 256)) ** 4).astype(
+        np.float32
+    )
     qt = jaxq.quantize(x, spec)
     assert qt.scale.offset.shape == (1,)
     np.testing.assert_allclose(qt.scale.offset[0], abs(x).max(0).mean(), rtol=1e-6)
@@ -151,7 +210,17 @@ def test_mean_offset_of_scales_turns_no_sign():
     assert not np.any(np.asarray(jaxq.dequantize(qt)) * x < 0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        "bfloat16",
+        "float16",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e8m0fnu",
+    ],
+)
 def test_scales_are_rounded_into_their_dtype_before_use(dtype):
     x = np.random.default_rng(6).standard_normal((32, 16)).astype(np.float32) * 4
     qt = jaxq.quantize(x, QuantSpec("int4", PerGroup(32), scale=dtype))
@@ -166,7 +235,10 @@ def test_scales_are_rounded_into_their_dtype_before_use(dtype):
 
 
 @pytest.mark.filterwarnings("ignore:quantize")
-@pytest.mark.parametrize(("dtype", "smallest"), [("float16", 2.0**-24), ("float8_e4m3fn", 2.0**-9), ("bfloat16", None)])
+@pytest.mark.parametrize(
+    ("dtype", "smallest"),
+    [("float16", 2.0**-24), ("float8_e4m3fn", 2.0**-9), ("bfloat16", None)],
+)
 def test_scales_beyond_their_dtype_are_clamped_not_lost(dtype, smallest):
     # Below the smallest number of a dtype a scale becomes that number, never 0 or infinity.
     x = np.float32([[1e-12, 5e-13], [1e12, -1e12]]).T
@@ -195,8 +267,12 @@ def test_subnormal_scales_are_none():
 
 def test_absmean_counts_no_padding():
     x = jnp.asarray(np.random.default_rng(7).standard_normal((40, 3)), jnp.float32)
-    qt = jaxq.quantize(x, QuantSpec("ternary", PerGroup(32, pad=True), scale_rule="absmean"))
-    expected = np.stack([abs(np.asarray(x[:32])).mean(0), abs(np.asarray(x[32:])).mean(0)], axis=1)
+    qt = jaxq.quantize(
+        x, QuantSpec("ternary", PerGroup(32, pad=True), scale_rule="absmean")
+    )
+    expected = np.stack(
+        [abs(np.asarray(x[:32])).mean(0), abs(np.asarray(x[32:])).mean(0)], axis=1
+    )
     np.testing.assert_allclose(qt.scale, expected, rtol=1e-6)
 
 
@@ -211,14 +287,22 @@ def test_ternary_weight_networks():
         for block, rows in enumerate((x[:64], x[64:])):
             magnitude = abs(rows.astype(np.float64))
             above = magnitude > 0.7 * magnitude.mean(0)
-            np.testing.assert_array_equal(qt.codes()[64 * block :][:64], np.sign(rows) * above)
+            np.testing.assert_array_equal(
+                qt.codes()[64 * block :][:64], np.sign(rows) * above
+            )
             mean = (magnitude * above).sum(0) / np.maximum(above.sum(0), 1)
             np.testing.assert_allclose(scale[:, block], mean, rtol=1e-6)
     bad = jnp.asarray(x[:, 0]).at[5].set(jnp.nan)
     assert jnp.isnan(
-        jaxq.dequantize(jaxq.quantize(bad, QuantSpec("ternary", scale_rule="twn"), on_nonfinite="propagate"))
+        jaxq.dequantize(
+            jaxq.quantize(
+                bad, QuantSpec("ternary", scale_rule="twn"), on_nonfinite="propagate"
+            )
+        )
     ).all()
-    with pytest.raises(ValueError, match="scale_rule='twn' is for the format ternary, not int4"):
+    with pytest.raises(
+        ValueError, match="scale_rule='twn' is for the format ternary, not int4"
+    ):
         QuantSpec("int4", scale_rule="twn")
 
 
@@ -234,25 +318,38 @@ def test_trained_ternary_quantization():
         for block, rows in enumerate((x[:64], x[64:])):
             largest = abs(rows).max(0)
             np.testing.assert_array_equal(qt.scale[:, block], largest)
-            codes = np.sign(rows) * (abs(rows.astype(np.float64)) > 0.05 * largest.astype(np.float64))
+            codes = np.sign(rows) * (
+                abs(rows.astype(np.float64)) > 0.05 * largest.astype(np.float64)
+            )
             np.testing.assert_array_equal(qt.codes()[64 * block :][:64], codes)
             for sign in (-1, 0, 1):
                 count = np.maximum((codes == sign).sum(0), 1)
-                mean = (rows / np.where(largest > 0, largest, 1) * (codes == sign)).sum(0) / count
-                np.testing.assert_allclose(qt.codebook[:, block, sign + 1], mean * (sign != 0), rtol=1e-5)
+                mean = (rows / np.where(largest > 0, largest, 1) * (codes == sign)).sum(
+                    0
+                ) / count
+                np.testing.assert_allclose(
+                    qt.codebook[:, block, sign + 1], mean * (sign != 0), rtol=1e-5
+                )
     assert "ttq" in repr(qt)
 
     def loss(codebook, values):
-        return jnp.sum(values(dataclasses.replace(qt, codebook=codebook)) * jnp.cos(jnp.arange(600.0).reshape(100, 6)))
+        return jnp.sum(
+            values(dataclasses.replace(qt, codebook=codebook))
+            * jnp.cos(jnp.arange(600.0).reshape(100, 6))
+        )
 
     upstream, codes = np.cos(np.arange(600.0).reshape(100, 6)), np.asarray(qt.codes())
-    expected = np.stack([upstream * (codes == sign) * (sign != 0) for sign in (-1, 0, 1)], axis=-1)  # [100, 6, 3]
+    expected = np.stack(
+        [upstream * (codes == sign) * (sign != 0) for sign in (-1, 0, 1)], axis=-1
+    )  # [100, 6, 3]
     expected = np.stack([expected[:64].sum(0), expected[64:].sum(0)], axis=1)
     for values in (jaxq.dequantize, lambda qt: jnp.eye(100) @ qt):
         found = jax.jit(jax.grad(loss), static_argnums=1)(qt.codebook, values)
         unit = np.where(qt.scale == 0, 1, qt.scale)[..., None]
         np.testing.assert_allclose(found / unit, expected, rtol=1e-5, atol=1e-4)
-    with pytest.raises(ValueError, match="scale_rule='ttq' is for the format ternary, not int4"):
+    with pytest.raises(
+        ValueError, match="scale_rule='ttq' is for the format ternary, not int4"
+    ):
         QuantSpec("int4", scale_rule="ttq")
 
 
@@ -260,18 +357,27 @@ def test_bitsandbytes_double_quantization():
     torch = pytest.importorskip("torch", reason="bitsandbytes needs torch")
     bnb = pytest.importorskip("bitsandbytes", reason="compares bytes with bitsandbytes")
     random = np.random.default_rng(0)
-    w = (random.standard_normal((512, 96)) * np.exp(random.standard_normal((1, 96)))).astype(np.float32)
+    w = (
+        random.standard_normal((512, 96)) * np.exp(random.standard_normal((1, 96)))
+    ).astype(np.float32)
     packed, state = bnb.functional.quantize_4bit(
-        torch.from_numpy(w.T.copy()), blocksize=64, compress_statistics=True, quant_type="nf4"
+        torch.from_numpy(w.T.copy()),
+        blocksize=64,
+        compress_statistics=True,
+        quant_type="nf4",
     )
     scales = QuantSpec("dynamic8", jaxq.PerFlat(256), offset="mean")
-    spec = QuantSpec("nf4", jaxq.PerFlat(64), packing="high_first", scale=scales, codes_from="ideal")
+    spec = QuantSpec(
+        "nf4", jaxq.PerFlat(64), packing="high_first", scale=scales, codes_from="ideal"
+    )
     qt = jaxq.quantize(w, spec)
     np.testing.assert_array_equal(qt.data, packed.numpy().ravel())
     # Their mean and ours are sums in another order, and their 8-bit CPU kernel does not take the nearest entry of its
     # table for about one number in a thousand: a code here and there is one off.
     np.testing.assert_allclose(qt.scale.offset, [state.offset.item()], rtol=2e-7)
-    np.testing.assert_allclose(qt.scale.scale.ravel(), state.state2.absmax.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        qt.scale.scale.ravel(), state.state2.absmax.numpy(), rtol=1e-6
+    )
     moved = np.asarray(qt.scale.codes()).ravel().astype(int) - state.absmax.numpy()
     assert (abs(moved) <= 1).all()
     assert np.mean(moved != 0) < 0.02
@@ -279,7 +385,9 @@ def test_bitsandbytes_double_quantization():
     same = np.repeat(moved == 0, 64).reshape(96, 512).T & (
         np.asarray(scale_values(qt)).repeat(64).reshape(96, 512).T > 0
     )
-    np.testing.assert_allclose(np.asarray(jaxq.dequantize(qt))[same], theirs[same], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(jaxq.dequantize(qt))[same], theirs[same], rtol=1e-5, atol=1e-5
+    )
     assert np.mean(same) > 0.9
     stored = jaxq.quantize(w, spec.replace(codes_from="stored"))
     errors = [np.linalg.norm(np.asarray(jaxq.dequantize(q)) - w) for q in (stored, qt)]
@@ -288,7 +396,13 @@ def test_bitsandbytes_double_quantization():
 
 @pytest.mark.parametrize(
     ("dtype", "magnitude", "lost"),
-    [("float16", 1e8, 1), ("float16", 1e-6, 1), ("float16", 1.0, 0), ("float8_e4m3fn", 0.1, 2), ("bfloat16", 1e30, 0)],
+    [
+        ("float16", 1e8, 1),
+        ("float16", 1e-6, 1),
+        ("float16", 1.0, 0),
+        ("float8_e4m3fn", 0.1, 2),
+        ("bfloat16", 1e30, 0),
+    ],
 )
 def test_scales_beyond_their_dtype_are_said(dtype, magnitude, lost):
     w = jnp.asarray([[1.0 if dtype == "float16" else magnitude, magnitude, 0.0]] * 2)
@@ -298,6 +412,10 @@ def test_scales_beyond_their_dtype_are_said(dtype, magnitude, lost):
         jaxq.quantize(w, spec, name="layer/kernel")
     assert len(caught) == bool(lost)
     if lost:
-        assert str(caught[0].message).startswith(f"quantize: {lost} of 3 scales of layer/kernel lie beyond {dtype}")
+        assert str(caught[0].message).startswith(
+            f"quantize: {lost} of 3 scales of layer/kernel lie beyond {dtype}"
+        )
         assert caught[0].filename == __file__
-    jax.jit(lambda w: jaxq.quantize(w, spec).data)(w)  # where nothing can be told, nothing is
+    jax.jit(lambda w: jaxq.quantize(w, spec).data)(
+        w
+    )  # where nothing can be told, nothing is

@@ -12,30 +12,49 @@ from jaxq.formats import CodebookFormat, FloatFormat, IntegerFormat, Packing
 
 SPECS = {
     **jaxq.presets(),
-    "own table": QuantSpec(CodebookFormat("thirds", (-1.0, -1 / 3, 1 / 3, 1.0)), PerFlat(32)),
-    "own boundaries": QuantSpec(CodebookFormat("log2", (-1.0, 0.0, 0.5, 1.0), (-0.4, 0.2, 0.7))),
-    "own float": QuantSpec(FloatFormat("float5_e3m1_low", 3, 1, 9, "fn"), PerTensor(), scale="float16"),
+    "own table": QuantSpec(
+        CodebookFormat("thirds", (-1.0, -1 / 3, 1 / 3, 1.0)), PerFlat(32)
+    ),
+    "own boundaries": QuantSpec(
+        CodebookFormat("log2", (-1.0, 0.0, 0.5, 1.0), (-0.4, 0.2, 0.7))
+    ),
+    "own float": QuantSpec(
+        FloatFormat("float5_e3m1_low", 3, 1, 9, "fn"), PerTensor(), scale="float16"
+    ),
     "own integer": QuantSpec(IntegerFormat("int5_mine", 5, narrow=True), PerToken()),
     "any ExMy": QuantSpec("float7_e3m3fn", PerGroup(32, axis=-2)),
     "tiles": QuantSpec("int8", PerBlock((128, 64), pad=True)),
     "three levels": QuantSpec(
-        "int4", PerGroup(16), scale=QuantSpec("uint8", PerGroup(8), scale=QuantSpec("float8_e4m3fn", PerTensor()))
+        "int4",
+        PerGroup(16),
+        scale=QuantSpec(
+            "uint8", PerGroup(8), scale=QuantSpec("float8_e4m3fn", PerTensor())
+        ),
     ),
     "own nested": QuantSpec(
-        "nf4", PerGroup(64), scale=QuantSpec(CodebookFormat("steps", (0.25, 0.5, 1.0)), offset=None)
+        "nf4",
+        PerGroup(64),
+        scale=QuantSpec(CodebookFormat("steps", (0.25, 0.5, 1.0)), offset=None),
     ),
-    "mean": QuantSpec("nf4", PerGroup(64), scale=QuantSpec("dynamic8", PerFlat(256), offset="mean")),
+    "mean": QuantSpec(
+        "nf4", PerGroup(64), scale=QuantSpec("dynamic8", PerFlat(256), offset="mean")
+    ),
     "minimum": QuantSpec("uint2", PerGroup(32), offset="min", scale="bfloat16"),
     "order": QuantSpec("int4", rounding="stochastic", packing=Packing.HIGH_FIRST),
     "rule in float32": QuantSpec("int4", scale_rule="signed_extreme"),
-    "rule": QuantSpec("int4", scale_rule="signed_extreme", scale="float16", packing="bitstream"),
+    "rule": QuantSpec(
+        "int4", scale_rule="signed_extreme", scale="float16", packing="bitstream"
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_json_and_pickle_round_trips(name):
     spec = SPECS[name]
-    for back in (QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))), pickle.loads(pickle.dumps(spec))):
+    for back in (
+        QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))),
+        pickle.loads(pickle.dumps(spec)),
+    ):
         assert back == spec
         assert hash(back) == hash(spec)
         assert back.fmt == spec.fmt
@@ -61,12 +80,16 @@ def test_every_field_makes_a_difference():
     assert len({base, *changed}) == len(changes) + 1
     for spec in changed:
         assert QuantSpec.from_dict(spec.to_dict()) == spec != base
-    assert {"clipping"} | {k for c in changes for k in c} == set(base.to_dict())  # clipping has one value yet
+    assert {"clipping"} | {k for c in changes for k in c} == set(
+        base.to_dict()
+    )  # clipping has one value yet
 
 
 def test_names_and_formats_are_one():
     assert QuantSpec("int4") == QuantSpec("INT4") == QuantSpec(jaxq.formats.get("int4"))
-    assert QuantSpec("int4", packing="low_first") == QuantSpec("int4", packing=Packing.LOW_FIRST)
+    assert QuantSpec("int4", packing="low_first") == QuantSpec(
+        "int4", packing=Packing.LOW_FIRST
+    )
     assert QuantSpec("int4").order is Packing.HALVES
     assert QuantSpec("int4").replace(format="int3").order is Packing.BITSTREAM
     assert QuantSpec("int4").replace(symmetric=True) == QuantSpec("int4")
@@ -76,34 +99,102 @@ MISTAKES = [
     ({"format": "int44"}, ValueError, r"unknown format 'int44'\. Did you mean 'int4'"),
     ({"format": 4}, TypeError, "takes a name or a Format, got int"),
     ({"format": "bfloat16"}, ValueError, "codes have at most 8 bits; bfloat16 has 16"),
-    ({"granularity": "per_group"}, TypeError, r"granularity must be one of jaxq's Per\.\.\. objects, got 'per_group'"),
-    ({"granularity": PerChannel}, TypeError, r"granularity must be one of jaxq's Per\.\.\. objects"),
+    (
+        {"granularity": "per_group"},
+        TypeError,
+        r"granularity must be one of jaxq's Per\.\.\. objects, got 'per_group'",
+    ),
+    (
+        {"granularity": PerChannel},
+        TypeError,
+        r"granularity must be one of jaxq's Per\.\.\. objects",
+    ),
     (
         {"scale": "bfloat"},
         ValueError,
         r"scale must be one of float32, bf.*; got 'bfloat'\. Did you mean 'bfloat16'",
     ),
-    ({"scale_rule": "absmx"}, ValueError, r"scale_rule must be one of absmax, .*; got 'absmx'\. Did you mean 'absmax'"),
+    (
+        {"scale_rule": "absmx"},
+        ValueError,
+        r"scale_rule must be one of absmax, .*; got 'absmx'\. Did you mean 'absmax'",
+    ),
     ({"clipping": "mse"}, ValueError, r"clipping must be one of absmax.*; got 'mse'"),
-    ({"rounding": "nearest"}, ValueError, r"rounding must be one of .*; got 'nearest'\. Did you mean 'nearest_even'"),
-    ({"offset": "minimum"}, ValueError, r"offset must be one of mean, min.*; got 'minimum'\. Did you mean 'min'"),
+    (
+        {"rounding": "nearest"},
+        ValueError,
+        r"rounding must be one of .*; got 'nearest'\. Did you mean 'nearest_even'",
+    ),
+    (
+        {"offset": "minimum"},
+        ValueError,
+        r"offset must be one of mean, min.*; got 'minimum'\. Did you mean 'min'",
+    ),
     (
         {"format": "ternary", "scale_rule": "ttq", "rounding": "toward_zero"},
         ValueError,
         "has a threshold, and rounds no",
     ),
-    ({"scale": QuantSpec("ternary", scale_rule="ttq")}, ValueError, "a scale cannot be ternary by scale_rule='ttq'"),
-    ({"packing": "lowfirst"}, ValueError, r"packing must be one of .*; got 'lowfirst'\. Did you mean 'low_first'"),
-    ({"format": "int3", "packing": "halves"}, ValueError, "packing 'halves' takes codes of 1, 2 or 4 bits, not 3"),
-    ({"format": "nf4", "symmetric": False}, ValueError, r"only integer formats without an offset have \(format=nf4"),
-    ({"symmetric": False, "offset": "min"}, ValueError, "only integer formats without an offset"),
-    ({"offset": "min"}, ValueError, "counts up from the minimum: use an unsigned integer, not int4"),
-    ({"symmetric": False, "scale_rule": "absmean"}, ValueError, "scale_rule='absmean' is for symmetric specs"),
-    ({"format": "uint4", "scale_rule": "signed_extreme"}, ValueError, "needs negative numbers; uint4 has none"),
-    ({"scale": "float8_e8m0fnu", "scale_rule": "signed_extreme"}, ValueError, "negative numbers; float8_e8m0fnu has"),
-    ({"scale": QuantSpec("uint8"), "scale_rule": "signed_extreme"}, ValueError, "negative numbers; uint8 has none"),
-    ({"scale": QuantSpec("uint8", symmetric=False)}, ValueError, "quantized itself must be symmetric"),
-    ({"scale": QuantSpec("uint8", offset="min")}, ValueError, "not offset by its minimum"),
+    (
+        {"scale": QuantSpec("ternary", scale_rule="ttq")},
+        ValueError,
+        "a scale cannot be ternary by scale_rule='ttq'",
+    ),
+    (
+        {"packing": "lowfirst"},
+        ValueError,
+        r"packing must be one of .*; got 'lowfirst'\. Did you mean 'low_first'",
+    ),
+    (
+        {"format": "int3", "packing": "halves"},
+        ValueError,
+        "packing 'halves' takes codes of 1, 2 or 4 bits, not 3",
+    ),
+    (
+        {"format": "nf4", "symmetric": False},
+        ValueError,
+        r"only integer formats without an offset have \(format=nf4",
+    ),
+    (
+        {"symmetric": False, "offset": "min"},
+        ValueError,
+        "only integer formats without an offset",
+    ),
+    (
+        {"offset": "min"},
+        ValueError,
+        "counts up from the minimum: use an unsigned integer, not int4",
+    ),
+    (
+        {"symmetric": False, "scale_rule": "absmean"},
+        ValueError,
+        "scale_rule='absmean' is for symmetric specs",
+    ),
+    (
+        {"format": "uint4", "scale_rule": "signed_extreme"},
+        ValueError,
+        "needs negative numbers; uint4 has none",
+    ),
+    (
+        {"scale": "float8_e8m0fnu", "scale_rule": "signed_extreme"},
+        ValueError,
+        "negative numbers; float8_e8m0fnu has",
+    ),
+    (
+        {"scale": QuantSpec("uint8"), "scale_rule": "signed_extreme"},
+        ValueError,
+        "negative numbers; uint8 has none",
+    ),
+    (
+        {"scale": QuantSpec("uint8", symmetric=False)},
+        ValueError,
+        "quantized itself must be symmetric",
+    ),
+    (
+        {"scale": QuantSpec("uint8", offset="min")},
+        ValueError,
+        "not offset by its minimum",
+    ),
 ]
 
 
@@ -115,7 +206,10 @@ def test_mistakes_are_named(fields, error, message):
 
 def test_descriptions_that_cannot_be_read():
     good = QuantSpec("int4").to_dict()
-    with pytest.raises(ValueError, match=r"from_dict: unknown field 'scalerule'. Did you mean 'scale_rule'"):
+    with pytest.raises(
+        ValueError,
+        match=r"from_dict: unknown field 'scalerule'. Did you mean 'scale_rule'",
+    ):
         QuantSpec.from_dict(good | {"scalerule": "absmax"})
     with pytest.raises(ValueError, match="unknown granularity 'PerRow'"):
         QuantSpec.from_dict(good | {"granularity": {"type": "PerRow"}})

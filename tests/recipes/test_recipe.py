@@ -8,7 +8,15 @@ import pytest
 import jaxq
 from jaxq import Recipe, Rule, recipes
 
-PATHS = ("", "head", "attn", "attn/query", "layers/0/attn/query", "layers/10/mlp/up", "layers/10/mlp/up/lora")
+PATHS = (
+    "",
+    "head",
+    "attn",
+    "attn/query",
+    "layers/0/attn/query",
+    "layers/10/mlp/up",
+    "layers/10/mlp/up/lora",
+)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +38,10 @@ PATHS = ("", "head", "attn", "attn/query", "layers/0/attn/query", "layers/10/mlp
         ("layers/**/**/up/**", ("layers/10/mlp/up", "layers/10/mlp/up/lora")),
         ("**/**", PATHS),
         ("layers.*", ()),
-        ("re:layers/.*", ("layers/0/attn/query", "layers/10/mlp/up", "layers/10/mlp/up/lora")),
+        (
+            "re:layers/.*",
+            ("layers/0/attn/query", "layers/10/mlp/up", "layers/10/mlp/up/lora"),
+        ),
         (r"re:.*/\d\d/.*/up", ("layers/10/mlp/up",)),
         ("re:attn", ("attn",)),
     ],
@@ -42,13 +53,22 @@ def test_patterns(pattern, matched):
 
 def test_kinds():
     rule = Rule(weight="int8", kinds=("Conv", "Embed"))
-    assert [rule.matches("a", kind) for kind in ("Conv", "Embed", "Linear")] == [True, True, False]
+    assert [rule.matches("a", kind) for kind in ("Conv", "Embed", "Linear")] == [
+        True,
+        True,
+        False,
+    ]
     assert Rule(weight="int8", kinds="Conv") == Rule(weight="int8", kinds=("Conv",))
 
 
-@pytest.mark.parametrize(("kind", "close"), [("Liner", "'Linear'"), ("conv", "'Conv'"), ("param", "'Param'")])
+@pytest.mark.parametrize(
+    ("kind", "close"), [("Liner", "'Linear'"), ("conv", "'Conv'"), ("param", "'Param'")]
+)
 def test_unknown_kinds_name_close_ones(kind, close):
-    with pytest.raises(ValueError, match=rf"Rule\('a/\*'\): kinds must be one of Linear, .*Did you mean .*{close}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"Rule\('a/\*'\): kinds must be one of Linear, .*Did you mean .*{close}",
+    ):
         Rule("a/*", weight="int8", kinds=("Einsum", kind))
 
 
@@ -56,31 +76,118 @@ def test_kinds_are_those_of_the_layers():
     from jaxq.nn.layers import _nnx as _layers
     from jaxq.nn.layers._linen import CALLS
 
-    known = {kind.name for kind in _layers.KINDS} | {call.kind.name for call in CALLS.values()}
+    known = {kind.name for kind in _layers.KINDS} | {
+        call.kind.name for call in CALLS.values()
+    }
     assert {*recipes.KINDS} == known | {"Array", "Param"}
 
 
 TABLES = (
-    *("embed", "embedding", "embed_tokens/weight", "wte", "transformer/wpe/embedding", "tok_embeddings", "pos_emb"),
-    *("embedder/input_embedding", "embeddings/word_embeddings/weight", "projector/embed", "transformer.wte.weight"),
-    *("Embed_0/embedding", "model.embed_tokens.weight", "shared.weight", "a.relative_attention_bias.weight"),
+    *(
+        "embed",
+        "embedding",
+        "embed_tokens/weight",
+        "wte",
+        "transformer/wpe/embedding",
+        "tok_embeddings",
+        "pos_emb",
+    ),
+    *(
+        "embedder/input_embedding",
+        "embeddings/word_embeddings/weight",
+        "projector/embed",
+        "transformer.wte.weight",
+    ),
+    *(
+        "Embed_0/embedding",
+        "model.embed_tokens.weight",
+        "shared.weight",
+        "a.relative_attention_bias.weight",
+    ),
 )
 VECTORS = (
-    *("layers/norm/scale", "layers.input_layernorm.weight", "blocks/LayerNorm_0/scale", "h/ln_1/weight", "dense/bias"),
-    *("bn1/weight", "transformer.ln_f.weight", "final_norm", "rms/gamma", "attn/q_bias", "batch_stats/bn/mean"),
+    *(
+        "layers/norm/scale",
+        "layers.input_layernorm.weight",
+        "blocks/LayerNorm_0/scale",
+        "h/ln_1/weight",
+        "dense/bias",
+    ),
+    *(
+        "bn1/weight",
+        "transformer.ln_f.weight",
+        "final_norm",
+        "rms/gamma",
+        "attn/q_bias",
+        "batch_stats/bn/mean",
+    ),
 )
-ROUTERS = ("router", "layers/0/router/Dense_0", "a.block_sparse_moe.gate.weight", "mlp/shared_expert_gate", "Router_1")
+ROUTERS = (
+    "router",
+    "layers/0/router/Dense_0",
+    "a.block_sparse_moe.gate.weight",
+    "mlp/shared_expert_gate",
+    "Router_1",
+)
 HEADS = (
-    *("lm_head", "a/head", "lm_head/layers/0", "model.lm_head.weight", "LMHead_0/Dense_0", "embed_out", "unembed"),
-    *("output", "params/out", "model.score.weight", "classifier/dense", "cls/predictions/decoder", "logits"),
+    *(
+        "lm_head",
+        "a/head",
+        "lm_head/layers/0",
+        "model.lm_head.weight",
+        "LMHead_0/Dense_0",
+        "embed_out",
+        "unembed",
+    ),
+    *(
+        "output",
+        "params/out",
+        "model.score.weight",
+        "classifier/dense",
+        "cls/predictions/decoder",
+        "logits",
+    ),
 )
 MATRICES = (
-    *("embedding_proj", "layers/0/embed_proj/kernel", "embeddings/patch_embeddings/projection/kernel", "patch_embed/w"),
-    *("time_embedding/linear_1/kernel", "embed/dense", "membed", "embeddingless", "wteam", "mlp/kernel"),
-    *("layer/0/attention/output/dense", "layers/0/attn/out", "mlp/gate", "norm1/linear/kernel", "heads", "ahead/w"),
-    *("mlp.gate_proj.weight", "attn/bias_proj", "overhead", "outer", "cls_mlp", "layers/scores", "h.0.c_fc"),
+    *(
+        "embedding_proj",
+        "layers/0/embed_proj/kernel",
+        "embeddings/patch_embeddings/projection/kernel",
+        "patch_embed/w",
+    ),
+    *(
+        "time_embedding/linear_1/kernel",
+        "embed/dense",
+        "membed",
+        "embeddingless",
+        "wteam",
+        "mlp/kernel",
+    ),
+    *(
+        "layer/0/attention/output/dense",
+        "layers/0/attn/out",
+        "mlp/gate",
+        "norm1/linear/kernel",
+        "heads",
+        "ahead/w",
+    ),
+    *(
+        "mlp.gate_proj.weight",
+        "attn/bias_proj",
+        "overhead",
+        "outer",
+        "cls_mlp",
+        "layers/scores",
+        "h.0.c_fc",
+    ),
 )
-LEFT = {"embedding": TABLES, "norm or bias": VECTORS, "router": ROUTERS, "output head": HEADS, None: MATRICES}
+LEFT = {
+    "embedding": TABLES,
+    "norm or bias": VECTORS,
+    "router": ROUTERS,
+    "output head": HEADS,
+    None: MATRICES,
+}
 LEFT = {path: what for what, paths in LEFT.items() for path in paths}
 
 
@@ -90,7 +197,11 @@ def test_recipes_by_name_leave_arrays_by_whole_words(path):
     reason = None if what is None else f"{what}, left in floats by default"
     assert recipe.find(path, "Array", (16, 8)).reason == reason
     by_name = reason if what in ("router", "output head") else None
-    assert recipe.find(path, "Linear").reason == recipe.find(path, "Dense").reason == by_name
+    assert (
+        recipe.find(path, "Linear").reason
+        == recipe.find(path, "Dense").reason
+        == by_name
+    )
     assert recipe.find(path, "Embed").reason == "embedding, left in floats by default"
 
 
@@ -99,7 +210,13 @@ def test_the_projection_of_a_lone_attention_is_no_head():
 
 
 def test_first_match_decides():
-    recipe = Recipe([Rule("a/*", weight="int4"), Rule("**/b", skip=True), Rule(weight="nf4", kinds=("Linear",))])
+    recipe = Recipe(
+        [
+            Rule("a/*", weight="int4"),
+            Rule("**/b", skip=True),
+            Rule(weight="nf4", kinds=("Linear",)),
+        ]
+    )
     assert recipe.find("a/b", "Linear").weight.fmt.name == "int4"
     assert recipe.find("c/b", "Linear").skip
     assert recipe.find("c", "Linear").weight.fmt.name == "nf4"
@@ -118,7 +235,10 @@ def test_rules_are_values():
         ({"weight": "int8", "skip": True}, "give either weight= or skip=True"),
         ({"skip": True, "activation": "int8"}, "a skipped layer has no activation"),
         ({"weight": "int9"}, r"Rule\('a'\) weight: .*int9.*int8"),
-        ({"weight": "int8", "activation": "itn8"}, r"Rule\('a'\) activation: .*itn8.*int8"),
+        (
+            {"weight": "int8", "activation": "itn8"},
+            r"Rule\('a'\) activation: .*itn8.*int8",
+        ),
     ],
 )
 def test_impossible_rules(arguments, message):
@@ -141,19 +261,33 @@ def test_fields_of_other_types_name_the_rule(fields, message):
         Rule("a", weight="int8", **fields)
 
 
-@pytest.mark.parametrize("data", [{"rules": 5}, {"rules": [5]}, {"rules": "int8"}, {"rules": [["a"]]}])
+@pytest.mark.parametrize(
+    "data", [{"rules": 5}, {"rules": [5]}, {"rules": "int8"}, {"rules": [["a"]]}]
+)
 def test_descriptions_of_nothing_say_what_is_expected(data):
     with pytest.raises(ValueError, match=r"(Recipe|Rule)\.from_dict: expected"):
         Recipe.from_dict(data)
 
 
 def test_misspelt_names_have_close_ones():
-    with pytest.raises(ValueError, match=r"QuantSpec.from_dict: unknown field 'fromat'. Did you mean 'format'"):
+    with pytest.raises(
+        ValueError,
+        match=r"QuantSpec.from_dict: unknown field 'fromat'. Did you mean 'format'",
+    ):
         jaxq.QuantSpec.from_dict({"fromat": "int8"})
-    with pytest.raises(AttributeError, match=r"no attribute 'quantise'. Did you mean 'quantize'"):
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'quantise'. Did you mean 'quantize'"
+    ):
         _ = jaxq.quantise
-    with pytest.raises(ValueError, match="explain: platform must be one of .*'tpuu'.* Did you mean 'tpu'"):
-        jaxq.explain(jax.numpy.ones((2, 8)), jaxq.quantize(jax.numpy.ones((8, 2)), "int8"), platform="tpuu")
+    with pytest.raises(
+        ValueError,
+        match="explain: platform must be one of .*'tpuu'.* Did you mean 'tpu'",
+    ):
+        jaxq.explain(
+            jax.numpy.ones((2, 8)),
+            jaxq.quantize(jax.numpy.ones((8, 2)), "int8"),
+            platform="tpuu",
+        )
 
 
 def test_bad_regular_expression_names_the_rule():
@@ -175,28 +309,46 @@ def test_every_preset_is_a_recipe():
                      "w8a8", "w8a8_rotated", "w8a8_smoothquant", "w8a8_static")  # fmt: skip
         assert (last.activation is not None) == (name in quantizes)
         assert (last.observer is not None) == name.endswith("_static")
-        method = next((m for m in ("gptq", "awq", "hqq", "adaround", "smoothquant") if name.endswith(m)), "rtn")
+        method = next(
+            (
+                m
+                for m in ("gptq", "awq", "hqq", "adaround", "smoothquant")
+                if name.endswith(m)
+            ),
+            "rtn",
+        )
         assert last.method == ("llm_int8" if name == "llm_int8" else method)
 
 
-@pytest.mark.parametrize(("name", "close"), [("int88", "int8"), ("w8a88", "w8a8"), ("nf-5", "nf4")])
+@pytest.mark.parametrize(
+    ("name", "close"), [("int88", "int8"), ("w8a88", "w8a8"), ("nf-5", "nf4")]
+)
 def test_unknown_recipes_name_close_ones(name, close):
     with pytest.raises(ValueError, match=f"quantize_model: .*{name}.*{close}"):
         recipes.as_recipe(name, "quantize_model")
 
 
 def test_spelling_of_names():
-    assert recipes.as_recipe("FP8-dynamic", "test") == recipes.as_recipe("fp8_dynamic", "test")
+    assert recipes.as_recipe("FP8-dynamic", "test") == recipes.as_recipe(
+        "fp8_dynamic", "test"
+    )
 
 
 def test_no_recipe():
-    with pytest.raises(TypeError, match="recipe must be a name, a QuantSpec or a jaxq.Recipe, got Rule"):
+    with pytest.raises(
+        TypeError, match="recipe must be a name, a QuantSpec or a jaxq.Recipe, got Rule"
+    ):
         recipes.as_recipe(Rule(weight="int8"), "test")
 
 
 def test_defaults_leave_tables_heads_and_routers():
     recipe = recipes.as_recipe(jaxq.presets()["int4"], "test")
-    for path, kind in [("tokens", "Embed"), ("lm_head", "Linear"), ("moe/3/router", "Linear"), ("head", "Einsum")]:
+    for path, kind in [
+        ("tokens", "Embed"),
+        ("lm_head", "Linear"),
+        ("moe/3/router", "Linear"),
+        ("head", "Einsum"),
+    ]:
         rule = recipe.find(path, kind)
         assert rule.skip
         assert "left in floats by default" in rule.reason
@@ -229,10 +381,22 @@ def test_recipes_survive_json(name):
 
 def test_rules_survive_json():
     rules = [
-        Rule("head", skip=True, reason="it matters", optional=True, kinds=("Linear", "Conv")),
+        Rule(
+            "head",
+            skip=True,
+            reason="it matters",
+            optional=True,
+            kinds=("Linear", "Conv"),
+        ),
         Rule("e", weight="nf4", contracting=-2, batch=(0,), kinds="Array"),
-        Rule(weight="int8", activation="int8", observer=jaxq.observers.percentile(99.9)),
-        Rule(weight=jaxq.QuantSpec("int4", jaxq.PerGroup(32)), method="gptq", options={"act_order": True}),
+        Rule(
+            weight="int8", activation="int8", observer=jaxq.observers.percentile(99.9)
+        ),
+        Rule(
+            weight=jaxq.QuantSpec("int4", jaxq.PerGroup(32)),
+            method="gptq",
+            options={"act_order": True},
+        ),
     ]
     data = json.loads(json.dumps(Recipe(rules).to_dict()))
     assert Recipe.from_dict(data) == Recipe(rules)

@@ -17,7 +17,12 @@ from tests.nn.layers.test_nnx import assert_close
 from tests.ops.reference import normal
 
 TYPES = (AxisType.Auto, AxisType.Explicit)
-KERNELS = {"columns": P(None, "model"), "rows": P("model", None), "both": P("data", "model"), "replicated": P()}
+KERNELS = {
+    "columns": P(None, "model"),
+    "rows": P("model", None),
+    "both": P("data", "model"),
+    "replicated": P(),
+}
 
 
 def mesh_of(*types):
@@ -40,28 +45,42 @@ def over(mesh, layer, x):
     return layer, jax.device_put(x, NamedSharding(mesh, P("data")))
 
 
-CASES = [(recipe, where, kind) for kind in TYPES for recipe in ("w8a8", "int4", "mxfp4") for where in KERNELS]
+CASES = [
+    (recipe, where, kind)
+    for kind in TYPES
+    for recipe in ("w8a8", "int4", "mxfp4")
+    for where in KERNELS
+]
 FEW = (("w8a8", "columns"), ("int4", "both"))
 
 
 @pytest.mark.parametrize(
-    ("recipe", "where", "kind"), tables.thinned(CASES, [case for case in CASES if case[:2] in FEW])
+    ("recipe", "where", "kind"),
+    tables.thinned(CASES, [case for case in CASES if case[:2] in FEW]),
 )
-def test_a_sharded_kernel_gives_sharded_codes_and_the_result_asked_for(recipe, where, kind):
+def test_a_sharded_kernel_gives_sharded_codes_and_the_result_asked_for(
+    recipe, where, kind
+):
     model, x = nnx.Linear(64, 64, rngs=nnx.Rngs(0)), normal(8, 64)
     alone, _ = jaxq.quantize_model(model, recipe)
     mesh, spec, wanted = mesh_of(kind, kind), KERNELS[where], alone(x)
     with jax.set_mesh(mesh):
         model, x = over(mesh, model, x)
-        model.kernel.set_value(jax.device_put(model.kernel[...], NamedSharding(mesh, spec)))
+        model.kernel.set_value(
+            jax.device_put(model.kernel[...], NamedSharding(mesh, spec))
+        )
         q, report = jaxq.quantize_model(model, recipe)
         assert [row.path for row in report.quantized] == ["kernel"]
         qt = q.kernel[...]
         jax.tree.map(np.testing.assert_array_equal, qt, alone.kernel[...])
         k, n = (*spec, None, None)[:2]
         assert lies(qt.data, mesh, n, k)
-        assert lies(qt.scale, mesh, n, k if qt.scale.shape[-1] > 1 else None)  # one scale a row cannot be cut
-        whole = () if kind is AxisType.Auto else (P(),)  # of which XLA may cut the sum with the bias
+        assert lies(
+            qt.scale, mesh, n, k if qt.scale.shape[-1] > 1 else None
+        )  # one scale a row cannot be cut
+        whole = (
+            () if kind is AxisType.Auto else (P(),)
+        )  # of which XLA may cut the sum with the bias
         for out in (P("data", "model"), P(None, "model"), *whole):
             y = run(q, x, out)
             assert lies(y, mesh, *out)
@@ -70,7 +89,10 @@ def test_a_sharded_kernel_gives_sharded_codes_and_the_result_asked_for(recipe, w
 
 LAYERS = {
     "general": (lambda: nnx.LinearGeneral(32, (4, 8), rngs=nnx.Rngs(0)), normal(4, 32)),
-    "einsum": (lambda: nnx.Einsum("bd,dn->bn", (32, 8), rngs=nnx.Rngs(0)), normal(4, 32)),
+    "einsum": (
+        lambda: nnx.Einsum("bd,dn->bn", (32, 8), rngs=nnx.Rngs(0)),
+        normal(4, 32),
+    ),
     "conv": (lambda: nnx.Conv(4, 8, (3,), rngs=nnx.Rngs(0)), normal(4, 8, 4)),
     "embed": (lambda: nnx.Embed(16, 32, rngs=nnx.Rngs(0)), jnp.arange(4)),
 }
@@ -80,7 +102,9 @@ LAYERS = {
 WHOLE = [(name, kind) for name in LAYERS for kind in TYPES]
 
 
-@pytest.mark.parametrize(("name", "kind"), tables.thinned(WHOLE, [*WHOLE[::4], *WHOLE[3::4]]))
+@pytest.mark.parametrize(
+    ("name", "kind"), tables.thinned(WHOLE, [*WHOLE[::4], *WHOLE[3::4]])
+)
 def test_every_layer_takes_out_sharding(name, kind):
     layer, x = LAYERS[name][0](), LAYERS[name][1]
     layer, _ = jaxq.quantize_model(layer, Recipe([Rule(weight="int8")]))
@@ -107,7 +131,9 @@ def test_axes_of_both_types_cannot_be_asked_for():
     q, _ = jaxq.quantize_model(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), "int8")
     with (
         jax.set_mesh(mesh_of(AxisType.Explicit, AxisType.Auto)),
-        pytest.raises(NotImplementedError, match=r"names \['model'\], whose axes are not explicit"),
+        pytest.raises(
+            NotImplementedError, match=r"names \['model'\], whose axes are not explicit"
+        ),
     ):
         q(jnp.ones((4, 32)), out_sharding=P("data", "model"))
 
@@ -117,7 +143,12 @@ def test_linen_and_trees_keep_places_too(kind):
     mesh, module, x = mesh_of(kind, kind), linen.Dense(64), normal(8, 64)
     with jax.set_mesh(mesh):
         columns = NamedSharding(mesh, P(None, "model"))
-        variables = {"params": {"kernel": jax.device_put(normal(64, 64), columns), "bias": jnp.zeros(64)}}
+        variables = {
+            "params": {
+                "kernel": jax.device_put(normal(64, 64), columns),
+                "bias": jnp.zeros(64),
+            }
+        }
         _, found, _ = jaxq.nn.linen.quantize_model(module, variables, "w8a8", example=x)
         tree, _ = jaxq.quantize_params(variables, "int8")
     for qt in (found["params"]["kernel"], tree["params"]["kernel"]):
@@ -128,5 +159,7 @@ def test_linen_and_trees_keep_places_too(kind):
 def test_heads_that_are_cut_cut_the_flattened_axis():
     mesh = mesh_of(AxisType.Auto, AxisType.Auto)
     w = jax.device_put(normal(4, 16, 8), NamedSharding(mesh, P("model")))
-    tree, _ = jaxq.quantize_params({"out": w}, Recipe([Rule(weight="int8", contracting=(-3, -2))]))
+    tree, _ = jaxq.quantize_params(
+        {"out": w}, Recipe([Rule(weight="int8", contracting=(-3, -2))])
+    )
     assert lies(tree["out"].data, mesh, None, "model")

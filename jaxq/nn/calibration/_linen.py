@@ -81,7 +81,9 @@ def calibrate(
       (7.0, (4, 4))
     """
     if not isinstance(module, linen.Module):
-        raise TypeError(f"linen.calibrate: module must be a flax linen Module, got {type(module).__name__}.")
+        raise TypeError(
+            f"linen.calibrate: module must be a flax linen Module, got {type(module).__name__}."
+        )
 
     every = Wanted(observer, hessian)
     wanted = None if layers is None else dict.fromkeys(layers, every)
@@ -105,22 +107,41 @@ def calibrated(
     order: list[str] = []
 
     @jax.jit
-    def step(variables: Any, stats: dict[str, Any], batch: Batch, counts: Any) -> dict[str, Any]:
+    def step(
+        variables: Any, stats: dict[str, Any], batch: Batch, counts: Any
+    ) -> dict[str, Any]:
         seen = dict(stats)
 
-        def watch(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+        def watch(
+            call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
+        ) -> Any:
             path = "/".join(context.module.path)
             found = find_call(context)
-            if found is not None and found.kind.watched and (wanted is None or path in wanted):
+            if (
+                found is not None
+                and found.kind.watched
+                and (wanted is None or path in wanted)
+            ):
                 observer, hessian = every if wanted is None else wanted[path]
                 rows, num_batch = _rows_of(context.module, found.kind, args, kwargs)
-                empty = empty_stats(rows.shape[-1], hessian=hessian and not found.kind.windowed, observer=observer)
+                empty = empty_stats(
+                    rows.shape[-1],
+                    hessian=hessian and not found.kind.windowed,
+                    observer=observer,
+                )
                 prefix = rows.shape[:num_batch]
-                empty = jax.tree.map(lambda a: jnp.broadcast_to(a, (*prefix, *a.shape)), empty)
+                empty = jax.tree.map(
+                    lambda a: jnp.broadcast_to(a, (*prefix, *a.shape)), empty
+                )
                 if path not in order:
                     order.append(path)
                     if start is not None:
-                        seen[path] = going_on(seen.get(path), empty, path or "the module", "linen.calibrate")
+                        seen[path] = going_on(
+                            seen.get(path),
+                            empty,
+                            path or "the module",
+                            "linen.calibrate",
+                        )
                 seen[path] = updated(seen.get(path, empty), rows, path, observer)
             return call(*args, **kwargs)
 
@@ -142,11 +163,19 @@ def calibrated(
             ) from None
         num_batches += 1
     if not num_batches:
-        raise ValueError("linen.calibrate: there is no batch. An iterator that was used before is empty; pass a list.")
+        raise ValueError(
+            "linen.calibrate: there is no batch. An iterator that was used before is empty; pass a list."
+        )
     missing = [path for path in wanted or () if path not in stats]
     if missing or not stats:
-        raise ValueError(f"linen.calibrate: no batch reached {missing or 'a Dense, DenseGeneral, Einsum or Conv'}.")
-    kept = [path for path in stats if path not in order and (wanted is None or path in wanted)]
+        raise ValueError(
+            f"linen.calibrate: no batch reached {missing or 'a Dense, DenseGeneral, Einsum or Conv'}."
+        )
+    kept = [
+        path
+        for path in stats
+        if path not in order and (wanted is None or path in wanted)
+    ]
     found = {path: stats[path] for path in order}
     for path in kept:  # what they are of, no call has told
         observer = (every if wanted is None else wanted[path]).observer
@@ -156,15 +185,22 @@ def calibrated(
 
 
 def call_order(
-    module: linen.Module, variables: Any, batch: Any, forward: Callable[[linen.Module, Any, Any], Any] | None
+    module: linen.Module,
+    variables: Any,
+    batch: Any,
+    forward: Callable[[linen.Module, Any, Any], Any] | None,
 ) -> dict[str, tuple[int, ...]]:
     """Layers in the order in which a batch reaches them, and what they are called with; as `jaxq.nn` has it."""
 
     def trace(variables: Any, batch: Batch) -> None:
-        def watch(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+        def watch(
+            call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
+        ) -> Any:
             found = find_call(context)
             if found is not None and found.kind.watched:
-                record_call("/".join(context.module.path), args[0] if args else kwargs["inputs"])
+                record_call(
+                    "/".join(context.module.path), args[0] if args else kwargs["inputs"]
+                )
             return call(*args, **kwargs)
 
         with linen.intercept_methods(watch):
@@ -173,7 +209,9 @@ def call_order(
     return traced_order(trace, variables, Batch.of(batch))
 
 
-def _run(module: linen.Module, variables: Any, batch: Any, forward: Callable[..., Any] | None) -> Any:
+def _run(
+    module: linen.Module, variables: Any, batch: Any, forward: Callable[..., Any] | None
+) -> Any:
     if forward is not None:
         return forward(module, variables, batch)
     if isinstance(batch, dict):
@@ -181,13 +219,30 @@ def _run(module: linen.Module, variables: Any, batch: Any, forward: Callable[...
     return module.apply(variables, *(batch if isinstance(batch, tuple) else (batch,)))
 
 
-def _rows_of(module: Any, kind: LayerKind, args: tuple, kwargs: dict[str, Any]) -> tuple[jax.Array, int]:
+def _rows_of(
+    module: Any, kind: LayerKind, args: tuple, kwargs: dict[str, Any]
+) -> tuple[jax.Array, int]:
     """`[*batch, *free, K]` of the input of a layer, and the number of batch axes."""
     x = jnp.asarray(args[0] if args else kwargs["inputs"])
     if kind.windowed:  # places with their channels
         return x, 0
     if kind.name == "Einsum":
-        return einsum_rows(einsum_text(module, x, *args[1:], **{k: v for k, v in kwargs.items() if k != "inputs"}), x)
-    axis, batch = ((x.ndim - 1,), ()) if kind.name == "Dense" else (module.axis, module.batch_dims)
-    axes, batch = (tuple((np.atleast_1d(np.asarray(a, int)) % x.ndim).tolist()) for a in (axis, batch))
+        return einsum_rows(
+            einsum_text(
+                module,
+                x,
+                *args[1:],
+                **{k: v for k, v in kwargs.items() if k != "inputs"},
+            ),
+            x,
+        )
+    axis, batch = (
+        ((x.ndim - 1,), ())
+        if kind.name == "Dense"
+        else (module.axis, module.batch_dims)
+    )
+    axes, batch = (
+        tuple((np.atleast_1d(np.asarray(a, int)) % x.ndim).tolist())
+        for a in (axis, batch)
+    )
     return contracted_rows(x, tuple(sorted(axes)), tuple(sorted(batch))), len(batch)

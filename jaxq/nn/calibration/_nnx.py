@@ -44,9 +44,15 @@ class Wanted(NamedTuple):
 
 # Set while a batch is traced: which rows count, the paths of layers in the order in which they are reached, and the
 # inputs they are called with where those alone are looked for.
-_MASK: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("mask", default=None)
-_REACHED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("reached", default=None)
-_CALLS: contextvars.ContextVar[dict[str, list[Any]] | None] = contextvars.ContextVar("calls", default=None)
+_MASK: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
+    "mask", default=None
+)
+_REACHED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
+    "reached", default=None
+)
+_CALLS: contextvars.ContextVar[dict[str, list[Any]] | None] = contextvars.ContextVar(
+    "calls", default=None
+)
 
 
 class Probe(nnx.Module):
@@ -61,7 +67,12 @@ class Probe(nnx.Module):
     """
 
     def __init__(
-        self, path: str, product: Callable[..., Any], stats: LayerStats, observer: Observer | None, windowed: bool
+        self,
+        path: str,
+        product: Callable[..., Any],
+        stats: LayerStats,
+        observer: Observer | None,
+        windowed: bool,
     ):
         self.path = path
         self.windowed = windowed
@@ -81,7 +92,9 @@ class Probe(nnx.Module):
             (contracted, _), (batch, _) = args[2]
             rows = contracted_rows(args[0], tuple(contracted), tuple(batch))
         try:
-            self.stats.set_value(updated(self.stats.get_value(), rows, self.path, self.observer))
+            self.stats.set_value(
+                updated(self.stats.get_value(), rows, self.path, self.observer)
+            )
         except errors.TraceContextError as error:
             raise ValueError(
                 f"calibrate: {self.path or 'the model'} is called inside jax.jit, jax.checkpoint, jax.vmap or a "
@@ -94,7 +107,9 @@ class Probe(nnx.Module):
         return self.product(*args, **kwargs)
 
 
-def updated(stats: LayerStats, x: jax.Array, path: str, observer: Observer | None) -> LayerStats:
+def updated(
+    stats: LayerStats, x: jax.Array, path: str, observer: Observer | None
+) -> LayerStats:
     """Statistics of a layer with the rows of one call in them.
 
     Args:
@@ -106,13 +121,19 @@ def updated(stats: LayerStats, x: jax.Array, path: str, observer: Observer | Non
     num_batch = stats.count.ndim
     free = x.shape[num_batch:-1]
     counts, parts = _rows_that_count(free, path), _parts(free)
-    update: Callable[..., LayerStats] = functools.partial(update_stats, observer=observer)
+    update: Callable[..., LayerStats] = functools.partial(
+        update_stats, observer=observer
+    )
     for _ in range(num_batch):
         update = jax.vmap(update, in_axes=(0, 0, None, None))
-    return update(stats, x.reshape(*x.shape[:num_batch], -1, x.shape[-1]), counts, parts)
+    return update(
+        stats, x.reshape(*x.shape[:num_batch], -1, x.shape[-1]), counts, parts
+    )
 
 
-def contracted_rows(x: jax.Array, contracted: tuple[int, ...], batch: tuple[int, ...]) -> jax.Array:
+def contracted_rows(
+    x: jax.Array, contracted: tuple[int, ...], batch: tuple[int, ...]
+) -> jax.Array:
     """`[*batch, *free, K]` of an operand."""
     free = [a for a in range(x.ndim) if a not in contracted and a not in batch]
     x = jnp.transpose(x, (*batch, *free, *contracted))
@@ -144,7 +165,9 @@ def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
             "which of them count is not known. Skip the layer, or pass batches without padding."
         )
     if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
-        raise TypeError(f"calibrate: the mask must be bool, or integers 0 and 1, got {mask.dtype.name}.")
+        raise TypeError(
+            f"calibrate: the mask must be bool, or integers 0 and 1, got {mask.dtype.name}."
+        )
     mask = mask.astype(bool).reshape(*mask.shape, *(1 for _ in free[mask.ndim :]))
     return jnp.broadcast_to(mask, free).reshape(-1)
 
@@ -152,7 +175,11 @@ def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
 def _parts(free: tuple[int, ...]) -> jax.Array:
     """Which rows are held out together, as numbers along the batch: eighths of a sequence, or all of a short one."""
     sequences, length = (free[0], int(np.prod(free[1:]))) if free else (1, 1)
-    within = jnp.arange(length, dtype=jnp.int32) * (8 if length >= 8 else 0) // max(length, 1)
+    within = (
+        jnp.arange(length, dtype=jnp.int32)
+        * (8 if length >= 8 else 0)
+        // max(length, 1)
+    )
     return (jnp.arange(sequences, dtype=jnp.int32)[:, None] + within[None]).reshape(-1)
 
 
@@ -223,7 +250,9 @@ def calibrate(
       (7.0, (4, 4))
     """
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"calibrate: model must be a flax nnx Module, got {type(model).__name__}.")
+        raise TypeError(
+            f"calibrate: model must be a flax nnx Module, got {type(model).__name__}."
+        )
     every = Wanted(observer, hessian)
     wanted = None if layers is None else dict.fromkeys(layers, every)
     how: Any = {"mask": mask, "forward": forward, "progress": progress}
@@ -273,7 +302,9 @@ def calibrated(
         step(copy, Batch.of(batch), None if mask is None else jnp.asarray(mask(batch)))
         num_batches += 1
     if not num_batches:
-        raise ValueError("calibrate: there is no batch. An iterator that was used before is empty; pass a list.")
+        raise ValueError(
+            "calibrate: there is no batch. An iterator that was used before is empty; pass a list."
+        )
     # jit gives the probes' new states back to the copy's own.
     found = {path: probe.stats.get_value() for path, probe in probes.items()}
     never = [path or "the model itself" for path in found if path not in reached]
@@ -283,10 +314,15 @@ def calibrated(
             "multiplies by its kernel itself). What goes in there is unknown: skip it in the recipe."
         )
     check_stats(found)
-    return {path: found[path] for path in [*reached, *(path for path in found if path not in reached)]}
+    return {
+        path: found[path]
+        for path in [*reached, *(path for path in found if path not in reached)]
+    }
 
 
-def call_order(model: nnx.Module, batch: Any, forward: Callable | None) -> dict[str, tuple[int, ...]]:
+def call_order(
+    model: nnx.Module, batch: Any, forward: Callable | None
+) -> dict[str, tuple[int, ...]]:
     """Layers in the order in which a batch reaches them, each with the numbers of the arrays that it is called with.
 
     Layers that read one array have one number. The model is traced, and nothing is computed.
@@ -319,10 +355,15 @@ def traced_order(trace: Callable[..., None], *args: Any) -> dict[str, tuple[int,
     finally:
         _CALLS.reset(token)
     numbers: dict[int, int] = {}  # all inputs are alive, so that identities stay theirs
-    return {path: tuple(numbers.setdefault(id(x), len(numbers)) for x in xs) for path, xs in calls.items()}
+    return {
+        path: tuple(numbers.setdefault(id(x), len(numbers)) for x in xs)
+        for path, xs in calls.items()
+    }
 
 
-def _attach(model: nnx.Module, wanted: Mapping[str, Wanted] | None, every: Wanted) -> Iterator[tuple[str, Probe]]:
+def _attach(
+    model: nnx.Module, wanted: Mapping[str, Wanted] | None, every: Wanted
+) -> Iterator[tuple[str, Probe]]:
     """Puts a probe into each layer of a model."""
     known = {}
     for path, module in nnx.iter_modules(model):
@@ -331,9 +372,13 @@ def _attach(model: nnx.Module, wanted: Mapping[str, Wanted] | None, every: Wante
             known["/".join(map(str, path))] = (module, kind)
     missing = [path for path in wanted or () if path not in known]
     if missing:
-        raise ValueError(f"calibrate: no layer that can be looked into at {missing}. Layers here: {list(known)}.")
+        raise ValueError(
+            f"calibrate: no layer that can be looked into at {missing}. Layers here: {list(known)}."
+        )
     if not known:
-        raise ValueError("calibrate: the model has no Linear, LinearGeneral, Einsum or Conv.")
+        raise ValueError(
+            "calibrate: the model has no Linear, LinearGeneral, Einsum or Conv."
+        )
     for path, (module, kind) in known.items():
         if wanted is not None and path not in wanted:
             continue
@@ -342,18 +387,32 @@ def _attach(model: nnx.Module, wanted: Mapping[str, Wanted] | None, every: Wante
         assert hook is not None
         weight = getattr(module, kind.weight).get_value()
         contracting, batch = weight_axes(module, kind)
-        k = module.in_features if kind.windowed else int(np.prod([weight.shape[a] for a in contracting]))
+        k = (
+            module.in_features
+            if kind.windowed
+            else int(np.prod([weight.shape[a] for a in contracting]))
+        )
         prefix = tuple(weight.shape[a] for a in batch)
         stats = empty_stats(k, hessian=hessian and not kind.windowed, observer=observer)
-        stats = jax.tree.map(lambda a, p=prefix: jnp.broadcast_to(a, (*p, *a.shape)), stats)
-        probe = Probe(path, getattr(module, hook) or lax.dot_general, stats, observer, kind.windowed)
+        stats = jax.tree.map(
+            lambda a, p=prefix: jnp.broadcast_to(a, (*p, *a.shape)), stats
+        )
+        probe = Probe(
+            path,
+            getattr(module, hook) or lax.dot_general,
+            stats,
+            observer,
+            kind.windowed,
+        )
         setattr(module, hook, nnx.data(probe))
         yield path, probe
 
 
 def _go_on(probes: Mapping[str, Probe], start: Mapping[str, Any]) -> None:
     for path, probe in probes.items():
-        given = going_on(start.get(path), probe.stats.get_value(), path or "the model", "calibrate")
+        given = going_on(
+            start.get(path), probe.stats.get_value(), path or "the model", "calibrate"
+        )
         probe.stats.set_value(given)
 
 
@@ -364,8 +423,12 @@ def going_on(given: Any, empty: LayerStats, path: str, caller: str) -> LayerStat
       ValueError: none are given, or of another kind of input.
     """
     stats = None if given is None else as_stats(given, empty)
-    if [(v.shape, v.dtype) for v in jax.tree.leaves(stats)] != [(v.shape, v.dtype) for v in jax.tree.leaves(empty)]:
-        raise ValueError(f"{caller}: start has no statistics of {path}, or of other shapes.")
+    if [(v.shape, v.dtype) for v in jax.tree.leaves(stats)] != [
+        (v.shape, v.dtype) for v in jax.tree.leaves(empty)
+    ]:
+        raise ValueError(
+            f"{caller}: start has no statistics of {path}, or of other shapes."
+        )
     assert stats is not None
     return stats
 
@@ -386,14 +449,25 @@ def as_stats(given: Any, like: Any) -> Any:
         fields = given._asdict() if hasattr(given, "_fields") else given
         if not isinstance(fields, Mapping) or set(fields) - set(like._fields):
             what = list(fields) if isinstance(fields, Mapping) else type(given).__name__
-            raise ValueError(f"calibrate: a {type(like).__name__} has the fields {list(like._fields)}, got {what}.")
-        return type(like)(**{name: as_stats(fields.get(name), getattr(like, name)) for name in like._fields})
+            raise ValueError(
+                f"calibrate: a {type(like).__name__} has the fields {list(like._fields)}, got {what}."
+            )
+        return type(like)(
+            **{
+                name: as_stats(fields.get(name), getattr(like, name))
+                for name in like._fields
+            }
+        )
     if isinstance(like, tuple | list):
         return type(like)(as_stats(a, b) for a, b in zip(given, like, strict=True))
     return jnp.asarray(given)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["rest", "structure"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays"],
+    meta_fields=["rest", "structure"],
+)
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """A batch on its way into jit: arrays are traced, all else (train=False, method="encode") stays what it is.
@@ -411,18 +485,30 @@ class Batch:
     @classmethod
     def of(cls, batch: Any) -> Batch:
         leaves, structure = jax.tree.flatten(batch)
-        arrays = {i: jnp.asarray(v) for i, v in enumerate(leaves) if hasattr(v, "shape") and hasattr(v, "dtype")}
-        return cls(arrays, tuple(None if i in arrays else v for i, v in enumerate(leaves)), structure)
+        arrays = {
+            i: jnp.asarray(v)
+            for i, v in enumerate(leaves)
+            if hasattr(v, "shape") and hasattr(v, "dtype")
+        }
+        return cls(
+            arrays,
+            tuple(None if i in arrays else v for i, v in enumerate(leaves)),
+            structure,
+        )
 
     def given(self) -> Any:
         """The batch as it was given."""
-        return jax.tree.unflatten(self.structure, [self.arrays.get(i, v) for i, v in enumerate(self.rest)])
+        return jax.tree.unflatten(
+            self.structure, [self.arrays.get(i, v) for i, v in enumerate(self.rest)]
+        )
 
 
 def as_batches(batches: Iterable[Any], caller: str) -> Iterable[Any]:
     """The batches; a lone array or dict is none, though one could iterate over it."""
     if isinstance(batches, jax.Array | np.ndarray | str | dict):
-        raise TypeError(f"{caller}: batches must be an iterable of them, got one {type(batches).__name__}: pass [x].")
+        raise TypeError(
+            f"{caller}: batches must be an iterable of them, got one {type(batches).__name__}: pass [x]."
+        )
     return batches
 
 
@@ -430,12 +516,27 @@ def check_stats(found: Mapping[str, LayerStats]) -> None:
     """Raises where statistics are of nothing, or not finite."""
     problems = []
     for path, stats in found.items():
-        kept = np.isfinite(np.asarray(stats.samples)).all() and np.isfinite(np.asarray(stats.held_out)).all()
-        if not np.all(np.isfinite(stats.mean)) or not np.all(np.isfinite(stats.absmean)):
-            channel = int(np.argmin(np.isfinite(np.asarray(stats.absmean)).reshape(-1, stats.mean.shape[-1]).all(0)))
-            problems.append(f"{path or 'the model'}: channel {channel} of its input is not finite")
+        kept = (
+            np.isfinite(np.asarray(stats.samples)).all()
+            and np.isfinite(np.asarray(stats.held_out)).all()
+        )
+        if not np.all(np.isfinite(stats.mean)) or not np.all(
+            np.isfinite(stats.absmean)
+        ):
+            channel = int(
+                np.argmin(
+                    np.isfinite(np.asarray(stats.absmean))
+                    .reshape(-1, stats.mean.shape[-1])
+                    .all(0)
+                )
+            )
+            problems.append(
+                f"{path or 'the model'}: channel {channel} of its input is not finite"
+            )
         elif not kept:
-            problems.append(f"{path or 'the model'}: a row of its input that is held out for judging is not finite")
+            problems.append(
+                f"{path or 'the model'}: a row of its input that is held out for judging is not finite"
+            )
         elif not np.any(np.asarray(stats.count) > 0):
             problems.append(
                 f"{path or 'the model'}: no row counted. Either the mask is False everywhere, or its statistics were "

@@ -21,7 +21,14 @@ from flax import linen
 from jax import lax
 
 from jaxq import ops
-from jaxq.nn.layers._nnx import PromoteAround, Roles, conv_general_dilated, convolved, dot_general, einsum_roles
+from jaxq.nn.layers._nnx import (
+    PromoteAround,
+    Roles,
+    conv_general_dilated,
+    convolved,
+    dot_general,
+    einsum_roles,
+)
 from jaxq.qtensor import QTensor
 
 
@@ -62,7 +69,9 @@ def find_call(context: linen.module.InterceptorContext) -> Call | None:
     return CALLS.get(getattr(context.orig_method, "func", None))
 
 
-def use_codes(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+def use_codes(
+    call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
+) -> Any:
     """An interceptor: layers whose stored weight is a QTensor multiply its codes, everything else is as it was."""
     return intercepted(stored, call, args, kwargs, context)
 
@@ -88,7 +97,9 @@ def intercepted(
         return call(*args, **kwargs)
     problem = found.kind.problem(layer, *args, **kwargs)
     if problem is not None:
-        raise ValueError(f"{'/'.join(layer.path) or type(layer).__name__}: its weight is quantized, but {problem}.")
+        raise ValueError(
+            f"{'/'.join(layer.path) or type(layer).__name__}: its weight is quantized, but {problem}."
+        )
     return found.product(layer, weight, *args, **kwargs)
 
 
@@ -119,14 +130,20 @@ class StandIn:
         return getattr(self._layer, name)
 
     def param(self, name: str, init: Callable[..., Any], *args: Any) -> Any:
-        return self._weight(init, *args) if name == self._name else self._layer.param(name, init, *args)
+        return (
+            self._weight(init, *args)
+            if name == self._name
+            else self._layer.param(name, init, *args)
+        )
 
     def promote_dtype(self, *arrays: Any, **kwargs: Any) -> tuple:
         return _promoted(self._layer, *arrays, **kwargs)
 
 
 def _promoted(layer: Any, *arrays: Any, **kwargs: Any) -> tuple:
-    return PromoteAround(lambda arrays, **kw: layer.promote_dtype(*arrays, **kw))(arrays, **kwargs)
+    return PromoteAround(lambda arrays, **kw: layer.promote_dtype(*arrays, **kw))(
+        arrays, **kwargs
+    )
 
 
 # Products.
@@ -141,7 +158,9 @@ def own_code(fn: Callable[..., Any], kind: LayerKind) -> Callable[..., Any]:
     return product
 
 
-def einsum(layer: Any, weight: Any, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
+def einsum(
+    layer: Any, weight: Any, inputs: jax.Array, einsum_str: str | None = None
+) -> jax.Array:
     """`Einsum.__call__`."""
     text = einsum_text(layer, inputs, einsum_str)
     (left, right), out = text.split("->")[0].split(","), text.split("->")[1]
@@ -151,7 +170,13 @@ def einsum(layer: Any, weight: Any, inputs: jax.Array, einsum_str: str | None = 
         named = [size[c] for c in out if c in size]
         bias = layer.param("bias", layer.bias_init, tuple(named), layer.param_dtype)
     inputs, weight, bias = _promoted(layer, inputs, weight, bias, dtype=layer.dtype)
-    y = ops.einsum(text, inputs, weight, precision=layer.precision, preferred_element_type=layer.preferred_element_type)
+    y = ops.einsum(
+        text,
+        inputs,
+        weight,
+        precision=layer.precision,
+        preferred_element_type=layer.preferred_element_type,
+    )
     if bias is None:
         return y
     dots = "\0" * (inputs.ndim - len(left.replace("...", "")))
@@ -160,18 +185,33 @@ def einsum(layer: Any, weight: Any, inputs: jax.Array, einsum_str: str | None = 
 
 def einsum_text(layer: Any, inputs: Any, einsum_str: str | None = None) -> str:
     """The subscripts of an Einsum, given to it or to its call."""
-    return linen.merge_param("einsum_str", layer.einsum_str, einsum_str).replace(" ", "")
+    return linen.merge_param("einsum_str", layer.einsum_str, einsum_str).replace(
+        " ", ""
+    )
 
 
 def conv_transpose(layer: Any, weight: QTensor, inputs: jax.Array) -> jax.Array:
     """`ConvTranspose.__call__`."""
-    bias = layer.param("bias", layer.bias_init, (layer.features,), layer.param_dtype) if layer.use_bias else None
+    bias = (
+        layer.param("bias", layer.bias_init, (layer.features,), layer.param_dtype)
+        if layer.use_bias
+        else None
+    )
     x, weight, bias = _promoted(layer, inputs, weight, bias, dtype=layer.dtype)
 
     def product(x: jax.Array, kernel: jax.Array, accumulate: Any) -> jax.Array:
-        return code_of(linen.ConvTranspose.__call__)(_Unbiased(layer, kernel, accumulate), x)
+        return code_of(linen.ConvTranspose.__call__)(
+            _Unbiased(layer, kernel, accumulate), x
+        )
 
-    return convolved(product, x, weight, bias, channel=_features_axis(layer), dtype=layer.preferred_element_type)
+    return convolved(
+        product,
+        x,
+        weight,
+        bias,
+        channel=_features_axis(layer),
+        dtype=layer.preferred_element_type,
+    )
 
 
 class _Unbiased(StandIn):
@@ -192,7 +232,9 @@ def lookup(layer: Any, table: QTensor, inputs: jax.Array) -> jax.Array:
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
         raise ValueError("Input type must be an integer or unsigned integer.")
     (table,) = _promoted(layer, table, dtype=layer.dtype, inexact=False)
-    return ops.take(table, jnp.zeros_like(inputs) if layer.num_embeddings == 1 else inputs)
+    return ops.take(
+        table, jnp.zeros_like(inputs) if layer.num_embeddings == 1 else inputs
+    )
 
 
 def attend(layer: Any, table: QTensor, query: jax.Array) -> jax.Array:
@@ -204,20 +246,30 @@ def attend(layer: Any, table: QTensor, query: jax.Array) -> jax.Array:
 # Roles of axes, and what stands against quantizing.
 
 
-def _dense_roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Roles:
+def _dense_roles(
+    layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any
+) -> Roles:
     return Roles((-2,), shape)
 
 
-def _general_roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Roles:
-    num_axes, num_features, num_batch = (_length(v) for v in (layer.axis, layer.features, layer.batch_dims))
-    return Roles(tuple(range(-num_axes - num_features, -num_features)), shape, num_batch)
+def _general_roles(
+    layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any
+) -> Roles:
+    num_axes, num_features, num_batch = (
+        _length(v) for v in (layer.axis, layer.features, layer.batch_dims)
+    )
+    return Roles(
+        tuple(range(-num_axes - num_features, -num_features)), shape, num_batch
+    )
 
 
 def _length(value: Any) -> int:
     return 1 if isinstance(value, int) else len(tuple(value))
 
 
-def _einsum_roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Roles:
+def _einsum_roles(
+    layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any
+) -> Roles:
     return einsum_roles(einsum_text(layer, *args, **kwargs), shape)
 
 
@@ -225,15 +277,21 @@ def _conv_roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -
     return Roles(tuple(range(-len(shape), -1)), shape)
 
 
-def _conv_transpose_roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Roles:
-    return Roles(tuple(a for a in range(-len(shape), 0) if a != _features_axis(layer)), shape)
+def _conv_transpose_roles(
+    layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any
+) -> Roles:
+    return Roles(
+        tuple(a for a in range(-len(shape), 0) if a != _features_axis(layer)), shape
+    )
 
 
 def _features_axis(layer: Any) -> int:
     return -2 if layer.transpose_kernel else -1
 
 
-def _embed_roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Roles:
+def _embed_roles(
+    layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any
+) -> Roles:
     return Roles((-1,), shape)
 
 
@@ -250,7 +308,11 @@ def _conv_problem(layer: Any, *args: Any, **kwargs: Any) -> str | None:
 
 
 def _conv_transpose_problem(layer: Any, *args: Any, **kwargs: Any) -> str | None:
-    return None if layer.mask is None else "its kernel is masked; multiply the mask into the kernel first"
+    return (
+        None
+        if layer.mask is None
+        else "its kernel is masked; multiply the mask into the kernel first"
+    )
 
 
 def _own_function(layer: Any, name: str, plain: Any) -> str | None:
@@ -286,7 +348,13 @@ DENSE = LayerKind("Dense", "kernel", _dense_roles, _dot_problem)
 GENERAL = LayerKind("DenseGeneral", "kernel", _general_roles, _dot_problem)
 EINSUM = LayerKind("Einsum", "kernel", _einsum_roles, _einsum_problem)
 CONV = LayerKind("Conv", "kernel", _conv_roles, _conv_problem, windowed=True)
-CONV_TRANSPOSE = LayerKind("ConvTranspose", "kernel", _conv_transpose_roles, _conv_transpose_problem, windowed=True)
+CONV_TRANSPOSE = LayerKind(
+    "ConvTranspose",
+    "kernel",
+    _conv_transpose_roles,
+    _conv_transpose_problem,
+    windowed=True,
+)
 EMBED = LayerKind("Embed", "embedding", _embed_roles, _no_problem, watched=False)
 
 
@@ -298,10 +366,16 @@ def code_of(method: Any) -> Callable[..., Any]:
 _EMBED_SETUP = code_of(linen.Embed.setup)
 # By the functions of flax's classes.
 CALLS: dict[Any, Call] = {
-    code_of(linen.Dense.__call__): Call(DENSE, own_code(code_of(linen.Dense.__call__), DENSE)),
-    code_of(linen.DenseGeneral.__call__): Call(GENERAL, own_code(code_of(linen.DenseGeneral.__call__), GENERAL)),
+    code_of(linen.Dense.__call__): Call(
+        DENSE, own_code(code_of(linen.Dense.__call__), DENSE)
+    ),
+    code_of(linen.DenseGeneral.__call__): Call(
+        GENERAL, own_code(code_of(linen.DenseGeneral.__call__), GENERAL)
+    ),
     code_of(linen.Einsum.__call__): Call(EINSUM, einsum),
-    code_of(linen.Conv.__call__): Call(CONV, own_code(code_of(linen.Conv.__call__), CONV)),  # ConvLocal's too
+    code_of(linen.Conv.__call__): Call(
+        CONV, own_code(code_of(linen.Conv.__call__), CONV)
+    ),  # ConvLocal's too
     code_of(linen.ConvTranspose.__call__): Call(CONV_TRANSPOSE, conv_transpose),
     code_of(linen.Embed.__call__): Call(EMBED, lookup),
     code_of(linen.Embed.attend): Call(EMBED, attend),

@@ -29,7 +29,13 @@ Forward = Callable[[linen.Module, Any, Any], Any]
 _LENGTHS, _SIDES = (8, 1), (8, 28, 32, 64, 224)
 _MOST_TRIED = 96
 # Arguments beside the input that a call without gradients has a usual value for.
-_USUAL = {"train": False, "training": False, "is_training": False, "deterministic": True, "inference": True}
+_USUAL = {
+    "train": False,
+    "training": False,
+    "is_training": False,
+    "deterministic": True,
+    "inference": True,
+}
 
 
 class Found(NamedTuple):
@@ -85,11 +91,19 @@ def with_params(variables: Mapping[str, Any], params: Params) -> dict[str, Any]:
 
 
 def _plain(tree: Any) -> Any:
-    return {str(k): _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+    return (
+        {str(k): _plain(v) for k, v in tree.items()}
+        if isinstance(tree, Mapping)
+        else tree
+    )
 
 
 def trace(
-    module: linen.Module, variables: Any, example: Any, forward: Forward | None, interceptor: Callable[..., Any]
+    module: linen.Module,
+    variables: Any,
+    example: Any,
+    forward: Forward | None,
+    interceptor: Callable[..., Any],
 ) -> None:
     """Calls a module with abstract values.
 
@@ -100,21 +114,36 @@ def trace(
       forward: how else to call it, `forward(module, variables, example)`.
       interceptor: sees the calls.
     """
-    leaves, treedef = jax.tree.flatten(({**_plain(variables), "jaxq_trace": _tags(variables)}, example))
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")}
-    more = {"mutable": linen.DenyList("params"), "rngs": {"params": _key(), "dropout": _key()}}
+    leaves, treedef = jax.tree.flatten(
+        ({**_plain(variables), "jaxq_trace": _tags(variables)}, example)
+    )
+    arrays = {
+        i: leaf
+        for i, leaf in enumerate(leaves)
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    }
+    more = {
+        "mutable": linen.DenyList("params"),
+        "rngs": {"params": _key(), "dropout": _key()},
+    }
 
     def run(arrays: dict[int, Any]) -> None:
-        given, batch = jax.tree.unflatten(treedef, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        given, batch = jax.tree.unflatten(
+            treedef, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        )
         with linen.intercept_methods(interceptor):
             if forward is not None:
                 forward(module, given, batch)
             elif isinstance(batch, dict):
                 module.apply(given, **{**more, **batch})
             else:
-                module.apply(given, *(batch if isinstance(batch, tuple) else (batch,)), **more)
+                module.apply(
+                    given, *(batch if isinstance(batch, tuple) else (batch,)), **more
+                )
 
-    jax.eval_shape(run, {i: jax.ShapeDtypeStruct(a.shape, a.dtype) for i, a in arrays.items()})
+    jax.eval_shape(
+        run, {i: jax.ShapeDtypeStruct(a.shape, a.dtype) for i, a in arrays.items()}
+    )
 
 
 def _key() -> jax.Array:
@@ -134,7 +163,9 @@ def _tags(variables: Mapping[str, Any]) -> dict[str, Any]:
 # What layers there are.
 
 
-def find_layers(module: linen.Module, variables: Any, example: Any, forward: Forward | None) -> Structure:
+def find_layers(
+    module: linen.Module, variables: Any, example: Any, forward: Forward | None
+) -> Structure:
     """The layers that a call of a module reaches.
 
     Args:
@@ -173,12 +204,16 @@ def find_layers(module: linen.Module, variables: Any, example: Any, forward: For
     )
 
 
-def _structure(module: linen.Module, variables: Any, example: Any, forward: Forward | None) -> Structure:
+def _structure(
+    module: linen.Module, variables: Any, example: Any, forward: Forward | None
+) -> Structure:
     params = params_of(variables)
     found: dict[str, Found] = {}
     classes: dict[tuple[str, ...], type] = {}
 
-    def watch(call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+    def watch(
+        call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
+    ) -> Any:
         layer, method = context.module, find_call(context)
         path = "/".join(layer.path)
         if context.method_name not in ("setup", "<lambda>"):
@@ -187,14 +222,18 @@ def _structure(module: linen.Module, variables: Any, example: Any, forward: Forw
             here = _found(layer, method.kind, params, args, kwargs)
             before = found.setdefault(path, here)
             if before != here and before.problem is None:
-                found[path] = before._replace(problem=here.problem or "it is used in more than one way")
+                found[path] = before._replace(
+                    problem=here.problem or "it is used in more than one way"
+                )
         return intercepted(stored, call, args, kwargs, context)
 
     trace(module, variables, example, forward, watch)
     return Structure(found, classes, example)
 
 
-def _found(layer: Any, kind: LayerKind, params: Params, args: tuple, kwargs: dict[str, Any]) -> Found:
+def _found(
+    layer: Any, kind: LayerKind, params: Params, args: tuple, kwargs: dict[str, Any]
+) -> Found:
     shape = tuple(linen.meta.unbox(layer.get_variable("params", kind.weight)).shape)
     found = Found(tuple(layer.path), kind, Roles((), shape), None)
     outer = linen.meta.unbox(params.get(found.key))
@@ -218,7 +257,9 @@ def _found(layer: Any, kind: LayerKind, params: Params, args: tuple, kwargs: dic
 def _examples(module: linen.Module, variables: Any) -> Iterator[Any]:
     """Inputs a module may take, by the sizes of its parameters."""
     parameters = list(inspect.signature(type(module).__call__).parameters.values())[1:]
-    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    needed = [
+        p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
     if not needed or any(p.name not in _USUAL for p in needed[1:]):
         return
     usual = {p.name: _USUAL[p.name] for p in needed[1:]}
@@ -238,7 +279,9 @@ def _examples(module: linen.Module, variables: Any) -> Iterator[Any]:
 # What becomes of their weights.
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["path", "tail"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["path", "tail"]
+)
 class QuantizedWeight:
     """Stands for a weight to be quantized: uint8 `[*stacked, *tail]`, a tail that no weight has."""
 
@@ -247,7 +290,11 @@ class QuantizedWeight:
 
 
 def check_weights(
-    module: linen.Module, variables: Any, structure: Structure, forward: Forward | None, weights: Mapping[str, QTensor]
+    module: linen.Module,
+    variables: Any,
+    structure: Structure,
+    forward: Forward | None,
+    weights: Mapping[str, QTensor],
 ) -> list[str]:
     """Why weights cannot be used as QTensors, one line each.
 
@@ -267,7 +314,9 @@ def check_weights(
             stacked = outer[: len(outer) - len(found.roles.shape)]
             sizes = [n for n in (7, 11, 13, 17, 19, 23, 29, 31) if n not in stacked]
             tail = tuple(sizes[:3])
-            params[found.key] = QuantizedWeight(jax.ShapeDtypeStruct((*stacked, *tail), jnp.uint8), path, tail)
+            params[found.key] = QuantizedWeight(
+                jax.ShapeDtypeStruct((*stacked, *tail), jnp.uint8), path, tail
+            )
 
         def read(layer: linen.Module, name: str) -> QTensor | None:
             value = layer.get_variable("params", name)
@@ -278,10 +327,21 @@ def check_weights(
                     f"its {name} is changed on its way to the layer (by nn.WeightNorm, nn.map_variables), or stacked "
                     "along another axis than 0"
                 )
-            num_stacked = len(weights[value.path].shape) - len(structure.layers[value.path].roles.shape)
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[num_stacked:], leaf.dtype), weights[value.path])
+            num_stacked = len(weights[value.path].shape) - len(
+                structure.layers[value.path].roles.shape
+            )
+            return jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape[num_stacked:], leaf.dtype),
+                weights[value.path],
+            )
 
-        trace(module, with_params(variables, params), structure.example, forward, functools.partial(intercepted, read))
+        trace(
+            module,
+            with_params(variables, params),
+            structure.example,
+            forward,
+            functools.partial(intercepted, read),
+        )
 
     try:
         run(list(weights))
@@ -290,12 +350,16 @@ def check_weights(
         for path in weights:
             try:
                 run([path])
-            except Exception as alone:  # whatever a module says of a weight that is no array
+            except (
+                Exception
+            ) as alone:  # whatever a module says of a weight that is no array
                 kind = structure.layers[path].kind
                 reason = (
                     str(alone)
                     if type(alone) is ValueError and str(alone).startswith("its ")
-                    else (f"its {kind.weight} is used in a way that a QTensor cannot be ({_short(alone)})")
+                    else (
+                        f"its {kind.weight} is used in a way that a QTensor cannot be ({_short(alone)})"
+                    )
                 )
                 problems.append(f"  {path or kind.name} ({kind.name}): {reason}")
         return problems or [f"  {', '.join(weights)}: {_short(error)}"]
@@ -309,4 +373,8 @@ def _short(error: Exception) -> str:
 
 
 def _shapes(example: Any) -> str:
-    return str(jax.tree.map(lambda v: f"{v.dtype}{list(v.shape)}" if hasattr(v, "shape") else v, example))
+    return str(
+        jax.tree.map(
+            lambda v: f"{v.dtype}{list(v.shape)}" if hasattr(v, "shape") else v, example
+        )
+    )

@@ -102,11 +102,17 @@ class QConvTranspose(linen.ConvTranspose):
         _check(self, _layers.CONV_TRANSPOSE)
         if self.weight is None:
             return super().__call__(inputs)
-        sizes = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        sizes = (
+            (self.kernel_size,)
+            if isinstance(self.kernel_size, int)
+            else tuple(self.kernel_size)
+        )
         ends = (inputs.shape[-1], self.features)
         shape = (*sizes, *(reversed(ends) if self.transpose_kernel else ends))
         roles = _layers.CONV_TRANSPOSE.roles(self, shape)
-        kernel: Any = _weight(self, "kernel", roles, self.kernel_init, shape, self.param_dtype)
+        kernel: Any = _weight(
+            self, "kernel", roles, self.kernel_init, shape, self.param_dtype
+        )
         return _layers.conv_transpose(self, kernel, inputs)
 
 
@@ -127,7 +133,9 @@ class QEinsum(linen.Einsum):
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
         _check(self, _layers.EINSUM, inputs, einsum_str)
         roles = _layers.EINSUM.roles(self, tuple(self.shape), inputs, einsum_str)
-        kernel = _weight(self, "kernel", roles, self.kernel_init, tuple(self.shape), self.param_dtype)
+        kernel = _weight(
+            self, "kernel", roles, self.kernel_init, tuple(self.shape), self.param_dtype
+        )
         return _layers.einsum(self, kernel, inputs, einsum_str)
 
 
@@ -147,22 +155,46 @@ class QEmbed(linen.Embed):
 
     def setup(self):
         shape = (self.num_embeddings, self.features)
-        self.embedding = _weight(self, "embedding", Roles((-1,), shape), self.embedding_init, shape, self.param_dtype)
+        self.embedding = _weight(
+            self,
+            "embedding",
+            Roles((-1,), shape),
+            self.embedding_init,
+            shape,
+            self.param_dtype,
+        )
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         table = self.embedding
-        return _layers.lookup(self, table, inputs) if isinstance(table, QTensor) else super().__call__(inputs)
+        return (
+            _layers.lookup(self, table, inputs)
+            if isinstance(table, QTensor)
+            else super().__call__(inputs)
+        )
 
     def attend(self, query: jax.Array) -> jax.Array:
         table = self.embedding
-        return _layers.attend(self, table, query) if isinstance(table, QTensor) else super().attend(query)
+        return (
+            _layers.attend(self, table, query)
+            if isinstance(table, QTensor)
+            else super().attend(query)
+        )
 
 
-def _by_own_code(layer: Any, kind: LayerKind, cls: type[linen.Module], inputs: jax.Array) -> jax.Array:
+def _by_own_code(
+    layer: Any, kind: LayerKind, cls: type[linen.Module], inputs: jax.Array
+) -> jax.Array:
     _check(layer, kind)
 
     def weight(init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> Any:
-        return _weight(layer, kind.weight, kind.roles(layer, tuple(shape)), init, tuple(shape), dtype)
+        return _weight(
+            layer,
+            kind.weight,
+            kind.roles(layer, tuple(shape)),
+            init,
+            tuple(shape),
+            dtype,
+        )
 
     return code_of(cls.__call__)(StandIn(layer, kind.weight, weight), inputs)
 
@@ -172,11 +204,18 @@ def _check(layer: Any, kind: LayerKind, *args: Any) -> None:
     if problem is not None:
         raise ValueError(f"{type(layer).__name__}: {problem}.")
     if layer.weight is None and layer.activation is not None:
-        raise ValueError(f"{type(layer).__name__}: activation={layer.activation!r} needs a quantized weight=.")
+        raise ValueError(
+            f"{type(layer).__name__}: activation={layer.activation!r} needs a quantized weight=."
+        )
 
 
 def _weight(
-    layer: Any, name: str, roles: Roles, init: Callable[..., Any], shape: tuple[int, ...], dtype: Any
+    layer: Any,
+    name: str,
+    roles: Roles,
+    init: Callable[..., Any],
+    shape: tuple[int, ...],
+    dtype: Any,
 ) -> QTensor | jax.Array:
     """A layer's weight as its variables hold it, or fresh."""
     if layer.weight is None:
@@ -188,7 +227,11 @@ def _weight(
         def fresh(rng: jax.Array, shape: tuple[int, ...], dtype: Any) -> QTensor:
             floats = linen.meta.unbox(init(rng, shape, dtype))
             qt = quantize(
-                floats, layer.weight, contracting=roles.contracting, batch=tuple(range(roles.num_batch)), name=path
+                floats,
+                layer.weight,
+                contracting=roles.contracting,
+                batch=tuple(range(roles.num_batch)),
+                name=path,
             )
             return qt.with_activation(getattr(layer, "activation", None))
 

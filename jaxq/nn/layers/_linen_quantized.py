@@ -49,21 +49,27 @@ class Quantized(linen.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._jaxq_enter(None, *args, **kwargs)
 
-    def _jaxq_enter(self, method: str | Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    def _jaxq_enter(
+        self, method: str | Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Calls a method of the module, by name or as a function of it; None calls the module itself."""
         self._jaxq_check()
         inner = self._jaxq_module
         with linen.intercept_methods(use_codes):
             if callable(method):
                 return method(inner, *args, **kwargs)
-            return (inner if method is None else getattr(inner, method))(*args, **kwargs)
+            return (inner if method is None else getattr(inner, method))(
+                *args, **kwargs
+            )
 
     @linen.nowrap
     def _jaxq_check(self) -> None:
         if self.is_initializing():
             return
         params: Any = self.variables.get("params", {})
-        floats = [path for path in self._jaxq_weights if _is_array(params, path.split("/"))]
+        floats = [
+            path for path in self._jaxq_weights if _is_array(params, path.split("/"))
+        ]
         if floats:
             raise ValueError(
                 f"Quantized: {floats} are floats where QTensors are expected. Pass the variables that quantize_model "
@@ -73,12 +79,20 @@ class Quantized(linen.Module):
     # As flax has them, with methods of the inner module.
 
     @linen.nowrap
-    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        return super().apply(variables, *args, method=_entering(method), **_of_inner(kwargs))
+    def apply(
+        self, variables: Any, *args: Any, method: Any = None, **kwargs: Any
+    ) -> Any:
+        return super().apply(
+            variables, *args, method=_entering(method), **_of_inner(kwargs)
+        )
 
     @linen.nowrap
-    def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        return super().init_with_output(rngs, *args, method=_entering(method), **_of_inner(kwargs))
+    def init_with_output(
+        self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any
+    ) -> Any:
+        return super().init_with_output(
+            rngs, *args, method=_entering(method), **_of_inner(kwargs)
+        )
 
     @linen.nowrap
     def __getattr__(self, name: str) -> Any:
@@ -118,7 +132,9 @@ class _Inside:
 
 
 def _inside(value: Any) -> Any:
-    if isinstance(value, linen.Module) or (inspect.ismethod(value) and isinstance(value.__self__, linen.Module)):
+    if isinstance(value, linen.Module) or (
+        inspect.ismethod(value) and isinstance(value.__self__, linen.Module)
+    ):
         return _Inside(value)
     if type(value) is tuple:  # as flax keeps lists
         return tuple(_inside(v) for v in value)
@@ -133,7 +149,11 @@ def _entering(method: Any) -> Any:
         if isinstance(method.__self__, Quantized):
             return method
         method = method.__func__
-    return method if method in (Quantized.__call__, Quantized._jaxq_enter) else _Method(method)
+    return (
+        method
+        if method in (Quantized.__call__, Quantized._jaxq_enter)
+        else _Method(method)
+    )
 
 
 def _of_inner(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -19,12 +19,16 @@ _MEANING = "meta"
 
 def register_serialization() -> None:
     """Tells `flax.serialization` what QTensors are."""
-    serialization.register_serialization_state(QTensor, _to_state, _from_state, override=True)
+    serialization.register_serialization_state(
+        QTensor, _to_state, _from_state, override=True
+    )
 
 
 def _to_state(qt: QTensor) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(qt)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves} | {_MEANING: repr(qt.meta)}
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves} | {
+        _MEANING: repr(qt.meta)
+    }
 
 
 def _from_state(target: QTensor, state: Any) -> QTensor:
@@ -35,8 +39,13 @@ def _from_state(target: QTensor, state: Any) -> QTensor:
         )
     leaves, structure = jax.tree_util.tree_flatten_with_path(target)
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
-    fits = state[_MEANING] == repr(target.meta) and set(names) | {_MEANING} == set(state)
-    if not fits or any(state[name].shape != leaf.shape for name, (_, leaf) in zip(names, leaves, strict=True)):
+    fits = state[_MEANING] == repr(target.meta) and set(names) | {_MEANING} == set(
+        state
+    )
+    if not fits or any(
+        state[name].shape != leaf.shape
+        for name, (_, leaf) in zip(names, leaves, strict=True)
+    ):
         raise ValueError(
             f"flax.serialization: the saved array was quantized in another way than {target!r}. Restore into variables "
             "quantized by the same recipe, or use jaxq.load, which needs none."

@@ -18,7 +18,10 @@ from flax import nnx
 from jax import lax
 
 from jaxq import ops, sharding
-from jaxq.ops import dot_general, einsum  # hooks of Linear and LinearGeneral, and of Einsum, as they are
+from jaxq.ops import (
+    dot_general,
+    einsum,
+)  # hooks of Linear and LinearGeneral, and of Einsum, as they are
 from jaxq.qtensor import QTensor, quantize
 
 
@@ -27,7 +30,9 @@ class QuantizedParam(nnx.Variable):
 
     def __jax_array__(self) -> Any:
         value = self.get_value()
-        asked = getattr(value, "__jax_array__", None)  # a QTensor's is what raises where an array is wanted
+        asked = getattr(
+            value, "__jax_array__", None
+        )  # a QTensor's is what raises where an array is wanted
         return value if asked is None else asked()
 
 
@@ -102,17 +107,29 @@ def weight_axes(layer: Any, kind: LayerKind) -> tuple[tuple[int, ...], tuple[int
 def stack_note(layer: Any, kind: LayerKind) -> str:
     """What a report says of a stack that could be stacked along another axis as well; else empty."""
     shape, own = getattr(layer, kind.weight).get_value().shape, kind.roles(layer).shape
-    others = [i for i in range(1, len(shape)) if len(shape) == len(own) + 1 and (*shape[:i], *shape[i + 1 :]) == own]
-    return f"taken as stacked along axis 0; sizes would fit axis {others[0]} too" if others else ""
+    others = [
+        i
+        for i in range(1, len(shape))
+        if len(shape) == len(own) + 1 and (*shape[:i], *shape[i + 1 :]) == own
+    ]
+    return (
+        f"taken as stacked along axis 0; sizes would fit axis {others[0]} too"
+        if others
+        else ""
+    )
 
 
 def bare_kind(name: str, contracting: tuple[int, ...], num_batch: int) -> LayerKind:
     """The kind of a module that holds a matrix of its own as the attribute `name`: "Param"."""
 
     def roles(layer: Any) -> Roles:
-        return Roles(contracting, tuple(getattr(layer, name).get_value().shape), num_batch)
+        return Roles(
+            contracting, tuple(getattr(layer, name).get_value().shape), num_batch
+        )
 
-    return LayerKind("Param", nnx.Module, name, roles, lambda layer: None, lambda layer: None)
+    return LayerKind(
+        "Param", nnx.Module, name, roles, lambda layer: None, lambda layer: None
+    )
 
 
 def put_weight(layer: Any, kind: LayerKind, variable: QuantizedParam) -> None:
@@ -136,7 +153,11 @@ def replace_variables(model: nnx.Module, replaced: dict[int, QuantizedParam]) ->
             for name, value in list(vars(node).items()):
                 if id(value) in replaced:
                     setattr(node, name, replaced[id(value)])
-    left = ["/".join(map(str, path)) for path, node in nnx.iter_graph(model) if id(node) in replaced]
+    left = [
+        "/".join(map(str, path))
+        for path, node in nnx.iter_graph(model)
+        if id(node) in replaced
+    ]
     if left:
         raise ValueError(
             f"A quantized weight is also held as {', '.join(left)}, in a container that cannot be changed. "
@@ -156,15 +177,21 @@ def quantize_own_weight(layer: Any, weight: Any, activation: Any) -> None:
     assert kind is not None
     if weight is None:
         if activation is not None:
-            raise ValueError(f"{type(layer).__name__}: activation={activation!r} needs a quantized weight=.")
+            raise ValueError(
+                f"{type(layer).__name__}: activation={activation!r} needs a quantized weight=."
+            )
         if kind.name != "Embed":
             kind.attach(layer)
         return
     if getattr(layer, "mask", None) is not None:
-        raise ValueError(f"{type(layer).__name__}: mask= needs weight=None; a quantized kernel has no mask.")
+        raise ValueError(
+            f"{type(layer).__name__}: mask= needs weight=None; a quantized kernel has no mask."
+        )
     contracting, batch = weight_axes(layer, kind)
     floats = getattr(layer, kind.weight)[...]
-    qt = quantize(floats, weight, contracting=contracting, batch=batch, name=kind.weight)
+    qt = quantize(
+        floats, weight, contracting=contracting, batch=batch, name=kind.weight
+    )
     put_weight(layer, kind, QuantizedParam(qt.with_activation(activation)))
 
 
@@ -178,20 +205,36 @@ class PromoteAround:
     original: Callable[..., Any]
 
     def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
-        stand_ins = tuple(jnp.zeros((), a.dtype) if isinstance(a, QTensor) else a for a in arrays)
+        stand_ins = tuple(
+            jnp.zeros((), a.dtype) if isinstance(a, QTensor) else a for a in arrays
+        )
         promoted = self.original(stand_ins, **kwargs)
-        return tuple(a.astype(p.dtype) if isinstance(a, QTensor) else p for a, p in zip(arrays, promoted, strict=True))
+        return tuple(
+            a.astype(p.dtype) if isinstance(a, QTensor) else p
+            for a, p in zip(arrays, promoted, strict=True)
+        )
 
 
 def conv_general_dilated(
-    lhs: Any, rhs: Any, window_strides: Any, padding: Any, *, out_sharding: Any = None, **kwargs: Any
+    lhs: Any,
+    rhs: Any,
+    window_strides: Any,
+    padding: Any,
+    *,
+    out_sharding: Any = None,
+    **kwargs: Any,
 ) -> jax.Array:
     """The `conv_general_dilated` hook of Conv."""
     if not isinstance(rhs, QTensor):
         wide = kwargs.pop("preferred_element_type", None) or jnp.result_type(lhs, rhs)
         kwargs |= {"preferred_element_type": jnp.float32, "out_sharding": out_sharding}
-        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs).astype(wide)
-    return sharding.lay_out(ops.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs), out_sharding)
+        return lax.conv_general_dilated(
+            lhs, rhs, window_strides, padding, **kwargs
+        ).astype(wide)
+    return sharding.lay_out(
+        ops.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs),
+        out_sharding,
+    )
 
 
 def convolved(
@@ -216,7 +259,11 @@ def convolved(
     first = x.ndim - (kernel.ndim - 1)
     y = ops.convolve(product, x.reshape(-1, *x.shape[first:]), kernel, channel=channel)
     y = y.astype(dtype or x.dtype).reshape(*x.shape[:first], *y.shape[1:])
-    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+    return (
+        y
+        if bias is None
+        else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+    )
 
 
 # Kinds.
@@ -227,9 +274,15 @@ def _linear_roles(layer: Any) -> Roles:
 
 
 def _general_roles(layer: Any) -> Roles:
-    num_in, num_out, batch = len(layer.in_features), len(layer.out_features), tuple(layer.batch_axis.values())
+    num_in, num_out, batch = (
+        len(layer.in_features),
+        len(layer.out_features),
+        tuple(layer.batch_axis.values()),
+    )
     contracting = tuple(range(-num_in - num_out, -num_out))
-    return Roles(contracting, (*batch, *layer.in_features, *layer.out_features), len(batch))
+    return Roles(
+        contracting, (*batch, *layer.in_features, *layer.out_features), len(batch)
+    )
 
 
 def _einsum_roles(layer: Any) -> Roles:
@@ -241,9 +294,18 @@ def einsum_roles(subscripts: str, shape: tuple[int, ...]) -> Roles:
     subscripts = subscripts.replace(" ", "")
     inputs, out = subscripts.split("->")
     left, right = inputs.split(",")
-    summed = tuple(i - len(right) for i, index in enumerate(right) if index in left and index not in out)
+    summed = tuple(
+        i - len(right)
+        for i, index in enumerate(right)
+        if index in left and index not in out
+    )
     batch = [i for i, index in enumerate(right) if index in left and index in out]
-    return Roles(summed, shape, sum(i == position for position, i in enumerate(batch)), subscripts)
+    return Roles(
+        summed,
+        shape,
+        sum(i == position for position, i in enumerate(batch)),
+        subscripts,
+    )
 
 
 def _conv_roles(layer: Any) -> Roles:
@@ -253,7 +315,9 @@ def _conv_roles(layer: Any) -> Roles:
 
 def _conv_transpose_roles(layer: Any) -> Roles:
     ndim, out = len(layer.kernel_shape), -2 if layer.transpose_kernel else -1
-    return Roles(tuple(a for a in range(-ndim, 0) if a != out), tuple(layer.kernel_shape))
+    return Roles(
+        tuple(a for a in range(-ndim, 0) if a != out), tuple(layer.kernel_shape)
+    )
 
 
 def _embed_roles(layer: Any) -> Roles:
@@ -308,7 +372,9 @@ def _einsum_problem(layer: Any) -> str | None:
     if not roles.contracting:
         return f"{layer.einsum_str!r} contracts no axis of the kernel"
     try:
-        ops.einsum_numbers(roles.subscripts, roles.subscripts.replace("...", "").index(","), len(right))
+        ops.einsum_numbers(
+            roles.subscripts, roles.subscripts.replace("...", "").index(","), len(right)
+        )
     except ValueError as error:
         return str(error)
     return _own_hook("einsum_op", (jnp.einsum, einsum))(layer)
@@ -317,13 +383,19 @@ def _einsum_problem(layer: Any) -> str | None:
 def _conv_problem(layer: Any) -> str | None:
     if layer.mask is not None:
         return "its kernel is masked; multiply the mask into the kernel first"
-    return _own_hook("conv_general_dilated", (lax.conv_general_dilated, conv_general_dilated))(layer)
+    return _own_hook(
+        "conv_general_dilated", (lax.conv_general_dilated, conv_general_dilated)
+    )(layer)
 
 
 def _conv_transpose_problem(layer: Any) -> str | None:
     if type(layer) not in (nnx.ConvTranspose, QConvTranspose):
         return f"{type(layer).__name__} is a subclass of ConvTranspose, whose product cannot be seen into"
-    return None if layer.mask is None else "its kernel is masked; multiply the mask into the kernel first"
+    return (
+        None
+        if layer.mask is None
+        else "its kernel is masked; multiply the mask into the kernel first"
+    )
 
 
 def _embed_problem(layer: Any) -> str | None:
@@ -354,16 +426,37 @@ class QConvTranspose(nnx.ConvTranspose):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]
-        x, kernel, bias = PromoteAround(self.promote_dtype)((inputs, self.kernel[...], bias), dtype=self.dtype)
-        channel, dtype = -2 if self.transpose_kernel else -1, self.preferred_element_type
+        x, kernel, bias = PromoteAround(self.promote_dtype)(
+            (inputs, self.kernel[...], bias), dtype=self.dtype
+        )
+        channel, dtype = (
+            -2 if self.transpose_kernel else -1,
+            self.preferred_element_type,
+        )
         if isinstance(kernel, QTensor):
-            return convolved(self._transposed, x, kernel, bias, channel=channel, dtype=dtype)
+            return convolved(
+                self._transposed, x, kernel, bias, channel=channel, dtype=dtype
+            )
         y = self._transposed(x, kernel, jnp.float32).astype(dtype or x.dtype)
-        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+        return (
+            y
+            if bias is None
+            else y + bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+        )
 
-    def _transposed(self, x: jax.Array, kernel: jax.Array, accumulate: Any) -> jax.Array:
+    def _transposed(
+        self, x: jax.Array, kernel: jax.Array, accumulate: Any
+    ) -> jax.Array:
         """The float layer's own product of arrays of any dtype, without bias: its method, with another kernel."""
-        names = ("dtype", "kernel_dilation", "kernel_shape", "kernel_size", "padding", "precision", "strides")
+        names = (
+            "dtype",
+            "kernel_dilation",
+            "kernel_shape",
+            "kernel_size",
+            "padding",
+            "precision",
+            "strides",
+        )
         like_self: Any = types.SimpleNamespace(
             **{name: getattr(self, name) for name in names},
             transpose_kernel=self.transpose_kernel,
@@ -393,7 +486,9 @@ class QEmbed(nnx.Embed):
       (2, 64)
     """
 
-    def __init__(self, num_embeddings: int, features: int, *, weight: Any = "int8", **kwargs: Any):
+    def __init__(
+        self, num_embeddings: int, features: int, *, weight: Any = "int8", **kwargs: Any
+    ):
         super().__init__(num_embeddings, features, **kwargs)
         quantize_own_weight(self, weight, None)
 
@@ -401,13 +496,24 @@ class QEmbed(nnx.Embed):
         table = self.embedding[...]
         if not isinstance(table, QTensor):
             return super().__call__(inputs, out_sharding=out_sharding)
-        (table,) = PromoteAround(self.promote_dtype)((table,), dtype=self.dtype, inexact=False)
-        rows = jnp.zeros_like(inputs) if self.num_embeddings == 1 else inputs  # which is what nnx.Embed does
+        (table,) = PromoteAround(self.promote_dtype)(
+            (table,), dtype=self.dtype, inexact=False
+        )
+        rows = (
+            jnp.zeros_like(inputs) if self.num_embeddings == 1 else inputs
+        )  # which is what nnx.Embed does
         return sharding.lay_out(ops.take(table, rows), out_sharding)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
-        query, table = PromoteAround(self.promote_dtype)((query, self.embedding[...]), dtype=self.dtype)
-        return ops.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())), out_sharding=out_sharding)
+        query, table = PromoteAround(self.promote_dtype)(
+            (query, self.embedding[...]), dtype=self.dtype
+        )
+        return ops.dot_general(
+            query,
+            table,
+            (((query.ndim - 1,), (1,)), ((), ())),
+            out_sharding=out_sharding,
+        )
 
 
 KINDS = (

@@ -28,7 +28,13 @@ class QLinear(nnx.Linear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, weight: Any = "int8", activation: Any = None, **kwargs: Any
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        weight: Any = "int8",
+        activation: Any = None,
+        **kwargs: Any,
     ):
         super().__init__(in_features, out_features, **kwargs)
         quantize_own_weight(self, weight, activation)
@@ -44,7 +50,15 @@ class QLinearGeneral(nnx.LinearGeneral):
       (2, 4, 16)
     """
 
-    def __init__(self, in_features: Any, out_features: Any, *, weight: Any = "int8", activation: Any = None, **kwargs):
+    def __init__(
+        self,
+        in_features: Any,
+        out_features: Any,
+        *,
+        weight: Any = "int8",
+        activation: Any = None,
+        **kwargs,
+    ):
         super().__init__(in_features, out_features, **kwargs)
         quantize_own_weight(self, weight, activation)
 
@@ -59,7 +73,15 @@ class QEinsum(nnx.Einsum):
       (2, 3, 4, 16)
     """
 
-    def __init__(self, einsum_str: str, kernel_shape: Any, *, weight: Any = "int8", activation: Any = None, **kwargs):
+    def __init__(
+        self,
+        einsum_str: str,
+        kernel_shape: Any,
+        *,
+        weight: Any = "int8",
+        activation: Any = None,
+        **kwargs,
+    ):
         super().__init__(einsum_str, kernel_shape, **kwargs)
         quantize_own_weight(self, weight, activation)
 

@@ -123,7 +123,9 @@ class Report:
     @property
     def bits_per_weight(self) -> float:
         """Mean over the quantized parameters, scales included; NaN if there are none."""
-        rows = [row for row in self.quantized if 0 not in row.shape]  # scales of nothing are none of its bits
+        rows = [
+            row for row in self.quantized if 0 not in row.shape
+        ]  # scales of nothing are none of its bits
         size = sum(math.prod(row.shape) for row in rows)
         return 8 * sum(row.bytes_after for row in rows) / size if rows else math.nan
 
@@ -152,7 +154,10 @@ class Report:
     def to_markdown(self) -> str:
         """A markdown table with a line of totals below."""
         lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |" for row in self.rows]
+        lines += [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |"
+            for row in self.rows
+        ]
         return "\n".join([*lines, "", self._totals()])
 
     def _repr_markdown_(self) -> str:
@@ -161,20 +166,46 @@ class Report:
     def __rich__(self) -> Any:
         from rich import box, table  # which Flax brings along
 
-        shown = table.Table(box=box.SIMPLE, caption=self._totals(), caption_justify="left", padding=(0, 1, 0, 0))
+        shown = table.Table(
+            box=box.SIMPLE,
+            caption=self._totals(),
+            caption_justify="left",
+            padding=(0, 1, 0, 0),
+        )
         cells = [row.cells() for row in self.rows]
-        kept = [i for i, name in enumerate(COLUMNS) if name == "path" or any(row[i] not in ("", "-") for row in cells)]
+        kept = [
+            i
+            for i, name in enumerate(COLUMNS)
+            if name == "path" or any(row[i] not in ("", "-") for row in cells)
+        ]
         for i in kept:
-            numbers = COLUMNS[i] in ("bits", "kB before", "kB after", "SQNR dB", "worst block", "clipped")
-            shown.add_column(COLUMNS[i], justify="right" if numbers else "left", overflow="fold")
+            numbers = COLUMNS[i] in (
+                "bits",
+                "kB before",
+                "kB after",
+                "SQNR dB",
+                "worst block",
+                "clipped",
+            )
+            shown.add_column(
+                COLUMNS[i], justify="right" if numbers else "left", overflow="fold"
+            )
         for row, texts in zip(self.rows, cells, strict=True):
-            shown.add_row(*(texts[i].replace("[", "\\[") for i in kept), style=None if row.format else "dim")
+            shown.add_row(
+                *(texts[i].replace("[", "\\[") for i in kept),
+                style=None if row.format else "dim",
+            )
         return shown
 
     def __str__(self) -> str:
         cells = [list(COLUMNS), *(row.cells() for row in self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        lines = [
+            "  ".join(
+                cell.ljust(w) for cell, w in zip(row, widths, strict=True)
+            ).rstrip()
+            for row in cells
+        ]
         return "\n".join([*lines, self._totals()])
 
     def _totals(self) -> str:
@@ -188,19 +219,28 @@ class Report:
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """Numbers that JSON has: infinities and NaN as text."""
-    return {k: str(v) if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+    return {
+        k: str(v) if isinstance(v, float) and not np.isfinite(v) else v
+        for k, v in row.items()
+    }
 
 
 def skip_reason(rule: Rule | None) -> str:
     """Why a layer with this rule stays in floats."""
-    return (rule.reason or "skipped by the recipe") if rule else "no rule of the recipe matches"
+    return (
+        (rule.reason or "skipped by the recipe")
+        if rule
+        else "no rule of the recipe matches"
+    )
 
 
 def float_row(path: str, kind: str, value: Any, note: str) -> Row:
     """The row of what stays as it is."""
     leaves = [leaf for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    size = value.size if isinstance(value, QTensor) else sum(leaf.size for leaf in leaves)
+    size = (
+        value.size if isinstance(value, QTensor) else sum(leaf.size for leaf in leaves)
+    )
     bits = 8 * nbytes / size if size else 0.0
     shape = tuple(getattr(value, "shape", ()))
     return Row(path, kind, shape, None, None, bits, nbytes, nbytes, None, None, note)
@@ -247,7 +287,9 @@ def planned_row(
     spec, geometry = qt.spec, qt.meta.geometry
     name = spec.fmt.name
     if qt.meta.activation is not None:
-        name += f" + {qt.meta.activation.fmt.name}" + ("" if qt.input_range is None else " static")
+        name += f" + {qt.meta.activation.fmt.name}" + (
+            "" if qt.input_range is None else " static"
+        )
     sizes = ",".join(str(b) for b in geometry.block_shape if b not in (None, 1))
     along = ",".join(map(str, geometry.contracted))
     batch = ",".join(map(str, range(len(qt.batch_shape))))
@@ -256,7 +298,20 @@ def planned_row(
     before = floats.size * floats.dtype.itemsize
     bits = qt.bits_per_element
     note = "; ".join(n for n in (*notes, why_floats(kind, qt, roles)) if n)
-    return Row(path, kind, qt.shape, name, granularity, bits, before, qt.nbytes, None, None, note, method=method)
+    return Row(
+        path,
+        kind,
+        qt.shape,
+        name,
+        granularity,
+        bits,
+        before,
+        qt.nbytes,
+        None,
+        None,
+        note,
+        method=method,
+    )
 
 
 def why_floats(kind: str, qt: QTensor, roles: Roles | None = None) -> str:
@@ -275,16 +330,28 @@ def why_floats(kind: str, qt: QTensor, roles: Roles | None = None) -> str:
         if spec is None:
             return ""
         one = _without_leading(shaped, len(qt.batch_shape))
-        along = tuple(range(1, 1 + len(geometry.contracted)))  # places and channels of an example
-        example = jax.ShapeDtypeStruct((1, *(1 for _ in along[1:]), _EXAMPLE), jnp.float32)
-        qx = jax.eval_shape(lambda v: quantize(v, spec, contracting=along, name="activation"), example)
-        reason = ops.why_not_codes(qx, one.with_activation(None), 0, geometry.kept[0] + len(geometry.shape))
+        along = tuple(
+            range(1, 1 + len(geometry.contracted))
+        )  # places and channels of an example
+        example = jax.ShapeDtypeStruct(
+            (1, *(1 for _ in along[1:]), _EXAMPLE), jnp.float32
+        )
+        qx = jax.eval_shape(
+            lambda v: quantize(v, spec, contracting=along, name="activation"), example
+        )
+        reason = ops.why_not_codes(
+            qx, one.with_activation(None), 0, geometry.kept[0] + len(geometry.shape)
+        )
         return "" if reason is None else f"products of floats: {reason}"
     plan = _plan_of_product(shaped, roles)
     if spec is not None:
         return "" if plan.path == "codes" else f"products of floats: {plan.reason}"
     # An Embed only looks up rows; where it attends too, its blocks run along what is contracted.
-    return "" if plan.path != "dequantize" or kind == "Embed" else f"dequantized at each call: {plan.reason}"
+    return (
+        ""
+        if plan.path != "dequantize" or kind == "Embed"
+        else f"dequantized at each call: {plan.reason}"
+    )
 
 
 def _plan_of_product(qt: QTensor, roles: Roles | None) -> ops.Plan:
@@ -293,18 +360,27 @@ def _plan_of_product(qt: QTensor, roles: Roles | None) -> ops.Plan:
         one = _without_leading(qt, qt.ndim - len(roles.shape))
         left, right = roles.subscripts.replace("...", "").split("->")[0].split(",")
         size = dict(zip(right, one.shape, strict=True))
-        x: Any = jax.ShapeDtypeStruct(tuple(size.get(index, 1) for index in left), jnp.float32)
+        x: Any = jax.ShapeDtypeStruct(
+            tuple(size.get(index, 1) for index in left), jnp.float32
+        )
         dims, _ = ops.einsum_numbers(roles.subscripts, x.ndim, one.ndim)
         return ops.explain(x, one, dims, platform="cpu")
-    batch, along = tuple(range(len(qt.batch_shape))), tuple(a + qt.ndim for a in qt.meta.geometry.contracted)
-    x = jax.ShapeDtypeStruct((*qt.batch_shape, 1, *(qt.shape[a] for a in along)), jnp.float32)
+    batch, along = (
+        tuple(range(len(qt.batch_shape))),
+        tuple(a + qt.ndim for a in qt.meta.geometry.contracted),
+    )
+    x = jax.ShapeDtypeStruct(
+        (*qt.batch_shape, 1, *(qt.shape[a] for a in along)), jnp.float32
+    )
     dims = (tuple(range(len(batch) + 1, x.ndim)), along), (batch, batch)
     return ops.explain(x, qt, dims, platform="cpu")
 
 
 def _without_leading(qt: QTensor, num_axes: int) -> QTensor:
     """One element of a stack of `jax.ShapeDtypeStruct`s."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[num_axes:], leaf.dtype), qt)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[num_axes:], leaf.dtype), qt
+    )
 
 
 def quantized_row(
@@ -313,15 +389,25 @@ def quantized_row(
 ) -> Row:  # fmt: skip
     """The row of a quantized weight, with its errors; arguments as in `planned_row`."""
     sqnr, worst, clipped = (float(value) for value in _errors(floats, qt))
-    method, said, loss = ("rtn", "", None) if solved is None else (solved.method, solved.note, solved.loss)
+    method, said, loss = (
+        ("rtn", "", None)
+        if solved is None
+        else (solved.method, solved.note, solved.loss)
+    )
     row = planned_row(path, kind, floats, qt, method, (said, *notes), roles)
-    return dataclasses.replace(row, sqnr=sqnr, worst_block=worst, clipped=clipped, loss=loss)
+    return dataclasses.replace(
+        row, sqnr=sqnr, worst_block=worst, clipped=clipped, loss=loss
+    )
 
 
 def dropped_metadata(variable: Any) -> str:
     """What is said of an nnx Variable that names mesh axes for the axes of its array, which codes do not have."""
     names = variable.get_metadata().get("out_sharding") or ()
-    return "its sharding metadata is not kept" if any(name is not None for name in names) else ""
+    return (
+        "its sharding metadata is not kept"
+        if any(name is not None for name in names)
+        else ""
+    )
 
 
 def _errors(floats: jax.Array, qt: QTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -336,13 +422,17 @@ def _errors(floats: jax.Array, qt: QTensor) -> tuple[jax.Array, jax.Array, jax.A
 
 @jax.jit
 def _clipped(floats: jax.Array, qt: QTensor) -> jax.Array:
-    if qt.codebook is not None or not floats.size:  # numbers of its own reach as far as they were made to
+    if (
+        qt.codebook is not None or not floats.size
+    ):  # numbers of its own reach as far as they were made to
         return jnp.float32(0)
     return jnp.mean(~inside_range(floats, qt), dtype=jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="geometry")
-def _distances(floats: jax.Array, back: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
+def _distances(
+    floats: jax.Array, back: jax.Array, geometry: Geometry
+) -> tuple[jax.Array, jax.Array]:
     a, b = geometry.to_view(floats), geometry.to_view(back)
     along = geometry.k_position - len(geometry.storage_shape)
     whole = _WORST if along + a.ndim == 0 else 1
@@ -350,13 +440,21 @@ def _distances(floats: jax.Array, back: jax.Array, geometry: Geometry) -> tuple[
 
     def measured(pair: tuple[jax.Array, jax.Array]) -> tuple[Any, ...]:
         a, b = (v.astype(jnp.float32) for v in pair)
-        return metrics.squares(a), metrics.squares(a - b), metrics.worst_block(a, b, size=_WORST, axis=along)
+        return (
+            metrics.squares(a),
+            metrics.squares(a - b),
+            metrics.worst_block(a, b, size=_WORST, axis=along),
+        )
 
-    cut = tuple(v.reshape(parts, -1, *v.shape[1:]) if v.size else v[None] for v in (a, b))
+    cut = tuple(
+        v.reshape(parts, -1, *v.shape[1:]) if v.size else v[None] for v in (a, b)
+    )
     *sums, worst = jax.lax.map(measured, cut)
     totals = []
     for part, units in sums:
         unit = jnp.max(units)
         totals.append((jnp.sum(part * (units / unit) ** 2), unit))
     lost = jnp.isnan(worst).any()  # a maximum may drop NaN
-    return metrics.decibels(*totals), jnp.where(lost, np.float32(np.nan), jnp.max(worst))
+    return metrics.decibels(*totals), jnp.where(
+        lost, np.float32(np.nan), jnp.max(worst)
+    )

@@ -85,7 +85,9 @@ def register_folding(
     _KNOWN[cls] = _Folding(groups, fold)
 
 
-def register_rotation(cls: type[nnx.Module], rotated: Callable[[Any, _Orthogonal, _Online], Any]) -> None:
+def register_rotation(
+    cls: type[nnx.Module], rotated: Callable[[Any, _Orthogonal, _Online], Any]
+) -> None:
     """Tells jaxq how to rotate models of a class that has no method `rotated`, for `Recipe(rotate=True)`.
 
     Args:
@@ -112,7 +114,9 @@ def rotated(model: nnx.Module, key: jax.Array) -> Any:
       ValueError: it is not known how.
     """
     cls = type(model)
-    found = next((found for known, found in _ROTATIONS.items() if issubclass(cls, known)), None)
+    found = next(
+        (found for known, found in _ROTATIONS.items() if issubclass(cls, known)), None
+    )
     found = found or getattr(cls, "rotated", None)
     if found is None:
         raise ValueError(
@@ -121,7 +125,9 @@ def rotated(model: nnx.Module, key: jax.Array) -> Any:
         )
 
     def orthogonal(n: int) -> jax.Array:
-        return methods.hadamard(jnp.diag(methods.random_hadamard(jax.random.fold_in(key, n), n)))
+        return methods.hadamard(
+            jnp.diag(methods.random_hadamard(jax.random.fold_in(key, n), n))
+        )
 
     return found(model, orthogonal, methods.hadamard)
 
@@ -130,23 +136,31 @@ def rotation_note(recipe: Recipe) -> tuple[str, ...]:
     """What a report says of a rotated model."""
     if not recipe.rotate:
         return ()
-    return ("rotated by random Hadamard matrices first; errors are of rotated weights, and the rotation is not judged",)
+    return (
+        "rotated by random Hadamard matrices first; errors are of rotated weights, and the rotation is not judged",
+    )
 
 
 def raise_if_rotating(recipe: Recipe, caller: str) -> None:
     """For what is no nnx model, and cannot say what rotations pass through it."""
     if recipe.rotate:
-        raise ValueError(f"{caller}: rotate=True is for nnx models, whose class says how; use a recipe without it.")
+        raise ValueError(
+            f"{caller}: rotate=True is for nnx models, whose class says how; use a recipe without it."
+        )
 
 
 def _known(cls: type) -> _Folding | None:
-    found = next((found for known, found in _KNOWN.items() if issubclass(cls, known)), None)
+    found = next(
+        (found for known, found in _KNOWN.items() if issubclass(cls, known)), None
+    )
     if found is None and hasattr(cls, "scale_groups") and hasattr(cls, "fold_scales"):
         found = _Folding(cls.scale_groups, cls.fold_scales)  # pyright: ignore[reportAttributeAccessIssue]
     return found
 
 
-def foldable(model: nnx.Module, rules: Mapping[str, Rule | None]) -> list[tuple[Group, Rule]]:
+def foldable(
+    model: nnx.Module, rules: Mapping[str, Rule | None]
+) -> list[tuple[Group, Rule]]:
     """The groups of a model whose scales are wanted, each with the rule that all its layers have.
 
     A layer that is in no group is none of them: the report says that nothing before it can take its scales.
@@ -159,7 +173,11 @@ def foldable(model: nnx.Module, rules: Mapping[str, Rule | None]) -> list[tuple[
       ValueError: a rule's method folds scales and nothing is known of the model's class; or only some layers of a group
         have such a rule, or they have different ones.
     """
-    wanted = {path for path, rule in rules.items() if rule is not None and rule.method in FOLDED}
+    wanted = {
+        path
+        for path, rule in rules.items()
+        if rule is not None and rule.method in FOLDED
+    }
     if not wanted:
         return []
     known, name = _known(type(model)), type(model).__name__
@@ -186,13 +204,19 @@ def _what(rule: Rule | None) -> Rule | None:
     """A rule without what says which layers it is about."""
     if rule is None or rule.skip:
         return None
-    return dataclasses.replace(rule, pattern="**", kinds=(), where=None, reason=None, optional=False)
+    return dataclasses.replace(
+        rule, pattern="**", kinds=(), where=None, reason=None, optional=False
+    )
 
 
 def looked_at(chosen: Sequence[tuple[Group, Rule]]) -> list[str]:
     """The layers whose inputs `folded` must know: one of each group; those before it too, where they are judged."""
     paths = [group.targets[0] for group, _ in chosen]
-    return paths + [group.source for group, rule in chosen if rule.method == "equalize" and group.kind == "linear"]
+    return paths + [
+        group.source
+        for group, rule in chosen
+        if rule.method == "equalize" and group.kind == "linear"
+    ]
 
 
 def folded(
@@ -227,9 +251,16 @@ def folded(
         scale = _scales(rule, source, weights, seen)
         losses, overall = _losses(rule, weights, scale, seen)
         before = rules.get(group.source)
-        if overall is not None and rule.method == "equalize" and before is not None and before.weight is not None:
+        if (
+            overall is not None
+            and rule.method == "equalize"
+            and before is not None
+            and before.weight is not None
+        ):
             assert source is not None
-            overall = (overall + _loss_before(before, source, scale, stats[group.source])) / 2
+            overall = (
+                overall + _loss_before(before, source, scale, stats[group.source])
+            ) / 2
         why = "" if overall is None else _why_worse(group, rule, overall, fallback)
         if not why:
             scales[group.source] = scale
@@ -238,7 +269,9 @@ def folded(
     return known.fold(model, scales), outcomes
 
 
-def planned_outcomes(model: Any, chosen: Sequence[tuple[Group, Rule]]) -> dict[str, Outcome]:
+def planned_outcomes(
+    model: Any, chosen: Sequence[tuple[Group, Rule]]
+) -> dict[str, Outcome]:
     """What can become of the scales of each layer's group, before any are known."""
     modules, out = _modules(model), {}
     for group, rule in chosen:
@@ -248,26 +281,45 @@ def planned_outcomes(model: Any, chosen: Sequence[tuple[Group, Rule]]) -> dict[s
 
 
 def _modules(model: Any) -> dict[str, Any]:
-    return {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    return {
+        "/".join(map(str, path)): module for path, module in nnx.iter_modules(model)
+    }
 
 
-def _kernels(modules: Mapping[str, Any], group: Group) -> tuple[jax.Array | None, list[jax.Array]]:
+def _kernels(
+    modules: Mapping[str, Any], group: Group
+) -> tuple[jax.Array | None, list[jax.Array]]:
     """The weight of what comes before a group, if it is a linear, and those of its layers."""
-    source = modules[group.source].kernel.get_value() if group.kind == "linear" else None
+    source = (
+        modules[group.source].kernel.get_value() if group.kind == "linear" else None
+    )
     return source, [modules[target].kernel.get_value() for target in group.targets]
 
 
-def _why_no_scales(method: str, source: jax.Array | None, weights: Sequence[jax.Array]) -> str:
+def _why_no_scales(
+    method: str, source: jax.Array | None, weights: Sequence[jax.Array]
+) -> str:
     if source is None:
-        return "not equalized: what comes before it is no linear" if method == "equalize" else ""
+        return (
+            "not equalized: what comes before it is no linear"
+            if method == "equalize"
+            else ""
+        )
     if method == "smoothquant":
         return "not smoothed: no norm before it can take its scales"
     if source.shape[-1] != weights[0].shape[-2]:
-        return "not scaled: an output of the linear before it feeds several of its inputs"
+        return (
+            "not scaled: an output of the linear before it feeds several of its inputs"
+        )
     return ""
 
 
-def _scales(rule: Rule, source: jax.Array | None, weights: list[jax.Array], seen: LayerStats | None) -> jax.Array:
+def _scales(
+    rule: Rule,
+    source: jax.Array | None,
+    weights: list[jax.Array],
+    seen: LayerStats | None,
+) -> jax.Array:
     options = dict(rule.options)
     if rule.method == "equalize":
         found = functools.partial(methods.equalize, **options)
@@ -276,7 +328,9 @@ def _scales(rule: Rule, source: jax.Array | None, weights: list[jax.Array], seen
         return found(source, weights[0])[1].scale
     assert seen is not None
     if rule.method == "smoothquant":
-        return methods.smoothquant(seen.absmax, weights, alpha=options.get("alpha", 0.5))[0]
+        return methods.smoothquant(
+            seen.absmax, weights, alpha=options.get("alpha", 0.5)
+        )[0]
     assert isinstance(rule.weight, QuantSpec)
     how = {name: options[name] for name in ("duo", "num") if name in options}
     return methods.awq_scale(weights, seen.samples, rule.weight, **how)[0]
@@ -297,12 +351,20 @@ def _loss_before(rule: Rule, w: jax.Array, scale: jax.Array, seen: LayerStats) -
     return _ratio(*_errors(rule, w, jnp.ones(w.shape[0]), scale, seen))
 
 
-def _errors(rule: Rule, w: jax.Array, before: jax.Array, after: jax.Array, seen: LayerStats) -> tuple[float, float]:
+def _errors(
+    rule: Rule, w: jax.Array, before: jax.Array, after: jax.Array, seen: LayerStats
+) -> tuple[float, float]:
     """Squared errors of a layer's outputs on held-out inputs, with scales and without."""
     assert isinstance(rule.weight, QuantSpec)
-    how: Any = {"weight": rule.weight, "activation": rule.activation, "static": rule.observer is not None}
+    how: Any = {
+        "weight": rule.weight,
+        "activation": rule.activation,
+        "static": rule.observer is not None,
+    }
     with_scales = _error(w, before, after, seen, **how)
-    return float(with_scales), float(_error(w, jnp.ones_like(before), jnp.ones_like(after), seen, **how))
+    return float(with_scales), float(
+        _error(w, jnp.ones_like(before), jnp.ones_like(after), seen, **how)
+    )
 
 
 def _ratio(error: float, reference: float) -> float:
@@ -315,7 +377,9 @@ def _why_worse(group: Group, rule: Rule, loss: float, fallback: str) -> str:
         return ""
     worse = f"{rule.method}'s scales do worse than none on held-out inputs ({loss:.3g} times the error)"
     if fallback == "raise":
-        raise ValueError(f"quantize_model: {', '.join(group.targets)}: {worse}. Pass fallback='rtn' or 'none'.")
+        raise ValueError(
+            f"quantize_model: {', '.join(group.targets)}: {worse}. Pass fallback='rtn' or 'none'."
+        )
     return f"{worse}, so none"
 
 
@@ -333,8 +397,19 @@ def _error(
     """`sum (x w - Q(x / b) Q(b w / a) a)^2` over held-out rows, both sides rounded to nearest as the rule says."""
     scaled = (w.astype(jnp.float32) * before[:, None] / after[None]).astype(w.dtype)
     qt = quantize(scaled, weight, contracting=-2, on_nonfinite="propagate")
-    bounds = (jnp.min(seen.low / before), jnp.max(seen.high / before)) if static else None
+    bounds = (
+        (jnp.min(seen.low / before), jnp.max(seen.high / before)) if static else None
+    )
     x = seen.held_out / before[None]
-    y = ops.matmul(x, qt.with_activation(activation, bounds=bounds), preferred_element_type=jnp.float32) * after[None]
-    wanted = jnp.matmul(seen.held_out, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    y = (
+        ops.matmul(
+            x,
+            qt.with_activation(activation, bounds=bounds),
+            preferred_element_type=jnp.float32,
+        )
+        * after[None]
+    )
+    wanted = jnp.matmul(
+        seen.held_out, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
     return jnp.sum(jnp.square(wanted - y))

@@ -15,14 +15,32 @@ from flax.traverse_util import flatten_dict
 from jaxq import formats, methods
 from jaxq.nn.calibration._linen import calibrated, call_order
 from jaxq.nn.calibration._nnx import as_batches, shown
-from jaxq.nn.layers._linen_discovery import Forward, Structure, find_layers, params_of, with_params
+from jaxq.nn.layers._linen_discovery import (
+    Forward,
+    Structure,
+    find_layers,
+    params_of,
+    with_params,
+)
 from jaxq.nn.layers._linen_quantized import Quantized
-from jaxq.nn.report._report import Report, Row, float_row, planned_row, quantized_row, skip_reason
+from jaxq.nn.report._report import (
+    Report,
+    Row,
+    float_row,
+    planned_row,
+    quantized_row,
+    skip_reason,
+)
 from jaxq.nn.transform._donation import Donated
 from jaxq.nn.transform._folding import raise_if_rotating
 from jaxq.nn.transform._linen_matching import Matched, Taken, match
 from jaxq.nn.transform._nnx import given_stats, in_order, unused_note, wanted_statistics
-from jaxq.nn.transform._nnx_matching import check_data, check_key, has_rows, unused_notes
+from jaxq.nn.transform._nnx_matching import (
+    check_data,
+    check_key,
+    has_rows,
+    unused_notes,
+)
 from jaxq.nn.transform._resume import Done, Resume, as_order
 from jaxq.nn.transform._weight import corrected_bias, quantize_weight
 from jaxq.observers import LayerStats
@@ -112,7 +130,9 @@ def quantize_model(
     formats.check_choice("quantize_model: fallback", fallback, methods.FALLBACKS)
     check_key(recipe, key, "quantize_model")
     if donate and calibration is not None:
-        raise ValueError("quantize_model: donate=True frees weights that calibration= needs; pass one of them.")
+        raise ValueError(
+            "quantize_model: donate=True frees weights that calibration= needs; pass one of them."
+        )
     order = as_order(sequential, resume)
     batches = (
         None
@@ -124,27 +144,64 @@ def quantize_model(
         example = batches[0]
     structure = find_layers(module, variables, example, forward)
     params = params_of(variables)
-    matched = match(module, variables, structure, params, recipe, forward, on_nonfinite, strict=strict)
+    matched = match(
+        module,
+        variables,
+        structure,
+        params,
+        recipe,
+        forward,
+        on_nonfinite,
+        strict=strict,
+    )
     taken = matched.taken
     raise_if_rotating(recipe, "linen.quantize_model")
-    check_data([(o.found.path, o.found.kind, o.rule) for o in taken], calibration is not None, folds=False)
+    check_data(
+        [(o.found.path, o.found.kind, o.rule) for o in taken],
+        calibration is not None,
+        folds=False,
+    )
     donated = Donated(list(jax.tree.leaves(variables)) if donate else [])
     rows: dict[tuple[str, ...], Row] = {}
-    keys = jax.random.split(jax.random.key(0) if key is None else key, max(len(taken), 1))
+    keys = jax.random.split(
+        jax.random.key(0) if key is None else key, max(len(taken), 1)
+    )
     how = {"mask": mask, "forward": forward, "progress": progress}
     layers = list(zip(taken, keys, strict=False))
-    blocks = _blocks(module, variables, layers, batches, forward, order) if order else [layers]
-    kept = Resume(resume, recipe, batches or [], linen.meta.unbox(dict(variables)), key, (fallback, order))
+    blocks = (
+        _blocks(module, variables, layers, batches, forward, order)
+        if order
+        else [layers]
+    )
+    kept = Resume(
+        resume,
+        recipe,
+        batches or [],
+        linen.meta.unbox(dict(variables)),
+        key,
+        (fallback, order),
+    )
     used = False
     for number, block in enumerate(blocks):
         before = kept.read(number, ["/".join(one.found.key) for one, _ in block])
         made = {}
-        now = Quantized(module, tuple("/".join(where) for where in rows)), with_params(variables, params)
-        stats = {} if before else _statistics(*now, calibration, batches, [one for one, _ in block], how)
+        now = (
+            Quantized(module, tuple("/".join(where) for where in rows)),
+            with_params(variables, params),
+        )
+        stats = (
+            {}
+            if before
+            else _statistics(*now, calibration, batches, [one for one, _ in block], how)
+        )
         used = used or bool(stats) or bool(before)
         for one, k in shown(block, "quantizing", progress and bool(stats)):
             where, found = one.found.key, one.found
-            boxed, value, name = params[where], linen.meta.unbox(params[where]), "/".join(where)
+            boxed, value, name = (
+                params[where],
+                linen.meta.unbox(params[where]),
+                "/".join(where),
+            )
             bias_at, bias = (*where[:-1], "bias"), None
             if name in before:
                 qt, bias, rows[where] = before[name]
@@ -152,7 +209,11 @@ def quantize_model(
                 if bias is not None:
                     params[bias_at] = linen.meta.replace_boxed(params[bias_at], bias)
                 continue
-            with on_auto_axes((value, k, stats.get(found.path))) as (floats, own_key, seen):
+            with on_auto_axes((value, k, stats.get(found.path))) as (
+                floats,
+                own_key,
+                seen,
+            ):
                 seen = _of_all(seen, floats.shape[: len(one.batch)])
                 qt, solved = quantize_weight(
                     floats,
@@ -162,7 +223,8 @@ def quantize_model(
                     rows=has_rows(found.kind),
                     fallback=fallback,
                     key=own_key,
-                    stochastic=key is not None and one.rule.weight.rounding == "stochastic",
+                    stochastic=key is not None
+                    and one.rule.weight.rounding == "stochastic",
                     name=name,
                     on_nonfinite=on_nonfinite,
                 )
@@ -171,11 +233,23 @@ def quantize_model(
                     notes.append("no bias to correct")
                 elif one.rule.correct_bias:
                     assert seen is not None
-                    bias, said = corrected_bias(linen.meta.unbox(params[bias_at]), floats, qt, seen, fallback, name)
+                    bias, said = corrected_bias(
+                        linen.meta.unbox(params[bias_at]),
+                        floats,
+                        qt,
+                        seen,
+                        fallback,
+                        name,
+                    )
                     params[bias_at] = linen.meta.replace_boxed(params[bias_at], bias)
                     notes.append(said)
-                rows[where] = quantized_row(name, found.kind.name, floats, qt, solved, notes, found.roles)
-            params[where], made[name] = placed_like(qt, value), Done(qt, bias, rows[where])
+                rows[where] = quantized_row(
+                    name, found.kind.name, floats, qt, solved, notes, found.roles
+                )
+            params[where], made[name] = (
+                placed_like(qt, value),
+                Done(qt, bias, rows[where]),
+            )
             if donate:
                 donated.quantized(value, params[where])
         if not before:
@@ -188,7 +262,14 @@ def quantize_model(
     return qmodule, freeze(out) if isinstance(variables, FrozenDict) else out, report
 
 
-def plan_linen(module: linen.Module, variables: Any, recipe: Recipe, example: Any, *, strict: bool = True) -> Report:
+def plan_linen(
+    module: linen.Module,
+    variables: Any,
+    recipe: Recipe,
+    example: Any,
+    *,
+    strict: bool = True,
+) -> Report:
     """The report that `quantize_model` would give, without errors that must be measured; nothing is quantized.
 
     Args:
@@ -199,24 +280,48 @@ def plan_linen(module: linen.Module, variables: Any, recipe: Recipe, example: An
       strict: as in `quantize_model`.
     """
     _check_module(module, variables, "plan")
-    structure, params = find_layers(module, variables, example, None), params_of(variables)
-    matched = match(module, variables, structure, params, recipe, None, "raise", strict=strict)
-    check_data([(o.found.path, o.found.kind, o.rule) for o in matched.taken], None, folds=False)
+    structure, params = (
+        find_layers(module, variables, example, None),
+        params_of(variables),
+    )
+    matched = match(
+        module, variables, structure, params, recipe, None, "raise", strict=strict
+    )
+    check_data(
+        [(o.found.path, o.found.kind, o.rule) for o in matched.taken], None, folds=False
+    )
     rows = {}
     for one in matched.taken:
         where, value = one.found.key, linen.meta.unbox(params[one.found.key])
         note, roles, path = _box(params[where]), one.found.roles, "/".join(where)
-        rows[where] = planned_row(path, one.found.kind.name, value, one.planned, one.rule.method, (note,), roles)
-    return Report(tuple(_rows(variables, rows, matched, structure)), unused_notes(recipe, matched.used, strict))
+        rows[where] = planned_row(
+            path,
+            one.found.kind.name,
+            value,
+            one.planned,
+            one.rule.method,
+            (note,),
+            roles,
+        )
+    return Report(
+        tuple(_rows(variables, rows, matched, structure)),
+        unused_notes(recipe, matched.used, strict),
+    )
 
 
 def _check_module(module: Any, variables: Any, caller: str) -> None:
     if not isinstance(module, linen.Module):
-        raise TypeError(f"linen.{caller}: module must be a flax linen Module, got {type(module).__name__}.")
+        raise TypeError(
+            f"linen.{caller}: module must be a flax linen Module, got {type(module).__name__}."
+        )
     if isinstance(module, Quantized):
-        raise TypeError(f"linen.{caller}: the module is quantized already. Pass the float module and variables.")
+        raise TypeError(
+            f"linen.{caller}: the module is quantized already. Pass the float module and variables."
+        )
     if not isinstance(variables, Mapping) or "params" not in variables:
-        raise TypeError(f"linen.{caller}: variables must be a dict with 'params', as module.init returns it.")
+        raise TypeError(
+            f"linen.{caller}: variables must be a dict with 'params', as module.init returns it."
+        )
 
 
 def _of_all(stats: LayerStats | None, batch: tuple[int, ...]) -> LayerStats | None:
@@ -224,7 +329,9 @@ def _of_all(stats: LayerStats | None, batch: tuple[int, ...]) -> LayerStats | No
     if stats is None or stats.count.ndim >= len(batch):
         return stats
     stacked = batch[: len(batch) - stats.count.ndim]
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*stacked, *leaf.shape)), stats)
+    return jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (*stacked, *leaf.shape)), stats
+    )
 
 
 def _blocks(
@@ -237,9 +344,13 @@ def _blocks(
 ) -> list[list[tuple[Taken, Any]]]:
     """Layers, with their keys, some after others in the order in which a batch reaches them."""
     if not batches:
-        raise ValueError(f"quantize_model: sequential={order!r} needs calibration=batches, not statistics or nothing.")
+        raise ValueError(
+            f"quantize_model: sequential={order!r} needs calibration=batches, not statistics or nothing."
+        )
     reached = call_order(module, variables, batches[0], forward)
-    return in_order([(one.found.path, (one, key)) for one, key in layers], reached, order)
+    return in_order(
+        [(one.found.path, (one, key)) for one, key in layers], reached, order
+    )
 
 
 def _statistics(
@@ -251,7 +362,9 @@ def _statistics(
     how: Mapping[str, Any],
 ) -> Mapping[str, LayerStats]:
     """What methods and observers of some layers need."""
-    wanted = wanted_statistics((one.found.path, one.rule, has_rows(one.found.kind)) for one in taken)
+    wanted = wanted_statistics(
+        (one.found.path, one.rule, has_rows(one.found.kind)) for one in taken
+    )
     if calibration is None or not wanted:
         return {}
     if batches is None:
@@ -263,7 +376,10 @@ def _statistics(
 
 
 def _rows(
-    variables: Mapping[str, Any], rows: Mapping[tuple[str, ...], Row], matched: Matched, structure: Structure
+    variables: Mapping[str, Any],
+    rows: Mapping[tuple[str, ...], Row],
+    matched: Matched,
+    structure: Structure,
 ) -> Iterable[Row]:
     """One row for each variable; parameters first, without the name of their collection."""
     kinds = {found.key: found.kind.name for found in structure.layers.values()}
@@ -273,7 +389,11 @@ def _rows(
             yield rows[where]
             continue
         kind = kinds.get(where, owner.__name__ if owner else "-")
-        note = skip_reason(matched.rules[where]) if where in matched.rules else _why_not(where, value, structure)
+        note = (
+            skip_reason(matched.rules[where])
+            if where in matched.rules
+            else _why_not(where, value, structure)
+        )
         yield float_row("/".join(where), kind, value, note)
     for collection, tree in variables.items():
         if collection != "params":
@@ -281,8 +401,12 @@ def _rows(
                 owner = structure.classes.get(where[1:-1])
                 kind = owner.__name__ if owner else "-"
                 value = linen.meta.unbox(boxed)
-                matrix = getattr(value, "ndim", 0) > 1 and jnp.issubdtype(value.dtype, jnp.floating)
-                note = "no parameter, passed through" + (": rules are about 'params' alone" if matrix else "")
+                matrix = getattr(value, "ndim", 0) > 1 and jnp.issubdtype(
+                    value.dtype, jnp.floating
+                )
+                note = "no parameter, passed through" + (
+                    ": rules are about 'params' alone" if matrix else ""
+                )
                 yield float_row("/".join(where), kind, value, note)
 
 

@@ -9,9 +9,21 @@ import jax.numpy as jnp
 from flax import linen
 
 from jaxq.nn.layers._linen import CALLS
-from jaxq.nn.layers._linen_discovery import Forward, Found, Params, Structure, check_weights
+from jaxq.nn.layers._linen_discovery import (
+    Forward,
+    Found,
+    Params,
+    Structure,
+    check_weights,
+)
 from jaxq.nn.report._report import why_floats
-from jaxq.nn.transform._nnx_matching import check_axes, multiplies, raise_problems, raise_untouched, raise_unused
+from jaxq.nn.transform._nnx_matching import (
+    check_axes,
+    multiplies,
+    raise_problems,
+    raise_untouched,
+    raise_unused,
+)
 from jaxq.nn.transform._weight import dry_run
 from jaxq.qtensor import QTensor, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule
@@ -71,7 +83,9 @@ def match(
     for path, found in structure.layers.items():
         value = linen.meta.unbox(params.get(found.key))
         cls = structure.classes[found.scope]
-        rule = recipe.find(path, found.kind.name, tuple(getattr(value, "shape", ())), cls)
+        rule = recipe.find(
+            path, found.kind.name, tuple(getattr(value, "shape", ())), cls
+        )
         names.append(f"{path or 'the model itself'} ({found.kind.name})")
         out.rules[found.key] = rule
         if rule is None:
@@ -82,14 +96,21 @@ def match(
         problem = found.problem
         if problem is None:
             stacked = value.ndim - len(found.roles.shape)
-            axes = found.roles.contracting, tuple(range(stacked + found.roles.num_batch))
+            axes = (
+                found.roles.contracting,
+                tuple(range(stacked + found.roles.num_batch)),
+            )
             try:
                 check_axes(rule, *axes, value.ndim)
                 shaped = jax.ShapeDtypeStruct(value.shape, value.dtype)
                 planned = dry_run(shaped, rule, *axes, found.kind.weight)
                 why_floats(found.kind.name, planned, found.roles)
-                if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
-                    raise_if_not_finite(jnp.asarray(value), "/".join(found.key), "quantize")
+                if on_nonfinite == "raise" and not isinstance(
+                    value, jax.ShapeDtypeStruct
+                ):
+                    raise_if_not_finite(
+                        jnp.asarray(value), "/".join(found.key), "quantize"
+                    )
                 out.taken.append(Taken(found, rule, *axes, planned))
             except (TypeError, ValueError) as error:
                 problem = str(error)
@@ -108,12 +129,16 @@ def match(
         )
     if strict:
         raise_unused(recipe, out.used, names + untouched, "quantize_model", "layer")
-        quantized = "To quantize one, multiply with it in a Dense, DenseGeneral or Einsum."
+        quantized = (
+            "To quantize one, multiply with it in a Dense, DenseGeneral or Einsum."
+        )
         raise_untouched(untouched, "To leave one in floats, add", quantized)
     return out
 
 
-def _match_unreached(structure: Structure, params: Params, recipe: Recipe, out: Matched) -> list[str]:
+def _match_unreached(
+    structure: Structure, params: Params, recipe: Recipe, out: Matched
+) -> list[str]:
     """Matrices that the traced call did not reach: rules that skip them are noted, those to be quantized returned.
 
     Their kind is not known, but what layers call their weights is.
@@ -121,11 +146,19 @@ def _match_unreached(structure: Structure, params: Params, recipe: Recipe, out: 
     unreached = []
     for key, boxed in params.items():
         value = linen.meta.unbox(boxed)
-        floats = jnp.issubdtype(getattr(value, "dtype", int), jnp.floating) and value.ndim > 1
+        floats = (
+            jnp.issubdtype(getattr(value, "dtype", int), jnp.floating)
+            and value.ndim > 1
+        )
         if key[:-1] in structure.classes or not floats or isinstance(value, QTensor):
             continue
-        kinds = {call.kind.name for call in CALLS.values() if call.kind.weight == key[-1]}
-        rules = [recipe.find("/".join(key[:-1]), kind, tuple(value.shape)) for kind in sorted(kinds)]
+        kinds = {
+            call.kind.name for call in CALLS.values() if call.kind.weight == key[-1]
+        }
+        rules = [
+            recipe.find("/".join(key[:-1]), kind, tuple(value.shape))
+            for kind in sorted(kinds)
+        ]
         rules = [rule for rule in rules if rule is not None]
         if any(rule.weight is not None for rule in rules):
             unreached.append("/".join(key))
@@ -135,18 +168,35 @@ def _match_unreached(structure: Structure, params: Params, recipe: Recipe, out: 
     return unreached
 
 
-def _match_bare(structure: Structure, params: Params, recipe: Recipe, out: Matched, problems: list[str]) -> list[str]:
+def _match_bare(
+    structure: Structure,
+    params: Params,
+    recipe: Recipe,
+    out: Matched,
+    problems: list[str],
+) -> list[str]:
     """Matrices that modules of unknown classes ask for themselves: rules are noted, those without one returned."""
     untouched = []
     named = [rule for rule in recipe.rules if "Param" in rule.kinds]
     weights = {found.key for found in structure.layers.values()}
     for key, boxed in params.items():
-        value, path, cls = linen.meta.unbox(boxed), "/".join(key), structure.classes.get(key[:-1])
-        if key in weights or cls is None or not jnp.issubdtype(getattr(value, "dtype", int), jnp.floating):
+        value, path, cls = (
+            linen.meta.unbox(boxed),
+            "/".join(key),
+            structure.classes.get(key[:-1]),
+        )
+        if (
+            key in weights
+            or cls is None
+            or not jnp.issubdtype(getattr(value, "dtype", int), jnp.floating)
+        ):
             continue
         if isinstance(value, QTensor):
             continue
-        rule = next((r for r in named if r.matches(path, "Param", tuple(value.shape), cls)), None)
+        rule = next(
+            (r for r in named if r.matches(path, "Param", tuple(value.shape), cls)),
+            None,
+        )
         if rule is not None:
             out.used.append(rule)
             if value.ndim > 1:  # of others the report says that they are no matrices
@@ -157,5 +207,7 @@ def _match_bare(structure: Structure, params: Params, recipe: Recipe, out: Match
                     "only be quantized in a Dense, DenseGeneral or Einsum"
                 )
         elif multiplies(path, value.shape, cls):
-            untouched.append(f"{path} {value.dtype.name}{list(value.shape)} ({cls.__name__})")
+            untouched.append(
+                f"{path} {value.dtype.name}{list(value.shape)} ({cls.__name__})"
+            )
     return untouched

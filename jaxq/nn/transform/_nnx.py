@@ -10,11 +10,40 @@ import jax
 from flax import nnx
 
 from jaxq import formats, methods
-from jaxq.nn.calibration._nnx import Wanted, as_batches, as_stats, calibrated, call_order, shown
-from jaxq.nn.layers._nnx import QuantizedParam, put_weight, replace_variables, stack_note, weight_axes
-from jaxq.nn.report._report import Report, Row, dropped_metadata, float_row, other_row, quantized_row, skip_reason
+from jaxq.nn.calibration._nnx import (
+    Wanted,
+    as_batches,
+    as_stats,
+    calibrated,
+    call_order,
+    shown,
+)
+from jaxq.nn.layers._nnx import (
+    QuantizedParam,
+    put_weight,
+    replace_variables,
+    stack_note,
+    weight_axes,
+)
+from jaxq.nn.report._report import (
+    Report,
+    Row,
+    dropped_metadata,
+    float_row,
+    other_row,
+    quantized_row,
+    skip_reason,
+)
 from jaxq.nn.transform._donation import Donated
-from jaxq.nn.transform._folding import Group, Outcome, foldable, folded, looked_at, rotated, rotation_note
+from jaxq.nn.transform._folding import (
+    Group,
+    Outcome,
+    foldable,
+    folded,
+    looked_at,
+    rotated,
+    rotation_note,
+)
 from jaxq.nn.transform._nnx_matching import (
     Found,
     check_data,
@@ -102,14 +131,18 @@ def quantize_model(
       QTensor(kernel: int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
     """
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"quantize_model: model must be a flax nnx Module, got {type(model).__name__}.")
+        raise TypeError(
+            f"quantize_model: model must be a flax nnx Module, got {type(model).__name__}."
+        )
     recipe = as_recipe(recipe, "quantize_model")
     formats.check_choice("quantize_model: on_nonfinite", on_nonfinite, ON_NONFINITE)
     formats.check_choice("quantize_model: fallback", fallback, methods.FALLBACKS)
     check_key(recipe, key, "quantize_model")
     order = as_order(sequential, resume)
     if donate and calibration is not None:
-        raise ValueError("quantize_model: donate=True frees weights that calibration= needs; pass one of them.")
+        raise ValueError(
+            "quantize_model: donate=True frees weights that calibration= needs; pass one of them."
+        )
     copy = nnx.clone(model)
     stochastic, key = key is not None, jax.random.key(0) if key is None else key
     if recipe.rotate:
@@ -121,15 +154,27 @@ def quantize_model(
             "quantize_model: rotate=True changes what reaches the layers, so it needs the batches themselves as "
             "calibration=, not statistics."
         )
-    check_data([(f.path, f.kind, rule) for f, rule in matched if rule and rule.weight], bool(data))
+    check_data(
+        [(f.path, f.kind, rule) for f, rule in matched if rule and rule.weight],
+        bool(data),
+    )
     rules = {found.path: rule for found, rule in matched}
     groups = foldable(copy, rules)
     outcomes: dict[str, Outcome] = {}
     if groups:
-        copy, outcomes = folded(copy, groups, rules, data.of_groups(copy, groups), fallback)
+        copy, outcomes = folded(
+            copy, groups, rules, data.of_groups(copy, groups), fallback
+        )
         matched = match(copy, recipe, on_nonfinite, strict=strict)
-    variables = {id(v): (path, v) for path, v in variables_of(copy)}  # alive, so that identities stay theirs
-    donated = Donated([*(v.get_value() for _, v in variables.values()), *(array for _, array in raw_arrays(copy))])
+    variables = {
+        id(v): (path, v) for path, v in variables_of(copy)
+    }  # alive, so that identities stay theirs
+    donated = Donated(
+        [
+            *(v.get_value() for _, v in variables.values()),
+            *(array for _, array in raw_arrays(copy)),
+        ]
+    )
     rows: dict[int, Row] = {}  # by the identity of the variable in the copy
     replaced: dict[int, QuantizedParam] = {}
     for (_, layer, kind), rule in matched:
@@ -138,18 +183,36 @@ def quantize_model(
             note = skip_reason(rule)
             where = variables[id(variable)][0]
             rows[id(variable)] = float_row(where, kind.name, variable.get_value(), note)
-    taken = [(found, rule) for found, rule in matched if rule is not None and rule.weight is not None]
+    taken = [
+        (found, rule)
+        for found, rule in matched
+        if rule is not None and rule.weight is not None
+    ]
     keys = jax.random.split(key, max(len(taken), 1))
     blocks = _blocks(copy, taken, data, order)
-    kept = Resume(resume, recipe, data.batches, nnx.state(model), key, (fallback, order, stochastic))
+    kept = Resume(
+        resume,
+        recipe,
+        data.batches,
+        nnx.state(model),
+        key,
+        (fallback, order, stochastic),
+    )
     for number, block in enumerate(blocks):
-        names = {found.path: variables[id(getattr(found.layer, found.kind.weight))][0] for found, _ in block}
+        names = {
+            found.path: variables[id(getattr(found.layer, found.kind.weight))][0]
+            for found, _ in block
+        }
         before, done = kept.read(number, list(names.values())), {}
         stats = {} if before else data.of_block(copy, block)
         data.used = data.used or bool(before)
-        for (path, layer, kind), rule in shown(block, "quantizing", progress and bool(stats)):
+        for (path, layer, kind), rule in shown(
+            block, "quantizing", progress and bool(stats)
+        ):
             variable = getattr(layer, kind.weight)
-            if id(variable) not in replaced and not isinstance(variable, QuantizedParam):
+            if id(variable) not in replaced and not isinstance(
+                variable, QuantizedParam
+            ):
                 value, name = variable.get_value(), names[path]
                 if name in before:
                     qt, bias, rows[id(variable)] = before[name]
@@ -159,7 +222,11 @@ def quantize_model(
                     put_weight(layer, kind, replaced[id(variable)])
                     continue
                 bias = None
-                with on_auto_axes((value, keys[len(replaced)], stats.get(path))) as (floats, own_key, seen):
+                with on_auto_axes((value, keys[len(replaced)], stats.get(path))) as (
+                    floats,
+                    own_key,
+                    seen,
+                ):
                     qt, solved = quantize_weight(
                         floats,
                         rule,
@@ -177,10 +244,14 @@ def quantize_model(
                     if rule.correct_bias and layer.bias is None:
                         notes.append("no bias to correct")
                     elif rule.correct_bias:
-                        bias, said = corrected_bias(layer.bias.get_value(), floats, qt, seen, fallback, name)
+                        bias, said = corrected_bias(
+                            layer.bias.get_value(), floats, qt, seen, fallback, name
+                        )
                         layer.bias.set_value(bias)
                         notes.append(said)
-                    row = quantized_row(name, kind.name, floats, qt, solved, notes, kind.roles(layer))
+                    row = quantized_row(
+                        name, kind.name, floats, qt, solved, notes, kind.roles(layer)
+                    )
                 rows[id(variable)], done[name] = row, Done(qt, bias, row)
                 replaced[id(variable)] = QuantizedParam(placed_like(qt, value))
                 if donate:
@@ -195,19 +266,30 @@ def quantize_model(
         *unused_note(data.used, calibration, mask, forward),
         *unused_notes(recipe, [rule for _, rule in matched], strict),
     )
-    listed = [rows.get(i) or other_row(path, v, layers) for i, (path, v) in variables.items()]
-    listed += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(copy)]
+    listed = [
+        rows.get(i) or other_row(path, v, layers) for i, (path, v) in variables.items()
+    ]
+    listed += [
+        float_row(path, "array", a, "in no variable, left as it is")
+        for path, a in raw_arrays(copy)
+    ]
     return copy, Report(tuple(listed), notes)
 
 
 class _Data:
     """Calibration data, or statistics made of them before."""
 
-    def __init__(self, calibration: Any, mask: Any, forward: Any, progress: bool | None):
+    def __init__(
+        self, calibration: Any, mask: Any, forward: Any, progress: bool | None
+    ):
         self.used = False
         given = isinstance(calibration, Mapping)
         self._stats: dict[str, LayerStats] | None = dict(calibration) if given else None
-        self._batches = None if given or calibration is None else list(as_batches(calibration, "quantize_model"))
+        self._batches = (
+            None
+            if given or calibration is None
+            else list(as_batches(calibration, "quantize_model"))
+        )
         self._how = {"mask": mask, "forward": forward, "progress": progress}
 
     def __bool__(self) -> bool:
@@ -221,7 +303,9 @@ class _Data:
     def batches(self) -> list[Any]:
         return self._batches or []
 
-    def of_model(self, model: Any, wanted: Mapping[str, Wanted]) -> dict[str, LayerStats]:
+    def of_model(
+        self, model: Any, wanted: Mapping[str, Wanted]
+    ) -> dict[str, LayerStats]:
         """Statistics of layers of a model, as it is now."""
         if not wanted or not self:
             return {}
@@ -231,19 +315,25 @@ class _Data:
         assert self._stats is not None
         return given_stats(self._stats, wanted)
 
-    def of_block(self, model: Any, block: list[tuple[Found, Rule]]) -> dict[str, LayerStats]:
+    def of_block(
+        self, model: Any, block: list[tuple[Found, Rule]]
+    ) -> dict[str, LayerStats]:
         """What methods and observers of some layers need."""
         layers = ((found.path, rule, has_rows(found.kind)) for found, rule in block)
         return self.of_model(model, wanted_statistics(layers))
 
-    def of_groups(self, model: Any, groups: Sequence[tuple[Group, Rule]]) -> dict[str, LayerStats]:
+    def of_groups(
+        self, model: Any, groups: Sequence[tuple[Group, Rule]]
+    ) -> dict[str, LayerStats]:
         """What methods that fold scales need of their groups."""
         if self._stats is not None:
             raise ValueError(
                 "quantize_model: a method that folds scales changes what reaches the layers, so it needs the batches "
                 "themselves as calibration=, not statistics."
             )
-        return self.of_model(model, dict.fromkeys(looked_at(groups), Wanted(hessian=False)))
+        return self.of_model(
+            model, dict.fromkeys(looked_at(groups), Wanted(hessian=False))
+        )
 
     def order(self, model: Any) -> dict[str, tuple[int, ...]]:
         """The layers in the order in which the model reaches them, and what they read."""
@@ -259,15 +349,22 @@ def unused_note(used: bool, calibration: Any, mask: Any, forward: Any) -> list[s
     return [f"not used, for no rule looks at data: {', '.join(names)}"]
 
 
-def given_stats(stats: Mapping[str, Any], wanted: Mapping[str, Wanted]) -> dict[str, LayerStats]:
+def given_stats(
+    stats: Mapping[str, Any], wanted: Mapping[str, Wanted]
+) -> dict[str, LayerStats]:
     """Of statistics that were made before those of some layers, or a ValueError that names what is missing."""
     missing = [path for path in wanted if path not in stats]
     if missing:
         raise ValueError(f"quantize_model: calibration has no statistics of {missing}.")
-    found = {path: as_stats(stats[path], empty_stats(1, observer=one.observer)) for path, one in wanted.items()}
+    found = {
+        path: as_stats(stats[path], empty_stats(1, observer=one.observer))
+        for path, one in wanted.items()
+    }
     for path, one in wanted.items():
         if one.observer is not None and found[path].observed is not None:
-            one.observer.check_state(found[path].observed, f"calibration of {path or 'the model'}")
+            one.observer.check_state(
+                found[path].observed, f"calibration of {path or 'the model'}"
+            )
     return found
 
 
@@ -286,19 +383,29 @@ def wanted_statistics(layers: Iterable[tuple[str, Rule, bool]]) -> dict[str, Wan
 
 def looks(rule: Rule, rows: bool) -> bool:
     """Whether a rule has a use for data about a layer's input, if there are any; `rows`: see `wanted_statistics`."""
-    return rule.observer is not None or (rows and (rule.correct_bias or methods.METHODS[rule.method].judged))
+    return rule.observer is not None or (
+        rows and (rule.correct_bias or methods.METHODS[rule.method].judged)
+    )
 
 
-def _blocks(model: Any, taken: list[tuple[Found, Rule]], data: _Data, order: str) -> list[list[tuple[Found, Rule]]]:
+def _blocks(
+    model: Any, taken: list[tuple[Found, Rule]], data: _Data, order: str
+) -> list[list[tuple[Found, Rule]]]:
     """Layers that are quantized on the same statistics: all, or some after others in the order of the forward pass."""
     if not order:
         return [taken]
     if not data.has_batches:
-        raise ValueError(f"quantize_model: sequential={order!r} needs calibration=batches, not statistics or nothing.")
-    return in_order([(found.path, (found, rule)) for found, rule in taken], data.order(model), order)
+        raise ValueError(
+            f"quantize_model: sequential={order!r} needs calibration=batches, not statistics or nothing."
+        )
+    return in_order(
+        [(found.path, (found, rule)) for found, rule in taken], data.order(model), order
+    )
 
 
-def in_order(layers: Sequence[tuple[str, T]], reached: Mapping[str, tuple[int, ...]], order: str) -> list[list[T]]:
+def in_order(
+    layers: Sequence[tuple[str, T]], reached: Mapping[str, tuple[int, ...]], order: str
+) -> list[list[T]]:
     """What belongs to layers by path, some after others in the order in which data reach them; unseen ones first.
 
     Args:
@@ -309,7 +416,9 @@ def in_order(layers: Sequence[tuple[str, T]], reached: Mapping[str, tuple[int, .
     place = {path: i for i, path in enumerate(reached)}
     out: dict[Any, list[T]] = {}
     for path, item in sorted(layers, key=lambda pair: place.get(pair[0], -1)):
-        out.setdefault(_block_name(path) if order == "blocks" else reached.get(path), []).append(item)
+        out.setdefault(
+            _block_name(path) if order == "blocks" else reached.get(path), []
+        ).append(item)
     return list(out.values())
 
 
@@ -319,5 +428,8 @@ def _block_name(path: str) -> str:
     Without one, a layer is its own.
     """
     parts = path.split("/")
-    number = next((i for i, part in enumerate(parts) if part.rpartition("_")[2].isdigit()), len(parts))
+    number = next(
+        (i for i, part in enumerate(parts) if part.rpartition("_")[2].isdigit()),
+        len(parts),
+    )
     return "/".join(parts[: number + 1])

@@ -62,7 +62,9 @@ def match(
     for found in find_layers(model):
         value = getattr(found.layer, found.kind.weight).get_value()
         shape = tuple(getattr(value, "shape", ()))
-        matched.append((found, recipe.find(found.path, found.kind.name, shape, type(found.layer))))
+        matched.append(
+            (found, recipe.find(found.path, found.kind.name, shape, type(found.layer)))
+        )
     known = {id(getattr(found.layer, found.kind.weight)) for found, _ in matched}
     bare, untouched = _match_bare(model, recipe, known)
     changed = _changed_on_their_way(model)
@@ -82,26 +84,47 @@ def match(
                     check_axes(rule, *axes, len(value.shape))
                     planned = dry_run(value, rule, *axes, found.kind.weight)
                     why_floats(found.kind.name, planned, found.kind.roles(found.layer))
-                    if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
-                        where = found.path if found.kind.name == "Param" else f"{found.path}/{found.kind.weight}"
+                    if on_nonfinite == "raise" and not isinstance(
+                        value, jax.ShapeDtypeStruct
+                    ):
+                        where = (
+                            found.path
+                            if found.kind.name == "Param"
+                            else f"{found.path}/{found.kind.weight}"
+                        )
                         where = where.lstrip("/")
                         raise_if_not_finite(jnp.asarray(value), where, "quantize")
-                    use = (axes, rule.weight, rule.activation, rule.observer, rule.method, rule.options)
+                    use = (
+                        axes,
+                        rule.weight,
+                        rule.activation,
+                        rule.observer,
+                        rule.method,
+                        rule.options,
+                    )
                 except (TypeError, ValueError) as error:
                     problem = str(error)
         if problem is None:
             other, other_use = uses.setdefault(id(variable), (name, use))
             if other_use != use:
-                how = "which uses it in another way" if use and other_use else "and only one of them is quantized"
+                how = (
+                    "which uses it in another way"
+                    if use and other_use
+                    else "and only one of them is quantized"
+                )
                 problem = f"it shares its weight with {other}, {how}"
-            elif use and other != name and rule is not None and rule.observer is not None:
+            elif (
+                use and other != name and rule is not None and rule.observer is not None
+            ):
                 problem = f"it shares its weight with {other}, and no static range serves both; leave observer= out"
         if problem is not None:
             problems.append(f"  {name} ({found.kind.name}): {problem}")
     raise_problems(problems, "quantize_model")
     if strict:
         paths = [f"{f.path or 'the model itself'} ({f.kind.name})" for f, _ in matched]
-        raise_unused(recipe, [rule for _, rule in matched], paths, "quantize_model", "layer")
+        raise_unused(
+            recipe, [rule for _, rule in matched], paths, "quantize_model", "layer"
+        )
         raise_untouched(
             untouched,
             "To quantize one that is multiplied with, add jaxq.Rule(path, weight=..., kinds=('Param',)); to leave it "
@@ -130,19 +153,31 @@ def _changed_on_their_way(model: nnx.Module) -> dict[int, str]:
                 f"{where}, an nnx.{type(module).__name__}, normalizes its weight at each call, which codes cannot be; "
                 "put the normalized weight into the layer, and the layer in the place of its wrapper"
             )
-            changed |= {id(inner): reason for _, inner in nnx.iter_modules(module) if inner is not module}
+            changed |= {
+                id(inner): reason
+                for _, inner in nnx.iter_modules(module)
+                if inner is not module
+            }
     return changed
 
 
 def multiplies(path: str, shape: Sequence[int], module: type) -> bool:
     """Whether a module of this class seems to multiply with an array that it holds itself."""
     # Flax's own classes hold gains and biases, but for what its recurrent cells keep their matrices in.
-    foreign = not module.__module__.startswith("flax.") or module.__name__ == "DenseParams"
-    return sum(size > 1 for size in shape) >= 2 and foreign and not _NO_MATRIX.search(path.rpartition("/")[2].lower())
+    foreign = (
+        not module.__module__.startswith("flax.") or module.__name__ == "DenseParams"
+    )
+    return (
+        sum(size > 1 for size in shape) >= 2
+        and foreign
+        and not _NO_MATRIX.search(path.rpartition("/")[2].lower())
+    )
 
 
 # Last words of the names of parameters that are added or looked up, not multiplied with.
-_NO_MATRIX = re.compile(r"(^|_)(bias|embed|embedding|gain|gamma|norm|pos|position|scale|token)s?$")
+_NO_MATRIX = re.compile(
+    r"(^|_)(bias|embed|embedding|gain|gamma|norm|pos|position|scale|token)s?$"
+)
 # What holds numbers, or would in a model that holds none.
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 # Variables that no product reads as a weight; adapters stay in floats.
@@ -163,13 +198,31 @@ def _match_bare(
     untouched = []
     named = [rule for rule in recipe.rules if "Param" in rule.kinds]
     for path, holder, attribute, value in _bare_arrays(model, known):
-        rule = next((r for r in named if r.matches(path, "Param", value.shape, type(holder))), None)
+        rule = next(
+            (r for r in named if r.matches(path, "Param", value.shape, type(holder))),
+            None,
+        )
         if rule is not None and attribute is not None:
-            contracting = rule.contracting if rule.contracting is not None else (-2,) if value.ndim == 2 else ()
+            contracting = (
+                rule.contracting
+                if rule.contracting is not None
+                else (-2,)
+                if value.ndim == 2
+                else ()
+            )
             axes = tuple(a - value.ndim if a >= 0 else a for a in contracting)
-            matched.append((Found(path, holder, bare_kind(attribute, axes, len(rule.batch or ()))), rule))
+            matched.append(
+                (
+                    Found(
+                        path, holder, bare_kind(attribute, axes, len(rule.batch or ()))
+                    ),
+                    rule,
+                )
+            )
         elif rule is not None and rule.weight is not None:
-            raise ValueError(f"quantize_model: {path} must be an nnx.Param that a module holds as an attribute.")
+            raise ValueError(
+                f"quantize_model: {path} must be an nnx.Param that a module holds as an attribute."
+            )
         elif rule is None and multiplies(path, value.shape, type(holder)):
             untouched.append(f"{path} {value.dtype.name}{list(value.shape)}")
     return matched, untouched
@@ -182,7 +235,9 @@ def raw_arrays(model: nnx.Module) -> Iterator[tuple[str, Any]]:
             yield "/".join(map(str, path)), node
 
 
-def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any, str | None, Any]]:
+def _bare_arrays(
+    model: nnx.Module, known: set[int]
+) -> Iterator[tuple[str, Any, str | None, Any]]:
     """Path, the module in whose code it is used, its attribute and value of every float array outside known layers.
 
     The attribute is None for what is in a list or dict, and for arrays that are no `nnx.Param`.
@@ -193,18 +248,26 @@ def _bare_arrays(model: nnx.Module, known: set[int]) -> Iterator[tuple[str, Any,
         if id(node) in known or not path or not (variable or isinstance(node, _ARRAYS)):
             continue
         owner = path[:-1]
-        of_flax = owner in modules and type(modules[owner]).__module__.startswith("flax.")
+        of_flax = owner in modules and type(modules[owner]).__module__.startswith(
+            "flax."
+        )
         if of_flax and find_kind(modules[owner]) is not None:
             continue
-        direct = owner in modules and not isinstance(modules[owner], nnx.List | nnx.Dict)
-        while owner and (owner not in modules or isinstance(modules[owner], nnx.List | nnx.Dict)):
+        direct = owner in modules and not isinstance(
+            modules[owner], nnx.List | nnx.Dict
+        )
+        while owner and (
+            owner not in modules or isinstance(modules[owner], nnx.List | nnx.Dict)
+        ):
             owner = owner[:-1]
         name, holder = "/".join(map(str, path)), modules.get(owner, model)
         whole = direct and isinstance(node, nnx.Param) and isinstance(path[-1], str)
         held = node.get_value() if isinstance(node, nnx.Variable) else node
         for keys, value in jax.tree_util.tree_leaves_with_path(held):
             if isinstance(value, _ARRAYS) and jnp.issubdtype(value.dtype, jnp.floating):
-                own = name + "".join(f"/{getattr(key, 'key', getattr(key, 'idx', key))}" for key in keys)
+                own = name + "".join(
+                    f"/{getattr(key, 'key', getattr(key, 'idx', key))}" for key in keys
+                )
                 yield own, holder, str(path[-1]) if whole and not keys else None, value
 
 
@@ -220,19 +283,40 @@ def raise_problems(problems: Sequence[str], caller: str) -> None:
 def unused_rules(recipe: Recipe, taken: Sequence[Rule | None]) -> list[str]:
     """Patterns of rules that are not optional and not among those that were taken."""
     used = {id(rule) for rule in taken if rule is not None}
-    return [rule.pattern for rule in recipe.rules if id(rule) not in used and not rule.optional]
+    return [
+        rule.pattern
+        for rule in recipe.rules
+        if id(rule) not in used and not rule.optional
+    ]
 
 
-def unused_notes(recipe: Recipe, taken: Sequence[Rule | None], strict: bool) -> tuple[str, ...]:
+def unused_notes(
+    recipe: Recipe, taken: Sequence[Rule | None], strict: bool
+) -> tuple[str, ...]:
     """What a report says of rules that matched nothing, where that is no error."""
-    return () if strict else tuple(f"rule {pattern!r} matched nothing" for pattern in unused_rules(recipe, taken))
+    return (
+        ()
+        if strict
+        else tuple(
+            f"rule {pattern!r} matched nothing"
+            for pattern in unused_rules(recipe, taken)
+        )
+    )
 
 
-def raise_unused(recipe: Recipe, taken: Sequence[Rule | None], paths: Sequence[str], caller: str, what: str) -> None:
+def raise_unused(
+    recipe: Recipe,
+    taken: Sequence[Rule | None],
+    paths: Sequence[str],
+    caller: str,
+    what: str,
+) -> None:
     """Raises where a rule matched nothing, naming what there is."""
     unused = unused_rules(recipe, taken)
     if unused:
-        listed = ", ".join(paths[:12]) + (f", ... ({len(paths)} {what}s)" if len(paths) > 12 else "")
+        listed = ", ".join(paths[:12]) + (
+            f", ... ({len(paths)} {what}s)" if len(paths) > 12 else ""
+        )
         raise ValueError(
             f"{caller}: rules {unused} match no {what} (or only {what}s an earlier rule took). "
             f"{what.capitalize()}s here: {listed or 'none that jaxq knows'}."
@@ -244,7 +328,12 @@ def has_rows(kind: LayerKind | Any) -> bool:
     return kind.watched and not kind.windowed
 
 
-def check_data(layers: Iterable[tuple[str, LayerKind | Any, Rule]], data: bool | None, *, folds: bool = True) -> None:
+def check_data(
+    layers: Iterable[tuple[str, LayerKind | Any, Rule]],
+    data: bool | None,
+    *,
+    folds: bool = True,
+) -> None:
     """Raises where methods or observers cannot run on their layers, or ask for data that are not there; names them all.
 
     Args:
@@ -254,23 +343,39 @@ def check_data(layers: Iterable[tuple[str, LayerKind | Any, Rule]], data: bool |
     """
     problems = []
     for path, kind, rule in layers:
-        name, method = f"{path or 'the model itself'} ({kind.name})", methods.METHODS[rule.method]
+        name, method = (
+            f"{path or 'the model itself'} ({kind.name})",
+            methods.METHODS[rule.method],
+        )
         reads = method.needs_data or dict(rule.options).get("inputs", False)
         if rule.observer is not None and not kind.watched:
-            problems.append(f"  {name}: its input cannot be observed, so it has no static range")
+            problems.append(
+                f"  {name}: its input cannot be observed, so it has no static range"
+            )
         elif rule.observer is not None and data is False:
             problems.append(f"  {name}: observer {rule.observer!r} needs data")
         if rule.correct_bias and data is False:
             problems.append(f"  {name}: correct_bias=True needs data")
-        elif rule.correct_bias and kind.name not in ("Dense", "DenseGeneral", "Linear", "LinearGeneral"):
-            problems.append(f"  {name}: correct_bias=True is for Linear and LinearGeneral")
+        elif rule.correct_bias and kind.name not in (
+            "Dense",
+            "DenseGeneral",
+            "Linear",
+            "LinearGeneral",
+        ):
+            problems.append(
+                f"  {name}: correct_bias=True is for Linear and LinearGeneral"
+            )
         if rule.method in FOLDED and not folds:
             problems.append(f"  {name}: method {rule.method!r} folds scales into what comes before a layer, and linen "
                             "modules do not say what that is; use another method, or an nnx model")  # fmt: skip
         elif reads and data is False:
             problems.append(f"  {name}: method {rule.method!r} needs data")
-        elif (reads and not has_rows(kind)) or (rule.method == "llm_int8" and kind.windowed):
-            problems.append(f"  {name}: method {rule.method!r} is for matrices: Linear, LinearGeneral and Einsum")
+        elif (reads and not has_rows(kind)) or (
+            rule.method == "llm_int8" and kind.windowed
+        ):
+            problems.append(
+                f"  {name}: method {rule.method!r} is for matrices: Linear, LinearGeneral and Einsum"
+            )
     if problems:
         raise ValueError(
             "quantize_model: these layers' methods or observers cannot run:\n" + "\n".join(problems)
@@ -281,17 +386,30 @@ def check_data(layers: Iterable[tuple[str, LayerKind | Any, Rule]], data: bool |
 def check_key(recipe: Recipe, key: Any, caller: str) -> None:
     """Raises where a rule rounds at random and there is no key to draw with."""
     for rule in recipe.rules:
-        if key is None and isinstance(rule.weight, QuantSpec) and rule.weight.rounding == "stochastic":
+        if (
+            key is None
+            and isinstance(rule.weight, QuantSpec)
+            and rule.weight.rounding == "stochastic"
+        ):
             raise ValueError(
                 f"{caller}: the weight= of Rule({rule.pattern!r}) has rounding='stochastic', which needs a PRNG key. "
                 "Pass key=jax.random.key(0)."
             )
 
 
-def check_axes(rule: Rule, contracting: Sequence[int], batch: Sequence[int], ndim: int) -> None:
+def check_axes(
+    rule: Rule, contracting: Sequence[int], batch: Sequence[int], ndim: int
+) -> None:
     """Raises where a rule says other axes than the layer, or axes are not known at all."""
     if not contracting:
-        raise ValueError(f"which of its {ndim} axes a product contracts is not known: say contracting= in its rule")
-    for name, said, known in (("contracting", rule.contracting, contracting), ("batch", rule.batch, batch)):
+        raise ValueError(
+            f"which of its {ndim} axes a product contracts is not known: say contracting= in its rule"
+        )
+    for name, said, known in (
+        ("contracting", rule.contracting, contracting),
+        ("batch", rule.batch, batch),
+    ):
         if said is not None and {a % ndim for a in said} != {a % ndim for a in known}:
-            raise ValueError(f"its rule says {name}={tuple(said)}, and the layer itself {name}={tuple(known)}")
+            raise ValueError(
+                f"its rule says {name}={tuple(said)}, and the layer itself {name}={tuple(known)}"
+            )

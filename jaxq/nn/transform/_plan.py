@@ -8,10 +8,28 @@ import jax
 from flax import linen, nnx
 
 from jaxq.nn.layers._nnx import stack_note, weight_axes
-from jaxq.nn.report._report import Report, dropped_metadata, float_row, other_row, planned_row, skip_reason
-from jaxq.nn.transform._folding import foldable, planned_outcomes, rotated, rotation_note
+from jaxq.nn.report._report import (
+    Report,
+    dropped_metadata,
+    float_row,
+    other_row,
+    planned_row,
+    skip_reason,
+)
+from jaxq.nn.transform._folding import (
+    foldable,
+    planned_outcomes,
+    rotated,
+    rotation_note,
+)
 from jaxq.nn.transform._linen import plan_linen
-from jaxq.nn.transform._nnx_matching import check_data, match, raw_arrays, unused_notes, variables_of
+from jaxq.nn.transform._nnx_matching import (
+    check_data,
+    match,
+    raw_arrays,
+    unused_notes,
+    variables_of,
+)
 from jaxq.nn.transform._tree import plan_params
 from jaxq.nn.transform._weight import dry_run, unscaled_note
 from jaxq.qtensor import QuantSpec
@@ -19,7 +37,12 @@ from jaxq.recipes import Recipe, as_recipe
 
 
 def plan(
-    model: Any, recipe: str | QuantSpec | Recipe, variables: Any = None, *, example: Any = None, strict: bool = True
+    model: Any,
+    recipe: str | QuantSpec | Recipe,
+    variables: Any = None,
+    *,
+    example: Any = None,
+    strict: bool = True,
 ) -> Report:
     """The report that `quantize_model` would give, without errors that must be measured; nothing is quantized.
 
@@ -51,9 +74,16 @@ def plan(
     if recipe.rotate:
         model = rotated(model, jax.random.key(0))
     matched = match(model, recipe, "raise", strict=strict)
-    check_data([(f.path, f.kind, rule) for f, rule in matched if rule and rule.weight], None)
-    outcomes = planned_outcomes(model, foldable(model, {found.path: rule for found, rule in matched}))
-    found_of = {id(getattr(found.layer, found.kind.weight)): (found, rule) for found, rule in reversed(matched)}
+    check_data(
+        [(f.path, f.kind, rule) for f, rule in matched if rule and rule.weight], None
+    )
+    outcomes = planned_outcomes(
+        model, foldable(model, {found.path: rule for found, rule in matched})
+    )
+    found_of = {
+        id(getattr(found.layer, found.kind.weight)): (found, rule)
+        for found, rule in reversed(matched)
+    }
     layers = {found.path for found, _ in matched}
     rows = []
     for path, variable in variables_of(model):
@@ -65,11 +95,28 @@ def plan(
         if rule is None or rule.weight is None:
             rows.append(float_row(path, found.kind.name, value, skip_reason(rule)))
         else:
-            qt = dry_run(value, rule, *weight_axes(found.layer, found.kind), found.kind.weight)
-            unscaled, roles = unscaled_note(rule, outcomes.get(found.path)), found.kind.roles(found.layer)
+            qt = dry_run(
+                value, rule, *weight_axes(found.layer, found.kind), found.kind.weight
+            )
+            unscaled, roles = (
+                unscaled_note(rule, outcomes.get(found.path)),
+                found.kind.roles(found.layer),
+            )
             method = "rtn" if unscaled and rule.method != "awq" else rule.method
-            notes = (unscaled, dropped_metadata(variable), stack_note(found.layer, found.kind))
-            rows.append(planned_row(path, found.kind.name, value, qt, method, notes, roles))
-    rows += [float_row(path, "array", a, "in no variable, left as it is") for path, a in raw_arrays(model)]
-    notes = (*rotation_note(recipe), *unused_notes(recipe, [rule for _, rule in matched], strict))
+            notes = (
+                unscaled,
+                dropped_metadata(variable),
+                stack_note(found.layer, found.kind),
+            )
+            rows.append(
+                planned_row(path, found.kind.name, value, qt, method, notes, roles)
+            )
+    rows += [
+        float_row(path, "array", a, "in no variable, left as it is")
+        for path, a in raw_arrays(model)
+    ]
+    notes = (
+        *rotation_note(recipe),
+        *unused_notes(recipe, [rule for _, rule in matched], strict),
+    )
     return Report(tuple(rows), notes)

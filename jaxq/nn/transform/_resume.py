@@ -82,8 +82,16 @@ class Resume:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             # The name of a function, for its address is another in every process.
-            rules = [(dataclasses.replace(r, where=None), getattr(r.where, "__qualname__", "")) for r in recipe.rules]
-            self._mark = _digest(repr((rules, recipe.rotate, *how)), (list(batches), arrays, key))
+            rules = [
+                (
+                    dataclasses.replace(r, where=None),
+                    getattr(r.where, "__qualname__", ""),
+                )
+                for r in recipe.rules
+            ]
+            self._mark = _digest(
+                repr((rules, recipe.rotate, *how)), (list(batches), arrays, key)
+            )
 
     def read(self, block: int, names: Sequence[str]) -> dict[str, Done]:
         """What became of the layers of a block, by the names of their weights; empty if it is not finished.
@@ -104,7 +112,9 @@ class Resume:
             )
         rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in found["rows"]]
         made = zip(found["weights"], found["biases"], rows, strict=True)
-        return {name: Done(*one) for name, one in zip(found["names"], made, strict=True)}
+        return {
+            name: Done(*one) for name, one in zip(found["names"], made, strict=True)
+        }
 
     def write(self, block: int, done: dict[str, Done]) -> None:
         """Keeps what became of a block's layers."""
@@ -113,22 +123,43 @@ class Resume:
             return
         from jaxq import io
 
-        weights, biases, rows = ([getattr(one, name) for one in done.values()] for name in Done._fields)
+        weights, biases, rows = (
+            [getattr(one, name) for one in done.values()] for name in Done._fields
+        )
         rows = [dataclasses.asdict(row) for row in rows]
-        io.save(path, {"mark": self._mark, "names": list(done), "weights": weights, "biases": biases, "rows": rows})
+        io.save(
+            path,
+            {
+                "mark": self._mark,
+                "names": list(done),
+                "weights": weights,
+                "biases": biases,
+                "rows": rows,
+            },
+        )
 
     def _path(self, block: int) -> Path | None:
-        return None if self._folder is None else self._folder / f"block-{block:04d}.safetensors"
+        return (
+            None
+            if self._folder is None
+            else self._folder / f"block-{block:04d}.safetensors"
+        )
 
 
 def _digest(text: str, tree: Any) -> str:
     found = hashlib.blake2b(text.encode(), digest_size=16)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(
+            leaf.dtype, jax.dtypes.prng_key
+        ):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
         if array.dtype == object:  # what is no array: a function, for example
             array = np.asarray(getattr(leaf, "__qualname__", type(leaf).__qualname__))
-        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        found.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+        found.update(
+            f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode()
+        )
+        found.update(
+            np.ascontiguousarray(array).view(np.uint8).data if array.size else b""
+        )
     return found.hexdigest()

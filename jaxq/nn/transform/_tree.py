@@ -16,7 +16,15 @@ import numpy as np
 from flax import nnx
 
 from jaxq import formats, methods
-from jaxq.nn.report._report import Report, Row, float_row, planned_row, quantized_row, skip_reason, why_floats
+from jaxq.nn.report._report import (
+    Report,
+    Row,
+    float_row,
+    planned_row,
+    quantized_row,
+    skip_reason,
+    why_floats,
+)
 from jaxq.nn.transform._donation import Donated
 from jaxq.nn.transform._folding import FOLDED, raise_if_rotating
 from jaxq.nn.transform._nnx_matching import (
@@ -28,7 +36,13 @@ from jaxq.nn.transform._nnx_matching import (
     unused_notes,
 )
 from jaxq.nn.transform._weight import dry_run, quantize_weight
-from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, dequantize, raise_if_not_finite
+from jaxq.qtensor import (
+    ON_NONFINITE,
+    QTensor,
+    QuantSpec,
+    dequantize,
+    raise_if_not_finite,
+)
 from jaxq.recipes import Recipe, Rule, as_recipe
 from jaxq.sharding import on_auto_axes, placed_like
 
@@ -87,9 +101,13 @@ def quantize_params(
     check_key(recipe, key, "quantize_params")
     raise_if_rotating(recipe, "quantize_params")
     leaves = _match(params, recipe, on_nonfinite, strict)
-    keys = iter(jax.random.split(jax.random.key(0) if key is None else key, max(len(leaves), 1)))
+    keys = iter(
+        jax.random.split(jax.random.key(0) if key is None else key, max(len(leaves), 1))
+    )
     out, rows, donated = [], [], Donated(leaf.value for leaf in leaves)
-    made: dict[Any, tuple[QTensor, Row]] = {}  # an array of several names is quantized once
+    made: dict[
+        Any, tuple[QTensor, Row]
+    ] = {}  # an array of several names is quantized once
     for leaf in leaves:
         if leaf.planned is None:
             out.append(leaf.value)
@@ -101,14 +119,24 @@ def quantize_params(
             qt, first = made[at]
             out.append(qt)
             note = f"the same array as {first.path}"
-            rows.append(dataclasses.replace(first, path=leaf.path, note=note, bytes_before=0, bytes_after=0))
+            rows.append(
+                dataclasses.replace(
+                    first, path=leaf.path, note=note, bytes_before=0, bytes_after=0
+                )
+            )
             if donate:
                 donated.quantized(leaf.value, qt)
             continue
         with on_auto_axes((jnp.asarray(leaf.value), next(keys))) as (floats, own_key):
-            how: Any = {"key": own_key, "stochastic": key is not None, "on_nonfinite": on_nonfinite}
+            how: Any = {
+                "key": own_key,
+                "stochastic": key is not None,
+                "on_nonfinite": on_nonfinite,
+            }
             name = leaf.path or "w"
-            qt, solved = quantize_weight(floats, leaf.rule, leaf.axes, None, fallback="rtn", name=name, **how)
+            qt, solved = quantize_weight(
+                floats, leaf.rule, leaf.axes, None, fallback="rtn", name=name, **how
+            )
             rows.append(quantized_row(leaf.path, "Array", floats, qt, solved))
         qt = placed_like(qt, leaf.value)
         out.append(qt)
@@ -116,7 +144,9 @@ def quantize_params(
         if donate:
             donated.quantized(leaf.value, qt)
     tree = jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_qtensor), out)
-    return tree, Report(tuple(rows), unused_notes(recipe, [leaf.rule for leaf in leaves], strict))
+    return tree, Report(
+        tuple(rows), unused_notes(recipe, [leaf.rule for leaf in leaves], strict)
+    )
 
 
 def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
@@ -148,33 +178,58 @@ def plan_params(params: Any, recipe: Recipe, *, strict: bool = True) -> Report:
             rows.append(_left_row(leaf))
         else:
             assert leaf.rule is not None
-            rows.append(planned_row(leaf.path, "Array", leaf.value, leaf.planned, leaf.rule.method))
-    return Report(tuple(rows), unused_notes(recipe, [leaf.rule for leaf in leaves], strict))
+            rows.append(
+                planned_row(
+                    leaf.path, "Array", leaf.value, leaf.planned, leaf.rule.method
+                )
+            )
+    return Report(
+        tuple(rows), unused_notes(recipe, [leaf.rule for leaf in leaves], strict)
+    )
 
 
 def _match(params: Any, recipe: Recipe, on_nonfinite: str, strict: bool) -> list[_Leaf]:
     """Every leaf with what is to become of it, after all were checked."""
     problems, leaves = [], []
-    held = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    variables = {keys: type(node) for keys, node in held if isinstance(node, nnx.Variable)}
+    held = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    variables = {
+        keys: type(node) for keys, node in held if isinstance(node, nnx.Variable)
+    }
     for keys, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_qtensor):
-        own = keys[:-1] if keys[:-1] in variables else keys  # of `nnx.state`, without the variable's ".value"
+        own = (
+            keys[:-1] if keys[:-1] in variables else keys
+        )  # of `nnx.state`, without the variable's ".value"
         if issubclass(variables.get(own, nnx.Param), NO_WEIGHTS):
             note = f"{variables[own].__name__}, no weight: left as it is"
-            leaf, problem = _Leaf(_path_of(own), value, None, ((), ()), note, None), None
+            leaf, problem = (
+                _Leaf(_path_of(own), value, None, ((), ()), note, None),
+                None,
+            )
         else:
             leaf, problem = _match_leaf(_path_of(own), value, recipe, on_nonfinite)
         leaves.append(leaf)
         if problem is not None:
-            problems.append(f"  {leaf.path or 'the array'} {list(np.shape(value))}: {problem}")
+            problems.append(
+                f"  {leaf.path or 'the array'} {list(np.shape(value))}: {problem}"
+            )
     raise_problems(problems, "quantize_params")
     if strict:
         paths = [leaf.path or "the array itself" for leaf in leaves]
-        raise_unused(recipe, [leaf.rule for leaf in leaves], paths, "quantize_params", "parameter")
+        raise_unused(
+            recipe,
+            [leaf.rule for leaf in leaves],
+            paths,
+            "quantize_params",
+            "parameter",
+        )
     return leaves
 
 
-def _match_leaf(path: str, value: Any, recipe: Recipe, on_nonfinite: str) -> tuple[_Leaf, str | None]:
+def _match_leaf(
+    path: str, value: Any, recipe: Recipe, on_nonfinite: str
+) -> tuple[_Leaf, str | None]:
     dtype = getattr(value, "dtype", None)
     shape = () if dtype is None else tuple(np.shape(value))
     note = None
@@ -188,13 +243,22 @@ def _match_leaf(path: str, value: Any, recipe: Recipe, on_nonfinite: str) -> tup
         return _Leaf(path, value, None, ((), ()), note, None), None
     parent = path.rpartition("/")[0]
     found = (
-        r for r in recipe.rules if r.matches(path, "Array", shape) or (parent and r.matches(parent, "Array", shape))
+        r
+        for r in recipe.rules
+        if r.matches(path, "Array", shape)
+        or (parent and r.matches(parent, "Array", shape))
     )
     rule = next(found, None)
     if rule is None or rule.weight is None:
         return _Leaf(path, value, rule, ((), ()), skip_reason(rule), None), None
     batch = rule.batch or ()
-    contracting = rule.contracting if rule.contracting is not None else (-2,) if len(shape) == 2 + len(batch) else ()
+    contracting = (
+        rule.contracting
+        if rule.contracting is not None
+        else (-2,)
+        if len(shape) == 2 + len(batch)
+        else ()
+    )
     try:
         check_axes(rule, contracting, batch, len(shape))
         _check_method(rule)
@@ -204,24 +268,36 @@ def _match_leaf(path: str, value: Any, recipe: Recipe, on_nonfinite: str) -> tup
             raise_if_not_finite(jnp.asarray(value), path or "w", "quantize")
     except (TypeError, ValueError) as error:
         return _Leaf(path, value, rule, ((), ()), "", None), str(error)
-    return _Leaf(path, value, rule, (tuple(contracting), tuple(batch)), "", planned), None
+    return _Leaf(
+        path, value, rule, (tuple(contracting), tuple(batch)), "", planned
+    ), None
 
 
 def _check_method(rule: Rule) -> None:
     if rule.correct_bias:
-        raise ValueError("correct_bias=True needs calibration data, which pass through a model")
+        raise ValueError(
+            "correct_bias=True needs calibration data, which pass through a model"
+        )
     if rule.method in FOLDED:
         raise ValueError(
             f"method {rule.method!r} folds scales into what comes before a layer; a tree does not say what"
         )
     if rule.observer is not None:
-        raise ValueError(f"observer {rule.observer!r} needs calibration data, which pass through a model")
+        raise ValueError(
+            f"observer {rule.observer!r} needs calibration data, which pass through a model"
+        )
     if methods.METHODS[rule.method].needs_data:
-        raise ValueError(f"method {rule.method!r} needs calibration data, which pass through a model")
+        raise ValueError(
+            f"method {rule.method!r} needs calibration data, which pass through a model"
+        )
 
 
 def _left_row(leaf: _Leaf) -> Row:
-    value = leaf.value if hasattr(leaf.value, "dtype") or isinstance(leaf.value, QTensor) else np.asarray(leaf.value)
+    value = (
+        leaf.value
+        if hasattr(leaf.value, "dtype") or isinstance(leaf.value, QTensor)
+        else np.asarray(leaf.value)
+    )
     return float_row(leaf.path, "Array", value, leaf.note)
 
 
@@ -229,7 +305,9 @@ def _path_of(keys: tuple[Any, ...]) -> str:
     """Components joined by "/": names of keys and attributes, numbers of positions."""
     parts = []
     for key in keys:
-        named = (getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
+        named = (
+            getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)
+        )
         parts.append(str(next(named, key)))
     return "/".join(parts)
 

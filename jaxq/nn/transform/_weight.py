@@ -61,9 +61,14 @@ def quantize_weight(
         name=name,
     )
     solved = None
-    if rule.method in ("equalize", "smoothquant"):  # their scales are in the floats by now
+    if rule.method in (
+        "equalize",
+        "smoothquant",
+    ):  # their scales are in the floats by now
         note = unscaled_note(rule, outcome)
-        solved = methods.Solved(qt, "rtn" if note else rule.method, note, outcome.loss if outcome else None)
+        solved = methods.Solved(
+            qt, "rtn" if note else rule.method, note, outcome.loss if outcome else None
+        )
     elif rule.method != "rtn":
         solved = _solve(qt, floats, stats if rows else None, rule, fallback, key, name)
         qt = solved.qt
@@ -72,7 +77,9 @@ def quantize_weight(
     return with_inputs(qt, rule, static_bounds(rule, stats, name)), solved
 
 
-def dry_run(w: Any, rule: Rule, contracting: Sequence[int], batch: Sequence[int], name: str) -> QTensor:
+def dry_run(
+    w: Any, rule: Rule, contracting: Sequence[int], batch: Sequence[int], name: str
+) -> QTensor:
     """Raises what quantizing a weight would raise; nothing is computed.
 
     Args:
@@ -87,15 +94,23 @@ def dry_run(w: Any, rule: Rule, contracting: Sequence[int], batch: Sequence[int]
     """
     axes = tuple(contracting)
     found = methods.METHODS[rule.method]
-    check_floats(w.dtype, w.shape, name, "quantize")  # before jax makes float32 of what it cannot hold
+    check_floats(
+        w.dtype, w.shape, name, "quantize"
+    )  # before jax makes float32 of what it cannot hold
 
     def made(v: jax.Array) -> QTensor:
-        key = jax.random.key(0)  # whether there is one is told when the numbers are there
+        key = jax.random.key(
+            0
+        )  # whether there is one is told when the numbers are there
         spec = nearest_spec(rule)
         drawn = key if spec.rounding == "stochastic" else None
-        qt = quantize(v, spec, contracting=axes, batch=tuple(batch), key=drawn, name=name)
+        qt = quantize(
+            v, spec, contracting=axes, batch=tuple(batch), key=drawn, name=name
+        )
         needs_data = found.needs_data or dict(rule.options).get("inputs", False)
-        if rule.method != "rtn" and not needs_data:  # the others give codes and scales like these
+        if (
+            rule.method != "rtn" and not needs_data
+        ):  # the others give codes and scales like these
             qt = _solve(qt, v, None, rule, "rtn", key, name).qt
         return with_inputs(qt, rule, None if rule.observer is None else (0.0, 1.0))
 
@@ -110,7 +125,9 @@ def unscaled_note(rule: Rule, outcome: Outcome | None) -> str:
     return f"only clipped: {why}" if rule.method == "awq" else why
 
 
-def _with_scales(solved: methods.Solved, unscaled: str, outcome: Outcome | None) -> methods.Solved:
+def _with_scales(
+    solved: methods.Solved, unscaled: str, outcome: Outcome | None
+) -> methods.Solved:
     """What AWQ's second half, clipping, made of a weight, with what is known of its first, the scales."""
     if unscaled or outcome is None:
         return solved._replace(note="; ".join(n for n in (unscaled, solved.note) if n))
@@ -118,12 +135,21 @@ def _with_scales(solved: methods.Solved, unscaled: str, outcome: Outcome | None)
     if solved.loss is not None and outcome.loss is not None:
         loss = solved.loss * outcome.loss
     if solved.method == "rtn":
-        return solved._replace(method="awq", loss=loss, note="only scaled: clipping does worse on held-out inputs")
+        return solved._replace(
+            method="awq",
+            loss=loss,
+            note="only scaled: clipping does worse on held-out inputs",
+        )
     return solved._replace(loss=loss)
 
 
 def corrected_bias(
-    bias: jax.Array, floats: jax.Array, qt: QTensor, stats: LayerStats, fallback: str, name: str
+    bias: jax.Array,
+    floats: jax.Array,
+    qt: QTensor,
+    stats: LayerStats,
+    fallback: str,
+    name: str,
 ) -> tuple[jax.Array, str]:
     """A layer's bias with what its quantized weight falls short of on average, and what a report says of it.
 
@@ -140,27 +166,39 @@ def corrected_bias(
     back = dequantize(qt.with_activation(None), dtype=jnp.float32)
     w, w_hat = _matrix(qt, floats), _matrix(qt, back)
     shift = methods.bias_correction(w, w_hat, stats.mean)  # [*batch, out]
-    missing = jnp.matmul(stats.held_out, w.astype(jnp.float32) - w_hat, precision=jax.lax.Precision.HIGHEST)
+    missing = jnp.matmul(
+        stats.held_out,
+        w.astype(jnp.float32) - w_hat,
+        precision=jax.lax.Precision.HIGHEST,
+    )
     counts = (stats.held_out_ranks >= 0)[..., None]
     after = jnp.sum(jnp.where(counts, missing - shift[..., None, :], 0.0) ** 2)
     before = jnp.sum(missing**2)
-    note = "; ".join(n for n in ("bias corrected", methods.few_tokens(stats, w.shape[-2])) if n)
+    note = "; ".join(
+        n for n in ("bias corrected", methods.few_tokens(stats, w.shape[-2])) if n
+    )
     if bool(after > before) and fallback != "none":
         worse = f"bias correction does worse on held-out inputs ({float(after / before):.3g} times the error)"
         if fallback == "raise":
             raise ValueError(f"{name}: {worse}. Pass fallback='rtn' or 'none'.")
         return bias, f"{worse}, so none"
-    return (bias.astype(jnp.float32) + shift.reshape(bias.shape)).astype(bias.dtype), note
+    return (bias.astype(jnp.float32) + shift.reshape(bias.shape)).astype(
+        bias.dtype
+    ), note
 
 
 def _matrix(qt: QTensor, floats: jax.Array) -> jax.Array:
     """An array of a QTensor's shape as its matrix `[*batch, in, out]`."""
     geometry = qt.meta.geometry
     view = geometry.to_storage(geometry.to_view(floats))
-    return jnp.swapaxes(view.reshape(*qt.batch_shape, -1, geometry.contracted_size), -1, -2)
+    return jnp.swapaxes(
+        view.reshape(*qt.batch_shape, -1, geometry.contracted_size), -1, -2
+    )
 
 
-def with_inputs(qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None = None) -> QTensor:
+def with_inputs(
+    qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None = None
+) -> QTensor:
     """A weight that quantizes its inputs as a rule says; columns of outliers that its method set apart stay so.
 
     Args:
@@ -174,7 +212,9 @@ def with_inputs(qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None = None) 
     return qt.with_activation(rule.activation, outliers=outliers, bounds=bounds)
 
 
-def static_bounds(rule: Rule, stats: LayerStats | None, name: str) -> tuple[jax.Array, jax.Array] | None:
+def static_bounds(
+    rule: Rule, stats: LayerStats | None, name: str
+) -> tuple[jax.Array, jax.Array] | None:
     """The range of a layer's input that its rule's observer found; None where the rule has none.
 
     Args:
@@ -194,7 +234,9 @@ def static_bounds(rule: Rule, stats: LayerStats | None, name: str) -> tuple[jax.
     observer, spec = rule.observer, rule.activation
 
     def bounds(state: Any) -> tuple[jax.Array, jax.Array]:
-        return observer.bounds(state, spec.fmt, symmetric=spec.symmetric and spec.offset is None)
+        return observer.bounds(
+            state, spec.fmt, symmetric=spec.symmetric and spec.offset is None
+        )
 
     for _ in range(stats.count.ndim):
         bounds = jax.vmap(bounds)
@@ -208,7 +250,13 @@ def static_bounds(rule: Rule, stats: LayerStats | None, name: str) -> tuple[jax.
 
 
 def _solve(
-    own: QTensor, floats: jax.Array, stats: LayerStats | None, rule: Rule, fallback: str, key: jax.Array, name: str
+    own: QTensor,
+    floats: jax.Array,
+    stats: LayerStats | None,
+    rule: Rule,
+    fallback: str,
+    key: jax.Array,
+    name: str,
 ) -> methods.Solved:
     """A weight by the method of its rule; `own` is what the result's axes and blocks are to be."""
     assert isinstance(rule.weight, QuantSpec)
@@ -250,18 +298,28 @@ def _in_place_of(qt: QTensor, own: QTensor, method: str, name: str) -> QTensor:
     data = fit(qt.data, own.data)
     codebook = qt.codebook
     if codebook is not None:
-        codebook = codebook.reshape(*batch, *whole.geometry.num_blocks, codebook.shape[-1])
+        codebook = codebook.reshape(
+            *batch, *whole.geometry.num_blocks, codebook.shape[-1]
+        )
     meta = dataclasses.replace(
-        whole, spec=matrix.spec, packing=matrix.packing, activation=matrix.activation, outliers=matrix.outliers
+        whole,
+        spec=matrix.spec,
+        packing=matrix.packing,
+        activation=matrix.activation,
+        outliers=matrix.outliers,
     )
     scale = (
-        jax.tree.map(fit, qt.scale, own.scale) if isinstance(qt.scale, QTensor) else fit(qt.scale, _scale_like(own, qt))
+        jax.tree.map(fit, qt.scale, own.scale)
+        if isinstance(qt.scale, QTensor)
+        else fit(qt.scale, _scale_like(own, qt))
     )
     if isinstance(scale, QTensor):
         assert isinstance(own.scale, QTensor)
         scale = dataclasses.replace(scale, meta=own.scale.meta)
     like = _scale_like(own, qt)
-    return QTensor(data, scale, fit(qt.zero_point, like), fit(qt.offset, like), codebook, meta)  # pyright: ignore[reportArgumentType]
+    return QTensor(
+        data, scale, fit(qt.zero_point, like), fit(qt.offset, like), codebook, meta
+    )  # pyright: ignore[reportArgumentType]
 
 
 def _scale_like(own: QTensor, qt: QTensor) -> jax.Array:

@@ -54,11 +54,21 @@ class Softmax(NamedTuple):
 def start(q: jax.Array) -> Softmax:
     """Attention of queries `[b, m, r, t, h]` over nothing."""
     zeros = jnp.zeros(q.shape[:-1], jnp.float32)
-    return Softmax(jnp.full_like(zeros, jnp.finfo(jnp.float32).min), zeros, jnp.zeros(q.shape, jnp.float32))
+    return Softmax(
+        jnp.full_like(zeros, jnp.finfo(jnp.float32).min),
+        zeros,
+        jnp.zeros(q.shape, jnp.float32),
+    )
 
 
 def fold(
-    state: Softmax, block: Block, q: jax.Array, positions: jax.Array, *, scale: float, window: int | None
+    state: Softmax,
+    block: Block,
+    q: jax.Array,
+    positions: jax.Array,
+    *,
+    scale: float,
+    window: int | None,
 ) -> Softmax:
     """`state` with one more block.
 
@@ -76,16 +86,30 @@ def fold(
     seen = seen if window is None else seen & (distance < window)
     seen = seen[:, None, None]  # [b, 1, 1, t, s]
     # A place that is not valid may hold a NaN of a text that is gone, and 0 NaN = NaN.
-    values = jnp.where(block.valid[:, None, :, None], block.values, jnp.zeros((), block.values.dtype))
+    values = jnp.where(
+        block.valid[:, None, :, None], block.values, jnp.zeros((), block.values.dtype)
+    )
     rows = q.reshape(b, m, r * t, h)
-    scores = jnp.einsum("bmqh,bmsh->bmqs", rows, block.keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "bmqh,bmsh->bmqs", rows, block.keys, preferred_element_type=jnp.float32
+    )
     scores = scores.reshape(b, m, r, t, -1) * np.float32(scale)
-    top = jnp.maximum(state.top, jnp.max(jnp.where(seen, scores, state.top[..., None]), axis=-1))
-    weights = jnp.where(seen, jnp.exp(scores - top[..., None]), np.float32(0))  # [b, m, r, t, s]
+    top = jnp.maximum(
+        state.top, jnp.max(jnp.where(seen, scores, state.top[..., None]), axis=-1)
+    )
+    weights = jnp.where(
+        seen, jnp.exp(scores - top[..., None]), np.float32(0)
+    )  # [b, m, r, t, s]
     fade = jnp.exp(state.top - top)
     rows = weights.astype(values.dtype).reshape(b, m, r * t, -1)
-    sums = jnp.einsum("bmqs,bmsh->bmqh", rows, values, preferred_element_type=jnp.float32).reshape(q.shape)
-    return Softmax(top, state.total * fade + weights.sum(axis=-1), state.sums * fade[..., None] + sums)
+    sums = jnp.einsum(
+        "bmqs,bmsh->bmqh", rows, values, preferred_element_type=jnp.float32
+    ).reshape(q.shape)
+    return Softmax(
+        top,
+        state.total * fade + weights.sum(axis=-1),
+        state.sums * fade[..., None] + sums,
+    )
 
 
 def fold_many(
@@ -102,4 +126,6 @@ def fold_many(
 
 def finish(state: Softmax) -> jax.Array:
     """Weighted means, float32 `[b, m, r, t, h]`; 0 for a query that read nothing."""
-    return state.sums / jnp.where(state.total == 0, np.float32(1), state.total)[..., None]
+    return (
+        state.sums / jnp.where(state.total == 0, np.float32(1), state.total)[..., None]
+    )

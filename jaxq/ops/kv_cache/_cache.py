@@ -106,22 +106,48 @@ class KVCache:
           TypeError: a size that is no whole number, another dtype.
         """
         spec = as_kv_cache_spec(spec, "KVCache.empty")
-        sizes = {"batch": batch, "num_heads": num_heads, "length": length, "head_dim": head_dim}
-        b, m, length, h = (whole_number(f"KVCache.empty: {name}", size) for name, size in sizes.items())
-        window = None if window is None else whole_number("KVCache.empty: window", window)
+        sizes = {
+            "batch": batch,
+            "num_heads": num_heads,
+            "length": length,
+            "head_dim": head_dim,
+        }
+        b, m, length, h = (
+            whole_number(f"KVCache.empty: {name}", size) for name, size in sizes.items()
+        )
+        window = (
+            None if window is None else whole_number("KVCache.empty: window", window)
+        )
         dtype = jnp.dtype(dtype)
         if dtype.name not in _DTYPES:
-            raise TypeError(f"KVCache.empty: dtype must be one of {', '.join(_DTYPES)}, got {dtype.name}.")
+            raise TypeError(
+                f"KVCache.empty: dtype must be one of {', '.join(_DTYPES)}, got {dtype.name}."
+            )
         num_groups = -(-max(0, length - spec.residual) // spec.group)
         if window is not None:
             # Groups do not end where the window begins: in the worst case group - 1 tokens of the oldest are outside.
-            needed = -(-(window - spec.residual + spec.group - 1) // spec.group) if window > spec.residual else 0
+            needed = (
+                -(-(window - spec.residual + spec.group - 1) // spec.group)
+                if window > spec.residual
+                else 0
+            )
             num_groups = min(num_groups, needed)
         blocks = jax.ShapeDtypeStruct((b, m, num_groups, spec.group, h), dtype)
-        shapes = jax.eval_shape(functools.partial(_steps.quantize_groups, spec=spec), blocks, blocks)
+        shapes = jax.eval_shape(
+            functools.partial(_steps.quantize_groups, spec=spec), blocks, blocks
+        )
         keys, values = jax.tree.map(_zeros, shapes)
         recent = jnp.zeros((b, m, spec.residual, h), dtype)
-        return cls(keys, values, recent, jnp.zeros_like(recent), jnp.zeros((b,), jnp.int32), spec, length, window)
+        return cls(
+            keys,
+            values,
+            recent,
+            jnp.zeros_like(recent),
+            jnp.zeros((b,), jnp.int32),
+            spec,
+            length,
+            window,
+        )
 
     @property
     def dtype(self) -> np.dtype:
@@ -138,7 +164,9 @@ class KVCache:
         """Bytes of all leaves: codes, scales, the tokens in full precision, lengths."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
-    def append(self, k: jax.Array, v: jax.Array, *, count: jax.typing.ArrayLike | None = None) -> KVCache:
+    def append(
+        self, k: jax.Array, v: jax.Array, *, count: jax.typing.ArrayLike | None = None
+    ) -> KVCache:
         """The cache with more tokens.
 
         Args:
@@ -221,22 +249,40 @@ class KVCache:
           (1.0, 1.0)
         """
         if (k is None) != (v is None):
-            raise TypeError("KVCache.attend: k and v are both tokens to read, or both None; got one of them.")
+            raise TypeError(
+                "KVCache.attend: k and v are both tokens to read, or both None; got one of them."
+            )
         self._check("attend", q=q, **({} if k is None else {"k": k, "v": v}))
         if k is not None and k.shape[1] != q.shape[1]:
-            raise ValueError(f"KVCache.attend: q has {q.shape[1]} tokens and k {k.shape[1]}: one key for every query.")
+            raise ValueError(
+                f"KVCache.attend: q has {q.shape[1]} tokens and k {k.shape[1]}: one key for every query."
+            )
         block = whole_number("KVCache.attend: block", block)
         t, h = q.shape[1], q.shape[3]
-        kept = max(self.spec.residual, (self.num_groups - 1) * self.spec.group + self.spec.residual + 1)
-        if k is None and self.window is not None and self.length > kept and t + self.window - 1 > kept:
+        kept = max(
+            self.spec.residual,
+            (self.num_groups - 1) * self.spec.group + self.spec.residual + 1,
+        )
+        if (
+            k is None
+            and self.window is not None
+            and self.length > kept
+            and t + self.window - 1 > kept
+        ):
             raise ValueError(
                 f"KVCache.attend: {t} queries of appended tokens read {t + self.window - 1} tokens, and a window of "
                 f"{self.window} keeps {kept}. Pass k and v, and append them afterwards."
             )
         scale = 1 / math.sqrt(h) if scale is None else float(scale)
         if count is not None and k is not None:
-            raise ValueError("KVCache.attend: count= is of tokens appended already; with k and v there are none.")
-        real = t if count is None else jnp.asarray(self._checked_count(count, t), jnp.int32)
+            raise ValueError(
+                "KVCache.attend: count= is of tokens appended already; with k and v there are none."
+            )
+        real = (
+            t
+            if count is None
+            else jnp.asarray(self._checked_count(count, t), jnp.int32)
+        )
         return _steps.attend(self, q, k, v, real, scale=scale, block=block)
 
     def reset(self, slots: jax.typing.ArrayLike | Sequence[int]) -> KVCache:
@@ -258,27 +304,42 @@ class KVCache:
         """
         b = self.lengths.shape[-1]
         mask = slot_mask(slots, b, "KVCache.reset")
-        return dataclasses.replace(self, lengths=jnp.where(jnp.broadcast_to(mask, self.lengths.shape), 0, self.lengths))
+        return dataclasses.replace(
+            self,
+            lengths=jnp.where(
+                jnp.broadcast_to(mask, self.lengths.shape), 0, self.lengths
+            ),
+        )
 
     def __repr__(self) -> str:
-        formats = " and ".join(dict.fromkeys(qt.spec.fmt.name for qt in (self.keys, self.values)))
+        formats = " and ".join(
+            dict.fromkeys(qt.spec.fmt.name for qt in (self.keys, self.values))
+        )
         window = "" if self.window is None else f", window={self.window}"
         try:
             b, m, _, h = self.recent_keys.shape[-4:]
             size = f"{b} slots x {self.length} tokens x {m} heads of {h}, {self.nbytes:,} bytes"
-        except (AttributeError, TypeError, ValueError):  # leaves that are not arrays, as transforms make
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+        ):  # leaves that are not arrays, as transforms make
             size = f"leaves={type(self.lengths).__name__}"
         return f"KVCache({formats}, {size}, group={self.spec.group}, residual={self.spec.residual}{window})"
 
     def _check(self, caller: str, **arrays: Any) -> None:
         """Raises unless every array is `[b, t, heads, h]` in the cache's dtype."""
         if self.recent_keys.ndim != 4:
-            raise ValueError(f"KVCache.{caller}: {self!r} is a stack of caches. Map over it with jax.vmap or lax.scan.")
+            raise ValueError(
+                f"KVCache.{caller}: {self!r} is a stack of caches. Map over it with jax.vmap or lax.scan."
+            )
         b, m, _, h = self.recent_keys.shape
         sizes = None
         for name, x in arrays.items():
             if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-                raise TypeError(f"KVCache.{caller}: {name} must be an array, got {type(x).__name__}.")
+                raise TypeError(
+                    f"KVCache.{caller}: {name} must be an array, got {type(x).__name__}."
+                )
             got = f"{name}: {jnp.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
             if x.dtype != self.dtype:
                 raise TypeError(
@@ -286,24 +347,43 @@ class KVCache:
                     "or make the cache with another dtype."
                 )
             heads = "n" if name == "q" else str(m)
-            fits = len(x.shape) == 4 and x.shape[0] == b and x.shape[3] == h and x.shape[1] > 0
-            if not fits or (x.shape[2] % m if name == "q" else x.shape[2] != m) or not x.shape[2]:
+            fits = (
+                len(x.shape) == 4
+                and x.shape[0] == b
+                and x.shape[3] == h
+                and x.shape[1] > 0
+            )
+            if (
+                not fits
+                or (x.shape[2] % m if name == "q" else x.shape[2] != m)
+                or not x.shape[2]
+            ):
                 more = f", n a multiple of {m}" if name == "q" else ""
-                raise ValueError(f"KVCache.{caller}: expected [{b}, t, {heads}, {h}]{more}, got {got}.")
+                raise ValueError(
+                    f"KVCache.{caller}: expected [{b}, t, {heads}, {h}]{more}, got {got}."
+                )
             if name == "k":
                 sizes = x.shape
             if name == "v" and x.shape != sizes:
-                raise ValueError(f"KVCache.{caller}: k and v must have one shape, got k: {list(sizes or ())}, {got}.")
+                raise ValueError(
+                    f"KVCache.{caller}: k and v must have one shape, got k: {list(sizes or ())}, {got}."
+                )
 
-    def _checked_count(self, count: jax.typing.ArrayLike, t: int) -> jax.Array | np.ndarray:
+    def _checked_count(
+        self, count: jax.typing.ArrayLike, t: int
+    ) -> jax.Array | np.ndarray:
         b = self.lengths.shape[0]
         array = count if isinstance(count, jax.Array) else np.asarray(count)
         if array.shape != (b,) or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"KVCache.append: count must be int32[{b}], got {array.dtype.name}{list(array.shape)}.")
+            raise ValueError(
+                f"KVCache.append: count must be int32[{b}], got {array.dtype.name}{list(array.shape)}."
+            )
         if isinstance(array, Tracer):
             return jnp.clip(array.astype(jnp.int32), 0, t)
         if ((np.asarray(array) < 0) | (np.asarray(array) > t)).any():
-            raise ValueError(f"KVCache.append: count must lie in [0, {t}], the tokens given; got {array.tolist()}.")
+            raise ValueError(
+                f"KVCache.append: count must lie in [0, {t}], the tokens given; got {array.tolist()}."
+            )
         return np.asarray(array, np.int32)
 
 
@@ -318,11 +398,20 @@ def slot_mask(slots: Any, b: int, caller: str) -> jax.Array:
     array = slots if isinstance(slots, jax.Array) else np.asarray(slots)
     if array.dtype == np.bool_:
         if array.shape != (b,):
-            raise ValueError(f"{caller}: a mask of slots must be bool[{b}], got bool{list(array.shape)}.")
+            raise ValueError(
+                f"{caller}: a mask of slots must be bool[{b}], got bool{list(array.shape)}."
+            )
         return jnp.asarray(array)
     if array.size and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{caller}: slots are indices or bool[{b}], got {array.dtype.name}{list(array.shape)}.")
+        raise TypeError(
+            f"{caller}: slots are indices or bool[{b}], got {array.dtype.name}{list(array.shape)}."
+        )
     indices = array.reshape(-1).astype(np.int32)
-    if not isinstance(indices, Tracer) and (np.asarray(indices >= b) | np.asarray(indices < -b)).any():
-        raise ValueError(f"{caller}: slots {np.asarray(indices).tolist()} are not all in [0, {b}).")
+    if (
+        not isinstance(indices, Tracer)
+        and (np.asarray(indices >= b) | np.asarray(indices < -b)).any()
+    ):
+        raise ValueError(
+            f"{caller}: slots {np.asarray(indices).tolist()} are not all in [0, {b})."
+        )
     return jnp.zeros((b,), bool).at[indices].set(True)

@@ -46,17 +46,34 @@ class KVCacheSpec:
 
     def __post_init__(self):
         for name in ("keys", "values"):
-            given = self.keys if name == "values" and self.values is None else getattr(self, name)
+            given = (
+                self.keys
+                if name == "values" and self.values is None
+                else getattr(self, name)
+            )
             spec = as_spec(given, f"KVCacheSpec: {name}")
             if spec.rounding == "stochastic":
-                raise ValueError(f"KVCacheSpec: {name} round at random, and nobody passes a key. Use 'nearest_even'.")
+                raise ValueError(
+                    f"KVCacheSpec: {name} round at random, and nobody passes a key. Use 'nearest_even'."
+                )
             object.__setattr__(self, name, spec)
         assert isinstance(self.keys, QuantSpec)
         group, residual = (16, 64) if self.keys.fmt.bits <= 2 else (32, 32)
-        given = {name: getattr(self, name) for name in ("group", "residual") if getattr(self, name) is not None}
-        given = {name: whole_number(f"KVCacheSpec: {name}", size) for name, size in given.items()}
-        object.__setattr__(self, "group", given.get("group", min(group, given.get("residual", group))))
-        object.__setattr__(self, "residual", given.get("residual", max(residual, self.group)))
+        given = {
+            name: getattr(self, name)
+            for name in ("group", "residual")
+            if getattr(self, name) is not None
+        }
+        given = {
+            name: whole_number(f"KVCacheSpec: {name}", size)
+            for name, size in given.items()
+        }
+        object.__setattr__(
+            self, "group", given.get("group", min(group, given.get("residual", group)))
+        )
+        object.__setattr__(
+            self, "residual", given.get("residual", max(residual, self.group))
+        )
         if self.residual < self.group:
             raise ValueError(
                 f"KVCacheSpec: residual is {self.residual}, less than group {self.group}: tokens wait there until "

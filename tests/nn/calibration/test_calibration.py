@@ -37,8 +37,12 @@ def batches():
 def split(batches):
     """Rows that go into statistics, and those held out: of short sequences one in eight, another one at every call."""
     held = [np.arange(8) == 7 - i for i in range(len(batches))]
-    train = [np.asarray(b)[~h].reshape(-1, 8) for b, h in zip(batches, held, strict=True)]
-    return np.concatenate(train), np.concatenate([np.asarray(b)[h][0] for b, h in zip(batches, held, strict=True)])
+    train = [
+        np.asarray(b)[~h].reshape(-1, 8) for b, h in zip(batches, held, strict=True)
+    ]
+    return np.concatenate(train), np.concatenate(
+        [np.asarray(b)[h][0] for b, h in zip(batches, held, strict=True)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,9 @@ def test_statistics_are_numpys(stats, batches):
     np.testing.assert_allclose(found.absmean, abs(rows).mean(0), rtol=1e-5)
     np.testing.assert_array_equal(found.low, rows.min(0).astype(np.float32))
     np.testing.assert_array_equal(found.absmax, abs(rows).max(0).astype(np.float32))
-    np.testing.assert_allclose(found.hessian, 2 * rows.T @ rows / len(rows), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        found.hessian, 2 * rows.T @ rows / len(rows), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_samples_and_held_out_rows_are_rows_of_the_data(stats, batches):
@@ -78,15 +84,24 @@ def test_layers_come_in_the_order_of_the_forward_pass(stats):
 def test_the_model_stays_as_it_is(block, batches):
     before = jax.tree.map(np.asarray, nnx.state(block))
     calibrate(block, batches[:1])
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, nnx.state(block)), before)
-    assert block.heads.dot_general is None or block.heads.dot_general is jax.lax.dot_general
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.tree.map(np.asarray, nnx.state(block)),
+        before,
+    )
+    assert (
+        block.heads.dot_general is None
+        or block.heads.dot_general is jax.lax.dot_general
+    )
 
 
 def test_masked_rows_do_not_count(block, batches):
     x = batches[0]
     mask = np.arange(3) < np.array([3, 1, 2, 3, 0, 2, 1, 3])[:, None]
     padded = np.where(mask[..., None], x, np.float32(1e6))
-    found = calibrate(block, [padded], mask=lambda batch: mask, layers=["heads"])["heads"]
+    found = calibrate(block, [padded], mask=lambda batch: mask, layers=["heads"])[
+        "heads"
+    ]
     rows = np.asarray(x)[:7][mask[:7]]
     assert float(found.count) == len(rows)
     np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-5, atol=1e-6)
@@ -102,14 +117,22 @@ def test_statistics_do_not_depend_on_how_rows_come(block):
     for row in rows:
         one = update(one, row[None], true[:1], parts[:1])
     for field in ("count", "mean", "absmean", "low", "high", "hessian"):
-        np.testing.assert_allclose(getattr(one, field), getattr(whole, field), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            getattr(one, field), getattr(whole, field), rtol=1e-4, atol=1e-5
+        )
     assert int(one.num_samples) == int(whole.num_samples) == 14
-    assert {r.tobytes() for r in np.asarray(one.held_out)[:2]} == {np.asarray(rows[i]).tobytes() for i in (7, 15)}
+    assert {r.tobytes() for r in np.asarray(one.held_out)[:2]} == {
+        np.asarray(rows[i]).tobytes() for i in (7, 15)
+    }
 
 
 def test_samples_are_of_all_batches_alike():
     stats, rows = jaxq.observers.empty_stats(4, hessian=False), np.array(normal(304, 4))
-    true, parts, update = np.ones(304, bool), np.arange(304, dtype=np.int32), jax.jit(jaxq.observers.update_stats)
+    true, parts, update = (
+        np.ones(304, bool),
+        np.arange(304, dtype=np.int32),
+        jax.jit(jaxq.observers.update_stats),
+    )
     for i in range(12):
         rows[:, 0] = i
         stats = update(stats, rows.copy(), true, parts)
@@ -117,7 +140,9 @@ def test_samples_are_of_all_batches_alike():
     assert int(stats.num_held_out) == jaxq.observers.NUM_HELD_OUT
     assert float(stats.count) == 12 * 304 * 7 / 8
     assert stats.hessian is None
-    share = np.bincount(np.asarray(stats.samples)[:, 0].astype(int), minlength=12)  # 43 of each would be even
+    share = np.bincount(
+        np.asarray(stats.samples)[:, 0].astype(int), minlength=12
+    )  # 43 of each would be even
     assert share.min() > 20
     assert share.max() < 75
 
@@ -154,13 +179,19 @@ def test_stacked_layers_under_nnx_scan():
     model, x = Stack(), normal(6, 8)
     found = calibrate(model, [x])["layers"]
     assert found.hessian.shape == (3, 8, 8)
-    kernel, bias = np.asarray(model.layers.kernel[...]), np.asarray(model.layers.bias[...])
+    kernel, bias = (
+        np.asarray(model.layers.kernel[...]),
+        np.asarray(model.layers.bias[...]),
+    )
     mean, x = np.asarray(found.mean), np.asarray(x)
     for i in range(3):
         np.testing.assert_allclose(mean[i], x.mean(0), rtol=1e-4, atol=1e-5)
         x = np.tanh(x @ kernel[i] + bias[i])
     qmodel, report = jaxq.quantize_model(
-        model, jaxq.Recipe([jaxq.Rule(weight="int4", method="gptq")]), calibration=[normal(6, 8)], fallback="none"
+        model,
+        jaxq.Recipe([jaxq.Rule(weight="int4", method="gptq")]),
+        calibration=[normal(6, 8)],
+        fallback="none",
     )
     assert report.quantized[0].method == "gptq"
     assert qmodel(normal(6, 8)).shape == (6, 8)
@@ -196,11 +227,24 @@ def test_every_way_to_have_no_statistics_is_an_error(block, batches):
     with pytest.raises(ValueError, match=r"no layer .* at \['typo'\]"):
         calibrate(block, batches[:1], layers=["typo"])
     with pytest.raises(ValueError, match="heads: channel 2 of its input is not finite"):
-        calibrate(block, [np.where(np.arange(8) == 2, np.float32(np.nan), batches[0])], layers=["heads"])
-    with pytest.raises(ValueError, match=r"the mask is \[5\], and the rows of heads are \[8, 3\]"):
-        calibrate(block, batches[:1], mask=lambda batch: np.ones(5, bool), layers=["heads"])
+        calibrate(
+            block,
+            [np.where(np.arange(8) == 2, np.float32(np.nan), batches[0])],
+            layers=["heads"],
+        )
+    with pytest.raises(
+        ValueError, match=r"the mask is \[5\], and the rows of heads are \[8, 3\]"
+    ):
+        calibrate(
+            block, batches[:1], mask=lambda batch: np.ones(5, bool), layers=["heads"]
+        )
     with pytest.raises(ValueError, match="no row counted"):
-        calibrate(block, batches[:1], mask=lambda batch: np.zeros((8, 3), bool), layers=["heads"])
+        calibrate(
+            block,
+            batches[:1],
+            mask=lambda batch: np.zeros((8, 3), bool),
+            layers=["heads"],
+        )
     with pytest.raises(TypeError, match="must be a flax nnx Module"):
         calibrate(lambda x: x, batches)
     with pytest.raises(ValueError, match="has no Linear"):
@@ -221,7 +265,9 @@ def test_shapes_of_batches_may_differ_and_each_is_compiled_once(block):
         traces.append(x.shape)
         return model(x)
 
-    calibrate(block, [normal(4, 3, 8), normal(4, 3, 8), normal(2, 5, 8)], forward=forward)
+    calibrate(
+        block, [normal(4, 3, 8), normal(4, 3, 8), normal(2, 5, 8)], forward=forward
+    )
     assert traces == [(4, 3, 8), (2, 5, 8)]
 
 
@@ -234,20 +280,37 @@ def test_progress_is_shown_where_asked_for(block, batches, capsys):
 
 def test_going_on_from_saved_statistics(block, batches, stats, tmp_path):
     first = calibrate(block, batches[:2])
-    jaxq.save(tmp_path / "stats", {path: found._asdict() for path, found in first.items()})
-    kept = {path: jaxq.observers.LayerStats(**found) for path, found in jaxq.load(tmp_path / "stats").items()}
-    jax.tree.map(np.testing.assert_array_equal, calibrate(block, batches[2:], start=kept), stats)
+    jaxq.save(
+        tmp_path / "stats", {path: found._asdict() for path, found in first.items()}
+    )
+    kept = {
+        path: jaxq.observers.LayerStats(**found)
+        for path, found in jaxq.load(tmp_path / "stats").items()
+    }
+    jax.tree.map(
+        np.testing.assert_array_equal, calibrate(block, batches[2:], start=kept), stats
+    )
     with pytest.raises(ValueError, match="start has no statistics of"):
         calibrate(block, batches, start={"heads": kept["heads"]})
 
 
-@pytest.mark.parametrize("observer", [jaxq.observers.percentile(99.0), jaxq.observers.entropy(bins=128)])
+@pytest.mark.parametrize(
+    "observer", [jaxq.observers.percentile(99.0), jaxq.observers.entropy(bins=128)]
+)
 def test_an_observer_sees_what_counts(block, batches, observer):
     mask = np.arange(3) < np.array([3, 1, 2, 3, 0, 2, 1, 3])[:, None]
-    found = calibrate(block, [batches[0]], mask=lambda batch: mask, layers=["heads"], observer=observer)["heads"]
+    found = calibrate(
+        block,
+        [batches[0]],
+        mask=lambda batch: mask,
+        layers=["heads"],
+        observer=observer,
+    )["heads"]
     rows = np.asarray(batches[0])[:7][mask[:7]]
     expected = observer.bounds_of(jnp.asarray(rows), "int8")
-    np.testing.assert_allclose(observer.bounds(found.observed, "int8"), expected, rtol=0.1)
+    np.testing.assert_allclose(
+        observer.bounds(found.observed, "int8"), expected, rtol=0.1
+    )
 
 
 class Switched(nnx.Module):
@@ -266,12 +329,16 @@ class Switched(nnx.Module):
 def test_what_is_no_array_is_passed_as_it_is():
     batch = {"x": normal(8, 8), "train": False, "method": "up", "fn": jnp.tanh}
     found = calibrate(Switched(), [batch])["up"]
-    np.testing.assert_allclose(found.absmax, np.abs(np.tanh(batch["x"][:7])).max(0), rtol=1e-6)
+    np.testing.assert_allclose(
+        found.absmax, np.abs(np.tanh(batch["x"][:7])).max(0), rtol=1e-6
+    )
     jaxq.quantize_model(Switched(), "w8a8_static", calibration=[batch])
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, jax.vmap])
 def test_layers_inside_transforms_of_jax_cannot_be_watched(transform):
     batch = {"x": normal(8, 8), "train": False, "method": "up", "fn": jnp.tanh}
-    with pytest.raises(ValueError, match="calibrate: up is called inside jax.jit, .* Use nnx.jit"):
+    with pytest.raises(
+        ValueError, match="calibrate: up is called inside jax.jit, .* Use nnx.jit"
+    ):
         jaxq.quantize_model(Switched(transform), "w8a8_static", calibration=[batch])

@@ -13,13 +13,24 @@ from jax import lax
 
 import jaxq
 from jaxq import QTensor
-from jaxq.nn.linen import QConv, QConvTranspose, QDense, QDenseGeneral, QEinsum, QEmbed, Quantized, quantize_model
+from jaxq.nn.linen import (
+    QConv,
+    QConvTranspose,
+    QDense,
+    QDenseGeneral,
+    QEinsum,
+    QEmbed,
+    Quantized,
+    quantize_model,
+)
 from tests import tables
 from tests.nn.layers.test_nnx import assert_close, dots, rounded
 
 RECIPES = {
     "int8": {"weight": "int8"},
-    "int4 g32": {"weight": jaxq.QuantSpec(format="int4", granularity=jaxq.PerGroup(size=32))},
+    "int4 g32": {
+        "weight": jaxq.QuantSpec(format="int4", granularity=jaxq.PerGroup(size=32))
+    },
     "nf4": {"weight": "nf4"},
     "fp8": {"weight": "fp8"},
     "w8a8": {"weight": "int8", "activation": "int8"},
@@ -63,10 +74,16 @@ def rounded_by(limit, x, *axes):
         return rounded(x, *axes)
     # Of a layer with batch axes, one for each leading element; of a stack on one input, the same for all.
     limit = limit.values[0] if limit.values.ndim == 2 else limit.values
-    limit = limit.max() if limit.shape != x.shape[:1] else limit.reshape(-1, *(1 for _ in x.shape[1:]))
+    limit = (
+        limit.max()
+        if limit.shape != x.shape[:1]
+        else limit.reshape(-1, *(1 for _ in x.shape[1:]))
+    )
     clipped = lax.stop_gradient(jnp.clip(x, -limit, limit))  # and has no gradient
     inside = jnp.where(jnp.abs(x) <= limit, x, clipped)
-    return inside + lax.stop_gradient(jnp.round(inside * (127 / limit)) * (limit / 127) - inside)
+    return inside + lax.stop_gradient(
+        jnp.round(inside * (127 / limit)) * (limit / 127) - inside
+    )
 
 
 def dot_of_rounded(x, w, dims, limit=None, **kwargs):
@@ -74,7 +91,9 @@ def dot_of_rounded(x, w, dims, limit=None, **kwargs):
 
 
 def conv_of_rounded(x, w, *args, limit=None, **kwargs):
-    return lax.conv_general_dilated(rounded_by(limit, x, tuple(range(1, x.ndim))), w, *args, **kwargs)
+    return lax.conv_general_dilated(
+        rounded_by(limit, x, tuple(range(1, x.ndim))), w, *args, **kwargs
+    )
 
 
 class RoundedEinsum(nn.Einsum):
@@ -82,7 +101,11 @@ class RoundedEinsum(nn.Einsum):
 
     def __call__(self, x):
         left, right = self.einsum_str.split("->")[0].split(",")
-        summed = [i - len(left) for i, c in enumerate(left) if c in right and c not in self.einsum_str.split("->")[1]]
+        summed = [
+            i - len(left)
+            for i, c in enumerate(left)
+            if c in right and c not in self.einsum_str.split("->")[1]
+        ]
         return super().__call__(rounded_by(self.limit, x, tuple(summed)))
 
 
@@ -104,26 +127,72 @@ ATTENTION = {"qkv_dot_general": dot_of_rounded, "out_dot_general": dot_of_rounde
 COMMON = {
     "dense": (nn.Dense, {"features": 6}, (3, 64), None, DOT),
     "qkv": (nn.DenseGeneral, {"features": (2, 3)}, (2, 3, 64), None, DOT),
-    "einsum": (nn.Einsum, {"shape": (64, 2, 3), "einsum_str": "btd,dhk->bthk"}, (2, 3, 64), RoundedEinsum, {}),
-    "conv": (nn.Conv, {"features": 6, "kernel_size": (3, 2), "strides": 2}, (2, 5, 4, 16), None, CONV),
+    "einsum": (
+        nn.Einsum,
+        {"shape": (64, 2, 3), "einsum_str": "btd,dhk->bthk"},
+        (2, 3, 64),
+        RoundedEinsum,
+        {},
+    ),
+    "conv": (
+        nn.Conv,
+        {"features": 6, "kernel_size": (3, 2), "strides": 2},
+        (2, 5, 4, 16),
+        None,
+        CONV,
+    ),
     "lookup": (Lookup, {}, (2, 3), None, {}),
-    "attention": (nn.MultiHeadDotProductAttention, {"num_heads": 2}, (2, 3, 64), None, ATTENTION),
+    "attention": (
+        nn.MultiHeadDotProductAttention,
+        {"num_heads": 2},
+        (2, 3, 64),
+        None,
+        ATTENTION,
+    ),
 }
 MORE = {
     "attend": (Attend, {}, (2, 64), None, {"table_cls": RoundedEmbed}),
-    "output": (nn.DenseGeneral, {"features": 6, "axis": (-2, -1)}, (3, 2, 32), None, DOT),
-    "batched": (nn.DenseGeneral, {"features": (2, 3), "batch_dims": (0,)}, (2, 3, 64), None, DOT),
-    "experts": (nn.Einsum, {"shape": (2, 64, 6), "einsum_str": "ebk,ekn->ebn"}, (2, 3, 64), RoundedEinsum, {}),
+    "output": (
+        nn.DenseGeneral,
+        {"features": 6, "axis": (-2, -1)},
+        (3, 2, 32),
+        None,
+        DOT,
+    ),
+    "batched": (
+        nn.DenseGeneral,
+        {"features": (2, 3), "batch_dims": (0,)},
+        (2, 3, 64),
+        None,
+        DOT,
+    ),
+    "experts": (
+        nn.Einsum,
+        {"shape": (2, 64, 6), "einsum_str": "ebk,ekn->ebn"},
+        (2, 3, 64),
+        RoundedEinsum,
+        {},
+    ),
     "wide conv": (
         nn.Conv,
-        {"features": 6, "kernel_size": (3,), "padding": "CIRCULAR", "feature_group_count": 2},
+        {
+            "features": 6,
+            "kernel_size": (3,),
+            "padding": "CIRCULAR",
+            "feature_group_count": 2,
+        },
         (2, 7, 64),
         None,
         CONV,
     ),
     "transpose": (
         nn.ConvTranspose,
-        {"features": 6, "kernel_size": (3, 2), "strides": (2, 1), "transpose_kernel": True},
+        {
+            "features": 6,
+            "kernel_size": (3, 2),
+            "strides": (2, 1),
+            "transpose_kernel": True,
+        },
         (2, 4, 3, 16),
         RoundedTranspose,
         {},
@@ -144,7 +213,9 @@ class Scan(nn.Module):
         def body(layer, carry, _):
             return carry, layer(x)
 
-        run = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        run = nn.scan(
+            body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
         return run(self.cls(**dict(self.fields), name="layer"), (), None)[1]
 
 
@@ -163,7 +234,12 @@ def built(module, x, dtype=None):
     """Variables of normal numbers, biases too. Compiles nothing, as initializers do."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-    return jax.tree.map(lambda v: jnp.asarray(rng.normal(scale=0.2, size=v.shape).astype(dtype or v.dtype)), shapes)
+    return jax.tree.map(
+        lambda v: jnp.asarray(
+            rng.normal(scale=0.2, size=v.shape).astype(dtype or v.dtype)
+        ),
+        shapes,
+    )
 
 
 def everything(recipe):
@@ -177,13 +253,19 @@ def is_qt(v):
 @jax.jit
 def in_floats(variables):
     """Variables with what the QTensors stand for."""
-    return jax.tree.map(lambda v: jaxq.dequantize(v.with_activation(None)) if is_qt(v) else v, variables, is_leaf=is_qt)
+    return jax.tree.map(
+        lambda v: jaxq.dequantize(v.with_activation(None)) if is_qt(v) else v,
+        variables,
+        is_leaf=is_qt,
+    )
 
 
 def in_range(cls, fields, variables):
     """Fields of a layer with rounded activations, in the range that its QTensor has, if it has one."""
     ranges = {
-        key[-2] if key[1:] else "": v.input_range for key, v in flatten_dict(variables["params"]).items() if is_qt(v)
+        key[-2] if key[1:] else "": v.input_range
+        for key, v in flatten_dict(variables["params"]).items()
+        if is_qt(v)
     }
     if any(v is None for v in ranges.values()):
         return fields
@@ -203,7 +285,9 @@ def value(module, variables, x):
 def value_and_grad(module, variables, x):
     def loss(x):
         y = module.apply(variables, x)
-        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)), y
+        return jnp.sum(
+            y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        ), y
 
     grad, y = jax.grad(loss, has_aux=True)(x)
     return y, grad
@@ -212,7 +296,11 @@ def value_and_grad(module, variables, x):
 CASES = [(layer, recipe, use) for layer in LAYERS for recipe in RECIPES for use in USES]
 # Each recipe and each use; attention is in test_linen_transform.py.
 DEFAULT = [("dense", "w8a8", use) for use in USES]
-DEFAULT += [("conv", "int8", "scan"), ("output", "int4 g32", "grad"), ("attend", "w8a8", "grad")]
+DEFAULT += [
+    ("conv", "int8", "scan"),
+    ("output", "int4 g32", "grad"),
+    ("attend", "w8a8", "grad"),
+]
 DEFAULT += [("qkv", recipe, "grad") for recipe in ("nf4", "fp8")]
 DEFAULT += [(layer, "w8a8 static", "grad") for layer in ("einsum", "transpose")]
 DEFAULT += [("dense", "w8a8 static", "scan"), ("lookup", "w8a8 static", "plain")]
@@ -220,29 +308,56 @@ DEFAULT += [("lookup", "int4 g32", "scan"), ("experts", "w8a8", "vmap")]
 
 
 # How far outputs may be from the float module's, as a share of its norm.
-FLOAT_BOUNDS = {"int8": 0.03, "int4 g32": 0.3, "nf4": 0.3, "fp8": 0.1, "w8a8": 0.05, "w8a8 static": 0.08}
+FLOAT_BOUNDS = {
+    "int8": 0.03,
+    "int4 g32": 0.3,
+    "nf4": 0.3,
+    "fp8": 0.1,
+    "w8a8": 0.05,
+    "w8a8 static": 0.08,
+}
 
 
-@pytest.mark.parametrize(("name", "recipe", "use"), tables.thinned(CASES, dict.fromkeys(DEFAULT)))
+@pytest.mark.parametrize(
+    ("name", "recipe", "use"), tables.thinned(CASES, dict.fromkeys(DEFAULT))
+)
 def test_output_and_gradient(name, recipe, use):
     cls, fields, shape, rounded_cls, rounded_fields = LAYERS[name]
-    module, x = module_of(use, cls, fields), jnp.asarray(np.float32(np.random.default_rng(1).normal(size=shape)))
+    module, x = (
+        module_of(use, cls, fields),
+        jnp.asarray(np.float32(np.random.default_rng(1).normal(size=shape))),
+    )
     variables = built(module, x)
     data = {"calibration": [x]} if recipe == "w8a8 static" else {"example": x}
-    inside = use in ("jit", "scan", "remat") or (name, use) == ("attention", "vmap")  # whose last input is mapped over
+    inside = use in ("jit", "scan", "remat") or (name, use) == (
+        "attention",
+        "vmap",
+    )  # whose last input is mapped over
     if data.get("calibration") and (name in ("lookup", "attend") or inside):
-        refused = "its input cannot be observed" if name in ("lookup", "attend") else r"is inside nn\.scan, nn\.remat"
+        refused = (
+            "its input cannot be observed"
+            if name in ("lookup", "attend")
+            else r"is inside nn\.scan, nn\.remat"
+        )
         with pytest.raises(ValueError, match=refused):
             quantize_model(module, variables, everything(recipe), **data)
         return
-    qmodule, qvariables, report = quantize_model(module, variables, everything(recipe), **data)
+    qmodule, qvariables, report = quantize_model(
+        module, variables, everything(recipe), **data
+    )
     assert len(report.quantized) == (4 if name == "attention" else 1)
     compiled = functools.partial(jax.jit, static_argnums=0)(value)
-    run = {"plain": value, "jit": value, "scan": compiled, "vmap": compiled}.get(use, value_and_grad)
+    run = {"plain": value, "jit": value, "scan": compiled, "vmap": compiled}.get(
+        use, value_and_grad
+    )
     y, grad = run(qmodule, qvariables, x)
     assert_close(y, run(module, variables, x)[0], FLOAT_BOUNDS[recipe])
     if "activation" in RECIPES[recipe]:
-        module = module_of(use, rounded_cls or cls, fields | in_range(rounded_cls, rounded_fields, qvariables))
+        module = module_of(
+            use,
+            rounded_cls or cls,
+            fields | in_range(rounded_cls, rounded_fields, qvariables),
+        )
     wanted, wanted_grad = run(module, in_floats(qvariables), x)
     if use == "jit":
         assert_close(jax.jit(qmodule.apply)(qvariables, x), y, 1e-6)
@@ -253,12 +368,18 @@ def test_output_and_gradient(name, recipe, use):
         assert_close(grad, wanted_grad, bound)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("lookup", "attention")])
+@pytest.mark.parametrize(
+    "name", [name for name in LAYERS if name not in ("lookup", "attention")]
+)
 def test_w8a8_multiplies_codes(name):
     cls, fields, shape, *_ = LAYERS[name]
     module, x = cls(**fields), jnp.ones(shape)
-    qmodule, qvariables, _ = quantize_model(module, built(module, x), everything("w8a8"), example=x)
-    assert set(dots(qmodule.apply, qvariables, x)) == {("int8", "int8", "int32", "int32")}
+    qmodule, qvariables, _ = quantize_model(
+        module, built(module, x), everything("w8a8"), example=x
+    )
+    assert set(dots(qmodule.apply, qvariables, x)) == {
+        ("int8", "int8", "int32", "int32")
+    }
 
 
 DTYPES = [
@@ -281,12 +402,20 @@ def test_results_have_the_float_layers_dtype(dtypes):
         if cls not in explicit:
             continue
         x = jnp.ones(shape, jnp.float32 if "dtype" in dtypes else jnp.bfloat16)
-        plain = jax.eval_shape(lambda cls=cls, x=x, f=fields: cls(**f, **dtypes).init_with_output(jax.random.key(0), x))
+        plain = jax.eval_shape(
+            lambda cls=cls, x=x, f=fields: cls(**f, **dtypes).init_with_output(
+                jax.random.key(0), x
+            )
+        )
         for activation in (None, "int8"):
             layer = explicit[cls](**fields, **dtypes, activation=activation)
-            got = jax.eval_shape(lambda x=x, layer=layer: layer.init_with_output(jax.random.key(0), x))
+            got = jax.eval_shape(
+                lambda x=x, layer=layer: layer.init_with_output(jax.random.key(0), x)
+            )
             assert (got[0].shape, got[0].dtype) == (plain[0].shape, plain[0].dtype), cls
-            assert got[1]["params"]["kernel"].dtype == plain[1]["params"]["kernel"].dtype
+            assert (
+                got[1]["params"]["kernel"].dtype == plain[1]["params"]["kernel"].dtype
+            )
 
 
 def test_precision_and_promote_dtype_fields_are_kept():
@@ -301,17 +430,41 @@ def test_precision_and_promote_dtype_fields_are_kept():
     y = qmodule.apply(qvariables, x)
     assert y.dtype == jnp.float32
     kernel = jaxq.dequantize(qvariables["params"]["kernel"], dtype=jnp.float32)
-    assert_close(y, x.astype(jnp.float32) @ kernel + variables["params"]["bias"].astype(jnp.float32)[None])
+    assert_close(
+        y,
+        x.astype(jnp.float32) @ kernel
+        + variables["params"]["bias"].astype(jnp.float32)[None],
+    )
 
 
 # Layers that are quantized from the start.
 
 EXPLICIT = {
     "dense": (QDense, nn.Dense, {"features": 6}, (2, 64)),
-    "general": (QDenseGeneral, nn.DenseGeneral, {"features": (2, 3), "batch_dims": (0,)}, (2, 3, 64)),
-    "einsum": (QEinsum, nn.Einsum, {"shape": (64, 6), "einsum_str": "...d, dn->...n"}, (2, 64)),
-    "conv": (QConv, nn.Conv, {"features": 6, "kernel_size": (3,), "use_bias": False}, (2, 6, 16)),
-    "transpose": (QConvTranspose, nn.ConvTranspose, {"features": 6, "kernel_size": (3,)}, (2, 6, 16)),
+    "general": (
+        QDenseGeneral,
+        nn.DenseGeneral,
+        {"features": (2, 3), "batch_dims": (0,)},
+        (2, 3, 64),
+    ),
+    "einsum": (
+        QEinsum,
+        nn.Einsum,
+        {"shape": (64, 6), "einsum_str": "...d, dn->...n"},
+        (2, 64),
+    ),
+    "conv": (
+        QConv,
+        nn.Conv,
+        {"features": 6, "kernel_size": (3,), "use_bias": False},
+        (2, 6, 16),
+    ),
+    "transpose": (
+        QConvTranspose,
+        nn.ConvTranspose,
+        {"features": 6, "kernel_size": (3,)},
+        (2, 6, 16),
+    ),
     "embed": (QEmbed, nn.Embed, {"num_embeddings": 6, "features": 64}, (2,)),
 }
 
@@ -327,8 +480,12 @@ def test_explicit_layers_hold_what_quantize_model_makes(name):
     qmodule, qvariables, _ = quantize_model(module, original, recipe, example=x)
     assert jax.tree.structure(variables) == jax.tree.structure(qvariables)
     jax.tree.map(np.testing.assert_array_equal, variables, qvariables)
-    np.testing.assert_array_equal(layer.apply(variables, x), qmodule.apply(qvariables, x))
-    np.testing.assert_array_equal(layer.apply(qvariables, x), qmodule.apply(variables, x))
+    np.testing.assert_array_equal(
+        layer.apply(variables, x), qmodule.apply(qvariables, x)
+    )
+    np.testing.assert_array_equal(
+        layer.apply(qvariables, x), qmodule.apply(variables, x)
+    )
     floats = explicit(**fields, weight=None)
     np.testing.assert_array_equal(floats.apply(original, x), module.apply(original, x))
 
@@ -347,7 +504,10 @@ def test_explicit_layers_stack():
 def test_explicit_layers_take_no_floats_and_no_other_shape():
     x, dense = jnp.ones((2, 8)), nn.Dense(8)
     floats = dense.init(jax.random.key(0), x)
-    with pytest.raises(TypeError, match=r"QDense: kernel is float32\[8, 8\], not a QTensor\. Pass jaxq\.quantize"):
+    with pytest.raises(
+        TypeError,
+        match=r"QDense: kernel is float32\[8, 8\], not a QTensor\. Pass jaxq\.quantize",
+    ):
         QDense(8).apply(floats, x)
     stack = {"params": {"kernel": jnp.ones((2, 8, 8)), "bias": jnp.ones((2, 8))}}
     with pytest.raises(TypeError, match=r"batch=\(0,\)"):
@@ -373,13 +533,19 @@ def test_out_of_range_tokens_are_nan_as_in_flax():
         layer = nn.Embed(num, 64)
         embedding = jnp.asarray(np.ones((num, 64), np.float32))
         variables = {"params": {"embedding": embedding}}
-        table = {"params": {"embedding": jaxq.quantize(embedding, "int8", contracting=-1)}}
+        table = {
+            "params": {"embedding": jaxq.quantize(embedding, "int8", contracting=-1)}
+        }
         wanted = np.isnan(layer.apply(variables, tokens))
-        np.testing.assert_array_equal(np.isnan(Quantized(layer).apply(table, tokens)), wanted)
+        np.testing.assert_array_equal(
+            np.isnan(Quantized(layer).apply(table, tokens)), wanted
+        )
 
 
 def test_bfloat16_products_accumulate_in_float32():
     x = jnp.ones((2, 64), jnp.bfloat16)
     layer = QDense(8, weight=None, param_dtype=jnp.bfloat16)
     variables = jax.eval_shape(layer.init, jax.random.key(0), x)
-    assert dots(layer.apply, variables, x) == [("bfloat16", "bfloat16", "float32", "float32")]
+    assert dots(layer.apply, variables, x) == [
+        ("bfloat16", "bfloat16", "float32", "float32")
+    ]

@@ -50,11 +50,17 @@ def stats(variables):
 @pytest.mark.parametrize("masked", [False, True])
 def test_numbers_are_those_of_nnx(variables, stats, masked):
     mask = (lambda batch: np.arange(24).reshape(8, 3) % 5 != 0) if masked else None
-    found = jaxq.nn.linen.calibrate(Model(), variables, BATCHES, mask=mask) if masked else stats
+    found = (
+        jaxq.nn.linen.calibrate(Model(), variables, BATCHES, mask=mask)
+        if masked
+        else stats
+    )
     expected = jaxq.nn.calibrate(Twin(variables["params"]), BATCHES, mask=mask)
     assert list(found) == list(expected) == ["heads", "out", "last"]
     for path in found:
-        for a, b in zip(jax.tree.leaves(found[path]), jax.tree.leaves(expected[path]), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(found[path]), jax.tree.leaves(expected[path]), strict=True
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -70,7 +76,9 @@ def test_going_on_from_earlier_statistics(variables, stats):
     found = jaxq.nn.linen.calibrate(Model(), variables, BATCHES[1:], start=first)
     jax.tree.map(np.testing.assert_array_equal, found, stats)
     with pytest.raises(ValueError, match="start has no statistics of out"):
-        jaxq.nn.linen.calibrate(Model(), variables, BATCHES, start={"heads": first["heads"]})
+        jaxq.nn.linen.calibrate(
+            Model(), variables, BATCHES, start={"heads": first["heads"]}
+        )
 
 
 class Branch(linen.Module):
@@ -100,15 +108,23 @@ def test_what_new_batches_do_not_reach_keeps_its_statistics():
     x, observer = normal(8, 8), jaxq.observers.percentile(99.0)
     kernels = {name: built(linen.Dense(2), x)["params"] for name in ("eight", "four")}
     for calibrate in (
-        lambda *args, **how: jaxq.nn.linen.calibrate(Branch(), {"params": kernels}, *args, observer=observer, **how),
-        lambda *args, **how: jaxq.nn.calibrate(Twins(), *args, observer=observer, **how),
+        lambda *args, **how: jaxq.nn.linen.calibrate(
+            Branch(), {"params": kernels}, *args, observer=observer, **how
+        ),
+        lambda *args, **how: jaxq.nn.calibrate(
+            Twins(), *args, observer=observer, **how
+        ),
     ):
         both, expected = calibrate([x, x[:4]]), calibrate([x, x[:4], x[4:]])
-        found = calibrate([x[4:]], start={path: as_files_keep_it(v) for path, v in both.items()})
+        found = calibrate(
+            [x[4:]], start={path: as_files_keep_it(v) for path, v in both.items()}
+        )
         assert set(found) == {"eight", "four"}
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
-        with pytest.raises(ValueError, match=r"LayerStats has the fields .* got \['typo'\]"):
+        with pytest.raises(
+            ValueError, match=r"LayerStats has the fields .* got \['typo'\]"
+        ):
             calibrate([x], start={"eight": {"typo": 1}, "four": both["four"]})
 
 
@@ -119,20 +135,34 @@ def test_sequential_and_bias_correction_are_those_of_nnx(variables, stats, tmp_p
         jaxq.Rule(weight="int2", method="gptq"),
     ])  # fmt: skip
     how = {"calibration": BATCHES, "sequential": "layers", "fallback": "none"}
-    qmodule, qvariables, report = jaxq.nn.linen.quantize_model(Model(), variables, recipe, **how)
+    qmodule, qvariables, report = jaxq.nn.linen.quantize_model(
+        Model(), variables, recipe, **how
+    )
     qtwin, expected = jaxq.quantize_model(Twin(variables["params"]), recipe, **how)
-    np.testing.assert_allclose(qmodule.apply(qvariables, BATCHES[0]), qtwin(BATCHES[0]), rtol=1e-4, atol=1e-4)
-    assert {row.path: row.note for row in report.quantized} == {row.path: row.note for row in expected.quantized}
-    _, apart, _ = jaxq.nn.linen.quantize_model(Model(), variables, recipe, calibration=stats, fallback="none")
-    first = jaxq.nn.linen.quantize_model(Model(), variables, recipe, resume=tmp_path, **how)
+    np.testing.assert_allclose(
+        qmodule.apply(qvariables, BATCHES[0]), qtwin(BATCHES[0]), rtol=1e-4, atol=1e-4
+    )
+    assert {row.path: row.note for row in report.quantized} == {
+        row.path: row.note for row in expected.quantized
+    }
+    _, apart, _ = jaxq.nn.linen.quantize_model(
+        Model(), variables, recipe, calibration=stats, fallback="none"
+    )
+    first = jaxq.nn.linen.quantize_model(
+        Model(), variables, recipe, resume=tmp_path, **how
+    )
     (tmp_path / "block-0001.safetensors").unlink()
-    again = jaxq.nn.linen.quantize_model(Model(), variables, recipe, resume=tmp_path, **how)
+    again = jaxq.nn.linen.quantize_model(
+        Model(), variables, recipe, resume=tmp_path, **how
+    )
     assert again[2] == first[2] == report
     jax.tree.map(np.testing.assert_array_equal, again[1], qvariables)
     codes = [v["params"]["last"]["kernel"].codes() for v in (qvariables, apart)]
     assert np.any(codes[0] != codes[1])
     with pytest.raises(ValueError, match="sequential='blocks' needs calibration"):
-        jaxq.nn.linen.quantize_model(Model(), variables, "int4", example=BATCHES[0], sequential=True)
+        jaxq.nn.linen.quantize_model(
+            Model(), variables, "int4", example=BATCHES[0], sequential=True
+        )
 
 
 def test_layers_in_a_scan_are_refused():
@@ -144,7 +174,12 @@ def test_layers_in_a_scan_are_refused():
     class Stack(linen.Module):
         @linen.compact
         def __call__(self, x):
-            scanned = linen.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            scanned = linen.scan(
+                Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
             return scanned(name="layers")(x, None)[0]
 
     x = normal(4, 8)
@@ -161,7 +196,11 @@ def test_every_way_to_have_no_statistics_is_an_error(variables):
     with pytest.raises(TypeError, match="must be a flax linen Module"):
         calibrate(Twin(variables["params"]), variables, BATCHES)
     with pytest.raises(ValueError, match="heads: channel 1 of its input is not finite"):
-        calibrate(Model(), variables, [np.where(np.arange(8) == 1, np.float32(np.inf), BATCHES[0])])
+        calibrate(
+            Model(),
+            variables,
+            [np.where(np.arange(8) == 1, np.float32(np.inf), BATCHES[0])],
+        )
     assert flax.traverse_util.flatten_dict(variables)  # as they were
 
 
@@ -178,5 +217,7 @@ def test_what_is_no_array_is_passed_as_it_is():
     batch = {"x": x, "deterministic": True, "method": "encode"}
     variables = module.init(jax.random.key(0), **batch)
     assert list(jaxq.nn.linen.calibrate(module, variables, [batch])) == ["up"]
-    _, _, report = jaxq.nn.linen.quantize_model(module, variables, "w8a8_static", calibration=[batch])
+    _, _, report = jaxq.nn.linen.quantize_model(
+        module, variables, "w8a8_static", calibration=[batch]
+    )
     assert [row.path for row in report.quantized] == ["up/kernel"]

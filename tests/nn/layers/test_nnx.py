@@ -9,7 +9,16 @@ from jax import lax
 
 import jaxq
 from jaxq import QTensor
-from jaxq.nn import QConv, QConvTranspose, QEinsum, QEmbed, QLinear, QLinearGeneral, QuantizedParam, find_layers
+from jaxq.nn import (
+    QConv,
+    QConvTranspose,
+    QEinsum,
+    QEmbed,
+    QLinear,
+    QLinearGeneral,
+    QuantizedParam,
+    find_layers,
+)
 from jaxq.nn.layers._nnx import quantize_own_weight
 from tests import tables
 from tests.ops.reference import equations
@@ -40,33 +49,85 @@ def attention(rngs, **dtypes):
 # name: (layer from rngs, shape of its input; of tokens where the name says so)
 COMMON = {
     "linear": (lambda rngs, **d: nnx.Linear(40, 6, rngs=rngs, **d), (3, 40)),
-    "qkv": (lambda rngs, **d: nnx.LinearGeneral(40, (2, 3), rngs=rngs, **d), (2, 3, 40)),
-    "einsum": (lambda rngs, **d: nnx.Einsum("btd,dhk->bthk", (40, 2, 3), rngs=rngs, **d), (2, 3, 40)),
-    "conv2d": (lambda rngs, **d: nnx.Conv(5, 6, (3, 2), strides=2, rngs=rngs, **d), (2, 5, 4, 5)),
+    "qkv": (
+        lambda rngs, **d: nnx.LinearGeneral(40, (2, 3), rngs=rngs, **d),
+        (2, 3, 40),
+    ),
+    "einsum": (
+        lambda rngs, **d: nnx.Einsum("btd,dhk->bthk", (40, 2, 3), rngs=rngs, **d),
+        (2, 3, 40),
+    ),
+    "conv2d": (
+        lambda rngs, **d: nnx.Conv(5, 6, (3, 2), strides=2, rngs=rngs, **d),
+        (2, 5, 4, 5),
+    ),
     "embed tokens": (lambda rngs, **d: nnx.Embed(6, 40, rngs=rngs, **d), (2, 3)),
     "attention": (attention, (2, 3, 8)),
 }
 MORE = {
     "attend": (Attend, (2, 40)),
-    "output": (lambda rngs, **d: nnx.LinearGeneral((2, 20), 6, axis=(-2, -1), rngs=rngs, **d), (3, 2, 20)),
+    "output": (
+        lambda rngs, **d: nnx.LinearGeneral((2, 20), 6, axis=(-2, -1), rngs=rngs, **d),
+        (3, 2, 20),
+    ),
     "batched general": (
-        lambda rngs, **d: nnx.LinearGeneral(40, (2, 3), axis=-1, batch_axis={0: 2}, rngs=rngs, **d),
+        lambda rngs, **d: nnx.LinearGeneral(
+            40, (2, 3), axis=-1, batch_axis={0: 2}, rngs=rngs, **d
+        ),
         (2, 3, 40),
     ),
-    "experts": (lambda rngs, **d: nnx.Einsum("ebk,ekn->ebn", (2, 40, 6), rngs=rngs, **d), (2, 3, 40)),
-    "inner experts": (lambda rngs, **d: nnx.Einsum("bek,ekn->ben", (2, 40, 6), rngs=rngs, **d), (3, 2, 40)),
-    "kernel's inner experts": (lambda rngs, **d: nnx.Einsum("bek,ken->ben", (40, 2, 6), rngs=rngs, **d), (3, 2, 40)),
-    "einsum bias": (lambda rngs, **d: nnx.Einsum("...d, dn -> ...n", (40, 6), (6,), rngs=rngs, **d), (2, 3, 40)),
-    "conv1d": (lambda rngs, **d: nnx.Conv(5, 6, 3, padding="CAUSAL", rngs=rngs, **d), (2, 7, 5)),
-    "conv3d": (lambda rngs, **d: nnx.Conv(3, 4, (2, 2, 2), use_bias=False, rngs=rngs, **d), (1, 3, 3, 3, 3)),
-    "conv groups": (lambda rngs, **d: nnx.Conv(4, 6, (3, 3), feature_group_count=2, rngs=rngs, **d), (2, 4, 4, 4)),
+    "experts": (
+        lambda rngs, **d: nnx.Einsum("ebk,ekn->ebn", (2, 40, 6), rngs=rngs, **d),
+        (2, 3, 40),
+    ),
+    "inner experts": (
+        lambda rngs, **d: nnx.Einsum("bek,ekn->ben", (2, 40, 6), rngs=rngs, **d),
+        (3, 2, 40),
+    ),
+    "kernel's inner experts": (
+        lambda rngs, **d: nnx.Einsum("bek,ken->ben", (40, 2, 6), rngs=rngs, **d),
+        (3, 2, 40),
+    ),
+    "einsum bias": (
+        lambda rngs, **d: nnx.Einsum("...d, dn -> ...n", (40, 6), (6,), rngs=rngs, **d),
+        (2, 3, 40),
+    ),
+    "conv1d": (
+        lambda rngs, **d: nnx.Conv(5, 6, 3, padding="CAUSAL", rngs=rngs, **d),
+        (2, 7, 5),
+    ),
+    "conv3d": (
+        lambda rngs, **d: nnx.Conv(3, 4, (2, 2, 2), use_bias=False, rngs=rngs, **d),
+        (1, 3, 3, 3, 3),
+    ),
+    "conv groups": (
+        lambda rngs, **d: nnx.Conv(4, 6, (3, 3), feature_group_count=2, rngs=rngs, **d),
+        (2, 4, 4, 4),
+    ),
 }
 LAYERS = COMMON | MORE
-EVERY = ("linear", "qkv", "embed tokens")  # the others compile longer and decode in the same way
-CASES = [(layer, recipe) for layer in LAYERS for recipe in (RECIPES if layer in EVERY else ("int4", "w8a8"))]
+EVERY = (
+    "linear",
+    "qkv",
+    "embed tokens",
+)  # the others compile longer and decode in the same way
+CASES = [
+    (layer, recipe)
+    for layer in LAYERS
+    for recipe in (RECIPES if layer in EVERY else ("int4", "w8a8"))
+]
 # Of attention, its stack below.
-DEFAULT = [("linear", "int4"), ("qkv", "nf4"), ("output", "int4"), ("embed tokens", "fp8"), ("conv groups", "int4")]
-DEFAULT += [(name, "w8a8") for name in ("linear", "conv2d", "attend", "experts", "kernel's inner experts")]
+DEFAULT = [
+    ("linear", "int4"),
+    ("qkv", "nf4"),
+    ("output", "int4"),
+    ("embed tokens", "fp8"),
+    ("conv groups", "int4"),
+]
+DEFAULT += [
+    (name, "w8a8")
+    for name in ("linear", "conv2d", "attend", "experts", "kernel's inner experts")
+]
 
 
 def data(name, shape, seed=1):
@@ -89,12 +150,18 @@ def built(make):
 
 def quantize(model, recipe):
     weight, activation = RECIPES[recipe]
-    return jaxq.quantize_model(model, jaxq.Recipe([jaxq.Rule(weight=weight, activation=activation)]))[0]
+    return jaxq.quantize_model(
+        model, jaxq.Recipe([jaxq.Rule(weight=weight, activation=activation)])
+    )[0]
 
 
 def rounded(x, contracting, batch=()):
     """x as int8 activations see it; the gradient passes straight through."""
-    back = jaxq.dequantize(jaxq.quantize(lax.stop_gradient(x), "int8", contracting=contracting, batch=batch))
+    back = jaxq.dequantize(
+        jaxq.quantize(
+            lax.stop_gradient(x), "int8", contracting=contracting, batch=batch
+        )
+    )
     return x + lax.stop_gradient(back - x)
 
 
@@ -105,12 +172,18 @@ def dot_of_rounded(x, w, dims, **kwargs):
 def einsum_of_rounded(text, x, w, **kwargs):
     left, right = text.split("->")[0].split(",")
     out = text.split("->")[1]
-    negative = [i - len(left) for i, a in enumerate(left) if a in right and a not in out]
-    return jnp.einsum(text, rounded(x, tuple(negative)), w)  # other axes have scales of their own, batch or not
+    negative = [
+        i - len(left) for i, a in enumerate(left) if a in right and a not in out
+    ]
+    return jnp.einsum(
+        text, rounded(x, tuple(negative)), w
+    )  # other axes have scales of their own, batch or not
 
 
 def conv_of_rounded(x, w, *args, out_sharding=None, **kwargs):
-    return lax.conv_general_dilated(rounded(x, tuple(range(1, x.ndim))), w, *args, **kwargs)
+    return lax.conv_general_dilated(
+        rounded(x, tuple(range(1, x.ndim))), w, *args, **kwargs
+    )
 
 
 class RoundedAttend(Attend):
@@ -121,12 +194,19 @@ class RoundedAttend(Attend):
 def reference(model, q, recipe):
     """The float model with the dequantized weights, and rounded activations where the recipe has them."""
     model = nnx.clone(model)
-    for (_, layer, kind), (_, of_q, _) in zip(find_layers(model), find_layers(q), strict=True):
+    for (_, layer, kind), (_, of_q, _) in zip(
+        find_layers(model), find_layers(q), strict=True
+    ):
         weight = getattr(of_q, kind.weight).get_value()
         assert isinstance(weight, QTensor)
-        getattr(layer, kind.weight).set_value(jaxq.dequantize(weight.with_activation(None)))
+        getattr(layer, kind.weight).set_value(
+            jaxq.dequantize(weight.with_activation(None))
+        )
         if RECIPES[recipe][1]:
-            hooks = {"Conv": ("conv_general_dilated", conv_of_rounded), "Einsum": ("einsum_op", einsum_of_rounded)}
+            hooks = {
+                "Conv": ("conv_general_dilated", conv_of_rounded),
+                "Einsum": ("einsum_op", einsum_of_rounded),
+            }
             if kind.name != "Embed":
                 setattr(layer, *hooks.get(kind.name, ("dot_general", dot_of_rounded)))
     if RECIPES[recipe][1] and isinstance(model, Attend):
@@ -169,7 +249,10 @@ def test_output_and_gradient(name, recipe):
 
 
 @pytest.mark.parametrize(
-    "name", tables.thinned(["linear", "einsum", "conv2d", "embed tokens"], ["linear", "embed tokens"])
+    "name",
+    tables.thinned(
+        ["linear", "einsum", "conv2d", "embed tokens"], ["linear", "embed tokens"]
+    ),
 )
 def test_plain_call_is_the_jitted_one(name):
     make, shape = LAYERS[name]
@@ -206,7 +289,11 @@ def by_vmap(layers, x):
 
 STACKED = [(name, "int4", by_nnx_scan) for name in COMMON if name != "attention"]
 STACKED += [(name, "w8a8", by_lax_scan) for name in COMMON if name != "conv2d"]
-STACKED += [("linear", "nf4", by_nnx_scan), ("linear", "fp8", by_lax_scan), ("linear", "int8", by_vmap)]
+STACKED += [
+    ("linear", "nf4", by_nnx_scan),
+    ("linear", "fp8", by_lax_scan),
+    ("linear", "int8", by_vmap),
+]
 
 
 FEW = [(name, "int4", by_nnx_scan) for name in ("linear", "embed tokens")]
@@ -219,12 +306,16 @@ def test_stacked_layers_scan(name, recipe, run):
     layers, x = stacked(make), data(name, shape)
     q = quantize(layers, recipe)
     wanted = run(reference(layers, q, recipe), x)
-    assert_close(run(q, x), wanted, 0.02 if (name, recipe) == ("attention", "w8a8") else 1e-5)
+    assert_close(
+        run(q, x), wanted, 0.02 if (name, recipe) == ("attention", "w8a8") else 1e-5
+    )
 
 
 def test_stacked_statistics_are_each_layers_own():
     layers = stacked(COMMON["linear"][0])
-    layers.kernel.set_value(layers.kernel[...] * np.float32([1, 100, 0.01]).reshape(3, 1, 1))
+    layers.kernel.set_value(
+        layers.kernel[...] * np.float32([1, 100, 0.01]).reshape(3, 1, 1)
+    )
     q = quantize(layers, "int4")
     for i in range(3):
         alone = jaxq.quantize(layers.kernel[...][i], "int4")
@@ -235,7 +326,9 @@ def test_stacked_twice():
     def row(rngs):
         return nnx.vmap(COMMON["linear"][0], in_axes=0, out_axes=0)(rngs)
 
-    build = nnx.split_rngs(splits=2)(nnx.vmap(nnx.split_rngs(splits=3)(row), in_axes=0, out_axes=0))
+    build = nnx.split_rngs(splits=2)(
+        nnx.vmap(nnx.split_rngs(splits=3)(row), in_axes=0, out_axes=0)
+    )
     layers = built(build)
     q = quantize(layers, "int8")
     assert q.kernel[...].batch_shape == layers.kernel[...].shape[:2] == (2, 3)
@@ -263,7 +356,9 @@ DTYPES = [
 )
 def test_results_have_the_float_layers_dtype(dtypes):
     for name, (make, shape) in LAYERS.items():
-        if name == "attention":  # flax's own product of queries and keys needs promotion
+        if (
+            name == "attention"
+        ):  # flax's own product of queries and keys needs promotion
             continue
         x = data(name, shape)
         if "dtype" not in dtypes and "tokens" not in name:
@@ -281,21 +376,36 @@ def test_results_have_the_float_layers_dtype(dtypes):
             assert (got.shape, got.dtype) == (plain.shape, plain.dtype), name
 
 
-NARROW = [(name, recipe) for name in ("linear", "embed tokens") for recipe in ("int4", "w8a8")]
+NARROW = [
+    (name, recipe) for name in ("linear", "embed tokens") for recipe in ("int4", "w8a8")
+]
 
 
-@pytest.mark.parametrize(("name", "recipe"), tables.thinned(NARROW, [("linear", "w8a8"), ("embed tokens", "int4")]))
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    tables.thinned(NARROW, [("linear", "w8a8"), ("embed tokens", "int4")]),
+)
 def test_bfloat16_layers_are_near_the_float32_ones(name, recipe):
     make, shape = LAYERS[name]
     q = quantize(built(lambda rngs: make(rngs, param_dtype=jnp.bfloat16)), recipe)
     wide = reference(built(make), q, "int4")
-    for _, layer, kind in find_layers(wide):  # dequantized in bfloat16; the float32 layer promotes it
-        getattr(layer, kind.weight).set_value(getattr(layer, kind.weight)[...].astype(jnp.float32))
+    for _, layer, kind in find_layers(
+        wide
+    ):  # dequantized in bfloat16; the float32 layer promotes it
+        getattr(layer, kind.weight).set_value(
+            getattr(layer, kind.weight)[...].astype(jnp.float32)
+        )
     x = data(name, shape)
     low = x if x.dtype == jnp.int32 else x.astype(jnp.bfloat16)
     y = value_and_grad(q, low)[0]
     assert y.dtype == jnp.bfloat16
-    assert_close(y, value_and_grad(wide, low if x.dtype == jnp.int32 else low.astype(jnp.float32))[0], 0.03)
+    assert_close(
+        y,
+        value_and_grad(wide, low if x.dtype == jnp.int32 else low.astype(jnp.float32))[
+            0
+        ],
+        0.03,
+    )
 
 
 # What the compiler sees.
@@ -309,12 +419,24 @@ def dots(fn, *args):
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
             preferred = eqn.params["preferred_element_type"]
             names = [v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)]
-            found.append((*names, None if preferred is None else jnp.dtype(preferred).name))
+            found.append(
+                (*names, None if preferred is None else jnp.dtype(preferred).name)
+            )
     return found
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "qkv", "output", "batched general", "einsum", "experts", "inner experts", "conv2d"]
+    "name",
+    [
+        "linear",
+        "qkv",
+        "output",
+        "batched general",
+        "einsum",
+        "experts",
+        "inner experts",
+        "conv2d",
+    ],
 )
 def test_w8a8_multiplies_codes(name):
     make, shape = LAYERS[name]
@@ -333,10 +455,14 @@ def test_bfloat16_products_accumulate_in_float32():
     ]
     for layer, shape in layers:
         x = jnp.ones(shape, jnp.bfloat16)
-        assert dots(layer, x) == [("bfloat16", "bfloat16", "float32", "float32")], type(layer)
+        assert dots(layer, x) == [("bfloat16", "bfloat16", "float32", "float32")], type(
+            layer
+        )
         assert jax.eval_shape(layer, x).dtype == jnp.bfloat16
     table = QEmbed(6, 40, weight=None, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    assert dots(table.attend, jnp.ones((2, 40), jnp.bfloat16)) == [("bfloat16", "bfloat16", "float32", "float32")]
+    assert dots(table.attend, jnp.ones((2, 40), jnp.bfloat16)) == [
+        ("bfloat16", "bfloat16", "float32", "float32")
+    ]
 
 
 @pytest.mark.parametrize("layer", [QConv, QConvTranspose])
@@ -344,9 +470,14 @@ def test_masked_convolutions_stay_in_floats(layer):
     mask = jnp.ones((3, 5, 6)).at[0].set(0)
     with pytest.raises(ValueError, match="mask= needs weight=None"):
         layer(5, 6, (3,), mask=mask, rngs=nnx.Rngs(0))
-    x, plain = jnp.ones((2, 6, 5)), {QConv: nnx.Conv, QConvTranspose: nnx.ConvTranspose}[layer]
+    x, plain = (
+        jnp.ones((2, 6, 5)),
+        {QConv: nnx.Conv, QConvTranspose: nnx.ConvTranspose}[layer],
+    )
     y = layer(5, 6, (3,), mask=mask, weight=None, rngs=nnx.Rngs(0))(x)
-    np.testing.assert_allclose(y, plain(5, 6, (3,), mask=mask, rngs=nnx.Rngs(0))(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        y, plain(5, 6, (3,), mask=mask, rngs=nnx.Rngs(0))(x), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_table_of_one_row_has_it_for_every_index():
@@ -370,23 +501,36 @@ def test_weight_only_products_accumulate_in_float32():
     ("explicit", "plain"),
     [
         (lambda **k: QLinear(40, 6, **k), lambda **k: nnx.Linear(40, 6, **k)),
-        (lambda **k: QLinearGeneral(40, (2, 3), **k), lambda **k: nnx.LinearGeneral(40, (2, 3), **k)),
-        (lambda **k: QEinsum("bd,dn->bn", (40, 6), **k), lambda **k: nnx.Einsum("bd,dn->bn", (40, 6), **k)),
+        (
+            lambda **k: QLinearGeneral(40, (2, 3), **k),
+            lambda **k: nnx.LinearGeneral(40, (2, 3), **k),
+        ),
+        (
+            lambda **k: QEinsum("bd,dn->bn", (40, 6), **k),
+            lambda **k: nnx.Einsum("bd,dn->bn", (40, 6), **k),
+        ),
         (lambda **k: QConv(5, 6, (3,), **k), lambda **k: nnx.Conv(5, 6, (3,), **k)),
         (lambda **k: QEmbed(6, 40, **k), lambda **k: nnx.Embed(6, 40, **k)),
     ],
     ids=["QLinear", "QLinearGeneral", "QEinsum", "QConv", "QEmbed"],
 )
 def test_explicit_layers_hold_what_quantize_model_makes(explicit, plain):
-    layer, q = explicit(weight="int8", rngs=nnx.Rngs(3)), quantize(plain(rngs=nnx.Rngs(3)), "int8")
+    layer, q = (
+        explicit(weight="int8", rngs=nnx.Rngs(3)),
+        quantize(plain(rngs=nnx.Rngs(3)), "int8"),
+    )
     ours, theirs = jax.tree.leaves(nnx.state(layer)), jax.tree.leaves(nnx.state(q))
     assert len(ours) == len(theirs)
     assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
-    assert [type(v) for _, v in nnx.iter_graph(layer) if isinstance(v, QuantizedParam)] == [QuantizedParam]
+    assert [
+        type(v) for _, v in nnx.iter_graph(layer) if isinstance(v, QuantizedParam)
+    ] == [QuantizedParam]
 
 
 def test_explicit_layer_without_weight_has_no_activation():
-    with pytest.raises(ValueError, match="QLinear: activation='int8' needs a quantized weight="):
+    with pytest.raises(
+        ValueError, match="QLinear: activation='int8' needs a quantized weight="
+    ):
         QLinear(4, 4, weight=None, activation="int8", rngs=nnx.Rngs(0))
 
 

@@ -96,14 +96,27 @@ def test_figures_are_those_of_the_arrays(made):
         floats, qt = variables(model)[row.path], variables(q)[row.path]
         assert isinstance(qt, QTensor)
         w, back = (np.asarray(v, np.float64) for v in (floats, jaxq.dequantize(qt)))
-        assert row.sqnr == pytest.approx(10 * np.log10((w**2).sum() / ((w - back) ** 2).sum()), rel=1e-4)
-        assert row.sqnr == pytest.approx(float(jaxq.metrics.sqnr(floats, jaxq.dequantize(qt))), rel=1e-4)
+        assert row.sqnr == pytest.approx(
+            10 * np.log10((w**2).sum() / ((w - back) ** 2).sum()), rel=1e-4
+        )
+        assert row.sqnr == pytest.approx(
+            float(jaxq.metrics.sqnr(floats, jaxq.dequantize(qt))), rel=1e-4
+        )
         assert 0 < row.worst_block < 1
-        assert row.bits_per_element == qt.bits_per_element == 8 * row.bytes_after / w.size
+        assert (
+            row.bits_per_element == qt.bits_per_element == 8 * row.bytes_after / w.size
+        )
         assert row.shape == floats.shape
-        assert (row.format, row.granularity.split(" along")[0]) == ("int4", "PerGroup(4")
+        assert (row.format, row.granularity.split(" along")[0]) == (
+            "int4",
+            "PerGroup(4",
+        )
         assert row.clipped == 0
-    total = 8 * sum(r.bytes_after for r in report.quantized) / sum(np.prod(r.shape) for r in report.quantized)
+    total = (
+        8
+        * sum(r.bytes_after for r in report.quantized)
+        / sum(np.prod(r.shape) for r in report.quantized)
+    )
     assert report.bits_per_weight == pytest.approx(total)
     assert report.worst.sqnr == min(row.sqnr for row in report.quantized)
 
@@ -114,7 +127,9 @@ def test_forms(made):
     for row in report.rows:
         assert row.path in text
         assert f"| {row.path} |" in table
-    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {14}
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {
+        14
+    }
     assert text.splitlines()[-1] == table.splitlines()[-1]
     assert text.splitlines()[-1].startswith("2 of 14 parameters quantized")
     again = json.loads(json.dumps(report.to_dict()))
@@ -130,7 +145,12 @@ def test_forms(made):
 
 def test_activations_and_own_reasons():
     model = Model(nnx.Rngs(0))
-    recipe = Recipe([Rule("up", weight="int8", activation="fp8"), Rule("conv", skip=True, reason="small")])
+    recipe = Recipe(
+        [
+            Rule("up", weight="int8", activation="fp8"),
+            Rule("conv", skip=True, reason="small"),
+        ]
+    )
     report = jaxq.quantize_model(model, recipe, strict=False)[1]
     rows = {row.path: row for row in report.rows}
     assert rows["up/kernel"].format == "int8 + float8_e4m3fn"
@@ -139,7 +159,9 @@ def test_activations_and_own_reasons():
 
 
 def test_nothing_quantized():
-    report = jaxq.quantize_model(Model(nnx.Rngs(0)), Recipe([Rule(skip=True)]), strict=False)[1]
+    report = jaxq.quantize_model(
+        Model(nnx.Rngs(0)), Recipe([Rule(skip=True)]), strict=False
+    )[1]
     assert report.quantized == ()
     assert report.worst is None
     assert report.bytes_before == report.bytes_after
@@ -148,7 +170,11 @@ def test_nothing_quantized():
 
 def test_what_is_clipped_is_counted():
     layer = nnx.Linear(64, 2, use_bias=False, rngs=nnx.Rngs(0))
-    layer.kernel.set_value(jnp.asarray(np.concatenate([[[1, 1], [-1, -1]], np.full((62, 2), 0.1)]), jnp.float32))
+    layer.kernel.set_value(
+        jnp.asarray(
+            np.concatenate([[[1, 1], [-1, -1]], np.full((62, 2), 0.1)]), jnp.float32
+        )
+    )
     # A group's scale is its largest magnitude: nothing clips. Mean magnitudes clip the four large numbers.
     assert jaxq.quantize_model(layer, "int4")[1].rows[0].clipped == 0
     spec = jaxq.QuantSpec("ternary", scale_rule="absmean")
@@ -165,7 +191,9 @@ def test_a_terminal_shows_a_table(made):
     assert made[2]._repr_markdown_() == made[2].to_markdown()
 
 
-@pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")  # treescope's look at numpy
+@pytest.mark.filterwarnings(
+    "ignore:The chararray class is deprecated:DeprecationWarning"
+)  # treescope's look at numpy
 def test_models_and_reports_show_in_treescope(made):
     treescope = pytest.importorskip("treescope")
     _, q, report = made
@@ -176,9 +204,15 @@ def test_models_and_reports_show_in_treescope(made):
 def test_a_plan_is_the_report_without_figures(made):
     model, _, report = made
     plan = jaxq.nn.plan(model, SPEC, strict=False)
-    blank = [dataclasses.replace(row, sqnr=None, worst_block=None, clipped=None) for row in report.rows]
+    blank = [
+        dataclasses.replace(row, sqnr=None, worst_block=None, clipped=None)
+        for row in report.rows
+    ]
     assert list(plan.rows) == blank
-    assert (plan.bytes_before, plan.bytes_after) == (report.bytes_before, report.bytes_after)
+    assert (plan.bytes_before, plan.bytes_after) == (
+        report.bytes_before,
+        report.bytes_after,
+    )
 
 
 class Scaled(nnx.Module):
@@ -206,19 +240,34 @@ class Scaled(nnx.Module):
 
 
 def unmeasured(report):
-    return [dataclasses.replace(row, sqnr=None, worst_block=None, clipped=None, loss=None) for row in report.rows]
+    return [
+        dataclasses.replace(row, sqnr=None, worst_block=None, clipped=None, loss=None)
+        for row in report.rows
+    ]
 
 
 # A recipe of each kind: whole bytes, halves, tables, floats; scales that are quantized; activations rounded on the
 # fly, in a range and with columns of outliers apart; methods with data and without.
-FEW = ("nf4_dq", "fp8_static", "w8a8_smoothquant", "int4_hqq", "llm_int8", "w4a4_rotated")
+FEW = (
+    "nf4_dq",
+    "fp8_static",
+    "w8a8_smoothquant",
+    "int4_hqq",
+    "llm_int8",
+    "w4a4_rotated",
+)
 
 
 @pytest.mark.parametrize("name", tables.thinned(jaxq.recipes.names(), FEW))
 def test_a_plan_is_the_report_but_for_what_is_measured(name):
     model, recipe = Scaled(), jaxq.recipes.get(name)
-    data = any(rule.observer or methods.METHODS[rule.method].needs_data for rule in recipe.rules)
-    _, report = jaxq.quantize_model(model, recipe, calibration=[normal(64, 32)] if data else None, fallback="none")
+    data = any(
+        rule.observer or methods.METHODS[rule.method].needs_data
+        for rule in recipe.rules
+    )
+    _, report = jaxq.quantize_model(
+        model, recipe, calibration=[normal(64, 32)] if data else None, fallback="none"
+    )
     assert unmeasured(recipe.plan(model)) == unmeasured(report)
 
 
@@ -246,7 +295,10 @@ def test_products_of_floats_are_said_of_experts_that_do_not_lead():
 )
 def test_einsums_of_floats_and_of_whole_weights_are_said(text, shape, codes, decoded):
     model = nnx.Einsum(text, shape, rngs=nnx.Rngs(0))
-    note = {name: jaxq.recipes.get(name).plan(model).quantized[0].note for name in ("w8a8", "int8")}
+    note = {
+        name: jaxq.recipes.get(name).plan(model).quantized[0].note
+        for name in ("w8a8", "int8")
+    }
     assert ("products of floats" not in note["w8a8"]) == codes
     assert ("dequantized at each call: the whole weight" not in note["int8"]) == decoded
     left = text.split(",")[0].replace("...", "b")
@@ -260,10 +312,14 @@ def test_einsums_of_floats_and_of_whole_weights_are_said(text, shape, codes, dec
 
 def test_einsums_that_sum_an_index_of_one_operand_are_refused():
     with pytest.raises(ValueError, match="sums .*'k'.* in one operand alone"):
-        jaxq.quantize_model(nnx.Einsum("bd,dkn->bn", (32, 2, 8), rngs=nnx.Rngs(0)), "int8")
+        jaxq.quantize_model(
+            nnx.Einsum("bd,dkn->bn", (32, 2, 8), rngs=nnx.Rngs(0)), "int8"
+        )
 
 
 @pytest.mark.parametrize("method", ["clip", "hqq", "kmeans"])
 def test_methods_that_need_no_data_are_planned_as_they_are(method):
     model, recipe = Scaled(), Recipe([Rule(weight="int3", method=method)])
-    assert unmeasured(recipe.plan(model)) == unmeasured(jaxq.quantize_model(model, recipe)[1])
+    assert unmeasured(recipe.plan(model)) == unmeasured(
+        jaxq.quantize_model(model, recipe)[1]
+    )

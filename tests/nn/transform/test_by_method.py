@@ -24,7 +24,9 @@ def correlated(num: int, k: int, seed: int = 0) -> jax.Array:
     """Rows of which a few directions are most."""
     rng = np.random.default_rng(7)
     mix = rng.normal(size=(k, k)) * np.exp(-np.arange(k) / 6)[:, None]
-    return jnp.asarray(np.float32(np.random.default_rng(seed).normal(size=(num, k)) @ mix))
+    return jnp.asarray(
+        np.float32(np.random.default_rng(seed).normal(size=(num, k)) @ mix)
+    )
 
 
 class Pair(nnx.Module):
@@ -41,7 +43,9 @@ class Pair(nnx.Module):
 
 def made(qt: jaxq.QTensor, note: str = "", rounded: bool = False):
     """What a method in the registry returns."""
-    return type(methods.METHODS["rtn"].solve(jnp.eye(2), None, jaxq.presets()["int8"], None))(qt, note, rounded)
+    return type(
+        methods.METHODS["rtn"].solve(jnp.eye(2), None, jaxq.presets()["int8"], None)
+    )(qt, note, rounded)
 
 
 BATCHES = [correlated(128, 32, seed) for seed in range(3)]
@@ -76,13 +80,23 @@ def rounded_pair(pair):
 OPTIONS = {"adaround": {"num_steps": 200}, "kmeans": {"granularity": jaxq.PerChannel()}}
 
 
-BY_OUTPUT = sorted(set(methods.names()) - {"awq", "equalize", "smoothquant", "rtn", "llm_int8"})
+BY_OUTPUT = sorted(
+    set(methods.names()) - {"awq", "equalize", "smoothquant", "rtn", "llm_int8"}
+)
 
 
 @pytest.mark.parametrize("method", tables.thinned(BY_OUTPUT, ["gptq", "hqq"]))
-def test_every_method_runs_and_those_that_fit_outputs_gain_on_new_inputs(method, pair, pair_stats, rounded_pair):
+def test_every_method_runs_and_those_that_fit_outputs_gain_on_new_inputs(
+    method, pair, pair_stats, rounded_pair
+):
     fresh = correlated(128, 32, seed=99)
-    qmodel, report = quantize(method, pair, calibration=pair_stats, fallback="none", options=OPTIONS.get(method, {}))
+    qmodel, report = quantize(
+        method,
+        pair,
+        calibration=pair_stats,
+        fallback="none",
+        options=OPTIONS.get(method, {}),
+    )
     error = [distance(q, pair, fresh) for q in (qmodel, rounded_pair)]
     if method in ("gptq", "adaround", "kmeans"):
         assert error[0] < error[1]
@@ -93,12 +107,21 @@ def test_every_method_runs_and_those_that_fit_outputs_gain_on_new_inputs(method,
 
 def test_a_result_is_what_the_matrix_method_gives(pair, pair_stats):
     qmodel, _ = quantize("gptq", pair, calibration=BATCHES, fallback="none")
-    for name, w in (("first", pair.first.kernel[...]), ("second", pair.second.kernel[...])):
-        qt, _ = methods.gptq(w.reshape(w.shape[0], -1), pair_stats[name].hessian, "int3")
+    for name, w in (
+        ("first", pair.first.kernel[...]),
+        ("second", pair.second.kernel[...]),
+    ):
+        qt, _ = methods.gptq(
+            w.reshape(w.shape[0], -1), pair_stats[name].hessian, "int3"
+        )
         found = getattr(qmodel, name).kernel[...]
         assert found.shape == w.shape
         np.testing.assert_array_equal(found.codes().reshape(qt.shape), qt.codes())
-        jax.tree.map(np.testing.assert_array_equal, jaxq.dequantize(found).reshape(qt.shape), jaxq.dequantize(qt))
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            jaxq.dequantize(found).reshape(qt.shape),
+            jaxq.dequantize(qt),
+        )
 
 
 def test_statistics_made_before_give_the_same_model(pair, pair_stats):
@@ -114,15 +137,24 @@ def test_results_save_and_load_on_the_float_model(pair, tmp_path):
     np.testing.assert_array_equal(loaded(BATCHES[0]), qmodel(BATCHES[0]))
 
 
-def test_worse_than_rounding_falls_back_and_says_so(pair, pair_stats, rounded_pair, monkeypatch):
+def test_worse_than_rounding_falls_back_and_says_so(
+    pair, pair_stats, rounded_pair, monkeypatch
+):
     def bad(w, stats, spec, key):
         return made(methods.rtn(0.5 * w, spec)[0])
 
-    monkeypatch.setitem(methods.METHODS, "gptq", methods.METHODS["gptq"]._replace(solve=bad))
+    monkeypatch.setitem(
+        methods.METHODS, "gptq", methods.METHODS["gptq"]._replace(solve=bad)
+    )
     qmodel, report = quantize("gptq", pair, calibration=pair_stats)
     assert [row.method for row in report.quantized] == ["rtn", "rtn"]
-    assert all("gptq is worse than rtn on held-out inputs" in row.note for row in report.quantized)
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(qmodel), nnx.state(rounded_pair))
+    assert all(
+        "gptq is worse than rtn on held-out inputs" in row.note
+        for row in report.quantized
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.state(qmodel), nnx.state(rounded_pair)
+    )
     _, report = quantize("gptq", pair, calibration=pair_stats, fallback="none")
     assert all(row.loss > 1 for row in report.quantized)
     with pytest.raises(ValueError, match="worse than rtn"):
@@ -131,19 +163,30 @@ def test_worse_than_rounding_falls_back_and_says_so(pair, pair_stats, rounded_pa
 
 def test_sequential_quantizes_on_what_came_before(pair):
     """The second layer's hessian is that of the inputs it really gets."""
-    qmodel, _ = quantize("gptq", pair, calibration=BATCHES, sequential=True, fallback="none", spec="int2")
+    qmodel, _ = quantize(
+        "gptq", pair, calibration=BATCHES, sequential=True, fallback="none", spec="int2"
+    )
     seen = jaxq.nn.calibrate(
         jaxq.quantize_model(
             pair,
-            jaxq.Recipe([jaxq.Rule("first", weight="int2", method="gptq"), jaxq.Rule("second", skip=True)]),
+            jaxq.Recipe(
+                [
+                    jaxq.Rule("first", weight="int2", method="gptq"),
+                    jaxq.Rule("second", skip=True),
+                ]
+            ),
             calibration=BATCHES,
             fallback="none",
         )[0],
         BATCHES,
         layers=["second"],
     )
-    qt, _ = methods.gptq(pair.second.kernel[...].reshape(32, -1), seen["second"].hessian, "int2")
-    np.testing.assert_array_equal(qmodel.second.kernel[...].codes().reshape(32, -1), qt.codes())
+    qt, _ = methods.gptq(
+        pair.second.kernel[...].reshape(32, -1), seen["second"].hessian, "int2"
+    )
+    np.testing.assert_array_equal(
+        qmodel.second.kernel[...].codes().reshape(32, -1), qt.codes()
+    )
 
 
 class Numbered(nnx.Module):
@@ -159,43 +202,85 @@ class Numbered(nnx.Module):
 def test_layers_of_a_block_see_those_before_them(pair, monkeypatch, tmp_path):
     """Queries, keys and values read one array, and go together."""
     how: dict = {"calibration": BATCHES, "fallback": "none", "spec": "int2"}
-    expected, _ = quantize("gptq", pair, sequential="blocks", **how)  # here each layer is a block
+    expected, _ = quantize(
+        "gptq", pair, sequential="blocks", **how
+    )  # here each layer is a block
     by_block, _ = quantize("gptq", Numbered(), sequential=True, **how)
-    found, report = quantize("gptq", Numbered(), sequential="layers", resume=tmp_path, **how)
-    codes = [model.second.kernel[...].codes() for model in (expected, found.layers[0], by_block.layers[0])]
+    found, report = quantize(
+        "gptq", Numbered(), sequential="layers", resume=tmp_path, **how
+    )
+    codes = [
+        model.second.kernel[...].codes()
+        for model in (expected, found.layers[0], by_block.layers[0])
+    ]
     np.testing.assert_array_equal(codes[0], codes[1])
     assert (codes[0] != codes[2]).any()
-    order = jaxq.nn.calibration._nnx.call_order(Llama(CONFIG, rngs=nnx.Rngs(0)), np.ones((1, 4), np.int32), None)
-    sizes = [len(group) for group in jaxq.nn.transform._nnx.in_order([(p, p) for p in order], order, "layers")]
-    assert sizes == [3, 1, 2, 1, 1]  # queries, keys, values; outputs; gate and up; down; head
+    order = jaxq.nn.calibration._nnx.call_order(
+        Llama(CONFIG, rngs=nnx.Rngs(0)), np.ones((1, 4), np.int32), None
+    )
+    sizes = [
+        len(group)
+        for group in jaxq.nn.transform._nnx.in_order(
+            [(p, p) for p in order], order, "layers"
+        )
+    ]
+    assert sizes == [
+        3,
+        1,
+        2,
+        1,
+        1,
+    ]  # queries, keys, values; outputs; gate and up; down; head
 
     # As it would go on after the first layer.
     (tmp_path / "block-0001.safetensors").unlink()
     passes, calibrated = [], jaxq.nn.transform._nnx.calibrated
     monkeypatch.setattr(
-        jaxq.nn.transform._nnx, "calibrated", lambda *args, **how: passes.append(args[2]) or calibrated(*args, **how)
+        jaxq.nn.transform._nnx,
+        "calibrated",
+        lambda *args, **how: passes.append(args[2]) or calibrated(*args, **how),
     )
-    again, said = quantize("gptq", Numbered(), sequential="layers", resume=tmp_path, **how)
+    again, said = quantize(
+        "gptq", Numbered(), sequential="layers", resume=tmp_path, **how
+    )
     assert [list(wanted) for wanted in passes] == [["layers/0/second"]]
     assert said == report
     jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(found))
     with pytest.raises(ValueError, match="is of another run"):
-        quantize("gptq", Numbered(), sequential="layers", resume=tmp_path, **{**how, "spec": "int3"})
+        quantize(
+            "gptq",
+            Numbered(),
+            sequential="layers",
+            resume=tmp_path,
+            **{**how, "spec": "int3"},
+        )
 
 
 def test_fewer_rows_than_inputs_are_said():
     _, report = quantize("gptq", calibration=[correlated(16, 32)])
-    assert all("only 14 rows for" in row.note or row.method == "rtn" for row in report.quantized)
+    assert all(
+        "only 14 rows for" in row.note or row.method == "rtn"
+        for row in report.quantized
+    )
     assert any("only 14 rows for 32 inputs" in row.note for row in report.quantized)
 
 
 def test_what_cannot_be_is_refused_before_anything_runs():
-    with pytest.raises(ValueError, match=r"(?s)first .*method 'gptq' needs data.*second .*method 'gptq' needs data"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)first .*method 'gptq' needs data.*second .*method 'gptq' needs data",
+    ):
         quantize("gptq")
     with pytest.raises(ValueError, match="nothing is known of that in Pair"):
         quantize("awq", calibration=BATCHES)
-    with pytest.raises(ValueError, match=r"(?s)Conv.*is for matrices: Linear, LinearGeneral and Einsum"):
-        quantize("gptq", nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)), calibration=[normal(2, 8, 4)])
+    with pytest.raises(
+        ValueError, match=r"(?s)Conv.*is for matrices: Linear, LinearGeneral and Einsum"
+    ):
+        quantize(
+            "gptq",
+            nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)),
+            calibration=[normal(2, 8, 4)],
+        )
     with pytest.raises(ValueError, match="method must be one of"):
         jaxq.Rule(weight="int4", method="gpqt")
     with pytest.raises(ValueError, match=r"unknown option 'num_step'.*num_steps"):
@@ -203,7 +288,9 @@ def test_what_cannot_be_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match="options .* need a method"):
         jaxq.Rule(weight="int4", options={"typo": 1})
     with pytest.raises(ValueError, match="takes no observer"):
-        jaxq.Rule(weight="int8", activation="int8", method="llm_int8", observer="absmax")
+        jaxq.Rule(
+            weight="int8", activation="int8", method="llm_int8", observer="absmax"
+        )
     with pytest.raises(TypeError, match=r"pass \[x\]"):
         quantize("gptq", calibration=BATCHES[0])
     with pytest.raises(ValueError, match="no statistics of"):
@@ -228,7 +315,9 @@ def drawn(seed):
 
 @pytest.fixture(scope="module")
 def llama():
-    return jaxq.models.with_outliers(Llama(CONFIG, rngs=nnx.Rngs(0)), channels=[3, 40], strength=64.0)
+    return jaxq.models.with_outliers(
+        Llama(CONFIG, rngs=nnx.Rngs(0)), channels=[3, 40], strength=64.0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -238,12 +327,19 @@ def tokens():
 
 def test_each_matrix_of_a_stack_is_judged_by_itself(monkeypatch):
     def bad_in_one(w, stats, spec, key):
-        return made(methods.rtn(w * np.array([1, 0.5], np.float32)[:, None, None], spec)[0])
+        return made(
+            methods.rtn(w * np.array([1, 0.5], np.float32)[:, None, None], spec)[0]
+        )
 
-    monkeypatch.setitem(methods.METHODS, "hqq", methods.METHODS["hqq"]._replace(solve=bad_in_one))
+    monkeypatch.setitem(
+        methods.METHODS, "hqq", methods.METHODS["hqq"]._replace(solve=bad_in_one)
+    )
     w, rows = normal(2, 32, 8), np.stack([correlated(64, 32, seed) for seed in (0, 1)])
     stats = jax.jit(jax.vmap(jaxq.observers.update_stats, (0, 0, None, None)))(
-        jax.tree.map(lambda a: np.stack([a, a]), jaxq.observers.empty_stats(32)), rows, np.ones(64, bool), np.arange(64)
+        jax.tree.map(lambda a: np.stack([a, a]), jaxq.observers.empty_stats(32)),
+        rows,
+        np.ones(64, bool),
+        np.arange(64),
     )
     solved = methods.solve("hqq", w, stats, jaxq.presets()["int4"])
     assert (solved.method, solved.loss) == ("hqq", 1.0)
@@ -268,16 +364,23 @@ def test_scales_that_do_worse_than_none_are_left_out(llama, tokens, monkeypatch)
     """A scale of one channel alone, which makes the others' steps coarse."""
 
     def bad(weights, *_, **__):
-        return jnp.asarray(np.where(np.arange(weights[0].shape[0]) == 0, 1000, 1), jnp.float32), None
+        return jnp.asarray(
+            np.where(np.arange(weights[0].shape[0]) == 0, 1000, 1), jnp.float32
+        ), None
 
     monkeypatch.setattr("jaxq.methods.awq_scale", bad)
-    recipe = jaxq.Recipe([jaxq.Rule("re:.*/(gate|up)_proj", weight="int4", method="awq")])
+    recipe = jaxq.Recipe(
+        [jaxq.Rule("re:.*/(gate|up)_proj", weight="int4", method="awq")]
+    )
     qmodel, report = jaxq.quantize_model(llama, recipe, calibration=tokens)
     rows = {row.path.removesuffix("/kernel"): row for row in report.quantized}
     row = rows["layers/0/mlp/gate_proj"]
-    assert "only clipped: awq's scales do worse than none on held-out inputs" in row.note
+    assert (
+        "only clipped: awq's scales do worse than none on held-out inputs" in row.note
+    )
     np.testing.assert_array_equal(
-        qmodel.layers[0].post_attention_layernorm.scale[...], llama.layers[0].post_attention_layernorm.scale[...]
+        qmodel.layers[0].post_attention_layernorm.scale[...],
+        llama.layers[0].post_attention_layernorm.scale[...],
     )
     with pytest.raises(ValueError, match="awq's scales do worse than none"):
         jaxq.quantize_model(llama, recipe, calibration=tokens, fallback="raise")
@@ -289,17 +392,34 @@ def seen_by_queries(llama, tokens):
 
 
 @pytest.mark.heavy
-def test_scales_are_measured_against_rounding_without_them(llama, tokens, seen_by_queries):
+def test_scales_are_measured_against_rounding_without_them(
+    llama, tokens, seen_by_queries
+):
     """What the report says of SmoothQuant is what its layer does on the rows held out."""
-    rule = jaxq.Rule("re:.*/[qkv]_proj", weight="int8", activation="int8", method="smoothquant")
+    rule = jaxq.Rule(
+        "re:.*/[qkv]_proj", weight="int8", activation="int8", method="smoothquant"
+    )
     recipe = jaxq.Recipe([rule])
     qmodel, report = jaxq.quantize_model(llama, recipe, calibration=tokens)
-    row = next(row for row in report.quantized if row.path == "layers/0/self_attn/q_proj/kernel")
-    x, w = seen_by_queries["layers/0/self_attn/q_proj"].held_out, llama.layers[0].self_attn.q_proj.kernel[...]
+    row = next(
+        row
+        for row in report.quantized
+        if row.path == "layers/0/self_attn/q_proj/kernel"
+    )
+    x, w = (
+        seen_by_queries["layers/0/self_attn/q_proj"].held_out,
+        llama.layers[0].self_attn.q_proj.kernel[...],
+    )
     gains = [m.layers[0].input_layernorm.scale[...] for m in (qmodel, llama)]
-    smoothed = jnp.asarray(x * np.divide(*gains)[None]) @ qmodel.layers[0].self_attn.q_proj.kernel[...]
+    smoothed = (
+        jnp.asarray(x * np.divide(*gains)[None])
+        @ qmodel.layers[0].self_attn.q_proj.kernel[...]
+    )
     plain = x @ jaxq.quantize(w, "int8").with_activation("int8")
-    errors = [np.sum((np.asarray(x) @ np.asarray(w) - np.asarray(y)) ** 2) for y in (smoothed, plain)]
+    errors = [
+        np.sum((np.asarray(x) @ np.asarray(w) - np.asarray(y)) ** 2)
+        for y in (smoothed, plain)
+    ]
     assert row.method == "smoothquant"
     assert row.loss == pytest.approx(errors[0] / errors[1], rel=0.05)
     assert row.loss < 0.5
@@ -309,7 +429,10 @@ class Chain(nnx.Module):
     """Linears with a ReLU between them, which scales pass through."""
 
     def __init__(self):
-        self.first, self.second = nnx.Linear(32, 24, rngs=nnx.Rngs(0)), nnx.Linear(24, 8, rngs=nnx.Rngs(1))
+        self.first, self.second = (
+            nnx.Linear(32, 24, rngs=nnx.Rngs(0)),
+            nnx.Linear(24, 8, rngs=nnx.Rngs(1)),
+        )
         self.first.kernel.set_value(self.first.kernel[...] * jnp.exp(normal(1, 24)))
 
     def __call__(self, x):
@@ -335,7 +458,10 @@ def test_equalization_by_recipe(data):
     error = [distance(q, model, fresh) for q in (qmodel, rounded)]
     assert error[0] < 0.7 * error[1]
     rows = {row.path: row for row in report.quantized}
-    assert (rows["first/kernel"].method, rows["second/kernel"].method) == ("rtn", "equalize")
+    assert (rows["first/kernel"].method, rows["second/kernel"].method) == (
+        "rtn",
+        "equalize",
+    )
     assert "nothing before it" in rows["first/kernel"].note
     assert (rows["second/kernel"].loss is None) == (data is None)
 
@@ -347,18 +473,29 @@ def test_bias_correction_by_recipe(pair, rounded_pair):
     qmodel, report = jaxq.quantize_model(pair, recipe, calibration=[x])
     seen = np.arange(128) % 8 != 7
     shift = [
-        np.abs(np.mean((np.asarray(q.first(x)) - np.asarray(pair.first(x)))[seen], 0)).max()
+        np.abs(
+            np.mean((np.asarray(q.first(x)) - np.asarray(pair.first(x)))[seen], 0)
+        ).max()
         for q in (qmodel, rounded_pair)
     ]
     assert shift[0] < 1e-5 < shift[1]
     assert qmodel.second.bias.shape == (2, 8)
     assert all("bias corrected" in row.note for row in report.quantized)
     no_bias = nnx.Linear(32, 16, use_bias=False, rngs=nnx.Rngs(0))
-    assert "no bias to correct" in jaxq.quantize_model(no_bias, recipe, calibration=[x])[1].quantized[0].note
-    with pytest.raises(ValueError, match=r"(?s)first .*: correct_bias=True needs data.*second"):
+    assert (
+        "no bias to correct"
+        in jaxq.quantize_model(no_bias, recipe, calibration=[x])[1].quantized[0].note
+    )
+    with pytest.raises(
+        ValueError, match=r"(?s)first .*: correct_bias=True needs data.*second"
+    ):
         jaxq.quantize_model(pair, recipe)
     with pytest.raises(ValueError, match="correct_bias=True is for Linear"):
-        jaxq.quantize_model(nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)), recipe, calibration=[normal(2, 8, 4)])
+        jaxq.quantize_model(
+            nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)),
+            recipe,
+            calibration=[normal(2, 8, 4)],
+        )
 
 
 def test_rotation_by_recipe(llama, tokens):
@@ -369,7 +506,9 @@ def test_rotation_by_recipe(llama, tokens):
     recipe = jaxq.recipes.get("w4a4_rotated")
     assert recipe.rotate
     assert jaxq.Recipe.from_dict(recipe.to_dict()) == recipe
-    assert [row.path for row in recipe.plan(llama).rows] == [row.path for row in report.rows]
+    assert [row.path for row in recipe.plan(llama).rows] == [
+        row.path for row in report.rows
+    ]
     with pytest.raises(ValueError, match="nothing is known of how in Pair"):
         jaxq.quantize_model(Pair(), "w8a8_rotated")
     with pytest.raises(ValueError, match="rotate=True is for nnx models"):
@@ -393,7 +532,9 @@ class Mixed(nnx.Module):
     def __call__(self, tokens):
         return self.layer(self.table(tokens)) @ self.w
 
-    recipe = jaxq.Recipe([jaxq.Rule(kinds=("Embed", "Linear", "Param"), weight="int4", method="clip")])
+    recipe = jaxq.Recipe(
+        [jaxq.Rule(kinds=("Embed", "Linear", "Param"), weight="int4", method="clip")]
+    )
 
 
 @pytest.mark.heavy
@@ -407,19 +548,27 @@ def test_what_has_no_rows_is_not_looked_at():
     # Its groups of two channels by four places are as many numbers as there are channels.
     conv = nnx.Conv(8, 8, (4,), feature_group_count=4, rngs=nnx.Rngs(0))
     rule = jaxq.Rule(weight="int4", method="clip", activation="int8", observer="absmax")
-    _, report = jaxq.quantize_model(conv, jaxq.Recipe([rule]), calibration=[normal(2, 8, 8)])
+    _, report = jaxq.quantize_model(
+        conv, jaxq.Recipe([rule]), calibration=[normal(2, 8, 8)]
+    )
     assert report.quantized[0].loss is None
 
 
 def test_clipping_by_inputs(pair, pair_stats):
-    recipe = jaxq.Recipe([jaxq.Rule(weight="int3", method="clip", options={"inputs": True})])
-    _, report = jaxq.quantize_model(pair, recipe, calibration=pair_stats, fallback="none")
+    recipe = jaxq.Recipe(
+        [jaxq.Rule(weight="int3", method="clip", options={"inputs": True})]
+    )
+    _, report = jaxq.quantize_model(
+        pair, recipe, calibration=pair_stats, fallback="none"
+    )
     assert all(row.loss is not None for row in report.quantized)
 
 
 def test_statistics_of_another_model_are_refused(llama, pair, pair_stats):
     recipe = jaxq.Recipe([jaxq.Rule(weight="int4", method="gptq")])
-    with pytest.raises(ValueError, match="sequential='blocks' needs calibration=batches"):
+    with pytest.raises(
+        ValueError, match="sequential='blocks' needs calibration=batches"
+    ):
         jaxq.quantize_model(pair, recipe, calibration=pair_stats, sequential=True)
     with pytest.raises(ValueError, match="rotate=True changes what reaches the layers"):
         jaxq.quantize_model(llama, "w4a4_rotated", calibration=pair_stats)
@@ -433,7 +582,9 @@ def test_a_bias_correction_that_does_worse_is_left_out():
     qmodel, report = jaxq.quantize_model(layer, recipe, calibration=[rows[:16]])
     assert "bias correction does worse on held-out inputs" in report.quantized[0].note
     np.testing.assert_array_equal(qmodel.bias[...], layer.bias[...])
-    qmodel, report = jaxq.quantize_model(layer, recipe, calibration=[rows[:16]], fallback="none")
+    qmodel, report = jaxq.quantize_model(
+        layer, recipe, calibration=[rows[:16]], fallback="none"
+    )
     assert report.quantized[0].note == "bias corrected; only 14 rows for 64 inputs"
     assert np.any(qmodel.bias[...] != layer.bias[...])
     with pytest.raises(ValueError, match="does worse"):
@@ -442,7 +593,9 @@ def test_a_bias_correction_that_does_worse_is_left_out():
 
 def test_rules_that_say_the_same_fold_together(llama, tokens):
     how = {"weight": "int8", "activation": "int8", "method": "smoothquant"}
-    recipe = jaxq.Recipe([jaxq.Rule("**/gate_proj", **how), jaxq.Rule("**/up_proj", **how)])
+    recipe = jaxq.Recipe(
+        [jaxq.Rule("**/gate_proj", **how), jaxq.Rule("**/up_proj", **how)]
+    )
     _, report = jaxq.quantize_model(llama, recipe, calibration=tokens)
     assert {row.method for row in report.quantized} == {"smoothquant"}
 
@@ -470,7 +623,11 @@ def test_outliers_are_dealt_with(llama, tokens, smoothed, recipe, plain):
     rounded, _ = jaxq.quantize_model(llama, plain)
     error = [distance(q, llama, drawn(9)) for q in (qmodel, rounded)]
     assert error[0] < (0.5 if recipe != "int4_awq" else 1.0) * error[1]
-    assert {row.method for row in report.quantized} <= {recipe.rpartition("_")[2], "llm_int8", "rtn"}
+    assert {row.method for row in report.quantized} <= {
+        recipe.rpartition("_")[2],
+        "llm_int8",
+        "rtn",
+    }
 
 
 def test_statistics_cannot_be_folded(llama, seen_by_queries):
@@ -490,7 +647,11 @@ def test_a_foreign_class_can_say_where_scales_fold(llama, tokens, smoothed):
               for g in llama.scale_groups()]  # fmt: skip
 
     def fold(model, scales):
-        return Mine(model.inner.fold_scales({k.removeprefix("inner/"): s for k, s in scales.items()}))
+        return Mine(
+            model.inner.fold_scales(
+                {k.removeprefix("inner/"): s for k, s in scales.items()}
+            )
+        )
 
     jaxq.nn.register_folding(Mine, lambda model: groups, fold)
     outer, _ = jaxq.quantize_model(Mine(llama), "w8a8_smoothquant", calibration=tokens)
@@ -508,8 +669,14 @@ def test_a_held_out_row_that_is_not_finite_is_found():
 def test_kmeans_falls_back_to_rounding_in_its_own_blocks():
     layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     options = {"granularity": jaxq.PerTensor(), "num_steps": 0}
-    rule = jaxq.Rule(weight=jaxq.QuantSpec("int4", jaxq.PerGroup(16)), method="kmeans", options=options)
-    _, report = jaxq.quantize_model(layer, jaxq.Recipe([rule]), calibration=[normal(64, 64)])
+    rule = jaxq.Rule(
+        weight=jaxq.QuantSpec("int4", jaxq.PerGroup(16)),
+        method="kmeans",
+        options=options,
+    )
+    _, report = jaxq.quantize_model(
+        layer, jaxq.Recipe([rule]), calibration=[normal(64, 64)]
+    )
     row = report.quantized[0]
     assert row.method in ("kmeans", "rtn")
     assert row.granularity.startswith("PerTensor")
@@ -518,7 +685,9 @@ def test_kmeans_falls_back_to_rounding_in_its_own_blocks():
 def test_few_rows_are_said():
     rule = jaxq.Rule(weight="int4", method="adaround", options={"num_steps": 2})
     layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
-    _, report = jaxq.quantize_model(layer, jaxq.Recipe([rule]), calibration=[normal(16, 64)], fallback="none")
+    _, report = jaxq.quantize_model(
+        layer, jaxq.Recipe([rule]), calibration=[normal(16, 64)], fallback="none"
+    )
     assert "fitted to" in report.quantized[0].note
     assert "rows of 64 inputs" in report.quantized[0].note
 
@@ -526,7 +695,9 @@ def test_few_rows_are_said():
 def test_llm_int8_takes_the_rules_activation():
     layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     spec = jaxq.QuantSpec("int8", symmetric=False)
-    rule = jaxq.Rule(weight="int8", activation=spec, method="llm_int8", options={"threshold": 4.0})
+    rule = jaxq.Rule(
+        weight="int8", activation=spec, method="llm_int8", options={"threshold": 4.0}
+    )
     q, _ = jaxq.quantize_model(layer, jaxq.Recipe([rule]))
     meta = q.kernel[...].meta
     assert (meta.activation, meta.outliers) == (spec, 4.0)
@@ -534,28 +705,42 @@ def test_llm_int8_takes_the_rules_activation():
 
 def test_llm_int8_is_judged_against_inputs_quantized_alike(pair):
     data = [x.at[:, 3].multiply(200.0) for x in BATCHES]
-    _, report = quantize("llm_int8", pair, spec="int8", calibration=data, fallback="none")
+    _, report = quantize(
+        "llm_int8", pair, spec="int8", calibration=data, fallback="none"
+    )
     row = report.rows[[row.path for row in report.rows].index("first/kernel")]
     assert row.loss < 0.5
-    qmodel, report = quantize("llm_int8", pair, spec="int8", calibration=BATCHES, options={"threshold": 1e9})
+    qmodel, report = quantize(
+        "llm_int8", pair, spec="int8", calibration=BATCHES, options={"threshold": 1e9}
+    )
     assert all(row.loss == 1.0 for row in report.quantized)
     assert qmodel.first.kernel[...].meta.activation is not None
 
 
 def test_what_is_too_large_to_be_squared_is_named(pair):
-    with pytest.raises(ValueError, match=r"first/kernel: the second moments of its inputs are not finite"):
+    with pytest.raises(
+        ValueError,
+        match=r"first/kernel: the second moments of its inputs are not finite",
+    ):
         quantize("gptq", pair, calibration=[1e20 * BATCHES[0]])
 
 
 def test_clipping_by_few_inputs_is_said():
-    _, report = quantize("clip", calibration=[correlated(16, 32)], options={"inputs": True, "num": 2}, fallback="none")
+    _, report = quantize(
+        "clip",
+        calibration=[correlated(16, 32)],
+        options={"inputs": True, "num": 2},
+        fallback="none",
+    )
     assert all("fitted to 14 rows of 32 inputs" in row.note for row in report.quantized)
 
 
 def test_reports_say_that_a_model_was_rotated():
     rules = (jaxq.Rule("**/mlp/*", weight="int8"),)
     recipe = jaxq.Recipe(rules, rotate=True)
-    assert "rotated by random Hadamard" in str(recipe.plan(Llama(CONFIG, rngs=nnx.Rngs(0))))
+    assert "rotated by random Hadamard" in str(
+        recipe.plan(Llama(CONFIG, rngs=nnx.Rngs(0)))
+    )
 
 
 def test_equalize_scales_stacked_layers_each_by_itself():
@@ -564,11 +749,15 @@ def test_equalize_scales_stacked_layers_each_by_itself():
     recipe = jaxq.Recipe([jaxq.Rule("**/mlp/*", weight="int8", method="equalize")])
     apart, _ = jaxq.quantize_model(model, recipe)
     together, report = jaxq.quantize_model(jaxq.models.stacked(model), recipe)
-    note = {row.path: row.note for row in report.quantized}["layers/mlp/down_proj/kernel"]
+    note = {row.path: row.note for row in report.quantized}[
+        "layers/mlp/down_proj/kernel"
+    ]
     assert "several of its inputs" not in note
     for i in range(2):
         expected = apart.layers[i].mlp.down_proj.kernel[...].codes()
-        np.testing.assert_array_equal(together.layers.mlp.down_proj.kernel[...][i].codes(), expected)
+        np.testing.assert_array_equal(
+            together.layers.mlp.down_proj.kernel[...][i].codes(), expected
+        )
 
 
 def test_data_that_nothing_looks_at_are_told(pair):
@@ -579,10 +768,18 @@ def test_data_that_nothing_looks_at_are_told(pair):
 
 def test_llm_int8_is_for_matrices():
     model = nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"\(Conv\): method 'llm_int8' is for matrices"):
+    with pytest.raises(
+        ValueError, match=r"\(Conv\): method 'llm_int8' is for matrices"
+    ):
         jaxq.quantize_model(model, "llm_int8")
-    kernel = jaxq.quantize(model.kernel[...], "int8", contracting=(-3, -2)).with_activation("int8", outliers=6.0)
+    kernel = jaxq.quantize(
+        model.kernel[...], "int8", contracting=(-3, -2)
+    ).with_activation("int8", outliers=6.0)
     with pytest.raises(ValueError, match="leaves out columns of a matrix"):
         jaxq.ops.conv_general_dilated(
-            jnp.ones((1, 8, 4)), kernel, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+            jnp.ones((1, 8, 4)),
+            kernel,
+            (1,),
+            "SAME",
+            dimension_numbers=("NHC", "HIO", "NHC"),
         )

@@ -34,9 +34,19 @@ class Model(nn.Module):
     def setup(self):
         self.embed = nn.Embed(8, 8)
         self.lm_head = nn.Dense(8)
-        block = {"": Block, "jit": nn.jit(Block), "remat": nn.remat(Block), "scan": nn.remat(Block)}[self.lift]
+        block = {
+            "": Block,
+            "jit": nn.jit(Block),
+            "remat": nn.remat(Block),
+            "scan": nn.remat(Block),
+        }[self.lift]
         if self.lift == "scan":
-            self.blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()
+            self.blocks = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=2,
+            )()
         else:
             self.blocks = [block() for _ in range(2)]
 
@@ -78,11 +88,18 @@ def made(module, x=TOKENS):
 def assert_as_floats(qmodule, qvariables, module, *args):
     """The quantized module gives what the float one gives with the weights that the QTensors stand for."""
     y = jax.jit(lambda variables: qmodule.apply(variables, *args))(qvariables)
-    assert_close(y, jax.jit(lambda variables: module.apply(in_floats(variables), *args))(qvariables))
+    assert_close(
+        y,
+        jax.jit(lambda variables: module.apply(in_floats(variables), *args))(
+            qvariables
+        ),
+    )
 
 
 def weights(variables):
-    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables)["params"], sep="/")
+    flat = flax.traverse_util.flatten_dict(
+        flax.core.unfreeze(variables)["params"], sep="/"
+    )
     return {path: v for path, v in flat.items() if isinstance(v, QTensor)}
 
 
@@ -96,7 +113,9 @@ def test_a_model_is_quantized_wherever_its_layers_are(lift):
     before = jax.tree.map(np.array, variables)
     qmodule, qvariables, report = quantize_model(module, variables, "int4")
     blocks = ["blocks"] if lift == "scan" else ["blocks_0", "blocks_1"]
-    assert set(weights(qvariables)) == {f"{block}/{name}/kernel" for block in blocks for name in ("up", "down")}
+    assert set(weights(qvariables)) == {
+        f"{block}/{name}/kernel" for block in blocks for name in ("up", "down")
+    }
     if lift == "scan":
         assert qvariables["params"]["blocks"]["up"]["kernel"].batch_shape == (2,)
     assert_as_floats(qmodule, qvariables, module, TOKENS)
@@ -105,13 +124,17 @@ def test_a_model_is_quantized_wherever_its_layers_are(lift):
     assert notes["lm_head/kernel"] == "output head, left in floats by default"
     assert notes["lm_head/bias"] == "not a matrix, left in floats"
     assert len(report.rows) == len(jax.tree.leaves(variables))
-    assert report.bytes_after == sum(leaf.nbytes for leaf in jax.tree.leaves(qvariables))
+    assert report.bytes_after == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(qvariables)
+    )
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
 def test_embeddings_look_up_and_attend():
     module = Model()
-    qmodule, qvariables, report = quantize_model(module, made(module), Recipe([Rule("embed", weight="int4")]))
+    qmodule, qvariables, report = quantize_model(
+        module, made(module), Recipe([Rule("embed", weight="int4")])
+    )
     assert [row.kind for row in report.quantized] == ["Embed"]
     assert_as_floats(qmodule, qvariables, module, TOKENS)
 
@@ -123,7 +146,9 @@ def test_rules_know_kinds_by_both_names():
         assert len(quantize_model(module, variables, recipe)[2].quantized) == 5
     from flax import nnx
 
-    _, report = jaxq.quantize_model(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), Recipe([Rule(kinds="Dense", weight="int8")]))
+    _, report = jaxq.quantize_model(
+        nnx.Linear(8, 8, rngs=nnx.Rngs(0)), Recipe([Rule(kinds="Dense", weight="int8")])
+    )
     assert len(report.quantized) == 1
 
 
@@ -133,23 +158,39 @@ def test_attention_convolution_and_statistics_of_batches():
         def __call__(self, x, train):
             x = nn.Conv(8, (3, 3), name="conv")(x)
             x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
-            x = nn.MultiHeadDotProductAttention(2, name="attn")(x.reshape(x.shape[0], -1, 8))
+            x = nn.MultiHeadDotProductAttention(2, name="attn")(
+                x.reshape(x.shape[0], -1, 8)
+            )
             return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3, name="out")(x))
 
     module, x = Image(), normal(2, 8, 8, 3)
     variables = jax.jit(module.init, static_argnums=2)(jax.random.key(0), x, False)
-    qmodule, qvariables, report = quantize_model(module, variables, "int8")  # an image and train=False are guessed
-    expected = {"conv", "attn/query", "attn/key", "attn/value", "attn/out"}  # "out" is a head
+    qmodule, qvariables, report = quantize_model(
+        module, variables, "int8"
+    )  # an image and train=False are guessed
+    expected = {
+        "conv",
+        "attn/query",
+        "attn/key",
+        "attn/value",
+        "attn/out",
+    }  # "out" is a head
     assert {row.path.removesuffix("/kernel") for row in report.quantized} == expected
     note = next(row.note for row in report.rows if row.path == "batch_stats/norm/mean")
     assert note == "no parameter, passed through"
     assert_as_floats(qmodule, qvariables, module, x, False)
     rngs = {"dropout": jax.random.key(1)}
     train = {"train": True, "rngs": rngs, "mutable": ["batch_stats"]}
-    y, updates = jax.jit(lambda variables: qmodule.apply(variables, x, **train))(qvariables)
-    wanted, _ = jax.jit(lambda variables: module.apply(in_floats(variables), x, **train))(qvariables)
+    y, updates = jax.jit(lambda variables: qmodule.apply(variables, x, **train))(
+        qvariables
+    )
+    wanted, _ = jax.jit(
+        lambda variables: module.apply(in_floats(variables), x, **train)
+    )(qvariables)
     assert_close(y, wanted)
-    assert not np.allclose(updates["batch_stats"]["norm"]["mean"], variables["batch_stats"]["norm"]["mean"])
+    assert not np.allclose(
+        updates["batch_stats"]["norm"]["mean"], variables["batch_stats"]["norm"]["mean"]
+    )
 
 
 def test_subclasses_that_call_their_parent_are_met_once():
@@ -181,14 +222,25 @@ def test_examples_say_how_a_module_is_called():
     variables = {"params": {"Dense_0": made(nn.Dense(8), X)["params"]}}
     for more in (
         {"example": {"x": X, "scale": X, "power": 2}},
-        {"example": {"x": jax.ShapeDtypeStruct(X.shape, X.dtype), "scale": X, "power": 2}},
+        {
+            "example": {
+                "x": jax.ShapeDtypeStruct(X.shape, X.dtype),
+                "scale": X,
+                "power": 2,
+            }
+        },
         {"example": X, "forward": lambda m, v, x: m.apply(v, x, x, power=2)},
         {"calibration": [{"x": X, "scale": X, "power": jnp.ones(())}]},
     ):
         assert len(quantize_model(module, variables, "int8", **more)[2].quantized) == 1
-    with pytest.raises(ValueError, match="how Two is called is not known.*Pass example="):
+    with pytest.raises(
+        ValueError, match="how Two is called is not known.*Pass example="
+    ):
         quantize_model(module, variables, "int8")
-    with pytest.raises(ValueError, match=r"Two cannot be called with the example float32\[2, 8\]: TypeError"):
+    with pytest.raises(
+        ValueError,
+        match=r"Two cannot be called with the example float32\[2, 8\]: TypeError",
+    ):
         quantize_model(module, variables, "int8", example=X)
 
 
@@ -207,16 +259,26 @@ def test_without_an_example_all_parameters_must_be_reached():
     variables = module.init(jax.random.key(0), X, method="both")
     with pytest.raises(ValueError, match="none fits, and reaches all parameters"):
         quantize_model(module, variables, "int8")
-    with pytest.raises(ValueError, match=r"does not reach other/kernel.*Pass an example= \(or forward=\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"does not reach other/kernel.*Pass an example= \(or forward=\)",
+    ):
         quantize_model(module, variables, "int8", example=X)
     skipping = Recipe([Rule("other", skip=True), *jaxq.recipes.get("int8").rules])
     unreached = "not reached by the call of the example, left in floats"
-    for recipe, strict, note in (skipping, True, "skipped by the recipe"), ("int8", False, unreached):
-        qmodule, qvariables, report = quantize_model(module, variables, recipe, example=X, strict=strict)
+    for recipe, strict, note in (
+        (skipping, True, "skipped by the recipe"),
+        ("int8", False, unreached),
+    ):
+        qmodule, qvariables, report = quantize_model(
+            module, variables, recipe, example=X, strict=strict
+        )
         assert set(weights(qvariables)) == {"used/kernel"}
         assert {row.path: row.note for row in report.rows}["other/kernel"] == note
     assert qmodule.apply(qvariables, X, method="both").shape == (2, 8)
-    both = quantize_model(module, variables, "int8", example={"x": X, "method": "both"})[1]
+    both = quantize_model(
+        module, variables, "int8", example={"x": X, "method": "both"}
+    )[1]
     assert set(weights(both)) == {"used/kernel", "other/kernel"}
 
 
@@ -235,15 +297,35 @@ PATTERNS = {
 def test_parameters_used_by_hand_are_an_error_or_a_row(pattern):
     module = Hand(PATTERNS[pattern], raw=True)
     variables = made(module, X)
-    with pytest.raises(ValueError, match=r"own float32\[8, 8\] \(Hand\): matrices of modules jaxq does not know"):
+    with pytest.raises(
+        ValueError,
+        match=r"own float32\[8, 8\] \(Hand\): matrices of modules jaxq does not know",
+    ):
         quantize_model(module, variables, "int8")
-    with pytest.raises(ValueError, match=r"own \(Param\): flax gives Hand an array of the shape that it asks for"):
-        quantize_model(module, variables, Recipe([Rule("own", kinds="Param", weight="int8"), Rule(weight="int8")]))
-    with pytest.raises(ValueError, match=r"rules \['own'\] match no layer.*own float32\[8, 8\] \(Hand\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"own \(Param\): flax gives Hand an array of the shape that it asks for",
+    ):
+        quantize_model(
+            module,
+            variables,
+            Recipe([Rule("own", kinds="Param", weight="int8"), Rule(weight="int8")]),
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"rules \['own'\] match no layer.*own float32\[8, 8\] \(Hand\)",
+    ):
         quantize_model(module, variables, Recipe([Rule("own", weight="int8")]))
-    skipping = Recipe([Rule("own", kinds="Param", skip=True, reason="small"), Rule(weight="int8")])
-    for recipe, strict, note in ((skipping, True, "small"), ("int8", False, "used by Hand itself, which is no layer")):
-        qmodule, qvariables, report = quantize_model(module, variables, recipe, strict=strict)
+    skipping = Recipe(
+        [Rule("own", kinds="Param", skip=True, reason="small"), Rule(weight="int8")]
+    )
+    for recipe, strict, note in (
+        (skipping, True, "small"),
+        ("int8", False, "used by Hand itself, which is no layer"),
+    ):
+        qmodule, qvariables, report = quantize_model(
+            module, variables, recipe, strict=strict
+        )
         (row,) = [row for row in report.rows if row.path == "own"]
         assert row.format is None
         assert note in row.note
@@ -253,7 +335,10 @@ def test_parameters_used_by_hand_are_an_error_or_a_row(pattern):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_kernels_used_by_hand_are_refused(pattern):
     module = Hand(PATTERNS[pattern], raw=False)
-    with pytest.raises(ValueError, match=r"dense \(Dense\): its kernel is used in a way that a QTensor cannot be"):
+    with pytest.raises(
+        ValueError,
+        match=r"dense \(Dense\): its kernel is used in a way that a QTensor cannot be",
+    ):
         quantize_model(module, made(module, X), "int8", strict=False)
 
 
@@ -281,18 +366,29 @@ class Odd(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scan = nn.scan(Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=8)
+        scan = nn.scan(
+            Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=8
+        )
         x, _ = scan(name="same_size")(x, None)
-        scan = nn.scan(Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+        scan = nn.scan(
+            Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=3
+        )
         x, _ = scan(name="scanned")(x, None)
         x = nn.WeightNorm(nn.Dense(8, name="normed"))(x)
         turned = nn.map_variables(
-            nn.Dense, "params", trans_in_fn=lambda p: jax.tree.map(jnp.transpose, p), mutable=True
+            nn.Dense,
+            "params",
+            trans_in_fn=lambda p: jax.tree.map(jnp.transpose, p),
+            mutable=True,
         )
         x = turned(8, use_bias=False, name="turned")(x)
-        x = nn.Dense(8, name="own", dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k))(x)
+        x = nn.Dense(
+            8, name="own", dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)
+        )(x)
         x = nn.Einsum((8, 8), "bi,bj->bij", name="outer")(x)[:, 0]
-        x = nn.Einsum((8, 8), "...i,...i->...", use_bias=False, name="dots")(jnp.zeros((8, 8)) + x[:1])[None]
+        x = nn.Einsum((8, 8), "...i,...i->...", use_bias=False, name="dots")(
+            jnp.zeros((8, 8)) + x[:1]
+        )[None]
         x = nn.Conv(8, (1,), mask=jnp.ones((1, 8, 8)), name="masked")(x[:, None])
         x = nn.ConvLocal(8, (1,), name="local")(x)
         return nn.Dense(8, name="fine")(x)
@@ -316,11 +412,15 @@ def test_all_problems_are_named_at_once():
         "local (Conv)": "every place has a kernel of its own",
     }
     for layer, reason in reasons.items():
-        assert [line for line in lines if line.startswith(f"  {layer}") and reason in line], (layer, lines)
+        assert [
+            line for line in lines if line.startswith(f"  {layer}") and reason in line
+        ], (layer, lines)
     assert len(lines) == len(reasons) + 2
     assert "jaxq.Rule(path, skip=True)" in lines[-1]
     skipped = [Rule(layer.split(" ")[0], skip=True) for layer in reasons]
-    qmodule, qvariables, report = quantize_model(module, variables, Recipe([*skipped, Rule(weight="int8")]), example=x)
+    qmodule, qvariables, report = quantize_model(
+        module, variables, Recipe([*skipped, Rule(weight="int8")]), example=x
+    )
     assert [row.path for row in report.quantized] == ["fine/kernel"]
     assert_as_floats(qmodule, qvariables, module, x)
 
@@ -331,7 +431,10 @@ def test_what_is_no_model_is_refused():
         quantize_model(variables, module, "int8")
     with pytest.raises(TypeError, match="must be a dict with 'params'"):
         quantize_model(module, variables["params"], "int8")
-    with pytest.raises(ValueError, match=r"rules \['typo'\] match no layer.*Layers here: the model itself \(Dense\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"rules \['typo'\] match no layer.*Layers here: the model itself \(Dense\)",
+    ):
         quantize_model(module, variables, Recipe([Rule("typo", weight="int8")]))
     kernel = np.array(variables["params"]["kernel"])
     kernel[0, 1] = np.nan
@@ -362,7 +465,9 @@ def test_caches_see_what_changes(outer):
     qmodule, first, _ = quantize_model(module, variables, "int8")
     other, second, _ = quantize_model(module, variables, "w8a8")
     assert qmodule == other
-    assert [leaf.shape for leaf in jax.tree.leaves(first)] == [leaf.shape for leaf in jax.tree.leaves(second)]
+    assert [leaf.shape for leaf in jax.tree.leaves(first)] == [
+        leaf.shape for leaf in jax.tree.leaves(second)
+    ]
     run = outer(qmodule.apply)
     y, rounded, floats = run(first, x), run(second, x), module.apply(variables, x)
     assert np.abs(y - rounded).max() > 1e-4
@@ -377,14 +482,23 @@ def test_methods_attributes_and_submodules_are_reached():
     qmodule, qvariables, _ = quantize_model(module, made(module), ALL)
     wanted = qmodule.apply(qvariables, TOKENS, method="encode")
     assert_close(wanted, module.apply(in_floats(qvariables), TOKENS, method="encode"))
-    for method in (Model.encode, module.encode, qmodule.encode, lambda m, tokens: m.encode(tokens)):
-        np.testing.assert_array_equal(qmodule.apply(qvariables, TOKENS, method=method), wanted)
+    for method in (
+        Model.encode,
+        module.encode,
+        qmodule.encode,
+        lambda m, tokens: m.encode(tokens),
+    ):
+        np.testing.assert_array_equal(
+            qmodule.apply(qvariables, TOKENS, method=method), wanted
+        )
     assert qmodule.lift == ""
     bound = qmodule.bind(qvariables)
     np.testing.assert_array_equal(bound.encode(TOKENS), wanted)
     block = bound.blocks[0]
     assert block(bound.embed(TOKENS))[0].shape == wanted.shape
-    np.testing.assert_array_equal(nn.apply(lambda m, t: m.encode(t), qmodule)(qvariables, TOKENS), wanted)
+    np.testing.assert_array_equal(
+        nn.apply(lambda m, t: m.encode(t), qmodule)(qvariables, TOKENS), wanted
+    )
     with pytest.raises(AttributeError, match="typo"):
         _ = qmodule.typo
     _, state = qmodule.apply(qvariables, TOKENS, capture_intermediates=True)
@@ -407,7 +521,9 @@ def test_a_quantized_module_is_part_of_others():
     assert set(variables["params"]) == {"inner", "Dense_0"}
     mixed = {"params": {**variables["params"], "inner": qvariables["params"]}}
     assert_as_floats(outer, mixed, Outer(module), TOKENS)
-    with pytest.raises(ValueError, match=r"blocks_0/up/kernel.*are floats where QTensors are expected"):
+    with pytest.raises(
+        ValueError, match=r"blocks_0/up/kernel.*are floats where QTensors are expected"
+    ):
         outer.apply(variables, TOKENS)
 
 
@@ -415,27 +531,36 @@ def test_floats_and_the_float_module_are_refused():
     module = nn.Dense(8)  # square, so that codes have the kernel's shape
     variables = module.init(jax.random.key(0), X)
     qmodule, qvariables, _ = quantize_model(module, variables, "int8")
-    with pytest.raises(ValueError, match=r"\['kernel'\] are floats where QTensors are expected"):
+    with pytest.raises(
+        ValueError, match=r"\['kernel'\] are floats where QTensors are expected"
+    ):
         qmodule.apply(variables, X)
     with pytest.raises(TypeError, match="QTensor"):
         module.apply(qvariables, X)
     fresh = qmodule.init(jax.random.key(0), X)
     jax.tree.map(np.testing.assert_array_equal, fresh, variables)
     odd = nn.Dense(8, dot_general=lambda *a, **k: None)
-    with pytest.raises(ValueError, match="Dense: its weight is quantized, but it has a dot_general of its own"):
+    with pytest.raises(
+        ValueError,
+        match="Dense: its weight is quantized, but it has a dot_general of its own",
+    ):
         Quantized(odd).apply(qvariables, X)
 
 
 def test_pickling_frozen_variables_and_saving(tmp_path):
     module = Model("scan")
-    qmodule, qvariables, _ = quantize_model(module, flax.core.freeze(made(module)), "int4")
+    qmodule, qvariables, _ = quantize_model(
+        module, flax.core.freeze(made(module)), "int4"
+    )
     assert isinstance(qvariables, flax.core.FrozenDict)
     again = pickle.loads(pickle.dumps(qmodule))
     assert again == qmodule
     assert hash(again) == hash(qmodule)
     jaxq.save(tmp_path / "q.safetensors", flax.core.unfreeze(qvariables))
     loaded = jaxq.load(tmp_path / "q.safetensors")
-    np.testing.assert_array_equal(again.apply(loaded, TOKENS), qmodule.apply(qvariables, TOKENS))
+    np.testing.assert_array_equal(
+        again.apply(loaded, TOKENS), qmodule.apply(qvariables, TOKENS)
+    )
 
 
 @pytest.mark.parametrize("preset", ["int4", "mxfp4", "nf4_dq"])
@@ -478,7 +603,9 @@ def test_no_name_collides_with_the_wrappers():
     assert variables["params"]["module"]["kernel"].is_deleted()
     assert not variables["params"]["module"]["bias"].is_deleted()
     assert qmodule.weights == 3
-    np.testing.assert_array_equal(qmodule.apply(qvariables, X), qmodule.apply(qvariables, X, method="enter"))
+    np.testing.assert_array_equal(
+        qmodule.apply(qvariables, X), qmodule.apply(qvariables, X, method="enter")
+    )
     assert qmodule.bind(qvariables).module(X).shape == X.shape
 
 
@@ -496,8 +623,16 @@ def test_captured_intermediates_are_those_of_the_module():
 def test_nothing_of_flax_is_replaced():
     watched = [(cls, name) for cls in (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Einsum, nn.Embed)
                for name in ("__call__", "param", "setup") if hasattr(cls, name)]  # fmt: skip
-    watched += [(jax.lax, "dot_general"), (jnp, "einsum"), (jnp, "take"), (nn.Embed, "attend")]
-    before = [(getattr(where, name), getattr(getattr(where, name), "__code__", None)) for where, name in watched]
+    watched += [
+        (jax.lax, "dot_general"),
+        (jnp, "einsum"),
+        (jnp, "take"),
+        (nn.Embed, "attend"),
+    ]
+    before = [
+        (getattr(where, name), getattr(getattr(where, name), "__code__", None))
+        for where, name in watched
+    ]
     module = Model()
     qmodule, qvariables, _ = quantize_model(module, made(module), ALL)
     qmodule.apply(qvariables, TOKENS)
@@ -517,8 +652,13 @@ def test_boxes_of_metadata_are_taken_off_and_said(box):
             axes = {nn.meta.PARTITION_NAME: "layers"}
             run = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3,
                           metadata_params=axes)  # fmt: skip
-            kernel, bias = box(nn.initializers.lecun_normal(), (None, "model")), box(nn.initializers.ones, ("model",))
-            return run(nn.Dense(8, kernel_init=kernel, bias_init=bias, name="dense"), x, None)[0]
+            kernel, bias = (
+                box(nn.initializers.lecun_normal(), (None, "model")),
+                box(nn.initializers.ones, ("model",)),
+            )
+            return run(
+                nn.Dense(8, kernel_init=kernel, bias_init=bias, name="dense"), x, None
+            )[0]
 
     module = Stack()
     variables = made(module, X)
@@ -528,7 +668,9 @@ def test_boxes_of_metadata_are_taken_off_and_said(box):
     assert isinstance(qvariables["params"]["dense"]["bias"], nn.meta.AxisMetadata)
     (row,) = report.quantized
     assert row.note.endswith("('layers', None, 'model') is taken off")
-    assert_close(qmodule.apply(qvariables, X), module.apply(in_floats(nn.unbox(qvariables)), X))
+    assert_close(
+        qmodule.apply(qvariables, X), module.apply(in_floats(nn.unbox(qvariables)), X)
+    )
 
 
 def test_models_that_hold_quantized_layers():
@@ -538,16 +680,24 @@ def test_models_that_hold_quantized_layers():
             return nn.Dense(8, name="plain")(QDense(8, weight="nf4", name="ready")(x))
 
     module = Mixed()
-    qmodule, qvariables, report = quantize_model(module, module.init(jax.random.key(0), X), "int8")
-    assert {row.path: row.note for row in report.rows}["ready/kernel"] == "quantized already, left as it is"
+    qmodule, qvariables, report = quantize_model(
+        module, module.init(jax.random.key(0), X), "int8"
+    )
+    assert {row.path: row.note for row in report.rows}[
+        "ready/kernel"
+    ] == "quantized already, left as it is"
     assert qmodule.apply(qvariables, X).shape == (2, 8)
 
 
 def test_plans_have_the_bytes_of_the_real_thing():
     module = Model("scan")
     variables = made(module)
-    plan = Recipe([Rule("blocks/**", weight="int4"), Rule(skip=True)]).plan(module, variables, example=TOKENS)
-    report = quantize_model(module, variables, Recipe([Rule("blocks/**", weight="int4"), Rule(skip=True)]))[2]
+    plan = Recipe([Rule("blocks/**", weight="int4"), Rule(skip=True)]).plan(
+        module, variables, example=TOKENS
+    )
+    report = quantize_model(
+        module, variables, Recipe([Rule("blocks/**", weight="int4"), Rule(skip=True)])
+    )[2]
     assert [(r.path, r.format, r.bytes_after, r.note) for r in plan.rows] == [
         (r.path, r.format, r.bytes_after, r.note) for r in report.rows
     ]
@@ -573,14 +723,18 @@ class Pair(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(16, name="first")(x)
-        return nn.DenseGeneral((2, 8), name="second")(jnp.concatenate([jnp.tanh(x), jnp.cos(x)], axis=-1))
+        return nn.DenseGeneral((2, 8), name="second")(
+            jnp.concatenate([jnp.tanh(x), jnp.cos(x)], axis=-1)
+        )
 
 
 BATCHES = [normal(64, 32, seed=seed) for seed in range(2)]
 
 
 def by(method, **more):
-    return Recipe([Rule(weight="int3", method=method, options=more.pop("options", {}), **more)])
+    return Recipe(
+        [Rule(weight="int3", method=method, options=more.pop("options", {}), **more)]
+    )
 
 
 def test_a_result_is_what_the_matrix_method_gives():
@@ -588,13 +742,20 @@ def test_a_result_is_what_the_matrix_method_gives():
     stats = calibrate(module, variables, BATCHES)
     for calibration in (BATCHES, stats):
         found, report = quantize_model(
-            module, variables, by("gptq"), calibration=calibration, example=BATCHES[0], fallback="none"
+            module,
+            variables,
+            by("gptq"),
+            calibration=calibration,
+            example=BATCHES[0],
+            fallback="none",
         )[1:]
         assert {row.method for row in report.quantized} == {"gptq"}
         assert all(row.loss is not None for row in report.quantized)
         for name in ("first", "second"):
             kernel = variables["params"][name]["kernel"]
-            qt, _ = methods.gptq(kernel.reshape(kernel.shape[0], -1), stats[name].hessian, "int3")
+            qt, _ = methods.gptq(
+                kernel.reshape(kernel.shape[0], -1), stats[name].hessian, "int3"
+            )
             got = found["params"][name]["kernel"]
             assert got.shape == kernel.shape
             np.testing.assert_array_equal(got.codes().reshape(qt.shape), qt.codes())
@@ -606,10 +767,16 @@ def test_experts_have_statistics_of_their_own():
     variables = made(module, x)
     stats = calibrate(module, variables, [x])
     assert stats[""].hessian.shape == (2, 32, 32)
-    _, qvariables, _ = quantize_model(module, variables, by("gptq"), calibration=[x], fallback="none")
+    _, qvariables, _ = quantize_model(
+        module, variables, by("gptq"), calibration=[x], fallback="none"
+    )
     for i in range(2):
-        qt, _ = methods.gptq(variables["params"]["kernel"][i], stats[""].hessian[i], "int3")
-        np.testing.assert_array_equal(qvariables["params"]["kernel"][i].codes(), qt.codes())
+        qt, _ = methods.gptq(
+            variables["params"]["kernel"][i], stats[""].hessian[i], "int3"
+        )
+        np.testing.assert_array_equal(
+            qvariables["params"]["kernel"][i].codes(), qt.codes()
+        )
 
 
 def test_a_stack_on_one_input_shares_its_statistics():
@@ -617,21 +784,30 @@ def test_a_stack_on_one_input_shares_its_statistics():
                      split_rngs={"params": True})  # fmt: skip
     module, x = lifted(16), BATCHES[0]
     variables = made(module, x)
-    _, qvariables, _ = quantize_model(module, variables, by("gptq"), calibration=[x], fallback="none")
+    _, qvariables, _ = quantize_model(
+        module, variables, by("gptq"), calibration=[x], fallback="none"
+    )
     stats = calibrate(nn.Dense(16), made(nn.Dense(16), x), [x])[""]
     for i in range(2):
         qt, _ = methods.gptq(variables["params"]["kernel"][i], stats.hessian, "int3")
-        np.testing.assert_array_equal(qvariables["params"]["kernel"][i].codes(), qt.codes())
+        np.testing.assert_array_equal(
+            qvariables["params"]["kernel"][i].codes(), qt.codes()
+        )
 
 
 def test_what_methods_cannot_do_is_said_before_anything_runs():
     module, variables = Pair(), made(Pair(), BATCHES[0])
     conv, x = nn.Conv(4, (3,)), normal(2, 8, 4)
-    with pytest.raises(ValueError, match=r"(?s)first.*method 'gptq' needs data.*second.*method 'gptq' needs data"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)first.*method 'gptq' needs data.*second.*method 'gptq' needs data",
+    ):
         quantize_model(module, variables, by("gptq"))
     with pytest.raises(ValueError, match="linen modules do not say what that is"):
         quantize_model(module, variables, "int4_awq", calibration=BATCHES)
-    with pytest.raises(ValueError, match=r"Conv.*is for matrices: Linear, LinearGeneral and Einsum"):
+    with pytest.raises(
+        ValueError, match=r"Conv.*is for matrices: Linear, LinearGeneral and Einsum"
+    ):
         quantize_model(conv, made(conv, x), by("gptq"), calibration=[x])
     with pytest.raises(ValueError, match="no statistics of"):
         quantize_model(module, variables, by("gptq"), calibration={})

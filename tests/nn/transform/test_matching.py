@@ -22,14 +22,19 @@ class Raw(nnx.Module):
         self.use = use
 
     def __call__(self, x):
-        return self.use(self.up(x) + self.pos_embedding[...].mean(0)[None], self.w, self.gain)
+        return self.use(
+            self.up(x) + self.pos_embedding[...].mean(0)[None], self.w, self.gain
+        )
 
 
 # The ways in which a matrix is used every day and which interception of jax functions misses; with what a QTensor in
 # its place does.
 USES = {
     "jnp.matmul of the variable": (lambda x, w, g: jnp.matmul(x, w), TypeError),
-    "split of the variable": (lambda x, w, g: x @ jnp.split(w, 2, axis=1)[0], TypeError),
+    "split of the variable": (
+        lambda x, w, g: x @ jnp.split(w, 2, axis=1)[0],
+        TypeError,
+    ),
     "concatenate": (lambda x, w, g: x @ jnp.concatenate([w, w], axis=1), TypeError),
     "asarray": (lambda x, w, g: x @ jnp.asarray(w), TypeError),
     "jnp.matmul": (lambda x, w, g: jnp.matmul(x, w[...]), TypeError),
@@ -37,7 +42,10 @@ USES = {
     "swapaxes": (lambda x, w, g: x @ jnp.swapaxes(w[...], 0, 1).T, TypeError),
     "jnp.reshape": (lambda x, w, g: x @ jnp.reshape(w[...], (32, 8)), None),
     "nested jit": (lambda x, w, g: jax.jit(lambda a, b: a @ b)(x, w[...]), None),
-    "astype": (lambda x, w, g: x.astype(jnp.bfloat16) @ w[...].astype(jnp.bfloat16), None),
+    "astype": (
+        lambda x, w, g: x.astype(jnp.bfloat16) @ w[...].astype(jnp.bfloat16),
+        None,
+    ),
     "times a gain": (lambda x, w, g: x @ (w[...] * g[...][None]), TypeError),
     "operator": (lambda x, w, g: x @ w, None),
     "function": (lambda x, w, g: jaxq.matmul(x, w), None),
@@ -49,10 +57,17 @@ RULE = Rule("w", weight="int8", kinds="Param")
 @pytest.mark.parametrize("name", USES)
 def test_everyday_uses_are_quantized_or_raise(name):
     use, raises = USES[name]
-    model, x = Raw(use), jnp.asarray(np.random.default_rng(1).standard_normal((3, 32)), jnp.float32)
-    with pytest.raises(ValueError, match=r"w float32\[32, 8\]: matrices of modules jaxq does not know"):
+    model, x = (
+        Raw(use),
+        jnp.asarray(np.random.default_rng(1).standard_normal((3, 32)), jnp.float32),
+    )
+    with pytest.raises(
+        ValueError, match=r"w float32\[32, 8\]: matrices of modules jaxq does not know"
+    ):
         jaxq.quantize_model(model, "int8")
-    q, report = jaxq.quantize_model(model, Recipe([RULE, *jaxq.recipes.get("int8").rules]))
+    q, report = jaxq.quantize_model(
+        model, Recipe([RULE, *jaxq.recipes.get("int8").rules])
+    )
     assert {row.path for row in report.quantized} == {"w", "up/kernel"}
     if raises is not None:
         with pytest.raises(raises, match=r"QTensor\(w: int8.*jaxq.dequantize"):
@@ -69,7 +84,9 @@ def test_strictness_can_be_waived():
     rows = {row.path: row for row in report.rows}
     assert rows["w"].note == "in no layer jaxq knows, left as it is"
     assert q.w is not model.w
-    skipped = Recipe([Rule("w", skip=True, kinds="Param"), *jaxq.recipes.get("int8").rules])
+    skipped = Recipe(
+        [Rule("w", skip=True, kinds="Param"), *jaxq.recipes.get("int8").rules]
+    )
     rows = {row.path: row for row in jaxq.quantize_model(model, skipped)[1].rows}
     assert rows["w"].note == "skipped by the recipe"
 
@@ -86,27 +103,49 @@ class Gated(nnx.Linear):
 
 
 def test_a_second_matrix_of_a_known_layer_is_a_matrix():
-    with pytest.raises(ValueError, match=r"gate/w2 float32\[32, 8\]: matrices of modules jaxq does not know"):
+    with pytest.raises(
+        ValueError,
+        match=r"gate/w2 float32\[32, 8\]: matrices of modules jaxq does not know",
+    ):
         jaxq.quantize_model(nnx.Dict(gate=Gated()), "int8")
     rules = jaxq.recipes.get("int8").rules
     recipe = Recipe([Rule("gate/w2", weight="uint8", kinds="Param"), *rules])
     q, report = jaxq.quantize_model(nnx.Dict(gate=Gated()), recipe)
-    assert [(row.path, row.format) for row in report.quantized] == [("gate/kernel", "int8"), ("gate/w2", "uint8")]
+    assert [(row.path, row.format) for row in report.quantized] == [
+        ("gate/kernel", "int8"),
+        ("gate/w2", "uint8"),
+    ]
     x = jnp.ones((2, 32))
     np.testing.assert_allclose(q["gate"](x), Gated()(x), atol=0.5)
-    rows = {row.path: row.note for row in jaxq.quantize_model(nnx.Dict(gate=Gated()), "int8", strict=False)[1].rows}
+    rows = {
+        row.path: row.note
+        for row in jaxq.quantize_model(nnx.Dict(gate=Gated()), "int8", strict=False)[
+            1
+        ].rows
+    }
     assert rows["gate/w2"] == "not the weight of its layer, left in floats"
 
 
 @pytest.mark.parametrize("norm", [nnx.SpectralNorm, nnx.WeightNorm])
 def test_weights_that_another_module_normalizes_are_refused(norm):
     rngs = nnx.Rngs(0)
-    model = nnx.Dict(a=norm(nnx.Linear(32, 8, rngs=rngs), rngs=rngs), b=nnx.Linear(32, 8, rngs=rngs))
-    with pytest.raises(ValueError, match=rf"a/layer_instance \(Linear\): a, an nnx.{norm.__name__}, normalizes"):
+    model = nnx.Dict(
+        a=norm(nnx.Linear(32, 8, rngs=rngs), rngs=rngs), b=nnx.Linear(32, 8, rngs=rngs)
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"a/layer_instance \(Linear\): a, an nnx.{norm.__name__}, normalizes",
+    ):
         jaxq.quantize_model(model, "int8")
     rules = jaxq.recipes.get("int8").rules
-    q, _ = jaxq.quantize_model(model, Recipe([Rule("a/**", skip=True, kinds=("Linear",)), *rules]), strict=False)
-    np.testing.assert_array_equal(q["a"](jnp.ones((2, 32))), model["a"](jnp.ones((2, 32))))
+    q, _ = jaxq.quantize_model(
+        model,
+        Recipe([Rule("a/**", skip=True, kinds=("Linear",)), *rules]),
+        strict=False,
+    )
+    np.testing.assert_array_equal(
+        q["a"](jnp.ones((2, 32))), model["a"](jnp.ones((2, 32)))
+    )
 
 
 class Frozen(nnx.Variable):
@@ -124,9 +163,15 @@ def test_matrices_are_found_whatever_holds_them_and_however_they_are_called(name
             self.up = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
             setattr(self, name, held(jnp.ones((8, 8))))
 
-    with pytest.raises(ValueError, match=rf"{name}(/a)? float32\[8, 8\]: matrices of modules jaxq does not know"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name}(/a)? float32\[8, 8\]: matrices of modules jaxq does not know",
+    ):
         jaxq.quantize_model(Model(), "int8")
-    rows = {row.path: row for row in jaxq.quantize_model(Model(), "int8", strict=False)[1].rows}
+    rows = {
+        row.path: row
+        for row in jaxq.quantize_model(Model(), "int8", strict=False)[1].rows
+    }
     assert rows[name].note in ("in no layer jaxq knows, left as it is", "in no variable, left as it is",
                                "not one array, left as it is")  # fmt: skip
 
@@ -134,9 +179,14 @@ def test_matrices_are_found_whatever_holds_them_and_however_they_are_called(name
 def test_plans_of_models_that_hold_no_arrays():
     model = nnx.eval_shape(lambda: nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
     real = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
-    assert jaxq.recipes.get("int4").plan(model).rows == jaxq.recipes.get("int4").plan(real).rows
+    assert (
+        jaxq.recipes.get("int4").plan(model).rows
+        == jaxq.recipes.get("int4").plan(real).rows
+    )
     bare = nnx.eval_shape(lambda: Raw(USES["operator"][0]))
-    with pytest.raises(ValueError, match="w float32.* matrices of modules jaxq does not know"):
+    with pytest.raises(
+        ValueError, match="w float32.* matrices of modules jaxq does not know"
+    ):
         jaxq.recipes.get("int8").plan(bare)
     assert Recipe([RULE]).plan(bare).quantized[0].path == "w"
 
@@ -144,7 +194,9 @@ def test_plans_of_models_that_hold_no_arrays():
 def test_a_bare_stack_needs_its_axes():
     model = Raw(lambda x, w, g: jaxq.einsum("bk,ekn->ebn", x, w[...]))
     model.w.set_value(jnp.ones((2, 32, 8)))
-    with pytest.raises(ValueError, match="which of its 3 axes a product contracts is not known"):
+    with pytest.raises(
+        ValueError, match="which of its 3 axes a product contracts is not known"
+    ):
         jaxq.quantize_model(model, Recipe([RULE]))
     rule = Rule("w", weight="int8", kinds="Param", contracting=-2, batch=0)
     q, _ = jaxq.quantize_model(model, Recipe([rule]))
@@ -152,12 +204,19 @@ def test_a_bare_stack_needs_its_axes():
 
 
 def test_a_rule_that_contradicts_the_layer_is_refused():
-    with pytest.raises(ValueError, match=r"its rule says contracting=\(-1,\), and the layer itself"):
-        jaxq.quantize_model(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), Recipe([Rule(weight="int8", contracting=-1)]))
+    with pytest.raises(
+        ValueError, match=r"its rule says contracting=\(-1,\), and the layer itself"
+    ):
+        jaxq.quantize_model(
+            nnx.Linear(8, 8, rngs=nnx.Rngs(0)),
+            Recipe([Rule(weight="int8", contracting=-1)]),
+        )
 
 
 def test_optimizers_see_floats_only():
-    q, _ = jaxq.quantize_model(Raw(USES["operator"][0]), Recipe([RULE, *jaxq.recipes.get("int8").rules]))
+    q, _ = jaxq.quantize_model(
+        Raw(USES["operator"][0]), Recipe([RULE, *jaxq.recipes.get("int8").rules])
+    )
     trainable = nnx.state(q, nnx.Param)
     assert {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(trainable)} == {
         "up/bias", "gain", "pos_embedding"
@@ -165,20 +224,32 @@ def test_optimizers_see_floats_only():
 
 
 def test_predicates_choose_by_class_and_shape():
-    model = nnx.Sequential(nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
-    wide = Rule(weight="int8", where=lambda layer: layer.module is nnx.Linear and layer.shape[-1] == 64)
+    model = nnx.Sequential(
+        nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    )
+    wide = Rule(
+        weight="int8",
+        where=lambda layer: layer.module is nnx.Linear and layer.shape[-1] == 64,
+    )
     _, report = jaxq.quantize_model(model, Recipe([wide]))
     assert [row.path for row in report.quantized] == ["layers/0/kernel"]
 
 
 def test_static_needs_data():
     layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"(?s)\(Linear\): observer AbsMax.* needs data.*calibration=batches"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)\(Linear\): observer AbsMax.* needs data.*calibration=batches",
+    ):
         jaxq.quantize_model(layer, "w8a8_static")
     stats = jaxq.nn.calibrate(layer, [jnp.ones((4, 8))])
     with pytest.raises(ValueError, match="have no state of"):
         jaxq.quantize_model(layer, "w8a8_static", calibration=stats)
-    stats = jaxq.nn.calibrate(layer, [jnp.ones((4, 8)), -3 * jnp.ones((4, 8))], observer=jaxq.observers.absmax())
+    stats = jaxq.nn.calibrate(
+        layer,
+        [jnp.ones((4, 8)), -3 * jnp.ones((4, 8))],
+        observer=jaxq.observers.absmax(),
+    )
     q, _ = jaxq.quantize_model(layer, "w8a8_static", calibration=stats)
     np.testing.assert_array_equal(q.kernel[...].input_range, [-3, 3])
 
@@ -186,14 +257,39 @@ def test_static_needs_data():
 @pytest.mark.parametrize(
     ("layer", "activation", "message"),
     [
-        (lambda r: nnx.Conv(8, 8, (3, 3), rngs=r), jaxq.PerBlock((16,)), "needs one contracted axis"),
-        (lambda r: nnx.Conv(8, 8, (3, 3), rngs=r), jaxq.PerChannel(axis=-2), "contracts axes"),
-        (lambda r: nnx.Conv(8, 8, (3, 3), rngs=r), jaxq.PerGroup(24), "not a multiple of group size 24"),
-        (lambda r: nnx.Einsum("btd,dn->btn", (32, 8), rngs=r), jaxq.PerChannel(axis=-2), "contracts axes"),
-        (lambda r: nnx.Linear(32, 8, rngs=r), jaxq.PerBlock((16, 16)), "not a multiple of block size 16"),
+        (
+            lambda r: nnx.Conv(8, 8, (3, 3), rngs=r),
+            jaxq.PerBlock((16,)),
+            "needs one contracted axis",
+        ),
+        (
+            lambda r: nnx.Conv(8, 8, (3, 3), rngs=r),
+            jaxq.PerChannel(axis=-2),
+            "contracts axes",
+        ),
+        (
+            lambda r: nnx.Conv(8, 8, (3, 3), rngs=r),
+            jaxq.PerGroup(24),
+            "not a multiple of group size 24",
+        ),
+        (
+            lambda r: nnx.Einsum("btd,dn->btn", (32, 8), rngs=r),
+            jaxq.PerChannel(axis=-2),
+            "contracts axes",
+        ),
+        (
+            lambda r: nnx.Linear(32, 8, rngs=r),
+            jaxq.PerBlock((16, 16)),
+            "not a multiple of block size 16",
+        ),
     ],
 )
-def test_impossible_activations_are_found_before_anything_is_called(layer, activation, message):
+def test_impossible_activations_are_found_before_anything_is_called(
+    layer, activation, message
+):
     rule = Rule(weight="int8", activation=jaxq.QuantSpec("int8", activation))
-    with pytest.raises(ValueError, match=rf"(?s)layers cannot be quantized:\n  a \(.*{message}.*activation: float"):
+    with pytest.raises(
+        ValueError,
+        match=rf"(?s)layers cannot be quantized:\n  a \(.*{message}.*activation: float",
+    ):
         jaxq.quantize_model(nnx.Dict(a=layer(nnx.Rngs(0))), Recipe([rule]))

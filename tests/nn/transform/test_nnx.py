@@ -69,7 +69,9 @@ def test_the_model_stays_as_it_is():
     state = jax.tree.map(np.array, nnx.state(model))
     graph = nnx.graphdef(model)
     attributes = {
-        "/".join(map(str, path)): {k: v for k, v in vars(m).items() if not k.startswith("_")}
+        "/".join(map(str, path)): {
+            k: v for k, v in vars(m).items() if not k.startswith("_")
+        }
         for path, m in nnx.iter_modules(model)
     }
     q, _ = jaxq.quantize_model(model, "int8")
@@ -81,14 +83,34 @@ def test_the_model_stays_as_it_is():
         after = {k: v for k, v in vars(m).items() if not k.startswith("_")}
         assert before.keys() == after.keys()
         assert all(before[k] is after[k] for k in before)
-    assert [type(m) for _, m in nnx.iter_modules(q)] == [type(m) for _, m in nnx.iter_modules(model)]
+    assert [type(m) for _, m in nnx.iter_modules(q)] == [
+        type(m) for _, m in nnx.iter_modules(model)
+    ]
 
 
 def test_nothing_of_jax_or_flax_is_replaced():
-    watched = [(jax.lax, "dot_general"), (jax.lax, "conv_general_dilated"), (jnp, "einsum"), (jnp, "matmul")]
-    watched += [(jnp, "dot"), (jax.nn, "dot_product_attention"), (jax.nn, "relu"), (nnx.Linear, "__call__")]
-    watched += [(nnx.Conv, "__call__"), (nnx.Embed, "__call__"), (nnx.Embed, "attend"), (nnx.Einsum, "__call__")]
-    before = [(getattr(where, name), getattr(getattr(where, name), "__code__", None)) for where, name in watched]
+    watched = [
+        (jax.lax, "dot_general"),
+        (jax.lax, "conv_general_dilated"),
+        (jnp, "einsum"),
+        (jnp, "matmul"),
+    ]
+    watched += [
+        (jnp, "dot"),
+        (jax.nn, "dot_product_attention"),
+        (jax.nn, "relu"),
+        (nnx.Linear, "__call__"),
+    ]
+    watched += [
+        (nnx.Conv, "__call__"),
+        (nnx.Embed, "__call__"),
+        (nnx.Embed, "attend"),
+        (nnx.Einsum, "__call__"),
+    ]
+    before = [
+        (getattr(where, name), getattr(getattr(where, name), "__code__", None))
+        for where, name in watched
+    ]
     q, _ = jaxq.quantize_model(Model(nnx.Rngs(0)), "w8a8")
     q(jnp.ones((2, 40)))
     for (where, name), (fn, code) in zip(watched, before, strict=True):
@@ -104,8 +126,13 @@ def test_quantized_models_are_models():
     for other in (nnx.merge(graph, state), nnx.clone(q), pickle.loads(pickle.dumps(q))):
         assert nnx.graphdef(other) == graph
         np.testing.assert_array_equal(other(x), wanted)
-    np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(q, x), wanted, rtol=1e-4, atol=1e-5)
-    assert weights(nnx.merge(graph, jax.tree.map(lambda a: a, state))).keys() == weights(q).keys()
+    np.testing.assert_allclose(
+        nnx.jit(lambda m, x: m(x))(q, x), wanted, rtol=1e-4, atol=1e-5
+    )
+    assert (
+        weights(nnx.merge(graph, jax.tree.map(lambda a: a, state))).keys()
+        == weights(q).keys()
+    )
     nnx.update(q, state)
     np.testing.assert_array_equal(q(x), wanted)
     # Submodules work alone.
@@ -123,7 +150,9 @@ def test_equal_quantizations_trace_once():
         return model(x)
 
     for seed in (0, 0, 1):
-        forward(jaxq.quantize_model(Model(nnx.Rngs(seed), 1), "int8")[0], jnp.ones((2, 40)))
+        forward(
+            jaxq.quantize_model(Model(nnx.Rngs(seed), 1), "int8")[0], jnp.ones((2, 40))
+        )
     assert len(traces) == 1
     forward(jaxq.quantize_model(Model(nnx.Rngs(0), 1), "w8a8")[0], jnp.ones((2, 40)))
     assert len(traces) == 2
@@ -216,16 +245,25 @@ def test_shared_weights_stay_shared():
     assert q.first.kernel is q.second.kernel is q.a_holder.w is q.listed[0]
     assert q.last is q.first
     assert q.first.bias is not q.second.bias
-    assert [row.path for row in report.rows] == ["a_holder/w", "first/bias", "second/bias"]
+    assert [row.path for row in report.rows] == [
+        "a_holder/w",
+        "first/bias",
+        "second/bias",
+    ]
     assert report.rows[0].kind == "Linear"
-    assert report.bytes_after == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(q)))
+    assert report.bytes_after == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(nnx.state(q))
+    )
     assert q.second(jnp.ones((2, 40))).shape == (2, 8)
 
 
 def test_a_weight_in_a_tuple_is_refused():
     model = Tied(nnx.Rngs(0))
     model.pair = nnx.data((model.first.kernel, 1))
-    with pytest.raises(ValueError, match=r"also held as pair/0, in a container that cannot be changed.*nnx.List"):
+    with pytest.raises(
+        ValueError,
+        match=r"also held as pair/0, in a container that cannot be changed.*nnx.List",
+    ):
         jaxq.quantize_model(model, "int8")
 
 
@@ -235,12 +273,19 @@ def test_a_weight_in_a_tuple_is_refused():
         Recipe([Rule("first", skip=True), Rule(weight="int8")]),
         Recipe([Rule("first", weight="int8")]),
         Recipe([Rule("first", weight="int8"), Rule("second", weight="int4")]),
-        Recipe([Rule("first", weight="int8"), Rule("second", weight="int8", activation="int8")]),
+        Recipe(
+            [
+                Rule("first", weight="int8"),
+                Rule("second", weight="int8", activation="int8"),
+            ]
+        ),
     ],
     ids=["skip first", "no rule for second", "two formats", "two activations"],
 )
 def test_conflicting_rules_for_one_weight(recipe):
-    with pytest.raises(ValueError, match=r"second \(Linear\): it shares its weight with first"):
+    with pytest.raises(
+        ValueError, match=r"second \(Linear\): it shares its weight with first"
+    ):
         jaxq.quantize_model(Tied(nnx.Rngs(0)), recipe)
 
 
@@ -256,7 +301,10 @@ def test_conflicting_use_of_one_weight():
             self.lin = linear(rngs)
             self.lin.kernel = self.table.embedding
 
-    with pytest.raises(ValueError, match=r"table \(Embed\): it shares its weight with lin, which uses it in another"):
+    with pytest.raises(
+        ValueError,
+        match=r"table \(Embed\): it shares its weight with lin, which uses it in another",
+    ):
         jaxq.quantize_model(Odd(nnx.Rngs(0)), ALL)
 
 
@@ -274,7 +322,9 @@ class Named(nnx.Embed):
 class Troubled(nnx.Module):
     def __init__(self, rngs):
         self.hooked = linear(rngs, dot_general=own_dot)
-        self.general = nnx.LinearGeneral(4, 4, dot_general_cls=lambda: own_dot, rngs=rngs)
+        self.general = nnx.LinearGeneral(
+            4, 4, dot_general_cls=lambda: own_dot, rngs=rngs
+        )
         self.masked = nnx.Conv(2, 3, (3,), mask=jnp.ones((3, 2, 3)), rngs=rngs)
         self.free = nnx.Einsum("ab,bc->ac", (4, 4), rngs=rngs)
         self.free.einsum_str = None  # given at each call
@@ -282,7 +332,9 @@ class Troubled(nnx.Module):
         self.table = Named(4, 4, rngs=rngs)
         self.ints = linear(rngs)
         self.ints.kernel.set_value(jnp.ones((40, 8), jnp.int32))
-        build = nnx.split_rngs(splits=3)(nnx.vmap(lambda r: linear(r), in_axes=0, out_axes=1))
+        build = nnx.split_rngs(splits=3)(
+            nnx.vmap(lambda r: linear(r), in_axes=0, out_axes=1)
+        )
         self.stack = build(rngs)
         self.good = linear(rngs)
 
@@ -290,8 +342,19 @@ class Troubled(nnx.Module):
 def test_all_problems_are_named_at_once():
     with pytest.raises(ValueError, match="these layers cannot be quantized") as error:
         jaxq.quantize_model(Troubled(nnx.Rngs(0)), ALL)
-    lines = {line.strip().split(" ")[0]: line for line in str(error.value).splitlines()[1:-1]}
-    assert lines.keys() == {"hooked", "general", "masked", "free", "outer", "table", "ints", "stack"}
+    lines = {
+        line.strip().split(" ")[0]: line for line in str(error.value).splitlines()[1:-1]
+    }
+    assert lines.keys() == {
+        "hooked",
+        "general",
+        "masked",
+        "free",
+        "outer",
+        "table",
+        "ints",
+        "stack",
+    }
     for name, word in {
         "hooked": "dot_general of its own",
         "general": "dot_general_cls of its own",
@@ -315,7 +378,9 @@ def test_problems_of_skipped_layers_are_none():
 
 def test_quantized_already():
     q, _ = jaxq.quantize_model(Model(nnx.Rngs(0), 1), "int8")
-    with pytest.raises(ValueError, match=r"layers/0/down \(Linear\): it is quantized already"):
+    with pytest.raises(
+        ValueError, match=r"layers/0/down \(Linear\): it is quantized already"
+    ):
         jaxq.quantize_model(q, "int8")
 
 
@@ -333,14 +398,29 @@ def test_non_finite_weights_are_named(bad):
 
 
 def test_unused_rules():
-    recipe = Recipe([Rule("layers/*/atn", weight="int8"), Rule("x", skip=True, optional=True), Rule(weight="int8")])
-    with pytest.raises(ValueError, match=r"\['layers/\*/atn'\] match no layer.*layers/0/down \(Linear\)"):
+    recipe = Recipe(
+        [
+            Rule("layers/*/atn", weight="int8"),
+            Rule("x", skip=True, optional=True),
+            Rule(weight="int8"),
+        ]
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"\['layers/\*/atn'\] match no layer.*layers/0/down \(Linear\)",
+    ):
         jaxq.quantize_model(Model(nnx.Rngs(0)), recipe)
 
 
 def test_rules_hidden_by_earlier_ones_are_unused():
-    with pytest.raises(ValueError, match=r"\['lm_head'\] match no layer \(or only layers an earlier rule took\)"):
-        jaxq.quantize_model(Model(nnx.Rngs(0)), Recipe([Rule(weight="int8"), Rule("lm_head", skip=True)]))
+    with pytest.raises(
+        ValueError,
+        match=r"\['lm_head'\] match no layer \(or only layers an earlier rule took\)",
+    ):
+        jaxq.quantize_model(
+            Model(nnx.Rngs(0)),
+            Recipe([Rule(weight="int8"), Rule("lm_head", skip=True)]),
+        )
 
 
 def test_a_model_without_layers():

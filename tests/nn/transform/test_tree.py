@@ -20,14 +20,19 @@ class Mlp:
 
 
 def normal(*shape):
-    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape, np.float32))
+    return jnp.asarray(
+        np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
+    )
 
 
 @pytest.fixture(scope="module")
 def params():
     return {
         "embed_tokens": {"embedding": normal(16, 32)},
-        "layers": [{"up": {"kernel": normal(32, 8), "bias": normal(8)}}, {"up": {"kernel": normal(32, 8)}}],
+        "layers": [
+            {"up": {"kernel": normal(32, 8), "bias": normal(8)}},
+            {"up": {"kernel": normal(32, 8)}},
+        ],
         "lm_head": {"kernel": normal(32, 16)},
         "steps": jnp.int32(3),
     }
@@ -35,8 +40,13 @@ def params():
 
 def test_matrices_become_qtensors_and_nothing_else(params):
     q, report = jaxq.quantize_params(params, "int8")
-    assert jax.tree.structure(params) == jax.tree.structure(q, is_leaf=lambda x: isinstance(x, QTensor))
-    assert [row.path for row in report.quantized] == ["layers/0/up/kernel", "layers/1/up/kernel"]
+    assert jax.tree.structure(params) == jax.tree.structure(
+        q, is_leaf=lambda x: isinstance(x, QTensor)
+    )
+    assert [row.path for row in report.quantized] == [
+        "layers/0/up/kernel",
+        "layers/1/up/kernel",
+    ]
     assert q["embed_tokens"]["embedding"] is params["embed_tokens"]["embedding"]
     notes = {row.path: row.note for row in report.rows}
     assert notes["embed_tokens/embedding"] == "embedding, left in floats by default"
@@ -61,19 +71,30 @@ def test_code_of_the_user_multiplies_and_dequantizes(params):
         assert np.linalg.norm(y - expected) < 0.02 * np.linalg.norm(expected)
     floats = jax.jit(jaxq.dequantize_params)(q)
     assert jax.tree.map(jnp.shape, floats) == jax.tree.map(jnp.shape, params)
-    assert jaxq.dequantize_params(q, dtype=jnp.bfloat16)["layers"][0]["up"]["kernel"].dtype == jnp.bfloat16
+    assert (
+        jaxq.dequantize_params(q, dtype=jnp.bfloat16)["layers"][0]["up"]["kernel"].dtype
+        == jnp.bfloat16
+    )
 
 
 def test_states_of_nnx_and_stacks_go_by_the_names_of_layers():
-    model = nnx.Dict(up=nnx.Linear(32, 8, rngs=nnx.Rngs(0)), router=nnx.Linear(32, 4, rngs=nnx.Rngs(0)))
+    model = nnx.Dict(
+        up=nnx.Linear(32, 8, rngs=nnx.Rngs(0)),
+        router=nnx.Linear(32, 4, rngs=nnx.Rngs(0)),
+    )
     q, report = jaxq.quantize_params(nnx.state(model), "int8")
     notes = {row.path: row.note for row in report.rows}
     assert notes["router/kernel"] == "router, left in floats by default"
     assert [row.path for row in report.quantized] == ["up/kernel"]
     assert isinstance(q["up"]["kernel"].get_value(), QTensor)
     q, _ = jaxq.quantize_params(nnx.state(model), Recipe([Rule("up", weight="int8")]))
-    stacked = {"norm": {"scale": normal(3, 32)}, "up": {"bias": normal(3, 8), "kernel": normal(32, 8)}}
-    assert [row.path for row in jaxq.quantize_params(stacked, "int8")[1].quantized] == ["up/kernel"]
+    stacked = {
+        "norm": {"scale": normal(3, 32)},
+        "up": {"bias": normal(3, 8), "kernel": normal(32, 8)},
+    }
+    assert [row.path for row in jaxq.quantize_params(stacked, "int8")[1].quantized] == [
+        "up/kernel"
+    ]
 
 
 def test_roles_of_axes_are_said_by_rules():
@@ -81,27 +102,50 @@ def test_roles_of_axes_are_said_by_rules():
     with pytest.raises(ValueError, match=r"experts \[4, 32, 8\]: which of its 3 axes"):
         jaxq.quantize_params(params, "int8")
     recipe = Recipe(
-        [Rule("experts", weight="int4", contracting=(-2,), batch=(0,)), Rule("torch", weight="int8", contracting=(1,))]
+        [
+            Rule("experts", weight="int4", contracting=(-2,), batch=(0,)),
+            Rule("torch", weight="int8", contracting=(1,)),
+        ]
     )
     q, report = jaxq.quantize_params(params, recipe)
     assert q["experts"].batch_shape == (4,)
-    assert [row.granularity for row in report.rows] == ["PerGroup(along -2, of each 0)", "PerChannel(along -1)"]
+    assert [row.granularity for row in report.rows] == [
+        "PerGroup(along -2, of each 0)",
+        "PerChannel(along -1)",
+    ]
     assert q["torch"]["weight"].scale.shape == (8, 1)
     for i in range(4):
-        np.testing.assert_array_equal(q["experts"][i].codes(), jaxq.quantize(params["experts"][i], "int4").codes())
+        np.testing.assert_array_equal(
+            q["experts"][i].codes(), jaxq.quantize(params["experts"][i], "int4").codes()
+        )
     plan = recipe.plan(params)
-    assert [(r.path, r.bytes_after) for r in plan.rows] == [(r.path, r.bytes_after) for r in report.rows]
+    assert [(r.path, r.bytes_after) for r in plan.rows] == [
+        (r.path, r.bytes_after) for r in report.rows
+    ]
 
 
 def test_all_problems_at_once():
-    params = {"a": normal(4, 4).at[1, 2].set(jnp.nan), "b": normal(2, 2, 2), "c": normal(4, 4)}
-    with pytest.raises(ValueError, match=r"(?s)a \[4, 4\]: quantize: a\[1, 2\] is nan.*b \[2, 2, 2\]: which of"):
+    params = {
+        "a": normal(4, 4).at[1, 2].set(jnp.nan),
+        "b": normal(2, 2, 2),
+        "c": normal(4, 4),
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)a \[4, 4\]: quantize: a\[1, 2\] is nan.*b \[2, 2, 2\]: which of",
+    ):
         jaxq.quantize_params(params, "int8")
-    with pytest.raises(ValueError, match=r"(?s)c \[4, 4\]: method 'gptq' needs calibration data"):
+    with pytest.raises(
+        ValueError, match=r"(?s)c \[4, 4\]: method 'gptq' needs calibration data"
+    ):
         jaxq.quantize_params({"c": params["c"]}, "int4_gptq")
-    with pytest.raises(ValueError, match=r"rules \['d'\] match no parameter.*Parameters here: c"):
+    with pytest.raises(
+        ValueError, match=r"rules \['d'\] match no parameter.*Parameters here: c"
+    ):
         jaxq.quantize_params({"c": params["c"]}, Recipe([Rule("d", weight="int8")]))
-    q, report = jaxq.quantize_params({"c": params["c"]}, Recipe([Rule("d", weight="int8")]), strict=False)
+    q, report = jaxq.quantize_params(
+        {"c": params["c"]}, Recipe([Rule("d", weight="int8")]), strict=False
+    )
     assert report.notes == ("rule 'd' matched nothing",)
     assert "rule 'd' matched nothing" in str(report)
     assert q["c"] is params["c"]
@@ -109,7 +153,9 @@ def test_all_problems_at_once():
 
 def test_methods_without_data_work():
     params = {"w": normal(64, 8)}
-    q, report = jaxq.quantize_params(params, Recipe([Rule(weight="int4", method="hqq")]))
+    q, report = jaxq.quantize_params(
+        params, Recipe([Rule(weight="int4", method="hqq")])
+    )
     assert report.rows[0].method == "hqq"
     assert report.rows[0].sqnr > 15
     assert q["w"].shape == (64, 8)
@@ -119,7 +165,10 @@ def test_a_quantized_tree_stays_as_it_is(params):
     q, _ = jaxq.quantize_params(params, "int8")
     again, report = jaxq.quantize_params(q, Recipe([Rule("lm_head", weight="int8")]))
     assert again["layers"][0]["up"]["kernel"] is q["layers"][0]["up"]["kernel"]
-    assert {r.path for r in report.rows if "already" in r.note} == {"layers/0/up/kernel", "layers/1/up/kernel"}
+    assert {r.path for r in report.rows if "already" in r.note} == {
+        "layers/0/up/kernel",
+        "layers/1/up/kernel",
+    }
 
 
 def test_donated_arrays_are_gone():
@@ -138,7 +187,10 @@ def test_donated_arrays_of_several_names_live_as_long_as_one_needs_them():
     np.testing.assert_array_equal(q["a"].codes(), q["b"].codes())
     np.testing.assert_array_equal(q["lm_head"], normal(8, 64))
     w = normal(64, 8) + 0
-    layers = [nnx.eval_shape(lambda: nnx.Linear(64, 8, use_bias=False, rngs=nnx.Rngs(0))) for _ in range(2)]
+    layers = [
+        nnx.eval_shape(lambda: nnx.Linear(64, 8, use_bias=False, rngs=nnx.Rngs(0)))
+        for _ in range(2)
+    ]
     for layer in layers:
         layer.kernel.set_value(w)
     q, _ = jaxq.quantize_model(nnx.List(layers), "int8", donate=True)
@@ -162,12 +214,18 @@ def test_saved_and_loaded(tmp_path, params):
 
 def test_arrays_of_nothing_have_no_bits_per_weight():
     _, report = jaxq.quantize_params({"w": normal(64, 8), "none": normal(0, 8)}, "int8")
-    assert report.bits_per_weight == jaxq.quantize(normal(64, 8), "int8").bits_per_element
-    assert np.isnan(jaxq.quantize_params({"none": normal(0, 8)}, "int8")[1].bits_per_weight)
+    assert (
+        report.bits_per_weight == jaxq.quantize(normal(64, 8), "int8").bits_per_element
+    )
+    assert np.isnan(
+        jaxq.quantize_params({"none": normal(0, 8)}, "int8")[1].bits_per_weight
+    )
 
 
 def test_outliers_stay_apart_whatever_the_inputs_are():
-    rule = Rule(weight="int8", activation="fp8", method="llm_int8", options={"threshold": 4.0})
+    rule = Rule(
+        weight="int8", activation="fp8", method="llm_int8", options={"threshold": 4.0}
+    )
     meta = jaxq.quantize_params({"w": normal(64, 8)}, Recipe([rule]))[0]["w"].meta
     assert (meta.activation.fmt.name, meta.outliers) == ("float8_e4m3fn", 4.0)
 
@@ -175,13 +233,22 @@ def test_outliers_stay_apart_whatever_the_inputs_are():
 def test_stochastic_rounding_takes_a_key():
     spec = jaxq.QuantSpec("int4", jaxq.PerGroup(32), rounding="stochastic")
     w = jnp.asarray(np.random.default_rng(0).standard_normal((64, 8)), jnp.float32)
-    found = [jaxq.quantize_params({"w": w}, spec, key=jax.random.key(i))[0]["w"].codes() for i in (0, 0, 1)]
+    found = [
+        jaxq.quantize_params({"w": w}, spec, key=jax.random.key(i))[0]["w"].codes()
+        for i in (0, 0, 1)
+    ]
     np.testing.assert_array_equal(found[0], found[1])
     assert (np.asarray(found[0]) != np.asarray(found[2])).any()
     layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
-    made = [jaxq.quantize_model(layer, spec, key=jax.random.key(i))[0].kernel[...].codes() for i in (0, 1)]
+    made = [
+        jaxq.quantize_model(layer, spec, key=jax.random.key(i))[0].kernel[...].codes()
+        for i in (0, 1)
+    ]
     assert (np.asarray(made[0]) != np.asarray(made[1])).any()
-    with pytest.raises(ValueError, match=r"quantize_params: the weight= of Rule\('\*\*'\) .* needs a PRNG key"):
+    with pytest.raises(
+        ValueError,
+        match=r"quantize_params: the weight= of Rule\('\*\*'\) .* needs a PRNG key",
+    ):
         jaxq.quantize_params({"w": w}, spec)
     with pytest.raises(ValueError, match="needs a PRNG key"):
         jaxq.quantize_model(layer, spec)
@@ -189,7 +256,10 @@ def test_stochastic_rounding_takes_a_key():
 
 def test_numpy_float64_is_refused_beside_all_other_problems():
     params = {"wide": np.full((8, 8), 1e300), "hollow": jnp.full((8, 8), jnp.nan)}
-    with pytest.raises(ValueError, match=r"(?s)hollow.*non-finite.*wide must be float32.*float64\[8,8\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)hollow.*non-finite.*wide must be float32.*float64\[8,8\]",
+    ):
         jaxq.quantize_params(params, "int8")
 
 
@@ -203,8 +273,13 @@ def test_an_array_of_two_names_is_quantized_once():
 
 
 def test_adapters_and_states_are_no_weights():
-    model = nnx.Sequential(nnx.LoRALinear(32, 32, lora_rank=4, rngs=nnx.Rngs(0)), nnx.BatchNorm(32, rngs=nnx.Rngs(0)))
+    model = nnx.Sequential(
+        nnx.LoRALinear(32, 32, lora_rank=4, rngs=nnx.Rngs(0)),
+        nnx.BatchNorm(32, rngs=nnx.Rngs(0)),
+    )
     _, report = jaxq.quantize_params(nnx.state(model), "int8")
     assert [row.path for row in report.quantized] == ["layers/0/kernel"]
-    raw, _ = jaxq.quantize_params({"q": {"w": jnp.ones((32, 4)), "lora_a": jnp.ones((32, 4))}}, "int8")
+    raw, _ = jaxq.quantize_params(
+        {"q": {"w": jnp.ones((32, 4)), "lora_a": jnp.ones((32, 4))}}, "int8"
+    )
     assert isinstance(raw["q"]["lora_a"], jax.Array)

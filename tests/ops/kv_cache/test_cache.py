@@ -13,14 +13,28 @@ from jaxq.ops import KVCache, KVCacheSpec
 from tests import tables
 
 B, M, N, H, G, R = 3, 2, 4, 32, 8, 16
-KIVI = jaxq.QuantSpec("uint2", jaxq.PerChannel(), offset="min")  # scales and minimums in float32
+KIVI = jaxq.QuantSpec(
+    "uint2", jaxq.PerChannel(), offset="min"
+)  # scales and minimums in float32
 SPECS = {
     "kivi2": KIVI,
     "kivi4": KIVI.replace(format="uint4"),
     "int8": jaxq.QuantSpec("int8"),
     "int4": jaxq.QuantSpec("int4"),
 }
-STORED = ("int8", "int4", "int2", "fp8", "nf4", "nf4_dq", "uint4", "nvfp4", "mxfp4", "int3", "uint8")
+STORED = (
+    "int8",
+    "int4",
+    "int2",
+    "fp8",
+    "nf4",
+    "nf4_dq",
+    "uint4",
+    "nvfp4",
+    "mxfp4",
+    "int3",
+    "uint8",
+)
 over_stored = pytest.mark.parametrize("spec", tables.thinned(STORED, ["int2"]))
 
 
@@ -30,7 +44,15 @@ def spec_of(spec, **changes):
 
 def empty(spec="int4", length=96, batch=B, dtype=jnp.float32, window=None, **changes):
     how = spec if isinstance(spec, KVCacheSpec) else spec_of(spec, **changes)
-    return KVCache.empty(how, batch=batch, num_heads=M, length=length, head_dim=H, window=window, dtype=dtype)
+    return KVCache.empty(
+        how,
+        batch=batch,
+        num_heads=M,
+        length=length,
+        head_dim=H,
+        window=window,
+        dtype=dtype,
+    )
 
 
 def text(t, batch=B, seed=0, dtype=jnp.float32):
@@ -65,7 +87,10 @@ def as_stored(k, v, name):
     for start in range(0, max(0, n - R), G):
         out_k[start : start + G] = rounded(k[start : start + G], name, 0)
         out_v[start : start + G] = rounded(v[start : start + G], name, 2)
-    out_k[max(0, n - R) :], out_v[max(0, n - R) :] = k[max(0, n - R) :], v[max(0, n - R) :]
+    out_k[max(0, n - R) :], out_v[max(0, n - R) :] = (
+        k[max(0, n - R) :],
+        v[max(0, n - R) :],
+    )
     return out_k, out_v
 
 
@@ -78,7 +103,10 @@ def attention(q, k, v, window=None):
         last = len(k) - t + i
         first = 0 if window is None else max(0, last - window + 1)
         for head in range(n):
-            keys, values = k[first : last + 1, head // (n // M)], v[first : last + 1, head // (n // M)]
+            keys, values = (
+                k[first : last + 1, head // (n // M)],
+                v[first : last + 1, head // (n // M)],
+            )
             scores = keys @ q[i, head] / np.sqrt(h)
             weights = np.exp(scores - scores.max())
             out[i, head] = weights @ values / weights.sum()
@@ -87,8 +115,12 @@ def attention(q, k, v, window=None):
 
 def assert_same_bits(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        np.testing.assert_array_equal(
+            np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path)
+        )
 
 
 @pytest.mark.parametrize("name", tables.thinned(SPECS, ["kivi2"]))
@@ -101,17 +133,32 @@ def test_attention_is_numpys_over_what_numpy_quantized(name):
     found, read = cache.attend(q, *new), cache.append(*new).attend(q)
     for i, n in enumerate(lengths):
         past = as_stored(k[i, :n], v[i, :n], name)
-        here = [np.concatenate([old, np.asarray(x)]) for old, x in zip(past, rows[i], strict=True)]
+        here = [
+            np.concatenate([old, np.asarray(x)])
+            for old, x in zip(past, rows[i], strict=True)
+        ]
         np.testing.assert_allclose(found[i], attention(q[i], *here), atol=2e-5)
-        np.testing.assert_allclose(read[i], attention(q[i], *as_stored(k[i, : n + 3], v[i, : n + 3], name)), atol=2e-5)
+        np.testing.assert_allclose(
+            read[i],
+            attention(q[i], *as_stored(k[i, : n + 3], v[i, : n + 3], name)),
+            atol=2e-5,
+        )
 
 
 def test_quantized_tokens_really_are_what_is_read():
     """Fewer bits, more error: a cache that quantized nothing would fail here."""
-    assert not any(np.isnan(np.asarray(leaf, np.float32)).any() for leaf in jax.tree.leaves(empty("mxfp4")))
+    assert not any(
+        np.isnan(np.asarray(leaf, np.float32)).any()
+        for leaf in jax.tree.leaves(empty("mxfp4"))
+    )
     (k, v), q = text(83), queries(1)
-    exact = np.stack([attention(q[i], np.asarray(k[i]), np.asarray(v[i])) for i in range(B)])
-    errors = [float(jnp.abs(empty(s).append(k, v).attend(q) - exact).max()) for s in ("int8", "int4", KIVI)]
+    exact = np.stack(
+        [attention(q[i], np.asarray(k[i]), np.asarray(v[i])) for i in range(B)]
+    )
+    errors = [
+        float(jnp.abs(empty(s).append(k, v).attend(q) - exact).max())
+        for s in ("int8", "int4", KIVI)
+    ]
     assert 1e-4 < errors[0] < errors[1] < errors[2] < 2
 
 
@@ -125,7 +172,13 @@ def test_one_by_one_or_together_gives_the_same_bits(spec):
 
     single, _ = jax.lax.scan(step, empty(spec), (k.swapaxes(0, 1), v.swapaxes(0, 1)))
     pieces = empty(spec)
-    for a, b in ((0, 20), (20, 21), (21, 41), (41, 61), (61, 62)):  # two lengths: two programs
+    for a, b in (
+        (0, 20),
+        (20, 21),
+        (21, 41),
+        (41, 61),
+        (61, 62),
+    ):  # two lengths: two programs
         pieces = pieces.append(k[:, a:b], v[:, a:b])
     assert_same_bits(single, whole)
     assert_same_bits(pieces, whole)
@@ -139,13 +192,17 @@ def test_without_jit_the_bits_are_the_same():
     assert_same_bits(found, empty("int2").append(k, v))
 
 
-@pytest.mark.parametrize("dtype", tables.thinned([jnp.bfloat16, jnp.float16], [jnp.bfloat16]))
+@pytest.mark.parametrize(
+    "dtype", tables.thinned([jnp.bfloat16, jnp.float16], [jnp.bfloat16])
+)
 def test_narrow_dtypes_accumulate_in_float32(dtype):
     (k, v), q = text(83, dtype=dtype), queries(1, dtype=dtype)
     found = empty(SPECS["int8"], dtype=dtype).append(k, v).attend(q)
     assert found.dtype == jnp.float32
     for i in range(B):
-        np.testing.assert_allclose(found[i], attention(q[i], *as_stored(k[i], v[i], "int8")), atol=0.03)
+        np.testing.assert_allclose(
+            found[i], attention(q[i], *as_stored(k[i], v[i], "int8")), atol=0.03
+        )
 
 
 def test_slots_are_caches_of_their_own():
@@ -153,19 +210,28 @@ def test_slots_are_caches_of_their_own():
     slots, k, v, q = empty(), *text(60), queries(2)
     alone = [empty(batch=1) for _ in range(B)]
     at = np.zeros(B, int)
-    for step, counts in enumerate([(20, 0, 7), (1, 20, 7), (7, 7, 0), (1, 0, 7), (7, 20, 1)]):
+    for step, counts in enumerate(
+        [(20, 0, 7), (1, 20, 7), (7, 7, 0), (1, 0, 7), (7, 20, 1)]
+    ):
         if step == 3:
             slots, alone[1], at[1] = slots.reset([1]), empty(batch=1), 0
         t = max(counts)
-        new = [jnp.stack([jnp.roll(x[i], -at[i], axis=0)[:t] for i in range(B)]) for x in (k, v)]
+        new = [
+            jnp.stack([jnp.roll(x[i], -at[i], axis=0)[:t] for i in range(B)])
+            for x in (k, v)
+        ]
         slots = slots.append(*new, count=jnp.array(counts))
         for i, count in enumerate(counts):
             if count:
-                alone[i] = alone[i].append(new[0][i : i + 1, :count], new[1][i : i + 1, :count])
+                alone[i] = alone[i].append(
+                    new[0][i : i + 1, :count], new[1][i : i + 1, :count]
+                )
             at[i] += count
         found = slots.attend(q)
         for i in range(B):
-            np.testing.assert_allclose(found[i], alone[i].attend(q[i : i + 1])[0], atol=1e-6)
+            np.testing.assert_allclose(
+                found[i], alone[i].attend(q[i : i + 1])[0], atol=1e-6
+            )
     assert slots.lengths.tolist() == [36, 20, 22]
 
 
@@ -174,22 +240,31 @@ def test_nothing_of_a_freed_slot_is_read_again():
     bad = empty().append(k.at[1].set(jnp.nan), v.at[1].set(jnp.inf))
     q, good = queries(1), empty().append(k, v)
     assert bool(jnp.isnan(bad.attend(q)[1]).all())
-    np.testing.assert_array_equal(bad.attend(q)[::2], good.attend(q)[::2])  # others do not see it
+    np.testing.assert_array_equal(
+        bad.attend(q)[::2], good.attend(q)[::2]
+    )  # others do not see it
     freed = bad.reset(jnp.array([False, True, False]))
     assert float(jnp.abs(freed.attend(q)[1]).max()) == 0
     again = freed.append(k[:, :20], v[:, :20], count=jnp.array([0, 20, 0]))
-    np.testing.assert_allclose(again.attend(q)[1], empty().append(k[:, :20], v[:, :20]).attend(q)[1], atol=1e-6)
+    np.testing.assert_allclose(
+        again.attend(q)[1], empty().append(k[:, :20], v[:, :20]).attend(q)[1], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("window", tables.thinned([1, R, R + 1, 30, 41], [30]))
 def test_a_window_stores_no_more_than_it_needs_and_reads_the_same(window):
     length = 96
     small, (k, v), q = empty("int4", length, window=window), text(length), queries(1)
-    full = dataclasses.replace(empty("int4", length), window=window)  # stores all, reads the window
+    full = dataclasses.replace(
+        empty("int4", length), window=window
+    )  # stores all, reads the window
     for a, b in ((0, 1), (1, 40), (40, 41), (41, 80), (80, 81), (81, 82)):
         new = k[:, a:b], v[:, a:b]
         np.testing.assert_allclose(
-            small.attend(queries(b - a), *new), full.attend(queries(b - a), *new), atol=5e-6, err_msg=f"{a}:{b}"
+            small.attend(queries(b - a), *new),
+            full.attend(queries(b - a), *new),
+            atol=5e-6,
+            err_msg=f"{a}:{b}",
         )
         small, full = small.append(*new), full.append(*new)
         np.testing.assert_allclose(small.attend(q), full.attend(q), atol=5e-6)
@@ -204,20 +279,33 @@ def test_any_block_size_gives_the_same_attention():
     for new in ((), (k, v)):
         one = cache.attend(q if new else q[:, :5], *new, block=1000)
         for block in (1, 56):
-            np.testing.assert_allclose(cache.attend(q if new else q[:, :5], *new, block=block), one, atol=5e-6)
+            np.testing.assert_allclose(
+                cache.attend(q if new else q[:, :5], *new, block=block), one, atol=5e-6
+            )
 
 
 @pytest.mark.heavy
 def test_rotation_leaves_scores_and_spreads_outliers():
     (k, v), q = text(80), queries(1)
-    short = [empty("int4", rotation=f).append(k[:, :R], v[:, :R]).attend(q) for f in (None, hadamard)]
+    short = [
+        empty("int4", rotation=f).append(k[:, :R], v[:, :R]).attend(q)
+        for f in (None, hadamard)
+    ]
     np.testing.assert_allclose(*short, atol=2e-5)  # nothing is quantized yet
     # Where a loud channel shares its scale with others it costs them their precision; spread over all, it does not.
-    k = jnp.asarray(np.random.default_rng(4).normal(size=k.shape), jnp.float32).at[..., 3].set(10)
-    exact = np.stack([attention(q[i], np.asarray(k[i]), np.asarray(v[i])) for i in range(B)])
+    k = (
+        jnp.asarray(np.random.default_rng(4).normal(size=k.shape), jnp.float32)
+        .at[..., 3]
+        .set(10)
+    )
+    exact = np.stack(
+        [attention(q[i], np.asarray(k[i]), np.asarray(v[i])) for i in range(B)]
+    )
     errors = []
     for rotation in (None, hadamard):
-        how = spec_of(jaxq.QuantSpec("int4", jaxq.PerTensor()), values="int8", rotation=rotation)
+        how = spec_of(
+            jaxq.QuantSpec("int4", jaxq.PerTensor()), values="int8", rotation=rotation
+        )
         errors.append(float(jnp.abs(empty(how).append(k, v).attend(q) - exact).mean()))
     assert errors[1] < 0.8 * errors[0]
 
@@ -230,7 +318,9 @@ def test_under_jit_scan_and_vmap():
     np.testing.assert_allclose(y, cache.attend(q, k[:, :1], v[:, :1]), atol=1e-6)
     assert_same_bits(grown, cache.append(k[:, :1], v[:, :1]))
     layers = jax.tree.map(lambda *x: jnp.stack(x), cache, empty())
-    stacked = jax.vmap(step)(layers, *(jnp.stack([x, x]) for x in (q, k[:, :1], v[:, :1])))
+    stacked = jax.vmap(step)(
+        layers, *(jnp.stack([x, x]) for x in (q, k[:, :1], v[:, :1]))
+    )
     assert_same_bits(jax.tree.map(lambda x: x[0], stacked[1]), grown)
     np.testing.assert_allclose(stacked[0][0], y, atol=1e-6)
     assert step._cache_size() == 1
@@ -240,14 +330,21 @@ def test_under_jit_scan_and_vmap():
 def test_a_decode_step_never_holds_the_cache_in_floats(preset):
     b, m, length, h = 2, 4, 4096, 64
     cache = jax.eval_shape(
-        lambda: KVCache.empty(preset, batch=b, num_heads=m, length=length, head_dim=h, dtype=jnp.float32)
+        lambda: KVCache.empty(
+            preset, batch=b, num_heads=m, length=length, head_dim=h, dtype=jnp.float32
+        )
     )
     new = jax.ShapeDtypeStruct((b, 1, m, h), jnp.float32)
-    step = jax.jit(lambda cache, q, k, v: (cache.attend(q, k, v), cache.append(k, v)), donate_argnums=0)
+    step = jax.jit(
+        lambda cache, q, k, v: (cache.attend(q, k, v), cache.append(k, v)),
+        donate_argnums=0,
+    )
     memory = step.lower(cache, new, new, new).compile().memory_analysis()
     in_floats = 2 * b * m * length * h * 4
     assert memory.temp_size_in_bytes < in_floats / 4
-    assert memory.alias_size_in_bytes >= cache.keys.data.size + cache.values.data.size  # grown in place
+    assert (
+        memory.alias_size_in_bytes >= cache.keys.data.size + cache.values.data.size
+    )  # grown in place
 
 
 def test_int4_takes_less_than_three_tenths_of_bfloat16():
@@ -261,9 +358,13 @@ def test_int4_takes_less_than_three_tenths_of_bfloat16():
 def test_more_tokens_than_length():
     k, v = text(40)
     cache = empty(length=32).append(k[:, :30], v[:, :30])
-    with pytest.raises(ValueError, match="slot 0 holds 30 tokens, and 3 more exceed its length 32"):
+    with pytest.raises(
+        ValueError, match="slot 0 holds 30 tokens, and 3 more exceed its length 32"
+    ):
         cache.append(k[:, :3], v[:, :3])
-    assert cache.append(k[:, :3], v[:, :3], count=jnp.array([2, 1, 0])).lengths.tolist() == [32, 31, 30]
+    assert cache.append(
+        k[:, :3], v[:, :3], count=jnp.array([2, 1, 0])
+    ).lengths.tolist() == [32, 31, 30]
     # Inside jit the oldest group gives way.
     over = jax.jit(lambda c: c.append(k[:, 30:], v[:, 30:]))(cache)
     held = over.num_groups * G + R
@@ -276,8 +377,12 @@ def test_saves_leaf_by_leaf(tmp_path):
     (k, v), q = text(50), queries(1)
     cache = empty("int2").append(k, v)
     names = ("keys", "values", "recent_keys", "recent_values", "lengths")
-    jaxq.save(tmp_path / "cache.safetensors", {name: getattr(cache, name) for name in names})
-    again = dataclasses.replace(empty("int2"), **jaxq.load(tmp_path / "cache.safetensors"))
+    jaxq.save(
+        tmp_path / "cache.safetensors", {name: getattr(cache, name) for name in names}
+    )
+    again = dataclasses.replace(
+        empty("int2"), **jaxq.load(tmp_path / "cache.safetensors")
+    )
     assert_same_bits(again, cache)
     np.testing.assert_array_equal(again.attend(q), cache.attend(q))
 
@@ -296,33 +401,119 @@ def test_equal_specs_are_one_program():
 
 
 MISTAKES = {
-    "dtype": (lambda c, k, v: c.append(k.astype(jnp.bfloat16), v), TypeError, "expected float32, got k: bfloat16"),
-    "heads": (lambda c, k, v: c.append(k[:, :, :1], v[:, :, :1]), ValueError, "expected [3, t, 2, 32], got k: float32"),
-    "ndim": (lambda c, k, v: c.append(k[0], v[0]), ValueError, "got k: float32[4,2,32]"),
-    "two shapes": (lambda c, k, v: c.append(k, v[:, :3]), ValueError, "k and v must have one shape"),
-    "list": (lambda c, k, v: c.append([1.0], v), TypeError, "k must be an array, got list"),
-    "count": (lambda c, k, v: c.append(k, v, count=jnp.array([1, 2])), ValueError, "count must be int32[3], got"),
-    "count beyond": (lambda c, k, v: c.append(k, v, count=jnp.array([1, 2, 5])), ValueError, "must lie in [0, 4]"),
-    "one of two": (lambda c, k, v: c.attend(queries(4), k), TypeError, "got one of them"),
-    "query heads": (lambda c, k, v: c.attend(queries(4)[:, :, :3]), ValueError, "n a multiple of 2"),
-    "key a query": (lambda c, k, v: c.attend(queries(2), k, v), ValueError, "q has 2 tokens and k 4"),
-    "stack": (lambda c, k, v: jax.tree.map(lambda x: x[None], c).append(k, v), ValueError, "is a stack of caches"),
-    "slot": (lambda c, k, v: c.reset([3]), ValueError, "slots [3] are not all in [0, 3)"),
-    "mask": (lambda c, k, v: c.reset(np.array([True])), ValueError, "must be bool[3], got bool[1]"),
-    "float slots": (lambda c, k, v: c.reset([0.5]), TypeError, "slots are indices or bool[3]"),
+    "dtype": (
+        lambda c, k, v: c.append(k.astype(jnp.bfloat16), v),
+        TypeError,
+        "expected float32, got k: bfloat16",
+    ),
+    "heads": (
+        lambda c, k, v: c.append(k[:, :, :1], v[:, :, :1]),
+        ValueError,
+        "expected [3, t, 2, 32], got k: float32",
+    ),
+    "ndim": (
+        lambda c, k, v: c.append(k[0], v[0]),
+        ValueError,
+        "got k: float32[4,2,32]",
+    ),
+    "two shapes": (
+        lambda c, k, v: c.append(k, v[:, :3]),
+        ValueError,
+        "k and v must have one shape",
+    ),
+    "list": (
+        lambda c, k, v: c.append([1.0], v),
+        TypeError,
+        "k must be an array, got list",
+    ),
+    "count": (
+        lambda c, k, v: c.append(k, v, count=jnp.array([1, 2])),
+        ValueError,
+        "count must be int32[3], got",
+    ),
+    "count beyond": (
+        lambda c, k, v: c.append(k, v, count=jnp.array([1, 2, 5])),
+        ValueError,
+        "must lie in [0, 4]",
+    ),
+    "one of two": (
+        lambda c, k, v: c.attend(queries(4), k),
+        TypeError,
+        "got one of them",
+    ),
+    "query heads": (
+        lambda c, k, v: c.attend(queries(4)[:, :, :3]),
+        ValueError,
+        "n a multiple of 2",
+    ),
+    "key a query": (
+        lambda c, k, v: c.attend(queries(2), k, v),
+        ValueError,
+        "q has 2 tokens and k 4",
+    ),
+    "stack": (
+        lambda c, k, v: jax.tree.map(lambda x: x[None], c).append(k, v),
+        ValueError,
+        "is a stack of caches",
+    ),
+    "slot": (
+        lambda c, k, v: c.reset([3]),
+        ValueError,
+        "slots [3] are not all in [0, 3)",
+    ),
+    "mask": (
+        lambda c, k, v: c.reset(np.array([True])),
+        ValueError,
+        "must be bool[3], got bool[1]",
+    ),
+    "float slots": (
+        lambda c, k, v: c.reset([0.5]),
+        TypeError,
+        "slots are indices or bool[3]",
+    ),
     "preset": (lambda c, k, v: empty("int5"), ValueError, "unknown preset"),
-    "format": (lambda c, k, v: KVCache.empty("uint2", batch=1, num_heads=1, length=8, head_dim=8), ValueError, "uint2"),
-    "group": (lambda c, k, v: empty(jaxq.QuantSpec("int4", jaxq.PerGroup(3))), ValueError, "not a multiple of group"),
-    "residual": (lambda c, k, v: spec_of("int4", residual=4), ValueError, "less than group 8"),
-    "size": (lambda c, k, v: empty(length=0), ValueError, "length is 0; it must be at least 1"),
-    "no size": (lambda c, k, v: empty(length=2.5), TypeError, "length must be a whole number, got 2.5"),
-    "integer cache": (lambda c, k, v: empty(dtype=jnp.int8), TypeError, "dtype must be one of float32"),
+    "format": (
+        lambda c, k, v: KVCache.empty(
+            "uint2", batch=1, num_heads=1, length=8, head_dim=8
+        ),
+        ValueError,
+        "uint2",
+    ),
+    "group": (
+        lambda c, k, v: empty(jaxq.QuantSpec("int4", jaxq.PerGroup(3))),
+        ValueError,
+        "not a multiple of group",
+    ),
+    "residual": (
+        lambda c, k, v: spec_of("int4", residual=4),
+        ValueError,
+        "less than group 8",
+    ),
+    "size": (
+        lambda c, k, v: empty(length=0),
+        ValueError,
+        "length is 0; it must be at least 1",
+    ),
+    "no size": (
+        lambda c, k, v: empty(length=2.5),
+        TypeError,
+        "length must be a whole number, got 2.5",
+    ),
+    "integer cache": (
+        lambda c, k, v: empty(dtype=jnp.int8),
+        TypeError,
+        "dtype must be one of float32",
+    ),
     "random": (
         lambda c, k, v: spec_of(jaxq.QuantSpec("int8", rounding="stochastic")),
         ValueError,
         "round at random",
     ),
-    "rotation": (lambda c, k, v: spec_of("int8", rotation=True), TypeError, "such as jaxq.methods.hadamard"),
+    "rotation": (
+        lambda c, k, v: spec_of("int8", rotation=True),
+        TypeError,
+        "such as jaxq.methods.hadamard",
+    ),
     "past window": (
         lambda c, k, v: empty(window=20).append(k, v).append(k, v).attend(queries(30)),
         ValueError,
