@@ -11,6 +11,7 @@ from jaxq.ops._plan import Plan
 from jaxq.ops._ragged import ragged_dot
 from jaxq.ops._take import take
 from jaxq.ops.kv_cache import KVCache, KVCacheSpec
+from jaxq.qtensor import register_matmul
 
 __all__ = [
     "KVCache",
@@ -27,3 +28,5 @@ __all__ = [
     "take",
     "why_not_codes",
 ]
+
+register_matmul(matmul)

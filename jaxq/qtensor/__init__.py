@@ -20,7 +20,7 @@ from jaxq.qtensor._layout import relayout
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._partition import combine, partition
 from jaxq.qtensor._presets import as_spec, presets
-from jaxq.qtensor._qtensor import LEAVES, QTensor
+from jaxq.qtensor._qtensor import LEAVES, QTensor, register_matmul
 from jaxq.qtensor._quantize import (
     ON_NONFINITE,
     check_floats,
@@ -29,6 +29,7 @@ from jaxq.qtensor._quantize import (
     raise_if_not_finite,
     requantize,
 )
+from jaxq.qtensor._scale_rules import ScaleRule
 from jaxq.qtensor._spec import QuantSpec, as_static
 
 __all__ = [

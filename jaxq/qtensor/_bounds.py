@@ -15,14 +15,14 @@ from jaxq.qtensor import _scales
 from jaxq.qtensor._dequantize import scale_values
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._qtensor import QTensor
-from jaxq.qtensor._spec import NEED_BLOCKS, QuantSpec
+from jaxq.qtensor._spec import QuantSpec
 
 
 def as_bounds(
     bounds: Any, x: jax.Array, spec: QuantSpec, geometry: Geometry
 ) -> tuple[jax.Array, jax.Array]:
     """Bounds as float32 `[*batch, *num_blocks]`."""
-    if spec.scale_rule in NEED_BLOCKS or spec.offset == "mean":
+    if spec.rule.reads_block or spec.offset == "mean":
         raise ValueError(
             f"quantize: bounds= say nothing of what scale_rule={spec.scale_rule!r} and offset={spec.offset!r} need."
         )
@@ -114,7 +114,7 @@ def _reach(spec: QuantSpec) -> tuple[float, float]:
     if (
         spec.symmetric
         and spec.fmt.kind == "integer"
-        and spec.scale_rule != "signed_extreme"
+        and not spec.rule.signed
         and spec.offset is None
     ):
         values = values[values >= -spec.fmt.max]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
@@ -341,17 +342,13 @@ class QTensor:
             )
         return (self[i] for i in range(len(self)))
 
-    # Multiplying. The one upward import of the house: ops stands above qtensor.
+    # Multiplying. `jaxq.ops` registers its `matmul` here, see `register_matmul`.
 
     def __matmul__(self, other: Any) -> Any:
-        from jaxq import ops
-
-        return ops.matmul(self, other)
+        return _matmul(self, other)
 
     def __rmatmul__(self, other: Any) -> Any:
-        from jaxq import ops
-
-        return ops.matmul(other, self)
+        return _matmul(other, self)
 
     # Everything else needs floats, and says so.
 
@@ -427,7 +424,7 @@ class QTensor:
             f"{type(spec.granularity).__name__}{self._blocks()}",
         ]
         parts.append(f"scale={_scale_name(spec)}")
-        if spec.scale_rule != "absmax":
+        if not spec.rule.is_default:
             parts.append(spec.scale_rule)
         if not isinstance(spec.clipping, str):
             parts.append(f"clipping={spec.clipping.kind}")
@@ -482,6 +479,27 @@ class QTensor:
 
     def _with(self, **changes: Any) -> QTensor:
         return dataclasses.replace(self, meta=dataclasses.replace(self.meta, **changes))
+
+
+def register_matmul(function: Callable[[Any, Any], Any]) -> None:
+    """Makes `function(lhs, rhs)` the product behind `x @ qt` and `qt @ x`.
+
+    `jaxq.ops` is above this package, so this package cannot import it. Instead
+    `jaxq.ops` calls this function when it is imported, which `import jaxq` does.
+
+    Args:
+      function: the product of an array or QTensor with another.
+
+    Example:
+      >>> import jaxq
+      >>> jaxq.qtensor.register_matmul(jaxq.matmul)
+    """
+    global _matmul
+    _matmul = function
+
+
+def _matmul(lhs: Any, rhs: Any) -> Any:
+    raise RuntimeError("QTensor: `@` needs jaxq.ops. Run `import jaxq` first.")
 
 
 # Exported programs name the types of their arguments.

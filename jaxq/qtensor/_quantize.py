@@ -16,6 +16,7 @@ from jaxq import formats
 from jaxq.qtensor import _scales
 from jaxq.qtensor._bounds import as_bounds, inside_range, observed
 from jaxq.qtensor._dequantize import dequantize, scale_values, stored_values
+from jaxq.qtensor._extremes import Extremes, block_extremes
 from jaxq.qtensor._geometry import Geometry, describe, resolve
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._presets import as_spec
@@ -346,7 +347,7 @@ def _quantize(
     measured = blocks
     if positive and _holds_nan(spec.fmt):
         measured = jnp.where(jnp.isnan(blocks), np.float32(0), blocks)
-    found = _scales.extremes(measured, geometry)
+    found = block_extremes(measured, geometry)
     if on_nonfinite == "saturate":
         marks = geometry.to_blocks(
             geometry.pad(geometry.to_view(jnp.where(infinite, sign, 0)))
@@ -356,12 +357,10 @@ def _quantize(
             marks.astype(jnp.float32) * found.magnitude,
             blocks.astype(jnp.float32),
         )
-        measured, found = blocks, _scales.extremes(blocks, geometry)
+        measured, found = blocks, block_extremes(blocks, geometry)
     if bounds is not None:
-        found = _scales.within(
-            found, *(geometry.scale_to_blocks(end) for end in bounds)
-        )
-    ideal_steps = _scales.scale_of(measured, found, spec, geometry)
+        found = found.with_range(*(geometry.scale_to_blocks(end) for end in bounds))
+    ideal_steps = _scales.ideal_scale(measured, found, spec, geometry)
     ideal = geometry.scale_from_blocks(ideal_steps)
     if isinstance(spec.scale, QuantSpec):
         stored: jax.Array | QTensor = _quantize_scale(ideal, spec.scale, geometry)
@@ -386,13 +385,10 @@ def _quantize(
         blocks if centre is None else blocks.astype(jnp.float32) - centre, steps
     )
     codebook = None
-    if spec.scale_rule in ("ttq", "twn"):
-        signs = _scales.terns(blocks, found, spec.scale_rule, geometry)
-        codebook = (
-            _scales.ternary_codebook(y, signs, geometry)
-            if spec.scale_rule == "ttq"
-            else None
-        )
+    if spec.rule.has_threshold:
+        signs = spec.rule.signs(blocks, found, geometry)
+        if spec.rule.codebook is not None:
+            codebook = spec.rule.codebook(y, signs, geometry)
         y = jnp.where(jnp.isnan(steps), steps, signs)
     if positive:
         y = jnp.where(blocks > 0, jnp.maximum(y, spec.fmt.smallest_positive), y)
@@ -435,7 +431,7 @@ def _holds_nan(fmt: formats.Format) -> bool:
 
 
 def _zero_point(
-    found: _scales.Extremes, steps: jax.Array, fmt: formats.Format
+    found: Extremes, steps: jax.Array, fmt: formats.Format
 ) -> jax.Array:
     """The code of 0 in every block, as float32."""
     low = jnp.minimum(found.low, 0.0)
@@ -458,7 +454,7 @@ def _encode(
     if (
         fmt.kind == "integer"
         and fmt.min < -fmt.max
-        and spec.scale_rule != "signed_extreme"
+        and not spec.rule.signed
     ):
         y = jnp.maximum(
             y, -fmt.max

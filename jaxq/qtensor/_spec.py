@@ -1,4 +1,8 @@
-"""How to quantize: a frozen description, compared by value, that survives pickle and JSON."""
+"""QuantSpec: how to quantize.
+
+A spec is a frozen description. Specs are compared by value, and they survive pickle
+and JSON.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jaxq import formats
 from jaxq.qtensor import _granularity
 from jaxq.qtensor._granularity import Granularity, PerChannel, PerTensor, PerToken
+from jaxq.qtensor._scale_rules import SCALE_RULES, ScaleRule
 
 if TYPE_CHECKING:
     from jaxq.observers import Observer
@@ -20,58 +25,68 @@ SCALE_DTYPES = (
     "float8_e5m2",
     "float8_e8m0fnu",
 )
-SCALE_RULES = (
-    "absmax",
-    "absmean",
-    "mx_ceil",
-    "mx_even",
-    "mx_floor",
-    "mx_round_up",
-    "signed_extreme",
-    "ttq",
-    "twn",
-)
-# Those that depend on more than the extremes of a block.
-NEED_BLOCKS = ("absmean", "ttq", "twn")
 CODES_FROM = ("stored", "ideal")
 OFFSETS = ("mean", "min")
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-    """`x = scale * (codes - zero_point) + offset`: the format of the codes and how each scale is found and kept.
+    """How to quantize: the format of the codes, and how scales are computed and stored.
+
+    A quantized number is `scale * (codes - zero_point) + offset`.
 
     Args:
       format: what a code stands for: a name (`jaxq.formats.names()`) or a `Format`.
       granularity: where scales vary.
-      symmetric: True has no zero point. False finds one for integer formats: the range is extended to contain 0,
-        so that 0 is exact (Jacob et al., 2018).
-      scale: how scales are kept: one of the dtypes float32, bfloat16, float16, float8_e4m3fn, float8_e5m2,
-        float8_e8m0fnu, or another `QuantSpec`, whose own scale may be one again (two-level scales and deeper).
-      scale_rule: scale of a block, with `max` the format's largest number and A the block's largest magnitude:
-        "absmax": A / max. "absmean": mean |x| (XNOR-Net, 2016; BitNet b1.58, 2024). "signed_extreme": the number of
-        magnitude A, signed, over the format's most negative number (GGUF). OCP microscaling (2023), powers of two:
-        "mx_floor": 2^(floor(log2 A) - floor(log2 max)); "mx_ceil": with the ceiling of log2 A; "mx_even": floor
-        after rounding A to the element's mantissa; "mx_round_up": the least power that does not clip. "twn", for
-        the format ternary: what is not above 0.7 mean |x| becomes 0, and the scale is the mean |x| of the rest (Ternary
-        Weight Networks, Li et al., 2016). "ttq", for ternary: what is not above 0.05 A becomes 0, the scale is A, and
-        negative and positive codes stand for magnitudes of their own, the QTensor's `codebook`, which starts at the
-        means and can be trained (Trained Ternary Quantization, Zhu et al., 2017).
-      clipping: "absmax": the block's extremes; nothing is clipped on purpose. Or one of `jaxq.observers`, without
-        `axis=`, which finds the range of each block from its numbers: `mse()`, `percentile(99.9)`, `entropy()`.
-      rounding: "nearest_even", "nearest_away", "toward_zero" or "stochastic" (quantize then needs `key`).
-      offset: None, "min" (each block's real minimum, unsigned formats; KIVI, 2024) or "mean" (one mean for the
-        whole array; double quantization in QLoRA, 2023). Real-valued, unlike a zero point.
-      packing: order of codes in bytes, see `jaxq.formats.Packing`; None takes the default of the width.
-      codes_from: which scale the codes are made for: "stored", as it reads back, which adds no error; or "ideal",
-        before it is rounded or quantized, as bitsandbytes does.
+      symmetric: True has no zero point. False computes a zero point for integer
+        formats. The range is then extended to contain 0, so that 0 is exact (Jacob et
+        al., 2018).
+      scale: how scales are stored. Either one of the dtypes float32, bfloat16, float16,
+        float8_e4m3fn, float8_e5m2, float8_e8m0fnu; or another `QuantSpec`. The scale of
+        that spec may be a `QuantSpec` too (two-level scales and deeper).
+      scale_rule: how the scale of a block is computed. `max` is the format's largest
+        number and A is the block's largest magnitude.
+        "absmax": A / max.
+        "absmean": mean |x| (XNOR-Net, 2016; BitNet b1.58, 2024).
+        "signed_extreme": the number of magnitude A, with its sign, divided by the
+        format's most negative number (GGUF).
+        The OCP microscaling rules (2023) give powers of two. "mx_floor":
+        2^(floor(log2 A) - floor(log2 max)). "mx_ceil": the same with the ceiling of
+        log2 A. "mx_even": "mx_floor" after A is rounded to the element's mantissa.
+        "mx_round_up": the least power of two that does not clip.
+        "twn", for the format ternary: numbers of a magnitude up to 0.7 mean |x| become
+        0, and the scale is the mean |x| of the others (Ternary Weight Networks, Li et
+        al., 2016).
+        "ttq", for the format ternary: numbers of a magnitude up to 0.05 A become 0, and
+        the scale is A. The negative and the positive code stand for values of their
+        own, which are kept in the QTensor's `codebook`. They start as the means of the
+        numbers of each code, and can be trained (Trained Ternary Quantization, Zhu et
+        al., 2017).
+      clipping: "absmax" takes the block's extremes, so that nothing is clipped on
+        purpose. Otherwise one of `jaxq.observers`, without `axis=`, which computes the
+        range of each block from its numbers: `mse()`, `percentile(99.9)`, `entropy()`.
+      rounding: "nearest_even", "nearest_away", "toward_zero" or "stochastic".
+        Stochastic rounding, of codes or of a scale that is a `QuantSpec`, needs
+        `quantize(key=)`.
+      offset: None; "min", the minimum of each block, for unsigned formats (KIVI, 2024);
+        or "mean", one mean for the whole array (double quantization in QLoRA, 2023).
+        Unlike a zero point, an offset is a real number.
+      packing: order of codes in bytes, see `jaxq.formats.Packing`. None takes the
+        default of the width.
+      codes_from: the scale for which codes are computed. "stored" is the scale as it
+        is read back, which adds no error. "ideal" is the scale before it is rounded or
+        quantized, as in bitsandbytes.
 
     Raises:
-      ValueError: an unknown name, or parts that contradict each other.
+      TypeError: `format` is not a name or a `Format`, `granularity` is not a
+        `Granularity`, `symmetric` is not a bool, or `clipping` is not a name or an
+        observer.
+      ValueError: a name is unknown, or two fields contradict each other.
 
     Example:
       >>> import jaxq
-      >>> spec = jaxq.QuantSpec(format="int4", granularity=jaxq.PerGroup(size=128), scale="bfloat16")
+      >>> group = jaxq.PerGroup(size=128)
+      >>> spec = jaxq.QuantSpec(format="int4", granularity=group, scale="bfloat16")
       >>> spec == jaxq.QuantSpec.from_dict(spec.to_dict())
       True
     """
@@ -92,120 +107,56 @@ class QuantSpec:
             fmt = formats.get(self.format)
         except ValueError as error:
             raise ValueError(f"QuantSpec: {error}") from None
-        if not isinstance(self.symmetric, bool):
-            raise TypeError(
-                f"QuantSpec: symmetric must be True or False, got {self.symmetric!r}."
-            )
         object.__setattr__(self, "format", fmt)
-        if not isinstance(self.granularity, Granularity):
-            raise TypeError(
-                f"QuantSpec: granularity must be one of jaxq's Per... objects, got {self.granularity!r}."
-            )
-        formats.check_choice("QuantSpec: scale_rule", self.scale_rule, SCALE_RULES)
-        if isinstance(self.clipping, str):
-            formats.check_choice("QuantSpec: clipping", self.clipping, ("absmax",))
-        else:
+        _check_types_and_names(self)
+        object.__setattr__(self, "packing", _packing_of(self))
+        _check_format(self)
+        _check_scale(self)
+        _check_scale_rule(self)
+        if not isinstance(self.clipping, str):
             _check_clipping(self)
-        formats.check_choice("QuantSpec: codes_from", self.codes_from, CODES_FROM)
-        if self.offset is not None:
-            formats.check_choice("QuantSpec: offset", self.offset, OFFSETS)
-        if not isinstance(self.scale, QuantSpec):
-            formats.check_choice("QuantSpec: scale", self.scale, SCALE_DTYPES)
-        elif self.scale.clipping != "absmax":
-            raise ValueError(
-                "QuantSpec: a scale that is quantized itself is not clipped; leave its clipping='absmax'."
-            )
-        elif not self.scale.symmetric or self.scale.offset == "min":
-            raise ValueError(
-                "QuantSpec: a scale that is quantized itself must be symmetric, and not offset by its minimum."
-            )
-        formats.check_choice(
-            "QuantSpec: rounding", self.rounding, formats.ROUNDING_MODES
-        )
-        packing = (
-            formats.default_packing(fmt.bits) if self.packing is None else self.packing
-        )
-        if isinstance(packing, str):
-            formats.check_choice(
-                "QuantSpec: packing", packing, tuple(p.value for p in formats.Packing)
-            )
-            packing = formats.Packing(packing)
-        formats.codes_per_pack(fmt.bits, packing)
-        object.__setattr__(self, "packing", packing)
-        if fmt.bits > 8:
-            raise ValueError(
-                f"QuantSpec: codes have at most 8 bits; {fmt.name} has {fmt.bits}."
-            )
-        if not self.symmetric and (fmt.kind != "integer" or self.offset is not None):
-            raise ValueError(
-                f"QuantSpec: symmetric=False finds a zero point, which only integer formats without an offset have "
-                f"(format={fmt.name}, offset={self.offset!r})."
-            )
-        if self.offset == "min" and not (fmt.kind == "integer" and fmt.min == 0):
-            raise ValueError(
-                f"QuantSpec: offset='min' counts up from the minimum: use an unsigned integer, not {fmt.name}."
-            )
-        if self.scale_rule != "absmax" and (not self.symmetric or self.offset == "min"):
-            raise ValueError(
-                f"QuantSpec: scale_rule={self.scale_rule!r} is for symmetric specs without a minimum."
-            )
-        if fmt.max <= 0:
-            raise ValueError(
-                f"QuantSpec: {fmt.name} has no positive numbers to scale to."
-            )
-        if self.scale_rule in ("ttq", "twn") and self.rounding != "nearest_even":
-            raise ValueError(
-                f"QuantSpec: scale_rule={self.scale_rule!r} has a threshold, and rounds no other way."
-            )
-        if isinstance(self.scale, QuantSpec) and self.scale.scale_rule in (
-            "ttq",
-            "twn",
-        ):
-            raise ValueError(
-                f"QuantSpec: a scale cannot be ternary by scale_rule={self.scale.scale_rule!r}."
-            )
-        if self.scale_rule in ("ttq", "twn") and (fmt.kind, fmt.max, fmt.min) != (
-            "integer",
-            1,
-            -1,
-        ):
-            raise ValueError(
-                f"QuantSpec: scale_rule={self.scale_rule!r} is for the format ternary, not {fmt.name}."
-            )
-        if self.scale_rule == "signed_extreme":
-            parts = [fmt]
-            if self.scale != "float32":  # which is no format of codes
-                parts.append(
-                    self.scale.fmt
-                    if isinstance(self.scale, QuantSpec)
-                    else formats.get(self.scale)
-                )
-            for part in parts:
-                if part.min >= 0:
-                    raise ValueError(
-                        f"QuantSpec: scale_rule='signed_extreme' needs negative numbers; {part.name} has none."
-                    )
 
     @property
     def fmt(self) -> formats.Format:
-        """`format`, as the `Format` it always is after construction."""
+        """`format` as a `Format`, never a name."""
         assert isinstance(self.format, formats.Format)
         return self.format
 
     @property
     def order(self) -> formats.Packing:
-        """`packing`, as the `Packing` it always is after construction."""
+        """`packing` as a `Packing`, never a name or None."""
         assert isinstance(self.packing, formats.Packing)
         return self.packing
 
+    @property
+    def rule(self) -> ScaleRule:
+        """The record of `scale_rule`."""
+        return SCALE_RULES[self.scale_rule]
+
+    @property
+    def levels(self) -> tuple[QuantSpec, ...]:
+        """This spec, the spec of its scale, the spec of that scale, and so on."""
+        if isinstance(self.scale, QuantSpec):
+            return (self, *self.scale.levels)
+        return (self,)
+
+    @property
+    def needs_key(self) -> bool:
+        """True if codes or a quantized scale are rounded stochastically."""
+        return any(level.rounding == "stochastic" for level in self.levels)
+
     def replace(self, **changes: Any) -> QuantSpec:
-        """A copy with some fields changed."""
+        """A copy with some fields changed.
+
+        A new `format` resets `packing` to the default of its width, unless `packing` is
+        changed too.
+        """
         if "format" in changes and "packing" not in changes:
             changes["packing"] = None
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_dict` gives an equal spec back."""
+        """A description that JSON can store. `from_dict` returns an equal spec."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["format"] = formats.to_dict(self.fmt)
         out["granularity"] = {
@@ -224,70 +175,204 @@ class QuantSpec:
         """The spec that `to_dict` described.
 
         Raises:
-          ValueError: an unknown field or granularity.
+          ValueError: a field or a granularity is unknown.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
+        field_names = {f.name for f in dataclasses.fields(cls)}
         for name in data:
-            if name not in known:
-                raise ValueError(
-                    "QuantSpec.from_dict: "
-                    + formats.unknown_name("field", name, known, "jaxq.QuantSpec")
+            if name not in field_names:
+                problem = formats.unknown_name(
+                    "field", name, field_names, "jaxq.QuantSpec"
                 )
+                raise ValueError(f"QuantSpec.from_dict: {problem}")
         data = dict(data)
         data["format"] = formats.from_dict(data["format"])
         data["granularity"] = _granularity_from_dict(data["granularity"])
         if isinstance(data["scale"], dict):
             data["scale"] = cls.from_dict(data["scale"])
         if isinstance(data.get("clipping"), dict):
-            from jaxq import observers
+            from jaxq import observers  # lazy: most specs have no observer
 
             data["clipping"] = observers.from_dict(data["clipping"])
         return cls(**data)
 
 
-def _check_clipping(spec: QuantSpec) -> None:
-    from jaxq import observers  # most specs name none
-
-    if not isinstance(spec.clipping, observers.Observer):
-        raise TypeError(
-            f"QuantSpec: clipping must be 'absmax' or one of jaxq.observers, got {spec.clipping!r}."
-        )
-    if spec.clipping.axis is not None:
-        raise ValueError(
-            f"QuantSpec: clipping={spec.clipping!r} looks at each block by itself, so it keeps no axis."
-        )
-    if (
-        spec.scale_rule in NEED_BLOCKS
-        or spec.scale_rule == "signed_extreme"
-        or spec.offset == "mean"
-    ):
-        raise ValueError(
-            f"QuantSpec: clipping={spec.clipping!r} gives a range, which scale_rule={spec.scale_rule!r} and "
-            f"offset={spec.offset!r} do not go by."
-        )
-
-
 def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
-    """The spec of an operand whose range is known beforehand: per tensor.
+    """The spec of an operand with a static range: the same spec per tensor.
+
+    Args:
+      spec: the spec of the operand.
+      caller: the public function, for error messages.
 
     Raises:
-      ValueError: its scales are of blocks of the operand itself, which nobody knows beforehand.
+      ValueError: the granularity has scales of blocks inside a row, or the scale
+        depends on more than the range.
     """
     if not isinstance(spec.granularity, PerTensor | PerToken | PerChannel):
         raise ValueError(
-            f"{caller}: {spec.granularity} finds scales of blocks in each input, so its range cannot be static. "
-            "Leave the bounds or the observer out, or use a spec with one scale (PerTensor)."
+            f"{caller}: {spec.granularity} computes a scale for each block of each "
+            "input, so the range cannot be static. Leave out the bounds or the "
+            "observer, or use a spec with one scale (PerTensor)."
         )
     if (
         isinstance(spec.scale, QuantSpec)
-        or spec.scale_rule in NEED_BLOCKS
+        or spec.rule.reads_block
         or spec.offset == "mean"
     ):
         raise ValueError(
-            f"{caller}: a scale by {spec.scale_rule!r} of {spec.fmt.name} (scale={spec.scale!r}, "
-            f"offset={spec.offset!r}) depends on more than the range, so it cannot be static."
+            f"{caller}: the scale of {spec.fmt.name} with "
+            f"scale_rule={spec.scale_rule!r}, scale={spec.scale!r} and "
+            f"offset={spec.offset!r} depends on more than the range, so the range "
+            "cannot be static. Use scale_rule='absmax', a dtype for scale= and "
+            "offset=None."
         )
     return spec.replace(granularity=PerTensor())
+
+
+# Checks of QuantSpec. Each raises an error about one group of fields.
+
+
+def _check_types_and_names(spec: QuantSpec) -> None:
+    """Raises unless each field alone has a value that exists."""
+    if not isinstance(spec.symmetric, bool):
+        raise TypeError(
+            f"QuantSpec: symmetric must be True or False, got {spec.symmetric!r}."
+        )
+    if not isinstance(spec.granularity, Granularity):
+        raise TypeError(
+            "QuantSpec: granularity must be one of jaxq's Per... objects, got "
+            f"{spec.granularity!r}."
+        )
+    choice = formats.check_choice
+    choice("QuantSpec: scale_rule", spec.scale_rule, tuple(SCALE_RULES))
+    if isinstance(spec.clipping, str):
+        choice("QuantSpec: clipping", spec.clipping, ("absmax",))
+    choice("QuantSpec: codes_from", spec.codes_from, CODES_FROM)
+    if spec.offset is not None:
+        choice("QuantSpec: offset", spec.offset, OFFSETS)
+    if not isinstance(spec.scale, QuantSpec):
+        choice("QuantSpec: scale", spec.scale, SCALE_DTYPES)
+    choice("QuantSpec: rounding", spec.rounding, formats.ROUNDING_MODES)
+
+
+def _packing_of(spec: QuantSpec) -> formats.Packing:
+    """`spec.packing` as a `Packing` that exists for the width of the codes."""
+    packing = spec.packing
+    if packing is None:
+        packing = formats.default_packing(spec.fmt.bits)
+    if isinstance(packing, str):
+        names = tuple(p.value for p in formats.Packing)
+        formats.check_choice("QuantSpec: packing", packing, names)
+        packing = formats.Packing(packing)
+    formats.codes_per_pack(spec.fmt.bits, packing)  # raises if the two do not fit
+    return packing
+
+
+def _check_format(spec: QuantSpec) -> None:
+    """Raises unless the format fits `symmetric` and `offset`."""
+    fmt = spec.fmt
+    if fmt.bits > 8:
+        raise ValueError(
+            f"QuantSpec: codes have at most 8 bits; {fmt.name} has {fmt.bits}."
+        )
+    is_integer = fmt.kind == "integer"
+    if not spec.symmetric and (not is_integer or spec.offset is not None):
+        raise ValueError(
+            "QuantSpec: symmetric=False computes a zero point, which only integer "
+            f"formats without an offset have (format={fmt.name}, "
+            f"offset={spec.offset!r}). Use symmetric=True, or an integer format and "
+            "offset=None."
+        )
+    if spec.offset == "min" and not (is_integer and fmt.min == 0):
+        raise ValueError(
+            "QuantSpec: offset='min' counts up from the minimum: use an unsigned "
+            f"integer, not {fmt.name}."
+        )
+    if fmt.max <= 0:
+        raise ValueError(
+            f"QuantSpec: {fmt.name} has no positive numbers to scale to. Use a format "
+            "with positive numbers."
+        )
+
+
+def _check_scale(spec: QuantSpec) -> None:
+    """Raises unless a scale that is quantized is one that can be."""
+    scale = spec.scale
+    if not isinstance(scale, QuantSpec):
+        return
+    if scale.clipping != "absmax":
+        raise ValueError(
+            "QuantSpec: a scale that is quantized itself is not clipped. Leave "
+            f"clipping='absmax' in scale=, got clipping={scale.clipping!r}."
+        )
+    if not scale.symmetric or scale.offset == "min":
+        raise ValueError(
+            "QuantSpec: a scale that is quantized itself must be symmetric and not "
+            f"offset by its minimum, got symmetric={scale.symmetric} and "
+            f"offset={scale.offset!r} in scale=."
+        )
+    if scale.rule.has_threshold:
+        raise ValueError(
+            "QuantSpec: a scale cannot be ternary by "
+            f"scale_rule={scale.scale_rule!r}. Use another scale rule in scale=."
+        )
+
+
+def _check_scale_rule(spec: QuantSpec) -> None:
+    """Raises unless the scale rule fits the other fields."""
+    rule, fmt = spec.rule, spec.fmt
+    if not rule.is_default and (not spec.symmetric or spec.offset == "min"):
+        raise ValueError(
+            f"QuantSpec: scale_rule={rule.name!r} is for symmetric specs without "
+            f"offset='min', got symmetric={spec.symmetric} and offset={spec.offset!r}."
+        )
+    if rule.has_threshold and spec.rounding != "nearest_even":
+        raise ValueError(
+            f"QuantSpec: scale_rule={rule.name!r} has a threshold instead of a "
+            f"rounding. Use rounding='nearest_even', not {spec.rounding!r}."
+        )
+    if rule.has_threshold and (fmt.kind, fmt.max, fmt.min) != ("integer", 1, -1):
+        raise ValueError(
+            f"QuantSpec: scale_rule={rule.name!r} is for the format ternary, not "
+            f"{fmt.name}."
+        )
+    if rule.signed:
+        for part in _formats_of_signed_numbers(spec):
+            if part.min >= 0:
+                raise ValueError(
+                    f"QuantSpec: scale_rule={rule.name!r} needs negative numbers; "
+                    f"{part.name} has none."
+                )
+
+
+def _formats_of_signed_numbers(spec: QuantSpec) -> list[formats.Format]:
+    """The formats that hold signed numbers when the scale has a sign."""
+    if isinstance(spec.scale, QuantSpec):
+        return [spec.fmt, spec.scale.fmt]
+    if spec.scale == "float32":  # not a format of codes, and it holds negative numbers
+        return [spec.fmt]
+    return [spec.fmt, formats.get(spec.scale)]
+
+
+def _check_clipping(spec: QuantSpec) -> None:
+    """Raises unless `clipping` is an observer that works for the other fields."""
+    from jaxq import observers  # lazy: most specs have no observer
+
+    if not isinstance(spec.clipping, observers.Observer):
+        raise TypeError(
+            "QuantSpec: clipping must be 'absmax' or one of jaxq.observers, got "
+            f"{spec.clipping!r}."
+        )
+    if spec.clipping.axis is not None:
+        raise ValueError(
+            f"QuantSpec: clipping={spec.clipping!r} observes each block separately. "
+            "Leave out axis=."
+        )
+    if spec.rule.reads_block or spec.rule.signed or spec.offset == "mean":
+        raise ValueError(
+            f"QuantSpec: clipping={spec.clipping!r} gives a range, but "
+            f"scale_rule={spec.scale_rule!r} and offset={spec.offset!r} do not use a "
+            "range. Use clipping='absmax', or another scale rule and offset."
+        )
 
 
 def _granularity_from_dict(data: dict[str, Any]) -> Granularity:
@@ -296,6 +381,7 @@ def _granularity_from_dict(data: dict[str, Any]) -> Granularity:
     kind = getattr(_granularity, name, None) if name.startswith("Per") else None
     if kind is None:
         raise ValueError(f"QuantSpec.from_dict: unknown granularity {name!r}.")
-    return kind(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    )
+    for field, value in fields.items():
+        if isinstance(value, list):  # JSON has no tuples
+            fields[field] = tuple(value)
+    return kind(**fields)

@@ -133,7 +133,7 @@ MISTAKES = [
     (
         {"format": "ternary", "scale_rule": "ttq", "rounding": "toward_zero"},
         ValueError,
-        "has a threshold, and rounds no",
+        "has a threshold instead of a rounding",
     ),
     (
         {"scale": QuantSpec("ternary", scale_rule="ttq")},

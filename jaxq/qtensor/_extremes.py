@@ -1,0 +1,109 @@
+"""The least, the greatest and the largest number of every block.
+
+`Extremes` is the input of the scale rules (`_scale_rules.py`). All its numbers are
+float32, whatever the dtype of the array.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.qtensor._geometry import Geometry
+
+# Sums and differences of larger numbers can leave the range of float32. They are
+# computed from numbers that were multiplied by the inverse of this constant.
+_HUGE = np.float32(2.0**64)
+# `_magnitude` halves axes until one number is the maximum of this many. More halvings
+# would make a large program.
+_MAX_HALVED = 64
+
+
+class Extremes(NamedTuple):
+    """The numbers of a block on which its scale depends.
+
+    Each is float32 `[..., n, 1, ...]`: the axes of `Geometry.to_blocks`, with size 1
+    inside the block.
+
+    Attributes:
+      low: the least number, 0 for an empty block.
+      high: the greatest number, 0 for an empty block.
+      magnitude: the largest absolute value. It is NaN if the block contains a NaN,
+        else infinite if the block contains an infinity.
+    """
+
+    low: jax.Array
+    high: jax.Array
+    magnitude: jax.Array
+
+    @property
+    def finite(self) -> jax.Array:
+        """True for the blocks that contain only finite numbers."""
+        return jnp.isfinite(self.magnitude)
+
+    @property
+    def shrink(self) -> jax.Array:
+        """The factor that keeps sums over the block inside the range of float32."""
+        return jnp.where(self.magnitude > _HUGE, 1 / _HUGE, np.float32(1))
+
+    @property
+    def grow(self) -> jax.Array:
+        """The inverse of `shrink`."""
+        return jnp.where(self.magnitude > _HUGE, _HUGE, np.float32(1))
+
+    def with_range(self, low: jax.Array, high: jax.Array) -> Extremes:
+        """A given range in place of the block's own; non-finite blocks stay marked."""
+        magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        return Extremes(low, high, jnp.where(self.finite, magnitude, self.magnitude))
+
+
+def block_extremes(blocks: jax.Array, geometry: Geometry) -> Extremes:
+    """The extremes of every block.
+
+    Under jit, XLA removes the computation of extremes that nobody reads.
+
+    Args:
+      blocks: numbers as `Geometry.to_blocks` arranges them.
+      geometry: the geometry that arranged them.
+    """
+    axes = geometry.block_axes
+    # XLA's minimum and maximum ignore NaN on CPU, so only `magnitude` reports a NaN.
+    low = jnp.min(blocks, axis=axes, keepdims=True, initial=np.inf)
+    high = jnp.max(blocks, axis=axes, keepdims=True, initial=-np.inf)
+    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+    empty = low > high
+    return Extremes(
+        jnp.where(empty, 0.0, low),
+        jnp.where(empty, 0.0, high),
+        _magnitude(blocks, axes),
+    )
+
+
+def _magnitude(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The largest `|x|` of every block, with kept dimensions; NaN if there is a NaN.
+
+    Bit patterns without the sign bit have the order of the magnitudes. Infinity is
+    above all finite numbers and NaN is above infinity. So one integer maximum finds all
+    three.
+    """
+    dtype = blocks.dtype
+    unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
+    without_sign = np.array(jnp.iinfo(unsigned).max // 2, unsigned)
+    pattern = lax.bitcast_convert_type(blocks, unsigned) & without_sign
+    # Pairwise maxima of the two halves of an axis read the array once, in long runs.
+    # XLA's reduction on CPU does not.
+    halved = 1
+    for axis in axes:
+        axis = axis % pattern.ndim
+        size = pattern.shape[axis]
+        while size % 2 == 0 and size > 1 and halved < _MAX_HALVED:
+            size, halved = size // 2, halved * 2
+            first = lax.slice_in_dim(pattern, 0, size, axis=axis)
+            second = lax.slice_in_dim(pattern, size, None, axis=axis)
+            pattern = jnp.maximum(first, second)
+    largest = jnp.max(pattern, axis=axes, keepdims=True, initial=0)
+    return lax.bitcast_convert_type(largest, dtype).astype(jnp.float32)
