@@ -1,3 +1,19 @@
-"""Trees of arrays and QTensors in one safetensors file."""
+"""Trees of arrays and QTensors in one safetensors file.
 
-__all__: list[str] = []
+`write_tree` writes dicts, lists and tuples of arrays, QTensors and Python numbers.
+`read_tree` gives them back bit for bit. This room knows no models: `jaxq.io` builds
+`jaxq.save` and `jaxq.load` on it.
+
+Each array is one tensor of the file. Each leaf of a QTensor is a tensor of its own:
+`<path>.data`, `<path>.scale` (`<path>.scale.data` if the scale is quantized),
+`<path>.zero_point`, `<path>.offset`, `<path>.codebook`. The structure of the tree, and
+the spec, geometry and packing of each QTensor, are JSON in the file's metadata. So
+reading needs no template.
+"""
+
+from jaxq.serialization._contents import Contents as Contents
+from jaxq.serialization._contents import read_contents as read_contents
+from jaxq.serialization._contents import read_tree, write_tree
+from jaxq.serialization._contents import write_contents as write_contents
+
+__all__ = ["read_tree", "write_tree"]

@@ -1,4 +1,17 @@
-"""Values as JSON entries and tensors, and back: what stands in a file's metadata for each kind of value."""
+"""Values as JSON entries and tensors, and back.
+
+`EntryWriter` describes a value by a JSON entry and collects its arrays. `EntryReader`
+makes the value again. The field "is" of an entry says which kind of value it describes:
+
+  "array"    "tensor" (its name in the file), "dtype", and "numpy": true unless it was a
+             jax array
+  "key"      a PRNG key: "impl", and "data" (the entry of an array)
+  "value"    "value": None, a bool, a number or a string
+  "dict"     "items": entries by key
+  "list"     "items": entries
+  "tuple"    "items": entries
+  "qtensor"  "shape", the fields of its `Meta`, and "leaves": entries by name
+"""
 
 from __future__ import annotations
 
@@ -8,221 +21,193 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq import formats
-from jaxq.qtensor import LEAVES, Meta, QTensor, QuantSpec, relayout
+from jaxq.qtensor import LEAVES, Meta, QTensor, relayout
+from jaxq.serialization._damage import damage_of
 
-# Dtypes safetensors has no name for travel as bytes of their width, named in the metadata.
+# safetensors has no names for other dtypes, such as bfloat16. Their arrays are stored
+# as unsigned integers of the same width, and the entry names the dtype.
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NATIVE = ("bool", *_INTEGERS, "float16", "float32", "float64")
+_CARRIERS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
 
 
-def describe(value: Any, name: str, tensors: dict[str, np.ndarray]) -> Any:
-    """JSON for `value`, its arrays put into `tensors` under names that start with `name`."""
-    if isinstance(value, QTensor):
-        return _describe_qtensor(value, name, tensors)
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        if isinstance(value, jax.Array) and jnp.issubdtype(
-            value.dtype, jax.dtypes.prng_key
-        ):
-            data = describe(jax.random.key_data(value), name, tensors)
+class EntryWriter:
+    """Describes values by JSON entries, and collects their arrays in `tensors`.
+
+    Args:
+      caller: the function that errors name.
+    """
+
+    def __init__(self, caller: str):
+        self._caller = caller
+        self.tensors: dict[str, np.ndarray] = {}
+
+    def describe(self, value: Any, path: str) -> dict[str, Any]:
+        """The entry of `value`. The names of its tensors start with `path`."""
+        if isinstance(value, QTensor):
+            return self._describe_qtensor(value, path)
+        if _is_key(value):
+            data = self.describe(jax.random.key_data(value), path)
             return {"is": "key", "impl": str(jax.random.key_impl(value)), "data": data}
+        if isinstance(value, jax.Array | np.ndarray | np.generic):
+            return self._describe_array(value, path)
+        if value is None or isinstance(value, bool | int | float | str):
+            return {"is": "value", "value": value}
+        if isinstance(value, dict):
+            return self._describe_dict(value, path)
+        # Named tuples: the statistics of layers, the states of observers.
+        if isinstance(value, tuple) and hasattr(value, "_asdict"):
+            return self._describe_dict(value._asdict(), path)  # pyright: ignore[reportAttributeAccessIssue]
+        if type(value) in (list, tuple):
+            items = [self.describe(v, _join(path, str(i))) for i, v in enumerate(value)]
+            return {"is": type(value).__name__, "items": items}
+        raise TypeError(
+            f"{self._caller}: {path or 'the tree'} has type {type(value).__name__}, "
+            "which cannot be saved. A tree may hold dicts, lists, tuples, arrays, "
+            "QTensors, numbers, strings and None. A model must be a flax nnx module."
+        )
+
+    def _describe_array(self, value: Any, path: str) -> dict[str, Any]:
         array = np.asarray(value)
-        if array.dtype.name in _NATIVE:
+        dtype = array.dtype
+        if dtype.name in _NATIVE:
             stored = array
-        elif array.dtype.isbuiltin == 2 and array.dtype.itemsize in (
-            1,
-            2,
-        ):  # ml_dtypes: bfloat16, float8, ...
-            stored = array.view(np.uint8 if array.dtype.itemsize == 1 else np.uint16)
+        # isbuiltin == 2: a dtype of another package, here ml_dtypes (bfloat16, float8).
+        elif dtype.isbuiltin == 2 and dtype.itemsize in _CARRIERS:
+            stored = array.view(_CARRIERS[dtype.itemsize])
         else:
             raise TypeError(
-                f"save: {name or 'the value'} has dtype {array.dtype}, which cannot be saved."
+                f"{self._caller}: {path or 'the value'} has dtype {dtype}, which "
+                "cannot be saved. Convert it to a dtype of jax."
             )
-        tensor = name or "value"
-        while (
-            tensor in tensors or tensor == "__metadata__"
-        ):  # {"a/b": x, "a": {"b": y}}, or safetensors' own key
+        tensor = path or "value"
+        # Two values can have one path: {"a/b": x, "a": {"b": y}}. And safetensors keeps
+        # "__metadata__" for itself.
+        while tensor in self.tensors or tensor == "__metadata__":
             tensor += "'"
-        tensors[tensor] = np.ascontiguousarray(stored).reshape(array.shape)
-        entry = {"is": "array", "tensor": tensor, "dtype": array.dtype.name}
+        self.tensors[tensor] = np.ascontiguousarray(stored).reshape(array.shape)
+        entry = {"is": "array", "tensor": tensor, "dtype": dtype.name}
         return entry if isinstance(value, jax.Array) else {**entry, "numpy": True}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"is": "value", "value": value}
-    if isinstance(value, dict):
-        odd = [key for key in value if not isinstance(key, str)]
-        if odd:
-            raise TypeError(
-                f"save: keys of {name or 'the tree'} must be strings, got {odd[0]!r}."
-            )
-        return {
-            "is": "dict",
-            "items": {
-                key: describe(v, _join(name, key), tensors) for key, v in value.items()
-            },
-        }
-    if isinstance(value, tuple) and hasattr(
-        value, "_asdict"
-    ):  # LayerStats, the states of observers
-        return describe(value._asdict(), name, tensors)  # pyright: ignore[reportAttributeAccessIssue]
-    if type(value) in (list, tuple):
-        items = [describe(v, _join(name, str(i)), tensors) for i, v in enumerate(value)]
-        return {"is": type(value).__name__, "items": items}
-    raise TypeError(
-        f"save: {name or 'the tree'} is a {type(value).__name__}. Trees are dicts, lists and tuples of arrays, numbers "
-        "and QTensors; models are flax nnx modules."
-    )
+
+    def _describe_dict(self, value: dict, path: str) -> dict[str, Any]:
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"{self._caller}: the keys of {path or 'the tree'} must be "
+                    f"strings, got {key!r}."
+                )
+        items = {key: self.describe(v, _join(path, key)) for key, v in value.items()}
+        return {"is": "dict", "items": items}
+
+    def _describe_qtensor(self, qt: QTensor, path: str) -> dict[str, Any]:
+        # The layout "columns" is for one kind of machine. Files are for all of them.
+        qt = relayout(qt, "rows")
+        leaves = {}
+        for name in LEAVES:
+            leaf = getattr(qt, name)
+            leaf_path = f"{path or 'value'}.{name}"
+            leaves[name] = None if leaf is None else self.describe(leaf, leaf_path)
+        shape = list(qt.shape)
+        return {"is": "qtensor", "shape": shape, **qt.meta.to_dict(), "leaves": leaves}
 
 
-def _describe_qtensor(
-    qt: QTensor, name: str, tensors: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    qt = relayout(qt, "rows")  # columns are for one kind of machine, files for all
-    leaves = {leaf: getattr(qt, leaf) for leaf in LEAVES}
-    return {
-        "is": "qtensor",
-        "shape": list(qt.shape),
-        **qt.meta.to_dict(),
-        "leaves": {
-            k: None if v is None else describe(v, f"{name or 'value'}.{k}", tensors)
-            for k, v in leaves.items()
-        },
-    }
+class EntryReader:
+    """Makes values from JSON entries and tensors. `used` has the names of used tensors.
 
+    Args:
+      caller: the function that errors name.
+      tensors: the arrays of the file by name.
+    """
 
-def rebuild(
-    entry: Any, name: str, tensors: dict[str, np.ndarray], used: set[str]
-) -> Any:
-    """The value `_describe` described."""
-    kind = entry.get("is") if isinstance(entry, dict) else None
-    if kind == "array":
-        if entry["tensor"] not in tensors:
+    def __init__(self, caller: str, tensors: dict[str, np.ndarray]):
+        self._caller = caller
+        self._tensors = tensors
+        self.used: set[str] = set()
+
+    def rebuild(self, entry: Any, path: str) -> Any:
+        """The value that `EntryWriter.describe` described by `entry`."""
+        kind = entry.get("is") if isinstance(entry, dict) else None
+        if kind == "array":
+            return self._rebuild_array(entry)
+        if kind == "key":
+            data = self.rebuild(entry["data"], path)
+            return jax.random.wrap_key_data(data, impl=entry["impl"])
+        if kind == "value":
+            return entry["value"]
+        if kind == "dict":
+            items = entry["items"].items()
+            return {key: self.rebuild(item, _join(path, key)) for key, item in items}
+        if kind in ("list", "tuple"):
+            items = [
+                self.rebuild(item, _join(path, str(i)))
+                for i, item in enumerate(entry["items"])
+            ]
+            return items if kind == "list" else tuple(items)
+        if kind == "qtensor":
+            return self._rebuild_qtensor(entry, path)
+        raise ValueError(
+            f"{self._caller}: {path or 'the tree'} is described as {kind!r}, which "
+            "this version of jaxq does not know."
+        )
+
+    def _rebuild_array(self, entry: dict[str, Any]) -> Any:
+        name = entry["tensor"]
+        if name not in self._tensors:
             raise ValueError(
-                f"load: the tensor {entry['tensor']!r} is missing from the file."
+                f"{self._caller}: the tensor {name!r} is missing from the file."
             )
-        used.add(entry["tensor"])
-        stored, dtype = tensors[entry["tensor"]], jnp.dtype(entry["dtype"])
+        self.used.add(name)
+        stored, dtype = self._tensors[name], jnp.dtype(entry["dtype"])
         if stored.dtype != dtype:
-            carrier = {1: np.uint8, 2: np.uint16}.get(dtype.itemsize)
+            carrier = _CARRIERS.get(dtype.itemsize)
             if dtype.name in _NATIVE or stored.dtype != carrier:
                 raise ValueError(
-                    f"load: {entry['tensor']} is stored as {stored.dtype} but should be {dtype}."
+                    f"{self._caller}: {name} is stored as {stored.dtype} but should be "
+                    f"{dtype}."
                 )
             stored = stored.view(dtype)
-        held = jax.dtypes.canonicalize_dtype(dtype)
-        if held == dtype:
+        jax_dtype = jax.dtypes.canonicalize_dtype(dtype)
+        if jax_dtype == dtype:
             return jnp.asarray(stored)
         if entry.get("numpy"):
-            return stored  # as it was before: jax holds no such dtype here
+            return stored  # jax would round its 64 bits to 32
         raise ValueError(
-            f"load: {entry['tensor']} is {dtype}, which jax turns into {held}. Set jax_enable_x64 to read it."
+            f"{self._caller}: {name} is {dtype}, which jax turns into {jax_dtype}. Set "
+            "jax_enable_x64 to read it."
         )
-    if kind == "key":
-        return jax.random.wrap_key_data(
-            rebuild(entry["data"], name, tensors, used), impl=entry["impl"]
-        )
-    if kind == "value":
-        return entry["value"]
-    if kind == "dict":
-        return {
-            key: rebuild(v, _join(name, key), tensors, used)
-            for key, v in entry["items"].items()
-        }
-    if kind in ("list", "tuple"):
-        items = [
-            rebuild(v, _join(name, str(i)), tensors, used)
-            for i, v in enumerate(entry["items"])
-        ]
-        return items if kind == "list" else tuple(items)
-    if kind == "qtensor":
-        return _rebuild_qtensor(entry, name, tensors, used)
-    raise ValueError(
-        f"load: {name or 'the tree'} is described as {kind!r}, which this version does not know."
+
+    def _rebuild_qtensor(self, entry: dict[str, Any], path: str) -> QTensor:
+        try:
+            meta = Meta.from_dict(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self._caller}: {path or 'the value'} is not described as a QTensor: "
+                f"{error}."
+            ) from error
+        leaves: list[Any] = []
+        for name in LEAVES:
+            leaf = entry["leaves"].get(name)
+            leaves.append(
+                None if leaf is None else self.rebuild(leaf, f"{path}.{name}")
+            )
+        qt = QTensor.tree_unflatten(meta, leaves)
+        try:
+            damage = damage_of(qt, tuple(entry["shape"]))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            damage = f"its geometry contradicts itself: {error}"
+        if damage:
+            raise ValueError(
+                f"{self._caller}: {path or 'the value'} is damaged: {damage}."
+            )
+        return qt
+
+
+def _is_key(value: Any) -> bool:
+    """Whether `value` is a jax array of PRNG keys."""
+    return isinstance(value, jax.Array) and jnp.issubdtype(
+        value.dtype, jax.dtypes.prng_key
     )
 
 
-def _rebuild_qtensor(
-    entry: dict[str, Any], name: str, tensors: dict[str, np.ndarray], used: set[str]
-) -> QTensor:
-    try:
-        meta = Meta.from_dict(entry)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"load: {name or 'the value'} is not described as a QTensor: {error}."
-        ) from error
-    described = [entry["leaves"].get(leaf) for leaf in LEAVES]
-    leaves: list[Any] = [
-        None if one is None else rebuild(one, f"{name}.{leaf}", tensors, used)
-        for leaf, one in zip(LEAVES, described, strict=True)
-    ]
-    qt = QTensor.tree_unflatten(meta, leaves)
-    try:
-        problem = _shape_problem(qt, tuple(entry["shape"]))
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        problem = f"its geometry contradicts itself, {error}"
-    if problem:
-        raise ValueError(f"load: {name or 'the value'} is damaged: {problem}.")
-    return qt
-
-
-def _shape_problem(qt: QTensor, shape: tuple[int, ...]) -> str | None:
-    """None if every leaf has the shape and dtype its description implies, else what is wrong."""
-    geometry, fmt = qt.meta.geometry, qt.spec.fmt
-    batch = shape[: len(shape) - len(geometry.shape)]
-    if shape[len(batch) :] != geometry.shape:
-        return f"shape {list(shape)} does not end in {list(geometry.shape)}"
-    ndim = len(geometry.shape)
-    if (
-        sorted(geometry.order) != list(range(-ndim, 0))
-        or not 0 <= geometry.num_contracted <= ndim
-    ):
-        return f"order {list(geometry.order)} of {ndim} axes, {geometry.num_contracted} contracted, contradicts itself"
-    if not geometry.follows(qt.spec.granularity):
-        return f"its spec says {qt.spec.granularity}, its geometry blocks of {list(geometry.block_shape)}"
-    if not jnp.issubdtype(jnp.dtype(qt.meta.dtype), jnp.floating):
-        return f"it dequantizes to {qt.meta.dtype}, which is no float"
-    dtype = (
-        fmt.code_dtype
-        if qt.meta.packing is formats.Packing.NONE
-        else np.dtype(np.uint8)
-    )
-    wanted = {
-        "data": ((*batch, *qt.meta.stored_shape), dtype),
-        "scale": ((*batch, *geometry.num_blocks), None),
-    }
-    if qt.spec.symmetric == (qt.zero_point is not None) or (qt.spec.offset is None) == (
-        qt.offset is not None
-    ):
-        return "its spec and its leaves disagree on zero point or offset"
-    may_have = (
-        qt.spec.scale_rule == "ttq" or fmt.kind == "codebook"
-    )  # k-means finds a table for every array
-    if (qt.spec.scale_rule == "ttq" and qt.codebook is None) or (
-        qt.codebook is not None and not may_have
-    ):
-        return "its spec and its leaves disagree on a codebook"
-    if qt.zero_point is not None:
-        wanted["zero_point"] = (wanted["scale"][0], fmt.code_dtype)
-    if qt.codebook is not None:
-        wanted["codebook"] = (
-            (*wanted["scale"][0], fmt.codes().size),
-            np.dtype(np.float32),
-        )
-    if qt.input_range is not None:
-        if qt.meta.activation is None:
-            return "it has a range of inputs, and leaves them in floats"
-        wanted["input_range"] = ((*batch, 2), np.dtype(np.float32))
-    if isinstance(qt.spec.scale, QuantSpec) != isinstance(qt.scale, QTensor):
-        return "its spec and its scale disagree"
-    if isinstance(qt.spec.scale, str):
-        wanted["scale"] = (wanted["scale"][0], jnp.dtype(qt.spec.scale))
-    elif isinstance(qt.scale, QTensor) and qt.scale.spec != qt.spec.scale:
-        return "its spec and its scale's spec differ"
-    for leaf, (sizes, kind) in wanted.items():
-        found = getattr(qt, leaf)
-        if tuple(found.shape) != sizes or (kind is not None and found.dtype != kind):
-            return f"{leaf} is {found.dtype}{list(found.shape)}, expected {kind or ''}{list(sizes)}"
-    return None
-
-
-def _join(name: str, key: str) -> str:
-    return f"{name}/{key}" if name else key
+def _join(path: str, key: str) -> str:
+    return f"{path}/{key}" if path else key

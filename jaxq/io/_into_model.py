@@ -1,0 +1,217 @@
+"""A float model becomes the (quantized) model of a file.
+
+First every parameter of the model is compared with the file, and all problems are
+raised together. Then a copy of the model takes the file's arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxq import nn
+from jaxq.io._model_arrays import (
+    array_leaves,
+    input_transforms_of,
+    is_array,
+    path_name,
+    value_of,
+)
+from jaxq.qtensor import QTensor
+
+
+def into_model(
+    model: Any, values: dict[str, Any], path: Path, transforms: dict[str, str] | None
+) -> Any:
+    """A copy of a model with the arrays of a file; layers become quantized layers.
+
+    Args:
+      model: an nnx module. It is not changed.
+      values: arrays and QTensors of the file by path.
+      path: the file, for errors.
+      transforms: the run-time transforms of layer inputs in the saved model, by path;
+        None if the file does not say.
+
+    Raises:
+      TypeError: `model` is not an nnx module.
+      ValueError: model and file do not fit. The error lists all problems.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"load: into= must be a flax nnx module, got {type(model).__name__}."
+        )
+    copy = nnx.clone(model)
+    variables = {path_name(p): leaf for p, leaf in array_leaves(copy)}
+    layers = _layers_by_weight(copy)
+    problems = [
+        *_name_problems(variables, values),
+        *_transform_problems(copy, transforms),
+        *_value_problems(variables, values, layers),
+    ]
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ValueError(f"load: {path} does not fit the model:\n{lines}")
+    _put_variables(copy, variables, values, layers)
+    for leaf_path, leaf in array_leaves(copy):
+        if is_array(leaf):
+            _put_array(copy, leaf_path, values[path_name(leaf_path)])
+    return copy
+
+
+# Layer and layer kind by the id of the weight's Variable; layers can share one
+# Variable.
+_Layers = dict[int, list[tuple[Any, Any]]]
+
+
+def _layers_by_weight(model: Any) -> _Layers:
+    layers: _Layers = {}
+    for _, layer, kind in nn.find_layers(model):
+        weight = getattr(layer, kind.weight)
+        layers.setdefault(id(weight), []).append((layer, kind))
+    return layers
+
+
+def _name_problems(variables: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """Parameters that only the model or only the file has."""
+    missing = [name for name in variables if name not in values]
+    extra = [name for name in values if name not in variables]
+    return [
+        *(f"{name}: in the model, missing from the file" for name in missing),
+        *(f"{name}: in the file, not in the model" for name in extra),
+    ]
+
+
+def _transform_problems(model: Any, saved: dict[str, str] | None) -> list[str]:
+    """Layers whose inputs are transformed in only one of model and file."""
+    own = input_transforms_of(model) or {}
+    if saved is None:
+        return []
+    problems = []
+    for name in sorted({*own, *saved}):
+        in_model, in_file = own.get(name, "nothing"), saved.get(name, "nothing")
+        if in_model != in_file:
+            problems.append(
+                f"{name}: its inputs go through {in_model} in the model, through "
+                f"{in_file} in the file. Pass a model that "
+                "jaxq.models.rotate(..., online=...) made in the same way"
+            )
+    return problems
+
+
+def _value_problems(
+    variables: dict[str, Any], values: dict[str, Any], layers: _Layers
+) -> list[str]:
+    """Parameters of both model and file whose values do not fit."""
+    problems = []
+    for name, value in values.items():
+        if name not in variables:
+            continue
+        variable = variables[name]
+        current = value_of(variable)
+        if not _takes(current, value):
+            problems.append(
+                f"{name}: {_text(current)} in the model, {_text(value)} in the file"
+            )
+        elif isinstance(value, QTensor) and not isinstance(current, QTensor):
+            texts = _layer_problems(layers.get(id(variable), []), value)
+            problems += [f"{name}: {text}" for text in texts]
+    return problems
+
+
+def _takes(current: Any, value: Any) -> bool:
+    """Whether a parameter of the model can take the value of the file."""
+    if isinstance(current, QTensor):
+        same_kind = isinstance(value, QTensor)
+        return same_kind and _description(current) == _description(value)
+    if isinstance(value, QTensor):
+        return (current.shape, current.dtype) == (value.shape, value.dtype)
+    return _text(current) == _text(value)
+
+
+def _description(qt: QTensor) -> tuple:
+    """All that must be equal in two QTensors that fit; the packing order may differ."""
+    geometry = dataclasses.replace(qt.meta.geometry, multiple=1)
+    spec = qt.spec.replace(packing=None)
+    meta = qt.meta
+    return qt.shape, spec, geometry, meta.dtype, meta.activation, meta.outliers
+
+
+def _layer_problems(layers: list[tuple[Any, Any]], value: QTensor) -> list[str]:
+    """Why the layers of a float weight cannot take a quantized one."""
+    if not layers:
+        return ["quantized in the file, but in no layer jaxq knows"]
+    problems = [
+        kind.problem(layer) or _axes_problem(layer, kind, value)
+        for layer, kind in layers
+    ]
+    return [problem for problem in problems if problem]
+
+
+def _axes_problem(layer: Any, kind: Any, value: QTensor) -> str | None:
+    """Why the axes of a quantized weight are not those of the layer."""
+    try:
+        contracting, batch = nn.weight_axes(layer, kind)
+    except ValueError as error:
+        return str(error)
+    same_axes = set(contracting) == set(value.meta.geometry.contracted)
+    if not same_axes or len(batch) != len(value.batch_shape):
+        return f"{value!r} does not contract the layer's axes {list(contracting)}"
+    return None
+
+
+def _text(value: Any) -> str:
+    """Dtype and shape of a value, as errors show it. Values of equal text fit."""
+    if isinstance(value, QTensor):
+        return f"{value!r} of {value.spec.granularity}"
+    if hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, dict | list | tuple):
+        return str(jax.tree.map(_text, value, is_leaf=lambda v: isinstance(v, QTensor)))
+    return type(value).__name__
+
+
+def _put_variables(
+    model: Any, variables: dict[str, Any], values: dict[str, Any], layers: _Layers
+) -> None:
+    """Gives the model's Variables their values; float layers get quantized weights."""
+    replaced: dict[int, Any] = {}
+    for name, value in values.items():
+        variable = variables[name]
+        if is_array(variable):
+            continue
+        if isinstance(value, QTensor) and not isinstance(variable.get_value(), QTensor):
+            weight = nn.QuantizedParam(value)
+            replaced[id(variable)] = weight
+            for layer, kind in layers[id(variable)]:
+                nn.put_weight(layer, kind, weight)
+        else:
+            variable.set_value(value)
+    # A Variable can also be an attribute outside its layers.
+    nn.replace_variables(model, replaced)
+
+
+def _put_array(node: Any, path: tuple, value: Any) -> Any:
+    """`node` with `value` at `path`. Only a tuple is copied, others change in place."""
+    if not path:
+        return value
+    key = path[0]
+    has_items = isinstance(key, int) or isinstance(node, dict | nnx.Dict)
+    child = node[key] if has_items else getattr(node, key)
+    new_child = _put_array(child, path[1:], value)
+    if new_child is child:
+        return node
+    if isinstance(node, tuple):
+        if not has_items:  # a named tuple
+            return node._replace(**{key: new_child})  # pyright: ignore[reportAttributeAccessIssue]
+        return (*node[:key], new_child, *node[key + 1 :])
+    if dataclasses.is_dataclass(type(node)) and not issubclass(type(node), nnx.Pytree):
+        return dataclasses.replace(node, **{key: new_child})  # pyright: ignore[reportArgumentType]
+    if has_items:
+        node[key] = new_child
+    else:
+        setattr(node, key, nnx.data(new_child))
+    return node

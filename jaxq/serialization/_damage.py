@@ -1,0 +1,117 @@
+"""Whether the leaves of a QTensor from a file fit its description.
+
+A damaged file must raise when it is read. Otherwise the QTensor would fail later, or
+give wrong numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq import formats
+from jaxq.qtensor import QTensor, QuantSpec
+
+
+def damage_of(qt: QTensor, shape: tuple[int, ...]) -> str | None:
+    """What contradicts the description of `qt`; None if all of it fits.
+
+    Args:
+      qt: made from the file. Nothing about it is checked yet.
+      shape: the shape that the file states.
+    """
+    return (
+        _geometry_damage(qt, shape)
+        or _presence_damage(qt)
+        or _scale_damage(qt)
+        or _leaf_damage(qt, shape)
+    )
+
+
+def _geometry_damage(qt: QTensor, shape: tuple[int, ...]) -> str | None:
+    """Contradictions among shape, axes, blocks and dtype."""
+    geometry = qt.meta.geometry
+    ndim = len(geometry.shape)
+    if shape[len(shape) - ndim :] != geometry.shape:
+        return f"shape {list(shape)} does not end in {list(geometry.shape)}"
+    is_permutation = sorted(geometry.order) == list(range(-ndim, 0))
+    if not is_permutation or not 0 <= geometry.num_contracted <= ndim:
+        return (
+            f"the order {list(geometry.order)} of {ndim} axes, of which "
+            f"{geometry.num_contracted} are contracted, contradicts itself"
+        )
+    if not geometry.follows(qt.spec.granularity):
+        return (
+            f"its spec says {qt.spec.granularity}, its geometry says blocks of "
+            f"{list(geometry.block_shape)}"
+        )
+    if not jnp.issubdtype(jnp.dtype(qt.meta.dtype), jnp.floating):
+        return f"it dequantizes to {qt.meta.dtype}, which is not a float dtype"
+    return None
+
+
+def _presence_damage(qt: QTensor) -> str | None:
+    """Optional leaves that are missing or superfluous."""
+    spec = qt.spec
+    has_zero_point, has_offset = qt.zero_point is not None, qt.offset is not None
+    if has_zero_point == spec.symmetric or has_offset == (spec.offset is None):
+        return "its spec and its leaves disagree on zero point or offset"
+    has_codebook = qt.codebook is not None
+    needs_codebook = spec.scale_rule == "ttq"
+    # The method k-means finds a codebook for each array of a codebook format.
+    may_have_codebook = needs_codebook or spec.fmt.kind == "codebook"
+    unexpected = has_codebook and not may_have_codebook
+    if unexpected or (needs_codebook and not has_codebook):
+        return "its spec and its leaves disagree on a codebook"
+    if qt.input_range is not None and qt.meta.activation is None:
+        return "it has a range of inputs, but its inputs are not quantized"
+    return None
+
+
+def _scale_damage(qt: QTensor) -> str | None:
+    """Whether the scale is quantized as the spec says."""
+    scale_spec = qt.spec.scale
+    if isinstance(scale_spec, QuantSpec) != isinstance(qt.scale, QTensor):
+        return "its spec and its scale disagree"
+    if isinstance(qt.scale, QTensor) and qt.scale.spec != scale_spec:
+        return "its spec and its scale's spec differ"
+    return None
+
+
+def _leaf_damage(qt: QTensor, shape: tuple[int, ...]) -> str | None:
+    """Leaves of another shape or dtype than spec and geometry imply."""
+    for name, (expected_shape, dtype) in _expected_leaves(qt, shape).items():
+        leaf: Any = getattr(qt, name)
+        dtype_fits = dtype is None or leaf.dtype == dtype
+        if tuple(leaf.shape) != expected_shape or not dtype_fits:
+            return (
+                f"{name} is {leaf.dtype}{list(leaf.shape)}, expected "
+                f"{dtype or ''}{list(expected_shape)}"
+            )
+    return None
+
+
+def _expected_leaves(
+    qt: QTensor, shape: tuple[int, ...]
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each leaf by name; a dtype of None is not checked."""
+    spec, geometry = qt.spec, qt.meta.geometry
+    batch = shape[: len(shape) - len(geometry.shape)]
+    packed = qt.meta.packing is not formats.Packing.NONE
+    code_dtype = np.dtype(np.uint8) if packed else spec.fmt.code_dtype
+    scale_dtype = jnp.dtype(spec.scale) if isinstance(spec.scale, str) else None
+    blocks = (*batch, *geometry.num_blocks)
+    expected: dict[str, tuple[tuple[int, ...], Any]] = {
+        "data": ((*batch, *qt.meta.stored_shape), code_dtype),
+        "scale": (blocks, scale_dtype),
+    }
+    if qt.zero_point is not None:
+        expected["zero_point"] = (blocks, spec.fmt.code_dtype)
+    if qt.codebook is not None:
+        table_shape = (*blocks, spec.fmt.codes().size)
+        expected["codebook"] = (table_shape, np.dtype(np.float32))
+    if qt.input_range is not None:
+        expected["input_range"] = ((*batch, 2), np.dtype(np.float32))
+    return expected

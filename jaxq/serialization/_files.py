@@ -1,0 +1,101 @@
+"""One safetensors file of tensors and a JSON header.
+
+A write replaces the whole file or nothing. A read accounts for every byte of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+FORMAT_VERSION = 1
+
+
+def check_folder(path: Path, caller: str) -> None:
+    """Raises FileNotFoundError if the folder of `path` does not exist."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{caller}: the folder {path.parent} does not exist. Create it first."
+        )
+
+
+def write_file(
+    path: Path, tensors: dict[str, np.ndarray], header: dict[str, Any]
+) -> None:
+    """Writes tensors and header to a temporary file, which then replaces `path`.
+
+    A crash at any moment leaves the old file whole.
+    """
+    metadata = {"format": "jaxq", "jaxq": json.dumps(header)}
+    # os.replace is atomic only within one file system, so the temporary file is in the
+    # folder of the target.
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".partial"
+    )
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes a private file. A new file has the permissions of the umask.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_file(path: Path, caller: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The header and the tensors of a file that `write_file` wrote.
+
+    Raises:
+      FileNotFoundError: `path` is not a file.
+      ValueError: the file is truncated, or has no jaxq header, or its header is damaged
+        or of another version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{caller}: there is no file {path}.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = _read_header(path, file.metadata(), caller)
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{caller}: {path} is not a whole safetensors file: {error}."
+        ) from error
+    return header, tensors
+
+
+def _read_header(
+    path: Path, metadata: dict[str, str] | None, caller: str
+) -> dict[str, Any]:
+    if not metadata or "jaxq" not in metadata:
+        raise ValueError(
+            f"{caller}: {path} was not written by jaxq.save. To read a Hugging Face "
+            "directory, use jaxq.models.load."
+        )
+    damaged = f"{caller}: the metadata of {path} is damaged"
+    try:
+        header = json.loads(metadata["jaxq"])
+    except ValueError as error:
+        raise ValueError(f"{damaged}: {error}.") from error
+    if not isinstance(header, dict):
+        kind = type(header).__name__
+        raise ValueError(f"{damaged}: it is a JSON {kind}, expected an object.")
+    version = header.get("version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{caller}: {path} has format version {version}. This version of jaxq "
+            f"reads format version {FORMAT_VERSION}."
+        )
+    return header
