@@ -198,7 +198,7 @@ def _put_array(node: Any, path: tuple, value: Any) -> Any:
     """`node` with `value` at `path`. Only a tuple is copied, others change in place."""
     if not path:
         return value
-    key = path[0]
+    key: Any = path[0]
     has_items = isinstance(key, int) or isinstance(node, dict | nnx.Dict)
     child = node[key] if has_items else getattr(node, key)
     new_child = _put_array(child, path[1:], value)
@@ -206,10 +206,10 @@ def _put_array(node: Any, path: tuple, value: Any) -> Any:
         return node
     if isinstance(node, tuple):
         if not has_items:  # a named tuple
-            return node._replace(**{key: new_child})  # pyright: ignore[reportAttributeAccessIssue]
+            return node._replace(**{key: new_child})
         return (*node[:key], new_child, *node[key + 1 :])
     if dataclasses.is_dataclass(type(node)) and not issubclass(type(node), nnx.Pytree):
-        return dataclasses.replace(node, **{key: new_child})  # pyright: ignore[reportArgumentType]
+        return dataclasses.replace(node, **{key: new_child})
     if has_items:
         node[key] = new_child
     else:

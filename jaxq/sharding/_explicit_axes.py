@@ -1,82 +1,109 @@
-"""Meshes whose axes are part of an array's type (`jax.sharding.AxisType.Explicit`)."""
+"""Meshes whose axes have the type `jax.sharding.AxisType.Explicit`.
+
+The sharding of an array over such axes is part of the array's type. Then every
+operation must state the sharding of its result. Loops over blocks of rows, Pallas
+kernels and the steps of methods cannot. They run with all axes of type Auto instead:
+XLA chooses the shardings inside, and only the sharding of the result is stated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def spec_of(x: Any) -> tuple:
-    """The mesh axes that each axis of an array lies over, where that is part of its type."""
-    return tuple(getattr(jax.typeof(x).sharding, "spec", None) or (None,) * jnp.ndim(x))
+def explicit_spec(x: Any) -> tuple:
+    """The mesh axes of each axis of an array, as its type states them.
+
+    An axis whose mesh axes are not part of the type has None.
+    """
+    spec = getattr(jax.typeof(x).sharding, "spec", None)
+    return tuple(spec or (None,) * jnp.ndim(x))
 
 
-def over_explicit_axes(
+def call_on_auto_axes(
     fn: Callable[..., jax.Array], spec: Sequence[Any], *args: Any
 ) -> jax.Array:
-    """`fn(*args)` where mesh axes of explicit type among the operands' are left to XLA.
+    """Calls `fn(*args)` with the explicit mesh axes of the arguments left to XLA.
 
-    Loops over blocks of rows have no sharding that a type could state. Only the result's is: `spec`, less what names a
-    mesh axis twice. Without such axes it is the call.
+    If no argument is on a mesh with explicit axes, this is `fn(*args)`.
+
+    Args:
+      fn: gives one array.
+      spec: the mesh axes of each axis of the result. Two factors of a product can name
+        the same mesh axis. The first axis of the result keeps it.
+      *args: pytrees of arrays.
     """
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args)]
-    found = {mesh: [n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit]
-             for mesh in meshes if not mesh.empty}  # fmt: skip
-    mesh = next((mesh for mesh, names in found.items() if names), None)
-    if mesh is None:
+    leaves = jax.tree.leaves(args)
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves]
+    explicit_meshes = [mesh for mesh in meshes if _explicit_names(mesh)]
+    if not explicit_meshes:
         return fn(*args)
-    taken: set[str] = set()
-    out = []
-    for entry in spec:
-        names = set(
-            entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-        )
-        out.append(None if names & taken else entry)
-        taken |= names
-    sharding = NamedSharding(mesh, PartitionSpec(*out))
-    auto: Any = jax.sharding.auto_axes(
-        fn, axes=tuple(found[mesh]), out_sharding=sharding
+    mesh = explicit_meshes[0]
+    call: Any = jax.sharding.auto_axes(
+        fn,
+        axes=tuple(_explicit_names(mesh)),
+        out_sharding=NamedSharding(mesh, _without_repeats(spec)),
     )
-    return auto(*args)
+    return call(*args)
 
 
-def lay_out(y: jax.Array, sharding: NamedSharding | PartitionSpec | None) -> jax.Array:
-    """A result as its caller wants it to lie over a mesh; None leaves it.
+@contextlib.contextmanager
+def on_auto_axes(tree: Any) -> Iterator[Any]:
+    """Gives a tree of arrays whose explicit mesh axes have become Auto axes.
 
-    Over explicit axes that is part of its type; over others it is what XLA is told.
-
-    Raises:
-      NotImplementedError: axes of both types are named.
+    Quantization methods run in this context: a weight, its statistics and its key
+    enter, and no step of the method has to state a sharding.
     """
-    if sharding is None:
-        return y
-    mesh = (
-        sharding.mesh
-        if isinstance(sharding, NamedSharding)
-        else jax.sharding.get_abstract_mesh()
-    )
-    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
-    named = {
-        name
-        for entry in spec
-        for name in (entry if isinstance(entry, tuple) else (entry,))
-        if name is not None
-    }
-    explicit = {
-        n
-        for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if t == AxisType.Explicit
-    }
-    if not explicit:
-        return jax.lax.with_sharding_constraint(y, sharding)
-    if named - explicit:
-        raise NotImplementedError(
-            f"out_sharding={spec} names {sorted(named - explicit)}, whose axes are not explicit, in a mesh where "
-            f"{sorted(explicit)} are: jax reshards along explicit axes only. Name those alone, and constrain the rest "
-            "with jax.lax.with_sharding_constraint."
-        )
-    return jax.sharding.reshard(y, sharding)
+    leaves = jax.tree.leaves(tree)
+    meshes = [leaf.sharding.mesh for leaf in leaves if _has_explicit_mesh(leaf)]
+    if not meshes:
+        yield tree
+        return
+    names = meshes[0].axis_names
+    mesh = Mesh(meshes[0].devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+    def put(leaf: Any) -> Any:
+        if not _has_explicit_mesh(leaf):
+            return leaf
+        return jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+
+    with jax.set_mesh(mesh):
+        yield jax.tree.map(put, tree)
+
+
+def names_in(entry: Any) -> tuple[str, ...]:
+    """The mesh axes in an entry of a PartitionSpec: None, a name or a tuple."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _without_repeats(spec: Sequence[Any]) -> PartitionSpec:
+    """The spec without the entries that name a mesh axis a second time."""
+    used: set[str] = set()
+    entries = []
+    for entry in spec:
+        names = set(names_in(entry))
+        entries.append(None if names & used else entry)
+        used |= names
+    return PartitionSpec(*entries)
+
+
+def _explicit_names(mesh: Any) -> list[str]:
+    """The axes of explicit type; none if the mesh is empty."""
+    if mesh.empty:
+        return []
+    axis_types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in axis_types if kind == AxisType.Explicit]
+
+
+def _has_explicit_mesh(leaf: Any) -> bool:
+    sharding = getattr(leaf, "sharding", None)
+    is_named = isinstance(sharding, NamedSharding)
+    return is_named and AxisType.Explicit in sharding.mesh.axis_types

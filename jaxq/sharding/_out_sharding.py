@@ -1,0 +1,41 @@
+"""The sharding of a result, as the caller passes it by `out_sharding=`."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxq.sharding._explicit_axes import names_in
+
+
+def apply_out_sharding(
+    y: jax.Array, out_sharding: NamedSharding | PartitionSpec | None
+) -> jax.Array:
+    """Gives a result the sharding that the caller passed; None changes nothing.
+
+    If the mesh has axes of explicit type, the sharding becomes part of the result's
+    type. Otherwise it is a constraint for XLA.
+
+    Raises:
+      NotImplementedError: the mesh has axes of explicit type, and `out_sharding` names
+        another axis.
+    """
+    if out_sharding is None:
+        return y
+    if isinstance(out_sharding, NamedSharding):
+        mesh, spec = out_sharding.mesh, out_sharding.spec
+    else:
+        mesh, spec = jax.sharding.get_abstract_mesh(), out_sharding
+    axis_types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = {name for name, kind in axis_types if kind == AxisType.Explicit}
+    if not explicit:
+        return jax.lax.with_sharding_constraint(y, out_sharding)
+    others = {name for entry in spec for name in names_in(entry)} - explicit
+    if others:
+        raise NotImplementedError(
+            f"out_sharding={spec} names {sorted(others)}, whose axes are not explicit, "
+            f"in a mesh where {sorted(explicit)} are explicit. jax reshards along "
+            "explicit axes only. Name only those in out_sharding, and constrain the "
+            "others with jax.lax.with_sharding_constraint."
+        )
+    return jax.sharding.reshard(y, out_sharding)
