@@ -32,7 +32,8 @@ def run() -> dict[str, Any]:
     for name in RECIPES:
         how = jaxq.recipes.get(name)
         needs = any(
-            rule.observer or jaxq.methods.METHODS[rule.method].needs_data
+            rule.observer
+            or jaxq.methods.get(rule.method).needs_data(dict(rule.options))
             for rule in how.rules
         )
         qmodel, report = jaxq.quantize_model(

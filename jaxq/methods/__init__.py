@@ -8,16 +8,19 @@ from jaxq.methods._awq import AWQInfo, AWQScaleInfo, awq, awq_scale
 from jaxq.methods._bias_correction import bias_correction
 from jaxq.methods._clipping import ClipInfo, clip
 from jaxq.methods._equalization import EqualizeInfo, equalize
+from jaxq.methods._folding import fold_scale_into_next, fold_scale_into_previous
 from jaxq.methods._gptq import GPTQInfo, gptq
 from jaxq.methods._hqq import HQQInfo, hqq
 from jaxq.methods._kmeans import KMeansInfo, centroid_gradient, kmeans
-from jaxq.methods._limits import why_not
 from jaxq.methods._llm_int8 import (
     LLMInt8Info,
     LLMInt8MatmulInfo,
     llm_int8,
     llm_int8_matmul,
 )
+from jaxq.methods._method import Folding, Method, Option, Solution
+from jaxq.methods._notes import few_tokens
+from jaxq.methods._registry import check_options, get, names, register, why_not
 from jaxq.methods._rotation import (
     hadamard,
     hadamard_matrix,
@@ -26,39 +29,26 @@ from jaxq.methods._rotation import (
     rotate_out,
 )
 from jaxq.methods._rtn import RTNInfo, rtn
-from jaxq.methods._smoothquant import (
-    SmoothQuantInfo,
-    fold_scale_into_next,
-    fold_scale_into_previous,
-    smoothquant,
-)
-from jaxq.methods._solve import (
-    FALLBACKS,
-    METHODS,
-    Solved,
-    check_options,
-    few_tokens,
-    names,
-    output_error,
-    own_granularity,
-    solve,
-)
+from jaxq.methods._smoothquant import SmoothQuantInfo, smoothquant
+from jaxq.methods._solve import FALLBACKS, Solved, output_error, solve
 
 __all__ = [
-    "FALLBACKS",
-    "METHODS",
     "AWQInfo",
     "AWQScaleInfo",
     "AdaRoundInfo",
     "ClipInfo",
     "EqualizeInfo",
+    "Folding",
     "GPTQInfo",
     "HQQInfo",
     "KMeansInfo",
     "LLMInt8Info",
     "LLMInt8MatmulInfo",
+    "Method",
+    "Option",
     "RTNInfo",
     "SmoothQuantInfo",
+    "Solution",
     "Solved",
     "adaround",
     "awq",
@@ -68,9 +58,9 @@ __all__ = [
     "check_options",
     "clip",
     "equalize",
-    "few_tokens",
     "fold_scale_into_next",
     "fold_scale_into_previous",
+    "get",
     "gptq",
     "hadamard",
     "hadamard_matrix",
@@ -79,9 +69,8 @@ __all__ = [
     "llm_int8",
     "llm_int8_matmul",
     "names",
-    "output_error",
-    "own_granularity",
     "random_hadamard",
+    "register",
     "rotate_in",
     "rotate_out",
     "rtn",

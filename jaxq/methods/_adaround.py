@@ -12,7 +12,8 @@ means the same for layers of any size.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,19 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxq.methods import _limits, _matrix
+from jaxq.methods import _matrix
+from jaxq.methods._method import Method, Option, Solution
+from jaxq.methods._notes import few_samples
+from jaxq.methods._options import (
+    COUNT,
+    POSITIVE,
+    SHARE,
+    check_values,
+    number,
+    refuse,
+    why_not_stochastic,
+)
+from jaxq.observers import LayerStats
 from jaxq.qtensor import (
     QTensor,
     QuantSpec,
@@ -34,6 +47,26 @@ from jaxq.qtensor import (
 
 # The rectified sigmoid reaches 0 and 1, so that gradients end there (section 3).
 _STRETCH, _SHIFT = 1.2, -0.1
+
+
+def _are_two_positive_numbers(value: Any) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and all(POSITIVE.accepts(v) for v in value)
+    )
+
+
+_OPTIONS = {
+    "num_steps": COUNT,
+    "batch_size": COUNT,
+    "learning_rate": POSITIVE,
+    "regularization": number("a number, not negative", least=0, below=float("inf")),
+    "warm_start": SHARE,
+    "beta": Option(
+        _are_two_positive_numbers, "two positive numbers, at first and in the end"
+    ),
+}
 
 
 class AdaRoundInfo(NamedTuple):
@@ -110,7 +143,7 @@ def adaround(
       Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020, section 3.
     """
     spec = as_spec(spec, "adaround")
-    _limits.refuse("adaround", spec)
+    refuse("adaround", _why_not_adaround(spec, {}))
     w = _matrix.as_weight(w, "adaround", name)
     said = "inputs [tokens, in]"
     x = _matrix.as_statistic(
@@ -121,8 +154,9 @@ def adaround(
         target = _matrix.as_statistic(
             x_float, "x_float", "adaround", shape=x.shape[-2:], said=said, w=w
         )
-    _limits.check_numbers(
+    check_values(
         "adaround",
+        _OPTIONS,
         num_steps=num_steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -301,3 +335,37 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(
         a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
+
+
+def _why_not_adaround(spec: QuantSpec, options: Mapping[str, Any]) -> str:
+    """Why AdaRound cannot quantize to a spec; empty if it can."""
+    if reason := why_not_stochastic(spec, options):
+        return reason
+    if spec.rule.has_threshold:
+        return (
+            f"scale_rule={spec.scale_rule!r} has no two neighbours to choose from. Use "
+            "another scale rule."
+        )
+    return ""
+
+
+def _solve_adaround(
+    w: jax.Array,
+    stats: LayerStats | None,
+    spec: QuantSpec,
+    *,
+    key: jax.Array,
+    **options: Any,
+) -> Solution:
+    assert stats is not None
+    qt, _ = adaround(w, stats.samples, spec, key=key, **options)
+    return Solution(qt, few_samples(stats, w.shape[-2]))
+
+
+METHOD = Method(
+    "adaround",
+    _solve_adaround,
+    options=_OPTIONS,
+    why_not=_why_not_adaround,
+    needs=("samples",),
+)

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq.methods import _limits, _matrix
+from jaxq.methods import _matrix
 from jaxq.methods._clipping import clip as clip_ranges
-from jaxq.methods._smoothquant import as_weights
+from jaxq.methods._folding import as_weights, why_not_one_to_one
+from jaxq.methods._method import Folding, Method, Solution
+from jaxq.methods._notes import few_samples
+from jaxq.methods._options import (
+    COUNT,
+    FLAG,
+    SHARE,
+    check_values,
+    refuse,
+    why_not_stochastic,
+)
 from jaxq.methods._tokens import as_tokens
+from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
 
 _FLOOR = np.float32(1e-4)
+
+
+# Options of the search for scales, and those of a rule: a rule cannot set max_tokens,
+# since calibration keeps a fixed number of rows.
+_SEARCH_OPTIONS = {"duo": FLAG, "num": COUNT, "max_tokens": COUNT}
+_OPTIONS = {"duo": FLAG, "num": COUNT, "clip_num": COUNT, "clip_max_shrink": SHARE}
 
 
 class AWQScaleInfo(NamedTuple):
@@ -104,9 +121,9 @@ def awq(
       Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2023, section 3.
     """
     spec = as_spec(spec, "awq")
-    _limits.refuse("awq", spec)
+    refuse("awq", why_not_stochastic(spec, {}))
     w = _matrix.as_weight(w, "awq", name)
-    _limits.check_numbers("awq", duo=duo, num=num, max_tokens=max_tokens)
+    check_values("awq", _SEARCH_OPTIONS, duo=duo, num=num, max_tokens=max_tokens)
     magnitude = jnp.mean(jnp.abs(as_tokens(x, w, "awq")), axis=-2)
     tokens = as_tokens(x, w, "awq", max_tokens)
     one = functools.partial(_awq, spec=spec, clip=clip, duo=duo, num=num)
@@ -163,7 +180,7 @@ def awq_scale(
     """
     spec = as_spec(spec, "awq_scale")
     matrices = as_weights(weights, "awq_scale")
-    _limits.check_numbers("awq_scale", "awq", duo=duo, num=num, max_tokens=max_tokens)
+    check_values("awq_scale", _SEARCH_OPTIONS, duo=duo, num=num, max_tokens=max_tokens)
     magnitude = jnp.mean(jnp.abs(as_tokens(x, matrices[0], "awq_scale")), axis=-2)
     tokens = as_tokens(x, matrices[0], "awq_scale", max_tokens)
 
@@ -281,3 +298,48 @@ def _mean_share(weights: tuple[jax.Array, ...], spec: QuantSpec) -> jax.Array:
         return geometry.from_view(geometry.unpad(geometry.from_blocks(share)))
 
     return jnp.mean(jnp.concatenate([shares(w) for w in weights], axis=1), axis=1)
+
+
+def _find_awq_scale(
+    source: jax.Array | None,
+    weights: Sequence[jax.Array],
+    stats: LayerStats,
+    spec: QuantSpec,
+    options: Mapping[str, Any],
+) -> jax.Array:
+    """The scale `[..., in]` for weights that read one input; see `Folding.find`."""
+    search = {name: options[name] for name in ("duo", "num") if name in options}
+    return awq_scale(weights, stats.samples, spec, **search)[0]
+
+
+def _why_not_scaled(source: jax.Array | None, weights: Sequence[jax.Array]) -> str:
+    """Why no scale can be moved; empty if one can. Norms and linears take scales."""
+    return "" if source is None else why_not_one_to_one(source, weights)
+
+
+def _solve_awq(
+    w: jax.Array,
+    stats: LayerStats | None,
+    spec: QuantSpec,
+    *,
+    key: jax.Array,
+    clip_num: int = 20,
+    clip_max_shrink: float = 0.5,
+    **search: Any,
+) -> Solution:
+    """The second half of AWQ, clipping. `folding` has moved the scales before."""
+    assert stats is not None
+    qt, _ = clip_ranges(
+        w, spec, x=stats.samples, num=clip_num, max_shrink=clip_max_shrink
+    )
+    return Solution(qt, few_samples(stats, w.shape[-2]))
+
+
+METHOD = Method(
+    "awq",
+    _solve_awq,
+    options=_OPTIONS,
+    why_not=why_not_stochastic,
+    needs=("samples",),
+    folding=Folding(_find_awq_scale, _why_not_scaled, without_scales="only clipped"),
+)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,22 @@ import numpy as np
 from jax import lax
 
 from jaxq import formats, observers
-from jaxq.methods import _limits, _matrix
+from jaxq.methods import _matrix
+from jaxq.methods._method import Method, Solution
+from jaxq.methods._notes import few_samples
+from jaxq.methods._options import (
+    COUNT,
+    FLAG,
+    POSITIVE,
+    SHARE,
+    check_values,
+    choice,
+    number,
+    refuse,
+    why_not_stochastic,
+)
 from jaxq.methods._tokens import as_tokens
+from jaxq.observers import LayerStats
 from jaxq.qtensor import (
     Geometry,
     QTensor,
@@ -31,6 +45,26 @@ from jaxq.qtensor import (
 )
 
 RULES = ("entropy", "mse", "percentile")
+
+
+_OPTIONS = {
+    "rule": choice(*RULES),
+    "power": POSITIVE,
+    "num": COUNT,
+    "max_shrink": SHARE,
+    "percentile": number("0 to 100", least=0, most=100),
+    "bins": COUNT,
+    "inputs": FLAG,
+}
+# The rule that reads each option; `rule` itself is read by all.
+_READER = {
+    "power": "mse",
+    "num": "mse",
+    "max_shrink": "mse",
+    "inputs": "mse",
+    "percentile": "percentile",
+    "bins": "entropy",
+}
 
 
 class ClipInfo(NamedTuple):
@@ -136,7 +170,7 @@ def clip(
     """
     spec = as_spec(spec, "clip")
     formats.check_choice("clip: rule", rule, RULES)
-    _limits.refuse("clip", spec, rule=rule)
+    refuse("clip", _why_not_clipped(spec, {"rule": rule}))
     w = _matrix.as_weight(w, "clip", name)
     if rule != "mse" and (x is not None or channel_weight is not None):
         raise ValueError(
@@ -151,9 +185,10 @@ def clip(
         "percentile": percentile,
         "bins": bins,
     }
-    _limits.check_clipping("clip", {"rule": rule, **given})
-    _limits.check_numbers(
+    refuse("clip", _unread_option({"rule": rule, **given}))
+    check_values(
         "clip",
+        _OPTIONS,
         **{option: value for option, value in given.items() if value is not None},
     )
     if x is not None and power not in (None, 2.0):
@@ -257,7 +292,7 @@ def _is_separable(spec: QuantSpec) -> bool:
     plain = (
         isinstance(spec.scale, str)
         and spec.offset != "mean"
-        and spec.scale_rule not in ("ttq", "twn")
+        and not spec.rule.has_threshold
     )
     return plain and spec.codes_from == "stored"
 
@@ -440,3 +475,80 @@ def _least_divergence(
     return _Range(
         jnp.maximum(whole.low, -threshold), jnp.minimum(whole.high, threshold)
     )
+
+
+def _unread_option(options: Mapping[str, Any]) -> str:
+    """Says which option the rule does not read; empty if it reads all.
+
+    None and False mean that an option was not set.
+    """
+    rule = options.get("rule", "mse")
+    for name, value in options.items():
+        reader = _READER.get(name, rule)
+        if value not in (None, False) and reader != rule:
+            return (
+                f"{name}={value!r} is of rule={reader!r}, and rule={rule!r} does not "
+                "read it."
+            )
+    return ""
+
+
+def _why_not_clipped(spec: QuantSpec, options: Mapping[str, Any]) -> str:
+    """Why a weight cannot be clipped for a spec with these options; empty if it can."""
+    if reason := why_not_stochastic(spec, options):
+        return reason
+    rule = options.get("rule", "mse")
+    if rule == "entropy" and spec.offset == "min":
+        return (
+            "rule='entropy' counts magnitudes, which offset='min' does not start from; "
+            "use 'mse'."
+        )
+    if rule == "entropy" and not _is_even(spec.fmt):
+        return (
+            f"rule='entropy' counts even steps, which the numbers of {spec.fmt.name} "
+            "are not; use 'mse'."
+        )
+    squared = rule == "mse" and options.get("power", 2.0) == 2.0
+    if options.get("inputs", False) and not squared:
+        return (
+            "inputs=True weighs the squared error of products, which rule='mse' with "
+            "power=2 minimises; leave those."
+        )
+    return ""
+
+
+def _is_even(fmt: formats.Format) -> bool:
+    """True if the numbers of a format are evenly spaced."""
+    steps = np.diff(np.unique(fmt.values()))
+    return np.ptp(steps) == 0
+
+
+def _solve_clip(
+    w: jax.Array,
+    stats: LayerStats | None,
+    spec: QuantSpec,
+    *,
+    key: jax.Array,
+    inputs: bool = False,
+    **options: Any,
+) -> Solution:
+    if not inputs:
+        qt, _ = clip(w, spec, **options)
+        return Solution(qt)
+    assert stats is not None
+    qt, _ = clip(w, spec, x=stats.samples, **options)
+    return Solution(qt, few_samples(stats, w.shape[-2]))
+
+
+def _needs_samples(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("samples",) if options.get("inputs", False) else ()
+
+
+METHOD = Method(
+    "clip",
+    _solve_clip,
+    options=_OPTIONS,
+    check=_unread_option,
+    why_not=_why_not_clipped,
+    needs_with=_needs_samples,
+)

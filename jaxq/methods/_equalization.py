@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxq.methods import _matrix
+from jaxq.methods._folding import why_not_one_to_one
+from jaxq.methods._method import Folding, Method
+from jaxq.methods._options import FLAG, why_not_stochastic
+from jaxq.observers import LayerStats
+from jaxq.qtensor import QuantSpec
 
 
 class EqualizeInfo(NamedTuple):
@@ -108,3 +115,36 @@ def nearest_power_of_two(s: jax.Array) -> jax.Array:
         jnp.ones_like(s),
         jnp.where(mantissa > np.float32(2**-0.5), exponent, exponent - 1),
     )
+
+
+def _find_equalizing_scale(
+    source: jax.Array | None,
+    weights: Sequence[jax.Array],
+    stats: LayerStats | None,
+    spec: QuantSpec,
+    options: Mapping[str, Any],
+) -> jax.Array:
+    """The scale `[..., hidden]` between two linear layers; see `Folding.find`."""
+    assert source is not None
+    scale_of = functools.partial(equalize, **options)
+    for _ in range(weights[0].ndim - 2):
+        scale_of = jax.vmap(scale_of)
+    _, info = scale_of(source, weights[0])
+    return info.scale
+
+
+def _why_not_equalized(source: jax.Array | None, weights: Sequence[jax.Array]) -> str:
+    """Why no scale can be moved; empty if one can. Only a linear layer has a range."""
+    if source is None:
+        return "not equalized: what comes before it is no linear"
+    return why_not_one_to_one(source, weights)
+
+
+METHOD = Method(
+    "equalize",
+    solve=None,
+    options={"power_of_two": FLAG},
+    why_not=why_not_stochastic,
+    folding=Folding(_find_equalizing_scale, _why_not_equalized, judges_source=True),
+    judged=False,
+)

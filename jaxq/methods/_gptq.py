@@ -31,7 +31,19 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxq import formats
-from jaxq.methods import _limits, _matrix
+from jaxq.methods import _matrix
+from jaxq.methods._method import Method, Solution
+from jaxq.methods._notes import few_tokens, join_notes
+from jaxq.methods._options import (
+    COUNT,
+    FLAG,
+    check_values,
+    number,
+    refuse,
+    why_not_stochastic,
+)
+from jaxq.methods._rtn import round_to_nearest
+from jaxq.observers import LayerStats
 from jaxq.qtensor import (
     Geometry,
     Meta,
@@ -56,6 +68,14 @@ _STRETCH = 512
 _SPANS = 4
 
 
+_DAMP = 0.01
+_OPTIONS = {
+    "act_order": FLAG,
+    "damp": number("a share of the diagonal's mean, 0 to 1", least=0, most=1),
+    "block_size": COUNT,
+}
+
+
 class GPTQInfo(NamedTuple):
     """What happened to one matrix.
 
@@ -78,7 +98,7 @@ def gptq(
     spec: str | QuantSpec,
     *,
     act_order: bool = False,
-    damp: float = 0.01,
+    damp: float = _DAMP,
     block_size: int = 128,
     name: str = "w",
 ) -> tuple[QTensor, GPTQInfo]:
@@ -129,35 +149,35 @@ def gptq(
     hessian = _matrix.as_statistic(
         hessian, "hessian", "gptq", shape=(n, n), said="second moments [in, in]", w=w
     )
-    _limits.refuse("gptq", spec)
-    _limits.check_numbers("gptq", damp=damp, block_size=block_size, act_order=act_order)
-    return _gptq(w, hessian, np.float32(damp), spec, act_order, block_size)
+    refuse("gptq", why_not_stochastic(spec, {}))
+    check_values(
+        "gptq", _OPTIONS, damp=damp, block_size=block_size, act_order=act_order
+    )
+    nearest = round_to_nearest(w, spec)
+    return _gptq(w, hessian, nearest, np.float32(damp), act_order, block_size)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "act_order", "block_size"))
+@functools.partial(jax.jit, static_argnames=("act_order", "block_size"))
 def _gptq(
     w: jax.Array,
     hessian: jax.Array,
+    nearest: QTensor,
     damp: ArrayLike,
-    spec: QuantSpec,
     act_order: bool,
     block_size: int,
 ):
-    one = functools.partial(
-        _one, damp=damp, spec=spec, act_order=act_order, block_size=block_size
-    )
-    return _matrix.over_stack(one, w, (hessian, 2))
+    one = functools.partial(_one, damp=damp, act_order=act_order, block_size=block_size)
+    return _matrix.over_stack(one, w, (hessian, 2), stacked=(nearest,))
 
 
 def _one(
     w: jax.Array,
     hessian: jax.Array,
+    nearest: QTensor,
     damp: ArrayLike,
-    spec: QuantSpec,
     act_order: bool,
     block_size: int,
 ):
-    nearest = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
     order = None
     if act_order:
         order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
@@ -369,9 +389,7 @@ def _moving_group(qt: QTensor) -> int | None:
     size = geometry.block_shape[-1]
     # Zeros that fill up a last group change a mean and a minimum.
     padded = size is not None and geometry.contracted_size % size != 0
-    if padded and (
-        spec.offset == "min" or spec.scale_rule in ("absmean", "twn", "ttq")
-    ):
+    if padded and (spec.offset == "min" or spec.rule.reads_block):
         return None
     return size
 
@@ -572,3 +590,51 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
             a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
         )
     )
+
+
+def _solve_gptq(
+    w: jax.Array,
+    stats: LayerStats | None,
+    spec: QuantSpec,
+    *,
+    key: jax.Array,
+    nearest: QTensor,
+    damp: float = _DAMP,
+    act_order: bool = False,
+    block_size: int = 128,
+) -> Solution:
+    assert stats is not None
+    assert stats.hessian is not None
+    qt, info = _gptq(w, stats.hessian, nearest, np.float32(damp), act_order, block_size)
+    num_inputs = w.shape[-2]
+    num_dead = int(np.sum(info.num_dead))
+    if num_dead and num_dead == info.num_dead.size * num_inputs:
+        return Solution(qt, f"all of its {num_dead} inputs are dead, so rtn", True)
+    fell_back = np.asarray(info.fell_back)
+    notes = (
+        _damping_note(info, damp),
+        f"{num_dead} dead inputs" if num_dead else "",
+        few_tokens(stats, num_inputs),
+    )
+    return Solution(qt, join_notes(*notes), bool(fell_back.all()))
+
+
+def _damping_note(info: GPTQInfo, damp: float) -> str:
+    """A remark if the hessian needed more damping than `damp`, or none was enough."""
+    fell_back = np.asarray(info.fell_back)
+    if fell_back.any():
+        where = f" in {fell_back.sum()} of {fell_back.size} matrices"
+        where = "" if fell_back.all() else where
+        return f"its hessian is not positive definite{where}, so rtn"
+    used = float(np.max(info.damp))
+    return f"damping {used:.3g}" if used > 1.01 * damp else ""
+
+
+METHOD = Method(
+    "gptq",
+    _solve_gptq,
+    options=_OPTIONS,
+    why_not=why_not_stochastic,
+    needs=("hessian",),
+    takes_nearest=True,
+)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,17 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxq import formats
-from jaxq.methods import _limits, _matrix
+from jaxq.methods import _matrix
+from jaxq.methods._method import Method, Solution
+from jaxq.methods._options import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_values,
+    number,
+    refuse,
+    why_not_stochastic,
+)
+from jaxq.observers import LayerStats
 from jaxq.qtensor import (
     QTensor,
     QuantSpec,
@@ -34,6 +45,13 @@ from jaxq.qtensor import (
     requantize,
     scale_values,
 )
+
+_OPTIONS = {
+    "norm": number("above 0 and below 1", above=0, below=1),
+    "beta": POSITIVE,
+    "kappa": POSITIVE,
+    "num_steps": NOT_NEGATIVE,
+}
 
 
 class HQQInfo(NamedTuple):
@@ -102,9 +120,11 @@ def hqq(
       Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023, section 2.
     """
     spec = as_spec(spec, "hqq")
-    _limits.refuse("hqq", spec)
+    refuse("hqq", _why_not_hqq(spec, {}))
     w = _matrix.as_weight(w, "hqq", name)
-    _limits.check_numbers("hqq", norm=norm, beta=beta, kappa=kappa, num_steps=num_steps)
+    check_values(
+        "hqq", _OPTIONS, norm=norm, beta=beta, kappa=kappa, num_steps=num_steps
+    )
     return _hqq(
         w, spec, np.float32(norm), np.float32(beta), np.float32(kappa), num_steps
     )
@@ -257,3 +277,31 @@ def _stored(x: jax.Array, like: jax.Array, qt: QTensor) -> jax.Array:
         fmt.max,
     )
     return jnp.where(x == 0, 0.0, jnp.sign(x) * magnitude).astype(like.dtype)
+
+
+def _why_not_hqq(spec: QuantSpec, options: Mapping[str, Any]) -> str:
+    """Why HQQ cannot quantize to a spec; empty if it can."""
+    if reason := why_not_stochastic(spec, options):
+        return reason
+    if isinstance(spec.scale, QuantSpec) and spec.offset != "min":
+        return (
+            f"scales of this spec are quantized themselves ({spec.scale.fmt.name}) and "
+            "cannot be moved one by one. Use a spec with scale='float32', 'bfloat16' or "
+            "'float16', or with offset='min'."
+        )
+    return ""
+
+
+def _solve_hqq(
+    w: jax.Array,
+    stats: LayerStats | None,
+    spec: QuantSpec,
+    *,
+    key: jax.Array,
+    **options: Any,
+) -> Solution:
+    qt, _ = hqq(w, spec, **options)
+    return Solution(qt)
+
+
+METHOD = Method("hqq", _solve_hqq, options=_OPTIONS, why_not=_why_not_hqq)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxq import formats
-from jaxq.methods import _limits, _matrix
+from jaxq.methods import _matrix
+from jaxq.methods._method import Method, Option, Solution
+from jaxq.methods._options import NOT_NEGATIVE, check_values, choice
+from jaxq.observers import LayerStats
 from jaxq.qtensor import (
     Geometry,
     Granularity,
+    PerChannel,
     PerTensor,
     QTensor,
     QuantSpec,
@@ -42,6 +47,17 @@ ALGORITHMS = ("auto", "exact", "histogram")
 _BINS = 1 << 16
 # Up to this width codes are found by comparing with every entry, in one pass; beyond it by a binary search.
 _MOST_COMPARED = 4
+
+
+_OPTIONS = {
+    "granularity": Option(
+        lambda value: isinstance(value, Granularity),
+        "a granularity, jaxq.PerChannel() for example",
+    ),
+    "init": choice(*INITS),
+    "num_steps": NOT_NEGATIVE,
+    "algorithm": choice(*ALGORITHMS),
+}
 
 
 class KMeansInfo(NamedTuple):
@@ -110,7 +126,7 @@ def kmeans(
         )
     formats.check_choice("kmeans: init", init, INITS)
     formats.check_choice("kmeans: algorithm", algorithm, ALGORITHMS)
-    _limits.check_numbers("kmeans", num_steps=num_steps)
+    check_values("kmeans", _OPTIONS, num_steps=num_steps)
     return _kmeans(
         w,
         np.int32(num_steps),
@@ -433,3 +449,31 @@ def _added(a: _Pair, b: _Pair) -> _Pair:
     lost = (a[0] - (total - back)) + (b[0] - back) + (a[1] + b[1])
     whole = total + lost
     return whole, lost - (whole - total)
+
+
+def _table_granularity(spec: QuantSpec, options: Mapping[str, Any]) -> Granularity:
+    """The blocks of a rule's k-means: one table for each channel by default.
+
+    The spec's granularity is for scales. Tables are larger, so groups of a spec would
+    cost more bits than the codes.
+    """
+    return options.get("granularity", PerChannel())
+
+
+def _solve_kmeans(
+    w: jax.Array,
+    stats: LayerStats | None,
+    spec: QuantSpec,
+    *,
+    key: jax.Array,
+    **options: Any,
+) -> Solution:
+    options["granularity"] = _table_granularity(spec, options)
+    qt, _ = kmeans(w, spec.fmt.bits, **options)
+    return Solution(qt)
+
+
+# k-means takes only the number of bits from a spec, so it refuses none.
+METHOD = Method(
+    "kmeans", _solve_kmeans, options=_OPTIONS, granularity=_table_granularity
+)

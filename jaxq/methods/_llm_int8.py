@@ -15,8 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq import formats, ops
-from jaxq.methods import _limits, _matrix
+from jaxq.methods import _matrix
+from jaxq.methods._method import Method, Solution
+from jaxq.methods._options import check_values, number, why_not_stochastic
+from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
+
+_THRESHOLD = 6.0
+_OPTIONS = {"threshold": number("at least 0", least=0)}
 
 
 class LLMInt8Info(NamedTuple):
@@ -50,7 +56,7 @@ def llm_int8(
     spec: str | QuantSpec = "int8",
     *,
     absmax_x: jax.typing.ArrayLike | None = None,
-    threshold: float = 6.0,
+    threshold: float = _THRESHOLD,
     activation: str | QuantSpec = "int8",
     name: str = "w",
 ) -> tuple[QTensor, LLMInt8Info]:
@@ -84,7 +90,7 @@ def llm_int8(
       Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022, section 3.
     """
     w = _matrix.as_weight(w, "llm_int8", name)
-    _limits.check_numbers("llm_int8", threshold=threshold)
+    check_values("llm_int8", _OPTIONS, threshold=threshold)
     batch = tuple(range(w.ndim - 2))
     qt = quantize(w, as_spec(spec, "llm_int8"), contracting=-2, batch=batch, name=name)
     qt = qt.with_activation(activation, outliers=threshold)
@@ -152,8 +158,9 @@ def llm_int8_matmul(
         keep = _matrix.as_weight(w, "llm_int8_matmul") if keep is None else keep
         w, _ = llm_int8(w)
     if threshold is None:
-        threshold = 6.0 if w.meta.outliers is None else w.meta.outliers
-    _limits.check_numbers("llm_int8_matmul", "llm_int8", threshold=threshold)
+        outliers = w.meta.outliers
+        threshold = _THRESHOLD if outliers is None else outliers
+    check_values("llm_int8_matmul", _OPTIONS, threshold=threshold)
     geometry = w.meta.geometry
     if w.batch_shape or geometry.order != (-1, -2) or geometry.num_contracted != 1:
         raise ValueError(
@@ -251,3 +258,27 @@ def _rows(qt: QTensor, columns: jax.Array) -> jax.Array:
         ),
         dtype=jnp.float32,
     )
+
+
+def _solve_llm_int8(
+    w: jax.Array,
+    stats: LayerStats | None,
+    spec: QuantSpec,
+    *,
+    key: jax.Array,
+    nearest: QTensor,
+    threshold: float = _THRESHOLD,
+) -> Solution:
+    """Attaches the threshold for the inputs to the rounded weight."""
+    return Solution(nearest.with_activation("int8", outliers=threshold))
+
+
+METHOD = Method(
+    "llm_int8",
+    _solve_llm_int8,
+    options=_OPTIONS,
+    why_not=why_not_stochastic,
+    matrices_only=True,
+    own_activation=True,
+    takes_nearest=True,
+)

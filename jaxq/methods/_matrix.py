@@ -91,16 +91,22 @@ def raise_if_not_finite(x: jax.Array, name: str, caller: str) -> None:
 
 
 def over_stack(
-    one: Callable[..., Any], w: jax.Array, *statistics: tuple[jax.Array, int]
+    function: Callable[..., Any],
+    w: jax.Array,
+    *statistics: tuple[jax.Array, int],
+    stacked: Sequence[Any] = (),
 ) -> Any:
-    """`one(w, *statistics)` for each matrix of a stack, by `jax.vmap` over the leading axes of w.
+    """Calls a function for each matrix of a stack, by `jax.vmap` over the leading axes.
 
     Args:
-      one: takes a matrix and its statistics.
+      function: `(matrix, *statistics, *stacked)` to a pytree of arrays.
       w: `[..., in, out]`.
-      *statistics: (array, its number of axes for one matrix); one without more axes than that is shared.
+      *statistics: pairs of an array and its number of axes for one matrix. An array
+        without further axes is shared by all matrices.
+      stacked: pytrees whose arrays have the leading axes of `w`.
     """
-    axes = (0, *(0 if x.ndim > ndim else None for x, ndim in statistics))
+    statistic_axes = (0 if x.ndim > ndim else None for x, ndim in statistics)
+    axes = (0, *statistic_axes, *(0 for _ in stacked))
     for _ in range(w.ndim - 2):
-        one = jax.vmap(one, in_axes=axes)
-    return one(w, *(x for x, _ in statistics))
+        function = jax.vmap(function, in_axes=axes)
+    return function(w, *(x for x, _ in statistics), *stacked)

@@ -1,4 +1,4 @@
-"""What jaxq knows of a post-training method: one record per method, and their registry.
+"""The record of a post-training method, as recipes and models see it.
 
 A method's file holds its function and one `Method`. Everything else in jaxq asks the
 record. No other file compares a method's name with a string.
@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
-from jaxq import formats
-from jaxq.observers import LayerStats
 from jaxq.qtensor import Granularity, QTensor, QuantSpec
 
 
 class Solution(NamedTuple):
-    """What a method made of one weight.
+    """The result of a method for one weight, or for a stack of weights.
 
     Attributes:
-      qt: the quantized weight, same shape as the float weight, axis -2 contracted.
-      note: what the report should say about it; empty if nothing.
+      qt: the quantized weight. It has the shape of the float weight; axis -2 is
+        contracted.
+      note: a remark for the report; empty if there is none.
       rounded: True if the method could only round this weight to nearest.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> qt = jaxq.quantize(jnp.ones((4, 2)), "int8")
+      >>> jaxq.methods.Solution(qt, note="all weights are equal").rounded
+      False
     """
 
     qt: QTensor
@@ -31,26 +36,23 @@ class Solution(NamedTuple):
     rounded: bool = False
 
 
-class Solve(Protocol):
-    """Quantizes one weight `[..., in, out]`, or a stack of weights."""
-
-    def __call__(
-        self,
-        w: jax.Array,
-        stats: LayerStats | None,
-        spec: QuantSpec,
-        *,
-        key: jax.Array,
-        **options: Any,
-    ) -> Solution: ...
+# Quantizes one weight `[in, out]`, or a stack `[..., in, out]`:
+# `(w, stats, spec, *, key, **options) -> Solution`. `Method.solve` explains it.
+Solve = Callable[..., Solution]
 
 
 class Option(NamedTuple):
     """One keyword argument of a method that a `Rule` may set.
 
     Attributes:
-      accepts: True for a valid value.
+      accepts: `(value) -> bool`: True for a valid value.
       expected: what a valid value is, in words: "a whole number of at least 1".
+
+    Example:
+      >>> import jaxq
+      >>> shrink = jaxq.methods.Option(lambda v: 0 < v <= 1, "above 0, at most 1")
+      >>> shrink.accepts(2)
+      False
     """
 
     accepts: Callable[[Any], bool]
@@ -59,7 +61,10 @@ class Option(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Folding:
-    """How a method moves scales out of a weight into the layer before it.
+    """How a method moves scales from the inputs of a layer into the layer before it.
+
+    Weights `w` that read one input become `w * scale[:, None]`, and the outputs of the
+    layer before are divided by `scale`. The model computes the same as before.
 
     Attributes:
       find: `(source, weights, stats, spec, options) -> scale [in]`. `source` is the
@@ -71,6 +76,12 @@ class Folding:
         so that layer is judged too.
       without_scales: what the report says the method still did where no scale could be
         moved ("only clipped"). Empty if the weight is then only rounded to nearest.
+
+    Example:
+      >>> import jaxq
+      >>> folding = jaxq.methods.get("awq").folding
+      >>> folding.without_scales
+      'only clipped'
     """
 
     find: Callable[..., jax.Array]
@@ -89,8 +100,13 @@ class Method:
 
     Attributes:
       name: what a `Rule` calls it.
-      solve: quantizes a weight. None: the weight is rounded to nearest, after
-        `folding` moved its scales.
+      solve: `(w, stats, spec, *, key, **options) -> Solution`: quantizes one weight, or
+        a stack of weights. `w` is float `[..., in, out]` and finite. `stats` are a
+        `jaxq.observers.LayerStats` of the layer's inputs with the axes of the stack in
+        front, or None; the fields that `needs` names are there. `spec` is a `QuantSpec`
+        that `why_not` did not refuse, `key` a PRNG key, and `options` are those of the
+        rule, checked. None: the weight is rounded to nearest, after `folding` moved its
+        scales.
       options: the options a `Rule` may set, with their checks.
       check: `(options) -> str`: what is wrong with a combination of options; empty if
         nothing is.
@@ -106,6 +122,18 @@ class Method:
       matrices_only: it needs inputs whose rows meet the weight as a matrix, as those of
         a linear layer do and those of a convolution do not.
       own_activation: it quantizes the layer's input itself, so a rule sets no observer.
+      takes_nearest: `solve` also takes `nearest=`, the weight rounded to nearest, so
+        that it need not round the weight a second time.
+
+    Example:
+      >>> import jaxq
+      >>> def solve(w, stats, spec, *, key, shrink=0.5):
+      ...     qt, _ = jaxq.methods.clip(w, spec, max_shrink=shrink)
+      ...     return jaxq.methods.Solution(qt, note=f"shrunk by up to {shrink:g}")
+      >>> shrink = jaxq.methods.Option(lambda v: 0 <= v <= 1, "0 to 1")
+      >>> method = jaxq.methods.Method("tight", solve, options={"shrink": shrink})
+      >>> method.needs_data({})
+      False
     """
 
     name: str
@@ -120,6 +148,7 @@ class Method:
     judged: bool = True
     matrices_only: bool = False
     own_activation: bool = False
+    takes_nearest: bool = False
 
     def needs_data(self, options: Mapping[str, Any]) -> bool:
         """True if the method cannot work without statistics of the layer's inputs."""
@@ -130,35 +159,11 @@ class Method:
         more = () if self.needs_with is None else self.needs_with(options)
         return (*self.needs, *more)
 
+    def nearest_spec(self, spec: QuantSpec, options: Mapping[str, Any]) -> QuantSpec:
+        """The spec by which a weight is rounded to nearest instead of by this method.
 
-_METHODS: dict[str, Method] = {}
-
-
-def register(method: Method) -> None:
-    """Makes a method known by its name, so that a `Rule` can use it.
-
-    Raises:
-      ValueError: another method has this name.
-    """
-    known = _METHODS.get(method.name)
-    if known is not None and known is not method:
-        raise ValueError(
-            f"methods.register: a method {method.name!r} exists already. "
-            "Choose another name."
-        )
-    _METHODS[method.name] = method
-
-
-def get(name: str) -> Method:
-    """The method of this name.
-
-    Raises:
-      ValueError: no such method; close matches are named.
-    """
-    formats.check_choice("methods.get: name", name, names())
-    return _METHODS[name]
-
-
-def names() -> list[str]:
-    """The methods that recipes can name, sorted."""
-    return sorted(_METHODS)
+        It is `spec` with the granularity of the method's own result.
+        """
+        if self.granularity is None:
+            return spec
+        return spec.replace(granularity=self.granularity(spec, options))

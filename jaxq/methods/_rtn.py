@@ -9,7 +9,9 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxq import metrics
-from jaxq.methods import _limits, _matrix
+from jaxq.methods import _matrix
+from jaxq.methods._method import Method
+from jaxq.methods._options import refuse, why_not_stochastic
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
 
 
@@ -57,14 +59,36 @@ def rtn(
       2. Zhu et al., "Trained Ternary Quantization", 2017, section 3.
     """
     spec = as_spec(spec, "rtn")
-    _limits.refuse("rtn", spec)
+    refuse("rtn", why_not_stochastic(spec, {}))
     return _rtn(_matrix.as_weight(w, "rtn", name), spec)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _rtn(w: jax.Array, spec: QuantSpec) -> tuple[QTensor, RTNInfo]:
-    def one(w: jax.Array) -> tuple[QTensor, RTNInfo]:
+    def round_matrix(w: jax.Array) -> tuple[QTensor, RTNInfo]:
         qt = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
         return qt, RTNInfo(metrics.sqnr(w, dequantize(qt)))
 
-    return _matrix.over_stack(one, w)
+    return _matrix.over_stack(round_matrix, w)
+
+
+def round_to_nearest(w: jax.Array, spec: QuantSpec) -> QTensor:
+    """The QTensor of `rtn`, without its info.
+
+    Args:
+      w: float `[..., in, out]`. Numbers that are not finite are passed on.
+      spec: what to quantize to.
+
+    Raises:
+      ValueError: the spec rounds stochastically.
+    """
+    refuse("rtn", why_not_stochastic(spec, {}))
+    return _matrix.over_stack(
+        functools.partial(
+            quantize, spec=spec, contracting=-2, on_nonfinite="propagate"
+        ),
+        w,
+    )
+
+
+METHOD = Method("rtn", solve=None, why_not=why_not_stochastic, judged=False)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxq.methods import _limits, _matrix
+from jaxq.methods import _matrix
+from jaxq.methods._folding import as_weights
+from jaxq.methods._method import Folding, Method
+from jaxq.methods._options import SHARE, check_values, why_not_stochastic
+from jaxq.observers import LayerStats
+from jaxq.qtensor import QuantSpec
 
 # Neither a channel's magnitude nor its scale is taken smaller than this.
 _FLOOR = np.float32(1e-5)
+
+
+_OPTIONS = {"alpha": SHARE}
 
 
 class SmoothQuantInfo(NamedTuple):
@@ -66,7 +74,7 @@ def smoothquant(
       Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", 2023,
       section 4, equation 4.
     """
-    _limits.check_numbers("smoothquant", alpha=alpha)
+    check_values("smoothquant", _OPTIONS, alpha=alpha)
     matrices = as_weights(weights, "smoothquant")
     num_in = matrices[0].shape[-2]
     said = "one magnitude for each input"
@@ -89,105 +97,30 @@ def smoothquant(
     return s, SmoothQuantInfo(x / s, w * s, dead)
 
 
-def fold_scale_into_previous(
-    s: jax.typing.ArrayLike,
-    kernel_or_gain: jax.typing.ArrayLike,
-    bias: jax.typing.ArrayLike | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Divides the outputs of what comes before by `s`: a norm's gain and bias, or a linear's kernel and bias.
-
-    Args:
-      s: float `[n]`, not zero.
-      kernel_or_gain: float `[..., n]`: a gain `[n]`, or a kernel with its output channels last.
-      bias: float `[n]`, or None.
-
-    Returns:
-      `(kernel_or_gain / s, bias / s)`, each in its own dtype.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxq.methods import fold_scale_into_previous
-      >>> fold_scale_into_previous(jnp.array([1.0, 4.0]), jnp.array([1.0, 2.0]))[0].tolist()
-      [1.0, 0.5]
-    """
-    s = _scale(s, "fold_scale_into_previous")
-
-    def divided(v: jax.typing.ArrayLike, name: str) -> jax.Array:
-        v = jnp.asarray(v)
-        if v.ndim < 1 or v.shape[-1:] != s.shape:
-            raise ValueError(
-                f"fold_scale_into_previous: the last axis of {name} must be that of s: {name} is "
-                f"{_matrix.describe(v)}, s is {_matrix.describe(s)}."
-            )
-        return (
-            v.astype(jnp.float32) / s.reshape((1,) * (v.ndim - 1) + s.shape)
-        ).astype(v.dtype)
-
-    return divided(kernel_or_gain, "kernel_or_gain"), None if bias is None else divided(
-        bias, "bias"
-    )
+def _find_smoothquant_scale(
+    source: jax.Array | None,
+    weights: Sequence[jax.Array],
+    stats: LayerStats,
+    spec: QuantSpec,
+    options: Mapping[str, Any],
+) -> jax.Array:
+    """The scale `[..., in]` for weights that read one input; see `Folding.find`."""
+    return smoothquant(stats.absmax, weights, **options)[0]
 
 
-def fold_scale_into_next(s: jax.typing.ArrayLike, w: jax.typing.ArrayLike) -> jax.Array:
-    """Multiplies the input channels of a weight by `s`.
-
-    Args:
-      s: float `[in]`.
-      w: float `[..., in, out]`.
-
-    Returns:
-      `w * s[:, None]`, in the dtype of w.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxq.methods import fold_scale_into_next
-      >>> fold_scale_into_next(jnp.array([1.0, 4.0]), jnp.ones((2, 1))).tolist()
-      [[1.0], [4.0]]
-    """
-    s, w = (
-        _scale(s, "fold_scale_into_next"),
-        _matrix.as_weight(w, "fold_scale_into_next"),
-    )
-    if w.shape[-2] != s.shape[0]:
-        raise ValueError(
-            f"fold_scale_into_next: w must be [..., {s.shape[0]}, out] to meet s, got {_matrix.describe(w)}."
-        )
-    return (
-        w.astype(jnp.float32) * s.reshape((1,) * (w.ndim - 2) + (s.shape[0], 1))
-    ).astype(w.dtype)
+def _why_not_smoothed(source: jax.Array | None, weights: Sequence[jax.Array]) -> str:
+    """Why no scale can be moved; empty if one can. Only a norm takes scales."""
+    if source is None:
+        return ""
+    return "not smoothed: no norm before it can take its scales"
 
 
-def as_weights(
-    weights: jax.typing.ArrayLike | Sequence[jax.typing.ArrayLike], caller: str
-) -> list[jax.Array]:
-    """One or several matrices that read the same input, as a list.
-
-    Raises:
-      ValueError: there is none, or their numbers of input channels differ.
-    """
-    if isinstance(weights, list | tuple):
-        if not weights:
-            raise ValueError(
-                f"{caller}: weights is empty; pass the matrices [in, out] that read the input."
-            )
-        out = [
-            _matrix.as_weight(w, caller, f"weights[{i}]") for i, w in enumerate(weights)
-        ]
-    else:
-        out = [_matrix.as_weight(weights, caller, "weights")]  # pyright: ignore[reportArgumentType]
-    if any(w.shape[:-1] != out[0].shape[:-1] for w in out):
-        shapes = ", ".join(_matrix.describe(w) for w in out)
-        raise ValueError(
-            f"{caller}: weights must be matrices [in, out] that read the same input, or stacks of them, got {shapes}."
-        )
-    return out
-
-
-def _scale(s: jax.typing.ArrayLike, caller: str) -> jax.Array:
-    s = jnp.asarray(s)
-    if s.ndim != 1 or not jnp.issubdtype(s.dtype, jnp.floating):
-        raise ValueError(
-            f"{caller}: s must be a vector of floats, one a channel, got {_matrix.describe(s)}."
-        )
-    _matrix.raise_if_not_finite(s, "s", caller)
-    return s.astype(jnp.float32)
+METHOD = Method(
+    "smoothquant",
+    solve=None,
+    options=_OPTIONS,
+    why_not=why_not_stochastic,
+    needs=("absmax",),
+    folding=Folding(_find_smoothquant_scale, _why_not_smoothed),
+    judged=False,
+)

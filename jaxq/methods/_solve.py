@@ -1,10 +1,14 @@
-"""Methods by name: one matrix, the statistics of its inputs, and a judgement on inputs that the method has not seen."""
+"""Quantizing a weight by a named method, and judging the result.
+
+`solve` checks the request, runs the method on one matrix and the statistics of its
+inputs, compares the result with rounding to nearest on inputs that the method has not
+seen, and falls back to rounding where the method does worse.
+"""
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,18 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import formats, ops
-from jaxq.methods import _limits, _matrix
-from jaxq.methods._adaround import adaround
-from jaxq.methods._clipping import clip
-from jaxq.methods._gptq import gptq
-from jaxq.methods._hqq import hqq
-from jaxq.methods._kmeans import kmeans
-from jaxq.methods._limits import why_not
-from jaxq.methods._rtn import rtn
+from jaxq.methods import _matrix
+from jaxq.methods._method import Method, Solution
+from jaxq.methods._notes import join_notes
+from jaxq.methods._registry import check_options, get, names
+from jaxq.methods._rtn import round_to_nearest
 from jaxq.observers import LayerStats
-from jaxq.qtensor import Granularity, PerChannel, QTensor, QuantSpec, dequantize
+from jaxq.qtensor import QTensor, QuantSpec, dequantize
 
 FALLBACKS = ("rtn", "none", "raise")
+
+# Statistics that calibration collects only on request: (what they are, the remedy).
+_OPTIONAL_STATISTICS = {"hessian": ("second moments", "calibrate with hessian=True")}
 
 
 class Solved(NamedTuple):
@@ -31,45 +35,25 @@ class Solved(NamedTuple):
 
     Attributes:
       qt: the result.
-      method: what made it: the method asked for, or "rtn" where that fell back.
-      note: why it fell back, or what else is worth knowing; empty if nothing.
-      loss: mean squared error of the layer's output on held-out inputs over that of rounding to nearest; None without
-        inputs, and for methods whose weight is the rounded one.
+      method: the method that made the result. It is "rtn" if the requested method fell
+        back to rounding to nearest.
+      note: why it fell back, or another remark for the report; empty if there is none.
+      loss: mean squared error of the layer's output on held-out inputs, divided by that
+        of rounding to nearest. None if there are no such inputs, and for methods whose
+        weight is the rounded one.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> int8 = jaxq.presets()["int8"]
+      >>> solved = jaxq.methods.solve("rtn", jnp.ones((4, 2)), None, int8)
+      >>> solved.method, solved.loss
+      ('rtn', None)
     """
 
     qt: QTensor
     method: str
     note: str
     loss: float | None
-
-
-class _Made(NamedTuple):
-    """What a method made of a weight, and what is worth knowing; `rounded` where it could not but round to nearest."""
-
-    qt: QTensor
-    note: str = ""
-    rounded: bool = False
-
-
-class Method(NamedTuple):
-    """How a method is called.
-
-    Attributes:
-      solve: `(w, stats, spec, key, **options) -> _Made`.
-      options: keyword arguments that a rule may give.
-      needs_data: it cannot do without statistics.
-      judged: its weight is another than rounding gives, and is compared with that on held-out inputs.
-    """
-
-    solve: Callable[..., _Made]
-    options: tuple[str, ...]
-    needs_data: bool
-    judged: bool = True
-
-
-def names() -> list[str]:
-    """The methods that recipes can name."""
-    return sorted(METHODS)
 
 
 def solve(
@@ -82,27 +66,37 @@ def solve(
     fallback: str = "rtn",
     key: jax.Array | None = None,
     name: str = "w",
+    nearest: QTensor | None = None,
 ) -> Solved:
-    """Quantizes a weight by a named method, and falls back to rounding to nearest where that does better.
+    """Quantizes a weight by a named method, or rounds it to nearest if that is better.
 
-    Better is a smaller error of the layer's output on the held-out rows of `stats`, which no method sees. Of a stack,
-    each matrix is judged by itself.
+    Better means a smaller error of the layer's output on the held-out rows of `stats`.
+    No method sees these rows. In a stack, each matrix is judged on its own.
 
     Args:
       method: one of `jaxq.methods.names()`.
-      w: float `[in, out]`, or a stack of such matrices with axes in front.
-      stats: statistics of its inputs, with the axes of the stack in front; None where there are none.
+      w: float `[in, out]`, or a stack of such matrices `[..., in, out]`.
+      stats: statistics of the layer's inputs, with the axes of the stack in front; None
+        if there are none.
       spec: what to quantize to.
       options: keyword arguments of the method.
-      fallback: "rtn", "none" (keep the method's result), or "raise".
-      key: PRNG key, for methods that draw.
+      fallback: what happens if the method does worse than rounding: "rtn" takes the
+        rounded weight, "none" keeps the method's result, "raise" raises.
+      key: PRNG key for methods that draw random numbers; None takes
+        `jax.random.key(0)`.
       name: what errors call the weight.
+      nearest: `w` rounded to nearest, if the caller has it already: what
+        `quantize(w, ..., contracting=-2)` gives for the method's own granularity
+        (`Method.nearest_spec`). None rounds the weight here when it is needed.
 
     Returns:
       A `Solved`.
 
     Raises:
-      ValueError: an unknown method; one that needs statistics without any; `fallback="raise"` and it did worse.
+      ValueError: there is no such method; `fallback` or an option is invalid; the
+        method needs statistics that are not there; it cannot quantize to `spec`; `w` or
+        the statistics have a number that is not finite; `fallback="raise"` and the
+        method does worse than rounding to nearest.
 
     Example:
       >>> import jax, jaxq
@@ -112,136 +106,181 @@ def solve(
     """
     formats.check_choice("solve: method", method, names())
     formats.check_choice("solve: fallback", fallback, FALLBACKS)
-    found = METHODS[method]
-    if found.needs_data and stats is None:
-        raise ValueError(
-            f"{name}: method {method!r} needs the layer's inputs: pass calibration data."
-        )
-    options = dict(options or {})
-    check_options(f"{name}: method {method!r}", method, options)
-    if found.judged and (why := why_not(method, spec, options)):
-        raise ValueError(f"{name}: method {method!r}: {why}")
-    if stats is not None:
-        _check_stats(stats, w, method, name)
+    record, options = get(method), dict(options or {})
+    _check_request(record, w, stats, spec, options, name)
+    held_out = _held_out_rows(record, stats)
+    if nearest is not None:
+        _check_nearest(nearest, w, name)
+    elif record.solve is None or record.takes_nearest or held_out is not None:
+        nearest = round_to_nearest(w, record.nearest_spec(spec, options))
+    if record.solve is None:
+        assert nearest is not None
+        return Solved(nearest, method, "", None)
+    if record.takes_nearest:
+        options["nearest"] = nearest
     key = jax.random.key(0) if key is None else key
-    _matrix.raise_if_not_finite(w, name, method)
-    qt, note, rounded = found.solve(w, stats, spec, key, **options)
-    if rounded:
+    solution = record.solve(w, stats, spec, key=key, **options)
+    if solution.rounded:
         if fallback == "raise":
-            raise ValueError(f"{name}: {method}: {note}. Pass fallback='rtn'.")
-        return Solved(qt, "rtn", note, None)
-    if not found.judged or stats is None:
-        return Solved(qt, method, note, None)
-    if int(np.sum(stats.num_held_out)) == 0:
-        return Solved(
-            qt, method, _say(note, "not judged: too few rows to hold some out"), None
-        )
-    nearest, _ = rtn(
-        w, spec.replace(granularity=own_granularity(method, options, spec))
-    )
-    if (
-        qt.meta.activation is not None
-    ):  # inputs all of whose columns are quantized alike
-        nearest = nearest.with_activation(qt.meta.activation)
-    ours, theirs = (
-        np.asarray(output_error(w, q, stats.held_out)) for q in (qt, nearest)
-    )  # [...]
-    if not np.all(np.isfinite(ours + theirs)):
-        raise ValueError(
-            f"{name}: the error of its output on held-out inputs is not finite ({ours}; rtn: {theirs})."
-        )
-    worse = ours > theirs
-    if not worse.any() or fallback == "none":
-        return Solved(qt, method, note, _ratio(ours, theirs))
-    said = f"{method} is worse than rtn on held-out inputs ({_ratio(ours[worse], theirs[worse]):.3g} times its error)"
-    if not worse.all():
-        said += f" in {worse.sum()} of {worse.size} matrices"
-    if fallback == "raise":
-        raise ValueError(f"{name}: {said}. Pass fallback='rtn' or 'none'.")
-    mixed = not worse.all() and jax.tree.structure(qt) == jax.tree.structure(nearest)
-    if mixed:
-        qt = _instead(worse, nearest, qt)
-        return Solved(
-            qt,
-            method,
-            _say(f"{said}, so rtn there", note),
-            _ratio(np.minimum(ours, theirs), theirs),
-        )
-    if ours.sum() <= theirs.sum():  # a codebook is no scale, so it is all or none
-        return Solved(qt, method, _say(said, note), _ratio(ours, theirs))
-    return Solved(nearest, "rtn", _say(f"{said}, so rtn", note), 1.0)
+            raise ValueError(f"{name}: {method}: {solution.note}. Pass fallback='rtn'.")
+        return Solved(solution.qt, "rtn", solution.note, None)
+    if not record.judged or stats is None:
+        return Solved(solution.qt, method, solution.note, None)
+    if held_out is None:
+        note = join_notes(solution.note, "not judged: too few rows to hold some out")
+        return Solved(solution.qt, method, note, None)
+    assert nearest is not None
+    return _judge(method, solution, nearest, w, held_out, fallback, name)
 
 
-def _ratio(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(ours.sum() / theirs.sum()) if theirs.sum() else 1.0
+def _check_request(
+    record: Method,
+    w: jax.Array,
+    stats: LayerStats | None,
+    spec: QuantSpec,
+    options: Mapping[str, Any],
+    name: str,
+) -> None:
+    """Raises a ValueError for what the method cannot work with."""
+    caller = f"{name}: method {record.name!r}"
+    check_options(caller, record.name, options)
+    needs = record.needed_statistics(options)
+    if needs and stats is None:
+        raise ValueError(f"{caller} needs the layer's inputs: pass calibration data.")
+    if reason := record.why_not(spec, options):
+        raise ValueError(f"{caller}: {reason}")
+    if stats is not None:
+        _check_stats(stats, needs, w, caller, name)
+    _matrix.raise_if_not_finite(w, name, record.name)
 
 
-def _instead(where: np.ndarray, there: QTensor, elsewhere: QTensor) -> QTensor:
-    """One QTensor where the matrices of a stack are chosen, another one elsewhere."""
-
-    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(
-            where.reshape(*where.shape, *(1 for _ in a.shape[where.ndim :])), a, b
-        )
-
-    return jax.tree.map(choose, there, elsewhere)
-
-
-def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
-    """Raises a ValueError for an option that the method does not have, with those it has, or that is out of range."""
-    for option in options:
-        if option not in METHODS[method].options:
-            known = METHODS[method].options
-            text = (
-                formats.unknown_name("option", option, known, f"{list(known)}")
-                if known
-                else f"unknown option {option!r}; it has none."
-            )
-            raise ValueError(f"{caller}: options: {text}")
-    _limits.check_numbers(f"{caller}: options", method, **options)
-    if method == "clip":
-        _limits.check_clipping(f"{caller}: options", options)
-
-
-def own_granularity(
-    method: str, options: Mapping[str, Any], spec: QuantSpec
-) -> Granularity:
-    """Where the scales of a method's result vary: tables of k-means are large, and one a channel is the default."""
-    default = PerChannel() if method == "kmeans" else spec.granularity
-    return options.get("granularity", default)
-
-
-def _check_stats(stats: LayerStats, w: jax.Array, method: str, name: str) -> None:
-    """Raises where statistics are not those of this weight's input."""
+def _check_stats(
+    stats: LayerStats, needs: tuple[str, ...], w: jax.Array, caller: str, name: str
+) -> None:
+    """Raises a ValueError unless these are statistics of this weight's input."""
     expected = (*w.shape[:-2], w.shape[-2])
     if tuple(stats.mean.shape) != expected:
         raise ValueError(
-            f"{name}: its statistics are of inputs {list(stats.mean.shape)}, expected {list(expected)}."
+            f"{name}: its statistics are of inputs {list(stats.mean.shape)}, "
+            f"expected {list(expected)}."
         )
-    if method == "gptq" and stats.hessian is None:
-        raise ValueError(
-            f"{name}: method 'gptq' needs second moments; calibrate with hessian=True."
-        )
-    if (
-        method == "gptq"
-        and stats.hessian is not None
-        and not bool(jnp.isfinite(stats.hessian).all())
-    ):
+    for field in needs:
+        if getattr(stats, field) is None:
+            meaning, remedy = _OPTIONAL_STATISTICS[field]
+            raise ValueError(f"{caller} needs {meaning}; {remedy}.")
+    hessian = stats.hessian if "hessian" in needs else None
+    if hessian is not None and not bool(jnp.isfinite(hessian).all()):
         largest = float(np.max(stats.absmax))
         raise ValueError(
-            f"{name}: the second moments of its inputs are not finite: magnitudes up to {largest:.3g} are too large to "
-            "be squared in float32. Scale its inputs down, or use another method."
+            f"{name}: the second moments of its inputs are not finite: magnitudes up "
+            f"to {largest:.3g} are too large to be squared in float32. Scale its "
+            "inputs down, or use another method."
         )
+
+
+def _check_nearest(nearest: QTensor, w: jax.Array, name: str) -> None:
+    """Raises a ValueError unless `nearest` is a weight like `w`, axis -2 contracted."""
+    geometry = nearest.meta.geometry
+    if nearest.shape != w.shape or geometry.contracted != (-2,):
+        raise ValueError(
+            f"{name}: nearest must be the weight {_matrix.describe(w)} rounded with "
+            f"contracting=-2, got {nearest!r}."
+        )
+
+
+def _held_out_rows(record: Method, stats: LayerStats | None) -> jax.Array | None:
+    """The inputs to judge the method by; None if it is not judged or none are there."""
+    if not record.judged or stats is None or int(np.sum(stats.num_held_out)) == 0:
+        return None
+    return stats.held_out
+
+
+def _judge(
+    method: str,
+    solution: Solution,
+    nearest: QTensor,
+    w: jax.Array,
+    held_out: jax.Array,
+    fallback: str,
+    name: str,
+) -> Solved:
+    """Keeps the method's result where it does better than rounding to nearest."""
+    qt, note = solution.qt, solution.note
+    if qt.meta.activation is not None:
+        # The method quantizes inputs, so rounding is judged with quantized inputs too.
+        # It treats all columns of the input alike: no outliers are set apart.
+        nearest = nearest.with_activation(qt.meta.activation)
+    method_error = np.asarray(output_error(w, qt, held_out))  # [...]
+    nearest_error = np.asarray(output_error(w, nearest, held_out))  # [...]
+    if not np.all(np.isfinite(method_error + nearest_error)):
+        raise ValueError(
+            f"{name}: the error of its output on held-out inputs is not finite "
+            f"({method_error}; rtn: {nearest_error})."
+        )
+    worse = method_error > nearest_error  # [...]
+    if not worse.any() or fallback == "none":
+        return Solved(qt, method, note, _error_ratio(method_error, nearest_error))
+    ratio = _error_ratio(method_error[worse], nearest_error[worse])
+    verdict = (
+        f"{method} is worse than rtn on held-out inputs ({ratio:.3g} times its error)"
+    )
+    if not worse.all():
+        verdict += f" in {worse.sum()} of {worse.size} matrices"
+    if fallback == "raise":
+        raise ValueError(f"{name}: {verdict}. Pass fallback='rtn' or 'none'.")
+    can_mix = jax.tree.structure(qt) == jax.tree.structure(nearest)
+    if can_mix and not worse.all():
+        best_error = np.minimum(method_error, nearest_error)
+        return Solved(
+            _where_worse(worse, nearest, qt),
+            method,
+            join_notes(f"{verdict}, so rtn there", note),
+            _error_ratio(best_error, nearest_error),
+        )
+    # Results of different structure (a codebook, no codebook) cannot share one stack,
+    # so the stack is kept or rounded as a whole.
+    if method_error.sum() <= nearest_error.sum():
+        loss = _error_ratio(method_error, nearest_error)
+        return Solved(qt, method, join_notes(verdict, note), loss)
+    return Solved(nearest, "rtn", join_notes(f"{verdict}, so rtn", note), 1.0)
+
+
+def _error_ratio(error: np.ndarray, reference: np.ndarray) -> float:
+    """The sum of errors over the sum of reference errors; 1 if the reference is 0."""
+    total = reference.sum()
+    return float(error.sum() / total) if total else 1.0
+
+
+def _where_worse(worse: np.ndarray, nearest: QTensor, qt: QTensor) -> QTensor:
+    """A stack with the matrices of `nearest` where `worse` is True, else of `qt`."""
+
+    def choose(rounded: jax.Array, solved: jax.Array) -> jax.Array:
+        axes = (1,) * (rounded.ndim - worse.ndim)
+        return jnp.where(worse.reshape(worse.shape + axes), rounded, solved)
+
+    return jax.tree.map(choose, nearest, qt)
 
 
 @jax.jit
 def output_error(w: jax.Array, qt: QTensor, x: jax.Array) -> jax.Array:
-    """`sum (x W - x Q)^2` of each matrix, `[...]`; x is quantized too, where Q has it so.
+    """The squared error of a layer's outputs, `sum (x W - x Q)^2`, of each matrix.
+
+    If `qt` quantizes its inputs, `x` is quantized for the product with it.
 
     Args:
       w: float `[..., in, out]`.
-      qt: of the same shape.
-      x: float32 `[..., tokens, in]`; rows of zeros count for nothing.
+      qt: the quantized weight, of the same shape.
+      x: float32 `[..., tokens, in]`. Rows of zeros add nothing.
+
+    Returns:
+      float32 `[...]`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from jaxq.methods import output_error
+      >>> w = jnp.eye(4)
+      >>> float(output_error(w, jaxq.quantize(w, "int8"), jnp.ones((2, 4)))) < 1e-6
+      True
     """
     if qt.meta.activation is not None:
         product = functools.partial(ops.matmul, preferred_element_type=jnp.float32)
@@ -251,137 +290,8 @@ def output_error(w: jax.Array, qt: QTensor, x: jax.Array) -> jax.Array:
             x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
         return jnp.sum(jnp.square(exact - product(x, qt)), axis=(-2, -1))
-    delta = w.astype(jnp.float32) - dequantize(
-        qt.with_activation(None), dtype=jnp.float32
-    )
-    return jnp.sum(
-        jnp.square(jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST)),
-        axis=(-2, -1),
-    )
-
-
-def few_tokens(stats: LayerStats, k: int) -> str:
-    """What to say where there are fewer rows than inputs."""
-    count = int(np.min(stats.count))
-    if count == 0 and np.size(stats.count) > 1:
-        return f"{np.sum(np.asarray(stats.count) == 0)} of {np.size(stats.count)} matrices never reached"
-    return f"only {count} rows for {k} inputs" if count < k else ""
-
-
-def few_samples(stats: LayerStats, k: int) -> str:
-    """What to say where fewer rows than inputs were kept."""
-    if 0 < np.sum(np.asarray(stats.count) == 0) < np.size(stats.count):
-        return few_tokens(stats, k)
-    count = int(np.min(stats.num_samples))
-    return f"fitted to {count} rows of {k} inputs" if count < k else ""
-
-
-def _say(*notes: str) -> str:
-    return "; ".join(note for note in notes if note)
-
-
-def _rtn(w, stats, spec, key):
-    return _Made(rtn(w, spec)[0])
-
-
-def _clip(w, stats, spec, key, **options):
-    if options.pop("inputs", False):
-        if stats is None:
-            raise ValueError(
-                "clip: inputs=True weighs errors by the layer's inputs: pass calibration data."
-            )
-        return _Made(
-            clip(w, spec, x=stats.samples, **options)[0],
-            few_samples(stats, w.shape[-2]),
-        )
-    return _Made(clip(w, spec, **options)[0])
-
-
-def _hqq(w, stats, spec, key, **options):
-    return _Made(hqq(w, spec, **options)[0])
-
-
-def _kmeans(w, stats, spec, key, **options):
-    how: dict[str, Any] = options | {
-        "granularity": own_granularity("kmeans", options, spec)
-    }
-    return _Made(kmeans(w, spec.fmt.bits, **how)[0])
-
-
-def _gptq(w, stats, spec, key, **options):
-    qt, info = gptq(w, stats.hessian, spec, **options)
-    damp, fell = options.get("damp", 0.01), np.asarray(info.fell_back)
-    where = "" if fell.all() else f" in {fell.sum()} of {fell.size} matrices"
-    singular = (
-        f"its hessian is not positive definite{where}, so rtn" if fell.any() else ""
-    )
-    more = (
-        f"damping {float(np.max(info.damp)):.3g}"
-        if float(np.max(info.damp)) > 1.01 * damp and not singular
-        else ""
-    )
-    dead = int(np.sum(info.num_dead))
-    said = _say(
-        singular,
-        more,
-        f"{dead} dead inputs" if dead else "",
-        few_tokens(stats, w.shape[-2]),
-    )
-    if dead and dead == info.num_dead.size * w.shape[-2]:
-        return _Made(qt, f"all of its {dead} inputs are dead, so rtn", True)
-    return _Made(qt, said, bool(fell.all()))
-
-
-def _adaround(w, stats, spec, key, **options):
-    return _Made(
-        adaround(w, stats.samples, spec, key=key, **options)[0],
-        few_samples(stats, w.shape[-2]),
-    )
-
-
-def _awq(w, stats, spec, key, **options):
-    """The second half of AWQ; scales have been folded into the weights by then."""
-    num, max_shrink = options.get("clip_num", 20), options.get("clip_max_shrink", 0.5)
-    clipped = clip(w, spec, x=stats.samples, num=num, max_shrink=max_shrink)[0]
-    return _Made(clipped, few_samples(stats, w.shape[-2]))
-
-
-def _llm_int8(w, stats, spec, key, threshold: float = 6.0):
-    return _Made(rtn(w, spec)[0].with_activation("int8", outliers=threshold))
-
-
-def _folded(w, stats, spec, key, **options):
-    """Rounding: scales have been folded into the weights by then."""
-    return _Made(rtn(w, spec)[0])
-
-
-def _options(function: Callable[..., Any], *more: str) -> tuple[str, ...]:
-    """The names of a function's keyword arguments that are settings, no arrays."""
-    arrays = ("channel_weight", "key", "name", "x", "x_float")
-    found = inspect.signature(function).parameters.values()
-    return tuple(
-        sorted(
-            {
-                *(
-                    p.name
-                    for p in found
-                    if p.kind is p.KEYWORD_ONLY and p.name not in arrays
-                ),
-                *more,
-            }
-        )
-    )
-
-
-METHODS = {
-    "adaround": Method(_adaround, _options(adaround), True),
-    "awq": Method(_awq, ("clip_max_shrink", "clip_num", "duo", "num"), True),
-    "clip": Method(_clip, _options(clip, "inputs"), False),
-    "equalize": Method(_folded, ("power_of_two",), False, judged=False),
-    "gptq": Method(_gptq, _options(gptq), True),
-    "hqq": Method(_hqq, _options(hqq), False),
-    "kmeans": Method(_kmeans, _options(kmeans), False),
-    "llm_int8": Method(_llm_int8, ("threshold",), False),
-    "rtn": Method(_rtn, (), False, judged=False),
-    "smoothquant": Method(_folded, ("alpha",), True, judged=False),
-}
+    weight = dequantize(qt.with_activation(None), dtype=jnp.float32)
+    # The small difference first: of two large products little would be left.
+    delta = w.astype(jnp.float32) - weight  # [..., in, out]
+    error = jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(jnp.square(error), axis=(-2, -1))

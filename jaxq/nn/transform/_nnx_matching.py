@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxq import methods
-from jaxq.nn.layers._nnx import LayerKind, bare_kind, find_kind, weight_axes
+from jaxq.nn.layers import LayerKind, bare_kind, find_kind, weight_axes
 from jaxq.nn.report._report import why_floats
 from jaxq.nn.transform._folding import FOLDED
 from jaxq.nn.transform._weight import dry_run
@@ -345,9 +345,9 @@ def check_data(
     for path, kind, rule in layers:
         name, method = (
             f"{path or 'the model itself'} ({kind.name})",
-            methods.METHODS[rule.method],
+            methods.get(rule.method),
         )
-        reads = method.needs_data or dict(rule.options).get("inputs", False)
+        reads = method.needs_data(dict(rule.options))
         if rule.observer is not None and not kind.watched:
             problems.append(
                 f"  {name}: its input cannot be observed, so it has no static range"

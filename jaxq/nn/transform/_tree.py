@@ -44,7 +44,7 @@ from jaxq.qtensor import (
     raise_if_not_finite,
 )
 from jaxq.recipes import Recipe, Rule, as_recipe
-from jaxq.sharding import on_auto_axes, placed_like
+from jaxq.sharding import on_auto_axes, shard_like
 
 
 class _Leaf(NamedTuple):
@@ -138,7 +138,7 @@ def quantize_params(
                 floats, leaf.rule, leaf.axes, None, fallback="rtn", name=name, **how
             )
             rows.append(quantized_row(leaf.path, "Array", floats, qt, solved))
-        qt = placed_like(qt, leaf.value)
+        qt = shard_like(qt, leaf.value)
         out.append(qt)
         made[at] = qt, rows[-1]
         if donate:
@@ -286,7 +286,7 @@ def _check_method(rule: Rule) -> None:
         raise ValueError(
             f"observer {rule.observer!r} needs calibration data, which pass through a model"
         )
-    if methods.METHODS[rule.method].needs_data:
+    if methods.get(rule.method).needs_data(dict(rule.options)):
         raise ValueError(
             f"method {rule.method!r} needs calibration data, which pass through a model"
         )

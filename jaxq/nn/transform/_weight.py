@@ -1,13 +1,13 @@
-"""One weight by its rule: rounded, solved by a method on the layer's inputs, told how to quantize those.
+"""One weight by its rule: rounded or solved by a method, with its inputs' quantization.
 
-What every way to quantize a model shares, whether its weights are variables of nnx modules, parameters of linen ones or
-leaves of a tree.
+All kinds of models share this. Methods know matrices `[*batch, in, out]` only. The
+weight of a layer may have more axes, so it is reshaped to a matrix for the method, and
+the result is reshaped back.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,212 +15,183 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import methods
-from jaxq.nn.transform._folding import FOLDED, Outcome
+from jaxq.nn.transform._folding import Outcome, folding_of
+from jaxq.nn.transform._options import Options
+from jaxq.nn.transform._slot import Slot
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QTensor, QuantSpec, check_floats, dequantize, quantize
+from jaxq.qtensor import QTensor, QuantSpec, check_floats, quantize
 from jaxq.recipes import Rule
 
 
 def quantize_weight(
+    slot: Slot,
     floats: jax.Array,
-    rule: Rule,
-    axes: tuple[Sequence[int], Sequence[int]],
     stats: LayerStats | None,
-    *,
-    fallback: str,
     key: jax.Array,
-    name: str,
-    on_nonfinite: str,
-    rows: bool = True,
-    outcome: Outcome | None = None,
-    stochastic: bool = False,
-) -> tuple[QTensor, methods.Solved | None]:
-    """A weight as its rule wants it, and what its method says; None of rounding to nearest.
+    options: Options,
+) -> methods.Solved:
+    """Quantizes a weight as its rule says.
 
     Args:
-      floats: the weight.
-      rule: with a `QuantSpec` as weight.
-      axes: contracted and batch axes.
+      slot: with a rule that has a weight.
+      floats: the weight of the slot.
       stats: of the layer's inputs, or None.
-      fallback: as in `jaxq.quantize_model`.
       key: PRNG key.
-      name: what errors call the weight.
-      on_nonfinite: as in `jaxq.quantize`.
-      rows: rows of the input meet the weight as a matrix; those of a convolution, places with their channels, do not.
-      outcome: what became of the scales of the layer's group, if its method folds some.
-      stochastic: round with the key where the spec says so.
-    """
-    contracting, batch = axes
-    qt = quantize(
-        floats,
-        nearest_spec(rule),
-        contracting=tuple(contracting),
-        batch=tuple(batch),
-        key=key if stochastic else None,
-        on_nonfinite=on_nonfinite,
-        name=name,
-    )
-    solved = None
-    if rule.method in (
-        "equalize",
-        "smoothquant",
-    ):  # their scales are in the floats by now
-        note = unscaled_note(rule, outcome)
-        solved = methods.Solved(
-            qt, "rtn" if note else rule.method, note, outcome.loss if outcome else None
-        )
-    elif rule.method != "rtn":
-        solved = _solve(qt, floats, stats if rows else None, rule, fallback, key, name)
-        qt = solved.qt
-        if rule.method == "awq":
-            solved = _with_scales(solved, unscaled_note(rule, outcome), outcome)
-    return with_inputs(qt, rule, static_bounds(rule, stats, name)), solved
-
-
-def dry_run(
-    w: Any, rule: Rule, contracting: Sequence[int], batch: Sequence[int], name: str
-) -> QTensor:
-    """Raises what quantizing a weight would raise; nothing is computed.
-
-    Args:
-      w: float array.
-      rule: with a weight.
-      contracting: axes of `w`.
-      batch: axes of `w`.
-      name: what errors call it.
+      options: `fallback`, `on_nonfinite`, and `key`: None allows no random rounding.
 
     Returns:
-      The QTensor there would be, of `jax.ShapeDtypeStruct`s.
+      The result and what made it. The QTensor quantizes the layer's inputs, if the rule
+      says so.
     """
-    axes = tuple(contracting)
-    found = methods.METHODS[rule.method]
-    check_floats(
-        w.dtype, w.shape, name, "quantize"
-    )  # before jax makes float32 of what it cannot hold
+    rule, name = _rule(slot), slot.name or "w"
+    spec = _nearest_spec(rule)
+    nearest = quantize(
+        floats,
+        spec,
+        contracting=slot.contracting,
+        batch=slot.batch,
+        key=key if options.key is not None and spec.needs_key else None,
+        on_nonfinite=options.on_nonfinite,
+        name=name,
+    )
+    if methods.get(rule.method).solve is None:
+        solved = _rounded(nearest, slot)
+    else:
+        rows = stats if slot.has_rows else None
+        solved = _solve(nearest, floats, rows, rule, options.fallback, key, name)
+        solved = _with_scales(solved, slot)
+    bounds = _static_bounds(rule, stats, name)
+    return solved._replace(qt=_with_activation(solved.qt, rule, bounds))
 
-    def made(v: jax.Array) -> QTensor:
-        key = jax.random.key(
-            0
-        )  # whether there is one is told when the numbers are there
-        spec = nearest_spec(rule)
-        drawn = key if spec.rounding == "stochastic" else None
+
+def dry_run(slot: Slot) -> QTensor:
+    """Raises what quantizing the weight of a slot would raise. Nothing is computed.
+
+    Returns:
+      The QTensor that there will be, made of `jax.ShapeDtypeStruct`s.
+    """
+    rule, w, name = _rule(slot), slot.value, slot.name or "w"
+    method = methods.get(rule.method)
+    # Before jax converts a dtype that it cannot hold to float32.
+    check_floats(w.dtype, w.shape, name, "quantize")
+
+    def run(w: jax.Array) -> QTensor:
+        key = jax.random.key(0)
+        spec = _nearest_spec(rule)
         qt = quantize(
-            v, spec, contracting=axes, batch=tuple(batch), key=drawn, name=name
+            w,
+            spec,
+            contracting=slot.contracting,
+            batch=slot.batch,
+            key=key if spec.needs_key else None,
+            name=name,
         )
-        needs_data = found.needs_data or dict(rule.options).get("inputs", False)
-        if (
-            rule.method != "rtn" and not needs_data
-        ):  # the others give codes and scales like these
-            qt = _solve(qt, v, None, rule, "rtn", key, name).qt
-        return with_inputs(qt, rule, None if rule.observer is None else (0.0, 1.0))
+        # A method that needs data gives codes and scales of the same shapes.
+        if method.solve is not None and not method.needs_data(dict(rule.options)):
+            qt = _solve(qt, w, None, rule, "rtn", key, name).qt
+        return _with_activation(qt, rule, None if rule.observer is None else (0.0, 1.0))
 
-    return jax.eval_shape(made, jax.ShapeDtypeStruct(w.shape, w.dtype))
+    return jax.eval_shape(run, jax.ShapeDtypeStruct(w.shape, w.dtype))
 
 
-def unscaled_note(rule: Rule, outcome: Outcome | None) -> str:
-    """What a report says of a layer whose method wants scales in front of it and has none; else empty."""
-    if rule.method not in FOLDED or (outcome is not None and outcome.taken):
+def as_matrix(qt: QTensor, floats: jax.Array) -> jax.Array:
+    """An array of a QTensor's shape as the matrix `[*batch, in, out]` of its product."""
+    geometry = qt.meta.geometry
+    rows = geometry.to_storage(geometry.to_view(floats))  # [*batch, *kept, in]
+    rows = rows.reshape(*qt.batch_shape, -1, geometry.contracted_size)
+    return jnp.swapaxes(rows, -1, -2)
+
+
+def missing_scales_note(rule: Rule, outcome: Outcome | None) -> str:
+    """What the report says of a layer whose method could not move its scales.
+
+    Empty if the scales were moved, and for a method that moves none.
+    """
+    folding = folding_of(rule)
+    if folding is None or (outcome is not None and outcome.moved):
         return ""
-    why = "nothing before it can take its scales" if outcome is None else outcome.note
-    return f"only clipped: {why}" if rule.method == "awq" else why
+    reason = "nothing before it can take its scales"
+    if outcome is not None:
+        reason = outcome.note
+    if folding.without_scales:
+        return f"{folding.without_scales}: {reason}"
+    return reason
 
 
-def _with_scales(
-    solved: methods.Solved, unscaled: str, outcome: Outcome | None
-) -> methods.Solved:
-    """What AWQ's second half, clipping, made of a weight, with what is known of its first, the scales."""
-    if unscaled or outcome is None:
-        return solved._replace(note="; ".join(n for n in (unscaled, solved.note) if n))
+def method_without_data(slot: Slot) -> str:
+    """The method that a plan shows: "rtn" if only the missing scales were its work."""
+    rule = _rule(slot)
+    only_rounds = methods.get(rule.method).solve is None
+    if only_rounds and missing_scales_note(rule, slot.scales):
+        return "rtn"
+    return rule.method
+
+
+def _rule(slot: Slot) -> Rule:
+    assert slot.rule is not None
+    return slot.rule
+
+
+def _nearest_spec(rule: Rule) -> QuantSpec:
+    """How the weight is rounded to nearest: in blocks as the rule's method has them."""
+    assert isinstance(rule.weight, QuantSpec)
+    return methods.get(rule.method).nearest_spec(rule.weight, dict(rule.options))
+
+
+def _rounded(nearest: QTensor, slot: Slot) -> methods.Solved:
+    """The result of a method that rounds to nearest after its scales were moved."""
+    rule = _rule(slot)
+    note = missing_scales_note(rule, slot.scales)
+    loss = None if slot.scales is None else slot.scales.loss
+    return methods.Solved(nearest, method_without_data(slot), note, loss)
+
+
+def _with_scales(solved: methods.Solved, slot: Slot) -> methods.Solved:
+    """Adds what happened to the scales to the result of a method's other half.
+
+    The loss of the whole method is the product of the losses of its two halves.
+    """
+    rule = _rule(slot)
+    if folding_of(rule) is None:
+        return solved
+    missing = missing_scales_note(rule, slot.scales)
+    if missing or slot.scales is None:
+        notes = [note for note in (missing, solved.note) if note]
+        return solved._replace(note="; ".join(notes))
     loss = None
-    if solved.loss is not None and outcome.loss is not None:
-        loss = solved.loss * outcome.loss
-    if solved.method == "rtn":
-        return solved._replace(
-            method="awq",
-            loss=loss,
-            note="only scaled: clipping does worse on held-out inputs",
-        )
+    if solved.loss is not None and slot.scales.loss is not None:
+        loss = solved.loss * slot.scales.loss
+    fell_back = solved.method != rule.method
+    if fell_back:
+        note = "only scaled: its codes do worse than rounding on held-out inputs"
+        return solved._replace(method=rule.method, loss=loss, note=note)
     return solved._replace(loss=loss)
 
 
-def corrected_bias(
-    bias: jax.Array,
-    floats: jax.Array,
-    qt: QTensor,
-    stats: LayerStats,
-    fallback: str,
-    name: str,
-) -> tuple[jax.Array, str]:
-    """A layer's bias with what its quantized weight falls short of on average, and what a report says of it.
-
-    The bias stays as it is where the outputs on held-out inputs are nearer to the float layer's without.
-
-    Args:
-      bias: `[*batch, *kept]`.
-      floats: the weight.
-      qt: what became of it.
-      stats: of the layer's inputs.
-      fallback: as in `jaxq.quantize_model`.
-      name: what errors call the weight.
-    """
-    back = dequantize(qt.with_activation(None), dtype=jnp.float32)
-    w, w_hat = _matrix(qt, floats), _matrix(qt, back)
-    shift = methods.bias_correction(w, w_hat, stats.mean)  # [*batch, out]
-    missing = jnp.matmul(
-        stats.held_out,
-        w.astype(jnp.float32) - w_hat,
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    counts = (stats.held_out_ranks >= 0)[..., None]
-    after = jnp.sum(jnp.where(counts, missing - shift[..., None, :], 0.0) ** 2)
-    before = jnp.sum(missing**2)
-    note = "; ".join(
-        n for n in ("bias corrected", methods.few_tokens(stats, w.shape[-2])) if n
-    )
-    if bool(after > before) and fallback != "none":
-        worse = f"bias correction does worse on held-out inputs ({float(after / before):.3g} times the error)"
-        if fallback == "raise":
-            raise ValueError(f"{name}: {worse}. Pass fallback='rtn' or 'none'.")
-        return bias, f"{worse}, so none"
-    return (bias.astype(jnp.float32) + shift.reshape(bias.shape)).astype(
-        bias.dtype
-    ), note
-
-
-def _matrix(qt: QTensor, floats: jax.Array) -> jax.Array:
-    """An array of a QTensor's shape as its matrix `[*batch, in, out]`."""
-    geometry = qt.meta.geometry
-    view = geometry.to_storage(geometry.to_view(floats))
-    return jnp.swapaxes(
-        view.reshape(*qt.batch_shape, -1, geometry.contracted_size), -1, -2
-    )
-
-
-def with_inputs(
-    qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None = None
+def _with_activation(
+    qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None
 ) -> QTensor:
-    """A weight that quantizes its inputs as a rule says; columns of outliers that its method set apart stay so.
+    """A weight that quantizes its inputs as the rule says.
 
     Args:
-      qt: the weight.
-      rule: its rule.
-      bounds: the static range of its input, or None.
+      qt: the weight. Its method may have set outlier columns apart; they stay so.
+      rule: of the weight.
+      bounds: the static range of the inputs, or None.
     """
-    outliers = qt.meta.outliers
     if qt.meta.activation is not None and rule.activation is None:
-        return qt  # as its method says
+        return qt  # the method itself quantizes the inputs
+    outliers = qt.meta.outliers
     return qt.with_activation(rule.activation, outliers=outliers, bounds=bounds)
 
 
-def static_bounds(
+def _static_bounds(
     rule: Rule, stats: LayerStats | None, name: str
 ) -> tuple[jax.Array, jax.Array] | None:
-    """The range of a layer's input that its rule's observer found; None where the rule has none.
+    """The static range of a layer's input; None if the rule has no observer.
 
-    Args:
-      rule: of the layer.
-      stats: of its input.
-      name: what errors call the weight.
+    Raises:
+      ValueError: the statistics have no state of the observer, or calibration saw only
+        zeros.
     """
     if rule.observer is None:
         return None
@@ -228,29 +199,30 @@ def static_bounds(
     assert not isinstance(rule.observer, str)
     if stats is None or stats.observed is None:
         raise ValueError(
-            f"quantize_model: the statistics given have no state of {rule.observer!r}. Make them with "
-            "jaxq.nn.calibrate(..., observer=...), or pass the batches themselves as calibration=."
+            "quantize_model: the statistics given have no state of "
+            f"{rule.observer!r}. Make them with jaxq.nn.calibrate(..., observer=...), "
+            "or pass the batches themselves as calibration=."
         )
     observer, spec = rule.observer, rule.activation
+    symmetric = spec.symmetric and spec.offset is None
 
     def bounds(state: Any) -> tuple[jax.Array, jax.Array]:
-        return observer.bounds(
-            state, spec.fmt, symmetric=spec.symmetric and spec.offset is None
-        )
+        return observer.bounds(state, spec.fmt, symmetric=symmetric)
 
     for _ in range(stats.count.ndim):
         bounds = jax.vmap(bounds)
     low, high = bounds(stats.observed)
     if not bool(np.all(np.asarray(low) < np.asarray(high))):
         raise ValueError(
-            f"quantize_model: {name}: calibration has seen no input of it but zeros, so a static range would make them "
-            "all zero. Calibrate on data that reach it, or quantize its inputs on the fly (no observer=)."
+            f"quantize_model: {name}: calibration has seen only zeros as its input, so "
+            "a static range would make all inputs zero. Calibrate on data that reach "
+            "it, or use dynamic activation quantization (no observer=)."
         )
     return low, high
 
 
 def _solve(
-    own: QTensor,
+    nearest: QTensor,
     floats: jax.Array,
     stats: LayerStats | None,
     rule: Rule,
@@ -258,69 +230,88 @@ def _solve(
     key: jax.Array,
     name: str,
 ) -> methods.Solved:
-    """A weight by the method of its rule; `own` is what the result's axes and blocks are to be."""
+    """A weight by the method of its rule.
+
+    Args:
+      nearest: the weight rounded to nearest. The result has its axes and blocks.
+      floats: the weight.
+      stats: of the layer's inputs, or None.
+      rule: of the weight.
+      fallback: as in `quantize_model`.
+      key: PRNG key.
+      name: what errors call the weight.
+    """
     assert isinstance(rule.weight, QuantSpec)
+    matrix = as_matrix(nearest, floats)  # [*batch, in, out]
     solved = methods.solve(
         rule.method,
-        _matrix(own, floats),
+        matrix,
         stats,
         rule.weight,
         options=dict(rule.options),
         fallback=fallback,
         key=key,
         name=name,
+        nearest=nearest if _is_matrix(nearest, matrix) else None,
     )
-    return solved._replace(qt=_in_place_of(solved.qt, own, rule.method, name))
+    return solved._replace(qt=_with_axes_of(nearest, solved.qt, rule.method, name))
 
 
-def nearest_spec(rule: Rule) -> QuantSpec:
-    """How a rule's weight is rounded to nearest: in the blocks of its method, where that has some of its own."""
-    assert isinstance(rule.weight, QuantSpec)
-    granularity = methods.own_granularity(rule.method, dict(rule.options), rule.weight)
-    return rule.weight.replace(granularity=granularity)
+def _is_matrix(nearest: QTensor, matrix: jax.Array) -> bool:
+    """The rounded weight has the axes of its matrix, and is not rounded at random."""
+    same_axes = nearest.meta.geometry.contracted == (-2,)
+    return (
+        same_axes and nearest.shape == matrix.shape and not nearest.spec.needs_key
+    )
 
 
-def _in_place_of(qt: QTensor, own: QTensor, method: str, name: str) -> QTensor:
-    """The QTensor of a matrix as that of an array with more axes, which is stored in the same order."""
-    matrix, whole = qt.meta, own.meta
-    batch = own.batch_shape
+def _with_axes_of(
+    nearest: QTensor, matrix: QTensor, method: str, name: str
+) -> QTensor:
+    """The QTensor of a matrix with the axes of the layer's weight.
 
-    def fit(leaf: jax.Array | None, like: jax.Array | None) -> jax.Array | None:
-        if leaf is None or like is None:
+    Both store their codes in the same order, so only shapes change.
+
+    Args:
+      nearest: a QTensor with the axes of the weight.
+      matrix: the result of the method.
+      method: its name, for errors.
+      name: what errors call the weight.
+    """
+    geometry = nearest.meta.geometry
+    blocks = (*nearest.batch_shape, *geometry.num_blocks)
+
+    def reshape(leaf: jax.Array | None, shape: tuple[int, ...] | None) -> Any:
+        if leaf is None or shape is None:
             return leaf
-        if leaf.size != like.size:
+        if leaf.size != np.prod(shape, dtype=int):
             raise ValueError(
-                f"{name}: method {method!r} sees the weight as a matrix, in which {whole.spec.granularity} means "
-                "something else. Use PerChannel, PerGroup or PerTensor."
+                f"{name}: method {method!r} sees the weight as a matrix, in which "
+                f"{nearest.spec.granularity} means something else. Use PerChannel, "
+                "PerGroup or PerTensor."
             )
-        return leaf.reshape(like.shape)
+        return leaf.reshape(shape)
 
-    data = fit(qt.data, own.data)
-    codebook = qt.codebook
+    def reshape_like(leaf: jax.Array | None, like: jax.Array | None) -> Any:
+        return reshape(leaf, None if like is None else like.shape)
+
+    data = reshape(matrix.data, nearest.data.shape)
+    codebook = matrix.codebook
     if codebook is not None:
-        codebook = codebook.reshape(
-            *batch, *whole.geometry.num_blocks, codebook.shape[-1]
-        )
+        codebook = codebook.reshape(*blocks, codebook.shape[-1])
+    if isinstance(matrix.scale, QTensor):
+        assert isinstance(nearest.scale, QTensor)
+        scale = jax.tree.map(reshape_like, matrix.scale, nearest.scale)
+        scale = dataclasses.replace(scale, meta=nearest.scale.meta)
+    else:
+        scale = reshape(matrix.scale, blocks)
     meta = dataclasses.replace(
-        whole,
-        spec=matrix.spec,
-        packing=matrix.packing,
-        activation=matrix.activation,
-        outliers=matrix.outliers,
+        nearest.meta,
+        spec=matrix.meta.spec,
+        packing=matrix.meta.packing,
+        activation=matrix.meta.activation,
+        outliers=matrix.meta.outliers,
     )
-    scale = (
-        jax.tree.map(fit, qt.scale, own.scale)
-        if isinstance(qt.scale, QTensor)
-        else fit(qt.scale, _scale_like(own, qt))
-    )
-    if isinstance(scale, QTensor):
-        assert isinstance(own.scale, QTensor)
-        scale = dataclasses.replace(scale, meta=own.scale.meta)
-    like = _scale_like(own, qt)
-    return QTensor(
-        data, scale, fit(qt.zero_point, like), fit(qt.offset, like), codebook, meta
-    )  # pyright: ignore[reportArgumentType]
-
-
-def _scale_like(own: QTensor, qt: QTensor) -> jax.Array:
-    return jnp.empty((*own.batch_shape, *own.meta.geometry.num_blocks), jnp.float32)
+    zero_point = reshape(matrix.zero_point, blocks)
+    offset = reshape(matrix.offset, blocks)
+    return QTensor(data, scale, zero_point, offset, codebook, meta)

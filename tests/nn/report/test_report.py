@@ -262,7 +262,7 @@ FEW = (
 def test_a_plan_is_the_report_but_for_what_is_measured(name):
     model, recipe = Scaled(), jaxq.recipes.get(name)
     data = any(
-        rule.observer or methods.METHODS[rule.method].needs_data
+        rule.observer or methods.get(rule.method).needs_data(dict(rule.options))
         for rule in recipe.rules
     )
     _, report = jaxq.quantize_model(

@@ -10,6 +10,7 @@ from flax import nnx
 
 import jaxq
 from jaxq import methods
+from jaxq.methods._registry import _METHODS
 from jaxq.models import Llama, LlamaConfig
 from tests import tables
 from tests.ops.reference import normal
@@ -43,9 +44,7 @@ class Pair(nnx.Module):
 
 def made(qt: jaxq.QTensor, note: str = "", rounded: bool = False):
     """What a method in the registry returns."""
-    return type(
-        methods.METHODS["rtn"].solve(jnp.eye(2), None, jaxq.presets()["int8"], None)
-    )(qt, note, rounded)
+    return methods.Solution(qt, note, rounded)
 
 
 BATCHES = [correlated(128, 32, seed) for seed in range(3)]
@@ -140,12 +139,11 @@ def test_results_save_and_load_on_the_float_model(pair, tmp_path):
 def test_worse_than_rounding_falls_back_and_says_so(
     pair, pair_stats, rounded_pair, monkeypatch
 ):
-    def bad(w, stats, spec, key):
+    def bad(w, stats, spec, *, key, nearest):
         return made(methods.rtn(0.5 * w, spec)[0])
 
-    monkeypatch.setitem(
-        methods.METHODS, "gptq", methods.METHODS["gptq"]._replace(solve=bad)
-    )
+    gptq = methods.get("gptq")
+    monkeypatch.setitem(_METHODS, "gptq", dataclasses.replace(gptq, solve=bad))
     qmodel, report = quantize("gptq", pair, calibration=pair_stats)
     assert [row.method for row in report.quantized] == ["rtn", "rtn"]
     assert all(
@@ -326,14 +324,13 @@ def tokens():
 
 
 def test_each_matrix_of_a_stack_is_judged_by_itself(monkeypatch):
-    def bad_in_one(w, stats, spec, key):
+    def bad_in_one(w, stats, spec, *, key):
         return made(
             methods.rtn(w * np.array([1, 0.5], np.float32)[:, None, None], spec)[0]
         )
 
-    monkeypatch.setitem(
-        methods.METHODS, "hqq", methods.METHODS["hqq"]._replace(solve=bad_in_one)
-    )
+    hqq = methods.get("hqq")
+    monkeypatch.setitem(_METHODS, "hqq", dataclasses.replace(hqq, solve=bad_in_one))
     w, rows = normal(2, 32, 8), np.stack([correlated(64, 32, seed) for seed in (0, 1)])
     stats = jax.jit(jax.vmap(jaxq.observers.update_stats, (0, 0, None, None)))(
         jax.tree.map(lambda a: np.stack([a, a]), jaxq.observers.empty_stats(32)),

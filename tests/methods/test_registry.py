@@ -1,39 +1,36 @@
-"""What `why_not` says is what happens."""
+"""The registry of methods: reasons of `why_not`, checks of options, new methods."""
 
 import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxq
 from jaxq import QuantSpec, methods
+from jaxq.methods._registry import temporarily
+from tests.arrays import normal
 from tests.tables import thinned
 
 IN, OUT, TOKENS = 32, 16, 24
-W, X = (
-    np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    for shape in ((IN, OUT), (TOKENS, IN))
-)
-# The fewest steps: what is asked is whether it works at all.
+# As few steps as possible: the tests only ask whether a method works at all.
 STEPS = {
     "adaround": {"num_steps": 1},
     "awq": {"num": 2},
     "clip": {"num": 2},
     "hqq": {"num_steps": 1},
+    "kmeans": {"num_steps": 1},
 }
-STEPS["kmeans"] = {"num_steps": 1}
 STOCHASTIC = QuantSpec("int4", rounding="stochastic")
 OFFSET = QuantSpec("uint4", offset="min")
-# (method, spec, options) that are refused beside presets.
+# (method, spec, options) that are refused, in addition to presets.
 REFUSED = [
     *((method, STOCHASTIC, {}) for method in methods.names() if method != "kmeans"),
     ("adaround", QuantSpec("ternary", scale_rule="twn"), {}),
     ("clip", OFFSET, {"rule": "entropy"}),
     ("clip", jaxq.presets()["fp8"], {"rule": "entropy"}),
-    ("awq", QuantSpec("int4"), {"rule": "percentile"}),
+    ("clip", QuantSpec("int4"), {"inputs": True, "power": 2.4}),
 ]
 PRODUCT = [(method, preset) for method in methods.names() for preset in jaxq.presets()]
 SAMPLE = [
@@ -44,70 +41,60 @@ SAMPLE += [("hqq", "mxfp4"), ("rtn", "ttq"), ("kmeans", "nf4_dq")]
 
 @functools.cache
 def stats():
-    """Of the inputs, as calibration finds them."""
+    """Statistics of the layer's inputs, as calibration collects them."""
     update = jax.jit(
-        lambda *new: jaxq.observers.update_stats(jaxq.observers.empty_stats(IN), *new)
+        lambda *batch: jaxq.observers.update_stats(
+            jaxq.observers.empty_stats(IN), *batch
+        )
     )
-    return update(X, np.ones(TOKENS, bool), np.arange(TOKENS, dtype=np.int32))
+    x = normal(TOKENS, IN)
+    return update(x, np.ones(TOKENS, bool), np.arange(TOKENS, dtype=np.int32))
+
+
+def solve(method, spec, options):
+    return methods.solve(method, normal(IN, OUT), stats(), spec, options=options)
 
 
 @pytest.mark.parametrize(("method", "preset"), thinned(PRODUCT, SAMPLE))
-def test_presets(method, preset):
-    why = methods.why_not(method, preset)
-
-    def solve():
-        return methods.solve(
-            method,
-            jnp.asarray(W),
-            stats(),
-            jaxq.presets()[preset],
-            options=STEPS.get(method),
-        )
-
-    if why:
+def test_solve_refuses_exactly_what_why_not_names(method, preset):
+    spec, options = jaxq.presets()[preset], STEPS.get(method)
+    reason = methods.why_not(method, preset)
+    if reason:
         with pytest.raises(ValueError) as raised:
-            solve()
-        assert why in str(raised.value)
+            solve(method, spec, options)
+        assert reason in str(raised.value)
         return
-    qt = solve().qt
-    assert qt.shape == W.shape
+    qt = solve(method, spec, options).qt
+    assert qt.shape == (IN, OUT)
     assert np.isfinite(jaxq.dequantize(qt)).all()
 
 
 def test_every_method_serves_most_presets():
     for method in methods.names():
-        assert (
-            sum(not methods.why_not(method, preset) for preset in jaxq.presets())
-            > len(jaxq.presets()) / 2
+        num_served = sum(
+            not methods.why_not(method, preset) for preset in jaxq.presets()
         )
+        assert num_served > len(jaxq.presets()) / 2
 
 
 @pytest.mark.parametrize(("method", "spec", "options"), REFUSED)
-def test_refused(method, spec, options):
-    said = methods.why_not(method, spec, options)[:30]
-    assert said
+def test_solve_raises_the_reason_of_why_not(method, spec, options):
+    reason = methods.why_not(method, spec, options)
+    assert reason
     with pytest.raises(ValueError) as raised:
-        methods.solve(
-            method,
-            jnp.asarray(W),
-            stats(),
-            spec,
-            options=options or STEPS.get(method, {}),
-        )
-    # Methods that are made of others, as awq of clip, are refused by those, in their words.
-    assert said in str(raised.value) or method == "awq"
+        solve(method, spec, options or STEPS.get(method, {}))
+    assert reason in str(raised.value)
 
 
-def test_names_are_checked():
+def test_why_not_checks_the_name_of_the_method():
     with pytest.raises(ValueError, match="why_not: method.*gptp"):
         methods.why_not("gptp", "int4")
-    assert (
-        methods.why_not("clip", OFFSET) == methods.why_not("kmeans", STOCHASTIC) == ""
-    )
+    assert methods.why_not("clip", OFFSET) == ""
+    assert methods.why_not("kmeans", STOCHASTIC) == ""
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "said"),
+    ("method", "options", "message"),
     [
         ("gptq", {"damp": 5}, "damp must be a share"),
         (
@@ -140,26 +127,38 @@ def test_names_are_checked():
         ("smoothquant", {"alpha": 2}, "alpha must be 0 to 1"),
     ],
 )
-def test_options_are_checked_when_a_rule_is_made(method, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_options_are_checked_when_a_rule_is_made(method, options, message):
+    with pytest.raises(ValueError, match=message):
         jaxq.Rule(weight="int8", method=method, options=options)
 
 
-def test_every_option_that_a_rule_takes_is_checked():
-    from jaxq.methods._limits import NUMBERS
-
-    assert {
-        method: set(found.options)
-        for method, found in methods.METHODS.items()
-        if found.options
-    } == {
-        method: set(checks) - ({"max_tokens"} if method == "awq" else set())
-        for method, checks in NUMBERS.items()
-    }
+def test_every_option_names_what_it_accepts():
+    for name in methods.names():
+        for option in methods.get(name).options.values():
+            assert option.expected
+            assert not option.accepts(object())
 
 
 def test_options_survive_json():
     rule = jaxq.Rule(weight="int4", method="adaround", options={"beta": (20, 2)})
-    again = jaxq.Rule.from_dict(json.loads(json.dumps(rule.to_dict())))
-    assert again == rule
-    assert hash(again) == hash(rule)
+    loaded = jaxq.Rule.from_dict(json.loads(json.dumps(rule.to_dict())))
+    assert loaded == rule
+    assert hash(loaded) == hash(rule)
+
+
+def test_a_registered_name_is_not_taken_over():
+    gptq = methods.get("gptq")
+    methods.register(gptq)  # the same record again changes nothing
+    with pytest.raises(ValueError, match="'gptq' exists already"):
+        methods.register(methods.Method("gptq", None))
+    with pytest.raises(TypeError, match="must be a jaxq.methods.Method"):
+        methods.register(methods.gptq)
+    assert methods.get("gptq") is gptq
+    with temporarily(methods.Method("gptq", None)):
+        assert methods.get("gptq").solve is None
+    assert methods.get("gptq") is gptq
+
+
+def test_an_unknown_method_is_named_with_similar_ones():
+    with pytest.raises(ValueError, match=r"methods.get: name.*'gptp'.*'gptq'"):
+        methods.get("gptp")
