@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxq.models.llama import Llama, LlamaConfig
-from jaxq.nn.layers._input_transform import input_transforms
+from jaxq.nn.layers import input_transforms
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

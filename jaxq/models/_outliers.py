@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxq.models.llama import Llama
-from jaxq.nn.layers._input_transform import input_transforms
+from jaxq.nn.layers import input_transforms
 
 _SEPARATOR = "/"
 

@@ -23,7 +23,7 @@ from jax import lax
 
 from jaxq.models._outliers import Params, all_groups
 from jaxq.models.llama import Llama
-from jaxq.nn.layers._input_transform import TransformInput
+from jaxq.nn.layers import TransformInput
 
 # A rotation may be this far from orthogonal, in any entry of Q^T Q.
 _TOLERANCE = 1e-4

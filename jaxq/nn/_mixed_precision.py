@@ -16,8 +16,8 @@ from flax import nnx
 
 from jaxq import metrics
 from jaxq.nn.calibration._nnx import Batch, as_batches, run, shown
-from jaxq.nn.layers._nnx import weight_axes
-from jaxq.nn.transform._nnx_matching import find_layers
+from jaxq.nn.layers import weight_axes
+from jaxq.nn.transform._nnx_layers import find_layers
 from jaxq.qtensor import QuantSpec, as_spec, dequantize, quantize
 from jaxq.recipes import Recipe, Rule, as_recipe
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen
 
 from jaxq.nn.calibration._nnx import (
@@ -21,8 +20,6 @@ from jaxq.nn.calibration._nnx import (
     as_batches,
     as_stats,
     check_stats,
-    contracted_rows,
-    einsum_rows,
     going_on,
     masked,
     record_call,
@@ -30,7 +27,7 @@ from jaxq.nn.calibration._nnx import (
     traced_order,
     updated,
 )
-from jaxq.nn.layers._linen import LayerKind, einsum_text, find_call
+from jaxq.nn.layers import LinenKind, find_call
 from jaxq.observers import LayerStats, Observer, empty_stats
 
 
@@ -220,29 +217,10 @@ def _run(
 
 
 def _rows_of(
-    module: Any, kind: LayerKind, args: tuple, kwargs: dict[str, Any]
+    module: Any, kind: LinenKind, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[jax.Array, int]:
     """`[*batch, *free, K]` of the input of a layer, and the number of batch axes."""
-    x = jnp.asarray(args[0] if args else kwargs["inputs"])
-    if kind.windowed:  # places with their channels
-        return x, 0
-    if kind.name == "Einsum":
-        return einsum_rows(
-            einsum_text(
-                module,
-                x,
-                *args[1:],
-                **{k: v for k, v in kwargs.items() if k != "inputs"},
-            ),
-            x,
-        )
-    axis, batch = (
-        ((x.ndim - 1,), ())
-        if kind.name == "Dense"
-        else (module.axis, module.batch_dims)
-    )
-    axes, batch = (
-        tuple((np.atleast_1d(np.asarray(a, int)) % x.ndim).tolist())
-        for a in (axis, batch)
-    )
-    return contracted_rows(x, tuple(sorted(axes)), tuple(sorted(batch))), len(batch)
+    others = dict(kwargs)
+    x, *rest = args if args else (others.pop("inputs"),)
+    assert kind.read_rows is not None
+    return kind.read_rows(module, jnp.asarray(x), *rest, **others)

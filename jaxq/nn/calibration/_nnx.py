@@ -22,7 +22,7 @@ import numpy as np
 from flax import errors, nnx
 from jax import lax
 
-from jaxq.nn.layers._nnx import find_kind, weight_axes
+from jaxq.nn.layers import find_kind, weight_axes
 from jaxq.observers import LayerStats, Observer, empty_stats, update_stats
 
 

@@ -1,1 +1,54 @@
-"""What each layer kind is, and how a quantized weight enters it."""
+"""What each layer kind is, and how a quantized weight enters it.
+
+One file for each kind: `_nnx_linear.py`, `_linen_dense.py`, ... Each file has the
+kind's record and the layer that is quantized from the start. `register_layer` adds a
+kind.
+"""
+
+from jaxq.nn.layers._input_transform import TransformInput, input_transforms
+from jaxq.nn.layers._kind import (
+    LayerKind,
+    bare_kind,
+    find_kind,
+    kinds,
+    put_weight,
+    register_layer,
+    stack_note,
+    unregister_layer,
+    weight_axes,
+)
+from jaxq.nn.layers._linen_conv import CONV
+from jaxq.nn.layers._linen_conv_transpose import CONV_TRANSPOSE
+from jaxq.nn.layers._linen_dense import DENSE, GENERAL
+from jaxq.nn.layers._linen_discovery import LinenLayer, Structure, find_linen_layers
+from jaxq.nn.layers._linen_einsum import EINSUM
+from jaxq.nn.layers._linen_embed import EMBED
+from jaxq.nn.layers._linen_kind import LinenKind, find_call, linen_kinds
+from jaxq.nn.layers._linen_quantized import Quantized
+from jaxq.nn.layers._linen_serialization import register_serialization
+from jaxq.nn.layers._linen_trace import Forward, Params, params_of, with_params
+from jaxq.nn.layers._linen_weight_check import check_weights
+from jaxq.nn.layers._nnx_conv import QConv
+from jaxq.nn.layers._nnx_conv_transpose import QConvTranspose
+from jaxq.nn.layers._nnx_einsum import QEinsum
+from jaxq.nn.layers._nnx_embed import QEmbed
+from jaxq.nn.layers._nnx_linear import QLinear, QLinearGeneral
+from jaxq.nn.layers._own_weight import quantize_own_weight
+from jaxq.nn.layers._quantized_param import QuantizedParam, replace_variables
+from jaxq.nn.layers._roles import Roles
+
+# Other rooms import the names above as well. Importing the kinds of linen layers
+# (`CONV`, `DENSE`, ...) registers them.
+__all__ = [
+    "LayerKind",
+    "QConv",
+    "QConvTranspose",
+    "QEinsum",
+    "QEmbed",
+    "QLinear",
+    "QLinearGeneral",
+    "QuantizedParam",
+    "Roles",
+    "register_layer",
+    "unregister_layer",
+]

@@ -1,4 +1,8 @@
-"""What the inputs of a layer go through at run time: part of a model that is no parameter."""
+"""Transforms of a layer's input at run time: a part of a model that is not a parameter.
+
+Rotations that cannot be folded into a weight are an example. A file of parameters does
+not hold these transforms, so whoever saves or exports a model asks for them.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,12 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class TransformInput:
-    """A linear's `promote_dtype` that transforms its input first; compared by value, as long as its parts are.
+    """A `promote_dtype` hook of a linear layer that first transforms the input.
+
+    Two of these objects are equal if their attributes are equal.
 
     Attributes:
-      transform: function of the input `[..., in]` along its last axis.
+      transform: maps the input `[..., in]` to `[..., in]`.
       original: the layer's own `promote_dtype`.
     """
 
@@ -28,13 +34,13 @@ class TransformInput:
 
 
 def input_transforms(model: nnx.Module) -> dict[str, str]:
-    """By layer path, the name of what its inputs go through at run time: part of a model that is no parameter."""
-    found = {}
+    """The names of the transforms of a model's layers, by layer path."""
+    transforms = {}
     for path, layer in nnx.iter_modules(model):
         hook = getattr(layer, "promote_dtype", None)
-        while hook is not None:  # hooks of others may lie around it
+        while hook is not None:  # another hook may wrap the transform
             if isinstance(hook, TransformInput):
                 name = getattr(hook.transform, "__qualname__", repr(hook.transform))
-                found["/".join(map(str, path))] = name
+                transforms["/".join(map(str, path))] = name
             hook = getattr(hook, "original", None)
-    return found
+    return transforms

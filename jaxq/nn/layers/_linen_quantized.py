@@ -1,4 +1,7 @@
-"""The module that quantize_model returns: the module it was given, run so that its layers multiply codes."""
+"""The module that `jaxq.nn.linen.quantize_model` returns.
+
+It holds the module it was given, and runs it so that its layers multiply codes.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,28 @@ from typing import Any
 
 from flax import linen
 
-from jaxq.nn.layers._linen import use_codes
+from jaxq.nn.layers._linen_interceptor import use_codes
 from jaxq.qtensor import QTensor
 
 
 class Quantized(linen.Module):
-    """A linen module whose layers multiply by codes where the variables hold QTensors.
+    """A linen module whose layers multiply codes where the variables hold QTensors.
 
-    Made as `Quantized(module, weights)`. It has the parameters of `module`, under the same names, and is used like it:
-    `apply` with `method=`, `rngs=` and `mutable=`, `bind`, as part of other modules. Methods and attributes of `module`
-    are reached through it. Nothing of the module is changed, and everything that differs between one quantization and
-    another is in the variables, so `jax.jit` and `nn.jit` compile again when they must.
+    Create it with `Quantized(module, weights)`. It has the parameters of `module` under
+    the same names, and is used like `module`: `apply` with `method=`, `rngs=` and
+    `mutable=`, `bind`, and as a part of other modules. The methods and attributes of
+    `module` are available on it. The module itself is not changed. Two quantizations
+    differ only in their variables, so `jax.jit` and `nn.jit` compile again when they
+    must.
 
     Args:
-      module: with float parameters or, in its variables, QTensors.
-      weights: paths of parameters that must be QTensors; floats there are an error, not a slow float model. `init`
-        gives floats all the same, the parameters of `module`, to be given to `quantize_model`.
+      module: a linen module. Its variables may hold floats or QTensors.
+      weights: paths of parameters that must be QTensors. Floats there are an error,
+        because a slow float model would run without notice. `init` still gives the
+        float parameters of `module`, which `quantize_model` takes.
 
     Raises:
-      ValueError: when called: parameters named in `weights` are floats.
+      ValueError: in a call, parameters named in `weights` are floats.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -39,7 +45,7 @@ class Quantized(linen.Module):
       (2, 8)
     """
 
-    # Names that no module inside has for a submodule, a field or a method of its own.
+    # These names differ from all submodules, fields and methods of the module inside.
     _jaxq_module: linen.Module
     _jaxq_weights: tuple[str, ...] = ()
 
@@ -52,18 +58,24 @@ class Quantized(linen.Module):
     def _jaxq_enter(
         self, method: str | Callable[..., Any] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Calls a method of the module, by name or as a function of it; None calls the module itself."""
+        """Calls a method of the module inside.
+
+        Args:
+          method: its name, or a function of the module. None calls the module.
+          *args: of the method, like **kwargs.
+          **kwargs: of the method.
+        """
         self._jaxq_check()
-        inner = self._jaxq_module
+        module = self._jaxq_module
         with linen.intercept_methods(use_codes):
             if callable(method):
-                return method(inner, *args, **kwargs)
-            return (inner if method is None else getattr(inner, method))(
-                *args, **kwargs
-            )
+                return method(module, *args, **kwargs)
+            function = module if method is None else getattr(module, method)
+            return function(*args, **kwargs)
 
     @linen.nowrap
     def _jaxq_check(self) -> None:
+        """Raises if a weight that must be a QTensor is an array."""
         if self.is_initializing():
             return
         params: Any = self.variables.get("params", {})
@@ -72,27 +84,28 @@ class Quantized(linen.Module):
         ]
         if floats:
             raise ValueError(
-                f"Quantized: {floats} are floats where QTensors are expected. Pass the variables that quantize_model "
-                "returned with this module, or quantize these."
+                f"Quantized: {floats} are floats where QTensors are expected. Pass the "
+                "variables that quantize_model returned with this module, or quantize "
+                "these parameters."
             )
 
-    # As flax has them, with methods of the inner module.
+    # Flax's functions, with methods of the module inside.
 
     @linen.nowrap
     def apply(
         self, variables: Any, *args: Any, method: Any = None, **kwargs: Any
     ) -> Any:
-        return super().apply(
-            variables, *args, method=_entering(method), **_of_inner(kwargs)
-        )
+        """`nn.Module.apply`; `method` is a method of the module inside."""
+        method, kwargs = _wrapper_method(method), _capture_inside(kwargs)
+        return super().apply(variables, *args, method=method, **kwargs)
 
     @linen.nowrap
     def init_with_output(
         self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any
     ) -> Any:
-        return super().init_with_output(
-            rngs, *args, method=_entering(method), **_of_inner(kwargs)
-        )
+        """`nn.Module.init_with_output`; `method` is a method of the module inside."""
+        method, kwargs = _wrapper_method(method), _capture_inside(kwargs)
+        return super().init_with_output(rngs, *args, method=method, **kwargs)
 
     @linen.nowrap
     def __getattr__(self, name: str) -> Any:
@@ -102,21 +115,21 @@ class Quantized(linen.Module):
             if name.startswith("_") or "_jaxq_module" not in vars(self):
                 raise
         value = getattr(self._jaxq_module, name)
-        return value if self.scope is None else _inside(value)
+        return value if self.scope is None else _with_codes(value)
 
 
 class _Method:
-    """A function of a `Quantized` that calls one of the module inside."""
+    """A function of a `Quantized` that calls a method of the module inside."""
 
     def __init__(self, method: Any):
         self.method = method
 
-    def __call__(self, outer: Quantized, *args: Any, **kwargs: Any) -> Any:
-        return outer._jaxq_enter(self.method, *args, **kwargs)
+    def __call__(self, quantized: Quantized, *args: Any, **kwargs: Any) -> Any:
+        return quantized._jaxq_enter(self.method, *args, **kwargs)
 
 
-class _Inside:
-    """A bound module or method of the module inside a bound `Quantized`; calling it multiplies codes."""
+class _WithCodes:
+    """A bound module or method inside a bound `Quantized`. Its calls multiply codes."""
 
     def __init__(self, value: Any):
         self._value = value
@@ -128,49 +141,51 @@ class _Inside:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return _inside(getattr(self._value, name))
+        return _with_codes(getattr(self._value, name))
 
 
-def _inside(value: Any) -> Any:
-    if isinstance(value, linen.Module) or (
-        inspect.ismethod(value) and isinstance(value.__self__, linen.Module)
-    ):
-        return _Inside(value)
-    if type(value) is tuple:  # as flax keeps lists
-        return tuple(_inside(v) for v in value)
+def _with_codes(value: Any) -> Any:
+    """An attribute of a bound module; modules and methods in it multiply codes."""
+    is_method = inspect.ismethod(value) and isinstance(value.__self__, linen.Module)
+    if is_method or isinstance(value, linen.Module):
+        return _WithCodes(value)
+    if type(value) is tuple:  # flax keeps lists as tuples
+        return tuple(_with_codes(element) for element in value)
     return value
 
 
-def _entering(method: Any) -> Any:
-    """What flax is to call on the wrapper for a `method=` of the module inside."""
+def _wrapper_method(method: Any) -> Any:
+    """The wrapper's method that flax calls for a `method=` of the module inside."""
     if method is None:
         return None
     if inspect.ismethod(method) and isinstance(method.__self__, linen.Module):
         if isinstance(method.__self__, Quantized):
             return method
         method = method.__func__
-    return (
-        method
-        if method in (Quantized.__call__, Quantized._jaxq_enter)
-        else _Method(method)
-    )
+    if method in (Quantized.__call__, Quantized._jaxq_enter):
+        return method
+    return _Method(method)
 
 
-def _of_inner(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `apply` by which results of the module inside are captured, not the wrapper's beside them."""
-    wanted = arguments.get("capture_intermediates", False)
-    if not wanted:
+def _capture_inside(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `apply` that capture results of the module inside only.
+
+    Without this, `capture_intermediates` would also capture those of the wrapper.
+    """
+    capture = arguments.get("capture_intermediates", False)
+    if not capture:
         return arguments
 
-    def inner_alone(module: linen.Module, method: str) -> bool:
-        of_flax = method == "__call__" if wanted is True else wanted(module, method)
-        return of_flax and not isinstance(module, Quantized)
+    def is_captured(module: linen.Module, method: str) -> bool:
+        if isinstance(module, Quantized):
+            return False
+        return method == "__call__" if capture is True else capture(module, method)
 
-    return {**arguments, "capture_intermediates": inner_alone}
+    return {**arguments, "capture_intermediates": is_captured}
 
 
 def _is_array(params: Any, path: list[str]) -> bool:
-    """True if there is something at the path, and it is no QTensor."""
+    """True if the parameter at the path exists and is not a QTensor."""
     for name in path:
         if name not in params:
             return False

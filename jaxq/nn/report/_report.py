@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxq import metrics, ops
 from jaxq.methods import Solved
-from jaxq.nn.layers._nnx import Roles
+from jaxq.nn.layers import Roles
 from jaxq.qtensor import Geometry, QTensor, dequantize, inside_range, quantize
 from jaxq.recipes import Rule
 

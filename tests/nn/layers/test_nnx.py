@@ -19,7 +19,7 @@ from jaxq.nn import (
     QuantizedParam,
     find_layers,
 )
-from jaxq.nn.layers._nnx import quantize_own_weight
+from jaxq.nn.layers import quantize_own_weight
 from tests import tables
 from tests.ops.reference import equations
 

@@ -1,0 +1,255 @@
+"""What jaxq knows of a kind of Flax nnx layer: one record per kind, and a registry.
+
+Each kind has a file of its own (`_nnx_linear.py`, `_nnx_conv.py`, ...) with its record.
+Everything else in jaxq asks the record. A user adds a kind with `register_layer`.
+
+A quantized layer is the same layer with a QTensor in its weight's Variable and with
+jaxq's functions in the layer's own hook attributes (`dot_general`, `einsum_op`, ...).
+No class is edited and no jax function is replaced. Hooks are module-level functions or
+frozen dataclasses. They are compared by value, so `nnx.jit` does not compile again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+from jaxq import recipes
+from jaxq.nn.layers._call_inputs import Rows, dot_rows, first_argument
+from jaxq.nn.layers._quantized_param import QuantizedParam
+from jaxq.nn.layers._roles import Roles
+
+
+def _no_problem(layer: Any) -> str | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """One kind of nnx layer.
+
+    Attributes:
+      name: what `Rule(kinds=...)` and reports call it.
+      cls: the nnx class. Subclasses count too.
+      weight: the attribute that holds the weight, an `nnx.Variable`.
+      roles: `roles(layer) -> Roles`, the roles of the weight's axes.
+      attach: `attach(layer)` puts functions that take a QTensor into the layer's hooks.
+      problem: `problem(layer)` says why a layer cannot be quantized. None if it can.
+      hook: the attribute that holds the function the layer multiplies with. Calibration
+        puts a probe there. None if calibration cannot see the layer's input.
+      plain_product: what the layer calls when its hook attribute is None.
+      read_input: `read_input(*args, **kwargs)` returns the layer's input, from the
+        arguments that the hook is called with.
+      read_rows: `read_rows(*args, **kwargs)` returns the rows `[*batch, *free, K]` of
+        that input, and the number of batch axes.
+      num_channels: `num_channels(layer)`, for a convolution: the size K of a row, which
+        is a place with its channels. None if rows meet the weight as a matrix.
+      corrects_bias: `Rule(correct_bias=True)` works: the layer adds its attribute
+        `bias` to the product, one number for each output feature.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxq.nn.layers import find_kind
+      >>> kind = find_kind(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+      >>> kind.name, kind.weight, kind.hook
+      ('Linear', 'kernel', 'dot_general')
+    """
+
+    name: str
+    cls: type[nnx.Module]
+    weight: str
+    roles: Callable[[Any], Roles]
+    attach: Callable[[Any], None]
+    problem: Callable[[Any], str | None] = _no_problem
+    hook: str | None = None
+    plain_product: Callable[..., Any] | None = None
+    read_input: Callable[..., Any] = first_argument
+    read_rows: Callable[..., Rows] = dot_rows
+    num_channels: Callable[[Any], int] | None = None
+    corrects_bias: bool = False
+
+    @property
+    def watched(self) -> bool:
+        """Calibration can see the layer's input."""
+        return self.hook is not None
+
+    @property
+    def windowed(self) -> bool:
+        """Windows of the input meet the weight, as in a convolution."""
+        return self.num_channels is not None
+
+
+_KINDS: list[LayerKind] = []
+# The names that `recipes` did not know before `register_layer` added them.
+_ADDED_NAMES: set[str] = set()
+
+
+def register_layer(kind: LayerKind) -> None:
+    """Makes a kind of nnx layer known to `quantize_model`, `calibrate` and recipes.
+
+    If a layer belongs to several kinds, the kind that was registered last is used. A
+    subclass of a layer that jaxq knows can therefore have a kind of its own.
+
+    Args:
+      kind: the record of the kind.
+
+    Raises:
+      ValueError: another kind has this name.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from flax import nnx
+      >>> class Scale(nnx.Module):
+      ...   def __init__(self):
+      ...     self.w = nnx.Param(jnp.ones((64, 8)))
+      ...     self.product = jnp.matmul
+      ...   def __call__(self, x):
+      ...     return self.product(x, self.w[...])
+      >>> def attach(layer):
+      ...   layer.product = jaxq.matmul
+      >>> def roles(layer):
+      ...   return jaxq.nn.Roles(contracting=(-2,), shape=(64, 8))
+      >>> jaxq.nn.register_layer(jaxq.nn.LayerKind("Scale", Scale, "w", roles, attach))
+      >>> qmodel, report = jaxq.quantize_model(Scale(), "int8")
+      >>> qmodel(jnp.ones((2, 64))).shape, report.rows[0].kind
+      ((2, 8), 'Scale')
+      >>> jaxq.nn.unregister_layer("Scale")
+    """
+    if any(known.name == kind.name for known in _KINDS):
+        raise ValueError(
+            f"register_layer: a layer kind {kind.name!r} exists already. "
+            "Choose another name, or call unregister_layer first."
+        )
+    _KINDS.append(kind)
+    if kind.name not in recipes.kinds():
+        recipes.register_kind(kind.name)
+        _ADDED_NAMES.add(kind.name)
+
+
+def unregister_layer(name: str) -> None:
+    """Removes a layer kind that `register_layer` added.
+
+    Args:
+      name: of the kind.
+
+    Raises:
+      ValueError: no kind has this name.
+
+    Example:
+      >>> import jaxq
+      >>> jaxq.nn.unregister_layer("Scale")
+      Traceback (most recent call last):
+      ValueError: unregister_layer: no layer kind 'Scale'. Known kinds: ...
+    """
+    known = [kind.name for kind in _KINDS]
+    if name not in known:
+        raise ValueError(
+            f"unregister_layer: no layer kind {name!r}. "
+            f"Known kinds: {', '.join(known)}."
+        )
+    del _KINDS[known.index(name)]
+    if name in _ADDED_NAMES:
+        _ADDED_NAMES.remove(name)
+        recipes.unregister_kind(name)
+
+
+def kinds() -> tuple[LayerKind, ...]:
+    """The layer kinds that are registered, in the order of registration."""
+    return tuple(_KINDS)
+
+
+def find_kind(layer: Any) -> LayerKind | None:
+    """The kind of a layer. None for a module that holds no weight jaxq knows.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxq.nn.layers import find_kind
+      >>> find_kind(nnx.Embed(16, 64, rngs=nnx.Rngs(0))).name
+      'Embed'
+    """
+    for kind in reversed(_KINDS):
+        if isinstance(layer, kind.cls):
+            return kind
+    return None
+
+
+def bare_kind(
+    attribute: str, contracting: tuple[int, ...], num_batch: int
+) -> LayerKind:
+    """The kind "Param": a module of the user's that holds a matrix itself.
+
+    Args:
+      attribute: holds the matrix.
+      contracting: the axes that the module contracts, as negative numbers.
+      num_batch: the number of leading batch axes.
+    """
+
+    def roles(layer: Any) -> Roles:
+        shape = tuple(getattr(layer, attribute).get_value().shape)
+        return Roles(contracting, shape, num_batch)
+
+    def attach(layer: Any) -> None:
+        """Does nothing: `x @ layer.w` and `jaxq.matmul` take a QTensor as it is."""
+
+    return LayerKind("Param", nnx.Module, attribute, roles, attach)
+
+
+def weight_axes(layer: Any, kind: LayerKind) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The (contracting, batch) axes of a layer's weight. Axes of a stack come first.
+
+    Raises:
+      ValueError: the weight's shape is not that of one layer with stack axes in front.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxq.nn.layers import find_kind, weight_axes
+      >>> layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+      >>> weight_axes(layer, find_kind(layer))
+      ((-2,), ())
+    """
+    shape, roles = getattr(layer, kind.weight).get_value().shape, kind.roles(layer)
+    num_stacked = len(shape) - len(roles.shape)
+    if num_stacked < 0 or tuple(shape[num_stacked:]) != roles.shape:
+        raise ValueError(
+            f"its {kind.weight} is {list(shape)}, which is not {list(roles.shape)} "
+            "with stacked axes in front. "
+            "Stack layers along axis 0 (nnx.vmap out_axes=0)."
+        )
+    return roles.contracting, tuple(range(num_stacked + roles.num_batch))
+
+
+def stack_note(layer: Any, kind: LayerKind) -> str:
+    """What a report says of a stack whose sizes would fit another stack axis too.
+
+    Empty if axis 0 is the only axis that fits.
+    """
+    shape, own = getattr(layer, kind.weight).get_value().shape, kind.roles(layer).shape
+    if len(shape) != len(own) + 1:
+        return ""
+    for axis in range(1, len(shape)):
+        if (*shape[:axis], *shape[axis + 1 :]) == own:
+            return f"stacked along axis 0; the sizes would fit axis {axis} too"
+    return ""
+
+
+def put_weight(layer: Any, kind: LayerKind, variable: QuantizedParam) -> None:
+    """Gives a layer its quantized weight and jaxq's hooks, in place."""
+    setattr(layer, kind.weight, variable)
+    kind.attach(layer)
+
+
+def foreign_hook(layer: Any, attribute: str, known: tuple[Any, ...]) -> str | None:
+    """Why a layer with a hook of the user's cannot be quantized. None if it can.
+
+    Args:
+      layer: an nnx layer.
+      attribute: the hook.
+      known: the functions there that jaxq may replace: Flax's default and jaxq's own.
+    """
+    hook = getattr(layer, attribute)
+    if hook in known:
+        return None
+    return f"it has a {attribute} of its own, {hook!r}"

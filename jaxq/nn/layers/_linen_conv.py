@@ -1,0 +1,79 @@
+"""Flax linen Conv: its kind, and the quantized layer.
+
+It reads its product from the field `conv_general_dilated`. Inputs are
+`[*leading, *places, channels]`, kernels `[*window, channels, features]`. ConvLocal runs
+the same code, and is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import linen
+from jax import lax
+
+from jaxq.nn.layers._call_inputs import Rows
+from jaxq.nn.layers._conv_product import MASKED
+from jaxq.nn.layers._linen_kind import (
+    LinenKind,
+    foreign_function,
+    register_linen_layer,
+)
+from jaxq.nn.layers._linen_own_weight import call_own_code
+from jaxq.nn.layers._linen_stand_in import with_own_code
+from jaxq.nn.layers._roles import Roles, roles_of_conv
+
+
+class QConv(linen.Conv):
+    """`nn.Conv` with a quantized kernel.
+
+    `weight`, `activation` and errors are those of `QDense`. Dynamic activation
+    quantization uses one scale for each example, because a window mixes places.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> layer = jaxq.nn.linen.QConv(16, (3, 3), activation="int8")
+      >>> x = jnp.ones((1, 6, 6, 8))
+      >>> layer.apply(layer.init(jax.random.key(0), x), x).shape
+      (1, 6, 6, 16)
+    """
+
+    weight: Any = "int8"
+    activation: Any = None
+
+    @linen.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return call_own_code(self, CONV, linen.Conv.__call__, inputs)
+
+
+def _roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Roles:
+    return roles_of_conv(shape)
+
+
+def _rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Rows:
+    return x, 0
+
+
+def _problem(layer: Any, *args: Any, **kwargs: Any) -> str | None:
+    if not layer.shared_weights:
+        return (
+            "every place has a kernel of its own (ConvLocal), and jaxq has no product "
+            "for that"
+        )
+    if layer.mask is not None:
+        return MASKED
+    return foreign_function(layer, "conv_general_dilated", lax.conv_general_dilated)
+
+
+CONV = register_linen_layer(
+    LinenKind(
+        name="Conv",
+        weight="kernel",
+        roles=_roles,
+        methods={linen.Conv.__call__: with_own_code(linen.Conv.__call__, "kernel")},
+        problem=_problem,
+        read_rows=_rows,
+        windowed=True,
+    )
+)

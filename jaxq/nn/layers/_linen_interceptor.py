@@ -1,0 +1,56 @@
+"""Runs linen layers whose weight is a QTensor, through `flax.linen.intercept_methods`.
+
+The stored weight decides. A QTensor is multiplied by its codes, and an array as Flax
+does it. The caches of jit do not see interceptors, but they see the variables, so a
+function compiles again if a float weight becomes a QTensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen
+
+from jaxq.nn.layers._linen_kind import find_call, find_setup
+from jaxq.qtensor import QTensor
+
+# `read(layer, name)` returns the QTensor of a parameter, or None if it is an array.
+ReadWeight = Callable[[linen.Module, str], QTensor | None]
+
+
+def use_codes(
+    call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
+) -> Any:
+    """An interceptor: a layer whose stored weight is a QTensor multiplies its codes."""
+    return run_with_codes(stored_qtensor, call, args, kwargs, context)
+
+
+def run_with_codes(
+    read: ReadWeight,
+    call: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    context: Any,
+) -> Any:
+    """Does what `use_codes` does, with `read` to find the QTensor of a layer."""
+    layer = context.module
+    method_call = find_call(context) or find_setup(context)
+    if method_call is None:
+        return call(*args, **kwargs)
+    weight = read(layer, method_call.kind.weight)
+    if weight is None:
+        return call(*args, **kwargs)
+    problem = method_call.kind.problem(layer, *args, **kwargs)
+    if problem is not None:
+        raise ValueError(
+            f"{'/'.join(layer.path) or type(layer).__name__}: its weight is quantized, "
+            f"but {problem}."
+        )
+    return method_call.method(layer, weight, *args, **kwargs)
+
+
+def stored_qtensor(layer: linen.Module, name: str) -> QTensor | None:
+    """A parameter of a layer, if it is a QTensor; else None."""
+    value = layer.get_variable("params", name)
+    return value if isinstance(value, QTensor) else None

@@ -1,0 +1,129 @@
+"""What jaxq knows of a kind of Flax linen layer: one record per kind, and a registry.
+
+Each kind has a file of its own (`_linen_dense.py`, `_linen_conv.py`, ...) with its
+record. Everything else in jaxq asks the record.
+
+Calls of a layer are seen through `flax.linen.intercept_methods`. A call is known by the
+function of Flax's own class (`Dense.__call__`, `Embed.attend`, ...). A subclass that
+calls its parent's method is therefore seen too. So is a lifted layer such as
+`nn.vmap(nn.Dense)`, where the layer has the weight of one element.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from flax import linen
+
+from jaxq.nn.layers._call_inputs import Rows
+from jaxq.nn.layers._roles import Roles
+
+# A method of a layer, for a quantized weight: `method(layer, weight, *args, **kwargs)`.
+QuantizedMethod = Callable[..., Any]
+
+
+def _no_problem(layer: Any, *args: Any, **kwargs: Any) -> str | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinenKind:
+    """One kind of linen layer.
+
+    Attributes:
+      name: what `Rule(kinds=...)` and reports call it.
+      weight: the name of the parameter that is quantized.
+      roles: `roles(layer, shape, *args, **kwargs) -> Roles`, from the layer, the shape
+        of its weight and the arguments of its call.
+      methods: what runs instead of a method of Flax's class if the weight is a QTensor.
+        Keys are functions such as `linen.Dense.__call__`.
+      setups: the same for methods that only read the weight and compute nothing.
+      problem: `problem(layer, *args, **kwargs)` says why a layer cannot be quantized.
+        None if it can.
+      read_rows: `read_rows(layer, x, *args, **kwargs)` returns the rows
+        `[*batch, *free, K]` of the input `x`, and the number of batch axes. None if
+        calibration cannot see the layer's input.
+      windowed: windows of the input meet the weight, as in a convolution.
+      corrects_bias: `Rule(correct_bias=True)` works: the layer adds its parameter
+        "bias" to the product, one number for each output feature.
+    """
+
+    name: str
+    weight: str
+    roles: Callable[..., Roles]
+    methods: Mapping[Any, QuantizedMethod]
+    setups: Mapping[Any, QuantizedMethod] = dataclasses.field(default_factory=dict)
+    problem: Callable[..., str | None] = _no_problem
+    read_rows: Callable[..., Rows] | None = None
+    windowed: bool = False
+    corrects_bias: bool = False
+
+    @property
+    def watched(self) -> bool:
+        """Calibration can see the layer's input."""
+        return self.read_rows is not None
+
+
+class Call(NamedTuple):
+    """A method of a layer that uses its weight.
+
+    Attributes:
+      kind: of the layer.
+      method: runs instead if the weight is a QTensor.
+    """
+
+    kind: LinenKind
+    method: QuantizedMethod
+
+
+_KINDS: list[LinenKind] = []
+# By Flax's functions, as an interceptor sees them.
+_CALLS: dict[Any, Call] = {}
+_SETUPS: dict[Any, Call] = {}
+
+
+def register_linen_layer(kind: LinenKind) -> LinenKind:
+    """Makes a kind of linen layer known, and returns it."""
+    _KINDS.append(kind)
+    for table, methods in ((_CALLS, kind.methods), (_SETUPS, kind.setups)):
+        for flax_method, method in methods.items():
+            table[code_of(flax_method)] = Call(kind, method)
+    return kind
+
+
+def linen_kinds() -> tuple[LinenKind, ...]:
+    """The kinds of linen layers that jaxq knows."""
+    return tuple(_KINDS)
+
+
+def find_call(context: linen.module.InterceptorContext) -> Call | None:
+    """The layer's method that is called, if it computes with the weight, or None."""
+    return _CALLS.get(getattr(context.orig_method, "func", None))
+
+
+def find_setup(context: linen.module.InterceptorContext) -> Call | None:
+    """The layer's method that is called, if it only reads the weight, or None."""
+    return _SETUPS.get(getattr(context.orig_method, "func", None))
+
+
+def code_of(method: Any) -> Callable[..., Any]:
+    """The function inside Flax's wrappers, as an interceptor sees it."""
+    return inspect.unwrap(method)
+
+
+def foreign_function(layer: Any, name: str, plain: Any) -> str | None:
+    """Why a layer with a product of the user's cannot be quantized. None if it can.
+
+    Args:
+      layer: a linen layer.
+      name: of the field that holds the product.
+      plain: Flax's default for that field.
+    """
+    for field in (name, f"{name}_cls"):
+        function = getattr(layer, field)
+        if function is not None and function is not plain:
+            return f"it has a {field} of its own, {function!r}"
+    return None

@@ -1,0 +1,118 @@
+"""The weight of a linen layer that is quantized from the start: QDense and the others.
+
+`init` draws the floats that the float layer would draw, and quantizes them. `apply`
+takes the QTensor from the variables as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen
+
+from jaxq.nn.layers._linen_kind import LinenKind, code_of
+from jaxq.nn.layers._linen_stand_in import StandIn
+from jaxq.nn.layers._roles import Roles
+from jaxq.qtensor import QTensor, quantize
+
+
+def call_own_code(
+    layer: Any, kind: LinenKind, flax_method: Any, inputs: jax.Array
+) -> jax.Array:
+    """Runs Flax's method of a layer with the layer's own quantized weight.
+
+    Args:
+      layer: has the fields `weight` and `activation`.
+      kind: of the layer.
+      flax_method: reads its product from the fields of its layer.
+      inputs: of the call.
+    """
+    check_layer(layer, kind)
+
+    def weight(init: Callable[..., Any], shape: tuple[int, ...], dtype: Any) -> Any:
+        roles = kind.roles(layer, tuple(shape))
+        return own_weight(layer, kind.weight, roles, init, dtype)
+
+    stand_in = StandIn(layer, kind.weight, weight)
+    return code_of(flax_method)(stand_in, inputs)
+
+
+def check_layer(layer: Any, kind: LinenKind, *args: Any) -> None:
+    """Checks the settings of a layer that is quantized from the start.
+
+    Raises:
+      ValueError: the layer cannot be quantized, or it has `activation` and no `weight`.
+    """
+    caller = type(layer).__name__
+    problem = kind.problem(layer, *args)
+    if problem is not None:
+        raise ValueError(f"{caller}: {problem}.")
+    if layer.weight is None and layer.activation is not None:
+        raise ValueError(
+            f"{caller}: activation={layer.activation!r} needs a quantized weight=, "
+            "but weight is None. Pass a preset name as weight=."
+        )
+
+
+def own_weight(
+    layer: Any, name: str, roles: Roles, init: Callable[..., Any], dtype: Any
+) -> QTensor | jax.Array:
+    """The layer's weight: from its variables, or freshly initialized.
+
+    Args:
+      layer: has the field `weight`, and `activation` if its inputs can be quantized.
+      name: of the parameter.
+      roles: of the axes of the weight.
+      init: the initializer of the float weight.
+      dtype: of the float weight.
+
+    Raises:
+      TypeError: the variables hold an array where a QTensor is expected.
+      ValueError: the variables hold a QTensor of another shape.
+    """
+    if layer.weight is None:
+        return layer.param(name, init, roles.shape, dtype)
+    path = "/".join((*layer.path, name))
+    if not layer.has_variable("params", name):
+
+        def init_quantized(
+            rng: jax.Array, shape: tuple[int, ...], dtype: Any
+        ) -> QTensor:
+            # A lifted layer (nn.vmap) initializes its elements one by one, so a fresh
+            # weight has no stack axes.
+            floats = linen.meta.unbox(init(rng, shape, dtype))
+            qt = quantize(
+                floats,
+                layer.weight,
+                contracting=roles.contracting,
+                batch=tuple(range(roles.num_batch)),
+                name=path,
+            )
+            return qt.with_activation(getattr(layer, "activation", None))
+
+        return layer.param(name, init_quantized, roles.shape, dtype)
+    value = layer.get_variable("params", name)
+    _check_stored(layer, value, name, path, roles)
+    return value
+
+
+def _check_stored(layer: Any, value: Any, name: str, path: str, roles: Roles) -> None:
+    """Raises unless a stored weight is a QTensor of the right shape."""
+    caller = type(layer).__name__
+    if not isinstance(value, QTensor):
+        axes = f"contracting={roles.contracting}"
+        if roles.num_batch:
+            axes += f", batch={tuple(range(roles.num_batch))}"
+        kind = getattr(value, "dtype", type(value).__name__)
+        shape = list(getattr(value, "shape", []))
+        raise TypeError(
+            f"{caller}: {path} is {kind}{shape}, not a QTensor. "
+            f"Pass jaxq.quantize({name}, {layer.weight!r}, {axes}), use the float "
+            "layer with jaxq.nn.linen.quantize_model, or weight=None."
+        )
+    if value.shape != roles.shape:
+        raise ValueError(
+            f"{caller}: {path} is {value!r}, expected the shape {list(roles.shape)}."
+        )

@@ -1,0 +1,63 @@
+"""QTensors for `flax.serialization`: `to_bytes`, `to_state_dict` and back.
+
+A state dict holds the arrays of a QTensor by name, and its static description (format,
+granularity, shape) as text. To restore, that text must be equal to the target's: codes
+of one format are never read as codes of another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import serialization
+
+from jaxq.qtensor import QTensor
+
+# The entry of a state dict that holds the static description.
+_DESCRIPTION = "meta"
+
+
+def register_serialization() -> None:
+    """Tells `flax.serialization` how to save and restore QTensors."""
+    serialization.register_serialization_state(
+        QTensor, _to_state, _from_state, override=True
+    )
+
+
+def _to_state(qt: QTensor) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(qt)
+    state = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return state | {_DESCRIPTION: repr(qt.meta)}
+
+
+def _from_state(target: QTensor, state: Any) -> QTensor:
+    """The QTensor of a state dict; the target says what it must be."""
+    if not isinstance(state, dict) or _DESCRIPTION not in state:
+        raise ValueError(
+            f"flax.serialization: the target is {target!r}, but the saved value is not "
+            "a QTensor. Restore into the float variables, and quantize them."
+        )
+    if not _fits(target, state):
+        raise ValueError(
+            "flax.serialization: the saved array was quantized in another way than "
+            f"{target!r}. Restore into variables quantized by the same recipe, or use "
+            "jaxq.load, which needs no target."
+        )
+    leaves, structure = jax.tree_util.tree_flatten_with_path(target)
+    arrays = [jnp.asarray(state[jax.tree_util.keystr(path)]) for path, _ in leaves]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _fits(target: QTensor, state: dict[str, Any]) -> bool:
+    """True if a state dict has the target's description, names and shapes."""
+    if state[_DESCRIPTION] != repr(target.meta):
+        return False
+    leaves = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(target)
+    }
+    if set(state) != {*leaves, _DESCRIPTION}:
+        return False
+    return all(state[name].shape == leaf.shape for name, leaf in leaves.items())

@@ -1,0 +1,95 @@
+"""Calls a linen module with abstract values, so that its layers' calls can be seen.
+
+Nothing is computed. Parameters are named by the tuple of names that leads to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+# Parameters by the names that lead to them.
+Params = dict[tuple[str, ...], Any]
+# `forward(module, variables, example)` calls the module.
+Forward = Callable[[linen.Module, Any, Any], Any]
+
+
+def params_of(variables: Mapping[str, Any]) -> Params:
+    """Parameters by their names. A value that is not a dict is a leaf."""
+    return flatten_dict(_as_dicts(variables.get("params", {})))
+
+
+def with_params(variables: Mapping[str, Any], params: Params) -> dict[str, Any]:
+    """The variables with other parameters, named as by `params_of`."""
+    return {**_as_dicts(variables), "params": unflatten_dict(params)}
+
+
+def _as_dicts(tree: Any) -> Any:
+    """A tree of mappings (such as a FrozenDict) as dicts with names as keys."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {str(name): _as_dicts(value) for name, value in tree.items()}
+
+
+def trace(
+    module: linen.Module,
+    variables: Any,
+    example: Any,
+    forward: Forward | None,
+    interceptor: Callable[..., Any],
+) -> None:
+    """Calls a module with abstract values.
+
+    Args:
+      module: a linen module.
+      variables: for `module.apply`.
+      example: an array or its `jax.ShapeDtypeStruct`, a tuple of arguments, or a dict
+        of named arguments. The dict may have arguments of `apply` too.
+      forward: `forward(module, variables, example)` calls the module. None uses
+        `module.apply`.
+      interceptor: sees the calls of all modules.
+    """
+    tagged = {**_as_dicts(variables), "jaxq_trace": _tags(variables)}
+    leaves, treedef = jax.tree.flatten((tagged, example))
+    shapes = {
+        position: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for position, leaf in enumerate(leaves)
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    }
+    # Created before the trace, so that the keys are not tracers.
+    settings = {
+        "mutable": linen.DenyList("params"),
+        "rngs": {"params": jax.random.key(0), "dropout": jax.random.key(0)},
+    }
+
+    def run(arrays: dict[int, Any]) -> None:
+        filled = [arrays.get(position, leaf) for position, leaf in enumerate(leaves)]
+        traced_variables, batch = jax.tree.unflatten(treedef, filled)
+        with linen.intercept_methods(interceptor):
+            if forward is not None:
+                forward(module, traced_variables, batch)
+            elif isinstance(batch, dict):
+                module.apply(traced_variables, **{**settings, **batch})
+            else:
+                arguments = batch if isinstance(batch, tuple) else (batch,)
+                module.apply(traced_variables, *arguments, **settings)
+
+    jax.eval_shape(run, shapes)
+
+
+@jax.tree_util.register_static
+class _Tag:
+    """A static variable, different in every module.
+
+    `nn.jit` does not call a module again that it has traced with equal variables. Then
+    an interceptor would not see the layers of the second of two equal modules.
+    """
+
+
+def _tags(variables: Mapping[str, Any]) -> dict[str, Any]:
+    scopes = {path[:i] for path in params_of(variables) for i in range(len(path))}
+    return unflatten_dict({(*scope, "tag"): _Tag() for scope in scopes})
