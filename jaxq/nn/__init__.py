@@ -8,24 +8,33 @@ hooks: no class is edited and no jax function is replaced. `calibrate` looks at 
 from jaxq.nn import linen
 from jaxq.nn._mixed_precision import Sensitivity, assign, mixed_recipe, sensitivity
 from jaxq.nn.calibration._nnx import calibrate
-from jaxq.nn.layers._nnx import (
+from jaxq.nn.layers import (
+    LayerKind,
+    QConv,
     QConvTranspose,
+    QEinsum,
     QEmbed,
+    QLinear,
+    QLinearGeneral,
     QuantizedParam,
+    Roles,
     find_kind,
     put_weight,
+    register_layer,
     replace_variables,
+    unregister_layer,
     weight_axes,
 )
-from jaxq.nn.layers._nnx_explicit import QConv, QEinsum, QLinear, QLinearGeneral
 from jaxq.nn.report._report import Report, Row
-from jaxq.nn.transform._folding import register_folding, register_rotation
+from jaxq.nn.transform._folding import register_folding
 from jaxq.nn.transform._nnx import quantize_model
-from jaxq.nn.transform._nnx_matching import find_layers
+from jaxq.nn.transform._nnx_layers import find_layers
 from jaxq.nn.transform._plan import plan
+from jaxq.nn.transform._rotation import register_rotation
 from jaxq.nn.transform._tree import dequantize_params, quantize_params
 
 __all__ = [
+    "LayerKind",
     "QConv",
     "QConvTranspose",
     "QEinsum",
@@ -34,6 +43,7 @@ __all__ = [
     "QLinearGeneral",
     "QuantizedParam",
     "Report",
+    "Roles",
     "Row",
     "Sensitivity",
     "assign",
@@ -48,8 +58,10 @@ __all__ = [
     "quantize_model",
     "quantize_params",
     "register_folding",
+    "register_layer",
     "register_rotation",
     "replace_variables",
     "sensitivity",
+    "unregister_layer",
     "weight_axes",
 ]

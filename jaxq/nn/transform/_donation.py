@@ -12,18 +12,23 @@ from jaxq.qtensor import QTensor
 
 
 class Donated:
-    """Arrays to be freed after their last use: one that has several names, or stays in floats under one, has several.
+    """Counts the uses of arrays, and frees an array when its last use has ended.
+
+    An array may be used under several names. If one of the uses stays in floats, the
+    array is never freed.
 
     Args:
-      arrays: all that there are, each as often as it is used; they must stay alive while this is used.
+      arrays: all arrays of the model, each as often as it is used. They must stay alive
+        as long as this object is used, because they are told apart by identity.
     """
 
     def __init__(self, arrays: Iterable[Any]):
-        self._uses = collections.Counter(map(id, arrays))
+        self._num_uses = collections.Counter(map(id, arrays))
 
-    def quantized(self, array: Any, qt: QTensor) -> None:
-        """One use of an array has ended: `qt` is made of it."""
-        self._uses[id(array)] -= 1
-        if not self._uses[id(array)] and isinstance(array, jax.Array):
+    def end_use(self, array: Any, qt: QTensor) -> None:
+        """Ends one use of `array`, from which `qt` was made."""
+        self._num_uses[id(array)] -= 1
+        if not self._num_uses[id(array)] and isinstance(array, jax.Array):
+            # The computation of `qt` may still read the array.
             jax.block_until_ready(qt)
             array.delete()

@@ -1,9 +1,11 @@
-"""Scales that a method wants in front of a layer, folded into what comes before it.
+"""Scales that a method moves from a layer's inputs into the layer before it.
 
-What comes before a layer is a matter of the model, not of its parameters: a model class says it, by methods
-`scale_groups()` and `fold_scales(scales)` or, for a class of others, by `register_folding`. Methods that need it (AWQ,
-SmoothQuant, cross-layer equalization) are refused for classes of which it is not known. Rotations of a whole model are
-told the same way, by a method `rotated(orthogonal, online)` or `register_rotation`.
+AWQ, SmoothQuant and cross-layer equalization multiply the rows of a weight by scales,
+and divide the outputs of the layer before by the same scales. The model computes the
+same as before, and its weights or inputs are easier to quantize. Which scales are best
+is known to the method (`Method.folding`). Where scales can be moved is known to the
+model's class: it has the methods `scale_groups()` and `fold_scales(scales)`, or
+`register_folding` adds them.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ import numpy as np
 from flax import nnx
 
 from jaxq import methods, ops
+from jaxq.methods import Folding
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QuantSpec, quantize
-from jaxq.recipes import Recipe, Rule
-
-FOLDED = ("awq", "equalize", "smoothquant")
+from jaxq.recipes import Rule
 
 
 class Group(Protocol):
-    """Layers that read one input, and the module whose outputs can take a scale; all as paths."""
+    """Layers that read one input, and the module whose outputs can be scaled.
+
+    All attributes are paths, except `kind`.
+    """
 
     @property
     def source(self) -> str: ...
@@ -37,30 +41,28 @@ class Group(Protocol):
     def kind(self) -> str: ...
 
 
-class _Folding(NamedTuple):
-    groups: Callable[[Any], Iterable[Group]]
-    fold: Callable[[Any, Mapping[str, jax.Array]], Any]
-
-
 class Outcome(NamedTuple):
-    """What became of the scales of a layer's group.
+    """What happened to the scales of a layer's group.
 
     Attributes:
-      taken: they are in the model now.
-      note: why not, or what else is worth knowing.
-      loss: mean squared error of the layer's output on held-out inputs, weights (and inputs) rounded to nearest with
-        the scales, over the same without them; None where that was not measured.
+      moved: the scales are in the model now.
+      note: why they are not, or another remark for the report.
+      loss: mean squared error of the layer's output on held-out inputs with the scales,
+        divided by the error without them. Weights (and inputs) are rounded to nearest
+        for it. None if it was not measured.
     """
 
-    taken: bool
+    moved: bool
     note: str = ""
     loss: float | None = None
 
 
-_KNOWN: dict[type, _Folding] = {}
-_Orthogonal = Callable[[int], jax.Array]
-_Online = Callable[[jax.Array], jax.Array]
-_ROTATIONS: dict[type, Callable[[Any, _Orthogonal, _Online], Any]] = {}
+class _ModelFolding(NamedTuple):
+    groups: Callable[[Any], Iterable[Group]]
+    fold: Callable[[Any, Mapping[str, jax.Array]], Any]
+
+
+_MODELS: dict[type, _ModelFolding] = {}
 
 
 def register_folding(
@@ -68,140 +70,177 @@ def register_folding(
     groups: Callable[[Any], Iterable[Group]],
     fold: Callable[[Any, Mapping[str, jax.Array]], Any],
 ) -> None:
-    """Tells jaxq where scales can be folded in models of a class that has no `scale_groups` and `fold_scales`.
+    """Tells jaxq where scales can be moved in models of a class.
+
+    A class with the methods `scale_groups` and `fold_scales` does not need this.
 
     Args:
-      cls: an nnx module class; subclasses count too.
-      groups: from a model its groups: objects with `source` (path of a norm or linear), `targets` (paths of the
-        linears that read its output) and `kind` ("norm" or "linear").
-      fold: from a model and scales by source, float32 `[n]`, a new model in which outputs of each source are divided by
-        its scale and the rows of its targets multiplied.
+      cls: an nnx module class. Subclasses count too.
+      groups: `(model) -> groups`. A group has `source` (path of a norm or of a linear
+        layer), `targets` (paths of the linear layers that read its output) and `kind`
+        ("norm" or "linear").
+      fold: `(model, scales) -> model`. `scales` maps sources to float32 `[n]`. In the
+        new model, the outputs of each source are divided by its scale, and the rows of
+        its targets' weights are multiplied by it.
 
     Example:
       >>> import jaxq
       >>> from jaxq.models import Llama
       >>> jaxq.nn.register_folding(Llama, Llama.scale_groups, Llama.fold_scales)
     """
-    _KNOWN[cls] = _Folding(groups, fold)
+    _MODELS[cls] = _ModelFolding(groups, fold)
 
 
-def register_rotation(
-    cls: type[nnx.Module], rotated: Callable[[Any, _Orthogonal, _Online], Any]
-) -> None:
-    """Tells jaxq how to rotate models of a class that has no method `rotated`, for `Recipe(rotate=True)`.
-
-    Args:
-      cls: an nnx module class; subclasses count too.
-      rotated: `(model, orthogonal, online)` to a new model that computes the same in rotated coordinates. `orthogonal`
-        gives a random Hadamard matrix `[n, n]` from n, to be multiplied into weights; `online` is such a map of the
-        last axis of an array, for what must be rotated at run time.
-
-    Example:
-      >>> import jaxq
-      >>> from jaxq.models import Llama
-      >>> jaxq.nn.register_rotation(Llama, Llama.rotated)
-
-    References:
-      Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, section 4.
-    """
-    _ROTATIONS[cls] = rotated
-
-
-def rotated(model: nnx.Module, key: jax.Array) -> Any:
-    """The model in coordinates rotated at random.
-
-    Raises:
-      ValueError: it is not known how.
-    """
-    cls = type(model)
-    found = next(
-        (found for known, found in _ROTATIONS.items() if issubclass(cls, known)), None
-    )
-    found = found or getattr(cls, "rotated", None)
-    if found is None:
-        raise ValueError(
-            f"quantize_model: the recipe rotates the model, and nothing is known of how in {cls.__name__}. Tell it "
-            "with jaxq.nn.register_rotation, or use a recipe without rotate=True."
-        )
-
-    def orthogonal(n: int) -> jax.Array:
-        return methods.hadamard(
-            jnp.diag(methods.random_hadamard(jax.random.fold_in(key, n), n))
-        )
-
-    return found(model, orthogonal, methods.hadamard)
-
-
-def rotation_note(recipe: Recipe) -> tuple[str, ...]:
-    """What a report says of a rotated model."""
-    if not recipe.rotate:
-        return ()
-    return (
-        "rotated by random Hadamard matrices first; errors are of rotated weights, and the rotation is not judged",
-    )
-
-
-def raise_if_rotating(recipe: Recipe, caller: str) -> None:
-    """For what is no nnx model, and cannot say what rotations pass through it."""
-    if recipe.rotate:
-        raise ValueError(
-            f"{caller}: rotate=True is for nnx models, whose class says how; use a recipe without it."
-        )
-
-
-def _known(cls: type) -> _Folding | None:
-    found = next(
-        (found for known, found in _KNOWN.items() if issubclass(cls, known)), None
-    )
-    if found is None and hasattr(cls, "scale_groups") and hasattr(cls, "fold_scales"):
-        found = _Folding(cls.scale_groups, cls.fold_scales)  # pyright: ignore[reportAttributeAccessIssue]
-    return found
-
-
-def foldable(
+def groups_to_fold(
     model: nnx.Module, rules: Mapping[str, Rule | None]
 ) -> list[tuple[Group, Rule]]:
-    """The groups of a model whose scales are wanted, each with the rule that all its layers have.
+    """The groups whose scales are moved, each with the rule that its layers share.
 
-    A layer that is in no group is none of them: the report says that nothing before it can take its scales.
+    A layer that is in no group is left out. The report says why.
 
     Args:
       model: a flax nnx module.
-      rules: path of each layer to its rule, or None.
+      rules: the rule of each layer, by path.
 
     Raises:
-      ValueError: a rule's method folds scales and nothing is known of the model's class; or only some layers of a group
-        have such a rule, or they have different ones.
+      ValueError: a rule's method moves scales, and jaxq does not know where they can go
+        in the model's class; or the layers of a group have different rules.
     """
-    wanted = {
-        path
-        for path, rule in rules.items()
-        if rule is not None and rule.method in FOLDED
-    }
+    wanted = {path for path, rule in rules.items() if folding_of(rule) is not None}
     if not wanted:
         return []
-    known, name = _known(type(model)), type(model).__name__
-    if known is None:
+    registered = _model_folding(type(model))
+    if registered is None:
         raise ValueError(
-            f"quantize_model: methods {list(FOLDED)} fold scales into what comes before a layer, and nothing is known "
-            f"of that in {name}. Tell it with jaxq.nn.register_folding, or use another method."
+            f"quantize_model: methods {_folding_methods()} move scales into the layer "
+            "before, and jaxq does not know where scales can go in a "
+            f"{type(model).__name__}. Register it with jaxq.nn.register_folding, or "
+            "use another method."
         )
-    out = []
-    for group in known.groups(model):
+    groups = []
+    for group in registered.groups(model):
         rule = rules.get(group.targets[0])
-        asked = {_what(rules.get(target)) for target in group.targets}
-        if len(asked) == 1 and rule is not None and rule.method in FOLDED:
-            out.append((group, rule))
+        actions = {_action(rules.get(target)) for target in group.targets}
+        if len(actions) == 1 and rule is not None and folding_of(rule) is not None:
+            groups.append((group, rule))
         elif wanted.intersection(group.targets):
+            asking = ", ".join(sorted(wanted.intersection(group.targets)))
             raise ValueError(
-                f"quantize_model: {', '.join(group.targets)} read one input, so methods that fold scales into what "
-                f"comes before them ({', '.join(sorted(wanted.intersection(group.targets)))}) need one rule for all."
+                f"quantize_model: {', '.join(group.targets)} read one input. A method "
+                f"that moves scales into the layer before ({asking}) needs the same "
+                "rule for all of them."
             )
-    return out
+    return groups
 
 
-def _what(rule: Rule | None) -> Rule | None:
-    """A rule without what says which layers it is about."""
+def layers_to_watch(groups: Sequence[tuple[Group, Rule]]) -> list[str]:
+    """The layers whose inputs `fold_scales` reads: the first target of each group.
+
+    The source is one of them if the method judges it.
+    """
+    targets = [group.targets[0] for group, _ in groups]
+    sources = [
+        group.source
+        for group, rule in groups
+        if _folding(rule).judges_source and group.kind == "linear"
+    ]
+    return targets + sources
+
+
+def planned_outcomes(
+    model: Any, groups: Sequence[tuple[Group, Rule]]
+) -> dict[str, Outcome]:
+    """What can happen to the scales of each target, before any scale is computed."""
+    modules = _modules_by_path(model)
+    outcomes: dict[str, Outcome] = {}
+    for group, rule in groups:
+        reason = _folding(rule).why_not(*_weights(modules, group))
+        for target in group.targets:
+            outcomes[target] = Outcome(not reason, reason)
+    return outcomes
+
+
+def fold_scales(
+    model: Any,
+    groups: Sequence[tuple[Group, Rule]],
+    rules: Mapping[str, Rule | None],
+    stats: Mapping[str, LayerStats],
+    fallback: str,
+) -> tuple[Any, dict[str, Outcome]]:
+    """Computes the scales of each group and moves them.
+
+    The model computes the same afterwards. If `fallback` is "rtn", scales that increase
+    the error on held-out inputs are not moved. The error is the sum over the group. If
+    a method also changes the rounding error of the source, the mean of the two losses
+    decides.
+
+    Args:
+      model: with float weights. It is not changed.
+      groups: with the rule of each.
+      rules: the rule of each layer, by path.
+      stats: of `layers_to_watch`, by path.
+      fallback: as in `quantize_model`.
+
+    Returns:
+      (the new model, the outcome of each target by path).
+    """
+    registered = _model_folding(type(model))
+    assert registered is not None
+    modules = _modules_by_path(model)
+    scales: dict[str, jax.Array] = {}
+    outcomes = planned_outcomes(model, groups)
+    for group, rule in groups:
+        if not outcomes[group.targets[0]].moved:
+            continue
+        source, weights = _weights(modules, group)
+        input_stats = stats.get(group.targets[0])
+        options = dict(rule.options)
+        scale = _folding(rule).find(
+            source, weights, input_stats, rule.weight, options
+        )  # [in]
+        losses, total = _target_losses(rule, weights, scale, input_stats)
+        source_rule = rules.get(group.source)
+        judges_source = _folding(rule).judges_source and _quantizes(source_rule)
+        if total is not None and judges_source:
+            assert source is not None and source_rule is not None
+            source_stats = stats[group.source]
+            total = (total + _source_loss(source_rule, source, scale, source_stats)) / 2
+        reason = "" if total is None else _why_worse(group, rule, total, fallback)
+        if not reason:
+            scales[group.source] = scale
+        for target, loss in zip(group.targets, losses, strict=True):
+            outcomes[target] = Outcome(not reason, reason, None if reason else loss)
+    return registered.fold(model, scales), outcomes
+
+
+def folding_of(rule: Rule | None) -> Folding | None:
+    """How a rule's method moves scales; None if it does not, or there is no method."""
+    return None if rule is None else methods.get(rule.method).folding
+
+
+def _folding(rule: Rule) -> Folding:
+    folding = folding_of(rule)
+    assert folding is not None
+    return folding
+
+
+def _folding_methods() -> list[str]:
+    return [name for name in methods.names() if methods.get(name).folding is not None]
+
+
+def _model_folding(cls: type) -> _ModelFolding | None:
+    for registered, folding in _MODELS.items():
+        if issubclass(cls, registered):
+            return folding
+    groups = getattr(cls, "scale_groups", None)
+    fold = getattr(cls, "fold_scales", None)
+    if groups is None or fold is None:
+        return None
+    return _ModelFolding(groups, fold)
+
+
+def _action(rule: Rule | None) -> Rule | None:
+    """What a rule does, without the fields that say which layers it matches."""
     if rule is None or rule.skip:
         return None
     return dataclasses.replace(
@@ -209,162 +248,72 @@ def _what(rule: Rule | None) -> Rule | None:
     )
 
 
-def looked_at(chosen: Sequence[tuple[Group, Rule]]) -> list[str]:
-    """The layers whose inputs `folded` must know: one of each group; those before it too, where they are judged."""
-    paths = [group.targets[0] for group, _ in chosen]
-    return paths + [
-        group.source
-        for group, rule in chosen
-        if rule.method == "equalize" and group.kind == "linear"
-    ]
+def _quantizes(rule: Rule | None) -> bool:
+    return rule is not None and rule.weight is not None
 
 
-def folded(
-    model: Any,
-    chosen: Sequence[tuple[Group, Rule]],
-    rules: Mapping[str, Rule | None],
-    stats: Mapping[str, LayerStats],
-    fallback: str,
-) -> tuple[Any, dict[str, Outcome]]:
-    """A model with the scales in it that methods find for the chosen groups, and what became of each layer's.
-
-    What the model computes stays the same. SmoothQuant takes groups behind norms only; AWQ those behind linears too,
-    where one output feeds one input; equalization those alone. Scales that do worse than none on held-out inputs are
-    left out, if `fallback` is "rtn": by the sum of a group's errors; of equalization, which takes from one layer what
-    it gives to the other, by the mean of their losses.
-
-    Args:
-      model: with float weights.
-      chosen: groups and the rule of each.
-      rules: of all layers.
-      stats: of `looked_at`, by path.
-      fallback: as in `quantize_model`.
-    """
-    known = _known(type(model))
-    assert known is not None
-    modules, scales, outcomes = _modules(model), {}, planned_outcomes(model, chosen)
-    for group, rule in chosen:
-        if not outcomes[group.targets[0]].taken:
-            continue
-        source, weights = _kernels(modules, group)
-        seen = stats.get(group.targets[0])
-        scale = _scales(rule, source, weights, seen)
-        losses, overall = _losses(rule, weights, scale, seen)
-        before = rules.get(group.source)
-        if (
-            overall is not None
-            and rule.method == "equalize"
-            and before is not None
-            and before.weight is not None
-        ):
-            assert source is not None
-            overall = (
-                overall + _loss_before(before, source, scale, stats[group.source])
-            ) / 2
-        why = "" if overall is None else _why_worse(group, rule, overall, fallback)
-        if not why:
-            scales[group.source] = scale
-        for target, loss in zip(group.targets, losses, strict=True):
-            outcomes[target] = Outcome(not why, why, None if why else loss)
-    return known.fold(model, scales), outcomes
-
-
-def planned_outcomes(
-    model: Any, chosen: Sequence[tuple[Group, Rule]]
-) -> dict[str, Outcome]:
-    """What can become of the scales of each layer's group, before any are known."""
-    modules, out = _modules(model), {}
-    for group, rule in chosen:
-        why = _why_no_scales(rule.method, *_kernels(modules, group))
-        out |= dict.fromkeys(group.targets, Outcome(not why, why))
-    return out
-
-
-def _modules(model: Any) -> dict[str, Any]:
+def _modules_by_path(model: Any) -> dict[str, Any]:
     return {
         "/".join(map(str, path)): module for path, module in nnx.iter_modules(model)
     }
 
 
-def _kernels(
+def _weights(
     modules: Mapping[str, Any], group: Group
 ) -> tuple[jax.Array | None, list[jax.Array]]:
-    """The weight of what comes before a group, if it is a linear, and those of its layers."""
-    source = (
-        modules[group.source].kernel.get_value() if group.kind == "linear" else None
-    )
+    """The weight of the source, None unless it is a linear layer, and the targets'."""
+    source = None
+    if group.kind == "linear":
+        source = modules[group.source].kernel.get_value()
     return source, [modules[target].kernel.get_value() for target in group.targets]
 
 
-def _why_no_scales(
-    method: str, source: jax.Array | None, weights: Sequence[jax.Array]
-) -> str:
-    if source is None:
-        return (
-            "not equalized: what comes before it is no linear"
-            if method == "equalize"
-            else ""
-        )
-    if method == "smoothquant":
-        return "not smoothed: no norm before it can take its scales"
-    if source.shape[-1] != weights[0].shape[-2]:
-        return (
-            "not scaled: an output of the linear before it feeds several of its inputs"
-        )
-    return ""
-
-
-def _scales(
+def _target_losses(
     rule: Rule,
-    source: jax.Array | None,
     weights: list[jax.Array],
-    seen: LayerStats | None,
-) -> jax.Array:
-    options = dict(rule.options)
-    if rule.method == "equalize":
-        found = functools.partial(methods.equalize, **options)
-        for _ in range(weights[0].ndim - 2):
-            found = jax.vmap(found)
-        return found(source, weights[0])[1].scale
-    assert seen is not None
-    if rule.method == "smoothquant":
-        return methods.smoothquant(
-            seen.absmax, weights, alpha=options.get("alpha", 0.5)
-        )[0]
-    assert isinstance(rule.weight, QuantSpec)
-    how = {name: options[name] for name in ("duo", "num") if name in options}
-    return methods.awq_scale(weights, seen.samples, rule.weight, **how)[0]
-
-
-def _losses(
-    rule: Rule, weights: list[jax.Array], scale: jax.Array, seen: LayerStats | None
+    scale: jax.Array,
+    stats: LayerStats | None,
 ) -> tuple[Sequence[float | None], float | None]:
-    """The loss of each layer of a group, and that of all; None where there are no rows to measure it by."""
-    if seen is None or not int(seen.num_held_out):
+    """The loss of each target, and that of all together; None without held-out rows."""
+    if stats is None or not int(stats.num_held_out):
         return [None] * len(weights), None
-    pairs = [_errors(rule, w, scale, jnp.ones(w.shape[1]), seen) for w in weights]
-    return [_ratio(*pair) for pair in pairs], _ratio(*np.sum(pairs, axis=0))
+    errors = []
+    for w in weights:
+        no_scale = jnp.ones(w.shape[1])
+        errors.append(_errors(rule, w, scale, no_scale, stats))
+    losses = [_ratio(*pair) for pair in errors]
+    return losses, _ratio(*np.sum(errors, axis=0))
 
 
-def _loss_before(rule: Rule, w: jax.Array, scale: jax.Array, seen: LayerStats) -> float:
+def _source_loss(
+    rule: Rule, w: jax.Array, scale: jax.Array, stats: LayerStats
+) -> float:
     """The loss of the layer whose outputs are divided by the scales."""
-    return _ratio(*_errors(rule, w, jnp.ones(w.shape[0]), scale, seen))
+    return _ratio(*_errors(rule, w, jnp.ones(w.shape[0]), scale, stats))
 
 
 def _errors(
-    rule: Rule, w: jax.Array, before: jax.Array, after: jax.Array, seen: LayerStats
+    rule: Rule,
+    w: jax.Array,
+    row_scale: jax.Array,
+    column_scale: jax.Array,
+    stats: LayerStats,
 ) -> tuple[float, float]:
-    """Squared errors of a layer's outputs on held-out inputs, with scales and without."""
+    """Squared output errors on held-out inputs, with the scales and without them."""
     assert isinstance(rule.weight, QuantSpec)
-    how: Any = {
-        "weight": rule.weight,
-        "activation": rule.activation,
-        "static": rule.observer is not None,
-    }
-    with_scales = _error(w, before, after, seen, **how)
-    return float(with_scales), float(
-        _error(w, jnp.ones_like(before), jnp.ones_like(after), seen, **how)
+    error = functools.partial(
+        _output_error,
+        weight=rule.weight,
+        activation=rule.activation,
+        static=rule.observer is not None,
     )
+    no_row_scale, no_column_scale = (
+        jnp.ones_like(row_scale),
+        jnp.ones_like(column_scale),
+    )
+    with_scales = error(w, row_scale, column_scale, stats)
+    without = error(w, no_row_scale, no_column_scale, stats)
+    return float(with_scales), float(without)
 
 
 def _ratio(error: float, reference: float) -> float:
@@ -372,44 +321,60 @@ def _ratio(error: float, reference: float) -> float:
 
 
 def _why_worse(group: Group, rule: Rule, loss: float, fallback: str) -> str:
-    """Why the scales of a group are left out, if they are."""
+    """Why the scales of a group are not moved; empty if they are."""
     if loss <= 1 or fallback == "none":
         return ""
-    worse = f"{rule.method}'s scales do worse than none on held-out inputs ({loss:.3g} times the error)"
+    reason = (
+        f"{rule.method}'s scales do worse than none on held-out inputs "
+        f"({loss:.3g} times the error)"
+    )
     if fallback == "raise":
         raise ValueError(
-            f"quantize_model: {', '.join(group.targets)}: {worse}. Pass fallback='rtn' or 'none'."
+            f"quantize_model: {', '.join(group.targets)}: {reason}. "
+            "Pass fallback='rtn' or 'none'."
         )
-    return f"{worse}, so none"
+    return f"{reason}, so they are left out"
 
 
 @functools.partial(jax.jit, static_argnames=("weight", "activation", "static"))
-def _error(
+def _output_error(
     w: jax.Array,
-    before: jax.Array,
-    after: jax.Array,
-    seen: LayerStats,
+    row_scale: jax.Array,
+    column_scale: jax.Array,
+    stats: LayerStats,
     *,
     weight: QuantSpec,
     activation: QuantSpec | None,
     static: bool,
 ) -> jax.Array:
-    """`sum (x w - Q(x / b) Q(b w / a) a)^2` over held-out rows, both sides rounded to nearest as the rule says."""
-    scaled = (w.astype(jnp.float32) * before[:, None] / after[None]).astype(w.dtype)
-    qt = quantize(scaled, weight, contracting=-2, on_nonfinite="propagate")
-    bounds = (
-        (jnp.min(seen.low / before), jnp.max(seen.high / before)) if static else None
+    """`sum (x w - Q(x / r) Q(r w / c) c)^2` over held-out rows x.
+
+    Both sides are rounded to nearest, as the rule says. r are the scales of rows, c
+    those of columns.
+
+    Args:
+      w: float `[in, out]`.
+      row_scale: `[in]`.
+      column_scale: `[out]`.
+      stats: of the inputs.
+      weight: spec of the weight.
+      activation: spec of the inputs; None leaves them in floats.
+      static: the inputs have one range, which calibration found.
+    """
+    scaled = w.astype(jnp.float32) * row_scale[:, None] / column_scale[None]
+    qt = quantize(
+        scaled.astype(w.dtype), weight, contracting=-2, on_nonfinite="propagate"
     )
-    x = seen.held_out / before[None]
-    y = (
-        ops.matmul(
-            x,
-            qt.with_activation(activation, bounds=bounds),
-            preferred_element_type=jnp.float32,
-        )
-        * after[None]
+    bounds = None
+    if static:
+        bounds = (jnp.min(stats.low / row_scale), jnp.max(stats.high / row_scale))
+    x = stats.held_out / row_scale[None]  # [rows, in]
+    y = ops.matmul(
+        x,
+        qt.with_activation(activation, bounds=bounds),
+        preferred_element_type=jnp.float32,
     )
-    wanted = jnp.matmul(
-        seen.held_out, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    exact = jnp.matmul(
+        stats.held_out, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
-    return jnp.sum(jnp.square(wanted - y))
+    return jnp.sum(jnp.square(exact - y * column_scale[None]))

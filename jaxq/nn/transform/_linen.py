@@ -1,9 +1,9 @@
-"""quantize_model: a linen module and its variables, quantized, and the report of what happened to each parameter."""
+"""quantize_model for Flax linen: the public function and the adapter of linen modules."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,41 +12,33 @@ from flax import linen
 from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict
 
-from jaxq import formats, methods
-from jaxq.nn.calibration._linen import calibrated, call_order
-from jaxq.nn.calibration._nnx import as_batches, shown
-from jaxq.nn.layers._linen_discovery import (
+from jaxq.nn.calibration._linen import calibrated as collect_linen_stats
+from jaxq.nn.calibration._linen import call_order as linen_call_order
+from jaxq.nn.calibration._nnx import Wanted
+from jaxq.nn.layers import (
     Forward,
-    Structure,
-    find_layers,
+    LinenKind,
+    LinenLayer,
+    Quantized,
+    check_weights,
+    find_linen_layers,
+    linen_kinds,
     params_of,
     with_params,
 )
-from jaxq.nn.layers._linen_quantized import Quantized
-from jaxq.nn.report._report import (
-    Report,
-    Row,
-    float_row,
-    planned_row,
-    quantized_row,
-    skip_reason,
-)
-from jaxq.nn.transform._donation import Donated
-from jaxq.nn.transform._folding import raise_if_rotating
-from jaxq.nn.transform._linen_matching import Matched, Taken, match
-from jaxq.nn.transform._nnx import given_stats, in_order, unused_note, wanted_statistics
-from jaxq.nn.transform._nnx_matching import (
-    check_data,
-    check_key,
-    has_rows,
-    unused_notes,
-)
-from jaxq.nn.transform._resume import Done, Resume, as_order
-from jaxq.nn.transform._weight import corrected_bias, quantize_weight
+from jaxq.nn.report._report import Report, Row, float_row, skip_reason
+from jaxq.nn.transform import _loop
+from jaxq.nn.transform._calibration_data import CalibrationData
+from jaxq.nn.transform._matching import bare_rule, is_multiplied
+from jaxq.nn.transform._options import Options
+from jaxq.nn.transform._rotation import refuse_rotation
+from jaxq.nn.transform._slot import Inventory, Slot
 from jaxq.observers import LayerStats
-from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec
-from jaxq.recipes import Recipe, as_recipe
-from jaxq.sharding import on_auto_axes, placed_like
+from jaxq.qtensor import QTensor, QuantSpec
+from jaxq.recipes import Recipe, Rule, as_recipe
+
+# The names that lead to a parameter.
+_Key = tuple[str, ...]
 
 
 def quantize_model(
@@ -67,367 +59,415 @@ def quantize_model(
     on_nonfinite: str = "raise",
     progress: bool | None = None,
 ) -> tuple[Quantized, Any, Report]:
-    """A linen module and variables whose matrix weights are quantized; module and variables stay as they are.
+    """Returns a linen module and variables with quantized weights.
 
-    Layers it knows: Dense, DenseGeneral (and so attention), Einsum, Conv, ConvTranspose, Embed, wherever they are, in
-    `nn.scan` or `nn.vmap` (stacked along axis 0), `nn.remat` and `nn.jit`. Rules of `kinds=("Linear",)` are about Dense
-    too, "LinearGeneral" about DenseGeneral. Which parameter belongs to which layer is found by tracing a call, with
-    abstract values; weights that would not reach their layer as they are stored are refused. All layers are checked
-    before any is quantized, and all problems are named at once.
+    The module and variables that are passed do not change.
+
+    It quantizes Dense, DenseGeneral (and so attention), Einsum, Conv, ConvTranspose and
+    Embed. The layers may be anywhere in the module: in `nn.scan` or `nn.vmap` (stacked
+    along axis 0), `nn.remat` and `nn.jit`. Rules of `kinds=("Linear",)` match Dense
+    too, and "LinearGeneral" matches DenseGeneral.
+
+    A call of the module with abstract values shows which parameter belongs to which
+    layer. Weights that change between the variables and their layer are refused. All
+    layers are checked before the first one is quantized. One error names all problems.
 
     Args:
       module: a linen module.
-      variables: as `module.apply` takes them, float parameters; also a FrozenDict. Boxes of metadata
-        (`nn.Partitioned`) are taken off the weights that are quantized, for they speak of axes that codes do not have.
-      recipe: a name (`jaxq.recipes.names()`: every preset as weight-only, "w8a8", ...), a `QuantSpec` for every
-        weight, or a `jaxq.Recipe`. Names and specs leave embeddings, output heads and routers in floats,
-        which they know by kind and by name ("lm_head", "router", ...): the report says which.
-      example: an input of the module, or its `jax.ShapeDtypeStruct`: an array, a tuple of arguments or a dict of named
-        ones (`method=`, `rngs=` and `mutable=` of `apply` among them). None takes the first batch of `calibration`;
-        without it, inputs of usual shapes are tried until one reaches all parameters.
-      calibration: batches of real inputs, for methods that need data (`jaxq.methods`), or what
-        `jaxq.nn.linen.calibrate` made of them. Layers inside `nn.scan` and its like cannot be watched.
-      mask: which rows of a batch count, as in `calibrate`.
-      forward: how to run an example or a batch, `forward(module, variables, batch)`.
-      sequential: "blocks" (or True) or "layers", as in `jaxq.quantize_model`: some layers after others, each on what
-        those before it make of the data when they are quantized. A block is what has the same path up to the first
-        number ("layers_3").
-      resume: a folder for the results of finished blocks, as in `jaxq.quantize_model`.
-      fallback: what becomes of a layer whose method does worse than rounding to nearest on held-out inputs, as in
+      variables: float variables as `module.apply` takes them, a dict or a FrozenDict.
+        Boxes of metadata (`nn.Partitioned`) are removed from the weights that are
+        quantized, because they describe axes that codes do not have.
+      recipe: a name, a `QuantSpec` for every weight, or a `jaxq.Recipe`, as in
         `jaxq.quantize_model`.
-      strict: a rule that matches nothing, a matrix that a module of yours asks for itself (`self.param`) and no rule is
-        about, and a weight that a rule is about and the example does not reach, are errors. False leaves them, and the
+      example: an input of the module or its `jax.ShapeDtypeStruct`: an array, a tuple
+        of arguments or a dict of named ones. The dict may have `method=`, `rngs=` and
+        `mutable=` of `apply`. None uses the first batch of `calibration`. Without that,
+        inputs of usual shapes are tried until one reaches all parameters.
+      calibration: batches of real inputs, for methods that need data (`jaxq.methods`),
+        or the statistics that `jaxq.nn.linen.calibrate` returned for such batches.
+        Layers inside `nn.scan` or another lifted transform cannot be watched.
+      mask: which rows of a batch count, as in `calibrate`.
+      forward: `forward(module, variables, batch)` runs an example or a batch.
+      sequential: "blocks" (or True) or "layers", as in `jaxq.quantize_model`. A block
+        is what has the same path up to the first number ("layers_3").
+      resume: a folder for the results of finished blocks, as in `jaxq.quantize_model`.
+      fallback: what happens to a layer whose method does worse than rounding to nearest
+        on held-out inputs, as in `jaxq.quantize_model`.
+      strict: these are errors: a rule that matches nothing; a matrix that a module of
+        yours creates with `self.param` and that no rule matches; a weight that a rule
+        quantizes and the example does not reach. False leaves these in floats, and the
         report says so.
-      donate: frees each weight among `variables` once it is quantized, as in `jaxq.quantize_model`; not with data.
-      key: PRNG key, for methods that draw and `rounding="stochastic"`.
-      on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`; "raise" names path and index.
-      progress: show a line of progress; None does so on a terminal.
+      donate: frees each float weight among `variables` when its codes exist, as in
+        `jaxq.quantize_model`. It cannot be combined with data.
+      key: PRNG key, for methods that draw random numbers and for
+        `rounding="stochastic"`.
+      on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`. "raise"
+        names path and index.
+      progress: show a line of progress. None shows it on a terminal.
 
     Returns:
-      (`Quantized` module, variables, `Report`). Quantized parameters are QTensors; the other variables are those given.
+      (a `Quantized` module, variables, a `Report`). Quantized parameters are QTensors.
+      The other variables are those that were passed.
 
     Raises:
-      TypeError: not a linen module.
-      ValueError: an unknown recipe; no example where one is needed; layers that cannot be quantized; a rule that
-        matches nothing, a matrix that no rule is about, a weight that the example does not reach; a method or an
-        observer that needs data without `calibration`, a method that folds scales (linen modules do not say where), and
-        what `calibrate` raises.
+      TypeError: `module` is not a linen module, or it is quantized already; `variables`
+        has no "params"; `calibration` is one array.
+      ValueError: the recipe is unknown; the module cannot be called with the example;
+        layers cannot be quantized; a rule matches nothing; no rule matches a matrix of
+        an unknown module; the example does not reach a weight; a method or an observer
+        needs data and `calibration` is None; a method moves scales into other layers
+        (linen modules do not say where they can go); stochastic rounding without `key`;
+        the errors of `calibrate`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
       >>> from flax import linen
       >>> module, x = linen.Dense(8), jnp.ones((2, 64))
       >>> variables = module.init(jax.random.key(0), x)
-      >>> qmodule, qvariables, report = jaxq.nn.linen.quantize_model(module, variables, "int8")
+      >>> qmodule, qvariables, report = jaxq.nn.linen.quantize_model(
+      ...   module, variables, "int8")
       >>> qvariables["params"]["kernel"]
       QTensor(kernel: int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
       >>> qmodule.apply(qvariables, x).shape
       (2, 8)
     """
-    _check_module(module, variables, "quantize_model")
+    check_module(module, variables, "quantize_model")
     recipe = as_recipe(recipe, "quantize_model")
-    formats.check_choice("quantize_model: on_nonfinite", on_nonfinite, ON_NONFINITE)
-    formats.check_choice("quantize_model: fallback", fallback, methods.FALLBACKS)
-    check_key(recipe, key, "quantize_model")
-    if donate and calibration is not None:
-        raise ValueError(
-            "quantize_model: donate=True frees weights that calibration= needs; pass one of them."
-        )
-    order = as_order(sequential, resume)
-    batches = (
-        None
-        if calibration is None or isinstance(calibration, Mapping)
-        else list(as_batches(calibration, "quantize_model"))
-    )
-    data_is_example = example is None and bool(batches)
-    if example is None and batches:
-        example = batches[0]
-    structure = find_layers(module, variables, example, forward)
-    params = params_of(variables)
-    matched = match(
-        module,
-        variables,
-        structure,
-        params,
-        recipe,
-        forward,
-        on_nonfinite,
+    options = Options(
+        calibration=calibration,
+        mask=mask,
+        forward=forward,
+        sequential=sequential,
+        resume=resume,
+        fallback=fallback,
         strict=strict,
+        donate=donate,
+        key=key,
+        on_nonfinite=on_nonfinite,
+        progress=progress,
     )
-    taken = matched.taken
-    raise_if_rotating(recipe, "linen.quantize_model")
-    check_data(
-        [(o.found.path, o.found.kind, o.rule) for o in taken],
-        calibration is not None,
-        folds=False,
-    )
-    donated = Donated(list(jax.tree.leaves(variables)) if donate else [])
-    rows: dict[tuple[str, ...], Row] = {}
-    keys = jax.random.split(
-        jax.random.key(0) if key is None else key, max(len(taken), 1)
-    )
-    how = {"mask": mask, "forward": forward, "progress": progress}
-    layers = list(zip(taken, keys, strict=False))
-    blocks = (
-        _blocks(module, variables, layers, batches, forward, order)
-        if order
-        else [layers]
-    )
-    kept = Resume(
-        resume,
-        recipe,
-        batches or [],
-        linen.meta.unbox(dict(variables)),
-        key,
-        (fallback, order),
-    )
-    used = False
-    for number, block in enumerate(blocks):
-        before = kept.read(number, ["/".join(one.found.key) for one, _ in block])
-        made = {}
-        now = (
-            Quantized(module, tuple("/".join(where) for where in rows)),
-            with_params(variables, params),
-        )
-        stats = (
-            {}
-            if before
-            else _statistics(*now, calibration, batches, [one for one, _ in block], how)
-        )
-        used = used or bool(stats) or bool(before)
-        for one, k in shown(block, "quantizing", progress and bool(stats)):
-            where, found = one.found.key, one.found
-            boxed, value, name = (
-                params[where],
-                linen.meta.unbox(params[where]),
-                "/".join(where),
-            )
-            bias_at, bias = (*where[:-1], "bias"), None
-            if name in before:
-                qt, bias, rows[where] = before[name]
-                params[where] = placed_like(qt, value)
-                if bias is not None:
-                    params[bias_at] = linen.meta.replace_boxed(params[bias_at], bias)
-                continue
-            with on_auto_axes((value, k, stats.get(found.path))) as (
-                floats,
-                own_key,
-                seen,
-            ):
-                seen = _of_all(seen, floats.shape[: len(one.batch)])
-                qt, solved = quantize_weight(
-                    floats,
-                    one.rule,
-                    (one.contracting, one.batch),
-                    seen,
-                    rows=has_rows(found.kind),
-                    fallback=fallback,
-                    key=own_key,
-                    stochastic=key is not None
-                    and one.rule.weight.rounding == "stochastic",
-                    name=name,
-                    on_nonfinite=on_nonfinite,
-                )
-                notes = [_box(boxed)]
-                if one.rule.correct_bias and bias_at not in params:
-                    notes.append("no bias to correct")
-                elif one.rule.correct_bias:
-                    assert seen is not None
-                    bias, said = corrected_bias(
-                        linen.meta.unbox(params[bias_at]),
-                        floats,
-                        qt,
-                        seen,
-                        fallback,
-                        name,
-                    )
-                    params[bias_at] = linen.meta.replace_boxed(params[bias_at], bias)
-                    notes.append(said)
-                rows[where] = quantized_row(
-                    name, found.kind.name, floats, qt, solved, notes, found.roles
-                )
-            params[where], made[name] = (
-                placed_like(qt, value),
-                Done(qt, bias, rows[where]),
-            )
-            if donate:
-                donated.quantized(value, params[where])
-        if not before:
-            kept.write(number, made)
-    out: Any = with_params(variables, params)
-    unused = unused_note(used, None if data_is_example else calibration, mask, None)
-    notes = (*unused, *unused_notes(recipe, matched.used, strict))
-    report = Report(tuple(_rows(out, rows, matched, structure)), notes)
-    qmodule = Quantized(module, tuple("/".join(one.found.key) for one in taken))
-    return qmodule, freeze(out) if isinstance(variables, FrozenDict) else out, report
+    adapter = LinenAdapter(module, variables, recipe, example, options)
+    (qmodule, qvariables), report = _loop.quantize(adapter, recipe, options)
+    return qmodule, qvariables, report
 
 
-def plan_linen(
-    module: linen.Module,
-    variables: Any,
-    recipe: Recipe,
-    example: Any,
-    *,
-    strict: bool = True,
-) -> Report:
-    """The report that `quantize_model` would give, without errors that must be measured; nothing is quantized.
-
-    Args:
-      module: a linen module.
-      variables: its variables; leaves may be `jax.ShapeDtypeStruct`s.
-      recipe: its rules.
-      example: as in `quantize_model`.
-      strict: as in `quantize_model`.
-    """
-    _check_module(module, variables, "plan")
-    structure, params = (
-        find_layers(module, variables, example, None),
-        params_of(variables),
-    )
-    matched = match(
-        module, variables, structure, params, recipe, None, "raise", strict=strict
-    )
-    check_data(
-        [(o.found.path, o.found.kind, o.rule) for o in matched.taken], None, folds=False
-    )
-    rows = {}
-    for one in matched.taken:
-        where, value = one.found.key, linen.meta.unbox(params[one.found.key])
-        note, roles, path = _box(params[where]), one.found.roles, "/".join(where)
-        rows[where] = planned_row(
-            path,
-            one.found.kind.name,
-            value,
-            one.planned,
-            one.rule.method,
-            (note,),
-            roles,
-        )
-    return Report(
-        tuple(_rows(variables, rows, matched, structure)),
-        unused_notes(recipe, matched.used, strict),
-    )
-
-
-def _check_module(module: Any, variables: Any, caller: str) -> None:
+def check_module(module: Any, variables: Any, caller: str) -> None:
+    """Raises a TypeError unless these are a float linen module and its variables."""
     if not isinstance(module, linen.Module):
         raise TypeError(
-            f"linen.{caller}: module must be a flax linen Module, got {type(module).__name__}."
+            f"linen.{caller}: module must be a flax linen Module, got "
+            f"{type(module).__name__}."
         )
     if isinstance(module, Quantized):
         raise TypeError(
-            f"linen.{caller}: the module is quantized already. Pass the float module and variables."
+            f"linen.{caller}: the module is quantized already. Pass the float module "
+            "and variables."
         )
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise TypeError(
-            f"linen.{caller}: variables must be a dict with 'params', as module.init returns it."
+            f"linen.{caller}: variables must be a dict with 'params', as module.init "
+            "returns it."
         )
 
 
-def _of_all(stats: LayerStats | None, batch: tuple[int, ...]) -> LayerStats | None:
-    """Statistics of a stack of weights; under `nn.vmap` all elements may have one input."""
-    if stats is None or stats.count.ndim >= len(batch):
-        return stats
-    stacked = batch[: len(batch) - stats.count.ndim]
-    return jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (*stacked, *leaf.shape)), stats
+class LinenAdapter:
+    """A linen module and its variables, as the loop sees them.
+
+    Args:
+      module: a linen module.
+      variables: its float variables. Leaves may be `jax.ShapeDtypeStruct`s in a plan.
+      recipe: the rules.
+      example: an input of the module, or None.
+      options: `forward`, `strict`, and batches that may be the example.
+    """
+
+    caller = "quantize_model"
+    noun = "layer"
+    no_folding = (
+        "linen modules do not say what that is; use another method, or an nnx model"
     )
+    no_data = ""
+    unmatched_remedy = (
+        "To quantize one, multiply with it in a Dense, DenseGeneral or Einsum."
+    )
+    keys_follow_slots = True
+    notes = ()
 
+    def __init__(
+        self,
+        module: linen.Module,
+        variables: Mapping[str, Any],
+        recipe: Recipe,
+        example: Any,
+        options: Options,
+    ):
+        refuse_rotation(recipe, "linen.quantize_model")
+        # Finding the layers runs `forward`, and may run the first batch.
+        self.read_arguments = ("forward",)
+        if example is None and options.batches:
+            example = options.batches[0]
+            self.read_arguments = ("forward", "calibration")
+        self._module = module
+        self._variables = variables
+        self._recipe = recipe
+        self._options = options
+        self._structure = find_linen_layers(module, variables, example, options.forward)
+        # The parameters: quantized ones replace the floats here.
+        self._params = params_of(variables)
+        self._slots: list[Slot] = []
+        self._quantized: list[_Key] = []
+        # Why parameters stay in floats that are not slots, where a rule says it.
+        self._skipped: dict[_Key, Rule] = {}
+        self._unreached: list[str] = []
 
-def _blocks(
-    module: linen.Module,
-    variables: Any,
-    layers: list[tuple[Taken, Any]],
-    batches: list[Any] | None,
-    forward: Forward | None,
-    order: str,
-) -> list[list[tuple[Taken, Any]]]:
-    """Layers, with their keys, some after others in the order in which a batch reaches them."""
-    if not batches:
-        raise ValueError(
-            f"quantize_model: sequential={order!r} needs calibration=batches, not statistics or nothing."
+    def inventory(self) -> Inventory:
+        self._slots = [self._slot(layer) for layer in self._structure.layers.values()]
+        bare, bare_rules, unmatched = self._bare_arrays()
+        unreached_rules = self._match_unreached()
+        self._slots += bare
+        return Inventory(self._slots, [*bare_rules, *unreached_rules], unmatched)
+
+    def problems(self, slots: Sequence[Slot]) -> list[str]:
+        """Weights that their layers could not use as QTensors, or that are unknown."""
+        planned = {slot.path: slot.planned for slot in slots if slot.planned}
+        problems = check_weights(
+            self._module,
+            self._variables,
+            self._structure,
+            self._options.forward,
+            planned,
         )
-    reached = call_order(module, variables, batches[0], forward)
-    return in_order(
-        [(one.found.path, (one, key)) for one, key in layers], reached, order
-    )
+        if self._unreached and self._options.strict:
+            problems.append(
+                f"  the call of the example does not reach "
+                f"{', '.join(self._unreached)}, so it is not known what layers they "
+                "belong to. Pass an example= (or forward=) whose call reaches them, a "
+                "dict with method= for example, or pass strict=False to leave them in "
+                "floats"
+            )
+        return problems
 
+    def state(self) -> Any:
+        return linen.meta.unbox(dict(self._variables))
 
-def _statistics(
-    module: Quantized,
-    variables: Any,
-    calibration: Any,
-    batches: list[Any] | None,
-    taken: Sequence[Taken],
-    how: Mapping[str, Any],
-) -> Mapping[str, LayerStats]:
-    """What methods and observers of some layers need."""
-    wanted = wanted_statistics(
-        (one.found.path, one.rule, has_rows(one.found.kind)) for one in taken
-    )
-    if calibration is None or not wanted:
-        return {}
-    if batches is None:
-        return given_stats(calibration, wanted)
-    return calibrated(module, variables, batches, wanted, **how)
+    def arrays(self) -> Iterable[Any]:
+        return jax.tree.leaves(self._variables)
 
+    def fold(
+        self, slots: list[Slot], data: CalibrationData | None, fallback: str
+    ) -> list[Slot]:
+        return slots  # `no_folding` refuses the methods that need it
 
-# The report.
-
-
-def _rows(
-    variables: Mapping[str, Any],
-    rows: Mapping[tuple[str, ...], Row],
-    matched: Matched,
-    structure: Structure,
-) -> Iterable[Row]:
-    """One row for each variable; parameters first, without the name of their collection."""
-    kinds = {found.key: found.kind.name for found in structure.layers.values()}
-    for where, boxed in params_of(variables).items():
-        value, owner = linen.meta.unbox(boxed), structure.classes.get(where[:-1])
-        if where in rows:
-            yield rows[where]
-            continue
-        kind = kinds.get(where, owner.__name__ if owner else "-")
-        note = (
-            skip_reason(matched.rules[where])
-            if where in matched.rules
-            else _why_not(where, value, structure)
+    def call_order(self, options: Options) -> Mapping[str, tuple[int, ...]]:
+        assert options.batches
+        return linen_call_order(
+            self._module, self._variables, options.batches[0], options.forward
         )
-        yield float_row("/".join(where), kind, value, note)
-    for collection, tree in variables.items():
-        if collection != "params":
-            for where, boxed in flatten_dict({collection: tree}).items():
-                owner = structure.classes.get(where[1:-1])
-                kind = owner.__name__ if owner else "-"
+
+    def statistics(
+        self, options: Options, wanted: Mapping[str, Wanted]
+    ) -> Mapping[str, LayerStats]:
+        assert options.batches is not None
+        module = Quantized(self._module, _joined(self._quantized))
+        return collect_linen_stats(
+            module,
+            with_params(self._variables, self._params),
+            options.batches,
+            wanted,
+            mask=options.mask,
+            forward=options.forward,
+            progress=options.progress,
+        )
+
+    def bias(self, slot: Slot) -> jax.Array | None:
+        key = _bias_key(slot)
+        return linen.meta.unbox(self._params[key]) if key in self._params else None
+
+    def put_bias(self, slot: Slot, bias: jax.Array) -> None:
+        key = _bias_key(slot)
+        self._params[key] = linen.meta.replace_boxed(self._params[key], bias)
+
+    def put_weight(self, slot: Slot, qt: QTensor) -> None:
+        self._params[slot.place] = qt
+        self._quantized.append(slot.place)
+
+    def finish(self) -> tuple[Quantized, Any]:
+        weights = [slot.place for slot in self._slots if slot.chosen]
+        module = Quantized(self._module, _joined(weights))
+        variables = with_params(self._variables, self._params)
+        is_frozen = isinstance(self._variables, FrozenDict)
+        return module, freeze(variables) if is_frozen else variables
+
+    def rows(self, rows: Mapping[Hashable, Row]) -> list[Row]:
+        kinds = {slot.place: slot.kind.name for slot in self._slots}
+        out = []
+        for key, boxed in self._params.items():
+            row = rows.get(key)
+            if row is None:
+                kind = kinds.get(key, self._class_name(key[:-1]))
                 value = linen.meta.unbox(boxed)
-                matrix = getattr(value, "ndim", 0) > 1 and jnp.issubdtype(
-                    value.dtype, jnp.floating
-                )
-                note = "no parameter, passed through" + (
-                    ": rules are about 'params' alone" if matrix else ""
-                )
-                yield float_row("/".join(where), kind, value, note)
+                row = float_row("/".join(key), kind, value, self._why_float(key, value))
+            out.append(row)
+        for collection, tree in self._variables.items():
+            if collection != "params":
+                out += self._rows_of_collection(collection, tree)
+        return out
+
+    def _slot(self, layer: LinenLayer) -> Slot:
+        """The slot of a layer that the call of the example reached."""
+        boxed = self._params.get(layer.key)
+        value = linen.meta.unbox(boxed)
+        shape = tuple(getattr(value, "shape", ()))
+        cls = self._structure.classes[layer.scope]
+        rule = self._recipe.find(layer.path, layer.kind.name, shape, cls)
+        num_stacked = len(shape) - len(layer.roles.shape)
+        return Slot(
+            path=layer.path,
+            name="/".join(layer.key),
+            kind=layer.kind,
+            value=value,
+            weight=layer.key,
+            place=layer.key,
+            rule=rule,
+            contracting=layer.roles.contracting,
+            batch=tuple(range(num_stacked + layer.roles.num_batch)),
+            roles=layer.roles,
+            problem=layer.problem or "",
+            notes=(_box_note(boxed),),
+        )
+
+    def _bare_arrays(self) -> tuple[list[Slot], list[Rule], list[str]]:
+        """Arrays that modules of unknown classes create with `self.param`.
+
+        Returns:
+          (slots with the problem why they cannot be quantized, rules that skip some,
+          descriptions of the matrices that no rule matches).
+        """
+        slots, rules, unmatched = [], [], []
+        weights = {layer.key for layer in self._structure.layers.values()}
+        for key, boxed in self._params.items():
+            value, path = linen.meta.unbox(boxed), "/".join(key)
+            cls = self._structure.classes.get(key[:-1])
+            if key in weights or cls is None or not _is_float(value):
+                continue
+            rule = bare_rule(self._recipe, path, value.shape, cls)
+            if rule is None:
+                if is_multiplied(path, value.shape, cls):
+                    array = f"{value.dtype.name}{list(value.shape)}"
+                    unmatched.append(f"{path} {array} ({cls.__name__})")
+            elif rule.weight is not None:
+                slots.append(_bare_slot(key, value, rule, cls))
+            else:
+                rules.append(rule)
+                # The report says of a vector that it is not a matrix.
+                if value.ndim > 1:
+                    self._skipped[key] = rule
+        return slots, rules, unmatched
+
+    def _match_unreached(self) -> list[Rule]:
+        """Finds matrices that the call of the example did not reach, with their rules.
+
+        The kind of their layer is not known. The name of a parameter tells which kinds
+        are possible. Matrices that a rule would quantize are noted in `_unreached`.
+
+        Returns:
+          Rules that skip such matrices.
+        """
+        used_rules: list[Rule] = []
+        for key, boxed in self._params.items():
+            value = linen.meta.unbox(boxed)
+            is_matrix = _is_float(value) and value.ndim > 1
+            if key[:-1] in self._structure.classes or not is_matrix:
+                continue
+            path, shape = "/".join(key[:-1]), tuple(value.shape)
+            kinds = {kind.name for kind in linen_kinds() if kind.weight == key[-1]}
+            candidates = [
+                self._recipe.find(path, kind, shape) for kind in sorted(kinds)
+            ]
+            rules = [rule for rule in candidates if rule is not None]
+            if any(rule.weight is not None for rule in rules):
+                self._unreached.append("/".join(key))
+            elif rules:
+                used_rules += rules
+                self._skipped[key] = rules[0]
+        return used_rules
+
+    def _class_name(self, scope: _Key) -> str:
+        """The name of the module's class in a scope; "-" if the call did not reach it."""
+        cls = self._structure.classes.get(scope)
+        return cls.__name__ if cls else "-"
+
+    def _why_float(self, key: _Key, value: Any) -> str:
+        """Why a parameter that is not a slot stays as it is."""
+        scope = key[:-1]
+        if key in self._skipped:
+            return skip_reason(self._skipped[key])
+        if isinstance(value, QTensor):
+            return "quantized already, left as it is"
+        if not _is_float(value):
+            return "not floats, left as it is"
+        if value.ndim < 2:
+            return "not a matrix, left in floats"
+        if scope not in self._structure.classes:
+            return "not reached by the call of the example, left in floats"
+        if "/".join(scope) in self._structure.layers:
+            return "not the weight of its layer, left in floats"
+        name = self._class_name(scope)
+        return f"used by {name} itself, which jaxq does not quantize, left in floats"
+
+    def _rows_of_collection(self, collection: str, tree: Any) -> Iterable[Row]:
+        """The rows of variables that are not parameters, such as batch statistics."""
+        for key, boxed in flatten_dict({collection: tree}).items():
+            value = linen.meta.unbox(boxed)
+            note = "not a parameter, passed through"
+            if _is_float(value) and value.ndim > 1:
+                note += ": rules apply to 'params' only"
+            yield float_row("/".join(key), self._class_name(key[1:-1]), value, note)
 
 
-def _why_not(where: tuple[str, ...], value: Any, structure: Structure) -> str:
-    """Why a parameter that is no layer's weight stays as it is."""
-    owner = structure.classes.get(where[:-1])
-    if isinstance(value, QTensor):
-        return "quantized already, left as it is"
-    if not jnp.issubdtype(getattr(value, "dtype", int), jnp.floating):
-        return "no floats, left as it is"
-    if value.ndim < 2:
-        return "not a matrix, left in floats"
-    if owner is None:
-        return "not reached by the call of the example, left in floats"
-    if "/".join(where[:-1]) in structure.layers:
-        return "not the weight of its layer, left in floats"
-    return f"used by {owner.__name__} itself, which is no layer jaxq quantizes, left in floats"
+# A matrix that a module creates with `self.param`.
+_BARE = LinenKind(name="Param", weight="", roles=None, methods={})  # pyright: ignore[reportArgumentType]
 
 
-def _box(value: Any) -> str:
-    """What is said of a weight that was in a box of metadata."""
-    if not isinstance(value, linen.meta.AxisMetadata):
+def _bare_slot(key: _Key, value: Any, rule: Rule, cls: type) -> Slot:
+    """The slot of a matrix that a module creates with `self.param`.
+
+    It cannot be quantized: Flax checks that the stored value has the shape for which
+    the module asks.
+    """
+    path = "/".join(key)
+    problem = (
+        f"flax gives {cls.__name__} an array of the shape that it asks for, so this "
+        "can only be quantized in a Dense, DenseGeneral or Einsum"
+    )
+    return Slot(
+        path=path,
+        name=path,
+        kind=_BARE,
+        value=value,
+        weight=key,
+        place=key,
+        rule=rule,
+        problem=problem,
+    )
+
+
+def _bias_key(slot: Slot) -> _Key:
+    return (*slot.place[:-1], "bias")
+
+
+def _joined(keys: Iterable[_Key]) -> tuple[str, ...]:
+    return tuple("/".join(key) for key in keys)
+
+
+def _is_float(value: Any) -> bool:
+    dtype = getattr(value, "dtype", int)
+    return not isinstance(value, QTensor) and jnp.issubdtype(dtype, jnp.floating)
+
+
+def _box_note(boxed: Any) -> str:
+    """What the report says of a weight that was in a box of metadata."""
+    if not isinstance(boxed, linen.meta.AxisMetadata):
         return ""
-    return f"its box {type(value).__name__}{getattr(value, 'names', '')} is taken off"
+    names = getattr(boxed, "names", "")
+    return f"its box {type(boxed).__name__}{names} is removed"

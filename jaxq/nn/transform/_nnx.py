@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxq.nn.calibration import Wanted, call_order, collect_stats
+from jaxq.nn.calibration._nnx import Wanted, call_order
+from jaxq.nn.calibration._nnx import calibrated as collect_stats
 from jaxq.nn.layers import (
     LayerKind,
     QuantizedParam,
@@ -20,7 +21,7 @@ from jaxq.nn.layers import (
     stack_note,
     weight_axes,
 )
-from jaxq.nn.report import Report, Row, dropped_metadata, float_row, other_row
+from jaxq.nn.report._report import Report, Row, dropped_metadata, float_row, other_row
 from jaxq.nn.transform import _loop
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._folding import (

@@ -4,34 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 from flax import linen, nnx
 
-from jaxq.nn.layers._nnx import stack_note, weight_axes
-from jaxq.nn.report._report import (
-    Report,
-    dropped_metadata,
-    float_row,
-    other_row,
-    planned_row,
-    skip_reason,
-)
-from jaxq.nn.transform._folding import (
-    foldable,
-    planned_outcomes,
-    rotated,
-    rotation_note,
-)
-from jaxq.nn.transform._linen import plan_linen
-from jaxq.nn.transform._nnx_matching import (
-    check_data,
-    match,
-    raw_arrays,
-    unused_notes,
-    variables_of,
-)
-from jaxq.nn.transform._tree import plan_params
-from jaxq.nn.transform._weight import dry_run, unscaled_note
+from jaxq.nn.report._report import Report
+from jaxq.nn.transform import _loop
+from jaxq.nn.transform._linen import LinenAdapter, check_module
+from jaxq.nn.transform._nnx import NnxAdapter
+from jaxq.nn.transform._options import Options
+from jaxq.nn.transform._slot import Adapter
+from jaxq.nn.transform._tree import TreeAdapter
 from jaxq.qtensor import QuantSpec
 from jaxq.recipes import Recipe, as_recipe
 
@@ -44,79 +25,43 @@ def plan(
     example: Any = None,
     strict: bool = True,
 ) -> Report:
-    """The report that `quantize_model` would give, without errors that must be measured; nothing is quantized.
+    """Returns the report of `quantize_model` without measured errors.
+
+    Nothing is quantized. The bytes are those that the quantized model will have.
 
     Args:
-      model: a flax nnx module, a flax linen module (with `variables`), or a tree of arrays.
+      model: a flax nnx module, a flax linen module (with `variables`), or a tree of
+        arrays.
       recipe: as in `quantize_model`.
       variables: of a linen module.
       example: an input of a linen module, as in `jaxq.nn.linen.quantize_model`.
       strict: as in `quantize_model`.
 
     Returns:
-      A `Report` with the bytes there would be. Layers whose method needs data show it; that it may fall back is not
-      known before.
+      A `Report`. A layer whose method needs data shows that method. Whether the method
+      will fall back to rounding is not known yet.
 
     Raises:
-      ValueError: as `quantize_model`, for what can be known without data.
+      TypeError: `variables` are missing for a linen module.
+      ValueError: the errors of `quantize_model` that do not depend on data.
 
     Example:
       >>> import jaxq
-      >>> from flax import linen, nnx
-      >>> jaxq.nn.plan(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int4").quantized[0].bytes_after
-      272
+      >>> from flax import nnx
+      >>> recipe = jaxq.Recipe([jaxq.Rule(weight="int8")])
+      >>> plan = jaxq.nn.plan(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), recipe)
+      >>> plan.quantized[0].format, plan.bytes_before, plan.bytes_after
+      ('int8', 2080, 576)
     """
     recipe = as_recipe(recipe, "plan")
+    # No key is needed yet, so a plan does not check that there is one.
+    options = Options(strict=strict)
+    adapter: Adapter
     if isinstance(model, linen.Module):
-        return plan_linen(model, variables, recipe, example, strict=strict)
-    if not isinstance(model, nnx.Module):
-        return plan_params(model, recipe, strict=strict)
-    if recipe.rotate:
-        model = rotated(model, jax.random.key(0))
-    matched = match(model, recipe, "raise", strict=strict)
-    check_data(
-        [(f.path, f.kind, rule) for f, rule in matched if rule and rule.weight], None
-    )
-    outcomes = planned_outcomes(
-        model, foldable(model, {found.path: rule for found, rule in matched})
-    )
-    found_of = {
-        id(getattr(found.layer, found.kind.weight)): (found, rule)
-        for found, rule in reversed(matched)
-    }
-    layers = {found.path for found, _ in matched}
-    rows = []
-    for path, variable in variables_of(model):
-        if id(variable) not in found_of:
-            rows.append(other_row(path, variable, layers))
-            continue
-        found, rule = found_of[id(variable)]
-        value = variable.get_value()
-        if rule is None or rule.weight is None:
-            rows.append(float_row(path, found.kind.name, value, skip_reason(rule)))
-        else:
-            qt = dry_run(
-                value, rule, *weight_axes(found.layer, found.kind), found.kind.weight
-            )
-            unscaled, roles = (
-                unscaled_note(rule, outcomes.get(found.path)),
-                found.kind.roles(found.layer),
-            )
-            method = "rtn" if unscaled and rule.method != "awq" else rule.method
-            notes = (
-                unscaled,
-                dropped_metadata(variable),
-                stack_note(found.layer, found.kind),
-            )
-            rows.append(
-                planned_row(path, found.kind.name, value, qt, method, notes, roles)
-            )
-    rows += [
-        float_row(path, "array", a, "in no variable, left as it is")
-        for path, a in raw_arrays(model)
-    ]
-    notes = (
-        *rotation_note(recipe),
-        *unused_notes(recipe, [rule for _, rule in matched], strict),
-    )
-    return Report(tuple(rows), notes)
+        check_module(model, variables, "plan")
+        adapter = LinenAdapter(model, variables, recipe, example, options)
+    elif isinstance(model, nnx.Module):
+        adapter = NnxAdapter(model, recipe, options)
+    else:
+        adapter = TreeAdapter(model, recipe)
+    return _loop.plan(adapter, recipe, options)

@@ -1,13 +1,20 @@
-"""Any tree of parameters: quantized leaf by leaf, for models that are no Flax modules, or that one dequantizes inside.
+"""Any tree of parameters: quantized leaf by leaf.
 
-An array's path is that of its leaf, and rules match it or the path of what holds it: "layers/0/up/kernel" is matched by
-"layers/0/up" too, so a recipe for a model does for its parameters. Which axes a product contracts is not in an array:
-of a matrix it is -2, as Flax keeps kernels `[in, out]`; else a rule says it (`contracting=`, `batch=`).
+This is for models that are not Flax modules, and for models that dequantize inside.
+
+The path of an array is the path of its leaf. A rule matches it if it matches that path
+or the path of what holds the array: "layers/0/up" matches "layers/0/up/kernel" too. A
+recipe for a model therefore works for the model's parameters.
+
+An array does not tell which axes a product contracts. For a matrix it is axis -2, as
+Flax stores kernels `[in, out]`. For other arrays, a rule names them (`contracting=`,
+`batch=`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,45 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxq import formats, methods
-from jaxq.nn.report._report import (
-    Report,
-    Row,
-    float_row,
-    planned_row,
-    quantized_row,
-    skip_reason,
-    why_floats,
-)
-from jaxq.nn.transform._donation import Donated
-from jaxq.nn.transform._folding import FOLDED, raise_if_rotating
-from jaxq.nn.transform._nnx_matching import (
-    NO_WEIGHTS,
-    check_axes,
-    check_key,
-    raise_problems,
-    raise_unused,
-    unused_notes,
-)
-from jaxq.nn.transform._weight import dry_run, quantize_weight
-from jaxq.qtensor import (
-    ON_NONFINITE,
-    QTensor,
-    QuantSpec,
-    dequantize,
-    raise_if_not_finite,
-)
+from jaxq.nn.calibration._nnx import Wanted
+from jaxq.nn.report._report import Report, Row, float_row
+from jaxq.nn.transform import _loop
+from jaxq.nn.transform._calibration_data import CalibrationData
+from jaxq.nn.transform._nnx_layers import NOT_WEIGHTS
+from jaxq.nn.transform._options import Options
+from jaxq.nn.transform._rotation import refuse_rotation
+from jaxq.nn.transform._slot import Inventory, Slot
+from jaxq.observers import LayerStats
+from jaxq.qtensor import QTensor, QuantSpec, dequantize
 from jaxq.recipes import Recipe, Rule, as_recipe
-from jaxq.sharding import on_auto_axes, shard_like
-
-
-class _Leaf(NamedTuple):
-    path: str
-    value: Any
-    rule: Rule | None
-    axes: tuple[tuple[int, ...], tuple[int, ...]]  # contracting, batch
-    note: str  # why it stays in floats
-    planned: QTensor | None
 
 
 def quantize_params(
@@ -65,29 +44,33 @@ def quantize_params(
     key: jax.Array | None = None,
     on_nonfinite: str = "raise",
 ) -> tuple[Any, Report]:
-    """A tree of the same structure whose matrices are QTensors, and the report of what happened to each leaf.
+    """Returns a tree of the same structure whose matrices are QTensors.
 
-    A QTensor is a tree itself, so the result goes through `jax.jit`, `lax.scan`, `jax.tree.map` and `jaxq.save`, and
-    multiplies with `@`, `jaxq.matmul` and `jaxq.einsum`. Code that needs floats calls `dequantize_params` inside jit.
+    A QTensor is a tree itself. The result therefore works with `jax.jit`, `lax.scan`,
+    `jax.tree.map` and `jaxq.save`. It multiplies with `@`, `jaxq.matmul` and
+    `jaxq.einsum`. Code that needs floats calls `dequantize_params` inside jit.
 
     Args:
-      params: any pytree of arrays: dicts of Haiku or Flax, Equinox modules, lists. An array of several names is
-        quantized once, and stays shared.
-      recipe: as in `jaxq.quantize_model`. A name or a spec takes every float matrix, but no embeddings, norms,
-        biases, heads, routers and LoRA adapters, which it knows by their names; arrays of three axes and more need a
-        rule that says `contracting=`.
-      strict: a rule that matches nothing is an error; False says so in the report.
-      donate: frees each array once it is quantized, so that a model larger than half the memory fits. The arrays in
-        `params` must not be used afterwards. One that also stays in floats, under another path, is kept.
+      params: any pytree of arrays: dicts of Haiku or Flax, Equinox modules, lists. An
+        array that is at several places is quantized once, and stays shared.
+      recipe: as in `jaxq.quantize_model`. A name or a spec quantizes every float
+        matrix, except embeddings, norms, biases, heads, routers and LoRA adapters. It
+        recognizes these by their names. Arrays with three or more axes need a rule with
+        `contracting=`.
+      strict: a rule that matches nothing is an error. If False, the report says so.
+      donate: frees each array when its codes exist, so that a model larger than half of
+        the memory can be quantized. The arrays in `params` must not be used afterwards.
+        An array that also stays in floats, under another path, is not freed.
       key: PRNG key, for `rounding="stochastic"`.
       on_nonfinite: as in `jaxq.quantize`.
 
     Returns:
-      (tree, `Report`).
+      (the tree, a `Report`).
 
     Raises:
-      ValueError: an unknown recipe; leaves that cannot be quantized, all of them; a rule that matches nothing; a method
-        that needs data, which are a matter of models.
+      ValueError: the recipe is unknown; leaves cannot be quantized (the error names
+        all); a rule matches nothing; a method, an observer or `correct_bias` needs data
+        or moves scales, which only models can do; stochastic rounding without `key`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -97,64 +80,24 @@ def quantize_params(
       ((2, 8), 1)
     """
     recipe = as_recipe(recipe, "quantize_params")
-    formats.check_choice("quantize_params: on_nonfinite", on_nonfinite, ON_NONFINITE)
-    check_key(recipe, key, "quantize_params")
-    raise_if_rotating(recipe, "quantize_params")
-    leaves = _match(params, recipe, on_nonfinite, strict)
-    keys = iter(
-        jax.random.split(jax.random.key(0) if key is None else key, max(len(leaves), 1))
+    options = Options(
+        caller="quantize_params",
+        strict=strict,
+        donate=donate,
+        key=key,
+        on_nonfinite=on_nonfinite,
     )
-    out, rows, donated = [], [], Donated(leaf.value for leaf in leaves)
-    made: dict[
-        Any, tuple[QTensor, Row]
-    ] = {}  # an array of several names is quantized once
-    for leaf in leaves:
-        if leaf.planned is None:
-            out.append(leaf.value)
-            rows.append(_left_row(leaf))
-            continue
-        assert leaf.rule is not None
-        at = (id(leaf.value), id(leaf.rule), leaf.axes)
-        if at in made:
-            qt, first = made[at]
-            out.append(qt)
-            note = f"the same array as {first.path}"
-            rows.append(
-                dataclasses.replace(
-                    first, path=leaf.path, note=note, bytes_before=0, bytes_after=0
-                )
-            )
-            if donate:
-                donated.quantized(leaf.value, qt)
-            continue
-        with on_auto_axes((jnp.asarray(leaf.value), next(keys))) as (floats, own_key):
-            how: Any = {
-                "key": own_key,
-                "stochastic": key is not None,
-                "on_nonfinite": on_nonfinite,
-            }
-            name = leaf.path or "w"
-            qt, solved = quantize_weight(
-                floats, leaf.rule, leaf.axes, None, fallback="rtn", name=name, **how
-            )
-            rows.append(quantized_row(leaf.path, "Array", floats, qt, solved))
-        qt = shard_like(qt, leaf.value)
-        out.append(qt)
-        made[at] = qt, rows[-1]
-        if donate:
-            donated.quantized(leaf.value, qt)
-    tree = jax.tree.unflatten(jax.tree.structure(params, is_leaf=_is_qtensor), out)
-    return tree, Report(
-        tuple(rows), unused_notes(recipe, [leaf.rule for leaf in leaves], strict)
-    )
+    return _loop.quantize(TreeAdapter(params, recipe), recipe, options)
 
 
 def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
-    """The tree with every QTensor in it dequantized: inside `jax.jit`, only for as long as it is used.
+    """Returns the tree with every QTensor dequantized.
+
+    Inside `jax.jit`, the floats exist only as long as they are used.
 
     Args:
       params: a tree with QTensors.
-      dtype: of the results; None takes each QTensor's own.
+      dtype: of the results; None uses the dtype of each QTensor.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -164,153 +107,207 @@ def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
     """
 
     def floats(leaf: Any) -> Any:
-        return dequantize(leaf, dtype=dtype) if isinstance(leaf, QTensor) else leaf
+        return dequantize(leaf, dtype=dtype) if _is_qtensor(leaf) else leaf
 
     return jax.tree.map(floats, params, is_leaf=_is_qtensor)
 
 
-def plan_params(params: Any, recipe: Recipe, *, strict: bool = True) -> Report:
-    """The report `quantize_params` would give, without errors that must be measured."""
-    leaves = _match(params, recipe, "raise", strict)
-    rows = []
-    for leaf in leaves:
-        if leaf.planned is None:
-            rows.append(_left_row(leaf))
-        else:
-            assert leaf.rule is not None
-            rows.append(
-                planned_row(
-                    leaf.path, "Array", leaf.value, leaf.planned, leaf.rule.method
+class _ArrayKind(NamedTuple):
+    """The kind record of an array that belongs to no layer."""
+
+    name: str = "Array"
+    watched: bool = False
+    windowed: bool = False
+    corrects_bias: bool = False
+
+
+@dataclasses.dataclass
+class _Leaf:
+    """A leaf of the tree.
+
+    Attributes:
+      path: components joined by "/".
+      value: what is there; at the end, the QTensor that replaced it.
+      note: why it is not a slot; empty if it is one.
+      slot: of the leaf, or None.
+    """
+
+    path: str
+    value: Any
+    note: str
+    slot: Slot | None = None
+
+
+class TreeAdapter:
+    """A tree of arrays, as the loop sees it.
+
+    Args:
+      params: any pytree.
+      recipe: the rules.
+    """
+
+    caller = "quantize_params"
+    noun = "parameter"
+    no_folding = "a tree does not say what that is"
+    no_data = "no data pass through a tree. Use quantize_model"
+    unmatched_remedy = ""
+    read_arguments = ()
+    keys_follow_slots = True
+    notes = ()
+
+    def __init__(self, params: Any, recipe: Recipe):
+        refuse_rotation(recipe, "quantize_params")
+        self._recipe = recipe
+        self._structure = jax.tree.structure(params, is_leaf=_is_qtensor)
+        self._leaves = list(_leaves_of(params))
+
+    def inventory(self) -> Inventory:
+        for position, leaf in enumerate(self._leaves):
+            if not leaf.note:
+                leaf.slot = self._slot(leaf, position)
+        slots = [leaf.slot for leaf in self._leaves if leaf.slot is not None]
+        return Inventory(slots)
+
+    def problems(self, slots: Sequence[Slot]) -> list[str]:
+        return []
+
+    def state(self) -> Any:
+        return None  # a tree has no blocks that a run could resume
+
+    def arrays(self) -> Iterable[Any]:
+        return [leaf.value for leaf in self._leaves]
+
+    def fold(
+        self, slots: list[Slot], data: CalibrationData | None, fallback: str
+    ) -> list[Slot]:
+        return slots  # `no_folding` refuses the methods that need it
+
+    def call_order(self, options: Options) -> Mapping[str, tuple[int, ...]]:
+        raise NotImplementedError("a tree is not called")
+
+    def statistics(
+        self, options: Options, wanted: Mapping[str, Wanted]
+    ) -> Mapping[str, LayerStats]:
+        raise NotImplementedError("no data pass through a tree")
+
+    def bias(self, slot: Slot) -> jax.Array | None:
+        return None
+
+    def put_bias(self, slot: Slot, bias: jax.Array) -> None:
+        raise NotImplementedError("an array has no bias")
+
+    def put_weight(self, slot: Slot, qt: QTensor) -> None:
+        self._leaves[slot.place].value = qt
+
+    def finish(self) -> Any:
+        values = [leaf.value for leaf in self._leaves]
+        return jax.tree.unflatten(self._structure, values)
+
+    def rows(self, rows: Mapping[Hashable, Row]) -> list[Row]:
+        out: list[Row] = []
+        first_paths: dict[Hashable, str] = {}
+        for leaf in self._leaves:
+            if leaf.slot is None:
+                value = leaf.value
+                if not hasattr(value, "dtype"):
+                    value = np.asarray(value)
+                out.append(float_row(leaf.path, "Array", value, leaf.note))
+                continue
+            row = rows[leaf.slot.weight]
+            first = first_paths.setdefault(leaf.slot.weight, leaf.path)
+            if first != leaf.path:
+                # Its bytes are counted in the first row.
+                note = f"the same array as {first}"
+                row = dataclasses.replace(
+                    row, path=leaf.path, note=note, bytes_before=0, bytes_after=0
                 )
-            )
-    return Report(
-        tuple(rows), unused_notes(recipe, [leaf.rule for leaf in leaves], strict)
-    )
+            out.append(row)
+        return out
+
+    def _slot(self, leaf: _Leaf, position: int) -> Slot:
+        """The slot of a float array with two or more axes."""
+        rule = self._rule(leaf)
+        slot = Slot(
+            path=leaf.path,
+            name=leaf.path,
+            kind=_ArrayKind(),
+            value=leaf.value,
+            weight=position,
+            place=position,
+            rule=rule,
+        )
+        if rule is None or rule.weight is None:
+            return slot
+        batch = rule.batch or ()
+        contracting = rule.contracting
+        if contracting is None:
+            contracting = (-2,) if leaf.value.ndim == 2 + len(batch) else ()
+        return dataclasses.replace(
+            slot,
+            contracting=contracting,
+            batch=batch,
+            # One array at several places is quantized once, if it has one rule.
+            weight=(id(leaf.value), id(rule), contracting, batch),
+        )
+
+    def _rule(self, leaf: _Leaf) -> Rule | None:
+        """The first rule that matches the path of an array or of what holds it."""
+        holder = leaf.path.rpartition("/")[0]
+        shape = tuple(leaf.value.shape)
+        for rule in self._recipe.rules:
+            if rule.matches(leaf.path, "Array", shape):
+                return rule
+            if holder and rule.matches(holder, "Array", shape):
+                return rule
+        return None
 
 
-def _match(params: Any, recipe: Recipe, on_nonfinite: str, strict: bool) -> list[_Leaf]:
-    """Every leaf with what is to become of it, after all were checked."""
-    problems, leaves = [], []
-    held = jax.tree_util.tree_leaves_with_path(
-        params, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    )
-    variables = {
-        keys: type(node) for keys, node in held if isinstance(node, nnx.Variable)
+def _leaves_of(params: Any) -> Iterable[_Leaf]:
+    """Every leaf of a tree, with the reason why it is not a weight."""
+    variable_types = {
+        keys: type(node)
+        for keys, node in jax.tree_util.tree_leaves_with_path(
+            params, is_leaf=_is_variable
+        )
+        if _is_variable(node)
     }
     for keys, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_qtensor):
-        own = (
-            keys[:-1] if keys[:-1] in variables else keys
-        )  # of `nnx.state`, without the variable's ".value"
-        if issubclass(variables.get(own, nnx.Param), NO_WEIGHTS):
-            note = f"{variables[own].__name__}, no weight: left as it is"
-            leaf, problem = (
-                _Leaf(_path_of(own), value, None, ((), ()), note, None),
-                None,
-            )
-        else:
-            leaf, problem = _match_leaf(_path_of(own), value, recipe, on_nonfinite)
-        leaves.append(leaf)
-        if problem is not None:
-            problems.append(
-                f"  {leaf.path or 'the array'} {list(np.shape(value))}: {problem}"
-            )
-    raise_problems(problems, "quantize_params")
-    if strict:
-        paths = [leaf.path or "the array itself" for leaf in leaves]
-        raise_unused(
-            recipe,
-            [leaf.rule for leaf in leaves],
-            paths,
-            "quantize_params",
-            "parameter",
-        )
-    return leaves
+        # In `nnx.state`, the last key is the ".value" of a variable.
+        own_keys = keys[:-1] if keys[:-1] in variable_types else keys
+        variable_type = variable_types.get(own_keys)
+        note = _why_not_weight(value)
+        if variable_type is not None and issubclass(variable_type, NOT_WEIGHTS):
+            note = f"{variable_type.__name__}, not a weight: left as it is"
+        yield _Leaf(_path_of(own_keys), value, note)
 
 
-def _match_leaf(
-    path: str, value: Any, recipe: Recipe, on_nonfinite: str
-) -> tuple[_Leaf, str | None]:
+def _why_not_weight(value: Any) -> str:
+    """Why a leaf is not a float matrix; empty if it is one."""
+    if _is_qtensor(value):
+        return "quantized already, left as it is"
     dtype = getattr(value, "dtype", None)
-    shape = () if dtype is None else tuple(np.shape(value))
-    note = None
-    if isinstance(value, QTensor):
-        note = "quantized already, left as it is"
-    elif dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        note = "no floats, left as it is"
-    elif len(shape) < 2:
-        note = "not a matrix, left in floats"
-    if note is not None:
-        return _Leaf(path, value, None, ((), ()), note, None), None
-    parent = path.rpartition("/")[0]
-    found = (
-        r
-        for r in recipe.rules
-        if r.matches(path, "Array", shape)
-        or (parent and r.matches(parent, "Array", shape))
-    )
-    rule = next(found, None)
-    if rule is None or rule.weight is None:
-        return _Leaf(path, value, rule, ((), ()), skip_reason(rule), None), None
-    batch = rule.batch or ()
-    contracting = (
-        rule.contracting
-        if rule.contracting is not None
-        else (-2,)
-        if len(shape) == 2 + len(batch)
-        else ()
-    )
-    try:
-        check_axes(rule, contracting, batch, len(shape))
-        _check_method(rule)
-        planned = dry_run(value, rule, contracting, batch, path)
-        why_floats("Array", planned)
-        if on_nonfinite == "raise" and not isinstance(value, jax.ShapeDtypeStruct):
-            raise_if_not_finite(jnp.asarray(value), path or "w", "quantize")
-    except (TypeError, ValueError) as error:
-        return _Leaf(path, value, rule, ((), ()), "", None), str(error)
-    return _Leaf(
-        path, value, rule, (tuple(contracting), tuple(batch)), "", planned
-    ), None
-
-
-def _check_method(rule: Rule) -> None:
-    if rule.correct_bias:
-        raise ValueError(
-            "correct_bias=True needs calibration data, which pass through a model"
-        )
-    if rule.method in FOLDED:
-        raise ValueError(
-            f"method {rule.method!r} folds scales into what comes before a layer; a tree does not say what"
-        )
-    if rule.observer is not None:
-        raise ValueError(
-            f"observer {rule.observer!r} needs calibration data, which pass through a model"
-        )
-    if methods.get(rule.method).needs_data(dict(rule.options)):
-        raise ValueError(
-            f"method {rule.method!r} needs calibration data, which pass through a model"
-        )
-
-
-def _left_row(leaf: _Leaf) -> Row:
-    value = (
-        leaf.value
-        if hasattr(leaf.value, "dtype") or isinstance(leaf.value, QTensor)
-        else np.asarray(leaf.value)
-    )
-    return float_row(leaf.path, "Array", value, leaf.note)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return "not floats, left as it is"
+    if len(value.shape) < 2:
+        return "not a matrix, left in floats"
+    return ""
 
 
 def _path_of(keys: tuple[Any, ...]) -> str:
-    """Components joined by "/": names of keys and attributes, numbers of positions."""
-    parts = []
-    for key in keys:
-        named = (
-            getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)
-        )
-        parts.append(str(next(named, key)))
-    return "/".join(parts)
+    """Components joined by "/": keys and attributes by name, positions by number."""
+    return "/".join(_key_text(key) for key in keys)
+
+
+def _key_text(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
 
 
 def _is_qtensor(x: Any) -> bool:
     return isinstance(x, QTensor)
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)

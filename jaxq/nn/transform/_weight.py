@@ -260,14 +260,10 @@ def _solve(
 def _is_matrix(nearest: QTensor, matrix: jax.Array) -> bool:
     """The rounded weight has the axes of its matrix, and is not rounded at random."""
     same_axes = nearest.meta.geometry.contracted == (-2,)
-    return (
-        same_axes and nearest.shape == matrix.shape and not nearest.spec.needs_key
-    )
+    return same_axes and nearest.shape == matrix.shape and not nearest.spec.needs_key
 
 
-def _with_axes_of(
-    nearest: QTensor, matrix: QTensor, method: str, name: str
-) -> QTensor:
+def _with_axes_of(nearest: QTensor, matrix: QTensor, method: str, name: str) -> QTensor:
     """The QTensor of a matrix with the axes of the layer's weight.
 
     Both store their codes in the same order, so only shapes change.

@@ -1,0 +1,189 @@
+"""The one loop that quantizes a model, of whatever kind.
+
+`quantize` checks all weights, moves scales where a method wants it, and quantizes block
+by block: statistics of a block's inputs, each weight by its rule, the result back into
+the model. `plan` does the checks and makes the report, and quantizes nothing. All that
+depends on the kind of model is in its `Adapter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.nn.calibration._nnx import shown
+from jaxq.nn.report._report import (
+    Report,
+    Row,
+    float_row,
+    planned_row,
+    quantized_row,
+    skip_reason,
+)
+from jaxq.nn.transform._bias import corrected_bias
+from jaxq.nn.transform._calibration_data import CalibrationData, wanted_statistics
+from jaxq.nn.transform._donation import Donated
+from jaxq.nn.transform._matching import matched_slots
+from jaxq.nn.transform._options import Options
+from jaxq.nn.transform._order import blocks_in_order
+from jaxq.nn.transform._resume import Result, Resume
+from jaxq.nn.transform._slot import Adapter, Slot
+from jaxq.nn.transform._weight import (
+    method_without_data,
+    missing_scales_note,
+    quantize_weight,
+)
+from jaxq.observers import LayerStats
+from jaxq.recipes import Recipe
+from jaxq.sharding import on_auto_axes, shard_like
+
+
+def quantize(adapter: Adapter, recipe: Recipe, options: Options) -> tuple[Any, Report]:
+    """Quantizes the weights of a model by the rules of a recipe.
+
+    Args:
+      adapter: of the model. It holds a copy that may be changed.
+      recipe: the rules.
+      options: the other arguments of `quantize_model`.
+
+    Returns:
+      (the quantized model, the report).
+    """
+    options.check_recipe(recipe)
+    data = CalibrationData(adapter, options)
+    slots, rule_notes = matched_slots(adapter, recipe, options, has_data=bool(data))
+    resume = Resume(recipe, adapter.state(), options)
+    slots = adapter.fold(slots, data, options.fallback)
+    chosen = [slot for slot in slots if slot.chosen]
+    blocks = blocks_in_order(adapter, chosen, options)
+    keys = _keys(chosen, blocks, adapter, options)
+    donated = Donated(adapter.arrays() if options.donate else ())
+    rows = {slot.weight: _row_before(slot) for slot in slots if not slot.chosen}
+    results: dict[Hashable, Result] = {}
+    for number, block in enumerate(blocks):
+        finished = resume.read(number, [slot.name for slot in block])
+        data.used = data.used or bool(finished)
+        stats = {} if finished else _statistics(data, block)
+        new: dict[str, Result] = {}
+        for slot in shown(block, "quantizing", options.progress and bool(stats)):
+            # Layers may share a weight: it is quantized once, for the first of them.
+            if slot.weight not in results:
+                result = finished.get(slot.name)
+                if result is None:
+                    layer_stats, key = stats.get(slot.path), keys[slot.weight]
+                    result = _quantize_slot(adapter, slot, layer_stats, key, options)
+                    new[slot.name] = result
+                if result.bias is not None:
+                    adapter.put_bias(slot, result.bias)
+                placed = shard_like(result.weight, slot.value)
+                results[slot.weight] = result._replace(weight=placed)
+                rows[slot.weight] = result.row
+            weight = results[slot.weight].weight
+            adapter.put_weight(slot, weight)
+            if options.donate:
+                donated.end_use(slot.value, weight)
+        if not finished:
+            resume.write(number, new)
+    model = adapter.finish()
+    data_notes = data.unused_notes(adapter.read_arguments)
+    notes = (*adapter.notes, *data_notes, *rule_notes)
+    return model, Report(tuple(adapter.rows(rows)), notes)
+
+
+def plan(adapter: Adapter, recipe: Recipe, options: Options) -> Report:
+    """The report of `quantize` without measured errors. Nothing is quantized."""
+    slots, rule_notes = matched_slots(adapter, recipe, options, has_data=None)
+    slots = adapter.fold(slots, None, options.fallback)
+    rows = {slot.weight: _row_before(slot) for slot in reversed(slots)}
+    notes = (*adapter.notes, *rule_notes)
+    return Report(tuple(adapter.rows(rows)), notes)
+
+
+def _keys(
+    chosen: Sequence[Slot],
+    blocks: Sequence[Sequence[Slot]],
+    adapter: Adapter,
+    options: Options,
+) -> dict[Hashable, jax.Array]:
+    """A PRNG key for each weight."""
+    key = jax.random.key(0) if options.key is None else options.key
+    in_order = [slot for block in blocks for slot in block]
+    slots = chosen if adapter.keys_follow_slots else in_order
+    weights = list(dict.fromkeys(slot.weight for slot in slots))
+    keys = jax.random.split(key, max(len(slots), 1))
+    return {weight: keys[i] for i, weight in enumerate(weights)}
+
+
+def _statistics(
+    data: CalibrationData, block: Sequence[Slot]
+) -> Mapping[str, LayerStats]:
+    """What the rules of a block need to know of its layers' inputs."""
+    layers = []
+    for slot in block:
+        assert slot.rule is not None
+        layers.append((slot.path, slot.rule, slot.has_rows))
+    return data.statistics(wanted_statistics(layers))
+
+
+def _quantize_slot(
+    adapter: Adapter,
+    slot: Slot,
+    stats: LayerStats | None,
+    key: jax.Array,
+    options: Options,
+) -> Result:
+    """Quantizes one weight, corrects its bias, and measures the row of the report."""
+    rule = slot.rule
+    assert rule is not None
+    # On a mesh with explicit axes, the steps of a method would need shardings.
+    with on_auto_axes((jnp.asarray(slot.value), key, stats)) as (floats, key, stats):
+        stats = _of_stack(stats, floats.shape[: len(slot.batch)])
+        solved = quantize_weight(slot, floats, stats, key, options)
+        qt, notes, new_bias = solved.qt, list(slot.notes), None
+        if rule.correct_bias:
+            bias = adapter.bias(slot)
+            note = "no bias to correct"
+            if bias is not None:
+                assert stats is not None
+                new_bias, note = corrected_bias(
+                    bias, floats, qt, stats, options.fallback, slot.name
+                )
+            notes.append(note)
+        row = quantized_row(
+            slot.name, slot.kind.name, floats, qt, solved, notes, slot.roles
+        )
+    return Result(qt, new_bias, row)
+
+
+def _of_stack(stats: LayerStats | None, stack: tuple[int, ...]) -> LayerStats | None:
+    """Statistics with the axes of a stack of weights, `[*stack]`, in front.
+
+    Under linen's `nn.vmap`, all elements of a stack may read one input. Then the
+    statistics have fewer axes than the stack.
+    """
+    if stats is None or stats.count.ndim >= len(stack):
+        return stats
+    missing = stack[: len(stack) - stats.count.ndim]
+    return jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (*missing, *leaf.shape)), stats
+    )
+
+
+def _row_before(slot: Slot) -> Row:
+    """The row of a slot, as far as it is known before anything is quantized."""
+    if not slot.chosen:
+        return float_row(slot.name, slot.kind.name, slot.value, skip_reason(slot.rule))
+    assert slot.rule is not None and slot.planned is not None
+    notes = (missing_scales_note(slot.rule, slot.scales), *slot.notes)
+    return planned_row(
+        slot.name,
+        slot.kind.name,
+        slot.value,
+        slot.planned,
+        method_without_data(slot),
+        notes,
+        slot.roles,
+    )

@@ -1,0 +1,216 @@
+"""Checks before anything is quantized. All problems are named in one error.
+
+Every slot is checked against its rule: axes, spec, activation, method, data. Rules that
+match nothing, and matrices that no rule matches, are errors too unless `strict=False`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxq import methods
+from jaxq.nn.report._report import why_floats
+from jaxq.nn.transform._options import Options
+from jaxq.nn.transform._slot import Adapter, Inventory, Slot
+from jaxq.nn.transform._weight import dry_run
+from jaxq.qtensor import raise_if_not_finite
+from jaxq.recipes import Recipe, Rule
+
+# The most names that an error lists.
+_MOST_LISTED = 12
+
+# Last words in the names of parameters that are added or looked up, not multiplied.
+_NOT_MULTIPLIED = re.compile(
+    r"(^|_)(bias|embed|embedding|gain|gamma|norm|pos|position|scale|token)s?$"
+)
+
+
+def matched_slots(
+    adapter: Adapter, recipe: Recipe, options: Options, *, has_data: bool | None
+) -> tuple[list[Slot], tuple[str, ...]]:
+    """The slots of a model, after all checks, with what each of them will become.
+
+    Args:
+      adapter: of the model.
+      recipe: the rules.
+      options: `strict` and `on_nonfinite`.
+      has_data: whether there are calibration data; None if that is not known yet.
+
+    Returns:
+      (slots, notes for the report on rules that match nothing).
+
+    Raises:
+      ValueError: weights that cannot be quantized; rules that match nothing; matrices
+        that no rule matches.
+    """
+    inventory = adapter.inventory()
+    slots = [_planned(slot, adapter, has_data, options) for slot in inventory.slots]
+    problems = [f"  {slot.label}: {slot.problem}" for slot in slots if slot.problem]
+    problems += adapter.problems(slots)
+    if problems:
+        raise ValueError(
+            f"{adapter.caller}: these {adapter.noun}s cannot be quantized:\n"
+            + "\n".join(problems)
+            + "\nSkip them with jaxq.Rule(path, skip=True) in a jaxq.Recipe, give them "
+            "a rule with another spec or method, or change them."
+        )
+    unused = _unused_rules(recipe, inventory)
+    if options.strict:
+        _raise_if_unused(unused, inventory, adapter)
+        _raise_if_unmatched(inventory, adapter)
+        return slots, ()
+    return slots, tuple(f"rule {pattern!r} matched nothing" for pattern in unused)
+
+
+def bare_rule(
+    recipe: Recipe, path: str, shape: Sequence[int], module: type
+) -> Rule | None:
+    """The rule for a matrix that a module of the user's holds itself.
+
+    Only a rule that names the kind "Param" applies: other rules are about layers.
+    """
+    for rule in recipe.rules:
+        if "Param" in rule.kinds and rule.matches(path, "Param", tuple(shape), module):
+            return rule
+    return None
+
+
+def is_multiplied(path: str, shape: Sequence[int], module: type) -> bool:
+    """True if a module seems to multiply with an array that it holds itself.
+
+    Args:
+      path: of the array.
+      shape: of the array.
+      module: the class of the module.
+    """
+    # Flax's own classes hold gains and biases. Only DenseParams, in which recurrent
+    # cells keep their matrices, holds what is multiplied.
+    is_flax = module.__module__.startswith("flax.")
+    if is_flax and module.__name__ != "DenseParams":
+        return False
+    is_matrix = sum(size > 1 for size in shape) >= 2
+    name = path.rpartition("/")[2].lower()
+    return is_matrix and not _NOT_MULTIPLIED.search(name)
+
+
+def _planned(
+    slot: Slot, adapter: Adapter, has_data: bool | None, options: Options
+) -> Slot:
+    """A slot with `planned`, or with its problem."""
+    if not slot.chosen or slot.problem:
+        return slot
+    try:
+        _check_axes(slot)
+        planned = dry_run(slot)
+        why_floats(slot.kind.name, planned, slot.roles)
+        _check_method(slot, adapter, has_data)
+        is_abstract = isinstance(slot.value, jax.ShapeDtypeStruct)
+        if options.on_nonfinite == "raise" and not is_abstract:
+            raise_if_not_finite(jnp.asarray(slot.value), slot.name or "w", "quantize")
+    except (TypeError, ValueError) as error:
+        return dataclasses.replace(slot, problem=str(error))
+    return dataclasses.replace(slot, planned=planned)
+
+
+def _check_axes(slot: Slot) -> None:
+    """Raises a ValueError if axes are unknown, or not those that the rule names."""
+    ndim, rule = len(slot.value.shape), slot.rule
+    assert rule is not None
+    if not slot.contracting:
+        raise ValueError(
+            f"which of its {ndim} axes a product contracts is not known "
+            f"(shape {list(slot.value.shape)}). Say contracting= in its rule"
+        )
+    for name in ("contracting", "batch"):
+        wanted, actual = getattr(rule, name), getattr(slot, name)
+        if wanted is None:
+            continue
+        if {axis % ndim for axis in wanted} != {axis % ndim for axis in actual}:
+            raise ValueError(
+                f"its rule says {name}={tuple(wanted)}, and the layer itself "
+                f"{name}={tuple(actual)}"
+            )
+
+
+def _check_method(slot: Slot, adapter: Adapter, has_data: bool | None) -> None:
+    """Raises a ValueError that names everything that the rule's method misses."""
+    rule = slot.rule
+    assert rule is not None
+    method = methods.get(rule.method)
+    reads_data = method.needs_data(dict(rule.options))
+    problems = []
+    if rule.observer is not None and not slot.kind.watched and not adapter.no_data:
+        problems.append("its input cannot be observed, so it has no static range")
+    elif rule.observer is not None:
+        problems.append(_missing_data(f"observer {rule.observer!r}", adapter, has_data))
+    if rule.correct_bias and not slot.kind.corrects_bias and not adapter.no_data:
+        problems.append("correct_bias=True is for Linear and LinearGeneral")
+    elif rule.correct_bias:
+        problems.append(_missing_data("correct_bias=True", adapter, has_data))
+    name = f"method {rule.method!r}"
+    if method.folding is not None and adapter.no_folding:
+        problems.append(
+            f"{name} moves scales into the layer before, and {adapter.no_folding}"
+        )
+    elif reads_data and not slot.has_rows and not adapter.no_data:
+        problems.append(f"{name} is for matrices: Linear, LinearGeneral and Einsum")
+    elif method.matrices_only and slot.kind.windowed:
+        problems.append(f"{name} is for matrices: Linear, LinearGeneral and Einsum")
+    elif reads_data:
+        problems.append(_missing_data(name, adapter, has_data))
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _missing_data(what: str, adapter: Adapter, has_data: bool | None) -> str:
+    """That something needs data that are not there; empty if they are, or may be."""
+    if adapter.no_data:
+        return f"{what} needs calibration data, and {adapter.no_data}"
+    if has_data is False:
+        return f"{what} needs data. Pass calibration=batches of real inputs"
+    return ""
+
+
+def _unused_rules(recipe: Recipe, inventory: Inventory) -> list[str]:
+    """Patterns of the rules that match nothing and are not optional."""
+    rules = [slot.rule for slot in inventory.slots] + list(inventory.other_rules)
+    used = {id(rule) for rule in rules if rule is not None}
+    return [
+        rule.pattern
+        for rule in recipe.rules
+        if id(rule) not in used and not rule.optional
+    ]
+
+
+def _raise_if_unused(
+    unused: Sequence[str], inventory: Inventory, adapter: Adapter
+) -> None:
+    """Raises a ValueError if a rule matches nothing, with the names there are."""
+    if not unused:
+        return
+    names = [slot.label for slot in inventory.slots] + list(inventory.unmatched)
+    listing = ", ".join(names[:_MOST_LISTED]) or "none that jaxq knows"
+    if len(names) > _MOST_LISTED:
+        listing += f", ... ({len(names)} {adapter.noun}s)"
+    raise ValueError(
+        f"{adapter.caller}: rules {unused} match no {adapter.noun} (or only "
+        f"{adapter.noun}s that an earlier rule matches). "
+        f"{adapter.noun.capitalize()}s here: {listing}."
+    )
+
+
+def _raise_if_unmatched(inventory: Inventory, adapter: Adapter) -> None:
+    """Raises a ValueError if a matrix of an unknown module has no rule."""
+    if inventory.unmatched:
+        raise ValueError(
+            f"{adapter.caller}: {', '.join(inventory.unmatched)}: matrices of modules "
+            "jaxq does not know, and no rule matches them. "
+            f"{adapter.unmatched_remedy} To leave one in floats, add "
+            "jaxq.Rule(path, skip=True, kinds=('Param',)). strict=False leaves all."
+        )

@@ -1,0 +1,109 @@
+"""The arguments of `quantize_model` that the loop reads, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jaxq import formats, methods
+from jaxq.nn.calibration._nnx import as_batches
+from jaxq.observers import LayerStats
+from jaxq.qtensor import ON_NONFINITE, QuantSpec
+from jaxq.recipes import Recipe
+
+ORDERS = ("blocks", "layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to quantize a model. The fields are arguments of `jaxq.quantize_model`.
+
+    Attributes:
+      caller: the public function. Errors begin with it.
+      calibration: a list of batches, statistics by path, or None.
+      mask: which rows of a batch count.
+      forward: how to run a batch.
+      sequential: "blocks", "layers", or "" for all layers together.
+      resume: the folder of finished blocks, or None.
+      fallback: what to do about a method that is worse than rounding to nearest.
+      strict: unmatched rules and weights are errors.
+      donate: free each float weight when its codes exist.
+      key: PRNG key, or None.
+      on_nonfinite: what to do about NaN and infinities.
+      progress: show a line of progress; None shows it on a terminal.
+    """
+
+    caller: str = "quantize_model"
+    calibration: Iterable[Any] | Mapping[str, LayerStats] | None = None
+    mask: Callable[[Any], Any] | None = None
+    forward: Callable[..., Any] | None = None
+    sequential: bool | str = False
+    resume: str | os.PathLike[str] | None = None
+    fallback: str = "rtn"
+    strict: bool = True
+    donate: bool = False
+    key: jax.Array | None = None
+    on_nonfinite: str = "raise"
+    progress: bool | None = None
+
+    def __post_init__(self):
+        on_nonfinite = f"{self.caller}: on_nonfinite"
+        formats.check_choice(on_nonfinite, self.on_nonfinite, ON_NONFINITE)
+        fallback = f"{self.caller}: fallback"
+        formats.check_choice(fallback, self.fallback, methods.FALLBACKS)
+        object.__setattr__(self, "sequential", self._order())
+        if self.donate and self.calibration is not None:
+            raise ValueError(
+                f"{self.caller}: donate=True frees weights that calibration= needs; "
+                "pass one of them."
+            )
+        if self.calibration is None or isinstance(self.calibration, Mapping):
+            return
+        # An iterator can be read once, and several steps need the batches.
+        batches = list(as_batches(self.calibration, self.caller))
+        object.__setattr__(self, "calibration", batches)
+
+    def _order(self) -> str:
+        """`sequential=` as "", "blocks" or "layers"."""
+        if not isinstance(self.sequential, bool):
+            formats.check_choice(f"{self.caller}: sequential", self.sequential, ORDERS)
+        if self.resume is not None and not self.sequential:
+            raise ValueError(
+                f"{self.caller}: resume= keeps finished blocks, and without "
+                "sequential= all layers are one block. Pass sequential='blocks' or "
+                "'layers'. To keep the statistics instead, pass "
+                "calibration=jaxq.nn.calibrate(...)."
+            )
+        if isinstance(self.sequential, bool):
+            return "blocks" if self.sequential else ""
+        return self.sequential
+
+    @property
+    def batches(self) -> list[Any] | None:
+        """The batches; None if there are no data, or statistics instead."""
+        return self.calibration if isinstance(self.calibration, list) else None
+
+    @property
+    def statistics(self) -> Mapping[str, LayerStats] | None:
+        """The statistics that the caller passed, if they are what it passed."""
+        return self.calibration if isinstance(self.calibration, Mapping) else None
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raises a ValueError for a recipe that these options cannot serve."""
+        for rule in recipe.rules:
+            spec = rule.weight
+            if self.key is None and isinstance(spec, QuantSpec) and spec.needs_key:
+                raise ValueError(
+                    f"{self.caller}: the weight= of Rule({rule.pattern!r}) has "
+                    "rounding='stochastic', which needs a PRNG key. "
+                    "Pass key=jax.random.key(0)."
+                )
+        if recipe.rotate and self.statistics is not None:
+            raise ValueError(
+                f"{self.caller}: rotate=True changes what reaches the layers. "
+                "Pass batches as calibration=, not statistics."
+            )

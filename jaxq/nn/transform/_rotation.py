@@ -1,0 +1,97 @@
+"""Models in rotated coordinates, for `Recipe(rotate=True)`.
+
+A random rotation spreads outliers over all channels. How a rotation passes through a
+model is known to the model's class: it has a method `rotated(orthogonal, online)`, or
+`register_rotation` adds one.
+
+References:
+  Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024,
+  section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxq import methods
+from jaxq.recipes import Recipe
+
+_Orthogonal = Callable[[int], jax.Array]
+_Online = Callable[[jax.Array], jax.Array]
+_Rotate = Callable[[Any, _Orthogonal, _Online], Any]
+
+_ROTATIONS: dict[type, _Rotate] = {}
+
+
+def register_rotation(cls: type[nnx.Module], rotated: _Rotate) -> None:
+    """Tells jaxq how to rotate models of a class that has no method `rotated`.
+
+    Args:
+      cls: an nnx module class. Subclasses count too.
+      rotated: `(model, orthogonal, online) -> model`. The new model computes the same
+        in rotated coordinates. `orthogonal(n)` is a random Hadamard matrix `[n, n]`, to
+        be multiplied into weights. `online(x)` rotates the last axis of an array, for
+        values that must be rotated when the model runs.
+
+    Example:
+      >>> import jaxq
+      >>> from jaxq.models import Llama
+      >>> jaxq.nn.register_rotation(Llama, Llama.rotated)
+
+    References:
+      Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024,
+      section 4.
+    """
+    _ROTATIONS[cls] = rotated
+
+
+def rotate_model(model: nnx.Module, key: jax.Array) -> Any:
+    """The model in coordinates that are rotated at random.
+
+    Raises:
+      ValueError: neither the model's class nor `register_rotation` says how.
+    """
+    rotate = _rotation_of(type(model))
+    if rotate is None:
+        raise ValueError(
+            "quantize_model: the recipe has rotate=True, and jaxq does not know how to "
+            f"rotate a {type(model).__name__}. Register it with "
+            "jaxq.nn.register_rotation, or use a recipe without rotate=True."
+        )
+
+    def orthogonal(n: int) -> jax.Array:
+        signs = methods.random_hadamard(jax.random.fold_in(key, n), n)
+        return methods.hadamard(jnp.diag(signs))
+
+    return rotate(model, orthogonal, methods.hadamard)
+
+
+def rotation_notes(recipe: Recipe) -> tuple[str, ...]:
+    """What the report says of a model that the recipe rotates."""
+    if not recipe.rotate:
+        return ()
+    return (
+        "the model was first rotated by random Hadamard matrices; errors are those of "
+        "the rotated weights, and the rotation itself was not judged",
+    )
+
+
+def refuse_rotation(recipe: Recipe, caller: str) -> None:
+    """Raises a ValueError if a recipe rotates a model that is not an nnx module."""
+    if recipe.rotate:
+        raise ValueError(
+            f"{caller}: rotate=True is for nnx models, whose class knows how to rotate "
+            "them. Use a recipe without rotate=True."
+        )
+
+
+def _rotation_of(cls: type) -> _Rotate | None:
+    for registered, rotate in _ROTATIONS.items():
+        if issubclass(cls, registered):
+            return rotate
+    return getattr(cls, "rotated", None)
