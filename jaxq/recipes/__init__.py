@@ -1,5 +1,12 @@
-"""What to do to which parameter: rules on layer paths, and the recipes that are known by name."""
+"""Which layer is quantized how: rules on layer paths, and recipes made of rules.
 
-from jaxq.recipes._recipe import KINDS, Layer, Recipe, Rule, as_recipe, get, names
+A recipe knows the path, kind and shape of a layer. It knows nothing of models:
+`jaxq.nn` finds the layers of a model and asks the recipe about each.
+"""
 
-__all__ = ["KINDS", "Layer", "Recipe", "Rule", "as_recipe", "get", "names"]
+from jaxq.recipes._kinds import kinds, register_kind, unregister_kind
+from jaxq.recipes._named import as_recipe, get, names
+from jaxq.recipes._recipe import Recipe
+from jaxq.recipes._rule import Layer, Rule
+
+__all__ = ["Layer", "Recipe", "Rule", "get", "kinds", "names"]

@@ -1,4 +1,4 @@
-"""The examples run from a shell, as their docstrings say, and show what they promise."""
+"""The examples run from a shell and print what their docstrings promise."""
 
 import os
 import re
@@ -19,8 +19,8 @@ def run(*arguments: str, **variables: str) -> str:
     flags = environment.pop("XLA_FLAGS", "").split()
     environment["XLA_FLAGS"] = " ".join(
         f for f in flags if "device_count" not in f
-    )  # one device, as a user has
-    found = subprocess.run(
+    )  # one device, as users have
+    process = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
         env=environment,
@@ -28,8 +28,8 @@ def run(*arguments: str, **variables: str) -> str:
         text=True,
         check=False,
     )
-    assert found.returncode == 0, found.stderr[-2000:]
-    return found.stdout
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
 
 
 @pytest.mark.heavy
@@ -45,10 +45,11 @@ def test_accumulators_prints_its_tables_and_saves_its_plot(tmp_path):
     )
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     row = re.compile(r"^(\S.*?\S)  +((?:[\d.e+-]+ *)+)( %)?$", re.MULTILINE)
-    found = [(m[1], [float(v) for v in m[2].split()]) for m in row.finditer(out)]
-    errors = {name: values for name, values in found if len(values) == 8}
+    lines = [(m[1], [float(v) for v in m[2].split()]) for m in row.finditer(out)]
+    errors = {name: values for name, values in lines if len(values) == 8}
     assert len(errors) == 7
-    # Wide sums are right; narrow ones get worse as they grow longer, unless they are chunked.
+    # Sums in float32 are right. Sums in bfloat16 get worse with length, unless they
+    # are chunked.
     assert (
         errors["bf16, fp32 sum"][-1]
         < 1e-6
@@ -56,7 +57,7 @@ def test_accumulators_prints_its_tables_and_saves_its_plot(tmp_path):
     )
     assert errors["bf16, bf16 sum"][-1] > 4 * errors["bf16, bf16 sum"][0]
     assert errors["bf16, bf16 sum, chunks of 32"][-1] < errors["bf16, bf16 sum"][-1] / 2
-    kl = {name: values[1] for name, values in found if len(values) == 3}
+    kl = {name: values[1] for name, values in lines if len(values) == 3}
     assert len(kl) == 4
     assert (
         0

@@ -23,7 +23,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def test_import_loads_nothing_heavy():
-    # What is loaded beyond jax, not how long it took: a timing on a busy machine says nothing.
+    # This lists the modules. A time on a busy machine would say nothing.
     out = subprocess.run(
         [sys.executable, "-c", _LOADED], capture_output=True, text=True, check=True
     ).stdout
