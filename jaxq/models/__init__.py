@@ -1,14 +1,16 @@
-"""Reference models that read Hugging Face checkpoints, in plain flax nnx with no quantization inside.
+"""Models that read Hugging Face checkpoints, and functions that transform them.
 
     model, tokenizer = jaxq.models.load("path/to/hf_dir")
     logits = model(tokens)                    # int32[b, t] -> float32[b, t, vocab]
     longer = jaxq.models.generate(model, tokens, 32)
 
-The Llama family covers Llama 1 to 3, Mistral, Qwen2 and their relatives of the same architecture. What changes a model
-without changing what it computes is here too: scales moved between layers, outliers made that way, rotations, layers in
-a list or stacked.
+The networks are plain flax nnx, with no quantization inside. The Llama family covers
+Llama 1 to 3, Mistral, Qwen2 and other models of the same architecture. Some functions
+here change a model without changing what it computes: they move scales between layers,
+make outliers in that way, rotate the model, or stack its layers.
 """
 
+from jaxq.models import llama
 from jaxq.models._checkpoint import load, save
 from jaxq.models._generate import generate
 from jaxq.models._outliers import (
@@ -18,9 +20,15 @@ from jaxq.models._outliers import (
     smooth,
     with_outliers,
 )
-from jaxq.models._rotate import rotate
+from jaxq.models._rotate import rotate, rotate_by
 from jaxq.models._stacking import stacked, unrolled
 from jaxq.models.llama import Llama, LlamaConfig
+from jaxq.nn import register_folding, register_rotation
+from jaxq.ops import KVCache
+
+llama.set_quantized_cache(KVCache.empty)
+register_folding(Llama, norm_groups, fold_scales)
+register_rotation(Llama, rotate_by)
 
 __all__ = [
     "Llama",

@@ -120,6 +120,25 @@ def rotate(
     return out
 
 
+def rotate_by(
+    model: Llama,
+    orthogonal: Callable[[int], jax.Array],
+    online: Callable[[jax.Array], jax.Array],
+) -> Llama:
+    """A rotated copy, as `Recipe(rotate=True)` wants it: see `nn.register_rotation`.
+
+    The stream, the values of the heads and the inputs of down_proj are rotated.
+
+    Args:
+      model: a float `Llama`.
+      orthogonal: returns an orthogonal matrix `[n, n]` for a size n.
+      online: orthogonal linear map of the last axis of an array.
+    """
+    heads = orthogonal(model.config.head_dim)
+    stream = orthogonal(model.config.hidden_size)
+    return rotate(model, stream, heads=heads, online=online)
+
+
 def _untied(model: Llama) -> Llama:
     """The model itself, or a copy whose head has a kernel of its own."""
     if not model.config.tie_word_embeddings:

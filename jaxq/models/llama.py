@@ -1,12 +1,16 @@
-"""A Llama-family decoder in plain flax nnx: no quantization inside, every projection an ordinary `nnx.Linear`.
+"""A decoder of the Llama family in plain flax nnx.
 
-One pre-norm layer, with d = hidden_size, n query heads, m key heads, h = head_dim, f = intermediate_size:
+Nothing here is quantized: every projection is an ordinary `nnx.Linear`. One layer with
+norms in front, d = hidden_size, n query heads, m key heads, h = head_dim and
+f = intermediate_size computes
 
-    x = x + o_proj(attention(rope(q_proj(norm(x))), rope(k_proj(norm(x))), v_proj(norm(x))))    # [b, t, d]
-    x = x + down_proj(silu(gate_proj(norm(x))) * up_proj(norm(x)))                             # [b, t, d]
+    q, k, v = q_proj(norm(x)), k_proj(norm(x)), v_proj(norm(x))
+    x = x + o_proj(attention(rope(q), rope(k), v))                     # [b, t, d]
+    x = x + down_proj(silu(gate_proj(norm(x))) * up_proj(norm(x)))     # [b, t, d]
 
-`dtype` is what matrix products read (bfloat16 or float32); they accumulate and return float32, and everything between
-them (the residual stream, norms, rotary embedding, softmax, logits) stays float32, as matrix units do it.
+Matrix products read `dtype` (bfloat16 or float32), accumulate in float32 and return
+float32, as matrix units do. Everything between them is float32: the residual stream,
+norms, rotary embedding, softmax and logits.
 
 References:
     Touvron et al., LLaMA: Open and Efficient Foundation Language Models, 2023.
@@ -19,6 +23,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,34 +36,61 @@ from jaxq.models._config import LlamaConfig, RopeScaling
 
 __all__ = ["KVCache", "Llama", "LlamaConfig", "RopeScaling"]
 
+# Makes an empty quantized cache for one layer. jaxq.models sets it, so that this file
+# imports nothing quantized.
+_new_quantized_cache: Callable[..., Any] | None = None
+
+
+def set_quantized_cache(make: Callable[..., Any]) -> None:
+    """Says how `Llama.init_cache` makes an empty quantized cache for one layer.
+
+    Args:
+        make: called as `make(cache, batch=, num_heads=, length=, head_dim=, window=,
+            dtype=)`, as `jaxq.ops.KVCache.empty` is.
+    """
+    global _new_quantized_cache
+    _new_quantized_cache = make
+
 
 class KVCache(NamedTuple):
-    """Keys (after rotary embedding) and values of the tokens seen so far.
+    """Keys (after rotary embedding) and values of earlier tokens, for all layers.
 
     Attributes:
-        layers: one `(keys, values)` pair a layer, each `[b, m, length, h]`, or one `jaxq.ops.KVCache`; with
-            `scan_layers` a single one with a leading layer axis.
-        used: int32, how many of the `length` places are filled: a scalar, or `[b]` where the cache is quantized and
-            every row a slot of its own.
+        layers: one cache per layer: a pair `(keys, values)`, each `[b, m, length, h]`,
+            or a `jaxq.ops.KVCache`. With `scan_layers` there is one cache, and its
+            arrays have a leading layer axis.
+        used: int32, how many of the `length` places are filled. A scalar, or `[b]` for
+            a quantized cache, whose rows have lengths of their own.
+
+    Example:
+        >>> from jaxq.models import Llama, LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...                      num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=1, head_dim=16)
+        >>> cache = Llama(config, rngs=nnx.Rngs(0)).init_cache(2, 8)
+        >>> cache.layers[0][0].shape, int(cache.used)
+        ((2, 1, 8, 16), 0)
     """
 
     layers: Any
     used: jax.Array
 
     def reset(self, slots: Any) -> KVCache:
-        """A quantized cache with some slots empty, ready for other texts.
+        """A quantized cache in which some rows of the batch are empty again.
 
         Args:
-            slots: indices, or bool `[b]`, True for slots to empty.
+            slots: indices of the rows, or bool `[b]` with True for a row to empty.
 
         Raises:
-            ValueError: the cache is not quantized: its rows have one length.
+            ValueError: the cache is not quantized, so all its rows have one length.
         """
         if self.used.ndim == 0:
             raise ValueError(
-                'KVCache.reset: rows of a float cache have one length. Use init_cache(..., cache="int8").'
+                "KVCache.reset: all rows of a float cache have one length. "
+                'Use init_cache(..., cache="int8").'
             )
-        if hasattr(self.layers, "lengths"):  # stacked
+        is_stacked = hasattr(self.layers, "lengths")
+        if is_stacked:
             layers = self.layers.reset(slots)
             return KVCache(layers, layers.lengths[0])
         layers = tuple(layer.reset(slots) for layer in self.layers)
@@ -66,18 +98,20 @@ class KVCache(NamedTuple):
 
 
 class Llama(nnx.Module):
-    """A decoder-only language model: token ids in, next-token logits out.
+    """A decoder-only language model: token ids in, logits of the next token out.
 
     Args:
         config: a `LlamaConfig`.
-        dtype: what matrix products read; they accumulate in float32.
-        param_dtype: what parameters are stored in.
-        rngs: source of the initial parameters (normal, standard deviation 0.02; the projections that write
-            into the residual stream are divided by `sqrt(2 * num_hidden_layers)`).
+        dtype: dtype that matrix products read. They accumulate in float32.
+        param_dtype: dtype of the parameters.
+        rngs: source of the initial parameters: normal numbers with standard deviation
+            0.02. The projections that write into the residual stream are divided by
+            `sqrt(2 * num_hidden_layers)`.
 
     Example:
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...                      num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=1, head_dim=16)
         >>> model = Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         >>> logits = model(jnp.zeros((2, 16), jnp.int32))
         >>> logits.shape, logits.dtype
@@ -94,7 +128,8 @@ class Llama(nnx.Module):
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        # The table is read in float32: the lookup is exact, and a tied head gives float32 logits.
+        # The table is read in float32. Then the lookup is exact, and a tied head
+        # returns float32 logits.
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -108,13 +143,12 @@ class Llama(nnx.Module):
             return DecoderLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
         self.layers: Any
+        num_layers = config.num_hidden_layers
         if config.scan_layers:
-            split = nnx.split_rngs(splits=config.num_hidden_layers)
-            self.layers = split(nnx.vmap(make_layer, in_axes=0, out_axes=0))(rngs)
+            make_stack = nnx.vmap(make_layer, in_axes=0, out_axes=0)
+            self.layers = nnx.split_rngs(splits=num_layers)(make_stack)(rngs)
         else:
-            self.layers = nnx.List(
-                [make_layer(rngs) for _ in range(config.num_hidden_layers)]
-            )
+            self.layers = nnx.List([make_layer(rngs) for _ in range(num_layers)])
         self.norm = _rms_norm(config, param_dtype, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = _linear(
@@ -122,17 +156,17 @@ class Llama(nnx.Module):
             )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits of every next token.
+        """Logits of the next token at every position.
 
         Args:
-            tokens: int32[b, t], each in [0, vocab_size). No padding mask: pad on the right, and ignore what
-                follows.
+            tokens: int32[b, t], each in [0, vocab_size). There is no padding mask: pad
+                on the right, and ignore the logits of the padding.
 
         Returns:
             float32[b, t, vocab_size].
 
         Raises:
-            ValueError: tokens are not an integer matrix.
+            ValueError: `tokens` is not an integer matrix.
         """
         return self._forward(tokens, None)[0]
 
@@ -140,39 +174,55 @@ class Llama(nnx.Module):
         """An empty cache for `batch` rows of at most `length` tokens.
 
         Args:
-            batch: rows.
+            batch: number of rows.
             length: most tokens of a row.
-            cache: how keys and values are stored: None keeps them in the compute dtype; a preset name ("int8", "int4",
-                "int2", "fp8", "nf4", ...), a `jaxq.QuantSpec` or a `jaxq.ops.KVCacheSpec` quantizes all but the newest
-                ones. A model with a sliding window then stores no more than the window.
+            cache: how keys and values are stored. None keeps them in the compute dtype.
+                A preset name ("int8", "int4", "int2", "fp8", "nf4", ...), a
+                `jaxq.QuantSpec` or a `jaxq.ops.KVCacheSpec` quantizes all tokens except
+                the newest. If the model has a sliding window, a quantized cache stores
+                no more tokens than the window.
 
         Raises:
-            ValueError: no such preset, or sizes below 1.
+            ValueError: no preset has this name, or a size is below 1.
         """
+        if cache is None:
+            return self._float_cache(batch, length)
+        return self._quantized_cache(batch, length, cache)
+
+    def decode(
+        self, tokens: jax.Array, cache: KVCache, *, count: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Logits of the next token for tokens that follow those in the cache.
+
+        With a quantized cache, the new tokens read the quantized earlier tokens, and
+        each other in full precision.
+
+        Args:
+            tokens: int32[b, t], the next t tokens.
+            cache: from `init_cache` or an earlier `decode`. `used + t` must not exceed
+                its length. This cannot be checked here, because `used` is traced.
+            count: int32[b], for a quantized cache: how many of the t tokens are real in
+                each row. Real tokens come first, and the row grows by their number. The
+                logits after them have no meaning. None means all t.
+
+        Returns:
+            Logits float32[b, t, vocab_size], and the cache with the new tokens.
+
+        Raises:
+            ValueError: `tokens` is not an integer matrix, or `count` is given for a
+                cache that is not quantized.
+        """
+        if count is not None and cache.used.ndim == 0:
+            raise ValueError(
+                "Llama.decode: count needs a cache whose rows have lengths of their "
+                'own. Use init_cache(..., cache="int8").'
+            )
+        return self._forward(tokens, cache, count)
+
+    def _float_cache(self, batch: int, length: int) -> KVCache:
         config = self.config
-        if cache is not None:
-            from jaxq.ops import KVCache as Quantized
-
-            def one() -> Any:
-                return Quantized.empty(
-                    cache,
-                    batch=batch,
-                    num_heads=config.num_key_value_heads,
-                    length=length,
-                    head_dim=config.head_dim,
-                    window=config.sliding_window,
-                    dtype=self.dtype,
-                )
-
-            num = config.num_hidden_layers
-            if config.scan_layers:
-                layers = jax.tree.map(
-                    lambda leaf: jnp.broadcast_to(leaf, (num, *leaf.shape)), one()
-                )
-            else:
-                layers = tuple(one() for _ in range(num))
-            return KVCache(layers, jnp.zeros((batch,), jnp.int32))
         shape = (batch, config.num_key_value_heads, length, config.head_dim)
+        layers: Any
         if config.scan_layers:
             shape = (config.num_hidden_layers, *shape)
             layers = (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
@@ -183,114 +233,98 @@ class Llama(nnx.Module):
             )
         return KVCache(layers, jnp.zeros((), jnp.int32))
 
-    def decode(
-        self, tokens: jax.Array, cache: KVCache, *, count: jax.Array | None = None
-    ) -> tuple[jax.Array, KVCache]:
-        """As a call, for tokens that follow those in the cache.
-
-        Args:
-            tokens: int32[b, t], the next t tokens. Of a quantized cache they read quantized tokens before them, and
-                one another in full precision.
-            cache: from `init_cache` or an earlier `decode`. The caller sees to it that `used + t` stays within its
-                length: `used` is a traced number, so it cannot be checked here.
-            count: int32[b], how many of the t tokens each row really has, the first ones; logits behind them mean
-                nothing, and the row grows by that many. Only for a quantized cache, whose rows are slots of their own;
-                None takes all.
-
-        Returns:
-            Logits float32[b, t, vocab_size] and the grown cache.
-
-        Raises:
-            ValueError: tokens are not an integer matrix; `count` for a cache that is not quantized.
-        """
-        if count is not None and cache.used.ndim == 0:
-            raise ValueError(
-                'Llama.decode: count needs a cache with slots; use init_cache(..., cache="int8").'
+    def _quantized_cache(self, batch: int, length: int, cache: Any) -> KVCache:
+        assert _new_quantized_cache is not None  # jaxq.models sets it at import
+        config = self.config
+        num_layers = config.num_hidden_layers
+        sizes: dict[str, Any] = {
+            "batch": batch,
+            "num_heads": config.num_key_value_heads,
+            "length": length,
+            "head_dim": config.head_dim,
+            "window": config.sliding_window,
+            "dtype": self.dtype,
+        }
+        layers: Any
+        if config.scan_layers:
+            layers = jax.tree.map(
+                lambda leaf: jnp.broadcast_to(leaf, (num_layers, *leaf.shape)),
+                _new_quantized_cache(cache, **sizes),
             )
-        return self._forward(tokens, cache, count)
-
-    def scale_groups(self) -> list[Any]:
-        """Where a scale can move from one layer to the next ones: `jaxq.models.norm_groups`."""
-        from jaxq.models import _outliers
-
-        return _outliers.norm_groups(self)
-
-    def fold_scales(self, scales: Any) -> Llama:
-        """A copy in which scales have moved: `jaxq.models.fold_scales`."""
-        from jaxq.models import _outliers
-
-        return _outliers.fold_scales(self, scales)
-
-    def rotated(self, orthogonal: Any, online: Any) -> Llama:
-        """A copy in rotated coordinates, heads and the inputs of down_proj too: `jaxq.models.rotate`.
-
-        Args:
-          orthogonal: gives an orthogonal matrix `[n, n]`, from n.
-          online: orthogonal linear map of the last axis of an array.
-        """
-        from jaxq.models import _rotate
-
-        heads = orthogonal(self.config.head_dim)
-        return _rotate.rotate(
-            self, orthogonal(self.config.hidden_size), heads=heads, online=online
-        )
+        else:
+            layers = tuple(
+                _new_quantized_cache(cache, **sizes) for _ in range(num_layers)
+            )
+        return KVCache(layers, jnp.zeros((batch,), jnp.int32))
 
     def _forward(
         self, tokens: jax.Array, cache: KVCache | None, count: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
+        """Logits, and the grown cache if there is one."""
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
-                f"Llama: tokens is {tokens.dtype}{list(tokens.shape)}; expected int32[b, t]. "
-                "Add a batch axis with tokens[None]."
+                f"Llama: tokens is {tokens.dtype}{list(tokens.shape)}; expected "
+                "int32[b, t]. Add a batch axis with tokens[None]."
             )
-        t = tokens.shape[1]
-        start = jnp.zeros((), jnp.int32) if cache is None else cache.used
-        positions = (
-            start.reshape(-1, 1) + jnp.arange(t, dtype=jnp.int32)[None]
-        )  # [1, t], or [b, t] of slots
-        angles, mask = _rope_angles(positions, self.config), None  # [1 or b, t, h/2]
-        if start.ndim == 0:
-            num_keys = (
-                t if cache is None else jax.tree.leaves(cache.layers)[0].shape[-2]
-            )
-            mask = _mask(positions[0], num_keys, self.config.sliding_window)  # [t, s]
-        place = _Place(angles, mask, start, count)
-
+        place = self._place(tokens.shape[1], cache, count)
         x = self.embed_tokens(tokens).astype(jnp.float32)  # [b, t, d]
-        layer_caches = None if cache is None else cache.layers
-        if self.config.scan_layers:
-            x, layer_caches = _scan(self.layers, x, layer_caches, place)
-        else:
-            new_caches = []
-            for i, layer in enumerate(self.layers):
-                x, new = layer(
-                    x, place, None if layer_caches is None else layer_caches[i]
-                )
-                new_caches.append(new)
-            layer_caches = tuple(new_caches)
+        x, layer_caches = self._run_layers(
+            x, place, None if cache is None else cache.layers
+        )
         x = self.norm(x)
-        head = (
-            self.embed_tokens.attend
-            if self.config.tie_word_embeddings
-            else self.lm_head
-        )
-        logits = head(x).astype(jnp.float32)  # [b, t, vocab]
-        grown = (
-            start + t
-            if count is None
-            else start + jnp.clip(jnp.asarray(count, start.dtype), 0, t)
-        )
-        return logits, None if cache is None else KVCache(layer_caches, grown)
+        if self.config.tie_word_embeddings:
+            logits = self.embed_tokens.attend(x)
+        else:
+            logits = self.lm_head(x)
+        logits = logits.astype(jnp.float32)  # [b, t, vocab]
+        if cache is None:
+            return logits, None
+        t = tokens.shape[1]
+        if count is None:
+            num_new: Any = t
+        else:
+            num_new = jnp.clip(jnp.asarray(count, place.start.dtype), 0, t)
+        return logits, KVCache(layer_caches, place.start + num_new)
+
+    def _place(
+        self, t: int, cache: KVCache | None, count: jax.Array | None
+    ) -> TokenPlace:
+        """Where t new tokens stand after those in the cache."""
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.used
+        steps = jnp.arange(t, dtype=jnp.int32)
+        # [1, t]; [b, t] if each row of a quantized cache has a length of its own.
+        positions = start.reshape(-1, 1) + steps[None]
+        angles = _rope_angles(positions, self.config)  # [1 or b, t, h/2]
+        mask = None
+        if start.ndim == 0:
+            num_keys = t
+            if cache is not None:
+                num_keys = jax.tree.leaves(cache.layers)[0].shape[-2]
+            mask = _mask(positions[0], num_keys, self.config.sliding_window)  # [t, s]
+        return TokenPlace(angles, mask, start, count)
+
+    def _run_layers(
+        self, x: jax.Array, place: TokenPlace, caches: Any
+    ) -> tuple[jax.Array, Any]:
+        if self.config.scan_layers:
+            return _scan(self.layers, x, caches, place)
+        new_caches = []
+        for number, layer in enumerate(self.layers):
+            layer_cache = None if caches is None else caches[number]
+            x, new_cache = layer(x, place, layer_cache)
+            new_caches.append(new_cache)
+        return x, tuple(new_caches)
 
 
-class _Place(NamedTuple):
-    """Where the tokens of one call stand.
+class TokenPlace(NamedTuple):
+    """Where the tokens of one call stand in their texts.
 
     Attributes:
         angles: of the rotary embedding, float32 [1 or b, t, h/2].
-        mask: bool [t, s], what each reads; None for a quantized cache, which sees to that itself.
-        start: int32, where the first one goes in the cache; [b] of a quantized one.
-        count: int32[b], how many enter a quantized cache; None for all.
+        mask: bool [t, s], which keys each token reads. None for a quantized cache,
+            which finds this itself.
+        start: int32, the place of the first token; [b] for a quantized cache.
+        count: int32[b], how many tokens enter a quantized cache; None means all.
     """
 
     angles: jax.Array
@@ -300,19 +334,18 @@ class _Place(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then the gated MLP, each read through a norm and added to the stream."""
+    """Attention and then the gated MLP. Each reads a norm and adds to the stream."""
 
     def __init__(
         self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
     ):
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.input_layernorm = _rms_norm(config, param_dtype, rngs)
-        self.self_attn = Attention(
-            config, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        self.self_attn = Attention(config, **dtypes, rngs=rngs)
         self.post_attention_layernorm = _rms_norm(config, param_dtype, rngs)
-        self.mlp = MLP(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.mlp = MLP(config, **dtypes, rngs=rngs)
 
-    def __call__(self, x: jax.Array, place: _Place, cache: Any):
+    def __call__(self, x: jax.Array, place: TokenPlace, cache: Any):
         attended, cache = self.self_attn(self.input_layernorm(x), place, cache)
         x = x + attended  # [b, t, d]
         return x + self.mlp(self.post_attention_layernorm(x)), cache  # [b, t, d]
@@ -342,46 +375,51 @@ class Attention(nnx.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = n, m, h
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, x: jax.Array, place: _Place, cache: Any):
+    def __call__(self, x: jax.Array, place: TokenPlace, cache: Any):
         b, t, _ = x.shape
-        m, h, g = self.num_kv_heads, self.head_dim, self.num_heads // self.num_kv_heads
-        q = _rotate(
-            self.q_proj(x).astype(jnp.float32).reshape(b, t, m * g, h), place.angles
-        ).astype(self.dtype)
-        k = _rotate(
-            self.k_proj(x).astype(jnp.float32).reshape(b, t, m, h), place.angles
-        ).astype(self.dtype)
+        n, m, h = self.num_heads, self.num_kv_heads, self.head_dim
+        q = self.q_proj(x).astype(jnp.float32).reshape(b, t, n, h)
+        k = self.k_proj(x).astype(jnp.float32).reshape(b, t, m, h)
         v = self.v_proj(x).astype(self.dtype).reshape(b, t, m, h)
+        q = _rotate(q, place.angles).astype(self.dtype)
+        k = _rotate(k, place.angles).astype(self.dtype)
         if place.mask is None:
-            y = cache.attend(q, k, v)  # [b, t, m * g, h]
+            y = cache.attend(q, k, v)  # [b, t, n, h]
             cache = cache.append(k, v, count=place.count)
-            return self.o_proj(y.reshape(b, t, m * g * h)).astype(
-                jnp.float32
-            ), cache  # [b, t, d]
-        # The query heads of one key head become rows of one matrix: two plain batched products, no repeated keys.
+        else:
+            y, cache = self._attend(q, k, v, place, cache)
+        return self.o_proj(y.reshape(b, t, n * h)).astype(jnp.float32), cache
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, place: TokenPlace, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        """Attention over float keys and values: `[b, t, n, h]`, and the new cache."""
+        b, t, n, h = q.shape
+        m = self.num_kv_heads
+        g = n // m  # query heads per key head
+        # The query heads of one key head become rows of one matrix. This gives two
+        # plain batched products and no repeated keys.
         q = q.transpose(0, 2, 1, 3).reshape(b, m, g * t, h)
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [b, m, t, h]
+        k = k.transpose(0, 2, 1, 3)  # [b, m, t, h]
+        v = v.transpose(0, 2, 1, 3)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(
-                cache[0], k, place.start, axis=2
-            )  # [b, m, s, h]
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, place.start, axis=2)
+            put = jax.lax.dynamic_update_slice_in_dim
+            k = put(cache[0], k, place.start, axis=2)  # [b, m, s, h]
+            v = put(cache[1], v, place.start, axis=2)
             cache = (k, v)
         scores = jnp.einsum(
             "bmqh,bmsh->bmqs", q, k, preferred_element_type=jnp.float32
         ) / math.sqrt(h)
-        scores = scores.reshape(b, m, g, t, -1)
-        scores = jnp.where(
-            place.mask[None, None, None], scores, jnp.finfo(jnp.float32).min
-        )  # [b, m, g, t, s]
-        weights = (
-            jax.nn.softmax(scores, axis=-1).astype(self.dtype).reshape(b, m, g * t, -1)
-        )
+        scores = scores.reshape(b, m, g, t, -1)  # [b, m, g, t, s]
+        assert place.mask is not None
+        lowest = jnp.finfo(jnp.float32).min
+        scores = jnp.where(place.mask[None, None, None], scores, lowest)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        weights = weights.reshape(b, m, g * t, -1)
         y = jnp.einsum(
             "bmqs,bmsh->bmqh", weights, v, preferred_element_type=jnp.float32
         )
-        y = y.reshape(b, m * g, t, h).transpose(0, 2, 1, 3).reshape(b, t, m * g * h)
-        return self.o_proj(y).astype(jnp.float32), cache  # [b, t, d]
+        return y.reshape(b, n, t, h).transpose(0, 2, 1, 3), cache
 
 
 class MLP(nnx.Module):
@@ -391,17 +429,15 @@ class MLP(nnx.Module):
         self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
     ):
         d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        std = _output_std(config)
         self.gate_proj = _linear(d, f, bias, dtype, param_dtype, rngs)
         self.up_proj = _linear(d, f, bias, dtype, param_dtype, rngs)
-        self.down_proj = _linear(
-            f, d, bias, dtype, param_dtype, rngs, _output_std(config)
-        )
+        self.down_proj = _linear(f, d, bias, dtype, param_dtype, rngs, std)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = jax.nn.silu(self.gate_proj(x).astype(jnp.float32))  # [b, t, f]
-        return self.down_proj(gate * self.up_proj(x).astype(jnp.float32)).astype(
-            jnp.float32
-        )  # [b, t, d]
+        up = self.up_proj(x).astype(jnp.float32)  # [b, t, f]
+        return self.down_proj(gate * up).astype(jnp.float32)  # [b, t, d]
 
 
 def _linear(
@@ -428,17 +464,18 @@ def _linear(
 
 
 def _promote(arrays: tuple, *, dtype: Any, **_: Any) -> tuple:
-    """Operands in the compute dtype, the bias in float32 like the product it is added to."""
+    """Operands in the compute dtype, and the bias in float32.
+
+    The bias is added to the product, which is float32.
+    """
     x, kernel, bias = arrays
-    return (
-        x.astype(dtype),
-        kernel.astype(dtype),
-        None if bias is None else bias.astype(jnp.float32),
-    )
+    if bias is not None:
+        bias = bias.astype(jnp.float32)
+    return x.astype(dtype), kernel.astype(dtype), bias
 
 
 def _output_std(config: LlamaConfig) -> float:
-    """Keeps the stream's variance independent of depth at the start of training (GPT-2)."""
+    """Keeps the initial variance of the stream independent of depth (GPT-2)."""
     return 0.02 / math.sqrt(2 * config.num_hidden_layers)
 
 
@@ -452,8 +489,12 @@ def _rms_norm(config: LlamaConfig, param_dtype: Any, rngs: nnx.Rngs) -> nnx.RMSN
     )
 
 
-def _scan(layers: Any, x: jax.Array, caches: Any, place: _Place):
-    """Runs stacked layers. Layers are only read, so a plain scan over their state does, inside any other loop too."""
+def _scan(layers: Any, x: jax.Array, caches: Any, place: TokenPlace):
+    """Runs stacked layers one after another.
+
+    Layers are only read, so this is a plain scan over their state. It also works inside
+    another loop.
+    """
     graphdef, state = nnx.split(layers)
 
     def step(x, sliced):
@@ -464,46 +505,46 @@ def _scan(layers: Any, x: jax.Array, caches: Any, place: _Place):
 
 
 def _mask(positions: jax.Array, num_keys: int, window: int | None) -> jax.Array:
-    """True where the query at `positions[i]` may read the key at position j.   # [t, s]"""
+    """bool [t, s]: True if the query at `positions[i]` may read the key at place j."""
     distance = positions[:, None] - jnp.arange(num_keys, dtype=jnp.int32)[None]
     mask = distance >= 0
     return mask if window is None else mask & (distance < window)
 
 
 def _rope_angles(positions: jax.Array, config: LlamaConfig) -> jax.Array:
-    """Angles in radians: position times frequency.   # [b, t] -> [b, t, h/2]"""
-    inverse = _rope_frequencies(config)
-    return positions.astype(jnp.float32)[..., None] * jnp.asarray(inverse)[None, None]
+    """Angles in radians, position times frequency: `[b, t] -> [b, t, h/2]`."""
+    frequencies = jnp.asarray(_rope_frequencies(config))
+    return positions.astype(jnp.float32)[..., None] * frequencies[None, None]
 
 
 def _rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians a token, float32[h/2]."""
+    """Radians per token, float32 [h/2]."""
     h, scaling = config.head_dim, config.rope_scaling
     exponents = np.arange(0, h, 2, dtype=np.float32) / np.float32(h)
-    inverse = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    frequencies = 1.0 / np.float32(config.rope_theta) ** exponents
+    frequencies = frequencies.astype(np.float32)
     if scaling.kind == "linear":
-        return inverse / np.float32(scaling.factor)
+        return frequencies / np.float32(scaling.factor)
     if scaling.kind == "llama3":
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        turns = (
-            scaling.original_max_position_embeddings * inverse / (2 * np.pi)
-        )  # over the training context
-        keep = np.clip(
-            (turns - low) / (high - low), 0.0, 1.0
-        )  # 0: low frequency, 1: high
-        return ((1 - keep) * inverse / scaling.factor + keep * inverse).astype(
-            np.float32
-        )
-    return inverse
+        # Turns of each frequency over the length that the model was trained on.
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+        # 0 for low frequencies, which are divided by the factor; 1 for high ones.
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        scaled = (1 - keep) * frequencies / scaling.factor + keep * frequencies
+        return scaled.astype(np.float32)
+    return frequencies
 
 
 def _rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + h/2) of every head by its position's angles.   # [b, t, heads, h]"""
-    cos, sin = (
-        jnp.cos(angles)[:, :, None],
-        jnp.sin(angles)[:, :, None],
-    )  # [1 or b, t, 1, h/2]
+    """Rotates the pairs (i, i + h/2) of every head: `[b, t, heads, h]`.
+
+    Args:
+        x: [b, t, heads, h].
+        angles: [1 or b, t, h/2], in radians.
+    """
+    cos = jnp.cos(angles)[:, :, None]  # [1 or b, t, 1, h/2]
+    sin = jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1)

@@ -12,7 +12,7 @@ from flax import nnx
 import jaxq
 from jaxq.methods._rotation import hadamard, random_hadamard
 from jaxq.methods._smoothquant import smoothquant
-from jaxq.models._outliers import norm_groups, smooth, with_outliers
+from jaxq.models._outliers import fold_scales, norm_groups, smooth, with_outliers
 from jaxq.models._rotate import rotate
 from tests import tables
 from tests.models.test_llama import VARIANTS, make, tokens
@@ -79,7 +79,7 @@ def test_no_scale_moves_through_a_transform():
         g.source for g in norm_groups(rotated)
     } == {f"layers/{i}/mlp/up_proj" for i in range(2)}
     with pytest.raises(ValueError, match="mlp/up_proj'] are no sources of groups"):
-        rotated.fold_scales({"layers/0/mlp/up_proj": jnp.full((48,), 2.0)})
+        fold_scales(rotated, {"layers/0/mlp/up_proj": jnp.full((48,), 2.0)})
     rule = jaxq.Rule(weight="int8", method="equalize")
     model = make()
     q, report = jaxq.quantize_model(
