@@ -1,11 +1,13 @@
-"""The container: where scales vary, how a tensor is stored, and the way there and back.
+"""The quantized array: where scales vary, how codes are stored, and conversions.
 
-`quantize` turns floats into a `QTensor` by a `QuantSpec` (or a preset's name), `dequantize` brings them back,
-`fake_quant` does both with a straight-through gradient. All knowledge of axes, blocks and padding is in `Geometry`.
+`quantize` turns floats into a `QTensor` by a `QuantSpec` or the name of a preset.
+`dequantize` returns floats. `fake_quant` does both and has a straight-through gradient.
+`Geometry` holds all knowledge about axes, blocks and padding.
 """
 
 from jaxq.qtensor._bounds import inside_range, with_margin
 from jaxq.qtensor._dequantize import decode_blocks, dequantize, scale_values
+from jaxq.qtensor._fake_quant import fake_quant
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._granularity import (
     Granularity,
@@ -16,28 +18,23 @@ from jaxq.qtensor._granularity import (
     PerTensor,
     PerToken,
 )
+from jaxq.qtensor._inputs import ON_NONFINITE, check_floats, raise_if_not_finite
 from jaxq.qtensor._layout import relayout
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._partition import combine, partition
 from jaxq.qtensor._presets import as_spec, presets
 from jaxq.qtensor._qtensor import LEAVES, QTensor, register_matmul
-from jaxq.qtensor._quantize import (
-    ON_NONFINITE,
-    check_floats,
-    fake_quant,
-    quantize,
-    raise_if_not_finite,
-    requantize,
-)
+from jaxq.qtensor._quantize import quantize
+from jaxq.qtensor._requantize import requantize
 from jaxq.qtensor._scale_rules import ScaleRule
 from jaxq.qtensor._spec import QuantSpec, as_static
 
+# What users need. The other rooms of the package also import the names that are not
+# listed: LEAVES, ON_NONFINITE, Meta, ScaleRule, as_spec, as_static, check_floats,
+# decode_blocks, inside_range, raise_if_not_finite, register_matmul and with_margin.
 __all__ = [
-    "LEAVES",
-    "ON_NONFINITE",
     "Geometry",
     "Granularity",
-    "Meta",
     "PerBlock",
     "PerChannel",
     "PerFlat",
@@ -46,20 +43,13 @@ __all__ = [
     "PerToken",
     "QTensor",
     "QuantSpec",
-    "as_spec",
-    "as_static",
-    "check_floats",
     "combine",
-    "decode_blocks",
     "dequantize",
     "fake_quant",
-    "inside_range",
     "partition",
     "presets",
     "quantize",
-    "raise_if_not_finite",
     "relayout",
     "requantize",
     "scale_values",
-    "with_margin",
 ]

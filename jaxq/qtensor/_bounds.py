@@ -1,4 +1,7 @@
-"""Ranges of numbers: those given or found for a block, and those in which nothing is clipped."""
+"""Ranges: those that a caller gives, those that an observer computes, and clipping.
+
+A range is a pair (low, high), float32 `[*batch, *num_blocks]`.
+"""
 
 from __future__ import annotations
 
@@ -21,86 +24,145 @@ from jaxq.qtensor._spec import QuantSpec
 def as_bounds(
     bounds: Any, x: jax.Array, spec: QuantSpec, geometry: Geometry
 ) -> tuple[jax.Array, jax.Array]:
-    """Bounds as float32 `[*batch, *num_blocks]`."""
+    """The `bounds=` of `quantize` as float32 arrays `[*batch, *num_blocks]`.
+
+    Args:
+      bounds: (low, high), each one number, `[*batch]`, or as many as there are scales.
+      x: the array to quantize.
+      spec: how it will be quantized.
+      geometry: its geometry.
+
+    Raises:
+      ValueError: the spec's scale depends on more than a range, a shape does not fit,
+        or a low bound is not at most its high bound.
+    """
     if spec.rule.reads_block or spec.offset == "mean":
         raise ValueError(
-            f"quantize: bounds= say nothing of what scale_rule={spec.scale_rule!r} and offset={spec.offset!r} need."
+            f"quantize: bounds= gives a range, but scale_rule={spec.scale_rule!r} and "
+            f"offset={spec.offset!r} do not use a range. Leave out bounds=."
         )
     batch = x.shape[: x.ndim - len(geometry.shape)]
-    wanted = (*batch, *geometry.num_blocks)
-    low, high = (jnp.asarray(end, jnp.float32) for end in bounds)
-    for end in (low, high):
-        if end.shape not in ((), batch) and end.size != math.prod(wanted):
+    shape = (*batch, *geometry.num_blocks)
+    low, high = (jnp.asarray(bound, jnp.float32) for bound in bounds)
+    for bound in (low, high):
+        if bound.shape not in ((), batch) and bound.size != math.prod(shape):
             raise ValueError(
-                f"quantize: bounds are {list(end.shape)}; expected one number, or one for each scale, {list(wanted)}."
+                f"quantize: bounds= has shape {list(bound.shape)}; expected one "
+                f"number, or one for each scale, {list(shape)}."
             )
     if not isinstance(low, Tracer) and not isinstance(high, Tracer):
+        # Both are concrete, but a function around this call may be traced.
         with jax.ensure_compile_time_eval():
             ordered = bool(jnp.all(low <= high))
         if not ordered:
             raise ValueError(
                 "quantize: bounds= must be (low, high) with low <= high, and no NaN."
             )
-    ones = (1,) * len(geometry.num_blocks)
-    ends = [
-        end.reshape(wanted)
-        if end.size == math.prod(wanted)
-        else end.reshape(*end.shape, *ones)
-        for end in (low, high)
-    ]
-    return jnp.broadcast_to(ends[0], wanted), jnp.broadcast_to(ends[1], wanted)
+    return _broadcast(low, shape), _broadcast(high, shape)
+
+
+def _broadcast(bound: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A bound of any allowed shape as `[*batch, *num_blocks]`."""
+    if bound.size == math.prod(shape):
+        return bound.reshape(shape)
+    missing = len(shape) - bound.ndim if bound.ndim else 0
+    return jnp.broadcast_to(bound.reshape(*bound.shape, *(1,) * missing), shape)
 
 
 def observed(
     view: jax.Array, spec: QuantSpec, geometry: Geometry
 ) -> tuple[jax.Array, jax.Array]:
-    """The range that `spec.clipping` finds for every block, `[*batch, *num_blocks]`; NaN where nothing is finite."""
+    """The range that the observer `spec.clipping` computes for every block.
+
+    Args:
+      view: the array in view order, without padding.
+      spec: a spec whose `clipping` is an observer.
+      geometry: the geometry of the array.
+
+    Returns:
+      (low, high), float32 `[*batch, *num_blocks]`. Both are NaN for a block without
+      finite numbers.
+    """
     assert not isinstance(spec.clipping, str)
-    real = jnp.ones(view.shape[view.ndim - len(geometry.block_shape) :], bool)
-
-    def rows(
-        x: jax.Array,
-    ) -> jax.Array:  # [*batch, *num_blocks in view order, numbers of a block]
-        blocks = geometry.to_blocks(geometry.pad(x))
-        inner = len(geometry.block_axes)
-        blocks = jnp.moveaxis(blocks, geometry.block_axes, range(-inner, 0))
-        return blocks.reshape(*blocks.shape[: blocks.ndim - inner], -1)
-
-    x, where = rows(view.astype(jnp.float32)), rows(real)
+    not_padding = jnp.ones(view.shape[view.ndim - len(geometry.block_shape) :], bool)
+    x = _block_rows(view.astype(jnp.float32), geometry)
+    mask = jnp.broadcast_to(_block_rows(not_padding, geometry), x.shape)
     observer = dataclasses.replace(spec.clipping, axis=tuple(range(x.ndim - 1)))
-    symmetric = spec.symmetric and spec.offset is None
-    mask = jnp.broadcast_to(where, x.shape)
-    ends = observer.bounds_of(
-        x, spec.fmt, symmetric=symmetric, where=mask, on_nonfinite="ignore"
+    low, high = observer.bounds_of(
+        x,
+        spec.fmt,
+        symmetric=spec.symmetric and spec.offset is None,
+        where=mask,
+        on_nonfinite="ignore",
     )
-    k = geometry.k_position - len(geometry.block_shape)
-    return jnp.moveaxis(ends[0], k, -1), jnp.moveaxis(ends[1], k, -1)
+    # From view order to storage order.
+    k_axis = geometry.k_position - len(geometry.block_shape)
+    return jnp.moveaxis(low, k_axis, -1), jnp.moveaxis(high, k_axis, -1)
+
+
+def _block_rows(view: jax.Array, geometry: Geometry) -> jax.Array:
+    """The numbers of each block in a row: `[*batch, *num_blocks, size of a block]`.
+
+    The blocks are in view order.
+    """
+    blocks = geometry.to_blocks(geometry.pad(view))
+    inner = len(geometry.block_axes)
+    blocks = jnp.moveaxis(blocks, geometry.block_axes, range(-inner, 0))
+    return blocks.reshape(*blocks.shape[: blocks.ndim - inner], -1)
 
 
 def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
-    """Where rounding alone moves a number of `x` in `quantize(x)`, and no clipping: bool, of the shape of `x`.
+    """Where `quantize(x)` rounds a number and does not clip it.
 
     Args:
-      x: floats.
-      qt: `x` quantized, by the format's own numbers (no `codebook`).
+      x: float array.
+      qt: `quantize(x)`, without a `codebook` of its own.
+
+    Returns:
+      bool array of the shape of `x`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> x = jnp.array([0.5, 3.0])
+      >>> qt = jaxq.quantize(x, "int8", bounds=(-1.0, 1.0))
+      >>> jaxq.qtensor.inside_range(x, qt).tolist()
+      [True, False]
     """
     geometry = qt.meta.geometry
-    y = geometry.to_blocks(geometry.pad(geometry.to_view(x))).astype(jnp.float32)
+    blocks = geometry.to_blocks(geometry.pad(geometry.to_view(x)))
+    y = blocks.astype(jnp.float32)
     if qt.offset is not None:
         y = y - geometry.scale_to_blocks(_scales.load_from_dtype(qt.offset))
     y = _scales.divide(y, geometry.scale_to_blocks(scale_values(qt)))
     if qt.zero_point is not None:
         y = y + geometry.scale_to_blocks(qt.zero_point.astype(jnp.float32))
-    low, high = _reach(qt.spec)
-    return geometry.from_view(
-        geometry.unpad(geometry.from_blocks((low <= y) & (y <= high)))
-    )
+    low, high = _rounding_range(qt.spec)
+    inside = geometry.from_blocks((low <= y) & (y <= high))
+    return geometry.from_view(geometry.unpad(inside))
 
 
 def with_margin(
     low: jax.Array, high: jax.Array, spec: QuantSpec | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Given bounds, wider by half a step at the edge: within them, rounding is the only error."""
+    """A range, extended on both sides by half the step at the edge of the format.
+
+    Numbers inside the extended range are rounded and not clipped.
+
+    Args:
+      low: lower bounds, float32, any shape.
+      high: upper bounds, of the same shape.
+      spec: the spec that quantizes by this range, not None.
+
+    Returns:
+      The extended (low, high).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> low, high = jnp.float32(0.0), jnp.float32(15.0)
+      >>> ends = jaxq.qtensor.with_margin(low, high, jaxq.presets()["uint4"])
+      >>> [float(end) for end in ends]
+      [-0.5, 15.5]
+    """
     assert spec is not None
     values = spec.fmt.values()
     share = float((values[-1] - values[-2]) / (values[-1] - values[0])) / 2
@@ -108,16 +170,15 @@ def with_margin(
     return low - margin, high + margin
 
 
-def _reach(spec: QuantSpec) -> tuple[float, float]:
-    """The range in which rounding is the only error: half a step beyond the outermost numbers."""
+def _rounding_range(spec: QuantSpec) -> tuple[float, float]:
+    """The range, in units of the scale, in which rounding is the only error.
+
+    It ends half a step beyond the outermost numbers of the format.
+    """
     values = spec.fmt.values()
-    if (
-        spec.symmetric
-        and spec.fmt.kind == "integer"
-        and not spec.rule.signed
-        and spec.offset is None
-    ):
+    is_narrow = spec.fmt.kind == "integer" and spec.symmetric and spec.offset is None
+    if is_narrow and not spec.rule.signed:
         values = values[values >= -spec.fmt.max]
-    return float(values[0] - (values[1] - values[0]) / 2), float(
-        values[-1] + (values[-1] - values[-2]) / 2
-    )
+    low = values[0] - (values[1] - values[0]) / 2
+    high = values[-1] + (values[-1] - values[-2]) / 2
+    return float(low), float(high)

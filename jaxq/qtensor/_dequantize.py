@@ -19,19 +19,22 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
 
     Args:
       qt: a QTensor.
-      dtype: of the result; None takes `qt.dtype`. A rounded scale can put a number just beyond the range of float16,
-        for example; it becomes the largest number of the dtype.
+      dtype: float dtype of the result. None takes `qt.dtype`. A number beyond the range
+        of the dtype becomes its largest number: a rounded scale can put a number just
+        beyond the range of float16, for example.
 
     Returns:
-      Array of `qt.shape`, in logical axis order. Bitwise the same eager and jitted, except that an `offset` may be
-      added with one rounding instead of two.
+      Array of `qt.shape`, in logical axis order. Bitwise the same eager and jitted,
+      except that an `offset` may be added with one rounding instead of two.
 
     Raises:
-      TypeError: `qt` is not a QTensor, or `dtype` not a float dtype, or float64 without `jax_enable_x64`.
+      TypeError: `qt` is not a QTensor, `dtype` is not a float dtype, or `dtype` is
+        float64 without `jax_enable_x64`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> jaxq.dequantize(jaxq.quantize(jnp.array([0.0, 1.0, -2.0]), "int8")).tolist()
+      >>> qt = jaxq.quantize(jnp.array([0.0, 1.0, -2.0]), "int8")
+      >>> jaxq.dequantize(qt).tolist()
       [0.0, 1.0078740119934082, -2.0]
     """
     if not isinstance(qt, QTensor):
@@ -39,11 +42,13 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
     dtype = qt.dtype if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"dequantize: only float dtypes, got dtype={dtype.name}. For the codes use qt.codes()."
+            f"dequantize: dtype must be a float dtype, got dtype={dtype.name}. For the "
+            "codes use qt.codes()."
         )
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TypeError(
-            f"dequantize: jax has no {dtype.name} here. Set jax_enable_x64, or pass dtype=jnp.float32."
+            f"dequantize: jax has no {dtype.name} here. Set jax_enable_x64, or pass "
+            "dtype=jnp.float32."
         )
     return _dequantize(qt, dtype)
 
@@ -53,30 +58,44 @@ def _dequantize(qt: QTensor, dtype: np.dtype) -> jax.Array:
     geometry = qt.meta.geometry
     blocks = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
     view = geometry.unpad(geometry.from_blocks(decode_blocks(qt, blocks)))
-    # Products of a scale and a code may leave float32's range, and narrow casts wrap, saturate or make NaN by dtype.
+    # The product of a scale and a code may leave float32's range. A cast to a narrow
+    # dtype would then wrap, saturate or give NaN, depending on the dtype.
     limit = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
     view = jnp.clip(view, -limit, limit)
     return geometry.from_view(view.astype(dtype))
 
 
 def decode_blocks(qt: QTensor, blocks: jax.Array) -> jax.Array:
-    """The float32 numbers behind codes arranged by `Geometry.to_blocks` (or broadcastable to it)."""
+    """The float32 values of codes that are arranged as blocks.
+
+    Args:
+      qt: the QTensor whose scales, zero points, offsets and codebooks apply.
+      blocks: codes as `Geometry.to_blocks` arranges them, or an array that broadcasts
+        to that shape.
+
+    Returns:
+      float32 values, arranged as blocks.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> qt = jaxq.quantize(jnp.array([0.5, -1.0]), "int8")
+      >>> ones = jnp.ones((1, 2), jnp.int8)
+      >>> bool((jaxq.qtensor.decode_blocks(qt, ones) == qt.scale).all())
+      True
+    """
     geometry = qt.meta.geometry
     scale = geometry.scale_to_blocks(scale_values(qt))
     if qt.zero_point is not None:
         zero = geometry.scale_to_blocks(qt.zero_point)
-        values = (blocks.astype(jnp.int32) - zero.astype(jnp.int32)).astype(
-            jnp.float32
-        ) * scale
+        codes = blocks.astype(jnp.int32) - zero.astype(jnp.int32)
+        values = codes.astype(jnp.float32) * scale
     elif qt.codebook is not None:
-        tables = [
+        entries = [
             geometry.scale_to_blocks(qt.codebook[..., i])
             for i in range(qt.codebook.shape[-1])
         ]
-        values = (
-            formats.decode_by_table(qt.spec.fmt, jnp.stack(tables, axis=-1), blocks)
-            * scale
-        )
+        table = jnp.stack(entries, axis=-1)
+        values = formats.decode_by_table(qt.spec.fmt, table, blocks) * scale
     else:
         values = qt.spec.fmt.decode(blocks) * scale
     if qt.offset is not None:
@@ -85,14 +104,27 @@ def decode_blocks(qt: QTensor, blocks: jax.Array) -> jax.Array:
 
 
 def scale_values(qt: QTensor) -> jax.Array:
-    """The scales as float32 `[*batch, *num_blocks]`, dequantized where they are quantized themselves."""
+    """The scales as float32 `[*batch, *num_blocks]`, dequantized if necessary.
+
+    Args:
+      qt: a QTensor.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> qt = jaxq.quantize(jnp.full((64, 1), 2.0), "nf4_dq")
+      >>> jaxq.qtensor.scale_values(qt).tolist()
+      [[2.0]]
+    """
     return stored_values(qt.scale)
 
 
 def stored_values(scale: jax.Array | QTensor) -> jax.Array:
-    """The float32 numbers of a scale as it is stored."""
+    """The float32 values of a scale as it is stored."""
     if not isinstance(scale, QTensor):
         return _scales.load_from_dtype(scale)
     values = dequantize(scale, dtype=jnp.float32)
-    # About a mean a small scale can come out negative, which would turn its block's signs.
-    return values if scale.offset is None else jnp.maximum(values, 0.0)
+    if scale.offset is None:
+        return values
+    # With an offset (the mean), a small scale can be read back as negative. That would
+    # change the signs of its block.
+    return jnp.maximum(values, 0.0)

@@ -1,14 +1,17 @@
-"""Every step between an array as its user sees it and the order its codes and scales are stored in.
+"""Geometry: from the axes of an array to the order of its codes and scales.
 
-Three arrangements of one array, batch axes in front of each:
+An array has three arrangements. Batch axes lead in each of them.
 
-| name | axes | what it is for |
+| name | axes | purpose |
 |---|---|---|
-| logical | as the user has them | the outside |
-| storage | `[*kept, K]`, contracted axes flattened last; `[F]` if blocks cross rows | codes and scales at rest |
-| view | storage with K moved back to where it is in memory | working on floats without transposing them |
+| logical | as the user has them | input and output |
+| storage | `[*kept, K]`, contracted axes flattened into K | stored codes, scales |
+| view | storage with K at its place in memory | computing without a transpose |
 
-Blocks cut each view axis in two, `n -> (n / size, size)`. All padding, blocking and broadcasting happens here.
+`PerFlat` has one storage axis, `[F]`: all axes flattened in storage order.
+
+Blocks split each view axis in two, `n -> (n / size, size)`. All padding, blocking and
+broadcasting of scales happens in this file.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +39,25 @@ from jaxq.qtensor._granularity import (
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The static facts about one array's axes; compared by value.
+    """The static facts about the axes of one array; compared by value.
 
     Attributes:
-      shape: logical sizes of the non-batch axes.
-      order: those axes in storage order, as negative numbers: kept ones, then the contracted ones.
-      num_contracted: how many of them are contracted.
-      block_shape: block size of each storage axis `[*kept, K]`, None for a whole axis; one entry where `flat`.
-      multiple: the stored last axis is padded to a multiple of this, so that codes fill whole bytes.
-      flat: the non-batch axes are flattened in storage order, and blocks run across rows.
+      shape: logical sizes of the axes that are not batch axes.
+      order: these axes in storage order, as negative numbers: the kept axes, then the
+        contracted axes.
+      num_contracted: the number of contracted axes.
+      block_shape: block size of each storage axis `[*kept, K]`, None for a whole axis.
+        It has one entry if `flat`.
+      multiple: the last storage axis is padded to a multiple of this number, so that
+        codes fill whole bytes.
+      flat: True if the axes are flattened in storage order and blocks cross rows.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> spec = jaxq.QuantSpec("int4", jaxq.PerGroup(32))
+      >>> geometry = jaxq.quantize(jnp.ones((64, 8)), spec).meta.geometry
+      >>> geometry.storage_shape, geometry.num_blocks
+      ((8, 64), (8, 2))
     """
 
     shape: tuple[int, ...]
@@ -65,6 +79,7 @@ class Geometry:
 
     @property
     def contracted_size(self) -> int:
+        """The product of the sizes of the contracted axes."""
         return math.prod(self.shape[a] for a in self.contracted)
 
     @property
@@ -76,27 +91,28 @@ class Geometry:
 
     @property
     def padded_shape(self) -> tuple[int, ...]:
-        """Sizes of the storage axes as stored: whole blocks, and whole bytes along the last one."""
-        sizes = [
-            _round_up(n, b or 1)
-            for n, b in zip(self.storage_shape, self.block_shape, strict=True)
+        """Sizes of the storage axes after padding.
+
+        Each axis has whole blocks, and the last axis has whole bytes.
+        """
+        *first, last = [
+            _round_up(n, block or 1)
+            for n, block in zip(self.storage_shape, self.block_shape, strict=True)
         ]
-        sizes[-1] = _round_up(
-            sizes[-1], math.lcm(self.multiple, self.block_shape[-1] or 1)
-        )
-        return tuple(sizes)
+        whole = math.lcm(self.multiple, self.block_shape[-1] or 1)
+        return (*first, _round_up(last, whole))
 
     @property
     def num_blocks(self) -> tuple[int, ...]:
         """Number of blocks along each storage axis: the shape of the scales."""
         return tuple(
-            1 if b is None else n // b
-            for n, b in zip(self.padded_shape, self.block_shape, strict=True)
+            1 if block is None else n // block
+            for n, block in zip(self.padded_shape, self.block_shape, strict=True)
         )
 
     @property
     def k_position(self) -> int:
-        """Where the flattened contraction stands among the view's axes."""
+        """The position of the flattened contracted axis among the view's axes."""
         if self.flat or not self._contiguous:
             return len(self.storage_shape) - 1
         first = min(self.contracted)
@@ -104,74 +120,102 @@ class Geometry:
 
     @property
     def _contiguous(self) -> bool:
-        """True where view and logical order hold the same numbers in the same order."""
+        """True if view order and logical order hold the same numbers in the same order.
+
+        The contracted axes are then neighbours in ascending order, and the kept axes
+        are in ascending order.
+        """
         first = min(self.contracted, default=-1)
-        merged = tuple(range(first, first + self.num_contracted))
-        return self.contracted == merged and self.kept == tuple(sorted(self.kept))
+        neighbours = tuple(range(first, first + self.num_contracted))
+        return self.contracted == neighbours and self.kept == tuple(sorted(self.kept))
+
+    # Logical order, view and storage.
 
     def to_view(self, x: jax.Array) -> jax.Array:
-        """`[*batch, *shape] -> [*batch, *view]`; free of data movement for contiguous contractions."""
+        """`[*batch, *shape] -> [*batch, *view]`.
+
+        No data moves if the contracted axes are neighbours and the kept axes are in
+        order.
+        """
         batch = x.shape[: x.ndim - len(self.shape)]
         if self.flat or not self._contiguous:
-            x = jnp.transpose(
-                x, (*range(len(batch)), *(x.ndim + a for a in self.order))
-            )
+            order = [x.ndim + a for a in self.order]
+            x = jnp.transpose(x, (*range(len(batch)), *order))
         return x.reshape(*batch, *self._view(self.storage_shape))
 
     def from_view(self, view: jax.Array) -> jax.Array:
         """The inverse of `to_view`."""
         batch = view.shape[: view.ndim - len(self.storage_shape)]
-        if not (self.flat or not self._contiguous):
+        if not self.flat and self._contiguous:
             return view.reshape(*batch, *self.shape)
         x = view.reshape(*batch, *(self.shape[a] for a in self.order))
-        back = np.argsort([a + len(self.shape) for a in self.order])
-        return jnp.transpose(
-            x, (*range(len(batch)), *(len(batch) + int(i) for i in back))
-        )
+        inverse = np.argsort([a + len(self.shape) for a in self.order])
+        inverse = [len(batch) + int(i) for i in inverse]
+        return jnp.transpose(x, (*range(len(batch)), *inverse))
+
+    def to_storage(self, view: jax.Array) -> jax.Array:
+        """Moves the contracted axis of a view to the end."""
+        position = view.ndim - len(self.block_shape) + self.k_position
+        return jnp.moveaxis(view, position, -1)
+
+    def to_view_order(self, storage: jax.Array) -> jax.Array:
+        """Moves the last axis of storage to its place in the view."""
+        position = storage.ndim - len(self.block_shape) + self.k_position
+        return jnp.moveaxis(storage, -1, position)
+
+    # Padding and blocks.
 
     def pad(self, view: jax.Array, mode: str = "constant") -> jax.Array:
-        """Fills a view up to whole blocks and whole bytes: with zeros, or the nearest number (`mode="edge"`)."""
-        extra = self._view(
-            tuple(
-                p - n
-                for n, p in zip(self.storage_shape, self.padded_shape, strict=True)
-            )
+        """Pads a view to whole blocks and whole bytes.
+
+        Args:
+          view: array in view order.
+          mode: "constant" pads with zeros, "edge" with the nearest number.
+        """
+        missing = tuple(
+            padded - n
+            for n, padded in zip(self.storage_shape, self.padded_shape, strict=True)
         )
-        if not any(extra):
+        missing = self._view(missing)
+        if not any(missing):
             return view
-        batch = view.ndim - len(extra)
-        return jnp.pad(view, [(0, 0)] * batch + [(0, n) for n in extra], mode=mode)
+        batch = view.ndim - len(missing)
+        widths = [(0, 0)] * batch + [(0, n) for n in missing]
+        return jnp.pad(view, widths, mode=mode)
 
     def unpad(self, view: jax.Array) -> jax.Array:
-        """Cuts the padding of `pad` off again."""
+        """Removes the padding of `pad`."""
         sizes = self._view(self.storage_shape)
         if view.shape[view.ndim - len(sizes) :] == sizes:
             return view
         return view[(..., *(slice(n) for n in sizes))]
 
     def to_blocks(self, padded: jax.Array) -> jax.Array:
-        """`[*batch, n, ...] -> [*batch, n / size, size, ...]`, each view axis cut in two."""
+        """`[*batch, n, ...] -> [*batch, n / size, size, ...]` for each view axis."""
         batch = padded.shape[: padded.ndim - len(self.block_shape)]
-        cut = [part for pair in self._block_pairs for part in pair]
-        return padded.reshape(*batch, *cut)
+        split = [size for pair in self._block_pairs for size in pair]
+        return padded.reshape(*batch, *split)
 
     def from_blocks(self, blocks: jax.Array) -> jax.Array:
         """The inverse of `to_blocks`."""
         batch = blocks.shape[: blocks.ndim - 2 * len(self.block_shape)]
-        return blocks.reshape(*batch, *(n * b for n, b in self._block_pairs))
+        return blocks.reshape(*batch, *(n * size for n, size in self._block_pairs))
 
     @property
     def block_axes(self) -> tuple[int, ...]:
-        """The axes of `to_blocks` that lie inside a block, as negative numbers."""
+        """The axes of `to_blocks` inside a block, as negative numbers."""
         return tuple(range(1 - 2 * len(self.block_shape), 0, 2))
 
     def scale_to_blocks(self, scale: jax.Array) -> jax.Array:
-        """Scales `[*batch, *num_blocks]` (or ones) in storage order, shaped to broadcast against `to_blocks`."""
+        """Scales in storage order, reshaped to broadcast against `to_blocks`.
+
+        Args:
+          scale: `[*batch, *num_blocks]`; an axis may also have size 1.
+        """
         batch = scale.shape[: scale.ndim - len(self.block_shape)]
         scale = jnp.moveaxis(scale, -1, len(batch) + self.k_position)
-        return scale.reshape(
-            *batch, *(part for n in scale.shape[len(batch) :] for part in (n, 1))
-        )
+        split = [size for n in scale.shape[len(batch) :] for size in (n, 1)]
+        return scale.reshape(*batch, *split)
 
     def scale_from_blocks(self, scale: jax.Array) -> jax.Array:
         """The inverse of `scale_to_blocks`."""
@@ -179,74 +223,88 @@ class Geometry:
         scale = scale.reshape(*batch, *(n for n, _ in self._block_pairs))
         return jnp.moveaxis(scale, len(batch) + self.k_position, -1)
 
-    def to_storage(self, view: jax.Array) -> jax.Array:
-        """Moves the contraction of a view last."""
-        return jnp.moveaxis(
-            view, view.ndim - len(self.block_shape) + self.k_position, -1
-        )
-
-    def to_view_order(self, storage: jax.Array) -> jax.Array:
-        """Moves the last axis of storage back to its place in the view."""
-        return jnp.moveaxis(
-            storage, -1, storage.ndim - len(self.block_shape) + self.k_position
-        )
-
     def counts(self) -> np.ndarray:
-        """How many true numbers each block holds, shaped to broadcast against `to_blocks`; float32."""
-        out = np.ones((), np.float32)
-        for (n, b), true in zip(
-            self._block_pairs, self._view(self.storage_shape), strict=True
-        ):
-            along = np.clip(true - b * np.arange(n), 0, b).astype(np.float32)
-            out = out[..., None, None] * along[:, None]
-        return out
+        """The number of elements of each block without padding, float32.
+
+        The array broadcasts against `to_blocks`.
+        """
+        counts = np.ones((), np.float32)
+        sizes = self._view(self.storage_shape)
+        for (num_blocks, block), size in zip(self._block_pairs, sizes, strict=True):
+            starts = block * np.arange(num_blocks)
+            along_axis = np.clip(size - starts, 0, block).astype(np.float32)
+            counts = counts[..., None, None] * along_axis[:, None]
+        return counts
+
+    # Comparing.
 
     def follows(self, granularity: Granularity) -> bool:
-        """True where the blocks are those of `granularity`, wherever transposes and reshapes have moved the axes."""
+        """True if the blocks are those of `granularity`.
+
+        Axes that were moved by transposes and reshapes do not matter.
+        """
         if isinstance(granularity, PerBlock):
-            return not self.flat and {
-                b for b in self.block_shape if b and b > 1
-            } <= set(granularity.shape)
-        free = {"axis": None, "pad": True}
-        names = {field.name for field in dataclasses.fields(granularity)}
-        granularity = dataclasses.replace(
-            granularity, **{k: v for k, v in free.items() if k in names}
-        )
-        wanted = resolve(
+            tiles = {block for block in self.block_shape if block and block > 1}
+            return not self.flat and tiles <= set(granularity.shape)
+        fields = {field.name for field in dataclasses.fields(granularity)}
+        # The axis may have another name by now, and padding is allowed.
+        changes = {k: v for k, v in {"axis": None, "pad": True}.items() if k in fields}
+        expected = resolve(
             self.shape,
-            granularity,
+            dataclasses.replace(granularity, **changes),
             self.contracted,
             (),
-            caller="follows",
-            what="",
+            context=ErrorContext("Geometry.follows", "the array", str(self.shape)),
             multiple=1,
         )
+        return self._blocks_by_axis() == expected._blocks_by_axis()
 
-        def blocks(geometry: Geometry) -> tuple:
-            rows = zip(
-                geometry.kept, geometry.block_shape, strict=False
-            )  # an axis of size 1 is as good as whole
-            kept = (
-                {} if geometry.flat else {a: b for a, b in rows if self.shape[a] != 1}
-            )
-            return geometry.flat, kept, geometry.block_shape[-1]
-
-        return blocks(self) == blocks(wanted)
+    def _blocks_by_axis(self) -> tuple[bool, dict[int, int | None], int | None]:
+        """`flat`, the block size of each kept axis, and the block size of K."""
+        kept = {}
+        if not self.flat:
+            # On an axis of size 1 a block of 1 is the same as a whole axis.
+            kept = {
+                axis: block
+                for axis, block in zip(self.kept, self.block_shape, strict=False)
+                if self.shape[axis] != 1
+            }
+        return self.flat, kept, self.block_shape[-1]
 
     @property
     def _block_pairs(self) -> tuple[tuple[int, int], ...]:
         """(number of blocks, block size) of each view axis."""
         pairs = tuple(
-            (n, p // n if n else 1)
-            for n, p in zip(self.num_blocks, self.padded_shape, strict=True)
+            (num, padded // num if num else 1)
+            for num, padded in zip(self.num_blocks, self.padded_shape, strict=True)
         )
         return self._view(pairs)
 
     def _view(self, per_storage_axis: tuple) -> tuple:
-        """Reorders something given for each storage axis to view order."""
-        k, out = self.k_position, list(per_storage_axis)
-        out.insert(k, out.pop())
-        return tuple(out)
+        """Reorders one entry for each storage axis to view order."""
+        *entries, last = per_storage_axis
+        entries.insert(self.k_position, last)
+        return tuple(entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorContext:
+    """What error messages say about a call.
+
+    Attributes:
+      caller: the public function, "quantize" for example.
+      name: what errors call the array, "w" for example.
+      array: dtype and shape of the array, "float32[4,8]" for example.
+    """
+
+    caller: str
+    name: str
+    array: str
+
+    @property
+    def subject(self) -> str:
+        """`w: float32[4,8]`."""
+        return f"{self.name}: {self.array}"
 
 
 def resolve(
@@ -255,177 +313,219 @@ def resolve(
     contracting: tuple[int, ...] | int | None,
     batch: tuple[int, ...] | int,
     *,
-    caller: str,
-    what: str,
+    context: ErrorContext,
     multiple: int,
 ) -> Geometry:
-    """The geometry of an array of `shape`, from its granularity and the roles of its axes.
+    """The geometry of an array, from its granularity and the roles of its axes.
 
     Args:
-      shape: logical shape, batch axes included.
+      shape: logical shape, with batch axes.
       granularity: where scales vary.
-      contracting: contracted axes; None takes `granularity.axis`, else -2 of a matrix and the only axis of a row.
-      batch: leading axes each with statistics of their own.
-      caller: public function, for error messages.
-      what: the array with dtype and shape, for error messages.
-      multiple: codes that fill whole bytes.
+      contracting: contracted axes. None takes `granularity.axis`, else -2 of a matrix
+        and the only axis of a 1-D array.
+      batch: leading axes, each index with statistics of its own.
+      context: what error messages say.
+      multiple: the number of codes that fill whole bytes.
 
     Raises:
-      ValueError: axes out of range, repeated or contradictory, no default to go by, a size that does not divide.
+      TypeError: an axis is not a whole number, or the granularity is not one of jaxq's.
+      ValueError: an axis is out of range, repeated or contradictory; the contracted
+        axes have no default; or a size does not divide its axis.
     """
     ndim = len(shape)
+    caller, subject = context.caller, context.subject
     if ndim == 0:
         raise ValueError(
-            f"{caller}: a 0-d array has no axis to share a scale along ({what}). Pass x.reshape(1)."
+            f"{caller}: a 0-d array has no axis along which to share a scale "
+            f"({subject}). Pass x.reshape(1)."
         )
-    batch_axes = _normalize(batch, ndim, f"{caller}: batch", what)
+    batch_axes = _normalized_axes(batch, ndim, "batch", context)
     if batch_axes != tuple(range(-ndim, len(batch_axes) - ndim)):
         raise ValueError(
-            f"{caller}: batch axes must be the leading ones, got batch={batch!r} ({what}). "
-            "Use jnp.moveaxis to bring them to the front."
+            f"{caller}: batch axes must be the leading ones, got batch={batch!r} "
+            f"({subject}). Use jnp.moveaxis to bring them to the front."
         )
     inner = tuple(range(len(batch_axes) - ndim, 0))
     if not inner:
         raise ValueError(
-            f"{caller}: every axis is a batch axis, none is left to quantize along ({what})."
+            f"{caller}: every axis is a batch axis, so no axis is left to quantize "
+            f"along ({subject}). Name fewer axes in batch=."
         )
-    contracted = _contracted(granularity, contracting, inner, ndim, caller, what)
+    contracted = _contracted_axes(granularity, contracting, inner, ndim, context)
     kept = tuple(a for a in inner if a not in contracted)
     sizes = shape[len(batch_axes) :]
-    k = math.prod(sizes[a] for a in contracted)
-    flat = isinstance(granularity, PerFlat)
-    if isinstance(granularity, PerTensor):
-        block: tuple[int | None, ...] = (None,) * (len(kept) + 1)
-    elif isinstance(granularity, PerChannel | PerToken):
-        block = (1,) * len(kept) + (None,)
-    elif isinstance(granularity, PerGroup):
-        along = "axis " + ", ".join(map(str, contracted)) + " of"
-        block = (1,) * len(kept) + (
-            _group(granularity.size, k, granularity.pad, "group", along, caller, what),
-        )
-    elif isinstance(granularity, PerFlat):
-        block = (
-            _group(granularity.size, math.prod(sizes), True, "block", "", caller, what),
-        )
-    elif isinstance(granularity, PerBlock):
-        block = _tiles(granularity, sizes, kept, contracted, caller, what)
-    else:
-        raise TypeError(
-            f"{caller}: granularity must be one of jaxq's Per... classes, got {granularity!r}."
-        )
-    return Geometry(sizes, (*kept, *contracted), len(contracted), block, multiple, flat)
+    block_shape = _block_shape(granularity, sizes, kept, contracted, context)
+    return Geometry(
+        shape=sizes,
+        order=(*kept, *contracted),
+        num_contracted=len(contracted),
+        block_shape=block_shape,
+        multiple=multiple,
+        flat=isinstance(granularity, PerFlat),
+    )
 
 
-def _contracted(granularity, contracting, inner, ndim, caller, what) -> tuple[int, ...]:
-    axis = getattr(granularity, "axis", None)
-    named = None
-    if axis is not None:
-        (axis,) = _normalize(axis, ndim, f"{caller}: granularity axis", what)
-        if axis not in inner:
-            raise ValueError(f"{caller}: {granularity} names a batch axis ({what}).")
-        named = (
-            (axis,)
-            if isinstance(granularity, PerGroup)
-            else tuple(a for a in inner if a != axis)
-        )
+def _contracted_axes(
+    granularity: Granularity,
+    contracting: tuple[int, ...] | int | None,
+    inner: tuple[int, ...],
+    ndim: int,
+    context: ErrorContext,
+) -> tuple[int, ...]:
+    """The contracted axes, as negative numbers in ascending order.
+
+    `inner` are the axes that are not batch axes.
+    """
+    caller, subject = context.caller, context.subject
+    from_granularity = _axes_of_granularity(granularity, inner, ndim, context)
     if contracting is None:
-        if named is not None:
-            return named
+        if from_granularity is not None:
+            return from_granularity
         if isinstance(granularity, PerToken) or len(inner) == 1:
             return (-1,)
         if len(inner) == 2:
             return (-2,)
         raise ValueError(
-            f"{caller}: which axes are contracted? Only a matrix has a default, -2 ({what}). "
-            "Pass contracting=(-2,) for stacked [..., in, out] matrices, (-1,) for activations, (-3, -2) for an "
-            "attention output [heads, dim, out]; name leading stacked axes with batch=."
+            f"{caller}: which axes are contracted? Only a matrix has a default, -2 "
+            f"({subject}). Pass contracting=(-2,) for stacked [..., in, out] matrices, "
+            "(-1,) for activations, (-3, -2) for an attention output "
+            "[heads, dim, out]. Name leading stacked axes with batch=."
         )
-    given = _normalize(contracting, ndim, f"{caller}: contracting", what)
-    if not given or not set(given) <= set(inner):
+    axes = _normalized_axes(contracting, ndim, "contracting", context)
+    if not axes or not set(axes) <= set(inner):
         raise ValueError(
-            f"{caller}: contracting={contracting!r} must name at least one axis, and none of the batch axes ({what})."
+            f"{caller}: contracting={contracting!r} must name at least one axis, and "
+            f"no batch axis ({subject})."
         )
-    if named is not None and set(named) != set(given):
+    if from_granularity is not None and set(from_granularity) != set(axes):
         raise ValueError(
-            f"{caller}: {granularity} contracts axes {list(named)}, but contracting={contracting!r} says "
-            f"{list(given)} ({what}). Name the role once."
+            f"{caller}: {granularity} contracts axes {list(from_granularity)}, but "
+            f"contracting={contracting!r} contracts axes {list(axes)} ({subject}). "
+            "Leave out one of the two."
         )
-    return given
+    return axes
 
 
-def _normalize(
-    axes: tuple[int, ...] | int, ndim: int, name: str, what: str
+def _axes_of_granularity(
+    granularity: Granularity, inner: tuple[int, ...], ndim: int, context: ErrorContext
+) -> tuple[int, ...] | None:
+    """The contracted axes that follow from `granularity.axis`; None without an axis."""
+    axis = getattr(granularity, "axis", None)
+    if axis is None:
+        return None
+    (axis,) = _normalized_axes(axis, ndim, "granularity axis", context)
+    if axis not in inner:
+        raise ValueError(
+            f"{context.caller}: {granularity} names a batch axis ({context.subject}). "
+            "Name another axis."
+        )
+    if isinstance(granularity, PerGroup):
+        return (axis,)
+    # The axis of PerChannel is the kept one.
+    return tuple(a for a in inner if a != axis)
+
+
+def _normalized_axes(
+    axes: tuple[int, ...] | int, ndim: int, argument: str, context: ErrorContext
 ) -> tuple[int, ...]:
+    """Axes as negative numbers in ascending order."""
+    name, subject = f"{context.caller}: {argument}", context.subject
+    entries: tuple[Any, ...] = (axes,)
+    if isinstance(axes, Sequence) and not isinstance(axes, str):
+        entries = tuple(axes)
     try:
-        given = (
-            tuple(axes)
-            if isinstance(axes, Sequence) and not isinstance(axes, str)
-            else (axes,)
-        )
-        if any(isinstance(a, bool) for a in given):
+        if any(isinstance(axis, bool) for axis in entries):
             raise TypeError
-        whole = [operator.index(a) for a in given]  # pyright: ignore[reportArgumentType]
+        whole = [operator.index(axis) for axis in entries]
     except TypeError:
         raise TypeError(
-            f"{name} must be an axis or a tuple of axes, got {axes!r} ({what})."
+            f"{name} must be an axis or a tuple of axes, got {axes!r} ({subject})."
         ) from None
-    out = tuple(sorted(a - ndim if a >= 0 else a for a in whole))
-    if any(not -ndim <= a < 0 for a in out) or len(set(out)) != len(out):
+    negative = tuple(sorted(a - ndim if a >= 0 else a for a in whole))
+    in_range = all(-ndim <= a < 0 for a in negative)
+    if not in_range or len(set(negative)) != len(negative):
         raise ValueError(
-            f"{name} axes {whole} must be distinct axes of the array ({what})."
+            f"{name} axes {whole} must be distinct axes of the array ({subject})."
         )
-    return out
+    return negative
 
 
-def _group(
-    size: int, n: int, pad: bool, kind: str, along: str, caller: str, what: str
-) -> int | None:
-    if n % size and not pad:
-        even = [d for d in range(1, n + 1) if n % d == 0 and (d % 2 == 0 or n % 2)]
-        near = [
-            max((d for d in even if d < size), default=None),
-            min((d for d in even if d > size), default=None),
-        ]
-        use = " or ".join(str(d) for d in near if d)
-        raise ValueError(
-            f"{caller}: {along} {what.split(':')[0]} has size {n}, not a multiple of {kind} size {size} ({what}). "
-            f"Pass pad=True{f' or use size={use}' if use else ''}."
-        )
-    return None if n <= size else size
-
-
-def _tiles(
-    granularity: PerBlock, sizes, kept, contracted, caller, what
+def _block_shape(
+    granularity: Granularity,
+    sizes: tuple[int, ...],
+    kept: tuple[int, ...],
+    contracted: tuple[int, ...],
+    context: ErrorContext,
 ) -> tuple[int | None, ...]:
+    """`Geometry.block_shape`: one entry for each storage axis `[*kept, K]`."""
+    if isinstance(granularity, PerTensor):
+        return (None,) * (len(kept) + 1)
+    if isinstance(granularity, PerChannel | PerToken):
+        return (1,) * len(kept) + (None,)
+    if isinstance(granularity, PerGroup):
+        k = math.prod(sizes[a] for a in contracted)
+        if not granularity.pad:
+            axes = ", ".join(map(str, contracted))
+            _check_divides(granularity.size, k, axes, "group", context)
+        return (1,) * len(kept) + (_block_or_whole(granularity.size, k),)
+    if isinstance(granularity, PerFlat):
+        return (_block_or_whole(granularity.size, math.prod(sizes)),)
+    if isinstance(granularity, PerBlock):
+        return _tile_shape(granularity, sizes, kept, contracted, context)
+    raise TypeError(
+        f"{context.caller}: granularity must be one of jaxq's Per... classes, got "
+        f"{granularity!r}."
+    )
+
+
+def _tile_shape(
+    granularity: PerBlock,
+    sizes: tuple[int, ...],
+    kept: tuple[int, ...],
+    contracted: tuple[int, ...],
+    context: ErrorContext,
+) -> tuple[int | None, ...]:
+    """`_block_shape` of `PerBlock`, whose sizes belong to the last logical axes."""
     if len(contracted) > 1 or len(granularity.shape) > len(sizes):
         raise ValueError(
-            f"{caller}: {granularity} needs one contracted axis and at most {len(sizes)} sizes; "
-            f"contracted are {list(contracted)} ({what})."
+            f"{context.caller}: {granularity} needs one contracted axis and at most "
+            f"{len(sizes)} sizes, but axes {list(contracted)} are contracted "
+            f"({context.subject})."
         )
-    tile = dict(
-        zip(
-            range(-1, -1 - len(granularity.shape), -1),
-            reversed(granularity.shape),
-            strict=True,
-        )
-    )
-    out = []
+    num_tiled = len(granularity.shape)
+    tile_sizes = dict(zip(range(-num_tiled, 0), granularity.shape, strict=True))
+    block_shape: list[int | None] = []
     for axis in (*kept, *contracted):
-        size = tile.get(axis, 1)
-        out.append(
-            _group(
-                size,
-                sizes[axis],
-                granularity.pad,
-                "block",
-                f"axis {axis} of",
-                caller,
-                what,
-            )
-        )
-    return tuple(
-        1 if b is None and tile.get(a, 1) == 1 else b
-        for a, b in zip((*kept, *contracted), out, strict=True)
+        tile = tile_sizes.get(axis, 1)
+        if not granularity.pad:
+            _check_divides(tile, sizes[axis], str(axis), "block", context)
+        # A tile of 1 stays 1 on an axis of size 1: None means that the axis is shared.
+        block_shape.append(1 if tile == 1 else _block_or_whole(tile, sizes[axis]))
+    return tuple(block_shape)
+
+
+def _block_or_whole(size: int, axis_size: int) -> int | None:
+    """The block size, or None if one block covers the whole axis."""
+    return None if axis_size <= size else size
+
+
+def _check_divides(
+    size: int, axis_size: int, axes: str, kind: str, context: ErrorContext
+) -> None:
+    """Raises ValueError unless `size` divides the size of the axis."""
+    if axis_size % size == 0:
+        return
+    # For an axis of even size, only even group sizes are proposed.
+    divisors = [d for d in range(1, axis_size + 1) if axis_size % d == 0]
+    if axis_size % 2 == 0:
+        divisors = [d for d in divisors if d % 2 == 0]
+    smaller = [d for d in divisors if d < size][-1:]
+    larger = [d for d in divisors if d > size][:1]
+    proposed = " or ".join(str(d) for d in smaller + larger)
+    remedy = f"Pass pad=True or use size={proposed}." if proposed else "Pass pad=True."
+    raise ValueError(
+        f"{context.caller}: axis {axes} of {context.name} has size {axis_size}, not a "
+        f"multiple of {kind} size {size} ({context.subject}). {remedy}"
     )
 
 

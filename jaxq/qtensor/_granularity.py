@@ -1,17 +1,18 @@
-"""Where scales vary, said in roles: groups run along the contracted axis, channels are the kept ones.
+"""Granularities: where scales vary, described by the roles of axes.
 
-For a kernel `w: [k, n]` that contracts `k` (groups of `g`), the scales are, in logical order:
+Groups run along the contracted axis. Channels are the kept axes. For a kernel
+`w: [k, n]` that contracts `k`, the scales in logical order are:
 
 | granularity | scale | one scale for |
 |---|---|---|
-| `PerTensor()` | `[1, 1]` | everything but the batch axes |
+| `PerTensor()` | `[1, 1]` | the whole array without its batch axes |
 | `PerChannel()` | `[1, n]` | one output channel |
-| `PerGroup(size=g)` | `[k/g, n]` | g neighbours along the contraction |
+| `PerGroup(size=g)` | `[k/g, n]` | g neighbours along the contracted axis |
 | `PerBlock((a, b))` | `[k/a, n/b]` | a tile |
 | `PerToken()` | `[k, 1]` | one row of an activation, whose last axis is contracted |
-| `PerFlat(g)` | `[k*n/g]` | g neighbours of the flattened array, across rows (bitsandbytes' blocks) |
+| `PerFlat(g)` | `[k*n/g]` | g neighbours of the flattened array, across rows |
 
-`axis=` is the other way to name the role; it must agree with `contracting=`.
+`axis=` is another way to name the role. It must agree with `contracting=`.
 """
 
 from __future__ import annotations
@@ -23,20 +24,40 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Granularity:
-    """Base of the granularities; see the module's table."""
+    """Base class of all granularities.
+
+    Example:
+      >>> import jaxq
+      >>> isinstance(jaxq.PerTensor(), jaxq.qtensor.Granularity)
+      True
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class PerTensor(Granularity):
-    """One scale for the whole array (for each batch element, where there are batch axes)."""
+    """One scale for the whole array, or for each batch element.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> spec = jaxq.QuantSpec("int8", jaxq.PerTensor())
+      >>> jaxq.quantize(jnp.ones((64, 8)), spec).scale.shape
+      (1, 1)
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class PerChannel(Granularity):
-    """One scale for each kept index, shared along the contracted axes.
+    """One scale for each index of the kept axes, shared along the contracted axes.
 
     Args:
-      axis: the kept axis, where all others but the batch axes are contracted; None leaves it to `contracting=`.
+      axis: the kept axis. All other axes except the batch axes are then contracted.
+        None leaves the choice to `contracting=`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> spec = jaxq.QuantSpec("int8", jaxq.PerChannel())
+      >>> jaxq.quantize(jnp.ones((64, 8)), spec).scale.shape
+      (8, 1)
     """
 
     axis: int | None = None
@@ -44,17 +65,36 @@ class PerChannel(Granularity):
 
 @dataclasses.dataclass(frozen=True)
 class PerToken(Granularity):
-    """One scale for each row of an activation `[..., k]`: `PerChannel` with the last axis contracted by default."""
+    """One scale for each row of an activation `[..., k]`.
+
+    It is `PerChannel` with another default: the last axis is contracted.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> spec = jaxq.QuantSpec("int8", jaxq.PerToken())
+      >>> jaxq.quantize(jnp.ones((2, 5, 64)), spec).scale.shape
+      (2, 5, 1)
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class PerGroup(Granularity):
-    """One scale for `size` neighbours along the contraction.
+    """One scale for `size` neighbours along the contracted axis.
 
     Args:
-      size: numbers in a group, at least 1.
-      axis: the contracted axis; None leaves it to `contracting=`.
-      pad: fill the last group with zeros where `size` does not divide the axis; False raises.
+      size: number of elements of a group, at least 1.
+      axis: the contracted axis. None leaves the choice to `contracting=`.
+      pad: True pads the last group with zeros if `size` does not divide the axis. False
+        raises ValueError then.
+
+    Raises:
+      ValueError: `size` is not a whole number of at least 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> spec = jaxq.QuantSpec("int4", jaxq.PerGroup(size=32))
+      >>> jaxq.quantize(jnp.ones((64, 8)), spec).scale.shape
+      (8, 2)
     """
 
     size: int
@@ -62,16 +102,28 @@ class PerGroup(Granularity):
     pad: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "size", _whole("PerGroup", self.size))
+        object.__setattr__(self, "size", _block_size("PerGroup", self.size))
 
 
 @dataclasses.dataclass(frozen=True)
 class PerBlock(Granularity):
-    """One scale for each tile of the trailing logical axes, 128 x 128 for example.
+    """One scale for each tile of the last logical axes, 128 x 128 for example.
 
     Args:
-      shape: tile sizes of the last `len(shape)` axes of the array; axes before them have one scale an index.
-      pad: fill the last tiles with zeros where a size does not divide its axis; False raises.
+      shape: tile sizes of the last `len(shape)` axes of the array. The axes before them
+        have one scale for each index.
+      pad: True pads the last tiles with zeros if a size does not divide its axis. False
+        raises ValueError then.
+
+    Raises:
+      TypeError: `shape` is not a tuple or list.
+      ValueError: a size is not a whole number of at least 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> spec = jaxq.QuantSpec("int8", jaxq.PerBlock((32, 4)))
+      >>> jaxq.quantize(jnp.ones((64, 8)), spec).scale.shape
+      (2, 2)
     """
 
     shape: tuple[int, ...]
@@ -82,30 +134,40 @@ class PerBlock(Granularity):
             raise TypeError(
                 f"PerBlock: shape must be a tuple of sizes, got {self.shape!r}."
             )
-        object.__setattr__(
-            self, "shape", tuple(_whole("PerBlock", size) for size in self.shape)
-        )
+        sizes = tuple(_block_size("PerBlock", size) for size in self.shape)
+        object.__setattr__(self, "shape", sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class PerFlat(Granularity):
-    """One scale for `size` neighbours of the array flattened in storage order; the tail is padded.
+    """One scale for `size` neighbours of the array flattened in storage order.
 
-    Storage order puts kept axes first and contracted ones last, so that a `[in, out]` kernel has the blocks
-    bitsandbytes gives the same weight kept as `[out, in]`.
+    The last block is padded. Storage order has the kept axes first and the contracted
+    axes last. So the blocks of an `[in, out]` kernel are those that bitsandbytes gives
+    the same weight stored as `[out, in]`.
+
+    Args:
+      size: number of elements of a block, at least 1.
+
+    Raises:
+      ValueError: `size` is not a whole number of at least 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> spec = jaxq.QuantSpec("nf4", jaxq.PerFlat(64))
+      >>> jaxq.quantize(jnp.ones((24, 10)), spec).scale.shape
+      (4,)
     """
 
     size: int
 
     def __post_init__(self):
-        object.__setattr__(self, "size", _whole("PerFlat", self.size))
+        object.__setattr__(self, "size", _block_size("PerFlat", self.size))
 
 
-def _whole(owner: str, size: Any) -> int:
-    if (
-        not isinstance(size, bool)
-        and hasattr(size, "__index__")
-        and operator.index(size) >= 1
-    ):
+def _block_size(owner: str, size: Any) -> int:
+    """`size` as an int of at least 1."""
+    is_whole = hasattr(size, "__index__") and not isinstance(size, bool)
+    if is_whole and operator.index(size) >= 1:
         return operator.index(size)
     raise ValueError(f"{owner}: sizes are whole numbers of at least 1, got {size!r}.")

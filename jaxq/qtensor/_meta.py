@@ -1,4 +1,4 @@
-"""What of a QTensor is static: part of its treedef, compared by value."""
+"""Meta: the static facts about a QTensor."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ LAYOUTS = ("rows", "columns")
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What of a QTensor is static: part of its treedef, compared by value.
+    """The static facts about a QTensor: part of its treedef, compared by value.
 
     Attributes:
-      spec: how it was quantized.
+      spec: how the array was quantized.
       geometry: shape, axis roles and blocks.
-      packing: order of the codes in `data`; `relayout` changes it.
-      dtype: what `dequantize` returns by default.
-      activation: how a float array that meets this one in a product is quantized first, by its own extremes or by the
-        QTensor's `input_range`; None leaves it in floats.
-      layout: "rows": codes of a row are neighbours in `data`; "columns": the row's axis comes first. `relayout` changes
-        it.
-      outliers: columns of that float array in which a magnitude reaches this are multiplied in floats, not quantized;
-        None quantizes all.
-      name: what errors call the array, a parameter's path; no part of comparisons.
+      packing: order of the codes in the bytes of `data`. `relayout` changes it.
+      dtype: the dtype that `dequantize` returns by default.
+      activation: dynamic or static activation quantization: the spec by which a float
+        array is quantized before a product with this QTensor. The range is the array's
+        own, or the QTensor's `input_range`. None is weight-only.
+      layout: "rows" stores the codes of a row as neighbours in `data`. "columns" stores
+        the contracted axis first. `relayout` changes it.
+      outliers: columns of the float array with a magnitude of at least this number are
+        multiplied in floats and not quantized. None quantizes all columns.
+      name: what errors call the array, for example the path of a parameter. It is not
+        compared.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> meta = jaxq.quantize(jnp.ones((64, 8)), "int4").meta
+      >>> meta.dtype, meta.layout, meta.stored_shape
+      ('float32', 'rows', (8, 32))
     """
 
     spec: QuantSpec
@@ -41,52 +49,62 @@ class Meta:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape of `data` behind its batch axes."""
+        """Shape of `data` without its batch axes."""
         *rows, last = self.geometry.padded_shape
-        packed = self.packing is not formats.Packing.NONE
-        row = last * self.spec.fmt.bits // 8 if packed else last
-        return (*rows, row) if self.layout == "rows" else (row, *rows)
+        if self.packing is not formats.Packing.NONE:
+            last = last * self.spec.fmt.bits // 8  # bytes
+        return (*rows, last) if self.layout == "rows" else (last, *rows)
+
+    @property
+    def pack_unit(self) -> int | None:
+        """Number of codes that the packing HALVES arranges together.
+
+        It is a block if a block fills whole bytes, so that blocks stay together. Else
+        it is None, which means a row.
+        """
+        block = self.geometry.block_shape[-1]
+        codes_per_byte = formats.codes_per_pack(self.spec.fmt.bits, self.packing)
+        if block is None or block % codes_per_byte:
+            return None
+        return block
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON's own types; `from_dict` is the way back."""
+        """A description that JSON can store. `from_dict` returns an equal `Meta`.
+
+        The name is not part of it.
+        """
+        activation = None if self.activation is None else self.activation.to_dict()
         return {
             "spec": self.spec.to_dict(),
             "geometry": dataclasses.asdict(self.geometry),
             "packing": self.packing.value,
             "dtype": self.dtype,
-            "activation": None
-            if self.activation is None
-            else self.activation.to_dict(),
+            "activation": activation,
             "layout": self.layout,
             "outliers": self.outliers,
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Meta:
-        """The inverse of `to_dict`; a KeyError, TypeError or ValueError where `data` is none of its making."""
-        fields: Any = {
-            k: tuple(v) if isinstance(v, list) else v
-            for k, v in data["geometry"].items()
-        }
-        formats.check_choice("layout", layout := data.get("layout", "rows"), LAYOUTS)
+        """The inverse of `to_dict`.
+
+        Raises:
+          KeyError, TypeError, ValueError: `to_dict` cannot have returned `data`.
+        """
+        geometry: dict[str, Any] = dict(data["geometry"])
+        for field, value in geometry.items():
+            if isinstance(value, list):  # JSON has no tuples
+                geometry[field] = tuple(value)
+        activation = data["activation"]
+        # Files of the first version have no layout and no outliers.
+        layout = data.get("layout", "rows")
+        formats.check_choice("layout", layout, LAYOUTS)
         return cls(
             QuantSpec.from_dict(data["spec"]),
-            Geometry(**fields),
+            Geometry(**geometry),
             formats.Packing(data["packing"]),
             data["dtype"],
-            None
-            if data["activation"] is None
-            else QuantSpec.from_dict(data["activation"]),
+            None if activation is None else QuantSpec.from_dict(activation),
             layout,
             data.get("outliers"),
         )
-
-    @property
-    def pack_unit(self) -> int | None:
-        """Codes in one HALVES unit: a block where it fills whole bytes, so that blocks stay together, else a row."""
-        block = self.geometry.block_shape[-1]
-        whole = (
-            block is not None
-            and block % formats.codes_per_pack(self.spec.fmt.bits, self.packing) == 0
-        )
-        return block if whole else None

@@ -1,4 +1,4 @@
-"""Trees in two: what gradients reach, and the rest."""
+"""partition and combine: a tree split into its trainable leaves and the others."""
 
 from __future__ import annotations
 
@@ -9,45 +9,42 @@ import jax.numpy as jnp
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
-    """The leaves of a tree that can be trained, and the others: codes, integers, float8 scales.
+    """Splits a tree into trainable leaves and the others.
+
+    Float leaves of 16 bits or more are trainable: norms and biases, scales, offsets and
+    codebooks of QTensors. Codes, integers and float8 scales are not. No leaf is copied.
 
     Args:
       tree: any pytree of arrays and QTensors.
 
     Returns:
-      (trainable, rest): trees like `tree`, each with None where the other has a leaf. Floats of 16 bits and more are
-      trainable: norms and biases, scales, offsets and codebooks of QTensors. Neither moves nor copies anything.
+      (trainable, rest): two trees like `tree`. Each has None where the other one has a
+      leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
       >>> x, qt = jnp.ones((2, 64)), jaxq.quantize(jnp.ones((64, 8)), "int8")
       >>> trainable, rest = jaxq.partition({"w": qt})
-      >>> dscale = jax.grad(lambda t: (x @ jaxq.combine(t, rest)["w"]).sum())(trainable)["w"].scale
-      >>> dscale.shape, float(dscale[0, 0])
+      >>> loss = lambda trainable: (x @ jaxq.combine(trainable, rest)["w"]).sum()
+      >>> scale_gradient = jax.grad(loss)(trainable)["w"].scale
+      >>> scale_gradient.shape, float(scale_gradient[0, 0])
       ((8, 1), 16256.0)
     """
-
-    def trains(leaf: Any) -> bool:
-        dtype = getattr(leaf, "dtype", None)
-        return (
-            dtype is not None
-            and jnp.issubdtype(dtype, jnp.floating)
-            and jnp.dtype(dtype).itemsize > 1
-        )
-
-    first = jax.tree.map(lambda leaf: leaf if trains(leaf) else None, tree)
-    return first, jax.tree.map(lambda leaf: None if trains(leaf) else leaf, tree)
+    trainable = jax.tree.map(lambda x: x if _is_trainable(x) else None, tree)
+    rest = jax.tree.map(lambda x: None if _is_trainable(x) else x, tree)
+    return trainable, rest
 
 
 def combine(trainable: Any, rest: Any) -> Any:
-    """The tree that `partition` took apart, with leaves that may have changed meanwhile.
+    """Joins the two trees of `partition`.
 
     Args:
-      trainable: as `partition` gives it, or of new arrays of the same structure.
-      rest: as `partition` gives it.
+      trainable: the first tree that `partition` returned, or a tree of the same
+        structure with new arrays.
+      rest: the second tree.
 
     Raises:
-      ValueError: the two have other structures, or both a leaf at one place.
+      ValueError: the trees have different structures, or both have a leaf at one place.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -55,25 +52,34 @@ def combine(trainable: Any, rest: Any) -> Any:
       >>> jaxq.combine(*jaxq.partition(tree)) == tree
       True
     """
-
-    def places(tree: Any) -> set[str]:
-        found = jax.tree_util.tree_leaves_with_path(
-            tree, is_leaf=lambda leaf: leaf is None
-        )
-        return {jax.tree_util.keystr(path) for path, _ in found}
-
-    if odd := sorted(places(trainable) ^ places(rest)):
+    different = sorted(_paths(trainable) ^ _paths(rest))
+    if different:
         raise ValueError(
-            f"combine: the two trees are not the halves of one: {', '.join(odd[:5])} is in one of them."
+            "combine: the two trees are not the halves of one tree. Only one of them "
+            f"has {', '.join(different[:5])}. Pass both results of one partition call."
         )
 
-    def one(path: Any, a: Any, b: Any) -> Any:
-        if a is not None and b is not None:
-            raise ValueError(
-                f"combine: both trees have a leaf at {jax.tree_util.keystr(path) or 'the root'}."
-            )
-        return b if a is None else a
+    def join(path: Any, leaf: Any, other: Any) -> Any:
+        if leaf is not None and other is not None:
+            place = jax.tree_util.keystr(path) or "the root"
+            raise ValueError(f"combine: both trees have a leaf at {place}.")
+        return other if leaf is None else leaf
 
-    return jax.tree.map_with_path(
-        one, trainable, rest, is_leaf=lambda leaf: leaf is None
-    )
+    return jax.tree.map_with_path(join, trainable, rest, is_leaf=_is_none)
+
+
+def _is_trainable(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return False
+    return jnp.dtype(dtype).itemsize > 1
+
+
+def _paths(tree: Any) -> set[str]:
+    """The paths of all leaves; None counts as a leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)
+    return {jax.tree_util.keystr(path) for path, _ in leaves}
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None

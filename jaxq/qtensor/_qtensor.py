@@ -1,8 +1,13 @@
-"""QTensor: codes, scale, zero point and offset under one roof, a pytree that looks like the array it stands for."""
+"""QTensor: the quantized array.
+
+A QTensor is a pytree of codes, scale, zero point and offset. It has the shape and dtype
+of the array that it stands for.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -15,30 +20,20 @@ from jax import export
 from jax.core import Tracer
 
 from jaxq import formats
-from jaxq.qtensor._layout import unpacked
+from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._presets import as_spec
-from jaxq.qtensor._reshape import reshape
+from jaxq.qtensor._reshape import (
+    AxisGroup,
+    groups_of_scale,
+    match_axes,
+    regroup,
+    why_not_regroup,
+)
 from jaxq.qtensor._spec import QuantSpec, as_static
 
 # The arrays of a QTensor, in the order of its constructor.
 LEAVES = ("data", "scale", "zero_point", "offset", "codebook", "input_range")
-
-
-class _NoArray:
-    """What jax.numpy gets that wants a QTensor as an array: the text of its error."""
-
-    def __init__(self, qt: QTensor):
-        self.qt = qt
-
-    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"expected an array, got {self!r}.")
-
-    def __repr__(self) -> str:
-        return (
-            f"{self.qt!r} (a quantized array: write x @ qt, jaxq.matmul(x, qt) or jaxq.einsum(..., qt), or take its "
-            "floats with jaxq.dequantize(qt))"
-        )
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -46,21 +41,33 @@ class _NoArray:
 class QTensor:
     """A quantized array, `scale * (codes - zero_point) + offset`.
 
-    Made by `jaxq.quantize`. It has the shape and dtype of the array it stands for and works with `jax.jit`, `vmap`,
-    `lax.scan` and `jax.tree.map`: batch axes lead in every leaf, so `jax.tree.map(lambda a: a[i], qt)` is layer i of
-    a stack. Multiply with `@`, `jaxq.matmul`, `jaxq.einsum`, `jaxq.dot_general`; everything else that would need
-    floats raises and names `jaxq.dequantize`. It never turns into a float array by itself.
+    `jaxq.quantize` returns it. It has the shape and dtype of the array that it stands
+    for, and works with `jax.jit`, `vmap`, `lax.scan` and `jax.tree.map`. Batch axes
+    lead in every leaf, so `jax.tree.map(lambda a: a[i], qt)` is layer i of a stack.
+
+    Multiply with `@`, `jaxq.matmul`, `jaxq.einsum` or `jaxq.dot_general`. Every other
+    operation needs floats. It raises TypeError, and the message names
+    `jaxq.dequantize`. A QTensor never becomes a float array implicitly.
 
     Attributes:
-      data: stored codes: uint8 (packed below 8 bits) or int8, `[*batch, *kept, K]`.
+      data: stored codes, uint8 (packed below 8 bits) or int8, `[*batch, *kept, K]`.
       scale: array or QTensor, `[*batch, *num_blocks]`.
       zero_point: integer array like `scale`, or None.
-      offset: float array like `scale` (one number where it is a mean), or None.
-      codebook: float32 `[*batch, *num_blocks, num_codes]`, what the codes stand for where this array has numbers of its
-        own (in units of the scale); None where they are the format's.
+      offset: float array like `scale`, or one number per batch element if it is a mean,
+        or None.
+      codebook: float32 `[*batch, *num_blocks, num_codes]`: what the codes stand for, in
+        units of the scale. None if the codes stand for the values of the format.
       meta: static facts: spec, geometry, packing, dtype.
-      input_range: float32 `[*batch, 2]`, least and greatest number that `meta.activation` covers where it is static;
-        None where each input is quantized by its own extremes.
+      input_range: float32 `[*batch, 2]`, the least and the greatest number of the
+        static range of `meta.activation`. None for dynamic activation quantization.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> qt = jaxq.quantize(jnp.eye(64), "int4")
+      >>> qt
+      QTensor(int4[64x64], PerGroup(along -2), scale=bfloat16, 4.25 bits, float32)
+      >>> (jnp.ones((2, 64)) @ qt).shape
+      (2, 64)
     """
 
     data: jax.Array
@@ -71,7 +78,7 @@ class QTensor:
     meta: Meta
     input_range: jax.Array | None = None
 
-    # numpy must not take over `array @ qt`, and nothing may convert a QTensor to an array unasked.
+    # With this, numpy leaves `array @ qt` to QTensor and converts nothing.
     __array_ufunc__ = None
 
     def tree_flatten_with_keys(self):
@@ -82,48 +89,56 @@ class QTensor:
     def tree_unflatten(cls, meta: Meta, leaves) -> QTensor:
         return cls(**dict(zip(LEAVES, leaves, strict=True)), meta=meta)
 
-    # What it looks like from outside.
+    # Properties of an array.
 
     @property
     def spec(self) -> QuantSpec:
+        """How the array was quantized."""
         return self.meta.spec
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Sizes of the leading batch axes, read off the leaves.
+        """Sizes of the leading batch axes, read from the shape of `data`.
 
         Raises:
-          ValueError: the leaves are not those of the geometry, as after `vmap` or `scan` over an axis of a stack that
-            is not its first (of a stack of as many arrays as one has rows, nothing tells).
+          ValueError: the shape of `data` does not fit the geometry. This happens after
+            `vmap` or `scan` over an axis of a stack that is not its first. The
+            exception is an axis of the same size as the first, which cannot be
+            detected.
         """
         shape, stored = tuple(self.data.shape), self.meta.stored_shape
         batch = shape[: len(shape) - len(stored)]
         if shape != batch + stored:
             raise ValueError(
-                f"QTensor: codes {list(shape)} do not end in {list(stored)}, as those of an array "
-                f"{list(self.meta.geometry.shape)} do. Only leading batch axes may be mapped over: use in_axes=0."
+                f"QTensor: codes of shape {list(shape)} must end in {list(stored)} for "
+                f"an array of shape {list(self.meta.geometry.shape)}. Only leading "
+                "batch axes may be mapped over: use in_axes=0."
             )
         return batch
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the array that this QTensor stands for."""
         return self.batch_shape + self.meta.geometry.shape
 
     @property
     def ndim(self) -> int:
+        """Number of axes, with batch axes."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def dtype(self) -> np.dtype:
+        """The dtype that `dequantize` returns by default."""
         return jnp.dtype(self.meta.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every leaf, scales of every level and padding included."""
+        """Bytes of all leaves, with the scales of every level and with padding."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
@@ -131,21 +146,18 @@ class QTensor:
         """`8 * nbytes / size`; 0 for an empty array."""
         return 8 * self.nbytes / self.size if self.size else 0.0
 
+    # Codes.
+
     def codes(self) -> jax.Array:
-        """The codes, unpacked: `spec.format.code_dtype`, shape and axis order of the array."""
-        return unpacked(self)
+        """The unpacked codes, `spec.format.code_dtype`, in logical axis order."""
+        return _logical_codes(self)
 
     def stored_codes(self) -> jax.Array:
-        """The codes, unpacked, in storage order and with their padding: `[*batch, *padded]`."""
-        batch, fmt = (
-            self.batch_shape,
-            self.spec.fmt,
-        )  # raises where the leaves are not those of the geometry
-        data = (
-            self.data
-            if self.meta.layout == "rows"
-            else jnp.moveaxis(self.data, len(batch), -1)
-        )
+        """The unpacked codes with padding, in storage order: `[*batch, *padded]`."""
+        num_batch = len(self.batch_shape)  # raises if the leaves do not fit
+        fmt, data = self.spec.fmt, self.data
+        if self.meta.layout == "columns":
+            data = jnp.moveaxis(data, num_batch, -1)
         patterns = formats.unpack(
             data, fmt.bits, self.meta.packing, unit=self.meta.pack_unit
         )
@@ -157,30 +169,32 @@ class QTensor:
         """The same scales with other codes.
 
         Args:
-          codes: `spec.format.code_dtype`, shape and axis order of the array, as `codes()` gives them.
+          codes: array of the dtype, shape and axis order of `codes()`.
+
+        Raises:
+          ValueError: the dtype or shape is another one.
         """
         geometry, fmt = self.meta.geometry, self.spec.fmt
         if codes.shape != self.shape or codes.dtype != fmt.code_dtype:
             raise ValueError(
-                f"QTensor.with_codes: expected {fmt.code_dtype.name}{list(self.shape)}, "
-                f"got {codes.dtype.name}{list(codes.shape)}."
+                "QTensor.with_codes: codes must be "
+                f"{fmt.code_dtype.name}{list(self.shape)}, got "
+                f"{codes.dtype.name}{list(codes.shape)}."
             )
         stored = geometry.to_storage(geometry.to_view(codes))
-        widths = [
-            (0, padded - size)
-            for padded, size in zip(
-                geometry.padded_shape, geometry.storage_shape, strict=True
-            )
-        ]
+        sizes = zip(geometry.padded_shape, geometry.storage_shape, strict=True)
+        widths = [(0, padded - size) for padded, size in sizes]
         widths = [(0, 0)] * (stored.ndim - len(widths)) + widths
-        return self.with_stored_codes(
-            jnp.pad(
-                stored, widths, constant_values=np.asarray(fmt.zero_code, stored.dtype)
-            )
-        )
+        zero_code = np.asarray(fmt.zero_code, stored.dtype)
+        stored = jnp.pad(stored, widths, constant_values=zero_code)
+        return self.with_stored_codes(stored)
 
     def with_stored_codes(self, codes: jax.Array) -> QTensor:
-        """The same scales with other codes, in storage order and with their padding, as `stored_codes()` gives them."""
+        """The same scales with other codes.
+
+        Args:
+          codes: array of the dtype, shape and axis order of `stored_codes()`.
+        """
         data = formats.pack(
             codes, self.spec.fmt.bits, self.meta.packing, unit=self.meta.pack_unit
         )
@@ -188,20 +202,31 @@ class QTensor:
             data = jnp.moveaxis(data, -1, len(self.batch_shape))
         return dataclasses.replace(self, data=data)
 
-    # Moving axes.
+    # Static facts.
+
+    def with_meta(self, **changes: Any) -> QTensor:
+        """The same leaves with some fields of `meta` changed."""
+        return dataclasses.replace(self, meta=dataclasses.replace(self.meta, **changes))
 
     def astype(self, dtype: Any) -> QTensor:
-        """The same codes, with another dtype for `dequantize` to return."""
+        """The same codes with another dtype for `dequantize` to return.
+
+        Raises:
+          TypeError: `dtype` is not a float dtype, or is float64 without
+            `jax_enable_x64`.
+        """
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"QTensor.astype: only float dtypes, got {dtype}. For the codes use qt.codes()."
+                f"QTensor.astype: dtype must be a float dtype, got {dtype}. For the "
+                "codes use qt.codes()."
             )
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise TypeError(
-                f"QTensor.astype: jax has no {dtype} here. Set jax_enable_x64, or use float32."
+                f"QTensor.astype: jax has no {dtype} here. Set jax_enable_x64, or use "
+                "float32."
             )
-        return self._with(dtype=dtype.name)
+        return self.with_meta(dtype=dtype.name)
 
     def with_activation(
         self,
@@ -210,67 +235,69 @@ class QTensor:
         outliers: float | None = None,
         bounds: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None = None,
     ) -> QTensor:
-        """The same codes; float arrays they meet in a product are quantized by `spec` on the fly (w8a8 and its like).
+        """The same codes with dynamic or static activation quantization (w8a8).
+
+        A product with this QTensor then quantizes its float operand by `spec` first.
+        The gradient passes straight through the rounding of that operand.
 
         Args:
-          spec: preset name or `QuantSpec` for the other operand, scales shared along the contracted axes; None goes
-            back to float activations. The gradient passes straight through the rounding of activations.
-          outliers: columns of the other operand with a magnitude of at least this, 6.0 in LLM.int8(), are not quantized
-            but multiplied in floats, and the sums are added; None quantizes all. Which columns is seen anew in every
-            call, so both products have full size: for accuracy, not for speed (Dettmers et al., 2022).
-          bounds: (low, high) of the other operand, float `[]` or `[*batch]`, as `jaxq.observers` find them: one range
-            for the whole of it, whose scale is known beforehand; what is beyond is clipped, and has no gradient. The
-            spec is then taken per tensor. None looks at each operand anew.
+          spec: preset name or `QuantSpec` for the float operand. Its scales are shared
+            along the contracted axes. None is weight-only.
+          outliers: columns of the float operand with a magnitude of at least this
+            number are multiplied in floats, and the two products are added. LLM.int8()
+            uses 6.0. None quantizes all columns. The columns are determined in every
+            call, so both products have full size: this is for accuracy, not for speed
+            (Dettmers et al., 2022).
+          bounds: (low, high) for static activation quantization, as `jaxq.observers`
+            compute them, float `[]` or `[*batch]`. The operand then has one scale,
+            which is known before the call. Numbers outside are clipped and have no
+            gradient. The spec becomes per tensor. None is dynamic activation
+            quantization.
 
         Raises:
-          ValueError: a spec or options that do not go together.
+          ValueError: the spec rounds stochastically; `outliers` is negative; `outliers`
+            or `bounds` is given without a spec, or both together; a bound is not
+            finite; or the spec's scale depends on more than a range.
         """
         activation = None if spec is None else as_spec(spec, "with_activation")
-        if activation is not None and activation.rounding == "stochastic":
+        if activation is not None and activation.needs_key:
             raise ValueError(
-                "with_activation: rounding='stochastic' needs a key at every call; quantize x yourself."
+                "with_activation: rounding='stochastic' needs a key at every call. "
+                "Quantize x with jaxq.quantize(x, spec, key=key) before the product."
             )
-        if outliers is not None and (activation is None or not outliers >= 0):
-            raise ValueError(
-                f"with_activation: outliers={outliers} needs an activation spec, and a number of at least 0."
-            )
-        changed = self._with(
-            activation=activation,
-            outliers=None if outliers is None else float(outliers),
-        )
+        if outliers is not None:
+            if activation is None or not outliers >= 0:
+                raise ValueError(
+                    f"with_activation: outliers={outliers} needs an activation spec, "
+                    "and must be at least 0."
+                )
+            outliers = float(outliers)
         if bounds is None:
+            changed = self.with_meta(activation=activation, outliers=outliers)
             return dataclasses.replace(changed, input_range=None)
         if activation is None or outliers is not None:
             raise ValueError(
-                "with_activation: bounds= needs an activation spec, and no outliers=."
+                "with_activation: bounds= needs an activation spec, and cannot be used "
+                "together with outliers=."
             )
-        if len(bounds) != 2:
-            raise ValueError(
-                f"with_activation: bounds must be (low, high), got {len(bounds)} of them."
-            )
-        low, high = bounds
-        ends = [
-            jnp.broadcast_to(jnp.asarray(end, jnp.float32), self.batch_shape)
-            for end in (low, high)
-        ]
-        if not any(isinstance(end, Tracer) for end in ends):
-            known = [np.asarray(end) for end in ends]
-            if (
-                not all(np.isfinite(end).all() for end in known)
-                or not (known[0] < known[1]).all()
-            ):
-                raise ValueError(
-                    f"with_activation: bounds must be finite, low < high, got {known[0]} and {known[1]}."
-                )
-        changed = changed._with(activation=as_static(activation, "with_activation"))
-        return dataclasses.replace(changed, input_range=jnp.stack(ends, axis=-1))
+        input_range = _static_range(bounds, self.batch_shape)
+        static = as_static(activation, "with_activation")
+        changed = self.with_meta(activation=static, outliers=None)
+        return dataclasses.replace(changed, input_range=input_range)
+
+    # Moving, splitting and merging axes.
 
     @property
     def T(self) -> QTensor:
-        """The transpose of a QTensor without batch axes: no data moves, only the names of axes."""
+        """The transpose of a QTensor without batch axes; no data moves.
+
+        Raises:
+          TypeError: the QTensor has batch axes.
+        """
         if self.batch_shape:
             raise TypeError(
-                f"QTensor.T: {self!r} has batch axes. Use swapaxes(-1, -2), or slice the batch first."
+                f"QTensor.T: {self!r} has batch axes. Use swapaxes(-1, -2), or slice "
+                "the batch first."
             )
         return self._permute(tuple(range(-1, -1 - self.ndim, -1)))
 
@@ -285,52 +312,56 @@ class QTensor:
         for axis in axes:
             if not -inner <= axis < 0:
                 raise ValueError(
-                    f"QTensor.swapaxes: axis {axis} is not one of the last {inner} axes of {self!r}."
+                    f"QTensor.swapaxes: axis {axis} is not one of the last {inner} "
+                    f"axes of {self!r}. Use jnp.swapaxes on jaxq.dequantize(qt)."
                 )
         order = list(range(-inner, 0))
         order[axes[0]], order[axes[1]] = order[axes[1]], order[axes[0]]
         return self._permute(tuple(order))
 
     def _permute(self, axes: tuple[int, ...]) -> QTensor:
-        """Logical axis i becomes what was axis `axes[i]` (negative numbers)."""
-        geometry, n = self.meta.geometry, len(axes)
-        renamed = {old: new - n for new, old in enumerate(axes)}
+        """Makes the old axis `axes[i]` the new axis i; axes are negative numbers."""
+        geometry = self.meta.geometry
+        new_axis = {old: new - len(axes) for new, old in enumerate(axes)}
         changed = dataclasses.replace(
             geometry,
             shape=tuple(geometry.shape[a] for a in axes),
-            order=tuple(renamed[a] for a in geometry.order),
+            order=tuple(new_axis[a] for a in geometry.order),
         )
-        return self._with(geometry=changed)
+        return self.with_meta(geometry=changed)
 
-    def reshape(self, *shape: int | tuple[int, ...], order: str = "C") -> QTensor:
-        """Splits or merges neighbouring kept axes; the contracted axes must come out as they are.
+    def reshape(self, *shape: Any, order: str = "C") -> QTensor:
+        """Splits or merges neighbouring kept axes; no code moves.
+
+        Args:
+          *shape: the new sizes, or one tuple of them. One size may be -1. The batch
+            axes and the contracted axes must keep their sizes.
+          order: "C", the only order.
 
         Raises:
-          ValueError: the sizes do not fit, a contracted or batch axis or a block would be cut, or `order` is not "C".
+          ValueError: the number of elements would change; a contracted axis, a batch
+            axis or a block would be cut; or `order` is not "C".
         """
         formats.check_choice("order", order, ("C",))
-        sizes = (
-            shape[0]
-            if len(shape) == 1 and isinstance(shape[0], tuple | list)
-            else shape
-        )
-        return reshape(self, tuple(int(s) for s in sizes))  # pyright: ignore[reportArgumentType]
+        is_tuple = len(shape) == 1 and isinstance(shape[0], tuple | list)
+        sizes = shape[0] if is_tuple else shape
+        return _reshaped(self, tuple(int(size) for size in sizes))
+
+    # Batch axes.
 
     def __getitem__(self, index: Any) -> QTensor:
         """`qt[i]`, `qt[a:b]`, `qt[...]` on batch axes."""
-        entries = [
-            e
-            for e in (index if isinstance(index, tuple) else (index,))
-            if e is not Ellipsis
-        ]
-        if len(entries) > len(self.batch_shape) or any(e is None for e in entries):
+        entries = index if isinstance(index, tuple) else (index,)
+        entries = tuple(entry for entry in entries if entry is not Ellipsis)
+        num_batch = len(self.batch_shape)
+        if len(entries) > num_batch or any(entry is None for entry in entries):
             raise IndexError(
-                f"QTensor: only batch axes can be indexed, and {self!r} has {len(self.batch_shape)}. "
-                "For other axes index jaxq.dequantize(qt)."
+                "QTensor: only batch axes can be indexed, and "
+                f"{self!r} has {num_batch}. For other axes index jaxq.dequantize(qt)."
             )
         if not entries:
             return self
-        return jax.tree.map(lambda leaf: leaf[tuple(entries)], self)
+        return jax.tree.map(lambda leaf: leaf[entries], self)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -338,11 +369,12 @@ class QTensor:
     def __iter__(self):
         if not self.batch_shape:
             raise TypeError(
-                f"QTensor: only batch axes can be iterated over, and {self!r} has none."
+                "QTensor: only batch axes can be iterated over, and "
+                f"{self!r} has none. Iterate over jaxq.dequantize(qt)."
             )
         return (self[i] for i in range(len(self)))
 
-    # Multiplying. `jaxq.ops` registers its `matmul` here, see `register_matmul`.
+    # Products. `jaxq.ops` registers its `matmul` here, see `register_matmul`.
 
     def __matmul__(self, other: Any) -> Any:
         return _matmul(self, other)
@@ -350,80 +382,88 @@ class QTensor:
     def __rmatmul__(self, other: Any) -> Any:
         return _matmul(other, self)
 
-    # Everything else needs floats, and says so.
+    # Every other operation needs floats, and raises.
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # No QTensor turns into an array, but jax.numpy names an operand in its errors only if it says that it can.
-            # Not raised here: jax's operators ask as well, and leave `x @ qt` to `qt` when they get no array.
+            # jax.numpy names an operand in its errors only if the operand has
+            # `__jax_array__`. The error is not raised here: jax's operators look for
+            # the attribute too, and leave `x @ qt` to `qt` if they get no array.
             if name == "__jax_array__":
-                return lambda: _NoArray(self)
-            said = f"{type(self).__name__!r} object has no attribute {name!r}"
+                return lambda: _ArrayRefusal(self)
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
             if name.startswith("_"):
-                raise AttributeError(said)
-            # Not repr(self), which may have come here itself.
+                raise AttributeError(message)
+            # `repr(self)` may have called this function, so it is not used here.
             size = "x".join(map(str, self.meta.geometry.shape))
-            if hasattr(type(self), name):  # a property that found no array
-                said = f"{name!r} of a QTensor is unknown"
-                remedy = "Its leaves are no arrays; jaxq.combine puts the halves of jaxq.partition together"
+            if hasattr(type(self), name):
+                # A property raised AttributeError because a leaf is not an array.
+                message = f"{name!r} of a QTensor is unknown"
+                remedy = (
+                    "Its leaves are not arrays. If jaxq.partition made it, join the "
+                    "two trees with jaxq.combine"
+                )
             else:
                 remedy = (
                     "It is a quantized array: take its floats with jaxq.dequantize(qt)"
                 )
             raise AttributeError(
-                f"{said}: {self.meta.name or 'QTensor'} {self.spec.fmt.name}[{size}]. {remedy}."
+                f"{message}: {self.meta.name or 'QTensor'} "
+                f"{self.spec.fmt.name}[{size}]. {remedy}."
             )
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
-            f"{self!r} does not turn into an array by itself. Use jaxq.dequantize(qt) or qt.codes()."
+            f"{self!r} does not become an array implicitly. Use jaxq.dequantize(qt) or "
+            "qt.codes()."
         )
 
     def _refuse(self, *args: Any) -> NoReturn:
         raise TypeError(
-            f"{self!r} multiplies with @, jaxq.matmul, jaxq.einsum and jaxq.dot_general; all else needs "
-            "floats: use jaxq.dequantize(qt)."
+            f"{self!r} multiplies with @, jaxq.matmul, jaxq.einsum and "
+            "jaxq.dot_general. Every other operation needs floats: use "
+            "jaxq.dequantize(qt)."
         )
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = (
-        __rtruediv__
-    ) = _refuse
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = (
-        __pow__
-    ) = __rpow__ = _refuse
-    __neg__ = __pos__ = __abs__ = __invert__ = __round__ = __lt__ = __le__ = __gt__ = (
-        __ge__
-    ) = _refuse
+    # fmt: off
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refuse
+    __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _refuse
+    __neg__ = __pos__ = __abs__ = __invert__ = __round__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
     __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _refuse
     __float__ = __int__ = __complex__ = __bool__ = _refuse
+    # fmt: on
 
     def __eq__(self, other: Any) -> bool:
-        """Identity, as pytrees and caches compare; comparing with numbers or arrays would need floats and raises."""
-        if isinstance(
-            other, jax.Array | np.ndarray | np.generic | int | float | complex
-        ):
+        """Identity, as pytrees and caches compare.
+
+        Comparing with a number or an array needs floats and raises TypeError.
+        """
+        numbers = jax.Array | np.ndarray | np.generic | int | float | complex
+        if isinstance(other, numbers):
             self._refuse()
         return self is other
 
     __hash__ = object.__hash__
 
-    # Showing.
+    # Printing.
 
     def __repr__(self) -> str:
-        spec = self.spec
+        spec, meta = self.spec, self.meta
         try:
             bits = f"{self.bits_per_element:.4g} bits"
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError):  # see _printed_shape
             bits = f"leaves={type(self.data).__name__}"
-        size = "x".join(map(str, self._shown_shape()))
-        name = f"{self.meta.name}: " if self.meta.name else ""
+        size = "x".join(map(str, self._printed_shape()))
+        name = f"{meta.name}: " if meta.name else ""
         parts = [
             f"{name}{spec.fmt.name}[{size}]",
-            f"{type(spec.granularity).__name__}{self._blocks()}",
+            f"{type(spec.granularity).__name__}({self._printed_blocks()})",
+            f"scale={_scale_name(spec)}",
         ]
-        parts.append(f"scale={_scale_name(spec)}")
         if not spec.rule.is_default:
             parts.append(spec.scale_rule)
         if not isinstance(spec.clipping, str):
@@ -432,53 +472,45 @@ class QTensor:
             parts.append("asymmetric")
         if spec.offset:
             parts.append(f"offset={spec.offset}")
-        if self.meta.layout != "rows":
-            parts.append(self.meta.layout)
-        if self.meta.activation is not None:
+        if meta.layout != "rows":
+            parts.append(meta.layout)
+        if meta.activation is not None:
             static = "" if self.input_range is None else " static"
-            parts.append(f"activation={self.meta.activation.fmt.name}{static}")
-        if self.meta.outliers is not None:
-            parts.append(f"outliers from {self.meta.outliers:g}")
-        return f"QTensor({', '.join(parts)}, {bits}, {self.meta.dtype})"
+            parts.append(f"activation={meta.activation.fmt.name}{static}")
+        if meta.outliers is not None:
+            parts.append(f"outliers from {meta.outliers:g}")
+        return f"QTensor({', '.join(parts)}, {bits}, {meta.dtype})"
 
-    def _shown_shape(self) -> tuple[Any, ...]:
+    def _printed_shape(self) -> tuple[Any, ...]:
         try:
             return self.shape
-        except (
-            AttributeError,
-            TypeError,
-            ValueError,
-        ):  # leaves that are not arrays or not its own, as transforms make
+        except (AttributeError, TypeError, ValueError):
+            # Transforms build QTensors whose leaves are not arrays or do not fit.
             return "...", *self.meta.geometry.shape
 
-    def _blocks(self) -> str:
+    def _printed_blocks(self) -> str:
         geometry = self.meta.geometry
-        sizes = [b for b in geometry.block_shape if b not in (None, 1)]
-        along = ",".join(map(str, geometry.contracted))
-        return f"({','.join(map(str, sizes))}{' ' if sizes else ''}along {along})"
+        sizes = [str(block) for block in geometry.block_shape if block not in (None, 1)]
+        axes = ",".join(map(str, geometry.contracted))
+        return f"{','.join(sizes)}{' ' if sizes else ''}along {axes}"
 
     def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
-        from treescope import repr_lib
+        from treescope import repr_lib  # lazy: only notebooks have it
 
-        leaves = {
-            name: getattr(self, name)
-            for name in LEAVES
-            if getattr(self, name) is not None
-        }
-        attributes = {
-            "shape": self._shown_shape(),
+        attributes: dict[str, Any] = {
+            "shape": self._printed_shape(),
             "dtype": self.meta.dtype,
             "spec": self.spec,
-        } | leaves
+        }
+        for name in LEAVES:
+            if getattr(self, name) is not None:
+                attributes[name] = getattr(self, name)
         return repr_lib.render_object_constructor(
             object_type=type(self),
             attributes=attributes,
             path=path,
             subtree_renderer=subtree_renderer,
         )
-
-    def _with(self, **changes: Any) -> QTensor:
-        return dataclasses.replace(self, meta=dataclasses.replace(self.meta, **changes))
 
 
 def register_matmul(function: Callable[[Any, Any], Any]) -> None:
@@ -488,7 +520,7 @@ def register_matmul(function: Callable[[Any, Any], Any]) -> None:
     `jaxq.ops` calls this function when it is imported, which `import jaxq` does.
 
     Args:
-      function: the product of an array or QTensor with another.
+      function: the product of two operands, of which at least one is a QTensor.
 
     Example:
       >>> import jaxq
@@ -498,11 +530,30 @@ def register_matmul(function: Callable[[Any, Any], Any]) -> None:
     _matmul = function
 
 
-def _matmul(lhs: Any, rhs: Any) -> Any:
+def _no_matmul(lhs: Any, rhs: Any) -> Any:
     raise RuntimeError("QTensor: `@` needs jaxq.ops. Run `import jaxq` first.")
 
 
-# Exported programs name the types of their arguments.
+_matmul: Callable[[Any, Any], Any] = _no_matmul
+
+
+class _ArrayRefusal:
+    """Passed to jax.numpy in place of an array, so that its error names the QTensor."""
+
+    def __init__(self, qt: QTensor):
+        self.qt = qt
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"expected an array, got {self!r}.")
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.qt!r} (a quantized array: write x @ qt, jaxq.matmul(x, qt) or "
+            "jaxq.einsum(..., qt), or take its floats with jaxq.dequantize(qt))"
+        )
+
+
+# `jax.export` writes the names of the types of a program's arguments.
 export.register_pytree_node_serialization(
     QTensor,
     serialized_name="jaxq.QTensor",
@@ -511,7 +562,114 @@ export.register_pytree_node_serialization(
 )
 
 
+# Compiled as a whole: outside jit, many small programs take longer to compile and run.
+@functools.partial(jax.jit, inline=True)
+def _logical_codes(qt: QTensor) -> jax.Array:
+    geometry = qt.meta.geometry
+    view = geometry.to_view_order(qt.stored_codes())
+    return geometry.from_view(geometry.unpad(view))
+
+
+def _static_range(bounds: Any, batch_shape: tuple[int, ...]) -> jax.Array:
+    """`QTensor.input_range`, float32 `[*batch, 2]`, from the bounds of a user."""
+    if len(bounds) != 2:
+        raise ValueError(
+            "with_activation: bounds must be (low, high), got a tuple of length "
+            f"{len(bounds)}."
+        )
+    low, high = (
+        jnp.broadcast_to(jnp.asarray(bound, jnp.float32), batch_shape)
+        for bound in bounds
+    )
+    if not isinstance(low, Tracer) and not isinstance(high, Tracer):
+        lows, highs = np.asarray(low), np.asarray(high)
+        finite = np.isfinite(lows).all() and np.isfinite(highs).all()
+        if not finite or not (lows < highs).all():
+            raise ValueError(
+                "with_activation: bounds must be finite, and low < high; got "
+                f"{lows} and {highs}."
+            )
+    return jnp.stack([low, high], axis=-1)
+
+
+def _reshaped(qt: QTensor, sizes: tuple[int, ...]) -> QTensor:
+    """`QTensor.reshape` of a tuple of sizes."""
+    geometry, batch = qt.meta.geometry, qt.batch_shape
+    problem = f"QTensor.reshape: {qt!r} cannot become {list(sizes)}: "
+    if sizes.count(-1) == 1:
+        others = -math.prod(sizes)
+        if others:
+            sizes = tuple(qt.size // others if n == -1 else n for n in sizes)
+    inner = sizes[len(batch) :]
+    same_size = min(sizes, default=0) >= 0 and math.prod(sizes) == qt.size
+    if not same_size or sizes[: len(batch)] != batch:
+        raise ValueError(
+            problem + "the number of elements and the batch axes must not change."
+        )
+    if 0 in geometry.shape and inner != geometry.shape:
+        raise ValueError(problem + "an array without elements must keep its shape.")
+    groups = match_axes(geometry.shape, inner)
+    reason = why_not_regroup(geometry, groups)
+    if reason is not None:
+        raise ValueError(problem + reason)
+    changed = _regrouped(qt, groups, inner)
+    if changed is None:
+        raise ValueError(
+            problem + "blocks, its own or those of its scales, cross these axes. Use "
+            "jaxq.dequantize(qt)."
+        )
+    return changed
+
+
+def _regrouped(
+    qt: QTensor, groups: list[AxisGroup], sizes: tuple[int, ...]
+) -> QTensor | None:
+    """The QTensor with its kept axes split and merged; None if a block would be cut."""
+    old = qt.meta.geometry
+    new = regroup(old, groups, sizes)
+    if new is None:
+        return None
+    if old.flat:  # the leaves are flat and stay as they are
+        return qt.with_meta(geometry=new)
+    scale = qt.scale
+    if isinstance(scale, QTensor):
+        scale_groups = groups_of_scale(old, new, groups)
+        scale = _regrouped(scale, scale_groups, new.num_blocks)
+        if scale is None:
+            return None
+    return _with_geometry(qt, scale, new)
+
+
+def _with_geometry(
+    qt: QTensor, scale: jax.Array | QTensor, geometry: Geometry
+) -> QTensor:
+    """The QTensor with all leaves but a quantized scale reshaped to `geometry`."""
+    batch, num_blocks = qt.batch_shape, geometry.num_blocks
+    if not isinstance(scale, QTensor):
+        scale = scale.reshape(*batch, *num_blocks)
+    zero_point, offset, codebook = qt.zero_point, qt.offset, qt.codebook
+    if zero_point is not None:
+        zero_point = zero_point.reshape(*batch, *num_blocks)
+    if offset is not None:
+        is_mean = qt.spec.offset == "mean"
+        offset_shape = (1,) * len(num_blocks) if is_mean else num_blocks
+        offset = offset.reshape(*batch, *offset_shape)
+    if codebook is not None:
+        codebook = codebook.reshape(*batch, *num_blocks, codebook.shape[-1])
+    meta = dataclasses.replace(qt.meta, geometry=geometry)
+    return dataclasses.replace(
+        qt,
+        data=qt.data.reshape(*batch, *meta.stored_shape),
+        scale=scale,
+        zero_point=zero_point,
+        offset=offset,
+        codebook=codebook,
+        meta=meta,
+    )
+
+
 def _scale_name(spec: QuantSpec) -> str:
+    """`uint4*float32`: the format of the scale, times the format of its scale, ..."""
     if isinstance(spec.scale, QuantSpec):
         return f"{spec.scale.fmt.name}*{_scale_name(spec.scale)}"
     return spec.scale

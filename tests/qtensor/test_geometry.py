@@ -9,7 +9,7 @@ import pytest
 
 import jaxq
 from jaxq import PerBlock, PerChannel, PerFlat, PerGroup, PerTensor, PerToken, QuantSpec
-from jaxq.qtensor._geometry import resolve
+from jaxq.qtensor._geometry import ErrorContext, resolve
 
 GROUP = PerGroup(16, pad=True)
 # shape, granularity, contracting, batch -> stored codes, stored scales (both without the batch axes' own names)
@@ -69,8 +69,8 @@ over_roles = pytest.mark.parametrize("role", ROLES)
 
 def geometry_of(role: str):
     shape, granularity, contracting, batch, *_ = ROLES[role]
-    what = {"caller": "test", "what": "x: float32", "multiple": 1}
-    return resolve(shape, granularity, contracting, batch, **what)
+    context = ErrorContext("test", "x", "float32")
+    return resolve(shape, granularity, contracting, batch, context=context, multiple=1)
 
 
 @over_roles
@@ -204,14 +204,14 @@ CONTRADICTIONS = {
         PerChannel(),
         None,
         (0, 1),
-        "every axis is a batch axis, none is left",
+        "every axis is a batch axis, so no axis is left",
     ),
     "contracting a batch axis": (
         (2, 3, 4),
         PerChannel(),
         0,
         0,
-        "contracting=0 must name at least one axis, and none",
+        "contracting=0 must name at least one axis, and no batch",
     ),
     "contracting nothing": (
         (2, 3),
@@ -239,14 +239,14 @@ CONTRADICTIONS = {
         PerGroup(2, axis=0),
         -1,
         (),
-        r"contracts axes \[-2\], but contracting=-1 says \[-1\]",
+        r"contracts axes \[-2\], but contracting=-1 contracts axes \[-1\]",
     ),
     "two channels": (
         (4, 6),
         PerChannel(axis=0),
         0,
         (),
-        r"contracts axes \[-1\], but contracting=0 says \[-2\]",
+        r"contracts axes \[-1\], but contracting=0 contracts axes \[-2\]",
     ),
     "axis of the batch": (
         (2, 4, 6),

@@ -85,7 +85,7 @@ def test_files_hold_rows(tmp_path):
 
 def test_blocks_across_rows_have_no_columns():
     qt = jaxq.quantize(normal(128, 6), jaxq.QuantSpec("nf4", jaxq.PerFlat(64)))
-    with pytest.raises(ValueError, match="blocks of .* run across rows"):
+    with pytest.raises(ValueError, match="the blocks of .* cross rows"):
         jaxq.relayout(qt, "columns")
 
 

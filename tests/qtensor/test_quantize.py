@@ -342,7 +342,7 @@ def test_stochastic_rounding_needs_a_key_and_has_no_bias():
     x = np.float32([1.27, 0.123, -0.777, 0.005, 0.0])
     with pytest.raises(
         ValueError,
-        match=r"rounding='stochastic' needs a PRNG key: pass key=jax\.random\.key",
+        match=r"rounding='stochastic' needs a PRNG key\. Pass key=jax\.random\.key",
     ):
         jaxq.quantize(x, spec)
     with pytest.raises(
@@ -785,13 +785,13 @@ def test_arrays_that_cannot_be_quantized(x, error, message):
 
 def test_lists_of_python_floats_are_float32():
     assert jaxq.quantize([0.5, -1.0], "int8").dtype == jnp.float32
-    with pytest.raises(TypeError, match="w is a QTensor already: QTensor"):
+    with pytest.raises(TypeError, match="w is already a QTensor: QTensor"):
         jaxq.quantize(jaxq.quantize([1.0], "int8"), "int8")
     with pytest.raises(TypeError, match="dequantize: expected a QTensor, got ndarray"):
         jaxq.dequantize(np.ones(3))
     with pytest.raises(
         TypeError,
-        match=r"dequantize: only float dtypes, got dtype=int8\. For the codes use qt\.codes",
+        match=r"dequantize: dtype must be a float dtype, got dtype=int8\. For the codes",
     ):
         jaxq.dequantize(jaxq.quantize([1.0], "int8"), dtype=jnp.int8)
 

@@ -64,7 +64,7 @@ def test_mistakes_are_named():
         requantize(normal(16, 64), qt)
     with pytest.raises(TypeError, match="must be a QTensor"):
         requantize(normal(16, 64), normal(16, 64))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"expected int8\[64, 16\], got int32"):
+    with pytest.raises(ValueError, match=r"must be int8\[64, 16\], got int32"):
         qt.with_codes(jnp.zeros((64, 16), jnp.int32))
     with pytest.raises(TypeError, match="no gradient"):
         jax.grad(lambda w: jaxq.dequantize(requantize(w, qt)).sum())(normal(64, 16))

@@ -413,7 +413,8 @@ def test_scales_beyond_their_dtype_are_said(dtype, magnitude, lost):
     assert len(caught) == bool(lost)
     if lost:
         assert str(caught[0].message).startswith(
-            f"quantize: {lost} of 3 scales of layer/kernel lie beyond {dtype}"
+            f"quantize: {lost} of 3 scales of layer/kernel are outside the range of "
+            f"{dtype}"
         )
         assert caught[0].filename == __file__
     jax.jit(lambda w: jaxq.quantize(w, spec).data)(

@@ -1,0 +1,92 @@
+"""requantize: new codes on the grid of a QTensor that exists."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.qtensor import _scales
+from jaxq.qtensor._dequantize import scale_values
+from jaxq.qtensor._geometry import describe
+from jaxq.qtensor._inputs import check_key
+from jaxq.qtensor._qtensor import QTensor
+from jaxq.qtensor._quantize import encode, padded_blocks, without_gradient
+
+
+def requantize(
+    w: jax.typing.ArrayLike, like: QTensor, *, key: jax.Array | None = None
+) -> QTensor:
+    """Computes codes of `w` with the scales of `like`.
+
+    The scales, zero points, offsets and codebooks of `like` do not change.
+
+    Args:
+      w: float array of the shape of `like`.
+      like: the QTensor that gives the scales.
+      key: PRNG key. Needed if the codes of `like` are rounded stochastically
+        (`like.spec.rounding`), not allowed otherwise. Scales are not rounded again.
+
+    Returns:
+      A QTensor that differs from `like` only in its codes. For an array w,
+      `requantize(w, quantize(w, spec))` equals `quantize(w, spec)`, unless the spec has
+      `codes_from="ideal"`, a ternary scale rule or stochastic rounding.
+
+    Raises:
+      TypeError: `like` is not a QTensor.
+      ValueError: the shapes differ, `w` is not a float array, or `key` is missing or
+        not used.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> grid = jaxq.quantize(jnp.array([1.27, 0.5]), "int8")
+      >>> qt = jaxq.qtensor.requantize(jnp.array([0.024, 9.0]), grid)
+      >>> [round(v, 2) for v in jaxq.dequantize(qt).tolist()]
+      [0.02, 1.27]
+    """
+    if not isinstance(like, QTensor):
+        raise TypeError(
+            f"requantize: like must be a QTensor, got {type(like).__name__}."
+        )
+    x = jnp.asarray(w)
+    if x.shape != like.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"requantize: w must be floats of shape {list(like.shape)}, got "
+            f"{describe(x.dtype.name, x.shape)}."
+        )
+    check_key((like.spec,), key, "requantize")
+    return _requantize(without_gradient(x), like, key)
+
+
+@jax.jit
+def _requantize(x: jax.Array, like: QTensor, key: jax.Array | None) -> QTensor:
+    spec, geometry = like.spec, like.meta.geometry
+    view = geometry.to_view(x).astype(jnp.float32)
+    if spec.offset == "mean":
+        assert like.offset is not None
+        view = view - like.offset
+    blocks = padded_blocks(view, spec, geometry)
+    if spec.offset == "min":
+        assert like.offset is not None
+        blocks = blocks - geometry.scale_to_blocks(_scales.load_from_dtype(like.offset))
+    y = _scales.divide(blocks, geometry.scale_to_blocks(scale_values(like)))
+    if like.codebook is not None:
+        codes = _nearest_entry(y, like.codebook, like)
+    elif like.zero_point is not None:
+        zero = geometry.scale_to_blocks(like.zero_point).astype(jnp.float32)
+        codes = encode(y, zero, spec, key)
+    else:
+        codes = encode(y, None, spec, key)
+    return like.with_stored_codes(geometry.to_storage(geometry.from_blocks(codes)))
+
+
+def _nearest_entry(y: jax.Array, codebook: jax.Array, like: QTensor) -> jax.Array:
+    """The code of the codebook entry nearest to each number; the first of equals."""
+    geometry, fmt = like.meta.geometry, like.spec.fmt
+    index = jnp.zeros(y.shape, jnp.int32)
+    least = jnp.full(y.shape, jnp.inf)
+    for i in range(codebook.shape[-1]):
+        entry = geometry.scale_to_blocks(codebook[..., i])
+        distance = jnp.abs(y - entry)
+        index = jnp.where(distance < least, i, index)
+        least = jnp.minimum(distance, least)
+    return (index + int(fmt.codes().min())).astype(fmt.code_dtype)
