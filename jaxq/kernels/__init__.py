@@ -1,48 +1,33 @@
-"""Block-wise products by quantized matrices, on raw arrays: Pallas kernels for TPU and GPU, and the XLA form of each.
+"""Products with a quantized weight, on raw arrays: Pallas kernels for TPU and GPU.
 
-`quantized_matmul` is for people with codes and scales of their own; `jaxq.dot_general` arrives at the same primitive
-from a QTensor. `choose` says which kernel a product gets on a platform, and why if none.
+Every product also has an XLA form, which runs on any platform. `quantized_matmul` takes
+codes and scales as plain arrays. `jaxq.dot_general` computes the product of a QTensor
+with the same primitive. `choose` says which kernel computes a product on a platform, or
+why no kernel does.
+
+The kernels have been compiled for TPU and GPU, and their arithmetic has been tested in
+interpreters. Their speed has not been measured on any device yet.
 """
 
-from jaxq.kernels._call import (
-    FORMS,
-    KERNELS,
-    Call,
-    Choice,
-    FallbackWarning,
-    call_matmul,
-    calls,
-    choose,
-    problem_of,
-    xla_form,
-)
-from jaxq.kernels._codes import codes_matmul, is_native_float, largest_exact_length
+from jaxq.kernels._call import Call as Call
+from jaxq.kernels._call import problem_of as problem_of
+from jaxq.kernels._codes import codes_matmul as codes_matmul
+from jaxq.kernels._codes import is_native_float as is_native_float
+from jaxq.kernels._codes import largest_exact_length as largest_exact_length
+from jaxq.kernels._devices import device_kind as device_kind
+from jaxq.kernels._dispatch import Choice, FallbackWarning, choose
+from jaxq.kernels._forms import xla_form as xla_form
+from jaxq.kernels._primitive import FORMS as FORMS
+from jaxq.kernels._primitive import call_matmul as call_matmul
+from jaxq.kernels._primitive import calls as calls
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._quantized_matmul import quantized_matmul
-from jaxq.kernels._ragged import ragged_matmul
-from jaxq.kernels._rows import Layout, RowMeta, Rows, as_rows
-from jaxq.kernels._tiles import device_kind
+from jaxq.kernels._ragged import ragged_matmul as ragged_matmul
+from jaxq.kernels._registry import KERNELS as KERNELS
+from jaxq.kernels._rows import Layout as Layout
+from jaxq.kernels._rows import RowMeta as RowMeta
+from jaxq.kernels._rows import Rows as Rows
+from jaxq.kernels._rows import as_rows as as_rows
 
-__all__ = [
-    "FORMS",
-    "KERNELS",
-    "Call",
-    "Choice",
-    "FallbackWarning",
-    "Layout",
-    "Problem",
-    "RowMeta",
-    "Rows",
-    "as_rows",
-    "call_matmul",
-    "calls",
-    "choose",
-    "codes_matmul",
-    "device_kind",
-    "is_native_float",
-    "largest_exact_length",
-    "problem_of",
-    "quantized_matmul",
-    "ragged_matmul",
-    "xla_form",
-]
+# An import with `as` and the same name is for other rooms of jaxq, not for users.
+__all__ = ["Choice", "FallbackWarning", "Problem", "choose", "quantized_matmul"]

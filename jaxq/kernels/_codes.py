@@ -1,11 +1,14 @@
-"""Quantized activations times a quantized weight, on the codes themselves.
+"""Quantized activations times a quantized weight, computed on the codes themselves.
 
-Integers accumulate in int32, exactly, with the zero points put right afterwards:
+Integer codes accumulate exactly in int32. The zero points are corrected afterwards
+(Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", equation 7):
 
     sum (a - z_a)(b - z_b) = sum ab - z_b sum a - z_a sum b + K z_a z_b
 
-(Jacob et al., 2018, equation 7; int32 arithmetic wraps, so only the corrected sum has to fit.) float8 codes multiply
-natively into float32. Scales that vary along k meet their group's partial sum.
+int32 arithmetic wraps around, so only the corrected sum has to fit in int32. float8
+codes are multiplied natively and accumulate in float32. If scales vary along k, each
+group's partial sum is multiplied by the scales of its group.
 """
 
 from __future__ import annotations
@@ -14,11 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxq import formats
-from jaxq.kernels._rows import RowMeta, Rows, for_blocks
+from jaxq.kernels._rows import RowMeta, Rows, for_blocks, unpack_codes
 
 _NATIVE_FLOATS = (
     "float8_e4m3fn",
@@ -30,77 +32,86 @@ _NATIVE_FLOATS = (
 
 
 def is_native_float(fmt: formats.Format) -> bool:
-    """True for float8 formats that XLA multiplies itself."""
+    """Returns True for the float8 formats that XLA itself multiplies."""
     return fmt.name in _NATIVE_FLOATS
 
 
 def largest_exact_length(
     a: RowMeta, a_symmetric: bool, b: RowMeta, b_symmetric: bool
 ) -> int:
-    """How many products of codes (zero points taken off) surely fit int32."""
-    reach = 1
+    """Returns how many products of integer codes int32 can sum in every case.
+
+    Args:
+      a: static facts of one operand.
+      a_symmetric: True if the operand has no zero point.
+      b: static facts of the other operand.
+      b_symmetric: True if that operand has no zero point.
+    """
+    largest_product = 1
     for meta, symmetric in ((a, a_symmetric), (b, b_symmetric)):
-        reach *= int(
-            max(meta.fmt.max, -meta.fmt.min)
-            if symmetric
-            else meta.fmt.max - meta.fmt.min
-        )
-    return (2**31 - 1) // reach
+        low, high = meta.fmt.min, meta.fmt.max
+        largest_product *= int(max(high, -low) if symmetric else high - low)
+    return (2**31 - 1) // largest_product
 
 
 def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Array:
-    """`decode(a) @ decode(b).T` without decoding.
+    """Computes `decode(a) @ decode(b).T` without decoding.
+
+    Blocks of rows of b are multiplied one after the other. int8 codes with one group
+    need no unpacking and are multiplied in one block.
 
     Args:
-      a: `[m, k]` codes with scales, integers or native float8.
+      a: `[m, k]` codes, integers or native float8.
       a_meta: static facts of a.
-      b: `[n, k]` of the same kind, with as many groups along k as a, or one of the two with a single group. All but
-        int8 codes of one group are taken a block of rows at a time.
+      b: `[n, k]` codes of the same kind. Both operands have the same number of groups
+        along k, or one of them has a single group.
       b_meta: static facts of b.
 
     Returns:
-      float32 `[m, n]`; where neither has a scale, the sums themselves, int32 for integer codes, if int32 holds k of
-      them (`largest_exact_length`).
+      float32 `[m, n]` if a has scales. If neither operand has scales: the sums of the
+      codes, int32 for integer codes and float32 for float8. The caller checks that
+      int32 holds sums of k products (`largest_exact_length`).
     """
     m, n = a.data.shape[0], b.data.shape[0]
-    raw = (
-        jnp.float32 if a.scale is not None or is_native_float(a_meta.fmt) else jnp.int32
-    )
+    sums_of_codes = a.scale is None and not is_native_float(a_meta.fmt)
+    dtype = jnp.int32 if sums_of_codes else jnp.float32
     if 0 in (m, n, a_meta.k):
-        return jnp.zeros((m, n), raw)
-    groups = (
-        1
-        if a.scale is None or b.scale is None
-        else max(a.scale.shape[-1], b.scale.shape[-1])
-    )
-    # Whole groups, as the operand that has them stores them; the other's padding is cut or filled up to that.
-    length = (
-        a_meta.k
-        if groups == 1
-        else (a_meta if a.scale.shape[-1] > 1 else b_meta).padded_k
-    )  # pyright: ignore
-    left = _grouped(a, a_meta, groups, length)
+        return jnp.zeros((m, n), dtype)
+    groups, length = 1, a_meta.k
+    if a.scale is not None and b.scale is not None:
+        groups = max(a.scale.shape[-1], b.scale.shape[-1])
+    if groups > 1:
+        # Whole groups, as the operand with several groups stores them. The padding of
+        # the other operand is cut or filled up to this length.
+        length = (a_meta if a.scale.shape[-1] > 1 else b_meta).padded_k
+    a_groups = _grouped(a, a_meta, groups, length)
 
-    def block(taken: Rows) -> jax.Array:
-        return _product(left, _grouped(taken, b_meta, groups, length), a_meta, b_meta)
+    def product(b_rows: Rows) -> jax.Array:
+        b_groups = _grouped(b_rows, b_meta, groups, length)
+        return _groups_product(a_groups, b_groups, a_meta, b_meta)
 
-    if (
-        b_meta.packing is formats.Packing.NONE
-        and groups == 1
-        and not is_native_float(b_meta.fmt)
-    ):
-        return block(b)  # int8 as it lies
+    packed = b_meta.packing is not formats.Packing.NONE
+    if not packed and groups == 1 and not is_native_float(b_meta.fmt):
+        return product(b)
 
-    def write(y: jax.Array, start: jax.Array, taken: Rows) -> jax.Array:
-        return lax.dynamic_update_slice(y, block(taken), (jnp.zeros_like(start), start))
+    def write(y: jax.Array, start: jax.Array, b_rows: Rows) -> jax.Array:
+        at = (jnp.zeros_like(start), start)
+        return lax.dynamic_update_slice(y, product(b_rows), at)
 
-    # A row of b costs its codes, widened by platforms without float8 units, and a partial sum for every group.
+    # A row of b costs its codes, which platforms without float8 units widen, and a
+    # partial sum for each group.
     row_bytes = max(4 * b_meta.padded_k, 8 * groups * m)
-    return for_blocks(b, b_meta, write, jnp.zeros((m, n), raw), row_bytes=row_bytes)
+    return for_blocks(b, b_meta, write, jnp.zeros((m, n), dtype), row_bytes=row_bytes)
 
 
 class _Groups(NamedTuple):
-    """One operand: codes `[n, g, s]`, and its scales and zero points `[n, g]` or with ones (None: there is none)."""
+    """One operand of a product of codes, cut into groups.
+
+    Attributes:
+      codes: `[n, g, s]`, s codes in each of g groups.
+      scale: `[n or 1, g or 1]`, or None.
+      zero_point: int32 with the shape of scale, or None.
+    """
 
     codes: jax.Array
     scale: jax.Array | None
@@ -108,30 +119,27 @@ class _Groups(NamedTuple):
 
 
 def _grouped(rows: Rows, meta: RowMeta, groups: int, length: int) -> _Groups:
-    """Rows cut into groups of equal length; padding stands for zero."""
-    patterns = formats.unpack(rows.data, meta.fmt.bits, meta.packing, unit=meta.unit)
-    codes = (
-        formats.as_signed(patterns, meta.fmt.bits)
-        if meta.fmt.code_dtype == np.int8
-        else patterns
-    )
+    """Cuts the rows into groups of equal length. Padding decodes to zero."""
+    codes = unpack_codes(rows, meta)
     if is_native_float(meta.fmt):
         codes = lax.bitcast_convert_type(codes, jnp.dtype(meta.fmt.name))
     codes = codes[:, :length]
-    extra = length - codes.shape[1]
-    if extra:
-        codes = jnp.pad(codes, ((0, 0), (0, extra)))
+    padding = length - codes.shape[1]
+    if padding:
+        codes = jnp.pad(codes, ((0, 0), (0, padding)))
         if rows.zero_point is not None:
-            codes = jnp.where(
-                jnp.arange(length) < length - extra, codes, rows.zero_point[:, -1:]
-            )
+            # With a zero point the code that decodes to zero is the zero point.
+            is_code = jnp.arange(length) < length - padding
+            codes = jnp.where(is_code, codes, rows.zero_point[:, -1:])
     zero_point = None if rows.zero_point is None else rows.zero_point.astype(jnp.int32)
-    return _Groups(
-        codes.reshape(codes.shape[0], groups, length // groups), rows.scale, zero_point
-    )
+    codes = codes.reshape(codes.shape[0], groups, length // groups)
+    return _Groups(codes, rows.scale, zero_point)
 
 
-def _product(a: _Groups, b: _Groups, a_meta: RowMeta, b_meta: RowMeta) -> jax.Array:
+def _groups_product(
+    a: _Groups, b: _Groups, a_meta: RowMeta, b_meta: RowMeta
+) -> jax.Array:
+    """The product `[m, n]` of two operands in groups."""
     groups, size = a.codes.shape[1:]
     chunk = size
     if not is_native_float(a_meta.fmt):
@@ -140,52 +148,64 @@ def _product(a: _Groups, b: _Groups, a_meta: RowMeta, b_meta: RowMeta) -> jax.Ar
         )
     if a.scale is None or b.scale is None:
         assert chunk >= size, "callers check what int32 holds"
-        return _dot(a.codes, b.codes, a.zero_point, b.zero_point)[0]
+        return _group_sums(a.codes, b.codes, a.zero_point, b.zero_point)[0]
     total = jnp.zeros((), jnp.float32)
-    for start in range(0, size, chunk):  # one turn, unless k is beyond what int32 holds
+    # One pass, unless a group has more products than int32 can sum.
+    for start in range(0, size, chunk):
         part = slice(start, min(start + chunk, size))
-        total = total + _dot(
+        sums = _group_sums(
             a.codes[..., part], b.codes[..., part], a.zero_point, b.zero_point
-        ).astype(jnp.float32)
-    a_scale, b_scale = (_t(scale.astype(jnp.float32)) for scale in (a.scale, b.scale))
+        )
+        total = total + sums.astype(jnp.float32)  # [g, m, n]
+    a_scale = _groups_first(a.scale.astype(jnp.float32))
+    b_scale = _groups_first(b.scale.astype(jnp.float32))
     scales = a_scale[:, :, None] * b_scale[:, None, :]  # [g or 1, m, n]
     return jnp.sum(total * scales, axis=0) if groups > 1 else (total * scales)[0]
 
 
-def _dot(
-    a: jax.Array, b: jax.Array, a_zero: jax.Array | None, b_zero: jax.Array | None
+def _group_sums(
+    a: jax.Array,
+    b: jax.Array,
+    a_zero: jax.Array | None,
+    b_zero: jax.Array | None,
 ) -> jax.Array:
-    """`sum_s (a - a_zero)(b - b_zero)` as `[g, m, n]`, int32 for integer codes, float32 for float8."""
+    """`sum_s (a - a_zero)(b - b_zero)` for each group.
+
+    Args:
+      a: codes `[m, g, s]`.
+      b: codes `[n, g, s]`.
+      a_zero: zero points `[m or 1, g or 1]`, or None.
+      b_zero: zero points `[n or 1, g or 1]`, or None.
+
+    Returns:
+      `[g, m, n]`, int32 for integer codes, float32 for float8.
+    """
     m, groups, size = a.shape
-    whole = jnp.issubdtype(a.dtype, jnp.integer)
-    accumulate = jnp.int32 if whole else jnp.float32
-    wide = (
-        jnp.pad(a, ((0, 1), (0, 0), (0, 0))) if m == 1 else a
-    )  # one lone row is slow on XLA:CPU
+    is_integer = jnp.issubdtype(a.dtype, jnp.integer)
+    accumulate = jnp.int32 if is_integer else jnp.float32
+    # XLA:CPU is slow with a single row, so it gets a second one.
+    wide = jnp.pad(a, ((0, 1), (0, 0), (0, 0))) if m == 1 else a
     if groups == 1:
         dims = (((1,), (1,)), ((), ()))
-        out = lax.dot_general(
+        sums = lax.dot_general(
             wide[:, 0], b[:, 0], dims, preferred_element_type=accumulate
-        )[None, :m]
+        )
+        sums = sums[None, :m]
     else:
         dims = (((2,), (2,)), ((1,), (1,)))
-        out = lax.dot_general(wide, b, dims, preferred_element_type=accumulate)[:, :m]
+        sums = lax.dot_general(wide, b, dims, preferred_element_type=accumulate)[:, :m]
     if b_zero is not None:
-        out = (
-            out
-            - _t(jnp.sum(a, axis=2, dtype=jnp.int32))[:, :, None]
-            * _t(b_zero)[:, None, :]
-        )
+        a_sum = _groups_first(jnp.sum(a, axis=2, dtype=jnp.int32))  # [g, m]
+        sums = sums - a_sum[:, :, None] * _groups_first(b_zero)[:, None, :]
     if a_zero is not None:
-        out = (
-            out
-            - _t(a_zero)[:, :, None]
-            * _t(jnp.sum(b, axis=2, dtype=jnp.int32))[:, None, :]
-        )
+        zero = _groups_first(a_zero)[:, :, None]  # [g, m, 1]
+        b_sum = _groups_first(jnp.sum(b, axis=2, dtype=jnp.int32))  # [g, n]
+        sums = sums - zero * b_sum[:, None, :]
         if b_zero is not None:
-            out = out + size * _t(a_zero)[:, :, None] * _t(b_zero)[:, None, :]
-    return out
+            sums = sums + size * zero * _groups_first(b_zero)[:, None, :]
+    return sums
 
 
-def _t(per_row: jax.Array) -> jax.Array:
-    return per_row.T  # [n, g] -> [g, n]
+def _groups_first(per_row: jax.Array) -> jax.Array:
+    """`[n, g]` as `[g, n]`."""
+    return per_row.T

@@ -1,4 +1,4 @@
-"""The devices that a program is lowered for."""
+"""Which devices a program is lowered for: their kind and their number."""
 
 from __future__ import annotations
 
@@ -10,37 +10,75 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxq.kernels import _tiles
+# jax calls the platform "cuda" when it lowers a program, and "gpu" when it names the
+# backend of this process.
+_BACKEND_OF = {"cuda": "gpu"}
 
 
-def device_of(ctx, platform: str | None) -> tuple[str | None, int]:
-    """The kind of device a program is lowered for, if known, and how many of them XLA partitions it over."""
-    context = ctx.module_context.axis_context
+def device_kind(platform: str | None) -> str | None:
+    """Returns the kind of device that a platform has here, such as "NVIDIA H200".
+
+    An abstract mesh in use that names a device comes first. Otherwise the answer is the
+    kind of this process's first device, if that device is of the given platform.
+
+    Args:
+      platform: "cpu", "tpu", "cuda", ..., or None if the platform is not known.
+
+    Returns:
+      `jax.Device.device_kind`, or None if the kind is not known.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return device.device_kind
+    if platform is None:
+        return None
+    if jax.default_backend() != _BACKEND_OF.get(platform, platform):
+        return None
+    return jax.devices()[0].device_kind
+
+
+def lowering_devices(ctx: Any, platform: str | None) -> tuple[str | None, int]:
+    """Returns the device kind and the number of devices of a program in lowering.
+
+    Args:
+      ctx: the lowering context of the primitive.
+      platform: the platform that the program is lowered for, or None if the rule is for
+        every platform without kernels.
+
+    Returns:
+      The kind of device, None if unknown, and the number of devices over which XLA
+      partitions the program.
+    """
+    axis_context = ctx.module_context.axis_context
     num_devices, devices = 1, None
-    if hasattr(context, "num_devices"):  # ordinary jit
-        num_devices, devices = context.num_devices, context.device_assignment
-    elif hasattr(
-        context, "mesh"
-    ):  # inside shard_map; axes that are not manual are still XLA's
-        manual = context.manual_axes | set(getattr(context.mesh, "manual_axes", ()))
-        num_devices = math.prod(
-            size for name, size in context.mesh.shape.items() if name not in manual
-        )
-    if devices and devices[0].platform in (
-        platform,
-        {"cuda": "gpu"}.get(platform or ""),
-    ):  # not lowered for another
+    if hasattr(axis_context, "num_devices"):  # ordinary jit
+        num_devices = axis_context.num_devices
+        devices = axis_context.device_assignment
+    elif hasattr(axis_context, "mesh"):  # inside shard_map
+        # XLA still partitions the program along the axes that are not manual.
+        mesh = axis_context.mesh
+        manual = axis_context.manual_axes | set(getattr(mesh, "manual_axes", ()))
+        sizes = [size for name, size in mesh.shape.items() if name not in manual]
+        num_devices = math.prod(sizes)
+    # The devices may be of another platform: a program for TPU can be lowered on a CPU.
+    platform_names = (platform, _BACKEND_OF.get(platform or ""))
+    if devices and devices[0].platform in platform_names:
         return devices[0].device_kind, num_devices
-    return _tiles.device_kind(platform), num_devices
+    return device_kind(platform), num_devices
 
 
-def some_device(
+def assumed_gpu(
     platform: str | None, avals: Sequence[Any]
 ) -> contextlib.AbstractContextManager:
-    """From jax 0.11 on Triton's lowering wants to know a GPU: any will do where there is none and none is named."""
-    meshes = [jax.sharding.get_abstract_mesh(), *(a.sharding.mesh for a in avals)]
-    known = jax.default_backend() == "gpu" or not all(mesh.empty for mesh in meshes)
-    if platform != "cuda" or jax.__version_info__ < (0, 11) or known:
+    """Returns a context that names a GPU if the lowering of a kernel needs one.
+
+    From jax 0.11 on, Triton's lowering asks which GPU the program is for. Without a GPU
+    in this process, and without a mesh that names one, any GPU serves.
+    """
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [aval.sharding.mesh for aval in avals]
+    has_device = jax.default_backend() == "gpu" or not all(m.empty for m in meshes)
+    if platform != "cuda" or jax.__version_info__ < (0, 11) or has_device:
         return contextlib.nullcontext()
     from jax._src.mesh import AbstractDevice
 

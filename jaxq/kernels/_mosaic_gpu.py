@@ -1,33 +1,52 @@
-"""Block-wise quantized matmul on Hopper GPUs: 4- and 8-bit weights decoded in registers, on their way to wgmma.
+"""Block-wise quantized matmul on Hopper GPUs, as one Pallas (Mosaic GPU) kernel.
 
-A decode step reads every weight once for a handful of tokens, so its time is the weight's bytes; 4 bits are read in a
-quarter of the time of 16, if decoding keeps up. That leaves three to four instructions a weight, and sets the design:
+Weights of 4 and 8 bits are decoded in registers, on their way to wgmma, the matrix
+instruction of a warp group. A decode step reads every weight once for a few tokens, so
+its time is the time of reading the weights. Reading 4 bits takes a quarter of the time
+of 16 bits, if decoding is fast enough. That leaves three to four instructions per
+weight, and this decides the design:
 
     y.T[n, m] = sum over groups g:  scale[g, n] * (codes[n, g] @ x[m, g].T)
 
-- The product is transposed. Weights are the left operand of wgmma, which may come from registers: they go from shared
-  memory to registers as bytes, become 16-bit numbers there, and never return. x is the right one, 8 to 256 tokens wide.
-- Codes are multiplied as they are and each group's sum is scaled, in float32: codes minus zero points are exact in 16
-  bits, a scale costs m instead of 2 * group operations a group, and nothing is rounded but the entries of a codebook.
-- A 32-bit word of codes becomes pairs of 16-bit numbers by masks alone: the bits of a code under the exponent of 128
-  (bfloat16) or 1024 (float16) are that number plus the code. A codebook's entries are fetched a byte at a time by
-  `prmt`, which looks up four codes in eight bytes: two instructions a weight.
-- Masks meet codes in an order of their own, and no thread gives codes to another. x is put into that order outside:
-  4 lanes of a unit hold a word each, and number c of pair i of lane t is column 8 * i + 2 * t + c of the left operand.
-- One more warp group feeds `stages` tiles of x, codes and scales through TMA, which fills with zeros what lies beyond
-  an edge: weights are never padded or copied. Few tokens need `splits` of k to occupy all SMs; XLA adds up the parts.
+- The product is transposed. The left operand of wgmma may come from registers, and the
+  weights are this operand. They go from shared memory to registers as bytes, become
+  16-bit numbers there, and are never written back. The right operand is x, 8 to 256
+  rows wide.
+- Codes are multiplied without their scales, and the sum of each group is scaled in
+  float32. Codes minus zero points are exact in 16 bits. A scale costs m operations per
+  group instead of 2 * group. Only the entries of a codebook are rounded.
+- Masks alone turn a 32-bit word of codes into pairs of 16-bit numbers. The number whose
+  bits are a code under the exponent of 128 (bfloat16) or 1024 (float16) is 128 or 1024
+  plus the code. The entries of a codebook are fetched a byte at a time by `prmt`, which
+  looks up four codes in eight bytes: two instructions per weight.
+- The masks produce the codes in an order of their own, and no thread passes codes to
+  another. So x is brought into this order before the kernel. Four lanes of a unit hold
+  a word each. Number c of pair i of lane t is column 8 * i + 2 * t + c of the left
+  operand.
+- One more warp group loads `stages` tiles of x, codes and scales ahead through TMA. TMA
+  fills with zeros what is beyond an edge, so weights are never padded or copied.
+- With few rows of x there are too few blocks to occupy all SMs. `splits` blocks then
+  share one k, and XLA adds their sums.
 
-Shared memory, in bytes: stages * (2 * bm * bk + warpgroups * bn * (bk * bits / 8 + size of scales * bk / group)) and
-warpgroups * bn * bm * 4 for the result, of 227 KB. Registers of a thread: bn * bm / 64 for the sums, bn * bk / 256 for
-the weights, of 240.
+Shared memory, at most 227 KB: stages * (2 * bm * bk + warpgroups * bn * (bk * bits / 8
++ size of scales * bk / group)) bytes, and warpgroups * bn * bm * 4 bytes for the
+result. Registers of a thread, at most 240: bn * bm / 64 for the sums and bn * bk / 256
+for the weights.
 
-Served: layout "rows", x in bfloat16 or float16, codes of 4 bits (signed, unsigned, codebook) or 8 bits, scales in any
-float dtype, zero points, groups of 32 or of a multiple of 64, one scale a column; any e and m, n in eights, k in 64s.
+Supported: layout "rows"; x in bfloat16 or float16; codes of 4 bits (signed, unsigned,
+codebook) or 8 bits; scales in any float dtype; zero points; groups of 32 or of a
+multiple of 64 codes, or one scale per column; any e and m; n a multiple of 8; k a
+multiple of 64.
+
+The kernel has run in the interpreter (all of it except wgmma itself) and has been
+compiled for an H200. It has not been timed on a device.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +62,8 @@ from jaxlib.mlir.dialects import arith, vector
 
 from jaxq.kernels._problem import Problem
 
-# How 64 rows lie in the registers of a warp group. A word has the place of the four bytes it is made of.
+# How 64 rows are distributed over the registers of a warp group. A 32-bit word is in
+# the place of the four bytes that it consists of.
 _BYTES = plgpu.Layout.WGMMA_8BIT
 _WORDS = plgpu.Layout.TILED(
     plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))),
@@ -51,47 +71,65 @@ _WORDS = plgpu.Layout.TILED(
     lane_dims=(-3, -2),
     vector_dim=-1,
 )
-_WEIGHTS = plgpu.Layout.WGMMA  # and of sums
+_WEIGHTS = plgpu.Layout.WGMMA  # sums have this layout too
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
-# The 16-bit number whose last bit counts ones: its bits, and what it is.
+# For each dtype the bits and the value of the number whose last mantissa bit counts 1.
 _BASE = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def why_not(problem: Problem, device_kind: str | None) -> str | None:
-    """Why this kernel does not serve a problem, or None if it does. A device_kind of None is not looked at."""
+    """Returns why this kernel cannot compute a problem, or None if it can.
+
+    Args:
+      problem: the product.
+      device_kind: `jax.Device.device_kind`. None skips the check of the device.
+    """
     p = problem
     if device_kind is not None and not any(name in device_kind for name in _HOPPER):
-        return f"it is written for Hopper GPUs, not {device_kind}"
+        return f"it is for Hopper GPUs, not for {device_kind}"
     if p.layout != "rows":
-        return 'it reads codes as "rows", with k along them, not as "columns": relayout the weight'
-    if p.x_dtype == "int8" or p.scale_dtype is None:
-        return "XLA's own int8 product serves int8 x"
-    if p.x_dtype not in _BASE:
         return (
-            f"its tensor core instruction takes bfloat16 and float16, not {p.x_dtype}"
+            'it reads codes in layout "rows", not "columns"; use '
+            'jaxq.relayout(weight, "rows")'
         )
+    if p.x_dtype == "int8" or p.scale_dtype is None:
+        return "int8 x is left to XLA's own int8 product"
+    if p.x_dtype not in _BASE:
+        return f"it takes x in bfloat16 or float16, not in {p.x_dtype}"
     if p.bits not in (4, 8) or (p.codebook and p.bits != 4):
-        return f"it decodes codes of 4 or 8 bits and codebooks of 16 numbers, not {p.codes}"
+        return (
+            "it decodes codes of 4 or 8 bits and codebooks of 16 numbers, not "
+            f"{p.codes}"
+        )
     if 0 in (p.e, p.m, p.n, p.k):
         return "the product is empty"
     if p.num_groups > 1 and p.group != 32 and p.group % 64:
-        return f"groups have 32 codes or a multiple of 64, not {p.group}"
+        return f"it needs groups of 32 or a multiple of 64 codes, not {p.group}"
     if p.n % 8 or p.k % 64:
-        return f"TMA copies tiles of 8 rows by 64 codes, and {p.n} by {p.k} would have to be padded"
+        return (
+            "it copies tiles of 8 rows by 64 codes, and the weight has "
+            f"{p.n} rows of {p.k} codes"
+        )
     return None
 
 
 def default_tiles(problem: Problem, device_kind: str | None) -> dict:
-    """Tiles from shapes alone, for what no table holds."""
+    """Returns tiles from shapes alone, for a problem that the table does not know.
+
+    They are an estimate, not measured.
+    """
     del device_kind
     p = problem
-    bm = next((b for b in (8, 16, 32, 64) if p.m <= b), 128)
-    bk = 64 if bm == 128 or p.k % 128 or (p.group % 128 and p.group > 64) else 128
-    ctas = p.e * pl.cdiv(p.n, 128) * pl.cdiv(p.m, bm)
+    bm = next((size for size in (8, 16, 32, 64) if p.m <= size), 128)
+    # A step must be whole groups, or a part of one group.
+    short_steps = p.k % 128 or (p.group % 128 and p.group > 64)
+    bk = 64 if bm == 128 or short_steps else 128
+    num_blocks = p.e * pl.cdiv(p.n, 128) * pl.cdiv(p.m, bm)
+    # More parts of k, while blocks are few and each part has at least 4 steps.
     splits = 1
-    while splits < 16 and 2 * splits * ctas <= 160 and p.k >= 8 * splits * bk:
+    while splits < 16 and 2 * splits * num_blocks <= 160 and p.k >= 8 * splits * bk:
         splits *= 2
     return {
         "bm": bm,
@@ -114,255 +152,367 @@ def matmul(
     tiles: Mapping[str, int | str],
     interpret: bool = False,
 ) -> jax.Array:
-    """`y[e, m, n]`; see `Problem` for the arrays.
+    """Computes `x @ decode(data)` as `Problem` states it.
 
     Args:
       x: `[e, m, k]`.
       data: `[e, n, k * bits / 8]`.
       scale: `[e, k / group, n]`.
-      zero_point: like scale, or None.
+      zero_point: integers with the shape of scale, or None.
       codebook: float32 `[e, 16]`, or None.
-      problem: static facts; `why_not` has none to object to.
-      tiles: bm tokens by bn columns are the sums of a warp group, of which a block has `warpgroups` side by side; bk
-        codes are a step, a multiple of the group or the other way round; `stages` steps are in flight; `splits` blocks
+      problem: static facts of the arrays. `why_not` must accept it.
+      tiles: "bm" rows of x by "bn" columns are the sums of a warp group; a block has
+        "warpgroups" of them side by side; a step along k has "bk" codes, a multiple of
+        the group or a part of it; "stages" steps are loaded ahead; "splits" blocks
         share one k.
-      interpret: run on CPU; what only the machine has (register layouts, wgmma) is replaced by its meaning.
+      interpret: True to run on a CPU. Register layouts and wgmma exist only on the
+        device, so they are replaced by plain operations with the same result.
+
+    Returns:
+      `[e, m, n]` in `problem.out_dtype`.
+
+    Raises:
+      ValueError: The tiles do not fit the problem.
     """
     p = problem
-    bm, bn, bk, warpgroups, stages, splits = (
-        int(tiles[name])
-        for name in ("bm", "bn", "bk", "warpgroups", "stages", "splits")
-    )
-    chunk = (
-        bk if p.num_groups == 1 else min(bk, p.group)
-    )  # codes whose sum meets one scale
-    uneven = p.k % min(bk, 1024 // p.bits) or (p.num_groups > 1 and p.group % chunk)
-    if bn % 64 or bm % 8 or chunk % 32 or bk % chunk or uneven:
-        raise ValueError(
-            f"matmul: no tiles {dict(tiles)} for groups of {p.group} in rows of {p.k}."
-        )
-    columns, row_bytes = warpgroups * bn, bk * p.bits // 8
-    m_blocks, n_blocks, steps = (
-        pl.cdiv(p.m, bm),
-        pl.cdiv(p.n, columns),
-        pl.cdiv(p.k, bk * splits),
-    )
+    blocks = _blocks(p, tiles)
+    bm, bn, warpgroups = blocks.bm, blocks.bn, blocks.warpgroups
+    padded_m = blocks.m_blocks * bm
 
-    x = jnp.pad(_reorder(x, p), ((0, 0), (0, m_blocks * bm - p.m), (0, 0)))
-    inputs = [x, data, _align(scale)] + [
-        _align(a) for a in (zero_point,) if a is not None
-    ]
-    # Sums of a part stay transposed, for XLA to add up. A whole result of 16 bits is turned on its way out, in tiles.
-    whole = splits == 1 and p.n % 64 == 0 and jnp.dtype(p.out_dtype).itemsize == 2
-    # TMA writes nothing beyond an edge; an interpreter may drop the whole block.
-    m, n = (
-        (m_blocks * bm, n_blocks * columns) if interpret else (pl.cdiv(p.m, 8) * 8, p.n)
-    )
-    if whole:
+    x = jnp.pad(_in_decoded_order(x, p), ((0, 0), (0, padded_m - p.m), (0, 0)))
+    inputs = [x, data, _align(scale)]
+    if zero_point is not None:
+        inputs.append(_align(zero_point))
+    # TMA writes nothing beyond an edge. An interpreter may drop the whole block.
+    m, n = pl.cdiv(p.m, 8) * 8, p.n
+    if interpret:
+        m, n = padded_m, blocks.n_blocks * blocks.columns
+    if blocks.writes_y:
         out = jax.ShapeDtypeStruct((1, p.e, m, n), jnp.dtype(p.out_dtype))
-        staging = plgpu.SMEM(
-            (warpgroups, bm, bn), out.dtype, transforms=_swizzled(64, 16)
-        )
+        transforms = _swizzled(64, 16)
+        staging = plgpu.SMEM((warpgroups, bm, bn), out.dtype, transforms=transforms)
     else:
-        out = jax.ShapeDtypeStruct((splits, p.e, n, m_blocks * bm), jnp.float32)
+        out = jax.ShapeDtypeStruct((blocks.splits, p.e, n, padded_m), jnp.float32)
         staging = plgpu.SMEM((warpgroups, bn, bm), out.dtype)
 
     def kernel(*refs):
-        *sources, out_ref, out_smem = refs
-        e, s, j, i = (lax.axis_index(name) for name in ("e", "s", "n", "m"))
-        mine = lax.axis_index("warpgroup")
-        rows = pl.ds(mine * bn, bn)
+        _kernel(p, blocks, out.dtype, interpret, *refs)
 
-        def step(_, x_smem, data_smem, *rest):
-            scale_smem, *zero_smem, (sums, table) = rest
-            words = _as_words(_layout(data_smem[rows, :], _BYTES, interpret), interpret)
-            for c in range(bk // chunk):
-                part = words[
-                    :, c * chunk * p.bits // 32 : (c + 1) * chunk * p.bits // 32
-                ]
-                zero = [_layout(ref[c, rows], _ROWS, interpret) for ref in zero_smem]
-                weights = _decode(part, table, zero, p, interpret)
-                taken = x_smem.at[:, pl.ds(c * chunk, chunk)]
-                factor = _layout(scale_smem[c, rows], _ROWS, interpret).astype(
-                    jnp.float32
-                )
-                sums = sums + _product(
-                    weights, taken, interpret
-                ) * lax.broadcast_in_dim(factor, sums.shape, (0,))
-            return sums, table
-
-        def compute(pipeline):
-            table = (
-                tuple(sources[-1][e, place] for place in range(16))
-                if p.codebook
-                else ()
-            )
-            sums = _layout(jnp.zeros((bn, bm), jnp.float32), _WEIGHTS, interpret)
-            sums, _ = pipeline((sums, table))
-            n_rows, m_rows = pl.ds(j * columns + mine * bn, bn), pl.ds(i * bm, bm)
-            if whole:
-                _store_turned(out_smem.at[mine], sums.astype(out.dtype), interpret)
-                target = out_ref.at[s, e, m_rows, n_rows]
-            else:
-                out_smem[mine] = sums
-                target = out_ref.at[s, e, n_rows, m_rows]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[mine], target)
-            plgpu.wait_smem_to_gmem(0)
-
-        groups = bk // chunk
-        of_group = plgpu.BlockSpec(
-            (groups, columns),
-            lambda t: ((s * steps + t) * bk // (max(chunk, p.group) * groups), j),
-        )
-        plgpu.emit_pipeline_warp_specialized(
-            step,  # pyright: ignore[reportArgumentType]
-            grid=(steps,),
-            memory_registers=40,
-            in_specs=[
-                plgpu.BlockSpec(
-                    (bm, bk),
-                    lambda t: (i, s * steps + t),
-                    transforms=_swizzled(min(chunk, 64), 16),
-                ),
-                plgpu.BlockSpec(
-                    (columns, row_bytes),
-                    lambda t: (j, s * steps + t),
-                    transforms=_swizzled(row_bytes, 8),
-                ),
-                *[of_group] * (len(inputs) - 2),
-            ],
-            wg_axis="warpgroup",
-            num_compute_wgs=warpgroups,
-            max_concurrent_steps=stages,
-            compute_context=compute,
-        )(*(ref.at[e] for ref in sources[: len(inputs)]))
-
+    # Reads beyond an edge give zeros, as with TMA.
+    interpreter = InterpretGPUParams(
+        out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
+    )
     y = plgpu.kernel(
         kernel,
         out_type=out,
         scratch_types=[staging],
-        grid=(p.e, splits, n_blocks, m_blocks),
+        grid=(p.e, blocks.splits, blocks.n_blocks, blocks.m_blocks),
         grid_names=("e", "s", "n", "m"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
-        # Reads beyond an edge give zeros, as TMA does.
-        interpret=InterpretGPUParams(
-            out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
-        )
-        if interpret
-        else None,
+        interpret=interpreter if interpret else None,
     )(*inputs, *(() if codebook is None else (codebook,)))
-    y = y[0] if whole else jnp.swapaxes(y.sum(0), 1, 2).astype(p.out_dtype)
+    if blocks.writes_y:
+        return y[0][:, : p.m, : p.n]
+    # [splits, e, n, m] as [e, m, n]
+    y = jnp.swapaxes(y.sum(0), 1, 2).astype(p.out_dtype)
     return y[:, : p.m, : p.n]
 
 
-def _reorder(x: jax.Array, p: Problem) -> jax.Array:
-    """Columns of x in the order in which `_decode` gives weights."""
-    num_pairs = 16 // p.bits
-    units = x.reshape(
-        p.e, p.m, -1, 4, *((num_pairs, 2) if p.codebook else (2, num_pairs))
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """The sizes that the kernel works with.
+
+    Attributes:
+      bm: rows of x of a block.
+      bn: columns of the result of a warp group.
+      bk: codes of a row in one step.
+      warpgroups: warp groups of a block that compute.
+      stages: steps that are loaded ahead.
+      splits: number of blocks that share one k.
+      chunk: codes of a row whose sum is multiplied by one scale.
+      columns: columns of the result of a block.
+      row_bytes: bytes of a row in one step.
+      m_blocks: number of blocks along m.
+      n_blocks: number of blocks along n.
+      steps: steps of each part of k.
+      writes_y: True if the kernel writes the result `[m, n]`. False if it writes
+        transposed float32 sums `[n, m]`, and XLA adds the parts and transposes.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    warpgroups: int
+    stages: int
+    splits: int
+    chunk: int
+    columns: int
+    row_bytes: int
+    m_blocks: int
+    n_blocks: int
+    steps: int
+    writes_y: bool
+
+
+def _blocks(p: Problem, tiles: Mapping[str, int | str]) -> _Blocks:
+    """The sizes that follow from the problem and its tiles, which are checked."""
+    names = ("bm", "bn", "bk", "warpgroups", "stages", "splits")
+    sizes = {name: int(tiles[name]) for name in names}
+    bm, bn, bk = sizes["bm"], sizes["bn"], sizes["bk"]
+    chunk = bk if p.num_groups == 1 else min(bk, p.group)
+    # A swizzled row of codes has at most 128 bytes, 1024 / bits codes.
+    cuts_row = p.k % min(bk, 1024 // p.bits)
+    cuts_group = p.num_groups > 1 and p.group % chunk
+    if bn % 64 or bm % 8 or chunk % 32 or bk % chunk or cuts_row or cuts_group:
+        raise ValueError(
+            f"quantized_matmul: the Mosaic GPU kernel cannot run with tiles "
+            f"{dict(tiles)} for groups of {p.group} in rows of {p.k} codes. bn must be "
+            "a multiple of 64 and bm of 8. bk must divide k, and must be a multiple of "
+            "the group or divide it."
+        )
+    columns = sizes["warpgroups"] * bn
+    # A whole result of 16 bits is transposed on its way out, in tiles of 64 columns.
+    is_whole = sizes["splits"] == 1 and p.n % 64 == 0
+    return _Blocks(
+        **sizes,
+        chunk=chunk,
+        columns=columns,
+        row_bytes=bk * p.bits // 8,
+        m_blocks=pl.cdiv(p.m, bm),
+        n_blocks=pl.cdiv(p.n, columns),
+        steps=pl.cdiv(p.k, bk * sizes["splits"]),
+        writes_y=is_whole and jnp.dtype(p.out_dtype).itemsize == 2,
     )
+
+
+def _kernel(p: Problem, blocks: _Blocks, out_dtype, interpret: bool, *refs) -> None:
+    """One block (e, s, n, m): sums `[columns, bm]` over part s of k.
+
+    `refs` are x, the codes, the scales, the zero points if there are any, the codebook
+    if there is one, then the result and its staging buffer in shared memory.
+    """
+    *sources, out_ref, out_smem = refs
+    bm, bn, bk, chunk = blocks.bm, blocks.bn, blocks.bk, blocks.chunk
+    columns, steps = blocks.columns, blocks.steps
+    e, s, j, i = (lax.axis_index(name) for name in ("e", "s", "n", "m"))
+    warpgroup = lax.axis_index("warpgroup")
+    rows = pl.ds(warpgroup * bn, bn)  # this warp group's rows of the weight
+
+    def step(_, x_smem, data_smem, *rest):
+        """Adds one step along k: x [bm, bk], data [columns, row_bytes]."""
+        scale_smem, *zero_smem, (sums, table) = rest
+        data = _layout(data_smem[rows, :], _BYTES, interpret)
+        words = _as_words(data, interpret)  # [bn, row_bytes / 4]
+        words_per_chunk = chunk * p.bits // 32
+        for c in range(bk // chunk):
+            part = words[:, c * words_per_chunk : (c + 1) * words_per_chunk]
+            zero = [_layout(ref[c, rows], _ROWS, interpret) for ref in zero_smem]
+            weights = _decode_words(part, table, zero, p, interpret)  # [bn, chunk]
+            x_chunk = x_smem.at[:, pl.ds(c * chunk, chunk)]  # [bm, chunk]
+            scale = _layout(scale_smem[c, rows], _ROWS, interpret)
+            scale = scale.astype(jnp.float32)  # [bn]
+            product = _wgmma(weights, x_chunk, interpret)  # [bn, bm]
+            sums = sums + product * lax.broadcast_in_dim(scale, sums.shape, (0,))
+        return sums, table
+
+    def compute(pipeline):
+        """What a computing warp group does: all steps, then the store."""
+        table = ()
+        if p.codebook:
+            table = tuple(sources[-1][e, index] for index in range(16))
+        sums = _layout(jnp.zeros((bn, bm), jnp.float32), _WEIGHTS, interpret)
+        sums, _ = pipeline((sums, table))
+        n_rows = pl.ds(j * columns + warpgroup * bn, bn)
+        m_rows = pl.ds(i * bm, bm)
+        if blocks.writes_y:
+            y = sums.astype(out_dtype)
+            _store_transposed(out_smem.at[warpgroup], y, interpret)
+            target = out_ref.at[s, e, m_rows, n_rows]
+        else:
+            out_smem[warpgroup] = sums
+            target = out_ref.at[s, e, n_rows, m_rows]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], target)
+        plgpu.wait_smem_to_gmem(0)
+
+    groups = bk // chunk
+    # If a group is longer than a step, several steps load the same scales.
+    codes_per_load = max(chunk, p.group) * groups
+    group_spec = plgpu.BlockSpec(
+        (groups, columns),
+        lambda t: ((s * steps + t) * bk // codes_per_load, j),
+    )
+    x_spec = plgpu.BlockSpec(
+        (bm, bk),
+        lambda t: (i, s * steps + t),
+        transforms=_swizzled(min(chunk, 64), 16),
+    )
+    data_spec = plgpu.BlockSpec(
+        (columns, blocks.row_bytes),
+        lambda t: (j, s * steps + t),
+        transforms=_swizzled(blocks.row_bytes, 8),
+    )
+    # The codebook is read once by `compute` and is not part of the pipeline.
+    inputs = sources[:-1] if p.codebook else sources
+    plgpu.emit_pipeline_warp_specialized(
+        step,  # pyright: ignore[reportArgumentType]
+        grid=(steps,),
+        memory_registers=40,
+        in_specs=[x_spec, data_spec, *[group_spec] * (len(inputs) - 2)],
+        wg_axis="warpgroup",
+        num_compute_wgs=blocks.warpgroups,
+        max_concurrent_steps=blocks.stages,
+        compute_context=compute,
+    )(*(ref.at[e] for ref in inputs))
+
+
+def _in_decoded_order(x: jax.Array, p: Problem) -> jax.Array:
+    """Columns of x in the order in which `_decode_words` returns weights.
+
+    A unit is 4 words of codes, one for each of 4 lanes. A word has `num_pairs` pairs of
+    codes. With masks the two codes of a pair are `num_pairs` places apart in the word.
+    With a codebook they are neighbours.
+    """
+    num_pairs = 16 // p.bits
+    in_word = (num_pairs, 2) if p.codebook else (2, num_pairs)
+    units = x.reshape(p.e, p.m, -1, 4, *in_word)  # [e, m, units, lanes, ...]
     pair, number = (4, 5) if p.codebook else (5, 4)
     return units.transpose(0, 1, 2, pair, 3, number).reshape(x.shape)
 
 
-def _decode(words, table, zero: list, p: Problem, interpret: bool):
-    """Words of codes uint32 `[r, w]` as weights without their scales, `[r, w * 32 / bits]` of x's dtype.
+def _decode_words(words, table, zero: list, p: Problem, interpret: bool):
+    """Decodes words of codes to weights without their scales.
 
     Args:
-      words: 4 units of 32 bits lie side by side in each row's 4 lanes.
-      table: 16 scalars, or nothing.
-      zero: nothing, or zero points `[r]`.
+      words: uint32 `[r, w]`. Each row has units of 4 words, one for each of 4 lanes.
+      table: 16 scalars for a codebook, else empty.
+      zero: empty, or a list with the zero points `[r]`.
       p: the problem.
       interpret: as in `matmul`.
+
+    Returns:
+      `[r, w * 32 / bits]` in the dtype of x.
     """
     dtype = jnp.dtype(p.x_dtype)
     if p.codebook:
-        return _look_up(
-            words, _table_words(table, words.shape, dtype, interpret), dtype, interpret
-        )
-    bits, base = _BASE[p.x_dtype]
-    ones = np.uint32(0x00010001)  # a factor that writes 16 bits twice
-    shifted = [words >> np.uint32(p.bits * pair) for pair in range(16 // p.bits)]
-    offset = (
-        -(1 << (p.bits - 1)) if p.signed else 0
-    )  # code - offset is not negative, and its first bit flipped
+        table_words = _table_words(table, words.shape, dtype, interpret)
+        return _look_up_words(words, table_words, dtype, interpret)
     if p.bits == 4 or dtype == jnp.float16:
-        mask, flip = (
-            ones * np.uint32((1 << p.bits) - 1),
-            ones * np.uint32(bits - offset),
-        )
-        weights = _as_weights([(s & mask) ^ flip for s in shifted], dtype, interpret)
-        offset = base - offset
+        weights, offset = _decode_by_mask(words, p, interpret)
     else:
-        # Seven bits fit under the exponent of 128. The eighth, the sign's, turns 128 into 256.
-        flip = np.uint32(0 if p.signed else 0x80)
-        rest = [
-            (s & (ones * np.uint32(0x7F))) ^ (ones * np.uint32(bits)) for s in shifted
-        ]
-        sign = [
-            (s & (ones * np.uint32(0x80))) ^ (ones * (np.uint32(bits) ^ flip))
-            for s in shifted
-        ]
-        weights = _as_weights(rest, dtype, interpret) - _as_weights(
-            sign, dtype, interpret
-        )
-        offset = 0 if p.signed else -128
+        weights, offset = _decode_bfloat16_bytes(words, p, interpret)
     for z in zero:
         total = (z.astype(jnp.float32) + np.float32(offset)).astype(dtype)
         return weights - lax.broadcast_in_dim(total, weights.shape, (0,))
     return weights - np.asarray(offset, dtype) if offset else weights
 
 
-def _table_words(entries, shape: tuple[int, int], dtype, interpret: bool) -> list:
-    """16 numbers as 8 words, each an array full of it: the low bytes of four numbers each, then the high ones.
+# A factor that writes a 16-bit pattern into both halves of a word.
+_TWICE = np.uint32(0x00010001)
 
-    All of it is scalar work that a compiler moves out of the loop over steps.
+
+def _decode_by_mask(words, p: Problem, interpret: bool) -> tuple[Any, int]:
+    """Weights plus an offset, and the offset, for codes that fit under the exponent."""
+    bits, base = _BASE[p.x_dtype]
+    shifted = [words >> np.uint32(p.bits * pair) for pair in range(16 // p.bits)]
+    # A signed code plus 2^(bits - 1) is not negative. In two's complement that is the
+    # same pattern with its sign bit flipped.
+    low = -(1 << (p.bits - 1)) if p.signed else 0
+    mask = _TWICE * np.uint32((1 << p.bits) - 1)
+    flip = _TWICE * np.uint32(bits - low)
+    pairs = [(word & mask) ^ flip for word in shifted]
+    return _as_weights(pairs, jnp.dtype(p.x_dtype), interpret), base - low
+
+
+def _decode_bfloat16_bytes(words, p: Problem, interpret: bool) -> tuple[Any, int]:
+    """Weights plus an offset, and the offset, for 8-bit codes in bfloat16.
+
+    Only seven bits fit under the exponent of 128. The eighth bit, the sign's, turns 128
+    into 256 in a second number, which is subtracted.
     """
-    full = [
+    bits, _ = _BASE[p.x_dtype]
+    shifted = [words >> np.uint32(p.bits * pair) for pair in range(16 // p.bits)]
+    flip = np.uint32(0 if p.signed else 0x80)
+    low_bits = [
+        (word & (_TWICE * np.uint32(0x7F))) ^ (_TWICE * np.uint32(bits))
+        for word in shifted
+    ]
+    sign_bits = [
+        (word & (_TWICE * np.uint32(0x80))) ^ (_TWICE * (np.uint32(bits) ^ flip))
+        for word in shifted
+    ]
+    dtype = jnp.dtype(p.x_dtype)
+    low_numbers = _as_weights(low_bits, dtype, interpret)
+    sign_numbers = _as_weights(sign_bits, dtype, interpret)
+    return low_numbers - sign_numbers, 0 if p.signed else -128
+
+
+def _table_words(entries, shape: tuple[int, int], dtype, interpret: bool) -> list:
+    """The 16 numbers of a table as 8 words, each an array that is full of the word.
+
+    The first four words hold the low bytes of four numbers each, the last four the high
+    bytes. All of this is scalar work, and the compiler moves it out of the loop over
+    steps.
+    """
+    numbers = [
         _layout(jnp.full(shape, entry), _WORDS, interpret).astype(dtype)
         for entry in entries
     ]
     patterns = [
-        lax.bitcast_convert_type(numbers, jnp.uint16).astype(jnp.uint32)
-        for numbers in full
+        lax.bitcast_convert_type(number, jnp.uint16).astype(jnp.uint32)
+        for number in numbers
     ]
     words = []
-    for plane in (0, 8):
+    for shift in (0, 8):
         for first in range(0, 16, 4):
             word = jnp.zeros(shape, jnp.uint32)
             for place in range(4):
-                byte = (patterns[first + place] >> np.uint32(plane)) & np.uint32(0xFF)
+                byte = (patterns[first + place] >> np.uint32(shift)) & np.uint32(0xFF)
                 word = word | (byte << np.uint32(8 * place))
             words.append(word)
     return words
 
 
-def _look_up(words, table: list, dtype, interpret: bool):
-    """Table entries for words of codes: pair i of a word is that of its codes 2 i and 2 i + 1."""
+def _look_up_words(words, table: list, dtype, interpret: bool):
+    """The table entries of words of codes.
+
+    Pair i of a word has the entries of the word's codes 2 * i and 2 * i + 1.
+
+    Args:
+      words: uint32 `[r, w]`, 8 codes in each word.
+      table: the 8 words of `_table_words`.
+      dtype: dtype of the entries, 16 bits.
+      interpret: as in `matmul`.
+    """
+    # `prmt` selects among 8 bytes by 3 bits of a code. The fourth bit selects the half
+    # of the table afterwards: byte b comes from the first word (nibble b) or from the
+    # second one (nibble b + 4).
     place = words & np.uint32(0x77777777)
     half = ((words & np.uint32(0x88888888)) >> np.uint32(1)) | np.uint32(0x32103210)
-    # prmt looks up four codes in the low 16 bits.
+    # One `prmt` looks up the four codes in the low 16 bits.
     arrays = [place, half, place >> np.uint32(16), half >> np.uint32(16), *table]
 
     def fetch(permute, place, half, later_place, later_half, *table):
         pairs = []
-        for at, which in ((place, half), (later_place, later_half)):
-            low, high = (
-                permute(permute(a, b, at), permute(c, d, at), which)
+        for codes, halves in ((place, half), (later_place, later_half)):
+            low_bytes, high_bytes = (
+                permute(permute(a, b, codes), permute(c, d, codes), halves)
                 for a, b, c, d in (table[:4], table[4:])
             )
-            pairs += [permute(low, high, 0x5140), permute(low, high, 0x7362)]
+            # Interleave: low byte and high byte of each of two entries.
+            pairs.append(permute(low_bytes, high_bytes, 0x5140))
+            pairs.append(permute(low_bytes, high_bytes, 0x7362))
         return pairs
 
     if interpret:
         return _as_weights(fetch(_permute_bytes, *arrays), dtype, interpret)
 
-    # One piece of inline code, because the compiler does not feed one such piece to another.
+    # One piece of inline code, because the compiler does not pass the result of one
+    # piece to another.
     @plgpu.inline_mgpu(
         arg_types=(_WORDS,) * len(arrays),
         return_type=plgpu.ShapeDtypeStruct(
@@ -371,41 +521,45 @@ def _look_up(words, table: list, dtype, interpret: bool):
     )
     def fetch_registers(_, *arrays):
         i32 = ir.IntegerType.get_signless(32)
+        pair_type = ir.VectorType.get((1,), i32)
 
-        def permute(low, high, which):
-            return mgpu_utils.prmt(
-                low,
-                high,
-                arith.constant(i32, which) if isinstance(which, int) else which,
-            )
+        def permute(low, high, selector):
+            if isinstance(selector, int):
+                selector = arith.constant(i32, selector)
+            return mgpu_utils.prmt(low, high, selector)
 
         registers = [np.empty_like(arrays[0].registers) for _ in range(4)]
         for index in np.ndindex(registers[0].shape):
-            numbers = [
+            operands = [
                 mgpu_utils.bitcast(array.registers[index], i32) for array in arrays
             ]
-            for pair, found in zip(registers, fetch(permute, *numbers), strict=True):
-                pair[index] = mgpu_utils.bitcast(found, ir.VectorType.get((1,), i32))
+            pairs = fetch(permute, *operands)
+            for register, pair in zip(registers, pairs, strict=True):
+                register[index] = mgpu_utils.bitcast(pair, pair_type)
         return _rename(registers, _WEIGHTS, dtype, 2)
 
     return fetch_registers(*arrays)
 
 
-def _permute_bytes(low, high, which):
-    """prmt: byte b of the result is byte (nibble b of which) of the eight bytes of low and high."""
-    which = jnp.full_like(low, which) if isinstance(which, int) else which
+def _permute_bytes(low, high, selector):
+    """What `prmt` does, in plain jax.
+
+    Byte b of the result is one of the eight bytes of low and high: the byte that nibble
+    b of the selector names.
+    """
+    if isinstance(selector, int):
+        selector = jnp.full_like(low, selector)
     out = jnp.zeros_like(low)
     for byte in range(4):
-        place = (which >> np.uint32(4 * byte)) & np.uint32(7)
-        source = jnp.where(place < 4, low, high) >> (
-            np.uint32(8) * (place & np.uint32(3))
-        )
+        place = (selector >> np.uint32(4 * byte)) & np.uint32(7)
+        shift = np.uint32(8) * (place & np.uint32(3))
+        source = jnp.where(place < 4, low, high) >> shift
         out = out | ((source & np.uint32(0xFF)) << np.uint32(8 * byte))
     return out
 
 
-def _product(weights, x_smem, interpret: bool):
-    """`weights @ x.T` `[bn, bm]` float32."""
+def _wgmma(weights, x_smem, interpret: bool):
+    """`weights [bn, chunk] @ x.T [chunk, bm]`, float32 `[bn, bm]`."""
     if interpret:
         return lax.dot_general(
             weights,
@@ -418,13 +572,12 @@ def _product(weights, x_smem, interpret: bool):
         plgpu.wgmma(sums, weights, x_smem.T)
         return sums[...]
 
-    return pl.run_scoped(
-        accumulate,
-        plgpu.WGMMAAccumulatorRef((weights.shape[0], x_smem.shape[0]), jnp.float32),
-    )
+    shape = (weights.shape[0], x_smem.shape[0])
+    return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
-def _store_turned(target, value, interpret: bool) -> None:
+def _store_transposed(target, value, interpret: bool) -> None:
+    """Writes the transpose of registers to shared memory."""
     if interpret:
         target[...] = value.T
     else:
@@ -432,11 +585,12 @@ def _store_turned(target, value, interpret: bool) -> None:
 
 
 def _layout(value, layout, interpret: bool):
+    """Gives a value a register layout. An interpreter has no registers."""
     return value if interpret else plgpu.layout_cast(value, layout)
 
 
 def _as_words(data, interpret: bool):
-    """Bytes `[r, 4 w]` as uint32 `[r, w]`."""
+    """Bytes `[r, 4 * w]` as uint32 `[r, w]`."""
     shape = (data.shape[0], data.shape[1] // 4)
     if interpret:
         return lax.bitcast_convert_type(data.reshape(*shape, 4), jnp.uint32)
@@ -452,13 +606,15 @@ def _as_words(data, interpret: bool):
 
 
 def _as_weights(pairs: list, dtype, interpret: bool):
-    """Pairs uint32 `[r, w]` of 16-bit numbers as one array `[r, 2 * w * len(pairs)]`."""
+    """Pairs of 16-bit numbers, uint32 `[r, w]`, as one array `[r, 2 * w * len(pairs)]`.
+
+    The numbers of 4 words, one for each lane, are next to each other for each pair.
+    """
     rows, width = pairs[0].shape
     shape = (rows, 2 * len(pairs) * width)
     if interpret:
-        stacked = jnp.stack(
-            [pair.reshape(rows, width // 4, 4) for pair in pairs], axis=2
-        )
+        units = [pair.reshape(rows, width // 4, 4) for pair in pairs]
+        stacked = jnp.stack(units, axis=2)  # [r, units, pairs, lanes]
         return lax.bitcast_convert_type(stacked, dtype).reshape(shape)
 
     @plgpu.inline_mgpu(
@@ -472,7 +628,17 @@ def _as_weights(pairs: list, dtype, interpret: bool):
 
 
 def _rename(parts: list, layout, dtype, length: int):
-    """Registers of some arrays as registers of one array."""
+    """The registers of some arrays as the registers of one array.
+
+    No data moves: each register of the result is a register of one of the arrays with
+    another type.
+
+    Args:
+      parts: registers of each array.
+      layout: layout of the result.
+      dtype: dtype of the result.
+      length: numbers in each register of the result.
+    """
     kind = ir.VectorType.get((length,), mgpu_utils.dtype_to_ir_type(jnp.dtype(dtype)))
     registers = _by_unit(parts)
     out = np.empty(registers.shape, dtype=object)
@@ -485,19 +651,24 @@ def _rename(parts: list, layout, dtype, length: int):
 
 
 def _by_unit(parts: list) -> np.ndarray:
-    """One thread's registers `[rows / 64, units, ...]` of some arrays, those of one unit of columns together."""
+    """One thread's registers of some arrays, `[rows / 64, units, ...]`.
+
+    The registers that belong to the same unit of columns are next to each other.
+    """
     registers = np.stack(parts, axis=2)
     return registers.reshape(registers.shape[0], -1, *registers.shape[3:])
 
 
 def _swizzled(row: int, bits: int) -> tuple:
-    """Transforms for a tile of rows of that many numbers, in which no two lanes of a load meet in one bank."""
+    """Transforms for a tile in shared memory with `row` numbers of `bits` bits a row.
+
+    With them no two lanes of a load use the same bank.
+    """
     swizzle = min(128, row * bits // 8)
-    return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(
-        swizzle
-    )
+    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
+    return tiling, plgpu.SwizzleTransform(swizzle)
 
 
 def _align(a: jax.Array) -> jax.Array:
-    """Columns padded so that TMA finds every row at a multiple of 16 bytes."""
+    """Pads columns so that each row starts at a multiple of 16 bytes, as TMA needs."""
     return jnp.pad(a, ((0, 0), (0, 0), (0, -a.shape[2] % (16 // a.dtype.itemsize))))

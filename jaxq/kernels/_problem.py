@@ -1,4 +1,4 @@
-"""The static facts of one block-wise product, all that the choice of a kernel may depend on."""
+"""The static facts of one product. The choice of a kernel depends on nothing else."""
 
 from __future__ import annotations
 
@@ -11,29 +11,45 @@ from jaxq.kernels._rows import Layout
 class Problem:
     """`y[e, m, n] = x[e, m, k] @ decode(w)[e, k, n]`, as kernels see it.
 
-    Kernels get raw arrays:
+    A kernel gets these raw arrays:
 
-    - x `[e, m, k]`: columns in the order in which codes lie in memory, so that x[..., j] meets code j.
-    - data: codes, `[e, n, k * bits / 8]` as "rows" or `[e, k * bits / 8, n]` as "columns". At 4 bits uint8 with the
-      first code in the low half of a byte, at 8 bits int8 or uint8. Signed integer codes are two's complement.
-    - scale `[e, k / group, n]`, or None: `decode = scale * (codes - zero_point)`, or `scale * codebook[codes]`.
-    - zero_point: integers like scale, or None.
+    - x `[e, m, k]`. Its columns have the order of the codes in memory: x[..., j] is
+      multiplied with code j.
+    - data, the codes: `[e, n, k * bits / 8]` in layout "rows", or
+      `[e, k * bits / 8, n]` in layout "columns". 4-bit codes are uint8, with the first
+      code in the low half of each byte. 8-bit codes are int8 or uint8. Signed integer
+      codes are two's complement.
+    - scale `[e, k / group, n]`, or None. A weight is `scale * (codes - zero_point)`, or
+      `scale * codebook[codes]`.
+    - zero_point: integers with the shape of scale, or None.
     - codebook: float32 `[e, 16]`, or None.
 
     Attributes:
-      e: stacked products: layers or experts; 1 for a single one.
+      e: number of stacked products (layers or experts), 1 for a single product.
       m: rows of x.
-      k: contracted length, a multiple of group; padding stands for zeros of x.
+      k: contracted length in codes, a multiple of group. Padding counts as zeros of x.
       n: columns of the result.
-      bits: width of a code, 4 or 8.
-      signed: integer codes are two's complement.
-      codebook: codes are places in a table of 16 numbers.
-      group: codes that share a scale, k for one scale a column of the result.
-      zero_point: there are zero points.
-      layout: how codes lie.
-      x_dtype: "bfloat16", "float16", "float32", or "int8", which meets integer codes in int32 sums.
-      scale_dtype: of scale, or None: there are no scales and the result is the int32 sum.
-      out_dtype: of the result; sums are float32 or int32 whatever it is.
+      bits: bits of a code, 4 or 8.
+      signed: True if integer codes are two's complement.
+      codebook: True if codes are indices into a table of 16 numbers.
+      group: number of codes that share a scale. k means one scale per column of the
+        result.
+      zero_point: True if there are zero points.
+      layout: order of the codes in memory, "rows" or "columns".
+      x_dtype: "bfloat16", "float16", "float32", or "int8". int8 x is multiplied with
+        integer codes and accumulates in int32.
+      scale_dtype: dtype of scale. None means that there are no scales and that the
+        result is the int32 sum.
+      out_dtype: dtype of the result. Sums are float32 or int32 for every out_dtype.
+
+    Example:
+      >>> from jaxq.kernels import Problem, choose
+      >>> problem = Problem(e=1, m=16, k=4096, n=4096, bits=4, signed=True,
+      ...                   codebook=False, group=128, zero_point=False, layout="rows",
+      ...                   x_dtype="bfloat16", scale_dtype="bfloat16",
+      ...                   out_dtype="bfloat16")
+      >>> problem.codes, problem.num_groups
+      ('int4', 32)
     """
 
     e: int
@@ -52,11 +68,12 @@ class Problem:
 
     @property
     def num_groups(self) -> int:
-        """Scales along k."""
+        """Number of scales along k."""
         return self.k // self.group if self.group else 1
 
     @property
     def codes(self) -> str:
-        """Name of what the codes are, as the tile table has it: "int4", "uint4", "codebook4", "int8", "uint8"."""
-        kind = "codebook" if self.codebook else "int" if self.signed else "uint"
-        return f"{kind}{self.bits}"
+        """The kind of codes as the tile table names it, such as "int4", "codebook4"."""
+        if self.codebook:
+            return f"codebook{self.bits}"
+        return f"int{self.bits}" if self.signed else f"uint{self.bits}"

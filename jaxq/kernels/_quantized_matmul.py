@@ -1,23 +1,28 @@
-"""The product by a quantized matrix for people with codes and scales of their own."""
+"""The product with a quantized matrix, for callers with their own codes and scales."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxq import formats
-from jaxq.kernels import _tiles
-from jaxq.kernels._call import KERNELS, Call, call_matmul, interpreted, problem_of
+from jaxq.kernels._call import Call, problem_of, with_leaves
 from jaxq.kernels._codes import largest_exact_length
-from jaxq.kernels._rows import RowMeta, Rows
+from jaxq.kernels._devices import device_kind
+from jaxq.kernels._forms import interpreted
+from jaxq.kernels._primitive import call_matmul
+from jaxq.kernels._registry import KERNELS, kernel_module, platform_of
+from jaxq.kernels._rows import RowMeta, Rows, int8_meta
 
-_BACKENDS = ("auto", "xla", *(name for names in KERNELS.values() for name in names))
+_KERNEL_NAMES = tuple(name for names in KERNELS.values() for name in names)
+_BACKENDS = ("auto", "xla", *_KERNEL_NAMES)
 _LAYOUTS = ("rows", "columns")
+_FLOATS = ("bfloat16", "float16", "float32")
 
 
 def quantized_matmul(
@@ -34,225 +39,363 @@ def quantized_matmul(
     backend: str = "auto",
     interpret: bool = False,
 ) -> jax.Array:
-    """`x @ (scale * (codes - zero_point)).T` without ever holding the decoded matrix.
+    """Computes `x @ (scale * (codes - zero_point)).T` without the whole decoded matrix.
 
-    The platform a program is lowered for decides what runs: a Pallas kernel where there is one, the XLA form
-    elsewhere and on programs that XLA partitions over several devices. Sums are float32, or int32 where x is int8.
-    Differentiable in x, scale and codebook.
+    The platform that a program is lowered for decides what runs. A Pallas kernel runs
+    if the platform has one for this product. Otherwise the XLA form runs, also in a
+    program that XLA partitions over several devices. Sums are float32, or int32 if x is
+    int8. The product has derivatives for x, scale and codebook.
 
     Args:
-      x: `[..., k]` bfloat16, float16 or float32, or int8 (then its own scale is left to the caller).
-      data: codes `[n, k * bits / 8]`, uint8 below 8 bits; `[k * bits / 8, n]` with `layout="columns"`. A stack of
-        matrices has one more axis in front, and so has x.
-      scale: float `[n, g]`: one number for `k / g` neighbouring codes of a row. k that is no multiple of a group ends
-        in a padded one. None, with int8 x: the sums of codes are the result.
-      format: of the codes; integers of 4 and 8 bits and every format of 4 bits have kernels.
-      zero_point: `[n, g]` integers in the dtype of the format's codes, for asymmetric integers.
-      codebook: float32 `[num_codes]`, instead of the numbers of a codebook format, in the order of its codes.
-      packing: order of codes in bytes, a `jaxq.formats.Packing`; None takes HALVES of a group (of a row with one group)
-        at 4 bits.
-      layout: "rows", which GPU kernels take, or "columns", which TPU kernels take.
-      out_dtype: of the result; None takes x's, for int8 x float32, or int32 without scale.
-      backend: "auto", "xla", or a kernel: "tpu", "mosaic_gpu", "triton".
-      interpret: run the interpreter of the kernel that `backend` names: slow, on any platform, for tests; that of
-        "mosaic_gpu" without derivatives.
+      x: `[..., k]` bfloat16, float16, float32 or int8. The caller multiplies the result
+        with the scale of an int8 x.
+      data: codes `[n, k * bits / 8]`, or `[k * bits / 8, n]` with `layout="columns"`.
+        Packed codes are uint8. A stack of matrices has one more axis in front, and x
+        then has the same leading axis.
+      scale: bfloat16, float16 or float32 `[n, g]`: one number for `k / g` neighbouring
+        codes of a row. If k is not a multiple of the group size, the last group is
+        padded. None gives the sums of codes, and needs int8 x.
+      format: format of the codes. Kernels take integers of 4 and 8 bits and every
+        format of 4 bits.
+      zero_point: integers `[n, g]` in the code dtype of an asymmetric integer format,
+        or None.
+      codebook: bfloat16, float16 or float32 `[num_codes]`, in the order of the codes.
+        It replaces the numbers of a codebook format. None means the format's own.
+      packing: order of codes in bytes, a `jaxq.formats.Packing` or its value. None
+        means the default of the format: HALVES for 4 bits. A HALVES unit is a group, or
+        a row if there is one group.
+      layout: order of the codes in memory. GPU kernels take "rows", TPU kernels take
+        "columns".
+      out_dtype: dtype of the result. None means the dtype of x. For int8 x it means
+        float32, or int32 without a scale.
+      backend: "auto", "xla", or the name of a kernel: "tpu", "mosaic_gpu", "triton".
+      interpret: True runs the interpreter of the kernel that `backend` names. It is
+        slow, runs on any platform, and is meant for tests. The interpreter of
+        "mosaic_gpu" has no derivatives.
 
     Returns:
       `[..., n]`.
 
     Raises:
-      TypeError: a dtype that does not fit.
-      ValueError: shapes that do not fit, or the kernel asked for by name cannot compute this, or (when lowered) not on
-        this platform.
+      TypeError: An argument has a dtype that is not listed above, data is not in the
+        dtype of packed or unpacked codes, or `out_dtype` is int32 with a scale.
+      ValueError: Shapes do not match, int32 may not hold the sums of codes, or
+        `backend` names a kernel that cannot compute this product.
+      ValueError: At lowering, if `backend` names a kernel of another platform.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> qt = jaxq.quantize(jnp.eye(64), "int4")
-      >>> jaxq.kernels.quantized_matmul(jnp.ones((2, 64)), qt.data, qt.scale, format="int4").shape
+      >>> x = jnp.ones((2, 64))
+      >>> y = jaxq.kernels.quantized_matmul(x, qt.data, qt.scale, format="int4")
+      >>> y.shape
       (2, 64)
     """
     fmt = formats.get(format) if isinstance(format, str) else format
+    packing = _checked_options(fmt, packing, layout, backend, interpret)
+    operands = _Operands(x, data, scale, zero_point, codebook, fmt, packing, layout)
+    _check_dtypes(operands)
+    _check_stack(operands)
+    _check_leaves(operands)
+    _check_lengths(operands)
+    dtype = _result_dtype(operands, out_dtype)
+    meta, rows = _row_meta(operands), _as_rows(operands)
+    if scale is None:
+        _check_int32_sums(operands, meta)
+    stack, n, k = operands.stack, operands.n, operands.k
+    matrices = x.reshape(*stack, math.prod(x.shape[len(stack) : -1]), k)
+    if 0 in (*stack, n, matrices.shape[-2]):
+        return jnp.zeros((*x.shape[:-1], n), dtype)
+    call = Call(meta, (), dtype.name, backend=backend, interpret=interpret)
+    if backend in _KERNEL_NAMES:
+        _check_kernel(operands, call, matrices, rows)
+    # The interpreter of mosaic_gpu has effects, which `matmul_p` cannot have.
+    matmul = interpreted if interpret and backend == "mosaic_gpu" else call_matmul
+    return matmul(matrices, rows, call).reshape(*x.shape[:-1], n)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+    """The arguments of `quantized_matmul` that say what the product is."""
+
+    x: jax.Array
+    data: jax.Array
+    scale: jax.Array | None
+    zero_point: jax.Array | None
+    codebook: jax.Array | None
+    fmt: formats.Format
+    packing: formats.Packing
+    layout: str
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """`(e,)` for a stack of e matrices, `()` for one matrix."""
+        return self.data.shape[:-2]
+
+    @property
+    def n(self) -> int:
+        return self.data.shape[-2 if self.layout == "rows" else -1]
+
+    @property
+    def k(self) -> int:
+        return self.x.shape[-1]
+
+    @property
+    def padded_k(self) -> int:
+        """Number of codes that `data` stores for each row."""
+        stored = self.data.shape[-1 if self.layout == "rows" else -2]
+        if self.packing is formats.Packing.NONE:
+            return stored
+        return stored * 8 // self.fmt.bits
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of a row, 1 if `scale` is missing or has other axes."""
+        if self.scale is None or self.scale.ndim != self.data.ndim:
+            return 1
+        return self.scale.shape[-1]
+
+    def error(self, kind: type[Exception], problem: str, remedy: str) -> Exception:
+        """An exception that names the problem, all arrays, and the remedy."""
+        arrays = {
+            "x": self.x,
+            "data": self.data,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "codebook": self.codebook,
+        }
+        shown = [
+            f"{name}: {array.dtype.name}[{','.join(map(str, array.shape))}]"
+            for name, array in arrays.items()
+            if array is not None
+        ]
+        return kind(f"quantized_matmul: {problem} ({', '.join(shown)}). {remedy}")
+
+
+def _checked_options(
+    fmt: formats.Format,
+    packing: str | formats.Packing | None,
+    layout: str,
+    backend: str,
+    interpret: bool,
+) -> formats.Packing:
+    """Checks the options that are names, and returns the packing."""
     formats.check_choice("quantized_matmul: backend", backend, _BACKENDS)
     formats.check_choice("quantized_matmul: layout", layout, _LAYOUTS)
     if isinstance(packing, str):
-        formats.check_choice(
-            "quantized_matmul: packing", packing, [p.value for p in formats.Packing]
-        )
-    packing = (
-        formats.default_packing(fmt.bits)
-        if packing is None
-        else formats.Packing(packing)
-    )
-    arrays = {
-        "x": x,
-        "data": data,
-        "scale": scale,
-        "zero_point": zero_point,
-        "codebook": codebook,
-    }
-    shown = ", ".join(
-        f"{name}: {a.dtype.name}{list(a.shape)}"
-        for name, a in arrays.items()
-        if a is not None
-    )
-
-    def refuse(kind: type[Exception], problem: str) -> Exception:
-        return kind(f"quantized_matmul: {problem} ({shown}).")
-
-    if interpret and backend in ("auto", "xla"):
+        values = [member.value for member in formats.Packing]
+        formats.check_choice("quantized_matmul: packing", packing, values)
+    if interpret and backend not in _KERNEL_NAMES:
         raise ValueError(
-            f"quantized_matmul: interpret=True needs a kernel's name as backend=, got {backend!r}."
+            "quantized_matmul: interpret=True needs a kernel's name as backend=, got "
+            f"{backend!r}. Use one of {', '.join(_KERNEL_NAMES)}."
         )
-    if x.dtype.name not in ("bfloat16", "float16", "float32", "int8"):
-        raise refuse(TypeError, "x must be bfloat16, float16, float32 or int8")
-    if x.dtype == jnp.int8 and fmt.kind != "integer":
-        raise refuse(TypeError, f"int8 x meets integer codes, and {fmt.name} has none")
-    if scale is None and x.dtype != jnp.int8:
-        raise refuse(TypeError, "scale may be left out only where x is int8")
-    if scale is not None and scale.dtype.name not in ("bfloat16", "float16", "float32"):
-        raise refuse(TypeError, "scale must be bfloat16, float16 or float32")
-    wanted = fmt.code_dtype.name if packing is formats.Packing.NONE else "uint8"
-    if data.dtype.name != wanted:
-        raise refuse(
+    if packing is None:
+        return formats.default_packing(fmt.bits)
+    return formats.Packing(packing)
+
+
+def _check_dtypes(operands: _Operands) -> None:
+    """Checks the dtypes of x, scale, data and zero_point."""
+    o, fmt = operands, operands.fmt
+    if o.x.dtype.name not in (*_FLOATS, "int8"):
+        raise o.error(
             TypeError,
-            f"data must be {wanted} for {fmt.name} packed as {packing.value!r}",
+            "x must be bfloat16, float16, float32 or int8",
+            "Convert x with x.astype.",
         )
-    if zero_point is not None and (
-        fmt.kind != "integer" or zero_point.dtype != fmt.code_dtype
-    ):
-        raise refuse(
+    if o.x.dtype == jnp.int8 and fmt.kind != "integer":
+        raise o.error(
             TypeError,
-            f"zero_point goes with integer codes and has their dtype, {fmt.code_dtype.name}",
+            f"int8 x needs integer codes, and {fmt.name} is not an integer format",
+            "Use a float x, or codes of an integer format.",
         )
-    if data.ndim not in (2, 3) or x.ndim < data.ndim - 1 + (data.ndim == 3):
-        raise refuse(
-            ValueError,
-            "data must be a matrix, or a stack of them with x having the same leading axis",
+    if o.scale is None and o.x.dtype != jnp.int8:
+        raise o.error(
+            TypeError, "scale may be None only if x is int8", "Pass the scales."
+        )
+    if o.scale is not None and o.scale.dtype.name not in _FLOATS:
+        raise o.error(
+            TypeError,
+            "scale must be bfloat16, float16 or float32",
+            "Convert it with scale.astype.",
+        )
+    packed = o.packing is not formats.Packing.NONE
+    data_dtype = "uint8" if packed else fmt.code_dtype.name
+    if o.data.dtype.name != data_dtype:
+        raise o.error(
+            TypeError,
+            f"data must be {data_dtype} for {fmt.name} packed as {o.packing.value!r}",
+            "Pass packing= if the codes are packed in another order; "
+            "jaxq.formats.pack packs codes.",
+        )
+    if o.zero_point is None:
+        return
+    if fmt.kind != "integer" or o.zero_point.dtype != fmt.code_dtype:
+        raise o.error(
+            TypeError,
+            "zero_point needs an integer format and must have the dtype of its codes, "
+            f"which is {fmt.code_dtype.name} for {fmt.name}",
+            "Convert zero_point, or leave it out if the format is not an integer one.",
         )
 
-    stacked = data.ndim == 3
-    k, (n, stored) = (
-        x.shape[-1],
-        data.shape[-2:] if layout == "rows" else data.shape[:-3:-1],
-    )
-    padded_k = stored if packing is formats.Packing.NONE else stored * 8 // fmt.bits
-    groups = 1 if scale is None or scale.ndim != data.ndim else scale.shape[-1]
-    lead: tuple[int, ...] = data.shape[:1] if stacked else ()
-    if stacked and x.shape[:1] != lead:
-        raise refuse(
-            ValueError, f"x has {x.shape[0]} stacked matrices and data {data.shape[0]}"
-        )
-    for name, leaf in (("scale", scale), ("zero_point", zero_point)):
-        if leaf is not None and leaf.shape != (*lead, n, groups):
-            raise refuse(
-                ValueError,
-                f"{name} must be {[*lead, n, groups]}: one row for every row of codes",
-            )
-    if codebook is not None and codebook.dtype.name not in (
-        "bfloat16",
-        "float16",
-        "float32",
-    ):
-        raise refuse(TypeError, "codebook must be bfloat16, float16 or float32")
-    if codebook is not None and (
-        fmt.kind != "codebook" or codebook.shape != (2**fmt.bits,)
-    ):
-        shape = [2**fmt.bits]
-        raise refuse(
+
+def _check_stack(operands: _Operands) -> None:
+    """Checks that data is a matrix or a stack, and that x has the same stack."""
+    o = operands
+    leading_axes = 1 if o.data.ndim == 3 else 0
+    # Each matrix of a stack needs at least one row of x.
+    if o.data.ndim not in (2, 3) or o.x.ndim < 1 + 2 * leading_axes:
+        raise o.error(
             ValueError,
-            f"codebook goes with a codebook format, and is one table {shape} for the whole stack",
+            "data must be a matrix, or a stack of matrices if x has the same leading "
+            "axis",
+            "Reshape data to two or three axes, and x to [..., k] or [e, ..., k].",
         )
-    fill = formats.codes_per_pack(fmt.bits, packing)
+    if o.x.shape[:leading_axes] != o.stack:
+        raise o.error(
+            ValueError,
+            f"x has {o.x.shape[0]} stacked matrices and data has {o.data.shape[0]}",
+            "Give both the same leading axis.",
+        )
+
+
+def _check_leaves(operands: _Operands) -> None:
+    """Checks the shapes of scale and zero_point, and the codebook."""
+    o = operands
+    shape = (*o.stack, o.n, o.groups)
+    for name, leaf in (("scale", o.scale), ("zero_point", o.zero_point)):
+        if leaf is not None and leaf.shape != shape:
+            raise o.error(
+                ValueError,
+                f"{name} must be {list(shape)}, one row for each row of codes",
+                f"Reshape {name}.",
+            )
+    if o.codebook is None:
+        return
+    if o.codebook.dtype.name not in _FLOATS:
+        raise o.error(
+            TypeError,
+            "codebook must be bfloat16, float16 or float32",
+            "Convert it with codebook.astype.",
+        )
+    size = 2**o.fmt.bits
+    if o.fmt.kind != "codebook" or o.codebook.shape != (size,):
+        raise o.error(
+            ValueError,
+            f"codebook needs a codebook format and must be one table [{size}] for the "
+            "whole stack",
+            "Pass such a table, or leave codebook out.",
+        )
+
+
+def _check_lengths(operands: _Operands) -> None:
+    """Checks that the groups divide the stored codes, and that k is their number.
+
+    k may be smaller, if the difference is padding of the last group (or of the last
+    bytes, with one group).
+    """
+    o, k, padded_k, groups = operands, operands.k, operands.padded_k, operands.groups
     if not groups and k:
-        raise refuse(
-            ValueError, f"scale has no groups, and rows of data hold {padded_k} codes"
+        raise o.error(
+            ValueError,
+            f"scale has no groups, and each row of data holds {padded_k} codes",
+            "Pass at least one scale for each row.",
+        )
+    if groups and padded_k % groups:
+        raise o.error(
+            ValueError,
+            f"{groups} groups do not divide the {padded_k} codes of a row",
+            "Pad the codes to whole groups, or pass scale with another number of "
+            "groups.",
         )
     group = padded_k // groups if groups else 0
-    if groups and padded_k % groups:
-        raise refuse(
-            ValueError, f"{groups} groups do not divide the {padded_k} codes of a row"
-        )
-    step = fill if groups == 1 else group
+    step = formats.codes_per_pack(o.fmt.bits, o.packing) if groups == 1 else group
     if k > padded_k or padded_k - k >= max(step, 1):
-        raise refuse(
+        raise o.error(
             ValueError,
-            f"x has k = {k} and rows of data hold {padded_k} codes in {groups} groups",
+            f"x has k = {k}, and each row of data holds {padded_k} codes in {groups} "
+            "groups",
+            "x must have a column for each code, less the padding of the last group.",
         )
 
-    whole = group % fill == 0
-    meta = RowMeta(
-        fmt, packing, group if whole and groups > 1 else None, k, padded_k, layout
-    )  # pyright: ignore[reportArgumentType]
-    table = None
-    if codebook is not None:
-        table = jnp.broadcast_to(
-            codebook.astype(jnp.float32), (*lead, 1, 1, codebook.shape[0])
-        )
-    rows = Rows(data, scale, zero_point, None, table)  # pyright: ignore[reportArgumentType]
-    default = (
-        x.dtype if x.dtype != jnp.int8 else jnp.int32 if scale is None else jnp.float32
-    )
-    out = jnp.dtype(default if out_dtype is None else out_dtype)
-    if (scale is None) != (out == jnp.int32) or not (
-        out == jnp.int32 or out.name in ("bfloat16", "float16", "float32")
-    ):
-        raise refuse(
+
+def _result_dtype(operands: _Operands, out_dtype: Any) -> np.dtype:
+    """The dtype of the result: int32 without a scale, a float dtype with one."""
+    o = operands
+    if out_dtype is not None:
+        dtype = jnp.dtype(out_dtype)
+    elif o.x.dtype != jnp.int8:
+        dtype = o.x.dtype
+    else:
+        dtype = jnp.dtype(jnp.int32 if o.scale is None else jnp.float32)
+    allowed = ("int32",) if o.scale is None else _FLOATS
+    if dtype.name not in allowed:
+        raise o.error(
             TypeError,
-            f"out_dtype must be float32, bfloat16 or float16, or int32 without scale; got {out}",
+            "out_dtype must be float32, bfloat16 or float16, or int32 without scale; "
+            f"got {dtype}",
+            f"Use one of {', '.join(allowed)}.",
+        )
+    return dtype
+
+
+def _row_meta(operands: _Operands) -> RowMeta:
+    o = operands
+    group = o.padded_k // o.groups if o.groups else 0
+    # With several groups a HALVES unit is a group, if groups fill whole bytes.
+    whole_bytes = group % formats.codes_per_pack(o.fmt.bits, o.packing) == 0
+    unit = group if whole_bytes and o.groups > 1 else None
+    return RowMeta(
+        o.fmt,
+        o.packing,
+        unit,
+        o.k,
+        o.padded_k,
+        o.layout,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _as_rows(operands: _Operands) -> Rows:
+    o, table = operands, None
+    if o.codebook is not None:
+        # One table for all rows and groups of each matrix: [1, 1, num_codes].
+        table = jnp.broadcast_to(
+            o.codebook.astype(jnp.float32), (*o.stack, 1, 1, o.codebook.shape[0])
+        )
+    return Rows(o.data, o.scale, o.zero_point, None, table)  # pyright: ignore[reportArgumentType]
+
+
+def _check_int32_sums(operands: _Operands, meta: RowMeta) -> None:
+    """Checks that int32 holds the sums of codes, the result without a scale."""
+    o = operands
+    longest = largest_exact_length(int8_meta(o.k), True, meta, o.zero_point is None)
+    if o.padded_k > longest:
+        raise o.error(
+            ValueError,
+            f"int32 surely holds {longest} of these products, and a row has "
+            f"{o.padded_k}",
+            "Pass scale, or cut the product into parts along k.",
         )
 
-    if scale is None:
-        plain = RowMeta(formats.get("int8"), formats.Packing.NONE, None, k, k)
-        longest = largest_exact_length(plain, True, meta, zero_point is None)
-        if padded_k > longest:
-            raise refuse(
-                ValueError,
-                f"int32 surely holds {longest} of these products, and a row has {padded_k}",
-            )
-    flat = x.reshape(*lead, math.prod(x.shape[len(lead) : -1]), k)
-    call = Call(meta, (), out.name, backend=backend, interpret=interpret)
-    if 0 in (*lead, n, flat.shape[-2]):
-        return jnp.zeros((*x.shape[:-1], n), out)
-    if backend not in ("auto", "xla"):
-        _check_kernel(call, flat, rows, refuse)
-    # That interpreter has effects, which no primitive of ours can have.
-    y = (interpreted if interpret and backend == "mosaic_gpu" else call_matmul)(
-        flat, rows, call
-    )
-    return y.reshape(*x.shape[:-1], n)
 
+def _check_kernel(operands: _Operands, call: Call, x: jax.Array, rows: Rows) -> None:
+    """Checks that the kernel that `call.backend` names can compute this product."""
 
-def _check_kernel(
-    call: Call,
-    x: jax.Array,
-    rows: Rows,
-    refuse: Callable[[type[Exception], str], Exception],
-) -> None:
-    """Raises where the kernel asked for by name cannot compute this."""
+    def abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
+        shape = array.shape if x.ndim == 3 else (1, *array.shape)
+        return jax.ShapeDtypeStruct(shape, array.dtype)
 
-    def stacked(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            leaf.shape if x.ndim == 3 else (1, *leaf.shape), leaf.dtype
-        )
-
-    leaves = {
-        name: stacked(leaf) for name, leaf in rows._asdict().items() if leaf is not None
-    }
-    found = problem_of(
-        dataclasses.replace(call, leaves=tuple(leaves)),
-        stacked(x),
-        list(leaves.values()),
-    )
-    platform = next(
-        platform for platform, names in KERNELS.items() if call.backend in names
-    )
-    kernel = _tiles.kernel(call.backend)
-    reason = (
-        found
-        if isinstance(found, str)
-        else kernel.why_not(found, _tiles.device_kind(platform))
-    )
+    call, leaves = with_leaves(call, rows)
+    problem = problem_of(call, abstract(x), [abstract(leaf) for leaf in leaves])
+    if isinstance(problem, str):
+        reason = problem
+    else:
+        device = device_kind(platform_of(call.backend))
+        reason = kernel_module(call.backend).why_not(problem, device)
     if reason is not None:
-        raise refuse(
-            ValueError, f"the {call.backend} kernel does not compute this: {reason}"
+        raise operands.error(
+            ValueError,
+            f"the {call.backend} kernel cannot compute this product: {reason}",
+            'Use backend="auto" to run whatever can compute it.',
         )

@@ -1,4 +1,8 @@
-"""Rows of x sorted by expert, each times the decoded matrix of its expert, a few rows of every matrix at a time."""
+"""Rows of x sorted by expert, each times the quantized matrix of its expert.
+
+A few rows of every expert's matrix are decoded at a time. The loops are those of
+`_xla.py`, with a leading axis e for the experts.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,11 @@ from jaxq.kernels._rows import (
     RowMeta,
     Rows,
     block_rows,
+    columns_of_block,
     decode_field,
     join_fields,
     num_fields,
+    num_groups,
     slice_rows,
     split_fields,
 )
@@ -32,37 +38,34 @@ _OUTER = lax.RaggedDotDimensionNumbers(
 def ragged_matmul(
     x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta
 ) -> jax.Array:
-    """`x[i] @ decode(rows[expert of i]).T`.
+    """Computes `x[i] @ decode(rows[expert of i]).T` for every row i of x.
 
     Args:
-      x: float `[m, k]`, sorted by expert; weights are rounded to its dtype.
+      x: float `[m, k]`, sorted by expert. Weights are rounded to its dtype.
       rows: matrices `[n, k]` with a leading axis e in every leaf, codes along rows.
-      sizes: int32 `[e]`, how many rows of x each expert has; rows beyond them give zeros.
+      sizes: int32 `[e]`, the number of rows of x of each expert. Rows of x after the
+        last expert's give zeros.
       meta: static facts of the rows.
 
     Returns:
       float32 `[m, n]`.
     """
-    parts = split_fields(x, meta, _groups(rows))
+    x_fields = split_fields(x, meta, num_groups(rows))
 
     def write(
-        y: jax.Array, start: jax.Array, weights: list[jax.Array], _: jax.Array
+        y: jax.Array, start: jax.Array, block: Rows, num_repeats: jax.Array
     ) -> jax.Array:
-        products = [
-            _ragged(part, jnp.swapaxes(w, 1, 2), sizes)
-            for part, w in zip(parts, weights, strict=True)
+        del num_repeats  # writing a row twice does no harm
+        weights = [weight.astype(x.dtype) for weight in _decoded_fields(block, meta)]
+        terms = [
+            _ragged_dot(field, jnp.swapaxes(weight, 1, 2), sizes)  # [m, r]
+            for field, weight in zip(x_fields, weights, strict=True)
         ]
-        return lax.dynamic_update_slice_in_dim(
-            y, functools.reduce(jnp.add, products), start, axis=1
-        )
+        total = functools.reduce(jnp.add, terms)
+        return lax.dynamic_update_slice_in_dim(y, total, start, axis=1)
 
-    return _for_blocks(
-        x.dtype,
-        rows,
-        meta,
-        write,
-        jnp.zeros((x.shape[0], rows.data.shape[1]), jnp.float32),
-    )
+    y = jnp.zeros((x.shape[0], rows.data.shape[1]), jnp.float32)
+    return _for_expert_blocks(rows, meta, write, y)
 
 
 def _forward(x, rows, sizes, meta):
@@ -71,106 +74,110 @@ def _forward(x, rows, sizes, meta):
 
 def _backward(meta: RowMeta, saved: tuple[jax.Array, Rows, jax.Array], dy: jax.Array):
     x, rows, sizes = saved
-    parts = split_fields(x.astype(jnp.float32), meta, _groups(rows))
-    floats = {
-        name: leaf
-        for name in ("scale", "offset", "codebook")
-        if (leaf := getattr(rows, name)) is not None
-    }
-    n = rows.data.shape[1]
-
-    def to_x(
-        totals: list[jax.Array],
-        start: jax.Array,
-        weights: list[jax.Array],
-        fresh: jax.Array,
-    ) -> list[jax.Array]:
-        part = _fresh_columns(dy, start, weights[0].shape[1], fresh).astype(x.dtype)
-        return [
-            t + _ragged(part, w, sizes) for t, w in zip(totals, weights, strict=True)
-        ]
-
-    def to_leaves(
-        totals: dict, start: jax.Array, taken: Rows, fresh: jax.Array
-    ) -> dict:
-        part = _fresh_columns(dy, start, taken.data.shape[1], fresh)
-
-        def decode(leaves: dict) -> list[jax.Array]:
-            return _decode(taken._replace(**leaves), meta)
-
-        wide = {name: getattr(taken, name).astype(jnp.float32) for name in floats}
-        outer = [
-            lax.ragged_dot_general(
-                part, p, sizes, _OUTER, preferred_element_type=jnp.float32
-            )
-            for p in parts
-        ]
-        (found,) = jax.vjp(decode, wide)[1](outer)
-
-        def put(total: jax.Array, new: jax.Array) -> jax.Array:
-            if total.shape[1] == 1 != n:  # all rows share it
-                return total + new
-            old = lax.dynamic_slice_in_dim(total, start, new.shape[1], axis=1)
-            return lax.dynamic_update_slice_in_dim(total, old + new, start, axis=1)
-
-        return jax.tree.map(put, totals, found)
-
-    zeros = [jnp.zeros((x.shape[0], part.shape[1]), jnp.float32) for part in parts]
-    dx = join_fields(_for_blocks(x.dtype, rows, meta, to_x, zeros), meta)
-    totals = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in floats.items()}
-    totals = _for_blocks(None, rows, meta, to_leaves, totals)
-    grads = {
-        name: np.zeros(leaf.shape, dtypes.float0)
-        for name, leaf in rows._asdict().items()
-        if leaf is not None
-    }
-    grads |= {name: leaf.astype(floats[name].dtype) for name, leaf in totals.items()}
-    none = np.zeros(sizes.shape, dtypes.float0)
-    return dx.astype(x.dtype), Rows(**(dict.fromkeys(Rows._fields) | grads)), none  # pyright: ignore[reportArgumentType]
+    dx = _x_gradient(x, rows, sizes, meta, dy).astype(x.dtype)
+    # Integers have cotangents of dtype float0.
+    cotangents = dict.fromkeys(Rows._fields)
+    for name, leaf in rows._asdict().items():
+        if leaf is not None:
+            cotangents[name] = np.zeros(leaf.shape, dtypes.float0)
+    cotangents |= _leaf_gradients(x, rows, sizes, meta, dy)
+    no_sizes = np.zeros(sizes.shape, dtypes.float0)
+    return dx, Rows(**cotangents), no_sizes  # pyright: ignore[reportArgumentType]
 
 
 ragged_matmul.defvjp(_forward, _backward)
 
 
-def _for_blocks(dtype, rows: Rows, meta: RowMeta, step, carry):
-    """Folds `step(carry, start, decoded parts or the rows themselves, how many were met before)` over blocks of n."""
+def _x_gradient(
+    x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta, dy: jax.Array
+) -> jax.Array:
+    """`dy[i] @ decode(rows[expert of i])`, float32 `[m, k]`."""
+
+    def add(
+        totals: list[jax.Array], start: jax.Array, block: Rows, num_repeats: jax.Array
+    ) -> list[jax.Array]:
+        weights = [weight.astype(x.dtype) for weight in _decoded_fields(block, meta)]
+        index = jnp.arange(weights[0].shape[1], dtype=jnp.int32)
+        dy_block = columns_of_block(dy, start, index, num_repeats).astype(x.dtype)
+        return [
+            total + _ragged_dot(dy_block, weight, sizes)
+            for total, weight in zip(totals, weights, strict=True)
+        ]
+
+    fields = num_fields(meta, num_groups(rows))
+    zeros = [jnp.zeros((x.shape[0], meta.padded_k // fields), jnp.float32)] * fields
+    return join_fields(_for_expert_blocks(rows, meta, add, zeros), meta)
+
+
+def _leaf_gradients(
+    x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta, dy: jax.Array
+) -> dict[str, jax.Array]:
+    """Gradients of scale, offset and codebook, those of them that `rows` has."""
+    x_fields = split_fields(x.astype(jnp.float32), meta, num_groups(rows))
+    leaves = {"scale": rows.scale, "offset": rows.offset, "codebook": rows.codebook}
+    floats = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    n = rows.data.shape[1]
+
+    def add(
+        totals: dict, start: jax.Array, block: Rows, num_repeats: jax.Array
+    ) -> dict:
+        index = jnp.arange(block.data.shape[1], dtype=jnp.int32)
+        dy_block = columns_of_block(dy, start, index, num_repeats)  # [m, r]
+
+        def decode(leaves: dict) -> list[jax.Array]:
+            return _decoded_fields(block._replace(**leaves), meta)
+
+        wide = {name: getattr(block, name).astype(jnp.float32) for name in floats}
+        d_weights = [
+            lax.ragged_dot_general(
+                dy_block, field, sizes, _OUTER, preferred_element_type=jnp.float32
+            )  # [e, r, k / fields]
+            for field in x_fields
+        ]
+        (gradients,) = jax.vjp(decode, wide)[1](d_weights)
+
+        def add_block(total: jax.Array, gradient: jax.Array) -> jax.Array:
+            if total.shape[1] == 1 and n != 1:  # all rows share the leaf
+                return total + gradient
+            old = lax.dynamic_slice_in_dim(total, start, gradient.shape[1], axis=1)
+            new = old + gradient
+            return lax.dynamic_update_slice_in_dim(total, new, start, axis=1)
+
+        return jax.tree.map(add_block, totals, gradients)
+
+    totals = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in floats.items()}
+    totals = _for_expert_blocks(rows, meta, add, totals)
+    return {name: total.astype(floats[name].dtype) for name, total in totals.items()}
+
+
+def _for_expert_blocks(rows: Rows, meta: RowMeta, step, carry):
+    """Folds `step(carry, start, block, num_repeats)` over blocks of all experts' rows.
+
+    A block has the same few rows of every expert's matrix. See `_rows.for_blocks` for
+    `start` and `num_repeats`.
+    """
     e, n = rows.data.shape[:2]
     if 0 in (e, n, meta.k):
         return carry
     count = block_rows(meta, n, 4 * max(meta.padded_k, 1) * e)
 
     def body(i: jax.Array, carry):
-        i = i.astype(jnp.int32)
+        i = i.astype(jnp.int32)  # int64 if 64-bit types are enabled
         start = jnp.minimum(i * count, n - count)
-        taken = jax.vmap(lambda one: slice_rows(one, start, count))(rows)
-        weights = (
-            taken if dtype is None else [w.astype(dtype) for w in _decode(taken, meta)]
-        )
-        return step(carry, start, weights, i * count - start)
+        block = jax.vmap(lambda matrix: slice_rows(matrix, start, count))(rows)
+        return step(carry, start, block, i * count - start)
 
     return lax.fori_loop(0, -(-n // count), body, carry)
 
 
-def _decode(rows: Rows, meta: RowMeta) -> list[jax.Array]:
-    """Parts of every row, float32 `[e, r, k / parts]`."""
+def _decoded_fields(rows: Rows, meta: RowMeta) -> list[jax.Array]:
+    """Every field of the rows, float32 `[e, r, k / fields]`."""
+    fields = range(num_fields(meta, num_groups(rows)))
     return [
-        jax.vmap(lambda one, i=i: decode_field(one, meta, i))(rows)
-        for i in range(num_fields(meta, _groups(rows)))
+        jax.vmap(lambda matrix, i=i: decode_field(matrix, meta, i))(rows)
+        for i in fields
     ]
 
 
-def _groups(rows: Rows) -> int:
-    assert rows.scale is not None, "a QTensor has scales"
-    return rows.scale.shape[-1]
-
-
-def _fresh_columns(
-    dy: jax.Array, start: jax.Array, count: int, fresh: jax.Array
-) -> jax.Array:
-    """`count` columns from `start` on; those met before count as zero."""
-    part = lax.dynamic_slice_in_dim(dy, start, count, axis=1)
-    return jnp.where(jnp.arange(count, dtype=jnp.int32)[None, :] >= fresh, part, 0.0)
-
-
-def _ragged(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+def _ragged_dot(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
     return lax.ragged_dot(x, weights, sizes, preferred_element_type=jnp.float32)

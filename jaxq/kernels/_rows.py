@@ -1,4 +1,9 @@
-"""A quantized matrix as rows `[n, k]` of raw arrays, decoded part by part and block by block."""
+"""A quantized matrix as rows `[n, k]` of raw arrays, and how to decode it in blocks.
+
+A block is a few rows. A field is the part of every row that one shift unpacks: the low
+halves of the bytes, for example. Codes in HALVES packing are never interleaved: each
+field is multiplied with its own part of x.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,12 @@ from jax import lax
 
 from jaxq import formats
 
-# How codes lie in memory: along the row, `[n, k]`, or along the column, `[k, n]`, as TPU kernels want them.
+# The order of codes in memory: along the row, `[n, k]`, or along the column, `[k, n]`.
+# TPU kernels want columns, GPU kernels want rows.
 Layout = Literal["rows", "columns"]
 
-# Bytes of decoded weight alive at once on a CPU: with x and y of 128 tokens at 4096 x 4096 a matmul stays under 8 MB.
+# Bytes of decoded weight that are alive together on a CPU. With x and y of 128 tokens
+# at 4096 x 4096, a product then stays under 8 MB.
 _BLOCK_BYTES = 3 * 2**20
 
 
@@ -25,12 +32,13 @@ class RowMeta:
 
     Attributes:
       fmt: format of the codes.
-      packing: their order in bytes.
-      unit: codes in a HALVES unit, None for a whole row.
-      k: true length of a row.
-      padded_k: its stored length in codes.
-      layout: "rows", or "columns" where `data` is `[padded_k * bits / 8, n]`.
-      block_bytes: decoded rows alive at once; None for what suits a CPU.
+      packing: order of the codes in bytes.
+      unit: number of codes in a HALVES unit. None means that a row is one unit.
+      k: length of a row in codes, without padding.
+      padded_k: stored length of a row in codes.
+      layout: "rows", or "columns" if `data` is `[padded_k * bits / 8, n]`.
+      block_bytes: bytes of decoded rows that are alive together. None means the size
+        that suits a CPU.
     """
 
     fmt: formats.Format
@@ -47,10 +55,10 @@ class Rows(NamedTuple):
 
     Attributes:
       data: stored codes `[n, padded_k * bits / 8]`.
-      scale: float `[n, g]`, or `[1, g]` where all rows share it; g groups of `padded_k / g` codes. None where the
-        sums of codes themselves are wanted.
-      zero_point: like scale in the code dtype, or None.
-      offset: float32 like scale, or None.
+      scale: float `[n, g]`, or `[1, g]` if all rows share it. Each of the g groups has
+        `padded_k / g` codes. None if the result is the sum of the codes.
+      zero_point: the shape of scale in the format's code dtype, or None.
+      offset: float32 with the shape of scale, or None.
       codebook: float32 `[n or 1, g, num_codes]`, or None.
     """
 
@@ -61,53 +69,82 @@ class Rows(NamedTuple):
     codebook: jax.Array | None
 
 
+def int8_meta(k: int) -> RowMeta:
+    """Returns the static facts of rows of k int8 codes without padding."""
+    return RowMeta(formats.get("int8"), formats.Packing.NONE, None, k, k)
+
+
+def num_groups(rows: Rows) -> int:
+    """Returns the number of scales along k, 1 if there are no scales."""
+    return 1 if rows.scale is None else rows.scale.shape[-1]
+
+
 def as_rows(rows: Rows, meta: RowMeta) -> tuple[Rows, RowMeta]:
-    """The same matrix with its codes along rows."""
+    """Returns the same matrix with its codes along rows."""
     if meta.layout == "rows":
         return rows, meta
     return rows._replace(data=rows.data.T), dataclasses.replace(meta, layout="rows")
 
 
 def slice_rows(rows: Rows, start: jax.Array, count: int) -> Rows:
-    """`count` rows from `start` on; a shared scale stays shared."""
+    """Returns `count` rows from `start` on. A leaf that all rows share is not cut."""
+    n = rows.data.shape[0]
 
     def cut(leaf: jax.Array | None) -> jax.Array | None:
-        if leaf is None or leaf.shape[0] == 1 != rows.data.shape[0]:
+        if leaf is None or (leaf.shape[0] == 1 and n != 1):
             return leaf
         return lax.dynamic_slice_in_dim(leaf, start, count, axis=0)
 
     return Rows(*(cut(leaf) for leaf in rows))  # pyright: ignore[reportArgumentType]
 
 
+def unpack_codes(rows: Rows, meta: RowMeta) -> jax.Array:
+    """Returns all codes of every row, `[n, padded_k]`, in the format's code dtype."""
+    patterns = formats.unpack(rows.data, meta.fmt.bits, meta.packing, unit=meta.unit)
+    if meta.fmt.code_dtype == np.int8:
+        return formats.as_signed(patterns, meta.fmt.bits)
+    return patterns
+
+
+# Fields: parts of a row that need no interleaving.
+
+
 def num_fields(meta: RowMeta, groups: int) -> int:
-    """Into how many parts a row falls that need no interleaving: the halves (quarters, eighths) of each unit."""
+    """Returns the number of fields of a row: the halves, quarters or eighths of a unit.
+
+    A row that cannot be used field by field has one field. That is every row in another
+    packing than HALVES, and a row whose scales change inside a unit.
+    """
     if meta.packing is not formats.Packing.HALVES:
         return 1
     group = meta.padded_k // groups
-    return (
-        formats.codes_per_pack(meta.fmt.bits, meta.packing)
-        if groups == 1 or meta.unit == group
-        else 1
-    )
+    if groups == 1 or meta.unit == group:
+        return formats.codes_per_pack(meta.fmt.bits, meta.packing)
+    return 1
 
 
 def decode_field(
     rows: Rows, meta: RowMeta, index: int, *, scaled: bool = True
 ) -> jax.Array:
-    """Numbers of part `index` of every row, float32 `[n, padded_k / num_fields]`.
+    """Returns the numbers of field `index` of every row.
 
     Args:
-      rows: codes and scales.
-      meta: static facts.
-      index: which part; `split_fields` cuts activations the same way.
-      scaled: False leaves the scale out (for a scale that is constant along k and joins the result instead).
+      rows: codes and scales, `[n, k]`.
+      meta: static facts of the rows.
+      index: which field. `split_fields` cuts activations in the same way.
+      scaled: False leaves out the scale and the offset, for a scale that is constant
+        along k and multiplies the result instead.
+
+    Returns:
+      float32 `[n, padded_k / num_fields]`.
     """
     n, groups = rows.data.shape[0], rows.scale.shape[-1]
     codes = codes_of_field(rows, meta, groups, index).reshape(n, groups, -1)
     if rows.zero_point is not None:
-        values = (
-            codes.astype(jnp.int16) - rows.zero_point[..., None].astype(jnp.int16)
-        ).astype(jnp.float32)
+        # int16 holds the difference of any two 8-bit codes.
+        codes = codes.astype(jnp.int16)
+        zero_point = rows.zero_point[..., None].astype(jnp.int16)
+        values = (codes - zero_point).astype(jnp.float32)
     elif rows.codebook is not None:
         values = formats.decode_by_table(meta.fmt, rows.codebook[:, :, None], codes)
     else:
@@ -120,43 +157,47 @@ def decode_field(
 
 
 def codes_of_field(rows: Rows, meta: RowMeta, groups: int, index: int) -> jax.Array:
-    """Codes of part `index` of every row, `[n, padded_k / num_fields]`, in the format's code dtype."""
-    bits, fields = meta.fmt.bits, num_fields(meta, groups)
-    if fields == 1:
-        patterns = formats.unpack(rows.data, bits, meta.packing, unit=meta.unit)
-        return (
-            formats.as_signed(patterns, bits)
-            if meta.fmt.code_dtype == np.int8
-            else patterns
-        )
-    if (
-        meta.fmt.code_dtype == np.int8
-    ):  # shift the field to the top and back: the sign comes along
+    """Returns the codes of field `index` of every row, in the format's code dtype.
+
+    The shape is `[n, padded_k / num_fields]`.
+    """
+    bits = meta.fmt.bits
+    if num_fields(meta, groups) == 1:
+        return unpack_codes(rows, meta)
+    if meta.fmt.code_dtype == np.int8:
+        # Shift the field to the top of the byte and back. The second shift copies the
+        # sign bit.
         up, down = np.uint8(8 - bits * (index + 1)), np.int8(8 - bits)
         return (rows.data << up).astype(jnp.int8) >> down
     return formats.field(rows.data, index, bits)
 
 
 def split_fields(x: jax.Array, meta: RowMeta, groups: int) -> list[jax.Array]:
-    """Activations `[m, k]` padded with zeros and cut as `decode_field` cuts rows: each `[m, padded_k / fields]`."""
+    """Cuts activations `[m, k]` as `decode_field` cuts rows, padded with zeros.
+
+    Returns:
+      One array `[m, padded_k / num_fields]` for each field.
+    """
     fields = num_fields(meta, groups)
     x = jnp.pad(x, ((0, 0), (0, meta.padded_k - meta.k)))
     if fields == 1:
         return [x]
-    unit = meta.unit or meta.padded_k
-    parts = x.reshape(x.shape[0], meta.padded_k // unit, fields, unit // fields)
-    return [parts[:, :, i].reshape(x.shape[0], -1) for i in range(fields)]
+    m, unit = x.shape[0], meta.unit or meta.padded_k
+    parts = x.reshape(m, meta.padded_k // unit, fields, unit // fields)
+    return [parts[:, :, i].reshape(m, -1) for i in range(fields)]
 
 
 def join_fields(parts: list[jax.Array], meta: RowMeta) -> jax.Array:
-    """The inverse of `split_fields`, padding cut off: `[m, k]`."""
+    """The inverse of `split_fields`: `[m, k]` without padding."""
     if len(parts) == 1:
         return parts[0][:, : meta.k]
     m, unit = parts[0].shape[0], meta.unit or meta.padded_k
-    units = [
-        part.reshape(m, meta.padded_k // unit, unit // len(parts)) for part in parts
-    ]
+    by_unit = (m, meta.padded_k // unit, unit // len(parts))
+    units = [part.reshape(by_unit) for part in parts]
     return jnp.stack(units, axis=2).reshape(m, meta.padded_k)[:, : meta.k]
+
+
+# Blocks of rows.
 
 
 def for_blocks(
@@ -165,33 +206,64 @@ def for_blocks(
     step,
     carry,
     *,
-    tell_fresh: bool = False,
+    with_repeats: bool = False,
     row_bytes: int | None = None,
 ):
-    """Folds `step(carry, start, rows of the block[, fresh])` over blocks of rows.
+    """Folds `step(carry, start, block_rows[, num_repeats])` over blocks of rows.
 
-    The last block starts early where the block size does not divide n; its first `fresh` rows were met before.
-    `row_bytes`: what one row costs while its block is alive; None for its decoded numbers.
+    All blocks have one size. If that size does not divide n, the last block starts
+    early, and its first `num_repeats` rows are repeats of the block before.
+
+    Args:
+      rows: codes and scales, `[n, k]`.
+      meta: static facts of the rows.
+      step: returns the next carry. `start` is the index of the block's first row.
+      carry: the first carry.
+      with_repeats: True passes `num_repeats` to `step`.
+      row_bytes: bytes that one row needs while its block is alive. None means the bytes
+        of its decoded numbers.
+
+    Returns:
+      The last carry.
     """
     n = rows.data.shape[0]
     count = block_rows(meta, n, row_bytes)
-    blocks = -(-n // count)
-    if blocks == 1:
-        extra = (jnp.int32(0),) if tell_fresh else ()
-        return step(carry, jnp.int32(0), rows, *extra)
+    num_blocks = -(-n // count)
+    if num_blocks == 1:
+        repeats = (jnp.int32(0),) if with_repeats else ()
+        return step(carry, jnp.int32(0), rows, *repeats)
 
     def body(i: jax.Array, carry):
-        i = i.astype(jnp.int32)  # int64 where 64-bit types are on
+        i = i.astype(jnp.int32)  # int64 if 64-bit types are enabled
         start = jnp.minimum(i * count, n - count)
-        extra = (i * count - start,) if tell_fresh else ()
-        return step(carry, start, slice_rows(rows, start, count), *extra)
+        repeats = (i * count - start,) if with_repeats else ()
+        return step(carry, start, slice_rows(rows, start, count), *repeats)
 
-    return lax.fori_loop(0, blocks, body, carry)
+    return lax.fori_loop(0, num_blocks, body, carry)
 
 
 def block_rows(meta: RowMeta, n: int, row_bytes: int | None = None) -> int:
-    """Rows in a block of `for_blocks`."""
-    bytes_at_once = _BLOCK_BYTES if meta.block_bytes is None else meta.block_bytes
-    return min(
-        n, max(16, bytes_at_once // (row_bytes or 4 * max(meta.padded_k, 1)) // 16 * 16)
-    )
+    """Returns the number of rows in a block of `for_blocks`: 16, 32, ..., at most n."""
+    block_bytes = _BLOCK_BYTES if meta.block_bytes is None else meta.block_bytes
+    row_bytes = row_bytes or 4 * max(meta.padded_k, 1)
+    return min(n, max(16, block_bytes // row_bytes // 16 * 16))
+
+
+def columns_of_block(
+    y: jax.Array, start: jax.Array, index: jax.Array, num_repeats: jax.Array
+) -> jax.Array:
+    """Returns the columns of `y` that belong to a block of rows.
+
+    Columns of repeated rows are zero, so that a sum over blocks counts each row once.
+
+    Args:
+      y: `[m, n]`.
+      start: index of the block's first row.
+      index: int32 `[r]`, 0, 1, ... for a block of r rows.
+      num_repeats: how many rows at the start of the block are repeats.
+
+    Returns:
+      `[m, r]`.
+    """
+    part = lax.dynamic_slice_in_dim(y, start, index.shape[0], axis=1)
+    return jnp.where(index[None, :] >= num_repeats, part, jnp.zeros((), y.dtype))

@@ -1,86 +1,73 @@
-"""Which tiles a kernel runs with: a table by device, filled by a tuner, and each kernel's own rule where it is silent.
+"""Which tile sizes a kernel runs with: a table by device, and a rule of each kernel.
 
-`tiles.json` holds entries `{kernel, device, codes, x, group, m, k, n, tiles, source}`. m is the largest number of rows
-an entry is for, a power of two; k and n may be missing. `source` says where the tiles are from: "measured" on that
-device, or "schedule", ranked by the compiler's static schedule.
+`tiles.json` holds the table, which `benchmarks/tune.py` fills. An entry has the keys
+`{kernel, device, codes, x, group, m, k, n, tiles, source}`. m is a power of two, the
+largest number of rows of x that the entry is for. k and n may be missing: the entry is
+then for all sizes. `source` says how the tiles were found: "measured" on the device, or
+"schedule", ranked by the compiler's static schedule. No entry is measured yet. A
+problem without an entry gets the tiles of its kernel's `default_tiles`.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.resources
 import json
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
-import jax
-
 from jaxq.kernels._problem import Problem
+from jaxq.kernels._registry import kernel_module
 
-LARGEST_BUCKET = 2048
-
-
-def kernel(name: str) -> ModuleType:
-    """The module of a kernel; Pallas is imported by the first."""
-    return importlib.import_module(f"jaxq.kernels._{name}")
-
-
-def device_kind(platform: str | None) -> str | None:
-    """The kind of device of this platform that is here, or that an abstract mesh in use names; None if unknown."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None:
-        return device.device_kind
-    if platform is None or jax.default_backend() != {"cuda": "gpu"}.get(
-        platform, platform
-    ):
-        return None
-    return jax.devices()[0].device_kind
+_SMALLEST_BUCKET = 16
+_LARGEST_BUCKET = 2048
 
 
 def lookup(name: str, device: str | None, problem: Problem) -> Mapping[str, Any]:
-    """Tiles of kernel `name` for a problem: of the table, or by the kernel's rule."""
+    """Returns the tiles of kernel `name` for a problem, from the table or the rule.
+
+    Args:
+      name: name of the kernel.
+      device: `jax.Device.device_kind`, or None if unknown.
+      problem: the product. The kernel must be able to compute it.
+    """
     return _lookup(name, device, problem)[0]
 
 
 def source(name: str, device: str | None, problem: Problem) -> str:
-    """Where those tiles are from: "measured", "schedule" or "rule"."""
+    """Returns the source of `lookup`'s tiles: "measured", "schedule" or "rule"."""
     return _lookup(name, device, problem)[1]
+
+
+@functools.cache
+def table() -> list[dict[str, Any]]:
+    """Returns every entry of `tiles.json`."""
+    path = importlib.resources.files("jaxq.kernels").joinpath("tiles.json")
+    return json.loads(path.read_text())
+
+
+def bucket(m: int) -> int:
+    """Returns the table's m for m rows of x: the next power of two, 16 to 2048."""
+    power_of_two = 1 << max(m - 1, 0).bit_length()
+    return min(max(_SMALLEST_BUCKET, power_of_two), _LARGEST_BUCKET)
 
 
 @functools.cache
 def _lookup(
     name: str, device: str | None, problem: Problem
 ) -> tuple[Mapping[str, Any], str]:
-    key = (
-        name,
-        device,
-        problem.codes,
-        problem.x_dtype,
-        problem.group,
-        bucket(problem.m),
-    )
-    found = [
-        e
-        for e in table()
-        if (e["kernel"], e["device"], e["codes"], e["x"], e["group"], e["m"]) == key
-    ]
+    facts = {
+        "kernel": name,
+        "device": device,
+        "codes": problem.codes,
+        "x": problem.x_dtype,
+        "group": problem.group,
+        "m": bucket(problem.m),
+    }
+    entries = [entry for entry in table() if facts.items() <= entry.items()]
+    # An entry for exactly these sizes comes before an entry for all sizes.
     for sizes in ((problem.k, problem.n), (None, None)):
-        for entry in found:
+        for entry in entries:
             if (entry.get("k"), entry.get("n")) == sizes:
                 return entry["tiles"], entry["source"]
-    return kernel(name).default_tiles(problem, device), "rule"
-
-
-@functools.cache
-def table() -> list[dict[str, Any]]:
-    """Every entry of `tiles.json`."""
-    return json.loads(
-        importlib.resources.files("jaxq.kernels").joinpath("tiles.json").read_text()
-    )
-
-
-def bucket(m: int) -> int:
-    """Rows of x as the table counts them: the next power of two, from 16 to 2048."""
-    return min(max(16, 1 << max(m - 1, 0).bit_length()), LARGEST_BUCKET)
+    return kernel_module(name).default_tiles(problem, device), "rule"

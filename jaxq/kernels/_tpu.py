@@ -1,33 +1,49 @@
 """Block-wise quantized matmul on TPU, as one Pallas (Mosaic) kernel.
 
-Motivation. A decode step reads every weight once and computes little, so it takes as long as reading memory does. Codes
-of 4 bits are a quarter of bfloat16, provided that they stay codes until they are in VMEM, and that decoding a tile
-takes no longer than fetching the next one. XLA alone writes the decoded weight to memory first.
+Motivation. A decode step reads every weight once and computes little, so its time is
+the time of reading memory. 4-bit codes are a quarter of bfloat16. That helps only if
+they stay codes until they are in VMEM, and if decoding a tile takes no longer than
+fetching the next one. XLA alone writes the decoded weight to memory first. Whether the
+kernel reaches this has not been measured: it has run in the interpreter and has been
+compiled for TPU v5e, v6e and v7x, but it has not been timed on a device.
 
-Layout. Codes lie as "columns": k along sublanes and n along lanes, so that reading a byte as two 4-bit numbers
-(`pltpu.bitcast`) is free and yields them in order. Each grid step (e, m, n, k) takes
+Layout. Codes have the layout "columns": k along sublanes and n along lanes. Reading a
+byte as two 4-bit numbers (`pltpu.bitcast`) is then free and yields them in order. Each
+grid step (e, m, n, k) computes
 
-    x [bm, bk]    data [bk * bits / 8, bn]    scale, zero_point [bk / group, bn]    ->    total += x @ decode(data)
+    total += x @ decode(data)
 
-and the last step along k writes total, which is float32, or int32 where the whole sum is integer.
+    x [bm, bk]    data [bk * bits / 8, bn]    scale, zero_point [bk / group, bn]
 
-Bodies, the ways to decode a tile; which is fastest depends on the generation:
+The last step along k writes total to the result. total is float32, or int32 if the
+whole sum is an integer.
 
-| body | codes | what meets x on the matrix unit | one scale a group goes |
+Bodies. There are four ways to decode a tile. Which one is fastest depends on the
+generation of the TPU:
+
+| body | codes | multiplied with x | scale per group |
 |---|---|---|---|
-| pre | integers | `scale * (codes - zero_point)`, rounded once to x's dtype | onto the weights: bk * bn products |
-| post | integers | codes, exact | onto each group's partial sum: bk / group * bm * bn products |
-| select | table | entries, taken as float32 along lanes; for any generation | as in post if 4 * bm <= group, or pre |
-| gather | table | entries, taken as bfloat16 along sublanes; from v6e on, for bfloat16 x | likewise |
+| pre | integers | `scale * (codes - zero_point)`, rounded once | on weights |
+| post | integers | codes, exact | on partial sums |
+| select | table | entries, looked up as float32 along lanes | see below |
+| gather | table | entries, looked up as bfloat16 along sublanes | see below |
 
-A single scale a column joins the finished sum in every body. In post, `sum(x) * zero_point` is subtracted from the
-partial sum instead of `zero_point` from bk * bn codes. float16 is no TPU type: it is computed as float32.
+- A scale on the weights costs bk * bn multiplications. A scale on the partial sums
+  costs bk / group * bm * bn.
+- select and gather scale partial sums if 4 * bm <= group, and weights otherwise.
+- select runs on every generation. gather runs from v6e on, and only for bfloat16 x.
+- One scale per column multiplies the finished sum in every body.
+- With scales on partial sums, `sum(x) * zero_point` is subtracted from the partial sum.
+  This replaces a subtraction from bk * bn codes.
+- TPUs have no float16. float16 arrays are computed as float32.
 
-Memory. Of VMEM, a step holds x, data, scale, zero_point and y twice (one is in flight), and total and the decoded tile
-once. `default_tiles` stays below 12 MB, which leaves room in the 16 MB that a kernel gets on v5e.
+Memory. A step holds in VMEM: x, data, scale, zero_point and y twice, because the next
+tiles are already on their way, and total and the decoded tile once. `default_tiles`
+stays below 12 MB. That leaves room in the 16 MB that a kernel gets on v5e.
 
-Shapes. Any e, m, k, n. k's tail meets zeros: x is padded to whole tiles, and what lies beyond the last scale counts as
-zero. Tails of m and n compute what is never written.
+Shapes. Any e, m, k, n. x is padded with zeros to whole tiles along k, and scales beyond
+the last group count as zero. The tails of m and n compute numbers that are never
+written.
 """
 
 from __future__ import annotations
@@ -46,63 +62,93 @@ from jaxq.kernels._problem import Problem
 
 _GROUPS = (32, 64, 128)
 _LANES = 128
-_SUBLANES = 8  # the fewest scales along k that a tile may hold
+# A tile needs at least this many scales along k.
+_SUBLANES = 8
+_X_DTYPES = ("bfloat16", "float16", "float32", "int8")
 
 
 def why_not(problem: Problem, device_kind: str | None) -> str | None:
-    """The reason why this kernel does not serve a problem, None where it does.
+    """Returns why this kernel cannot compute a problem, or None if it can.
 
     Args:
-      problem: the problem.
-      device_kind: `jax.Device.device_kind`; None where no device is known yet.
+      problem: the product.
+      device_kind: `jax.Device.device_kind`, or None if no device is known yet.
     """
     p = problem
     if p.layout != "columns":
-        return 'the TPU kernel takes codes as "columns", with n along lanes: relayout the weight'
+        return (
+            'the TPU kernel reads codes in layout "columns"; use '
+            'jaxq.relayout(weight, "columns")'
+        )
     if 0 in (p.e, p.m, p.k, p.n):
-        return "an empty product needs no kernel"
+        return "the product is empty"
     if p.bits not in (4, 8) or (p.codebook and p.bits != 4):
-        return f"the TPU kernel has no {p.codes} codes"
+        return f"the TPU kernel does not decode {p.codes} codes"
     if p.group != p.k and p.group not in _GROUPS:
-        return f"the TPU kernel takes groups of {_GROUPS} codes, or one scale a column, not groups of {p.group}"
-    if p.x_dtype not in ("bfloat16", "float16", "float32", "int8"):
-        return f"the TPU kernel takes no x of {p.x_dtype}"
+        sizes = ", ".join(map(str, _GROUPS))
+        return (
+            f"the TPU kernel needs groups of {sizes} codes or one scale per column, "
+            f"not groups of {p.group}"
+        )
+    if p.x_dtype not in _X_DTYPES:
+        return f"the TPU kernel does not take x in {p.x_dtype}"
     if p.x_dtype == "int8" and p.codebook:
-        return "entries of a codebook are no integers that int8 x could meet"
+        return "int8 x cannot be multiplied with the float entries of a codebook"
     if device_kind is not None and _generation(device_kind) < 5:
-        return f"the TPU kernel is made for v5e and later, not for {device_kind}"
+        return f"the TPU kernel is for TPU v5e and later, not for {device_kind}"
     return None
 
 
 def default_tiles(problem: Problem, device_kind: str | None) -> dict[str, int | str]:
-    """Tiles for a problem that no table knows.
+    """Returns tiles for a problem that the table does not know.
 
     Args:
-      problem: what `why_not` has no objection to.
-      device_kind: `jax.Device.device_kind`; None gives tiles that compile for every generation.
+      problem: a product that `why_not` accepts.
+      device_kind: `jax.Device.device_kind`. None gives tiles that compile for every
+        generation.
     """
-    p, old = problem, _generation(device_kind) < 6
-    wide = p.x_dtype in ("float16", "float32")
-    low = {"int8": 32, "bfloat16": 16}.get(p.x_dtype, _SUBLANES)
-    bm = min(pl.cdiv(p.m, low) * low, 256 if wide else 512)
-    bn = min(pl.cdiv(p.n, _LANES) * _LANES, 512)
+    p = problem
+    is_wide = p.x_dtype in ("float16", "float32")
+    # The rows of one register, which depend on the bytes of a number.
+    register_rows = {"int8": 32, "bfloat16": 16}.get(p.x_dtype, _SUBLANES)
+    m = pl.cdiv(p.m, register_rows) * register_rows
+    n = pl.cdiv(p.n, _LANES) * _LANES
+    bm, bn = min(m, 256 if is_wide else 512), min(n, 512)
+    body = _default_body(p, bm, device_kind)
+    return {"bm": bm, "bk": _default_bk(p, bm, body), "bn": bn, "body": body}
+
+
+def _default_body(p: Problem, bm: int, device_kind: str | None) -> str:
+    is_old = _generation(device_kind) < 6
     if p.codebook:
-        body = "select" if wide or old else "gather"
-    elif p.x_dtype == "int8":
-        body = "post"
-    elif old:  # no bfloat16 vector unit: a product for every weight costs dear, sums as short as a matrix unit nothing
-        body = "post" if bm <= p.group or p.group >= 128 else "pre"
-    else:
-        body = "post" if 8 * bm <= p.group else "pre"
-    select, many = body == "select", bm > 128
-    most = 1024 if wide or (select and many) else 2048 if select or many else 4096
-    # A step costs about as much as 512 rows of weights on top of its own, and the last one is as long as the others.
-    height = _height(p)
-    bk = min(
-        range(most // height * height, 0, -height),
-        key=lambda bk: pl.cdiv(p.k, bk) * (bk + 512),
+        wide = p.x_dtype in ("float16", "float32")
+        return "select" if wide or is_old else "gather"
+    if p.x_dtype == "int8":
+        return "post"
+    if is_old:
+        # Before v6e the vector unit has no bfloat16, so a multiplication for every
+        # weight is expensive. Sums as short as the matrix unit cost nothing extra.
+        return "post" if bm <= p.group or p.group >= 128 else "pre"
+    return "post" if 8 * bm <= p.group else "pre"
+
+
+def _default_bk(p: Problem, bm: int, body: str) -> int:
+    is_wide, select, many_rows = (
+        p.x_dtype in ("float16", "float32"),
+        body == "select",
+        bm > 128,
     )
-    return {"bm": bm, "bk": bk, "bn": bn, "body": body}
+    if is_wide or (select and many_rows):
+        largest = 1024
+    elif select or many_rows:
+        largest = 2048
+    else:
+        largest = 4096
+    # A step is assumed to cost about as much as 512 more rows of weights. The last step
+    # along k costs as much as the others, so k should be close to a multiple of bk.
+    height = _height(p)
+    candidates = range(largest // height * height, 0, -height)
+    return min(candidates, key=lambda bk: pl.cdiv(p.k, bk) * (bk + 512))
 
 
 def matmul(
@@ -116,74 +162,60 @@ def matmul(
     tiles: Mapping[str, int | str],
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-    """`x @ decode(data)` as `Problem` states it.
+    """Computes `x @ decode(data)` as `Problem` states it.
 
     Args:
       x: `[e, m, k]`.
       data: `[e, k * bits / 8, n]`.
       scale: `[e, k / group, n]`, or None.
-      zero_point: like scale, or None.
+      zero_point: integers with the shape of scale, or None.
       codebook: float32 `[e, 16]`, or None.
-      problem: what the arrays are.
-      tiles: "bm", "bk", "bn" and "body", as `default_tiles` has them.
-      interpret: run on CPU, step by step.
+      problem: static facts of the arrays. `why_not` must accept it.
+      tiles: "bm", "bk", "bn" and "body", as `default_tiles` returns them.
+      interpret: True, or parameters of the interpreter, to run on a CPU step by step.
 
     Returns:
-      `[e, m, n]` of `problem.out_dtype`.
+      `[e, m, n]` in `problem.out_dtype`.
 
     Raises:
-      ValueError: tiles that do not fit the hardware or the problem.
+      ValueError: The tiles do not fit the hardware, or the body cannot compute the
+        problem.
     """
     p, body = problem, str(tiles["body"])
     bm, bk, bn = (int(tiles[name]) for name in ("bm", "bk", "bn"))
     _check_tiles(p, bm, bk, bn, body)
     steps = pl.cdiv(p.k, bk)
-    one_scale = p.group == p.k
     x = jnp.pad(_to_native(x), ((0, 0), (0, 0), (0, steps * bk - p.k)))
-    per_group = pl.BlockSpec((None, bk // p.group, bn), lambda e, m, n, k: (e, k, n))
-    if one_scale:
-        per_group = pl.BlockSpec((None, 1, bn), lambda e, m, n, k: (e, 0, n))
     inputs = {"x": x, "data": data}
-    specs = {
-        "x": pl.BlockSpec((None, bm, bk), lambda e, m, n, k: (e, m, k)),
-        "data": pl.BlockSpec(
-            (None, bk * p.bits // 8, bn), lambda e, m, n, k: (e, k, n)
-        ),
-    }
     if scale is not None:
-        inputs["scale"], specs["scale"] = _to_native(scale), per_group
+        inputs["scale"] = _to_native(scale)
     if zero_point is not None:
-        # bfloat16 holds every one of them, and its tiles may be 8 rows high where those of a byte are 32.
-        inputs["zero_point"], specs["zero_point"] = (
-            zero_point.astype(jnp.bfloat16),
-            per_group,
-        )
+        # bfloat16 holds every zero point exactly. A bfloat16 tile may have 8 rows, and
+        # a tile of bytes needs 32.
+        inputs["zero_point"] = zero_point.astype(jnp.bfloat16)
     if codebook is not None:
-        inputs["codebook"] = _lay_codebook(codebook, body)
-        specs["codebook"] = pl.BlockSpec(
-            (None, *inputs["codebook"].shape[1:]), lambda e, m, n, k: (e, 0, 0)
-        )
-    integer = p.x_dtype == "int8" and one_scale
+        inputs["codebook"] = _lay_out_codebook(codebook, body)
+    is_integer_sum = p.x_dtype == "int8" and p.group == p.k
     out = jax.ShapeDtypeStruct(
         (p.e, p.m, p.n),
         _native(p.out_dtype),
         manual_axis_type=jax.typeof(x).manual_axis_type,
     )
+    num_bytes = sum(a.size * a.dtype.itemsize for a in (*inputs.values(), out))
+    total = pltpu.VMEM((bm, bn), jnp.int32 if is_integer_sum else jnp.float32)
     y = pl.pallas_call(
         functools.partial(_kernel, tuple(inputs), p, body, steps),
         grid=(p.e, pl.cdiv(p.m, bm), pl.cdiv(p.n, bn), steps),
-        in_specs=list(specs.values()),
+        in_specs=_input_specs(inputs, p, bm, bk, bn),
         out_specs=pl.BlockSpec((None, bm, bn), lambda e, m, n, k: (e, m, n)),
         out_shape=out,
-        scratch_shapes=[pltpu.VMEM((bm, bn), jnp.int32 if integer else jnp.float32)],
+        scratch_shapes=[total],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * p.e * p.m * p.k * p.n,
-            bytes_accessed=sum(
-                array.size * array.dtype.itemsize for array in (*inputs.values(), out)
-            ),
+            bytes_accessed=num_bytes,
             transcendentals=0,
         ),
         interpret=interpret,
@@ -191,129 +223,163 @@ def matmul(
     return y.astype(p.out_dtype)
 
 
+def _input_specs(
+    inputs: Mapping[str, jax.Array], p: Problem, bm: int, bk: int, bn: int
+) -> list[pl.BlockSpec]:
+    """The tile of each input that a grid step (e, m, n, k) gets."""
+    if p.group == p.k:
+        group_spec = pl.BlockSpec((None, 1, bn), lambda e, m, n, k: (e, 0, n))
+    else:
+        tile = (None, bk // p.group, bn)
+        group_spec = pl.BlockSpec(tile, lambda e, m, n, k: (e, k, n))
+    data_tile = (None, bk * p.bits // 8, bn)
+    specs = {
+        "x": pl.BlockSpec((None, bm, bk), lambda e, m, n, k: (e, m, k)),
+        "data": pl.BlockSpec(data_tile, lambda e, m, n, k: (e, k, n)),
+        "scale": group_spec,
+        "zero_point": group_spec,
+    }
+    if "codebook" in inputs:
+        tile = (None, *inputs["codebook"].shape[1:])
+        specs["codebook"] = pl.BlockSpec(tile, lambda e, m, n, k: (e, 0, 0))
+    return [specs[name] for name in inputs]
+
+
 def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) -> None:
-    *ins, y, total = refs
-    taken = dict(zip(names, ins, strict=True))
+    """One grid step (e, m, n, k): adds the product of one tile along k to `total`.
+
+    `refs` are the inputs `names`, then the result `[bm, bn]`, then total `[bm, bn]`.
+    """
+    *input_refs, y, total = refs
+    inputs = dict(zip(names, input_refs, strict=True))
     step = pl.program_id(3)
 
     @pl.when(step == 0)
     def _():
         total[...] = jnp.zeros_like(total)
 
-    x, data = taken["x"][...], taken["data"][...]
+    x, data = inputs["x"][...], inputs["data"][...]  # [bm, bk], [bk * bits / 8, bn]
     one_scale = p.group == p.k
     group = x.shape[1] if one_scale else p.group
     num_groups = x.shape[1] // group
 
     def per_group(name: str) -> jax.Array:
-        """float32 `[num_groups, bn]`, zero beyond the last group, where memory may hold NaN."""
-        rows = taken[name][...].astype(jnp.float32)
+        """float32 `[num_groups, bn]`, with zeros beyond the last group.
+
+        A tile may reach beyond the last group, where memory may hold NaN.
+        """
+        rows = inputs[name][...].astype(jnp.float32)
         if one_scale or p.num_groups % num_groups == 0:
             return rows
         index = step * num_groups + lax.broadcasted_iota(jnp.int32, rows.shape, 0)
         return jnp.where(index < p.num_groups, rows, 0.0)
 
-    def onto(rows: jax.Array, w: jax.Array, op) -> jax.Array:
-        """`op` of every row of w and the row of its group."""
+    def on_weights(rows: jax.Array, w: jax.Array, op) -> jax.Array:
+        """`op` of w `[bk, bn]` and, for each row of w, the row of its group."""
         return op(w.reshape(num_groups, group, -1), rows[:, None, :]).reshape(w.shape)
 
     if p.codebook:
-        w, bias = _look_up(data, taken["codebook"][...], body), 0
+        w, bias = _table_entries(data, inputs["codebook"][...], body), 0
     else:
-        w, bias = _integers(data, p)
+        w, bias = _integers(data, p)  # [bk, bn]
     zero = per_group("zero_point") - bias if p.zero_point else None
     if zero is None and bias:
         zero = jnp.full((num_groups, w.shape[1]), -float(bias), jnp.float32)
 
-    few_rows = (
-        4 * x.shape[0] <= group
-    )  # then scaling sums costs less than scaling weights, whoever decodes them
+    # With few rows of x, scaling sums costs less than scaling weights, in every body.
+    few_rows = 4 * x.shape[0] <= group
     if one_scale or body == "post" or (p.codebook and few_rows):
         w = w.astype(x.dtype)
         scale = None if one_scale else per_group("scale")
         sums = total[...]
         for g in range(num_groups):
             at = slice(g * group, (g + 1) * group)
-            part = _dot(x[:, at], w[at])
+            part = _tile_product(x[:, at], w[at])  # [bm, bn]
             if zero is not None:
+                # x @ (w - zero) = x @ w - sum(x) * zero
                 sum_x = jnp.sum(x[:, at].astype(part.dtype), axis=1, keepdims=True)
                 part -= sum_x * zero[g : g + 1].astype(part.dtype)
-            sums += (
-                part if scale is None else part.astype(jnp.float32) * scale[g : g + 1]
-            )
+            if scale is not None:
+                part = part.astype(jnp.float32) * scale[g : g + 1]
+            sums += part
         total[...] = sums
     else:
-        w = (
-            w.astype(x.dtype) if not p.codebook else w
-        )  # integers are exact in every dtype of x
+        if not p.codebook:
+            w = w.astype(x.dtype)  # every float dtype of x holds the integers exactly
         if zero is not None:
-            w = onto(zero.astype(w.dtype), w, jnp.subtract)
-        exact = w.dtype if w.dtype == taken["scale"].dtype else jnp.float32
-        w = onto(per_group("scale").astype(exact), w.astype(exact), jnp.multiply)
-        total[...] += _dot(x, w.astype(x.dtype))
+            w = on_weights(zero.astype(w.dtype), w, jnp.subtract)
+        # One rounding to x's dtype at the end, unless weights and scales share a dtype.
+        exact = w.dtype if w.dtype == inputs["scale"].dtype else jnp.float32
+        scale = per_group("scale").astype(exact)
+        w = on_weights(scale, w.astype(exact), jnp.multiply)
+        total[...] += _tile_product(x, w.astype(x.dtype))
 
     @pl.when(step == steps - 1)
     def _():
         sums = total[...]
-        if one_scale and "scale" in taken:
+        if one_scale and "scale" in inputs:
             sums = sums.astype(jnp.float32) * per_group("scale")
         y[...] = sums.astype(y.dtype)
 
 
 def _integers(data: jax.Array, p: Problem) -> tuple[jax.Array, int]:
-    """Codes `[bk, bn]` less a bias, and the bias."""
+    """Codes `[bk, bn]` minus a bias, and the bias."""
     if p.bits == 4:
         return pltpu.bitcast(data, jnp.int4 if p.signed else jnp.uint4), 0
     if p.signed or p.x_dtype != "int8":
         return data, 0
-    # The matrix unit takes signed bytes only. The top bit is flipped 4 bytes at a time: there are no byte operations.
+    # The matrix unit takes only signed bytes, so 128 is subtracted from each code: its
+    # top bit is flipped. There are no byte operations, so 4 bytes are flipped together.
     words = pltpu.bitcast(data, jnp.int32) ^ jnp.int32(-0x7F7F7F80)
     return pltpu.bitcast(words, jnp.int8), 128
 
 
-def _lay_codebook(codebook: jax.Array, body: str) -> jax.Array:
-    """Tables as registers want them: entries along 16 sublanes, or eight times along 128 lanes."""
+def _lay_out_codebook(codebook: jax.Array, body: str) -> jax.Array:
+    """Tables in the arrangement of registers.
+
+    For gather, bfloat16 `[e, 16, 128]`: the entries along 16 sublanes. For select,
+    float32 `[e, 1, 128]`: the entries eight times along 128 lanes.
+    """
     if body == "gather":
-        return jnp.broadcast_to(
-            codebook.astype(jnp.bfloat16)[:, :, None], (*codebook.shape, _LANES)
-        )
+        entries = codebook.astype(jnp.bfloat16)[:, :, None]
+        return jnp.broadcast_to(entries, (*codebook.shape, _LANES))
     return jnp.tile(codebook, (1, _LANES // 16))[:, None, :]
 
 
-def _look_up(data: jax.Array, table: jax.Array, body: str) -> jax.Array:
-    """Entries `[bk, bn]` of the codes in data: bfloat16 in gather, float32 in select."""
+def _table_entries(data: jax.Array, table: jax.Array, body: str) -> jax.Array:
+    """Entries `[bk, bn]` of the codes in data: bfloat16 for gather, else float32."""
     codes = pltpu.bitcast(data, jnp.uint4)
     bk, bn = codes.shape
-    take = functools.partial(jnp.take_along_axis, mode="promise_in_bounds")
-    # A gather serves one register at a time, and index and entry have one width: 16 bits, or 32 bits.
+    look_up = functools.partial(jnp.take_along_axis, mode="promise_in_bounds")
+    # One gather serves one register. Indices and entries must have the same width: 16
+    # bits along sublanes, 32 bits along lanes.
     if body == "gather":
-        codes, table = (
-            codes.astype(jnp.int16),
-            jnp.concatenate([table] * (bn // _LANES), axis=1),
-        )
-        return jnp.concatenate(
-            [take(table, codes[i : i + 16], axis=0) for i in range(0, bk, 16)], axis=0
-        )
+        codes = codes.astype(jnp.int16)
+        table = jnp.concatenate([table] * (bn // _LANES), axis=1)  # [16, bn]
+        parts = [look_up(table, codes[i : i + 16], axis=0) for i in range(0, bk, 16)]
+        return jnp.concatenate(parts, axis=0)
     codes, table = codes.astype(jnp.int32), jnp.broadcast_to(table, (bk, _LANES))
-    return jnp.concatenate(
-        [take(table, codes[:, i : i + _LANES], axis=1) for i in range(0, bn, _LANES)],
-        axis=1,
-    )
+    starts = range(0, bn, _LANES)
+    parts = [look_up(table, codes[:, i : i + _LANES], axis=1) for i in starts]
+    return jnp.concatenate(parts, axis=1)
 
 
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+def _tile_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x @ w` `[bm, bn]`, int32 for int8 x, float32 otherwise."""
+    accumulate = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    # Without HIGHEST the matrix unit would round float32 to bfloat16.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(
         x,
         w,
         (((1,), (0,)), ((), ())),
         precision=precision,
-        preferred_element_type=total,
+        preferred_element_type=accumulate,
     )
 
 
 def _native(dtype: str | jnp.dtype) -> jnp.dtype:
+    """The dtype in which a TPU computes this dtype: float32 for float16."""
     return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
 
 
@@ -322,32 +388,41 @@ def _to_native(array: jax.Array) -> jax.Array:
 
 
 def _generation(device_kind: str | None) -> int:
-    """The digit of its name; 5 where there is none, which can do the least of those served."""
-    found = re.search(r"TPU\s?v?(\d)", device_kind or "")
-    return int(found[1]) if found else 5
+    """The number in the name of a TPU, 5 if there is none.
+
+    Generation 5 is the one with the fewest abilities of those that the kernel serves.
+    """
+    match = re.search(r"TPU\s?v?(\d)", device_kind or "")
+    return int(match[1]) if match else 5
 
 
 def _height(p: Problem) -> int:
-    """What bk must be a multiple of: the rows of whole registers of codes, and of eight scales."""
+    """What bk must be a multiple of: whole registers of codes, and eight scales."""
     return 256 if p.group == p.k else _SUBLANES * p.group
 
 
 def _check_tiles(p: Problem, bm: int, bk: int, bn: int, body: str) -> None:
+    """Checks that the kernel can run this problem with these tiles."""
     height = _height(p)
     if bm % _SUBLANES or bn % _LANES or bk % height or min(bm, bk, bn) < 1:
         raise ValueError(
-            f"tiles {bm=}, {bk=}, {bn=} of groups of {p.group} must be multiples of {_SUBLANES}, {height}, {_LANES}."
+            f"quantized_matmul: the TPU kernel cannot run with tiles {bm=}, {bk=}, "
+            f"{bn=} for groups of {p.group}. They must be positive multiples of "
+            f"{_SUBLANES}, {height} and {_LANES}."
         )
     bodies = ("gather", "select") if p.codebook else ("pre", "post")
     if body not in bodies:
         raise ValueError(
-            f"body {body!r} does not decode {p.codes}: use one of {bodies}."
+            f"quantized_matmul: body {body!r} of the TPU kernel does not decode "
+            f"{p.codes}. Use one of {', '.join(bodies)}."
         )
     if body == "gather" and p.x_dtype != "bfloat16":
         raise ValueError(
-            f'body "gather" has bfloat16 entries, too coarse for x of {p.x_dtype}: use "select".'
+            'quantized_matmul: body "gather" of the TPU kernel has bfloat16 entries, '
+            f'which are too coarse for x in {p.x_dtype}. Use "select".'
         )
     if body == "pre" and p.x_dtype == "int8":
         raise ValueError(
-            'body "pre" rounds weights to x\'s dtype, which int8 cannot hold: use "post".'
+            'quantized_matmul: body "pre" of the TPU kernel rounds weights to the '
+            'dtype of x, and int8 cannot hold them. Use "post".'
         )

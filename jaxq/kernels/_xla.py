@@ -1,17 +1,25 @@
-"""Float activations times a quantized weight, decoding a few rows at a time.
+"""Float activations times a quantized weight in plain XLA, block of rows by block.
 
-A dequantized weight is 4 to 16 times its quantized size, and on CPU the page faults of that one temporary cost more
-than the product. So rows are decoded in blocks that stay in cache, and multiplied at once:
+A dequantized weight is 4 to 16 times larger than the quantized one. On a CPU the page
+faults of that temporary array cost more than the product. So rows are decoded in blocks
+that stay in the cache, and each block is multiplied while it is there:
 
-    for each block of rows:  y[rows] = decode(codes[rows]) @ x.T          # [r, k] @ [k, m]
+    for each block of rows:  y[rows] = decode(codes[rows]) @ x.T    # [r, k] @ [k, m]
 
-Halves of a byte are never interleaved: each half meets its half of x. The block is the left operand, which the CPU's
-matrix library prefers, and y stays [n, m] until the last block is done: a transpose right after a product would be
-folded into it, into a form that library does not take. The backward pass runs the same loop: dx sums over blocks, and
-scales get exact gradients.
+Three choices follow from XLA:CPU:
 
-Where there are no cores but matrix units, the same loop runs over larger blocks (`RowMeta.block_bytes`): a dense
-product of a decoded weight, which is what a kernel for few rows of x cannot beat at many.
+- The halves of a byte are never interleaved. Each half is multiplied with its part of
+  x.
+- The block is the left operand, which the CPU's matrix library prefers.
+- y stays [n, m] until the last block is done. XLA would fold a transpose right after a
+  product into a form that the library does not support.
+
+The backward pass runs the same loop: dx is a sum over blocks, and scales get exact
+gradients.
+
+On an accelerator the blocks are larger (`RowMeta.block_bytes`). The loop is then a
+dense product with a decoded weight, for the products that no kernel computes and for
+those with many rows of x.
 """
 
 from __future__ import annotations
@@ -26,20 +34,23 @@ from jaxq.kernels._rows import (
     RowMeta,
     Rows,
     block_rows,
+    columns_of_block,
     decode_field,
     for_blocks,
     join_fields,
     num_fields,
+    num_groups,
     split_fields,
 )
 
 
 def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
-    """`x @ decode(rows).T` accumulated in float32.
+    """Computes `x @ decode(rows).T` and accumulates in float32.
 
     Args:
-      x: `[m, k]` float32, bfloat16 or float16; weights are rounded to its dtype, as on a matrix unit.
-      rows: `[n, k]`.
+      x: `[m, k]` float32, bfloat16 or float16. Weights are rounded to its dtype, as for
+        a matrix unit.
+      rows: the weight, `[n, k]`.
       meta: static facts of the rows.
 
     Returns:
@@ -48,122 +59,133 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     m, n = x.shape[0], rows.data.shape[0]
     if 0 in (m, n, meta.k):
         return jnp.zeros((m, n), jnp.float32)
-    groups = rows.scale.shape[-1]
-    # A scale that is one along k leaves the sum and joins the result.
-    post = groups == 1 and rows.offset is None
-    # One lone row of a narrow type is no matrix product for XLA:CPU, which then widens the whole weight.
-    wide = jnp.pad(x, ((0, 1), (0, 0))) if m == 1 and x.dtype != jnp.float32 else x
-    parts = split_fields(wide, meta, groups)  # [m, k / fields]
+    groups = num_groups(rows)
+    # A scale that is constant along k multiplies the result instead of the weights.
+    scale_result = groups == 1 and rows.offset is None
+    wide = _without_single_row(x)
+    x_fields = split_fields(wide, meta, groups)  # each [m, k / fields]
 
-    def block(taken: Rows) -> jax.Array:
+    def product(block: Rows) -> jax.Array:
         weights = [
-            decode_field(taken, meta, i, scaled=not post).astype(wide.dtype)
-            for i in range(len(parts))
+            decode_field(block, meta, i, scaled=not scale_result).astype(wide.dtype)
+            for i in range(len(x_fields))
         ]
-        total = functools.reduce(
-            jnp.add,
-            [_dot(w, part, (1, 1)) for w, part in zip(weights, parts, strict=True)],
-        )
-        return total * taken.scale.astype(jnp.float32) if post else total  # [r, m]
+        terms = [
+            _dot_float32(weight, field, (1, 1))
+            for weight, field in zip(weights, x_fields, strict=True)
+        ]
+        total = functools.reduce(jnp.add, terms)  # [r, m]
+        return total * block.scale.astype(jnp.float32) if scale_result else total
 
-    def write(y: jax.Array, start: jax.Array, taken: Rows) -> jax.Array:
-        return lax.dynamic_update_slice(y, block(taken), (start, jnp.zeros_like(start)))
+    def write(y: jax.Array, start: jax.Array, block: Rows) -> jax.Array:
+        at = (start, jnp.zeros_like(start))
+        return lax.dynamic_update_slice(y, product(block), at)
 
-    return for_blocks(rows, meta, write, jnp.zeros((n, wide.shape[0]), jnp.float32)).T[
-        :m
-    ]
+    y = jnp.zeros((n, wide.shape[0]), jnp.float32)
+    return for_blocks(rows, meta, write, y).T[:m]
 
 
 def transposed_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
-    """`x @ decode(rows)`, accumulated in float32: the weight used the other way round.
+    """Computes `x @ decode(rows)` and accumulates in float32.
 
     Args:
-      x: `[m, n]`.
-      rows: `[n, k]`.
+      x: `[m, n]` float32, bfloat16 or float16. Weights are rounded to its dtype.
+      rows: the weight, `[n, k]`.
       meta: static facts of the rows.
 
     Returns:
       float32 `[m, k]`.
     """
-    m, n, groups = x.shape[0], rows.data.shape[0], rows.scale.shape[-1]
+    m, n, groups = x.shape[0], rows.data.shape[0], num_groups(rows)
     fields = num_fields(meta, groups)
     if 0 in (m, n, meta.k):
         return jnp.zeros((m, meta.k), jnp.float32)
-    count = block_rows(meta, n)
-    # The last block starts early so that all have one size; rows met before count as zero the second time.
-    index = jnp.arange(count, dtype=jnp.int32)
+    index = jnp.arange(block_rows(meta, n), dtype=jnp.int32)
 
     def add(
-        totals: list[jax.Array], start: jax.Array, taken: Rows, fresh: jax.Array
+        totals: list[jax.Array], start: jax.Array, block: Rows, num_repeats: jax.Array
     ) -> list[jax.Array]:
-        part = lax.dynamic_slice_in_dim(x, start, count, axis=1)
-        part = jnp.where(index[None, :] >= fresh, part, jnp.zeros((), x.dtype))
-        part = (
-            jnp.pad(part, ((0, 1), (0, 0)))
-            if m == 1 and x.dtype != jnp.float32
-            else part
-        )
+        part = columns_of_block(x, start, index, num_repeats)  # [m, r]
+        part = _without_single_row(part)
         weights = [
-            decode_field(taken, meta, i).astype(part.dtype) for i in range(fields)
+            decode_field(block, meta, i).astype(part.dtype) for i in range(fields)
         ]
         return [
-            t + _dot(part, w, (1, 0))[:m] for t, w in zip(totals, weights, strict=True)
+            total + _dot_float32(part, weight, (1, 0))[:m]
+            for total, weight in zip(totals, weights, strict=True)
         ]
 
     zeros = [jnp.zeros((m, meta.padded_k // fields), jnp.float32)] * fields
-    return join_fields(for_blocks(rows, meta, add, zeros, tell_fresh=True), meta)
+    totals = for_blocks(rows, meta, add, zeros, with_repeats=True)
+    return join_fields(totals, meta)
 
 
 def rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Rows:
-    """Cotangents of scale, offset and codebook for `y = x @ decode(rows).T`; None for the others.
+    """Returns the gradients of scale, offset and codebook for `y = x @ decode(rows).T`.
 
     Args:
       x: `[m, k]`.
-      rows: `[n, k]`.
+      rows: the weight, `[n, k]`.
       meta: static facts of the rows.
-      dy: `[m, n]`.
+      dy: cotangent of y, `[m, n]`.
+
+    Returns:
+      `Rows` with the gradients. The other fields are None.
     """
-    groups, n = rows.scale.shape[-1], rows.data.shape[0]
+    groups, n = num_groups(rows), rows.data.shape[0]
     leaves = {"scale": rows.scale, "offset": rows.offset, "codebook": rows.codebook}
     floats = {name: leaf for name, leaf in leaves.items() if leaf is not None}
-    parts = split_fields(x.astype(jnp.float32), meta, groups)
+    x_fields = split_fields(x.astype(jnp.float32), meta, groups)
     dy = dy.astype(jnp.float32)
     count = block_rows(meta, n)
 
-    def add(totals: dict, start: jax.Array, taken: Rows, fresh: jax.Array) -> dict:
-        dy_part = lax.dynamic_slice_in_dim(dy, start, count, axis=1)  # [m, r]
-        dy_part = jnp.where(
-            jnp.arange(count, dtype=jnp.int32)[None, :] >= fresh, dy_part, 0.0
-        )
+    def add(
+        totals: dict, start: jax.Array, block: Rows, num_repeats: jax.Array
+    ) -> dict:
+        index = jnp.arange(count, dtype=jnp.int32)
+        dy_block = columns_of_block(dy, start, index, num_repeats)  # [m, r]
 
         def decode(leaves: dict) -> list[jax.Array]:
-            return [
-                decode_field(taken._replace(**leaves), meta, i)
-                for i in range(len(parts))
-            ]
+            weight = block._replace(**leaves)
+            return [decode_field(weight, meta, i) for i in range(len(x_fields))]
 
-        _, pull = jax.vjp(
-            decode, {name: getattr(taken, name).astype(jnp.float32) for name in floats}
+        wide = {name: getattr(block, name).astype(jnp.float32) for name in floats}
+        _, pull = jax.vjp(decode, wide)
+        # dW = dy.T @ x, [r, k / fields] for each field
+        (gradients,) = pull(
+            [_dot_float32(dy_block, field, (0, 0)) for field in x_fields]
         )
-        (found,) = pull(
-            [_dot(dy_part, part, (0, 0)) for part in parts]
-        )  # from dW: [r, k / fields]
 
-        def put(total: jax.Array, new: jax.Array) -> jax.Array:
-            if total.shape[0] == 1 != n:  # all rows share it
-                return total + new
+        def add_block(total: jax.Array, gradient: jax.Array) -> jax.Array:
+            if total.shape[0] == 1 and n != 1:  # all rows share the leaf
+                return total + gradient
             old = lax.dynamic_slice_in_dim(total, start, count, axis=0)
-            return lax.dynamic_update_slice_in_dim(total, old + new, start, axis=0)
+            new = old + gradient
+            return lax.dynamic_update_slice_in_dim(total, new, start, axis=0)
 
-        return jax.tree.map(put, totals, found)
+        return jax.tree.map(add_block, totals, gradients)
 
-    zeros = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in floats.items()}
+    totals = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in floats.items()}
     if 0 not in (x.shape[0], n, meta.k):
-        zeros = for_blocks(rows, meta, add, zeros, tell_fresh=True)
-    found = {name: leaf.astype(floats[name].dtype) for name, leaf in zeros.items()}
-    return Rows(**{name: found.get(name) for name in Rows._fields})  # pyright: ignore[reportArgumentType]
+        totals = for_blocks(rows, meta, add, totals, with_repeats=True)
+    gradients = dict.fromkeys(Rows._fields)
+    gradients |= {
+        name: total.astype(floats[name].dtype) for name, total in totals.items()
+    }
+    return Rows(**gradients)  # pyright: ignore[reportArgumentType]
 
 
-def _dot(a: jax.Array, b: jax.Array, contracting: tuple[int, int]) -> jax.Array:
+def _without_single_row(x: jax.Array) -> jax.Array:
+    """Adds a row of zeros to a single row of a 16-bit dtype.
+
+    XLA:CPU does not treat a product with one row as a matrix product, and would widen
+    the whole weight to float32 instead.
+    """
+    if x.shape[0] == 1 and x.dtype != jnp.float32:
+        return jnp.pad(x, ((0, 1), (0, 0)))
+    return x
+
+
+def _dot_float32(a: jax.Array, b: jax.Array, contracting: tuple[int, int]) -> jax.Array:
     dims = (((contracting[0],), (contracting[1],)), ((), ()))
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)

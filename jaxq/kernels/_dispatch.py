@@ -1,0 +1,217 @@
+"""Decides whether a Pallas kernel or the XLA form computes a product.
+
+`choose` decides by static facts alone, for any platform, without a device. `decide` is
+what the primitive asks when a program is lowered. It also obeys a caller that names a
+kernel, warns when a kernel of the platform does not run, and sets the size of the
+blocks in which the XLA form decodes a weight.
+
+A program for several devices is partitioned by XLA. XLA cannot partition a kernel, so
+the XLA form runs there. Inside `jax.shard_map` every device runs a kernel of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxq.kernels._call import Call, problem_of
+from jaxq.kernels._problem import Problem
+from jaxq.kernels._registry import KERNELS, kernel_module, platform_of
+
+# Number of rows of x from which a platform decodes the whole weight and multiplies it
+# densely. A GPU kernel decodes its weights again for every 128 rows of x. From some
+# number of rows on, computing should take longer than reading the decoded weight. The
+# number is an estimate: no device has been measured yet.
+_DENSE_FROM = {"cuda": 512}
+# Size in bytes of the decoded rows that the XLA form holds on an accelerator.
+_ACCELERATOR_BLOCK_BYTES = 256 * 2**20
+# A block size that no weight reaches. Over several devices a weight is decoded in one
+# block, each device its part, because XLA cannot partition a loop over blocks of rows.
+_WHOLE_WEIGHT = 2**62
+
+
+class FallbackWarning(UserWarning):
+    """A kernel for this platform exists but does not run. The message says why.
+
+    Example:
+      >>> import warnings
+      >>> from jaxq import kernels
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("ignore", kernels.FallbackWarning)
+    """
+
+
+class Choice(NamedTuple):
+    """What computes a product on a platform.
+
+    Attributes:
+      backend: "xla" or the name of a kernel.
+      reason: why no kernel runs, or None if one runs.
+      preferred: True if the XLA form runs because it is expected to be faster.
+      passed_over: kernels that come before the chosen one, and why they do not serve.
+
+    Example:
+      >>> from jaxq.kernels import Choice
+      >>> Choice("xla", "there are no kernels for cpu").backend
+      'xla'
+    """
+
+    backend: str
+    reason: str | None
+    preferred: bool = False
+    passed_over: str = ""
+
+
+def choose(
+    problem: Problem | str, platform: str, device_kind: str | None, num_devices: int = 1
+) -> Choice:
+    """Chooses the kernel that computes a product on a platform, by static facts alone.
+
+    Args:
+      problem: the product, or the reason why kernels do not know it.
+      platform: "cpu", "tpu", "cuda", ...
+      device_kind: `jax.Device.device_kind`, or None if unknown.
+      num_devices: number of devices over which XLA partitions the program.
+
+    Returns:
+      A `Choice`.
+
+    Example:
+      >>> from jaxq.kernels import Problem, choose
+      >>> problem = Problem(e=1, m=16, k=4096, n=4096, bits=4, signed=True,
+      ...                   codebook=False, group=128, zero_point=False, layout="rows",
+      ...                   x_dtype="bfloat16", scale_dtype="bfloat16",
+      ...                   out_dtype="bfloat16")
+      >>> choose(problem, "cuda", "NVIDIA H200").backend
+      'mosaic_gpu'
+      >>> choose(problem, "cpu", None).reason
+      'there are no kernels for cpu'
+    """
+    if platform not in KERNELS:
+        return Choice("xla", f"there are no kernels for {platform}")
+    if isinstance(problem, str):
+        return Choice("xla", problem)
+    if num_devices > 1:
+        return Choice(
+            "xla",
+            f"XLA partitions this program for {num_devices} devices and cannot "
+            "partition a kernel; inside jax.shard_map a kernel runs on each device",
+        )
+    if 0 in (problem.e, problem.m, problem.n, problem.k):
+        return Choice("xla", "the product is empty")
+    if platform == "cuda" and problem.x_dtype == "int8" and problem.bits == 8:
+        reason = "XLA has its own int8 product for int8 x and 8-bit codes"
+        return Choice("xla", reason, preferred=True)
+    return _first_kernel(problem, platform, device_kind)
+
+
+def _first_kernel(problem: Problem, platform: str, device_kind: str | None) -> Choice:
+    """Chooses the first kernel of the platform that serves the problem."""
+    names = KERNELS[platform]
+    dense_from = _DENSE_FROM.get(platform)
+    reasons = []
+    for name in names:
+        reason = kernel_module(name).why_not(problem, device_kind)
+        if reason is not None:
+            reasons.append(reason if len(names) == 1 else f"{name}: {reason}")
+        elif dense_from is not None and problem.m >= dense_from:
+            reason = (
+                f"from {dense_from} rows of x on, the weight is decoded once and "
+                "multiplied densely"
+            )
+            return Choice("xla", reason, preferred=True)
+        else:
+            return Choice(name, None, passed_over="; ".join(reasons))
+    return Choice("xla", "; ".join(reasons))
+
+
+class Decision(NamedTuple):
+    """What the lowering of one call has to do.
+
+    Attributes:
+      call: the call, with the block size for the XLA form in `call.meta`.
+      backend: "xla" or the name of a kernel.
+      problem: the product for the kernel, or None for the XLA form.
+    """
+
+    call: Call
+    backend: str = "xla"
+    problem: Problem | None = None
+
+
+def decide(
+    call: Call,
+    x: Any,
+    leaves: Sequence[Any],
+    *,
+    platform: str,
+    device_kind: str | None,
+    num_devices: int,
+) -> Decision:
+    """Decides what computes a call in a program that is being lowered.
+
+    Args:
+      call: static facts of the product.
+      x: abstract value `[e, m, k]`.
+      leaves: abstract values of the rows, in the order of `call.leaves`.
+      platform: the platform that the program is lowered for.
+      device_kind: `jax.Device.device_kind`, or None if unknown.
+      num_devices: number of devices over which XLA partitions the program.
+
+    Raises:
+      ValueError: `call.backend` names a kernel that does not run on the platform, and
+        `call.interpret` is False.
+    """
+    if call.backend not in ("auto", "xla"):
+        return _named_kernel(call, x, leaves, platform)
+    if platform not in KERNELS:
+        block_bytes = _WHOLE_WEIGHT if num_devices > 1 else call.meta.block_bytes
+        return Decision(_with_blocks(call, block_bytes))
+    if call.backend == "auto":
+        problem = problem_of(call, x, leaves)
+        choice = choose(problem, platform, device_kind, num_devices)
+        if choice.reason is None:
+            assert isinstance(problem, Problem), problem
+            return Decision(call, choice.backend, problem)
+        # No warning in a derivative, which never has a kernel, or if the XLA form is
+        # expected to be faster.
+        if not call.backward and not choice.preferred:
+            _warn(call, platform, choice.reason)
+    per_matrix = _ACCELERATOR_BLOCK_BYTES // max(x.shape[0], 1)
+    return Decision(
+        _with_blocks(call, _WHOLE_WEIGHT if num_devices > 1 else per_matrix)
+    )
+
+
+def _named_kernel(call: Call, x: Any, leaves: Sequence[Any], platform: str) -> Decision:
+    """The decision if the caller names a kernel."""
+    if not call.interpret and call.backend not in KERNELS.get(platform, ()):
+        raise ValueError(
+            f"quantized_matmul: the {call.backend} kernel runs on "
+            f"{platform_of(call.backend)}, and this program is lowered for {platform}. "
+            "Use interpret=True to run the kernel's interpreter."
+        )
+    if (
+        call.transposed
+    ):  # part of a derivative: kernels compute only the forward product
+        return Decision(call)
+    problem = problem_of(call, x, leaves)
+    assert isinstance(problem, Problem), problem
+    return Decision(call, call.backend, problem)
+
+
+def _with_blocks(call: Call, block_bytes: int | None) -> Call:
+    """The call whose XLA form decodes blocks of rows of this size."""
+    meta = dataclasses.replace(call.meta, block_bytes=block_bytes)
+    return dataclasses.replace(call, meta=meta)
+
+
+def _warn(call: Call, platform: str, reason: str) -> None:
+    warnings.warn(
+        f"No kernel runs for a {call.meta.fmt.name} product with k = {call.meta.k} on "
+        f"{platform}, so XLA computes it: {reason}.",
+        FallbackWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,145 @@
+"""The two ways to carry out a call: in plain XLA, or by a Pallas kernel.
+
+Both take x `[e, m, k]` and the leaves of `Rows`, each with a leading axis e.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxq import formats
+from jaxq.kernels import _tiles
+from jaxq.kernels._call import Call, problem_of, with_leaves
+from jaxq.kernels._codes import codes_matmul
+from jaxq.kernels._problem import Problem
+from jaxq.kernels._registry import kernel_module
+from jaxq.kernels._rows import RowMeta, Rows, as_rows, int8_meta
+from jaxq.kernels._xla import transposed_matmul, weight_only_matmul
+
+
+def xla_form(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
+    """Computes the product in plain XLA.
+
+    This form runs on every platform without a kernel. Kernels are compared with it.
+
+    Args:
+      x: `[e, m, k]`, or `[e, m, n]` if `call.transposed`.
+      *leaves: arrays of the rows in the order of `call.leaves`.
+      call: static facts of the product.
+
+    Returns:
+      `[e, m, n]`, or `[e, m, k]` if `call.transposed`, in `call.out_dtype`.
+    """
+    product = functools.partial(_xla_matrix, call=call)
+    if x.shape[0] == 1:
+        return product(x[0], *(leaf[0] for leaf in leaves))[None]
+    if call.meta.block_bytes is None and x.dtype != jnp.int8:
+        # One matrix after the other: blocks of all matrices would not fit in the cache.
+        return lax.map(lambda args: product(*args), (x, *leaves))
+    return jax.vmap(product)(x, *leaves)
+
+
+def _xla_matrix(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
+    """`xla_form` of a single matrix: x `[m, k]`."""
+    rows, meta = as_rows(call.rows(leaves), call.meta)
+    if x.dtype == jnp.int8:
+        # x has no scale of its own. A scale of one makes the sums float32.
+        scale = None if rows.scale is None else jnp.ones((1, 1), jnp.float32)
+        x_rows = Rows(x, scale, None, None, None)  # pyright: ignore[reportArgumentType]
+        y = codes_matmul(x_rows, int8_meta(meta.k), rows, meta)
+        return y.astype(call.out_dtype)
+    if call.meta.layout == "columns" and meta.block_bytes is None:
+        # XLA:CPU would multiply columns without a transpose, and its matrix library
+        # does not support that in 16-bit floats.
+        x = x.astype(jnp.float32)
+    matmul = transposed_matmul if call.transposed else weight_only_matmul
+    return matmul(x, rows, meta).astype(call.out_dtype)
+
+
+def pallas_form(
+    x: jax.Array,
+    *leaves: jax.Array,
+    call: Call,
+    kernel: str,
+    problem: Problem,
+    device_kind: str | None,
+) -> jax.Array:
+    """Computes the product by a Pallas kernel.
+
+    Args:
+      x: `[e, m, k]`.
+      *leaves: arrays of the rows in the order of `call.leaves`.
+      call: static facts of the product.
+      kernel: name of the kernel.
+      problem: the same product as kernels see it.
+      device_kind: `jax.Device.device_kind`, or None if unknown. It selects the tiles.
+
+    Returns:
+      `[e, m, n]` in `call.out_dtype`.
+    """
+    rows = call.rows(leaves)
+    codebook = rows.codebook
+    if codebook is not None:
+        codebook = codebook.reshape(problem.e, -1)
+    elif problem.codebook:
+        fmt = call.meta.fmt
+        numbers = fmt.decode(jnp.arange(16, dtype=fmt.code_dtype)).astype(jnp.float32)
+        codebook = jnp.broadcast_to(numbers, (problem.e, 16))
+
+    def groups_first(leaf: jax.Array | None) -> jax.Array | None:
+        """`[e, n or 1, g]` as `[e, g, n]`."""
+        if leaf is None:
+            return None
+        per_row = jnp.broadcast_to(leaf, (problem.e, problem.n, leaf.shape[-1]))
+        return jnp.swapaxes(per_row, 1, 2)
+
+    return kernel_module(kernel).matmul(
+        _in_memory_order(x, call.meta),
+        rows.data,
+        groups_first(rows.scale),
+        groups_first(rows.zero_point),
+        codebook,
+        problem=problem,
+        tiles=_tiles.lookup(kernel, device_kind, problem),
+        interpret=call.interpret,
+    )
+
+
+def interpreted(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
+    """Runs the interpreter of the kernel that `call.backend` names.
+
+    It takes the arguments of `call_matmul`. It does not use the primitive, so it has
+    none of the primitive's rules: no derivatives and no `vmap`.
+    """
+    call, leaves = with_leaves(call, rows)
+    single = x.ndim == 2
+    args = [array[None] if single else array for array in (x, *leaves)]
+    problem = problem_of(call, args[0], args[1:])
+    assert isinstance(problem, Problem), problem
+    y = pallas_form(
+        *args, call=call, kernel=call.backend, problem=problem, device_kind=None
+    )
+    return y[0] if single else y
+
+
+def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
+    """Pads x to `padded_k` columns and orders them as the codes lie in memory.
+
+    Column j of the result belongs to code j in memory, where the code in the low bits
+    of a byte comes first.
+    """
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, meta.padded_k - meta.k)))
+    if meta.packing in (formats.Packing.NONE, formats.Packing.LOW_FIRST):
+        return x
+    if meta.packing is formats.Packing.HALVES:
+        # Byte j of a unit has codes j and j + unit / 2.
+        half = (meta.unit or meta.padded_k) // 2
+        units = x.reshape(*x.shape[:2], -1, 2, half)  # [e, m, units, 2, unit / 2]
+        return jnp.swapaxes(units, 3, 4).reshape(x.shape)
+    # HIGH_FIRST: the second code of a byte is in its low bits.
+    pairs = x.reshape(*x.shape[:2], -1, 2)  # [e, m, bytes, 2]
+    return pairs[..., ::-1].reshape(x.shape)

@@ -1,0 +1,337 @@
+"""One product with a quantized weight as a jax primitive, and the primitive's rules.
+
+jax asks a primitive's lowering rule when it knows the platform. The rule here asks
+`_dispatch.decide` whether a kernel runs. `lax.platform_dependent` also chooses between
+functions at lowering, but a program with a Pallas kernel in it then fails to lower for
+several platforms together.
+
+| transformation | rule |
+|---|---|
+| lowering | the platform's kernel, or the XLA form if there is a reason against one |
+| vmap over x | the mapped axis joins the rows of x |
+| vmap over the weight | a stack of products, the outermost grid axis of a kernel |
+| derivative for x | the same product |
+| derivative for scale, offset, codebook | `tangent_p`, which is linear in them |
+| transpose for x | the same product with the weight transposed |
+| transpose for scale, offset, codebook | their gradient, decoded in blocks of rows |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxq.kernels import _dispatch
+from jaxq.kernels._call import Call, with_leaves
+from jaxq.kernels._devices import assumed_gpu, lowering_devices
+from jaxq.kernels._forms import pallas_form, xla_form
+from jaxq.kernels._registry import KERNELS
+from jaxq.kernels._rows import Rows, as_rows
+from jaxq.kernels._xla import rows_gradient
+from jaxq.sharding import call_on_auto_axes, explicit_spec
+
+# `matmul_p(x, *leaves)` is the product.
+matmul_p = Primitive("quantized_matmul")
+# `tangent_p(x, *leaves, *dots)` is the derivative of the product along `dots`, the
+# tangents of the float leaves (scale, offset, codebook). It is linear in `dots`, and
+# in x.
+tangent_p = Primitive("quantized_matmul_tangent")
+
+
+def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
+    """Computes `x @ decode(rows).T`, or `x @ decode(rows)` if `call.transposed`.
+
+    Args:
+      x: `[m, k]`, or `[m, n]` if transposed. With a leading axis e if every leaf of
+        `rows` has one.
+      rows: the weight, `[n, k]`.
+      call: static facts of the product. `leaves` is filled in here.
+
+    Returns:
+      `[m, n]`, or `[m, k]` if transposed, in `call.out_dtype`.
+    """
+    call, leaves = with_leaves(call, rows)
+
+    def bind(*args: jax.Array) -> jax.Array:
+        if x.ndim == 3:
+            return _bind(matmul_p, args, call)
+        return _bind(matmul_p, [array[None] for array in args], call)[0]
+
+    n_axis = x.ndim - 2 if call.meta.layout == "rows" else x.ndim - 1
+    last = None if call.transposed else explicit_spec(rows.data)[n_axis]
+    return call_on_auto_axes(bind, (*explicit_spec(x)[:-1], last), x, *leaves)
+
+
+def calls(jaxpr: Any) -> Iterator[tuple[Call, Any, list[Any]]]:
+    """Yields (call, x, leaves) for every product in a jaxpr, inner jaxprs included.
+
+    x and leaves are abstract values.
+    """
+    for equation in jaxpr.eqns:
+        if equation.primitive is matmul_p:
+            x, *leaves = (variable.aval for variable in equation.invars)
+            yield equation.params["call"], x, leaves
+        parameters = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        )
+        for parameter in parameters:
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from calls(inner)
+
+
+def _bind(primitive: Primitive, args: Sequence[jax.Array], call: Call) -> jax.Array:
+    """Binds the primitive to operands that vary over the same mesh axes.
+
+    Inside `shard_map` a primitive needs that of its operands.
+    """
+    varying = [jax.typeof(a).manual_axis_type.varying for a in args]
+    all_axes = frozenset().union(*varying)
+    operands = []
+    for array, axes in zip(args, varying, strict=True):
+        missing = tuple(all_axes - axes)
+        if missing:
+            array = lax.pcast(array, missing, to="varying")
+        operands.append(array)
+    return primitive.bind(*operands, call=call)
+
+
+# Shapes and evaluation.
+
+
+def _abstract(x, *leaves, call: Call):
+    """Shape and dtype of the result `[e, m, n]`, or `[e, m, k]` if transposed."""
+    data = leaves[call.leaves.index("data")]
+    n = data.shape[1 if call.meta.layout == "rows" else 2]
+    shape = (*x.shape[:2], call.meta.k if call.transposed else n)
+    return x.update(shape=shape, dtype=jnp.dtype(call.out_dtype), weak_type=False)
+
+
+@functools.partial(jax.jit, static_argnames="call")
+def _run(*args, call: Call):
+    return matmul_p.bind(*args, call=call)
+
+
+@functools.partial(jax.jit, static_argnames="call")
+def _run_tangent(*args, call: Call):
+    return tangent_p.bind(*args, call=call)
+
+
+def _compiled(run):
+    """The evaluation of a primitive outside of jit: always one compiled program.
+
+    The primitive has no implementation but its lowering, so `jax.disable_jit()` must
+    not reach it.
+    """
+
+    def evaluate(*args, call: Call):
+        with jax.disable_jit(False):
+            return run(*args, call=call)
+
+    return evaluate
+
+
+# Lowering.
+
+
+def _lower(ctx, *args, call: Call, platform: str | None):
+    """Carries out the decision of `_dispatch.decide` for one platform.
+
+    `platform` is None in the rule for all platforms without kernels.
+    """
+    with assumed_gpu(platform, ctx.avals_in):
+        device_kind, num_devices = lowering_devices(ctx, platform)
+        decision = _dispatch.decide(
+            call,
+            ctx.avals_in[0],
+            ctx.avals_in[1:],
+            platform=platform or _platform_without_kernels(ctx),
+            device_kind=device_kind,
+            num_devices=num_devices,
+        )
+        form = functools.partial(xla_form, call=decision.call)
+        if decision.problem is not None:
+            form = functools.partial(
+                pallas_form,
+                call=decision.call,
+                kernel=decision.backend,
+                problem=decision.problem,
+                device_kind=device_kind,
+            )
+        return mlir.lower_fun(form, multiple_results=False)(ctx, *args)
+
+
+def _platform_without_kernels(ctx) -> str:
+    """The first platform of the program whose products this rule lowers."""
+    return next(p for p in ctx.module_context.platforms if p not in KERNELS)
+
+
+# Derivatives.
+
+
+def _float_leaves(call: Call) -> list[str]:
+    """Names of the leaves that have derivatives."""
+    return [name for name in call.leaves if name in ("scale", "offset", "codebook")]
+
+
+def _tangent_form(x: jax.Array, *args: jax.Array, call: Call) -> jax.Array:
+    """What `tangent_p` computes, in plain XLA."""
+    leaves, dots = args[: len(call.leaves)], args[len(call.leaves) :]
+    by_name = dict(zip(call.leaves, leaves, strict=True))
+    names = _float_leaves(call)
+
+    def product(float_leaves: list[jax.Array]) -> jax.Array:
+        replaced = by_name | dict(zip(names, float_leaves, strict=True))
+        return xla_form(x, *replaced.values(), call=call)
+
+    primals = [by_name[name] for name in names]
+    _, y_dot = jax.jvp(product, (primals,), (list(dots),))
+    return y_dot
+
+
+def _jvp(primals, tangents, *, call: Call):
+    x, *leaves = primals
+    x_dot, *leaf_dots = tangents
+    y = _bind(matmul_p, primals, call)
+    terms = []
+    if type(x_dot) is not ad.Zero:
+        terms.append(_bind(matmul_p, [x_dot, *leaves], call))
+    by_name = dict(zip(call.leaves, leaf_dots, strict=True))
+    dots = [by_name[name] for name in _float_leaves(call)]
+    if any(type(dot) is not ad.Zero for dot in dots):
+        dots = [ad.instantiate_zeros(dot) for dot in dots]
+        terms.append(_bind(tangent_p, [x, *leaves, *dots], call))
+    if not terms:
+        return y, ad.Zero.from_primal_value(y)  # pyright: ignore[reportAttributeAccessIssue]
+    return y, functools.reduce(jnp.add, terms)
+
+
+def _tangent_jvp(primals, tangents, *, call: Call):
+    form = functools.partial(_tangent_form, call=call)
+    return jax.jvp(form, primals, [ad.instantiate_zeros(t) for t in tangents])
+
+
+def _transpose(ct, x, *leaves, call: Call):
+    assert ad.is_undefined_primal(x), "a product is linear in x alone"
+    no_cotangents = [None] * len(leaves)
+    if type(ct) is ad.Zero:
+        return [ad.Zero(x.aval), *no_cotangents]
+    dtype = x.aval.dtype
+    backward = dataclasses.replace(
+        call, transposed=not call.transposed, out_dtype=dtype.name, backward=True
+    )
+    return [_bind(matmul_p, [ct.astype(dtype), *leaves], backward), *no_cotangents]
+
+
+def _tangent_transpose(ct, x, *args, call: Call):
+    """Cotangents of x, or of the tangents of the float leaves.
+
+    `args` are the leaves and then the tangents. The leaves themselves have none.
+    """
+    operands = (x, *args)
+    undefined = [ad.is_undefined_primal(a) for a in operands]
+    if type(ct) is ad.Zero:
+        return [
+            ad.Zero(operand.aval) if is_undefined else None
+            for operand, is_undefined in zip(operands, undefined, strict=True)
+        ]
+    if undefined[0]:
+        shape = jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype)
+        linear = jax.linear_transpose(
+            lambda x: _tangent_form(x, *args, call=call), shape
+        )
+        (dx,) = linear(ct)
+        return [dx, *(None for _ in args)]
+    leaves = args[: len(call.leaves)]
+    gradients = _leaf_gradients(x, ct, leaves, call)
+    first_dot = 1 + len(leaves)
+    return [
+        *(None for _ in range(first_dot)),
+        *(
+            gradient if is_undefined else None
+            for gradient, is_undefined in zip(
+                gradients, undefined[first_dot:], strict=True
+            )
+        ),
+    ]
+
+
+def _leaf_gradients(
+    x: jax.Array, ct: jax.Array, leaves: Sequence[jax.Array], call: Call
+) -> list[jax.Array]:
+    """Gradients of the float leaves, each with the leading axis e."""
+
+    def gradients(x: jax.Array, ct: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
+        rows, meta = as_rows(call.rows(leaves), call.meta)
+        # dW = ct.T @ x. With a transposed weight x and the cotangent change places.
+        x, ct = (ct, x) if call.transposed else (x, ct)
+        gradient = rows_gradient(x, rows, meta, ct)
+        return [getattr(gradient, name) for name in _float_leaves(call)]
+
+    if x.shape[0] != 1:
+        return jax.vmap(gradients)(x, ct, *leaves)
+    single = gradients(x[0], ct[0], *(leaf[0] for leaf in leaves))
+    return [gradient[None] for gradient in single]
+
+
+# Batching.
+
+
+def _batch(args, dims, *, call: Call):
+    x, *leaves = args
+    if all(dim is None for dim in dims[1:]):
+        # One weight for the whole batch: rows of all its elements are rows of one x.
+        batched = jnp.moveaxis(x, dims[0], 1)  # [e, b, m, k]
+        e, b, m, k = batched.shape
+        y = _bind(matmul_p, [batched.reshape(e, b * m, k), *leaves], call)
+        return y.reshape(e, b, m, y.shape[-1]), 1
+    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+
+    def merge(array: jax.Array, dim: int | None) -> jax.Array:
+        """`[b, e, ...]` as `[b * e, ...]`."""
+        if dim is None:
+            front = jnp.broadcast_to(array[None], (size, *array.shape))
+        else:
+            front = jnp.moveaxis(array, dim, 0)
+        return front.reshape(math.prod(front.shape[:2]), *front.shape[2:])
+
+    y = _bind(matmul_p, [merge(a, d) for a, d in zip(args, dims, strict=True)], call)
+    return y.reshape(size, -1, *y.shape[1:]), 0
+
+
+def _batch_tangent(args, dims, *, call: Call):
+    form = functools.partial(_tangent_form, call=call)
+    return jax.vmap(form, in_axes=dims)(*args), 0
+
+
+# Registration.
+
+matmul_p.def_abstract_eval(_abstract)
+matmul_p.def_impl(_compiled(_run))
+batching.primitive_batchers[matmul_p] = _batch
+ad.primitive_jvps[matmul_p] = _jvp
+ad.primitive_transposes[matmul_p] = _transpose
+mlir.register_lowering(matmul_p, functools.partial(_lower, platform=None))
+for _platform in KERNELS:
+    mlir.register_lowering(
+        matmul_p, functools.partial(_lower, platform=_platform), platform=_platform
+    )
+
+tangent_p.def_abstract_eval(_abstract)
+tangent_p.def_impl(_compiled(_run_tangent))
+batching.primitive_batchers[tangent_p] = _batch_tangent
+ad.primitive_jvps[tangent_p] = _tangent_jvp
+ad.primitive_transposes[tangent_p] = _tangent_transpose
+mlir.register_lowering(tangent_p, mlir.lower_fun(_tangent_form, multiple_results=False))
+
+# The function that states each primitive in plain XLA, for code that walks jaxprs.
+FORMS = {"quantized_matmul": xla_form, "quantized_matmul_tangent": _tangent_form}

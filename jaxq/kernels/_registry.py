@@ -1,0 +1,28 @@
+"""Which Pallas kernels there are. Each kernel is one module of this folder.
+
+A kernel's module has three functions: `why_not(problem, device_kind)`,
+`default_tiles(problem, device_kind)` and `matmul(x, data, scale, zero_point, codebook,
+*, problem, tiles, interpret)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+# The kernels of each platform, in the order in which `choose` tries them.
+KERNELS = {"tpu": ("tpu",), "cuda": ("mosaic_gpu", "triton")}
+
+
+def kernel_module(name: str) -> ModuleType:
+    """Returns the module of a kernel.
+
+    The import is late because Pallas is slow to import, and most programs need no
+    kernel.
+    """
+    return importlib.import_module(f"jaxq.kernels._{name}")
+
+
+def platform_of(name: str) -> str:
+    """Returns the platform that a kernel runs on."""
+    return next(platform for platform, names in KERNELS.items() if name in names)
