@@ -198,20 +198,25 @@ def _put_array(node: Any, path: tuple, value: Any) -> Any:
     """`node` with `value` at `path`. Only a tuple is copied, others change in place."""
     if not path:
         return value
-    key: Any = path[0]
-    has_items = isinstance(key, int) or isinstance(node, dict | nnx.Dict)
+    key, has_items = path[0], _has_item(node, path[0])
     child = node[key] if has_items else getattr(node, key)
     new_child = _put_array(child, path[1:], value)
     if new_child is child:
         return node
     if isinstance(node, tuple):
-        if not has_items:  # a named tuple
-            return node._replace(**{key: new_child})
-        return (*node[:key], new_child, *node[key + 1 :])
+        if has_items:
+            return (*node[:key], new_child, *node[key + 1 :])
+        named_tuple: Any = node
+        return named_tuple._replace(**{key: new_child})
     if dataclasses.is_dataclass(type(node)) and not issubclass(type(node), nnx.Pytree):
-        return dataclasses.replace(node, **{key: new_child})
+        return dataclasses.replace(node, **{key: new_child})  # pyright: ignore[reportArgumentType]
     if has_items:
         node[key] = new_child
     else:
         setattr(node, key, nnx.data(new_child))
     return node
+
+
+def _has_item(node: Any, key: Any) -> bool:
+    """Whether `key` is an item of `node`; otherwise it is an attribute."""
+    return isinstance(key, int) or isinstance(node, dict | nnx.Dict)

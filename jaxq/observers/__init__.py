@@ -1,58 +1,49 @@
-"""Calibration: which range of numbers to quantize, found from batches that come one after another.
+"""Calibration: observers find the range of numbers to quantize from batches.
 
-An observer is a frozen description with `init(x)`, `update(state, x)`, `merge(a, b)` and `bounds(state, format)`, over
-states of arrays of static shape. `minmax`, `absmax` and `moving_average` keep extremes; `percentile`, `mse` and
-`entropy` cut outliers; `histogram` shows what there is. `bounds_of(x, format)` answers for one array. `merge_across`
-merges the states of devices, and `from_dict` makes an observer of what `to_dict` gave.
+An observer is a frozen description. `init(x)` gives a state of arrays of static shape,
+`update(state, x)` adds a batch, `merge(a, b)` joins two states, and
+`bounds(state, format)` gives the range. `bounds_of(x, format)` gives the range of one
+array. `merge_across` merges the states of all devices. `to_dict` and `from_dict` turn
+an observer into JSON and back.
+
+- `minmax`, `absmax` and `moving_average` keep the extremes.
+- `percentile`, `mse` and `entropy` clip outliers.
+- `histogram` gives counts to plot.
+
+`LayerStats` are the statistics of a layer's inputs that quantization methods use.
 """
 
-from jaxq.observers._entropy import Entropy, entropy
-from jaxq.observers._histogram import Histogram, HistogramState, histogram
-from jaxq.observers._layer_stats import (
-    NUM_HELD_OUT,
-    NUM_SAMPLES,
-    LayerStats,
-    empty_stats,
-    update_stats,
-)
-from jaxq.observers._mse import MeanSquaredError, mse
-from jaxq.observers._numbers import Count
-from jaxq.observers._observer import Observer, Seen
-from jaxq.observers._percentile import Percentile, PercentileState, percentile
-from jaxq.observers._range import (
-    AbsMax,
-    AbsMaxState,
-    MinMax,
-    MovingAverage,
-    MovingAverageState,
-    RangeState,
-    absmax,
-    minmax,
-    moving_average,
-)
+from jaxq.observers._entropy import Entropy as Entropy
+from jaxq.observers._entropy import entropy
+from jaxq.observers._histogram import Histogram as Histogram
+from jaxq.observers._histogram import HistogramState as HistogramState
+from jaxq.observers._histogram import histogram
+from jaxq.observers._layer_stats import NUM_HELD_OUT as NUM_HELD_OUT
+from jaxq.observers._layer_stats import NUM_SAMPLES as NUM_SAMPLES
+from jaxq.observers._layer_stats import LayerStats
+from jaxq.observers._layer_stats import empty_stats as empty_stats
+from jaxq.observers._layer_stats import update_stats as update_stats
+from jaxq.observers._mse import MeanSquaredError as MeanSquaredError
+from jaxq.observers._mse import mse
+from jaxq.observers._numbers import Count as Count
+from jaxq.observers._observer import Observer
+from jaxq.observers._observer import Seen as Seen
+from jaxq.observers._percentile import Percentile as Percentile
+from jaxq.observers._percentile import PercentileState as PercentileState
+from jaxq.observers._percentile import percentile
+from jaxq.observers._range import AbsMax as AbsMax
+from jaxq.observers._range import AbsMaxState as AbsMaxState
+from jaxq.observers._range import MinMax as MinMax
+from jaxq.observers._range import MovingAverage as MovingAverage
+from jaxq.observers._range import MovingAverageState as MovingAverageState
+from jaxq.observers._range import RangeState as RangeState
+from jaxq.observers._range import absmax, minmax, moving_average
 from jaxq.observers._registry import from_dict, names
 
 __all__ = [
-    "NUM_HELD_OUT",
-    "NUM_SAMPLES",
-    "AbsMax",
-    "AbsMaxState",
-    "Count",
-    "Entropy",
-    "Histogram",
-    "HistogramState",
     "LayerStats",
-    "MeanSquaredError",
-    "MinMax",
-    "MovingAverage",
-    "MovingAverageState",
     "Observer",
-    "Percentile",
-    "PercentileState",
-    "RangeState",
-    "Seen",
     "absmax",
-    "empty_stats",
     "entropy",
     "from_dict",
     "histogram",
@@ -61,5 +52,4 @@ __all__ = [
     "mse",
     "names",
     "percentile",
-    "update_stats",
 ]

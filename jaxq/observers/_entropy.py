@@ -1,25 +1,34 @@
-"""The range that loses least information, by TensorRT's steps over a histogram of magnitudes.
+"""The range that loses the least information, found in a histogram of magnitudes.
 
-Szymon Migacz, "8-bit Inference with TensorRT" (GTC 2017). Of the histogram h of n bins and L levels, for every i from L
+The steps are those of TensorRT: Szymon Migacz, "8-bit Inference with TensorRT" (GTC
+2017). Let h be the histogram of n bins, and L the number of levels. For each i from L
 to n:
 
-1. P is h[:i], with everything beyond added to its last bin.
-2. Q is h[:i], without what was added, in L groups, bin j in group floor(j L / i); each group's mass is spread evenly
-   over those of its bins that hold any.
-3. Both are normalised, and D_i = sum of P ln(P / Q) where P is not 0: infinite where Q is 0 there.
+1. P is h[:i]. All counts beyond are added to its last bin.
+2. Q is h[:i] without the added counts, divided into L groups: bin j is in group
+   floor(j L / i). The counts of a group are spread evenly over its bins that are not
+   empty.
+3. P and Q are normalised. The divergence is D_i = sum of P ln(P / Q) over the bins
+where
+   P is not 0. It is infinite if Q is 0 in one of them.
 
-The least D_i, the last of equals, gives the threshold: i bins' width.
+The i of the smallest D_i gives the threshold: the width of i bins. Of equal ones the
+last wins.
 
-L is how many levels magnitudes are told apart by. Symmetric codes have those from 0 up: 128 of int8, 16 of uint4. Codes
-with a zero point are shared out over both sides as far as each reaches below the threshold: all n of them where numbers
-have one sign, half where both sides reach it, and otherwise those of the longer side, `(n - 1) longer / (a + b) + 1`.
+L is the number of levels that magnitudes have. Symmetric codes have the levels from 0
+up: 128 for int8, 16 for uint4. Codes with a zero point are divided between both sides,
+in proportion to how far each side reaches below the threshold. With reaches a and b
+that is `(n - 1) longer / (a + b) + 1` levels for the longer side, where n is the number
+of codes: all n codes if the numbers have one sign, and half of them if both sides reach
+the threshold.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +37,14 @@ from jax import lax
 
 from jaxq.formats import Format
 from jaxq.observers import _numbers
-from jaxq.observers._histogram import Histogram, folded
+from jaxq.observers._histogram import Histogram, of_magnitudes
 from jaxq.observers._numbers import Count
 from jaxq.observers._observer import mirror
 
-# Candidates that are computed side by side; memory is this many times the bins.
-_TOGETHER = 64
-# Numbers that are held at once, at most, where there are many channels.
-_HELD = 1 << 22
+# Candidates that are computed side by side. Memory is this many times the bins.
+_NUM_TOGETHER = 64
+# The most numbers in memory, if there are many channels.
+_MOST_NUMBERS = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +56,31 @@ class Entropy(Histogram):
     def _check(self, fmt, symmetric):
         if fmt.bits <= 16 and np.ptp(np.diff(np.unique(fmt.values()))) > 0:
             raise ValueError(
-                f"entropy: the numbers of {fmt.name} are not evenly apart, and levels are counted as if they were. Use "
-                "mse, percentile or absmax, or an integer format."
+                f"entropy: the numbers of {fmt.name} are not evenly spaced, but the "
+                "levels of entropy are. Use mse, percentile or absmax, or an integer "
+                "format."
             )
-        if fmt.bits > 16 or _levels(fmt, symmetric)[1] > self.bins:
+        if fmt.bits > 16 or _num_levels_range(fmt, symmetric)[1] > self.bins:
             raise ValueError(
-                f"entropy: {fmt.name} has more levels than the histogram has bins, {self.bins}; give it more bins, or "
-                "use minmax or absmax."
+                f"entropy: {fmt.name} has more levels than the histogram has bins, "
+                f"{self.bins}. Use more bins, or minmax or absmax."
             )
 
     def _bounds(self, state, fmt, symmetric):
         magnitude = _numbers.larger(jnp.abs(state.low), jnp.abs(state.high))
-        rows = Count(*(words.reshape(-1, 2, self.bins) for words in state.counts))
+        rows = _numbers.map_words(
+            lambda words: words.reshape(-1, 2, self.bins), state.counts
+        )
         search = functools.partial(best_bin, fmt=fmt, symmetric=symmetric)
-        best, used = lax.map(search, rows, batch_size=self._side_by_side(len(rows.low)))
+        batch_size = self._channels_together(len(rows.low))
+        best, used = lax.map(search, rows, batch_size=batch_size)
         best, used = best.reshape(magnitude.shape), used.reshape(magnitude.shape)
-        width = self._exponent(state.low, state.high)
-        threshold = _numbers.times_power(best.astype(jnp.float32), width)
-        # The last bin in use ends beyond the largest magnitude; and tiny widths are flushed.
-        whole = (best >= used) | (threshold == 0)
-        threshold = jnp.where(whole, magnitude, threshold)
+        exponent = self._exponent(state.low, state.high)
+        threshold = _numbers.times_power_of_two(best.astype(jnp.float32), exponent)
+        # The last bin in use ends beyond the largest magnitude. And a threshold below
+        # the normal range is flushed to zero.
+        nothing_clipped = (best >= used) | (threshold == 0)
+        threshold = jnp.where(nothing_clipped, magnitude, threshold)
         if symmetric:
             return mirror(threshold, fmt)
         zero = jnp.zeros_like(threshold)
@@ -74,37 +88,41 @@ class Entropy(Histogram):
         return _numbers.larger(low, -threshold), _numbers.smaller(high, threshold)
 
     def _bounds_of(self, x, keep, fmt, symmetric):
-        shape, one = x.shape[:-1], super()._bounds_of
-        if len(shape) == 0:
-            return one(x, keep, fmt, symmetric)
+        channels = x.shape[:-1]
+        bounds_of_row = super()._bounds_of
+        if len(channels) == 0:
+            return bounds_of_row(x, keep, fmt, symmetric)
         rows = x.reshape(-1, x.shape[-1]), keep.reshape(-1, x.shape[-1])
-        together = self._side_by_side(len(rows[0]))
         low, high = lax.map(
-            lambda row: one(row[0], row[1], fmt, symmetric), rows, batch_size=together
+            lambda row: bounds_of_row(row[0], row[1], fmt, symmetric),
+            rows,
+            batch_size=self._channels_together(len(rows[0])),
         )
-        return low.reshape(shape), high.reshape(shape)
+        return low.reshape(channels), high.reshape(channels)
 
-    def _side_by_side(self, channels: int) -> int | None:
-        """How many channels one step looks at; None for one, which then has no axis of its own and is faster."""
-        together = min(channels, _HELD // (_TOGETHER * self.bins))
+    def _channels_together(self, channels: int) -> int | None:
+        """How many channels one step searches; None for one, without a batch axis."""
+        together = min(channels, _MOST_NUMBERS // (_NUM_TOGETHER * self.bins))
         return together if together > 1 else None
 
 
 def entropy(bins: int = 2048, *, axis: int | tuple[int, ...] | None = None) -> Entropy:
-    """The threshold on |x| with the least Kullback-Leibler divergence from the quantized to the true distribution.
+    """The threshold on |x| with the smallest Kullback-Leibler divergence.
 
-    The levels are the numbers the format has from 0 up: 128 of int8, 16 of uint4. They are taken to be even steps, so
-    this is for integers. `symmetric=False` cuts the range at the threshold of the magnitudes, and shares the codes out
-    over both sides of it.
+    The divergence is that of the distribution of the quantized magnitudes from the true
+    one. The levels are evenly spaced, so this observer is for integer formats. With
+    `symmetric=False` the range is cut at the threshold of the magnitudes, and the codes
+    are divided between both sides of 0.
 
     Args:
-      bins: of the histogram, see `histogram`; at least the number of levels, which is that of all codes without
-        `symmetric`.
+      bins: bins of the histogram, see `histogram`. At least the number of levels: for
+        symmetric codes those from 0 up, otherwise all codes.
       axis: see `Observer`.
 
     Raises:
-      ValueError: bins out of range; at `bounds`, fewer bins than the format has levels, or a format whose numbers are
-        not evenly apart (floats, tables).
+      ValueError: `bins` is not a whole number from 2 to 32768. `bounds` raises if the
+        format has more levels than there are bins, or if its numbers are not evenly
+        spaced (floats, tables).
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -118,101 +136,170 @@ def entropy(bins: int = 2048, *, axis: int | tuple[int, ...] | None = None) -> E
     return Entropy(bins=bins, axis=axis)
 
 
-def _levels(fmt: Format, symmetric: bool) -> tuple[int, int]:
-    """The least and the greatest number of levels."""
+def _num_levels_range(fmt: Format, symmetric: bool) -> tuple[int, int]:
+    """The smallest and the largest number of levels that magnitudes can have."""
     values = fmt.values()
-    from_zero, shared = int((values >= 0).sum()), (len(values) - 1) // 2 + 1
-    return (from_zero, from_zero) if symmetric else (shared, len(values))
+    if symmetric:
+        from_zero = int((values >= 0).sum())
+        return from_zero, from_zero
+    return (len(values) - 1) // 2 + 1, len(values)
+
+
+class _Histogram(NamedTuple):
+    """What the search reads of a histogram of n bins.
+
+    Attributes:
+      mass: float32 `[n]`, the counts.
+      windows: float32 `[n, widest]`, at [j] the counts from bin j on. A group of bins
+        is the beginning of a row.
+      total: the sum of all counts.
+      below: `[n + 1]`, at [j] the sum of the counts below bin j.
+      num_filled_below: int32 `[n + 1]`, how many bins below bin j are not empty.
+      num_used: int32, the number of bins up to the last one that is not empty.
+    """
+
+    mass: jax.Array
+    windows: jax.Array
+    total: Count
+    below: Count
+    num_filled_below: jax.Array
+    num_used: jax.Array
 
 
 def best_bin(
     counts: Count, fmt: Format, symmetric: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The best number of bins to keep for counts `[2, n]` of positive and of negative magnitudes, and those in use.
+    """The best number of bins to keep, and the number of bins in use.
 
-    Both int32 scalars; channels by `jax.vmap`.
+    For several channels, use `jax.vmap` or `lax.map`.
+
+    Args:
+      counts: `[2, n]`, of positive and of negative magnitudes.
+      fmt: the format to quantize to.
+      symmetric: whether the codes are symmetric.
+
+    Returns:
+      Two int32 scalars.
     """
-    least, most = _levels(fmt, symmetric)
-    sides = [_in_use(Count(*(words[side] for words in counts))) for side in (0, 1)]
-    used = jnp.maximum(*sides)
-    counts = folded(counts)
-    bins = counts.low.shape[0]
-    widest = -(-bins // least)  # no group has more bins
-    held = ~_numbers.is_zero(counts)
-    mass = _numbers.as_float(counts)
-    # The bins from every bin on, `[n, widest]`: a group is the beginning of a row.
-    rows = jnp.pad(mass, (0, widest))[np.arange(bins)[:, None] + np.arange(widest)]
-
-    def from_zero(words):
-        return jnp.pad(jnp.cumsum(words, dtype=words.dtype), (1, 0))
-
-    # Sums of 64 bits and their differences are exact: float32 sums would lose small groups beside large.
-    below, held_below = (
-        _numbers.add_up(counts, from_zero),
-        from_zero(held.astype(jnp.int32)),
-    )  # [n + 1]
-    total = Count(*(words[-1] for words in below))
+    least, most = _num_levels_range(fmt, symmetric)
+    reach = [
+        _num_used(_numbers.map_words(lambda words, side=side: words[side], counts))
+        for side in (0, 1)
+    ]
+    histogram = _prepare(of_magnitudes(counts), jnp.maximum(*reach), least)
 
     def num_levels(i):
         if symmetric:
             return np.int32(most)
-        reach = jnp.maximum(jnp.minimum(i, sides[0]), jnp.minimum(i, sides[1]))
-        both = jnp.minimum(i, sides[0]) + jnp.minimum(i, sides[1])
-        return (most - 1) * reach // jnp.maximum(both, 1) + 1
+        reach_below = [jnp.minimum(i, side) for side in reach]
+        longer, both = jnp.maximum(*reach_below), sum(reach_below)
+        return (most - 1) * longer // jnp.maximum(both, 1) + 1
 
     def divergence(i):
-        levels = num_levels(i)
-        # Where groups begin, [most + 1]; those behind the last level are empty.
-        edge = jnp.minimum(
-            (jnp.arange(most + 1, dtype=jnp.int32) * i + levels - 1) // levels, i
-        )
-        at, holding = Count(*(words[edge] for words in below)), held_below[edge]
-        group = _numbers.as_float(
-            _numbers.minus(Count(*(w[1:] for w in at)), Count(*(w[:-1] for w in at)))
-        )
-        inside = Count(*(words[i] for words in below))
-        outside = _numbers.as_float(_numbers.minus(total, inside))
-        share = _numbers.as_float(inside) / _numbers.as_float(total)
-        # P / Q is h times this, [most]
-        over_q = (
-            (holding[1:] - holding[:-1]).astype(jnp.float32)
-            / jnp.where(group > 0, group, 1.0)
-            * share
-        )
-        length = edge[1:] - edge[:-1]
-        in_group = jnp.arange(widest, dtype=jnp.int32)[None] < length[:, None]
-        terms = _p_log_p_over_q(
-            jnp.where(in_group, rows[edge[:-1]], 0.0), over_q[:, None]
-        )  # [most, widest]
-        last, last_over_q = mass[i - 1], over_q[levels - 1]
-        extra = _p_log_p_over_q(last + outside, last_over_q) - _p_log_p_over_q(
-            last, last_over_q
-        )
-        found = (jnp.sum(terms) + extra) / _numbers.as_float(total)
-        lost = (outside > 0) & (last == 0)
-        return jnp.where(lost | (i > used) | (i < levels), np.float32(np.inf), found)
+        return _divergence(histogram, i, num_levels(i), most)
 
-    # Candidates beyond the bins fill the last chunk: their divergence is infinite.
-    candidates = least + np.arange(
-        -(-(bins + 1 - least) // _TOGETHER) * _TOGETHER, dtype=np.int32
+    return _search(divergence, least, histogram)
+
+
+def _prepare(counts: Count, num_used: jax.Array, least: int) -> _Histogram:
+    """The tables of the search, from counts `[n]` of magnitudes."""
+    n = counts.low.shape[0]
+    widest = -(-n // least)  # no group has more bins
+    mass = _numbers.as_float(counts)  # [n]
+    window = np.arange(n)[:, None] + np.arange(widest)  # [n, widest]
+    windows = jnp.pad(mass, (0, widest))[window]
+
+    def sums_below(words):
+        return jnp.pad(jnp.cumsum(words, dtype=words.dtype), (1, 0))
+
+    # Sums of 64 bits and their differences are exact. In float32 a small group would be
+    # lost beside large ones.
+    below = _numbers.sum_counts(counts, sums_below)
+    filled = ~_numbers.is_zero(counts)
+    return _Histogram(
+        mass=mass,
+        windows=windows,
+        total=_numbers.map_words(lambda words: words[-1], below),
+        below=below,
+        num_filled_below=sums_below(filled.astype(jnp.int32)),
+        num_used=num_used,
     )
-    found = lax.map(
-        jax.vmap(divergence), jnp.asarray(candidates.reshape(-1, _TOGETHER))
-    ).reshape(-1)
-    best = candidates[-1] - jnp.argmin(found[::-1]).astype(
-        jnp.int32
-    )  # the last of equals
-    return jnp.where(
-        jnp.min(found) < np.inf, best, used
-    ), used  # with fewer bins in use than levels, all are kept
 
 
-def _in_use(counts: Count) -> jax.Array:
-    """The number of bins up to the last one that holds anything."""
-    place = jnp.arange(1, counts.low.shape[0] + 1, dtype=jnp.int32)
-    return jnp.max(jnp.where(_numbers.is_zero(counts), 0, place))
+def _divergence(
+    h: _Histogram, i: jax.Array, num_levels: jax.Array | np.int32, most: int
+) -> jax.Array:
+    """D_i of the module docstring, a float32 scalar; infinite if i is not a candidate.
+
+    Args:
+      h: the histogram.
+      i: int32, the number of bins to keep.
+      num_levels: int32, L.
+      most: the largest number of levels.
+    """
+    # Group g begins at ceil(g i / L). Groups behind the last level are empty.
+    group_numbers = jnp.arange(most + 1, dtype=jnp.int32)
+    edge = jnp.minimum(
+        (group_numbers * i + num_levels - 1) // num_levels, i
+    )  # [most + 1]
+    below = _numbers.map_words(lambda words: words[edge], h.below)
+    group_counts = _numbers.minus(
+        _numbers.map_words(lambda words: words[1:], below),
+        _numbers.map_words(lambda words: words[:-1], below),
+    )
+    group_mass = _numbers.as_float(group_counts)  # [most]
+    num_filled = h.num_filled_below[edge]
+    group_filled = (num_filled[1:] - num_filled[:-1]).astype(jnp.float32)  # [most]
+
+    inside = _numbers.map_words(lambda words: words[i], h.below)
+    outside = _numbers.as_float(_numbers.minus(h.total, inside))
+    share_inside = _numbers.as_float(inside) / _numbers.as_float(h.total)
+    # In a filled bin Q is group_mass / group_filled / inside, so P / Q is its count
+    # times:
+    p_over_q = group_filled / jnp.where(group_mass > 0, group_mass, 1.0) * share_inside
+
+    # Step 3 without the counts beyond i.
+    length = edge[1:] - edge[:-1]  # [most]
+    widest = h.windows.shape[1]
+    in_group = jnp.arange(widest, dtype=jnp.int32)[None] < length[:, None]
+    p = jnp.where(in_group, h.windows[edge[:-1]], 0.0)  # [most, widest]
+    terms = _p_log_p_over_q(p, p_over_q[:, None])
+
+    # The last bin of P also has the counts beyond i.
+    last, last_p_over_q = h.mass[i - 1], p_over_q[num_levels - 1]
+    with_outside = _p_log_p_over_q(last + outside, last_p_over_q)
+    extra = with_outside - _p_log_p_over_q(last, last_p_over_q)
+
+    divergence = (jnp.sum(terms) + extra) / _numbers.as_float(h.total)
+    q_is_zero = (outside > 0) & (last == 0)
+    invalid = q_is_zero | (i > h.num_used) | (i < num_levels)
+    return jnp.where(invalid, np.float32(np.inf), divergence)
+
+
+def _search(
+    divergence: Callable[[jax.Array], jax.Array], least: int, h: _Histogram
+) -> tuple[jax.Array, jax.Array]:
+    """The best number of bins, at least `least`, and the number of bins in use."""
+    n = h.mass.shape[0]
+    # Candidates above n fill the last chunk. Their divergence is infinite.
+    num_chunks = -(-(n + 1 - least) // _NUM_TOGETHER)
+    candidates = least + np.arange(num_chunks * _NUM_TOGETHER, dtype=np.int32)
+    chunks = jnp.asarray(candidates.reshape(num_chunks, _NUM_TOGETHER))
+    divergences = lax.map(jax.vmap(divergence), chunks).reshape(-1)
+    # argmin gives the first of equals. In reverse order that is the last candidate.
+    from_end = jnp.argmin(divergences[::-1]).astype(jnp.int32)
+    best = candidates[-1] - from_end
+    # With fewer bins in use than levels, no candidate is valid and all bins are kept.
+    best = jnp.where(jnp.min(divergences) < np.inf, best, h.num_used)
+    return best, h.num_used
+
+
+def _num_used(counts: Count) -> jax.Array:
+    """The number of bins up to the last one that is not empty."""
+    position = jnp.arange(1, counts.low.shape[0] + 1, dtype=jnp.int32)
+    return jnp.max(jnp.where(_numbers.is_zero(counts), 0, position))
 
 
 def _p_log_p_over_q(p: jax.Array, over_q: jax.Array) -> jax.Array:
-    """`p ln(p * over_q)`, and 0 of 0."""
+    """`p ln(p * over_q)`, and 0 if p is 0."""
     return p * jnp.log(jnp.where(p > 0, p * over_q, 1.0))

@@ -1,11 +1,12 @@
-"""A histogram that grows with what it sees, and never depends on the order it saw it in.
+"""A histogram that grows with the numbers, and does not depend on their order.
 
-Bins are a power of two wide: the narrowest width with which the `bins` bins on each side of 0 hold the largest
-magnitude so far. When a batch exceeds them, neighbouring bins join in pairs, which loses no count and gives what
-counting everything with the wider bins from the start would have given. So two states merge exactly, whatever their
-widths.
+There are `bins` bins on each side of 0. Their width is a power of two: the smallest one
+for which the bins hold the largest magnitude so far. If a batch exceeds the bins, pairs
+of neighbouring bins are joined. The result is what counting all numbers with the wider
+bins from the start would give. So two states merge exactly, whatever their widths.
 
-Bin j holds `j <= |x| / width < j + 1`, found by shifting significands: no division, no rounding, no subnormal flushed.
+Bin j holds `j <= |x| / width < j + 1`. The index comes from a shift of the significand.
+So nothing is divided or rounded, and no subnormal number is flushed to zero.
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ from jaxq.observers._numbers import Count
 from jaxq.observers._observer import Observer, Seen, enclose
 from jaxq.observers._range import no_range, range_across, range_of
 
-# Sums over the bins are of 2^16 terms at most (see `add_up`), and the entropy's products of bins stay in int32.
+# Sums over the bins have at most 2^16 terms (see `sum_counts`), and the products of
+# bins in `entropy` fit int32.
 MOST_BINS = 1 << 15
 
 
 class HistogramState(NamedTuple):
-    """The extremes, float32 `[*channels]`, and counts `[*channels, 2, bins]` of positive and of negative magnitudes.
+    """Extremes and counts. The width of the bins follows from the extremes.
 
-    The width of the bins follows from the extremes. Zero counts as positive.
+    Attributes:
+      seen: how many numbers came.
+      low: float32 `[*channels]`, the smallest finite number.
+      high: float32 `[*channels]`, the largest finite number.
+      counts: `[*channels, 2, bins]`, of positive and of negative magnitudes. Zero
+        counts as positive.
     """
 
     seen: Seen
@@ -51,73 +58,88 @@ class Histogram(Observer):
         super().__post_init__()
         if not isinstance(self.bins, int) or not 2 <= self.bins <= MOST_BINS:
             raise ValueError(
-                f"{self.kind}: bins must be a whole number from 2 to {MOST_BINS}, got {self.bins!r}."
+                f"{self.kind}: bins must be a whole number from 2 to {MOST_BINS}, got "
+                f"{self.bins!r}."
             )
 
     def table(self, state: HistogramState) -> tuple[jax.Array, jax.Array]:
-        """What to plot: (edges, counts), ascending.
+        """Edges and counts of all bins, ascending, for a plot.
 
         Returns:
-          edges: float32 `[*channels, 2 * bins + 1]`, from `-bins * width` to `bins * width`.
-          counts: float32 `[*channels, 2 * bins]`; of numbers from one edge to below the next one, where positive.
-        """
-        whole = jnp.arange(-self.bins, self.bins + 1, dtype=jnp.float32)
-        shape = (*state.low.shape, whole.size)
-        exponent = jnp.broadcast_to(
-            self._exponent(state.low, state.high)[..., None], shape
-        )
-        return _numbers.times_power(
-            jnp.broadcast_to(whole, shape), exponent
-        ), _numbers.as_float(ascending(state.counts))
+          edges: float32 `[*channels, 2 * bins + 1]`, from `-bins * width` to
+            `bins * width`.
+          counts: float32 `[*channels, 2 * bins]`. A number on an edge belongs to the
+            bin that is farther from 0.
 
-    def _keeper(self):
+        Example:
+          >>> import jax.numpy as jnp, jaxq
+          >>> obs = jaxq.observers.histogram(2)
+          >>> state = obs.update(obs.init(jnp.zeros(3)), jnp.array([0.5, 1.0, -1.5]))
+          >>> edges, counts = obs.table(state)
+          >>> edges.tolist(), counts.tolist()
+          ([-2.0, -1.0, 0.0, 1.0, 2.0], [1.0, 0.0, 1.0, 1.0])
+        """
+        edge_numbers = jnp.arange(-self.bins, self.bins + 1, dtype=jnp.float32)
+        shape = (*state.low.shape, edge_numbers.size)
+        exponent = self._exponent(state.low, state.high)[..., None]
+        edges = _numbers.times_power_of_two(
+            jnp.broadcast_to(edge_numbers, shape), jnp.broadcast_to(exponent, shape)
+        )
+        return edges, _numbers.as_float(ascending(state.counts))
+
+    def _state_maker(self):
+        # mse and entropy add settings that only `bounds` reads.
         return Histogram(bins=self.bins, axis=self.axis)
 
     def _init(self, seen, shape):
-        return HistogramState(
-            seen, *no_range(shape), _numbers.no_count((*shape, 2, self.bins))
-        )
+        counts = _numbers.zero_counts((*shape, 2, self.bins))
+        return HistogramState(seen, *no_range(shape), counts)
 
     def _update(self, state, x, keep):
         low, high = range_of(x, keep)
         low, high = _numbers.smaller(state.low, low), _numbers.larger(state.high, high)
         exponent = self._exponent(low, high)
-        old = _coarsen(state.counts, exponent - self._exponent(state.low, state.high))
+        old_exponent = self._exponent(state.low, state.high)
+        old = _join_bins(state.counts, exponent - old_exponent)
         new = _numbers.as_count(self._count(x, keep, exponent))
         return state._replace(low=low, high=high, counts=_numbers.plus(old, new))
 
     def _across(self, state, axis_name):
         low, high = range_across(state.low, state.high, axis_name)
-        own = _coarsen(
-            state.counts,
-            self._exponent(low, high) - self._exponent(state.low, state.high),
-        )
-        return state._replace(
-            low=low,
-            high=high,
-            counts=_numbers.add_up(own, lambda words: lax.psum(words, axis_name)),
-        )
+        exponent = self._exponent(low, high)
+        own_exponent = self._exponent(state.low, state.high)
+        own = _join_bins(state.counts, exponent - own_exponent)
+        counts = _numbers.sum_counts(own, lambda words: lax.psum(words, axis_name))
+        return state._replace(low=low, high=high, counts=counts)
 
     def _bounds(self, state: Any, fmt, symmetric):
         return enclose(state.low, state.high, fmt, symmetric)
 
     def _exponent(self, low: jax.Array, high: jax.Array) -> jax.Array:
-        """The width is 2 to this; int32 `[*channels]`. The least there is, -149, for an empty state."""
-        pattern = jnp.maximum(
-            _numbers.magnitude_pattern(low), _numbers.magnitude_pattern(high)
-        )
+        """int32 `[*channels]`: the width of the bins is 2 to this power.
+
+        An empty state has the smallest exponent, -149.
+        """
+        low_pattern = _numbers.magnitude_pattern(low)
+        pattern = jnp.maximum(low_pattern, _numbers.magnitude_pattern(high))
+        # The extremes of an empty state are infinite.
         pattern = jnp.where(pattern < _numbers.INFINITY, pattern, np.uint32(0))
         digits, place = _numbers.significand(pattern)
+        # The index of the largest magnitude is digits >> shift, and it must be at most
+        # bins - 1. If bins is not a power of two, equal lengths do not suffice.
         last = np.uint32(self.bins - 1)
         length = np.int32(32) - lax.clz(digits).astype(jnp.int32)
         shift = jnp.maximum(length - np.int32((self.bins - 1).bit_length()), 0)
-        shift = shift + (
-            lax.shift_right_logical(digits, shift.astype(jnp.uint32)) > last
-        ).astype(jnp.int32)
+        index = lax.shift_right_logical(digits, shift.astype(jnp.uint32))
+        shift = shift + (index > last).astype(jnp.int32)
         return place - 150 + shift
 
     def _count(self, x: jax.Array, keep: jax.Array, exponent: jax.Array) -> jax.Array:
-        """One batch `[*channels, n]` in bins of width `2^exponent`; uint32 `[*channels, 2, bins]`."""
+        """Counts one batch `[*channels, n]` in bins of width `2^exponent`.
+
+        Returns:
+          uint32 `[*channels, 2, bins]`.
+        """
         digits, place = _numbers.significand(_numbers.magnitude_pattern(x))
         shift = jnp.clip(exponent[..., None] + 150 - place, 0, 31).astype(jnp.uint32)
         index = lax.shift_right_logical(digits, shift).astype(jnp.int32)
@@ -127,16 +149,17 @@ class Histogram(Observer):
 def histogram(
     bins: int = 2048, *, axis: int | tuple[int, ...] | None = None
 ) -> Histogram:
-    """A histogram that grows by powers of two; its bounds are the extremes, and `table(state)` is there to look at.
+    """A histogram whose bins grow by powers of two.
 
-    The state of `mse` and `entropy`, which find a better range in it.
+    Its bounds are the extremes, and `table(state)` gives edges and counts. The
+    observers `mse` and `entropy` have the same state, and find a better range in it.
 
     Args:
-      bins: on each side of 0, at least half of them used by what was seen; 2 to 32768.
+      bins: bins on each side of 0, 2 to 32768. The numbers use at least half of them.
       axis: see `Observer`.
 
     Raises:
-      ValueError: bins out of range.
+      ValueError: `bins` is not a whole number from 2 to 32768.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -155,65 +178,83 @@ def histogram(
 def count_signed(
     x: jax.Array, index: jax.Array, keep: jax.Array, num_bins: int
 ) -> jax.Array:
-    """How often each index comes with a positive and with a negative number; uint32 `[*channels, 2, num_bins]`."""
-    shape = x.shape[:-1]
-    negative = (_numbers.ordered(x) < -1).astype(jnp.int32)  # neither zero
-    channel = jnp.arange(int(np.prod(shape)), dtype=jnp.int32).reshape(*shape, 1)
+    """How often each index occurs with a positive and with a negative number.
+
+    Args:
+      x: float32 `[*channels, n]`; only the signs are read. Both zeros count as
+        positive.
+      index: int32 `[*channels, n]`, from 0 to below num_bins.
+      keep: bool `[*channels, n]`. An entry that is False is not counted.
+      num_bins: the number of indices.
+
+    Returns:
+      uint32 `[*channels, 2, num_bins]`.
+    """
+    channels = x.shape[:-1]
+    num_channels = int(np.prod(channels))
+    negative = (_numbers.ordered_bits(x) < -1).astype(jnp.int32)  # -1 is the key of -0
+    channel = jnp.arange(num_channels, dtype=jnp.int32).reshape(*channels, 1)
     row = jnp.broadcast_to(channel * 2, x.shape) + negative
-    return _numbers.tally(
-        row, index, keep, (2 * int(np.prod(shape)), num_bins)
-    ).reshape(*shape, 2, num_bins)
+    counts = _numbers.count_indices(row, index, keep, (2 * num_channels, num_bins))
+    return counts.reshape(*channels, 2, num_bins)
 
 
-def folded(counts: Count) -> Count:
-    """`[..., 2, bins]` as `[..., bins]` of magnitudes."""
-    positive, negative = (
-        Count(*(words[..., i, :] for words in counts)) for i in (0, 1)
-    )
-    return _numbers.plus(positive, negative)
+def by_sign(counts: Count) -> tuple[Count, Count]:
+    """The counts `[..., bins]` of positive and of negative numbers."""
+    positive = _numbers.map_words(lambda words: words[..., 0, :], counts)
+    negative = _numbers.map_words(lambda words: words[..., 1, :], counts)
+    return positive, negative
+
+
+def of_magnitudes(counts: Count) -> Count:
+    """Counts `[..., 2, bins]` by sign as counts `[..., bins]` of magnitudes."""
+    return _numbers.plus(*by_sign(counts))
 
 
 def ascending(counts: Count) -> Count:
-    """`[..., 2, bins]` as `[..., 2 * bins]`, from the most negative bin to the most positive."""
-    return Count(
-        *(
-            jnp.concatenate([words[..., 1, ::-1], words[..., 0, :]], axis=-1)
-            for words in counts
-        )
-    )
+    """Counts `[..., 2, bins]` by sign as `[..., 2 * bins]`, the most negative first."""
+
+    def join(words):
+        return jnp.concatenate([words[..., 1, ::-1], words[..., 0, :]], axis=-1)
+
+    return _numbers.map_words(join, counts)
 
 
-def _coarsen(counts: Count, times: jax.Array) -> Count:
-    """Joins neighbouring bins `times` times, `[*channels]`; beyond what empties all but the first, no more."""
+def _join_bins(counts: Count, times: jax.Array) -> Count:
+    """Joins pairs of neighbouring bins, `times` times in each channel.
+
+    Args:
+      counts: `[*channels, 2, bins]`.
+      times: int32 `[*channels]`.
+    """
     bins = counts.low.shape[-1]
+    # After so many joins only the first bin can hold anything.
     times = jnp.minimum(times, (bins - 1).bit_length())
     counts = _numbers.varying_like(counts, times)
 
     def join(carry):
-        done, counts = carry
-        first, second = (
-            Count(
-                *(
-                    jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, bins % 2)])[
-                        ..., i::2
-                    ]
-                    for words in counts
-                )
+        num_done, counts = carry
+        even, odd = (
+            _numbers.map_words(
+                lambda words, i=i: _pad(words, bins % 2)[..., i::2], counts
             )
             for i in (0, 1)
         )
-        pairs = _numbers.plus(first, second)
-        pairs = Count(
-            *(
-                jnp.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, bins - w.shape[-1])])
-                for w in pairs
-            )
+        pairs = _numbers.plus(even, odd)
+        joined = _numbers.map_words(
+            lambda words: _pad(words, bins - words.shape[-1]), pairs
         )
-        more = (done < times)[..., None, None]
-        return done + 1, Count(
-            *(jnp.where(more, new, old) for new, old in zip(pairs, counts, strict=True))
+        more = (num_done < times)[..., None, None]
+        return num_done + 1, _numbers.map_words(
+            lambda new, old: jnp.where(more, new, old), joined, counts
         )
 
-    return lax.while_loop(
-        lambda carry: jnp.any(carry[0] < times), join, (times * 0, counts)
-    )[1]
+    def unfinished(carry):
+        return jnp.any(carry[0] < times)
+
+    return lax.while_loop(unfinished, join, (times * 0, counts))[1]
+
+
+def _pad(words: jax.Array, size: int) -> jax.Array:
+    """`[..., n]` with `size` zeros at the end."""
+    return jnp.pad(words, [(0, 0)] * (words.ndim - 1) + [(0, size)])

@@ -1,7 +1,8 @@
-"""What methods know of a layer's inputs: statistics of fixed size that grow with every batch of rows.
+"""Statistics of the inputs of one layer, as quantization methods need them.
 
-Rows are tokens. Some, drawn evenly from all, are kept as they are for methods that fit a layer's outputs; an eighth is
-held out of everything else, for judging what was fitted.
+The statistics have a fixed size, and every batch of rows updates them. A row is a
+token. A random sample of the rows is kept for methods that fit a layer's outputs. One
+row in eight is held out of all other statistics, to judge what the methods fitted.
 """
 
 from __future__ import annotations
@@ -17,27 +18,44 @@ from jaxq.observers._observer import Observer
 
 NUM_SAMPLES = 512
 NUM_HELD_OUT = 256
-_HELD_OUT = 8  # of so many parts of the data one is held out
+# One part of the data in this many is held out.
+_HELD_OUT_PERIOD = 8
+# The rank of a row that is not kept; ranks of rows are 0 or more.
+_NO_RANK = -1
 
 
 class LayerStats(NamedTuple):
-    """Statistics of the inputs of one layer, K numbers a row; stacked layers and experts lead in every array.
+    """Statistics of the inputs of one layer, with K numbers a row.
+
+    Stacked layers and experts have leading axes in every array.
 
     Attributes:
-      count: float32, rows in the statistics; 0 where the layer was never reached.
+      count: float32, the number of rows; 0 if no row reached the layer.
       mean: float32 `[K]`.
-      absmean: float32 `[K]`, mean magnitude.
-      low: float32 `[K]`, the least number of each channel.
-      high: float32 `[K]`, the greatest.
-      hessian: float32 `[K, K]`, `2 / count * sum x xT`, that of the squared error of the layer's output; or None.
-      samples: float32 `[NUM_SAMPLES, K]`, rows drawn from all that counted, each as likely as any other; the first
-        `num_samples` are filled, the rest are zeros.
-      sample_ranks: float32 `[NUM_SAMPLES]`, what they were drawn by, falling; -1 where nothing is.
-      held_out: float32 `[NUM_HELD_OUT, K]`, the same of rows that nothing else has seen.
-      held_out_ranks: float32 `[NUM_HELD_OUT]`.
+      absmean: float32 `[K]`, the mean magnitude of each channel.
+      low: float32 `[K]`, the smallest number of each channel.
+      high: float32 `[K]`, the largest number of each channel.
+      hessian: float32 `[K, K]`, `2 / count * sum of x xT`, the Hessian of the squared
+        error of the layer's output; or None.
+      samples: float32 `[NUM_SAMPLES, K]`, a uniform random sample of the rows. The
+        first `num_samples` rows are filled, the others are zeros.
+      sample_ranks: float32 `[NUM_SAMPLES]`, the random numbers by which the rows were
+        chosen, descending; -1 for an empty row.
+      held_out: float32 `[NUM_HELD_OUT, K]`, a sample of the rows that no other
+        statistic includes.
+      held_out_ranks: float32 `[NUM_HELD_OUT]`, as `sample_ranks`.
       num_calls: int32, how often the layer was called.
-      observed: state of an observer (`jaxq.observers`) of all numbers, those of held-out rows too, for a static range;
-        None without one.
+      observed: the state of an observer (`jaxq.observers`) for a static range. It
+        includes all rows, also held-out ones. None without an observer.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> x = jnp.array([[1.0, -2.0], [3.0, 0.0]])
+      >>> counts, parts = jnp.ones(2, bool), jnp.zeros(2, int)
+      >>> stats = jaxq.observers.empty_stats(2)
+      >>> stats = jaxq.observers.update_stats(stats, x, counts, parts)
+      >>> stats.mean.tolist(), stats.absmax.tolist(), int(stats.num_samples)
+      ([2.0, -1.0], [3.0, 2.0], 2)
     """
 
     count: jax.Array
@@ -72,24 +90,31 @@ class LayerStats(NamedTuple):
 def empty_stats(
     k: int, *, hessian: bool = True, observer: Observer | None = None
 ) -> LayerStats:
-    """The statistics of no rows of k numbers."""
-    vector = jnp.zeros((k,), jnp.float32)
-    far = jnp.full((k,), np.inf, jnp.float32)
+    """The statistics before the first row.
+
+    Args:
+      k: numbers a row.
+      hessian: whether the statistics include the Hessian, of k * k numbers.
+      observer: the observer whose state `observed` is.
+    """
+    zeros = jnp.zeros((k,), jnp.float32)
+    infinity = jnp.full((k,), np.inf, jnp.float32)
+    observed = None
+    if observer is not None:
+        observed = observer.init(jax.ShapeDtypeStruct((1, k), jnp.float32))
     return LayerStats(
         count=jnp.zeros((), jnp.float32),
-        mean=vector,
-        absmean=vector,
-        low=far,
-        high=-far,
+        mean=zeros,
+        absmean=zeros,
+        low=infinity,
+        high=-infinity,
         hessian=jnp.zeros((k, k), jnp.float32) if hessian else None,
         samples=jnp.zeros((NUM_SAMPLES, k), jnp.float32),
-        sample_ranks=jnp.full((NUM_SAMPLES,), -1, jnp.float32),
+        sample_ranks=jnp.full((NUM_SAMPLES,), _NO_RANK, jnp.float32),
         held_out=jnp.zeros((NUM_HELD_OUT, k), jnp.float32),
-        held_out_ranks=jnp.full((NUM_HELD_OUT,), -1, jnp.float32),
+        held_out_ranks=jnp.full((NUM_HELD_OUT,), _NO_RANK, jnp.float32),
         num_calls=jnp.zeros((), jnp.int32),
-        observed=None
-        if observer is None
-        else observer.init(jax.ShapeDtypeStruct((1, k), jnp.float32)),
+        observed=observed,
     )
 
 
@@ -100,79 +125,87 @@ def update_stats(
     parts: jax.Array,
     observer: Observer | None = None,
 ) -> LayerStats:
-    """The statistics with more rows in them.
+    """The statistics after one more batch of rows.
 
     Args:
-      stats: so far.
+      stats: the statistics so far.
       x: floats `[t, K]`.
-      counts: bool `[t]`, False for rows that do not.
-      parts: int32 `[t]`, which part of the data each row is of: one in eight is held out, another one at every call.
-      observer: whose state `stats.observed` is.
+      counts: bool `[t]`. A row that is False, such as padding, is ignored.
+      parts: int32 `[t]`, the part of the data that each row belongs to. One part in
+        eight is held out, another one at each call.
+      observer: the observer whose state `stats.observed` is.
     """
     x = x.astype(jnp.float32)
-    held = (parts + stats.num_calls) % _HELD_OUT == _HELD_OUT - 1
-    used = (counts & ~held)[:, None]  # [t, 1]
+    is_held_out = (parts + stats.num_calls) % _HELD_OUT_PERIOD == _HELD_OUT_PERIOD - 1
+    used = (counts & ~is_held_out)[:, None]  # [t, 1]
     rows = jnp.where(used, x, 0.0)
-    added = jnp.sum(used, dtype=jnp.float32)
-    count = stats.count + added
-    share = added / jnp.maximum(count, 1)
+    num_added = jnp.sum(used, dtype=jnp.float32)
+    count = stats.count + num_added
+    share = num_added / jnp.maximum(count, 1)
 
-    def mean(old: jax.Array, total: jax.Array) -> jax.Array:
-        return old + (total / jnp.maximum(added, 1) - old) * share
+    def running_mean(old: jax.Array, total: jax.Array) -> jax.Array:
+        return old + (total / jnp.maximum(num_added, 1) - old) * share
 
     hessian = stats.hessian
     if hessian is not None:
-        hessian = mean(
-            hessian, 2 * jnp.dot(rows.T, rows, precision=lax.Precision.HIGHEST)
-        )
-    ranks = _scattered(stats.num_calls, x.shape[0])
-    samples, sample_ranks = _keep(
-        stats.samples, stats.sample_ranks, x, jnp.where(used[:, 0], ranks, -1)
-    )
-    # A row that is not finite is always kept, so that it is found.
+        products = jnp.dot(rows.T, rows, precision=lax.Precision.HIGHEST)
+        hessian = running_mean(hessian, 2 * products)  # [K, K]
+    ranks = _random_ranks(stats.num_calls, x.shape[0])
+    sample_ranks = jnp.where(used[:, 0], ranks, _NO_RANK)
+    samples = _keep_highest(stats.samples, stats.sample_ranks, x, sample_ranks)
+    # A row that is not finite gets the highest rank, so that it is kept and reported.
     ranks = jnp.where(jnp.isfinite(x).all(-1), ranks, np.inf)
-    held_out, held_out_ranks = _keep(
-        stats.held_out, stats.held_out_ranks, x, jnp.where(counts & held, ranks, -1)
-    )
+    held_out_ranks = jnp.where(counts & is_held_out, ranks, _NO_RANK)
+    held_out = _keep_highest(stats.held_out, stats.held_out_ranks, x, held_out_ranks)
+    observed = None
+    if observer is not None:
+        observed = observer.update(stats.observed, x, where=counts[:, None])
     return LayerStats(
         count=count,
-        mean=mean(stats.mean, jnp.sum(rows, 0)),
-        absmean=mean(stats.absmean, jnp.sum(jnp.abs(rows), 0)),
+        mean=running_mean(stats.mean, jnp.sum(rows, 0)),
+        absmean=running_mean(stats.absmean, jnp.sum(jnp.abs(rows), 0)),
         low=jnp.minimum(stats.low, jnp.min(jnp.where(used, x, np.inf), 0)),
         high=jnp.maximum(stats.high, jnp.max(jnp.where(used, x, -np.inf), 0)),
         hessian=hessian,
-        samples=samples,
-        sample_ranks=sample_ranks,
-        held_out=held_out,
-        held_out_ranks=held_out_ranks,
+        samples=samples[0],
+        sample_ranks=samples[1],
+        held_out=held_out[0],
+        held_out_ranks=held_out[1],
         num_calls=stats.num_calls + 1,
-        observed=None
-        if observer is None
-        else observer.update(stats.observed, x, where=counts[:, None]),
+        observed=observed,
     )
 
 
-def _scattered(call: jax.Array, size: int) -> jax.Array:
-    """Numbers in [0, 1) as good as random, float32 `[size]`, others at every call: the finalizer of MurmurHash3.
+def _random_ranks(call: jax.Array, size: int) -> jax.Array:
+    """Pseudo-random numbers in [0, 1), float32 `[size]`, different at each call.
 
-    A layer's statistics are a program of their own in every model; a random generator would be most of it.
+    This is the finalizer of MurmurHash3. The statistics of a layer are compiled for
+    every model, and a random generator of jax would be most of that program.
     """
-    h = jnp.arange(size, dtype=jnp.uint32) + call.astype(jnp.uint32) * np.uint32(
-        0x9E3779B9
-    )
+    offset = call.astype(jnp.uint32) * np.uint32(0x9E3779B9)
+    h = jnp.arange(size, dtype=jnp.uint32) + offset
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         h = (h ^ (h >> shift)) * np.uint32(factor)
     return (h ^ (h >> 16)).astype(jnp.float32) * np.float32(2**-32)
 
 
-def _keep(
+def _keep_highest(
     kept: jax.Array, ranks: jax.Array, x: jax.Array, new_ranks: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Of the rows kept and the new ones those of highest rank, and the ranks; a rank of -1 is none."""
+    """The rows of highest rank among the kept and the new ones, and their ranks.
+
+    A uniform sample of a stream: the rows of the highest random numbers.
+
+    Args:
+      kept: float32 `[size, K]`.
+      ranks: float32 `[size]`, descending; -1 for an empty row.
+      x: float32 `[t, K]`.
+      new_ranks: float32 `[t]`; -1 for a row that is not a candidate.
+    """
     size = kept.shape[0]
     best, place = lax.top_k(jnp.concatenate([ranks, new_ranks]), size)
-    old = (place < size)[:, None]
-    rows = jnp.where(
-        old, kept[jnp.minimum(place, size - 1)], x[jnp.maximum(place - size, 0)]
-    )
+    was_kept = (place < size)[:, None]
+    old_rows = kept[jnp.minimum(place, size - 1)]
+    new_rows = x[jnp.maximum(place - size, 0)]
+    rows = jnp.where(was_kept, old_rows, new_rows)
     return jnp.where(best[:, None] >= 0, rows, 0.0), best

@@ -1,8 +1,11 @@
-"""The range of least quantization error, among ones that shrink from the extremes in even steps.
+"""The range with the smallest quantization error.
 
-Errors are measured in units of the largest number, so the choice is the same for 2^k x as for x. Of a state, each bin's
-numbers count as spread evenly over it, and the mean error over a bin is an integral in closed form, so bins
-wider than a step of the format do no harm. Of an array, each number's own error counts.
+The candidates are the extremes and ranges that shrink from them in even steps. Errors
+are measured in units of the largest number, so the choice for 2^k x is that for x.
+
+For a state, the numbers of a bin are treated as spread evenly over the bin. The mean
+error over a bin is then an integral in closed form. So bins that are wider than a step
+of the format are no problem. For an array, the error of each number is measured.
 """
 
 from __future__ import annotations
@@ -21,16 +24,26 @@ from jaxq.observers._histogram import Histogram, ascending
 from jaxq.observers._observer import enclose
 from jaxq.observers._range import range_of
 
-# Narrower than this, in steps of the format, a bin is taken for its middle: an integral would be lost in rounding.
+# If a bin is narrower than this, in steps of the format, its middle stands for its
+# numbers. The difference of two integrals would be lost in rounding.
 _NARROW = np.float32(2.0**-8)
 
 
-class _Grid(NamedTuple):
-    """A format's numbers as a function of a code's real value t, and the integral of the error's power from 0 to t."""
+class _ErrorTable(NamedTuple):
+    """The integral of |error|^power over t, from 0, as a table over the format's cells.
 
-    values: np.ndarray  # float32 [n], ascending
-    edges: np.ndarray  # float32 [n - 1], where the nearest number changes
-    base: np.ndarray  # float32 [n], what makes the integral continuous
+    t is a real number in steps of the format. The cell of a number is the interval in
+    which it is the nearest one.
+
+    Attributes:
+      values: float32 `[n]`, the numbers of the format, ascending.
+      edges: float32 `[n - 1]`, the edges between the cells.
+      base: float32 `[n]`, the constant of each cell that makes the integral continuous.
+    """
+
+    values: np.ndarray
+    edges: np.ndarray
+    base: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,106 +75,90 @@ class MeanSquaredError(Histogram):
 
     def _check(self, fmt, symmetric):
         if fmt.max <= 0:
-            raise ValueError(f"mse: {fmt.name} has no positive numbers to scale to.")
+            raise ValueError(
+                f"mse: {fmt.name} has no positive numbers to scale to. Use another "
+                "format."
+            )
         if fmt.bits > 16:
             raise ValueError(
-                f"mse: {fmt.name} has too many numbers to measure; use minmax or absmax."
+                f"mse: {fmt.name} has too many numbers to measure: more than 16 bits. "
+                "Use minmax or absmax."
             )
         if not symmetric and fmt.kind != "integer":
             raise ValueError(
-                f"mse: symmetric=False finds a zero point, which only integer formats have, and {fmt.name} has none."
+                "mse: symmetric=False finds a zero point, which only integer formats "
+                f"have. {fmt.name} is not an integer format. Pass symmetric=True."
             )
 
     def _factors(self) -> np.ndarray:
+        """float32 `[grid]`, what the extremes are multiplied by, descending from 1."""
         return (1 - self.shrink * np.arange(self.grid) / self.grid).astype(np.float32)
 
     def _bounds(self, state, fmt, symmetric):
         low, high = enclose(state.low, state.high, fmt, symmetric)
+        # From here on all numbers are in widths of a bin. The edges of the bins are
+        # whole numbers, cut at the extremes: no number is beyond.
         exponent = -self._exponent(state.low, state.high)
-        # From here on in bins, `[*channels, 2 * bins + 1]` edges: whole numbers, cut where the numbers end.
-        least, most = (
-            _numbers.times_power(v, exponent)[..., None]
-            for v in (state.low, state.high)
-        )
-        bottom, top = (
-            _numbers.times_power(v, exponent)[..., None] for v in (low, high)
-        )
-        whole = jnp.arange(-self.bins, self.bins + 1, dtype=jnp.float32)
-        edges = jnp.clip(jnp.broadcast_to(whole, (*low.shape, whole.size)), least, most)
-        counts = _numbers.as_float(ascending(state.counts))
+        least, most = _in_units(exponent, state.low, state.high)
+        bottom, top = _in_units(exponent, low, high)
+        edge_numbers = jnp.arange(-self.bins, self.bins + 1, dtype=jnp.float32)
+        edges = jnp.broadcast_to(edge_numbers, (*low.shape, edge_numbers.size))
+        edges = jnp.clip(edges, least, most)  # [*channels, 2 * bins + 1]
+        counts = _numbers.as_float(ascending(state.counts))  # [*channels, 2 * bins]
         # Only their ratios matter, and sums of powers must not overflow.
         counts = counts / jnp.maximum(jnp.max(counts, axis=-1, keepdims=True), 1.0)
-        steps = _grid(fmt, symmetric, self.power)
+        table = _error_table(fmt, symmetric, self.power)
 
         def error(factor):
             inverse, zero = _inverse_step(bottom * factor, top * factor, fmt, symmetric)
             t = edges * inverse + zero
-            integral, middle = (
-                _integral(steps, t, self.power),
-                (t[..., 1:] + t[..., :-1]) / 2,
-            )
-            width = t[..., 1:] - t[..., :-1]
-            mean = jnp.where(
-                width < _NARROW,
-                _raised(middle - _at(steps.values, _cell(steps, middle)), self.power),
-                (integral[..., 1:] - integral[..., :-1])
-                / jnp.where(width < _NARROW, 1.0, width),
-            )
-            return jnp.sum(counts * mean, axis=-1) * _raised(factor, self.power)
+            mean_error = _mean_error(table, t, self.power)  # [*channels, 2 * bins]
+            error = jnp.sum(counts * mean_error, axis=-1)
+            return error * _power(factor, self.power)
 
-        errors = lax.map(error, jnp.asarray(self._factors()))
-        return self._best(
-            low,
-            high,
-            jnp.argmin(
-                jnp.where(jnp.isnan(errors), np.float32(np.inf), errors), axis=0
-            ),
-        )
+        errors = lax.map(error, jnp.asarray(self._factors()))  # [grid, *channels]
+        errors = jnp.where(jnp.isnan(errors), np.float32(np.inf), errors)
+        return self._candidate(low, high, jnp.argmin(errors, axis=0))
 
     def _bounds_of(self, x, keep, fmt, symmetric):
         least, most = range_of(x, keep)
         low, high = enclose(least, most, fmt, symmetric)
-        # In units of a power of two near the largest magnitude.
+        # From here on numbers are in units of a power of two near the largest
+        # magnitude.
         exponent = -(self._exponent(least, most) + (self.bins - 1).bit_length())
-        scaled = _numbers.times_power(
+        scaled = _numbers.times_power_of_two(
             jnp.where(keep, x, 0.0), jnp.broadcast_to(exponent[..., None], x.shape)
         )
-        bottom, top = (
-            _numbers.times_power(v, exponent)[..., None] for v in (low, high)
-        )
+        bottom, top = _in_units(exponent, low, high)
         factors = jnp.asarray(self._factors())
 
         def step(k, carry):
-            best, at = carry
+            best_error, best_k = carry
             factor = factors[k]
             inverse, zero = _inverse_step(bottom * factor, top * factor, fmt, symmetric)
             t = scaled * inverse + zero
-            error = _raised(t - _nearest(t, fmt, symmetric), self.power)
-            total = jnp.sum(jnp.where(keep, error, 0.0), axis=-1) * _raised(
-                factor, self.power
-            )
-            return jnp.where(total < best, total, best), jnp.where(total < best, k, at)
+            errors = _power(t - _nearest(t, fmt, symmetric), self.power)
+            error = jnp.sum(jnp.where(keep, errors, 0.0), axis=-1)
+            error = error * _power(factor, self.power)
+            # Of equal errors the first wins: the widest range.
+            better = error < best_error
+            return jnp.where(better, error, best_error), jnp.where(better, k, best_k)
 
-        start = (
-            jnp.full(low.shape, np.inf, jnp.float32),
-            jnp.zeros(low.shape, jnp.int32),
-        )
-        return self._best(
-            low,
-            high,
-            lax.fori_loop(0, self.grid, step, _numbers.varying_like(start, x))[1],
-        )
+        infinity = jnp.full(low.shape, np.inf, jnp.float32)
+        start = infinity, jnp.zeros(low.shape, jnp.int32)
+        start = _numbers.varying_like(start, x)
+        _, best_k = lax.fori_loop(0, self.grid, step, start)
+        return self._candidate(low, high, best_k)
 
-    def _best(
+    def _candidate(
         self, low: jax.Array, high: jax.Array, k: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The range `k` steps in; numbers below float32's normal range are not shrunk."""
+        """The range after k steps. A range of subnormal numbers is not shrunk."""
         factor = jnp.asarray(self._factors())[k]
-        tiny = jnp.maximum(jnp.abs(low), jnp.abs(high)) < _numbers.SMALLEST_NORMAL
-        low, high = (
-            jnp.where(tiny | (k == 0), bound, bound * factor) for bound in (low, high)
-        )
-        return low, high
+        magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        unchanged = (magnitude < _numbers.SMALLEST_NORMAL) | (k == 0)
+        low = jnp.where(unchanged, low, low * factor)
+        return low, jnp.where(unchanged, high, high * factor)
 
 
 def mse(
@@ -172,21 +169,25 @@ def mse(
     bins: int = 2048,
     axis: int | tuple[int, ...] | None = None,
 ) -> MeanSquaredError:
-    """The range that minimises the mean of `|x - quantized x|^power` for the format, over a grid.
+    """The range with the smallest mean of `|x - quantized x|^power`, by a grid search.
 
-    Candidates are the extremes times `1 - shrink * k / grid`, k from 0 to below `grid`; the first of equals wins. With
-    `symmetric=False` both ends shrink alike, and zero points are whole, as `quantize` makes them.
+    The candidates are the extremes times `1 - shrink * k / grid` for k from 0 to
+    `grid - 1`. Of equal errors the first wins. With `symmetric=False` both ends shrink
+    by the same factor, and zero points are whole numbers, as in `quantize`.
 
     Args:
-      power: 2 for squares; GPTQ's search uses 2.4 (with grid=80, shrink=0.8).
-      grid: how many candidates.
-      shrink: the whole way the grid goes, above 0 to 1.
-      bins: of the state's histogram, see `histogram`.
+      power: above 0 to 8. 2 gives the mean squared error. GPTQ's search uses 2.4, with
+        grid=80 and shrink=0.8.
+      grid: the number of candidates, 1 to 10000.
+      shrink: above 0 to 1. The candidates reach down to nearly `1 - shrink` times the
+        extremes.
+      bins: bins of the state's histogram, see `histogram`.
       axis: see `Observer`.
 
     Raises:
-      ValueError: a number out of range; at `bounds`, a format of more than 16 bits, or `symmetric=False` with
-        one that is no integer.
+      ValueError: `power`, `grid`, `shrink` or `bins` is out of range. `bounds` raises
+        if the format has more than 16 bits or no positive numbers, or if `symmetric` is
+        False and the format is not an integer format.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -197,43 +198,67 @@ def mse(
       True
 
     References:
-      Sung et al., "Resiliency of Deep Neural Networks under Quantization" (2015); Frantar et al., "GPTQ" (2022), its
-      published code's search.
+      Sung et al., "Resiliency of Deep Neural Networks under Quantization" (2015).
+      Frantar et al., "GPTQ" (2022): the search in the published code.
     """
     return MeanSquaredError(power=power, grid=grid, shrink=shrink, bins=bins, axis=axis)
+
+
+def _in_units(exponent: jax.Array, *bounds: jax.Array) -> list[jax.Array]:
+    """Each of `bounds`, `[*channels]`, times 2^exponent, as `[*channels, 1]`."""
+    return [_numbers.times_power_of_two(b, exponent)[..., None] for b in bounds]
 
 
 def _inverse_step(
     low: jax.Array, high: jax.Array, fmt: Format, symmetric: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """(1 / scale, zero point) of a range, as `quantize` finds them; 0 in place of 1 / 0."""
-    step = (
-        high * np.float32(1 / fmt.max)
-        if symmetric
-        else (high - low) * np.float32(1 / (fmt.max - fmt.min))
-    )
+    """(1 / scale, zero point) of a range, as in `quantize`; 0 instead of 1 / 0."""
+    if symmetric:
+        step = high * np.float32(1 / fmt.max)
+    else:
+        step = (high - low) * np.float32(1 / (fmt.max - fmt.min))
     inverse = jnp.where(step > 0, 1 / jnp.where(step > 0, step, 1.0), 0.0)
     if symmetric:
         return inverse, jnp.zeros_like(inverse)
-    return inverse, jnp.clip(
-        np.float32(fmt.min) - jnp.round(low * inverse), fmt.min, fmt.max
-    )
+    zero = np.float32(fmt.min) - jnp.round(low * inverse)
+    return inverse, jnp.clip(zero, fmt.min, fmt.max)
 
 
 def _nearest(t: jax.Array, fmt: Format, symmetric: bool) -> jax.Array:
-    """The format's number nearest to t: for integers -max to max where symmetric."""
-    if fmt.kind == "integer":
-        return jnp.clip(
-            jnp.round(t), max(fmt.min, -fmt.max) if symmetric else fmt.min, fmt.max
-        )
-    return fmt.round(t)
+    """The number of the format nearest to t. Symmetric integers go from -max to max."""
+    if fmt.kind != "integer":
+        return fmt.round(t)
+    least = max(fmt.min, -fmt.max) if symmetric else fmt.min
+    return jnp.clip(jnp.round(t), least, fmt.max)
 
 
-def _grid(fmt: Format, symmetric: bool, power: float) -> _Grid:
-    """The tables of `_integral`, in float64 while they are made.
+def _mean_error(table: _ErrorTable, t: jax.Array, power: float) -> jax.Array:
+    """The mean of |error|^power over each bin.
 
-    With v the nearest number in a cell, the integral of |t - v|^p there is F(t - v) and a constant, where
-    F(u) = sign(u) |u|^(p+1) / (p+1); constants make it continuous from cell to cell, and 0 at t = 0.
+    Args:
+      table: the integral of the error.
+      t: float32 `[..., n + 1]`, the edges of the bins in steps of the format.
+      power: the power.
+
+    Returns:
+      float32 `[..., n]`.
+    """
+    width = t[..., 1:] - t[..., :-1]
+    integral = _integral(table, t, power)
+    middle = (t[..., 1:] + t[..., :-1]) / 2
+    nearest = _lookup(table.values, _cell(table, middle))
+    wide_mean = (integral[..., 1:] - integral[..., :-1]) / jnp.where(
+        width < _NARROW, 1.0, width
+    )
+    return jnp.where(width < _NARROW, _power(middle - nearest, power), wide_mean)
+
+
+def _error_table(fmt: Format, symmetric: bool, power: float) -> _ErrorTable:
+    """The tables of `_integral`, computed in float64.
+
+    In the cell of the number v, the integral of |t - v|^p is F(t - v) plus a constant,
+    where F(u) = sign(u) |u|^(p+1) / (p+1). The constants make the integral continuous
+    from cell to cell, and 0 at t = 0.
     """
     values = fmt.values().astype(np.float64)
     if fmt.kind == "integer" and symmetric:
@@ -242,38 +267,41 @@ def _grid(fmt: Format, symmetric: bool, power: float) -> _Grid:
     boundaries = getattr(fmt, "boundaries", None)
     if boundaries is not None:
         edges = np.asarray(boundaries, np.float64)
-    jumps = _antiderivative(edges - values[:-1], power) - _antiderivative(
-        edges - values[1:], power
-    )
-    home = int(np.searchsorted(edges, 0.0))
+    left = _antiderivative(edges - values[:-1], power)
+    right = _antiderivative(edges - values[1:], power)
+    jumps = left - right
+    home = int(np.searchsorted(edges, 0.0))  # the cell of 0
     base = np.zeros_like(values)
-    # Outwards from 0, so that small numbers keep small integrals, and their digits.
+    # The sums go outwards from 0. So the integrals of small numbers are small and keep
+    # their digits.
     base[home] = -_antiderivative(0.0 - values[home], power)
     base[home + 1 :] = base[home] + np.cumsum(jumps[home:])
     base[:home] = base[home] - np.cumsum(jumps[:home][::-1])[::-1]
-    return _Grid(*(table.astype(np.float32) for table in (values, edges, base)))
+    return _ErrorTable(*(part.astype(np.float32) for part in (values, edges, base)))
 
 
 def _antiderivative(u, power: float):
+    """F of `_error_table`, in numpy."""
     return np.sign(u) * np.abs(u) ** (power + 1) / (power + 1)
 
 
-def _integral(grid: _Grid, t: jax.Array, power: float) -> jax.Array:
-    cell = _cell(grid, t)
-    u = t - _at(grid.values, cell)
-    return _at(grid.base, cell) + jnp.sign(u) * _raised(u, power + 1) * np.float32(
-        1 / (power + 1)
-    )
+def _integral(table: _ErrorTable, t: jax.Array, power: float) -> jax.Array:
+    """The integral of |error|^power from 0 to t."""
+    cell = _cell(table, t)
+    u = t - _lookup(table.values, cell)
+    inverse = np.float32(1 / (power + 1))
+    return _lookup(table.base, cell) + jnp.sign(u) * _power(u, power + 1) * inverse
 
 
-def _cell(grid: _Grid, t: jax.Array) -> jax.Array:
-    return jnp.searchsorted(jnp.asarray(grid.edges), t).astype(jnp.int32)
+def _cell(table: _ErrorTable, t: jax.Array) -> jax.Array:
+    """The index of the cell of t; int32."""
+    return jnp.searchsorted(jnp.asarray(table.edges), t).astype(jnp.int32)
 
 
-def _at(table: np.ndarray, cell: jax.Array) -> jax.Array:
-    return jnp.asarray(table)[cell]
+def _lookup(values: np.ndarray, index: jax.Array) -> jax.Array:
+    return jnp.asarray(values)[index]
 
 
-def _raised(u: jax.Array, power: float) -> jax.Array:
-    """`|u|^power`, by products where the power is whole."""
+def _power(u: jax.Array, power: float) -> jax.Array:
+    """`|u|^power`; by products if the power is a whole number."""
     return jnp.abs(u) ** (int(power) if power == int(power) else power)

@@ -1,8 +1,10 @@
-"""Counts that neither stick nor wrap, and float32 seen as integers that order alike.
+"""Counts of 64 bits, and comparisons of float32 by their bits.
 
-A float32 count sticks at 2^24 and an int32 one wraps at 2^31, so a `Count` is 64 bits in two uint32 words, whatever
-`jax_enable_x64` says. XLA flushes subnormals on CPU, and its maxima may drop NaN there, so numbers are compared by
-their bit patterns.
+A float32 count stays at 2^24, and an int32 count overflows at 2^31. So a `Count` has 64
+bits in two uint32 words, with or without `jax_enable_x64`.
+
+XLA on CPU flushes subnormal numbers to zero, and its maximum may drop NaN. So numbers
+are compared as integers of the same order as the floats.
 """
 
 from __future__ import annotations
@@ -16,23 +18,23 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-# The pattern of infinity: every finite magnitude is below it, every NaN above.
+# The bits of infinity. The bits of every finite magnitude are below, of every NaN
+# above.
 INFINITY = np.uint32(0x7F800000)
-# How often `fold` halves: 2^7 ones fit a byte.
+# `combine_halves` halves this often, since the sum of 2^7 ones fits one byte.
 _HALVINGS = 7
-# Below it XLA flushes to zero on CPU.
+# XLA on CPU flushes smaller magnitudes to zero.
 SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 class Count(NamedTuple):
-    """Whole numbers `high * 2^32 + low`, each word uint32 of the same shape."""
+    """Whole numbers `high * 2^32 + low`. Both words are uint32 of the same shape."""
 
     low: jax.Array
     high: jax.Array
 
 
-def no_count(shape: tuple[int, ...]) -> Count:
-    """Zeros."""
+def zero_counts(shape: tuple[int, ...]) -> Count:
     return Count(jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32))
 
 
@@ -44,47 +46,58 @@ def as_count(words: jax.Array) -> Count:
 def plus(a: Count, b: Count) -> Count:
     """`a + b`, exactly."""
     low = a.low + b.low
-    return Count(low, a.high + b.high + (low < a.low).astype(jnp.uint32))
+    carry = (low < a.low).astype(jnp.uint32)
+    return Count(low, a.high + b.high + carry)
 
 
 def minus(a: Count, b: Count) -> Count:
-    """`a - b`, exactly, where `b` is not larger."""
-    return Count(a.low - b.low, a.high - b.high - (a.low < b.low).astype(jnp.uint32))
+    """`a - b`, exactly. `b` must not be larger than `a`."""
+    borrow = (a.low < b.low).astype(jnp.uint32)
+    return Count(a.low - b.low, a.high - b.high - borrow)
 
 
-def add_up(count: Count, add: Callable[[jax.Array], jax.Array]) -> Count:
-    """A sum of counts, exactly.
+def sum_counts(counts: Count, add: Callable[[jax.Array], jax.Array]) -> Count:
+    """The exact sum of counts.
 
     Args:
-      count: what is summed.
-      add: a sum over uint32 arrays, of at most 2^16 terms: `jnp.sum`, `jnp.cumsum`, `lax.psum`. It is called on each
-        quarter of the 64 bits, whose sums cannot wrap, and the carries follow.
+      counts: what is summed.
+      add: a sum over uint32 arrays of at most 2^16 terms: `jnp.sum`, `jnp.cumsum` or
+        `lax.psum`. It is called on each quarter of the 64 bits. Sums of 2^16 numbers of
+        16 bits cannot overflow, and the carries are added afterwards.
     """
     mask = np.uint32(0xFFFF)
-    quarters = [count.low & mask, count.low >> 16, count.high & mask, count.high >> 16]
+    low, high = counts
     carry, words = np.uint32(0), []
-    for quarter in quarters:
+    for quarter in (low & mask, low >> 16, high & mask, high >> 16):
         total = add(quarter) + carry
         words.append(total & mask)
         carry = total >> 16
     return Count(words[0] | (words[1] << 16), words[2] | (words[3] << 16))
 
 
+def map_words(fn: Callable[..., jax.Array], *counts: Count) -> Count:
+    """`fn` of the low words and of the high words: to index, pad or reshape counts."""
+    words = zip(*counts, strict=True)
+    return Count(*(fn(*word) for word in words))
+
+
 def as_float(count: Count) -> jax.Array:
-    """The nearest float32, or its neighbour."""
-    return count.high.astype(jnp.float32) * np.float32(2.0**32) + count.low.astype(
-        jnp.float32
-    )
+    """The nearest float32, or a neighbour of it."""
+    high = count.high.astype(jnp.float32) * np.float32(2.0**32)
+    return high + count.low.astype(jnp.float32)
 
 
 def is_zero(count: Count) -> jax.Array:
     return (count.low | count.high) == 0
 
 
-def fold(x: jax.Array, meet: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """`[..., n]` made shorter by meeting halves with halves: `[..., m]`, each of which 2^7 numbers met in at most.
+def combine_halves(
+    x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """Combines halves with halves: `[..., n]` becomes `[..., m]`, about n / 2^7.
 
-    XLA's own reduction of integers on CPU takes one number at a time; this takes as many as a register holds.
+    Each result combines at most 2^7 numbers. XLA's own reduction of integers on CPU
+    reads one number at a time. This one reads as many as a register holds.
     """
     whole = x.shape[-1] >> _HALVINGS << _HALVINGS
     if whole == 0:
@@ -92,56 +105,72 @@ def fold(x: jax.Array, meet: Callable[[jax.Array, jax.Array], jax.Array]) -> jax
     head, tail = x[..., :whole], x[..., whole:]
     for _ in range(_HALVINGS):
         middle = head.shape[-1] // 2
-        head = meet(head[..., :middle], head[..., middle:])
+        head = combine(head[..., :middle], head[..., middle:])
     return jnp.concatenate([head, tail], axis=-1) if tail.size else head
 
 
 def largest(x: jax.Array, initial: Any) -> jax.Array:
-    """The maximum of integers along the last axis."""
-    return jnp.max(fold(x, jnp.maximum), axis=-1, initial=initial)
+    """The maximum of integers and `initial`, along the last axis."""
+    return jnp.max(combine_halves(x, jnp.maximum), axis=-1, initial=initial)
 
 
 def count_true(*conditions: jax.Array) -> tuple[jax.Array, ...]:
-    """How often each of up to four conditions `[..., n]` holds along the last axis, in one pass; uint32 `[...]`."""
-    # A byte for each: up to 2^7 meet.
+    """How often each condition is True along the last axis, in one pass.
+
+    Args:
+      *conditions: one to four arrays of bool `[..., n]`.
+
+    Returns:
+      uint32 `[...]` for each condition.
+    """
+    # Each condition has one byte of a word, and a byte holds the sum of 2^7 ones.
     packed = conditions[0].astype(jnp.uint32)
     for i, condition in enumerate(conditions[1:], 1):
         packed = packed | (condition.astype(jnp.uint32) << (8 * i))
-    met = fold(packed, jnp.add)
+    sums = combine_halves(packed, jnp.add)
     return tuple(
-        jnp.sum((met >> (8 * i)) & np.uint32(255), axis=-1, dtype=jnp.uint32)
+        jnp.sum((sums >> (8 * i)) & np.uint32(255), axis=-1, dtype=jnp.uint32)
         for i in range(len(conditions))
     )
 
 
-def tally(
+def count_indices(
     row: jax.Array, index: jax.Array, keep: jax.Array, shape: tuple[int, int]
 ) -> jax.Array:
-    """How often each index occurs in each row; uint32 of `shape`, `[num_rows, num_bins]`.
+    """How often each index occurs in each row.
 
     Args:
-      row: int32, whole numbers below num_rows.
-      index: int32 below num_bins, of the same shape.
-      keep: bool; what is False is not counted.
+      row: int32, from 0 to below num_rows.
+      index: int32 of the same shape, from 0 to below num_bins.
+      keep: bool of the same shape. An entry that is False is not counted.
       shape: (num_rows, num_bins).
+
+    Returns:
+      uint32 `[num_rows, num_bins]`.
+
+    Raises:
+      ValueError: num_rows * num_bins is 2^31 or more.
     """
-    size = shape[0] * shape[1]
+    num_rows, num_bins = shape
+    size = num_rows * num_bins
     if size >= 2**31:
         raise ValueError(
-            f"observers: {shape[0]} rows of {shape[1]} bins are too many for one state; use fewer bins."
+            f"observers: {num_rows} rows of {num_bins} bins are too many for one "
+            "state, which has less than 2^31 bins. Use fewer bins."
         )
-    place = jnp.where(keep, row * np.int32(shape[1]) + index, np.int32(size))
-    counts = (
-        jnp.zeros(size, jnp.uint32).at[place.reshape(-1)].add(np.uint32(1), mode="drop")
-    )
+    # Entries that are not counted get an index beyond the end, and "drop" ignores it.
+    place = jnp.where(keep, row * np.int32(num_bins) + index, np.int32(size))
+    zeros = jnp.zeros(size, jnp.uint32)
+    counts = zeros.at[place.reshape(-1)].add(np.uint32(1), mode="drop")
     return counts.reshape(shape)
 
 
 def varying_like(tree: Any, x: Any) -> Any:
-    """`tree`, of the type of what depends on `x`.
+    """`tree` with the type of an array that depends on `x`.
 
-    Inside `shard_map` types say along which mesh axes an array differs, and a loop's carry must have its last type from
-    the start. A choice between equals depends on its condition, and XLA removes it.
+    Inside `shard_map` the type of an array says along which mesh axes it differs. The
+    carry of a loop must have its final type from the start. A choice between two equal
+    arrays has the type of its condition, and XLA removes the choice.
     """
     if not isinstance(x, Tracer):
         return tree
@@ -150,44 +179,51 @@ def varying_like(tree: Any, x: Any) -> Any:
 
 
 def magnitude_pattern(x: jax.Array) -> jax.Array:
-    """The bits of `|x|`, uint32: they order as the magnitudes do."""
+    """The bits of `|x|` as uint32. They have the order of the magnitudes."""
     return lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7FFFFFFF)
 
 
-def ordered(x: jax.Array) -> jax.Array:
-    """float32 as int32 that order alike, subnormals included, -0 just below 0."""
+def ordered_bits(x: jax.Array) -> jax.Array:
+    """float32 as int32 of the same order, subnormals included. -0 is just below 0."""
     pattern = lax.bitcast_convert_type(x, jnp.int32)
     return pattern ^ ((pattern >> 31) & np.int32(0x7FFFFFFF))
 
 
-def unordered(key: jax.Array) -> jax.Array:
-    """The float32 that `ordered` made `key` of."""
-    return lax.bitcast_convert_type(
-        key ^ ((key >> 31) & np.int32(0x7FFFFFFF)), jnp.float32
-    )
+def from_ordered_bits(key: jax.Array) -> jax.Array:
+    """The float32 of which `ordered_bits` made `key`."""
+    pattern = key ^ ((key >> 31) & np.int32(0x7FFFFFFF))
+    return lax.bitcast_convert_type(pattern, jnp.float32)
 
 
 def larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`max(a, b)` that also tells subnormals apart."""
-    return unordered(jnp.maximum(ordered(a), ordered(b)))
+    """`max(a, b)`; it also compares subnormal numbers."""
+    return from_ordered_bits(jnp.maximum(ordered_bits(a), ordered_bits(b)))
 
 
 def smaller(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`min(a, b)` that also tells subnormals apart."""
-    return unordered(jnp.minimum(ordered(a), ordered(b)))
+    """`min(a, b)`; it also compares subnormal numbers."""
+    return from_ordered_bits(jnp.minimum(ordered_bits(a), ordered_bits(b)))
 
 
 def significand(pattern: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(m, e) with `|x| = m * 2^(e - 150)`: uint32 below 2^24 and int32 of at least 1; subnormals as they are."""
+    """(m, e) with `|x| = m * 2^(e - 150)`, also for subnormal numbers.
+
+    Args:
+      pattern: uint32, the bits of |x|.
+
+    Returns:
+      m: uint32 below 2^24.
+      e: int32, at least 1.
+    """
     biased = pattern >> 23
-    implicit = jnp.where(biased > 0, np.uint32(1 << 23), np.uint32(0))
-    return (pattern & np.uint32(0x7FFFFF)) | implicit, jnp.maximum(
-        biased, np.uint32(1)
-    ).astype(jnp.int32)
+    implicit_bit = jnp.where(biased > 0, np.uint32(1 << 23), np.uint32(0))
+    digits = (pattern & np.uint32(0x7FFFFF)) | implicit_bit
+    return digits, jnp.maximum(biased, np.uint32(1)).astype(jnp.int32)
 
 
-def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """`x * 2^exponent`, exactly where the result is a normal number; |exponent| up to 252."""
+def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """`x * 2^exponent`; |exponent| is at most 252. Exact if the result is normal."""
+    # 2^exponent itself may not be a float32, so the exponent is split in two.
     half = exponent >> 1
     for part in (half, exponent - half):
         x = x * lax.bitcast_convert_type((part + 127) << 23, jnp.float32)

@@ -1,10 +1,15 @@
-"""What every observer is: a frozen description with `init`, `update`, `merge` and `bounds` over a state of arrays.
+"""The base class of all observers.
 
-A state is a NamedTuple of static shape, so it goes through `jit`, `lax.scan`, `vmap` and `shard_map` and into
-checkpoints. Every state begins with `seen`, which counts what went in. Shapes: with `axis=None` statistics are scalars,
-else `[*channels]`, the sizes of the kept axes in the order given.
+An observer is a frozen description with `init`, `update`, `merge` and `bounds`. Its
+state is a NamedTuple of arrays of static shape. So a state goes through `jit`,
+`lax.scan`, `vmap` and `shard_map`, and into checkpoints. The first field of every state
+is `seen`: how many numbers came.
 
-What is not finite takes no part in a statistic and is counted. What nothing was observed for has no bounds.
+Shapes: with `axis=None` each statistic is a scalar. Otherwise it is `[*channels]`, the
+sizes of the kept axes in the order of `axis`.
+
+A number that is not finite is counted and otherwise ignored. If a channel has no finite
+number, it has no bounds.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ State = TypeVar("State", bound=Any)
 
 
 class Seen(NamedTuple):
-    """How many numbers came, by kind; each `[*channels]`."""
+    """How many numbers of each kind an observer was given; each `[*channels]`."""
 
     finite: Count
     nan: Count
@@ -41,10 +46,11 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Observer(abc.ABC):
-    """Finds the range to quantize from numbers that come in batches; compared by value.
+    """Finds the range to quantize from batches of numbers. Compared by value.
 
     Args:
-      axis: the axis, or axes, of x that keep statistics of their own; None takes one statistic of everything.
+      axis: the axis or axes of x that are kept. Each index along them, a channel, has
+        statistics of its own. None computes one statistic of all numbers.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -65,22 +71,23 @@ class Observer(abc.ABC):
         axis = tuple(self.axis) if isinstance(self.axis, list | tuple) else self.axis
         if not all(_is_int(a) for a in _as_tuple(axis)):
             raise TypeError(
-                f"{self.kind}: axis must be a whole number, several or None, got {self.axis!r}."
+                f"{self.kind}: axis must be a whole number, a tuple of whole "
+                f"numbers or None, got {self.axis!r}."
             )
         object.__setattr__(self, "axis", axis)
 
     def init(self, x: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> Any:
-        """The state of nothing seen.
+        """The state before the first batch.
 
         Args:
-          x: what will be observed, or a `jax.ShapeDtypeStruct` of it; only its shape and dtype are read, and of the
-            shape only the kept axes matter.
+          x: a batch, or its `jax.ShapeDtypeStruct`. Only the dtype and the sizes of the
+            kept axes are read.
 
         Raises:
           TypeError: x is not floating point.
-          ValueError: x lacks one of the kept axes.
+          ValueError: x does not have one of the kept axes.
         """
-        shape = self._channels(x, "init")
+        shape = self._channel_shape(x, "init")
         return self._empty(shape, x)
 
     def update(
@@ -93,53 +100,60 @@ class Observer(abc.ABC):
         """The state after one more batch.
 
         Args:
-          state: from `init`, `update` or `merge`.
-          x: floats; the axes that are not kept may differ in size from batch to batch.
-          where: bool, of a shape that broadcasts to x's: False leaves a number out, as padding.
+          state: the result of `init`, `update` or `merge`.
+          x: floats. The sizes of the axes that are not kept may differ between batches.
+          where: bool, of a shape that broadcasts to the shape of x. A number is ignored
+            if its entry is False, for example because it is padding.
 
         Raises:
           TypeError: x is not floating point, or `where` is not bool.
-          ValueError: the kept axes of x have other sizes than the state's.
+          ValueError: the kept axes of x have other sizes than those of the state, or
+            `where` does not broadcast to x, or the state is of another observer.
         """
-        shape = self._channels(x, "update")
-        held = state.seen.nan.low.shape
-        if shape != held:
+        shape = self._channel_shape(x, "update")
+        state_shape = state.seen.nan.low.shape
+        if shape != state_shape:
             raise ValueError(
-                f"{self.kind}.update: the state keeps statistics of shape {list(held)} and this batch has "
-                f"{list(shape)} (x: {_describe(x)}, axis={self.axis}). Make the state with init(x) of such a batch."
+                f"{self.kind}.update: the state keeps statistics of shape "
+                f"{list(state_shape)} and this batch has {list(shape)} "
+                f"(x: {_array_text(x)}, axis={self.axis}). Make the state with init(x) "
+                "of such a batch."
             )
         self.check_state(state, "update")
-        return _update(
-            self._keeper(), state, jnp.asarray(x), self._mask(where, x, "update")
-        )
+        mask = self._mask(where, x, "update")
+        return _jit_update(self._state_maker(), state, jnp.asarray(x), mask)
 
     def merge(self, a: State, b: State) -> State:
-        """The state of everything both have seen; the order of merging never matters.
+        """The state of all batches of both states. The order of merges does not matter.
 
         Raises:
-          ValueError: the states are of different shapes.
+          ValueError: the shapes of the states differ.
         """
-        shapes = [jax.tree.map(jnp.shape, s) for s in (a, b)]
+        shapes = [jax.tree.map(jnp.shape, state) for state in (a, b)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"{self.kind}.merge: the states differ in shape: {shapes[0]} and {shapes[1]}."
+                f"{self.kind}.merge: the states differ in shape: {shapes[0]} and "
+                f"{shapes[1]}. Make both with the same observer and channels."
             )
-        return _merge(self._keeper(), a, b)
+        return _jit_merge(self._state_maker(), a, b)
 
     def merge_across(self, state: State, axis_name: str | tuple[str, ...]) -> State:
-        """The merged state of all devices along a mapped axis, the same on each: inside `shard_map` or `vmap`.
+        """The merged state of all devices along a mapped axis, the same on each device.
+
+        Call it inside `shard_map` or `vmap`.
 
         Example:
           >>> import jax, jax.numpy as jnp, jaxq
           >>> obs = jaxq.observers.absmax()
           >>> def shard(x):
           ...     return obs.merge_across(obs.update(obs.init(x), x), "data")
-          >>> state = jax.vmap(shard, axis_name="data", out_axes=None)(jnp.array([[1.0, -4.0], [2.0, 3.0]]))
+          >>> x = jnp.array([[1.0, -4.0], [2.0, 3.0]])
+          >>> state = jax.vmap(shard, axis_name="data", out_axes=None)(x)
           >>> float(obs.bounds(state)[1])
           4.0
         """
         total = functools.partial(lax.psum, axis_name=axis_name)
-        seen = Seen(*(_numbers.add_up(count, total) for count in state.seen))
+        seen = Seen(*(_numbers.sum_counts(count, total) for count in state.seen))
         return self._across(state, axis_name)._replace(seen=seen)
 
     def bounds(
@@ -153,23 +167,27 @@ class Observer(abc.ABC):
         """The range to quantize.
 
         Args:
-          state: of at least one batch.
-          format: the format to quantize to, which `mse` and `entropy` depend on.
-          symmetric: True gives (-T, T), or (0, T) for a format without negative numbers. False gives a range
-            that contains 0.
-          on_nonfinite: "raise" or "ignore" what was not finite.
+          state: a state of at least one batch.
+          format: the format to quantize to. The ranges of `mse` and `entropy` depend on
+            it.
+          symmetric: True gives (-T, T), or (0, T) if the format has no negative
+            numbers. False gives a range that contains 0.
+          on_nonfinite: what to do if numbers that are not finite were observed: "raise"
+            an error or "ignore" them.
 
         Returns:
-          (low, high), each float32 `[*channels]`. Under jit, where no error can be raised, NaN in place of one.
+          (low, high), each float32 `[*channels]`. Under jit no error can be raised.
+          There a channel without a valid range has NaN.
 
         Raises:
-          ValueError: nothing finite was observed, here or in some channel; or something was that is not finite; the
-            state is of an observer of another kind or other settings.
+          ValueError: a channel has no finite number; or numbers that are not finite
+            were observed and `on_nonfinite` is "raise"; or the state is of another kind
+            of observer or of other settings.
         """
-        fmt = self._checked(format, symmetric, on_nonfinite, "bounds")
+        fmt = self._check_arguments(format, symmetric, on_nonfinite, "bounds")
         self.check_state(state, "bounds")
-        low, high = _bounds(self, fmt, symmetric, on_nonfinite, state)
-        self._complain(state.seen, on_nonfinite, "bounds")
+        low, high = _jit_bounds(self, fmt, symmetric, on_nonfinite, state)
+        self._check_counts(state.seen, on_nonfinite, "bounds")
         return low, high
 
     def bounds_of(
@@ -181,91 +199,102 @@ class Observer(abc.ABC):
         where: jax.typing.ArrayLike | None = None,
         on_nonfinite: str = "raise",
     ) -> tuple[jax.Array, jax.Array]:
-        """The range to quantize of one array, such as a weight; `bounds` without a state.
+        """The range to quantize of one array, such as a weight, without a state.
 
-        Percentiles are exact and `mse` measures the errors of the numbers themselves, where a state keeps a histogram.
-        For blocks `[..., n]` with a range each, let `axis` be all axes but the last, or use `jax.vmap`.
+        Here percentiles are exact, and `mse` measures the error of each number. A state
+        has only a histogram of the numbers. If each row of `[..., n]` needs a range of
+        its own, let `axis` be all axes but the last, or use `jax.vmap`.
+
+        Args:
+          x: floats.
+          format: as for `bounds`.
+          symmetric: as for `bounds`.
+          where: as for `update`.
+          on_nonfinite: as for `bounds`.
 
         Returns:
           (low, high), as `bounds`.
 
         Raises:
-          TypeError, ValueError: as `update` and `bounds`.
+          TypeError: x is not floating point, or `where` is not bool.
+          ValueError: x does not have one of the kept axes, or `where` does not
+            broadcast to x, or the range does not exist (see `bounds`).
 
         Example:
           >>> import jax.numpy as jnp, jaxq
           >>> blocks = jnp.array([[1.0, 1.1, 0.9, 8.0], [1.0, 2.0, 3.0, 4.0]])
-          >>> low, high = jaxq.observers.percentile(50, axis=0).bounds_of(blocks, "int4")
+          >>> obs = jaxq.observers.percentile(50, axis=0)
+          >>> low, high = obs.bounds_of(blocks, "int4")
           >>> [round(float(t), 2) for t in high]
           [1.05, 2.5]
         """
-        self._channels(x, "bounds_of")
-        fmt = self._checked(format, symmetric, on_nonfinite, "bounds_of")
+        self._channel_shape(x, "bounds_of")
+        fmt = self._check_arguments(format, symmetric, on_nonfinite, "bounds_of")
         mask = self._mask(where, x, "bounds_of")
-        low, high, seen = _bounds_of(
+        low, high, seen = _jit_bounds_of(
             self, fmt, symmetric, on_nonfinite, jnp.asarray(x), mask
         )
-        self._complain(seen, on_nonfinite, "bounds_of")
+        self._check_counts(seen, on_nonfinite, "bounds_of")
         return low, high
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_dict` gives an equal observer back."""
+        """A description for JSON. `from_dict` gives an equal observer."""
         return {"type": self.kind, **dataclasses.asdict(self)}
 
-    # What a kind of observer is made of: all inside jit, on x float32 [*channels, n] and keep bool of the same shape,
-    # False for what is masked or not finite.
+    # What each kind of observer implements. All of it runs inside jit. x is float32
+    # [*channels, n]. keep is bool of the same shape, and False for a number that is
+    # masked or not finite. The base class fills in the field `seen`.
 
     @abc.abstractmethod
     def _init(self, seen: Seen, shape: tuple[int, ...]) -> Any:
-        """The state of nothing seen."""
+        """The state before the first batch."""
 
     @abc.abstractmethod
     def _update(self, state: Any, x: jax.Array, keep: jax.Array) -> Any:
-        """The state after one more batch; `seen` is the caller's business."""
+        """The state after one more batch."""
 
     @abc.abstractmethod
     def _across(self, state: Any, axis_name: str | tuple[str, ...]) -> Any:
-        """The merged state of everything along a mapped axis; `seen` is the caller's business."""
+        """The merged state of all devices along a mapped axis."""
 
     @abc.abstractmethod
     def _bounds(
         self, state: Any, fmt: Format, symmetric: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """The range, where anything was seen."""
+        """The range of a state; any numbers for a channel without a finite number."""
 
     def _bounds_of(
         self, x: jax.Array, keep: jax.Array, fmt: Format, symmetric: bool
     ) -> tuple[jax.Array, jax.Array]:
         """The range of one array."""
-        return self._bounds(
-            self._update(self._empty(x.shape[:-1], x), x, keep), fmt, symmetric
-        )
+        state = self._update(self._empty(x.shape[:-1], x), x, keep)
+        return self._bounds(state, fmt, symmetric)
 
     def check_state(self, state: Any, caller: str) -> None:
-        """Raises a ValueError where the arrays of a state are not those this observer keeps."""
-        shape = (
-            state.seen.nan.low.shape
-            if isinstance(getattr(state, "seen", None), Seen)
-            else ()
-        )
-        if _described(state) != _described(_blank(self._keeper(), tuple(shape))):
+        """Raises ValueError if the arrays of a state are not those of this observer."""
+        seen = getattr(state, "seen", None)
+        shape = tuple(seen.nan.low.shape) if isinstance(seen, Seen) else ()
+        expected = _abstract_state(self._state_maker(), shape)
+        if _structure(state) != _structure(expected):
             raise ValueError(
-                f"{self.kind}.{caller}: the state is not of {self!r}, but of another kind or other settings. Observe "
-                "the data with this one."
+                f"{self.kind}.{caller}: the state is not of {self!r}, but of another "
+                "kind of observer or of other settings. Observe the data with this "
+                "observer."
             )
 
-    def _keeper(self) -> Observer:
-        """An observer whose states are made and merged alike: equal ones share compiled programs."""
+    def _state_maker(self) -> Observer:
+        """An observer with equal states, so that observers share compiled programs."""
         return self
 
     def _empty(self, shape: tuple[int, ...], x: Any) -> Any:
-        seen = Seen(*(_numbers.no_count(shape) for _ in range(3)))
+        """The state before the first batch, of a type that can be a carry with x."""
+        seen = Seen(*(_numbers.zero_counts(shape) for _ in Seen._fields))
         return _numbers.varying_like(self._init(seen, shape), x)
 
-    def _check(self, fmt: Format, symmetric: bool) -> None:  # noqa: B027 (most have an answer for every format)
-        """Raises if the format is one this observer has no answer for."""
+    def _check(self, fmt: Format, symmetric: bool) -> None:  # noqa: B027 (most accept all)
+        """Raises ValueError if this observer cannot find a range for the format."""
 
-    def _checked(
+    def _check_arguments(
         self, format: str | Format, symmetric: bool, on_nonfinite: str, caller: str
     ) -> Format:
         fmt = formats.get(format)
@@ -274,34 +303,38 @@ class Observer(abc.ABC):
         )
         if not isinstance(symmetric, bool):
             raise TypeError(
-                f"{self.kind}.{caller}: symmetric must be True or False, got {symmetric!r}."
+                f"{self.kind}.{caller}: symmetric must be True or False, got "
+                f"{symmetric!r}."
             )
         self._check(fmt, symmetric)
         return fmt
 
-    def _channels(self, x: Any, caller: str) -> tuple[int, ...]:
+    def _channel_shape(self, x: Any, caller: str) -> tuple[int, ...]:
         """The shape of the statistics of x."""
         shape, dtype = jnp.shape(x), jnp.result_type(x)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{self.kind}.{caller}: x must be floating point, got {_describe(x)}."
+                f"{self.kind}.{caller}: x must be floating point, got "
+                f"{_array_text(x)}. Convert it with astype."
             )
         axes = _as_tuple(self.axis)
-        if any(not -len(shape) <= a < len(shape) for a in axes) or len(
-            {a % len(shape) for a in axes}
-        ) < len(axes):
+        ndim = len(shape)
+        in_range = all(-ndim <= axis < ndim for axis in axes)
+        if not in_range or len({axis % ndim for axis in axes}) < len(axes):
             raise ValueError(
-                f"{self.kind}.{caller}: x has no such axes: axis={self.axis}, x: {_describe(x)}."
+                f"{self.kind}.{caller}: x has no such axes, or one axis is named "
+                f"twice: axis={self.axis}, x: {_array_text(x)}."
             )
-        return tuple(shape[a] for a in axes)
+        return tuple(shape[axis] for axis in axes)
 
     def _mask(self, where: Any, x: Any, caller: str) -> jax.Array | None:
+        """`where` as an array, checked."""
         if where is None:
             return None
         mask, shape = jnp.asarray(where), jnp.shape(x)
         if mask.dtype != jnp.bool_:
             raise TypeError(
-                f"{self.kind}.{caller}: where must be bool, got {_describe(mask)}."
+                f"{self.kind}.{caller}: where must be bool, got {_array_text(mask)}."
             )
         try:
             fits = np.broadcast_shapes(mask.shape, shape) == shape
@@ -309,64 +342,67 @@ class Observer(abc.ABC):
             fits = False
         if not fits:
             raise ValueError(
-                f"{self.kind}.{caller}: where must broadcast to x, got {_describe(mask)} for x: {_describe(x)}."
+                f"{self.kind}.{caller}: where must broadcast to x, got "
+                f"{_array_text(mask)} for x: {_array_text(x)}."
             )
         return mask
 
-    def _complain(self, seen: Seen, on_nonfinite: str, caller: str) -> None:
-        """Raises what `bounds` says NaN of under jit."""
+    def _check_counts(self, seen: Seen, on_nonfinite: str, caller: str) -> None:
+        """Raises if there is no range. Under jit the range is NaN instead."""
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(seen)):
             return
         finite, nan, infinite = (
-            np.asarray(c.low) + np.asarray(c.high).astype(np.float64) * 2.0**32
-            for c in seen
+            np.asarray(count.low) + np.asarray(count.high).astype(np.float64) * 2.0**32
+            for count in seen
         )
         if on_nonfinite == "raise" and (nan.any() or infinite.any()):
             raise ValueError(
-                f"{self.kind}.{caller}: {int(nan.sum())} NaN and {int(infinite.sum())} infinities were observed"
-                f"{self._place((nan > 0) | (infinite > 0))}. Pass on_nonfinite='ignore' for the range of the finite "
-                "numbers."
+                f"{self.kind}.{caller}: {int(nan.sum())} NaN and {int(infinite.sum())} "
+                f"infinities were observed{self._channels_text(nan + infinite > 0)}. "
+                "Pass on_nonfinite='ignore' to get the range of the finite numbers."
             )
         if (finite == 0).any():
             raise ValueError(
-                f"{self.kind}.{caller}: no finite number was observed{self._place(finite == 0)}, so there is no range. "
-                "Update the state with a batch first."
+                f"{self.kind}.{caller}: no finite number was observed"
+                f"{self._channels_text(finite == 0)}, so there is no range. Update the "
+                "state with a batch first."
             )
 
-    def _place(self, bad: np.ndarray) -> str:
+    def _channels_text(self, bad: np.ndarray) -> str:
+        """Which channels are bad, for an error; "" if there are no channels."""
         if self.axis is None:
             return ""
-        first = [int(i) for i in np.argwhere(bad)[0]]
-        return f" in {int(bad.sum())} of {bad.size} channels, the first being {first[0] if len(first) == 1 else first}"
+        index = [int(i) for i in np.argwhere(bad)[0]]
+        first = index[0] if len(index) == 1 else index
+        return f" in {int(bad.sum())} of {bad.size} channels, the first being {first}"
 
-    def _view(
+    def _channels_first(
         self, x: jax.Array, where: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Seen]:
-        """x as float32 `[*channels, n]`, which of it are to be used, and how many of each kind there are."""
-        axes = tuple(a % x.ndim for a in _as_tuple(self.axis))
-        order = (*axes, *(a for a in range(x.ndim) if a not in axes))
-        shape = tuple(x.shape[a] for a in axes)
+        """x as float32 `[*channels, n]`, which numbers to use, and counts by kind."""
+        axes = tuple(axis % x.ndim for axis in _as_tuple(self.axis))
+        order = (*axes, *(axis for axis in range(x.ndim) if axis not in axes))
+        channels = tuple(x.shape[axis] for axis in axes)
+        n = math.prod(x.shape) // max(math.prod(channels), 1)
 
-        def channels_first(v: jax.Array) -> jax.Array:
-            return v.transpose(order).reshape(
-                *shape, math.prod(x.shape) // max(math.prod(shape), 1)
-            )
+        def move(array: jax.Array) -> jax.Array:
+            return array.transpose(order).reshape(*channels, n)
 
-        view = channels_first(x.astype(jnp.float32))
-        pattern = _numbers.magnitude_pattern(view)
+        numbers = move(x.astype(jnp.float32))
+        pattern = _numbers.magnitude_pattern(numbers)
         finite, nan = pattern < _numbers.INFINITY, pattern > _numbers.INFINITY
         infinite = pattern == _numbers.INFINITY
         if where is not None:
-            mask = channels_first(_broadcast(where, x.shape))
+            mask = move(_broadcast(where, x.shape))
             finite, nan, infinite = finite & mask, nan & mask, infinite & mask
         counts = _numbers.count_true(finite, nan, infinite)
-        return view, finite, Seen(*(_numbers.as_count(count) for count in counts))
+        return numbers, finite, Seen(*(_numbers.as_count(count) for count in counts))
 
 
 def enclose(
     low: jax.Array, high: jax.Array, fmt: Format, symmetric: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The range a format is given for numbers from `low` to `high`: symmetric about 0, or containing it."""
+    """The range for numbers from `low` to `high`: symmetric, or containing 0."""
     if symmetric:
         return mirror(_numbers.larger(jnp.abs(low), jnp.abs(high)), fmt)
     zero = jnp.zeros_like(low)
@@ -374,49 +410,53 @@ def enclose(
 
 
 def mirror(threshold: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
-    """(-T, T), or (0, T) for a format without negative numbers."""
-    return (-threshold if fmt.min < 0 else jnp.zeros_like(threshold)), threshold
+    """(-T, T), or (0, T) if the format has no negative numbers."""
+    low = -threshold if fmt.min < 0 else jnp.zeros_like(threshold)
+    return low, threshold
 
 
 @functools.lru_cache
-def _blank(observer: Observer, shape: tuple[int, ...]) -> Any:
-    """The state of nothing seen, of `jax.ShapeDtypeStruct`s."""
+def _abstract_state(observer: Observer, shape: tuple[int, ...]) -> Any:
+    """The state before the first batch, of `jax.ShapeDtypeStruct`s."""
     return jax.eval_shape(lambda: observer._empty(shape, np.float32(0)))
 
 
-def _described(state: Any) -> tuple[Any, list[tuple[tuple[int, ...], np.dtype]]]:
-    leaves, structure = jax.tree.flatten(state)
-    return structure, [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves]
+def _structure(state: Any) -> tuple[Any, list[tuple[tuple[int, ...], np.dtype]]]:
+    """Treedef, and the shape and dtype of each leaf."""
+    leaves, treedef = jax.tree.flatten(state)
+    return treedef, [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _update(
+def _jit_update(
     observer: Observer, state: Any, x: jax.Array, where: jax.Array | None
 ) -> Any:
-    view, keep, seen = observer._view(x, where)
+    numbers, keep, seen = observer._channels_first(x, where)
     total = Seen(*(_numbers.plus(a, b) for a, b in zip(state.seen, seen, strict=True)))
-    return observer._update(_numbers.varying_like(state, view), view, keep)._replace(
-        seen=total
-    )
+    state = _numbers.varying_like(state, numbers)
+    return observer._update(state, numbers, keep)._replace(seen=total)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _merge(observer: Observer, a: Any, b: Any) -> Any:
-    both = jax.tree.map(lambda u, v: jnp.stack([u, v]), a, b)
-    return jax.vmap(
-        lambda s: observer.merge_across(s, "merged"), axis_name="merged", out_axes=None
-    )(both)
+def _jit_merge(observer: Observer, a: Any, b: Any) -> Any:
+    """Merges two states as `merge_across` merges those of two devices."""
+    stacked = jax.tree.map(lambda u, v: jnp.stack([u, v]), a, b)
+
+    def across(state):
+        return observer.merge_across(state, "merged")
+
+    return jax.vmap(across, axis_name="merged", out_axes=None)(stacked)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _bounds(
+def _jit_bounds(
     observer: Observer, fmt: Format, symmetric: bool, on_nonfinite: str, state: Any
 ):
     return _or_nan(observer._bounds(state, fmt, symmetric), state.seen, on_nonfinite)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _bounds_of(
+def _jit_bounds_of(
     observer: Observer,
     fmt: Format,
     symmetric: bool,
@@ -424,15 +464,15 @@ def _bounds_of(
     x: jax.Array,
     where: jax.Array | None,
 ):
-    view, keep, seen = observer._view(x, where)
-    return *_or_nan(
-        observer._bounds_of(view, keep, fmt, symmetric), seen, on_nonfinite
-    ), seen
+    numbers, keep, seen = observer._channels_first(x, where)
+    bounds = observer._bounds_of(numbers, keep, fmt, symmetric)
+    return *_or_nan(bounds, seen, on_nonfinite), seen
 
 
 def _or_nan(
     bounds: tuple[jax.Array, jax.Array], seen: Seen, on_nonfinite: str
 ) -> tuple[jax.Array, jax.Array]:
+    """The range, or NaN in the channels without a valid range."""
     bad = _numbers.is_zero(seen.finite)
     if on_nonfinite == "raise":
         bad = bad | ~_numbers.is_zero(seen.nan) | ~_numbers.is_zero(seen.infinite)
@@ -441,18 +481,21 @@ def _or_nan(
 
 
 def _broadcast(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.broadcast_to(
-        mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape), shape
-    )
+    """The mask with the shape of x. Missing leading axes are added first."""
+    same_rank = mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
+    return jnp.broadcast_to(same_rank, shape)
 
 
 def _as_tuple(axis: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    if axis is None:
+        return ()
+    return axis if isinstance(axis, tuple) else (axis,)
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _describe(x: Any) -> str:
+def _array_text(x: Any) -> str:
+    """dtype[shape] of an array, for errors."""
     return f"{jnp.result_type(x).name}[{','.join(map(str, jnp.shape(x)))}]"

@@ -1,16 +1,21 @@
-"""Percentiles without a sort: exact on one array, by bisection; of a stream, to a bucket of floats.
+"""Percentiles without a sort.
 
-Bit patterns of floats order as the floats do, so the number of rank k is found by halving the range of patterns, 31
-times at most, each time counting what lies above: passes that read the array and write nothing.
+Of one array they are exact. The bits of floats have the order of the floats. So
+bisection over the bits finds the number of a given rank. It needs at most 31 passes,
+and each pass counts the numbers above a pivot. The passes read the array and write
+nothing.
 
-Buckets are the floats that share their exponent and first mantissa bits. They are the same for every
-stream, so states merge by adding counts. They are relative: outliers of any size cost no accuracy elsewhere.
+Of a stream they are known to a bucket. A bucket holds the floats with the same exponent
+and the same first mantissa bits. The buckets are the same for every stream, so states
+merge by adding counts. Their width is relative to the number. So an outlier of any size
+costs no accuracy elsewhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fractions
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -20,24 +25,30 @@ from jax import lax
 
 from jaxq import formats
 from jaxq.observers import _numbers
-from jaxq.observers._histogram import count_signed
+from jaxq.observers._histogram import by_sign, count_signed
 from jaxq.observers._numbers import Count
 from jaxq.observers._observer import Observer, Seen, enclose, mirror
 from jaxq.observers._range import no_range, range_across, range_of
 
 METHODS = ("linear", "nearest_rank")
-# The key of what is left out, below every other.
-_NONE = np.int32(-(2**31))
-# Decimals of a percentile: its fraction of 100 is exact in integers, of so many bits.
+# The key of a number that is ignored, below every other key.
+_IGNORED = np.int32(-(2**31))
+# p has at most six decimals. So `tail` is a fraction of integers of at most 28 bits.
 _DECIMALS = 6
 _BITS = 28
 
 
 class PercentileState(NamedTuple):
-    """The extremes; counts `[*channels, 2, buckets]` of positive and of negative numbers; one batch's exact answer.
+    """Extremes and counts, and the exact percentiles of a single batch.
 
-    `exact` is `[*channels, 3]`: of the magnitudes, and the lower and the upper one of the numbers. It holds
-    while `batches`, which stops at 2, is 1.
+    Attributes:
+      seen: how many numbers came.
+      low: float32 `[*channels]`, the smallest finite number.
+      high: float32 `[*channels]`, the largest finite number.
+      counts: `[*channels, 2, buckets]`, of positive and of negative numbers.
+      exact: float32 `[*channels, 3]`, the percentile of the magnitudes, and the lower
+        and the upper one of the numbers. Valid while `batches` is 1, otherwise 0.
+      batches: uint32 `[*channels]`, the number of batches; 2 stands for 2 or more.
     """
 
     seen: Seen
@@ -46,6 +57,18 @@ class PercentileState(NamedTuple):
     counts: Count
     exact: jax.Array
     batches: jax.Array
+
+
+class _Query(NamedTuple):
+    """A percentile to find: the number above which a share of the numbers is.
+
+    Attributes:
+      side: the numbers it is about: "high" for x, "low" for -x, "size" for |x|.
+      tail: the share of them that is above.
+    """
+
+    side: str
+    tail: fractions.Fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,100 +86,102 @@ class Percentile(Observer):
         object.__setattr__(self, "p", float(self.p))
         if not 0 < self.p <= 100 or round(self.p, _DECIMALS) != self.p:
             raise ValueError(
-                f"percentile: p must be above 0 and at most 100, with at most {_DECIMALS} decimals; got {self.p}."
+                "percentile: p must be above 0 and at most 100, with at most "
+                f"{_DECIMALS} decimals, got {self.p}."
             )
         formats.check_choice("percentile: method", self.method, METHODS)
         if not isinstance(self.mantissa_bits, int) or not 0 <= self.mantissa_bits <= 8:
             raise ValueError(
-                f"percentile: mantissa_bits must be from 0 to 8, got {self.mantissa_bits!r}."
+                "percentile: mantissa_bits must be a whole number from 0 to 8, got "
+                f"{self.mantissa_bits!r}."
             )
 
     @property
-    def _buckets(self) -> int:
+    def _num_buckets(self) -> int:
+        # 255 exponents of finite numbers, subnormals included.
         return 255 << self.mantissa_bits
 
     @property
     def _tail(self) -> fractions.Fraction:
-        """The share of the magnitudes that lies above the threshold."""
+        """The share of the magnitudes above the threshold."""
         return 1 - fractions.Fraction(str(self.p)) / 100
 
     def _init(self, seen, shape):
+        low, high = no_range(shape)
         return PercentileState(
             seen,
-            *no_range(shape),
-            _numbers.no_count((*shape, 2, self._buckets)),
-            jnp.zeros((*shape, 3), jnp.float32),
-            jnp.zeros(shape, jnp.uint32),
+            low,
+            high,
+            counts=_numbers.zero_counts((*shape, 2, self._num_buckets)),
+            exact=jnp.zeros((*shape, 3), jnp.float32),
+            batches=jnp.zeros(shape, jnp.uint32),
         )
 
     def _update(self, state, x, keep):
         low, high = range_of(x, keep)
-        index = (_numbers.magnitude_pattern(x) >> (23 - self.mantissa_bits)).astype(
-            jnp.int32
-        )
-        new = _numbers.as_count(count_signed(x, index, keep, self._buckets))
-        # A second batch ends the exact answer: no need to find it then.
+        pattern = _numbers.magnitude_pattern(x)
+        bucket = (pattern >> (23 - self.mantissa_bits)).astype(jnp.int32)
+        counts = _numbers.as_count(count_signed(x, bucket, keep, self._num_buckets))
+        # The exact percentiles are valid for one batch. Later batches skip the search.
         exact = lax.cond(
             jnp.all(state.batches > 0),
             lambda: state.exact,
             lambda: self._exact(x, keep, symmetric=None),
         )
-        came = jnp.any(keep, axis=-1)
-        batches = jnp.minimum(state.batches + came.astype(jnp.uint32), 2)
-        exact = jnp.where(came[..., None], exact, state.exact)
+        not_empty = jnp.any(keep, axis=-1)
+        batches = jnp.minimum(state.batches + not_empty.astype(jnp.uint32), 2)
+        exact = jnp.where(not_empty[..., None], exact, state.exact)
         return PercentileState(
             state.seen,
             _numbers.smaller(state.low, low),
             _numbers.larger(state.high, high),
-            _numbers.plus(state.counts, new),
-            jnp.where((batches == 1)[..., None], exact, 0.0),
-            batches,
+            counts=_numbers.plus(state.counts, counts),
+            exact=jnp.where((batches == 1)[..., None], exact, 0.0),
+            batches=batches,
         )
 
     def _across(self, state, axis_name):
         low, high = range_across(state.low, state.high, axis_name)
         batches = lax.psum(state.batches, axis_name)
-        # At most one of them is not 0, where the sum is of use.
-        exact = lax.psum(
-            jnp.where((state.batches == 1)[..., None], state.exact, 0.0), axis_name
+        counts = _numbers.sum_counts(
+            state.counts, lambda words: lax.psum(words, axis_name)
         )
+        # If there is one batch in total, one device has it, and the others add 0.
+        own_exact = jnp.where((state.batches == 1)[..., None], state.exact, 0.0)
+        exact = lax.psum(own_exact, axis_name)
         return PercentileState(
             state.seen,
             low,
             high,
-            _numbers.add_up(state.counts, lambda words: lax.psum(words, axis_name)),
-            jnp.where((batches == 1)[..., None], exact, 0.0),
-            jnp.minimum(batches, 2),
+            counts=counts,
+            exact=jnp.where((batches == 1)[..., None], exact, 0.0),
+            batches=jnp.minimum(batches, 2),
         )
 
     def _bounds(self, state, fmt, symmetric):
-        positive, negative = (
-            Count(*(words[..., i, :] for words in state.counts)) for i in (0, 1)
-        )
-        nothing = Count(*(jnp.zeros_like(words) for words in positive))
-        one = state.batches == 1
-        largest = _numbers.larger(jnp.abs(state.low), jnp.abs(state.high))
+        positive, negative = by_sign(state.counts)
+        is_exact = state.batches == 1
         if symmetric:
-            threshold = self._from_top(
-                _numbers.plus(positive, negative), nothing, self._tail
-            )
-            # Not below the smallest magnitude, which is known where all numbers have one sign.
-            threshold = _numbers.larger(
-                threshold, _numbers.larger(state.low, -state.high)
-            )
-            threshold = _numbers.smaller(threshold, largest)
-            return mirror(jnp.where(one, state.exact[..., 0], threshold), fmt)
+            threshold = self._threshold(state, _numbers.plus(positive, negative))
+            return mirror(jnp.where(is_exact, state.exact[..., 0], threshold), fmt)
         high = self._from_top(positive, negative, self._tail / 2)
         low = -self._from_top(negative, positive, self._tail / 2)
         high, low = (
-            _numbers.larger(_numbers.smaller(v, state.high), state.low)
-            for v in (high, low)
+            _numbers.larger(_numbers.smaller(bound, state.high), state.low)
+            for bound in (high, low)
         )
-        low, high = (
-            jnp.where(one, state.exact[..., 1], low),
-            jnp.where(one, state.exact[..., 2], high),
-        )
+        low = jnp.where(is_exact, state.exact[..., 1], low)
+        high = jnp.where(is_exact, state.exact[..., 2], high)
         return enclose(low, high, fmt, symmetric)
+
+    def _threshold(self, state: PercentileState, magnitudes: Count) -> jax.Array:
+        """The percentile of the magnitudes, from counts `[*channels, buckets]`."""
+        nothing = _numbers.map_words(jnp.zeros_like, magnitudes)
+        threshold = self._from_top(magnitudes, nothing, self._tail)
+        # If all numbers have one sign, the extremes also tell the smallest magnitude.
+        smallest = _numbers.larger(state.low, -state.high)
+        largest = _numbers.larger(jnp.abs(state.low), jnp.abs(state.high))
+        return _numbers.smaller(_numbers.larger(threshold, smallest), largest)
 
     def _bounds_of(self, x, keep, fmt, symmetric):
         exact = self._exact(x, keep, symmetric=symmetric)
@@ -167,113 +192,124 @@ class Percentile(Observer):
     def _exact(
         self, x: jax.Array, keep: jax.Array, *, symmetric: bool | None
     ) -> jax.Array:
-        """Of the magnitudes, or of the numbers from below and above, or (None) all three; `[*channels, k]`."""
-        half = self._tail / 2
-        asked = [] if symmetric is False else [("size", self._tail)]
-        asked += [] if symmetric is True else [("low", half), ("high", half)]
-        found = self._select(x, keep, asked)
-        return jnp.stack(
-            [
-                -v if side == "low" else v
-                for v, (side, _) in zip(found, asked, strict=True)
-            ],
-            axis=-1,
-        )
+        """The exact percentiles of one array; float32 `[*channels, k]`.
+
+        True gives that of the magnitudes. False gives the lower and the upper one of
+        the numbers. None gives all three.
+        """
+        queries = []
+        if symmetric is not False:
+            queries.append(_Query("size", self._tail))
+        if symmetric is not True:
+            half = self._tail / 2
+            queries += [_Query("low", half), _Query("high", half)]
+        values = self._select(x, keep, queries)
+        signed = [
+            -value if query.side == "low" else value
+            for query, value in zip(queries, values, strict=True)
+        ]
+        return jnp.stack(signed, axis=-1)
 
     def _select(
-        self, x: jax.Array, keep: jax.Array, asked: list[tuple[str, fractions.Fraction]]
+        self, x: jax.Array, keep: jax.Array, queries: Sequence[_Query]
     ) -> list[jax.Array]:
-        """Of each channel of `[*channels, n]` the number above which a share of them lies, by `method`.
+        """The percentile of each query, by `method`; float32 `[*channels]` each.
 
-        For each (side, share) asked for; side says of which numbers: "high", x; "low", -x; "size", |x|. All are
-        searched for at once: what takes time is to read the numbers.
+        All queries are searched for together, since reading the numbers takes the time.
+
+        Args:
+          x: float32 `[*channels, n]`.
+          keep: bool `[*channels, n]`.
+          queries: one to three percentiles.
         """
-        number = _numbers.count_true(keep)[0]
+        number = _numbers.count_true(keep)[0]  # [*channels]
         linear = self.method == "linear"
+        # "linear" interpolates in the n - 1 spaces between n numbers.
         spaces = jnp.where(number > 0, number - 1, 0) if linear else number
-        shares = [_share(spaces, tail) for _, tail in asked]
+        shares = [_share(spaces, query.tail) for query in queries]
         last = jnp.maximum(number, 1) - 1
-        rank = jnp.stack(
-            [jnp.minimum(share, last) for share, _ in shares]
-        )  # [k, *channels], 0 of the largest
-        keys = jnp.where(keep, _numbers.ordered(x), _NONE)
+        rank = jnp.stack([jnp.minimum(whole, last) for whole, _ in shares])
+        # rank: [k, *channels], where 0 is the rank of the largest number
+        keys = jnp.where(keep, _numbers.ordered_bits(x), _IGNORED)
 
-        def count(pivots):
-            # The pivots stand in the way of XLA, which would make an array of every side's keys before the loop.
+        def count_from(pivots):
+            """How many keys are at least the pivot; uint32 `[k, *channels]`."""
+            # The barrier depends on the pivots, so XLA cannot move the keys of each
+            # side out of the loop. It would store them as arrays.
             key, pivots = lax.optimization_barrier((keys, pivots))
-            pairs = zip(asked, pivots, strict=True)
-            return jnp.stack(
-                _numbers.count_true(
-                    *(_from(side, key) >= p[..., None] for (side, _), p in pairs)
-                )
-            )
+            conditions = [
+                _key_of_side(query.side, key) >= pivot[..., None]
+                for query, pivot in zip(queries, pivots, strict=True)
+            ]
+            return jnp.stack(_numbers.count_true(*conditions))
 
-        def halve(carry):
-            least, most = carry  # the answer lies between
-            middle = (
-                (least >> 1) + (most >> 1) + ((least | most) & 1)
-            )  # rounded up, without overflow
-            enough = count(middle) > rank
-            return jnp.where(enough, middle, least), jnp.where(enough, most, middle - 1)
-
-        most = jnp.stack(
-            [_numbers.largest(_from(side, keys), _NONE) for side, _ in asked]
-        )
-        high = _numbers.largest(keys, _NONE)
-        low = ~_numbers.largest(_from("low", keys), _NONE)
-        bottom = {"high": low, "low": ~high, "size": jnp.zeros_like(low)}
-        least = jnp.minimum(jnp.stack([bottom[side] for side, _ in asked]), most)
-        at, _ = lax.while_loop(
-            lambda carry: jnp.any(carry[0] < carry[1]), halve, (least, most)
-        )
-        values = list(_numbers.unordered(at))
+        result = _bisect(count_from, rank, *_key_range(keys, queries))
+        values = list(_numbers.from_ordered_bits(result))
         if not linear:
             return values
-        more = count(at) > rank + 1  # there is another one of the same size
-        for i, ((side, tail), (_, rest)) in enumerate(zip(asked, shares, strict=True)):
-            key = _from(side, keys)
-            below = _numbers.largest(
-                jnp.where(key < at[i][..., None], key, _NONE), _NONE
+        # If another number has the same key, the next number down is the same.
+        repeated = count_from(result) > rank + 1
+        for i, (query, (_, rest)) in enumerate(zip(queries, shares, strict=True)):
+            key = _key_of_side(query.side, keys)
+            lower_keys = jnp.where(key < result[i][..., None], key, _IGNORED)
+            next_key = _numbers.largest(lower_keys, _IGNORED)
+            next_value = jnp.where(
+                repeated[i] | (rest == 0),
+                values[i],
+                _numbers.from_ordered_bits(next_key),
             )
-            following = jnp.where(
-                more[i] | (rest == 0), values[i], _numbers.unordered(below)
-            )
-            share = rest.astype(jnp.float32) * np.float32(1 / tail.denominator)
-            mixed = (1 - share) * values[i] + share * following
-            values[i] = jnp.where(following == values[i], values[i], mixed)
+            part = rest.astype(jnp.float32) * np.float32(1 / query.tail.denominator)
+            mixed = (1 - part) * values[i] + part * next_value
+            values[i] = jnp.where(next_value == values[i], values[i], mixed)
         return values
 
     def _from_top(
         self, above: Count, below: Count, tail: fractions.Fraction
     ) -> jax.Array:
-        """As `_select`, of counts by magnitude, `[*channels, buckets]` of positive numbers and of negative ones."""
-        if tail == 0:  # the extremes, which the caller knows
+        """The number above which a share `tail` of the numbers is, from buckets.
+
+        Args:
+          above: counts `[*channels, buckets]` of positive numbers by magnitude.
+          below: counts `[*channels, buckets]` of negative numbers by magnitude.
+          tail: the share.
+
+        Returns:
+          float32 `[*channels]`, interpolated within a bucket; infinity if `tail` is 0,
+          since the caller knows the extremes.
+        """
+        if tail == 0:
             return jnp.full(above.low.shape[:-1], np.inf, jnp.float32)
-        counts = Count(
-            *(
-                jnp.concatenate([u[..., ::-1], v], axis=-1)
-                for u, v in zip(above, below, strict=True)
-            )
-        )
+
+        def descending(above_words, below_words):
+            return jnp.concatenate([above_words[..., ::-1], below_words], axis=-1)
+
+        counts = _numbers.map_words(descending, above, below)
         sums = _numbers.as_float(
-            _numbers.add_up(counts, lambda w: jnp.cumsum(w, axis=-1, dtype=w.dtype))
-        )
+            _numbers.sum_counts(
+                counts, lambda words: jnp.cumsum(words, axis=-1, dtype=words.dtype)
+            )
+        )  # [*channels, 2 * buckets]
         number = _numbers.as_float(counts)
         total = sums[..., -1:]
         rank = jnp.minimum(total * np.float32(float(tail)), total - 1)
-        # The first bucket that reaches beyond the rank, and how deep in it the rank lies.
+        # The first bucket that reaches beyond the rank, and the depth of the rank in
+        # it.
         index = jnp.argmax(sums > rank, axis=-1, keepdims=True).astype(jnp.int32)
-        held = jnp.take_along_axis(number, index, axis=-1)
-        before = jnp.take_along_axis(sums, index, axis=-1) - held
-        depth = jnp.clip((rank - before + 0.5) / jnp.maximum(held, 1.0), 0, 1)[..., 0]
-        index = index[..., 0]
-        negative = index >= self._buckets
-        bucket = jnp.where(negative, index - self._buckets, self._buckets - 1 - index)
+        bucket_number = jnp.take_along_axis(number, index, axis=-1)
+        before = jnp.take_along_axis(sums, index, axis=-1) - bucket_number
+        depth = (rank - before + 0.5) / jnp.maximum(bucket_number, 1.0)
+        depth = jnp.clip(depth, 0, 1)[..., 0]
+        return self._number_at(index[..., 0], depth)
+
+    def _number_at(self, index: jax.Array, depth: jax.Array) -> jax.Array:
+        """The number at a depth from 0 to 1 in a bucket; buckets are descending."""
+        buckets = self._num_buckets
+        negative = index >= buckets
+        bucket = jnp.where(negative, index - buckets, buckets - 1 - index)
         width = 1 << (23 - self.mantissa_bits)
         part = (jnp.where(negative, depth, 1 - depth) * width).astype(jnp.int32)
-        magnitude = lax.bitcast_convert_type(
-            bucket * np.int32(width) + jnp.minimum(part, width - 1), jnp.float32
-        )
+        pattern = bucket * np.int32(width) + jnp.minimum(part, width - 1)
+        magnitude = lax.bitcast_convert_type(pattern, jnp.float32)
         return jnp.where(negative, -magnitude, magnitude)
 
 
@@ -284,66 +320,117 @@ def percentile(
     mantissa_bits: int = 4,
     axis: int | tuple[int, ...] | None = None,
 ) -> Percentile:
-    """The range that holds p percent: of |x| where symmetric, else of x, with as much left out below as above.
+    """The range that holds p percent of the numbers.
 
-    With the n numbers ascending, a[0] to a[n - 1], "linear" interpolates at the position `p / 100 * (n - 1)`, as
-    `numpy.percentile` does, and "nearest_rank" takes `a[ceil(p / 100 * n) - 1]`, or a[0]. Two-sided, p becomes
-    `(100 - p) / 2` from either end (and "nearest_rank" counts from that end).
+    Symmetric ranges hold p percent of |x|. Other ranges hold p percent of x, and leave
+    out the same share below as above.
 
-    `bounds_of`, and a state that has seen one batch, are exact. A state that has seen more knows counts of buckets of
-    floats, each 2^-mantissa_bits of a binade wide, and interpolates in one. p = 100 is always exact.
+    With the n numbers ascending, a[0] to a[n - 1], "linear" interpolates at the
+    position `p / 100 * (n - 1)`, as `numpy.percentile` does. "nearest_rank" takes
+    `a[ceil(p / 100 * n) - 1]`, at least a[0]. For ranges that are not symmetric, each
+    end leaves out `(100 - p) / 2` percent, and "nearest_rank" counts from that end.
+
+    `bounds_of` is exact, and so is a state of one batch. A state of several batches has
+    counts of buckets, each 2^-mantissa_bits of a power of two wide, and interpolates
+    within a bucket. p = 100 is always exact.
 
     Args:
-      p: percent, above 0 to 100, of at most six decimals.
+      p: percent, above 0 to 100, with at most six decimals.
       method: "linear" or "nearest_rank".
-      mantissa_bits: 0 to 8; a state takes 4 kB times 2^mantissa_bits a channel.
+      mantissa_bits: 0 to 8. A state takes 4 kB times 2^mantissa_bits for each channel.
       axis: see `Observer`.
 
     Raises:
-      ValueError: p or mantissa_bits out of range, an unknown method.
+      ValueError: `p` or `mantissa_bits` is out of range, or `method` is unknown.
 
     Example:
-      >>> import jax.numpy as jnp, jaxq
+      >>> import jax.numpy as jnp
+      >>> from jaxq.observers import percentile
       >>> x = jnp.arange(1, 11) / 10
-      >>> [round(float(jaxq.observers.percentile(90, method=m).bounds_of(x)[1]), 3) for m in ("linear", "nearest_rank")]
-      [0.91, 0.9]
+      >>> round(float(percentile(90).bounds_of(x)[1]), 3)
+      0.91
+      >>> round(float(percentile(90, method="nearest_rank").bounds_of(x)[1]), 3)
+      0.9
 
     References:
-      Hyndman and Fan, "Sample Quantiles in Statistical Packages" (1996), definitions 7 and 1.
+      Hyndman and Fan, "Sample Quantiles in Statistical Packages" (1996), definitions 7
+      and 1.
     """
     return Percentile(p=p, method=method, mantissa_bits=mantissa_bits, axis=axis)
 
 
-def _share(number: jax.Array, part: fractions.Fraction) -> tuple[jax.Array, jax.Array]:
-    """`number * part` as (floor, rest / denominator), exactly; uint32, `part` at most 1, its parts of `_BITS` bits.
+def _bisect(
+    count_from: Callable[[jax.Array], jax.Array],
+    rank: jax.Array,
+    least: jax.Array,
+    most: jax.Array,
+) -> jax.Array:
+    """The keys of the given ranks, from `least` to `most`; int32 `[k, *channels]`."""
 
-    With number = a * denominator + b, `a * numerator` is whole, and `b * numerator` is divided bit by bit, so that
-    nothing exceeds 32 bits.
+    def halve(bounds):
+        least, most = bounds
+        # The middle rounded up, without overflow.
+        middle = (least >> 1) + (most >> 1) + ((least | most) & 1)
+        enough = count_from(middle) > rank
+        return jnp.where(enough, middle, least), jnp.where(enough, most, middle - 1)
+
+    def unfinished(bounds):
+        return jnp.any(bounds[0] < bounds[1])
+
+    key, _ = lax.while_loop(unfinished, halve, (least, most))
+    return key
+
+
+def _key_range(
+    keys: jax.Array, queries: Sequence[_Query]
+) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest key of each query's side; int32 `[k, *channels]`."""
+    high = _numbers.largest(keys, _IGNORED)
+    low = ~_numbers.largest(_key_of_side("low", keys), _IGNORED)
+    bottom = {"high": low, "low": ~high, "size": jnp.zeros_like(low)}
+    most = jnp.stack(
+        [_numbers.largest(_key_of_side(q.side, keys), _IGNORED) for q in queries]
+    )
+    least = jnp.stack([bottom[query.side] for query in queries])
+    # In an empty channel `most` is the ignored key.
+    return jnp.minimum(least, most), most
+
+
+def _key_of_side(side: str, key: jax.Array) -> jax.Array:
+    """The keys of x as keys of -x ("low") or |x| ("size"). 0 and -0 change places."""
+    if side == "high":
+        return key
+    changed = ~key if side == "low" else key ^ (key >> 31)
+    return jnp.where(key == _IGNORED, _IGNORED, changed)
+
+
+def _share(number: jax.Array, part: fractions.Fraction) -> tuple[jax.Array, jax.Array]:
+    """`number * part` exactly, as a whole number and a rest.
+
+    With number = a * denominator + b, `a * numerator` is a whole number. `b *
+    numerator` may exceed 32 bits, so it is divided bit by bit.
+
+    Args:
+      number: uint32.
+      part: at most 1. Numerator and denominator have at most `_BITS` bits.
+
+    Returns:
+      whole: uint32, `floor(number * part)`.
+      rest: uint32, `number * numerator` modulo the denominator.
     """
     numerator, denominator = part.numerator, np.uint32(part.denominator)
     whole, b = number // denominator, number % denominator
 
     def divide(step, carry):
-        quotient, rest = (2 * part for part in carry)
-        more = jnp.where(
-            (np.uint32(numerator) >> (_BITS - 1 - step).astype(jnp.uint32)) & 1 == 1,
-            b,
-            0,
-        )
-        for extra in (0, more):
-            rest = rest + extra
-            quotient, rest = (
-                quotient + (rest >= denominator).astype(jnp.uint32),
-                rest % denominator,
-            )
+        # Horner's rule over the bits of the numerator, the highest first.
+        quotient, rest = (2 * value for value in carry)
+        shift = (_BITS - 1 - step).astype(jnp.uint32)
+        bit_is_set = (np.uint32(numerator) >> shift) & 1 == 1
+        for addend in (0, jnp.where(bit_is_set, b, 0)):
+            rest = rest + addend
+            quotient = quotient + (rest >= denominator).astype(jnp.uint32)
+            rest = rest % denominator
         return quotient, rest
 
     quotient, rest = lax.fori_loop(0, _BITS, divide, (b * 0, b * 0))
     return whole * np.uint32(numerator) + quotient, rest
-
-
-def _from(side: str, key: jax.Array) -> jax.Array:
-    """The keys of x as those of -x ("low") or of |x| ("size"); -0 and 0 trade places."""
-    if side == "high":
-        return key
-    return jnp.where(key == _NONE, _NONE, ~key if side == "low" else key ^ (key >> 31))

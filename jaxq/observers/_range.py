@@ -1,4 +1,4 @@
-"""Observers of the extremes: of everything, of the magnitudes, and their moving average."""
+"""Observers of the extremes: of all numbers, of the magnitudes, and moving averages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from jaxq.observers._observer import Observer, Seen, enclose, mirror
 
 
 class RangeState(NamedTuple):
-    """The least and greatest finite number, infinity and minus infinity of none; float32 `[*channels]`."""
+    """The smallest and the largest finite number; float32 `[*channels]`.
+
+    They are infinity and minus infinity before the first number.
+    """
 
     seen: Seen
     low: jax.Array
@@ -24,17 +27,22 @@ class RangeState(NamedTuple):
 
 
 class AbsMaxState(NamedTuple):
-    """The largest finite magnitude; float32 `[*channels]`."""
+    """The largest finite magnitude, at first 0; float32 `[*channels]`."""
 
     seen: Seen
     magnitude: jax.Array
 
 
 class MovingAverageState(NamedTuple):
-    """Averages of the batches' least and greatest numbers, float32 `[*channels]`.
+    """Averages of the smallest and the largest number of each batch.
 
-    `weight` is what the averaged batches weigh together, `1 - decay^t` of the bias-corrected kind and 1 of the other;
-    0 of none. `batches` counts them.
+    Attributes:
+      seen: how many numbers came.
+      low: float32 `[*channels]`, the average of the smallest numbers.
+      high: float32 `[*channels]`, the average of the largest numbers.
+      weight: float32 `[*channels]`, the sum of the weights of all batches: `1 -
+        decay^t` with bias correction, otherwise 1; 0 before the first batch.
+      batches: `[*channels]`, the number of batches.
     """
 
     seen: Seen
@@ -55,9 +63,8 @@ class MinMax(Observer):
 
     def _update(self, state, x, keep):
         low, high = range_of(x, keep)
-        return state._replace(
-            low=_numbers.smaller(state.low, low), high=_numbers.larger(state.high, high)
-        )
+        low, high = _numbers.smaller(state.low, low), _numbers.larger(state.high, high)
+        return state._replace(low=low, high=high)
 
     def _across(self, state, axis_name):
         low, high = range_across(state.low, state.high, axis_name)
@@ -81,11 +88,8 @@ class AbsMax(Observer):
         return state._replace(magnitude=_numbers.larger(state.magnitude, largest))
 
     def _across(self, state, axis_name):
-        return state._replace(
-            magnitude=_numbers.unordered(
-                lax.pmax(_numbers.ordered(state.magnitude), axis_name)
-            )
-        )
+        key = lax.pmax(_numbers.ordered_bits(state.magnitude), axis_name)
+        return state._replace(magnitude=_numbers.from_ordered_bits(key))
 
     def _bounds(self, state, fmt, symmetric):
         del symmetric
@@ -106,65 +110,71 @@ class MovingAverage(Observer):
         object.__setattr__(self, "decay", float(self.decay))
         if not 0 <= self.decay < 1:
             raise ValueError(
-                f"moving_average: decay must be at least 0 and below 1, got {self.decay}."
+                "moving_average: decay must be at least 0 and below 1, got "
+                f"{self.decay}."
             )
 
     def _init(self, seen, shape):
         zeros = jnp.zeros(shape, jnp.float32)
-        return MovingAverageState(seen, zeros, zeros, zeros, _numbers.no_count(shape))
+        return MovingAverageState(
+            seen, zeros, zeros, zeros, _numbers.zero_counts(shape)
+        )
 
     def _update(self, state, x, keep):
         low, high = range_of(x, keep)
-        new = np.float32(1 - self.decay)
+        new_weight = np.float32(1 - self.decay)
         if self.bias_corrected:
-            weight = np.float32(self.decay) * state.weight + new
-            share = new / weight
+            weight = np.float32(self.decay) * state.weight + new_weight
+            share = new_weight / weight
         else:
             weight = jnp.ones_like(state.weight)
-            share = jnp.where(state.weight == 0, weight, new)
-        any_came = jnp.any(keep, axis=-1)
+            share = jnp.where(state.weight == 0, weight, new_weight)
+        not_empty = jnp.any(keep, axis=-1)
+        is_first = state.weight == 0
         batches = _numbers.plus(
-            state.batches, _numbers.as_count(any_came.astype(jnp.uint32))
+            state.batches, _numbers.as_count(not_empty.astype(jnp.uint32))
         )
 
-        def average(old, came):
-            # Between the two, whatever is rounded, so that a constant stays itself; the first batch counts in full.
-            mixed = _between(
-                (1 - share) * old + share * came,
-                _numbers.smaller(old, came),
-                _numbers.larger(old, came),
+        def average(old, new):
+            # Rounding must not move the average out of the interval from old to new. So
+            # a constant stays exact. The first batch is taken as it is.
+            mixed = _clip(
+                (1 - share) * old + share * new,
+                _numbers.smaller(old, new),
+                _numbers.larger(old, new),
             )
-            return jnp.where(any_came, jnp.where(state.weight == 0, came, mixed), old)
+            return jnp.where(not_empty, jnp.where(is_first, new, mixed), old)
 
         return state._replace(
             low=average(state.low, low),
             high=average(state.high, high),
-            weight=jnp.where(any_came, weight, state.weight),
+            weight=jnp.where(not_empty, weight, state.weight),
             batches=batches,
         )
 
     def _across(self, state, axis_name):
-        some = ~_numbers.is_zero(state.batches)
-        total = lax.psum(_numbers.as_float(state.batches), axis_name)
-        share = _numbers.as_float(state.batches) / jnp.maximum(total, 1.0)
+        own_batches = _numbers.as_float(state.batches)
+        not_empty = ~_numbers.is_zero(state.batches)
+        total = lax.psum(own_batches, axis_name)
+        share = own_batches / jnp.maximum(total, 1.0)
 
         def average(value):
-            low, high = (
-                jnp.where(some, value, np.float32(end)) for end in (np.inf, -np.inf)
-            )
-            # Of one state alone, or of equal ones, it is that number, whatever is rounded.
-            mixed = _between(
-                lax.psum(share * value, axis_name), *range_across(low, high, axis_name)
-            )
-            return jnp.where(total == 0, 0.0, mixed)
+            # If only one state has batches, or all are equal, the clip makes the mean
+            # exact.
+            low = jnp.where(not_empty, value, np.float32(np.inf))
+            high = jnp.where(not_empty, value, np.float32(-np.inf))
+            mean = lax.psum(share * value, axis_name)
+            mean = _clip(mean, *range_across(low, high, axis_name))
+            return jnp.where(total == 0, 0.0, mean)
+
+        def total_of(words):
+            return lax.psum(words, axis_name)
 
         return state._replace(
             low=average(state.low),
             high=average(state.high),
             weight=lax.pmax(state.weight, axis_name),
-            batches=_numbers.add_up(
-                state.batches, lambda words: lax.psum(words, axis_name)
-            ),
+            batches=_numbers.sum_counts(state.batches, total_of),
         )
 
     def _bounds(self, state, fmt, symmetric):
@@ -172,14 +182,15 @@ class MovingAverage(Observer):
 
 
 def minmax(*, axis: int | tuple[int, ...] | None = None) -> MinMax:
-    """The least and the greatest number ever seen.
+    """The smallest and the largest number of all batches.
 
     Args:
       axis: see `Observer`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> low, high = jaxq.observers.minmax(axis=0).bounds_of(jnp.array([[1.0, 3.0], [-2.0, 0.0]]), symmetric=False)
+      >>> x = jnp.array([[1.0, 3.0], [-2.0, 0.0]])
+      >>> low, high = jaxq.observers.minmax(axis=0).bounds_of(x, symmetric=False)
       >>> low.tolist(), high.tolist()
       ([0.0, -2.0], [3.0, 0.0])
     """
@@ -187,7 +198,9 @@ def minmax(*, axis: int | tuple[int, ...] | None = None) -> MinMax:
 
 
 def absmax(*, axis: int | tuple[int, ...] | None = None) -> AbsMax:
-    """The largest magnitude ever seen, T: bounds are (-T, T), also with `symmetric=False`.
+    """The largest magnitude T of all batches.
+
+    The bounds are (-T, T), also with `symmetric=False`.
 
     Args:
       axis: see `Observer`.
@@ -206,20 +219,24 @@ def moving_average(
     bias_corrected: bool = False,
     axis: int | tuple[int, ...] | None = None,
 ) -> MovingAverage:
-    """Moving averages of each batch's least and greatest number: `e = decay * e + (1 - decay) * v`.
+    """Moving averages of the smallest and the largest number of each batch.
 
-    Order matters here, so a merge is no continuation of either state: it is the mean of the two averages, each weighing
-    as many batches as it saw, the same in every order of merging up to float32's rounding. Batches with nothing in
-    them, or nothing finite, leave the averages alone.
+    An average e is updated by the new value v: `e = decay * e + (1 - decay) * v`. A
+    batch without a finite number does not change it.
+
+    The order of the batches matters. So a merge does not continue either state. It is
+    the mean of the two averages, weighted by their numbers of batches. Up to rounding
+    in float32 it does not depend on the order of merges.
 
     Args:
-      decay: 0 to below 1.
-      bias_corrected: False begins with the first batch. True begins with 0 and divides by `1 - decay^t`: the mean of
-        the batches with weights that fall off by `decay` (Kingma and Ba, "Adam", 2015, section 3).
+      decay: from 0 to below 1.
+      bias_corrected: False starts with the values of the first batch. True starts with
+        0 and divides by `1 - decay^t` (Kingma and Ba, "Adam", 2015, section 3). That is
+        the mean of all batches with weights that decrease by the factor `decay`.
       axis: see `Observer`.
 
     Raises:
-      ValueError: decay is out of range.
+      ValueError: `decay` is negative, or 1 or more.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -231,43 +248,45 @@ def moving_average(
       1.2
 
     References:
-      Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"
-      (2018), section 3.1.
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference" (2018), section 3.1.
     """
     return MovingAverage(decay=decay, bias_corrected=bias_corrected, axis=axis)
 
 
 def no_range(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """The least and greatest of nothing."""
+    """The smallest and the largest number before the first one: inf and -inf."""
     return jnp.full(shape, np.inf, jnp.float32), jnp.full(shape, -np.inf, jnp.float32)
 
 
 def range_of(x: jax.Array, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The least and greatest number of each channel of `[*channels, n]`, infinite if there is none."""
-    key = _numbers.ordered(x)
-    above, below = (
-        np.int32(_numbers.INFINITY),
-        ~np.int32(_numbers.INFINITY),
-    )  # of infinity and minus infinity
-    low = ~_numbers.largest(jnp.where(keep, ~key, ~above), ~above)
-    return _numbers.unordered(low), _numbers.unordered(
-        _numbers.largest(jnp.where(keep, key, below), below)
-    )
+    """The smallest and the largest number of each channel of `[*channels, n]`.
+
+    They are inf and -inf in a channel without a number.
+    """
+    key = _numbers.ordered_bits(x)
+    key_of_inf = np.int32(_numbers.INFINITY)
+    key_of_minus_inf = ~key_of_inf
+    # ~key reverses the order, so one function serves both ends.
+    low = ~_numbers.largest(jnp.where(keep, ~key, ~key_of_inf), ~key_of_inf)
+    high = _numbers.largest(jnp.where(keep, key, key_of_minus_inf), key_of_minus_inf)
+    return _numbers.from_ordered_bits(low), _numbers.from_ordered_bits(high)
 
 
 def range_across(
     low: jax.Array, high: jax.Array, axis_name
 ) -> tuple[jax.Array, jax.Array]:
-    """The least and greatest of all devices."""
-    least = _numbers.unordered(lax.pmin(_numbers.ordered(low), axis_name))
-    return least, _numbers.unordered(lax.pmax(_numbers.ordered(high), axis_name))
+    """The smallest and the largest number of all devices along a mapped axis."""
+    least = lax.pmin(_numbers.ordered_bits(low), axis_name)
+    most = lax.pmax(_numbers.ordered_bits(high), axis_name)
+    return _numbers.from_ordered_bits(least), _numbers.from_ordered_bits(most)
 
 
-def _between(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+def _clip(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     return _numbers.smaller(_numbers.larger(x, low), high)
 
 
 def _largest_pattern(x: jax.Array, keep: jax.Array) -> jax.Array:
-    return _numbers.largest(
-        jnp.where(keep, _numbers.magnitude_pattern(x), np.uint32(0)), np.uint32(0)
-    )
+    """The bits of the largest magnitude of each channel."""
+    pattern = jnp.where(keep, _numbers.magnitude_pattern(x), np.uint32(0))
+    return _numbers.largest(pattern, np.uint32(0))

@@ -12,30 +12,37 @@ from jaxq.observers._observer import Observer
 from jaxq.observers._percentile import Percentile
 from jaxq.observers._range import AbsMax, MinMax, MovingAverage
 
-_KINDS: dict[str, type[Observer]] = {
-    cls.kind: cls
-    for cls in (
-        AbsMax,
-        Entropy,
-        Histogram,
-        MeanSquaredError,
-        MinMax,
-        MovingAverage,
-        Percentile,
-    )
-}
+_CLASSES: tuple[type[Observer], ...] = (
+    AbsMax,
+    Entropy,
+    Histogram,
+    MeanSquaredError,
+    MinMax,
+    MovingAverage,
+    Percentile,
+)
+_KINDS: dict[str, type[Observer]] = {cls.kind: cls for cls in _CLASSES}
 
 
 def names() -> list[str]:
-    """The kinds of observers there are, ascending."""
+    """The kinds of observers, in alphabetical order.
+
+    Example:
+      >>> import jaxq
+      >>> jaxq.observers.names()[:3]
+      ['absmax', 'entropy', 'histogram']
+    """
     return sorted(_KINDS)
 
 
 def from_dict(data: dict[str, Any]) -> Observer:
     """The observer that `to_dict` described.
 
+    Args:
+      data: the result of `to_dict`, also after a round trip through JSON.
+
     Raises:
-      ValueError: an unknown kind or field.
+      ValueError: the kind or a field is unknown.
 
     Example:
       >>> import jaxq

@@ -59,7 +59,7 @@ def _presence_damage(qt: QTensor) -> str | None:
     if has_zero_point == spec.symmetric or has_offset == (spec.offset is None):
         return "its spec and its leaves disagree on zero point or offset"
     has_codebook = qt.codebook is not None
-    needs_codebook = spec.scale_rule == "ttq"
+    needs_codebook = spec.rule.own_codebook
     # The method k-means finds a codebook for each array of a codebook format.
     may_have_codebook = needs_codebook or spec.fmt.kind == "codebook"
     unexpected = has_codebook and not may_have_codebook

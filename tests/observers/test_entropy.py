@@ -77,10 +77,10 @@ def test_numbers_of_levels():
         oracle.entropy_levels(uint4, False, *reach)
         for reach in ((9, 0), (0, 9), (9, 9))
     ] == [16, 16, 8]
-    assert _entropy._levels(int8, True) == (128, 128)
-    assert _entropy._levels(uint4, True) == (16, 16)
-    assert _entropy._levels(uint4, False) == (8, 16)
-    assert _entropy._levels(int8, False) == (128, 256)
+    assert _entropy._num_levels_range(int8, True) == (128, 128)
+    assert _entropy._num_levels_range(uint4, True) == (16, 16)
+    assert _entropy._num_levels_range(uint4, False) == (8, 16)
+    assert _entropy._num_levels_range(int8, False) == (128, 256)
 
 
 def test_divergences_are_the_oracles():

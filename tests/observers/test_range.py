@@ -77,7 +77,7 @@ def test_counts_neither_stick_nor_wrap():
     from jaxq.observers import _numbers
 
     total = np.uint64(0)
-    count = _numbers.no_count((2,))
+    count = _numbers.zero_counts((2,))
     for words in ([2**32 - 1, 5], [2**32 - 1, 2**31], [7, 2**31], [2**24, 1]):
         count = _numbers.plus(count, _numbers.as_count(jnp.asarray(words, jnp.uint32)))
         total = total + np.array(words, np.uint64)
@@ -85,7 +85,7 @@ def test_counts_neither_stick_nor_wrap():
         np.asarray(count.high).astype(np.uint64) << np.uint64(32)
     )
     np.testing.assert_array_equal(whole, total)
-    added = _numbers.add_up(count, jnp.sum)
+    added = _numbers.sum_counts(count, jnp.sum)
     assert int(added.low) + (int(added.high) << 32) == int(total.sum())
     np.testing.assert_allclose(
         _numbers.as_float(count), total.astype(np.float32), rtol=1e-7

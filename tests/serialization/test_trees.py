@@ -1,0 +1,464 @@
+"""Files of trees: values come back bit for bit, and damaged files are refused.
+
+A crash leaves the old file whole.
+"""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import jaxq
+from jaxq import serialization
+from tests.serialization.restored import assert_restored
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "file.safetensors"
+
+
+def write_and_read(path, tree):
+    serialization.write_tree(path, tree)
+    return serialization.read_tree(path)
+
+
+# Trees.
+
+
+@pytest.mark.parametrize("packing", ["low_first", "high_first", "none"])
+def test_packing_and_activation_come_back(path, packing):
+    qt = (
+        jaxq.relayout(jaxq.quantize(jnp.eye(64, 4), "int4"), packing)
+        .with_activation("int8")
+        .astype(jnp.bfloat16)
+    )
+    loaded = write_and_read(path, qt)
+    assert_restored(loaded, qt)
+    assert loaded.meta == qt.meta
+    assert (jaxq.dequantize(loaded) == jaxq.dequantize(qt)).all()
+
+
+def test_trees(path):
+    qt = jaxq.quantize(jnp.eye(64, 4), "nf4_dq")
+    tree = {
+        "list": [1, 2.5, None, "text", True, qt],
+        "tuple": (jnp.arange(3), (), [], {}),
+        "nested": {"a": {"b": qt}, "": jnp.ones(2)},
+        "a/b": jnp.zeros(3),
+        "a": {"b": jnp.ones(3, jnp.bfloat16)},
+        "__metadata__": jnp.ones(1),
+        "empty": jnp.zeros((0, 3)),
+        "scalar": jnp.float32(3),
+        "key": jax.random.key(1),
+        "keys": jax.random.split(jax.random.key(1, impl="rbg"), 3),
+        "extremes": (float("inf"), float("-inf"), float("nan"), 2**70, -0.0),
+        "bool": jnp.asarray([True, False]),
+        "ünïcode \n": jnp.ones(1),
+    }
+    assert_restored(write_and_read(path, tree), tree)
+
+
+def test_paths_that_equal_names_of_leaves(path):
+    qt = jaxq.quantize(jnp.eye(4), "int8")
+    tree = {"w": qt, "w.data": jnp.ones(2), "w.scale": jnp.zeros(1)}
+    assert_restored(write_and_read(path, tree), tree)
+    tree = {"": jnp.ones(1), "value": jnp.zeros(1)}
+    assert_restored(write_and_read(path, tree), tree)
+
+
+@pytest.mark.parametrize("value", [None, 3, 2.5, True, "text", jnp.ones(2), [], {}])
+def test_a_single_value(path, value):
+    assert_restored(write_and_read(path, value), value)
+
+
+# XLA on CPU does not have these.
+NOT_ON_CPU = ("int1", "uint1", "float6_e2m3fn", "float6_e3m2fn")
+INTEGERS = ("int8", "int16", "int32", "uint8", "uint16", "uint32")
+DTYPES = [np.dtype(name) for name in ("bool", *INTEGERS, "float16", "float32")]
+for value in vars(ml_dtypes).values():
+    if isinstance(value, type) and issubclass(value, np.generic):
+        dtype = np.dtype(value)
+        if dtype.itemsize <= 2 and dtype.name not in NOT_ON_CPU:
+            DTYPES.append(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(path, dtype):
+    array = np.asarray([[0, 1, 0], [1, 1, 0]]).astype(dtype)
+    assert_restored(write_and_read(path, {"a": array}), {"a": array})
+    not_contiguous = {"a": array.T, "b": array[:, ::2]}
+    assert_restored(write_and_read(path, not_contiguous), not_contiguous)
+
+
+def test_jax_arrays_of_64_bits_need_x64_to_be_read(path):
+    with jax.enable_x64(True):
+        serialization.write_tree(
+            path, {"step": jnp.int64(3), "x": jnp.ones(2, jnp.float64)}
+        )
+    with pytest.raises(
+        ValueError,
+        match="step is int64, which jax turns into int32. Set jax_enable_x64",
+    ):
+        serialization.read_tree(path)
+    with jax.enable_x64(True):
+        loaded = serialization.read_tree(path)
+    assert (loaded["step"].dtype, loaded["x"].dtype) == ("int64", "float64")
+
+
+def test_numpy_arrays_of_64_bits_come_back(path):
+    loaded = write_and_read(
+        path, {"step": np.int64(2**40 + 1), "x": np.array([1e300, 0.1])}
+    )
+    assert loaded["step"].dtype == np.int64
+    assert int(loaded["step"]) == 2**40 + 1
+    assert (loaded["x"] == [1e300, 0.1]).all()
+
+
+def test_named_tuples_come_back_as_dicts(path):
+    loaded = write_and_read(path, {"layer": Pair(jnp.ones(2), (Pair(1, None),))})
+    assert_restored(loaded, {"layer": {"a": jnp.ones(2), "b": ({"a": 1, "b": None},)}})
+
+
+def test_big_endian_arrays(path):
+    assert write_and_read(path, np.arange(3, dtype=">f4")).tolist() == [0.0, 1.0, 2.0]
+
+
+def test_path_may_be_text_and_the_name_anything(tmp_path):
+    for name in (str(tmp_path / "a"), tmp_path / "b.bin"):
+        assert write_and_read(name, {"x": 1}) == {"x": 1}
+    assert sorted(os.listdir(tmp_path)) == ["a", "b.bin"]
+
+
+def test_the_file_is_plain_safetensors(path):
+    serialization.write_tree(
+        path,
+        {"w": jaxq.quantize(jnp.eye(64, 4), "nf4_dq"), "b": jnp.ones(2, jnp.bfloat16)},
+    )
+    with safe_open(path, framework="numpy") as file:
+        assert sorted(file.keys()) == ["b", "w.data", "w.scale.data", "w.scale.scale"]
+        assert file.metadata()["format"] == "jaxq"
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_overwriting_does_not_touch_what_was_loaded(path):
+    first = write_and_read(path, {"x": jnp.arange(1000)})
+    serialization.write_tree(path, {"x": jnp.zeros(1000, jnp.int32)})
+    assert_restored(first, {"x": jnp.arange(1000)})
+
+
+class Pair(NamedTuple):
+    a: int
+    b: int
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (object(), "a/0 has type object, which cannot be saved"),
+        (object, "a/0 has type type.* A tree may hold dicts, lists"),
+        ({1, 2}, "a/0 has type set"),
+        ({3: jnp.ones(1)}, "the keys of a/0 must be strings, got 3"),
+        (1j, "a/0 has type complex"),
+        (np.ones(2, np.complex64), "a/0 has dtype complex64"),
+        (np.asarray(["x"]), "a/0 has dtype <U1"),
+        (nnx.Param(jnp.ones(2)), "a/0 has type Param"),
+        (jax.ShapeDtypeStruct((2,), jnp.float32), "a/0 has type ShapeDtypeStruct"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_a_value_that_cannot_be_saved_is_named(path, value, message):
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError, match=message):
+        serialization.write_tree(path, {"a": [value]})
+    assert path.read_bytes() == b"old"
+    assert os.listdir(path.parent) == [path.name]
+
+
+# Files that are not what they should be.
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"read_tree: there is no file .*nothing"
+    ):
+        serialization.read_tree(tmp_path / "nothing")
+    with pytest.raises(
+        FileNotFoundError, match=r"write_tree: the folder .*nowhere does not exist"
+    ):
+        serialization.write_tree(tmp_path / "nowhere" / "file", {})
+    with pytest.raises(FileNotFoundError, match="read_tree: there is no file"):
+        serialization.read_tree(tmp_path)
+
+
+def test_not_a_jaxq_file(path):
+    save_file({"a": np.ones(2, np.float32)}, path)
+    with pytest.raises(
+        ValueError, match="was not written by jaxq.save.*jaxq.models.load"
+    ):
+        serialization.read_tree(path)
+    path.write_text("something else, long enough to have a header of eight bytes")
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        serialization.read_tree(path)
+
+
+def rewrite(path, change):
+    """The same tensors under changed metadata."""
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["jaxq"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    change(header, tensors)
+    save_file(tensors, path, metadata={"format": "jaxq", "jaxq": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda h, t: h.update(version=2),
+            "has format version 2. This version of jaxq reads format version 1",
+        ),
+        (lambda h, t: h.pop("version"), "has format version None"),
+        (lambda h, t: h.pop("structure"), "metadata of .* is damaged"),
+        (lambda h, t: t.pop("w.data"), "tensor 'w.data' is missing"),
+        (
+            lambda h, t: t.update(more=np.ones(1)),
+            r"holds tensors that its metadata does not name: \['more'\]",
+        ),
+        (
+            lambda h, t: t.update({"w.data": t["w.data"][:-1]}),
+            "w is damaged: data is uint8",
+        ),
+        (
+            lambda h, t: t.update({"w.scale": t["w.scale"][:, :-1]}),
+            "w is damaged: scale is",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"].update({"is": "odd"}),
+            "'odd', which this version does not know",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["spec"].update(format="int5x"),
+            "w is not described as a QTensor",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["spec"].update(new=1),
+            "w is not described as a QTensor",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["geometry"].pop("order"),
+            "w is not described as a QTensor",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["spec"].update(symmetric=False),
+            "w .*(damaged|described)",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["geometry"].update(
+                num_contracted=0
+            ),
+            "w is damaged: .*contradicts",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["geometry"].update(
+                num_contracted=3
+            ),
+            "w is damaged: .*contradicts",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["geometry"].update(
+                order=[-2, -9]
+            ),
+            "w is damaged: .*contradicts",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"]["spec"]["granularity"].update(
+                size=32
+            ),
+            "w is damaged: its spec says",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"].update(dtype="int8"),
+            "w is damaged: it dequantizes to int8",
+        ),
+        (
+            lambda h, t: h["structure"]["items"]["w"].update(dtype="float33"),
+            "w is damaged: .*float33",
+        ),
+        (lambda h, t: h["structure"]["items"]["w"].update(dtype=7), "w is damaged: .*"),
+        (
+            lambda h, t: h["structure"]["items"]["b"].update(dtype="float16"),
+            "b is stored as float32 but should be",
+        ),
+        (lambda h, t: h["structure"]["items"]["b"].update(dtype="float33"), "damaged"),
+    ],
+)
+def test_damaged_metadata(path, change, message):
+    serialization.write_tree(
+        path, {"w": jaxq.quantize(jnp.eye(64, 4), "nf4"), "b": jnp.ones(2)}
+    )
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message):
+        serialization.read_tree(path)
+
+
+@pytest.mark.parametrize("header", ["[1]", '"abc"', "3", "null", "{", ""])
+def test_metadata_that_is_not_an_object(path, header):
+    save_file(
+        {"a": np.ones(2, np.float32)}, path, metadata={"format": "jaxq", "jaxq": header}
+    )
+    with pytest.raises(ValueError, match="read_tree: the metadata of .* is damaged"):
+        serialization.read_tree(path)
+
+
+def test_truncated_files(path):
+    serialization.write_tree(
+        path, {"w": jaxq.quantize(jnp.eye(64, 4), "nf4_dq"), "b": jnp.ones(2)}
+    )
+    whole = path.read_bytes()
+    for length in (
+        0,
+        1,
+        7,
+        8,
+        9,
+        100,
+        len(whole) // 2,
+        len(whole) - 100,
+        len(whole) - 1,
+    ):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            ValueError, match="file.safetensors is not a whole safetensors file"
+        ):
+            serialization.read_tree(path)
+    path.write_bytes(whole + b"more")
+    with pytest.raises(
+        ValueError, match="file.safetensors is not a whole safetensors file"
+    ):
+        serialization.read_tree(path)
+
+
+def test_flipped_headers_never_crash(path):
+    # Some flips change a name or a number to another valid one. Others must raise an
+    # error of read_tree, and no other error.
+    serialization.write_tree(
+        path, {"w": jaxq.quantize(jnp.eye(64, 4), "nf4_dq"), "b": jnp.ones(2)}
+    )
+    whole = path.read_bytes()
+    end = 8 + struct.unpack("<Q", whole[:8])[0]
+    refused = 0
+    for at in range(0, end, 3):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << (at % 5)
+        path.write_bytes(flipped)
+        message = None
+        try:
+            serialization.read_tree(path)
+        except ValueError as error:
+            message = str(error)
+            refused += 1
+        assert message is None or message.startswith("read_tree: "), (at, message)
+    assert refused > end / 3 / 2
+
+
+# Crashes.
+
+
+@pytest.mark.parametrize("where", ["save_file", "os.fsync", "os.replace"])
+def test_a_failure_while_saving_keeps_the_old_file(path, monkeypatch, where):
+    serialization.write_tree(path, {"x": 1})
+
+    def fail(*args, **kwargs):
+        if where == "save_file":
+            Path(args[1]).write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(f"jaxq.serialization._files.{where}", fail)
+    with pytest.raises(OSError, match="disk full"):
+        serialization.write_tree(path, {"x": 2})
+    monkeypatch.undo()
+    assert serialization.read_tree(path) == {"x": 1}
+    assert os.listdir(path.parent) == [path.name]
+
+
+KILLED = """
+import os, signal, sys, time
+import numpy as np
+from jaxq import serialization
+from jaxq.serialization import _files as files
+write = files.save_file
+def slowly(tensors, name, metadata):
+    write(tensors, name, metadata)
+    with open(name, "rb+") as file:
+        file.truncate(100)
+    print("writing", flush=True)
+    time.sleep(600)
+files.save_file = slowly
+serialization.write_tree(sys.argv[1], {"x": np.ones(100, np.float32)})
+"""
+
+
+def test_a_killed_process_leaves_the_old_file(path):
+    serialization.write_tree(path, {"x": 1})
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+    assert serialization.read_tree(path) == {"x": 1}
+    left = [name for name in os.listdir(path.parent) if not name.startswith(".")]
+    assert left == [path.name]
+    serialization.write_tree(
+        path, {"x": 2}
+    )  # the file that the crash left does not prevent this
+    assert serialization.read_tree(path) == {"x": 2}
+
+
+def test_a_reader_sees_either_the_old_or_the_new_file(path):
+    values = [{"x": jnp.full(20_000, i)} for i in range(2)]
+    serialization.write_tree(path, values[0])
+    script = """
+import sys
+import numpy as np
+from jaxq import serialization
+print("ready", flush=True)
+for i in range(60):
+    serialization.write_tree(sys.argv[1], {"x": np.full(20_000, i % 2, np.int32)})
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        start = time.monotonic()
+        while process.poll() is None and time.monotonic() - start < 120:
+            x = serialization.read_tree(path)["x"]
+            assert x.shape == (20_000,)
+            assert (x == x[0]).all()
+    assert process.returncode == 0
