@@ -1,6 +1,7 @@
-"""One table: every preset, times every kind of array, times every promise of `quantize`. A new preset is a row.
+"""The contract of `quantize` for every preset and every kind of array.
 
-Beside the presets stands a spec of three levels of scales, which none of them has.
+A new preset is a new row. A spec with three levels of scales is added, because no
+preset has three.
 """
 
 import functools
@@ -18,6 +19,7 @@ import jaxq
 from jaxq import PerChannel, PerGroup, PerTensor, QTensor, QuantSpec
 from jaxq.qtensor import scale_values
 from tests import tables
+from tests.arrays import assert_same
 
 PRESETS = tuple(jaxq.presets())
 THREE_LEVELS = QuantSpec(
@@ -28,14 +30,14 @@ THREE_LEVELS = QuantSpec(
     ),
 )
 SPECS = {**jaxq.presets(), "three_levels": THREE_LEVELS}
-# name: (shape, contracting, batch). 100 and 288 are multiples of no common group size.
+# name: (shape, contracting, batch). No common group size divides 100 or 288.
 ARRAYS = {
     "row": ((100,), None, ()),
     "matrix": ((100, 64), None, ()),
     "qkv": ((288, 4, 6), -3, ()),
     "attention_output": ((4, 16, 48), (-3, -2), ()),
 }
-# Three of each, in one array with a batch axis.
+# Three arrays of each kind, stacked along a batch axis.
 STACKS = {
     f"stacked_{name}": (
         (3, *shape),
@@ -55,7 +57,8 @@ over_stacks = pytest.mark.parametrize(
         [(preset, "stacked_matrix") for preset in DEFAULT],
     ),
 )
-# The numbers: every preset as a matrix and as a stack, which other tests here compile anyway; some as all the rest.
+# Tests of values run every preset as a matrix and some as a stack, which other tests
+# compile anyway, and a few presets as other arrays.
 COMPILED = {
     "row": ("int8", "int3", "nf4_dq", "nvfp4", "ttq"),
     "matrix": tuple(SPECS),
@@ -83,7 +86,7 @@ def compiled(x, spec, contracting, batch):
 
 @functools.cache
 def array(case: str) -> np.ndarray:
-    """Normal numbers, some rows and columns of other sizes, a block of zeros."""
+    """Normal numbers; rows and columns differ in magnitude, and a block is zero."""
     shape = CASES[case][0]
     random = np.random.default_rng(len(case))
     x = random.standard_normal(shape) * np.exp(random.standard_normal((*shape[:-1], 1)))
@@ -106,29 +109,26 @@ def dequantized(preset: str, case: str) -> np.ndarray:
     return np.asarray(jitted(preset, case)[1])
 
 
-def assert_same(actual, expected, *, sums: bool = False):
-    """Equal treedefs, equal bits in every leaf; with `sums`, float32 scales may differ as sums in another order do."""
+def assert_same_up_to_sums(actual, expected, spec: QuantSpec):
+    """Equal bits; float32 scales of a rule that sums may differ in the last bits."""
+    if not sums_floats(spec):
+        assert_same(actual, expected)
+        return
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    pairs = zip(
-        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
-    )
-    for (path, a), b in pairs:
+    leaves = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for a, b in leaves:
         a, b = np.asarray(a), np.asarray(b)
-        assert (a.dtype, a.shape) == (b.dtype, b.shape), jax.tree_util.keystr(path)
-        if sums and a.dtype == np.float32:
-            np.testing.assert_array_max_ulp(
-                a, b, maxulp=8
-            )  # about log2 of the 100 numbers summed
+        if a.dtype == np.float32 and b.dtype == np.float32:
+            # About log2 of the 100 numbers that are summed.
+            np.testing.assert_array_max_ulp(a, b, maxulp=8)
         else:
-            same = a.view(np.uint8) == b.view(np.uint8) if a.ndim else a == b
-            assert np.all(same), (
-                f"{jax.tree_util.keystr(path)}: {np.sum(~same)} bytes differ"
-            )
+            assert_same(a, b)
 
 
 def sums_floats(spec: QuantSpec) -> bool:
-    nested = isinstance(spec.scale, QuantSpec) and sums_floats(spec.scale)
-    return spec.scale_rule in ("absmean", "ttq") or spec.offset == "mean" or nested
+    return any(
+        level.rule.reads_block or level.offset == "mean" for level in spec.levels
+    )
 
 
 @over_presets
@@ -157,7 +157,7 @@ def test_equal_specs_are_traced_once(preset):
 @over_cases
 @pytest.mark.parametrize("preset", list(SPECS))
 def test_shape_dtype_and_bytes(preset, case):
-    # Nothing is computed: the arrays of the other tests come from the same function.
+    # Only shapes are computed. Other tests compute the arrays by the same function.
     x, (_, contracting, batch) = array(case), CASES[case]
     qt, values = jax.eval_shape(
         lambda x: compiled(x, SPECS[preset], contracting, batch), x
@@ -190,9 +190,8 @@ def expected_bytes(rows: int, k: int, spec: QuantSpec) -> int:
     codes = rows * (-(-padded // fields) * fields) * spec.fmt.bits // 8
     scales = 1 if kind == "PerTensor" else rows
     codes += 0 if spec.symmetric else scales * blocks
-    codes += (
-        12 * scales * blocks if spec.scale_rule == "ttq" else 0
-    )  # float32 numbers of -1, 0 and 1
+    if spec.rule.own_codebook:
+        codes += 12 * scales * blocks  # float32 values of -1, 0 and 1
     if isinstance(spec.scale, QuantSpec):
         return codes + expected_bytes(scales, blocks, spec.scale)
     return codes + scales * blocks * {"float32": 4, "bfloat16": 2, "float16": 2}.get(
@@ -201,7 +200,7 @@ def expected_bytes(rows: int, k: int, spec: QuantSpec) -> int:
 
 
 def rows_of(x: np.ndarray, case: str) -> np.ndarray:
-    """The array as `[batch, kept, contracted]`, whatever its axes are called."""
+    """The array as `[batch, kept, contracted]`."""
     _, contracting, batch = CASES[case]
     contracting = (
         (contracting or -min(x.ndim, 2),)
@@ -217,11 +216,12 @@ def rows_of(x: np.ndarray, case: str) -> np.ndarray:
 
 
 @over_numbers
-def test_every_number_goes_to_the_nearest_one(preset, case):
-    # With the scale as it is stored, no other code comes closer; and the stored scale is the nearest to the ideal one.
+def test_every_number_becomes_the_nearest_value(preset, case):
+    # No other code is nearer with the stored scale, and no other stored scale is nearer
+    # to the ideal scale.
     qt = quantized(preset, case)
     rows, values = rows_of(array(case), case), rows_of(dequantized(preset, case), case)
-    if qt.spec.scale_rule == "ttq":
+    if qt.spec.rule.own_codebook:
         assert_trained_ternary(rows, values)
     else:
         assert_nearest(
@@ -234,13 +234,16 @@ def test_every_number_goes_to_the_nearest_one(preset, case):
 
 
 def assert_trained_ternary(rows: np.ndarray, values: np.ndarray):
-    """Zhu et al., 2017: 0 up to 0.05 of the largest magnitude of a layer; the rest begins at its sign's mean."""
-    for x, found in zip(rows.astype(np.float64), values, strict=True):
+    """Zhu et al., 2017: a magnitude up to 0.05 of the largest one becomes 0.
+
+    The other numbers become the mean of the numbers of their sign.
+    """
+    for x, actual in zip(rows.astype(np.float64), values, strict=True):
         expected = np.zeros_like(x)
         for sign in (-1, 1):
-            held = sign * x > 0.05 * abs(x).max()
-            expected[held] = x[held].mean() if held.any() else 0
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+            above = sign * x > 0.05 * abs(x).max()
+            expected[above] = x[above].mean() if above.any() else 0
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 def assert_nearest(
@@ -270,9 +273,8 @@ def assert_nearest(
     y = np.where(step > 2.0**-126, rows / usable, 0.0) + zero
     above = np.clip(np.searchsorted(numbers, y), 1, len(numbers) - 1)
     nearest = np.minimum(abs(y - numbers[above - 1]), abs(y - numbers[above]))
-    if getattr(
-        spec.fmt, "boundaries", None
-    ):  # rounds in the logarithm: a boundary at sqrt(2) between 1 and 2
+    if getattr(spec.fmt, "boundaries", None):
+        # Rounds the logarithm: the boundary between 1 and 2 is sqrt(2).
         inside = (numbers[0] <= y) & (y <= numbers[-1])
         nearest = np.where(
             inside, (2 - np.sqrt(2)) * (numbers[above] - numbers[above - 1]), nearest
@@ -305,7 +307,10 @@ def assert_nearest(
 def assert_nearest_scale(
     ideal: np.ndarray, scale: np.ndarray, second: np.ndarray, spec: QuantSpec
 ):
-    """Scales that are numbers of `spec.fmt` times a second scale: the nearest such number, and not 0 but for 0."""
+    """Each scale is the nearest value of `spec.fmt` times a second scale.
+
+    A scale is 0 only if the ideal scale is 0.
+    """
     numbers = spec.fmt.values().astype(np.float64)
     numbers = numbers[numbers > 0]
     for batch in range(len(ideal)):
@@ -345,29 +350,27 @@ def ideal_scale(block: np.ndarray, spec: QuantSpec) -> np.ndarray:
 
 
 @over_stacks
-def test_layers_of_a_stack_stand_alone(preset, case):
+def test_a_layer_of_a_stack_equals_the_layer_alone(preset, case):
     x, stack = array(case), quantized(preset, case)
-    sums = sums_floats(stack.spec)
     _, contracting, batch = ARRAYS[case.removeprefix("stacked_")]
     layers = [compiled(layer, stack.spec, contracting, batch)[0] for layer in x]
     for i, layer in enumerate(layers):
-        assert_same(jax.tree.map(lambda a, i=i: a[i], stack), layer, sums=sums)
-        assert_same(stack[i], layer, sums=sums)
-    assert_same(jax.tree.map(lambda *a: np.stack(a), *layers), stack, sums=sums)
+        one = jax.tree.map(lambda a, i=i: a[i], stack)
+        assert_same_up_to_sums(one, layer, stack.spec)
+        assert_same_up_to_sums(stack[i], layer, stack.spec)
+    stacked = jax.tree.map(lambda *a: np.stack(a), *layers)
+    assert_same_up_to_sums(stacked, stack, stack.spec)
 
 
 @over_stacks
-def test_mapping_over_layers_is_quantizing_a_stack(preset, case):
-    stack, (_, contracting, batch) = (
-        quantized(preset, case),
-        ARRAYS[case.removeprefix("stacked_")],
-    )
-    one = functools.partial(
+def test_mapping_over_layers_equals_quantizing_the_stack(preset, case):
+    stack = quantized(preset, case)
+    _, contracting, batch = ARRAYS[case.removeprefix("stacked_")]
+    quantize_layer = functools.partial(
         jaxq.quantize, spec=SPECS[preset], contracting=contracting, batch=batch
     )
-    assert_same(
-        jax.jit(jax.vmap(one))(array(case)), stack, sums=sums_floats(stack.spec)
-    )
+    mapped = jax.jit(jax.vmap(quantize_layer))(array(case))
+    assert_same_up_to_sums(mapped, stack, stack.spec)
 
 
 @over_stacks
@@ -402,7 +405,7 @@ def test_pickle_and_file(preset, case, tmp_path):
         assert hash(back.meta) == hash(qt.meta)
 
 
-def test_presets_are_named_in_order_and_any_spelling_finds_them():
+def test_names_of_presets_are_sorted_and_spelling_is_free():
     assert list(PRESETS) == sorted(PRESETS)
     assert len(PRESETS) >= 25
     x = array("matrix")
@@ -412,7 +415,8 @@ def test_presets_are_named_in_order_and_any_spelling_finds_them():
 @pytest.mark.parametrize(
     ("preset", "bits"),
     [
-        # Dettmers et al., QLoRA, 2023: 4 + 32/64, and with double quantization 4 + 8/64 + 32/(64*256).
+        # Dettmers et al., QLoRA, 2023: 4 + 32/64. With double quantization:
+        # 4 + 8/64 + 32/(64*256).
         ("nf4", 4.5),
         ("nf4_dq", 4.126953125),
         # OCP Microscaling Formats v1.0: 8 bits for each 32.

@@ -1,6 +1,7 @@
-"""Quantization of a matrix written a second time, in numpy: no jax, no blocking code of jaxq, float32 throughout.
+"""Quantization of a matrix in numpy, written independently of jaxq.
 
-A matrix is given as rows `[n, k]`: kept axis first, contraction last.
+It uses neither jax nor the blocking code of jaxq, and computes in float32. A matrix has
+rows `[n, k]`: the kept axis first, the contracted axis last.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from jaxq import QuantSpec, formats
 
 F32 = np.float32
 NF4 = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], F32,
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+        0.7229568362236023, 1.0,
+    ],
+    F32,
 )  # fmt: skip
-# floor(log2(largest element)) of the OCP microscaling specification, table 1; int8 elements there are code / 64.
+# floor(log2(largest element)) in table 1 of the OCP microscaling specification. Its
+# int8 elements are code / 64.
 EMAX = {
     "float8_e5m2": 15,
     "float8_e4m3fn": 8,
@@ -30,16 +37,16 @@ EMAX = {
 
 
 class Reference(NamedTuple):
-    """What quantization of rows `[n, k]` should give."""
+    """The expected result for rows `[n, k]`."""
 
     codes: np.ndarray  # [n, k], integers
-    scale: np.ndarray  # [blocks], float32 as it reads back
+    scale: np.ndarray  # [blocks], float32, dequantized
     zero_point: np.ndarray | None  # [blocks]
     values: np.ndarray  # [n, k], float32
 
 
 def quantize(rows: np.ndarray, spec: QuantSpec, *, positive: bool = False) -> Reference:
-    """Codes, scales and values by the definitions of each scheme; `positive` says that rows are scales."""
+    """Codes, scales and values by definition; `positive`: the rows are scales."""
     rows = rows.astype(F32)
     blocks, true = _blocks(rows, spec)
     low, high = blocks.min(1), blocks.max(1)
@@ -83,12 +90,12 @@ def quantize(rows: np.ndarray, spec: QuantSpec, *, positive: bool = False) -> Re
             y = np.where(blocks > 0, np.maximum(y, F32(fmt.smallest_positive)), y)
         codes, numbers = encode(y, fmt)
         if spec.scale_rule == "ttq":
-            held = [
+            by_sign = [
                 np.where(codes == sign, blocks.astype(np.float64), np.nan)
                 for sign in (-1, 1)
             ]
             means = np.stack(
-                [np.nanmean(h, 1, keepdims=True) * inverse[:, None] for h in held]
+                [np.nanmean(h, 1, keepdims=True) * inverse[:, None] for h in by_sign]
             )
             numbers = np.choose(codes.astype(int) + 1, (means[0], 0, means[1])).astype(
                 F32
@@ -103,7 +110,7 @@ def quantize(rows: np.ndarray, spec: QuantSpec, *, positive: bool = False) -> Re
 
 
 def encode(y: np.ndarray, fmt: formats.Format) -> tuple[np.ndarray, np.ndarray]:
-    """(code, number) of the format's element nearest to each y."""
+    """(code, value) of the format's element nearest to each y."""
     if fmt.kind == "integer":
         numbers = np.clip(np.rint(y), -fmt.max if fmt.min < 0 else 0, fmt.max)
         return numbers, numbers.astype(F32)
@@ -117,7 +124,7 @@ def encode(y: np.ndarray, fmt: formats.Format) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stored(ideal: np.ndarray, spec: QuantSpec, num_rows: int) -> np.ndarray:
-    """Scales as they read back from the dtype, or the second quantization, that keeps them."""
+    """Scales after they are stored in a dtype or quantized, and read back."""
     if isinstance(spec.scale, QuantSpec):
         return quantize(
             ideal.reshape(num_rows, -1), spec.scale, positive=True
@@ -131,7 +138,7 @@ def _stored(ideal: np.ndarray, spec: QuantSpec, num_rows: int) -> np.ndarray:
 
 
 def _blocks(rows: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, list[int]]:
-    """(blocks `[number, size]` filled up with zeros, how many true numbers each has)."""
+    """Blocks `[num_blocks, size]` padded with zeros, and the length of each."""
     kind, size = (
         type(spec.granularity).__name__,
         getattr(spec.granularity, "size", None),

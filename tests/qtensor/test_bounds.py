@@ -1,4 +1,4 @@
-"""Ranges that are given or observed, instead of each block's extremes."""
+"""Given ranges, static ranges of activations, and ranges from observers."""
 
 import json
 import pickle
@@ -10,12 +10,8 @@ import pytest
 
 import jaxq
 from jaxq import PerChannel, PerGroup, PerTensor, QuantSpec, observers
+from tests.arrays import normal
 from tests.tables import thinned
-
-
-def normal(*shape):
-    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-
 
 W = normal(100, 8)
 
@@ -62,12 +58,12 @@ def test_bounds_for_each_scale():
         (QuantSpec("ternary", scale_rule="absmean"), (0.0, 1.0), "do not use a range"),
     ],
 )
-def test_bounds_that_cannot_be(spec, bounds, message):
+def test_bounds_that_do_not_fit(spec, bounds, message):
     with pytest.raises(ValueError, match=message):
         jaxq.quantize(W, spec, bounds=bounds)
 
 
-def test_a_number_that_is_not_finite_shows():
+def test_a_non_finite_number_makes_its_block_nan():
     x = jnp.array([1.0, jnp.nan, -3.0])
     qt = jaxq.quantize(
         x, QuantSpec("int8", PerTensor()), bounds=(-2.0, 2.0), on_nonfinite="propagate"
@@ -79,7 +75,7 @@ def test_a_number_that_is_not_finite_shows():
 
 
 @pytest.mark.parametrize("weight", thinned(["int8", "fp8"], ["int8"]))
-def test_static_activations_multiply_as_written(weight):
+def test_products_with_static_activations_equal_their_definition(weight):
     x, w = normal(5, 64), normal(64, 16)
     qt = jaxq.quantize(w, weight).with_activation(weight, bounds=(-2.0, 2.0))
     qx = jaxq.quantize(
@@ -93,17 +89,15 @@ def test_static_activations_multiply_as_written(weight):
     )
     for y in (x @ qt, jax.jit(jaxq.matmul)(x, qt)):
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
-    assert "known beforehand" in jaxq.explain(x, qt).reason
+    assert "static" in jaxq.explain(x, qt).reason
     gradient = jax.grad(lambda x: (x @ qt).sum())(x)
-    half_a_step = {"int8": 1 / 127, "fp8": 2 * 16 / 448}[
-        weight
-    ]  # what rounding alone moves is not clipped
-    assert (
-        (np.asarray(gradient) == 0) == (np.abs(np.asarray(x)) > 2 + half_a_step)
-    ).all()
+    # A number up to half a step beyond the range is rounded and not clipped.
+    half_a_step = {"int8": 1 / 127, "fp8": 2 * 16 / 448}[weight]
+    is_clipped = np.abs(np.asarray(x)) > 2 + half_a_step
+    assert ((np.asarray(gradient) == 0) == is_clipped).all()
 
 
-def test_static_ranges_of_a_stack_are_each_their_own():
+def test_each_layer_of_a_stack_has_its_static_range():
     x, w = normal(2, 5, 64), normal(2, 64, 16)
     bounds = (jnp.array([-3.0, -1.0]), jnp.array([3.0, 1.0]))
     stack = jaxq.quantize(w, "int8", batch=0).with_activation("int8", bounds=bounds)
@@ -118,7 +112,7 @@ def test_static_ranges_of_a_stack_are_each_their_own():
     np.testing.assert_array_equal(scanned[0], together[0])
 
 
-def test_blocks_cannot_be_static():
+def test_scales_of_blocks_cannot_be_static():
     qt = jaxq.quantize(normal(64, 8), "mxfp8")
     with pytest.raises(ValueError, match="cannot be static"):
         qt.with_activation("mxfp8", bounds=(-1.0, 1.0))
@@ -170,13 +164,13 @@ def test_each_block_has_its_own_percentile():
     np.testing.assert_allclose(qt.scale, expected, rtol=1e-6)
 
 
-def test_least_error_is_less_error():
+def test_mse_clipping_reduces_the_error():
     plain = QuantSpec("int3", PerChannel())
-    found = [
+    errors = [
         float(jaxq.metrics.mse(W, jaxq.dequantize(jaxq.quantize(W, spec))))
         for spec in (plain, plain.replace(clipping=observers.mse()))
     ]
-    assert found[1] < 0.95 * found[0]
+    assert errors[1] < 0.95 * errors[0]
 
 
 def test_clipping_survives_json_and_jit():

@@ -1,4 +1,4 @@
-"""fake_quant: the values of quantize and dequantize, and a straight-through gradient that is clipped."""
+"""fake_quant: the values of dequantize(quantize(x)), and its gradient."""
 
 import functools
 
@@ -10,12 +10,9 @@ import pytest
 import jaxq
 from jaxq import PerGroup, QuantSpec
 from tests import tables
+from tests.arrays import normal
 
 SHAPE = (64, 8)
-
-
-def normal(seed: int = 0, shape=SHAPE) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -25,7 +22,7 @@ def both(x, spec):
 
 @tables.over_presets
 def test_equals_dequantize_of_quantize(preset):
-    x = normal()
+    x = normal(*SHAPE)
     fake, expected = both(x, preset)
     np.testing.assert_array_equal(fake, expected)
     assert np.any(np.asarray(fake) != x)
@@ -45,8 +42,9 @@ def gradient_of_sum(x, spec):
 
 
 def test_gradient_is_one_inside_and_zero_outside():
-    # The block's largest number, 7.5, has the scale 1. A number is inside if only rounding moves it: up to half a step
-    # beyond the largest element, 6 + 2/2, the boundary included.
+    # The block's largest number, 7.5, has the scale 1. A number is inside if it is
+    # rounded and not clipped: up to half a step beyond the largest element, 6 + 2/2,
+    # with the boundary.
     x = np.zeros((32, 1), np.float32)
     x[:9, 0] = [
         7.5,
@@ -62,7 +60,8 @@ def test_gradient_is_one_inside_and_zero_outside():
     gradient = gradient_of_sum(x, MX)
     assert gradient[:9, 0].tolist() == [0, 0, 1, 1, 0, 1, 1, 1, 0]
     assert np.all(gradient[9:] == 1)
-    # Mean magnitude: {-1, 0, 1} * scale, inside up to 1.5 * scale.
+    # The mean magnitude is the scale. The values are {-1, 0, 1} * scale, so a number
+    # is inside up to 1.5 * scale.
     x = np.float32([1.0, -1.0, 4.0, -0.2, 0.3, -2.5])
     scale = abs(x).mean()
     assert scale == 1.5
@@ -81,14 +80,14 @@ def test_gradient_is_one_where_nothing_clips(preset):
         value, pull = jax.vjp(lambda x: jaxq.fake_quant(x, preset), x)
         return value, pull(weight)[0]
 
-    x, weight = normal(1), normal(2)
+    x, weight = normal(*SHAPE, seed=1), normal(*SHAPE, seed=2)
     value, gradient = pulled(x, weight)
     np.testing.assert_array_equal(value, both(x, preset)[0])
     np.testing.assert_array_equal(gradient, weight)
 
 
 def test_jit_vmap_grad_and_jvp_compose():
-    stack, weight = normal(3, (3, 32, 2)) * 4, normal(4, (3, 32, 2))
+    stack, weight = normal(3, 32, 2, seed=3) * 4, normal(3, 32, 2, seed=4)
 
     fake = jax.jit(lambda x: jaxq.fake_quant(x, MX))
 
@@ -120,7 +119,7 @@ def test_jit_vmap_grad_and_jvp_compose():
 
 
 def test_grad_of_a_layer_inside_scan():
-    weights, x = normal(5, (3, 8, 8)), normal(6, (2, 8))
+    weights, x = normal(3, 8, 8, seed=5), normal(2, 8, seed=6)
 
     def scanned(weights):
         def layer(x, w):
@@ -151,7 +150,7 @@ def test_grad_of_a_layer_inside_scan():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_floats(dtype):
-    x = jnp.asarray(normal(7), dtype)
+    x = jnp.asarray(normal(*SHAPE, seed=7), dtype)
     fake, expected = both(x, "int4")
     assert fake.dtype == dtype
     np.testing.assert_array_equal(fake, expected)
@@ -162,7 +161,7 @@ def test_narrow_floats(dtype):
 
 def test_stochastic_rounding_passes_its_key_and_gradient():
     spec = QuantSpec("int4", rounding="stochastic")
-    x, key = normal(8), jax.random.key(0)
+    x, key = normal(*SHAPE, seed=8), jax.random.key(0)
     expected = jaxq.dequantize(jaxq.quantize(x, spec, key=key))
     np.testing.assert_array_equal(jaxq.fake_quant(x, spec, key=key), expected)
     assert np.any(expected != jaxq.fake_quant(x, spec, key=jax.random.key(1)))
@@ -174,17 +173,18 @@ def test_stochastic_rounding_passes_its_key_and_gradient():
         jaxq.fake_quant(x, spec)
 
 
-def test_non_finite_numbers_show():
-    x = normal(9)
+def test_a_non_finite_number_makes_its_block_nan():
+    x = normal(*SHAPE, seed=9)
     x[3, 2] = np.nan
     fake = np.asarray(jaxq.fake_quant(x, "int8"))
     assert np.isnan(fake[:, 2]).all()
     assert np.isfinite(np.delete(fake, 2, axis=1)).all()
 
 
-def test_trains_through_the_steps():
-    # A weight between two codes reaches the target's code only if gradients pass the steps.
-    target = jnp.asarray(jaxq.fake_quant(normal(10), "int4"))
+def test_training_reaches_another_code():
+    # A weight reaches the code of the target only if the gradient passes through the
+    # rounding.
+    target = jnp.asarray(jaxq.fake_quant(normal(*SHAPE, seed=10), "int4"))
 
     @jax.jit
     def step(w):
@@ -192,7 +192,7 @@ def test_trains_through_the_steps():
             lambda w: ((jaxq.fake_quant(w, "int4") - target) ** 2).sum()
         )(w)
 
-    w = target + 0.3 * normal(11)
+    w = target + 0.3 * normal(*SHAPE, seed=11)
     start = float(((jaxq.fake_quant(w, "int4") - target) ** 2).mean())
     for _ in range(20):
         w = step(w)

@@ -1,4 +1,4 @@
-"""Roles of axes: what each array is stored as, that every arrangement has an inverse, and what is refused."""
+"""Roles of axes: stored shapes, inverses of every arrangement, and errors."""
 
 import functools
 
@@ -12,7 +12,7 @@ from jaxq import PerBlock, PerChannel, PerFlat, PerGroup, PerTensor, PerToken, Q
 from jaxq.qtensor._geometry import ErrorContext, resolve
 
 GROUP = PerGroup(16, pad=True)
-# shape, granularity, contracting, batch -> stored codes, stored scales (both without the batch axes' own names)
+# shape, granularity, contracting, batch -> shape of the stored codes and of the scales
 ROLES = {
     "row": ((100,), PerChannel(), None, (), (100,), (1,)),
     "dense": ((64, 24), PerChannel(), None, (), (24, 64), (24, 1)),
@@ -110,9 +110,10 @@ def test_every_arrangement_has_an_inverse(role):
 
     back, pairs, storage = there_and_back(x)
     np.testing.assert_array_equal(back, x)
-    for found, expected in pairs:
-        np.testing.assert_array_equal(found, expected)
-    # Storage is what the definition says: kept axes in order, contracted ones flattened last.
+    for actual, expected in pairs:
+        np.testing.assert_array_equal(actual, expected)
+    # The definition of storage order: kept axes in order, then the contracted axes,
+    # flattened.
     rest = np.transpose(
         x, (*range(x.ndim - len(geometry.shape)), *(x.ndim + a for a in geometry.order))
     )
@@ -125,7 +126,7 @@ def test_every_arrangement_has_an_inverse(role):
 
 
 @over_roles
-def test_scales_meet_their_blocks(role):
+def test_scales_broadcast_to_their_blocks(role):
     geometry, shape = geometry_of(role), ROLES[role][0]
     batch = shape[: len(shape) - len(geometry.shape)]
     scale = np.arange(np.prod(batch + geometry.num_blocks), dtype=np.float32).reshape(
@@ -143,7 +144,7 @@ def test_scales_meet_their_blocks(role):
 
     spread, back, ones = map(np.asarray, blocked(scale, np.ones(shape, np.float32)))
     np.testing.assert_array_equal(back, scale)
-    # Multiplying ones by a number of each block leaves exactly one number in each block.
+    # Ones times the scale of their block: each block holds exactly one number.
     np.testing.assert_array_equal(
         np.max(ones * spread, axis=geometry.block_axes, keepdims=True), spread
     )
@@ -153,7 +154,7 @@ def test_scales_meet_their_blocks(role):
     np.testing.assert_array_equal(np.broadcast_to(counts, expected.shape), expected)
 
 
-def test_values_do_not_depend_on_how_a_role_is_said():
+def test_values_do_not_depend_on_how_a_role_is_named():
     x = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     by_axis = jaxq.quantize(x.T.copy(), QuantSpec("int4", PerGroup(16, axis=-2)))
     by_argument = jaxq.quantize(x, QuantSpec("int4", PerGroup(16)), contracting=-1)
@@ -262,7 +263,7 @@ CONTRADICTIONS = {
         (),
         r"granularity axis axes \[2\] must be distinct axes",
     ),
-    "nothing to go by": (
+    "no default": (
         (2, 3, 4),
         PerGroup(2),
         None,

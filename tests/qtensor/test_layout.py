@@ -1,4 +1,4 @@
-"""Codes along columns, as TPU kernels want them: the same array in every way but the order of its bytes."""
+"""The layout "columns": only the order of the bytes differs from "rows"."""
 
 import io
 import pickle
@@ -9,35 +9,31 @@ import numpy as np
 import pytest
 
 import jaxq
-from tests.ops.reference import normal
+from tests.arrays import assert_same
+from tests.arrays import normal_with_outliers as normal
 from tests.tables import thinned
 
-# One of each way to store codes and scales; k = 100 is padded in most of them.
+# One preset for each way to store codes and scales. k = 100 is padded in most of them.
 PRESETS = ["int8", "int4", "int3", "nf4_dq", "uint4", "mxfp4", "ttq"]
 
 
-def same(a: jaxq.QTensor, b: jaxq.QTensor):
-    """The same leaves, bit for bit, and the same statics."""
-    assert a.meta == b.meta
-    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(
-            np.asarray(left).view(np.uint8), np.asarray(right).view(np.uint8)
-        )
-
-
 @pytest.mark.parametrize("preset", thinned(PRESETS, ["int8", "int3", "nf4_dq", "ttq"]))
-def test_there_and_back(preset):
+def test_relayout_to_columns_and_back(preset):
     qt = jaxq.quantize(normal(100, 24), preset)
-    turned = jaxq.relayout(qt, "columns")
-    assert turned.data.shape == qt.data.shape[::-1]
-    assert (turned.shape, turned.nbytes, turned.spec) == (qt.shape, qt.nbytes, qt.spec)
-    assert "columns" in repr(turned)
-    np.testing.assert_array_equal(turned.codes(), qt.codes())
-    np.testing.assert_array_equal(jaxq.dequantize(turned), jaxq.dequantize(qt))
-    same(jaxq.relayout(turned, "rows"), qt)
-    assert jaxq.relayout(turned, "columns") is turned
-    same(jax.jit(jaxq.relayout, static_argnums=1)(qt, "columns"), turned)
-    none = jaxq.relayout(turned, "none")  # another packing keeps the layout
+    columns = jaxq.relayout(qt, "columns")
+    assert columns.data.shape == qt.data.shape[::-1]
+    assert (columns.shape, columns.nbytes, columns.spec) == (
+        qt.shape,
+        qt.nbytes,
+        qt.spec,
+    )
+    assert "columns" in repr(columns)
+    np.testing.assert_array_equal(columns.codes(), qt.codes())
+    np.testing.assert_array_equal(jaxq.dequantize(columns), jaxq.dequantize(qt))
+    assert_same(jaxq.relayout(columns, "rows"), qt)
+    assert jaxq.relayout(columns, "columns") is columns
+    assert_same(jax.jit(jaxq.relayout, static_argnums=1)(qt, "columns"), columns)
+    none = jaxq.relayout(columns, "none")  # another packing keeps the layout
     assert none.data.shape == jaxq.relayout(qt, "none").data.shape[::-1]
     np.testing.assert_array_equal(none.codes(), qt.codes())
 
@@ -56,9 +52,9 @@ def test_stacks_slice_scan_and_map(preset):
 
 def test_axes_of_columns():
     qt = jaxq.quantize(normal(100, 4, 6), "int4", contracting=-3)
-    turned = jaxq.relayout(qt, "columns")
-    assert turned.data.shape == (50, 4, 6)
-    merged = turned.reshape(100, 24)
+    columns = jaxq.relayout(qt, "columns")
+    assert columns.data.shape == (50, 4, 6)
+    merged = columns.reshape(100, 24)
     assert merged.data.shape == (50, 24)
     np.testing.assert_array_equal(
         jaxq.dequantize(merged), jaxq.dequantize(qt).reshape(100, 24)
@@ -68,22 +64,22 @@ def test_axes_of_columns():
     np.testing.assert_allclose(x @ merged.T, x @ jaxq.dequantize(merged).T, 1e-5, 1e-4)
 
 
-def test_rows_of_a_table():
+def test_take_from_columns():
     table = jaxq.quantize(normal(24, 100), "int4", contracting=(-1,))
-    places = jnp.array([3, 0, -1])
-    found = jaxq.ops.take(jaxq.relayout(table, "columns"), places)
-    np.testing.assert_array_equal(found, jaxq.ops.take(table, places))
+    indices = jnp.array([3, 0, -1])
+    rows = jaxq.ops.take(jaxq.relayout(table, "columns"), indices)
+    np.testing.assert_array_equal(rows, jaxq.ops.take(table, indices))
 
 
-def test_files_hold_rows(tmp_path):
+def test_saved_files_have_rows(tmp_path):
     qt = jaxq.quantize(normal(100, 24), "int4")
     jaxq.save(tmp_path / "w", {"w": jaxq.relayout(qt, "columns")})
-    same(jaxq.load(tmp_path / "w")["w"], qt)
+    assert_same(jaxq.load(tmp_path / "w")["w"], qt)
     pickled = pickle.load(io.BytesIO(pickle.dumps(jaxq.relayout(qt, "columns"))))
-    same(pickled, jaxq.relayout(qt, "columns"))
+    assert_same(pickled, jaxq.relayout(qt, "columns"))
 
 
-def test_blocks_across_rows_have_no_columns():
+def test_blocks_that_cross_rows_have_no_columns():
     qt = jaxq.quantize(normal(128, 6), jaxq.QuantSpec("nf4", jaxq.PerFlat(64)))
     with pytest.raises(ValueError, match="the blocks of .* cross rows"):
         jaxq.relayout(qt, "columns")

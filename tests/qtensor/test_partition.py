@@ -1,4 +1,4 @@
-"""Trees taken apart and put together again: every leaf once, and gradients where there are any."""
+"""partition and combine: each leaf is in one of the two trees, and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def tree():
     }
 
 
-def test_every_leaf_is_in_one_of_the_two():
+def test_every_leaf_is_in_one_of_the_two_trees():
     whole = tree()
     trainable, rest = jaxq.partition(whole)
     assert [leaf.dtype.name for leaf in jax.tree.leaves(trainable)] == [
@@ -52,10 +52,10 @@ def test_gradients_reach_scales_under_jit():
 
         return jax.grad(loss)(trainable)
 
-    found = gradient(trainable)
+    gradients = gradient(trainable)
     codes = np.asarray(rest["w"].data, np.float32)
-    np.testing.assert_allclose(found["w"].scale[:, 0], 2 * codes.sum(-1), rtol=1e-5)
-    assert found["norm"].shape == (64,)
+    np.testing.assert_allclose(gradients["w"].scale[:, 0], 2 * codes.sum(-1), rtol=1e-5)
+    assert gradients["norm"].shape == (64,)
 
 
 def test_trees_that_do_not_fit_are_refused():
@@ -66,10 +66,10 @@ def test_trees_that_do_not_fit_are_refused():
         jaxq.combine({k: v for k, v in trainable.items() if k != "norm"}, rest)
 
 
-def test_a_half_says_what_is_missing():
+def test_the_error_about_one_tree_names_combine():
     trainable, rest = jaxq.partition(jaxq.quantize(W, "int8"))
     for half in (trainable, rest):
-        assert repr(half).startswith("QTensor(int8[")  # though leaves are missing
+        assert repr(half).startswith("QTensor(int8[")  # leaves are missing
     for use in (jaxq.dequantize, lambda half: jnp.ones((2, 64)) @ half):
         with pytest.raises(AttributeError, match=r"int8\[64x8\].*jaxq.combine"):
             use(trainable)

@@ -1,4 +1,4 @@
-"""New codes on an old grid."""
+"""requantize: new codes with the scales of another QTensor."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ import pytest
 import jaxq
 from jaxq.qtensor import requantize
 from tests import tables
-from tests.ops.reference import normal
+from tests.arrays import assert_same
+from tests.arrays import normal_with_outliers as normal
 
 over_some = pytest.mark.parametrize(
     "preset",
@@ -20,42 +21,40 @@ over_some = pytest.mark.parametrize(
 def test_the_same_numbers_get_the_same_codes(preset):
     qt = jaxq.quantize(normal(100, 24), preset)
     if qt.codebook is not None:
-        pytest.skip(
-            "a table of its own takes the nearest entry, its codes came from a threshold"
-        )
+        pytest.skip("quantize uses a threshold, requantize the nearest entry")
     again = requantize(normal(100, 24), qt)
-    jax.tree.map(np.testing.assert_array_equal, again, qt)
-    jax.tree.map(np.testing.assert_array_equal, qt.with_codes(qt.codes()), qt)
+    assert_same(again, qt)
+    assert_same(qt.with_codes(qt.codes()), qt)
 
 
 @over_some
-def test_other_numbers_go_to_the_nearest_of_the_grid(preset):
-    """Against every number that the grid has."""
+def test_other_numbers_get_the_nearest_value(preset):
+    """Compared with the values of all codes."""
     qt, w = jaxq.quantize(normal(96, 5), preset), normal(96, 5, seed=1) / 2
-    found = np.asarray(jaxq.dequantize(requantize(w, qt)), np.float64)
+    values = np.asarray(jaxq.dequantize(requantize(w, qt)), np.float64)
     grid = [
         jaxq.dequantize(qt.with_codes(jnp.full(qt.shape, c, qt.spec.fmt.code_dtype)))
         for c in qt.spec.fmt.codes()
     ]
     grid = np.asarray(jnp.stack(grid), np.float64)
     nearest = np.nanmin(np.abs(grid - np.asarray(w, np.float64)), 0)
-    if preset == "log4":  # nearest of the logarithm
+    if preset == "log4":  # log4 takes the nearest logarithm
         nearest = nearest * 1.5
     np.testing.assert_array_less(
-        np.abs(found - np.asarray(w, np.float64)), nearest + 1e-6
+        np.abs(values - np.asarray(w, np.float64)), nearest + 1e-6
     )
 
 
 def test_in_every_layout():
     w = normal(128, 16, seed=1)
     qt = jaxq.quantize(normal(128, 16), "int4")
-    turned = requantize(w, jaxq.relayout(qt, "columns"))
-    np.testing.assert_array_equal(turned.codes(), requantize(w, qt).codes())
-    assert turned.meta.layout == "columns"
+    columns = requantize(w, jaxq.relayout(qt, "columns"))
+    np.testing.assert_array_equal(columns.codes(), requantize(w, qt).codes())
+    assert columns.meta.layout == "columns"
     stack = jaxq.quantize(normal(3, 128, 16), "nf4", contracting=-2, batch=0)
     mapped = jax.vmap(requantize)(normal(3, 128, 16, seed=1), stack)
     whole = requantize(normal(3, 128, 16, seed=1), stack)
-    jax.tree.map(np.testing.assert_array_equal, mapped, whole)
+    assert_same(mapped, whole)
 
 
 def test_mistakes_are_named():

@@ -1,4 +1,4 @@
-"""Scales by rule and in their dtype: the definitions, written out in float64."""
+"""Scales: each rule and each dtype, compared with its definition in float64."""
 
 import dataclasses
 import warnings
@@ -15,7 +15,8 @@ from jaxq.qtensor import scale_values
 from tests import tables
 from tests.qtensor import oracle
 
-# Element formats of the OCP microscaling specification, and the exponent of their largest number.
+# Element formats of the OCP microscaling specification, with the exponent of their
+# largest number.
 MX = oracle.EMAX
 
 
@@ -24,7 +25,7 @@ def mx(fmt: str, rule: str) -> QuantSpec:
 
 
 def blocks_of(largest) -> np.ndarray:
-    """[32, n]: a block for each number, in which it is the largest."""
+    """`[32, n]`: one block for each number, which is the largest of its block."""
     largest = np.asarray(largest, np.float32)
     x = (
         np.random.default_rng(0).uniform(-1, 1, (32, len(largest))).astype(np.float32)
@@ -44,7 +45,7 @@ def test_floor_scale_bytes():
     assert scale_bytes(qt).tolist() == [125, 125, 125, 126, 127, 133, 0, 252]
 
 
-# Around powers of two, where a logarithm is off by one, and around the largest element times one.
+# Numbers next to powers of two, where a logarithm can be off by one.
 EDGES = [
     np.nextafter(np.float32(2.0**e), np.float32(np.inf if side > 0 else 0))
     if side
@@ -86,12 +87,11 @@ def test_power_of_two_rules(rule, fmt):
         expected = np.floor(np.log2(exact)) - MX[fmt]
     elif rule == "mx_ceil":
         expected = np.ceil(np.log2(exact)) - MX[fmt]
-    elif (
-        rule == "mx_even"
-    ):  # the largest number is first rounded to the mantissa of the element, half of it upward
+    elif rule == "mx_even":
+        # The largest number is first rounded to the mantissa of the element, ties up.
         unit = 2.0 ** (np.floor(np.log2(exact)) - element.mantissa_bits)
         expected = np.floor(np.log2(np.floor(exact / unit + 0.5) * unit)) - MX[fmt]
-    else:  # the least power of two that brings the block into range
+    else:  # the least power of two with which nothing is clipped
         expected = np.ceil(np.log2(exact / element.max))
         assert np.all(exact / 2.0**expected <= element.max)
     np.testing.assert_array_equal(got, expected)
@@ -142,8 +142,8 @@ def test_microscaling_against_the_specification(fmt):
 
 
 def test_nvfp4_levels():
-    # The block that holds the tensor's largest number has the largest E4M3 as its scale; the product is exact enough
-    # to give that number back.
+    # The block with the tensor's largest number has the largest E4M3 number as its
+    # scale. The product of the two levels returns that number.
     x = np.random.default_rng(2).standard_normal((64, 8)).astype(np.float32)
     x[5, 2] = -9
     qt = jaxq.quantize(x, "nvfp4")
@@ -191,8 +191,8 @@ def test_three_levels():
     assert qt.nbytes == 64 * 4 // 2 + 4 * 8 + 4 * 4 // 2 + 4 * 4
 
 
-def test_mean_offset_of_scales_turns_no_sign():
-    # Scales kept as deviations from their mean can read back negative; they must not.
+def test_mean_offset_of_scales_keeps_signs():
+    # Scales stored about their mean could be read back as negative.
     spec = QuantSpec(
         "nf4",
         PerGroup(64),
@@ -205,7 +205,7 @@ def test_mean_offset_of_scales_turns_no_sign():
     qt = jaxq.quantize(x, spec)
     assert qt.scale.offset.shape == (1,)
     np.testing.assert_allclose(qt.scale.offset[0], abs(x).max(0).mean(), rtol=1e-6)
-    assert np.asarray(jaxq.dequantize(qt.scale)).min() < 0  # this input is one of those
+    assert np.asarray(jaxq.dequantize(qt.scale)).min() < 0  # so it can happen here
     assert np.asarray(scale_values(qt)).min() >= 0
     assert not np.any(np.asarray(jaxq.dequantize(qt)) * x < 0)
 
@@ -239,8 +239,9 @@ def test_scales_are_rounded_into_their_dtype_before_use(dtype):
     ("dtype", "smallest"),
     [("float16", 2.0**-24), ("float8_e4m3fn", 2.0**-9), ("bfloat16", None)],
 )
-def test_scales_beyond_their_dtype_are_clamped_not_lost(dtype, smallest):
-    # Below the smallest number of a dtype a scale becomes that number, never 0 or infinity.
+def test_scales_are_clamped_into_their_dtype(dtype, smallest):
+    # A scale below the smallest number of its dtype becomes that number, not 0. A scale
+    # above the largest number becomes that number, not infinity.
     x = np.float32([[1e-12, 5e-13], [1e12, -1e12]]).T
     qt = jaxq.quantize(x, QuantSpec("int4", scale=dtype))
     scales = np.asarray(scale_values(qt)).ravel()
@@ -253,8 +254,8 @@ def test_scales_beyond_their_dtype_are_clamped_not_lost(dtype, smallest):
     assert jaxq.dequantize(qt)[:, 1].tolist() == [7 * scales[1], -7 * scales[1]]
 
 
-def test_subnormal_scales_are_none():
-    # XLA flushes subnormals: a scale below 2^-126 would divide by zero.
+def test_no_scale_is_subnormal():
+    # XLA flushes subnormal numbers: a scale below 2^-126 would mean a division by zero.
     x = np.float32([[2e-38, -1e-38, 0, 1e-44]]).T
     for spec in ("int8", "nf4", "mxfp4", QuantSpec("int8", scale="bfloat16")):
         eager = jaxq.quantize(x, spec)
@@ -277,7 +278,8 @@ def test_absmean_counts_no_padding():
 
 
 def test_ternary_weight_networks():
-    # Li et al., 2016: 0 up to 0.7 of the mean magnitude, and the mean of what is above it.
+    # Li et al., 2016: a magnitude up to 0.7 of the mean magnitude becomes 0. The scale
+    # is the mean of the other magnitudes.
     x = np.random.default_rng(8).standard_normal((100, 6)).astype(np.float32)
     x[:, 2] *= np.float32(1e37)  # sums of these leave float32's range
     x[:, 4] = 0
@@ -307,7 +309,8 @@ def test_ternary_weight_networks():
 
 
 def test_trained_ternary_quantization():
-    # Zhu et al., 2017, equations 4 to 7; the gradients of the two magnitudes are sums over their codes.
+    # Zhu et al., 2017, equations 4 to 7. The gradient of each codebook value is the sum
+    # over the numbers with its code.
     x = np.random.default_rng(8).standard_normal((100, 6)).astype(np.float32)
     x[:, 2] *= np.float32(1e37)
     x[:, 4] = 0
@@ -344,9 +347,9 @@ def test_trained_ternary_quantization():
     )  # [100, 6, 3]
     expected = np.stack([expected[:64].sum(0), expected[64:].sum(0)], axis=1)
     for values in (jaxq.dequantize, lambda qt: jnp.eye(100) @ qt):
-        found = jax.jit(jax.grad(loss), static_argnums=1)(qt.codebook, values)
+        gradient = jax.jit(jax.grad(loss), static_argnums=1)(qt.codebook, values)
         unit = np.where(qt.scale == 0, 1, qt.scale)[..., None]
-        np.testing.assert_allclose(found / unit, expected, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(gradient / unit, expected, rtol=1e-5, atol=1e-4)
     with pytest.raises(
         ValueError, match="scale_rule='ttq' is for the format ternary, not int4"
     ):
@@ -372,8 +375,9 @@ def test_bitsandbytes_double_quantization():
     )
     qt = jaxq.quantize(w, spec)
     np.testing.assert_array_equal(qt.data, packed.numpy().ravel())
-    # Their mean and ours are sums in another order, and their 8-bit CPU kernel does not take the nearest entry of its
-    # table for about one number in a thousand: a code here and there is one off.
+    # bitsandbytes sums the mean in another order. For about one number in a thousand,
+    # its 8-bit CPU kernel does not take the nearest entry of the table. So a few codes
+    # differ by one.
     np.testing.assert_allclose(qt.scale.offset, [state.offset.item()], rtol=2e-7)
     np.testing.assert_allclose(
         qt.scale.scale.ravel(), state.state2.absmax.numpy(), rtol=1e-6
@@ -404,7 +408,7 @@ def test_bitsandbytes_double_quantization():
         ("bfloat16", 1e30, 0),
     ],
 )
-def test_scales_beyond_their_dtype_are_said(dtype, magnitude, lost):
+def test_a_warning_counts_clamped_scales(dtype, magnitude, lost):
     w = jnp.asarray([[1.0 if dtype == "float16" else magnitude, magnitude, 0.0]] * 2)
     spec = QuantSpec("int8", PerChannel(), scale=dtype)
     with warnings.catch_warnings(record=True) as caught:
@@ -417,6 +421,5 @@ def test_scales_beyond_their_dtype_are_said(dtype, magnitude, lost):
             f"{dtype}"
         )
         assert caught[0].filename == __file__
-    jax.jit(lambda w: jaxq.quantize(w, spec).data)(
-        w
-    )  # where nothing can be told, nothing is
+    # Under jit the scales are unknown, so there is no warning.
+    jax.jit(lambda w: jaxq.quantize(w, spec).data)(w)
