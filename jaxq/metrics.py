@@ -1,7 +1,8 @@
-"""Numbers about two arrays: how far a quantized one is from the original.
+"""Metrics of two arrays: how far a quantized array is from the original.
 
-All of them accumulate in float32, each sum of squares over the largest magnitude in it, so that 1e30 and 1e-30 neither
-overflow nor vanish, also side by side; all jit, and take arrays of any one shape. A NaN anywhere gives NaN.
+All metrics accumulate in float32, work under jit, and take two arrays of one shape. A
+sum of squares is divided by the square of its largest magnitude, so that 1e30 does not
+overflow and 1e-30 does not vanish, even in one array. A NaN in an array gives NaN.
 """
 
 from __future__ import annotations
@@ -14,42 +15,73 @@ __all__ = ["cosine", "kl_divergence", "mse", "sqnr", "top1_agreement", "worst_bl
 
 
 def mse(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
-    """Mean squared error, `mean((reference - x)^2)`; float32 scalar in squared units of the input.
+    """Returns the mean squared error, `mean((reference - x)^2)`.
+
+    Args:
+      reference: the original array, any shape.
+      x: the array to compare, the same shape.
+
+    Returns:
+      float32 scalar, in squared units of the input.
+
+    Raises:
+      ValueError: the shapes differ.
 
     Example:
       >>> import jaxq
       >>> float(jaxq.metrics.mse([1.0, 2.0], [1.0, 4.0]))
       2.0
     """
-    a, b = _pair(reference, x, "mse")
+    a, b = _float32_pair(reference, x, "mse")
     noise, unit = squares(a - b)
     return noise / max(a.size, 1) * unit * unit
 
 
 def sqnr(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
-    """Signal to quantization noise ratio, `10 log10(sum(reference^2) / sum((reference - x)^2))` in dB.
+    """Returns the signal to quantization noise ratio in dB.
 
-    Infinite for equal arrays.
+    The ratio is `10 log10(sum(reference^2) / sum((reference - x)^2))`. It is infinite
+    if the arrays are equal.
+
+    Args:
+      reference: the original array, any shape.
+      x: the array to compare, the same shape.
+
+    Returns:
+      float32 scalar.
+
+    Raises:
+      ValueError: the shapes differ.
 
     Example:
       >>> import jaxq
       >>> round(float(jaxq.metrics.sqnr([1.0, 1.0], [1.0, 0.9])), 2)
       23.01
     """
-    a, b = _pair(reference, x, "sqnr")
+    a, b = _float32_pair(reference, x, "sqnr")
     return decibels(squares(a), squares(a - b))
 
 
 def cosine(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
-    """Cosine of the angle between two arrays seen as vectors, -1 to 1; NaN if one is zero.
+    """Returns the cosine of the angle between two arrays, taken as vectors.
+
+    Args:
+      reference: the original array, any shape.
+      x: the array to compare, the same shape.
+
+    Returns:
+      float32 scalar from -1 to 1. It is NaN if one array is all zero.
+
+    Raises:
+      ValueError: the shapes differ.
 
     Example:
       >>> import jaxq
       >>> float(jaxq.metrics.cosine([1.0, 0.0], [0.0, 2.0]))
       0.0
     """
-    a, b = _pair(reference, x, "cosine")
-    a, b = (v / _unit(v) for v in (a, b))
+    a, b = _float32_pair(reference, x, "cosine")
+    a, b = (v / _largest_magnitude(v) for v in (a, b))
     return jnp.sum(a * b) / (jnp.sqrt(jnp.sum(a * a)) * jnp.sqrt(jnp.sum(b * b)))
 
 
@@ -60,54 +92,72 @@ def worst_block(
     size: int = 64,
     axis: int = -1,
 ) -> jax.Array:
-    """Largest relative error `norm(reference - x) / norm(reference)` of any `size` neighbours along an axis.
+    """Returns the largest relative error of any block of neighbours along an axis.
 
-    A good mean hides one ruined block; this does not. Blocks where the reference is all zero count as 0 if x is zero
-    there too, else as infinite. The tail is a block of its own.
+    The relative error of a block is `norm(reference - x) / norm(reference)`. A mean
+    over the array can hide one block with a large error, but this metric shows it. If
+    the reference is zero in a whole block, the block's error is 0 if `x` is zero there
+    too, and infinite if it is not.
+
+    Args:
+      reference: the original array, any shape.
+      x: the array to compare, the same shape.
+      size: number of neighbours in a block. The last block may be shorter.
+      axis: axis along which the blocks run.
+
+    Returns:
+      float32 scalar.
+
+    Raises:
+      ValueError: the shapes differ.
 
     Example:
       >>> import jaxq
-      >>> float(jaxq.metrics.worst_block([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0], size=1))
+      >>> reference, x = [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]
+      >>> float(jaxq.metrics.worst_block(reference, x, size=1))
       1.0
     """
-    a, b = _pair(reference, x, "worst_block")
+    a, b = _float32_pair(reference, x, "worst_block")
     a, b = (jnp.atleast_1d(v) for v in (a, b))
-    axis, num = axis % a.ndim, a.shape[axis]
-    widths = [(0, -num % size if i == axis else 0) for i in range(a.ndim)]
-    cut = (*a.shape[:axis], -(-num // size), size, *a.shape[axis + 1 :])
-    a, b = (jnp.pad(v, widths).reshape(cut) for v in (a, b))
-    (noise, noise_unit), (signal, unit) = (
-        squares(a - b, axis=axis + 1),
-        squares(a, axis=axis + 1),
-    )
-    relative = (
-        jnp.sqrt(noise)
-        / jnp.sqrt(jnp.where(signal > 0, signal, 1.0))
-        * (noise_unit / unit)
-    )
-    relative = jnp.where((signal == 0) & (noise > 0), np.float32(np.inf), relative)
-    lost = jnp.isnan(relative).any()  # a maximum may drop NaN
-    return jnp.where(lost, np.float32(np.nan), jnp.max(relative, initial=0.0))
+    axis %= a.ndim
+    num = a.shape[axis]
+    padding = [(0, -num % size if i == axis else 0) for i in range(a.ndim)]
+    shape = (*a.shape[:axis], -(-num // size), size, *a.shape[axis + 1 :])
+    a, b = (jnp.pad(v, padding).reshape(shape) for v in (a, b))
+    noise, noise_unit = squares(a - b, axis=axis + 1)
+    signal, signal_unit = squares(a, axis=axis + 1)
+    signal_norm = jnp.sqrt(jnp.where(signal > 0, signal, 1.0))
+    error = jnp.sqrt(noise) / signal_norm * (noise_unit / signal_unit)
+    error = jnp.where((signal == 0) & (noise > 0), np.float32(np.inf), error)
+    # XLA's maximum may drop NaN, so NaN needs a test of its own.
+    has_nan = jnp.isnan(error).any()
+    return jnp.where(has_nan, np.float32(np.nan), jnp.max(error, initial=0.0))
 
 
 def kl_divergence(
     reference_logits: jax.typing.ArrayLike, logits: jax.typing.ArrayLike
 ) -> jax.Array:
-    """Mean over rows of `KL(softmax(reference) || softmax(logits))` along the last axis, in nats.
+    """Returns the mean over rows of `KL(softmax(reference) || softmax(logits))`.
 
-    Entries the reference gives no probability (logits of -inf) count as 0, as in the limit.
+    The softmax is along the last axis. An entry with reference probability 0 (a logit
+    of -inf) counts as 0, which is the limit.
 
     Args:
       reference_logits: `[..., vocab]`.
       logits: the same shape.
+
+    Returns:
+      float32 scalar, in nats.
+
+    Raises:
+      ValueError: the shapes differ.
 
     Example:
       >>> import jaxq
       >>> float(jaxq.metrics.kl_divergence([[0.0, 1.0]], [[5.0, 6.0]]))
       0.0
     """
-    a, b = (jnp.asarray(v, jnp.float32) for v in (reference_logits, logits))
-    _same_shape(a, b, "kl_divergence")
+    a, b = _float32_pair(reference_logits, logits, "kl_divergence")
     log_p, log_q = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
     p = jnp.exp(log_p)
     return jnp.mean(jnp.sum(jnp.where(p == 0, 0.0, p * (log_p - log_q)), axis=-1))
@@ -116,54 +166,73 @@ def kl_divergence(
 def top1_agreement(
     reference_logits: jax.typing.ArrayLike, logits: jax.typing.ArrayLike
 ) -> jax.Array:
-    """Fraction of rows whose largest entry stands at the same index in both; 0 to 1.
+    """Returns the fraction of rows whose largest entry is at the same index in both.
+
+    Args:
+      reference_logits: `[..., vocab]`.
+      logits: the same shape.
+
+    Returns:
+      float32 scalar from 0 to 1.
+
+    Raises:
+      ValueError: the shapes differ.
 
     Example:
       >>> import jaxq
-      >>> float(jaxq.metrics.top1_agreement([[0.0, 1.0], [2.0, 0.0]], [[0.0, 3.0], [0.0, 1.0]]))
+      >>> reference, logits = [[0.0, 1.0], [2.0, 0.0]], [[0.0, 3.0], [0.0, 1.0]]
+      >>> float(jaxq.metrics.top1_agreement(reference, logits))
       0.5
     """
     a, b = jnp.asarray(reference_logits), jnp.asarray(logits)
-    _same_shape(a, b, "top1_agreement")
-    return jnp.mean(
-        (jnp.argmax(a, axis=-1) == jnp.argmax(b, axis=-1)).astype(jnp.float32)
-    )
-
-
-def _pair(reference, x, caller: str) -> tuple[jax.Array, jax.Array]:
-    """Both arrays in float32, of one shape."""
-    a, b = jnp.asarray(reference, jnp.float32), jnp.asarray(x, jnp.float32)
-    _same_shape(a, b, caller)
-    return a, b
+    _check_same_shape(a, b, "top1_agreement")
+    agree = jnp.argmax(a, axis=-1) == jnp.argmax(b, axis=-1)
+    return jnp.mean(agree.astype(jnp.float32))
 
 
 def decibels(
     signal: tuple[jax.Array, jax.Array], noise: tuple[jax.Array, jax.Array]
 ) -> jax.Array:
-    """Ten times the logarithm of a ratio of sums as `squares` gives them; infinite where there is no noise."""
-    ratio = (
-        jnp.log10(signal[0])
-        - jnp.log10(noise[0])
-        + 2 * (jnp.log10(signal[1]) - jnp.log10(noise[1]))
+    """Returns `10 log10(signal / noise)` of two sums of squares from `squares`.
+
+    It is infinite if the noise is zero.
+    """
+    (signal_sum, signal_unit), (noise_sum, noise_unit) = signal, noise
+    log_ratio = (
+        jnp.log10(signal_sum)
+        - jnp.log10(noise_sum)
+        + 2 * (jnp.log10(signal_unit) - jnp.log10(noise_unit))
     )
-    return jnp.where(noise[0] == 0, np.float32(np.inf), 10 * ratio)
+    return jnp.where(noise_sum == 0, np.float32(np.inf), 10 * log_ratio)
 
 
 def squares(v: jax.Array, axis: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """`sum((v / unit)^2)` and the unit, the largest magnitude (1 if that is 0 or infinite)."""
-    unit = _unit(v, axis)
-    return jnp.sum((v / unit) ** 2, axis=axis), unit if axis is None else unit.squeeze(
-        axis
-    )
+    """Returns the sum of squares as a pair: `sum((v / unit)^2)` and `unit`.
+
+    The sum of squares is the first times `unit^2`. The unit is the largest magnitude,
+    or 1 if that is 0, infinite or NaN. Both are scalars, or lack the axis `axis`.
+    """
+    unit = _largest_magnitude(v, axis)
+    total = jnp.sum((v / unit) ** 2, axis=axis)
+    return total, unit if axis is None else unit.squeeze(axis)
 
 
-def _unit(v: jax.Array, axis: int | None = None) -> jax.Array:
+def _largest_magnitude(v: jax.Array, axis: int | None = None) -> jax.Array:
+    """The largest magnitude, or 1 if that is 0, infinite or NaN; `axis` is kept."""
     unit = jnp.max(jnp.abs(v), axis=axis, keepdims=axis is not None, initial=0.0)
     return jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1.0)
 
 
-def _same_shape(a: jax.Array, b: jax.Array, caller: str) -> None:
+def _float32_pair(reference, x, caller: str) -> tuple[jax.Array, jax.Array]:
+    """Both arrays in float32, after a check that their shapes are equal."""
+    a, b = jnp.asarray(reference, jnp.float32), jnp.asarray(x, jnp.float32)
+    _check_same_shape(a, b, caller)
+    return a, b
+
+
+def _check_same_shape(a: jax.Array, b: jax.Array, caller: str) -> None:
     if a.shape != b.shape:
         raise ValueError(
-            f"{caller}: shapes differ, {list(a.shape)} and {list(b.shape)}."
+            f"{caller}: shapes differ, {list(a.shape)} and {list(b.shape)}. Pass two "
+            "arrays of one shape."
         )

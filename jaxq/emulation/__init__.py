@@ -1,6 +1,7 @@
-"""Other arithmetics, emulated: round values to any format, run any JAX function as narrower hardware would.
+"""Emulation of other arithmetics: rounding to any format, running any function in it.
 
-`cast` rounds an array. `Policy` says how operands, accumulators and results are rounded, `emulate` runs a function so.
+`cast` rounds an array to a format. A `Policy` says how operands, accumulators and
+results are rounded, and `emulate` runs any JAX function under a policy.
 """
 
 from jaxq.emulation._cast import cast

@@ -1,6 +1,8 @@
-"""`cast`: the values of another format on an array's own dtype."""
+"""`cast`: rounds an array to the numbers of a format and keeps the array's dtype."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,23 +23,33 @@ def cast(
     rounding: str = "nearest_even",
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """`x` rounded to the numbers of a format, in its own dtype; exact to the bit, eager and jitted.
+    """Rounds `x` to the numbers of a format, without a change of dtype.
+
+    The result is the same bit for bit in eager and in jitted programs. The gradient is
+    straight-through.
 
     Args:
-      x: float16, bfloat16, float32 or float64 array, the carrier.
-      fmt: a name (`jaxq.formats.names()`, or any `float<n>_e<E>m<M>`, `q<m>.<n>`) or a `Format`.
-      saturate: True gives the largest finite number on overflow and for infinities; False what the format defines.
-      rounding: "nearest_even", "nearest_away", "toward_zero" or "stochastic" (needs `key`).
-      key: PRNG key for stochastic rounding: up with a probability equal to the distance from below, so that the mean
+      x: float16, bfloat16, float32 or float64 array of any shape. Python floats and
+        lists are converted to float32.
+      fmt: name of a format (see `jaxq.formats.get`), or a `Format`.
+      saturate: True maps overflow and infinities to the largest finite number. False
+        maps them to the format's infinity or NaN, if it has one.
+      rounding: "nearest_even", "nearest_away", "toward_zero" or "stochastic".
+        "stochastic" needs `key`.
+      key: PRNG key for stochastic rounding. A number is rounded up with a probability
+        that is proportional to its distance from the number below, so that the mean
         over keys is `x`.
 
     Returns:
-      Array of the shape and dtype of `x`. The gradient passes straight through.
+      Array of the shape and dtype of `x`.
 
     Raises:
-      TypeError: `x` is not a float array, is float64 while 64-bit types are off, or its dtype cannot hold the format's
-        numbers.
-      ValueError: an unknown format or rounding, a missing or unused key.
+      TypeError: the dtype of `x` is not float16, bfloat16, float32 or float64, `x` is
+        float64 and 64-bit types are off, or the dtype of `x` cannot hold the numbers
+        of the format.
+      ValueError: no format has this name, `rounding` is not one of the four modes,
+        `rounding` is "stochastic" and `key` is None, or `key` is given for another
+        mode.
 
     Example:
       >>> import jaxq
@@ -45,66 +57,78 @@ def cast(
       [1.0, 448.0, -0.001953125]
 
     References:
-      Micikevicius et al., "FP8 Formats for Deep Learning", 2022; Gupta et al., "Deep Learning with Limited Numerical
-      Precision", 2015 (stochastic rounding).
+      Micikevicius et al., "FP8 Formats for Deep Learning", 2022; Gupta et al., "Deep
+      Learning with Limited Numerical Precision", 2015 (stochastic rounding).
     """
     try:
-        found = formats.get(fmt)
+        fmt = formats.get(fmt)
         formats.check_rounding(rounding, key)
     except ValueError as error:
         raise ValueError(f"cast: {error}") from None
-    x = jnp.asarray(x, np.float32) if isinstance(x, float | list | tuple) else x
+    x = _as_carrier(x)
+    _raise_if_not_held(x.dtype, fmt)
+    rounded = fmt.round(
+        lax.stop_gradient(x), rounding=rounding, saturate=saturate, key=key
+    )
+    largest = _largest_held(x.dtype, fmt)
+    if saturate and largest < fmt.max:
+        # The dtype of x is too narrow for the format's largest number, which would
+        # become infinity. A minimum could flush subnormal numbers, so this selects.
+        rounded = jnp.where(rounded < -largest, -largest, rounded)
+        rounded = jnp.where(rounded > largest, largest, rounded)
+    return straight_through(x, rounded.astype(x.dtype))
+
+
+def _as_carrier(x: Any) -> jax.Array:
+    """`x` as a jax array of one of the four float dtypes, or a TypeError."""
+    if isinstance(x, float | list | tuple):
+        x = jnp.asarray(x, np.float32)
     dtype = getattr(x, "dtype", None)
     if str(dtype) not in _CARRIERS:
         got = type(x).__name__ if dtype is None else dtype
         raise TypeError(
-            f"cast: x must be a float16, bfloat16, float32 or float64 array, got {got}. Pass x.astype(jnp.float32)."
+            "cast: x must be a float16, bfloat16, float32 or float64 array, got "
+            f"{got}. Pass x.astype(jnp.float32)."
         )
     x = jnp.asarray(x)
     if x.dtype != dtype:
         raise TypeError(
-            f"cast: x is {dtype}, which jax keeps as {x.dtype}. Pass x.astype(np.float32), or set jax_enable_x64."
+            f"cast: x is {dtype}, but jax converts it to {x.dtype}. Pass "
+            "x.astype(np.float32), or set jax_enable_x64."
         )
-    _raise_if_not_held(x.dtype, found)
-    rounded = found.round(
-        lax.stop_gradient(x), rounding=rounding, saturate=saturate, key=key
-    )
-    held = _largest_held(x.dtype, found)
-    if (
-        saturate and held < found.max
-    ):  # a carrier too narrow for the format's largest number must not overflow either
-        # By selection: a minimum could flush subnormals.
-        rounded = jnp.where(
-            rounded > held, held, jnp.where(rounded < -held, -held, rounded)
-        )
-    return straight_through(x, rounded.astype(x.dtype))
+    return x
 
 
 def _raise_if_not_held(dtype: np.dtype, fmt: formats.Format) -> None:
-    """Raises where numbers of the format would be rounded again on their way into `dtype`."""
+    """Raises a TypeError if `dtype` would round the format's numbers a second time."""
     if fmt.kind == "float" and not isinstance(fmt, formats.ExponentFormat):
-        return  # a number of the carrier, rounded to a grid of powers of two, is a number of the carrier again
+        # A number of the dtype, rounded to a floating point grid, is again a number of
+        # the dtype.
+        return
     if dtype == np.float64:
         raise TypeError(
-            f"cast: {fmt.name} is computed in float32, x is float64. Pass x.astype(jnp.float32)."
+            f"cast: {fmt.name} is computed in float32, x is float64. Pass "
+            "x.astype(jnp.float32)."
         )
+    if dtype == np.float32:
+        return
+    numbers = fmt.values()
     with np.errstate(over="ignore"):
-        held = dtype == np.float32 or np.array_equal(
-            fmt.values(), fmt.values().astype(dtype).astype(np.float32)
-        )
-    if not held:
+        narrow = numbers.astype(dtype).astype(np.float32)
+    if not np.array_equal(numbers, narrow):
         raise TypeError(
-            f"cast: {dtype.name} cannot hold the numbers of {fmt.name}. Pass x.astype(jnp.float32)."
+            f"cast: {dtype.name} cannot hold the numbers of {fmt.name}. Pass "
+            "x.astype(jnp.float32)."
         )
 
 
 def _largest_held(dtype: np.dtype, fmt: formats.Format) -> float:
-    """The largest number of the format that `dtype` holds as well."""
-    largest = min(fmt.max, float(jnp.finfo(dtype).max))
-    held = np.asarray(largest, dtype)
-    if float(held) > largest:
-        held = np.nextafter(held, np.asarray(0, dtype))
-    if float(held) == fmt.max:
+    """The largest number of the format that `dtype` can hold."""
+    limit = min(fmt.max, float(jnp.finfo(dtype).max))
+    largest = np.asarray(limit, dtype)
+    if float(largest) > limit:  # the conversion rounded up
+        largest = np.nextafter(largest, np.asarray(0, dtype))
+    if float(largest) == fmt.max:
         return fmt.max
     with jax.ensure_compile_time_eval():
-        return float(fmt.round(held.astype(np.float32), rounding="toward_zero"))
+        return float(fmt.round(largest.astype(np.float32), rounding="toward_zero"))

@@ -1,4 +1,4 @@
-"""`emulate`: trace a function and evaluate it with every number rounded as a policy says."""
+"""`emulate`: traces a function and evaluates it with numbers rounded by a policy."""
 
 from __future__ import annotations
 
@@ -12,359 +12,282 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxq import kernels
-from jaxq.emulation import _accumulate
+from jaxq.emulation._accumulate import SUMS
+from jaxq.emulation._calls import CALLS, bind, inner_jaxprs
 from jaxq.emulation._precision import Policy, Precision, carrier_of
-
-# What comes out is one of the numbers that went in: rounded before, it is rounded still.
-_MOVES = frozenset(
-    [
-        *[
-            "broadcast_in_dim",
-            "clamp",
-            "concatenate",
-            "copy",
-            "dynamic_slice",
-            "dynamic_update_slice",
-            "max",
-            "min",
-        ],
-        *[
-            "optimization_barrier",
-            "reduce_max",
-            "reduce_min",
-            "reshape",
-            "rev",
-            "select_n",
-            "slice",
-            "squeeze",
-        ],
-        *["stop_gradient", "transpose"],
-    ]
-)
-# Numbers are moved, compared or chosen, none is made: nothing to round.
-_EXACT = _MOVES | frozenset(
-    [
-        *[
-            "abs",
-            "all_gather",
-            "all_gather_invariant",
-            "all_to_all",
-            "argmax",
-            "argmin",
-            "bitcast_convert_type",
-        ],
-        *[
-            "cummax",
-            "cummin",
-            "debug_callback",
-            "debug_print",
-            "device_put",
-            "eq",
-            "eq_to",
-            "gather",
-            "ge",
-            "gt",
-        ],
-        *[
-            "is_finite",
-            "le",
-            "le_to",
-            "lt",
-            "lt_to",
-            "mesh_cast",
-            "ne",
-            "neg",
-            "pad",
-            "pbroadcast",
-            "pcast",
-            "pmax",
-        ],
-        *[
-            "pmin",
-            "ppermute",
-            "pvary",
-            "reduce_precision",
-            "reduce_window_max",
-            "reduce_window_min",
-            "reshard",
-        ],
-        *[
-            "scatter",
-            "scatter-max",
-            "scatter-min",
-            "select_and_gather_add",
-            "sharding_constraint",
-            "sign",
-            "sort",
-        ],
-        *["split", "tile", "top_k"],
-    ]
-)
-# Sums, and algorithms made of sums, that a narrow accumulator is not written for.
-_WIDE_SUMS = frozenset(
-    [
-        *[
-            "addupdate",
-            "cholesky",
-            "cholesky_update",
-            "cumlogsumexp",
-            "cumprod",
-            "eig",
-            "eigh",
-            "fft",
-            "geqp3",
-        ],
-        *[
-            "geqrf",
-            "hessenberg",
-            "householder_product",
-            "lu",
-            "ormqr",
-            "psum",
-            "psum_invariant",
-        ],
-        *[
-            "psum_invariant_start",
-            "psum_start",
-            "qr",
-            "ragged_dot",
-            "ragged_dot_general",
-            "reduce",
-            "reduce_prod",
-        ],
-        *[
-            "reduce_scatter",
-            "reduce_scatter_start",
-            "reduce_window",
-            "scaled_dot",
-            "scaled_matmul",
-        ],
-        *[
-            "scaled_matmul_wrapper",
-            "scatter-add",
-            "scatter-mul",
-            "scatter-sub",
-            "schur",
-            "select_and_scatter_add",
-        ],
-        *[
-            "svd",
-            "symmetric_product",
-            "triangular_solve",
-            "tridiagonal",
-            "tridiagonal_solve",
-            "unreduced_psum",
-        ],
-        *[
-            "unreduced_psum_start",
-            "unreduced_reduce_scatter",
-            "unreduced_reduce_scatter_start",
-        ],
-    ]
-)
-# Primitives whose parameters hold a small function that is no call of user code.
-_NO_CALLS = frozenset(["argmax", "argmin", "reduce", "reduce_window", "sort"]) | {
-    f"scatter{kind}" for kind in ("", "-add", "-max", "-min", "-mul", "-sub")
-}
+from jaxq.emulation._primitives import EXACT, MOVES, NOT_CALLS, WIDE_SUMS
 
 
 def emulate(fn: Callable, policy: Policy) -> Callable:
-    """`fn` in another arithmetic: operands, accumulators and results of every primitive rounded by `policy`.
+    """Returns `fn` in another arithmetic, which rounds every primitive by a policy.
 
-    `fn` is traced once for its arguments; its dtypes stay as they are and carry the rounded numbers, float32 being the
-    natural one. Loops, conditionals, nested jit, remat, shard_map and functions with derivative rules of their own are
-    entered. Wrap the result in `jax.jit`: outside it runs primitive by primitive.
+    `fn` is traced once for its arguments. Its dtypes stay as they are and hold the
+    rounded numbers. float32 is the natural dtype. `emulate` enters loops, conditionals,
+    nested jit, remat, shard_map and functions with derivative rules of their own. Wrap
+    the result in `jax.jit`, because it runs primitive by primitive otherwise.
 
-    Rounding has a straight-through gradient, so `jax.grad(emulate(fn, policy))` differentiates through the rounded
-    forward pass in plain arithmetic, and `emulate(jax.grad(fn), policy)` rounds the backward pass as well. Custom
-    derivative rules stay those of `fn`.
+    Rounding has a straight-through gradient. `jax.grad(emulate(fn, policy))` therefore
+    differentiates through the rounded forward pass in plain arithmetic.
+    `emulate(jax.grad(fn), policy)` rounds the backward pass as well. Derivative rules
+    of `fn` are kept.
 
-    Elementwise chains under two traced precisions that differ (a whole `Policy` as an argument of `jit`) take XLA's CPU
-    compiler of jax 0.11 minutes: trace one, or the same number in both, as `Precision(8, m)` for operands and result.
+    Do not trace two different precisions in one chain of elementwise operations, for
+    example with a whole `Policy` as an argument of `jit`. XLA's CPU compiler of jax
+    0.11 then needs minutes. Trace one precision, or use the same tracer in both, as in
+    `Precision(8, m)` for operands and results.
 
     Args:
-      fn: any function of arrays (and pytrees of them) that `jax.jit` accepts.
-      policy: what to round to; see `Policy`. Its leaves may be tracers, for a sweep under `jax.vmap`.
+      fn: function of arrays and of pytrees of arrays. `jax.jit` must accept it.
+      policy: how to round, see `Policy`. Its leaves may be tracers, for a sweep under
+        `jax.vmap`.
 
     Returns:
-      A function with the arguments and results of `fn`. Where `policy` changes nothing, the program is that of `fn`.
+      A function with the arguments and results of `fn`. If `policy` changes nothing,
+      its program is that of `fn`.
 
     Raises:
-      NotImplementedError: (when called) a primitive that calls a function and is not known, or one that has no form
-        with a narrow accumulator.
-      ValueError: (when called) `policy.primitives` names no primitive of jax.
+      TypeError: `fn` is not a function, `policy` is not a `Policy`, or a part of
+        `policy` has the wrong type.
+      ValueError: `policy.chunk` is given and `policy.accumulate` is not narrow. When
+        called: `policy.primitives` names a primitive that jax does not have or that
+        never rounds.
+      NotImplementedError: when called: a primitive calls a function in an unknown way,
+        computes complex numbers, or has no form with a narrow accumulator.
 
     Example:
-      >>> import jax, jax.numpy as jnp, jaxq
-      >>> policy = jaxq.emulation.Policy(operands="bfloat16", accumulate="float32", result="bfloat16")
+      >>> import jax, jaxq
+      >>> policy = jaxq.emulation.Policy("bfloat16", "float32", "bfloat16")
       >>> f = jax.jit(jaxq.emulate(lambda x: x + 0.001, policy))
       >>> float(f(1.0)), float(f(0.0))
       (1.0, 0.00099945068359375)
     """
     if not callable(fn):
         raise TypeError(f"emulate: fn must be a function, got {fn!r}.")
-    _check(policy, "policy")
+    _check_policy(policy, "policy")
 
     @functools.wraps(fn, updated=())
     def emulated(*args, **kwargs):
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
-        _raise_if_unknown(policy, closed.jaxpr)
-        if not policy.changes(
-            jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
-        ):  # pyright: ignore[reportAttributeAccessIssue]
+        _check_primitive_names(policy, closed.jaxpr)
+        x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+        if not policy.changes(jnp.float64 if x64 else jnp.float32):
             return fn(*args, **kwargs)
-        flat = _run(closed, jax.tree.leaves((args, kwargs)), policy)
-        return jax.tree.unflatten(jax.tree.structure(shapes), flat)
+        outs = _evaluate(closed, jax.tree.leaves((args, kwargs)), policy)
+        return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
     return emulated
 
 
-def _check(policy: Any, name: str) -> None:
-    """Raises where a part of a policy is of another type. Not when one is made: jax fills pytrees with anything."""
+def _check_policy(policy: Any, name: str) -> None:
+    """Checks the types of a policy's parts.
+
+    A `Policy` cannot check them when it is made, because jax fills pytrees with objects
+    of its own.
+    """
     if not isinstance(policy, Policy):
         raise TypeError(
             f"emulate: {name} must be a jaxq.emulation.Policy, got {policy!r}."
         )
     for part in ("operands", "accumulate", "result"):
-        if not isinstance(getattr(policy, part), Precision | None):
-            raise TypeError(
-                f"emulate: {name}.{part} must be a format's name, a Precision or None, got {getattr(policy, part)!r}."
-            )
-    for part in (policy.operands, policy.accumulate, policy.result):
-        for field in ("exponent_bits", "mantissa_bits", "bias"):
-            if isinstance(number := getattr(part, field, None), float):
-                raise TypeError(
-                    f"emulate: {name}: {field} must be a whole number, got {number!r}."
-                )
+        _check_precision(getattr(policy, part), f"{name}.{part}")
     wide = policy.accumulate is None or not policy.accumulate.changes_sums(np.float32)
     if policy.chunk is not None and wide:
         raise ValueError(
-            f"emulate: {name}: chunk={policy.chunk} cuts narrow sums; accumulate= is not narrow."
+            f"emulate: {name}: chunk={policy.chunk} is for narrow sums, but "
+            "accumulate= is not narrow. Give accumulate= a narrower format, or remove "
+            "chunk=."
         )
     if not isinstance(policy.primitives, dict | None):
         raise TypeError(
-            f"emulate: {name}.primitives must be a dict from names to policies, got {policy.primitives!r}."
+            f"emulate: {name}.primitives must be a dict from names to policies, got "
+            f"{policy.primitives!r}."
         )
-    for primitive, inner in (policy.primitives or {}).items():
-        _check(inner, f"{name}.primitives[{primitive!r}]")
+    for primitive, primitive_policy in (policy.primitives or {}).items():
+        _check_policy(primitive_policy, f"{name}.primitives[{primitive!r}]")
 
 
-def _run(closed: Any, args: Sequence, policy: Policy) -> list:
-    """Evaluates a closed jaxpr, one equation after the other; what a result was rounded to, no operand is again."""
+def _check_precision(precision: Any, name: str) -> None:
+    if not isinstance(precision, Precision | None):
+        raise TypeError(
+            f"emulate: {name} must be a format's name, a Precision or None, got "
+            f"{precision!r}."
+        )
+    for field in ("exponent_bits", "mantissa_bits", "bias"):
+        number = getattr(precision, field, None)
+        if isinstance(number, float):
+            raise TypeError(
+                f"emulate: {name}: {field} must be a whole number, got {number!r}."
+            )
+
+
+def _check_primitive_names(policy: Policy, jaxpr: Any) -> None:
+    """Raises if a policy of one primitive would have no effect."""
+    names = set(policy.primitives or {})
+    if not names:
+        return
+    for name in sorted(names & (EXACT | set(CALLS))):
+        reason = "makes no new numbers"
+        if name in CALLS:
+            reason = "calls a function, whose primitives have their own policies"
+        raise ValueError(
+            f"emulate: policy.primitives names {name!r}, which {reason}. It never "
+            "rounds. Remove it."
+        )
+    present = set(_primitive_names(jaxpr))
+    public = {
+        primitive.name
+        for primitive in vars(jex.core.primitives).values()
+        if isinstance(primitive, jex.core.Primitive)
+    }
+    for name in sorted(names - present - public):
+        raise ValueError(
+            f"emulate: policy.primitives names {name!r}, which is not a primitive of "
+            f"jax. The function has {', '.join(sorted(present))}."
+        )
+
+
+def _primitive_names(jaxpr: Any) -> Iterator[str]:
+    """Yields the names of a jaxpr's primitives, and of those of its inner jaxprs."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in inner_jaxprs(equation):
+            yield from _primitive_names(inner)
+
+
+def _evaluate(closed: Any, args: Sequence, policy: Policy) -> list:
+    """Evaluates a closed jaxpr under a policy, one equation after the other.
+
+    It remembers the grid that each variable was rounded to. An operand that is on the
+    grid of `policy.operands` already is not rounded again.
+    """
     jaxpr = closed.jaxpr
-    rounded: dict[Any, Precision] = {}
-    values: dict[Any, Any] = dict(
-        zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True)
-    )
+    variables = (*jaxpr.constvars, *jaxpr.invars)
+    values: dict[Any, Any] = dict(zip(variables, (*closed.consts, *args), strict=True))
+    grids: dict[Any, Precision] = {}
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
 
+    def grid_of(atom: Any) -> Precision | None:
+        return None if isinstance(atom, jex.core.Literal) else grids.get(atom)
+
     for equation in jaxpr.eqns:
-        known = [
-            None if isinstance(atom, jex.core.Literal) else rounded.get(atom)
-            for atom in equation.invars
-        ]
+        operands = [read(atom) for atom in equation.invars]
+        operand_grids = [grid_of(atom) for atom in equation.invars]
         with equation.ctx.manager:
-            outs = _equation(
-                equation, [read(atom) for atom in equation.invars], policy, known
-            )
+            outs = _evaluate_equation(equation, operands, policy, operand_grids)
         values.update(zip(equation.outvars, outs, strict=True))
-        if found := _rounded_to(equation, policy, known):
-            rounded.update(
-                (v, found)
-                for v in equation.outvars
-                if v.aval.dtype in (jnp.float32, jnp.float64)
-            )
+        result_grid = _result_grid(equation, policy, operand_grids)
+        if result_grid is None:
+            continue
+        for variable in equation.outvars:
+            # A float16 or bfloat16 array is rounded to its dtype as well.
+            if variable.aval.dtype in (jnp.float32, jnp.float64):
+                grids[variable] = result_grid
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _rounded_to(
-    equation: Any, policy: Policy, known: list[Precision | None]
+def _result_grid(
+    equation: Any, policy: Policy, operand_grids: list[Precision | None]
 ) -> Precision | None:
-    """What every result of an equation is rounded to, from what is `known` of its operands; None: nothing sure."""
+    """The grid of an equation's results, or None if it is not known for sure."""
     name = equation.primitive.name
-    if name in _MOVES:
-        floats = [
-            p
-            for p, v in zip(known, equation.invars, strict=True)
-            if carrier_of(v.aval.dtype) is not None
+    if name in MOVES:
+        grids = [
+            grid
+            for grid, variable in zip(operand_grids, equation.invars, strict=True)
+            if carrier_of(variable.aval.dtype) is not None
         ]
-        first = floats[0] if floats else None
-        return (
-            first
-            if first is not None and all(first.is_surely(p) for p in floats)
-            else None
-        )
-    return None if name in _EXACT or name in _CALLS else policy.of(name).result
+        if not grids or grids[0] is None:
+            return None
+        first = grids[0]
+        return first if all(first.surely_equals(grid) for grid in grids) else None
+    if name in EXACT or name in CALLS:
+        return None
+    return policy.of(name).result
 
 
-def _equation(
-    equation: Any, args: list, policy: Policy, known: list[Precision | None]
+def _evaluate_equation(
+    equation: Any, args: list, policy: Policy, operand_grids: list[Precision | None]
 ) -> Sequence:
+    """The results of one equation: operands rounded, summed or computed, rounded."""
     name = equation.primitive.name
-    if name in _CALLS:
-        return _CALLS[name](equation, args, policy)
-    if name not in _NO_CALLS and any(_inner_jaxprs(equation)):
-        raise NotImplementedError(
-            f"emulate: the primitive {name!r} calls a function, and how is not known; nothing of it would be rounded. "
-            "Known are " + ", ".join(sorted(_CALLS)) + "."
-        )
-    avals = [v.aval for v in (*equation.invars, *equation.outvars)]
-    if any(
-        jnp.issubdtype(a.dtype, jnp.complexfloating)
-        for a in avals
-        if hasattr(a, "dtype")
-    ):
-        raise NotImplementedError(
-            f"emulate: {name!r} computes complex numbers, which have no rounding here."
-        )
-    if name in _EXACT:
-        return _bind(equation, args)
+    if name in CALLS:
+        return CALLS[name](_evaluate, equation, args, policy)
+    avals = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+    _check_supported(equation, avals)
+    if name in EXACT:
+        return bind(equation, args)
     policy = policy.of(name)
     if policy.operands is not None:
-        pairs = zip(map(jnp.asarray, args), known, strict=True)
         args = [
-            a if policy.operands.is_surely(p) else policy.operands.round(a)
-            for a, p in pairs
+            arg if policy.operands.surely_equals(grid) else policy.operands.round(arg)
+            for arg, grid in zip(map(jnp.asarray, args), operand_grids, strict=True)
         ]
-    outs = _sum(equation, args, policy) if name in _accumulate.SUMS else None
+    outs = _sum(equation, args, policy) if name in SUMS else None
     if outs is None:
-        if name in _WIDE_SUMS and _is_narrow(policy, avals):
+        if name in WIDE_SUMS and _is_narrow(policy, avals):
             raise NotImplementedError(
-                f"emulate: {name!r} has no form with a narrow accumulator. To let it add in its own dtype, say "
+                f"emulate: {name!r} has no form with a narrow accumulator. To sum in "
+                "its own dtype, pass "
                 f"primitives={{{name!r}: Policy(operands=..., result=...)}}."
             )
-        outs = _bind(equation, args)
+        outs = bind(equation, args)
     return [
-        _settle(out, v.aval.dtype, policy.result)
-        for out, v in zip(outs, equation.outvars, strict=True)
+        _round_result(out, variable.aval.dtype, policy.result)
+        for out, variable in zip(outs, equation.outvars, strict=True)
     ]
 
 
-def _settle(out: jax.Array, dtype: Any, result: Precision | None) -> jax.Array:
-    """What a primitive gave, rounded to `result` and to the dtype of its array, by integers where that is narrow."""
+def _check_supported(equation: Any, avals: list) -> None:
+    """Raises if a primitive calls an unknown function or computes complex numbers."""
+    name = equation.primitive.name
+    if name not in NOT_CALLS and any(inner_jaxprs(equation)):
+        raise NotImplementedError(
+            f"emulate: the primitive {name!r} calls a function, and emulate does not "
+            "know how. The function would not be rounded. Known calls are "
+            f"{', '.join(sorted(CALLS))}."
+        )
+    dtypes = [aval.dtype for aval in avals if hasattr(aval, "dtype")]
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        raise NotImplementedError(
+            f"emulate: {name!r} computes complex numbers, which emulate cannot round. "
+            "Use real numbers."
+        )
+
+
+def _round_result(out: jax.Array, dtype: Any, result: Precision | None) -> jax.Array:
+    """Rounds a result to the grid `result` and to the dtype of its array.
+
+    float16 and bfloat16 are rounded by integer arithmetic too, since XLA removes casts
+    to them inside one program.
+    """
     own = Precision.of(dtype.name) if dtype in (jnp.bfloat16, jnp.float16) else None
+    before = own if out.dtype == dtype else None
     steps: list[Precision] = []
-    for step in (own if out.dtype == dtype else None, result, own):
-        if step is not None and not (steps and step.is_surely(steps[-1])):
-            steps.append(step)
+    for step in (before, result, own):
+        if step is None or (steps and step.surely_equals(steps[-1])):
+            continue
+        steps.append(step)
     for step in steps:
         out = step.round(out)
     return out.astype(dtype) if out.dtype != dtype else out
 
 
 def _sum(equation: Any, args: list, policy: Policy) -> list | None:
-    """The result of a sum over rounded operands in float32 or wider; None where it is an ordinary operation."""
+    """The results of a sum over rounded operands, in float32 or wider.
+
+    None if the sum needs no form of its own, so that the primitive itself can run.
+    """
     name, params = equation.primitive.name, equation.params
     carrier = carrier_of(equation.outvars[0].aval.dtype)
     if carrier is None or not policy.changes(carrier):
         return None
-    if _is_narrow(policy, [v.aval for v in (*equation.invars, *equation.outvars)]):
-        return [_accumulate.SUMS[name](*args, policy, **params)]
+    avals = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+    if _is_narrow(policy, avals):
+        return [SUMS[name](*args, policy, **params)]
     if "preferred_element_type" in params:
-        # Products exact, the sum in float32 on every platform, one rounding after it.
+        # Exact products and a float32 sum on every platform. It is rounded once after.
         wide = {
             "precision": (lax.Precision.HIGHEST,) * 2,
             "preferred_element_type": carrier,
@@ -374,219 +297,8 @@ def _sum(equation: Any, args: list, policy: Policy) -> list | None:
 
 
 def _is_narrow(policy: Policy, avals: list) -> bool:
-    carriers = {carrier_of(a.dtype) for a in avals if hasattr(a, "dtype")} - {None}
-    return policy.accumulate is not None and any(
-        policy.accumulate.changes_sums(carrier) for carrier in carriers
-    )
-
-
-def _bind(equation: Any, args: Sequence) -> Sequence:
-    """The equation as it is."""
-    outs = equation.primitive.bind(
-        *args, **equation.primitive.get_bind_params(equation.params)
-    )
-    return outs if equation.primitive.multiple_results else [outs]
-
-
-# Primitives that call functions. Each is built anew around the emulated function by jax's public interface.
-
-
-def _jit(equation: Any, args: list, policy: Policy) -> Sequence:
-    params = equation.params
-
-    def call(*args):
-        return tuple(_run(params["jaxpr"], args, policy))
-
-    call.__name__ = params["name"]
-    shardings = {k: params[k] for k in ("in_shardings", "out_shardings")}
-    return jax.jit(
-        call, keep_unused=params["keep_unused"], inline=params["inline"], **shardings
-    )(*args)
-
-
-def _call(equation: Any, args: list, policy: Policy) -> Sequence:
-    return _run(
-        _closed(equation.params.get("call_jaxpr") or equation.params["jaxpr"]),
-        args,
-        policy,
-    )
-
-
-def _remat(equation: Any, args: list, policy: Policy) -> Sequence:
-    params = equation.params
-    call = functools.partial(_run, _closed(params["jaxpr"]), policy=policy)
-    return jax.checkpoint(
-        lambda *a: call(a), prevent_cse=params["prevent_cse"], policy=params["policy"]
-    )(*args)
-
-
-def _shard_map(equation: Any, args: list, policy: Policy) -> Sequence:
-    params = equation.params
-    return jax.shard_map(
-        lambda *a: tuple(_run(_closed(params["jaxpr"]), a, policy)),
-        mesh=params["mesh"],
-        in_specs=tuple(params["in_specs"]),
-        out_specs=tuple(params["out_specs"]),
-        check_vma=params["check_vma"],
-        axis_names=set(params["newly_manual_axes"]),
-    )(*args)
-
-
-def _scan(equation: Any, args: list, policy: Policy) -> Sequence:
-    params = equation.params
-    if "ft_in" in params:  # jax 0.11
-        consts, carry, xs = map(list, params["ft_in"].update(args).unpack())
-    else:
-        first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
-        consts, carry, xs = args[:first], args[first:last], args[last:]
-
-    def body(carry, x):
-        outs = _run(params["jaxpr"], [*consts, *carry, *x], policy)
-        return outs[: len(carry)], outs[len(carry) :]
-
-    options = {k: params[k] for k in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(body, carry, xs, **options)
-    return [*carry, *ys]
-
-
-def _while(equation: Any, args: list, policy: Policy) -> Sequence:
-    params = equation.params
-    first, last = (
-        params["cond_nconsts"],
-        params["cond_nconsts"] + params["body_nconsts"],
-    )
-    return lax.while_loop(
-        lambda state: _run(params["cond_jaxpr"], [*args[:first], *state], policy)[0],
-        lambda state: _run(params["body_jaxpr"], [*args[first:last], *state], policy),
-        args[last:],
-    )
-
-
-def _cond(equation: Any, args: list, policy: Policy) -> Sequence:
-    branches = [
-        lambda *a, b=branch: _run(b, a, policy)
-        for branch in equation.params["branches"]
-    ]
-    return lax.switch(args[0], branches, *args[1:])
-
-
-def _custom_jvp(equation: Any, args: list, policy: Policy) -> Sequence:
-    arrays, rebuild = _traced_leaves(policy)
-
-    @jax.custom_jvp
-    def rounded(arrays, *args):
-        return _run(equation.params["call_jaxpr"], args, rebuild(arrays))
-
-    @rounded.defjvp
-    def _rule(primals, tangents):
-        _, out = jax.jvp(lambda *a: list(_bind(equation, a)), primals[1:], tangents[1:])
-        return rounded(*primals), out
-
-    return rounded(arrays, *args)
-
-
-def _custom_vjp(equation: Any, args: list, policy: Policy) -> Sequence:
-    arrays, rebuild = _traced_leaves(policy)
-
-    @jax.custom_vjp
-    def rounded(arrays, *args):
-        return _run(equation.params["call_jaxpr"], args, rebuild(arrays))
-
-    def forward(arrays, *args):
-        _, pullback = jax.vjp(lambda *a: list(_bind(equation, a)), *args)
-        return rounded(arrays, *args), pullback
-
-    def backward(pullback, cotangents):
-        return None, *pullback(cotangents)
-
-    rounded.defvjp(forward, backward)
-    return rounded(arrays, *args)
-
-
-def _form(equation: Any, args: list, policy: Policy) -> Sequence:
-    """A product that kernels compute: its XLA form, whose primitives are rounded like any other."""
-    call = functools.partial(
-        kernels.FORMS[equation.primitive.name], call=equation.params["call"]
-    )
-    return _run(jax.make_jaxpr(call)(*args), args, policy)
-
-
-_CALLS: dict[str, Callable[[Any, list, Policy], Sequence]] = {
-    "checkpoint": _remat,
-    "closed_call": _call,
-    "cond": _cond,
-    "core_call": _call,
-    "custom_jvp_call": _custom_jvp,
-    "custom_vjp_call": _custom_vjp,
-    "jit": _jit,
-    "pjit": _jit,
-    "quantized_matmul": _form,
-    "quantized_matmul_tangent": _form,
-    "remat2": _remat,
-    "scan": _scan,
-    "shard_map": _shard_map,
-    "while": _while,
-}
-
-
-def _traced_leaves(policy: Policy) -> tuple[list, Callable[[list], Policy]]:
-    """The array leaves of a policy, and the way back: its plain numbers must stay plain."""
-    leaves, structure = jax.tree.flatten(policy)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
-
-    def rebuild(arrays: list) -> Policy:
-        filled = dict(zip(places, arrays, strict=True))
-        return jax.tree.unflatten(
-            structure, [filled.get(i, leaf) for i, leaf in enumerate(leaves)]
-        )
-
-    return [leaves[i] for i in places], rebuild
-
-
-def _closed(jaxpr: Any) -> Any:
-    return (
-        jaxpr
-        if isinstance(jaxpr, jex.core.ClosedJaxpr)
-        else jex.core.ClosedJaxpr(jaxpr, ())
-    )
-
-
-def _inner_jaxprs(equation: Any) -> Iterator[Any]:
-    for value in equation.params.values():
-        for part in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(part, jex.core.ClosedJaxpr | jex.core.Jaxpr):
-                yield _closed(part).jaxpr
-
-
-def _primitives(jaxpr: Any) -> Iterator[str]:
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for inner in _inner_jaxprs(equation):
-            yield from _primitives(inner)
-
-
-def _raise_if_unknown(policy: Policy, jaxpr: Any) -> None:
-    """Raises where `policy.primitives` names what jax does not have or what never rounds: it would do nothing."""
-    wanted = set(policy.primitives or {})
-    if not wanted:
-        return
-    for name in sorted(wanted & (_EXACT | set(_CALLS))):
-        what = (
-            "calls a function, whose primitives have their own policies"
-            if name in _CALLS
-            else "makes no numbers"
-        )
-        raise ValueError(
-            f"emulate: policy.primitives names {name!r}, which {what}: it never rounds."
-        )
-    present = set(_primitives(jaxpr))
-    known = present | {
-        p.name
-        for p in vars(jex.core.primitives).values()
-        if isinstance(p, jex.core.Primitive)
-    }
-    for name in sorted(wanted - known):
-        raise ValueError(
-            f"emulate: policy.primitives names {name!r}, which is no primitive of jax. The function has "
-            f"{', '.join(sorted(present))}."
-        )
+    """Whether the policy's accumulator is narrower than the arrays' float dtypes."""
+    if policy.accumulate is None:
+        return False
+    carriers = {carrier_of(aval.dtype) for aval in avals if hasattr(aval, "dtype")}
+    return any(policy.accumulate.changes_sums(carrier) for carrier in carriers - {None})

@@ -1,41 +1,36 @@
-"""Which values exist: number formats, how a real number becomes a code, and how codes share bytes.
+"""Number formats: the values that exist, how to round to them, and how to pack codes.
 
-A format is a finite set of numbers with a code for each: integers, floating point of any width, tables. It knows
-nothing of scales, axes or storage. `get` finds one by name; `names` lists them.
+A format is a finite set of numbers with one code for each number. There are integers,
+fixed point, floating point of any width, and tables. A format knows nothing of scales,
+axes or storage. `get` finds a format by name, `names` lists all names, and `register`
+adds a format of your own.
 """
 
 from jaxq.formats._codebook import (
     CodebookFormat,
-    decode_by_table,
     dynamic_map,
     normal_float,
     powers_of_two,
 )
+from jaxq.formats._codebook import decode_by_table as decode_by_table
 from jaxq.formats._float import DoubleFormat, ExponentFormat, FloatFormat
 from jaxq.formats._format import Format
 from jaxq.formats._integer import FixedPointFormat, IntegerFormat, SignMagnitudeFormat
-from jaxq.formats._names import check_choice, unknown_name
-from jaxq.formats._packing import (
-    Packing,
-    as_signed,
-    codes_per_pack,
-    default_packing,
-    field,
-    pack,
-    unpack,
-)
+from jaxq.formats._names import check_choice as check_choice
+from jaxq.formats._names import unknown_name as unknown_name
+from jaxq.formats._packing import Packing, as_signed, pack, unpack
+from jaxq.formats._packing import codes_per_pack as codes_per_pack
+from jaxq.formats._packing import default_packing as default_packing
+from jaxq.formats._packing import field as field
 from jaxq.formats._registry import from_dict, get, names, register, to_dict
 from jaxq.formats._rounding import MODES as ROUNDING_MODES
-from jaxq.formats._rounding import (
-    OVERFLOWS,
-    check_rounding,
-    round_to_float,
-    round_to_integer,
-)
+from jaxq.formats._rounding import OVERFLOWS as OVERFLOWS
+from jaxq.formats._rounding import check_rounding as check_rounding
+from jaxq.formats._rounding import round_to_float as round_to_float
+from jaxq.formats._rounding import round_to_integer as round_to_integer
 
+# An import with `as` and the same name is for other rooms of jaxq, not for users.
 __all__ = [
-    "OVERFLOWS",
-    "ROUNDING_MODES",
     "CodebookFormat",
     "DoubleFormat",
     "ExponentFormat",
@@ -46,13 +41,7 @@ __all__ = [
     "Packing",
     "SignMagnitudeFormat",
     "as_signed",
-    "check_choice",
-    "check_rounding",
-    "codes_per_pack",
-    "decode_by_table",
-    "default_packing",
     "dynamic_map",
-    "field",
     "from_dict",
     "get",
     "names",
@@ -60,9 +49,6 @@ __all__ = [
     "pack",
     "powers_of_two",
     "register",
-    "round_to_float",
-    "round_to_integer",
     "to_dict",
-    "unknown_name",
     "unpack",
 ]

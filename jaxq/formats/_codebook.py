@@ -1,4 +1,8 @@
-"""Formats given by a table: NormalFloat, AbnormalFloat, dynamic maps, powers of two, any user's own numbers."""
+"""Formats given by a table of numbers, and the constructions of the known tables.
+
+The tables are NormalFloat, AbnormalFloat, the dynamic maps, powers of two, and any
+table of a user.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +17,39 @@ import numpy as np
 from jaxq.formats._format import Format
 from jaxq.formats._rounding import check_rounding, random_uniform
 
-# Up to this many entries a sum of comparisons beats a search on every platform: it is one fused elementwise pass.
+# Up to this many boundaries, a sum of comparisons is faster than a search on every
+# platform, because it is one fused elementwise pass.
 _MOST_COMPARISONS = 32
-# Up to this many entries a chain of selects beats a gather, and so does its gradient, sums that need no scatter.
+# Up to this many entries, a chain of selects is faster than a gather. Its gradient is
+# faster too: it is made of sums and needs no scatter.
 _MOST_SELECTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class CodebookFormat(Format):
-    """The numbers of a table; the code of a number is its place in the table.
+    """The numbers of a table. The code of a number is its index in the table.
 
-    A number goes to the nearest entry; one exactly half-way goes to the lower entry, as bitsandbytes does. NaN goes to
-    the lowest entry. A table may hold both zeros, as bitsandbytes' fp4 does: encode gives the code of +0 alone.
+    Rounding goes to the nearest entry. A number half-way between two entries goes to
+    the lower entry, as in bitsandbytes. NaN goes to the lowest entry. A table may hold
+    both +0 and -0, as bitsandbytes' fp4 does. Encoding then gives the code of +0 only.
 
     Args:
       name: registry name.
-      table: distinct finite numbers, rounded to float32; any order; 2 to 256 of them.
-      boundaries: where one entry's range ends and the next begins, ascending, one fewer than `table`; None takes
-        the midpoints of neighbours, computed in float32. A number on a boundary goes below it.
+      table: 2 to 256 finite numbers in any order. They are rounded to float32 and must
+        be distinct in float32.
+      boundaries: where the range of one entry ends and the range of the next begins, in
+        ascending order, one fewer than `table` has distinct numbers. A number on a
+        boundary goes to the lower entry. None uses the midpoints of neighbouring
+        entries, computed in float32.
 
     Raises:
-      ValueError: too few or too many entries, a repeated or non-finite one, boundaries that do not separate.
+      ValueError: `table` does not have 2 to 256 entries, an entry is not finite, two
+        entries are equal in float32, or a boundary is not between its two entries.
 
     Example:
       >>> import jaxq
-      >>> thirds = jaxq.formats.CodebookFormat("thirds", (-1.0, -1 / 3, 1 / 3, 1.0))
+      >>> table = (-1.0, -1 / 3, 1 / 3, 1.0)
+      >>> thirds = jaxq.formats.CodebookFormat("thirds", table)
       >>> thirds.bits, thirds.encode([-0.9, 0.1]).tolist()
       (2, [0, 2])
     """
@@ -51,28 +63,36 @@ class CodebookFormat(Format):
         table = np.asarray(self.table, np.float32)
         if table.ndim != 1 or not 2 <= table.size <= 256:
             raise ValueError(
-                f"CodebookFormat {self.name!r}: a table is one row of 2 to 256 numbers, got shape {table.shape}."
+                f"CodebookFormat {self.name!r}: table must be one row of 2 to 256 "
+                f"numbers, got shape {table.shape}."
             )
         if not np.isfinite(table).all():
             raise ValueError(
-                f"CodebookFormat {self.name!r}: entry {int(np.argmin(np.isfinite(table)))} is not finite."
+                f"CodebookFormat {self.name!r}: entry "
+                f"{int(np.argmin(np.isfinite(table)))} is not finite. Every entry of "
+                "table must be a finite float32 number."
             )
-        if (
-            np.unique(table.view(np.uint32)).size != table.size
-        ):  # by bits: -0 beside +0 is no repetition
+        # The comparison is by bits, because a table may hold both -0 and +0.
+        if np.unique(table.view(np.uint32)).size != table.size:
             raise ValueError(
-                f"CodebookFormat {self.name!r}: the table repeats an entry (in float32)."
+                f"CodebookFormat {self.name!r}: the table repeats an entry (in "
+                "float32). Remove the duplicates."
             )
         object.__setattr__(self, "table", tuple(table.tolist()))
         if self.boundaries is not None:
-            edges, ordered = np.asarray(self.boundaries, np.float32), self._ordered()[0]
-            low, high = ordered[:-1], ordered[1:]
-            if edges.shape != low.shape or not ((low <= edges) & (edges <= high)).all():
-                raise ValueError(
-                    f"CodebookFormat {self.name!r}: boundaries must be {ordered.size - 1} numbers, each between two "
-                    "neighbouring entries, ascending."
-                )
-            object.__setattr__(self, "boundaries", tuple(edges.tolist()))
+            object.__setattr__(self, "boundaries", self._checked_boundaries())
+
+    def _checked_boundaries(self) -> tuple[float, ...]:
+        edges = np.asarray(self.boundaries, np.float32)
+        entries, _ = self._ascending_entries()
+        low, high = entries[:-1], entries[1:]
+        if edges.shape != low.shape or not ((low <= edges) & (edges <= high)).all():
+            raise ValueError(
+                f"CodebookFormat {self.name!r}: boundaries must be {low.size} numbers "
+                "in ascending order, each between two neighbouring entries; got "
+                f"{self.boundaries}."
+            )
+        return tuple(edges.tolist())
 
     @property
     def bits(self) -> int:
@@ -92,115 +112,146 @@ class CodebookFormat(Format):
 
     @property
     def zero_code(self) -> int:
-        ordered, codes = self._ordered()
-        return int(codes[ordered == 0][0]) if 0 in ordered else 0
+        entries, codes = self._ascending_entries()
+        return int(codes[entries == 0][0]) if 0 in entries else 0
 
     def codes(self) -> np.ndarray:
         return np.arange(len(self.table), dtype=np.uint8)
 
-    def _ordered(self) -> tuple[np.ndarray, np.ndarray]:
-        """The entries ascending and the code of each, without -0 where +0 is there too."""
+    def _ascending_entries(self) -> tuple[np.ndarray, np.ndarray]:
+        """The entries in ascending order and their codes, without -0 if +0 exists."""
         table = np.asarray(self.table, np.float32)
         codes = np.argsort(table, kind="stable").astype(np.uint8)
         if (table == 0).sum() == 2:
-            codes = codes[~((table == 0) & np.signbit(table))[codes]]
+            minus_zero = (table == 0) & np.signbit(table)
+            codes = codes[~minus_zero[codes]]
         return table[codes], codes
 
     def encode(self, x, *, rounding="nearest_even", saturate=True, key=None):
         check_rounding(rounding, key)
-        del saturate  # a table has no other overflow value
+        del saturate  # a table has no infinity and no NaN
         x = jnp.asarray(x, jnp.float32)
-        ordered, codes = self._ordered()
+        entries, codes = self._ascending_entries()
         if rounding == "toward_zero":
-            # The entry below a positive number, above a negative one; the outermost entries where there is none.
-            edges = np.where(
-                ordered[1:] > 0,
-                np.nextafter(ordered[1:], np.float32(-np.inf)),
-                ordered[:-1],
-            )
-            rank = _rank(x, edges)
+            # A positive number goes to the entry below it, a negative one to the entry
+            # above it. A number outside the table goes to the outermost entry.
+            below_next = np.nextafter(entries[1:], np.float32(-np.inf))
+            edges = np.where(entries[1:] > 0, below_next, entries[:-1])
+            rank = _num_edges_below(x, edges)
         elif rounding == "stochastic":
-            # Between neighbours a <= x < b the upper one wins with probability (x - a) / (b - a).
-            rank = _rank(x, np.nextafter(ordered[1:], np.float32(-np.inf))).astype(
-                jnp.int32
-            )
-            lower = jnp.asarray(ordered)[rank]
-            upper = jnp.asarray(ordered)[jnp.minimum(rank + 1, ordered.size - 1)]
-            share = jnp.where(
-                upper > lower,
-                (x - lower) / jnp.where(upper > lower, upper - lower, 1.0),
-                0.0,
-            )
-            rank = rank + (random_uniform(key, x.shape) < share).astype(jnp.int32)
+            rank = _stochastic_rank(x, entries, key)
         elif self.boundaries is not None:
-            rank = _rank(x, np.asarray(self.boundaries, np.float32))
+            rank = _num_edges_below(x, np.asarray(self.boundaries, np.float32))
         else:
-            rank = _rank(x, (ordered[:-1] + ordered[1:]) / np.float32(2))
+            midpoints = (entries[:-1] + entries[1:]) / np.float32(2)
+            rank = _num_edges_below(x, midpoints)
         if (codes == np.arange(codes.size)).all():
             return rank.astype(jnp.uint8)
         return jnp.asarray(codes)[rank]
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        return jnp.take(
-            jnp.asarray(self.table, jnp.float32), codes.astype(jnp.int32), mode="clip"
-        )
+        table = jnp.asarray(self.table, jnp.float32)
+        return jnp.take(table, codes.astype(jnp.int32), mode="clip")
 
 
 def decode_by_table(fmt: Format, codebook: jax.Array, codes: jax.Array) -> jax.Array:
-    """The numbers of `codes` by a table found for one array, which stands in for the format's own numbers.
+    """Returns the numbers of `codes` in a table that replaces the format's own numbers.
 
     Args:
-      fmt: format of the codes. Of a signed integer format, code 0 stays the number 0 whatever the table says, so that
-        the zeros of ternary weights are no parameter.
-      codebook: float32 `[..., num_codes]`, by ascending code; leading axes broadcast against `codes`.
-      codes: any shape.
+      fmt: format of the codes. Code 0 of a signed integer format stays the number 0,
+        whatever the table says. The zeros of ternary weights are therefore constant.
+      codebook: float32 `[..., num_codes]`, in ascending order of the codes. The leading
+        axes broadcast against `codes`.
+      codes: codes of `fmt`, any shape.
 
     Returns:
-      float32, the shape of `codes`; differentiable with respect to `codebook`.
+      float32, the shape of `codes`. It is differentiable with respect to `codebook`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> ternary, codes = jaxq.formats.get("ternary"), jnp.array([-1, 0, 1], jnp.int8)
-      >>> jaxq.formats.decode_by_table(ternary, jnp.array([-0.5, 0.0, 2.0]), codes).tolist()
+      >>> ternary = jaxq.formats.get("ternary")
+      >>> codes = jnp.array([-1, 0, 1], jnp.int8)
+      >>> table = jnp.array([-0.5, 0.0, 2.0])
+      >>> jaxq.formats.decode_by_table(ternary, table, codes).tolist()
       [-0.5, 0.0, 2.0]
     """
     first = int(fmt.min) if fmt.kind == "integer" else 0
     index = codes.astype(jnp.int32) - first
     size = codebook.shape[-1]
     if size <= _MOST_SELECTS:
-        numbers = jnp.broadcast_to(
-            codebook[..., 0], jnp.broadcast_shapes(codebook.shape[:-1], codes.shape)
-        )
+        shape = jnp.broadcast_shapes(codebook.shape[:-1], codes.shape)
+        numbers = jnp.broadcast_to(codebook[..., 0], shape)
         for i in range(1, size):
             numbers = jnp.where(index == i, codebook[..., i], numbers)
     else:
-        numbers = jnp.take_along_axis(codebook, index[..., None], axis=-1, mode="clip")[
-            ..., 0
-        ]
-    return jnp.where(codes == 0, 0.0, numbers) if first < 0 else numbers
+        numbers = jnp.take_along_axis(codebook, index[..., None], axis=-1, mode="clip")
+        numbers = numbers[..., 0]
+    if first < 0:
+        return jnp.where(codes == 0, 0.0, numbers)
+    return numbers
 
 
-def _rank(x: jax.Array, edges: np.ndarray) -> jax.Array:
-    """How many edges lie below each x, uint8 (int32 for a long table); NaN has none below it."""
+def _num_edges_below(x: jax.Array, edges: np.ndarray) -> jax.Array:
+    """The number of edges below each x: uint8, or int32 for a long table. NaN gets 0.
+
+    Args:
+      x: float32, any shape.
+      edges: float32 `[num_edges]`, ascending.
+    """
     if edges.size <= _MOST_COMPARISONS:
         rank = jnp.zeros(x.shape, jnp.uint8)
         for edge in edges:
             rank = rank + (x > edge).astype(jnp.uint8)
         return rank
-    return jnp.where(
-        jnp.isnan(x), 0, jnp.searchsorted(jnp.asarray(edges), x, side="left")
-    )
+    rank = jnp.searchsorted(jnp.asarray(edges), x, side="left")
+    return jnp.where(jnp.isnan(x), 0, rank)
+
+
+def _stochastic_rank(
+    x: jax.Array, entries: np.ndarray, key: jax.Array | None
+) -> jax.Array:
+    """The index of the lower or the upper neighbour of each x in ascending `entries`.
+
+    For neighbours a <= x < b the upper one is chosen with probability
+    (x - a) / (b - a), so that the mean over keys is x.
+    """
+    rank = _num_edges_below(x, np.nextafter(entries[1:], np.float32(-np.inf)))
+    rank = rank.astype(jnp.int32)
+    lower = jnp.asarray(entries)[rank]
+    upper = jnp.asarray(entries)[jnp.minimum(rank + 1, entries.size - 1)]
+    # At and beyond the largest entry both neighbours are that entry.
+    gap = jnp.where(upper > lower, upper - lower, 1.0)
+    probability = jnp.where(upper > lower, (x - lower) / gap, 0.0)
+    return rank + (random_uniform(key, x.shape) < probability).astype(jnp.int32)
 
 
 def normal_float(bits: int) -> tuple[float, ...]:
-    """The NormalFloat table of `bits` bits: 2^(bits-1) - 1 negative numbers, zero, 2^(bits-1) positive ones.
+    """Returns the NormalFloat table of `bits` bits, ascending.
 
-    Quantiles of the standard normal distribution at evenly spaced probabilities, scaled to a maximum of 1 (Dettmers
-    et al., "QLoRA", 2023; as its code builds them). For 4 bits the published table is used instead, digit for digit.
+    The table has 2^(bits-1) - 1 negative numbers, zero, and 2^(bits-1) positive
+    numbers. They are quantiles of the standard normal distribution at evenly spaced
+    probabilities, divided by the largest one. The registered format `nf4` does not use
+    this table but the published one, which differs in the last digits.
+
+    Args:
+      bits: 2 to 8.
+
+    Raises:
+      ValueError: `bits` is not 2 to 8.
+
+    Example:
+      >>> import jaxq
+      >>> [round(v, 3) for v in jaxq.formats.normal_float(2)]
+      [-1.0, 0.0, 0.436, 1.0]
+
+    References:
+      Dettmers et al., "QLoRA", 2023, section 3, and the authors' code.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"normal_float: bits must be 2 to 8, got {bits}.")
     half = 1 << (bits - 1)
+    # The outermost probability: the mean of those of tables with 2^bits - 1 and 2^bits
+    # entries, each half a step away from probability 1.
     offset = 0.5 * ((1 - 1 / (2 * (2 * half - 1))) + (1 - 1 / (2 * 2 * half)))
     quantile = statistics.NormalDist().inv_cdf
     positive = [quantile(p) for p in np.linspace(offset, 0.5, half + 1)[:-1]]
@@ -210,48 +261,76 @@ def normal_float(bits: int) -> tuple[float, ...]:
 
 
 def dynamic_map(signed: bool) -> tuple[float, ...]:
-    """The 8-bit dynamic map: a decimal exponent in unary, the rest a linear fraction (Dettmers, 2016 and 2022).
+    """Returns the table of the 8-bit dynamic data type: 256 numbers, ascending.
 
-    Signed: 256 numbers from -0.993 to 1; unsigned: from 0 to 1. Zero is exact, the smallest other number about
-    5.5e-7 (signed) or 3.3e-7 (unsigned).
+    A code holds a decimal exponent in unary and a linear fraction in the other bits.
+    The signed table goes from -0.993 to 1, the unsigned one from 0 to 1. Zero is exact.
+    The smallest positive number is about 5.5e-7 (signed) or 3.3e-7 (unsigned).
+
+    Args:
+      signed: whether the table has negative numbers.
+
+    Example:
+      >>> import jaxq
+      >>> table = jaxq.formats.dynamic_map(signed=True)
+      >>> len(table), table[0], table[-1]
+      (256, -0.992968738079071, 1.0)
+
+    References:
+      Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016; Dettmers
+      et al., "8-bit Optimizers via Block-wise Quantization", 2022.
     """
-    steps = 7
+    num_decades = 7
     table: list[np.float32] = [np.float32(0), np.float32(1)]
-    for i in range(steps):
-        boundaries = _float32_steps(2**i + 1 if signed else 2 ** (i + 1) + 1)
-        middles = np.float32(10.0 ** (i - steps + 1)) * (
-            (boundaries[:-1] + boundaries[1:]) / np.float32(2)
-        )
+    for i in range(num_decades):
+        edges = _linspace_like_torch(2**i + 1 if signed else 2 ** (i + 1) + 1)
+        decade = np.float32(10.0 ** (i - num_decades + 1))
+        middles = decade * ((edges[:-1] + edges[1:]) / np.float32(2))
         table += [*middles, *-middles] if signed else [*middles]
     return tuple(np.sort(np.asarray(table)).tolist())
 
 
-def _float32_steps(count: int) -> np.ndarray:
-    """`count` numbers from 0.1 to 1 as torch.linspace rounds them, from both ends: bitsandbytes' table to the bit."""
-    step, i = (
-        (np.float32(1) - np.float32(0.1)) / np.float32(count - 1),
-        np.arange(count),
-    )
-    up, down = (
-        float(np.float32(0.1)) + float(step) * i,
-        1 - float(step) * (count - 1 - i),
-    )
-    return np.where(i < count // 2, up, down).astype(np.float32)
+def _linspace_like_torch(count: int) -> np.ndarray:
+    """`count` numbers from 0.1 to 1, rounded as torch.linspace rounds them.
+
+    torch computes the first half from the start and the second half from the end.
+    The same order gives bitsandbytes' table bit for bit.
+    """
+    step = (np.float32(1) - np.float32(0.1)) / np.float32(count - 1)
+    i = np.arange(count)
+    from_start = float(np.float32(0.1)) + float(step) * i
+    from_end = 1 - float(step) * (count - 1 - i)
+    return np.where(i < count // 2, from_start, from_end).astype(np.float32)
 
 
 def powers_of_two(bits: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Zero and +-2^0 down to +-2^-(2^(bits-1) - 2), with the boundaries of rounding in the logarithm.
+    """Returns a table of powers of two, and boundaries that round in the logarithm.
 
-    The boundary of two powers is their geometric mean (Miyashita et al., "Convolutional Neural Networks using
-    Logarithmic Data Representation", 2016); the boundary of zero and the smallest power is half that power.
+    The table holds zero and +-2^0 down to +-2^-(2^(bits-1) - 2). The boundary between
+    two powers is their geometric mean. The boundary between zero and the smallest power
+    is half of that power.
+
+    Args:
+      bits: 2 or more.
 
     Returns:
-      (table, boundaries), both ascending.
+      (table, boundaries), both ascending. They are arguments of `CodebookFormat`.
+
+    Example:
+      >>> import jaxq
+      >>> table, boundaries = jaxq.formats.powers_of_two(3)
+      >>> table
+      (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
+      >>> boundaries[3:]
+      (0.125, 0.3535533845424652, 0.7071067690849304)
+
+    References:
+      Miyashita et al., "Convolutional Neural Networks using Logarithmic Data
+      Representation", 2016.
     """
     count = (1 << (bits - 1)) - 1
     positive = 2.0 ** -np.arange(count)[::-1]
     edges = np.concatenate([[positive[0] / 2], positive[:-1] * np.sqrt(2)])
     table = np.concatenate([-positive[::-1], [0.0], positive])
-    return tuple(table.tolist()), tuple(
-        np.concatenate([-edges[::-1], edges]).astype(np.float32).tolist()
-    )
+    boundaries = np.concatenate([-edges[::-1], edges]).astype(np.float32)
+    return tuple(table.tolist()), tuple(boundaries.tolist())

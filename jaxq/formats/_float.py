@@ -1,8 +1,9 @@
-"""Floating point of any width up to 32 bits, by integer arithmetic on float32 bit patterns; and float64.
+"""Floating point formats: any width up to 32 bits, powers of two, and float64.
 
-No float operation touches a subnormal: XLA flushes them on CPU, so encode works on the bits alone.
-Casts follow IEEE 754 rounding; the tables of which formats have infinities, NaN and -0 follow ml_dtypes and the OCP
-8-bit floating point specification (2023).
+Encoding uses integer arithmetic on float32 bit patterns. Float arithmetic would flush
+subnormal numbers, because XLA does so on CPU. Rounding follows IEEE 754. Which formats
+have infinities, NaN and -0 follows ml_dtypes and the OCP 8-bit floating point
+specification (2023).
 """
 
 from __future__ import annotations
@@ -26,24 +27,46 @@ from jaxq.formats._rounding import (
 
 FLAVOURS = ("ieee", "fn", "fnuz", "finite")
 
+# Bit patterns of float32.
+_INFINITY = np.uint32(0x7F800000)
+_NAN = np.uint32(0x7FC00000)
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_FRACTION = np.uint32(0x7FFFFF)
+_SMALLEST_NORMAL = np.uint32(1 << 23)  # 2^-126
+_HALF_SMALLEST_NORMAL = np.uint32(1 << 22)  # 2^-127, a subnormal number
+
 
 @dataclasses.dataclass(frozen=True)
 class FloatFormat(Format):
-    """Sign, `exponent_bits`, `mantissa_bits`: `(-1)^S 2^(E-bias) (1 + m/2^M)`, subnormals `2^(1-bias) m/2^M`.
+    """Floating point with a sign, E exponent bits and M mantissa bits.
+
+    A normal number is `(-1)^sign * 2^(exponent - bias) * (1 + mantissa / 2^M)`. A
+    subnormal number is `(-1)^sign * 2^(1 - bias) * mantissa / 2^M`.
 
     | flavour | infinities | NaN | -0 |
     |---|---|---|---|
     | "ieee" | exponent all ones, mantissa 0 | exponent all ones, mantissa not 0 | yes |
     | "fn" | none | all ones | yes |
-    | "fnuz" | none | the code of -0 | no |
-    | "finite" | none | none: NaN encodes as the zero of the other sign | yes |
+    | "fnuz" | none | the code that would be -0 | no |
+    | "finite" | none | none: NaN becomes the zero of the opposite sign | yes |
 
     Args:
       name: registry name.
-      exponent_bits: 1 to 8.
-      num_mantissa_bits: 0 to 23.
-      bias: exponent bias; None gives 2^(exponent_bits-1) - 1, and one more for "fnuz".
-      flavour: which codes are infinities and NaN, as above.
+      exponent_bits: E, 1 to 8.
+      num_mantissa_bits: M, 0 to 23.
+      bias: exponent bias. None uses 2^(E-1) - 1, or 2^(E-1) for "fnuz".
+      flavour: which codes are infinities and NaN, see the table.
+
+    Raises:
+      ValueError: a width is out of range, `flavour` is unknown, `flavour` is "ieee"
+        with fewer than 2 exponent bits or no mantissa bit, or the format has numbers
+        outside of float32's range 2^-126 to 2^127.
+
+    Example:
+      >>> import jaxq
+      >>> fmt = jaxq.formats.FloatFormat("float7_e3m3fn", 3, 3, flavour="finite")
+      >>> fmt.bits, fmt.max, fmt.smallest_positive
+      (7, 30.0, 0.03125)
     """
 
     kind: ClassVar[str] = "float"
@@ -58,23 +81,26 @@ class FloatFormat(Format):
         check_choice("FloatFormat: flavour", self.flavour, FLAVOURS)
         if not (1 <= e <= 8 and 0 <= m <= 23):
             raise ValueError(
-                f"FloatFormat: exponent_bits must be 1 to 8 and mantissa_bits 0 to 23, which float32 holds; "
-                f"got exponent_bits={e}, mantissa_bits={m}."
+                "FloatFormat: exponent_bits must be 1 to 8 and mantissa_bits 0 to 23, "
+                "because float32 must hold the numbers; got "
+                f"exponent_bits={e}, mantissa_bits={m}."
             )
         if self.flavour == "ieee" and (m == 0 or e == 1):
             raise ValueError(
-                f"FloatFormat: flavour 'ieee' keeps the top exponent for infinity and NaN, which takes at least 2 "
-                f"exponent bits and 1 mantissa bit; got e{e}m{m}. Use flavour='finite' or 'fn'."
+                "FloatFormat: flavour 'ieee' keeps the top exponent for infinity and "
+                "NaN. It needs at least 2 exponent bits and 1 mantissa bit; got "
+                f"e{e}m{m}. Use flavour='finite' or 'fn'."
             )
         if self.bias is None:
-            object.__setattr__(
-                self, "bias", (1 << (e - 1)) - 1 + (self.flavour == "fnuz")
-            )
-        low, high = 1 - self._bias - m, (self._top >> m) - self._bias
-        if high > 127 or (low < -126 and not self._cuts_float32):
+            default = (1 << (e - 1)) - 1 + (self.flavour == "fnuz")
+            object.__setattr__(self, "bias", default)
+        low = 1 - self._bias - m
+        high = (self._top >> m) - self._bias
+        if high > 127 or (low < -126 and not self._is_truncated_float32):
             raise ValueError(
-                f"FloatFormat: e{e}m{m} with bias {self.bias} reaches from 2^{low} to 2^{high}, beyond float32's "
-                "2^-126 to 2^127. Choose a bias nearer to the default."
+                f"FloatFormat: e{e}m{m} with bias {self.bias} has numbers from "
+                f"2^{low} to 2^{high}, which is beyond float32's range 2^-126 to "
+                "2^127. Choose a bias nearer to the default."
             )
 
     @property
@@ -83,8 +109,8 @@ class FloatFormat(Format):
         return self.bias
 
     @property
-    def _cuts_float32(self) -> bool:
-        """True where a code is the upper bits of a float32 (bfloat16, tfloat32 and the like)."""
+    def _is_truncated_float32(self) -> bool:
+        """Whether a code is the upper bits of a float32, as in bfloat16."""
         return self.exponent_bits == 8 and self.bias == 127 and self.flavour == "ieee"
 
     @property
@@ -125,11 +151,8 @@ class FloatFormat(Format):
 
     @property
     def smallest_positive(self) -> float:
-        return (
-            2.0 ** (1 - self._bias - self.num_mantissa_bits)
-            if self.num_mantissa_bits
-            else 2.0 ** (1 - self._bias)
-        )
+        # Without mantissa bits there are no subnormal numbers.
+        return 2.0 ** (1 - self._bias - self.num_mantissa_bits)
 
     def codes(self) -> np.ndarray:
         self._raise_if_too_many_codes()
@@ -154,54 +177,63 @@ class FloatFormat(Format):
 
     def encode(self, x, *, rounding="nearest_even", saturate=True, key=None):
         check_rounding(rounding, key)
-        m, bias, top = self.num_mantissa_bits, self._bias, self._top
+        top = self._top
         pattern = lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.uint32)
-        magnitude = pattern & np.uint32(0x7FFFFFFF)
+        magnitude = pattern & _MAGNITUDE
         sign = pattern >> 31
-        biased32 = (magnitude >> 23).astype(jnp.int32)
-        significand = (magnitude & np.uint32(0x7FFFFF)) | jnp.where(
-            biased32 > 0, np.uint32(1 << 23), np.uint32(0)
-        )
-        exponent = jnp.maximum(biased32, 1) - 127
-        # Low bits to drop: the mantissa's surplus, and more below the format's normal range.
+        code = self._rounded_code(magnitude, rounding, key)
+
+        is_nan = magnitude > _INFINITY
+        over = code > top
+        if rounding == "toward_zero":
+            # No finite number overflows toward zero (IEEE 754-2019, section 7.4).
+            over = magnitude == _INFINITY
+            code = jnp.minimum(code, np.uint32(top))
+        has_infinity = self.flavour == "ieee"
+        has_nan = self.flavour != "finite"
+        over_code = top if saturate or not has_infinity else top + 1
+        code = jnp.where(over, np.uint32(over_code), code)
+        sign = jnp.where((code == 0) & (self.flavour == "fnuz"), np.uint32(0), sign)
+        # Without saturation, overflow becomes NaN if there is no infinity.
+        if not saturate and has_nan and not has_infinity:
+            is_nan = is_nan | over
+        if has_nan:
+            nan_code = np.uint32(self._nan_code)
+        else:
+            # ml_dtypes turns NaN into the zero of the opposite sign. So does this.
+            nan_code = (sign ^ 1) << (self.bits - 1)
+        code = jnp.where(is_nan, nan_code, code | (sign << (self.bits - 1)))
+        return code.astype(self.code_dtype)
+
+    def _rounded_code(
+        self, magnitude: jax.Array, rounding: str, key: jax.Array | None
+    ) -> jax.Array:
+        """Rounds float32 patterns without sign to codes without sign and upper end."""
+        m, bias = self.num_mantissa_bits, self._bias
+        biased = (magnitude >> 23).astype(jnp.int32)
+        implicit = jnp.where(biased > 0, np.uint32(1 << 23), np.uint32(0))
+        significand = (magnitude & _FRACTION) | implicit
+        exponent = jnp.maximum(biased, 1) - 127
+        # The bits to drop: those that the mantissa lacks, and one more for each binade
+        # below the format's normal range.
         shift = (23 - m) + jnp.maximum(0, (1 - bias) - exponent)
         code = shift_right(significand, shift, rounding, key)
-        # The implicit bit left in `code` lifts the exponent by one; a carry out of the mantissa does the rest.
-        code = code + (
-            (jnp.clip(exponent + bias, 1, 1 << self.exponent_bits) - 1) << m
-        ).astype(jnp.uint32)
-
-        is_nan, over = magnitude > np.uint32(0x7F800000), code > top
-        if (
-            rounding == "toward_zero"
-        ):  # no finite number overflows toward zero (IEEE 754-2019, 7.4)
-            over, code = (
-                magnitude == np.uint32(0x7F800000),
-                jnp.minimum(code, np.uint32(top)),
-            )
-        has_infinity, has_nan = self.flavour == "ieee", self.flavour != "finite"
-        code = jnp.where(
-            over, np.uint32(top if saturate or not has_infinity else top + 1), code
-        )
-        sign = jnp.where((code == 0) & (self.flavour == "fnuz"), np.uint32(0), sign)
-        lost = is_nan if saturate or has_infinity or not has_nan else is_nan | over
-        # Where no code is NaN, ml_dtypes turns one into the zero of the opposite sign, and so do we.
-        nan_code = (
-            np.uint32(self._nan_code) if has_nan else (sign ^ 1) << (self.bits - 1)
-        )
-        return jnp.where(lost, nan_code, code | (sign << (self.bits - 1))).astype(
-            self.code_dtype
-        )
+        # `code` still has the implicit bit, which adds one to the exponent field. So
+        # the field starts one lower. A carry out of the mantissa adds one more.
+        field = jnp.clip(exponent + bias, 1, 1 << self.exponent_bits) - 1
+        return code + (field << m).astype(jnp.uint32)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         m, bias = self.num_mantissa_bits, self._bias
         codes = codes.astype(jnp.uint32)
         body = codes & np.uint32((1 << (self.bits - 1)) - 1)
         sign = (codes >> (self.bits - 1)) << 31
-        if self._cuts_float32:
+        if self._is_truncated_float32:
             return lax.bitcast_convert_type(sign | (body << (23 - m)), jnp.float32)
+        # The difference of the biases may be negative: it wraps modulo 2^32.
+        bias_difference = np.uint32((127 - bias) << 23 & 0xFFFFFFFF)
         normal = lax.bitcast_convert_type(
-            (body << (23 - m)) + np.uint32((127 - bias) << 23 & 0xFFFFFFFF), jnp.float32
+            (body << (23 - m)) + bias_difference, jnp.float32
         )
         subnormal = body.astype(jnp.float32) * np.float32(2.0 ** (1 - bias - m))
         value = jnp.where(body >> m == 0, subnormal, normal)
@@ -220,11 +252,24 @@ class FloatFormat(Format):
 
 @dataclasses.dataclass(frozen=True)
 class ExponentFormat(Format):
-    """float8_e8m0fnu: the powers of two 2^-127 to 2^127, code = exponent + 127, NaN = 255; no zero, no sign.
+    """float8_e8m0fnu: the powers of two from 2^-127 to 2^127, without zero and sign.
 
-    The scale type of the OCP microscaling specification (2023). Zero, negative numbers and NaN encode as NaN, numbers
-    below 2^-127 as 2^-127, a half-way number as the larger power. An MX scale is not made by this rounding but
-    by a `scale_rule`, which takes the exponent of the block's maximum.
+    It is the scale type of the OCP microscaling specification (2023). The code is the
+    exponent + 127. Code 255 is NaN. Zero, negative numbers and NaN are encoded as NaN.
+    Numbers below 2^-127 are encoded as 2^-127. A number half-way between two powers
+    goes to the larger one.
+
+    The scales of microscaling formats are not rounded this way. A `scale_rule` of
+    `QuantSpec` computes them from the exponent of the block's maximum.
+
+    Args:
+      name: registry name.
+
+    Example:
+      >>> import jaxq
+      >>> fmt = jaxq.formats.get("float8_e8m0fnu")
+      >>> fmt.encode([1.0, 3.0, 0.0]).tolist(), fmt.round([1.0, 3.0]).tolist()
+      ([127, 129, 255], [1.0, 4.0])
     """
 
     kind: ClassVar[str] = "float"
@@ -254,21 +299,17 @@ class ExponentFormat(Format):
         if rounding == "toward_zero":
             code = pattern >> 23
         elif rounding == "stochastic":
-            # From 2^-127 to 2^-126 float32 is subnormal: stretch [2^22, 2^23) to a binade, so that 2^-127 stays itself.
-            low = (jnp.maximum(pattern, np.uint32(1 << 22)) - np.uint32(1 << 22)) << 1
-            line = jnp.where(pattern < np.uint32(1 << 23), low, pattern)
-            code = (line + (random_bits(key, pattern.shape, pattern.dtype) >> 9)) >> 23
-        else:  # the mantissa is the implicit bit alone, always odd: a tie goes up in both nearest modes
+            code = _stochastic_exponent(pattern, key)
+        else:
+            # The mantissa is only the implicit bit, which is odd. So a tie goes up in
+            # both nearest modes.
             code = (pattern + np.uint32(1 << 22)) >> 23
-            # Between 2^-127 and 2^-126 (a subnormal of float32) ml_dtypes goes up, and so do we.
-            code = jnp.where(
-                pattern < np.uint32(1 << 23),
-                (pattern > np.uint32(1 << 22)).astype(jnp.uint32),
-                code,
-            )
-        not_positive = (pattern == 0) | (
-            pattern > np.uint32(0x7F800000)
-        )  # 0, NaN, and the sign bit
+            # Between 2^-127 and 2^-126 float32 is subnormal. ml_dtypes goes up there.
+            # So does this.
+            above_smallest = (pattern > _HALF_SMALLEST_NORMAL).astype(jnp.uint32)
+            code = jnp.where(pattern < _SMALLEST_NORMAL, above_smallest, code)
+        # A pattern above infinity is NaN or has the sign bit.
+        not_positive = (pattern == 0) | (pattern > _INFINITY)
         over = ~not_positive & (code > 254)
         code = jnp.where(
             not_positive | (over & (not saturate)),
@@ -279,16 +320,41 @@ class ExponentFormat(Format):
 
     def decode(self, codes: jax.Array) -> jax.Array:
         codes = codes.astype(jnp.uint32)
-        pattern = jnp.where(
-            codes == 0, np.uint32(1 << 22), codes << 23
-        )  # 2^-127 is a float32 subnormal
-        pattern = jnp.where(codes == 255, np.uint32(0x7FC00000), pattern)
+        # Code 0 is 2^-127, which is a subnormal number of float32.
+        pattern = jnp.where(codes == 0, _HALF_SMALLEST_NORMAL, codes << 23)
+        pattern = jnp.where(codes == 255, _NAN, pattern)
         return lax.bitcast_convert_type(pattern, jnp.float32)
+
+
+def _stochastic_exponent(pattern: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Exponent codes of positive float32 patterns, rounded up at random.
+
+    Noise of 23 bits is added to the mantissa. Between 2^-127 and 2^-126 float32 is
+    subnormal and its patterns span only half of 2^23. They are stretched to 2^23, so
+    that 2^-127 stays 2^-127.
+    """
+    excess = jnp.maximum(pattern, _HALF_SMALLEST_NORMAL) - _HALF_SMALLEST_NORMAL
+    line = jnp.where(pattern < _SMALLEST_NORMAL, excess << 1, pattern)
+    noise = random_bits(key, pattern.shape, pattern.dtype) >> 9
+    return (line + noise) >> 23
 
 
 @dataclasses.dataclass(frozen=True)
 class DoubleFormat(Format):
-    """float64: 11 exponent bits, 52 mantissa bits. Its codes and numbers exist under `jax_enable_x64` only."""
+    """float64: 11 exponent bits and 52 mantissa bits.
+
+    `encode` and `decode` need 64-bit types, so they raise unless `jax_enable_x64` is
+    set. `round` changes infinities only, because no float dtype of jax is wider.
+
+    Args:
+      name: registry name.
+
+    Example:
+      >>> import jaxq
+      >>> fmt = jaxq.formats.get("float64")
+      >>> fmt.bits, fmt.mantissa_bits
+      (64, 52)
+    """
 
     kind: ClassVar[str] = "float"
 
@@ -318,21 +384,15 @@ class DoubleFormat(Format):
 
     def round(self, x, *, rounding="nearest_even", saturate=True, key=None):
         check_rounding(rounding, key)
-        x = jnp.asarray(x)  # no carrier is wider: only infinities can change
-        return (
-            jnp.where(jnp.isinf(x), jnp.sign(x) * jnp.finfo(x.dtype).max, x)
-            if saturate
-            else x
-        )
+        x = jnp.asarray(x)
+        if not saturate:
+            return x
+        return jnp.where(jnp.isinf(x), jnp.sign(x) * jnp.finfo(x.dtype).max, x)
 
     def encode(self, x, *, rounding="nearest_even", saturate=True, key=None):
         _raise_without_x64("encode")
-        x = self.round(
-            jnp.asarray(x).astype(jnp.float64),
-            rounding=rounding,
-            saturate=saturate,
-            key=key,
-        )
+        x = jnp.asarray(x).astype(jnp.float64)
+        x = self.round(x, rounding=rounding, saturate=saturate, key=key)
         return lax.bitcast_convert_type(x, jnp.uint64)
 
     def decode(self, codes: jax.Array) -> jax.Array:
@@ -343,5 +403,6 @@ class DoubleFormat(Format):
 def _raise_without_x64(caller: str) -> None:
     if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(
-            f"float64.{caller}: 64-bit types are off. Set jax.config.update('jax_enable_x64', True)."
+            f"float64.{caller}: 64-bit types are off. Set "
+            "jax.config.update('jax_enable_x64', True)."
         )

@@ -1,9 +1,10 @@
-"""What every number format is: a finite set of numbers, each with a code.
+"""`Format`, the interface of every number format: a finite set of numbers with codes.
 
-A format knows nothing of scales, axes or storage. There are integers and fixed point
-(`IntegerFormat`, `SignMagnitudeFormat`, `FixedPointFormat`), floating point (`FloatFormat`, `DoubleFormat`,
-`ExponentFormat`) and tables (`CodebookFormat`). All are frozen dataclasses, compared and hashed
-by value, so two equal formats make one compiled program.
+A format knows nothing of scales, axes or storage. The kinds of format are integers and
+fixed point (`IntegerFormat`, `SignMagnitudeFormat`, `FixedPointFormat`), floating point
+(`FloatFormat`, `DoubleFormat`, `ExponentFormat`) and tables (`CodebookFormat`). All of
+them are frozen dataclasses. They are compared and hashed by value, so that two equal
+formats share one compiled program.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Format(abc.ABC):
-    """A finite set of numbers and the code of each.
+    """A finite set of numbers and the code of each number.
 
     Attributes:
-      name: registry name, ml_dtypes' spelling where ml_dtypes has the format.
+      name: registry name. It is the name in ml_dtypes if ml_dtypes has the format.
       bits: width of one code, 1 to 64.
-      code_dtype: dtype of unpacked codes: int8 or int16 for signed integers, else the narrowest unsigned one.
+      code_dtype: dtype of unpacked codes. Signed integers use int8 or int16. All other
+        formats use the narrowest unsigned integer that holds `bits` bits.
 
     Example:
       >>> import jaxq
@@ -55,25 +57,31 @@ class Format(abc.ABC):
         saturate: bool = True,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Codes of the format's numbers nearest to `x`.
+        """Rounds `x` to numbers of the format and returns their codes.
 
         Args:
-          x: float array of any shape; computed in float32.
-          rounding: "nearest_even", "nearest_away", "toward_zero" or "stochastic" (needs `key`).
-          saturate: True gives the largest finite number on overflow and for infinities, False what the format
-            defines: its infinity, its NaN, or the largest number where it has neither.
+          x: float array of any shape. It is converted to float32 first.
+          rounding: "nearest_even", "nearest_away", "toward_zero" or "stochastic".
+            "stochastic" needs `key`.
+          saturate: True maps overflow and infinities to the largest finite number.
+            False maps them to the format's infinity. A format without infinity uses
+            its NaN, and a format without NaN uses its largest number.
           key: PRNG key for stochastic rounding.
 
         Returns:
-          Codes, `code_dtype`, shape of `x`.
+          Codes of dtype `code_dtype`, with the shape of `x`.
 
         Raises:
-          ValueError: unknown rounding mode, missing or unused key.
+          ValueError: `rounding` is not one of the four modes, `rounding` is
+            "stochastic" and `key` is None, or `key` is given for another mode.
         """
 
     @abc.abstractmethod
     def decode(self, codes: jax.Array) -> jax.Array:
-        """The float32 (float64 of float64) numbers behind `codes`, exactly; same shape."""
+        """Returns the exact numbers of `codes`, in the same shape.
+
+        The dtype is float32. The exception is float64, whose numbers are float64.
+        """
 
     def round(
         self,
@@ -83,14 +91,19 @@ class Format(abc.ABC):
         saturate: bool = True,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """`decode(encode(x))`, float32; floating point formats do it in one step, and in float64 for float64 `x`."""
+        """Rounds `x` to numbers of the format: `decode(encode(x))` in float32.
+
+        Floating point formats round in one step. They round float64 arrays in float64.
+        """
         return self.decode(
             self.encode(x, rounding=rounding, saturate=saturate, key=key)
         )
 
     @abc.abstractmethod
     def codes(self) -> np.ndarray:
-        """Every code that stands for something, in the order of its bit pattern; `code_dtype`, `[num_codes]`.
+        """Returns all codes that have a meaning, `code_dtype[num_codes]`.
+
+        The codes come in the ascending order of their bit patterns.
 
         Raises:
           ValueError: the format has more than 16 bits.
@@ -103,20 +116,20 @@ class Format(abc.ABC):
     def _raise_if_too_many_codes(self) -> None:
         if self.bits > 16:
             raise ValueError(
-                f"{self.name} has 2^{self.bits} codes: too many to list. Ask for max, min, bits."
+                f"{self.name} has 2^{self.bits} codes, which are too many to list. Use "
+                "its properties max, min and bits instead."
             )
 
     def values(self) -> np.ndarray:
-        """The distinct finite numbers of the format, ascending; float32 `[num_values]`.
+        """Returns the distinct finite numbers, ascending; float32 `[num_values]`.
 
         Raises:
           ValueError: the format has more than 16 bits.
         """
         with jax.ensure_compile_time_eval():
             decoded = np.asarray(self.decode(jnp.asarray(self.codes())))
-        return np.unique(decoded[np.isfinite(decoded)]) + np.float32(
-            0
-        )  # -0 and 0 are one number
+        # -0 and 0 are one number. Adding 0 turns -0 into 0.
+        return np.unique(decoded[np.isfinite(decoded)]) + np.float32(0)
 
     @property
     @abc.abstractmethod
@@ -135,17 +148,21 @@ class Format(abc.ABC):
 
     @property
     def max_exponent(self) -> int:
-        """`floor(log2(max))`: the `emax` of the OCP microscaling specification."""
+        """`floor(log2(max))`, the `emax` of the OCP microscaling specification."""
         return int(np.frexp(self.max)[1]) - 1
 
     @property
     def mantissa_bits(self) -> int:
-        """Explicit mantissa bits at `max`; what `mx_even` rounds a block's maximum to."""
+        """Explicit mantissa bits of numbers near `max`.
+
+        The scale rule of the microscaling formats that rounds a block's maximum keeps
+        this many bits.
+        """
         return 0
 
     @property
     def zero_code(self) -> int:
-        """The code padding is filled with: the number zero, or the first code where there is no zero."""
+        """The code that fills padding: the code of zero, or code 0 without a zero."""
         return 0
 
     def __str__(self) -> str:

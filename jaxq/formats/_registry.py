@@ -1,4 +1,4 @@
-"""Formats by name, with the nearest names suggested for one that is not there."""
+"""The registry of formats by name, the registered formats, and their JSON form."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ from jaxq.formats._names import normalize, unknown_name
 
 # Dettmers et al., "QLoRA" (2023), appendix E: the published table, digit for digit.
 _NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
-# Yoshida, "NF4 Isn't Information Theoretically Optimal (and that's Good)" (2023): the table for blocks of 64.
+# Yoshida, "NF4 Isn't Information Theoretically Optimal (and that's Good)" (2023): the
+# table for blocks of 64 numbers.
 _AF4 = (
-    -1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0, 0.04273164, 0.12934483,
-    0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0,
+    -1.0, -0.69441008, -0.51243739, -0.3736951,
+    -0.25607552, -0.14982478, -0.04934812, 0.0,
+    0.04273164, 0.12934483, 0.21961274, 0.31675666,
+    0.42563882, 0.55496234, 0.72424863, 1.0,
 )  # fmt: skip
 
-# bitsandbytes' "fp4" (2022): its codes are not in the order of its numbers, and 8 is -0.
+# bitsandbytes' "fp4" (2022): numbers of the codes 0 to 7, times 12. Codes 8 to 15 are
+# the same numbers with a minus sign, so code 8 is -0.
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 _FLOATS = (
@@ -61,34 +66,54 @@ _registry: dict[str, Format] = {}
 
 
 def register(fmt: Format) -> Format:
-    """Makes `fmt` known by its name, for `get` and `QuantSpec(format=...)`.
+    """Registers a format by its name, for `get` and `QuantSpec(format=...)`.
+
+    A file saved by `jaxq.save` holds the name of a registered format, not its numbers.
+    Register the format again before you load the file in another process.
+
+    Args:
+      fmt: the format. A hyphen in its name is read as an underscore.
+
+    Returns:
+      `fmt`.
 
     Raises:
-      ValueError: another format already has the name.
+      ValueError: a different format is registered under the name.
 
     Example:
       >>> import jaxq
-      >>> fmt = jaxq.formats.register(jaxq.formats.FloatFormat("float7_e3m3fn", 3, 3, flavour="finite"))
+      >>> fmt = jaxq.formats.FloatFormat("float7_e3m3fn", 3, 3, flavour="finite")
+      >>> fmt = jaxq.formats.register(fmt)
       >>> jaxq.formats.get("float7_e3m3fn").max
       30.0
     """
     name = normalize(fmt.name)
     if _registry.setdefault(name, fmt) != fmt:
         raise ValueError(
-            f"register: the name {fmt.name!r} is taken by {_registry[name]!r}."
+            f"register: the name {fmt.name!r} is taken by {_registry[name]!r}. Give "
+            "the new format another name."
         )
     return fmt
 
 
 def get(name: str | Format) -> Format:
-    """The format called `name`; a `Format` comes back as it is.
+    """Returns the format with this name. A `Format` is returned unchanged.
 
-    Registered names aside, `float<n>_e<E>m<M>` with an optional `fn`, `fnuz` makes any ExMy format up to 32 bits:
-    bare is IEEE style, `fn` has no infinities (and, under 8 bits, no NaN), `fnuz` has neither infinities nor -0.
-    `q<m>.<n>` and `uq<m>.<n>` make fixed point, m not counting the sign.
+    Names of two patterns need no registration:
+
+    - `float<n>_e<E>m<M>`, `float<n>_e<E>m<M>fn` and `float<n>_e<E>m<M>fnuz` are
+      floating point formats of up to 32 bits. Without a suffix the format is IEEE
+      style. `fn` has no infinities, and below 8 bits no NaN. `fnuz` has no infinities
+      and no -0.
+    - `q<m>.<n>` and `uq<m>.<n>` are fixed point formats. m does not count the sign.
+
+    Args:
+      name: a name from `names()`, a name of one of these patterns, or a `Format`.
+        Upper case letters and hyphens are accepted.
 
     Raises:
-      ValueError: no such format; close matches are named.
+      ValueError: no format has this name. The message suggests similar names.
+      TypeError: `name` is neither a string nor a `Format`.
 
     Example:
       >>> import jaxq
@@ -101,102 +126,127 @@ def get(name: str | Format) -> Format:
         raise TypeError(
             f"formats.get takes a name or a Format, got {type(name).__name__}."
         )
-    found = (
-        _registry.get(normalize(name))
-        or _parse_float(normalize(name))
-        or _parse_fixed_point(normalize(name))
-    )
-    if found is None:
+    key = normalize(name)
+    fmt = _registry.get(key) or _parse_float(key) or _parse_fixed_point(key)
+    if fmt is None:
         raise ValueError(
             unknown_name("format", name, _registry, "jaxq.formats.names()")
         )
-    return found
+    return fmt
 
 
 def names() -> list[str]:
-    """The names of every registered format, ascending.
+    """Returns the names of all registered formats, sorted.
 
-    Tables made for one array have a name but no entry: those of `jaxq.methods.kmeans`, "kmeans4", live in its QTensors.
+    A table that was computed for one array is not registered. For example,
+    `jaxq.methods.kmeans` gives its QTensors formats of their own, such as "kmeans4".
+
+    Example:
+      >>> import jaxq
+      >>> [name for name in jaxq.formats.names() if name.startswith("float4")]
+      ['float4_bitsandbytes', 'float4_e1m2fn', 'float4_e2m1fn', 'float4_e3m0fn']
     """
     return sorted(_registry)
 
 
 def to_dict(fmt: Format) -> str | dict[str, Any]:
-    """A JSON-ready description: the name of a format `get` knows, else its class and fields."""
+    """Describes a format by JSON types, for `from_dict`.
+
+    Returns:
+      The name, if `get` returns an equal format for it. Otherwise a dict of the class
+      name and the fields.
+
+    Example:
+      >>> import jaxq
+      >>> jaxq.formats.to_dict(jaxq.formats.get("nf4"))
+      'nf4'
+      >>> jaxq.formats.to_dict(jaxq.formats.FixedPointFormat("mine", 2, 1))
+      {'type': 'FixedPointFormat', 'name': 'mine', 'integer_bits': 2, ...}
+    """
     try:
         if get(fmt.name) == fmt:
             return fmt.name
     except ValueError:
-        pass
+        pass  # no format has this name
     return {"type": type(fmt).__name__, **dataclasses.asdict(fmt)}
 
 
+_CLASSES: tuple[Callable[..., Format], ...] = (
+    CodebookFormat,
+    DoubleFormat,
+    ExponentFormat,
+    FixedPointFormat,
+    FloatFormat,
+    IntegerFormat,
+    SignMagnitudeFormat,
+)
+
+
 def from_dict(data: str | dict[str, Any]) -> Format:
-    """The format that `to_dict` described.
+    """Returns the format that `to_dict` described.
+
+    Args:
+      data: a result of `to_dict`. It may have been through JSON.
 
     Raises:
-      ValueError: an unknown name or class.
+      ValueError: `data` is a name that no format has, or its "type" is not one of the
+        format classes of jaxq.
+
+    Example:
+      >>> import jaxq
+      >>> data = {"type": "IntegerFormat", "name": "int3_narrow", "num_bits": 3}
+      >>> jaxq.formats.from_dict(data | {"narrow": True}).max
+      3.0
     """
     if isinstance(data, str):
         return get(data)
+    # JSON has no tuples, but the fields must be hashable.
     fields: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in data.items()
     }
-    kinds: dict[str, Callable[..., Format]] = {
-        kind.__name__: kind
-        for kind in (
-            CodebookFormat,
-            DoubleFormat,
-            ExponentFormat,
-            FixedPointFormat,
-            FloatFormat,
-            IntegerFormat,
-            SignMagnitudeFormat,
-        )
-    }
-    kind = kinds.get(fields.pop("type", ""))
-    if kind is None:
+    classes = {cls.__name__: cls for cls in _CLASSES}
+    cls = classes.get(fields.pop("type", ""))
+    if cls is None:
         raise ValueError(
-            f"formats.from_dict: unknown kind of format {data.get('type')!r}; known are {sorted(kinds)}."
+            f"formats.from_dict: unknown kind of format {data.get('type')!r}. Known "
+            f"kinds are {', '.join(sorted(classes))}."
         )
-    return kind(**fields)
+    return cls(**fields)
 
 
 def _parse_float(name: str) -> Format | None:
+    """The floating point format with a name like float8_e4m3fn, or None."""
     match = re.fullmatch(r"float(\d+)_e(\d+)m(\d+)(fn|fnuz|)", name)
     if not match:
         return None
-    width, exponent, mantissa, suffix = (
-        int(match[1]),
-        int(match[2]),
-        int(match[3]),
-        match[4],
-    )
+    width, exponent, mantissa = (int(match[i]) for i in (1, 2, 3))
     if width != 1 + exponent + mantissa:
         raise ValueError(
-            f"unknown format {name!r}: e{exponent}m{mantissa} with its sign has {1 + exponent + mantissa} bits, "
-            f"not {width}."
+            f"unknown format {name!r}: e{exponent}m{mantissa} with its sign has "
+            f"{1 + exponent + mantissa} bits, not {width}."
         )
-    flavour = {"": "ieee", "fnuz": "fnuz", "fn": "fn" if width >= 8 else "finite"}[
-        suffix
-    ]
+    # ml_dtypes names formats below 8 bits `fn` although they have no NaN either.
+    fn = "fn" if width >= 8 else "finite"
+    flavour = {"": "ieee", "fnuz": "fnuz", "fn": fn}[match[4]]
     return FloatFormat(name, exponent, mantissa, flavour=flavour)
 
 
 def _parse_fixed_point(name: str) -> Format | None:
+    """The fixed point format with a name like q3.4 or uq0.8, or None."""
     match = re.fullmatch(r"(u?)q(\d+)\.(\d+)", name)
-    return (
-        FixedPointFormat(name, int(match[2]), int(match[3]), not match[1])
-        if match
-        else None
-    )
+    if not match:
+        return None
+    return FixedPointFormat(name, int(match[2]), int(match[3]), signed=not match[1])
 
 
 def _bitsandbytes_fp4() -> CodebookFormat:
-    """A number half-way between two goes to the smaller magnitude, on either side of zero."""
+    """The fp4 table. A half-way number goes to the smaller magnitude."""
     table = [np.float32(v) / np.float32(12) for v in (*_FP4, *(-v for v in _FP4))]
-    ordered = np.unique(np.asarray(table, np.float32))
-    edges = (ordered[1:] + ordered[:-1]) / np.float32(2)
+    entries = np.unique(np.asarray(table, np.float32))
+    edges = (entries[1:] + entries[:-1]) / np.float32(2)
+    # A number on an edge goes to the lower entry. Below zero that is the larger
+    # magnitude, so negative edges move down by one float.
     edges = np.where(edges < 0, np.nextafter(edges, np.float32(-np.inf)), edges)
     return CodebookFormat(
         "float4_bitsandbytes", tuple(map(float, table)), tuple(edges.tolist())
@@ -214,7 +264,8 @@ for _bits in range(2, 9):
     register(CodebookFormat(f"nf{_bits}", _NF4 if _bits == 4 else normal_float(_bits)))
 register(_bitsandbytes_fp4())
 register(CodebookFormat("af4", _AF4))
-# Zero counts as positive (XNOR-Net, 2016), and so do numbers too small for float32's normal range.
+# Zero is encoded as +1 (XNOR-Net, 2016). So are negative subnormal numbers, because XLA
+# flushes them to zero on CPU.
 register(CodebookFormat("binary", (-1.0, 1.0), (-(2.0**-126),)))
 register(CodebookFormat("dynamic8", dynamic_map(signed=True)))
 for _bits in range(2, 8):

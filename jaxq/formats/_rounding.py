@@ -1,11 +1,13 @@
-"""Rounding a real number, in the modes every format shares: to an integer, or to a floating point grid.
+"""Rounding of real numbers to integers or to a floating point grid, in all four modes.
 
-Floating point grids are rounded to by integer arithmetic on bit patterns: XLA flushes subnormals on CPU and drops a
-narrowing cast that is widened again, and neither touches integers.
+Rounding to a floating point grid uses integer arithmetic on bit patterns. Float
+arithmetic would not do: XLA flushes subnormal numbers on CPU, and it removes a cast to
+a narrower type if a cast back follows. XLA does neither to integers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,7 +22,12 @@ OVERFLOWS = ("infinity", "nan", "saturate")
 
 
 def check_rounding(rounding: str, key: jax.Array | None) -> None:
-    """Raises unless `rounding` is known and a key came exactly when it is stochastic."""
+    """Checks the rounding mode, and that a key is given only for stochastic rounding.
+
+    Raises:
+      ValueError: `rounding` is not one of `MODES`, `rounding` is "stochastic" and `key`
+        is None, or `key` is given for another mode.
+    """
     check_choice("rounding", rounding, MODES)
     if rounding == "stochastic" and key is None:
         raise ValueError(
@@ -28,22 +35,25 @@ def check_rounding(rounding: str, key: jax.Array | None) -> None:
         )
     if rounding != "stochastic" and key is not None:
         raise ValueError(
-            f"key= was given but rounding={rounding!r} does not use it. Ask for rounding='stochastic' "
-            "(in a QuantSpec: spec.replace(rounding='stochastic')), or drop the key."
+            f"key= was given but rounding={rounding!r} does not use it. Pass "
+            "rounding='stochastic' (in a QuantSpec: "
+            "spec.replace(rounding='stochastic')), or remove key=."
         )
 
 
 def round_to_integer(
     x: jax.Array, rounding: str, key: jax.Array | None = None
 ) -> jax.Array:
-    """`x` rounded to whole numbers, still float32; NaN and infinities pass through.
+    """Rounds `x` to whole numbers and keeps its dtype.
 
-    Stochastic: `floor(x + u)` with u uniform in [0, 1), so the mean over keys is x (Gupta et al., 2015).
+    NaN and infinities stay as they are. Stochastic rounding computes `floor(x + u)`
+    with u uniform in [0, 1). Its mean over keys is `x` (Gupta et al., 2015).
     """
     if rounding == "nearest_even":
         return jnp.round(x)
     if rounding == "nearest_away":
-        # trunc(x + 0.5) would lift 0.49999997 to 1: the sum rounds. Compare the fraction, which is exact.
+        # trunc(x + 0.5) turns 0.49999997 into 1, because the sum is rounded. The
+        # fraction x - trunc(x) is exact, so the comparison uses the fraction.
         whole = jnp.trunc(x)
         return whole + jnp.where(jnp.abs(x - whole) >= 0.5, jnp.sign(x), 0.0)
     if rounding == "toward_zero":
@@ -63,174 +73,268 @@ def round_to_float(
     signed_zero: bool = True,
     rounding: str = "nearest_even",
     key: jax.Array | None = None,
-    beyond: jax.Array | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
-    """`x` rounded to `+-m * 2^(e - mantissa_bits)`, `m < 2^(mantissa_bits + 1)`, `e >= min_exponent`, up to `largest`.
+    """Rounds `x` to a floating point grid.
 
-    The numbers that describe the grid may be traced, for a sweep over widths under `vmap`.
+    The grid holds `+-m * 2^(e - mantissa_bits)` with `0 <= m < 2^(mantissa_bits + 1)`
+    and `e >= min_exponent`, up to `largest`. The numbers that describe the grid may be
+    traced, for a sweep over widths under `vmap`.
 
     Args:
       x: float32 or float64, any shape.
-      mantissa_bits: explicit ones, 0 to 23 (float64: 52).
-      min_exponent: exponent of the smallest normal number, -126 (float64: -1022) or more.
+      mantissa_bits: number of explicit mantissa bits, 0 to 23 (float64: 0 to 52).
+      min_exponent: exponent of the grid's smallest normal number, at least -126
+        (float64: -1022).
       largest: largest finite number of the grid, in the dtype of `x`.
-      overflow: what lies beyond it, infinities included: "infinity", "nan", or "saturate" for `largest`.
+      overflow: what replaces larger results and infinities: "infinity", "nan", or
+        "saturate" for `largest`.
       has_nan: False turns NaN into the zero of the opposite sign.
       signed_zero: False turns -0 into 0.
       rounding: one of `MODES`.
       key: PRNG key for stochastic rounding.
-      beyond: of a sum that `x` is the float nearest to, where it lies: 0 at `x`, 1 farther from zero, 2 half a last
-        place farther, -1 and -2 nearer. The sum is rounded, not `x`.
+      residual: None rounds `x`. An int32 array rounds a true value whose nearest float
+        is `x`. It says where that value is: 0 at `x`; 1 farther from zero than `x`,
+        by less than half of the last place; 2 by half of the last place exactly; -1
+        and -2 the same, nearer to zero than `x`.
 
     Returns:
-      Array like `x`; where `mantissa_bits` or another number is an array, of their common shape.
+      Array of the dtype of `x`. Its shape is the common shape of `x` and of the arrays
+      that describe the grid.
     """
-    info = jnp.finfo(x.dtype)
-    width, fraction_bits, bias = info.bits, info.nmant, info.maxexp - 1
-    unsigned, signed = jnp.dtype(f"uint{width}"), jnp.dtype(f"int{width}")
-
-    def number(value: Any, dtype: Any = unsigned) -> Any:
-        return (
-            value.astype(dtype)
-            if isinstance(value, jax.Array)
-            else np.asarray(value, dtype)
-        )
-
-    pattern = lax.bitcast_convert_type(x, unsigned)
-    magnitude = pattern & number((1 << (width - 1)) - 1)
-    cut = _fixed_cut(mantissa_bits, min_exponent, info)
-    if cut is not None and beyond is None:
-        # The same place to cut at for every exponent, which a carry lifts by itself: few operations.
-        body = shift_right(magnitude, jnp.asarray(cut, signed), rounding, key) << cut
-    else:
-        biased = (magnitude >> fraction_bits).astype(signed)
-        implicit = jnp.where(biased > 0, number(1 << fraction_bits), number(0))
-        significand = (magnitude & number((1 << fraction_bits) - 1)) | implicit
-        lowest = number(min_exponent, signed) + number(bias, signed)
-        biased = jnp.maximum(biased, number(1, signed))
-        shift = (
-            number(fraction_bits, signed)
-            - number(mantissa_bits, signed)
-            + jnp.maximum(0, lowest - biased)
-        )
-        if beyond is None:
-            kept = shift_right(significand, shift, rounding, key)
-        else:  # two places more, for what lies between x and its neighbours
-            kept = shift_right(
-                (significand << 2) + beyond.astype(unsigned), shift + 2, rounding, key
-            )
-        # The implicit bit in the shifted number lifts the exponent by one, and a carry by one more.
-        places = jnp.minimum(shift, fraction_bits + 1).astype(unsigned)
-        body = ((biased - 1).astype(unsigned) << fraction_bits) + (kept << places)
-        if (
-            rounding == "stochastic"
-        ):  # from far below: the smallest positive number of the grid, or 0
-            exponent = lowest - number(mantissa_bits, signed)
-            smallest = jnp.where(
-                exponent > 0,
-                exponent.astype(unsigned) << fraction_bits,
-                number(1)
-                << jnp.clip(
-                    exponent + number(fraction_bits - 1, signed), 0, fraction_bits - 1
-                ).astype(unsigned),
-            )
-            body = jnp.where(shift > fraction_bits + 1, smallest, body)
-        body = jnp.where(kept == 0, number(0), body)
-    infinity, nan = (
-        number((2 * bias + 1) << fraction_bits),
-        number((4 * bias + 3) << (fraction_bits - 1)),
-    )
-    limit = lax.bitcast_convert_type(jnp.asarray(largest, x.dtype), unsigned)
-    over = body > limit
-    if (
-        rounding == "toward_zero"
-    ):  # no finite number overflows toward zero (IEEE 754-2019, 7.4)
-        over, body = magnitude == infinity, jnp.minimum(body, limit)
-    body = jnp.where(
-        over, {"infinity": infinity, "nan": nan, "saturate": limit}[overflow], body
-    )
+    carrier = _Carrier(jnp.dtype(x.dtype))
+    pattern = lax.bitcast_convert_type(x, carrier.unsigned)
+    magnitude = pattern & carrier.bits((1 << (carrier.width - 1)) - 1)
     sign = pattern ^ magnitude
-    is_nan = magnitude > infinity
-    body = jnp.where(is_nan, nan if has_nan else number(0), body)
+    dropped = _constant_shift(mantissa_bits, min_exponent, carrier)
+    if dropped is not None and residual is None:
+        # All patterns drop the same number of bits. A carry out of the mantissa
+        # increments the exponent field, so few operations suffice.
+        shift = jnp.asarray(dropped, carrier.signed)
+        body = shift_right(magnitude, shift, rounding, key) << dropped
+    else:
+        grid = _Grid(mantissa_bits, min_exponent, rounding, key)
+        body = _round_magnitude(magnitude, residual, grid, carrier)
+
+    limit = lax.bitcast_convert_type(jnp.asarray(largest, x.dtype), carrier.unsigned)
+    over = body > limit
+    if rounding == "toward_zero":
+        # No finite number overflows toward zero (IEEE 754-2019, section 7.4).
+        over = magnitude == carrier.infinity
+        body = jnp.minimum(body, limit)
+    replacement = {
+        "infinity": carrier.infinity,
+        "nan": carrier.nan,
+        "saturate": limit,
+    }
+    body = jnp.where(over, replacement[overflow], body)
+    is_nan = magnitude > carrier.infinity
+    body = jnp.where(is_nan, carrier.nan if has_nan else carrier.bits(0), body)
     if not has_nan:
-        sign = jnp.where(is_nan, sign ^ number(1 << (width - 1)), sign)
+        sign = jnp.where(is_nan, sign ^ carrier.bits(1 << (carrier.width - 1)), sign)
     if not signed_zero:
-        sign = jnp.where(body == 0, number(0), sign)
+        sign = jnp.where(body == 0, carrier.bits(0), sign)
     return lax.bitcast_convert_type(body | sign, x.dtype)
 
 
-def _fixed_cut(mantissa_bits: Any, min_exponent: Any, info: Any) -> int | None:
-    """How many last bits of every pattern a grid as wide as the dtype leaves; None where that differs or is traced."""
+@dataclasses.dataclass(frozen=True)
+class _Carrier:
+    """The bit layout of the dtype that holds the numbers, float32 or float64."""
+
+    dtype: np.dtype
+
+    @property
+    def width(self) -> int:
+        return jnp.finfo(self.dtype).bits
+
+    @property
+    def fraction_bits(self) -> int:
+        return jnp.finfo(self.dtype).nmant
+
+    @property
+    def bias(self) -> int:
+        return int(jnp.finfo(self.dtype).maxexp) - 1
+
+    @property
+    def unsigned(self) -> np.dtype:
+        return jnp.dtype(f"uint{self.width}")
+
+    @property
+    def signed(self) -> np.dtype:
+        return jnp.dtype(f"int{self.width}")
+
+    @property
+    def infinity(self) -> Any:
+        return self.bits((2 * self.bias + 1) << self.fraction_bits)
+
+    @property
+    def nan(self) -> Any:
+        return self.bits((4 * self.bias + 3) << (self.fraction_bits - 1))
+
+    def bits(self, value: Any) -> Any:
+        """`value` as a bit pattern: a numpy scalar, or an array if it is traced."""
+        return _convert(value, self.unsigned)
+
+    def integer(self, value: Any) -> Any:
+        """`value` as a signed integer: a numpy scalar, or an array if it is traced."""
+        return _convert(value, self.signed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """The grid to round to, and how to round. See the arguments of `round_to_float`."""
+
+    mantissa_bits: Any
+    min_exponent: Any
+    rounding: str
+    key: jax.Array | None
+
+
+def _convert(value: Any, dtype: np.dtype) -> Any:
+    if isinstance(value, jax.Array):
+        return value.astype(dtype)
+    return np.asarray(value, dtype)
+
+
+def _constant_shift(
+    mantissa_bits: Any, min_exponent: Any, carrier: _Carrier
+) -> int | None:
+    """The number of low bits to drop if it is the same for all numbers, else None.
+
+    It differs between numbers if the grid has subnormal numbers that are normal in the
+    carrier. It is unknown if the grid is traced.
+    """
     static = all(isinstance(n, int | np.integer) for n in (mantissa_bits, min_exponent))
-    return (
-        int(info.nmant - mantissa_bits)
-        if static and mantissa_bits > 0 and min_exponent <= info.minexp
-        else None
+    if not static or mantissa_bits <= 0:
+        return None
+    info = jnp.finfo(carrier.dtype)
+    if min_exponent > info.minexp:
+        return None
+    return int(info.nmant - mantissa_bits)
+
+
+def _round_magnitude(
+    magnitude: jax.Array, residual: jax.Array | None, grid: _Grid, carrier: _Carrier
+) -> jax.Array:
+    """Rounds bit patterns without sign to a grid, by a shift for each number.
+
+    Overflow, infinities and NaN are left to the caller.
+    """
+    fraction_bits = carrier.fraction_bits
+    biased = (magnitude >> fraction_bits).astype(carrier.signed)
+    implicit = jnp.where(biased > 0, carrier.bits(1 << fraction_bits), carrier.bits(0))
+    significand = (magnitude & carrier.bits((1 << fraction_bits) - 1)) | implicit
+    # Below the grid's normal range the grid is coarser: more bits are dropped.
+    lowest = carrier.integer(grid.min_exponent) + carrier.integer(carrier.bias)
+    biased = jnp.maximum(biased, carrier.integer(1))
+    shift = (
+        carrier.integer(fraction_bits)
+        - carrier.integer(grid.mantissa_bits)
+        + jnp.maximum(0, lowest - biased)
     )
+    if residual is None:
+        rounded = shift_right(significand, shift, grid.rounding, grid.key)
+    else:
+        # Two more bits hold what lies between x and the next float.
+        extended = (significand << 2) + residual.astype(carrier.unsigned)
+        rounded = shift_right(extended, shift + 2, grid.rounding, grid.key)
+    # The implicit bit in the shifted number adds one to the exponent field, and a carry
+    # adds one more. So the exponent field starts one lower.
+    places = jnp.minimum(shift, fraction_bits + 1).astype(carrier.unsigned)
+    body = ((biased - 1).astype(carrier.unsigned) << fraction_bits) + (
+        rounded << places
+    )
+    if grid.rounding == "stochastic":
+        # A number far below the grid becomes the smallest positive number or zero.
+        smallest = _smallest_positive(lowest, grid, carrier)
+        body = jnp.where(shift > fraction_bits + 1, smallest, body)
+    return jnp.where(rounded == 0, carrier.bits(0), body)
+
+
+def _smallest_positive(lowest: Any, grid: _Grid, carrier: _Carrier) -> jax.Array:
+    """Bit pattern of the grid's smallest positive number, `2^(min_exponent - m)`.
+
+    `lowest` is the biased exponent of the grid's smallest normal number.
+    """
+    fraction_bits = carrier.fraction_bits
+    exponent = lowest - carrier.integer(grid.mantissa_bits)
+    normal = exponent.astype(carrier.unsigned) << fraction_bits
+    place = jnp.clip(
+        exponent + carrier.integer(fraction_bits - 1), 0, fraction_bits - 1
+    )
+    subnormal = carrier.bits(1) << place.astype(carrier.unsigned)
+    return jnp.where(exponent > 0, normal, subnormal)
 
 
 def shift_right(
     significand: jax.Array, shift: jax.Array, rounding: str, key: jax.Array | None
 ) -> jax.Array:
-    """`significand / 2^shift` rounded to an integer; unsigned, with room for one carry above its highest bit."""
-    dtype, width = significand.dtype, jnp.iinfo(significand.dtype).bits
+    """Returns `significand / 2^shift`, rounded to an integer.
+
+    Args:
+      significand: unsigned integers. One bit above the highest set bit must be free,
+        for a carry.
+      shift: signed integers, 0 or more. They may be larger than the width of the dtype.
+      rounding: one of `MODES`.
+      key: PRNG key for stochastic rounding.
+    """
+    dtype = significand.dtype
+    width = jnp.iinfo(dtype).bits
     one = np.ones((), dtype)
     if rounding == "stochastic":
-        # A uniform integer in [0, 2^shift) is added before the cut. Beyond the width the significand moves first.
+        # A uniform integer in [0, 2^shift) is added before the low bits are dropped. If
+        # the shift exceeds the width, the significand moves first.
         extra = jnp.clip(shift - (width - 1), 0, width - 1).astype(dtype)
         places = jnp.minimum(shift, width - 1).astype(dtype)
-        noise = random_bits(
-            key, jnp.broadcast_shapes(significand.shape, shift.shape), dtype
-        )
-        return ((significand >> extra) + (noise & ((one << places) - one))) >> places
-    places = jnp.minimum(shift, width - 2).astype(
-        dtype
-    )  # enough to empty any significand
+        shape = jnp.broadcast_shapes(significand.shape, shift.shape)
+        noise = random_bits(key, shape, dtype) & ((one << places) - one)
+        return ((significand >> extra) + noise) >> places
+    # A shift by width - 2 empties any significand.
+    places = jnp.minimum(shift, width - 2).astype(dtype)
     if rounding == "toward_zero":
         return significand >> places
     half = (one << places) >> one
     if rounding == "nearest_away":
         return (significand + half) >> places
-    below_half = jnp.where(
-        places == 0, np.zeros((), dtype), half - one + ((significand >> places) & one)
-    )
-    return (significand + below_half) >> places
+    # Ties go to even: add half, less one if the last bit that stays is even.
+    last_bit = (significand >> places) & one
+    to_even = jnp.where(places == 0, np.zeros((), dtype), half - one + last_bit)
+    return (significand + to_even) >> places
 
 
 def random_bits(
     key: jax.Array | None, shape: tuple[int, ...], dtype: np.dtype
 ) -> jax.Array:
-    """Uniform bit patterns: a hash of the key's words and each element's place, a few integer operations an element.
+    """Returns uniform bit patterns, from a hash of the key and of each element's index.
 
-    `jax.random.bits` would take longer on CPU than all of rounding. The hash is two rounds of
-    Wellons' lowbias32 (hash prospector, 2018), one for each word drawn from `key`; an element's bits depend on its
-    index alone, so sharded arrays get the same ones.
+    The hash is two rounds of Wellons' lowbias32 (hash prospector, 2018), one round for
+    each of two words drawn from `key`. It costs a few integer operations per element.
+    `jax.random.bits` takes longer on CPU than the whole rounding. An element's bits
+    depend on the key and its index only, so sharded arrays get the same bits.
     """
     assert key is not None
     words = jax.random.bits(key, (2,), np.uint32)
-    place, stride = jnp.zeros(shape, np.uint32), 1
+    index = jnp.zeros(shape, np.uint32)
+    stride = 1
     for axis in reversed(range(len(shape))):
-        place = place + lax.broadcasted_iota(np.uint32, shape, axis) * np.uint32(
-            stride % 2**32
-        )
+        position = lax.broadcasted_iota(np.uint32, shape, axis)
+        index = index + position * np.uint32(stride % 2**32)
         stride *= shape[axis]
-    bits = _mix(_mix(place ^ words[0]) ^ words[1])
+    bits = _mix(_mix(index ^ words[0]) ^ words[1])
     if dtype == np.uint64:
-        return bits.astype(np.uint64) << np.uint64(32) | _mix(bits ^ words[0]).astype(
-            np.uint64
-        )
+        low = _mix(bits ^ words[0]).astype(np.uint64)
+        return bits.astype(np.uint64) << np.uint64(32) | low
     return bits.astype(dtype)
 
 
 def random_uniform(key: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform multiples of 2^-24 in [0, 1), float32."""
-    return (random_bits(key, shape, np.dtype(np.uint32)) >> 8).astype(
-        np.float32
-    ) * np.float32(2.0**-24)
+    """Returns uniform multiples of 2^-24 in [0, 1), float32."""
+    bits = random_bits(key, shape, np.dtype(np.uint32))
+    return (bits >> 8).astype(np.float32) * np.float32(2.0**-24)
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of 32-bit words in which every bit depends on every other."""
+    """Permutes the 32-bit words so that every bit depends on every other bit."""
     x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
     return x ^ (x >> 15)

@@ -1,4 +1,4 @@
-"""What encode must give, computed a second way: numpy in float64 over an enumerated list of numbers, no bit tricks."""
+"""A second way to encode: distances to a list of all numbers, in numpy float64."""
 
 import numpy as np
 
@@ -8,19 +8,21 @@ ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero")
 def magnitudes(
     exponent_bits: int, mantissa_bits: int, bias: int, flavour: str
 ) -> np.ndarray:
-    """The number behind every code without sign, from 0 to the largest, then the next one were there room."""
+    """The numbers of all codes without sign, ascending from 0 to the largest.
+
+    One more number follows. It would be the next one if the format had a code for it.
+    """
     num_codes = {
-        "ieee": (2**exponent_bits - 1)
-        << mantissa_bits,  # the top exponent is infinity and NaN
-        "fn": (2**exponent_bits << mantissa_bits) - 1,  # all ones is NaN
+        # The top exponent is infinity and NaN.
+        "ieee": (2**exponent_bits - 1) << mantissa_bits,
+        # The code with all bits set is NaN.
+        "fn": (2**exponent_bits << mantissa_bits) - 1,
         "fnuz": 2**exponent_bits << mantissa_bits,
         "finite": 2**exponent_bits << mantissa_bits,
     }[flavour]
     code = np.arange(num_codes + 1)
-    exponent, fraction = (
-        code >> mantissa_bits,
-        (code & (2**mantissa_bits - 1)) / 2.0**mantissa_bits,
-    )
+    exponent = code >> mantissa_bits
+    fraction = (code & (2**mantissa_bits - 1)) / 2.0**mantissa_bits
     return np.where(
         exponent == 0,
         2.0 ** (1 - bias) * fraction,
@@ -31,15 +33,20 @@ def magnitudes(
 def encode_float(
     x, exponent_bits, mantissa_bits, bias, flavour, modes
 ) -> dict[tuple[str, bool], np.ndarray]:
-    """Codes of float32 numbers in each of `modes`, (rounding, saturate), by comparing exact distances; uint32."""
+    """Codes of float32 numbers in each mode (rounding, saturate), uint32.
+
+    Each number is compared with the exact distances to its two neighbours.
+    """
     numbers = magnitudes(exponent_bits, mantissa_bits, bias, flavour)
     sign_bit, top = 1 << (exponent_bits + mantissa_bits), len(numbers) - 2
     nan, minus = np.isnan(x), np.signbit(x)
     magnitude = np.abs(np.where(nan, np.float32(0), x).astype(np.float64))
     low = np.minimum(np.searchsorted(numbers, magnitude, side="right") - 1, top)
-    # Exact: x has 24 bits and lies between two numbers of at most 16, or is far above the second.
+    # The differences are exact: x has 24 bits. It is between two numbers of at most 16
+    # bits, or far above the second one.
     below, above = magnitude - numbers[low], numbers[low + 1] - magnitude
-    # With no mantissa bit every number but 0 is odd, and a tie goes to the larger magnitude (IEEE 754-2019, 4.3.1).
+    # Without mantissa bits every number except 0 is odd. A tie then goes to the larger
+    # magnitude (IEEE 754-2019, section 4.3.1).
     odd = low % 2 == 1 if mantissa_bits else low > 0
     up = {
         "nearest_even": (below > above) | ((below == above) & odd),
@@ -66,7 +73,11 @@ def encode_float(
 
 
 def neighbours(x, numbers) -> tuple[np.ndarray, np.ndarray]:
-    """The largest of the ascending `numbers` at or below each x and the smallest at or above it, clamped to them."""
+    """The neighbours of each x among the ascending `numbers`.
+
+    They are the largest number <= x and the smallest number >= x. Outside of the
+    numbers both are the outermost number.
+    """
     x, numbers = np.asarray(x, np.float64), np.asarray(numbers, np.float64)
     last = len(numbers) - 1
     below = np.clip(np.searchsorted(numbers, x, side="right") - 1, 0, last)
@@ -75,7 +86,7 @@ def neighbours(x, numbers) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hard_numbers(numbers: np.ndarray) -> np.ndarray:
-    """The numbers of a format, the points half-way between them, and what float32 has next to each."""
+    """The numbers of a format, their midpoints, and the float32 neighbours of both."""
     numbers = np.sort(np.asarray(numbers, np.float64))
     beyond = [
         1.5 * numbers[0] - 0.5 * numbers[1],
@@ -94,8 +105,5 @@ def hard_numbers(numbers: np.ndarray) -> np.ndarray:
 
 def random_patterns(count: int, seed: int) -> np.ndarray:
     """Uniform float32 bit patterns: every exponent, subnormals, infinities and NaN."""
-    return (
-        np.random.default_rng(seed)
-        .integers(0, 2**32, count, dtype=np.uint32)
-        .view(np.float32)
-    )
+    random = np.random.default_rng(seed)
+    return random.integers(0, 2**32, count, dtype=np.uint32).view(np.float32)

@@ -1,4 +1,4 @@
-"""One table: every registered format, and some nobody registered, times every promise of `Format`."""
+"""All registered formats and some others, times all promises of `Format`."""
 
 import copy
 import functools
@@ -12,12 +12,14 @@ import pytest
 
 from jaxq.formats import CodebookFormat, FloatFormat, Format, IntegerFormat, get, names
 from tests import tables
+from tests.arrays import assert_same
 from tests.formats import oracle
 
 SIZE = 1 << 12
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "stochastic")
 
-# (bits, max, min, smallest positive, distinct finite numbers) of what is registered, from the formats' definitions.
+# (bits, max, min, smallest positive, number of distinct finite numbers) of registered
+# formats, from their definitions.
 FACTS = {
     "bfloat16": (
         16,
@@ -51,7 +53,7 @@ FACTS = {
         for b in range(2, 9)
     },
     **{f"uint{b}": (b, 2**b - 1, 0, 1, 2**b) for b in range(1, 9)},
-    # The NormalFloats' smallest numbers are the construction's own business: see test_codebook.py.
+    # test_codebook.py tests the smallest numbers of the NormalFloats.
     **{f"nf{b}": (b, 1, -1, None, 2**b) for b in range(2, 9)},
     "nf4": (4, 1, -1, 0.07958029955625534, 16),
     "af4": (4, 1, -1, 0.04273164, 16),
@@ -74,17 +76,17 @@ OTHERS = (
     CodebookFormat("two_zeros", (0.0, 1.0, -0.0, -1.0)),
     CodebookFormat("positive", (0.25, 1.0, 3.0)),
 )
-# Too many numbers to list: tests/emulation/test_cast.py has them.
+# These have too many numbers to list. tests/emulation/test_cast.py tests them.
 WIDE = {"float32", "float64", "tfloat32"}
 ALL = [*(get(name) for name in names() if name not in WIDE), *OTHERS]
-# Of families that come in every width the widths from 5 to 7 are heavy.
+# In families with all widths from 1 to 8, the widths 5, 6 and 7 are heavy.
 IN_BETWEEN = re.compile(r"(u?int|nf|log)[567](_.*)?")
 over_formats = pytest.mark.parametrize(
     "fmt",
     tables.thinned(ALL, [fmt for fmt in ALL if not IN_BETWEEN.fullmatch(fmt.name)]),
     ids=str,
 )
-# Where each is a program of its own.
+# For tests that compile one program for each format.
 over_some_formats = pytest.mark.parametrize(
     "fmt", tables.thinned(ALL, ALL[::12]), ids=str
 )
@@ -97,13 +99,14 @@ def values(fmt: Format) -> np.ndarray:
 
 @functools.cache
 def inputs(fmt: Format) -> np.ndarray:
-    """The format's numbers, what lies half-way and next to them, and numbers of every size; ascending, no NaN."""
-    numbers = values(fmt)[
-        :: max(1, len(values(fmt)) // 512)
-    ]  # all of them are tried in the tests of one kind
-    random = np.random.default_rng(0).uniform(-1, 1, SIZE) ** 3 * min(
-        2 * fmt.max, float(np.finfo(np.float32).max)
-    )
+    """Numbers of the format, midpoints, their neighbours, and random numbers.
+
+    They are ascending and have no NaN. The tests of one kind of format use all numbers
+    of a format. Here about 512 of them must do.
+    """
+    numbers = values(fmt)[:: max(1, len(values(fmt)) // 512)]
+    largest = min(2 * fmt.max, float(np.finfo(np.float32).max))
+    random = np.random.default_rng(0).uniform(-1, 1, SIZE) ** 3 * largest
     special = np.array(
         [np.inf, -np.inf, 0, -0.0, 1e-45, -1e-45, 1e-38, 3e38, -3e38, fmt.max, fmt.min],
         np.float32,
@@ -114,33 +117,30 @@ def inputs(fmt: Format) -> np.ndarray:
 
 
 def decoded(fmt: Format, codes) -> np.ndarray:
-    """Numbers of some codes, over and over up to one size for all formats."""
-    return np.asarray(
-        fmt.decode(
-            jnp.asarray(
-                np.resize(np.asarray(codes, fmt.code_dtype), max(SIZE, len(codes)))
-            )
-        )
-    )
+    """The numbers of the codes, repeated up to one size for all formats."""
+    codes = np.asarray(codes, fmt.code_dtype)
+    repeated = np.resize(codes, max(SIZE, len(codes)))
+    return np.asarray(fmt.decode(jnp.asarray(repeated)))
 
 
 def run(
     fmt: Format, x, seed: int = 0
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """(codes, numbers) of `x` in every mode. Not jitted: on arrays of one shape all formats share the operations."""
-    codes = {
-        r: fmt.encode(
-            x, rounding=r, key=jax.random.key(seed) if r == "stochastic" else None
-        )
-        for r in ROUNDINGS
-    }
+    """The codes and the numbers of `x` in every mode.
+
+    It is not jitted, so that all formats share compiled operations of one shape.
+    """
+    codes = {}
+    for mode in ROUNDINGS:
+        key = jax.random.key(seed) if mode == "stochastic" else None
+        codes[mode] = fmt.encode(x, rounding=mode, key=key)
     codes["overflow"] = fmt.encode(x, saturate=False)
     return codes, {name: fmt.decode(code) for name, code in codes.items()}
 
 
 @functools.cache
 def results(fmt: Format):
-    """(codes, numbers) of `inputs`, one array a mode."""
+    """The codes and the numbers of `inputs(fmt)`, one array for each mode."""
     return jax.tree.map(np.asarray, run(fmt, inputs(fmt)))
 
 
@@ -149,16 +149,12 @@ def in_range(fmt: Format, x: np.ndarray) -> np.ndarray:
 
 
 def test_the_table_has_every_registered_format():
-    # Formats that examples in docstrings register may be there too, when those ran first in this process.
-    assert set(FACTS) <= set(names()), (
-        f"not registered: {sorted(set(FACTS) - set(names()))}"
-    )
-    extra = {
-        name
-        for name in set(names()) - set(FACTS) - WIDE
-        if not name.startswith("float")
-    }
-    assert not extra, f"add a row for {sorted(extra)}"
+    missing = sorted(set(FACTS) - set(names()))
+    assert not missing, f"not registered: {missing}"
+    # An example in a docstring registers a float format. It may have run before.
+    extra = [name for name in names() if name not in FACTS and name not in WIDE]
+    extra = [name for name in extra if not name.startswith("float")]
+    assert not extra, f"add a row for {extra}"
 
 
 @pytest.mark.parametrize(
@@ -194,24 +190,20 @@ def test_values_ascend_and_are_distinct(fmt):
 
 
 @over_formats
-def test_codes_are_all_there_is(fmt):
+def test_codes_lists_every_code_that_encode_gives(fmt):
     codes = fmt.codes()
     assert codes.dtype == fmt.code_dtype
     patterns = codes.astype(np.int64) % 2**fmt.bits
-    assert (np.diff(patterns) > 0).all(), (
-        "codes come in the order of their bit patterns"
-    )
-    assert {np.asarray(c).item() for c in results(fmt)[0]["nearest_even"]} <= set(
-        codes.tolist()
-    )
+    assert (np.diff(patterns) > 0).all(), "not in the order of the bit patterns"
+    assert set(results(fmt)[0]["nearest_even"].tolist()) <= set(codes.tolist())
     assert fmt.zero_code in codes.tolist()
     if 0 in values(fmt):
         assert decoded(fmt, [fmt.zero_code])[0] == 0
 
 
 @over_formats
-def test_every_number_is_its_own_nearest(fmt):
-    # Only a second code of zero, where a table or the sign gives one, may come back as another code.
+def test_numbers_of_the_format_do_not_change(fmt):
+    # A format may have two codes of zero. Then encode may give the other one.
     codes = np.resize(fmt.codes()[:: max(1, len(fmt.codes()) // SIZE)], SIZE)
     numbers = np.asarray(fmt.decode(jnp.asarray(codes)))
     again, _ = run(fmt, numbers, seed=1)
@@ -220,14 +212,13 @@ def test_every_number_is_its_own_nearest(fmt):
         np.testing.assert_array_equal(
             np.asarray(code)[finite], codes[finite], err_msg=mode
         )
-        np.testing.assert_array_equal(
-            np.asarray(fmt.decode(code))[np.isfinite(numbers)],
-            numbers[np.isfinite(numbers)],
-        )
+        decoded_again = np.asarray(fmt.decode(code))
+        not_nan = np.isfinite(numbers)
+        np.testing.assert_array_equal(decoded_again[not_nan], numbers[not_nan])
 
 
 @over_formats
-def test_rounds_to_a_neighbour_and_to_the_nearer_one(fmt):
+def test_rounds_to_a_neighbour_and_nearest_modes_to_the_nearer_one(fmt):
     x, (_, numbers) = inputs(fmt), results(fmt)
     inside = in_range(fmt, x)
     below, above = oracle.neighbours(x[inside], values(fmt))
@@ -235,42 +226,39 @@ def test_rounds_to_a_neighbour_and_to_the_nearer_one(fmt):
         rounded = numbers[mode][inside]
         assert ((rounded == below) | (rounded == above)).all(), mode
     if getattr(fmt, "boundaries", None) is not None:
-        return  # a table with its own boundaries does not go to the nearer number
+        return  # a table with its own boundaries does not round to the nearer number
     half = (above - below) / 2
     for mode in ("nearest_even", "nearest_away"):
-        # A table's boundaries are float32 midpoints, half a unit in the last place from the true ones.
-        slack = (
-            0
-            if fmt.kind != "codebook"
-            else np.spacing(np.abs(x[inside])).astype(np.float64)
-        )
+        # The boundaries of a table are midpoints rounded to float32.
+        slack = 0
+        if fmt.kind == "codebook":
+            slack = np.spacing(np.abs(x[inside])).astype(np.float64)
         error = np.abs(numbers[mode][inside].astype(np.float64) - x[inside])
         far = error > half + slack
         if fmt.name == "float8_e8m0fnu":  # below 2^-126 it goes up, as in ml_dtypes
             far &= x[inside] >= 2.0**-126
-        assert not far.any(), (
-            f"{mode}: {x[inside][far][:5]} became {numbers[mode][inside][far][:5]}"
-        )
+        rounded = numbers[mode][inside]
+        assert not far.any(), f"{mode}: {x[inside][far][:5]} became {rounded[far][:5]}"
 
 
 @over_formats
-def test_toward_zero_does_not_grow(fmt):
+def test_toward_zero_does_not_increase_the_magnitude(fmt):
     x, (_, numbers) = inputs(fmt), results(fmt)
     has_zero = in_range(fmt, x) & (0 in values(fmt))
     assert (np.abs(numbers["toward_zero"])[has_zero] <= np.abs(x)[has_zero]).all()
 
 
 @over_formats
-def test_monotone(fmt):
+def test_rounding_is_monotone(fmt):
     x, (_, numbers) = inputs(fmt), results(fmt)
-    if fmt.name == "float8_e8m0fnu":  # zero and what is below it are NaN
+    if fmt.name == "float8_e8m0fnu":  # zero and negative numbers are NaN
         numbers = {mode: number[x > 0] for mode, number in numbers.items()}
     for mode in ("nearest_even", "nearest_away", "toward_zero"):
         assert (np.diff(numbers[mode].astype(np.float64)) >= 0).all(), mode
 
 
 @over_formats
-def test_saturates(fmt):
+def test_numbers_beyond_the_range_saturate(fmt):
     x, (_, numbers) = inputs(fmt), results(fmt)
     for mode in ROUNDINGS:
         assert (numbers[mode][x > fmt.max] == np.float32(fmt.max)).all(), mode
@@ -282,21 +270,20 @@ def test_saturates(fmt):
 
 
 @over_formats
-def test_nan_is_nan_where_there_is_one(fmt):
+def test_nan_becomes_nan_or_one_fixed_number(fmt):
     nan = np.array([np.nan, -np.nan] * (SIZE // 2), np.float32)
     _, numbers = run(fmt, nan)
     has_nan = np.isnan(decoded(fmt, fmt.codes())).any()
     for mode, number in numbers.items():
         if has_nan:
             assert np.isnan(number).all(), mode
-        else:  # one fixed number: zero for floats and integers, the lowest entry for tables
-            assert (
-                np.asarray(number) == (fmt.min if fmt.kind == "codebook" else 0)
-            ).all(), mode
+        else:  # the lowest entry of a table, else zero
+            expected = fmt.min if fmt.kind == "codebook" else 0
+            assert (np.asarray(number) == expected).all(), mode
 
 
 @over_formats
-def test_idempotent(fmt):
+def test_rounding_twice_changes_nothing(fmt):
     codes, numbers = results(fmt)
     for mode in ROUNDINGS:
         key = jax.random.key(2) if mode == "stochastic" else None
@@ -306,18 +293,18 @@ def test_idempotent(fmt):
 
 
 @over_some_formats
-def test_jit_is_eager(fmt):
-    codes, numbers = jax.jit(lambda x: (codes := fmt.encode(x), fmt.decode(codes)))(
-        inputs(fmt)
-    )
+def test_jitted_equals_eager(fmt):
+    @jax.jit
+    def encode_and_decode(x):
+        codes = fmt.encode(x)
+        return codes, fmt.decode(codes)
+
+    codes, numbers = encode_and_decode(inputs(fmt))
     assert (codes.dtype, codes.shape) == (fmt.code_dtype, (SIZE,))
     assert (numbers.dtype, numbers.shape) == (np.float32, (SIZE,))
-    np.testing.assert_array_equal(codes, results(fmt)[0]["nearest_even"])
-    # By bits, so that the sign of zero counts.
-    np.testing.assert_array_equal(
-        np.asarray(numbers).view(np.uint32),
-        results(fmt)[1]["nearest_even"].view(np.uint32),
-    )
+    eager_codes, eager_numbers = results(fmt)
+    assert_same(codes, eager_codes["nearest_even"])
+    assert_same(numbers, eager_numbers["nearest_even"])
 
 
 one_of_each_kind = pytest.mark.parametrize(
@@ -326,18 +313,13 @@ one_of_each_kind = pytest.mark.parametrize(
 
 
 @one_of_each_kind
-def test_jit_is_eager_in_every_mode(name):
-    x, fmt = inputs(get(name)), get(name)
-    codes, numbers = jax.tree.map(np.asarray, jax.jit(functools.partial(run, fmt))(x))
-    for mode, code in codes.items():
-        np.testing.assert_array_equal(code, results(fmt)[0][mode], err_msg=mode)
-        np.testing.assert_array_equal(
-            numbers[mode].view(np.uint32), results(fmt)[1][mode].view(np.uint32)
-        )
+def test_jitted_equals_eager_in_every_mode(name):
+    fmt = get(name)
+    assert_same(jax.jit(functools.partial(run, fmt))(inputs(fmt)), results(fmt))
 
 
 @one_of_each_kind
-def test_vmap_scalars_and_lower_precision(name):
+def test_vmap_scalars_and_bfloat16(name):
     fmt = get(name)
     x = inputs(fmt).reshape(4, -1)
     half = jnp.asarray(x).astype(jnp.bfloat16)
@@ -351,16 +333,15 @@ def test_vmap_scalars_and_lower_precision(name):
             fmt.encode(widened),
         )
 
-    mapped, scalar, from_half, from_widened = every_way(
-        x, half, np.asarray(half).astype(np.float32)
-    )
+    widened = np.asarray(half).astype(np.float32)
+    mapped, scalar, from_half, from_widened = every_way(x, half, widened)
     np.testing.assert_array_equal(mapped.reshape(-1), results(fmt)[0]["nearest_even"])
     assert (scalar.shape, scalar) == ((), mapped[0, 5])
-    np.testing.assert_array_equal(from_half, from_widened)  # subnormal ones too
+    np.testing.assert_array_equal(from_half, from_widened)  # also subnormal numbers
 
 
 @over_formats
-def test_shapes(fmt):
+def test_shapes_and_dtypes(fmt):
     for shape in ((), (0, 3), (2, 1, 5)):
         codes = jax.eval_shape(fmt.encode, jax.ShapeDtypeStruct(shape, np.float32))
         assert (codes.shape, codes.dtype) == (shape, fmt.code_dtype)
@@ -369,11 +350,10 @@ def test_shapes(fmt):
 
 
 @over_formats
-def test_compared_by_value(fmt):
-    copies = [pickle.loads(pickle.dumps(fmt)), copy.deepcopy(fmt)]
-    for same in copies:
-        assert same == fmt
-        assert hash(same) == hash(fmt)
+def test_formats_are_compared_by_value(fmt):
+    for twin in (pickle.loads(pickle.dumps(fmt)), copy.deepcopy(fmt)):
+        assert twin == fmt
+        assert hash(twin) == hash(fmt)
     assert str(fmt) == fmt.name
     assert [other for other in ALL if other == fmt] == [fmt]
 
@@ -382,7 +362,7 @@ def test_equal_formats_share_one_trace():
     traces = []
 
     @functools.partial(jax.jit, static_argnums=1)
-    def run(x, fmt):
+    def encode(x, fmt):
         traces.append(fmt)
         return fmt.encode(x)
 
@@ -391,7 +371,7 @@ def test_equal_formats_share_one_trace():
         FloatFormat("f", 4, 3, 7),
         pickle.loads(pickle.dumps(FloatFormat("f", 4, 3))),
     ):
-        run(jnp.ones(3), fmt)
+        encode(jnp.ones(3), fmt)
     assert len(traces) == 1
 
 

@@ -1,4 +1,4 @@
-"""Formats by name."""
+"""The registry: names, spelling, suggestions, name patterns, JSON."""
 
 import json
 
@@ -20,11 +20,11 @@ from jaxq.formats import _registry as registry_module
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A registry that forgets what a test adds."""
+    """Restores the registry after the test."""
     monkeypatch.setattr(registry_module, "_registry", dict(registry_module._registry))
 
 
-def test_every_name_finds_its_format():
+def test_get_returns_the_format_of_every_name():
     assert names() == sorted(set(names()))
     for name in names():
         assert get(name).name == name
@@ -32,7 +32,7 @@ def test_every_name_finds_its_format():
         assert get(get(name)) is get(name)
 
 
-def test_spelling_is_forgiven():
+def test_hyphens_capitals_and_spaces_are_accepted():
     assert get("int4-narrow") is get("int4_narrow") is get(" INT4_narrow ")
     assert get("float8-E4M3fn") is get("float8_e4m3fn")
 
@@ -47,18 +47,18 @@ def test_spelling_is_forgiven():
     ],
 )
 def test_an_unknown_name_suggests_close_ones(name, suggestion):
-    with pytest.raises(
-        ValueError, match=f"unknown format '{name}'. Did you mean .*{suggestion}.*names"
-    ):
+    message = f"unknown format '{name}'. Did you mean .*{suggestion}.*names"
+    with pytest.raises(ValueError, match=message):
         get(name)
 
 
-def test_a_name_like_no_other_says_where_to_look():
-    with pytest.raises(
-        ValueError,
-        match=r"unknown format 'zzzz'. jaxq.formats.names\(\) lists them all",
-    ):
+def test_an_unknown_name_without_similar_ones_points_to_the_list():
+    message = r"unknown format 'zzzz'. jaxq.formats.names\(\) lists them all"
+    with pytest.raises(ValueError, match=message):
         get("zzzz")
+
+
+def test_get_takes_names_and_formats_only():
     with pytest.raises(TypeError, match="takes a name or a Format, got int"):
         get(8)
 
@@ -68,7 +68,7 @@ def test_register(registry):
     assert register(mine) is mine
     assert "mine_1" in names()
     assert get("mine-1") is mine
-    register(CodebookFormat("Mine-1", (-1.0, 2.0)))  # the same again is no conflict
+    register(CodebookFormat("Mine-1", (-1.0, 2.0)))  # an equal format is accepted
     with pytest.raises(ValueError, match="'mine_1' is taken by CodebookFormat"):
         register(CodebookFormat("mine_1", (-1.0, 3.0)))
     with pytest.raises(ValueError, match="'int4' is taken"):
@@ -93,12 +93,12 @@ def test_any_exmy_name_is_a_format(name, expected):
 
 def test_parsed_names_agree_with_registered_ones():
     parsed = {name: registry_module._parse_float(name) for name in names()}
-    found = [name for name, fmt in parsed.items() if fmt is not None]
-    assert len(found) >= 11
-    assert all(parsed[name] == get(name) for name in found)
+    parsed = {name: fmt for name, fmt in parsed.items() if fmt is not None}
+    assert len(parsed) >= 11
+    assert all(fmt == get(name) for name, fmt in parsed.items())
 
 
-def test_impossible_exmy_names_are_refused():
+def test_invalid_exmy_names_raise():
     with pytest.raises(ValueError, match="e4m3 with its sign has 8 bits, not 9"):
         get("float9_e4m3")
     with pytest.raises(ValueError, match="mantissa_bits 0 to 23"):
@@ -112,10 +112,12 @@ def test_json_round_trip():
         CodebookFormat("mine", (0.0, 0.1, 3.0), (0.01, 1.0)),
         ExponentFormat("scale"),
         FloatFormat("odd", 4, 3, 11, "fnuz"),
-        IntegerFormat("int4", 4, narrow=True),  # a registered name for something else
+        IntegerFormat("int4", 4, narrow=True),  # the name of another format
     ]
     for fmt in [*map(get, names()), get("float5_e2m2fn"), *users]:
         assert from_dict(json.loads(json.dumps(to_dict(fmt)))) == fmt
     assert to_dict(get("nf4")) == "nf4"
-    with pytest.raises(ValueError, match="unknown kind of format 'Nonsense'"):
+    with pytest.raises(
+        ValueError, match="unknown kind of format 'Nonsense'. Known kinds"
+    ):
         from_dict({"type": "Nonsense"})
