@@ -58,10 +58,10 @@ def as_bounds(
             raise ValueError(
                 "quantize: bounds= must be (low, high) with low <= high, and no NaN."
             )
-    return _broadcast(low, shape), _broadcast(high, shape)
+    return _bound_per_scale(low, shape), _bound_per_scale(high, shape)
 
 
-def _broadcast(bound: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _bound_per_scale(bound: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A bound of any allowed shape as `[*batch, *num_blocks]`."""
     if bound.size == math.prod(shape):
         return bound.reshape(shape)

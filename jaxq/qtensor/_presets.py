@@ -9,48 +9,50 @@ from jaxq.qtensor._granularity import PerChannel, PerFlat, PerGroup, PerTensor
 from jaxq.qtensor._spec import QuantSpec
 
 
-def _grouped(fmt: str, size: int, scale: str | QuantSpec, **fields: Any) -> QuantSpec:
+def _group_spec(
+    fmt: str, size: int, scale: str | QuantSpec, **fields: Any
+) -> QuantSpec:
     return QuantSpec(fmt, PerGroup(size, pad=True), scale=scale, **fields)
 
 
-def _microscaling(fmt: str) -> QuantSpec:
-    return _grouped(fmt, 32, "float8_e8m0fnu", scale_rule="mx_floor")
+def _microscaling_spec(fmt: str) -> QuantSpec:
+    return _group_spec(fmt, 32, "float8_e8m0fnu", scale_rule="mx_floor")
 
 
 _PRESETS: dict[str, QuantSpec] = {
-    "af4": _grouped("af4", 64, "float32"),
+    "af4": _group_spec("af4", 64, "float32"),
     "binary": QuantSpec("binary", PerChannel(), scale_rule="absmean"),
-    "fp4_e2m1": _grouped("float4_e2m1fn", 128, "bfloat16"),
+    "fp4_e2m1": _group_spec("float4_e2m1fn", 128, "bfloat16"),
     "fp6_e2m3": QuantSpec("float6_e2m3fn", PerChannel()),
     "fp6_e3m2": QuantSpec("float6_e3m2fn", PerChannel()),
     "fp8": QuantSpec("float8_e4m3fn", PerChannel()),
     "fp8_e5m2": QuantSpec("float8_e5m2", PerChannel()),
     # A symmetric int2 would have only three values.
-    "int2": _grouped("int2", 64, "bfloat16", symmetric=False),
-    "int3": _grouped("int3", 128, "bfloat16"),
-    "int4": _grouped("int4", 128, "bfloat16"),
+    "int2": _group_spec("int2", 64, "bfloat16", symmetric=False),
+    "int3": _group_spec("int3", 128, "bfloat16"),
+    "int4": _group_spec("int4", 128, "bfloat16"),
     "int8": QuantSpec("int8", PerChannel()),
     "log4": QuantSpec("log4", PerChannel()),
-    "mxfp4": _microscaling("float4_e2m1fn"),
-    "mxfp6_e2m3": _microscaling("float6_e2m3fn"),
-    "mxfp6_e3m2": _microscaling("float6_e3m2fn"),
-    "mxfp8": _microscaling("float8_e4m3fn"),
-    "mxfp8_e5m2": _microscaling("float8_e5m2"),
-    "mxint8": _microscaling("int8"),
-    "nf4": _grouped("nf4", 64, "float32"),
+    "mxfp4": _microscaling_spec("float4_e2m1fn"),
+    "mxfp6_e2m3": _microscaling_spec("float6_e2m3fn"),
+    "mxfp6_e3m2": _microscaling_spec("float6_e3m2fn"),
+    "mxfp8": _microscaling_spec("float8_e4m3fn"),
+    "mxfp8_e5m2": _microscaling_spec("float8_e5m2"),
+    "mxint8": _microscaling_spec("int8"),
+    "nf4": _group_spec("nf4", 64, "float32"),
     # QLoRA quantizes scales by a signed map about their mean. Scales are positive, so
     # this preset uses an unsigned map without an offset. A small scale among larger
     # ones then cannot be read back as negative, which would change the signs of its
     # block. The error is half a gap of the map. That is 0.4 to 4 per cent of a scale
     # within a tenth of the largest of its 256 scales, and twice as much for each power
     # of ten below.
-    "nf4_dq": _grouped("nf4", 64, QuantSpec("udynamic8", PerFlat(256))),
-    "nvfp4": _grouped("float4_e2m1fn", 16, QuantSpec("float8_e4m3fn", PerTensor())),
+    "nf4_dq": _group_spec("nf4", 64, QuantSpec("udynamic8", PerFlat(256))),
+    "nvfp4": _group_spec("float4_e2m1fn", 16, QuantSpec("float8_e4m3fn", PerTensor())),
     "ternary": QuantSpec("ternary", PerChannel(), scale_rule="absmean"),
     "ttq": QuantSpec("ternary", PerTensor(), scale_rule="ttq"),
-    "uint4": _grouped("uint4", 128, "bfloat16", symmetric=False),
+    "uint4": _group_spec("uint4", 128, "bfloat16", symmetric=False),
     "uint8": QuantSpec("uint8", PerChannel(), symmetric=False),
-    "vsq4": _grouped("int4", 16, QuantSpec("uint4", PerChannel())),
+    "vsq4": _group_spec("int4", 16, QuantSpec("uint4", PerChannel())),
 }
 
 

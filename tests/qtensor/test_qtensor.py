@@ -288,6 +288,15 @@ def test_reshape_splits_and_merges_kept_axes(spec):
     np.testing.assert_array_equal(again, values.reshape(96, 4, 3))
 
 
+def test_reshape_with_two_contracted_axes():
+    qt = quantized("int8", (4, 12, 20), contracting=(-3, -2))
+    values = np.asarray(jaxq.dequantize(qt))
+    split = qt.reshape(4, 12, 4, 5)
+    np.testing.assert_array_equal(jaxq.dequantize(split), values.reshape(4, 12, 4, 5))
+    with pytest.raises(ValueError, match=r"contracted axes \[-3, -2\] must keep"):
+        qt.reshape(48, 20)
+
+
 def test_reshape_with_batch_axes_tiles_and_minimums():
     qt = quantized(
         QuantSpec("uint4", PerGroup(16), offset="min"),

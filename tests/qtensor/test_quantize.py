@@ -27,6 +27,7 @@ from jaxq import (
 )
 from jaxq.qtensor import scale_values
 from tests import tables
+from tests.arrays import assert_same
 from tests.qtensor import oracle
 
 PRESETS = tuple(jaxq.presets())
@@ -39,11 +40,6 @@ over_presets = pytest.mark.parametrize("preset", PRESETS)
 def compiled(x, preset):
     qt = jaxq.quantize(x, preset)
     return qt, jaxq.dequantize(qt)
-
-
-def bits(x) -> np.ndarray:
-    x = np.asarray(x)
-    return x.view(np.dtype(f"u{x.dtype.itemsize}"))
 
 
 def uneven_columns(seed: int = 0, shape=SHAPE) -> np.ndarray:
@@ -68,7 +64,7 @@ def assert_equals_oracle(qt, values, x, spec):
         np.testing.assert_allclose(got, reference.scale, rtol=1e-6)
         np.testing.assert_allclose(np.asarray(values).T, reference.values, rtol=1e-6)
     else:
-        np.testing.assert_array_equal(bits(got), bits(reference.scale + np.float32(0)))
+        assert_same(got, reference.scale + np.float32(0))  # + 0 turns -0 into 0
         expected = reference.values.astype(x.dtype)
         np.testing.assert_array_equal(
             np.asarray(values, np.float32).T, expected.astype(np.float32)
@@ -213,8 +209,8 @@ def test_nf4_bytes_equal_bitsandbytes():
     qt = jaxq.quantize(w, QuantSpec("nf4", PerFlat(64), packing="high_first"))
     np.testing.assert_array_equal(qt.data, packed.numpy().ravel())
     np.testing.assert_array_equal(qt.scale, state.absmax.numpy())
-    theirs = bnb.functional.dequantize_4bit(packed, state).numpy().T
-    np.testing.assert_array_equal(jaxq.dequantize(qt), theirs)
+    reference = bnb.functional.dequantize_4bit(packed, state).numpy().T
+    np.testing.assert_array_equal(jaxq.dequantize(qt), reference)
 
 
 def test_signed_extreme_is_gguf_q4_0():
@@ -223,8 +219,8 @@ def test_signed_extreme_is_gguf_q4_0():
     rows = uneven_columns(4, (96, 8)).T.copy()
     rows[3] = 1e-3
     rows[3, 0] = -2e-3
-    theirs = gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q4_0)
-    scale = theirs.reshape(8, 3, 18)[..., :2].copy().view(np.float16)[..., 0]
+    reference = gguf.quants.quantize(rows, gguf.GGMLQuantizationType.Q4_0)
+    scale = reference.reshape(8, 3, 18)[..., :2].copy().view(np.float16)[..., 0]
     qt = jaxq.quantize(rows.T, spec)
     assert qt.scale.dtype == jnp.float16
     np.testing.assert_array_equal(qt.scale, scale)
@@ -232,14 +228,14 @@ def test_signed_extreme_is_gguf_q4_0():
     # to nearest with the stored scale.
     signed = np.repeat(scale.astype(np.float32), 32, axis=1)
     step = abs(signed)
-    ours = np.asarray(jaxq.dequantize(qt)).T
-    values = gguf.quants.dequantize(theirs, gguf.GGMLQuantizationType.Q4_0)
-    assert np.all(abs(ours - values) <= step * 1.001)
-    assert np.mean(ours == values) > 0.99
+    actual = np.asarray(jaxq.dequantize(qt)).T
+    values = gguf.quants.dequantize(reference, gguf.GGMLQuantizationType.Q4_0)
+    assert np.all(abs(actual - values) <= step * 1.001)
+    assert np.mean(actual == values) > 0.99
     y = rows / np.where(step, signed, 1)
     inside = (y >= -8.5) & (y <= 7.5)
     assert inside.mean() > 0.9
-    assert np.all(abs(ours - rows)[inside] <= 0.5 * step[inside] * 1.001)
+    assert np.all(abs(actual - rows)[inside] <= 0.5 * step[inside] * 1.001)
 
 
 # Properties.
@@ -844,9 +840,7 @@ def test_dequantize_to_another_dtype():
     qt, values = compiled(x, "int8")
     half = jaxq.dequantize(qt, dtype="bfloat16")
     assert half.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(
-        bits(half), bits(np.asarray(values).astype(ml_dtypes.bfloat16))
-    )
+    assert_same(half, np.asarray(values).astype(ml_dtypes.bfloat16))
 
 
 # Gradients.
@@ -868,7 +862,7 @@ def test_quantize_refuses_gradients():
             run(x, w)
     with pytest.raises(TypeError, match=refusal):
         jax.jvp(lambda w: loss(x, w), (w,), (w,))
-    # A constant weight is allowed, and so is one under stop_gradient.
+    # A constant weight and a weight under stop_gradient are allowed.
     expected = np.broadcast_to(
         np.asarray(jaxq.dequantize(jaxq.quantize(w, "int8"))).sum(1), (2, 8)
     )

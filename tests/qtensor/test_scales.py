@@ -385,12 +385,12 @@ def test_bitsandbytes_double_quantization():
     moved = np.asarray(qt.scale.codes()).ravel().astype(int) - state.absmax.numpy()
     assert (abs(moved) <= 1).all()
     assert np.mean(moved != 0) < 0.02
-    theirs = bnb.functional.dequantize_4bit(packed, state).numpy().T
+    reference = bnb.functional.dequantize_4bit(packed, state).numpy().T
     same = np.repeat(moved == 0, 64).reshape(96, 512).T & (
         np.asarray(scale_values(qt)).repeat(64).reshape(96, 512).T > 0
     )
     np.testing.assert_allclose(
-        np.asarray(jaxq.dequantize(qt))[same], theirs[same], rtol=1e-5, atol=1e-5
+        np.asarray(jaxq.dequantize(qt))[same], reference[same], rtol=1e-5, atol=1e-5
     )
     assert np.mean(same) > 0.9
     stored = jaxq.quantize(w, spec.replace(codes_from="stored"))
