@@ -7,7 +7,7 @@ hooks: no class is edited and no jax function is replaced. `calibrate` looks at 
 
 from jaxq.nn import linen
 from jaxq.nn._mixed_precision import Sensitivity, assign, mixed_recipe, sensitivity
-from jaxq.nn.calibration._nnx import calibrate
+from jaxq.nn.calibration import calibrate
 from jaxq.nn.layers import (
     LayerKind,
     QConv,
@@ -25,7 +25,7 @@ from jaxq.nn.layers import (
     unregister_layer,
     weight_axes,
 )
-from jaxq.nn.report._report import Report, Row
+from jaxq.nn.report import Report, Row
 from jaxq.nn.transform._folding import register_folding
 from jaxq.nn.transform._nnx import quantize_model
 from jaxq.nn.transform._nnx_layers import find_layers

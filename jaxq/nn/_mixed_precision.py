@@ -1,7 +1,8 @@
-"""Mixed precision: how much each layer's quantization alone moves a model's predictions, and what to give each.
+"""Mixed precision: how sensitive each layer is to quantization, and what to give each.
 
-`sensitivity` measures every layer with every choice, the others in floats; `assign` finds the choices that cost least
-in all within an average number of bits; `mixed_recipe` makes a recipe of them.
+`sensitivity` quantizes one layer at a time, with each choice, and measures the change
+of the model's predictions. `assign` finds the choices with the smallest total change
+within an average number of bits. `mixed_recipe` makes a recipe of them.
 """
 
 from __future__ import annotations
@@ -15,23 +16,30 @@ import numpy as np
 from flax import nnx
 
 from jaxq import metrics
-from jaxq.nn.calibration._nnx import Batch, as_batches, run, shown
+from jaxq.nn.calibration import Batch, as_batches, run_model, with_progress
 from jaxq.nn.layers import weight_axes
 from jaxq.nn.transform._nnx_layers import find_layers
 from jaxq.qtensor import QuantSpec, as_spec, dequantize, quantize
 from jaxq.recipes import Recipe, Rule, as_recipe
 
-# Parts of the budget that `assign` counts in; a layer's size is rounded up to them.
-_PARTS = 20_000
+# `assign` counts bits in this many parts of the budget. A layer's bits are rounded up.
+_NUM_PARTS = 20_000
 
 
 class Sensitivity(NamedTuple):
-    """What `sensitivity` measures.
+    """What `sensitivity` measures, for each layer by its path.
 
     Attributes:
-      kl: path of each layer to the mean KL(float || model) in nats of each choice, the layer alone being quantized.
-      bits: path of each layer to the bits of each choice, scales included, for the whole weight.
-      size: path of each layer to its number of weights.
+      kl: by the name of each choice, the mean KL(float || model) in nats if only this
+        layer is quantized.
+      bits: by the name of each choice, the bits of the whole weight, scales included.
+      size: the number of weights.
+
+    Example:
+      >>> from jaxq.nn import Sensitivity
+      >>> measured = Sensitivity({"a": {"int8": 0.1}}, {"a": {"int8": 800}}, {"a": 100})
+      >>> measured.bits["a"]["int8"] / measured.size["a"]
+      8.0
     """
 
     kl: dict[str, dict[str, float]]
@@ -48,152 +56,85 @@ def sensitivity(
     forward: Callable[[Any, Any], Any] | None = None,
     progress: bool | None = None,
 ) -> Sensitivity:
-    """How far a model's predictions move when one layer is quantized and the others are not.
+    """Measures how far a model's predictions move if one layer is quantized.
 
-    Layers are those that a recipe by name would quantize: no embeddings, heads or routers. The weight is replaced by
-    what it dequantizes to, so the model is compiled once, whatever the number of layers and choices.
+    The layers are those that a recipe by name would quantize. Embeddings, output heads
+    and routers are not among them. The float weight is replaced by the dequantized
+    weight, so the model is compiled once for all layers and choices.
 
     Args:
-      model: a flax nnx module in floats whose result are logits `[..., classes]`; it stays as it is.
+      model: a float flax nnx module. Its result is logits `[..., classes]`. It does not
+        change.
       choices: preset names.
       batches: inputs of the model, as in `calibrate`.
-      mask: gives the rows of a batch that count, bool with as many axes as logits have before the last, or fewer; False
-        for padding.
-      forward: how to run a batch, `forward(model, batch) -> logits`.
-      progress: show a line of progress; None does so on a terminal.
+      mask: `mask(batch)` returns the rows that count: bool, with the first axes of the
+        logits, without the last. It is False for padding.
+      forward: `forward(model, batch)` runs a batch and returns logits.
+      progress: show a line of progress. None shows it on a terminal.
 
     Returns:
       A `Sensitivity`.
 
     Raises:
-      TypeError: `batches` is one array, or `choices` one name.
-      ValueError: no batch, no choice, an unknown preset, no layer; a mask that does not fit, or is False everywhere;
-        logits that are not finite before anything is quantized.
+      TypeError: `batches` is one batch, or `choices` is one name.
+      ValueError: there is no batch or no choice; a preset is unknown; the model has no
+        layer that a recipe by name quantizes; the mask does not fit the logits or is
+        False everywhere; the logits of the float model are not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> from flax import nnx
-      >>> found = jaxq.nn.sensitivity(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), ["int8", "int2"], [jnp.ones((4, 32))])
-      >>> found.kl[""]["int8"] < found.kl[""]["int2"]
+      >>> model = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+      >>> result = jaxq.nn.sensitivity(model, ["int8", "int2"], [jnp.ones((4, 32))])
+      >>> result.kl[""]["int8"] < result.kl[""]["int2"]
       True
     """
-    if isinstance(choices, str):
-        raise TypeError(
-            f"sensitivity: choices must be a list of presets, got {choices!r}: pass [{choices!r}]."
-        )
-    specs = {name: as_spec(name, "sensitivity") for name in choices}
+    specs = _specs(choices)
     batches = [Batch.of(batch) for batch in as_batches(batches, "sensitivity")]
-    recipe = as_recipe(next(iter(choices)), "sensitivity") if specs else None
-    if recipe is None or not batches:
+    if not specs or not batches:
         raise ValueError(
-            f"sensitivity: needs choices and batches, got {len(specs)} and {len(batches)}."
+            "sensitivity: at least one choice and one batch are needed, got "
+            f"{len(specs)} choices and {len(batches)} batches."
         )
     copy = nnx.clone(model)
-    layers = []
-    for found in find_layers(copy):
-        rule = recipe.find(found.path, found.kind.name)
-        if (
-            rule is not None
-            and rule.weight is not None
-            and found.kind.problem(found.layer) is None
-        ):
-            layers.append(found)
-    if not layers:
-        raise ValueError(
-            "sensitivity: the model has no layer that a recipe by name would quantize."
-        )
-
-    @nnx.jit
-    def logits_of(model: nnx.Module, batch: Batch) -> jax.Array:
-        return run(model, batch.given(), forward)
-
-    @nnx.jit
-    def divergence(
-        model: nnx.Module, batch: Batch, reference: jax.Array, counts: jax.Array | None
-    ) -> jax.Array:
-        logits = run(model, batch.given(), forward)
-        if counts is None:
-            return metrics.kl_divergence(reference, logits)
-        each = metrics.kl_divergence
-        for _ in reference.shape[:-1]:
-            each = jax.vmap(each)
-        return jnp.mean(each(reference, logits), where=counts)
-
-    references = [logits_of(copy, batch) for batch in batches]
-    for number, reference in enumerate(references):
-        if not bool(jnp.isfinite(reference).all()):
-            raise ValueError(
-                f"sensitivity: the logits of batch {number} are not finite, in floats already."
-            )
-    counts = [
-        _counts(mask, batch.given(), ref)
-        for batch, ref in zip(batches, references, strict=True)
-    ]
-    weights = [
-        reference[..., 0].size if c is None else int(c.sum())
-        for reference, c in zip(references, counts, strict=True)
-    ]
+    layers = _layers_by_name(copy, next(iter(specs)))
+    divergence = _Divergence(copy, batches, mask, forward)
     kl, bits, size = {}, {}, {}
-    for found in shown(layers, "sensitivity", progress):
-        variable = getattr(found.layer, found.kind.weight)
+    for path, layer, kind in with_progress(layers, "sensitivity", progress):
+        variable, axes = getattr(layer, kind.weight), weight_axes(layer, kind)
         floats = variable.get_value()
-        axes = weight_axes(found.layer, found.kind)
-        kl[found.path], bits[found.path], size[found.path] = {}, {}, int(floats.size)
+        kl[path], bits[path], size[path] = {}, {}, int(floats.size)
         for name, spec in specs.items():
-            rounded, total = _rounded(floats, spec, *axes)
+            rounded, num_bits = _rounded(floats, spec, *axes)
             variable.set_value(rounded)
-            moved = [
-                divergence(copy, *one)
-                for one in zip(batches, references, counts, strict=True)
-            ]
-            kl[found.path][name], bits[found.path][name] = (
-                float(np.average(moved, weights=weights)),
-                total,
-            )
+            kl[path][name], bits[path][name] = divergence.mean(), num_bits
         variable.set_value(floats)
     return Sensitivity(kl, bits, size)
 
 
-def _counts(
-    mask: Callable[[Any], Any] | None, batch: Any, logits: jax.Array
-) -> jax.Array | None:
-    """Which rows of logits count, as many as there are."""
-    if mask is None:
-        return None
-    counts = np.asarray(mask(batch)).astype(bool)
-    rows = logits.shape[:-1]
-    if counts.shape != rows[: counts.ndim] or not counts.any():
-        raise ValueError(
-            f"sensitivity: the mask {list(counts.shape)} must have True somewhere and fit rows of logits {list(rows)}."
-        )
-    return jnp.broadcast_to(
-        counts.reshape(*counts.shape, *(1 for _ in rows[counts.ndim :])), rows
-    )
+def assign(sensitivity: Sensitivity, budget: float) -> dict[str, str]:
+    """Chooses a preset for each layer, within an average number of bits.
 
+    The choices minimize the sum of the divergences:
 
-def _rounded(
-    w: jax.Array, spec: QuantSpec, contracting: Any, batch: Any
-) -> tuple[jax.Array, int]:
-    qt = quantize(w, spec, contracting=contracting, batch=batch)
-    return dequantize(qt), 8 * qt.nbytes
+      min over choices c of  sum_l kl[l, c_l]
+      subject to  sum_l bits[l, c_l] <= budget * sum_l size[l]
 
-
-def assign(found: Sensitivity, budget: float) -> dict[str, str]:
-    """The choice of each layer that makes the sum of divergences least, within an average of bits.
-
-    `min over choices c of sum_l kl[l, c_l]  subject to  sum_l bits[l, c_l] <= budget * sum_l size[l]`, a knapsack with
-    one choice a layer, solved by dynamic programming over the bits (counted in 20,000ths of the budget, rounded up, so
-    that the budget holds). Divergences are taken to add up, which for small ones they nearly do.
+    This is a knapsack problem with one choice for each layer. Dynamic programming over
+    the bits solves it. Bits are counted in 20,000ths of the budget that is left over
+    the smallest choices, and rounded up, so that the budget holds. The divergences of
+    layers are assumed to add up. For small divergences that is nearly true.
 
     Args:
-      found: of `sensitivity`.
+      sensitivity: from `jaxq.nn.sensitivity`.
       budget: bits per weight on average, scales included.
 
     Returns:
-      Path of each layer to the name of its choice.
+      The name of the choice for the path of each layer.
 
     Raises:
-      ValueError: even the smallest choices need more; the message says how much.
+      ValueError: the budget is not finite; the smallest choices need more bits than the
+        budget; a divergence is not finite.
 
     Example:
       >>> from jaxq.nn import Sensitivity, assign
@@ -204,66 +145,203 @@ def assign(found: Sensitivity, budget: float) -> dict[str, str]:
     """
     if not np.isfinite(budget):
         raise ValueError(
-            f"assign: budget must be a number of bits per weight, got {budget}."
+            f"assign: budget must be a finite number of bits per weight, got {budget}."
         )
-    paths, total = list(found.kl), budget * sum(found.size.values())
-    least = sum(min(found.bits[path].values()) for path in paths)
-    if least > total:
+    paths, size = list(sensitivity.kl), sum(sensitivity.size.values())
+    max_bits = budget * size
+    min_bits = sum(min(sensitivity.bits[path].values()) for path in paths)
+    if min_bits > max_bits:
         raise ValueError(
-            f"assign: the smallest choices take {least / sum(found.size.values()):.3f} bits per weight, more than the "
-            f"budget of {budget}. Add a smaller choice or raise the budget."
+            f"assign: the smallest choices take {min_bits / size:.3f} bits per weight, "
+            f"more than the budget of {budget}. Add a smaller choice or raise the "
+            "budget."
         )
-    lost = [
-        f"{path} as {name}"
-        for path in paths
-        for name, kl in found.kl[path].items()
-        if not np.isfinite(kl)
-    ]
-    if lost:
-        raise ValueError(
-            f"assign: the sensitivity of {', '.join(lost[:8])} is not finite."
-        )
-    # No fewer parts than layers would let each be rounded up by one.
-    unit = (total - least) / _PARTS or 1.0
-    best = np.zeros(
-        _PARTS + 1
-    )  # of the layers so far, within j parts over their smallest choices
-    taken = []
+    _check_finite(sensitivity)
+    part_bits = (max_bits - min_bits) / _NUM_PARTS or 1.0
+
+    # Forward: `best[j]` is the smallest divergence of the layers so far that take at
+    # most j parts more than their smallest choices.
+    best = np.zeros(_NUM_PARTS + 1)
+    tables = []
     for path in paths:
-        names, base = list(found.kl[path]), min(found.bits[path].values())
-        over = {
-            name: int(np.ceil((found.bits[path][name] - base) / unit - 1e-9))
-            for name in names
-        }
-        options = np.full((len(names), _PARTS + 1), np.inf)
+        kl, bits = sensitivity.kl[path], sensitivity.bits[path]
+        names = list(kl)
+        parts = {name: _num_parts(bits, name, part_bits) for name in names}
+        totals = np.full((len(names), _NUM_PARTS + 1), np.inf)  # [choices, parts]
         for i, name in enumerate(names):
-            if over[name] <= _PARTS:
-                options[i, over[name] :] = (
-                    best[: _PARTS + 1 - over[name]] + found.kl[path][name]
-                )
-        taken.append((names, over, np.argmin(options, 0)))
-        best = np.min(options, 0)
-    out, j = {}, _PARTS
-    for path, (names, over, chosen) in zip(
-        reversed(paths), reversed(taken), strict=True
+            cost = parts[name]
+            if cost <= _NUM_PARTS:
+                totals[i, cost:] = best[: _NUM_PARTS + 1 - cost] + kl[name]
+        tables.append((names, parts, np.argmin(totals, 0)))
+        best = np.min(totals, 0)
+
+    # Backward: read each layer's choice for the parts that the later layers left.
+    choices, num_left = {}, _NUM_PARTS
+    for path, (names, parts, argmin) in zip(
+        reversed(paths), reversed(tables), strict=True
     ):
-        name = names[int(chosen[j])]
-        out[path], j = name, j - over[name]
-    return {path: out[path] for path in paths}
+        choices[path] = names[int(argmin[num_left])]
+        num_left -= parts[choices[path]]
+    return {path: choices[path] for path in paths}
 
 
-def mixed_recipe(choices: Mapping[str, str], **how: Any) -> Recipe:
-    """A recipe that gives each layer its choice, and leaves all others in floats.
+def mixed_recipe(choices: Mapping[str, str], **rule_arguments: Any) -> Recipe:
+    """A recipe that gives each layer its choice and leaves all others in floats.
 
     Args:
-      choices: path of a layer to a preset name, as `assign` gives them.
-      **how: of every `Rule`: `method="gptq"`, for example.
+      choices: a preset name for the path of each layer, as `assign` returns them.
+      **rule_arguments: for every `Rule`, `method="gptq"` for example.
 
     Example:
       >>> import jaxq
       >>> len(jaxq.nn.mixed_recipe({"mlp/up": "int4", "mlp/down": "int8"}).rules)
       2
     """
-    return Recipe(
-        tuple(Rule(path, weight=name, **how) for path, name in choices.items())
-    )
+    rules = [
+        Rule(path, weight=name, **rule_arguments) for path, name in choices.items()
+    ]
+    return Recipe(tuple(rules))
+
+
+def _specs(choices: Sequence[str]) -> dict[str, QuantSpec]:
+    """The spec of each choice by its name."""
+    if isinstance(choices, str):
+        raise TypeError(
+            f"sensitivity: choices must be a list of preset names, got {choices!r}. "
+            f"Pass [{choices!r}]."
+        )
+    return {name: as_spec(name, "sensitivity") for name in choices}
+
+
+def _layers_by_name(model: nnx.Module, preset: str) -> list[Any]:
+    """The layers that a recipe by name would quantize: (path, layer, kind) of each."""
+    recipe = as_recipe(preset, "sensitivity")
+    layers = []
+    for path, layer, kind in find_layers(model):
+        rule = recipe.find(path, kind.name)
+        is_quantized = rule is not None and rule.weight is not None
+        if is_quantized and kind.problem(layer) is None:
+            layers.append((path, layer, kind))
+    if not layers:
+        raise ValueError(
+            "sensitivity: the model has no layer that a recipe by name would quantize."
+        )
+    return layers
+
+
+class _Divergence:
+    """How far a model's predictions are from those it made when this was created.
+
+    Args:
+      model: its weights may be changed in place afterwards.
+      batches: inputs of the model.
+      mask: `mask(batch)` returns the rows that count, or None.
+      forward: `forward(model, batch)` returns logits, or None.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        batches: Sequence[Batch],
+        mask: Callable[[Any], Any] | None,
+        forward: Callable[[Any, Any], Any] | None,
+    ):
+        @nnx.jit
+        def logits_of(model: nnx.Module, batch: Batch) -> jax.Array:
+            return run_model(model, batch.whole(), forward)
+
+        @nnx.jit
+        def divergence(
+            model: nnx.Module,
+            batch: Batch,
+            reference: jax.Array,
+            counts: jax.Array | None,
+        ) -> jax.Array:
+            logits = run_model(model, batch.whole(), forward)
+            return _mean_divergence(reference, logits, counts)
+
+        self._model, self._batches, self._divergence = model, batches, divergence
+        self._references = [logits_of(model, batch) for batch in batches]
+        for number, reference in enumerate(self._references):
+            if not bool(jnp.isfinite(reference).all()):
+                raise ValueError(
+                    f"sensitivity: the float model's logits of batch {number} are not "
+                    "finite. Check the model and the batch."
+                )
+        self._counts = [
+            _counts(mask, batch.whole(), reference)
+            for batch, reference in zip(batches, self._references, strict=True)
+        ]
+        self._num_rows = [
+            reference[..., 0].size if counts is None else int(counts.sum())
+            for reference, counts in zip(self._references, self._counts, strict=True)
+        ]
+
+    def mean(self) -> float:
+        """The mean KL(before || now) over all rows that count."""
+        arguments = zip(self._batches, self._references, self._counts, strict=True)
+        divergences = [
+            self._divergence(self._model, batch, reference, counts)
+            for batch, reference, counts in arguments
+        ]
+        return float(np.average(divergences, weights=self._num_rows))
+
+
+def _mean_divergence(
+    reference: jax.Array, logits: jax.Array, counts: jax.Array | None
+) -> jax.Array:
+    """The mean KL(reference || logits) over the rows where `counts` is True."""
+    if counts is None:
+        return metrics.kl_divergence(reference, logits)
+    row_divergence = metrics.kl_divergence
+    for _ in reference.shape[:-1]:
+        row_divergence = jax.vmap(row_divergence)
+    return jnp.mean(row_divergence(reference, logits), where=counts)
+
+
+def _counts(
+    mask: Callable[[Any], Any] | None, batch: Any, logits: jax.Array
+) -> jax.Array | None:
+    """The rows that count, bool with the shape of the logits without the last axis."""
+    if mask is None:
+        return None
+    counts = np.asarray(mask(batch)).astype(bool)
+    rows = logits.shape[:-1]
+    if counts.shape != rows[: counts.ndim] or not counts.any():
+        raise ValueError(
+            f"sensitivity: the mask has the shape {list(counts.shape)}. It must be "
+            "True somewhere, and its axes must be the first axes of the rows of logits "
+            f"{list(rows)}."
+        )
+    whole = counts.reshape(*counts.shape, *(1 for _ in rows[counts.ndim :]))
+    return jnp.broadcast_to(whole, rows)
+
+
+def _rounded(
+    w: jax.Array,
+    spec: QuantSpec,
+    contracting: tuple[int, ...],
+    batch: tuple[int, ...],
+) -> tuple[jax.Array, int]:
+    """A weight rounded to a spec, in floats, and the bits of its codes and scales."""
+    qt = quantize(w, spec, contracting=contracting, batch=batch)
+    return dequantize(qt), 8 * qt.nbytes
+
+
+def _check_finite(sensitivity: Sensitivity) -> None:
+    """Raises if a divergence is not finite."""
+    problems = []
+    for path, kl in sensitivity.kl.items():
+        names = [name for name, value in kl.items() if not np.isfinite(value)]
+        problems += [f"{path} as {name}" for name in names]
+    if problems:
+        raise ValueError(
+            f"assign: the sensitivity of {', '.join(problems[:8])} is not finite. "
+            "Remove these choices."
+        )
+
+
+def _num_parts(bits: Mapping[str, int], name: str, part_bits: float) -> int:
+    """How many parts a choice takes more than the layer's smallest, rounded up."""
+    # The subtrahend allows for the rounding error of the quotient.
+    return int(np.ceil((bits[name] - min(bits.values())) / part_bits - 1e-9))

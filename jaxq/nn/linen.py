@@ -5,17 +5,13 @@ layers that are quantized from the start. `calibrate` looks at what reaches each
 no function of jax replaced: layers are met through `flax.linen.intercept_methods`.
 """
 
-from jaxq.nn.calibration._linen import calibrate
-from jaxq.nn.layers._linen_explicit import (
-    QConv,
-    QConvTranspose,
-    QDense,
-    QDenseGeneral,
-    QEinsum,
-    QEmbed,
-)
-from jaxq.nn.layers._linen_quantized import Quantized
-from jaxq.nn.layers._linen_state import register_serialization
+from jaxq.nn.calibration import linen_calibrate as calibrate
+from jaxq.nn.layers import Quantized, register_serialization
+from jaxq.nn.layers._linen_conv import QConv
+from jaxq.nn.layers._linen_conv_transpose import QConvTranspose
+from jaxq.nn.layers._linen_dense import QDense, QDenseGeneral
+from jaxq.nn.layers._linen_einsum import QEinsum
+from jaxq.nn.layers._linen_embed import QEmbed
 from jaxq.nn.transform._linen import quantize_model
 
 register_serialization()

@@ -1,7 +1,9 @@
-"""Every kind of nnx layer with every kind of recipe under every transform, beside the float layer.
+"""Every kind of nnx layer with every kind of recipe under every transform.
 
-Bounds are errors of the result over the float result, as norms: what the format itself costs on normal numbers, with
-room for one seed's luck. What is not served raises, and the table says with which words.
+The reference is the float layer. A bound is the norm of the error, divided by the norm
+of the float result: the error of the format on normal numbers, with some room for one
+seed. Combinations that are not supported raise, and a table has the words of their
+errors.
 """
 
 import jax
@@ -70,7 +72,7 @@ class Lora(nnx.Module):
 
 
 class Bare(nnx.Module):
-    """A matrix of its own."""
+    """A module that holds a matrix itself."""
 
     def __init__(self, rngs):
         self.w = nnx.Param(jax.random.normal(rngs.params(), (32, 16)))
@@ -109,7 +111,7 @@ LAYERS = {
         (2, 5, 5, 8),
     ),
     "Conv3d": (lambda rngs: nnx.Conv(4, 8, (2, 2, 2), rngs=rngs), (1, 3, 3, 3, 4)),
-    # More than 128 inputs an example: a report speaks of several blocks, where one alone would be codes.
+    # An example has more than 128 numbers, so that an mx activation has several blocks.
     "ConvTranspose": (
         lambda rngs: nnx.ConvTranspose(8, 16, (3, 3), strides=(2, 2), rngs=rngs),
         (2, 5, 4, 8),
@@ -127,7 +129,7 @@ LAYERS = {
     ),
     "Param": (Bare, (3, 32)),
 }
-# What raises, and with which words.
+# What raises an error, and its words.
 REFUSED = {
     **{
         ("Embed.attend", name): "cannot be observed"
@@ -143,8 +145,8 @@ DEFAULT = [
     ("Einsum, heads behind", "w8a8 static"),
 ]
 DEFAULT += [(layer, "w8a8 static") for layer in ("Embed", "Param")]
-# Recipes whose operands are codes that multiply each other.
-OF_CODES = {
+# Recipes whose products multiply codes by codes.
+MULTIPLIES_CODES = {
     "w8a8",
     "w8a8 per tensor",
     "w8a8 static",
@@ -157,7 +159,7 @@ OF_CODES = {
 
 
 class Both(nnx.Module):
-    """A layer, and two more in a stack that `nnx.scan` runs."""
+    """A layer, and a stack of two more that `nnx.scan` runs."""
 
     def __init__(self, make):
         self.one = make(nnx.Rngs(0))
@@ -191,13 +193,14 @@ def transformed(model, x):
     return out
 
 
-def error(got, wanted):
-    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    assert got.shape == wanted.shape
-    return np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+def error(actual, expected):
+    """The norm of the error, divided by the norm of the expected numbers."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-def made(layer, recipe):
+def model_and_recipe(layer, recipe):
     make, shape = LAYERS[layer]
     model, rng = Both(make), np.random.default_rng(0)
     for _, node in nnx.iter_graph(model):  # normal numbers, adapters too
@@ -222,7 +225,7 @@ def made(layer, recipe):
 
 @pytest.mark.parametrize(("layer", "recipe"), tables.thinned(CASES, DEFAULT))
 def test_layer(layer, recipe):
-    model, x, rules, bound = made(layer, recipe)
+    model, x, rules, bound = model_and_recipe(layer, recipe)
     batches = [x] if "static" in recipe else None
     if (layer, recipe) in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[layer, recipe]):
@@ -230,32 +233,30 @@ def test_layer(layer, recipe):
         return
     q, report = jaxq.quantize_model(model, rules, calibration=batches)
     assert len(report.quantized) >= 1
-    wanted, got = transformed(model, x), transformed(q, x)
-    found = {name: error(got[name], wanted[name]) for name in wanted}
+    expected, actual = transformed(model, x), transformed(q, x)
+    errors = {name: error(actual[name], expected[name]) for name in expected}
     if layer == "MultiHeadAttention":  # four products in a row, and a softmax
         bound = 4 * bound
-    if (
-        layer == "Einsum, experts in turn" and "static" in recipe
-    ):  # under vmap the experts meet one another's rows
-        bound = 1.5 * bound
-    assert max(found.values()) <= bound, found
-    assert min(found.values()) > 1e-6, "nothing was quantized"
-    assert error(q.one(x), got["jit"]) <= 0.005
-    assert error(got["remat"], got["jit"]) == 0
-    assert error(got["vmap"][0], got["jit"]) <= 1e-6 or "per tensor" in recipe
-    if recipe in OF_CODES and layer.split(",")[0] in (
+    if layer == "Einsum, experts in turn" and "static" in recipe:
+        bound = 1.5 * bound  # under vmap, an expert gets rows of other experts
+    assert max(errors.values()) <= bound, errors
+    assert min(errors.values()) > 1e-6, "nothing was quantized"
+    assert error(q.one(x), actual["jit"]) <= 0.005
+    assert error(actual["remat"], actual["jit"]) == 0
+    assert error(actual["vmap"][0], actual["jit"]) <= 1e-6 or "per tensor" in recipe
+    if recipe in MULTIPLIES_CODES and layer.split(",")[0] in (
         "Linear",
         "LinearGeneral",
         "Einsum",
         "Conv2d",
         "ConvTranspose",
     ):
-        noted = any("products of floats" in row.note for row in report.quantized)
-        assert codes_only(q.one, x) != noted  # of codes, or said
+        noted = any("computes in floats" in row.note for row in report.quantized)
+        assert codes_only(q.one, x) != noted  # or the report has a note
 
 
 def codes_only(layer, x):
-    """Whether all products of a layer are of codes."""
+    """True if all products of a layer multiply codes by codes."""
     kinds = set()
     for eqn in equations(jax.make_jaxpr(lambda x: layer(x))(x).jaxpr):
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):

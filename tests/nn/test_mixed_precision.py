@@ -1,4 +1,7 @@
-"""Mixed precision: sensitivities against quantizing for real, and assignments against trying them all."""
+"""Mixed precision: sensitivities and assignments.
+
+Sensitivities are compared with quantized models, assignments with all combinations.
+"""
 
 import itertools
 
@@ -9,7 +12,7 @@ from flax import nnx
 
 import jaxq
 from jaxq.nn import Sensitivity, assign, mixed_recipe, sensitivity
-from tests.ops.reference import normal
+from tests.arrays import normal
 
 CHOICES, BATCHES = (
     ("int8", "int2"),
@@ -34,7 +37,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def found(model):
+def measured(model):
     return sensitivity(model, CHOICES, BATCHES)
 
 
@@ -43,23 +46,23 @@ def cost(model, qmodel, batch):
     return jaxq.metrics.kl_divergence(model(batch), qmodel(batch))
 
 
-def test_a_layers_sensitivity_is_what_quantizing_it_alone_costs(model, found):
-    assert list(found.kl) == ["first", "second"]
-    assert found.size == {"first": 1024, "second": 512}
-    for path, choice in itertools.product(found.kl, CHOICES):
+def test_sensitivity_is_the_divergence_of_one_quantized_layer(model, measured):
+    assert list(measured.kl) == ["first", "second"]
+    assert measured.size == {"first": 1024, "second": 512}
+    for path, choice in itertools.product(measured.kl, CHOICES):
         rest = "second" if path == "first" else "first"
         recipe = jaxq.Recipe(
             [jaxq.Rule(rest, skip=True), jaxq.Rule(path, weight=choice)]
         )
         qmodel, report = jaxq.quantize_model(model, recipe)
         kl = np.mean([float(cost(model, qmodel, batch)) for batch in BATCHES])
-        np.testing.assert_allclose(found.kl[path][choice], kl, rtol=0.02, atol=1e-7)
-        assert found.bits[path][choice] == 8 * report.quantized[0].bytes_after
+        np.testing.assert_allclose(measured.kl[path][choice], kl, rtol=0.02, atol=1e-7)
+        assert measured.bits[path][choice] == 8 * report.quantized[0].bytes_after
     np.testing.assert_array_equal(model.first.kernel[...], Model().first.kernel[...])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_assignments_are_the_best_of_all(seed):
+def test_assignments_are_the_best_combination(seed):
     rng = np.random.default_rng(seed)
     names, size = (
         ("a", "b", "c"),
@@ -84,12 +87,12 @@ def test_assignments_are_the_best_of_all(seed):
     assert cost[tuple(chosen.values())] <= 1.001 * min(cost.values())
 
 
-def test_what_cannot_be_is_said():
+def test_impossible_requests_are_errors():
     with pytest.raises(
         ValueError, match=r"take 4\.000 bits per weight, more than the budget of 3"
     ):
         assign(Sensitivity({"a": {"int4": 0.1}}, {"a": {"int4": 400}}, {"a": 100}), 3)
-    with pytest.raises(ValueError, match="needs choices and batches"):
+    with pytest.raises(ValueError, match="one choice and one batch are needed"):
         sensitivity(Model(), ["int8"], [])
     with pytest.raises(ValueError, match="unknown preset"):
         sensitivity(Model(), ["int9"], [normal(2, 32)])
@@ -97,22 +100,22 @@ def test_what_cannot_be_is_said():
         sensitivity(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), ["int8"], [normal(2, 4)])
 
 
-def test_from_sensitivity_to_a_model(model, found):
-    recipe = mixed_recipe(assign(found, 6.0), method="hqq")
+def test_from_sensitivity_to_a_model(model, measured):
+    recipe = mixed_recipe(assign(measured, 6.0), method="hqq")
     _, report = jaxq.quantize_model(model, recipe)
     assert report.bits_per_weight <= 6.0
     assert {row.method for row in report.quantized} == {"hqq"}
     assert len({row.format for row in report.quantized}) == 2
 
 
-def test_padding_does_not_count(model, found):
+def test_padding_does_not_count(model, measured):
     padded = [np.concatenate([batch, 100 + 0 * batch]) for batch in BATCHES]
     masked = sensitivity(model, CHOICES, padded, mask=lambda batch: np.arange(16) < 8)
-    for path in found.kl:
+    for path in measured.kl:
         np.testing.assert_allclose(
-            masked.kl[path]["int2"], found.kl[path]["int2"], rtol=1e-4
+            masked.kl[path]["int2"], measured.kl[path]["int2"], rtol=1e-4
         )
-    with pytest.raises(ValueError, match="must have True somewhere and fit"):
+    with pytest.raises(ValueError, match="must be True somewhere"):
         sensitivity(model, CHOICES, BATCHES, mask=lambda batch: np.arange(8) > 8)
-    with pytest.raises(TypeError, match=r"pass \[x\]"):
+    with pytest.raises(TypeError, match=r"Pass a list: \[x\]"):
         sensitivity(model, CHOICES, BATCHES[0])

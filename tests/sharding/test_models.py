@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jaxq
 from jaxq import Recipe, Rule
 from tests import tables
-from tests.nn.layers.test_nnx import assert_close
+from tests.nn.layers.test_nnx import assert_close_and_nonzero
 from tests.ops.reference import normal
 
 TYPES = (AxisType.Auto, AxisType.Explicit)
@@ -84,7 +84,7 @@ def test_a_sharded_kernel_gives_sharded_codes_and_the_result_asked_for(
         for out in (P("data", "model"), P(None, "model"), *whole):
             y = run(q, x, out)
             assert lies(y, mesh, *out)
-            assert_close(jax.device_get(y), wanted)
+            assert_close_and_nonzero(jax.device_get(y), wanted)
 
 
 LAYERS = {
@@ -114,7 +114,7 @@ def test_every_layer_takes_out_sharding(name, kind):
         layer, x = over(mesh, layer, x)
         y = layer(x, out_sharding=P(*out))
         assert lies(y, mesh, *out)
-        assert_close(jax.device_get(y), wanted)
+        assert_close_and_nonzero(jax.device_get(y), wanted)
         if name == "embed":
             assert lies(layer.attend(y, out_sharding=P("data")), mesh, "data")
 

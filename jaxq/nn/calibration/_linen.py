@@ -1,7 +1,8 @@
 """Flax linen: calibration passes over a module and its variables.
 
-Modules are watched through `flax.linen.intercept_methods`, and nothing of theirs is changed. Statistics are carried
-through the compiled step as plain arrays, so what is inside `nn.scan`, `nn.remat` or `nn.vmap` cannot be watched, and
+Layers are watched through `flax.linen.intercept_methods`. Nothing of the module
+changes. The compiled step returns the statistics as plain arrays. Statistics of a layer
+inside `nn.scan`, `nn.remat` or `nn.vmap` cannot leave that transform, so such a layer
 is refused.
 """
 
@@ -14,20 +15,18 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
-from jaxq.nn.calibration._nnx import (
-    Batch,
-    Wanted,
-    as_batches,
+from jaxq.nn.calibration._batches import Batch, run_batches
+from jaxq.nn.calibration._call_order import record_call, trace_call_order
+from jaxq.nn.calibration._rows import add_rows, only_rows
+from jaxq.nn.calibration._stats import (
+    StatsRequest,
+    StatsRequests,
     as_stats,
     check_stats,
-    going_on,
-    masked,
-    record_call,
-    shown,
-    traced_order,
-    updated,
+    continued_stats,
+    initial_stats,
 )
-from jaxq.nn.layers import LinenKind, find_call
+from jaxq.nn.layers import Forward, LinenKind, find_call
 from jaxq.observers import LayerStats, Observer, empty_stats
 
 
@@ -38,189 +37,244 @@ def calibrate(
     *,
     layers: Sequence[str] | None = None,
     mask: Callable[[Any], Any] | None = None,
-    forward: Callable[[linen.Module, Any, Any], Any] | None = None,
+    forward: Forward | None = None,
     hessian: bool = True,
     observer: Observer | None = None,
     start: Mapping[str, LayerStats] | None = None,
     progress: bool | None = None,
 ) -> dict[str, LayerStats]:
-    """Statistics of what reaches each Dense, DenseGeneral, Einsum, Conv and ConvTranspose of a linen module.
+    """Collects statistics of the inputs of a linen module's layers.
 
-    Rows of a convolution are places of its input with their channels, and have no second moments.
+    The layers are Dense, DenseGeneral, Einsum, Conv and ConvTranspose. The rows of a
+    convolution are the places of its input with their channels. They have no second
+    moments.
 
     Args:
       module: a linen module.
       variables: as `module.apply` takes them.
-      batches: inputs: an array, a tuple of arguments or a dict of named ones each, of `apply` too (`method=`). What is
-        no array is passed as it is.
-      layers: paths ("blocks_0/mlp/up") of the layers to look at; None takes all.
-      mask: gives the rows of a batch that count, bool `[b, t]` (or `[b]`), False for padding.
-      forward: how to run a batch, `forward(module, variables, batch)`.
-      hessian: collect `[K, K]` second moments too.
+      batches: inputs of the module. Each is an array, a tuple of arguments or a dict of
+        named arguments. The dict may have arguments of `apply` too (`method=`). Values
+        that are not arrays are passed as they are.
+      layers: paths of the layers ("blocks_0/mlp/up"). None takes all.
+      mask: `mask(batch)` returns the rows that count, bool `[b, t]` or `[b]`. It is
+        False for padding.
+      forward: `forward(module, variables, batch)` runs a batch.
+      hessian: collect second moments `[K, K]` too.
       observer: as in `jaxq.nn.calibrate`.
-      start: statistics of batches seen before, to go on from, as in `jaxq.nn.calibrate`.
-      progress: show a line of progress; None does so on a terminal.
+      start: statistics of earlier batches, as in `jaxq.nn.calibrate`.
+      progress: show a line of progress. None shows it on a terminal.
 
     Returns:
-      Path of each layer to its `LayerStats`, in the order in which a batch reaches them.
+      A `LayerStats` for the path of each layer, in the order in which a batch reaches
+      the layers.
 
     Raises:
-      TypeError: not a linen module.
-      ValueError: no batch; a path that no batch reached; a layer inside `nn.scan` or its like; a number that is not
-        finite; a mask that does not fit.
+      TypeError: `module` is not a linen module; `batches` is one batch; the mask is not
+        bool or integers.
+      ValueError: there is no batch; no batch reached a path in `layers`; a layer is
+        inside `nn.scan` or another lifted transform; a number is not finite; the mask
+        does not fit the rows of a layer; no row counts; `start` misses a layer.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
       >>> from flax import linen
       >>> module, x = linen.Dense(2), jnp.ones((8, 4))
-      >>> stats = jaxq.nn.linen.calibrate(module, module.init(jax.random.key(0), x), [x])
+      >>> variables = module.init(jax.random.key(0), x)
+      >>> stats = jaxq.nn.linen.calibrate(module, variables, [x])
       >>> float(stats[""].count), stats[""].hessian.shape
       (7.0, (4, 4))
     """
     if not isinstance(module, linen.Module):
         raise TypeError(
-            f"linen.calibrate: module must be a flax linen Module, got {type(module).__name__}."
+            "linen.calibrate: module must be a flax linen Module, got "
+            f"{type(module).__name__}. For an nnx module, use jaxq.nn.calibrate."
         )
+    request = StatsRequest(observer, hessian)
+    return collect_linen_stats(
+        module,
+        variables,
+        batches,
+        None if layers is None else dict.fromkeys(layers, request),
+        request,
+        mask=mask,
+        forward=forward,
+        start=start,
+        progress=progress,
+    )
 
-    every = Wanted(observer, hessian)
-    wanted = None if layers is None else dict.fromkeys(layers, every)
-    how: Any = {"mask": mask, "forward": forward, "progress": progress}
-    return calibrated(module, variables, batches, wanted, every, start=start, **how)
 
-
-def calibrated(
+def collect_linen_stats(
     module: linen.Module,
     variables: Mapping[str, Any],
     batches: Iterable[Any],
-    wanted: Mapping[str, Wanted] | None,
-    every: Wanted = Wanted(),  # noqa: B008 (a tuple)
+    requests: Mapping[str, StatsRequest] | None,
+    default: StatsRequest = StatsRequest(),  # noqa: B008 (a tuple)
     *,
     mask: Callable[[Any], Any] | None = None,
-    forward: Callable[[linen.Module, Any, Any], Any] | None = None,
+    forward: Forward | None = None,
     start: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> dict[str, LayerStats]:
-    """`calibrate` with statistics of each layer's own, in one pass; as `jaxq.nn` has it."""
-    order: list[str] = []
+    """`calibrate` with a request for each layer, in one pass over the data.
 
-    @jax.jit
-    def step(
-        variables: Any, stats: dict[str, Any], batch: Batch, counts: Any
+    Args:
+      module: as in `calibrate`, like the arguments that are not listed here.
+      variables: of the module.
+      batches: inputs of the module.
+      requests: what to collect for each path. None uses `default` for all layers.
+      default: what to collect without `requests`.
+      mask: which rows count.
+      forward: runs a batch.
+      start: statistics of earlier batches.
+      progress: show a line of progress.
+    """
+    watcher = _Watcher(module, StatsRequests(requests, default), forward, start)
+
+    def step(batch: Batch, counts: jax.Array | None) -> None:
+        watcher.run(variables, batch, counts)
+
+    run_batches(step, batches, caller="linen.calibrate", mask=mask, progress=progress)
+    stats = watcher.result()
+    check_stats(stats, "linen.calibrate")
+    return stats
+
+
+class _Watcher:
+    """Runs batches through a linen module and keeps the statistics of its layers.
+
+    Args:
+      module: a linen module.
+      requests: what to collect for each layer.
+      forward: `forward(module, variables, batch)` runs a batch. None uses `apply`.
+      start: statistics of earlier batches, or None.
+    """
+
+    def __init__(
+        self,
+        module: linen.Module,
+        requests: StatsRequests,
+        forward: Forward | None,
+        start: Mapping[str, Any] | None,
+    ):
+        self._module, self._forward = module, forward
+        self._requests, self._start = requests, start
+        self._stats: dict[str, Any] = jax.tree.map(jnp.asarray, dict(start or {}))
+        self._step = jax.jit(self._trace)
+        # Paths in the order in which a batch reaches the layers, filled by tracing.
+        self.order: list[str] = []
+
+    def run(self, variables: Any, batch: Batch, counts: jax.Array | None) -> None:
+        """Adds a batch to the statistics."""
+        try:
+            self._stats = self._step(variables, self._stats, batch, counts)
+        except jax.errors.UnexpectedTracerError:
+            layer = self.order[-1] if self.order else "a layer"
+            raise ValueError(
+                f"linen.calibrate: {layer} is inside nn.scan, nn.remat, nn.jit or "
+                "nn.vmap, so its input cannot be seen. Build the module without "
+                "that, or leave the layer out: by layers= of calibrate, or by a rule "
+                "without observer= and without a method that needs data."
+            ) from None
+
+    def result(self) -> dict[str, LayerStats]:
+        """The statistics by path: first the layers that were reached, in order."""
+        stats = self._stats
+        missing = [path for path in self._requests.paths if path not in stats]
+        if missing or not stats:
+            layers = missing or "a Dense, DenseGeneral, Einsum, Conv or ConvTranspose"
+            raise ValueError(f"linen.calibrate: no batch reached {layers}.")
+        result = {path: stats[path] for path in self.order}
+        for path in stats:
+            if path not in result and path in self._requests:
+                # No call has told the size of its input, so any size will do here.
+                observer = self._requests[path].observer
+                result[path] = as_stats(stats[path], empty_stats(1, observer=observer))
+        return result
+
+    def _trace(
+        self, variables: Any, stats: dict[str, Any], batch: Batch, counts: Any
     ) -> dict[str, Any]:
-        seen = dict(stats)
+        """The statistics after a batch. This runs under jit."""
+        updated = dict(stats)
 
         def watch(
             call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
         ) -> Any:
-            path = "/".join(context.module.path)
-            found = find_call(context)
-            if (
-                found is not None
-                and found.kind.watched
-                and (wanted is None or path in wanted)
-            ):
-                observer, hessian = every if wanted is None else wanted[path]
-                rows, num_batch = _rows_of(context.module, found.kind, args, kwargs)
-                empty = empty_stats(
-                    rows.shape[-1],
-                    hessian=hessian and not found.kind.windowed,
-                    observer=observer,
-                )
-                prefix = rows.shape[:num_batch]
-                empty = jax.tree.map(
-                    lambda a: jnp.broadcast_to(a, (*prefix, *a.shape)), empty
-                )
-                if path not in order:
-                    order.append(path)
-                    if start is not None:
-                        seen[path] = going_on(
-                            seen.get(path),
-                            empty,
-                            path or "the module",
-                            "linen.calibrate",
-                        )
-                seen[path] = updated(seen.get(path, empty), rows, path, observer)
+            layer_call = find_call(context)
+            if layer_call is not None and layer_call.kind.watched:
+                self._add_call(updated, context.module, layer_call.kind, args, kwargs)
             return call(*args, **kwargs)
 
-        with masked(counts), linen.intercept_methods(watch):
-            _run(module, variables, batch.given(), forward)
-        return seen
+        with only_rows(counts), linen.intercept_methods(watch):
+            _run_module(self._module, variables, batch.whole(), self._forward)
+        return updated
 
-    stats: dict[str, Any] = jax.tree.map(jnp.asarray, dict(start or {}))
-    num_batches = 0
-    for batch in shown(as_batches(batches, "linen.calibrate"), "calibrating", progress):
-        counts = None if mask is None else jnp.asarray(mask(batch))
-        try:
-            stats = step(variables, stats, Batch.of(batch), counts)
-        except jax.errors.UnexpectedTracerError:
-            raise ValueError(
-                f"linen.calibrate: {order[-1] if order else 'a layer'} is inside nn.scan, nn.remat, nn.jit or nn.vmap, "
-                "whose inputs cannot be seen from outside. Build the module without it, or leave the layer "
-                "out: by layers= of calibrate, or by a rule without observer= and without a method that needs data."
-            ) from None
-        num_batches += 1
-    if not num_batches:
-        raise ValueError(
-            "linen.calibrate: there is no batch. An iterator that was used before is empty; pass a list."
-        )
-    missing = [path for path in wanted or () if path not in stats]
-    if missing or not stats:
-        raise ValueError(
-            f"linen.calibrate: no batch reached {missing or 'a Dense, DenseGeneral, Einsum or Conv'}."
-        )
-    kept = [
-        path
-        for path in stats
-        if path not in order and (wanted is None or path in wanted)
-    ]
-    found = {path: stats[path] for path in order}
-    for path in kept:  # what they are of, no call has told
-        observer = (every if wanted is None else wanted[path]).observer
-        found[path] = as_stats(stats[path], empty_stats(1, observer=observer))
-    check_stats(found)
-    return found
+    def _add_call(
+        self,
+        stats: dict[str, Any],
+        layer: linen.Module,
+        kind: LinenKind,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Adds the input of one call to the statistics of its layer, in place."""
+        path = "/".join(layer.path)
+        if path not in self._requests:
+            return
+        request = self._requests[path]
+        x, args, kwargs = _split_input(args, kwargs)
+        assert kind.read_rows is not None
+        rows, num_batch = kind.read_rows(layer, jnp.asarray(x), *args, **kwargs)
+        batch = rows.shape[:num_batch]
+        empty = initial_stats(request, rows.shape[-1], batch, windowed=kind.windowed)
+        if path not in self.order:
+            self.order.append(path)
+            if self._start is not None:
+                name = path or "the module"
+                stats[path] = continued_stats(
+                    stats.get(path), empty, name, "linen.calibrate"
+                )
+        layer_stats = stats.get(path, empty)
+        stats[path] = add_rows(layer_stats, rows, path, request.observer)
 
 
-def call_order(
-    module: linen.Module,
-    variables: Any,
-    batch: Any,
-    forward: Callable[[linen.Module, Any, Any], Any] | None,
+def linen_call_order(
+    module: linen.Module, variables: Any, batch: Any, forward: Forward | None
 ) -> dict[str, tuple[int, ...]]:
-    """Layers in the order in which a batch reaches them, and what they are called with; as `jaxq.nn` has it."""
+    """The layers in the order in which a batch reaches them, as `call_order`."""
 
     def trace(variables: Any, batch: Batch) -> None:
         def watch(
             call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
         ) -> Any:
-            found = find_call(context)
-            if found is not None and found.kind.watched:
-                record_call(
-                    "/".join(context.module.path), args[0] if args else kwargs["inputs"]
-                )
+            layer_call = find_call(context)
+            if layer_call is not None and layer_call.kind.watched:
+                x, _, _ = _split_input(args, kwargs)
+                record_call("/".join(context.module.path), x)
             return call(*args, **kwargs)
 
         with linen.intercept_methods(watch):
-            _run(module, variables, batch.given(), forward)
+            _run_module(module, variables, batch.whole(), forward)
 
-    return traced_order(trace, variables, Batch.of(batch))
+    return trace_call_order(trace, variables, Batch.of(batch))
 
 
-def _run(
-    module: linen.Module, variables: Any, batch: Any, forward: Callable[..., Any] | None
+def _split_input(
+    args: tuple, kwargs: dict[str, Any]
+) -> tuple[Any, tuple, dict[str, Any]]:
+    """The input of a call and its other arguments. Flax names the input `inputs`."""
+    if args:
+        return args[0], args[1:], kwargs
+    others = {name: value for name, value in kwargs.items() if name != "inputs"}
+    return kwargs["inputs"], (), others
+
+
+def _run_module(
+    module: linen.Module, variables: Any, batch: Any, forward: Forward | None
 ) -> Any:
+    """Runs a batch: an array, a tuple of arguments or a dict of named arguments."""
     if forward is not None:
         return forward(module, variables, batch)
     if isinstance(batch, dict):
         return module.apply(variables, **batch)
     return module.apply(variables, *(batch if isinstance(batch, tuple) else (batch,)))
-
-
-def _rows_of(
-    module: Any, kind: LinenKind, args: tuple, kwargs: dict[str, Any]
-) -> tuple[jax.Array, int]:
-    """`[*batch, *free, K]` of the input of a layer, and the number of batch axes."""
-    others = dict(kwargs)
-    x, *rest = args if args else (others.pop("inputs"),)
-    assert kind.read_rows is not None
-    return kind.read_rows(module, jnp.asarray(x), *rest, **others)

@@ -118,7 +118,7 @@ def register_layer(kind: LayerKind) -> None:
       ((2, 8), 'Scale')
       >>> jaxq.nn.unregister_layer("Scale")
     """
-    if any(known.name == kind.name for known in _KINDS):
+    if any(other.name == kind.name for other in _KINDS):
         raise ValueError(
             f"register_layer: a layer kind {kind.name!r} exists already. "
             "Choose another name, or call unregister_layer first."
@@ -144,13 +144,13 @@ def unregister_layer(name: str) -> None:
       Traceback (most recent call last):
       ValueError: unregister_layer: no layer kind 'Scale'. Known kinds: ...
     """
-    known = [kind.name for kind in _KINDS]
-    if name not in known:
+    names = [kind.name for kind in _KINDS]
+    if name not in names:
         raise ValueError(
             f"unregister_layer: no layer kind {name!r}. "
-            f"Known kinds: {', '.join(known)}."
+            f"Known kinds: {', '.join(names)}."
         )
-    del _KINDS[known.index(name)]
+    del _KINDS[names.index(name)]
     if name in _ADDED_NAMES:
         _ADDED_NAMES.remove(name)
         recipes.unregister_kind(name)
@@ -241,15 +241,17 @@ def put_weight(layer: Any, kind: LayerKind, variable: QuantizedParam) -> None:
     kind.attach(layer)
 
 
-def foreign_hook(layer: Any, attribute: str, known: tuple[Any, ...]) -> str | None:
+def foreign_hook(
+    layer: Any, attribute: str, replaceable: tuple[Any, ...]
+) -> str | None:
     """Why a layer with a hook of the user's cannot be quantized. None if it can.
 
     Args:
       layer: an nnx layer.
       attribute: the hook.
-      known: the functions there that jaxq may replace: Flax's default and jaxq's own.
+      replaceable: the functions that jaxq may replace: Flax's default and jaxq's own.
     """
     hook = getattr(layer, attribute)
-    if hook in known:
+    if hook in replaceable:
         return None
     return f"it has a {attribute} of its own, {hook!r}"

@@ -48,8 +48,9 @@ class QDense(linen.Dense):
       >>> layer = jaxq.nn.linen.QDense(8, weight="int8", activation="int8")
       >>> x = jnp.ones((2, 64))
       >>> variables = layer.init(jax.random.key(0), x)
-      >>> variables["params"]["kernel"]  # doctest: +ELLIPSIS
-      QTensor(kernel: int8[64x8], PerChannel(along -2), ..., 8.5 bits, float32)
+      >>> kernel = variables["params"]["kernel"]
+      >>> kernel.spec.format, kernel.shape, kernel.bits_per_element
+      ('int8', (64, 8), 8.5)
       >>> layer.apply(variables, x).shape
       (2, 8)
     """

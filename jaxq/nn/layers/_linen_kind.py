@@ -5,8 +5,8 @@ record. Everything else in jaxq asks the record.
 
 Calls of a layer are seen through `flax.linen.intercept_methods`. A call is known by the
 function of Flax's own class (`Dense.__call__`, `Embed.attend`, ...). A subclass that
-calls its parent's method is therefore seen too. So is a lifted layer such as
-`nn.vmap(nn.Dense)`, where the layer has the weight of one element.
+calls its parent's method is therefore seen too. A lifted layer such as
+`nn.vmap(nn.Dense)` is also seen. Inside the transform it has the weight of one element.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def _attach(layer: Any) -> None:
 def _problem(layer: Any) -> str | None:
     if layer.mask is not None:
         return MASKED
-    known = (lax.conv_general_dilated, conv_general_dilated)
-    return foreign_hook(layer, "conv_general_dilated", known)
+    replaceable = (lax.conv_general_dilated, conv_general_dilated)
+    return foreign_hook(layer, "conv_general_dilated", replaceable)
 
 
 def _num_channels(layer: Any) -> int:

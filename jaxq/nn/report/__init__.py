@@ -1,1 +1,15 @@
-"""What happened to each parameter: rows, totals, rendering."""
+"""The report of `quantize_model`: one row for each parameter, totals, and rendering."""
+
+from jaxq.nn.report._product import product_note
+from jaxq.nn.report._report import Report
+from jaxq.nn.report._row import (
+    Row,
+    dropped_metadata,
+    float_row,
+    other_row,
+    planned_row,
+    quantized_row,
+    skip_reason,
+)
+
+__all__ = ["Report", "Row"]

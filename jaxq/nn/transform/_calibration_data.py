@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from jaxq import methods
-from jaxq.nn.calibration._nnx import Wanted, as_stats
+from jaxq.nn.calibration import StatsRequest, as_stats
 from jaxq.nn.transform._options import Options
 from jaxq.observers import LayerStats, empty_stats
 from jaxq.recipes import Rule
@@ -14,7 +14,7 @@ from jaxq.recipes import Rule
 
 class _Model(Protocol):
     def statistics(
-        self, options: Options, wanted: Mapping[str, Wanted]
+        self, options: Options, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]: ...
 
 
@@ -34,7 +34,9 @@ class CalibrationData:
     def __bool__(self) -> bool:
         return self._options.calibration is not None
 
-    def statistics(self, wanted: Mapping[str, Wanted]) -> Mapping[str, LayerStats]:
+    def statistics(
+        self, wanted: Mapping[str, StatsRequest]
+    ) -> Mapping[str, LayerStats]:
         """Statistics of some layers, in the model as it is now.
 
         Args:
@@ -66,7 +68,7 @@ class CalibrationData:
                 "reaches the layers, so it needs the batches themselves as "
                 "calibration=, not statistics."
             )
-        return self.statistics(dict.fromkeys(paths, Wanted(hessian=False)))
+        return self.statistics(dict.fromkeys(paths, StatsRequest(hessian=False)))
 
     def unused_notes(self, read_arguments: tuple[str, ...]) -> list[str]:
         """What the report says of data that no layer has used.
@@ -102,7 +104,9 @@ def needs_statistics(rule: Rule, has_rows: bool) -> bool:
     return has_rows and (rule.correct_bias or reads_rows)
 
 
-def wanted_statistics(layers: Iterable[tuple[str, Rule, bool]]) -> dict[str, Wanted]:
+def wanted_statistics(
+    layers: Iterable[tuple[str, Rule, bool]],
+) -> dict[str, StatsRequest]:
     """What to count of the inputs of some layers.
 
     Args:
@@ -113,12 +117,12 @@ def wanted_statistics(layers: Iterable[tuple[str, Rule, bool]]) -> dict[str, Wan
         if needs_statistics(rule, has_rows):
             fields = methods.get(rule.method).needed_statistics(dict(rule.options))
             observer: Any = rule.observer
-            wanted[path] = Wanted(observer, has_rows and "hessian" in fields)
+            wanted[path] = StatsRequest(observer, has_rows and "hessian" in fields)
     return wanted
 
 
 def _checked(
-    statistics: Mapping[str, Any], wanted: Mapping[str, Wanted]
+    statistics: Mapping[str, Any], wanted: Mapping[str, StatsRequest]
 ) -> dict[str, LayerStats]:
     """The statistics of the wanted layers, from those that the caller passed."""
     missing = [path for path in wanted if path not in statistics]

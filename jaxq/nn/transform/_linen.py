@@ -1,4 +1,4 @@
-"""quantize_model for Flax linen: the public function and the adapter of linen modules."""
+"""quantize_model for Flax linen: the public function, and the adapter."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from flax import linen
 from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict
 
-from jaxq.nn.calibration._linen import calibrated as collect_linen_stats
-from jaxq.nn.calibration._linen import call_order as linen_call_order
-from jaxq.nn.calibration._nnx import Wanted
+from jaxq.nn.calibration import StatsRequest, collect_linen_stats, linen_call_order
 from jaxq.nn.layers import (
     Forward,
     LinenKind,
     LinenLayer,
     Quantized,
+    Roles,
     check_weights,
     find_linen_layers,
     linen_kinds,
     params_of,
     with_params,
 )
-from jaxq.nn.report._report import Report, Row, float_row, skip_reason
+from jaxq.nn.report import Report, Row, float_row, skip_reason
 from jaxq.nn.transform import _loop
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._matching import bare_rule, is_multiplied
@@ -127,7 +126,8 @@ def quantize_model(
       >>> qmodule, qvariables, report = jaxq.nn.linen.quantize_model(
       ...   module, variables, "int8")
       >>> qvariables["params"]["kernel"]
-      QTensor(kernel: int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
+      QTensor(kernel: int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits,
+              float32)
       >>> qmodule.apply(qvariables, x).shape
       (2, 8)
     """
@@ -265,7 +265,7 @@ class LinenAdapter:
         )
 
     def statistics(
-        self, options: Options, wanted: Mapping[str, Wanted]
+        self, options: Options, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]:
         assert options.batches is not None
         module = Quantized(self._module, _joined(self._quantized))
@@ -393,7 +393,7 @@ class LinenAdapter:
         return used_rules
 
     def _class_name(self, scope: _Key) -> str:
-        """The name of the module's class in a scope; "-" if the call did not reach it."""
+        """The class of the module in a scope; "-" if the call did not reach it."""
         cls = self._structure.classes.get(scope)
         return cls.__name__ if cls else "-"
 
@@ -405,7 +405,7 @@ class LinenAdapter:
         if isinstance(value, QTensor):
             return "quantized already, left as it is"
         if not _is_float(value):
-            return "not floats, left as it is"
+            return "no floats, left as it is"
         if value.ndim < 2:
             return "not a matrix, left in floats"
         if scope not in self._structure.classes:
@@ -425,8 +425,12 @@ class LinenAdapter:
             yield float_row("/".join(key), self._class_name(key[1:-1]), value, note)
 
 
+def _no_roles(*args: Any, **kwargs: Any) -> Roles:
+    raise NotImplementedError("a matrix of a user's module has no roles")
+
+
 # A matrix that a module creates with `self.param`.
-_BARE = LinenKind(name="Param", weight="", roles=None, methods={})  # pyright: ignore[reportArgumentType]
+_BARE = LinenKind(name="Param", weight="", roles=_no_roles, methods={})
 
 
 def _bare_slot(key: _Key, value: Any, rule: Rule, cls: type) -> Slot:

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.nn.calibration._nnx import shown
-from jaxq.nn.report._report import (
+from jaxq.nn.calibration import with_progress
+from jaxq.nn.report import (
     Report,
     Row,
     float_row,
@@ -37,6 +37,7 @@ from jaxq.nn.transform._weight import (
     quantize_weight,
 )
 from jaxq.observers import LayerStats
+from jaxq.qtensor import QTensor
 from jaxq.recipes import Recipe
 from jaxq.sharding import on_auto_axes, shard_like
 
@@ -62,31 +63,29 @@ def quantize(adapter: Adapter, recipe: Recipe, options: Options) -> tuple[Any, R
     keys = _keys(chosen, blocks, adapter, options)
     donated = Donated(adapter.arrays() if options.donate else ())
     rows = {slot.weight: _row_before(slot) for slot in slots if not slot.chosen}
-    results: dict[Hashable, Result] = {}
+    weights: dict[Hashable, QTensor] = {}
     for number, block in enumerate(blocks):
         finished = resume.read(number, [slot.name for slot in block])
         data.used = data.used or bool(finished)
         stats = {} if finished else _statistics(data, block)
-        new: dict[str, Result] = {}
-        for slot in shown(block, "quantizing", options.progress and bool(stats)):
-            # Layers may share a weight: it is quantized once, for the first of them.
-            if slot.weight not in results:
+        results: dict[str, Result] = {}
+        show = options.progress and bool(stats)
+        for slot in with_progress(block, "quantizing", show):
+            # Several layers may share one weight. The first of them quantizes it.
+            if slot.weight not in weights:
                 result = finished.get(slot.name)
                 if result is None:
                     layer_stats, key = stats.get(slot.path), keys[slot.weight]
                     result = _quantize_slot(adapter, slot, layer_stats, key, options)
-                    new[slot.name] = result
+                results[slot.name] = result
+                rows[slot.weight] = result.row
+                weights[slot.weight] = shard_like(result.weight, slot.value)
                 if result.bias is not None:
                     adapter.put_bias(slot, result.bias)
-                placed = shard_like(result.weight, slot.value)
-                results[slot.weight] = result._replace(weight=placed)
-                rows[slot.weight] = result.row
-            weight = results[slot.weight].weight
-            adapter.put_weight(slot, weight)
-            if options.donate:
-                donated.end_use(slot.value, weight)
+            adapter.put_weight(slot, weights[slot.weight])
+            donated.end_use(slot.value, weights[slot.weight])
         if not finished:
-            resume.write(number, new)
+            resume.write(number, results)
     model = adapter.finish()
     data_notes = data.unused_notes(adapter.read_arguments)
     notes = (*adapter.notes, *data_notes, *rule_notes)
@@ -176,7 +175,8 @@ def _row_before(slot: Slot) -> Row:
     """The row of a slot, as far as it is known before anything is quantized."""
     if not slot.chosen:
         return float_row(slot.name, slot.kind.name, slot.value, skip_reason(slot.rule))
-    assert slot.rule is not None and slot.planned is not None
+    assert slot.rule is not None
+    assert slot.planned is not None
     notes = (missing_scales_note(slot.rule, slot.scales), *slot.notes)
     return planned_row(
         slot.name,

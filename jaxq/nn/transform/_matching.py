@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import methods
-from jaxq.nn.report._report import why_floats
+from jaxq.nn.report import product_note
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Adapter, Inventory, Slot
 from jaxq.nn.transform._weight import dry_run
@@ -107,7 +107,7 @@ def _planned(
     try:
         _check_axes(slot)
         planned = dry_run(slot)
-        why_floats(slot.kind.name, planned, slot.roles)
+        product_note(planned, slot.roles)
         _check_method(slot, adapter, has_data)
         is_abstract = isinstance(slot.value, jax.ShapeDtypeStruct)
         if options.on_nonfinite == "raise" and not is_abstract:

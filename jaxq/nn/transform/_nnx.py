@@ -10,8 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxq.nn.calibration._nnx import Wanted, call_order
-from jaxq.nn.calibration._nnx import calibrated as collect_stats
+from jaxq.nn.calibration import StatsRequest, call_order, collect_stats
 from jaxq.nn.layers import (
     LayerKind,
     QuantizedParam,
@@ -21,7 +20,7 @@ from jaxq.nn.layers import (
     stack_note,
     weight_axes,
 )
-from jaxq.nn.report._report import Report, Row, dropped_metadata, float_row, other_row
+from jaxq.nn.report import Report, Row, dropped_metadata, float_row, other_row
 from jaxq.nn.transform import _loop
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._folding import (
@@ -128,9 +127,11 @@ def quantize_model(
     Example:
       >>> import jaxq
       >>> from flax import nnx
-      >>> qmodel, report = jaxq.quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int8")
+      >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+      >>> qmodel, report = jaxq.quantize_model(model, "int8")
       >>> qmodel.kernel[...]
-      QTensor(kernel: int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
+      QTensor(kernel: int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits,
+              float32)
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
@@ -298,7 +299,7 @@ class NnxAdapter:
         return call_order(self._model, options.batches[0], options.forward)
 
     def statistics(
-        self, options: Options, wanted: Mapping[str, Wanted]
+        self, options: Options, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]:
         assert options.batches is not None
         return collect_stats(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxq import formats, methods
-from jaxq.nn.calibration._nnx import as_batches
+from jaxq.nn.calibration import as_batches
 from jaxq.observers import LayerStats
 from jaxq.qtensor import ON_NONFINITE, QuantSpec
 from jaxq.recipes import Recipe

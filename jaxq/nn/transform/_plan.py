@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import linen, nnx
 
-from jaxq.nn.report._report import Report
+from jaxq.nn.report import Report
 from jaxq.nn.transform import _loop
 from jaxq.nn.transform._linen import LinenAdapter, check_module
 from jaxq.nn.transform._nnx import NnxAdapter

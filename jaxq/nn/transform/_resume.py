@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import serialization
-from jaxq.nn.report._report import Row
+from jaxq.nn.report import Row
 from jaxq.nn.transform._options import Options
 from jaxq.qtensor import QTensor
 from jaxq.recipes import Recipe

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from jaxq.nn.calibration._nnx import Wanted
+from jaxq.nn.calibration import StatsRequest
 from jaxq.nn.layers import Roles
-from jaxq.nn.report._report import Row
+from jaxq.nn.report import Row
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._folding import Outcome
 from jaxq.nn.transform._options import Options
@@ -145,7 +145,7 @@ class Adapter(Protocol):
         ...
 
     def arrays(self) -> Iterable[Any]:
-        """The arrays of the model, each as often as a slot or something else uses it."""
+        """The arrays of the model, each as often as it is used."""
         ...
 
     def fold(
@@ -172,7 +172,7 @@ class Adapter(Protocol):
         ...
 
     def statistics(
-        self, options: Options, wanted: Mapping[str, Wanted]
+        self, options: Options, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]:
         """Statistics of some layers' inputs, in the model as it is now."""
         ...
@@ -186,7 +186,7 @@ class Adapter(Protocol):
         ...
 
     def put_weight(self, slot: Slot, qt: QTensor) -> None:
-        """Replaces the weight of a layer. It is called for every slot that is chosen."""
+        """Replaces the weight of a layer. The loop calls it for each chosen slot."""
         ...
 
     def finish(self) -> Any:

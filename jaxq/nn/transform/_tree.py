@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxq.nn.calibration._nnx import Wanted
-from jaxq.nn.report._report import Report, Row, float_row
+from jaxq.nn.calibration import StatsRequest
+from jaxq.nn.report import Report, Row, float_row
 from jaxq.nn.transform import _loop
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._nnx_layers import NOT_WEIGHTS
@@ -186,7 +186,7 @@ class TreeAdapter:
         raise NotImplementedError("a tree is not called")
 
     def statistics(
-        self, options: Options, wanted: Mapping[str, Wanted]
+        self, options: Options, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]:
         raise NotImplementedError("no data pass through a tree")
 
@@ -287,7 +287,7 @@ def _why_not_weight(value: Any) -> str:
         return "quantized already, left as it is"
     dtype = getattr(value, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        return "not floats, left as it is"
+        return "no floats, left as it is"
     if len(value.shape) < 2:
         return "not a matrix, left in floats"
     return ""

@@ -1,5 +1,7 @@
-"""Every linen layer, in every way it is used, with every kind of recipe, against the float layer that holds the
-dequantized weight."""
+"""Every linen layer, under every transform, with every kind of recipe.
+
+The reference is the float layer with the dequantized weight.
+"""
 
 import functools
 
@@ -24,7 +26,7 @@ from jaxq.nn.linen import (
     quantize_model,
 )
 from tests import tables
-from tests.nn.layers.test_nnx import assert_close, dots, rounded
+from tests.nn.layers.test_nnx import assert_close_and_nonzero, dots, rounded
 
 RECIPES = {
     "int8": {"weight": "int8"},
@@ -51,7 +53,7 @@ class Attend(nn.Module):
 
 
 class Lookup(nn.Module):
-    """An embedding used as one; the input becomes tokens, so that all layers take floats."""
+    """A lookup. It makes tokens of its input, so that all layers here take floats."""
 
     @nn.compact
     def __call__(self, x):
@@ -62,24 +64,28 @@ class Lookup(nn.Module):
 
 
 class _Limit:
-    """The reach of a static range, for each element of the batch; a field of modules, so not an array itself."""
+    """The limits of a static range, one for each element of the batch.
+
+    It is a field of modules, which must be hashable, so it is not an array.
+    """
 
     def __init__(self, values):
         self.values = np.asarray(values)
 
 
 def rounded_by(limit, x, *axes):
-    """x as int8 activations see it: each row by its own scale or, with a limit, all by the same."""
+    """x rounded as int8 activations are: a scale for each row, or one limit."""
     if limit is None:
         return rounded(x, *axes)
-    # Of a layer with batch axes, one for each leading element; of a stack on one input, the same for all.
+    # A layer with batch axes has a limit for each leading element. A stack that reads
+    # one input has the same limit for all of its elements.
     limit = limit.values[0] if limit.values.ndim == 2 else limit.values
     limit = (
         limit.max()
         if limit.shape != x.shape[:1]
         else limit.reshape(-1, *(1 for _ in x.shape[1:]))
     )
-    clipped = lax.stop_gradient(jnp.clip(x, -limit, limit))  # and has no gradient
+    clipped = lax.stop_gradient(jnp.clip(x, -limit, limit))  # no gradient outside
     inside = jnp.where(jnp.abs(x) <= limit, x, clipped)
     return inside + lax.stop_gradient(
         jnp.round(inside * (127 / limit)) * (limit / 127) - inside
@@ -223,15 +229,21 @@ def module_of(use, cls, fields):
     if use == "scan":
         return Scan(cls, tuple(fields.items()))
     if use == "vmap":
-        cls = nn.vmap(cls, in_axes=None, out_axes=0, axis_size=3, variable_axes={"params": 0},
-                      split_rngs={"params": True})  # fmt: skip
+        cls = nn.vmap(
+            cls,
+            in_axes=None,
+            out_axes=0,
+            axis_size=3,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+        )
     if use in ("jit", "remat"):
         cls = {"jit": nn.jit, "remat": nn.remat}[use](cls)
     return cls(**fields)
 
 
 def built(module, x, dtype=None):
-    """Variables of normal numbers, biases too. Compiles nothing, as initializers do."""
+    """Variables of normal numbers, biases too. It compiles nothing."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
     return jax.tree.map(
@@ -252,7 +264,7 @@ def is_qt(v):
 
 @jax.jit
 def in_floats(variables):
-    """Variables with what the QTensors stand for."""
+    """Variables with dequantized QTensors."""
     return jax.tree.map(
         lambda v: jaxq.dequantize(v.with_activation(None)) if is_qt(v) else v,
         variables,
@@ -261,7 +273,10 @@ def in_floats(variables):
 
 
 def in_range(cls, fields, variables):
-    """Fields of a layer with rounded activations, in the range that its QTensor has, if it has one."""
+    """Fields of a layer with rounded activations, in the static range of its QTensor.
+
+    Without a static range the fields stay as they are.
+    """
     ranges = {
         key[-2] if key[1:] else "": v.input_range
         for key, v in flatten_dict(variables["params"]).items()
@@ -272,9 +287,13 @@ def in_range(cls, fields, variables):
     limits = {name: _Limit(jnp.abs(v).max(-1)) for name, v in ranges.items()}
     if cls is not None:
         return {"limit": next(iter(limits.values()))}
-    # The projections of attention see one input, but for the last.
-    return {name: functools.partial(fn, limit=limits.get(name.split("_")[0], next(iter(limits.values()))))
-            for name, fn in fields.items()}  # fmt: skip
+    # The projections of attention read one input, except the last projection.
+    return {
+        name: functools.partial(
+            fn, limit=limits.get(name.split("_")[0], next(iter(limits.values())))
+        )
+        for name, fn in fields.items()
+    }
 
 
 def value(module, variables, x):
@@ -294,7 +313,7 @@ def value_and_grad(module, variables, x):
 
 
 CASES = [(layer, recipe, use) for layer in LAYERS for recipe in RECIPES for use in USES]
-# Each recipe and each use; attention is in test_linen_transform.py.
+# Each recipe and each transform. Attention is in tests/nn/transform/test_linen.py.
 DEFAULT = [("dense", "w8a8", use) for use in USES]
 DEFAULT += [
     ("conv", "int8", "scan"),
@@ -307,7 +326,7 @@ DEFAULT += [("dense", "w8a8 static", "scan"), ("lookup", "w8a8 static", "plain")
 DEFAULT += [("lookup", "int4 g32", "scan"), ("experts", "w8a8", "vmap")]
 
 
-# How far outputs may be from the float module's, as a share of its norm.
+# The largest allowed error of the outputs, relative to the largest float output.
 FLOAT_BOUNDS = {
     "int8": 0.03,
     "int4 g32": 0.3,
@@ -329,11 +348,9 @@ def test_output_and_gradient(name, recipe, use):
     )
     variables = built(module, x)
     data = {"calibration": [x]} if recipe == "w8a8 static" else {"example": x}
-    inside = use in ("jit", "scan", "remat") or (name, use) == (
-        "attention",
-        "vmap",
-    )  # whose last input is mapped over
-    if data.get("calibration") and (name in ("lookup", "attend") or inside):
+    # Under vmap, the last input of attention is mapped over.
+    hidden = use in ("jit", "scan", "remat") or (name, use) == ("attention", "vmap")
+    if data.get("calibration") and (name in ("lookup", "attend") or hidden):
         refused = (
             "its input cannot be observed"
             if name in ("lookup", "attend")
@@ -351,7 +368,7 @@ def test_output_and_gradient(name, recipe, use):
         use, value_and_grad
     )
     y, grad = run(qmodule, qvariables, x)
-    assert_close(y, run(module, variables, x)[0], FLOAT_BOUNDS[recipe])
+    assert_close_and_nonzero(y, run(module, variables, x)[0], FLOAT_BOUNDS[recipe])
     if "activation" in RECIPES[recipe]:
         module = module_of(
             use,
@@ -360,12 +377,12 @@ def test_output_and_gradient(name, recipe, use):
         )
     wanted, wanted_grad = run(module, in_floats(qvariables), x)
     if use == "jit":
-        assert_close(jax.jit(qmodule.apply)(qvariables, x), y, 1e-6)
-    # Inside attention, activations to be rounded differ in the last bit, and may round to another code.
+        assert_close_and_nonzero(jax.jit(qmodule.apply)(qvariables, x), y, 1e-6)
+    # Inside attention, activations differ in the last bit and may get another code.
     bound = 0.02 if name == "attention" and "activation" in RECIPES[recipe] else 1e-5
-    assert_close(y, wanted, bound)
+    assert_close_and_nonzero(y, wanted, bound)
     if grad is not None and name != "lookup":
-        assert_close(grad, wanted_grad, bound)
+        assert_close_and_nonzero(grad, wanted_grad, bound)
 
 
 @pytest.mark.parametrize(
@@ -396,8 +413,13 @@ DTYPES = [
     ids=lambda d: "-".join(f"{k}={v.dtype.name}" for k, v in d.items()),
 )
 def test_results_have_the_float_layers_dtype(dtypes):
-    explicit = {nn.Dense: QDense, nn.DenseGeneral: QDenseGeneral, nn.Einsum: QEinsum, nn.Conv: QConv,
-                nn.ConvTranspose: QConvTranspose}  # fmt: skip
+    explicit = {
+        nn.Dense: QDense,
+        nn.DenseGeneral: QDenseGeneral,
+        nn.Einsum: QEinsum,
+        nn.Conv: QConv,
+        nn.ConvTranspose: QConvTranspose,
+    }
     for cls, fields, shape, *_ in LAYERS.values():
         if cls not in explicit:
             continue
@@ -430,7 +452,7 @@ def test_precision_and_promote_dtype_fields_are_kept():
     y = qmodule.apply(qvariables, x)
     assert y.dtype == jnp.float32
     kernel = jaxq.dequantize(qvariables["params"]["kernel"], dtype=jnp.float32)
-    assert_close(
+    assert_close_and_nonzero(
         y,
         x.astype(jnp.float32) @ kernel
         + variables["params"]["bias"].astype(jnp.float32)[None],
@@ -470,7 +492,7 @@ EXPLICIT = {
 
 
 @pytest.mark.parametrize("name", tables.thinned(EXPLICIT, list(EXPLICIT)[::2]))
-def test_explicit_layers_hold_what_quantize_model_makes(name):
+def test_explicit_layers_have_the_weights_of_quantize_model(name):
     explicit, plain, fields, shape = EXPLICIT[name]
     x = jnp.ones(shape, jnp.int32 if name == "embed" else jnp.float32)
     layer, module = explicit(**fields, weight="int4"), plain(**fields)
@@ -491,17 +513,23 @@ def test_explicit_layers_hold_what_quantize_model_makes(name):
 
 
 def test_explicit_layers_stack():
-    layers = nn.vmap(QDense, in_axes=None, out_axes=0, axis_size=3, variable_axes={"params": 0},
-                     split_rngs={"params": True})(6, activation="int8")  # fmt: skip
+    layers = nn.vmap(
+        QDense,
+        in_axes=None,
+        out_axes=0,
+        axis_size=3,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+    )(6, activation="int8")
     x = jnp.ones((2, 64))
     variables = layers.init(jax.random.key(0), x)
     kernel = variables["params"]["kernel"]
     assert kernel.shape == (3, 64, 6)
     wanted = jnp.stack([x @ kernel[i] for i in range(3)])
-    assert_close(layers.apply(variables, x), wanted, 1e-6)
+    assert_close_and_nonzero(layers.apply(variables, x), wanted, 1e-6)
 
 
-def test_explicit_layers_take_no_floats_and_no_other_shape():
+def test_explicit_layers_refuse_floats_and_other_shapes():
     x, dense = jnp.ones((2, 8)), nn.Dense(8)
     floats = dense.init(jax.random.key(0), x)
     with pytest.raises(
@@ -521,7 +549,7 @@ def test_explicit_layers_take_no_floats_and_no_other_shape():
         QDense(8, dot_general=lambda *a, **k: None).init(jax.random.key(0), x)
 
 
-def test_explicit_layers_take_boxed_initializers():
+def test_explicit_layers_accept_boxed_initializers():
     init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
     variables = QDense(8, kernel_init=init).init(jax.random.key(0), jnp.ones((2, 64)))
     assert isinstance(variables["params"]["kernel"], QTensor)

@@ -1,4 +1,7 @@
-"""Every layer with every kind of recipe, against the float layer that holds the dequantized weight."""
+"""Every nnx layer with every kind of recipe.
+
+The reference is the float layer with the dequantized weight.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ from jaxq.nn import (
 )
 from jaxq.nn.layers import quantize_own_weight
 from tests import tables
+from tests.arrays import assert_close
 from tests.ops.reference import equations
 
 RECIPES = {
@@ -106,17 +110,14 @@ MORE = {
     ),
 }
 LAYERS = COMMON | MORE
-EVERY = (
-    "linear",
-    "qkv",
-    "embed tokens",
-)  # the others compile longer and decode in the same way
+# The other layers take longer to compile, and decode in the same way.
+EVERY = ("linear", "qkv", "embed tokens")
 CASES = [
     (layer, recipe)
     for layer in LAYERS
     for recipe in (RECIPES if layer in EVERY else ("int4", "w8a8"))
 ]
-# Of attention, its stack below.
+# Attention is in the stacks below.
 DEFAULT = [
     ("linear", "int4"),
     ("qkv", "nf4"),
@@ -138,11 +139,11 @@ def data(name, shape, seed=1):
 
 
 def built(make):
-    """A layer of normal numbers, biases too. Compiles nothing, as initializers do."""
+    """A layer of normal numbers, biases too. It compiles nothing."""
     model, rng = nnx.eval_shape(lambda: make(nnx.Rngs(0))), np.random.default_rng(0)
     for _, v in nnx.iter_graph(model):
         if isinstance(v, nnx.Variable):
-            assert isinstance(v, nnx.Param), "only parameters are made here"
+            assert isinstance(v, nnx.Param), "a layer with parameters only"
             value = rng.normal(scale=1 if v.ndim == 1 else 0.2, size=v.shape)
             v.set_value(jnp.asarray(value.astype(v.dtype)))
     return model
@@ -156,7 +157,7 @@ def quantize(model, recipe):
 
 
 def rounded(x, contracting, batch=()):
-    """x as int8 activations see it; the gradient passes straight through."""
+    """x rounded as int8 activations are. The gradient passes straight through."""
     back = jaxq.dequantize(
         jaxq.quantize(
             lax.stop_gradient(x), "int8", contracting=contracting, batch=batch
@@ -172,12 +173,11 @@ def dot_of_rounded(x, w, dims, **kwargs):
 def einsum_of_rounded(text, x, w, **kwargs):
     left, right = text.split("->")[0].split(",")
     out = text.split("->")[1]
-    negative = [
+    contracting = [
         i - len(left) for i, a in enumerate(left) if a in right and a not in out
     ]
-    return jnp.einsum(
-        text, rounded(x, tuple(negative)), w
-    )  # other axes have scales of their own, batch or not
+    # Each index of the other axes, batch or not, has its own scale.
+    return jnp.einsum(text, rounded(x, tuple(contracting)), w)
 
 
 def conv_of_rounded(x, w, *args, out_sharding=None, **kwargs):
@@ -192,12 +192,15 @@ class RoundedAttend(Attend):
 
 
 def reference(model, q, recipe):
-    """The float model with the dequantized weights, and rounded activations where the recipe has them."""
+    """The float model with the dequantized weights.
+
+    If the recipe quantizes activations, its products round their input.
+    """
     model = nnx.clone(model)
-    for (_, layer, kind), (_, of_q, _) in zip(
+    for (_, layer, kind), (_, qlayer, _) in zip(
         find_layers(model), find_layers(q), strict=True
     ):
-        weight = getattr(of_q, kind.weight).get_value()
+        weight = getattr(qlayer, kind.weight).get_value()
         assert isinstance(weight, QTensor)
         getattr(layer, kind.weight).set_value(
             jaxq.dequantize(weight.with_activation(None))
@@ -214,11 +217,10 @@ def reference(model, q, recipe):
     return model
 
 
-def assert_close(got, wanted, bound=1e-5):
-    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    assert got.shape == wanted.shape
-    assert np.abs(wanted).max() > 0.01
-    assert np.abs(got - wanted).max() <= bound * np.abs(wanted).max()
+def assert_close_and_nonzero(actual, expected, bound=1e-5):
+    """As `assert_close`, and the expected numbers are not all near zero."""
+    assert np.abs(np.asarray(expected, np.float64)).max() > 0.01
+    assert_close(np.asarray(actual), np.asarray(expected), bound)
 
 
 @nnx.jit
@@ -241,11 +243,11 @@ def test_output_and_gradient(name, recipe):
     q = quantize(model, recipe)
     y, grad = value_and_grad(q, x)
     wanted, wanted_grad = value_and_grad(reference(model, q, recipe), x)
-    # Inside attention, activations to be rounded differ in the last bit, and may round to another code.
+    # Inside attention, activations differ in the last bit and may get another code.
     bound = 0.02 if (name, recipe) == ("attention", "w8a8") else 1e-5
-    assert_close(y, wanted, bound)
+    assert_close_and_nonzero(y, wanted, bound)
     if grad is not None:
-        assert_close(grad, wanted_grad, bound)
+        assert_close_and_nonzero(grad, wanted_grad, bound)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +259,7 @@ def test_output_and_gradient(name, recipe):
 def test_plain_call_is_the_jitted_one(name):
     make, shape = LAYERS[name]
     q, x = quantize(built(make), "int8"), data(name, shape)
-    assert_close(q(x), value_and_grad(q, x)[0], 1e-6)
+    assert_close_and_nonzero(q(x), value_and_grad(q, x)[0], 1e-6)
 
 
 # Stacked layers.
@@ -306,7 +308,7 @@ def test_stacked_layers_scan(name, recipe, run):
     layers, x = stacked(make), data(name, shape)
     q = quantize(layers, recipe)
     wanted = run(reference(layers, q, recipe), x)
-    assert_close(
+    assert_close_and_nonzero(
         run(q, x), wanted, 0.02 if (name, recipe) == ("attention", "w8a8") else 1e-5
     )
 
@@ -336,7 +338,9 @@ def test_stacked_twice():
     one = nnx.merge(nnx.graphdef(q), inner)
     x = data("", (2, 40))
     wanted = np.einsum("bk,lkn->lbn", x, np.asarray(jaxq.dequantize(q.kernel[...]))[1])
-    assert_close(by_lax_scan(one, x), wanted + np.asarray(one.bias[...])[:, None])
+    assert_close_and_nonzero(
+        by_lax_scan(one, x), wanted + np.asarray(one.bias[...])[:, None]
+    )
 
 
 # Dtypes.
@@ -356,10 +360,8 @@ DTYPES = [
 )
 def test_results_have_the_float_layers_dtype(dtypes):
     for name, (make, shape) in LAYERS.items():
-        if (
-            name == "attention"
-        ):  # flax's own product of queries and keys needs promotion
-            continue
+        if name == "attention":
+            continue  # flax's own product of queries and keys needs promotion
         x = data(name, shape)
         if "dtype" not in dtypes and "tokens" not in name:
             x = x.astype(jnp.bfloat16)
@@ -389,17 +391,15 @@ def test_bfloat16_layers_are_near_the_float32_ones(name, recipe):
     make, shape = LAYERS[name]
     q = quantize(built(lambda rngs: make(rngs, param_dtype=jnp.bfloat16)), recipe)
     wide = reference(built(make), q, "int4")
-    for _, layer, kind in find_layers(
-        wide
-    ):  # dequantized in bfloat16; the float32 layer promotes it
-        getattr(layer, kind.weight).set_value(
-            getattr(layer, kind.weight)[...].astype(jnp.float32)
-        )
+    for _, layer, kind in find_layers(wide):
+        # The weight was dequantized in bfloat16.
+        weight = getattr(layer, kind.weight)
+        weight.set_value(weight[...].astype(jnp.float32))
     x = data(name, shape)
     low = x if x.dtype == jnp.int32 else x.astype(jnp.bfloat16)
     y = value_and_grad(q, low)[0]
     assert y.dtype == jnp.bfloat16
-    assert_close(
+    assert_close_and_nonzero(
         y,
         value_and_grad(wide, low if x.dtype == jnp.int32 else low.astype(jnp.float32))[
             0
@@ -413,16 +413,15 @@ def test_bfloat16_layers_are_near_the_float32_ones(name, recipe):
 
 def dots(fn, *args):
     """(lhs, rhs, result, preferred) dtypes of every product in fn's jaxpr."""
-
-    found = []
+    dtypes = []
     for eqn in equations(jax.make_jaxpr(fn)(*args).jaxpr):
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
             preferred = eqn.params["preferred_element_type"]
             names = [v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)]
-            found.append(
+            dtypes.append(
                 (*names, None if preferred is None else jnp.dtype(preferred).name)
             )
-    return found
+    return dtypes
 
 
 @pytest.mark.parametrize(
@@ -480,7 +479,7 @@ def test_masked_convolutions_stay_in_floats(layer):
     )
 
 
-def test_a_table_of_one_row_has_it_for_every_index():
+def test_a_table_of_one_row_returns_it_for_every_index():
     layer = quantize(nnx.Embed(1, 40, rngs=nnx.Rngs(0)), "int8")
     rows = layer(jnp.asarray([0, 3]))
     assert (rows[0] == rows[1]).all()
@@ -489,9 +488,9 @@ def test_a_table_of_one_row_has_it_for_every_index():
 
 def test_weight_only_products_accumulate_in_float32():
     layer = QLinear(40, 6, weight="int4", param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    found = dots(layer, jnp.ones((2, 40), jnp.bfloat16))
-    assert found
-    assert {d[2] for d in found} == {"float32"}
+    products = dots(layer, jnp.ones((2, 40), jnp.bfloat16))
+    assert products
+    assert {result for _, _, result, _ in products} == {"float32"}
 
 
 # Layers that are quantized from the start.
@@ -514,20 +513,20 @@ def test_weight_only_products_accumulate_in_float32():
     ],
     ids=["QLinear", "QLinearGeneral", "QEinsum", "QConv", "QEmbed"],
 )
-def test_explicit_layers_hold_what_quantize_model_makes(explicit, plain):
+def test_explicit_layers_have_the_weights_of_quantize_model(explicit, plain):
     layer, q = (
         explicit(weight="int8", rngs=nnx.Rngs(3)),
         quantize(plain(rngs=nnx.Rngs(3)), "int8"),
     )
-    ours, theirs = jax.tree.leaves(nnx.state(layer)), jax.tree.leaves(nnx.state(q))
-    assert len(ours) == len(theirs)
-    assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
+    leaves, qleaves = jax.tree.leaves(nnx.state(layer)), jax.tree.leaves(nnx.state(q))
+    assert len(leaves) == len(qleaves)
+    assert all((a == b).all() for a, b in zip(leaves, qleaves, strict=True))
     assert [
         type(v) for _, v in nnx.iter_graph(layer) if isinstance(v, QuantizedParam)
     ] == [QuantizedParam]
 
 
-def test_explicit_layer_without_weight_has_no_activation():
+def test_explicit_layer_with_activation_needs_weight():
     with pytest.raises(
         ValueError, match="QLinear: activation='int8' needs a quantized weight="
     ):
@@ -547,7 +546,7 @@ def test_out_of_range_tokens_are_nan_as_in_flax():
         assert np.isnan(np.asarray(layer(tokens))).all(axis=1).tolist() == [False, True]
 
 
-def test_hooks_are_values():
+def test_equal_hooks_compare_equal():
     a, b = (quantize(nnx.Linear(40, 6, rngs=nnx.Rngs(seed)), "int8") for seed in (0, 1))
     assert a.promote_dtype == b.promote_dtype
     assert hash(a.promote_dtype) == hash(b.promote_dtype)

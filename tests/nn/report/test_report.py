@@ -1,4 +1,4 @@
-"""The report: one row for everything a model holds, figures that are those of the arrays."""
+"""The report: a row for each variable, and numbers that equal those of the arrays."""
 
 import dataclasses
 import io
@@ -14,7 +14,8 @@ from flax import nnx
 import jaxq
 from jaxq import QTensor, Recipe, Rule, methods
 from tests import tables
-from tests.ops.reference import equations, normal
+from tests.arrays import normal
+from tests.ops.reference import equations
 
 SPEC = jaxq.QuantSpec("int4", jaxq.PerGroup(4, pad=True), scale="bfloat16")
 
@@ -90,7 +91,7 @@ def test_reasons(made):
     assert {row.path for row in report.quantized} == {"up/kernel", "conv/kernel"}
 
 
-def test_figures_are_those_of_the_arrays(made):
+def test_numbers_are_those_of_the_arrays(made):
     model, q, report = made
     for row in report.quantized:
         floats, qt = variables(model)[row.path], variables(q)[row.path]
@@ -121,7 +122,7 @@ def test_figures_are_those_of_the_arrays(made):
     assert report.worst.sqnr == min(row.sqnr for row in report.quantized)
 
 
-def test_forms(made):
+def test_text_markdown_and_json(made):
     _, _, report = made
     text, table = str(report), report.to_markdown()
     for row in report.rows:
@@ -143,7 +144,7 @@ def test_forms(made):
     assert [row["path"] for row in again["rows"]] == [row.path for row in report.rows]
 
 
-def test_activations_and_own_reasons():
+def test_activations_and_reasons_of_rules():
     model = Model(nnx.Rngs(0))
     recipe = Recipe(
         [
@@ -168,14 +169,15 @@ def test_nothing_quantized():
     assert "0 of 14 parameters quantized" in str(report)
 
 
-def test_what_is_clipped_is_counted():
+def test_clipped_numbers_are_counted():
     layer = nnx.Linear(64, 2, use_bias=False, rngs=nnx.Rngs(0))
     layer.kernel.set_value(
         jnp.asarray(
             np.concatenate([[[1, 1], [-1, -1]], np.full((62, 2), 0.1)]), jnp.float32
         )
     )
-    # A group's scale is its largest magnitude: nothing clips. Mean magnitudes clip the four large numbers.
+    # A group's scale is its largest magnitude, so nothing clips. With the mean
+    # magnitude as scale, the four large numbers clip.
     assert jaxq.quantize_model(layer, "int4")[1].rows[0].clipped == 0
     spec = jaxq.QuantSpec("ternary", scale_rule="absmean")
     assert jaxq.quantize_model(layer, spec)[1].rows[0].clipped == pytest.approx(4 / 128)
@@ -191,9 +193,10 @@ def test_a_terminal_shows_a_table(made):
     assert made[2]._repr_markdown_() == made[2].to_markdown()
 
 
+# treescope reads this attribute of numpy.
 @pytest.mark.filterwarnings(
     "ignore:The chararray class is deprecated:DeprecationWarning"
-)  # treescope's look at numpy
+)
 def test_models_and_reports_show_in_treescope(made):
     treescope = pytest.importorskip("treescope")
     _, q, report = made
@@ -201,7 +204,7 @@ def test_models_and_reports_show_in_treescope(made):
     assert "up/kernel" in treescope.render_to_text(report)
 
 
-def test_a_plan_is_the_report_without_figures(made):
+def test_a_plan_is_the_report_without_errors(made):
     model, _, report = made
     plan = jaxq.nn.plan(model, SPEC, strict=False)
     blank = [
@@ -216,7 +219,7 @@ def test_a_plan_is_the_report_without_figures(made):
 
 
 class Scaled(nnx.Module):
-    """A norm that can take scales, before one of two layers."""
+    """Two layers. The norm before the first can take scales."""
 
     def __init__(self):
         self.norm = nnx.RMSNorm(32, rngs=nnx.Rngs(0))
@@ -246,8 +249,8 @@ def unmeasured(report):
     ]
 
 
-# A recipe of each kind: whole bytes, halves, tables, floats; scales that are quantized; activations rounded on the
-# fly, in a range and with columns of outliers apart; methods with data and without.
+# A recipe of each kind: a codebook with quantized scales, static and dynamic activation
+# quantization, outlier columns, methods with and without data.
 FEW = (
     "nf4_dq",
     "fp8_static",
@@ -259,7 +262,7 @@ FEW = (
 
 
 @pytest.mark.parametrize("name", tables.thinned(jaxq.recipes.names(), FEW))
-def test_a_plan_is_the_report_but_for_what_is_measured(name):
+def test_a_plan_equals_the_report_except_for_measured_errors(name):
     model, recipe = Scaled(), jaxq.recipes.get(name)
     data = any(
         rule.observer or methods.get(rule.method).needs_data(dict(rule.options))
@@ -268,18 +271,21 @@ def test_a_plan_is_the_report_but_for_what_is_measured(name):
     _, report = jaxq.quantize_model(
         model, recipe, calibration=[normal(64, 32)] if data else None, fallback="none"
     )
-    assert unmeasured(recipe.plan(model)) == unmeasured(report)
+    assert unmeasured(jaxq.nn.plan(model, recipe)) == unmeasured(report)
 
 
-def test_products_of_floats_are_said_of_experts_that_do_not_lead():
+def test_the_note_on_experts_that_do_not_lead():
     model = nnx.Einsum("bek,ken->ben", (32, 2, 8), rngs=nnx.Rngs(0))
     _, report = jaxq.quantize_model(model, "w8a8")
     (row,) = report.quantized
-    assert "products of floats" in row.note
-    assert "batch axes [1] are not its own leading 0" in row.note
-    assert unmeasured(jaxq.recipes.get("w8a8").plan(model)) == unmeasured(report)
+    assert "computes in floats" in row.note
+    assert (
+        "the product has batch axes [1] of the weight, which has 0 leading batch axes"
+        in row.note
+    )
+    assert unmeasured(jaxq.nn.plan(model, "w8a8")) == unmeasured(report)
     model = nnx.Einsum("bek,ekn->ben", (2, 32, 8), rngs=nnx.Rngs(0))
-    assert jaxq.recipes.get("w8a8").plan(model).quantized[0].note == ""
+    assert jaxq.nn.plan(model, "w8a8").quantized[0].note == ""
 
 
 @pytest.mark.parametrize(
@@ -293,20 +299,23 @@ def test_products_of_floats_are_said_of_experts_that_do_not_lead():
         ("bhd,dhf->bhf", (32, 2, 8), False, False),
     ],
 )
-def test_einsums_of_floats_and_of_whole_weights_are_said(text, shape, codes, decoded):
+def test_notes_on_einsums(text, shape, codes, decoded):
     model = nnx.Einsum(text, shape, rngs=nnx.Rngs(0))
     note = {
-        name: jaxq.recipes.get(name).plan(model).quantized[0].note
-        for name in ("w8a8", "int8")
+        name: jaxq.nn.plan(model, name).quantized[0].note for name in ("w8a8", "int8")
     }
-    assert ("products of floats" not in note["w8a8"]) == codes
+    assert ("computes in floats" not in note["w8a8"]) == codes
     assert ("dequantized at each call: the whole weight" not in note["int8"]) == decoded
     left = text.split(",")[0].replace("...", "b")
     size = dict(zip(text.split("->")[0].split(",")[1], shape, strict=True))
     x = jnp.ones([size.get(index, 3) for index in left])
     q, _ = jaxq.quantize_model(model, "w8a8")
-    kinds = {v.aval.dtype.name for e in equations(jax.make_jaxpr(q)(x).jaxpr) if e.primitive.name == "dot_general"
-             for v in e.invars}  # fmt: skip
+    kinds = {
+        v.aval.dtype.name
+        for e in equations(jax.make_jaxpr(q)(x).jaxpr)
+        if e.primitive.name == "dot_general"
+        for v in e.invars
+    }
     assert (kinds == {"int8"}) == codes
 
 
@@ -318,8 +327,8 @@ def test_einsums_that_sum_an_index_of_one_operand_are_refused():
 
 
 @pytest.mark.parametrize("method", ["clip", "hqq", "kmeans"])
-def test_methods_that_need_no_data_are_planned_as_they_are(method):
+def test_plans_of_methods_without_data(method):
     model, recipe = Scaled(), Recipe([Rule(weight="int3", method=method)])
-    assert unmeasured(recipe.plan(model)) == unmeasured(
+    assert unmeasured(jaxq.nn.plan(model, recipe)) == unmeasured(
         jaxq.quantize_model(model, recipe)[1]
     )

@@ -213,7 +213,7 @@ def test_layers_of_a_block_see_those_before_them(pair, monkeypatch, tmp_path):
     ]
     np.testing.assert_array_equal(codes[0], codes[1])
     assert (codes[0] != codes[2]).any()
-    order = jaxq.nn.calibration._nnx.call_order(
+    order = jaxq.nn.calibration.call_order(
         Llama(CONFIG, rngs=nnx.Rngs(0)), np.ones((1, 4), np.int32), None
     )
     sizes = [
@@ -641,12 +641,12 @@ def test_a_foreign_class_can_say_where_scales_fold(llama, tokens, smoothed):
             return self.inner(tokens)
 
     groups = [g._replace(source=f"inner/{g.source}", targets=tuple(f"inner/{t}" for t in g.targets))
-              for g in llama.scale_groups()]  # fmt: skip
+              for g in jaxq.models.norm_groups(llama)]  # fmt: skip
 
     def fold(model, scales):
         return Mine(
-            model.inner.fold_scales(
-                {k.removeprefix("inner/"): s for k, s in scales.items()}
+            jaxq.models.fold_scales(
+                model.inner, {k.removeprefix("inner/"): s for k, s in scales.items()}
             )
         )
 

@@ -1,4 +1,4 @@
-"""Calibration of linen modules: the same numbers as from the same layers in nnx."""
+"""Calibration of linen modules: the numbers are those of the same layers in nnx."""
 
 import flax
 import jax
@@ -8,8 +8,8 @@ import pytest
 from flax import linen, nnx
 
 import jaxq
+from tests.arrays import normal
 from tests.nn.layers.test_linen import built
-from tests.ops.reference import normal
 
 
 class Model(linen.Module):
@@ -64,14 +64,14 @@ def test_numbers_are_those_of_nnx(variables, stats, masked):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_matrix_method_takes_them(variables, stats):
+def test_a_matrix_method_takes_the_statistics(variables, stats):
     kernel = variables["params"]["out"]["kernel"].reshape(8, 8)
     qt, info = jaxq.methods.gptq(kernel, stats["out"].hessian, "int4")
     assert qt.shape == (8, 8)
     assert not bool(info.fell_back)
 
 
-def test_going_on_from_earlier_statistics(variables, stats):
+def test_calibration_continues_from_earlier_statistics(variables, stats):
     first = jaxq.nn.linen.calibrate(Model(), variables, BATCHES[:1])
     found = jaxq.nn.linen.calibrate(Model(), variables, BATCHES[1:], start=first)
     jax.tree.map(np.testing.assert_array_equal, found, stats)
@@ -82,7 +82,7 @@ def test_going_on_from_earlier_statistics(variables, stats):
 
 
 class Branch(linen.Module):
-    """[8, 8] goes one way, [4, 8] the other."""
+    """An input `[8, 8]` reaches one layer, `[4, 8]` another."""
 
     @linen.compact
     def __call__(self, x):
@@ -97,14 +97,14 @@ class Twins(nnx.Module):
         return self.eight(x) if len(x) == 8 else self.four(x)
 
 
-def as_files_keep_it(stats):
-    """Named tuples as dicts of their fields."""
+def as_dicts(stats):
+    """Named tuples as dicts of their fields, as files hold them."""
     if hasattr(stats, "_fields"):
-        return {name: as_files_keep_it(getattr(stats, name)) for name in stats._fields}
+        return {name: as_dicts(getattr(stats, name)) for name in stats._fields}
     return None if stats is None else np.asarray(stats)
 
 
-def test_what_new_batches_do_not_reach_keeps_its_statistics():
+def test_a_layer_that_no_new_batch_reaches_keeps_its_statistics():
     x, observer = normal(8, 8), jaxq.observers.percentile(99.0)
     kernels = {name: built(linen.Dense(2), x)["params"] for name in ("eight", "four")}
     for calibrate in (
@@ -117,7 +117,7 @@ def test_what_new_batches_do_not_reach_keeps_its_statistics():
     ):
         both, expected = calibrate([x, x[:4]]), calibrate([x, x[:4], x[4:]])
         found = calibrate(
-            [x[4:]], start={path: as_files_keep_it(v) for path, v in both.items()}
+            [x[4:]], start={path: as_dicts(v) for path, v in both.items()}
         )
         assert set(found) == {"eight", "four"}
         assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -130,10 +130,12 @@ def test_what_new_batches_do_not_reach_keeps_its_statistics():
 
 @pytest.mark.heavy
 def test_sequential_and_bias_correction_are_those_of_nnx(variables, stats, tmp_path):
-    recipe = jaxq.Recipe([
-        jaxq.Rule("heads", weight="int2", method="gptq", correct_bias=True),
-        jaxq.Rule(weight="int2", method="gptq"),
-    ])  # fmt: skip
+    recipe = jaxq.Recipe(
+        [
+            jaxq.Rule("heads", weight="int2", method="gptq", correct_bias=True),
+            jaxq.Rule(weight="int2", method="gptq"),
+        ]
+    )
     how = {"calibration": BATCHES, "sequential": "layers", "fallback": "none"}
     qmodule, qvariables, report = jaxq.nn.linen.quantize_model(
         Model(), variables, recipe, **how
@@ -187,7 +189,7 @@ def test_layers_in_a_scan_are_refused():
         jaxq.nn.linen.calibrate(Stack(), built(Stack(), x), [x])
 
 
-def test_every_way_to_have_no_statistics_is_an_error(variables):
+def test_missing_statistics_are_errors(variables):
     calibrate = jaxq.nn.linen.calibrate
     with pytest.raises(ValueError, match="there is no batch"):
         calibrate(Model(), variables, [])
@@ -201,10 +203,10 @@ def test_every_way_to_have_no_statistics_is_an_error(variables):
             variables,
             [np.where(np.arange(8) == 1, np.float32(np.inf), BATCHES[0])],
         )
-    assert flax.traverse_util.flatten_dict(variables)  # as they were
+    assert flax.traverse_util.flatten_dict(variables)  # unchanged
 
 
-def test_what_is_no_array_is_passed_as_it_is():
+def test_arguments_that_are_not_arrays_do_not_change():
     class Switched(linen.Module):
         def setup(self):
             self.up = linen.Dense(8)

@@ -1,4 +1,7 @@
-"""Calibration passes: statistics against numpy, padding, order, bounded memory, and every way to have none."""
+"""Calibration of nnx models: statistics, padding, order, errors.
+
+The reference for the statistics is numpy.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +11,11 @@ from flax import nnx
 
 import jaxq
 from jaxq.nn import calibrate
-from tests.ops.reference import normal
+from tests.arrays import normal
 
 
 class Block(nnx.Module):
-    """[b, t, 8] -> [b, t, 8] through every kind of layer that is looked into, out of order."""
+    """[b, t, 8] -> [b, t, 8]. The layers are called in another order than declared."""
 
     def __init__(self, rngs):
         self.last = nnx.Einsum("bth,hd->btd", (8, 8), rngs=rngs)
@@ -35,7 +38,10 @@ def batches():
 
 
 def split(batches):
-    """Rows that go into statistics, and those held out: of short sequences one in eight, another one at every call."""
+    """The rows that enter the statistics, and those that are held out.
+
+    Of short sequences, one in eight is held out, another one in each call.
+    """
     held = [np.arange(8) == 7 - i for i in range(len(batches))]
     train = [
         np.asarray(b)[~h].reshape(-1, 8) for b, h in zip(batches, held, strict=True)
@@ -50,7 +56,7 @@ def stats(block, batches):
     return calibrate(block, batches)
 
 
-def test_statistics_are_numpys(stats, batches):
+def test_statistics_equal_numpy(stats, batches):
     rows = split(batches)[0].astype(np.float64)
     found = stats["heads"]
     assert float(found.count) == len(rows)
@@ -76,12 +82,12 @@ def test_samples_and_held_out_rows_are_rows_of_the_data(stats, batches):
         assert not np.asarray(rows)[int(count) :].any()
 
 
-def test_layers_come_in_the_order_of_the_forward_pass(stats):
+def test_layers_are_in_the_order_of_the_forward_pass(stats):
     assert list(stats) == ["heads", "out", "last"]
     assert stats["out"].mean.shape == (8,)  # two heads of four
 
 
-def test_the_model_stays_as_it_is(block, batches):
+def test_the_model_does_not_change(block, batches):
     before = jax.tree.map(np.asarray, nnx.state(block))
     calibrate(block, batches[:1])
     jax.tree.map(
@@ -108,8 +114,8 @@ def test_masked_rows_do_not_count(block, batches):
     assert float(found.absmax.max()) < 100
 
 
-def test_statistics_do_not_depend_on_how_rows_come(block):
-    """But for what is held out: the last of eight, together or one by one."""
+def test_statistics_do_not_depend_on_the_batch_size(block):
+    """The last row of eight is held out, in one call or one by one."""
     rows, update = np.asarray(normal(16, 8)), jax.jit(jaxq.observers.update_stats)
     one = jaxq.observers.empty_stats(8)
     true, parts = np.ones(16, bool), np.arange(16, dtype=np.int32)
@@ -126,7 +132,7 @@ def test_statistics_do_not_depend_on_how_rows_come(block):
     }
 
 
-def test_samples_are_of_all_batches_alike():
+def test_samples_come_evenly_from_all_batches():
     stats, rows = jaxq.observers.empty_stats(4, hessian=False), np.array(normal(304, 4))
     true, parts, update = (
         np.ones(304, bool),
@@ -140,16 +146,15 @@ def test_samples_are_of_all_batches_alike():
     assert int(stats.num_held_out) == jaxq.observers.NUM_HELD_OUT
     assert float(stats.count) == 12 * 304 * 7 / 8
     assert stats.hessian is None
-    share = np.bincount(
-        np.asarray(stats.samples)[:, 0].astype(int), minlength=12
-    )  # 43 of each would be even
+    batch_numbers = np.asarray(stats.samples)[:, 0].astype(int)
+    share = np.bincount(batch_numbers, minlength=12)  # 43 of each would be even
     assert share.min() > 20
     assert share.max() < 75
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 8), (3, 64, 8), (16, 8), (2, 3, 4, 8)])
-def test_an_eighth_is_held_out_whatever_the_batch(shape):
-    """Of a long sequence a stretch of its own; over eight batches, as much of every place."""
+def test_an_eighth_is_held_out_for_any_batch_shape(shape):
+    """Over eight batches, every place of a sequence is held out equally often."""
     layer = nnx.Linear(8, 2, rngs=nnx.Rngs(0))
     number = np.arange(np.prod(shape[:-1]), dtype=np.float32).reshape(*shape[:-1], 1)
     found = calibrate(layer, [np.broadcast_to(number, shape)] * 8)[""]
@@ -219,12 +224,12 @@ class Unused(Block):
         self.expert = nnx.Linear(8, 8, rngs=rngs)
 
 
-def test_every_way_to_have_no_statistics_is_an_error(block, batches):
+def test_missing_statistics_are_errors(block, batches):
     with pytest.raises(ValueError, match="there is no batch"):
         calibrate(block, iter(()))
     with pytest.raises(ValueError, match="no batch reached expert"):
         calibrate(Unused(nnx.Rngs(0)), batches[:1])
-    with pytest.raises(ValueError, match=r"no layer .* at \['typo'\]"):
+    with pytest.raises(ValueError, match=r"input can be seen at \['typo'\]"):
         calibrate(block, batches[:1], layers=["typo"])
     with pytest.raises(ValueError, match="heads: channel 2 of its input is not finite"):
         calibrate(
@@ -233,7 +238,7 @@ def test_every_way_to_have_no_statistics_is_an_error(block, batches):
             layers=["heads"],
         )
     with pytest.raises(
-        ValueError, match=r"the mask is \[5\], and the rows of heads are \[8, 3\]"
+        ValueError, match=r"mask has the shape \[5\], but the rows of heads .* \[8, 3\]"
     ):
         calibrate(
             block, batches[:1], mask=lambda batch: np.ones(5, bool), layers=["heads"]
@@ -247,13 +252,13 @@ def test_every_way_to_have_no_statistics_is_an_error(block, batches):
         )
     with pytest.raises(TypeError, match="must be a flax nnx Module"):
         calibrate(lambda x: x, batches)
-    with pytest.raises(ValueError, match="has no Linear"):
+    with pytest.raises(ValueError, match="no layer whose input can be seen: no Linear"):
         calibrate(nnx.LayerNorm(8, rngs=nnx.Rngs(0)), batches)
 
 
-def test_a_held_out_number_that_is_not_finite_is_found_wherever_it_is():
+def test_a_nonfinite_number_in_any_held_out_row_is_an_error():
     x = np.array(normal(1, 4096, 8))
-    x[0, 4000, 3] = np.nan  # one of 512 rows held out, of which 256 are kept
+    x[0, 4000, 3] = np.nan  # 512 rows are held out, and 256 of them are kept
     with pytest.raises(ValueError, match="held out for judging is not finite"):
         calibrate(nnx.Linear(8, 2, rngs=nnx.Rngs(0)), [x, normal(1, 4096, 8)])
 
@@ -271,14 +276,14 @@ def test_shapes_of_batches_may_differ_and_each_is_compiled_once(block):
     assert traces == [(4, 3, 8), (2, 5, 8)]
 
 
-def test_progress_is_shown_where_asked_for(block, batches, capsys):
+def test_progress_is_shown_on_request(block, batches, capsys):
     calibrate(block, batches, progress=True)
     assert "calibrating: 2/3" in capsys.readouterr().err
     calibrate(block, batches[:1])
     assert capsys.readouterr().err == ""
 
 
-def test_going_on_from_saved_statistics(block, batches, stats, tmp_path):
+def test_calibration_continues_from_saved_statistics(block, batches, stats, tmp_path):
     first = calibrate(block, batches[:2])
     jaxq.save(
         tmp_path / "stats", {path: found._asdict() for path, found in first.items()}
@@ -297,7 +302,7 @@ def test_going_on_from_saved_statistics(block, batches, stats, tmp_path):
 @pytest.mark.parametrize(
     "observer", [jaxq.observers.percentile(99.0), jaxq.observers.entropy(bins=128)]
 )
-def test_an_observer_sees_what_counts(block, batches, observer):
+def test_an_observer_sees_the_rows_that_count(block, batches, observer):
     mask = np.arange(3) < np.array([3, 1, 2, 3, 0, 2, 1, 3])[:, None]
     found = calibrate(
         block,
@@ -314,7 +319,7 @@ def test_an_observer_sees_what_counts(block, batches, observer):
 
 
 class Switched(nnx.Module):
-    """Takes what is no array, and runs its layer as it is told."""
+    """Takes arguments that are not arrays."""
 
     def __init__(self, transform=lambda f: f):
         self.up = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
@@ -322,15 +327,15 @@ class Switched(nnx.Module):
 
     def __call__(self, x, *, train=True, method=None, fn=None):
         if train or method != "up":
-            raise RuntimeError("not as it was given")
+            raise RuntimeError("an argument has changed")
         return self.transform(lambda x: self.up(x))(fn(x))
 
 
-def test_what_is_no_array_is_passed_as_it_is():
+def test_arguments_that_are_not_arrays_do_not_change():
     batch = {"x": normal(8, 8), "train": False, "method": "up", "fn": jnp.tanh}
-    found = calibrate(Switched(), [batch])["up"]
+    stats = calibrate(Switched(), [batch])["up"]
     np.testing.assert_allclose(
-        found.absmax, np.abs(np.tanh(batch["x"][:7])).max(0), rtol=1e-6
+        stats.absmax, np.abs(np.tanh(batch["x"][:7])).max(0), rtol=1e-6
     )
     jaxq.quantize_model(Switched(), "w8a8_static", calibration=[batch])
 

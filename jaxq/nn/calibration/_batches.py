@@ -1,0 +1,130 @@
+"""Calibration batches: what they may be, how they enter jit, and the loop over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays"],
+    meta_fields=["others", "structure"],
+)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A batch as an argument of a jitted function.
+
+    Arrays are traced. Everything else (`train=False`, `method="encode"`) stays a static
+    value.
+
+    Attributes:
+      arrays: the arrays, by their position among the leaves.
+      others: the other leaves. None where there is an array.
+      structure: the tree structure of the batch.
+    """
+
+    arrays: dict[int, jax.Array]
+    others: tuple[Any, ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, batch: Any) -> Batch:
+        """Splits a batch into its arrays and the rest."""
+        leaves, structure = jax.tree.flatten(batch)
+        arrays = {
+            position: jnp.asarray(leaf)
+            for position, leaf in enumerate(leaves)
+            if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        }
+        others = tuple(
+            None if position in arrays else leaf for position, leaf in enumerate(leaves)
+        )
+        return cls(arrays, others, structure)
+
+    def whole(self) -> Any:
+        """The batch as the user passed it."""
+        leaves = [
+            self.arrays.get(position, leaf) for position, leaf in enumerate(self.others)
+        ]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def as_batches(batches: Iterable[Any], caller: str) -> Iterable[Any]:
+    """Returns the batches, after a check that they are not one batch.
+
+    An array or a dict is one batch, although one could iterate over it.
+
+    Raises:
+      TypeError: `batches` is an array, a dict or a string.
+    """
+    if isinstance(batches, jax.Array | np.ndarray | str | dict):
+        raise TypeError(
+            f"{caller}: batches must be an iterable of batches, got one "
+            f"{type(batches).__name__}. Pass a list: [x]."
+        )
+    return batches
+
+
+def run_batches(
+    step: Callable[[Batch, jax.Array | None], None],
+    batches: Iterable[Any],
+    *,
+    caller: str,
+    mask: Callable[[Any], Any] | None,
+    progress: bool | None,
+) -> None:
+    """Runs `step(batch, counts)` for each batch.
+
+    Args:
+      step: `counts` says which rows of the batch count. None: all rows do.
+      batches: as the user passed them.
+      caller: the public function. Errors begin with it.
+      mask: `mask(batch)` returns `counts`.
+      progress: show a line of progress. None shows it on a terminal.
+
+    Raises:
+      ValueError: there is no batch.
+    """
+    num_batches = 0
+    for batch in with_progress(as_batches(batches, caller), "calibrating", progress):
+        counts = None if mask is None else jnp.asarray(mask(batch))
+        step(Batch.of(batch), counts)
+        num_batches += 1
+    if num_batches == 0:
+        raise ValueError(
+            f"{caller}: there is no batch. An iterator can be read only once, and a "
+            "second read finds it empty. Pass a list."
+        )
+
+
+def with_progress(
+    items: Iterable[Any], label: str, progress: bool | None
+) -> Iterator[Any]:
+    """Yields the items, and writes a line of progress to stderr.
+
+    Args:
+      items: what to iterate over.
+      label: the start of the line.
+      progress: write the line. None writes it on a terminal.
+    """
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield from items
+        return
+    size: Any = items
+    total = f"/{len(size)}" if hasattr(size, "__len__") else ""
+    try:
+        for number, item in enumerate(items):
+            line = f"\r{label}: {number}{total}"
+            print(line, end="", file=sys.stderr, flush=True)
+            yield item
+    finally:
+        # The spaces overwrite what is left of a longer line.
+        print(f"\r{label}: done{' ' * 16}", file=sys.stderr, flush=True)

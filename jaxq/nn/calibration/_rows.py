@@ -1,0 +1,98 @@
+"""Which rows of a layer's input enter the statistics, and which are held out.
+
+A row is a vector `[K]`: a token, or a place of an image. Rows of padding do not count.
+An eighth of each sequence is held out of all statistics, another eighth in each batch,
+to judge methods that were fitted to the other rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.observers import LayerStats, Observer, update_stats
+
+# `jaxq.observers` holds out one part of this many.
+_NUM_PARTS = 8
+
+# Set while a batch is traced: the rows of the batch that count. None: all do.
+_COUNTS: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
+    "counts", default=None
+)
+
+
+@contextlib.contextmanager
+def only_rows(counts: jax.Array | None) -> Iterator[None]:
+    """While a batch is traced: `add_rows` uses only the rows where `counts` is True."""
+    token = _COUNTS.set(counts)
+    try:
+        yield
+    finally:
+        _COUNTS.reset(token)
+
+
+def add_rows(
+    stats: LayerStats, x: jax.Array, path: str, observer: Observer | None
+) -> LayerStats:
+    """The statistics of a layer after one more call.
+
+    Args:
+      stats: the statistics so far.
+      x: `[*batch, *free, K]`, with as many batch axes as the statistics have.
+      path: of the layer, for errors.
+      observer: the observer whose state the statistics hold, or None.
+    """
+    num_batch = stats.count.ndim
+    free = x.shape[num_batch:-1]
+    counts, parts = _rows_that_count(free, path), _held_out_parts(free)
+    update: Callable[..., LayerStats] = functools.partial(
+        update_stats, observer=observer
+    )
+    for _ in range(num_batch):
+        update = jax.vmap(update, in_axes=(0, 0, None, None))
+    rows = x.reshape(*x.shape[:num_batch], -1, x.shape[-1])  # [*batch, rows, K]
+    return update(stats, rows, counts, parts)
+
+
+def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
+    """bool `[rows]`, from the mask of the batch.
+
+    Args:
+      free: the shape of the rows, `[b, t]` for example.
+      path: of the layer, for errors.
+    """
+    mask = _COUNTS.get()
+    if mask is None:
+        return jnp.ones((int(np.prod(free)),), bool)
+    if tuple(mask.shape) != tuple(free[: mask.ndim]):
+        raise ValueError(
+            f"calibrate: the mask has the shape {list(mask.shape)}, but the rows of "
+            f"{path} have the shape {list(free)}, so it is not known which rows count. "
+            "Leave the layer out, or pass batches without padding."
+        )
+    if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+        raise TypeError(
+            "calibrate: the mask must be bool, or integers 0 and 1, got "
+            f"{mask.dtype.name}."
+        )
+    mask = mask.astype(bool).reshape(*mask.shape, *(1 for _ in free[mask.ndim :]))
+    return jnp.broadcast_to(mask, free).reshape(-1)
+
+
+def _held_out_parts(free: tuple[int, ...]) -> jax.Array:
+    """int32 `[rows]`: rows with one number are held out together.
+
+    The parts of a sequence are its eighths. A sequence of fewer than eight rows is one
+    part.
+    """
+    num_sequences, length = (free[0], int(np.prod(free[1:]))) if free else (1, 1)
+    scale = _NUM_PARTS if length >= _NUM_PARTS else 0
+    within = jnp.arange(length, dtype=jnp.int32) * scale // max(length, 1)  # [t]
+    sequence = jnp.arange(num_sequences, dtype=jnp.int32)[:, None]  # [b, 1]
+    return (sequence + within[None]).reshape(-1)

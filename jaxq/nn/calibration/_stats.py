@@ -1,0 +1,163 @@
+"""Which statistics are collected for which layer, and checks of statistics.
+
+Statistics start empty, or from those of earlier batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.observers import LayerStats, Observer, empty_stats
+
+
+class StatsRequest(NamedTuple):
+    """What to collect for the input of one layer.
+
+    Attributes:
+      observer: sees all numbers of the input. None without an observer.
+      hessian: collect second moments too.
+    """
+
+    observer: Observer | None = None
+    hessian: bool = True
+
+
+class StatsRequests:
+    """What to collect for each layer.
+
+    Args:
+      by_path: the request of each layer. None asks the same of all layers.
+      default: the request of each layer without `by_path`.
+    """
+
+    def __init__(
+        self, by_path: Mapping[str, StatsRequest] | None, default: StatsRequest
+    ):
+        self._by_path = by_path
+        self._default = default
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths that are named. Empty if all layers are meant."""
+        return list(self._by_path or ())
+
+    def __contains__(self, path: str) -> bool:
+        return self._by_path is None or path in self._by_path
+
+    def __getitem__(self, path: str) -> StatsRequest:
+        return self._default if self._by_path is None else self._by_path[path]
+
+
+def initial_stats(
+    request: StatsRequest, k: int, batch: tuple[int, ...], *, windowed: bool
+) -> LayerStats:
+    """The statistics of a layer before its first call.
+
+    Args:
+      request: what to collect.
+      k: the size of a row.
+      batch: the sizes of the batch axes, which have statistics of their own.
+      windowed: the layer is a convolution, which has no second moments.
+    """
+    hessian = request.hessian and not windowed
+    empty = empty_stats(k, hessian=hessian, observer=request.observer)
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (*batch, *a.shape)), empty)
+
+
+def continued_stats(
+    earlier: Any, empty: LayerStats, path: str, caller: str
+) -> LayerStats:
+    """The statistics of earlier batches, as a `LayerStats` like `empty`.
+
+    Raises:
+      ValueError: there are no earlier statistics of this layer, or they have other
+        shapes or dtypes.
+    """
+    stats = None if earlier is None else as_stats(earlier, empty)
+    if _shapes(stats) != _shapes(empty):
+        raise ValueError(
+            f"{caller}: start has no statistics of {path}, or they have other shapes. "
+            "Pass what calibrate returned for the same layers and settings."
+        )
+    assert stats is not None
+    return stats
+
+
+def _shapes(stats: Any) -> list[tuple[Any, Any]]:
+    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(stats)]
+
+
+def as_stats(value: Any, like: Any) -> Any:
+    """Statistics as named tuples of arrays. Files hold them as dicts of their fields.
+
+    Args:
+      value: the statistics of a layer, or a part of them.
+      like: the same part of other statistics. It has the types of the result.
+
+    Raises:
+      ValueError: `value` is not a dict or named tuple, or it has an unknown field.
+    """
+    if value is None or like is None:
+        return value
+    if hasattr(like, "_fields"):
+        fields = value._asdict() if hasattr(value, "_fields") else value
+        _check_fields(fields, like)
+        return type(like)(
+            **{
+                name: as_stats(fields.get(name), getattr(like, name))
+                for name in like._fields
+            }
+        )
+    if isinstance(like, tuple | list):
+        parts = zip(value, like, strict=True)
+        return type(like)(as_stats(part, like_part) for part, like_part in parts)
+    return jnp.asarray(value)
+
+
+def _check_fields(fields: Any, like: Any) -> None:
+    """Raises unless `fields` is a dict whose names are fields of `like`."""
+    is_dict = isinstance(fields, Mapping)
+    if is_dict and set(fields) <= set(like._fields):
+        return
+    got = list(fields) if is_dict else type(fields).__name__
+    raise ValueError(
+        f"calibrate: a {type(like).__name__} has the fields {list(like._fields)}, "
+        f"got {got}."
+    )
+
+
+def check_stats(stats: Mapping[str, LayerStats], caller: str) -> None:
+    """Raises a ValueError if statistics are not finite, or no row has counted."""
+    problems = []
+    for path, layer_stats in stats.items():
+        problem = _stats_problem(layer_stats)
+        if problem:
+            problems.append(f"{path or 'the model'}: {problem}")
+    if problems:
+        raise ValueError(f"{caller}: " + "; ".join(problems) + ".")
+
+
+def _stats_problem(stats: LayerStats) -> str:
+    """Why statistics cannot be used; empty if they can."""
+    if not np.all(np.isfinite(stats.mean)) or not np.all(np.isfinite(stats.absmean)):
+        # Stack axes lead, channels are last.
+        finite = np.isfinite(np.asarray(stats.absmean))
+        per_channel = finite.reshape(-1, stats.mean.shape[-1]).all(0)
+        return f"channel {int(np.argmin(per_channel))} of its input is not finite"
+    if not all(
+        np.isfinite(np.asarray(rows)).all() for rows in (stats.samples, stats.held_out)
+    ):
+        return "a row of its input that is held out for judging is not finite"
+    if not np.any(np.asarray(stats.count) > 0):
+        return (
+            "no row counted. Either the mask is False everywhere, or the statistics "
+            "were lost: a plain jax.lax.scan over layers drops their states. Put the "
+            "layers in a list first. For a Llama of scan_layers=True, use "
+            "jaxq.models.unrolled(model), and jaxq.models.stacked(quantized) afterwards"
+        )
+    return ""

@@ -1,0 +1,96 @@
+"""How the product of a layer will run, as far as a report must mention it.
+
+A reader expects that quantized activations multiply the codes of the weight, and that
+no weight is dequantized as a whole. Where that is not so, the report says why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq import ops
+from jaxq.nn.layers import Roles
+from jaxq.qtensor import QTensor
+
+# The size of a convolution's input is not known here. It is taken to be larger than any
+# group of an activation spec.
+_EXAMPLE_SIZE = 1 << 20
+
+
+def product_note(qt: QTensor, roles: Roles | None = None) -> str:
+    """Why a product runs in floats, or dequantizes the whole weight; else empty.
+
+    Args:
+      qt: the weight. Its leaves may be `jax.ShapeDtypeStruct`s.
+      roles: of the weight's axes in one layer. None for an array that is in no layer.
+
+    Raises:
+      TypeError: the input could not be quantized, see `jaxq.quantize`.
+      ValueError: as TypeError. Sizes that only the input has are not checked.
+    """
+    weight = jax.tree.map(_as_shape, qt)
+    product = "dot" if roles is None else roles.product
+    quantizes_input = qt.meta.activation is not None
+    if product == "conv":
+        # Without quantized activations, a convolution has one path only.
+        if not quantizes_input:
+            return ""
+        plan = _plan_of_conv(weight)
+    else:
+        plan = _plan_of_dot(weight, roles)
+    if quantizes_input:
+        return "" if plan.path == "codes" else f"computes in floats: {plan.reason}"
+    # A lookup dequantizes only the rows it reads. If the table is multiplied too
+    # (`attend`), its blocks run along the contracted axis.
+    if plan.path != "dequantize" or product == "lookup":
+        return ""
+    return f"dequantized at each call: {plan.reason}"
+
+
+def _plan_of_conv(weight: QTensor) -> ops.Plan:
+    """The plan of a convolution of one example."""
+    kernel = _one_element(weight, len(weight.batch_shape))
+    geometry = weight.meta.geometry
+    num_places = len(geometry.contracted) - 1  # the other contracted axis: channels
+    example = jax.ShapeDtypeStruct(
+        (1, *(1 for _ in range(num_places)), _EXAMPLE_SIZE), jnp.float32
+    )
+    channel = geometry.kept[0] + len(geometry.shape)
+    return ops.plan_conv(example, kernel, channel=channel)
+
+
+def _plan_of_dot(weight: QTensor, roles: Roles | None) -> ops.Plan:
+    """The plan of a product with one row of inputs."""
+    if roles is not None and roles.subscripts:
+        return _plan_of_einsum(weight, roles)
+    batch = tuple(range(len(weight.batch_shape)))
+    along = tuple(axis + weight.ndim for axis in weight.meta.geometry.contracted)
+    shape = (*weight.batch_shape, 1, *(weight.shape[axis] for axis in along))
+    x: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    dims = ((tuple(range(len(batch) + 1, x.ndim)), along), (batch, batch))
+    return ops.explain(x, weight, dims, platform="cpu")
+
+
+def _plan_of_einsum(weight: QTensor, roles: Roles) -> ops.Plan:
+    """The plan of an einsum; indices of the input alone have size 1."""
+    kernel = _one_element(weight, weight.ndim - len(roles.shape))
+    left, right = roles.subscripts.replace("...", "").split("->")[0].split(",")
+    size = dict(zip(right, kernel.shape, strict=True))
+    shape = tuple(size.get(index, 1) for index in left)
+    x: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+    dims, _ = ops.einsum_numbers(roles.subscripts, x.ndim, kernel.ndim)
+    return ops.explain(x, kernel, dims, platform="cpu")
+
+
+def _as_shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _one_element(qt: QTensor, num_axes: int) -> QTensor:
+    """One element of a stack with `num_axes` leading axes, as shapes."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[num_axes:], leaf.dtype), qt
+    )

@@ -1,0 +1,254 @@
+"""One row of a report: what happened to one parameter, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.methods import Solved
+from jaxq.nn.layers import Roles
+from jaxq.nn.report._errors import quantization_errors
+from jaxq.nn.report._product import product_note
+from jaxq.qtensor import QTensor
+from jaxq.recipes import Rule
+
+COLUMNS = (
+    "path",
+    "kind",
+    "shape",
+    "format",
+    "granularity",
+    "method",
+    "bits",
+    "kB before",
+    "kB after",
+    "SQNR dB",
+    "worst block",
+    "clipped",
+    "note",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What happened to one parameter.
+
+    Attributes:
+      path: the names that lead to the parameter, joined by "/".
+      kind: the kind of its layer. For a variable of no layer, the type of the variable.
+      shape: of the parameter.
+      format: the format of its codes. "int8 + int8" names the format of the layer's
+        activations too, if they are quantized. None if the parameter stays in floats.
+      granularity: with the block sizes, the axes that the product contracts, and the
+        leading batch axes. None if the parameter stays in floats.
+      bits_per_element: includes the scales of all levels.
+      bytes_before: of the float parameter.
+      bytes_after: of what replaced it.
+      sqnr: signal to quantization noise ratio in dB. None if it was not measured.
+      worst_block: the largest relative error of 64 neighbors along the contracted axis.
+        None if it was not measured.
+      note: why the parameter stays in floats, or other remarks.
+      clipped: the share of numbers beyond the range of the format at their scale. None
+        if it was not measured.
+      method: the method that made the codes. "rtn" is rounding to nearest. None if the
+        parameter stays in floats.
+      loss: the error of the layer's output on held-out inputs, divided by the error of
+        rounding to nearest. None without calibration.
+
+    Example:
+      >>> import jaxq
+      >>> from flax import nnx
+      >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+      >>> row = jaxq.quantize_model(model, "int8")[1].quantized[0]
+      >>> row.path, row.format, row.bits_per_element, row.method
+      ('kernel', 'int8', 8.5, 'rtn')
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    format: str | None
+    granularity: str | None
+    bits_per_element: float
+    bytes_before: int
+    bytes_after: int
+    sqnr: float | None
+    worst_block: float | None
+    note: str = ""
+    clipped: float | None = None
+    method: str | None = None
+    loss: float | None = None
+
+    def cells(self) -> list[str]:
+        """The row as text, in the order of `COLUMNS`. "-" stands for None."""
+        loss = "" if self.loss is None else f" ({self.loss:.2f})"
+        return [
+            self.path,
+            self.kind,
+            "x".join(map(str, self.shape)),
+            self.format or "-",
+            self.granularity or "-",
+            (self.method or "-") + loss,
+            f"{self.bits_per_element:.2f}",
+            f"{self.bytes_before / 1e3:.1f}",
+            f"{self.bytes_after / 1e3:.1f}",
+            "-" if self.sqnr is None else f"{self.sqnr:.1f}",
+            "-" if self.worst_block is None else f"{self.worst_block:.3f}",
+            "-" if self.clipped is None else f"{self.clipped:.2%}",
+            self.note,
+        ]
+
+
+# Rows of parameters that stay in floats.
+
+
+def skip_reason(rule: Rule | None) -> str:
+    """Why a layer with this rule stays in floats."""
+    if rule is None:
+        return "no rule of the recipe matches"
+    return rule.reason or "skipped by the recipe"
+
+
+def float_row(path: str, kind: str, value: Any, note: str) -> Row:
+    """The row of a parameter that stays as it is."""
+    leaves = [leaf for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    # The leaves of a QTensor are packed codes and scales, not elements.
+    is_qtensor = isinstance(value, QTensor)
+    size = value.size if is_qtensor else sum(leaf.size for leaf in leaves)
+    bits = 8 * nbytes / size if size else 0.0
+    shape = tuple(getattr(value, "shape", ()))
+    return Row(path, kind, shape, None, None, bits, nbytes, nbytes, None, None, note)
+
+
+def other_row(path: str, variable: Any, layers: set[str]) -> Row:
+    """The row of a variable that is not the weight of a layer jaxq knows.
+
+    Args:
+      path: of the variable.
+      variable: an nnx Variable.
+      layers: paths of the layers that jaxq knows.
+    """
+    value = variable.get_value()
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
+    if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        note = "no floats, left as it is"
+    elif not hasattr(value, "dtype"):
+        note = "not one array, left as it is"
+    elif value.ndim < 2:
+        note = "not a matrix, left in floats"
+    elif path.rpartition("/")[0] in layers:
+        note = "not the weight of its layer, left in floats"
+    else:
+        note = "in no layer jaxq knows, left as it is"
+    return float_row(path, type(variable).__name__, value, note)
+
+
+def dropped_metadata(variable: Any) -> str:
+    """The note on an nnx Variable whose metadata names mesh axes; else empty.
+
+    The metadata names a mesh axis for each axis of the float array. Codes have other
+    axes, so the quantized weight does not keep it.
+    """
+    mesh_axes = variable.get_metadata().get("out_sharding") or ()
+    if all(axis is None for axis in mesh_axes):
+        return ""
+    return "its sharding metadata is not kept"
+
+
+# Rows of quantized weights.
+
+
+def planned_row(
+    path: str,
+    kind: str,
+    floats: Any,
+    qt: QTensor,
+    method: str = "rtn",
+    notes: Sequence[str] = (),
+    roles: Roles | None = None,
+) -> Row:
+    """The row of a quantized weight, without measured errors.
+
+    Args:
+      path: of the weight.
+      kind: of its layer.
+      floats: the float weight, or a `jax.ShapeDtypeStruct` of it.
+      qt: the quantized weight. Its leaves may be `jax.ShapeDtypeStruct`s.
+      method: the method that makes the codes.
+      notes: remarks. Empty ones are left out.
+      roles: of the axes in one layer. None for an array that is in no layer.
+    """
+    notes = [note for note in (*notes, product_note(qt, roles)) if note]
+    return Row(
+        path=path,
+        kind=kind,
+        shape=qt.shape,
+        format=_format(qt),
+        granularity=_granularity(qt),
+        bits_per_element=qt.bits_per_element,
+        bytes_before=floats.size * floats.dtype.itemsize,
+        bytes_after=qt.nbytes,
+        sqnr=None,
+        worst_block=None,
+        note="; ".join(notes),
+        method=method,
+    )
+
+
+def quantized_row(
+    path: str,
+    kind: str,
+    floats: jax.Array,
+    qt: QTensor,
+    solved: Solved | None,
+    notes: Sequence[str] = (),
+    roles: Roles | None = None,
+) -> Row:
+    """The row of a quantized weight, with its errors.
+
+    Args:
+      path: as in `planned_row`, like the arguments that are not listed here.
+      kind: of its layer.
+      floats: the float weight.
+      qt: the quantized weight.
+      solved: what the method returned. None if the weight was rounded to nearest.
+      notes: remarks.
+      roles: of the axes in one layer.
+    """
+    method, method_note, loss = "rtn", "", None
+    if solved is not None:
+        method, method_note, loss = solved.method, solved.note, solved.loss
+    sqnr, worst_block, clipped = quantization_errors(floats, qt)
+    row = planned_row(path, kind, floats, qt, method, (method_note, *notes), roles)
+    return dataclasses.replace(
+        row,
+        sqnr=float(sqnr),
+        worst_block=float(worst_block),
+        clipped=float(clipped),
+        loss=loss,
+    )
+
+
+def _format(qt: QTensor) -> str:
+    """The format of the codes, and that of the activations: "int8 + int8 static"."""
+    name, activation = qt.spec.fmt.name, qt.meta.activation
+    if activation is None:
+        return name
+    static = "" if qt.input_range is None else " static"
+    return f"{name} + {activation.fmt.name}{static}"
+
+
+def _granularity(qt: QTensor) -> str:
+    """For example "PerGroup(32 along -2, of each 0)": a stack of grouped weights."""
+    geometry = qt.meta.geometry
+    name = type(qt.spec.granularity).__name__
+    sizes = ",".join(str(b) for b in geometry.block_shape if b not in (None, 1))
+    along = ",".join(map(str, geometry.contracted))
+    batch = ",".join(map(str, range(len(qt.batch_shape))))
+    of_each = f", of each {batch}" if batch else ""
+    return f"{name}({sizes}{' ' if sizes else ''}along {along}{of_each})"
