@@ -1,32 +1,33 @@
-"""Computing with QTensors: one matmul contract, embedding lookup, convolution, attention over a quantized KV cache.
+"""Computing with QTensors: products, convolution, embedding lookup and the KV cache.
 
-`dot_general` takes arrays or QTensors on either side and decides how to multiply them; `explain` tells what it decided
-and why. `matmul`, `einsum` and `@` are spelled in its terms. All of it is plain XLA here, on every platform.
+`dot_general` takes arrays or QTensors on either side; `matmul`, `einsum` and `@` are
+written with it. `_decision.py` decides what runs: an integer dot, a float8 dot, a
+Pallas kernel or its XLA form. `explain` shows that decision.
 """
 
-from jaxq.ops._conv import conv_general_dilated, convolve, why_not_codes
-from jaxq.ops._dot_general import dot_general, explain
+from jaxq.ops._conv import conv_general_dilated, convolve
+from jaxq.ops._decision import plan_conv, why_not_codes
+from jaxq.ops._dot_general import dot_general
 from jaxq.ops._einsum import einsum, einsum_numbers, matmul
+from jaxq.ops._explain import explain
 from jaxq.ops._plan import Plan
 from jaxq.ops._ragged import ragged_dot
 from jaxq.ops._take import take
 from jaxq.ops.kv_cache import KVCache, KVCacheSpec
 from jaxq.qtensor import register_matmul
 
+# Other rooms also import convolve, einsum_numbers, plan_conv and why_not_codes.
 __all__ = [
     "KVCache",
     "KVCacheSpec",
     "Plan",
     "conv_general_dilated",
-    "convolve",
     "dot_general",
     "einsum",
-    "einsum_numbers",
     "explain",
     "matmul",
     "ragged_dot",
     "take",
-    "why_not_codes",
 ]
 
-register_matmul(matmul)
+register_matmul(matmul)  # `x @ qt` and `qt @ x`

@@ -8,39 +8,47 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import sharding
-from jaxq.ops._dot_general import Operand, align_matmul, as_operands, dot_general
-from jaxq.ops._plan import DimensionNumbers, accumulate_dtype, result_dtype
+from jaxq.ops._decision import accumulate_dtype, result_dtype
+from jaxq.ops._dimension_numbers import DimensionNumbers, align_matmul
+from jaxq.ops._dot_general import dot_general
+from jaxq.ops._operands import Operand, as_operands
 from jaxq.qtensor import QTensor
 
 
 def matmul(a: Operand, b: Operand, *, preferred_element_type: Any = None) -> jax.Array:
-    """`a @ b` as numpy defines it, where either may be a QTensor; accumulates in int32 or float32.
+    """`a @ b` as numpy defines it; either operand may be a QTensor.
 
     Args:
       a: `[..., m, k]` or `[k]`.
-      b: `[..., k, n]` or `[k]`. Leading axes match from the right and have equal sizes (a 1 is not stretched); those of
-        a QTensor are its batch axes.
-      preferred_element_type: dtype of the result; None takes what the operands' dtypes promote to.
+      b: `[..., k, n]` or `[k]`. Leading axes are matched from the right and must have
+        equal sizes (an axis of size 1 is not stretched). The leading axes of a QTensor
+        are its batch axes.
+      preferred_element_type: dtype of the result, as in `dot_general`.
 
     Returns:
-      `[..., m, n]`.
+      `[..., m, n]`, accumulated in int32 or float32.
 
     Raises:
-      TypeError: the sizes do not fit.
+      TypeError: contracted or leading axes differ in size, or as in `dot_general`.
+      ValueError: an operand has no axes, or cannot be broadcast to the leading axes of
+        the other.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> jaxq.matmul(jnp.ones((3, 5, 64)), jaxq.quantize(jnp.ones((64, 16)), "int8")).shape
+      >>> qt = jaxq.quantize(jnp.ones((64, 16)), "int8")
+      >>> jaxq.matmul(jnp.ones((3, 5, 64)), qt).shape
       (3, 5, 16)
     """
-    lhs, rhs, dims = align_matmul(*as_operands(a, b))
+    lhs, rhs, dims = align_matmul(*as_operands(a, b, caller="matmul"))
     y = dot_general(lhs, rhs, dims, preferred_element_type=preferred_element_type)
     shared = len(dims[1][0])
-    rows = 1 if lhs.ndim > 1 else 0
-    extra_a, extra_b = max(lhs.ndim - 2 - shared, 0), max(rhs.ndim - 2 - shared, 0)
-    # [shared, extra of a, m, extra of b, n] -> [extra, shared, m, n]; only one of the two has extra axes
+    num_m = 1 if lhs.ndim > 1 else 0
+    extra_a = max(lhs.ndim - 2 - shared, 0)
+    extra_b = max(rhs.ndim - 2 - shared, 0)
+    # [shared, extra of a, m, extra of b, n] -> [extra, shared, m, n]. Only one of the
+    # two operands has extra axes.
     y = jnp.moveaxis(y, range(shared, shared + extra_a), range(extra_a))
-    first_b = shared + extra_a + rows
+    first_b = shared + extra_a + num_m
     return jnp.moveaxis(y, range(first_b, first_b + extra_b), range(extra_b))
 
 
@@ -51,19 +59,27 @@ def einsum(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """`jnp.einsum` of two operands, where either may be a QTensor; accumulates in int32 or float32.
+    """`jnp.einsum` of two operands; either may be a QTensor.
+
+    Without a QTensor it is `jnp.einsum` of any number of operands, with wide sums.
 
     Args:
-      subscripts: like "bk,kn->bn"; one ellipsis for leading axes of the operand that is not quantized. An index must
-        not repeat within an operand, nor be summed in one operand alone.
+      subscripts: for example "bk,kn->bn". With a QTensor: at most one operand, the one
+        that is not quantized, may have an ellipsis; an index must not repeat within an
+        operand; and an index of one operand alone must be in the result.
       *operands: two arrays or QTensors.
-      precision: passed on where all operands are arrays.
-      preferred_element_type: dtype of the result; None takes what the operands' dtypes promote to.
-      out_sharding: how the result lies over a mesh, as in `dot_general`.
+      precision: passed to jax if all operands are arrays; ignored otherwise.
+      preferred_element_type: dtype of the result, as in `dot_general`.
+      out_sharding: how the result is sharded over a mesh, as in `dot_general`.
+
+    Returns:
+      The axes of the result in the order of `subscripts`; accumulated in int32 or
+      float32.
 
     Raises:
-      ValueError: subscripts that do not fit the operands, or go beyond the above.
-      TypeError: the sizes do not fit.
+      ValueError: `subscripts` do not fit the operands or break a rule above, or a
+        QTensor is one of more or fewer than two operands.
+      TypeError: `subscripts` is not a string, or as in `dot_general`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -73,104 +89,157 @@ def einsum(
     """
     if not isinstance(subscripts, str):
         raise TypeError(
-            f"einsum: subscripts must be a text like 'bk,kn->bn', got {type(subscripts).__name__}."
+            "einsum: subscripts must be a string such as 'bk,kn->bn', got "
+            f"{type(subscripts).__name__}."
         )
-    operands = as_operands(*operands)
-    if not any(isinstance(v, QTensor) for v in operands):
+    operands = as_operands(*operands, caller="einsum")
+    if not any(isinstance(operand, QTensor) for operand in operands):
         arrays: list[Any] = list(operands)
-        wide = accumulate_dtype(*arrays)
         y = jnp.einsum(
             subscripts,
             *arrays,
             precision=precision,
-            preferred_element_type=wide,
+            preferred_element_type=accumulate_dtype(*arrays),
             out_sharding=out_sharding,
         )
         return y.astype(preferred_element_type or result_dtype(*arrays))
     if len(operands) != 2:
         raise ValueError(
-            f"einsum: QTensors multiply two at a time, got {len(operands)} operands in {subscripts!r}."
+            "einsum: a product with a QTensor has two operands, got "
+            f"{len(operands)} in {subscripts!r}. Multiply two at a time."
         )
     a, b = operands
     dims, order = einsum_numbers(subscripts, a.ndim, b.ndim)
     y = dot_general(a, b, dims, preferred_element_type=preferred_element_type)
-    return sharding.lay_out(jnp.transpose(y, order), out_sharding)
+    return sharding.apply_out_sharding(jnp.transpose(y, order), out_sharding)
 
 
 def einsum_numbers(
     subscripts: str, left_ndim: int, right_ndim: int
 ) -> tuple[DimensionNumbers, list[int]]:
-    """The dimension numbers of an einsum's product, and the order in which its result has that product's axes.
+    """The `dot_general` that computes an einsum of two operands.
+
+    Args:
+      subscripts: as in `einsum`.
+      left_ndim: number of axes of the left operand.
+      right_ndim: number of axes of the right operand.
+
+    Returns:
+      The dimension numbers of the product; and the order in which the axes of the
+      product form the result.
 
     Raises:
-      ValueError: subscripts as in `einsum`.
+      ValueError: `subscripts` do not fit the operands or break a rule of `einsum`.
+
+    Example:
+      >>> from jaxq.ops import einsum_numbers
+      >>> einsum_numbers("bk,kn->nb", 2, 2)
+      ((((1,), (0,)), ((), ())), [1, 0])
     """
     left, right, out = _parse(subscripts, left_ndim, right_ndim)
-    batch = [i for i in left if i in right and i in out]
-    summed = [i for i in left if i in right and i not in out]
+    batch = [index for index in left if index in right and index in out]
+    summed = [index for index in left if index in right and index not in out]
+
+    def axes(operand: list[str], indices: list[str]) -> tuple[int, ...]:
+        return tuple(operand.index(index) for index in indices)
+
     dims = (
-        (tuple(left.index(i) for i in summed), tuple(right.index(i) for i in summed)),
-        (tuple(left.index(i) for i in batch), tuple(right.index(i) for i in batch)),
+        (axes(left, summed), axes(right, summed)),
+        (axes(left, batch), axes(right, batch)),
     )
-    produced = (
-        batch
-        + [i for i in left if i not in batch + summed]
-        + [i for i in right if i not in batch + summed]
-    )
-    return dims, [produced.index(i) for i in out]
+    bound = batch + summed
+    product = list(batch)  # the indices of the product's axes
+    product += [index for index in left if index not in bound]
+    product += [index for index in right if index not in bound]
+    return dims, [product.index(index) for index in out]
 
 
 def _parse(
     subscripts: str, left_ndim: int, right_ndim: int
 ) -> tuple[list[str], list[str], list[str]]:
-    """The three index lists; an ellipsis becomes capital indices of its own."""
+    """The indices of the left operand, the right operand and the result.
+
+    An ellipsis becomes indices "...0", "...1" and so on.
+    """
     text = subscripts.replace(" ", "")
     inputs, arrow, out = text.partition("->")
     if inputs.count(",") != 1:
-        raise ValueError(f"einsum: {subscripts!r} must name two operands.")
+        raise ValueError(
+            f"einsum: {subscripts!r} must name two operands, as in 'bk,kn->bn'."
+        )
     left, right = inputs.split(",")
-    dots = max(
-        (
-            n - len(part) + 3
-            for part, n in ((left, left_ndim), (right, right_ndim))
-            if "..." in part
-        ),
-        default=0,
-    )
-    extra = [f"...{i}" for i in range(dots)]
+    ellipsis = _ellipsis_indices((left, right), (left_ndim, right_ndim))
 
     def expand(part: str) -> list[str]:
-        before, ellipsis, after = part.partition("...")
-        return [*before, *(extra if ellipsis else []), *after]
+        before, dots, after = part.partition("...")
+        return [*before, *(ellipsis if dots else []), *after]
 
-    indices = [expand(left), expand(right)]
-    if not arrow:
-        counted = indices[0] + indices[1]
-        out_indices = extra + sorted(
-            i for i in set(counted) - set(extra) if counted.count(i) == 1
-        )
-    else:
+    left_indices, right_indices = expand(left), expand(right)
+    if arrow:
         out_indices = expand(out)
-    for part, ndim in zip(indices, (left_ndim, right_ndim), strict=True):
-        if len(part) != ndim:
-            more = (
-                " An ellipsis may stand in one operand, the float one." if dots else ""
+    else:
+        # As in numpy: the indices that occur once, in alphabetical order.
+        used = left_indices + right_indices
+        single = {index for index in used if used.count(index) == 1}
+        out_indices = ellipsis + sorted(single - set(ellipsis))
+    _check_indices(
+        subscripts,
+        (left_indices, right_indices),
+        (left_ndim, right_ndim),
+        has_ellipsis=bool(ellipsis),
+    )
+    _check_result(subscripts, left_indices, right_indices, out_indices)
+    return left_indices, right_indices, out_indices
+
+
+def _ellipsis_indices(parts: tuple[str, str], ndims: tuple[int, int]) -> list[str]:
+    """One index for each axis that an ellipsis stands for."""
+    num_axes = 0
+    for part, ndim in zip(parts, ndims, strict=True):
+        if "..." in part:
+            num_axes = max(num_axes, ndim - (len(part) - len("...")))
+    return [f"...{i}" for i in range(num_axes)]
+
+
+def _check_indices(
+    subscripts: str,
+    operands: tuple[list[str], list[str]],
+    ndims: tuple[int, int],
+    *,
+    has_ellipsis: bool,
+) -> None:
+    """Raises unless each operand has one index for each axis, and none twice."""
+    for indices, ndim in zip(operands, ndims, strict=True):
+        if len(indices) != ndim:
+            remedy = (
+                " Only one operand, the float one, may have an ellipsis."
+                if has_ellipsis
+                else ""
             )
             raise ValueError(
-                f"einsum: {subscripts!r} names {len(part)} axes of an operand that has {ndim}.{more}"
+                f"einsum: {subscripts!r} names {len(indices)} axes of an operand that "
+                f"has {ndim}.{remedy}"
             )
-        if len(set(part)) != len(part):
+        if len(set(indices)) != len(indices):
             raise ValueError(
-                f"einsum: {subscripts!r} repeats an index within an operand; take the diagonal first."
+                f"einsum: {subscripts!r} repeats an index within an operand. Take the "
+                "diagonal first."
             )
-    everything = set(indices[0]) | set(indices[1])
-    if set(out_indices) - everything or len(set(out_indices)) != len(out_indices):
+
+
+def _check_result(
+    subscripts: str, left: list[str], right: list[str], out: list[str]
+) -> None:
+    """Raises unless the result names indices once, and all that are not shared."""
+    unknown = set(out) - set(left) - set(right)
+    if unknown or len(set(out)) != len(out):
         raise ValueError(
-            f"einsum: the result of {subscripts!r} must name indices of the operands, each once."
+            f"einsum: the result of {subscripts!r} must name indices of the operands, "
+            "each once."
         )
-    alone = (set(indices[0]) ^ set(indices[1])) - set(out_indices)
-    if alone:
+    unshared = (set(left) ^ set(right)) - set(out)
+    if unshared:
         raise ValueError(
-            f"einsum: {subscripts!r} sums {sorted(alone)} in one operand alone; sum it beforehand."
+            f"einsum: {subscripts!r} sums {sorted(unshared)} in one operand alone. Sum "
+            "that operand first."
         )
-    return indices[0], indices[1], out_indices

@@ -1,16 +1,18 @@
-"""Rows sorted by expert times a stack of quantized weights, each row with the weight of its expert."""
+"""Rows sorted by expert times a stack of quantized weights (mixture of experts)."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxq.kernels import RowMeta, Rows, as_rows, ragged_matmul
-from jaxq.ops._plan import result_dtype
-from jaxq.ops._rows import rows_of, why_not_rows
+from jaxq.kernels import Rows, as_rows, ragged_matmul
+from jaxq.ops._decision import plan_ragged, result_dtype
+from jaxq.ops._weight_rows import row_meta, weight_rows
 from jaxq.qtensor import QTensor
+from jaxq.qtensor._geometry import describe
 
 
 def ragged_dot(
@@ -20,67 +22,72 @@ def ragged_dot(
     *,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """`lax.ragged_dot` with quantized weights: the first `group_sizes[0]` rows of x meet `weights[0]`, and so on.
+    """`lax.ragged_dot` with quantized weights.
 
-    Decoded a few rows of every weight at a time, in plain XLA on every platform. Differentiable in x and scales. A
-    dense dispatch (x `[e, m, k]`, one slot of rows an expert) by `jaxq.einsum` runs on the kernels.
+    The first `group_sizes[0]` rows of x are multiplied by `weights[0]`, the next
+    `group_sizes[1]` rows by `weights[1]`, and so on. The weights are decoded a few rows
+    of every expert at a time, in plain XLA on every platform. The product is
+    differentiable in x and in the scales. For Pallas kernels use a dense dispatch: x
+    `[e, m, k]` with a fixed number of rows for each expert, and `jaxq.einsum`.
 
     Args:
-      x: float `[m, k]`, sorted by expert.
+      x: float32, bfloat16 or float16 `[m, k]`, sorted by expert.
       weights: `[e, k, n]`, quantized with `contracting=-2, batch=0`.
-      group_sizes: int32 `[e]`; rows beyond their sum give zeros.
-      preferred_element_type: dtype of the result, accumulated in float32; None as for `jaxq.dot_general`.
+      group_sizes: integers `[e]`. Rows beyond their sum give zeros.
+      preferred_element_type: dtype of the result, which is accumulated in float32. None
+        takes the same dtype as `jaxq.dot_general`.
 
     Returns:
       `[m, n]`.
 
     Raises:
-      TypeError: x is no float matrix, `group_sizes` are no integers, or `weights` is no QTensor.
-      ValueError: shapes that do not fit.
+      TypeError: x is not a float32, bfloat16 or float16 matrix, `group_sizes` are not
+        integers, or `weights` is not a QTensor.
+      ValueError: `weights` is not `[e, k, n]` quantized with `contracting=-2, batch=0`,
+        or the shape of `x` or `group_sizes` does not fit it.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> experts = jaxq.quantize(jnp.ones((2, 64, 8)), "int4", contracting=-2, batch=0)
+      >>> experts = jnp.ones((2, 64, 8))
+      >>> experts = jaxq.quantize(experts, "int4", contracting=-2, batch=0)
       >>> jaxq.ops.ragged_dot(jnp.ones((5, 64)), experts, jnp.array([2, 3])).shape
       (5, 8)
     """
     if not isinstance(weights, QTensor):
         raise TypeError(
-            f"ragged_dot: weights must be a QTensor, got {type(weights).__name__}. Use jax.lax.ragged_dot."
+            f"ragged_dot: weights must be a QTensor, got {type(weights).__name__}. "
+            "Use jax.lax.ragged_dot for arrays."
         )
     x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
-    shown = f"x: {x.dtype.name}{list(x.shape)}, group_sizes: {group_sizes.dtype.name}{list(group_sizes.shape)}"
+    shown = (
+        f"x: {describe(x.dtype.name, x.shape)}, "
+        f"group_sizes: {describe(group_sizes.dtype.name, group_sizes.shape)}"
+    )
     if x.ndim != 2 or x.dtype.name not in ("float32", "bfloat16", "float16"):
         raise TypeError(
-            f"ragged_dot: x must be a float32, bfloat16 or float16 matrix ({shown})."
+            f"ragged_dot: x must be a float32, bfloat16 or float16 matrix ({shown}). "
+            "Use x.astype and x.reshape."
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise TypeError(f"ragged_dot: group_sizes must be integers ({shown}).")
-    geometry = weights.meta.geometry
-    if (
-        len(weights.batch_shape) != 1
-        or geometry.contracted != (-2,)
-        or geometry.kept != (-1,)
-        or why_not_rows(weights)
-    ):
-        raise ValueError(
-            f"ragged_dot: weights must be [e, k, n] with contracting=-2 and batch=0, got {weights!r}."
+        raise TypeError(
+            f"ragged_dot: group_sizes must be integers ({shown}). Pass the number of "
+            "rows of each expert."
         )
-    e, k, _ = weights.shape
-    if x.shape[1] != k or group_sizes.shape != (e,):
+    plan = plan_ragged(x, weights)
+    num_experts, k, _ = weights.shape
+    if x.shape[1] != k or group_sizes.shape != (num_experts,):
         raise ValueError(
-            f"ragged_dot: x must be [m, {k}] and group_sizes [{e}] for {weights!r} ({shown})."
+            f"ragged_dot: x must be [m, {k}] and group_sizes [{num_experts}] for "
+            f"{weights!r}, got {shown}."
         )
-    out = jnp.dtype(preferred_element_type or result_dtype(x, weights))
-    x = x if x.dtype == weights.dtype else x.astype(jnp.float32)
-    found: list[RowMeta] = []
+    out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
+    stacked = jax.vmap(_expert_rows)(weights)
+    meta = dataclasses.replace(row_meta(weights.meta), layout="rows")
+    sizes = group_sizes.astype(jnp.int32)
+    y = ragged_matmul(x.astype(plan.x_dtype), stacked, sizes, meta)
+    return y.astype(out_dtype)  # pyright: ignore
 
-    def rows(qt: QTensor) -> Rows:
-        one, meta = as_rows(*rows_of(qt))
-        found.append(meta)
-        return one
 
-    stacked = jax.vmap(rows)(weights)
-    return ragged_matmul(x, stacked, group_sizes.astype(jnp.int32), found[0]).astype(
-        out
-    )  # pyright: ignore
+def _expert_rows(weight: QTensor) -> Rows:
+    """The rows of one expert, with its codes along rows."""
+    return as_rows(*weight_rows(weight))[0]

@@ -8,22 +8,26 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import sharding
+from jaxq.ops._decision import plan_take
 from jaxq.qtensor import Geometry, QTensor, dequantize, relayout, scale_values
+from jaxq.qtensor._geometry import describe
 
 
 def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
-    """`dequantize(table)[indices]`, dequantizing only the rows asked for.
+    """`dequantize(table)[indices]`; only the rows at the indices are dequantized.
 
     Args:
-      table: QTensor `[n, d]` whose scales are shared along -1 (`contracting=(-1,)`), without batch axes.
-      indices: integers of any shape; out of range ones give NaN, as `jnp.take` does.
+      table: QTensor `[n, d]` whose scales are shared along axis -1
+        (`contracting=(-1,)`), without batch axes.
+      indices: integers of any shape. An index out of range gives NaN, as in `jnp.take`.
 
     Returns:
       `table.dtype`, `[*indices.shape, d]`.
 
     Raises:
-      TypeError: `indices` are not integers.
-      ValueError: `table` is no such QTensor.
+      TypeError: `table` is not a QTensor, or `indices` are not integers.
+      ValueError: `table` is not `[n, d]` with scales shared along axis -1, or its
+        blocks run across rows.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -33,59 +37,48 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
     """
     if not isinstance(table, QTensor):
         raise TypeError(
-            f"take: table must be a QTensor, got {type(table).__name__}. Index arrays with jnp.take."
+            f"take: table must be a QTensor, got {type(table).__name__}. "
+            "Index arrays with jnp.take."
         )
-    geometry = table.meta.geometry
-    if (
-        geometry.order != (-2, -1)
-        or geometry.num_contracted != 1
-        or geometry.flat
-        or table.batch_shape
-    ):
-        raise ValueError(
-            f"take: the table must be [n, d] with scales shared along -1, got {table!r}."
-        )
-    if geometry.block_shape[0] not in (1, None):
-        raise ValueError(
-            f"take: the blocks of {table!r} run across rows. Use jaxq.dequantize(table)[indices]."
-        )
+    plan_take(table)  # the only form is `_take`; other tables raise
     indices = jnp.asarray(indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(
-            f"take: indices must be integers, got {indices.dtype.name}{list(indices.shape)}."
+            "take: indices must be integers, got "
+            f"{describe(indices.dtype.name, indices.shape)}. "
+            "Pass indices.astype(jnp.int32)."
         )
-
-    return sharding.over_explicit_axes(
-        _take, (*sharding.spec_of(indices), None), table, indices
-    )
+    out_axes = (*sharding.explicit_spec(indices), None)
+    return sharding.call_on_auto_axes(_take, out_axes, table, indices)
 
 
 def _take(table: QTensor, indices: jax.Array) -> jax.Array:
+    """The rows become a QTensor whose batch axes are those of the indices."""
     table, geometry = relayout(table, "rows"), table.meta.geometry
-    n = geometry.shape[0]
+    num_rows = geometry.shape[0]
     if indices.dtype.itemsize < 4:
-        indices = indices.astype(jnp.int32)  # n may be beyond a narrow type
-    row = jnp.where(indices < 0, indices + n, indices)
+        # A narrow dtype may be unable to hold num_rows.
+        indices = indices.astype(jnp.int32)
+    row_index = jnp.where(indices < 0, indices + num_rows, indices)
 
-    def rows(leaf: jax.Array | None) -> jax.Array | None:
+    def take_rows(leaf: jax.Array | None) -> jax.Array | None:
         if leaf is None:
             return None
-        if leaf.shape[0] == 1:
+        if leaf.shape[0] == 1:  # one entry for all rows
             return jnp.broadcast_to(leaf[0], (*indices.shape, *leaf.shape[1:]))
-        return jnp.take(leaf, row, axis=0, mode="clip")
+        return jnp.take(leaf, row_index, axis=0, mode="clip")
 
-    # The rows asked for become batch axes of a one-row geometry.
-    one_row = Geometry(
+    row_geometry = Geometry(
         geometry.shape[-1:], (-1,), 1, geometry.block_shape[-1:], geometry.multiple
     )
     spec = table.spec.replace(scale="float32", packing=table.spec.order)
-    found = QTensor(
-        jnp.take(table.data, row, axis=0, mode="clip"),
-        rows(scale_values(table)),  # pyright: ignore[reportArgumentType]
-        rows(table.zero_point),
-        rows(table.offset),
-        rows(table.codebook),
-        dataclasses.replace(table.meta, geometry=one_row, spec=spec),
+    rows = QTensor(
+        jnp.take(table.data, row_index, axis=0, mode="clip"),
+        take_rows(scale_values(table)),  # pyright: ignore[reportArgumentType]
+        take_rows(table.zero_point),
+        take_rows(table.offset),
+        take_rows(table.codebook),
+        dataclasses.replace(table.meta, geometry=row_geometry, spec=spec),
     )
-    inside = (row >= 0) & (row < n)
-    return jnp.where(inside[..., None], dequantize(found), jnp.nan)
+    in_range = (row_index >= 0) & (row_index < num_rows)
+    return jnp.where(in_range[..., None], dequantize(rows), jnp.nan)

@@ -1,4 +1,4 @@
-"""What a product should be, in float64, and how far float32 sums may be from it."""
+"""Products in float64, error bounds for float32 sums, and readers of jaxprs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def normal(*shape: int, seed: int = 0, dtype: str = "float32") -> jax.Array:
 
 
 def double(x: jax.typing.ArrayLike | QTensor) -> np.ndarray:
-    """Float64 numbers of an array or of what a QTensor stands for."""
+    """An array, or a dequantized QTensor, in float64."""
     return np.asarray(
         jaxq.dequantize(x, dtype=jnp.float32) if isinstance(x, QTensor) else x
     ).astype(np.float64)
@@ -43,10 +43,19 @@ def assert_product(
     weights: str = "float32",
     dtype: str = "float32",
 ):
-    """`y` is `product(a, b)` up to the error of `terms` float32 additions, rounded once to `dtype`.
+    """`y` is `product(a, b)` up to the error of `terms` float32 additions.
 
-    |y - exact| <= gamma * product(|a|, |b|), gamma = K u / (1 - K u) (Higham, 2002, section 3.1), here with K a few
-    larger, for the roundings of scales. `weights`: dtype the dequantized operand was rounded to first.
+    |y - exact| <= gamma * product(|a|, |b|) with gamma = K u / (1 - K u) (Higham, 2002,
+    section 3.1). K is `terms` and 8 more, for the roundings of scales.
+
+    Args:
+      y: the result.
+      product: computes the exact result from float64 arrays.
+      a: left operand.
+      b: right operand.
+      terms: terms of each sum.
+      weights: dtype that the dequantized operand was rounded to before the product.
+      dtype: dtype that the sum was rounded to.
     """
     left, right = double(a), double(b)
     exact, size = product(left, right), product(abs(left), abs(right))
@@ -71,7 +80,7 @@ def assert_product(
 def with_codes(
     qt: QTensor, codes: np.ndarray, zero_point: np.ndarray | None = None
 ) -> QTensor:
-    """`qt` with stored codes (padding included) of one's own, and scales of one: it stands for integers."""
+    """`qt` with other stored codes (padding included) and scales of one."""
     codes = jnp.asarray(codes, qt.spec.fmt.code_dtype)
     data = formats.pack(
         codes, qt.spec.fmt.bits, qt.meta.packing, unit=qt.meta.pack_unit
@@ -93,16 +102,17 @@ def primitives(fn: Callable, *args) -> list[str]:
 
 
 def dots(fn: Callable, *args) -> list[tuple[str, str, str]]:
-    """(dtype of lhs, of rhs, of the result) of every dot and convolution in `fn`'s jaxpr."""
-    found = []
+    """The dtypes (lhs, rhs, result) of every dot and convolution in a jaxpr."""
+    dtypes = []
     for eqn in equations(jax.make_jaxpr(fn)(*args).jaxpr):
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            found.append(tuple(v.aval.dtype.name for v in (*eqn.invars, *eqn.outvars)))
-    return found
+            variables = (*eqn.invars, *eqn.outvars)
+            dtypes.append(tuple(v.aval.dtype.name for v in variables))
+    return dtypes
 
 
 def equations(jaxpr):
-    """Every equation of a jaxpr, outer before inner; products that kernels compute as their XLA form."""
+    """Every equation of a jaxpr, outer before inner; kernels in their XLA form."""
     for eqn in jaxpr.eqns:
         yield eqn
         if eqn.primitive.name in kernels.FORMS:

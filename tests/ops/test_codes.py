@@ -1,4 +1,4 @@
-"""Codes times codes: exact in int32, native for float8, and the operands really are codes."""
+"""Codes times codes: exact in int32, native for float8, and never widened."""
 
 import dataclasses
 import functools
@@ -11,7 +11,8 @@ import pytest
 import jaxq
 from jaxq import PerGroup, QuantSpec
 from tests import tables
-from tests.ops.reference import assert_product, compiled, dots, normal, with_codes
+from tests.arrays import normal_with_outliers
+from tests.ops.reference import assert_product, compiled, dots, with_codes
 
 FORMATS = ("int8", "uint8", "int4", "uint4", "int3", "int2")
 
@@ -25,7 +26,7 @@ def integers(
     contracting: int,
     seed: int,
 ):
-    """A QTensor of random whole numbers, scales of one, and those numbers as int64 with zero points taken off."""
+    """A QTensor of random codes with scales of one, and its numbers in int64."""
     k = shape[contracting]
     granularity = PerGroup(k // groups) if groups > 1 else jaxq.PerChannel()
     spec = QuantSpec(fmt, granularity, symmetric=symmetric)
@@ -65,7 +66,7 @@ def both_sides():
                         yield a, a_symmetric, b, b_symmetric
 
 
-# Whole bytes, halves and a stream of bits; both symmetries on either side.
+# Whole bytes, halves of bytes and a stream of bits; symmetric or not on either side.
 SIDES = list(both_sides())
 FEW = [
     ("int8", True, "int8", True),
@@ -102,7 +103,7 @@ GROUPED = [
     for symmetric in ((True, True), (True, False), (False, True), (False, False))
     for groups in ((4, 4), (1, 4), (4, 1))
 ]
-# Both kinds of numbers, in groups of their own or of both sides.
+# Symmetric or not, with groups on both sides or on the right alone.
 ENDS = (
     ((True, True), (4, 4)),
     ((False, False), (4, 4)),
@@ -134,9 +135,11 @@ def test_groups_on_one_side_or_both(formats, symmetric, groups):
     )
     assert jaxq.explain(x, w).path == "codes"
     np.testing.assert_array_equal(product(x, w), left @ right.T)
-    # With scales, each group's sum meets its own.
+    # With scales: the sum of each group is multiplied by the scale of that group.
     x, w = (
-        dataclasses.replace(q, scale=np.exp2(np.round(normal(*q.scale.shape))))
+        dataclasses.replace(
+            q, scale=np.exp2(np.round(normal_with_outliers(*q.scale.shape)))
+        )
         for q in (x, w)
     )
     exact = np.asarray(jaxq.dequantize(x), np.float64) @ np.asarray(
@@ -164,10 +167,11 @@ REAL = [(a, b, m) for a, b in [*REAL, ("int8", "vsq4")] for m in (1, 5)]
     ),
 )
 def test_real_numbers(a, b, m):
-    # 200 is no multiple of a group; padding must not count, whatever the zero points are.
+    # 200 is not a multiple of a group. Padding must not count, whatever the zero points
+    # are.
     x, w = (
-        jaxq.quantize(normal(m, 200) + 1, a, contracting=-1),
-        jaxq.quantize(normal(200, 24) + 1, b),
+        jaxq.quantize(normal_with_outliers(m, 200) + 1, a, contracting=-1),
+        jaxq.quantize(normal_with_outliers(200, 24) + 1, b),
     )
     assert jaxq.explain(x, w).path == "codes"
     assert_product(product(x, w), np.matmul, x, w, 200)
@@ -206,8 +210,8 @@ FLOATS = [
 )
 def test_float8_products(a, b):
     x, w = (
-        jaxq.quantize(normal(5, 96), a, contracting=-1),
-        jaxq.quantize(normal(96, 7), b),
+        jaxq.quantize(normal_with_outliers(5, 96), a, contracting=-1),
+        jaxq.quantize(normal_with_outliers(96, 7), b),
     )
     assert jaxq.explain(x, w).path == "codes"
     assert_product(product(x, w), np.matmul, x, w, 96)
@@ -231,21 +235,22 @@ def test_float8_products(a, b):
 @pytest.mark.parametrize("m", [1, 16])
 def test_the_dot_is_of_codes(a, b, expected, m):
     x, w = (
-        jaxq.quantize(normal(m, 256), a, contracting=-1),
-        jaxq.quantize(normal(256, 128), b),
+        jaxq.quantize(normal_with_outliers(m, 256), a, contracting=-1),
+        jaxq.quantize(normal_with_outliers(256, 128), b),
     )
     assert dots(jaxq.matmul, x, w) == [expected]
 
 
 @pytest.mark.parametrize("m", [1, 2, 16])
 def test_int8_goes_to_the_matrix_library(m):
-    # XLA:CPU leaves a product of int8 with one lone row to a loop over a widened weight; jaxq adds a row of zeros.
-    w = jaxq.quantize(normal(512, 256), "int8")
+    # XLA:CPU multiplies a single int8 row in a loop over a widened weight. jaxq adds a
+    # row of zeros, and the product goes to the matrix library.
+    w = jaxq.quantize(normal_with_outliers(512, 256), "int8")
 
     def dynamic(x, w):
         return jaxq.quantize(x, "int8", contracting=-1) @ w
 
-    program = compiled(dynamic, normal(m, 512), w)
+    program = compiled(dynamic, normal_with_outliers(m, 512), w)
     text = program.as_text()
     assert "__ynn_fusion" in text
     assert "s32[256,512]" not in text
@@ -259,18 +264,18 @@ def assert_einsum(subscripts, a, b, terms):
 
 
 def test_batch_axes_and_several_free_axes():
-    x = jaxq.quantize(normal(3, 5, 64), "int8", contracting=-1, batch=0)
-    w = jaxq.quantize(normal(3, 64, 8), "int8", contracting=-2, batch=0)
+    x = jaxq.quantize(normal_with_outliers(3, 5, 64), "int8", contracting=-1, batch=0)
+    w = jaxq.quantize(normal_with_outliers(3, 64, 8), "int8", contracting=-2, batch=0)
     assert jaxq.explain(x, w).path == "codes"
     assert_product(product(x, w), np.matmul, x, w, 64)
-    heads = jaxq.quantize(normal(64, 2, 8), "int8", contracting=-3)
-    tokens = jaxq.quantize(normal(3, 5, 64), "int8", contracting=-1)
+    heads = jaxq.quantize(normal_with_outliers(64, 2, 8), "int8", contracting=-3)
+    tokens = jaxq.quantize(normal_with_outliers(3, 5, 64), "int8", contracting=-1)
     assert jaxq.explain(tokens, heads, (((2,), (0,)), ((), ()))).path == "codes"
     assert_einsum("btd,dhk->bthk", tokens, heads, 64)
     # weight first; kept axes in another order than stored
     assert_einsum("dhk,btd->kthb", heads, tokens, 64)
-    both = jaxq.quantize(normal(3, 4, 16), "int8", contracting=(-2, -1))
-    out = jaxq.quantize(normal(4, 16, 24), "int8", contracting=(-3, -2))
+    both = jaxq.quantize(normal_with_outliers(3, 4, 16), "int8", contracting=(-2, -1))
+    out = jaxq.quantize(normal_with_outliers(4, 16, 24), "int8", contracting=(-3, -2))
     assert jaxq.explain(both, out, (((1, 2), (0, 1)), ((), ()))).path == "codes"
     assert_einsum("thk,hkd->td", both, out, 64)
 
@@ -280,7 +285,7 @@ def test_batch_axes_and_several_free_axes():
     [
         (("int8", -1), ("nf4", -2), "do not multiply natively"),
         (("fp8", -1), ("int8", -2), "do not multiply natively"),
-        (("int8", -2), ("int8", -2), "not those its scales are shared along"),
+        (("int8", -2), ("int8", -2), "along which its scales are shared"),
         ((QuantSpec("uint8", offset="min"), -1), ("int8", -2), "has a real offset"),
         (
             (QuantSpec("int8", PerGroup(16)), -1),
@@ -289,30 +294,33 @@ def test_batch_axes_and_several_free_axes():
         ),
     ],
 )
-def test_what_codes_cannot_do_is_done_in_floats(x, w, why):
-    a = jaxq.quantize(normal(5, 64), x[0], contracting=x[1])
-    b = jaxq.quantize(normal(64, 8), w[0], contracting=w[1])
+def test_products_in_floats_if_codes_cannot_be_multiplied(x, w, why):
+    a = jaxq.quantize(normal_with_outliers(5, 64), x[0], contracting=x[1])
+    b = jaxq.quantize(normal_with_outliers(64, 8), w[0], contracting=w[1])
     plan = jaxq.explain(a, b)
     assert plan.path == "weight_only"
     assert why in plan.reason
     assert_product(product(a, b), np.matmul, a, b, 64)
 
 
-def test_flattening_in_another_order_is_not_confused():
+def test_contracted_axes_flattened_in_different_orders():
     # [h, k] against [k, h]: the same contracted numbers, stored in another order.
-    x = jaxq.quantize(normal(5, 4, 16), "int8", contracting=(-2, -1))
-    w = jaxq.quantize(normal(16, 4, 8), "int8", contracting=(-3, -2))
+    x = jaxq.quantize(normal_with_outliers(5, 4, 16), "int8", contracting=(-2, -1))
+    w = jaxq.quantize(normal_with_outliers(16, 4, 8), "int8", contracting=(-3, -2))
     assert "different orders" in jaxq.explain(x, w, (((1, 2), (1, 0)), ((), ()))).reason
     assert_einsum("thk,khd->td", x, w, 64)
 
 
 @pytest.mark.parametrize("preset", ["int4", "nf4"])  # multiplied as codes, and not
-def test_a_weight_can_say_how_its_partner_is_quantized(preset):
-    x, qt = normal(4, 256), jaxq.quantize(normal(256, 16), preset)
+def test_dynamic_activation_quantization(preset):
+    x, qt = (
+        normal_with_outliers(4, 256),
+        jaxq.quantize(normal_with_outliers(256, 16), preset),
+    )
     dynamic = qt.with_activation("int8")
     explicit = jaxq.quantize(x, "int8", contracting=-1)
     np.testing.assert_array_equal(x @ dynamic, explicit @ qt)
-    assert "quantized to int8 on the fly" in jaxq.explain(x, dynamic).reason
+    assert "dynamic activation quantization to int8" in jaxq.explain(x, dynamic).reason
     assert jaxq.explain(x, dynamic).path == jaxq.explain(explicit, qt).path
     left = qt.T.with_activation("int8")
     np.testing.assert_array_equal(
@@ -346,7 +354,7 @@ MOST = [(*case, m) for case in MOST for m in (1, 128)]
         MOST, [case for case in MOST if case[3] == 128 or case[0] == "mxint8"]
     ),
 )
-def test_no_product_of_codes_widens_a_whole_operand(weight, activation, most, m):
+def test_products_of_codes_never_widen_a_whole_operand(weight, activation, most, m):
     # The float32 weight would take 67 MB, the partial sums of all groups up to 540 MB.
     shape, presets = jax.ShapeDtypeStruct((4096, 4096), jnp.float32), jaxq.presets()
     qt = jax.eval_shape(

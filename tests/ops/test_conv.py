@@ -1,4 +1,4 @@
-"""Convolution with quantized kernels: codes where they can be convolved, exactly, and floats elsewhere."""
+"""Convolution with quantized kernels: exact sums of codes, or floats."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,10 @@ from jax import lax
 
 import jaxq
 from jaxq import PerTensor, QuantSpec
-from jaxq.ops._conv import why_not_codes
+from jaxq.ops import plan_conv
 from tests import tables
-from tests.ops.reference import ROUNDOFF, dots, normal, with_codes
+from tests.arrays import normal_with_outliers
+from tests.ops.reference import ROUNDOFF, dots, with_codes
 
 # Flax's order: batch, spatial, feature; kernels [*window, in, out].
 NUMBERS = {
@@ -59,8 +60,8 @@ def prepared(case: str):
     x_shape, k_shape, options = CASES[case]
     numbers = NUMBERS[len(x_shape) - 2]
     return (
-        normal(*x_shape),
-        normal(*k_shape, seed=1),
+        normal_with_outliers(*x_shape),
+        normal_with_outliers(*k_shape, seed=1),
         {**options, "dimension_numbers": numbers},
     )
 
@@ -112,7 +113,7 @@ def test_integer_sums_are_exact(case):
 
 
 @pytest.mark.parametrize("case", tables.thinned(CASES, ["1d", "grouped"]))
-def test_scales_meet_their_example_and_channel(case):
+def test_scales_of_examples_and_channels(case):
     x, kernel, options = prepared(case)
     x = x * jnp.exp2(jnp.arange(x.shape[0], dtype=x.dtype)).reshape(
         -1, *[1] * (x.ndim - 1)
@@ -133,7 +134,7 @@ def test_scales_meet_their_example_and_channel(case):
 
 
 def test_batch_groups():
-    x, kernel = normal(4, 8, 3), normal(3, 3, 6)
+    x, kernel = normal_with_outliers(4, 8, 3), normal_with_outliers(3, 3, 6)
     options = {
         "window_strides": (1,),
         "padding": "SAME",
@@ -154,7 +155,7 @@ def test_batch_groups():
 
 
 def test_pytorch_order():
-    x, kernel = normal(2, 6, 9, 10), normal(8, 6, 3, 3)
+    x, kernel = normal_with_outliers(2, 6, 9, 10), normal_with_outliers(8, 6, 3, 3)
     qx, qk = (
         jaxq.quantize(x, "int8", contracting=(-3, -2, -1)),
         jaxq.quantize(kernel, "int8", contracting=(-3, -2, -1)),
@@ -169,34 +170,34 @@ def test_pytorch_order():
     ) == [("int8", "int8", "int32")]
 
 
-def why(x, kernel) -> str:
-    return str(why_not_codes(x, kernel, 0, kernel.ndim - 1))
+def reason(x, kernel) -> str:
+    return plan_conv(x, kernel, channel=kernel.ndim - 1).reason
 
 
-def test_what_cannot_be_convolved_as_codes():
-    x, kernel = normal(2, 20, 6), normal(3, 6, 8)
+def test_reasons_for_a_convolution_of_floats():
+    x, kernel = normal_with_outliers(2, 20, 6), normal_with_outliers(3, 6, 8)
     qx = jaxq.quantize(x, "int8", contracting=(-2, -1))
     qk = jaxq.quantize(kernel, "int8", contracting=(-3, -2))
-    assert why(qx, qk) == "None"
-    assert "not in symmetric integers" in why(
+    assert reason(qx, qk) == "int8 x int8 convolution of codes"
+    assert "not in symmetric integers" in reason(
         jaxq.quantize(x, "uint8", contracting=(-2, -1)), qk
     )
-    assert "not in symmetric integers" in why(
+    assert "not in symmetric integers" in reason(
         qx, jaxq.quantize(kernel, "fp8", contracting=(-3, -2))
     )
-    assert "several scales" in why(
+    assert "several scales" in reason(
         qx,
         jaxq.quantize(
             kernel, QuantSpec("int8", jaxq.PerGroup(9)), contracting=(-3, -2)
         ),
     )
-    assert "scales along axes" in why(jaxq.quantize(x, "int8", contracting=-1), qk)
+    assert "scales along axes" in reason(jaxq.quantize(x, "int8", contracting=-1), qk)
     long = jax.eval_shape(
         lambda w: jaxq.quantize(w, "int8", contracting=(-3, -2)),
         jax.ShapeDtypeStruct((9, 16384, 2), jnp.float32),
     )
-    assert "may exceed int32" in why(qx, long)
-    # and is convolved in floats
+    assert "may exceed int32" in reason(qx, long)
+    # The fallback is a convolution of floats.
     tokens = jaxq.quantize(x, "int8", contracting=-1)
     options = {
         "window_strides": (1,),
@@ -214,7 +215,7 @@ def test_what_cannot_be_convolved_as_codes():
     )
 
 
-def test_sums_beyond_int32_are_not_trusted_to_it():
+def test_sums_beyond_int32_are_computed_in_floats():
     # 147,456 products of 127 * 127: int32 would wrap.
     options = {
         "window_strides": (1,),
@@ -249,7 +250,7 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.parametrize("case", ["1d", "strided", "grouped"])
-def test_activations_quantized_on_the_fly(case):
+def test_dynamic_activation_quantization(case):
     x, kernel, options = prepared(case)
     qk = jaxq.quantize(kernel, "int8", contracting=all_but(kernel.ndim, -1))
     dynamic = qk.with_activation("int8")
@@ -260,8 +261,8 @@ def test_activations_quantized_on_the_fly(case):
     explicit = conv(jaxq.quantize(x, "int8", contracting=all_but(x.ndim, -x.ndim)), qk)
     np.testing.assert_array_equal(conv(x, dynamic), explicit)
     assert dots(conv, x, dynamic) == [("int8", "int8", "int32")]
-    dy = normal(*explicit.shape, seed=3)
-    seen, plain = (
+    dy = normal_with_outliers(*explicit.shape, seed=3)
+    dynamic_gradients, float_gradients = (
         jax.jit(
             jax.grad(
                 lambda x, k: jnp.sum(dy * conv(x, k)), argnums=(0, 1), allow_int=True
@@ -269,8 +270,12 @@ def test_activations_quantized_on_the_fly(case):
         )(x, k)
         for k in (dynamic, qk)
     )
-    np.testing.assert_allclose(seen[0], plain[0], rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(seen[1].scale, plain[1].scale, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(
+        dynamic_gradients[0], float_gradients[0], rtol=1e-5, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        dynamic_gradients[1].scale, float_gradients[1].scale, rtol=1e-4, atol=1e-2
+    )
 
 
 def test_gradients_of_weight_only():
@@ -283,10 +288,10 @@ def test_gradients_of_weight_only():
     def plain(x, k):
         return jnp.sum(lax.conv_general_dilated(x, jaxq.dequantize(k), **options) ** 2)
 
-    found = jax.grad(loss, argnums=(0, 1), allow_int=True)(x, qk)
+    gradients = jax.grad(loss, argnums=(0, 1), allow_int=True)(x, qk)
     expected = jax.grad(plain, argnums=(0, 1), allow_int=True)(x, qk)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(found[1].scale, expected[1].scale, rtol=1e-4)
+    np.testing.assert_allclose(gradients[0], expected[0], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(gradients[1].scale, expected[1].scale, rtol=1e-4)
 
 
 def test_operands_that_do_not_fit():
@@ -294,8 +299,10 @@ def test_operands_that_do_not_fit():
         jaxq.ops.conv_general_dilated(
             jnp.ones((1, 4, 2)), jnp.ones((2, 2, 2)), (1,), "SAME"
         )
-    qk = jaxq.quantize(normal(3, 6, 8), "int8", contracting=(-3, -2))
-    with pytest.raises(TypeError, match="lhs must be float or a QTensor, got int32"):
+    qk = jaxq.quantize(normal_with_outliers(3, 6, 8), "int8", contracting=(-3, -2))
+    with pytest.raises(
+        TypeError, match="lhs must be a float32, .* or a QTensor, got int32"
+    ):
         jaxq.ops.conv_general_dilated(
             jnp.ones((2, 20, 6), jnp.int32),
             qk,

@@ -1,4 +1,4 @@
-"""One table: every preset, times every way to stand in a product, against a float64 product of what it stands for."""
+"""Every preset in every place of a product, against a float64 product."""
 
 import functools
 
@@ -10,36 +10,49 @@ from jax import lax
 
 import jaxq
 from tests import tables
-from tests.ops.reference import assert_product, dots, double, normal
+from tests.arrays import normal_with_outliers
+from tests.ops.reference import assert_product, dots, double
 
-# One preset of each way to be stored: scales of channels, groups, flat blocks or the tensor; quantized scales, zero
-# points; whole bytes, halves, a stream of bits. These take every case below, the rest the first few.
+# One preset for each way to store numbers: scales of channels, groups, flat blocks or
+# the tensor; quantized scales; zero points; whole bytes, halves of bytes, a stream of
+# bits. These presets take every case below, the others the first few.
 KINDS = ("int3", "int8", "nf4_dq", "nvfp4", "ternary", "uint4")
-# name: (weight, other operand's shape, product of x and weight, terms of a sum). `.T` is understood by numpy and
-# by QTensor alike. 288 is a multiple of neither 64, 128 nor 256.
+
+
+def x_first(subscripts):
+    return lambda m, x, w: m.einsum(subscripts, x, w)
+
+
+def w_first(subscripts):
+    return lambda m, x, w: m.einsum(subscripts, w, x)
+
+
+# name: (weight, shape of the other operand, product of x and weight, terms of a sum).
+# `m` is numpy or jaxq.
+# numpy and QTensor both have `.T`. 288 is not a multiple of 64, 128 or 256.
 CASES = {
     "2d": ("matrix", (5, 288), lambda m, x, w: x @ w, 288),
     "left_1d": ("matrix", (288,), lambda m, x, w: w.T @ x, 288),
     "stack": ("stack", (3, 5, 288), lambda m, x, w: x @ w, 288),
     "transposed": ("matrix", (5, 24), lambda m, x, w: x @ w.T, 24),
-    # only for KINDS:
-    "qkv_moved": ("qkv", (2, 5, 288), lambda m, x, w: m.einsum("btd,dhk->bhtk", x, w), 288),
-    "attention_output": ("heads", (2, 5, 2, 144), lambda m, x, w: m.einsum("bthk,hkd->btd", x, w), 288),
+    # The following cases are only for KINDS.
+    "qkv_moved": ("qkv", (2, 5, 288), x_first("btd,dhk->bhtk"), 288),
+    "attention_output": ("heads", (2, 5, 2, 144), x_first("bthk,hkd->btd"), 288),
     "3d": ("matrix", (2, 3, 288), lambda m, x, w: x @ w, 288),
     "1d": ("matrix", (288,), lambda m, x, w: x @ w, 288),
     "left": ("matrix", (288, 5), lambda m, x, w: w.T @ x, 288),
     "row": ("row", (5, 288), lambda m, x, w: x @ w, 288),
-    "stack_left": ("stack", (3, 5, 288), lambda m, x, w: m.einsum("lkn,lmk->lnm", w, x), 288),
-    "qkv": ("qkv", (2, 5, 288), lambda m, x, w: m.einsum("btd,dhk->bthk", x, w), 288),
-    "output_left": ("heads", (5, 2, 144), lambda m, x, w: m.einsum("hkd,thk->dt", w, x), 288),
+    "stack_left": ("stack", (3, 5, 288), w_first("lkn,lmk->lnm"), 288),
+    "qkv": ("qkv", (2, 5, 288), x_first("btd,dhk->bthk"), 288),
+    "output_left": ("heads", (5, 2, 144), w_first("hkd,thk->dt"), 288),
     "transposed_1d": ("matrix", (24,), lambda m, x, w: x @ w.T, 24),
     "transposed_left": ("matrix", (24, 5), lambda m, x, w: w @ x, 24),
-    "transposed_stack": ("stack", (3, 5, 24), lambda m, x, w: m.einsum("lmn,lkn->lmk", x, w), 24),
-    "transposed_qkv": ("qkv", (5, 2, 12), lambda m, x, w: m.einsum("thk,dhk->td", x, w), 24),
-    "transposed_heads": ("heads", (5, 24), lambda m, x, w: m.einsum("td,hkd->thk", x, w), 24),
-    "one_kept_axis": ("qkv", (5, 12), lambda m, x, w: m.einsum("tk,dhk->tdh", x, w), 12),
-    "one_contracted_axis": ("heads", (5, 2), lambda m, x, w: m.einsum("th,hkd->tkd", x, w), 2),
-}  # fmt: skip
+    "transposed_stack": ("stack", (3, 5, 24), x_first("lmn,lkn->lmk"), 24),
+    "transposed_qkv": ("qkv", (5, 2, 12), x_first("thk,dhk->td"), 24),
+    "transposed_heads": ("heads", (5, 24), x_first("td,hkd->thk"), 24),
+    "one_kept_axis": ("qkv", (5, 12), x_first("tk,dhk->tdh"), 12),
+    "one_contracted_axis": ("heads", (5, 2), x_first("th,hkd->tkd"), 2),
+}
 FIRST = tuple(CASES)[:4]
 REST = tuple(CASES)[4:]
 EVERYWHERE = [
@@ -57,16 +70,20 @@ DEFAULT = [
 
 @functools.cache
 def weights(preset: str) -> dict[str, jaxq.QTensor]:
-    layers = [jaxq.quantize(normal(288, 24, seed=i), preset) for i in range(3)]
-    found = {
+    layers = [
+        jaxq.quantize(normal_with_outliers(288, 24, seed=i), preset) for i in range(3)
+    ]
+    qtensors = {
         "matrix": layers[0],
         "stack": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),
     }
     if preset in KINDS:
-        found["heads"] = jaxq.quantize(normal(2, 144, 24), preset, contracting=(-3, -2))
-        found["qkv"] = layers[0].reshape(288, 2, 12)
-        found["row"] = jaxq.quantize(normal(288), preset)
-    return found
+        qtensors["heads"] = jaxq.quantize(
+            normal_with_outliers(2, 144, 24), preset, contracting=(-3, -2)
+        )
+        qtensors["qkv"] = layers[0].reshape(288, 2, 12)
+        qtensors["row"] = jaxq.quantize(normal_with_outliers(288), preset)
+    return qtensors
 
 
 @functools.cache
@@ -78,7 +95,7 @@ def numbers(preset: str) -> dict[str, np.ndarray]:
 
 
 def other(case: str) -> jax.Array:
-    return normal(*CASES[case][1], seed=1)
+    return normal_with_outliers(*CASES[case][1], seed=1)
 
 
 @functools.cache
@@ -203,7 +220,7 @@ def test_results_promote_as_lax_and_numpy_say(standard_promotion):
 
 
 def test_arrays_alone_are_lax():
-    x, w = normal(5, 32), normal(32, 7)
+    x, w = normal_with_outliers(5, 32), normal_with_outliers(32, 7)
     dims = (((1,), (0,)), ((), ()))
     np.testing.assert_array_equal(
         jaxq.dot_general(x, w, dims), lax.dot_general(x, w, dims)
@@ -223,8 +240,8 @@ def test_arrays_alone_are_lax():
 
 
 @pytest.mark.parametrize("preset", ["int8", "fp8", "nf4"])
-def test_no_rows_no_columns_no_terms(preset):
-    qt = jaxq.quantize(normal(32, 8), preset)
+def test_empty_operands(preset):
+    qt = jaxq.quantize(normal_with_outliers(32, 8), preset)
     assert (jnp.zeros((0, 32)) @ qt).shape == (0, 8)
     assert (jnp.zeros((0, 8)) @ qt.T).shape == (0, 32)
     assert (jaxq.quantize(jnp.zeros((0, 32)), preset, contracting=-1) @ qt).shape == (
@@ -238,14 +255,16 @@ def test_no_rows_no_columns_no_terms(preset):
     np.testing.assert_array_equal(jnp.ones((3, 0)) @ empty, jnp.zeros((3, 8)))
 
 
-def test_what_does_not_fit_is_said():
-    qt = jaxq.quantize(normal(32, 8), "int8")
+def test_errors_of_operands_that_do_not_fit():
+    qt = jaxq.quantize(normal_with_outliers(32, 8), "int8")
     with pytest.raises(
         TypeError,
-        match=r"contracting axes \[1\] of \[2, 31\] and \[0\] of \[32, 8\] differ in size",
+        match=r"axes \[1\] of \[2, 31\] and \[0\] of \[32, 8\] differ in size",
     ):
         jnp.ones((2, 31)) @ qt
-    stack = jaxq.quantize(normal(3, 32, 8), "int8", contracting=-2, batch=0)
+    stack = jaxq.quantize(
+        normal_with_outliers(3, 32, 8), "int8", contracting=-2, batch=0
+    )
     with pytest.raises(TypeError, match="batch axes"):
         jaxq.dot_general(jnp.ones((2, 5, 32)), stack, (((2,), (1,)), ((0,), (0,))))
     for x in (
@@ -262,10 +281,10 @@ def test_what_does_not_fit_is_said():
     for weight in (
         qt,
         qt.with_activation("int8"),
-    ):  # neither computes in float64, and neither pretends to
+    ):  # neither product is computed in float64
         with (
             jax.enable_x64(True),
-            pytest.raises(TypeError, match=r"float64\[2,? 32\].*astype\(jnp.float32\)"),
+            pytest.raises(TypeError, match=r"float64\[2,32\].*astype\(jnp.float32\)"),
         ):
             jnp.ones((2, 32), jnp.float64) @ weight
         with (
@@ -285,14 +304,14 @@ def test_what_does_not_fit_is_said():
             lambda x, w: jaxq.einsum("mk,kn->mn", x, w),
         ):
             with pytest.raises(
-                TypeError, match=r"float64\[2,? 32\].*astype\(jnp.float32\)"
+                TypeError, match=r"float64\[2,32\].*astype\(jnp.float32\)"
             ):
                 product(np.full((2, 32), 1e300), weight)
 
 
 def test_numpy_arrays_and_lists_on_either_side():
-    qt = jaxq.quantize(normal(32, 8), "int8")
-    x = np.asarray(normal(2, 32))
+    qt = jaxq.quantize(normal_with_outliers(32, 8), "int8")
+    x = np.asarray(normal_with_outliers(2, 32))
     expected = jnp.asarray(x) @ qt
     for y in (
         x @ qt,
@@ -307,7 +326,7 @@ def test_numpy_arrays_and_lists_on_either_side():
 
 @pytest.mark.parametrize("preset", tables.thinned(["int4", "mxfp4"], ["int4"]))
 def test_64_bit_types_may_be_on(preset):
-    x, w = normal(3, 64), normal(64, 8)
+    x, w = normal_with_outliers(3, 64), normal_with_outliers(64, 8)
 
     @jax.jit
     def products(x, qt):
@@ -336,8 +355,11 @@ def wider_products(x, y, qt):
 def test_a_wider_weight_is_not_rounded_to_a_narrow_operand(
     standard_promotion, dtype, preset, size
 ):
-    x, qt = normal(4, 256, dtype=dtype), jaxq.quantize(normal(256, 64) * size, preset)
-    y = normal(4, 64, dtype=dtype)
+    x, qt = (
+        normal_with_outliers(4, 256, dtype=dtype),
+        jaxq.quantize(normal_with_outliers(256, 64) * size, preset),
+    )
+    y = normal_with_outliers(4, 64, dtype=dtype)
     right, left, turned = wider_products(x, y, qt)
     assert_product(right, np.matmul, x, qt, 256)
     assert_product(left, np.matmul, qt.T, x.T, 256)
@@ -347,8 +369,8 @@ def test_a_wider_weight_is_not_rounded_to_a_narrow_operand(
 @pytest.mark.parametrize("activation", [None, "int8"])
 def test_without_jit(activation):
     x, qt = (
-        normal(2, 64),
-        jaxq.quantize(normal(64, 16), "int8").with_activation(activation),
+        normal_with_outliers(2, 64),
+        jaxq.quantize(normal_with_outliers(64, 16), "int8").with_activation(activation),
     )
     with jax.disable_jit():
         y = x @ qt

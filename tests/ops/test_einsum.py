@@ -1,4 +1,4 @@
-"""`matmul` and `einsum` mean what numpy means, for every rank and spelling, or say why not."""
+"""`matmul` and `einsum` agree with numpy for every rank, or raise."""
 
 import functools
 
@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 import jaxq
-from tests.ops.reference import assert_product, normal
+from tests.arrays import normal_with_outliers
+from tests.ops.reference import assert_product
 
 A = (3, 2)  # leading axes
-# What it gives outside of jit is the same: see test_dot_general.py.
+# Eager results are the same: see test_dot_general.py.
 multiplied = jax.jit(lambda a, b: a @ b)
 
 
 def quantized(*shape: int, contracting: int, batch: int = 0) -> jaxq.QTensor:
     return jaxq.quantize(
-        normal(*shape, seed=5),
+        normal_with_outliers(*shape, seed=5),
         "int8",
         contracting=contracting,
         batch=tuple(range(batch)),
@@ -44,11 +45,11 @@ def quantized(*shape: int, contracting: int, batch: int = 0) -> jaxq.QTensor:
     ],
 )
 def test_matmul_of_all_ranks(x, w, batch):
-    x = normal(*x)
+    x = normal_with_outliers(*x)
     contracting = -min(len(w), 2)
     qt = quantized(*w, contracting=contracting, batch=batch)
     assert_product(multiplied(x, qt), np.matmul, x, qt, 32)
-    # and the other way round: [..., n, k] @ [..., k, m]
+    # The QTensor on the left: [..., n, k] @ [..., k, m].
     if len(w) > 1:
         left, right = qt.swapaxes(-1, -2), jnp.swapaxes(x, -1, -2) if x.ndim > 1 else x
     else:
@@ -69,7 +70,7 @@ def test_matmul_of_all_ranks(x, w, batch):
         ((), (32, 8), 0, ValueError, "at least one axis"),
     ],
 )
-def test_matmul_says_what_does_not_fit(x, w, batch, error, message):
+def test_errors_of_matmul(x, w, batch, error, message):
     with pytest.raises(error, match=message):
         jnp.ones(x) @ quantized(*w, contracting=-2, batch=batch)
 
@@ -96,9 +97,9 @@ def test_matmul_says_what_does_not_fit(x, w, batch, error, message):
     ],
 )
 def test_einsum(subscripts, x, w, contracting):
-    x, qt = normal(*x), quantized(*w, contracting=contracting)
-    spelled = functools.partial(np.einsum, subscripts.replace(" ", ""))
-    assert_product(jaxq.einsum(subscripts, x, qt), spelled, x, qt, 32)
+    x, qt = normal_with_outliers(*x), quantized(*w, contracting=contracting)
+    product = functools.partial(np.einsum, subscripts.replace(" ", ""))
+    assert_product(jaxq.einsum(subscripts, x, qt), product, x, qt, 32)
     left, right = subscripts.replace(" ", "").split("->")[0].split(",")
     if "->" in subscripts:
         turned = f"{right},{left}->{subscripts.replace(' ', '').split('->')[1]}"
@@ -114,7 +115,7 @@ def test_einsum_with_batch_axes():
         ("blk,lkn->bln", (5, 3, 32)),
         ("blk,lkn->nlb", (5, 3, 32)),
     ]:
-        x = normal(*shape)
+        x = normal_with_outliers(*shape)
         assert_product(
             jaxq.einsum(subscripts, x, qt),
             functools.partial(np.einsum, subscripts),
@@ -125,7 +126,10 @@ def test_einsum_with_batch_axes():
 
 
 def test_einsum_of_arrays_is_that_of_jax_with_wide_sums():
-    x, w = normal(5, 32, dtype="bfloat16"), normal(32, 8, dtype="bfloat16")
+    x, w = (
+        normal_with_outliers(5, 32, dtype="bfloat16"),
+        normal_with_outliers(32, 8, dtype="bfloat16"),
+    )
     y = jaxq.einsum("bk,kn->bn", x, w)
     assert_product(
         y, functools.partial(np.einsum, "bk,kn->bn"), x, w, 32, dtype="bfloat16"
@@ -154,16 +158,18 @@ def test_einsum_of_arrays_is_that_of_jax_with_wide_sums():
         ("...bkx,kn->...bn", "names"),
     ],
 )
-def test_einsum_says_what_it_does_not_read(subscripts, message):
+def test_errors_of_einsum(subscripts, message):
     with pytest.raises(ValueError, match=message):
-        jaxq.einsum(subscripts, normal(5, 32), quantized(32, 8, contracting=-2))
+        jaxq.einsum(
+            subscripts, normal_with_outliers(5, 32), quantized(32, 8, contracting=-2)
+        )
 
 
 def test_einsum_takes_two_operands():
-    with pytest.raises(ValueError, match="two at a time, got 3"):
+    with pytest.raises(ValueError, match="has two operands, got 3"):
         jaxq.einsum(
             "ab,bc,cd->ad",
-            normal(2, 32),
+            normal_with_outliers(2, 32),
             quantized(32, 8, contracting=-2),
-            normal(8, 3),
+            normal_with_outliers(8, 3),
         )

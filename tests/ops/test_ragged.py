@@ -1,4 +1,4 @@
-"""Rows sorted by expert: against one product an expert, forward and backward, and every refusal."""
+"""Rows sorted by expert, against one product for each expert; gradients and errors."""
 
 import itertools
 
@@ -10,21 +10,21 @@ import pytest
 import jaxq
 from jaxq.kernels import _rows
 from jaxq.ops import ragged_dot
-from tests.ops.reference import normal
+from tests.arrays import normal_with_outliers
 from tests.tables import thinned
 
 SIZES = jnp.array([3, 0, 5], jnp.int32)
-M, K, N = 9, 96, 40  # one row belongs to nobody
+M, K, N = 9, 96, 40  # the last row belongs to no expert
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """16 rows at a time: 40 rows are three blocks, and the last one overlaps its neighbour by 8 rows."""
+    """Blocks of 16 rows: 40 rows are three blocks, and the last two share 8 rows."""
     monkeypatch.setattr(_rows, "_BLOCK_BYTES", 0)
 
 
 def plain(x, w):
-    """One product an expert; rows of nobody are zero."""
+    """One product for each expert; rows of no expert are zero."""
     starts = np.cumsum([0, *np.asarray(SIZES)])
     parts = [x[a:b] @ w[i] for i, (a, b) in enumerate(itertools.pairwise(starts))]
     return jnp.concatenate([*parts, jnp.zeros((M - starts[-1], N), x.dtype)])
@@ -39,25 +39,26 @@ def plain(x, w):
 )
 def test_products_and_gradients(small_blocks, preset, layout):
     qt = jaxq.relayout(
-        jaxq.quantize(normal(3, K, N), preset, contracting=-2, batch=0), layout
+        jaxq.quantize(normal_with_outliers(3, K, N), preset, contracting=-2, batch=0),
+        layout,
     )
-    x, dy = normal(M, K), normal(M, N, seed=2)
+    x, dy = normal_with_outliers(M, K), normal_with_outliers(M, N, seed=2)
     w = jaxq.dequantize(qt)
     np.testing.assert_allclose(
         jax.jit(ragged_dot)(x, qt, SIZES), plain(x, w), 1e-5, 1e-4
     )
 
-    def ours(x, qt):
+    def quantized_loss(x, qt):
         return jnp.sum(dy * ragged_dot(x, qt, SIZES))
 
-    def theirs(x, qt):
+    def float_loss(x, qt):
         return jnp.sum(dy * plain(x, jaxq.dequantize(qt)))
 
-    found, expected = (
+    gradients, expected = (
         jax.jit(jax.grad(f, argnums=(0, 1), allow_int=True))(x, qt)
-        for f in (ours, theirs)
+        for f in (quantized_loss, float_loss)
     )
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         if a.dtype != jax.dtypes.float0:
             tolerance = 1e-2 if a.dtype == jnp.bfloat16 else 1e-4
@@ -69,9 +70,9 @@ def test_products_and_gradients(small_blocks, preset, layout):
 
 def test_narrow_floats_and_dtypes():
     qt = jaxq.quantize(
-        normal(3, K, N, dtype="bfloat16"), "int4", contracting=-2, batch=0
+        normal_with_outliers(3, K, N, dtype="bfloat16"), "int4", contracting=-2, batch=0
     )
-    x = normal(M, K, dtype="bfloat16")
+    x = normal_with_outliers(M, K, dtype="bfloat16")
     y = ragged_dot(x, qt, SIZES)
     assert y.dtype == jnp.bfloat16
     exact = plain(x.astype(jnp.float32), jaxq.dequantize(qt, dtype=jnp.float32))
@@ -82,7 +83,7 @@ def test_narrow_floats_and_dtypes():
     )
 
 
-def test_the_stack_is_never_whole():
+def test_the_stack_is_never_decoded_as_a_whole():
     qt = jax.eval_shape(
         lambda w: jaxq.quantize(w, "int4", contracting=-2, batch=0),
         jax.ShapeDtypeStruct((4, 1024, 4096), jnp.float32),
@@ -94,7 +95,7 @@ def test_the_stack_is_never_whole():
     program = jax.jit(ragged_dot).lower(x, qt, sizes).compile()
     assert (
         program.memory_analysis().temp_size_in_bytes <= 12 * 2**20
-    )  # decoded, it takes 64 MB
+    )  # the decoded stack takes 64 MB
 
 
 @pytest.mark.parametrize(
@@ -128,10 +129,12 @@ def test_the_stack_is_never_whole():
         ),
     ],
 )
-def test_refusals(arguments, error, message):
-    made = {
-        "stack": jaxq.quantize(normal(3, K, N), "int4", contracting=-2, batch=0),
-        "matrix": jaxq.quantize(normal(K, N), "int4"),
+def test_errors(arguments, error, message):
+    weights = {
+        "stack": jaxq.quantize(
+            normal_with_outliers(3, K, N), "int4", contracting=-2, batch=0
+        ),
+        "matrix": jaxq.quantize(normal_with_outliers(K, N), "int4"),
     }
     with pytest.raises(error, match=message):
-        ragged_dot(*(made[a] if isinstance(a, str) else a for a in arguments))
+        ragged_dot(*(weights[a] if isinstance(a, str) else a for a in arguments))

@@ -1,4 +1,4 @@
-"""Rows of a quantized table are the rows of the dequantized table, to the bit."""
+"""Rows of a quantized table are the rows of the dequantized table, bit for bit."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,10 @@ import pytest
 import jaxq
 from jaxq import PerBlock, PerTensor, QuantSpec
 from tests import tables
-from tests.ops.reference import compiled, normal
+from tests.arrays import normal_with_outliers
+from tests.ops.reference import compiled
 
-# What no preset has: one scale for all, scales of columns, tiles (of several columns but one row).
+# Storage that no preset has: one scale for all, tiles of one row, real offsets.
 OTHERS = {
     "tensor": QuantSpec("int8", PerTensor()),
     "tiles": QuantSpec("int4", PerBlock((1, 16), pad=True)),
@@ -23,7 +24,9 @@ OTHERS = {
     tables.thinned([*jaxq.presets(), *OTHERS], [*tables.REPRESENTATIVES, *OTHERS]),
 )
 def test_rows_are_equal_to_the_bit(name):
-    table = jaxq.quantize(normal(20, 72), OTHERS.get(name, name), contracting=-1)
+    table = jaxq.quantize(
+        normal_with_outliers(20, 72), OTHERS.get(name, name), contracting=-1
+    )
     ids = np.array([[0, 19, 7], [7, 7, 1]])
     rows = jax.jit(jaxq.ops.take)(table, ids)
     np.testing.assert_array_equal(rows, np.asarray(jaxq.dequantize(table))[ids])
@@ -33,7 +36,7 @@ def test_rows_are_equal_to_the_bit(name):
     "ids", [3, [], [[]], [-1, -20], np.array([5], np.uint8), np.array([5], np.uint32)]
 )
 def test_indices_of_any_shape(ids):
-    table = jaxq.quantize(normal(20, 72), "int4", contracting=-1)
+    table = jaxq.quantize(normal_with_outliers(20, 72), "int4", contracting=-1)
     ids = np.asarray(ids, np.asarray(ids).dtype if np.size(ids) else np.int32)
     expected = np.asarray(jaxq.dequantize(table))[ids]
     rows = jaxq.ops.take(table, ids)
@@ -43,15 +46,15 @@ def test_indices_of_any_shape(ids):
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32"])
 def test_narrow_indices_into_a_long_table(dtype):
-    table = jaxq.quantize(normal(70_000, 2), "int8", contracting=-1)
+    table = jaxq.quantize(normal_with_outliers(70_000, 2), "int8", contracting=-1)
     ids = np.array([0, 5, 127], dtype)
     np.testing.assert_array_equal(
         jaxq.ops.take(table, ids), np.asarray(jaxq.dequantize(table))[ids]
     )
 
 
-def test_rows_that_do_not_exist_are_nan():
-    table = jaxq.quantize(normal(20, 8), "int8", contracting=-1)
+def test_indices_out_of_range_give_nan():
+    table = jaxq.quantize(normal_with_outliers(20, 8), "int8", contracting=-1)
     rows = jaxq.ops.take(table, jnp.array([20, -21, 4]))
     assert np.isnan(rows[:2]).all()
     assert np.isfinite(rows[2]).all()
@@ -61,13 +64,15 @@ def test_rows_that_do_not_exist_are_nan():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_is_that_of_the_table(dtype):
-    table = jaxq.quantize(normal(20, 8, dtype=dtype), "int8", contracting=-1)
+    table = jaxq.quantize(
+        normal_with_outliers(20, 8, dtype=dtype), "int8", contracting=-1
+    )
     rows = jaxq.ops.take(table, jnp.array([1, 2]))
     assert rows.dtype == jnp.dtype(dtype)
     np.testing.assert_array_equal(rows, jaxq.dequantize(table)[jnp.array([1, 2])])
 
 
-def test_only_the_rows_asked_for_are_decoded():
+def test_only_the_rows_at_the_indices_are_decoded():
     table = jax.eval_shape(
         lambda w: jaxq.quantize(w, "nf4", contracting=-1),
         jax.ShapeDtypeStruct((32000, 512), jnp.float32),
@@ -78,7 +83,7 @@ def test_only_the_rows_asked_for_are_decoded():
 
 def test_gradient_reaches_the_scales():
     table, ids = (
-        jaxq.quantize(normal(20, 8), "int8", contracting=-1),
+        jaxq.quantize(normal_with_outliers(20, 8), "int8", contracting=-1),
         jnp.array([3, 3, 5]),
     )
     scale = jax.grad(lambda t: jnp.sum(jaxq.ops.take(t, ids)), allow_int=True)(
@@ -90,23 +95,25 @@ def test_gradient_reaches_the_scales():
     )
 
 
-def test_tables_and_indices_that_do_not_fit():
-    table = jaxq.quantize(normal(20, 8), "int8", contracting=-1)
+def test_errors():
+    table = jaxq.quantize(normal_with_outliers(20, 8), "int8", contracting=-1)
     with pytest.raises(TypeError, match=r"indices must be integers, got float32\[2\]"):
         jaxq.ops.take(table, jnp.ones(2))
     for wrong in (
-        jaxq.quantize(normal(20, 8), "int8"),
-        jaxq.quantize(normal(2, 20, 8), "int8", contracting=-1, batch=0),
+        jaxq.quantize(normal_with_outliers(20, 8), "int8"),
+        jaxq.quantize(normal_with_outliers(2, 20, 8), "int8", contracting=-1, batch=0),
         jaxq.quantize(
-            normal(20, 8), QuantSpec("int8", jaxq.PerFlat(16)), contracting=-1
+            normal_with_outliers(20, 8),
+            QuantSpec("int8", jaxq.PerFlat(16)),
+            contracting=-1,
         ),
     ):
         with pytest.raises(
-            ValueError, match=r"must be \[n, d\] with scales shared along -1"
+            ValueError, match=r"must be \[n, d\] with scales shared along axis -1"
         ):
             jaxq.ops.take(wrong, jnp.array([1]))
     tiles = jaxq.quantize(
-        normal(20, 8), QuantSpec("int8", PerBlock((4, 4))), contracting=-1
+        normal_with_outliers(20, 8), QuantSpec("int8", PerBlock((4, 4))), contracting=-1
     )
     with pytest.raises(ValueError, match="run across rows"):
         jaxq.ops.take(tiles, jnp.array([1]))

@@ -1,4 +1,4 @@
-"""Weights decoded a few rows at a time: never whole in memory, in blocks that overlap, with gradients."""
+"""Weights decoded in blocks of rows: memory, overlapping blocks, gradients."""
 
 import functools
 
@@ -13,10 +13,11 @@ from jaxq import PerBlock, PerGroup, PerTensor, QuantSpec
 from jaxq.kernels import _rows
 from jaxq.qtensor import scale_values
 from tests import tables
-from tests.ops.reference import ROUNDOFF, assert_product, compiled, normal, primitives
+from tests.arrays import normal_with_outliers
+from tests.ops.reference import ROUNDOFF, assert_product, compiled, primitives
 
 MEGABYTES = 2**20
-# uint8 codes counted up from each group's real minimum: the one way to store numbers that no preset has.
+# Codes counted up from the real minimum of each group. No preset does this.
 WITH_OFFSET = QuantSpec("uint4", PerGroup(32, pad=True), offset="min")
 SPECS = {
     name: jaxq.presets()[name] for name in ("int8", "int4", "nf4_dq", "uint4", "nvfp4")
@@ -29,22 +30,22 @@ SPECS = {
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """16 rows at a time: 40 rows are three blocks, and the last one overlaps its neighbour by 8 rows."""
+    """Blocks of 16 rows: 40 rows are three blocks, and the last two share 8 rows."""
     monkeypatch.setattr(_rows, "_BLOCK_BYTES", 0)
 
 
 @functools.cache
 def weight(name: str) -> jaxq.QTensor:
-    return jaxq.quantize(normal(96, 40), SPECS[name])
+    return jaxq.quantize(normal_with_outliers(96, 40), SPECS[name])
 
 
 def plain(x, qt):
-    """The product with no block and no rule of its own: what gradients are compared with."""
+    """The product with the dequantized weight, for comparison."""
     return x @ jaxq.dequantize(qt, dtype=jnp.float32)
 
 
-def close(actual, expected, tolerance=3e-6):
-    """Leaf by leaf, up to `tolerance` of the largest number in a leaf, or what a leaf's own dtype can tell apart."""
+def assert_close_for_dtype(actual, expected, tolerance=3e-6):
+    """Leaf by leaf, up to `tolerance` or two roundings in the dtype of the leaf."""
 
     def compare(path, a, b):
         a, b = np.asarray(a), np.asarray(b)
@@ -72,7 +73,11 @@ NARROW = ("int8", "nf4_dq", "offset")
     ),
 )
 def test_overlapping_blocks_of_rows(small_blocks, name, dtype, m):
-    qt, x, y = weight(name), normal(m, 96, dtype=dtype), normal(m, 40, dtype=dtype)
+    qt, x, y = (
+        weight(name),
+        normal_with_outliers(m, 96, dtype=dtype),
+        normal_with_outliers(m, 40, dtype=dtype),
+    )
     product = functools.partial(jaxq.matmul, preferred_element_type=jnp.float32)
     assert {"while", "scan"} & set(primitives(product, x, qt))
     forward, backward = jax.jit(lambda x, y, qt: (product(x, qt), product(y, qt.T)))(
@@ -86,37 +91,52 @@ def test_overlapping_blocks_of_rows(small_blocks, name, dtype, m):
     "name", tables.thinned(SPECS, ["int8", "nf4_dq", "offset", "blocks"])
 )
 def test_gradients(small_blocks, name):
-    # dy of many sizes and signs: a row counted twice, or not at all, shows.
-    qt, x, dy = weight(name), normal(3, 96), normal(3, 40, seed=2)
+    # dy has many sizes and signs, so that a row counted twice or not at all is seen.
+    qt, x, dy = (
+        weight(name),
+        normal_with_outliers(3, 96),
+        normal_with_outliers(3, 40, seed=2),
+    )
 
     def loss(multiply):
         return lambda x, qt: jnp.sum(dy * multiply(x, qt))
 
-    found = jax.jit(jax.grad(loss(jaxq.matmul), argnums=(0, 1), allow_int=True))(x, qt)
-    close(found, jax.jit(jax.grad(loss(plain), argnums=(0, 1), allow_int=True))(x, qt))
+    gradients = jax.jit(jax.grad(loss(jaxq.matmul), argnums=(0, 1), allow_int=True))(
+        x, qt
+    )
+    assert_close_for_dtype(
+        gradients, jax.jit(jax.grad(loss(plain), argnums=(0, 1), allow_int=True))(x, qt)
+    )
     assert all(
-        np.any(g != 0) for g in jax.tree.leaves(found) if g.dtype != jax.dtypes.float0
+        np.any(g != 0)
+        for g in jax.tree.leaves(gradients)
+        if g.dtype != jax.dtypes.float0
     )
 
-    y, dx = normal(3, 40, seed=3), normal(3, 96, seed=4)
+    y, dx = normal_with_outliers(3, 40, seed=3), normal_with_outliers(3, 96, seed=4)
 
     def loss_transposed(multiply):
         return lambda y, qt: jnp.sum(dx * multiply(y, qt))
 
-    found = jax.jit(
+    gradients = jax.jit(
         jax.grad(loss_transposed(lambda y, q: y @ q.T), argnums=(0, 1), allow_int=True)
     )(y, qt)
     reference = loss_transposed(
         lambda y, q: y @ jaxq.dequantize(q, dtype=jnp.float32).T
     )
-    close(found, jax.jit(jax.grad(reference, argnums=(0, 1), allow_int=True))(y, qt))
+    assert_close_for_dtype(
+        gradients, jax.jit(jax.grad(reference, argnums=(0, 1), allow_int=True))(y, qt)
+    )
 
 
 @pytest.mark.parametrize("name", tables.thinned(["nf4_dq", "offset"], ["nf4_dq"]))
-def test_gradients_under_vmap_scan_checkpoint_and_again(small_blocks, name):
-    layers = [jaxq.quantize(normal(40, 40, seed=i), SPECS[name]) for i in range(3)]
+def test_gradients_under_vmap_scan_and_checkpoint(small_blocks, name):
+    layers = [
+        jaxq.quantize(normal_with_outliers(40, 40, seed=i), SPECS[name])
+        for i in range(3)
+    ]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    x = normal(5, 40) * 0.1
+    x = normal_with_outliers(5, 40) * 0.1
 
     def through(multiply, checkpoint=False):
         def body(h, layer):
@@ -131,9 +151,11 @@ def test_gradients_under_vmap_scan_checkpoint_and_again(small_blocks, name):
         )
 
     _, expected = gradient(through(plain))
-    value, found = gradient(through(jaxq.matmul))
-    close(found, expected, 1e-4)  # three layers apart
-    close(gradient(through(jaxq.matmul, checkpoint=True))[1], expected, 1e-4)
+    value, gradients = gradient(through(jaxq.matmul))
+    assert_close_for_dtype(gradients, expected, 1e-4)  # errors of three layers
+    assert_close_for_dtype(
+        gradient(through(jaxq.matmul, checkpoint=True))[1], expected, 1e-4
+    )
     product, unrolled = jax.jit(jaxq.matmul), x
     for layer in layers:
         unrolled = jnp.tanh(product(unrolled, layer))
@@ -153,9 +175,11 @@ def test_gradients_under_vmap_scan_checkpoint_and_again(small_blocks, name):
 
 
 def test_gradient_of_a_stack_in_one_product(small_blocks):
-    stack = jaxq.quantize(normal(3, 96, 40), "nf4", contracting=-2, batch=0)
-    x, dy = normal(3, 5, 96), normal(3, 5, 40, seed=1)
-    found = jax.jit(
+    stack = jaxq.quantize(
+        normal_with_outliers(3, 96, 40), "nf4", contracting=-2, batch=0
+    )
+    x, dy = normal_with_outliers(3, 5, 96), normal_with_outliers(3, 5, 40, seed=1)
+    gradients = jax.jit(
         jax.grad(lambda x, qt: jnp.sum(dy * (x @ qt)), argnums=(0, 1), allow_int=True)
     )(x, stack)
     expected = jax.jit(
@@ -163,12 +187,12 @@ def test_gradient_of_a_stack_in_one_product(small_blocks):
             lambda x, qt: jnp.sum(dy * plain(x, qt)), argnums=(0, 1), allow_int=True
         )
     )(x, stack)
-    close(found, expected)
+    assert_close_for_dtype(gradients, expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gradients_keep_their_dtypes(dtype):
-    qt, x = weight("int4").astype(dtype), normal(3, 96, dtype=dtype)
+    qt, x = weight("int4").astype(dtype), normal_with_outliers(3, 96, dtype=dtype)
 
     def total(x, qt):
         return jnp.sum((x @ qt).astype(jnp.float32))
@@ -187,13 +211,15 @@ def test_gradients_keep_their_dtypes(dtype):
 
 def test_integer_scales_of_scales_are_left_alone():
     qt = weight("nf4_dq")
-    dqt = jax.jit(jax.grad(lambda qt: jnp.sum(normal(3, 96) @ qt), allow_int=True))(qt)
+    dqt = jax.jit(
+        jax.grad(lambda qt: jnp.sum(normal_with_outliers(3, 96) @ qt), allow_int=True)
+    )(qt)
     assert dqt.scale.data.dtype == jax.dtypes.float0
     assert float(jnp.abs(dqt.scale.scale).max()) > 0
     assert scale_values(qt).shape == (40, 2)
 
 
-# A scale for 16 numbers, itself quantized: the float32 scales of the whole weight take 4 MB.
+# A quantized scale for each 16 numbers: the float32 scales of the weight take 4 MB.
 MANY_SCALES = {"nvfp4", "vsq4"}
 
 
@@ -208,7 +234,7 @@ MATRICES = [(preset, 128) for preset in tables.REPRESENTATIVES]
         [*MATRICES, ("int8", 1), ("int4", 1), ("int3", 1), ("nf4_dq", 1), ("nvfp4", 1)],
     ),
 )
-def test_the_weight_is_never_whole(preset, m):
+def test_the_weight_is_never_decoded_as_a_whole(preset, m):
     qt = jax.eval_shape(
         lambda w: jaxq.quantize(w, preset),
         jax.ShapeDtypeStruct((4096, 4096), jnp.float32),
@@ -242,23 +268,28 @@ def test_codes_never_widened_as_a_whole(preset, m):
     "preset", tables.thinned(["int8", "int4", "mxint8"], ["int8", "mxint8"])
 )
 def test_products_go_to_the_matrix_library(preset, dtype, m):
-    qt = jaxq.quantize(normal(512, 256), preset)
+    qt = jaxq.quantize(normal_with_outliers(512, 256), preset)
     text = compiled(
-        lambda x, qt: x @ qt, normal(m, 512, dtype=dtype), qt.astype(dtype)
+        lambda x, qt: x @ qt,
+        normal_with_outliers(m, 512, dtype=dtype),
+        qt.astype(dtype),
     ).as_text()
     assert "__ynn_fusion" in text or (m, dtype) == (
         1,
         "float32",
-    )  # a row times a matrix needs no library
+    )  # a single float32 row needs no library
 
 
 @pytest.mark.parametrize(
     "spec", tables.thinned(["int3", "mxint8", "mxfp8", "offset"], ["int3", "mxfp8"])
 )
-def test_one_product_a_block_is_not_turned_round(small_blocks, spec):
-    # XLA would fold a transpose that follows into the product, which then runs without the library in float32, and
-    # not at all in bfloat16.
-    qt, x = jaxq.quantize(normal(96, 40), SPECS.get(spec, spec)), normal(16, 96)
+def test_no_transpose_is_folded_into_the_product_of_a_block(small_blocks, spec):
+    # XLA would fold a transpose after the product into the product. That form runs
+    # without the matrix library in float32, and not at all in bfloat16.
+    qt, x = (
+        jaxq.quantize(normal_with_outliers(96, 40), SPECS.get(spec, spec)),
+        normal_with_outliers(16, 96),
+    )
     assert "__ynn_fusion" in compiled(jaxq.matmul, x, qt).as_text()
     half = x.astype("bfloat16"), qt.astype("bfloat16")
     assert_product(
@@ -298,7 +329,10 @@ def test_sharded_over_devices(small_blocks, name, along):
     if len(jax.devices()) < 4:
         pytest.skip("needs four devices")
     mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
-    qt, x = jaxq.quantize(normal(256, 64), SPECS[name]), normal(8, 256)
+    qt, x = (
+        jaxq.quantize(normal_with_outliers(256, 64), SPECS[name]),
+        normal_with_outliers(8, 256),
+    )
     expected = jax.jit(jaxq.matmul)(x, qt)
 
     def place(leaf, axis):

@@ -1,131 +1,145 @@
-"""Softmax attention taken in blocks of keys, so that no block but the present one is ever there in floats.
+"""Attention over a quantized KV cache.
 
-For one query, scores s_j and values v_j, seen block by block (Milakov and Gimelshein, 2018; Dao et al., 2022):
+A query reads three kinds of tokens: quantized groups, dequantized a block at a time;
+the newest tokens in full precision; and tokens that are not in the cache yet. Softmax
+goes over all blocks (`_online_softmax.py`).
 
-    top' = max(top, max_j s_j)
-    total' = total exp(top - top') + sum_j exp(s_j - top')
-    sums' = sums exp(top - top') + sum_j exp(s_j - top') v_j          and in the end sums / total
-
-Axes: b slots, m key heads, n = m r query heads, t queries, s keys, h the size of a head. The query heads of one key
-head become rows of one matrix, so keys are never repeated.
+Letters in shapes: b slots, m key heads, n query heads, r = n / m, t queries, h the size
+of a head, g tokens of a group, c = `residual` tokens in full precision, p groups in a
+block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-
-class Block(NamedTuple):
-    """Some keys and values, and where in their texts they stand.
-
-    Attributes:
-      keys: `[b, m, s, h]`.
-      values: `[b, m, s, h]`.
-      positions: int32 `[b, s]`.
-      valid: bool `[b, s]`; what is not valid is not read, whatever it holds.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    valid: jax.Array
+from jaxq.ops.kv_cache._arrays import CacheArrays, newest_in_ring, num_quantized
+from jaxq.ops.kv_cache._online_softmax import (
+    Block,
+    Queries,
+    Softmax,
+    finish,
+    fold,
+    fold_many,
+    start,
+)
+from jaxq.qtensor import dequantize
 
 
-class Softmax(NamedTuple):
-    """Attention over the blocks seen so far; float32.
-
-    Attributes:
-      top: the largest score of each query, `[b, m, r, t]`.
-      total: sum of exponentials relative to it, `[b, m, r, t]`.
-      sums: values summed with those weights, `[b, m, r, t, h]`.
-    """
-
-    top: jax.Array
-    total: jax.Array
-    sums: jax.Array
-
-
-def start(q: jax.Array) -> Softmax:
-    """Attention of queries `[b, m, r, t, h]` over nothing."""
-    zeros = jnp.zeros(q.shape[:-1], jnp.float32)
-    return Softmax(
-        jnp.full_like(zeros, jnp.finfo(jnp.float32).min),
-        zeros,
-        jnp.zeros(q.shape, jnp.float32),
-    )
-
-
-def fold(
-    state: Softmax,
-    block: Block,
+@functools.partial(jax.jit, static_argnames=("scale", "block"))
+def attend(
+    cache: CacheArrays,
     q: jax.Array,
-    positions: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    count: jax.typing.ArrayLike,
     *,
     scale: float,
-    window: int | None,
-) -> Softmax:
-    """`state` with one more block.
+    block: int,
+) -> jax.Array:
+    """`softmax(scale q k^T) v` of queries over a cache and, if given, over `k` and `v`.
 
     Args:
-      state: of the blocks before.
-      block: the keys and values to add.
-      q: `[b, m, r, t, h]`, in the dtype of keys and values.
-      positions: of the queries, int32 `[b, t]`; keys behind them are not read.
-      scale: what scores are multiplied by.
-      window: keys read at most, the query's own position included; None reads all.
+      cache: the cache.
+      q: `[b, t, n, h]`.
+      k: `[b, t, m, h]`, keys of tokens that are not in the cache yet, or None.
+      v: their values, or None.
+      count: if k is None: how many of the queries' tokens each slot has appended.
+      scale: scores are multiplied by this.
+      block: tokens that are dequantized at a time.
+
+    Returns:
+      float32 `[b, t, n, h]`.
     """
-    b, m, r, t, h = q.shape
-    distance = positions[:, :, None] - block.positions[:, None, :]  # [b, t, s]
-    seen = block.valid[:, None, :] & (distance >= 0)
-    seen = seen if window is None else seen & (distance < window)
-    seen = seen[:, None, None]  # [b, 1, 1, t, s]
-    # A place that is not valid may hold a NaN of a text that is gone, and 0 NaN = NaN.
-    values = jnp.where(
-        block.valid[:, None, :, None], block.values, jnp.zeros((), block.values.dtype)
-    )
-    rows = q.reshape(b, m, r * t, h)
-    scores = jnp.einsum(
-        "bmqh,bmsh->bmqs", rows, block.keys, preferred_element_type=jnp.float32
-    )
-    scores = scores.reshape(b, m, r, t, -1) * np.float32(scale)
-    top = jnp.maximum(
-        state.top, jnp.max(jnp.where(seen, scores, state.top[..., None]), axis=-1)
-    )
-    weights = jnp.where(
-        seen, jnp.exp(scores - top[..., None]), np.float32(0)
-    )  # [b, m, r, t, s]
-    fade = jnp.exp(state.top - top)
-    rows = weights.astype(values.dtype).reshape(b, m, r * t, -1)
-    sums = jnp.einsum(
-        "bmqs,bmsh->bmqh", rows, values, preferred_element_type=jnp.float32
-    ).reshape(q.shape)
-    return Softmax(
-        top,
-        state.total * fade + weights.sum(axis=-1),
-        state.sums * fade[..., None] + sums,
-    )
+    spec, lengths = cache.spec, cache.lengths
+    b, t, n, h = q.shape
+    m = cache.recent_keys.shape[1]
+    if spec.rotation is not None:
+        q = spec.rotation(q)
+        k = None if k is None else spec.rotation(k)
+    rows = q.transpose(0, 2, 1, 3).reshape(b, m, n // m, t, h)
+    steps = jnp.arange(t, dtype=jnp.int32)[None]  # [1, t]
+    first = lengths if k is not None else lengths - count
+    queries = Queries(rows, first[:, None] + steps, scale, cache.window)
+    state = start(queries)
+    if cache.num_groups:
+        state = _read_groups(state, cache, queries, block)
+    state = _read_recent(state, cache, queries)
+    if k is not None and v is not None:
+        state = _read_own_tokens(state, lengths, k, v, queries, block)
+    return finish(state).reshape(b, n, t, h).transpose(0, 2, 1, 3)
 
 
-def fold_many(
-    state: Softmax, num_blocks: int | jax.Array, block_of: Callable[[jax.Array], Block], q: jax.Array,
-    positions: jax.Array, *, scale: float, window: int | None,
-) -> Softmax:  # fmt: skip
-    """`state` with `block_of(0)`, `block_of(1)`, ...; `num_blocks` may be traced, and the others cost nothing."""
+def _read_groups(
+    state: Softmax, cache: CacheArrays, queries: Queries, block: int
+) -> Softmax:
+    """Attention after the quantized groups."""
+    spec, num_groups = cache.spec, cache.num_groups
+    b, m, _, h = cache.recent_keys.shape
+    per_block = min(num_groups, max(1, block // spec.group))  # p
+    filled = num_quantized(cache.lengths, spec)  # [b]
+    group_of_place = newest_in_ring(filled - 1, num_groups)  # [b, num_groups]
+    num_used = jnp.max(jnp.minimum(filled, num_groups))  # of the longest slot
 
-    def step(i, state):
-        return fold(state, block_of(i), q, positions, scale=scale, window=window)
+    def block_at(i: jax.Array) -> Block:
+        # The last block ends with the last place. If it overlaps the block before, the
+        # places that were read there are not read again.
+        at = jnp.minimum(i * per_block, num_groups - per_block)
+        stored = jax.tree.map(
+            lambda leaf: lax.dynamic_slice_in_dim(leaf, at, per_block, 2),
+            (cache.keys, cache.values),
+        )
+        keys, values = (
+            dequantize(qt, dtype=cache.dtype).reshape(b, m, per_block * spec.group, h)
+            for qt in stored
+        )
+        groups = lax.dynamic_slice_in_dim(group_of_place, at, per_block, 1)  # [b, p]
+        places = at + jnp.arange(per_block, dtype=jnp.int32)  # [p]
+        is_repeated = (places < i * per_block)[None]
+        in_group = jnp.arange(spec.group, dtype=jnp.int32)[None, None]
+        tokens = groups[:, :, None] * spec.group + in_group  # [b, p, g]
+        # The newest c tokens are read in full precision, also if their group is
+        # quantized already.
+        is_old = tokens < (cache.lengths - spec.residual)[:, None, None]
+        valid = ((groups >= 0) & ~is_repeated)[:, :, None] & is_old
+        return Block(keys, values, tokens.reshape(b, -1), valid.reshape(b, -1))
 
-    return lax.fori_loop(0, num_blocks, step, state)
+    return fold_many(state, -(-num_used // per_block), block_at, queries)
 
 
-def finish(state: Softmax) -> jax.Array:
-    """Weighted means, float32 `[b, m, r, t, h]`; 0 for a query that read nothing."""
-    return (
-        state.sums / jnp.where(state.total == 0, np.float32(1), state.total)[..., None]
-    )
+def _read_recent(state: Softmax, cache: CacheArrays, queries: Queries) -> Softmax:
+    """Attention after the newest tokens, which are in full precision."""
+    tokens = newest_in_ring(cache.lengths - 1, cache.spec.residual)  # [b, c]
+    recent = Block(cache.recent_keys, cache.recent_values, tokens, tokens >= 0)
+    return fold(state, recent, queries)
+
+
+def _read_own_tokens(
+    state: Softmax,
+    lengths: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Queries,
+    block: int,
+) -> Softmax:
+    """Attention after the queries' own tokens, which are not in the cache yet."""
+    b, t = k.shape[:2]
+    size = min(t, max(block, 1))
+    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [b, m, t, h]
+
+    def block_at(i: jax.Array) -> Block:
+        # The last block may overlap the one before, as in `_read_groups`.
+        at = jnp.minimum(i * size, t - size)
+        steps = at + jnp.arange(size, dtype=jnp.int32)
+        valid = jnp.broadcast_to((steps >= i * size)[None], (b, size))
+        block_keys, block_values = (
+            lax.dynamic_slice_in_dim(x, at, size, 2) for x in (keys, values)
+        )
+        positions = lengths[:, None] + steps[None]
+        return Block(block_keys, block_values, positions, valid)
+
+    return fold_many(state, -(-t // size), block_at, queries)

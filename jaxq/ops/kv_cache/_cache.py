@@ -1,21 +1,25 @@
-"""A quantized key-value cache: keys per channel, values per token, the newest tokens in full precision.
+"""The class of the quantized KV cache: keys per channel, values per token (KIVI).
 
-Keys have channels that are large in every token, values have none: so among the keys a group of tokens shares the
-scale of each channel, and among the values every token has scales of its own (KIVI). A group is quantized once, from
-the numbers as they came, when its first token leaves the window of the newest `residual` tokens. So what is stored
-follows from the text alone: appended token by token, in pieces or at once, it comes out the same bit for bit.
+Keys have channels that are large in every token; values do not. So the tokens of a
+group share one scale for each channel of the keys, and every token has scales of its
+own for the values. The newest `residual` tokens stay in full precision. A group is
+quantized once, from its original numbers, when its first token leaves that window. What
+is stored depends on the text alone: tokens appended one by one, in pieces or together
+give the same bits.
 
-| leaf | shape | what |
+| leaf | shape | content |
 |---|---|---|
-| `keys`, `values` | QTensors `[b, m, num_groups, group, h]` | group j in place j mod num_groups |
-| `recent_keys`, `recent_values` | `[b, m, residual, h]` | token i in place i mod residual |
+| `keys`, `values` | QTensors `[b, m, num_groups, group, h]` | quantized groups |
+| `recent_keys`, `recent_values` | `[b, m, residual, h]` | tokens in full precision |
 | `lengths` | int32 `[b]` | tokens of each slot so far |
 
-Nothing here knows a format: groups are QTensors with batch axes [b, m, num_groups], which lead in every leaf.
+The code does not depend on the format: groups are QTensors whose batch axes
+[b, m, num_groups] come first in every leaf.
 
 References:
   Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", 2024.
-  Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, section 4 (rotated keys and queries).
+  Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, section
+  4 (rotated keys and queries).
 """
 
 from __future__ import annotations
@@ -31,34 +35,43 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxq.ops.kv_cache import _steps
+from jaxq.ops.kv_cache._append import append
+from jaxq.ops.kv_cache._arrays import CacheArrays, quantize_groups
+from jaxq.ops.kv_cache._attention import attend
 from jaxq.ops.kv_cache._spec import KVCacheSpec, as_kv_cache_spec, whole_number
-from jaxq.qtensor import QTensor, QuantSpec
+from jaxq.qtensor import QuantSpec
+from jaxq.qtensor._geometry import describe
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class KVCache:
-    """Keys and values of the tokens seen so far, a slot for each text of a batch.
+class KVCache(CacheArrays):
+    """Keys and values of the tokens so far, with one slot for each text of a batch.
 
-    A pytree of static shapes, made by `KVCache.empty`; `append` gives the grown one, under `jax.jit` and `lax.scan` as
-    well (donate it there, and the memory is reused). Slots have lengths of their own, and `reset` frees some of them.
+    It is a pytree of static shapes. `KVCache.empty` makes it, `append` gives the grown
+    cache. Both work under `jax.jit` and `lax.scan`; donate the cache to a jitted
+    function to reuse its memory. Each slot has its own length, and `reset` empties
+    slots.
 
     Attributes:
-      keys: QTensor `[b, m, num_groups, group, h]`.
+      keys: QTensor `[b, m, num_groups, group, h]`; group j is in place j mod
+        num_groups.
       values: QTensor `[b, m, num_groups, group, h]`.
-      recent_keys: `[b, m, residual, h]`, in full precision.
+      recent_keys: `[b, m, residual, h]`, in full precision; token i is in place i mod
+        residual.
       recent_values: `[b, m, residual, h]`.
       lengths: int32 `[b]`, tokens of each slot.
-      spec: how it is quantized.
-      length: most tokens of a slot.
-      window: tokens a query reads at most, itself included; None reads all.
+      spec: how the cache is quantized.
+      length: the largest number of tokens in a slot.
+      window: how many tokens a query reads at most, its own included; None reads all.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
-      >>> cache = jaxq.ops.KVCache.empty("int4", batch=2, num_heads=1, length=256, head_dim=64, dtype=jnp.float32)
+      >>> cache = jaxq.ops.KVCache.empty(
+      ...     "int4", batch=2, num_heads=1, length=256, head_dim=64, dtype=jnp.float32
+      ... )
       >>> k, v = jax.random.normal(jax.random.key(0), (2, 2, 100, 1, 64))
       >>> cache = jax.jit(jaxq.ops.KVCache.append)(cache, k, v)
       >>> q = jnp.ones((2, 1, 4, 64))
@@ -68,15 +81,6 @@ class KVCache:
     References:
       Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", 2024.
     """
-
-    keys: QTensor
-    values: QTensor
-    recent_keys: jax.Array
-    recent_values: jax.Array
-    lengths: jax.Array
-    spec: KVCacheSpec = dataclasses.field(metadata={"static": True})
-    length: int = dataclasses.field(metadata={"static": True})
-    window: int | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def empty(
@@ -90,78 +94,58 @@ class KVCache:
         window: int | None = None,
         dtype: Any = "bfloat16",
     ) -> KVCache:
-        """A cache of no tokens.
+        """A cache without tokens.
 
         Args:
           spec: preset name or `QuantSpec` for keys and values, or a `KVCacheSpec`.
-          batch: slots b.
-          num_heads: key heads m; queries may have a multiple.
-          length: most tokens of a slot.
-          head_dim: h.
-          window: a query reads itself and the `window - 1` tokens before it, and older ones are not stored.
-          dtype: float32, bfloat16 or float16: of queries, keys and values, and of the tokens not quantized.
+          batch: number of slots, b.
+          num_heads: number of key heads, m. Queries may have a multiple of it.
+          length: the largest number of tokens in a slot.
+          head_dim: size of a head, h.
+          window: a query reads itself and the `window - 1` tokens before it. Older
+            tokens are not stored. None reads all.
+          dtype: float32, bfloat16 or float16: the dtype of queries, keys, values and of
+            the tokens that are not quantized.
 
         Raises:
-          ValueError: sizes below 1, an unknown preset, or groups of a spec that do not divide.
-          TypeError: a size that is no whole number, another dtype.
+          ValueError: a size is less than 1, a preset is unknown, or the group size of a
+            spec does not divide the tokens of a group or the head.
+          TypeError: a size is not a whole number, or `dtype` is another dtype.
+
+        Example:
+          >>> import jaxq
+          >>> jaxq.ops.KVCache.empty(
+          ...     "int8", batch=1, num_heads=2, length=64, head_dim=8
+          ... ).lengths.tolist()
+          [0]
         """
         spec = as_kv_cache_spec(spec, "KVCache.empty")
-        sizes = {
-            "batch": batch,
-            "num_heads": num_heads,
-            "length": length,
-            "head_dim": head_dim,
-        }
-        b, m, length, h = (
-            whole_number(f"KVCache.empty: {name}", size) for name, size in sizes.items()
-        )
-        window = (
-            None if window is None else whole_number("KVCache.empty: window", window)
-        )
+        b = whole_number("KVCache.empty: batch", batch)
+        m = whole_number("KVCache.empty: num_heads", num_heads)
+        length = whole_number("KVCache.empty: length", length)
+        h = whole_number("KVCache.empty: head_dim", head_dim)
+        if window is not None:
+            window = whole_number("KVCache.empty: window", window)
         dtype = jnp.dtype(dtype)
         if dtype.name not in _DTYPES:
             raise TypeError(
-                f"KVCache.empty: dtype must be one of {', '.join(_DTYPES)}, got {dtype.name}."
+                f"KVCache.empty: dtype must be one of {', '.join(_DTYPES)}, got "
+                f"{dtype.name}."
             )
-        num_groups = -(-max(0, length - spec.residual) // spec.group)
-        if window is not None:
-            # Groups do not end where the window begins: in the worst case group - 1 tokens of the oldest are outside.
-            needed = (
-                -(-(window - spec.residual + spec.group - 1) // spec.group)
-                if window > spec.residual
-                else 0
-            )
-            num_groups = min(num_groups, needed)
-        blocks = jax.ShapeDtypeStruct((b, m, num_groups, spec.group, h), dtype)
+        num_groups = _num_group_places(spec, length, window)
+        groups = jax.ShapeDtypeStruct((b, m, num_groups, spec.group, h), dtype)
         shapes = jax.eval_shape(
-            functools.partial(_steps.quantize_groups, spec=spec), blocks, blocks
+            functools.partial(quantize_groups, spec=spec), groups, groups
         )
-        keys, values = jax.tree.map(_zeros, shapes)
+        keys, values = jax.tree.map(_zero_bits, shapes)
         recent = jnp.zeros((b, m, spec.residual, h), dtype)
-        return cls(
-            keys,
-            values,
-            recent,
-            jnp.zeros_like(recent),
-            jnp.zeros((b,), jnp.int32),
-            spec,
-            length,
-            window,
-        )
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of queries, keys and values."""
-        return self.recent_keys.dtype
-
-    @property
-    def num_groups(self) -> int:
-        """Places for groups of quantized tokens."""
-        return self.keys.shape[2]
+        lengths = jnp.zeros((b,), jnp.int32)
+        no_values = jnp.zeros_like(recent)
+        return cls(keys, values, recent, no_values, lengths, spec, length, window)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all leaves: codes, scales, the tokens in full precision, lengths."""
+        """Bytes of all leaves: codes, scales, tokens in full precision and lengths."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def append(
@@ -170,42 +154,42 @@ class KVCache:
         """The cache with more tokens.
 
         Args:
-          k: keys `[b, t, m, h]` in the cache's dtype, after any rotary embedding. A number that is not finite makes its
-            channel of its group NaN once it is quantized, and so every query of its slot that reads the group.
-          v: values `[b, t, m, h]`. A number that is not finite makes its token NaN.
-          count: int32 `[b]`, how many of the t tokens each slot takes, the first ones; None takes all.
+          k: keys `[b, t, m, h]` in the cache's dtype, after any rotary embedding. If a
+            number is not finite, its channel becomes NaN in its group when the group is
+            quantized, and every query of the slot that reads the group becomes NaN.
+          v: values `[b, t, m, h]`. If a number is not finite, its token becomes NaN.
+          count: int32 `[b]`: each slot takes the first `count` of the t tokens. None
+            takes all.
 
         Returns:
-          The grown cache; the same bits whether tokens come one by one or together, eager or jitted. (Scales that are
-          means, as of "ternary", are sums whose last bit depends on the program.)
+          The grown cache. The bits do not depend on whether tokens come one by one or
+          together, or on jit. The exception are scale rules that take a mean, as
+          "ternary" does: the last bit of such a sum depends on the program.
 
         Raises:
-          TypeError: another dtype.
-          ValueError: shapes that do not fit, or more tokens than `length`. Inside jit, where lengths are not known,
+          TypeError: `k` or `v` is not an array of the cache's dtype.
+          ValueError: a shape does not fit, `count` is not int32 `[b]` in `[0, t]`, or a
+            slot gets more tokens than `length`. Under jit the lengths are unknown: then
             the oldest tokens are overwritten instead.
 
         Example:
           >>> import jax.numpy as jnp, jaxq
-          >>> cache = jaxq.ops.KVCache.empty("nf4", batch=2, num_heads=1, length=64, head_dim=8, dtype=jnp.float32)
-          >>> cache.append(jnp.ones((2, 5, 1, 8)), jnp.ones((2, 5, 1, 8)), count=jnp.array([5, 2])).lengths.tolist()
+          >>> cache = jaxq.ops.KVCache.empty(
+          ...     "nf4", batch=2, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
+          ... )
+          >>> k = v = jnp.ones((2, 5, 1, 8))
+          >>> cache.append(k, v, count=jnp.array([5, 2])).lengths.tolist()
           [5, 2]
         """
-        self._check("append", k=k, v=v)
+        self._check_arrays("append", k=k, v=v)
         b, t = k.shape[:2]
         if count is None:
             count = np.full((b,), t, np.int32)
         else:
-            count = self._checked_count(count, t)
+            count = self._checked_count(count, t, "append")
         if not isinstance(self.lengths, Tracer) and not isinstance(count, Tracer):
-            after = np.asarray(self.lengths) + np.asarray(count)
-            if (after > self.length).any():
-                slot = int(np.argmax(after))
-                raise ValueError(
-                    f"KVCache.append: slot {slot} holds {int(self.lengths[slot])} tokens, and {int(count[slot])} more "
-                    f"exceed its length {self.length}. Make the cache with length={int(after[slot])}, or free the slot "
-                    "with reset."
-                )
-        return _steps.append(self, k, v, jnp.asarray(count, jnp.int32))
+            self._check_length(np.asarray(count))
+        return append(self, k, v, jnp.asarray(count, jnp.int32))
 
     def attend(
         self,
@@ -217,201 +201,245 @@ class KVCache:
         scale: float | None = None,
         block: int = 256,
     ) -> jax.Array:
-        """`softmax(scale q k^T) v` of every query over the tokens at and before its position.
+        """`softmax(scale q k^T) v`: each query reads the tokens up to its own position.
 
-        Groups are dequantized `block` tokens at a time, and only as many as the longest slot holds; softmax and sums
-        are float32. For inference: the loop has no reverse derivative. A value that is NaN or
-        infinite reaches every query of the call in its slot and head, earlier ones too: these weigh it with 0, and
-        0 NaN = NaN.
+        Groups are dequantized `block` tokens at a time, and only as many as the longest
+        slot has. Softmax and sums are float32. It is for inference: the loop has no
+        reverse derivative.
+
+        A value that is NaN or infinite makes every query of the call in its slot and
+        head NaN, also queries of earlier positions: their weight for it is 0, and 0 NaN
+        = NaN.
 
         Args:
-          q: queries `[b, t, n, h]` in the cache's dtype, n a multiple of the key heads; neighbours share a key head.
-          k: keys `[b, t, m, h]` of the queries' own tokens, not appended yet, which are read as they come; None if q
-            belongs to the last t tokens appended (of every slot: else say `count`).
-          v: their values, `[b, t, m, h]`.
-          count: int32 `[b]`, what was given to `append` of these queries' tokens, if k is None: slot i's first
-            `count[i]` queries are real, and results of the others mean nothing. None: all t of every slot.
-          scale: of scores; None takes `1 / sqrt(h)`.
-          block: tokens dequantized at a time, rounded to whole groups.
+          q: queries `[b, t, n, h]` in the cache's dtype. n is a multiple of the key
+            heads; n / m consecutive query heads share a key head.
+          k: keys `[b, t, m, h]` of the queries' own tokens, which are not appended yet
+            and are read in full precision. None: the queries belong to the last t
+            tokens that every slot has appended; for other numbers pass `count`.
+          v: the values `[b, t, m, h]` of `k`.
+          count: int32 `[b]`, only if `k` is None: the `count` that `append` got for
+            these tokens. The first `count[i]` queries of slot i are real; the results
+            of the others have no meaning. None: all t queries of every slot are real.
+          scale: scores are multiplied by this; None takes `1 / sqrt(h)`.
+          block: tokens dequantized at a time, rounded down to whole groups (at least
+            one).
 
         Returns:
-          float32 `[b, t, n, h]`; 0 for a query that reads nothing, as in an empty slot.
+          float32 `[b, t, n, h]`; 0 for a query that reads no token, as in an empty
+          slot.
 
         Raises:
-          TypeError: another dtype, or one of k and v without the other.
-          ValueError: shapes that do not fit; more queries of appended tokens than a window has kept tokens for.
+          TypeError: an array has not the cache's dtype, or only one of `k` and `v` is
+            given.
+          ValueError: a shape does not fit, `count` is given together with `k`, or the
+            queries read appended tokens that a cache with `window` no longer has.
 
         Example:
           >>> import jax.numpy as jnp, jaxq
-          >>> cache = jaxq.ops.KVCache.empty("int8", batch=1, num_heads=2, length=64, head_dim=8, dtype=jnp.float32)
-          >>> q, k, v = jnp.ones((1, 3, 4, 8)), jnp.ones((1, 3, 2, 8)), jnp.ones((1, 3, 2, 8))
-          >>> float(cache.attend(q, k, v).max()), float(cache.append(k, v).attend(q).max())
-          (1.0, 1.0)
+          >>> cache = jaxq.ops.KVCache.empty(
+          ...     "int8", batch=1, num_heads=2, length=64, head_dim=8, dtype=jnp.float32
+          ... )
+          >>> q, k = jnp.ones((1, 3, 4, 8)), jnp.ones((1, 3, 2, 8))
+          >>> float(cache.attend(q, k, k).max())
+          1.0
+          >>> float(cache.append(k, k).attend(q).max())
+          1.0
         """
         if (k is None) != (v is None):
             raise TypeError(
-                "KVCache.attend: k and v are both tokens to read, or both None; got one of them."
+                "KVCache.attend: pass both k and v, or neither; got only "
+                f"{'v' if k is None else 'k'}."
             )
-        self._check("attend", q=q, **({} if k is None else {"k": k, "v": v}))
-        if k is not None and k.shape[1] != q.shape[1]:
+        if k is None:
+            self._check_arrays("attend", q=q)
+            self._check_window(q.shape[1])
+        else:
+            self._check_arrays("attend", q=q, k=k, v=v)
+            if k.shape[1] != q.shape[1]:
+                raise ValueError(
+                    f"KVCache.attend: q has {q.shape[1]} tokens and k has "
+                    f"{k.shape[1]}. Pass one key for each query."
+                )
+        if count is not None and k is not None:
             raise ValueError(
-                f"KVCache.attend: q has {q.shape[1]} tokens and k {k.shape[1]}: one key for every query."
+                "KVCache.attend: count= is for tokens that are appended already. Pass "
+                "either count, or k and v."
             )
         block = whole_number("KVCache.attend: block", block)
         t, h = q.shape[1], q.shape[3]
-        kept = max(
-            self.spec.residual,
-            (self.num_groups - 1) * self.spec.group + self.spec.residual + 1,
-        )
-        if (
-            k is None
-            and self.window is not None
-            and self.length > kept
-            and t + self.window - 1 > kept
-        ):
-            raise ValueError(
-                f"KVCache.attend: {t} queries of appended tokens read {t + self.window - 1} tokens, and a window of "
-                f"{self.window} keeps {kept}. Pass k and v, and append them afterwards."
-            )
         scale = 1 / math.sqrt(h) if scale is None else float(scale)
-        if count is not None and k is not None:
-            raise ValueError(
-                "KVCache.attend: count= is of tokens appended already; with k and v there are none."
-            )
-        real = (
-            t
-            if count is None
-            else jnp.asarray(self._checked_count(count, t), jnp.int32)
-        )
-        return _steps.attend(self, q, k, v, real, scale=scale, block=block)
+        num_real: Any = t
+        if count is not None:
+            num_real = jnp.asarray(self._checked_count(count, t, "attend"), jnp.int32)
+        return attend(self, q, k, v, num_real, scale=scale, block=block)
 
     def reset(self, slots: jax.typing.ArrayLike | Sequence[int]) -> KVCache:
-        """The cache with some slots empty, ready for other texts; nothing of what they held is read again.
+        """The cache with some slots emptied, ready for other texts.
+
+        The old tokens of these slots are never read again.
 
         Args:
-          slots: indices, or bool `[b]`, True for slots to empty.
+          slots: indices, or a mask bool `[b]` that is True for slots to empty.
 
         Raises:
-          TypeError: neither integers nor booleans.
-          ValueError: a mask of another size, or an index out of range (outside jit).
+          TypeError: `slots` are neither integers nor booleans.
+          ValueError: a mask has another shape, or an index is out of range (not checked
+            under jit).
 
         Example:
           >>> import jax.numpy as jnp, jaxq
-          >>> cache = jaxq.ops.KVCache.empty("int8", batch=3, num_heads=1, length=64, head_dim=8, dtype=jnp.float32)
-          >>> cache = cache.append(jnp.ones((3, 4, 1, 8)), jnp.ones((3, 4, 1, 8)))
-          >>> cache.reset([1]).lengths.tolist()
+          >>> cache = jaxq.ops.KVCache.empty(
+          ...     "int8", batch=3, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
+          ... )
+          >>> k = jnp.ones((3, 4, 1, 8))
+          >>> cache.append(k, k).reset([1]).lengths.tolist()
           [4, 0, 4]
         """
-        b = self.lengths.shape[-1]
-        mask = slot_mask(slots, b, "KVCache.reset")
-        return dataclasses.replace(
-            self,
-            lengths=jnp.where(
-                jnp.broadcast_to(mask, self.lengths.shape), 0, self.lengths
-            ),
-        )
+        num_slots = self.lengths.shape[-1]
+        mask = slot_mask(slots, num_slots, "KVCache.reset")
+        mask = jnp.broadcast_to(mask, self.lengths.shape)
+        return dataclasses.replace(self, lengths=jnp.where(mask, 0, self.lengths))
 
     def __repr__(self) -> str:
-        formats = " and ".join(
-            dict.fromkeys(qt.spec.fmt.name for qt in (self.keys, self.values))
-        )
+        names = [qt.spec.fmt.name for qt in (self.keys, self.values)]
+        formats = " and ".join(dict.fromkeys(names))
         window = "" if self.window is None else f", window={self.window}"
         try:
             b, m, _, h = self.recent_keys.shape[-4:]
-            size = f"{b} slots x {self.length} tokens x {m} heads of {h}, {self.nbytes:,} bytes"
-        except (
-            AttributeError,
-            TypeError,
-            ValueError,
-        ):  # leaves that are not arrays, as transforms make
+            size = f"{b} slots x {self.length} tokens x {m} heads of {h}"
+            size = f"{size}, {self.nbytes:,} bytes"
+        except (AttributeError, TypeError, ValueError):
+            # jax transforms put objects without shapes in place of the leaves.
             size = f"leaves={type(self.lengths).__name__}"
-        return f"KVCache({formats}, {size}, group={self.spec.group}, residual={self.spec.residual}{window})"
+        sizes = f"group={self.spec.group}, residual={self.spec.residual}"
+        return f"KVCache({formats}, {size}, {sizes}{window})"
 
-    def _check(self, caller: str, **arrays: Any) -> None:
+    def _check_arrays(self, caller: str, **arrays: Any) -> None:
         """Raises unless every array is `[b, t, heads, h]` in the cache's dtype."""
         if self.recent_keys.ndim != 4:
             raise ValueError(
-                f"KVCache.{caller}: {self!r} is a stack of caches. Map over it with jax.vmap or lax.scan."
+                f"KVCache.{caller}: {self!r} is a stack of caches. Map over it with "
+                "jax.vmap or lax.scan."
+            )
+        for name, x in arrays.items():
+            self._check_array(caller, name, x)
+        if "v" in arrays and arrays["v"].shape != arrays["k"].shape:
+            k, v = (describe(arrays[n].dtype.name, arrays[n].shape) for n in "kv")
+            raise ValueError(
+                f"KVCache.{caller}: k and v must have one shape, got k: {k}, v: {v}."
+            )
+
+    def _check_array(self, caller: str, name: str, x: Any) -> None:
+        """Raises unless `x` fits the slots, the heads and the dtype of the cache."""
+        if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+            raise TypeError(
+                f"KVCache.{caller}: {name} must be an array, got {type(x).__name__}."
+            )
+        got = f"{name}: {describe(jnp.dtype(x.dtype).name, x.shape)}"
+        dtype = self.dtype.name
+        if x.dtype != self.dtype:
+            raise TypeError(
+                f"KVCache.{caller}: expected {dtype}, got {got}. Pass "
+                f"{name}.astype('{dtype}'), or make the cache with another dtype."
             )
         b, m, _, h = self.recent_keys.shape
-        sizes = None
-        for name, x in arrays.items():
-            if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-                raise TypeError(
-                    f"KVCache.{caller}: {name} must be an array, got {type(x).__name__}."
-                )
-            got = f"{name}: {jnp.dtype(x.dtype).name}[{','.join(map(str, x.shape))}]"
-            if x.dtype != self.dtype:
-                raise TypeError(
-                    f"KVCache.{caller}: expected {self.dtype.name}, got {got}. Pass {name}.astype('{self.dtype.name}') "
-                    "or make the cache with another dtype."
-                )
-            heads = "n" if name == "q" else str(m)
-            fits = (
-                len(x.shape) == 4
-                and x.shape[0] == b
-                and x.shape[3] == h
-                and x.shape[1] > 0
+        is_query = name == "q"
+        fits = len(x.shape) == 4 and x.shape[0] == b and x.shape[3] == h
+        if fits:
+            t, heads = x.shape[1:3]
+            heads_fit = heads % m == 0 if is_query else heads == m
+            fits = t > 0 and heads > 0 and heads_fit
+        if not fits:
+            wanted = f"[{b}, t, {'n' if is_query else m}, {h}]"
+            if is_query:
+                wanted = f"{wanted}, n a multiple of {m}"
+            raise ValueError(f"KVCache.{caller}: expected {wanted}, got {got}.")
+
+    def _check_length(self, count: np.ndarray) -> None:
+        """Raises if a slot gets more tokens than it has room for."""
+        after = np.asarray(self.lengths) + count
+        if (after <= self.length).all():
+            return
+        slot = int(np.argmax(after))
+        raise ValueError(
+            f"KVCache.append: slot {slot} holds {int(self.lengths[slot])} tokens, "
+            f"and {int(count[slot])} more exceed its length {self.length}. Make the "
+            f"cache with length={int(after[slot])}, or empty the slot with reset."
+        )
+
+    def _check_window(self, num_queries: int) -> None:
+        """Raises if queries of appended tokens read tokens that were overwritten."""
+        if self.window is None:
+            return
+        group, residual = self.spec.group, self.spec.residual
+        stored = max(residual, (self.num_groups - 1) * group + residual + 1)
+        needed = num_queries + self.window - 1
+        if self.length > stored and needed > stored:
+            raise ValueError(
+                f"KVCache.attend: {num_queries} queries of appended tokens read "
+                f"{needed} tokens, and a cache with window={self.window} keeps "
+                f"{stored}. Pass k and v, and append them afterwards."
             )
-            if (
-                not fits
-                or (x.shape[2] % m if name == "q" else x.shape[2] != m)
-                or not x.shape[2]
-            ):
-                more = f", n a multiple of {m}" if name == "q" else ""
-                raise ValueError(
-                    f"KVCache.{caller}: expected [{b}, t, {heads}, {h}]{more}, got {got}."
-                )
-            if name == "k":
-                sizes = x.shape
-            if name == "v" and x.shape != sizes:
-                raise ValueError(
-                    f"KVCache.{caller}: k and v must have one shape, got k: {list(sizes or ())}, {got}."
-                )
 
     def _checked_count(
-        self, count: jax.typing.ArrayLike, t: int
+        self, count: jax.typing.ArrayLike, t: int, caller: str
     ) -> jax.Array | np.ndarray:
+        """`count` as int32 `[b]` within `[0, t]`; clipped under jit."""
         b = self.lengths.shape[0]
         array = count if isinstance(count, jax.Array) else np.asarray(count)
         if array.shape != (b,) or not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(
-                f"KVCache.append: count must be int32[{b}], got {array.dtype.name}{list(array.shape)}."
+                f"KVCache.{caller}: count must be int32[{b}], got "
+                f"{describe(array.dtype.name, array.shape)}."
             )
         if isinstance(array, Tracer):
             return jnp.clip(array.astype(jnp.int32), 0, t)
-        if ((np.asarray(array) < 0) | (np.asarray(array) > t)).any():
+        counts = np.asarray(array)
+        if ((counts < 0) | (counts > t)).any():
             raise ValueError(
-                f"KVCache.append: count must lie in [0, {t}], the tokens given; got {array.tolist()}."
+                f"KVCache.{caller}: count must be in [0, {t}], the number of tokens "
+                f"given; got {counts.tolist()}."
             )
-        return np.asarray(array, np.int32)
+        return counts.astype(np.int32)
 
 
-def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zero in every bit: float8_e8m0fnu has no zero, and would be NaN."""
+def _num_group_places(spec: KVCacheSpec, length: int, window: int | None) -> int:
+    """How many quantized groups a slot must have place for."""
+    num_groups = -(-max(0, length - spec.residual) // spec.group)
+    if window is None:
+        return num_groups
+    if window <= spec.residual:
+        return 0
+    # The window may begin inside a group: then up to group - 1 tokens before it are
+    # stored as well.
+    num_tokens = window - spec.residual + spec.group - 1
+    return min(num_groups, -(-num_tokens // spec.group))
+
+
+def _zero_bits(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array whose bits are all 0. float8_e8m0fnu has no zero: `zeros` gives NaN."""
     bits = jnp.zeros(leaf.shape, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
     return jax.lax.bitcast_convert_type(bits, leaf.dtype)
 
 
-def slot_mask(slots: Any, b: int, caller: str) -> jax.Array:
-    """bool `[b]`, True for the slots meant by indices or a mask."""
+def slot_mask(slots: Any, num_slots: int, caller: str) -> jax.Array:
+    """bool `[num_slots]` from indices of slots or from a mask."""
     array = slots if isinstance(slots, jax.Array) else np.asarray(slots)
+    got = describe(array.dtype.name, array.shape)
     if array.dtype == np.bool_:
-        if array.shape != (b,):
+        if array.shape != (num_slots,):
             raise ValueError(
-                f"{caller}: a mask of slots must be bool[{b}], got bool{list(array.shape)}."
+                f"{caller}: a mask of slots must be bool[{num_slots}], got {got}."
             )
         return jnp.asarray(array)
     if array.size and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(
-            f"{caller}: slots are indices or bool[{b}], got {array.dtype.name}{list(array.shape)}."
-        )
+        raise TypeError(f"{caller}: slots are indices or bool[{num_slots}], got {got}.")
     indices = array.reshape(-1).astype(np.int32)
-    if (
-        not isinstance(indices, Tracer)
-        and (np.asarray(indices >= b) | np.asarray(indices < -b)).any()
-    ):
-        raise ValueError(
-            f"{caller}: slots {np.asarray(indices).tolist()} are not all in [0, {b})."
-        )
-    return jnp.zeros((b,), bool).at[indices].set(True)
+    if not isinstance(indices, Tracer):
+        known = np.asarray(indices)
+        if ((known >= num_slots) | (known < -num_slots)).any():
+            raise ValueError(
+                f"{caller}: slots {known.tolist()} are not all in [0, {num_slots})."
+            )
+    return jnp.zeros((num_slots,), bool).at[indices].set(True)

@@ -1,4 +1,4 @@
-"""How a key-value cache is quantized."""
+"""How a KV cache is quantized."""
 
 from __future__ import annotations
 
@@ -14,84 +14,101 @@ from jaxq.qtensor import QuantSpec, as_spec
 
 @dataclasses.dataclass(frozen=True)
 class KVCacheSpec:
-    """How a cache is quantized; compared by value.
+    """How a KV cache is quantized; compared by value.
 
     Args:
-      keys: preset name or `QuantSpec`. Its scales are shared along tokens: a channel of a group of tokens has one, or
-        several for a granularity of fewer tokens.
-      values: preset name or `QuantSpec`, its scales shared along the head; None takes that of the keys.
-      group: tokens quantized together, at least 1. None takes 32, and 16 where keys have 2 bits or fewer.
-      residual: newest tokens kept in full precision, at least `group`. None takes 32, and 64 for such keys.
-      rotation: orthogonal transform along the last axis, a module-level function such as `jaxq.methods.hadamard`. Keys
-        and queries both go through it, which leaves scores as they are and spreads outlier channels; None does without.
+      keys: preset name or `QuantSpec`. Scales are shared along the tokens of a group:
+        each channel has one scale, or several if the granularity has groups of fewer
+        tokens.
+      values: preset name or `QuantSpec`. Scales are shared along the head. None takes
+        the spec of the keys.
+      group: tokens that are quantized together, at least 1. None takes 32, or 16 for
+        keys of 2 bits or fewer.
+      residual: the newest tokens, which stay in full precision; at least `group`. None
+        takes 32, or 64 for keys of 2 bits or fewer.
+      rotation: orthogonal transform along the last axis, a module-level function such
+        as `jaxq.methods.hadamard`. Keys and queries are both rotated: scores do not
+        change, and outlier channels are spread over all channels. None rotates nothing.
 
     Raises:
-      ValueError: unknown preset, sizes out of range, or a spec that rounds at random.
-      TypeError: neither a name nor a spec, or a rotation that cannot be called.
+      ValueError: a preset is unknown, a size is less than 1, `residual` is less than
+        `group`, or a spec rounds stochastically.
+      TypeError: `keys` or `values` is neither a name nor a `QuantSpec`, a size is not a
+        whole number, or `rotation` is not callable.
 
     Example:
       >>> import jaxq
       >>> spec = jaxq.ops.KVCacheSpec("int4", residual=64)
-      >>> spec.values.fmt.name, spec == jaxq.ops.KVCacheSpec("int4", "int4", group=32, residual=64)
-      ('int4', True)
+      >>> spec == jaxq.ops.KVCacheSpec("int4", "int4", group=32, residual=64)
+      True
       >>> jaxq.ops.KVCacheSpec("int2").group, jaxq.ops.KVCacheSpec("int2").residual
       (16, 64)
     """
 
     keys: QuantSpec | str
     values: QuantSpec | str | None = None
-    group: int = None  # pyright: ignore[reportAssignmentType] # a number from __post_init__ on
+    group: int = None  # pyright: ignore[reportAssignmentType] # int after __post_init__
     residual: int = None  # pyright: ignore[reportAssignmentType]
     rotation: Callable[[jax.Array], jax.Array] | None = None
 
     def __post_init__(self):
-        for name in ("keys", "values"):
-            given = (
-                self.keys
-                if name == "values" and self.values is None
-                else getattr(self, name)
-            )
-            spec = as_spec(given, f"KVCacheSpec: {name}")
-            if spec.rounding == "stochastic":
-                raise ValueError(
-                    f"KVCacheSpec: {name} round at random, and nobody passes a key. Use 'nearest_even'."
-                )
-            object.__setattr__(self, name, spec)
-        assert isinstance(self.keys, QuantSpec)
-        group, residual = (16, 64) if self.keys.fmt.bits <= 2 else (32, 32)
-        given = {
-            name: getattr(self, name)
-            for name in ("group", "residual")
-            if getattr(self, name) is not None
-        }
-        given = {
-            name: whole_number(f"KVCacheSpec: {name}", size)
-            for name, size in given.items()
-        }
-        object.__setattr__(
-            self, "group", given.get("group", min(group, given.get("residual", group)))
-        )
-        object.__setattr__(
-            self, "residual", given.get("residual", max(residual, self.group))
-        )
-        if self.residual < self.group:
+        keys = _deterministic(self.keys, "keys")
+        values = keys
+        if self.values is not None:
+            values = _deterministic(self.values, "values")
+        group, residual = _group_and_residual(self.group, self.residual, keys)
+        if residual < group:
             raise ValueError(
-                f"KVCacheSpec: residual is {self.residual}, less than group {self.group}: tokens wait there until "
-                f"their group is whole. Use residual={self.group}, or a smaller group."
+                f"KVCacheSpec: residual is {residual}, less than group {group}. Tokens "
+                "stay in full precision until their group is complete. Use "
+                f"residual={group}, or a smaller group."
             )
         if self.rotation is not None and not callable(self.rotation):
             raise TypeError(
-                f"KVCacheSpec: rotation must be a function such as jaxq.methods.hadamard, got {self.rotation!r}."
+                "KVCacheSpec: rotation must be a function such as "
+                f"jaxq.methods.hadamard, got {self.rotation!r}."
             )
+        object.__setattr__(self, "keys", keys)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "group", group)
+        object.__setattr__(self, "residual", residual)
+
+
+def _deterministic(spec: QuantSpec | str, name: str) -> QuantSpec:
+    """The `QuantSpec`; a ValueError if it rounds stochastically."""
+    spec = as_spec(spec, f"KVCacheSpec: {name}")
+    if spec.needs_key:
+        raise ValueError(
+            f"KVCacheSpec: {name} has rounding='stochastic', and append takes no PRNG "
+            "key. Use rounding='nearest_even', also for a scale that is a QuantSpec."
+        )
+    return spec
+
+
+def _group_and_residual(
+    group: int | None, residual: int | None, keys: QuantSpec
+) -> tuple[int, int]:
+    """Both sizes, with the defaults for None."""
+    is_narrow = keys.fmt.bits <= 2
+    default_group, default_residual = (16, 64) if is_narrow else (32, 32)
+    if group is not None:
+        group = whole_number("KVCacheSpec: group", group)
+    if residual is not None:
+        residual = whole_number("KVCacheSpec: residual", residual)
+    if group is None:
+        group = default_group if residual is None else min(default_group, residual)
+    if residual is None:
+        residual = max(default_residual, group)
+    return group, residual
 
 
 def as_kv_cache_spec(spec: str | QuantSpec | KVCacheSpec, caller: str) -> KVCacheSpec:
-    """A `KVCacheSpec`, or one with keys and values of a preset or `QuantSpec`."""
+    """A `KVCacheSpec`; a preset or `QuantSpec` is taken for keys and values."""
     return spec if isinstance(spec, KVCacheSpec) else KVCacheSpec(as_spec(spec, caller))
 
 
 def whole_number(name: str, size: Any) -> int:
-    """`size` as an int of at least 1, else an error about `name`."""
+    """`size` as an int of at least 1, else an error that starts with `name`."""
     if isinstance(size, bool) or not hasattr(size, "__index__"):
         raise TypeError(f"{name} must be a whole number, got {size!r}.")
     if operator.index(size) < 1:

@@ -1,4 +1,7 @@
-"""The quantized cache against float64 attention over keys and values that numpy has quantized by the paper's rule."""
+"""The quantized KV cache against float64 attention.
+
+Numpy quantizes the keys and values by the rule of the paper.
+"""
 
 import dataclasses
 
@@ -11,6 +14,7 @@ import jaxq
 from jaxq.methods import hadamard
 from jaxq.ops import KVCache, KVCacheSpec
 from tests import tables
+from tests.arrays import assert_same
 
 B, M, N, H, G, R = 3, 2, 4, 32, 8, 16
 KIVI = jaxq.QuantSpec(
@@ -56,7 +60,7 @@ def empty(spec="int4", length=96, batch=B, dtype=jnp.float32, window=None, **cha
 
 
 def text(t, batch=B, seed=0, dtype=jnp.float32):
-    """Keys with a few loud channels that have means of their own, values without."""
+    """Keys with a few channels of large magnitude or mean, values without."""
     rng = np.random.default_rng(seed)
     k, v = rng.normal(size=(2, batch, t, M, H))
     k[..., 3] = 8 * k[..., 3] + 5
@@ -69,7 +73,7 @@ def queries(t, batch=B, seed=9, dtype=jnp.float32):
 
 
 def rounded(x, name, axis):
-    """Numpy's own quantization and back, float64, scales shared along `axis`."""
+    """Quantized and dequantized by numpy, float64, scales shared along `axis`."""
     if name.startswith("kivi"):
         low, top = x.min(axis, keepdims=True), 2.0 ** int(name[4:]) - 1
         step = (x.max(axis, keepdims=True) - low) / top
@@ -80,7 +84,10 @@ def rounded(x, name, axis):
 
 
 def as_stored(k, v, name):
-    """One text `[n, m, h]` as the cache reads it: all but the newest R tokens quantized, in groups of G tokens."""
+    """One text `[n, m, h]` as the cache reads it.
+
+    All but the newest R tokens are quantized, in groups of G tokens.
+    """
     k, v = np.asarray(k, np.float64), np.asarray(v, np.float64)
     n = len(k)
     out_k, out_v = k.copy(), v.copy()
@@ -95,7 +102,7 @@ def as_stored(k, v, name):
 
 
 def attention(q, k, v, window=None):
-    """Queries `[t, n, h]` at the last t positions of keys `[s, m, h]`, one score at a time."""
+    """Queries `[t, n, h]` at the last t positions of keys `[s, m, h]`, head by head."""
     q = np.asarray(q, np.float64)
     t, n, h = q.shape
     out = np.zeros((t, n, h))
@@ -113,40 +120,30 @@ def attention(q, k, v, window=None):
     return out
 
 
-def assert_same_bits(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
-    ):
-        np.testing.assert_array_equal(
-            np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path)
-        )
-
-
 @pytest.mark.parametrize("name", tables.thinned(SPECS, ["kivi2"]))
-def test_attention_is_numpys_over_what_numpy_quantized(name):
-    """Slots that hold nothing, less than the window, and more; grouped queries; tokens before and after appending."""
+def test_attention_equals_attention_in_numpy(name):
+    """Slots of 0 tokens, of fewer than the residual window and of more."""
     lengths, (k, v), q = [0, 11, 83], text(86), queries(3)
     cache = empty(SPECS[name]).append(k[:, :83], v[:, :83], count=jnp.array(lengths))
     rows = [(k[i, n : n + 3], v[i, n : n + 3]) for i, n in enumerate(lengths)]
     new = [jnp.stack(x) for x in zip(*rows, strict=True)]
-    found, read = cache.attend(q, *new), cache.append(*new).attend(q)
+    before, after = cache.attend(q, *new), cache.append(*new).attend(q)
     for i, n in enumerate(lengths):
         past = as_stored(k[i, :n], v[i, :n], name)
         here = [
             np.concatenate([old, np.asarray(x)])
             for old, x in zip(past, rows[i], strict=True)
         ]
-        np.testing.assert_allclose(found[i], attention(q[i], *here), atol=2e-5)
+        np.testing.assert_allclose(before[i], attention(q[i], *here), atol=2e-5)
         np.testing.assert_allclose(
-            read[i],
+            after[i],
             attention(q[i], *as_stored(k[i, : n + 3], v[i, : n + 3], name)),
             atol=2e-5,
         )
 
 
-def test_quantized_tokens_really_are_what_is_read():
-    """Fewer bits, more error: a cache that quantized nothing would fail here."""
+def test_fewer_bits_give_more_error():
+    """A cache that quantizes nothing fails here."""
     assert not any(
         np.isnan(np.asarray(leaf, np.float32)).any()
         for leaf in jax.tree.leaves(empty("mxfp4"))
@@ -178,18 +175,18 @@ def test_one_by_one_or_together_gives_the_same_bits(spec):
         (21, 41),
         (41, 61),
         (61, 62),
-    ):  # two lengths: two programs
+    ):  # pieces of 20 tokens and of 1: two programs
         pieces = pieces.append(k[:, a:b], v[:, a:b])
-    assert_same_bits(single, whole)
-    assert_same_bits(pieces, whole)
+    assert_same(single, whole)
+    assert_same(pieces, whole)
 
 
 @pytest.mark.heavy
 def test_without_jit_the_bits_are_the_same():
     k, v = text(62)
     with jax.disable_jit():
-        found = empty("int2").append(k, v)
-    assert_same_bits(found, empty("int2").append(k, v))
+        eager = empty("int2").append(k, v)
+    assert_same(eager, empty("int2").append(k, v))
 
 
 @pytest.mark.parametrize(
@@ -197,16 +194,16 @@ def test_without_jit_the_bits_are_the_same():
 )
 def test_narrow_dtypes_accumulate_in_float32(dtype):
     (k, v), q = text(83, dtype=dtype), queries(1, dtype=dtype)
-    found = empty(SPECS["int8"], dtype=dtype).append(k, v).attend(q)
-    assert found.dtype == jnp.float32
+    y = empty(SPECS["int8"], dtype=dtype).append(k, v).attend(q)
+    assert y.dtype == jnp.float32
     for i in range(B):
         np.testing.assert_allclose(
-            found[i], attention(q[i], *as_stored(k[i], v[i], "int8")), atol=0.03
+            y[i], attention(q[i], *as_stored(k[i], v[i], "int8")), atol=0.03
         )
 
 
 def test_slots_are_caches_of_their_own():
-    """Texts that start and end at different times in one cache, each beside a cache of its own."""
+    """Texts that start and end at different times give what single caches give."""
     slots, k, v, q = empty(), *text(60), queries(2)
     alone = [empty(batch=1) for _ in range(B)]
     at = np.zeros(B, int)
@@ -227,22 +224,22 @@ def test_slots_are_caches_of_their_own():
                     new[0][i : i + 1, :count], new[1][i : i + 1, :count]
                 )
             at[i] += count
-        found = slots.attend(q)
+        y = slots.attend(q)
         for i in range(B):
             np.testing.assert_allclose(
-                found[i], alone[i].attend(q[i : i + 1])[0], atol=1e-6
+                y[i], alone[i].attend(q[i : i + 1])[0], atol=1e-6
             )
     assert slots.lengths.tolist() == [36, 20, 22]
 
 
-def test_nothing_of_a_freed_slot_is_read_again():
+def test_an_emptied_slot_is_never_read_again():
     k, v = text(70)
     bad = empty().append(k.at[1].set(jnp.nan), v.at[1].set(jnp.inf))
     q, good = queries(1), empty().append(k, v)
     assert bool(jnp.isnan(bad.attend(q)[1]).all())
     np.testing.assert_array_equal(
         bad.attend(q)[::2], good.attend(q)[::2]
-    )  # others do not see it
+    )  # the other slots are not affected
     freed = bad.reset(jnp.array([False, True, False]))
     assert float(jnp.abs(freed.attend(q)[1]).max()) == 0
     again = freed.append(k[:, :20], v[:, :20], count=jnp.array([0, 20, 0]))
@@ -252,12 +249,12 @@ def test_nothing_of_a_freed_slot_is_read_again():
 
 
 @pytest.mark.parametrize("window", tables.thinned([1, R, R + 1, 30, 41], [30]))
-def test_a_window_stores_no_more_than_it_needs_and_reads_the_same(window):
+def test_a_window_stores_only_what_it_reads(window):
     length = 96
     small, (k, v), q = empty("int4", length, window=window), text(length), queries(1)
     full = dataclasses.replace(
         empty("int4", length), window=window
-    )  # stores all, reads the window
+    )  # stores all tokens and reads those of the window
     for a, b in ((0, 1), (1, 40), (40, 41), (41, 80), (80, 81), (81, 82)):
         new = k[:, a:b], v[:, a:b]
         np.testing.assert_allclose(
@@ -291,8 +288,9 @@ def test_rotation_leaves_scores_and_spreads_outliers():
         empty("int4", rotation=f).append(k[:, :R], v[:, :R]).attend(q)
         for f in (None, hadamard)
     ]
-    np.testing.assert_allclose(*short, atol=2e-5)  # nothing is quantized yet
-    # Where a loud channel shares its scale with others it costs them their precision; spread over all, it does not.
+    np.testing.assert_allclose(*short, atol=2e-5)  # no token is quantized yet
+    # A large channel that shares its scale with others costs them precision. The
+    # rotation spreads it over all channels.
     k = (
         jnp.asarray(np.random.default_rng(4).normal(size=k.shape), jnp.float32)
         .at[..., 3]
@@ -316,12 +314,12 @@ def test_under_jit_scan_and_vmap():
     step = jax.jit(lambda cache, q, k, v: (cache.attend(q, k, v), cache.append(k, v)))
     y, grown = step(cache, q, k[:, :1], v[:, :1])
     np.testing.assert_allclose(y, cache.attend(q, k[:, :1], v[:, :1]), atol=1e-6)
-    assert_same_bits(grown, cache.append(k[:, :1], v[:, :1]))
+    assert_same(grown, cache.append(k[:, :1], v[:, :1]))
     layers = jax.tree.map(lambda *x: jnp.stack(x), cache, empty())
     stacked = jax.vmap(step)(
         layers, *(jnp.stack([x, x]) for x in (q, k[:, :1], v[:, :1]))
     )
-    assert_same_bits(jax.tree.map(lambda x: x[0], stacked[1]), grown)
+    assert_same(jax.tree.map(lambda x: x[0], stacked[1]), grown)
     np.testing.assert_allclose(stacked[0][0], y, atol=1e-6)
     assert step._cache_size() == 1
 
@@ -350,9 +348,9 @@ def test_a_decode_step_never_holds_the_cache_in_floats(preset):
 def test_int4_takes_less_than_three_tenths_of_bfloat16():
     b, m, length, h = 1, 2, 2048, 64
     cache = KVCache.empty("int4", batch=b, num_heads=m, length=length, head_dim=h)
-    held = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(cache))
-    assert held == cache.nbytes
-    assert held <= 0.3 * (2 * b * m * length * h * 2)
+    num_bytes = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(cache))
+    assert num_bytes == cache.nbytes
+    assert num_bytes <= 0.3 * (2 * b * m * length * h * 2)
 
 
 def test_more_tokens_than_length():
@@ -365,15 +363,15 @@ def test_more_tokens_than_length():
     assert cache.append(
         k[:, :3], v[:, :3], count=jnp.array([2, 1, 0])
     ).lengths.tolist() == [32, 31, 30]
-    # Inside jit the oldest group gives way.
+    # Under jit the oldest group is overwritten.
     over = jax.jit(lambda c: c.append(k[:, 30:], v[:, 30:]))(cache)
-    held = over.num_groups * G + R
+    stored = over.num_groups * G + R
     assert bool(jnp.isfinite(over.attend(queries(1))).all())
     assert over.lengths.tolist() == [40] * B
-    assert held < 40
+    assert stored < 40
 
 
-def test_saves_leaf_by_leaf(tmp_path):
+def test_leaves_are_saved_and_loaded(tmp_path):
     (k, v), q = text(50), queries(1)
     cache = empty("int2").append(k, v)
     names = ("keys", "values", "recent_keys", "recent_values", "lengths")
@@ -383,7 +381,7 @@ def test_saves_leaf_by_leaf(tmp_path):
     again = dataclasses.replace(
         empty("int2"), **jaxq.load(tmp_path / "cache.safetensors")
     )
-    assert_same_bits(again, cache)
+    assert_same(again, cache)
     np.testing.assert_array_equal(again.attend(q), cache.attend(q))
 
 
@@ -400,7 +398,7 @@ def test_equal_specs_are_one_program():
     assert len(traced) == 1
 
 
-MISTAKES = {
+ERRORS = {
     "dtype": (
         lambda c, k, v: c.append(k.astype(jnp.bfloat16), v),
         TypeError,
@@ -434,12 +432,12 @@ MISTAKES = {
     "count beyond": (
         lambda c, k, v: c.append(k, v, count=jnp.array([1, 2, 5])),
         ValueError,
-        "must lie in [0, 4]",
+        "must be in [0, 4]",
     ),
     "one of two": (
         lambda c, k, v: c.attend(queries(4), k),
         TypeError,
-        "got one of them",
+        "got only k",
     ),
     "query heads": (
         lambda c, k, v: c.attend(queries(4)[:, :, :3]),
@@ -449,7 +447,7 @@ MISTAKES = {
     "key a query": (
         lambda c, k, v: c.attend(queries(2), k, v),
         ValueError,
-        "q has 2 tokens and k 4",
+        "q has 2 tokens and k has 4",
     ),
     "stack": (
         lambda c, k, v: jax.tree.map(lambda x: x[None], c).append(k, v),
@@ -507,7 +505,7 @@ MISTAKES = {
     "random": (
         lambda c, k, v: spec_of(jaxq.QuantSpec("int8", rounding="stochastic")),
         ValueError,
-        "round at random",
+        "has rounding='stochastic'",
     ),
     "rotation": (
         lambda c, k, v: spec_of("int8", rotation=True),
@@ -522,10 +520,10 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named(name):
-    call, error, message = MISTAKES[name]
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    call, error, message = ERRORS[name]
     k, v = text(4)
-    with pytest.raises(error) as caught:
+    with pytest.raises(error) as info:
         call(empty(), k, v)
-    assert message in str(caught.value)
+    assert message in str(info.value)

@@ -1,4 +1,4 @@
-"""Weights whose blocks do not fall on rows, and operands that share no groups: the product is right all the same."""
+"""Weights as rows: shapes, and products of weights whose blocks run across rows."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 import jaxq
+from jaxq.ops._facts import facts_of
+from jaxq.ops._weight_rows import row_shapes, weight_rows, why_not_rows
+from tests import tables
 
 S = jaxq.QuantSpec
 
@@ -97,3 +100,34 @@ def test_activations_that_need_a_key_are_refused():
     qt = jaxq.quantize(jax.random.normal(jax.random.key(0), (64, 4)), "int8")
     with pytest.raises(ValueError, match="needs a key at every call"):
         qt.with_activation(S("int8", rounding="stochastic"))
+
+
+SHAPED = [(name, layout) for name in jaxq.presets() for layout in ("rows", "columns")]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    tables.thinned(
+        SHAPED,
+        [
+            (name, layout)
+            for name, layout in SHAPED
+            if name in ("int8", "int3", "nf4_dq")
+        ],
+    ),
+)
+def test_row_shapes_are_the_shapes_of_the_rows(name, layout):
+    def stack(w):
+        qt = jaxq.quantize(w, name, contracting=-3, batch=0)
+        return qt if qt.meta.geometry.flat else jaxq.relayout(qt, layout)
+
+    qt = jax.eval_shape(stack, jax.ShapeDtypeStruct((3, 100, 4, 6), jnp.float32))
+    assert why_not_rows(qt.meta) is None
+    rows = jax.eval_shape(jax.vmap(lambda qt: weight_rows(qt)[0]), qt)
+    expected = row_shapes(facts_of(qt))
+    for field in rows._fields:
+        leaf, shape = getattr(rows, field), getattr(expected, field)
+        assert (leaf is None) == (shape is None), field
+        if leaf is not None:
+            assert leaf.shape == shape.shape, field
+            assert field == "data" or leaf.dtype == shape.dtype, field

@@ -1,0 +1,142 @@
+"""Products whose activation is quantized first, dynamically or by a static range.
+
+Backward, the gradient passes straight through the rounding. Numbers that a static range
+clips get no gradient; half a step beyond the range still counts as rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.qtensor import QTensor, quantize, with_margin
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationAxes:
+    """The roles of an activation's axes.
+
+    Attributes:
+      order: the axes of the activation in the order in which it is quantized, the
+        product's batch axes first.
+      contracting: the contracted axes, counted in that order.
+      num_batch: how many batch axes come first.
+      range_axes: the axes of the weight's `input_range` in the order of the product's
+        batch axes.
+    """
+
+    order: tuple[int, ...]
+    contracting: tuple[int, ...]
+    num_batch: int = 0
+    range_axes: tuple[int, ...] = ()
+
+
+def multiply_quantized(
+    x: jax.Array,
+    weight: QTensor,
+    axes: ActivationAxes,
+    codes_product: Callable[[QTensor, QTensor], jax.Array],
+    float_product: Callable[[jax.Array, QTensor], jax.Array],
+) -> jax.Array:
+    """The product with `x` quantized by `weight.meta.activation`.
+
+    Args:
+      x: float activation.
+      weight: QTensor with an activation spec.
+      axes: roles of the axes of `x`.
+      codes_product: the product of the quantized activation (axes in `axes.order`) and
+        the weight.
+      float_product: the product of `x` itself and the weight; the gradient is its
+        gradient.
+
+    Returns:
+      The result of `codes_product`.
+    """
+
+    @jax.custom_vjp
+    def quantized(x: jax.Array, weight: QTensor) -> jax.Array:
+        assert weight.meta.activation is not None
+        bounds = None
+        if weight.input_range is not None:
+            bounds = _range_ends(weight.input_range, axes.range_axes)
+        activation = quantize(
+            jnp.transpose(x, axes.order),
+            weight.meta.activation,
+            contracting=axes.contracting,
+            batch=tuple(range(axes.num_batch)),
+            on_nonfinite="propagate",
+            bounds=bounds,
+            name="activation",
+        )
+        return codes_product(activation, weight.with_activation(None))
+
+    def forward(x: jax.Array, weight: QTensor):
+        return quantized(x, weight), (x, weight)
+
+    def backward(saved: tuple[jax.Array, QTensor], dy: jax.Array):
+        x, weight = saved
+        _, pull_back = jax.vjp(float_product, x, weight.with_activation(None))
+        dx, dweight = pull_back(dy)
+        return _pass_through(dx, dweight, x, weight, axes)
+
+    quantized.defvjp(forward, backward)
+    return quantized(x, weight)
+
+
+def _pass_through(
+    dx: jax.Array,
+    dweight: QTensor,
+    x: jax.Array,
+    weight: QTensor,
+    axes: ActivationAxes,
+) -> tuple[jax.Array, QTensor]:
+    """The gradients of the quantized product from those of the product in floats.
+
+    Args:
+      dx: gradient of the product in floats for `x`.
+      dweight: the same for the weight without its activation spec.
+      x: the activation before it is quantized.
+      weight: with its activation spec.
+      axes: roles of the axes of `x`.
+
+    Returns:
+      Gradients of `x` and of `weight`; the static range gets zeros.
+    """
+    if weight.input_range is None:
+        return dx, dataclasses.replace(dweight, meta=weight.meta)
+    batch = axes.order[: axes.num_batch]
+    low, high = (
+        _broadcastable(end, batch, x.ndim)
+        for end in _range_ends(weight.input_range, axes.range_axes)
+    )
+    low, high = with_margin(low, high, weight.meta.activation)
+    dx = jnp.where((low <= x) & (x <= high), dx, jnp.zeros((), dx.dtype))
+    no_gradient = jnp.zeros_like(weight.input_range)
+    return dx, dataclasses.replace(dweight, meta=weight.meta, input_range=no_gradient)
+
+
+def _range_ends(
+    input_range: jax.Array, range_axes: Sequence[int]
+) -> tuple[jax.Array, jax.Array]:
+    """(low, high) of a static range, `[*batch]` in the product's order of batch axes.
+
+    Both are `[]` if the whole activation shares one range. A weight whose batch axes
+    are not its first axes has no stacked ranges.
+    """
+    if input_range.ndim == 1:
+        return input_range[0], input_range[1]
+    ordered = jnp.transpose(input_range, (*range_axes, len(range_axes)))
+    return ordered[..., 0], ordered[..., 1]
+
+
+def _broadcastable(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
+    """`[*axes]` with `ndim` axes, so that it broadcasts; a scalar stays a scalar."""
+    if not values.ndim:
+        return values
+    values = jnp.transpose(values, np.argsort(axes).tolist())
+    sizes = dict(zip(sorted(axes), values.shape, strict=True))
+    return values.reshape([sizes.get(axis, 1) for axis in range(ndim)])

@@ -1,0 +1,528 @@
+"""What runs for a product: integer dot, float8 dot, Pallas kernel or XLA form.
+
+This is the only file that decides. `dot_general`, `conv_general_dilated`, `take`,
+`ragged_dot` and `explain` ask one of the functions `plan_...` here and carry out the
+`Plan` that comes back. Decisions depend on static facts alone (`_facts.py`); nothing is
+quantized or traced here. Which kernel runs on a platform, `jaxq.kernels.choose` says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq import kernels
+from jaxq.kernels import is_native_float, largest_exact_length
+from jaxq.ops._dimension_numbers import DimensionNumbers, batch_first
+from jaxq.ops._facts import (
+    ArrayFacts,
+    CodesFacts,
+    Facts,
+    activation_facts,
+    facts_of,
+)
+from jaxq.ops._plan import Plan
+from jaxq.ops._weight_rows import row_meta, row_shapes, why_not_rows
+from jaxq.qtensor import QTensor
+
+_INT32_MAX = 2**31 - 1
+_NARROW_FLOATS = ("bfloat16", "float16")
+
+
+# Products.
+
+
+def plan_dot(
+    lhs: Any, rhs: Any, dims: DimensionNumbers, result: str = "float32"
+) -> Plan:
+    """The plan for `lax.dot_general(lhs, rhs, dims)`.
+
+    Args:
+      lhs: array, `jax.ShapeDtypeStruct` or QTensor.
+      rhs: the same.
+      dims: dimension numbers; the sizes fit.
+      result: dtype that the caller casts the sums to.
+
+    Raises:
+      TypeError: an activation is to be quantized and is not float32, bfloat16 or
+        float16.
+      ValueError: the spec of the activation does not fit its shape.
+    """
+    return _plan_product(facts_of(lhs), facts_of(rhs), dims, result)
+
+
+def _plan_product(lhs: Facts, rhs: Facts, dims: DimensionNumbers, result: str) -> Plan:
+    if isinstance(lhs, CodesFacts) and isinstance(rhs, CodesFacts):
+        return _plan_two_quantized(lhs, rhs, dims)
+    if isinstance(lhs, CodesFacts):
+        assert isinstance(rhs, ArrayFacts)
+        return _plan_weight(rhs, lhs, dims, result, swapped=True)
+    if isinstance(rhs, CodesFacts):
+        return _plan_weight(lhs, rhs, dims, result, swapped=False)
+    accumulate = _accumulate_dtype(jnp.dtype(lhs.dtype), jnp.dtype(rhs.dtype)).name
+    return Plan("dense", accumulate, False, "no operand is quantized")
+
+
+def _plan_weight(
+    x: ArrayFacts,
+    weight: CodesFacts,
+    dims: DimensionNumbers,
+    result: str,
+    *,
+    swapped: bool,
+) -> Plan:
+    """Floats times a quantized weight, with the activation spec of the weight."""
+    if weight.meta.activation is not None:
+        return _plan_activation(x, weight, dims, swapped=swapped)
+    x_side, weight_side = (1, 0) if swapped else (0, 1)
+    # Numbers of the weight must not be rounded, nor overflow, on their way into a
+    # narrower x.
+    keeps_dtype = x.dtype == weight.dtype and x.dtype in _NARROW_FLOATS
+    product = functools.partial(
+        Plan,
+        accumulate="float32",
+        swapped=swapped,
+        x_dtype=x.dtype if keeps_dtype else "float32",
+        result=result if result in _NARROW_FLOATS else "float32",
+    )
+    geometry = weight.meta.geometry
+    contracted = _negative(dims[0][weight_side], weight.ndim)
+    problem = _why_not_batch(weight, dims[1][weight_side], "the weight")
+    problem = problem or why_not_rows(weight.meta)
+    is_plain = set(contracted) == set(geometry.contracted)
+    is_transposed = set(contracted) == set(geometry.kept)
+    if not problem and not is_plain and not is_transposed:
+        problem = (
+            f"axes {sorted(contracted)} are contracted and its blocks run along "
+            f"{list(geometry.contracted)}"
+        )
+    if problem:
+        reason = f"the whole weight is dequantized, because {problem}"
+        return product("dequantize", reason=reason)
+    if is_plain:
+        plan = product(
+            "weight_only",
+            reason=f"{weight.fmt.name} codes are decoded in blocks of rows",
+        )
+    else:
+        plan = product(
+            "weight_only_transposed",
+            reason=f"kept axes {sorted(contracted)} are contracted: the products of "
+            "blocks of decoded rows are added up",
+        )
+    num_rows = _free_size(x, dims[0][x_side], dims[1][x_side])
+    kernel_problem = _kernel_problem(num_rows, weight, plan)
+    return dataclasses.replace(plan, problem=kernel_problem)
+
+
+def _plan_activation(
+    x: ArrayFacts, weight: CodesFacts, dims: DimensionNumbers, *, swapped: bool
+) -> Plan:
+    """The activation is quantized, then the product of two QTensors is planned."""
+    spec, side = weight.meta.activation, 1 if swapped else 0
+    assert spec is not None
+    bare_weight = weight.without_activation()
+    order, quantized_dims = batch_first(x.ndim, dims, side)
+    x_ordered = ArrayFacts(tuple(x.shape[axis] for axis in order), x.dtype)
+    activation = activation_facts(
+        x_ordered,
+        spec,
+        contracting=tuple(quantized_dims[0][side]),
+        batch=tuple(quantized_dims[1][side]),
+    )
+    sides = (bare_weight, activation) if swapped else (activation, bare_weight)
+    product = _plan_two_quantized(*sides, quantized_dims)
+    kind = _activation_kind(weight)
+    outliers = weight.meta.outliers
+    exception = ""
+    if outliers is not None:
+        exception = (
+            f", except columns with a magnitude of at least {outliers:g}, which are "
+            "multiplied in floats"
+        )
+    return dataclasses.replace(
+        product,
+        reason=f"{kind} activation quantization to {spec.fmt.name}{exception}; "
+        f"{product.reason}",
+        before=("quantize_right" if swapped else "quantize_left", *product.before),
+        activation=kind,
+        outliers=outliers,
+        float_plan=_plan_weight(x, bare_weight, dims, "float32", swapped=swapped),
+    )
+
+
+def _activation_kind(weight: CodesFacts) -> Literal["dynamic", "static"]:
+    return "static" if weight.static_range else "dynamic"
+
+
+def _plan_two_quantized(
+    lhs: CodesFacts, rhs: CodesFacts, dims: DimensionNumbers
+) -> Plan:
+    problem = _why_not_codes(lhs, rhs, dims)
+    if problem:
+        floats = _plan_product(lhs.dequantized(), rhs, dims, "float32")
+        return dataclasses.replace(
+            floats,
+            reason=f"the left operand is dequantized, because {problem}; "
+            f"{floats.reason}",
+            before=("dequantize_left", *floats.before),
+        )
+    is_float = is_native_float(rhs.fmt)
+    plan = Plan(
+        "codes",
+        "float32" if is_float else "int32",
+        False,
+        _reason_for_codes(lhs, rhs),
+    )
+    is_int8_rows = lhs.fmt.name == "int8" and lhs.symmetric
+    if is_int8_rows and row_shapes(lhs).scale.shape[-1] == 1:
+        # Plain int8 rows: their scale is applied to the result, so that the kernels get
+        # integers alone.
+        plan = dataclasses.replace(plan, x_dtype="int8")
+        num_rows = math.prod(lhs.meta.geometry.shape[a] for a in lhs.meta.geometry.kept)
+        kernel_problem = _kernel_problem(num_rows, rhs, plan)
+        plan = dataclasses.replace(plan, problem=kernel_problem)
+    return plan
+
+
+def _reason_for_codes(lhs: CodesFacts, rhs: CodesFacts) -> str:
+    reason = f"{lhs.fmt.name} x {rhs.fmt.name} products of codes"
+    if is_native_float(rhs.fmt):
+        return reason
+    if not lhs.symmetric or not rhs.symmetric:
+        reason += " with zero points"
+    most = largest_exact_length(
+        row_meta(lhs.meta), lhs.symmetric, row_meta(rhs.meta), rhs.symmetric
+    )
+    num_parts = -(-rhs.meta.geometry.contracted_size // most)
+    if num_parts > 1:
+        reason += (
+            f", in {num_parts} parts of at most {most} codes along k, so that each sum "
+            "fits int32"
+        )
+    return reason
+
+
+def _why_not_codes(
+    lhs: CodesFacts, rhs: CodesFacts, dims: DimensionNumbers
+) -> str | None:
+    """Why codes cannot be multiplied by codes; None if they can."""
+    for side, operand in enumerate((lhs, rhs)):
+        name = f"the {('left', 'right')[side]} operand"
+        problem = _why_not_operand(operand, dims[0][side], dims[1][side], name)
+        if problem:
+            return problem
+    all_integers = lhs.fmt.kind == rhs.fmt.kind == "integer"
+    all_floats = is_native_float(lhs.fmt) and is_native_float(rhs.fmt)
+    if not all_integers and not all_floats:
+        return f"codes of {lhs.fmt.name} and {rhs.fmt.name} do not multiply natively"
+    if _flattening_order(lhs, dims[0][0]) != _flattening_order(rhs, dims[0][1]):
+        return "the contracted axes are flattened in different orders"
+    return _why_not_groups(lhs, rhs)
+
+
+def _why_not_operand(
+    operand: CodesFacts, contracting: Sequence[int], batch: Sequence[int], name: str
+) -> str | None:
+    """Why the codes of one operand cannot be multiplied; None if they can."""
+    problem = _why_not_batch(operand, batch, name) or why_not_rows(operand.meta)
+    if problem:
+        return problem
+    contracted = _negative(contracting, operand.ndim)
+    shared = operand.meta.geometry.contracted
+    if set(contracted) != set(shared):
+        return (
+            f"axes {sorted(contracted)} of {name} are contracted, not axes "
+            f"{sorted(shared)}, along which its scales are shared"
+        )
+    if operand.offset is not None:
+        return f"{name}, {operand.fmt.name}, has a real offset"
+    if operand.codebook is not None:
+        return f"{name}, {operand.fmt.name}, has a codebook of its own"
+    return None
+
+
+def _why_not_batch(operand: CodesFacts, batch: Sequence[int], name: str) -> str | None:
+    """Why the product's batch axes are not those of the operand; None if they are."""
+    axes = [axis % operand.ndim for axis in batch]
+    num_batch = len(operand.batch_shape)
+    if axes == list(range(num_batch)):
+        return None
+    return (
+        f"the product has batch axes {axes} of {name}, which has {num_batch} leading "
+        "batch axes"
+    )
+
+
+def _flattening_order(operand: CodesFacts, contracting: Sequence[int]) -> list[int]:
+    """The places in `contracting` of the axes that the operand flattens to k."""
+    pairs = _negative(contracting, operand.ndim)
+    return [pairs.index(axis) for axis in operand.meta.geometry.contracted]
+
+
+def _why_not_groups(lhs: CodesFacts, rhs: CodesFacts) -> str | None:
+    """Why the groups along k do not meet; None if they do."""
+    geometries = (lhs.meta.geometry, rhs.meta.geometry)
+    sizes = [geometry.block_shape[-1] for geometry in geometries]
+    groups = [geometry.num_blocks[-1] for geometry in geometries]
+    any_flat = any(geometry.flat for geometry in geometries)
+    equal = groups[0] == groups[1] and sizes[0] == sizes[1]
+    if any_flat or 0 in groups or (1 not in groups and not equal):
+        return f"their groups along k differ ({sizes[0]} and {sizes[1]})"
+    return None
+
+
+# Kernels.
+
+
+def _kernel_problem(
+    num_rows: int, weight: CodesFacts, plan: Plan
+) -> kernels.Problem | str:
+    """The product as kernels see it, or why it is not one for them."""
+    leaves = row_shapes(weight)._asdict()
+    names = tuple(name for name, leaf in leaves.items() if leaf is not None)
+    call = kernels.Call(
+        row_meta(weight.meta),
+        names,
+        plan.result,
+        transposed=plan.path == "weight_only_transposed",
+    )
+    stack, k = math.prod(weight.batch_shape), weight.meta.geometry.contracted_size
+    x = jax.ShapeDtypeStruct((stack, num_rows, k), plan.x_dtype)
+    return kernels.problem_of(call, x, [leaves[name] for name in names])
+
+
+def with_kernel(plan: Plan, platform: str, num_devices: int = 1) -> Plan:
+    """The plan with the kernel that runs on a platform, or the reason why none does.
+
+    Args:
+      plan: from `plan_dot`.
+      platform: "cpu", "tpu", "cuda", ...
+      num_devices: devices that XLA partitions the program for.
+    """
+    device_kind = None
+    if platform in kernels.KERNELS:
+        device_kind = kernels.device_kind(platform)
+    choice = kernels.choose(plan.problem, platform, device_kind, num_devices)
+    if choice.reason is not None and plan.outliers is not None:
+        # The product of the outlier columns may still have a kernel.
+        assert plan.float_plan is not None
+        problem = plan.float_plan.problem
+        choice = kernels.choose(problem, platform, device_kind, num_devices)
+    return dataclasses.replace(
+        plan,
+        kernel=choice.backend,
+        why_no_kernel=choice.reason,
+        passed_over=choice.passed_over,
+        platform=platform,
+    )
+
+
+# Convolutions.
+
+
+def plan_conv(
+    x: Any,
+    kernel: QTensor,
+    *,
+    channel: int,
+    batch: int = 0,
+    mixed: bool = False,
+) -> Plan:
+    """The plan for a convolution of any kind with a quantized kernel.
+
+    Args:
+      x: array, `jax.ShapeDtypeStruct` or QTensor. Only its shape along `batch` and its
+        number of axes matter, so a small example of the same rank does.
+      kernel: QTensor; the leaves may be `jax.ShapeDtypeStruct`s.
+      channel: the axis of `kernel` that becomes the features of the result.
+      batch: the batch axis of `x`.
+      mixed: an example of the result has terms of several examples of `x` (batch
+        groups).
+
+    Returns:
+      A plan with the path "codes" (integer codes, sums in int32) or "dequantize" (both
+      operands in floats, sums in float32).
+
+    Raises:
+      TypeError: an activation is to be quantized and is not float32, bfloat16 or
+        float16.
+      ValueError: the spec of the activation does not fit its shape.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> from jaxq.ops import plan_conv
+      >>> kernel = jaxq.quantize(jnp.ones((3, 3, 4, 8)), "int8", contracting=(0, 1, 2))
+      >>> x = jax.ShapeDtypeStruct((1, 5, 5, 4), jnp.float32)
+      >>> plan_conv(x, kernel.with_activation("int8"), channel=3).path
+      'codes'
+    """
+    x_facts, kernel_facts = facts_of(x), facts_of(kernel)
+    assert isinstance(kernel_facts, CodesFacts)
+    batch, channel = batch % x_facts.ndim, channel % kernel_facts.ndim
+    spec, bare_kernel = kernel_facts.meta.activation, kernel_facts.without_activation()
+    if spec is None or isinstance(x_facts, CodesFacts):
+        return _plan_conv(x_facts, bare_kernel, channel, batch, mixed)
+    contracting = tuple(axis for axis in range(x_facts.ndim) if axis != batch)
+    activation = activation_facts(x_facts, spec, contracting)
+    plan = _plan_conv(activation, bare_kernel, channel, batch, mixed)
+    kind = _activation_kind(kernel_facts)
+    return dataclasses.replace(
+        plan,
+        reason=f"{kind} activation quantization to {spec.fmt.name}; {plan.reason}",
+        before=("quantize_left",),
+        activation=kind,
+        float_plan=_plan_conv(x_facts, bare_kernel, channel, batch, mixed),
+    )
+
+
+def _plan_conv(
+    x: Facts, kernel: CodesFacts, channel: int, batch: int, mixed: bool
+) -> Plan:
+    problem = "the input is not quantized"
+    if isinstance(x, CodesFacts):
+        problem = _why_not_conv_codes(x, kernel, batch, channel)
+        if not problem and mixed and math.prod(x.meta.geometry.num_blocks) > 1:
+            problem = "batch groups add up examples with different scales"
+    if problem:
+        reason = f"the whole kernel is dequantized, because {problem}"
+        return Plan("dequantize", "float32", False, reason)
+    assert isinstance(x, CodesFacts)
+    reason = f"{x.fmt.name} x {kernel.fmt.name} convolution of codes"
+    return Plan("codes", "int32", False, reason)
+
+
+def why_not_codes(x: QTensor, kernel: QTensor, batch: int, channel: int) -> str | None:
+    """Why the codes of `x` and `kernel` cannot be convolved; None if they can."""
+    x_facts, kernel_facts = facts_of(x), facts_of(kernel)
+    assert isinstance(x_facts, CodesFacts)
+    assert isinstance(kernel_facts, CodesFacts)
+    return _why_not_conv_codes(x_facts, kernel_facts, batch, channel)
+
+
+def _why_not_conv_codes(
+    x: CodesFacts, kernel: CodesFacts, batch: int, channel: int
+) -> str | None:
+    for name, operand, kept in (("input", x, batch), ("kernel", kernel, channel)):
+        geometry = operand.meta.geometry
+        is_symmetric = operand.symmetric and operand.offset is None
+        is_integer = operand.fmt.kind == "integer" and operand.codebook is None
+        if not is_symmetric or not is_integer:
+            return f"the {name}, {operand.fmt.name}, is not in symmetric integers"
+        if operand.batch_shape or geometry.flat or geometry.num_blocks[-1] != 1:
+            granularity = operand.meta.spec.granularity
+            return f"the {name} has several scales for one output, {granularity}"
+        blocks = zip(geometry.kept, geometry.num_blocks, strict=False)
+        scaled_axes = {axis for axis, num_blocks in blocks if num_blocks > 1}
+        if scaled_axes - {kept - operand.ndim}:
+            return f"the {name} has scales along axes {sorted(scaled_axes)}"
+    # int32 must hold the sum of all products of extreme codes.
+    num_terms = math.prod(kernel.shape) // kernel.shape[channel]
+    largest = [int(max(op.fmt.max, -op.fmt.min)) for op in (x, kernel)]
+    if num_terms * math.prod(largest) > _INT32_MAX:
+        return f"the sum of {num_terms} products may exceed int32"
+    return None
+
+
+# Rows of a table, and rows sorted by expert.
+
+
+def plan_take(table: QTensor) -> Plan:
+    """The plan for the lookup of rows of a quantized table.
+
+    Raises:
+      ValueError: the table does not have the form that `take` needs.
+    """
+    geometry = table.meta.geometry
+    is_matrix = geometry.order == (-2, -1) and geometry.num_contracted == 1
+    if not is_matrix or geometry.flat or table.batch_shape:
+        raise ValueError(
+            "take: the table must be [n, d] with scales shared along axis -1, got "
+            f"{table!r}. Quantize it with contracting=(-1,)."
+        )
+    if geometry.block_shape[0] not in (1, None):
+        raise ValueError(
+            f"take: the blocks of {table!r} run across rows. "
+            "Use jaxq.dequantize(table)[indices]."
+        )
+    reason = "only the rows at the indices are dequantized"
+    return Plan("dequantize", table.meta.dtype, False, reason)
+
+
+def plan_ragged(x: Any, weights: QTensor) -> Plan:
+    """The plan for rows sorted by expert times a stack of quantized weights.
+
+    Raises:
+      ValueError: the weights do not have the form that `ragged_dot` needs.
+    """
+    geometry = weights.meta.geometry
+    is_stack = len(weights.batch_shape) == 1 and geometry.contracted == (-2,)
+    if not is_stack or geometry.kept != (-1,) or why_not_rows(weights.meta):
+        raise ValueError(
+            "ragged_dot: weights must be [e, k, n], quantized with contracting=-2 and "
+            f"batch=0, and their blocks must not run across rows; got {weights!r}."
+        )
+    x_dtype = x.dtype.name if x.dtype == weights.dtype else "float32"
+    reason = f"{weights.spec.fmt.name} codes are decoded in blocks of rows"
+    return Plan("weight_only", "float32", False, reason, x_dtype=x_dtype)
+
+
+# Dtypes of sums and results.
+
+
+def accumulate_dtype(*operands: Any) -> np.dtype:
+    """The dtype in which products of these operands are summed.
+
+    It has at least 32 bits: int32 for narrower integers, float32 for narrower floats.
+    """
+    return _accumulate_dtype(*(jnp.dtype(operand.dtype) for operand in operands))
+
+
+def result_dtype(*operands: Any) -> np.dtype:
+    """The dtype of a product without `preferred_element_type`.
+
+    The dtype that the operands promote to, if it has at least 16 bits and is a float;
+    else the dtype of the sums.
+    """
+    dtypes = [jnp.dtype(operand.dtype) for operand in operands]
+    promoted = _promoted(dtypes)
+    if jnp.issubdtype(promoted, jnp.floating) and promoted.itemsize == 2:
+        return promoted
+    return _accumulate_dtype(*dtypes)
+
+
+def _accumulate_dtype(*dtypes: np.dtype) -> np.dtype:
+    promoted = _promoted(dtypes)
+    if promoted.itemsize >= 4 or promoted == jnp.bool:
+        return promoted
+    is_integer = jnp.issubdtype(promoted, jnp.integer)
+    return jnp.dtype(jnp.int32 if is_integer else jnp.float32)
+
+
+def _promoted(dtypes: Sequence[np.dtype]) -> np.dtype:
+    """The dtype that all promote to. Equal dtypes are not asked: float8 has no rule."""
+
+    def promote(a: np.dtype, b: np.dtype) -> np.dtype:
+        return a if a == b else jnp.promote_types(a, b)
+
+    return functools.reduce(promote, dtypes)
+
+
+# Axes.
+
+
+def _negative(axes: Sequence[int], ndim: int) -> list[int]:
+    return [axis - ndim if axis >= 0 else axis for axis in axes]
+
+
+def _free_size(x: ArrayFacts, contracting: Sequence[int], batch: Sequence[int]) -> int:
+    """How many rows `x` has in each product: the size of its free axes."""
+    bound = {axis % x.ndim for axis in (*contracting, *batch)}
+    return math.prod(size for axis, size in enumerate(x.shape) if axis not in bound)

@@ -1,0 +1,88 @@
+"""`explain`: what `dot_general` does with its operands on a platform, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq import formats
+from jaxq.ops._decision import plan_dot, with_kernel
+from jaxq.ops._dimension_numbers import (
+    DimensionNumbers,
+    align_matmul,
+    as_tuples,
+    check_sizes,
+)
+from jaxq.ops._operands import Operand
+from jaxq.ops._plan import Plan
+
+
+def explain(
+    lhs: Operand,
+    rhs: Operand,
+    dimension_numbers: DimensionNumbers | None = None,
+    *,
+    platform: str | None = None,
+) -> Plan:
+    """Which path `dot_general` takes, which kernel runs it, and why.
+
+    Nothing is computed or traced. A kernel runs on one device. If an operand is sharded
+    over several devices, XLA partitions a program under plain `jax.jit` and takes the
+    XLA form. Inside `jax.shard_map` each device runs the kernel.
+
+    Args:
+      lhs: array, `jax.ShapeDtypeStruct` or QTensor.
+      rhs: the same.
+      dimension_numbers: as in `dot_general`; None takes those of `matmul`.
+      platform: "cpu", "tpu", "cuda", "gpu" (the same as "cuda") or "rocm"; None takes
+        the default backend of jax.
+
+    Returns:
+      A `Plan`; print it.
+
+    Raises:
+      TypeError: contracted or batch axes differ in size, repeat or do not exist; or the
+        weight has an activation spec and the other operand is not float32, bfloat16 or
+        float16.
+      ValueError: `platform` is unknown, or the operands cannot be aligned as `matmul`
+        does, or the spec of the activation does not fit its shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> x, qt = jnp.ones((2, 32)), jaxq.quantize(jnp.eye(32), "nf4")
+      >>> print(jaxq.explain(x, qt, platform="cpu"))
+      weight_only (accumulates in float32): nf4 codes are decoded in blocks of rows
+      >>> jaxq.explain(x, jaxq.relayout(qt, "columns"), platform="tpu").kernel
+      'tpu'
+    """
+    lhs, rhs = _as_described(lhs), _as_described(rhs)
+    if dimension_numbers is None:
+        lhs, rhs, dims = align_matmul(lhs, rhs)
+    else:
+        dims = as_tuples(dimension_numbers, "explain")
+    check_sizes(lhs, rhs, dims, "explain")
+    if platform is None:
+        platform = jax.default_backend()
+    else:
+        known = ("cpu", "cuda", "gpu", "rocm", "tpu")
+        formats.check_choice("explain: platform", platform, known)
+    platform = "cuda" if platform == "gpu" else platform
+    return with_kernel(plan_dot(lhs, rhs, dims), platform, _num_devices(lhs, rhs))
+
+
+def _as_described(operand: Any) -> Any:
+    """Lists and numbers become arrays; everything with axes stays as it is."""
+    return operand if hasattr(operand, "ndim") else jnp.asarray(operand)
+
+
+def _num_devices(*operands: Any) -> int:
+    """The devices of the operand that is sharded over most of them."""
+    shardings = [
+        getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(list(operands))
+    ]
+    device_sets = [
+        sharding.device_set for sharding in shardings if hasattr(sharding, "device_set")
+    ]
+    return max((len(devices) for devices in device_sets), default=1)

@@ -1,0 +1,172 @@
+"""Static facts about the operands of a product: all that a decision may depend on.
+
+Facts are read off arrays, `jax.ShapeDtypeStruct`s and QTensors. The facts of an
+activation that is not quantized yet follow from its shape and its spec.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq import formats
+from jaxq.qtensor import Meta, QTensor, QuantSpec, check_floats
+from jaxq.qtensor._geometry import ErrorContext, describe, resolve
+
+_KERNEL_SCALES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayFacts:
+    """An array of numbers, not quantized.
+
+    Attributes:
+      shape: its sizes.
+      dtype: name of its dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodesFacts:
+    """A quantized array. Shapes of leaves are given without the batch axes.
+
+    Attributes:
+      meta: the static facts of the QTensor.
+      batch_shape: sizes of its leading batch axes.
+      scale: shape and dtype of the scales as kernels get them.
+      zero_point: shape and dtype of the zero points, or None.
+      offset: shape of the real offsets as kernels get them, float32, or None.
+      codebook: shape and dtype of the QTensor's own codebooks, or None.
+      static_range: the activation has a range from calibration.
+    """
+
+    meta: Meta
+    batch_shape: tuple[int, ...]
+    scale: jax.ShapeDtypeStruct
+    zero_point: jax.ShapeDtypeStruct | None
+    offset: jax.ShapeDtypeStruct | None
+    codebook: jax.ShapeDtypeStruct | None
+    static_range: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.batch_shape + self.meta.geometry.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that dequantizing gives."""
+        return self.meta.dtype
+
+    @property
+    def fmt(self) -> formats.Format:
+        return self.meta.spec.fmt
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero_point is None
+
+    def without_activation(self) -> CodesFacts:
+        """The same weight; the other operand stays in floats."""
+        meta = dataclasses.replace(self.meta, activation=None, outliers=None)
+        return dataclasses.replace(self, meta=meta, static_range=False)
+
+    def dequantized(self) -> ArrayFacts:
+        """The array that dequantizing gives."""
+        return ArrayFacts(self.shape, self.dtype)
+
+
+Facts = ArrayFacts | CodesFacts
+
+
+def facts_of(operand: Any) -> Facts:
+    """The facts of an array, a `jax.ShapeDtypeStruct` or a QTensor."""
+    if not isinstance(operand, QTensor):
+        return ArrayFacts(tuple(operand.shape), jnp.dtype(operand.dtype).name)
+    num_batch = len(operand.batch_shape)
+
+    def leaf_facts(leaf: Any, dtype: str | None = None) -> jax.ShapeDtypeStruct | None:
+        if leaf is None:
+            return None
+        return jax.ShapeDtypeStruct(leaf.shape[num_batch:], dtype or leaf.dtype)
+
+    scale = leaf_facts(operand.scale, _kernel_scale_dtype(operand.scale))
+    assert scale is not None
+    return CodesFacts(
+        meta=operand.meta,
+        batch_shape=operand.batch_shape,
+        scale=scale,
+        zero_point=leaf_facts(operand.zero_point),
+        offset=leaf_facts(operand.offset, "float32"),
+        codebook=leaf_facts(operand.codebook),
+        static_range=operand.input_range is not None,
+    )
+
+
+def _kernel_scale_dtype(scale: Any) -> str:
+    """Kernels read scales of 16 and 32 bits; all others are made float32 first."""
+    if isinstance(scale, QTensor) or scale.dtype.name not in _KERNEL_SCALES:
+        return "float32"
+    return scale.dtype.name
+
+
+def activation_facts(
+    x: ArrayFacts,
+    spec: QuantSpec,
+    contracting: tuple[int, ...],
+    batch: tuple[int, ...] = (),
+) -> CodesFacts:
+    """The facts of `quantize(x, spec, contracting=..., batch=...)`.
+
+    Nothing is quantized.
+
+    Raises:
+      TypeError: the dtype of `x` is not float32, bfloat16 or float16.
+      ValueError: `spec` does not fit the shape of `x`, as in `quantize`.
+    """
+    check_floats(x.dtype, x.shape, "activation", "quantize")
+    if spec.symmetric and spec.offset is None and spec.fmt.min >= 0:
+        raise ValueError(
+            f"quantize: {spec.fmt.name} has no negative numbers, and a symmetric spec "
+            "would clip all negative activations. Use symmetric=False or offset='min'."
+        )
+    geometry = resolve(
+        x.shape,
+        spec.granularity,
+        contracting,
+        batch,
+        context=ErrorContext("quantize", "activation", describe(x.dtype, x.shape)),
+        multiple=formats.codes_per_pack(spec.fmt.bits, spec.order),
+    )
+    blocks = geometry.num_blocks
+    scale_dtype = spec.scale if spec.scale in _KERNEL_SCALES else "float32"
+    zero_point = offset = codebook = None
+    if not spec.symmetric:
+        zero_point = jax.ShapeDtypeStruct(blocks, spec.fmt.code_dtype)
+    if spec.offset is not None:
+        # A mean is one number for the whole array.
+        shape = (1,) * len(blocks) if spec.offset == "mean" else blocks
+        offset = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if spec.rule.own_codebook:
+        codebook = jax.ShapeDtypeStruct((*blocks, spec.fmt.codes().size), jnp.float32)
+    return CodesFacts(
+        meta=Meta(spec, geometry, spec.order, x.dtype),
+        batch_shape=x.shape[: len(batch)],
+        scale=jax.ShapeDtypeStruct(blocks, scale_dtype),
+        zero_point=zero_point,
+        offset=offset,
+        codebook=codebook,
+    )

@@ -1,0 +1,60 @@
+"""The operands of a product: arrays, or QTensors, also inside Flax variables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.qtensor import QTensor
+from jaxq.qtensor._geometry import describe
+
+Operand = jax.typing.ArrayLike | QTensor
+
+
+def as_operands(*operands: Operand, caller: str) -> tuple[jax.Array | QTensor, ...]:
+    """QTensors, also those in Flax variables, unchanged; all else as jax arrays.
+
+    Raises:
+      TypeError: the product has a QTensor, and a numpy array would lose its dtype on
+        the way to jax.
+    """
+    values = [_value(operand) for operand in operands]
+    quantized = next((value for value in values if isinstance(value, QTensor)), None)
+    if quantized is not None:
+        for value in values:
+            if isinstance(value, np.ndarray) and _loses_dtype(value):
+                check_float_partner(value, quantized, caller)
+    return tuple(
+        value if isinstance(value, QTensor) else jnp.asarray(value) for value in values
+    )
+
+
+def _value(operand: Any) -> Any:
+    """The value of a Flax variable; every other operand unchanged."""
+    get_value = getattr(operand, "get_value", None)
+    return operand if get_value is None else get_value()
+
+
+def _loses_dtype(array: np.ndarray) -> bool:
+    return jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
+
+
+def check_float_partner(lhs: Any, rhs: Any, caller: str) -> None:
+    """Raises a TypeError if integers or float64 numbers are multiplied by a QTensor."""
+    for x, other in ((lhs, rhs), (rhs, lhs)):
+        if isinstance(x, QTensor) or not isinstance(other, QTensor):
+            continue
+        shown = describe(x.dtype.name, x.shape)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(
+                f"{caller}: {shown} cannot be multiplied by {other!r}. Pass floats, or "
+                "quantize this operand as well."
+            )
+        if x.dtype == jnp.float64:
+            raise TypeError(
+                f"{caller}: {shown} cannot be multiplied by {other!r}: products with a "
+                "QTensor are summed in float32. Pass x.astype(jnp.float32)."
+            )

@@ -1,0 +1,158 @@
+"""A quantized weight as rows `[n, k]`, the form that kernels and their XLA forms take.
+
+The kept axes of the weight are flattened to n, the contracted axes to k. `weight_rows`
+gives the arrays, `row_shapes` their shapes, and `why_not_rows` the reason if a weight
+has no such form.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxq import formats
+from jaxq.kernels import Layout, RowMeta, Rows
+from jaxq.ops._facts import CodesFacts
+from jaxq.qtensor import Geometry, Meta, QTensor, scale_values
+
+
+def weight_rows(qt: QTensor) -> tuple[Rows, RowMeta]:
+    """The rows of a QTensor without batch axes.
+
+    Scales of 16 and 32 bits keep their dtype, all others become float32.
+
+    Args:
+      qt: shape without batch axes; `why_not_rows(qt.meta)` is None.
+
+    Returns:
+      Rows with data `[n, stored bytes]` (or `[stored bytes, n]` in the layout
+      "columns") and scales `[n or 1, groups]`; and their static facts.
+    """
+    geometry = qt.meta.geometry
+    num_rows = _num_rows(geometry)
+    if geometry.flat:
+        data = qt.data.reshape(num_rows, -1)
+    else:
+        data = _flatten_kept(
+            qt.data, geometry.storage_shape[:-1], num_rows, qt.meta.layout
+        )
+    kernel_reads_scale = not isinstance(qt.scale, QTensor) and qt.scale.dtype in (
+        jnp.float32,
+        jnp.bfloat16,
+        jnp.float16,
+    )
+    scale = qt.scale if kernel_reads_scale else scale_values(qt)
+    assert not isinstance(scale, QTensor)
+    zero_point = offset = codebook = None
+    if qt.zero_point is not None:
+        zero_point = _per_row(qt.zero_point, geometry)
+    if qt.offset is not None:
+        offset = _per_row(qt.offset.astype(jnp.float32), geometry)
+    if qt.codebook is not None:
+        num_codes = qt.codebook.shape[-1]
+        entries = [_per_row(qt.codebook[..., i], geometry) for i in range(num_codes)]
+        codebook = jnp.stack(entries, axis=-1)  # [n or 1, groups, num_codes]
+    rows = Rows(data, _per_row(scale, geometry), zero_point, offset, codebook)
+    return rows, row_meta(qt.meta)
+
+
+def row_meta(meta: Meta) -> RowMeta:
+    """The static facts of the rows of a QTensor."""
+    geometry = meta.geometry
+    k = geometry.contracted_size
+    padded_k = k if geometry.flat else geometry.padded_shape[-1]
+    return RowMeta(
+        meta.spec.fmt, meta.packing, meta.pack_unit, k, padded_k, meta.layout
+    )
+
+
+def row_shapes(weight: CodesFacts) -> Rows:
+    """The shapes of `weight_rows` for a stack: each leaf has the stack's axis first."""
+    geometry = weight.meta.geometry
+    stack = math.prod(weight.batch_shape)
+    num_rows = _num_rows(geometry)
+
+    def stacked(leaf: jax.ShapeDtypeStruct | None) -> jax.ShapeDtypeStruct | None:
+        if leaf is None:
+            return None
+        num_axes = len(geometry.block_shape)
+        rows = _per_row_shape(leaf.shape[:num_axes], geometry)
+        shape = (stack, *rows, *leaf.shape[num_axes:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    stored = math.prod(weight.meta.stored_shape)
+    if geometry.flat:
+        shape = (num_rows, stored // max(num_rows, 1))
+    elif weight.meta.layout == "columns":
+        shape = (weight.meta.stored_shape[0], num_rows)
+    else:
+        shape = (num_rows, weight.meta.stored_shape[-1])
+    # Bytes: kernels take the width and the sign of the codes from the format.
+    data = jax.ShapeDtypeStruct((stack, *shape), jnp.uint8)
+    return Rows(
+        data,
+        stacked(weight.scale),
+        stacked(weight.zero_point),
+        stacked(weight.offset),
+        stacked(weight.codebook),
+    )  # pyright: ignore[reportArgumentType]
+
+
+def why_not_rows(meta: Meta) -> str | None:
+    """Why a weight cannot be cut into rows; None if it can."""
+    geometry, packing = meta.geometry, meta.packing
+    if not geometry.flat:
+        return None
+    k, block = geometry.contracted_size, geometry.block_shape[0]
+    if geometry.num_blocks != (1,) and (block is None or k % block):
+        return f"blocks of {block} run across rows of {k}"
+    codes_per_pack = formats.codes_per_pack(meta.spec.fmt.bits, packing)
+    if geometry.padded_shape != geometry.storage_shape or k % codes_per_pack:
+        return f"rows of {k} codes end inside a byte"
+    one_unit = packing is formats.Packing.HALVES and meta.pack_unit is None
+    if one_unit and k != geometry.storage_shape[0]:
+        return "codes of different rows share bytes"
+    return None
+
+
+def _num_rows(geometry: Geometry) -> int:
+    return math.prod(geometry.shape[axis] for axis in geometry.kept)
+
+
+def _flatten_kept(
+    data: jax.Array, kept_sizes: tuple[int, ...], num_rows: int, layout: Layout
+) -> jax.Array:
+    """Stored codes without the padding of the kept axes, which become one axis."""
+    unpadded = tuple(slice(size) for size in kept_sizes)
+    if layout == "columns":
+        return data[(slice(None), *unpadded)].reshape(data.shape[0], num_rows)
+    data = data[unpadded]
+    return data.reshape(num_rows, data.shape[-1])
+
+
+def _per_row(leaf: jax.Array, geometry: Geometry) -> jax.Array:
+    """`[*num_blocks] -> [n, groups]`; `[1, groups]` if all rows share the values."""
+    num_rows = _num_rows(geometry)
+    if geometry.flat:
+        return leaf.reshape(1, 1) if leaf.size == 1 else leaf.reshape(num_rows, -1)
+    if all(size == 1 for size in leaf.shape[:-1]):
+        return leaf.reshape(1, leaf.shape[-1])
+    blocks = zip(geometry.block_shape[:-1], geometry.storage_shape, strict=False)
+    for axis, (block, size) in enumerate(blocks):
+        if block != 1 and leaf.shape[axis] != size:
+            repeated = jnp.repeat(leaf, block or size, axis=axis)
+            leaf = repeated[(slice(None),) * axis + (slice(size),)]
+    return leaf.reshape(num_rows, leaf.shape[-1])
+
+
+def _per_row_shape(shape: tuple[int, ...], geometry: Geometry) -> tuple[int, int]:
+    """The shape that `_per_row` gives for a leaf of `shape`."""
+    num_rows = _num_rows(geometry)
+    if geometry.flat:
+        size = math.prod(shape)
+        return (1, 1) if size == 1 else (num_rows, size // max(num_rows, 1))
+    if all(size == 1 for size in shape[:-1]):
+        return 1, shape[-1]
+    return num_rows, shape[-1]
