@@ -47,7 +47,9 @@ def _closed(jaxpr: Any) -> Any:
     return jex.core.ClosedJaxpr(jaxpr, ())
 
 
-def _jit(evaluate: Evaluate, equation: Any, args: list, policy: Policy) -> Sequence:
+def _jit_call(
+    evaluate: Evaluate, equation: Any, args: list, policy: Policy
+) -> Sequence:
     params = equation.params
 
     def call(*args):
@@ -65,7 +67,9 @@ def _plain_call(
     return evaluate(_closed(jaxpr), args, policy)
 
 
-def _remat(evaluate: Evaluate, equation: Any, args: list, policy: Policy) -> Sequence:
+def _remat_call(
+    evaluate: Evaluate, equation: Any, args: list, policy: Policy
+) -> Sequence:
     params = equation.params
     jaxpr = _closed(params["jaxpr"])
 
@@ -78,7 +82,7 @@ def _remat(evaluate: Evaluate, equation: Any, args: list, policy: Policy) -> Seq
     return remat(*args)
 
 
-def _shard_map(
+def _shard_map_call(
     evaluate: Evaluate, equation: Any, args: list, policy: Policy
 ) -> Sequence:
     params = equation.params
@@ -98,7 +102,9 @@ def _shard_map(
     return mapped(*args)
 
 
-def _scan(evaluate: Evaluate, equation: Any, args: list, policy: Policy) -> Sequence:
+def _scan_call(
+    evaluate: Evaluate, equation: Any, args: list, policy: Policy
+) -> Sequence:
     params = equation.params
     if "ft_in" in params:  # jax 0.11
         consts, carry, xs = map(list, params["ft_in"].update(args).unpack())
@@ -115,7 +121,9 @@ def _scan(evaluate: Evaluate, equation: Any, args: list, policy: Policy) -> Sequ
     return [*carry, *ys]
 
 
-def _while(evaluate: Evaluate, equation: Any, args: list, policy: Policy) -> Sequence:
+def _while_call(
+    evaluate: Evaluate, equation: Any, args: list, policy: Policy
+) -> Sequence:
     params = equation.params
     first = params["cond_nconsts"]
     last = first + params["body_nconsts"]
@@ -130,7 +138,9 @@ def _while(evaluate: Evaluate, equation: Any, args: list, policy: Policy) -> Seq
     return lax.while_loop(cond, body, init)
 
 
-def _cond(evaluate: Evaluate, equation: Any, args: list, policy: Policy) -> Sequence:
+def _cond_call(
+    evaluate: Evaluate, equation: Any, args: list, policy: Policy
+) -> Sequence:
     def emulated(jaxpr):
         return lambda *args: evaluate(jaxpr, args, policy)
 
@@ -138,7 +148,7 @@ def _cond(evaluate: Evaluate, equation: Any, args: list, policy: Policy) -> Sequ
     return lax.switch(args[0], branches, *args[1:])
 
 
-def _custom_jvp(
+def _custom_jvp_call(
     evaluate: Evaluate, equation: Any, args: list, policy: Policy
 ) -> Sequence:
     arrays, rebuild = _traced_leaves(policy)
@@ -156,7 +166,7 @@ def _custom_jvp(
     return rounded(arrays, *args)
 
 
-def _custom_vjp(
+def _custom_vjp_call(
     evaluate: Evaluate, equation: Any, args: list, policy: Policy
 ) -> Sequence:
     arrays, rebuild = _traced_leaves(policy)
@@ -176,7 +186,9 @@ def _custom_vjp(
     return rounded(arrays, *args)
 
 
-def _kernel(evaluate: Evaluate, equation: Any, args: list, policy: Policy) -> Sequence:
+def _kernel_form_call(
+    evaluate: Evaluate, equation: Any, args: list, policy: Policy
+) -> Sequence:
     """Evaluates the XLA form of a kernel's product, whose primitives are rounded."""
     form = kernels.FORMS[equation.primitive.name]
     call = functools.partial(form, call=equation.params["call"])
@@ -184,20 +196,20 @@ def _kernel(evaluate: Evaluate, equation: Any, args: list, policy: Policy) -> Se
 
 
 CALLS: dict[str, Call] = {
-    "checkpoint": _remat,
+    "checkpoint": _remat_call,
     "closed_call": _plain_call,
-    "cond": _cond,
+    "cond": _cond_call,
     "core_call": _plain_call,
-    "custom_jvp_call": _custom_jvp,
-    "custom_vjp_call": _custom_vjp,
-    "jit": _jit,
-    "pjit": _jit,
-    "quantized_matmul": _kernel,
-    "quantized_matmul_tangent": _kernel,
-    "remat2": _remat,
-    "scan": _scan,
-    "shard_map": _shard_map,
-    "while": _while,
+    "custom_jvp_call": _custom_jvp_call,
+    "custom_vjp_call": _custom_vjp_call,
+    "jit": _jit_call,
+    "pjit": _jit_call,
+    "quantized_matmul": _kernel_form_call,
+    "quantized_matmul_tangent": _kernel_form_call,
+    "remat2": _remat_call,
+    "scan": _scan_call,
+    "shard_map": _shard_map_call,
+    "while": _while_call,
 }
 
 

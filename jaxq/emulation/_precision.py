@@ -61,7 +61,9 @@ class Precision:
         modes = [mode for mode in formats.ROUNDING_MODES if mode != "stochastic"]
         formats.check_choice("Precision: rounding", self.rounding, modes)
         e, m = self.exponent_bits, self.mantissa_bits
-        if (_is_int(e) and not 1 <= e <= 11) or (_is_int(m) and not 0 <= m <= 52):
+        if (_is_static_int(e) and not 1 <= e <= 11) or (
+            _is_static_int(m) and not 0 <= m <= 52
+        ):
             raise ValueError(
                 "Precision: exponent_bits must be 1 to 11 and mantissa_bits 0 to 52, "
                 f"got exponent_bits={e!r} and mantissa_bits={m!r}."
@@ -116,7 +118,7 @@ class Precision:
         It is True if a number of the precision is traced.
         """
         numbers = (self.exponent_bits, self.mantissa_bits, self._bias)
-        if not all(_is_int(n) for n in numbers):
+        if not all(_is_static_int(n) for n in numbers):
             return True
         info = jnp.finfo(dtype)
         if self.largest is not None:
@@ -143,7 +145,7 @@ class Precision:
             return self.largest
         info = jnp.finfo(dtype)
         max_exponent = info.maxexp - 1
-        if _is_int(self._bias) and _is_int(self.mantissa_bits):
+        if _is_static_int(self._bias) and _is_static_int(self.mantissa_bits):
             largest = (2 - 2.0**-self.mantissa_bits) * 2.0**self._bias
             return min(largest, float(info.max))
         # Traced numbers need bit patterns, since XLA's power of two is not exact.
@@ -196,7 +198,9 @@ class Precision:
         return formats.round_to_float(
             x,
             mantissa_bits=self.mantissa_bits,
-            min_exponent=max(low, lowest) if _is_int(low) else jnp.maximum(low, lowest),
+            min_exponent=max(low, lowest)
+            if _is_static_int(low)
+            else jnp.maximum(low, lowest),
             largest=self._largest(x.dtype),
             overflow=self.overflow,
             rounding=self.rounding,
@@ -300,7 +304,7 @@ def _straight_through_jvp(primals, tangents):
     return straight_through(*primals), tangents[0]
 
 
-def _is_int(value: Any) -> bool:
+def _is_static_int(value: Any) -> bool:
     return isinstance(value, int | np.integer)
 
 

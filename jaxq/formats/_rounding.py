@@ -235,7 +235,7 @@ def _round_magnitude(
     if residual is None:
         rounded = shift_right(significand, shift, grid.rounding, grid.key)
     else:
-        # Two more bits hold what lies between x and the next float.
+        # Two more bits hold the distance of the true value from x.
         extended = (significand << 2) + residual.astype(carrier.unsigned)
         rounded = shift_right(extended, shift + 2, grid.rounding, grid.key)
     # The implicit bit in the shifted number adds one to the exponent field, and a carry

@@ -144,10 +144,10 @@ def test_fixed_point_example():
             lambda: SignMagnitudeFormat("mine", 1),
             "width must be 2 to 8 bits, got num_bits=1",
         ),
-        (lambda: FixedPointFormat("mine", 12, 4), "at most 16 with the sign"),
+        (lambda: FixedPointFormat("mine", 12, 4), "at most 16 bits with the sign"),
         (lambda: FixedPointFormat("mine", -1, 4), "must not be negative"),
         (lambda: FixedPointFormat("mine", 0, 0), "got integer_bits=0"),
-        (lambda: get("q12.12"), "at most 16 with the sign"),
+        (lambda: get("q12.12"), "at most 16 bits with the sign"),
     ],
 )
 def test_invalid_fixed_point_formats_raise(make, message):
