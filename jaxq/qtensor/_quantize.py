@@ -167,8 +167,8 @@ def _keys_of_levels(
     num_keys = sum(is_stochastic)
     if num_keys == 0 or key is None:
         return (None,) * len(is_stochastic)
-    # One stochastic level uses the key itself, so that the codes of a spec without
-    # nested stochastic rounding do not depend on the number of its levels.
+    # A single stochastic level uses the key itself. So the codes of a spec stay the same
+    # if its scale becomes a QuantSpec that rounds to nearest.
     keys = iter([key] if num_keys == 1 else jax.random.split(key, num_keys))
     return tuple(next(keys) if stochastic else None for stochastic in is_stochastic)
 
@@ -192,7 +192,7 @@ def _quantize_level(
       keys: one key or None for each level of `spec`.
       bounds: (low, high), float32 `[*batch, *num_blocks]`, or None.
       signs_of_infinities: array like `x` with the sign of each infinity, 0 elsewhere.
-      is_scale: True if `x` holds scales. A positive scale must not become 0, and a NaN
+      is_scale: True if `x` holds positive scales. They must not become 0, and a NaN
         must not change the scale of its block if the format has a NaN.
     """
     view = geometry.to_view(x)
@@ -292,9 +292,9 @@ def _store_scale(
         context=ErrorContext("quantize", "scale", array),
         multiple=formats.codes_per_pack(spec.scale.fmt.bits, spec.scale.order),
     )
-    return _quantize_level(
-        scale, spec.scale, scale_geometry, keys, is_scale=spec.scale.offset is None
-    )
+    # With a mean as offset, codes are differences from the mean, and 0 is allowed.
+    is_scale = spec.scale.offset is None
+    return _quantize_level(scale, spec.scale, scale_geometry, keys, is_scale=is_scale)
 
 
 def _store_minimum(

@@ -45,6 +45,12 @@ class ScaleRule:
         rules that round.
       codebook: the function `(y, signs, geometry) -> codebook` that computes a table of
         values for every block. None if the codes stand for the format's own values.
+
+    Example:
+      >>> import jaxq
+      >>> rule = jaxq.QuantSpec("ternary", scale_rule="twn").rule
+      >>> rule.has_threshold, rule.own_codebook
+      (True, False)
     """
 
     name: str

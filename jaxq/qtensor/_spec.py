@@ -206,6 +206,11 @@ def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
     Raises:
       ValueError: the granularity has scales of blocks inside a row, or the scale
         depends on more than the range.
+
+    Example:
+      >>> import jaxq
+      >>> jaxq.qtensor.as_static(jaxq.presets()["int8"], "quantize").granularity
+      PerTensor()
     """
     if not isinstance(spec.granularity, PerTensor | PerToken | PerChannel):
         raise ValueError(
