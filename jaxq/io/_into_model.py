@@ -13,13 +13,19 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxq import nn
 from jaxq.io._model_arrays import (
     array_leaves,
     input_transforms_of,
     is_array,
     path_name,
     value_of,
+)
+from jaxq.nn import find_layers
+from jaxq.nn.layers import (
+    QuantizedParam,
+    put_weight,
+    replace_variables,
+    weight_axes,
 )
 from jaxq.qtensor import QTensor
 
@@ -69,7 +75,7 @@ _Layers = dict[int, list[tuple[Any, Any]]]
 
 def _layers_by_weight(model: Any) -> _Layers:
     layers: _Layers = {}
-    for _, layer, kind in nn.find_layers(model):
+    for _, layer, kind in find_layers(model):
         weight = getattr(layer, kind.weight)
         layers.setdefault(id(weight), []).append((layer, kind))
     return layers
@@ -143,7 +149,7 @@ def _description(qt: QTensor) -> tuple:
 def _layer_problems(layers: list[tuple[Any, Any]], value: QTensor) -> list[str]:
     """Why the layers of a float weight cannot take a quantized one."""
     if not layers:
-        return ["quantized in the file, but in no layer jaxq knows"]
+        return ["quantized in the file, but not the weight of a layer that jaxq knows"]
     problems = [
         kind.problem(layer) or _axes_problem(layer, kind, value)
         for layer, kind in layers
@@ -154,7 +160,7 @@ def _layer_problems(layers: list[tuple[Any, Any]], value: QTensor) -> list[str]:
 def _axes_problem(layer: Any, kind: Any, value: QTensor) -> str | None:
     """Why the axes of a quantized weight are not those of the layer."""
     try:
-        contracting, batch = nn.weight_axes(layer, kind)
+        contracting, batch = weight_axes(layer, kind)
     except ValueError as error:
         return str(error)
     same_axes = set(contracting) == set(value.meta.geometry.contracted)
@@ -184,14 +190,14 @@ def _put_variables(
         if is_array(variable):
             continue
         if isinstance(value, QTensor) and not isinstance(variable.get_value(), QTensor):
-            weight = nn.QuantizedParam(value)
+            weight = QuantizedParam(value)
             replaced[id(variable)] = weight
             for layer, kind in layers[id(variable)]:
-                nn.put_weight(layer, kind, weight)
+                put_weight(layer, kind, weight)
         else:
             variable.set_value(value)
     # A Variable can also be an attribute outside its layers.
-    nn.replace_variables(model, replaced)
+    replace_variables(model, replaced)
 
 
 def _put_array(node: Any, path: tuple, value: Any) -> Any:

@@ -71,7 +71,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
       >>> jaxq.save(path, qmodel)
       >>> loaded = jaxq.load(path, into=nnx.Linear(64, 8, rngs=nnx.Rngs(1)))
       >>> loaded.kernel[...]
-      QTensor(int8[64x8], PerChannel, scale=float32, 8.5 bits, float32)
+      QTensor(int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
     """
     contents = read_contents(path, caller="load")
     transforms = contents.notes.get("transforms")

@@ -228,7 +228,7 @@ def _join_bins(counts: Count, times: jax.Array) -> Count:
       times: int32 `[*channels]`.
     """
     bins = counts.low.shape[-1]
-    # After so many joins only the first bin can hold anything.
+    # After this many joins all numbers are in the first bin.
     times = jnp.minimum(times, (bins - 1).bit_length())
     counts = _numbers.varying_like(counts, times)
 

@@ -5,7 +5,7 @@ are measured in units of the largest number, so the choice for 2^k x is that for
 
 For a state, the numbers of a bin are treated as spread evenly over the bin. The mean
 error over a bin is then an integral in closed form. So bins that are wider than a step
-of the format are no problem. For an array, the error of each number is measured.
+of the format do no harm. For an array, the error of each number is measured.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from jaxq.observers._histogram import Histogram, ascending
 from jaxq.observers._observer import enclose
 from jaxq.observers._range import range_of
 
-# If a bin is narrower than this, in steps of the format, its middle stands for its
-# numbers. The difference of two integrals would be lost in rounding.
+# If a bin is narrower than this, in steps of the format, its numbers are
+# treated as its middle. The difference of two integrals would be lost in rounding.
 _NARROW = np.float32(2.0**-8)
 
 

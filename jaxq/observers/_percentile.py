@@ -48,7 +48,7 @@ class PercentileState(NamedTuple):
       counts: `[*channels, 2, buckets]`, of positive and of negative numbers.
       exact: float32 `[*channels, 3]`, the percentile of the magnitudes, and the lower
         and the upper one of the numbers. Valid while `batches` is 1, otherwise 0.
-      batches: uint32 `[*channels]`, the number of batches; 2 stands for 2 or more.
+      batches: uint32 `[*channels]`, the number of batches; 2 means 2 or more.
     """
 
     seen: Seen
@@ -330,7 +330,7 @@ def percentile(
     `a[ceil(p / 100 * n) - 1]`, at least a[0]. For ranges that are not symmetric, each
     end leaves out `(100 - p) / 2` percent, and "nearest_rank" counts from that end.
 
-    `bounds_of` is exact, and so is a state of one batch. A state of several batches has
+    `bounds_of` and a state of one batch are exact. A state of several batches has
     counts of buckets, each 2^-mantissa_bits of a power of two wide, and interpolates
     within a bucket. p = 100 is always exact.
 

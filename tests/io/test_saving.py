@@ -281,7 +281,7 @@ def test_a_quantized_weight_in_another_role(path):
 
     jaxq.save(path, quantized())
     with pytest.raises(
-        ValueError, match="kernel: quantized in the file, but in no layer jaxq knows"
+        ValueError, match="kernel: quantized in the file, but not the weight of a layer"
     ):
         jaxq.load(path, into=Own())
     other = nnx.Einsum("bn,kn->bk", (40, 8), (8,), rngs=nnx.Rngs(0))

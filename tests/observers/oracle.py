@@ -1,4 +1,4 @@
-"""Independent numpy references, in float64 and one step at a time."""
+"""Independent references of the observers in numpy, in float64."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def entropy_divergence(h, i, levels):
-    """D_i of TensorRT's steps for counts h of magnitudes, told in so many levels."""
+    """D_i of TensorRT's steps, for counts h of magnitudes and a number of levels."""
     h = np.asarray(h, np.float64)
     p, kept = h[:i].copy(), h[:i]
     p[-1] += h[i:].sum()
@@ -22,7 +22,10 @@ def entropy_divergence(h, i, levels):
 
 
 def entropy_levels(fmt, symmetric, positive, negative):
-    """How many levels magnitudes have, of numbers that reach so many bins to either side."""
+    """How many levels magnitudes have.
+
+    `positive` and `negative` are the numbers of bins in use on each side.
+    """
     values = fmt.values()
     if symmetric:
         return int((values >= 0).sum())
@@ -31,7 +34,10 @@ def entropy_levels(fmt, symmetric, positive, negative):
 
 
 def counted(x, bins):
-    """(width, counts of |x|) in the narrowest bins of a power of two that hold all of it."""
+    """Width and counts of |x| in the narrowest bins that hold it.
+
+    The width is a power of two.
+    """
     magnitude = np.abs(np.asarray(x, np.float64)).ravel()
     width = 2.0**-149
     while math.floor(magnitude.max() / width) >= bins:
@@ -40,7 +46,7 @@ def counted(x, bins):
 
 
 def entropy_threshold(x, bins, fmt, symmetric=True):
-    """The threshold on |x| of least divergence; the last of equals, and never beyond the largest."""
+    """The threshold on |x| of least divergence; of equals the last, at most max |x|."""
     x = np.asarray(x)
     width, h = counted(x, bins)
     used = int(np.flatnonzero(h)[-1]) + 1

@@ -1,4 +1,4 @@
-"""One table: every observer times every promise of `Observer`."""
+"""One table: every observer is tested for every promise of `Observer`."""
 
 import functools
 import json
@@ -12,9 +12,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxq import observers
+from tests.arrays import assert_same
 from tests.tables import thinned
 
-# Few bins, for int4: 8 levels.
+# Few bins suffice for int4, which has 8 levels from 0 up.
 FACTORIES = {
     "minmax": observers.minmax,
     "absmax": observers.absmax,
@@ -30,15 +31,17 @@ FACTORIES = {
     "mse": lambda axis=None: observers.mse(grid=20, bins=64, axis=axis),
     "entropy": lambda axis=None: observers.entropy(64, axis=axis),
 }
-# histogram counts as mse and entropy do, and has tests of its own.
+# histogram has the state of mse and entropy, and tests of its own.
 RARE = ("histogram", "moving_average_corrected", "percentile_nearest_rank")
 COMMON = [name for name in FACTORIES if name not in RARE]
 CHANNELS = 4
 SHAPE = (3, 10, CHANNELS)
 over_observers = pytest.mark.parametrize("name", thinned(FACTORIES, COMMON))
-STATES = [name for name in COMMON if name != "mse"]  # which keeps the state of entropy
+# mse has the state of entropy.
+STATES = [name for name in COMMON if name != "mse"]
 over_states = pytest.mark.parametrize("name", thinned(FACTORIES, STATES))
-# Nearly all of the time goes into compiling: arrays are of one shape, and most tests keep channels.
+# Nearly all of the time is compilation. So all arrays have one shape, and most tests
+# keep channels.
 BOTH = [(name, axis) for name in FACTORIES for axis in (-1, None)]
 over_both = pytest.mark.parametrize(
     ("name", "axis"), thinned(BOTH, [(name, -1) for name in COMMON])
@@ -66,20 +69,17 @@ def observed(obs, *xs, where=None):
 
 
 def scanned(obs, x):
-    return lax.scan(
-        lambda state, one: (obs.update(state, one), None), obs.init(x[0]), x
-    )[0]
+    def step(state, batch):
+        return obs.update(state, batch), None
+
+    return lax.scan(step, obs.init(x[0]), x)[0]
 
 
 def both(obs, state):
     """Symmetric and asymmetric bounds, one array."""
-    return np.stack(
-        [
-            np.asarray(b)
-            for s in (True, False)
-            for b in obs.bounds(state, FORMAT, symmetric=s)
-        ]
-    )
+    symmetric = obs.bounds(state, FORMAT)
+    asymmetric = obs.bounds(state, FORMAT, symmetric=False)
+    return np.stack([np.asarray(bound) for bound in (*symmetric, *asymmetric)])
 
 
 @functools.cache
@@ -87,16 +87,7 @@ def bounds_inside(obs):
     return jax.jit(lambda state: obs.bounds(state, FORMAT))
 
 
-def assert_equal(a, b):
-    """Equal to the bit, leaf by leaf."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        u, v = np.asarray(u), np.asarray(v)
-        assert (u.dtype, u.shape) == (v.dtype, v.shape)
-        np.testing.assert_array_equal(u.view(np.uint32), v.view(np.uint32))
-
-
-def ordered_one(name):
+def depends_on_order(name):
     return name.startswith("moving_average")
 
 
@@ -146,7 +137,7 @@ def test_bounds(name, axis):
 def test_state_has_static_shape(name, axis):
     obs, x = FACTORIES[name](axis=axis), batches()
     state = obs.init(jax.ShapeDtypeStruct(SHAPE[1:], jnp.float32))
-    assert_equal(state, obs.init(x[0]))
+    assert_same(state, obs.init(x[0]))
     new = obs.update(state, x[0])
     assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(
         lambda a: (a.shape, a.dtype), state
@@ -169,29 +160,29 @@ def test_scan_and_jit_are_eager(name, axis):
 
     state = observed(obs, *x)
     eager = state, obs.bounds(state, FORMAT), obs.bounds(state, FORMAT, symmetric=False)
-    assert_equal(inside(x), eager)
+    assert_same(inside(x), eager)
 
 
 @over_states
 def test_channels_are_independent(name):
-    # A channel's statistics are those of its numbers alone, which is also what vmap makes.
+    # The statistics of a channel depend on its numbers alone, as under vmap.
     make, x = FACTORIES[name], batches()
     mapped = jax.jit(jax.vmap(functools.partial(scanned, make()), in_axes=-1))(x)
-    assert_equal(observed(make(axis=-1), *x), mapped)
+    assert_same(observed(make(axis=-1), *x), mapped)
 
 
 @over_both
 def test_merging_in_any_order(name, axis):
     obs, x = FACTORIES[name](axis=axis), batches()
-    a, b, c = (observed(obs, one) for one in x)
+    a, b, c = (observed(obs, batch) for batch in x)
     left, right = obs.merge(obs.merge(a, b), c), obs.merge(a, obs.merge(c, b))
-    if ordered_one(name):
+    if depends_on_order(name):
         np.testing.assert_allclose(both(obs, left), both(obs, right), rtol=1e-6)
         return
-    assert_equal(left, right)
-    assert_equal(left, observed(obs, *x))
-    assert_equal(left, observed(obs, x[2], x[0], x[1]))
-    assert_equal(obs.merge(left, obs.init(x[0])), left)
+    assert_same(left, right)
+    assert_same(left, observed(obs, *x))
+    assert_same(left, observed(obs, x[2], x[0], x[1]))
+    assert_same(obs.merge(left, obs.init(x[0])), left)
 
 
 @pytest.mark.parametrize(
@@ -210,25 +201,25 @@ def test_merging_across_devices(name, axis):
     )
     state = jax.device_get(across(jax.device_put(x, NamedSharding(mesh, spec))))
     expected = observed(obs, x[0])
-    for one in x[1:]:
-        expected = obs.merge(expected, observed(obs, one))
-    if ordered_one(name):
+    for batch in x[1:]:
+        expected = obs.merge(expected, observed(obs, batch))
+    if depends_on_order(name):
         np.testing.assert_allclose(both(obs, state), both(obs, expected), rtol=1e-6)
     else:
-        assert_equal(state, expected)
+        assert_same(state, expected)
 
 
 @over_states
 def test_mask(name):
-    # Padding that would show: as if it had not been there. NaN is not there either, but counted.
+    # Masked numbers change nothing, whatever they are. NaN is only counted.
     obs, x = FACTORIES[name](axis=-1), batches()
     state = observed(obs, *np.where(MASK, x, np.float32(1e6)), where=MASK)
-    assert_equal(
+    assert_same(
         state, observed(obs, *np.where(MASK, x, np.float32(np.inf)), where=MASK)
     )
     without = observed(obs, *np.where(MASK, x, np.float32(np.nan)))
-    assert_equal(state._replace(seen=None), without._replace(seen=None))
-    assert_equal(state.seen.finite, without.seen.finite)
+    assert_same(state._replace(seen=None), without._replace(seen=None))
+    assert_same(state.seen.finite, without.seen.finite)
     assert np.asarray(without.seen.nan.low).tolist() == [9] * CHANNELS
     assert np.asarray(state.seen.nan.low).tolist() == [0] * CHANNELS
 
@@ -236,13 +227,13 @@ def test_mask(name):
 @over_states
 def test_narrow_inputs(name):
     obs, x = FACTORIES[name](axis=-1), batches().astype(jnp.bfloat16)
-    assert_equal(observed(obs, *x), observed(obs, *x.astype(np.float32)))
+    assert_same(observed(obs, *x), observed(obs, *x.astype(np.float32)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
 def test_other_narrow_inputs(dtype):
     obs, x = observers.minmax(axis=-1), batches().astype(dtype)
-    assert_equal(observed(obs, *x), observed(obs, *x.astype(np.float32)))
+    assert_same(observed(obs, *x), observed(obs, *x.astype(np.float32)))
 
 
 @over_observers
@@ -280,13 +271,13 @@ CONSTANTS = [
 
 @over_observers
 def test_constants(name):
-    # The range of one number repeated ends at it, whatever its size.
+    # If all numbers are equal, the range ends at that number.
     obs = FACTORIES[name](axis=-1)
     for constants in np.float32(CONSTANTS).reshape(-1, CHANNELS):
         x = np.broadcast_to(constants, SHAPE[1:])
         state, size = observed(obs, x, x), np.abs(constants)
-        for found in (obs.bounds(state, FORMAT), obs.bounds_of(x, FORMAT)):
-            np.testing.assert_array_equal(np.asarray(found), [-size, size])
+        for bounds in (obs.bounds(state, FORMAT), obs.bounds_of(x, FORMAT)):
+            np.testing.assert_array_equal(np.asarray(bounds), [-size, size])
         low, high = -size, size
         if name != "absmax":
             low, high = (
@@ -302,14 +293,14 @@ def test_constants(name):
 def test_empty_batches_change_nothing(name):
     obs, x = FACTORIES[name](axis=-1), batches()
     state = observed(obs, *x)
-    assert_equal(obs.update(state, x[0, :0]), state)
-    assert_equal(obs.update(state, x[0], where=MASK & False), state)
+    assert_same(obs.update(state, x[0, :0]), state)
+    assert_same(obs.update(state, x[0], where=MASK & False), state)
     first = obs.update(obs.init(x), x[0, :0])
-    assert_equal(first, obs.init(x))
+    assert_same(first, obs.init(x))
 
 
 @over_observers
-def test_nothing_seen(name):
+def test_channels_without_a_number_have_no_bounds(name):
     obs, x = FACTORIES[name](axis=-1), batches()
     with pytest.raises(
         ValueError,
@@ -333,21 +324,21 @@ def test_nothing_seen(name):
 
 
 @over_observers
-def test_what_is_not_finite_is_told(name):
+def test_numbers_that_are_not_finite_are_reported(name):
     obs, x = FACTORIES[name](axis=-1), batches()
     clean, dirty = observed(obs, *x, where=MASK), np.where(MASK, x, np.float32(np.nan))
     dirty[0, 8, 2], dirty[1, 9, 2] = np.inf, -np.inf
     state = observed(obs, *dirty)
-    told = r"34 NaN and 2 infinities were observed in 4 of 4 channels"
-    with pytest.raises(ValueError, match=told):
+    message = r"34 NaN and 2 infinities were observed in 4 of 4 channels"
+    with pytest.raises(ValueError, match=message):
         obs.bounds(state, FORMAT)
     assert np.isnan(bounds_inside(obs)(state)).all()
-    assert_equal(
+    assert_same(
         obs.bounds(state, FORMAT, on_nonfinite="ignore"), obs.bounds(clean, FORMAT)
     )
     with pytest.raises(ValueError, match=r"bounds_of: 11 NaN and 1 infinities"):
         obs.bounds_of(dirty[0], FORMAT)
-    with pytest.raises(ValueError, match=told):  # once seen it stays known
+    with pytest.raises(ValueError, match=message):  # a merge keeps the counts
         obs.bounds(obs.merge(clean, state), FORMAT)
 
 
@@ -419,6 +410,5 @@ def test_states_of_other_observers_are_refused():
     ):
         with pytest.raises(ValueError, match="the state is not of .*other settings"):
             use()
-    assert (
-        observers.percentile(50.0, mantissa_bits=2).bounds(state)[1] == 1
-    )  # which share is asked for is no setting
+    # The percentage is not part of the state.
+    assert observers.percentile(50.0, mantissa_bits=2).bounds(state)[1] == 1

@@ -1,4 +1,4 @@
-"""TensorRT's steps against a loop-by-loop oracle."""
+"""The thresholds of `entropy` against an oracle that follows TensorRT's steps."""
 
 import functools
 
@@ -17,7 +17,7 @@ SIZE = 3000
 
 
 def data() -> np.ndarray:
-    """Rows of one shape: distributions with and without outliers, gaps and repeated numbers."""
+    """Rows with and without outliers, gaps and repeated numbers."""
     random = np.random.default_rng(0)
     rows = [
         random.standard_normal(SIZE),
@@ -51,12 +51,13 @@ def test_thresholds(name, symmetric):
     obs = observers.entropy(bins, axis=0)
     state = obs.update(obs.init(x), x)
     low, high = (np.asarray(b) for b in obs.bounds(state, name, symmetric=symmetric))
-    found = np.maximum(-low, high)
+    threshold = np.maximum(-low, high)
     expected = np.float32(
         [oracle.entropy_threshold(row, bins, fmt, symmetric) for row in x]
     )
-    np.testing.assert_array_equal(found, expected)
-    assert (found < np.abs(x).max(axis=1)).any(), "no row is clipped: this says little"
+    np.testing.assert_array_equal(threshold, expected)
+    # Without a clipped row this test would say little.
+    assert (threshold < np.abs(x).max(axis=1)).any()
     if not symmetric:
         np.testing.assert_array_equal(
             low, np.maximum(np.minimum(x.min(axis=1), 0), -expected)
@@ -64,15 +65,15 @@ def test_thresholds(name, symmetric):
         np.testing.assert_array_equal(
             high, np.minimum(np.maximum(x.max(axis=1), 0), expected)
         )
-    of = obs.bounds_of(x, name, symmetric=symmetric)
-    np.testing.assert_array_equal(np.stack(of), np.stack([low, high]))
+    bounds = obs.bounds_of(x, name, symmetric=symmetric)
+    np.testing.assert_array_equal(np.stack(bounds), np.stack([low, high]))
 
 
 def test_numbers_of_levels():
     int8, uint4 = formats.get("int8"), formats.get("uint4")
     assert oracle.entropy_levels(int8, True, 9, 9) == 128
     assert oracle.entropy_levels(uint4, True, 9, 0) == 16
-    # Codes with a zero point: all for one side, half where both reach as far.
+    # Codes with a zero point: all codes for one side, or half of them for each.
     assert [
         oracle.entropy_levels(uint4, False, *reach)
         for reach in ((9, 0), (0, 9), (9, 9))
@@ -83,8 +84,8 @@ def test_numbers_of_levels():
     assert _entropy._num_levels_range(int8, False) == (128, 256)
 
 
-def test_divergences_are_the_oracles():
-    # The histogram of the published example's size: 16 bins, 4 levels; gaps, and mass beyond them.
+def test_the_best_bin_is_the_oracles():
+    # 16 bins and 4 levels, as in the published example, with gaps and counts beyond.
     h = np.array([90, 60, 41, 30, 22, 14, 9, 0, 4, 3, 1, 2, 0, 0, 0, 1], np.uint32)
     divergences = [
         oracle.entropy_divergence(h, i, 4) if i >= 4 else np.inf for i in range(17)
@@ -95,15 +96,14 @@ def test_divergences_are_the_oracles():
     )
     best, used = search(_numbers.as_count(jnp.asarray(both)))
     assert (int(best), int(used)) == (int(np.argmin(divergences)), 16)
-    assert np.isinf(
-        divergences[13]
-    )  # its last bin holds nothing, and there is mass beyond it
-    # Sizes of counts do not matter: 2^33 times as many.
+    # Bin 13 is empty, and there are counts beyond it.
+    assert np.isinf(divergences[13])
+    # Counts that are 2^33 times as large give the same bin.
     many = _numbers.Count(jnp.zeros((2, 16), jnp.uint32), jnp.asarray(both * 2))
     assert int(search(many)[0]) == int(best)
 
 
-def test_what_is_told_exactly_is_kept():
+def test_numbers_without_loss_are_not_clipped():
     search = jax.jit(
         functools.partial(_entropy.best_bin, fmt=formats.get("int4"), symmetric=True)
     )

@@ -1,4 +1,4 @@
-"""The range of least error: never worse than the extremes, and close to the best there is."""
+"""The range of `mse`: no worse than the extremes, and close to the best candidate."""
 
 import numpy as np
 import pytest
@@ -62,13 +62,13 @@ def test_the_best_of_all_candidates(name, symmetric, power):
     )
     for i, x in enumerate(X):
         errors = candidates(x, fmt, symmetric, power)
-        # float32 sums and a tie rounded the other way may choose among equals.
+        # float32 sums may choose another one of nearly equal candidates.
         error = oracle.quantization_error(
             x, exact[0, i], exact[1, i], fmt, symmetric, power
         )
         assert error <= errors.min() * (1 + 1e-3)
         assert error <= errors[0] * (1 + 1e-6)
-        # A histogram knows the numbers to a bin.
+        # A histogram knows only the bin of each number.
         error = oracle.quantization_error(
             x, streamed[0, i], streamed[1, i], fmt, symmetric, power
         )
@@ -80,14 +80,14 @@ def test_the_format_decides():
     obs = observers.mse(axis=0)
     state = obs.update(obs.init(X), X)
     int4, int8 = (np.asarray(obs.bounds(state, fmt)[1]) for fmt in ("int4", "int8"))
-    assert int4[0] < int8[0]  # of normal numbers: fewer levels clip more
+    assert int4[0] < int8[0]  # with fewer levels more is clipped
 
 
 @pytest.mark.heavy
-def test_other_grids_reach_no_farther_than_they_say():
+def test_shrink_limits_the_candidates():
     obs = observers.mse(2.4, grid=80, shrink=0.8)
     x = np.concatenate([NORMAL, np.float32([1e4])])
-    # With 2.4 the outlier decides.
+    # With the power 2.4 the outlier decides.
     assert float(obs.bounds_of(x, "int4")[1]) >= 0.2 * 1e4 * (1 - 1e-6)
 
 

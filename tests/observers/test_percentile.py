@@ -1,4 +1,4 @@
-"""Percentiles against numpy: exact of one array, to a bucket of a stream."""
+"""Percentiles against numpy: exact for one array, within a bucket for a stream."""
 
 import fractions
 
@@ -26,7 +26,7 @@ over_percents = pytest.mark.parametrize("p", thinned(PERCENTS, PERCENTS[:1]))
 
 @over_percents
 def test_nearest_rank_is_exact(p):
-    # One array of channels, so one compilation.
+    # One array with a channel for each distribution, so that all share a compilation.
     x = np.stack(list(DATA.values())).astype(np.float32)
     obs = observers.percentile(p, method="nearest_rank", axis=0)
     high = np.asarray(obs.bounds_of(x)[1])
@@ -47,14 +47,14 @@ def test_linear_is_numpys(p):
     x = np.stack([v for k, v in DATA.items() if k != "subnormal"]).astype(np.float32)
     obs = observers.percentile(p, axis=0)
     state = obs.update(obs.init(x), x)
-    for found in (obs.bounds_of(x), obs.bounds(state)):
+    for bounds in (obs.bounds_of(x), obs.bounds(state)):
         expected = np.percentile(np.abs(x).astype(np.float64), p, axis=1)
-        np.testing.assert_allclose(np.asarray(found[1]), expected, rtol=1e-5)
+        np.testing.assert_allclose(np.asarray(bounds[1]), expected, rtol=1e-5)
     low, high = obs.bounds(state, symmetric=False)
     ends = np.percentile(
         x.astype(np.float64), [(100 - p) / 2, 100 - (100 - p) / 2], axis=1
     )
-    # Between numbers of both signs only the size of what is interpolated bounds the rounding.
+    # Between numbers of both signs the rounding is relative to their magnitudes.
     slack = 3e-7 * np.abs(x).max(axis=1)
     assert (np.abs(np.asarray(low) - np.minimum(ends[0], 0)) <= slack).all()
     assert (np.abs(np.asarray(high) - np.maximum(ends[1], 0)) <= slack).all()
@@ -75,32 +75,30 @@ def test_the_published_example(p, linear, nearest_rank):
 
 
 @pytest.mark.parametrize("mantissa_bits", thinned([4, 2, 7], [2]))
-def test_a_stream_is_known_to_a_bucket(mantissa_bits):
+def test_a_stream_is_exact_to_a_bucket(mantissa_bits):
     x = np.random.default_rng(0).standard_cauchy((4, 500)).astype(np.float32)
-    for p in (99.05, 100):  # at no whole rank from either end
+    for p in (99.05, 100):  # 99.05 is between two ranks
         obs = observers.percentile(p, mantissa_bits=mantissa_bits)
         state = obs.init(x[0])
-        for one in x:
-            state = obs.update(state, one)
-        found, exact = (
-            float(obs.bounds(state)[1]),
-            np.percentile(np.abs(x), p, method="inverted_cdf"),
-        )
-        assert abs(found - exact) <= 2.0**-mantissa_bits * exact
-        assert p != 100 or found == exact
+        for row in x:
+            state = obs.update(state, row)
+        threshold = float(obs.bounds(state)[1])
+        exact = np.percentile(np.abs(x), p, method="inverted_cdf")
+        assert abs(threshold - exact) <= 2.0**-mantissa_bits * exact
+        assert p != 100 or threshold == exact
         low, high = (float(v) for v in obs.bounds(state, symmetric=False))
         ends = np.percentile(x, [(100 - p) / 2, 50 + p / 2], method="inverted_cdf")
         np.testing.assert_allclose([low, high], ends, rtol=2.0 ** -(mantissa_bits - 1))
 
 
 def test_outliers_cost_no_accuracy():
-    # Where evenly wide bins would put all but one number into the first bin.
+    # Bins of equal width would put all numbers but one into the first bin.
     x = np.random.default_rng(0).standard_normal((4, 500)).astype(np.float32)
     x[0, 0] = 1e9
     obs = observers.percentile(99.05)
     state = obs.init(x[0])
-    for one in x:
-        state = obs.update(state, one)
+    for row in x:
+        state = obs.update(state, row)
     assert float(obs.bounds(state)[1]) == pytest.approx(
         np.percentile(np.abs(x), 99.05), rel=0.04
     )
@@ -125,13 +123,10 @@ def test_shares_are_exact_for_any_count():
         numbers.astype(np.uint32)
     )
     for part, (whole, rest) in zip(parts, shares, strict=True):
-        for n, w, r in zip(
-            numbers.tolist(),
-            np.asarray(whole).tolist(),
-            np.asarray(rest).tolist(),
-            strict=True,
-        ):
-            assert (w, r) == divmod(n * part.numerator, part.denominator)
+        results = zip(numbers.tolist(), whole.tolist(), rest.tolist(), strict=True)
+        for number, *result in results:
+            expected = divmod(number * part.numerator, part.denominator)
+            assert tuple(result) == expected
 
 
 @pytest.mark.parametrize("p", [0, -1, 100.1, float("nan"), 99.12345678])
@@ -143,5 +138,7 @@ def test_p_is_checked(p):
 def test_other_arguments_are_checked():
     with pytest.raises(ValueError, match="method must be one of linear, nearest_rank"):
         observers.percentile(99, method="nearest")
-    with pytest.raises(ValueError, match="mantissa_bits must be from 0 to 8"):
+    with pytest.raises(
+        ValueError, match="mantissa_bits must be a whole number from 0 to 8"
+    ):
         observers.percentile(99, mantissa_bits=9)

@@ -1,4 +1,4 @@
-"""Extremes and moving averages, on streams worked out by hand."""
+"""Extremes and moving averages, against results computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -6,41 +6,43 @@ import numpy as np
 import pytest
 
 from jaxq import observers
+from jaxq.observers import _numbers
 
 
 def trace(obs, stream):
-    state, found = obs.init(np.zeros(1, np.float32)), []
+    """The upper end after each number of a stream, and the last state."""
+    state, highs = obs.init(np.zeros(1, np.float32)), []
     for v in stream:
         state = obs.update(state, np.float32([v]))
-        found.append(float(state.high))
-    return np.array(found), state
+        highs.append(float(state.high))
+    return np.array(highs), state
 
 
 def test_moving_average():
-    found, _ = trace(observers.moving_average(0.99), [1, 3, 2, 2])
-    np.testing.assert_allclose(found, [1, 1.02, 1.0298, 1.039502], rtol=1e-6)
+    highs, _ = trace(observers.moving_average(0.99), [1, 3, 2, 2])
+    np.testing.assert_allclose(highs, [1, 1.02, 1.0298, 1.039502], rtol=1e-6)
 
 
 def test_bias_corrected_moving_average():
     decay, stream = 0.9, [1, 3, 2, 2, -1]
-    found, state = trace(observers.moving_average(decay, bias_corrected=True), stream)
+    highs, state = trace(observers.moving_average(decay, bias_corrected=True), stream)
     average, expected = 0.0, []
     for t, v in enumerate(stream, 1):
         average = decay * average + (1 - decay) * v
         expected.append(average / (1 - decay**t))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(highs, expected, rtol=1e-6)
     np.testing.assert_allclose(float(state.weight), 1 - decay**5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("bias_corrected", [False, True])
-def test_a_constant_is_a_fixed_point_and_averages_stay_inside(bias_corrected):
+def test_averages_stay_between_the_extremes(bias_corrected):
     obs = observers.moving_average(0.99, bias_corrected=bias_corrected)
-    found, _ = trace(obs, [0.1] * 20)
-    assert (found == np.float32(0.1)).all()
+    highs, _ = trace(obs, [0.1] * 20)
+    assert (highs == np.float32(0.1)).all()
     stream = np.random.default_rng(0).uniform(0.5, 2, 20).astype(np.float32)
-    found, _ = trace(obs, stream)
-    assert (found >= stream.min()).all()
-    assert (found <= stream.max()).all()
+    highs, _ = trace(obs, stream)
+    assert (highs >= stream.min()).all()
+    assert (highs <= stream.max()).all()
 
 
 def test_merged_averages_weigh_their_batches():
@@ -49,7 +51,7 @@ def test_merged_averages_weigh_their_batches():
     merged = obs.merge(a, b)
     assert float(obs.bounds(merged)[1]) == pytest.approx((4 + 3 * 1) / 4)
     assert float(merged.batches.low) == 4
-    # One that saw nothing weighs nothing, and equals stay what they are.
+    # A state without a batch has no weight. The mean of equal states is exact.
     assert float(obs.merge(a, obs.init(np.zeros(1, np.float32))).high) == 4
     _, tenth = trace(obs, [0.1, 0.1])
     assert float(obs.merge(tenth, tenth).high) == np.float32(0.1)
@@ -63,7 +65,7 @@ def test_decay_is_checked(decay):
 
 @pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 128 * 37 + 5])
 def test_extremes_at_every_place_and_length(size):
-    # Lengths around those the fast path is made for; the extreme numbers at either end and within.
+    # `combine_halves` treats blocks of 128 numbers and the rest differently.
     x = np.random.default_rng(size).standard_normal(size).astype(np.float32)
     for place in {0, size // 2, size - 1}:
         y = x.copy()
@@ -73,9 +75,7 @@ def test_extremes_at_every_place_and_length(size):
         assert int(state.seen.finite.low) == size
 
 
-def test_counts_neither_stick_nor_wrap():
-    from jaxq.observers import _numbers
-
+def test_counts_have_64_bits():
     total = np.uint64(0)
     count = _numbers.zero_counts((2,))
     for words in ([2**32 - 1, 5], [2**32 - 1, 2**31], [7, 2**31], [2**24, 1]):
@@ -98,7 +98,7 @@ def test_counts_neither_stick_nor_wrap():
     )
 
 
-def test_a_state_far_along_still_counts():
+def test_a_state_counts_beyond_32_bits():
     obs, x = observers.minmax(), jnp.ones(3)
     state = obs.update(obs.init(x), x)
     full = jnp.full_like(state.seen.finite.low, 2**32 - 2)

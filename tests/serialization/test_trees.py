@@ -255,7 +255,7 @@ def rewrite(path, change):
         ),
         (
             lambda h, t: h["structure"]["items"]["w"].update({"is": "odd"}),
-            "'odd', which this version does not know",
+            "'odd', which this version of jaxq does not know",
         ),
         (
             lambda h, t: h["structure"]["items"]["w"]["spec"].update(format="int5x"),

@@ -1,4 +1,7 @@
-"""Models over a mesh of four devices: codes lie where their floats lay, and results where they are asked for."""
+"""Models on a mesh of four devices.
+
+Codes are sharded as the floats were, and results as `out_sharding` says.
+"""
 
 import functools
 
@@ -13,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 import jaxq
 from jaxq import Recipe, Rule
 from tests import tables
+from tests.arrays import normal_with_outliers as normal
 from tests.nn.layers.test_nnx import assert_close_and_nonzero
-from tests.ops.reference import normal
 
 TYPES = (AxisType.Auto, AxisType.Explicit)
 KERNELS = {
@@ -34,57 +37,53 @@ def run(model, x, out):
     return model(x, out_sharding=out)
 
 
-def lies(x, mesh, *spec):
+def is_sharded(x, mesh, *spec):
     return x.sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), x.ndim)
 
 
-def over(mesh, layer, x):
-    """The layer whole on every device, its input cut by rows."""
+def put_on(mesh, layer, x):
+    """Replicates the layer on all devices, and shards the rows of its input."""
     graph, state = nnx.split(layer)
     layer = nnx.merge(graph, jax.device_put(state, NamedSharding(mesh, P())))
     return layer, jax.device_put(x, NamedSharding(mesh, P("data")))
 
 
 CASES = [
-    (recipe, where, kind)
+    (recipe, kernel, kind)
     for kind in TYPES
     for recipe in ("w8a8", "int4", "mxfp4")
-    for where in KERNELS
+    for kernel in KERNELS
 ]
 FEW = (("w8a8", "columns"), ("int4", "both"))
 
 
 @pytest.mark.parametrize(
-    ("recipe", "where", "kind"),
+    ("recipe", "kernel", "kind"),
     tables.thinned(CASES, [case for case in CASES if case[:2] in FEW]),
 )
-def test_a_sharded_kernel_gives_sharded_codes_and_the_result_asked_for(
-    recipe, where, kind
-):
+def test_codes_and_results_are_sharded_as_floats_and_out_sharding(recipe, kernel, kind):
     model, x = nnx.Linear(64, 64, rngs=nnx.Rngs(0)), normal(8, 64)
-    alone, _ = jaxq.quantize_model(model, recipe)
-    mesh, spec, wanted = mesh_of(kind, kind), KERNELS[where], alone(x)
+    on_one_device, _ = jaxq.quantize_model(model, recipe)
+    mesh, spec, expected = mesh_of(kind, kind), KERNELS[kernel], on_one_device(x)
     with jax.set_mesh(mesh):
-        model, x = over(mesh, model, x)
-        model.kernel.set_value(
-            jax.device_put(model.kernel[...], NamedSharding(mesh, spec))
-        )
-        q, report = jaxq.quantize_model(model, recipe)
+        model, x = put_on(mesh, model, x)
+        sharded = jax.device_put(model.kernel[...], NamedSharding(mesh, spec))
+        model.kernel.set_value(sharded)
+        qmodel, report = jaxq.quantize_model(model, recipe)
         assert [row.path for row in report.quantized] == ["kernel"]
-        qt = q.kernel[...]
-        jax.tree.map(np.testing.assert_array_equal, qt, alone.kernel[...])
+        qt = qmodel.kernel[...]
+        jax.tree.map(np.testing.assert_array_equal, qt, on_one_device.kernel[...])
         k, n = (*spec, None, None)[:2]
-        assert lies(qt.data, mesh, n, k)
-        assert lies(
-            qt.scale, mesh, n, k if qt.scale.shape[-1] > 1 else None
-        )  # one scale a row cannot be cut
-        whole = (
-            () if kind is AxisType.Auto else (P(),)
-        )  # of which XLA may cut the sum with the bias
-        for out in (P("data", "model"), P(None, "model"), *whole):
-            y = run(q, x, out)
-            assert lies(y, mesh, *out)
-            assert_close_and_nonzero(jax.device_get(y), wanted)
+        assert is_sharded(qt.data, mesh, n, k)
+        # One scale for each row of codes cannot be sharded along the row.
+        scale_k = k if qt.scale.shape[-1] > 1 else None
+        assert is_sharded(qt.scale, mesh, n, scale_k)
+        # Over Auto axes XLA may shard a replicated result along the sum with the bias.
+        replicated = () if kind is AxisType.Auto else (P(),)
+        for out in (P("data", "model"), P(None, "model"), *replicated):
+            y = run(qmodel, x, out)
+            assert is_sharded(y, mesh, *out)
+            assert_close_and_nonzero(jax.device_get(y), expected)
 
 
 LAYERS = {
@@ -98,7 +97,7 @@ LAYERS = {
 }
 
 
-# Each layer, each type.
+# Each layer with each type of axes.
 WHOLE = [(name, kind) for name in LAYERS for kind in TYPES]
 
 
@@ -108,26 +107,28 @@ WHOLE = [(name, kind) for name in LAYERS for kind in TYPES]
 def test_every_layer_takes_out_sharding(name, kind):
     layer, x = LAYERS[name][0](), LAYERS[name][1]
     layer, _ = jaxq.quantize_model(layer, Recipe([Rule(weight="int8")]))
-    mesh, wanted = mesh_of(kind, kind), layer(x)
-    out = ("data", *[None] * (wanted.ndim - 2), "model")
+    mesh, expected = mesh_of(kind, kind), layer(x)
+    out = ("data", *[None] * (expected.ndim - 2), "model")
     with jax.set_mesh(mesh):
-        layer, x = over(mesh, layer, x)
+        layer, x = put_on(mesh, layer, x)
         y = layer(x, out_sharding=P(*out))
-        assert lies(y, mesh, *out)
-        assert_close_and_nonzero(jax.device_get(y), wanted)
+        assert is_sharded(y, mesh, *out)
+        assert_close_and_nonzero(jax.device_get(y), expected)
         if name == "embed":
-            assert lies(layer.attend(y, out_sharding=P("data")), mesh, "data")
+            assert is_sharded(layer.attend(y, out_sharding=P("data")), mesh, "data")
 
 
-def test_floats_go_the_way_of_lax():
+def test_float_layers_take_out_sharding():
     mesh = mesh_of(AxisType.Explicit, AxisType.Explicit)
     layer, x = jaxq.nn.QLinear(32, 8, weight=None, rngs=nnx.Rngs(0)), normal(4, 32)
     with jax.set_mesh(mesh):
-        layer, x = over(mesh, layer, x)
-        assert lies(layer(x, out_sharding=P("data", "model")), mesh, "data", "model")
+        layer, x = put_on(mesh, layer, x)
+        assert is_sharded(
+            layer(x, out_sharding=P("data", "model")), mesh, "data", "model"
+        )
 
 
-def test_axes_of_both_types_cannot_be_asked_for():
+def test_out_sharding_over_axes_of_both_types_is_an_error():
     q, _ = jaxq.quantize_model(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), "int8")
     with (
         jax.set_mesh(mesh_of(AxisType.Explicit, AxisType.Auto)),
@@ -139,7 +140,7 @@ def test_axes_of_both_types_cannot_be_asked_for():
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
-def test_linen_and_trees_keep_places_too(kind):
+def test_linen_and_trees_keep_their_sharding(kind):
     mesh, module, x = mesh_of(kind, kind), linen.Dense(64), normal(8, 64)
     with jax.set_mesh(mesh):
         columns = NamedSharding(mesh, P(None, "model"))
@@ -149,17 +150,19 @@ def test_linen_and_trees_keep_places_too(kind):
                 "bias": jnp.zeros(64),
             }
         }
-        _, found, _ = jaxq.nn.linen.quantize_model(module, variables, "w8a8", example=x)
+        _, qvariables, _ = jaxq.nn.linen.quantize_model(
+            module, variables, "w8a8", example=x
+        )
         tree, _ = jaxq.quantize_params(variables, "int8")
-    for qt in (found["params"]["kernel"], tree["params"]["kernel"]):
-        assert lies(qt.data, mesh, "model")
-        assert lies(qt.scale, mesh, "model")
+    for qt in (qvariables["params"]["kernel"], tree["params"]["kernel"]):
+        assert is_sharded(qt.data, mesh, "model")
+        assert is_sharded(qt.scale, mesh, "model")
 
 
-def test_heads_that_are_cut_cut_the_flattened_axis():
+def test_sharded_heads_shard_the_flattened_axis():
     mesh = mesh_of(AxisType.Auto, AxisType.Auto)
     w = jax.device_put(normal(4, 16, 8), NamedSharding(mesh, P("model")))
     tree, _ = jaxq.quantize_params(
         {"out": w}, Recipe([Rule(weight="int8", contracting=(-3, -2))])
     )
-    assert lies(tree["out"].data, mesh, None, "model")
+    assert is_sharded(tree["out"].data, mesh, None, "model")
