@@ -15,7 +15,7 @@ class Donated:
     """Counts the uses of arrays, and frees an array when its last use has ended.
 
     An array may be used under several names. If one of the uses stays in floats, the
-    array is never freed.
+    array is never freed. An array that is not listed is never freed either.
 
     Args:
       arrays: all arrays of the model, each as often as it is used. They must stay alive

@@ -85,8 +85,8 @@ def register_folding(
 
     Example:
       >>> import jaxq
-      >>> from jaxq.models import Llama
-      >>> jaxq.nn.register_folding(Llama, Llama.scale_groups, Llama.fold_scales)
+      >>> from jaxq.models import Llama, fold_scales, norm_groups
+      >>> jaxq.nn.register_folding(Llama, norm_groups, fold_scales)
     """
     _MODELS[cls] = _ModelFolding(groups, fold)
 
@@ -192,19 +192,7 @@ def fold_scales(
     for group, rule in groups:
         if not outcomes[group.targets[0]].moved:
             continue
-        source, weights = _weights(modules, group)
-        input_stats = stats.get(group.targets[0])
-        options = dict(rule.options)
-        scale = _folding(rule).find(
-            source, weights, input_stats, rule.weight, options
-        )  # [in]
-        losses, total = _target_losses(rule, weights, scale, input_stats)
-        source_rule = rules.get(group.source)
-        judges_source = _folding(rule).judges_source and _quantizes(source_rule)
-        if total is not None and judges_source:
-            assert source is not None and source_rule is not None
-            source_stats = stats[group.source]
-            total = (total + _source_loss(source_rule, source, scale, source_stats)) / 2
+        scale, losses, total = _judged_scale(group, rule, rules, modules, stats)
         reason = "" if total is None else _why_worse(group, rule, total, fallback)
         if not reason:
             scales[group.source] = scale
@@ -229,14 +217,13 @@ def _folding_methods() -> list[str]:
 
 
 def _model_folding(cls: type) -> _ModelFolding | None:
-    for registered, folding in _MODELS.items():
-        if issubclass(cls, registered):
-            return folding
-    groups = getattr(cls, "scale_groups", None)
-    fold = getattr(cls, "fold_scales", None)
-    if groups is None or fold is None:
-        return None
-    return _ModelFolding(groups, fold)
+    """The folding of a class, or of its closest base class that has one."""
+    for base in cls.__mro__:
+        if base in _MODELS:
+            return _MODELS[base]
+        if "scale_groups" in vars(base) and hasattr(cls, "fold_scales"):
+            return _ModelFolding(cls.scale_groups, cls.fold_scales)  # pyright: ignore[reportAttributeAccessIssue]
+    return None
 
 
 def _action(rule: Rule | None) -> Rule | None:
@@ -246,10 +233,6 @@ def _action(rule: Rule | None) -> Rule | None:
     return dataclasses.replace(
         rule, pattern="**", kinds=(), where=None, reason=None, optional=False
     )
-
-
-def _quantizes(rule: Rule | None) -> bool:
-    return rule is not None and rule.weight is not None
 
 
 def _modules_by_path(model: Any) -> dict[str, Any]:
@@ -266,6 +249,33 @@ def _weights(
     if group.kind == "linear":
         source = modules[group.source].kernel.get_value()
     return source, [modules[target].kernel.get_value() for target in group.targets]
+
+
+def _judged_scale(
+    group: Group,
+    rule: Rule,
+    rules: Mapping[str, Rule | None],
+    modules: Mapping[str, Any],
+    stats: Mapping[str, LayerStats],
+) -> tuple[jax.Array, Sequence[float | None], float | None]:
+    """The scale of a group, and what it does to errors on held-out inputs.
+
+    Returns:
+      (scale `[in]`, the loss of each target, the loss that decides). Losses are None
+      without held-out inputs.
+    """
+    folding = _folding(rule)
+    source, weights = _weights(modules, group)
+    input_stats = stats.get(group.targets[0])
+    scale = folding.find(source, weights, input_stats, rule.weight, dict(rule.options))
+    losses, total = _target_losses(rule, weights, scale, input_stats)
+    source_rule = rules.get(group.source)
+    is_rounded = source_rule is not None and source_rule.weight is not None
+    if total is None or not folding.judges_source or not is_rounded:
+        return scale, losses, total
+    assert source is not None
+    source_loss = _source_loss(source_rule, source, scale, stats[group.source])
+    return scale, losses, (total + source_loss) / 2
 
 
 def _target_losses(

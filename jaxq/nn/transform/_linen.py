@@ -229,7 +229,9 @@ class LinenAdapter:
 
     def problems(self, slots: Sequence[Slot]) -> list[str]:
         """Weights that their layers could not use as QTensors, or that are unknown."""
-        planned = {slot.path: slot.planned for slot in slots if slot.planned}
+        planned = {
+            slot.path: slot.planned for slot in slots if slot.planned is not None
+        }
         problems = check_weights(
             self._module,
             self._variables,

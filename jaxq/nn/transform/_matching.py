@@ -141,31 +141,51 @@ def _check_method(slot: Slot, adapter: Adapter, has_data: bool | None) -> None:
     """Raises a ValueError that names everything that the rule's method misses."""
     rule = slot.rule
     assert rule is not None
-    method = methods.get(rule.method)
-    reads_data = method.needs_data(dict(rule.options))
-    problems = []
-    if rule.observer is not None and not slot.kind.watched and not adapter.no_data:
-        problems.append("its input cannot be observed, so it has no static range")
-    elif rule.observer is not None:
-        problems.append(_missing_data(f"observer {rule.observer!r}", adapter, has_data))
-    if rule.correct_bias and not slot.kind.corrects_bias and not adapter.no_data:
-        problems.append("correct_bias=True is for Linear and LinearGeneral")
-    elif rule.correct_bias:
-        problems.append(_missing_data("correct_bias=True", adapter, has_data))
-    name = f"method {rule.method!r}"
+    problems = [
+        _observer_problem(rule, slot, adapter, has_data),
+        _bias_problem(rule, slot, adapter, has_data),
+        _method_problem(rule, slot, adapter, has_data),
+    ]
+    if any(problems):
+        raise ValueError("; ".join(problem for problem in problems if problem))
+
+
+def _observer_problem(
+    rule: Rule, slot: Slot, adapter: Adapter, has_data: bool | None
+) -> str:
+    """Why a layer's input cannot have a static range; empty if it can."""
+    if rule.observer is None:
+        return ""
+    if not slot.kind.watched and not adapter.no_data:
+        return "its input cannot be observed, so it has no static range"
+    return _missing_data(f"observer {rule.observer!r}", adapter, has_data)
+
+
+def _bias_problem(
+    rule: Rule, slot: Slot, adapter: Adapter, has_data: bool | None
+) -> str:
+    """Why a layer's bias cannot be corrected; empty if it can."""
+    if not rule.correct_bias:
+        return ""
+    if not slot.kind.corrects_bias and not adapter.no_data:
+        return "correct_bias=True is for Linear and LinearGeneral"
+    return _missing_data("correct_bias=True", adapter, has_data)
+
+
+def _method_problem(
+    rule: Rule, slot: Slot, adapter: Adapter, has_data: bool | None
+) -> str:
+    """Why the rule's method cannot quantize a layer; empty if it can."""
+    method, name = methods.get(rule.method), f"method {rule.method!r}"
     if method.folding is not None and adapter.no_folding:
-        problems.append(
-            f"{name} moves scales into the layer before, and {adapter.no_folding}"
-        )
-    elif reads_data and not slot.has_rows and not adapter.no_data:
-        problems.append(f"{name} is for matrices: Linear, LinearGeneral and Einsum")
-    elif method.matrices_only and slot.kind.windowed:
-        problems.append(f"{name} is for matrices: Linear, LinearGeneral and Einsum")
-    elif reads_data:
-        problems.append(_missing_data(name, adapter, has_data))
-    problems = [problem for problem in problems if problem]
-    if problems:
-        raise ValueError("; ".join(problems))
+        return f"{name} moves scales into the layer before, and {adapter.no_folding}"
+    if method.matrices_only and slot.kind.windowed:
+        return f"{name} is for matrices: Linear, LinearGeneral and Einsum"
+    if not method.needs_data(dict(rule.options)):
+        return ""
+    if not slot.has_rows and not adapter.no_data:
+        return f"{name} is for matrices: Linear, LinearGeneral and Einsum"
+    return _missing_data(name, adapter, has_data)
 
 
 def _missing_data(what: str, adapter: Adapter, has_data: bool | None) -> str:

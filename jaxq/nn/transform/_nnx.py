@@ -246,16 +246,15 @@ class NnxAdapter:
             if slot.problem:
                 continue
             first = first_slots.setdefault(slot.weight, slot)
+            other = f"it shares its weight with {first.path or 'the model itself'}"
             if _treatment(first) != _treatment(slot):
                 difference = "and only one of them is quantized"
                 if first.chosen and slot.chosen:
                     difference = "which uses it in another way"
-                problem = f"it shares its weight with {first.label}, {difference}"
+                problem = f"{other}, {difference}"
             elif slot is not first and slot.chosen and _is_static(slot):
-                problem = (
-                    f"it shares its weight with {first.label}, and no static range "
-                    "serves both; leave observer= out"
-                )
+                problem = f"{other}, and no static range serves both; "
+                problem += "leave observer= out"
             else:
                 continue
             problems.append(f"  {slot.label}: {problem}")

@@ -33,10 +33,10 @@ def blocks_in_order(
             "calibration=batches. Statistics are of the float model only."
         )
     call_order = adapter.call_order(options)
-    return _split(slots, call_order, by_array=options.sequential == "layers")
+    return split_into_blocks(slots, call_order, by_array=options.sequential == "layers")
 
 
-def _split(
+def split_into_blocks(
     slots: Sequence[Slot], call_order: Mapping[str, tuple[int, ...]], *, by_array: bool
 ) -> list[list[Slot]]:
     """Blocks in the order in which data reach them. Layers without data come first.

@@ -41,7 +41,11 @@ def register_rotation(cls: type[nnx.Module], rotated: _Rotate) -> None:
     Example:
       >>> import jaxq
       >>> from jaxq.models import Llama
-      >>> jaxq.nn.register_rotation(Llama, Llama.rotated)
+      >>> def rotated(model, orthogonal, online):
+      ...     return jaxq.models.rotate(model, orthogonal(model.config.hidden_size))
+      >>> class MyLlama(Llama):
+      ...     pass
+      >>> jaxq.nn.register_rotation(MyLlama, rotated)
 
     References:
       Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024,
@@ -75,10 +79,11 @@ def rotation_notes(recipe: Recipe) -> tuple[str, ...]:
     """What the report says of a model that the recipe rotates."""
     if not recipe.rotate:
         return ()
-    return (
+    note = (
         "the model was first rotated by random Hadamard matrices; errors are those of "
-        "the rotated weights, and the rotation itself was not judged",
+        "the rotated weights, and the rotation itself was not judged"
     )
+    return (note,)
 
 
 def refuse_rotation(recipe: Recipe, caller: str) -> None:
@@ -91,7 +96,10 @@ def refuse_rotation(recipe: Recipe, caller: str) -> None:
 
 
 def _rotation_of(cls: type) -> _Rotate | None:
-    for registered, rotate in _ROTATIONS.items():
-        if issubclass(cls, registered):
-            return rotate
-    return getattr(cls, "rotated", None)
+    """The rotation of a class, or of its closest base class that has one."""
+    for base in cls.__mro__:
+        if base in _ROTATIONS:
+            return _ROTATIONS[base]
+        if "rotated" in vars(base):
+            return cls.rotated  # pyright: ignore[reportAttributeAccessIssue]
+    return None

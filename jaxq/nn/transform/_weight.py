@@ -95,7 +95,7 @@ def dry_run(slot: Slot) -> QTensor:
 
 
 def as_matrix(qt: QTensor, floats: jax.Array) -> jax.Array:
-    """An array of a QTensor's shape as the matrix `[*batch, in, out]` of its product."""
+    """An array of a QTensor's shape as its matrix `[*batch, in, out]`."""
     geometry = qt.meta.geometry
     rows = geometry.to_storage(geometry.to_view(floats))  # [*batch, *kept, in]
     rows = rows.reshape(*qt.batch_shape, -1, geometry.contracted_size)

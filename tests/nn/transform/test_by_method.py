@@ -1,6 +1,7 @@
-"""quantize_model by methods that look at data: what they gain on data they have not seen, and what is said."""
+"""quantize_model with methods that need data: gains on new data, and the report."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +14,21 @@ from jaxq import methods
 from jaxq.methods._registry import _METHODS
 from jaxq.models import Llama, LlamaConfig
 from tests import tables
-from tests.ops.reference import normal
+from tests.arrays import assert_same, normal
 
 CONFIG = LlamaConfig(
-    vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=32,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+)
 
 
 def correlated(num: int, k: int, seed: int = 0) -> jax.Array:
-    """Rows of which a few directions are most."""
+    """Rows that lie mostly in a few directions."""
     rng = np.random.default_rng(7)
     mix = rng.normal(size=(k, k)) * np.exp(-np.arange(k) / 6)[:, None]
     return jnp.asarray(
@@ -31,7 +37,7 @@ def correlated(num: int, k: int, seed: int = 0) -> jax.Array:
 
 
 class Pair(nnx.Module):
-    """Two layers, and as matrices they are of one shape."""
+    """Two layers whose weights have the same shape as matrices."""
 
     def __init__(self):
         self.first = nnx.Linear(32, 16, rngs=nnx.Rngs(0))
@@ -57,7 +63,7 @@ def quantize(method, model=None, spec="int3", **how):
 
 
 def distance(a, b, x) -> float:
-    """Of what two models give."""
+    """Distance between the outputs of two models."""
     return float(np.linalg.norm(np.asarray(a(x)) - np.asarray(b(x))))
 
 
@@ -113,20 +119,16 @@ def test_a_result_is_what_the_matrix_method_gives(pair, pair_stats):
         qt, _ = methods.gptq(
             w.reshape(w.shape[0], -1), pair_stats[name].hessian, "int3"
         )
-        found = getattr(qmodel, name).kernel[...]
-        assert found.shape == w.shape
-        np.testing.assert_array_equal(found.codes().reshape(qt.shape), qt.codes())
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            jaxq.dequantize(found).reshape(qt.shape),
-            jaxq.dequantize(qt),
-        )
+        kernel = getattr(qmodel, name).kernel[...]
+        assert kernel.shape == w.shape
+        assert_same(kernel.codes().reshape(qt.shape), qt.codes())
+        assert_same(jaxq.dequantize(kernel).reshape(qt.shape), jaxq.dequantize(qt))
 
 
 def test_statistics_made_before_give_the_same_model(pair, pair_stats):
     first, _ = quantize("gptq", pair, calibration=BATCHES)
     second, _ = quantize("gptq", pair, calibration=pair_stats)
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(first), nnx.state(second))
+    assert_same(nnx.state(first), nnx.state(second))
 
 
 def test_results_save_and_load_on_the_float_model(pair, tmp_path):
@@ -136,7 +138,7 @@ def test_results_save_and_load_on_the_float_model(pair, tmp_path):
     np.testing.assert_array_equal(loaded(BATCHES[0]), qmodel(BATCHES[0]))
 
 
-def test_worse_than_rounding_falls_back_and_says_so(
+def test_a_method_worse_than_rounding_falls_back_with_a_note(
     pair, pair_stats, rounded_pair, monkeypatch
 ):
     def bad(w, stats, spec, *, key, nearest):
@@ -150,9 +152,7 @@ def test_worse_than_rounding_falls_back_and_says_so(
         "gptq is worse than rtn on held-out inputs" in row.note
         for row in report.quantized
     )
-    jax.tree.map(
-        np.testing.assert_array_equal, nnx.state(qmodel), nnx.state(rounded_pair)
-    )
+    assert_same(nnx.state(qmodel), nnx.state(rounded_pair))
     _, report = quantize("gptq", pair, calibration=pair_stats, fallback="none")
     assert all(row.loss > 1 for row in report.quantized)
     with pytest.raises(ValueError, match="worse than rtn"):
@@ -160,7 +160,7 @@ def test_worse_than_rounding_falls_back_and_says_so(
 
 
 def test_sequential_quantizes_on_what_came_before(pair):
-    """The second layer's hessian is that of the inputs it really gets."""
+    """The second layer's Hessian is of what the quantized first layer gives."""
     qmodel, _ = quantize(
         "gptq", pair, calibration=BATCHES, sequential=True, fallback="none", spec="int2"
     )
@@ -198,53 +198,45 @@ class Numbered(nnx.Module):
 
 
 def test_layers_of_a_block_see_those_before_them(pair, monkeypatch, tmp_path):
-    """Queries, keys and values read one array, and go together."""
+    """Queries, keys and values read one array, so they are one block."""
     how: dict = {"calibration": BATCHES, "fallback": "none", "spec": "int2"}
     expected, _ = quantize(
         "gptq", pair, sequential="blocks", **how
     )  # here each layer is a block
     by_block, _ = quantize("gptq", Numbered(), sequential=True, **how)
-    found, report = quantize(
+    by_layer, report = quantize(
         "gptq", Numbered(), sequential="layers", resume=tmp_path, **how
     )
     codes = [
         model.second.kernel[...].codes()
-        for model in (expected, found.layers[0], by_block.layers[0])
+        for model in (expected, by_layer.layers[0], by_block.layers[0])
     ]
     np.testing.assert_array_equal(codes[0], codes[1])
     assert (codes[0] != codes[2]).any()
     order = jaxq.nn.calibration.call_order(
         Llama(CONFIG, rngs=nnx.Rngs(0)), np.ones((1, 4), np.int32), None
     )
-    sizes = [
-        len(group)
-        for group in jaxq.nn.transform._nnx.in_order(
-            [(p, p) for p in order], order, "layers"
-        )
-    ]
-    assert sizes == [
-        3,
-        1,
-        2,
-        1,
-        1,
-    ]  # queries, keys, values; outputs; gate and up; down; head
+    slots = [types.SimpleNamespace(path=path) for path in order]
+    groups = jaxq.nn.transform._order.split_into_blocks(slots, order, by_array=True)
+    # Queries, keys and values; outputs; gate and up; down; head.
+    assert [len(group) for group in groups] == [3, 1, 2, 1, 1]
 
-    # As it would go on after the first layer.
+    # A run that stopped after the first layer continues with the second.
     (tmp_path / "block-0001.safetensors").unlink()
-    passes, calibrated = [], jaxq.nn.transform._nnx.calibrated
-    monkeypatch.setattr(
-        jaxq.nn.transform._nnx,
-        "calibrated",
-        lambda *args, **how: passes.append(args[2]) or calibrated(*args, **how),
-    )
-    again, said = quantize(
+    passes, collect_stats = [], jaxq.nn.transform._nnx.collect_stats
+
+    def recorded(model, batches, wanted, **options):
+        passes.append(list(wanted))
+        return collect_stats(model, batches, wanted, **options)
+
+    monkeypatch.setattr(jaxq.nn.transform._nnx, "collect_stats", recorded)
+    resumed, resumed_report = quantize(
         "gptq", Numbered(), sequential="layers", resume=tmp_path, **how
     )
-    assert [list(wanted) for wanted in passes] == [["layers/0/second"]]
-    assert said == report
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(found))
-    with pytest.raises(ValueError, match="is of another run"):
+    assert passes == [["layers/0/second"]]
+    assert resumed_report == report
+    assert_same(nnx.state(resumed), nnx.state(by_layer))
+    with pytest.raises(ValueError, match="belongs to another run"):
         quantize(
             "gptq",
             Numbered(),
@@ -254,7 +246,7 @@ def test_layers_of_a_block_see_those_before_them(pair, monkeypatch, tmp_path):
         )
 
 
-def test_fewer_rows_than_inputs_are_said():
+def test_the_report_notes_fewer_rows_than_inputs():
     _, report = quantize("gptq", calibration=[correlated(16, 32)])
     assert all(
         "only 14 rows for" in row.note or row.method == "rtn"
@@ -263,13 +255,13 @@ def test_fewer_rows_than_inputs_are_said():
     assert any("only 14 rows for 32 inputs" in row.note for row in report.quantized)
 
 
-def test_what_cannot_be_is_refused_before_anything_runs():
+def test_impossible_requests_are_refused_before_anything_runs():
     with pytest.raises(
         ValueError,
-        match=r"(?s)first .*method 'gptq' needs data.*second .*method 'gptq' needs data",
+        match=r"(?s)first .*'gptq' needs data.*second .*'gptq' needs data",
     ):
         quantize("gptq")
-    with pytest.raises(ValueError, match="nothing is known of that in Pair"):
+    with pytest.raises(ValueError, match="does not know where scales can go in a Pair"):
         quantize("awq", calibration=BATCHES)
     with pytest.raises(
         ValueError, match=r"(?s)Conv.*is for matrices: Linear, LinearGeneral and Einsum"
@@ -345,7 +337,7 @@ def test_each_matrix_of_a_stack_is_judged_by_itself(monkeypatch):
 
 
 def test_a_method_that_could_only_round_is_not_named():
-    """GPTQ without a second moment that any damping helps."""
+    """GPTQ cannot factor a negative Hessian, so it rounds to nearest."""
     layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     stats = jaxq.nn.calibrate(layer, [normal(64, 64)])
     stats = {"": stats[""]._replace(hessian=-stats[""].hessian)}
@@ -358,14 +350,14 @@ def test_a_method_that_could_only_round_is_not_named():
 
 
 def test_scales_that_do_worse_than_none_are_left_out(llama, tokens, monkeypatch):
-    """A scale of one channel alone, which makes the others' steps coarse."""
+    """A large scale of one channel makes the steps of the others coarse."""
 
     def bad(weights, *_, **__):
         return jnp.asarray(
             np.where(np.arange(weights[0].shape[0]) == 0, 1000, 1), jnp.float32
         ), None
 
-    monkeypatch.setattr("jaxq.methods.awq_scale", bad)
+    monkeypatch.setattr("jaxq.methods._awq.awq_scale", bad)
     recipe = jaxq.Recipe(
         [jaxq.Rule("re:.*/(gate|up)_proj", weight="int4", method="awq")]
     )
@@ -392,7 +384,7 @@ def seen_by_queries(llama, tokens):
 def test_scales_are_measured_against_rounding_without_them(
     llama, tokens, seen_by_queries
 ):
-    """What the report says of SmoothQuant is what its layer does on the rows held out."""
+    """The loss in the report is the error ratio on the held-out rows."""
     rule = jaxq.Rule(
         "re:.*/[qkv]_proj", weight="int8", activation="int8", method="smoothquant"
     )
@@ -423,7 +415,7 @@ def test_scales_are_measured_against_rounding_without_them(
 
 
 class Chain(nnx.Module):
-    """Linears with a ReLU between them, which scales pass through."""
+    """Two linear layers with a ReLU between them. Positive scales pass through it."""
 
     def __init__(self):
         self.first, self.second = (
@@ -464,7 +456,7 @@ def test_equalization_by_recipe(data):
 
 
 def test_bias_correction_by_recipe(pair, rounded_pair):
-    """The mean of the outputs is the float layer's, on the rows that went into the statistics."""
+    """The mean output equals the float layer's on the rows in the statistics."""
     x = jnp.asarray(np.asarray(BATCHES[0]) + 1)
     recipe = jaxq.Recipe([jaxq.Rule(weight="int3", correct_bias=True)])
     qmodel, report = jaxq.quantize_model(pair, recipe, calibration=[x])
@@ -503,10 +495,10 @@ def test_rotation_by_recipe(llama, tokens):
     recipe = jaxq.recipes.get("w4a4_rotated")
     assert recipe.rotate
     assert jaxq.Recipe.from_dict(recipe.to_dict()) == recipe
-    assert [row.path for row in recipe.plan(llama).rows] == [
+    assert [row.path for row in jaxq.nn.plan(llama, recipe).rows] == [
         row.path for row in report.rows
     ]
-    with pytest.raises(ValueError, match="nothing is known of how in Pair"):
+    with pytest.raises(ValueError, match="does not know how to rotate a Pair"):
         jaxq.quantize_model(Pair(), "w8a8_rotated")
     with pytest.raises(ValueError, match="rotate=True is for nnx models"):
         jaxq.quantize_params({"w": jnp.eye(32)}, "w8a8_rotated")
@@ -519,7 +511,7 @@ def test_rotation_by_recipe(llama, tokens):
 
 
 class Mixed(nnx.Module):
-    """Layers whose inputs are no rows, beside one whose are."""
+    """Layers whose inputs have no rows, and one whose input has."""
 
     def __init__(self):
         self.table = nnx.Embed(32, 32, rngs=nnx.Rngs(0))
@@ -535,14 +527,14 @@ class Mixed(nnx.Module):
 
 
 @pytest.mark.heavy
-def test_what_has_no_rows_is_not_looked_at():
+def test_only_inputs_with_rows_are_judged():
     _, report = jaxq.quantize_model(Mixed(), Mixed.recipe, calibration=[drawn(0) % 32])
     assert {row.path: row.loss is None for row in report.quantized} == {
         "table/embedding": True,
         "layer/kernel": False,
         "w": True,
     }
-    # Its groups of two channels by four places are as many numbers as there are channels.
+    # The trap: 2 channels per group times 4 places equals the 8 input channels.
     conv = nnx.Conv(8, 8, (4,), feature_group_count=4, rngs=nnx.Rngs(0))
     rule = jaxq.Rule(weight="int4", method="clip", activation="int8", observer="absmax")
     _, report = jaxq.quantize_model(
@@ -575,7 +567,7 @@ def test_a_bias_correction_that_does_worse_is_left_out():
     layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     recipe = jaxq.Recipe([jaxq.Rule(weight="int4", correct_bias=True)])
     rows = np.array(normal(64, 64))
-    rows[7::8] *= -1  # of few rows, whose mean is none of the others'
+    rows[7::8] *= -1  # the held-out rows have another mean
     qmodel, report = jaxq.quantize_model(layer, recipe, calibration=[rows[:16]])
     assert "bias correction does worse on held-out inputs" in report.quantized[0].note
     np.testing.assert_array_equal(qmodel.bias[...], layer.bias[...])
@@ -588,7 +580,7 @@ def test_a_bias_correction_that_does_worse_is_left_out():
         jaxq.quantize_model(layer, recipe, calibration=[rows[:16]], fallback="raise")
 
 
-def test_rules_that_say_the_same_fold_together(llama, tokens):
+def test_layers_of_equal_rules_share_their_scales(llama, tokens):
     how = {"weight": "int8", "activation": "int8", "method": "smoothquant"}
     recipe = jaxq.Recipe(
         [jaxq.Rule("**/gate_proj", **how), jaxq.Rule("**/up_proj", **how)]
@@ -599,7 +591,7 @@ def test_rules_that_say_the_same_fold_together(llama, tokens):
 
 @pytest.mark.parametrize("method", ["hqq", "clip"])
 def test_a_convolution_by_a_method_that_needs_no_data(method):
-    """Its rows are no vectors of the weight's, so it is not judged by them."""
+    """The rows of its input do not meet the weight as a matrix: it is not judged."""
     conv, x = nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)), normal(2, 8, 4)
     _, report = quantize(method, conv, calibration=[x])
     assert (report.quantized[0].method, report.quantized[0].loss) == (method, None)
@@ -614,7 +606,7 @@ OUTLIERS = [("w8a8_smoothquant", "w8a8"), ("int4_awq", "int4"), ("llm_int8", "w8
 
 
 @pytest.mark.parametrize(("recipe", "plain"), tables.thinned(OUTLIERS, OUTLIERS[:1]))
-def test_outliers_are_dealt_with(llama, tokens, smoothed, recipe, plain):
+def test_methods_for_outliers_beat_rounding(llama, tokens, smoothed, recipe, plain):
     given = smoothed if recipe == "w8a8_smoothquant" else None
     qmodel, report = given or jaxq.quantize_model(llama, recipe, calibration=tokens)
     rounded, _ = jaxq.quantize_model(llama, plain)
@@ -640,8 +632,10 @@ def test_a_foreign_class_can_say_where_scales_fold(llama, tokens, smoothed):
         def __call__(self, tokens):
             return self.inner(tokens)
 
-    groups = [g._replace(source=f"inner/{g.source}", targets=tuple(f"inner/{t}" for t in g.targets))
-              for g in jaxq.models.norm_groups(llama)]  # fmt: skip
+    groups = []
+    for group in jaxq.models.norm_groups(llama):
+        targets = tuple(f"inner/{target}" for target in group.targets)
+        groups.append(group._replace(source=f"inner/{group.source}", targets=targets))
 
     def fold(model, scales):
         return Mine(
@@ -679,7 +673,7 @@ def test_kmeans_falls_back_to_rounding_in_its_own_blocks():
     assert row.granularity.startswith("PerTensor")
 
 
-def test_few_rows_are_said():
+def test_the_report_notes_few_sample_rows():
     rule = jaxq.Rule(weight="int4", method="adaround", options={"num_steps": 2})
     layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     _, report = jaxq.quantize_model(
@@ -714,7 +708,7 @@ def test_llm_int8_is_judged_against_inputs_quantized_alike(pair):
     assert qmodel.first.kernel[...].meta.activation is not None
 
 
-def test_what_is_too_large_to_be_squared_is_named(pair):
+def test_inputs_too_large_to_square_are_named(pair):
     with pytest.raises(
         ValueError,
         match=r"first/kernel: the second moments of its inputs are not finite",
@@ -722,7 +716,7 @@ def test_what_is_too_large_to_be_squared_is_named(pair):
         quantize("gptq", pair, calibration=[1e20 * BATCHES[0]])
 
 
-def test_clipping_by_few_inputs_is_said():
+def test_the_report_notes_few_sample_rows_of_clipping():
     _, report = quantize(
         "clip",
         calibration=[correlated(16, 32)],
@@ -735,9 +729,8 @@ def test_clipping_by_few_inputs_is_said():
 def test_reports_say_that_a_model_was_rotated():
     rules = (jaxq.Rule("**/mlp/*", weight="int8"),)
     recipe = jaxq.Recipe(rules, rotate=True)
-    assert "rotated by random Hadamard" in str(
-        recipe.plan(Llama(CONFIG, rngs=nnx.Rngs(0)))
-    )
+    plan = jaxq.nn.plan(Llama(CONFIG, rngs=nnx.Rngs(0)), recipe)
+    assert "rotated by random Hadamard" in str(plan)
 
 
 def test_equalize_scales_stacked_layers_each_by_itself():
@@ -757,9 +750,11 @@ def test_equalize_scales_stacked_layers_each_by_itself():
         )
 
 
-def test_data_that_nothing_looks_at_are_told(pair):
+def test_the_report_notes_data_that_no_rule_needs(pair):
     _, report = quantize("rtn", pair, calibration=["nonsense"], mask=lambda batch: None)
-    assert report.notes == ("not used, for no rule looks at data: calibration=, mask=",)
+    assert report.notes == (
+        "not used, because no rule needs data: calibration=, mask=",
+    )
     assert not quantize("clip", pair, calibration=BATCHES, options={"num": 2})[1].notes
 
 

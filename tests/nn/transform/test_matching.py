@@ -1,4 +1,4 @@
-"""Weights that are used in other ways than a layer's own: quantized, or an error with the path, never silence."""
+"""Weights that code outside of layers uses are quantized, or an error names them."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,15 @@ from flax import nnx
 
 import jaxq
 from jaxq import Recipe, Rule
+from tests.arrays import normal
 
 
 class Raw(nnx.Module):
     """A module with a matrix of its own beside an ordinary layer."""
 
     def __init__(self, use):
-        rng = np.random.default_rng(0)
         self.up = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
-        self.w = nnx.Param(jnp.asarray(rng.standard_normal((32, 8)), jnp.float32))
+        self.w = nnx.Param(normal(32, 8))
         self.gain = nnx.Param(jnp.ones((8,)))
         self.pos_embedding = nnx.Param(jnp.ones((4, 32)))
         self.use = use
@@ -27,8 +27,8 @@ class Raw(nnx.Module):
         )
 
 
-# The ways in which a matrix is used every day and which interception of jax functions misses; with what a QTensor in
-# its place does.
+# Everyday uses of a matrix that an interception of jax functions would miss, and the
+# error that a QTensor raises there, or None.
 USES = {
     "jnp.matmul of the variable": (lambda x, w, g: jnp.matmul(x, w), TypeError),
     "split of the variable": (
@@ -57,10 +57,7 @@ RULE = Rule("w", weight="int8", kinds="Param")
 @pytest.mark.parametrize("name", USES)
 def test_everyday_uses_are_quantized_or_raise(name):
     use, raises = USES[name]
-    model, x = (
-        Raw(use),
-        jnp.asarray(np.random.default_rng(1).standard_normal((3, 32)), jnp.float32),
-    )
+    model, x = Raw(use), normal(3, 32)
     with pytest.raises(
         ValueError, match=r"w float32\[32, 8\]: matrices of modules jaxq does not know"
     ):
@@ -78,7 +75,7 @@ def test_everyday_uses_are_quantized_or_raise(name):
     assert 0 < np.linalg.norm(y - wanted) < 0.03 * np.linalg.norm(wanted)
 
 
-def test_strictness_can_be_waived():
+def test_strict_false_leaves_matrices_in_floats():
     model = Raw(USES["operator"][0])
     q, report = jaxq.quantize_model(model, "int8", strict=False)
     rows = {row.path: row for row in report.rows}
@@ -92,7 +89,7 @@ def test_strictness_can_be_waived():
 
 
 class Gated(nnx.Linear):
-    """A layer jaxq knows with a second matrix."""
+    """A layer of a known kind with a second matrix."""
 
     def __init__(self):
         super().__init__(32, 8, rngs=nnx.Rngs(0))
@@ -149,15 +146,21 @@ def test_weights_that_another_module_normalizes_are_refused(norm):
 
 
 class Frozen(nnx.Variable):
-    """A type of one's own."""
+    """A variable type of the user's."""
 
 
 @pytest.mark.parametrize(
     ("name", "held"),
-    [("token_mix", nnx.Param), ("embed_proj", nnx.Param), ("w", nnx.Variable), ("w", Frozen), ("w", np.asarray),
-     ("w", lambda v: nnx.Param({"a": v}))],
-)  # fmt: skip
-def test_matrices_are_found_whatever_holds_them_and_however_they_are_called(name, held):
+    [
+        ("token_mix", nnx.Param),
+        ("embed_proj", nnx.Param),
+        ("w", nnx.Variable),
+        ("w", Frozen),
+        ("w", np.asarray),
+        ("w", lambda v: nnx.Param({"a": v})),
+    ],
+)
+def test_matrices_are_found_in_any_holder_under_any_name(name, held):
     class Model(nnx.Module):
         def __init__(self):
             self.up = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
@@ -172,23 +175,23 @@ def test_matrices_are_found_whatever_holds_them_and_however_they_are_called(name
         row.path: row
         for row in jaxq.quantize_model(Model(), "int8", strict=False)[1].rows
     }
-    assert rows[name].note in ("in no layer jaxq knows, left as it is", "in no variable, left as it is",
-                               "not one array, left as it is")  # fmt: skip
+    assert rows[name].note in (
+        "in no layer jaxq knows, left as it is",
+        "in no variable, left as it is",
+        "not one array, left as it is",
+    )
 
 
 def test_plans_of_models_that_hold_no_arrays():
     model = nnx.eval_shape(lambda: nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
     real = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
-    assert (
-        jaxq.recipes.get("int4").plan(model).rows
-        == jaxq.recipes.get("int4").plan(real).rows
-    )
+    assert jaxq.nn.plan(model, "int4").rows == jaxq.nn.plan(real, "int4").rows
     bare = nnx.eval_shape(lambda: Raw(USES["operator"][0]))
     with pytest.raises(
         ValueError, match="w float32.* matrices of modules jaxq does not know"
     ):
-        jaxq.recipes.get("int8").plan(bare)
-    assert Recipe([RULE]).plan(bare).quantized[0].path == "w"
+        jaxq.nn.plan(bare, "int8")
+    assert jaxq.nn.plan(bare, Recipe([RULE])).quantized[0].path == "w"
 
 
 def test_a_bare_stack_needs_its_axes():

@@ -1,4 +1,4 @@
-"""quantize_model: what it leaves alone, what it shares, and what it refuses, all problems at once."""
+"""quantize_model: what it leaves alone, what stays shared, and what it refuses."""
 
 import pickle
 
@@ -12,6 +12,7 @@ from flax import nnx
 import jaxq
 from jaxq import QTensor, Recipe, Rule
 from jaxq.nn import QuantizedParam
+from tests.arrays import assert_same, normal
 
 ALL = Recipe([Rule(weight="int8")])
 
@@ -42,7 +43,7 @@ class Model(nnx.Module):
 
 
 class Hand(nnx.Module):
-    """Multiplies by hand, as `fn` says."""
+    """Multiplies with its weight by calling `fn`."""
 
     def __init__(self, fn, rngs):
         self.lin = nnx.Linear(8, 8, use_bias=False, rngs=rngs)
@@ -77,7 +78,7 @@ def test_the_model_stays_as_it_is():
     q, _ = jaxq.quantize_model(model, "int8")
     assert type(q) is type(model)
     assert nnx.graphdef(model) == graph
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), state)
+    assert_same(nnx.state(model), state)
     for path, m in nnx.iter_modules(model):
         before = attributes["/".join(map(str, path))]
         after = {k: v for k, v in vars(m).items() if not k.startswith("_")}
@@ -120,7 +121,7 @@ def test_nothing_of_jax_or_flax_is_replaced():
 
 def test_quantized_models_are_models():
     q, _ = jaxq.quantize_model(Model(nnx.Rngs(0)), "w8a8")
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 40), np.float32))
+    x = normal(2, 40)
     wanted = q(x)
     graph, state = nnx.split(q)
     for other in (nnx.merge(graph, state), nnx.clone(q), pickle.loads(pickle.dumps(q))):
@@ -160,7 +161,7 @@ def test_equal_quantizations_trace_once():
 
 def test_optimizers_of_params_leave_weights_alone():
     q, _ = jaxq.quantize_model(Model(nnx.Rngs(0), 1), "int8")
-    before = {path: jax.tree.map(np.array, qt) for path, qt in weights(q).items()}
+    before = {path: jax.tree.map(jnp.copy, qt) for path, qt in weights(q).items()}
     bias = np.array(q.layers[0].up.bias[...])
     optimizer = nnx.Optimizer(q, optax.sgd(0.1), wrt=nnx.Param)
     grads = nnx.jit(nnx.grad(lambda m, x: (m(x) ** 2).sum()))(q, jnp.ones((2, 40)))
@@ -168,11 +169,11 @@ def test_optimizers_of_params_leave_weights_alone():
     assert weights(grads) == {}
     assert len(before) == 2
     for path, qt in weights(q).items():
-        jax.tree.map(np.testing.assert_array_equal, qt, before[path])
+        assert_same(qt, before[path])
     assert np.any(q.layers[0].up.bias[...] != bias)
 
 
-# Multiplying by hand, which interception of jax functions misses.
+# Products outside of layers.
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_products_by_hand_use_codes(fn):
     model = Hand(fn, nnx.Rngs(0))
     q, report = jaxq.quantize_model(model, "int4")
     assert len(report.quantized) == 1
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8), np.float32))
+    x = normal(2, 8)
     wanted, y = fn(x, jaxq.dequantize(q.lin.kernel[...])), q(x)
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
     assert not np.allclose(y, model(x), atol=1e-4)
@@ -213,7 +214,7 @@ def test_products_by_hand_use_codes(fn):
     ],
     ids=["w*g", "g*w", "slice", "numpy", "matmul", "einsum", "dot", "split", "lax.dot"],
 )
-def test_what_needs_floats_raises(fn, message):
+def test_functions_that_need_floats_raise(fn, message):
     q, _ = jaxq.quantize_model(Hand(fn, nnx.Rngs(0)), "int4")
     for call in (q, nnx.jit(lambda x: q(x))):
         with pytest.raises((TypeError, IndexError, ValueError), match=message):
@@ -303,7 +304,7 @@ def test_conflicting_use_of_one_weight():
 
     with pytest.raises(
         ValueError,
-        match=r"table \(Embed\): it shares its weight with lin, which uses it in another",
+        match=r"table \(Embed\): it shares its weight with lin, which uses it in",
     ):
         jaxq.quantize_model(Odd(nnx.Rngs(0)), ALL)
 
@@ -339,7 +340,7 @@ class Troubled(nnx.Module):
         self.good = linear(rngs)
 
 
-def test_all_problems_are_named_at_once():
+def test_one_error_names_all_problems():
     with pytest.raises(ValueError, match="these layers cannot be quantized") as error:
         jaxq.quantize_model(Troubled(nnx.Rngs(0)), ALL)
     lines = {
@@ -369,7 +370,7 @@ def test_all_problems_are_named_at_once():
     assert "skip=True" in str(error.value).splitlines()[-1]
 
 
-def test_problems_of_skipped_layers_are_none():
+def test_skipped_layers_are_not_checked():
     names = ("hooked", "general", "masked", "free", "outer", "table", "ints", "stack")
     recipe = Recipe([*(Rule(name, skip=True) for name in names), Rule(weight="int8")])
     _, report = jaxq.quantize_model(Troubled(nnx.Rngs(0)), recipe)
@@ -415,7 +416,7 @@ def test_unused_rules():
 def test_rules_hidden_by_earlier_ones_are_unused():
     with pytest.raises(
         ValueError,
-        match=r"\['lm_head'\] match no layer \(or only layers an earlier rule took\)",
+        match=r"\['lm_head'\] match no layer \(or only layers that an earlier rule",
     ):
         jaxq.quantize_model(
             Model(nnx.Rngs(0)),
@@ -428,7 +429,7 @@ def test_a_model_without_layers():
         jaxq.quantize_model(Holder(nnx.Param(jnp.ones((4, 4)))), "int8")
 
 
-def test_no_model():
+def test_a_dict_is_refused():
     with pytest.raises(TypeError, match="must be a flax nnx Module, got dict"):
         jaxq.quantize_model({"w": jnp.ones((4, 4))}, "int8")
 
@@ -439,7 +440,7 @@ def test_a_layer_is_a_model():
     assert isinstance(q.kernel[...], QTensor)
 
 
-def test_defaults_skip_and_say_so():
+def test_named_recipes_skip_layers_with_a_note():
     class Usual(nnx.Module):
         def __init__(self, rngs):
             self.embed = nnx.Embed(4, 40, rngs=rngs)
