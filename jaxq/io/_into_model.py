@@ -215,7 +215,8 @@ def _put_array(node: Any, path: tuple, value: Any) -> Any:
         named_tuple: Any = node
         return named_tuple._replace(**{key: new_child})
     if dataclasses.is_dataclass(type(node)) and not issubclass(type(node), nnx.Pytree):
-        return dataclasses.replace(node, **{key: new_child})  # pyright: ignore[reportArgumentType]
+        replace: Any = dataclasses.replace
+        return replace(node, **{key: new_child})
     if has_items:
         node[key] = new_child
     else:

@@ -246,7 +246,7 @@ def _mean_error(table: _ErrorTable, t: jax.Array, power: float) -> jax.Array:
     width = t[..., 1:] - t[..., :-1]
     integral = _integral(table, t, power)
     middle = (t[..., 1:] + t[..., :-1]) / 2
-    nearest = _lookup(table.values, _cell(table, middle))
+    nearest = _table_entry(table.values, _cell(table, middle))
     wide_mean = (integral[..., 1:] - integral[..., :-1]) / jnp.where(
         width < _NARROW, 1.0, width
     )
@@ -288,9 +288,9 @@ def _antiderivative(u, power: float):
 def _integral(table: _ErrorTable, t: jax.Array, power: float) -> jax.Array:
     """The integral of |error|^power from 0 to t."""
     cell = _cell(table, t)
-    u = t - _lookup(table.values, cell)
+    u = t - _table_entry(table.values, cell)
     inverse = np.float32(1 / (power + 1))
-    return _lookup(table.base, cell) + jnp.sign(u) * _power(u, power + 1) * inverse
+    return _table_entry(table.base, cell) + jnp.sign(u) * _power(u, power + 1) * inverse
 
 
 def _cell(table: _ErrorTable, t: jax.Array) -> jax.Array:
@@ -298,7 +298,7 @@ def _cell(table: _ErrorTable, t: jax.Array) -> jax.Array:
     return jnp.searchsorted(jnp.asarray(table.edges), t).astype(jnp.int32)
 
 
-def _lookup(values: np.ndarray, index: jax.Array) -> jax.Array:
+def _table_entry(values: np.ndarray, index: jax.Array) -> jax.Array:
     return jnp.asarray(values)[index]
 
 

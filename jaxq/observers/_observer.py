@@ -275,7 +275,7 @@ class Observer(abc.ABC):
         seen = getattr(state, "seen", None)
         shape = tuple(seen.nan.low.shape) if isinstance(seen, Seen) else ()
         expected = _abstract_state(self._state_maker(), shape)
-        if _structure(state) != _structure(expected):
+        if _treedef_and_shapes(state) != _treedef_and_shapes(expected):
             raise ValueError(
                 f"{self.kind}.{caller}: the state is not of {self!r}, but of another "
                 "kind of observer or of other settings. Observe the data with this "
@@ -291,7 +291,7 @@ class Observer(abc.ABC):
         seen = Seen(*(_numbers.zero_counts(shape) for _ in Seen._fields))
         return _numbers.varying_like(self._init(seen, shape), x)
 
-    def _check(self, fmt: Format, symmetric: bool) -> None:  # noqa: B027 (most accept all)
+    def _check(self, fmt: Format, symmetric: bool) -> None:  # noqa: B027
         """Raises ValueError if this observer cannot find a range for the format."""
 
     def _check_arguments(
@@ -393,7 +393,7 @@ class Observer(abc.ABC):
         finite, nan = pattern < _numbers.INFINITY, pattern > _numbers.INFINITY
         infinite = pattern == _numbers.INFINITY
         if where is not None:
-            mask = move(_broadcast(where, x.shape))
+            mask = move(_broadcast_mask(where, x.shape))
             finite, nan, infinite = finite & mask, nan & mask, infinite & mask
         counts = _numbers.count_true(finite, nan, infinite)
         return numbers, finite, Seen(*(_numbers.as_count(count) for count in counts))
@@ -421,7 +421,9 @@ def _abstract_state(observer: Observer, shape: tuple[int, ...]) -> Any:
     return jax.eval_shape(lambda: observer._empty(shape, np.float32(0)))
 
 
-def _structure(state: Any) -> tuple[Any, list[tuple[tuple[int, ...], np.dtype]]]:
+def _treedef_and_shapes(
+    state: Any,
+) -> tuple[Any, list[tuple[tuple[int, ...], np.dtype]]]:
     """Treedef, and the shape and dtype of each leaf."""
     leaves, treedef = jax.tree.flatten(state)
     return treedef, [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves]
@@ -480,7 +482,7 @@ def _or_nan(
     return low, high
 
 
-def _broadcast(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _broadcast_mask(mask: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The mask with the shape of x. Missing leading axes are added first."""
     same_rank = mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
     return jnp.broadcast_to(same_rank, shape)

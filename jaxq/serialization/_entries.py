@@ -57,9 +57,12 @@ class EntryWriter:
             return self._describe_dict(value, path)
         # Named tuples: the statistics of layers, the states of observers.
         if isinstance(value, tuple) and hasattr(value, "_asdict"):
-            return self._describe_dict(value._asdict(), path)  # pyright: ignore[reportAttributeAccessIssue]
+            named_tuple: Any = value
+            return self._describe_dict(named_tuple._asdict(), path)
         if type(value) in (list, tuple):
-            items = [self.describe(v, _join(path, str(i))) for i, v in enumerate(value)]
+            items = [
+                self.describe(v, _child_path(path, str(i))) for i, v in enumerate(value)
+            ]
             return {"is": type(value).__name__, "items": items}
         raise TypeError(
             f"{self._caller}: {path or 'the tree'} has type {type(value).__name__}, "
@@ -96,7 +99,9 @@ class EntryWriter:
                     f"{self._caller}: the keys of {path or 'the tree'} must be "
                     f"strings, got {key!r}."
                 )
-        items = {key: self.describe(v, _join(path, key)) for key, v in value.items()}
+        items = {
+            key: self.describe(v, _child_path(path, key)) for key, v in value.items()
+        }
         return {"is": "dict", "items": items}
 
     def _describe_qtensor(self, qt: QTensor, path: str) -> dict[str, Any]:
@@ -136,10 +141,12 @@ class EntryReader:
             return entry["value"]
         if kind == "dict":
             items = entry["items"].items()
-            return {key: self.rebuild(item, _join(path, key)) for key, item in items}
+            return {
+                key: self.rebuild(item, _child_path(path, key)) for key, item in items
+            }
         if kind in ("list", "tuple"):
             items = [
-                self.rebuild(item, _join(path, str(i)))
+                self.rebuild(item, _child_path(path, str(i)))
                 for i, item in enumerate(entry["items"])
             ]
             return items if kind == "list" else tuple(items)
@@ -209,5 +216,5 @@ def _is_key(value: Any) -> bool:
     )
 
 
-def _join(path: str, key: str) -> str:
+def _child_path(path: str, key: str) -> str:
     return f"{path}/{key}" if path else key

@@ -226,7 +226,8 @@ def rewrite(path, change):
     """The same tensors under changed metadata."""
     with safe_open(path, framework="numpy") as file:
         header = json.loads(file.metadata()["jaxq"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
     change(header, tensors)
     save_file(tensors, path, metadata={"format": "jaxq", "jaxq": json.dumps(header)})
 
