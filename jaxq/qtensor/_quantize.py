@@ -167,8 +167,8 @@ def _keys_of_levels(
     num_keys = sum(is_stochastic)
     if num_keys == 0 or key is None:
         return (None,) * len(is_stochastic)
-    # A single stochastic level uses the key itself. So the codes of a spec stay the same
-    # if its scale becomes a QuantSpec that rounds to nearest.
+    # A single stochastic level uses the key itself, so its random numbers do not depend
+    # on how its scale is stored.
     keys = iter([key] if num_keys == 1 else jax.random.split(key, num_keys))
     return tuple(next(keys) if stochastic else None for stochastic in is_stochastic)
 
