@@ -1,6 +1,8 @@
-"""Post-training methods: pure functions of a matrix and what is known of its inputs, `(w, stats, spec) -> (qt, info)`.
+"""Post-training methods: pure functions of a weight and statistics of its inputs.
 
-Weights are `[in, out]`, as Flax keeps them; `jaxq.nn` knows models and calls these by name (`solve`).
+`(w, stats, spec) -> (qt, info)`. Weights are `[in, out]`, as Flax keeps them. Each file
+holds one method and its record (`Method`). `jaxq.nn` knows models, and calls methods by
+their names (`solve`). `register` adds a method.
 """
 
 from jaxq.methods._adaround import AdaRoundInfo, adaround

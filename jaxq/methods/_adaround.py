@@ -1,12 +1,15 @@
-"""AdaRound: which of its two neighbours on the grid each weight goes to is learned from the layer's inputs.
+"""AdaRound: learns from the layer's inputs whether each weight is rounded down or up.
 
-    soft = low + h(v) (high - low)                      # [in, out], low <= w <= high neighbours on the grid
+    soft = low + h(v) (high - low)          # [in, out], low <= w <= high on the grid
     h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)
-    min over v of ||x w - x soft||^2 / ||x w - x nearest||^2 + rate * mean(1 - |2 h(v) - 1|^beta)
+    min over v of  ||x w - x soft||^2 / ||x w - x nearest||^2
+                   + rate * mean(1 - |2 h(v) - 1|^beta)
 
-Grid, scales and zero points are those of `quantize` and stay; any format has neighbours. The last term, off at first,
-pushes each h(v) to 0 or 1 as beta falls. The error is relative to that of rounding to nearest, so that `regularization`
-means the same for layers of any size.
+`low` and `high` are the two neighbours of a weight on the grid of `quantize`. The grid,
+its scales and its zero points do not change. Any format has neighbours. The last term
+is off at first; then it pushes each h(v) to 0 or 1 as beta falls. The error is relative
+to that of rounding to nearest, so `regularization` means the same for layers of any
+size.
 """
 
 from __future__ import annotations
@@ -50,11 +53,9 @@ _STRETCH, _SHIFT = 1.2, -0.1
 
 
 def _are_two_positive_numbers(value: Any) -> bool:
-    return (
-        isinstance(value, tuple | list)
-        and len(value) == 2
-        and all(POSITIVE.accepts(v) for v in value)
-    )
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return False
+    return all(POSITIVE.accepts(v) for v in value)
 
 
 _OPTIONS = {
@@ -64,20 +65,29 @@ _OPTIONS = {
     "regularization": number("a number, not negative", least=0, below=float("inf")),
     "warm_start": SHARE,
     "beta": Option(
-        _are_two_positive_numbers, "two positive numbers, at first and in the end"
+        _are_two_positive_numbers, "two positive numbers, for the start and the end"
     ),
 }
 
 
 class AdaRoundInfo(NamedTuple):
-    """What learning changed.
+    """Diagnostics of `adaround`.
 
     Attributes:
       error: float32, mean squared error of the layer's outputs on `x`.
-      initial_error: float32, that of rounding to nearest.
-      num_changed: int32, weights that do not go to the nearest number.
-      improved: float32, share of outputs that are better; the others are rounded to nearest.
-      underdetermined: bool, True where there are fewer tokens than inputs: other inputs may be served worse.
+      initial_error: float32, the same error of rounding to nearest.
+      num_changed: int32, number of weights that are not rounded to nearest.
+      improved: float32, share of outputs with a smaller error. The weights of the other
+        outputs are rounded to nearest.
+      underdetermined: bool, True if there are fewer tokens than inputs. The result may
+        then be worse for other inputs.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq
+      >>> w, x, key = jnp.ones((4, 2)), jnp.ones((3, 4)), jax.random.key(0)
+      >>> _, info = jaxq.methods.adaround(w, x, "int8", key=key, num_steps=1)
+      >>> bool(info.underdetermined)
+      True
     """
 
     error: jax.Array
@@ -102,57 +112,67 @@ def adaround(
     x_float: ArrayLike | None = None,
     name: str = "w",
 ) -> tuple[QTensor, AdaRoundInfo]:
-    """Learns whether each weight is rounded down or up, so that the layer's outputs change least.
+    """Learns whether each weight is rounded down or up, from the layer's inputs.
 
-    `argmin over {down, up} of ||x_float W - x Q||^2`, relaxed to [0, 1] and solved by Adam. Starts from the weights
-    themselves (soft rounding that changes nothing); outputs (columns of W) that end up no better than rounding to
-    nearest, measured on all of `x`, are rounded to nearest.
+    `argmin over {down, up} of ||x_float W - x Q||^2`, relaxed to [0, 1] and solved by
+    Adam. It starts from soft rounding that gives the weights themselves. An output
+    (column of W) whose error on all of `x` is not smaller in the end than that of
+    rounding to nearest is rounded to nearest.
 
     Args:
-      w: float `[in, out]`, or `[..., in, out]`: a stack, each with inputs of its own (by `jax.vmap`).
-      x: float `[tokens, in]`, the layer's inputs; `[..., tokens, in]` or one for the whole stack.
-      spec: preset name or `QuantSpec`, any but stochastic rounding and the scale rules "ttq" and "twn".
-      key: PRNG key, of the order of batches.
-      num_steps: steps of Adam.
-      learning_rate: of Adam.
-      batch_size: tokens in a step.
-      regularization: weight of the push to 0 and 1, relative to the error of rounding to nearest.
-      beta: its exponent at first and in the end, linear in between.
-      warm_start: share of the steps without it.
-      x_float: inputs of the same layer in the float network, shape of `x`, where x comes from layers quantized before
-        this one: the outputs to be met are those of `x_float` (asymmetric reconstruction). None takes x.
+      w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).
+      x: float `[tokens, in]`, the layer's inputs. For a stack: shared by all matrices,
+        or `[..., tokens, in]`.
+      spec: preset name or `QuantSpec`. Stochastic rounding and the scale rules with a
+        threshold ("ttq", "twn") are refused.
+      key: PRNG key for the order of the batches.
+      num_steps: number of steps of Adam.
+      learning_rate: positive, of Adam.
+      batch_size: number of tokens in a step.
+      regularization: not negative, weight of the push to 0 and 1, relative to the error
+        of rounding to nearest.
+      beta: exponent of the push at the start and at the end, positive, linear in
+        between.
+      warm_start: 0 to 1, share of the steps without the push.
+      x_float: inputs of the same layer in the float network, shape of `x`. Pass them if
+        x comes from layers that are quantized already: the outputs should then match
+        those of `x_float` (asymmetric reconstruction). None takes x.
       name: what errors call the weight.
 
     Returns:
-      QTensor with the shape and dtype of `w`, axis -2 contracted; `AdaRoundInfo`, arrays with the leading axes of `w`.
+      `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted; and
+      an `AdaRoundInfo`, whose arrays have the leading axes of `w`.
 
     Raises:
       TypeError: `w`, `x` or `x_float` is not a float array.
-      ValueError: shapes that do not fit, numbers out of range, a number that is not finite (outside jit).
+      ValueError: shapes do not match, an option is out of range, the spec is refused,
+        or (outside jit) a number is not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
-      >>> x = jax.random.normal(jax.random.key(0), (64, 1)) + 0.1 * jax.random.normal(jax.random.key(1), (64, 2))
+      >>> key = jax.random.key(0)
+      >>> x = jax.random.normal(key, (64, 1)) + 0.1 * jax.random.normal(key, (64, 2))
       >>> w = jnp.array([[0.4, 7.0], [0.4, 7.0]])
       >>> spec = jaxq.QuantSpec("int4", jaxq.PerTensor())
       >>> qt, info = jaxq.methods.adaround(w, x, spec, key=jax.random.key(2))
-      >>> sorted(qt.codes()[:, 0].tolist()), jaxq.quantize(w, spec).codes()[:, 0].tolist()
-      ([0, 1], [0, 0])
+      >>> sorted(qt.codes()[:, 0].tolist())
+      [0, 1]
+      >>> jaxq.quantize(w, spec).codes()[:, 0].tolist()
+      [0, 0]
 
     References:
-      Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020, section 3.
+      Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization",
+      2020, section 3.
     """
     spec = as_spec(spec, "adaround")
     refuse("adaround", _why_not_adaround(spec, {}))
     w = _matrix.as_weight(w, "adaround", name)
-    said = "inputs [tokens, in]"
-    x = _matrix.as_statistic(
-        x, "x", "adaround", shape=(None, w.shape[-2]), said=said, w=w
-    )
+    shape, meaning = (None, w.shape[-2]), "inputs [tokens, in]"
+    x = _matrix.as_statistic(x, "x", "adaround", shape=shape, meaning=meaning, w=w)
     target = x
     if x_float is not None:
         target = _matrix.as_statistic(
-            x_float, "x_float", "adaround", shape=x.shape[-2:], said=said, w=w
+            x_float, "x_float", "adaround", shape=x.shape[-2:], meaning=meaning, w=w
         )
     check_values(
         "adaround",
@@ -166,21 +186,14 @@ def adaround(
     )
     keys = jax.random.split(key, w.shape[:-2]) if w.ndim > 2 else key
     rates = (learning_rate, regularization, *beta, warm_start)
-    numbers = _Numbers(*(jnp.float32(v) for v in rates))
-    return _adaround(
-        w,
-        x,
-        target,
-        keys,
-        numbers,
-        key.ndim,
-        spec,
-        num_steps,
-        min(batch_size, x.shape[-2]),
-    )
+    learning = _Learning(*(jnp.float32(v) for v in rates))
+    steps = _Steps(num_steps, min(batch_size, x.shape[-2]))
+    return _adaround(w, x, target, keys, learning, key.ndim, spec, steps)
 
 
-class _Numbers(NamedTuple):
+class _Learning(NamedTuple):
+    """The numbers of the optimization, traced so that they need no new compilation."""
+
     learning_rate: jax.Array
     regularization: jax.Array
     first_beta: jax.Array
@@ -188,119 +201,158 @@ class _Numbers(NamedTuple):
     warm_start: jax.Array
 
 
-@functools.partial(
-    jax.jit, static_argnames=("key_ndim", "spec", "num_steps", "batch_size")
-)
+class _Steps(NamedTuple):
+    """The static sizes of the optimization."""
+
+    num_steps: int
+    batch_size: int
+
+
+@functools.partial(jax.jit, static_argnames=("key_ndim", "spec", "steps"))
 def _adaround(
     w: jax.Array,
     x: jax.Array,
     target: jax.Array,
     keys: jax.Array,
-    numbers: _Numbers,
+    learning: _Learning,
     key_ndim: int,
     spec: QuantSpec,
-    num_steps: int,
-    batch_size: int,
-):
-    one = functools.partial(
-        _one, numbers=numbers, spec=spec, num_steps=num_steps, batch_size=batch_size
+    steps: _Steps,
+) -> tuple[QTensor, AdaRoundInfo]:
+    learn_matrix = functools.partial(
+        _learn_matrix, learning=learning, spec=spec, steps=steps
     )
-    return _matrix.over_stack(one, w, (x, 2), (target, 2), (keys, key_ndim))
+    return _matrix.over_stack(learn_matrix, w, (x, 2), (target, 2), (keys, key_ndim))
 
 
-def _one(
+def _learn_matrix(
     w: jax.Array,
     x: jax.Array,
     target: jax.Array,
     key: jax.Array,
-    numbers: _Numbers,
+    learning: _Learning,
     spec: QuantSpec,
-    num_steps: int,
-    batch_size: int,
+    steps: _Steps,
 ) -> tuple[QTensor, AdaRoundInfo]:
+    """`adaround` for one matrix `[in, out]`; `x` and `target` are `[tokens, in]`."""
     nearest = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
     weights = w.astype(jnp.float32)
-    low, high, share = _neighbours(weights, nearest)
-    rounded = dequantize(nearest, dtype=jnp.float32)
+    grid = _neighbours(weights, nearest)
 
     def column_errors(values: jax.Array) -> jax.Array:
-        error = _dot(target, weights) - _dot(x, values)
+        error = _float32_dot(target, weights) - _float32_dot(x, values)
         return jnp.mean(error * error, axis=0)  # [out]
 
-    before = column_errors(rounded)
+    before = column_errors(dequantize(nearest, dtype=jnp.float32))
     unit = jnp.mean(before)
     unit = jnp.where(unit > 0, unit, 1.0)
 
     def loss(v: jax.Array, rows: jax.Array, progress: jax.Array) -> jax.Array:
-        h = _soft(v)
-        error = _dot(target[rows], weights) - _dot(x[rows], low + h * (high - low))
-        after = jnp.maximum(progress - numbers.warm_start, 0.0) / jnp.maximum(
-            1 - numbers.warm_start, 1e-6
-        )
-        beta = numbers.first_beta + (numbers.last_beta - numbers.first_beta) * after
-        distance = jnp.abs(2 * h - 1)
-        # 0^beta has the gradient 0; autodiff would take a logarithm of it.
-        push = jnp.mean(1 - jnp.where(distance > 0, distance, 1e-6) ** beta)
-        push = jnp.where(progress < numbers.warm_start, 0.0, push)
-        return jnp.mean(error * error) / unit + numbers.regularization * push
+        h = _soft_step(v)
+        soft = grid.low + h * (grid.high - grid.low)
+        error = _float32_dot(target[rows], weights) - _float32_dot(x[rows], soft)
+        push = learning.regularization * _push_to_ends(h, progress, learning)
+        return jnp.mean(error * error) / unit + push
 
-    optimizer = optax.adam(numbers.learning_rate)
+    v = _learn(loss, grid.share, key, x.shape[0], learning, steps)
+    values = jnp.where(v >= 0, grid.high, grid.low)
+    after = column_errors(values)
+    better = after < before  # [out]
+    learned = requantize(values, nearest)
+    codes = jnp.where(better[None], learned.codes(), nearest.codes())
+    info = AdaRoundInfo(
+        error=jnp.mean(jnp.where(better, after, before)),
+        initial_error=jnp.mean(before),
+        num_changed=jnp.sum(codes != nearest.codes(), dtype=jnp.int32),
+        improved=jnp.mean(better.astype(jnp.float32)),
+        underdetermined=jnp.bool_(x.shape[0] < x.shape[1]),
+    )
+    return nearest.with_codes(codes), info
+
+
+def _learn(
+    loss: Any,
+    share: jax.Array,
+    key: jax.Array,
+    num_tokens: int,
+    learning: _Learning,
+    steps: _Steps,
+) -> jax.Array:
+    """The variables v `[in, out]` after all steps of Adam.
+
+    Args:
+      loss: `(v, rows, progress) -> scalar`; progress goes from 0 to 1.
+      share: where each weight is between its neighbours, 0 to 1.
+      key: PRNG key for the order of the batches.
+      num_tokens: number of tokens to draw from.
+      learning: numbers of the optimization.
+      steps: its sizes.
+    """
+    optimizer = optax.adam(learning.learning_rate)
 
     def step(
         state: tuple[jax.Array, optax.OptState], i: jax.Array
     ) -> tuple[tuple[jax.Array, optax.OptState], None]:
         v, moments = state
         rows = jax.random.choice(
-            jax.random.fold_in(key, i), x.shape[0], (batch_size,), replace=False
+            jax.random.fold_in(key, i), num_tokens, (steps.batch_size,), replace=False
         )
-        gradient = jax.grad(loss)(v, rows, i.astype(jnp.float32) / num_steps)
-        # Adam counts its steps in int32 and raises float32 to them, which strict promotion refuses.
+        progress = i.astype(jnp.float32) / steps.num_steps
+        gradient = jax.grad(loss)(v, rows, progress)
+        # Adam counts its steps in int32 and raises float32 numbers to that power.
+        # Strict dtype promotion, which the user may have set, refuses this.
         with jax.numpy_dtype_promotion("standard"):
             change, moments = optimizer.update(gradient, moments)
             moved = optax.apply_updates(v, change)
         return (jnp.asarray(moved), moments), None
 
-    # h(v) = share, so that soft rounding begins at the weights.
+    # h(v) = share, so that soft rounding starts at the weights.
     start = jnp.clip((share - _SHIFT) / _STRETCH, 1e-4, 1 - 1e-4)
     v = jnp.log(start) - jnp.log1p(-start)
-    (v, _), _ = lax.scan(step, (v, optimizer.init(v)), jnp.arange(num_steps))
-
-    values = jnp.where(v >= 0, high, low)
-    after = column_errors(values)
-    better = after < before
-    learned = requantize(values, nearest)
-    codes = jnp.where(better[None], learned.codes(), nearest.codes())
-    info = AdaRoundInfo(
-        jnp.mean(jnp.where(better, after, before)),
-        jnp.mean(before),
-        jnp.sum(codes != nearest.codes(), dtype=jnp.int32),
-        jnp.mean(better.astype(jnp.float32)),
-        jnp.bool_(x.shape[0] < x.shape[1]),
-    )
-    return nearest.with_codes(codes), info
+    state = (v, optimizer.init(v))
+    (v, _), _ = lax.scan(step, state, jnp.arange(steps.num_steps))
+    return v
 
 
-def _soft(v: jax.Array) -> jax.Array:
+def _soft_step(v: jax.Array) -> jax.Array:
+    """The rectified sigmoid h."""
     return jnp.clip(_STRETCH * jax.nn.sigmoid(v) + _SHIFT, 0.0, 1.0)
 
 
-def _neighbours(
-    w: jax.Array, nearest: QTensor
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The numbers of the grid below and above each weight, and how far w lies between them, 0 to 1.
+def _push_to_ends(h: jax.Array, progress: jax.Array, learning: _Learning) -> jax.Array:
+    """The regularizer `mean(1 - |2 h - 1|^beta)`; 0 in the warm start."""
+    warm_start = learning.warm_start
+    after = jnp.maximum(progress - warm_start, 0.0) / jnp.maximum(1 - warm_start, 1e-6)
+    beta = learning.first_beta + (learning.last_beta - learning.first_beta) * after
+    distance = jnp.abs(2 * h - 1)
+    # 0^beta has the gradient 0; autodiff would take the logarithm of 0.
+    push = jnp.mean(1 - jnp.where(distance > 0, distance, 1e-6) ** beta)
+    return jnp.where(progress < warm_start, 0.0, push)
 
-    A weight beyond the grid has its outermost number on both sides; one on the grid is the lower of two, so that it too
-    may be moved.
+
+class _Neighbours(NamedTuple):
+    """The two neighbours of each weight on the grid, `[in, out]`.
+
+    Attributes:
+      low: the neighbour below.
+      high: the neighbour above.
+      share: where the weight is between them, 0 (low) to 1 (high).
     """
-    fmt, geometry = nearest.spec.fmt, nearest.meta.geometry
-    ordered = np.unique(fmt.values())
-    narrow = (
-        fmt.kind == "integer" and nearest.spec.symmetric and nearest.spec.offset is None
-    )
-    if narrow and nearest.spec.scale_rule != "signed_extreme":
-        ordered = ordered[ordered >= -fmt.max]
-    scale = scale_values(nearest)
-    steps = geometry.scale_to_blocks(scale)
+
+    low: jax.Array
+    high: jax.Array
+    share: jax.Array
+
+
+def _neighbours(w: jax.Array, nearest: QTensor) -> _Neighbours:
+    """Finds the neighbours of each weight on the grid of `nearest`.
+
+    For a weight beyond the grid, both neighbours are the outermost number. A weight on
+    the grid is the lower of the two, so that it may move up.
+    """
+    geometry = nearest.meta.geometry
+    numbers = _grid_numbers(nearest)
+    steps = geometry.scale_to_blocks(scale_values(nearest))
     blocks = geometry.to_blocks(geometry.pad(geometry.to_view(w)))
     zero = jnp.zeros_like(steps)
     if nearest.zero_point is not None:
@@ -308,30 +360,43 @@ def _neighbours(
     offset = jnp.zeros_like(steps)
     if nearest.offset is not None:
         offset = geometry.scale_to_blocks(nearest.offset.astype(jnp.float32))
+    # Weights in units of the grid, where its numbers are those of the format.
     safe = jnp.where(steps == 0, 1.0, steps)
     y = jnp.where(steps == 0, zero, (blocks - offset) / safe + zero)
-    place = jnp.clip(
-        jnp.searchsorted(jnp.asarray(ordered), y, side="right") - 1, 0, ordered.size - 2
-    )
-    below, above = jnp.asarray(ordered)[place], jnp.asarray(ordered)[place + 1]
+    position = jnp.searchsorted(jnp.asarray(numbers), y, side="right") - 1
+    position = jnp.clip(position, 0, numbers.size - 2)
+    below = jnp.asarray(numbers)[position]
+    above = jnp.asarray(numbers)[position + 1]
     share = jnp.clip((y - below) / (above - below), 0.0, 1.0)
-    outside = (y < ordered[0]) | (y > ordered[-1])
-    below, above = (
-        jnp.where(outside, jnp.clip(y, ordered[0], ordered[-1]), edge)
-        for edge in (below, above)
+    outside = (y < numbers[0]) | (y > numbers[-1])
+    outermost = jnp.clip(y, numbers[0], numbers[-1])
+    below = jnp.where(outside, outermost, below)
+    above = jnp.where(outside, outermost, above)
+    # A negative scale reverses the order of the grid.
+    share = jnp.where(steps < 0, 1.0 - share, share)
+
+    def from_blocks(values: jax.Array) -> jax.Array:
+        return geometry.from_view(geometry.unpad(geometry.from_blocks(values)))
+
+    first = from_blocks((below - zero) * steps + offset)
+    second = from_blocks((above - zero) * steps + offset)
+    return _Neighbours(
+        jnp.minimum(first, second), jnp.maximum(first, second), from_blocks(share)
     )
 
-    def back(units: jax.Array) -> jax.Array:
-        return geometry.from_view(geometry.unpad(geometry.from_blocks(units)))
 
-    share = jnp.where(
-        steps < 0, 1.0 - share, share
-    )  # a negative scale turns the grid around
-    ends = [back((edge - zero) * steps + offset) for edge in (below, above)]
-    return jnp.minimum(*ends), jnp.maximum(*ends), back(share)
+def _grid_numbers(nearest: QTensor) -> np.ndarray:
+    """The numbers that codes of `nearest` may stand for, ascending."""
+    spec, fmt = nearest.spec, nearest.spec.fmt
+    numbers = np.unique(fmt.values())
+    is_symmetric = spec.symmetric and spec.offset is None
+    # Symmetric integers use the narrow range, unless the scale has a sign.
+    if fmt.kind == "integer" and is_symmetric and not spec.rule.signed:
+        numbers = numbers[numbers >= -fmt.max]
+    return numbers
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def _float32_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(
         a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
@@ -343,8 +408,8 @@ def _why_not_adaround(spec: QuantSpec, options: Mapping[str, Any]) -> str:
         return reason
     if spec.rule.has_threshold:
         return (
-            f"scale_rule={spec.scale_rule!r} has no two neighbours to choose from. Use "
-            "another scale rule."
+            f"scale_rule={spec.scale_rule!r} rounds by a threshold, so a weight has no "
+            "two neighbours to choose from. Use another scale rule."
         )
     return ""
 

@@ -1,4 +1,4 @@
-"""Bias correction: what quantization shifts on average, given back through the layer's bias."""
+"""Bias correction: the layer's bias makes up for the mean error of its weight."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ def bias_correction(
     *,
     x_mean_quantized: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """The mean by which a quantized layer's output falls short: `E[x] w - E[x_q] w_q`.
+    """Returns the mean output that a quantized layer lacks: `E[x] w - E[x_q] w_q`.
 
-    Added to the bias, it gives the quantized layer the mean output of the original one, on the data of `x_mean`.
+    Added to the bias, it gives the quantized layer the mean output of the original
+    layer, on the data of `x_mean`.
 
     Args:
       w: float `[in, out]`, or a stack of such matrices with axes in front.
       qt: QTensor of that shape, or its dequantized values.
-      x_mean: float `[in]` (or stacked like w), the mean input of the layer in the original model.
-      x_mean_quantized: float `[in]`, its mean input in the quantized model, where layers before it have changed it;
-        None takes `x_mean`, which corrects the error of `w` alone.
+      x_mean: float `[in]` (or stacked like w), the mean input of the layer in the
+        original model.
+      x_mean_quantized: float `[in]` (or stacked like w), the mean input of the layer in
+        the quantized model, in which the layers before are quantized as well. None
+        takes `x_mean`, and corrects the error of `w` only.
 
     Returns:
-      float32 `[..., out]`, what to add to the bias.
+      float32 `[..., out]`, to be added to the bias.
 
     Raises:
-      TypeError: not float arrays.
-      ValueError: shapes that do not meet; non-finite numbers.
+      TypeError: an argument is not a float array.
+      ValueError: shapes do not match, or (outside jit) a number is not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -43,46 +46,53 @@ def bias_correction(
       (1,)
 
     References:
-      Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.2
-      (here with the empirical mean, appendix D).
+      Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
+      Correction", 2019, section 4.2 (here with the empirical mean, appendix D).
     """
     w = _matrix.as_weight(w, "bias_correction")
     if not isinstance(qt, QTensor):
         qt = _matrix.as_weight(qt, "bias_correction", "qt")
     if qt.shape != w.shape:
         raise ValueError(
-            f"bias_correction: shapes differ: w is {_matrix.describe(w)}, qt is {qt!r}."
+            "bias_correction: qt must have the shape of w, got w: "
+            f"{_matrix.describe(w)}, qt: {qt!r}."
         )
-    statistics = []
+    means = []
     for name, mean in (("x_mean", x_mean), ("x_mean_quantized", x_mean_quantized)):
         if mean is not None:
-            said = "one mean for each input"
             mean = _matrix.as_statistic(
-                mean, name, "bias_correction", shape=w.shape[-2:-1], said=said, w=w
+                mean,
+                name,
+                "bias_correction",
+                shape=w.shape[-2:-1],
+                meaning="one mean for each input",
+                w=w,
             )
-            statistics.append(mean)
-    return _bias_correction(
-        w, qt.with_activation(None) if isinstance(qt, QTensor) else qt, *statistics
-    )
+            means.append(mean)
+    if isinstance(qt, QTensor):
+        qt = qt.with_activation(None)
+    return _bias_correction(w, qt, *means)
 
 
 @jax.jit
 def _bias_correction(
     w: jax.Array,
     qt: QTensor | jax.Array,
-    before: jax.Array,
-    after: jax.Array | None = None,
+    x_mean: jax.Array,
+    x_mean_quantized: jax.Array | None = None,
 ) -> jax.Array:
-    w_hat = (
-        dequantize(qt, dtype=jnp.float32)
-        if isinstance(qt, QTensor)
-        else qt.astype(jnp.float32)
-    )
+    if isinstance(qt, QTensor):
+        w_hat = dequantize(qt, dtype=jnp.float32)
+    else:
+        w_hat = qt.astype(jnp.float32)
     w = w.astype(jnp.float32)
 
     def product(x: jax.Array, w: jax.Array) -> jax.Array:
         # HIGHEST: matrix units would otherwise read bfloat16.
         return jnp.einsum("...i,...io->...o", x, w, precision=lax.Precision.HIGHEST)
 
-    shift = product(before, w - w_hat)  # [..., out]; the small difference first
-    return shift if after is None else shift + product(before - after, w_hat)
+    # The small difference of weights first: the two large products would cancel.
+    shift = product(x_mean, w - w_hat)  # [..., out]
+    if x_mean_quantized is None:
+        return shift
+    return shift + product(x_mean - x_mean_quantized, w_hat)

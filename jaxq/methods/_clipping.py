@@ -1,8 +1,12 @@
-"""Clipping: a smaller range than the extremes, chosen for each block.
+"""Clipping: a range smaller than the extremes, chosen for each block.
 
-A range that ends before the largest numbers makes the steps smaller for all others: `s^2 / 12` times the numbers
-inside, against the squared excess of those outside. Three rules choose where it ends; scales come from the clipped
-block, codes from the whole one, so that what lies beyond saturates.
+If a range ends before the largest numbers, the steps of all other numbers are smaller.
+The cost is `s^2 / 12` for each number inside the range, plus the squared excess of the
+numbers outside. Three rules choose the range. Scales come from the clipped block, codes
+from the whole one, so numbers beyond the range saturate.
+
+Blocks are arrays as `Geometry.to_blocks` arranges them, `[n_out, size_out, n_in,
+size_in]` for a matrix. Ranges and errors are `[n_out, 1, n_in, 1]`.
 """
 
 from __future__ import annotations
@@ -45,8 +49,6 @@ from jaxq.qtensor import (
 )
 
 RULES = ("entropy", "mse", "percentile")
-
-
 _OPTIONS = {
     "rule": choice(*RULES),
     "power": POSITIVE,
@@ -56,7 +58,7 @@ _OPTIONS = {
     "bins": COUNT,
     "inputs": FLAG,
 }
-# The rule that reads each option; `rule` itself is read by all.
+# The rule that reads each option. All rules read `rule`.
 _READER = {
     "power": "mse",
     "num": "mse",
@@ -65,16 +67,30 @@ _READER = {
     "percentile": "percentile",
     "bins": "entropy",
 }
+_DEFAULTS = {
+    "power": 2.0,
+    "num": 80,
+    "max_shrink": 0.8,
+    "percentile": 99.9,
+    "bins": 512,
+}
 
 
 class ClipInfo(NamedTuple):
-    """What `clip` chose; every field is float32 `[*num_blocks]`, the shape of the scales.
+    """Diagnostics of `clip`; every array is float32 `[*num_blocks]`, like the scales.
 
     Attributes:
-      low: where the range of the block ends below.
-      high: where it ends above.
-      error: sum over the block of what the rule "mse" minimises.
-      error_unclipped: the same of plain quantization.
+      low: the lower end of the block's range.
+      high: the upper end of the block's range.
+      error: the error of the block that the rule "mse" minimizes.
+      error_unclipped: the same error of plain quantization.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq.methods import clip
+      >>> _, info = clip(jnp.array([[1.0], [-3.0]]), "int4", max_shrink=0.0)
+      >>> info.low.tolist(), info.high.tolist()
+      ([[-3.0]], [[3.0]])
     """
 
     low: jax.Array
@@ -84,14 +100,14 @@ class ClipInfo(NamedTuple):
 
 
 class _Range(NamedTuple):
-    """Where blocks begin and end, shaped to broadcast against `Geometry.to_blocks`."""
+    """The ends of each block's range, shaped like blocks with sizes of 1."""
 
     low: jax.Array
     high: jax.Array
 
 
 class _Search(NamedTuple):
-    """The static choices of `clip`."""
+    """The static choices of `clip`. Another choice is another compiled program."""
 
     rule: str
     power: float
@@ -99,11 +115,17 @@ class _Search(NamedTuple):
 
 
 class _Amounts(NamedTuple):
-    """Its numbers, which need no compilation of their own."""
+    """The numbers of `clip`, traced so that they need no compilation of their own.
+
+    Attributes:
+      num: number of ranges that "mse" tries.
+      max_shrink: how far the last of them is from the first.
+      shares: for "percentile": share of a block's numbers below each end of its range.
+    """
 
     num: np.int32
     max_shrink: np.float32
-    shares: tuple[np.float32, ...]  # of a block's numbers below each end of its range
+    shares: tuple[np.float32, ...]
 
 
 def clip(
@@ -120,42 +142,54 @@ def clip(
     bins: int | None = None,
     name: str = "w",
 ) -> tuple[QTensor, ClipInfo]:
-    """Quantizes `w` with a range of its own choice for each block of the spec's granularity.
+    """Quantizes `w` with a range that is chosen for each block of the spec.
 
-    "mse": `T_k = A (1 - max_shrink k / num)`, `k = 0 .. num - 1`, with A the block's largest magnitude; the T of
-    least `sum_i c_i |w_i - Q_T(w_i)|^power`, or, given `x`, of least `mean_t (sum_i x_ti (w_i - Q_T(w_i)))^2` over
-    the block's part of the products, as AWQ does. T_0 = A is plain quantization. "percentile": `percentile` per cent
-    of the block lie inside, by linear interpolation. "entropy": the T whose histogram loses least information when it
-    is told in as few levels as the codes have there (`jaxq.observers.entropy`).
+    The rule says how the range is chosen:
 
-    Without `symmetric`, both ends shrink by the same factor; "percentile" leaves half of the rest on either side.
+    - "mse" tries `T_k = A (1 - max_shrink k / num)`, `k = 0 .. num - 1`, where A is the
+      block's largest magnitude. It takes the T of least `sum_i c_i |w_i -
+      Q_T(w_i)|^power`, with c the `channel_weight`. Given `x`, it takes the T of least
+      `mean_t (sum_i x_ti (w_i - Q_T(w_i)))^2` over the block's part of the products, as
+      AWQ does. T_0 = A is plain quantization.
+    - "percentile" takes the range that holds `percentile` per cent of the block, by
+      linear interpolation.
+    - "entropy" takes the T whose histogram loses least information if it is described
+      by as few levels as the codes have (`jaxq.observers.entropy`).
+
+    If the spec is not symmetric, both ends shrink by the same factor. "percentile" then
+    leaves the same share outside on either side.
 
     Args:
       w: float `[in, out]`, or a stack of such matrices with axes in front.
       spec: preset name or `QuantSpec`.
       rule: "mse", "percentile" or "entropy".
-      x: float `[..., in]`, inputs of the layer, for "mse" (for a stack: `[tokens, in]`, or stacked like w).
-      channel_weight: float `[in]` (or stacked like w), not negative: the weight c of each input channel for "mse",
-        `mean_t x_t^2` for example.
+      x: float `[..., in]`, inputs of the layer, for "mse" (for a stack: `[tokens, in]`,
+        or stacked like w).
+      channel_weight: float `[in]` (or stacked like w), not negative: the weight c of
+        each input channel for "mse", for example `mean_t x_t^2`.
       power: exponent of "mse"; None takes 2.
       num: how many ranges "mse" tries; None takes 80.
-      max_shrink: how far the last of them is from the first, 0 to 1; None takes 0.8.
+      max_shrink: 0 to 1, how far the last of them is from the first; None takes 0.8.
       percentile: 0 to 100, for "percentile"; None takes 99.9.
-      bins: of each block's histogram, for "entropy": at least the number of levels; None takes 512. Time grows with its
-        square.
-      name: what errors call w, a parameter's path for example.
+      bins: of each block's histogram, for "entropy"; at least the number of levels.
+        None takes 512. Time grows with its square.
+      name: what errors call the weight.
 
     Returns:
-      `(qt, info)`: a QTensor with the geometry of `jaxq.quantize(w, spec, contracting=-2)`, and a `ClipInfo`. The
-      error of "mse" is at most that of plain quantization: in each block where scales are plain numbers, in total
-      where they are quantized themselves.
+      `(qt, info)`: a QTensor with the geometry of `jaxq.quantize(w, spec,
+      contracting=-2)`, and a `ClipInfo`. The error of "mse" is at most that of plain
+      quantization: in each block if scales are plain numbers, in total if scales are
+      quantized themselves.
 
     Raises:
-      TypeError: `w` is not a float array.
-      ValueError: shapes that do not meet, an unknown rule, arguments of another rule, numbers out of range.
+      TypeError: `w`, `x` or `channel_weight` is not a float array.
+      ValueError: the rule is unknown, an option belongs to another rule or is out of
+        range, both `x` and `channel_weight` are given, shapes do not match, the rule
+        cannot serve the spec (`jaxq.methods.why_not`), or (outside jit) a number is not
+        finite.
 
     Example:
-      >>> import jax, jaxq
+      >>> import jax
       >>> from jaxq.methods import clip
       >>> w = jax.random.normal(jax.random.key(0), (128, 4))
       >>> qt, info = clip(w, "int4")
@@ -163,75 +197,83 @@ def clip(
       (True, (128, 4))
 
     References:
-      Banner et al., "Post Training 4-bit Quantization of Convolutional Networks for Rapid-Deployment", 2019, section 3.
+      Banner et al., "Post Training 4-bit Quantization of Convolutional Networks for
+      Rapid-Deployment", 2019, section 3.
       Migacz, "8-bit Inference with TensorRT", GTC 2017 (entropy).
-      Lin et al., "AWQ: Activation-aware Weight Quantization", 2023, section 3 (given x).
+      Lin et al., "AWQ: Activation-aware Weight Quantization", 2023, section 3 (with x).
       Frantar et al., "GPTQ", 2022 (the grid; its code has power=2.4).
     """
     spec = as_spec(spec, "clip")
     formats.check_choice("clip: rule", rule, RULES)
     refuse("clip", _why_not_clipped(spec, {"rule": rule}))
     w = _matrix.as_weight(w, "clip", name)
-    if rule != "mse" and (x is not None or channel_weight is not None):
-        raise ValueError(
-            f"clip: x and channel_weight weigh the error of rule='mse'; rule={rule!r} has none."
-        )
-    if x is not None and channel_weight is not None:
-        raise ValueError("clip: give x or channel_weight, not both.")
-    given = {
+    options = {
         "power": power,
         "num": num,
         "max_shrink": max_shrink,
         "percentile": percentile,
         "bins": bins,
     }
-    refuse("clip", _unread_option({"rule": rule, **given}))
-    check_values(
-        "clip",
-        _OPTIONS,
-        **{option: value for option, value in given.items() if value is not None},
-    )
-    if x is not None and power not in (None, 2.0):
+    statistics = _error_weights(x, channel_weight, w, rule)
+    refuse("clip", _unread_option({"rule": rule, **options}))
+    options = _DEFAULTS | {k: v for k, v in options.items() if v is not None}
+    check_values("clip", _OPTIONS, **options)
+    if x is not None and options["power"] != 2.0:
         raise ValueError(
-            f"clip: the error of products is squared; power={power} is for clip without x."
+            f"clip: the error of products is squared, so x= excludes power={power}. "
+            "Leave out power= or x=."
         )
-    power, max_shrink = (
-        2.0 if power is None else power,
-        0.8 if max_shrink is None else max_shrink,
+    amounts = _Amounts(
+        np.int32(options["num"]),
+        np.float32(options["max_shrink"]),
+        _shares_below(options["percentile"], spec),
     )
-    num, bins = 80 if num is None else num, 512 if bins is None else bins
-    percentile = 99.9 if percentile is None else percentile
-    statistics = []
+    search = _Search(rule, float(options["power"]), int(options["bins"]))
+    clip_matrix = functools.partial(
+        _clip_matrix, amounts=amounts, spec=spec, search=search
+    )
+    return _matrix.over_stack(clip_matrix, w, *statistics)
+
+
+def _error_weights(
+    x: Any, channel_weight: Any, w: jax.Array, rule: str
+) -> list[tuple[jax.Array, int]]:
+    """What weighs the errors of "mse", checked, for `over_stack`; empty if nothing."""
+    if rule != "mse" and (x is not None or channel_weight is not None):
+        raise ValueError(
+            "clip: x and channel_weight weigh the error of rule='mse'; "
+            f"rule={rule!r} has no such error. Leave them out."
+        )
+    if x is not None and channel_weight is not None:
+        raise ValueError("clip: got both x and channel_weight. Pass one of them.")
     if x is not None:
-        statistics = [(as_tokens(x, w, "clip"), 2)]
-    elif channel_weight is not None:
-        said = "one number for each input"
-        given = _matrix.as_statistic(
+        return [(as_tokens(x, w, "clip"), 2)]
+    if channel_weight is not None:
+        channel_weight = _matrix.as_statistic(
             channel_weight,
             "channel_weight",
             "clip",
             shape=w.shape[-2:-1],
-            said=said,
+            meaning="one number for each input",
             w=w,
         )
-        statistics = [(given, 1)]
-    one_sided = spec.symmetric and spec.offset != "min"
-    shares = (
-        (percentile / 100,)
-        if one_sided
-        else ((100 - percentile) / 200, (100 + percentile) / 200)
-    )
-    amounts = _Amounts(
-        np.int32(num), np.float32(max_shrink), tuple(map(np.float32, shares))
-    )
-    one = functools.partial(
-        _clip, amounts=amounts, spec=spec, search=_Search(rule, float(power), int(bins))
-    )
-    return _matrix.over_stack(one, w, *statistics)
+        return [(channel_weight, 1)]
+    return []
+
+
+def _shares_below(percentile: float, spec: QuantSpec) -> tuple[np.float32, ...]:
+    """The share of a block's numbers below each end of its range.
+
+    For a range about 0 there is one share, of magnitudes.
+    """
+    if spec.symmetric and spec.offset != "min":
+        return (np.float32(percentile / 100),)
+    low, high = (100 - percentile) / 200, (100 + percentile) / 200
+    return np.float32(low), np.float32(high)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "search"))
-def _clip(
+def _clip_matrix(
     w: jax.Array,
     weight: jax.Array | None = None,
     *,
@@ -239,89 +281,85 @@ def _clip(
     spec: QuantSpec,
     search: _Search,
 ) -> tuple[QTensor, ClipInfo]:
-    """`weight`: tokens `[tokens, in]`, weights of channels `[in]`, or None."""
+    """Clips one matrix. `weight`: tokens `[tokens, in]`, channels `[in]`, or None."""
     dtype, w = w.dtype, w.astype(jnp.float32)
-    geometry = jax.eval_shape(
-        lambda v: quantize(v, spec, contracting=-2), w
-    ).meta.geometry
-    whole = _extremes(w, spec, geometry)
-
-    def error(qt: QTensor) -> jax.Array:
-        delta = w - dequantize(qt)
-        if weight is not None and weight.ndim == 2:
-            return output_error(delta, weight, geometry)
-        delta = _powered(delta, search.power)
-        return _block_error(
-            delta if weight is None else delta * weight[:, None], geometry
-        )
-
-    def within(ends: _Range) -> QTensor:
-        limited = _map_blocks(
-            lambda b: jnp.clip(b, ends.low, ends.high), w, spec, geometry
-        )
-        return requantize(
-            w, quantize(limited, spec, contracting=-2, on_nonfinite="propagate")
-        )
-
     plain = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
+    geometry = plain.meta.geometry
+    whole = _whole_range(w, spec, geometry)
+
+    def error_of(qt: QTensor) -> jax.Array:
+        return _weighted_error(w - dequantize(qt), weight, geometry, search.power)
+
+    def quantize_within(ends: _Range) -> QTensor:
+        clipped = _map_blocks(
+            lambda blocks: jnp.clip(blocks, ends.low, ends.high), w, spec, geometry
+        )
+        scales = quantize(clipped, spec, contracting=-2, on_nonfinite="propagate")
+        return requantize(w, scales)
+
     if search.rule == "mse":
-        qt, ends, found, unclipped = _least_error(whole, within, error, spec, amounts)
-        if not _is_separable(
-            spec
-        ):  # the best of each block need not be the best of all
-            unclipped = error(plain)
-            better = jnp.sum(found) <= jnp.sum(unclipped)
-            qt, ends, found = jax.tree.map(
+        qt, ends, error, unclipped = _least_error(
+            whole, quantize_within, error_of, spec, amounts
+        )
+        if not _is_separable(spec):
+            # The best range of each block need not be the best for all of them.
+            unclipped = error_of(plain)
+            better = jnp.sum(error) <= jnp.sum(unclipped)
+            qt, ends, error = jax.tree.map(
                 lambda new, old: jnp.where(better, new, old),
-                (qt, ends, found),
+                (qt, ends, error),
                 (plain, whole, unclipped),
             )
     else:
         if search.rule == "percentile":
-            ends = _percentiles(w, whole, spec, geometry, amounts.shares)
+            ends = _percentile_range(w, whole, spec, geometry, amounts.shares)
         else:
-            ends = _least_divergence(w, whole, spec, geometry, search.bins)
-        qt = within(ends)
-        found, unclipped = error(qt), error(plain)
-    info = ClipInfo(*(geometry.scale_from_blocks(v) for v in (*ends, found, unclipped)))
+            ends = _entropy_range(w, whole, spec, geometry, search.bins)
+        qt = quantize_within(ends)
+        error, unclipped = error_of(qt), error_of(plain)
+    info = ClipInfo(*(geometry.scale_from_blocks(v) for v in (*ends, error, unclipped)))
     return qt.astype(dtype), info
 
 
 def _is_separable(spec: QuantSpec) -> bool:
-    """True where what a block becomes depends on its own range alone, and the whole range gives plain codes."""
-    plain = (
-        isinstance(spec.scale, str)
-        and spec.offset != "mean"
-        and not spec.rule.has_threshold
-    )
-    return plain and spec.codes_from == "stored"
+    """True if the codes of a block depend on its own range only.
+
+    Also, the whole range must give the codes of plain quantization.
+    """
+    has_plain_scales = isinstance(spec.scale, str) and spec.offset != "mean"
+    rounds = not spec.rule.has_threshold
+    return has_plain_scales and rounds and spec.codes_from == "stored"
 
 
 def _least_error(
     whole: _Range,
-    within: Callable[[_Range], QTensor],
-    error: Callable[[QTensor], jax.Array],
+    quantize_within: Callable[[_Range], QTensor],
+    error_of: Callable[[QTensor], jax.Array],
     spec: QuantSpec,
     amounts: _Amounts,
 ) -> tuple[QTensor, _Range, jax.Array, jax.Array]:
-    """Tries ranges one at a time: `(qt, its range, its error, error of the whole range)`, the best for each block.
+    """Finds the range of least error of each block, by trying one range after another.
 
-    The last turn is at the best of those before it, so that one program serves both.
+    Returns:
+      (the weight quantized in the best ranges, these ranges, their error, the error of
+      the whole range). The last step of the loop quantizes in the best ranges, so that
+      the body is compiled once.
     """
 
     def step(k: jax.Array, carry: tuple) -> tuple:
-        _, _, now, unclipped, least, factor = carry
-        tried = 1.0 - amounts.max_shrink * k.astype(jnp.float32) / jnp.float32(
-            amounts.num
-        )
-        tried = jnp.where(k < amounts.num, tried, factor)
-        qt = within(ends := _shrink(whole, tried, spec))
-        now = error(qt)
-        better = now < least
-        least, factor = jnp.where(better, now, least), jnp.where(better, tried, factor)
-        return qt, ends, now, jnp.where(k == 0, now, unclipped), least, factor
+        _, _, error, unclipped, least, best_factor = carry
+        shrink = amounts.max_shrink * k.astype(jnp.float32) / jnp.float32(amounts.num)
+        factor = jnp.where(k < amounts.num, 1.0 - shrink, best_factor)
+        ends = _shrink(whole, factor, spec)
+        qt = quantize_within(ends)
+        error = error_of(qt)
+        better = error < least
+        least = jnp.where(better, error, least)
+        best_factor = jnp.where(better, factor, best_factor)
+        unclipped = jnp.where(k == 0, error, unclipped)
+        return qt, ends, error, unclipped, least, best_factor
 
-    shapes = jax.eval_shape(within, whole)
+    shapes = jax.eval_shape(quantize_within, whole)
     empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     ones = jnp.ones_like(whole.high)
     carry = (empty, whole, ones, ones, ones * np.float32(np.inf), ones)
@@ -329,80 +367,104 @@ def _least_error(
 
 
 def _shrink(whole: _Range, factor: jax.Array, spec: QuantSpec) -> _Range:
-    """The range made smaller about 0, or about its middle where numbers are counted from their minimum."""
+    """The range made smaller about 0; about its middle for offset="min"."""
     if spec.offset != "min":
         return _Range(whole.low * factor, whole.high * factor)
+    # Halves first: the sum and the difference of the ends may overflow.
     middle = whole.low * 0.5 + whole.high * 0.5
     half = (whole.high * 0.5 - whole.low * 0.5) * factor
-    shrunk = _Range(middle - half, middle + half)
-    return _Range(
-        *(
-            jnp.where(factor == 1.0, old, new)
-            for old, new in zip(whole, shrunk, strict=True)
-        )
-    )
+    # middle + half need not be `high` in float32, and factor 1 must change nothing.
+    low = jnp.where(factor == 1.0, whole.low, middle - half)
+    high = jnp.where(factor == 1.0, whole.high, middle + half)
+    return _Range(low, high)
 
 
-def output_error(delta: jax.Array, x: jax.Array, geometry: Geometry) -> jax.Array:
-    """`mean_t (sum_k x_tk delta_ko)^2` over each block's part of k, summed over its part of o, in `to_blocks` form.
+def _weighted_error(
+    delta: jax.Array, weight: jax.Array | None, geometry: Geometry, power: float
+) -> jax.Array:
+    """The error of each block that "mse" minimizes, `[n1, 1, n2, 1]`."""
+    if weight is not None and weight.ndim == 2:
+        return block_output_error(delta, weight, geometry)
+    # A product is cheaper than a power, and correctly rounded.
+    error = delta * delta if power == 2.0 else jnp.abs(delta) ** power  # [in, out]
+    if weight is not None:
+        error = error * weight[:, None]
+    return _sum_blocks(error, geometry)
 
-    Blocks of a flattened array have no such parts; there the products of different channels are left out.
+
+def block_output_error(delta: jax.Array, x: jax.Array, geometry: Geometry) -> jax.Array:
+    """The error of a layer's outputs that each block of its weight causes.
+
+    `mean_t (sum_k x_tk delta_ko)^2` over the block's part of k, summed over its part of
+    o. Blocks of a flattened array have no such parts: there the products of different
+    channels are left out.
+
+    Args:
+      delta: the error of the weight `[in, out]`.
+      x: float32 `[tokens, in]`.
+      geometry: of the weight.
+
+    Returns:
+      float32 `[n_out, 1, n_in, 1]`, as `Geometry.to_blocks` arranges it.
     """
     tokens, k = x.shape
     if geometry.flat:
-        return _block_error(delta**2 * jnp.mean(x**2, axis=0)[:, None], geometry)
+        return _sum_blocks(delta**2 * jnp.mean(x**2, axis=0)[:, None], geometry)
     padded_n, padded_k = geometry.padded_shape
     size = geometry.block_shape[-1] or padded_k
     block_n = geometry.block_shape[0] or padded_n
     groups = padded_k // size
     n = delta.shape[1]
-    xs = jnp.pad(x, ((0, 0), (0, padded_k - k))).reshape(tokens, groups, size)
-    ds = jnp.pad(delta, ((0, padded_k - k), (0, padded_n - n))).reshape(
-        groups, size, padded_n
-    )
+    x_groups = jnp.pad(x, ((0, 0), (0, padded_k - k))).reshape(tokens, groups, size)
+    padding = ((0, padded_k - k), (0, padded_n - n))
+    delta_groups = jnp.pad(delta, padding).reshape(groups, size, padded_n)
     # HIGHEST: matrix units would otherwise read bfloat16.
     dot = functools.partial(
         jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
-    if size < tokens:  # [size, size] a group is less than [tokens, size]
-        moments = dot("tgk,tgl->gkl", xs, xs) / tokens
-        error = jnp.sum(ds * dot("gkl,glo->gko", moments, ds), axis=1)
+    if size < tokens:
+        # Second moments of each group are smaller than its products with all tokens.
+        moments = dot("tgk,tgl->gkl", x_groups, x_groups) / tokens  # [g, size, size]
+        products = delta_groups * dot("gkl,glo->gko", moments, delta_groups)
+        error = jnp.sum(products, axis=1)  # [g, padded_n]
     else:
-        error = jnp.mean(dot("tgk,gko->tgo", xs, ds) ** 2, axis=0)
-    error = jnp.sum(
-        error.reshape(groups, padded_n // block_n if block_n else 0, block_n), axis=2
-    )
+        error = jnp.mean(dot("tgk,gko->tgo", x_groups, delta_groups) ** 2, axis=0)
+    num_blocks_n = padded_n // block_n if block_n else 0
+    error = jnp.sum(error.reshape(groups, num_blocks_n, block_n), axis=2)
     return error[:, None, :, None]
 
 
-def _powered(delta: jax.Array, power: float) -> jax.Array:
-    return delta * delta if power == 2.0 else jnp.abs(delta) ** power
-
-
-def _block_error(error: jax.Array, geometry: Geometry) -> jax.Array:
+def _sum_blocks(error: jax.Array, geometry: Geometry) -> jax.Array:
+    """The sum over each block of a matrix `[in, out]`, shaped like a range."""
     blocks = geometry.to_blocks(geometry.pad(geometry.to_view(error)))
     return jnp.sum(blocks, axis=geometry.block_axes, keepdims=True)
 
 
 def _map_blocks(
-    fn: Callable[[jax.Array], jax.Array],
+    function: Callable[[jax.Array], jax.Array],
     w: jax.Array,
     spec: QuantSpec,
     geometry: Geometry,
 ) -> jax.Array:
-    """`fn` of the blocks, back in the shape of w."""
-    blocks = _blocks(w, spec, geometry)
-    return geometry.from_view(geometry.unpad(geometry.from_blocks(fn(blocks))))
+    """Applies a function to the blocks of w, and returns them in the shape of w."""
+    blocks = function(_padded_blocks(w, spec, geometry))
+    return geometry.from_view(geometry.unpad(geometry.from_blocks(blocks)))
 
 
-def _blocks(w: jax.Array, spec: QuantSpec, geometry: Geometry) -> jax.Array:
+def _padded_blocks(w: jax.Array, spec: QuantSpec, geometry: Geometry) -> jax.Array:
+    """The blocks of w. The padding does not change the range of a block."""
+    # A range that starts at the minimum need not contain 0, so 0 would extend it.
     mode = "edge" if spec.offset == "min" else "constant"
     return geometry.to_blocks(geometry.pad(geometry.to_view(w), mode=mode))
 
 
-def _extremes(w: jax.Array, spec: QuantSpec, geometry: Geometry) -> _Range:
-    """The range plain quantization covers: about 0 if symmetric, from the minimum if offset, else with 0 inside."""
-    blocks, axes = _blocks(w, spec, geometry), geometry.block_axes
+def _whole_range(w: jax.Array, spec: QuantSpec, geometry: Geometry) -> _Range:
+    """The range of plain quantization.
+
+    It is symmetric about 0 for a symmetric spec, starts at the minimum for
+    `offset="min"`, and contains 0 otherwise.
+    """
+    blocks, axes = _padded_blocks(w, spec, geometry), geometry.block_axes
     if spec.symmetric and spec.offset != "min":
         high = jnp.max(jnp.abs(blocks), axis=axes, keepdims=True, initial=0.0)
         return _Range(-high, high)
@@ -413,72 +475,85 @@ def _extremes(w: jax.Array, spec: QuantSpec, geometry: Geometry) -> _Range:
     return _Range(jnp.minimum(low, 0.0), jnp.maximum(high, 0.0))
 
 
-def _percentiles(
+def _percentile_range(
     w: jax.Array,
     whole: _Range,
     spec: QuantSpec,
     geometry: Geometry,
     shares: tuple[np.float32, ...],
 ) -> _Range:
-    values, inside = _flat_blocks(w, spec, geometry)
+    """The range of each block with the given shares of its numbers below the ends."""
+    values, inside = _blocks_as_rows(w, spec, geometry)
     counts = jnp.sum(inside, axis=-1)
-    values = jnp.abs(values) if len(shares) == 1 else values
-    found = [_quantile(values, inside, counts, share) for share in shares]
     if len(shares) == 1:
-        found = [-found[0], found[0]]
-    elif spec.offset != "min":
-        found = [jnp.minimum(found[0], 0.0), jnp.maximum(found[1], 0.0)]
-    low, high = (v.reshape(whole.low.shape) for v in found)
-    empty = low >= high  # of a block that is nearly all zeros nothing would be left
+        high = _quantile(jnp.abs(values), inside, counts, shares[0])
+        low = -high
+    else:
+        low = _quantile(values, inside, counts, shares[0])
+        high = _quantile(values, inside, counts, shares[1])
+        if spec.offset != "min":
+            low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    low, high = low.reshape(whole.low.shape), high.reshape(whole.low.shape)
+    # A block of almost only zeros would get an empty range, and become zero.
+    empty = low >= high
     return _Range(jnp.where(empty, whole.low, low), jnp.where(empty, whole.high, high))
 
 
 def _quantile(
     values: jax.Array, inside: jax.Array, counts: jax.Array, share: np.float32
 ) -> jax.Array:
-    """Of each row's numbers inside, by linear interpolation between the two nearest ranks."""
+    """The quantile of each row's numbers, between the two nearest ranks.
+
+    Args:
+      values: float32 `[rows, size]`.
+      inside: bool `[rows, size]`, True for the numbers that count.
+      counts: int32 `[rows]`, how many these are.
+      share: 0 to 1.
+    """
     ordered = jnp.sort(jnp.where(inside, values, np.float32(np.inf)), axis=-1)
     position = share * (counts - 1).astype(jnp.float32)
     below = jnp.floor(position)
-    lower, upper = (
-        jnp.take_along_axis(
-            ordered, jnp.clip(rank.astype(jnp.int32), 0, counts - 1)[:, None], axis=-1
-        )[:, 0]
-        for rank in (below, below + 1)
-    )
+
+    def at_rank(rank: jax.Array) -> jax.Array:
+        index = jnp.clip(rank.astype(jnp.int32), 0, counts - 1)[:, None]
+        return jnp.take_along_axis(ordered, index, axis=-1)[:, 0]
+
+    lower, upper = at_rank(below), at_rank(below + 1)
     return lower + (upper - lower) * (position - below)
 
 
-def _flat_blocks(
+def _blocks_as_rows(
     w: jax.Array, spec: QuantSpec, geometry: Geometry
 ) -> tuple[jax.Array, jax.Array]:
-    """Each block as a row `[blocks, size]`, and where it holds true numbers."""
+    """Each block as a row `[blocks, size]`, and a mask that is False for padding."""
 
-    def rows(blocks: jax.Array) -> jax.Array:
+    def as_rows(blocks: jax.Array) -> jax.Array:
         axes = tuple(blocks.ndim + a for a in geometry.block_axes)
         others = tuple(a for a in range(blocks.ndim) if a not in axes)
         size = math.prod(blocks.shape[a] for a in axes)
         return jnp.transpose(blocks, (*others, *axes)).reshape(-1, size)
 
-    true = geometry.to_blocks(geometry.pad(geometry.to_view(jnp.ones(w.shape, bool))))
-    return rows(_blocks(w, spec, geometry)), rows(true)
+    ones = geometry.to_view(jnp.ones(w.shape, bool))
+    mask = geometry.to_blocks(geometry.pad(ones))
+    return as_rows(_padded_blocks(w, spec, geometry)), as_rows(mask)
 
 
-def _least_divergence(
+def _entropy_range(
     w: jax.Array, whole: _Range, spec: QuantSpec, geometry: Geometry, bins: int
 ) -> _Range:
-    values, inside = _flat_blocks(w, spec, geometry)
-    found = observers.entropy(bins, axis=0).bounds_of(
+    """The range of each block that loses least information; see `observers.entropy`."""
+    values, inside = _blocks_as_rows(w, spec, geometry)
+    low, high = observers.entropy(bins, axis=0).bounds_of(
         values, spec.fmt, symmetric=spec.symmetric, where=inside
     )
-    threshold = jnp.maximum(-found[0], found[1]).reshape(whole.low.shape)
+    threshold = jnp.maximum(-low, high).reshape(whole.low.shape)
     return _Range(
         jnp.maximum(whole.low, -threshold), jnp.minimum(whole.high, threshold)
     )
 
 
 def _unread_option(options: Mapping[str, Any]) -> str:
-    """Says which option the rule does not read; empty if it reads all.
+    """Says which option the rule does not read; empty if it reads all of them.
 
     None and False mean that an option was not set.
     """
@@ -487,8 +562,8 @@ def _unread_option(options: Mapping[str, Any]) -> str:
         reader = _READER.get(name, rule)
         if value not in (None, False) and reader != rule:
             return (
-                f"{name}={value!r} is of rule={reader!r}, and rule={rule!r} does not "
-                "read it."
+                f"{name}={value!r} is for rule={reader!r}; rule={rule!r} does not read "
+                "it."
             )
     return ""
 
@@ -500,25 +575,24 @@ def _why_not_clipped(spec: QuantSpec, options: Mapping[str, Any]) -> str:
     rule = options.get("rule", "mse")
     if rule == "entropy" and spec.offset == "min":
         return (
-            "rule='entropy' counts magnitudes, which offset='min' does not start from; "
-            "use 'mse'."
+            "rule='entropy' needs a range about 0, and offset='min' has a range from "
+            "the minimum. Use rule='mse'."
         )
-    if rule == "entropy" and not _is_even(spec.fmt):
+    if rule == "entropy" and not _is_evenly_spaced(spec.fmt):
         return (
-            f"rule='entropy' counts even steps, which the numbers of {spec.fmt.name} "
-            "are not; use 'mse'."
+            f"rule='entropy' needs evenly spaced numbers, and those of {spec.fmt.name} "
+            "are not. Use rule='mse'."
         )
-    squared = rule == "mse" and options.get("power", 2.0) == 2.0
-    if options.get("inputs", False) and not squared:
+    minimizes_squares = rule == "mse" and options.get("power", 2.0) == 2.0
+    if options.get("inputs", False) and not minimizes_squares:
         return (
-            "inputs=True weighs the squared error of products, which rule='mse' with "
-            "power=2 minimises; leave those."
+            "inputs=True weighs the squared error of products, which only rule='mse' "
+            "with power=2 minimizes. Leave out rule= and power=."
         )
     return ""
 
 
-def _is_even(fmt: formats.Format) -> bool:
-    """True if the numbers of a format are evenly spaced."""
+def _is_evenly_spaced(fmt: formats.Format) -> bool:
     steps = np.diff(np.unique(fmt.values()))
     return np.ptp(steps) == 0
 
@@ -541,6 +615,7 @@ def _solve_clip(
 
 
 def _needs_samples(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The statistics that `inputs=True` reads."""
     return ("samples",) if options.get("inputs", False) else ()
 
 

@@ -40,7 +40,9 @@ def fold_scale_into_previous(
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxq.methods import fold_scale_into_previous
-      >>> fold_scale_into_previous(jnp.array([1.0, 4.0]), jnp.array([1.0, 2.0]))[0].tolist()
+      >>> s, gain = jnp.array([1.0, 4.0]), jnp.array([1.0, 2.0])
+      >>> gain, _ = fold_scale_into_previous(s, gain)
+      >>> gain.tolist()
       [1.0, 0.5]
     """
     s = _as_scale(s, "fold_scale_into_previous")
@@ -50,7 +52,8 @@ def fold_scale_into_previous(
         if array.ndim < 1 or array.shape[-1:] != s.shape:
             raise ValueError(
                 f"fold_scale_into_previous: the last axis of {name} must have the size "
-                f"of s, got {name}: {_matrix.describe(array)}, s: {_matrix.describe(s)}."
+                f"of s, got {name}: {_matrix.describe(array)}, s: "
+                f"{_matrix.describe(s)}."
             )
         scale = s.reshape((1,) * (array.ndim - 1) + s.shape)
         return (array.astype(jnp.float32) / scale).astype(array.dtype)
@@ -108,8 +111,8 @@ def as_weights(
     if isinstance(weights, list | tuple):
         if not weights:
             raise ValueError(
-                f"{caller}: weights is empty. Pass the matrices [in, out] that read the "
-                "input."
+                f"{caller}: weights is empty. Pass the matrices [in, out] that read "
+                "the input."
             )
         matrices = [
             _matrix.as_weight(w, caller, f"weights[{i}]") for i, w in enumerate(weights)
@@ -119,8 +122,8 @@ def as_weights(
     if any(w.shape[:-1] != matrices[0].shape[:-1] for w in matrices):
         shapes = ", ".join(_matrix.describe(w) for w in matrices)
         raise ValueError(
-            f"{caller}: weights must be matrices [in, out] that read the same input, or "
-            f"stacks of them, got {shapes}."
+            f"{caller}: weights must be matrices [in, out] that read the same input, "
+            f"or stacks of them, got {shapes}."
         )
     return matrices
 

@@ -1,19 +1,23 @@
-"""GPTQ: rows of a weight are rounded one after another, and rows not yet rounded make up for the error.
+"""GPTQ: rounds the rows of a weight one after another; later rows make up for errors.
 
-With `H = R diag R^T` in the sense of a Cholesky decomposition from the last row to the first, `H = R @ R.T` and R upper
-triangular, the weight w'_j that row j has when its turn comes is known without an inverse of H:
+Let `H = R @ R.T` with R upper triangular: a Cholesky decomposition from the last row to
+the first. Then the weight w'_j that row j has when its turn comes needs no inverse of
+H:
 
-    d_i = w_i - q_i                                        # [out], the error of a row already rounded
-    w'_j = w_j + sum over i < j of  R_ij / R_jj * d_i      # what earlier rows ask of row j
+    d_i = w_i - q_i                                    # [out], error of an earlier row
+    w'_j = w_j + sum over i < j of  R_ij / R_jj * d_i  # its share of their errors
     sum_j ||(w'_j - q_j) R_jj||^2 = tr((W - Q)^T H (W - Q))
 
-These are the weights of the paper, where `U = R^-1` and `e_j = (w'_j - q_j) / U_jj`, with one triangular inverse less.
-Only while rows wait do the two differ: the paper's are what waiting rows would be if none of them were rounded. Where a
-group's scales are found, a triangular system of the group's size gives these (`_Rows.expected`).
+These are the weights of the paper, where `U = R^-1` and `e_j = (w'_j - q_j) / U_jj`,
+but one triangular inverse is saved. The two differ only for rows that are not yet
+rounded: the paper's rows are what they would be if none of them were rounded. Where the
+scales of a group are computed, a triangular system of the group's size gives these rows
+(`_Rows.expected`).
 
-Rows are taken in regions within regions (16 rows, a block of 128, 8 blocks, a quarter of all): within the smallest,
-each row asks for what the errors before it owe; a region that is done updates what is ahead of it in the one around it.
-So the loop over rows touches 16 rows at a time, which stay in cache, and large products do the bulk of the work.
+Rows are processed in nested regions: 16 rows, a block of 128, 8 blocks, a quarter of
+all. In the smallest region, each row collects the errors of the rows before it. A
+finished region updates the rows after it in the region around it. So the loop over rows
+touches 16 rows at a time, which stay in cache, and large products do most of the work.
 """
 
 from __future__ import annotations
@@ -58,32 +62,42 @@ from jaxq.qtensor import (
     scale_values,
 )
 
-# Where damping is not enough, it grows by this factor up to this share of the mean of the diagonal.
-_DAMP_FACTOR, _LEAST_DAMP, _MOST_DAMP = 10.0, 1e-3, 1.0
-# Rows that update each other one by one.
-_TILE = 16
-# Columns of the hessian that are decomposed at once, at least.
-_STRETCH = 512
-# Regions at the top that are compiled one by one, so that each updates exactly the rows behind it.
-_SPANS = 4
-
-
 _DAMP = 0.01
 _OPTIONS = {
     "act_order": FLAG,
     "damp": number("a share of the diagonal's mean, 0 to 1", least=0, most=1),
     "block_size": COUNT,
 }
+# If damping is too small, it grows by this factor, to at least _LEAST_DAMP and at most
+# _MOST_DAMP of the mean of the diagonal.
+_DAMP_FACTOR, _LEAST_DAMP, _MOST_DAMP = 10.0, 1e-3, 1.0
+# Number of rows that update each other one by one.
+_TILE = 16
+# The least number of columns of the hessian that are decomposed together.
+_LEAST_PANEL = 512
+# Number of regions at the top. Each is compiled separately, so that it updates exactly
+# the rows after it.
+_NUM_SPANS = 4
 
 
 class GPTQInfo(NamedTuple):
-    """What happened to one matrix.
+    """Diagnostics of `gptq` for one matrix.
 
     Attributes:
-      loss: float32, `tr((W - Q)^T H' (W - Q))` with H' the damped hessian, without dead inputs; NaN where it fell back.
-      damp: float32, the damping that was used; more than was asked for where that left H not positive definite.
-      num_dead: int32, inputs that were always zero.
-      fell_back: bool, True where no damping helped (or H was not finite) and weights were rounded to nearest.
+      loss: float32, `tr((W - Q)^T H' (W - Q))`, where H' is the damped hessian without
+        dead inputs. NaN if the method fell back.
+      damp: float32, the damping that was used. It is more than the given one if that
+        left H not positive definite.
+      num_dead: int32, number of inputs that were always zero.
+      fell_back: bool, True if the weights were rounded to nearest, because no damping
+        helped or H was not finite.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> hessian = jnp.diag(jnp.array([1.0, 0.0]))
+      >>> _, info = jaxq.methods.gptq(jnp.ones((2, 2)), hessian, "int8")
+      >>> int(info.num_dead), bool(info.fell_back)
+      (1, False)
     """
 
     loss: jax.Array
@@ -102,52 +116,62 @@ def gptq(
     block_size: int = 128,
     name: str = "w",
 ) -> tuple[QTensor, GPTQInfo]:
-    """Rounds a weight row by row, and lets the rows that follow make up for the error on the layer's inputs.
+    """Rounds a weight row by row, so that later rows make up for the errors of earlier.
 
-    `argmin over Q of tr((W - Q)^T H (W - Q))`, greedily in the order of the rows; H the second moments of the inputs.
+    `argmin over Q of tr((W - Q)^T H (W - Q))`, solved greedily in the order of the
+    rows. H are the second moments of the layer's inputs, so this is the error of its
+    outputs.
 
-    Groups along the contraction get their scales when their first row is reached, from the weights as they are by then.
-    All other scales are those of `quantize(w, spec)`: per channel, per tensor, tiles, quantized scales (nf4_dq, nvfp4),
-    and groups under `act_order`, where rows of a group are far apart ("static groups"), so that storage is that of
-    `quantize` in every case. Ternary numbers are rounded to the nearest one, not by their threshold. An input that was
-    always zero says nothing about its weights: they are rounded to nearest.
+    Groups along the contraction get their scales when their first row is reached, from
+    the weights as they are at that moment. All other scales are those of `quantize(w,
+    spec)`: per channel, per tensor, tiles, quantized scales (nf4_dq, nvfp4), and groups
+    with `act_order`, which takes the rows of a group at different times ("static
+    groups"). So storage is that of `quantize` in every case. Ternary numbers are
+    rounded to nearest, not by their threshold. An input that was always zero says
+    nothing about its weights: they are rounded to nearest.
 
     Args:
-      w: float `[in, out]`, or `[..., in, out]`: a stack, each with statistics of its own (by `jax.vmap`).
-      hessian: float `[in, in]`, second moments `E[x x^T]` of the inputs, or any positive multiple; `[..., in, in]` or
-        one for the whole stack. Of fewer tokens than inputs it is singular, and damping decides what it leaves open.
-      spec: preset name or `QuantSpec`, any but `rounding="stochastic"`.
-      act_order: take rows by falling diagonal of the hessian instead of as they come.
-      damp: share of the diagonal's mean that is added to it. Where the sum is not positive definite, ten times as much
-        and so on, up to 1; then weights are rounded to nearest and `info.fell_back` says so.
-      block_size: rows between two large products. Groups are kept whole; the result does not depend on it but for the
-        order of float32 sums.
+      w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).
+      hessian: float `[in, in]`, second moments `E[x x^T]` of the inputs, or a positive
+        multiple of them. For a stack: one for all matrices, or `[..., in, in]`. With
+        fewer tokens than inputs it is singular, and damping decides the rest.
+      spec: preset name or `QuantSpec`. `rounding="stochastic"` is refused.
+      act_order: process rows in the order of the hessian's diagonal, largest first.
+      damp: 0 to 1, the share of the diagonal's mean that is added to the diagonal. If
+        the sum is not positive definite, ten times as much is added, and so on, up to
+        1. If that fails too, weights are rounded to nearest, and `info.fell_back` is
+        True.
+      block_size: at least 1, number of rows between two large products. Groups are not
+        cut. The result depends on it only through the order of float32 sums.
       name: what errors call the weight.
 
     Returns:
-      QTensor with the shape and dtype of `w`, axis -2 contracted; `GPTQInfo`, arrays with the leading axes of `w`.
+      `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted; and a
+      `GPTQInfo`, whose arrays have the leading axes of `w`.
 
     Raises:
       TypeError: `w` or `hessian` is not a float array.
-      ValueError: shapes that do not fit, a number that is not finite (outside jit), damp or block_size out of range.
+      ValueError: shapes do not match, `damp` or `block_size` is out of range, the spec
+        rounds stochastically, or (outside jit) a number is not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> hessian = jnp.array([[1.0, 0.9], [0.9, 1.0]])
       >>> spec = jaxq.QuantSpec("int4", scale="float32")
-      >>> qt, info = jaxq.methods.gptq(jnp.array([[0.4, 7.0], [0.4, 7.0]]), hessian, spec)
+      >>> w = jnp.array([[0.4, 7.0], [0.4, 7.0]])
+      >>> qt, info = jaxq.methods.gptq(w, hessian, spec)
       >>> qt.shape, bool(info.fell_back)
       ((2, 2), False)
 
     References:
-      Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022,
-      section 3.
+      Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative
+      Pre-trained Transformers", 2022, section 3.
     """
     spec = as_spec(spec, "gptq")
     w = _matrix.as_weight(w, "gptq", name)
     n = w.shape[-2]
     hessian = _matrix.as_statistic(
-        hessian, "hessian", "gptq", shape=(n, n), said="second moments [in, in]", w=w
+        hessian, "hessian", "gptq", shape=(n, n), meaning="second moments [in, in]", w=w
     )
     refuse("gptq", why_not_stochastic(spec, {}))
     check_values(
@@ -165,83 +189,91 @@ def _gptq(
     damp: ArrayLike,
     act_order: bool,
     block_size: int,
-):
-    one = functools.partial(_one, damp=damp, act_order=act_order, block_size=block_size)
-    return _matrix.over_stack(one, w, (hessian, 2), stacked=(nearest,))
+) -> tuple[QTensor, GPTQInfo]:
+    round_matrix = functools.partial(
+        _round_matrix, damp=damp, act_order=act_order, block_size=block_size
+    )
+    return _matrix.over_stack(round_matrix, w, (hessian, 2), stacked=(nearest,))
 
 
-def _one(
+def _round_matrix(
     w: jax.Array,
     hessian: jax.Array,
     nearest: QTensor,
     damp: ArrayLike,
     act_order: bool,
     block_size: int,
-):
+) -> tuple[QTensor, GPTQInfo]:
+    """`gptq` for one matrix `[in, out]`; `nearest` is it rounded to nearest."""
     order = None
     if act_order:
-        order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
+        order = jnp.argsort(-jnp.diagonal(hessian), stable=True)  # [in]
         hessian = hessian[order][:, order]
-    found = _factor(hessian, damp)
+    factor = _damped_factor(hessian, damp)
 
     def round_rows() -> tuple[QTensor, jax.Array]:
-        return _round_rows(w, found, nearest, order, block_size)
+        return _round_rows(w, factor, nearest, order, block_size)
 
-    qt, loss = lax.cond(
-        found.failed, lambda: (nearest, jnp.float32(np.nan)), round_rows
-    )
-    return qt, GPTQInfo(
-        loss, found.damp, jnp.sum(~found.live, dtype=jnp.int32), found.failed
-    )
+    def fall_back() -> tuple[QTensor, jax.Array]:
+        return nearest, jnp.float32(np.nan)
+
+    qt, loss = lax.cond(factor.failed, fall_back, round_rows)
+    num_dead = jnp.sum(~factor.live, dtype=jnp.int32)
+    return qt, GPTQInfo(loss, factor.damp, num_dead, factor.failed)
 
 
 class _Factor(NamedTuple):
-    """The damped hessian H' as `R @ R.T`, rows in the order they are taken."""
+    """The damped hessian H' as `R @ R.T`, rows in the order of processing.
 
-    updates: jax.Array  # [in, in], R_ij / R_jj at [j, i] for i < j, else 0
-    diagonal: jax.Array  # [in], R_jj
-    live: jax.Array  # [in], bool
+    Attributes:
+      updates: `[in, in]`, R_ij / R_jj at [j, i] for i < j, else 0.
+      diagonal: `[in]`, R_jj.
+      live: bool `[in]`, False for inputs that were always zero.
+      damp: the damping that was used.
+      failed: True if there is no such R.
+    """
+
+    updates: jax.Array
+    diagonal: jax.Array
+    live: jax.Array
     damp: jax.Array
     failed: jax.Array
 
 
-def _factor(hessian: jax.Array, damp: ArrayLike) -> _Factor:
+def _damped_factor(hessian: jax.Array, damp: ArrayLike) -> _Factor:
+    """Decomposes the hessian with the least damping that makes it positive definite."""
     diagonal = jnp.diagonal(hessian)
     live = diagonal != 0
-    # Relative to the largest, so that no multiple of H overflows.
+    # Relative to the largest number, so that no multiple of H overflows.
     unit = jnp.max(diagonal)
     unit = jnp.where(unit > 0, unit, 1.0)
-    mean = jnp.sum(diagonal / unit) / jnp.maximum(jnp.sum(live, dtype=jnp.float32), 1.0)
+    num_live = jnp.maximum(jnp.sum(live, dtype=jnp.float32), 1.0)
+    mean = jnp.sum(diagonal / unit) / num_live
     mean = jnp.where(mean > 0, mean, 1.0)
     finite = jnp.isfinite(jnp.sum(hessian / unit))
+    first_damp = jnp.asarray(damp, jnp.float32)
 
-    def decompose(damp: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # A dead row is alone, whatever its diagonal.
-        return _upper_factor(hessian, unit, jnp.where(live, damp, 1.0) * mean)
+    # A state is (damping, updates, roots, whether to try more damping).
+    def attempt(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        last = state[0]
+        larger = jnp.clip(last * np.float32(_DAMP_FACTOR), _LEAST_DAMP, _MOST_DAMP)
+        damp = jnp.where(last < 0, first_damp, larger)
+        # A dead row is decomposed on its own, so its diagonal may be any number.
+        added = jnp.where(live, damp, 1.0) * mean
+        updates, roots = _upper_factor(hessian, unit, added)
+        failed = ~jnp.isfinite(roots).all()
+        return damp, updates, roots, finite & failed & (damp < _MOST_DAMP)
 
-    def again(state: tuple[Any, ...]) -> jax.Array:
+    def needs_more(state: tuple[Any, ...]) -> jax.Array:
         return state[-1]
 
-    def attempt(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        tried = state[0]
-        more = jnp.clip(tried * np.float32(_DAMP_FACTOR), _LEAST_DAMP, _MOST_DAMP)
-        damp = jnp.where(tried < 0, first, more)
-        updates, roots = decompose(damp)
-        return (
-            damp,
-            updates,
-            roots,
-            finite & ~jnp.isfinite(roots).all() & (damp < _MOST_DAMP),
-        )
-
-    first = jnp.asarray(damp, jnp.float32)
     state = (
-        jnp.float32(-1),
+        jnp.float32(-1),  # no damping was tried yet
         jnp.zeros_like(hessian),
         jnp.zeros_like(diagonal),
         jnp.bool_(True),
     )
-    used, updates, roots, _ = lax.while_loop(again, attempt, state)
+    used, updates, roots, _ = lax.while_loop(needs_more, attempt, state)
     failed = ~(finite & jnp.isfinite(roots).all())
     return _Factor(updates, roots * jnp.sqrt(unit), live, used, failed)
 
@@ -249,48 +281,52 @@ def _factor(hessian: jax.Array, damp: ArrayLike) -> _Factor:
 def _upper_factor(
     h: jax.Array, unit: jax.Array, added: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`updates` and `diagonal` of `h / unit + diag(added) = R @ R.T` as `_Factor` has them, NaN where there is no R.
+    """Decomposes `h / unit + diag(added) = R @ R.T`, R upper triangular.
 
-    By stretches of columns from the last to the first, so that most of the work are matrix products.
+    Panels of columns are decomposed from the last to the first, so that most of the
+    work is matrix products.
+
+    Returns:
+      (updates `[in, in]`, diagonal `[in]`) as in `_Factor`; NaN if there is no R.
     """
     n = h.shape[0]
-    size = max(_STRETCH, -(-n // 8))
-    panels: list[
-        jax.Array
-    ] = []  # columns of R, [rows up to the stretch's end, size], last first
+    size = max(_LEAST_PANEL, -(-n // 8))
+    # Columns of R, last panel first: [end of the panel's columns, size].
+    panels: list[jax.Array] = []
     updates, roots = [], []
     for start in range((n - 1) // size * size, -1, -size):
         stop = min(start + size, n)
         panel = h[:stop, start:stop] / unit
         panel = panel.at[start:].add(jnp.diag(added[start:stop]))
         if panels:
-            behind = jnp.concatenate([later[:stop] for later in panels], axis=1)
-            panel = panel - _dot(behind, behind[start:].T)
-        root = lax.linalg.cholesky(panel[start:][::-1, ::-1], symmetrize_input=False)[
-            ::-1, ::-1
-        ]
+            later = jnp.concatenate([columns[:stop] for columns in panels], axis=1)
+            panel = panel - _barrier_dot(later, later[start:].T)
+        # A lower factor of the reversed block is the upper factor of the block.
+        square = panel[start:][::-1, ::-1]
+        root = lax.linalg.cholesky(square, symmetrize_input=False)[::-1, ::-1]
         inverse = lax.linalg.triangular_solve(
             root, jnp.eye(stop - start, dtype=h.dtype), left_side=True, lower=False
         )
-        panel = jnp.concatenate([_dot(panel[:start], inverse.T), jnp.triu(root)])
+        above = _barrier_dot(panel[:start], inverse.T)
+        panel = jnp.concatenate([above, jnp.triu(root)])  # [stop, stop - start]
         panels.append(panel)
         roots.append(jnp.diagonal(root))
-        rows = jnp.tril(
-            (panel / roots[-1][None]).T, start - 1
-        )  # row j: R_ij / R_jj at i < j
+        # Row j has R_ij / R_jj at columns i < j.
+        rows = jnp.tril((panel / roots[-1][None]).T, start - 1)
         updates.append(jnp.pad(rows, ((0, 0), (0, n - stop))))
     return jnp.concatenate(updates[::-1]), jnp.concatenate(roots[::-1])
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Grid:
-    """The numbers each row may take: scales and their kin with the row's group first.
+class _RowGrid:
+    """The numbers that each row may take: scales and so on, by the row's group.
 
     Attributes:
-      spec: of the QTensor, scales in the dtype `scale` has.
+      spec: of the QTensor, with scales in the dtype of `scale`.
       scale: `[groups, out]`.
-      zero_point, offset: like scale, or None; a mean is `[1, 1]`.
+      zero_point: `[groups, out]`, or None.
+      offset: `[groups, out]`, or None; `[1, 1]` for offset="mean".
       codebook: `[groups, out, num_codes]`, or None.
     """
 
@@ -301,95 +337,106 @@ class _Grid:
     codebook: jax.Array | None
 
     def leaves(self) -> dict[str, jax.Array]:
-        found = {
-            name: getattr(self, name)
-            for name in ("scale", "zero_point", "offset", "codebook")
-        }
-        return {name: leaf for name, leaf in found.items() if leaf is not None}
+        """The arrays that the spec has, by name."""
+        names = ("scale", "zero_point", "offset", "codebook")
+        arrays = {name: getattr(self, name) for name in names}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     def round(self, row: jax.Array, group: jax.Array) -> jax.Array:
-        """The numbers next to `row`, `[out]`; by `requantize`, so that the codes made at the end are the same."""
+        """Rounds a row `[out]` to nearest.
+
+        It uses `requantize`, so that the codes made at the end are the same.
+        """
         fmt = self.spec.fmt
         geometry = Geometry((1, row.shape[0]), (-1, -2), 1, (1, None))
         meta = Meta(self.spec, geometry, formats.Packing.NONE, "float32")
-        take = functools.partial(lax.dynamic_index_in_dim, index=group, keepdims=False)
-        mine: dict[str, Any] = {
-            name: take(leaf)[:, None] for name, leaf in self.leaves().items()
+        take_group = functools.partial(
+            lax.dynamic_index_in_dim, index=group, keepdims=False
+        )
+        leaves: dict[str, Any] = {
+            name: take_group(leaf)[:, None] for name, leaf in self.leaves().items()
         }
         if self.spec.offset == "mean":
-            mine["offset"] = self.offset
+            leaves["offset"] = self.offset
         data = jnp.zeros((row.shape[0], 1), fmt.code_dtype)
-        others = {name: mine.get(name) for name in ("zero_point", "offset", "codebook")}
-        like = QTensor(data=data, scale=mine["scale"], meta=meta, **others)
+        optional = ("zero_point", "offset", "codebook")
+        like = QTensor(
+            data=data,
+            scale=leaves["scale"],
+            meta=meta,
+            **{name: leaves.get(name) for name in optional},
+        )
         return dequantize(requantize(row[None], like))[0]
 
-    def measure(self, rows: jax.Array, group: jax.Array) -> _Grid:
-        """The same with the scales of one group found anew, from its `rows` `[size, out]`."""
-        found = quantize(rows, self.spec, contracting=-2, on_nonfinite="propagate")
-        new = {
-            name: leaf.at[group].set(getattr(found, name)[:, 0])
+    def with_scales_of(self, rows: jax.Array, group: jax.Array) -> _RowGrid:
+        """The grid with the scales of a group computed from its rows `[size, out]`."""
+        qt = quantize(rows, self.spec, contracting=-2, on_nonfinite="propagate")
+        leaves = {
+            name: leaf.at[group].set(getattr(qt, name)[:, 0])
             for name, leaf in self.leaves().items()
         }
-        return dataclasses.replace(self, **new)
+        return dataclasses.replace(self, **leaves)
 
 
-def _grid_of(qt: QTensor) -> tuple[_Grid, np.ndarray]:
-    """The grid of `qt` and the group of each of its rows."""
-    geometry = qt.meta.geometry
-    n, out = geometry.shape
-    plain = not isinstance(qt.scale, QTensor)
+def _grid_of(qt: QTensor) -> tuple[_RowGrid, np.ndarray]:
+    """The grid of `qt`, and the group of each of its rows: int `[in]`."""
+    n, _ = qt.meta.geometry.shape
+    has_plain_scales = not isinstance(qt.scale, QTensor)
     spec = qt.spec.replace(
         granularity=PerChannel(),
         packing="none",
-        scale=qt.spec.scale if plain else "float32",
+        scale=qt.spec.scale if has_plain_scales else "float32",
     )
+    scale: Any = qt.scale if has_plain_scales else scale_values(qt)
 
-    def along_rows(
-        leaf: jax.Array,
-    ) -> jax.Array:  # [*num_blocks, ...] -> [groups, out, ...]
-        if geometry.flat:  # blocks of the transposed weight as it is stored
-            one = leaf.shape[0] == 1
-            spread = (
-                leaf
-                if one
-                else jnp.repeat(leaf, geometry.block_shape[0] or 1, axis=0)[: n * out]
-            )
-            spread = (
-                jnp.broadcast_to(spread, (n * out, *leaf.shape[1:])) if one else spread
-            )
-            return jnp.swapaxes(spread.reshape(out, n, *leaf.shape[1:]), 0, 1)
+    def by_group(leaf: jax.Array | None) -> jax.Array | None:
+        return None if leaf is None else _by_group(leaf, qt.meta.geometry)
+
+    if spec.offset == "mean":
+        assert qt.offset is not None
+        offset = qt.offset.reshape(1, 1)
+    else:
+        offset = by_group(qt.offset)
+    grid = _RowGrid(
+        spec,
+        _by_group(scale, qt.meta.geometry),
+        by_group(qt.zero_point),
+        offset,
+        by_group(qt.codebook),
+    )
+    geometry = qt.meta.geometry
+    size = 1 if geometry.flat else geometry.block_shape[-1]
+    return grid, np.arange(n) // (size or n)
+
+
+def _by_group(leaf: jax.Array, geometry: Geometry) -> jax.Array:
+    """A leaf `[*num_blocks, ...]` as `[groups, out, ...]`."""
+    n, out = geometry.shape
+    if not geometry.flat:
         block = geometry.block_shape[0]
         if block != 1:
             leaf = jnp.repeat(leaf, block or out, axis=0)[:out]
         return jnp.swapaxes(leaf, 0, 1)
-
-    scale: Any = qt.scale if plain else scale_values(qt)
-    offset = qt.offset
-    if offset is not None:
-        offset = offset.reshape(1, 1) if spec.offset == "mean" else along_rows(offset)
-    others = [
-        None if leaf is None else along_rows(leaf)
-        for leaf in (qt.zero_point, qt.codebook)
-    ]
-    size = 1 if geometry.flat else geometry.block_shape[-1]
-    return _Grid(spec, along_rows(scale), others[0], offset, others[1]), np.arange(
-        n
-    ) // (size or n)
+    # Flat blocks are stretches of the transposed weight as it is stored, so they give a
+    # number for each weight, and every row is a group.
+    if leaf.shape[0] == 1:
+        numbers = jnp.broadcast_to(leaf, (n * out, *leaf.shape[1:]))
+    else:
+        block = geometry.block_shape[0] or 1
+        numbers = jnp.repeat(leaf, block, axis=0)[: n * out]
+    return jnp.swapaxes(numbers.reshape(out, n, *leaf.shape[1:]), 0, 1)
 
 
-def _moving_group(qt: QTensor) -> int | None:
-    """Size of the groups whose scales are found on the way; None where all are known before."""
+def _moving_group_size(qt: QTensor) -> int | None:
+    """Size of the groups whose scales are computed on reaching them; None if static."""
     spec, geometry = qt.spec, qt.meta.geometry
-    if (
-        not isinstance(spec.granularity, PerGroup)
-        or isinstance(spec.scale, QuantSpec)
-        or spec.offset == "mean"
-    ):
+    has_groups = isinstance(spec.granularity, PerGroup)
+    if not has_groups or isinstance(spec.scale, QuantSpec) or spec.offset == "mean":
         return None
     size = geometry.block_shape[-1]
-    # Zeros that fill up a last group change a mean and a minimum.
-    padded = size is not None and geometry.contracted_size % size != 0
-    if padded and (spec.offset == "min" or spec.rule.reads_block):
+    is_padded = size is not None and geometry.contracted_size % size != 0
+    # The zeros that fill up a last group would change its minimum, or its mean.
+    if is_padded and (spec.offset == "min" or spec.rule.reads_block):
         return None
     return size
 
@@ -401,58 +448,67 @@ def _round_rows(
     order: jax.Array | None,
     block_size: int,
 ) -> tuple[QTensor, jax.Array]:
-    """The QTensor and the loss of it."""
+    """Rounds the rows of a weight in order. Returns the QTensor and its loss."""
     n = w.shape[0]
     grid, groups = _grid_of(nearest)
-    group = None if order is not None else _moving_group(nearest)
-    sizes = _region_sizes(n, group, block_size)
-    extra = -n % sizes[-1]
+    group_size = None if order is not None else _moving_group_size(nearest)
+    sizes = _region_sizes(n, group_size, block_size)
+    padding = -n % sizes[-1]
     original = w.astype(jnp.float32)
     groups = jnp.asarray(groups, jnp.int32)
     if order is not None:
         original, groups = original[order], groups[order]
-    original = jnp.pad(original, ((0, extra), (0, 0)))
-    groups = jnp.pad(groups, (0, extra), mode="edge")
-    updates = jnp.pad(factor.updates, ((0, extra), (0, extra)))
-    region = _Region(sizes, group)
+    original = jnp.pad(original, ((0, padding), (0, 0)))
+    groups = jnp.pad(groups, (0, padding), mode="edge")
+    updates = jnp.pad(factor.updates, ((0, padding), (0, padding)))
+    region = _Region(sizes, group_size)
 
-    met, errors, current = [], [], original
-    for start, stop in _spans(n + extra, sizes[-1]):
-        inner = slice(start, stop)
-        taken = _Rows(
-            original[inner],
+    reached_parts, error_parts, current = [], [], original
+    for start, stop in _spans(n + padding, sizes[-1]):
+        span = slice(start, stop)
+        rows = _Rows(
+            original[span],
             current[: stop - start],
-            updates[inner, inner],
-            groups[inner],
+            updates[span, span],
+            groups[span],
         )
-        done, error, grid = region.run(taken, grid, jnp.int32(start))
-        met, errors = [*met, done], [*errors, error]
-        if stop < n + extra:
-            current = current[stop - start :] + _dot(updates[stop:, inner], error)
-    reached = jnp.concatenate(met)[:n]  # what each row was when its turn came
-    error = jnp.concatenate(errors)[:n]
+        reached, error, grid = region.run(rows, grid, jnp.int32(start))
+        reached_parts.append(reached)
+        error_parts.append(error)
+        if stop < n + padding:
+            later = current[stop - start :]
+            current = later + _barrier_dot(updates[stop:, span], error)
+    reached = jnp.concatenate(reached_parts)[:n]  # w', the weights that were rounded
+    error = jnp.concatenate(error_parts)[:n]  # d = w - q
 
-    cost = (reached - original[:n] + error) * jnp.where(
-        factor.live, factor.diagonal, 0.0
-    )[:, None]
+    diagonal = jnp.where(factor.live, factor.diagonal, 0.0)
+    cost = (reached - original[:n] + error) * diagonal[:, None]  # (w' - q) R_jj
     loss = jnp.sum(cost * cost)
     if order is not None:
         reached = jnp.zeros_like(reached).at[order].set(reached, unique_indices=True)
-    if group is not None:
+    if group_size is not None:
         moved = {name: jnp.swapaxes(leaf, 0, 1) for name, leaf in grid.leaves().items()}
         nearest = dataclasses.replace(nearest, **moved)
     return requantize(reached, nearest), loss
 
 
 class _Rows(NamedTuple):
-    """Some rows in the order they are taken."""
+    """Some rows in the order of processing.
 
-    original: jax.Array  # [rows, out]
-    current: jax.Array  # [rows, out], with the updates of the rows before them
-    updates: jax.Array  # [rows, rows]
-    groups: jax.Array  # [rows], int32
+    Attributes:
+      original: `[rows, out]`, the weights.
+      current: `[rows, out]`, with the updates by all rows before these.
+      updates: `[rows, rows]`, as in `_Factor`.
+      groups: int32 `[rows]`, the group of each row.
+    """
+
+    original: jax.Array
+    current: jax.Array
+    updates: jax.Array
+    groups: jax.Array
 
     def part(self, start: jax.Array, size: int) -> _Rows:
+        """The `size` rows from `start` on."""
         cut = functools.partial(
             lax.dynamic_slice_in_dim, start_index=start, slice_size=size
         )
@@ -464,132 +520,145 @@ class _Rows(NamedTuple):
         )
 
     def expected(self) -> jax.Array:
-        """What the rows would be, given those before them, if none of them were rounded: `[rows, out]`.
+        """What the rows would be if none of them were rounded, `[rows, out]`.
 
-        Then `d_j + sum over earlier rows i here of R_ij / R_jj d_i` is what the rows before ask of row j, negated.
+        Then the error d_j of each row cancels its share of the errors before it:
+        `d_j + sum over i < j of R_ij / R_jj d_i = -(current - original)`, where i runs
+        over these rows.
         """
         unit = jnp.eye(self.updates.shape[0], dtype=jnp.float32)
-        # Of the small matrix alone: for all columns of the weight a solve would cost more than the product does.
+        # The inverse of the small matrix and a product are cheaper than a triangular
+        # solve for all columns of the weight.
         inverse = lax.linalg.triangular_solve(
             self.updates, unit, left_side=True, lower=True, unit_diagonal=True
         )
-        return self.original + _dot(inverse, self.current - self.original)
+        return self.original + _barrier_dot(inverse, self.current - self.original)
+
+
+# Weights that each row was rounded from, errors of its rounding, grid.
+_RegionResult = tuple[jax.Array, jax.Array, _RowGrid]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Region:
-    """Takes rows in regions of `sizes`, ascending, each a divisor of the next; `group`: the size that finds scales."""
+    """Processes rows in nested regions.
+
+    Attributes:
+      sizes: numbers of rows, ascending; each divides the next.
+      group_size: the size at which scales are computed; None if all are static.
+    """
 
     sizes: tuple[int, ...]
-    group: int | None
+    group_size: int | None
 
-    def run(
-        self, rows: _Rows, grid: _Grid, start: jax.Array
-    ) -> tuple[jax.Array, jax.Array, _Grid]:
-        """(weights each row was rounded from, errors of its rounding, grid), for rows from `start` on."""
+    def run(self, rows: _Rows, grid: _RowGrid, start: jax.Array) -> _RegionResult:
+        """Rounds rows; `start` is the position of the first among all rows."""
         if not self.sizes:
-            return self._one_by_one(rows, grid)
-        size, inner = self.sizes[-1], _Region(self.sizes[:-1], self.group)
+            return self._round_one_by_one(rows, grid)
+        size, inner = self.sizes[-1], _Region(self.sizes[:-1], self.group_size)
+        count = rows.current.shape[0] // size
+        if count == 1:
+            if size == self.group_size:
+                grid = grid.with_scales_of(rows.expected(), start // size)
+            return inner.run(rows, grid, start)
 
-        def step(
-            i: jax.Array, state: tuple[jax.Array, jax.Array, _Grid]
-        ) -> tuple[jax.Array, jax.Array, _Grid]:
+        def step(i: jax.Array, state: _RegionResult) -> _RegionResult:
             current, errors, grid = state
             begin = (i * size).astype(jnp.int32)
             part = rows._replace(current=current).part(begin, size)
-            if size == self.group:
-                grid = grid.measure(part.expected(), (start + begin) // size)
-            done, error, grid = inner.run(part, grid, start + begin)
+            if size == self.group_size:
+                group = (start + begin) // size
+                grid = grid.with_scales_of(part.expected(), group)
+            reached, error, grid = inner.run(part, grid, start + begin)
             updates = lax.dynamic_slice_in_dim(rows.updates, begin, size, axis=1)
 
-            def update(
-                j: jax.Array, current: jax.Array
-            ) -> jax.Array:  # only what is ahead
-                of_part = functools.partial(
+            def update(j: jax.Array, current: jax.Array) -> jax.Array:
+                """Adds the errors of this part to part j, which comes later."""
+                cut = functools.partial(
                     lax.dynamic_slice_in_dim, start_index=j * size, slice_size=size
                 )
-                new = of_part(current) + _dot(of_part(updates), error)
-                return lax.dynamic_update_slice_in_dim(current, new, j * size, axis=0)
+                updated = cut(current) + _barrier_dot(cut(updates), error)
+                return lax.dynamic_update_slice_in_dim(
+                    current, updated, j * size, axis=0
+                )
 
-            current = lax.dynamic_update_slice_in_dim(current, done, begin, axis=0)
+            current = lax.dynamic_update_slice_in_dim(current, reached, begin, axis=0)
             current = lax.fori_loop(i + 1, count, update, current)
-            return (
-                current,
-                lax.dynamic_update_slice_in_dim(errors, error, begin, axis=0),
-                grid,
-            )
+            errors = lax.dynamic_update_slice_in_dim(errors, error, begin, axis=0)
+            return current, errors, grid
 
         state = (rows.current, jnp.zeros_like(rows.current), grid)
-        count = rows.current.shape[0] // size
-        if count == 1 and size == self.group:
-            grid = grid.measure(rows.expected(), start // size)
-        return (
-            inner.run(rows, grid, start)
-            if count == 1
-            else lax.fori_loop(0, count, step, state)
-        )
+        return lax.fori_loop(0, count, step, state)
 
-    def _one_by_one(
-        self, rows: _Rows, grid: _Grid
-    ) -> tuple[jax.Array, jax.Array, _Grid]:
+    def _round_one_by_one(self, rows: _Rows, grid: _RowGrid) -> _RegionResult:
         def step(
             i: jax.Array, state: tuple[jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array]:
-            # What reads `errors` is a product, and what writes it changes one row: so it is never copied.
-            asked, errors = state
+            # `errors` is read by a product and written in one row. So XLA never copies
+            # it.
+            shares, errors = state
             row = functools.partial(lax.dynamic_index_in_dim, index=i, keepdims=False)
-            ask = _dot(row(rows.updates)[None], errors)[0]  # 0 for errors not yet made
-            error = row(rows.original) - grid.round(
-                row(rows.current) + ask, row(rows.groups)
-            )
-            error = jnp.where(
-                jnp.isfinite(error), error, 0.0
-            )  # a NaN ruins its own block and no other
+            # Errors of later rows are still 0, so the whole product can be taken.
+            share = _barrier_dot(row(rows.updates)[None], errors)[0]  # [out]
+            rounded = grid.round(row(rows.current) + share, row(rows.groups))
+            error = row(rows.original) - rounded
+            # A NaN must spoil its own block only.
+            error = jnp.where(jnp.isfinite(error), error, 0.0)
             put = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
-            return put(asked, ask), put(errors, error)
+            return put(shares, share), put(errors, error)
 
         zeros = jnp.zeros_like(rows.current)
-        asked, errors = lax.fori_loop(0, rows.current.shape[0], step, (zeros, zeros))
-        return rows.current + asked, errors, grid
+        num_rows = rows.current.shape[0]
+        shares, errors = lax.fori_loop(0, num_rows, step, (zeros, zeros))
+        return rows.current + shares, errors, grid
 
 
-def _region_sizes(n: int, group: int | None, block_size: int) -> tuple[int, ...]:
-    """Sizes of the regions within regions, ascending; each divides the next, and a group is one of them."""
-    if group is None:
+def _region_sizes(n: int, group_size: int | None, block_size: int) -> tuple[int, ...]:
+    """Sizes of the nested regions, ascending.
+
+    Each size divides the next, and the size of a group is one of them.
+    """
+    if group_size is None:
         sizes = [min(_TILE, block_size)]
     else:
-        sizes = [_divisor(group, 1, min(_TILE, block_size))]
-        if group > 2 * block_size:
-            sizes.append(_divisor(group, sizes[-1], block_size))
-        sizes.append(group)
+        sizes = [_nearest_divisor(group_size, 1, min(_TILE, block_size))]
+        if group_size > 2 * block_size:
+            sizes.append(_nearest_divisor(group_size, sizes[-1], block_size))
+        sizes.append(group_size)
     if sizes[-1] < block_size:
         sizes.append(sizes[-1] * max(1, block_size // sizes[-1]))
     sizes.append(8 * sizes[-1])
-    least = group or sizes[0]
-    return tuple(s for s in sorted(set(sizes)) if s <= max(least, n // _SPANS))
+    least = group_size or sizes[0]
+    most = max(least, n // _NUM_SPANS)
+    return tuple(size for size in sorted(set(sizes)) if size <= most)
 
 
-def _divisor(number: int, factor: int, target: int) -> int:
-    """The divisor of `number` that is a multiple of `factor` and nearest to `target`, by ratio."""
-    found = [d for d in range(factor, number + 1, factor) if number % d == 0]
-    return min(found, key=lambda d: abs(math.log(d / target)))
+def _nearest_divisor(number: int, factor: int, target: int) -> int:
+    """The divisor of `number` that is a multiple of `factor`, nearest to `target`.
+
+    Nearest is by ratio.
+    """
+    divisors = [d for d in range(factor, number + 1, factor) if number % d == 0]
+    return min(divisors, key=lambda d: abs(math.log(d / target)))
 
 
 def _spans(n: int, size: int) -> list[tuple[int, int]]:
-    """Up to `_SPANS` stretches of whole regions, about equal; one where there is little to do."""
-    count = n // size
-    spans = min(_SPANS, count) if n > 512 else 1
-    edges = [size * (count * i // spans) for i in range(spans + 1)]
+    """Up to `_NUM_SPANS` stretches of whole regions, about equal; one for small n."""
+    num_regions = n // size
+    num_spans = min(_NUM_SPANS, num_regions) if n > 512 else 1
+    edges = [size * (num_regions * i // num_spans) for i in range(num_spans + 1)]
     return list(itertools.pairwise(edges))
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product of its own: fused with the sum it goes into, XLA on CPU computes it by loops, four times as slow."""
-    return lax.optimization_barrier(
-        jnp.matmul(
-            a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-        )
+def _barrier_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` in float32, which XLA does not fuse with the sum that reads it.
+
+    Fused, XLA on CPU computes it by loops, four times as slowly.
+    """
+    product = jnp.matmul(
+        a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
+    return lax.optimization_barrier(product)
 
 
 def _solve_gptq(
@@ -605,27 +674,28 @@ def _solve_gptq(
 ) -> Solution:
     assert stats is not None
     assert stats.hessian is not None
-    qt, info = _gptq(w, stats.hessian, nearest, np.float32(damp), act_order, block_size)
+    damping = np.float32(damp)
+    qt, info = _gptq(w, stats.hessian, nearest, damping, act_order, block_size)
     num_inputs = w.shape[-2]
     num_dead = int(np.sum(info.num_dead))
     if num_dead and num_dead == info.num_dead.size * num_inputs:
         return Solution(qt, f"all of its {num_dead} inputs are dead, so rtn", True)
-    fell_back = np.asarray(info.fell_back)
-    notes = (
+    note = join_notes(
         _damping_note(info, damp),
         f"{num_dead} dead inputs" if num_dead else "",
         few_tokens(stats, num_inputs),
     )
-    return Solution(qt, join_notes(*notes), bool(fell_back.all()))
+    return Solution(qt, note, rounded=bool(np.all(info.fell_back)))
 
 
 def _damping_note(info: GPTQInfo, damp: float) -> str:
-    """A remark if the hessian needed more damping than `damp`, or none was enough."""
+    """A remark if `damp` was not enough for the hessian; empty if it was."""
     fell_back = np.asarray(info.fell_back)
+    if fell_back.all():
+        return "its hessian is not positive definite, so rtn"
     if fell_back.any():
-        where = f" in {fell_back.sum()} of {fell_back.size} matrices"
-        where = "" if fell_back.all() else where
-        return f"its hessian is not positive definite{where}, so rtn"
+        where = f"in {fell_back.sum()} of {fell_back.size} matrices"
+        return f"its hessian is not positive definite {where}, so rtn"
     used = float(np.max(info.damp))
     return f"damping {used:.3g}" if used > 1.01 * damp else ""
 

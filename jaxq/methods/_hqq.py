@@ -1,14 +1,18 @@
-"""HQQ: scales and zeros that a few large errors do not pull about, found from the weight alone.
+"""HQQ: fits each block's grid to its weights, so that a few large errors count little.
 
-Half-quadratic splitting of `min sum |w - q|^p`, p < 1: an extra matrix e takes what of the error is large, and the grid
-is fitted to the rest by least squares, in closed form:
+Half-quadratic splitting of `min sum |w - q|^p`, p < 1. An extra matrix e takes the
+large part of the errors, and the grid is fitted to the rest by least squares in closed
+form:
 
-    u = codes behind w on the grid so far                  # in steps, without scale and offset
+    u = codes of w on the grid so far, in steps     # without scale and offset
     d = w - (s u + o)
-    e = sign(d) max(|d| - |d|^(p-1) / beta, 0)             # errors in units of s
-    o = mean of (w - e) - s u                              # offset="min": the real zero of the paper
-    z = round(mean of codes - (w - e) / s)                 # a zero point
-    s = sum of (w - e) u / sum of u^2                      # specs without an offset
+    e = sign(d) max(|d| - |d|^(p-1) / beta, 0)      # d and e in units of s
+    o = mean of (w - e) - s u                       # offset="min": the paper's zero
+    z = round(mean of codes - (w - e) / s)          # specs with a zero point
+    s = sum of (w - e) u / sum of u^2               # specs without offset="min"
+
+Sums and means are over a block. Blocks are arrays as `Geometry.to_blocks` arranges
+them, `[n_out, size_out, n_in, size_in]`; scales and sums are `[n_out, 1, n_in, 1]`.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from jaxq.methods._options import (
 )
 from jaxq.observers import LayerStats
 from jaxq.qtensor import (
+    Geometry,
     QTensor,
     QuantSpec,
     as_spec,
@@ -55,12 +60,18 @@ _OPTIONS = {
 
 
 class HQQInfo(NamedTuple):
-    """What optimization changed.
+    """Diagnostics of `hqq`.
 
     Attributes:
       error: float32, mean `|w - q|` of the result.
-      initial_error: float32, that of rounding to nearest on the grid of `quantize`.
-      improved: float32, share of blocks (groups, channels) that left that grid.
+      initial_error: float32, mean `|w - q|` of rounding to nearest by `quantize`.
+      improved: float32, share of blocks (groups, channels) whose grid changed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> _, info = jaxq.methods.hqq(jnp.ones((4, 2)), "int4")
+      >>> float(info.improved)
+      0.0
     """
 
     error: jax.Array
@@ -78,35 +89,40 @@ def hqq(
     num_steps: int = 20,
     name: str = "w",
 ) -> tuple[QTensor, HQQInfo]:
-    """Fits each block's grid to its weights under a norm that forgives a few large errors; no data.
+    """Fits each block's grid to its weights, so that a few large errors count little.
 
-    `argmin over the grid of sum |w - Q(w)|^norm`, by half-quadratic splitting. What moves depends on the spec:
+    `argmin over the grid of sum |w - Q(w)|^norm`, by half-quadratic splitting, without
+    data. The spec decides which part of the grid moves:
 
-    | spec | moves |
+    | spec | what moves |
     |---|---|
-    | `offset="min"` | the offset, the real zero of the paper |
+    | `offset="min"` | the offset, the real-valued zero of the paper |
     | `symmetric=False` | the zero point, in whole numbers, and the scale |
     | symmetric | the scale |
 
-    Each block keeps the grid with the least mean `|w - q|` it has seen, that of `quantize` included, so no block gets
-    worse. Errors are measured in steps of the grid, so that `beta` means the same for weights of any size.
+    Each block keeps the grid of least mean `|w - q|` over all steps, including that of
+    `quantize`. So no block gets worse. Errors are measured in steps of the grid, so
+    `beta` means the same for weights of any size.
 
     Args:
-      w: float `[in, out]`, or `[..., in, out]`: a stack (by `jax.vmap`).
-      spec: preset name or `QuantSpec` whose scales are not quantized themselves (unless the offset moves).
-      norm: p, above 0 and below 1.
-      beta: weight of the split at the first step.
-      kappa: factor of beta from step to step.
-      num_steps: steps.
+      w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).
+      spec: preset name or `QuantSpec`. Its scales must not be quantized themselves,
+        unless it has `offset="min"`.
+      norm: the exponent p, above 0 and below 1.
+      beta: positive, weight of the split at the first step.
+      kappa: positive, factor of beta from step to step.
+      num_steps: number of steps, not negative.
       name: what errors call the weight.
 
     Returns:
-      QTensor with the shape and dtype of `w`, axis -2 contracted; `HQQInfo`, arrays with the leading axes of `w`.
+      `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted; and
+      an `HQQInfo`, whose arrays have the leading axes of `w`.
 
     Raises:
-      TypeError: `w` is not a float array.
-      ValueError: a spec with quantized scales, stochastic rounding, numbers out of range, a number that is not finite
-        (outside jit).
+      TypeError: `w` is not float32, bfloat16 or float16.
+      ValueError: the scales of the spec are quantized themselves, the spec rounds
+        stochastically, an option is out of range, `w` is not a matrix, or (outside jit)
+        `w` has a number that is not finite.
 
     Example:
       >>> import jax, jaxq
@@ -117,7 +133,8 @@ def hqq(
       True
 
     References:
-      Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023, section 2.
+      Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models",
+      2023, section 2.
     """
     spec = as_spec(spec, "hqq")
     refuse("hqq", _why_not_hqq(spec, {}))
@@ -125,157 +142,194 @@ def hqq(
     check_values(
         "hqq", _OPTIONS, norm=norm, beta=beta, kappa=kappa, num_steps=num_steps
     )
-    return _hqq(
-        w, spec, np.float32(norm), np.float32(beta), np.float32(kappa), num_steps
-    )
+    splitting = _Splitting(np.float32(norm), np.float32(beta), np.float32(kappa))
+    return _hqq(w, spec, splitting, num_steps)
+
+
+class _Splitting(NamedTuple):
+    """The numbers of the splitting, traced so that they need no new compilation."""
+
+    norm: ArrayLike
+    beta: ArrayLike
+    kappa: ArrayLike
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "num_steps"))
 def _hqq(
-    w: jax.Array,
-    spec: QuantSpec,
-    norm: ArrayLike,
-    beta: ArrayLike,
-    kappa: ArrayLike,
-    num_steps: int,
-):
-    one = functools.partial(
-        _one, spec=spec, norm=norm, beta=beta, kappa=kappa, num_steps=num_steps
+    w: jax.Array, spec: QuantSpec, splitting: _Splitting, num_steps: int
+) -> tuple[QTensor, HQQInfo]:
+    fit_matrix = functools.partial(
+        _fit_matrix, spec=spec, splitting=splitting, num_steps=num_steps
     )
-    return _matrix.over_stack(one, w)
+    return _matrix.over_stack(fit_matrix, w)
 
 
-# The leaves of a QTensor that move, by name; each `[*num_blocks]` as it is stored.
-_Grid = dict[str, jax.Array]
+# The leaves of a QTensor that move, by name; each is `[*num_blocks]`, as it is stored.
+_Leaves = dict[str, jax.Array]
 
 
 class _State(NamedTuple):
-    grid: _Grid
-    best: _Grid
-    least: (
-        jax.Array
-    )  # sum of |w - q| of every block on `best`, as `Geometry.to_blocks` keeps it
+    """What changes from step to step.
+
+    Attributes:
+      leaves: the grid of this step.
+      best: the best grid of each block so far.
+      least: sum of |w - q| of each block on `best`, `[n_out, 1, n_in, 1]`.
+      beta: weight of the split in this step.
+    """
+
+    leaves: _Leaves
+    best: _Leaves
+    least: jax.Array
     beta: jax.Array
 
 
-class _Seen(NamedTuple):
-    """A weight on a grid, as `Geometry.to_blocks` keeps it; float32."""
+class _Rounded(NamedTuple):
+    """A weight rounded on a grid; all arrays are float32 blocks.
+
+    Attributes:
+      codes: as they are stored.
+      units: the numbers that the codes stand for, in steps.
+      steps: the scale of each block.
+      offset: the offset of each block; 0 if the spec has none.
+      error: `w - (units * steps + offset)`.
+    """
 
     codes: jax.Array
-    units: jax.Array  # what the codes stand for, in steps
+    units: jax.Array
     steps: jax.Array
     offset: jax.Array
-    error: jax.Array  # w - (units * steps + offset)
+    error: jax.Array
 
 
-def _one(
-    w: jax.Array,
-    spec: QuantSpec,
-    norm: ArrayLike,
-    beta: ArrayLike,
-    kappa: ArrayLike,
-    num_steps: int,
-):
+class _BlockSums:
+    """Sums over the blocks of a weight, without their padding."""
+
+    def __init__(self, geometry: Geometry, view: jax.Array):
+        self.axes = geometry.block_axes
+        # 1 for weights, 0 for padding
+        self.inside = geometry.to_blocks(geometry.pad(jnp.ones_like(view)))
+        self.counts = jnp.maximum(self.total(self.inside), 1.0)
+
+    def total(self, x: jax.Array) -> jax.Array:
+        return jnp.sum(x * self.inside, axis=self.axes, keepdims=True)
+
+
+def _fit_matrix(
+    w: jax.Array, spec: QuantSpec, splitting: _Splitting, num_steps: int
+) -> tuple[QTensor, HQQInfo]:
+    """`hqq` for one matrix `[in, out]`."""
     start = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
-    geometry, axes = start.meta.geometry, start.meta.geometry.block_axes
+    geometry = start.meta.geometry
     view = geometry.to_view(w).astype(jnp.float32)
     blocks = geometry.to_blocks(geometry.pad(view))
-    inside = geometry.to_blocks(geometry.pad(jnp.ones_like(view)))  # 0 in the padding
-    counts = jnp.maximum(jnp.sum(inside, axis=axes, keepdims=True), 1.0)
+    sums = _BlockSums(geometry, view)
 
-    def total(x: jax.Array) -> jax.Array:
-        return jnp.sum(x * inside, axis=axes, keepdims=True)
-
-    def look(grid: _Grid) -> _Seen:
-        qt = requantize(w, dataclasses.replace(start, **grid))
-        codes = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
-        scale = scale_values(qt)
-        units = decode_blocks(
-            dataclasses.replace(qt, scale=jnp.ones_like(scale), offset=None), codes
-        )
-        steps = geometry.scale_to_blocks(scale)
-        offset = jnp.zeros_like(steps)
-        if qt.offset is not None:
-            offset = geometry.scale_to_blocks(qt.offset.astype(jnp.float32))
-        return _Seen(
-            codes.astype(jnp.float32),
-            units,
-            steps,
-            offset,
-            blocks - (units * steps + offset),
-        )
-
-    def move(grid: _Grid, seen: _Seen, beta: jax.Array) -> _Grid:
-        safe = jnp.where(seen.steps == 0, 1.0, jnp.abs(seen.steps))
-        size = jnp.abs(seen.error) / safe
-        # No error is no outlier, though the power of 0 is infinite.
-        power = jnp.where(size > 0, size, 1.0) ** (norm - 1)
-        outlier = jnp.where(
-            size > 0,
-            jnp.sign(seen.error) * jnp.maximum(size - power / beta, 0.0) * safe,
-            0.0,
-        )
-        rest = blocks - outlier
-        if spec.offset == "min":
-            return {
-                "offset": _stored(
-                    total(rest - seen.units * seen.steps) / counts,
-                    grid["offset"],
-                    start,
-                )
-            }
-        new, units = {}, seen.units
-        if "zero_point" in grid:
-            zero = jnp.clip(
-                jnp.round(total(seen.codes - rest / safe) / counts),
-                spec.fmt.min,
-                spec.fmt.max,
-            )
-            units = seen.codes - zero
-            new["zero_point"] = geometry.scale_from_blocks(
-                zero.astype(spec.fmt.code_dtype)
-            )
-        square = total(units * units)
-        scale = total((rest - seen.offset) * units) / jnp.where(square > 0, square, 1.0)
-        # A scale keeps its sign, which is negative only where spec.scale_rule="signed_extreme" made it so.
-        scale = jnp.where((square > 0) & (scale * seen.steps > 0), scale, seen.steps)
-        return new | {"scale": _stored(scale, grid["scale"], start)}
+    def move(leaves: _Leaves, rounded: _Rounded, beta: jax.Array) -> _Leaves:
+        rest = blocks - _large_errors(rounded, splitting.norm, beta)  # w - e
+        return _fit_grid(leaves, rounded, rest, sums, start)
 
     def step(state: _State, _: None) -> tuple[_State, None]:
-        seen = look(state.grid)
-        error = total(jnp.abs(seen.error))
+        rounded = _round_on_grid(w, blocks, state.leaves, start)
+        error = sums.total(jnp.abs(rounded.error))
         better = error < state.least
-        chosen = geometry.scale_from_blocks(better)
+        is_best = geometry.scale_from_blocks(better)
         best = {
-            name: jnp.where(chosen, leaf, state.best[name])
-            for name, leaf in state.grid.items()
+            name: jnp.where(is_best, leaf, state.best[name])
+            for name, leaf in state.leaves.items()
         }
         least = jnp.where(better, error, state.least)
-        return _State(
-            move(state.grid, seen, state.beta), best, least, state.beta * kappa
-        ), None
+        leaves = move(state.leaves, rounded, state.beta)
+        return _State(leaves, best, least, state.beta * splitting.kappa), None
 
     names = ["offset"] if spec.offset == "min" else ["scale", "zero_point"]
-    first = {
+    leaves = {
         name: getattr(start, name) for name in names if getattr(start, name) is not None
     }
-    seen, beta = look(first), jnp.asarray(beta, jnp.float32)
-    initial = total(jnp.abs(seen.error))
-    state = _State(move(first, seen, beta), first, initial, beta * kappa)
+    beta = jnp.asarray(splitting.beta, jnp.float32)
+    rounded = _round_on_grid(w, blocks, leaves, start)
+    initial = sums.total(jnp.abs(rounded.error))
+    first = move(leaves, rounded, beta)
+    state = _State(first, leaves, initial, beta * splitting.kappa)
     state, _ = lax.scan(step, state, None, length=num_steps)
-    improved = jnp.mean((state.least < initial).astype(jnp.float32))
-    info = HQQInfo(jnp.sum(state.least) / w.size, jnp.sum(initial) / w.size, improved)
-    return requantize(w, dataclasses.replace(start, **state.best)), info
-
-
-def _stored(x: jax.Array, like: jax.Array, qt: QTensor) -> jax.Array:
-    """Numbers of blocks in the dtype and order `like` has; what is not zero stays so, and nothing overflows."""
-    fmt, x = formats.get(like.dtype.name), qt.meta.geometry.scale_from_blocks(x)
-    magnitude = jnp.clip(
-        jnp.abs(x),
-        max(fmt.smallest_positive, float(np.finfo(np.float32).tiny)),
-        fmt.max,
+    qt = requantize(w, dataclasses.replace(start, **state.best))
+    info = HQQInfo(
+        error=jnp.sum(state.least) / w.size,
+        initial_error=jnp.sum(initial) / w.size,
+        improved=jnp.mean((state.least < initial).astype(jnp.float32)),
     )
+    return qt, info
+
+
+def _round_on_grid(
+    w: jax.Array, blocks: jax.Array, leaves: _Leaves, start: QTensor
+) -> _Rounded:
+    """Rounds a weight to nearest on the grid of `start` with other leaves."""
+    geometry = start.meta.geometry
+    qt = requantize(w, dataclasses.replace(start, **leaves))
+    codes = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
+    scale = scale_values(qt)
+    unit_grid = dataclasses.replace(qt, scale=jnp.ones_like(scale), offset=None)
+    units = decode_blocks(unit_grid, codes)
+    steps = geometry.scale_to_blocks(scale)
+    offset = jnp.zeros_like(steps)
+    if qt.offset is not None:
+        offset = geometry.scale_to_blocks(qt.offset.astype(jnp.float32))
+    error = blocks - (units * steps + offset)
+    return _Rounded(codes.astype(jnp.float32), units, steps, offset, error)
+
+
+def _large_errors(rounded: _Rounded, norm: ArrayLike, beta: jax.Array) -> jax.Array:
+    """The matrix e of the splitting: the large part of each error.
+
+    It is the generalized soft-thresholding of the paper, in units of the step.
+    """
+    step = jnp.where(rounded.steps == 0, 1.0, jnp.abs(rounded.steps))
+    size = jnp.abs(rounded.error) / step
+    # An error of 0 has no large part, although its power is infinite.
+    power = jnp.where(size > 0, size, 1.0) ** (norm - 1)
+    large = jnp.sign(rounded.error) * jnp.maximum(size - power / beta, 0.0) * step
+    return jnp.where(size > 0, large, 0.0)
+
+
+def _fit_grid(
+    leaves: _Leaves,
+    rounded: _Rounded,
+    rest: jax.Array,
+    sums: _BlockSums,
+    start: QTensor,
+) -> _Leaves:
+    """The leaves of least squared error to `rest`, with the codes fixed."""
+    spec, geometry = start.spec, start.meta.geometry
+    if spec.offset == "min":
+        offset = sums.total(rest - rounded.units * rounded.steps) / sums.counts
+        return {"offset": _as_stored(offset, leaves["offset"], geometry)}
+    new, units = {}, rounded.units
+    if "zero_point" in leaves:
+        step = jnp.where(rounded.steps == 0, 1.0, jnp.abs(rounded.steps))
+        mean = sums.total(rounded.codes - rest / step) / sums.counts
+        zero = jnp.clip(jnp.round(mean), spec.fmt.min, spec.fmt.max)
+        units = rounded.codes - zero
+        stored = geometry.scale_from_blocks(zero.astype(spec.fmt.code_dtype))
+        new["zero_point"] = stored
+    square = sums.total(units * units)
+    scale = sums.total((rest - rounded.offset) * units)
+    scale = scale / jnp.where(square > 0, square, 1.0)
+    # A scale keeps its sign. Only scale rules with signed scales have negative ones.
+    keeps_sign = scale * rounded.steps > 0
+    scale = jnp.where((square > 0) & keeps_sign, scale, rounded.steps)
+    return new | {"scale": _as_stored(scale, leaves["scale"], geometry)}
+
+
+def _as_stored(x: jax.Array, like: jax.Array, geometry: Geometry) -> jax.Array:
+    """Numbers of blocks in the dtype and order of `like`.
+
+    A number that is not zero does not become zero, and none overflows.
+    """
+    fmt, x = formats.get(like.dtype.name), geometry.scale_from_blocks(x)
+    # A subnormal float32 number may be flushed to zero.
+    least = max(fmt.smallest_positive, float(np.finfo(np.float32).tiny))
+    magnitude = jnp.clip(jnp.abs(x), least, fmt.max)
     return jnp.where(x == 0, 0.0, jnp.sign(x) * magnitude).astype(like.dtype)
 
 
@@ -286,8 +340,8 @@ def _why_not_hqq(spec: QuantSpec, options: Mapping[str, Any]) -> str:
     if isinstance(spec.scale, QuantSpec) and spec.offset != "min":
         return (
             f"scales of this spec are quantized themselves ({spec.scale.fmt.name}) and "
-            "cannot be moved one by one. Use a spec with scale='float32', 'bfloat16' or "
-            "'float16', or with offset='min'."
+            "cannot be moved one by one. Use a spec with scale='float32', 'bfloat16' "
+            "or 'float16', or with offset='min'."
         )
     return ""
 

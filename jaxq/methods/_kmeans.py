@@ -1,13 +1,16 @@
-"""k-means weight sharing: each block of a weight gets a table of its own numbers, and codes are places in it.
+"""k-means weight sharing: each block of a weight gets its own table of numbers.
 
-In one dimension a cluster is an interval. So of numbers in ascending order, with sums of all that came before each, a
-step of Lloyd's algorithm needs only the places of the k - 1 boundaries:
+Codes are positions in that table. In one dimension a cluster is an interval. So if the
+numbers are in ascending order, with running sums, a step of Lloyd's algorithm needs
+only the positions of the k - 1 boundaries:
 
-    places = search(numbers, midpoints of neighbouring centres)              # [blocks, k - 1]
-    centres = differences of sums at places / differences of counts          # [blocks, k]; an empty cluster stays
+    positions = search(numbers, midpoints of neighbouring centres)  # [blocks, k - 1]
+    centres = differences of sums / differences of counts           # [blocks, k]
 
-The numbers are those of the block, sorted ("exact"); or bins of a fine histogram, each with the count and the mean of
-what fell into it ("histogram"), which is one pass over a large weight and exact but for the bins on a boundary.
+An empty cluster keeps its centre. The numbers are either those of the block, sorted
+("exact"), or the bins of a fine histogram, each with the count and the mean of its
+numbers ("histogram"). The histogram needs one pass over a large weight. It is exact,
+except for the bins on a boundary.
 """
 
 from __future__ import annotations
@@ -44,11 +47,6 @@ from jaxq.qtensor import (
 
 INITS = ("density", "linear")
 ALGORITHMS = ("auto", "exact", "histogram")
-_BINS = 1 << 16
-# Up to this width codes are found by comparing with every entry, in one pass; beyond it by a binary search.
-_MOST_COMPARED = 4
-
-
 _OPTIONS = {
     "granularity": Option(
         lambda value: isinstance(value, Granularity),
@@ -58,15 +56,25 @@ _OPTIONS = {
     "num_steps": NOT_NEGATIVE,
     "algorithm": choice(*ALGORITHMS),
 }
+_NUM_BINS = 1 << 16
+# Up to this width, codes are found by a comparison with every entry, in one pass.
+# Beyond it a binary search is faster.
+_MOST_COMPARED_BITS = 4
 
 
 class KMeansInfo(NamedTuple):
-    """How clustering went.
+    """Diagnostics of `kmeans`.
 
     Attributes:
       inertia: float32, `sum (w - centre of w)^2`.
-      num_steps: int32, steps until no boundary moved, or as many as were allowed.
-      num_empty: int32, centres without a weight, of all blocks.
+      num_steps: int32, number of steps until no boundary moved, at most the given one.
+      num_empty: int32, number of centres without a weight, in all blocks.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> _, info = jaxq.methods.kmeans(jnp.array([[0.0, 1.0], [0.0, 1.0]]), 1)
+      >>> float(info.inertia), int(info.num_empty)
+      (0.0, 0)
     """
 
     inertia: jax.Array
@@ -84,30 +92,37 @@ def kmeans(
     algorithm: str = "auto",
     name: str = "w",
 ) -> tuple[QTensor, KMeansInfo]:
-    """Clusters the weights of every block about 2^bits centres, which become its table of numbers.
+    """Clusters the weights of every block around 2^bits centres, the block's table.
 
-    `argmin over tables c of sum min_k (w - c_k)^2`, by Lloyd's algorithm. The QTensor's scale is 1 and its `codebook`
-    holds the centres, ascending: a float32 leaf that can be trained, by `jax.grad` through `dequantize` or products, or
-    by `centroid_gradient`. An empty cluster keeps its centre.
+    `argmin over tables c of sum min_k (w - c_k)^2`, by Lloyd's algorithm. The scale of
+    the QTensor is 1. Its `codebook` holds the centres in ascending order. It is a
+    float32 leaf that can be trained: by `jax.grad` through `dequantize` or products, or
+    with `centroid_gradient`. An empty cluster keeps its centre.
 
     Args:
-      w: float `[in, out]`, or `[..., in, out]`: a stack (by `jax.vmap`).
+      w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).
       bits: 1 to 8.
-      granularity: where tables vary. A table is `32 * 2^bits` bits and the scale 32 more, so blocks should be large.
-      init: first centres: "linear", evenly from the least to the greatest weight of the block, which the paper found
-        best since it keeps large weights; or "density", an equal share of the weights each.
-      num_steps: steps of Lloyd's algorithm at most.
-      algorithm: "exact" sorts the weights of each block; "histogram" puts them into 65536 bins from the least to the
-        greatest; "auto" takes the histogram for blocks of more weights than bins.
+      granularity: where tables vary. A table has `32 * 2^bits` bits and the scale 32
+        more, so blocks should be large.
+      init: first centres. "linear" spaces them evenly from the least to the greatest
+        weight of the block. The paper found this best, since it keeps large weights.
+        "density" gives an equal share of the weights to each.
+      num_steps: maximum number of steps, not negative.
+      algorithm: "exact" sorts the weights of each block. "histogram" puts them into
+        65536 bins from the least to the greatest. "auto" takes the histogram for blocks
+        of more weights than bins.
       name: what errors call the weight.
 
     Returns:
-      QTensor with the shape and dtype of `w`, axis -2 contracted, its format named "kmeans4" for 4 bits; `KMeansInfo`,
-      arrays with the leading axes of `w`. Under jit, a block with a NaN gets a table of NaN.
+      `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted, with
+      a format named "kmeans4" for 4 bits; and a `KMeansInfo`, whose arrays have the
+      leading axes of `w`. Under jit, a block with a NaN gets a table of NaN.
 
     Raises:
-      TypeError: `w` is not a float array.
-      ValueError: bits out of range, an unknown choice, a number that is not finite (outside jit).
+      TypeError: `w` is not float32, bfloat16 or float16.
+      ValueError: `bits` is not a whole number from 1 to 8, a choice is unknown,
+        `num_steps` is negative, `w` is not a matrix, or (outside jit) `w` has a number
+        that is not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -116,8 +131,9 @@ def kmeans(
       ([0.1, 1.2], [[0, 0], [1, 1]])
 
     References:
-      Han et al., "Deep Compression: Compressing Deep Neural Networks with Pruning, Trained Quantization and Huffman
-      Coding", 2016, section 3. Lloyd, "Least squares quantization in PCM", 1982.
+      Han et al., "Deep Compression: Compressing Deep Neural Networks with Pruning,
+      Trained Quantization and Huffman Coding", 2016, section 3.
+      Lloyd, "Least squares quantization in PCM", 1982.
     """
     w = _matrix.as_weight(w, "kmeans", name)
     if not (isinstance(bits, int) and 1 <= bits <= 8):
@@ -127,37 +143,35 @@ def kmeans(
     formats.check_choice("kmeans: init", init, INITS)
     formats.check_choice("kmeans: algorithm", algorithm, ALGORITHMS)
     check_values("kmeans", _OPTIONS, num_steps=num_steps)
-    return _kmeans(
-        w,
-        np.int32(num_steps),
-        QuantSpec(_table_format(bits), granularity),
-        init,
-        algorithm,
-    )
+    spec = QuantSpec(_table_format(bits), granularity)
+    return _kmeans(w, np.int32(num_steps), spec, init, algorithm)
 
 
 def centroid_gradient(grad_w: ArrayLike, qt: QTensor) -> jax.Array:
-    """The gradient of a codebook from that of the weight: what fell on the members of each cluster, summed.
+    """Returns the gradient of a codebook, given the gradient of the weight.
 
-    `dL/dc_k = sum over w_i in cluster k of dL/dw_i * scale`, as `jax.grad` through `dequantize` gives it. To fine-tune
-    centres with the codes held: `dataclasses.replace(qt, codebook=qt.codebook - rate * gradient)`.
+    The gradient of a centre is the sum over the members of its cluster:
+    `dL/dc_k = sum over w_i in cluster k of dL/dw_i * scale`, as `jax.grad` through
+    `dequantize` gives it. To fine-tune the centres with fixed codes, use
+    `dataclasses.replace(qt, codebook=qt.codebook - rate * gradient)`.
 
     Args:
       grad_w: float, shape of `qt`.
-      qt: a QTensor with a `codebook`: of `kmeans`, or of `quantize` with the preset "ttq" (whose zeros stay zero: no
-        gradient).
+      qt: a QTensor with a `codebook`, from `kmeans` or from `quantize` with the preset
+        "ttq". The zeros of "ttq" stay zero, so their gradient is 0.
 
     Returns:
       float32, shape of `qt.codebook`.
 
     Raises:
-      TypeError: `qt` is no QTensor with a codebook.
-      ValueError: another shape.
+      TypeError: `qt` is not a QTensor with a codebook.
+      ValueError: `grad_w` is not a float array of the shape of `qt`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> qt, _ = jaxq.methods.kmeans(jnp.array([[0.0, 0.2], [1.0, 1.4]]), 1)
-      >>> jaxq.methods.centroid_gradient(jnp.array([[1.0, 2.0], [3.0, 4.0]]), qt).ravel().tolist()
+      >>> grad_w = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> jaxq.methods.centroid_gradient(grad_w, qt).ravel().tolist()
       [3.0, 7.0]
 
     References:
@@ -170,7 +184,8 @@ def centroid_gradient(grad_w: ArrayLike, qt: QTensor) -> jax.Array:
     gradient = jnp.asarray(grad_w)
     if gradient.shape != qt.shape or not jnp.issubdtype(gradient.dtype, jnp.floating):
         raise ValueError(
-            f"centroid_gradient: grad_w must be floats of shape {list(qt.shape)}, got {_matrix.describe(gradient)}."
+            f"centroid_gradient: grad_w must be floats of shape {list(qt.shape)}, got "
+            f"{_matrix.describe(gradient)}."
         )
     return _centroid_gradient(gradient.astype(jnp.float32), qt)
 
@@ -179,146 +194,163 @@ def centroid_gradient(grad_w: ArrayLike, qt: QTensor) -> jax.Array:
 def _centroid_gradient(gradient: jax.Array, qt: QTensor) -> jax.Array:
     geometry, fmt = qt.meta.geometry, qt.spec.fmt
 
-    def one(gradient: jax.Array, qt: QTensor) -> jax.Array:
+    def sum_clusters(gradient: jax.Array, qt: QTensor) -> jax.Array:
         assert qt.codebook is not None
+        size = qt.codebook.shape[-1]
         blocks = geometry.to_blocks(geometry.pad(geometry.to_view(gradient)))
         blocks = blocks * geometry.scale_to_blocks(scale_values(qt))
-        codes = geometry.to_blocks(geometry.to_view_order(qt.stored_codes())).astype(
-            jnp.int32
-        )
-        first, size = (
-            (int(fmt.min) if fmt.kind == "integer" else 0),
-            qt.codebook.shape[-1],
-        )
-        number = jnp.arange(np.prod(geometry.num_blocks), dtype=jnp.int32).reshape(
-            geometry.num_blocks
-        )
-        cluster = geometry.scale_to_blocks(number) * size + (codes - first)
-        if first < 0:
+        codes = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
+        first = int(fmt.min) if fmt.kind == "integer" else 0
+        position = codes.astype(jnp.int32) - first  # in the block's table
+        cluster = geometry.scale_to_blocks(_block_numbers(geometry)) * size + position
+        if first < 0:  # signed codes of a ternary format: 0 is not trained
             blocks = jnp.where(codes == 0, 0.0, blocks)
-        sums = jax.ops.segment_sum(blocks.ravel(), cluster.ravel(), number.size * size)
+        num_clusters = math.prod(geometry.num_blocks) * size
+        sums = jax.ops.segment_sum(blocks.ravel(), cluster.ravel(), num_clusters)
         return sums.reshape(qt.codebook.shape)
 
     for _ in qt.batch_shape:
-        one = jax.vmap(one)
-    return one(gradient, qt)
+        sum_clusters = jax.vmap(sum_clusters)
+    return sum_clusters(gradient, qt)
+
+
+def _block_numbers(geometry: Geometry) -> jax.Array:
+    """The number of each block, int32 `[*num_blocks]`."""
+    numbers = jnp.arange(math.prod(geometry.num_blocks), dtype=jnp.int32)
+    return numbers.reshape(geometry.num_blocks)
 
 
 def _table_format(bits: int) -> formats.CodebookFormat:
-    """Codes that are places in a table; the numbers here are never used, for every array has its own."""
+    """A format whose codes are positions in a table.
+
+    Its own numbers are never used, since every array has its own table.
+    """
     count = 1 << bits
-    return formats.CodebookFormat(
-        f"kmeans{bits}", tuple(float(v) for v in range(1 - count, count, 2))
-    )
+    numbers = tuple(float(v) for v in range(1 - count, count, 2))
+    return formats.CodebookFormat(f"kmeans{bits}", numbers)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "init", "algorithm"))
 def _kmeans(
     w: jax.Array, num_steps: ArrayLike, spec: QuantSpec, init: str, algorithm: str
-):
-    one = functools.partial(
-        _one, num_steps=num_steps, spec=spec, init=init, algorithm=algorithm
+) -> tuple[QTensor, KMeansInfo]:
+    cluster_matrix = functools.partial(
+        _cluster_matrix,
+        num_steps=num_steps,
+        spec=spec,
+        init=init,
+        algorithm=algorithm,
     )
-    return _matrix.over_stack(one, w)
+    return _matrix.over_stack(cluster_matrix, w)
 
 
-def _one(
+def _cluster_matrix(
     w: jax.Array, num_steps: ArrayLike, spec: QuantSpec, init: str, algorithm: str
 ) -> tuple[QTensor, KMeansInfo]:
-    qt = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
-    geometry, size = qt.meta.geometry, 1 << spec.fmt.bits
-    x, counts = _rows_of_blocks(w, geometry)  # [blocks, n]
+    """`kmeans` for one matrix `[in, out]`."""
+    like = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
+    geometry, size = like.meta.geometry, 1 << spec.fmt.bits
+    x, counts = _rows_of_blocks(w, geometry)  # [blocks, n], [blocks]
     inside = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < counts[:, None]
-    finite = jnp.where(inside, jnp.isfinite(x), True).all(axis=1)
+    finite = jnp.where(inside, jnp.isfinite(x), True).all(axis=1)  # [blocks]
     low = jnp.min(x, axis=1, where=inside, initial=np.inf)
     high = jnp.max(x, axis=1, where=inside, initial=-np.inf)
-    # From -1 to 1, so that nothing overflows and weights of any size are clustered alike.
+    # Numbers are mapped to -1 .. 1, so that nothing overflows and weights of any size
+    # are clustered alike.
     middle, half = (0.5 * high + 0.5 * low), (0.5 * high - 0.5 * low)
     unit = jnp.where(half > 0, half, 1.0)[:, None]
     if algorithm == "auto":
-        algorithm = "histogram" if x.shape[1] > _BINS else "exact"
-    bins = (
-        _histogram(x, inside, low, unit)
-        if algorithm == "histogram"
-        else _sorted(x, inside)
-    )
-    bins = bins._replace(
-        numbers=jnp.clip((bins.numbers - middle[:, None]) / unit, -1.0, 1.0)
-    )
-    centres, steps, empty = _lloyd(bins, _first_centres(bins, size, init), num_steps)
-    table = jnp.where(
-        finite[:, None], middle[:, None] + unit * centres, np.float32(np.nan)
-    )
-
-    # [blocks, k] -> [k, n1, 1, n2, 1] -> [*num_blocks, k]
-    view = geometry.scale_to_blocks(jnp.zeros(geometry.num_blocks)).shape
-    codebook = jnp.moveaxis(
-        geometry.scale_from_blocks(table.T.reshape(size, *view)), 0, -1
-    )
+        algorithm = "histogram" if x.shape[1] > _NUM_BINS else "exact"
+    if algorithm == "histogram":
+        bins = _histogram(x, inside, low, unit)
+    else:
+        bins = _sorted(x, inside)
+    numbers = jnp.clip((bins.numbers - middle[:, None]) / unit, -1.0, 1.0)
+    bins = bins._replace(numbers=numbers)
+    centres = _first_centres(bins, size, init)
+    centres, steps, num_empty = _lloyd(bins, centres, num_steps)
+    table = middle[:, None] + unit * centres  # [blocks, k]
+    table = jnp.where(finite[:, None], table, np.float32(np.nan))
     qt = dataclasses.replace(
-        qt, scale=jnp.ones(geometry.num_blocks, jnp.float32), codebook=codebook
+        like,
+        scale=jnp.ones(geometry.num_blocks, jnp.float32),
+        codebook=_as_codebook(table, geometry),
     )
-    qt = _with_nearest(w, qt)
-    error = w.astype(jnp.float32) - dequantize(qt, dtype=jnp.float32)
-    return qt, KMeansInfo(jnp.sum(jnp.sum(error * error, axis=0)), steps, empty)
+    qt = _with_nearest_codes(w, qt)
+    error = w.astype(jnp.float32) - dequantize(qt, dtype=jnp.float32)  # [in, out]
+    # Two sums: a running sum of the whole weight would lose more of float32.
+    inertia = jnp.sum(jnp.sum(error * error, axis=0))
+    return qt, KMeansInfo(inertia, steps, num_empty)
 
 
-def _with_nearest(w: jax.Array, qt: QTensor) -> QTensor:
-    """The codes of the entries of `qt.codebook`, which ascends, next to each weight; of equally near ones the lower."""
+def _as_codebook(table: jax.Array, geometry: Geometry) -> jax.Array:
+    """The tables of all blocks `[blocks, k]` as a QTensor keeps them."""
+    view = geometry.scale_to_blocks(jnp.zeros(geometry.num_blocks)).shape
+    tables = table.T.reshape(table.shape[1], *view)  # [k, n_out, 1, n_in, 1]
+    return jnp.moveaxis(geometry.scale_from_blocks(tables), 0, -1)  # [*num_blocks, k]
+
+
+def _with_nearest_codes(w: jax.Array, qt: QTensor) -> QTensor:
+    """`qt` with the codes of the entries of its codebook nearest to each weight.
+
+    The codebook is in ascending order. Of two entries equally near, the lower is taken.
+    """
     geometry, bits, codebook = qt.meta.geometry, qt.spec.fmt.bits, qt.codebook
     assert codebook is not None
-    if bits <= _MOST_COMPARED:
+    if bits <= _MOST_COMPARED_BITS:
         return requantize(w, qt)
     middles = (0.5 * (codebook[..., 1:] + codebook[..., :-1])).ravel()
-    count = (1 << bits) - 1
-    first = (
-        jnp.arange(np.prod(geometry.num_blocks), dtype=jnp.int32).reshape(
-            geometry.num_blocks
-        )
-        * count
-    )
-    first = geometry.scale_to_blocks(first)
+    num_middles = (1 << bits) - 1
+    # Position of each block's first midpoint in `middles`.
+    first = geometry.scale_to_blocks(_block_numbers(geometry) * num_middles)
     blocks = geometry.to_blocks(geometry.pad(geometry.to_view(w).astype(jnp.float32)))
     codes = jnp.zeros(blocks.shape, jnp.int32)
-    for bit in reversed(range(bits)):  # a binary search
-        above = blocks > jnp.take(
-            middles, first + codes + ((1 << bit) - 1), mode="clip"
-        )
+    # A binary search: bit by bit from the highest.
+    for bit in reversed(range(bits)):
+        position = first + codes + ((1 << bit) - 1)
+        above = blocks > jnp.take(middles, position, mode="clip")
         codes = codes + (above.astype(jnp.int32) << bit)
     codes = codes.astype(qt.spec.fmt.code_dtype)
     return qt.with_stored_codes(geometry.to_storage(geometry.from_blocks(codes)))
 
 
 def _rows_of_blocks(w: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
-    """The weights of each block in a row, `[blocks, n]`, true ones first, and how many those are."""
+    """The numbers of each block as a row `[blocks, n]`, and their count `[blocks]`.
+
+    The numbers of the weight come first in each row, padding last.
+    """
     view = geometry.to_view(w).astype(jnp.float32)
 
-    def rows(view: jax.Array) -> jax.Array:
+    def as_rows(view: jax.Array) -> jax.Array:
         blocks = geometry.to_blocks(geometry.pad(view))
         outer = [a for a in range(-blocks.ndim, 0) if a not in geometry.block_axes]
-        return jnp.transpose(blocks, (*outer, *geometry.block_axes)).reshape(
-            np.prod(geometry.num_blocks), -1
-        )
+        ordered = jnp.transpose(blocks, (*outer, *geometry.block_axes))
+        return ordered.reshape(math.prod(geometry.num_blocks), -1)
 
-    x, true = rows(view), geometry.counts()
-    counts = np.broadcast_to(
-        true, (*geometry.scale_to_blocks(jnp.zeros(geometry.num_blocks)).shape,)
-    )
-    counts = jnp.asarray(counts.reshape(-1), jnp.int32)
-    if true.min() == x.shape[1]:
+    x, true_counts = as_rows(view), geometry.counts()
+    shape = geometry.scale_to_blocks(jnp.zeros(geometry.num_blocks)).shape
+    counts = jnp.asarray(np.broadcast_to(true_counts, shape).reshape(-1), jnp.int32)
+    if true_counts.min() == x.shape[1]:
         return x, counts
-    order = jnp.argsort(rows(jnp.ones_like(view)) == 0, axis=1, stable=True)
+    is_padding = as_rows(jnp.ones_like(view)) == 0
+    order = jnp.argsort(is_padding, axis=1, stable=True)
     return jnp.take_along_axis(x, order, axis=1), counts
 
 
 class _Bins(NamedTuple):
-    """Numbers that stand for several weights each, ascending in every row."""
+    """Numbers that stand for several weights each, ascending in every row.
 
-    numbers: jax.Array  # float32 [blocks, m]
-    counts: jax.Array  # int32 [blocks, m]
+    Attributes:
+      numbers: float32 `[blocks, m]`.
+      counts: int32 `[blocks, m]`, how many weights each number stands for.
+    """
+
+    numbers: jax.Array
+    counts: jax.Array
 
 
 def _sorted(x: jax.Array, inside: jax.Array) -> _Bins:
+    """The weights themselves as bins. Padding gets count 0 and the greatest number."""
     ordered = jnp.sort(jnp.where(inside, x, np.float32(np.inf)), axis=1)
     greatest = jnp.max(x, axis=1, keepdims=True, where=inside, initial=-np.inf)
     return _Bins(jnp.where(inside, ordered, greatest), inside.astype(jnp.int32))
@@ -327,135 +359,158 @@ def _sorted(x: jax.Array, inside: jax.Array) -> _Bins:
 def _histogram(
     x: jax.Array, inside: jax.Array, low: jax.Array, unit: jax.Array
 ) -> _Bins:
-    blocks = x.shape[0]
-    share = (x - low[:, None]) / unit * np.float32(_BINS / 2)  # 0 to _BINS
-    place = jnp.clip(share.astype(jnp.int32), 0, _BINS - 1)
-    left = low[:, None] + (jnp.arange(_BINS, dtype=jnp.float32)[None] + 0.5) * (
-        unit * np.float32(2 / _BINS)
-    )
-    index = jnp.arange(blocks, dtype=jnp.int32)[:, None] * _BINS + place
-    index = jnp.where(inside, index, blocks * _BINS).ravel()  # beyond the last: dropped
-    counts = jax.ops.segment_sum(
-        jnp.ones(index.shape, jnp.int32), index, blocks * _BINS
-    ).reshape(blocks, _BINS)
-    beside = x - jnp.take(left.ravel(), index, mode="clip").reshape(x.shape)
-    sums = jax.ops.segment_sum(beside.ravel(), index, blocks * _BINS).reshape(
-        blocks, _BINS
-    )
-    return _Bins(left + sums / jnp.maximum(counts, 1).astype(jnp.float32), counts)
+    """Bins of equal width from `low` to `low + 2 unit`, each with its mean number."""
+    num_blocks = x.shape[0]
+    share = (x - low[:, None]) / unit * np.float32(_NUM_BINS / 2)  # 0 to _NUM_BINS
+    place = jnp.clip(share.astype(jnp.int32), 0, _NUM_BINS - 1)
+    index = jnp.arange(num_blocks, dtype=jnp.int32)[:, None] * _NUM_BINS + place
+    # Padding gets an index beyond the last, which segment_sum drops.
+    index = jnp.where(inside, index, num_blocks * _NUM_BINS).ravel()
+
+    def sum_bins(values: jax.Array) -> jax.Array:
+        sums = jax.ops.segment_sum(values, index, num_blocks * _NUM_BINS)
+        return sums.reshape(num_blocks, _NUM_BINS)
+
+    counts = sum_bins(jnp.ones(index.shape, jnp.int32))
+    position = jnp.arange(_NUM_BINS, dtype=jnp.float32)[None] + 0.5
+    centre = low[:, None] + position * (unit * np.float32(2 / _NUM_BINS))
+    # Sums of distances from the centre lose less of float32 than sums of numbers.
+    distance = x - jnp.take(centre.ravel(), index, mode="clip").reshape(x.shape)
+    mean = sum_bins(distance.ravel()) / jnp.maximum(counts, 1).astype(jnp.float32)
+    return _Bins(centre + mean, counts)
 
 
 def _first_centres(bins: _Bins, size: int, init: str) -> jax.Array:
-    blocks = bins.numbers.shape[0]
+    """The centres to start from, `[blocks, k]`, ascending."""
+    num_blocks = bins.numbers.shape[0]
     if init == "linear":
-        return jnp.broadcast_to(
-            jnp.linspace(-1.0, 1.0, size, dtype=jnp.float32), (blocks, size)
-        )
-    below = jnp.cumsum(bins.counts, axis=1)
+        line = jnp.linspace(-1.0, 1.0, size, dtype=jnp.float32)
+        return jnp.broadcast_to(line, (num_blocks, size))
+    # Centre i is the number with a share (i + 1/2) / k of the weights below it.
+    below = jnp.cumsum(bins.counts, axis=1)  # [blocks, m]
     share = (jnp.arange(size, dtype=jnp.float32) + 0.5) / size
-    wanted = share[None] * below[:, -1:].astype(jnp.float32)
-    places = jax.vmap(functools.partial(jnp.searchsorted, side="left"))(
-        below.astype(jnp.float32), wanted
-    )
+    target = share[None] * below[:, -1:].astype(jnp.float32)
+    search = jax.vmap(functools.partial(jnp.searchsorted, side="left"))
+    places = search(below.astype(jnp.float32), target)
     return jnp.take_along_axis(bins.numbers, places, axis=1, mode="clip")
+
+
+class _LloydState(NamedTuple):
+    """What changes from step to step of Lloyd's algorithm.
+
+    Attributes:
+      centres: `[blocks, k]`, ascending.
+      places: int32 `[blocks, k - 1]`, position of each boundary among the numbers.
+      moved: True if the last step moved a boundary.
+      num_steps: steps so far.
+    """
+
+    centres: jax.Array
+    places: jax.Array
+    moved: jax.Array
+    num_steps: jax.Array
 
 
 def _lloyd(
     bins: _Bins, centres: jax.Array, num_steps: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(centres `[blocks, k]` ascending, steps taken, empty clusters)."""
-    ends = ((0, 0), (1, 0))
-    counts = jnp.pad(
-        jnp.cumsum(bins.counts, axis=1), ends
-    )  # of all before, [blocks, m + 1]
-    sums = [
-        jnp.pad(part, ends)
-        for part in _running_sums(bins.numbers * bins.counts.astype(jnp.float32))
-    ]
+    """Runs Lloyd's algorithm until no boundary moves.
+
+    Returns:
+      (centres `[blocks, k]` ascending, number of steps, number of empty clusters).
+    """
+    first_column = ((0, 0), (1, 0))
+    # Running sums start with 0: [blocks, m + 1].
+    counts = jnp.pad(jnp.cumsum(bins.counts, axis=1), first_column)
+    weighted = bins.numbers * bins.counts.astype(jnp.float32)
+    sums = [jnp.pad(part, first_column) for part in _running_sums(weighted)]
     search = jax.vmap(functools.partial(jnp.searchsorted, side="right"))
 
     def boundaries(centres: jax.Array) -> jax.Array:
         # A number half-way between two centres belongs to the lower one.
-        return search(bins.numbers, 0.5 * (centres[:, 1:] + centres[:, :-1])).astype(
-            jnp.int32
-        )
+        middles = 0.5 * (centres[:, 1:] + centres[:, :-1])
+        return search(bins.numbers, middles).astype(jnp.int32)
 
-    def within(of_all_before: jax.Array, places: jax.Array) -> jax.Array:
-        taken = jnp.take_along_axis(of_all_before, places, axis=1, mode="clip")
-        return jnp.diff(taken, axis=1, prepend=0, append=of_all_before[:, -1:])
+    def within(running: jax.Array, places: jax.Array) -> jax.Array:
+        """The part of a running sum in each cluster, `[blocks, k]`."""
+        at_boundaries = jnp.take_along_axis(running, places, axis=1, mode="clip")
+        return jnp.diff(at_boundaries, axis=1, prepend=0, append=running[:, -1:])
 
-    def step(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]):
-        centres, places, _, count = state
-        held = within(counts, places)
-        means = (within(sums[0], places) + within(sums[1], places)) / jnp.maximum(
-            held, 1
-        ).astype(jnp.float32)
+    def step(state: _LloydState) -> _LloydState:
+        centres, places = state.centres, state.places
+        sizes = within(counts, places)
+        totals = within(sums[0], places) + within(sums[1], places)
+        means = totals / jnp.maximum(sizes, 1).astype(jnp.float32)
         # Rounded sums may put a mean of few numbers outside its interval.
         middle = 0.5 * (centres[:, 1:] + centres[:, :-1])
-        low, high = (
-            jnp.pad(middle, ends, constant_values=-1.0),
-            jnp.pad(middle, ((0, 0), (0, 1)), constant_values=1.0),
-        )
-        centres = jnp.where(held > 0, jnp.clip(means, low, high), centres)
-        moved = boundaries(centres)
-        return centres, moved, (moved != places).any(), count + 1
+        low = jnp.pad(middle, ((0, 0), (1, 0)), constant_values=-1.0)
+        high = jnp.pad(middle, ((0, 0), (0, 1)), constant_values=1.0)
+        centres = jnp.where(sizes > 0, jnp.clip(means, low, high), centres)
+        new_places = boundaries(centres)
+        moved = (new_places != places).any()
+        return _LloydState(centres, new_places, moved, state.num_steps + 1)
 
-    def more(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return state[2] & (state[3] < num_steps)
+    def is_running(state: _LloydState) -> jax.Array:
+        return state.moved & (state.num_steps < num_steps)
 
-    state = (centres, boundaries(centres), jnp.bool_(True), jnp.int32(0))
-    centres, places, _, count = lax.while_loop(more, step, state)
-    return centres, count, jnp.sum(within(counts, places) == 0, dtype=jnp.int32)
+    state = _LloydState(centres, boundaries(centres), jnp.bool_(True), jnp.int32(0))
+    state = lax.while_loop(is_running, step, state)
+    num_empty = jnp.sum(within(counts, state.places) == 0, dtype=jnp.int32)
+    return state.centres, state.num_steps, num_empty
 
 
-_Pair = tuple[jax.Array, jax.Array]  # a float32 sum and what it lacks
+# A float32 sum, and the part of the exact sum that it lacks.
+_Pair = tuple[jax.Array, jax.Array]
 
 
 def _running_sums(x: jax.Array) -> _Pair:
-    """Sums of all up to each place along axis 1, with what float32 lacks: few numbers differ from many before them."""
-    blocks, n = x.shape
-    size = (
-        math.isqrt(max(n - 1, 0)) + 1
-    )  # steps are few, and few things of a kind are compiled
-    x = jnp.pad(x, ((0, 0), (0, size * size - n))).reshape(blocks, size, size)
-    inner = _along_last((x, jnp.zeros_like(x)))
-    ends = _along_last((inner[0][..., -1], inner[1][..., -1]))
-    before = [jnp.pad(part[:, :-1], ((0, 0), (1, 0)))[..., None] for part in ends]
-    high, low = _added((before[0], before[1]), inner)
-    return high.reshape(blocks, -1)[:, :n], low.reshape(blocks, -1)[:, :n]
+    """Sums of all numbers up to each place along axis 1, `[blocks, n]`, as pairs.
+
+    A cluster of few numbers is the difference of two large sums, which float32 alone
+    cannot resolve.
+    """
+    num_blocks, n = x.shape
+    # Sums within rows of a square, then over the rows: two scans of sqrt(n) steps.
+    size = math.isqrt(max(n - 1, 0)) + 1
+    x = jnp.pad(x, ((0, 0), (0, size * size - n))).reshape(num_blocks, size, size)
+    inner = _running_pairs((x, jnp.zeros_like(x)))
+    row_sums = _running_pairs((inner[0][..., -1], inner[1][..., -1]))
+    # What the rows before add to each row: [blocks, size, 1].
+    before = [jnp.pad(part[:, :-1], ((0, 0), (1, 0)))[..., None] for part in row_sums]
+    high, low = _add_pairs((before[0], before[1]), inner)
+    return high.reshape(num_blocks, -1)[:, :n], low.reshape(num_blocks, -1)[:, :n]
 
 
-def _along_last(pair: _Pair) -> _Pair:
-    def step(total: _Pair, new: _Pair) -> tuple[_Pair, _Pair]:
-        total = _added(total, new)
+def _running_pairs(pair: _Pair) -> _Pair:
+    """Running sums of pairs along the last axis."""
+
+    def step(total: _Pair, term: _Pair) -> tuple[_Pair, _Pair]:
+        total = _add_pairs(total, term)
         return total, total
 
     zeros = jnp.zeros_like(pair[0][..., 0])
-    _, sums = lax.scan(
-        step,
-        (zeros, zeros),
-        (jnp.moveaxis(pair[0], -1, 0), jnp.moveaxis(pair[1], -1, 0)),
-    )
+    terms = (jnp.moveaxis(pair[0], -1, 0), jnp.moveaxis(pair[1], -1, 0))
+    _, sums = lax.scan(step, (zeros, zeros), terms)
     return jnp.moveaxis(sums[0], 0, -1), jnp.moveaxis(sums[1], 0, -1)
 
 
-def _added(a: _Pair, b: _Pair) -> _Pair:
-    """Of two sums, with the error of adding them, which is known exactly.
+def _add_pairs(a: _Pair, b: _Pair) -> _Pair:
+    """The sum of two pairs. The error of a float32 sum is known exactly.
 
     Knuth, The Art of Computer Programming, volume 2, section 4.2.2.
     """
     total = a[0] + b[0]
-    back = total - a[0]
-    lost = (a[0] - (total - back)) + (b[0] - back) + (a[1] + b[1])
-    whole = total + lost
-    return whole, lost - (whole - total)
+    b_part = total - a[0]
+    lost = (a[0] - (total - b_part)) + (b[0] - b_part) + (a[1] + b[1])
+    high = total + lost
+    return high, lost - (high - total)
 
 
 def _table_granularity(spec: QuantSpec, options: Mapping[str, Any]) -> Granularity:
-    """The blocks of a rule's k-means: one table for each channel by default.
+    """The blocks of a rule's k-means: by default one table for each channel.
 
-    The spec's granularity is for scales. Tables are larger, so groups of a spec would
-    cost more bits than the codes.
+    The granularity of the spec is for scales. A table is larger than a scale, so the
+    tables of small groups would need more bits than the codes.
     """
     return options.get("granularity", PerChannel())
 
@@ -473,7 +528,7 @@ def _solve_kmeans(
     return Solution(qt)
 
 
-# k-means takes only the number of bits from a spec, so it refuses none.
+# k-means takes only the number of bits from a spec, so it refuses no spec.
 METHOD = Method(
     "kmeans", _solve_kmeans, options=_OPTIONS, granularity=_table_granularity
 )

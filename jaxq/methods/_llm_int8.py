@@ -1,8 +1,10 @@
-"""LLM.int8(): columns of the input with an outlier are multiplied in high precision, all others in int8.
+"""LLM.int8(): columns of the input with an outlier are multiplied in high precision.
 
-    y = dequantize(q_x q_w) over columns below the threshold  +  x_O w_O over those that reach it
+    y = dequantize(q_x q_w)  over columns below the threshold      # int8, int32 sums
+        + x_O w_O            over columns that reach it            # high precision
 
-A product of int8 codes alone would spend each row's range on a few columns that hold most of its magnitude.
+In a product of int8 codes alone, a few columns that hold most of the magnitude would
+take up the range of every row.
 """
 
 from __future__ import annotations
@@ -21,16 +23,24 @@ from jaxq.methods._options import check_values, number, why_not_stochastic
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
 
-_THRESHOLD = 6.0
+_THRESHOLD = 6.0  # section 3.2 of the paper
 _OPTIONS = {"threshold": number("at least 0", least=0)}
 
 
 class LLMInt8Info(NamedTuple):
-    """What calibration says of a layer's input, by `llm_int8`.
+    """Diagnostics of `llm_int8`: what calibration says of the layer's input.
 
     Attributes:
-      outliers: bool `[in]`, which columns reached the threshold.
-      num_outliers: int32, how many: a `num_outliers=` for `llm_int8_matmul`.
+      outliers: bool `[in]`, True for columns that reached the threshold.
+      num_outliers: int32, the number of these columns. It can be passed to
+        `llm_int8_matmul(num_outliers=)`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq.methods import llm_int8
+      >>> _, info = llm_int8(jnp.ones((2, 2)), absmax_x=jnp.array([1.0, 40.0]))
+      >>> info.outliers.tolist()
+      [False, True]
     """
 
     outliers: jax.Array
@@ -38,12 +48,21 @@ class LLMInt8Info(NamedTuple):
 
 
 class LLMInt8MatmulInfo(NamedTuple):
-    """What one product did.
+    """Diagnostics of one product by `llm_int8_matmul`.
 
     Attributes:
-      outliers: bool `[in]`, columns that were multiplied in high precision.
-      num_outliers: int32, how many columns reached the threshold.
-      num_missed: int32, how many of these were left to int8, where `num_outliers=` was too small.
+      outliers: bool `[in]`, True for columns that were multiplied in high precision.
+      num_outliers: int32, the number of columns that reached the threshold.
+      num_missed: int32, the number of these that stayed in int8, because
+        `num_outliers=` was too small.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq.methods import llm_int8_matmul
+      >>> x = jnp.array([[9.0, 0.5, -40.0]])
+      >>> _, info = llm_int8_matmul(x, jnp.eye(3), num_outliers=1)
+      >>> info.outliers.tolist(), int(info.num_outliers), int(info.num_missed)
+      ([False, False, True], 2, 1)
     """
 
     outliers: jax.Array
@@ -60,48 +79,63 @@ def llm_int8(
     activation: str | QuantSpec = "int8",
     name: str = "w",
 ) -> tuple[QTensor, LLMInt8Info]:
-    """The weight of `llm_int8_matmul`: every row quantized, outlier columns of the input being known only with it.
+    """Quantizes the weight of `llm_int8_matmul`.
+
+    Every row of the weight is quantized. Which columns of the input are outliers is
+    known only when there is an input.
 
     Args:
       w: float `[in, out]`, or a stack of such matrices with axes in front.
-      spec: preset name or `QuantSpec`: "int8" is one absmax scale for each output ("vector-wise").
-      absmax_x: float `[in]` (or stacked like w), largest magnitude of each column over calibration data, or None.
-      threshold: a column is an outlier if its largest magnitude is at least this.
-      activation: how the other columns of the input are quantized, one scale a token; `QuantSpec("int8",
-        symmetric=False)` is the paper's zero-point quantization.
-      name: what errors call w, a parameter's path for example.
+      spec: preset name or `QuantSpec`. "int8" has one absmax scale for each output
+        ("vector-wise" in the paper).
+      absmax_x: float `[in]` (or stacked like w), largest magnitude of each column over
+        the calibration batches, or None.
+      threshold: at least 0. A column is an outlier if its largest magnitude is at least
+        this.
+      activation: how the other columns of the input are quantized, with one scale for
+        each token. `QuantSpec("int8", symmetric=False)` is the paper's zero-point
+        quantization.
+      name: what errors call the weight.
 
     Returns:
-      `(qt, info)`: a QTensor with the geometry of `jaxq.quantize(w, spec, contracting=-2)`, activation and threshold
-      attached, so that `x @ qt` is the product; and an `LLMInt8Info` (no outliers without `absmax_x`).
+      `(qt, info)`: a QTensor with the geometry of `jaxq.quantize(w, spec,
+      contracting=-2)`, and an `LLMInt8Info` (no outliers without `absmax_x`). The
+      QTensor has the activation and the threshold attached, so `x @ qt` is the product
+      of `llm_int8_matmul`.
 
     Raises:
-      TypeError: not float arrays.
-      ValueError: sizes that differ, a negative threshold, non-finite numbers.
+      TypeError: an argument is not a float array.
+      ValueError: the threshold is negative, sizes differ, or (outside jit) a number is
+        not finite.
 
     Example:
-      >>> import jax.numpy as jnp, jaxq
+      >>> import jax.numpy as jnp
       >>> from jaxq.methods import llm_int8
-      >>> qt, info = llm_int8(jnp.ones((4, 2)), absmax_x=jnp.array([1.0, 40.0, 2.0, 6.0]))
+      >>> absmax_x = jnp.array([1.0, 40.0, 2.0, 6.0])
+      >>> qt, info = llm_int8(jnp.ones((4, 2)), absmax_x=absmax_x)
       >>> int(info.num_outliers)
       2
 
     References:
-      Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022, section 3.
+      Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at
+      Scale", 2022, section 3.
     """
     w = _matrix.as_weight(w, "llm_int8", name)
     check_values("llm_int8", _OPTIONS, threshold=threshold)
     batch = tuple(range(w.ndim - 2))
     qt = quantize(w, as_spec(spec, "llm_int8"), contracting=-2, batch=batch, name=name)
     qt = qt.with_activation(activation, outliers=threshold)
-    if absmax_x is None:
-        outliers = jnp.zeros((*w.shape[:-2], w.shape[-2]), bool)
-    else:
-        said = "one magnitude for each input"
-        x = _matrix.as_statistic(
-            absmax_x, "absmax_x", "llm_int8", shape=w.shape[-2:-1], said=said, w=w
+    outliers = jnp.zeros(w.shape[:-1], bool)
+    if absmax_x is not None:
+        magnitude = _matrix.as_statistic(
+            absmax_x,
+            "absmax_x",
+            "llm_int8",
+            shape=w.shape[-2:-1],
+            meaning="one magnitude for each input",
+            w=w,
         )
-        outliers = jnp.broadcast_to(~(x < threshold), (*w.shape[:-2], w.shape[-2]))
+        outliers = jnp.broadcast_to(~(magnitude < threshold), w.shape[:-1])
     return qt, LLMInt8Info(outliers, jnp.sum(outliers, axis=-1, dtype=jnp.int32))
 
 
@@ -114,34 +148,45 @@ def llm_int8_matmul(
     keep: jax.typing.ArrayLike | None = None,
     activation: str | QuantSpec | None = None,
 ) -> tuple[jax.Array, LLMInt8MatmulInfo]:
-    """`x @ w` with the columns of x that hold an outlier, `max_t |x_tj| >= threshold`, in high precision.
+    """Computes `x @ w`, with the columns of x that have an outlier in high precision.
 
-    The other columns are quantized row by row, over what is left of each row, multiply the codes of w in int32, and
-    are scaled by both scales. With threshold 0 it is the product in high precision.
+    A column is an outlier if `max_t |x_tj| >= threshold`. The other columns are
+    quantized with one scale for each row, computed without the outliers. Their codes
+    are multiplied with the codes of w, accumulate in int32, and are scaled by both
+    scales. With threshold 0 the whole product is in high precision.
 
-    As it stands this is `x @ qt.with_activation("int8", outliers=threshold)`, the product of layers, and says which
-    columns were outliers. A layer's product has no more settings than that; two are here. Which columns are outliers
-    depends on the data, and compiled shapes cannot, so x is cut in two by a mask and both products have all columns;
-    `num_outliers=k` gathers the k columns of largest magnitude, so that the second one costs k columns, and counts
-    outliers beyond k, which stay in int8, in `info.num_missed`. `keep` gives that product the weight before rounding.
+    Without further arguments the result is that of
+    `x @ qt.with_activation("int8", outliers=threshold)`, the product of quantized
+    layers. This function also says which columns were outliers, and has two settings
+    that layers do not have:
+
+    - `num_outliers=k`. Which columns are outliers depends on the data, but compiled
+      shapes cannot. So by default a mask cuts x in two, and both products have all
+      columns. With `num_outliers=k`, the k columns of largest magnitude are gathered,
+      and the product in high precision has only k columns. Further outliers stay in
+      int8; `info.num_missed` counts them.
+    - `keep=`, the weight before rounding, for the product in high precision.
 
     Args:
-      x: float `[..., in]`; outliers are looked for over all leading axes.
-      w: `[in, out]`: a QTensor (from `llm_int8`, or any whose scales are shared along the input), or a float
-        array, which is quantized here as "int8" and kept for the outlier columns.
-      threshold: at least 0; None takes what is attached to the QTensor, or 6.0.
-      num_outliers: None, or k at least 0.
-      keep: float `[in, out]`, the rows that outlier columns meet; None dequantizes the rows of codes, as bitsandbytes
-        does unless it is told to keep float weights.
-      activation: how the other columns of x are quantized; None takes what is attached to the QTensor, or "int8".
+      x: float `[..., in]`. A column is over all leading axes.
+      w: `[in, out]`: a QTensor (from `llm_int8`, or any whose scales are shared along
+        the input), or a float array. A float array is quantized here as "int8", and its
+        float rows are used for the outlier columns.
+      threshold: at least 0. None takes the threshold attached to the QTensor, or 6.0.
+      num_outliers: None, or k, at least 0.
+      keep: float `[in, out]`, the weight whose rows meet the outlier columns. None
+        dequantizes these rows of `w`, as bitsandbytes does by default.
+      activation: how the other columns of x are quantized. None takes the activation
+        attached to the QTensor, or "int8".
 
     Returns:
-      `(y, info)`: `[..., out]` in the dtype that x and w promote to, both sums added in float32; and an
-      `LLMInt8MatmulInfo`.
+      `(y, info)`: `[..., out]` in the dtype that x and w promote to, both products
+      added in float32; and an `LLMInt8MatmulInfo`.
 
     Raises:
       TypeError: x is not a float array.
-      ValueError: shapes that do not meet; a QTensor with batch axes; arguments out of range.
+      ValueError: shapes do not match, w has batch axes or was not quantized with
+        `contracting=-2`, or `threshold` or `num_outliers` is negative.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -152,78 +197,87 @@ def llm_int8_matmul(
       ([0.504, -40.0, 1.0], [False, True, False])
 
     References:
-      Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022, section 3.
+      Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at
+      Scale", 2022, section 3.
     """
     if not isinstance(w, QTensor):
         keep = _matrix.as_weight(w, "llm_int8_matmul") if keep is None else keep
         w, _ = llm_int8(w)
     if threshold is None:
-        outliers = w.meta.outliers
-        threshold = _THRESHOLD if outliers is None else outliers
+        attached = w.meta.outliers
+        threshold = _THRESHOLD if attached is None else attached
     check_values("llm_int8_matmul", _OPTIONS, threshold=threshold)
+    x = jnp.asarray(x)
+    keep = None if keep is None else jnp.asarray(keep)
+    _check_operands(x, w, keep, num_outliers)
+    activation = activation or w.meta.activation or "int8"
+
+    num_in = w.shape[0]
+    magnitude = jnp.max(jnp.abs(x.reshape(-1, num_in)), axis=0, initial=0.0)  # [in]
+    reached = ~(magnitude < threshold)  # [in]; NaN is an outlier
+    outliers = reached
+    if num_outliers is not None:
+        _, columns = lax.top_k(magnitude, min(num_outliers, num_in))  # [k]
+        is_outlier = reached[columns]
+        outliers = jnp.zeros(num_in, bool).at[columns].set(is_outlier)
+        x_outliers = _only(is_outlier, jnp.take(x, columns, axis=-1))  # [..., k]
+        if keep is None:
+            rows = _dequantized_rows(w.with_activation(None), columns)  # [k, out]
+        else:
+            rows = jnp.take(keep, columns, axis=0)
+        y = _float32_product(_only(~outliers, x), w.with_activation(activation))
+        y = y + _float32_product(x_outliers, rows)
+    elif keep is not None:
+        y = _float32_product(_only(~outliers, x), w.with_activation(activation))
+        y = y + _float32_product(_only(outliers, x), keep)
+    else:
+        y = _float32_product(x, w.with_activation(activation, outliers=threshold))
+    num_reached = jnp.sum(reached, dtype=jnp.int32)
+    num_missed = num_reached - jnp.sum(outliers, dtype=jnp.int32)
+    info = LLMInt8MatmulInfo(outliers, num_reached, num_missed)
+    return y.astype(jnp.promote_types(x.dtype, w.dtype)), info
+
+
+def _check_operands(
+    x: jax.Array, w: QTensor, keep: jax.Array | None, num_outliers: int | None
+) -> None:
+    """Raises for operands of `llm_int8_matmul` that do not fit together."""
     geometry = w.meta.geometry
     if w.batch_shape or geometry.order != (-1, -2) or geometry.num_contracted != 1:
         raise ValueError(
-            f"llm_int8_matmul: w must be [in, out] quantized with contracting=-2, got {w!r}."
+            "llm_int8_matmul: w must be [in, out] quantized with contracting=-2, got "
+            f"{w!r}."
         )
-    num_in, _ = w.shape
-    x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"llm_int8_matmul: x must be a float array, got {_matrix.describe(x)}."
         )
-    if x.ndim < 1 or x.shape[-1] != num_in:
+    if x.ndim < 1 or x.shape[-1] != w.shape[0]:
         raise ValueError(
-            f"llm_int8_matmul: x must be [..., {num_in}] to meet w, got x: {_matrix.describe(x)}, {w!r}."
+            f"llm_int8_matmul: x must be [..., {w.shape[0]}] to match w, got x: "
+            f"{_matrix.describe(x)}, w: {w!r}."
         )
-    if keep is not None:
-        keep = jnp.asarray(keep)
-        if keep.shape != w.shape or not jnp.issubdtype(keep.dtype, jnp.floating):
-            raise ValueError(
-                f"llm_int8_matmul: keep must be the float weight {list(w.shape)}, got {_matrix.describe(keep)}."
-            )
+    if keep is not None and (
+        keep.shape != w.shape or not jnp.issubdtype(keep.dtype, jnp.floating)
+    ):
+        raise ValueError(
+            f"llm_int8_matmul: keep must be the float weight {list(w.shape)}, got "
+            f"{_matrix.describe(keep)}."
+        )
     if num_outliers is not None and num_outliers < 0:
         raise ValueError(
-            f"llm_int8_matmul: num_outliers must be None or at least 0, got {num_outliers}."
+            "llm_int8_matmul: num_outliers must be None or at least 0, got "
+            f"{num_outliers}."
         )
-    activation = activation or w.meta.activation or "int8"
-
-    magnitude = jnp.max(jnp.abs(x.reshape(-1, num_in)), axis=0, initial=0.0)  # [in]
-    outliers = reached = ~(magnitude < threshold)  # NaN is an outlier
-    if num_outliers is not None:
-        _, columns = lax.top_k(magnitude, min(num_outliers, num_in))
-        chosen = reached[columns]
-        outliers = jnp.zeros(num_in, bool).at[columns].set(chosen)
-        taken = _where(chosen, jnp.take(x, columns, axis=-1))
-        rows = (
-            _rows(w.with_activation(None), columns)
-            if keep is None
-            else jnp.take(keep, columns, axis=0)
-        )
-        y = _product(_where(~outliers, x), w.with_activation(activation)) + _product(
-            taken, rows
-        )
-    elif keep is not None:
-        y = _product(_where(~outliers, x), w.with_activation(activation)) + _product(
-            _where(outliers, x), keep
-        )
-    else:
-        y = _product(x, w.with_activation(activation, outliers=threshold))
-    dtype = jnp.promote_types(x.dtype, w.dtype)
-    total = jnp.sum(reached, dtype=jnp.int32)
-    info = LLMInt8MatmulInfo(
-        outliers, total, total - jnp.sum(outliers, dtype=jnp.int32)
-    )
-    return y.astype(dtype), info
 
 
-def _where(columns: jax.Array, x: jax.Array) -> jax.Array:
-    """The columns of x chosen by bool `[in]`, 0 elsewhere."""
-    chosen = columns.reshape((1,) * (x.ndim - 1) + columns.shape)
-    return jnp.where(chosen, x, jnp.zeros((), x.dtype))
+def _only(columns: jax.Array, x: jax.Array) -> jax.Array:
+    """The columns of x for which bool `[in]` is True; 0 in the others."""
+    mask = columns.reshape((1,) * (x.ndim - 1) + columns.shape)
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def _product(x: jax.Array, w: QTensor | jax.Array) -> jax.Array:
+def _float32_product(x: jax.Array, w: QTensor | jax.Array) -> jax.Array:
     """`x @ w` in float32."""
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     if isinstance(w, QTensor):
@@ -236,28 +290,28 @@ def _product(x: jax.Array, w: QTensor | jax.Array) -> jax.Array:
     )
 
 
-def _rows(qt: QTensor, columns: jax.Array) -> jax.Array:
-    """`dequantize(qt)[columns]` in float32; of codes with one scale for all rows, only those rows are decoded."""
-    geometry = qt.meta.geometry
-    whole = (
+def _dequantized_rows(qt: QTensor, columns: jax.Array) -> jax.Array:
+    """`dequantize(qt)[columns]` in float32.
+
+    If the codes are stored in whole bytes and all rows share one scale, only the
+    requested rows are decoded.
+    """
+    meta, geometry = qt.meta, qt.meta.geometry
+    shares_scale = (
         not geometry.flat
         and geometry.block_shape[-1] is None
-        and qt.meta.layout == "rows"
+        and geometry.num_blocks[-1] == 1
     )
-    if (
-        not whole
-        or qt.meta.packing is not formats.Packing.NONE
-        or geometry.num_blocks[-1] != 1
-    ):
+    stores_rows = meta.layout == "rows" and meta.packing is formats.Packing.NONE
+    if not (shares_scale and stores_rows):
         return jnp.take(dequantize(qt, dtype=jnp.float32), columns, axis=0)
-    taken = dataclasses.replace(geometry, shape=(columns.shape[0], geometry.shape[1]))
+    shape = (columns.shape[0], geometry.shape[1])
+    geometry = dataclasses.replace(geometry, shape=shape)
     data = jnp.take(qt.data, columns, axis=-1)
-    return dequantize(
-        dataclasses.replace(
-            qt, data=data, meta=dataclasses.replace(qt.meta, geometry=taken)
-        ),
-        dtype=jnp.float32,
+    rows = dataclasses.replace(
+        qt, data=data, meta=dataclasses.replace(meta, geometry=geometry)
     )
+    return dequantize(rows, dtype=jnp.float32)
 
 
 def _solve_llm_int8(

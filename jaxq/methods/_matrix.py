@@ -1,4 +1,8 @@
-"""What methods ask of their arguments, and how they take stacks of matrices."""
+"""Checks of the arrays that methods take, and how methods work on stacks of matrices.
+
+A weight is `[in, out]`; a stack of weights has further axes in front. Statistics are of
+the layer's inputs.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +20,35 @@ WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def describe(x: Any) -> str:
-    """`float32[64,32]`."""
+    """The dtype and shape of an array: `float32[64,32]`."""
     return f"{x.dtype.name}[{','.join(map(str, x.shape))}]"
 
 
 def as_weight(w: jax.typing.ArrayLike, caller: str, name: str = "w") -> jax.Array:
-    """`w` as an array of floats `[..., in, out]`, finite where that can be known.
+    """Returns `w` as an array of floats `[..., in, out]`, checked.
+
+    Args:
+      w: the weight.
+      caller: what errors begin with.
+      name: what errors call the weight.
 
     Raises:
-      TypeError: no float array.
-      ValueError: fewer than two axes, no elements, or a number that is not finite.
+      TypeError: `w` is not float32, bfloat16 or float16.
+      ValueError: `w` has fewer than two axes or no elements, or (outside jit) a number
+        that is not finite.
     """
+    # The dtype is read first, since jnp.asarray turns float64 into float32.
     dtype = np.dtype(getattr(w, "dtype", None) or np.asarray(w).dtype)
     if dtype.name not in WEIGHT_DTYPES:
         raise TypeError(
-            f"{caller}: {name} must be float32, bfloat16 or float16, got {dtype.name}{list(np.shape(w))}."
+            f"{caller}: {name} must be float32, bfloat16 or float16, got "
+            f"{dtype.name}{list(np.shape(w))}."
         )
     x = jnp.asarray(w)
     if x.ndim < 2 or x.size == 0:
         raise ValueError(
-            f"{caller}: {name} must be a matrix [in, out], or a stack of them, got {describe(x)}."
+            f"{caller}: {name} must be a matrix [in, out], or a stack of them, got "
+            f"{describe(x)}."
         )
     raise_if_not_finite(x, name, caller)
     return x
@@ -47,44 +60,52 @@ def as_statistic(
     caller: str,
     *,
     shape: Sequence[int | None],
-    said: str,
+    meaning: str,
     w: jax.Array,
 ) -> jax.Array:
-    """`x` as float32 of `shape` (None: any size), with the leading axes of `w` or none; finite where that can be known.
+    """Returns a statistic of a layer's inputs as a float32 array, checked.
+
+    Args:
+      x: the statistic, with the leading axes of `w` or without them.
+      name: what errors call it.
+      caller: what errors begin with.
+      shape: the shape for one matrix; None allows any size.
+      meaning: what it is, for errors: "inputs [tokens, in]".
+      w: the weight `[..., in, out]`.
 
     Raises:
-      TypeError: no floats.
-      ValueError: another shape, or a number that is not finite.
+      TypeError: `x` is not a float array.
+      ValueError: `x` has another shape, or (outside jit) a number that is not finite.
     """
     dtype = np.dtype(getattr(x, "dtype", None) or np.asarray(x).dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"{caller}: {name} must be floats {said}, got {dtype.name}{list(np.shape(x))}."
+            f"{caller}: {name} must be floats {meaning}, got "
+            f"{dtype.name}{list(np.shape(x))}."
         )
     array = jnp.asarray(x).astype(jnp.float32)
-    lead, core = (
-        array.shape[: array.ndim - len(shape)],
-        array.shape[array.ndim - len(shape) :],
+    num_leading = array.ndim - len(shape)
+    leading, sizes = array.shape[:num_leading], array.shape[num_leading:]
+    fits = len(sizes) == len(shape) and all(
+        size > 0 and expected in (None, size)
+        for size, expected in zip(sizes, shape, strict=True)
     )
-    fits = len(core) == len(shape) and all(
-        b in (None, a) and a > 0 for a, b in zip(core, shape, strict=True)
-    )
-    if not fits or lead not in ((), w.shape[:-2]):
+    if not fits or leading not in ((), w.shape[:-2]):
         expected = ",".join("any" if n is None else str(n) for n in shape)
-        stack = (
-            f", or stacked like w, [{','.join(map(str, w.shape[:-2]))},{expected}]"
-            if w.ndim > 2
-            else ""
-        )
+        stack = ""
+        if w.ndim > 2:
+            leading_sizes = ",".join(map(str, w.shape[:-2]))
+            stack = f", or stacked like w, [{leading_sizes},{expected}]"
         raise ValueError(
-            f"{caller}: {name} must be {said}: [{expected}]{stack}; got {describe(array)} (w: {describe(w)})."
+            f"{caller}: {name} must be {meaning}: [{expected}]{stack}; got "
+            f"{describe(array)} (w: {describe(w)})."
         )
     raise_if_not_finite(array, name, caller)
     return array
 
 
 def raise_if_not_finite(x: jax.Array, name: str, caller: str) -> None:
-    """Outside jit, a ValueError that names the first number that is NaN or infinite."""
+    """Raises a ValueError that names the first NaN or infinity; does nothing in jit."""
     if isinstance(x, Tracer):
         return
     qtensor.raise_if_not_finite(x, name, caller, remedy="Clean the array first.")

@@ -69,13 +69,14 @@ class Folding:
     Attributes:
       find: `(source, weights, stats, spec, options) -> scale [in]`. `source` is the
         weight of the linear layer before the group, or None behind a norm. `weights`
-        are the weights `[in, out]` that read one input. `stats` are of that input.
+        are the weights `[in, out]` that read one input. `stats` are of that input; None
+        if there are none and the method needs none.
       why_not: `(source, weights) -> str`: why no scale can be moved here; empty if one
         can.
-      judges_source: the scales change the rounding error of the layer before as well,
-        so that layer is judged too.
-      without_scales: what the report says the method still did where no scale could be
-        moved ("only clipped"). Empty if the weight is then only rounded to nearest.
+      judges_source: True if the layer before is judged too, because the scales change
+        its rounding error as well.
+      without_scales: what the method still does if no scale can be moved, as the report
+        says it: "only clipped". Empty if the weight is then only rounded to nearest.
 
     Example:
       >>> import jaxq
@@ -99,7 +100,7 @@ class Method:
     """One post-training method, as recipes and models see it.
 
     Attributes:
-      name: what a `Rule` calls it.
+      name: the name that a `Rule` uses.
       solve: `(w, stats, spec, *, key, **options) -> Solution`: quantizes one weight, or
         a stack of weights. `w` is float `[..., in, out]` and finite. `stats` are a
         `jaxq.observers.LayerStats` of the layer's inputs with the axes of the stack in
@@ -107,23 +108,26 @@ class Method:
         that `why_not` did not refuse, `key` a PRNG key, and `options` are those of the
         rule, checked. None: the weight is rounded to nearest, after `folding` moved its
         scales.
-      options: the options a `Rule` may set, with their checks.
+      options: the options that a `Rule` may set, with their checks.
       check: `(options) -> str`: what is wrong with a combination of options; empty if
-        nothing is.
+        it is valid. None: every combination is valid.
       why_not: `(spec, options) -> str`: why the method cannot quantize to a spec; empty
         if it can.
-      needs: the fields of `LayerStats` it cannot work without: "hessian", "samples",
+      needs: the fields of `LayerStats` that the method requires: "hessian", "samples",
         "absmax". Empty for a method that works without data.
-      needs_with: `(options) -> needs`, where options add to them; None if they do not.
-      granularity: `(spec, options) -> Granularity`, where the method does not use the
-        spec's; None if it does.
-      folding: how it moves scales into the layer before; None if it does not.
-      judged: its result is compared with rounding to nearest on held-out inputs.
-      matrices_only: it needs inputs whose rows meet the weight as a matrix, as those of
-        a linear layer do and those of a convolution do not.
-      own_activation: it quantizes the layer's input itself, so a rule sets no observer.
-      takes_nearest: `solve` also takes `nearest=`, the weight rounded to nearest, so
-        that it need not round the weight a second time.
+      needs_with: `(options) -> fields`: further fields that some options require. None
+        if no option does.
+      granularity: `(spec, options) -> Granularity` of the result. None if it is that of
+        the spec.
+      folding: how the method moves scales into the layer before; None if it does not.
+      judged: True if the result is compared with rounding to nearest on held-out
+        inputs.
+      matrices_only: True if the method is for layers that multiply rows of the input
+        with a matrix. A linear layer does so; a convolution does not.
+      own_activation: True if the method quantizes the layer's input itself. Then a rule
+        sets no observer.
+      takes_nearest: True if `solve` also takes `nearest=`, the weight rounded to
+        nearest. Then the method need not round the weight a second time.
 
     Example:
       >>> import jaxq
@@ -155,12 +159,12 @@ class Method:
         return bool(self.needed_statistics(options))
 
     def needed_statistics(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """The fields of `LayerStats` it cannot work without, with these options."""
-        more = () if self.needs_with is None else self.needs_with(options)
-        return (*self.needs, *more)
+        """The fields of `LayerStats` that the method requires with these options."""
+        further = () if self.needs_with is None else self.needs_with(options)
+        return (*self.needs, *further)
 
     def nearest_spec(self, spec: QuantSpec, options: Mapping[str, Any]) -> QuantSpec:
-        """The spec by which a weight is rounded to nearest instead of by this method.
+        """The spec for rounding to nearest, with which this method is compared.
 
         It is `spec` with the granularity of the method's own result.
         """

@@ -1,4 +1,4 @@
-"""Checks that the methods share: the values of their options, and what no method accepts.
+"""Checks that methods share: the values of options, and specs that methods refuse.
 
 A method's record names its options with these checks. The method's function uses the
 same checks, so a `Rule` and a direct call refuse the same values.
@@ -85,7 +85,7 @@ def why_not_stochastic(spec: QuantSpec, options: Mapping[str, Any]) -> str:
 
     It has the signature of `Method.why_not`, for methods that refuse nothing else.
     """
-    if spec.rounding == "stochastic":
+    if spec.needs_key:
         return (
             "rounding='stochastic' needs a key, and methods round to nearest. "
             "Change spec.rounding."

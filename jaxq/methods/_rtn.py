@@ -1,4 +1,7 @@
-"""Round to nearest: what every other method is measured against."""
+"""Round to nearest (RTN): the baseline of all other methods.
+
+A weight `[in, out]` is quantized without data and without optimization.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,17 @@ from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
 
 
 class RTNInfo(NamedTuple):
-    """What rounding cost.
+    """Diagnostics of `rtn`.
 
     Attributes:
-      sqnr: float32, signal to quantization noise ratio of the weight in dB, one number for each matrix.
+      sqnr: float32, signal to quantization noise ratio of the weight in dB; one number
+        for each matrix.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> _, info = jaxq.methods.rtn(jnp.array([[0.1], [1.0]]), "int8")
+      >>> bool(info.sqnr > 40)
+      True
     """
 
     sqnr: jax.Array
@@ -28,52 +38,51 @@ class RTNInfo(NamedTuple):
 def rtn(
     w: ArrayLike, spec: str | QuantSpec, *, name: str = "w"
 ) -> tuple[QTensor, RTNInfo]:
-    """Rounds a weight to nearest, as `quantize(w, spec, contracting=-2)` does: no data, no optimization.
+    """Rounds a weight to nearest, as `quantize(w, spec, contracting=-2)` does.
 
-    `codes = round(w / scale)`, by any format and scale rule. So this is also how weights become powers of two
-    ("log4"), signs ("binary": the sign and the mean magnitude, which is the best of all such pairs), and ternary
-    ("ternary", "ttq", `QuantSpec("ternary", scale_rule="twn")`).
+    `codes = round(w / scale)`, for every format and scale rule. Powers of two ("log4"),
+    signs ("binary": the sign and the mean magnitude, the pair of least squared error)
+    and ternary weights ("ternary", "ttq", `QuantSpec("ternary", scale_rule="twn")`) are
+    made in the same way.
 
     Args:
-      w: float `[in, out]`, or `[..., in, out]`: a stack, each matrix with scales of its own.
-      spec: preset name or `QuantSpec`, any but `rounding="stochastic"`, which `quantize` has a key for.
+      w: float `[in, out]`, or a stack `[..., in, out]`; each matrix has its own scales.
+      spec: preset name or `QuantSpec`. `rounding="stochastic"` is refused; `quantize`
+        takes a key for it.
       name: what errors call the weight.
 
     Returns:
-      QTensor with the shape and dtype of `w`, axis -2 contracted; `RTNInfo`, arrays with the leading axes of `w`.
+      `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted; and
+      an `RTNInfo`, whose arrays have the leading axes of `w`.
 
     Raises:
-      TypeError: `w` is not a float array.
-      ValueError: stochastic rounding, not a matrix, a number that is not finite (outside jit).
+      TypeError: `w` is not float32, bfloat16 or float16.
+      ValueError: the spec rounds stochastically, `w` has fewer than two axes or no
+        elements, or (outside jit) `w` has a number that is not finite.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> qt, info = jaxq.methods.rtn(jnp.array([[0.5], [-1.0], [0.25], [-0.25]]), "binary")
+      >>> w = jnp.array([[0.5], [-1.0], [0.25], [-0.25]])
+      >>> qt, info = jaxq.methods.rtn(w, "binary")
       >>> jaxq.dequantize(qt).ravel().tolist()
       [0.5, -0.5, 0.5, -0.5]
 
     References:
-      Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-      2018, section 2. Miyashita et al., "Convolutional Neural Networks using Logarithmic Data Representation", 2016,
-      section 3. Rastegari et al., "XNOR-Net", 2016, section 3.1. Li et al., "Ternary Weight Networks", 2016, section
-      2. Zhu et al., "Trained Ternary Quantization", 2017, section 3.
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference", 2018, section 2.
+      Miyashita et al., "Convolutional Neural Networks using Logarithmic Data
+      Representation", 2016, section 3.
+      Rastegari et al., "XNOR-Net", 2016, section 3.1.
+      Li et al., "Ternary Weight Networks", 2016, section 2.
+      Zhu et al., "Trained Ternary Quantization", 2017, section 3.
     """
     spec = as_spec(spec, "rtn")
     refuse("rtn", why_not_stochastic(spec, {}))
     return _rtn(_matrix.as_weight(w, "rtn", name), spec)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _rtn(w: jax.Array, spec: QuantSpec) -> tuple[QTensor, RTNInfo]:
-    def round_matrix(w: jax.Array) -> tuple[QTensor, RTNInfo]:
-        qt = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
-        return qt, RTNInfo(metrics.sqnr(w, dequantize(qt)))
-
-    return _matrix.over_stack(round_matrix, w)
-
-
 def round_to_nearest(w: jax.Array, spec: QuantSpec) -> QTensor:
-    """The QTensor of `rtn`, without its info.
+    """Returns the QTensor of `rtn`, without the info.
 
     Args:
       w: float `[..., in, out]`. Numbers that are not finite are passed on.
@@ -83,12 +92,19 @@ def round_to_nearest(w: jax.Array, spec: QuantSpec) -> QTensor:
       ValueError: the spec rounds stochastically.
     """
     refuse("rtn", why_not_stochastic(spec, {}))
-    return _matrix.over_stack(
-        functools.partial(
-            quantize, spec=spec, contracting=-2, on_nonfinite="propagate"
-        ),
-        w,
+    round_matrix = functools.partial(
+        quantize, spec=spec, contracting=-2, on_nonfinite="propagate"
     )
+    return _matrix.over_stack(round_matrix, w)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _rtn(w: jax.Array, spec: QuantSpec) -> tuple[QTensor, RTNInfo]:
+    def round_matrix(w: jax.Array) -> tuple[QTensor, RTNInfo]:
+        qt = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
+        return qt, RTNInfo(metrics.sqnr(w, dequantize(qt)))
+
+    return _matrix.over_stack(round_matrix, w)
 
 
 METHOD = Method("rtn", solve=None, why_not=why_not_stochastic, judged=False)

@@ -1,4 +1,8 @@
-"""SmoothQuant: difficulty moves from activations, where channels differ, to weights, where they hardly do."""
+"""SmoothQuant: moves outliers from the activations into the weights.
+
+Input channels of a layer differ widely in magnitude; the rows of its weight hardly do.
+A scale `s [in]` for each channel evens this out: `x w = (x / s) (s w)`.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +21,27 @@ from jaxq.methods._options import SHARE, check_values, why_not_stochastic
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QuantSpec
 
-# Neither a channel's magnitude nor its scale is taken smaller than this.
-_FLOOR = np.float32(1e-5)
-
-
+# The least magnitude of a channel, and the least scale, that the formula uses.
+_LEAST_SCALE = np.float32(1e-5)
 _OPTIONS = {"alpha": SHARE}
 
 
 class SmoothQuantInfo(NamedTuple):
-    """What `smoothquant` saw, each `[in]`.
+    """Diagnostics of `smoothquant`; every array is `[in]`.
 
     Attributes:
-      absmax_x: float32, largest magnitude of each input channel after division by the scales.
-      absmax_w: float32, of each row of all weights after multiplication.
-      dead: bool, channels that are zero in the inputs or in all weights, whose scale is 1.
+      absmax_x: float32, largest magnitude of each input channel, divided by its scale.
+      absmax_w: float32, largest magnitude of each row of all weights, multiplied by its
+        scale.
+      dead: bool, channels that are zero in the inputs or in all weights. Their scale is
+        1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxq.methods import smoothquant
+      >>> _, info = smoothquant(jnp.array([4.0, 0.0]), jnp.array([[1.0], [1.0]]))
+      >>> info.absmax_x.tolist(), info.absmax_w.tolist(), info.dead.tolist()
+      ([2.0, 0.0], [2.0, 1.0], [False, True])
     """
 
     absmax_x: jax.Array
@@ -44,68 +55,79 @@ def smoothquant(
     *,
     alpha: float = 0.5,
 ) -> tuple[jax.Array, SmoothQuantInfo]:
-    """Scales that smooth an input shared by one or more linears: `s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)`.
+    """Finds the scales of an input that one or more linear layers share.
 
-    `(x / s) (s w) = x w`. Divide by s in whatever comes before (`fold_scale_into_previous`), multiply the rows of
-    every weight by it (`fold_scale_into_next`). At alpha = 0.5 both sides end with the same largest magnitude in each
-    channel; at 1 all of the difficulty lies in the weights.
+    `s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)`, and `(x / s) (s w) = x w`. The caller
+    divides the outputs of the layer before by `s` (`fold_scale_into_previous`), and
+    multiplies the rows of every weight by `s` (`fold_scale_into_next`). At alpha = 0.5
+    both sides get the same largest magnitude in each channel. At alpha = 1 all channels
+    of the input get the same magnitude.
 
     Args:
-      absmax_x: float `[in]` (or stacked like weights), largest magnitude of each input channel over calibration data.
-      weights: `[in, out]`, or a sequence of `[in, out_i]` that read the same input (q, k and v; gate and up); or stacks
-        of such matrices with the same axes in front.
-      alpha: 0 to 1; 0.5 suits most models, 0.75 to 0.9 those with strong outliers.
+      absmax_x: float `[in]` (or stacked like the weights), largest magnitude of each
+        input channel over the calibration batches.
+      weights: `[in, out]`, or a sequence of `[in, out_i]` that read the same input (q,
+        k and v; gate and up), or stacks of such matrices with the same axes in front.
+      alpha: 0 to 1. 0.5 suits most models; 0.75 to 0.9 suits those with strong
+        outliers.
 
     Returns:
-      `(s, info)`: float32 `[in]` with the axes of a stack in front, and a `SmoothQuantInfo`.
+      `(s, info)`: float32 `[in]` with the axes of a stack in front, and a
+      `SmoothQuantInfo`.
 
     Raises:
-      TypeError: not float arrays.
-      ValueError: sizes differ, no weights, alpha out of range, negative or non-finite statistics.
+      TypeError: an argument is not a float array.
+      ValueError: alpha is out of range, `weights` is empty, sizes differ, or (outside
+        jit) a statistic is negative or a number is not finite.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxq.methods import smoothquant
-      >>> s, _ = smoothquant(jnp.array([2.0, 16.0, 2.0, 9.0]), jnp.array([[2.0], [1.0], [-2.0], [1.0]]))
+      >>> w = jnp.array([[2.0], [1.0], [-2.0], [1.0]])
+      >>> s, _ = smoothquant(jnp.array([2.0, 16.0, 2.0, 9.0]), w)
       >>> s.tolist()
       [1.0, 4.0, 1.0, 3.0]
 
     References:
-      Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", 2023,
-      section 4, equation 4.
+      Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for
+      Large Language Models", 2023, section 4, equation 4.
     """
     check_values("smoothquant", _OPTIONS, alpha=alpha)
     matrices = as_weights(weights, "smoothquant")
-    num_in = matrices[0].shape[-2]
-    said = "one magnitude for each input"
     x = _matrix.as_statistic(
-        absmax_x, "absmax_x", "smoothquant", shape=(num_in,), said=said, w=matrices[0]
+        absmax_x,
+        "absmax_x",
+        "smoothquant",
+        shape=(matrices[0].shape[-2],),
+        meaning="one magnitude for each input",
+        w=matrices[0],
     )
     if not isinstance(x, Tracer) and bool((np.asarray(x) < 0).any()):
         raise ValueError(
-            f"smoothquant: absmax_x holds magnitudes, but its smallest number is {float(x.min())}."
+            "smoothquant: absmax_x must hold magnitudes, which are not negative. Its "
+            f"smallest number is {float(x.min())}."
         )
-    w = jnp.stack(
-        [
-            jnp.max(jnp.abs(m), axis=-1, initial=0.0).astype(jnp.float32)
-            for m in matrices
-        ]
-    ).max(axis=0)
+    row_maxima = [
+        jnp.max(jnp.abs(m), axis=-1, initial=0.0).astype(jnp.float32) for m in matrices
+    ]
+    w = jnp.stack(row_maxima).max(axis=0)  # [in]
     dead = ~((x > 0) & (w > 0) & jnp.isfinite(x) & jnp.isfinite(w))
-    s = jnp.maximum(x, _FLOOR) ** alpha / jnp.maximum(w, _FLOOR) ** (1 - alpha)
-    s = jnp.where(dead, 1.0, jnp.maximum(s, _FLOOR))
+    s = jnp.maximum(x, _LEAST_SCALE) ** alpha
+    s = s / jnp.maximum(w, _LEAST_SCALE) ** (1 - alpha)
+    s = jnp.where(dead, 1.0, jnp.maximum(s, _LEAST_SCALE))
     return s, SmoothQuantInfo(x / s, w * s, dead)
 
 
-def _find_smoothquant_scale(
+def _find_smoothing_scale(
     source: jax.Array | None,
     weights: Sequence[jax.Array],
     stats: LayerStats,
     spec: QuantSpec,
     options: Mapping[str, Any],
 ) -> jax.Array:
-    """The scale `[..., in]` for weights that read one input; see `Folding.find`."""
-    return smoothquant(stats.absmax, weights, **options)[0]
+    """The scale `[..., in]` of weights that read one input; see `Folding.find`."""
+    scale, _ = smoothquant(stats.absmax, weights, **options)
+    return scale
 
 
 def _why_not_smoothed(source: jax.Array | None, weights: Sequence[jax.Array]) -> str:
@@ -121,6 +143,6 @@ METHOD = Method(
     options=_OPTIONS,
     why_not=why_not_stochastic,
     needs=("absmax",),
-    folding=Folding(_find_smoothquant_scale, _why_not_smoothed),
+    folding=Folding(_find_smoothing_scale, _why_not_smoothed),
     judged=False,
 )

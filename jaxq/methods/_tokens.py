@@ -1,4 +1,4 @@
-"""Inputs of a layer as a matrix of tokens."""
+"""Inputs of a layer as a matrix of tokens `[tokens, in]`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,33 @@ from jaxq.methods import _matrix
 def as_tokens(
     x: Any, w: jax.Array, caller: str, max_tokens: int | None = None
 ) -> jax.Array:
-    """Float32 `[tokens, in]` of the inputs `[..., in]` of a weight `[in, out]`, thinned evenly to `max_tokens`.
+    """Returns the inputs of a weight as a float32 matrix of tokens.
 
-    For a stack of weights, x is `[tokens, in]` for all of them or stacked like them.
+    Args:
+      x: float `[..., in]`. For a stack of weights: `[tokens, in]`, shared by all of
+        them, or stacked like them.
+      w: the weight `[in, out]`, or a stack of weights.
+      caller: what errors begin with.
+      max_tokens: if there are more tokens, every n-th one is taken, with the least n
+        that gives at most `max_tokens`. None takes all.
+
+    Returns:
+      float32 `[tokens, in]`, with the axes of a stack in front if `x` has them.
 
     Raises:
-      TypeError: no floats.
-      ValueError: another number of inputs, no tokens, numbers that are not finite.
+      TypeError: `x` is not a float array.
+      ValueError: `max_tokens` is less than 1, the last axis of `x` is not `in`, there
+        are no tokens, or (outside jit) a number is not finite.
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"{caller}: max_tokens must be at least 1, got {max_tokens}.")
-    k = w.shape[-2]
-    if w.ndim == 2 and np.ndim(x) != 2 and np.shape(x)[-1:] == (k,):
-        x = jnp.asarray(x).reshape(-1, k)
+    num_inputs = w.shape[-2]
+    if w.ndim == 2 and np.ndim(x) != 2 and np.shape(x)[-1:] == (num_inputs,):
+        x = jnp.asarray(x).reshape(-1, num_inputs)
     x = _matrix.as_statistic(
-        x, "x", caller, shape=(None, k), said="inputs [tokens, in]", w=w
+        x, "x", caller, shape=(None, num_inputs), meaning="inputs [tokens, in]", w=w
     )
-    return x if max_tokens is None else x[..., :: -(-x.shape[-2] // max_tokens), :]
+    if max_tokens is None:
+        return x
+    step = -(-x.shape[-2] // max_tokens)
+    return x[..., ::step, :]

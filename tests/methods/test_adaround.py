@@ -1,4 +1,4 @@
-"""AdaRound: every code is a neighbour, no output gets worse, and held-out inputs gain too."""
+"""AdaRound: codes are neighbours, and no output gets worse, also on held-out inputs."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 
 import jaxq
 from jaxq import PerGroup, PerTensor, QuantSpec
-from jaxq.methods._adaround import _neighbours, _soft, adaround
+from jaxq.methods._adaround import _neighbours, _soft_step, adaround
 from tests import tables
 
 N, OUT, STEPS = 32, 16, 600
@@ -39,11 +39,10 @@ def problem(seed: int = 0):
 
 
 def errors(w, qt, x, target=None) -> np.ndarray:
-    return np.mean(
-        ((x if target is None else target) @ w - x @ np.asarray(jaxq.dequantize(qt)))
-        ** 2,
-        axis=0,
-    )
+    """Mean squared error of each output; `target` are the float inputs."""
+    target = x if target is None else target
+    difference = target @ w - x @ np.asarray(jaxq.dequantize(qt))
+    return np.mean(difference**2, axis=0)
 
 
 @functools.cache
@@ -56,7 +55,7 @@ over_specs = pytest.mark.parametrize("name", tables.thinned(SPECS, ["uint4", "nf
 
 
 @over_specs
-def test_soft_rounding_begins_at_the_weights(name):
+def test_soft_rounding_starts_at_the_weights(name):
     w, _, _ = problem()
     nearest = jaxq.quantize(w, SPECS[name], contracting=-2)
     low, high, share = map(np.asarray, neighbours(w, nearest))
@@ -68,7 +67,7 @@ def test_soft_rounding_begins_at_the_weights(name):
     either = np.minimum(abs(rounded - low), abs(rounded - high))
     np.testing.assert_allclose(either, 0, atol=1e-6)
     assert np.mean(low < high) > 0.9
-    assert _soft(jnp.array([-20.0, 0.0, 20.0])).tolist() == [0, 0.5, 1]
+    assert _soft_step(jnp.array([-20.0, 0.0, 20.0])).tolist() == [0, 0.5, 1]
 
 
 @over_specs
@@ -98,7 +97,8 @@ def test_every_code_is_a_neighbour_and_no_output_is_worse(name):
 
 
 def test_targets_of_the_float_network():
-    # x comes from a quantized layer: biased and noisy. Meeting the float outputs needs the float inputs.
+    # x comes from a quantized layer, so it is biased and noisy. Only with the float
+    # inputs can the outputs match those of the float network.
     w, x, _ = problem(1)
     noisy = (x + 0.2 * np.random.default_rng(3).standard_normal(x.shape) + 0.2).astype(
         np.float32
@@ -116,10 +116,10 @@ def test_a_stack_the_key_and_few_tokens():
     assert (stack.batch_shape, info.error.shape) == ((2,), (2,))
     qt, info = run(w, x[:8], key=KEY)
     assert bool(info.underdetermined)
-    again, _ = run(w, x[:8], key=KEY)
-    np.testing.assert_array_equal(qt.codes(), again.codes())
+    repeated, _ = run(w, x[:8], key=KEY)
+    np.testing.assert_array_equal(qt.codes(), repeated.codes())
     legacy, _ = run(w, x[:8], key=jax.random.PRNGKey(0))
-    np.testing.assert_array_equal(legacy.codes(), again.codes())
+    np.testing.assert_array_equal(legacy.codes(), qt.codes())
     zeros, info = run(np.zeros_like(w), x[:8], key=KEY)
     assert not np.any(jaxq.dequantize(zeros))
     assert float(info.error) == 0

@@ -1,4 +1,4 @@
-"""AWQ against its definition in float64, and what it promises on the tokens it is given."""
+"""AWQ: against its definition in float64, and never worse on the given tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import jaxq
 from jaxq import PerGroup, QuantSpec
 from jaxq.methods._awq import _awq, awq, awq_scale
 from tests import tables
+from tests.arrays import assert_same
 
 SPEC = QuantSpec("int4", PerGroup(16))
 RANDOM = np.random.default_rng(0)
@@ -43,19 +44,18 @@ def losses(weights, of_ratio, tokens=X, num=20):
 
 
 def output_error(qt, scale):
-    """Of the layer as it runs: inputs divided by the scale."""
+    """The error of the layer's output, with inputs divided by the scale."""
     y = (X / np.asarray(scale, np.float64)) @ np.asarray(
         jaxq.dequantize(qt), np.float64
     )
     return np.mean((y - X.astype(np.float64) @ W) ** 2)
 
 
-def test_scale_search_is_the_papers():
+def test_the_search_tries_the_scales_of_the_paper():
     s, info = awq_scale(W, X, SPEC)
     exact = losses([W], scales)
-    np.testing.assert_allclose(
-        info.losses, exact, rtol=1e-3
-    )  # a tie in rounding may fall either way
+    # A tie in rounding may go either way.
+    np.testing.assert_allclose(info.losses, exact, rtol=1e-3)
     best = int(np.argmin(exact))
     np.testing.assert_allclose(info.ratio, best / 20, atol=1e-6)
     np.testing.assert_allclose(s, scales(best / 20), rtol=1e-5)
@@ -81,7 +81,7 @@ def test_weights_that_share_an_input_share_scales():
     np.testing.assert_array_equal(s, other)
 
 
-def test_scales_from_weights_too():
+def test_duo_scales_depend_on_the_weights_too():
     share = abs(W).reshape(3, 16, 10) / abs(W).reshape(3, 16, 10).max(1, keepdims=True)
     mean = share.reshape(48, 10).mean(1, dtype=np.float64)
 
@@ -121,7 +121,7 @@ def test_protects_the_channels_that_matter():
     assert info.loss < info.loss_unscaled / 2
     assert set(np.argsort(info.scale)[-3:]) == {3, 20, 41}
     assert bool(info.clipped)
-    # On tokens it has not seen as well.
+    # It also gains on tokens that it has not seen.
     fresh = np.random.default_rng(1).standard_normal((500, 48)) * abs(X).mean(0)
     qt, info = awq(W, X, SPEC)
     plain = np.asarray(jaxq.dequantize(jaxq.quantize(W, SPEC)), np.float64)
@@ -136,9 +136,7 @@ def test_one_exponent_is_rounding_to_nearest(dtype):
     w = jnp.asarray(W, dtype)
     qt, info = awq(w, X, SPEC, num=1, clip=False)
     plain = jaxq.quantize(w, SPEC)
-    assert jax.tree.structure(qt) == jax.tree.structure(plain)
-    for left, right in zip(jax.tree.leaves(qt), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_array_equal(left, right)
+    assert_same(qt, plain)
     assert np.all(np.asarray(info.scale) == 1)
     assert not info.clipped
 
@@ -150,7 +148,7 @@ def test_dead_channels_and_rows():
     assert info.scale[7] == 1
     assert np.all(np.isfinite(info.scale) & (np.asarray(info.scale) > 0))
     assert np.all(np.asarray(jaxq.dequantize(qt))[:, 2] == 0)
-    # Nothing at all comes in: nothing is known, and nothing is done.
+    # If all inputs are 0, the weight is rounded to nearest.
     qt, info = awq(W, 0 * X, SPEC)
     assert np.all(np.asarray(info.scale) == 1)
     np.testing.assert_array_equal(qt.data, jaxq.quantize(W, SPEC).data)
@@ -161,8 +159,8 @@ def test_dead_channels_and_rows():
 def test_tokens_are_thinned_evenly():
     _, info = awq_scale(W, X, SPEC, max_tokens=30)
     np.testing.assert_allclose(info.losses, losses([W], scales, X[::2]), rtol=1e-3)
-    _, same = awq_scale(W, X.reshape(3, 20, 48), SPEC, max_tokens=30)
-    np.testing.assert_array_equal(same.losses, info.losses)
+    _, reshaped = awq_scale(W, X.reshape(3, 20, 48), SPEC, max_tokens=30)
+    np.testing.assert_array_equal(reshaped.losses, info.losses)
 
 
 def test_stacks():

@@ -1,4 +1,4 @@
-"""Bias correction gives mean outputs back."""
+"""Bias correction restores the mean of the outputs."""
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ def test_mean_output_is_that_of_the_original(preset):
     )
 
 
-def test_mean_of_a_changed_input():
+def test_inputs_of_the_quantized_model_have_another_mean():
     qt, moved = jaxq.quantize(W, "int3"), X.mean(0) + np.float32(0.1)
     shift = bias_correction(W, qt, X.mean(0), x_mean_quantized=moved)
     w_hat = np.asarray(jaxq.dequantize(qt), np.float64)
@@ -38,7 +38,7 @@ def test_mean_of_a_changed_input():
     )
 
 
-def test_nothing_to_correct():
+def test_an_exact_weight_needs_no_correction():
     whole = np.rint(W * 3).astype(np.float32)
     whole[0] = 127
     assert not np.any(bias_correction(whole, jaxq.quantize(whole, "int8"), X.mean(0)))

@@ -1,4 +1,4 @@
-"""Clipped ranges against the definitions, written out block by block in float64."""
+"""Clipped ranges, against the definitions computed block by block in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,9 @@ import pytest
 import jaxq
 from jaxq import PerBlock, PerChannel, PerFlat, PerGroup, PerTensor, QuantSpec
 from jaxq.methods import clip
-from jaxq.methods._clipping import output_error
+from jaxq.methods._clipping import block_output_error
 from tests import tables
+from tests.arrays import assert_same
 from tests.observers import oracle
 
 INT4 = QuantSpec("int4", PerGroup(16))
@@ -27,12 +28,6 @@ W = heavy_tailed(48, 6)
 def blocks_of(w, size):
     """[groups, size, out]"""
     return np.asarray(w, np.float64).reshape(-1, size, w.shape[1])
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
 
 
 @pytest.mark.parametrize("power", [2.0, 2.4])
@@ -55,13 +50,13 @@ def test_mse_finds_the_best_of_its_ranges(power):
         info.high, top[:, 0].T * (1 - 0.8 * best / 20), rtol=1e-6
     )
     np.testing.assert_array_equal(info.low, -info.high)
-    assert (best > 0).mean() > 0.25  # else there was nothing to find
+    assert (best > 0).mean() > 0.25  # so that the search matters
 
 
 @pytest.mark.parametrize(
     "preset", tables.thinned(jaxq.presets(), ["uint4", "nf4_dq", "nvfp4"])
 )
-def test_never_worse_and_reported_as_it_is(preset):
+def test_the_error_is_never_worse_and_reported_exactly(preset):
     w = heavy_tailed(160, 6, seed=1)
     qt, info = clip(w, preset, num=8)
     plain = jaxq.quantize(w, preset)
@@ -70,8 +65,8 @@ def test_never_worse_and_reported_as_it_is(preset):
         assert info.error.sum() <= info.error_unclipped.sum()
     else:
         assert np.all(info.error <= info.error_unclipped)
-    for what, error in ((qt, info.error), (plain, info.error_unclipped)):
-        exact = ((np.asarray(jaxq.dequantize(what), np.float64) - w) ** 2).sum()
+    for result, error in ((qt, info.error), (plain, info.error_unclipped)):
+        exact = ((np.asarray(jaxq.dequantize(result), np.float64) - w) ** 2).sum()
         np.testing.assert_allclose(np.sum(error), exact, rtol=1e-4)
 
 
@@ -106,7 +101,7 @@ def test_both_ends_shrink(spec):
 def test_weights_of_channels():
     weight = np.ones(48, np.float32)
     assert_same(clip(W, INT4, channel_weight=4 * weight)[0], clip(W, INT4)[0])
-    # A channel without weight may saturate as it likes.
+    # A channel of weight 0 may saturate.
     w = W.copy()
     w[5] = 50
     weight[5] = 0
@@ -127,10 +122,13 @@ def test_inputs_weigh_the_error_of_products():
     )
     np.testing.assert_allclose(info.error, exact.T, rtol=1e-4)
     assert np.all(info.error <= info.error_unclipped)
-    # Of orthogonal inputs nothing but the squared error of weights is left.
-    same = clip(W, INT4, x=np.eye(48, dtype=np.float32) * np.sqrt(np.float32(48)))[0]
+    # With orthogonal inputs, the error is the squared error of the weights.
+    orthogonal = clip(
+        W, INT4, x=np.eye(48, dtype=np.float32) * np.sqrt(np.float32(48))
+    )[0]
     assert (
-        np.mean(np.asarray(same.codes()) == np.asarray(clip(W, INT4)[0].codes())) > 0.99
+        np.mean(np.asarray(orthogonal.codes()) == np.asarray(clip(W, INT4)[0].codes()))
+        > 0.99
     )
 
 
@@ -156,7 +154,9 @@ def test_error_of_products_in_every_shape_of_block(kind, tokens):
     )
     geometry = jaxq.quantize(delta, QuantSpec("int8", granularity)).meta.geometry
     got = jax.jit(
-        lambda delta, x: geometry.scale_from_blocks(output_error(delta, x, geometry))
+        lambda delta, x: geometry.scale_from_blocks(
+            block_output_error(delta, x, geometry)
+        )
     )(delta, x)
     exact = []
     for (k0, k1), (o0, o1) in parts:
@@ -168,7 +168,7 @@ def test_error_of_products_in_every_shape_of_block(kind, tokens):
     np.testing.assert_allclose(np.ravel(got), exact, rtol=1e-4)
 
 
-def test_flat_blocks_take_the_diagonal():
+def test_flat_blocks_ignore_products_of_different_channels():
     x = np.abs(heavy_tailed(30, 48, seed=5))
     _, info = clip(W, QuantSpec("int4", PerFlat(20)), x=x, num=10)
     by_weight = clip(
@@ -260,9 +260,8 @@ def test_zeros_and_dead_channels():
     w = W.copy()
     w[:, 1], w[3] = 0, 0
     qt, info = clip(w, INT4, x=np.zeros((5, 48), np.float32))
-    assert_same(
-        qt, jaxq.quantize(w, INT4)
-    )  # no input weighs any error, so nothing is clipped
+    # All inputs are 0, so no error counts and nothing is clipped.
+    assert_same(qt, jaxq.quantize(w, INT4))
     assert np.all(np.isfinite(info.error))
     assert np.all(np.asarray(jaxq.dequantize(clip(w, INT4)[0]))[:, 1] == 0)
 
@@ -278,11 +277,11 @@ def test_zeros_and_dead_channels():
                 "x": np.ones((3, 48), np.float32),
                 "channel_weight": np.ones(48, np.float32),
             },
-            "not both",
+            "got both",
         ),
         (
             {"rule": "percentile", "x": np.ones((3, 48), np.float32)},
-            "rule='percentile' has none",
+            "rule='percentile' has no such error",
         ),
         ({"x": np.ones((0, 48), np.float32)}, r"float32\[0,48\]"),
         ({"x": np.ones((3, 48), np.float32), "power": 2.4}, "squared"),

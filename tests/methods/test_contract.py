@@ -1,4 +1,4 @@
-"""One table: every method that recipes can name times every promise of `(w, stats, spec) -> (qt, info)`."""
+"""One table: all methods that recipes can name, times all promises of methods."""
 
 import functools
 from collections.abc import Callable
@@ -31,11 +31,11 @@ BUILT_IN = methods.names()
 
 
 class Row(NamedTuple):
-    """A method in a few steps.
+    """A method, with as few steps as possible.
 
     Attributes:
       run: `(w, *stats, **more) -> (qt, info)`.
-      stats: what it takes of inputs `[..., tokens, in]`.
+      stats: functions that compute its statistics from inputs `[..., tokens, in]`.
     """
 
     run: Callable[..., tuple[QTensor, Any]]
@@ -66,7 +66,7 @@ TABLE = {
     "adaround": Row(adarounded, (inputs,)),
     "awq": Row(lambda w, x, **more: methods.awq(w, x, SPEC, num=2, **more), (inputs,)),
     "clip": Row(lambda w, **more: methods.clip(w, SPEC, num=3, **more)),
-    "equalize": Row(rounded),  # its scales are in the weight by then
+    "equalize": Row(rounded),  # rounds a weight whose scales were moved before
     "gptq": Row(
         lambda w, h, **more: methods.gptq(w, h, SPEC, **more), (second_moments,)
     ),
@@ -81,17 +81,17 @@ TABLE = {
         (largest,),
     ),
     "rtn": Row(rounded),
-    "smoothquant": Row(rounded),  # too
+    "smoothquant": Row(rounded),  # likewise
 }
 CHEAP = ("hqq", "kmeans", "rtn")
 over_methods = pytest.mark.parametrize("name", TABLE)
-# These compile a method several times.
+# For tests that compile a method several times.
 thinly_over_methods = pytest.mark.parametrize("name", thinned(TABLE, CHEAP))
 
 
 @functools.cache
 def data(stack: bool = False) -> tuple[jax.Array, jax.Array]:
-    """A weight and its inputs, or a stack of such."""
+    """A weight and its inputs, or a stack of them."""
     lead, random = (STACK,) if stack else (), np.random.default_rng(0)
     return tuple(
         jnp.asarray(random.standard_normal((*lead, *s)), jnp.float32)
@@ -143,7 +143,7 @@ def test_jit_gives_the_same_codes(name):
 
 
 @thinly_over_methods
-def test_each_of_a_stack_is_as_alone(name):
+def test_each_matrix_of_a_stack_gives_its_own_result(name):
     w, x = data(stack=True)
     qt, info = solved(name, stack=True)
     check_result(qt, w)
@@ -176,14 +176,14 @@ def test_statistics_of_another_layer_are_refused(name):
 
 
 @over_methods
-def test_solve_refuses_what_it_does_not_know(name):
+def test_solve_refuses_unknown_options_and_wrong_statistics(name):
     w, _ = data()
-    stats, known = observers.empty_stats(IN), methods.get(name).options
+    stats, available = observers.empty_stats(IN), methods.get(name).options
     with pytest.raises(
-        ValueError, match="options: .*speed" if known else "options: .*it has none"
+        ValueError, match="options: .*speed" if available else "options: .*it has none"
     ) as raised:
         methods.solve(name, w, stats, SPEC, options={"speed": 2})
-    assert all(option in str(raised.value) for option in known)
+    assert all(option in str(raised.value) for option in available)
     with pytest.raises(ValueError, match=r"some/kernel.*\[31\], expected \[32\]"):
         methods.solve(name, w, observers.empty_stats(31), SPEC, name="some/kernel")
     if methods.get(name).needs_data({}):

@@ -1,4 +1,4 @@
-"""Cross-layer equalization: same function, equal ranges."""
+"""Cross-layer equalization: the function stays the same, the ranges become equal."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_powers_of_two_are_exact():
     assert np.all((ratio >= 0.4999) & (ratio <= 2.0001))
 
 
-def test_helps_where_one_scale_serves_a_layer():
+def test_per_tensor_scales_gain():
     spec = jaxq.QuantSpec("int8", jaxq.PerTensor())
     apart = (10.0 ** RANDOM.uniform(-2, 2, 16)).astype(np.float32)
     first, second = (

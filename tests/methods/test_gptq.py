@@ -1,4 +1,4 @@
-"""GPTQ: against the paper's algorithm in numpy, its invariants, hard hessians, and every kind of format."""
+"""GPTQ: against the paper's algorithm in numpy, for all kinds of formats."""
 
 import functools
 import itertools
@@ -45,7 +45,8 @@ def proxy(w, qt, hessian) -> float:
     return float(np.sum(d * (np.asarray(hessian, np.float64) @ d)))
 
 
-# The paper's algorithm, column by column of W^T, in float64: inverse, its Cholesky factor, groups from current weights.
+# The paper's algorithm, column by column of W^T, in float64: the inverse, its Cholesky
+# factor, and scales of groups from the current weights.
 
 
 def grid_of(rows: np.ndarray, spec: QuantSpec):
@@ -121,7 +122,7 @@ def test_equals_the_papers_algorithm(name):
 
 
 def test_nearest_is_not_best():
-    # 4 x 4 by hand: nearest [0, 0] costs 0.608, [0, 1] 0.088.
+    # Computed by hand: the nearest codes [0, 0] cost 0.608, and [0, 1] cost 0.088.
     hessian = np.float32([[1, 0.9], [0.9, 1]])
     w = np.float32([[0.4, 7], [0.4, 7]])
     qt, info = gptq(w, hessian, QuantSpec("int4", PerTensor()), damp=0.0)
@@ -171,7 +172,7 @@ def test_loss_geometry_and_gain_of_every_kind(name):
     assert [(a.shape, a.dtype) for a in jax.tree.leaves(qt)] == [
         (a.shape, a.dtype) for a in jax.tree.leaves(nearest)
     ]
-    # sum e^2 = tr((W - Q)^T H (W - Q)), Q as it is stored.
+    # sum e^2 = tr((W - Q)^T H (W - Q)), where Q is the dequantized result.
     np.testing.assert_allclose(info.loss, proxy(w, qt, damped(hessian)), rtol=2e-4)
     assert proxy(w, qt, hessian) < 0.95 * proxy(w, nearest, hessian)
 
@@ -190,18 +191,16 @@ def test_a_diagonal_hessian_rounds_to_nearest(name):
 def test_block_size_does_not_matter(act_order):
     w, _, hessian = problem(3)
     spec = QuantSpec("int4", PerGroup(32))
-    found = [
-        gptq(w, hessian, spec, block_size=b, act_order=act_order) for b in (128, 1, 32)
-    ]
-    for qt, info in found[1:]:
-        np.testing.assert_allclose(info.loss, found[0][1].loss, rtol=1e-3)
-        assert (
-            np.mean(np.asarray(qt.codes()) == np.asarray(found[0][0].codes())) > 0.998
-        )
+    first, first_info = gptq(w, hessian, spec, block_size=128, act_order=act_order)
+    for block_size in (1, 32):
+        qt, info = gptq(w, hessian, spec, block_size=block_size, act_order=act_order)
+        np.testing.assert_allclose(info.loss, first_info.loss, rtol=1e-3)
+        same_codes = np.asarray(qt.codes()) == np.asarray(first.codes())
+        assert np.mean(same_codes) > 0.998
 
 
-def test_many_regions_are_one_loop():
-    # More than 512 rows are taken in stretches, each with an exact update of the rest.
+def test_many_rows_are_processed_in_spans():
+    # More than 512 rows are processed in spans. Each updates exactly the rows after it.
     w, _, hessian = problem(4, 520, 4)
     spec = QuantSpec("int4", PerGroup(40))
     qt, info = gptq(w, hessian, spec, block_size=16)
@@ -229,14 +228,14 @@ def test_multiples_of_the_hessian_and_powers_of_two_of_the_weight():
     spec = REFERENCES["int4 groups of 32"][0]
     qt, info = gptq(w, hessian, spec)
     for factor in (2.0**-40, 2.0**60):
-        again, other = gptq(w, hessian * np.float32(factor), spec)
-        np.testing.assert_array_equal(again.codes(), qt.codes())
-        np.testing.assert_allclose(other.loss, info.loss * factor, rtol=1e-5)
-    again, _ = gptq(w * np.float32(2.0**-20), hessian, spec)
-    np.testing.assert_array_equal(again.codes(), qt.codes())
+        scaled, scaled_info = gptq(w, hessian * np.float32(factor), spec)
+        np.testing.assert_array_equal(scaled.codes(), qt.codes())
+        np.testing.assert_allclose(scaled_info.loss, info.loss * factor, rtol=1e-5)
+    scaled, _ = gptq(w * np.float32(2.0**-20), hessian, spec)
+    np.testing.assert_array_equal(scaled.codes(), qt.codes())
 
 
-def test_held_out_inputs_decide():
+def test_held_out_inputs_gain_too():
     w, x, _ = problem(5)
     hessian = x[: 3 * N].T @ x[: 3 * N]
     held = x[3 * N :].T @ x[3 * N :]
@@ -248,7 +247,7 @@ def test_held_out_inputs_decide():
 # Hard hessians.
 
 
-def test_dead_inputs_are_rounded_to_nearest_and_touch_nothing():
+def test_dead_inputs_are_rounded_to_nearest_and_change_no_other_row():
     w, _, hessian = problem()
     spec = REFERENCES["int3 channels"][0]
     dead = np.array([3, 40, N - 1])
@@ -291,7 +290,7 @@ inside_jit = jax.jit(functools.partial(gptq, spec="int4"))
 
 
 @pytest.mark.parametrize("kind", ["negative", "nan", "infinite", "huge"])
-def test_a_hopeless_hessian_rounds_to_nearest_and_says_so(kind):
+def test_an_unusable_hessian_rounds_to_nearest_and_is_reported(kind):
     w, _, hessian = problem()
     with np.errstate(over="ignore"):
         bad = {"negative": -hessian, "huge": hessian * np.float32(1e38)}.get(
@@ -418,7 +417,7 @@ def test_one_trace_for_one_shape():
         ),
     ],
 )
-def test_errors_name_what_came(change, error, message):
+def test_errors_name_the_argument(change, error, message):
     w, _, hessian = problem()
     arguments = {"w": w, "hessian": hessian, "spec": "int4"} | change
     with pytest.raises(error, match=message):
@@ -430,7 +429,7 @@ def test_errors_name_what_came(change, error, message):
         )
 
 
-def test_statistics_of_a_surrounding_function_are_no_argument():
+def test_a_hessian_outside_of_the_jitted_function():
     w, hessian = (
         np.eye(16, dtype=np.float32),
         jnp.asarray(np.eye(16, dtype=np.float32) * 2),

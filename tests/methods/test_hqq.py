@@ -1,4 +1,4 @@
-"""HQQ: against the published steps in numpy, and what it promises of every kind of spec."""
+"""HQQ: against the published steps in numpy, and never worse for any kind of spec."""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,10 @@ def block_errors(w, qt) -> np.ndarray:
 
 
 def reference(w: np.ndarray, size: int, top: int, steps: int = 20) -> np.ndarray:
-    """The published loop for one column of groups, errors in steps, the best offset of each group kept; float64."""
+    """The published loop in float64, with errors in steps.
+
+    Each group keeps its best offset.
+    """
     out = np.empty_like(w, np.float64)
     for start in range(0, len(w), size):
         for column in range(w.shape[1]):
@@ -107,9 +110,8 @@ def test_no_block_gets_worse(name):
     before, after = block_errors(w, nearest), block_errors(w, qt)
     assert np.all(after <= before * (1 + 1e-5) + 1e-7)
     np.testing.assert_allclose(info.error, after.sum() / w.size, rtol=1e-4)
-    if (
-        name == "ttq"
-    ):  # rounded by a threshold at first, with numbers that are means already
+    if name == "ttq":
+        # At first it is rounded by a threshold, and its numbers are means already.
         return
     np.testing.assert_allclose(info.initial_error, before.sum() / w.size, rtol=1e-4)
     if spec.fmt.bits <= 4 and spec.scale != "float8_e8m0fnu":

@@ -1,4 +1,4 @@
-"""k-means: against Lloyd's algorithm in numpy, its properties, and QTensors with tables of their own elsewhere."""
+"""k-means: against Lloyd's algorithm in numpy, and its tables in products and files."""
 
 import dataclasses
 import itertools
@@ -42,7 +42,7 @@ def inertia(w, qt) -> float:
 
 @jax.jit
 def by_autodiff(grad, qt):
-    """`centroid_gradient`, as jax has it."""
+    """The gradient of the codebook by `jax.grad`."""
     return jax.grad(
         lambda c: jnp.sum(jaxq.dequantize(dataclasses.replace(qt, codebook=c)) * grad)
     )(qt.codebook)
@@ -96,12 +96,12 @@ def test_equals_lloyd(steps):
 @pytest.mark.parametrize("algorithm", ["exact", "histogram"])
 def test_inertia_never_rises(algorithm):
     w = heavy_tailed(1)
-    found = [
+    inertias = [
         float(kmeans(w, 4, num_steps=n, algorithm=algorithm)[1].inertia)
         for n in (0, 1, 2, 5, 20)
     ]
-    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(found))
-    assert found[-1] < 0.7 * found[0]
+    assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(inertias))
+    assert inertias[-1] < 0.7 * inertias[0]
 
 
 @pytest.mark.parametrize("init", ["linear", "density"])
@@ -128,7 +128,7 @@ GRANULARITIES = {
 @pytest.mark.parametrize(
     "name", tables.thinned(GRANULARITIES, list(GRANULARITIES)[:3:2])
 )
-def test_every_granularity_works_elsewhere(name, tmp_path):
+def test_every_granularity_works_in_products_files_and_gradients(name, tmp_path):
     bits, granularity = GRANULARITIES[name]
     w = heavy_tailed(3)
     qt, _ = kmeans(w, bits, granularity=granularity)
@@ -140,17 +140,17 @@ def test_every_granularity_works_elsewhere(name, tmp_path):
     # Every weight has the nearest number of its own block.
 
     @jax.jit
-    def in_blocks(w, found, codebook):
-        w, found = (
-            geometry.to_blocks(geometry.pad(geometry.to_view(v))) for v in (w, found)
+    def in_blocks(w, distance, codebook):
+        w, distance = (
+            geometry.to_blocks(geometry.pad(geometry.to_view(v))) for v in (w, distance)
         )
-        return w, found, geometry.scale_to_blocks(jnp.moveaxis(codebook, -1, 0))
+        return w, distance, geometry.scale_to_blocks(jnp.moveaxis(codebook, -1, 0))
 
-    blocks, found, tables_ = map(
+    blocks, distance, tables_ = map(
         np.asarray, in_blocks(w, np.abs(values - w), qt.codebook)
     )
     least = np.abs(blocks[None] - tables_).min(0)
-    np.testing.assert_allclose(found, np.where(found == 0, 0, least), atol=1e-7)
+    np.testing.assert_allclose(distance, np.where(distance == 0, 0, least), atol=1e-7)
     # Products, files, gradients.
     x = np.random.default_rng(0).standard_normal((3, SHAPE[0])).astype(np.float32)
     np.testing.assert_allclose(jax.jit(jaxq.matmul)(x, qt), x @ values, atol=1e-5)
@@ -183,7 +183,7 @@ def test_tables_go_with_a_model(tmp_path):
     back = jaxq.load(tmp_path / "model.safetensors", into=make(1)).kernel.get_value()
     assert jax.tree.structure(back) == jax.tree.structure(qt)
     jax.tree.map(np.testing.assert_array_equal, back, qt)
-    # The format by itself is in no list, and comes back from its description.
+    # The format is not registered. It is restored from its description.
     assert "kmeans4" not in jaxq.formats.names()
     assert (
         jaxq.QuantSpec.from_dict(json.loads(json.dumps(qt.spec.to_dict()))) == qt.spec
@@ -204,8 +204,8 @@ def test_a_stack_is_its_matrices():
     qt, info = kmeans(w, 3, granularity=PerChannel())
     assert (qt.batch_shape, info.inertia.shape) == ((2,), (2,))
     for i in range(2):
-        one, _ = kmeans(w[i], 3, granularity=PerChannel())
-        np.testing.assert_allclose(qt.codebook[i], one.codebook, atol=1e-6)
+        single, _ = kmeans(w[i], 3, granularity=PerChannel())
+        np.testing.assert_allclose(qt.codebook[i], single.codebook, atol=1e-6)
     grad = heavy_tailed(2, w.shape)
     np.testing.assert_allclose(
         centroid_gradient(grad, qt)[1], centroid_gradient(grad[1], qt[1]), atol=1e-6
@@ -216,10 +216,10 @@ def test_scale_of_the_weights_does_not_matter():
     w = heavy_tailed(0)
     qt, _ = kmeans(w, 4)
     for exponent in (-100, 100):
-        again, _ = kmeans(w * np.float32(2.0**exponent), 4)
-        np.testing.assert_array_equal(again.codes(), qt.codes())
+        scaled, _ = kmeans(w * np.float32(2.0**exponent), 4)
+        np.testing.assert_array_equal(scaled.codes(), qt.codes())
         np.testing.assert_array_equal(
-            again.codebook, qt.codebook * np.float32(2.0**exponent)
+            scaled.codebook, qt.codebook * np.float32(2.0**exponent)
         )
 
 
@@ -261,20 +261,26 @@ def test_errors():
 
 
 @pytest.mark.parametrize("algorithm", ["exact", "histogram"])
-def test_few_numbers_behind_many(algorithm):
-    """Sums of 65536 zeros and four numbers are told apart from those without the four."""
+def test_means_of_few_numbers_after_many(algorithm):
+    """A mean of four numbers is exact, although 65536 zeros come before them."""
     rare = np.float32([1.0, 0.49, 0.51, 0.51])
     w = np.concatenate([rare, np.zeros(2**16, np.float32)])[:, None]
     qt, _ = jaxq.methods.kmeans(w, 2, algorithm=algorithm)
     centres = np.linspace(0.0, 1.0, 4)
     for _ in range(8):  # Lloyd's in float64
         nearest = np.abs(w[:, 0].astype(np.float64)[:, None] - centres).argmin(1)
-        centres = np.array([w[nearest == k, 0].astype(np.float64).mean() if (nearest == k).any() else c
-                            for k, c in enumerate(centres)])  # fmt: skip
+        centres = np.array(
+            [
+                w[nearest == k, 0].astype(np.float64).mean()
+                if (nearest == k).any()
+                else c
+                for k, c in enumerate(centres)
+            ]
+        )
     np.testing.assert_allclose(
         np.asarray(qt.codebook).ravel(), centres, rtol=1e-6, atol=1e-6
     )
-    # Many numbers of one sign, of which float32 sums lose the last digits.
+    # A float32 sum of many numbers of one sign loses the last digits.
     w = (
         np.abs(np.random.default_rng(0).standard_normal((1 << 16, 1))).astype(
             np.float32

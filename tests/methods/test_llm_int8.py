@@ -1,4 +1,4 @@
-"""LLM.int8(): against the paper's steps in float64, and its limits against plain products."""
+"""LLM.int8(): against the paper's steps in float64, and against plain products."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ CALM = np.clip(X, -3, 3)
 W = RANDOM.standard_normal((40, 9)).astype(np.float32)
 QT = jaxq.quantize(W, "int8")
 ZERO_POINT = QuantSpec("int8", jaxq.PerToken(), symmetric=False)
-# `matmul` compiled once for all tests of one set of arguments.
+# One compiled `llm_int8_matmul` for all tests.
 matmul = jax.jit(
     llm_int8_matmul, static_argnames=("threshold", "num_outliers", "activation")
 )
@@ -42,7 +42,7 @@ def steps_of_the_paper(x, w, threshold, keep):
 def test_steps_of_the_paper(threshold, keep):
     y, info = matmul(X, QT, threshold=threshold, keep=W if keep else None)
     exact = steps_of_the_paper(X, W, threshold, keep)
-    # A tie in rounding may fall either way: one step of one code.
+    # A tie in rounding may go either way: one step of one code.
     np.testing.assert_allclose(y, exact, atol=2e-2 if threshold > 100 else 2e-3)
     assert (
         np.flatnonzero(info.outliers).tolist()
@@ -64,7 +64,7 @@ def test_without_outliers_it_is_the_plain_product(dtype, num_outliers):
     np.testing.assert_array_equal(y, x @ qt.with_activation("int8"))
     assert y.dtype == jnp.dtype(dtype)
     assert (int(info.num_outliers), int(info.num_missed)) == (0, 0)
-    # And so it is whatever comes in, where nothing reaches the threshold.
+    # The same holds for any input if nothing reaches the threshold.
     x = jnp.asarray(X, dtype)
     np.testing.assert_array_equal(
         matmul(x, qt, threshold=1e9)[0], x @ qt.with_activation("int8")
@@ -146,9 +146,8 @@ def test_scaling_a_row_scales_its_result():
 
 
 def test_zero_point_activations():
-    x = (abs(X) + 1).astype(
-        np.float32
-    )  # one-sided: half of a symmetric range would be idle
+    # All positive, so a symmetric range would use only half of its codes.
+    x = (abs(X) + 1).astype(np.float32)
     y, info = matmul(x, QT, threshold=8.0, activation=ZERO_POINT)
     out = np.asarray(info.outliers)
     rest = np.where(out, 0, x).astype(np.float64)
@@ -160,9 +159,8 @@ def test_zero_point_activations():
     exact = s * ((q - zero) @ w_hat) + x[:, out].astype(np.float64) @ w_hat[out]
     np.testing.assert_allclose(y, exact, atol=5e-3)
     qt, _ = llm_int8(W, activation=ZERO_POINT)
-    np.testing.assert_array_equal(
-        matmul(x, qt, threshold=8.0)[0], y
-    )  # taken from the QTensor
+    # The activation attached to the QTensor is the default.
+    np.testing.assert_array_equal(matmul(x, qt, threshold=8.0)[0], y)
     wide = x.astype(np.float64) @ w_hat
     assert np.mean((y - wide) ** 2) < np.mean(
         (matmul(x, QT, threshold=8.0)[0] - wide) ** 2
@@ -179,7 +177,7 @@ def test_shapes_of_the_input():
     assert (empty.shape, int(info.num_outliers)) == ((0, 9), 0)
 
 
-def test_the_rest_multiplies_as_integers():
+def test_all_other_columns_multiply_as_integers():
     text = (
         jax.jit(lambda x: llm_int8_matmul(x, QT, num_outliers=2)[0]).lower(X).as_text()
     )

@@ -116,7 +116,7 @@ def test_why_not_checks_the_name_of_the_method():
         (
             "clip",
             {"inputs": True, "rule": "percentile"},
-            "inputs=True is of rule='mse'",
+            "inputs=True is for rule='mse'",
         ),
         ("clip", {"inputs": True, "power": 2.4}, "inputs=True weighs"),
         ("equalize", {"power_of_two": "yes"}, "power_of_two must be True or False"),

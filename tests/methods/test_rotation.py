@@ -1,4 +1,4 @@
-"""Hadamard matrices are orthogonal to the integer, and the fast transform is their product."""
+"""Hadamard matrices are exactly orthogonal; the fast transform is their product."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jaxq.methods._rotation import (
 )
 from tests import tables
 
-# Powers of two; both of Paley's constructions, over primes and over powers of primes (9, 25, 27, 49); doubled ones.
+# Powers of two; both constructions of Paley, over primes and over powers of primes (9,
+# 25, 27, 49); their doubled orders.
 ORDERS = [
     1,
     2,
@@ -72,7 +73,7 @@ def test_powers_of_two_are_sylvesters():
 def test_transform_is_the_product(n):
     h = hadamard_matrix(n).astype(np.float64)
     whole = np.random.default_rng(n).integers(-9, 10, (5, n)).astype(np.float32)
-    # Whole numbers: sums are exact, and one rounding each is left for 1 / sqrt(n) and the product with it.
+    # Sums of whole numbers are exact. Only 1 / sqrt(n) and one product are rounded.
     np.testing.assert_allclose(
         hadamard(whole), whole @ h / np.sqrt(n), rtol=2e-7, atol=0
     )
@@ -122,7 +123,7 @@ def test_rotations_cancel_between_layers(n):
         rotate_out(x, signs) @ rotate_in(w, signs), x @ w, atol=2e-5
     )
     np.testing.assert_allclose(rotate_out(x) @ rotate_in(w), x @ w, atol=2e-5)
-    # A linear before: its outputs come out rotated.
+    # A linear layer before: its outputs are rotated.
     y = x[:, :3] @ rotate_out(before, signs) @ rotate_in(w, signs)
     np.testing.assert_allclose(y, x[:, :3] @ before @ w, atol=5e-5)
     np.testing.assert_allclose(rotate_out(x, signs), x @ q(signs), atol=2e-5)
@@ -140,7 +141,8 @@ def q(signs):
 
 
 def test_outliers_are_spread():
-    # A channel at 12 sigma in a wide vector; in a narrow one that is nearly all spike, rotating would not help.
+    # A channel of 12 sigma in a wide vector. In a narrow vector, which is nearly all
+    # spike, a rotation would not help.
     x = np.random.default_rng(3).standard_normal((200, 64)).astype(np.float32)
     x[:, 9] = 12
     spec = jaxq.QuantSpec("int4", jaxq.PerToken())

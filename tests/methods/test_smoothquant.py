@@ -1,4 +1,4 @@
-"""SmoothQuant: the paper's example, its properties, and what it is for."""
+"""SmoothQuant: the paper's example, the formula, and the gain for activations."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 import jaxq
-from jaxq.methods._smoothquant import (
-    fold_scale_into_next,
-    fold_scale_into_previous,
-    smoothquant,
-)
-from tests.ops.reference import normal
+from jaxq.methods._folding import fold_scale_into_next
+from jaxq.methods._smoothquant import smoothquant
+from tests.arrays import normal
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((64, 32)).astype(np.float32)
@@ -21,7 +18,7 @@ ABSMAX = abs(X).max(0)
 
 
 def test_example_of_the_paper():
-    # Figure 5: X = [[1, -16, 2, 6], [-2, 8, -1, -9]], W = [[2, 1, -2], [1, -1, -1], [2, -1, -2], [-1, -1, 1]].
+    # Figure 5 of the paper.
     x = np.array([[1, -16, 2, 6], [-2, 8, -1, -9]], np.float32)
     w = np.array([[2, 1, -2], [1, -1, -1], [2, -1, -2], [-1, -1, 1]], np.float32)
     s = np.asarray(smoothquant(abs(x).max(0), w)[0])
@@ -33,7 +30,7 @@ def test_example_of_the_paper():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.8, 1.0])
-def test_definition(alpha):
+def test_scales_follow_the_formula(alpha):
     s, info = smoothquant(ABSMAX, [W[:, :5], W[:, 5:]], alpha=alpha)
     s = np.asarray(s)
     exact = ABSMAX.astype(np.float64) ** alpha / abs(W).max(1).astype(np.float64) ** (
@@ -49,7 +46,7 @@ def test_definition(alpha):
         np.testing.assert_allclose(info.absmax_x, 1, rtol=1e-6)
 
 
-def test_makes_activations_quantizable():
+def test_quantized_activations_are_ten_times_as_exact():
     s, _ = smoothquant(ABSMAX, W)
 
     def error(x, w):
@@ -68,36 +65,12 @@ def test_dead_channels_keep_the_scale_one():
     assert s[4] == s[9] == 1
     assert np.flatnonzero(info.dead).tolist() == [4, 9]
     assert np.all(np.isfinite(s) & (np.asarray(s) > 0))
-    # Under jit nothing can be raised: a NaN is no magnitude either.
+    # Under jit no error can be raised: a channel with a NaN counts as dead.
     broken = jax.jit(lambda a: smoothquant(a, w)[0])(
         jnp.asarray(absmax).at[7].set(jnp.nan)
     )
     assert broken[7] == 1
     np.testing.assert_allclose(np.delete(broken, 7), np.delete(s, 7), rtol=1e-6)
-
-
-def test_folding_into_what_comes_before():
-    s = np.asarray(smoothquant(ABSMAX, W)[0])
-    gain, bias = RANDOM.standard_normal((2, 32)).astype(np.float32)
-    new_gain, new_bias = map(np.asarray, fold_scale_into_previous(s, gain, bias))
-    normed = X / 7
-    np.testing.assert_allclose(
-        normed * new_gain + new_bias, (normed * gain + bias) / s, rtol=1e-5, atol=1e-5
-    )
-    kernel = RANDOM.standard_normal((8, 32)).astype(np.float32)
-    folded, none = fold_scale_into_previous(s, jnp.asarray(kernel, jnp.bfloat16))
-    assert (folded.dtype, folded.shape, none) == (jnp.bfloat16, (8, 32), None)
-    before, after = (
-        RANDOM.standard_normal((5, 8)).astype(np.float32),
-        fold_scale_into_next(s, W),
-    )
-    exact = before @ kernel @ W
-    np.testing.assert_allclose(
-        before @ fold_scale_into_previous(s, kernel)[0] @ after,
-        exact,
-        rtol=1e-3,
-        atol=1e-3,
-    )
 
 
 def test_errors():
@@ -115,24 +88,22 @@ def test_errors():
         smoothquant(-ABSMAX, W)
     with pytest.raises(ValueError, match="non-finite"):
         smoothquant(ABSMAX * np.float32(np.inf), W)
-    with pytest.raises(ValueError, match="must be that of s"):
-        fold_scale_into_previous(ABSMAX, W)
-    with pytest.raises(ValueError, match=r"\[..., 32, out\]"):
-        fold_scale_into_next(ABSMAX, W.T)
 
 
-def test_stacks_are_matrices_one_by_one():
+def test_a_stack_gives_the_scales_of_its_matrices():
     stack, x = np.asarray(normal(2, 8, 4)), np.abs(np.asarray(normal(2, 8, seed=1)))
     s, info = smoothquant(x, [stack, stack[..., :2]])
     tokens = np.asarray(normal(2, 16, 8, seed=2))
-    scale, found = jaxq.methods.awq_scale([stack, 2 * stack], tokens, "int3")
+    awq_s, awq_info = jaxq.methods.awq_scale([stack, 2 * stack], tokens, "int3")
     for i in range(2):
         np.testing.assert_allclose(
             s[i], smoothquant(x[i], [stack[i], stack[i, :, :2]])[0], rtol=1e-6
         )
-        one, about = jaxq.methods.awq_scale([stack[i], 2 * stack[i]], tokens[i], "int3")
-        np.testing.assert_allclose(scale[i], one, rtol=1e-5)
-        np.testing.assert_allclose(found.losses[i], about.losses, rtol=1e-4)
+        single_s, single_info = jaxq.methods.awq_scale(
+            [stack[i], 2 * stack[i]], tokens[i], "int3"
+        )
+        np.testing.assert_allclose(awq_s[i], single_s, rtol=1e-5)
+        np.testing.assert_allclose(awq_info.losses[i], single_info.losses, rtol=1e-4)
     assert info.dead.shape == s.shape == (2, 8)
     with pytest.raises(ValueError, match="or stacks of them"):
         smoothquant(x, [stack, stack[0]])
