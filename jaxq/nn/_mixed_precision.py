@@ -23,7 +23,7 @@ from jaxq.qtensor import QuantSpec, as_spec, dequantize, quantize
 from jaxq.recipes import Recipe, Rule, as_recipe
 
 # `assign` counts bits in this many parts of the budget. A layer's bits are rounded up.
-_NUM_PARTS = 20_000
+_BUDGET_PARTS = 20_000
 
 
 class Sensitivity(NamedTuple):
@@ -105,7 +105,7 @@ def sensitivity(
         floats = variable.get_value()
         kl[path], bits[path], size[path] = {}, {}, int(floats.size)
         for name, spec in specs.items():
-            rounded, num_bits = _rounded(floats, spec, *axes)
+            rounded, num_bits = _rounded_weight(floats, spec, *axes)
             variable.set_value(rounded)
             kl[path][name], bits[path][name] = divergence.mean(), num_bits
         variable.set_value(floats)
@@ -157,26 +157,26 @@ def assign(sensitivity: Sensitivity, budget: float) -> dict[str, str]:
             "budget."
         )
     _check_finite(sensitivity)
-    part_bits = (max_bits - min_bits) / _NUM_PARTS or 1.0
+    part_bits = (max_bits - min_bits) / _BUDGET_PARTS or 1.0
 
     # Forward: `best[j]` is the smallest divergence of the layers so far that take at
     # most j parts more than their smallest choices.
-    best = np.zeros(_NUM_PARTS + 1)
+    best = np.zeros(_BUDGET_PARTS + 1)
     tables = []
     for path in paths:
         kl, bits = sensitivity.kl[path], sensitivity.bits[path]
         names = list(kl)
         parts = {name: _num_parts(bits, name, part_bits) for name in names}
-        totals = np.full((len(names), _NUM_PARTS + 1), np.inf)  # [choices, parts]
+        totals = np.full((len(names), _BUDGET_PARTS + 1), np.inf)  # [choices, parts]
         for i, name in enumerate(names):
             cost = parts[name]
-            if cost <= _NUM_PARTS:
-                totals[i, cost:] = best[: _NUM_PARTS + 1 - cost] + kl[name]
+            if cost <= _BUDGET_PARTS:
+                totals[i, cost:] = best[: _BUDGET_PARTS + 1 - cost] + kl[name]
         tables.append((names, parts, np.argmin(totals, 0)))
         best = np.min(totals, 0)
 
     # Backward: read each layer's choice for the parts that the later layers left.
-    choices, num_left = {}, _NUM_PARTS
+    choices, num_left = {}, _BUDGET_PARTS
     for path, (names, parts, argmin) in zip(
         reversed(paths), reversed(tables), strict=True
     ):
@@ -317,7 +317,7 @@ def _counts(
     return jnp.broadcast_to(whole, rows)
 
 
-def _rounded(
+def _rounded_weight(
     w: jax.Array,
     spec: QuantSpec,
     contracting: tuple[int, ...],

@@ -73,9 +73,9 @@ def test_unknown_kinds_name_close_ones(kind, close):
 
 
 def test_kinds_are_those_of_the_layers():
-    from jaxq.nn.layers import kinds, linen_kinds
+    from jaxq.nn.layers import layer_kinds, linen_kinds
 
-    known = {kind.name for kind in (*kinds(), *linen_kinds())}
+    known = {kind.name for kind in (*layer_kinds(), *linen_kinds())}
     assert {*recipes.kinds()} == known | {"Array", "Param"}
 
 

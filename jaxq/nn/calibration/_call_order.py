@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 # Set while the order is traced: the inputs that each layer was called with, by path.
-_CALLS: contextvars.ContextVar[dict[str, list[Any]] | None] = contextvars.ContextVar(
-    "calls", default=None
+_TRACED_INPUTS: contextvars.ContextVar[dict[str, list[Any]] | None] = (
+    contextvars.ContextVar("calls", default=None)
 )
 
 
@@ -24,7 +24,7 @@ def record_call(path: str, x: Any) -> bool:
     Returns:
       True if the order is traced. Then no statistics are needed.
     """
-    calls = _CALLS.get()
+    calls = _TRACED_INPUTS.get()
     if calls is None:
         return False
     calls.setdefault(path, []).append(x)
@@ -43,11 +43,11 @@ def trace_call_order(
       *args: arrays, which are traced.
     """
     calls: dict[str, list[Any]] = {}
-    token = _CALLS.set(calls)
+    token = _TRACED_INPUTS.set(calls)
     try:
         jax.eval_shape(trace, *args)
     finally:
-        _CALLS.reset(token)
+        _TRACED_INPUTS.reset(token)
     # `calls` keeps all inputs alive, so no two of them have the same id.
     numbers: dict[int, int] = {}
     return {

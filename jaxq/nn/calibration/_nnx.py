@@ -132,7 +132,7 @@ def collect_stats(
       progress: show a line of progress.
     """
     copy = nnx.clone(model)
-    probes = dict(_attach(copy, StatsRequests(requests, default)))
+    probes = dict(_attach_probes(copy, StatsRequests(requests, default)))
     if start is not None:
         _continue(probes, start)
     reached: list[str] = []
@@ -173,7 +173,7 @@ def call_order(
     array have the same number. The model is traced, and nothing is computed.
     """
     copy = nnx.clone(model)
-    dict(_attach(copy, StatsRequests(None, StatsRequest(hessian=False))))
+    dict(_attach_probes(copy, StatsRequests(None, StatsRequest(hessian=False))))
     graph, state = nnx.split(copy)
 
     def trace(state: Any, batch: Batch) -> None:
@@ -251,7 +251,9 @@ class Probe(nnx.Module):
             reached.append(self.path)
 
 
-def _attach(model: nnx.Module, requests: StatsRequests) -> Iterator[tuple[str, Probe]]:
+def _attach_probes(
+    model: nnx.Module, requests: StatsRequests
+) -> Iterator[tuple[str, Probe]]:
     """Puts a probe into each layer of a model."""
     layers = {}
     for path, module in nnx.iter_modules(model):

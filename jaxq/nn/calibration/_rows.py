@@ -19,7 +19,7 @@ import numpy as np
 from jaxq.observers import LayerStats, Observer, update_stats
 
 # `jaxq.observers` holds out one part of this many.
-_NUM_PARTS = 8
+_PARTS_PER_SEQUENCE = 8
 
 # Set while a batch is traced: the rows of the batch that count. None: all do.
 _COUNTS: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
@@ -92,7 +92,7 @@ def _held_out_parts(free: tuple[int, ...]) -> jax.Array:
     part.
     """
     num_sequences, length = (free[0], int(np.prod(free[1:]))) if free else (1, 1)
-    scale = _NUM_PARTS if length >= _NUM_PARTS else 0
+    scale = _PARTS_PER_SEQUENCE if length >= _PARTS_PER_SEQUENCE else 0
     within = jnp.arange(length, dtype=jnp.int32) * scale // max(length, 1)  # [t]
     sequence = jnp.arange(num_sequences, dtype=jnp.int32)[:, None]  # [b, 1]
     return (sequence + within[None]).reshape(-1)

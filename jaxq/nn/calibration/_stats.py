@@ -79,7 +79,7 @@ def continued_stats(
         shapes or dtypes.
     """
     stats = None if earlier is None else as_stats(earlier, empty)
-    if _shapes(stats) != _shapes(empty):
+    if _shapes_and_dtypes(stats) != _shapes_and_dtypes(empty):
         raise ValueError(
             f"{caller}: start has no statistics of {path}, or they have other shapes. "
             "Pass what calibrate returned for the same layers and settings."
@@ -88,7 +88,7 @@ def continued_stats(
     return stats
 
 
-def _shapes(stats: Any) -> list[tuple[Any, Any]]:
+def _shapes_and_dtypes(stats: Any) -> list[tuple[Any, Any]]:
     return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(stats)]
 
 

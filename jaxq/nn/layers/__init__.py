@@ -10,7 +10,7 @@ from jaxq.nn.layers._kind import (
     LayerKind,
     bare_kind,
     find_kind,
-    kinds,
+    layer_kinds,
     put_weight,
     register_layer,
     stack_note,
@@ -26,7 +26,7 @@ from jaxq.nn.layers._linen_embed import EMBED
 from jaxq.nn.layers._linen_kind import LinenKind, find_call, linen_kinds
 from jaxq.nn.layers._linen_quantized import Quantized
 from jaxq.nn.layers._linen_serialization import register_serialization
-from jaxq.nn.layers._linen_trace import Forward, Params, params_of, with_params
+from jaxq.nn.layers._linen_trace import FlatParams, Forward, params_of, with_params
 from jaxq.nn.layers._linen_weight_check import check_weights
 from jaxq.nn.layers._nnx_conv import QConv
 from jaxq.nn.layers._nnx_conv_transpose import QConvTranspose

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 # The rows `[*batch, *free, K]` of an input, and its number of batch axes.
-Rows = tuple[jax.Array, int]
+InputRows = tuple[jax.Array, int]
 
 
 def first_argument(x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
@@ -21,7 +21,7 @@ def first_argument(x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     return x
 
 
-def dot_rows(x: jax.Array, w: Any, dims: Any, *args: Any, **kwargs: Any) -> Rows:
+def dot_rows(x: jax.Array, w: Any, dims: Any, *args: Any, **kwargs: Any) -> InputRows:
     """The rows of the input of `dot_general(x, w, dims)`."""
     (contracted, _), (batch, _) = dims
     return contracted_rows(x, tuple(contracted), tuple(batch)), len(batch)
@@ -32,7 +32,7 @@ def einsum_input(subscripts: str, x: jax.Array, *args: Any, **kwargs: Any) -> ja
     return x
 
 
-def einsum_rows(subscripts: str, x: jax.Array, *args: Any, **kwargs: Any) -> Rows:
+def einsum_rows(subscripts: str, x: jax.Array, *args: Any, **kwargs: Any) -> InputRows:
     """The rows of the input of `einsum(subscripts, x, w)`.
 
     The batch axes are those that lead the weight, as in the roles of the weight.
@@ -50,7 +50,7 @@ def einsum_rows(subscripts: str, x: jax.Array, *args: Any, **kwargs: Any) -> Row
     return contracted_rows(x, contracted, batch), len(batch)
 
 
-def conv_rows(x: jax.Array, *args: Any, **kwargs: Any) -> Rows:
+def conv_rows(x: jax.Array, *args: Any, **kwargs: Any) -> InputRows:
     """The rows of the input of a convolution: every place with its channels."""
     return x, 0
 

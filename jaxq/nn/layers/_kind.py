@@ -18,7 +18,7 @@ from typing import Any
 from flax import nnx
 
 from jaxq import recipes
-from jaxq.nn.layers._call_inputs import Rows, dot_rows, first_argument
+from jaxq.nn.layers._call_inputs import InputRows, dot_rows, first_argument
 from jaxq.nn.layers._quantized_param import QuantizedParam
 from jaxq.nn.layers._roles import Roles
 
@@ -67,7 +67,7 @@ class LayerKind:
     hook: str | None = None
     plain_product: Callable[..., Any] | None = None
     read_input: Callable[..., Any] = first_argument
-    read_rows: Callable[..., Rows] = dot_rows
+    read_rows: Callable[..., InputRows] = dot_rows
     num_channels: Callable[[Any], int] | None = None
     corrects_bias: bool = False
 
@@ -82,7 +82,7 @@ class LayerKind:
         return self.num_channels is not None
 
 
-_KINDS: list[LayerKind] = []
+_LAYER_KINDS: list[LayerKind] = []
 # The names that `recipes` did not know before `register_layer` added them.
 _ADDED_NAMES: set[str] = set()
 
@@ -118,12 +118,12 @@ def register_layer(kind: LayerKind) -> None:
       ((2, 8), 'Scale')
       >>> jaxq.nn.unregister_layer("Scale")
     """
-    if any(other.name == kind.name for other in _KINDS):
+    if any(other.name == kind.name for other in _LAYER_KINDS):
         raise ValueError(
             f"register_layer: a layer kind {kind.name!r} exists already. "
             "Choose another name, or call unregister_layer first."
         )
-    _KINDS.append(kind)
+    _LAYER_KINDS.append(kind)
     if kind.name not in recipes.kinds():
         recipes.register_kind(kind.name)
         _ADDED_NAMES.add(kind.name)
@@ -144,21 +144,21 @@ def unregister_layer(name: str) -> None:
       Traceback (most recent call last):
       ValueError: unregister_layer: no layer kind 'Scale'. Known kinds: ...
     """
-    names = [kind.name for kind in _KINDS]
+    names = [kind.name for kind in _LAYER_KINDS]
     if name not in names:
         raise ValueError(
             f"unregister_layer: no layer kind {name!r}. "
             f"Known kinds: {', '.join(names)}."
         )
-    del _KINDS[names.index(name)]
+    del _LAYER_KINDS[names.index(name)]
     if name in _ADDED_NAMES:
         _ADDED_NAMES.remove(name)
         recipes.unregister_kind(name)
 
 
-def kinds() -> tuple[LayerKind, ...]:
+def layer_kinds() -> tuple[LayerKind, ...]:
     """The layer kinds that are registered, in the order of registration."""
-    return tuple(_KINDS)
+    return tuple(_LAYER_KINDS)
 
 
 def find_kind(layer: Any) -> LayerKind | None:
@@ -170,7 +170,7 @@ def find_kind(layer: Any) -> LayerKind | None:
       >>> find_kind(nnx.Embed(16, 64, rngs=nnx.Rngs(0))).name
       'Embed'
     """
-    for kind in reversed(_KINDS):
+    for kind in reversed(_LAYER_KINDS):
         if isinstance(layer, kind.cls):
             return kind
     return None

@@ -13,7 +13,7 @@ import jax
 from flax import linen
 from jax import lax
 
-from jaxq.nn.layers._call_inputs import Rows
+from jaxq.nn.layers._call_inputs import InputRows
 from jaxq.nn.layers._conv_product import MASKED
 from jaxq.nn.layers._linen_kind import (
     LinenKind,
@@ -51,7 +51,7 @@ def _roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Rol
     return roles_of_conv(shape)
 
 
-def _rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Rows:
+def _input_rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> InputRows:
     return x, 0
 
 
@@ -73,7 +73,7 @@ CONV = register_linen_layer(
         roles=_roles,
         methods={linen.Conv.__call__: with_own_code(linen.Conv.__call__, "kernel")},
         problem=_problem,
-        read_rows=_rows,
+        read_rows=_input_rows,
         windowed=True,
     )
 )

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import linen
 
-from jaxq.nn.layers._call_inputs import Rows
+from jaxq.nn.layers._call_inputs import InputRows
 from jaxq.nn.layers._conv_product import MASKED, convolved
 from jaxq.nn.layers._linen_kind import LinenKind, code_of, register_linen_layer
 from jaxq.nn.layers._linen_own_weight import check_layer, own_weight
@@ -98,7 +98,7 @@ def _roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Rol
     return roles_of_conv(shape, _features_axis(layer))
 
 
-def _rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Rows:
+def _input_rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> InputRows:
     return x, 0
 
 
@@ -113,7 +113,7 @@ CONV_TRANSPOSE = register_linen_layer(
         roles=_roles,
         methods={linen.ConvTranspose.__call__: _conv_transpose},
         problem=_problem,
-        read_rows=_rows,
+        read_rows=_input_rows,
         windowed=True,
     )
 )

@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen
 from jax import lax
 
-from jaxq.nn.layers._call_inputs import Rows, contracted_rows
+from jaxq.nn.layers._call_inputs import InputRows, contracted_rows
 from jaxq.nn.layers._linen_kind import (
     LinenKind,
     foreign_function,
@@ -103,11 +103,11 @@ def _length(value: Any) -> int:
     return 1 if isinstance(value, int) else len(tuple(value))
 
 
-def _dense_rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Rows:
+def _dense_rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> InputRows:
     return x, 0
 
 
-def _general_rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Rows:
+def _general_rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> InputRows:
     contracted = _positive_axes(layer.axis, x.ndim)
     batch = _positive_axes(layer.batch_dims, x.ndim)
     return contracted_rows(x, contracted, batch), len(batch)

@@ -18,7 +18,7 @@ from flax import linen
 
 from jaxq.nn.layers._linen_interceptor import run_with_codes, stored_qtensor
 from jaxq.nn.layers._linen_kind import LinenKind, find_call
-from jaxq.nn.layers._linen_trace import Forward, Params, params_of, trace
+from jaxq.nn.layers._linen_trace import FlatParams, Forward, params_of, trace
 from jaxq.nn.layers._roles import Roles
 from jaxq.qtensor import QTensor
 
@@ -93,11 +93,11 @@ def find_linen_layers(
     name = type(module).__name__
     if example is not None or forward is not None:
         try:
-            return _structure(module, variables, example, forward)
+            return _structure_of_call(module, variables, example, forward)
         except Exception as error:
             raise ValueError(
                 f"quantize_model: {name} cannot be called with the example "
-                f"{_shapes(example)}: {first_line(error)}. "
+                f"{_describe_example(example)}: {first_line(error)}. "
                 "Pass example= as apply takes it (an array, a tuple of arguments, a "
                 "dict of named ones), or forward=."
             ) from error
@@ -107,7 +107,7 @@ def find_linen_layers(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                structure = _structure(module, variables, guess, None)
+                structure = _structure_of_call(module, variables, guess, None)
         except Exception:  # a module may raise anything if an input does not fit
             continue
         if all(key[:-1] in structure.classes for key in parameters):
@@ -121,7 +121,7 @@ def find_linen_layers(
     )
 
 
-def _structure(
+def _structure_of_call(
     module: linen.Module, variables: Any, example: Any, forward: Forward | None
 ) -> Structure:
     """The layers that a call with this example reaches."""
@@ -155,7 +155,11 @@ def _add_layer(layers: dict[str, LinenLayer], layer: LinenLayer) -> None:
 
 
 def _layer(
-    module: Any, kind: LinenKind, params: Params, args: tuple, kwargs: dict[str, Any]
+    module: Any,
+    kind: LinenKind,
+    params: FlatParams,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> LinenLayer:
     """The layer of a call, or its problem."""
     weight = linen.meta.unbox(module.get_variable("params", kind.weight))
@@ -225,7 +229,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _shapes(example: Any) -> str:
+def _describe_example(example: Any) -> str:
     """An example with each array shown as its dtype and shape."""
 
     def describe(value: Any) -> Any:

@@ -12,7 +12,7 @@ import jax
 from flax import linen
 
 from jaxq import ops
-from jaxq.nn.layers._call_inputs import Rows, einsum_rows
+from jaxq.nn.layers._call_inputs import InputRows, einsum_rows
 from jaxq.nn.layers._linen_kind import LinenKind, register_linen_layer
 from jaxq.nn.layers._linen_own_weight import check_layer, own_weight
 from jaxq.nn.layers._linen_stand_in import promote
@@ -82,7 +82,7 @@ def _roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Rol
     return einsum_roles(_subscripts(layer, *args, **kwargs), shape)
 
 
-def _rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Rows:
+def _input_rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> InputRows:
     return einsum_rows(_subscripts(layer, x, *args, **kwargs), x)
 
 
@@ -110,6 +110,6 @@ EINSUM = register_linen_layer(
         roles=_roles,
         methods={linen.Einsum.__call__: _einsum},
         problem=_problem,
-        read_rows=_rows,
+        read_rows=_input_rows,
     )
 )

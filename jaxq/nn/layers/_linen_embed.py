@@ -44,7 +44,7 @@ class QEmbed(linen.Embed):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         table = self.embedding
         if isinstance(table, QTensor):
-            return _lookup(self, table, inputs)
+            return _dequantized_lookup(self, table, inputs)
         return super().__call__(inputs)
 
     def attend(self, query: jax.Array) -> jax.Array:
@@ -60,7 +60,7 @@ def _set_table(layer: Any, table: QTensor) -> None:
     layer.embedding = table
 
 
-def _lookup(layer: Any, table: QTensor, inputs: jax.Array) -> jax.Array:
+def _dequantized_lookup(layer: Any, table: QTensor, inputs: jax.Array) -> jax.Array:
     """`Embed.__call__`: only the rows that are read are dequantized."""
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
         raise ValueError("Input type must be an integer or unsigned integer.")
@@ -85,7 +85,10 @@ EMBED = register_linen_layer(
         name="Embed",
         weight="embedding",
         roles=_roles,
-        methods={linen.Embed.__call__: _lookup, linen.Embed.attend: _attend},
+        methods={
+            linen.Embed.__call__: _dequantized_lookup,
+            linen.Embed.attend: _attend,
+        },
         setups={linen.Embed.setup: _set_table},
     )
 )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from flax import linen
 
-from jaxq.nn.layers._call_inputs import Rows
+from jaxq.nn.layers._call_inputs import InputRows
 from jaxq.nn.layers._roles import Roles
 
 # A method of a layer, for a quantized weight: `method(layer, weight, *args, **kwargs)`.
@@ -57,7 +57,7 @@ class LinenKind:
     methods: Mapping[Any, QuantizedMethod]
     setups: Mapping[Any, QuantizedMethod] = dataclasses.field(default_factory=dict)
     problem: Callable[..., str | None] = _no_problem
-    read_rows: Callable[..., Rows] | None = None
+    read_rows: Callable[..., InputRows] | None = None
     windowed: bool = False
     corrects_bias: bool = False
 
@@ -67,7 +67,7 @@ class LinenKind:
         return self.read_rows is not None
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """A method of a layer that uses its weight.
 
     Attributes:
@@ -79,34 +79,37 @@ class Call(NamedTuple):
     method: QuantizedMethod
 
 
-_KINDS: list[LinenKind] = []
+_LINEN_KINDS: list[LinenKind] = []
 # By Flax's functions, as an interceptor sees them.
-_CALLS: dict[Any, Call] = {}
-_SETUPS: dict[Any, Call] = {}
+_CALLS_BY_CODE: dict[Any, LayerCall] = {}
+_SETUPS_BY_CODE: dict[Any, LayerCall] = {}
 
 
 def register_linen_layer(kind: LinenKind) -> LinenKind:
     """Makes a kind of linen layer known, and returns it."""
-    _KINDS.append(kind)
-    for table, methods in ((_CALLS, kind.methods), (_SETUPS, kind.setups)):
+    _LINEN_KINDS.append(kind)
+    for table, methods in (
+        (_CALLS_BY_CODE, kind.methods),
+        (_SETUPS_BY_CODE, kind.setups),
+    ):
         for flax_method, method in methods.items():
-            table[code_of(flax_method)] = Call(kind, method)
+            table[code_of(flax_method)] = LayerCall(kind, method)
     return kind
 
 
 def linen_kinds() -> tuple[LinenKind, ...]:
     """The kinds of linen layers that jaxq knows."""
-    return tuple(_KINDS)
+    return tuple(_LINEN_KINDS)
 
 
-def find_call(context: linen.module.InterceptorContext) -> Call | None:
+def find_call(context: linen.module.InterceptorContext) -> LayerCall | None:
     """The layer's method that is called, if it computes with the weight, or None."""
-    return _CALLS.get(getattr(context.orig_method, "func", None))
+    return _CALLS_BY_CODE.get(getattr(context.orig_method, "func", None))
 
 
-def find_setup(context: linen.module.InterceptorContext) -> Call | None:
+def find_setup(context: linen.module.InterceptorContext) -> LayerCall | None:
     """The layer's method that is called, if it only reads the weight, or None."""
-    return _SETUPS.get(getattr(context.orig_method, "func", None))
+    return _SETUPS_BY_CODE.get(getattr(context.orig_method, "func", None))
 
 
 def code_of(method: Any) -> Callable[..., Any]:

@@ -13,17 +13,17 @@ from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 # Parameters by the names that lead to them.
-Params = dict[tuple[str, ...], Any]
+FlatParams = dict[tuple[str, ...], Any]
 # `forward(module, variables, example)` calls the module.
 Forward = Callable[[linen.Module, Any, Any], Any]
 
 
-def params_of(variables: Mapping[str, Any]) -> Params:
+def params_of(variables: Mapping[str, Any]) -> FlatParams:
     """Parameters by their names. A value that is not a dict is a leaf."""
     return flatten_dict(_as_dicts(variables.get("params", {})))
 
 
-def with_params(variables: Mapping[str, Any], params: Params) -> dict[str, Any]:
+def with_params(variables: Mapping[str, Any], params: FlatParams) -> dict[str, Any]:
     """The variables with other parameters, named as by `params_of`."""
     return {**_as_dicts(variables), "params": unflatten_dict(params)}
 

@@ -19,7 +19,13 @@ from flax import linen
 
 from jaxq.nn.layers._linen_discovery import LinenLayer, Structure, first_line
 from jaxq.nn.layers._linen_interceptor import run_with_codes, stored_qtensor
-from jaxq.nn.layers._linen_trace import Forward, Params, params_of, trace, with_params
+from jaxq.nn.layers._linen_trace import (
+    FlatParams,
+    Forward,
+    params_of,
+    trace,
+    with_params,
+)
 from jaxq.qtensor import QTensor
 
 # Sizes for the placeholders. Three of them are chosen that no stack has.
@@ -93,7 +99,7 @@ def check_weights(
     return []
 
 
-def _placeholder(layer: LinenLayer, params: Params) -> Placeholder:
+def _placeholder(layer: LinenLayer, params: FlatParams) -> Placeholder:
     """A value for a layer's weight with the same stack axes and another shape."""
     outer = linen.meta.unbox(params[layer.key]).shape
     stack = outer[: len(outer) - len(layer.roles.shape)]

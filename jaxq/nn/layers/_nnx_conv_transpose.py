@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxq.nn.layers._call_inputs import Rows
+from jaxq.nn.layers._call_inputs import InputRows
 from jaxq.nn.layers._conv_product import MASKED, add_bias, convolved
 from jaxq.nn.layers._kind import LayerKind, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
@@ -125,7 +125,7 @@ def _promoted_input(arrays: tuple, **kwargs: Any) -> jax.Array:
     return arrays[0]
 
 
-def _promoted_rows(arrays: tuple, **kwargs: Any) -> Rows:
+def _promoted_rows(arrays: tuple, **kwargs: Any) -> InputRows:
     return arrays[0], 0
 
 

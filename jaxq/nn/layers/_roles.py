@@ -10,7 +10,7 @@ import dataclasses
 from typing import Literal
 
 # What a layer computes with its weight.
-Product = Literal["dot", "conv", "lookup"]
+ProductKind = Literal["dot", "conv", "lookup"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Roles:
     shape: tuple[int, ...]
     num_batch: int = 0
     subscripts: str = ""
-    product: Product = "dot"
+    product: ProductKind = "dot"
 
 
 def einsum_roles(subscripts: str, shape: tuple[int, ...]) -> Roles:

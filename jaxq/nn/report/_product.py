@@ -52,7 +52,7 @@ def product_note(qt: QTensor, roles: Roles | None = None) -> str:
 
 def _plan_of_conv(weight: QTensor) -> ops.Plan:
     """The plan of a convolution of one example."""
-    kernel = _one_element(weight, len(weight.batch_shape))
+    kernel = _element_shapes(weight, len(weight.batch_shape))
     geometry = weight.meta.geometry
     num_places = len(geometry.contracted) - 1  # the other contracted axis: channels
     example = jax.ShapeDtypeStruct(
@@ -76,7 +76,7 @@ def _plan_of_dot(weight: QTensor, roles: Roles | None) -> ops.Plan:
 
 def _plan_of_einsum(weight: QTensor, roles: Roles) -> ops.Plan:
     """The plan of an einsum; indices of the input alone have size 1."""
-    kernel = _one_element(weight, weight.ndim - len(roles.shape))
+    kernel = _element_shapes(weight, weight.ndim - len(roles.shape))
     left, right = roles.subscripts.replace("...", "").split("->")[0].split(",")
     size = dict(zip(right, kernel.shape, strict=True))
     shape = tuple(size.get(index, 1) for index in left)
@@ -89,7 +89,7 @@ def _as_shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _one_element(qt: QTensor, num_axes: int) -> QTensor:
+def _element_shapes(qt: QTensor, num_axes: int) -> QTensor:
     """One element of a stack with `num_axes` leading axes, as shapes."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[num_axes:], leaf.dtype), qt
