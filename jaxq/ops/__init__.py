@@ -6,7 +6,7 @@ Pallas kernel or its XLA form. `explain` shows that decision.
 """
 
 from jaxq.ops._conv import conv_general_dilated, convolve
-from jaxq.ops._decision import plan_conv, why_not_codes
+from jaxq.ops._decision import plan_conv
 from jaxq.ops._dot_general import dot_general
 from jaxq.ops._einsum import einsum, einsum_numbers, matmul
 from jaxq.ops._explain import explain
@@ -16,7 +16,7 @@ from jaxq.ops._take import take
 from jaxq.ops.kv_cache import KVCache, KVCacheSpec
 from jaxq.qtensor import register_matmul
 
-# Other rooms also import convolve, einsum_numbers, plan_conv and why_not_codes.
+# Other rooms also import convolve, einsum_numbers and plan_conv.
 __all__ = [
     "KVCache",
     "KVCacheSpec",

@@ -2,8 +2,8 @@
 
 This is the only file that decides. `dot_general`, `conv_general_dilated`, `take`,
 `ragged_dot` and `explain` ask one of the functions `plan_...` here and carry out the
-`Plan` that comes back. Decisions depend on static facts alone (`_facts.py`); nothing is
-quantized or traced here. Which kernel runs on a platform, `jaxq.kernels.choose` says.
+`Plan` that comes back. A decision depends on static facts alone (`_facts.py`). Nothing
+is quantized or traced here. For Pallas kernels, this file asks `jaxq.kernels.choose`.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _plan_two_quantized(
         _reason_for_codes(lhs, rhs),
     )
     is_int8_rows = lhs.fmt.name == "int8" and lhs.symmetric
-    if is_int8_rows and row_shapes(lhs).scale.shape[-1] == 1:
+    if is_int8_rows and row_shapes(lhs)["scale"].shape[-1] == 1:
         # Plain int8 rows: their scale is applied to the result, so that the kernels get
         # integers alone.
         plan = dataclasses.replace(plan, x_dtype="int8")
@@ -286,17 +286,16 @@ def _kernel_problem(
     num_rows: int, weight: CodesFacts, plan: Plan
 ) -> kernels.Problem | str:
     """The product as kernels see it, or why it is not one for them."""
-    leaves = row_shapes(weight)._asdict()
-    names = tuple(name for name, leaf in leaves.items() if leaf is not None)
+    leaves = row_shapes(weight)
     call = kernels.Call(
         row_meta(weight.meta),
-        names,
+        tuple(leaves),
         plan.result,
         transposed=plan.path == "weight_only_transposed",
     )
     stack, k = math.prod(weight.batch_shape), weight.meta.geometry.contracted_size
     x = jax.ShapeDtypeStruct((stack, num_rows, k), plan.x_dtype)
-    return kernels.problem_of(call, x, [leaves[name] for name in names])
+    return kernels.problem_of(call, x, list(leaves.values()))
 
 
 def with_kernel(plan: Plan, platform: str, num_devices: int = 1) -> Plan:
@@ -399,17 +398,10 @@ def _plan_conv(
     return Plan("codes", "int32", False, reason)
 
 
-def why_not_codes(x: QTensor, kernel: QTensor, batch: int, channel: int) -> str | None:
-    """Why the codes of `x` and `kernel` cannot be convolved; None if they can."""
-    x_facts, kernel_facts = facts_of(x), facts_of(kernel)
-    assert isinstance(x_facts, CodesFacts)
-    assert isinstance(kernel_facts, CodesFacts)
-    return _why_not_conv_codes(x_facts, kernel_facts, batch, channel)
-
-
 def _why_not_conv_codes(
     x: CodesFacts, kernel: CodesFacts, batch: int, channel: int
 ) -> str | None:
+    """Why the codes of `x` and `kernel` cannot be convolved; None if they can."""
     for name, operand, kept in (("input", x, batch), ("kernel", kernel, channel)):
         geometry = operand.meta.geometry
         is_symmetric = operand.symmetric and operand.offset is None
@@ -507,7 +499,7 @@ def _accumulate_dtype(*dtypes: np.dtype) -> np.dtype:
 
 
 def _promoted(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """The dtype that all promote to. Equal dtypes are not asked: float8 has no rule."""
+    """The dtype that all promote to. float8 promotes to no dtype except itself."""
 
     def promote(a: np.dtype, b: np.dtype) -> np.dtype:
         return a if a == b else jnp.promote_types(a, b)

@@ -88,7 +88,9 @@ def dot_general(
     check_float_partner(lhs, rhs, "dot_general")
     out_dtype = _result_dtype(lhs, rhs, preferred_element_type)
     plan = plan_dot(lhs, rhs, dims, out_dtype.name)
-    if plan.path == "dense" and not plan.before:
+    if plan.path == "dense":
+        assert not isinstance(lhs, QTensor)
+        assert not isinstance(rhs, QTensor)
         y = lax.dot_general(
             lhs,
             rhs,

@@ -79,10 +79,8 @@ def _as_described(operand: Any) -> Any:
 
 def _num_devices(*operands: Any) -> int:
     """The devices of the operand that is sharded over most of them."""
-    shardings = [
-        getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(list(operands))
-    ]
-    device_sets = [
-        sharding.device_set for sharding in shardings if hasattr(sharding, "device_set")
-    ]
-    return max((len(devices) for devices in device_sets), default=1)
+    num_devices = 1
+    for leaf in jax.tree.leaves(list(operands)):
+        devices = getattr(getattr(leaf, "sharding", None), "device_set", ())
+        num_devices = max(num_devices, len(devices))
+    return num_devices

@@ -68,36 +68,30 @@ def row_meta(meta: Meta) -> RowMeta:
     )
 
 
-def row_shapes(weight: CodesFacts) -> Rows:
-    """The shapes of `weight_rows` for a stack: each leaf has the stack's axis first."""
-    geometry = weight.meta.geometry
-    stack = math.prod(weight.batch_shape)
-    num_rows = _num_rows(geometry)
+def row_shapes(weight: CodesFacts) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of `weight_rows` for a stack: each leaf has the stack's axis first.
 
-    def stacked(leaf: jax.ShapeDtypeStruct | None) -> jax.ShapeDtypeStruct | None:
-        if leaf is None:
-            return None
-        num_axes = len(geometry.block_shape)
-        rows = _per_row_shape(leaf.shape[:num_axes], geometry)
-        shape = (stack, *rows, *leaf.shape[num_axes:])
-        return jax.ShapeDtypeStruct(shape, leaf.dtype)
-
-    stored = math.prod(weight.meta.stored_shape)
+    Returns:
+      The leaves that the weight has, by their names in `Rows`.
+    """
+    meta, geometry = weight.meta, weight.meta.geometry
+    stack, num_rows = math.prod(weight.batch_shape), _num_rows(geometry)
     if geometry.flat:
-        shape = (num_rows, stored // max(num_rows, 1))
-    elif weight.meta.layout == "columns":
-        shape = (weight.meta.stored_shape[0], num_rows)
+        row_bytes = math.prod(meta.stored_shape) // max(num_rows, 1)
     else:
-        shape = (num_rows, weight.meta.stored_shape[-1])
-    # Bytes: kernels take the width and the sign of the codes from the format.
-    data = jax.ShapeDtypeStruct((stack, *shape), jnp.uint8)
-    return Rows(
-        data,
-        stacked(weight.scale),
-        stacked(weight.zero_point),
-        stacked(weight.offset),
-        stacked(weight.codebook),
-    )  # pyright: ignore[reportArgumentType]
+        row_bytes = meta.stored_shape[0 if meta.layout == "columns" else -1]
+    columns = meta.layout == "columns" and not geometry.flat
+    data_shape = (row_bytes, num_rows) if columns else (num_rows, row_bytes)
+    # The dtype stands for bytes. Kernels take width and sign of codes from the format.
+    shapes = {"data": jax.ShapeDtypeStruct((stack, *data_shape), jnp.uint8)}
+    num_axes = len(geometry.block_shape)
+    for name in ("scale", "zero_point", "offset", "codebook"):
+        leaf = getattr(weight, name)
+        if leaf is not None:
+            rows = _per_row_shape(leaf.shape[:num_axes], geometry)
+            shape = (stack, *rows, *leaf.shape[num_axes:])
+            shapes[name] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+    return shapes
 
 
 def why_not_rows(meta: Meta) -> str | None:

@@ -19,13 +19,6 @@ ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 TINY = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}
 
 
-def normal(*shape: int, seed: int = 0, dtype: str = "float32") -> jax.Array:
-    """Normal numbers with some larger columns, rounded to `dtype`."""
-    x = np.random.default_rng([seed, *shape]).standard_normal(shape)
-    x[..., :2] *= 5
-    return jnp.asarray(x.astype(dtype))  # by numpy: nothing to compile for each shape
-
-
 def double(x: jax.typing.ArrayLike | QTensor) -> np.ndarray:
     """An array, or a dequantized QTensor, in float64."""
     return np.asarray(

@@ -125,9 +125,8 @@ def test_row_shapes_are_the_shapes_of_the_rows(name, layout):
     assert why_not_rows(qt.meta) is None
     rows = jax.eval_shape(jax.vmap(lambda qt: weight_rows(qt)[0]), qt)
     expected = row_shapes(facts_of(qt))
-    for field in rows._fields:
-        leaf, shape = getattr(rows, field), getattr(expected, field)
-        assert (leaf is None) == (shape is None), field
-        if leaf is not None:
-            assert leaf.shape == shape.shape, field
-            assert field == "data" or leaf.dtype == shape.dtype, field
+    leaves = {name: leaf for name, leaf in rows._asdict().items() if leaf is not None}
+    assert list(leaves) == list(expected)
+    for name, leaf in leaves.items():
+        assert leaf.shape == expected[name].shape, name
+        assert name == "data" or leaf.dtype == expected[name].dtype, name

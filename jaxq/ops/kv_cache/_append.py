@@ -49,7 +49,7 @@ def append(cache: Cache, k: jax.Array, v: jax.Array, count: jax.Array) -> Cache:
 
     keys, values = cache.keys, cache.values
     if cache.num_groups:
-        num_new = -(-k.shape[1] // spec.group)  # t tokens complete at most so many
+        num_new = -(-k.shape[1] // spec.group)  # the most that t tokens complete
         first = num_quantized(before, spec)  # [b]
         num_complete = num_quantized(after, spec) - first  # [b]
         positions = jnp.arange(num_new * spec.group, dtype=jnp.int32)[None]

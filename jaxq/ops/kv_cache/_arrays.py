@@ -73,8 +73,10 @@ def _quantize_along(x: jax.Array, spec: QuantSpec, axis: int, name: str) -> QTen
 
 
 def num_quantized(lengths: jax.Array, spec: KVCacheSpec) -> jax.Array:
-    """How many groups of each text are quantized: those that begin before the window
-    of the newest `residual` tokens."""
+    """How many groups of each slot are quantized, int32 `[b]`.
+
+    A group is quantized when its first token is not among the newest `residual` ones.
+    """
     return jnp.maximum(0, (lengths - spec.residual + spec.group - 1) // spec.group)
 
 
