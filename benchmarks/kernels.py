@@ -1,7 +1,10 @@
-"""Time of `[m, 4096] @ [4096, n]` in bfloat16 with quantized weights, over the dense bfloat16 product in the same run.
+"""Time of `[m, 4096] @ [4096, n]` in bfloat16 with quantized weights.
 
-A loop inside one program multiplies by enough different weights that no cache holds them. Fractions are of what the
-same run reached in copying memory and in a large dense product; decode is bound by the one, prefill by the other.
+Each time is compared with the dense bfloat16 product in the same run. A loop inside one
+program multiplies by enough different weights that no cache holds them. Fractions of
+the roofline are relative to what the same run reached when it copied memory and
+multiplied large dense matrices. Memory limits decode (few rows of x), and computing
+limits prefill (many rows). No accelerator has been measured yet.
 """
 
 from __future__ import annotations
@@ -25,16 +28,21 @@ ACCELERATOR = {
     "cache_bytes": 256 * 2**20,
     "loops": 8,
 }
-# A CPU has no kernels: what it runs shows that the benchmark itself is right.
+# A CPU has no kernels. A run there only shows that the benchmark itself works.
 CPU = {"n": (1024,), "m": (1, 16), "cache_bytes": 2**20, "loops": 1}
 PRESETS = {"int8": "int8", "int4": "int4", "nf4": "nf4", "w8a8": "int8"}
+# The speed relative to bfloat16 that is aimed at, by weight and rows of x.
 TARGETS = {(name, m): 2.5 for name in ("int4", "nf4") for m in (1, 16)}
 TARGETS |= {(name, 64): 1.8 for name in ("int4", "nf4")} | {("w8a8", 2048): 1.5}
 TARGETS |= {(name, m): 0.85 for name in ("int4", "nf4") for m in (256, 2048)}
+HEADER = (
+    "| weight | runs as | m | n | us | GB/s | TFLOP/s | roofline | times bfloat16 "
+    "| target | error |"
+)
 
 
 def run() -> dict[str, Any]:
-    """Times each case beside the dense product, and checks it against dequantize-then-multiply in float64."""
+    """Times each case next to the dense product, and checks its result in float64."""
     platform = jax.default_backend()
     sizes = CPU if platform == "cpu" else ACCELERATOR
     rows, peaks = [], _peaks(platform)
@@ -42,51 +50,58 @@ def run() -> dict[str, Any]:
         count = max(2, sizes["cache_bytes"] // (K * n // 2))
         weights, dense = _weights(n, count, platform)
         for m in sizes["m"]:
-            x = jax.random.normal(jax.random.key(m), (m, K), jnp.bfloat16)
-            calls = {"bfloat16": _loop(lambda x, w: x @ w, x, dense, sizes["loops"])}
-            about = {"bfloat16": (2 * K * n, "dense", None)}
-            for name, stack in weights.items():
-                error = _error(x, stack[0])
-                assert error < (0.02 if name == "w8a8" else 5e-3), (name, m, n, error)
-                calls[name] = _loop(lambda x, qt: x @ qt, x, stack, sizes["loops"])
-                plan = jaxq.explain(x, stack[0])
-                about[name] = (stack[0].nbytes, plan.kernel, error)
-            calls |= _others(m, n, count, sizes["loops"])
-            products = count * sizes["loops"]
-            for name, figures in summary(
-                interleaved(calls, rounds=21, seconds=30.0), "bfloat16"
-            ).items():
-                weight_bytes, kernel, error = about.get(name, (None, name, None))
-                seconds = figures["median_ms"] / 1e3 / products
-                row = {
-                    "what": name,
-                    "m": m,
-                    "n": n,
-                    "kernel": kernel,
-                    "error": error,
-                    "us": 1e6 * seconds,
-                }
-                row["speedup"] = 1 / figures["time_over_base"]
-                row["tflops"] = 2 * m * n * K / seconds / 1e12
-                if weight_bytes is not None:
-                    row["gb_per_s"] = (weight_bytes + 2 * m * (K + n)) / seconds / 1e9
-                    fractions = (
-                        row["gb_per_s"] / peaks["gb_per_s"],
-                        row["tflops"] / peaks["tflops"],
-                    )
-                    row["roofline"] = max(fractions)
-                rows.append(
-                    row
-                    | (
-                        {"target": TARGETS[name, m]}
-                        if (name, m) in TARGETS and platform != "cpu"
-                        else {}
-                    )
-                )
-    missing = (
-        [] if platform == "cpu" or _torch() else ["torch with CUDA and bitsandbytes"]
-    )
+            rows += _rows_of_size(m, n, weights, dense, sizes["loops"], peaks)
+    if platform == "cpu":
+        for row in rows:
+            row.pop("target", None)
+    has_torch = platform == "cpu" or _torch()
+    missing = [] if has_torch else ["torch with CUDA and bitsandbytes"]
     return {"subject": "kernels", "peaks": peaks, "rows": rows, "missing": missing}
+
+
+def _rows_of_size(
+    m: int,
+    n: int,
+    weights: dict[str, list[jaxq.QTensor]],
+    dense: list[jax.Array],
+    loops: int,
+    peaks: dict[str, float],
+) -> list[dict[str, Any]]:
+    """The rows of the result for one m and n: one for each kind of weight."""
+    x = jax.random.normal(jax.random.key(m), (m, K), jnp.bfloat16)
+    calls = {"bfloat16": _loop(lambda x, w: x @ w, x, dense, loops)}
+    # For each kind: bytes of a weight, what runs, and the relative error.
+    facts: dict[str, tuple] = {"bfloat16": (2 * K * n, "dense", None)}
+    for name, stack in weights.items():
+        error = _error(x, stack[0])
+        assert error < (0.02 if name == "w8a8" else 5e-3), (name, m, n, error)
+        calls[name] = _loop(lambda x, qt: x @ qt, x, stack, loops)
+        facts[name] = (stack[0].nbytes, jaxq.explain(x, stack[0]).kernel, error)
+    calls |= _others(m, n, len(dense), loops)
+    figures = summary(interleaved(calls, rounds=21, seconds=30.0), "bfloat16")
+    rows = []
+    for name, times in figures.items():
+        weight_bytes, kernel, error = facts.get(name, (None, name, None))
+        seconds = times["median_ms"] / 1e3 / (len(dense) * loops)
+        row = {
+            "what": name,
+            "m": m,
+            "n": n,
+            "kernel": kernel,
+            "error": error,
+            "us": 1e6 * seconds,
+            "speedup": 1 / times["time_over_base"],
+            "tflops": 2 * m * n * K / seconds / 1e12,
+        }
+        if weight_bytes is not None:
+            row["gb_per_s"] = (weight_bytes + 2 * m * (K + n)) / seconds / 1e9
+            memory = row["gb_per_s"] / peaks["gb_per_s"]
+            compute = row["tflops"] / peaks["tflops"]
+            row["roofline"] = max(memory, compute)
+        if (name, m) in TARGETS:
+            row["target"] = TARGETS[name, m]
+        rows.append(row)
+    return rows
 
 
 def _weights(
@@ -95,21 +110,21 @@ def _weights(
     """`count` weights of every kind, and dense ones."""
     keys = jax.random.split(jax.random.key(0), count)
     dense = [jax.random.normal(key, (K, n), jnp.bfloat16) / 64 for key in keys]
-    found = {}
+    weights = {}
     for name, preset in PRESETS.items():
         stack = [jaxq.quantize(w, preset) for w in dense]
         if platform == "tpu":
             stack = [jaxq.relayout(qt, "columns") for qt in stack]
-        found[name] = (
-            [qt.with_activation("int8") for qt in stack] if name == "w8a8" else stack
-        )
-    return found, dense
+        if name == "w8a8":
+            stack = [qt.with_activation("int8") for qt in stack]
+        weights[name] = stack
+    return weights, dense
 
 
 def _loop(
     product: Callable, x: jax.Array, weights: list[Any], loops: int
 ) -> Callable[[], Any]:
-    """All weights, `loops` times, in one program; x changes a little, so that no product is the same as one before."""
+    """A call that multiplies by all weights, `loops` times, in one program."""
 
     @jax.jit
     def program(x, weights):
@@ -117,6 +132,7 @@ def _loop(
             for w in weights:
                 y = product(x, w)
                 y = jnp.pad(y, ((0, 0), (0, max(0, K - y.shape[1]))))[:, :K]
+                # x changes a little, so that XLA cannot drop or share a product.
                 x = x + y * jnp.bfloat16(1e-30)
             return x
 
@@ -126,27 +142,25 @@ def _loop(
 
 
 def _error(x: jax.Array, qt: jaxq.QTensor) -> float:
-    exact = np.asarray(x, np.float64) @ np.asarray(
-        jaxq.dequantize(qt, dtype=jnp.float32), np.float64
-    )
-    found = np.asarray(jax.jit(lambda x, qt: x @ qt)(x, qt), np.float64)
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+    """The relative error of `x @ qt` against the dequantized weight in float64."""
+    w = np.asarray(jaxq.dequantize(qt, dtype=jnp.float32), np.float64)
+    exact = np.asarray(x, np.float64) @ w
+    y = np.asarray(jax.jit(lambda x, qt: x @ qt)(x, qt), np.float64)
+    return float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
 
 
 def _peaks(platform: str) -> dict[str, float]:
-    """What this device reaches: bytes a second of a copy, operations a second of a large dense product."""
+    """What this device reaches: bytes per second of a copy, operations of a product."""
     size, side = (2**22, 512) if platform == "cpu" else (2**29, 8192)
-    big, square = (
-        jnp.zeros((size,), jnp.bfloat16),
-        jnp.zeros((side, side), jnp.bfloat16),
-    )
+    vector = jnp.zeros((size,), jnp.bfloat16)
+    square = jnp.zeros((side, side), jnp.bfloat16)
     copy, dense = jax.jit(lambda v: v + jnp.bfloat16(1)), jax.jit(jnp.matmul)
     calls = {
-        "copy": lambda: jax.block_until_ready(copy(big)),
+        "copy": lambda: jax.block_until_ready(copy(vector)),
         "dense": lambda: jax.block_until_ready(dense(square, square)),
     }
-    found = summary(interleaved(calls, rounds=11, seconds=10.0), "copy")
-    seconds = {name: figures["min_ms"] / 1e3 for name, figures in found.items()}
+    figures = summary(interleaved(calls, rounds=11, seconds=10.0), "copy")
+    seconds = {name: times["min_ms"] / 1e3 for name, times in figures.items()}
     return {
         "gb_per_s": 4 * size / seconds["copy"] / 1e9,
         "tflops": 2 * side**3 / seconds["dense"] / 1e12,
@@ -154,7 +168,7 @@ def _peaks(platform: str) -> dict[str, float]:
 
 
 def _torch() -> Any:
-    """torch with CUDA where it and bitsandbytes are installed, else None."""
+    """torch with CUDA, or None if it or bitsandbytes is not installed."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "bitsandbytes")):
         return None
     import torch
@@ -163,10 +177,14 @@ def _torch() -> Any:
 
 
 def _others(m: int, n: int, count: int, loops: int) -> dict[str, Callable[[], Any]]:
-    """What people would use instead, on the same device: bitsandbytes' NF4 and torch's own int4, in CUDA graphs."""
+    """Other libraries on the same device, in CUDA graphs.
+
+    These are torch's bfloat16 and int4 products and bitsandbytes' NF4.
+    """
     torch = _torch()
     if torch is None:
         return {}
+    import bitsandbytes
     from bitsandbytes import functional
 
     x = torch.randn(m, K, device="cuda", dtype=torch.bfloat16)
@@ -176,9 +194,6 @@ def _others(m: int, n: int, count: int, loops: int) -> dict[str, Callable[[], An
     ]
     products: dict[str, Callable] = {"torch bfloat16": torch.nn.functional.linear}
     weights: dict[str, list] = {"torch bfloat16": dense}
-
-    import bitsandbytes
-
     weights["bitsandbytes nf4"] = [
         functional.quantize_4bit(w, blocksize=64, quant_type="nf4") for w in dense
     ]
@@ -209,6 +224,8 @@ def _others(m: int, n: int, count: int, loops: int) -> dict[str, Callable[[], An
 def _graph(
     torch: Any, product: Callable, x: Any, weights: list, loops: int
 ) -> Callable[[], Any]:
+    """A call that replays all products in one CUDA graph."""
+
     def body():
         for _ in range(loops):
             for w in weights:
@@ -230,34 +247,29 @@ def _graph(
 
 
 def table(result: dict[str, Any]) -> str:
-    """A markdown table of `run`'s figures."""
+    """Returns a markdown table of the figures of `run`."""
     peaks = result["peaks"]
+    copy = f"Copy: {peaks['gb_per_s']:.0f} GB/s."
+    dense = f"Dense bfloat16: {peaks['tflops']:.1f} TFLOP/s."
     lines = [
-        f"Copy: {peaks['gb_per_s']:.0f} GB/s. Dense bfloat16: {peaks['tflops']:.1f} TFLOP/s.",
+        f"{copy} {dense}",
         "",
+        HEADER,
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines.append(
-        "| weight | runs as | m | n | us | GB/s | TFLOP/s | roofline | times bfloat16 | target | error |"
-    )
-    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
-    for r in result["rows"]:
-        bandwidth = f"{r['gb_per_s']:.0f}" if "gb_per_s" in r else "-"
-        roofline = f"{r['roofline']:.2f}" if "roofline" in r else "-"
-        target = f">= {r['target']}" if "target" in r else "-"
-        error = "-" if r["error"] is None else f"{r['error']:.1e}"
+    for row in result["rows"]:
         cells = [
-            r["what"],
-            r["kernel"],
-            r["m"],
-            r["n"],
-            f"{r['us']:.1f}",
-            bandwidth,
-            f"{r['tflops']:.2f}",
-            roofline,
+            row["what"],
+            row["kernel"],
+            row["m"],
+            row["n"],
+            f"{row['us']:.1f}",
+            f"{row['gb_per_s']:.0f}" if "gb_per_s" in row else "-",
+            f"{row['tflops']:.2f}",
+            f"{row['roofline']:.2f}" if "roofline" in row else "-",
+            f"{row['speedup']:.2f}",
+            f">= {row['target']}" if "target" in row else "-",
+            "-" if row["error"] is None else f"{row['error']:.1e}",
         ]
-        lines.append(
-            "| "
-            + " | ".join(map(str, [*cells, f"{r['speedup']:.2f}", target, error]))
-            + " |"
-        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

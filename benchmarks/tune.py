@@ -1,12 +1,16 @@
-"""Looks for the fastest tiles of the kernels and writes them to jaxq/kernels/tiles.json, with where they are from.
+"""Finds the fastest tiles of the kernels and writes them to jaxq/kernels/tiles.json.
 
-    python benchmarks/tune.py                     # on this machine's accelerator: k = 4096, n = 4096 and 14336
+    python benchmarks/tune.py                     # on this machine's accelerator
     python benchmarks/tune.py --codes int4 --k 8192 --n 8192 --m 1 16
-    python benchmarks/tune.py --topology v6e:2x2  # for a TPU that is not there: needs libtpu, see schedule.py
+    python benchmarks/tune.py --topology v6e:2x2  # for a TPU that is absent
 
-Entries of other devices stay. On an accelerator every candidate is checked against float64 before it is timed; the time
-is that of a loop over enough weights to defeat the caches, the candidates in turns ("measured"). Without one, TPU tiles
-are ranked by the compiler's schedule ("schedule"), and never replace measured ones.
+The defaults are k = 4096, and n = 4096 and 14336. Entries of other devices stay in the
+table. Each entry says how its tiles were found:
+
+- "measured": on an accelerator. Every candidate is first checked against float64. Then
+  a loop over enough weights to defeat the caches is timed, the candidates in turns.
+- "schedule": without an accelerator. TPU tiles are ranked by the compiler's schedule,
+  see schedule.py. This needs libtpu. It never replaces a measured entry.
 """
 
 from __future__ import annotations
@@ -27,23 +31,24 @@ from timing import interleaved, summary
 
 from jaxq import kernels
 from jaxq.kernels import _tiles
+from jaxq.kernels._registry import kernel_module
 
 TABLE = Path(_tiles.__file__).with_name("tiles.json")
-CODES = {
-    "int4": 128,
-    "uint4": 128,
-    "codebook4": 64,
-    "int8": None,
-}  # with the group each is tuned for
+# The kinds of codes, and the group size that each is tuned for. None means one scale
+# per column.
+CODES = {"int4": 128, "uint4": 128, "codebook4": 64, "int8": None}
 BUCKETS = (16, 64, 128, 256)
 CACHE_BYTES = 256 * 2**20
+LOOPS = 8
+# The fields of an entry that say what it is for.
+KEY = ("kernel", "device", "codes", "x", "group", "m", "k", "n")
 
 
 def candidates(
     name: str, problem: kernels.Problem, device: str | None
 ) -> Iterator[dict[str, Any]]:
-    """The kernel's own tiles, and what is near them."""
-    own = dict(_tiles.kernel(name).default_tiles(problem, device))
+    """Yields the kernel's own tiles, and then tiles near them."""
+    own = dict(kernel_module(name).default_tiles(problem, device))
     yield own
     bodies = ("select", "gather") if problem.codebook else ("pre", "post")
     choices: dict[str, tuple] = {
@@ -61,17 +66,16 @@ def candidates(
             "stages": (2, 3, 4),
         },
     }[name]
-    seen = [own]
     for values in itertools.product(*choices.values()):
         tiles = own | dict(zip(choices, values, strict=True))
-        if set(tiles) == set(own) and tiles not in seen:
-            seen.append(tiles)
+        if tiles != own:
             yield tiles
 
 
 def make_problem(
     codes: str, group: int | None, m: int, k: int, n: int, layout: str
 ) -> kernels.Problem:
+    """Returns a product in bfloat16. `group=None` means one scale per column."""
     return kernels.Problem(
         e=1,
         m=m,
@@ -89,157 +93,155 @@ def make_problem(
     )
 
 
-def arrays(problem: kernels.Problem, seed: int) -> tuple[jax.Array, ...]:
-    """Random x, data, scale, zero point and codebook for a problem, on the device."""
+def random_operands(problem: kernels.Problem, seed: int) -> tuple[jax.Array, ...]:
+    """Returns random x, data, scale, zero point and codebook, on the device.
+
+    Arrays that the problem does not have are None.
+    """
     p, rng = problem, np.random.default_rng(seed)
     width = p.k * p.bits // 8
-    data = rng.integers(
-        0, 256, (1, p.n, width) if p.layout == "rows" else (1, width, p.n), np.uint8
-    )
+    shape = (1, p.n, width) if p.layout == "rows" else (1, width, p.n)
+    data = rng.integers(0, 256, shape, np.uint8)
+    if p.bits == 8 and p.signed:
+        data = data.view(np.int8)
     scales = (1, p.num_groups, p.n)
     zero = rng.integers(0, 2**p.bits, scales).astype(np.uint8)
-    made = (
-        jnp.asarray(rng.standard_normal((1, p.m, p.k)), jnp.bfloat16),
-        jnp.asarray(data.view(np.int8) if p.bits == 8 and p.signed else data),
-        jnp.asarray(rng.uniform(0.5, 1.5, scales), jnp.bfloat16),
-        jnp.asarray(zero) if p.zero_point else None,
-        jnp.asarray(np.sort(rng.standard_normal((1, 16))), jnp.float32)
-        if p.codebook
-        else None,
-    )
-    return jax.tree.map(jax.device_put, made)
+    x = jnp.asarray(rng.standard_normal((1, p.m, p.k)), jnp.bfloat16)
+    scale = jnp.asarray(rng.uniform(0.5, 1.5, scales), jnp.bfloat16)
+    codebook = None
+    if p.codebook:
+        entries = np.sort(rng.standard_normal((1, 16)))
+        codebook = jnp.asarray(entries, jnp.float32)
+    zero_point = jnp.asarray(zero) if p.zero_point else None
+    operands = (x, jnp.asarray(data), scale, zero_point, codebook)
+    return jax.tree.map(jax.device_put, operands)
 
 
-def expected(problem: kernels.Problem, made: tuple) -> np.ndarray:
-    """The product in float64."""
+def exact_product(problem: kernels.Problem, operands: tuple) -> np.ndarray:
+    """Returns the product in float64, `[m, n]`."""
     p = problem
     x, data, scale, zero, codebook = (
-        None if a is None else np.asarray(a)[0] for a in made
+        None if array is None else np.asarray(array)[0] for array in operands
     )
     assert x is not None
     assert data is not None
     assert scale is not None
-    data = (
-        data.view(np.uint8)
-        if p.layout == "rows"
-        else np.ascontiguousarray(data.view(np.uint8).T)
-    )
-    codes = (
-        np.stack([data & 15, data >> 4], -1).reshape(p.n, p.k) if p.bits == 4 else data
-    )
+    data = data.view(np.uint8)
+    if p.layout == "columns":
+        data = np.ascontiguousarray(data.T)
+    codes = data
+    if p.bits == 4:
+        codes = np.stack([data & 15, data >> 4], -1).reshape(p.n, p.k)
     codes = codes.astype(np.int32)
     if p.signed:
         codes -= (codes >= 2 ** (p.bits - 1)) * 2**p.bits
-    numbers = codebook[codes] if codebook is not None else codes.astype(np.float64)
+    numbers = codes.astype(np.float64) if codebook is None else codebook[codes]
     if zero is not None:
         numbers = numbers - np.repeat(zero.T.astype(np.float64), p.group, 1)
-    return (
-        x.astype(np.float64)
-        @ (numbers * np.repeat(scale.T.astype(np.float64), p.group, 1)).T
-    )
+    weights = numbers * np.repeat(scale.T.astype(np.float64), p.group, 1)  # [n, k]
+    return x.astype(np.float64) @ weights.T
 
 
 def loop(product: Callable, weights: list[tuple]) -> Callable[[], Any]:
-    """All weights, several times, in one program."""
+    """Returns a call that multiplies by all weights, `LOOPS` times, in one program."""
 
     @jax.jit
     def program(x, weights):
         def body(_, x):
             for w in weights:
                 y = product(x, *w)
-                y = jnp.pad(y, ((0, 0), (0, 0), (0, max(0, x.shape[2] - y.shape[2]))))[
-                    ..., : x.shape[2]
-                ]
+                missing = max(0, x.shape[2] - y.shape[2])
+                y = jnp.pad(y, ((0, 0), (0, 0), (0, missing)))[..., : x.shape[2]]
+                # x changes a little, so that XLA cannot drop or share a product.
                 x = x + y * jnp.bfloat16(1e-30)
             return x
 
-        return jax.lax.fori_loop(0, 8, body, x)
+        return jax.lax.fori_loop(0, LOOPS, body, x)
 
     x, rest = weights[0][0], [w[1:] for w in weights]
     return lambda: jax.block_until_ready(program(x, rest))
 
 
 def tune(name: str, problem: kernels.Problem, device: str) -> dict[str, Any] | None:
-    """The table's entry for a problem, or None where the kernel does not serve it."""
-    module = _tiles.kernel(name)
+    """Returns the table's entry for a problem, measured on this device.
+
+    None means that the kernel cannot compute the problem, or that no tiles work.
+    """
+    module = kernel_module(name)
     if module.why_not(problem, device) is not None:
         return None
     count = max(2, CACHE_BYTES // (problem.k * problem.n * problem.bits // 8))
-    weights = [arrays(problem, seed) for seed in range(count)]
-    exact, calls, found = expected(problem, weights[0]), {}, {}
+    weights = [random_operands(problem, seed) for seed in range(count)]
+    exact = exact_product(problem, weights[0])
+    calls, tiles_of = {}, {}
     for tiles in candidates(name, problem, device):
         label = json.dumps(tiles)
-
-        def product(*made, tiles=tiles):
-            return module.matmul(*made, problem=problem, tiles=tiles)
-
+        product = functools.partial(module.matmul, problem=problem, tiles=tiles)
         try:
             y = np.asarray(jax.jit(product)(*weights[0])[0], np.float64)
-        except (
-            Exception
-        ) as error:  # the compiler refuses: too large, or not for this body
+        except Exception as error:  # the compiler refuses, for example too large tiles
             print(f"  {label}: {str(error).splitlines()[0][:90]}")
             continue
-        if np.linalg.norm(y - exact) > 5e-3 * np.linalg.norm(exact):
-            print(
-                f"  {label}: WRONG by {np.linalg.norm(y - exact) / np.linalg.norm(exact):.2g}"
-            )
+        relative_error = np.linalg.norm(y - exact) / np.linalg.norm(exact)
+        if relative_error > 5e-3:
+            print(f"  {label}: WRONG by {relative_error:.2g}")
             continue
-        calls[label], found[label] = loop(product, weights), tiles
+        calls[label], tiles_of[label] = loop(product, weights), tiles
     if not calls:
         return None
     figures = summary(interleaved(calls, rounds=7, seconds=10.0), next(iter(calls)))
     best = min(figures, key=lambda label: figures[label]["median_ms"])
-    us = 1e3 * figures[best]["median_ms"] / 8 / count
-    print(
-        f"{name} {problem.codes} m={problem.m} n={problem.n}: {best}, {us:.1f} us",
-        flush=True,
-    )
-    return _entry(
-        name, device, problem, found[best], {"source": "measured", "us": round(us, 2)}
-    )
+    us = 1e3 * figures[best]["median_ms"] / LOOPS / count
+    p = problem
+    print(f"{name} {p.codes} m={p.m} n={p.n}: {best}, {us:.1f} us", flush=True)
+    origin = {"source": "measured", "us": round(us, 2)}
+    return _entry(name, device, problem, tiles_of[best], origin)
 
 
 def rank(
-    schedules: Schedules, problem: kernels.Problem, known: dict[str, int]
+    schedules: Schedules, problem: kernels.Problem, bundles_of: dict[str, int]
 ) -> dict[str, Any] | None:
-    """The table's entry for a problem by the compiler's schedule; `known` keeps the bundles of tiles seen before."""
-    module, p, device = _tiles.kernel("tpu"), problem, schedules.device_kind
+    """Returns the table's entry for a problem, by the compiler's schedule.
+
+    None means that the kernel cannot compute the problem.
+
+    Args:
+      schedules: the compiler.
+      problem: the product.
+      bundles_of: bundles of a grid step by problem and tiles, filled here. Problems
+        that differ only in k and n share them. 0 means that the tiles do not compile.
+    """
+    module, p, device = kernel_module("tpu"), problem, schedules.device_kind
     if module.why_not(p, device) is not None:
         return None
+    shapes = jax.eval_shape(lambda: random_operands(p, 0))
     specs = [
-        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype)
-        for a in jax.eval_shape(lambda: arrays(p, 0))
+        None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)
+        for array in shapes
     ]
-    figures = {}
+    cycles_of = {}
     for tiles in candidates("tpu", p, device):
         label = json.dumps(tiles)
         key = f"{p.codes} {p.group} {p.m} {label}"
-        if key not in known:
+        if key not in bundles_of:
+            product = functools.partial(module.matmul, problem=p, tiles=tiles)
             try:
-                known[key] = schedules.bundles(
-                    functools.partial(module.matmul, problem=p, tiles=tiles), specs
-                )
-            except (
-                Exception
-            ) as error:  # the compiler refuses: too large, or not for this body
+                bundles_of[key] = schedules.bundles(product, specs)
+            except Exception as error:  # the compiler refuses, as in `tune`
                 print(f"  {label}: {str(error).splitlines()[0][:90]}")
-                known[key] = 0
-        if known[key]:
-            figures[label] = schedules.cycles(p, tiles, known[key])
-    own, best = next(iter(figures)), min(figures, key=lambda label: figures[label])
-    (cycles, reading), rule = figures[best], figures[own][0]
+                bundles_of[key] = 0
+        if bundles_of[key]:
+            cycles_of[label] = schedules.cycles(p, tiles, bundles_of[key])
+    own = next(iter(cycles_of))
+    best = min(cycles_of, key=lambda label: cycles_of[label])
+    cycles, read_cycles = cycles_of[best]
     print(
-        f"{device} {p.codes} m={p.m} n={p.n}: {best}, {cycles} cycles, {reading} for reading, {rule} by rule",
+        f"{device} {p.codes} m={p.m} n={p.n}: {best}, {cycles} cycles, "
+        f"{read_cycles} for reading, {cycles_of[own][0]} by rule",
         flush=True,
     )
-    return _entry(
-        "tpu",
-        device,
-        p,
-        json.loads(best),
-        {"source": "schedule", "cycles": cycles, "hbm_cycles": reading},
-    )
+    origin = {"source": "schedule", "cycles": cycles, "hbm_cycles": read_cycles}
+    return _entry("tpu", device, p, json.loads(best), origin)
 
 
 def _entry(
@@ -247,28 +249,32 @@ def _entry(
     device: str,
     p: kernels.Problem,
     tiles: dict[str, Any],
-    found: dict[str, Any],
+    origin: dict[str, Any],
 ) -> dict[str, Any]:
-    key = {
+    facts = {
         "kernel": name,
         "device": device,
         "codes": p.codes,
         "x": p.x_dtype,
         "group": p.group,
+        "m": p.m,
+        "k": p.k,
+        "n": p.n,
     }
-    return key | {"m": p.m, "k": p.k, "n": p.n, "tiles": tiles} | found
+    return facts | {"tiles": tiles} | origin
 
 
 def _key(entry: dict[str, Any]) -> str:
-    return json.dumps(
-        [
-            entry[name]
-            for name in ("kernel", "device", "codes", "x", "group", "m", "k", "n")
-        ]
-    )
+    """What an entry is for. Two entries with one key are for the same product."""
+    return json.dumps([entry[name] for name in KEY])
 
 
-def main() -> None:
+def _write(table: dict[str, dict[str, Any]]) -> None:
+    text = ",\n ".join(json.dumps(entry) for entry in table.values())
+    TABLE.write_text(f"[{text}]\n")
+
+
+def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -286,41 +292,41 @@ def main() -> None:
         "--topology",
         help="rank tiles for this TPU, such as v6e:2x2, by the compiler's schedule",
     )
+    return parser
+
+
+def main() -> None:
+    parser = _arguments()
     args = parser.parse_args()
-    schedules = Schedules(args.topology) if args.topology else None
-    platform = (
-        {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-        if schedules is None
-        else "tpu"
-    )
+    schedules, platform = None, "tpu"
+    if args.topology:
+        schedules = Schedules(args.topology)
+        device = schedules.device_kind
+    else:
+        backend = jax.default_backend()
+        platform = {"gpu": "cuda"}.get(backend, backend)
+        device = jax.devices()[0].device_kind
     if platform not in kernels.KERNELS:
-        parser.exit(
-            1,
-            f"There are no kernels for {platform}: nothing to time. See --topology.\n",
-        )
-    device = (
-        jax.devices()[0].device_kind if schedules is None else schedules.device_kind
-    )
+        message = f"There are no kernels for {platform}, so nothing can be timed."
+        parser.exit(1, f"{message} Use --topology to rank tiles for a TPU.\n")
     layout = "columns" if platform == "tpu" else "rows"
-    table, known = {_key(entry): entry for entry in _tiles.table()}, {}
+    table = {_key(entry): entry for entry in _tiles.table()}
+    bundles_of: dict[str, int] = {}
     for name in args.kernels or kernels.KERNELS[platform][:1]:
         for codes, m, k, n in itertools.product(args.codes, args.m, args.k, args.n):
             problem = make_problem(codes, CODES[codes], _tiles.bucket(m), k, n, layout)
-            entry = (
-                tune(name, problem, device)
-                if schedules is None
-                else rank(schedules, problem, known)
-            )
-            if entry is None or (
-                schedules and table.get(_key(entry), entry)["source"] == "measured"
-            ):
+            if schedules is None:
+                entry = tune(name, problem, device)
+            else:
+                entry = rank(schedules, problem, bundles_of)
+            if entry is None:
+                continue
+            old = table.get(_key(entry), entry)
+            if schedules is not None and old["source"] == "measured":
                 continue
             table[_key(entry)] = entry
-            text = ",\n ".join(json.dumps(e) for e in table.values())
-            TABLE.write_text(
-                f"[{text}]\n"
-            )  # after every problem: a run may be cut short
-    if schedules:
+            _write(table)  # after every problem, because a run may be cut short
+    if schedules is not None:
         schedules.close()
 
 

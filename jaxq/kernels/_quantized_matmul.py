@@ -165,11 +165,15 @@ class _Operands:
             "codebook": self.codebook,
         }
         shown = [
-            f"{name}: {array.dtype.name}[{','.join(map(str, array.shape))}]"
+            f"{name}: {array.dtype.name}{_shape_text(array.shape)}"
             for name, array in arrays.items()
             if array is not None
         ]
         return kind(f"quantized_matmul: {problem} ({', '.join(shown)}). {remedy}")
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return f"[{','.join(map(str, shape))}]"
 
 
 def _checked_options(
@@ -268,7 +272,8 @@ def _check_leaves(operands: _Operands) -> None:
         if leaf is not None and leaf.shape != shape:
             raise o.error(
                 ValueError,
-                f"{name} must be {list(shape)}, one row for each row of codes",
+                f"{name} must have shape {_shape_text(shape)}, one row for each row of "
+                "codes",
                 f"Reshape {name}.",
             )
     if o.codebook is None:

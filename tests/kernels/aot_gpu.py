@@ -1,9 +1,12 @@
-"""Compiles the GPU kernels for an H200 on a machine without a GPU, and prints what came of each case.
+"""Compiles the GPU kernels for an H200 without a GPU, and prints each case's result.
 
-    python -m tests.kernels.aot_gpu [mosaic_gpu | triton] [word ...]     # cases whose name has all words
+    python -m tests.kernels.aot_gpu [mosaic_gpu | triton] [word ...]
 
-It needs jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version, installed with `--no-deps`: the compiler is in
-them, and neither CUDA nor a driver is asked for. The target is described by h200.txtpb, a GpuTargetConfigProto of XLA.
+With words, only cases run whose name has all of the words.
+
+It needs jax-cuda13-plugin and jax-cuda13-pjrt of the same version as jax, installed
+with `--no-deps`. They contain the compiler. CUDA and a driver are not needed. The file
+h200.txtpb, a GpuTargetConfigProto of XLA, describes the target.
 """
 
 import functools
@@ -13,7 +16,9 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is there, so that it looks for no GPU
+os.environ["JAX_PLATFORMS"] = (
+    "cpu"  # before the import of jax, which would look for a GPU
+)
 
 import jax
 import numpy as np
@@ -27,7 +32,7 @@ DEVICE = "NVIDIA H200"
 
 
 def cases() -> dict[str, Problem]:
-    """Every code by every group for one token to a prompt, and one of each other thing that a kernel looks at."""
+    """Every code by every group for 1 to 512 tokens, and a case of all other facts."""
     out = {}
     for codes, m, group in itertools.product(CODES, (1, 16, 512), (32, 64, 128, 4096)):
         out[f"{codes} m={m} group={group}"] = problem(codes, m=m, group=group)
@@ -49,6 +54,22 @@ def cases() -> dict[str, Problem]:
     return out
 
 
+def compiled(kernel, p: Problem, shapes: list, mesh: Mesh) -> tuple[str, str]:
+    """Compiles one case. Returns "ok", "FAILED" or "not served", and the reason."""
+    reason = kernel.why_not(p, DEVICE)
+    if reason is not None:
+        return "not served", reason
+    tiles = kernel.default_tiles(p, DEVICE)
+    matmul = functools.partial(kernel.matmul, problem=p, tiles=tiles)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            jax.jit(matmul).lower(*shapes).compile()
+    except Exception as error:  # any error of the compiler is this case's result
+        first_line = str(error).splitlines()[0]
+        return "FAILED", f"{type(error).__name__}: {first_line[:300]}"
+    return "ok", ""
+
+
 def main(kernel_name: str = "mosaic_gpu", *words: str) -> None:
     kernel = importlib.import_module(f"jaxq.kernels._{kernel_name}")
     target = (Path(__file__).parent / "h200.txtpb").read_text()
@@ -66,28 +87,10 @@ def main(kernel_name: str = "mosaic_gpu", *words: str) -> None:
             else a.update(sharding=NamedSharding(mesh, PartitionSpec()))
             for a in specs(p)
         ]
-        result = "ok"
-        if reason := kernel.why_not(p, DEVICE):
-            result = "not served"
-        else:
-            matmul = functools.partial(
-                kernel.matmul, problem=p, tiles=kernel.default_tiles(p, DEVICE)
-            )
-            try:
-                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                    jax.jit(matmul).lower(*shapes).compile()
-            except (
-                Exception
-            ) as error:  # whatever a compiler raises is this case's result
-                result, reason = (
-                    "FAILED",
-                    f"{type(error).__name__}: {str(error).splitlines()[0][:300]}",
-                )
+        result, reason = compiled(kernel, p, shapes, mesh)
         counts[result] += 1
-        print(
-            f"{result}{': ' if result == 'not served' else ' '}{name} {reason or ''}".strip(),
-            flush=True,
-        )
+        separator = ": " if result == "not served" else " "
+        print(f"{result}{separator}{name} {reason}".strip(), flush=True)
     print(
         f"jax {jax.__version__} {kernel_name}:",
         ", ".join(f"{count} {what}" for what, count in counts.items()),

@@ -1,9 +1,9 @@
-"""Compiles the TPU kernel for a TPU that need not be there, by libtpu's own compiler.
+"""Compiles the TPU kernel with libtpu's compiler, which needs no TPU.
 
     python -m tests.kernels.aot_tpu v6e:2x2
 
-It needs libtpu, which comes with jax[tpu], and prints a line for every case, "ok", "not served: why" or "FAILED why",
-and how many compiled.
+It needs libtpu, which comes with jax[tpu]. It prints a line for each case, "ok", "not
+served" with the reason, or "FAILED" with the error, and then how many compiled.
 """
 
 import functools
@@ -23,28 +23,28 @@ from tests.kernels.problems import CODES, problem, specs
 
 
 def cases() -> dict[str, Problem]:
-    """Every code by every group for one token to a prompt, and one of each other thing that the kernel looks at."""
-    found = {}
+    """Every code by every group for few and many rows, and one case of other facts."""
+    out = {}
     for codes in CODES:
         make = functools.partial(
             problem, codes, layout="columns", scale_dtype="bfloat16"
         )
         for m, group in itertools.product((16, 512), (32, 64, 128, None)):
-            found[f"{codes} group={group} m={m}"] = make(m=m, group=group)
+            out[f"{codes} group={group} m={m}"] = make(m=m, group=group)
         for m in (32, 512):
-            found[f"{codes} int8 x m={m}"] = make(m=m, x_dtype="int8")
+            out[f"{codes} int8 x m={m}"] = make(m=m, x_dtype="int8")
         sums = {"scale_dtype": None, "zero_point": False, "out_dtype": "int32"}
-        found[f"{codes} int32"] = make(m=32, group=None, x_dtype="int8", **sums)
+        out[f"{codes} int32"] = make(m=32, group=None, x_dtype="int8", **sums)
         for m in (16, 512):
             wide = dict.fromkeys(("x_dtype", "scale_dtype", "out_dtype"), "float32")
-            found[f"{codes} float32 x m={m}"] = make(m=m, **wide)
-        found[f"{codes} float16"] = make(
+            out[f"{codes} float32 x m={m}"] = make(m=m, **wide)
+        out[f"{codes} float16"] = make(
             **dict.fromkeys(("x_dtype", "scale_dtype", "out_dtype"), "float16")
         )
-        found[f"{codes} tails"] = make(
+        out[f"{codes} tails"] = make(
             e=2, m=5, k=1152, n=96, group=64, scale_dtype="float32"
         )
-    return found
+    return out
 
 
 def main(topology: str) -> None:
@@ -67,7 +67,7 @@ def main(topology: str) -> None:
             jax.jit(run, in_shardings=sharding, out_shardings=sharding).lower(
                 *specs(p)
             ).compile()
-        except Exception as error:  # whatever a compiler says is the finding
+        except Exception as error:  # any error of the compiler is the result
             print(
                 f"FAILED {name} {tiles}: {' '.join(str(error).split())[:500]}",
                 flush=True,

@@ -1,4 +1,4 @@
-"""Products for kernels: static facts, shapes, random arrays, what comes out in float64, and what they lower to."""
+"""Products for kernels: facts, shapes, random arrays, float64 results, lowered text."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ def problem(
     n: int = 4096,
     **other,
 ) -> Problem:
-    """A product of codes along rows; `group=None` is one scale a column of the result."""
+    """A product. `group=None` means one scale per column of the result."""
     bits, signed, codebook, zero_point = CODES[codes]
     facts = {
         "x_dtype": "bfloat16",
@@ -65,7 +65,10 @@ def specs(p: Problem) -> list[jax.ShapeDtypeStruct | None]:
 def operands(
     p: Problem, seed: int = 0, *, powers_of_two: bool = False
 ) -> tuple[list[jax.Array | None], np.ndarray]:
-    """Arrays for a kernel, and their product in float64; scales that are powers of two leave nothing to round."""
+    """Arrays for a kernel, and their product in float64.
+
+    With `powers_of_two` all scales are powers of two, so scaling rounds nothing.
+    """
     rng = np.random.default_rng(seed)
     shapes = specs(p)
     low = -(1 << (p.bits - 1)) if p.signed else 0
@@ -84,7 +87,7 @@ def operands(
     zero = integers(scales) if p.zero_point else None
     codebook = (
         rng.normal(size=(p.e, 16)).astype(np.float32) if p.codebook else None
-    )  # unsorted: any table will do
+    )  # unsorted, as any table may be
 
     weights = codes.astype(np.float64)
     if codebook is not None:
@@ -109,14 +112,14 @@ def operands(
 
 
 def error(y: jax.Array, expected: np.ndarray) -> float:
-    """Of the Frobenius norm."""
+    """The error relative to the Frobenius norm of the expected result."""
     return float(
         np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
     )
 
 
 def lowered(kernel, p: Problem, tiles: dict, device: str = "NVIDIA H200") -> str:
-    """What a kernel lowers to for its platform, on any machine."""
+    """The program that a kernel lowers to for its platform, on any machine."""
     platform = "tpu" if kernel.__name__.endswith("_tpu") else "cuda"
     context = contextlib.nullcontext()
     if platform == "cuda" and jax.__version_info__ >= (

@@ -1,4 +1,4 @@
-"""The GPU kernels compile down to machine-near code for an H200, where the compiler is installed."""
+"""The GPU kernels compile for an H200, if the compiler is installed."""
 
 import importlib.util
 import os
@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins") is None
     or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
-    reason="needs jax-cuda13-plugin and jax-cuda13-pjrt, as tests/kernels/aot_gpu.py says",
+    reason="needs jax-cuda13-plugin and jax-cuda13-pjrt, see tests/kernels/aot_gpu.py",
 )
 @pytest.mark.parametrize("kernel", ["mosaic_gpu", "triton"])
 def test_compiles_for_h200(kernel, capsys):
-    """In a process of its own: a compiler may end the process it fails in."""
+    """In a process of its own, because a compiler may end the process on an error."""
     command = [sys.executable, "-m", "tests.kernels.aot_gpu", kernel]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The TPU kernel compiles for each generation, by libtpu's own compiler and without a TPU."""
+"""The TPU kernel compiles for each generation, with libtpu's compiler and no TPU."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ NOT_SERVED = {"codebook4 int8 x m=32", "codebook4 int8 x m=512", "codebook4 int3
 )
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
 def test_every_case_compiles(topology, capsys):
-    """In a process of its own: the compiler aborts on some faults, and takes the process with it."""
+    """In a process of its own, because the compiler ends the process on some errors."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.kernels.aot_tpu", topology],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The Hopper kernel: its arithmetic in an interpreter, and that every form of it lowers."""
+"""The Hopper kernel: arithmetic in the interpreter, and the lowering of every case."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ K = 256  # two steps of the smallest tiles
 
 @pytest.fixture(autouse=True)
 def _fresh_interpreter():
-    """After an error the interpreter wants to be told before it runs anything again."""
+    """After an error the interpreter must be reset before it runs again."""
     yield
     interpret_pallas_call.reset_gpu_interpret_mode_state()
 
@@ -79,14 +79,14 @@ def test_edges_and_dtypes(codes, facts, tiles):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("codes", CODES)
-def test_float16_is_exact_but_for_the_codebook(codes):
+def test_float16_is_exact_except_for_the_codebook(codes):
     p = problem(codes, m=8, k=K, n=64, group=64, x_dtype="float16", out_dtype="float32")
     assert run(p) < (5e-4 if codes == "codebook4" else 1e-6)
 
 
 @pytest.mark.heavy
 def test_bfloat16_codes_are_exact():
-    """Every code by every zero point: a sum of one product shows the weight itself."""
+    """Every code with every zero point: a sum of one product is the weight itself."""
     p = problem("int8", m=8, k=K, n=256, group=K, zero_point=True, out_dtype="float32")
     codes = np.broadcast_to(np.arange(-128, 128), (1, 256, K))
     zero = np.arange(-128, 128)[None, None, :]
@@ -120,7 +120,11 @@ def test_lowers_for_cuda(codes, group, m):
 
 
 def places(layout, shape):
-    """Where in an array each register of each thread comes from: flat indices `[warp, lane, *registers, vector]`."""
+    """The number of an array that each register of each thread holds.
+
+    Returns:
+      Flat indices `[warp, lane, *registers, vector]`.
+    """
     layout = layout.to_mgpu()
     index = np.arange(np.prod(shape)).reshape(shape)
     for tile in layout.tiling.tiles:
@@ -146,14 +150,14 @@ def places(layout, shape):
     )
 
 
-def test_a_word_is_where_its_bytes_are():
+def test_a_word_is_in_the_place_of_its_bytes():
     words, data = places(kernel._WORDS, (64, 8)), places(kernel._BYTES, (64, 32))
     np.testing.assert_array_equal(data, 4 * words + np.arange(4))
 
 
 @pytest.mark.parametrize("num_pairs", [2, 4])
-def test_registers_mean_what_the_interpreter_says(num_pairs):
-    """Threads put pairs into registers, the interpreter into columns: wgmma finds the same number either way."""
+def test_registers_and_interpreter_agree_on_columns(num_pairs):
+    """wgmma gets the same number from a register as the interpreter has in a column."""
     words = places(kernel._WORDS, (64, 8))[..., 0]
     first = [
         2 * (np.arange(512) + 512 * pair).reshape(64, 8) for pair in range(num_pairs)
@@ -164,18 +168,20 @@ def test_registers_mean_what_the_interpreter_says(num_pairs):
     expected = np.asarray(kernel._as_weights(pairs, jnp.uint16, True)).ravel()
     columns = places(kernel._WEIGHTS, (64, 16 * num_pairs))
     for warp, lane in ((0, 0), (0, 7), (1, 18), (3, 31)):
-        mine = words[warp, lane].reshape(
+        words_of_thread = words[warp, lane].reshape(
             1, 2, 2
         )  # [rows / 64, units, halves of 16 rows]
-        registers = kernel._by_unit([numbers.ravel()[mine] for numbers in first])
-        found = np.stack([registers, registers + 1], axis=-1)
+        registers = kernel._by_unit(
+            [numbers.ravel()[words_of_thread] for numbers in first]
+        )
+        numbers_of_thread = np.stack([registers, registers + 1], axis=-1)
         np.testing.assert_array_equal(
-            expected[columns[warp, lane]].ravel(), found.ravel()
+            expected[columns[warp, lane]].ravel(), numbers_of_thread.ravel()
         )
 
 
 def test_weights_are_not_copied():
-    """Nothing but the kernel touches the codes: no pad, no change of type, no transpose."""
+    """Only the kernel reads the codes: no pad, no change of dtype, no transpose."""
     p = problem("int4", m=3, group=64, k=4160, n=1000)
     tiles = kernel.default_tiles(p, None)
     jaxpr = jax.make_jaxpr(functools.partial(kernel.matmul, problem=p, tiles=tiles))(
@@ -205,17 +211,17 @@ def test_weights_are_not_copied():
         ({"m": 0}, "empty"),
     ],
 )
-def test_says_why_not(change, reason):
+def test_why_not_names_the_reason(change, reason):
     p = problem("int4", m=8, group=64)
     assert kernel.why_not(p, None) is None
     assert reason in kernel.why_not(dataclasses.replace(p, **change), None)
 
 
-def test_is_for_hopper():
+def test_is_only_for_hopper():
     p = problem("int4", m=8, group=64)
     assert "A100" in kernel.why_not(p, "NVIDIA A100-SXM4-40GB")
     assert kernel.why_not(p, "NVIDIA H100 80GB HBM3") is None
-    with pytest.raises(ValueError, match="no tiles"):
+    with pytest.raises(ValueError, match="cannot run with tiles"):
         kernel.matmul(
             *operands(p)[0], problem=p, tiles=kernel.default_tiles(p, None) | {"bk": 96}
         )

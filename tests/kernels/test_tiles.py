@@ -1,8 +1,9 @@
-"""The tile table: every entry is found, fits its kernel and lowers; elsewhere the kernel's rule holds."""
+"""The tile table: every entry is used and lowers. Else the kernel's rule holds."""
 
 import pytest
 
 from jaxq.kernels import KERNELS, Problem, _tiles
+from jaxq.kernels._registry import kernel_module
 from tests.kernels.problems import CUSTOM_CALL, lowered, problem
 
 ENTRIES = _tiles.table()
@@ -10,7 +11,7 @@ LAYOUT = {"tpu": "columns", "mosaic_gpu": "rows", "triton": "rows"}
 
 
 def problem_of(entry: dict) -> Problem:
-    """The product an entry is for; sizes of its own where it is for all."""
+    """The product that an entry is for. An entry for all sizes gets some sizes."""
     sizes = {name: entry.get(name) or 4096 for name in ("k", "n")}
     other = {
         "x_dtype": entry["x"],
@@ -20,15 +21,15 @@ def problem_of(entry: dict) -> Problem:
     return problem(entry["codes"], m=entry["m"], group=entry["group"], **sizes, **other)
 
 
-def test_entries_say_what_they_are_for():
-    names = {name for found in KERNELS.values() for name in found}
+def test_entries_are_complete_and_differ():
+    names = {name for platform in KERNELS.values() for name in platform}
     keys = [
         tuple(
             e.get(k) for k in ("kernel", "device", "codes", "x", "group", "m", "k", "n")
         )
         for e in ENTRIES
     ]
-    assert len(set(keys)) == len(keys), "two entries for one thing"
+    assert len(set(keys)) == len(keys), "two entries for the same product"
     for entry in ENTRIES:
         assert entry["kernel"] in names
         assert entry["source"] in ("measured", "schedule")
@@ -43,7 +44,7 @@ def test_entries_say_what_they_are_for():
 )
 def test_every_entry_is_found_and_lowers(entry):
     product = problem_of(entry)
-    module = _tiles.kernel(entry["kernel"])
+    module = kernel_module(entry["kernel"])
     assert module.why_not(product, entry["device"]) is None
     assert _tiles.lookup(entry["kernel"], entry["device"], product) == entry["tiles"]
     assert _tiles.source(entry["kernel"], entry["device"], product) == entry["source"]
@@ -66,10 +67,10 @@ def test_buckets():
 
 
 @pytest.mark.parametrize("name", LAYOUT)
-def test_where_the_table_is_silent_the_kernels_rule_holds(name):
+def test_without_an_entry_the_kernels_rule_holds(name):
     product = problem("int4", m=17, layout=LAYOUT[name])
-    assert _tiles.source(name, "a device of no table", product) == "rule"
-    assert _tiles.lookup(name, None, product) == _tiles.kernel(name).default_tiles(
+    assert _tiles.source(name, "a device without entries", product) == "rule"
+    assert _tiles.lookup(name, None, product) == kernel_module(name).default_tiles(
         product, None
     )
 

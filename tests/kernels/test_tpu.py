@@ -1,4 +1,4 @@
-"""The TPU kernel against float64, in an interpreter that fills what nobody wrote with NaN."""
+"""The TPU kernel against float64. Its interpreter fills unwritten memory with NaN."""
 
 import dataclasses
 import functools
@@ -44,8 +44,8 @@ def multiply(p: Problem, arrays: list, **tiles) -> np.ndarray:
 
 def check(p: Problem, limit: float, **tiles) -> None:
     arrays, expected = operands(p)
-    found = error(multiply(p, arrays, **tiles), expected)
-    assert found <= limit, f"{p}: {found:.1e}"  # NaN fails too
+    actual = error(multiply(p, arrays, **tiles), expected)
+    assert actual <= limit, f"{p}: {actual:.1e}"  # NaN fails too
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_each_body_of_integers(codes, body, scale):
     )
 
 
-# With 16 rows scales go onto sums, with 32 onto weights.
+# With 16 rows of x the sums are scaled, with 32 rows the weights.
 TABLE_BODIES = list(itertools.product(["gather", "select"], [16, 32]))
 
 
@@ -154,8 +154,8 @@ def test_stacked_products_do_not_mix(codes):
 
 
 @pytest.mark.parametrize("body", ["gather", "select"])
-def test_any_table_is_taken_entry_by_entry(body):
-    """x picks single weights: each is its entry, at both halves of a byte."""
+def test_every_entry_of_a_table_is_looked_up(body):
+    """x selects single weights. Each is its entry, in both halves of a byte."""
     p = small("codebook4", None, k=32, n=16, m=32)
     codes = (np.arange(32)[:, None] + np.arange(16)) % 16
     data = (codes[0::2] | codes[1::2] << 4).astype(np.uint8)[None]
@@ -192,7 +192,7 @@ def test_lowers_for_tpu(codes, group, m, kind):
 
 @pytest.mark.parametrize("kind", [*GENERATIONS, "TPU v5p"])
 @pytest.mark.parametrize("codes", CODES)
-def test_default_tiles_stay_in_their_memory(codes, kind):
+def test_default_tiles_stay_below_12_mb(codes, kind):
     for x in ("bfloat16", "float32", "int8"):
         for m, k in ((1, 4096), (16, 14336), (200, 11008), (4096, 4096)):
             p = small(codes, 128, m=m, k=k, n=4096, x_dtype=x)
@@ -227,7 +227,7 @@ def test_default_tiles_stay_in_their_memory(codes, kind):
         ({}, "TPU v4", "TPU v4"),
     ],
 )
-def test_refusals_say_why(change, kind, reason):
+def test_why_not_names_the_reason(change, kind, reason):
     assert reason in (
         kernel.why_not(dataclasses.replace(small("int4"), **change), kind) or ""
     )

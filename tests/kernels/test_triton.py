@@ -1,4 +1,4 @@
-"""The Triton kernel: its arithmetic in an interpreter, and that every form of it lowers."""
+"""The Triton kernel: arithmetic in the interpreter, and the lowering of every case."""
 
 import dataclasses
 import itertools
@@ -105,7 +105,7 @@ def test_lowers_for_cuda_without_a_warning(codes, group, x_dtype, m):
         ({"m": 0}, "empty"),
     ],
 )
-def test_says_why_not(change, reason):
+def test_why_not_names_the_reason(change, reason):
     p = problem("int4", m=8, group=64)
     assert kernel.why_not(p, None) is None
     assert reason in kernel.why_not(dataclasses.replace(p, **change), None)

@@ -1,0 +1,116 @@
+"""Which kernel runs, why none does, and who is warned."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxq
+from jaxq import kernels
+from tests.arrays import normal_with_outliers as normal
+from tests.kernels.problems import problem
+from tests.kernels.products import (
+    CUSTOM_CALL,
+    WITH_OFFSET,
+    K,
+    M,
+    N,
+    bfloat16,
+    lowered_for,
+    weight,
+)
+
+
+@pytest.mark.parametrize(
+    ("platform", "x", "qt", "kernel", "reason"),
+    [
+        ("cpu", "bfloat16", ("int4", "rows"), "xla", "there are no kernels for cpu"),
+        ("tpu", "bfloat16", ("int4", "columns"), "tpu", None),
+        ("tpu", "bfloat16", ("int4", "rows"), "xla", "relayout"),
+        ("cuda", "bfloat16", ("int4", "rows"), "mosaic_gpu", None),
+        ("cuda", "bfloat16", ("int4", "columns"), "xla", "relayout"),
+        ("cuda", "float32", ("nf4", "rows"), "triton", None),
+        (
+            "tpu",
+            "bfloat16",
+            ("int3", "columns"),
+            "xla",
+            "int3 has 3 bits, and kernels take 4 and 8 bits",
+        ),
+        (
+            "tpu",
+            "bfloat16",
+            ("fp8", "columns"),
+            "xla",
+            "8-bit codes only of integer formats, not of float8_e4m3fn",
+        ),
+        ("tpu", "bfloat16", (WITH_OFFSET, "columns"), "xla", "real offsets"),
+    ],
+)
+def test_explain_names_the_kernel_and_the_reason(platform, x, qt, kernel, reason):
+    qt = weight(*qt, dtype=x)
+    plan = jaxq.explain(normal(M, K, dtype=x), qt, platform=platform)
+    assert plan.kernel == kernel
+    if reason is None:
+        assert plan.why_no_kernel is None
+    else:
+        assert reason in plan.why_no_kernel
+    if platform == "cpu":
+        return
+    assert (plan.why_no_kernel or f"the {kernel} kernel") in str(plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kernels.FallbackWarning)
+        text = lowered_for(platform, jaxq.matmul, normal(M, K, dtype=x), qt)
+    runs_mosaic = kernel in ("tpu", "mosaic_gpu")
+    assert (CUSTOM_CALL[platform] in text) == runs_mosaic
+
+
+def test_explain_sees_shardings():
+    if len(jax.devices()) < 4:
+        pytest.skip("needs four devices")
+    mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    qt = jax.device_put(weight("int4", "columns", "bfloat16"), sharding)
+    plan = jaxq.explain(bfloat16(M, K), qt, platform="tpu")
+    assert plan.kernel == "xla"
+    assert "4 devices" in plan.why_no_kernel
+
+
+def test_a_choice_without_a_kernel_has_a_reason():
+    p = problem("int4", k=256, n=24, group=64, layout="columns")
+    assert kernels.choose(p, "tpu", None)[:2] == ("tpu", None)
+    for platform in ("cpu", "rocm"):
+        reason = f"there are no kernels for {platform}"
+        assert kernels.choose(p, platform, None)[:2] == ("xla", reason)
+    assert "shard_map" in kernels.choose(p, "tpu", None, num_devices=4).reason
+
+
+def test_a_transposed_weight_warns_that_it_has_no_kernel():
+    qt = weight("int4", dtype="bfloat16")
+    with pytest.warns(
+        kernels.FallbackWarning, match="kept axes of the weight are contracted"
+    ):
+        lowered_for("cuda", lambda y, qt: y @ qt.T, bfloat16(M, N), qt)
+
+    def total(x, qt):
+        return jnp.sum(x @ qt).astype(jnp.float32)
+
+    # A derivative has no kernel either, but nobody expects one there.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kernels.FallbackWarning)
+        lowered_for("cuda", jax.grad(total), bfloat16(M, K), qt)
+
+
+def test_int8_products_on_a_gpu_are_left_to_xla_without_a_warning():
+    def lower(preset):
+        qt = weight(preset, dtype="bfloat16").with_activation("int8")
+        lowered_for("cuda", jaxq.matmul, bfloat16(M, K), qt)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kernels.FallbackWarning)
+        lower("int8")
+    with pytest.warns(kernels.FallbackWarning, match="int8"):
+        lower("int4")
