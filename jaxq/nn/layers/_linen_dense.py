@@ -49,7 +49,7 @@ class QDense(linen.Dense):
       >>> x = jnp.ones((2, 64))
       >>> variables = layer.init(jax.random.key(0), x)
       >>> kernel = variables["params"]["kernel"]
-      >>> kernel.spec.format, kernel.shape, kernel.bits_per_element
+      >>> kernel.spec.fmt.name, kernel.shape, kernel.bits_per_element
       ('int8', (64, 8), 8.5)
       >>> layer.apply(variables, x).shape
       (2, 8)
