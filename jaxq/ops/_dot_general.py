@@ -86,7 +86,7 @@ def dot_general(
     dims = as_tuples(dimension_numbers, "dot_general")
     check_sizes(lhs, rhs, dims, "dot_general")
     check_float_partner(lhs, rhs, "dot_general")
-    out_dtype = _result_dtype(lhs, rhs, preferred_element_type)
+    out_dtype = _preferred_dtype(lhs, rhs, preferred_element_type)
     plan = plan_dot(lhs, rhs, dims, out_dtype.name)
     if plan.path == "dense":
         assert not isinstance(lhs, QTensor)
@@ -104,7 +104,7 @@ def dot_general(
     return sharding.apply_out_sharding(y.astype(out_dtype), out_sharding)
 
 
-def _result_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
+def _preferred_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
     """`preferred` if the product can have it; `result_dtype` if it is None."""
     if preferred is None:
         return result_dtype(lhs, rhs)

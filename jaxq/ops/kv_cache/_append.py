@@ -39,8 +39,8 @@ def append(cache: Cache, k: jax.Array, v: jax.Array, count: jax.Array) -> Cache:
     if spec.rotation is not None:
         k = spec.rotation(k)
     # The tokens in full precision, then the new ones.
-    key_line = _join(cache.recent_keys, k)  # [b, m, c + t, h]
-    value_line = _join(cache.recent_values, v)
+    key_line = _append_tokens(cache.recent_keys, k)  # [b, m, c + t, h]
+    value_line = _append_tokens(cache.recent_values, v)
 
     def place_in_line(position: jax.Array) -> jax.Array:
         """Where in a line the token at a position is; `[b, i] -> [b, i]`."""
@@ -73,7 +73,7 @@ def append(cache: Cache, k: jax.Array, v: jax.Array, count: jax.Array) -> Cache:
     )
 
 
-def _join(recent: jax.Array, new: jax.Array) -> jax.Array:
+def _append_tokens(recent: jax.Array, new: jax.Array) -> jax.Array:
     """`[b, m, c, h]` and `[b, t, m, h]` as `[b, m, c + t, h]`."""
     return jnp.concatenate([recent, new.transpose(0, 2, 1, 3)], axis=2)
 
