@@ -1,7 +1,8 @@
 """jaxq: quantization for JAX.
 
-Pure functions over pytrees that quantize, compute with and measure low-precision arrays, and Flax models made of
-them. `import jaxq` loads no Flax: the subpackages that need it load at first use.
+Pure functions over pytrees that quantize arrays, compute with quantized arrays and
+measure their errors; and quantized Flax models. `import jaxq` does not import Flax. The
+subpackages that need Flax are imported when they are first used.
 
 Example:
   >>> import jax.numpy as jnp, jaxq
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded at first use: these import Flax, or read and write files.
+# Imported when first used: these import Flax, or read and write files.
 _LAZY = {
     "dequantize_params": "jaxq.nn",
     "evaluation": "jaxq.evaluation",

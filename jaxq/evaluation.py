@@ -1,11 +1,14 @@
-"""How good a language model is on a text, and how far a quantized one has moved from its reference.
+"""How good a language model is on a text, and how far it is from a reference model.
 
-Models are anything that maps int32[b, t] tokens to [b, t, vocab] logits: an nnx module (compiled here, once a shape),
-or any other callable (called as it is: jit it yourself).
+A model is any callable that maps tokens int32[b, t] to logits [b, t, vocab]. An nnx
+module is compiled here, once per shape. Any other callable is called as it is, so jit
+it yourself.
 
-Both functions cut `tokens` into non-overlapping windows of `context` tokens, dropping a last partial window. In each
-window every token but the first is predicted from those before it in the same window, so `n` windows give
-`n * (context - 1)` predictions. Log-probabilities are float32, their sums float64.
+Both functions cut `tokens` into windows of `context` tokens that do not overlap. An
+incomplete last window is dropped. In each window every token except the first is
+predicted from the tokens before it in the same window. So `n` windows give
+`n * (context - 1)` predictions. Log-probabilities are float32, and their sums are
+float64.
 """
 
 from __future__ import annotations
@@ -22,15 +25,24 @@ from flax import nnx
 
 __all__ = ["Comparison", "compare", "perplexity"]
 
+# The exponential of a larger float64 number overflows.
+_LARGEST_EXPONENT = 700
+
 
 class Comparison(NamedTuple):
-    """What `compare` measures, over the same predictions for both models.
+    """The result of `compare`, over the same predictions for both models.
 
     Attributes:
         perplexity: of the model.
-        reference_perplexity: of the reference.
-        kl: mean KL(reference || model) in nats a token.
-        top1_agreement: fraction of predictions where both rank the same token first.
+        reference_perplexity: of the reference model.
+        kl: mean KL(reference || model) in nats per token.
+        top1_agreement: share of predictions for which both models rank the same token
+            first.
+
+    Example:
+        >>> logits = lambda tokens: jnp.zeros((*tokens.shape, 50))
+        >>> compare(logits, logits, np.arange(40), context=8).top1_agreement
+        1.0
     """
 
     perplexity: float
@@ -42,20 +54,22 @@ class Comparison(NamedTuple):
 def perplexity(
     model: Callable, tokens: Any, *, batch_size: int = 8, context: int = 256
 ) -> float:
-    """`exp` of the mean negative log-likelihood a predicted token: `exp(-mean_i log p(x_i | x_<i))`.
+    """Perplexity of a model on a text: `exp(-mean_i log p(x_i | x_<i))`.
 
     Args:
         model: maps int32[b, context] to logits [b, context, vocab].
-        tokens: 1-D integers, at least `context` of them.
-        batch_size: windows a call; the last call may hold fewer.
+        tokens: integers [n], with n at least `context`.
+        batch_size: windows per call. The last call may have fewer.
         context: window length in tokens, at least 2.
 
     Returns:
-        The perplexity, >= 1; a uniform guess gives the vocabulary size.
+        The perplexity, at least 1. A model that guesses uniformly has the perplexity
+        `vocab`.
 
     Raises:
-        ValueError: tokens are too few, not 1-D, not integers or outside the vocabulary, or the logits are not
-            [b, context, vocab].
+        ValueError: `tokens` is too short, is not one-dimensional, does not hold
+            integers, or holds an id outside the vocabulary; or the logits do not have
+            the shape [b, context, vocab].
 
     Example:
         >>> perplexity(lambda t: jnp.zeros((*t.shape, 50)), np.arange(40), context=8)
@@ -64,8 +78,9 @@ def perplexity(
     logits_of = _callable(model)
     total, count = 0.0, 0
     for batch in _batches("perplexity", tokens, batch_size, context):
-        logits = _checked("perplexity", logits_of, batch)
-        total += np.asarray(_nll(logits, batch), np.float64).sum()
+        logits = _checked_logits("perplexity", logits_of, batch)
+        losses = _negative_log_likelihood(logits, batch)  # [b, context - 1]
+        total += np.asarray(losses, np.float64).sum()
         count += batch.shape[0] * (context - 1)
     return _exp(total / count)
 
@@ -78,52 +93,52 @@ def compare(
     batch_size: int = 8,
     context: int = 256,
 ) -> Comparison:
-    """Perplexities of two models on the same text, and the distance between their predictions.
+    """Perplexities of two models on one text, and how much their predictions differ.
 
     Args:
-        reference: the float model; maps int32[b, context] to logits [b, context, vocab].
-        model: the quantized model, over the same vocabulary.
-        tokens: 1-D integers, at least `context` of them.
-        batch_size: windows a call; the last call may hold fewer.
+        reference: the float model; maps int32[b, context] to logits
+            [b, context, vocab].
+        model: the quantized model, with the same vocabulary.
+        tokens: integers [n], with n at least `context`.
+        batch_size: windows per call. The last call may have fewer.
         context: window length in tokens, at least 2.
 
     Returns:
-        A `Comparison`. `kl` is 0 and `top1_agreement` 1 for equal models.
+        A `Comparison`. Two equal models have `kl` 0 and `top1_agreement` 1.
 
     Raises:
-        ValueError: as `perplexity`, or the vocabularies differ.
+        ValueError: as for `perplexity`; or the two vocabularies differ.
 
     Example:
         >>> table = jnp.linspace(0.0, 4.0, 50).reshape(5, 10)
-        >>> result = compare(lambda t: table[t], lambda t: jnp.round(table)[t], np.arange(40) % 5, context=8)
+        >>> result = compare(
+        ...     lambda t: table[t], lambda t: jnp.round(table)[t], np.arange(40) % 5,
+        ...     context=8)
         >>> 0 < result.kl < 0.1
         True
     """
     reference_logits_of, logits_of = _callable(reference), _callable(model)
     totals, count = np.zeros(4, np.float64), 0
     for batch in _batches("compare", tokens, batch_size, context):
-        expected = _checked("compare", reference_logits_of, batch)
-        logits = _checked("compare", logits_of, batch)
+        expected = _checked_logits("compare", reference_logits_of, batch)
+        logits = _checked_logits("compare", logits_of, batch)
         if expected.shape != logits.shape:
             raise ValueError(
-                f"compare: reference gives logits {list(expected.shape)}, model {list(logits.shape)}; "
-                "both must have one vocabulary."
+                f"compare: the reference returns logits {list(expected.shape)}, the "
+                f"model {list(logits.shape)}. Both must have the same vocabulary."
             )
-        totals += [
-            np.asarray(part, np.float64).sum()
-            for part in _distances(expected, logits, batch)
-        ]
+        parts = _distances(expected, logits, batch)
+        totals += [np.asarray(part, np.float64).sum() for part in parts]
         count += batch.shape[0] * (context - 1)
-    nll, reference_nll, kl, same = totals / count
-    return Comparison(_exp(nll), _exp(reference_nll), float(kl), float(same))
+    loss, reference_loss, kl, agreement = totals / count
+    return Comparison(_exp(loss), _exp(reference_loss), float(kl), float(agreement))
 
 
 def _callable(model: Callable) -> Callable:
-    return (
-        functools.partial(_module_logits, model)
-        if isinstance(model, nnx.Module)
-        else model
-    )
+    """A function of tokens; nnx modules are compiled."""
+    if isinstance(model, nnx.Module):
+        return functools.partial(_module_logits, model)
+    return model
 
 
 @nnx.jit
@@ -132,56 +147,65 @@ def _module_logits(model: Any, tokens: jax.Array) -> jax.Array:
 
 
 def _batches(
-    name: str, tokens: Any, batch_size: int, context: int
+    caller: str, tokens: Any, batch_size: int, context: int
 ) -> Iterator[jax.Array]:
-    """Yields int32[at most batch_size, context]."""
+    """Checks the tokens and yields their windows: int32[<= batch_size, context]."""
     array = np.asarray(tokens)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(
-            f"{name}: tokens is {array.dtype}{list(array.shape)}; expected a 1-D integer array. "
-            "Concatenate texts into one, such as np.asarray(tokenizer.encode(text).ids)."
+            f"{caller}: tokens is {array.dtype}{list(array.shape)}; expected a "
+            "one-dimensional integer array. Concatenate several texts, for example "
+            "np.asarray(tokenizer.encode(text).ids)."
         )
     if batch_size < 1 or context < 2:
         raise ValueError(
-            f"{name}: batch_size={batch_size}, context={context}; expected batch_size >= 1 and context >= 2 "
-            "(the first token of a window is not predicted)."
+            f"{caller}: batch_size={batch_size}, context={context}; expected "
+            "batch_size >= 1 and context >= 2. The first token of a window is not "
+            "predicted."
         )
     num_windows = len(array) // context
     if num_windows == 0:
         raise ValueError(
-            f"{name}: {len(array)} tokens do not fill one window of context={context}; pass more tokens or, if there "
-            "are at least 2, a shorter context."
+            f"{caller}: {len(array)} tokens do not fill one window of "
+            f"context={context}. Pass more tokens, or a shorter context (at least 2)."
         )
     if array.min() < 0 or array.max() > np.iinfo(np.int32).max:
         raise ValueError(
-            f"{name}: tokens span [{array.min()}, {array.max()}]; ids are not negative and fit int32."
+            f"{caller}: tokens are in [{array.min()}, {array.max()}]; token ids must "
+            "not be negative and must fit in int32."
         )
-    windows = (
-        array[: num_windows * context].astype(np.int32).reshape(num_windows, context)
-    )
+    windows = array[: num_windows * context].astype(np.int32)
+    windows = windows.reshape(num_windows, context)
     for start in range(0, num_windows, batch_size):
         yield jnp.asarray(windows[start : start + batch_size])
 
 
-def _checked(name: str, logits_of: Callable, batch: jax.Array) -> jax.Array:
-    """The model's logits. Ids beyond the vocabulary would read as NaN or as another token: an error instead."""
+def _checked_logits(caller: str, logits_of: Callable, batch: jax.Array) -> jax.Array:
+    """The model's logits for a batch.
+
+    A token id outside the vocabulary is an error here. Otherwise it would read NaN or
+    the logit of another token.
+    """
     logits = logits_of(batch)
-    if getattr(logits, "ndim", None) != 3 or logits.shape[:2] != batch.shape:
+    b, t = batch.shape
+    if getattr(logits, "ndim", None) != 3 or logits.shape[:2] != (b, t):
+        result = getattr(logits, "shape", type(logits).__name__)
         raise ValueError(
-            f"{name}: the model gives {getattr(logits, 'shape', type(logits).__name__)} for tokens "
-            f"{list(batch.shape)}; expected logits [{batch.shape[0]}, {batch.shape[1]}, vocab]."
+            f"{caller}: the model returns {result} for tokens [{b}, {t}]; expected "
+            f"logits [{b}, {t}, vocab]."
         )
     if int(batch.max()) >= logits.shape[-1]:
         raise ValueError(
-            f"{name}: token id {int(batch.max())} is outside the vocabulary of {logits.shape[-1]}; "
-            "use the tokenizer the model was trained with."
+            f"{caller}: token id {int(batch.max())} is outside the vocabulary of "
+            f"{logits.shape[-1]} tokens. Use the tokenizer that the model was trained "
+            "with."
         )
     return jnp.asarray(logits)
 
 
 @jax.jit
-def _nll(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Minus the log-probability of every token but the first.   # [b, t, vocab], [b, t] -> [b, t - 1]"""
+def _negative_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`-log p` of every token except the first: [b, t, vocab], [b, t] -> [b, t - 1]."""
     log_p = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     return -jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
 
@@ -190,17 +214,22 @@ def _nll(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def _distances(
     expected: jax.Array, logits: jax.Array, tokens: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Model's and reference's nll, KL and top-1 agreement of every prediction, each float32[b, t - 1]."""
+    """Four float32[b, t - 1]: both losses, the KL divergence, and top-1 agreement."""
     log_p = jax.nn.log_softmax(expected[:, :-1].astype(jnp.float32))
     log_q = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
-    # p = 0 contributes 0 even where q is 0 too (-inf logits of banned tokens).
-    kl = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q)).sum(
-        axis=-1
+    # A token with p = 0 adds 0, also if q is 0. Banned tokens have the logit -inf.
+    terms = jnp.where(log_p == -jnp.inf, 0.0, jnp.exp(log_p) * (log_p - log_q))
+    agreement = log_p.argmax(axis=-1) == log_q.argmax(axis=-1)
+    return (
+        _negative_log_likelihood(logits, tokens),
+        _negative_log_likelihood(expected, tokens),
+        terms.sum(axis=-1),
+        agreement.astype(jnp.float32),
     )
-    same = log_p.argmax(axis=-1) == log_q.argmax(axis=-1)
-    return _nll(logits, tokens), _nll(expected, tokens), kl, same.astype(jnp.float32)
 
 
 def _exp(mean: float) -> float:
-    """Infinite where the mean is so large that its exponential is."""
-    return math.exp(mean) if mean < 700 else math.inf if mean >= 700 else math.nan
+    """The exponential of a mean loss; infinity if it overflows."""
+    if math.isnan(mean):
+        return math.nan
+    return math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf

@@ -1,16 +1,21 @@
-"""Long tables in two parts: what every run has, and the rest, marked `heavy` and run with `-m heavy`."""
+"""Long tables of cases in two parts.
+
+Every run has the default cases. The rest is marked `heavy` and runs with `-m heavy`.
+docs/testing.md lists the heavy tests with their reasons.
+"""
 
 import pytest
 
 import jaxq
 
-# A preset of each kind: whole bytes, halves, a stream of bits, a table, floats; scales of channels, groups, the tensor,
-# scales that are quantized themselves; zero points; trained numbers.
+# One preset of each kind. Codes: whole bytes, half bytes, a stream of bits, a table,
+# floats. Scales: per channel, per group, per tensor, quantized. With zero points, and
+# with a trained codebook.
 REPRESENTATIVES = ("int8", "uint4", "int3", "nf4_dq", "fp8", "mxfp4", "nvfp4", "ttq")
 
 
 def thinned(cases, default) -> list:
-    """`cases` as parameters, heavy but for those in `default`."""
+    """`cases` as parameters; those that are not in `default` are heavy."""
     cases, default = list(cases), list(default)
     assert all(case in cases for case in default), (
         "default names a case that is not in the table"

@@ -10,7 +10,7 @@ from jaxq.evaluation import compare, perplexity
 
 
 class Bigram(nnx.Module):
-    """Logits of the next token from a table row: every figure can be computed by hand."""
+    """Logits are a row of a table, so that every figure can be computed by hand."""
 
     def __init__(self, table):
         self.table = nnx.Param(jnp.asarray(table, jnp.float32))
@@ -135,10 +135,14 @@ def test_works_on_jax_arrays_and_within_the_last_window():
         (
             TOKENS.astype(np.float32),
             {},
-            r"tokens is float32\[100\]; expected a 1-D integer array",
+            r"tokens is float32\[100\]; expected a one-dimensional integer array",
         ),
-        (TOKENS[None], {}, r"tokens is int64\[1, 100\]; expected a 1-D integer array"),
-        (np.where(TOKENS == 5, -1, TOKENS), {}, r"tokens span \[-1, 12\]"),
+        (
+            TOKENS[None],
+            {},
+            r"tokens is int64\[1, 100\]; expected a one-dimensional integer array",
+        ),
+        (np.where(TOKENS == 5, -1, TOKENS), {}, r"tokens are in \[-1, 12\]"),
         (
             np.where(TOKENS == 5, 13, TOKENS),
             {},
@@ -162,5 +166,5 @@ def test_logits_of_a_wrong_shape_are_an_error():
 
 
 def test_different_vocabularies_are_an_error():
-    with pytest.raises(ValueError, match="both must have one vocabulary"):
+    with pytest.raises(ValueError, match="Both must have the same vocabulary"):
         compare(Bigram(table(1)), Bigram(table(1, vocab=17)), TOKENS, context=8)

@@ -1,4 +1,7 @@
-"""Layers in a list or stacked along an axis: the same model, run by a Python loop or by one scan."""
+"""Layers in a list, or stacked along an axis.
+
+The model is the same. A list is run by a Python loop and a stack by one scan.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,23 @@ from jaxq.models.llama import Llama
 
 
 def unrolled(model: Llama) -> Llama:
-    """A copy of a model whose layers are a list, each a module that can be looked into or quantized in its own way.
+    """A copy of a model whose layers are in a list.
 
-    For calibration: a scan over stacked layers throws away what is collected inside it.
+    Each layer is then a module of its own, which can be inspected, or quantized in its
+    own way. Calibration needs this: a scan over stacked layers discards what is
+    collected inside it.
 
     Args:
-      model: a `Llama`, of floats or quantized; left as it is.
+      model: a `Llama`, float or quantized. It is not changed.
 
     Returns:
       The model with `scan_layers=False`.
 
     Example:
       >>> from jaxq.models import Llama, LlamaConfig, stacked, unrolled
-      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-      ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=16, scan_layers=True)
+      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                      num_hidden_layers=2, num_attention_heads=2,
+      ...                      num_key_value_heads=1, head_dim=16, scan_layers=True)
       >>> model = unrolled(Llama(config, rngs=nnx.Rngs(0)))
       >>> len(model.layers), stacked(model).config.scan_layers
       (2, True)
@@ -35,63 +41,73 @@ def unrolled(model: Llama) -> Llama:
     if not model.config.scan_layers:
         return copy
     graphdef, state = nnx.split(copy.layers)
-
-    def layer(i: int) -> Any:
-        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[i], state))
-
-    return _with_layers(
-        copy, nnx.List([layer(i) for i in range(model.config.num_hidden_layers)]), False
-    )
+    layers = []
+    for number in range(model.config.num_hidden_layers):
+        own_state = jax.tree.map(lambda leaf, number=number: leaf[number], state)
+        layers.append(nnx.merge(graphdef, own_state))
+    return _with_layers(copy, nnx.List(layers), scan_layers=False)
 
 
 def stacked(model: Llama) -> Llama:
-    """A copy of a model whose layers are stacked along a leading axis and run by one scan: it compiles in no time.
+    """A copy of a model whose layers are stacked along a leading axis.
+
+    One scan runs them, so the compile time does not grow with the number of layers.
 
     Args:
-      model: a `Llama`, of floats or quantized; left as it is.
+      model: a `Llama`, float or quantized. It is not changed.
 
     Returns:
       The model with `scan_layers=True`.
 
     Raises:
-      ValueError: layers differ in more than numbers, as where a recipe quantizes some of them in another way.
+      ValueError: the layers differ in more than their numbers, for example because a
+        recipe quantizes some of them in another way.
+
+    Example:
+      >>> from jaxq.models import Llama, LlamaConfig, stacked
+      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                      num_hidden_layers=2, num_attention_heads=2,
+      ...                      num_key_value_heads=1, head_dim=16)
+      >>> model = stacked(Llama(config, rngs=nnx.Rngs(0)))
+      >>> model.layers.mlp.up_proj.kernel.shape
+      (2, 32, 48)
     """
     copy = nnx.clone(model)
     if model.config.scan_layers:
         return copy
     graphdefs, states = zip(*(nnx.split(layer) for layer in copy.layers), strict=True)
-    kinds = [
-        (graphdef, _kinds(state))
-        for graphdef, state in zip(graphdefs, states, strict=True)
-    ]
-    for i, kind in enumerate(kinds):
-        if kind != kinds[0]:
+    first = _structure(states[0])
+    for number, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
+        structure = _structure(state)
+        if (graphdef, structure) != (graphdefs[0], first):
             raise ValueError(
-                f"stacked: layers/{i} is not made as layers/0 is{_difference(kinds[0][1], kind[1])}. Quantize all "
-                "layers alike, or leave them in a list."
+                f"stacked: layers/{number} differs from layers/0"
+                f"{_first_difference(first, structure)}. Quantize all layers in the "
+                "same way, or leave them in a list."
             )
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    return _with_layers(copy, nnx.merge(graphdefs[0], state), True)
+    return _with_layers(copy, nnx.merge(graphdefs[0], state), scan_layers=True)
 
 
-def _with_layers(model: Llama, layers: Any, scan_layers: bool) -> Llama:
+def _with_layers(model: Llama, layers: Any, *, scan_layers: bool) -> Llama:
     model.layers = layers
     model.config = dataclasses.replace(model.config, scan_layers=scan_layers)
     return model
 
 
-def _kinds(state: Any) -> dict[str, Any]:
-    """By path, what each variable of a layer is but for its numbers."""
-    found = {}
+def _structure(state: Any) -> dict[str, Any]:
+    """Treedef, shapes and dtypes of every variable of a layer, by path."""
+    structure = {}
     for path, variable in nnx.to_flat_state(state):
         value = variable.get_value()
-        shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(value)]
-        found["/".join(map(str, path))] = (jax.tree.structure(value), shapes)
-    return found
+        arrays = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(value)]
+        structure["/".join(map(str, path))] = (jax.tree.structure(value), arrays)
+    return structure
 
 
-def _difference(first: dict[str, Any], other: dict[str, Any]) -> str:
-    names = [
-        name for name in sorted({*first, *other}) if first.get(name) != other.get(name)
-    ]
-    return f": {names[0]} differs" if names else ""
+def _first_difference(first: dict[str, Any], other: dict[str, Any]) -> str:
+    """ " in <path>" of the first variable that differs; empty if none does."""
+    for name in sorted({*first, *other}):
+        if first.get(name) != other.get(name):
+            return f" in {name}"
+    return ""

@@ -62,6 +62,6 @@ def test_layers_of_two_kinds_stay_in_a_list():
     quantized, _ = jaxq.quantize_model(make(), recipe)
     with pytest.raises(
         ValueError,
-        match=r"layers/1 is not made as layers/0 is: mlp/down_proj/kernel differs",
+        match=r"layers/1 differs from layers/0 in mlp/down_proj/kernel",
     ):
         stacked(quantized)

@@ -1,4 +1,4 @@
-"""Rules: which layers they match, which of them decides, and what is said when one cannot be right."""
+"""Rules and recipes: which layers match, which rule decides, and the errors."""
 
 import json
 
@@ -189,7 +189,7 @@ LEFT = {path: what for what, paths in LEFT.items() for path in paths}
 
 
 @pytest.mark.parametrize("path", LEFT)
-def test_recipes_by_name_leave_arrays_by_whole_words(path):
+def test_named_recipes_recognise_whole_words(path):
     what, recipe = LEFT[path], recipes.get("int8")
     reason = None if what is None else f"{what}, left in floats by default"
     assert recipe.find(path, "Array", (16, 8)).reason == reason
@@ -202,7 +202,7 @@ def test_recipes_by_name_leave_arrays_by_whole_words(path):
     assert recipe.find(path, "Embed").reason == "embedding, left in floats by default"
 
 
-def test_the_projection_of_a_lone_attention_is_no_head():
+def test_the_output_projection_of_a_single_attention_is_not_a_head():
     assert recipes.get("int8").find("out", "LinearGeneral").weight.fmt.name == "int8"
 
 
@@ -220,7 +220,7 @@ def test_first_match_decides():
     assert recipe.find("c", "Conv") is None
 
 
-def test_rules_are_values():
+def test_equal_rules_compare_and_hash_equal():
     assert Rule("a", weight="INT8") == Rule("a", weight=jaxq.presets()["int8"])
     assert hash(Recipe([Rule(weight="int8")])) == hash(Recipe((Rule(weight="int8"),)))
 
@@ -261,12 +261,12 @@ def test_fields_of_other_types_name_the_rule(fields, message):
 @pytest.mark.parametrize(
     "data", [{"rules": 5}, {"rules": [5]}, {"rules": "int8"}, {"rules": [["a"]]}]
 )
-def test_descriptions_of_nothing_say_what_is_expected(data):
+def test_from_dict_says_what_it_expects(data):
     with pytest.raises(ValueError, match=r"(Recipe|Rule)\.from_dict: expected"):
         Recipe.from_dict(data)
 
 
-def test_misspelt_names_have_close_ones():
+def test_errors_suggest_close_names():
     with pytest.raises(
         ValueError,
         match=r"QuantSpec.from_dict: unknown field 'fromat'. Did you mean 'format'",
@@ -297,14 +297,18 @@ def test_recipes_hold_rules():
         Recipe(["int8"])
 
 
+WITH_ACTIVATIONS = (
+    *("fp8_dynamic", "fp8_static", "w4a4", "w4a4_rotated", "w4a8", "w8a8"),
+    *("w8a8_rotated", "w8a8_smoothquant", "w8a8_static"),
+)
+
+
 def test_every_preset_is_a_recipe():
     assert set(jaxq.presets()) < set(recipes.names())
     for name in recipes.names():
         last = recipes.as_recipe(name, "test").rules[-1]
         assert last.pattern == "**"
-        quantizes = ("fp8_dynamic", "fp8_static", "w4a4", "w4a4_rotated", "w4a8",
-                     "w8a8", "w8a8_rotated", "w8a8_smoothquant", "w8a8_static")  # fmt: skip
-        assert (last.activation is not None) == (name in quantizes)
+        assert (last.activation is not None) == (name in WITH_ACTIVATIONS)
         assert (last.observer is not None) == name.endswith("_static")
         method = next(
             (
@@ -325,20 +329,20 @@ def test_unknown_recipes_name_close_ones(name, close):
         recipes.as_recipe(name, "quantize_model")
 
 
-def test_spelling_of_names():
+def test_names_may_have_hyphens_capitals_and_spaces():
     assert recipes.as_recipe("FP8-dynamic", "test") == recipes.as_recipe(
         "fp8_dynamic", "test"
     )
 
 
-def test_no_recipe():
+def test_other_types_are_not_recipes():
     with pytest.raises(
         TypeError, match="recipe must be a name, a QuantSpec or a jaxq.Recipe, got Rule"
     ):
         recipes.as_recipe(Rule(weight="int8"), "test")
 
 
-def test_defaults_leave_tables_heads_and_routers():
+def test_named_recipes_leave_embeddings_heads_and_routers_in_floats():
     recipe = recipes.as_recipe(jaxq.presets()["int4"], "test")
     for path, kind in [
         ("tokens", "Embed"),
@@ -398,8 +402,12 @@ def test_rules_survive_json():
     data = json.loads(json.dumps(Recipe(rules).to_dict()))
     assert Recipe.from_dict(data) == Recipe(rules)
     assert data["rules"][0] == {
-        "pattern": "head", "skip": True, "kinds": ["Linear", "Conv"], "reason": "it matters", "optional": True
-    }  # fmt: skip
+        "pattern": "head",
+        "skip": True,
+        "kinds": ["Linear", "Conv"],
+        "reason": "it matters",
+        "optional": True,
+    }
     with pytest.raises(ValueError, match="'weigth'.*weight"):
         Rule.from_dict({"pattern": "**", "weigth": "int8"})
     with pytest.raises(ValueError, match="rules"):
@@ -419,7 +427,7 @@ def test_observers_by_name():
         Rule(weight="int8", activation="int8", observer=jaxq.observers.absmax(axis=-1))
 
 
-def test_one_rule_is_no_list():
+def test_one_rule_is_not_a_list():
     with pytest.raises(TypeError, match=r"\[rule\]"):
         Recipe(Rule(weight="int8"))
 
