@@ -175,9 +175,9 @@ def matmul(
       ValueError: The tiles do not fit the problem.
     """
     p = problem
-    blocks = _blocks(p, tiles)
-    bm, bn, warpgroups = blocks.bm, blocks.bn, blocks.warpgroups
-    padded_m = blocks.m_blocks * bm
+    sizes = _block_sizes(p, tiles)
+    bm, bn, warpgroups = sizes.bm, sizes.bn, sizes.warpgroups
+    padded_m = sizes.m_blocks * bm
 
     x = jnp.pad(_in_decoded_order(x, p), ((0, 0), (0, padded_m - p.m), (0, 0)))
     inputs = [x, data, _align(scale)]
@@ -186,17 +186,17 @@ def matmul(
     # TMA writes nothing beyond an edge. An interpreter may drop the whole block.
     m, n = pl.cdiv(p.m, 8) * 8, p.n
     if interpret:
-        m, n = padded_m, blocks.n_blocks * blocks.columns
-    if blocks.writes_y:
+        m, n = padded_m, sizes.n_blocks * sizes.columns
+    if sizes.writes_y:
         out = jax.ShapeDtypeStruct((1, p.e, m, n), jnp.dtype(p.out_dtype))
         transforms = _swizzled(64, 16)
         staging = plgpu.SMEM((warpgroups, bm, bn), out.dtype, transforms=transforms)
     else:
-        out = jax.ShapeDtypeStruct((blocks.splits, p.e, n, padded_m), jnp.float32)
+        out = jax.ShapeDtypeStruct((sizes.splits, p.e, n, padded_m), jnp.float32)
         staging = plgpu.SMEM((warpgroups, bn, bm), out.dtype)
 
     def kernel(*refs):
-        _kernel(p, blocks, out.dtype, interpret, *refs)
+        _block(p, sizes, out.dtype, interpret, *refs)
 
     # Reads beyond an edge give zeros, as with TMA.
     interpreter = InterpretGPUParams(
@@ -206,7 +206,7 @@ def matmul(
         kernel,
         out_type=out,
         scratch_types=[staging],
-        grid=(p.e, blocks.splits, blocks.n_blocks, blocks.m_blocks),
+        grid=(p.e, sizes.splits, sizes.n_blocks, sizes.m_blocks),
         grid_names=("e", "s", "n", "m"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
@@ -215,7 +215,7 @@ def matmul(
         ),
         interpret=interpreter if interpret else None,
     )(*inputs, *(() if codebook is None else (codebook,)))
-    if blocks.writes_y:
+    if sizes.writes_y:
         return y[0][:, : p.m, : p.n]
     # [splits, e, n, m] as [e, m, n]
     y = jnp.swapaxes(y.sum(0), 1, 2).astype(p.out_dtype)
@@ -223,7 +223,7 @@ def matmul(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Blocks:
+class _BlockSizes:
     """The sizes that the kernel works with.
 
     Attributes:
@@ -258,7 +258,7 @@ class _Blocks:
     writes_y: bool
 
 
-def _blocks(p: Problem, tiles: Mapping[str, int | str]) -> _Blocks:
+def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
     """The sizes that follow from the problem and its tiles, which are checked."""
     names = ("bm", "bn", "bk", "warpgroups", "stages", "splits")
     sizes = {name: int(tiles[name]) for name in names}
@@ -271,13 +271,14 @@ def _blocks(p: Problem, tiles: Mapping[str, int | str]) -> _Blocks:
         raise ValueError(
             f"quantized_matmul: the Mosaic GPU kernel cannot run with tiles "
             f"{dict(tiles)} for groups of {p.group} in rows of {p.k} codes. bn must be "
-            "a multiple of 64 and bm of 8. bk must divide k, and must be a multiple of "
-            "the group or divide it."
+            "a multiple of 64, bm of 8 and bk of 32. k must be a multiple of the "
+            f"smaller of bk and {1024 // p.bits}. bk must be a multiple of the group "
+            "or divide it."
         )
     columns = sizes["warpgroups"] * bn
     # A whole result of 16 bits is transposed on its way out, in tiles of 64 columns.
     is_whole = sizes["splits"] == 1 and p.n % 64 == 0
-    return _Blocks(
+    return _BlockSizes(
         **sizes,
         chunk=chunk,
         columns=columns,
@@ -289,15 +290,15 @@ def _blocks(p: Problem, tiles: Mapping[str, int | str]) -> _Blocks:
     )
 
 
-def _kernel(p: Problem, blocks: _Blocks, out_dtype, interpret: bool, *refs) -> None:
+def _block(p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, *refs) -> None:
     """One block (e, s, n, m): sums `[columns, bm]` over part s of k.
 
     `refs` are x, the codes, the scales, the zero points if there are any, the codebook
     if there is one, then the result and its staging buffer in shared memory.
     """
     *sources, out_ref, out_smem = refs
-    bm, bn, bk, chunk = blocks.bm, blocks.bn, blocks.bk, blocks.chunk
-    columns, steps = blocks.columns, blocks.steps
+    bm, bn, bk, chunk = sizes.bm, sizes.bn, sizes.bk, sizes.chunk
+    columns, steps = sizes.columns, sizes.steps
     e, s, j, i = (lax.axis_index(name) for name in ("e", "s", "n", "m"))
     warpgroup = lax.axis_index("warpgroup")
     rows = pl.ds(warpgroup * bn, bn)  # this warp group's rows of the weight
@@ -328,7 +329,7 @@ def _kernel(p: Problem, blocks: _Blocks, out_dtype, interpret: bool, *refs) -> N
         sums, _ = pipeline((sums, table))
         n_rows = pl.ds(j * columns + warpgroup * bn, bn)
         m_rows = pl.ds(i * bm, bm)
-        if blocks.writes_y:
+        if sizes.writes_y:
             y = sums.astype(out_dtype)
             _store_transposed(out_smem.at[warpgroup], y, interpret)
             target = out_ref.at[s, e, m_rows, n_rows]
@@ -352,9 +353,9 @@ def _kernel(p: Problem, blocks: _Blocks, out_dtype, interpret: bool, *refs) -> N
         transforms=_swizzled(min(chunk, 64), 16),
     )
     data_spec = plgpu.BlockSpec(
-        (columns, blocks.row_bytes),
+        (columns, sizes.row_bytes),
         lambda t: (j, s * steps + t),
-        transforms=_swizzled(blocks.row_bytes, 8),
+        transforms=_swizzled(sizes.row_bytes, 8),
     )
     # The codebook is read once by `compute` and is not part of the pipeline.
     inputs = sources[:-1] if p.codebook else sources
@@ -364,8 +365,8 @@ def _kernel(p: Problem, blocks: _Blocks, out_dtype, interpret: bool, *refs) -> N
         memory_registers=40,
         in_specs=[x_spec, data_spec, *[group_spec] * (len(inputs) - 2)],
         wg_axis="warpgroup",
-        num_compute_wgs=blocks.warpgroups,
-        max_concurrent_steps=blocks.stages,
+        num_compute_wgs=sizes.warpgroups,
+        max_concurrent_steps=sizes.stages,
         compute_context=compute,
     )(*(ref.at[e] for ref in inputs))
 

@@ -80,7 +80,7 @@ def _backward(meta: RowMeta, saved: tuple[jax.Array, Rows, jax.Array], dy: jax.A
     for name, leaf in rows._asdict().items():
         if leaf is not None:
             cotangents[name] = np.zeros(leaf.shape, dtypes.float0)
-    cotangents |= _leaf_gradients(x, rows, sizes, meta, dy)
+    cotangents |= _expert_leaf_gradients(x, rows, sizes, meta, dy)
     no_sizes = np.zeros(sizes.shape, dtypes.float0)
     return dx, Rows(**cotangents), no_sizes  # pyright: ignore[reportArgumentType]
 
@@ -109,7 +109,7 @@ def _x_gradient(
     return join_fields(_for_expert_blocks(rows, meta, add, zeros), meta)
 
 
-def _leaf_gradients(
+def _expert_leaf_gradients(
     x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta, dy: jax.Array
 ) -> dict[str, jax.Array]:
     """Gradients of scale, offset and codebook, those of them that `rows` has."""

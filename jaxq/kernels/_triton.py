@@ -134,7 +134,7 @@ def matmul(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Blocks:
+class _ProgramSizes:
     """The sizes that a program works with.
 
     Attributes:
@@ -154,12 +154,14 @@ class _Blocks:
     steps: int
 
 
-def _blocks(p: Problem, tiles: Mapping[str, int]) -> _Blocks:
+def _program_sizes(p: Problem, tiles: Mapping[str, int]) -> _ProgramSizes:
     # Triton needs powers of two, and at least 16 of them along k for a product.
     chunk = 128 if p.num_groups == 1 else min(128, math.gcd(p.group, 128))
     splits = tiles["splits"]
     steps = pl.cdiv(pl.cdiv(p.k, chunk), splits)
-    return _Blocks(tiles["bm"], tiles["bn"], splits, chunk, chunk * p.bits // 8, steps)
+    return _ProgramSizes(
+        tiles["bm"], tiles["bn"], splits, chunk, chunk * p.bits // 8, steps
+    )
 
 
 def _split_sums(
@@ -167,15 +169,15 @@ def _split_sums(
 ) -> jax.Array:
     """The sums over each part of k, float32 `[splits, e, m, n]`."""
     p, options = problem, {name: int(size) for name, size in tiles}
-    blocks = _blocks(p, options)
+    sizes = _program_sizes(p, options)
     return pl.pallas_call(
-        functools.partial(_kernel, p, blocks),
+        functools.partial(_program, p, sizes),
         out_shape=jax.ShapeDtypeStruct(
-            (blocks.splits, p.e, p.m, p.n),
+            (sizes.splits, p.e, p.m, p.n),
             jnp.float32,
             manual_axis_type=jax.typeof(operands[0]).manual_axis_type,
         ),
-        grid=(pl.cdiv(p.m, blocks.bm), pl.cdiv(p.n, blocks.bn), p.e * blocks.splits),
+        grid=(pl.cdiv(p.m, sizes.bm), pl.cdiv(p.n, sizes.bn), p.e * sizes.splits),
         compiler_params=plt.CompilerParams(
             num_warps=options["warps"], num_stages=options["stages"]
         ),
@@ -184,15 +186,17 @@ def _split_sums(
     )(*operands)
 
 
-def _kernel(p: Problem, blocks: _Blocks, x_ref, data_ref, scale_ref, *rest) -> None:
+def _program(
+    p: Problem, sizes: _ProgramSizes, x_ref, data_ref, scale_ref, *rest
+) -> None:
     """One program: `[bm, bn]` sums over one part of k.
 
     `rest` is the zero points and the codebook, if there are any, and the result.
     """
     *extra, out_ref = rest
-    bm, bn, row_bytes, steps = blocks.bm, blocks.bn, blocks.row_bytes, blocks.steps
+    bm, bn, row_bytes, steps = sizes.bm, sizes.bn, sizes.row_bytes, sizes.steps
     zero_ref = extra[0] if p.zero_point else None
-    e, s = pl.program_id(2) // blocks.splits, pl.program_id(2) % blocks.splits
+    e, s = pl.program_id(2) // sizes.splits, pl.program_id(2) % sizes.splits
     m_rows = pl.ds(pl.program_id(0) * bm, bm)
     n_rows = pl.ds(pl.program_id(1) * bn, bn)
     m_mask = pl.program_id(0) * bm + jnp.arange(bm) < p.m
@@ -207,7 +211,7 @@ def _kernel(p: Problem, blocks: _Blocks, x_ref, data_ref, scale_ref, *rest) -> N
         k_mask = t * row_bytes + jnp.arange(row_bytes) < p.k // per_byte
         columns = pl.ds(t * row_bytes, row_bytes)
         # The last part may reach beyond k, where there is no group.
-        group = jnp.minimum(t * blocks.chunk // p.group, p.num_groups - 1)
+        group = jnp.minimum(t * sizes.chunk // p.group, p.num_groups - 1)
         packed = plt.load(
             data_ref.at[e, n_rows, columns], mask=_both(n_mask, k_mask), other=0
         ).astype(jnp.int32)  # [bn, row_bytes]

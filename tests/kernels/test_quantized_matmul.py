@@ -214,7 +214,7 @@ ERRORS = {
     "scale for columns": (
         {"scale": ones((4, 24))},
         ValueError,
-        r"scale must be \[24, 24\]",
+        r"scale must have shape \[24,24\]",
     ),
     "zero point of another shape": (
         {"zero_point": ones((24, 1), jnp.int8)},
