@@ -15,7 +15,7 @@ from jaxq.ops._dimension_numbers import (
     as_tuples,
     check_sizes,
 )
-from jaxq.ops._operands import Operand
+from jaxq.ops._operands import Operand, check_float_partner
 from jaxq.ops._plan import Plan
 
 
@@ -43,9 +43,8 @@ def explain(
       A `Plan`; print it.
 
     Raises:
-      TypeError: contracted or batch axes differ in size, repeat or do not exist; or the
-        weight has an activation spec and the other operand is not float32, bfloat16 or
-        float16.
+      TypeError: contracted or batch axes differ in size, repeat or do not exist; or
+        integers or float64 numbers are multiplied by a QTensor.
       ValueError: `platform` is unknown, or the operands cannot be aligned as `matmul`
         does, or the spec of the activation does not fit its shape.
 
@@ -63,6 +62,7 @@ def explain(
     else:
         dims = as_tuples(dimension_numbers, "explain")
     check_sizes(lhs, rhs, dims, "explain")
+    check_float_partner(lhs, rhs, "explain")
     if platform is None:
         platform = jax.default_backend()
     else:
