@@ -306,7 +306,7 @@ def test_a_tree_is_not_a_model(path):
     ):
         jaxq.load(path, into=linear())
     jaxq.save(path, linear())
-    with pytest.raises(TypeError, match="into= must be a flax nnx module, loaded dict"):
+    with pytest.raises(TypeError, match="into= must be a flax nnx module, got dict"):
         jaxq.load(path, into={})
 
 
