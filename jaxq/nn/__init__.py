@@ -1,8 +1,10 @@
 """Flax: quantize whole nnx models, or write models of quantized layers.
 
-`quantize_model` returns a copy of a model with quantized weights and a report; `QLinear` and its like are layers that
-are quantized from the start. Both put a QTensor into the layer's weight and jaxq's functions into the layer's own
-hooks: no class is edited and no jax function is replaced. `calibrate` looks at what reaches each layer.
+`quantize_model` returns a copy of a model with quantized weights, and a report.
+`QLinear` and the other `Q` layers are quantized from the start. A quantized layer has a
+QTensor as its weight, and jaxq's functions in the layer's own hooks. No class is
+changed and no function of jax is replaced. `calibrate` collects statistics of each
+layer's input. `jaxq.nn.linen` has the same for Flax linen.
 """
 
 from jaxq.nn import linen
@@ -18,21 +20,25 @@ from jaxq.nn.layers import (
     QLinearGeneral,
     QuantizedParam,
     Roles,
-    find_kind,
-    put_weight,
     register_layer,
-    replace_variables,
     unregister_layer,
-    weight_axes,
 )
+from jaxq.nn.layers import find_kind as find_kind
+from jaxq.nn.layers import put_weight as put_weight
+from jaxq.nn.layers import replace_variables as replace_variables
+from jaxq.nn.layers import weight_axes as weight_axes
 from jaxq.nn.report import Report, Row
-from jaxq.nn.transform._folding import register_folding
-from jaxq.nn.transform._nnx import quantize_model
-from jaxq.nn.transform._nnx_layers import find_layers
-from jaxq.nn.transform._plan import plan
-from jaxq.nn.transform._rotation import register_rotation
-from jaxq.nn.transform._tree import dequantize_params, quantize_params
+from jaxq.nn.transform import (
+    dequantize_params,
+    plan,
+    quantize_model,
+    quantize_params,
+    register_folding,
+    register_rotation,
+)
+from jaxq.nn.transform import find_layers as find_layers
 
+# Other rooms import the names with `as` too. They are not for users.
 __all__ = [
     "LayerKind",
     "QConv",
@@ -49,19 +55,14 @@ __all__ = [
     "assign",
     "calibrate",
     "dequantize_params",
-    "find_kind",
-    "find_layers",
     "linen",
     "mixed_recipe",
     "plan",
-    "put_weight",
     "quantize_model",
     "quantize_params",
     "register_folding",
     "register_layer",
     "register_rotation",
-    "replace_variables",
     "sensitivity",
     "unregister_layer",
-    "weight_axes",
 ]

@@ -1,8 +1,9 @@
 """Flax linen: quantize whole modules, or write modules of quantized layers.
 
-`quantize_model` returns a module, variables and a report; the module is used as before. `QDense` and its like are
-layers that are quantized from the start. `calibrate` looks at what reaches each layer. No class of flax is edited and
-no function of jax replaced: layers are met through `flax.linen.intercept_methods`.
+`quantize_model` returns a module, its variables and a report. The module is used as the
+float module was. `QDense` and the other `Q` layers are quantized from the start.
+`calibrate` collects statistics of each layer's input. No class of Flax is changed and
+no function of jax is replaced: `flax.linen.intercept_methods` shows the layers' calls.
 """
 
 from jaxq.nn.calibration import linen_calibrate as calibrate
@@ -12,7 +13,7 @@ from jaxq.nn.layers._linen_conv_transpose import QConvTranspose
 from jaxq.nn.layers._linen_dense import QDense, QDenseGeneral
 from jaxq.nn.layers._linen_einsum import QEinsum
 from jaxq.nn.layers._linen_embed import QEmbed
-from jaxq.nn.transform._linen import quantize_model
+from jaxq.nn.transform import linen_quantize_model as quantize_model
 
 register_serialization()
 

@@ -59,10 +59,10 @@ def find_layers(model: nnx.Module) -> Iterator[NnxLayer]:
       model: a flax nnx module.
 
     Example:
-      >>> import jaxq
       >>> from flax import nnx
+      >>> from jaxq.nn import find_layers
       >>> model = nnx.Sequential(nnx.Linear(4, 2, rngs=nnx.Rngs(0)), nnx.relu)
-      >>> [(layer.path, layer.kind.name) for layer in jaxq.nn.find_layers(model)]
+      >>> [(layer.path, layer.kind.name) for layer in find_layers(model)]
       [('layers/0', 'Linear')]
     """
     for path, module in nnx.iter_modules(model):
