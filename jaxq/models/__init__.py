@@ -13,14 +13,9 @@ make outliers in that way, rotate the model, or stack its layers.
 from jaxq.models import llama
 from jaxq.models._checkpoint import load, save
 from jaxq.models._generate import generate
-from jaxq.models._outliers import (
-    NormGroup,
-    fold_scales,
-    norm_groups,
-    smooth,
-    with_outliers,
-)
+from jaxq.models._outliers import with_outliers
 from jaxq.models._rotate import rotate, rotate_by
+from jaxq.models._scale_groups import NormGroup, fold_scales, norm_groups, smooth
 from jaxq.models._stacking import stacked, unrolled
 from jaxq.models.llama import Llama, LlamaConfig
 from jaxq.nn import register_folding, register_rotation

@@ -1,4 +1,4 @@
-"""Token generation with a key-value cache of static shape: one compiled prefill, one scan over decode steps."""
+"""Text generation with a cache of keys and values, as one compiled program."""
 
 from __future__ import annotations
 
@@ -21,44 +21,47 @@ def generate(
 ) -> jax.Array:
     """Continues each row of `tokens` by `num_tokens` tokens.
 
-    One compiled program per (model structure, shape of tokens, num_tokens, cache). There is no stop token: cut the
-    result where yours appears.
+    One program is compiled per model structure, shape of `tokens`, `num_tokens` and
+    `cache`. There is no stop token: cut the result where yours appears.
 
     Args:
         model: a `Llama`, or any nnx module with its `init_cache` and `decode`.
-        tokens: int32[b, t], t >= 1, rows of equal length.
-        num_tokens: how many to add, at least 1.
-        key: a jax random key, needed when `temperature > 0`.
-        temperature: logits are divided by it before sampling; 0 takes the most probable token.
-        cache: how keys and values of earlier tokens are stored, as for `Llama.init_cache`: None in the compute dtype, a
-            preset name such as "int4", a `jaxq.QuantSpec` or a `jaxq.ops.KVCacheSpec` quantized. The given tokens are
-            read in full precision while they are taken in, and quantized from then on.
+        tokens: int32[b, t] with t >= 1. All rows have t real tokens.
+        num_tokens: how many tokens to add, at least 1.
+        key: PRNG key. Needed if `temperature > 0`.
+        temperature: logits are divided by it before sampling. 0 takes the most probable
+            token.
+        cache: how keys and values of earlier tokens are stored, as in
+            `Llama.init_cache`. None stores them in the compute dtype. A preset name
+            such as "int4", a `jaxq.QuantSpec` or a `jaxq.ops.KVCacheSpec` quantizes
+            them. The given tokens read each other in full precision; later tokens read
+            them quantized.
 
     Returns:
         int32[b, t + num_tokens], the given tokens first.
 
     Raises:
-        ValueError: tokens are not an integer matrix with t >= 1, num_tokens < 1, a negative temperature, or a
-            temperature without a key; an unknown preset.
+        ValueError: `tokens` is not an integer matrix with t >= 1, `num_tokens` is below
+            1, `temperature` is negative, `temperature > 0` has no key, or no preset has
+            the name `cache`.
 
     Example:
         >>> from jaxq.models import Llama, LlamaConfig
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-        >>> generate(Llama(config, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 3]]), 4).shape
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...                      num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=1, head_dim=16)
+        >>> model, tokens = Llama(config, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 3]])
+        >>> generate(model, tokens, 4).shape
         (1, 7)
-        >>> generate(Llama(config, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 3]]), 4, cache="int4").shape
+        >>> generate(model, tokens, 4, cache="int4").shape
         (1, 7)
     """
     tokens = jnp.asarray(tokens)
-    if (
-        tokens.ndim != 2
-        or tokens.shape[1] < 1
-        or not jnp.issubdtype(tokens.dtype, jnp.integer)
-    ):
+    is_matrix = tokens.ndim == 2 and jnp.issubdtype(tokens.dtype, jnp.integer)
+    if not is_matrix or tokens.shape[1] < 1:
         raise ValueError(
-            f"generate: tokens is {tokens.dtype}{list(tokens.shape)}; expected int32[b, t] with t >= 1. "
-            "Add a batch axis with tokens[None]."
+            f"generate: tokens is {tokens.dtype}{list(tokens.shape)}; expected "
+            "int32[b, t] with t >= 1. Add a batch axis with tokens[None]."
         )
     if num_tokens < 1:
         raise ValueError(
@@ -66,41 +69,44 @@ def generate(
         )
     if not temperature >= 0:
         raise ValueError(
-            f"generate: temperature is {temperature}; it must be 0 (greedy) or positive."
+            f"generate: temperature is {temperature}; it must be 0 (greedy) or "
+            "positive."
         )
-    if temperature > 0 and key is None:
+    samples = temperature > 0
+    if samples and key is None:
         raise ValueError(
-            f"generate: temperature={temperature} draws tokens at random; pass key=jax.random.key(0)."
+            f"generate: temperature={temperature} draws tokens at random; pass "
+            "key=jax.random.key(0)."
         )
-    sample = temperature > 0
-    key = key if sample else jax.random.key(0)
-    new = _generate(
+    new_tokens = _generate(
         model,
         tokens.astype(jnp.int32),
-        key,
+        key if samples else jax.random.key(0),
         jnp.float32(temperature),
         num_tokens=num_tokens,
-        sample=sample,
-        kind=cache,
+        samples=samples,
+        cache_kind=cache,
     )
-    return jnp.concatenate([tokens.astype(jnp.int32), new], axis=1)
+    return jnp.concatenate([tokens.astype(jnp.int32), new_tokens], axis=1)
 
 
-@functools.partial(nnx.jit, static_argnames=("num_tokens", "sample", "kind"))
+@functools.partial(nnx.jit, static_argnames=("num_tokens", "samples", "cache_kind"))
 def _generate(
-    model, tokens, key, temperature, *, num_tokens: int, sample: bool, kind: Any
+    model, tokens, key, temperature, *, num_tokens: int, samples: bool, cache_kind: Any
 ):
     b, t = tokens.shape
 
     def choose(logits, key):  # [b, vocab] -> [b]
-        if sample:
+        if samples:
             return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     keys = jax.random.split(key, num_tokens)
-    # The last token chosen is never read, so the cache holds one place less than the result.
-    how = {} if kind is None else {"cache": kind}
-    logits, cache = model.decode(tokens, model.init_cache(b, t + num_tokens - 1, **how))
+    # The model never reads the last token, so the cache has no place for it.
+    length = t + num_tokens - 1
+    # A model of the user's own may have an init_cache without `cache=`.
+    kind = {} if cache_kind is None else {"cache": cache_kind}
+    logits, cache = model.decode(tokens, model.init_cache(b, length, **kind))
     first = choose(logits[:, -1], keys[0])  # [b]
 
     def step(carry, key):

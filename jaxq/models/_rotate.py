@@ -1,13 +1,19 @@
-"""A Llama in rotated coordinates: the residual stream times an orthogonal matrix, with the same logits.
+"""A Llama in rotated coordinates: the same logits, other weights and activations.
 
-RMSNorm without gains commutes with rotations, `norm(x Q) = norm(x) Q`. So with gains folded into the linears behind
-them, the embedding and everything that writes into the stream can be multiplied by Q, and everything that reads it by
-its transpose. Outlier channels of the stream are spread over all channels; what is between reading and writing can be
-rotated as well where it is linear: values of each head, and the inputs of down_proj at run time.
+The residual stream is multiplied by an orthogonal matrix Q. An RMSNorm without a gain
+commutes with rotations: `norm(x Q) = norm(x) Q`. So the gains are first folded into the
+linears behind them. Then the embedding and every linear that writes into the stream are
+multiplied by Q, and every linear that reads the stream by the transpose of Q. A channel
+of the stream that was much larger than the others is spread over all channels.
+
+Two linear places between reading and writing can be rotated as well: the values of each
+head, and the inputs of down_proj while the model runs.
 
 References:
-    Ashkboos et al., QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, 2024, section 4.
-    Ashkboos et al., SliceGPT: Compress Large Language Models by Deleting Rows and Columns, 2024, section 3 (the norm).
+    Ashkboos et al., QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, 2024,
+    section 4.
+    Ashkboos et al., SliceGPT: Compress Large Language Models by Deleting Rows and
+    Columns, 2024, section 3 (the norm).
 """
 
 from __future__ import annotations
@@ -21,11 +27,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxq.models._outliers import Params, all_groups
+from jaxq.models._parameters import Parameters
+from jaxq.models._scale_groups import all_groups
 from jaxq.models.llama import Llama
 from jaxq.nn.layers import TransformInput
 
-# A rotation may be this far from orthogonal, in any entry of Q^T Q.
+# The largest allowed entry of |Q^T Q - I|.
 _TOLERANCE = 1e-4
 
 
@@ -36,88 +43,64 @@ def rotate(
     heads: jax.typing.ArrayLike | None = None,
     online: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Llama:
-    """A copy of a model in rotated coordinates: the same logits up to rounding, other weights and activations.
+    """A copy of a model in rotated coordinates. Its logits are equal up to rounding.
 
-    With Q the rotation and g a norm's gain: the embedding becomes `E Q`, every linear that reads the stream
-    `Q^T diag(g) W`, every one that writes into it `W Q` (its bias `b Q`), and all gains 1.
-
-    A tied head is untied: it reads through the last norm's gain, the embedding does not.
+    With the rotation Q and the gain g of a norm, the embedding E becomes `E Q`. A
+    linear that reads the stream becomes `Q^T diag(g) W`. A linear that writes into the
+    stream becomes `W Q`, and its bias `b Q`. All gains become 1. A tied head gets a
+    kernel of its own, because the gain of the last norm applies to the head and not to
+    the embedding.
 
     Args:
-      model: a float `Llama`; left as it is.
-      rotation: float `[d, d]`, orthogonal, with d = hidden_size: `jaxq.methods.hadamard(jnp.diag(signs))` with
-        `signs = jaxq.methods.random_hadamard(key, d)`, for example.
-      heads: float `[h, h]`, orthogonal, for the values of every head, between v and o; None leaves them.
-      online: orthogonal linear map of the last axis of `[..., intermediate_size]`, that the inputs of down_proj go
-        through at run time, with its inverse in the weight: `jaxq.methods.hadamard`, for example. A module-level
-        function or a frozen object, since models are compared by it. None leaves them. It is no parameter: what
-        `jaxq.save` wrote is loaded into a model that was rotated with the same `online`.
+      model: a float `Llama`. It is not changed.
+      rotation: float `[d, d]`, orthogonal, with d = hidden_size. For example
+        `jaxq.methods.hadamard(jnp.diag(signs))` with
+        `signs = jaxq.methods.random_hadamard(key, d)`.
+      heads: float `[h, h]`, orthogonal: rotates the values of every head, between
+        v_proj and o_proj. None leaves them.
+      online: orthogonal linear map of the last axis of `[..., intermediate_size]`, for
+        example `jaxq.methods.hadamard`. It is applied to the inputs of down_proj while
+        the model runs, and its inverse goes into the weight. None leaves them. Use a
+        module-level function or a frozen object, because models are compared by it. It
+        is not a parameter: load a file of `jaxq.save` into a model that was rotated
+        with the same `online`.
 
     Returns:
       The new model, with `tie_word_embeddings=False`.
 
     Raises:
-      ValueError: a matrix of another shape or not orthogonal; an `online` that is not; a model whose weights are not
-        floats.
+      ValueError: a matrix or `online` has another size or is not orthogonal; or the
+        weights of the model are not floats.
 
     Example:
       >>> from jaxq.models import Llama, LlamaConfig
-      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-      ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                      num_hidden_layers=1, num_attention_heads=2,
+      ...                      num_key_value_heads=1, head_dim=16)
       >>> model, tokens = Llama(config, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 3]])
       >>> q, _ = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (32, 32)))
       >>> bool(jnp.allclose(rotate(model, q)(tokens), model(tokens), atol=1e-5))
       True
     """
     config = model.config
-    q = _orthogonal(rotation, config.hidden_size, "rotation")
-    per_head = None if heads is None else _orthogonal(heads, config.head_dim, "heads")
-    inner = None
+    q = _as_orthogonal(rotation, config.hidden_size, "rotation")
+    per_head = inner = None
+    if heads is not None:
+        per_head = _as_orthogonal(heads, config.head_dim, "heads")
     if online is not None:
-        inner = _orthogonal(
-            online(jnp.eye(config.intermediate_size)),
-            config.intermediate_size,
-            "online",
-        )
+        matrix = online(jnp.eye(config.intermediate_size))
+        inner = _as_orthogonal(matrix, config.intermediate_size, "online")
     model = _untied(model)
-    params = Params(model, "rotate")
-    for group in all_groups(model):
-        if group.kind != "norm":
-            continue
-        gain = params[group.source, "scale"]  # [..., d]
-        for target in group.targets:
-            params[target, "kernel"] = _dot(
-                q.T, params[target, "kernel"] * gain[..., :, None]
-            )
-        params[group.source, "scale"] = jnp.ones_like(gain)
+    params = Parameters(model, "rotate")
+    _rotate_readers(model, params, q)
     params["embed_tokens", "embedding"] = _dot(params["embed_tokens", "embedding"], q)
-    for group in all_groups(model):
-        if group.kind != "linear":
-            continue
-        (target,) = group.targets
-        kernel = params[target, "kernel"]
-        if target.endswith("o_proj") and per_head is not None:
-            values = params[group.source, "kernel"]
-            params[group.source, "kernel"] = _per_head(values, per_head)
-            if (group.source, "bias") in params:
-                params[group.source, "bias"] = _per_head(
-                    params[group.source, "bias"], per_head
-                )
-            # Rows of o as heads: what v's columns do, its rows undo.
-            kernel = jnp.swapaxes(
-                _per_head(jnp.swapaxes(kernel, -1, -2), per_head), -1, -2
-            )
-        if target.endswith("down_proj") and inner is not None:
-            kernel = _dot(inner.T, kernel)
-        params[target, "kernel"] = _dot(kernel, q)
-        if (target, "bias") in params:
-            params[target, "bias"] = _dot(params[target, "bias"], q)
-    out = params.merged()
+    _rotate_writers(model, params, q, per_head, inner)
+    rotated = params.merged()
     if online is not None:
-        for layer in [out.layers] if config.scan_layers else out.layers:
+        for layer in [rotated.layers] if config.scan_layers else rotated.layers:
             down = layer.mlp.down_proj
             down.promote_dtype = TransformInput(online, down.promote_dtype)
-    return out
+    return rotated
 
 
 def rotate_by(
@@ -139,38 +122,79 @@ def rotate_by(
     return rotate(model, stream, heads=heads, online=online)
 
 
+def _rotate_readers(model: Llama, params: Parameters, q: jax.Array) -> None:
+    """Linears behind a norm: `W -> Q^T diag(g) W`, and the gain g -> 1."""
+    for group in all_groups(model):
+        if group.kind != "norm":
+            continue
+        gain = params[group.source, "scale"]  # [..., d]
+        for target in group.targets:
+            kernel = params[target, "kernel"] * gain[..., :, None]  # [..., d, out]
+            params[target, "kernel"] = _dot(q.T, kernel)
+        params[group.source, "scale"] = jnp.ones_like(gain)
+
+
+def _rotate_writers(
+    model: Llama,
+    params: Parameters,
+    q: jax.Array,
+    per_head: jax.Array | None,
+    inner: jax.Array | None,
+) -> None:
+    """o_proj and down_proj: `W -> W Q`, and the rotations of their own inputs."""
+    for group in all_groups(model):
+        if group.kind != "linear":
+            continue
+        (target,) = group.targets
+        kernel = params[target, "kernel"]  # [..., in, d]
+        if target.endswith("o_proj") and per_head is not None:
+            values = params[group.source, "kernel"]
+            params[group.source, "kernel"] = _times_per_head(values, per_head)
+            if (group.source, "bias") in params:
+                bias = params[group.source, "bias"]
+                params[group.source, "bias"] = _times_per_head(bias, per_head)
+            # The rows of o_proj undo what the columns of v_proj do.
+            columns = _times_per_head(jnp.swapaxes(kernel, -1, -2), per_head)
+            kernel = jnp.swapaxes(columns, -1, -2)
+        if target.endswith("down_proj") and inner is not None:
+            kernel = _dot(inner.T, kernel)
+        params[target, "kernel"] = _dot(kernel, q)
+        if (target, "bias") in params:
+            params[target, "bias"] = _dot(params[target, "bias"], q)
+
+
 def _untied(model: Llama) -> Llama:
-    """The model itself, or a copy whose head has a kernel of its own."""
+    """The model, or a copy whose head has a kernel of its own."""
     if not model.config.tie_word_embeddings:
         return model
     config = dataclasses.replace(model.config, tie_word_embeddings=False)
-    old = dict(nnx.to_flat_state(nnx.state(model)))
-    table = old[("embed_tokens", "embedding")]
+    tied = dict(nnx.to_flat_state(nnx.state(model)))
+    table = tied[("embed_tokens", "embedding")]
     make = functools.partial(Llama, config, dtype=model.dtype, param_dtype=table.dtype)
-    shell = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(shell)
-    flat = {
-        path: old.get(path, variable) for path, variable in nnx.to_flat_state(state)
-    }
+    abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    untied = {}
+    for path, variable in nnx.to_flat_state(state):
+        untied[path] = tied.get(path, variable)
     head = ("lm_head", "kernel")
-    flat[head] = flat[head].replace(jnp.asarray(table[...]).T)
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    untied[head] = untied[head].replace(jnp.asarray(table[...]).T)
+    return nnx.merge(graphdef, nnx.from_flat_state(untied))
 
 
-def _per_head(columns: jax.Array, per_head: jax.Array) -> jax.Array:
-    """Each run of h last entries times `per_head [h, h]`."""
+def _times_per_head(columns: jax.Array, per_head: jax.Array) -> jax.Array:
+    """Multiplies every run of h columns by `per_head`: `[..., heads h], [h, h]`."""
     h = per_head.shape[0]
-    return _dot(columns.reshape(*columns.shape[:-1], -1, h), per_head).reshape(
-        columns.shape
-    )
+    heads = columns.reshape(*columns.shape[:-1], -1, h)
+    return _dot(heads, per_head).reshape(columns.shape)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    # HIGHEST: matrix units would otherwise read bfloat16.
+    # Without HIGHEST, matrix units would read bfloat16.
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _orthogonal(matrix: jax.typing.ArrayLike, size: int, name: str) -> jax.Array:
+def _as_orthogonal(matrix: jax.typing.ArrayLike, size: int, name: str) -> jax.Array:
+    """A matrix as float32[size, size], checked to be orthogonal."""
     q = jnp.asarray(matrix)
     if q.shape != (size, size) or not jnp.issubdtype(q.dtype, jnp.floating):
         shape = ",".join(map(str, q.shape))
@@ -179,8 +203,9 @@ def _orthogonal(matrix: jax.typing.ArrayLike, size: int, name: str) -> jax.Array
         )
     q = q.astype(jnp.float32)
     error = jnp.abs(_dot(q.T, q) - jnp.eye(size))
-    if not bool((error <= _TOLERANCE).all()):  # NaN is not orthogonal either
+    if not bool((error <= _TOLERANCE).all()):  # this is False for NaN
         raise ValueError(
-            f"rotate: {name} is not orthogonal: Q^T Q differs from the identity by {float(jnp.max(error)):.3g}."
+            f"rotate: {name} is not orthogonal. Q^T Q differs from the identity by "
+            f"{float(jnp.max(error)):.3g}, and at most {_TOLERANCE} is allowed."
         )
     return q

@@ -16,7 +16,7 @@ from jaxq.models._outliers import fold_scales, norm_groups, smooth, with_outlier
 from jaxq.models._rotate import rotate
 from tests import tables
 from tests.models.test_llama import VARIANTS, make, tokens
-from tests.models.test_outliers import record, run, state
+from tests.models.test_scale_groups import record, run, state
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -73,12 +73,12 @@ def test_stream_is_rotated():
 
 
 def test_no_scale_moves_through_a_transform():
-    """Channels meet in it: what up_proj is divided by, down_proj cannot be multiplied by."""
+    """The transform mixes channels, so down_proj cannot undo a scale of up_proj."""
     rotated = rotate(make(), orthogonal(32), online=hadamard)
     assert {g.source for g in norm_groups(make())} - {
         g.source for g in norm_groups(rotated)
     } == {f"layers/{i}/mlp/up_proj" for i in range(2)}
-    with pytest.raises(ValueError, match="mlp/up_proj'] are no sources of groups"):
+    with pytest.raises(ValueError, match="mlp/up_proj'] are not sources of groups"):
         fold_scales(rotated, {"layers/0/mlp/up_proj": jnp.full((48,), 2.0)})
     rule = jaxq.Rule(weight="int8", method="equalize")
     model = make()

@@ -9,7 +9,7 @@ import jaxq
 from jaxq.methods import hadamard
 from jaxq.models import rotate, stacked, unrolled
 from tests.models.test_llama import make, tokens
-from tests.models.test_outliers import run, state
+from tests.models.test_scale_groups import run, state
 
 
 def assert_same(a, b):

@@ -1,4 +1,4 @@
-"""Scales folded between layers, smoothing and outliers leave a model's function as it is."""
+"""Moved scales, smoothing and outliers do not change what a model computes."""
 
 import functools
 
@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 import jaxq
-from jaxq.methods._smoothquant import smoothquant
-from jaxq.models._outliers import fold_scales, norm_groups, smooth, with_outliers
+from jaxq.methods import smoothquant
+from jaxq.models import fold_scales, norm_groups, smooth, with_outliers
 from tests import tables
 from tests.models.test_llama import VARIANTS, make, tokens
 
@@ -59,27 +59,24 @@ def random_scales(model, seed=0):
     return scales
 
 
-def test_groups_are_what_computes_in_turn():
+SOURCES = (
+    "input_layernorm",
+    "self_attn/v_proj",
+    "post_attention_layernorm",
+    "mlp/up_proj",
+)
+
+
+def test_groups_are_in_the_order_of_computation():
     groups = norm_groups(make())
-    assert [g.source for g in groups] == [
-        *(f"layers/{i}/{name}" for i in (0, 1)
-          for name in ("input_layernorm", "self_attn/v_proj", "post_attention_layernorm", "mlp/up_proj")),
-        "norm",
-    ]  # fmt: skip
+    first = [f"layers/0/{name}" for name in SOURCES]
+    second = [f"layers/1/{name}" for name in SOURCES]
+    assert [group.source for group in groups] == [*first, *second, "norm"]
     assert groups[1].targets == ("layers/0/self_attn/o_proj",)
     assert groups[2].targets == ("layers/0/mlp/gate_proj", "layers/0/mlp/up_proj")
     assert groups[-1].targets == ("lm_head",)
-    assert [
-        g.source for g in norm_groups(make(scan_layers=True, tie_word_embeddings=True))
-    ] == [
-        f"layers/{name}"
-        for name in (
-            "input_layernorm",
-            "self_attn/v_proj",
-            "post_attention_layernorm",
-            "mlp/up_proj",
-        )
-    ]
+    stacked = norm_groups(make(scan_layers=True, tie_word_embeddings=True))
+    assert [group.source for group in stacked] == [f"layers/{s}" for s in SOURCES]
     # Linears of a group read the same numbers.
     seen = record(make(), tokens())
     for group in groups:
@@ -204,14 +201,14 @@ def test_stacked_layers_smooth_like_separate_ones():
 def test_errors():
     model = make()
     with pytest.raises(
-        ValueError, match=r"\['layers/7/input_layernorm'\] are no sources"
+        ValueError, match=r"\['layers/7/input_layernorm'\] are not sources of groups"
     ):
         fold_scales(model, {"layers/7/input_layernorm": np.ones(32)})
     with pytest.raises(ValueError, match=r"scale of norm must be \[32\], got \[31\]"):
         fold_scales(model, {"norm": np.ones(31)})
     with pytest.raises(ValueError, match="holds a 0"):
         fold_scales(model, {"norm": np.zeros(32)})
-    with pytest.raises(ValueError, match="has nothing for"):
+    with pytest.raises(ValueError, match="has no entry for"):
         smooth(model, {}, smoothquant)
     with pytest.raises(ValueError, match="pass key="):
         with_outliers(model, channels=2)

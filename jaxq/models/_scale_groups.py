@@ -1,0 +1,303 @@
+"""Where a scale can move between the layers of a Llama, and models with moved scales.
+
+In `norm -> linears` the gain of the norm can be divided by s if the rows of the linears
+are multiplied by s. In `v_proj -> o_proj` and `up_proj -> down_proj` the columns of the
+first linear take the place of the gain. This is possible because what lies between them
+(the average of attention, the gate) passes a scale of one channel through.
+
+SmoothQuant and AWQ move scales in this way. The opposite direction makes outlier
+channels: see `_outliers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.models._parameters import Parameters
+from jaxq.models.llama import Llama
+from jaxq.nn.layers import input_transforms
+
+
+class NormGroup(NamedTuple):
+    """Linears that read one input, and the layer before them.
+
+    Attributes:
+      source: path of the norm or linear whose outputs can be divided by a scale, for
+        example "layers/0/input_layernorm".
+      targets: paths of the linears whose rows are then multiplied by it.
+      kind: "norm" or "linear": what the source is.
+
+    Example:
+      >>> from jaxq.models import NormGroup
+      >>> NormGroup("norm", ("lm_head",), "norm").targets
+      ('lm_head',)
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    kind: Literal["norm", "linear"]
+
+
+def norm_groups(model: Llama) -> list[NormGroup]:
+    """Every place in a model where a scale can move, in the order of computation.
+
+    For each layer: the first norm with q_proj, k_proj and v_proj; v_proj with o_proj;
+    the second norm with gate_proj and up_proj; up_proj with down_proj. At the end the
+    last norm with the head, unless the head is tied to the embedding.
+
+    Stacked layers (`scan_layers`) are one layer, "layers", and their scales have a
+    leading axis. If there are fewer key heads than query heads, a channel of v_proj
+    feeds one channel of o_proj per query head of its group, and all of them get its
+    scale. A linear whose inputs are transformed while the model runs
+    (`rotate(..., online=)`) is left out, because the transform mixes channels.
+
+    Args:
+      model: a `Llama`.
+
+    Returns:
+      The groups. The scale of a group has one number per output of its source.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxq.models import Llama, LlamaConfig
+      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                      num_hidden_layers=1, num_attention_heads=2,
+      ...                      num_key_value_heads=1, head_dim=16)
+      >>> group = norm_groups(Llama(config, rngs=nnx.Rngs(0)))[1]
+      >>> group.source, group.targets
+      ('layers/0/self_attn/v_proj', ('layers/0/self_attn/o_proj',))
+    """
+    transformed = set(input_transforms(model))
+    return [
+        group for group in all_groups(model) if transformed.isdisjoint(group.targets)
+    ]
+
+
+def all_groups(model: Llama) -> list[NormGroup]:
+    """The groups of a model, also those in which no scale can move."""
+    config = model.config
+    if config.scan_layers:
+        layers = ["layers"]
+    else:
+        layers = [f"layers/{number}" for number in range(config.num_hidden_layers)]
+    groups = []
+    for layer in layers:
+        attention, mlp = f"{layer}/self_attn", f"{layer}/mlp"
+        inputs = tuple(f"{attention}/{name}" for name in ("q_proj", "k_proj", "v_proj"))
+        gated = (f"{mlp}/gate_proj", f"{mlp}/up_proj")
+        output, down = (f"{attention}/o_proj",), (f"{mlp}/down_proj",)
+        groups += [
+            NormGroup(f"{layer}/input_layernorm", inputs, "norm"),
+            NormGroup(f"{attention}/v_proj", output, "linear"),
+            NormGroup(f"{layer}/post_attention_layernorm", gated, "norm"),
+            NormGroup(f"{mlp}/up_proj", down, "linear"),
+        ]
+    if not config.tie_word_embeddings:
+        groups.append(NormGroup("norm", ("lm_head",), "norm"))
+    return groups
+
+
+def fold_scales(model: Llama, scales: Mapping[str, jax.typing.ArrayLike]) -> Llama:
+    """A copy of a model with moved scales: sources divided, rows of targets multiplied.
+
+    What the model computes stays the same up to rounding. It stays the same to the bit
+    if all scales are powers of two and no number leaves the range of its dtype.
+
+    Args:
+      model: a float `Llama`. It is not changed.
+      scales: by the source of a group of `norm_groups`: float `[n]` with n outputs of
+        the source (`[layers, n]` for stacked layers), finite and not zero.
+
+    Returns:
+      The new model.
+
+    Raises:
+      ValueError: a path is not the source of a group; a scale has another shape, is
+        zero or is not finite; or the weights of the model are not floats.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxq.models import Llama, LlamaConfig
+      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                      num_hidden_layers=1, num_attention_heads=2,
+      ...                      num_key_value_heads=1, head_dim=16)
+      >>> model = Llama(config, rngs=nnx.Rngs(0))
+      >>> float(fold_scales(model, {"norm": jnp.full(32, 2.0)}).norm.scale[0])
+      0.5
+    """
+    groups = {group.source: group for group in norm_groups(model)}
+    unknown = sorted(set(scales) - set(groups))
+    if unknown:
+        raise ValueError(
+            f"fold_scales: {unknown} are not sources of groups. The sources are "
+            f"{sorted(groups)}."
+        )
+    params = Parameters(model, "fold_scales")
+    for source, value in scales.items():
+        group = groups[source]
+        scale = _checked_scale(params, group, value)
+        _divide_source(params, group, scale)
+        for target in group.targets:
+            # With fewer key heads, several rows of o_proj read one channel of v_proj.
+            rows = scale
+            if target.endswith("o_proj"):
+                rows = _repeat_for_query_heads(scale, model)
+            kernel = params[target, "kernel"]  # [..., in, out]
+            params[target, "kernel"] = kernel * rows[..., :, None]
+    return params.merged()
+
+
+def outputs_shape(params: Parameters, group: NormGroup) -> tuple[int, ...]:
+    """The shape of a group's scale: `[n]`, or `[layers, n]` for stacked layers."""
+    if group.kind == "norm":
+        return params[group.source, "scale"].shape
+    kernel = params[group.source, "kernel"]
+    return (*kernel.shape[:-2], kernel.shape[-1])
+
+
+def _checked_scale(
+    params: Parameters, group: NormGroup, value: jax.typing.ArrayLike
+) -> jax.Array:
+    scale = jnp.asarray(value).astype(jnp.float32)
+    shape = outputs_shape(params, group)
+    if scale.shape != shape:
+        raise ValueError(
+            f"fold_scales: the scale of {group.source} must be {list(shape)}, got "
+            f"{list(scale.shape)}."
+        )
+    if not bool((jnp.isfinite(scale) & (scale != 0)).all()):
+        raise ValueError(
+            f"fold_scales: the scale of {group.source} holds a 0 or a number that is "
+            "not finite."
+        )
+    return scale
+
+
+def _divide_source(params: Parameters, group: NormGroup, scale: jax.Array) -> None:
+    """Divides the outputs of a norm or linear by a scale."""
+    source = group.source
+    if group.kind == "norm":
+        params[source, "scale"] = params[source, "scale"] / scale
+        return
+    params[source, "kernel"] = params[source, "kernel"] / scale[..., None, :]
+    if (source, "bias") in params:
+        params[source, "bias"] = params[source, "bias"] / scale
+
+
+def smooth(
+    model: Llama,
+    absmax: Mapping[str, jax.typing.ArrayLike],
+    rule: Callable[[jax.Array, list[jax.Array]], Any],
+    *,
+    groups: Sequence[NormGroup] | None = None,
+) -> Llama:
+    """A copy of a model with the scales that a rule finds for each group.
+
+    Args:
+      model: a float `Llama`. It is not changed.
+      absmax: for one linear of each group, by its path: float `[in]` (`[layers, in]`
+        for stacked layers), the largest magnitude of each of its inputs over some data.
+      rule: `(absmax [in], [weights [in, out_i]]) -> scale [in]`, or a tuple that begins
+        with the scale: for example
+        `functools.partial(jaxq.methods.smoothquant, alpha=0.5)`.
+      groups: the groups to smooth. None takes all groups behind norms, without
+        the head's.
+
+    Returns:
+      The new model.
+
+    Raises:
+      ValueError: `absmax` has no linear of a group, or an entry of another shape; and
+        what `fold_scales` raises.
+
+    Example:
+      >>> from flax import nnx
+      >>> from jaxq.models import Llama, LlamaConfig
+      >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+      ...                      num_hidden_layers=1, num_attention_heads=2,
+      ...                      num_key_value_heads=1, head_dim=16)
+      >>> model = Llama(config, rngs=nnx.Rngs(0))
+      >>> group = norm_groups(model)[0]
+      >>> absmax = {group.targets[0]: jnp.full(32, 4.0)}
+      >>> smoothed = smooth(model, absmax, lambda x, w: jnp.sqrt(x), groups=[group])
+      >>> float(smoothed.layers[0].input_layernorm.scale[0])
+      0.5
+    """
+    if groups is None:
+        behind_norms = [group for group in norm_groups(model) if group.kind == "norm"]
+        groups = [group for group in behind_norms if group.targets != ("lm_head",)]
+    missing = [
+        group.targets[0] for group in groups if set(absmax).isdisjoint(group.targets)
+    ]
+    if missing:
+        raise ValueError(
+            f"smooth: absmax has no entry for {missing}, nor for another linear that "
+            "reads the same input."
+        )
+    params = Parameters(model, "smooth")
+    scales = {}
+    for group in groups:
+        magnitudes = jnp.asarray(_entry_of_group(absmax, group))
+        weights = [params[target, "kernel"] for target in group.targets]
+        if magnitudes.shape != weights[0].shape[:-1]:
+            raise ValueError(
+                f"smooth: absmax of {group.targets[0]} must be "
+                f"{list(weights[0].shape[:-1])}, got {list(magnitudes.shape)}."
+            )
+        if group.source.endswith("v_proj"):
+            magnitudes, weights = _seen_from_key_heads(magnitudes, weights, model)
+        scales[group.source] = _scales_of_layers(rule, magnitudes, weights)
+    return fold_scales(model, scales)
+
+
+def _entry_of_group(absmax: Mapping[str, Any], group: NormGroup) -> Any:
+    return next(absmax[target] for target in group.targets if target in absmax)
+
+
+def _scales_of_layers(
+    rule: Callable[..., Any], magnitudes: jax.Array, weights: list[jax.Array]
+) -> jax.Array:
+    """The scale of each layer of a stack, by the rule: `[..., in]`."""
+    scales = []
+    for layer in np.ndindex(magnitudes.shape[:-1]):
+        result = rule(magnitudes[layer], [weight[layer] for weight in weights])
+        scales.append(result[0] if isinstance(result, tuple) else result)
+    return jnp.stack(scales).reshape(magnitudes.shape)
+
+
+def _repeat_for_query_heads(scale: jax.Array, model: Llama) -> jax.Array:
+    """Repeats scales of v_proj for the query heads of each key head.
+
+    `[..., m h]` becomes `[..., m g h]`, with g query heads per key head.
+    """
+    config = model.config
+    m, h = config.num_key_value_heads, config.head_dim
+    g, stack = config.num_attention_heads // m, scale.shape[:-1]
+    heads = scale.reshape(*stack, m, 1, h)
+    return jnp.broadcast_to(heads, (*stack, m, g, h)).reshape(*stack, m * g * h)
+
+
+def _seen_from_key_heads(
+    magnitudes: jax.Array, weights: list[jax.Array], model: Llama
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Inputs of o_proj regrouped by the channels of v_proj.
+
+    Magnitudes `[..., m g h]` become `[..., m h]`: the largest of the g query heads.
+    Weights `[..., m g h, out]` become `[..., m h, g out]`.
+    """
+    config = model.config
+    m, h = config.num_key_value_heads, config.head_dim
+    g, stack = config.num_attention_heads // m, magnitudes.shape[:-1]
+    regrouped = []
+    for weight in weights:
+        out = weight.shape[-1]
+        heads = weight.reshape(*stack, m, g, h, out)
+        heads = jnp.moveaxis(heads, -3, -2)  # [..., m, h, g, out]
+        regrouped.append(heads.reshape(*stack, m * h, g * out))
+    largest = jnp.max(magnitudes.reshape(*stack, m, g, h), axis=-2)
+    return largest.reshape(*stack, m * h), regrouped
