@@ -26,8 +26,8 @@ from jaxq.nn.layers import (
     with_params,
 )
 from jaxq.nn.report import Report, Row, float_row, skip_reason
-from jaxq.nn.transform import _loop
 from jaxq.nn.transform._calibration_data import CalibrationData
+from jaxq.nn.transform._loop import quantize_slots
 from jaxq.nn.transform._matching import bare_rule, is_multiplied
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._rotation import refuse_rotation
@@ -147,7 +147,7 @@ def quantize_model(
         progress=progress,
     )
     adapter = LinenAdapter(module, variables, recipe, example, options)
-    (qmodule, qvariables), report = _loop.quantize(adapter, recipe, options)
+    (qmodule, qvariables), report = quantize_slots(adapter, recipe, options)
     return qmodule, qvariables, report
 
 
@@ -203,7 +203,7 @@ class LinenAdapter:
     ):
         refuse_rotation(recipe, "linen.quantize_model")
         # Finding the layers runs `forward`, and may run the first batch.
-        self.read_arguments = ("forward",)
+        self.read_arguments: tuple[str, ...] = ("forward",)
         if example is None and options.batches:
             example = options.batches[0]
             self.read_arguments = ("forward", "calibration")

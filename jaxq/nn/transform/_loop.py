@@ -1,9 +1,10 @@
 """The one loop that quantizes a model, of whatever kind.
 
-`quantize` checks all weights, moves scales where a method wants it, and quantizes block
-by block: statistics of a block's inputs, each weight by its rule, the result back into
-the model. `plan` does the checks and makes the report, and quantizes nothing. All that
-depends on the kind of model is in its `Adapter`.
+`quantize_slots` checks all weights and moves scales where a method wants it. Then it
+quantizes block by block. It collects statistics of the inputs of a block, quantizes
+each weight by its rule, and puts the result into the model. `plan_slots` does the
+checks and makes the report, and quantizes nothing. Everything that depends on the kind
+of model is in the model's `Adapter`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ from jaxq.recipes import Recipe
 from jaxq.sharding import on_auto_axes, shard_like
 
 
-def quantize(adapter: Adapter, recipe: Recipe, options: Options) -> tuple[Any, Report]:
+def quantize_slots(
+    adapter: Adapter, recipe: Recipe, options: Options
+) -> tuple[Any, Report]:
     """Quantizes the weights of a model by the rules of a recipe.
 
     Args:
@@ -63,10 +66,13 @@ def quantize(adapter: Adapter, recipe: Recipe, options: Options) -> tuple[Any, R
     keys = _keys(chosen, blocks, adapter, options)
     donated = Donated(adapter.arrays() if options.donate else ())
     rows = {slot.weight: _row_before(slot) for slot in slots if not slot.chosen}
+    # The quantized weights, by what identifies the float weight.
     weights: dict[Hashable, QTensor] = {}
     for number, block in enumerate(blocks):
+        # The results of an earlier run that stopped later than here.
         finished = resume.read(number, [slot.name for slot in block])
         data.used = data.used or bool(finished)
+        # The blocks before are quantized by now, so the data pass through codes.
         stats = {} if finished else _statistics(data, block)
         results: dict[str, Result] = {}
         show = options.progress and bool(stats)
@@ -92,8 +98,8 @@ def quantize(adapter: Adapter, recipe: Recipe, options: Options) -> tuple[Any, R
     return model, Report(tuple(adapter.rows(rows)), notes)
 
 
-def plan(adapter: Adapter, recipe: Recipe, options: Options) -> Report:
-    """The report of `quantize` without measured errors. Nothing is quantized."""
+def plan_slots(adapter: Adapter, recipe: Recipe, options: Options) -> Report:
+    """The report of `quantize_slots` without measured errors. Nothing is quantized."""
     slots, rule_notes = matched_slots(adapter, recipe, options, has_data=None)
     slots = adapter.fold(slots, None, options.fallback)
     rows = {slot.weight: _row_before(slot) for slot in reversed(slots)}

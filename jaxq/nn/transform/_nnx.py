@@ -21,7 +21,6 @@ from jaxq.nn.layers import (
     weight_axes,
 )
 from jaxq.nn.report import Report, Row, dropped_metadata, float_row, other_row
-from jaxq.nn.transform import _loop
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._folding import (
     fold_scales,
@@ -29,6 +28,7 @@ from jaxq.nn.transform._folding import (
     layers_to_watch,
     planned_outcomes,
 )
+from jaxq.nn.transform._loop import quantize_slots
 from jaxq.nn.transform._matching import bare_rule, is_multiplied
 from jaxq.nn.transform._nnx_layers import (
     BareArray,
@@ -153,7 +153,7 @@ def quantize_model(
         progress=progress,
     )
     adapter = NnxAdapter(nnx.clone(model), recipe, options)
-    return _loop.quantize(adapter, recipe, options)
+    return quantize_slots(adapter, recipe, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ class NnxAdapter:
         "jaxq.Rule(path, weight=..., kinds=('Param',)) before the rules of a named "
         "recipe, jaxq.recipes.get(name).rules."
     )
-    read_arguments = ()
+    read_arguments: tuple[str, ...] = ()
     keys_follow_slots = False
 
     def __init__(self, model: nnx.Module, recipe: Recipe, options: Options):

@@ -7,8 +7,8 @@ from typing import Any
 from flax import linen, nnx
 
 from jaxq.nn.report import Report
-from jaxq.nn.transform import _loop
 from jaxq.nn.transform._linen import LinenAdapter, check_module
+from jaxq.nn.transform._loop import plan_slots
 from jaxq.nn.transform._nnx import NnxAdapter
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Adapter
@@ -64,4 +64,4 @@ def plan(
         adapter = NnxAdapter(model, recipe, options)
     else:
         adapter = TreeAdapter(model, recipe)
-    return _loop.plan(adapter, recipe, options)
+    return plan_slots(adapter, recipe, options)

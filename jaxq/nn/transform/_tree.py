@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxq import methods
 from jaxq.nn.calibration import StatsRequest
 from jaxq.nn.report import Report, Row, float_row
-from jaxq.nn.transform import _loop
 from jaxq.nn.transform._calibration_data import CalibrationData
+from jaxq.nn.transform._loop import quantize_slots
 from jaxq.nn.transform._nnx_layers import NOT_WEIGHTS
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._rotation import refuse_rotation
@@ -70,7 +71,8 @@ def quantize_params(
     Raises:
       ValueError: the recipe is unknown; leaves cannot be quantized (the error names
         all); a rule matches nothing; a method, an observer or `correct_bias` needs data
-        or moves scales, which only models can do; stochastic rounding without `key`.
+        or moves scales, which only models can do; stochastic rounding without `key`;
+        a `key` that no rule can use.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -87,7 +89,12 @@ def quantize_params(
         key=key,
         on_nonfinite=on_nonfinite,
     )
-    return _loop.quantize(TreeAdapter(params, recipe), recipe, options)
+    if key is not None and not any(_may_draw(rule) for rule in recipe.rules):
+        raise ValueError(
+            "quantize_params: key= was passed, and no rule rounds at random or has a "
+            "method. Use a spec with rounding='stochastic', or omit the key."
+        )
+    return quantize_slots(TreeAdapter(params, recipe), recipe, options)
 
 
 def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
@@ -110,6 +117,13 @@ def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
         return dequantize(leaf, dtype=dtype) if _is_qtensor(leaf) else leaf
 
     return jax.tree.map(floats, params, is_leaf=_is_qtensor)
+
+
+def _may_draw(rule: Rule) -> bool:
+    """True if a rule may use a PRNG key: to round at random, or in its method."""
+    spec = rule.weight
+    rounds_at_random = isinstance(spec, QuantSpec) and spec.needs_key
+    return rounds_at_random or methods.get(rule.method).solve is not None
 
 
 class _ArrayKind(NamedTuple):
@@ -151,7 +165,7 @@ class TreeAdapter:
     no_folding = "a tree does not say what that is"
     no_data = "no data pass through a tree. Use quantize_model"
     unmatched_remedy = ""
-    read_arguments = ()
+    read_arguments: tuple[str, ...] = ()
     keys_follow_slots = True
     notes = ()
 
