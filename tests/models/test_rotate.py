@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 import jaxq
+from jaxq.methods import smoothquant
 from jaxq.methods._rotation import hadamard, random_hadamard
-from jaxq.methods._smoothquant import smoothquant
-from jaxq.models._outliers import fold_scales, norm_groups, smooth, with_outliers
+from jaxq.models import fold_scales, norm_groups, smooth, with_outliers
 from jaxq.models._rotate import rotate
 from tests import tables
 from tests.models.test_llama import VARIANTS, make, tokens
