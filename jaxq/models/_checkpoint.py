@@ -1,4 +1,9 @@
-"""Hugging Face directories in and out, one tensor at a time."""
+"""Llama-family models from Hugging Face directories, and back.
+
+A directory holds `config.json`, the weights in one or more safetensors files, and the
+tokenizer. Tensors are read one by one. A weight of a projection is [out, in] in the
+file and [in, out] in the model.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,86 +25,113 @@ from jaxq.nn.layers import input_transforms
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_FLOATS = ("BF16", "F16", "F32", "F64")
+_FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+class _Destination(NamedTuple):
+    """Where a tensor of a file is in the model.
+
+    Attributes:
+        path: of the parameter, for example ("layers", 0, "mlp", "up_proj", "kernel").
+        layer: the index on the leading axis if layers are stacked; None otherwise.
+        shape: of the tensor in the file.
+    """
+
+    path: tuple
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+class _Header(NamedTuple):
+    """Shape and dtype of a tensor, from the header of its file."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def load(
     path: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = False
 ) -> tuple[Llama, Any]:
-    """Reads a Hugging Face directory of a Llama-family model.
+    """Reads a Hugging Face directory of a Llama-family model with float weights.
 
-    Reads `config.json`, `model.safetensors` (or the shards named by `model.safetensors.index.json`) and
-    `tokenizer.json`. Tensors are read one by one, so host memory peaks at the model plus the largest tensor.
+    Reads `config.json`, `tokenizer.json` and `model.safetensors`. If there is a
+    `model.safetensors.index.json`, it names the weight files instead. Tensors are read
+    one by one, so host memory peaks at the model plus its largest tensor.
 
     Args:
         path: the directory.
-        dtype: float32 or bfloat16: what parameters are stored in, and what matrix products read (they accumulate
-            in float32 either way). A bfloat16 checkpoint is exact in float32.
+        dtype: float32 or bfloat16. Parameters are stored in it, and matrix products
+            read it. Products accumulate in float32 in both cases. A bfloat16 checkpoint
+            is exact in float32.
         scan_layers: stack the layers and run them by one scan, see `LlamaConfig`.
 
     Returns:
-        The model and a `tokenizers.Tokenizer`; the tokenizer is None if the directory has no `tokenizer.json`.
+        The model and a `tokenizers.Tokenizer`. The tokenizer is None if the directory
+        has no `tokenizer.json`.
 
     Raises:
-        FileNotFoundError: no config.json or no safetensors in the directory.
-        ValueError: another dtype, a damaged file, an unsupported config, or one message with every missing,
-            unexpected or mis-shaped tensor and those that hold no floats.
-        ImportError: there is a tokenizer.json but the `tokenizers` package is not installed.
+        FileNotFoundError: the directory has no `config.json`, or a weight file is
+            missing.
+        ValueError: `dtype` is not float32 or bfloat16; a file is damaged; the config is
+            not supported; or tensors are missing, unexpected, of the wrong shape or
+            without floats. One message lists all such tensors.
+        ImportError: there is a `tokenizer.json`, and the `tokenizers` package is not
+            installed.
 
     Example:
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...                      num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=1, head_dim=16)
         >>> save("my_model", Llama(config, rngs=nnx.Rngs(0)))
         >>> model, tokenizer = load("my_model", dtype=jnp.bfloat16)
         >>> model(jnp.array([[1, 2, 3]])).shape, tokenizer
         ((1, 3, 64), None)
     """
     path = Path(path)
-    if jnp.dtype(dtype).name not in ("float32", "bfloat16"):
+    stored_dtype = jnp.dtype(dtype)
+    if stored_dtype.name not in ("float32", "bfloat16"):
         raise ValueError(
-            f"jaxq.models.load: dtype must be float32 or bfloat16, got {jnp.dtype(dtype).name}."
+            "jaxq.models.load: dtype must be float32 or bfloat16, got "
+            f"{stored_dtype.name}."
         )
-    try:
-        config = LlamaConfig.from_hf(
-            _read_json(_existing(path, "config.json")), scan_layers=scan_layers
-        )
-    except ValueError as error:
+    config = _read_config(path, scan_layers)
+    # The tokenizer comes before the weights, because it fails sooner.
+    tokenizer = _load_tokenizer(path / "tokenizer.json")
+    destinations = _destinations(config)
+    files = _weight_files(path)
+    problems = _mismatches(destinations, _read_headers(path, files), config)
+    if problems:
         raise ValueError(
-            f"jaxq.models.load: {path / 'config.json'}: {error}"
-        ) from error
-    tokenizer = _load_tokenizer(
-        path / "tokenizer.json"
-    )  # before the weights: it is the quicker one to fail
+            f"jaxq.models.load: {path} does not fit its config.json: "
+            f"{'; '.join(problems)}."
+        )
+
     model = nnx.eval_shape(
         lambda: Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
     )
     graphdef, params = nnx.split(model)
-    wanted = _names(config, params)
-    files = _tensor_files(path)
-    problems = _check(wanted, _headers(path, files), config)
-    if problems:
-        raise ValueError(
-            f"jaxq.models.load: {path} does not fit its config.json: "
-            + "; ".join(problems)
-            + "."
-        )
-
     flat = dict(nnx.to_flat_state(params))
     stacks: dict[tuple, np.ndarray] = {}
-    for name, tensor in _read(path, files):
-        if name not in wanted:
-            _check_tied(name, tensor, path, files)
+    for name, tensor in _read_tensors(path, files):
+        if name not in destinations:
+            if name == _HEAD:
+                _check_stored_head(tensor, path, files)
             continue
-        key, layer, _ = wanted[name]
-        tensor = tensor.T if key[-1] == "kernel" else tensor
+        param_path, layer, _ = destinations[name]
+        if param_path[-1] == "kernel":
+            tensor = tensor.T  # [in, out]
         if layer is None:
-            flat[key] = flat[key].replace(jnp.asarray(tensor, dtype))
+            flat[param_path] = flat[param_path].replace(jnp.asarray(tensor, dtype))
             continue
-        if key not in stacks:
-            stacks[key] = np.empty(flat[key].shape, jnp.dtype(dtype))
-        stacks[key][layer] = tensor.astype(dtype)
-    for key in list(stacks):
-        flat[key] = flat[key].replace(jnp.asarray(stacks.pop(key)))
+        if param_path not in stacks:
+            stacks[param_path] = np.empty(flat[param_path].shape, stored_dtype)
+        stacks[param_path][layer] = tensor.astype(stored_dtype)
+    for param_path in list(stacks):
+        # pop frees each stack on the host once it is copied.
+        stack = stacks.pop(param_path)
+        flat[param_path] = flat[param_path].replace(jnp.asarray(stack))
     return nnx.merge(graphdef, nnx.from_flat_state(flat)), tokenizer
 
 
@@ -111,107 +143,136 @@ def save(
     dtype: Any = jnp.bfloat16,
     **config: Any,
 ) -> None:
-    """Writes a directory that `load` and `transformers` read: config.json, model.safetensors, tokenizer files.
+    """Writes a directory that `load` and `transformers` read.
+
+    Writes `config.json` and `model.safetensors`. With a tokenizer it also writes
+    `tokenizer.json` and `tokenizer_config.json`.
 
     Args:
-        path: the directory, made if it is not there; files of these names are overwritten.
-        model: a float `Llama` (a quantized one goes through `jaxq.save`).
+        path: the directory. It is made if it does not exist. Files of these names in
+            it are overwritten.
+        model: a `Llama` with float weights. Use `jaxq.save` for a quantized model.
         tokenizer: a `tokenizers.Tokenizer`, or None to write no tokenizer.
-        dtype: what the tensors are rounded to.
-        **config: more entries of config.json, such as `eos_token_id=0`.
+        dtype: the tensors are rounded to it.
+        **config: more entries of `config.json`, such as `eos_token_id=0`.
 
     Raises:
-        ValueError: the parameters are not those of a float `Llama`; layers transform their inputs (`rotate` with
-            `online=`), which such a directory cannot say.
+        ValueError: the parameters are not those of a float `Llama`; no Hugging Face
+            architecture has the features of its config; or a layer transforms its
+            inputs (`rotate` with `online=`), because the files cannot express that.
 
     Example:
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...                      num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=1, head_dim=16)
         >>> save("my_model", Llama(config, rngs=nnx.Rngs(0)), eos_token_id=0)
         >>> sorted(path.name for path in Path("my_model").iterdir())
         ['config.json', 'model.safetensors']
     """
-    if transforms := input_transforms(model):
+    transforms = input_transforms(model)
+    if transforms:
         layer, name = next(iter(transforms.items()))
         raise ValueError(
-            f"save: inputs of {layer} go through {name}, one of {len(transforms)} layers, and a Hugging Face directory "
-            "cannot say so. Rotate without online=, or use jaxq.save."
+            f"jaxq.models.save: {len(transforms)} layers transform their inputs, for "
+            f"example {layer} by {name}. A Hugging Face directory cannot express that. "
+            "Call rotate without online=, or use jaxq.save."
         )
     entries = model.config.to_hf() | {"dtype": jnp.dtype(dtype).name} | config
-    params = nnx.state(model, nnx.Param)
-    flat = dict(nnx.to_flat_state(params))
-    tensors: dict[str, np.ndarray] = {}
-    for name, (key, layer, shape) in _names(model.config, params).items():
-        value = (
-            np.asarray(flat[key][...])
-            if layer is None
-            else np.asarray(flat[key][layer])
-        )
-        value = value.T if key[-1] == "kernel" else value
-        tensors[name] = np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
-        if tensors[name].shape != shape:
-            raise ValueError(
-                f"save: {'.'.join(map(str, key))} is {list(value.shape)}; the config asks {list(shape)}."
-            )
+    tensors = _file_tensors(model, jnp.dtype(dtype))
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    _replace(
+    _write_file(
         path / _SINGLE, lambda file: save_file(tensors, file, metadata={"format": "pt"})
     )
-    text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
-    _replace(path / "config.json", lambda file: file.write_text(text))
-    if tokenizer is not None:
-        _replace(path / "tokenizer.json", lambda file: tokenizer.save(str(file)))
-        extra = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-        }
-        _replace(
-            path / "tokenizer_config.json",
-            lambda file: file.write_text(json.dumps(extra, indent=2) + "\n"),
-        )
+    _write_json(path / "config.json", entries, sort_keys=True)
+    if tokenizer is None:
+        return
+    _write_file(path / "tokenizer.json", lambda file: tokenizer.save(str(file)))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(path / "tokenizer_config.json", tokenizer_config)
 
 
-def _names(
-    config: LlamaConfig, params: Any
-) -> dict[str, tuple[tuple, int | None, tuple[int, ...]]]:
-    """Hugging Face name -> (our path, layer of a stack or None, shape in the file).
+# The model's side.
 
-    `layers.0.self_attn.q_proj.kernel [in, out]` is `model.layers.0.self_attn.q_proj.weight [out, in]`.
+
+def _destinations(config: LlamaConfig) -> dict[str, _Destination]:
+    """Where each tensor of a file goes in the model, by the tensor's name.
+
+    `model.layers.0.self_attn.q_proj.weight [out, in]` of the file is
+    `layers.0.self_attn.q_proj.kernel [in, out]` of the model.
     """
-    expected = nnx.state(
-        nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param
-    )
-    shapes = {key: param.shape for key, param in nnx.to_flat_state(expected)}
-    got = {key for key, _ in nnx.to_flat_state(params)}
-    if got != set(shapes):
-        odd = sorted(".".join(map(str, key)) for key in got ^ set(shapes))
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    destinations = {}
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        last = "bias" if path[-1] == "bias" else "weight"
+        name = ".".join(map(str, (*path[:-1], last)))
+        if path[0] != "lm_head":
+            name = "model." + name
+        shape = param.shape
+        is_stacked = config.scan_layers and path[0] == "layers"
+        if is_stacked:
+            shape = shape[1:]
+        if path[-1] == "kernel":
+            shape = shape[::-1]
+        if not is_stacked:
+            destinations[name] = _Destination(path, None, shape)
+            continue
+        for layer in range(config.num_hidden_layers):
+            layer_name = name.replace("layers.", f"layers.{layer}.", 1)
+            destinations[layer_name] = _Destination(path, layer, shape)
+    return destinations
+
+
+def _file_tensors(model: Llama, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The parameters of a model as the tensors of a file.
+
+    Raises:
+        ValueError: the parameters are not those of a float Llama with this config.
+    """
+    destinations = _destinations(model.config)
+    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    expected = {destination.path for destination in destinations.values()}
+    different = sorted(".".join(map(str, path)) for path in flat.keys() ^ expected)
+    if different:
         raise ValueError(
-            f"jaxq.models: the parameters differ from those of a float Llama in {', '.join(odd)}."
+            "jaxq.models.save: the parameters differ from those of a float Llama in "
+            f"{', '.join(different)}. Use jaxq.save for a model with other parameters."
         )
-    names = {}
-    for key, shape in shapes.items():
-        last = "bias" if key[-1] == "bias" else "weight"
-        stem = ".".join(map(str, (*key[:-1], last)))
-        stacked = config.scan_layers and key[0] == "layers"
-        shape = shape[1:] if stacked else shape
-        shape = shape[::-1] if key[-1] == "kernel" else shape
-        if stacked:
-            for i in range(config.num_hidden_layers):
-                names["model." + stem.replace("layers.", f"layers.{i}.", 1)] = (
-                    key,
-                    i,
-                    shape,
-                )
-        else:
-            names[stem if key[0] == "lm_head" else "model." + stem] = (key, None, shape)
-    return names
+    tensors = {}
+    for name, (path, layer, shape) in destinations.items():
+        param = flat[path]
+        value = np.asarray(param[...] if layer is None else param[layer])
+        if path[-1] == "kernel":
+            value = value.T  # [out, in]
+        if value.shape != shape:
+            raise ValueError(
+                f"jaxq.models.save: {'.'.join(map(str, path))} has the shape "
+                f"{list(value.shape)} as tensor {name}; the config needs {list(shape)}."
+            )
+        tensors[name] = np.ascontiguousarray(value.astype(dtype))
+    return tensors
 
 
-def _existing(path: Path, name: str) -> Path:
+# The files' side.
+
+
+def _read_config(path: Path, scan_layers: bool) -> LlamaConfig:
+    """The config of a directory, with errors that name the file."""
+    file = _require_file(path, "config.json")
+    try:
+        return LlamaConfig.from_hf(_read_json(file), scan_layers=scan_layers)
+    except ValueError as error:
+        raise ValueError(f"jaxq.models.load: {file}: {error}") from error
+
+
+def _require_file(path: Path, name: str) -> Path:
     if not (path / name).is_file():
         raise FileNotFoundError(
-            f"jaxq.models.load: {path} has no {name}; expected a Hugging Face model directory."
+            f"jaxq.models.load: {path} has no {name}; expected a Hugging Face model "
+            "directory."
         )
     return path / name
 
@@ -223,36 +284,16 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """A safetensors file, with errors that name it."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"jaxq.models.load: {path} is damaged: {error}") from error
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside `path` and moves it there, so that a crash leaves the old one whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a file, or None if there is no file."""
     if not path.is_file():
         return None
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError(
-            f"jaxq.models.load: {path} needs the tokenizers package: pip install jaxq[hf]"
+            f"jaxq.models.load: {path} needs the tokenizers package: "
+            "pip install jaxq[hf]"
         ) from error
     try:
         return Tokenizer.from_file(str(path))
@@ -260,49 +301,60 @@ def _load_tokenizer(path: Path) -> Any:
         raise ValueError(f"jaxq.models.load: {path} is damaged: {error}") from error
 
 
-def _tensor_files(path: Path) -> dict[str, str]:
-    """Tensor name -> file name."""
+def _weight_files(path: Path) -> dict[str, str]:
+    """The file name of each tensor, by the tensor's name."""
     if not (path / _INDEX).is_file():
-        with _open(_existing(path, _SINGLE)) as file:
+        with _open_weights(_require_file(path, _SINGLE)) as file:
             return dict.fromkeys(file.keys(), _SINGLE)
     index = _read_json(path / _INDEX)
     files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not all(
-        isinstance(shard, str) for shard in files.values()
-    ):
+    is_map = isinstance(files, dict) and all(
+        isinstance(file_name, str) for file_name in files.values()
+    )
+    if not is_map:
         raise ValueError(
-            f"jaxq.models.load: {path / _INDEX} is damaged: it holds no weight_map of tensors to files."
+            f"jaxq.models.load: {path / _INDEX} is damaged: it has no weight_map that "
+            "names the file of each tensor."
         )
-    for shard in sorted(set(files.values())):
-        _existing(path, shard)
+    for file_name in sorted(set(files.values())):
+        _require_file(path, file_name)
     return dict(files)
 
 
-def _headers(
-    path: Path, files: Mapping[str, str]
-) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of all tensors that are really there, from the files' headers.
+@contextlib.contextmanager
+def _open_weights(path: Path) -> Iterator[Any]:
+    """Opens a safetensors file. Errors name the file."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"jaxq.models.load: {path} is damaged: {error}") from error
+
+
+def _read_headers(path: Path, files: Mapping[str, str]) -> dict[str, _Header]:
+    """Shape and dtype of every tensor that the files hold, from their headers.
 
     Raises:
-        ValueError: a tensor is not in the file the index names, or in two files.
+        ValueError: a tensor is not in the file that the index names, or is in two
+            files.
     """
-    headers, places = {}, {}
-    for shard in sorted(set(files.values())):
-        with _open(path / shard) as file:
+    headers: dict[str, _Header] = {}
+    file_of: dict[str, str] = {}
+    for file_name in sorted(set(files.values())):
+        with _open_weights(path / file_name) as file:
             for name in file.keys():  # noqa: SIM118
-                if name in places:
+                if name in file_of:
                     raise ValueError(
-                        f"jaxq.models.load: {path}: {name} is both in {places[name]} and in {shard}."
+                        f"jaxq.models.load: {path}: {name} is both in {file_of[name]} "
+                        f"and in {file_name}."
                     )
                 view = file.get_slice(name)
-                headers[name], places[name] = (
-                    (tuple(view.get_shape()), view.get_dtype()),
-                    shard,
-                )
+                headers[name] = _Header(tuple(view.get_shape()), view.get_dtype())
+                file_of[name] = file_name
     lost = [
-        f"{name} is not in {shard}"
-        for name, shard in sorted(files.items())
-        if places.get(name) != shard
+        f"{name} is not in {file_name}"
+        for name, file_name in sorted(files.items())
+        if file_of.get(name) != file_name
     ]
     if lost:
         raise ValueError(
@@ -311,61 +363,87 @@ def _headers(
     return headers
 
 
-def _check(
-    wanted: Mapping[str, tuple],
-    found: Mapping[str, tuple[tuple[int, ...], str]],
+def _mismatches(
+    destinations: Mapping[str, _Destination],
+    headers: Mapping[str, _Header],
     config: LlamaConfig,
 ) -> list[str]:
-    missing = sorted(set(wanted) - set(found))
-    extra = sorted(
-        name for name in set(found) - set(wanted) if not _derived(name, config)
-    )
-    both = [
-        (name, shape, *found[name])
-        for name, (_, _, shape) in sorted(wanted.items())
-        if name in found
+    """One line for each kind of difference between the files and the config."""
+    missing = sorted(set(destinations) - set(headers))
+    unexpected = [
+        name
+        for name in sorted(set(headers) - set(destinations))
+        if not _is_redundant(name, config)
     ]
-    shapes = [
-        f"{name} is {list(got)}, expected {list(shape)}"
-        for name, shape, got, _ in both
-        if got != shape
-    ]
-    dtypes = [
-        f"{name} holds {dtype}" for name, _, _, dtype in both if dtype not in _FLOATS
-    ]
-    listed = {
+    wrong_shapes, wrong_dtypes = [], []
+    for name, destination in sorted(destinations.items()):
+        if name not in headers:
+            continue
+        shape, dtype = headers[name]
+        if shape != destination.shape:
+            expected = list(destination.shape)
+            wrong_shapes.append(f"{name} is {list(shape)}, expected {expected}")
+        if dtype not in _FLOAT_DTYPES:
+            wrong_dtypes.append(f"{name} holds {dtype}")
+    tensors_of = {
         "missing tensors": missing,
-        "unexpected tensors": extra,
-        "wrong shapes": shapes,
-        f"dtypes other than {', '.join(_FLOATS)}": dtypes,
+        "unexpected tensors": unexpected,
+        "wrong shapes": wrong_shapes,
+        f"dtypes other than {', '.join(_FLOAT_DTYPES)}": wrong_dtypes,
     }
-    return [f"{what}: {', '.join(names)}" for what, names in listed.items() if names]
+    return [
+        f"{kind}: {', '.join(lines)}" for kind, lines in tensors_of.items() if lines
+    ]
 
 
-def _derived(name: str, config: LlamaConfig) -> bool:
-    """Tensors that repeat what is known: old checkpoints' rotary tables, and the head of a tied model."""
-    return name.endswith(".rotary_emb.inv_freq") or (
-        config.tie_word_embeddings and name == "lm_head.weight"
-    )
+def _is_redundant(name: str, config: LlamaConfig) -> bool:
+    """Whether a tensor that the model does not have may be in a file.
+
+    Old checkpoints store their rotary tables. Checkpoints with tied embeddings may
+    store the head as well.
+    """
+    is_rotary_table = name.endswith(".rotary_emb.inv_freq")
+    is_tied_head = config.tie_word_embeddings and name == _HEAD
+    return is_rotary_table or is_tied_head
 
 
-def _check_tied(
-    name: str, tensor: np.ndarray, path: Path, files: Mapping[str, str]
-) -> None:
-    """A head stored beside a tied embedding must repeat it, or one of the two would be dropped unseen."""
-    if name != "lm_head.weight":
-        return
-    embedding = "model.embed_tokens.weight"
-    with _open(path / files[embedding]) as file:
-        if not np.array_equal(tensor, file.get_tensor(embedding)):
-            raise ValueError(
-                f"jaxq.models.load: {path} says tie_word_embeddings but holds a lm_head.weight that differs from "
-                f"{embedding}. Set tie_word_embeddings to false in config.json to use it."
-            )
+def _check_stored_head(head: np.ndarray, path: Path, files: Mapping[str, str]) -> None:
+    """Raises if the head beside a tied embedding has other numbers than it.
+
+    Without this check the head would be dropped silently.
+    """
+    with _open_weights(path / files[_EMBEDDING]) as file:
+        embedding = file.get_tensor(_EMBEDDING)
+    if not np.array_equal(head, embedding):
+        raise ValueError(
+            f"jaxq.models.load: the config of {path} has tie_word_embeddings=true, but "
+            f"the files hold a {_HEAD} that differs from {_EMBEDDING}. Set "
+            "tie_word_embeddings to false in config.json to use this head."
+        )
 
 
-def _read(path: Path, files: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
-    for shard in sorted(set(files.values())):
-        with _open(path / shard) as file:
+def _read_tensors(
+    path: Path, files: Mapping[str, str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of all tensors, one at a time."""
+    for file_name in sorted(set(files.values())):
+        with _open_weights(path / file_name) as file:
             for name in file.keys():  # noqa: SIM118
                 yield name, file.get_tensor(name)
+
+
+def _write_json(path: Path, entries: Any, *, sort_keys: bool = False) -> None:
+    text = json.dumps(entries, indent=2, sort_keys=sort_keys) + "\n"
+    _write_file(path, lambda file: file.write_text(text))
+
+
+def _write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a temporary file and renames it, so that a crash keeps the old file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The Llama module by itself: shapes, causality, cache, scan, generation, config errors."""
+"""The Llama network: shapes, causality, caches, scanned layers and generation."""
 
 import dataclasses
 from pathlib import Path
@@ -27,16 +27,6 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     head_dim=16,
 )
-HF = {
-    "model_type": "llama",
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_act": "silu",
-}
 VARIANTS = {
     "llama": {},
     "scan": {"scan_layers": True},
@@ -50,11 +40,14 @@ VARIANTS = {
 
 
 def make(dtype=jnp.float32, **changes):
-    """A model of weights larger than at initialization, so that attention is far from uniform and mistakes show."""
-    config, rng = dataclasses.replace(CONFIG, **changes), np.random.default_rng(7)
-    model = nnx.eval_shape(
-        lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
-    )  # compiles nothing
+    """A model with larger weights than at initialization.
+
+    Its attention is far from uniform, so mistakes in it show.
+    """
+    config = dataclasses.replace(CONFIG, **changes)
+    rng = np.random.default_rng(7)
+    # eval_shape and numpy, so that nothing is compiled.
+    model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     for path, param in flat.items():
         value = 0.2 * rng.normal(size=param.shape) + (path[-1] == "scale")
@@ -63,16 +56,15 @@ def make(dtype=jnp.float32, **changes):
 
 
 def tokens(b=2, t=12):
-    return (
-        np.random.default_rng(1).integers(0, CONFIG.vocab_size, (b, t)).astype(np.int32)
-    )
+    rng = np.random.default_rng(1)
+    return rng.integers(0, CONFIG.vocab_size, (b, t)).astype(np.int32)
 
 
-def with_another(x, place):
-    """The tokens with all rows changed in one place."""
-    out = x.copy()
-    out[:, place] = (out[:, place] + 1) % CONFIG.vocab_size
-    return out
+def with_changed_token(x, position):
+    """The tokens, with another token at one position of every row."""
+    changed = x.copy()
+    changed[:, position] = (changed[:, position] + 1) % CONFIG.vocab_size
+    return changed
 
 
 @nnx.jit
@@ -86,7 +78,7 @@ def decode(model, x, cache):
 
 
 @nnx.jit
-def slots(model, x, cache, count):
+def decode_rows(model, x, cache, count):
     return model.decode(x, cache, count=count)
 
 
@@ -101,7 +93,8 @@ def test_logits_are_float32_and_causal(name):
     logits = run(model, x)
     assert logits.shape == (2, 12, 97)
     assert logits.dtype == jnp.float32
-    logits, changed = np.asarray(logits), np.asarray(run(model, with_another(x, 7)))
+    logits = np.asarray(logits)
+    changed = np.asarray(run(model, with_changed_token(x, 7)))
     assert np.isfinite(logits).all()
     np.testing.assert_array_equal(logits[:, :7], changed[:, :7])
     assert np.abs(logits[:, 7:] - changed[:, 7:]).max() > 1e-3
@@ -126,7 +119,7 @@ def test_cached_decode_equals_the_full_forward(name):
 
 @pytest.mark.parametrize("name", tables.thinned(VARIANTS, ["window_scan"]))
 def test_a_quantized_cache_is_close_to_the_full_forward(name):
-    """int8 is close; and what leaves the window of recent tokens is quantized, so it is not the same."""
+    """int8 is close, but not equal: tokens that are no longer recent are quantized."""
     cache = jaxq.ops.KVCacheSpec("int8", group=2, residual=2)
     model, x = make(**VARIANTS[name]), tokens()
     full = np.asarray(run(model, x))
@@ -140,29 +133,32 @@ def test_a_quantized_cache_is_close_to_the_full_forward(name):
     assert 1e-4 < difference.max() < 0.05 * np.abs(full).max()
 
 
-def test_rows_of_a_quantized_cache_are_slots():
-    """A text that starts where another ended, beside one that goes on: each as if it were alone."""
+def test_rows_of_a_quantized_cache_are_independent():
+    """One row starts a new text while the other goes on, each as if it were alone."""
     cache = jaxq.ops.KVCacheSpec("int8", group=2, residual=2)
     model, x = make(num_hidden_layers=1), tokens()
 
-    def after(state, *counts):
+    def decode_counts(state, *counts):
+        """The i-th call decodes the first `counts[i]` of six tokens of each row."""
         for i, count in enumerate(counts):
-            found, state = slots(
+            logits, state = decode_rows(
                 model, x[:, 6 * i : 6 * i + 6], state, np.asarray(count, np.int32)
             )
-        return np.asarray(found), state
+        return np.asarray(logits), state
 
     empty = model.init_cache(2, 12, cache=cache)
-    found, state = after(after(empty, (6, 5))[1].reset([1]), (4, 6))
+    _, state = decode_counts(empty, (6, 5))
+    logits, state = decode_counts(state.reset([1]), (4, 6))
     assert state.used.tolist() == [10, 6]
-    x = np.concatenate([x[:, :6], x[:, :6]], axis=1)  # as the second call above read it
-    alone, _ = after(empty, (6, 0), (4, 0))
-    np.testing.assert_allclose(found[0, :4], alone[0, :4], atol=2e-5)
-    alone, _ = after(empty, (0, 6))
-    np.testing.assert_allclose(found[1], alone[1], atol=2e-5)
+    # The second call above read the first six tokens again.
+    x = np.concatenate([x[:, :6], x[:, :6]], axis=1)
+    alone, _ = decode_counts(empty, (6, 0), (4, 0))
+    np.testing.assert_allclose(logits[0, :4], alone[0, :4], atol=2e-5)
+    alone, _ = decode_counts(empty, (0, 6))
+    np.testing.assert_allclose(logits[1], alone[1], atol=2e-5)
 
 
-def test_rows_of_a_float_cache_are_no_slots():
+def test_rows_of_a_float_cache_have_one_length():
     model = make()
     cache = model.init_cache(2, 8)
     with pytest.raises(ValueError, match="count needs a cache whose rows have lengths"):
@@ -175,7 +171,7 @@ def test_rows_of_a_float_cache_are_no_slots():
 
 @pytest.mark.parametrize("scan_layers", tables.thinned([False, True], [True]))
 def test_generation_with_a_quantized_cache_repeats(scan_layers):
-    """The same text twice and under jit, and what a loop over `decode` finds."""
+    """Twice, under jit, and by a loop over `decode`: always the same text."""
     model, x = make(scan_layers=scan_layers), tokens(2, 6)
     cache = jaxq.ops.KVCacheSpec("int4", group=4, residual=4)
     first = generate(model, x, 8, cache=cache)
@@ -184,17 +180,20 @@ def test_generation_with_a_quantized_cache_repeats(scan_layers):
         nnx.jit(lambda m, x: generate(m, x, 8, cache=cache))(model, x), first
     )
     logits, state = decode(model, x, model.init_cache(2, 13, cache=cache))
-    found = [x]
+    text = [x]
     for _ in range(8):
-        found.append(np.argmax(np.asarray(logits)[:, -1:], axis=-1).astype(np.int32))
-        logits, state = decode(model, found[-1], state)
-    np.testing.assert_array_equal(np.concatenate(found, axis=1), first)
+        best = np.argmax(np.asarray(logits)[:, -1:], axis=-1).astype(np.int32)
+        text.append(best)
+        logits, state = decode(model, best, state)
+    np.testing.assert_array_equal(np.concatenate(text, axis=1), first)
 
 
 KIVI2 = jaxq.QuantSpec(
     "uint2", jaxq.PerGroup(32, pad=True), offset="min", scale="bfloat16"
 )
-# Wanted at 512 tokens (benchmarks/kv_cache.py); here 256, of which as large a part is in full precision.
+# The cache, and the largest loss of perplexity in per cent. These are the targets of
+# benchmarks/kv_cache.py at 512 tokens. Here there are 256, and as large a share of them
+# is in full precision.
 COSTS = {
     "int8": ("int8", 0.2),
     "int4": ("int4", 1.0),
@@ -206,8 +205,8 @@ COSTS = {
 
 
 @pytest.mark.parametrize("name", tables.thinned(COSTS, ["int4"]))
-def test_what_a_quantized_cache_costs_a_trained_model(name):
-    """Perplexity through the cache, four tokens at a time, against the float model's."""
+def test_loss_of_perplexity_by_a_quantized_cache(name):
+    """The trained model through the cache, four tokens at a time, against floats."""
     model, tokenizer = load(EXAMPLES / "tiny_llama", scan_layers=True)
     ids = np.asarray(
         tokenizer.encode((EXAMPLES / "heldout.txt").read_text()[:8_000]).ids, np.int32
@@ -234,22 +233,21 @@ def test_what_a_quantized_cache_costs_a_trained_model(name):
 def test_window_limits_what_a_token_reads():
     """With one layer and a window of 4, a token sees itself and three before it."""
     model, x = make(sliding_window=4, num_hidden_layers=1), tokens()
-    logits, changed = (
-        np.asarray(run(model, x)),
-        np.asarray(run(model, with_another(x, 3))),
-    )
+    logits = np.asarray(run(model, x))
+    changed = np.asarray(run(model, with_changed_token(x, 3)))
     different = np.abs(logits - changed).max(axis=(0, 2)) > 1e-6
     np.testing.assert_array_equal(different, [3 <= i < 7 for i in range(12)])
 
 
 def test_positions_are_relative():
-    """Rotary attention sees differences of positions only: shifting a text by a prefix it cannot read is nothing."""
+    """Rotary attention reads differences of positions only.
+
+    A prefix that the window hides moves the text and does not change its logits.
+    """
     model = make(sliding_window=3, num_hidden_layers=1)
-    x, more = tokens(1, 6), np.zeros((1, 40), np.int32)
-    first, last = (
-        np.asarray(run(model, np.concatenate(both, axis=1)))
-        for both in ((x, more), (more, x))
-    )
+    x, padding = tokens(1, 6), np.zeros((1, 40), np.int32)
+    first = np.asarray(run(model, np.concatenate((x, padding), axis=1)))
+    last = np.asarray(run(model, np.concatenate((padding, x), axis=1)))
     np.testing.assert_allclose(first[:, 2:6], last[:, 42:], atol=2e-5, rtol=1e-5)
 
 
@@ -273,27 +271,29 @@ def test_scan_gives_the_same_logits():
 
 
 def test_scanned_layers_start_different():
-    kernel = Llama(
-        dataclasses.replace(CONFIG, scan_layers=True), rngs=nnx.Rngs(0)
-    ).layers.mlp.up_proj.kernel[...]
+    config = dataclasses.replace(CONFIG, scan_layers=True)
+    kernel = Llama(config, rngs=nnx.Rngs(0)).layers.mlp.up_proj.kernel[...]
     assert kernel.shape == (2, 32, 48)
     assert not np.array_equal(kernel[0], kernel[1])
 
 
 def test_projections_are_ordinary_linears_called_as_modules():
-    """A quantizer replaces the dot of every Linear: each of the 7 a layer and the head must go through it."""
-    model, seen = make(), []
+    """The head and the 7 projections of each layer use the `dot_general` of a Linear.
+
+    A quantizer replaces it.
+    """
+    model, kernel_shapes = make(), []
 
     def spy(x, kernel, *args, **kwargs):
-        seen.append(kernel.shape)
+        kernel_shapes.append(kernel.shape)
         return jax.lax.dot_general(x, kernel, *args, **kwargs)
 
     for _, module in nnx.iter_modules(model):
         if type(module) is nnx.Linear:
             module.dot_general = spy
     nnx.eval_shape(lambda m: m(tokens()), model)
-    assert len(seen) == 7 * 2 + 1
-    assert sum(shape == (32, 48) for shape in seen) == 2 * 2
+    assert len(kernel_shapes) == 7 * 2 + 1
+    assert sum(shape == (32, 48) for shape in kernel_shapes) == 2 * 2
 
 
 def test_names_follow_hugging_face():
@@ -338,7 +338,8 @@ def test_tokens_must_be_an_integer_matrix():
 )
 def test_greedy_generation_equals_argmax_of_full_forwards(name):
     model, x = make(**VARIANTS[name]), tokens(2, 6)
-    expected = np.pad(x, ((0, 0), (0, 6)))  # causal: what follows does not matter
+    # The model is causal, so the zeros after the last token do not matter.
+    expected = np.pad(x, ((0, 0), (0, 6)))
     for i in range(6, 12):
         expected[:, i] = np.argmax(np.asarray(run(model, expected))[:, i - 1], axis=-1)
     np.testing.assert_array_equal(generate(model, x, 6), expected)
@@ -346,15 +347,17 @@ def test_greedy_generation_equals_argmax_of_full_forwards(name):
 
 def test_generating_one_token():
     model, x = make(num_hidden_layers=1), tokens(2, 4)
-    found, logits = np.asarray(generate(model, x, 1)), np.asarray(run(model, x))
-    np.testing.assert_array_equal(found[:, 4], np.argmax(logits[:, -1], axis=-1))
+    longer, logits = np.asarray(generate(model, x, 1)), np.asarray(run(model, x))
+    np.testing.assert_array_equal(longer[:, 4], np.argmax(logits[:, -1], axis=-1))
 
 
 def test_sampling_follows_key_and_temperature():
     model, x = make(num_hidden_layers=1), tokens(1, 4)
-    draw = lambda seed, t: np.asarray(
-        generate(model, x, 12, key=jax.random.key(seed), temperature=t)
-    )  # noqa: E731
+
+    def draw(seed, temperature):
+        key = jax.random.key(seed)
+        return np.asarray(generate(model, x, 12, key=key, temperature=temperature))
+
     np.testing.assert_array_equal(draw(0, 1.0), draw(0, 1.0))
     assert not np.array_equal(draw(0, 1.0), draw(1, 1.0))
     np.testing.assert_array_equal(draw(0, 1e-4), generate(model, x, 12))
@@ -376,86 +379,15 @@ def test_generate_errors(kwargs, message):
         generate(**({"model": make(), "tokens": tokens(), "num_tokens": 2} | kwargs))
 
 
-# Config
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"model_type": "gpt2"},
-            "model_type='gpt2'; supported are llama, mistral, qwen2",
-        ),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic'"),
-        (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
-            "needs low_freq_factor",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-            "partial_rotary_factor=0.5",
-        ),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ({"vocab_size": None}, "vocab_size is missing"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8},
-            "use_sliding_window=True",
-        ),
-        (
-            {"num_key_value_heads": 3},
-            "num_attention_heads=4 is not a multiple of num_key_value_heads=3",
-        ),
-        ({"head_dim": 7}, "head_dim is 7"),
-    ],
-)
-def test_unsupported_configs_are_errors(change, message):
-    with pytest.raises(ValueError, match=message.replace("{", r"\{")):
-        LlamaConfig.from_hf(HF | change)
-
-
-def test_all_config_problems_come_at_once():
-    with pytest.raises(
-        ValueError, match="model_type.*hidden_act.*vocab_size is missing"
-    ):
-        LlamaConfig.from_hf(
-            {k: v for k, v in HF.items() if k != "vocab_size"}
-            | {"model_type": "x", "hidden_act": "y"}
-        )
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"tie_word_embeddings": True, "rope_theta": 5e5},
-        {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
-        {"attention_bias": True, "head_dim": 8},
-        {"sliding_window": 4},
-        {"rope_scaling": RopeScaling("linear", 2.0)},
-        {"rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 64)},
-    ],
-)
-def test_config_round_trip(changes):
-    config = dataclasses.replace(CONFIG, **changes)
-    assert LlamaConfig.from_hf(config.to_hf()) == config
-
-
-def test_config_without_a_hugging_face_form_is_an_error():
-    with pytest.raises(ValueError, match="match none of the architectures"):
-        dataclasses.replace(CONFIG, attention_bias=True, sliding_window=4).to_hf()
+# Rotary frequencies
 
 
 def test_llama3_frequencies():
-    """Fast rotations kept, slow ones divided by the factor, all in between and in order."""
-    plain = _rope_frequencies(dataclasses.replace(CONFIG, head_dim=64))
+    """Fast rotations stay, slow ones are divided by the factor, others are between."""
+    config = dataclasses.replace(CONFIG, head_dim=64)
+    plain = _rope_frequencies(config)
     scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 256)
-    scaled = _rope_frequencies(
-        dataclasses.replace(CONFIG, head_dim=64, rope_scaling=scaling)
-    )
+    scaled = _rope_frequencies(dataclasses.replace(config, rope_scaling=scaling))
     turns = 256 * plain / (2 * np.pi)
     np.testing.assert_array_equal(scaled[turns > 4], plain[turns > 4])
     np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
