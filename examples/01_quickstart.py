@@ -2,9 +2,12 @@
 
     python examples/01_quickstart.py
 
-Loads the small Llama in examples/tiny_llama, quantizes its matrices with each recipe, and measures it on text it was
-not trained on: perplexity (lower is better), the Kullback-Leibler divergence of its predictions from the original's,
-and how often both rank the same token first. Then saves one, reloads it, and continues a prompt with both.
+The script loads the small Llama in examples/tiny_llama and quantizes its matrices with
+each recipe. It measures every model on text that is not in the training data:
+perplexity (lower is better), the Kullback-Leibler divergence of its predictions from
+those of the float model, and how often both models rank the same token first. Then it
+saves one quantized model, loads it again, and continues a prompt with it and with the
+float model.
 """
 
 # %% The model
@@ -20,19 +23,17 @@ from flax import nnx
 import jaxq
 
 HERE = Path(__file__).parent
-FAST = (
-    "--fast" in sys.argv
-)  # a few recipes on a little text: shows that it runs, not what it costs
-RECIPES = (
-    ("int8", "w8a8", "nf4", "int4", "int3")
-    if FAST
-    else ("int8", "w8a8", "fp8", "nf4", "nvfp4", "mxfp4", "int4", "int3")
-)
+# A few recipes on little text. This shows that the example runs, not what recipes cost.
+FAST = "--fast" in sys.argv
+if FAST:
+    RECIPES = ("int8", "w8a8", "nf4", "int4", "int3")
+else:
+    RECIPES = ("int8", "w8a8", "fp8", "nf4", "nvfp4", "mxfp4", "int4", "int3")
 PROMPT = "def read(self, size=-1):\n"
 
 
 def progress(text: str) -> None:
-    """One line that the next overwrites on a terminal; in a log, a line each."""
+    """Shows one line. On a terminal, the next call overwrites it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif text:
@@ -45,15 +46,16 @@ model, tokenizer = jaxq.models.load(HERE / "tiny_llama")
 tokens = np.asarray(tokenizer.encode((HERE / "heldout.txt").read_text()).ids, np.int32)
 tokens = tokens[: (4 if FAST else 32) * 256]
 
-forward, seen = nnx.jit(lambda model, batch: model(batch)), {}
+forward = nnx.jit(lambda model, batch: model(batch))
+float_logits = {}
 
 
-def original(batch):
-    """Logits of the float model, computed once for all recipes."""
+def float_model(batch):
+    """Logits of the float model. Each batch is computed once for all recipes."""
     key = np.asarray(batch).tobytes()
-    if key not in seen:
-        seen[key] = forward(model, batch)
-    return seen[key]
+    if key not in float_logits:
+        float_logits[key] = forward(model, batch)
+    return float_logits[key]
 
 
 # %% Quantize and measure
@@ -62,28 +64,33 @@ for i, recipe in enumerate(RECIPES):
     progress(f"[{i + 1}/{len(RECIPES)}] {recipe}: quantizing")
     qmodel, report = jaxq.quantize_model(model, recipe)
     progress(f"[{i + 1}/{len(RECIPES)}] {recipe}: measuring {len(tokens)} tokens")
-    found = jaxq.evaluation.compare(original, qmodel, tokens)
+    result = jaxq.evaluation.compare(float_model, qmodel, tokens)
     worst = report.worst
     qmodels[recipe] = qmodel
     lines.append(
-        f"{recipe:8}  {report.bits_per_weight:6.3f}  {report.bytes_after / 1e6:6.2f}  {found.perplexity:10.3f}  "
-        f"{found.kl:9.5f}  {100 * found.top1_agreement:6.2f} %  {worst.path} ({worst.sqnr:.1f} dB)"
+        f"{recipe:8}  {report.bits_per_weight:6.3f}  {report.bytes_after / 1e6:6.2f}  "
+        f"{result.perplexity:10.3f}  {result.kl:9.5f}  "
+        f"{100 * result.top1_agreement:6.2f} %  {worst.path} ({worst.sqnr:.1f} dB)"
     )
 progress("")
 
 print(
-    f"{'recipe':8}  {'bits':>6}  {'MB':>6}  {'perplexity':>10}  {'KL (nats)':>9}  {'top-1':>8}  worst layer (SQNR)"
+    f"{'recipe':8}  {'bits':>6}  {'MB':>6}  {'perplexity':>10}  {'KL (nats)':>9}  "
+    f"{'top-1':>8}  worst layer (SQNR)"
 )
-print(f"{'float32':8}  {32:6.3f}  {report.bytes_before / 1e6:6.2f}  {found.reference_perplexity:10.3f}  "
-      f"{0:9.5f}  {100:6.2f} %  -")  # fmt: skip
+print(
+    f"{'float32':8}  {32:6.3f}  {report.bytes_before / 1e6:6.2f}  "
+    f"{result.reference_perplexity:10.3f}  {0:9.5f}  {100:6.2f} %  -"
+)
 print("\n".join(lines))
-skipped = [
+float_matrices = [
     f"{row.path} ({row.note})"
     for row in report.rows
     if len(row.shape) > 1 and row.format is None
 ]
 print(
-    f"\nbits: per quantized weight, scales included. MB: all parameters. Left in floats: {', '.join(skipped)}."
+    "\nbits: per quantized weight, scales included. MB: all parameters. "
+    f"Left in floats: {', '.join(float_matrices)}."
 )
 
 # %% Save, reload, compare
@@ -92,18 +99,19 @@ with tempfile.TemporaryDirectory() as folder:
     jaxq.save(path, qmodels["nf4"])
     reloaded = jaxq.load(path, into=model)
     size = path.stat().st_size / 1e6
-probe = jnp.asarray(tokens[None, :64])
-same = bool((forward(qmodels["nf4"], probe) == forward(reloaded, probe)).all())
+batch = jnp.asarray(tokens[None, :64])
+is_same = bool((forward(qmodels["nf4"], batch) == forward(reloaded, batch)).all())
 print(
-    f"\nsaved nf4 as {size:.2f} MB, reloaded: logits {'identical' if same else 'DIFFER'}"
+    f"\nsaved nf4 as {size:.2f} MB, reloaded: "
+    f"logits {'identical' if is_same else 'DIFFER'}"
 )
-if not same:
+if not is_same:
     raise SystemExit("the reloaded model differs from the saved one")
 
 # %% Continue a prompt with both
 prompt = jnp.asarray([tokenizer.encode(PROMPT).ids], jnp.int32)
-for name, m in (("float32", model), ("nf4", reloaded)):
-    continued = jaxq.models.generate(m, prompt, 40)
-    text = tokenizer.decode(np.asarray(continued[0]).tolist())
+for name, network in (("float32", model), ("nf4", reloaded)):
+    longer = jaxq.models.generate(network, prompt, 40)
+    text = tokenizer.decode(np.asarray(longer[0]).tolist())
     print(f"\n--- {name}\n{text}")
 print(f"\n{time.perf_counter() - start:.0f} s")

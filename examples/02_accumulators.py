@@ -1,14 +1,19 @@
-"""What an accumulator costs: the same dot products, added up in narrower and narrower registers.
+"""What a narrow accumulator costs: the same dot products, added in fewer bits.
 
-    python examples/02_accumulators.py                 # writes accumulators.png; needs pip install "jaxq[hf,plots]"
+    pip install "jaxq[hf,plots]"
+    python examples/02_accumulators.py                 # writes accumulators.png
 
-Matrix units multiply narrow numbers exactly and differ in where they add: float32 (bfloat16 units), about 14 bits with
-a promotion to float32 every 128 terms (FP8 units), or the narrow type itself. First the error of one real dot product
-of the small Llama in examples/tiny_llama as it grows longer, then the perplexity of the whole model, with every matrix
-product emulated: the model is not edited, `jaxq.emulate` runs it in another arithmetic.
+Matrix units multiply narrow numbers exactly. They differ in how they add. Units for
+bfloat16 add in float32. Units for FP8 add in about 14 bits, and promote the sum to
+float32 every 128 terms. Other units add in the narrow type itself.
+
+The first table is the error of one dot product of the small Llama in
+examples/tiny_llama, for more and more terms. The second table is the perplexity of the
+whole model when every matrix product is emulated. The model is not edited:
+`jaxq.emulate` runs it in another arithmetic.
 """
 
-# %% The model, and the arithmetics
+# %% The model and the arithmetics
 import argparse
 import sys
 import time
@@ -36,9 +41,8 @@ parser.add_argument(
 )
 args = parser.parse_args()
 
-FP8_UNIT = Precision(
-    8, 13, rounding="toward_zero"
-)  # DeepSeek-V3 (2024), section 3.5.2: about 14 bits, truncated
+# DeepSeek-V3 (2024), section 3.5.2: about 14 bits, truncated.
+FP8_UNIT = Precision(8, 13, rounding="toward_zero")
 ARITHMETICS = {
     "bf16, fp32 sum": Policy("bfloat16", "float32"),
     "bf16, bf16 sum": Policy("bfloat16", "bfloat16"),
@@ -51,7 +55,7 @@ ARITHMETICS = {
 
 
 def progress(text: str) -> None:
-    """One line that the next overwrites on a terminal; in a log, a line each."""
+    """Shows one line. On a terminal, the next call overwrites it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif text:
@@ -61,18 +65,16 @@ def progress(text: str) -> None:
 start = time.perf_counter()
 progress("loading examples/tiny_llama")
 model, tokenizer = jaxq.models.load(HERE / "tiny_llama")
-tokens = np.asarray(tokenizer.encode((HERE / "heldout.txt").read_text()).ids, np.int32)[
-    : (1 if args.fast else 8) * 256
-]
+text = (HERE / "heldout.txt").read_text()
+tokens = np.asarray(tokenizer.encode(text).ids, np.int32)
+tokens = tokens[: (1 if args.fast else 8) * 256]
 
-# %% One real dot product: what the first MLP's down projection adds up, for more and more of its 512 terms
-mlp = model.layers[0].mlp
-hidden = model.layers[0].post_attention_layernorm(
-    model.embed_tokens(jnp.asarray(tokens[:256]))
-)
-x = np.asarray(
-    jax.nn.silu(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
-)  # [tokens, 512]
+# %% One dot product: the first down projection of an MLP, for more and more terms
+layer = model.layers[0]
+mlp = layer.mlp
+hidden = layer.post_attention_layernorm(model.embed_tokens(jnp.asarray(tokens[:256])))
+x = jax.nn.silu(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
+x = np.asarray(x)  # [tokens, 512]
 w = np.asarray(mlp.down_proj.kernel[...])  # [512, 256]
 lengths = [2**i for i in range(2, 10)]
 print(
@@ -83,45 +85,39 @@ print(
 errors = {}
 for name, policy in ARITHMETICS.items():
     progress(f"{name}: one dot product")
-    # Against the exact sum of the same rounded operands, so that only the accumulator counts.
-    a, b = (
-        np.asarray(policy.operands.round(jnp.asarray(v)), np.float64) for v in (x, w)
-    )
-    dot, found = jax.jit(jaxq.emulate(jnp.dot, policy)), []
+    # The exact sum is of the same rounded operands. So the error is that of the
+    # accumulator only.
+    rounded_x = np.asarray(policy.operands.round(jnp.asarray(x)), np.float64)
+    rounded_w = np.asarray(policy.operands.round(jnp.asarray(w)), np.float64)
+    dot = jax.jit(jaxq.emulate(jnp.dot, policy))
+    errors[name] = []
     for n in lengths:
-        y = dot(
-            x * (np.arange(512) < n).astype(np.float32), w
-        )  # zeros at the end change no sum
-        exact = a[:, :n] @ b[:n]
-        found.append(float(np.sqrt(np.mean((y - exact) ** 2) / np.mean(exact**2))))
-    errors[name] = found
+        # Zeros after the first n terms change no sum, and keep the shape.
+        y = dot(x * (np.arange(512) < n).astype(np.float32), w)
+        exact = rounded_x[:, :n] @ rounded_w[:n]
+        error = np.sqrt(np.mean((y - exact) ** 2) / np.mean(exact**2))
+        errors[name].append(float(error))
     progress("")
-    print(f"{name:32}" + "".join(f"{e:9.1e}" for e in found))
+    print(f"{name:32}" + "".join(f"{error:9.1e}" for error in errors[name]))
 
-# %% The whole model, every matrix product in that arithmetic, everything else in float32
+# %% The whole model: matrix products in that arithmetic, the rest in float32
 print(f"\n{'matrix products in':32}  perplexity   KL (nats)   top-1")
 perplexities = {}
 plain = jax.jit(lambda batch: model(batch))
-some = (
-    ("bf16, fp32 sum", "bf16, bf16 sum", "e4m3, bf16 sum")
-    if args.fast
-    else tuple(ARITHMETICS)
-)
-for name, policy in {
-    "float32": Policy(),
-    **{name: ARITHMETICS[name] for name in some},
-}.items():
+names = list(ARITHMETICS)
+if args.fast:
+    names = ["bf16, fp32 sum", "bf16, bf16 sum", "e4m3, bf16 sum"]
+policies = {"float32": Policy()} | {name: ARITHMETICS[name] for name in names}
+for name, policy in policies.items():
     progress(f"{name}: {len(tokens)} tokens")
-    forward = jax.jit(
-        jaxq.emulate(
-            lambda batch: model(batch), Policy(primitives={"dot_general": policy})
-        )
-    )
+    model_policy = Policy(primitives={"dot_general": policy})
+    forward = jax.jit(jaxq.emulate(lambda batch: model(batch), model_policy))
     result = jaxq.evaluation.compare(plain, forward, tokens)
     perplexities[name] = result.perplexity
     progress("")
     print(
-        f"{name:32}{result.perplexity:12.3f}{result.kl:12.5f}{100 * result.top1_agreement:8.2f} %"
+        f"{name:32}{result.perplexity:12.3f}{result.kl:12.5f}"
+        f"{100 * result.top1_agreement:8.2f} %"
     )
 
 # %% The plot
@@ -129,8 +125,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-for name, found in errors.items():
-    left.loglog(lengths, found, marker="o", label=name, base=2)
+for name, values in errors.items():
+    left.loglog(lengths, values, marker="o", label=name, base=2)
 left.set(xlabel="terms", ylabel="relative error", title="one dot product of the model")
 left.set_yscale("log", base=10)
 left.legend(fontsize=8)

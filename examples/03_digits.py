@@ -1,11 +1,14 @@
-"""Train a small convolutional network on handwritten digits, quantize it to int8 by calibration, and count its errors.
+"""Train a small network on handwritten digits, quantize it, and count its errors.
 
     pip install scikit-learn
     python examples/03_digits.py
 
-The data are the 1,797 8x8 images that come with scikit-learn (Alpaydin and Kaynak, Optical Recognition of Handwritten
-Digits, 1998). A fifth is held out; calibration sees training images only. Int8 static is what a phone or an accelerator
-runs: every product is of int8 numbers with int32 sums, and the range of every layer's input is known beforehand.
+The data are the 1,797 images of 8x8 pixels that come with scikit-learn (Alpaydin and
+Kaynak, Optical Recognition of Handwritten Digits, 1998). A fifth of them is held out.
+Calibration reads training images only.
+
+Phones and accelerators run static int8: every product multiplies int8 numbers and
+accumulates in int32, and calibration has fixed the range of every layer's input.
 """
 
 # %% Data
@@ -21,29 +24,31 @@ from sklearn.datasets import load_digits
 
 import jaxq
 
-FAST = "--fast" in sys.argv  # less training and fewer recipes: shows that it runs
+# Less training and fewer recipes: this shows that the example runs.
+FAST = "--fast" in sys.argv
 EPOCHS = 8 if FAST else 30
-RECIPES = (
-    ("int8", "w8a8_static")
-    if FAST
-    else ("int8", "w8a8", "w8a8_static", "fp8_static", "int4")
-)
+if FAST:
+    RECIPES = ("int8", "w8a8_static")
+else:
+    RECIPES = ("int8", "w8a8", "w8a8_static", "fp8_static", "int4")
 images, labels = load_digits(return_X_y=True)
 images = (images.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
 order = np.random.default_rng(0).permutation(len(images))
-held, rest = order[: len(order) // 5], order[len(order) // 5 :]
+num_heldout = len(order) // 5
+heldout, training = order[:num_heldout], order[num_heldout:]
 
 
 # %% A network of ordinary nnx layers
 class Network(nnx.Module):
-    """Three convolutions, a mean over places, and a linear layer: float32[b, 8, 8, 1] -> float32[b, 10]."""
+    """Three convolutions, a mean over pixels, and a linear layer.
+
+    float32[b, 8, 8, 1] -> float32[b, 10]
+    """
 
     def __init__(self, rngs: nnx.Rngs):
+        channels = ((1, 16), (16, 32), (32, 32))
         self.convs = nnx.List(
-            [
-                nnx.Conv(a, b, (3, 3), rngs=rngs)
-                for a, b in ((1, 16), (16, 32), (32, 32))
-            ]
+            [nnx.Conv(before, after, (3, 3), rngs=rngs) for before, after in channels]
         )
         self.out = nnx.Linear(32, 10, rngs=rngs)
 
@@ -72,7 +77,7 @@ def step(model, optimizer, x, y):
 
 begin = time.perf_counter()
 for epoch in range(EPOCHS):
-    shuffled = np.random.default_rng(epoch).permutation(rest)
+    shuffled = np.random.default_rng(epoch).permutation(training)
     for batch in shuffled[: len(shuffled) // 64 * 64].reshape(-1, 64):
         value = step(model, optimizer, images[batch], labels[batch])
     if sys.stderr.isatty():
@@ -95,36 +100,42 @@ def predicted(model: nnx.Module, x: jax.Array) -> jax.Array:
 
 
 def errors(model: nnx.Module) -> tuple[int, int]:
-    """Held-out images the model gets wrong, and those it sees otherwise than the float model."""
-    guess = predicted(model, images[held])
-    return int((guess != labels[held]).sum()), int((guess != expected).sum())
+    """How many held-out images are wrong, and how many differ from the float model."""
+    digits = predicted(model, images[heldout])
+    num_wrong = int((digits != labels[heldout]).sum())
+    num_different = int((digits != float_digits).sum())
+    return num_wrong, num_different
 
 
-expected = predicted(model, images[held])
-calibration = [images[batch] for batch in np.array_split(rest[:512], 8)]
-print(
-    f"{len(held)} held-out images          accuracy  wrong  other than float       kB"
-)
-nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-print(
-    f"{'float32':<28} {1 - errors(model)[0] / len(held):>10.2%} {errors(model)[0]:>6} {0:>17} {nbytes / 1e3:>8.1f}"
-)
-for recipe in RECIPES:
-    qmodel, report = jaxq.quantize_model(
-        model, recipe, calibration=calibration if "static" in recipe else None
-    )
-    wrong, other = errors(qmodel)
-    accuracy = 1 - wrong / len(held)
+def print_row(name: str, model: nnx.Module, num_bytes: int) -> None:
+    num_wrong, num_different = errors(model)
+    accuracy = 1 - num_wrong / num_heldout
     print(
-        f"{recipe:<28} {accuracy:>10.2%} {wrong:>6} {other:>17} {report.bytes_after / 1e3:>8.1f}"
+        f"{name:<28} {accuracy:>10.2%} {num_wrong:>6} {num_different:>17} "
+        f"{num_bytes / 1e3:>8.1f}"
     )
-    if recipe == "w8a8_static":
-        static, layers = qmodel, report
 
-# %% What became of each layer, and that its products are of int8
-print(f"\n{layers}")
-program = str(jax.make_jaxpr(lambda x: static(x))(jnp.asarray(images[:2])))
+
+float_digits = predicted(model, images[heldout])
+calibration = [images[batch] for batch in np.array_split(training[:512], 8)]
 print(
-    f"\nconvolutions of int8 with int32 sums: {program.count('preferred_element_type=int32')} of 3"
+    f"{num_heldout} held-out images          accuracy  wrong  other than float       kB"
 )
-print(f"the linear layer: {jaxq.explain(jnp.ones((2, 32)), static.out.kernel[...])}")
+parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+print_row("float32", model, sum(parameter.nbytes for parameter in parameters))
+for recipe in RECIPES:
+    needs_data = "static" in recipe
+    qmodel, report = jaxq.quantize_model(
+        model, recipe, calibration=calibration if needs_data else None
+    )
+    print_row(recipe, qmodel, report.bytes_after)
+    if recipe == "w8a8_static":
+        static_model, static_report = qmodel, report
+
+# %% The layers of the static model, and that its products multiply int8 numbers
+print(f"\n{static_report}")
+program = str(jax.make_jaxpr(lambda x: static_model(x))(jnp.asarray(images[:2])))
+num_int8 = program.count("preferred_element_type=int32")
+print(f"\nconvolutions of int8 with int32 sums: {num_int8} of 3")
+kernel = static_model.out.kernel[...]
+print(f"the linear layer: {jaxq.explain(jnp.ones((2, 32)), kernel)}")

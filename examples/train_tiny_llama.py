@@ -1,12 +1,18 @@
-"""Train the tiny Llama in examples/tiny_llama on Python's own standard library: real text that every machine has.
+"""Train the tiny Llama in examples/tiny_llama on Python's own standard library.
 
-    python examples/train_tiny_llama.py --minutes 40       # continue an interrupted run with --resume
+    python examples/train_tiny_llama.py --minutes 40
+    python examples/train_tiny_llama.py --minutes 40 --resume    # after an interruption
 
-Writes a Hugging Face directory (bfloat16 weights, byte-level BPE tokenizer) and examples/heldout.txt, real text from
-files the model never saw. Sources and documentation of CPython: Python Software Foundation License.
+The text is the source code and documentation of CPython, which every machine has. Its
+license is that of the Python Software Foundation. The script writes a Hugging Face
+directory with bfloat16 weights and a byte-level BPE tokenizer. It also writes
+examples/heldout.txt, whose files are not in the training text.
 
-On CPU, keeping freed memory in the process makes a step about a third faster with glibc:
-    export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
+On CPU with glibc, a step is about a third faster if the process keeps freed memory:
+
+    export MALLOC_ARENA_MAX=1
+    export MALLOC_MMAP_THRESHOLD_=4294967296
+    export MALLOC_TRIM_THRESHOLD_=17179869184
 """
 
 # %% Options
@@ -39,12 +45,12 @@ parser.add_argument(
     "--minutes",
     type=float,
     default=40,
-    help="training time; the learning rate follows the clock",
+    help="training time; the learning rate follows the time",
 )
 parser.add_argument(
     "--steps",
     type=int,
-    help="train this many steps instead, whatever the time (repeatable)",
+    help="train this many steps instead; the run can then be repeated",
 )
 parser.add_argument(
     "--out",
@@ -79,21 +85,18 @@ config = LlamaConfig(
     max_position_embeddings=CONTEXT,
 )
 
-# %% Text: every standard library source but character tables, one file in 50 held out by a hash of its name
+# %% Text: the sources of the standard library, except its character tables
+# A hash of the name decides which files are held out: one in 50.
 root = Path(sysconfig.get_path("stdlib"))
-files = [
-    p
-    for p in sorted(root.rglob("*.py"))
-    if not {"site-packages", "encodings"} & set(p.parts)
-]
+excluded = {"site-packages", "encodings"}
+files = [path for path in sorted(root.rglob("*.py")) if excluded.isdisjoint(path.parts)]
 train, heldout = [], []
 for path in files:
     name = path.relative_to(root).as_posix()
     digest = int(hashlib.sha256(name.encode()).hexdigest(), 16)
     text = path.read_text(encoding="utf-8", errors="replace")
-    if (
-        name == "pydoc_data/topics.py"
-    ):  # the language reference, out of its string literals
+    if name == "pydoc_data/topics.py":
+        # This file holds the language reference in string literals.
         scope: dict = {}
         exec(text, scope)
         text = "\n".join(scope["topics"].values())
@@ -101,12 +104,14 @@ for path in files:
         train.append(text)
     elif 4_000 < len(text) < 25_000 and "test" not in name:
         heldout.append((digest, text))
-evaluation, chosen = "", sorted(heldout)
-while chosen and len(evaluation) < 60_000:
-    evaluation += chosen.pop(0)[1]
+evaluation = ""
+for _, text in sorted(heldout):
+    if len(evaluation) >= 60_000:
+        break
+    evaluation += text
 args.heldout.write_text(evaluation, encoding="utf-8")
 
-# %% Tokenizer: byte-level BPE, so any text can be written in it
+# %% Tokenizer: byte-level BPE, which can encode any text
 tokenizer = Tokenizer(models.BPE())
 tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 tokenizer.decoder = decoders.ByteLevel()
@@ -123,47 +128,58 @@ else:
     )
     tokenizer.train_from_iterator(train, trainer)
     tokenizer.save(str(args.work / "tokenizer.json"))
+# Each file begins with token 0, END.
 order = np.random.default_rng(SEED).permutation(len(train))
-stream = np.concatenate([[0, *tokenizer.encode(train[i]).ids] for i in order]).astype(
-    np.int32
-)
+file_tokens = [[0, *tokenizer.encode(train[i]).ids] for i in order]
+stream = np.concatenate(file_tokens).astype(np.int32)
 heldout_tokens = np.asarray(tokenizer.encode(evaluation).ids, np.int32)
 num_windows = (len(stream) - 1) // CONTEXT
 print(
-    f"{len(train)} files, {len(stream):,} tokens; held out {len(heldout_tokens):,} tokens",
+    f"{len(train)} files, {len(stream):,} tokens; "
+    f"held out {len(heldout_tokens):,} tokens",
     file=sys.stderr,
 )
 
 
 @functools.cache
 def epoch_order(epoch: int) -> np.ndarray:
+    """The order of the windows in an epoch."""
     return np.random.default_rng((SEED, epoch)).permutation(num_windows)
 
 
 def windows(step: int) -> np.ndarray:
-    """The batch of a step, a function of its number only, so that a resumed run sees the same data."""
-    index = np.arange(step * BATCH, (step + 1) * BATCH)
-    starts = [epoch_order(i // num_windows)[i % num_windows] * CONTEXT for i in index]
-    return np.stack([stream[s : s + CONTEXT + 1] for s in starts])  # [b, t + 1]
+    """The batch of a step, [b, t + 1].
+
+    It depends on the number of the step only, so a resumed run reads the same data.
+    """
+    starts = []
+    for i in range(step * BATCH, (step + 1) * BATCH):
+        epoch, position = divmod(i, num_windows)
+        starts.append(epoch_order(epoch)[position] * CONTEXT)
+    return np.stack([stream[start : start + CONTEXT + 1] for start in starts])
 
 
-# %% One jitted step: cross entropy, clipped gradient, Muon for the blocks' matrices and Adam for everything else
+# %% One jitted step: cross entropy, and a clipped gradient
+# Muon updates the matrices of the layers, and Adam the other parameters.
 graphdef, params = nnx.split(Llama(config, rngs=nnx.Rngs(SEED)))
 
 
 def muon_axes(
     path: tuple, leaf: jax.Array
 ) -> optax.contrib.MuonDimensionNumbers | None:
-    in_block = any("layers" in str(key) for key in path)
-    return (
-        optax.contrib.MuonDimensionNumbers() if in_block and leaf.ndim == 2 else None
-    )  # [in, out] kernels
+    """The axes of an [in, out] kernel of a layer; None gives the parameter to Adam."""
+    in_layer = any("layers" in str(key) for key in path)
+    if in_layer and leaf.ndim == 2:
+        return optax.contrib.MuonDimensionNumbers()
+    return None
 
 
 optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
-    optax.contrib.muon(  # Jordan et al. 2024; updates scaled to Adam's size as in Liu et al. 2025
-        -1.0,  # the step below multiplies by the clock's learning rate
+    # Muon: Jordan et al., 2024. Updates scaled to the size of Adam's: Liu et al., 2025.
+    optax.contrib.muon(
+        # train_step multiplies the updates by the learning rate of the moment.
+        -1.0,
         consistent_rms=0.2,
         adam_b2=0.95,
         weight_decay=0.05,
@@ -185,43 +201,36 @@ def train_step(params, opt_state, batch, rate):
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return (
-        optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)),
-        opt_state,
-        loss,
-    )
+    updates = jax.tree.map(lambda update: -rate * update, updates)
+    return optax.apply_updates(params, updates), opt_state, loss
 
 
 def learning_rate(progress: float) -> float:
-    return PEAK_LR * min(
-        progress / 0.02, 0.5 * (1 + np.cos(np.pi * min(progress, 1.0)))
-    )
+    """A short linear warm-up, then half a cosine. `progress` goes from 0 to 1."""
+    warm_up = progress / 0.02
+    decay = 0.5 * (1 + np.cos(np.pi * min(progress, 1.0)))
+    return PEAK_LR * min(warm_up, decay)
 
 
-# %% The loop, with a checkpoint every two minutes that a kill cannot tear
+# %% The loop, with a checkpoint every two minutes
 checkpoint = args.work / "checkpoint.npz"
 leaves, structure = jax.tree.flatten((params, opt_state))
 step, spent, losses = 0, 0.0, []
 if args.resume:
     with np.load(checkpoint) as file:
-        params, opt_state = jax.tree.unflatten(
-            structure, [jnp.asarray(file[f"leaf{i}"]) for i in range(len(leaves))]
-        )
-        step, spent, losses = (
-            int(file["step"]),
-            float(file["spent"]),
-            list(file["losses"]),
-        )
+        arrays = [jnp.asarray(file[f"leaf{i}"]) for i in range(len(leaves))]
+        params, opt_state = jax.tree.unflatten(structure, arrays)
+        step, spent = int(file["step"]), float(file["spent"])
+        losses = list(file["losses"])
 
 
 def save_all() -> float:
-    arrays = {
-        f"leaf{i}": np.asarray(leaf)
-        for i, leaf in enumerate(jax.tree.leaves((params, opt_state)))
-    }
-    np.savez(
-        args.work / "new.npz", step=step, spent=spent, losses=losses[-200:], **arrays
-    )
+    """Writes the checkpoint and the model, and returns the held-out perplexity."""
+    leaves = jax.tree.leaves((params, opt_state))
+    arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+    arrays |= {"step": step, "spent": spent, "losses": losses[-200:]}
+    # Write a new file and rename it, so that an interruption keeps the old checkpoint.
+    np.savez(args.work / "new.npz", **arrays)
     os.replace(args.work / "new.npz", checkpoint)
     model = nnx.merge(graphdef, params)
     save(args.out, model, tokenizer=tokenizer, bos_token_id=None, eos_token_id=0)
@@ -229,7 +238,10 @@ def save_all() -> float:
 
 
 def progress() -> float:
-    return step / args.steps if args.steps else spent / (60 * args.minutes)
+    """How much of the training is done, 0 to 1."""
+    if args.steps:
+        return step / args.steps
+    return spent / (60 * args.minutes)
 
 
 last_save = spent
@@ -241,12 +253,18 @@ while progress() < 1:
     )
     losses.append(float(loss))
     step, spent = step + 1, spent + time.perf_counter() - begin
-    bar, speed = "#" * int(30 * min(progress(), 1)), step * BATCH * CONTEXT / spent
-    line = f"[{bar:30}] step {step} loss {np.mean(losses[-100:]):.3f} {speed:,.0f} tokens/s {spent / 60:.1f} min"
-    print(f"\r{line}", end="", file=sys.stderr, flush=True)
+    num_tokens = step * BATCH * CONTEXT
+    bar = "#" * int(30 * min(progress(), 1))
+    print(
+        f"\r[{bar:30}] step {step} loss {np.mean(losses[-100:]):.3f} "
+        f"{num_tokens / spent:,.0f} tokens/s {spent / 60:.1f} min",
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
     if spent - last_save > 120 or progress() >= 1:
         print(
-            f"\n{step * BATCH * CONTEXT:,} tokens; held-out perplexity {save_all():.3f}",
+            f"\n{num_tokens:,} tokens; held-out perplexity {save_all():.3f}",
             file=sys.stderr,
             flush=True,
         )
