@@ -270,9 +270,10 @@ def _judged_scale(
     scale = folding.find(source, weights, input_stats, rule.weight, dict(rule.options))
     losses, total = _target_losses(rule, weights, scale, input_stats)
     source_rule = rules.get(group.source)
-    is_rounded = source_rule is not None and source_rule.weight is not None
-    if total is None or not folding.judges_source or not is_rounded:
+    if total is None or not folding.judges_source:
         return scale, losses, total
+    if source_rule is None or source_rule.weight is None:
+        return scale, losses, total  # the source stays in floats
     assert source is not None
     source_loss = _source_loss(source_rule, source, scale, stats[group.source])
     return scale, losses, (total + source_loss) / 2

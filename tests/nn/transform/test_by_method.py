@@ -281,7 +281,7 @@ def test_impossible_requests_are_refused_before_anything_runs():
         jaxq.Rule(
             weight="int8", activation="int8", method="llm_int8", observer="absmax"
         )
-    with pytest.raises(TypeError, match=r"pass \[x\]"):
+    with pytest.raises(TypeError, match=r"Pass a list: \[x\]"):
         quantize("gptq", calibration=BATCHES[0])
     with pytest.raises(ValueError, match="no statistics of"):
         quantize("gptq", calibration={})
