@@ -1,7 +1,8 @@
-"""Time of GPTQ on one 4096 x 4096 float32 weight, int4 in groups of 128, beside the published algorithm in torch.
+"""Time of GPTQ on one float32 weight of 4096 x 4096, beside the published algorithm.
 
-The torch code is the paper's: blocks of 128 columns, a Python loop over columns, the hessian's inverse and its Cholesky
-factor. Both are given the hessian and keep codes and scales; damping 0.01.
+Codes are int4 in groups of 128, and damping is 0.01. The torch code is that of the
+paper: blocks of 128 columns, a Python loop over columns, the inverse of the Hessian and
+its Cholesky factor. Both programs get the Hessian, and both keep codes and scales.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ TARGET = 0.6
 
 
 def torch_gptq(w: Any, hessian: Any) -> tuple[Any, Any]:
-    """(rounded weight, scales) of a weight `[out, in]`: Frantar et al., 2022, algorithm 1, float32 torch tensors."""
+    """The rounded weight and the scales of a weight, in torch.
+
+    Args:
+        w: float32[out, in].
+        hessian: float32[in, in].
+
+    References:
+        Frantar et al., GPTQ, 2022, algorithm 1.
+    """
     import torch
 
     w, n = w.clone(), w.shape[1]
@@ -37,7 +46,8 @@ def torch_gptq(w: Any, hessian: Any) -> tuple[Any, Any]:
         errors = torch.zeros_like(block)
         for i in range(last - first):
             if (first + i) % GROUP == 0:
-                scale = block[:, i : i + GROUP].abs().amax(1).clamp(min=1e-12) / 7
+                absmax = block[:, i : i + GROUP].abs().amax(1)  # [out]
+                scale = absmax.clamp(min=1e-12) / 7
                 scales.append(scale)
             column = block[:, i]
             rounded = torch.clamp(torch.round(column / scale), -7, 7) * scale
@@ -45,84 +55,81 @@ def torch_gptq(w: Any, hessian: Any) -> tuple[Any, Any]:
             error = (column - rounded) / local[i, i]
             block[:, i:] -= error.unsqueeze(1).matmul(local[i, i:].unsqueeze(0))
             errors[:, i] = error
+        # The columns after the block get its errors in one product.
         w[:, last:] -= errors.matmul(inverse[first:last, last:])
     return q, torch.stack(scales, 1)
 
 
 def problem() -> tuple[np.ndarray, np.ndarray]:
-    """(weight [in, out], hessian) with correlated inputs of different sizes."""
+    """A weight [in, out] and the Hessian of correlated inputs of different sizes."""
     rng = np.random.default_rng(0)
-    mix = np.eye(SIZE, dtype=np.float32) + np.float32(
-        0.3 / SIZE**0.5
-    ) * rng.standard_normal((SIZE, SIZE), np.float32)
-    x = (
-        rng.standard_normal((2 * SIZE, SIZE), np.float32)
-        @ mix
-        * np.exp(rng.standard_normal(SIZE, np.float32) / 2)
-    )
-    return rng.standard_normal((SIZE, SIZE), np.float32), 2 * x.T @ x / np.float32(
-        len(x)
-    )
+    noise = rng.standard_normal((SIZE, SIZE), np.float32)
+    mix = np.eye(SIZE, dtype=np.float32) + np.float32(0.3 / SIZE**0.5) * noise
+    x = rng.standard_normal((2 * SIZE, SIZE), np.float32) @ mix
+    x = x * np.exp(rng.standard_normal(SIZE, np.float32) / 2)
+    weight = rng.standard_normal((SIZE, SIZE), np.float32)
+    return weight, 2 * x.T @ x / np.float32(len(x))
 
 
 def run() -> dict[str, Any]:
-    """Times both in turns, and checks that they reach the same loss."""
+    """Times both programs in turns, and checks that they reach the same loss."""
     w, hessian = problem()
     spec = jaxq.QuantSpec("int4", jaxq.PerGroup(GROUP))
     weight, moments = jnp.asarray(w), jnp.asarray(hessian)
+
+    def solve(**options: Any) -> Any:
+        return jax.block_until_ready(methods.gptq(weight, moments, spec, **options))
+
     functions: dict[str, Any] = {
-        "jaxq": lambda: jax.block_until_ready(methods.gptq(weight, moments, spec)),
-        "jaxq, act order": lambda: jax.block_until_ready(
-            methods.gptq(weight, moments, spec, act_order=True)
-        ),
+        "jaxq": solve,
+        "jaxq, act order": lambda: solve(act_order=True),
     }
     values = {
-        "jaxq": jaxq.dequantize(functions["jaxq"]()[0]),
+        "jaxq": jaxq.dequantize(solve()[0]),
         "nearest": jaxq.dequantize(jaxq.quantize(weight, spec)),
     }
     missing = []
     try:
         import torch
 
-        turned, theirs = torch.from_numpy(w.T.copy()), torch.from_numpy(hessian)
-        functions["torch"] = lambda: torch_gptq(turned, theirs)
-        values["torch"] = jnp.asarray(torch_gptq(turned, theirs)[0].numpy().T)
+        torch_weight = torch.from_numpy(w.T.copy())
+        torch_hessian = torch.from_numpy(hessian)
+        functions["torch"] = lambda: torch_gptq(torch_weight, torch_hessian)
+        values["torch"] = jnp.asarray(functions["torch"]()[0].numpy().T)
     except ImportError as error:
         missing.append(f"torch ({error})")
-    loss = {
-        name: float(jnp.sum((weight - q) * (moments @ (weight - q))))
-        for name, q in values.items()
-    }
+    loss = {}
+    for name, value in values.items():
+        error = weight - value
+        loss[name] = float(jnp.sum(error * (moments @ error)))
     assert loss["jaxq"] < loss["nearest"]
-    base = "torch" if "torch" in functions else "jaxq"
-    rows = []
-    for name, figures in summary(
-        interleaved(functions, rounds=9, seconds=60.0), base
-    ).items():
-        row = {
-            "what": name,
-            **figures,
-            "loss_over_nearest": loss.get(name, float("nan")) / loss["nearest"],
-        }
-        rows.append(
-            row | ({"target": TARGET} if name == "jaxq" and base == "torch" else {})
-        )
     if "torch" in loss:
         assert abs(loss["jaxq"] / loss["torch"] - 1) < 0.01, loss
+    base = "torch" if "torch" in functions else "jaxq"
+    times = interleaved(functions, rounds=9, seconds=60.0)
+    rows = []
+    for name, figures in summary(times, base).items():
+        relative_loss = loss.get(name, float("nan")) / loss["nearest"]
+        row = {"what": name, **figures, "loss_over_nearest": relative_loss}
+        if name == "jaxq" and base == "torch":
+            row["target"] = TARGET
+        rows.append(row)
     return {"subject": "gptq", "shape": [SIZE, SIZE], "rows": rows, "missing": missing}
 
 
 def table(result: dict[str, Any]) -> str:
-    """A markdown table of `run`'s figures."""
+    """A markdown table of the figures that `run` returns."""
     lines = [
         "| who | median ms | least ms | time over torch | target | loss over nearest |",
         "|---|---|---|---|---|---|",
     ]
-    for r in result["rows"]:
-        target = f"<= {r['target']}" if "target" in r else "-"
-        loss = (
-            "-" if np.isnan(r["loss_over_nearest"]) else f"{r['loss_over_nearest']:.4f}"
+    for row in result["rows"]:
+        target = f"<= {row['target']}" if "target" in row else "-"
+        loss = row["loss_over_nearest"]
+        loss_text = "-" if np.isnan(loss) else f"{loss:.4f}"
+        times = (
+            f"{row['median_ms']:.0f} | {row['min_ms']:.0f} "
+            f"| {row['time_over_base']:.2f}"
         )
-        times = f"{r['median_ms']:.0f} | {r['min_ms']:.0f} | {r['time_over_base']:.2f}"
-        lines.append(f"| {r['what']} | {times} | {target} | {loss} |")
+        lines.append(f"| {row['what']} | {times} | {target} | {loss_text} |")
     return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""What `import jaxq` adds to `import jax`, from interleaved fresh processes."""
+"""The time that `import jaxq` adds to `import jax`, from new processes in turns."""
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from typing import Any
@@ -17,29 +18,33 @@ def run() -> dict[str, Any]:
     def start(module: str) -> None:
         subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
 
-    times = interleaved(
-        {m: lambda m=m: start(m) for m in ("jax", "jaxq")}, rounds=11, seconds=120.0
+    functions = {name: functools.partial(start, name) for name in ("jax", "jaxq")}
+    times = interleaved(functions, rounds=11, seconds=120.0)
+    extra = sorted(
+        with_jaxq - with_jax
+        for with_jax, with_jaxq in zip(times["jax"], times["jaxq"], strict=True)
     )
-    extra = sorted(b - a for a, b in zip(times["jax"], times["jaxq"], strict=True))
     rows = [
         {"what": name, **figures} for name, figures in summary(times, "jax").items()
     ]
-    median = extra[len(extra) // 2]
     return {
         "subject": "import_time",
         "rows": rows,
-        "extra_seconds": median,
+        "extra_seconds": extra[len(extra) // 2],
         "limit_seconds": LIMIT_SECONDS,
         "missing": [],
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    """A markdown table of `run`'s figures."""
+    """A markdown table of the figures that `run` returns."""
     lines = ["| import | median ms | least ms |", "|---|---|---|"]
-    lines += [
-        f"| {r['what']} | {r['median_ms']:.0f} | {r['min_ms']:.0f} |"
-        for r in result["rows"]
-    ]
-    extra = f"jaxq adds {result['extra_seconds']:.2f} s (median of pairs; limit {result['limit_seconds']} s)."
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['what']} | {row['median_ms']:.0f} | {row['min_ms']:.0f} |"
+        )
+    extra = (
+        f"jaxq adds {result['extra_seconds']:.2f} s "
+        f"(median of pairs; limit {result['limit_seconds']} s)."
+    )
     return "\n".join([*lines, "", extra])

@@ -1,14 +1,19 @@
-"""Time of clustering 16.8 million float32 weights about 16 centres, beside scikit-learn.
+"""Time to cluster 16.8 million float32 weights into 16 centres, beside scikit-learn.
 
-jaxq clusters all of them and finds their codes, and so does MiniBatchKMeans from one start in one pass over the data
-(max_iter=1), by batches of 262,144. By default it makes up to 100 passes by batches of 1,024, each drawn from the
-cumulated weights of all samples, which does not end in reasonable time. `partial_fit` on one batch after the other
-draws nothing; it is given the same batches, and labels by `predict`. How good the centres are is measured on every
-16th weight, beside plain Lloyd iterations (scikit-learn's KMeans) on these alone.
+jaxq clusters all weights and finds their codes. MiniBatchKMeans does the same from one
+start, in one pass over the data (max_iter=1), in batches of 262,144. With its defaults
+it does not finish in a reasonable time: it makes up to 100 passes in batches of 1,024,
+and draws each batch from the cumulated weights of all samples. `partial_fit` on one
+batch after another draws nothing. It gets the same batches, and `predict` finds the
+labels.
+
+The quality of the centres is measured on every 16th weight. There it is compared with
+plain Lloyd iterations (scikit-learn's KMeans) on the same weights.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import jax
@@ -26,14 +31,12 @@ TARGET = 0.1
 def inertia(x: np.ndarray, centres: np.ndarray) -> float:
     """Mean squared distance of every number to its nearest centre."""
     centres = np.sort(centres.ravel().astype(np.float64))
-    member = np.searchsorted(0.5 * (centres[1:] + centres[:-1]), x)
-    return float(np.mean((x.astype(np.float64) - centres[member]) ** 2))
+    nearest = np.searchsorted(0.5 * (centres[1:] + centres[:-1]), x)
+    return float(np.mean((x.astype(np.float64) - centres[nearest]) ** 2))
 
 
 def run() -> dict[str, Any]:
-    """Times each in turns, a few rounds only; and compares the centres."""
-    import time
-
+    """Times each program in turns for a few rounds, and compares the centres."""
     w = np.random.default_rng(0).standard_normal((SIZE, SIZE), np.float32)
     weight, sample = jnp.asarray(w), w.ravel()[::16]
     functions: dict[str, Any] = {
@@ -42,54 +45,30 @@ def run() -> dict[str, Any]:
     centres = {"jaxq": np.asarray(functions["jaxq"]()[0].codebook)}
     missing = []
     try:
-        from sklearn.cluster import KMeans, MiniBatchKMeans
-
-        column, start = (
-            w.reshape(-1, 1),
-            np.linspace(w.min(), w.max(), 1 << BITS, dtype=np.float32)[:, None],
-        )
-
-        def estimator(**changes: Any) -> Any:
-            return MiniBatchKMeans(
-                1 << BITS, batch_size=BATCH, n_init=1, random_state=0, **changes
-            )
-
-        def by_batches() -> Any:
-            found = estimator()
-            for i in range(0, len(column), BATCH):
-                found.partial_fit(column[i : i + BATCH])
-            found.predict(column)
-            return found
-
-        functions["MiniBatchKMeans"] = lambda: estimator(max_iter=1).fit(column)
-        functions["MiniBatchKMeans.partial_fit"] = by_batches
-        lloyd = KMeans(
-            1 << BITS, init=start, n_init=1, max_iter=300, tol=0, algorithm="lloyd"
-        ).fit(sample[:, None])
-        centres["Lloyd on the sample"] = lloyd.cluster_centers_
+        functions |= _peers(w.reshape(-1, 1))
+        centres["Lloyd on the sample"] = _lloyd_centres(w, sample)
     except ImportError as error:
         missing.append(f"scikit-learn ({error})")
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(ROUNDS):
-        for name, fn in functions.items():
+        for name, function in functions.items():
             begin = time.perf_counter()
-            result = fn()
+            result = function()
             times[name].append(time.perf_counter() - begin)
             if name != "jaxq":
                 centres[name] = result.cluster_centers_
     base = "MiniBatchKMeans" if "MiniBatchKMeans" in functions else "jaxq"
-    figures: dict[str, dict[str, Any]] = {name: {} for name in centres} | summary(
-        times, base
-    )
+    figures = summary(times, base)
     rows = []
-    for name, row in figures.items():
-        found = {"what": name, **row, "inertia": inertia(sample, centres[name])}
-        rows.append(
-            found | ({"target": TARGET} if name == "jaxq" and base != "jaxq" else {})
-        )
+    for name in centres:
+        row = {"what": name, **figures.get(name, {})}
+        row["inertia"] = inertia(sample, centres[name])
+        if name == "jaxq" and base != "jaxq":
+            row["target"] = TARGET
+        rows.append(row)
     if not missing:
-        by_name = {row["what"]: row["inertia"] for row in rows}
-        assert by_name["jaxq"] < 1.002 * by_name["Lloyd on the sample"], by_name
+        inertias = {row["what"]: row["inertia"] for row in rows}
+        assert inertias["jaxq"] < 1.002 * inertias["Lloyd on the sample"], inertias
     return {
         "subject": "kmeans",
         "shape": [SIZE, SIZE],
@@ -98,18 +77,52 @@ def run() -> dict[str, Any]:
     }
 
 
+def _peers(column: np.ndarray) -> dict[str, Any]:
+    """MiniBatchKMeans on a column of weights, in two ways."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    def estimator(**options: Any) -> Any:
+        return MiniBatchKMeans(
+            1 << BITS, batch_size=BATCH, n_init=1, random_state=0, **options
+        )
+
+    def fit_batches() -> Any:
+        fitted = estimator()
+        for i in range(0, len(column), BATCH):
+            fitted.partial_fit(column[i : i + BATCH])
+        fitted.predict(column)
+        return fitted
+
+    return {
+        "MiniBatchKMeans": lambda: estimator(max_iter=1).fit(column),
+        "MiniBatchKMeans.partial_fit": fit_batches,
+    }
+
+
+def _lloyd_centres(w: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Centres of plain Lloyd iterations that start at equal distances."""
+    from sklearn.cluster import KMeans
+
+    start = np.linspace(w.min(), w.max(), 1 << BITS, dtype=np.float32)[:, None]
+    lloyd = KMeans(
+        1 << BITS, init=start, n_init=1, max_iter=300, tol=0, algorithm="lloyd"
+    )
+    return lloyd.fit(sample[:, None]).cluster_centers_
+
+
 def table(result: dict[str, Any]) -> str:
-    """A markdown table of `run`'s figures."""
+    """A markdown table of the figures that `run` returns."""
     lines = [
         "| who | median ms | least ms | time over MiniBatchKMeans | target | inertia |",
         "|---|---|---|---|---|---|",
     ]
-    for r in result["rows"]:
-        target = f"<= {r['target']}" if "target" in r else "-"
+    for row in result["rows"]:
+        target = f"<= {row['target']}" if "target" in row else "-"
         times = "- | - | -"
-        if "median_ms" in r:
+        if "median_ms" in row:
             times = (
-                f"{r['median_ms']:.0f} | {r['min_ms']:.0f} | {r['time_over_base']:.4f}"
+                f"{row['median_ms']:.0f} | {row['min_ms']:.0f} "
+                f"| {row['time_over_base']:.4f}"
             )
-        lines.append(f"| {r['what']} | {times} | {target} | {r['inertia']:.6f} |")
+        lines.append(f"| {row['what']} | {times} | {target} | {row['inertia']:.6f} |")
     return "\n".join(lines)

@@ -1,12 +1,19 @@
-"""What each post-training method costs a trained language model (examples/tiny_llama), on text it has not seen.
+"""What each post-training method costs a trained language model.
 
-Perplexity, KL divergence from the float model and top-1 agreement on examples/heldout.txt; CPU seconds to quantize,
-compilation (by jax 0.10's older, quicker code generator) included. Methods that need data get 8,192 tokens of other
-text, at 4 and 3 bits three times with other text (seeds); figures there are means, with the range of perplexity.
-Nothing falls back (`fallback="none"`), and nothing is tuned on the held-out text. Heads and embeddings stay in floats.
-Mixed precision chooses among int8, int4, int3 and int2 by sensitivities on the first such text, whose seconds count.
-A cross marks seconds of rows that a later run added (`run.py methods --keep`), which shares no compilation with others.
-Bias correction has no row: the model has no biases, and the report says so of each layer (`no bias to correct`).
+The model is examples/tiny_llama. Perplexity, KL divergence from the float model and
+top-1 agreement are those on examples/heldout.txt, which is not in its training data.
+CPU seconds are the time to quantize the model, with compilation.
+
+Methods that need data get 8,192 tokens of other text. At 4 and 3 bits they run three
+times with other text (seeds). Then the figures are means, and the range of perplexity
+is shown. No method falls back to rounding to nearest (`fallback="none"`), and nothing
+is tuned on the held-out text. Heads and embeddings stay in floats.
+
+Mixed precision chooses among int8, int4, int3 and int2 by sensitivities on the first of
+these texts. The seconds include these sensitivities. A cross marks the seconds of rows
+that a later run added (`run.py methods --keep`): such a run shares no compilation with
+the others. Bias correction has no row, because the model has no biases. The report says
+so for each layer (`no bias to correct`).
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +34,19 @@ from flax import nnx
 import jaxq
 from jaxq import methods, models
 
+# The programs of results/methods-cpu.md were compiled by jax 0.10's older code
+# generator, which compiles quicker. New results are compiled with JAX's default
+# settings. Do not compare CPU seconds of the two.
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONTEXT, TOKENS, BATCHES, BATCH = 256, 64 * 256, 8, 4
 SEEDS = (0, 1, 2)
-# Rows of a run that was cut short, which the next one does not measure again.
+# Rows of an interrupted run. The next run does not measure them again.
 PARTIAL = Path(__file__).parent / "results" / "methods-partial.json"
 BITS = (8, 4, 3, 2)
 PER_CHANNEL = jaxq.QuantSpec("int4", jaxq.PerChannel())
-# name: (method, options, needs data); in rotated coordinates where the name says so
+# Name: method, options, whether it needs data. Names that begin with "rotated" are of
+# models in rotated coordinates.
 METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "rtn": ("rtn", {}, False),
     "rotated": ("rtn", {}, False),
@@ -50,272 +62,344 @@ METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "rotated, gptq": ("gptq", {}, True),
     "adaround": ("adaround", {}, True),
 }
-# Mixed precision: what layers choose from, and bits per weight on average. int4, int3, int2 take 4.12, 3.12, 2.38.
+# Mixed precision: the presets to choose from, and mean bits per weight. int4, int3 and
+# int2 take 4.12, 3.12 and 2.38 bits.
 CHOICES, BUDGETS = ("int8", "int4", "int3", "int2"), (3.5, 2.75)
+Row = dict[str, Any]
 
 
 class Text:
-    """The model, the text it is measured on, and other text to calibrate on."""
+    """The model, the text on which it is measured, and other text for calibration."""
 
     def __init__(self):
-        self.model, tokenizer = models.load(EXAMPLES / "tiny_llama")
-        self.encode = lambda text: np.asarray(tokenizer.encode(text).ids, np.int32)
+        self.model, self._tokenizer = models.load(EXAMPLES / "tiny_llama")
         self.heldout = (EXAMPLES / "heldout.txt").read_text()
         self.tokens = self.encode(self.heldout)[:TOKENS]
 
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text).ids, np.int32)
+
     def calibration(self, seed: int) -> list[np.ndarray]:
-        """Windows of standard library sources that are not in the held-out text."""
-        rng, found = np.random.default_rng(seed), []
+        """Batches of windows from library sources that are not in the held-out text."""
+        rng = np.random.default_rng(seed)
         files = [
-            p
-            for p in sorted(Path(os.__file__).parent.glob("*.py"))
-            if p.stat().st_size > 20_000
+            path
+            for path in sorted(Path(os.__file__).parent.glob("*.py"))
+            # _sysconfigdata files differ from machine to machine.
+            if path.stat().st_size > 20_000 and not path.name.startswith("_sysconfig")
         ]
-        files = [
-            p for p in files if not p.name.startswith("_sysconfig")
-        ]  # which are the machine's
+        windows: list[np.ndarray] = []
         for i in rng.permutation(len(files)):
             text = files[i].read_text(encoding="utf-8", errors="ignore")
-            if any(
-                text[at : at + 100] in self.heldout for at in range(0, len(text), 100)
-            ):
+            if self._overlaps_heldout(text):
                 continue
             ids = self.encode(text)
             start = int(rng.integers(0, max(1, len(ids) - 2 * CONTEXT)))
-            found += (
-                list(ids[start : start + 2 * CONTEXT].reshape(-1, CONTEXT))
-                if len(ids) >= 2 * CONTEXT
-                else []
-            )
-            if len(found) >= BATCHES * BATCH:
+            if len(ids) >= 2 * CONTEXT:
+                both = ids[start : start + 2 * CONTEXT]
+                windows += list(both.reshape(-1, CONTEXT))
+            if len(windows) >= BATCHES * BATCH:
                 break
-        return list(np.stack(found[: BATCHES * BATCH]).reshape(BATCHES, BATCH, CONTEXT))
+        stacked = np.stack(windows[: BATCHES * BATCH])
+        return list(stacked.reshape(BATCHES, BATCH, CONTEXT))
+
+    def _overlaps_heldout(self, text: str) -> bool:
+        starts = range(0, len(text), 100)
+        return any(text[start : start + 100] in self.heldout for start in starts)
 
 
-def recipe(
-    weight: Any, activation: Any = None, *, rotate: bool = False, **how: Any
-) -> jaxq.Recipe:
-    rules = [
-        jaxq.Rule(kinds="Embed", skip=True, optional=True),
-        jaxq.Rule("lm_head", skip=True, optional=True),
-    ]
-    return jaxq.Recipe(
-        (*rules, jaxq.Rule(weight=weight, activation=activation, **how)), rotate=rotate
-    )
-
-
-class Measured:
-    """Compares quantized models with one reference, whose logits are kept."""
+class Comparer:
+    """Compares quantized models with one reference, and keeps the logits of that."""
 
     def __init__(self, model: Any, tokens: np.ndarray):
-        self._forward, self._seen, self._model, self._tokens = (
-            nnx.jit(lambda m, t: m(t)),
-            {},
-            model,
-            tokens,
-        )
+        self._forward = nnx.jit(lambda model, batch: model(batch))
+        self._logits: dict[bytes, jax.Array] = {}
+        self._model = model
+        self._tokens = tokens
 
     def _reference(self, batch: jax.Array) -> jax.Array:
         key = np.asarray(batch).tobytes()
-        if key not in self._seen:
-            self._seen[key] = self._forward(self._model, batch)
-        return self._seen[key]
+        if key not in self._logits:
+            self._logits[key] = self._forward(self._model, batch)
+        return self._logits[key]
 
     def __call__(self, qmodel: Any) -> dict[str, float]:
-        found = jaxq.evaluation.compare(
+        comparison = jaxq.evaluation.compare(
             self._reference, qmodel, self._tokens, context=CONTEXT
         )
         return {
-            "perplexity": found.perplexity,
-            "kl": found.kl,
-            "top1": found.top1_agreement,
+            "perplexity": comparison.perplexity,
+            "kl": comparison.kl,
+            "top1": comparison.top1_agreement,
         }
 
 
+def recipe_of(
+    weight: Any, activation: Any = None, *, rotate: bool = False, **options: Any
+) -> jaxq.Recipe:
+    """A recipe of one rule for all layers except embeddings and the head."""
+    rules = (
+        jaxq.Rule(kinds="Embed", skip=True, optional=True),
+        jaxq.Rule("lm_head", skip=True, optional=True),
+        jaxq.Rule(weight=weight, activation=activation, **options),
+    )
+    return jaxq.Recipe(rules, rotate=rotate)
+
+
 def quantized(
-    model: Any, how: jaxq.Recipe, data: Any = None, seed: int = 0
+    model: Any, recipe: jaxq.Recipe, data: Any = None, seed: int = 0
 ) -> tuple[Any, Any, float]:
+    """The quantized model, its report, and the CPU seconds that it took."""
     start = time.process_time()
-    key = jax.random.key(seed)
     qmodel, report = jaxq.quantize_model(
-        model, how, calibration=data, fallback="none", key=key, progress=False
+        model,
+        recipe,
+        calibration=data,
+        fallback="none",
+        key=jax.random.key(seed),
+        progress=False,
     )
     jax.block_until_ready(jax.tree.leaves(nnx.state(qmodel)))
     return qmodel, report, time.process_time() - start
 
 
-# (weights, method, recipe or what makes one and says in how many seconds, needs data)
-Case = tuple[str, str, jaxq.Recipe | Callable[[], tuple[jaxq.Recipe, float]], bool]
+# Cases of the table.
+
+
+class Case(NamedTuple):
+    """One row of the table before it is measured.
+
+    Attributes:
+        what: the weights, for example "int4".
+        method: the method's name in the table.
+        choose: returns the recipe, and the CPU seconds that the choice took.
+        needs_data: whether the method reads calibration data.
+    """
+
+    what: str
+    method: str
+    choose: Callable[[], tuple[jaxq.Recipe, float]]
+    needs_data: bool
 
 
 def cases(model: Any, data: list[np.ndarray]) -> Iterator[Case]:
-    """All rows of the table, in its order; the model is as it is, and the data are for sensitivities."""
-    for bits in BITS:
-        spec = f"int{bits}"
-        for name, (method, options, needs) in METHODS.items():
-            rotate = name.startswith("rotated")
-            yield (
-                spec,
-                name,
-                recipe(spec, rotate=rotate, method=method, options=options),
-                needs,
-            )
-    yield "int4, per channel", "rtn", recipe(PER_CHANNEL), False
-    for name in (name for name in METHODS if name.startswith("clip")):
-        yield (
-            "int4, per channel",
-            name,
-            recipe(PER_CHANNEL, method="clip", options=METHODS[name][1]),
-            False,
-        )
-    for preset in ("nf4", "log4", "ternary", "binary"):
-        yield preset, "rtn", recipe(preset), False
-        if preset == "nf4":
-            yield preset, "gptq", recipe(preset, method="gptq"), True
-    for bits in BITS:
-        weights, inputs = f"int{bits}", f"w{bits}a8"
-        yield inputs, "rtn", recipe(weights, "int8"), False
-        yield inputs, "smoothquant", recipe(weights, "int8", method="smoothquant"), True
-        yield inputs, "llm_int8", recipe(weights, method="llm_int8"), False
-
-    @functools.cache
-    def measured() -> tuple[Any, float]:
-        start = time.process_time()
-        return jaxq.nn.sensitivity(
-            model, CHOICES, data, progress=False
-        ), time.process_time() - start
-
-    def mixed(budget: float, method: str) -> tuple[jaxq.Recipe, float]:
-        found, seconds = measured()
-        return jaxq.nn.mixed_recipe(
-            jaxq.nn.assign(found, budget), method=method
-        ), seconds
-
-    for budget in BUDGETS:
-        for method in ("rtn", "gptq"):
-            yield (
-                f"mixed, {budget} bits",
-                method,
-                functools.partial(mixed, budget, method),
-                method == "gptq",
-            )
-
-
-def run(keep: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Every method on the model, then what outliers do and what helps.
+    """All rows of the table in its order.
 
     Args:
-      keep: what an earlier run gave: of its rows only the first, the float model, is measured anew, to see that they
-        are still of this model and text. Rows of a run that was cut short are kept anyhow.
+        model: the float model.
+        data: calibration batches for the sensitivities of mixed precision.
+    """
+    yield from _cases_of_methods()
+    yield from _cases_of_presets()
+    yield from _cases_of_activations()
+    yield from _cases_of_mixed_precision(model, data)
+
+
+def _case(what: str, method: str, recipe: jaxq.Recipe, needs_data: bool) -> Case:
+    return Case(what, method, lambda: (recipe, 0.0), needs_data)
+
+
+def _cases_of_methods() -> Iterator[Case]:
+    for bits in BITS:
+        spec = f"int{bits}"
+        for name, (method, options, needs_data) in METHODS.items():
+            rotate = name.startswith("rotated")
+            rule = recipe_of(spec, rotate=rotate, method=method, options=options)
+            yield _case(spec, name, rule, needs_data)
+
+
+def _cases_of_presets() -> Iterator[Case]:
+    yield _case("int4, per channel", "rtn", recipe_of(PER_CHANNEL), False)
+    for name, (method, options, needs_data) in METHODS.items():
+        if name.startswith("clip"):
+            rule = recipe_of(PER_CHANNEL, method=method, options=options)
+            yield _case("int4, per channel", name, rule, needs_data)
+    yield _case("nf4", "rtn", recipe_of("nf4"), False)
+    yield _case("nf4", "gptq", recipe_of("nf4", method="gptq"), True)
+    for preset in ("log4", "ternary", "binary"):
+        yield _case(preset, "rtn", recipe_of(preset), False)
+
+
+def _cases_of_activations() -> Iterator[Case]:
+    for bits in BITS:
+        weight, what = f"int{bits}", f"w{bits}a8"
+        smoothed = recipe_of(weight, "int8", method="smoothquant")
+        yield _case(what, "rtn", recipe_of(weight, "int8"), False)
+        yield _case(what, "smoothquant", smoothed, True)
+        yield _case(what, "llm_int8", recipe_of(weight, method="llm_int8"), False)
+
+
+def _cases_of_mixed_precision(model: Any, data: list[np.ndarray]) -> Iterator[Case]:
+    @functools.cache
+    def sensitivity() -> tuple[Any, float]:
+        """The sensitivities, and the CPU seconds that they took."""
+        start = time.process_time()
+        scores = jaxq.nn.sensitivity(model, CHOICES, data, progress=False)
+        return scores, time.process_time() - start
+
+    def choose(budget: float, method: str) -> tuple[jaxq.Recipe, float]:
+        scores, seconds = sensitivity()
+        choice = jaxq.nn.assign(scores, budget)
+        return jaxq.nn.mixed_recipe(choice, method=method), seconds
+
+    for budget in BUDGETS:
+        for method, needs_data in (("rtn", False), ("gptq", True)):
+            choose_case = functools.partial(choose, budget, method)
+            yield Case(f"mixed, {budget} bits", method, choose_case, needs_data)
+
+
+# Measurement.
+
+
+def run(last_result: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Every method on the model, and then a model with outliers.
+
+    Args:
+        last_result: of an earlier run, whose rows are kept. Only its first row, the
+            float model, is measured again, to check that the rows are of this model and
+            text. Rows of an interrupted run are always kept.
     """
     text = Text()
     data = {seed: text.calibration(seed) for seed in SEEDS}
-    measure = Measured(text.model, text.tokens)
-    floats = {
+    compare = Comparer(text.model, text.tokens)
+    float_row = {
         "what": "float32",
         "method": "-",
         "bits": 32.0,
         "seconds": 0.0,
-        **measure(text.model),
+        **compare(text.model),
     }
-    begun = json.loads(PARTIAL.read_text()) if PARTIAL.exists() else begin(keep, floats)
-    rows = {(row["what"], row["method"]): row for row in begun["rows"]}
+    if PARTIAL.exists():
+        start = json.loads(PARTIAL.read_text())
+    else:
+        start = _start(last_result, float_row)
+    rows = {(row["what"], row["method"]): row for row in start["rows"]}
     order = [("float32", "-")]
-    for spec, name, how, needs in cases(text.model, data[0]):
-        order.append((spec, name))
-        if order[-1] in rows:
+    for case in cases(text.model, data[0]):
+        key = (case.what, case.method)
+        order.append(key)
+        if key in rows:
             continue
-        figures = []
-        for seed in SEEDS if needs and spec in ("int4", "int3") else SEEDS[:1]:
-            chosen, choosing = (how, 0.0) if isinstance(how, jaxq.Recipe) else how()
-            qmodel, report, seconds = quantized(
-                text.model, chosen, data[seed] if needs else None, seed
-            )
-            figures.append(
-                {
-                    "bits": report.bits_per_weight,
-                    "seconds": seconds + choosing,
-                    **measure(qmodel),
-                }
-            )
-        row = {key: float(np.mean([f[key] for f in figures])) for key in figures[0]}
-        about = {
-            "what": spec,
-            "method": name,
-            "perplexities": [f["perplexity"] for f in figures],
-        }
-        rows[order[-1]] = {**about, **row, **({"added": True} if keep else {})}
-        PARTIAL.write_text(json.dumps({**begun, "rows": list(rows.values())}))
+        row = _measure(case, text.model, data, compare)
+        if last_result:
+            row["added"] = True
+        rows[key] = row
+        PARTIAL.write_text(json.dumps({**start, "rows": list(rows.values())}))
         print(
-            f"{spec} {name}: {row['perplexity']:.3f} {row['kl']:.4f} {row['seconds']:.1f} s",
+            f"{case.what} {case.method}: {row['perplexity']:.3f} {row['kl']:.4f} "
+            f"{row['seconds']:.1f} s",
             flush=True,
         )
-    found = outliers(text, data[0], {row["what"]: row for row in begun["outliers"]})
+    kept_outliers = {row["what"]: row for row in start["outliers"]}
+    outlier_rows = outliers(text, data[0], kept_outliers)
     PARTIAL.unlink(missing_ok=True)
     result = {
         "subject": "methods",
         "rows": [rows[key] for key in order],
-        "outliers": found,
+        "outliers": outlier_rows,
         "missing": [],
     }
-    return (
-        {**result, "kept from": keep.get("kept from", keep["device"])}
-        if keep
-        else result
-    )
+    if last_result:
+        result["kept from"] = last_result.get("kept from", last_result["device"])
+    return result
 
 
-def begin(keep: dict[str, Any] | None, floats: dict[str, Any]) -> dict[str, Any]:
-    """The rows to go on from: the float model's, and those of an earlier run if it had the same."""
-    if keep is None:
-        return {"rows": [floats], "outliers": []}
-    if abs(keep["rows"][0]["perplexity"] - floats["perplexity"]) > 1e-3:
+def _start(last_result: dict[str, Any] | None, float_row: Row) -> dict[str, Any]:
+    """The rows that are there before the first case.
+
+    Raises:
+        ValueError: the last result is of another model or text.
+    """
+    if last_result is None:
+        return {"rows": [float_row], "outliers": []}
+    last_row = last_result["rows"][0]
+    if abs(last_row["perplexity"] - float_row["perplexity"]) > 1e-3:
         raise ValueError(
-            f"run: kept rows are of another model or text: {keep['rows'][0]} is now {floats}."
+            "run: the rows to keep are of another model or text. The float model was "
+            f"{last_row}, and is now {float_row}."
         )
-    return {"rows": [floats, *keep["rows"][1:]], "outliers": keep["outliers"]}
+    rows = [float_row, *last_result["rows"][1:]]
+    return {"rows": rows, "outliers": last_result["outliers"]}
 
 
-def outliers(
-    text: Text, data: list[np.ndarray], kept: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Activations with outlier channels, made by a transform that keeps the logits: what breaks, and what helps."""
+def _measure(
+    case: Case, model: Any, data: dict[int, list[np.ndarray]], compare: Comparer
+) -> Row:
+    """The row of a case: means over the seeds."""
+    has_seeds = case.needs_data and case.what in ("int4", "int3")
+    figures = []
+    for seed in SEEDS if has_seeds else SEEDS[:1]:
+        chosen_recipe, choice_seconds = case.choose()
+        batches = data[seed] if case.needs_data else None
+        qmodel, report, seconds = quantized(model, chosen_recipe, batches, seed)
+        figures.append(
+            {
+                "bits": report.bits_per_weight,
+                "seconds": seconds + choice_seconds,
+                **compare(qmodel),
+            }
+        )
+    means = {
+        name: float(np.mean([figure[name] for figure in figures]))
+        for name in figures[0]
+    }
+    return {
+        "what": case.what,
+        "method": case.method,
+        "perplexities": [figure["perplexity"] for figure in figures],
+        **means,
+    }
+
+
+def outliers(text: Text, data: list[np.ndarray], kept: dict[str, Row]) -> list[Row]:
+    """What activations with outlier channels cost, and which methods help.
+
+    A transform makes the outliers without a change of the logits.
+
+    Args:
+        text: the model and its text.
+        data: calibration batches.
+        kept: rows that an earlier run has measured, by name.
+    """
     model = models.with_outliers(
         text.model, channels=6, strength=64.0, key=jax.random.key(0)
     )
     signs = methods.random_hadamard(jax.random.key(1), model.config.hidden_size)
     rotation = methods.hadamard(jnp.diag(signs))
     rotated = models.rotate(model, rotation, online=methods.hadamard)
-    w8a8, w4a4 = (
-        recipe("int8", "int8"),
-        recipe(PER_CHANNEL, PER_CHANNEL.replace(granularity=jaxq.PerToken())),
-    )
-    smoothed = recipe("int8", "int8", method="smoothquant")
-    rows, measure = [], Measured(model, text.tokens)
-    for name, base, how in (
+    per_token = PER_CHANNEL.replace(granularity=jaxq.PerToken())
+    smoothquant: dict[str, Any] = {"method": "smoothquant"}
+    w8a8 = recipe_of("int8", "int8")
+    w4a4 = recipe_of(PER_CHANNEL, per_token)
+    rows, compare = [], Comparer(model, text.tokens)
+    for name, base, case_recipe in (
         ("float32", model, None),
         ("w8a8", model, w8a8),
-        ("w8a8, smoothquant, alpha 0.5 (default)", model, smoothed),
+        (
+            "w8a8, smoothquant, alpha 0.5 (default)",
+            model,
+            recipe_of("int8", "int8", **smoothquant),
+        ),
         (
             "w8a8, smoothquant, alpha 0.8",
             model,
-            recipe("int8", "int8", method="smoothquant", options={"alpha": 0.8}),
+            recipe_of("int8", "int8", **smoothquant, options={"alpha": 0.8}),
         ),
-        ("llm_int8", model, recipe("int8", method="llm_int8")),
+        ("llm_int8", model, recipe_of("int8", method="llm_int8")),
         ("w8a8, rotated", rotated, w8a8),
         ("w4a4", model, w4a4),
         ("w4a4, rotated", rotated, w4a4),
         (
             "w4a4, rotated, gptq",
             rotated,
-            recipe(w4a4.rules[-1].weight, w4a4.rules[-1].activation, method="gptq"),
+            recipe_of(PER_CHANNEL, per_token, method="gptq"),
         ),
     ):
         if name not in kept:
-            kept[name] = {
-                "what": name,
-                **measure(base if how is None else quantized(base, how, data)[0]),
-            }
+            qmodel = base
+            if case_recipe is not None:
+                qmodel, _, _ = quantized(base, case_recipe, data)
+            kept[name] = {"what": name, **compare(qmodel)}
         rows.append(kept[name])
         print(f"outliers, {name}: {rows[-1]['perplexity']:.3f}", flush=True)
     best, worst = rows[0]["perplexity"], rows[1]["perplexity"]
@@ -324,55 +408,68 @@ def outliers(
     return rows
 
 
+# Tables.
+
+
 def table(result: dict[str, Any]) -> str:
-    """A markdown table of `run`'s figures."""
+    """The markdown tables of the figures that `run` returns."""
     lines = [
         "| weights | method | bits | perplexity | range | KL | top-1 | CPU s | |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     nearest = {row["what"]: row for row in result["rows"] if row["method"] == "rtn"}
-    for r in result["rows"]:
-        found = r.get("perplexities", [])
-        span = f"{min(found):.3f} to {max(found):.3f}" if len(found) > 1 else "-"
-        base = nearest.get(r["what"], r)
-        said = (
-            ["no better than rtn"]
-            if base is not r and max(found) >= base["perplexity"]
-            else []
-        )
-        said += (
-            [f"takes {r['bits'] - base['bits']:.1f} more bits"]
-            if r["bits"] > base["bits"] + 0.05
-            else []
-        )
-        cells = (
-            r["what"],
-            r["method"],
-            f"{r['bits']:.2f}",
-            f"{r['perplexity']:.3f}",
-            span,
-            f"{r['kl']:.5f}",
-        )
-        cells += (
-            f"{100 * r['top1']:.2f} %",
-            f"{r['seconds']:.1f}{' ✕' if r.get('added') else ''}",
-            "; ".join(said),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
+    for row in result["rows"]:
+        lines.append(_table_line(row, nearest.get(row["what"])))
     if "kept from" in result:
+        kind = result["kept from"]["kind"]
         flags = ", ".join(result["kept from"].get("flags", []))
-        lines += [
-            "",
-            f"Rows without a cross were measured on {result['kept from']['kind']}, {flags}.",
-        ]
-    lines += ["", "With outliers in 6 of 256 channels, 64 times as large:", ""]
+        lines += ["", f"Rows without a cross were measured on {kind}, {flags}."]
     lines += [
+        "",
+        "With outliers in 6 of 256 channels, 64 times as large:",
+        "",
         "| model | perplexity | KL | top-1 | of the loss recovered |",
         "|---|---|---|---|---|",
     ]
-    for r in result["outliers"]:
-        back = f"{100 * r['recovered']:.1f} %" if "recovered" in r else "-"
+    for row in result["outliers"]:
+        recovered = "-"
+        if "recovered" in row:
+            recovered = f"{100 * row['recovered']:.1f} %"
         lines.append(
-            f"| {r['what']} | {r['perplexity']:.3f} | {r['kl']:.5f} | {100 * r['top1']:.2f} % | {back} |"
+            f"| {row['what']} | {row['perplexity']:.3f} | {row['kl']:.5f} "
+            f"| {100 * row['top1']:.2f} % | {recovered} |"
         )
     return "\n".join(lines)
+
+
+def _table_line(row: Row, nearest: Row | None) -> str:
+    """One line of the table.
+
+    Args:
+        row: of the result.
+        nearest: the row of rounding to nearest with the same weights, or None.
+    """
+    perplexities = row.get("perplexities", [])
+    spread = "-"
+    if len(perplexities) > 1:
+        spread = f"{min(perplexities):.3f} to {max(perplexities):.3f}"
+    notes = []
+    if nearest is not None and row is not nearest:
+        if max(perplexities) >= nearest["perplexity"]:
+            notes.append("no better than rtn")
+        more_bits = row["bits"] - nearest["bits"]
+        if row["bits"] > nearest["bits"] + 0.05:
+            notes.append(f"takes {more_bits:.1f} more bits")
+    cross = " ✕" if row.get("added") else ""
+    cells = [
+        row["what"],
+        row["method"],
+        f"{row['bits']:.2f}",
+        f"{row['perplexity']:.3f}",
+        spread,
+        f"{row['kl']:.5f}",
+        f"{100 * row['top1']:.2f} %",
+        f"{row['seconds']:.1f}{cross}",
+        "; ".join(notes),
+    ]
+    return "| " + " | ".join(cells) + " |"

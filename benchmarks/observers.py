@@ -1,4 +1,7 @@
-"""Calibration of 16.8 million float32 numbers, beside the usual way; and the entropy threshold of a histogram."""
+"""Calibration of 16.8 million float32 numbers, beside jnp and numpy.
+
+The last cases find the entropy threshold of a histogram.
+"""
 
 from __future__ import annotations
 
@@ -15,120 +18,128 @@ import jaxq
 SIZE = 1 << 24
 P = 99.9
 BINS = 2048
-# Time over jnp.percentile's, and milliseconds.
+# The largest time, relative to jnp.percentile.
 TARGETS = {"percentile of one array": 0.1, "percentile, first batch": 0.1}
+# The largest time in milliseconds.
 MOST_MS = {"entropy, 2048 bins": 60.0}
+Cases = dict[str, Callable[[], Any]]
 
 
 def run() -> dict[str, Any]:
-    """Times each observer beside its peer, and checks what they agree on."""
+    """Times each observer beside its peer, and checks that they agree."""
     data = np.random.default_rng(0).standard_normal(SIZE, np.float32)
     x = jnp.asarray(data)
-    peer = jax.jit(lambda x: jnp.percentile(jnp.abs(x), P))
-    percentile = jaxq.observers.percentile(P)
-    exact = np.partition(
-        np.abs(data), [int(P / 100 * (SIZE - 1)), int(P / 100 * (SIZE - 1)) + 1]
-    )
-    exact = exact[int(P / 100 * (SIZE - 1))]
-    for found in (peer(x), percentile.bounds_of(x)[1]):
-        assert abs(float(found) / exact - 1) < 1e-5, (float(found), exact)
+    rows = _percentile_rows(data, x) + _histogram_rows(x) + _threshold_rows(x)
+    return {"subject": "observers", "shape": [SIZE], "rows": rows, "missing": []}
 
-    def updating(obs: Any, state: Any) -> Callable[[], Any]:
-        return lambda: jax.block_until_ready(obs.update(state, x))
 
-    seen = percentile.update(percentile.init(x), x)
-    cases = {
-        "jnp.percentile": lambda: jax.block_until_ready(peer(x)),
-        "percentile of one array": lambda: jax.block_until_ready(
-            percentile.bounds_of(x)
-        ),
-        "percentile, first batch": updating(percentile, percentile.init(x)),
-        "percentile, later batch": updating(percentile, seen),
+def _percentile_rows(data: np.ndarray, x: jax.Array) -> list[dict[str, Any]]:
+    jnp_percentile = jax.jit(lambda x: jnp.percentile(jnp.abs(x), P))
+    observer = jaxq.observers.percentile(P)
+    rank = int(P / 100 * (SIZE - 1))
+    exact = np.partition(np.abs(data), [rank, rank + 1])[rank]
+    for value in (jnp_percentile(x), observer.bounds_of(x)[1]):
+        assert abs(float(value) / exact - 1) < 1e-5, (float(value), exact)
+    empty = observer.init(x)
+    cases: Cases = {
+        "jnp.percentile": lambda: jax.block_until_ready(jnp_percentile(x)),
+        "percentile of one array": lambda: jax.block_until_ready(observer.bounds_of(x)),
+        "percentile, first batch": _update_of(observer, empty, x),
+        "percentile, later batch": _update_of(observer, observer.update(empty, x), x),
         "numpy.percentile": lambda: np.percentile(np.abs(data), P),
     }
-    rows = _rows(cases, "jnp.percentile", rounds=5, seconds=60.0)
+    return _rows(cases, "jnp.percentile", rounds=5, seconds=60.0)
 
+
+def _histogram_rows(x: jax.Array) -> list[dict[str, Any]]:
     edges = jnp.linspace(0, 6, BINS + 1)
-    count = jax.jit(lambda x: jnp.histogram(jnp.abs(x), edges)[0])
+    jnp_histogram = jax.jit(lambda x: jnp.histogram(jnp.abs(x), edges)[0])
     histogram, minmax = jaxq.observers.histogram(BINS), jaxq.observers.minmax()
-    cases = {
-        "jnp.histogram": lambda: jax.block_until_ready(count(x)),
-        "histogram, one batch": updating(
-            histogram, histogram.update(histogram.init(x), x)
-        ),
-        "minmax, one batch": updating(minmax, minmax.init(x)),
+    one_batch = histogram.update(histogram.init(x), x)
+    cases: Cases = {
+        "jnp.histogram": lambda: jax.block_until_ready(jnp_histogram(x)),
+        "histogram, one batch": _update_of(histogram, one_batch, x),
+        "minmax, one batch": _update_of(minmax, minmax.init(x), x),
     }
-    rows += _rows(cases, "jnp.histogram", rounds=9, seconds=20.0)
+    return _rows(cases, "jnp.histogram", rounds=9, seconds=20.0)
 
+
+def _threshold_rows(x: jax.Array) -> list[dict[str, Any]]:
     entropy, mse = jaxq.observers.entropy(BINS), jaxq.observers.mse(bins=BINS)
     state = entropy.update(entropy.init(x), x)
-    counts = np.asarray(state.counts.low).sum(axis=0, dtype=np.int64).astype(np.float64)
-    cases = {
+    # A count is stored in two parts. Here the low part is all of it.
+    counts = np.asarray(state.counts.low).sum(axis=0, dtype=np.int64)
+    counts = counts.astype(np.float64)
+    cases: Cases = {
         "numpy, entropy": lambda: numpy_entropy(counts, 128),
         "entropy, 2048 bins": lambda: jax.block_until_ready(entropy.bounds(state)),
         "mse, 2048 bins": lambda: jax.block_until_ready(mse.bounds(state)),
     }
-    best = numpy_entropy(counts, 128) * _width(state, entropy)
-    assert abs(float(entropy.bounds(state)[1]) - best) < 1e-6, (
-        float(entropy.bounds(state)[1]),
-        best,
-    )
-    rows += _rows(cases, "numpy, entropy", rounds=15, seconds=30.0)
-    return {"subject": "observers", "shape": [SIZE], "rows": rows, "missing": []}
+    edges = np.asarray(entropy.table(state)[0])
+    threshold = numpy_entropy(counts, 128) * float(edges[-1] - edges[-2])
+    bound = float(entropy.bounds(state)[1])
+    assert abs(bound - threshold) < 1e-6, (bound, threshold)
+    return _rows(cases, "numpy, entropy", rounds=15, seconds=30.0)
 
 
-def numpy_entropy(h: np.ndarray, levels: int) -> int:
-    """TensorRT's threshold in bins, each candidate in a few numpy calls."""
-    used = int(np.nonzero(h)[0][-1]) + 1
-    found = np.full(used + 1, np.inf)
+def _update_of(observer: Any, state: Any, x: jax.Array) -> Callable[[], Any]:
+    """A function that updates a state by one batch, and waits for the result."""
+    return lambda: jax.block_until_ready(observer.update(state, x))
+
+
+def numpy_entropy(counts: np.ndarray, levels: int) -> int:
+    """TensorRT's threshold as a number of bins: every candidate in a few numpy calls.
+
+    Args:
+        counts: float64[bins], the histogram of absolute values.
+        levels: number of quantized values of one sign.
+    """
+    used = int(np.nonzero(counts)[0][-1]) + 1
+    divergences = np.full(used + 1, np.inf)
     for i in range(levels, used + 1):
-        p, raw = h[:i].copy(), h[:i]
-        p[-1] += h[i:].sum()
+        p, inside = counts[:i].copy(), counts[:i]
+        p[-1] += counts[i:].sum()  # numbers beyond the threshold are clipped to it
         start = -(-np.arange(levels) * i // levels)
-        mass, held = (
-            np.add.reduceat(raw, start),
-            np.add.reduceat((raw > 0).astype(np.int64), start),
-        )
-        q = np.where(
-            raw > 0, np.repeat(mass / np.maximum(held, 1), np.diff([*start, i])), 0
-        )
-        some = p > 0
-        if (q[some] > 0).all():
+        mass = np.add.reduceat(inside, start)  # [levels]
+        nonempty = np.add.reduceat((inside > 0).astype(np.int64), start)
+        widths = np.diff([*start, i])
+        # A level spreads its mass over those of its bins that are not empty.
+        q = np.where(inside > 0, np.repeat(mass / np.maximum(nonempty, 1), widths), 0)
+        in_p = p > 0
+        if (q[in_p] > 0).all():
             p, q = p / p.sum(), q / q.sum()
-            found[i] = (p[some] * np.log(p[some] / q[some])).sum()
-    return used - int(np.argmin(found[::-1]))
+            divergences[i] = (p[in_p] * np.log(p[in_p] / q[in_p])).sum()
+    # The last of equal candidates.
+    return used - int(np.argmin(divergences[::-1]))
 
 
-def _width(state: Any, obs: Any) -> float:
-    edges = np.asarray(obs.table(state)[0])
-    return float(edges[-1] - edges[-2])
-
-
-def _rows(
-    cases: dict[str, Callable[[], Any]], base: str, **limits: Any
-) -> list[dict[str, Any]]:
+def _rows(cases: Cases, base: str, **limits: Any) -> list[dict[str, Any]]:
     rows = []
     for name, figures in summary(interleaved(cases, **limits), base).items():
         row = {"what": name, "over": base, **figures}
-        row |= {"target": TARGETS[name]} if name in TARGETS else {}
-        rows.append(row | ({"target_ms": MOST_MS[name]} if name in MOST_MS else {}))
+        if name in TARGETS:
+            row["target"] = TARGETS[name]
+        if name in MOST_MS:
+            row["target_ms"] = MOST_MS[name]
+        rows.append(row)
     return rows
 
 
 def table(result: dict[str, Any]) -> str:
-    """A markdown table of `run`'s figures."""
+    """A markdown table of the figures that `run` returns."""
     lines = [
         "| what | median ms | least ms | time over | of | target |",
         "|---|---|---|---|---|---|",
     ]
-    for r in result["rows"]:
-        target = (
-            f"<= {r['target']}"
-            if "target" in r
-            else f"<= {r['target_ms']:.0f} ms"
-            if "target_ms" in r
-            else "-"
+    for row in result["rows"]:
+        target = "-"
+        if "target" in row:
+            target = f"<= {row['target']}"
+        elif "target_ms" in row:
+            target = f"<= {row['target_ms']:.0f} ms"
+        times = (
+            f"{row['median_ms']:.1f} | {row['min_ms']:.1f} "
+            f"| {row['time_over_base']:.3f}"
         )
-        times = f"{r['median_ms']:.1f} | {r['min_ms']:.1f} | {r['time_over_base']:.3f}"
-        lines.append(f"| {r['what']} | {times} | {r['over']} | {target} |")
+        lines.append(f"| {row['what']} | {times} | {row['over']} | {target} |")
     return "\n".join(lines)

@@ -1,12 +1,13 @@
-"""Runs benchmarks and writes their figures and tables to benchmarks/results.
+"""Runs benchmarks, and writes figures and tables to benchmarks/results.
 
-    python benchmarks/run.py                      # all subjects but kernels
-    python benchmarks/run.py quantize matmul      # some
-    python benchmarks/run.py methods --keep       # only rows of the table that the last results lack
+    python benchmarks/run.py                      # all subjects except kernels
+    python benchmarks/run.py quantize matmul      # some subjects
+    python benchmarks/run.py methods --keep       # only rows that the last results lack
     python benchmarks/run.py kernels              # on an accelerator
 
-Each subject runs in a process of its own, its cases in turns (see timing.py). Absolute times are the machine's; the
-ratios are what to compare. Run on a machine that does nothing else.
+Each subject runs in a process of its own, and its cases run in turns (see timing.py).
+Times depend on the machine, so compare ratios. Run on a machine that does nothing else.
+Programs are compiled with JAX's default settings, as those of users are.
 """
 
 from __future__ import annotations
@@ -40,52 +41,98 @@ SUBJECTS = (
     "quantize",
     "recipes",
 )
-# Freed memory stays with the process: else fresh pages are most of what writing 64 MB costs, ours and others'.
+# Environment variables of single subjects. They are settings of glibc's malloc.
 ENVIRONMENT: dict[str, dict[str, str]] = {
+    # The process keeps freed memory. Otherwise new pages take most of the time to write
+    # 64 MB, in jaxq and in other libraries.
     "cast": {
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "4294967296",
         "MALLOC_TRIM_THRESHOLD_": "17179869184",
     },
-    # Freed memory goes back at once, so that what is resident is what is alive.
+    # The process returns freed memory immediately, so that resident memory is memory in
+    # use.
     "memory": {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"},
 }
-# Many programs that run once or twice: jax 0.10's older code generator compiles them in half the time.
-if importlib.metadata.version("jax").startswith("0.10."):
-    QUICK = (
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    )
-    ENVIRONMENT |= {"methods": {"XLA_FLAGS": QUICK}, "recipes": {"XLA_FLAGS": QUICK}}
 PACKAGES = ("bitsandbytes", "gguf", "jax", "jaxlib", "numpy", "scikit-learn", "torch")
+# Extensions of a CPU for narrow types, which the figures depend on.
+CPU_FLAGS = {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}
 
 
 def device() -> dict[str, Any]:
-    """What the figures depend on: processor, its vector extensions for narrow types, versions."""
+    """What the figures depend on: the processor, its extensions, and versions."""
     import jax
 
-    found = jax.devices()[0]
-    about: dict[str, Any] = {
-        "platform": found.platform,
-        "kind": found.device_kind,
+    first_device = jax.devices()[0]
+    description: dict[str, Any] = {
+        "platform": first_device.platform,
+        "kind": first_device.device_kind,
         "python": platform.python_version(),
     }
     cpuinfo = Path("/proc/cpuinfo")
-    if found.platform == "cpu" and cpuinfo.exists():
-        text = cpuinfo.read_text()
-        about["kind"] = re.search(r"model name\s*: (.*)", text)[1]  # pyright: ignore[reportOptionalSubscript]
-        about["cores"] = text.count("processor\t")
-        flags = set(re.search(r"flags\s*: (.*)", text)[1].split())  # pyright: ignore[reportOptionalSubscript]
-        about["flags"] = sorted(
-            flags
-            & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"}
-        )
+    if first_device.platform == "cpu" and cpuinfo.exists():
+        description |= _cpu(cpuinfo.read_text())
     modules = {name: {"scikit-learn": "sklearn"}.get(name, name) for name in PACKAGES}
-    about["versions"] = {
-        p: importlib.metadata.version(p)
-        for p in PACKAGES
-        if importlib.util.find_spec(modules[p])
+    description["versions"] = {
+        name: importlib.metadata.version(name)
+        for name in PACKAGES
+        if importlib.util.find_spec(modules[name])
     }
-    return about
+    return description
+
+
+def _cpu(cpuinfo: str) -> dict[str, Any]:
+    """The kind, the number of cores and the extensions that /proc/cpuinfo names."""
+    kind = re.search(r"model name\s*: (.*)", cpuinfo)
+    flags = re.search(r"flags\s*: (.*)", cpuinfo)
+    assert kind, "/proc/cpuinfo has no model name"
+    assert flags, "/proc/cpuinfo has no flags"
+    return {
+        "kind": kind[1],
+        "cores": cpuinfo.count("processor\t"),
+        "flags": sorted(CPU_FLAGS & set(flags[1].split())),
+    }
+
+
+def run_subject(name: str, keep: bool) -> None:
+    """Runs one subject in this process, and writes its results.
+
+    Args:
+        name: of the subject.
+        keep: whether to keep the rows of the last results.
+    """
+    subject = importlib.import_module(name)
+    description = device()
+    place = "cpu"
+    if description["platform"] != "cpu":
+        place = re.sub(r"\W+", "-", description["kind"].lower())
+    figures = RESULTS / f"{name}-{place}.json"
+    if keep and figures.exists():
+        result = subject.run(json.loads(figures.read_text()))
+    else:
+        result = subject.run()
+    result["device"] = description
+    figures.write_text(json.dumps(result, indent=1) + "\n")
+    text = _page(subject, result)
+    figures.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def _page(subject: Any, result: dict[str, Any]) -> str:
+    """The docstring of a subject, the device and the table, as markdown."""
+    description = result["device"]
+    flags = ", ".join(description.get("flags", []))
+    versions = ", ".join(
+        f"{name} {version}" for name, version in description["versions"].items()
+    )
+    text = (
+        f"{subject.__doc__.strip()}\n\n{description['kind']}, {flags}; {versions}.\n\n"
+        f"{subject.table(result)}\n"
+    )
+    if result["missing"]:
+        missing = "; ".join(result["missing"])
+        text += f"\nNot installed, so not compared: {missing}.\n"
+    return text
 
 
 def main() -> None:
@@ -93,60 +140,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "subjects", nargs="*", choices=[*SUBJECTS, []], help="default: all"
+        "subjects", nargs="*", choices=[*SUBJECTS, []], help="default: all but kernels"
     )
     parser.add_argument(
         "--keep",
         action="store_true",
         help="measure only what the last results lack (methods)",
     )
-    parser.add_argument(
-        "--one", help=argparse.SUPPRESS
-    )  # in the process of one subject
+    # In the process of one subject.
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.keep and [args.one or s for s in args.subjects or [args.one]] != [
-        "methods"
-    ]:
-        parser.error("--keep is for the subject methods alone")
+    subjects = [args.one] if args.one else args.subjects
+    if args.keep and subjects != ["methods"]:
+        parser.error("--keep works with the subject methods alone.")
     if args.one:
-        subject = importlib.import_module(args.one)
-        about = device()
-        where = (
-            "cpu"
-            if about["platform"] == "cpu"
-            else re.sub(r"\W+", "-", about["kind"].lower())
-        )
-        name = f"{args.one}-{where}"
-        last = RESULTS / f"{name}.json"
-        result = (
-            subject.run(json.loads(last.read_text()))
-            if args.keep and last.exists()
-            else subject.run()
-        )
-        result["device"] = about
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        head = f"{about['kind']}, {', '.join(about.get('flags', []))}; " + ", ".join(
-            f"{k} {v}" for k, v in about["versions"].items()
-        )
-        text = f"{subject.__doc__.strip()}\n\n{head}.\n\n{subject.table(result)}\n"
-        if result["missing"]:
-            text += (
-                f"\nNot installed, so not compared: {'; '.join(result['missing'])}.\n"
-            )
-        (RESULTS / f"{name}.md").write_text(text)
-        print(text)
+        run_subject(args.one, args.keep)
         return
     RESULTS.mkdir(exist_ok=True)
-    for subject in args.subjects or [name for name in SUBJECTS if name != "kernels"]:
-        print(f"== {subject}", file=sys.stderr, flush=True)
-        environment = os.environ | ENVIRONMENT.get(subject, {})
-        command = [
-            sys.executable,
-            __file__,
-            "--one",
-            subject,
-            *(["--keep"] if args.keep else []),
-        ]
+    for name in subjects or [name for name in SUBJECTS if name != "kernels"]:
+        print(f"== {name}", file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, "--one", name]
+        if args.keep:
+            command.append("--keep")
+        environment = os.environ | ENVIRONMENT.get(name, {})
         subprocess.run(command, check=True, env=environment)
 
 

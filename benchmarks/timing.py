@@ -1,7 +1,9 @@
-"""Times of several functions in one process, taken in turns, so that what disturbs one disturbs all.
+"""Times of several functions in one process, measured in turns.
 
-One round calls every function once. Ratios are medians over rounds of the ratio within a round, so a slow spell of the
-machine cancels; the least time is kept beside the median, as what the machine can do when left alone.
+One round calls every function once. So a disturbance of the machine affects all
+functions. A ratio is the median over rounds of the ratio within a round, so a slow
+moment of the machine cancels. The least time is what the machine can do when nothing
+disturbs it.
 """
 
 from __future__ import annotations
@@ -14,31 +16,34 @@ from typing import Any
 
 Times = dict[str, list[float]]
 
+_LEAST_ROUNDS = 5
+
 
 def interleaved(
     functions: dict[str, Callable[[], Any]], *, rounds: int = 30, seconds: float = 30.0
 ) -> Times:
-    """Seconds of every call, by name; each function must block until its result is there.
+    """The time of every call in seconds, by the function's name.
 
     Args:
-      functions: by name; called twice unmeasured first.
-      rounds: how often each is called at most.
-      seconds: no round starts after this, but there are at least five.
+        functions: by name. A function must return only when its result is computed.
+            Each function is called twice before the measurement.
+        rounds: the largest number of rounds.
+        seconds: no round starts after this time, except the first five.
     """
-    for fn in functions.values():
-        fn()
-        fn()
+    for function in functions.values():
+        function()
+        function()
     times: Times = {name: [] for name in functions}
     gc.collect()
     gc.disable()
     try:
         begin = time.perf_counter()
         for i in range(rounds):
-            if i >= 5 and time.perf_counter() - begin > seconds:
+            if i >= _LEAST_ROUNDS and time.perf_counter() - begin > seconds:
                 break
-            for name, fn in functions.items():
+            for name, function in functions.items():
                 start = time.perf_counter()
-                fn()
+                function()
                 times[name].append(time.perf_counter() - start)
     finally:
         gc.enable()
@@ -46,15 +51,20 @@ def interleaved(
 
 
 def summary(times: Times, base: str) -> dict[str, dict[str, float]]:
-    """For each name: median and least milliseconds, and the median ratio of `base`'s time to its own (speed)."""
-    return {
-        name: {
-            "median_ms": 1e3 * statistics.median(taken),
-            "min_ms": 1e3 * min(taken),
-            "time_over_base": statistics.median(
-                t / b for t, b in zip(taken, times[base], strict=True)
-            ),
-            "rounds": len(taken),
+    """Figures of each function, relative to the function `base`.
+
+    `median_ms` and `min_ms` are milliseconds. `time_over_base` is the median ratio of
+    the function's time to that of `base`. `rounds` is the number of calls.
+    """
+    figures = {}
+    for name, seconds in times.items():
+        ratios = [
+            own / reference for own, reference in zip(seconds, times[base], strict=True)
+        ]
+        figures[name] = {
+            "median_ms": 1e3 * statistics.median(seconds),
+            "min_ms": 1e3 * min(seconds),
+            "time_over_base": statistics.median(ratios),
+            "rounds": len(seconds),
         }
-        for name, taken in times.items()
-    }
+    return figures
