@@ -259,7 +259,9 @@ def test_without_an_example_all_parameters_must_be_reached():
 
     module = Half()
     variables = module.init(jax.random.key(0), X, method="both")
-    with pytest.raises(ValueError, match="none fits, and reaches all parameters"):
+    with pytest.raises(
+        ValueError, match="none of them fits the module and reaches all parameters"
+    ):
         quantize_model(module, variables, "int8")
     with pytest.raises(
         ValueError,
@@ -407,7 +409,7 @@ def test_one_error_names_all_problems():
     reasons = {
         "same_size/Dense_0 (Dense)": "stacked along another axis than 0",
         "scanned/Dense_0 (Dense)": "[8, 3, 8], which is not [8, 8] with stacked axes",
-        "normed (Dense)": "in a way that a QTensor cannot be",
+        "normed (Dense)": "in a way that a QTensor does not support",
         "turned (Dense)": "changed on its way to the layer",
         "own (Dense)": "it has a dot_general of its own",
         "outer (Einsum)": "contracts no axis of the kernel",
