@@ -1,8 +1,9 @@
 """Metrics of two arrays: how far a quantized array is from the original.
 
-All metrics accumulate in float32, work under jit, and take two arrays of one shape. A
-sum of squares is divided by the square of its largest magnitude, so that 1e30 does not
-overflow and 1e-30 does not vanish, even in one array. A NaN in an array gives NaN.
+All metrics accumulate in float32, work under jit, and take two arrays of one shape.
+Numbers are divided by the largest magnitude before they are squared. So the square of
+1e30 does not overflow, and the square of 1e-30 is not lost. A NaN in an array gives
+NaN.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def sqnr(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
 
 
 def cosine(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
-    """Returns the cosine of the angle between two arrays, taken as vectors.
+    """Returns the cosine of the angle between two arrays, read as vectors.
 
     Args:
       reference: the original array, any shape.
@@ -166,7 +167,7 @@ def kl_divergence(
 def top1_agreement(
     reference_logits: jax.typing.ArrayLike, logits: jax.typing.ArrayLike
 ) -> jax.Array:
-    """Returns the fraction of rows whose largest entry is at the same index in both.
+    """Returns the fraction of rows for which both models rank the same entry first.
 
     Args:
       reference_logits: `[..., vocab]`.
@@ -210,7 +211,7 @@ def squares(v: jax.Array, axis: int | None = None) -> tuple[jax.Array, jax.Array
     """Returns the sum of squares as a pair: `sum((v / unit)^2)` and `unit`.
 
     The sum of squares is the first times `unit^2`. The unit is the largest magnitude,
-    or 1 if that is 0, infinite or NaN. Both are scalars, or lack the axis `axis`.
+    or 1 if that is 0, infinite or NaN. Both are scalars, or arrays without `axis`.
     """
     unit = _largest_magnitude(v, axis)
     total = jnp.sum((v / unit) ** 2, axis=axis)

@@ -1,8 +1,8 @@
-"""The primitives that call functions, each built again around the emulated function.
+"""The primitives that call functions. Each is rebuilt around the emulated function.
 
-`emulate` must not pass over the function that a jit, a loop or a derivative rule calls.
-Each function here evaluates the inner jaxpr under the policy, inside a new call of the
-same kind, which it makes by jax's public interface.
+`emulate` must also round inside the function that a jit, a loop or a derivative rule
+calls. Each function here makes a new call of the same kind by jax's public interface.
+Inside this call it evaluates the inner jaxpr under the policy.
 """
 
 from __future__ import annotations

@@ -21,10 +21,11 @@ from jaxq.emulation._primitives import EXACT, MOVES, NOT_CALLS, WIDE_SUMS
 def emulate(fn: Callable, policy: Policy) -> Callable:
     """Returns `fn` in another arithmetic, which rounds every primitive by a policy.
 
-    `fn` is traced once for its arguments. Its dtypes stay as they are and hold the
-    rounded numbers. float32 is the natural dtype. `emulate` enters loops, conditionals,
-    nested jit, remat, shard_map and functions with derivative rules of their own. Wrap
-    the result in `jax.jit`, because it runs primitive by primitive otherwise.
+    `fn` is traced once for its arguments. Arrays keep their dtypes, and they hold the
+    rounded numbers. Use float32 arrays, unless you need another dtype. `emulate` enters
+    loops, conditionals, nested jit, remat, shard_map and functions with derivative
+    rules of their own. Wrap the result in `jax.jit`, because it runs primitive by
+    primitive otherwise.
 
     Rounding has a straight-through gradient. `jax.grad(emulate(fn, policy))` therefore
     differentiates through the rounded forward pass in plain arithmetic.
@@ -210,7 +211,7 @@ def _result_grid(
 def _evaluate_equation(
     equation: Any, args: list, policy: Policy, operand_grids: list[Precision | None]
 ) -> Sequence:
-    """The results of one equation: operands rounded, summed or computed, rounded."""
+    """Rounds the operands of one equation, computes or sums, and rounds the results."""
     name = equation.primitive.name
     if name in CALLS:
         return CALLS[name](_evaluate, equation, args, policy)

@@ -27,9 +27,9 @@ class Precision:
     gradient. A `Precision` is a pytree.
 
     Args:
-      exponent_bits: 1 to 8 (11 under float64), an int or an int32 array.
-      mantissa_bits: number of explicit mantissa bits, 0 to 23 (52 under float64), an
-        int or an int32 array.
+      exponent_bits: 1 to 8 (11 for float64 arrays), an int or an int32 array.
+      mantissa_bits: number of explicit mantissa bits, 0 to 23 (52 for float64 arrays),
+        an int or an int32 array.
       bias: exponent bias. None uses `2^(exponent_bits - 1) - 1`.
       largest: largest finite number. None uses that of IEEE formats,
         `(2 - 2^-mantissa_bits) * 2^bias`.
@@ -98,10 +98,10 @@ class Precision:
         return cls(fmt.exponent_bits, fmt.mantissa_bits, fmt.bias, fmt.max, "saturate")
 
     def surely_equals(self, other: Precision | None) -> bool:
-        """Whether `other` is the same precision.
+        """Whether `other` is certainly the same precision.
 
-        The values of tracers are unknown. So two precisions with tracers are the same
-        only if they hold the same tracers.
+        The values of tracers are unknown. So two precisions with tracers count as the
+        same only if they hold the same tracers.
         """
         if other is None:
             return False
@@ -223,8 +223,8 @@ class Policy:
       accumulate: precision of the running sum in dot products, convolutions and sums.
         None or "float32" sums in the array's dtype, at least in float32 for dot
         products and convolutions. Products are exact if that dtype holds them. A
-        narrower precision adds one term after the other,
-        in the order of memory, and rounds after each term.
+        narrower precision adds one term after the other, in the order of memory, and
+        rounds after each term.
       result: precision of the results of every arithmetic primitive.
       chunk: length of the partial sums of a narrow `accumulate`. The partial sums are
         added in the array's own dtype. None makes one running sum. It is static.

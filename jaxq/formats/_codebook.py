@@ -1,4 +1,4 @@
-"""Formats given by a table of numbers, and the constructions of the known tables.
+"""Formats given by a table of numbers, and functions that compute the known tables.
 
 The tables are NormalFloat, AbnormalFloat, the dynamic maps, powers of two, and any
 table of a user.
@@ -37,10 +37,10 @@ class CodebookFormat(Format):
       name: registry name.
       table: 2 to 256 finite numbers in any order. They are rounded to float32 and must
         be distinct in float32.
-      boundaries: where the range of one entry ends and the range of the next begins, in
-        ascending order, one fewer than `table` has distinct numbers. A number on a
-        boundary goes to the lower entry. None uses the midpoints of neighbouring
-        entries, computed in float32.
+      boundaries: the numbers between the ranges of neighbouring entries, ascending.
+        There is one fewer than `table` has distinct numbers. A number on a boundary
+        goes to the lower entry. None uses the midpoints of neighbouring entries,
+        computed in float32.
 
     Raises:
       ValueError: `table` does not have 2 to 256 entries, an entry is not finite, two

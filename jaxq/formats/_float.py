@@ -186,7 +186,8 @@ class FloatFormat(Format):
         is_nan = magnitude > _INFINITY
         over = code > top
         if rounding == "toward_zero":
-            # No finite number overflows toward zero (IEEE 754-2019, section 7.4).
+            # Rounding toward zero never turns a finite number into infinity (IEEE
+            # 754-2019, section 7.4).
             over = magnitude == _INFINITY
             code = jnp.minimum(code, np.uint32(top))
         has_infinity = self.flavour == "ieee"

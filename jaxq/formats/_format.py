@@ -155,14 +155,14 @@ class Format(abc.ABC):
     def mantissa_bits(self) -> int:
         """Explicit mantissa bits of numbers near `max`.
 
-        The scale rule of the microscaling formats that rounds a block's maximum keeps
-        this many bits.
+        One scale rule of the microscaling formats rounds the maximum of a block. It
+        keeps this number of bits.
         """
         return 0
 
     @property
     def zero_code(self) -> int:
-        """The code that fills padding: the code of zero, or code 0 without a zero."""
+        """The code that fills padding: that of zero, or code 0 if there is no zero."""
         return 0
 
     def __str__(self) -> str:

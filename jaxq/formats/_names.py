@@ -11,7 +11,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str], listing: str) -> st
     """Returns the error message for a name that is not in `known`.
 
     Args:
-      kind: what the name should be a name of, such as "format".
+      kind: the kind of object that has such a name, for example "format".
       name: the unknown name.
       known: all known names. The message suggests up to three similar ones.
       listing: the call that lists all known names, such as "jaxq.formats.names()".

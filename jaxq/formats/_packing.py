@@ -152,9 +152,9 @@ def pack(
 def _flatten_units(units: jax.Array) -> jax.Array:
     """Reshapes bytes `[..., u, b]` to `[..., u * b]`, by way of 4-byte words.
 
-    A plain reshape has the same result but is three to six times slower on CPU: XLA
-    then fuses it with the loop that computes the codes. The index of the scale changes
-    within the inner loop of the fusion, so XLA does not vectorize it.
+    A plain reshape has the same result, but it takes three to six times as long on CPU.
+    XLA fuses a plain reshape with the loop that computes the codes. The index of the
+    scale then changes within the inner loop, so XLA does not vectorize that loop.
     """
     *leading, num_units, num_bytes = units.shape
     words = lax.bitcast_convert_type(
@@ -234,7 +234,7 @@ def as_signed(patterns: jax.Array, bits: int) -> jax.Array:
 def _checked_unit(
     caller: str, n: int, fields: int, packing: Packing, unit: int | None
 ) -> int:
-    """The number of codes in one unit, after checks that n codes and it fill bytes."""
+    """The number of codes in a unit. Raises unless n codes and a unit fill bytes."""
     if n % fields:
         raise ValueError(
             f"{caller}: {n} codes do not fill whole bytes: {packing.value} takes a "

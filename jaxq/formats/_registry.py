@@ -103,8 +103,8 @@ def get(name: str | Format) -> Format:
 
     - `float<n>_e<E>m<M>`, `float<n>_e<E>m<M>fn` and `float<n>_e<E>m<M>fnuz` are
       floating point formats of up to 32 bits. Without a suffix the format is IEEE
-      style. `fn` has no infinities, and below 8 bits no NaN. `fnuz` has no infinities
-      and no -0.
+      style. `fn` has no infinities, and it has NaN only from 8 bits on. `fnuz` has no
+      infinities and no -0.
     - `q<m>.<n>` and `uq<m>.<n>` are fixed point formats. m does not count the sign.
 
     Args:

@@ -94,9 +94,9 @@ def round_to_float(
       rounding: one of `MODES`.
       key: PRNG key for stochastic rounding.
       residual: None rounds `x`. An int32 array rounds a true value whose nearest float
-        is `x`. It says where that value is: 0 at `x`; 1 farther from zero than `x`,
-        by less than half of the last place; 2 by half of the last place exactly; -1
-        and -2 the same, nearer to zero than `x`.
+        is `x`. 0 means that the true value is `x`. 1 and 2 mean that it is farther from
+        zero than `x`; -1 and -2 mean that it is nearer to zero. The distance is less
+        than half of the last place for 1 and -1, and exactly half for 2 and -2.
 
     Returns:
       Array of the dtype of `x`. Its shape is the common shape of `x` and of the arrays
@@ -119,7 +119,8 @@ def round_to_float(
     limit = lax.bitcast_convert_type(jnp.asarray(largest, x.dtype), carrier.unsigned)
     over = body > limit
     if rounding == "toward_zero":
-        # No finite number overflows toward zero (IEEE 754-2019, section 7.4).
+        # Rounding toward zero never turns a finite number into infinity (IEEE 754-2019,
+        # section 7.4).
         over = magnitude == carrier.infinity
         body = jnp.minimum(body, limit)
     replacement = {

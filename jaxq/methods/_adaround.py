@@ -7,9 +7,9 @@
 
 `low` and `high` are the two neighbours of a weight on the grid of `quantize`. The grid,
 its scales and its zero points do not change. Any format has neighbours. The last term
-is off at first; then it pushes each h(v) to 0 or 1 as beta falls. The error is relative
-to that of rounding to nearest, so `regularization` means the same for layers of any
-size.
+is off at first. Later it pushes each h(v) to 0 or 1 while beta falls. The error is
+relative to that of rounding to nearest, so `regularization` means the same for layers
+of any size.
 """
 
 from __future__ import annotations

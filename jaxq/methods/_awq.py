@@ -1,8 +1,8 @@
 """AWQ: scales up the input channels that matter most, then clips every block's range.
 
-A channel matters if its inputs are large. Its row of the weight is multiplied by a
-scale before rounding, and its input divided: `x w = (x / s) (s w)`. Clipping is that of
-`jaxq.methods.clip` with inputs.
+A channel matters if its inputs are large. The channel's row of the weight is multiplied
+by a scale before rounding, and the channel's input is divided by the same scale:
+`x w = (x / s) (s w)`. Then `jaxq.methods.clip` with `x` chooses the ranges.
 """
 
 from __future__ import annotations
@@ -323,7 +323,8 @@ def _scale_of_ratio(
     s = jnp.maximum(s, _LEAST_SCALE)
     least = jnp.min(jnp.where(live, s, np.float32(np.inf)), initial=np.inf)
     greatest = jnp.max(jnp.where(live, s, 0.0), initial=0.0)
-    # Two roots: the product of least and greatest may leave float32's range.
+    # Two roots, because the product of the least and the greatest number may overflow
+    # or underflow float32.
     return jnp.where(live, s / (jnp.sqrt(least) * jnp.sqrt(greatest)), 1.0)
 
 
@@ -350,9 +351,10 @@ def _mean_squared_output(x: jax.Array, delta: jax.Array) -> jax.Array:
 
 
 def _mean_share(weights: tuple[jax.Array, ...], spec: QuantSpec) -> jax.Array:
-    """How large each input channel is among its blocks, as a mean over all outputs.
+    """How large the weights of each input channel are within their blocks.
 
-    The mean of `|w|` over the largest magnitude of its block: float32 `[in]`.
+    It is the mean over outputs of `|w| / (largest magnitude of the block)`: float32
+    `[in]`.
     """
 
     def shares(w: jax.Array) -> jax.Array:

@@ -115,11 +115,11 @@ class _Search(NamedTuple):
 
 
 class _Amounts(NamedTuple):
-    """The numbers of `clip`, traced so that they need no compilation of their own.
+    """The numeric options of `clip`. They are traced: new values need no compilation.
 
     Attributes:
       num: number of ranges that "mse" tries.
-      max_shrink: how far the last of them is from the first.
+      max_shrink: the share by which the last of these ranges is smaller than the first.
       shares: for "percentile": share of a block's numbers below each end of its range.
     """
 
@@ -169,10 +169,11 @@ def clip(
         each input channel for "mse", for example `mean_t x_t^2`.
       power: exponent of "mse"; None takes 2.
       num: how many ranges "mse" tries; None takes 80.
-      max_shrink: 0 to 1, how far the last of them is from the first; None takes 0.8.
+      max_shrink: 0 to 1, the share by which the last range of "mse" is smaller than the
+        first; None takes 0.8.
       percentile: 0 to 100, for "percentile"; None takes 99.9.
-      bins: of each block's histogram, for "entropy"; at least the number of levels.
-        None takes 512. Time grows with its square.
+      bins: number of bins in each block's histogram, for "entropy"; at least the number
+        of levels. None takes 512. The time grows with the square of `bins`.
       name: what errors call the weight.
 
     Returns:
@@ -238,7 +239,10 @@ def clip(
 def _error_weights(
     x: Any, channel_weight: Any, w: jax.Array, rule: str
 ) -> list[tuple[jax.Array, int]]:
-    """What weighs the errors of "mse", checked, for `over_stack`; empty if nothing."""
+    """The checked weights of the errors of "mse"; empty if there are none.
+
+    Each is a pair for `over_stack`: the array, and the number of its own axes.
+    """
     if rule != "mse" and (x is not None or channel_weight is not None):
         raise ValueError(
             "clip: x and channel_weight weigh the error of rule='mse'; "
@@ -264,7 +268,7 @@ def _error_weights(
 def _shares_below(percentile: float, spec: QuantSpec) -> tuple[np.float32, ...]:
     """The share of a block's numbers below each end of its range.
 
-    For a range about 0 there is one share, of magnitudes.
+    A range that is symmetric about 0 has one share: that of magnitudes below its end.
     """
     if spec.symmetric and spec.offset != "min":
         return (np.float32(percentile / 100),)
@@ -322,9 +326,10 @@ def _clip_matrix(
 
 
 def _is_separable(spec: QuantSpec) -> bool:
-    """True if the codes of a block depend on its own range only.
+    """True if each block can take its own best range.
 
-    Also, the whole range must give the codes of plain quantization.
+    This needs two things. The codes of a block depend on its own range only. The whole
+    range gives the codes of plain quantization.
     """
     has_plain_scales = isinstance(spec.scale, str) and spec.offset != "mean"
     rounds = not spec.rule.has_threshold
@@ -340,10 +345,12 @@ def _least_error(
 ) -> tuple[QTensor, _Range, jax.Array, jax.Array]:
     """Finds the range of least error of each block, by trying one range after another.
 
+    The last step of the loop quantizes in the best ranges. So the quantization is
+    compiled only once.
+
     Returns:
       (the weight quantized in the best ranges, these ranges, their error, the error of
-      the whole range). The last step of the loop quantizes in the best ranges, so that
-      the body is compiled once.
+      the whole range).
     """
 
     def step(k: jax.Array, carry: tuple) -> tuple:
@@ -367,7 +374,7 @@ def _least_error(
 
 
 def _shrink(whole: _Range, factor: jax.Array, spec: QuantSpec) -> _Range:
-    """The range made smaller about 0; about its middle for offset="min"."""
+    """A smaller range with the same center: its middle for offset="min", else 0."""
     if spec.offset != "min":
         return _Range(whole.low * factor, whole.high * factor)
     # Halves first: the sum and the difference of the ends may overflow.
@@ -395,9 +402,9 @@ def _weighted_error(
 def block_output_error(delta: jax.Array, x: jax.Array, geometry: Geometry) -> jax.Array:
     """The error of a layer's outputs that each block of its weight causes.
 
-    `mean_t (sum_k x_tk delta_ko)^2` over the block's part of k, summed over its part of
-    o. Blocks of a flattened array have no such parts: there the products of different
-    channels are left out.
+    It is `mean_t (sum_k x_tk delta_ko)^2` with k over the block's inputs, summed over
+    the block's outputs o. A block of a flattened array is no rectangle of inputs and
+    outputs. There the products of different channels are left out.
 
     Args:
       delta: the error of the weight `[in, out]`.
@@ -418,7 +425,7 @@ def block_output_error(delta: jax.Array, x: jax.Array, geometry: Geometry) -> ja
     x_groups = jnp.pad(x, ((0, 0), (0, padded_k - k))).reshape(tokens, groups, size)
     padding = ((0, padded_k - k), (0, padded_n - n))
     delta_groups = jnp.pad(delta, padding).reshape(groups, size, padded_n)
-    # HIGHEST: matrix units would otherwise read bfloat16.
+    # Without HIGHEST, matrix units would read bfloat16.
     dot = functools.partial(
         jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
@@ -494,7 +501,8 @@ def _percentile_range(
         if spec.offset != "min":
             low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     low, high = low.reshape(whole.low.shape), high.reshape(whole.low.shape)
-    # A block of almost only zeros would get an empty range, and become zero.
+    # If almost all numbers of a block are zero, its range would be empty, and all its
+    # numbers would become zero.
     empty = low >= high
     return _Range(jnp.where(empty, whole.low, low), jnp.where(empty, whole.high, high))
 

@@ -1,8 +1,8 @@
 """Cross-layer equalization: two layers in a row get the same range in every channel.
 
-The function between the layers must let positive scales pass, `f(s x) = s f(x)`. Then
+For the function between the layers, `f(s x) = s f(x)` must hold for positive s. Then
 the outputs of the first layer can be divided by `s [hidden]`, and the rows of the
-second weight multiplied.
+second weight can be multiplied by it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def equalize(
     range1 = jnp.max(jnp.abs(w1), axis=axes1, initial=0.0).astype(jnp.float32)
     range2 = jnp.max(jnp.abs(w2), axis=axes2, initial=0.0).astype(jnp.float32)
     live = (range1 > 0) & (range2 > 0)
-    # Roots first: the quotient of two float32 numbers may leave their range.
+    # Roots first, because the quotient of two float32 numbers may overflow.
     s = jnp.sqrt(jnp.where(live, range1, 1.0)) / jnp.sqrt(jnp.where(live, range2, 1.0))
     if power_of_two:
         s = nearest_power_of_two(s)

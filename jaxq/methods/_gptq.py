@@ -1,4 +1,4 @@
-"""GPTQ: rounds the rows of a weight one after another; later rows make up for errors.
+"""GPTQ: rounds the rows of a weight one by one; later rows compensate earlier errors.
 
 Let `H = R @ R.T` with R upper triangular: a Cholesky decomposition from the last row to
 the first. Then the weight w'_j that row j has when its turn comes needs no inverse of
@@ -8,11 +8,11 @@ H:
     w'_j = w_j + sum over i < j of  R_ij / R_jj * d_i  # its share of their errors
     sum_j ||(w'_j - q_j) R_jj||^2 = tr((W - Q)^T H (W - Q))
 
-These are the weights of the paper, where `U = R^-1` and `e_j = (w'_j - q_j) / U_jj`,
-but one triangular inverse is saved. The two differ only for rows that are not yet
-rounded: the paper's rows are what they would be if none of them were rounded. Where the
-scales of a group are computed, a triangular system of the group's size gives these rows
-(`_Rows.expected`).
+These are the weights of the paper, where `U = R^-1` and `e_j = (w'_j - q_j) / U_jj`.
+This form needs one triangular inverse less. The two forms differ only in the rows that
+are not rounded yet. In the paper, these rows have the values that they would have if
+none of them were rounded. The scales of a group are computed from such values. A
+triangular system of the group's size gives them (`_Rows.expected`).
 
 Rows are processed in nested regions: 16 rows, a block of 128, 8 blocks, a quarter of
 all. In the smallest region, each row collects the errors of the rows before it. A
@@ -86,8 +86,8 @@ class GPTQInfo(NamedTuple):
     Attributes:
       loss: float32, `tr((W - Q)^T H' (W - Q))`, where H' is the damped hessian without
         dead inputs. NaN if the method fell back.
-      damp: float32, the damping that was used. It is more than the given one if that
-        left H not positive definite.
+      damp: float32, the damping that was used. It is larger than the argument `damp` if
+        H was not positive definite with that damping.
       num_dead: int32, number of inputs that were always zero.
       fell_back: bool, True if the weights were rounded to nearest, because no damping
         helped or H was not finite.
@@ -116,19 +116,19 @@ def gptq(
     block_size: int = 128,
     name: str = "w",
 ) -> tuple[QTensor, GPTQInfo]:
-    """Rounds a weight row by row, so that later rows make up for the errors of earlier.
+    """Rounds a weight row by row. Later rows compensate the errors of earlier rows.
 
     `argmin over Q of tr((W - Q)^T H (W - Q))`, solved greedily in the order of the
-    rows. H are the second moments of the layer's inputs, so this is the error of its
-    outputs.
+    rows. H has the second moments of the layer's inputs, so the minimized number is the
+    error of the layer's outputs.
 
     Groups along the contraction get their scales when their first row is reached, from
     the weights as they are at that moment. All other scales are those of `quantize(w,
     spec)`: per channel, per tensor, tiles, quantized scales (nf4_dq, nvfp4), and groups
     with `act_order`, which takes the rows of a group at different times ("static
-    groups"). So storage is that of `quantize` in every case. Ternary numbers are
-    rounded to nearest, not by their threshold. An input that was always zero says
-    nothing about its weights: they are rounded to nearest.
+    groups"). So the result is stored as `quantize` stores it in every case. Ternary
+    numbers are rounded to nearest, not by their threshold. The weights of an input that
+    was always zero are rounded to nearest as well.
 
     Args:
       w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).
@@ -204,7 +204,7 @@ def _round_matrix(
     act_order: bool,
     block_size: int,
 ) -> tuple[QTensor, GPTQInfo]:
-    """`gptq` for one matrix `[in, out]`; `nearest` is it rounded to nearest."""
+    """`gptq` for one matrix `w [in, out]`; `nearest` is `w` rounded to nearest."""
     order = None
     if act_order:
         order = jnp.argsort(-jnp.diagonal(hessian), stable=True)  # [in]
@@ -428,7 +428,7 @@ def _by_group(leaf: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def _moving_group_size(qt: QTensor) -> int | None:
-    """Size of the groups whose scales are computed on reaching them; None if static."""
+    """Size of groups whose scales are computed at their first row; None if static."""
     spec, geometry = qt.spec, qt.meta.geometry
     has_groups = isinstance(spec.granularity, PerGroup)
     if not has_groups or isinstance(spec.scale, QuantSpec) or spec.offset == "mean":
@@ -497,7 +497,7 @@ class _Rows(NamedTuple):
 
     Attributes:
       original: `[rows, out]`, the weights.
-      current: `[rows, out]`, with the updates by all rows before these.
+      current: `[rows, out]`, the weights with the updates by all earlier rows.
       updates: `[rows, rows]`, as in `_Factor`.
       groups: int32 `[rows]`, the group of each row.
     """
@@ -602,7 +602,7 @@ class _Region:
             share = _barrier_dot(row(rows.updates)[None], errors)[0]  # [out]
             rounded = grid.round(row(rows.current) + share, row(rows.groups))
             error = row(rows.original) - rounded
-            # A NaN must spoil its own block only.
+            # A NaN must turn only its own block into NaN.
             error = jnp.where(jnp.isfinite(error), error, 0.0)
             put = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
             return put(shares, share), put(errors, error)
@@ -634,16 +634,19 @@ def _region_sizes(n: int, group_size: int | None, block_size: int) -> tuple[int,
 
 
 def _nearest_divisor(number: int, factor: int, target: int) -> int:
-    """The divisor of `number` that is a multiple of `factor`, nearest to `target`.
+    """A multiple of `factor` that divides `number`.
 
-    Nearest is by ratio.
+    Of these numbers it is the one whose ratio to `target` is nearest to 1.
     """
     divisors = [d for d in range(factor, number + 1, factor) if number % d == 0]
     return min(divisors, key=lambda d: abs(math.log(d / target)))
 
 
 def _spans(n: int, size: int) -> list[tuple[int, int]]:
-    """Up to `_NUM_SPANS` stretches of whole regions, about equal; one for small n."""
+    """Cuts n rows into up to `_NUM_SPANS` spans of whole regions; into one for small n.
+
+    The spans have about the same length.
+    """
     num_regions = n // size
     num_spans = min(_NUM_SPANS, num_regions) if n > 512 else 1
     edges = [size * (num_regions * i // num_spans) for i in range(num_spans + 1)]
@@ -653,7 +656,7 @@ def _spans(n: int, size: int) -> list[tuple[int, int]]:
 def _barrier_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a @ b` in float32, which XLA does not fuse with the sum that reads it.
 
-    Fused, XLA on CPU computes it by loops, four times as slowly.
+    On CPU, XLA computes the fused product by loops. That takes four times as long.
     """
     product = jnp.matmul(
         a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32

@@ -100,8 +100,8 @@ def hqq(
     | `symmetric=False` | the zero point, in whole numbers, and the scale |
     | symmetric | the scale |
 
-    Each block keeps the grid of least mean `|w - q|` over all steps, including that of
-    `quantize`. So no block gets worse. Errors are measured in steps of the grid, so
+    Each block keeps the grid of least mean `|w - q|` over all steps, including the grid
+    of `quantize`. So no block gets worse. Errors are measured in steps of the grid, so
     `beta` means the same for weights of any size.
 
     Args:
@@ -188,8 +188,8 @@ class _Rounded(NamedTuple):
     """A weight rounded on a grid; all arrays are float32 blocks.
 
     Attributes:
-      codes: as they are stored.
-      units: the numbers that the codes stand for, in steps.
+      codes: the stored codes.
+      units: the numbers that the codes stand for, without scale and offset.
       steps: the scale of each block.
       offset: the offset of each block; 0 if the spec has none.
       error: `w - (units * steps + offset)`.
@@ -264,7 +264,7 @@ def _fit_matrix(
 def _round_on_grid(
     w: jax.Array, blocks: jax.Array, leaves: _Leaves, start: QTensor
 ) -> _Rounded:
-    """Rounds a weight to nearest on the grid of `start` with other leaves."""
+    """Rounds a weight to nearest on the grid of `start`, with `leaves` replaced."""
     geometry = start.meta.geometry
     qt = requantize(w, dataclasses.replace(start, **leaves))
     codes = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
@@ -299,7 +299,7 @@ def _fit_grid(
     sums: _BlockSums,
     start: QTensor,
 ) -> _Leaves:
-    """The leaves of least squared error to `rest`, with the codes fixed."""
+    """Fits the leaves to `rest` by least squares. The codes do not change."""
     spec, geometry = start.spec, start.meta.geometry
     if spec.offset == "min":
         offset = sums.total(rest - rounded.units * rounded.steps) / sums.counts
@@ -324,7 +324,7 @@ def _fit_grid(
 def _as_stored(x: jax.Array, like: jax.Array, geometry: Geometry) -> jax.Array:
     """Numbers of blocks in the dtype and order of `like`.
 
-    A number that is not zero does not become zero, and none overflows.
+    A nonzero number does not become zero, and no number overflows.
     """
     fmt, x = formats.get(like.dtype.name), geometry.scale_from_blocks(x)
     # A subnormal float32 number may be flushed to zero.

@@ -1,8 +1,8 @@
 """k-means weight sharing: each block of a weight gets its own table of numbers.
 
 Codes are positions in that table. In one dimension a cluster is an interval. So if the
-numbers are in ascending order, with running sums, a step of Lloyd's algorithm needs
-only the positions of the k - 1 boundaries:
+numbers are in ascending order and their running sums are known, a step of Lloyd's
+algorithm needs only the positions of the k - 1 boundaries:
 
     positions = search(numbers, midpoints of neighbouring centres)  # [blocks, k - 1]
     centres = differences of sums / differences of counts           # [blocks, k]
@@ -67,8 +67,8 @@ class KMeansInfo(NamedTuple):
 
     Attributes:
       inertia: float32, `sum (w - centre of w)^2`.
-      num_steps: int32, number of steps until no boundary moved, at most the given one.
-      num_empty: int32, number of centres without a weight, in all blocks.
+      num_steps: int32, number of steps that ran. Steps end when no boundary moves.
+      num_empty: int32, number of centres without a weight, over all blocks.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -278,7 +278,7 @@ def _cluster_matrix(
     )
     qt = _with_nearest_codes(w, qt)
     error = w.astype(jnp.float32) - dequantize(qt, dtype=jnp.float32)  # [in, out]
-    # Two sums: a running sum of the whole weight would lose more of float32.
+    # Two sums, because one float32 sum over the whole weight would lose more digits.
     inertia = jnp.sum(jnp.sum(error * error, axis=0))
     return qt, KMeansInfo(inertia, steps, num_empty)
 
@@ -374,7 +374,7 @@ def _histogram(
     counts = sum_bins(jnp.ones(index.shape, jnp.int32))
     position = jnp.arange(_NUM_BINS, dtype=jnp.float32)[None] + 0.5
     centre = low[:, None] + position * (unit * np.float32(2 / _NUM_BINS))
-    # Sums of distances from the centre lose less of float32 than sums of numbers.
+    # Float32 sums of distances from the centre lose fewer digits than sums of numbers.
     distance = x - jnp.take(centre.ravel(), index, mode="clip").reshape(x.shape)
     mean = sum_bins(distance.ravel()) / jnp.maximum(counts, 1).astype(jnp.float32)
     return _Bins(centre + mean, counts)

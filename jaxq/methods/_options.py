@@ -25,7 +25,7 @@ def number(
     below: float | None = None,
     whole: bool = False,
 ) -> Option:
-    """An option whose values are numbers in an interval. NaN is outside of every one.
+    """An option whose values are numbers in an interval. NaN is never valid.
 
     Args:
       expected: what a valid value is, in words.
@@ -65,12 +65,12 @@ SHARE = number("0 to 1", least=0, most=1)
 
 
 def check_values(caller: str, options: Mapping[str, Option], **values: Any) -> None:
-    """Raises a ValueError for a value that no weight could make valid.
+    """Raises a ValueError if a value is invalid for every weight.
 
     Args:
       caller: what errors begin with.
       options: the options with their checks.
-      **values: value by option.
+      **values: the value of each option, by the option's name.
     """
     for name, value in values.items():
         option = options[name]
@@ -87,8 +87,8 @@ def why_not_stochastic(spec: QuantSpec, options: Mapping[str, Any]) -> str:
     """
     if spec.needs_key:
         return (
-            "rounding='stochastic' needs a key, and methods round to nearest. "
-            "Change spec.rounding."
+            "methods round to nearest, and rounding='stochastic' does not. "
+            "Pass spec.replace(rounding='nearest_even')."
         )
     return ""
 

@@ -138,7 +138,7 @@ def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
     available = record.options
     for name in options:
         if name not in available:
-            text = f"unknown option {name!r}; it has none."
+            text = f"unknown option {name!r}. Method {method!r} has no options."
             if available:
                 listing = f"{sorted(available)}"
                 text = formats.unknown_name("option", name, available, listing)
@@ -151,9 +151,9 @@ def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def temporarily(method: Method) -> Iterator[None]:
-    """Registers a method within a `with` block, also over one of the same name.
+    """Registers a method within a `with` block. It is for tests.
 
-    For tests.
+    The method replaces a method of the same name until the block ends.
     """
     before = dict(_METHODS)
     _METHODS[method.name] = method

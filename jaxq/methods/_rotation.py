@@ -13,7 +13,7 @@ elements, where q is a power of an odd prime (Paley, 1933):
 | 3 | q + 1 | 12, 20, 28, 44, 60, 344 |
 | 1 | 2 (q + 1) | 36, 52, 76, 108, 148 |
 
-For the orders 156 and 172 it comes from four circulant matrices (Goethals and Seidel,
+For the orders 156 and 172, H comes from four circulant matrices (Goethals and Seidel,
 1967). Of the orders up to 200, the orders 92, 116, 184 and 188 are missing: matrices
 are known, but not from these constructions.
 """

@@ -40,15 +40,15 @@ def rtn(
 ) -> tuple[QTensor, RTNInfo]:
     """Rounds a weight to nearest, as `quantize(w, spec, contracting=-2)` does.
 
-    `codes = round(w / scale)`, for every format and scale rule. Powers of two ("log4"),
-    signs ("binary": the sign and the mean magnitude, the pair of least squared error)
-    and ternary weights ("ternary", "ttq", `QuantSpec("ternary", scale_rule="twn")`) are
-    made in the same way.
+    `codes = round(w / scale)`, for every format and scale rule. This includes powers of
+    two ("log4"), signs ("binary") and ternary weights ("ternary", "ttq",
+    `QuantSpec("ternary", scale_rule="twn")`). "binary" keeps the sign of each weight
+    and the mean magnitude, which has the least squared error.
 
     Args:
       w: float `[in, out]`, or a stack `[..., in, out]`; each matrix has its own scales.
-      spec: preset name or `QuantSpec`. `rounding="stochastic"` is refused; `quantize`
-        takes a key for it.
+      spec: preset name or `QuantSpec`. Its rounding must not be "stochastic". Use
+        `quantize` with a key for that.
       name: what errors call the weight.
 
     Returns:
@@ -85,7 +85,8 @@ def round_to_nearest(w: jax.Array, spec: QuantSpec) -> QTensor:
     """Returns the QTensor of `rtn`, without the info.
 
     Args:
-      w: float `[..., in, out]`. Numbers that are not finite are passed on.
+      w: float `[..., in, out]`. NaN and infinities raise no error: their blocks become
+        NaN.
       spec: what to quantize to.
 
     Raises:

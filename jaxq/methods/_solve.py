@@ -1,8 +1,8 @@
 """Quantizing a weight by a named method, and judging the result.
 
 `solve` checks the request, runs the method on one matrix and the statistics of its
-inputs, compares the result with rounding to nearest on inputs that the method has not
-seen, and falls back to rounding where the method does worse.
+inputs, and compares the result with rounding to nearest on inputs that the method has
+not seen. If the method does worse, `solve` falls back to rounding to nearest.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _check_request(
     options: Mapping[str, Any],
     name: str,
 ) -> None:
-    """Raises a ValueError for what the method cannot work with."""
+    """Raises a ValueError if the method cannot quantize this weight."""
     caller = f"{name}: method {record.name!r}"
     check_options(caller, record.name, options)
     needs = record.needed_statistics(options)
@@ -161,8 +161,8 @@ def _check_stats(
     expected = (*w.shape[:-2], w.shape[-2])
     if tuple(stats.mean.shape) != expected:
         raise ValueError(
-            f"{name}: its statistics are of inputs {list(stats.mean.shape)}, "
-            f"expected {list(expected)}."
+            f"{name}: its statistics are for inputs {list(stats.mean.shape)}, expected "
+            f"{list(expected)}. Pass the statistics of this layer's inputs."
         )
     for field in needs:
         if getattr(stats, field) is None:
@@ -179,17 +179,18 @@ def _check_stats(
 
 
 def _check_nearest(nearest: QTensor, w: jax.Array, name: str) -> None:
-    """Raises a ValueError unless `nearest` is a weight like `w`, axis -2 contracted."""
+    """Raises a ValueError if `nearest` has another shape or contracts another axis."""
     geometry = nearest.meta.geometry
     if nearest.shape != w.shape or geometry.contracted != (-2,):
         raise ValueError(
-            f"{name}: nearest must be the weight {_matrix.describe(w)} rounded with "
-            f"contracting=-2, got {nearest!r}."
+            f"{name}: nearest must have the shape of the weight {_matrix.describe(w)} "
+            f"and contracting=-2, got {nearest!r}. Pass quantize(w, spec, "
+            "contracting=-2), or leave nearest out."
         )
 
 
 def _held_out_rows(record: Method, stats: LayerStats | None) -> jax.Array | None:
-    """The inputs to judge the method by; None if it is not judged or none are there."""
+    """The held-out inputs; None if there are none or the method is not judged."""
     if not record.judged or stats is None or int(np.sum(stats.num_held_out)) == 0:
         return None
     return stats.held_out
@@ -204,18 +205,18 @@ def _judge(
     fallback: str,
     name: str,
 ) -> Solved:
-    """Keeps the method's result where it does better than rounding to nearest."""
+    """Keeps the method's result if it is not worse than rounding to nearest."""
     qt, note = solution.qt, solution.note
     if qt.meta.activation is not None:
         # The method quantizes inputs, so rounding is judged with quantized inputs too.
-        # It treats all columns of the input alike: no outliers are set apart.
+        # Rounding treats all columns of the input alike and keeps none in floats.
         nearest = nearest.with_activation(qt.meta.activation)
     method_error = np.asarray(output_error(w, qt, held_out))  # [...]
     nearest_error = np.asarray(output_error(w, nearest, held_out))  # [...]
     if not np.all(np.isfinite(method_error + nearest_error)):
         raise ValueError(
             f"{name}: the error of its output on held-out inputs is not finite "
-            f"({method_error}; rtn: {nearest_error})."
+            f"({method}: {method_error}; rtn: {nearest_error}). Scale its inputs down."
         )
     worse = method_error > nearest_error  # [...]
     if not worse.any() or fallback == "none":
@@ -291,7 +292,8 @@ def output_error(w: jax.Array, qt: QTensor, x: jax.Array) -> jax.Array:
         )
         return jnp.sum(jnp.square(exact - product(x, qt)), axis=(-2, -1))
     weight = dequantize(qt.with_activation(None), dtype=jnp.float32)
-    # The small difference first: of two large products little would be left.
+    # The small difference comes first. The difference of two large products would lose
+    # most of its digits.
     delta = w.astype(jnp.float32) - weight  # [..., in, out]
     error = jnp.matmul(x, delta, precision=jax.lax.Precision.HIGHEST)
     return jnp.sum(jnp.square(error), axis=(-2, -1))

@@ -31,12 +31,13 @@ _HEAD = "lm_head.weight"
 
 
 class _Destination(NamedTuple):
-    """Where a tensor of a file is in the model.
+    """The place in the model of a tensor of a file.
 
     Attributes:
-        path: of the parameter, for example ("layers", 0, "mlp", "up_proj", "kernel").
+        path: the parameter's path, for example ("layers", 0, "mlp", "up_proj",
+            "kernel").
         layer: the index on the leading axis if layers are stacked; None otherwise.
-        shape: of the tensor in the file.
+        shape: the shape of the tensor in the file.
     """
 
     path: tuple
@@ -281,7 +282,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}. Download it again.") from error
 
 
 def _load_tokenizer(path: Path) -> Any:
@@ -408,9 +409,9 @@ def _is_redundant(name: str, config: LlamaConfig) -> bool:
 
 
 def _check_stored_head(head: np.ndarray, path: Path, files: Mapping[str, str]) -> None:
-    """Raises if the head beside a tied embedding has other numbers than it.
+    """Raises a ValueError if a stored head differs from the embedding it is tied to.
 
-    Without this check the head would be dropped silently.
+    Without this check `load` would drop the head silently.
     """
     with _open_weights(path / files[_EMBEDDING]) as file:
         embedding = file.get_tensor(_EMBEDDING)

@@ -25,7 +25,7 @@ def generate(
     `cache`. There is no stop token: cut the result where yours appears.
 
     Args:
-        model: a `Llama`, or any nnx module with its `init_cache` and `decode`.
+        model: a `Llama`, or any nnx module with the same `init_cache` and `decode`.
         tokens: int32[b, t] with t >= 1. All rows have t real tokens.
         num_tokens: how many tokens to add, at least 1.
         key: PRNG key. Needed if `temperature > 0`.

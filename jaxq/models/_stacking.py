@@ -1,6 +1,6 @@
 """Layers in a list, or stacked along an axis.
 
-The model is the same. A list is run by a Python loop and a stack by one scan.
+Both models compute the same. A Python loop runs a list, and one scan runs a stack.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def stacked(model: Llama) -> Llama:
       The model with `scan_layers=True`.
 
     Raises:
-      ValueError: the layers differ in more than their numbers, for example because a
-        recipe quantizes some of them in another way.
+      ValueError: the layers differ in structure, shapes or dtypes, for example because
+        a recipe quantizes some of them in another way.
 
     Example:
       >>> from jaxq.models import Llama, LlamaConfig, stacked
@@ -106,7 +106,7 @@ def _structure(state: Any) -> dict[str, Any]:
 
 
 def _first_difference(first: dict[str, Any], other: dict[str, Any]) -> str:
-    """ " in <path>" of the first variable that differs; empty if none does."""
+    """The text " in <path>" for the first variable that differs; empty if none does."""
     for name in sorted({*first, *other}):
         if first.get(name) != other.get(name):
             return f" in {name}"

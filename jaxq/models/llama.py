@@ -42,11 +42,12 @@ _new_quantized_cache: Callable[..., Any] | None = None
 
 
 def set_quantized_cache(make: Callable[..., Any]) -> None:
-    """Says how `Llama.init_cache` makes an empty quantized cache for one layer.
+    """Sets the function by which `Llama.init_cache` makes a quantized cache.
 
     Args:
-        make: called as `make(cache, batch=, num_heads=, length=, head_dim=, window=,
-            dtype=)`, as `jaxq.ops.KVCache.empty` is.
+        make: makes an empty cache for one layer. It has the arguments of
+            `jaxq.ops.KVCache.empty`: `make(cache, batch=, num_heads=, length=,
+            head_dim=, window=, dtype=)`.
     """
     global _new_quantized_cache
     _new_quantized_cache = make
@@ -56,11 +57,11 @@ class KVCache(NamedTuple):
     """Keys (after rotary embedding) and values of earlier tokens, for all layers.
 
     Attributes:
-        layers: one cache per layer: a pair `(keys, values)`, each `[b, m, length, h]`,
-            or a `jaxq.ops.KVCache`. With `scan_layers` there is one cache, and its
-            arrays have a leading layer axis.
-        used: int32, how many of the `length` places are filled. A scalar, or `[b]` for
-            a quantized cache, whose rows have lengths of their own.
+        layers: one cache per layer. It is a pair `(keys, values)`, each `[b, m, length,
+            h]`, or a `jaxq.ops.KVCache` if it is quantized. With `scan_layers` there is
+            one cache for all layers, and its arrays have a leading layer axis.
+        used: int32, number of tokens in the cache. It is a scalar for a float cache. It
+            is `[b]` for a quantized cache, because each row has its own length.
 
     Example:
         >>> from jaxq.models import Llama, LlamaConfig
@@ -82,7 +83,8 @@ class KVCache(NamedTuple):
             slots: indices of the rows, or bool `[b]` with True for a row to empty.
 
         Raises:
-            ValueError: the cache is not quantized, so all its rows have one length.
+            ValueError: the cache is not quantized. All rows of a float cache have the
+                same length.
         """
         if self.used.ndim == 0:
             raise ValueError(
@@ -175,7 +177,7 @@ class Llama(nnx.Module):
 
         Args:
             batch: number of rows.
-            length: most tokens of a row.
+            length: the largest number of tokens in a row.
             cache: how keys and values are stored. None keeps them in the compute dtype.
                 A preset name ("int8", "int4", "int2", "fp8", "nf4", ...), a
                 `jaxq.QuantSpec` or a `jaxq.ops.KVCacheSpec` quantizes all tokens except
@@ -289,7 +291,7 @@ class Llama(nnx.Module):
     def _place(
         self, t: int, cache: KVCache | None, count: jax.Array | None
     ) -> TokenPlace:
-        """Where t new tokens stand after those in the cache."""
+        """The places of t new tokens, after the tokens in the cache."""
         start = jnp.zeros((), jnp.int32) if cache is None else cache.used
         steps = jnp.arange(t, dtype=jnp.int32)
         # [1, t]; [b, t] if each row of a quantized cache has a length of its own.
@@ -334,7 +336,7 @@ class TokenPlace(NamedTuple):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and then the gated MLP. Each reads a norm and adds to the stream."""
+    """Attention, then the gated MLP. Each reads a norm and adds to the stream."""
 
     def __init__(
         self, config: LlamaConfig, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs

@@ -18,8 +18,8 @@ _TOP = r"re:(?i)(?:(?:base_model|model|module|params|transformer)[/.])*"
 # The layer itself and everything inside it.
 _AND_BELOW = r"(?:_\d+)?(?:[/.].*)?"
 
-# A layer with such a name is multiplied with, so it is not an embedding table:
-# "embedding_proj/kernel".
+# A weight with such a name is a factor of a product. It is not an embedding table, for
+# example "embedding_proj/kernel".
 _PROJECTION = r"(.*[/._])?(dense|linear|mlp|patch|proj|projection)s?\d*([/._].*)?$"
 _TABLES = (
     r"([^/.]*_)?(emb|embed|embedder|embeddings?|relative_attention_bias|wpe|wte)"

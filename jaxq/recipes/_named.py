@@ -82,7 +82,7 @@ def get(name: str | QuantSpec) -> Recipe:
 
 
 def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
-    """A recipe, given as itself, by name, or as one spec for every weight.
+    """The recipe that a name, a spec for every weight, or a `Recipe` stands for.
 
     Raises:
       ValueError: no recipe has this name; the error suggests close names.

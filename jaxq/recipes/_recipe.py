@@ -1,4 +1,4 @@
-"""A recipe: rules in order, of which the first that matches a layer decides."""
+"""A recipe: a list of rules. The first rule that matches a layer decides."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Recipe:
         how to rotate it: `jaxq.nn.register_rotation`.
 
     Raises:
-      TypeError: `rules` is one Rule or holds something else than rules; `rotate` is not
-        a bool.
+      TypeError: `rules` is one Rule, or an element of `rules` is not a Rule; `rotate`
+        is not a bool.
 
     Example:
       >>> import jaxq
@@ -67,10 +67,10 @@ class Recipe:
         """The first rule that matches a layer, or None.
 
         Args:
-          path: of the layer, components joined by "/".
-          kind: of the layer: "Linear", "Conv", ...
-          shape: of its weight.
-          module: its class; None for an array of a tree.
+          path: the layer's path, components joined by "/".
+          kind: the layer's kind: "Linear", "Conv", ...
+          shape: the shape of its weight.
+          module: the layer's class; None for an array of a tree.
         """
         for rule in self.rules:
             if rule.matches(path, kind, shape, module):
@@ -78,7 +78,7 @@ class Recipe:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """A description that JSON can hold. `from_dict` gives an equal recipe back."""
+        """The recipe as a dict that JSON can hold. `from_dict` returns an equal one."""
         description: dict[str, Any] = {"rules": [rule.to_dict() for rule in self.rules]}
         if self.rotate:
             description["rotate"] = True
@@ -89,7 +89,8 @@ class Recipe:
         """The recipe that `to_dict` described.
 
         Raises:
-          ValueError: `data` is not such a description.
+          TypeError, ValueError: `data` is not a dict with a list "rules" and at most
+            the other key "rotate", or a rule is invalid (`Rule.from_dict`).
 
         Example:
           >>> import json, jaxq

@@ -22,9 +22,9 @@ class Layer(NamedTuple):
     """What `Rule(where=...)` sees of a layer.
 
     Attributes:
-      path: components joined by "/".
+      path: the layer's path, components joined by "/".
       kind: "Linear", "Conv", ...; "Array" for an array of a tree that is not a model.
-      shape: of its weight; stacked axes come first.
+      shape: the shape of its weight; stacked axes come first.
       module: the layer's class; None for an array of a tree.
 
     Example:
@@ -51,7 +51,7 @@ class Rule:
       weight: preset name or `QuantSpec` for the weight.
       activation: preset name or `QuantSpec` for the input; None leaves the input in
         floats. Without `observer` this is dynamic activation quantization: each call
-        takes the range of its own input, per token for per-channel presets.
+        uses the range of its own input. A per-channel preset has one scale per token.
       observer: an observer of `jaxq.observers`, or its name ("absmax", "minmax",
         "percentile", ...). The input then has one static range, which the observer
         finds in the calibration batches.
@@ -73,14 +73,14 @@ class Rule:
       batch: leading axes of a bare array that get scales of their own. None takes them
         from the layer.
       reason: what the report says about a skipped layer.
-      optional: True if it is not an error that the rule matches nothing.
+      optional: True if the rule may match nothing. Otherwise that is an error.
 
     Raises:
       TypeError: a field has the wrong type.
       ValueError: both or neither of `weight` and `skip` are given; a preset, observer,
         method, option or kind is unknown; the method cannot quantize to this spec; the
-        regular expression is invalid; an axis is named twice; an observer is given for
-        an activation whose scales belong to blocks of each input.
+        regular expression is invalid; an axis is named twice; `observer` is given
+        without `activation`, or with an activation that has no single static range.
 
     Example:
       >>> import jaxq
@@ -117,7 +117,7 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """How errors call this rule."""
+        """The name of this rule in errors."""
         return f"Rule({self.pattern!r})"
 
     def matches(
@@ -130,10 +130,10 @@ class Rule:
         """True if the rule applies to a layer.
 
         Args:
-          path: of the layer, components joined by "/".
-          kind: of the layer: "Linear", "Conv", ...
-          shape: of its weight.
-          module: its class; None for an array of a tree.
+          path: the layer's path, components joined by "/".
+          kind: the layer's kind: "Linear", "Conv", ...
+          shape: the shape of its weight.
+          module: the layer's class; None for an array of a tree.
         """
         if self.kinds and names_of(kind).isdisjoint(self.kinds):
             return False
@@ -144,17 +144,17 @@ class Rule:
         return bool(self.where(Layer(path, kind, tuple(shape), module)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as JSON can hold them.
+        """The fields that differ from their defaults, as a dict that JSON can hold.
 
-        `from_dict` gives an equal rule back.
+        `from_dict` returns an equal rule.
 
         Raises:
           TypeError: `where` is a function, or JSON cannot hold an option.
         """
         if self.where is not None:
             raise TypeError(
-                f"{self.name}: where={self.where!r} is a function. "
-                "JSON cannot hold a function."
+                f"{self.name}: where={self.where!r} is a function. JSON cannot hold a "
+                "function. Use pattern= or kinds= instead."
             )
         description: dict[str, Any] = {}
         for field in dataclasses.fields(self):
@@ -173,7 +173,8 @@ class Rule:
         """The rule that `to_dict` described.
 
         Raises:
-          ValueError: `data` is not a dict, or it has an unknown field.
+          TypeError, ValueError: `data` is not a dict, it has an unknown field, or
+            `Rule` raises for its fields.
         """
         if not isinstance(data, Mapping):
             raise ValueError(
@@ -218,13 +219,13 @@ class Rule:
             raise ValueError(f"{self.name}: give either weight= or skip=True.")
         if self.skip and self.activation is not None:
             raise ValueError(
-                f"{self.name}: a skipped layer stays in floats, so it takes no "
-                "activation=."
+                f"{self.name}: a skipped layer stays in floats, so activation= has no "
+                "effect. Leave it out."
             )
         if self.skip and self.correct_bias:
             raise ValueError(
                 f"{self.name}: a skipped layer has no quantization error that "
-                "correct_bias= could correct."
+                "correct_bias= could correct. Leave it out."
             )
 
     def _normalize_specs(self) -> None:
@@ -245,8 +246,8 @@ class Rule:
         self._set("observer", _as_observer(self.observer, self.name))
         if not isinstance(self.activation, QuantSpec):
             raise ValueError(
-                f"{self.name}: observer= finds the static range of an activation=, and "
-                "this rule has no activation=."
+                f"{self.name}: observer= finds the static range of activation=, and "
+                "this rule has no activation=. Add it, or leave observer= out."
             )
         as_static(self.activation, self.name)
 
@@ -260,8 +261,8 @@ class Rule:
         options = dict(self.options)
         if options and not record.options:
             raise ValueError(
-                f"{self.name}: options {options} need a method= that has them. "
-                f"Method {self.method!r} has no options."
+                f"{self.name}: method {self.method!r} has no options, got {options}. "
+                "Leave them out, or pass the method= that has them."
             )
         methods.check_options(self.name, self.method, options)
         rounds_only = record.solve is None and record.folding is None
@@ -272,7 +273,7 @@ class Rule:
         if record.own_activation and self.observer is not None:
             raise ValueError(
                 f"{self.name}: method {self.method!r} quantizes each input by its own "
-                "range, so it takes no observer=."
+                "range, so it takes no observer=. Leave it out."
             )
 
     def _normalize_options(self) -> None:
@@ -308,7 +309,8 @@ class Rule:
             json.dumps(options)
         except TypeError as error:
             raise TypeError(
-                f"{self.name}: JSON cannot hold the options {options}: {error}."
+                f"{self.name}: JSON cannot hold the options {options}: {error}. Use "
+                "numbers, strings, booleans and tuples."
             ) from error
         return options
 
@@ -329,7 +331,7 @@ def _as_axes(axes: Any, name: str) -> tuple[int, ...]:
 
 
 def _as_observer(observer: Any, caller: str) -> Any:
-    """An observer, given as itself, by its name, or as its `to_dict`."""
+    """The observer for an observer, its name, or the dict of its `to_dict`."""
     from jaxq import observers  # most rules name no observer
 
     if isinstance(observer, str):
