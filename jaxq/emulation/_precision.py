@@ -1,6 +1,7 @@
-"""`Precision`, a floating point grid given by numbers, and `Policy`, which uses them.
+"""`Precision`, a floating point grid, and `Policy`, the precisions of `emulate`.
 
-The numbers may be traced, so that a sweep over precisions needs one compilation.
+A `Precision` holds its numbers of bits as arrays or ints. They may be traced, so that a
+sweep over precisions needs one compilation.
 """
 
 from __future__ import annotations

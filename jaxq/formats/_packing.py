@@ -60,7 +60,7 @@ def default_packing(bits: int) -> Packing:
 def codes_per_pack(bits: int, packing: Packing) -> int:
     """Returns the smallest number of codes that fill whole bytes.
 
-    The length of a packed row must be a multiple of it.
+    The length of a packed row must be a multiple of this number.
 
     Raises:
       ValueError: the order does not exist for this width.

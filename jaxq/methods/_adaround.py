@@ -320,7 +320,7 @@ def _soft_step(v: jax.Array) -> jax.Array:
 
 
 def _push_to_ends(h: jax.Array, progress: jax.Array, learning: _Learning) -> jax.Array:
-    """The regularizer `mean(1 - |2 h - 1|^beta)`; 0 in the warm start."""
+    """The regularizer `mean(1 - |2 h - 1|^beta)`; 0 during the warm start."""
     warm_start = learning.warm_start
     after = jnp.maximum(progress - warm_start, 0.0) / jnp.maximum(1 - warm_start, 1e-6)
     beta = learning.first_beta + (learning.last_beta - learning.first_beta) * after

@@ -1,4 +1,4 @@
-"""Bias correction: the layer's bias makes up for the mean error of its weight."""
+"""Bias correction: the layer's bias compensates the mean error of its weight."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def bias_correction(
     *,
     x_mean_quantized: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """Returns the mean output that a quantized layer lacks: `E[x] w - E[x_q] w_q`.
+    """Returns the mean error of a layer's output: `E[x] w - E[x_q] w_q`.
 
-    Added to the bias, it gives the quantized layer the mean output of the original
-    layer, on the data of `x_mean`.
+    Add it to the bias. Then the quantized layer has the same mean output as the
+    original layer, on the data of `x_mean`.
 
     Args:
       w: float `[in, out]`, or a stack of such matrices with axes in front.
@@ -91,7 +91,8 @@ def _bias_correction(
         # HIGHEST: matrix units would otherwise read bfloat16.
         return jnp.einsum("...i,...io->...o", x, w, precision=lax.Precision.HIGHEST)
 
-    # The small difference of weights first: the two large products would cancel.
+    # The small difference of weights comes first. The difference of the two large
+    # products would lose most of its digits.
     shift = product(x_mean, w - w_hat)  # [..., out]
     if x_mean_quantized is None:
         return shift

@@ -1,7 +1,7 @@
-"""Scales moved between a layer and the one before it: what several methods share.
+"""Moving scales between a layer and the layer before it, for several methods.
 
-AWQ, SmoothQuant and cross-layer equalization multiply the rows of a weight by a scale
-and divide the outputs of the layer before by it. `x w = (x / s) (s w)`.
+AWQ, SmoothQuant and cross-layer equalization multiply the rows of a weight by a scale.
+They divide the outputs of the layer before by the same scale: `x w = (x / s) (s w)`.
 """
 
 from __future__ import annotations

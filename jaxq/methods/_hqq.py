@@ -4,12 +4,12 @@ Half-quadratic splitting of `min sum |w - q|^p`, p < 1. An extra matrix e takes 
 large part of the errors, and the grid is fitted to the rest by least squares in closed
 form:
 
-    u = codes of w on the grid so far, in steps     # without scale and offset
+    u = number of each code on the current grid     # without scale and offset
     d = w - (s u + o)
     e = sign(d) max(|d| - |d|^(p-1) / beta, 0)      # d and e in units of s
-    o = mean of (w - e) - s u                       # offset="min": the paper's zero
-    z = round(mean of codes - (w - e) / s)          # specs with a zero point
-    s = sum of (w - e) u / sum of u^2               # specs without offset="min"
+    o = mean(w - e - s u)                           # offset="min": the paper's zero
+    z = round(mean(codes - (w - e) / s))            # specs with a zero point
+    s = sum((w - e) u) / sum(u^2)                   # specs without offset="min"
 
 Sums and means are over a block. Blocks are arrays as `Geometry.to_blocks` arranges
 them, `[n_out, size_out, n_in, size_in]`; scales and sums are `[n_out, 1, n_in, 1]`.

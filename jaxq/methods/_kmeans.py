@@ -464,10 +464,10 @@ _Pair = tuple[jax.Array, jax.Array]
 
 
 def _running_sums(x: jax.Array) -> _Pair:
-    """Sums of all numbers up to each place along axis 1, `[blocks, n]`, as pairs.
+    """Running sums along axis 1, `[blocks, n]`, as pairs of float32 numbers.
 
-    A cluster of few numbers is the difference of two large sums, which float32 alone
-    cannot resolve.
+    The sum of a cluster is the difference of two running sums. If the cluster has few
+    numbers, this difference is too small for the precision of one float32 sum.
     """
     num_blocks, n = x.shape
     # Sums within rows of a square, then over the rows: two scans of sqrt(n) steps.

@@ -3,8 +3,8 @@
     y = dequantize(q_x q_w)  over columns below the threshold      # int8, int32 sums
         + x_O w_O            over columns that reach it            # high precision
 
-In a product of int8 codes alone, a few columns that hold most of the magnitude would
-take up the range of every row.
+If all columns were int8, a few columns with large numbers would determine the scale of
+every row. The codes of all other columns would then be close to zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OPTIONS = {"threshold": number("at least 0", least=0)}
 
 
 class LLMInt8Info(NamedTuple):
-    """Diagnostics of `llm_int8`: what calibration says of the layer's input.
+    """Diagnostics of `llm_int8`: what calibration says about the layer's input.
 
     Attributes:
       outliers: bool `[in]`, True for columns that reached the threshold.
@@ -53,7 +53,7 @@ class LLMInt8MatmulInfo(NamedTuple):
     Attributes:
       outliers: bool `[in]`, True for columns that were multiplied in high precision.
       num_outliers: int32, the number of columns that reached the threshold.
-      num_missed: int32, the number of these that stayed in int8, because
+      num_missed: int32, the number of outlier columns that stayed in int8, because
         `num_outliers=` was too small.
 
     Example:
@@ -81,8 +81,8 @@ def llm_int8(
 ) -> tuple[QTensor, LLMInt8Info]:
     """Quantizes the weight of `llm_int8_matmul`.
 
-    Every row of the weight is quantized. Which columns of the input are outliers is
-    known only when there is an input.
+    Every row of the weight is quantized, because the outlier columns are only known
+    when there is an input.
 
     Args:
       w: float `[in, out]`, or a stack of such matrices with axes in front.
@@ -148,7 +148,7 @@ def llm_int8_matmul(
     keep: jax.typing.ArrayLike | None = None,
     activation: str | QuantSpec | None = None,
 ) -> tuple[jax.Array, LLMInt8MatmulInfo]:
-    """Computes `x @ w`, with the columns of x that have an outlier in high precision.
+    """Computes `x @ w`. Columns of x with an outlier stay in high precision.
 
     A column is an outlier if `max_t |x_tj| >= threshold`. The other columns are
     quantized with one scale for each row, computed without the outliers. Their codes
@@ -160,11 +160,11 @@ def llm_int8_matmul(
     layers. This function also says which columns were outliers, and has two settings
     that layers do not have:
 
-    - `num_outliers=k`. Which columns are outliers depends on the data, but compiled
-      shapes cannot. So by default a mask cuts x in two, and both products have all
-      columns. With `num_outliers=k`, the k columns of largest magnitude are gathered,
-      and the product in high precision has only k columns. Further outliers stay in
-      int8; `info.num_missed` counts them.
+    - `num_outliers=k`. The set of outlier columns depends on the data, but compiled
+      shapes must not depend on the data. So by default a mask splits x into two arrays,
+      and both products have all columns. With `num_outliers=k`, the k columns of
+      largest magnitude are gathered, and the product in high precision has only k
+      columns. Further outliers stay in int8; `info.num_missed` counts them.
     - `keep=`, the weight before rounding, for the product in high precision.
 
     Args:
@@ -180,8 +180,8 @@ def llm_int8_matmul(
         attached to the QTensor, or "int8".
 
     Returns:
-      `(y, info)`: `[..., out]` in the dtype that x and w promote to, both products
-      added in float32; and an `LLMInt8MatmulInfo`.
+      `(y, info)`: `[..., out]` in the dtype that x and w promote to, and an
+      `LLMInt8MatmulInfo`. The two products are added in float32.
 
     Raises:
       TypeError: x is not a float array.
@@ -272,7 +272,7 @@ def _check_operands(
 
 
 def _only(columns: jax.Array, x: jax.Array) -> jax.Array:
-    """The columns of x for which bool `[in]` is True; 0 in the others."""
+    """x with 0 in the columns for which the mask, bool `[in]`, is False."""
     mask = columns.reshape((1,) * (x.ndim - 1) + columns.shape)
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 

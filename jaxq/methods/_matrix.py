@@ -1,7 +1,7 @@
-"""Checks of the arrays that methods take, and how methods work on stacks of matrices.
+"""Checks of the arguments of methods, and a map of a method over stacks of matrices.
 
-A weight is `[in, out]`; a stack of weights has further axes in front. Statistics are of
-the layer's inputs.
+A weight is `[in, out]`. A stack of weights has further axes in front. Statistics
+describe the layer's inputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def as_weight(w: jax.typing.ArrayLike, caller: str, name: str = "w") -> jax.Arra
     Raises:
       TypeError: `w` is not float32, bfloat16 or float16.
       ValueError: `w` has fewer than two axes or no elements, or (outside jit) a number
-        that is not finite.
+        is not finite.
     """
     # The dtype is read first, since jnp.asarray turns float64 into float32.
     dtype = np.dtype(getattr(w, "dtype", None) or np.asarray(w).dtype)
@@ -67,15 +67,15 @@ def as_statistic(
 
     Args:
       x: the statistic, with the leading axes of `w` or without them.
-      name: what errors call it.
+      name: what errors call the statistic.
       caller: what errors begin with.
       shape: the shape for one matrix; None allows any size.
-      meaning: what it is, for errors: "inputs [tokens, in]".
+      meaning: the meaning of the statistic, for errors: "inputs [tokens, in]".
       w: the weight `[..., in, out]`.
 
     Raises:
       TypeError: `x` is not a float array.
-      ValueError: `x` has another shape, or (outside jit) a number that is not finite.
+      ValueError: `x` has another shape, or (outside jit) a number is not finite.
     """
     dtype = np.dtype(getattr(x, "dtype", None) or np.asarray(x).dtype)
     if not jnp.issubdtype(dtype, jnp.floating):

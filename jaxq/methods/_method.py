@@ -1,7 +1,7 @@
 """The record of a post-training method, as recipes and models see it.
 
-A method's file holds its function and one `Method`. Everything else in jaxq asks the
-record. No other file compares a method's name with a string.
+A method's file has its function and one `Method` record. Everything else in jaxq reads
+the record. No other file compares a method's name with a string.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Folding:
     Attributes:
       find: `(source, weights, stats, spec, options) -> scale [in]`. `source` is the
         weight of the linear layer before the group, or None behind a norm. `weights`
-        are the weights `[in, out]` that read one input. `stats` are of that input; None
-        if there are none and the method needs none.
+        are the weights `[in, out]` that read one input. `stats` are the statistics of
+        that input, or None if there are none and the method needs none.
       why_not: `(source, weights) -> str`: why no scale can be moved here; empty if one
         can.
       judges_source: True if the layer before is judged too, because the scales change
@@ -104,10 +104,10 @@ class Method:
       solve: `(w, stats, spec, *, key, **options) -> Solution`: quantizes one weight, or
         a stack of weights. `w` is float `[..., in, out]` and finite. `stats` are a
         `jaxq.observers.LayerStats` of the layer's inputs with the axes of the stack in
-        front, or None; the fields that `needs` names are there. `spec` is a `QuantSpec`
-        that `why_not` did not refuse, `key` a PRNG key, and `options` are those of the
-        rule, checked. None: the weight is rounded to nearest, after `folding` moved its
-        scales.
+        front, or None. They have the fields that `needs` names. `spec` is a `QuantSpec`
+        that `why_not` allows. `key` is a PRNG key. `options` are the checked options of
+        the rule. If `solve` is None, the weight is rounded to nearest, after `folding`
+        moved its scales.
       options: the options that a `Rule` may set, with their checks.
       check: `(options) -> str`: what is wrong with a combination of options; empty if
         it is valid. None: every combination is valid.
@@ -117,8 +117,8 @@ class Method:
         "absmax". Empty for a method that works without data.
       needs_with: `(options) -> fields`: further fields that some options require. None
         if no option does.
-      granularity: `(spec, options) -> Granularity` of the result. None if it is that of
-        the spec.
+      granularity: `(spec, options) -> Granularity` of the result. None if the result
+        has the granularity of the spec.
       folding: how the method moves scales into the layer before; None if it does not.
       judged: True if the result is compared with rounding to nearest on held-out
         inputs.

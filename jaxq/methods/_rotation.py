@@ -204,7 +204,7 @@ def rotate_out(
 def _times_signs(
     w: jax.Array, signs: jax.typing.ArrayLike | None, axis: int, caller: str
 ) -> jax.Array:
-    """Multiplies w by signs along an axis, given as a negative number."""
+    """Multiplies w by signs along an axis. `axis` is negative."""
     if signs is None:
         return w
     signs = jnp.asarray(signs)

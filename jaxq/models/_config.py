@@ -395,8 +395,8 @@ def _read_rope(
 ) -> tuple[RopeScaling, float]:
     """The scaling and the base of the rotary frequencies.
 
-    Older configs have `rope_scaling` beside `rope_theta`. Newer configs have all in
-    `rope_parameters`.
+    Older configs have the two keys `rope_scaling` and `rope_theta`. Newer configs have
+    one key `rope_parameters` for both.
     """
     groups = [key for key in _OBJECT.keys if config.get(key)]
     rope: dict[str, Any] = {}

@@ -31,10 +31,10 @@ def with_outliers(
     """A copy of a model with outlier channels and the same logits.
 
     Large models develop such channels in training. In the same few channels of every
-    layer, the inputs of the linears become `strength` times larger, and the rows that
-    read them become as much smaller. Per-token quantization of activations and
-    per-group quantization of weights then fail, as SmoothQuant, AWQ, LLM.int8() and
-    rotations assume.
+    layer, the inputs of the linears become `strength` times larger. The rows that read
+    these inputs become smaller by the same factor. Then per-token quantization of
+    activations and per-group quantization of weights have large errors. SmoothQuant,
+    AWQ, LLM.int8() and rotations are made for such models.
 
     Args:
       model: a float `Llama`. It is not changed.
@@ -69,7 +69,9 @@ def with_outliers(
     """
     index = _channel_index(model.config.hidden_size, channels, key)
     if not (strength > 0 and np.isfinite(strength)):
-        raise ValueError(f"with_outliers: strength must be positive, got {strength}.")
+        raise ValueError(
+            f"with_outliers: strength must be positive and finite, got {strength}."
+        )
     unknown = sorted(set(kinds) - set(_KINDS))
     if unknown:
         raise ValueError(
@@ -106,5 +108,8 @@ def _channel_index(
 
 
 def _inside_a_layer(group: NormGroup) -> bool:
-    """Neither the head's group nor that of v_proj, whose outputs are per key head."""
+    """True for a group that is neither the head's nor v_proj's.
+
+    The outputs of v_proj are per key head.
+    """
     return group.source != "norm" and not group.source.endswith("v_proj")

@@ -1,4 +1,4 @@
-"""The float parameters of a model, to be read and changed by path."""
+"""Reading and changing the float parameters of a model by path."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SEPARATOR = "/"
 
 
 class Parameters:
-    """The float parameters of a model by (path of the module, name).
+    """The float parameters of a model. A key is (path of the module, name).
 
     Reading gives float32. Writing casts back to the dtype of the parameter. `merged`
     makes a model of the changed parameters.
 
     Args:
       model: an nnx module. It is not changed.
-      caller: how errors begin.
+      caller: what errors begin with.
 
     Raises:
       ValueError: a parameter does not hold floats.

@@ -2,12 +2,12 @@
 
 The residual stream is multiplied by an orthogonal matrix Q. An RMSNorm without a gain
 commutes with rotations: `norm(x Q) = norm(x) Q`. So the gains are first folded into the
-linears behind them. Then the embedding and every linear that writes into the stream are
-multiplied by Q, and every linear that reads the stream by the transpose of Q. A channel
-of the stream that was much larger than the others is spread over all channels.
+linears that read the norms. Then the embedding and every linear that writes into the
+stream are multiplied by Q. Every linear that reads the stream is multiplied by the
+transpose of Q. This spreads an outlier channel of the stream over all channels.
 
-Two linear places between reading and writing can be rotated as well: the values of each
-head, and the inputs of down_proj while the model runs.
+Two other arrays inside a layer can be rotated as well: the values of each head, and the
+inputs of down_proj. The inputs of down_proj are rotated while the model runs.
 
 References:
     Ashkboos et al., QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs, 2024,
@@ -108,7 +108,7 @@ def rotate_by(
     orthogonal: Callable[[int], jax.Array],
     online: Callable[[jax.Array], jax.Array],
 ) -> Llama:
-    """A rotated copy, as `Recipe(rotate=True)` wants it: see `nn.register_rotation`.
+    """A rotated copy, for `Recipe(rotate=True)`: see `jaxq.nn.register_rotation`.
 
     The stream, the values of the heads and the inputs of down_proj are rotated.
 
@@ -123,7 +123,7 @@ def rotate_by(
 
 
 def _rotate_readers(model: Llama, params: Parameters, q: jax.Array) -> None:
-    """Linears behind a norm: `W -> Q^T diag(g) W`, and the gain g -> 1."""
+    """Rotates the linears that read a norm: `W -> Q^T diag(g) W`, and g -> 1."""
     for group in all_groups(model):
         if group.kind != "norm":
             continue
@@ -141,7 +141,7 @@ def _rotate_writers(
     per_head: jax.Array | None,
     inner: jax.Array | None,
 ) -> None:
-    """o_proj and down_proj: `W -> W Q`, and the rotations of their own inputs."""
+    """Rotates o_proj and down_proj: `W -> W Q`. Also rotates their own inputs."""
     for group in all_groups(model):
         if group.kind != "linear":
             continue

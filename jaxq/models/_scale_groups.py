@@ -2,8 +2,9 @@
 
 In `norm -> linears` the gain of the norm can be divided by s if the rows of the linears
 are multiplied by s. In `v_proj -> o_proj` and `up_proj -> down_proj` the columns of the
-first linear take the place of the gain. This is possible because what lies between them
-(the average of attention, the gate) passes a scale of one channel through.
+first linear are divided instead of a gain. This is possible because a scale of one
+channel passes unchanged through the functions between the two linears (the average of
+attention, the gate).
 
 SmoothQuant and AWQ move scales in this way. The opposite direction makes outlier
 channels: see `_outliers.py`.
@@ -79,7 +80,7 @@ def norm_groups(model: Llama) -> list[NormGroup]:
 
 
 def all_groups(model: Llama) -> list[NormGroup]:
-    """The groups of a model, also those in which no scale can move."""
+    """All groups of a model, including those in which no scale can move."""
     config = model.config
     if config.scan_layers:
         layers = ["layers"]
@@ -103,15 +104,15 @@ def all_groups(model: Llama) -> list[NormGroup]:
 
 
 def fold_scales(model: Llama, scales: Mapping[str, jax.typing.ArrayLike]) -> Llama:
-    """A copy of a model with moved scales: sources divided, rows of targets multiplied.
+    """A copy of a model that divides sources by scales and multiplies rows of targets.
 
-    What the model computes stays the same up to rounding. It stays the same to the bit
+    The outputs of the model stay the same up to rounding. They stay the same to the bit
     if all scales are powers of two and no number leaves the range of its dtype.
 
     Args:
       model: a float `Llama`. It is not changed.
-      scales: by the source of a group of `norm_groups`: float `[n]` with n outputs of
-        the source (`[layers, n]` for stacked layers), finite and not zero.
+      scales: from the source of a group of `norm_groups` to its scale: float `[n]` with
+        n outputs of the source (`[layers, n]` for stacked layers), finite and not zero.
 
     Returns:
       The new model.
@@ -205,15 +206,15 @@ def smooth(
       rule: `(absmax [in], [weights [in, out_i]]) -> scale [in]`, or a tuple that begins
         with the scale: for example
         `functools.partial(jaxq.methods.smoothquant, alpha=0.5)`.
-      groups: the groups to smooth. None takes all groups behind norms, without
-        the head's.
+      groups: the groups to smooth. None takes all groups whose source is a norm, except
+        that of the head.
 
     Returns:
       The new model.
 
     Raises:
-      ValueError: `absmax` has no linear of a group, or an entry of another shape; and
-        what `fold_scales` raises.
+      ValueError: `absmax` has no linear of a group, or an entry has another shape; or
+        `fold_scales` raises.
 
     Example:
       >>> from flax import nnx
@@ -285,7 +286,7 @@ def _repeat_for_query_heads(scale: jax.Array, model: Llama) -> jax.Array:
 def _seen_from_key_heads(
     magnitudes: jax.Array, weights: list[jax.Array], model: Llama
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Inputs of o_proj regrouped by the channels of v_proj.
+    """Inputs of o_proj, grouped by the channels of v_proj.
 
     Magnitudes `[..., m g h]` become `[..., m h]`: the largest of the g query heads.
     Weights `[..., m g h, out]` become `[..., m h, g out]`.

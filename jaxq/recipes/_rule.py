@@ -316,7 +316,7 @@ class Rule:
 
 
 def _as_axes(axes: Any, name: str) -> tuple[int, ...]:
-    """Axes as a tuple of different integers; errors call them `name`."""
+    """Axes as a tuple of different integers. `name` is their name in errors."""
     values = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
     for value in values:
         if not hasattr(value, "__index__") or isinstance(value, bool):
@@ -331,7 +331,7 @@ def _as_axes(axes: Any, name: str) -> tuple[int, ...]:
 
 
 def _as_observer(observer: Any, caller: str) -> Any:
-    """The observer for an observer, its name, or the dict of its `to_dict`."""
+    """Converts a name or a dict of `to_dict` to an observer, and checks an observer."""
     from jaxq import observers  # most rules name no observer
 
     if isinstance(observer, str):
