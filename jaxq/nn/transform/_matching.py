@@ -50,7 +50,11 @@ def matched_slots(
     """
     inventory = adapter.inventory()
     slots = [_planned(slot, adapter, has_data, options) for slot in inventory.slots]
-    problems = [f"  {slot.label}: {slot.problem}" for slot in slots if slot.problem]
+    problems = [
+        f"  {slot.label}: {slot.problem}"
+        for slot in slots
+        if slot.chosen and slot.problem
+    ]
     problems += adapter.problems(slots)
     if problems:
         raise ValueError(
