@@ -174,7 +174,7 @@ def test_stochastic_rounding_passes_its_key_and_gradient():
 
 
 def test_a_non_finite_number_makes_its_block_nan():
-    x = normal(*SHAPE, seed=9)
+    x = np.array(normal(*SHAPE, seed=9))
     x[3, 2] = np.nan
     fake = np.asarray(jaxq.fake_quant(x, "int8"))
     assert np.isnan(fake[:, 2]).all()
