@@ -39,8 +39,8 @@ class Precision:
       rounding: "nearest_even", "nearest_away" or "toward_zero". It is static.
 
     Raises:
-      ValueError: `overflow` or `rounding` is not one of these words, or a number of
-        bits is an int that is out of range.
+      ValueError: `overflow` or `rounding` is not one of the strings above, or a number
+        of bits is an int that is out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq

@@ -1,7 +1,7 @@
 """Formats given by a table of numbers, and functions that compute the known tables.
 
-The tables are NormalFloat, AbnormalFloat, the dynamic maps, powers of two, and any
-table of a user.
+The known tables are NormalFloat, AbnormalFloat, the dynamic maps and powers of two.
+Users can give tables of their own.
 """
 
 from __future__ import annotations

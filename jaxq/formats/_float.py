@@ -209,7 +209,10 @@ class FloatFormat(Format):
     def _rounded_code(
         self, magnitude: jax.Array, rounding: str, key: jax.Array | None
     ) -> jax.Array:
-        """Rounds float32 patterns without sign to codes without sign and upper end."""
+        """Rounds float32 patterns without sign to codes without sign.
+
+        The caller handles codes above the largest finite number.
+        """
         m, bias = self.num_mantissa_bits, self._bias
         biased = (magnitude >> 23).astype(jnp.int32)
         implicit = jnp.where(biased > 0, np.uint32(1 << 23), np.uint32(0))

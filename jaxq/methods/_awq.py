@@ -105,14 +105,15 @@ def awq(
 ) -> tuple[QTensor, AWQInfo]:
     """Quantizes `w * s` with the scales s of `awq_scale`, and clips all ranges.
 
-    `x w = (x / s) (s w)`. The caller divides by `info.scale` in the layer before: a
-    norm's gain, or the output channels of a linear layer (`fold_scale_into_previous`).
+    `x w = (x / s) (s w)`. The caller divides the outputs of the layer before by
+    `info.scale`: the gain of a norm, or the output channels of a linear layer
+    (`fold_scale_into_previous`).
     Linear layers that share their input share their scales: use `awq_scale` for all of
     them and `clip` for each.
 
     Ranges are clipped to `A (1 - k / 20)`, k = 0 .. 9 (`clip` with x), if this makes
-    the whole output better. So the output on the tokens used is never worse than that
-    of rounding to nearest.
+    the error of the whole output smaller. So on the tokens used, the error is never
+    larger than that of rounding to nearest.
 
     Args:
       w: float `[in, out]`, or a stack of such matrices with axes in front.
@@ -187,19 +188,19 @@ def awq_scale(
       x: float `[..., in]`, the inputs (for a stack: `[tokens, in]`, or stacked like the
         weights).
       spec: preset name or `QuantSpec`.
-      loss: function from a tuple of candidate weights `[in, out_i]` to a scalar to be
-        made small, for example the error of a whole block. The candidates are float32,
+      loss: function from a tuple of candidate weights `[in, out_i]` to a scalar that is
+        minimized, for example the error of a whole block. The candidates are float32,
         in the scale of the original weights. None takes the mean squared error of all
         outputs.
-      duo: scales depend on the weights too.
+      duo: True makes the scales depend on the weights too.
       num: at least 1, how many exponents are tried.
-      max_tokens: at least 1. At most this number of tokens is used for the loss, taken
-        at even distances. The means a are over all tokens.
+      max_tokens: at least 1. The loss uses at most this number of tokens, which are
+        evenly spaced. The means a are over all tokens.
 
     Returns:
       `(s, info)`: float32 `[in]`, and an `AWQScaleInfo`, with the axes of a stack in
       front. Multiply the rows of every weight by s (`fold_scale_into_next`), and divide
-      by it in the layer before (`fold_scale_into_previous`).
+      the outputs of the layer before by s (`fold_scale_into_previous`).
 
     Raises:
       TypeError: an argument is not a float array.

@@ -374,7 +374,7 @@ def _least_error(
 
 
 def _shrink(whole: _Range, factor: jax.Array, spec: QuantSpec) -> _Range:
-    """A smaller range with the same center: its middle for offset="min", else 0."""
+    """The range scaled by `factor` about 0, or about its middle for offset="min"."""
     if spec.offset != "min":
         return _Range(whole.low * factor, whole.high * factor)
     # Halves first: the sum and the difference of the ends may overflow.

@@ -28,8 +28,10 @@ class EqualizeInfo(NamedTuple):
 
     Attributes:
       scale: the numbers by which the outputs of the first layer were divided.
-      range1: largest magnitude of each output channel of the first layer, before.
-      range2: largest magnitude of each input channel of the second layer, before.
+      range1: largest magnitude of each output channel of the first layer, before it was
+        rescaled.
+      range2: largest magnitude of each input channel of the second layer, before it was
+        rescaled.
 
     Example:
       >>> import jax.numpy as jnp

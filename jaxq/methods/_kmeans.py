@@ -359,7 +359,7 @@ def _sorted(x: jax.Array, inside: jax.Array) -> _Bins:
 def _histogram(
     x: jax.Array, inside: jax.Array, low: jax.Array, unit: jax.Array
 ) -> _Bins:
-    """Bins of equal width from `low` to `low + 2 unit`, each with its mean number."""
+    """Bins of equal width from `low` to `low + 2 unit`, with the mean of each bin."""
     num_blocks = x.shape[0]
     share = (x - low[:, None]) / unit * np.float32(_NUM_BINS / 2)  # 0 to _NUM_BINS
     place = jnp.clip(share.astype(jnp.int32), 0, _NUM_BINS - 1)

@@ -1,7 +1,7 @@
 """SmoothQuant: moves outliers from the activations into the weights.
 
-Input channels of a layer differ widely in magnitude; the rows of its weight hardly do.
-A scale `s [in]` for each channel evens this out: `x w = (x / s) (s w)`.
+The input channels of a layer differ widely in magnitude. The rows of its weight differ
+little. A scale `s [in]` for each channel balances the two: `x w = (x / s) (s w)`.
 """
 
 from __future__ import annotations
