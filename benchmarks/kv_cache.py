@@ -1,8 +1,8 @@
 """What a quantized KV cache costs a trained language model, and what it saves.
 
 The model is examples/tiny_llama, and perplexity is that of examples/heldout.txt. Every
-token is decoded through the cache under jit, in 16 windows of 512 tokens. The model was
-trained on half as many tokens, so most of the past is quantized.
+token is decoded through the cache under jit, in 16 windows of 512 tokens. The windows
+are twice as long as the model's training context, so most of the past is quantized.
 
 "group" is the number of tokens that share the scales of a channel of keys. "residual"
 is the number of newest tokens in full precision. Memory is that of all leaves at 2048

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -309,10 +309,7 @@ def _weight_files(path: Path) -> dict[str, str]:
             return dict.fromkeys(file.keys(), _SINGLE)
     index = _read_json(path / _INDEX)
     files = index.get("weight_map") if isinstance(index, dict) else None
-    is_map = isinstance(files, dict) and all(
-        isinstance(file_name, str) for file_name in files.values()
-    )
-    if not is_map:
+    if not isinstance(files, dict) or not _are_names(files.values()):
         raise ValueError(
             f"jaxq.models.load: {path / _INDEX} is damaged: it has no weight_map that "
             "names the file of each tensor."
@@ -320,6 +317,10 @@ def _weight_files(path: Path) -> dict[str, str]:
     for file_name in sorted(set(files.values())):
         _require_file(path, file_name)
     return dict(files)
+
+
+def _are_names(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 @contextlib.contextmanager
