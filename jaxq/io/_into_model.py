@@ -1,7 +1,7 @@
-"""A float model becomes the (quantized) model of a file.
+"""Fills a copy of a float model with the arrays of a file.
 
-First every parameter of the model is compared with the file, and all problems are
-raised together. Then a copy of the model takes the file's arrays.
+First every parameter of the model is compared with the file. One error names all
+problems. Then the arrays of the file are put into a copy of the model.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ from jaxq.qtensor import QTensor
 def into_model(
     model: Any, values: dict[str, Any], path: Path, transforms: dict[str, str] | None
 ) -> Any:
-    """A copy of a model with the arrays of a file; layers become quantized layers.
+    """A copy of a model with the arrays of a file.
+
+    A layer becomes a quantized layer if its weight is quantized in the file.
 
     Args:
       model: an nnx module. It is not changed.
       values: arrays and QTensors of the file by path.
       path: the file, for errors.
-      transforms: the run-time transforms of layer inputs in the saved model, by path;
-        None if the file does not say.
+      transforms: the run-time transforms of layer inputs in the saved model, by path.
+        None if the file does not name them.
 
     Raises:
       TypeError: `model` is not an nnx module.
@@ -68,8 +70,8 @@ def into_model(
     return copy
 
 
-# Layer and layer kind by the id of the weight's Variable; layers can share one
-# Variable.
+# The layers of each weight, with their layer kinds. The key is the id of the weight's
+# Variable. Layers can share one Variable.
 _Layers = dict[int, list[tuple[Any, Any]]]
 
 
@@ -92,7 +94,7 @@ def _name_problems(variables: dict[str, Any], values: dict[str, Any]) -> list[st
 
 
 def _transform_problems(model: Any, saved: dict[str, str] | None) -> list[str]:
-    """Layers whose inputs are transformed in only one of model and file."""
+    """Layers whose inputs the model transforms in another way than the file says."""
     own = input_transforms_of(model) or {}
     if saved is None:
         return []
@@ -101,8 +103,8 @@ def _transform_problems(model: Any, saved: dict[str, str] | None) -> list[str]:
         in_model, in_file = own.get(name, "nothing"), saved.get(name, "nothing")
         if in_model != in_file:
             problems.append(
-                f"{name}: its inputs go through {in_model} in the model, through "
-                f"{in_file} in the file. Pass a model that "
+                f"{name}: its inputs go through {in_model} in the model and "
+                f"through {in_file} in the file. Pass a model that "
                 "jaxq.models.rotate(..., online=...) made in the same way"
             )
     return problems
@@ -118,7 +120,7 @@ def _value_problems(
             continue
         variable = variables[name]
         current = value_of(variable)
-        if not _takes(current, value):
+        if not _fits(current, value):
             problems.append(
                 f"{name}: {_text(current)} in the model, {_text(value)} in the file"
             )
@@ -128,8 +130,8 @@ def _value_problems(
     return problems
 
 
-def _takes(current: Any, value: Any) -> bool:
-    """Whether a parameter of the model can take the value of the file."""
+def _fits(current: Any, value: Any) -> bool:
+    """Whether the value of the file can replace the value of the model."""
     if isinstance(current, QTensor):
         same_kind = isinstance(value, QTensor)
         return same_kind and _description(current) == _description(value)
@@ -139,7 +141,7 @@ def _takes(current: Any, value: Any) -> bool:
 
 
 def _description(qt: QTensor) -> tuple:
-    """All that must be equal in two QTensors that fit; the packing order may differ."""
+    """What must be equal for one QTensor to replace another. The packing may differ."""
     geometry = dataclasses.replace(qt.meta.geometry, multiple=1)
     spec = qt.spec.replace(packing=None)
     meta = qt.meta
@@ -147,7 +149,7 @@ def _description(qt: QTensor) -> tuple:
 
 
 def _layer_problems(layers: list[tuple[Any, Any]], value: QTensor) -> list[str]:
-    """Why the layers of a float weight cannot take a quantized one."""
+    """Why the layers of a float weight cannot have a quantized weight."""
     if not layers:
         return ["quantized in the file, but not the weight of a layer that jaxq knows"]
     problems = [
@@ -158,7 +160,7 @@ def _layer_problems(layers: list[tuple[Any, Any]], value: QTensor) -> list[str]:
 
 
 def _axes_problem(layer: Any, kind: Any, value: QTensor) -> str | None:
-    """Why the axes of a quantized weight are not those of the layer."""
+    """Why the axes of a quantized weight do not fit the layer; None if they fit."""
     try:
         contracting, batch = weight_axes(layer, kind)
     except ValueError as error:
@@ -170,7 +172,7 @@ def _axes_problem(layer: Any, kind: Any, value: QTensor) -> str | None:
 
 
 def _text(value: Any) -> str:
-    """Dtype and shape of a value, as errors show it. Values of equal text fit."""
+    """Dtype and shape of a value, for errors. Values with equal texts can fit."""
     if isinstance(value, QTensor):
         return f"{value!r} of {value.spec.granularity}"
     if hasattr(value, "dtype"):
@@ -183,7 +185,7 @@ def _text(value: Any) -> str:
 def _put_variables(
     model: Any, variables: dict[str, Any], values: dict[str, Any], layers: _Layers
 ) -> None:
-    """Gives the model's Variables their values; float layers get quantized weights."""
+    """Puts the values of the file into Variables and makes quantized layers."""
     replaced: dict[int, Any] = {}
     for name, value in values.items():
         variable = variables[name]
@@ -201,7 +203,10 @@ def _put_variables(
 
 
 def _put_array(node: Any, path: tuple, value: Any) -> Any:
-    """`node` with `value` at `path`. Only a tuple is copied, others change in place."""
+    """`node` with `value` at `path`.
+
+    A tuple or a dataclass is copied. Any other node changes in place.
+    """
     if not path:
         return value
     key, has_items = path[0], _has_item(node, path[0])

@@ -1,4 +1,4 @@
-"""The arrays of an nnx model by path, inside Variables or not."""
+"""All arrays of an nnx model by path, also arrays that are not in a Variable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from jaxq.qtensor import QTensor
 
 
 def parameters(model: Any) -> dict[str, Any]:
-    """The value of every array of a model or state by path; shared Variables once.
+    """The value of every array of a model or state by path.
+
+    A Variable that two modules share has one path.
 
     Raises:
       ValueError: two parameters have the same path.
@@ -23,7 +25,7 @@ def parameters(model: Any) -> dict[str, Any]:
         name = path_name(path)
         if name in values:
             raise ValueError(
-                f"save: two parameters have the path {name!r}. Rename an attribute."
+                f"save: two parameters have the path {name!r}. Rename one attribute."
             )
         values[name] = value_of(leaf)
     return values
@@ -65,8 +67,8 @@ def is_array(value: Any) -> bool:
 
 
 def input_transforms_of(model: Any) -> dict[str, str] | None:
-    """The run-time transform of each layer's inputs by path; None for a state.
+    """The name of each layer's run-time input transform by path.
 
-    A state has no layers, so it does not say how they transform their inputs.
+    None for a state, which has arrays but no layers.
     """
     return input_transforms(model) if isinstance(model, nnx.Module) else None

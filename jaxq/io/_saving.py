@@ -13,15 +13,17 @@ from jaxq.serialization import Contents, read_contents, write_contents
 def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes a model or a tree to one safetensors file.
 
-    A crash leaves the old file whole. Every array of a model is saved, inside a
-    Variable or not. The model's class makes everything else.
+    If the write fails, an old file of this name stays as it was. Every array of a
+    model is saved, also an array that is not in a Variable. Nothing else of a model is
+    saved. To get a model back, give `load` a model of the same class.
 
     Args:
       path: the file to write. Its folder must exist. If the path is a symbolic link,
         the link is replaced, and the file that it pointed to is unchanged.
-      tree: a flax nnx module or its `nnx.state`; or dicts with string keys, lists and
-        tuples of arrays, QTensors, Python numbers, strings and None. A named tuple,
-        such as the statistics of `jaxq.nn.calibrate`, is read back as a dict.
+      tree: a model or a tree. A model is a flax nnx module or its `nnx.state`. A tree
+        has dicts with string keys, lists and tuples of arrays, QTensors, Python
+        numbers, strings and None. `load` returns a named tuple, such as the statistics
+        of `jaxq.nn.calibrate`, as a dict.
 
     Raises:
       TypeError: the tree holds a value that cannot be saved. The error names its path.
@@ -56,12 +58,12 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      TypeError: `into` is not a flax nnx module.
+      TypeError: `into` is not a flax nnx module and not None.
       ValueError: the file was not written by jaxq.save, or has another format version,
         or is damaged.
       ValueError: the file does not fit `into`. The error names every parameter that is
-        missing, superfluous or of another shape, and every layer whose inputs are
-        transformed in only one of the two.
+        missing, unexpected or of another shape. It also names every layer whose inputs
+        are transformed in another way in the model than in the file.
 
     Example:
       >>> import os, tempfile, jaxq
@@ -77,7 +79,8 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
     transforms = contents.notes.get("transforms")
     if not isinstance(contents.notes.get("transforms", {}), dict):
         raise ValueError(
-            f"load: the metadata of {path} is damaged: transforms are {transforms!r}."
+            f"load: the metadata of {path} is damaged: transforms must be a dict, got "
+            f"{transforms!r}. Save the file again."
         )
     if into is None:
         return contents.value
@@ -91,7 +94,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
 
 
 def _is_model(value: Any) -> bool:
-    """Whether `value` is an nnx module or state. Saving a tree does not import Flax."""
+    """Whether `value` is an nnx module or state. This does not import Flax."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(value, nnx.Module | nnx.State)
 

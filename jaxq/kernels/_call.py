@@ -50,9 +50,9 @@ def with_leaves(call: Call, rows: Rows) -> tuple[Call, list[Any]]:
 
 
 def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
-    """Returns the product as kernels see it, or the reason why no kernel knows it.
+    """Returns the product as kernels see it, or the reason why no kernel computes it.
 
-    Only shapes and dtypes are used, so arrays and abstract values both serve.
+    Only shapes and dtypes are read, so the arguments may be abstract values.
 
     Args:
       call: static facts of the product.
@@ -83,7 +83,7 @@ def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
 
 
 def _why_no_problem(call: Call, x: Any, leaves: Sequence[Any]) -> str | None:
-    """Returns why `Problem` cannot state the product, or None if it can."""
+    """Returns why no kernel computes the product, or None if `Problem` describes it."""
     meta, rows, name = call.meta, call.rows(leaves), call.meta.fmt.name
     if call.transposed:
         return "kept axes of the weight are contracted"
@@ -105,8 +105,8 @@ def _why_no_problem(call: Call, x: Any, leaves: Sequence[Any]) -> str | None:
         group, unit = _group_size(meta, rows), meta.unit
         if unit is None or group % unit:
             return (
-                f"codes are packed in units of {unit or meta.padded_k}, and scales "
-                f"change every {group} codes"
+                f"codes are packed in units of {unit or meta.padded_k}, and each group "
+                f"of {group} codes has its own scale; a unit must have one scale"
             )
     if x.dtype.name == "int8" and not integer:
         return f"int8 activations cannot be multiplied with {name} codes"
@@ -114,7 +114,7 @@ def _why_no_problem(call: Call, x: Any, leaves: Sequence[Any]) -> str | None:
 
 
 def _why_no_int32_sum(meta: RowMeta, rows: Rows) -> str | None:
-    """Returns why int32 may not hold the sum of a group with int8 x, or None."""
+    """Returns why sums with int8 x can overflow int32, or None if they cannot."""
     longest = largest_exact_length(
         int8_meta(meta.k), True, meta, rows.zero_point is None
     )
@@ -122,12 +122,12 @@ def _why_no_int32_sum(meta: RowMeta, rows: Rows) -> str | None:
     if length <= longest:
         return None
     return (
-        f"int32 surely holds {longest} products of {meta.fmt.name} codes and int8 x, "
-        f"and a sum has {length}"
+        f"int32 can sum {longest} products of {meta.fmt.name} codes and int8 x without "
+        f"overflow, and a sum has {length}"
     )
 
 
 def _group_size(meta: RowMeta, rows: Rows) -> int:
-    """Number of codes that share a scale, 0 if the scale is empty."""
+    """Number of codes that share a scale. It is 0 if scale has no entries."""
     groups = num_groups(rows)
     return meta.padded_k // groups if groups else 0

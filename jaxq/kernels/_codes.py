@@ -32,14 +32,14 @@ _NATIVE_FLOATS = (
 
 
 def is_native_float(fmt: formats.Format) -> bool:
-    """Returns True for the float8 formats that XLA itself multiplies."""
+    """Returns True for the float8 formats that XLA multiplies without decoding."""
     return fmt.name in _NATIVE_FLOATS
 
 
 def largest_exact_length(
     a: RowMeta, a_symmetric: bool, b: RowMeta, b_symmetric: bool
 ) -> int:
-    """Returns how many products of integer codes int32 can sum in every case.
+    """Returns how many products of integer codes int32 can sum without overflow.
 
     Args:
       a: static facts of one operand.
@@ -68,9 +68,9 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
       b_meta: static facts of b.
 
     Returns:
-      float32 `[m, n]` if a has scales. If neither operand has scales: the sums of the
-      codes, int32 for integer codes and float32 for float8. The caller checks that
-      int32 holds sums of k products (`largest_exact_length`).
+      float32 `[m, n]` if a has scales. If neither operand has scales, the sums of the
+      codes: int32 for integer codes and float32 for float8. The caller checks that sums
+      of k products do not overflow int32 (`largest_exact_length`).
     """
     m, n = a.data.shape[0], b.data.shape[0]
     sums_of_codes = a.scale is None and not is_native_float(a_meta.fmt)
@@ -81,8 +81,8 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
     if a.scale is not None and b.scale is not None:
         groups = max(a.scale.shape[-1], b.scale.shape[-1])
     if groups > 1:
-        # Whole groups, as the operand with several groups stores them. The padding of
-        # the other operand is cut or filled up to this length.
+        # The length of all groups, as the operand with several groups stores them. The
+        # other operand is cut or padded to this length.
         length = (a_meta if a.scale.shape[-1] > 1 else b_meta).padded_k
     a_groups = _grouped(a, a_meta, groups, length)
 
@@ -98,8 +98,8 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
         at = (jnp.zeros_like(start), start)
         return lax.dynamic_update_slice(y, product(b_rows), at)
 
-    # A row of b costs its codes, which platforms without float8 units widen, and a
-    # partial sum for each group.
+    # A row of b needs memory for its codes and for a partial sum of each group.
+    # Platforms without float8 units widen the codes to 4 bytes.
     row_bytes = max(4 * b_meta.padded_k, 8 * groups * m)
     return for_blocks(b, b_meta, write, jnp.zeros((m, n), dtype), row_bytes=row_bytes)
 
@@ -119,7 +119,7 @@ class _Groups(NamedTuple):
 
 
 def _grouped(rows: Rows, meta: RowMeta, groups: int, length: int) -> _Groups:
-    """Cuts the rows into groups of equal length. Padding decodes to zero."""
+    """Cuts the rows into groups of equal length. Codes of padding decode to zero."""
     codes = unpack_codes(rows, meta)
     if is_native_float(meta.fmt):
         codes = lax.bitcast_convert_type(codes, jnp.dtype(meta.fmt.name))
@@ -128,7 +128,7 @@ def _grouped(rows: Rows, meta: RowMeta, groups: int, length: int) -> _Groups:
     if padding:
         codes = jnp.pad(codes, ((0, 0), (0, padding)))
         if rows.zero_point is not None:
-            # With a zero point the code that decodes to zero is the zero point.
+            # If there is a zero point, the code that decodes to zero is the zero point.
             is_code = jnp.arange(length) < length - padding
             codes = jnp.where(is_code, codes, rows.zero_point[:, -1:])
     zero_point = None if rows.zero_point is None else rows.zero_point.astype(jnp.int32)
@@ -147,7 +147,7 @@ def _groups_product(
             a_meta, a.zero_point is None, b_meta, b.zero_point is None
         )
     if a.scale is None or b.scale is None:
-        assert chunk >= size, "callers check what int32 holds"
+        assert chunk >= size, "callers check that int32 does not overflow"
         return _group_sums(a.codes, b.codes, a.zero_point, b.zero_point)[0]
     total = jnp.zeros((), jnp.float32)
     # One pass, unless a group has more products than int32 can sum.
@@ -169,7 +169,7 @@ def _group_sums(
     a_zero: jax.Array | None,
     b_zero: jax.Array | None,
 ) -> jax.Array:
-    """`sum_s (a - a_zero)(b - b_zero)` for each group.
+    """Computes `sum_s (a - a_zero)(b - b_zero)` for each group.
 
     Args:
       a: codes `[m, g, s]`.
@@ -183,7 +183,7 @@ def _group_sums(
     m, groups, size = a.shape
     is_integer = jnp.issubdtype(a.dtype, jnp.integer)
     accumulate = jnp.int32 if is_integer else jnp.float32
-    # XLA:CPU is slow with a single row, so it gets a second one.
+    # XLA:CPU is slow with a single row, so a second row is added.
     wide = jnp.pad(a, ((0, 1), (0, 0), (0, 0))) if m == 1 else a
     if groups == 1:
         dims = (((1,), (1,)), ((), ()))

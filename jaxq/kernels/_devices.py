@@ -18,7 +18,7 @@ _BACKEND_OF = {"cuda": "gpu"}
 def device_kind(platform: str | None) -> str | None:
     """Returns the kind of device that a platform has here, such as "NVIDIA H200".
 
-    An abstract mesh in use that names a device comes first. Otherwise the answer is the
+    If the abstract mesh in use names a device, this is its kind. Otherwise it is the
     kind of this process's first device, if that device is of the given platform.
 
     Args:
@@ -42,8 +42,8 @@ def lowering_devices(ctx: Any, platform: str | None) -> tuple[str | None, int]:
 
     Args:
       ctx: the lowering context of the primitive.
-      platform: the platform that the program is lowered for, or None if the rule is for
-        every platform without kernels.
+      platform: the platform that the program is lowered for, or None in the lowering
+        rule for all platforms without kernels.
 
     Returns:
       The kind of device, None if unknown, and the number of devices over which XLA
@@ -72,8 +72,8 @@ def assumed_gpu(
 ) -> contextlib.AbstractContextManager:
     """Returns a context that names a GPU if the lowering of a kernel needs one.
 
-    From jax 0.11 on, Triton's lowering asks which GPU the program is for. Without a GPU
-    in this process, and without a mesh that names one, any GPU serves.
+    From jax 0.11 on, Triton's lowering asks which GPU the program is for. If this
+    process has no GPU and no mesh names one, the context names an H100.
     """
     meshes = [jax.sharding.get_abstract_mesh()]
     meshes += [aval.sharding.mesh for aval in avals]

@@ -1,9 +1,10 @@
 """Decides whether a Pallas kernel or the XLA form computes a product.
 
 `choose` decides by static facts alone, for any platform, without a device. `decide` is
-what the primitive asks when a program is lowered. It also obeys a caller that names a
-kernel, warns when a kernel of the platform does not run, and sets the size of the
-blocks in which the XLA form decodes a weight.
+what the primitive asks when a program is lowered. `decide` does three more things. If
+the caller names a kernel, it chooses that kernel. If the platform has kernels and none
+of them runs, it warns. It also sets the size of the blocks in which the XLA form
+decodes a weight.
 
 A program for several devices is partitioned by XLA. XLA cannot partition a kernel, so
 the XLA form runs there. Inside `jax.shard_map` every device runs a kernel of its own.
@@ -27,8 +28,9 @@ from jaxq.kernels._registry import KERNELS, kernel_module, platform_of
 _DENSE_FROM = {"cuda": 512}
 # Size in bytes of the decoded rows that the XLA form holds on an accelerator.
 _ACCELERATOR_BLOCK_BYTES = 256 * 2**20
-# A block size that no weight reaches. Over several devices a weight is decoded in one
-# block, each device its part, because XLA cannot partition a loop over blocks of rows.
+# A block size that no weight reaches. In a program for several devices a weight is
+# decoded in one block, because XLA cannot partition a loop over blocks of rows. Each
+# device decodes its part.
 _WHOLE_WEIGHT = 2**62
 
 
@@ -50,7 +52,8 @@ class Choice(NamedTuple):
       backend: "xla" or the name of a kernel.
       reason: why no kernel runs, or None if one runs.
       preferred: True if the XLA form runs because it is expected to be faster.
-      passed_over: kernels that come before the chosen one, and why they do not serve.
+      passed_over: kernels that come before the chosen one, and why they cannot compute
+        the product.
 
     Example:
       >>> from jaxq.kernels import Choice
@@ -70,7 +73,8 @@ def choose(
     """Chooses the kernel that computes a product on a platform, by static facts alone.
 
     Args:
-      problem: the product, or the reason why kernels do not know it.
+      problem: the product, or the reason why no kernel computes it, as `problem_of`
+        returns it.
       platform: "cpu", "tpu", "cuda", ...
       device_kind: `jax.Device.device_kind`, or None if unknown.
       num_devices: number of devices over which XLA partitions the program.
@@ -108,7 +112,7 @@ def choose(
 
 
 def _first_kernel(problem: Problem, platform: str, device_kind: str | None) -> Choice:
-    """Chooses the first kernel of the platform that serves the problem."""
+    """Chooses the first kernel of the platform that can compute the problem."""
     names = KERNELS[platform]
     dense_from = _DENSE_FROM.get(platform)
     reasons = []
@@ -175,8 +179,8 @@ def decide(
         if choice.reason is None:
             assert isinstance(problem, Problem), problem
             return Decision(call, choice.backend, problem)
-        # No warning in a derivative, which never has a kernel, or if the XLA form is
-        # expected to be faster.
+        # A derivative never has a kernel, so it gives no warning. There is also no
+        # warning if the XLA form is expected to be faster.
         if not call.backward and not choice.preferred:
             _warn(call, platform, choice.reason)
     per_matrix = _ACCELERATOR_BLOCK_BYTES // max(x.shape[0], 1)
@@ -191,11 +195,11 @@ def _named_kernel(call: Call, x: Any, leaves: Sequence[Any], platform: str) -> D
         raise ValueError(
             f"quantized_matmul: the {call.backend} kernel runs on "
             f"{platform_of(call.backend)}, and this program is lowered for {platform}. "
-            "Use interpret=True to run the kernel's interpreter."
+            'Use backend="auto", or interpret=True to run the interpreter.'
         )
-    if (
-        call.transposed
-    ):  # part of a derivative: kernels compute only the forward product
+    # A transposed product is part of a derivative. Kernels compute only the forward
+    # product.
+    if call.transposed:
         return Decision(call)
     problem = problem_of(call, x, leaves)
     assert isinstance(problem, Problem), problem
@@ -203,7 +207,7 @@ def _named_kernel(call: Call, x: Any, leaves: Sequence[Any], platform: str) -> D
 
 
 def _with_blocks(call: Call, block_bytes: int | None) -> Call:
-    """The call whose XLA form decodes blocks of rows of this size."""
+    """The call with this size of the blocks that the XLA form decodes."""
     meta = dataclasses.replace(call.meta, block_bytes=block_bytes)
     return dataclasses.replace(call, meta=meta)
 

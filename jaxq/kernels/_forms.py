@@ -1,4 +1,4 @@
-"""The two ways to carry out a call: in plain XLA, or by a Pallas kernel.
+"""The two ways to compute a product: in plain XLA, or by a Pallas kernel.
 
 Both take x `[e, m, k]` and the leaves of `Rows`, each with a leading axis e.
 """
@@ -24,7 +24,7 @@ from jaxq.kernels._xla import transposed_matmul, weight_only_matmul
 def xla_form(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
     """Computes the product in plain XLA.
 
-    This form runs on every platform without a kernel. Kernels are compared with it.
+    This form runs wherever no kernel runs. The tests compare the kernels with it.
 
     Args:
       x: `[e, m, k]`, or `[e, m, n]` if `call.transposed`.
@@ -38,7 +38,8 @@ def xla_form(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
     if x.shape[0] == 1:
         return product(x[0], *(leaf[0] for leaf in leaves))[None]
     if call.meta.block_bytes is None and x.dtype != jnp.int8:
-        # One matrix after the other: blocks of all matrices would not fit in the cache.
+        # One matrix after the other. Blocks of all matrices together would not fit in
+        # the cache.
         return lax.map(lambda args: product(*args), (x, *leaves))
     return jax.vmap(product)(x, *leaves)
 
@@ -112,8 +113,8 @@ def pallas_form(
 def interpreted(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
     """Runs the interpreter of the kernel that `call.backend` names.
 
-    It takes the arguments of `call_matmul`. It does not use the primitive, so it has
-    none of the primitive's rules: no derivatives and no `vmap`.
+    The arguments are those of `call_matmul`. This function does not use the primitive.
+    So it has no derivatives, and `vmap` cannot map over it.
     """
     call, leaves = with_leaves(call, rows)
     single = x.ndim == 2
@@ -129,8 +130,8 @@ def interpreted(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
 def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
     """Pads x to `padded_k` columns and orders them as the codes lie in memory.
 
-    Column j of the result belongs to code j in memory, where the code in the low bits
-    of a byte comes first.
+    Column j of the result belongs to code j in memory. In a byte, the code in the low
+    bits comes first.
     """
     x = jnp.pad(x, ((0, 0), (0, 0), (0, meta.padded_k - meta.k)))
     if meta.packing in (formats.Packing.NONE, formats.Packing.LOW_FIRST):

@@ -1,10 +1,10 @@
 """Block-wise quantized matmul on Hopper GPUs, as one Pallas (Mosaic GPU) kernel.
 
-Weights of 4 and 8 bits are decoded in registers, on their way to wgmma, the matrix
-instruction of a warp group. A decode step reads every weight once for a few tokens, so
+Weights of 4 and 8 bits are decoded in registers, just before wgmma, the matrix
+instruction of a warp group. A decode step reads every weight once for a few tokens. So
 its time is the time of reading the weights. Reading 4 bits takes a quarter of the time
-of 16 bits, if decoding is fast enough. That leaves three to four instructions per
-weight, and this decides the design:
+of 16 bits, if decoding is fast enough. There is time for three to four instructions per
+weight. This decides the design:
 
     y.T[n, m] = sum over groups g:  scale[g, n] * (codes[n, g] @ x[m, g].T)
 
@@ -15,18 +15,19 @@ weight, and this decides the design:
 - Codes are multiplied without their scales, and the sum of each group is scaled in
   float32. Codes minus zero points are exact in 16 bits. A scale costs m operations per
   group instead of 2 * group. Only the entries of a codebook are rounded.
-- Masks alone turn a 32-bit word of codes into pairs of 16-bit numbers. The number whose
-  bits are a code under the exponent of 128 (bfloat16) or 1024 (float16) is 128 or 1024
-  plus the code. The entries of a codebook are fetched a byte at a time by `prmt`, which
-  looks up four codes in eight bytes: two instructions per weight.
-- The masks produce the codes in an order of their own, and no thread passes codes to
-  another. So x is brought into this order before the kernel. Four lanes of a unit hold
-  a word each. Number c of pair i of lane t is column 8 * i + 2 * t + c of the left
-  operand.
+- Shifts and masks turn a 32-bit word of codes into pairs of 16-bit numbers. A code
+  becomes the last mantissa bits of the number 128 (bfloat16) or 1024 (float16). The
+  number is then 128 or 1024 plus the code. The entries of a codebook are looked up a
+  byte at a time by `prmt`. One `prmt` looks up four codes in eight bytes, so a weight
+  needs two instructions.
+- Decoding changes the order of the codes, and threads do not exchange codes. So x is
+  brought into the same order before the kernel. A unit of columns has four lanes, and
+  each lane holds one word. Number c of pair i of lane t is column 8 * i + 2 * t + c of
+  the left operand.
 - One more warp group loads `stages` tiles of x, codes and scales ahead through TMA. TMA
-  fills with zeros what is beyond an edge, so weights are never padded or copied.
-- With few rows of x there are too few blocks to occupy all SMs. `splits` blocks then
-  share one k, and XLA adds their sums.
+  reads zeros beyond an edge, so weights are never padded or copied.
+- With few rows of x there are too few blocks to occupy all SMs. Then `splits` blocks
+  each compute the sums over a part of k, and XLA adds these sums.
 
 Shared memory, at most 227 KB: stages * (2 * bm * bk + warpgroups * bn * (bk * bits / 8
 + size of scales * bk / group)) bytes, and warpgroups * bn * bm * 4 bytes for the
@@ -63,7 +64,7 @@ from jaxlib.mlir.dialects import arith, vector
 from jaxq.kernels._problem import Problem
 
 # How 64 rows are distributed over the registers of a warp group. A 32-bit word is in
-# the place of the four bytes that it consists of.
+# the same place as its four bytes.
 _BYTES = plgpu.Layout.WGMMA_8BIT
 _WORDS = plgpu.Layout.TILED(
     plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))),
@@ -74,7 +75,8 @@ _WORDS = plgpu.Layout.TILED(
 _WEIGHTS = plgpu.Layout.WGMMA  # sums have this layout too
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
-# For each dtype the bits and the value of the number whose last mantissa bit counts 1.
+# For each dtype, the number whose last mantissa bit has the value 1: its bits, and its
+# value.
 _BASE = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
@@ -95,7 +97,7 @@ def why_not(problem: Problem, device_kind: str | None) -> str | None:
             'jaxq.relayout(weight, "rows")'
         )
     if p.x_dtype == "int8" or p.scale_dtype is None:
-        return "int8 x is left to XLA's own int8 product"
+        return "it takes no int8 x; XLA has its own int8 product"
     if p.x_dtype not in _BASE:
         return f"it takes x in bfloat16 or float16, not in {p.x_dtype}"
     if p.bits not in (4, 8) or (p.codebook and p.bits != 4):
@@ -106,28 +108,28 @@ def why_not(problem: Problem, device_kind: str | None) -> str | None:
     if 0 in (p.e, p.m, p.n, p.k):
         return "the product is empty"
     if p.num_groups > 1 and p.group != 32 and p.group % 64:
-        return f"it needs groups of 32 or a multiple of 64 codes, not {p.group}"
+        return f"the group size must be 32 or a multiple of 64 codes, not {p.group}"
     if p.n % 8 or p.k % 64:
         return (
-            "it copies tiles of 8 rows by 64 codes, and the weight has "
+            "the weight must have a multiple of 8 rows and of 64 codes per row, not "
             f"{p.n} rows of {p.k} codes"
         )
     return None
 
 
 def default_tiles(problem: Problem, device_kind: str | None) -> dict:
-    """Returns tiles from shapes alone, for a problem that the table does not know.
+    """Returns tiles for a problem that the table does not know.
 
-    They are an estimate, not measured.
+    The tiles are estimated from the shapes. They have not been measured.
     """
     del device_kind
     p = problem
     bm = next((size for size in (8, 16, 32, 64) if p.m <= size), 128)
-    # A step must be whole groups, or a part of one group.
+    # A step must have whole groups, or be a part of one group.
     short_steps = p.k % 128 or (p.group % 128 and p.group > 64)
     bk = 64 if bm == 128 or short_steps else 128
     num_blocks = p.e * pl.cdiv(p.n, 128) * pl.cdiv(p.m, bm)
-    # More parts of k, while blocks are few and each part has at least 4 steps.
+    # Split k while blocks are few and each part has at least 4 steps.
     splits = 1
     while splits < 16 and 2 * splits * num_blocks <= 160 and p.k >= 8 * splits * bk:
         splits *= 2
@@ -163,8 +165,8 @@ def matmul(
       problem: static facts of the arrays. `why_not` must accept it.
       tiles: "bm" rows of x by "bn" columns are the sums of a warp group; a block has
         "warpgroups" of them side by side; a step along k has "bk" codes, a multiple of
-        the group or a part of it; "stages" steps are loaded ahead; "splits" blocks
-        share one k.
+        the group or a divisor of it; "stages" steps are loaded ahead; "splits" blocks
+        share the sum over k.
       interpret: True to run on a CPU. Register layouts and wgmma exist only on the
         device, so they are replaced by plain operations with the same result.
 
@@ -183,7 +185,8 @@ def matmul(
     inputs = [x, data, _align(scale)]
     if zero_point is not None:
         inputs.append(_align(zero_point))
-    # TMA writes nothing beyond an edge. An interpreter may drop the whole block.
+    # TMA writes nothing beyond an edge. The interpreter may drop the whole block, so
+    # the interpreter gets a padded result.
     m, n = pl.cdiv(p.m, 8) * 8, p.n
     if interpret:
         m, n = padded_m, sizes.n_blocks * sizes.columns
@@ -198,7 +201,7 @@ def matmul(
     def kernel(*refs):
         _block(p, sizes, out.dtype, interpret, *refs)
 
-    # Reads beyond an edge give zeros, as with TMA.
+    # In the interpreter too, reads beyond an edge give zeros, as they do with TMA.
     interpreter = InterpretGPUParams(
         out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
     )
@@ -232,7 +235,7 @@ class _BlockSizes:
       bk: codes of a row in one step.
       warpgroups: warp groups of a block that compute.
       stages: steps that are loaded ahead.
-      splits: number of blocks that share one k.
+      splits: number of blocks that share the sum over k.
       chunk: codes of a row whose sum is multiplied by one scale.
       columns: columns of the result of a block.
       row_bytes: bytes of a row in one step.
@@ -240,7 +243,7 @@ class _BlockSizes:
       n_blocks: number of blocks along n.
       steps: steps of each part of k.
       writes_y: True if the kernel writes the result `[m, n]`. False if it writes
-        transposed float32 sums `[n, m]`, and XLA adds the parts and transposes.
+        float32 sums `[n, m]`. XLA then adds the parts and transposes the sum.
     """
 
     bm: int
@@ -259,7 +262,11 @@ class _BlockSizes:
 
 
 def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
-    """The sizes that follow from the problem and its tiles, which are checked."""
+    """The sizes that follow from a problem and its tiles.
+
+    Raises:
+      ValueError: The tiles do not fit the problem.
+    """
     names = ("bm", "bn", "bk", "warpgroups", "stages", "splits")
     sizes = {name: int(tiles[name]) for name in names}
     bm, bn, bk = sizes["bm"], sizes["bn"], sizes["bk"]
@@ -276,7 +283,8 @@ def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
             "or divide it."
         )
     columns = sizes["warpgroups"] * bn
-    # A whole result of 16 bits is transposed on its way out, in tiles of 64 columns.
+    # A result of 16 bits that is not split is transposed when it is stored, in tiles of
+    # 64 columns.
     is_whole = sizes["splits"] == 1 and p.n % 64 == 0
     return _BlockSizes(
         **sizes,
@@ -321,7 +329,7 @@ def _block(p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, *refs) ->
         return sums, table
 
     def compute(pipeline):
-        """What a computing warp group does: all steps, then the store."""
+        """Runs all steps in a computing warp group, then stores the result."""
         table = ()
         if p.codebook:
             table = tuple(sources[-1][e, index] for index in range(16))
@@ -372,7 +380,7 @@ def _block(p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, *refs) ->
 
 
 def _in_decoded_order(x: jax.Array, p: Problem) -> jax.Array:
-    """Columns of x in the order in which `_decode_words` returns weights.
+    """Orders the columns of x as `_decode_words` orders the weights.
 
     A unit is 4 words of codes, one for each of 4 lanes. A word has `num_pairs` pairs of
     codes. With masks the two codes of a pair are `num_pairs` places apart in the word.
@@ -417,7 +425,7 @@ _TWICE = np.uint32(0x00010001)
 
 
 def _decode_by_mask(words, p: Problem, interpret: bool) -> tuple[Any, int]:
-    """Weights plus an offset, and the offset, for codes that fit under the exponent."""
+    """Returns (weights + offset, offset) for codes that fit in the mantissa."""
     bits, base = _BASE[p.x_dtype]
     shifted = [words >> np.uint32(p.bits * pair) for pair in range(16 // p.bits)]
     # A signed code plus 2^(bits - 1) is not negative. In two's complement that is the
@@ -430,10 +438,11 @@ def _decode_by_mask(words, p: Problem, interpret: bool) -> tuple[Any, int]:
 
 
 def _decode_bfloat16_bytes(words, p: Problem, interpret: bool) -> tuple[Any, int]:
-    """Weights plus an offset, and the offset, for 8-bit codes in bfloat16.
+    """Returns (weights + offset, offset) for 8-bit codes in bfloat16.
 
-    Only seven bits fit under the exponent of 128. The eighth bit, the sign's, turns 128
-    into 256 in a second number, which is subtracted.
+    Only seven bits fit in the mantissa of 128. The eighth bit, which is the sign of
+    signed codes, goes into a second number: 128, or 256 if the bit is set. The second
+    number is subtracted from the first. For unsigned codes the eighth bit is flipped.
     """
     bits, _ = _BASE[p.x_dtype]
     shifted = [words >> np.uint32(p.bits * pair) for pair in range(16 // p.bits)]
@@ -453,11 +462,11 @@ def _decode_bfloat16_bytes(words, p: Problem, interpret: bool) -> tuple[Any, int
 
 
 def _table_words(entries, shape: tuple[int, int], dtype, interpret: bool) -> list:
-    """The 16 numbers of a table as 8 words, each an array that is full of the word.
+    """The 16 numbers of a table as 8 words. Each word is an array of equal entries.
 
-    The first four words hold the low bytes of four numbers each, the last four the high
-    bytes. All of this is scalar work, and the compiler moves it out of the loop over
-    steps.
+    Each of the first four words has the low bytes of four numbers. Each of the last
+    four words has the high bytes. The work is scalar, and the compiler moves it out of
+    the loop over steps.
     """
     numbers = [
         _layout(jnp.full(shape, entry), _WORDS, interpret).astype(dtype)
@@ -479,7 +488,7 @@ def _table_words(entries, shape: tuple[int, int], dtype, interpret: bool) -> lis
 
 
 def _look_up_words(words, table: list, dtype, interpret: bool):
-    """The table entries of words of codes.
+    """Looks up the table entries of words of codes.
 
     Pair i of a word has the entries of the word's codes 2 * i and 2 * i + 1.
 
@@ -489,9 +498,9 @@ def _look_up_words(words, table: list, dtype, interpret: bool):
       dtype: dtype of the entries, 16 bits.
       interpret: as in `matmul`.
     """
-    # `prmt` selects among 8 bytes by 3 bits of a code. The fourth bit selects the half
-    # of the table afterwards: byte b comes from the first word (nibble b) or from the
-    # second one (nibble b + 4).
+    # `prmt` selects one of 8 bytes by 3 bits of a code. So each half of the table has a
+    # `prmt` of its own. Another `prmt` selects the half by the fourth bit: byte b comes
+    # from the first word (selector b) or from the second word (selector b + 4).
     place = words & np.uint32(0x77777777)
     half = ((words & np.uint32(0x88888888)) >> np.uint32(1)) | np.uint32(0x32103210)
     # One `prmt` looks up the four codes in the low 16 bits.
@@ -512,8 +521,8 @@ def _look_up_words(words, table: list, dtype, interpret: bool):
     if interpret:
         return _as_weights(fetch(_permute_bytes, *arrays), dtype, interpret)
 
-    # One piece of inline code, because the compiler does not pass the result of one
-    # piece to another.
+    # All `prmt` are in one piece of inline code. The compiler cannot pass the result of
+    # one piece to another.
     @plgpu.inline_mgpu(
         arg_types=(_WORDS,) * len(arrays),
         return_type=plgpu.ShapeDtypeStruct(
@@ -545,8 +554,8 @@ def _look_up_words(words, table: list, dtype, interpret: bool):
 def _permute_bytes(low, high, selector):
     """What `prmt` does, in plain jax.
 
-    Byte b of the result is one of the eight bytes of low and high: the byte that nibble
-    b of the selector names.
+    `low` and `high` have eight bytes. Nibble b of the selector says which of these
+    bytes is byte b of the result.
     """
     if isinstance(selector, int):
         selector = jnp.full_like(low, selector)
@@ -586,7 +595,7 @@ def _store_transposed(target, value, interpret: bool) -> None:
 
 
 def _layout(value, layout, interpret: bool):
-    """Gives a value a register layout. An interpreter has no registers."""
+    """Gives a value a register layout. Does nothing in the interpreter."""
     return value if interpret else plgpu.layout_cast(value, layout)
 
 
@@ -609,7 +618,8 @@ def _as_words(data, interpret: bool):
 def _as_weights(pairs: list, dtype, interpret: bool):
     """Pairs of 16-bit numbers, uint32 `[r, w]`, as one array `[r, 2 * w * len(pairs)]`.
 
-    The numbers of 4 words, one for each lane, are next to each other for each pair.
+    A unit is 4 words, one for each lane. In a unit, the numbers of the first pair of
+    all lanes come first, then the numbers of the second pair, and so on.
     """
     rows, width = pairs[0].shape
     shape = (rows, 2 * len(pairs) * width)
@@ -629,10 +639,10 @@ def _as_weights(pairs: list, dtype, interpret: bool):
 
 
 def _rename(parts: list, layout, dtype, length: int):
-    """The registers of some arrays as the registers of one array.
+    """Makes one array of the registers of several arrays.
 
-    No data moves: each register of the result is a register of one of the arrays with
-    another type.
+    No data moves. Each register of the result is a register of one of the arrays, read
+    as another type.
 
     Args:
       parts: registers of each array.
@@ -652,7 +662,7 @@ def _rename(parts: list, layout, dtype, length: int):
 
 
 def _by_unit(parts: list) -> np.ndarray:
-    """One thread's registers of some arrays, `[rows / 64, units, ...]`.
+    """Stacks one thread's registers of several arrays: `[rows / 64, units, ...]`.
 
     The registers that belong to the same unit of columns are next to each other.
     """
@@ -663,7 +673,7 @@ def _by_unit(parts: list) -> np.ndarray:
 def _swizzled(row: int, bits: int) -> tuple:
     """Transforms for a tile in shared memory with `row` numbers of `bits` bits a row.
 
-    With them no two lanes of a load use the same bank.
+    The transforms put the numbers that a load reads into different memory banks.
     """
     swizzle = min(128, row * bits // 8)
     tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))

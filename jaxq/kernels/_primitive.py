@@ -2,12 +2,12 @@
 
 jax asks a primitive's lowering rule when it knows the platform. The rule here asks
 `_dispatch.decide` whether a kernel runs. `lax.platform_dependent` also chooses between
-functions at lowering, but a program with a Pallas kernel in it then fails to lower for
-several platforms together.
+functions at lowering. But if one of them has a Pallas kernel, the program cannot be
+lowered for several platforms together.
 
 | transformation | rule |
 |---|---|
-| lowering | the platform's kernel, or the XLA form if there is a reason against one |
+| lowering | a kernel of the platform, or the XLA form if no kernel is chosen |
 | vmap over x | the mapped axis joins the rows of x |
 | vmap over the weight | a stack of products, the outermost grid axis of a kernel |
 | derivative for x | the same product |
@@ -51,10 +51,10 @@ def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
     """Computes `x @ decode(rows).T`, or `x @ decode(rows)` if `call.transposed`.
 
     Args:
-      x: `[m, k]`, or `[m, n]` if transposed. With a leading axis e if every leaf of
+      x: `[m, k]`, or `[m, n]` if transposed. It has a leading axis e if every leaf of
         `rows` has one.
       rows: the weight, `[n, k]`.
-      call: static facts of the product. `leaves` is filled in here.
+      call: static facts of the product. `call.leaves` is not read.
 
     Returns:
       `[m, n]`, or `[m, k]` if transposed, in `call.out_dtype`.
@@ -90,9 +90,9 @@ def calls(jaxpr: Any) -> Iterator[tuple[Call, Any, list[Any]]]:
 
 
 def _bind(primitive: Primitive, args: Sequence[jax.Array], call: Call) -> jax.Array:
-    """Binds the primitive to operands that vary over the same mesh axes.
+    """Binds the primitive, after all operands vary over the same mesh axes.
 
-    Inside `shard_map` a primitive needs that of its operands.
+    Inside `shard_map`, all operands of a primitive must vary over the same mesh axes.
     """
     varying = [jax.typeof(a).manual_axis_type.varying for a in args]
     all_axes = frozenset().union(*varying)
@@ -127,10 +127,10 @@ def _run_tangent(*args, call: Call):
 
 
 def _compiled(run):
-    """The evaluation of a primitive outside of jit: always one compiled program.
+    """Returns a function that evaluates a primitive outside of jit.
 
-    The primitive has no implementation but its lowering, so `jax.disable_jit()` must
-    not reach it.
+    The primitive can only be lowered and compiled. So `jax.disable_jit()` is switched
+    off during the evaluation.
     """
 
     def evaluate(*args, call: Call):
@@ -144,7 +144,7 @@ def _compiled(run):
 
 
 def _lower(ctx, *args, call: Call, platform: str | None):
-    """Carries out the decision of `_dispatch.decide` for one platform.
+    """Lowers a product for one platform, as `_dispatch.decide` decides.
 
     `platform` is None in the rule for all platforms without kernels.
     """
@@ -171,7 +171,7 @@ def _lower(ctx, *args, call: Call, platform: str | None):
 
 
 def _platform_without_kernels(ctx) -> str:
-    """The first platform of the program whose products this rule lowers."""
+    """The first platform of the program that has no kernels."""
     return next(p for p in ctx.module_context.platforms if p not in KERNELS)
 
 
@@ -221,7 +221,7 @@ def _tangent_jvp(primals, tangents, *, call: Call):
 
 
 def _transpose(ct, x, *leaves, call: Call):
-    assert ad.is_undefined_primal(x), "a product is linear in x alone"
+    assert ad.is_undefined_primal(x), "matmul_p is linear in x only"
     no_cotangents = [None] * len(leaves)
     if type(ct) is ad.Zero:
         return [ad.Zero(x.aval), *no_cotangents]
@@ -235,7 +235,7 @@ def _transpose(ct, x, *leaves, call: Call):
 def _tangent_transpose(ct, x, *args, call: Call):
     """Cotangents of x, or of the tangents of the float leaves.
 
-    `args` are the leaves and then the tangents. The leaves themselves have none.
+    `args` are the leaves and then the tangents. The leaves have no cotangents.
     """
     operands = (x, *args)
     undefined = [ad.is_undefined_primal(a) for a in operands]
@@ -272,7 +272,7 @@ def _leaf_gradients(
 
     def gradients(x: jax.Array, ct: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
         rows, meta = as_rows(call.rows(leaves), call.meta)
-        # dW = ct.T @ x. With a transposed weight x and the cotangent change places.
+        # dW = ct.T @ x. If the weight is transposed, dW = x.T @ ct.
         x, ct = (ct, x) if call.transposed else (x, ct)
         gradient = rows_gradient(x, rows, meta, ct)
         return [getattr(gradient, name) for name in _float_leaves(call)]
@@ -289,7 +289,8 @@ def _leaf_gradients(
 def _batch(args, dims, *, call: Call):
     x, *leaves = args
     if all(dim is None for dim in dims[1:]):
-        # One weight for the whole batch: rows of all its elements are rows of one x.
+        # The whole batch has one weight. So the rows of all batch elements become the
+        # rows of one x.
         batched = jnp.moveaxis(x, dims[0], 1)  # [e, b, m, k]
         e, b, m, k = batched.shape
         y = _bind(matmul_p, [batched.reshape(e, b * m, k), *leaves], call)

@@ -27,7 +27,8 @@ class Problem:
     Attributes:
       e: number of stacked products (layers or experts), 1 for a single product.
       m: rows of x.
-      k: contracted length in codes, a multiple of group. Padding counts as zeros of x.
+      k: contracted length in codes, a multiple of group. It includes padding, where x
+        is zero.
       n: columns of the result.
       bits: bits of a code, 4 or 8.
       signed: True if integer codes are two's complement.

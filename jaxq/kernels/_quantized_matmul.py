@@ -54,13 +54,14 @@ def quantized_matmul(
         then has the same leading axis.
       scale: bfloat16, float16 or float32 `[n, g]`: one number for `k / g` neighbouring
         codes of a row. If k is not a multiple of the group size, the last group is
-        padded. None gives the sums of codes, and needs int8 x.
+        padded. None gives the sums of `x * codes`. It needs int8 x.
       format: format of the codes. Kernels take integers of 4 and 8 bits and every
         format of 4 bits.
       zero_point: integers `[n, g]` in the code dtype of an asymmetric integer format,
         or None.
       codebook: bfloat16, float16 or float32 `[num_codes]`, in the order of the codes.
-        It replaces the numbers of a codebook format. None means the format's own.
+        It replaces the numbers of a codebook format. None means the numbers of the
+        format.
       packing: order of codes in bytes, a `jaxq.formats.Packing` or its value. None
         means the default of the format: HALVES for 4 bits. A HALVES unit is a group, or
         a row if there is one group.
@@ -79,9 +80,10 @@ def quantized_matmul(
     Raises:
       TypeError: An argument has a dtype that is not listed above, data is not in the
         dtype of packed or unpacked codes, or `out_dtype` is int32 with a scale.
-      ValueError: Shapes do not match, int32 may not hold the sums of codes, or
+      ValueError: Shapes do not match, the sums of codes can overflow int32, or
         `backend` names a kernel that cannot compute this product.
-      ValueError: At lowering, if `backend` names a kernel of another platform.
+      ValueError: `backend` names a kernel of another platform than the one that the
+        program is lowered for. This error is raised at lowering.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -150,7 +152,7 @@ class _Operands:
 
     @property
     def groups(self) -> int:
-        """Number of groups of a row, 1 if `scale` is missing or has other axes."""
+        """Number of groups of a row. It is 1 if scale is None or lacks an axis."""
         if self.scale is None or self.scale.ndim != self.data.ndim:
             return 1
         return self.scale.shape[-1]
@@ -183,7 +185,7 @@ def _checked_options(
     backend: str,
     interpret: bool,
 ) -> formats.Packing:
-    """Checks the options that are names, and returns the packing."""
+    """Checks `packing`, `layout`, `backend` and `interpret`. Returns the packing."""
     formats.check_choice("quantized_matmul: backend", backend, _BACKENDS)
     formats.check_choice("quantized_matmul: layout", layout, _LAYOUTS)
     if isinstance(packing, str):
@@ -240,7 +242,7 @@ def _check_dtypes(operands: _Operands) -> None:
             TypeError,
             "zero_point needs an integer format and must have the dtype of its codes, "
             f"which is {fmt.code_dtype.name} for {fmt.name}",
-            "Convert zero_point, or leave it out if the format is not an integer one.",
+            "Convert zero_point, or leave it out if the format has no integer codes.",
         )
 
 
@@ -295,10 +297,10 @@ def _check_leaves(operands: _Operands) -> None:
 
 
 def _check_lengths(operands: _Operands) -> None:
-    """Checks that the groups divide the stored codes, and that k is their number.
+    """Checks that groups divide the codes, and that x has a column for each code.
 
-    k may be smaller, if the difference is padding of the last group (or of the last
-    bytes, with one group).
+    x may have fewer columns if the other codes are padding. Only the last group can be
+    padded. If there is one group, only its last byte can be padded.
     """
     o, k, padded_k, groups = operands, operands.k, operands.padded_k, operands.groups
     if not groups and k:
@@ -321,7 +323,7 @@ def _check_lengths(operands: _Operands) -> None:
             ValueError,
             f"x has k = {k}, and each row of data holds {padded_k} codes in {groups} "
             "groups",
-            "x must have a column for each code, less the padding of the last group.",
+            "Give x a column for each code. Codes that pad the last group need none.",
         )
 
 
@@ -372,14 +374,14 @@ def _as_rows(operands: _Operands) -> Rows:
 
 
 def _check_int32_sums(operands: _Operands, meta: RowMeta) -> None:
-    """Checks that int32 holds the sums of codes, the result without a scale."""
+    """Checks that the sums of codes, the result without a scale, fit in int32."""
     o = operands
     longest = largest_exact_length(int8_meta(o.k), True, meta, o.zero_point is None)
     if o.padded_k > longest:
         raise o.error(
             ValueError,
-            f"int32 surely holds {longest} of these products, and a row has "
-            f"{o.padded_k}",
+            f"int32 can sum {longest} of these products without overflow, and a row "
+            f"has {o.padded_k}",
             "Pass scale, or cut the product into parts along k.",
         )
 
@@ -402,5 +404,5 @@ def _check_kernel(operands: _Operands, call: Call, x: jax.Array, rows: Rows) -> 
         raise operands.error(
             ValueError,
             f"the {call.backend} kernel cannot compute this product: {reason}",
-            'Use backend="auto" to run whatever can compute it.',
+            'Use backend="auto" to let jaxq choose.',
         )

@@ -1,7 +1,7 @@
-"""Rows of x sorted by expert, each times the quantized matrix of its expert.
+"""Multiplies each row of x with the quantized matrix of the row's expert.
 
-A few rows of every expert's matrix are decoded at a time. The loops are those of
-`_xla.py`, with a leading axis e for the experts.
+The rows of x are sorted by expert. A few rows of every expert's matrix are decoded at a
+time. The loops are like the loops of `_xla.py`, with a leading axis e for the experts.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def ragged_matmul(
     Args:
       x: float `[m, k]`, sorted by expert. Weights are rounded to its dtype.
       rows: matrices `[n, k]` with a leading axis e in every leaf, codes along rows.
-      sizes: int32 `[e]`, the number of rows of x of each expert. Rows of x after the
-        last expert's give zeros.
+      sizes: int32 `[e]`, the number of rows of x of each expert. If x has more rows,
+        the result of the last rows is zero.
       meta: static facts of the rows.
 
     Returns:
@@ -112,7 +112,7 @@ def _x_gradient(
 def _expert_leaf_gradients(
     x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta, dy: jax.Array
 ) -> dict[str, jax.Array]:
-    """Gradients of scale, offset and codebook, those of them that `rows` has."""
+    """Gradients of scale, offset and codebook by name. A leaf that is None has none."""
     x_fields = split_fields(x.astype(jnp.float32), meta, num_groups(rows))
     leaves = {"scale": rows.scale, "offset": rows.offset, "codebook": rows.codebook}
     floats = {name: leaf for name, leaf in leaves.items() if leaf is not None}

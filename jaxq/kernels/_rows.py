@@ -1,8 +1,8 @@
 """A quantized matrix as rows `[n, k]` of raw arrays, and how to decode it in blocks.
 
-A block is a few rows. A field is the part of every row that one shift unpacks: the low
-halves of the bytes, for example. Codes in HALVES packing are never interleaved: each
-field is multiplied with its own part of x.
+A block is a few rows. A field is the part of every row that one shift unpacks, such as
+the low halves of the bytes. Codes in HALVES packing are never interleaved. Each field
+is multiplied with its own part of x.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from jaxq import formats
 # TPU kernels want columns, GPU kernels want rows.
 Layout = Literal["rows", "columns"]
 
-# Bytes of decoded weight that are alive together on a CPU. With x and y of 128 tokens
-# at 4096 x 4096, a product then stays under 8 MB.
+# Bytes of decoded weight in memory at one time on a CPU. A product of 128 tokens with a
+# weight of 4096 x 4096 then needs less than 8 MB, x and y included.
 _BLOCK_BYTES = 3 * 2**20
 
 
@@ -37,8 +37,8 @@ class RowMeta:
       k: length of a row in codes, without padding.
       padded_k: stored length of a row in codes.
       layout: "rows", or "columns" if `data` is `[padded_k * bits / 8, n]`.
-      block_bytes: bytes of decoded rows that are alive together. None means the size
-        that suits a CPU.
+      block_bytes: bytes of decoded rows in memory at one time. None means the size for
+        a CPU.
     """
 
     fmt: formats.Format
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
       data: stored codes `[n, padded_k * bits / 8]`.
       scale: float `[n, g]`, or `[1, g]` if all rows share it. Each of the g groups has
         `padded_k / g` codes. None if the result is the sum of the codes.
-      zero_point: the shape of scale in the format's code dtype, or None.
+      zero_point: integers with the shape of scale, in the format's code dtype, or None.
       offset: float32 with the shape of scale, or None.
       codebook: float32 `[n or 1, g, num_codes]`, or None.
     """
@@ -75,7 +75,7 @@ def int8_meta(k: int) -> RowMeta:
 
 
 def num_groups(rows: Rows) -> int:
-    """Returns the number of scales along k, 1 if there are no scales."""
+    """Returns the number of scales along k. It is 1 if there are no scales."""
     return 1 if rows.scale is None else rows.scale.shape[-1]
 
 
@@ -112,8 +112,8 @@ def unpack_codes(rows: Rows, meta: RowMeta) -> jax.Array:
 def num_fields(meta: RowMeta, groups: int) -> int:
     """Returns the number of fields of a row: the halves, quarters or eighths of a unit.
 
-    A row that cannot be used field by field has one field. That is every row in another
-    packing than HALVES, and a row whose scales change inside a unit.
+    A row has a single field if its packing is not HALVES. It also has a single field if
+    it has several groups and a unit is not exactly one group.
     """
     if meta.packing is not formats.Packing.HALVES:
         return 1
@@ -132,8 +132,8 @@ def decode_field(
       rows: codes and scales, `[n, k]`.
       meta: static facts of the rows.
       index: which field. `split_fields` cuts activations in the same way.
-      scaled: False leaves out the scale and the offset, for a scale that is constant
-        along k and multiplies the result instead.
+      scaled: False leaves out the scale and the offset. Use it if the scale is constant
+        along k. The caller then multiplies the result of the product with the scale.
 
     Returns:
       float32 `[n, padded_k / num_fields]`.
@@ -212,7 +212,7 @@ def for_blocks(
     """Folds `step(carry, start, block_rows[, num_repeats])` over blocks of rows.
 
     All blocks have one size. If that size does not divide n, the last block starts
-    early, and its first `num_repeats` rows are repeats of the block before.
+    early. Its first `num_repeats` rows are then also in the block before.
 
     Args:
       rows: codes and scales, `[n, k]`.
@@ -220,8 +220,8 @@ def for_blocks(
       step: returns the next carry. `start` is the index of the block's first row.
       carry: the first carry.
       with_repeats: True passes `num_repeats` to `step`.
-      row_bytes: bytes that one row needs while its block is alive. None means the bytes
-        of its decoded numbers.
+      row_bytes: bytes of memory that one row needs while its block is computed. None
+        means the bytes of its decoded numbers.
 
     Returns:
       The last carry.
@@ -243,7 +243,7 @@ def for_blocks(
 
 
 def block_rows(meta: RowMeta, n: int, row_bytes: int | None = None) -> int:
-    """Returns the number of rows in a block of `for_blocks`: 16, 32, ..., at most n."""
+    """Returns the number of rows in a block of `for_blocks`: a multiple of 16, or n."""
     block_bytes = _BLOCK_BYTES if meta.block_bytes is None else meta.block_bytes
     row_bytes = row_bytes or 4 * max(meta.padded_k, 1)
     return min(n, max(16, block_bytes // row_bytes // 16 * 16))

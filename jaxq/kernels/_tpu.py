@@ -1,22 +1,22 @@
 """Block-wise quantized matmul on TPU, as one Pallas (Mosaic) kernel.
 
-Motivation. A decode step reads every weight once and computes little, so its time is
-the time of reading memory. 4-bit codes are a quarter of bfloat16. That helps only if
-they stay codes until they are in VMEM, and if decoding a tile takes no longer than
-fetching the next one. XLA alone writes the decoded weight to memory first. Whether the
-kernel reaches this has not been measured: it has run in the interpreter and has been
-compiled for TPU v5e, v6e and v7x, but it has not been timed on a device.
+Motivation. A decode step reads every weight once and computes little. So its time is
+the time of reading memory. 4-bit codes have a quarter of the bytes of bfloat16. They
+save time only if two conditions hold. The codes are decoded after they are in VMEM, and
+decoding a tile takes no longer than fetching the next tile. Without a kernel, XLA
+writes the decoded weight to memory first. The kernel has run in the interpreter and has
+been compiled for TPU v5e, v6e and v7x. It has not been timed on a device.
 
 Layout. Codes have the layout "columns": k along sublanes and n along lanes. Reading a
-byte as two 4-bit numbers (`pltpu.bitcast`) is then free and yields them in order. Each
-grid step (e, m, n, k) computes
+byte as two 4-bit numbers (`pltpu.bitcast`) is then free, and the numbers are in order.
+Each grid step (e, m, n, k) computes
 
     total += x @ decode(data)
 
     x [bm, bk]    data [bk * bits / 8, bn]    scale, zero_point [bk / group, bn]
 
-The last step along k writes total to the result. total is float32, or int32 if the
-whole sum is an integer.
+The last step along k writes `total` to the result. `total` is int32 if x is int8 and
+there is one scale per column. Otherwise it is float32.
 
 Bodies. There are four ways to decode a tile. Which one is fastest depends on the
 generation of the TPU:
@@ -32,18 +32,18 @@ generation of the TPU:
   costs bk / group * bm * bn.
 - select and gather scale partial sums if 4 * bm <= group, and weights otherwise.
 - select runs on every generation. gather runs from v6e on, and only for bfloat16 x.
-- One scale per column multiplies the finished sum in every body.
+- If there is one scale per column, every body multiplies the finished sum with it.
 - With scales on partial sums, `sum(x) * zero_point` is subtracted from the partial sum.
   This replaces a subtraction from bk * bn codes.
 - TPUs have no float16. float16 arrays are computed as float32.
 
-Memory. A step holds in VMEM: x, data, scale, zero_point and y twice, because the next
-tiles are already on their way, and total and the decoded tile once. `default_tiles`
-stays below 12 MB. That leaves room in the 16 MB that a kernel gets on v5e.
+Memory. VMEM holds two tiles of each of x, data, scale, zero_point and y, because the
+next tiles are fetched during a step. It holds one tile of `total` and one decoded tile.
+`default_tiles` needs less than 12 MB. A kernel gets 16 MB on v5e.
 
-Shapes. Any e, m, k, n. x is padded with zeros to whole tiles along k, and scales beyond
-the last group count as zero. The tails of m and n compute numbers that are never
-written.
+Shapes. All e, m, k and n are supported. x is padded with zeros to whole tiles along k,
+and scales beyond the last group count as zero. Numbers beyond m and n are computed but
+not written.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def default_tiles(problem: Problem, device_kind: str | None) -> dict[str, int | 
     """
     p = problem
     is_wide = p.x_dtype in ("float16", "float32")
-    # The rows of one register, which depend on the bytes of a number.
+    # The rows of one register. They depend on the bytes of a number.
     register_rows = {"int8": 32, "bfloat16": 16}.get(p.x_dtype, _SUBLANES)
     m = pl.cdiv(p.m, register_rows) * register_rows
     n = pl.cdiv(p.n, _LANES) * _LANES
@@ -127,7 +127,8 @@ def _default_body(p: Problem, bm: int, device_kind: str | None) -> str:
         return "post"
     if is_old:
         # Before v6e the vector unit has no bfloat16, so a multiplication for every
-        # weight is expensive. Sums as short as the matrix unit cost nothing extra.
+        # weight is expensive. Partial sums cost nothing extra if a group is as long as
+        # the matrix unit.
         return "post" if bm <= p.group or p.group >= 128 else "pre"
     return "post" if 8 * bm <= p.group else "pre"
 
@@ -190,8 +191,8 @@ def matmul(
     if scale is not None:
         inputs["scale"] = _to_native(scale)
     if zero_point is not None:
-        # bfloat16 holds every zero point exactly. A bfloat16 tile may have 8 rows, and
-        # a tile of bytes needs 32.
+        # bfloat16 holds every zero point exactly. A bfloat16 tile may have 8 rows. A
+        # tile of bytes needs 32 rows.
         inputs["zero_point"] = zero_point.astype(jnp.bfloat16)
     if codebook is not None:
         inputs["codebook"] = _lay_out_codebook(codebook, body)
@@ -226,7 +227,7 @@ def matmul(
 def _input_specs(
     inputs: Mapping[str, jax.Array], p: Problem, bm: int, bk: int, bn: int
 ) -> list[pl.BlockSpec]:
-    """The tile of each input that a grid step (e, m, n, k) gets."""
+    """The tile of each input in a grid step (e, m, n, k)."""
     if p.group == p.k:
         group_spec = pl.BlockSpec((None, 1, bn), lambda e, m, n, k: (e, 0, n))
     else:
@@ -266,7 +267,7 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
     def per_group(name: str) -> jax.Array:
         """float32 `[num_groups, bn]`, with zeros beyond the last group.
 
-        A tile may reach beyond the last group, where memory may hold NaN.
+        A tile may reach beyond the last group. The memory there may hold NaN.
         """
         rows = inputs[name][...].astype(jnp.float32)
         if one_scale or p.num_groups % num_groups == 0:
@@ -275,7 +276,7 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
         return jnp.where(index < p.num_groups, rows, 0.0)
 
     def on_weights(rows: jax.Array, w: jax.Array, op) -> jax.Array:
-        """`op` of w `[bk, bn]` and, for each row of w, the row of its group."""
+        """Applies `op` to each row of w `[bk, bn]` and to the row of its group."""
         return op(w.reshape(num_groups, group, -1), rows[:, None, :]).reshape(w.shape)
 
     if p.codebook:
@@ -308,7 +309,8 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
             w = w.astype(x.dtype)  # every float dtype of x holds the integers exactly
         if zero is not None:
             w = on_weights(zero.astype(w.dtype), w, jnp.subtract)
-        # One rounding to x's dtype at the end, unless weights and scales share a dtype.
+        # Weights are rounded to x's dtype once, at the end. If weights and scales have
+        # one dtype, they are multiplied in that dtype.
         exact = w.dtype if w.dtype == inputs["scale"].dtype else jnp.float32
         scale = per_group("scale").astype(exact)
         w = on_weights(scale, w.astype(exact), jnp.multiply)
@@ -328,17 +330,18 @@ def _integers(data: jax.Array, p: Problem) -> tuple[jax.Array, int]:
         return pltpu.bitcast(data, jnp.int4 if p.signed else jnp.uint4), 0
     if p.signed or p.x_dtype != "int8":
         return data, 0
-    # The matrix unit takes only signed bytes, so 128 is subtracted from each code: its
-    # top bit is flipped. There are no byte operations, so 4 bytes are flipped together.
+    # The matrix unit takes only signed bytes. So 128 is subtracted from each code by a
+    # flip of its top bit. There are no byte operations, so the bits of 4 bytes are
+    # flipped together.
     words = pltpu.bitcast(data, jnp.int32) ^ jnp.int32(-0x7F7F7F80)
     return pltpu.bitcast(words, jnp.int8), 128
 
 
 def _lay_out_codebook(codebook: jax.Array, body: str) -> jax.Array:
-    """Tables in the arrangement of registers.
+    """Arranges the codebook as the body reads it from registers.
 
-    For gather, bfloat16 `[e, 16, 128]`: the entries along 16 sublanes. For select,
-    float32 `[e, 1, 128]`: the entries eight times along 128 lanes.
+    For gather it is bfloat16 `[e, 16, 128]`, with the entries along 16 sublanes. For
+    select it is float32 `[e, 1, 128]`: the 16 entries, eight times along 128 lanes.
     """
     if body == "gather":
         entries = codebook.astype(jnp.bfloat16)[:, :, None]
@@ -347,11 +350,11 @@ def _lay_out_codebook(codebook: jax.Array, body: str) -> jax.Array:
 
 
 def _table_entries(data: jax.Array, table: jax.Array, body: str) -> jax.Array:
-    """Entries `[bk, bn]` of the codes in data: bfloat16 for gather, else float32."""
+    """Looks up the entries `[bk, bn]` of codes: bfloat16 for gather, else float32."""
     codes = pltpu.bitcast(data, jnp.uint4)
     bk, bn = codes.shape
     look_up = functools.partial(jnp.take_along_axis, mode="promise_in_bounds")
-    # One gather serves one register. Indices and entries must have the same width: 16
+    # One gather fills one register. Indices and entries must have the same width: 16
     # bits along sublanes, 32 bits along lanes.
     if body == "gather":
         codes = codes.astype(jnp.int16)
@@ -379,7 +382,7 @@ def _tile_product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _native(dtype: str | jnp.dtype) -> jnp.dtype:
-    """The dtype in which a TPU computes this dtype: float32 for float16."""
+    """The dtype that replaces `dtype` on a TPU: float32 for float16, else `dtype`."""
     return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
 
 
@@ -388,16 +391,16 @@ def _to_native(array: jax.Array) -> jax.Array:
 
 
 def _generation(device_kind: str | None) -> int:
-    """The number in the name of a TPU, 5 if there is none.
+    """The generation of a TPU, from its name. It is 5 if the name has no number.
 
-    Generation 5 is the one with the fewest abilities of those that the kernel serves.
+    Tiles for generation 5, the oldest that the kernel supports, compile for all others.
     """
     match = re.search(r"TPU\s?v?(\d)", device_kind or "")
     return int(match[1]) if match else 5
 
 
 def _height(p: Problem) -> int:
-    """What bk must be a multiple of: whole registers of codes, and eight scales."""
+    """bk must be a multiple of this: whole registers of codes, and eight scales."""
     return 256 if p.group == p.k else _SUBLANES * p.group
 
 
@@ -407,8 +410,8 @@ def _check_tiles(p: Problem, bm: int, bk: int, bn: int, body: str) -> None:
     if bm % _SUBLANES or bn % _LANES or bk % height or min(bm, bk, bn) < 1:
         raise ValueError(
             f"quantized_matmul: the TPU kernel cannot run with tiles {bm=}, {bk=}, "
-            f"{bn=} for groups of {p.group}. They must be positive multiples of "
-            f"{_SUBLANES}, {height} and {_LANES}."
+            f"{bn=} for groups of {p.group}. bm, bk and bn must be positive multiples "
+            f"of {_SUBLANES}, {height} and {_LANES}."
         )
     bodies = ("gather", "select") if p.codebook else ("pre", "post")
     if body not in bodies:
@@ -418,11 +421,11 @@ def _check_tiles(p: Problem, bm: int, bk: int, bn: int, body: str) -> None:
         )
     if body == "gather" and p.x_dtype != "bfloat16":
         raise ValueError(
-            'quantized_matmul: body "gather" of the TPU kernel has bfloat16 entries, '
-            f'which are too coarse for x in {p.x_dtype}. Use "select".'
+            'quantized_matmul: body "gather" of the TPU kernel rounds the codebook to '
+            f'bfloat16, and this is too coarse for x in {p.x_dtype}. Use "select".'
         )
     if body == "pre" and p.x_dtype == "int8":
         raise ValueError(
-            'quantized_matmul: body "pre" of the TPU kernel rounds weights to the '
-            'dtype of x, and int8 cannot hold them. Use "post".'
+            'quantized_matmul: body "pre" of the TPU kernel rounds scaled weights to '
+            'the dtype of x, and int8 cannot hold scaled weights. Use "post".'
         )

@@ -7,16 +7,16 @@ k in chunks. A chunk belongs to one group:
 
 - Codes are multiplied as integers in x's dtype, which holds them exactly. The scale
   multiplies the sum of a chunk in float32.
-- The two 4-bit codes of a byte are not interleaved. The even and the odd columns of x
-  come apart, and the low and the high halves of the bytes have a product each.
-- A codebook is a tree of 15 selects on the bits of the code.
+- The two 4-bit codes of a byte are not interleaved. The low halves of the bytes are
+  multiplied with the even columns of x, and the high halves with the odd columns.
+- A codebook entry is looked up by a tree of 15 selects on the bits of the code.
 - Edges in m, n and k are masked. Nothing is padded.
-- With few rows of x there are too few programs to occupy all SMs. `splits` programs
-  then share one k, and XLA adds their sums.
+- With few rows of x there are too few programs to occupy all SMs. Then `splits`
+  programs each compute the sums over a part of k, and XLA adds these sums.
 
 Registers of a program, in 32-bit words: bm * bn for the sums, about as many for the
-product of a chunk, and bn * chunk for its codes. Shared memory, before Triton's own
-padding: stages * chunk * (bm * size of x + bn * bits / 8).
+product of a chunk, and bn * chunk for its codes. Shared memory in bytes, without
+Triton's own padding: stages * chunk * (bm * bytes per number of x + bn * bits / 8).
 
 Supported: layout "rows"; x in bfloat16, float16 or float32 (in full precision, not as
 tf32); codes of 4 bits (signed, unsigned, codebook) or 8 bits; scales in any float
@@ -60,7 +60,7 @@ def why_not(problem: Problem, device_kind: str | None) -> str | None:
             'jaxq.relayout(weight, "rows")'
         )
     if p.x_dtype == "int8" or p.scale_dtype is None:
-        return "int8 x is left to XLA's own int8 product"
+        return "it takes no int8 x; XLA has its own int8 product"
     if p.bits not in (4, 8) or (p.codebook and p.bits != 4):
         return (
             "it decodes codes of 4 or 8 bits and codebooks of 16 numbers, not "
@@ -69,23 +69,23 @@ def why_not(problem: Problem, device_kind: str | None) -> str | None:
     if 0 in (p.e, p.m, p.n, p.k):
         return "the product is empty"
     if p.num_groups > 1 and p.group % 32:
-        return f"it needs groups of a multiple of 32 codes, not {p.group}"
+        return f"the group size must be a multiple of 32 codes, not {p.group}"
     if p.k * p.bits % 8:
         return f"rows of {p.k} codes do not fill whole bytes"
     return None
 
 
 def default_tiles(problem: Problem, device_kind: str | None) -> dict:
-    """Returns tiles from shapes alone, for a problem that the table does not know.
+    """Returns tiles for a problem that the table does not know.
 
-    They are an estimate, not measured.
+    The tiles are estimated from the shapes. They have not been measured.
     """
     del device_kind
     p = problem
     bm = next((size for size in (16, 32, 64) if p.m <= size), 64)
     bn = 64
     programs = p.e * pl.cdiv(p.m, bm) * pl.cdiv(p.n, bn)
-    # More parts of k, while programs are few and each part is at least 512 codes long.
+    # Split k while programs are few and each part has at least 512 codes.
     splits = 1
     while splits < 16 and 2 * splits * programs <= 512 and p.k >= 1024 * splits:
         splits *= 2
@@ -113,16 +113,16 @@ def matmul(
       codebook: float32 `[e, 16]`, or None.
       problem: static facts of the arrays. `why_not` must accept it.
       tiles: "bm" rows of x by "bn" columns for each program, both powers of two from 16
-        on; "splits", the number of programs that share one k; "warps" of a program;
-        "stages" of Triton's pipeline.
+        on; "splits", the number of programs that share the sum over k; "warps" of a
+        program; "stages" of Triton's pipeline.
       interpret: True to run on a CPU.
 
     Returns:
       `[e, m, n]` in `problem.out_dtype`.
     """
     p = problem
-    # [e, codes per byte, m, bytes]: at 4 bits, x for the first codes of all bytes, then
-    # x for the second codes.
+    # [e, codes per byte, m, bytes]. With 4 bits: the columns of x for the first code of
+    # each byte, then the columns for the second code.
     per_byte = 8 // p.bits
     x = jnp.moveaxis(x.reshape(p.e, p.m, p.k // per_byte, per_byte), 3, 1)
     operands = [a for a in (x, data, scale, zero_point, codebook) if a is not None]
@@ -140,7 +140,7 @@ class _ProgramSizes:
     Attributes:
       bm: rows of x.
       bn: columns of the result.
-      splits: number of programs that share one k.
+      splits: number of programs that share the sum over k.
       chunk: codes of a row in one step along k.
       row_bytes: bytes of a row in one step.
       steps: number of steps of a program.
@@ -155,7 +155,7 @@ class _ProgramSizes:
 
 
 def _program_sizes(p: Problem, tiles: Mapping[str, int]) -> _ProgramSizes:
-    # Triton needs powers of two, and at least 16 of them along k for a product.
+    # Triton needs sizes that are powers of two, and at least 16 numbers along k.
     chunk = 128 if p.num_groups == 1 else min(128, math.gcd(p.group, 128))
     splits = tiles["splits"]
     steps = pl.cdiv(pl.cdiv(p.k, chunk), splits)
@@ -191,7 +191,8 @@ def _program(
 ) -> None:
     """One program: `[bm, bn]` sums over one part of k.
 
-    `rest` is the zero points and the codebook, if there are any, and the result.
+    `rest` has the zero points if there are any, the codebook if there is one, and the
+    result.
     """
     *extra, out_ref = rest
     bm, bn, row_bytes, steps = sizes.bm, sizes.bn, sizes.row_bytes, sizes.steps
@@ -203,7 +204,7 @@ def _program(
     n_mask = pl.program_id(1) * bn + jnp.arange(bn) < p.n
     table = [extra[-1][e, i] for i in range(16)] if p.codebook else []
     per_byte = 8 // p.bits
-    # In full precision: the default would round float32 to tf32.
+    # The default would round float32 to tf32.
     precision = lax.Precision.HIGHEST if p.x_dtype == "float32" else None
 
     def step(t, sums):
@@ -277,16 +278,16 @@ def _decode_bytes(packed, place: int, table: list, zero, p: Problem):
 
 
 def _both(rows, columns):
-    """The mask `[r, c]` of the masks `[r]` and `[c]`."""
+    """Combines a mask of rows `[r]` and a mask of columns `[c]` to a mask `[r, c]`."""
     shape = (rows.shape[0], columns.shape[0])
     row_mask = lax.broadcast_in_dim(rows, shape, (0,))
     return row_mask & lax.broadcast_in_dim(columns, shape, (1,))
 
 
-# Newer jax warns that Triton is deprecated whenever it lowers such a kernel. That may
-# be long after `matmul` has returned. These GPUs have no other kernel, and a user who
-# multiplies with a QTensor cannot act on the warning. In the lowering of a primitive of
-# its own, this warning can be silenced, and no other.
+# Newer jax warns at each lowering of a Triton kernel that Triton is deprecated. The
+# lowering may be long after `matmul` has returned. These GPUs have no other kernel, and
+# a user who multiplies with a QTensor cannot act on the warning. So the kernel has its
+# own primitive, and the lowering rule of this primitive silences this warning only.
 _split_sums_p = Primitive("jaxq_triton_parts")
 
 

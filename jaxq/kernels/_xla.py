@@ -1,4 +1,4 @@
-"""Float activations times a quantized weight in plain XLA, block of rows by block.
+"""Float activations times a quantized weight in plain XLA, in blocks of rows.
 
 A dequantized weight is 4 to 16 times larger than the quantized one. On a CPU the page
 faults of that temporary array cost more than the product. So rows are decoded in blocks
@@ -6,7 +6,7 @@ that stay in the cache, and each block is multiplied while it is there:
 
     for each block of rows:  y[rows] = decode(codes[rows]) @ x.T    # [r, k] @ [k, m]
 
-Three choices follow from XLA:CPU:
+Three choices are made for XLA:CPU:
 
 - The halves of a byte are never interleaved. Each half is multiplied with its part of
   x.
@@ -17,9 +17,9 @@ Three choices follow from XLA:CPU:
 The backward pass runs the same loop: dx is a sum over blocks, and scales get exact
 gradients.
 
-On an accelerator the blocks are larger (`RowMeta.block_bytes`). The loop is then a
-dense product with a decoded weight, for the products that no kernel computes and for
-those with many rows of x.
+On an accelerator the blocks are larger (`RowMeta.block_bytes`). The loop is then nearly
+a dense product with a decoded weight. It computes the products that have no kernel, and
+the products with many rows of x.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Row
 def _without_single_row(x: jax.Array) -> jax.Array:
     """Adds a row of zeros to a single row of a 16-bit dtype.
 
-    XLA:CPU does not treat a product with one row as a matrix product, and would widen
-    the whole weight to float32 instead.
+    XLA:CPU does not compute a product with one row as a matrix product. It would widen
+    the whole weight to float32.
     """
     if x.shape[0] == 1 and x.dtype != jnp.float32:
         return jnp.pad(x, ((0, 1), (0, 0)))

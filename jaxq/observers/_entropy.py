@@ -4,23 +4,21 @@ The steps are those of TensorRT: Szymon Migacz, "8-bit Inference with TensorRT" 
 2017). Let h be the histogram of n bins, and L the number of levels. For each i from L
 to n:
 
-1. P is h[:i]. All counts beyond are added to its last bin.
+1. P is h[:i]. The counts of all later bins are added to the last bin of P.
 2. Q is h[:i] without the added counts, divided into L groups: bin j is in group
    floor(j L / i). The counts of a group are spread evenly over its bins that are not
    empty.
-3. P and Q are normalised. The divergence is D_i = sum of P ln(P / Q) over the bins
-where
-   P is not 0. It is infinite if Q is 0 in one of them.
+3. P and Q are normalised. The divergence D_i is the sum of P ln(P / Q) over the bins
+   where P is not 0. It is infinite if Q is 0 in one of these bins.
 
-The i of the smallest D_i gives the threshold: the width of i bins. Of equal ones the
-last wins.
+The threshold is the width of i bins, for the i with the smallest D_i. If several D_i
+are equal, the largest i wins.
 
-L is the number of levels that magnitudes have. Symmetric codes have the levels from 0
-up: 128 for int8, 16 for uint4. Codes with a zero point are divided between both sides,
-in proportion to how far each side reaches below the threshold. With reaches a and b
-that is `(n - 1) longer / (a + b) + 1` levels for the longer side, where n is the number
-of codes: all n codes if the numbers have one sign, and half of them if both sides reach
-the threshold.
+L is the number of levels of the magnitudes. Symmetric codes have the levels from 0 up:
+128 for int8, 16 for uint4. With a zero point, the N codes are divided between both
+sides of 0. The reach of a side is its largest magnitude, or the threshold if that is
+smaller. With reaches a >= b, L is floor((N - 1) a / (a + b)) + 1. So L is N if all
+numbers have one sign, and about N / 2 if both sides reach the threshold.
 """
 
 from __future__ import annotations
@@ -41,9 +39,9 @@ from jaxq.observers._histogram import Histogram, of_magnitudes
 from jaxq.observers._numbers import Count
 from jaxq.observers._observer import mirror
 
-# Candidates that are computed side by side. Memory is this many times the bins.
+# How many candidates are computed together. Each needs memory for all bins.
 _NUM_TOGETHER = 64
-# The most numbers in memory, if there are many channels.
+# The largest number of floats in memory if there are many channels.
 _MOST_NUMBERS = 1 << 22
 
 
@@ -56,9 +54,9 @@ class Entropy(Histogram):
     def _check(self, fmt, symmetric):
         if fmt.bits <= 16 and np.ptp(np.diff(np.unique(fmt.values()))) > 0:
             raise ValueError(
-                f"entropy: the numbers of {fmt.name} are not evenly spaced, but the "
-                "levels of entropy are. Use mse, percentile or absmax, or an integer "
-                "format."
+                "entropy: the format must have evenly spaced numbers, and those of "
+                f"{fmt.name} are not. Use an integer format, or mse, percentile or "
+                "absmax."
             )
         if fmt.bits > 16 or _num_levels_range(fmt, symmetric)[1] > self.bins:
             raise ValueError(
@@ -77,8 +75,9 @@ class Entropy(Histogram):
         best, used = best.reshape(magnitude.shape), used.reshape(magnitude.shape)
         exponent = self._exponent(state.low, state.high)
         threshold = _numbers.times_power_of_two(best.astype(jnp.float32), exponent)
-        # The last bin in use ends beyond the largest magnitude. And a threshold below
-        # the normal range is flushed to zero.
+        # The last bin in use ends beyond the largest magnitude. If all bins in use are
+        # kept, the threshold is the largest magnitude itself. The same is done if the
+        # threshold was below the normal range and was flushed to zero.
         nothing_clipped = (best >= used) | (threshold == 0)
         threshold = jnp.where(nothing_clipped, magnitude, threshold)
         if symmetric:
@@ -101,7 +100,7 @@ class Entropy(Histogram):
         return low.reshape(channels), high.reshape(channels)
 
     def _channels_together(self, channels: int) -> int | None:
-        """How many channels one step searches; None for one, without a batch axis."""
+        """How many channels one step searches. None means one, without a batch axis."""
         together = min(channels, _MOST_NUMBERS // (_NUM_TOGETHER * self.bins))
         return together if together > 1 else None
 
@@ -109,20 +108,21 @@ class Entropy(Histogram):
 def entropy(bins: int = 2048, *, axis: int | tuple[int, ...] | None = None) -> Entropy:
     """The threshold on |x| with the smallest Kullback-Leibler divergence.
 
-    The divergence is that of the distribution of the quantized magnitudes from the true
-    one. The levels are evenly spaced, so this observer is for integer formats. With
-    `symmetric=False` the range is cut at the threshold of the magnitudes, and the codes
-    are divided between both sides of 0.
+    The divergence compares the distribution of the quantized magnitudes with the true
+    distribution. The levels are evenly spaced, so this observer is for integer formats.
+    With `symmetric=False` the range is clipped at the threshold of the magnitudes, and
+    the codes are divided between both sides of 0.
 
     Args:
-      bins: bins of the histogram, see `histogram`. At least the number of levels: for
-        symmetric codes those from 0 up, otherwise all codes.
+      bins: bins of the histogram on each side of 0, 2 to 32768. It must be at least the
+        number of levels. Symmetric codes have the levels from 0 up. Asymmetric codes
+        have as many levels as codes.
       axis: see `Observer`.
 
     Raises:
       ValueError: `bins` is not a whole number from 2 to 32768. `bounds` raises if the
         format has more levels than there are bins, or if its numbers are not evenly
-        spaced (floats, tables).
+        spaced, as in float and codebook formats.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -146,15 +146,16 @@ def _num_levels_range(fmt: Format, symmetric: bool) -> tuple[int, int]:
 
 
 class _Histogram(NamedTuple):
-    """What the search reads of a histogram of n bins.
+    """The tables of a histogram of n bins that the search reads.
 
     Attributes:
       mass: float32 `[n]`, the counts.
-      windows: float32 `[n, widest]`, at [j] the counts from bin j on. A group of bins
-        is the beginning of a row.
+      windows: float32 `[n, widest]`. Row j has the counts of bin j and of the next
+        bins. A group that starts at bin j is the beginning of row j.
       total: the sum of all counts.
-      below: `[n + 1]`, at [j] the sum of the counts below bin j.
-      num_filled_below: int32 `[n + 1]`, how many bins below bin j are not empty.
+      below: `[n + 1]`. Entry j is the sum of the counts below bin j.
+      num_filled_below: int32 `[n + 1]`. Entry j says how many bins below bin j are not
+        empty.
       num_used: int32, the number of bins up to the last one that is not empty.
     """
 
@@ -204,7 +205,7 @@ def best_bin(
 def _prepare(counts: Count, num_used: jax.Array, least: int) -> _Histogram:
     """The tables of the search, from counts `[n]` of magnitudes."""
     n = counts.low.shape[0]
-    widest = -(-n // least)  # no group has more bins
+    widest = -(-n // least)  # the largest number of bins in a group
     mass = _numbers.as_float(counts)  # [n]
     window = np.arange(n)[:, None] + np.arange(widest)  # [n, widest]
     windows = jnp.pad(mass, (0, widest))[window]
@@ -229,15 +230,17 @@ def _prepare(counts: Count, num_used: jax.Array, least: int) -> _Histogram:
 def _divergence(
     h: _Histogram, i: jax.Array, num_levels: jax.Array | np.int32, most: int
 ) -> jax.Array:
-    """D_i of the module docstring, a float32 scalar; infinite if i is not a candidate.
+    """D_i of the module docstring, a float32 scalar.
+
+    It is infinite if i is smaller than L or larger than the number of bins in use.
 
     Args:
       h: the histogram.
       i: int32, the number of bins to keep.
       num_levels: int32, L.
-      most: the largest number of levels.
+      most: the largest L that any i can have.
     """
-    # Group g begins at ceil(g i / L). Groups behind the last level are empty.
+    # Group g begins at ceil(g i / L). Groups from L on are empty.
     group_numbers = jnp.arange(most + 1, dtype=jnp.int32)
     edge = jnp.minimum(
         (group_numbers * i + num_levels - 1) // num_levels, i
@@ -254,8 +257,8 @@ def _divergence(
     inside = _numbers.map_words(lambda words: words[i], h.below)
     outside = _numbers.as_float(_numbers.minus(h.total, inside))
     share_inside = _numbers.as_float(inside) / _numbers.as_float(h.total)
-    # In a filled bin Q is group_mass / group_filled / inside, so P / Q is its count
-    # times:
+    # In a filled bin Q is group_mass / group_filled / inside. So P / Q is the count of
+    # the bin times this factor.
     p_over_q = group_filled / jnp.where(group_mass > 0, group_mass, 1.0) * share_inside
 
     # Step 3 without the counts beyond i.
@@ -286,10 +289,11 @@ def _search(
     candidates = least + np.arange(num_chunks * _NUM_TOGETHER, dtype=np.int32)
     chunks = jnp.asarray(candidates.reshape(num_chunks, _NUM_TOGETHER))
     divergences = lax.map(jax.vmap(divergence), chunks).reshape(-1)
-    # argmin gives the first of equals. In reverse order that is the last candidate.
+    # argmin returns the first of equal numbers. In reverse order this is the largest i.
     from_end = jnp.argmin(divergences[::-1]).astype(jnp.int32)
     best = candidates[-1] - from_end
-    # With fewer bins in use than levels, no candidate is valid and all bins are kept.
+    # If fewer bins are in use than there are levels, no candidate is valid. Then all
+    # bins are kept.
     best = jnp.where(jnp.min(divergences) < np.inf, best, h.num_used)
     return best, h.num_used
 

@@ -1,12 +1,13 @@
-"""A histogram that grows with the numbers, and does not depend on their order.
+"""A histogram whose range grows, and whose result does not depend on the order.
 
 There are `bins` bins on each side of 0. Their width is a power of two: the smallest one
 for which the bins hold the largest magnitude so far. If a batch exceeds the bins, pairs
-of neighbouring bins are joined. The result is what counting all numbers with the wider
-bins from the start would give. So two states merge exactly, whatever their widths.
+of neighbouring bins are joined. The result is the same as if all numbers had been
+counted in the wider bins from the start. So two states merge exactly, also if their
+widths differ.
 
-Bin j holds `j <= |x| / width < j + 1`. The index comes from a shift of the significand.
-So nothing is divided or rounded, and no subnormal number is flushed to zero.
+Bin j holds `j <= |x| / width < j + 1`. The index j is the significand of x, shifted to
+the right. So nothing is divided or rounded, and no subnormal number is flushed to zero.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ MOST_BINS = 1 << 15
 
 
 class HistogramState(NamedTuple):
-    """Extremes and counts. The width of the bins follows from the extremes.
+    """Extremes, and counts per bin. The width of the bins follows from the extremes.
 
     Attributes:
-      seen: how many numbers came.
+      seen: how many numbers were observed.
       low: float32 `[*channels]`, the smallest finite number.
       high: float32 `[*channels]`, the largest finite number.
-      counts: `[*channels, 2, bins]`, of positive and of negative magnitudes. Zero
-        counts as positive.
+      counts: `[*channels, 2, bins]`. Index 0 counts the positive numbers by magnitude,
+        index 1 the negative numbers. Zero counts as positive.
     """
 
     seen: Seen
@@ -116,8 +117,9 @@ class Histogram(Observer):
         return enclose(state.low, state.high, fmt, symmetric)
 
     def _exponent(self, low: jax.Array, high: jax.Array) -> jax.Array:
-        """int32 `[*channels]`: the width of the bins is 2 to this power.
+        """The exponent of the width of the bins, which is `2^exponent`.
 
+        The exponent is int32 `[*channels]`.
         An empty state has the smallest exponent, -149.
         """
         low_pattern = _numbers.magnitude_pattern(low)
@@ -126,7 +128,8 @@ class Histogram(Observer):
         pattern = jnp.where(pattern < _numbers.INFINITY, pattern, np.uint32(0))
         digits, place = _numbers.significand(pattern)
         # The index of the largest magnitude is digits >> shift, and it must be at most
-        # bins - 1. If bins is not a power of two, equal lengths do not suffice.
+        # bins - 1. If bins is not a power of two, an index with as many bits as
+        # bins - 1 can still be too large.
         last = np.uint32(self.bins - 1)
         length = np.int32(32) - lax.clz(digits).astype(jnp.int32)
         shift = jnp.maximum(length - np.int32((self.bins - 1).bit_length()), 0)
@@ -151,11 +154,12 @@ def histogram(
 ) -> Histogram:
     """A histogram whose bins grow by powers of two.
 
-    Its bounds are the extremes, and `table(state)` gives edges and counts. The
-    observers `mse` and `entropy` have the same state, and find a better range in it.
+    Its bounds are the extremes. `table(state)` gives edges and counts. The observers
+    `mse` and `entropy` find a better range in the same kind of state.
 
     Args:
-      bins: bins on each side of 0, 2 to 32768. The numbers use at least half of them.
+      bins: bins on each side of 0, 2 to 32768. The bins reach at most about twice as
+        far as the largest magnitude.
       axis: see `Observer`.
 
     Raises:
@@ -181,8 +185,7 @@ def count_signed(
     """How often each index occurs with a positive and with a negative number.
 
     Args:
-      x: float32 `[*channels, n]`; only the signs are read. Both zeros count as
-        positive.
+      x: float32 `[*channels, n]`. Only the signs are read. 0 and -0 count as positive.
       index: int32 `[*channels, n]`, from 0 to below num_bins.
       keep: bool `[*channels, n]`. An entry that is False is not counted.
       num_bins: the number of indices.
@@ -207,12 +210,12 @@ def by_sign(counts: Count) -> tuple[Count, Count]:
 
 
 def of_magnitudes(counts: Count) -> Count:
-    """Counts `[..., 2, bins]` by sign as counts `[..., bins]` of magnitudes."""
+    """Adds the counts `[..., 2, bins]` of both signs; the result is `[..., bins]`."""
     return _numbers.plus(*by_sign(counts))
 
 
 def ascending(counts: Count) -> Count:
-    """Counts `[..., 2, bins]` by sign as `[..., 2 * bins]`, the most negative first."""
+    """Sorts counts `[..., 2, bins]`, most negative bin first: `[..., 2 * bins]`."""
 
     def join(words):
         return jnp.concatenate([words[..., 1, ::-1], words[..., 0, :]], axis=-1)

@@ -2,7 +2,8 @@
 
 The statistics have a fixed size, and every batch of rows updates them. A row is a
 token. A random sample of the rows is kept for methods that fit a layer's outputs. One
-row in eight is held out of all other statistics, to judge what the methods fitted.
+row in eight is held out of all other statistics. Held-out rows measure how well the
+result of a method works on rows that the method did not use.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from jaxq.observers._observer import Observer
 
 NUM_SAMPLES = 512
 NUM_HELD_OUT = 256
-# One part of the data in this many is held out.
+# One of this many parts of the data is held out.
 _HELD_OUT_PERIOD = 8
-# The rank of a row that is not kept; ranks of rows are 0 or more.
+# The rank of a row that is not kept. The rank of a kept row is 0 or more.
 _NO_RANK = -1
 
 
 class LayerStats(NamedTuple):
-    """Statistics of the inputs of one layer, with K numbers a row.
+    """Statistics of the inputs of one layer, whose rows have K numbers.
 
-    Stacked layers and experts have leading axes in every array.
+    For stacked layers and for experts, every array has leading axes.
 
     Attributes:
       count: float32, the number of rows; 0 if no row reached the layer.
@@ -39,14 +40,15 @@ class LayerStats(NamedTuple):
         error of the layer's output; or None.
       samples: float32 `[NUM_SAMPLES, K]`, a uniform random sample of the rows. The
         first `num_samples` rows are filled, the others are zeros.
-      sample_ranks: float32 `[NUM_SAMPLES]`, the random numbers by which the rows were
-        chosen, descending; -1 for an empty row.
+      sample_ranks: float32 `[NUM_SAMPLES]`, descending. The random number of each row
+        of `samples`: the rows with the largest numbers are kept. -1 for an empty row.
       held_out: float32 `[NUM_HELD_OUT, K]`, a sample of the rows that no other
         statistic includes.
       held_out_ranks: float32 `[NUM_HELD_OUT]`, as `sample_ranks`.
       num_calls: int32, how often the layer was called.
-      observed: the state of an observer (`jaxq.observers`) for a static range. It
-        includes all rows, also held-out ones. None without an observer.
+      observed: the state of an observer (`jaxq.observers`) for static activation
+        quantization. It includes all rows, also the held-out rows. None if there is no
+        observer.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -93,9 +95,9 @@ def empty_stats(
     """The statistics before the first row.
 
     Args:
-      k: numbers a row.
-      hessian: whether the statistics include the Hessian, of k * k numbers.
-      observer: the observer whose state `observed` is.
+      k: how many numbers a row has.
+      hessian: whether the statistics include the Hessian, which has k * k numbers.
+      observer: the observer that makes the state `observed`, or None.
     """
     zeros = jnp.zeros((k,), jnp.float32)
     infinity = jnp.full((k,), np.inf, jnp.float32)
@@ -130,10 +132,11 @@ def update_stats(
     Args:
       stats: the statistics so far.
       x: floats `[t, K]`.
-      counts: bool `[t]`. A row that is False, such as padding, is ignored.
+      counts: bool `[t]`. A row is ignored if its entry is False, for example because
+        it is padding.
       parts: int32 `[t]`, the part of the data that each row belongs to. One part in
-        eight is held out, another one at each call.
-      observer: the observer whose state `stats.observed` is.
+        eight is held out. Each call holds out another part.
+      observer: the observer that made the state `stats.observed`, or None.
     """
     x = x.astype(jnp.float32)
     is_held_out = (parts + stats.num_calls) % _HELD_OUT_PERIOD == _HELD_OUT_PERIOD - 1
@@ -192,9 +195,9 @@ def _random_ranks(call: jax.Array, size: int) -> jax.Array:
 def _keep_highest(
     kept: jax.Array, ranks: jax.Array, x: jax.Array, new_ranks: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The rows of highest rank among the kept and the new ones, and their ranks.
+    """The rows of highest rank among the kept and the new rows, and their ranks.
 
-    A uniform sample of a stream: the rows of the highest random numbers.
+    The ranks are random numbers. So the rows are a uniform sample of the stream.
 
     Args:
       kept: float32 `[size, K]`.

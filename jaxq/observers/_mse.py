@@ -1,11 +1,12 @@
 """The range with the smallest quantization error.
 
-The candidates are the extremes and ranges that shrink from them in even steps. Errors
-are measured in units of the largest number, so the choice for 2^k x is that for x.
+The first candidate is the range of the extremes. Each further candidate is smaller by
+the same step. Errors are measured relative to the largest number. So x and `2^k * x`
+get the same candidate.
 
-For a state, the numbers of a bin are treated as spread evenly over the bin. The mean
-error over a bin is then an integral in closed form. So bins that are wider than a step
-of the format do no harm. For an array, the error of each number is measured.
+For a state, the numbers of a bin are assumed to be spread evenly over the bin. The mean
+error over a bin is then an integral in closed form. So bins may be wider than a step of
+the format. For an array, the error of each number is measured.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from jaxq.observers._histogram import Histogram, ascending
 from jaxq.observers._observer import enclose
 from jaxq.observers._range import range_of
 
-# If a bin is narrower than this, in steps of the format, its numbers are
-# treated as its middle. The difference of two integrals would be lost in rounding.
+# A width in steps of the format. The mean error of a narrower bin is the error of its
+# middle. The difference of two integrals would be lost in rounding.
 _NARROW = np.float32(2.0**-8)
 
 
 class _ErrorTable(NamedTuple):
-    """The integral of |error|^power over t, from 0, as a table over the format's cells.
+    """Tables to compute the integral of |error|^power from 0 to t.
 
-    t is a real number in steps of the format. The cell of a number is the interval in
-    which it is the nearest one.
+    t is a real number in steps of the format. Each number of the format has a cell: the
+    interval that is rounded to this number. Each cell has one entry of a table.
 
     Attributes:
       values: float32 `[n]`, the numbers of the format, ascending.
@@ -76,12 +77,12 @@ class MeanSquaredError(Histogram):
     def _check(self, fmt, symmetric):
         if fmt.max <= 0:
             raise ValueError(
-                f"mse: {fmt.name} has no positive numbers to scale to. Use another "
-                "format."
+                f"mse: {fmt.name} has no positive numbers to scale to. Use a format "
+                "with positive numbers."
             )
         if fmt.bits > 16:
             raise ValueError(
-                f"mse: {fmt.name} has too many numbers to measure: more than 16 bits. "
+                f"mse: {fmt.name} has {fmt.bits} bits, and mse takes at most 16 bits. "
                 "Use minmax or absmax."
             )
         if not symmetric and fmt.kind != "integer":
@@ -91,13 +92,14 @@ class MeanSquaredError(Histogram):
             )
 
     def _factors(self) -> np.ndarray:
-        """float32 `[grid]`, what the extremes are multiplied by, descending from 1."""
+        """The factors of the extremes, float32 `[grid]`, descending from 1."""
         return (1 - self.shrink * np.arange(self.grid) / self.grid).astype(np.float32)
 
     def _bounds(self, state, fmt, symmetric):
         low, high = enclose(state.low, state.high, fmt, symmetric)
-        # From here on all numbers are in widths of a bin. The edges of the bins are
-        # whole numbers, cut at the extremes: no number is beyond.
+        # From here on the unit of all numbers is the width of a bin. The edges of the
+        # bins are whole numbers. They are clipped to the extremes, because no number is
+        # beyond the extremes.
         exponent = -self._exponent(state.low, state.high)
         least, most = _in_units(exponent, state.low, state.high)
         bottom, top = _in_units(exponent, low, high)
@@ -105,7 +107,8 @@ class MeanSquaredError(Histogram):
         edges = jnp.broadcast_to(edge_numbers, (*low.shape, edge_numbers.size))
         edges = jnp.clip(edges, least, most)  # [*channels, 2 * bins + 1]
         counts = _numbers.as_float(ascending(state.counts))  # [*channels, 2 * bins]
-        # Only their ratios matter, and sums of powers must not overflow.
+        # Only the ratios of the counts matter. Small counts keep the sum of errors from
+        # overflow.
         counts = counts / jnp.maximum(jnp.max(counts, axis=-1, keepdims=True), 1.0)
         table = _error_table(fmt, symmetric, self.power)
 
@@ -123,7 +126,7 @@ class MeanSquaredError(Histogram):
     def _bounds_of(self, x, keep, fmt, symmetric):
         least, most = range_of(x, keep)
         low, high = enclose(least, most, fmt, symmetric)
-        # From here on numbers are in units of a power of two near the largest
+        # From here on the unit of all numbers is a power of two near the largest
         # magnitude.
         exponent = -(self._exponent(least, most) + (self.bins - 1).bit_length())
         scaled = _numbers.times_power_of_two(
@@ -140,7 +143,7 @@ class MeanSquaredError(Histogram):
             errors = _power(t - _nearest(t, fmt, symmetric), self.power)
             error = jnp.sum(jnp.where(keep, errors, 0.0), axis=-1)
             error = error * _power(factor, self.power)
-            # Of equal errors the first wins: the widest range.
+            # If errors are equal, the first candidate wins. It has the widest range.
             better = error < best_error
             return jnp.where(better, error, best_error), jnp.where(better, k, best_k)
 
@@ -153,7 +156,7 @@ class MeanSquaredError(Histogram):
     def _candidate(
         self, low: jax.Array, high: jax.Array, k: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The range after k steps. A range of subnormal numbers is not shrunk."""
+        """The range of candidate k. A range of subnormal numbers is not shrunk."""
         factor = jnp.asarray(self._factors())[k]
         magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
         unchanged = (magnitude < _numbers.SMALLEST_NORMAL) | (k == 0)
@@ -172,16 +175,16 @@ def mse(
     """The range with the smallest mean of `|x - quantized x|^power`, by a grid search.
 
     The candidates are the extremes times `1 - shrink * k / grid` for k from 0 to
-    `grid - 1`. Of equal errors the first wins. With `symmetric=False` both ends shrink
-    by the same factor, and zero points are whole numbers, as in `quantize`.
+    `grid - 1`. If errors are equal, the smallest k wins. With `symmetric=False` both
+    ends shrink by the same factor, and zero points are whole numbers, as in `quantize`.
 
     Args:
-      power: above 0 to 8. 2 gives the mean squared error. GPTQ's search uses 2.4, with
-        grid=80 and shrink=0.8.
+      power: above 0 and at most 8. 2 gives the mean squared error. GPTQ's search uses
+        power=2.4, grid=80 and shrink=0.8.
       grid: the number of candidates, 1 to 10000.
-      shrink: above 0 to 1. The candidates reach down to nearly `1 - shrink` times the
-        extremes.
-      bins: bins of the state's histogram, see `histogram`.
+      shrink: above 0 and at most 1. The smallest candidate is nearly `1 - shrink` times
+        the extremes.
+      bins: bins of the state's histogram on each side of 0, 2 to 32768.
       axis: see `Observer`.
 
     Raises:
@@ -212,7 +215,10 @@ def _in_units(exponent: jax.Array, *bounds: jax.Array) -> list[jax.Array]:
 def _inverse_step(
     low: jax.Array, high: jax.Array, fmt: Format, symmetric: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """(1 / scale, zero point) of a range, as in `quantize`; 0 instead of 1 / 0."""
+    """(1 / scale, zero point) of a range, as in `quantize`.
+
+    1 / scale is 0 if the scale is 0.
+    """
     if symmetric:
         step = high * np.float32(1 / fmt.max)
     else:
@@ -238,7 +244,7 @@ def _mean_error(table: _ErrorTable, t: jax.Array, power: float) -> jax.Array:
     Args:
       table: the integral of the error.
       t: float32 `[..., n + 1]`, the edges of the bins in steps of the format.
-      power: the power.
+      power: the power of the error.
 
     Returns:
       float32 `[..., n]`.
@@ -254,7 +260,7 @@ def _mean_error(table: _ErrorTable, t: jax.Array, power: float) -> jax.Array:
 
 
 def _error_table(fmt: Format, symmetric: bool, power: float) -> _ErrorTable:
-    """The tables of `_integral`, computed in float64.
+    """The tables that `_integral` reads, computed in float64.
 
     In the cell of the number v, the integral of |t - v|^p is F(t - v) plus a constant,
     where F(u) = sign(u) |u|^(p+1) / (p+1). The constants make the integral continuous
@@ -272,8 +278,8 @@ def _error_table(fmt: Format, symmetric: bool, power: float) -> _ErrorTable:
     jumps = left - right
     home = int(np.searchsorted(edges, 0.0))  # the cell of 0
     base = np.zeros_like(values)
-    # The sums go outwards from 0. So the integrals of small numbers are small and keep
-    # their digits.
+    # The sums start at the cell of 0 and go outwards. So the integrals near 0 are
+    # small, and rounding to float32 keeps their digits.
     base[home] = -_antiderivative(0.0 - values[home], power)
     base[home + 1 :] = base[home] + np.cumsum(jumps[home:])
     base[:home] = base[home] - np.cumsum(jumps[:home][::-1])[::-1]
@@ -303,5 +309,5 @@ def _table_entry(values: np.ndarray, index: jax.Array) -> jax.Array:
 
 
 def _power(u: jax.Array, power: float) -> jax.Array:
-    """`|u|^power`; by products if the power is a whole number."""
+    """`|u|^power`. An integer power is computed by products."""
     return jnp.abs(u) ** (int(power) if power == int(power) else power)

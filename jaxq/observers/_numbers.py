@@ -1,7 +1,7 @@
 """Counts of 64 bits, and comparisons of float32 by their bits.
 
-A float32 count stays at 2^24, and an int32 count overflows at 2^31. So a `Count` has 64
-bits in two uint32 words, with or without `jax_enable_x64`.
+A float32 count stops growing at 2^24. An int32 count overflows at 2^31. So a `Count`
+has 64 bits in two uint32 words, with or without `jax_enable_x64`.
 
 XLA on CPU flushes subnormal numbers to zero, and its maximum may drop NaN. So numbers
 are compared as integers of the same order as the floats.
@@ -18,10 +18,10 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-# The bits of infinity. The bits of every finite magnitude are below, of every NaN
-# above.
+# The bits of infinity. The bits of every finite magnitude are a smaller integer. The
+# bits of every NaN are a larger integer.
 INFINITY = np.uint32(0x7F800000)
-# `combine_halves` halves this often, since the sum of 2^7 ones fits one byte.
+# How often `combine_halves` halves an array. One byte can hold the sum of 2^7 ones.
 _HALVINGS = 7
 # XLA on CPU flushes smaller magnitudes to zero.
 SMALLEST_NORMAL = np.float32(2.0**-126)
@@ -60,7 +60,7 @@ def sum_counts(counts: Count, add: Callable[[jax.Array], jax.Array]) -> Count:
     """The exact sum of counts.
 
     Args:
-      counts: what is summed.
+      counts: the counts to sum.
       add: a sum over uint32 arrays of at most 2^16 terms: `jnp.sum`, `jnp.cumsum` or
         `lax.psum`. It is called on each quarter of the 64 bits. Sums of 2^16 numbers of
         16 bits cannot overflow, and the carries are added afterwards.
@@ -76,13 +76,13 @@ def sum_counts(counts: Count, add: Callable[[jax.Array], jax.Array]) -> Count:
 
 
 def map_words(fn: Callable[..., jax.Array], *counts: Count) -> Count:
-    """`fn` of the low words and of the high words: to index, pad or reshape counts."""
+    """Applies `fn` to the low words and to the high words, to index or pad counts."""
     words = zip(*counts, strict=True)
     return Count(*(fn(*word) for word in words))
 
 
 def as_float(count: Count) -> jax.Array:
-    """The nearest float32, or a neighbour of it."""
+    """A count as float32: the nearest number, or a neighbour of the nearest."""
     high = count.high.astype(jnp.float32) * np.float32(2.0**32)
     return high + count.low.astype(jnp.float32)
 
@@ -94,10 +94,11 @@ def is_zero(count: Count) -> jax.Array:
 def combine_halves(
     x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> jax.Array:
-    """Combines halves with halves: `[..., n]` becomes `[..., m]`, about n / 2^7.
+    """Combines the two halves of an array, `_HALVINGS` times.
 
-    Each result combines at most 2^7 numbers. XLA's own reduction of integers on CPU
-    reads one number at a time. This one reads as many as a register holds.
+    `[..., n]` becomes `[..., m]`, where m is about n / 2^7. Each result combines at
+    most 2^7 numbers. XLA's own reduction of integers on CPU reads one number at a time.
+    This function reads as many numbers as a register holds.
     """
     whole = x.shape[-1] >> _HALVINGS << _HALVINGS
     if whole == 0:
@@ -123,7 +124,7 @@ def count_true(*conditions: jax.Array) -> tuple[jax.Array, ...]:
     Returns:
       uint32 `[...]` for each condition.
     """
-    # Each condition has one byte of a word, and a byte holds the sum of 2^7 ones.
+    # Each condition uses one byte of a word. A byte can hold the sum of 2^7 ones.
     packed = conditions[0].astype(jnp.uint32)
     for i, condition in enumerate(conditions[1:], 1):
         packed = packed | (condition.astype(jnp.uint32) << (8 * i))
@@ -156,7 +157,7 @@ def count_indices(
     if size >= 2**31:
         raise ValueError(
             f"observers: {num_rows} rows of {num_bins} bins are too many for one "
-            "state, which has less than 2^31 bins. Use fewer bins."
+            "state. A state must have fewer than 2^31 bins in total. Use fewer bins."
         )
     # Entries that are not counted get an index beyond the end, and "drop" ignores it.
     place = jnp.where(keep, row * np.int32(num_bins) + index, np.int32(size))
@@ -166,11 +167,11 @@ def count_indices(
 
 
 def varying_like(tree: Any, x: Any) -> Any:
-    """`tree` with the type of an array that depends on `x`.
+    """`tree` with arrays that vary over the same mesh axes as `x`.
 
-    Inside `shard_map` the type of an array says along which mesh axes it differs. The
-    carry of a loop must have its final type from the start. A choice between two equal
-    arrays has the type of its condition, and XLA removes the choice.
+    Inside `shard_map` the type of an array says over which mesh axes the array varies.
+    The carry of a loop must have its final type from the start. `jnp.where` between two
+    equal arrays gives them the type of the condition, and XLA removes it.
     """
     if not isinstance(x, Tracer):
         return tree
@@ -179,29 +180,29 @@ def varying_like(tree: Any, x: Any) -> Any:
 
 
 def magnitude_pattern(x: jax.Array) -> jax.Array:
-    """The bits of `|x|` as uint32. They have the order of the magnitudes."""
+    """The bits of `|x|` as uint32. They sort in the order of the magnitudes."""
     return lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x7FFFFFFF)
 
 
 def ordered_bits(x: jax.Array) -> jax.Array:
-    """float32 as int32 of the same order, subnormals included. -0 is just below 0."""
+    """Maps float32 to int32 and keeps the order, also of subnormals. -0 is below 0."""
     pattern = lax.bitcast_convert_type(x, jnp.int32)
     return pattern ^ ((pattern >> 31) & np.int32(0x7FFFFFFF))
 
 
 def from_ordered_bits(key: jax.Array) -> jax.Array:
-    """The float32 of which `ordered_bits` made `key`."""
+    """The inverse of `ordered_bits`."""
     pattern = key ^ ((key >> 31) & np.int32(0x7FFFFFFF))
     return lax.bitcast_convert_type(pattern, jnp.float32)
 
 
 def larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`max(a, b)`; it also compares subnormal numbers."""
+    """`max(a, b)`, also correct for subnormal numbers."""
     return from_ordered_bits(jnp.maximum(ordered_bits(a), ordered_bits(b)))
 
 
 def smaller(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`min(a, b)`; it also compares subnormal numbers."""
+    """`min(a, b)`, also correct for subnormal numbers."""
     return from_ordered_bits(jnp.minimum(ordered_bits(a), ordered_bits(b)))
 
 
@@ -222,7 +223,7 @@ def significand(pattern: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """`x * 2^exponent`; |exponent| is at most 252. Exact if the result is normal."""
+    """`x * 2^exponent` for |exponent| <= 252. It is exact if the result is normal."""
     # 2^exponent itself may not be a float32, so the exponent is split in two.
     half = exponent >> 1
     for part in (half, exponent - half):

@@ -3,7 +3,7 @@
 An observer is a frozen description with `init`, `update`, `merge` and `bounds`. Its
 state is a NamedTuple of arrays of static shape. So a state goes through `jit`,
 `lax.scan`, `vmap` and `shard_map`, and into checkpoints. The first field of every state
-is `seen`: how many numbers came.
+is `seen`: how many numbers were observed.
 
 Shapes: with `axis=None` each statistic is a scalar. Otherwise it is `[*channels]`, the
 sizes of the kept axes in the order of `axis`.
@@ -46,11 +46,14 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Observer(abc.ABC):
-    """Finds the range to quantize from batches of numbers. Compared by value.
+    """Finds the range to quantize from batches of numbers.
+
+    Two observers are equal if all their settings are equal.
 
     Args:
-      axis: the axis or axes of x that are kept. Each index along them, a channel, has
-        statistics of its own. None computes one statistic of all numbers.
+      axis: the axis or axes of x that are kept. Each index along the kept axes is a
+        channel and has its own statistics. None computes the statistics of all numbers
+        together.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -85,7 +88,8 @@ class Observer(abc.ABC):
 
         Raises:
           TypeError: x is not floating point.
-          ValueError: x does not have one of the kept axes.
+          ValueError: x does not have one of the kept axes, or `axis` names one axis
+            twice.
         """
         shape = self._channel_shape(x, "init")
         return self._empty(shape, x)
@@ -108,16 +112,17 @@ class Observer(abc.ABC):
         Raises:
           TypeError: x is not floating point, or `where` is not bool.
           ValueError: the kept axes of x have other sizes than those of the state, or
-            `where` does not broadcast to x, or the state is of another observer.
+            `where` does not broadcast to x, or another kind of observer or other
+            settings made the state.
         """
         shape = self._channel_shape(x, "update")
         state_shape = state.seen.nan.low.shape
         if shape != state_shape:
             raise ValueError(
-                f"{self.kind}.update: the state keeps statistics of shape "
-                f"{list(state_shape)} and this batch has {list(shape)} "
-                f"(x: {_array_text(x)}, axis={self.axis}). Make the state with init(x) "
-                "of such a batch."
+                f"{self.kind}.update: the state has statistics of shape "
+                f"{list(state_shape)}, and this batch needs {list(shape)} "
+                f"(x: {_array_text(x)}, axis={self.axis}). Make another state with "
+                "init(x) for batches of this shape."
             )
         self.check_state(state, "update")
         mask = self._mask(where, x, "update")
@@ -133,7 +138,8 @@ class Observer(abc.ABC):
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"{self.kind}.merge: the states differ in shape: {shapes[0]} and "
-                f"{shapes[1]}. Make both with the same observer and channels."
+                f"{shapes[1]}. Make both with the same observer and the same number of "
+                "channels."
             )
         return _jit_merge(self._state_maker(), a, b)
 
@@ -176,13 +182,15 @@ class Observer(abc.ABC):
             an error or "ignore" them.
 
         Returns:
-          (low, high), each float32 `[*channels]`. Under jit no error can be raised.
-          There a channel without a valid range has NaN.
+          (low, high), each float32 `[*channels]`. Under jit a channel without a valid
+          range has NaN, because no error can be raised.
 
         Raises:
+          TypeError: `symmetric` is not a bool.
           ValueError: a channel has no finite number; or numbers that are not finite
-            were observed and `on_nonfinite` is "raise"; or the state is of another kind
-            of observer or of other settings.
+            were observed and `on_nonfinite` is "raise"; or another kind of observer or
+            other settings made the state; or the format is unknown; or the observer
+            cannot find a range for the format.
         """
         fmt = self._check_arguments(format, symmetric, on_nonfinite, "bounds")
         self.check_state(state, "bounds")
@@ -201,9 +209,9 @@ class Observer(abc.ABC):
     ) -> tuple[jax.Array, jax.Array]:
         """The range to quantize of one array, such as a weight, without a state.
 
-        Here percentiles are exact, and `mse` measures the error of each number. A state
-        has only a histogram of the numbers. If each row of `[..., n]` needs a range of
-        its own, let `axis` be all axes but the last, or use `jax.vmap`.
+        `bounds_of` computes exact percentiles, and its `mse` measures the error of each
+        number. `bounds` knows only the histogram in a state. For one range per row of
+        `[..., n]`, let `axis` be all axes but the last, or use `jax.vmap`.
 
         Args:
           x: floats.
@@ -216,9 +224,10 @@ class Observer(abc.ABC):
           (low, high), as `bounds`.
 
         Raises:
-          TypeError: x is not floating point, or `where` is not bool.
+          TypeError: x is not floating point, or `where` or `symmetric` is not bool.
           ValueError: x does not have one of the kept axes, or `where` does not
-            broadcast to x, or the range does not exist (see `bounds`).
+            broadcast to x. Every ValueError of `bounds` about the numbers and the
+            format is also raised.
 
         Example:
           >>> import jax.numpy as jnp, jaxq
@@ -241,9 +250,9 @@ class Observer(abc.ABC):
         """A description for JSON. `from_dict` gives an equal observer."""
         return {"type": self.kind, **dataclasses.asdict(self)}
 
-    # What each kind of observer implements. All of it runs inside jit. x is float32
-    # [*channels, n]. keep is bool of the same shape, and False for a number that is
-    # masked or not finite. The base class fills in the field `seen`.
+    # Each kind of observer implements the four methods below. They run inside jit. x is
+    # float32 [*channels, n]. keep is bool of the same shape. It is False for a number
+    # that is masked or not finite. The base class updates the field `seen`.
 
     @abc.abstractmethod
     def _init(self, seen: Seen, shape: tuple[int, ...]) -> Any:
@@ -261,7 +270,7 @@ class Observer(abc.ABC):
     def _bounds(
         self, state: Any, fmt: Format, symmetric: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """The range of a state; any numbers for a channel without a finite number."""
+        """The range of a state. It is any range in a channel without finite numbers."""
 
     def _bounds_of(
         self, x: jax.Array, keep: jax.Array, fmt: Format, symmetric: bool
@@ -277,17 +286,24 @@ class Observer(abc.ABC):
         expected = _abstract_state(self._state_maker(), shape)
         if _treedef_and_shapes(state) != _treedef_and_shapes(expected):
             raise ValueError(
-                f"{self.kind}.{caller}: the state is not of {self!r}, but of another "
-                "kind of observer or of other settings. Observe the data with this "
-                "observer."
+                f"{self.kind}.{caller}: {self!r} did not make this state. The state "
+                "comes from another kind of observer or from other settings. Observe "
+                "the data with this observer."
             )
 
     def _state_maker(self) -> Observer:
-        """An observer with equal states, so that observers share compiled programs."""
+        """The observer that compiled programs for states use in place of this one.
+
+        Its states have the same arrays. Observers with the same state maker share their
+        compiled programs.
+        """
         return self
 
     def _empty(self, shape: tuple[int, ...], x: Any) -> Any:
-        """The state before the first batch, of a type that can be a carry with x."""
+        """The state before the first batch, as the carry of a loop that reads x.
+
+        Inside `shard_map` a carry must vary over the same mesh axes as x.
+        """
         seen = Seen(*(_numbers.zero_counts(shape) for _ in Seen._fields))
         return _numbers.varying_like(self._init(seen, shape), x)
 
@@ -322,19 +338,20 @@ class Observer(abc.ABC):
         in_range = all(-ndim <= axis < ndim for axis in axes)
         if not in_range or len({axis % ndim for axis in axes}) < len(axes):
             raise ValueError(
-                f"{self.kind}.{caller}: x has no such axes, or one axis is named "
-                f"twice: axis={self.axis}, x: {_array_text(x)}."
+                f"{self.kind}.{caller}: axis={self.axis} must name axes of x, each at "
+                f"most once, got x: {_array_text(x)}. Use an observer with other axes."
             )
         return tuple(shape[axis] for axis in axes)
 
     def _mask(self, where: Any, x: Any, caller: str) -> jax.Array | None:
-        """`where` as an array, checked."""
+        """Checks `where`, and returns it as an array or None."""
         if where is None:
             return None
         mask, shape = jnp.asarray(where), jnp.shape(x)
         if mask.dtype != jnp.bool_:
             raise TypeError(
-                f"{self.kind}.{caller}: where must be bool, got {_array_text(mask)}."
+                f"{self.kind}.{caller}: where must be bool, got {_array_text(mask)}. "
+                "Convert it with astype(bool)."
             )
         try:
             fits = np.broadcast_shapes(mask.shape, shape) == shape
@@ -343,12 +360,12 @@ class Observer(abc.ABC):
         if not fits:
             raise ValueError(
                 f"{self.kind}.{caller}: where must broadcast to x, got "
-                f"{_array_text(mask)} for x: {_array_text(x)}."
+                f"{_array_text(mask)} for x: {_array_text(x)}. Reshape where."
             )
         return mask
 
     def _check_counts(self, seen: Seen, on_nonfinite: str, caller: str) -> None:
-        """Raises if there is no range. Under jit the range is NaN instead."""
+        """Raises ValueError if a channel has no valid range. Does nothing under jit."""
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(seen)):
             return
         finite, nan, infinite = (
@@ -364,22 +381,28 @@ class Observer(abc.ABC):
         if (finite == 0).any():
             raise ValueError(
                 f"{self.kind}.{caller}: no finite number was observed"
-                f"{self._channels_text(finite == 0)}, so there is no range. Update the "
-                "state with a batch first."
+                f"{self._channels_text(finite == 0)}, so there is no range. Each "
+                "channel needs at least one finite number."
             )
 
     def _channels_text(self, bad: np.ndarray) -> str:
-        """Which channels are bad, for an error; "" if there are no channels."""
+        """Names the bad channels for an error. It is "" if `axis` is None."""
         if self.axis is None:
             return ""
         index = [int(i) for i in np.argwhere(bad)[0]]
         first = index[0] if len(index) == 1 else index
-        return f" in {int(bad.sum())} of {bad.size} channels, the first being {first}"
+        return f" in {int(bad.sum())} of {bad.size} channels (the first is {first})"
 
     def _channels_first(
         self, x: jax.Array, where: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, Seen]:
-        """x as float32 `[*channels, n]`, which numbers to use, and counts by kind."""
+        """Moves the channels of x to the front, and counts its numbers.
+
+        Returns:
+          x: float32 `[*channels, n]`.
+          keep: bool `[*channels, n]`, False for a number that is masked or not finite.
+          seen: the counts of the numbers that are not masked.
+        """
         axes = tuple(axis % x.ndim for axis in _as_tuple(self.axis))
         order = (*axes, *(axis for axis in range(x.ndim) if axis not in axes))
         channels = tuple(x.shape[axis] for axis in axes)
@@ -402,7 +425,11 @@ class Observer(abc.ABC):
 def enclose(
     low: jax.Array, high: jax.Array, fmt: Format, symmetric: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The range for numbers from `low` to `high`: symmetric, or containing 0."""
+    """The range to quantize for numbers from `low` to `high`.
+
+    A symmetric range is (-T, T), or (0, T) if the format has no negative numbers. Any
+    other range is extended to contain 0.
+    """
     if symmetric:
         return mirror(_numbers.larger(jnp.abs(low), jnp.abs(high)), fmt)
     zero = jnp.zeros_like(low)
@@ -417,7 +444,7 @@ def mirror(threshold: jax.Array, fmt: Format) -> tuple[jax.Array, jax.Array]:
 
 @functools.lru_cache
 def _abstract_state(observer: Observer, shape: tuple[int, ...]) -> Any:
-    """The state before the first batch, of `jax.ShapeDtypeStruct`s."""
+    """The state before the first batch, as `jax.ShapeDtypeStruct`s."""
     return jax.eval_shape(lambda: observer._empty(shape, np.float32(0)))
 
 
@@ -441,7 +468,7 @@ def _jit_update(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _jit_merge(observer: Observer, a: Any, b: Any) -> Any:
-    """Merges two states as `merge_across` merges those of two devices."""
+    """Merges two states by `merge_across`, as if two devices had them."""
     stacked = jax.tree.map(lambda u, v: jnp.stack([u, v]), a, b)
 
     def across(state):
@@ -474,7 +501,7 @@ def _jit_bounds_of(
 def _or_nan(
     bounds: tuple[jax.Array, jax.Array], seen: Seen, on_nonfinite: str
 ) -> tuple[jax.Array, jax.Array]:
-    """The range, or NaN in the channels without a valid range."""
+    """The range, with NaN in the channels that have no valid range."""
     bad = _numbers.is_zero(seen.finite)
     if on_nonfinite == "raise":
         bad = bad | ~_numbers.is_zero(seen.nan) | ~_numbers.is_zero(seen.infinite)

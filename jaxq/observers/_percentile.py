@@ -1,14 +1,14 @@
 """Percentiles without a sort.
 
-Of one array they are exact. The bits of floats have the order of the floats. So
+Percentiles of one array are exact. The bits of floats have the order of the floats. So
 bisection over the bits finds the number of a given rank. It needs at most 31 passes,
 and each pass counts the numbers above a pivot. The passes read the array and write
 nothing.
 
-Of a stream they are known to a bucket. A bucket holds the floats with the same exponent
-and the same first mantissa bits. The buckets are the same for every stream, so states
-merge by adding counts. Their width is relative to the number. So an outlier of any size
-costs no accuracy elsewhere.
+Percentiles of a stream are interpolated in a bucket. A bucket holds the floats with the
+same exponent and the same first mantissa bits. The buckets are the same for every
+stream, so states merge by adding counts. The width of a bucket is proportional to its
+numbers. So outliers of any size do not make the buckets of other numbers wider.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ class PercentileState(NamedTuple):
     """Extremes and counts, and the exact percentiles of a single batch.
 
     Attributes:
-      seen: how many numbers came.
+      seen: how many numbers were observed.
       low: float32 `[*channels]`, the smallest finite number.
       high: float32 `[*channels]`, the largest finite number.
-      counts: `[*channels, 2, buckets]`, of positive and of negative numbers.
-      exact: float32 `[*channels, 3]`, the percentile of the magnitudes, and the lower
-        and the upper one of the numbers. Valid while `batches` is 1, otherwise 0.
+      counts: `[*channels, 2, buckets]`. Index 0 counts the positive numbers by
+        magnitude, index 1 the negative numbers.
+      exact: float32 `[*channels, 3]`: the percentile of the magnitudes, the lower
+        percentile of the numbers and the upper percentile of the numbers. They are
+        valid while `batches` is 1, and otherwise 0.
       batches: uint32 `[*channels]`, the number of batches; 2 means 2 or more.
     """
 
@@ -60,11 +62,12 @@ class PercentileState(NamedTuple):
 
 
 class _Query(NamedTuple):
-    """A percentile to find: the number above which a share of the numbers is.
+    """A percentile to find.
 
     Attributes:
-      side: the numbers it is about: "high" for x, "low" for -x, "size" for |x|.
-      tail: the share of them that is above.
+      side: which numbers the percentile is of: "high" for x, "low" for -x, "size" for
+        |x|.
+      tail: the share of these numbers that is above the percentile.
     """
 
     side: str
@@ -178,7 +181,7 @@ class Percentile(Observer):
         """The percentile of the magnitudes, from counts `[*channels, buckets]`."""
         nothing = _numbers.map_words(jnp.zeros_like, magnitudes)
         threshold = self._from_top(magnitudes, nothing, self._tail)
-        # If all numbers have one sign, the extremes also tell the smallest magnitude.
+        # If all numbers have one sign, the smallest magnitude is one of the extremes.
         smallest = _numbers.larger(state.low, -state.high)
         largest = _numbers.larger(jnp.abs(state.low), jnp.abs(state.high))
         return _numbers.smaller(_numbers.larger(threshold, smallest), largest)
@@ -194,8 +197,11 @@ class Percentile(Observer):
     ) -> jax.Array:
         """The exact percentiles of one array; float32 `[*channels, k]`.
 
-        True gives that of the magnitudes. False gives the lower and the upper one of
-        the numbers. None gives all three.
+        Args:
+          x: float32 `[*channels, n]`.
+          keep: bool `[*channels, n]`.
+          symmetric: True gives the percentile of the magnitudes. False gives the lower
+            and the upper percentile of the numbers. None gives all three.
         """
         queries = []
         if symmetric is not False:
@@ -215,7 +221,7 @@ class Percentile(Observer):
     ) -> list[jax.Array]:
         """The percentile of each query, by `method`; float32 `[*channels]` each.
 
-        All queries are searched for together, since reading the numbers takes the time.
+        Each pass over x serves all queries, because reading x takes most of the time.
 
         Args:
           x: float32 `[*channels, n]`.
@@ -247,7 +253,7 @@ class Percentile(Observer):
         values = list(_numbers.from_ordered_bits(result))
         if not linear:
             return values
-        # If another number has the same key, the next number down is the same.
+        # If another number has the same key, the next lower number is equal.
         repeated = count_from(result) > rank + 1
         for i, (query, (_, rest)) in enumerate(zip(queries, shares, strict=True)):
             key = _key_of_side(query.side, keys)
@@ -266,7 +272,7 @@ class Percentile(Observer):
     def _from_top(
         self, above: Count, below: Count, tail: fractions.Fraction
     ) -> jax.Array:
-        """The number above which a share `tail` of the numbers is, from buckets.
+        """The number that has a share `tail` of all numbers above it, from buckets.
 
         Args:
           above: counts `[*channels, buckets]` of positive numbers by magnitude.
@@ -274,8 +280,8 @@ class Percentile(Observer):
           tail: the share.
 
         Returns:
-          float32 `[*channels]`, interpolated within a bucket; infinity if `tail` is 0,
-          since the caller knows the extremes.
+          float32 `[*channels]`, interpolated within a bucket. It is infinity if `tail`
+          is 0. The caller then limits it to the largest number.
         """
         if tail == 0:
             return jnp.full(above.low.shape[:-1], np.inf, jnp.float32)
@@ -293,7 +299,7 @@ class Percentile(Observer):
         total = sums[..., -1:]
         rank = jnp.minimum(total * np.float32(float(tail)), total - 1)
         # The first bucket that reaches beyond the rank, and the depth of the rank in
-        # it.
+        # this bucket.
         index = jnp.argmax(sums > rank, axis=-1, keepdims=True).astype(jnp.int32)
         bucket_number = jnp.take_along_axis(number, index, axis=-1)
         before = jnp.take_along_axis(sums, index, axis=-1) - bucket_number
@@ -302,7 +308,7 @@ class Percentile(Observer):
         return self._number_at(index[..., 0], depth)
 
     def _number_at(self, index: jax.Array, depth: jax.Array) -> jax.Array:
-        """The number at a depth from 0 to 1 in a bucket; buckets are descending."""
+        """The number at a depth from 0 to 1 in a bucket. Bucket 0 has the largest."""
         buckets = self._num_buckets
         negative = index >= buckets
         bucket = jnp.where(negative, index - buckets, buckets - 1 - index)
@@ -322,22 +328,23 @@ def percentile(
 ) -> Percentile:
     """The range that holds p percent of the numbers.
 
-    Symmetric ranges hold p percent of |x|. Other ranges hold p percent of x, and leave
-    out the same share below as above.
+    A symmetric range holds p percent of |x|. Any other range holds p percent of x, and
+    leaves out `(100 - p) / 2` percent at each end.
 
-    With the n numbers ascending, a[0] to a[n - 1], "linear" interpolates at the
-    position `p / 100 * (n - 1)`, as `numpy.percentile` does. "nearest_rank" takes
-    `a[ceil(p / 100 * n) - 1]`, at least a[0]. For ranges that are not symmetric, each
-    end leaves out `(100 - p) / 2` percent, and "nearest_rank" counts from that end.
+    Let a[0] to a[n - 1] be the n numbers in ascending order. "linear" interpolates at
+    the position `p / 100 * (n - 1)`, as `numpy.percentile` does. "nearest_rank" takes
+    `a[ceil(p / 100 * n) - 1]`. For the lower end of a range that is not symmetric, it
+    counts from the smallest number up.
 
-    `bounds_of` and a state of one batch are exact. A state of several batches has
-    counts of buckets, each 2^-mantissa_bits of a power of two wide, and interpolates
-    within a bucket. p = 100 is always exact.
+    `bounds_of` is exact. `bounds` is exact after one batch. After several batches
+    `bounds` interpolates within a bucket. A bucket is 2^-mantissa_bits of a power of
+    two wide. p = 100 is always exact.
 
     Args:
-      p: percent, above 0 to 100, with at most six decimals.
+      p: percent, above 0 and at most 100, with at most six decimals.
       method: "linear" or "nearest_rank".
-      mantissa_bits: 0 to 8. A state takes 4 kB times 2^mantissa_bits for each channel.
+      mantissa_bits: 0 to 8. The state of each channel takes 4 kB times
+        2^mantissa_bits.
       axis: see `Observer`.
 
     Raises:
@@ -365,7 +372,14 @@ def _bisect(
     least: jax.Array,
     most: jax.Array,
 ) -> jax.Array:
-    """The keys of the given ranks, from `least` to `most`; int32 `[k, *channels]`."""
+    """Finds the keys of the given ranks by bisection; int32 `[k, *channels]`.
+
+    Args:
+      count_from: how many keys are at least the pivots `[k, *channels]`.
+      rank: uint32 `[k, *channels]`, 0 for the largest key.
+      least: int32 `[k, *channels]`, not above the searched keys.
+      most: int32 `[k, *channels]`, not below the searched keys.
+    """
 
     def halve(bounds):
         least, most = bounds
@@ -397,7 +411,7 @@ def _key_range(
 
 
 def _key_of_side(side: str, key: jax.Array) -> jax.Array:
-    """The keys of x as keys of -x ("low") or |x| ("size"). 0 and -0 change places."""
+    """Turns keys of x into keys of -x ("low") or |x| ("size"). This swaps 0 and -0."""
     if side == "high":
         return key
     changed = ~key if side == "low" else key ^ (key >> 31)
@@ -405,7 +419,7 @@ def _key_of_side(side: str, key: jax.Array) -> jax.Array:
 
 
 def _share(number: jax.Array, part: fractions.Fraction) -> tuple[jax.Array, jax.Array]:
-    """`number * part` exactly, as a whole number and a rest.
+    """`number * part` exactly, as a whole number and a remainder.
 
     With number = a * denominator + b, `a * numerator` is a whole number. `b *
     numerator` may exceed 32 bits, so it is divided bit by bit.
@@ -416,7 +430,7 @@ def _share(number: jax.Array, part: fractions.Fraction) -> tuple[jax.Array, jax.
 
     Returns:
       whole: uint32, `floor(number * part)`.
-      rest: uint32, `number * numerator` modulo the denominator.
+      rest: uint32, the remainder: `number * numerator` modulo the denominator.
     """
     numerator, denominator = part.numerator, np.uint32(part.denominator)
     whole, b = number // denominator, number % denominator

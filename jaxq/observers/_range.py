@@ -16,9 +16,9 @@ from jaxq.observers._observer import Observer, Seen, enclose, mirror
 
 
 class RangeState(NamedTuple):
-    """The smallest and the largest finite number; float32 `[*channels]`.
+    """The smallest and the largest finite number, each float32 `[*channels]`.
 
-    They are infinity and minus infinity before the first number.
+    Before the first number, low is infinity and high is minus infinity.
     """
 
     seen: Seen
@@ -27,7 +27,7 @@ class RangeState(NamedTuple):
 
 
 class AbsMaxState(NamedTuple):
-    """The largest finite magnitude, at first 0; float32 `[*channels]`."""
+    """The largest finite magnitude, float32 `[*channels]`. It is 0 at the start."""
 
     seen: Seen
     magnitude: jax.Array
@@ -37,11 +37,12 @@ class MovingAverageState(NamedTuple):
     """Averages of the smallest and the largest number of each batch.
 
     Attributes:
-      seen: how many numbers came.
+      seen: how many numbers were observed.
       low: float32 `[*channels]`, the average of the smallest numbers.
       high: float32 `[*channels]`, the average of the largest numbers.
-      weight: float32 `[*channels]`, the sum of the weights of all batches: `1 -
-        decay^t` with bias correction, otherwise 1; 0 before the first batch.
+      weight: float32 `[*channels]`, the sum of the weights of all batches. After t
+        batches it is `1 - decay^t` with bias correction, and 1 without. It is 0 before
+        the first batch.
       batches: `[*channels]`, the number of batches.
     """
 
@@ -137,7 +138,8 @@ class MovingAverage(Observer):
 
         def average(old, new):
             # Rounding must not move the average out of the interval from old to new. So
-            # a constant stays exact. The first batch is taken as it is.
+            # the average of a constant is exact. After the first batch the average is
+            # `new`.
             mixed = _clip(
                 (1 - share) * old + share * new,
                 _numbers.smaller(old, new),
@@ -159,8 +161,8 @@ class MovingAverage(Observer):
         share = own_batches / jnp.maximum(total, 1.0)
 
         def average(value):
-            # If only one state has batches, or all are equal, the clip makes the mean
-            # exact.
+            # The clip makes the mean exact if only one state has batches, or if all
+            # averages are equal.
             low = jnp.where(not_empty, value, np.float32(np.inf))
             high = jnp.where(not_empty, value, np.float32(-np.inf))
             mean = lax.psum(share * value, axis_name)
@@ -200,7 +202,8 @@ def minmax(*, axis: int | tuple[int, ...] | None = None) -> MinMax:
 def absmax(*, axis: int | tuple[int, ...] | None = None) -> AbsMax:
     """The largest magnitude T of all batches.
 
-    The bounds are (-T, T), also with `symmetric=False`.
+    The bounds are (-T, T), or (0, T) if the format has no negative numbers. They are
+    the same with `symmetric=False`.
 
     Args:
       axis: see `Observer`.
@@ -221,18 +224,20 @@ def moving_average(
 ) -> MovingAverage:
     """Moving averages of the smallest and the largest number of each batch.
 
-    An average e is updated by the new value v: `e = decay * e + (1 - decay) * v`. A
-    batch without a finite number does not change it.
+    A new value v updates the average e: `e = decay * e + (1 - decay) * v`. A batch
+    without a finite number does not change the average.
 
-    The order of the batches matters. So a merge does not continue either state. It is
-    the mean of the two averages, weighted by their numbers of batches. Up to rounding
-    in float32 it does not depend on the order of merges.
+    The average depends on the order of the batches. So two states cannot be merged as
+    if one continued the other. The merged average is the mean of the two averages,
+    weighted by their numbers of batches. It does not depend on the order of merges, up
+    to rounding in float32.
 
     Args:
-      decay: from 0 to below 1.
+      decay: at least 0 and below 1.
       bias_corrected: False starts with the values of the first batch. True starts with
-        0 and divides by `1 - decay^t` (Kingma and Ba, "Adam", 2015, section 3). That is
-        the mean of all batches with weights that decrease by the factor `decay`.
+        0 and divides by `1 - decay^t` after t batches (Kingma and Ba, "Adam", 2015,
+        section 3). The result is a weighted mean of all batches. The weight of a batch
+        is multiplied by `decay` at each later batch.
       axis: see `Observer`.
 
     Raises:
@@ -255,7 +260,7 @@ def moving_average(
 
 
 def no_range(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """The smallest and the largest number before the first one: inf and -inf."""
+    """(low, high) before the first number: inf and -inf."""
     return jnp.full(shape, np.inf, jnp.float32), jnp.full(shape, -np.inf, jnp.float32)
 
 
@@ -267,7 +272,7 @@ def range_of(x: jax.Array, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
     key = _numbers.ordered_bits(x)
     key_of_inf = np.int32(_numbers.INFINITY)
     key_of_minus_inf = ~key_of_inf
-    # ~key reverses the order, so one function serves both ends.
+    # ~key reverses the order. So `largest` also finds the smallest number.
     low = ~_numbers.largest(jnp.where(keep, ~key, ~key_of_inf), ~key_of_inf)
     high = _numbers.largest(jnp.where(keep, key, key_of_minus_inf), key_of_minus_inf)
     return _numbers.from_ordered_bits(low), _numbers.from_ordered_bits(high)

@@ -36,10 +36,10 @@ def names() -> list[str]:
 
 
 def from_dict(data: dict[str, Any]) -> Observer:
-    """The observer that `to_dict` described.
+    """The observer that a dict from `to_dict` describes.
 
     Args:
-      data: the result of `to_dict`, also after a round trip through JSON.
+      data: the result of `to_dict`, before or after a round trip through JSON.
 
     Raises:
       ValueError: the kind or a field is unknown.

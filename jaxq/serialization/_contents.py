@@ -37,12 +37,14 @@ class Contents(NamedTuple):
 
 
 def write_tree(path: str | os.PathLike[str], tree: Any) -> None:
-    """Writes a tree to one safetensors file. A crash leaves the old file whole.
+    """Writes a tree to one safetensors file.
+
+    If the write fails, an old file of this name stays as it was.
 
     Args:
       path: the file to write. Its folder must exist.
       tree: dicts with string keys, lists and tuples of arrays, QTensors, Python
-        numbers, strings and None. A named tuple is read back as a dict.
+        numbers, strings and None. `read_tree` returns a named tuple as a dict.
 
     Raises:
       TypeError: the tree holds a value that cannot be saved. The error names its path.
@@ -93,7 +95,13 @@ def read_tree(path: str | os.PathLike[str]) -> Any:
 def write_contents(
     path: str | os.PathLike[str], contents: Contents, *, caller: str
 ) -> None:
-    """As `write_tree`, for contents of any kind. Errors begin with `caller`."""
+    """Writes contents of any kind, as `write_tree` writes a tree.
+
+    Args:
+      path: the file to write.
+      contents: what to write.
+      caller: the name of the function that errors begin with.
+    """
     path = Path(path)
     check_folder(path, caller)
     writer = EntryWriter(caller)
@@ -113,7 +121,12 @@ def write_contents(
 
 
 def read_contents(path: str | os.PathLike[str], *, caller: str) -> Contents:
-    """As `read_tree`, for contents of any kind. Errors begin with `caller`."""
+    """Reads contents of any kind, as `read_tree` reads a tree.
+
+    Args:
+      path: the file to read.
+      caller: the name of the function that errors begin with.
+    """
     path = Path(path)
     header, tensors = read_file(path, caller)
     reader = EntryReader(caller, tensors)
@@ -128,12 +141,14 @@ def read_contents(path: str | os.PathLike[str], *, caller: str) -> Contents:
     # A damaged header can miss any field, or hold a value of any type.
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
-            f"{caller}: the metadata of {path} is damaged: {error!r}."
+            f"{caller}: the metadata of {path} is damaged: {error!r}. "
+            "Save the file again."
         ) from error
     unused = sorted(set(tensors) - reader.used)
     if unused:
         raise ValueError(
             f"{caller}: {path} holds tensors that its metadata does not name: {unused}."
+            " The file is damaged. Save it again."
         )
     del header["version"]
     return Contents(kind, value, header)

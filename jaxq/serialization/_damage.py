@@ -1,6 +1,6 @@
-"""Whether the leaves of a QTensor from a file fit its description.
+"""Checks that the leaves of a QTensor from a file fit its description.
 
-A damaged file must raise when it is read. Otherwise the QTensor would fail later, or
+Reading a damaged file must raise an error. Otherwise the QTensor would fail later, or
 give wrong numbers.
 """
 
@@ -16,10 +16,10 @@ from jaxq.qtensor import QTensor, QuantSpec
 
 
 def damage_of(qt: QTensor, shape: tuple[int, ...]) -> str | None:
-    """What contradicts the description of `qt`; None if all of it fits.
+    """The first contradiction in a QTensor from a file, or None if there is none.
 
     Args:
-      qt: made from the file. Nothing about it is checked yet.
+      qt: the QTensor, made from the file without any check.
       shape: the shape that the file states.
     """
     return (
@@ -39,8 +39,9 @@ def _geometry_damage(qt: QTensor, shape: tuple[int, ...]) -> str | None:
     is_permutation = sorted(geometry.order) == list(range(-ndim, 0))
     if not is_permutation or not 0 <= geometry.num_contracted <= ndim:
         return (
-            f"the order {list(geometry.order)} of {ndim} axes, of which "
-            f"{geometry.num_contracted} are contracted, contradicts itself"
+            f"its geometry contradicts itself: it has {ndim} axes in the order "
+            f"{list(geometry.order)}, and {geometry.num_contracted} of them are "
+            "contracted"
         )
     if not geometry.follows(qt.spec.granularity):
         return (
@@ -53,20 +54,20 @@ def _geometry_damage(qt: QTensor, shape: tuple[int, ...]) -> str | None:
 
 
 def _presence_damage(qt: QTensor) -> str | None:
-    """Optional leaves that are missing or superfluous."""
+    """Optional leaves that are missing, or that the spec does not have."""
     spec = qt.spec
     has_zero_point, has_offset = qt.zero_point is not None, qt.offset is not None
     if has_zero_point == spec.symmetric or has_offset == (spec.offset is None):
-        return "its spec and its leaves disagree on zero point or offset"
+        return "its zero point or its offset is missing, or its spec does not have one"
     has_codebook = qt.codebook is not None
     needs_codebook = spec.rule.own_codebook
     # The method k-means finds a codebook for each array of a codebook format.
     may_have_codebook = needs_codebook or spec.fmt.kind == "codebook"
     unexpected = has_codebook and not may_have_codebook
     if unexpected or (needs_codebook and not has_codebook):
-        return "its spec and its leaves disagree on a codebook"
+        return "its codebook is missing, or its spec does not allow one"
     if qt.input_range is not None and qt.meta.activation is None:
-        return "it has a range of inputs, but its inputs are not quantized"
+        return "it has an input_range, but its spec does not quantize inputs"
     return None
 
 
@@ -74,14 +75,14 @@ def _scale_damage(qt: QTensor) -> str | None:
     """Whether the scale is quantized as the spec says."""
     scale_spec = qt.spec.scale
     if isinstance(scale_spec, QuantSpec) != isinstance(qt.scale, QTensor):
-        return "its spec and its scale disagree"
+        return "either its scale or the scale of its spec is quantized, but not both"
     if isinstance(qt.scale, QTensor) and qt.scale.spec != scale_spec:
-        return "its spec and its scale's spec differ"
+        return "its scale has another spec than its spec says"
     return None
 
 
 def _leaf_damage(qt: QTensor, shape: tuple[int, ...]) -> str | None:
-    """Leaves of another shape or dtype than spec and geometry imply."""
+    """A leaf whose shape or dtype does not follow from spec and geometry."""
     for name, (expected_shape, dtype) in _expected_leaves(qt, shape).items():
         leaf: Any = getattr(qt, name)
         dtype_fits = dtype is None or leaf.dtype == dtype

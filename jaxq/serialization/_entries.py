@@ -1,10 +1,10 @@
-"""Values as JSON entries and tensors, and back.
+"""Turns values into JSON entries and tensors, and back.
 
 `EntryWriter` describes a value by a JSON entry and collects its arrays. `EntryReader`
-makes the value again. The field "is" of an entry says which kind of value it describes:
+rebuilds the value. The field "is" of an entry says which kind of value it describes:
 
-  "array"    "tensor" (its name in the file), "dtype", and "numpy": true unless it was a
-             jax array
+  "array"    "tensor" (its name in the file), "dtype", and "numpy": true if it was not
+             a jax array
   "key"      a PRNG key: "impl", and "data" (the entry of an array)
   "value"    "value": None, a bool, a number or a string
   "dict"     "items": entries by key
@@ -24,8 +24,9 @@ import numpy as np
 from jaxq.qtensor import LEAVES, Meta, QTensor, relayout
 from jaxq.serialization._damage import damage_of
 
-# safetensors has no names for other dtypes, such as bfloat16. Their arrays are stored
-# as unsigned integers of the same width, and the entry names the dtype.
+# Arrays of these dtypes are stored as they are. safetensors has no name for some other
+# dtypes of jax. So an array of another dtype, such as bfloat16, is stored as unsigned
+# integers of the same width, and its entry names the dtype.
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NATIVE = ("bool", *_INTEGERS, "float16", "float32", "float64")
 _CARRIERS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
@@ -84,8 +85,8 @@ class EntryWriter:
                 "cannot be saved. Convert it to a dtype of jax."
             )
         tensor = path or "value"
-        # Two values can have one path: {"a/b": x, "a": {"b": y}}. And safetensors keeps
-        # "__metadata__" for itself.
+        # Two values can have one path: {"a/b": x, "a": {"b": y}}. The name
+        # "__metadata__" is reserved by safetensors.
         while tensor in self.tensors or tensor == "__metadata__":
             tensor += "'"
         self.tensors[tensor] = np.ascontiguousarray(stored).reshape(array.shape)
@@ -97,7 +98,7 @@ class EntryWriter:
             if not isinstance(key, str):
                 raise TypeError(
                     f"{self._caller}: the keys of {path or 'the tree'} must be "
-                    f"strings, got {key!r}."
+                    f"strings, got {key!r}. Convert them with str."
                 )
         items = {
             key: self.describe(v, _child_path(path, key)) for key, v in value.items()
@@ -105,7 +106,7 @@ class EntryWriter:
         return {"is": "dict", "items": items}
 
     def _describe_qtensor(self, qt: QTensor, path: str) -> dict[str, Any]:
-        # The layout "columns" is for one kind of machine. Files are for all of them.
+        # The layout "columns" is for TPU kernels. A file is for every platform.
         qt = relayout(qt, "rows")
         leaves = {}
         for name in LEAVES:
@@ -117,7 +118,9 @@ class EntryWriter:
 
 
 class EntryReader:
-    """Makes values from JSON entries and tensors. `used` has the names of used tensors.
+    """Rebuilds values from JSON entries and tensors.
+
+    `used` collects the names of the tensors that were read.
 
     Args:
       caller: the function that errors name.
@@ -130,7 +133,7 @@ class EntryReader:
         self.used: set[str] = set()
 
     def rebuild(self, entry: Any, path: str) -> Any:
-        """The value that `EntryWriter.describe` described by `entry`."""
+        """The value from which `EntryWriter.describe` made `entry`."""
         kind = entry.get("is") if isinstance(entry, dict) else None
         if kind == "array":
             return self._rebuild_array(entry)
@@ -154,14 +157,15 @@ class EntryReader:
             return self._rebuild_qtensor(entry, path)
         raise ValueError(
             f"{self._caller}: {path or 'the tree'} is described as {kind!r}, which "
-            "this version of jaxq does not know."
+            "this version of jaxq does not know. Use a newer version of jaxq."
         )
 
     def _rebuild_array(self, entry: dict[str, Any]) -> Any:
         name = entry["tensor"]
         if name not in self._tensors:
             raise ValueError(
-                f"{self._caller}: the tensor {name!r} is missing from the file."
+                f"{self._caller}: the tensor {name!r} is missing from the file. The "
+                "file is damaged. Save it again."
             )
         self.used.add(name)
         stored, dtype = self._tensors[name], jnp.dtype(entry["dtype"])
@@ -170,14 +174,14 @@ class EntryReader:
             if dtype.name in _NATIVE or stored.dtype != carrier:
                 raise ValueError(
                     f"{self._caller}: {name} is stored as {stored.dtype} but should be "
-                    f"{dtype}."
+                    f"{dtype}. The file is damaged. Save it again."
                 )
             stored = stored.view(dtype)
         jax_dtype = jax.dtypes.canonicalize_dtype(dtype)
         if jax_dtype == dtype:
             return jnp.asarray(stored)
         if entry.get("numpy"):
-            return stored  # jax would round its 64 bits to 32
+            return stored  # jax would round 64 bits to 32
         raise ValueError(
             f"{self._caller}: {name} is {dtype}, which jax turns into {jax_dtype}. Set "
             "jax_enable_x64 to read it."
@@ -189,7 +193,7 @@ class EntryReader:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self._caller}: {path or 'the value'} is not described as a QTensor: "
-                f"{error}."
+                f"{error}. The file is damaged, or a newer version of jaxq wrote it."
             ) from error
         leaves: list[Any] = []
         for name in LEAVES:
@@ -204,7 +208,8 @@ class EntryReader:
             damage = f"its geometry contradicts itself: {error}"
         if damage:
             raise ValueError(
-                f"{self._caller}: {path or 'the value'} is damaged: {damage}."
+                f"{self._caller}: {path or 'the value'} is damaged: {damage}. Save the "
+                "file again."
             )
         return qt
 

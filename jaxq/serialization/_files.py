@@ -1,6 +1,7 @@
 """One safetensors file of tensors and a JSON header.
 
-A write replaces the whole file or nothing. A read accounts for every byte of the file.
+A write replaces the whole file, or leaves it as it was. A read raises an error if bytes
+of the file are missing or left over.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def write_file(
 ) -> None:
     """Writes tensors and header to a temporary file, which then replaces `path`.
 
-    A crash at any moment leaves the old file whole.
+    If the write fails at any moment, the old file stays as it was.
     """
     metadata = {"format": "jaxq", "jaxq": json.dumps(header)}
     # os.replace is atomic only within one file system, so the temporary file is in the
@@ -63,7 +64,7 @@ def read_file(path: Path, caller: str) -> tuple[dict[str, Any], dict[str, np.nda
         or of another version.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{caller}: there is no file {path}.")
+        raise FileNotFoundError(f"{caller}: there is no file {path}. Check the path.")
     try:
         with safe_open(path, framework="numpy") as file:
             header = _read_header(path, file.metadata(), caller)
@@ -71,7 +72,8 @@ def read_file(path: Path, caller: str) -> tuple[dict[str, Any], dict[str, np.nda
             tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(
-            f"{caller}: {path} is not a whole safetensors file: {error}."
+            f"{caller}: {path} is not a whole safetensors file: {error}. "
+            "Save or download it again."
         ) from error
     return header, tensors
 
@@ -88,14 +90,16 @@ def _read_header(
     try:
         header = json.loads(metadata["jaxq"])
     except ValueError as error:
-        raise ValueError(f"{damaged}: {error}.") from error
+        raise ValueError(f"{damaged}: {error}. Save the file again.") from error
     if not isinstance(header, dict):
         kind = type(header).__name__
-        raise ValueError(f"{damaged}: it is a JSON {kind}, expected an object.")
+        raise ValueError(
+            f"{damaged}: it must be a JSON object, got a {kind}. Save the file again."
+        )
     version = header.get("version")
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{caller}: {path} has format version {version}. This version of jaxq "
-            f"reads format version {FORMAT_VERSION}."
+            f"reads format version {FORMAT_VERSION}. Use the jaxq that wrote the file."
         )
     return header

@@ -2,7 +2,7 @@
 
 `_weights.py` shards the codes and scales of a weight as the float weight was sharded.
 `_explicit_axes.py` runs functions over mesh axes of explicit type. `_out_sharding.py`
-gives a result the sharding that the caller passed as `out_sharding=`.
+shards a result as the caller's argument `out_sharding=` says.
 """
 
 from jaxq.sharding._explicit_axes import call_on_auto_axes as call_on_auto_axes

@@ -1,9 +1,10 @@
 """Meshes whose axes have the type `jax.sharding.AxisType.Explicit`.
 
-The sharding of an array over such axes is part of the array's type. Then every
-operation must state the sharding of its result. Loops over blocks of rows, Pallas
-kernels and the steps of methods cannot. They run with all axes of type Auto instead:
-XLA chooses the shardings inside, and only the sharding of the result is stated.
+The sharding of an array over such axes is part of the array's type. So every operation
+must state the sharding of its result. Loops over blocks of rows, Pallas kernels and the
+steps of quantization methods cannot state it. The functions here run them with axes of
+type Auto: XLA chooses the shardings inside, and only the sharding of the result is
+stated.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def explicit_spec(x: Any) -> tuple:
-    """The mesh axes of each axis of an array, as its type states them.
+    """The mesh axes over which each axis of an array is sharded, from its type.
 
-    An axis whose mesh axes are not part of the type has None.
+    The entry is None for an axis that the type does not shard.
     """
     spec = getattr(jax.typeof(x).sharding, "spec", None)
     return tuple(spec or (None,) * jnp.ndim(x))
@@ -29,14 +30,15 @@ def explicit_spec(x: Any) -> tuple:
 def call_on_auto_axes(
     fn: Callable[..., jax.Array], spec: Sequence[Any], *args: Any
 ) -> jax.Array:
-    """Calls `fn(*args)` with the explicit mesh axes of the arguments left to XLA.
+    """Calls `fn(*args)` with the explicit mesh axes turned into Auto axes.
 
     If no argument is on a mesh with explicit axes, this is `fn(*args)`.
 
     Args:
-      fn: gives one array.
-      spec: the mesh axes of each axis of the result. Two factors of a product can name
-        the same mesh axis. The first axis of the result keeps it.
+      fn: returns one array.
+      spec: the mesh axes of each axis of the result. If two axes name the same mesh
+        axis, the first one keeps it. This happens if both factors of a product are
+        sharded over it.
       *args: pytrees of arrays.
     """
     leaves = jax.tree.leaves(args)
@@ -55,10 +57,10 @@ def call_on_auto_axes(
 
 @contextlib.contextmanager
 def on_auto_axes(tree: Any) -> Iterator[Any]:
-    """Gives a tree of arrays whose explicit mesh axes have become Auto axes.
+    """Yields a tree of arrays with their explicit mesh axes turned into Auto axes.
 
-    Quantization methods run in this context: a weight, its statistics and its key
-    enter, and no step of the method has to state a sharding.
+    Quantization methods run in this context. Their tree has a weight, its statistics
+    and its PRNG key. No step of the method has to state a sharding.
     """
     leaves = jax.tree.leaves(tree)
     meshes = [leaf.sharding.mesh for leaf in leaves if _has_explicit_mesh(leaf)]
@@ -85,7 +87,7 @@ def names_in(entry: Any) -> tuple[str, ...]:
 
 
 def _without_repeats(spec: Sequence[Any]) -> PartitionSpec:
-    """The spec without the entries that name a mesh axis a second time."""
+    """The spec with None for each entry that repeats a mesh axis."""
     used: set[str] = set()
     entries = []
     for entry in spec:
@@ -96,7 +98,7 @@ def _without_repeats(spec: Sequence[Any]) -> PartitionSpec:
 
 
 def _explicit_names(mesh: Any) -> list[str]:
-    """The axes of explicit type; none if the mesh is empty."""
+    """The names of the axes of type Explicit. An empty mesh has none."""
     if mesh.empty:
         return []
     axis_types = zip(mesh.axis_names, mesh.axis_types, strict=True)

@@ -1,4 +1,4 @@
-"""The sharding of a result, as the caller passes it by `out_sharding=`."""
+"""Shards a result as the caller's argument `out_sharding=` says."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jaxq.sharding._explicit_axes import names_in
 def apply_out_sharding(
     y: jax.Array, out_sharding: NamedSharding | PartitionSpec | None
 ) -> jax.Array:
-    """Gives a result the sharding that the caller passed; None changes nothing.
+    """Shards a result as the caller asked.
 
-    If the mesh has axes of explicit type, the sharding becomes part of the result's
-    type. Otherwise it is a constraint for XLA.
+    None changes nothing. If the mesh has axes of type Explicit, the sharding becomes
+    part of the result's type. Otherwise it is a constraint for XLA.
 
     Raises:
-      NotImplementedError: the mesh has axes of explicit type, and `out_sharding` names
-        another axis.
+      NotImplementedError: the mesh has axes of type Explicit, and `out_sharding` names
+        an axis of another type.
     """
     if out_sharding is None:
         return y
@@ -33,9 +33,10 @@ def apply_out_sharding(
     others = {name for entry in spec for name in names_in(entry)} - explicit
     if others:
         raise NotImplementedError(
-            f"out_sharding={spec} names {sorted(others)}, whose axes are not explicit, "
-            f"in a mesh where {sorted(explicit)} are explicit. jax reshards along "
-            "explicit axes only. Name only those in out_sharding, and constrain the "
-            "others with jax.lax.with_sharding_constraint."
+            f"out_sharding={spec} names the mesh axes {sorted(others)}, which are not "
+            f"Explicit. The Explicit axes of the mesh are {sorted(explicit)}. jax "
+            "reshards along Explicit axes only. Name only Explicit axes in "
+            "out_sharding. Shard over the other axes with "
+            "jax.lax.with_sharding_constraint."
         )
     return jax.sharding.reshard(y, out_sharding)

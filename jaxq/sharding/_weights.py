@@ -1,8 +1,8 @@
-"""Where a weight's codes and scales get their sharding.
+"""Shards the codes and scales of a weight as the float weight was sharded.
 
 The leaves of a QTensor are stored as `[*batch, *kept, k]`, with all contracted axes
-flattened into the last one. Each stored axis is sharded over the mesh axes of the float
-weight's axis.
+flattened into the last one. Each stored axis is sharded over the same mesh axes as the
+axis of the float weight that it comes from.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxq.sharding._explicit_axes import names_in
 
 
 def shard_like(qt: QTensor, float_weight: Any) -> QTensor:
-    """Shards codes and scales over the mesh axes of the float weight.
+    """Shards codes and scales over the same mesh axes as the float weight.
 
     If the size of a leaf's axis is not a multiple of its number of shards, the leaf is
     not sharded along that axis. A scale per output channel, for example, has size 1
@@ -29,7 +29,7 @@ def shard_like(qt: QTensor, float_weight: Any) -> QTensor:
       float_weight: the array that was quantized.
 
     Returns:
-      The same QTensor with sharded leaves; `qt` itself if the float weight is not on a
+      The same QTensor with sharded leaves. `qt` itself if the float weight is not on a
       mesh.
     """
     sharding = getattr(float_weight, "sharding", None)
@@ -59,7 +59,7 @@ def _stored_spec(qt: QTensor, spec: PartitionSpec) -> tuple[Any, ...]:
     spec_by_axis = (*spec, *[None] * (qt.ndim - len(spec)))
     first, *others = [spec_by_axis[axis] for axis in geometry.contracted]
     # The first contracted axis varies slowest in k, so its shards are contiguous in k.
-    # Shards of the others are not.
+    # The shards of the other contracted axes are not contiguous.
     contracted = None if any(others) else first
     batch = spec_by_axis[: len(qt.batch_shape)]
     kept = [spec_by_axis[axis] for axis in geometry.kept]

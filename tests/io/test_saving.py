@@ -63,7 +63,9 @@ def test_trees_are_files_of_serialization(path):
 def test_damaged_transforms(path):
     contents = serialization.Contents("model", {}, {"transforms": 3})
     serialization.write_contents(path, contents, caller="save")
-    with pytest.raises(ValueError, match="load: .* is damaged: transforms are 3"):
+    with pytest.raises(
+        ValueError, match="is damaged: transforms must be a dict, got 3"
+    ):
         jaxq.load(path)
 
 

@@ -103,7 +103,9 @@ def test_files_say_what_inputs_go_through(tmp_path):
     np.testing.assert_array_equal(
         run(jaxq.load(path, into=shell), tokens()), run(rotated, tokens())
     )
-    said = r"layers/1/mlp/down_proj: .*%s in the model, %s in the file.*online="
+    said = (
+        r"layers/1/mlp/down_proj: .*%s in the model and through %s in the file.*online="
+    )
     with pytest.raises(ValueError, match=said % ("nothing", "hadamard")):
         jaxq.load(path, into=make())
     with pytest.raises(ValueError, match=said % ("twice", "hadamard")):

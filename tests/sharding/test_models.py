@@ -133,7 +133,7 @@ def test_out_sharding_over_axes_of_both_types_is_an_error():
     with (
         jax.set_mesh(mesh_of(AxisType.Explicit, AxisType.Auto)),
         pytest.raises(
-            NotImplementedError, match=r"names \['model'\], whose axes are not explicit"
+            NotImplementedError, match=r"names the mesh axes \['model'\], which are not"
         ),
     ):
         q(jnp.ones((4, 32)), out_sharding=P("data", "model"))
