@@ -1,8 +1,8 @@
 """Computing with QTensors: products, convolution, embedding lookup and the KV cache.
 
-`dot_general` takes arrays or QTensors on either side; `matmul`, `einsum` and `@` are
-written with it. `_decision.py` decides what runs: an integer dot, a float8 dot, a
-Pallas kernel or its XLA form. `explain` shows that decision.
+`dot_general` takes arrays or QTensors on either side. `matmul`, `einsum` and `@` call
+`dot_general`. `_decision.py` decides what runs: an integer dot, a float8 dot, a Pallas
+kernel or the XLA form of that kernel. `explain` shows the decision.
 """
 
 from jaxq.ops._conv import conv_general_dilated, convolve

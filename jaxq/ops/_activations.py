@@ -1,7 +1,7 @@
-"""Products whose activation is quantized first, dynamically or by a static range.
+"""Products with dynamic or static activation quantization.
 
-Backward, the gradient passes straight through the rounding. Numbers that a static range
-clips get no gradient; half a step beyond the range still counts as rounding.
+The gradient passes straight through the rounding. Numbers that a static range clips get
+no gradient. A number up to half a step beyond the range is rounded, not clipped.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class ActivationAxes:
     """The roles of an activation's axes.
 
     Attributes:
-      order: the axes of the activation in the order in which it is quantized, the
+      order: the permutation of the activation's axes before quantization. It puts the
         product's batch axes first.
-      contracting: the contracted axes, counted in that order.
-      num_batch: how many batch axes come first.
+      contracting: the contracted axes after this permutation.
+      num_batch: the number of leading batch axes after this permutation.
       range_axes: the axes of the weight's `input_range` in the order of the product's
         batch axes.
     """
@@ -48,10 +48,10 @@ def multiply_quantized(
       x: float activation.
       weight: QTensor with an activation spec.
       axes: roles of the axes of `x`.
-      codes_product: the product of the quantized activation (axes in `axes.order`) and
-        the weight.
-      float_product: the product of `x` itself and the weight; the gradient is its
-        gradient.
+      codes_product: multiplies the quantized activation (axes in `axes.order`) by the
+        weight.
+      float_product: multiplies `x` itself by the weight. The gradient is the gradient
+        of this function, except where a static range clips.
 
     Returns:
       The result of `codes_product`.
@@ -94,17 +94,18 @@ def _pass_through(
     weight: QTensor,
     axes: ActivationAxes,
 ) -> tuple[jax.Array, QTensor]:
-    """The gradients of the quantized product from those of the product in floats.
+    """Turns the gradients of the float product into those of the quantized product.
 
     Args:
-      dx: gradient of the product in floats for `x`.
-      dweight: the same for the weight without its activation spec.
+      dx: gradient of the float product with respect to `x`.
+      dweight: gradient of the float product with respect to the weight without its
+        activation spec.
       x: the activation before it is quantized.
-      weight: with its activation spec.
+      weight: the weight with its activation spec.
       axes: roles of the axes of `x`.
 
     Returns:
-      Gradients of `x` and of `weight`; the static range gets zeros.
+      Gradients of `x` and of `weight`. The gradient of the static range is zero.
     """
     if weight.input_range is None:
         return dx, dataclasses.replace(dweight, meta=weight.meta)
@@ -124,8 +125,8 @@ def _range_ends(
 ) -> tuple[jax.Array, jax.Array]:
     """(low, high) of a static range, `[*batch]` in the product's order of batch axes.
 
-    Both are `[]` if the whole activation shares one range. A weight whose batch axes
-    are not its first axes has no stacked ranges.
+    Both are `[]` if the whole activation shares one range. Only a weight with leading
+    batch axes has one range for each batch element.
     """
     if input_range.ndim == 1:
         return input_range[0], input_range[1]
@@ -134,7 +135,7 @@ def _range_ends(
 
 
 def _broadcastable(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
-    """`[*axes]` with `ndim` axes, so that it broadcasts; a scalar stays a scalar."""
+    """Reshapes `[*axes]` to broadcast against `ndim` axes. A scalar stays a scalar."""
     if not values.ndim:
         return values
     values = jnp.transpose(values, np.argsort(axes).tolist())

@@ -1,4 +1,7 @@
-"""Convolution with a quantized kernel. `_decision.py` decides what is convolved."""
+"""Convolution with a quantized kernel.
+
+`_decision.py` decides whether codes or dequantized operands are convolved.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,16 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`lax.conv_general_dilated` with a quantized kernel.
 
-    The codes are convolved with int32 accumulation if all of this holds: both operands
-    have symmetric integer codes; `lhs` has one scale for each example, or one for all;
-    `rhs` has one scale for each output channel, or one for all; and batch groups do not
-    add up examples that have different scales. Otherwise both operands are dequantized,
-    the kernel as a whole, because a kernel is small compared with its input.
+    The codes are convolved with int32 accumulation if all of these conditions hold:
+
+    - Both operands have symmetric integer codes.
+    - `lhs` has one scale for each example, or one for all.
+    - `rhs` has one scale for each output channel, or one for all.
+    - Batch groups do not add up examples that have different scales.
+    - int32 holds the sum of all products of one output.
+
+    Otherwise both operands are dequantized. The kernel is dequantized as a whole,
+    because a kernel is small compared with its input.
 
     Args:
       lhs: float array, or a QTensor that keeps the batch axis and contracts all others.
@@ -60,9 +68,9 @@ def conv_general_dilated(
       The convolution, accumulated in int32 or float32 and rounded once.
 
     Raises:
-      TypeError: `rhs` is not a QTensor, or `lhs` is an array and not float32, bfloat16
-        or float16.
-      ValueError: `rhs` has an outlier threshold.
+      TypeError: `rhs` is not a QTensor, or `lhs` is an array whose dtype is not
+        float32, bfloat16 or float16.
+      ValueError: `rhs` has an outlier threshold (`with_activation(outliers=)`).
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -129,27 +137,27 @@ def convolve(
       product: `product(x, kernel, accumulate)` convolves arrays and sums in the dtype
         `accumulate`.
       x: the input: a float array, or a QTensor that keeps the batch axis and contracts
-        all others. An array is quantized first if the kernel has an activation spec
-        (`QTensor.with_activation`): each example by its own extremes, or all by the
-        kernel's `input_range`. The gradient passes straight through that rounding.
+        all others. If the kernel has an activation spec (`QTensor.with_activation`), an
+        array is quantized first: each example by its own extremes, or all examples by
+        the kernel's `input_range`. The gradient passes straight through this rounding.
       kernel: QTensor with any scales.
       channel: the axis of `kernel` that becomes the features of the result.
       batch: the batch axis of `x` and the batch axis of the result.
       features: the feature axis of the result.
-      mixed: an example of the result has terms of several examples of `x` (batch
-        groups).
+      mixed: True if one example of the result is a sum over several examples of `x`
+        (`batch_group_count` above 1).
 
     Returns:
-      The convolution, accumulated in int32 or float32; float32.
+      The convolution as float32, accumulated in int32 or float32.
 
     Raises:
-      TypeError: `x` is an array and not float32, bfloat16 or float16.
-      ValueError: `kernel` has an outlier threshold.
+      TypeError: `x` is an array whose dtype is not float32, bfloat16 or float16.
+      ValueError: `kernel` has an outlier threshold (`with_activation(outliers=)`).
 
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> from jaxq.ops import convolve
-      >>> def product(x, kernel, accumulate):  # windows of one place
+      >>> def product(x, kernel, accumulate):  # a kernel of width 1
       ...     return jnp.einsum(
       ...         "nwi,io->nwo", x, kernel, preferred_element_type=accumulate
       ...     )
@@ -193,7 +201,7 @@ def _convolve(
     batch: int,
     features: int,
 ) -> jax.Array:
-    """Carries out a plan: codes, or floats of both operands."""
+    """Carries out a plan: convolves codes, or the floats of both operands."""
     if plan.path == "codes":
         assert isinstance(x, QTensor)
         y = product(x.codes(), kernel.codes(), jnp.int32).astype(jnp.float32)

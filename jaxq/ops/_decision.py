@@ -1,9 +1,10 @@
 """What runs for a product: integer dot, float8 dot, Pallas kernel or XLA form.
 
 This is the only file that decides. `dot_general`, `conv_general_dilated`, `take`,
-`ragged_dot` and `explain` ask one of the functions `plan_...` here and carry out the
-`Plan` that comes back. A decision depends on static facts alone (`_facts.py`). Nothing
-is quantized or traced here. For Pallas kernels, this file asks `jaxq.kernels.choose`.
+`ragged_dot` and `explain` each call a function `plan_...` of this file. The operations
+then carry out the `Plan` that the function returns. A decision depends only on static
+facts (`_facts.py`). Nothing is quantized or traced here. `jaxq.kernels.choose` chooses
+the Pallas kernel.
 """
 
 from __future__ import annotations
@@ -46,14 +47,15 @@ def plan_dot(
 
     Args:
       lhs: array, `jax.ShapeDtypeStruct` or QTensor.
-      rhs: the same.
-      dims: dimension numbers; the sizes fit.
-      result: dtype that the caller casts the sums to.
+      rhs: array, `jax.ShapeDtypeStruct` or QTensor.
+      dims: dimension numbers that passed `check_sizes`.
+      result: dtype to which the caller casts the sums.
 
     Raises:
-      TypeError: an activation is to be quantized and is not float32, bfloat16 or
-        float16.
-      ValueError: the spec of the activation does not fit its shape.
+      TypeError: the weight has an activation spec, and the activation is not float32,
+        bfloat16 or float16.
+      ValueError: the weight has an activation spec, and a block size of this spec does
+        not divide the contracted axis of the activation.
     """
     return _plan_product(facts_of(lhs), facts_of(rhs), dims, result)
 
@@ -78,12 +80,14 @@ def _plan_weight(
     *,
     swapped: bool,
 ) -> Plan:
-    """Floats times a quantized weight, with the activation spec of the weight."""
+    """The plan for floats times a quantized weight.
+
+    If the weight has an activation spec, the floats are quantized first.
+    """
     if weight.meta.activation is not None:
         return _plan_activation(x, weight, dims, swapped=swapped)
     x_side, weight_side = (1, 0) if swapped else (0, 1)
-    # Numbers of the weight must not be rounded, nor overflow, on their way into a
-    # narrower x.
+    # The values of the weight must not be rounded or overflow in a narrower dtype of x.
     keeps_dtype = x.dtype == weight.dtype and x.dtype in _NARROW_FLOATS
     product = functools.partial(
         Plan,
@@ -125,7 +129,7 @@ def _plan_weight(
 def _plan_activation(
     x: ArrayFacts, weight: CodesFacts, dims: DimensionNumbers, *, swapped: bool
 ) -> Plan:
-    """The activation is quantized, then the product of two QTensors is planned."""
+    """The plan that quantizes the activation and then multiplies two QTensors."""
     spec, side = weight.meta.activation, 1 if swapped else 0
     assert spec is not None
     bare_weight = weight.without_activation()
@@ -183,8 +187,8 @@ def _plan_two_quantized(
     )
     is_int8_rows = lhs.fmt.name == "int8" and lhs.symmetric
     if is_int8_rows and row_shapes(lhs)["scale"].shape[-1] == 1:
-        # Plain int8 rows: their scale is applied to the result, so that the kernels get
-        # integers alone.
+        # The left operand is int8 with one scale for each row. This scale is applied to
+        # the result, so that kernels multiply only integers by the weight.
         plan = dataclasses.replace(plan, x_dtype="int8")
         num_rows = math.prod(lhs.meta.geometry.shape[a] for a in lhs.meta.geometry.kept)
         kernel_problem = _kernel_problem(num_rows, rhs, plan)
@@ -262,13 +266,13 @@ def _why_not_batch(operand: CodesFacts, batch: Sequence[int], name: str) -> str 
 
 
 def _flattening_order(operand: CodesFacts, contracting: Sequence[int]) -> list[int]:
-    """The places in `contracting` of the axes that the operand flattens to k."""
+    """The positions in `contracting` of the axes that the operand flattens to k."""
     pairs = _negative(contracting, operand.ndim)
     return [pairs.index(axis) for axis in operand.meta.geometry.contracted]
 
 
 def _why_not_groups(lhs: CodesFacts, rhs: CodesFacts) -> str | None:
-    """Why the groups along k do not meet; None if they do."""
+    """Why the groups along k do not match; None if they match."""
     geometries = (lhs.meta.geometry, rhs.meta.geometry)
     sizes = [geometry.block_shape[-1] for geometry in geometries]
     groups = [geometry.num_blocks[-1] for geometry in geometries]
@@ -285,7 +289,7 @@ def _why_not_groups(lhs: CodesFacts, rhs: CodesFacts) -> str | None:
 def _kernel_problem(
     num_rows: int, weight: CodesFacts, plan: Plan
 ) -> kernels.Problem | str:
-    """The product as kernels see it, or why it is not one for them."""
+    """The product as a `kernels.Problem`, or the reason why no kernel computes it."""
     leaves = row_shapes(weight)
     call = kernels.Call(
         row_meta(weight.meta),
@@ -299,12 +303,12 @@ def _kernel_problem(
 
 
 def with_kernel(plan: Plan, platform: str, num_devices: int = 1) -> Plan:
-    """The plan with the kernel that runs on a platform, or the reason why none does.
+    """The plan with the kernel that runs on a platform, or the reason why none runs.
 
     Args:
-      plan: from `plan_dot`.
+      plan: a plan that `plan_dot` returned.
       platform: "cpu", "tpu", "cuda", ...
-      num_devices: devices that XLA partitions the program for.
+      num_devices: the number of devices over which XLA partitions the program.
     """
     device_kind = None
     if platform in kernels.KERNELS:
@@ -338,22 +342,23 @@ def plan_conv(
     """The plan for a convolution of any kind with a quantized kernel.
 
     Args:
-      x: array, `jax.ShapeDtypeStruct` or QTensor. Only its shape along `batch` and its
-        number of axes matter, so a small example of the same rank does.
+      x: array, `jax.ShapeDtypeStruct` or QTensor. If the activation spec has one scale
+        for each example, only the dtype, the number of axes and the size of the batch
+        axis matter. A small array is then enough.
       kernel: QTensor; the leaves may be `jax.ShapeDtypeStruct`s.
       channel: the axis of `kernel` that becomes the features of the result.
       batch: the batch axis of `x`.
-      mixed: an example of the result has terms of several examples of `x` (batch
-        groups).
+      mixed: True if one example of the result is a sum over several examples of `x`
+        (`batch_group_count` above 1).
 
     Returns:
       A plan with the path "codes" (integer codes, sums in int32) or "dequantize" (both
       operands in floats, sums in float32).
 
     Raises:
-      TypeError: an activation is to be quantized and is not float32, bfloat16 or
-        float16.
-      ValueError: the spec of the activation does not fit its shape.
+      TypeError: the kernel has an activation spec, and `x` is an array that is not
+        float32, bfloat16 or float16.
+      ValueError: the kernel has an activation spec that does not fit the shape of `x`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -430,7 +435,8 @@ def plan_take(table: QTensor) -> Plan:
     """The plan for the lookup of rows of a quantized table.
 
     Raises:
-      ValueError: the table does not have the form that `take` needs.
+      ValueError: the table is not `[n, d]` with scales shared along axis -1, or it has
+        tiles (`PerBlock`) of several rows.
     """
     geometry = table.meta.geometry
     is_matrix = geometry.order == (-2, -1) and geometry.num_contracted == 1
@@ -452,7 +458,8 @@ def plan_ragged(x: Any, weights: QTensor) -> Plan:
     """The plan for rows sorted by expert times a stack of quantized weights.
 
     Raises:
-      ValueError: the weights do not have the form that `ragged_dot` needs.
+      ValueError: the weights are not `[e, k, n]` quantized with `contracting=-2` and
+        `batch=0`, or the weights have blocks that cross rows (`PerFlat`).
     """
     geometry = weights.meta.geometry
     is_stack = len(weights.batch_shape) == 1 and geometry.contracted == (-2,)
@@ -472,7 +479,8 @@ def plan_ragged(x: Any, weights: QTensor) -> Plan:
 def accumulate_dtype(*operands: Any) -> np.dtype:
     """The dtype in which products of these operands are summed.
 
-    It has at least 32 bits: int32 for narrower integers, float32 for narrower floats.
+    It is the dtype that the operands promote to. The exceptions are narrow dtypes:
+    int32 for integers below 32 bits, float32 for floats below 32 bits.
     """
     return _accumulate_dtype(*(jnp.dtype(operand.dtype) for operand in operands))
 
@@ -480,8 +488,8 @@ def accumulate_dtype(*operands: Any) -> np.dtype:
 def result_dtype(*operands: Any) -> np.dtype:
     """The dtype of a product without `preferred_element_type`.
 
-    The dtype that the operands promote to, if it has at least 16 bits and is a float;
-    else the dtype of the sums.
+    It is the dtype that the operands promote to. The exceptions are integers below 32
+    bits and float8: for them it is the dtype of the sums.
     """
     dtypes = [jnp.dtype(operand.dtype) for operand in operands]
     promoted = _promoted(dtypes)
@@ -499,7 +507,7 @@ def _accumulate_dtype(*dtypes: np.dtype) -> np.dtype:
 
 
 def _promoted(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """The dtype that all promote to. float8 promotes to no dtype except itself."""
+    """The dtype that all promote to. float8 promotes only to the same float8."""
 
     def promote(a: np.dtype, b: np.dtype) -> np.dtype:
         return a if a == b else jnp.promote_types(a, b)
@@ -515,6 +523,6 @@ def _negative(axes: Sequence[int], ndim: int) -> list[int]:
 
 
 def _free_size(x: ArrayFacts, contracting: Sequence[int], batch: Sequence[int]) -> int:
-    """How many rows `x` has in each product: the size of its free axes."""
+    """The number of rows of `x` in each product: the size of the free axes of `x`."""
     bound = {axis % x.ndim for axis in (*contracting, *batch)}
     return math.prod(size for axis, size in enumerate(x.shape) if axis not in bound)

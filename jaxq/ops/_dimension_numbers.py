@@ -1,6 +1,7 @@
-"""Dimension numbers of products: checks, and the numbers of `a @ b`.
+"""Dimension numbers of products: checks, and the dimension numbers of `a @ b`.
 
-`((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`, as in `lax.dot_general`.
+As in `lax.dot_general`, dimension numbers are the tuples
+`((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ DimensionNumbers = tuple[
 
 
 def as_tuples(dims: DimensionNumbers, caller: str) -> DimensionNumbers:
-    """The dimension numbers as tuples; a TypeError if they have another form."""
+    """The dimension numbers as tuples.
+
+    Raises:
+      TypeError: `dims` is not `((lhs_contracting, rhs_contracting), (lhs_batch,
+        rhs_batch))` with sequences of axes.
+    """
     try:
         (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dims
         contracting = (tuple(lhs_contracting), tuple(rhs_contracting))
@@ -33,7 +39,12 @@ def as_tuples(dims: DimensionNumbers, caller: str) -> DimensionNumbers:
 
 
 def check_sizes(lhs: Any, rhs: Any, dims: DimensionNumbers, caller: str) -> None:
-    """Raises a TypeError if axes repeat or do not exist, or if their sizes differ."""
+    """Checks the axes in the dimension numbers.
+
+    Raises:
+      TypeError: an axis is repeated or does not exist, or a pair of contracting or
+        batch axes differs in size.
+    """
     shapes = (lhs.shape, rhs.shape)
     for side, shape in enumerate(shapes):
         axes = [*dims[0][side], *dims[1][side]]
@@ -61,11 +72,12 @@ def batch_first(
 
     Args:
       ndim: number of axes of the operand.
-      dims: numbers of the product.
+      dims: dimension numbers of the product.
       side: 0 for the left operand, 1 for the right one.
 
     Returns:
-      The order, and the numbers of the product after the transpose.
+      (order, dims): the order of the axes, and the dimension numbers of the product
+      after the operand is transposed to this order.
     """
     batch = [axis % ndim for axis in dims[1][side]]
     order = [*batch, *(axis for axis in range(ndim) if axis not in batch)]
@@ -78,8 +90,12 @@ def batch_first(
 def align_matmul(lhs: Any, rhs: Any) -> tuple[Any, Any, DimensionNumbers]:
     """The operands of `lhs @ rhs` and the dimension numbers of the product.
 
-    Leading axes are matched from the right, as numpy does. If a QTensor has more
-    leading axes than the array, the array is broadcast.
+    Leading axes are matched from the right, as in numpy. If a QTensor has more leading
+    axes than the array, the array is broadcast.
+
+    Raises:
+      ValueError: an operand has no axes; or a QTensor, or an operand with one axis,
+        would have to be broadcast to the leading axes of the other operand.
     """
     for operand in (lhs, rhs):
         if operand.ndim == 0:
@@ -101,7 +117,7 @@ def align_matmul(lhs: Any, rhs: Any) -> tuple[Any, Any, DimensionNumbers]:
 
 
 def _broadcast(x: Any, leading: tuple[int, ...]) -> Any:
-    """An array or `jax.ShapeDtypeStruct` with the leading axes of the other operand."""
+    """Broadcasts an array or `jax.ShapeDtypeStruct` to leading axes `leading`."""
     if isinstance(x, QTensor):
         raise ValueError(
             f"matmul: {x!r} cannot be broadcast to leading axes {list(leading)}. "

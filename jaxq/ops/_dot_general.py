@@ -1,7 +1,8 @@
-"""One matmul contract: `lax.dot_general` with arrays or QTensors on either side.
+"""`dot_general`: `lax.dot_general` with arrays or QTensors on either side.
 
-`_decision.py` decides what runs; this file carries the plan out. Letters in the shape
-comments: b batch, m free axes of x, k contracted, n free axes of the weight.
+`matmul` and `einsum` call it. `_decision.py` decides what runs. This file carries out
+the plan. Letters in the shape comments: b batch axes, m free axes of x, k contracted
+axes, n free axes of the weight.
 """
 
 from __future__ import annotations
@@ -43,20 +44,19 @@ def dot_general(
 ) -> jax.Array:
     """`lax.dot_general`, where either operand may be a QTensor.
 
-    Low-precision operands accumulate as matrix units do: integer codes in int32,
-    everything else in float32. The result is rounded once. `jaxq.explain` shows which
-    path a product takes.
+    Low-precision operands accumulate as in matrix units: integer codes in int32, all
+    others in float32. The result is rounded once. `jaxq.explain` shows which path a
+    product takes.
 
     Args:
       lhs: array or QTensor.
       rhs: array or QTensor.
       dimension_numbers: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
       precision: passed to lax if both operands are arrays; ignored otherwise.
-      preferred_element_type: dtype of the result. If an operand is quantized, it must
+      preferred_element_type: dtype of the result. If an operand is quantized, this must
         be a float dtype of at most 32 bits. None takes the dtype that the operands
-        promote to. The exceptions are integers narrower than int32 and float8, for
-        which None takes int32 and float32, because their sums rarely fit the narrow
-        dtype.
+        promote to, with two exceptions: int32 for integers narrower than int32, and
+        float32 for float8. Sums rarely fit these narrow dtypes.
       out_sharding: how the result is sharded over a mesh, a `NamedSharding` or
         `PartitionSpec`. For two arrays, lax accepts explicit mesh axes only. A product
         with a QTensor is resharded along explicit axes and constrained along automatic
@@ -69,6 +69,8 @@ def dot_general(
       TypeError: contracted or batch axes differ in size, repeat or do not exist; or
         integers or float64 numbers are multiplied by a QTensor; or an operand is
         quantized and `preferred_element_type` is not a float dtype of at most 32 bits.
+      ValueError: the weight has an activation spec, and a block size of this spec does
+        not divide the contracted axis of the activation.
       NotImplementedError: a product with a QTensor has an `out_sharding` that names
         both explicit and automatic mesh axes.
 
@@ -105,7 +107,12 @@ def dot_general(
 
 
 def _preferred_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
-    """`preferred` if the product can have it; `result_dtype` if it is None."""
+    """The dtype of the result: `preferred`, or `result_dtype` if `preferred` is None.
+
+    Raises:
+      TypeError: an operand is quantized, and `preferred` is not a float dtype of at
+        most 32 bits.
+    """
     if preferred is None:
         return result_dtype(lhs, rhs)
     dtype = jnp.dtype(preferred)
@@ -142,7 +149,11 @@ def _multiply_over_mesh(
     rhs: jax.Array | QTensor,
     dims: DimensionNumbers,
 ) -> jax.Array:
-    """The product, with explicit mesh axes left to XLA; in `plan.result` or float32."""
+    """Carries out a plan. XLA partitions the product along explicit mesh axes.
+
+    Returns:
+      The product in the dtype `plan.result` or in float32.
+    """
     axis_names = (_mesh_axes(lhs), _mesh_axes(rhs))
     out_names = [axis_names[0][axis] for axis in dims[1][0]]
     for side in (0, 1):
@@ -154,7 +165,10 @@ def _multiply_over_mesh(
 
 
 def _mesh_axes(operand: jax.Array | QTensor) -> tuple:
-    """The explicit mesh axes of each axis of an operand; None for contracted codes."""
+    """The explicit mesh axes of each axis of an operand.
+
+    The contracted axes of a QTensor have None: they are flattened in its data.
+    """
     if not isinstance(operand, QTensor):
         return sharding.explicit_spec(operand)
     num_batch, geometry = len(operand.batch_shape), operand.meta.geometry
@@ -169,7 +183,10 @@ def _mesh_axes(operand: jax.Array | QTensor) -> tuple:
 
 
 def _multiply(plan: Plan, lhs: Any, rhs: Any, *, dims: DimensionNumbers) -> jax.Array:
-    """Carries out a plan, one preparation of an operand after the other."""
+    """Carries out a plan: first the preparations `plan.before`, then the product.
+
+    Each call makes one preparation and calls itself with the rest of the plan.
+    """
     if plan.before:
         step = plan.before[0]
         rest = dataclasses.replace(plan, before=plan.before[1:])
@@ -193,7 +210,10 @@ def _multiply(plan: Plan, lhs: Any, rhs: Any, *, dims: DimensionNumbers) -> jax.
 def _multiply_activation(
     plan: Plan, x: jax.Array, weight: QTensor, dims: DimensionNumbers, *, swapped: bool
 ) -> jax.Array:
-    """The product with `x` quantized first, except for its outlier columns."""
+    """Quantizes `x` and multiplies it by the weight.
+
+    The outlier columns of `x` are multiplied in floats.
+    """
     x_side, weight_side = (1, 0) if swapped else (0, 1)
     order, quantized_dims = batch_first(x.ndim, dims, x_side)
     axes = ActivationAxes(
@@ -249,7 +269,7 @@ def _multiply_codes(
 def _multiply_weight(
     plan: Plan, x: jax.Array, weight: QTensor, dims: DimensionNumbers
 ) -> jax.Array:
-    """`[b, free of x, free of weight]` from floats on the left, summed in float32."""
+    """`[b, free of x, free of weight]`: floats times a weight, summed in float32."""
     x = x.astype(plan.x_dtype)
     if plan.path == "dequantize":
         w = dequantize(weight, dtype=x.dtype)
@@ -299,7 +319,7 @@ def _to_rows(
 
 
 def _sort_last(y: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """The last axes of `y` come in the order `axes`; sorts them in ascending order."""
+    """Sorts the last axes of `y`, which are in the order `axes`, in ascending order."""
     first = y.ndim - len(axes)
     last = [first + int(i) for i in np.argsort(axes)]
     return jnp.transpose(y, (*range(first), *last))

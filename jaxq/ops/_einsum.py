@@ -1,4 +1,4 @@
-"""`matmul` and `einsum` with QTensors, reduced to `dot_general`."""
+"""`matmul` and `einsum` with QTensors. Both call `dot_general`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def matmul(a: Operand, b: Operand, *, preferred_element_type: Any = None) -> jax
     Args:
       a: `[..., m, k]` or `[k]`.
       b: `[..., k, n]` or `[k]`. Leading axes are matched from the right and must have
-        equal sizes (an axis of size 1 is not stretched). The leading axes of a QTensor
+        equal sizes (an axis of size 1 is not broadcast). The leading axes of a QTensor
         are its batch axes.
       preferred_element_type: dtype of the result, as in `dot_general`.
 
@@ -29,9 +29,10 @@ def matmul(a: Operand, b: Operand, *, preferred_element_type: Any = None) -> jax
       `[..., m, n]`, accumulated in int32 or float32.
 
     Raises:
-      TypeError: contracted or leading axes differ in size, or as in `dot_general`.
-      ValueError: an operand has no axes, or cannot be broadcast to the leading axes of
-        the other.
+      TypeError: contracted or leading axes differ in size, or a dtype is one that
+        `dot_general` refuses.
+      ValueError: an operand has no axes; or a QTensor, or an operand with one axis,
+        would have to be broadcast to the leading axes of the other operand.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -61,12 +62,13 @@ def einsum(
 ) -> jax.Array:
     """`jnp.einsum` of two operands; either may be a QTensor.
 
-    Without a QTensor it is `jnp.einsum` of any number of operands, with wide sums.
+    If no operand is a QTensor, this is `jnp.einsum` of any number of operands. The sums
+    then have the dtype that `dot_general` accumulates in.
 
     Args:
-      subscripts: for example "bk,kn->bn". With a QTensor: at most one operand, the one
-        that is not quantized, may have an ellipsis; an index must not repeat within an
-        operand; and an index of one operand alone must be in the result.
+      subscripts: for example "bk,kn->bn". Three rules apply if an operand is a QTensor.
+        Only the float operand may have an ellipsis. An index must not repeat within an
+        operand. An index that only one operand has must be in the result.
       *operands: two arrays or QTensors.
       precision: passed to jax if all operands are arrays; ignored otherwise.
       preferred_element_type: dtype of the result, as in `dot_general`.
@@ -77,9 +79,10 @@ def einsum(
       float32.
 
     Raises:
-      ValueError: `subscripts` do not fit the operands or break a rule above, or a
-        QTensor is one of more or fewer than two operands.
-      TypeError: `subscripts` is not a string, or as in `dot_general`.
+      ValueError: `subscripts` name more or fewer axes than an operand has, or break a
+        rule above; or an operand is a QTensor and there are not two operands.
+      TypeError: `subscripts` is not a string; or an axis size or a dtype is one that
+        `dot_general` refuses.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -117,7 +120,7 @@ def einsum(
 def einsum_numbers(
     subscripts: str, left_ndim: int, right_ndim: int
 ) -> tuple[DimensionNumbers, list[int]]:
-    """The `dot_general` that computes an einsum of two operands.
+    """The arguments of the `dot_general` that computes an einsum of two operands.
 
     Args:
       subscripts: as in `einsum`.
@@ -125,11 +128,12 @@ def einsum_numbers(
       right_ndim: number of axes of the right operand.
 
     Returns:
-      The dimension numbers of the product; and the order in which the axes of the
-      product form the result.
+      (dims, order): the dimension numbers of the product, and the permutation of the
+      product's axes that gives the result.
 
     Raises:
-      ValueError: `subscripts` do not fit the operands or break a rule of `einsum`.
+      ValueError: `subscripts` name more or fewer axes than an operand has, or break a
+        rule of `einsum`.
 
     Example:
       >>> from jaxq.ops import einsum_numbers
@@ -193,7 +197,7 @@ def _parse(
 
 
 def _ellipsis_indices(parts: tuple[str, str], ndims: tuple[int, int]) -> list[str]:
-    """One index for each axis that an ellipsis stands for."""
+    """One index for each axis that an ellipsis replaces."""
     num_axes = 0
     for part, ndim in zip(parts, ndims, strict=True):
         if "..." in part:
@@ -208,7 +212,7 @@ def _check_indices(
     *,
     has_ellipsis: bool,
 ) -> None:
-    """Raises unless each operand has one index for each axis, and none twice."""
+    """Raises unless each operand has one index for each axis and repeats no index."""
     for indices, ndim in zip(operands, ndims, strict=True):
         if len(indices) != ndim:
             remedy = (
@@ -223,14 +227,17 @@ def _check_indices(
         if len(set(indices)) != len(indices):
             raise ValueError(
                 f"einsum: {subscripts!r} repeats an index within an operand. Take the "
-                "diagonal first."
+                "diagonal of that operand first."
             )
 
 
 def _check_result(
     subscripts: str, left: list[str], right: list[str], out: list[str]
 ) -> None:
-    """Raises unless the result names indices once, and all that are not shared."""
+    """Raises unless the indices of the result are valid.
+
+    The result must name each index once, and every index that only one operand has.
+    """
     unknown = set(out) - set(left) - set(right)
     if unknown or len(set(out)) != len(out):
         raise ValueError(
@@ -240,6 +247,6 @@ def _check_result(
     unshared = (set(left) ^ set(right)) - set(out)
     if unshared:
         raise ValueError(
-            f"einsum: {subscripts!r} sums {sorted(unshared)} in one operand alone. Sum "
-            "that operand first."
+            f"einsum: {subscripts!r} sums over {sorted(unshared)}, which only one "
+            "operand has. Sum that operand first; dequantize it if it is a QTensor."
         )

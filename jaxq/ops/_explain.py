@@ -29,24 +29,26 @@ def explain(
     """Which path `dot_general` takes, which kernel runs it, and why.
 
     Nothing is computed or traced. A kernel runs on one device. If an operand is sharded
-    over several devices, XLA partitions a program under plain `jax.jit` and takes the
-    XLA form. Inside `jax.shard_map` each device runs the kernel.
+    over several devices and the product runs under plain `jax.jit`, XLA partitions the
+    program and no kernel runs. Inside `jax.shard_map` each device runs the kernel.
 
     Args:
       lhs: array, `jax.ShapeDtypeStruct` or QTensor.
-      rhs: the same.
-      dimension_numbers: as in `dot_general`; None takes those of `matmul`.
+      rhs: array, `jax.ShapeDtypeStruct` or QTensor.
+      dimension_numbers: as in `dot_general`. None takes the dimension numbers of
+        `matmul`.
       platform: "cpu", "tpu", "cuda", "gpu" (the same as "cuda") or "rocm"; None takes
         the default backend of jax.
 
     Returns:
-      A `Plan`; print it.
+      A `Plan`. Print it to read it.
 
     Raises:
       TypeError: contracted or batch axes differ in size, repeat or do not exist; or
         integers or float64 numbers are multiplied by a QTensor.
-      ValueError: `platform` is unknown, or the operands cannot be aligned as `matmul`
-        does, or the spec of the activation does not fit its shape.
+      ValueError: `platform` is unknown; or `dimension_numbers` is None and `matmul`
+        cannot multiply operands of these shapes; or the weight has an activation spec,
+        and a block size of this spec does not divide the contracted axis.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -73,12 +75,12 @@ def explain(
 
 
 def _as_described(operand: Any) -> Any:
-    """Lists and numbers become arrays; everything with axes stays as it is."""
+    """Lists and numbers become arrays. Operands with axes do not change."""
     return operand if hasattr(operand, "ndim") else jnp.asarray(operand)
 
 
 def _num_devices(*operands: Any) -> int:
-    """The devices of the operand that is sharded over most of them."""
+    """The largest number of devices over which one operand is sharded."""
     num_devices = 1
     for leaf in jax.tree.leaves(list(operands)):
         devices = getattr(getattr(leaf, "sharding", None), "device_set", ())

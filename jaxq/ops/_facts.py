@@ -1,7 +1,7 @@
 """Static facts about the operands of a product: all that a decision may depend on.
 
-Facts are read off arrays, `jax.ShapeDtypeStruct`s and QTensors. The facts of an
-activation that is not quantized yet follow from its shape and its spec.
+Facts are read from arrays, `jax.ShapeDtypeStruct`s and QTensors. If an activation is
+not quantized yet, its facts follow from its shape and its spec.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _KERNEL_SCALES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class ArrayFacts:
-    """An array of numbers, not quantized.
+    """The facts of an array that is not quantized.
 
     Attributes:
-      shape: its sizes.
-      dtype: name of its dtype.
+      shape: sizes of the axes.
+      dtype: name of the dtype.
     """
 
     shape: tuple[int, ...]
@@ -38,16 +38,17 @@ class ArrayFacts:
 
 @dataclasses.dataclass(frozen=True)
 class CodesFacts:
-    """A quantized array. Shapes of leaves are given without the batch axes.
+    """The facts of a QTensor. The shapes of leaves do not contain the batch axes.
 
     Attributes:
       meta: the static facts of the QTensor.
-      batch_shape: sizes of its leading batch axes.
-      scale: shape and dtype of the scales as kernels get them.
+      batch_shape: sizes of the leading batch axes.
+      scale: shape of the scales, and the dtype in which kernels read the scales.
       zero_point: shape and dtype of the zero points, or None.
-      offset: shape of the real offsets as kernels get them, float32, or None.
+      offset: shape of the offsets with dtype float32, in which kernels read them; or
+        None.
       codebook: shape and dtype of the QTensor's own codebooks, or None.
-      static_range: the activation has a range from calibration.
+      static_range: True if the activation has a static range from calibration.
     """
 
     meta: Meta
@@ -68,7 +69,7 @@ class CodesFacts:
 
     @property
     def dtype(self) -> str:
-        """The dtype that dequantizing gives."""
+        """The dtype that `dequantize` returns by default."""
         return self.meta.dtype
 
     @property
@@ -80,12 +81,12 @@ class CodesFacts:
         return self.zero_point is None
 
     def without_activation(self) -> CodesFacts:
-        """The same weight; the other operand stays in floats."""
+        """The same weight without activation quantization."""
         meta = dataclasses.replace(self.meta, activation=None, outliers=None)
         return dataclasses.replace(self, meta=meta, static_range=False)
 
     def dequantized(self) -> ArrayFacts:
-        """The array that dequantizing gives."""
+        """The facts of the dequantized array."""
         return ArrayFacts(self.shape, self.dtype)
 
 
@@ -117,7 +118,10 @@ def facts_of(operand: Any) -> Facts:
 
 
 def _kernel_scale_dtype(scale: Any) -> str:
-    """Kernels read scales of 16 and 32 bits; all others are made float32 first."""
+    """The dtype in which kernels read a scale.
+
+    Kernels read 16-bit and 32-bit floats. All other scales become float32 first.
+    """
     if isinstance(scale, QTensor) or scale.dtype.name not in _KERNEL_SCALES:
         return "float32"
     return scale.dtype.name
@@ -131,11 +135,12 @@ def activation_facts(
 ) -> CodesFacts:
     """The facts of `quantize(x, spec, contracting=..., batch=...)`.
 
-    Nothing is quantized.
+    This function computes the facts and quantizes nothing.
 
     Raises:
       TypeError: the dtype of `x` is not float32, bfloat16 or float16.
-      ValueError: `spec` does not fit the shape of `x`, as in `quantize`.
+      ValueError: a block size of `spec` does not divide its axis and `pad` is False; or
+        `spec` is symmetric without an offset and its format has no negative numbers.
     """
     check_floats(x.dtype, x.shape, "activation", "quantize")
     if spec.symmetric and spec.offset is None and spec.fmt.min >= 0:

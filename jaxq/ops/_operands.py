@@ -1,4 +1,4 @@
-"""The operands of a product: arrays, or QTensors, also inside Flax variables."""
+"""The operands of a product: arrays and QTensors, which may be in Flax variables."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Operand = jax.typing.ArrayLike | QTensor
 
 
 def as_operands(*operands: Operand, caller: str) -> tuple[jax.Array | QTensor, ...]:
-    """QTensors, also those in Flax variables, unchanged; all else as jax arrays.
+    """Takes operands out of Flax variables and makes jax arrays of all but QTensors.
 
     Raises:
-      TypeError: the product has a QTensor, and a numpy array would lose its dtype on
-        the way to jax.
+      TypeError: one operand is a QTensor, and another operand is a numpy array whose
+        dtype jax would narrow (int64 or float64 without `jax_enable_x64`).
     """
     values = [_value(operand) for operand in operands]
     quantized = next((value for value in values if isinstance(value, QTensor)), None)
@@ -43,7 +43,7 @@ def _loses_dtype(array: np.ndarray) -> bool:
 
 
 def check_float_partner(lhs: Any, rhs: Any, caller: str) -> None:
-    """Raises a TypeError if integers or float64 numbers are multiplied by a QTensor."""
+    """Raises TypeError if integers or float64 numbers are multiplied by a QTensor."""
     for x, other in ((lhs, rhs), (rhs, lhs)):
         if isinstance(x, QTensor) or not isinstance(other, QTensor):
             continue

@@ -1,6 +1,6 @@
-"""The answer to "what runs for this product": a `Plan`, a frozen record.
+"""`Plan`: a frozen record of what runs for one product.
 
-`_decision.py` makes plans. The operations carry them out and decide nothing themselves.
+`_decision.py` makes plans. The operations carry out plans and decide nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NO_KERNEL = (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one product is computed. `jaxq.explain` returns it; print it to read it.
+    """How one product is computed. `jaxq.explain` returns a plan; print it to read it.
 
     Attributes:
       path: one of
@@ -31,34 +31,35 @@ class Plan:
           float32.
         - "weight_only": floats are multiplied by a weight that is decoded in blocks of
           rows.
-        - "weight_only_transposed": the same, and the kept axes of the weight are
-          contracted.
+        - "weight_only_transposed": as "weight_only", but the product contracts the
+          kept axes of the weight.
         - "dequantize": a whole operand is dequantized first.
 
       accumulate: dtype of the sums.
-      swapped: the weight is the left operand.
+      swapped: True if the weight is the left operand.
       reason: why this path was chosen, in words.
       kernel: the Pallas kernel that runs on `platform`: "tpu", "mosaic_gpu" or
         "triton"; "xla" if no kernel runs.
       why_no_kernel: why no kernel runs; None if one runs.
-      passed_over: the kernels of the platform that come before the one that runs, each
-        with the reason why it does not run.
+      passed_over: the kernels of the platform that are tried before the kernel that
+        runs, each with the reason why it does not run.
       platform: the platform that the kernel was chosen for; None if no platform was
         named.
-      before: what happens to an operand before the product, in this order.
+      before: the steps that prepare operands before the product, in this order.
         "dequantize_left" dequantizes the left operand. "quantize_left" and
         "quantize_right" quantize the activation on that side.
-      activation: "dynamic": the activation is quantized by its own extremes. "static":
-        by a range from calibration. None: it stays in floats.
-      outliers: columns of the activation with a magnitude of at least this are
-        multiplied in floats; None if there is no such threshold.
+      activation: "dynamic" if the activation is quantized by its own extremes, "static"
+        if it is quantized by a range from calibration, None if it stays in floats.
+      outliers: columns of the activation are multiplied in floats if their largest
+        magnitude is at least this number. None if there is no such threshold.
       float_plan: the plan of the same product with the activation in floats. Outlier
-        columns and the gradient use it. None without a quantized activation.
-      x_dtype: dtype in which the other operand is multiplied by the weight. "int8" on
-        the path "codes": int8 codes with one scale per row go through the kernel
-        dispatch. None: the path does not use it.
-      result: dtype that the product returns before its last cast.
-      problem: the product in the terms of the kernels, or why they cannot compute it.
+        columns and the gradient use this plan. None without activation quantization.
+      x_dtype: dtype of the other operand when it is multiplied by the weight. On the
+        path "codes", "int8" means int8 codes with one scale per row, for which a kernel
+        may run. None on paths that do not use this field.
+      result: dtype of the product before the last cast.
+      problem: the product as a `kernels.Problem`, or the reason why no kernel computes
+        it.
 
     Example:
       >>> import jax.numpy as jnp, jaxq

@@ -1,4 +1,7 @@
-"""Rows sorted by expert times a stack of quantized weights (mixture of experts)."""
+"""`ragged_dot`: rows sorted by expert times a stack of quantized weights.
+
+A mixture of experts uses this product.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,18 @@ def ragged_dot(
 
     The first `group_sizes[0]` rows of x are multiplied by `weights[0]`, the next
     `group_sizes[1]` rows by `weights[1]`, and so on. The weights are decoded a few rows
-    of every expert at a time, in plain XLA on every platform. The product is
-    differentiable in x and in the scales. For Pallas kernels use a dense dispatch: x
-    `[e, m, k]` with a fixed number of rows for each expert, and `jaxq.einsum`.
+    of every expert at a time. The product is differentiable in x and in the scales.
+
+    The product runs in plain XLA on every platform. To use Pallas kernels, give every
+    expert the same number of rows: arrange x as `[e, m, k]` and call `jaxq.einsum`.
 
     Args:
       x: float32, bfloat16 or float16 `[m, k]`, sorted by expert.
       weights: `[e, k, n]`, quantized with `contracting=-2, batch=0`.
-      group_sizes: integers `[e]`. Rows beyond their sum give zeros.
-      preferred_element_type: dtype of the result, which is accumulated in float32. None
-        takes the same dtype as `jaxq.dot_general`.
+      group_sizes: integers `[e]`, the number of rows of each expert. Rows beyond the
+        sum of `group_sizes` give zeros.
+      preferred_element_type: dtype of the result. None takes the same dtype as
+        `jaxq.dot_general`. The product is accumulated in float32.
 
     Returns:
       `[m, n]`.
@@ -44,7 +49,8 @@ def ragged_dot(
       TypeError: x is not a float32, bfloat16 or float16 matrix, `group_sizes` are not
         integers, or `weights` is not a QTensor.
       ValueError: `weights` is not `[e, k, n]` quantized with `contracting=-2, batch=0`,
-        or the shape of `x` or `group_sizes` does not fit it.
+        `weights` has blocks that cross rows (`PerFlat`), `x` is not `[m, k]`, or
+        `group_sizes` is not `[e]`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -89,5 +95,5 @@ def ragged_dot(
 
 
 def _expert_rows(weight: QTensor) -> Rows:
-    """The rows of one expert, with its codes along rows."""
+    """The rows of the weight of one expert, in the layout "rows"."""
     return as_rows(*weight_rows(weight))[0]

@@ -1,4 +1,4 @@
-"""Rows of a quantized table: embedding lookup."""
+"""`take`: embedding lookup in a quantized table."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
 
     Raises:
       TypeError: `table` is not a QTensor, or `indices` are not integers.
-      ValueError: `table` is not `[n, d]` with scales shared along axis -1, or its
-        blocks run across rows.
+      ValueError: `table` is not `[n, d]` with scales shared along axis -1, or it has
+        tiles (`PerBlock`) of several rows.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -40,7 +40,7 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
             f"take: table must be a QTensor, got {type(table).__name__}. "
             "Index arrays with jnp.take."
         )
-    plan_take(table)  # the only form is `_take`; other tables raise
+    plan_take(table)  # raises unless `_take` can read the table
     indices = jnp.asarray(indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(
@@ -53,7 +53,7 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
 
 
 def _take(table: QTensor, indices: jax.Array) -> jax.Array:
-    """The rows become a QTensor whose batch axes are those of the indices."""
+    """Dequantizes the rows as a QTensor. Its batch axes are the axes of `indices`."""
     table, geometry = relayout(table, "rows"), table.meta.geometry
     num_rows = geometry.shape[0]
     if indices.dtype.itemsize < 4:

@@ -1,8 +1,8 @@
-"""A quantized weight as rows `[n, k]`, the form that kernels and their XLA forms take.
+"""A quantized weight as rows `[n, k]`: the input of kernels and of their XLA forms.
 
-The kept axes of the weight are flattened to n, the contracted axes to k. `weight_rows`
-gives the arrays, `row_shapes` their shapes, and `why_not_rows` the reason if a weight
-has no such form.
+The kept axes of the weight are flattened to n, and the contracted axes to k.
+`weight_rows` returns the arrays. `row_shapes` returns the shapes of these arrays.
+`why_not_rows` gives the reason if a weight cannot be cut into rows.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from jaxq.qtensor import Geometry, Meta, QTensor, scale_values
 def weight_rows(qt: QTensor) -> tuple[Rows, RowMeta]:
     """The rows of a QTensor without batch axes.
 
-    Scales of 16 and 32 bits keep their dtype, all others become float32.
+    Scales of 16 and 32 bits keep their dtype. All other scales become float32.
 
     Args:
-      qt: shape without batch axes; `why_not_rows(qt.meta)` is None.
+      qt: a QTensor without batch axes, for which `why_not_rows(qt.meta)` is None.
 
     Returns:
-      Rows with data `[n, stored bytes]` (or `[stored bytes, n]` in the layout
-      "columns") and scales `[n or 1, groups]`; and their static facts.
+      (rows, meta). The data of the rows are `[n, stored bytes]`, or `[stored bytes, n]`
+      in the layout "columns". The scales are `[n or 1, groups]`. `meta` holds the
+      static facts of the rows.
     """
     geometry = qt.meta.geometry
     num_rows = _num_rows(geometry)
@@ -69,10 +70,11 @@ def row_meta(meta: Meta) -> RowMeta:
 
 
 def row_shapes(weight: CodesFacts) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of `weight_rows` for a stack: each leaf has the stack's axis first.
+    """The shapes of `weight_rows` for a stack of weights.
 
     Returns:
-      The leaves that the weight has, by their names in `Rows`.
+      The shape of each leaf of the weight, by the name of the leaf in `Rows`. The first
+      axis is the stack, the product of all batch axes.
     """
     meta, geometry = weight.meta, weight.meta.geometry
     stack, num_rows = math.prod(weight.batch_shape), _num_rows(geometry)
@@ -82,7 +84,7 @@ def row_shapes(weight: CodesFacts) -> dict[str, jax.ShapeDtypeStruct]:
         row_bytes = meta.stored_shape[0 if meta.layout == "columns" else -1]
     columns = meta.layout == "columns" and not geometry.flat
     data_shape = (row_bytes, num_rows) if columns else (num_rows, row_bytes)
-    # The dtype stands for bytes. Kernels take width and sign of codes from the format.
+    # uint8 means bytes here. Kernels read the width and sign of codes from the format.
     shapes = {"data": jax.ShapeDtypeStruct((stack, *data_shape), jnp.uint8)}
     num_axes = len(geometry.block_shape)
     for name in ("scale", "zero_point", "offset", "codebook"):
@@ -118,7 +120,7 @@ def _num_rows(geometry: Geometry) -> int:
 def _flatten_kept(
     data: jax.Array, kept_sizes: tuple[int, ...], num_rows: int, layout: Layout
 ) -> jax.Array:
-    """Stored codes without the padding of the kept axes, which become one axis."""
+    """Removes the padding of the kept axes and merges the kept axes into one."""
     unpadded = tuple(slice(size) for size in kept_sizes)
     if layout == "columns":
         return data[(slice(None), *unpadded)].reshape(data.shape[0], num_rows)
@@ -127,7 +129,7 @@ def _flatten_kept(
 
 
 def _per_row(leaf: jax.Array, geometry: Geometry) -> jax.Array:
-    """`[*num_blocks] -> [n, groups]`; `[1, groups]` if all rows share the values."""
+    """`[*num_blocks] -> [n, groups]`, or `[1, groups]` if all rows share the values."""
     num_rows = _num_rows(geometry)
     if geometry.flat:
         return leaf.reshape(1, 1) if leaf.size == 1 else leaf.reshape(num_rows, -1)

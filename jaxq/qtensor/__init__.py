@@ -1,8 +1,8 @@
-"""The quantized array: where scales vary, how codes are stored, and conversions.
+"""The quantized array `QTensor`, its `QuantSpec`, and conversions from and to floats.
 
 `quantize` turns floats into a `QTensor` by a `QuantSpec` or the name of a preset.
 `dequantize` returns floats. `fake_quant` does both and has a straight-through gradient.
-`Geometry` holds all knowledge about axes, blocks and padding.
+`Geometry` contains all code about axes, blocks and padding.
 """
 
 from jaxq.qtensor._bounds import inside_range, with_margin

@@ -1,4 +1,4 @@
-"""Ranges: those that a caller gives, those that an observer computes, and clipping.
+"""Ranges of blocks that the caller passes or an observer computes, and clipping.
 
 A range is a pair (low, high), float32 `[*batch, *num_blocks]`.
 """
@@ -27,14 +27,15 @@ def as_bounds(
     """The `bounds=` of `quantize` as float32 arrays `[*batch, *num_blocks]`.
 
     Args:
-      bounds: (low, high), each one number, `[*batch]`, or as many as there are scales.
+      bounds: (low, high). Each bound is one number, `[*batch]`, or has one number for
+        each scale.
       x: the array to quantize.
-      spec: how it will be quantized.
-      geometry: its geometry.
+      spec: how `x` will be quantized.
+      geometry: the geometry of `x`.
 
     Raises:
-      ValueError: the spec's scale depends on more than a range, a shape does not fit,
-        or a low bound is not at most its high bound.
+      ValueError: the scale rule or the offset of the spec needs more than a range; a
+        bound has another shape; or a low bound is NaN or larger than its high bound.
     """
     if spec.rule.reads_block or spec.offset == "mean":
         raise ValueError(
@@ -101,7 +102,7 @@ def observed(
 
 
 def _block_rows(view: jax.Array, geometry: Geometry) -> jax.Array:
-    """The numbers of each block in a row: `[*batch, *num_blocks, size of a block]`.
+    """The numbers of each block as one row: `[*batch, *num_blocks, size of a block]`.
 
     The blocks are in view order.
     """
@@ -112,11 +113,11 @@ def _block_rows(view: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
-    """Where `quantize(x)` rounds a number and does not clip it.
+    """True for the numbers that `quantize(x)` rounds and does not clip.
 
     Args:
       x: float array.
-      qt: `quantize(x)`, without a `codebook` of its own.
+      qt: `quantize(x)`. `qt.codebook` must be None.
 
     Returns:
       bool array of the shape of `x`.
@@ -144,7 +145,10 @@ def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
 def with_margin(
     low: jax.Array, high: jax.Array, spec: QuantSpec | None
 ) -> tuple[jax.Array, jax.Array]:
-    """A range, extended on both sides by half the step at the edge of the format.
+    """Extends a range on both sides by half a step.
+
+    The step is the distance between the two largest values of the format, multiplied by
+    the scale that maps the format to the range.
 
     Numbers inside the extended range are rounded and not clipped.
 
@@ -173,7 +177,7 @@ def with_margin(
 def _rounding_range(spec: QuantSpec) -> tuple[float, float]:
     """The range, in units of the scale, in which rounding is the only error.
 
-    It ends half a step beyond the outermost numbers of the format.
+    It ends half a step beyond the smallest and the largest number of the format.
     """
     values = spec.fmt.values()
     is_narrow = spec.fmt.kind == "integer" and spec.symmetric and spec.offset is None

@@ -19,13 +19,14 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
 
     Args:
       qt: a QTensor.
-      dtype: float dtype of the result. None takes `qt.dtype`. A number beyond the range
-        of the dtype becomes its largest number: a rounded scale can put a number just
-        beyond the range of float16, for example.
+      dtype: float dtype of the result. None takes `qt.dtype`. Numbers beyond the range
+        of the dtype are clipped to the range. For example, a rounded scale can put a
+        number just beyond the range of float16.
 
     Returns:
-      Array of `qt.shape`, in logical axis order. Bitwise the same eager and jitted,
-      except that an `offset` may be added with one rounding instead of two.
+      Array of `qt.shape`, in logical axis order. It is bitwise the same under jit and
+      outside jit. The exception is a QTensor with an `offset`: the product and the sum
+      may be rounded once (fused) instead of twice.
 
     Raises:
       TypeError: `qt` is not a QTensor, `dtype` is not a float dtype, or `dtype` is
@@ -38,7 +39,10 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
       [0.0, 1.0078740119934082, -2.0]
     """
     if not isinstance(qt, QTensor):
-        raise TypeError(f"dequantize: expected a QTensor, got {type(qt).__name__}.")
+        raise TypeError(
+            f"dequantize: expected a QTensor, got {type(qt).__name__}. Pass the result "
+            "of jaxq.quantize."
+        )
     dtype = qt.dtype if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
@@ -47,8 +51,8 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
         )
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TypeError(
-            f"dequantize: jax has no {dtype.name} here. Set jax_enable_x64, or pass "
-            "dtype=jnp.float32."
+            f"dequantize: dtype={dtype.name} needs jax_enable_x64=True. Set "
+            "jax_enable_x64, or pass dtype=jnp.float32."
         )
     return _dequantize(qt, dtype)
 
@@ -58,8 +62,8 @@ def _dequantize(qt: QTensor, dtype: np.dtype) -> jax.Array:
     geometry = qt.meta.geometry
     blocks = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
     view = geometry.unpad(geometry.from_blocks(decode_blocks(qt, blocks)))
-    # The product of a scale and a code may leave float32's range. A cast to a narrow
-    # dtype would then wrap, saturate or give NaN, depending on the dtype.
+    # The product of a scale and a code may leave the range of float32. A cast to a
+    # narrow dtype would then wrap, saturate or give NaN, depending on the dtype.
     limit = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
     view = jnp.clip(view, -limit, limit)
     return geometry.from_view(view.astype(dtype))
@@ -125,6 +129,6 @@ def stored_values(scale: jax.Array | QTensor) -> jax.Array:
     values = dequantize(scale, dtype=jnp.float32)
     if scale.offset is None:
         return values
-    # With an offset (the mean), a small scale can be read back as negative. That would
-    # change the signs of its block.
+    # With an offset (the mean), a small scale can be dequantized to a negative number.
+    # A negative scale would change the signs of its block.
     return jnp.maximum(values, 0.0)

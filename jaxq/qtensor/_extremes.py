@@ -1,7 +1,7 @@
-"""The least, the greatest and the largest number of every block.
+"""The minimum, the maximum and the largest magnitude of every block.
 
-`Extremes` is the input of the scale rules (`_scale_rules.py`). All its numbers are
-float32, whatever the dtype of the array.
+`Extremes` is the input of the scale rules (`_scale_rules.py`). All numbers in it are
+float32 for every dtype of the array.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from jax import lax
 
 from jaxq.qtensor._geometry import Geometry
 
-# Sums and differences of larger numbers can leave the range of float32. They are
-# computed from numbers that were multiplied by the inverse of this constant.
+# Sums and differences of numbers above this constant can overflow float32. Such blocks
+# are multiplied by the inverse of this constant before sums are computed.
 _HUGE = np.float32(2.0**64)
-# `_magnitude` halves axes until one number is the maximum of this many. More halvings
-# would make a large program.
+# `_magnitude` halves axes until each number is the maximum of this many numbers. More
+# halvings would make a large program.
 _MAX_HALVED = 64
 
 
 class Extremes(NamedTuple):
-    """The numbers of a block on which its scale depends.
+    """The extremes of every block, from which scale rules compute scales.
 
-    Each is float32 `[..., n, 1, ...]`: the axes of `Geometry.to_blocks`, with size 1
-    inside the block.
+    Each field is float32 `[..., n, 1, ...]`: the axes of `Geometry.to_blocks`, with
+    size 1 inside the block.
 
     Attributes:
-      low: the least number, 0 for an empty block.
-      high: the greatest number, 0 for an empty block.
-      magnitude: the largest absolute value. It is NaN if the block contains a NaN,
-        else infinite if the block contains an infinity.
+      low: the minimum of the block; 0 for an empty block.
+      high: the maximum of the block; 0 for an empty block.
+      magnitude: the largest absolute value. It is NaN if the block contains a NaN. It
+        is infinite if the block contains an infinity and no NaN.
     """
 
     low: jax.Array
@@ -56,7 +56,10 @@ class Extremes(NamedTuple):
         return jnp.where(self.magnitude > _HUGE, _HUGE, np.float32(1))
 
     def with_range(self, low: jax.Array, high: jax.Array) -> Extremes:
-        """A given range in place of the block's own; non-finite blocks stay marked."""
+        """The same extremes with another range.
+
+        A block that is not finite keeps the magnitude NaN or infinity.
+        """
         magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
         return Extremes(low, high, jnp.where(self.finite, magnitude, self.magnitude))
 
@@ -64,7 +67,7 @@ class Extremes(NamedTuple):
 def block_extremes(blocks: jax.Array, geometry: Geometry) -> Extremes:
     """The extremes of every block.
 
-    Under jit, XLA removes the computation of extremes that nobody reads.
+    Under jit, XLA removes the computation of extremes that are not used.
 
     Args:
       blocks: numbers as `Geometry.to_blocks` arranges them.

@@ -26,25 +26,29 @@ def fake_quant(
 ) -> jax.Array:
     """`dequantize(quantize(x))` with a straight-through gradient.
 
-    The gradient is 1 inside the range of the format and 0 where the format clips. A
-    number is inside the range if rounding alone changes it, by at most half the step at
-    the edge of the range. Scales are treated as constants.
+    The gradient is 1 for numbers that are rounded and 0 for numbers that are clipped.
+    The range of numbers that are rounded ends half a step beyond the smallest and the
+    largest number of the format. Scales are treated as constants.
 
     Args:
       x: float32, bfloat16 or float16 array with at least one axis.
       spec: preset name or `QuantSpec`.
       contracting: as in `quantize`.
       batch: as in `quantize`.
-      key: PRNG key, as in `quantize`. Needed if `spec.needs_key`.
+      key: PRNG key, as in `quantize`. Needed if `spec.needs_key`, not allowed
+        otherwise.
 
     Returns:
       Array of the shape and dtype of `x`, bit for bit `dequantize(quantize(x))`. A
       number that is not finite makes its block NaN.
 
     Raises:
-      TypeError: `x` is not a float array; the message names the cast.
-      ValueError: the preset is unknown; the axes do not fit; the group size does not
-        divide the axis; or `key` is missing or not used.
+      TypeError: `x` is not a float32, bfloat16 or float16 array.
+      ValueError: the preset is unknown; `contracting` or `batch` name axes that do not
+        exist, repeat, or contradict the granularity; `contracting` is None and has no
+        default; a group or tile size does not divide its axis and `pad` is False; the
+        format has no negative numbers and the spec is symmetric without an offset; the
+        spec needs a key and `key` is None; or the spec needs no key and `key` is given.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq

@@ -1,12 +1,12 @@
 """Geometry: from the axes of an array to the order of its codes and scales.
 
-An array has three arrangements. Batch axes lead in each of them.
+The axes of an array have three orders. Batch axes come first in each order.
 
-| name | axes | purpose |
+| order | axes | purpose |
 |---|---|---|
-| logical | as the user has them | input and output |
+| logical | the axes of the user's array | input and output |
 | storage | `[*kept, K]`, contracted axes flattened into K | stored codes, scales |
-| view | storage with K at its place in memory | computing without a transpose |
+| view | storage axes, K in the position of the contracted axes | avoids transposes |
 
 `PerFlat` has one storage axis, `[F]`: all axes flattened in storage order.
 
@@ -46,11 +46,12 @@ class Geometry:
       order: these axes in storage order, as negative numbers: the kept axes, then the
         contracted axes.
       num_contracted: the number of contracted axes.
-      block_shape: block size of each storage axis `[*kept, K]`, None for a whole axis.
-        It has one entry if `flat`.
+      block_shape: block size of each storage axis `[*kept, K]`. None means that one
+        block covers the whole axis. If `flat` is True, there is one entry.
       multiple: the last storage axis is padded to a multiple of this number, so that
         codes fill whole bytes.
-      flat: True if the axes are flattened in storage order and blocks cross rows.
+      flat: True for `PerFlat`: all axes are flattened in storage order, and blocks
+        cross rows.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -112,7 +113,7 @@ class Geometry:
 
     @property
     def k_position(self) -> int:
-        """The position of the flattened contracted axis among the view's axes."""
+        """The position in the view of K, the flattened contracted axis."""
         if self.flat or not self._contiguous:
             return len(self.storage_shape) - 1
         first = min(self.contracted)
@@ -120,7 +121,7 @@ class Geometry:
 
     @property
     def _contiguous(self) -> bool:
-        """True if view order and logical order hold the same numbers in the same order.
+        """True if a reshape alone turns logical order into view order.
 
         The contracted axes are then neighbours in ascending order, and the kept axes
         are in ascending order.
@@ -134,8 +135,8 @@ class Geometry:
     def to_view(self, x: jax.Array) -> jax.Array:
         """`[*batch, *shape] -> [*batch, *view]`.
 
-        No data moves if the contracted axes are neighbours and the kept axes are in
-        order.
+        No data moves if the contracted axes are neighbours in ascending order and the
+        kept axes are in ascending order.
         """
         batch = x.shape[: x.ndim - len(self.shape)]
         if self.flat or not self._contiguous:
@@ -170,7 +171,7 @@ class Geometry:
 
         Args:
           view: array in view order.
-          mode: "constant" pads with zeros, "edge" with the nearest number.
+          mode: "constant" pads with zeros, "edge" repeats the last number.
         """
         missing = tuple(
             padded - n
@@ -203,7 +204,7 @@ class Geometry:
 
     @property
     def block_axes(self) -> tuple[int, ...]:
-        """The axes of `to_blocks` inside a block, as negative numbers."""
+        """The axes inside a block in the result of `to_blocks`, as negative numbers."""
         return tuple(range(1 - 2 * len(self.block_shape), 0, 2))
 
     def scale_to_blocks(self, scale: jax.Array) -> jax.Array:
@@ -239,15 +240,15 @@ class Geometry:
     # Comparing.
 
     def follows(self, granularity: Granularity) -> bool:
-        """True if the blocks are those of `granularity`.
+        """True if the array has the blocks that `granularity` describes.
 
-        Axes that were moved by transposes and reshapes do not matter.
+        Earlier transposes and reshapes of the QTensor do not matter.
         """
         if isinstance(granularity, PerBlock):
             tiles = {block for block in self.block_shape if block and block > 1}
             return not self.flat and tiles <= set(granularity.shape)
         fields = {field.name for field in dataclasses.fields(granularity)}
-        # The axis may have another name by now, and padding is allowed.
+        # A transpose may have changed the number of the axis, and padding is allowed.
         changes = {k: v for k, v in {"axis": None, "pad": True}.items() if k in fields}
         expected = resolve(
             self.shape,
@@ -289,12 +290,12 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class ErrorContext:
-    """What error messages say about a call.
+    """The parts of error messages that describe a call.
 
     Attributes:
-      caller: the public function, "quantize" for example.
-      name: what errors call the array, "w" for example.
-      array: dtype and shape of the array, "float32[4,8]" for example.
+      caller: the public function, for example "quantize".
+      name: the name of the array, for example "w".
+      array: dtype and shape of the array, for example "float32[4,8]".
     """
 
     caller: str
@@ -321,29 +322,34 @@ def resolve(
     Args:
       shape: logical shape, with batch axes.
       granularity: where scales vary.
-      contracting: contracted axes. None takes `granularity.axis`, else -2 of a matrix
-        and the only axis of a 1-D array.
-      batch: leading axes, each index with statistics of its own.
-      context: what error messages say.
+      contracting: contracted axes. None takes the axis of the granularity. If the
+        granularity has no axis, None takes -1 for `PerToken`, -2 for a matrix and the
+        only axis of a 1-D array.
+      batch: leading axes that share no scales.
+      context: the parts of error messages that describe the call.
       multiple: the number of codes that fill whole bytes.
 
     Raises:
       TypeError: an axis is not a whole number, or the granularity is not one of jaxq's.
-      ValueError: an axis is out of range, repeated or contradictory; the contracted
-        axes have no default; or a size does not divide its axis.
+      ValueError: the array has no axes; an axis is out of range or repeated; batch axes
+        are not the leading axes, or no other axis is left; the contracted axes contain
+        a batch axis or contradict the granularity; `contracting` is None and has no
+        default; `PerBlock` has more sizes than the array has axes; `PerBlock` is used
+        with several contracted axes; or a size does not divide its axis and `pad` is
+        False.
     """
     ndim = len(shape)
     caller, subject = context.caller, context.subject
     if ndim == 0:
         raise ValueError(
             f"{caller}: a 0-d array has no axis along which to share a scale "
-            f"({subject}). Pass x.reshape(1)."
+            f"({subject}). Pass {context.name}.reshape(1)."
         )
     batch_axes = _normalized_axes(batch, ndim, "batch", context)
     if batch_axes != tuple(range(-ndim, len(batch_axes) - ndim)):
         raise ValueError(
-            f"{caller}: batch axes must be the leading ones, got batch={batch!r} "
-            f"({subject}). Use jnp.moveaxis to bring them to the front."
+            f"{caller}: batch axes must be the leading axes, got batch={batch!r} "
+            f"({subject}). Use jnp.moveaxis to move batch axes to the front."
         )
     inner = tuple(range(len(batch_axes) - ndim, 0))
     if not inner:
@@ -386,16 +392,16 @@ def _contracted_axes(
         if len(inner) == 2:
             return (-2,)
         raise ValueError(
-            f"{caller}: which axes are contracted? Only a matrix has a default, -2 "
-            f"({subject}). Pass contracting=(-2,) for stacked [..., in, out] matrices, "
-            "(-1,) for activations, (-3, -2) for an attention output "
-            "[heads, dim, out]. Name leading stacked axes with batch=."
+            f"{caller}: contracting= is missing, and only a matrix and a 1-D array "
+            f"have a default ({subject}). Pass contracting=(-2,) for stacked "
+            "[..., in, out] matrices, (-1,) for activations, (-3, -2) for an attention "
+            "output [heads, dim, out]. Name leading stacked axes with batch=."
         )
     axes = _normalized_axes(contracting, ndim, "contracting", context)
     if not axes or not set(axes) <= set(inner):
         raise ValueError(
             f"{caller}: contracting={contracting!r} must name at least one axis, and "
-            f"no batch axis ({subject})."
+            f"no batch axis ({subject}). The axes {list(inner)} are possible."
         )
     if from_granularity is not None and set(from_granularity) != set(axes):
         raise ValueError(
@@ -409,7 +415,7 @@ def _contracted_axes(
 def _axes_of_granularity(
     granularity: Granularity, inner: tuple[int, ...], ndim: int, context: ErrorContext
 ) -> tuple[int, ...] | None:
-    """The contracted axes that follow from `granularity.axis`; None without an axis."""
+    """The contracted axes that `granularity.axis` determines; None without an axis."""
     axis = getattr(granularity, "axis", None)
     if axis is None:
         return None
@@ -417,11 +423,11 @@ def _axes_of_granularity(
     if axis not in inner:
         raise ValueError(
             f"{context.caller}: {granularity} names a batch axis ({context.subject}). "
-            "Name another axis."
+            f"The axes {list(inner)} are possible."
         )
     if isinstance(granularity, PerGroup):
         return (axis,)
-    # The axis of PerChannel is the kept one.
+    # The axis of PerChannel is the kept axis.
     return tuple(a for a in inner if a != axis)
 
 
@@ -489,8 +495,9 @@ def _tile_shape(
     if len(contracted) > 1 or len(granularity.shape) > len(sizes):
         raise ValueError(
             f"{context.caller}: {granularity} needs one contracted axis and at most "
-            f"{len(sizes)} sizes, but axes {list(contracted)} are contracted "
-            f"({context.subject})."
+            f"{len(sizes)} sizes, got contracted axes {list(contracted)} and "
+            f"{len(granularity.shape)} sizes ({context.subject}). Use PerGroup for "
+            "several contracted axes."
         )
     num_tiled = len(granularity.shape)
     tile_sizes = dict(zip(range(-num_tiled, 0), granularity.shape, strict=True))
@@ -499,7 +506,7 @@ def _tile_shape(
         tile = tile_sizes.get(axis, 1)
         if not granularity.pad:
             _check_divides(tile, sizes[axis], str(axis), "block", context)
-        # A tile of 1 stays 1 on an axis of size 1: None means that the axis is shared.
+        # A tile of 1 stays 1 on an axis of size 1. None would mean a shared scale.
         block_shape.append(1 if tile == 1 else _block_or_whole(tile, sizes[axis]))
     return tuple(block_shape)
 

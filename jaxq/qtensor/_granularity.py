@@ -12,7 +12,8 @@ Groups run along the contracted axis. Channels are the kept axes. For a kernel
 | `PerToken()` | `[k, 1]` | one row of an activation, whose last axis is contracted |
 | `PerFlat(g)` | `[k*n/g]` | g neighbours of the flattened array, across rows |
 
-`axis=` is another way to name the role. It must agree with `contracting=`.
+The argument `axis=` of `PerChannel` and `PerGroup` is another way to name the kept or
+the contracted axis. It must agree with `contracting=` if both are given.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Granularity:
 
 @dataclasses.dataclass(frozen=True)
 class PerTensor(Granularity):
-    """One scale for the whole array, or for each batch element.
+    """One scale for the whole array, or one for each batch element.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -50,8 +51,8 @@ class PerChannel(Granularity):
     """One scale for each index of the kept axes, shared along the contracted axes.
 
     Args:
-      axis: the kept axis. All other axes except the batch axes are then contracted.
-        None leaves the choice to `contracting=`.
+      axis: the kept axis. All other axes except the batch axes are contracted. With
+        None, `contracting=` decides which axes are contracted.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -83,9 +84,10 @@ class PerGroup(Granularity):
 
     Args:
       size: number of elements of a group, at least 1.
-      axis: the contracted axis. None leaves the choice to `contracting=`.
-      pad: True pads the last group with zeros if `size` does not divide the axis. False
-        raises ValueError then.
+      axis: the contracted axis. With None, `contracting=` decides which axes are
+        contracted.
+      pad: what `quantize` does if `size` does not divide the axis. True pads the last
+        group. False raises ValueError.
 
     Raises:
       ValueError: `size` is not a whole number of at least 1.
@@ -110,10 +112,10 @@ class PerBlock(Granularity):
     """One scale for each tile of the last logical axes, 128 x 128 for example.
 
     Args:
-      shape: tile sizes of the last `len(shape)` axes of the array. The axes before them
-        have one scale for each index.
-      pad: True pads the last tiles with zeros if a size does not divide its axis. False
-        raises ValueError then.
+      shape: tile sizes of the last `len(shape)` axes of the array. All axes before
+        these have one scale for each index.
+      pad: what `quantize` does if a size does not divide its axis. True pads the last
+        tiles. False raises ValueError.
 
     Raises:
       TypeError: `shape` is not a tuple or list.
@@ -143,8 +145,8 @@ class PerFlat(Granularity):
     """One scale for `size` neighbours of the array flattened in storage order.
 
     The last block is padded. Storage order has the kept axes first and the contracted
-    axes last. So the blocks of an `[in, out]` kernel are those that bitsandbytes gives
-    the same weight stored as `[out, in]`.
+    axes last. So an `[in, out]` kernel has the same blocks as in bitsandbytes, which
+    stores this weight as `[out, in]`.
 
     Args:
       size: number of elements of a block, at least 1.

@@ -1,4 +1,4 @@
-"""Checks of the arrays and keys that come into quantize and fake_quant."""
+"""Checks of the arguments of `quantize` and `fake_quant`: arrays, axes and keys."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def check_input(
     """The array to quantize and its geometry.
 
     Args:
-      w: what the user passed as the array.
-      spec: how it will be quantized.
+      w: the argument that the user passed as the array.
+      spec: how the array will be quantized.
       contracting: as in `quantize`.
       batch: as in `quantize`.
       caller: the public function, for error messages.
-      name: what errors call the array.
+      name: the name of the array in error messages.
 
     Raises:
-      TypeError: `w` is a QTensor, or not a float32, bfloat16 or float16 array.
-      ValueError: the format has no negative numbers and the spec no zero point or
-        minimum, or the axes do not fit the granularity.
+      TypeError: `w` is a QTensor, or `w` is not a float32, bfloat16 or float16 array.
+      ValueError: the format has no negative numbers, and the spec is symmetric without
+        an offset; or the axes are not valid, as in `resolve`.
     """
     if isinstance(w, QTensor):
         raise TypeError(
@@ -50,17 +50,19 @@ def check_input(
     dtype = np.dtype(getattr(w, "dtype", None) or np.asarray(w).dtype)
     if dtype.kind in "OSU":
         raise TypeError(
-            f"{caller}: {name} must be one float array, got {type(w).__name__}."
+            f"{caller}: {name} must be one float array, got {type(w).__name__}. Call "
+            f"{caller} separately for each array."
         )
     is_python = isinstance(w, float | list | tuple)
     if is_python and dtype == np.float64:
-        dtype = np.dtype(np.float32)  # Python numbers have no width of their own
+        dtype = np.dtype(np.float32)  # a Python number has no fixed width
     is_list = isinstance(w, list | tuple)
     check_floats(dtype, np.shape(w), name, caller, listed=is_list)
     if spec.symmetric and spec.offset is None and spec.fmt.min >= 0:
         raise ValueError(
             f"{caller}: {spec.fmt.name} has no negative numbers, and a symmetric spec "
-            "would clip them all. Use symmetric=False or offset='min'."
+            f"would clip all negative numbers of {name}. Use symmetric=False or "
+            "offset='min'."
         )
     array = describe(dtype.name, np.shape(w))
     geometry = resolve(
@@ -81,13 +83,13 @@ def check_floats(
 
     Args:
       dtype: the dtype of the array.
-      shape: its shape, for the message.
-      name: what errors call the array.
+      shape: the shape of the array, for the error message.
+      name: the name of the array in error messages.
       caller: the public function, for error messages.
       listed: True if the array is a Python list or tuple.
 
     Raises:
-      TypeError: the dtype is another one. The message names the remedy.
+      TypeError: the dtype is not float32, bfloat16 or float16.
 
     Example:
       >>> import jaxq
@@ -120,12 +122,13 @@ def raise_if_not_finite(
 
     Args:
       x: a float array that is not traced.
-      name: what errors call the array.
+      name: the name of the array in error messages.
       caller: the public function, for error messages.
       remedy: the last sentence of the message.
 
     Raises:
-      ValueError: the message names the index of the first such number and the count.
+      ValueError: `x` contains NaN or an infinity. The message contains the index of the
+        first such number and how many there are.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -154,12 +157,16 @@ def is_traced(x: Any) -> bool:
 def check_key(
     levels: tuple[QuantSpec, ...], key: jax.Array | None, caller: str
 ) -> None:
-    """Raises ValueError unless a key is given exactly when a level needs one.
+    """Checks that the user passed a key if one is needed, and only then.
 
     Args:
-      levels: the specs that are rounded by, the outermost first.
-      key: what the user passed.
+      levels: the specs of all levels, the outermost level first.
+      key: the key that the user passed, or None.
       caller: the public function, for error messages.
+
+    Raises:
+      ValueError: a level rounds stochastically and `key` is None, or no level rounds
+        stochastically and `key` is given.
     """
     is_stochastic = [level.rounding == "stochastic" for level in levels]
     if any(is_stochastic) and key is None:

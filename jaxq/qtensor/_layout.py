@@ -21,15 +21,17 @@ def relayout(qt: QTensor, target: formats.Packing | str) -> QTensor:
 
     Args:
       qt: any QTensor.
-      target: the order of codes in bytes: a `jaxq.formats.Packing` or its value,
-        "low_first" for example (NONE stores one code in a byte). Or the order of axes:
-        "rows", `[*batch, *kept, k]`, which `quantize` stores and GPU kernels use, or
-        "columns", `[*batch, k, *kept]`, which TPU kernels use.
+      target: the new order of codes in bytes, or the new order of axes.
+        A `jaxq.formats.Packing` or its value, for example "low_first", changes the
+        order of codes in bytes. NONE stores one code in each byte.
+        "rows" stores `[*batch, *kept, k]`, the order that `quantize` stores and GPU
+        kernels use. "columns" stores `[*batch, k, *kept]`, the order that TPU kernels
+        use.
 
     Raises:
-      ValueError: the packing does not exist for codes of this width; the target is
-        "columns" and blocks cross rows (`PerFlat`); or the packing needs more blocks
-        and the scales are quantized.
+      ValueError: the target is unknown; the packing does not exist for codes of this
+        width; the target is "columns" and blocks cross rows (`PerFlat`); or the packing
+        needs more blocks and the scales are quantized.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -52,8 +54,8 @@ def _with_layout(qt: QTensor, layout: Literal["rows", "columns"]) -> QTensor:
         return qt
     if qt.meta.geometry.flat:
         raise ValueError(
-            f"relayout: the blocks of {qt!r} cross rows, so its codes have no columns. "
-            "Use a granularity other than PerFlat."
+            f"relayout: the blocks of {qt!r} cross rows, so 'columns' is not possible. "
+            "Quantize with a granularity other than PerFlat."
         )
     first = len(qt.batch_shape)
     source, destination = (-1, first) if layout == "columns" else (first, -1)
@@ -66,8 +68,8 @@ def _with_layout(qt: QTensor, layout: Literal["rows", "columns"]) -> QTensor:
 def _with_packing(qt: QTensor, packing: formats.Packing) -> QTensor:
     bits = qt.spec.fmt.bits
     geometry = qt.meta.geometry
-    # The stored row is a multiple of what the first packing needs. Another packing may
-    # need a larger multiple.
+    # A stored row is padded to a multiple that the first packing needs. Another packing
+    # may need a larger multiple.
     multiple = math.lcm(geometry.multiple, formats.codes_per_pack(bits, packing))
     wider = dataclasses.replace(geometry, multiple=multiple)
     changed = qt.with_meta(packing=packing, geometry=wider)

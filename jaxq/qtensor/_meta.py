@@ -21,15 +21,15 @@ class Meta:
       geometry: shape, axis roles and blocks.
       packing: order of the codes in the bytes of `data`. `relayout` changes it.
       dtype: the dtype that `dequantize` returns by default.
-      activation: dynamic or static activation quantization: the spec by which a float
-        array is quantized before a product with this QTensor. The range is the array's
-        own, or the QTensor's `input_range`. None is weight-only.
+      activation: the spec by which the float operand of a product with this QTensor is
+        quantized first. If the QTensor has an `input_range`, this is static activation
+        quantization, else dynamic. None is weight-only.
       layout: "rows" stores the codes of a row as neighbours in `data`. "columns" stores
         the contracted axis first. `relayout` changes it.
-      outliers: columns of the float array with a magnitude of at least this number are
-        multiplied in floats and not quantized. None quantizes all columns.
-      name: what errors call the array, for example the path of a parameter. It is not
-        compared.
+      outliers: columns of the float operand are multiplied in floats if their largest
+        magnitude is at least this number. None quantizes all columns.
+      name: the name of the array in error messages, for example the path of a
+        parameter. Comparisons of `Meta` ignore the name.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -59,8 +59,8 @@ class Meta:
     def pack_unit(self) -> int | None:
         """Number of codes that the packing HALVES arranges together.
 
-        It is a block if a block fills whole bytes, so that blocks stay together. Else
-        it is None, which means a row.
+        It is the block size if a block fills whole bytes, so that the codes of a block
+        stay together. Otherwise it is None, and HALVES arranges a whole row together.
         """
         block = self.geometry.block_shape[-1]
         codes_per_byte = formats.codes_per_pack(self.spec.fmt.bits, self.packing)
@@ -71,7 +71,7 @@ class Meta:
     def to_dict(self) -> dict[str, Any]:
         """A description that JSON can store. `from_dict` returns an equal `Meta`.
 
-        The name is not part of it.
+        The description does not contain `name`.
         """
         activation = None if self.activation is None else self.activation.to_dict()
         return {
@@ -89,7 +89,8 @@ class Meta:
         """The inverse of `to_dict`.
 
         Raises:
-          KeyError, TypeError, ValueError: `to_dict` cannot have returned `data`.
+          KeyError, TypeError, ValueError: `data` is not a dictionary that `to_dict`
+            returned.
         """
         geometry: dict[str, Any] = dict(data["geometry"])
         for field, value in geometry.items():

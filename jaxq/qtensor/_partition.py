@@ -1,4 +1,4 @@
-"""partition and combine: a tree split into its trainable leaves and the others."""
+"""partition and combine: split a tree into trainable and other leaves, and join it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import jax.numpy as jnp
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
-    """Splits a tree into trainable leaves and the others.
+    """Splits a tree into trainable leaves and all other leaves.
 
     Float leaves of 16 bits or more are trainable: norms and biases, scales, offsets and
-    codebooks of QTensors. Codes, integers and float8 scales are not. No leaf is copied.
+    codebooks of QTensors. Codes, integers and float8 scales are not trainable. No leaf
+    is copied.
 
     Args:
       tree: any pytree of arrays and QTensors.
 
     Returns:
-      (trainable, rest): two trees like `tree`. Each has None where the other one has a
-      leaf.
+      (trainable, rest): two trees with the structure of `tree`. Each leaf is in one of
+      the trees. The other tree has None in the same place.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -41,10 +42,14 @@ def combine(trainable: Any, rest: Any) -> Any:
     Args:
       trainable: the first tree that `partition` returned, or a tree of the same
         structure with new arrays.
-      rest: the second tree.
+      rest: the second tree that `partition` returned.
+
+    Returns:
+      The tree with the leaves of both trees.
 
     Raises:
-      ValueError: the trees have different structures, or both have a leaf at one place.
+      ValueError: the trees have different structures, or both trees have a leaf in the
+        same place.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -62,7 +67,10 @@ def combine(trainable: Any, rest: Any) -> Any:
     def join(path: Any, leaf: Any, other: Any) -> Any:
         if leaf is not None and other is not None:
             place = jax.tree_util.keystr(path) or "the root"
-            raise ValueError(f"combine: both trees have a leaf at {place}.")
+            raise ValueError(
+                f"combine: both trees have a leaf at {place}. Pass both results of one "
+                "partition call."
+            )
         return other if leaf is None else leaf
 
     return jax.tree.map_with_path(join, trainable, rest, is_leaf=_is_none)

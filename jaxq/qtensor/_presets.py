@@ -40,12 +40,12 @@ _PRESETS: dict[str, QuantSpec] = {
     "mxfp8_e5m2": _microscaling_spec("float8_e5m2"),
     "mxint8": _microscaling_spec("int8"),
     "nf4": _group_spec("nf4", 64, "float32"),
-    # QLoRA quantizes scales by a signed map about their mean. Scales are positive, so
-    # this preset uses an unsigned map without an offset. A small scale among larger
-    # ones then cannot be read back as negative, which would change the signs of its
-    # block. The error is half a gap of the map. That is 0.4 to 4 per cent of a scale
-    # within a tenth of the largest of its 256 scales, and twice as much for each power
-    # of ten below.
+    # QLoRA subtracts the mean of the scales and quantizes the rest by a signed map.
+    # Scales are positive, so this preset uses an unsigned map without an offset. A
+    # small scale can then not be dequantized to a negative number. A negative scale
+    # would change the signs of its block. The error of a scale is half a gap of the
+    # map. It is 0.4 to 4 percent for scales of at least a tenth of the largest of 256
+    # scales. It doubles with each power of ten below.
     "nf4_dq": _group_spec("nf4", 64, QuantSpec("udynamic8", PerFlat(256))),
     "nvfp4": _group_spec("float4_e2m1fn", 16, QuantSpec("float8_e4m3fn", PerTensor())),
     "ternary": QuantSpec("ternary", PerChannel(), scale_rule="absmean"),
@@ -77,8 +77,8 @@ def as_spec(spec: str | QuantSpec, caller: str) -> QuantSpec:
       caller: the public function, for error messages.
 
     Raises:
-      ValueError: there is no such preset. The message names similar presets, and a
-        format of that name if there is one.
+      ValueError: `spec` is a name, but no preset has this name. The message contains
+        similar names. It also says if a format has this name.
       TypeError: `spec` is neither a name nor a `QuantSpec`.
 
     Example:

@@ -1,7 +1,7 @@
 """QTensor: the quantized array.
 
 A QTensor is a pytree of codes, scale, zero point and offset. It has the shape and dtype
-of the array that it stands for.
+of the array that it represents.
 """
 
 from __future__ import annotations
@@ -41,25 +41,26 @@ LEAVES = ("data", "scale", "zero_point", "offset", "codebook", "input_range")
 class QTensor:
     """A quantized array, `scale * (codes - zero_point) + offset`.
 
-    `jaxq.quantize` returns it. It has the shape and dtype of the array that it stands
-    for, and works with `jax.jit`, `vmap`, `lax.scan` and `jax.tree.map`. Batch axes
-    lead in every leaf, so `jax.tree.map(lambda a: a[i], qt)` is layer i of a stack.
+    `jaxq.quantize` returns a QTensor. A QTensor has the shape and dtype of the array
+    that it represents. It works with `jax.jit`, `vmap`, `lax.scan` and `jax.tree.map`.
+    Batch axes come first in every leaf, so `jax.tree.map(lambda a: a[i], qt)` is layer
+    i of a stack.
 
     Multiply with `@`, `jaxq.matmul`, `jaxq.einsum` or `jaxq.dot_general`. Every other
-    operation needs floats. It raises TypeError, and the message names
-    `jaxq.dequantize`. A QTensor never becomes a float array implicitly.
+    operation needs floats and raises TypeError. The message names `jaxq.dequantize`. A
+    QTensor never becomes a float array implicitly.
 
     Attributes:
       data: stored codes, uint8 (packed below 8 bits) or int8, `[*batch, *kept, K]`.
       scale: array or QTensor, `[*batch, *num_blocks]`.
-      zero_point: integer array like `scale`, or None.
-      offset: float array like `scale`, or one number per batch element if it is a mean,
-        or None.
-      codebook: float32 `[*batch, *num_blocks, num_codes]`: what the codes stand for, in
-        units of the scale. None if the codes stand for the values of the format.
+      zero_point: integer array with the shape of `scale`, or None.
+      offset: float array with the shape of `scale`; one number per batch element for
+        `offset="mean"`; or None.
+      codebook: float32 `[*batch, *num_blocks, num_codes]`, the value of each code
+        divided by the scale. None if codes have the values of the format.
       meta: static facts: spec, geometry, packing, dtype.
-      input_range: float32 `[*batch, 2]`, the least and the greatest number of the
-        static range of `meta.activation`. None for dynamic activation quantization.
+      input_range: float32 `[*batch, 2]`, the (low, high) of the static range of
+        `meta.activation`. None for dynamic activation quantization.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -78,7 +79,7 @@ class QTensor:
     meta: Meta
     input_range: jax.Array | None = None
 
-    # With this, numpy leaves `array @ qt` to QTensor and converts nothing.
+    # With None, numpy calls `QTensor.__rmatmul__` for `array @ qt`.
     __array_ufunc__ = None
 
     def tree_flatten_with_keys(self):
@@ -101,9 +102,9 @@ class QTensor:
         """Sizes of the leading batch axes, read from the shape of `data`.
 
         Raises:
-          ValueError: the shape of `data` does not fit the geometry. This happens after
-            `vmap` or `scan` over an axis of a stack that is not its first. The
-            exception is an axis of the same size as the first, which cannot be
+          ValueError: the shape of `data` does not fit the geometry. This happens inside
+            `vmap` or `scan` over an axis that is not the first axis of a stack. The
+            exception is an axis of the same size as the first axis, which cannot be
             detected.
         """
         shape, stored = tuple(self.data.shape), self.meta.stored_shape
@@ -118,12 +119,12 @@ class QTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array that this QTensor stands for."""
+        """Shape of the array that this QTensor represents."""
         return self.batch_shape + self.meta.geometry.shape
 
     @property
     def ndim(self) -> int:
-        """Number of axes, with batch axes."""
+        """Number of axes, including batch axes."""
         return len(self.shape)
 
     @property
@@ -138,7 +139,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all leaves, with the scales of every level and with padding."""
+        """Bytes of all leaves, including the scales of every level and padding."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
@@ -149,7 +150,7 @@ class QTensor:
     # Codes.
 
     def codes(self) -> jax.Array:
-        """The unpacked codes, `spec.format.code_dtype`, in logical axis order."""
+        """The unpacked codes in logical axis order, with `spec.fmt.code_dtype`."""
         return _logical_codes(self)
 
     def stored_codes(self) -> jax.Array:
@@ -172,7 +173,7 @@ class QTensor:
           codes: array of the dtype, shape and axis order of `codes()`.
 
         Raises:
-          ValueError: the dtype or shape is another one.
+          ValueError: the dtype or the shape differs from that of `codes()`.
         """
         geometry, fmt = self.meta.geometry, self.spec.fmt
         if codes.shape != self.shape or codes.dtype != fmt.code_dtype:
@@ -209,7 +210,7 @@ class QTensor:
         return dataclasses.replace(self, meta=dataclasses.replace(self.meta, **changes))
 
     def astype(self, dtype: Any) -> QTensor:
-        """The same codes with another dtype for `dequantize` to return.
+        """The same codes with another default dtype for `dequantize`.
 
         Raises:
           TypeError: `dtype` is not a float dtype, or is float64 without
@@ -223,8 +224,8 @@ class QTensor:
             )
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise TypeError(
-                f"QTensor.astype: jax has no {dtype} here. Set jax_enable_x64, or use "
-                "float32."
+                f"QTensor.astype: {dtype} needs jax_enable_x64=True. Set "
+                "jax_enable_x64, or use float32."
             )
         return self.with_meta(dtype=dtype.name)
 
@@ -237,27 +238,31 @@ class QTensor:
     ) -> QTensor:
         """The same codes with dynamic or static activation quantization (w8a8).
 
-        A product with this QTensor then quantizes its float operand by `spec` first.
-        The gradient passes straight through the rounding of that operand.
+        A product of this QTensor and a float operand then quantizes the float operand
+        first. The gradient passes straight through this rounding.
 
         Args:
           spec: preset name or `QuantSpec` for the float operand. Its scales are shared
             along the contracted axes. None is weight-only.
-          outliers: columns of the float operand with a magnitude of at least this
-            number are multiplied in floats, and the two products are added. LLM.int8()
-            uses 6.0. None quantizes all columns. The columns are determined in every
-            call, so both products have full size: this is for accuracy, not for speed
-            (Dettmers et al., 2022).
-          bounds: (low, high) for static activation quantization, as `jaxq.observers`
-            compute them, float `[]` or `[*batch]`. The operand then has one scale,
-            which is known before the call. Numbers outside are clipped and have no
-            gradient. The spec becomes per tensor. None is dynamic activation
+          outliers: columns of the float operand are multiplied in floats if their
+            largest magnitude is at least this number. All other columns are quantized,
+            and the two products are added. LLM.int8() uses 6.0 (Dettmers et al., 2022).
+            None quantizes all columns. The outlier columns are determined in every
+            call, so both products have the full size. This improves accuracy, not
+            speed.
+          bounds: (low, high) for static activation quantization, float `[]` or
+            `[*batch]`. `jaxq.observers` compute such bounds. The float operand then has
+            one scale that does not depend on the call, and the spec becomes per tensor.
+            Numbers outside are clipped and have no gradient. None is dynamic activation
             quantization.
 
         Raises:
-          ValueError: the spec rounds stochastically; `outliers` is negative; `outliers`
-            or `bounds` is given without a spec, or both together; a bound is not
-            finite; or the spec's scale depends on more than a range.
+          TypeError: `spec` is neither a name nor a `QuantSpec`.
+          ValueError: the preset is unknown; the spec rounds stochastically; `outliers`
+            is negative; `outliers` or `bounds` is given without a spec; or both are
+            given. With `bounds` also: a bound is not finite; low is not less than high;
+            the granularity has groups, tiles or flat blocks; or the scale of the spec
+            depends on more than a range.
         """
         activation = None if spec is None else as_spec(spec, "with_activation")
         if activation is not None and activation.needs_key:
@@ -268,8 +273,8 @@ class QTensor:
         if outliers is not None:
             if activation is None or not outliers >= 0:
                 raise ValueError(
-                    f"with_activation: outliers={outliers} needs an activation spec, "
-                    "and must be at least 0."
+                    "with_activation: outliers must be at least 0, and needs an "
+                    f"activation spec; got outliers={outliers} and spec={spec!r}."
                 )
             outliers = float(outliers)
         if bounds is None:
@@ -305,7 +310,7 @@ class QTensor:
         """Exchanges two axes that are not batch axes; no data moves.
 
         Raises:
-          ValueError: an axis is out of range or a batch axis.
+          ValueError: an axis is out of range, or an axis is a batch axis.
         """
         inner = len(self.meta.geometry.shape)
         axes = [a - self.ndim if a >= 0 else a for a in (axis1, axis2)]
@@ -320,7 +325,7 @@ class QTensor:
         return self._permute(tuple(order))
 
     def _permute(self, axes: tuple[int, ...]) -> QTensor:
-        """Makes the old axis `axes[i]` the new axis i; axes are negative numbers."""
+        """Moves the old axis `axes[i]` to position i; `axes` are negative numbers."""
         geometry = self.meta.geometry
         new_axis = {old: new - len(axes) for new, old in enumerate(axes)}
         changed = dataclasses.replace(
@@ -334,13 +339,15 @@ class QTensor:
         """Splits or merges neighbouring kept axes; no code moves.
 
         Args:
-          *shape: the new sizes, or one tuple of them. One size may be -1. The batch
+          *shape: the new sizes, or one tuple of sizes. One size may be -1. The batch
             axes and the contracted axes must keep their sizes.
           order: "C", the only order.
 
         Raises:
-          ValueError: the number of elements would change; a contracted axis, a batch
-            axis or a block would be cut; or `order` is not "C".
+          ValueError: the number of elements, a batch axis or a contracted axis would
+            change; a block would be cut; the axes to merge are not neighbours in
+            storage; an array without elements would change its shape; or `order` is not
+            "C".
         """
         formats.check_choice("order", order, ("C",))
         is_tuple = len(shape) == 1 and isinstance(shape[0], tuple | list)
@@ -387,9 +394,10 @@ class QTensor:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # jax.numpy names an operand in its errors only if the operand has
-            # `__jax_array__`. The error is not raised here: jax's operators look for
-            # the attribute too, and leave `x @ qt` to `qt` if they get no array.
+            # The errors of jax.numpy contain an operand only if the operand has
+            # `__jax_array__`. This function does not raise the error, because the
+            # operators of jax look for the attribute too. If the attribute gives no
+            # array, they leave `x @ qt` to `QTensor.__rmatmul__`.
             if name == "__jax_array__":
                 return lambda: _ArrayRefusal(self)
             message = f"{type(self).__name__!r} object has no attribute {name!r}"
@@ -406,7 +414,8 @@ class QTensor:
                 )
             else:
                 remedy = (
-                    "It is a quantized array: take its floats with jaxq.dequantize(qt)"
+                    "A QTensor is a quantized array: get floats with "
+                    "jaxq.dequantize(qt)"
                 )
             raise AttributeError(
                 f"{message}: {self.meta.name or 'QTensor'} "
@@ -438,9 +447,9 @@ class QTensor:
     # fmt: on
 
     def __eq__(self, other: Any) -> bool:
-        """Identity, as pytrees and caches compare.
+        """True for the same object. Pytrees and caches need this comparison.
 
-        Comparing with a number or an array needs floats and raises TypeError.
+        A comparison with a number or an array needs floats and raises TypeError.
         """
         numbers = jax.Array | np.ndarray | np.generic | int | float | complex
         if isinstance(other, numbers):
@@ -485,7 +494,8 @@ class QTensor:
         try:
             return self.shape
         except (AttributeError, TypeError, ValueError):
-            # Transforms build QTensors whose leaves are not arrays or do not fit.
+            # jax transforms build QTensors with leaves that are not arrays, or that do
+            # not fit the geometry.
             return "...", *self.meta.geometry.shape
 
     def _printed_blocks(self) -> str:
@@ -514,13 +524,14 @@ class QTensor:
 
 
 def register_matmul(function: Callable[[Any, Any], Any]) -> None:
-    """Makes `function(lhs, rhs)` the product behind `x @ qt` and `qt @ x`.
+    """Registers the function that computes `x @ qt` and `qt @ x`.
 
-    `jaxq.ops` is above this package, so this package cannot import it. Instead
-    `jaxq.ops` calls this function when it is imported, which `import jaxq` does.
+    This package must not import `jaxq.ops`. Instead `jaxq.ops` calls this function when
+    it is imported. `import jaxq` imports `jaxq.ops`.
 
     Args:
-      function: the product of two operands, of which at least one is a QTensor.
+      function: `function(lhs, rhs)` returns the product of two operands. At least one
+        operand is a QTensor.
 
     Example:
       >>> import jaxq
@@ -538,7 +549,7 @@ _matmul: Callable[[Any, Any], Any] = _no_matmul
 
 
 class _ArrayRefusal:
-    """Passed to jax.numpy in place of an array, so that its error names the QTensor."""
+    """Given to jax.numpy in place of an array, so that errors contain the QTensor."""
 
     def __init__(self, qt: QTensor):
         self.qt = qt
@@ -549,11 +560,11 @@ class _ArrayRefusal:
     def __repr__(self) -> str:
         return (
             f"{self.qt!r} (a quantized array: write x @ qt, jaxq.matmul(x, qt) or "
-            "jaxq.einsum(..., qt), or take its floats with jaxq.dequantize(qt))"
+            "jaxq.einsum(..., qt), or get floats with jaxq.dequantize(qt))"
         )
 
 
-# `jax.export` writes the names of the types of a program's arguments.
+# `jax.export` stores the type names of the arguments of a program.
 export.register_pytree_node_serialization(
     QTensor,
     serialized_name="jaxq.QTensor",
@@ -571,7 +582,11 @@ def _logical_codes(qt: QTensor) -> jax.Array:
 
 
 def _static_range(bounds: Any, batch_shape: tuple[int, ...]) -> jax.Array:
-    """`QTensor.input_range`, float32 `[*batch, 2]`, from the bounds of a user."""
+    """`QTensor.input_range`, float32 `[*batch, 2]`, from bounds of `with_activation`.
+
+    Raises:
+      ValueError: `bounds` are not two, not finite, or low is not less than high.
+    """
     if len(bounds) != 2:
         raise ValueError(
             "with_activation: bounds must be (low, high), got a tuple of length "
@@ -615,7 +630,7 @@ def _reshaped(qt: QTensor, sizes: tuple[int, ...]) -> QTensor:
     changed = _regrouped(qt, groups, inner)
     if changed is None:
         raise ValueError(
-            problem + "blocks, its own or those of its scales, cross these axes. Use "
+            problem + "blocks of codes or of scales would be cut. Reshape "
             "jaxq.dequantize(qt)."
         )
     return changed
@@ -643,7 +658,10 @@ def _regrouped(
 def _with_geometry(
     qt: QTensor, scale: jax.Array | QTensor, geometry: Geometry
 ) -> QTensor:
-    """The QTensor with all leaves but a quantized scale reshaped to `geometry`."""
+    """The QTensor with `scale` and all other leaves reshaped to `geometry`.
+
+    A scale that is a QTensor already has its new shape.
+    """
     batch, num_blocks = qt.batch_shape, geometry.num_blocks
     if not isinstance(scale, QTensor):
         scale = scale.reshape(*batch, *num_blocks)
@@ -669,7 +687,7 @@ def _with_geometry(
 
 
 def _scale_name(spec: QuantSpec) -> str:
-    """`uint4*float32`: the format of the scale, times the format of its scale, ..."""
+    """The formats of the scales of all levels, for example `uint4*float32`."""
     if isinstance(spec.scale, QuantSpec):
         return f"{spec.scale.fmt.name}*{_scale_name(spec.scale)}"
     return spec.scale

@@ -1,8 +1,8 @@
 """quantize: from floats to a QTensor.
 
 `quantize` checks its arguments. `quantize_array` is the computation, a compiled
-function of arrays and static descriptions. `encode` turns numbers in units of their
-scale into codes.
+function of arrays and static descriptions. `encode` turns numbers that were divided by
+their scale into codes.
 """
 
 from __future__ import annotations
@@ -53,48 +53,58 @@ def quantize(
 
     Codes are clipped to the range of the format.
 
-    Stochastic rounding uses `key`. If one level of the spec rounds stochastically, that
-    level uses `key` itself. If several levels do (the codes, a scale that is a
-    `QuantSpec`, its scale, ...), `jax.random.split(key, num_levels)` gives each of them
-    a key, the outermost level first. The dequantized scale is then an unbiased estimate
-    of the scale before rounding, except that a positive scale never becomes 0.
+    Stochastic rounding uses `key`. A spec has several levels if its scale is a
+    `QuantSpec` too. If one level rounds stochastically, this level uses `key` itself.
+    If several levels round stochastically, `jax.random.split(key, num_levels)` gives
+    each of these levels a key, the outermost level first. A scale that is rounded
+    stochastically is an unbiased estimate of the scale before rounding. The exception
+    is that a positive scale never becomes 0.
 
     Args:
       w: float32, bfloat16 or float16 array with at least one axis.
       spec: preset name (`jaxq.presets()`) or `QuantSpec`.
       contracting: axes that a matmul with `w` contracts. Groups run along these axes,
-        and scales are shared along them. Default: -2 of a matrix (Flax kernels are
-        `[in, out]`), the only axis of a 1-D array.
-      batch: leading axes with statistics of their own: stacked layers, experts.
+        and scales are shared along them. None takes the axis of the granularity. If the
+        granularity has no axis, None takes -1 for `PerToken`, -2 for a matrix (Flax
+        kernels are `[in, out]`) and the only axis of a 1-D array.
+      batch: leading axes that share no scales, for example stacked layers or experts.
       key: PRNG key. Needed if `spec.needs_key`, not allowed otherwise.
       on_nonfinite: what to do with NaN and infinities.
-        "raise" names the index of the first one. Under jit no error can be raised, so
-        "raise" then means "propagate".
-        "propagate" makes the scale of their block NaN, and so the whole block. (A
-        quantized scale whose format has no NaN, as in nf4_dq and vsq4, passes the NaN
-        on to its own scale. All blocks under that scale become NaN.)
-        "zero" replaces them by 0.
-        "saturate" replaces an infinity by the largest finite magnitude of its block,
-        with its sign, and NaN by 0.
-      bounds: (low, high), the range to quantize in place of each block's extremes, as
-        `jaxq.observers` compute it. Numbers outside are clipped. Each bound is one
-        number, or one for each scale, float `[*batch, *num_blocks]`. A symmetric spec
-        uses the larger magnitude of the two.
-      name: what errors call the array, for example the path of a parameter. None calls
-        it w.
+        "raise" raises ValueError with the index of the first one. Under jit no error
+        can be raised, so "raise" then means "propagate".
+        "propagate" makes the whole block NaN, because its scale becomes NaN. If the
+        scale is quantized and its format has no NaN, as in nf4_dq and vsq4, all blocks
+        that share the scale of this scale become NaN.
+        "zero" replaces NaN and infinities by 0.
+        "saturate" replaces NaN by 0. It replaces an infinity by the largest finite
+        magnitude of its block, with the sign of the infinity.
+      bounds: (low, high), the range to quantize, in place of the extremes of each
+        block. `jaxq.observers` compute such ranges. Numbers outside are clipped. Each
+        bound is one number, one for each batch element (float `[*batch]`), or one for
+        each scale (float `[*batch, *num_blocks]`). A symmetric spec uses the larger
+        magnitude of the two bounds.
+      name: the name of the array in error messages, for example the path of a
+        parameter. None takes "w".
 
     Returns:
-      A QTensor with the shape and dtype of `w`. Bitwise the same eager and jitted.
+      A QTensor with the shape and dtype of `w`. It is bitwise the same under jit and
+      outside jit.
 
     Warns:
       UserWarning: scales are outside the range of the narrow dtype in which they are
-        stored (float16, float8). Not under jit.
+        stored (float16, float8). There is no warning under jit.
 
     Raises:
-      TypeError: `w` is not a float array; the message names the cast. Or the call is
-        under `jax.grad`: rounding has no gradient. Use `fake_quant`.
-      ValueError: the preset is unknown; the axes do not fit; the group size does not
-        divide the axis; a number is not finite; or `key` is missing or not used.
+      TypeError: `w` is not a float32, bfloat16 or float16 array, or the call is under
+        `jax.grad`. Rounding has no gradient; use `fake_quant`.
+      ValueError: the preset is unknown; `contracting` or `batch` name axes that do not
+        exist, repeat, or contradict the granularity; `contracting` is None and has no
+        default; a group or tile size does not divide its axis and `pad` is False; the
+        format has no negative numbers and the spec is symmetric without an offset;
+        `on_nonfinite` is unknown, or is "raise" and a number is not finite; the bounds
+        have another shape, are not ordered, or do not apply to the scale rule or the
+        offset; the spec needs a key and `key` is None; or the spec needs no key and
+        `key` is given.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -134,7 +144,7 @@ def quantize_array(
     on_nonfinite: str = "propagate",
     bounds: tuple[jax.Array, jax.Array] | None = None,
 ) -> QTensor:
-    """`quantize` after its checks.
+    """The computation of `quantize`, without checks.
 
     Args:
       x: float32, bfloat16 or float16 array.
@@ -192,8 +202,8 @@ def _quantize_level(
       keys: one key or None for each level of `spec`.
       bounds: (low, high), float32 `[*batch, *num_blocks]`, or None.
       signs_of_infinities: array like `x` with the sign of each infinity, 0 elsewhere.
-      is_scale: True if `x` holds positive scales. They must not become 0, and a NaN
-        must not change the scale of its block if the format has a NaN.
+      is_scale: True if `x` holds positive scales. These scales must not become 0. If
+        the format has a NaN, a NaN in `x` must not change the scale of its block.
     """
     view = geometry.to_view(x)
     mean = None
@@ -251,8 +261,8 @@ def _batch_mean(view: jax.Array, geometry: Geometry) -> jax.Array:
 
 def padded_blocks(view: jax.Array, spec: QuantSpec, geometry: Geometry) -> jax.Array:
     """A view, padded to whole blocks and cut into them."""
-    # Zeros change no magnitude. But they would be the minimum of a block of positive
-    # numbers, so the edge is repeated where the minimum counts.
+    # Padding zeros do not change the largest magnitude of a block. But they would be
+    # the minimum of a block of positive numbers. So offset="min" repeats the edge.
     mode = "edge" if spec.offset == "min" else "constant"
     return geometry.to_blocks(geometry.pad(view, mode=mode))
 
@@ -300,9 +310,10 @@ def _store_scale(
 def _store_minimum(
     extremes: Extremes, spec: QuantSpec, geometry: Geometry
 ) -> jax.Array:
-    """The minimum of each block as it is stored: in the scale's dtype if that is wide.
+    """The minimum of each block as it is stored.
 
-    The minimum needs more range than a float8 has.
+    It has the dtype of the scale if that dtype has at least 16 bits, else float32. The
+    range of float8 is too small for the minimum.
     """
     dtype = "float32"
     if isinstance(spec.scale, str) and spec.scale in FLOATS:
@@ -324,7 +335,7 @@ def _zero_point(
 def encode(
     y: jax.Array, zero: jax.Array | None, spec: QuantSpec, key: jax.Array | None
 ) -> jax.Array:
-    """The codes of numbers in units of their scale.
+    """The codes of numbers that were divided by their scale.
 
     Args:
       y: float32 numbers divided by their scale, any shape.
@@ -339,7 +350,8 @@ def encode(
         return jnp.where(jnp.isnan(codes), 0.0, codes).astype(fmt.code_dtype)
     has_extra_negative = fmt.kind == "integer" and fmt.min < -fmt.max
     if has_extra_negative and not spec.rule.signed:
-        # A symmetric spec uses the narrow range, also where a rounded scale clips.
+        # A symmetric spec uses the narrow range. A rounded scale may be too small for
+        # the block, so this clips to the narrow range.
         y = jnp.maximum(y, -fmt.max)
     return fmt.encode(y, rounding=spec.rounding, key=key)
 
@@ -356,7 +368,7 @@ def _pack(codes: jax.Array, meta: Meta) -> jax.Array:
 
 
 def _warn_of_clamped_scales(qt: QTensor, name: str) -> None:
-    """Warns if scales were clamped into their dtype: their blocks lose numbers."""
+    """Warns if scales were clamped to the range of the dtype that stores them."""
     scale = qt.scale
     while isinstance(scale, QTensor):
         scale = scale.scale

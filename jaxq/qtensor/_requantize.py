@@ -1,4 +1,4 @@
-"""requantize: new codes on the grid of a QTensor that exists."""
+"""requantize: new codes for the scales of an existing QTensor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def requantize(
 
     Args:
       w: float array of the shape of `like`.
-      like: the QTensor that gives the scales.
+      like: the QTensor whose scales, zero points, offsets and codebooks are used.
       key: PRNG key. Needed if the codes of `like` are rounded stochastically
         (`like.spec.rounding`), not allowed otherwise. Scales are not rounded again.
 
@@ -33,8 +33,9 @@ def requantize(
 
     Raises:
       TypeError: `like` is not a QTensor.
-      ValueError: the shapes differ, `w` is not a float array, or `key` is missing or
-        not used.
+      ValueError: the shapes of `w` and `like` differ; `w` is not a float array; `like`
+        rounds stochastically and `key` is None; or `like` does not round stochastically
+        and `key` is given.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -50,8 +51,8 @@ def requantize(
     x = jnp.asarray(w)
     if x.shape != like.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"requantize: w must be floats of shape {list(like.shape)}, got "
-            f"{describe(x.dtype.name, x.shape)}."
+            "requantize: w must be a float array with the shape of like, "
+            f"{list(like.shape)}, got w: {describe(x.dtype.name, x.shape)}."
         )
     check_key((like.spec,), key, "requantize")
     return _requantize(without_gradient(x), like, key)
@@ -80,7 +81,7 @@ def _requantize(x: jax.Array, like: QTensor, key: jax.Array | None) -> QTensor:
 
 
 def _nearest_entry(y: jax.Array, codebook: jax.Array, like: QTensor) -> jax.Array:
-    """The code of the codebook entry nearest to each number; the first of equals."""
+    """The code of the nearest codebook entry; the first one if two are equally near."""
     geometry, fmt = like.meta.geometry, like.spec.fmt
     index = jnp.zeros(y.shape, jnp.int32)
     least = jnp.full(y.shape, jnp.inf)

@@ -16,8 +16,8 @@ from jaxq.qtensor._geometry import Geometry
 class AxisGroup(NamedTuple):
     """Neighbouring axes before and after a reshape that hold the same numbers.
 
-    Axes are negative numbers. One side may be empty: an axis of size 1 that was removed
-    or added.
+    Axes are negative numbers. If an axis of size 1 is added, `old` is empty. If an axis
+    of size 1 is removed, `new` is empty.
     """
 
     old: tuple[int, ...]
@@ -63,7 +63,7 @@ def match_axes(old: tuple[int, ...], new: tuple[int, ...]) -> list[AxisGroup]:
 def why_not_regroup(geometry: Geometry, groups: list[AxisGroup]) -> str | None:
     """The reason why axes cannot be split and merged like this; None if they can.
 
-    Blocks are checked by `regroup`.
+    `regroup` checks the blocks, not this function.
     """
     for group in groups:
         if set(group.old) & set(geometry.contracted) and not group.is_single:
@@ -71,7 +71,7 @@ def why_not_regroup(geometry: Geometry, groups: list[AxisGroup]) -> str | None:
         positions = [geometry.order.index(axis) for axis in group.old]
         if any(b - a != 1 for a, b in itertools.pairwise(positions)):
             return (
-                "the axes to merge are not neighbours in storage. Use "
+                "the axes to merge are not neighbours in storage. Reshape "
                 "jaxq.dequantize(qt)."
             )
     return None
@@ -84,7 +84,7 @@ def regroup(
 
     Args:
       geometry: the geometry before.
-      groups: which axes become which, see `match_axes`.
+      groups: the axes before and after the reshape, as `match_axes` returns them.
       sizes: logical sizes after the reshape.
 
     Returns:
@@ -141,7 +141,10 @@ def _kept_blocks(
 def groups_of_scale(
     old: Geometry, new: Geometry, groups: list[AxisGroup]
 ) -> list[AxisGroup]:
-    """The groups of the scale's axes, which are the storage axes `[*kept, K]`."""
+    """The groups of the axes of the scale.
+
+    The axes of the scale are the storage axes `[*kept, K]` of the codes.
+    """
     scale_groups = [AxisGroup((-1,), (-1,))]
     for group in groups:
         if not set(group.old) & set(old.contracted):

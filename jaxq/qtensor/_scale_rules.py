@@ -33,18 +33,18 @@ class ScaleRule:
       scale: the function `(blocks, extremes, fmt, geometry) -> scale` that computes the
         ideal float32 scale of every block. It is called for finite and non-finite
         blocks; the caller replaces the scale of non-finite blocks.
-      is_default: True for the rule that a spec has if none is named. Asymmetric specs
-        and specs with `offset="min"` allow only this rule.
-      reads_block: the scale depends on all numbers of a block, not only on its range.
-        A given range (static range, clipping) cannot replace them.
-      signed: the scale has the sign of the block's extreme number. Codes then use the
-        format's most negative number too.
+      is_default: True for the default of `QuantSpec.scale_rule`. Asymmetric specs and
+        specs with `offset="min"` allow only this rule.
+      reads_block: True if the scale depends on all numbers of a block, not only on the
+        range. Such a rule cannot use a given range (static range, clipping).
+      signed: True if the scale has the sign of the block's extreme number. Codes then
+        use the format's most negative number too.
       threshold: for ternary rules, the function `(blocks, extremes, geometry) ->
-        threshold`: numbers of a magnitude up to it become 0, all others become their
-        sign. It applies to numbers that were multiplied by `extremes.shrink`. None for
-        rules that round.
+        threshold`. A number becomes 0 if its magnitude, multiplied by
+        `extremes.shrink`, is at most the threshold. All other numbers become their
+        sign. None for rules that round.
       codebook: the function `(y, signs, geometry) -> codebook` that computes a table of
-        values for every block. None if the codes stand for the format's own values.
+        values for every block. None if codes have the values of the format.
 
     Example:
       >>> import jaxq
@@ -68,7 +68,7 @@ class ScaleRule:
 
     @property
     def own_codebook(self) -> bool:
-        """True if every block gets a codebook of its own."""
+        """True if every block gets a separate codebook."""
         return self.codebook is not None
 
     def signs(
@@ -98,7 +98,7 @@ def _signed_extreme(blocks, extremes, fmt, geometry):
 
 
 def _ttq(blocks, extremes, fmt, geometry):
-    """The largest magnitude, the unit of the block's codebook."""
+    """The largest magnitude. The block's codebook is divided by this number."""
     return extremes.magnitude
 
 
@@ -108,16 +108,16 @@ def _ttq_threshold(blocks, extremes, geometry):
 
 
 def _ternary_codebook(y, signs, geometry):
-    """The mean of the numbers of each sign: the codebook of least squared error.
+    """The mean of the numbers of each code: the codebook of least squared error.
 
     Args:
-      y: numbers in units of their scale, as blocks.
-      signs: their ternary codes, float32.
-      geometry: the geometry of both.
+      y: numbers divided by their scale, arranged as blocks.
+      signs: the ternary codes of `y`, float32.
+      geometry: the geometry of `y` and `signs`.
 
     Returns:
-      float32 `[*batch, *num_blocks, 3]`: the values of -1, 0 and 1. A value is 0 if no
-      number of the block has that sign.
+      float32 `[*batch, *num_blocks, 3]`: the values of the codes -1, 0 and 1. A value
+      is 0 if no number of the block has that code.
     """
 
     def mean(sign: int) -> jax.Array:
@@ -144,8 +144,9 @@ def _twn_threshold(blocks, extremes, geometry):
     return np.float32(0.7) * _mean_magnitude(blocks, extremes, geometry)
 
 
-# OCP microscaling (2023): a power of two, from the exponent bits of the block's
-# maximum. No logarithm is computed, so the exponent is never off by one.
+# OCP microscaling (2023): the scale is a power of two. It is computed from the exponent
+# bits of A, the block's largest magnitude. No logarithm is computed, so rounding errors
+# cannot change the exponent.
 
 
 def _mx_floor(blocks, extremes, fmt, geometry):
@@ -155,7 +156,7 @@ def _mx_floor(blocks, extremes, fmt, geometry):
 
 
 def _mx_ceil(blocks, extremes, fmt, geometry):
-    """As `_mx_floor`, with the ceiling of `log2 A`."""
+    """`2^(ceil(log2 A) - floor(log2 max))`."""
     exponent, mantissa = _exponent_and_mantissa(_bits(extremes))
     exponent = exponent - fmt.max_exponent + (mantissa > 0).astype(jnp.int32)
     return _power_of_two(exponent, extremes)
@@ -169,7 +170,7 @@ def _mx_even(blocks, extremes, fmt, geometry):
 
 
 def _mx_round_up(blocks, extremes, fmt, geometry):
-    """The least power of two with which no number of the block is clipped."""
+    """The smallest power of two that clips no number of the block."""
     exponent, mantissa = _exponent_and_mantissa(_bits(extremes))
     largest = np.asarray(fmt.max, np.float32).view(np.uint32) & _MANTISSA
     exponent = exponent - fmt.max_exponent + (mantissa > largest).astype(jnp.int32)

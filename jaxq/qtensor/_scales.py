@@ -1,8 +1,8 @@
 """Scales: from the extremes of a block to the dtype in which the scale is stored.
 
-All arithmetic is float32, whatever the dtype of the array. It multiplies by reciprocals
-that are computed once. So numpy, eager XLA and jitted XLA agree in every bit. (On some
-platforms XLA rewrites a division by a broadcast array into such a product.)
+All arithmetic is float32 for every dtype of the array. Divisions are written as
+products with a reciprocal, because XLA rewrites some divisions into such products on
+some platforms. So numpy, eager XLA and jitted XLA agree in every bit.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jaxq.qtensor._extremes import Extremes
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._spec import QuantSpec
 
-# The smallest normal float32 number. XLA flushes subnormal numbers on CPU, so no scale
-# is smaller.
+# The smallest normal float32 number. No scale is smaller, because XLA flushes subnormal
+# numbers to zero on CPU.
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 # The reciprocal of a larger scale is close to the subnormal numbers. `divide` shrinks
 # the numbers and the scale by a power of two first.
@@ -47,7 +47,7 @@ def ideal_scale(
 
 
 def store_in_dtype(scale: jax.Array, dtype: str, *, signed: bool = False) -> jax.Array:
-    """Rounds scales to nearest and clamps them into `dtype`.
+    """Rounds scales to nearest and clamps them to the range of `dtype`.
 
     A scale that is not zero does not become zero.
 
@@ -88,10 +88,10 @@ def divide(blocks: jax.Array, scale: jax.Array) -> jax.Array:
     The result is 0 where the scale is 0 or subnormal.
     """
     large = jnp.abs(scale) > _LARGE
-    # A NaN counts as usable: it must reach the codes, whose formats decide about NaN.
+    # A NaN scale counts as usable, because NaN must reach the encoder of the format.
     usable = ~(jnp.abs(scale) < _SMALLEST_NORMAL)
-    # Both factors end in a division. XLA computes a division once per block, but it
-    # would repeat cheaper operations, and everything before them, for every number.
+    # Both factors end in a division. XLA computes a division once for each block. It
+    # repeats cheaper operations, and all operations before them, for each number.
     shrink = 1 / jnp.where(large, np.float32(2.0**8), np.float32(1))
     inverse = 1 / jnp.where(usable, scale * shrink, np.float32(np.inf))
     return (blocks.astype(jnp.float32) * shrink) * inverse

@@ -36,11 +36,11 @@ class QuantSpec:
     A quantized number is `scale * (codes - zero_point) + offset`.
 
     Args:
-      format: what a code stands for: a name (`jaxq.formats.names()`) or a `Format`.
+      format: the format of the codes: a name (`jaxq.formats.names()`) or a `Format`.
       granularity: where scales vary.
-      symmetric: True has no zero point. False computes a zero point for integer
-        formats. The range is then extended to contain 0, so that 0 is exact (Jacob et
-        al., 2018).
+      symmetric: True has no zero point. False computes a zero point and needs an
+        integer format. With False the range is extended to contain 0, so that 0 is
+        exact (Jacob et al., 2018).
       scale: how scales are stored. Either one of the dtypes float32, bfloat16, float16,
         float8_e4m3fn, float8_e5m2, float8_e8m0fnu; or another `QuantSpec`. The scale of
         that spec may be a `QuantSpec` too (two-level scales and deeper).
@@ -48,23 +48,22 @@ class QuantSpec:
         number and A is the block's largest magnitude.
         "absmax": A / max.
         "absmean": mean |x| (XNOR-Net, 2016; BitNet b1.58, 2024).
-        "signed_extreme": the number of magnitude A, with its sign, divided by the
-        format's most negative number (GGUF).
+        "signed_extreme": the number with magnitude A, including its sign, divided by
+        the format's most negative number (GGUF).
         The OCP microscaling rules (2023) give powers of two. "mx_floor":
         2^(floor(log2 A) - floor(log2 max)). "mx_ceil": the same with the ceiling of
         log2 A. "mx_even": "mx_floor" after A is rounded to the element's mantissa.
         "mx_round_up": the least power of two that does not clip.
-        "twn", for the format ternary: numbers of a magnitude up to 0.7 mean |x| become
-        0, and the scale is the mean |x| of the others (Ternary Weight Networks, Li et
+        "twn", for the format ternary: numbers become 0 if |x| is at most 0.7 mean |x|.
+        The scale is the mean |x| of the other numbers (Ternary Weight Networks, Li et
         al., 2016).
-        "ttq", for the format ternary: numbers of a magnitude up to 0.05 A become 0, and
-        the scale is A. The negative and the positive code stand for values of their
-        own, which are kept in the QTensor's `codebook`. They start as the means of the
-        numbers of each code, and can be trained (Trained Ternary Quantization, Zhu et
-        al., 2017).
-      clipping: "absmax" takes the block's extremes, so that nothing is clipped on
-        purpose. Otherwise one of `jaxq.observers`, without `axis=`, which computes the
-        range of each block from its numbers: `mse()`, `percentile(99.9)`, `entropy()`.
+        "ttq", for the format ternary: numbers become 0 if |x| is at most 0.05 A. The
+        scale is A. The QTensor's `codebook` holds separate values for the negative and
+        the positive code. They start as the means of the numbers of each code, and can
+        be trained (Trained Ternary Quantization, Zhu et al., 2017).
+      clipping: "absmax" takes the extremes of the block as its range. An observer
+        computes another range for each block: `jaxq.observers.mse()`,
+        `percentile(99.9)` or `entropy()`, without `axis=`.
       rounding: "nearest_even", "nearest_away", "toward_zero" or "stochastic".
         Stochastic rounding, of codes or of a scale that is a `QuantSpec`, needs
         `quantize(key=)`.
@@ -73,9 +72,9 @@ class QuantSpec:
         Unlike a zero point, an offset is a real number.
       packing: order of codes in bytes, see `jaxq.formats.Packing`. None takes the
         default of the width.
-      codes_from: the scale for which codes are computed. "stored" is the scale as it
-        is read back, which adds no error. "ideal" is the scale before it is rounded or
-        quantized, as in bitsandbytes.
+      codes_from: the scale by which numbers are divided to compute codes. "stored" is
+        the scale after it is rounded or quantized. `dequantize` uses the same scale.
+        "ideal" is the scale before it is rounded or quantized, as in bitsandbytes.
 
     Raises:
       TypeError: `format` is not a name or a `Format`, `granularity` is not a
@@ -148,8 +147,8 @@ class QuantSpec:
     def replace(self, **changes: Any) -> QuantSpec:
         """A copy with some fields changed.
 
-        A new `format` resets `packing` to the default of its width, unless `packing` is
-        changed too.
+        A new `format` resets `packing` to the default for the bits of this format,
+        unless `packing` is changed too.
         """
         if "format" in changes and "packing" not in changes:
             changes["packing"] = None
@@ -197,7 +196,7 @@ class QuantSpec:
 
 
 def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
-    """The spec of an operand with a static range: the same spec per tensor.
+    """The spec of an operand with a static range: the same spec with `PerTensor()`.
 
     Args:
       spec: the spec of the operand.
@@ -233,11 +232,11 @@ def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
     return spec.replace(granularity=PerTensor())
 
 
-# Checks of QuantSpec. Each raises an error about one group of fields.
+# Checks of QuantSpec. Each function checks one group of fields.
 
 
 def _check_types_and_names(spec: QuantSpec) -> None:
-    """Raises unless each field alone has a value that exists."""
+    """Raises unless the type and the name in each field are valid."""
     if not isinstance(spec.symmetric, bool):
         raise TypeError(
             f"QuantSpec: symmetric must be True or False, got {spec.symmetric!r}."
@@ -277,47 +276,47 @@ def _check_format(spec: QuantSpec) -> None:
     fmt = spec.fmt
     if fmt.bits > 8:
         raise ValueError(
-            f"QuantSpec: codes have at most 8 bits; {fmt.name} has {fmt.bits}."
+            f"QuantSpec: codes have at most 8 bits; {fmt.name} has {fmt.bits}. Use a "
+            "format of at most 8 bits."
         )
     is_integer = fmt.kind == "integer"
     if not spec.symmetric and (not is_integer or spec.offset is not None):
         raise ValueError(
-            "QuantSpec: symmetric=False computes a zero point, which only integer "
-            f"formats without an offset have (format={fmt.name}, "
-            f"offset={spec.offset!r}). Use symmetric=True, or an integer format and "
-            "offset=None."
+            "QuantSpec: symmetric=False computes a zero point and needs an integer "
+            f"format and offset=None, got format={fmt.name} and "
+            f"offset={spec.offset!r}. Use symmetric=True, or change these fields."
         )
     if spec.offset == "min" and not (is_integer and fmt.min == 0):
         raise ValueError(
-            "QuantSpec: offset='min' counts up from the minimum: use an unsigned "
-            f"integer, not {fmt.name}."
+            "QuantSpec: offset='min' needs an unsigned integer format, got "
+            f"format={fmt.name}. Use a format such as 'uint4', or offset=None."
         )
     if fmt.max <= 0:
         raise ValueError(
-            f"QuantSpec: {fmt.name} has no positive numbers to scale to. Use a format "
-            "with positive numbers."
+            f"QuantSpec: {fmt.name} has no positive numbers, so a scale cannot be "
+            "computed. Use a format with positive numbers."
         )
 
 
 def _check_scale(spec: QuantSpec) -> None:
-    """Raises unless a scale that is quantized is one that can be."""
+    """Raises unless the spec of a quantized scale is supported."""
     scale = spec.scale
     if not isinstance(scale, QuantSpec):
         return
     if scale.clipping != "absmax":
         raise ValueError(
-            "QuantSpec: a scale that is quantized itself is not clipped. Leave "
-            f"clipping='absmax' in scale=, got clipping={scale.clipping!r}."
+            "QuantSpec: a quantized scale must not be clipped, got "
+            f"clipping={scale.clipping!r} in scale=. Use clipping='absmax'."
         )
     if not scale.symmetric or scale.offset == "min":
         raise ValueError(
-            "QuantSpec: a scale that is quantized itself must be symmetric and not "
-            f"offset by its minimum, got symmetric={scale.symmetric} and "
-            f"offset={scale.offset!r} in scale=."
+            "QuantSpec: a quantized scale must have symmetric=True and must not have "
+            f"offset='min', got symmetric={scale.symmetric} and "
+            f"offset={scale.offset!r} in scale=. Use symmetric=True and offset=None."
         )
     if scale.rule.has_threshold:
         raise ValueError(
-            "QuantSpec: a scale cannot be ternary by "
+            "QuantSpec: a quantized scale cannot have the ternary rule "
             f"scale_rule={scale.scale_rule!r}. Use another scale rule in scale=."
         )
 
@@ -328,12 +327,13 @@ def _check_scale_rule(spec: QuantSpec) -> None:
     if not rule.is_default and (not spec.symmetric or spec.offset == "min"):
         raise ValueError(
             f"QuantSpec: scale_rule={rule.name!r} is for symmetric specs without "
-            f"offset='min', got symmetric={spec.symmetric} and offset={spec.offset!r}."
+            f"offset='min', got symmetric={spec.symmetric} and offset={spec.offset!r}. "
+            "Use scale_rule='absmax'."
         )
     if rule.has_threshold and spec.rounding != "nearest_even":
         raise ValueError(
-            f"QuantSpec: scale_rule={rule.name!r} has a threshold instead of a "
-            f"rounding. Use rounding='nearest_even', not {spec.rounding!r}."
+            f"QuantSpec: scale_rule={rule.name!r} computes codes by a threshold and "
+            f"does not round. Use rounding='nearest_even', not {spec.rounding!r}."
         )
     if rule.has_threshold and (fmt.kind, fmt.max, fmt.min) != ("integer", 1, -1):
         raise ValueError(
@@ -345,7 +345,7 @@ def _check_scale_rule(spec: QuantSpec) -> None:
             if part.min >= 0:
                 raise ValueError(
                     f"QuantSpec: scale_rule={rule.name!r} needs negative numbers; "
-                    f"{part.name} has none."
+                    f"{part.name} has none. Use a signed format for codes and scales."
                 )
 
 
@@ -369,8 +369,8 @@ def _check_clipping(spec: QuantSpec) -> None:
         )
     if spec.clipping.axis is not None:
         raise ValueError(
-            f"QuantSpec: clipping={spec.clipping!r} observes each block separately. "
-            "Leave out axis=."
+            f"QuantSpec: clipping={spec.clipping!r} has axis=, but QuantSpec observes "
+            "each block separately. Leave out axis=."
         )
     if spec.rule.reads_block or spec.rule.signed or spec.offset == "mean":
         raise ValueError(
@@ -385,7 +385,10 @@ def _granularity_from_dict(data: dict[str, Any]) -> Granularity:
     name = fields.pop("type")
     kind = getattr(_granularity, name, None) if name.startswith("Per") else None
     if kind is None:
-        raise ValueError(f"QuantSpec.from_dict: unknown granularity {name!r}.")
+        raise ValueError(
+            f"QuantSpec.from_dict: unknown granularity {name!r}. Use the name of a "
+            "jaxq class such as 'PerGroup'."
+        )
     for field, value in fields.items():
         if isinstance(value, list):  # JSON has no tuples
             fields[field] = tuple(value)

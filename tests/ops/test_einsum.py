@@ -153,8 +153,8 @@ def test_einsum_of_arrays_is_that_of_jax_with_wide_sums():
         ("kk,kn->n", "repeats an index within an operand"),
         ("bk,kn->bx", "must name indices of the operands"),
         ("bk,kn->bb", "must name indices of the operands"),
-        ("bk,kn->b", r"sums \['n'\] in one operand alone"),
-        ("bk,kn->n", r"sums \['b'\] in one operand alone"),
+        ("bk,kn->b", r"sums over \['n'\], which only one operand has"),
+        ("bk,kn->n", r"sums over \['b'\], which only one operand has"),
         ("...bkx,kn->...bn", "names"),
     ],
 )

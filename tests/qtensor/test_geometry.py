@@ -184,7 +184,7 @@ CONTRADICTIONS = {
         PerChannel(),
         -1,
         1,
-        "batch axes must be the leading ones, got batch=1",
+        "batch axes must be the leading axes, got batch=1",
     ),
     "batch axis twice": (
         (2, 3, 4),
@@ -268,7 +268,7 @@ CONTRADICTIONS = {
         PerGroup(2),
         None,
         (),
-        r"which axes are contracted\? Only a matrix has a default",
+        r"contracting= is missing, and only a matrix and a 1-D array have a default",
     ),
     "tiles of two contracted axes": (
         (2, 4, 8),

@@ -789,7 +789,7 @@ def test_odd_sizes(preset, size):
         (
             jnp.ones((2, 3, 4)),
             ValueError,
-            r"which axes are contracted\? .*\(w: float32\[2,3,4\]\)\. Pass contrac",
+            r"contracting= is missing.*\(w: float32\[2,3,4\]\)\. Pass contracting=",
         ),
     ],
 )

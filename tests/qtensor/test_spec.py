@@ -133,12 +133,12 @@ MISTAKES = [
     (
         {"format": "ternary", "scale_rule": "ttq", "rounding": "toward_zero"},
         ValueError,
-        "has a threshold instead of a rounding",
+        "computes codes by a threshold and does not round",
     ),
     (
         {"scale": QuantSpec("ternary", scale_rule="ttq")},
         ValueError,
-        "a scale cannot be ternary by scale_rule='ttq'",
+        "a quantized scale cannot have the ternary rule scale_rule='ttq'",
     ),
     (
         {"packing": "lowfirst"},
@@ -153,17 +153,17 @@ MISTAKES = [
     (
         {"format": "nf4", "symmetric": False},
         ValueError,
-        r"only integer formats without an offset have \(format=nf4",
+        r"needs an integer format and offset=None, got format=nf4",
     ),
     (
         {"symmetric": False, "offset": "min"},
         ValueError,
-        "only integer formats without an offset",
+        "needs an integer format and offset=None, got format=int4 and offset='min'",
     ),
     (
         {"offset": "min"},
         ValueError,
-        "counts up from the minimum: use an unsigned integer, not int4",
+        "needs an unsigned integer format, got format=int4",
     ),
     (
         {"symmetric": False, "scale_rule": "absmean"},
@@ -188,12 +188,12 @@ MISTAKES = [
     (
         {"scale": QuantSpec("uint8", symmetric=False)},
         ValueError,
-        "quantized itself must be symmetric",
+        "a quantized scale must have symmetric=True",
     ),
     (
         {"scale": QuantSpec("uint8", offset="min")},
         ValueError,
-        "not offset by its minimum",
+        "must not have offset='min'",
     ),
 ]
 

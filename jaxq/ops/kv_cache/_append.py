@@ -1,7 +1,7 @@
-"""How tokens enter a quantized KV cache.
+"""Appending tokens to a quantized KV cache.
 
 Letters in shapes: b slots, t new tokens, m key heads, h the size of a head, c =
-`residual` places in full precision, g tokens of a group, i new groups.
+`residual` places in full precision, g tokens of a group, i new groups or indices.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ Cache = TypeVar("Cache", bound=CacheArrays)
 
 @jax.jit
 def append(cache: Cache, k: jax.Array, v: jax.Array, count: jax.Array) -> Cache:
-    """The cache with the first `count` new tokens of each slot.
+    """Appends the first `count` new tokens of each slot and returns the new cache.
 
     Args:
-      cache: the cache before.
-      k: `[b, t, m, h]`.
-      v: `[b, t, m, h]`.
-      count: int32 `[b]`, each in `[0, t]`.
+      cache: the cache without the new tokens.
+      k: keys `[b, t, m, h]` of the new tokens.
+      v: values `[b, t, m, h]` of the new tokens.
+      count: int32 `[b]`, the number of tokens that each slot takes, in `[0, t]`.
     """
     spec, before = cache.spec, cache.lengths
     after = before + count  # [b]
     if spec.rotation is not None:
         k = spec.rotation(k)
-    # The tokens in full precision, then the new ones.
+    # A line contains the stored tokens in full precision, then the new tokens.
     key_line = _append_tokens(cache.recent_keys, k)  # [b, m, c + t, h]
     value_line = _append_tokens(cache.recent_values, v)
 
     def place_in_line(position: jax.Array) -> jax.Array:
-        """Where in a line the token at a position is; `[b, i] -> [b, i]`."""
+        """The index in a line of the token at each position; `[b, i] -> [b, i]`."""
         old, new = position % spec.residual, spec.residual + position - before[:, None]
         return jnp.where(position < before[:, None], old, new)
 
@@ -61,7 +61,7 @@ def append(cache: Cache, k: jax.Array, v: jax.Array, count: jax.Array) -> Cache:
         keys, values = jax.tree.map(
             lambda leaf, new: _store(leaf, new, places), (keys, values), groups
         )
-    # A place that no token has reached keeps its old content.
+    # A place that is still empty keeps its old content.
     recent = place_in_line(newest_in_ring(after - 1, spec.residual))  # [b, c]
     return dataclasses.replace(
         cache,
@@ -97,11 +97,11 @@ def _quantize_complete(
     """The new groups of keys and values; zeros if no slot completes a group.
 
     Args:
-      cache: the cache before.
-      lines: keys and values `[b, m, c + t, h]`.
-      tokens: int32 `[b, num_new * g]`, where in the lines the tokens of the groups are.
-      num_complete: int32 `[b]`, how many groups each slot completes.
-      num_new: groups to compute.
+      cache: the cache without the new tokens.
+      lines: (keys, values), each `[b, m, c + t, h]`.
+      tokens: int32 `[b, num_new * g]`, indices in the lines of the groups' tokens.
+      num_complete: int32 `[b]`, the number of groups that each slot completes.
+      num_new: the number of groups to compute for each slot.
     """
     b, m, _, h = lines[0].shape
     shape = (b, m, num_new, cache.spec.group, h)
@@ -121,9 +121,10 @@ def _quantize_complete(
 def _group_places(
     first: jax.Array, num_complete: jax.Array, num_new: int, num_places: int
 ) -> jax.Array:
-    """The place of each new group, int32 `[b, i]`; `num_places` if it is not stored.
+    """The place of each new group, int32 `[b, i]`.
 
-    A group is not stored if it is not complete, or if a later new group has its place.
+    A group that is not stored has the place `num_places`. A group is not stored if it
+    is not complete, or if a later new group takes the same place.
     """
     i = jnp.arange(num_new, dtype=jnp.int32)[None]  # [1, i]
     is_stored = (i < num_complete[:, None]) & (i >= num_complete[:, None] - num_places)
@@ -131,7 +132,7 @@ def _group_places(
 
 
 def _store(leaf: jax.Array, new: jax.Array, places: jax.Array) -> jax.Array:
-    """Writes `new[:, :, i]` to place i of `leaf`; drops places that do not exist."""
+    """Writes `new[:, :, i]` to `places[:, i]` of `leaf`, if that place exists."""
 
     def store(slot: jax.Array, at: jax.Array, groups: jax.Array) -> jax.Array:
         return slot.at[:, at].set(groups, mode="drop")

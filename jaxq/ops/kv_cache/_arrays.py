@@ -1,9 +1,9 @@
-"""The arrays of a quantized KV cache, and which place in them holds which token.
+"""The arrays of a quantized KV cache, and which place holds which token.
 
-Tokens enter a ring of places. The newest `residual` tokens are in full precision: token
-i is in place i mod `residual`. Older tokens are quantized in groups of `group`: group j
-is in place j mod `num_groups`. `_append.py` writes the arrays, `_attention.py` reads
-them.
+Both kinds of arrays are ring buffers. The newest `residual` tokens are in full
+precision: token i is in place i mod `residual`. Older tokens are quantized in groups of
+`group` tokens: group j is in place j mod `num_groups`. `_append.py` writes the arrays.
+`_attention.py` reads the arrays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxq.qtensor import PerGroup, QTensor, QuantSpec, quantize
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CacheArrays:
-    """The fields of `KVCache`, which describes them."""
+    """The fields of a KV cache. The docstring of `KVCache` describes each field."""
 
     keys: QTensor
     values: QTensor
@@ -38,17 +38,17 @@ class CacheArrays:
 
     @property
     def num_groups(self) -> int:
-        """How many groups of quantized tokens a slot has place for."""
+        """The number of places for quantized groups in a slot."""
         return self.keys.shape[2]
 
 
 def quantize_groups(
     k: jax.Array, v: jax.Array, *, spec: KVCacheSpec
 ) -> tuple[QTensor, QTensor]:
-    """Keys and values of whole groups, each `[b, m, groups, group, h]`, quantized.
+    """Quantizes keys and values of whole groups, each `[b, m, groups, group, h]`.
 
-    A key scale is shared by the tokens of a group, a value scale by the channels of a
-    token (KIVI).
+    All tokens of a group share a key scale. All channels of a token share a value scale
+    (KIVI).
     """
     assert isinstance(spec.keys, QuantSpec)
     assert isinstance(spec.values, QuantSpec)
@@ -73,22 +73,25 @@ def _quantize_along(x: jax.Array, spec: QuantSpec, axis: int, name: str) -> QTen
 
 
 def num_quantized(lengths: jax.Array, spec: KVCacheSpec) -> jax.Array:
-    """How many groups of each slot are quantized, int32 `[b]`.
+    """The number of quantized groups of each slot, int32 `[b]`.
 
-    A group is quantized when its first token is not among the newest `residual` ones.
+    A group is quantized when its first token is no longer one of the newest `residual`
+    tokens.
     """
     return jnp.maximum(0, (lengths - spec.residual + spec.group - 1) // spec.group)
 
 
 def newest_in_ring(last: jax.Array, num_places: int) -> jax.Array:
-    """What each place of a ring holds, if item i is in place i mod `num_places`.
+    """The newest item in each place of a ring buffer.
+
+    Item i is in place i mod `num_places`.
 
     Args:
-      last: int32 `[b]`, the newest item of each slot.
-      num_places: places of the ring.
+      last: int32 `[b]`, the index of the newest item of each slot; -1 if there is none.
+      num_places: number of places in the ring buffer.
 
     Returns:
-      int32 `[b, num_places]`; negative for a place that is still empty.
+      int32 `[b, num_places]`, the index of an item; negative for an empty place.
     """
     places = jnp.arange(num_places, dtype=jnp.int32)[None]
     return last[:, None] - (last[:, None] - places) % num_places

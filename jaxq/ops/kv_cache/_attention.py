@@ -1,8 +1,8 @@
 """Attention over a quantized KV cache.
 
-A query reads three kinds of tokens: quantized groups, dequantized a block at a time;
-the newest tokens in full precision; and tokens that are not in the cache yet. Softmax
-goes over all blocks (`_online_softmax.py`).
+A query reads three kinds of tokens: quantized groups, the newest tokens in full
+precision, and tokens that are not in the cache yet. Quantized groups are dequantized
+one block at a time. The softmax covers all blocks (`_online_softmax.py`).
 
 Letters in shapes: b slots, m key heads, n query heads, r = n / m, t queries, h the size
 of a head, g tokens of a group, c = `residual` tokens in full precision, p groups in a
@@ -47,9 +47,10 @@ def attend(
       cache: the cache.
       q: `[b, t, n, h]`.
       k: `[b, t, m, h]`, keys of tokens that are not in the cache yet, or None.
-      v: their values, or None.
-      count: if k is None: how many of the queries' tokens each slot has appended.
-      scale: scores are multiplied by this.
+      v: `[b, t, m, h]`, values of the same tokens, or None.
+      count: how many of the queries' tokens each slot has appended. Not used unless k
+        is None.
+      scale: scores are multiplied by this number.
       block: tokens that are dequantized at a time.
 
     Returns:
@@ -77,7 +78,7 @@ def attend(
 def _read_groups(
     state: Softmax, cache: CacheArrays, queries: Queries, block: int
 ) -> Softmax:
-    """Attention after the quantized groups."""
+    """The softmax state after the quantized groups are read."""
     spec, num_groups = cache.spec, cache.num_groups
     b, m, _, h = cache.recent_keys.shape
     per_block = min(num_groups, max(1, block // spec.group))  # p
@@ -86,8 +87,8 @@ def _read_groups(
     num_used = jnp.max(jnp.minimum(filled, num_groups))  # of the longest slot
 
     def block_at(i: jax.Array) -> Block:
-        # The last block ends with the last place. If it overlaps the block before, the
-        # places that were read there are not read again.
+        # The last block ends with the last place, so it may overlap the block before.
+        # Places that the block before has read are marked as not valid.
         at = jnp.minimum(i * per_block, num_groups - per_block)
         stored = jax.tree.map(
             lambda leaf: lax.dynamic_slice_in_dim(leaf, at, per_block, 2),
@@ -102,8 +103,8 @@ def _read_groups(
         is_repeated = (places < i * per_block)[None]
         in_group = jnp.arange(spec.group, dtype=jnp.int32)[None, None]
         tokens = groups[:, :, None] * spec.group + in_group  # [b, p, g]
-        # The newest c tokens are read in full precision, also if their group is
-        # quantized already.
+        # The newest c tokens are read in full precision, even if their group is
+        # already quantized.
         is_old = tokens < (cache.lengths - spec.residual)[:, None, None]
         valid = ((groups >= 0) & ~is_repeated)[:, :, None] & is_old
         return Block(keys, values, tokens.reshape(b, -1), valid.reshape(b, -1))
@@ -112,7 +113,7 @@ def _read_groups(
 
 
 def _read_recent(state: Softmax, cache: CacheArrays, queries: Queries) -> Softmax:
-    """Attention after the newest tokens, which are in full precision."""
+    """The softmax state after the newest tokens are read in full precision."""
     tokens = newest_in_ring(cache.lengths - 1, cache.spec.residual)  # [b, c]
     recent = Block(cache.recent_keys, cache.recent_values, tokens, tokens >= 0)
     return fold(state, recent, queries)
@@ -126,13 +127,16 @@ def _read_own_tokens(
     queries: Queries,
     block: int,
 ) -> Softmax:
-    """Attention after the queries' own tokens, which are not in the cache yet."""
+    """The softmax state after the tokens `k` and `v` of the queries are read.
+
+    These tokens are not in the cache yet.
+    """
     b, t = k.shape[:2]
     size = min(t, max(block, 1))
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [b, m, t, h]
 
     def block_at(i: jax.Array) -> Block:
-        # The last block may overlap the one before, as in `_read_groups`.
+        # The last block may overlap the block before, as in `_read_groups`.
         at = jnp.minimum(i * size, t - size)
         steps = at + jnp.arange(size, dtype=jnp.int32)
         valid = jnp.broadcast_to((steps >= i * size)[None], (b, size))

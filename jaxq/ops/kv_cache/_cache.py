@@ -1,20 +1,20 @@
-"""The class of the quantized KV cache: keys per channel, values per token (KIVI).
+"""`KVCache`: a quantized KV cache with keys per channel and values per token (KIVI).
 
-Keys have channels that are large in every token; values do not. So the tokens of a
-group share one scale for each channel of the keys, and every token has scales of its
-own for the values. The newest `residual` tokens stay in full precision. A group is
-quantized once, from its original numbers, when its first token leaves that window. What
-is stored depends on the text alone: tokens appended one by one, in pieces or together
-give the same bits.
+Keys have channels that are large in every token. Values do not have such channels.
+Therefore the tokens of a group share one scale for each channel of the keys, and every
+token has separate scales for its values. The newest `residual` tokens stay in full
+precision. A group is quantized once, from the original numbers, when the first token of
+the group is no longer one of these newest tokens. The stored bits depend only on the
+tokens. They do not depend on whether tokens are appended one by one or together.
 
 | leaf | shape | content |
 |---|---|---|
 | `keys`, `values` | QTensors `[b, m, num_groups, group, h]` | quantized groups |
 | `recent_keys`, `recent_values` | `[b, m, residual, h]` | tokens in full precision |
-| `lengths` | int32 `[b]` | tokens of each slot so far |
+| `lengths` | int32 `[b]` | number of tokens in each slot |
 
-The code does not depend on the format: groups are QTensors whose batch axes
-[b, m, num_groups] come first in every leaf.
+The code does not depend on the format. Groups are QTensors with batch axes
+`[b, m, num_groups]`, so these axes come first in every leaf.
 
 References:
   Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", 2024.
@@ -50,22 +50,23 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class KVCache(CacheArrays):
     """Keys and values of the tokens so far, with one slot for each text of a batch.
 
-    It is a pytree of static shapes. `KVCache.empty` makes it, `append` gives the grown
-    cache. Both work under `jax.jit` and `lax.scan`; donate the cache to a jitted
-    function to reuse its memory. Each slot has its own length, and `reset` empties
-    slots.
+    A KVCache is a pytree, and its shapes are static. `KVCache.empty` makes a cache
+    without tokens. `append` returns a cache with more tokens. Both work under `jax.jit`
+    and `lax.scan`. Donate the cache to a jitted function to reuse the memory. Each slot
+    has its own length. `reset` empties slots.
 
     Attributes:
-      keys: QTensor `[b, m, num_groups, group, h]`; group j is in place j mod
+      keys: QTensor `[b, m, num_groups, group, h]`. Group j is in place j mod
         num_groups.
       values: QTensor `[b, m, num_groups, group, h]`.
-      recent_keys: `[b, m, residual, h]`, in full precision; token i is in place i mod
+      recent_keys: `[b, m, residual, h]`, in full precision. Token i is in place i mod
         residual.
-      recent_values: `[b, m, residual, h]`.
-      lengths: int32 `[b]`, tokens of each slot.
+      recent_values: `[b, m, residual, h]`, in full precision.
+      lengths: int32 `[b]`, the number of tokens in each slot.
       spec: how the cache is quantized.
       length: the largest number of tokens in a slot.
-      window: how many tokens a query reads at most, its own included; None reads all.
+      window: the largest number of tokens that a query reads, with its own token. None
+        sets no limit.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -94,23 +95,27 @@ class KVCache(CacheArrays):
         window: int | None = None,
         dtype: Any = "bfloat16",
     ) -> KVCache:
-        """A cache without tokens.
+        """Makes a cache without tokens.
 
         Args:
           spec: preset name or `QuantSpec` for keys and values, or a `KVCacheSpec`.
           batch: number of slots, b.
-          num_heads: number of key heads, m. Queries may have a multiple of it.
+          num_heads: number of key heads, m. The number of query heads may be a multiple
+            of m.
           length: the largest number of tokens in a slot.
           head_dim: size of a head, h.
-          window: a query reads itself and the `window - 1` tokens before it. Older
-            tokens are not stored. None reads all.
+          window: a query reads its own token and the `window - 1` tokens before it.
+            Tokens that no later query reads may be overwritten. With None a query reads
+            all tokens up to its own.
           dtype: float32, bfloat16 or float16: the dtype of queries, keys, values and of
-            the tokens that are not quantized.
+            the stored tokens in full precision.
 
         Raises:
-          ValueError: a size is less than 1, a preset is unknown, or the group size of a
-            spec does not divide the tokens of a group or the head.
-          TypeError: a size is not a whole number, or `dtype` is another dtype.
+          ValueError: a size is less than 1; a preset is unknown; or the group size of a
+            spec without `pad=True` does not divide `group` (keys) or `head_dim`
+            (values).
+          TypeError: a size is not a whole number, or `dtype` is not float32, bfloat16
+            or float16.
 
         Example:
           >>> import jaxq
@@ -151,26 +156,29 @@ class KVCache(CacheArrays):
     def append(
         self, k: jax.Array, v: jax.Array, *, count: jax.typing.ArrayLike | None = None
     ) -> KVCache:
-        """The cache with more tokens.
+        """Appends tokens to each slot and returns the new cache.
 
         Args:
           k: keys `[b, t, m, h]` in the cache's dtype, after any rotary embedding. If a
-            number is not finite, its channel becomes NaN in its group when the group is
-            quantized, and every query of the slot that reads the group becomes NaN.
-          v: values `[b, t, m, h]`. If a number is not finite, its token becomes NaN.
-          count: int32 `[b]`: each slot takes the first `count` of the t tokens. None
-            takes all.
+            key contains NaN or infinity, the same channel of its group becomes NaN when
+            the group is quantized. Every query of the slot that reads this group then
+            becomes NaN.
+          v: values `[b, t, m, h]`. If a value contains NaN or infinity, all numbers of
+            its token that share a scale become NaN when the group is quantized.
+          count: int32 `[b]`. Slot i takes the first `count[i]` of the t tokens. None
+            takes all t tokens in every slot.
 
         Returns:
-          The grown cache. The bits do not depend on whether tokens come one by one or
-          together, or on jit. The exception are scale rules that take a mean, as
-          "ternary" does: the last bit of such a sum depends on the program.
+          The new cache. The bits do not depend on whether tokens come one by one or
+          together, nor on jit. The exceptions are scale rules that compute a mean, as
+          in the preset "ternary": the last bit of a sum depends on the compiled
+          program.
 
         Raises:
           TypeError: `k` or `v` is not an array of the cache's dtype.
-          ValueError: a shape does not fit, `count` is not int32 `[b]` in `[0, t]`, or a
-            slot gets more tokens than `length`. Under jit the lengths are unknown: then
-            the oldest tokens are overwritten instead.
+          ValueError: `k` or `v` is not `[b, t, m, h]`; `count` is not int32 `[b]` in
+            `[0, t]`; or a slot gets more tokens than `length`. Under jit the lengths
+            are unknown, so no error is raised and the oldest tokens are overwritten.
 
         Example:
           >>> import jax.numpy as jnp, jaxq
@@ -203,37 +211,41 @@ class KVCache(CacheArrays):
     ) -> jax.Array:
         """`softmax(scale q k^T) v`: each query reads the tokens up to its own position.
 
-        Groups are dequantized `block` tokens at a time, and only as many as the longest
-        slot has. Softmax and sums are float32. It is for inference: the loop has no
-        reverse derivative.
+        Groups are dequantized `block` tokens at a time. The loop ends after the last
+        group of the longest slot. Softmax and sums are float32. This function is for
+        inference: the loop has no reverse-mode derivative.
 
-        A value that is NaN or infinite makes every query of the call in its slot and
-        head NaN, also queries of earlier positions: their weight for it is 0, and 0 NaN
-        = NaN.
+        If a value is NaN or infinite, all queries of this call become NaN in the same
+        slot and head. This includes queries of earlier positions: they give the value
+        the weight 0, and 0 * NaN is NaN.
 
         Args:
-          q: queries `[b, t, n, h]` in the cache's dtype. n is a multiple of the key
-            heads; n / m consecutive query heads share a key head.
-          k: keys `[b, t, m, h]` of the queries' own tokens, which are not appended yet
-            and are read in full precision. None: the queries belong to the last t
-            tokens that every slot has appended; for other numbers pass `count`.
-          v: the values `[b, t, m, h]` of `k`.
-          count: int32 `[b]`, only if `k` is None: the `count` that `append` got for
-            these tokens. The first `count[i]` queries of slot i are real; the results
-            of the others have no meaning. None: all t queries of every slot are real.
-          scale: scores are multiplied by this; None takes `1 / sqrt(h)`.
-          block: tokens dequantized at a time, rounded down to whole groups (at least
-            one).
+          q: queries `[b, t, n, h]` in the cache's dtype. n is a multiple of m. Each key
+            head serves n / m consecutive query heads.
+          k: keys `[b, t, m, h]` of the queries' tokens, if these tokens are not in the
+            cache yet. They are read in full precision. None means that the queries
+            belong to the last t tokens of every slot. If a slot has appended fewer than
+            t tokens, pass `count`.
+          v: values `[b, t, m, h]` of the same tokens as `k`.
+          count: int32 `[b]`, the `count` that `append` got for the queries' tokens. It
+            is only allowed if `k` is None. The first `count[i]` queries of slot i
+            belong to tokens. The results of the other queries have no meaning. With
+            None all t queries of every slot belong to tokens.
+          scale: scores are multiplied by this number. None takes `1 / sqrt(h)`.
+          block: the number of tokens to dequantize at a time. It is rounded down to
+            whole groups, with at least one group.
 
         Returns:
-          float32 `[b, t, n, h]`; 0 for a query that reads no token, as in an empty
-          slot.
+          float32 `[b, t, n, h]`. The result is 0 for a query that reads no token, for
+          example in an empty slot.
 
         Raises:
-          TypeError: an array has not the cache's dtype, or only one of `k` and `v` is
-            given.
-          ValueError: a shape does not fit, `count` is given together with `k`, or the
-            queries read appended tokens that a cache with `window` no longer has.
+          TypeError: the dtype of an array is not the cache's, only one of `k` and `v`
+            is given, or `block` is not a whole number.
+          ValueError: `q` is not `[b, t, n, h]`; `k` or `v` is not `[b, t, m, h]`;
+            `count` is not int32 `[b]` in `[0, t]` or is given together with `k`;
+            `block` is less than 1; or the queries read appended tokens that a cache
+            with `window` has overwritten.
 
         Example:
           >>> import jax.numpy as jnp, jaxq
@@ -275,17 +287,20 @@ class KVCache(CacheArrays):
         return attend(self, q, k, v, num_real, scale=scale, block=block)
 
     def reset(self, slots: jax.typing.ArrayLike | Sequence[int]) -> KVCache:
-        """The cache with some slots emptied, ready for other texts.
+        """Empties some slots, so that they can hold other texts.
 
         The old tokens of these slots are never read again.
 
         Args:
-          slots: indices, or a mask bool `[b]` that is True for slots to empty.
+          slots: integer indices, or a mask bool `[b]` that is True for slots to empty.
+
+        Returns:
+          The new cache.
 
         Raises:
           TypeError: `slots` are neither integers nor booleans.
-          ValueError: a mask has another shape, or an index is out of range (not checked
-            under jit).
+          ValueError: the shape of a mask is not `[b]`, or an index is not in
+            `[-b, b)`. Indices are not checked under jit.
 
         Example:
           >>> import jax.numpy as jnp, jaxq
@@ -310,7 +325,7 @@ class KVCache(CacheArrays):
             size = f"{b} slots x {self.length} tokens x {m} heads of {h}"
             size = f"{size}, {self.nbytes:,} bytes"
         except (AttributeError, TypeError, ValueError):
-            # jax transforms put objects without shapes in place of the leaves.
+            # jax transforms replace leaves by objects without shapes.
             size = f"leaves={type(self.lengths).__name__}"
         sizes = f"group={self.spec.group}, residual={self.spec.residual}"
         return f"KVCache({formats}, {size}, {sizes}{window})"
@@ -357,7 +372,7 @@ class KVCache(CacheArrays):
             raise ValueError(f"KVCache.{caller}: expected {wanted}, got {got}.")
 
     def _check_length(self, count: np.ndarray) -> None:
-        """Raises if a slot gets more tokens than it has room for."""
+        """Raises ValueError if a slot would contain more than `length` tokens."""
         after = np.asarray(self.lengths) + count
         if (after <= self.length).all():
             return
@@ -369,7 +384,7 @@ class KVCache(CacheArrays):
         )
 
     def _check_window(self, num_queries: int) -> None:
-        """Raises if queries of appended tokens read tokens that were overwritten."""
+        """Raises ValueError if queries would read tokens that were overwritten."""
         if self.window is None:
             return
         group, residual = self.spec.group, self.spec.residual
@@ -405,14 +420,14 @@ class KVCache(CacheArrays):
 
 
 def _num_group_places(spec: KVCacheSpec, length: int, window: int | None) -> int:
-    """How many quantized groups a slot must have place for."""
+    """The number of places for quantized groups that a slot needs."""
     num_groups = -(-max(0, length - spec.residual) // spec.group)
     if window is None:
         return num_groups
     if window <= spec.residual:
         return 0
-    # The window may begin inside a group: then up to group - 1 tokens before it are
-    # stored as well.
+    # The window may begin inside a group. Then up to group - 1 older tokens are stored
+    # as well.
     num_tokens = window - spec.residual + spec.group - 1
     return min(num_groups, -(-num_tokens // spec.group))
 
@@ -434,12 +449,15 @@ def slot_mask(slots: Any, num_slots: int, caller: str) -> jax.Array:
             )
         return jnp.asarray(array)
     if array.size and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{caller}: slots are indices or bool[{num_slots}], got {got}.")
+        raise TypeError(
+            f"{caller}: slots must be integer indices or bool[{num_slots}], got {got}."
+        )
     indices = array.reshape(-1).astype(np.int32)
     if not isinstance(indices, Tracer):
         known = np.asarray(indices)
         if ((known >= num_slots) | (known < -num_slots)).any():
             raise ValueError(
-                f"{caller}: slots {known.tolist()} are not all in [0, {num_slots})."
+                f"{caller}: slots must be in [-{num_slots}, {num_slots}), got "
+                f"{known.tolist()}."
             )
     return jnp.zeros((num_slots,), bool).at[indices].set(True)

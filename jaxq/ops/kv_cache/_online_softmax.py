@@ -1,7 +1,8 @@
-"""Softmax attention over one block of keys after another.
+"""Online softmax: attention that reads one block of keys and values at a time.
 
-Only the present block is in floats. For one query, scores s_j and values v_j, a block
-updates three numbers (Milakov and Gimelshein, 2018; Dao et al., 2022):
+Only the current block is in floats. For one query with scores s_j and values v_j, each
+block updates `top`, `total` and `sums` (Milakov and Gimelshein, 2018; Dao et al.,
+2022):
 
     top' = max(top, max_j s_j)
     total' = total exp(top - top') + sum_j exp(s_j - top')
@@ -38,7 +39,7 @@ class Block(NamedTuple):
       keys: `[b, m, s, h]`.
       values: `[b, m, s, h]`.
       positions: int32 `[b, s]`, positions in the text of each slot.
-      valid: bool `[b, s]`. A key that is not valid is not read.
+      valid: bool `[b, s]`. Keys and values that are not valid are not read.
     """
 
     keys: jax.Array
@@ -49,13 +50,14 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """Queries and what they may read.
+    """Queries, their positions and the limits of what they read.
 
     Attributes:
       rows: `[b, m, r, t, h]`, in the dtype of keys and values.
       positions: int32 `[b, t]`. A query does not read keys of later positions.
-      scale: scores are multiplied by this.
-      window: how many keys a query reads at most, its own included; None reads all.
+      scale: scores are multiplied by this number.
+      window: the largest number of keys that a query reads, with its own key. None sets
+        no limit.
     """
 
     rows: jax.Array
@@ -65,12 +67,12 @@ class Queries:
 
 
 class Softmax(NamedTuple):
-    """Attention over the blocks so far; float32.
+    """The state of the online softmax after the blocks so far; float32.
 
     Attributes:
       top: the largest score of each query, `[b, m, r, t]`.
-      total: the sum of the exponentials relative to `top`, `[b, m, r, t]`.
-      sums: the values summed with these weights, `[b, m, r, t, h]`.
+      total: the sum of `exp(score - top)`, `[b, m, r, t]`.
+      sums: the sum of the values, weighted by `exp(score - top)`, `[b, m, r, t, h]`.
     """
 
     top: jax.Array
@@ -79,7 +81,7 @@ class Softmax(NamedTuple):
 
 
 def start(queries: Queries) -> Softmax:
-    """Attention before the first block."""
+    """The state before the first block."""
     q = queries.rows
     zeros = jnp.zeros(q.shape[:-1], jnp.float32)
     lowest = jnp.full_like(zeros, jnp.finfo(jnp.float32).min)
@@ -87,7 +89,7 @@ def start(queries: Queries) -> Softmax:
 
 
 def fold(state: Softmax, block: Block, queries: Queries) -> Softmax:
-    """Attention after one more block."""
+    """The state after one more block."""
     q = queries.rows
     b, m, r, t, h = q.shape
     distance = queries.positions[:, :, None] - block.positions[:, None, :]  # [b, t, s]
@@ -95,7 +97,7 @@ def fold(state: Softmax, block: Block, queries: Queries) -> Softmax:
     if queries.window is not None:
         visible = visible & (distance < queries.window)
     visible = visible[:, None, None]  # [b, 1, 1, t, s]
-    # A place that is not valid may hold a NaN of an earlier text, and 0 NaN = NaN.
+    # A place that is not valid may hold a NaN of an earlier text, and 0 * NaN is NaN.
     is_valid = block.valid[:, None, :, None]  # [b, 1, s, 1]
     values = jnp.where(is_valid, block.values, jnp.zeros((), block.values.dtype))
     scores = jnp.einsum(
@@ -129,9 +131,9 @@ def fold_many(
     block_at: Callable[[jax.Array], Block],
     queries: Queries,
 ) -> Softmax:
-    """Attention after the blocks `block_at(0)`, `block_at(1)`, ...
+    """The state after the blocks `block_at(0)` to `block_at(num_blocks - 1)`.
 
-    `num_blocks` may be traced; blocks beyond it are not computed.
+    `num_blocks` may be traced.
     """
 
     def step(i: jax.Array, state: Softmax) -> Softmax:
@@ -141,6 +143,9 @@ def fold_many(
 
 
 def finish(state: Softmax) -> jax.Array:
-    """Weighted means, float32 `[b, m, r, t, h]`; 0 for a query that read nothing."""
+    """The result of attention, float32 `[b, m, r, t, h]`.
+
+    It is 0 for a query that read no token.
+    """
     total = jnp.where(state.total == 0, np.float32(1), state.total)
     return state.sums / total[..., None]

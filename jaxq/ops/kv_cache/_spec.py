@@ -1,4 +1,4 @@
-"""How a KV cache is quantized."""
+"""`KVCacheSpec`: how a KV cache is quantized."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ class KVCacheSpec:
 
     Args:
       keys: preset name or `QuantSpec`. Scales are shared along the tokens of a group:
-        each channel has one scale, or several if the granularity has groups of fewer
-        tokens.
+        each channel has one scale, or several scales if the group size of the spec is
+        smaller than `group`.
       values: preset name or `QuantSpec`. Scales are shared along the head. None takes
         the spec of the keys.
-      group: tokens that are quantized together, at least 1. None takes 32, or 16 for
-        keys of 2 bits or fewer.
-      residual: the newest tokens, which stay in full precision; at least `group`. None
-        takes 32, or 64 for keys of 2 bits or fewer.
+      group: the number of tokens that are quantized together, at least 1. None takes 32
+        (16 for keys of 2 bits or fewer), or `residual` if that is smaller.
+      residual: the number of newest tokens that stay in full precision, at least
+        `group`. None takes 32 (64 for keys of 2 bits or fewer), or `group` if that is
+        larger.
       rotation: orthogonal transform along the last axis, a module-level function such
-        as `jaxq.methods.hadamard`. Keys and queries are both rotated: scores do not
-        change, and outlier channels are spread over all channels. None rotates nothing.
+        as `jaxq.methods.hadamard`. Keys and queries are both rotated, so scores do not
+        change. The rotation spreads outlier channels over all channels. None rotates
+        nothing.
 
     Raises:
       ValueError: a preset is unknown, a size is less than 1, `residual` is less than
@@ -75,7 +77,11 @@ class KVCacheSpec:
 
 
 def _deterministic(spec: QuantSpec | str, name: str) -> QuantSpec:
-    """The `QuantSpec`; a ValueError if it rounds stochastically."""
+    """The `QuantSpec` of `spec`.
+
+    Raises:
+      ValueError: the spec rounds stochastically at any level.
+    """
     spec = as_spec(spec, f"KVCacheSpec: {name}")
     if spec.needs_key:
         raise ValueError(
@@ -103,12 +109,17 @@ def _group_and_residual(
 
 
 def as_kv_cache_spec(spec: str | QuantSpec | KVCacheSpec, caller: str) -> KVCacheSpec:
-    """A `KVCacheSpec`; a preset or `QuantSpec` is taken for keys and values."""
+    """The `KVCacheSpec`. A preset or `QuantSpec` applies to keys and values."""
     return spec if isinstance(spec, KVCacheSpec) else KVCacheSpec(as_spec(spec, caller))
 
 
 def whole_number(name: str, size: Any) -> int:
-    """`size` as an int of at least 1, else an error that starts with `name`."""
+    """`size` as an int of at least 1. Error messages start with `name`.
+
+    Raises:
+      TypeError: `size` is not a whole number.
+      ValueError: `size` is less than 1.
+    """
     if isinstance(size, bool) or not hasattr(size, "__index__"):
         raise TypeError(f"{name} must be a whole number, got {size!r}.")
     if operator.index(size) < 1:

@@ -457,7 +457,7 @@ ERRORS = {
     "slot": (
         lambda c, k, v: c.reset([3]),
         ValueError,
-        "slots [3] are not all in [0, 3)",
+        "slots must be in [-3, 3), got [3]",
     ),
     "mask": (
         lambda c, k, v: c.reset(np.array([True])),
@@ -467,7 +467,7 @@ ERRORS = {
     "float slots": (
         lambda c, k, v: c.reset([0.5]),
         TypeError,
-        "slots are indices or bool[3]",
+        "slots must be integer indices or bool[3]",
     ),
     "preset": (lambda c, k, v: empty("int5"), ValueError, "unknown preset"),
     "format": (
