@@ -172,7 +172,7 @@ def _axes_problem(layer: Any, kind: Any, value: QTensor) -> str | None:
 
 
 def _text(value: Any) -> str:
-    """Dtype and shape of a value, for errors. Values with equal texts can fit."""
+    """Dtype and shape of a value, for errors and for the comparison of values."""
     if isinstance(value, QTensor):
         return f"{value!r} of {value.spec.granularity}"
     if hasattr(value, "dtype"):

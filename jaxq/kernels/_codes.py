@@ -1,6 +1,6 @@
-"""Quantized activations times a quantized weight, computed on the codes themselves.
+"""Quantized activations times a quantized weight, computed without decoding.
 
-Integer codes accumulate exactly in int32. The zero points are corrected afterwards
+Integer codes accumulate exactly in int32. The sums are then corrected for zero points
 (Jacob et al., 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", equation 7):
 
@@ -57,8 +57,8 @@ def largest_exact_length(
 def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Array:
     """Computes `decode(a) @ decode(b).T` without decoding.
 
-    Blocks of rows of b are multiplied one after the other. int8 codes with one group
-    need no unpacking and are multiplied in one block.
+    b is multiplied in blocks of rows. Integer codes that are not packed are multiplied
+    in a single block if there is one group.
 
     Args:
       a: `[m, k]` codes, integers or native float8.

@@ -7,7 +7,7 @@ of them runs, it warns. It also sets the size of the blocks in which the XLA for
 decodes a weight.
 
 A program for several devices is partitioned by XLA. XLA cannot partition a kernel, so
-the XLA form runs there. Inside `jax.shard_map` every device runs a kernel of its own.
+the XLA form runs there. Inside `jax.shard_map` each device runs its own kernel.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def _xla_matrix(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
     """`xla_form` of a single matrix: x `[m, k]`."""
     rows, meta = as_rows(call.rows(leaves), call.meta)
     if x.dtype == jnp.int8:
-        # x has no scale of its own. A scale of one makes the sums float32.
+        # The caller applies the scale of x. A scale of 1 makes the sums float32.
         scale = None if rows.scale is None else jnp.ones((1, 1), jnp.float32)
         x_rows = Rows(x, scale, None, None, None)  # pyright: ignore[reportArgumentType]
         y = codes_matmul(x_rows, int8_meta(meta.k), rows, meta)
@@ -113,8 +113,8 @@ def pallas_form(
 def interpreted(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
     """Runs the interpreter of the kernel that `call.backend` names.
 
-    The arguments are those of `call_matmul`. This function does not use the primitive.
-    So it has no derivatives, and `vmap` cannot map over it.
+    The arguments are the same as for `call_matmul`. This function does not use the
+    primitive. So it has no derivatives, and `vmap` cannot map over it.
     """
     call, leaves = with_leaves(call, rows)
     single = x.ndim == 2

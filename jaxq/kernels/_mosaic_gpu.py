@@ -163,10 +163,11 @@ def matmul(
       zero_point: integers with the shape of scale, or None.
       codebook: float32 `[e, 16]`, or None.
       problem: static facts of the arrays. `why_not` must accept it.
-      tiles: "bm" rows of x by "bn" columns are the sums of a warp group; a block has
-        "warpgroups" of them side by side; a step along k has "bk" codes, a multiple of
-        the group or a divisor of it; "stages" steps are loaded ahead; "splits" blocks
-        share the sum over k.
+      tiles: six sizes by name. A warp group computes "bm" rows by "bn" columns of the
+        result. A block has "warpgroups" of these warp groups side by side. A step along
+        k has "bk" codes, a multiple or a divisor of the group. "stages" is the number
+        of steps that are loaded ahead. "splits" is the number of blocks that share the
+        sum over k.
       interpret: True to run on a CPU. Register layouts and wgmma exist only on the
         device, so they are replaced by plain operations with the same result.
 

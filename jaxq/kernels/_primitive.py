@@ -146,7 +146,7 @@ def _compiled(run):
 def _lower(ctx, *args, call: Call, platform: str | None):
     """Lowers a product for one platform, as `_dispatch.decide` decides.
 
-    `platform` is None in the rule for all platforms without kernels.
+    `platform` is None in the lowering rule for all platforms without kernels.
     """
     with assumed_gpu(platform, ctx.avals_in):
         device_kind, num_devices = lowering_devices(ctx, platform)
@@ -233,7 +233,7 @@ def _transpose(ct, x, *leaves, call: Call):
 
 
 def _tangent_transpose(ct, x, *args, call: Call):
-    """Cotangents of x, or of the tangents of the float leaves.
+    """Computes the cotangents of x, or the cotangents of the tangents.
 
     `args` are the leaves and then the tangents. The leaves have no cotangents.
     """

@@ -118,7 +118,7 @@ def quantized_matmul(
 
 @dataclasses.dataclass(frozen=True)
 class _Operands:
-    """The arguments of `quantized_matmul` that say what the product is."""
+    """The arguments of `quantized_matmul` that define the product."""
 
     x: jax.Array
     data: jax.Array
@@ -291,8 +291,8 @@ def _check_leaves(operands: _Operands) -> None:
         raise o.error(
             ValueError,
             f"codebook needs a codebook format and must be one table [{size}] for the "
-            "whole stack",
-            "Pass such a table, or leave codebook out.",
+            f"whole stack, and the format is {o.fmt.name}",
+            f"Pass a table [{size}] with a codebook format, or leave codebook out.",
         )
 
 
@@ -340,8 +340,8 @@ def _result_dtype(operands: _Operands, out_dtype: Any) -> np.dtype:
     if dtype.name not in allowed:
         raise o.error(
             TypeError,
-            "out_dtype must be float32, bfloat16 or float16, or int32 without scale; "
-            f"got {dtype}",
+            "out_dtype must be float32, bfloat16 or float16 with a scale, and int32 "
+            f"without a scale, got {dtype}",
             f"Use one of {', '.join(allowed)}.",
         )
     return dtype
@@ -374,7 +374,7 @@ def _as_rows(operands: _Operands) -> Rows:
 
 
 def _check_int32_sums(operands: _Operands, meta: RowMeta) -> None:
-    """Checks that the sums of codes, the result without a scale, fit in int32."""
+    """Checks that int32 can hold the result if there is no scale."""
     o = operands
     longest = largest_exact_length(int8_meta(o.k), True, meta, o.zero_point is None)
     if o.padded_k > longest:

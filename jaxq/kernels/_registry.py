@@ -1,4 +1,4 @@
-"""Which Pallas kernels there are. Each kernel is one module of this folder.
+"""The list of Pallas kernels. Each kernel is one module of this folder.
 
 A kernel's module has three functions: `why_not(problem, device_kind)`,
 `default_tiles(problem, device_kind)` and `matmul(x, data, scale, zero_point, codebook,

@@ -112,9 +112,10 @@ def matmul(
       zero_point: integers with the shape of scale, or None.
       codebook: float32 `[e, 16]`, or None.
       problem: static facts of the arrays. `why_not` must accept it.
-      tiles: "bm" rows of x by "bn" columns for each program, both powers of two from 16
-        on; "splits", the number of programs that share the sum over k; "warps" of a
-        program; "stages" of Triton's pipeline.
+      tiles: five sizes by name. A program computes "bm" rows by "bn" columns of the
+        result. Both are powers of two and at least 16. "splits" is the number of
+        programs that share the sum over k. "warps" is the number of warps of a program.
+        "stages" is the number of stages of Triton's pipeline.
       interpret: True to run on a CPU.
 
     Returns:

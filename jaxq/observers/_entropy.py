@@ -1,8 +1,8 @@
 """The range that loses the least information, found in a histogram of magnitudes.
 
-The steps are those of TensorRT: Szymon Migacz, "8-bit Inference with TensorRT" (GTC
-2017). Let h be the histogram of n bins, and L the number of levels. For each i from L
-to n:
+The steps are the same as in TensorRT: Szymon Migacz, "8-bit Inference with TensorRT"
+(GTC 2017). Let h be the histogram of n bins, and L the number of levels. For each i
+from L to n:
 
 1. P is h[:i]. The counts of all later bins are added to the last bin of P.
 2. Q is h[:i] without the added counts, divided into L groups: bin j is in group
@@ -54,9 +54,9 @@ class Entropy(Histogram):
     def _check(self, fmt, symmetric):
         if fmt.bits <= 16 and np.ptp(np.diff(np.unique(fmt.values()))) > 0:
             raise ValueError(
-                "entropy: the format must have evenly spaced numbers, and those of "
-                f"{fmt.name} are not. Use an integer format, or mse, percentile or "
-                "absmax."
+                "entropy: the format must have evenly spaced numbers, and the numbers "
+                f"of {fmt.name} are not evenly spaced. Use an integer format, or mse, "
+                "percentile or absmax."
             )
         if fmt.bits > 16 or _num_levels_range(fmt, symmetric)[1] > self.bins:
             raise ValueError(

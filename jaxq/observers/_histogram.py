@@ -117,9 +117,8 @@ class Histogram(Observer):
         return enclose(state.low, state.high, fmt, symmetric)
 
     def _exponent(self, low: jax.Array, high: jax.Array) -> jax.Array:
-        """The exponent of the width of the bins, which is `2^exponent`.
+        """The exponent of the bin width `2^exponent`; int32 `[*channels]`.
 
-        The exponent is int32 `[*channels]`.
         An empty state has the smallest exponent, -149.
         """
         low_pattern = _numbers.magnitude_pattern(low)
@@ -186,7 +185,7 @@ def count_signed(
 
     Args:
       x: float32 `[*channels, n]`. Only the signs are read. 0 and -0 count as positive.
-      index: int32 `[*channels, n]`, from 0 to below num_bins.
+      index: int32 `[*channels, n]`, from 0 to num_bins - 1.
       keep: bool `[*channels, n]`. An entry that is False is not counted.
       num_bins: the number of indices.
 

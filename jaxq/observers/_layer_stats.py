@@ -39,7 +39,7 @@ class LayerStats(NamedTuple):
       hessian: float32 `[K, K]`, `2 / count * sum of x xT`, the Hessian of the squared
         error of the layer's output; or None.
       samples: float32 `[NUM_SAMPLES, K]`, a uniform random sample of the rows. The
-        first `num_samples` rows are filled, the others are zeros.
+        first `num_samples` rows are filled. All later rows are zeros.
       sample_ranks: float32 `[NUM_SAMPLES]`, descending. The random number of each row
         of `samples`: the rows with the largest numbers are kept. -1 for an empty row.
       held_out: float32 `[NUM_HELD_OUT, K]`, a sample of the rows that no other
@@ -182,8 +182,9 @@ def update_stats(
 def _random_ranks(call: jax.Array, size: int) -> jax.Array:
     """Pseudo-random numbers in [0, 1), float32 `[size]`, different at each call.
 
-    This is the finalizer of MurmurHash3. The statistics of a layer are compiled for
-    every model, and a random generator of jax would be most of that program.
+    They are computed by the finalizer of MurmurHash3. The update of the statistics is
+    compiled for every layer. With a random generator of jax, the generator would be the
+    largest part of the compiled program.
     """
     offset = call.astype(jnp.uint32) * np.uint32(0x9E3779B9)
     h = jnp.arange(size, dtype=jnp.uint32) + offset

@@ -63,7 +63,7 @@ def sum_counts(counts: Count, add: Callable[[jax.Array], jax.Array]) -> Count:
       counts: the counts to sum.
       add: a sum over uint32 arrays of at most 2^16 terms: `jnp.sum`, `jnp.cumsum` or
         `lax.psum`. It is called on each quarter of the 64 bits. Sums of 2^16 numbers of
-        16 bits cannot overflow, and the carries are added afterwards.
+        16 bits cannot overflow. The carries are added after the sums.
     """
     mask = np.uint32(0xFFFF)
     low, high = counts
@@ -141,8 +141,8 @@ def count_indices(
     """How often each index occurs in each row.
 
     Args:
-      row: int32, from 0 to below num_rows.
-      index: int32 of the same shape, from 0 to below num_bins.
+      row: int32, from 0 to num_rows - 1.
+      index: int32 of the same shape, from 0 to num_bins - 1.
       keep: bool of the same shape. An entry that is False is not counted.
       shape: (num_rows, num_bins).
 

@@ -111,9 +111,9 @@ class Observer(abc.ABC):
 
         Raises:
           TypeError: x is not floating point, or `where` is not bool.
-          ValueError: the kept axes of x have other sizes than those of the state, or
-            `where` does not broadcast to x, or another kind of observer or other
-            settings made the state.
+          ValueError: the kept axes of x have other sizes than the channels of the
+            state; or `where` does not broadcast to x; or another kind of observer or
+            other settings made the state.
         """
         shape = self._channel_shape(x, "update")
         state_shape = state.seen.nan.low.shape
@@ -209,9 +209,10 @@ class Observer(abc.ABC):
     ) -> tuple[jax.Array, jax.Array]:
         """The range to quantize of one array, such as a weight, without a state.
 
-        `bounds_of` computes exact percentiles, and its `mse` measures the error of each
-        number. `bounds` knows only the histogram in a state. For one range per row of
-        `[..., n]`, let `axis` be all axes but the last, or use `jax.vmap`.
+        `bounds_of` reads all numbers. So `percentile` is exact, and `mse` measures the
+        error of each number. `bounds` reads only the histogram of a state. To find one
+        range for each row of `[..., n]`, let `axis` be all axes but the last, or use
+        `jax.vmap`.
 
         Args:
           x: floats.
@@ -225,9 +226,10 @@ class Observer(abc.ABC):
 
         Raises:
           TypeError: x is not floating point, or `where` or `symmetric` is not bool.
-          ValueError: x does not have one of the kept axes, or `where` does not
-            broadcast to x. Every ValueError of `bounds` about the numbers and the
-            format is also raised.
+          ValueError: x does not have one of the kept axes; or `where` does not
+            broadcast to x; or a channel has no finite number; or x has numbers that are
+            not finite and `on_nonfinite` is "raise"; or the format is unknown; or the
+            observer cannot find a range for the format.
 
         Example:
           >>> import jax.numpy as jnp, jaxq
@@ -280,7 +282,7 @@ class Observer(abc.ABC):
         return self._bounds(state, fmt, symmetric)
 
     def check_state(self, state: Any, caller: str) -> None:
-        """Raises ValueError if the arrays of a state are not those of this observer."""
+        """Raises ValueError if this observer cannot have made the state."""
         seen = getattr(state, "seen", None)
         shape = tuple(seen.nan.low.shape) if isinstance(seen, Seen) else ()
         expected = _abstract_state(self._state_maker(), shape)

@@ -1,14 +1,14 @@
 """Trees of arrays and QTensors in one safetensors file.
 
 `write_tree` writes dicts, lists and tuples of arrays, QTensors and Python numbers.
-`read_tree` gives them back bit for bit. This room knows no models: `jaxq.io` builds
-`jaxq.save` and `jaxq.load` on it.
+`read_tree` returns the same bits. This package does not know models. `jaxq.io` uses it
+for `jaxq.save` and `jaxq.load`.
 
-Each array is one tensor of the file. Each leaf of a QTensor is a tensor of its own:
+Each array is one tensor of the file. Each leaf of a QTensor is one tensor too:
 `<path>.data`, `<path>.scale` (`<path>.scale.data` if the scale is quantized),
 `<path>.zero_point`, `<path>.offset`, `<path>.codebook`. The structure of the tree, and
 the spec, geometry and packing of each QTensor, are JSON in the file's metadata. So
-reading needs no template.
+`read_tree` needs no template.
 """
 
 from jaxq.serialization._contents import Contents as Contents

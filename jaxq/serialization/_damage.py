@@ -97,7 +97,7 @@ def _leaf_damage(qt: QTensor, shape: tuple[int, ...]) -> str | None:
 def _expected_leaves(
     qt: QTensor, shape: tuple[int, ...]
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of each leaf by name; a dtype of None is not checked."""
+    """Shape and dtype of each leaf by name. None means that any dtype is allowed."""
     spec, geometry = qt.spec, qt.meta.geometry
     batch = shape[: len(shape) - len(geometry.shape)]
     packed = qt.meta.packing is not formats.Packing.NONE

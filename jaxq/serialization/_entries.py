@@ -82,7 +82,7 @@ class EntryWriter:
         else:
             raise TypeError(
                 f"{self._caller}: {path or 'the value'} has dtype {dtype}, which "
-                "cannot be saved. Convert it to a dtype of jax."
+                "cannot be saved. Convert it to a dtype that jax has."
             )
         tensor = path or "value"
         # Two values can have one path: {"a/b": x, "a": {"b": y}}. The name

@@ -30,7 +30,7 @@ def check_folder(path: Path, caller: str) -> None:
 def write_file(
     path: Path, tensors: dict[str, np.ndarray], header: dict[str, Any]
 ) -> None:
-    """Writes tensors and header to a temporary file, which then replaces `path`.
+    """Writes tensors and header to a temporary file. This file then replaces `path`.
 
     If the write fails at any moment, the old file stays as it was.
     """

@@ -32,7 +32,7 @@ def call_on_auto_axes(
 ) -> jax.Array:
     """Calls `fn(*args)` with the explicit mesh axes turned into Auto axes.
 
-    If no argument is on a mesh with explicit axes, this is `fn(*args)`.
+    If no argument is on a mesh with explicit axes, it calls `fn(*args)` unchanged.
 
     Args:
       fn: returns one array.
