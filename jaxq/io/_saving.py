@@ -100,7 +100,7 @@ def _is_model(value: Any) -> bool:
 
 
 def _model_contents(model: Any) -> Contents:
-    """The arrays of a model by path, and what its layers do to their inputs."""
+    """The arrays of a model and the input transforms of its layers, by path."""
     from jaxq.io._model_arrays import input_transforms_of, parameters
 
     transforms = input_transforms_of(model)

@@ -39,7 +39,7 @@ def quantized_matmul(
     backend: str = "auto",
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes `x @ (scale * (codes - zero_point)).T` without the whole decoded matrix.
+    """Computes `x @ (scale * (codes - zero_point)).T`, and decodes one block at a time.
 
     The platform that a program is lowered for decides what runs. A Pallas kernel runs
     if the platform has one for this product. Otherwise the XLA form runs, also in a

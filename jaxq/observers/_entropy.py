@@ -175,7 +175,7 @@ def best_bin(
     For several channels, use `jax.vmap` or `lax.map`.
 
     Args:
-      counts: `[2, n]`, of positive and of negative magnitudes.
+      counts: `[2, n]`, the counts of positive and of negative numbers by magnitude.
       fmt: the format to quantize to.
       symmetric: whether the codes are symmetric.
 

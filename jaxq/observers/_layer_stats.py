@@ -183,8 +183,8 @@ def _random_ranks(call: jax.Array, size: int) -> jax.Array:
     """Pseudo-random numbers in [0, 1), float32 `[size]`, different at each call.
 
     They are computed by the finalizer of MurmurHash3. The update of the statistics is
-    compiled for every layer. With a random generator of jax, the generator would be the
-    largest part of the compiled program.
+    compiled for every layer. A random generator of jax would be the largest part of the
+    compiled program.
     """
     offset = call.astype(jnp.uint32) * np.uint32(0x9E3779B9)
     h = jnp.arange(size, dtype=jnp.uint32) + offset

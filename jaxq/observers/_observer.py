@@ -272,7 +272,7 @@ class Observer(abc.ABC):
     def _bounds(
         self, state: Any, fmt: Format, symmetric: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """The range of a state. It is any range in a channel without finite numbers."""
+        """The range of a state. It is arbitrary if a channel has no finite number."""
 
     def _bounds_of(
         self, x: jax.Array, keep: jax.Array, fmt: Format, symmetric: bool
