@@ -19,7 +19,6 @@ from jaxq.kernels._dispatch import Choice, FallbackWarning, choose
 from jaxq.kernels._forms import xla_form as xla_form
 from jaxq.kernels._primitive import FORMS as FORMS
 from jaxq.kernels._primitive import call_matmul as call_matmul
-from jaxq.kernels._primitive import calls as calls
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._quantized_matmul import quantized_matmul
 from jaxq.kernels._ragged import ragged_matmul as ragged_matmul

@@ -21,8 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,24 +68,6 @@ def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
     n_axis = x.ndim - 2 if call.meta.layout == "rows" else x.ndim - 1
     last = None if call.transposed else explicit_spec(rows.data)[n_axis]
     return call_on_auto_axes(bind, (*explicit_spec(x)[:-1], last), x, *leaves)
-
-
-def calls(jaxpr: Any) -> Iterator[tuple[Call, Any, list[Any]]]:
-    """Yields (call, x, leaves) for every product in a jaxpr, inner jaxprs included.
-
-    x and leaves are abstract values.
-    """
-    for equation in jaxpr.eqns:
-        if equation.primitive is matmul_p:
-            x, *leaves = (variable.aval for variable in equation.invars)
-            yield equation.params["call"], x, leaves
-        parameters = jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-        )
-        for parameter in parameters:
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from calls(inner)
 
 
 def _bind(primitive: Primitive, args: Sequence[jax.Array], call: Call) -> jax.Array:
@@ -211,7 +192,7 @@ def _jvp(primals, tangents, *, call: Call):
         dots = [ad.instantiate_zeros(dot) for dot in dots]
         terms.append(_bind(tangent_p, [x, *leaves, *dots], call))
     if not terms:
-        return y, ad.Zero.from_primal_value(y)  # pyright: ignore[reportAttributeAccessIssue]
+        return y, ad.Zero.from_primal_value(y)  # pyright: ignore
     return y, functools.reduce(jnp.add, terms)
 
 

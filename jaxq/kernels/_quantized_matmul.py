@@ -370,7 +370,7 @@ def _as_rows(operands: _Operands) -> Rows:
         table = jnp.broadcast_to(
             o.codebook.astype(jnp.float32), (*o.stack, 1, 1, o.codebook.shape[0])
         )
-    return Rows(o.data, o.scale, o.zero_point, None, table)  # pyright: ignore[reportArgumentType]
+    return Rows(o.data, o.scale, o.zero_point, None, table)  # pyright: ignore
 
 
 def _check_int32_sums(operands: _Operands, meta: RowMeta) -> None:

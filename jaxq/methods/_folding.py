@@ -118,7 +118,7 @@ def as_weights(
             _matrix.as_weight(w, caller, f"weights[{i}]") for i, w in enumerate(weights)
         ]
     else:
-        matrices = [_matrix.as_weight(weights, caller, "weights")]  # pyright: ignore[reportArgumentType]
+        matrices = [_matrix.as_weight(weights, caller, "weights")]  # pyright: ignore
     if any(w.shape[:-1] != matrices[0].shape[:-1] for w in matrices):
         shapes = ", ".join(_matrix.describe(w) for w in matrices)
         raise ValueError(

@@ -62,7 +62,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"shape \[64, 16\], got float32\[16,64\]"):
         requantize(normal(16, 64), qt)
     with pytest.raises(TypeError, match="must be a QTensor"):
-        requantize(normal(16, 64), normal(16, 64))  # pyright: ignore[reportArgumentType]
+        requantize(normal(16, 64), normal(16, 64))  # pyright: ignore
     with pytest.raises(ValueError, match=r"must be int8\[64, 16\], got int32"):
         qt.with_codes(jnp.zeros((64, 16), jnp.int32))
     with pytest.raises(TypeError, match="no gradient"):
