@@ -50,14 +50,15 @@ class Network(nnx.Module):
         self.convs = nnx.List(
             [nnx.Conv(before, after, (3, 3), rngs=rngs) for before, after in channels]
         )
-        self.out = nnx.Linear(32, 10, rngs=rngs)
+        # Recipes leave an output head in floats. A layer named "out" would be one.
+        self.linear = nnx.Linear(32, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for i, conv in enumerate(self.convs):
             x = nnx.relu(conv(x))
             if i < 2:
                 x = nnx.max_pool(x, (2, 2), strides=(2, 2))
-        return self.out(x.mean((1, 2)))
+        return self.linear(x.mean((1, 2)))
 
 
 # %% Training
@@ -137,5 +138,5 @@ print(f"\n{static_report}")
 program = str(jax.make_jaxpr(lambda x: static_model(x))(jnp.asarray(images[:2])))
 num_int8 = program.count("preferred_element_type=int32")
 print(f"\nconvolutions of int8 with int32 sums: {num_int8} of 3")
-kernel = static_model.out.kernel[...]
+kernel = static_model.linear.kernel[...]
 print(f"the linear layer: {jaxq.explain(jnp.ones((2, 32)), kernel)}")
