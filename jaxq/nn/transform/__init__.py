@@ -1,10 +1,11 @@
-"""The loop that quantizes a model, and what it needs to know of each kind of model.
+"""The loop that quantizes a model, and the adapters for the kinds of models.
 
-`_loop.py` is the loop. It works on slots (`_slot.py`): one for each weight that a rule
-may quantize. `_nnx.py`, `_linen.py` and `_tree.py` have the public functions, and the
-adapters that list a model's slots and put the results back. `_matching.py` checks all
-slots first, `_weight.py` quantizes one weight, and `_folding.py` and `_rotation.py`
-change a model before its weights are quantized.
+`_loop.py` has the loop. The loop works on slots (`_slot.py`). There is one slot for
+each weight that a rule may quantize. `_nnx.py`, `_linen.py` and `_tree.py` have the
+public functions and the adapters. An adapter lists the slots of a model and puts the
+results back. `_matching.py` checks all slots before the first one is quantized.
+`_weight.py` quantizes one weight. `_folding.py` and `_rotation.py` change a model
+before its weights are quantized.
 """
 
 from jaxq.nn.transform._folding import register_folding

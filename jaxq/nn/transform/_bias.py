@@ -1,4 +1,4 @@
-"""Bias correction of one layer: what its quantized weight misses on average.
+"""Bias correction: adds the mean output error of a quantized weight to the bias.
 
 References:
   Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
@@ -24,21 +24,25 @@ def corrected_bias(
     fallback: str,
     name: str,
 ) -> tuple[jax.Array, str]:
-    """A layer's bias plus the mean output that its quantized weight misses.
+    """Adds the mean error of a layer's output, caused by rounding, to its bias.
 
     If the correction increases the error on held-out inputs, the bias stays.
 
     Args:
       bias: `[*batch, *kept]`.
-      floats: the weight.
+      floats: the float weight, of the shape of `qt`.
       qt: the quantized weight.
-      stats: of the layer's inputs.
-      fallback: "rtn" keeps the bias if the correction does worse, "none" corrects it
-        anyway, "raise" raises.
-      name: what errors call the weight.
+      stats: statistics of the layer's inputs.
+      fallback: what to do if the correction increases the error. "rtn" keeps the bias,
+        "none" corrects it anyway, "raise" raises an error.
+      name: the name of the weight in errors.
 
     Returns:
       (the bias, a note for the report).
+
+    Raises:
+      ValueError: `fallback` is "raise" and the correction increases the error on
+        held-out inputs.
     """
     rounded = dequantize(qt.with_activation(None), dtype=jnp.float32)
     w, w_hat = as_matrix(qt, floats), as_matrix(qt, rounded)  # [*batch, in, out]
@@ -48,18 +52,22 @@ def corrected_bias(
         w.astype(jnp.float32) - w_hat,
         precision=jax.lax.Precision.HIGHEST,
     )  # [*batch, rows, out]
-    # Rows that hold no data are zeros; the correction must not be counted there.
+    # Unused rows of `held_out` are zeros. The correction must not count as an error
+    # there.
     is_filled = (stats.held_out_ranks >= 0)[..., None]
     corrected = jnp.where(is_filled, missing - shift[..., None, :], 0.0)
     after, before = jnp.sum(corrected**2), jnp.sum(missing**2)
     if bool(after > before) and fallback != "none":
         ratio = float(after / before)
         reason = (
-            "bias correction does worse on held-out inputs "
-            f"({ratio:.3g} times the error)"
+            "bias correction increases the error on held-out inputs "
+            f"({ratio:.3g} times the error without it)"
         )
         if fallback == "raise":
-            raise ValueError(f"{name}: {reason}. Pass fallback='rtn' or 'none'.")
+            raise ValueError(
+                f"{name}: {reason}. Pass fallback='rtn' to keep the bias, or 'none' to "
+                "correct it anyway."
+            )
         return bias, f"{reason}, so the bias stays"
     shifted = bias.astype(jnp.float32) + shift.reshape(bias.shape)
     few_rows = methods.few_tokens(stats, w.shape[-2])

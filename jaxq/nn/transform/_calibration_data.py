@@ -1,4 +1,4 @@
-"""What the loop knows of a model's data: batches, or statistics made before."""
+"""The calibration data of one call: batches, or statistics of batches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class _Model(Protocol):
 
 
 class CalibrationData:
-    """The data of one call, and whether a layer has used them.
+    """The calibration data of one call. `used` is True once a layer has read them.
 
     Args:
-      model: the adapter of the model that the batches run through.
-      options: with the batches or the statistics.
+      model: the adapter of the model. The batches run through this model.
+      options: `calibration` is a list of batches, statistics by path, or None.
     """
 
     def __init__(self, model: _Model, options: Options):
@@ -37,17 +37,17 @@ class CalibrationData:
     def statistics(
         self, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]:
-        """Statistics of some layers, in the model as it is now.
+        """Statistics of the inputs of some layers, in the present state of the model.
 
         Args:
-          wanted: what to count for each path.
+          wanted: which statistics to collect, by the path of the layer.
 
         Returns:
-          Statistics by path. Empty without data.
+          Statistics by path. Empty if there are no data.
 
         Raises:
-          ValueError: the statistics that the caller passed miss a layer, or the state
-            of an observer is of another kind.
+          ValueError: the caller passed statistics that do not have one of the layers,
+            or whose observer state belongs to another observer.
         """
         if not wanted or not self:
             return {}
@@ -57,24 +57,28 @@ class CalibrationData:
         return self._model.statistics(self._options, wanted)
 
     def before_folding(self, paths: Iterable[str]) -> Mapping[str, LayerStats]:
-        """Statistics of the layers whose inputs get new scales.
+        """Statistics of some layers, before scales are folded into the model.
+
+        Args:
+          paths: the layers whose inputs get new scales.
 
         Raises:
           ValueError: the caller passed statistics instead of batches.
         """
         if self._options.statistics is not None:
             raise ValueError(
-                f"{self._options.caller}: a method that folds scales changes what "
-                "reaches the layers, so it needs the batches themselves as "
-                "calibration=, not statistics."
+                f"{self._options.caller}: a method that folds scales changes the "
+                "inputs of the layers, so it needs the batches themselves. Pass "
+                "batches as calibration=, not statistics."
             )
         return self.statistics(dict.fromkeys(paths, StatsRequest(hessian=False)))
 
     def unused_notes(self, read_arguments: tuple[str, ...]) -> list[str]:
-        """What the report says of data that no layer has used.
+        """A note for the report if no layer has read the data.
 
         Args:
-          read_arguments: names of arguments that the adapter used itself.
+          read_arguments: names of the arguments that the adapter has read itself. The
+            note leaves them out.
         """
         if self.used:
             return []
@@ -89,11 +93,11 @@ class CalibrationData:
 
 
 def needs_statistics(rule: Rule, has_rows: bool) -> bool:
-    """True if data about a layer's input, if there are any, have a use for its rule.
+    """True if the rule of a layer can use statistics of the layer's input.
 
     Args:
-      rule: of the layer.
-      has_rows: rows of the input meet the weight as a matrix.
+      rule: the rule of the layer.
+      has_rows: the layer multiplies the rows of its input by its weight as a matrix.
     """
     if rule.observer is not None:
         return True
@@ -107,10 +111,12 @@ def needs_statistics(rule: Rule, has_rows: bool) -> bool:
 def wanted_statistics(
     layers: Iterable[tuple[str, Rule, bool]],
 ) -> dict[str, StatsRequest]:
-    """What to count of the inputs of some layers.
+    """The statistics to collect for each layer, by path.
+
+    Layers whose rules use no statistics are left out.
 
     Args:
-      layers: path, rule and whether rows of the input meet the weight as a matrix.
+      layers: path, rule and `has_rows` of each layer, as in `needs_statistics`.
     """
     wanted = {}
     for path, rule, has_rows in layers:
@@ -124,11 +130,11 @@ def wanted_statistics(
 def _checked(
     statistics: Mapping[str, Any], wanted: Mapping[str, StatsRequest]
 ) -> dict[str, LayerStats]:
-    """The statistics of the wanted layers, from those that the caller passed."""
+    """Checks the statistics that the caller passed; returns those of some layers."""
     missing = [path for path in wanted if path not in statistics]
     if missing:
         raise ValueError(
-            f"quantize_model: calibration has no statistics of {missing}. Make them "
+            f"quantize_model: calibration= has no statistics of {missing}. Make them "
             "with jaxq.nn.calibrate, or pass batches as calibration=."
         )
     checked = {}

@@ -1,4 +1,4 @@
-"""Float arrays that are freed as soon as their quantized weights exist."""
+"""Frees float arrays as soon as their quantized weights exist (`donate=True`)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from jaxq.qtensor import QTensor
 class Donated:
     """Counts the uses of arrays, and frees an array when its last use has ended.
 
-    An array may be used under several names. If one of the uses stays in floats, the
-    array is never freed. An array that is not listed is never freed either.
+    An array may be used under several names. If one of these uses stays in floats, the
+    array is never freed. An array that is not in `arrays` is never freed either.
 
     Args:
-      arrays: all arrays of the model, each as often as it is used. They must stay alive
-        as long as this object is used, because they are told apart by identity.
+      arrays: all arrays of the model, each as often as it is used. Arrays are told
+        apart by `id`, so they must stay alive as long as this object is used.
     """
 
     def __init__(self, arrays: Iterable[Any]):
         self._num_uses = collections.Counter(map(id, arrays))
 
     def end_use(self, array: Any, qt: QTensor) -> None:
-        """Ends one use of `array`, from which `qt` was made."""
+        """Ends one use of `array`, and frees it after the last use.
+
+        `qt` was made from `array`.
+        """
         self._num_uses[id(array)] -= 1
         if not self._num_uses[id(array)] and isinstance(array, jax.Array):
             # The computation of `qt` may still read the array.

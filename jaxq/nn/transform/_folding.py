@@ -1,11 +1,10 @@
-"""Scales that a method moves from a layer's inputs into the layer before it.
+"""Folding: a method moves scales from a layer's inputs into the previous layer.
 
 AWQ, SmoothQuant and cross-layer equalization multiply the rows of a weight by scales,
-and divide the outputs of the layer before by the same scales. The model computes the
-same as before, and its weights or inputs are easier to quantize. Which scales are best
-is known to the method (`Method.folding`). Where scales can be moved is known to the
-model's class: it has the methods `scale_groups()` and `fold_scales(scales)`, or
-`register_folding` adds them.
+and divide the outputs of the previous layer by the same scales. The model computes the
+same as before, and its weights or inputs are easier to quantize. The method finds the
+best scales (`Method.folding`). The model's class says where scales can be moved. It has
+the methods `scale_groups()` and `fold_scales(scales)`, or `register_folding` adds them.
 """
 
 from __future__ import annotations
@@ -28,9 +27,12 @@ from jaxq.recipes import Rule
 
 
 class Group(Protocol):
-    """Layers that read one input, and the module whose outputs can be scaled.
+    """Layers that read the same input, and the module that computes this input.
 
-    All attributes are paths, except `kind`.
+    Attributes:
+      source: path of the module. Its outputs can be scaled.
+      targets: paths of the layers that read the outputs of the source.
+      kind: of the source, "norm" or "linear".
     """
 
     @property
@@ -42,14 +44,14 @@ class Group(Protocol):
 
 
 class Outcome(NamedTuple):
-    """What happened to the scales of a layer's group.
+    """Whether the scales of a layer's group were moved, and the effect on its error.
 
     Attributes:
-      moved: the scales are in the model now.
-      note: why they are not, or another remark for the report.
+      moved: the scales are in the model now. In a plan: the scales can be moved.
+      note: why the scales were not moved, for the report. Empty if they were moved.
       loss: mean squared error of the layer's output on held-out inputs with the scales,
-        divided by the error without them. Weights (and inputs) are rounded to nearest
-        for it. None if it was not measured.
+        divided by the error without them. Both errors are those of rounding to nearest.
+        None if the loss was not measured.
     """
 
     moved: bool
@@ -70,7 +72,7 @@ def register_folding(
     groups: Callable[[Any], Iterable[Group]],
     fold: Callable[[Any, Mapping[str, jax.Array]], Any],
 ) -> None:
-    """Tells jaxq where scales can be moved in models of a class.
+    """Tells jaxq where scales can be moved in the models of a class.
 
     A class with the methods `scale_groups` and `fold_scales` does not need this.
 
@@ -80,8 +82,8 @@ def register_folding(
         layer), `targets` (paths of the linear layers that read its output) and `kind`
         ("norm" or "linear").
       fold: `(model, scales) -> model`. `scales` maps sources to float32 `[n]`. In the
-        new model, the outputs of each source are divided by its scale, and the rows of
-        its targets' weights are multiplied by it.
+        new model, the outputs of each source are divided by the scale of the source.
+        The rows of its targets' weights are multiplied by the same scale.
 
     Example:
       >>> import jaxq
@@ -96,15 +98,16 @@ def groups_to_fold(
 ) -> list[tuple[Group, Rule]]:
     """The groups whose scales are moved, each with the rule that its layers share.
 
-    A layer that is in no group is left out. The report says why.
+    The scales of a layer that is not in a group are not moved. The report says why.
 
     Args:
       model: a flax nnx module.
       rules: the rule of each layer, by path.
 
     Raises:
-      ValueError: a rule's method moves scales, and jaxq does not know where they can go
-        in the model's class; or the layers of a group have different rules.
+      ValueError: a rule's method moves scales, and jaxq does not know where scales can
+        go in the model's class; or a rule's method moves scales, and the layers of its
+        group have different rules.
     """
     wanted = {path for path, rule in rules.items() if folding_of(rule) is not None}
     if not wanted:
@@ -112,10 +115,10 @@ def groups_to_fold(
     registered = _model_folding(type(model))
     if registered is None:
         raise ValueError(
-            f"quantize_model: methods {_folding_methods()} move scales into the layer "
-            "before, and jaxq does not know where scales can go in a "
-            f"{type(model).__name__}. Register it with jaxq.nn.register_folding, or "
-            "use another method."
+            f"quantize_model: the methods {_folding_methods()} move scales into the "
+            "previous layer. jaxq does not know where scales can go in a "
+            f"{type(model).__name__}. Register the class with "
+            "jaxq.nn.register_folding, or use another method."
         )
     groups = []
     for group in registered.groups(model):
@@ -124,19 +127,20 @@ def groups_to_fold(
         if len(actions) == 1 and rule is not None and folding_of(rule) is not None:
             groups.append((group, rule))
         elif wanted.intersection(group.targets):
-            asking = ", ".join(sorted(wanted.intersection(group.targets)))
+            paths = ", ".join(sorted(wanted.intersection(group.targets)))
             raise ValueError(
-                f"quantize_model: {', '.join(group.targets)} read one input. A method "
-                f"that moves scales into the layer before ({asking}) needs the same "
-                "rule for all of them."
+                f"quantize_model: the layers {', '.join(group.targets)} read the same "
+                f"input, and the method of {paths} scales this input. Give all of "
+                "these layers the same rule."
             )
     return groups
 
 
 def layers_to_watch(groups: Sequence[tuple[Group, Rule]]) -> list[str]:
-    """The layers whose inputs `fold_scales` reads: the first target of each group.
+    """Paths of the layers of whose inputs `fold_scales` needs statistics.
 
-    The source is one of them if the method judges it.
+    These are the first target of each group, and the source if the method also judges
+    the rounding error of the source.
     """
     targets = [group.targets[0] for group, _ in groups]
     sources = [
@@ -150,7 +154,7 @@ def layers_to_watch(groups: Sequence[tuple[Group, Rule]]) -> list[str]:
 def planned_outcomes(
     model: Any, groups: Sequence[tuple[Group, Rule]]
 ) -> dict[str, Outcome]:
-    """What can happen to the scales of each target, before any scale is computed."""
+    """Whether scales can be moved to each target, by path, before they are computed."""
     modules = _modules_by_path(model)
     outcomes: dict[str, Outcome] = {}
     for group, rule in groups:
@@ -167,22 +171,26 @@ def fold_scales(
     stats: Mapping[str, LayerStats],
     fallback: str,
 ) -> tuple[Any, dict[str, Outcome]]:
-    """Computes the scales of each group and moves them.
+    """Computes the scales of each group and moves them into the model.
 
-    The model computes the same afterwards. If `fallback` is "rtn", scales that increase
-    the error on held-out inputs are not moved. The error is the sum over the group. If
-    a method also changes the rounding error of the source, the mean of the two losses
-    decides.
+    The new model computes the same as the old one. If `fallback` is "rtn", scales that
+    increase the error on held-out inputs are not moved. The error of a group is the sum
+    over its targets. If the method also judges the source, the mean of the targets'
+    loss and the source's loss decides.
 
     Args:
       model: with float weights. It is not changed.
-      groups: with the rule of each.
+      groups: the groups, each with its rule.
       rules: the rule of each layer, by path.
-      stats: of `layers_to_watch`, by path.
+      stats: statistics of the layers that `layers_to_watch` names, by path.
       fallback: as in `quantize_model`.
 
     Returns:
       (the new model, the outcome of each target by path).
+
+    Raises:
+      ValueError: `fallback` is "raise" and scales increase the error on held-out
+        inputs.
     """
     registered = _model_folding(type(model))
     assert registered is not None
@@ -202,7 +210,7 @@ def fold_scales(
 
 
 def folding_of(rule: Rule | None) -> Folding | None:
-    """How a rule's method moves scales; None if it does not, or there is no method."""
+    """The `folding` of a rule's method. None if there is no rule or no folding."""
     return None if rule is None else methods.get(rule.method).folding
 
 
@@ -227,7 +235,10 @@ def _model_folding(cls: type) -> _ModelFolding | None:
 
 
 def _action(rule: Rule | None) -> Rule | None:
-    """What a rule does, without the fields that say which layers it matches."""
+    """A rule without the fields that say which layers it matches, to be compared.
+
+    None if the rule skips the layer, or if there is no rule.
+    """
     if rule is None or rule.skip:
         return None
     return dataclasses.replace(
@@ -244,7 +255,10 @@ def _modules_by_path(model: Any) -> dict[str, Any]:
 def _weights(
     modules: Mapping[str, Any], group: Group
 ) -> tuple[jax.Array | None, list[jax.Array]]:
-    """The weight of the source, None unless it is a linear layer, and the targets'."""
+    """The weight of the source and the weights of the targets.
+
+    The first is None unless the source is a linear layer.
+    """
     source = None
     if group.kind == "linear":
         source = modules[group.source].kernel.get_value()
@@ -258,11 +272,12 @@ def _judged_scale(
     modules: Mapping[str, Any],
     stats: Mapping[str, LayerStats],
 ) -> tuple[jax.Array, Sequence[float | None], float | None]:
-    """The scale of a group, and what it does to errors on held-out inputs.
+    """The scale of a group, and the losses on held-out inputs with this scale.
 
     Returns:
-      (scale `[in]`, the loss of each target, the loss that decides). Losses are None
-      without held-out inputs.
+      (scale `[in]`, the loss of each target, the loss of the group). The losses are
+      None if there are no held-out inputs. If the loss of the group is over 1, the
+      scale increases the error.
     """
     folding = _folding(rule)
     source, weights = _weights(modules, group)
@@ -285,7 +300,10 @@ def _target_losses(
     scale: jax.Array,
     stats: LayerStats | None,
 ) -> tuple[Sequence[float | None], float | None]:
-    """The loss of each target, and that of all together; None without held-out rows."""
+    """The loss of each target, and the loss of all targets together.
+
+    The losses are None if there are no held-out rows.
+    """
     if stats is None or not int(stats.num_held_out):
         return [None] * len(weights), None
     errors = []
@@ -332,17 +350,21 @@ def _ratio(error: float, reference: float) -> float:
 
 
 def _why_worse(group: Group, rule: Rule, loss: float, fallback: str) -> str:
-    """Why the scales of a group are not moved; empty if they are."""
+    """Why the scales of a group are not moved. Empty if they are moved.
+
+    Raises:
+      ValueError: `fallback` is "raise" and the loss is over 1.
+    """
     if loss <= 1 or fallback == "none":
         return ""
     reason = (
-        f"{rule.method}'s scales do worse than none on held-out inputs "
-        f"({loss:.3g} times the error)"
+        f"{rule.method}'s scales increase the error on held-out inputs "
+        f"({loss:.3g} times the error without them)"
     )
     if fallback == "raise":
         raise ValueError(
             f"quantize_model: {', '.join(group.targets)}: {reason}. "
-            "Pass fallback='rtn' or 'none'."
+            "Pass fallback='rtn' to leave out the scales, or 'none' to move them."
         )
     return f"{reason}, so they are left out"
 
@@ -358,19 +380,19 @@ def _output_error(
     activation: QuantSpec | None,
     static: bool,
 ) -> jax.Array:
-    """`sum (x w - Q(x / r) Q(r w / c) c)^2` over held-out rows x.
+    """The squared output error on held-out rows: `sum (x w - Q(x / r) Q(r w / c) c)^2`.
 
-    Both sides are rounded to nearest, as the rule says. r are the scales of rows, c
-    those of columns.
+    `x` are the held-out rows, `r` the scales of the rows of `w`, and `c` the scales of
+    its columns. `Q` rounds to nearest by the spec of the weight or of the inputs.
 
     Args:
       w: float `[in, out]`.
       row_scale: `[in]`.
       column_scale: `[out]`.
-      stats: of the inputs.
-      weight: spec of the weight.
-      activation: spec of the inputs; None leaves them in floats.
-      static: the inputs have one range, which calibration found.
+      stats: statistics of the inputs.
+      weight: the spec of the weight.
+      activation: the spec of the inputs. None leaves them in floats.
+      static: the inputs have a static range, from their extremes in `stats`.
     """
     scaled = w.astype(jnp.float32) * row_scale[:, None] / column_scale[None]
     qt = quantize(

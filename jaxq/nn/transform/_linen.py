@@ -1,4 +1,4 @@
-"""quantize_model for Flax linen: the public function, and the adapter."""
+"""quantize_model for Flax linen: the public function and the adapter of modules."""
 
 from __future__ import annotations
 
@@ -60,63 +60,67 @@ def quantize_model(
 ) -> tuple[Quantized, Any, Report]:
     """Returns a linen module and variables with quantized weights.
 
-    The module and variables that are passed do not change.
+    The arguments `module` and `variables` do not change.
 
-    It quantizes Dense, DenseGeneral (and so attention), Einsum, Conv, ConvTranspose and
-    Embed. The layers may be anywhere in the module: in `nn.scan` or `nn.vmap` (stacked
-    along axis 0), `nn.remat` and `nn.jit`. Rules of `kinds=("Linear",)` match Dense
-    too, and "LinearGeneral" matches DenseGeneral.
+    The function quantizes Dense, DenseGeneral, Einsum, Conv, ConvTranspose and Embed.
+    Attention layers consist of DenseGeneral layers, so they are quantized too. The
+    layers may be anywhere in the module: in `nn.scan` or `nn.vmap` (stacked along axis
+    0), `nn.remat` and `nn.jit`. A rule with `kinds=("Linear",)` matches Dense too, and
+    a rule with "LinearGeneral" matches DenseGeneral.
 
     A call of the module with abstract values shows which parameter belongs to which
-    layer. Weights that change between the variables and their layer are refused. All
-    layers are checked before the first one is quantized. One error names all problems.
+    layer. If the module changes a weight before its layer reads it, an error is raised.
+    All layers are checked before the first one is quantized. One error names all
+    problems.
 
     Args:
       module: a linen module.
       variables: float variables as `module.apply` takes them, a dict or a FrozenDict.
-        Boxes of metadata (`nn.Partitioned`) are removed from the weights that are
-        quantized, because they describe axes that codes do not have.
+        Boxes of metadata (`nn.Partitioned`) are removed from quantized weights. These
+        boxes describe axes that codes do not have.
       recipe: a name, a `QuantSpec` for every weight, or a `jaxq.Recipe`, as in
         `jaxq.quantize_model`.
       example: an input of the module or its `jax.ShapeDtypeStruct`: an array, a tuple
         of arguments or a dict of named ones. The dict may have `method=`, `rngs=` and
-        `mutable=` of `apply`. None uses the first batch of `calibration`. Without that,
-        inputs of usual shapes are tried until one reaches all parameters.
+        `mutable=` of `apply`. None uses the first batch of `calibration`. If there are
+        no batches, inputs of usual shapes are tried until one reaches all parameters.
       calibration: batches of real inputs, for methods that need data (`jaxq.methods`),
         or the statistics that `jaxq.nn.linen.calibrate` returned for such batches.
-        Layers inside `nn.scan` or another lifted transform cannot be watched.
+        Calibration cannot see the inputs of layers inside `nn.scan` or another lifted
+        transform.
       mask: which rows of a batch count, as in `calibrate`.
       forward: `forward(module, variables, batch)` runs an example or a batch.
-      sequential: "blocks" (or True) or "layers", as in `jaxq.quantize_model`. A block
-        is what has the same path up to the first number ("layers_3").
+      sequential: "blocks" (or True) or "layers", as in `jaxq.quantize_model`. Layers
+        whose paths are equal up to the first number ("layers_3") are one block.
       resume: a folder for the results of finished blocks, as in `jaxq.quantize_model`.
       fallback: what happens to a layer whose method does worse than rounding to nearest
         on held-out inputs, as in `jaxq.quantize_model`.
-      strict: these are errors: a rule that matches nothing; a matrix that a module of
-        yours creates with `self.param` and that no rule matches; a weight that a rule
-        quantizes and the example does not reach. False leaves these in floats, and the
-        report says so.
+      strict: raises an error for a rule that matches nothing, for a matrix that one of
+        your modules creates with `self.param` and that no rule matches, and for a
+        weight that a rule quantizes but the example does not reach. False leaves these
+        weights in floats, and the report says so.
       donate: frees each float weight among `variables` when its codes exist, as in
-        `jaxq.quantize_model`. It cannot be combined with data.
+        `jaxq.quantize_model`. It cannot be combined with `calibration`.
       key: PRNG key, for methods that draw random numbers and for
         `rounding="stochastic"`.
-      on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`. "raise"
-        names path and index.
+      on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`. The
+        error of "raise" names the path and the index.
       progress: show a line of progress. None shows it on a terminal.
 
     Returns:
       (a `Quantized` module, variables, a `Report`). Quantized parameters are QTensors.
-      The other variables are those that were passed.
+      The other variables are those of `variables`; only corrected biases differ.
 
     Raises:
-      TypeError: `module` is not a linen module, or it is quantized already; `variables`
-        has no "params"; `calibration` is one array.
+      TypeError: `module` is not a linen module; `module` is quantized already;
+        `variables` has no "params"; `calibration` is one array instead of batches.
       ValueError: the recipe is unknown; the module cannot be called with the example;
-        layers cannot be quantized; a rule matches nothing; no rule matches a matrix of
-        an unknown module; the example does not reach a weight; a method or an observer
-        needs data and `calibration` is None; a method moves scales into other layers
-        (linen modules do not say where they can go); stochastic rounding without `key`;
-        the errors of `calibrate`.
+        a layer cannot be quantized by its rule; a rule matches nothing; no rule matches
+        a matrix of a module that jaxq does not know; the example does not reach a
+        weight; a method or an observer needs data and `calibration` is None; a method
+        moves scales into other layers, because linen modules do not say where scales
+        can go; a rule has stochastic rounding and `key` is None. The errors of
+        `calibrate` are raised too.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -152,7 +156,14 @@ def quantize_model(
 
 
 def check_module(module: Any, variables: Any, caller: str) -> None:
-    """Raises a TypeError unless these are a float linen module and its variables."""
+    """Raises a TypeError unless the arguments are a float linen module and variables.
+
+    Args:
+      module: anything.
+      variables: anything.
+      caller: the name of the public function. Errors begin with "linen." and this
+        name.
+    """
     if not isinstance(module, linen.Module):
         raise TypeError(
             f"linen.{caller}: module must be a flax linen Module, got "
@@ -166,29 +177,30 @@ def check_module(module: Any, variables: Any, caller: str) -> None:
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise TypeError(
             f"linen.{caller}: variables must be a dict with 'params', as module.init "
-            "returns it."
+            f"returns it, got {type(variables).__name__}."
         )
 
 
 class LinenAdapter:
-    """A linen module and its variables, as the loop sees them.
+    """The adapter of a linen module and its variables.
 
     Args:
       module: a linen module.
       variables: its float variables. Leaves may be `jax.ShapeDtypeStruct`s in a plan.
       recipe: the rules.
       example: an input of the module, or None.
-      options: `forward`, `strict`, and batches that may be the example.
+      options: `forward` and `strict`. The first batch is the example if that is None.
     """
 
     caller = "quantize_model"
     noun = "layer"
     no_folding = (
-        "linen modules do not say what that is; use another method, or an nnx model"
+        "linen modules do not say which layer that is. Use another method or an nnx "
+        "model"
     )
     no_data = ""
     unmatched_remedy = (
-        "To quantize one, multiply with it in a Dense, DenseGeneral or Einsum."
+        "To quantize a matrix, make it the kernel of a Dense, DenseGeneral or Einsum."
     )
     keys_follow_slots = True
     notes = ()
@@ -212,11 +224,11 @@ class LinenAdapter:
         self._recipe = recipe
         self._options = options
         self._structure = find_linen_layers(module, variables, example, options.forward)
-        # The parameters: quantized ones replace the floats here.
+        # Quantized weights replace the float parameters here.
         self._params = params_of(variables)
         self._slots: list[Slot] = []
         self._quantized: list[_Key] = []
-        # Why parameters stay in floats that are not slots, where a rule says it.
+        # Rules that skip parameters outside of slots. The report gives their reasons.
         self._skipped: dict[_Key, Rule] = {}
         self._unreached: list[str] = []
 
@@ -228,7 +240,7 @@ class LinenAdapter:
         return Inventory(self._slots, [*bare_rules, *unreached_rules], unmatched)
 
     def problems(self, slots: Sequence[Slot]) -> list[str]:
-        """Weights that their layers could not use as QTensors, or that are unknown."""
+        """Weights whose layers do not accept QTensors, or that the example misses."""
         planned = {
             slot.path: slot.planned for slot in slots if slot.planned is not None
         }
@@ -242,10 +254,9 @@ class LinenAdapter:
         if self._unreached and self._options.strict:
             problems.append(
                 f"  the call of the example does not reach "
-                f"{', '.join(self._unreached)}, so it is not known what layers they "
-                "belong to. Pass an example= (or forward=) whose call reaches them, a "
-                "dict with method= for example, or pass strict=False to leave them in "
-                "floats"
+                f"{', '.join(self._unreached)}, so jaxq does not know their layers. "
+                "Pass an example= (or forward=) whose call reaches them, for example a "
+                "dict with method=. Or pass strict=False to leave them in floats"
             )
         return problems
 
@@ -258,7 +269,7 @@ class LinenAdapter:
     def fold(
         self, slots: list[Slot], data: CalibrationData | None, fallback: str
     ) -> list[Slot]:
-        return slots  # `no_folding` refuses the methods that need it
+        return slots  # because of `no_folding`, methods that move scales are refused
 
     def call_order(self, options: Options) -> Mapping[str, tuple[int, ...]]:
         assert options.batches
@@ -342,8 +353,9 @@ class LinenAdapter:
         """Arrays that modules of unknown classes create with `self.param`.
 
         Returns:
-          (slots with the problem why they cannot be quantized, rules that skip some,
-          descriptions of the matrices that no rule matches).
+          (slots, rules, descriptions). The slots are the arrays that a rule quantizes.
+          Their `problem` says why this is not possible. The rules skip other arrays.
+          The descriptions are of matrices that no rule matches.
         """
         slots, rules, unmatched = [], [], []
         weights = {layer.key for layer in self._structure.layers.values()}
@@ -361,19 +373,20 @@ class LinenAdapter:
                 slots.append(_bare_slot(key, value, rule, cls))
             else:
                 rules.append(rule)
-                # The report says of a vector that it is not a matrix.
+                # For a vector, the report says "not a matrix" instead of the rule.
                 if value.ndim > 1:
                     self._skipped[key] = rule
         return slots, rules, unmatched
 
     def _match_unreached(self) -> list[Rule]:
-        """Finds matrices that the call of the example did not reach, with their rules.
+        """Matches rules against matrices that the call of the example did not reach.
 
-        The kind of their layer is not known. The name of a parameter tells which kinds
-        are possible. Matrices that a rule would quantize are noted in `_unreached`.
+        The layer kind of such a matrix is not known. The name of the parameter says
+        which kinds are possible. A matrix that a rule would quantize goes to
+        `_unreached`.
 
         Returns:
-          Rules that skip such matrices.
+          The rules that skip such matrices.
         """
         used_rules: list[Rule] = []
         for key, boxed in self._params.items():
@@ -395,7 +408,7 @@ class LinenAdapter:
         return used_rules
 
     def _class_name(self, scope: _Key) -> str:
-        """The class of the module in a scope; "-" if the call did not reach it."""
+        """The class of a scope's module. "-" if the example's call did not reach it."""
         cls = self._structure.classes.get(scope)
         return cls.__name__ if cls else "-"
 
@@ -438,13 +451,14 @@ _BARE = LinenKind(name="Param", weight="", roles=_no_roles, methods={})
 def _bare_slot(key: _Key, value: Any, rule: Rule, cls: type) -> Slot:
     """The slot of a matrix that a module creates with `self.param`.
 
-    It cannot be quantized: Flax checks that the stored value has the shape for which
-    the module asks.
+    Such a matrix cannot be quantized, because Flax checks that the stored value has
+    the shape that the module passes to `self.param`.
     """
     path = "/".join(key)
     problem = (
-        f"flax gives {cls.__name__} an array of the shape that it asks for, so this "
-        "can only be quantized in a Dense, DenseGeneral or Einsum"
+        f"{cls.__name__} creates it with self.param, and flax checks its shape, so a "
+        "QTensor cannot replace it. Make it the kernel of a Dense, DenseGeneral or "
+        "Einsum"
     )
     return Slot(
         path=path,
@@ -472,7 +486,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _box_note(boxed: Any) -> str:
-    """What the report says of a weight that was in a box of metadata."""
+    """A note for the report if a weight was in a box of metadata; otherwise empty."""
     if not isinstance(boxed, linen.meta.AxisMetadata):
         return ""
     names = getattr(boxed, "names", "")

@@ -1,10 +1,10 @@
-"""The one loop that quantizes a model, of whatever kind.
+"""The loop that quantizes a model. All kinds of models share it.
 
-`quantize_slots` checks all weights and moves scales where a method wants it. Then it
-quantizes block by block. It collects statistics of the inputs of a block, quantizes
-each weight by its rule, and puts the result into the model. `plan_slots` does the
-checks and makes the report, and quantizes nothing. Everything that depends on the kind
-of model is in the model's `Adapter`.
+`quantize_slots` checks all weights, and folds scales if a method does this. Then it
+goes through the blocks of the model. For each block it collects statistics of the
+layers' inputs, quantizes each weight by its rule, and puts the results into the model.
+`plan_slots` makes the same checks and returns the report. It quantizes nothing. The
+`Adapter` of a model does everything that depends on the kind of model.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def quantize_slots(
     """Quantizes the weights of a model by the rules of a recipe.
 
     Args:
-      adapter: of the model. It holds a copy that may be changed.
+      adapter: the adapter of the model. It holds a copy that may be changed.
       recipe: the rules.
       options: the other arguments of `quantize_model`.
 
@@ -66,13 +66,13 @@ def quantize_slots(
     keys = _keys(chosen, blocks, adapter, options)
     donated = Donated(adapter.arrays() if options.donate else ())
     rows = {slot.weight: _row_before(slot) for slot in slots if not slot.chosen}
-    # The quantized weights, by what identifies the float weight.
+    # The quantized weights, by `Slot.weight`.
     weights: dict[Hashable, QTensor] = {}
     for number, block in enumerate(blocks):
-        # The results of an earlier run that stopped later than here.
+        # Not empty if an earlier run has finished this block.
         finished = resume.read(number, [slot.name for slot in block])
         data.used = data.used or bool(finished)
-        # The blocks before are quantized by now, so the data pass through codes.
+        # The earlier blocks are quantized now, so their errors are in the statistics.
         stats = {} if finished else _statistics(data, block)
         results: dict[str, Result] = {}
         show = options.progress and bool(stats)
@@ -125,7 +125,7 @@ def _keys(
 def _statistics(
     data: CalibrationData, block: Sequence[Slot]
 ) -> Mapping[str, LayerStats]:
-    """What the rules of a block need to know of its layers' inputs."""
+    """The statistics that the rules of a block use, by the path of the layer."""
     layers = []
     for slot in block:
         assert slot.rule is not None
@@ -140,7 +140,7 @@ def _quantize_slot(
     key: jax.Array,
     options: Options,
 ) -> Result:
-    """Quantizes one weight, corrects its bias, and measures the row of the report."""
+    """Quantizes one weight, corrects its bias, and measures its row of the report."""
     rule = slot.rule
     assert rule is not None
     # On a mesh with explicit axes, the steps of a method would need shardings.
@@ -164,10 +164,10 @@ def _quantize_slot(
 
 
 def _of_stack(stats: LayerStats | None, stack: tuple[int, ...]) -> LayerStats | None:
-    """Statistics with the axes of a stack of weights, `[*stack]`, in front.
+    """Statistics that have the leading axes `[*stack]` of a stack of weights.
 
-    Under linen's `nn.vmap`, all elements of a stack may read one input. Then the
-    statistics have fewer axes than the stack.
+    Under linen's `nn.vmap`, all layers of a stack may read the same input. Then the
+    statistics have fewer axes than the stack, and are broadcast.
     """
     if stats is None or stats.count.ndim >= len(stack):
         return stats
@@ -178,7 +178,7 @@ def _of_stack(stats: LayerStats | None, stack: tuple[int, ...]) -> LayerStats | 
 
 
 def _row_before(slot: Slot) -> Row:
-    """The row of a slot, as far as it is known before anything is quantized."""
+    """The row of a slot before anything is quantized, without measured errors."""
     if not slot.chosen:
         return float_row(slot.name, slot.kind.name, slot.value, skip_reason(slot.rule))
     assert slot.rule is not None

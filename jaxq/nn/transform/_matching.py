@@ -1,7 +1,8 @@
-"""Checks before anything is quantized. All problems are named in one error.
+"""Checks before anything is quantized. One error names all problems.
 
-Every slot is checked against its rule: axes, spec, activation, method, data. Rules that
-match nothing, and matrices that no rule matches, are errors too unless `strict=False`.
+Every slot is checked against its rule: axes, spec, activation, method and data. A rule
+that matches nothing is an error unless `strict=False`. A matrix that no rule matches,
+in a module that jaxq does not know, is also an error unless `strict=False`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jaxq.recipes import Recipe, Rule
 # The most names that an error lists.
 _MOST_LISTED = 12
 
-# Last words in the names of parameters that are added or looked up, not multiplied.
+# The names of parameters that are not multiplied as matrices end with these words.
 _NOT_MULTIPLIED = re.compile(
     r"(^|_)(bias|embed|embedding|gain|gamma|norm|pos|position|scale|token)s?$"
 )
@@ -33,20 +34,21 @@ _NOT_MULTIPLIED = re.compile(
 def matched_slots(
     adapter: Adapter, recipe: Recipe, options: Options, *, has_data: bool | None
 ) -> tuple[list[Slot], tuple[str, ...]]:
-    """The slots of a model, after all checks, with what each of them will become.
+    """Checks the slots of a model, and fills in `Slot.planned`.
 
     Args:
-      adapter: of the model.
+      adapter: the adapter of the model.
       recipe: the rules.
       options: `strict` and `on_nonfinite`.
-      has_data: whether there are calibration data; None if that is not known yet.
+      has_data: whether there are calibration data. None if this is not known yet.
 
     Returns:
       (slots, notes for the report on rules that match nothing).
 
     Raises:
-      ValueError: weights that cannot be quantized; rules that match nothing; matrices
-        that no rule matches.
+      ValueError: a weight cannot be quantized by its rule. With `strict`: a rule
+        matches nothing, or no rule matches a matrix of a module that jaxq does not
+        know.
     """
     inventory = adapter.inventory()
     slots = [_planned(slot, adapter, has_data, options) for slot in inventory.slots]
@@ -60,8 +62,8 @@ def matched_slots(
         raise ValueError(
             f"{adapter.caller}: these {adapter.noun}s cannot be quantized:\n"
             + "\n".join(problems)
-            + "\nSkip them with jaxq.Rule(path, skip=True) in a jaxq.Recipe, give them "
-            "a rule with another spec or method, or change them."
+            + f"\nSkip these {adapter.noun}s with jaxq.Rule(path, skip=True) in a "
+            "jaxq.Recipe, give them a rule with another spec or method, or change them."
         )
     unused = _unused_rules(recipe, inventory)
     if options.strict:
@@ -74,9 +76,10 @@ def matched_slots(
 def bare_rule(
     recipe: Recipe, path: str, shape: Sequence[int], module: type
 ) -> Rule | None:
-    """The rule for a matrix that a module of the user's holds itself.
+    """The first rule that matches a bare matrix, which is not in a known layer.
 
-    Only a rule that names the kind "Param" applies: other rules are about layers.
+    Only rules with "Param" in `kinds` apply to such a matrix. Other rules apply to
+    layers only.
     """
     for rule in recipe.rules:
         if "Param" in rule.kinds and rule.matches(path, "Param", tuple(shape), module):
@@ -85,15 +88,17 @@ def bare_rule(
 
 
 def is_multiplied(path: str, shape: Sequence[int], module: type) -> bool:
-    """True if a module seems to multiply with an array that it holds itself.
+    """True if a module seems to multiply by an array that it holds.
+
+    This is a guess from the class of the module and the name and shape of the array.
 
     Args:
-      path: of the array.
-      shape: of the array.
+      path: the path of the array.
+      shape: the shape of the array.
       module: the class of the module.
     """
-    # Flax's own classes hold gains and biases. Only DenseParams, in which recurrent
-    # cells keep their matrices, holds what is multiplied.
+    # The classes of Flax hold gains and biases, not weight matrices. The
+    # exception is DenseParams: recurrent cells keep their weight matrices there.
     is_flax = module.__module__.startswith("flax.")
     if is_flax and module.__name__ != "DenseParams":
         return False
@@ -105,7 +110,7 @@ def is_multiplied(path: str, shape: Sequence[int], module: type) -> bool:
 def _planned(
     slot: Slot, adapter: Adapter, has_data: bool | None, options: Options
 ) -> Slot:
-    """A slot with `planned`, or with its problem."""
+    """A slot with `planned`, or with the problem that prevents its quantization."""
     if not slot.chosen or slot.problem:
         return slot
     try:
@@ -122,13 +127,13 @@ def _planned(
 
 
 def _check_axes(slot: Slot) -> None:
-    """Raises a ValueError if axes are unknown, or not those that the rule names."""
+    """Raises a ValueError if axes are unknown, or if the rule names other axes."""
     ndim, rule = len(slot.value.shape), slot.rule
     assert rule is not None
     if not slot.contracting:
         raise ValueError(
-            f"which of its {ndim} axes a product contracts is not known "
-            f"(shape {list(slot.value.shape)}). Say contracting= in its rule"
+            f"jaxq does not know which of its {ndim} axes a product contracts "
+            f"(shape {list(slot.value.shape)}). Pass contracting= to its rule"
         )
     for name in ("contracting", "batch"):
         wanted, actual = getattr(rule, name), getattr(slot, name)
@@ -136,13 +141,13 @@ def _check_axes(slot: Slot) -> None:
             continue
         if {axis % ndim for axis in wanted} != {axis % ndim for axis in actual}:
             raise ValueError(
-                f"its rule says {name}={tuple(wanted)}, and the layer itself "
-                f"{name}={tuple(actual)}"
+                f"its rule has {name}={tuple(wanted)}, but its axes are "
+                f"{name}={tuple(actual)}. Omit {name}= from the rule, or correct it"
             )
 
 
 def _check_method(slot: Slot, adapter: Adapter, has_data: bool | None) -> None:
-    """Raises a ValueError that names everything that the rule's method misses."""
+    """Raises a ValueError that names all problems of the rule's method with a slot."""
     rule = slot.rule
     assert rule is not None
     problems = [
@@ -182,7 +187,7 @@ def _method_problem(
     """Why the rule's method cannot quantize a layer; empty if it can."""
     method, name = methods.get(rule.method), f"method {rule.method!r}"
     if method.folding is not None and adapter.no_folding:
-        return f"{name} moves scales into the layer before, and {adapter.no_folding}"
+        return f"{name} moves scales into the previous layer, and {adapter.no_folding}"
     if method.matrices_only and slot.kind.windowed:
         return f"{name} is for matrices: Linear, LinearGeneral and Einsum"
     if not method.needs_data(dict(rule.options)):
@@ -193,7 +198,10 @@ def _method_problem(
 
 
 def _missing_data(what: str, adapter: Adapter, has_data: bool | None) -> str:
-    """That something needs data that are not there; empty if they are, or may be."""
+    """Says that `what` needs calibration data, if there are no data.
+
+    Empty if there are data, or if this is not known yet.
+    """
     if adapter.no_data:
         return f"{what} needs calibration data, and {adapter.no_data}"
     if has_data is False:
@@ -215,7 +223,7 @@ def _unused_rules(recipe: Recipe, inventory: Inventory) -> list[str]:
 def _raise_if_unused(
     unused: Sequence[str], inventory: Inventory, adapter: Adapter
 ) -> None:
-    """Raises a ValueError if a rule matches nothing, with the names there are."""
+    """Raises a ValueError if a rule matches nothing. It lists what rules can match."""
     if not unused:
         return
     names = [slot.label for slot in inventory.slots] + list(inventory.unmatched)
@@ -233,8 +241,9 @@ def _raise_if_unmatched(inventory: Inventory, adapter: Adapter) -> None:
     """Raises a ValueError if a matrix of an unknown module has no rule."""
     if inventory.unmatched:
         raise ValueError(
-            f"{adapter.caller}: {', '.join(inventory.unmatched)}: matrices of modules "
-            "jaxq does not know, and no rule matches them. "
-            f"{adapter.unmatched_remedy} To leave one in floats, add "
-            "jaxq.Rule(path, skip=True, kinds=('Param',)). strict=False leaves all."
+            f"{adapter.caller}: no rule matches these matrices of modules that jaxq "
+            f"does not know: {', '.join(inventory.unmatched)}. "
+            f"{adapter.unmatched_remedy} To leave a matrix in floats, add "
+            "jaxq.Rule(path, skip=True, kinds=('Param',)). To leave all of them in "
+            "floats, pass strict=False."
         )

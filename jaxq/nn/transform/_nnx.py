@@ -64,14 +64,14 @@ def quantize_model(
 ) -> tuple[Any, Report]:
     """Returns a copy of a model with quantized weights. The model does not change.
 
-    It quantizes Linear, LinearGeneral, Einsum, Conv, ConvTranspose and Embed, and the
-    kinds that `jaxq.nn.register_layer` added. Attention and LoRA layers consist of
-    these. The layers may be anywhere in the model. They may be stacked along leading
-    axes (`nnx.vmap`, `nnx.scan`), and several modules may share one.
+    The function quantizes Linear, LinearGeneral, Einsum, Conv, ConvTranspose and Embed,
+    and the kinds that `jaxq.nn.register_layer` added. Attention and LoRA layers consist
+    of these. The layers may be anywhere in the model. They may be stacked along leading
+    axes (`nnx.vmap`, `nnx.scan`), and several modules may share one layer.
 
-    A matrix that a module of yours holds itself, as an `nnx.Param`, is quantized if a
-    rule with `kinds=("Param",)` matches it. `x @ self.w`, `jaxq.matmul` and
-    `jaxq.einsum` then take it. Other functions raise an error.
+    One of your own modules may hold a matrix as an `nnx.Param`. This matrix is
+    quantized if a rule with `kinds=("Param",)` matches it. Then `x @ self.w`,
+    `jaxq.matmul` and `jaxq.einsum` accept the matrix. Other functions raise an error.
 
     All layers are checked before the first one is quantized. One error names all
     problems.
@@ -81,35 +81,37 @@ def quantize_model(
       recipe: a name, a `QuantSpec` for every weight, or a `jaxq.Recipe`.
         `jaxq.recipes.names()` lists the names: every preset for weight-only
         quantization, "w8a8", and others. Names and specs leave embeddings, output heads
-        and routers in floats. They recognize these by their kind and by their names
-        ("lm_head", "router", ...). The report says which layers they are.
+        and routers in floats. These layers are recognized by their kind and by their
+        names ("lm_head", "router", ...). The report lists them.
       calibration: batches of real inputs, or the statistics that `jaxq.nn.calibrate`
-        returned for such batches. Some methods (`jaxq.methods`) need them. The results
-        of the other methods are judged by them.
+        returned for such batches. Some methods (`jaxq.methods`) need calibration data.
+        The results of other methods are compared with rounding to nearest on the data.
       mask: which rows of a batch count, as in `calibrate`.
       forward: how to run a batch, as in `calibrate`.
       sequential: "blocks" (or True) quantizes block by block: the statistics of a block
-        are collected after the blocks before it were quantized. Layers whose paths are
+        are collected after all earlier blocks are quantized. Layers whose paths are
         equal up to the first number are one block. "layers" does the same layer by
-        layer; layers that read the same array (queries, keys and values) go together.
-        The data pass through the model once for each block, and only the statistics of
-        one block are in memory. Scales that a method moves into the layer before are
-        computed first, on the float model.
-      resume: a folder for the results of finished blocks, with `sequential`. The same
-        call later continues with the first block that has no result there. `mask` and
-        `forward` must be the same too; this is not checked.
+        layer. Layers that read the same array (queries, keys and values) are then one
+        block. The data pass through the model once for each block, and only the
+        statistics of one block are in memory. Scales that a method moves into the
+        previous layer are computed before all blocks, on the float model.
+      resume: a folder for the results of finished blocks. It needs `sequential`. If the
+        same call is made again later, it continues with the first block that has no
+        result in the folder. `mask` and `forward` must be the same too. This is not
+        checked.
       fallback: what happens to a layer whose method does worse than rounding to nearest
         on held-out inputs. "rtn" rounds it to nearest, and the report says so. "none"
         keeps the method's result. "raise" raises an error.
-      strict: rules that match nothing, and matrices of unknown modules that no rule
-        matches, are errors. False leaves these in floats, and the report says so.
+      strict: raises an error for a rule that matches nothing, and for a matrix that no
+        rule matches in a module that jaxq does not know. False leaves such a matrix in
+        floats, and the report says so.
       donate: frees each float weight of `model` when its codes exist, so that a model
         larger than half of the memory can be quantized. `model` must not be used
-        afterwards. It cannot be combined with data, because the model runs on them.
+        afterwards. It cannot be combined with `calibration`, which needs the weights.
       key: PRNG key, for methods that draw random numbers and for
         `rounding="stochastic"`.
-      on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`. "raise"
-        names path and index.
+      on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`. The
+        error of "raise" names the path and the index.
       progress: show a line of progress. None shows it on a terminal.
 
     Returns:
@@ -118,11 +120,12 @@ def quantize_model(
       does not see them.
 
     Raises:
-      TypeError: `model` is not an nnx module, or `calibration` is one array.
-      ValueError: the recipe is unknown; layers cannot be quantized; the model has no
-        layer that a rule matches; a rule matches nothing; no rule matches a matrix of
-        an unknown module; a method or an observer needs data and `calibration` is None;
-        stochastic rounding without `key`; the errors of `calibrate`.
+      TypeError: `model` is not an nnx module, or `calibration` is one array instead of
+        batches.
+      ValueError: the recipe is unknown; a layer cannot be quantized by its rule; a rule
+        matches nothing; no rule matches a matrix of a module that jaxq does not know; a
+        method or an observer needs data and `calibration` is None; a rule has
+        stochastic rounding and `key` is None. The errors of `calibrate` are raised too.
 
     Example:
       >>> import jaxq
@@ -158,12 +161,13 @@ def quantize_model(
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where a weight is.
+    """The place of a weight in the model.
 
     Attributes:
-      layer: the module.
-      kind: of the layer.
-      variable: the float variable. Layers that share a weight share it.
+      layer: the module that holds the weight.
+      kind: the kind of the layer.
+      variable: the variable of the float weight. Layers that share a weight share the
+        variable.
     """
 
     layer: Any
@@ -172,12 +176,12 @@ class _Place:
 
 
 class NnxAdapter:
-    """An nnx model, as the loop sees it.
+    """The adapter of an nnx model.
 
     Args:
-      model: changed in place. Pass a clone.
+      model: the model. The adapter changes it in place, so pass a clone.
       recipe: the rules.
-      options: with the key for a rotation.
+      options: `key` is the key for a rotation.
     """
 
     caller = "quantize_model"
@@ -185,9 +189,8 @@ class NnxAdapter:
     no_folding = ""
     no_data = ""
     unmatched_remedy = (
-        "To quantize one that is multiplied with, add "
-        "jaxq.Rule(path, weight=..., kinds=('Param',)) before the rules of a named "
-        "recipe, jaxq.recipes.get(name).rules."
+        "To quantize a matrix, add jaxq.Rule(path, weight=..., kinds=('Param',)). It "
+        "must come before the rules of a named recipe, jaxq.recipes.get(name).rules."
     )
     read_arguments: tuple[str, ...] = ()
     keys_follow_slots = False
@@ -200,7 +203,7 @@ class NnxAdapter:
             model = rotate_model(model, jax.random.fold_in(key, 1))
         self._model = model
         self._slots: list[Slot] = []
-        # The variables must stay alive: they are told apart by identity.
+        # Variables are told apart by `id`, so they must stay alive.
         self._variables: list[tuple[str, nnx.Variable]] = []
         self._quantized: dict[int, QuantizedParam] = {}
 
@@ -230,8 +233,9 @@ class NnxAdapter:
                 )
             elif rule.weight is not None:
                 raise ValueError(
-                    f"quantize_model: {array.path} must be an nnx.Param that a module "
-                    "holds as an attribute."
+                    f"quantize_model: a rule quantizes {array.path}, which must be an "
+                    "nnx.Param that a module holds as an attribute. Change the module, "
+                    "or add jaxq.Rule(path, skip=True, kinds=('Param',))."
                 )
             else:
                 other_rules.append(rule)
@@ -239,7 +243,7 @@ class NnxAdapter:
         return Inventory(slots, other_rules, unmatched)
 
     def problems(self, slots: Sequence[Slot]) -> list[str]:
-        """Layers that share a weight, and whose rules do not treat it the same way."""
+        """Layers that share a weight, but whose rules or axes are not the same."""
         problems = []
         first_slots: dict[Hashable, Slot] = {}
         for slot in slots:
@@ -250,11 +254,11 @@ class NnxAdapter:
             if _treatment(first) != _treatment(slot):
                 difference = "and only one of them is quantized"
                 if first.chosen and slot.chosen:
-                    difference = "which uses it in another way"
+                    difference = "and the rules or axes of the two differ"
                 problem = f"{other}, {difference}"
             elif slot is not first and slot.chosen and _is_static(slot):
-                problem = f"{other}, and no static range serves both; "
-                problem += "leave observer= out"
+                problem = f"{other}, and one static range does not fit both inputs. "
+                problem += "Omit observer= from the rule"
             else:
                 continue
             problems.append(f"  {slot.label}: {problem}")
@@ -354,12 +358,12 @@ def _slot(
     """The slot of a layer.
 
     Args:
-      path: of the layer.
+      path: the path of the layer.
       layer: the module.
-      kind: of the layer.
-      rule: for the layer.
-      names: the first path of each variable, by its identity.
-      normalized: why some layers cannot be quantized, by the identity of the layer.
+      kind: the kind of the layer.
+      rule: the rule that matches the layer, or None.
+      names: the first path of each variable, by the `id` of the variable.
+      normalized: reasons from `normalized_layers`, by the `id` of the layer.
     """
     variable = getattr(layer, kind.weight)
     slot = Slot(
@@ -392,7 +396,7 @@ def _slot(
 
 
 def _bare_kind(array: BareArray, attribute: str, rule: Rule) -> LayerKind:
-    """The kind of a matrix that a module of the user's holds as an attribute."""
+    """The kind record of a bare matrix, which is an attribute of a module."""
     ndim = array.value.ndim
     contracting = rule.contracting
     if contracting is None:
@@ -402,7 +406,10 @@ def _bare_kind(array: BareArray, attribute: str, rule: Rule) -> LayerKind:
 
 
 def _treatment(slot: Slot) -> Any:
-    """What happens to the weight of a slot; None if it stays in floats."""
+    """The axes and the fields of the rule that decide how a weight is quantized.
+
+    None if the weight stays in floats. Slots of one weight must have equal values.
+    """
     rule = slot.rule
     if not slot.chosen or rule is None:
         return None

@@ -12,10 +12,10 @@ from flax import nnx
 
 from jaxq.nn.layers import LayerKind, find_kind
 
-# Variables that no product reads as a weight. Adapters (LoRA) stay in floats.
+# Variables that are not weights of products, and adapters (LoRA): both stay in floats.
 NOT_WEIGHTS = (nnx.RngState, nnx.BatchStat, nnx.Cache, nnx.Intermediate, nnx.LoRAParam)
 
-# What holds numbers, or stands for numbers in an abstract model.
+# Types of arrays. A `jax.ShapeDtypeStruct` takes the place of one in abstract models.
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 
@@ -34,13 +34,13 @@ class NnxLayer(NamedTuple):
 
 
 class BareArray(NamedTuple):
-    """A float array that a module outside the known layer kinds holds.
+    """A float array that is not a parameter of a known layer.
 
     Attributes:
       path: components joined by "/".
-      holder: the module in whose code the array is used.
-      attribute: of `holder`, if it is an `nnx.Param` and an attribute. None for an
-        array in a list or dict, and for other arrays: a QTensor cannot be put there.
+      holder: the module whose code uses the array.
+      attribute: the name of the attribute of `holder`, if this is an `nnx.Param`. None
+        for other arrays, for example in a list or dict. They cannot become QTensors.
       value: the array.
     """
 
@@ -72,7 +72,7 @@ def find_layers(model: nnx.Module) -> Iterator[NnxLayer]:
 
 
 def find_variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
-    """Path and variable of everything a model holds, except its random states.
+    """Yields path and variable for all variables of a model, except random states.
 
     A shared variable is yielded once, with its first path.
     """
@@ -82,19 +82,19 @@ def find_variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
 
 
 def find_raw_arrays(model: nnx.Module) -> Iterator[tuple[str, Any]]:
-    """Path and value of every array that a model holds outside of variables."""
+    """Yields path and value of every array of a model that is not in a variable."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, _ARRAYS):
             yield _join(path), node
 
 
 def find_bare_arrays(model: nnx.Module, layer_weights: set[int]) -> Iterator[BareArray]:
-    """Yields every float array outside of the known layers.
+    """Yields every float array that is not in one of Flax's own layers.
 
     Args:
       model: a flax nnx module.
-      layer_weights: the identities of the variables that are weights of known layers.
-        Other modules may share them.
+      layer_weights: the `id` of each variable that is the weight of a known layer. Such
+        a variable is left out, also in other modules that share it.
     """
     modules = dict(nnx.iter_modules(model))
     for path, node in nnx.iter_graph(model):
@@ -116,10 +116,12 @@ def find_bare_arrays(model: nnx.Module, layer_weights: set[int]) -> Iterator[Bar
 
 
 def normalized_layers(model: nnx.Module) -> dict[int, str]:
-    """Why layers cannot be quantized whose weight a wrapper normalizes at each call.
+    """Finds layers inside `nnx.SpectralNorm` and `nnx.WeightNorm`.
+
+    These wrappers normalize the weight at each call, so it cannot be quantized.
 
     Returns:
-      A reason for each such layer, by the identity of the layer.
+      The reason for each such layer, by the `id` of the layer.
     """
     reasons = {}
     for path, module in nnx.iter_modules(model):
@@ -152,21 +154,22 @@ def _may_be_weight(node: Any) -> bool:
 
 
 def _is_flax_layer(module: Any) -> bool:
-    """True for a layer of a known kind whose class is Flax's own.
+    """True for a layer of a known kind whose class is defined in Flax.
 
-    Its other parameters are biases. A subclass may hold a second matrix.
+    Apart from its weight, such a layer holds only biases. A user's subclass may hold a
+    second matrix.
     """
     is_flax = type(module).__module__.startswith("flax.")
     return is_flax and find_kind(module) is not None
 
 
 def _has_code(module: Any) -> bool:
-    """True for a module that is not just a list or dict of others."""
+    """True for a module that is not an `nnx.List` or `nnx.Dict` of other modules."""
     return module is not None and not isinstance(module, nnx.List | nnx.Dict)
 
 
 def _holder(path: tuple[Any, ...], modules: dict[Any, Any], model: Any) -> Any:
-    """The module in whose code an array is used: the innermost one that has code."""
+    """The innermost module around an array that is not an `nnx.List` or `nnx.Dict`."""
     owner = path[:-1]
     while owner:
         if _has_code(modules.get(owner)):

@@ -20,21 +20,28 @@ ORDERS = ("blocks", "layers")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to quantize a model. The fields are arguments of `jaxq.quantize_model`.
+    """The arguments of `jaxq.quantize_model` other than the model and the recipe.
 
     Attributes:
-      caller: the public function. Errors begin with it.
+      caller: the name of the public function. Errors begin with this name.
       calibration: a list of batches, statistics by path, or None.
-      mask: which rows of a batch count.
-      forward: how to run a batch.
+      mask: a function that says which rows of a batch count, or None.
+      forward: a function that runs a batch, or None.
       sequential: "blocks", "layers", or "" for all layers together.
       resume: the folder of finished blocks, or None.
-      fallback: what to do about a method that is worse than rounding to nearest.
-      strict: unmatched rules and weights are errors.
+      fallback: what to do if a method is worse than rounding to nearest: "rtn", "none"
+        or "raise".
+      strict: a rule that matches nothing is an error. A matrix that no rule matches is
+        also an error.
       donate: free each float weight when its codes exist.
       key: PRNG key, or None.
-      on_nonfinite: what to do about NaN and infinities.
-      progress: show a line of progress; None shows it on a terminal.
+      on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`.
+      progress: show a line of progress. None shows it on a terminal.
+
+    Raises:
+      ValueError: `on_nonfinite`, `fallback` or `sequential` is not one of its choices;
+        `donate` is True and `calibration` is not None; `resume` is not None and
+        `sequential` is False.
     """
 
     caller: str = "quantize_model"
@@ -58,8 +65,8 @@ class Options:
         object.__setattr__(self, "sequential", self._order())
         if self.donate and self.calibration is not None:
             raise ValueError(
-                f"{self.caller}: donate=True frees weights that calibration= needs; "
-                "pass one of them."
+                f"{self.caller}: donate=True frees weights that calibration= needs. "
+                "Pass only one of the two arguments."
             )
         if self.calibration is None or isinstance(self.calibration, Mapping):
             return
@@ -68,15 +75,15 @@ class Options:
         object.__setattr__(self, "calibration", batches)
 
     def _order(self) -> str:
-        """`sequential=` as "", "blocks" or "layers"."""
+        """The value of `sequential` as "", "blocks" or "layers"."""
         if not isinstance(self.sequential, bool):
             formats.check_choice(f"{self.caller}: sequential", self.sequential, ORDERS)
         if self.resume is not None and not self.sequential:
             raise ValueError(
-                f"{self.caller}: resume= keeps finished blocks, and without "
+                f"{self.caller}: resume= keeps finished blocks, but without "
                 "sequential= all layers are one block. Pass sequential='blocks' or "
-                "'layers'. To keep the statistics instead, pass "
-                "calibration=jaxq.nn.calibrate(...)."
+                "'layers'. To keep statistics instead of blocks, save the result of "
+                "jaxq.nn.calibrate and pass it as calibration=."
             )
         if isinstance(self.sequential, bool):
             return "blocks" if self.sequential else ""
@@ -84,16 +91,20 @@ class Options:
 
     @property
     def batches(self) -> list[Any] | None:
-        """The batches; None if there are no data, or statistics instead."""
+        """The calibration batches. None if there are no data, or only statistics."""
         return self.calibration if isinstance(self.calibration, list) else None
 
     @property
     def statistics(self) -> Mapping[str, LayerStats] | None:
-        """The statistics that the caller passed, if they are what it passed."""
+        """The statistics that the user passed. None if there are batches or no data."""
         return self.calibration if isinstance(self.calibration, Mapping) else None
 
     def check_recipe(self, recipe: Recipe) -> None:
-        """Raises a ValueError for a recipe that these options cannot serve."""
+        """Raises a ValueError if a recipe needs other options.
+
+        A rule with stochastic rounding needs `key`. A recipe with a rotation needs
+        batches instead of statistics.
+        """
         for rule in recipe.rules:
             spec = rule.weight
             if self.key is None and isinstance(spec, QuantSpec) and spec.needs_key:
@@ -104,6 +115,6 @@ class Options:
                 )
         if recipe.rotate and self.statistics is not None:
             raise ValueError(
-                f"{self.caller}: rotate=True changes what reaches the layers. "
+                f"{self.caller}: rotate=True changes the inputs of the layers. "
                 "Pass batches as calibration=, not statistics."
             )

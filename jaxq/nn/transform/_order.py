@@ -1,4 +1,4 @@
-"""Which weights are quantized on the same statistics, and in what order."""
+"""Blocks of layers, for `sequential`. Each block is quantized with fresh statistics."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from jaxq.nn.transform._slot import Adapter, Slot
 def blocks_in_order(
     adapter: Adapter, slots: list[Slot], options: Options
 ) -> list[list[Slot]]:
-    """Splits slots into blocks: each is quantized on the results of those before it.
+    """Splits slots into blocks, in the order in which they are quantized.
 
     Args:
-      adapter: of the model.
-      slots: those that are quantized.
+      adapter: the adapter of the model.
+      slots: the slots whose weights are quantized.
       options: `sequential` and the batches.
 
     Returns:
-      One block with all slots, unless `sequential` says otherwise.
+      The blocks. Without `sequential`, this is one block with all slots.
 
     Raises:
-      ValueError: `sequential` without batches.
+      ValueError: `sequential` is set, and `calibration` is None or statistics.
     """
     if not options.sequential:
         return [slots]
     if not options.batches:
         raise ValueError(
             f"{options.caller}: sequential={options.sequential!r} needs "
-            "calibration=batches. Statistics are of the float model only."
+            "calibration=batches. Statistics do not suffice, because they describe "
+            "the float model only."
         )
     call_order = adapter.call_order(options)
     return split_into_blocks(slots, call_order, by_array=options.sequential == "layers")
@@ -39,13 +40,16 @@ def blocks_in_order(
 def split_into_blocks(
     slots: Sequence[Slot], call_order: Mapping[str, tuple[int, ...]], *, by_array: bool
 ) -> list[list[Slot]]:
-    """Blocks in the order in which data reach them. Layers without data come first.
+    """Splits slots into blocks, in the order in which the model calls the layers.
+
+    Layers that the model does not call come first.
 
     Args:
-      slots: of the layers.
-      call_order: the layers in order, each with the numbers of the arrays it reads.
-      by_array: layers that read the same arrays are a block. Otherwise layers that
-        have the same `_block_name` are one.
+      slots: the slots of the layers.
+      call_order: the paths of the layers in the order of their calls, each with the
+        numbers of the arrays that the layer reads.
+      by_array: True makes one block of the layers that read the same arrays. False
+        makes one block of the layers that have the same `_block_name`.
     """
     position = {path: i for i, path in enumerate(call_order)}
     blocks: dict[Any, list[Slot]] = {}
@@ -56,9 +60,10 @@ def split_into_blocks(
 
 
 def _block_name(path: str) -> str:
-    """The path up to its first number; the whole path if it has no number.
+    """The path up to its first number, or the whole path if it has no number.
 
-    "layers/3/mlp/up" belongs to the block "layers/3", "layers_3/up" to "layers_3".
+    The block name of "layers/3/mlp/up" is "layers/3". That of "layers_3/up" is
+    "layers_3".
     """
     parts = path.split("/")
     for position, part in enumerate(parts):

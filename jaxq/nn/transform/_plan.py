@@ -1,4 +1,4 @@
-"""What a recipe would do to a model, before anything is done."""
+"""`jaxq.nn.plan`: the report of a recipe for a model, before anything is quantized."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def plan(
 ) -> Report:
     """Returns the report of `quantize_model` without measured errors.
 
-    Nothing is quantized. The bytes are those that the quantized model will have.
+    Nothing is quantized. The report has the bytes that the quantized model will have.
 
     Args:
       model: a flax nnx module, a flax linen module (with `variables`), or a tree of
         arrays.
       recipe: as in `quantize_model`.
-      variables: of a linen module.
+      variables: the variables of a linen module. Not used for other models.
       example: an input of a linen module, as in `jaxq.nn.linen.quantize_model`.
       strict: as in `quantize_model`.
 
     Returns:
-      A `Report`. A layer whose method needs data shows that method. Whether the method
-      will fall back to rounding is not known yet.
+      A `Report`. The row of a layer has the method of its rule. A plan cannot know
+      whether this method will fall back to rounding to nearest.
 
     Raises:
-      TypeError: `variables` are missing for a linen module.
-      ValueError: the errors of `quantize_model` that do not depend on data.
+      TypeError: `model` is a linen module, and `variables` has no "params".
+      ValueError: a check of `quantize_model` that does not depend on data has failed.
 
     Example:
       >>> import jaxq
@@ -54,7 +54,7 @@ def plan(
       ('int8', 2080, 576)
     """
     recipe = as_recipe(recipe, "plan")
-    # No key is needed yet, so a plan does not check that there is one.
+    # A plan needs no PRNG key, so it does not check that there is one.
     options = Options(strict=strict)
     adapter: Adapter
     if isinstance(model, linen.Module):

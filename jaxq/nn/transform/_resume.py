@@ -1,10 +1,10 @@
-"""Sequential runs that continue where they stopped.
+"""Files of finished blocks, so that a sequential run can continue after it stopped.
 
 Each finished block has a file with its codes, its biases and its rows of the report.
-(The statistics of a block are not kept: they are larger, and no later block reads
-them.) The same call later reads these files and begins with the first block that has
-none. Every file holds a digest of the run: of the recipe, the data, the model, the key
-and the options.
+The file does not have the statistics of the block. They are larger, and no later block
+reads them. When the same call is made again, it reads these files and begins with the
+first block that has no file. Every file holds a digest of the run, which depends on the
+recipe, the data, the model, the key and the options.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from jaxq.recipes import Recipe
 
 
 class Result(NamedTuple):
-    """What the loop made of one slot.
+    """The result of the loop for one slot.
 
     Attributes:
       weight: the quantized weight.
-      bias: the corrected bias, or None if the bias stays.
-      row: of the report.
+      bias: the corrected bias, or None if the bias does not change.
+      row: the row of the weight in the report.
     """
 
     weight: QTensor
@@ -44,9 +44,9 @@ class Resume:
     """The finished blocks of a run, in the folder `options.resume`.
 
     Args:
-      recipe: of the run.
+      recipe: the recipe of the run.
       state: a tree of the model's arrays.
-      options: of the run. Without a folder, nothing is kept.
+      options: the options of the run. If `resume` is None, no file is read or written.
     """
 
     def __init__(self, recipe: Recipe, state: Any, options: Options):
@@ -58,10 +58,12 @@ class Resume:
             self._digest = _digest_of_run(recipe, state, options)
 
     def read(self, block: int, names: Sequence[str]) -> dict[str, Result]:
-        """The results of a block, by the names of its weights; empty if unfinished.
+        """The results of a block, by the names of its weights.
+
+        Empty if the block is not finished, or if there is no folder.
 
         Raises:
-          ValueError: the file belongs to another run.
+          ValueError: the file of the block was written by another run.
         """
         path = self._path(block)
         if path is None or not path.exists():
@@ -70,9 +72,10 @@ class Resume:
         is_same_run = contents["mark"] == self._digest
         if not is_same_run or set(contents["names"]) - set(names):
             raise ValueError(
-                f"{self._caller}: resume: {path} belongs to another run. Its model, "
-                "data, recipe, key, fallback, sequential or order of layers differ. "
-                "Name another folder, or remove this one."
+                f"{self._caller}: resume={str(self._folder)!r}: {path.name} belongs to "
+                "another run with another model, data, recipe, key, fallback, "
+                "sequential or order of layers. "
+                "Pass another folder, or remove this one."
             )
         results = {}
         for name, weight, bias, fields in zip(
@@ -107,10 +110,13 @@ class Resume:
 
 
 def _digest_of_run(recipe: Recipe, state: Any, options: Options) -> str:
-    """A digest of everything that the results of a run depend on."""
+    """A digest of everything that the results of a run depend on, except functions.
+
+    `mask` and `forward` are left out. `Rule.where` counts by its name only.
+    """
     rules = []
     for rule in recipe.rules:
-        # The name of a function, because its address differs between processes.
+        # The repr of a function has its address, which differs between processes.
         function = getattr(rule.where, "__qualname__", "")
         rules.append((dataclasses.replace(rule, where=None), function))
     choices = (rules, recipe.rotate, options.fallback, options.sequential)
@@ -126,7 +132,7 @@ def _digest_of_run(recipe: Recipe, state: Any, options: Options) -> str:
 
 
 def _as_numpy(leaf: Any) -> np.ndarray:
-    """A leaf as numbers or text: keys as their data, other objects as their names."""
+    """A leaf as an array: a PRNG key as its data, another object as its name."""
     is_array = isinstance(leaf, jax.Array)
     if is_array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)

@@ -1,8 +1,8 @@
-"""Models in rotated coordinates, for `Recipe(rotate=True)`.
+"""Rotates a model's hidden states and weights at random, for `Recipe(rotate=True)`.
 
-A random rotation spreads outliers over all channels. How a rotation passes through a
-model is known to the model's class: it has a method `rotated(orthogonal, online)`, or
-`register_rotation` adds one.
+A random rotation spreads outliers over all channels. The model's class knows how to
+rotate the model. It has a method `rotated(orthogonal, online)`, or `register_rotation`
+adds a function for the class.
 
 References:
   Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024,
@@ -34,9 +34,9 @@ def register_rotation(cls: type[nnx.Module], rotated: _Rotate) -> None:
     Args:
       cls: an nnx module class. Subclasses count too.
       rotated: `(model, orthogonal, online) -> model`. The new model computes the same
-        in rotated coordinates. `orthogonal(n)` is a random Hadamard matrix `[n, n]`, to
-        be multiplied into weights. `online(x)` rotates the last axis of an array, for
-        values that must be rotated when the model runs.
+        function with rotated weights. `orthogonal(n)` returns a random Hadamard matrix
+        `[n, n]`. Multiply it into the weights. `online(x)` rotates the last axis of an
+        array. Use it for values that must be rotated when the model runs.
 
     Example:
       >>> import jaxq
@@ -55,16 +55,17 @@ def register_rotation(cls: type[nnx.Module], rotated: _Rotate) -> None:
 
 
 def rotate_model(model: nnx.Module, key: jax.Array) -> Any:
-    """The model in coordinates that are rotated at random.
+    """Returns a model with randomly rotated weights that computes the same function.
 
     Raises:
-      ValueError: neither the model's class nor `register_rotation` says how.
+      ValueError: the model's class has no method `rotated`, and `register_rotation` was
+        not called for it.
     """
     rotate = _rotation_of(type(model))
     if rotate is None:
         raise ValueError(
-            "quantize_model: the recipe has rotate=True, and jaxq does not know how to "
-            f"rotate a {type(model).__name__}. Register it with "
+            "quantize_model: the recipe has rotate=True, but jaxq does not know how to "
+            f"rotate a {type(model).__name__}. Register the class with "
             "jaxq.nn.register_rotation, or use a recipe without rotate=True."
         )
 
@@ -76,22 +77,25 @@ def rotate_model(model: nnx.Module, key: jax.Array) -> Any:
 
 
 def rotation_notes(recipe: Recipe) -> tuple[str, ...]:
-    """What the report says of a model that the recipe rotates."""
+    """The notes for the report on the rotation. Empty without a rotation."""
     if not recipe.rotate:
         return ()
     note = (
-        "the model was first rotated by random Hadamard matrices; errors are those of "
-        "the rotated weights, and the rotation itself was not judged"
+        "the model was first rotated by random Hadamard matrices; the errors are those "
+        "of the rotated weights; the effect of the rotation was not measured"
     )
     return (note,)
 
 
 def refuse_rotation(recipe: Recipe, caller: str) -> None:
-    """Raises a ValueError if a recipe rotates a model that is not an nnx module."""
+    """Raises a ValueError if the recipe has rotate=True.
+
+    Linen modules and trees cannot be rotated.
+    """
     if recipe.rotate:
         raise ValueError(
-            f"{caller}: rotate=True is for nnx models, whose class knows how to rotate "
-            "them. Use a recipe without rotate=True."
+            f"{caller}: rotate=True is for nnx models only, because jaxq finds the "
+            "rotation by the class of the model. Use a recipe without rotate=True."
         )
 
 

@@ -1,8 +1,8 @@
-"""A weight that may be quantized, and what the loop asks of the model that holds it.
+"""`Slot`, a weight that a rule may quantize, and `Adapter`, the model around it.
 
-The loop in `_loop.py` works on slots: one `Slot` for each weight that a rule may
-quantize. Flax nnx models, Flax linen modules and plain trees of arrays differ. Each of
-them has an `Adapter`, which lists the slots and puts the results back.
+The loop in `_loop.py` works on slots. There is one `Slot` for each weight that a rule
+may quantize. Flax nnx models, Flax linen modules and plain trees of arrays each have an
+`Adapter`. It lists the slots of a model and puts the results back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from jaxq.recipes import Rule
 
 
 class Kind(Protocol):
-    """What the loop reads of a layer kind. The records in `jaxq.nn.layers` have it."""
+    """The attributes of a layer kind that the loop reads.
+
+    `LayerKind` and `LinenKind` in `jaxq.nn.layers` explain them.
+    """
 
     @property
     def name(self) -> str: ...
@@ -42,23 +45,25 @@ class Slot:
     """One weight that a rule may quantize.
 
     Attributes:
-      path: of the layer. Rules and statistics use it. Components are joined by "/".
-      name: of the weight. The report and errors use it.
+      path: the path of the layer, for rules and statistics. Components are joined by
+        "/".
+      name: the path of the weight, for the report and errors.
       kind: the record of the layer's kind.
       value: the float weight. It may be a `jax.ShapeDtypeStruct` in a plan.
       weight: identifies the weight. Layers that share a weight have slots with equal
-        `weight`; the loop quantizes it once.
-      place: where the adapter put the weight. Only the adapter reads it.
-      rule: what the recipe does with the layer. None if no rule matches.
+        `weight`, and the loop quantizes this weight once.
+      place: the place of the weight in the model. Only the adapter reads it.
+      rule: the rule that matches the layer. None if no rule matches.
       contracting: the axes of `value` that the product contracts.
-      batch: the leading axes of `value` that have statistics of their own.
-      roles: of the axes in one layer. None for an array of a tree.
-      problem: why the weight cannot be quantized. Empty if it can.
+      batch: the leading axes of `value` that stack several weights. Each of these
+        weights has its own statistics.
+      roles: the roles of the axes of one layer's weight. None for an array of a tree.
+      problem: why the weight cannot be quantized. Empty if it can be quantized.
       notes: remarks for the report.
-      planned: the QTensor that there will be, made of `jax.ShapeDtypeStruct`s. None
+      planned: the quantized weight with `jax.ShapeDtypeStruct`s instead of arrays. None
         before the check, and for a weight that stays in floats.
-      scales: what happened to the scales that the rule's method moves into the layer
-        before. None if there are no such scales.
+      scales: whether the scales of the rule's method were moved into the previous
+        layer. None if the method moves no scales, or if the layer is in no group.
     """
 
     path: str
@@ -83,23 +88,23 @@ class Slot:
 
     @property
     def has_rows(self) -> bool:
-        """Calibration sees rows of the input that meet the weight as a matrix."""
+        """Calibration sees the input, and its rows are multiplied by a matrix."""
         return self.kind.watched and not self.kind.windowed
 
     @property
     def label(self) -> str:
-        """What errors call the layer."""
+        """The path and the kind of the layer, for errors."""
         return f"{self.path or 'the model itself'} ({self.kind.name})"
 
 
 class Inventory(NamedTuple):
-    """What an adapter lists.
+    """The slots of a model, and what the checks of rules need in addition.
 
     Attributes:
       slots: every weight that a rule may quantize, with its rule.
-      other_rules: rules that match something else, so that they count as used.
-      unmatched: descriptions of matrices that look like weights, belong to no layer
-        that jaxq knows, and have no rule.
+      other_rules: rules that match an array outside of slots. They count as used.
+      unmatched: descriptions of matrices that seem to be weights, are not in a layer
+        that jaxq knows, and are not matched by a rule.
     """
 
     slots: list[Slot]
@@ -108,18 +113,19 @@ class Inventory(NamedTuple):
 
 
 class Adapter(Protocol):
-    """A model, as the loop sees it. The adapter changes its own copy of the model.
+    """The interface of the loop to a model. An adapter changes its copy of the model.
 
     Attributes:
-      caller: the public function. Errors begin with it.
-      noun: what rules match: "layer" or "parameter".
-      no_folding: why no scales can be moved between layers. Empty if they can.
-      no_data: why no data pass through the model. Empty if they can.
-      unmatched_remedy: what to do about `Inventory.unmatched`.
-      read_arguments: arguments about data that the adapter itself used, so that the
-        report does not call them unused.
-      keys_follow_slots: PRNG keys are given out in the order of the slots. Otherwise
-        they are given out in the order in which weights are quantized.
+      caller: the name of the public function. Errors begin with this name.
+      noun: the word for what rules match: "layer" or "parameter".
+      no_folding: why scales cannot be moved between layers. Empty if they can be moved.
+      no_data: why calibration data cannot pass through the model. Empty if they can.
+      unmatched_remedy: a sentence for errors: how to quantize a matrix in
+        `Inventory.unmatched`.
+      read_arguments: the names of arguments about data that the adapter itself reads.
+        The report does not call them unused.
+      keys_follow_slots: True assigns PRNG keys to weights in the order of the slots.
+        False assigns them in the order in which the weights are quantized.
       notes: remarks on the whole model for the report.
     """
 
@@ -133,15 +139,15 @@ class Adapter(Protocol):
     notes: tuple[str, ...]
 
     def inventory(self) -> Inventory:
-        """Lists the weights. Nothing is checked that needs a rule's spec."""
+        """Lists the weights. The specs of the rules are not checked yet."""
         ...
 
     def problems(self, slots: Sequence[Slot]) -> list[str]:
-        """Problems that only this kind of model has, one line each."""
+        """Finds problems that only this kind of model can have, one line for each."""
         ...
 
     def state(self) -> Any:
-        """A tree of the model's arrays, which identifies a run that may be resumed."""
+        """A tree of the model's arrays. Its digest identifies a run for `resume`."""
         ...
 
     def arrays(self) -> Iterable[Any]:
@@ -151,11 +157,11 @@ class Adapter(Protocol):
     def fold(
         self, slots: list[Slot], data: CalibrationData | None, fallback: str
     ) -> list[Slot]:
-        """Moves scales into the layers before, for the methods that do this.
+        """Moves scales into previous layers, for the methods that fold scales.
 
         Args:
-          slots: all of the model.
-          data: calibration data; None for a plan, which changes nothing.
+          slots: all slots of the model.
+          data: calibration data. None for a plan, which does not change the model.
           fallback: as in `quantize_model`.
 
         Returns:
@@ -164,21 +170,21 @@ class Adapter(Protocol):
         ...
 
     def call_order(self, options: Options) -> Mapping[str, tuple[int, ...]]:
-        """The layers in the order in which the first batch reaches them.
+        """The paths of the layers, in the order in which the model calls them.
 
-        Each has the numbers of the arrays that it reads. Layers that read one array
-        have the same number.
+        Each path maps to the numbers of the arrays that the layer reads. Layers that
+        read the same array have the same number.
         """
         ...
 
     def statistics(
         self, options: Options, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]:
-        """Statistics of some layers' inputs, in the model as it is now."""
+        """Statistics of some layers' inputs, in the present state of the model."""
         ...
 
     def bias(self, slot: Slot) -> jax.Array | None:
-        """The bias of a layer; None if it has none."""
+        """The bias of a layer. None if the layer has no bias."""
         ...
 
     def put_bias(self, slot: Slot, bias: jax.Array) -> None:

@@ -1,14 +1,16 @@
-"""Any tree of parameters: quantized leaf by leaf.
+"""quantize_params: quantizes the arrays of any tree of parameters.
 
-This is for models that are not Flax modules, and for models that dequantize inside.
+This is for models that are not Flax modules, and for models that call
+`dequantize_params` in their own code.
 
-The path of an array is the path of its leaf. A rule matches it if it matches that path
-or the path of what holds the array: "layers/0/up" matches "layers/0/up/kernel" too. A
-recipe for a model therefore works for the model's parameters.
+The path of an array is the path of its leaf. A rule matches an array if it matches the
+array's path or the path of the array's parent: "layers/0/up" matches
+"layers/0/up/kernel" too. A recipe for a model therefore works for the model's
+parameters.
 
-An array does not tell which axes a product contracts. For a matrix it is axis -2, as
-Flax stores kernels `[in, out]`. For other arrays, a rule names them (`contracting=`,
-`batch=`).
+An array does not show which axes a product contracts. For a matrix, jaxq takes axis -2,
+because Flax stores kernels as `[in, out]`. For other arrays, the rule names the axes
+(`contracting=`, `batch=`).
 """
 
 from __future__ import annotations
@@ -52,16 +54,17 @@ def quantize_params(
     `jaxq.einsum`. Code that needs floats calls `dequantize_params` inside jit.
 
     Args:
-      params: any pytree of arrays: dicts of Haiku or Flax, Equinox modules, lists. An
-        array that is at several places is quantized once, and stays shared.
+      params: any pytree of arrays, such as the dicts of Haiku or Flax, Equinox modules
+        or lists. An array that is at several places is quantized once, and stays
+        shared.
       recipe: as in `jaxq.quantize_model`. A name or a spec quantizes every float
-        matrix, except embeddings, norms, biases, heads, routers and LoRA adapters. It
-        recognizes these by their names. Arrays with three or more axes need a rule with
-        `contracting=`.
+        matrix, except embeddings, norms, biases, heads, routers and LoRA adapters.
+        These are recognized by their names. Arrays with three or more axes need a rule
+        with `contracting=`.
       strict: a rule that matches nothing is an error. If False, the report says so.
       donate: frees each array when its codes exist, so that a model larger than half of
         the memory can be quantized. The arrays in `params` must not be used afterwards.
-        An array that also stays in floats, under another path, is not freed.
+        An array that also has a path where it stays in floats is not freed.
       key: PRNG key, for `rounding="stochastic"`.
       on_nonfinite: as in `jaxq.quantize`.
 
@@ -69,10 +72,11 @@ def quantize_params(
       (the tree, a `Report`).
 
     Raises:
-      ValueError: the recipe is unknown; leaves cannot be quantized (the error names
-        all); a rule matches nothing; a method, an observer or `correct_bias` needs data
-        or moves scales, which only models can do; stochastic rounding without `key`;
-        a `key` that no rule can use.
+      ValueError: the recipe is unknown; a leaf cannot be quantized by its rule (the
+        error names all such leaves); a rule matches nothing; a method, an observer or
+        `correct_bias` needs data; a method moves scales between layers; the recipe has
+        rotate=True; a rule has stochastic rounding and `key` is None; `key` is not None
+        and no rule can use it.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -91,8 +95,8 @@ def quantize_params(
     )
     if key is not None and not any(_may_draw(rule) for rule in recipe.rules):
         raise ValueError(
-            "quantize_params: key= was passed, and no rule rounds at random or has a "
-            "method. Use a spec with rounding='stochastic', or omit the key."
+            "quantize_params: key= was passed, but no rule can use it. Omit key=, or "
+            "use a spec with rounding='stochastic' or a method that may draw numbers."
         )
     return quantize_slots(TreeAdapter(params, recipe), recipe, options)
 
@@ -100,11 +104,11 @@ def quantize_params(
 def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
     """Returns the tree with every QTensor dequantized.
 
-    Inside `jax.jit`, the floats exist only as long as they are used.
+    Inside `jax.jit`, XLA frees the float arrays after their last use.
 
     Args:
       params: a tree with QTensors.
-      dtype: of the results; None uses the dtype of each QTensor.
+      dtype: the dtype of the results. None uses the dtype of each QTensor.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -120,14 +124,14 @@ def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
 
 
 def _may_draw(rule: Rule) -> bool:
-    """True if a rule may use a PRNG key: to round at random, or in its method."""
+    """True if a rule may use a PRNG key, for stochastic rounding or in its method."""
     spec = rule.weight
     rounds_at_random = isinstance(spec, QuantSpec) and spec.needs_key
     return rounds_at_random or methods.get(rule.method).solve is not None
 
 
 class _ArrayKind(NamedTuple):
-    """The kind record of an array that belongs to no layer."""
+    """The kind record of an array in a tree. A tree has no layers."""
 
     name: str = "Array"
     watched: bool = False
@@ -141,9 +145,9 @@ class _Leaf:
 
     Attributes:
       path: components joined by "/".
-      value: what is there; at the end, the QTensor that replaced it.
-      note: why it is not a slot; empty if it is one.
-      slot: of the leaf, or None.
+      value: the value of the leaf. The adapter replaces it by the QTensor.
+      note: why the leaf cannot be quantized. Empty if it has a slot.
+      slot: the slot of the leaf, or None.
     """
 
     path: str
@@ -153,7 +157,7 @@ class _Leaf:
 
 
 class TreeAdapter:
-    """A tree of arrays, as the loop sees it.
+    """The adapter of a tree of arrays.
 
     Args:
       params: any pytree.
@@ -162,7 +166,7 @@ class TreeAdapter:
 
     caller = "quantize_params"
     noun = "parameter"
-    no_folding = "a tree does not say what that is"
+    no_folding = "a tree does not say which layer that is. Use quantize_model"
     no_data = "no data pass through a tree. Use quantize_model"
     unmatched_remedy = ""
     read_arguments: tuple[str, ...] = ()
@@ -194,21 +198,21 @@ class TreeAdapter:
     def fold(
         self, slots: list[Slot], data: CalibrationData | None, fallback: str
     ) -> list[Slot]:
-        return slots  # `no_folding` refuses the methods that need it
+        return slots  # because of `no_folding`, methods that move scales are refused
 
     def call_order(self, options: Options) -> Mapping[str, tuple[int, ...]]:
-        raise NotImplementedError("a tree is not called")
+        raise NotImplementedError("A tree has no layers that are called in an order.")
 
     def statistics(
         self, options: Options, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]:
-        raise NotImplementedError("no data pass through a tree")
+        raise NotImplementedError("No calibration data pass through a tree.")
 
     def bias(self, slot: Slot) -> jax.Array | None:
         return None
 
     def put_bias(self, slot: Slot, bias: jax.Array) -> None:
-        raise NotImplementedError("an array has no bias")
+        raise NotImplementedError("An array of a tree has no bias.")
 
     def put_weight(self, slot: Slot, qt: QTensor) -> None:
         self._leaves[slot.place].value = qt
@@ -260,12 +264,12 @@ class TreeAdapter:
             slot,
             contracting=contracting,
             batch=batch,
-            # One array at several places is quantized once, if it has one rule.
+            # An array at several places is quantized once if its rule is the same.
             weight=(id(leaf.value), id(rule), contracting, batch),
         )
 
     def _rule(self, leaf: _Leaf) -> Rule | None:
-        """The first rule that matches the path of an array or of what holds it."""
+        """The first rule that matches the path of an array or of its parent."""
         holder = leaf.path.rpartition("/")[0]
         shape = tuple(leaf.value.shape)
         for rule in self._recipe.rules:
@@ -277,7 +281,7 @@ class TreeAdapter:
 
 
 def _leaves_of(params: Any) -> Iterable[_Leaf]:
-    """Every leaf of a tree, with the reason why it is not a weight."""
+    """Yields every leaf of a tree. `note` says why a leaf is not a weight."""
     variable_types = {
         keys: type(node)
         for keys, node in jax.tree_util.tree_leaves_with_path(
@@ -308,7 +312,7 @@ def _why_not_weight(value: Any) -> str:
 
 
 def _path_of(keys: tuple[Any, ...]) -> str:
-    """Components joined by "/": keys and attributes by name, positions by number."""
+    """The path of a leaf: keys, names of attributes and positions, joined by "/"."""
     return "/".join(_key_text(key) for key in keys)
 
 

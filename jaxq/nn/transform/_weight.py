@@ -1,8 +1,8 @@
-"""One weight by its rule: rounded or solved by a method, with its inputs' quantization.
+"""Quantizes one weight by its rule: format, method, and quantization of its inputs.
 
-All kinds of models share this. Methods know matrices `[*batch, in, out]` only. The
-weight of a layer may have more axes, so it is reshaped to a matrix for the method, and
-the result is reshaped back.
+All kinds of models share these functions. A method takes matrices `[*batch, in, out]`
+only. The weight of a layer may have more axes. It is reshaped to a matrix for the
+method, and the result is reshaped back.
 """
 
 from __future__ import annotations
@@ -30,18 +30,23 @@ def quantize_weight(
     key: jax.Array,
     options: Options,
 ) -> methods.Solved:
-    """Quantizes a weight as its rule says.
+    """Quantizes a weight by its rule.
 
     Args:
-      slot: with a rule that has a weight.
-      floats: the weight of the slot.
-      stats: of the layer's inputs, or None.
-      key: PRNG key.
-      options: `fallback`, `on_nonfinite`, and `key`: None allows no random rounding.
+      slot: the slot of the weight. Its rule has `weight`.
+      floats: the float weight.
+      stats: statistics of the layer's inputs, or None.
+      key: the PRNG key of this weight.
+      options: `fallback` and `on_nonfinite`. If `key` is None, the spec may not have
+        stochastic rounding.
 
     Returns:
-      The result and what made it. The QTensor quantizes the layer's inputs, if the rule
-      says so.
+      The quantized weight, with the method that made it, a note and a loss. If the rule
+      has an activation, the weight also quantizes the layer's inputs.
+
+    Raises:
+      ValueError: the weight cannot be quantized to the spec, or by the method; the
+        rule has an observer, and the statistics have no static range for it.
     """
     rule, name = _rule(slot), slot.name or "w"
     spec = _nearest_spec(rule)
@@ -65,14 +70,18 @@ def quantize_weight(
 
 
 def dry_run(slot: Slot) -> QTensor:
-    """Raises what quantizing the weight of a slot would raise. Nothing is computed.
+    """Traces the quantization of a slot's weight. No number is computed.
 
     Returns:
-      The QTensor that there will be, made of `jax.ShapeDtypeStruct`s.
+      The quantized weight with `jax.ShapeDtypeStruct`s instead of arrays.
+
+    Raises:
+      TypeError: the weight is not float32, bfloat16 or float16.
+      ValueError: the weight cannot be quantized to the spec, or by the method.
     """
     rule, w, name = _rule(slot), slot.value, slot.name or "w"
     method = methods.get(rule.method)
-    # Before jax converts a dtype that it cannot hold to float32.
+    # This check comes first, because jax would convert float64 to float32.
     check_floats(w.dtype, w.shape, name, "quantize")
 
     def run(w: jax.Array) -> QTensor:
@@ -86,7 +95,8 @@ def dry_run(slot: Slot) -> QTensor:
             key=key if spec.needs_key else None,
             name=name,
         )
-        # A method that needs data gives codes and scales of the same shapes.
+        # The result of a method that needs data has these shapes too, so the method
+        # need not run.
         if method.solve is not None and not method.needs_data(dict(rule.options)):
             qt = _solve(qt, w, None, rule, "rtn", key, name).qt
         return _with_activation(qt, rule, None if rule.observer is None else (0.0, 1.0))
@@ -95,7 +105,7 @@ def dry_run(slot: Slot) -> QTensor:
 
 
 def as_matrix(qt: QTensor, floats: jax.Array) -> jax.Array:
-    """An array of a QTensor's shape as its matrix `[*batch, in, out]`."""
+    """Reshapes an array with the shape of a QTensor to a matrix `[*batch, in, out]`."""
     geometry = qt.meta.geometry
     rows = geometry.to_storage(geometry.to_view(floats))  # [*batch, *kept, in]
     rows = rows.reshape(*qt.batch_shape, -1, geometry.contracted_size)
@@ -103,14 +113,14 @@ def as_matrix(qt: QTensor, floats: jax.Array) -> jax.Array:
 
 
 def missing_scales_note(rule: Rule, outcome: Outcome | None) -> str:
-    """What the report says of a layer whose method could not move its scales.
+    """A note for the report if the method of a layer could not move its scales.
 
-    Empty if the scales were moved, and for a method that moves none.
+    Empty if the scales were moved, or if the method moves no scales.
     """
     folding = folding_of(rule)
     if folding is None or (outcome is not None and outcome.moved):
         return ""
-    reason = "nothing before it can take its scales"
+    reason = "no previous layer can take its scales"
     if outcome is not None:
         reason = outcome.note
     if folding.without_scales:
@@ -119,7 +129,10 @@ def missing_scales_note(rule: Rule, outcome: Outcome | None) -> str:
 
 
 def method_without_data(slot: Slot) -> str:
-    """The method that a plan shows: "rtn" if only the missing scales were its work."""
+    """The method in the row of a plan.
+
+    This is "rtn" if the method only moves scales, and the scales cannot be moved.
+    """
     rule = _rule(slot)
     only_rounds = methods.get(rule.method).solve is None
     if only_rounds and missing_scales_note(rule, slot.scales):
@@ -133,13 +146,13 @@ def _rule(slot: Slot) -> Rule:
 
 
 def _nearest_spec(rule: Rule) -> QuantSpec:
-    """How the weight is rounded to nearest: in blocks as the rule's method has them."""
+    """The spec for rounding to nearest, with the granularity of the rule's method."""
     assert isinstance(rule.weight, QuantSpec)
     return methods.get(rule.method).nearest_spec(rule.weight, dict(rule.options))
 
 
 def _rounded(nearest: QTensor, slot: Slot) -> methods.Solved:
-    """The result of a method that rounds to nearest after its scales were moved."""
+    """The result of a method that only moves scales and then rounds to nearest."""
     rule = _rule(slot)
     note = missing_scales_note(rule, slot.scales)
     loss = None if slot.scales is None else slot.scales.loss
@@ -147,9 +160,10 @@ def _rounded(nearest: QTensor, slot: Slot) -> methods.Solved:
 
 
 def _with_scales(solved: methods.Solved, slot: Slot) -> methods.Solved:
-    """Adds what happened to the scales to the result of a method's other half.
+    """Adds the note and the loss of moved scales to the result of a method.
 
-    The loss of the whole method is the product of the losses of its two halves.
+    Such a method has two steps: it moves scales, and then it solves the weight. The
+    loss of the method is the product of the losses of the two steps.
     """
     rule = _rule(slot)
     if folding_of(rule) is None:
@@ -163,7 +177,7 @@ def _with_scales(solved: methods.Solved, slot: Slot) -> methods.Solved:
         loss = solved.loss * slot.scales.loss
     fell_back = solved.method != rule.method
     if fell_back:
-        note = "only scaled: its codes do worse than rounding on held-out inputs"
+        note = "only scaled: its codes are worse than rounding on held-out inputs"
         return solved._replace(method=rule.method, loss=loss, note=note)
     return solved._replace(loss=loss)
 
@@ -171,11 +185,12 @@ def _with_scales(solved: methods.Solved, slot: Slot) -> methods.Solved:
 def _with_activation(
     qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None
 ) -> QTensor:
-    """A weight that quantizes its inputs as the rule says.
+    """The quantized weight with the activation quantization of its rule.
 
     Args:
-      qt: the weight. Its method may have set outlier columns apart; they stay so.
-      rule: of the weight.
+      qt: the quantized weight. It keeps the threshold for outlier columns that its
+        method may have set.
+      rule: the rule of the weight.
       bounds: the static range of the inputs, or None.
     """
     if qt.meta.activation is not None and rule.activation is None:
@@ -187,11 +202,11 @@ def _with_activation(
 def _static_bounds(
     rule: Rule, stats: LayerStats | None, name: str
 ) -> tuple[jax.Array, jax.Array] | None:
-    """The static range of a layer's input; None if the rule has no observer.
+    """The static range of a layer's input. None if the rule has no observer.
 
     Raises:
-      ValueError: the statistics have no state of the observer, or calibration saw only
-        zeros.
+      ValueError: the statistics have no state of the observer, or all calibration
+        inputs of the layer are zero.
     """
     if rule.observer is None:
         return None
@@ -199,9 +214,10 @@ def _static_bounds(
     assert not isinstance(rule.observer, str)
     if stats is None or stats.observed is None:
         raise ValueError(
-            "quantize_model: the statistics given have no state of "
-            f"{rule.observer!r}. Make them with jaxq.nn.calibrate(..., observer=...), "
-            "or pass the batches themselves as calibration=."
+            f"quantize_model: {name}: the statistics passed as calibration= have no "
+            f"state of {rule.observer!r}. Make them with "
+            "jaxq.nn.calibrate(..., observer=...), or pass the batches themselves as "
+            "calibration=."
         )
     observer, spec = rule.observer, rule.activation
     symmetric = spec.symmetric and spec.offset is None
@@ -214,9 +230,9 @@ def _static_bounds(
     low, high = bounds(stats.observed)
     if not bool(np.all(np.asarray(low) < np.asarray(high))):
         raise ValueError(
-            f"quantize_model: {name}: calibration has seen only zeros as its input, so "
-            "a static range would make all inputs zero. Calibrate on data that reach "
-            "it, or use dynamic activation quantization (no observer=)."
+            f"quantize_model: {name}: all calibration inputs of this weight are zero, "
+            "so a static range would make every input zero. Calibrate on batches that "
+            "reach the layer, or use dynamic activation quantization (omit observer=)."
         )
     return low, high
 
@@ -230,16 +246,16 @@ def _solve(
     key: jax.Array,
     name: str,
 ) -> methods.Solved:
-    """A weight by the method of its rule.
+    """Quantizes a weight by the method of its rule.
 
     Args:
-      nearest: the weight rounded to nearest. The result has its axes and blocks.
-      floats: the weight.
-      stats: of the layer's inputs, or None.
-      rule: of the weight.
+      nearest: the weight rounded to nearest. The result has the same axes and blocks.
+      floats: the float weight.
+      stats: statistics of the layer's inputs, or None.
+      rule: the rule of the weight.
       fallback: as in `quantize_model`.
       key: PRNG key.
-      name: what errors call the weight.
+      name: the name of the weight in errors.
     """
     assert isinstance(rule.weight, QuantSpec)
     matrix = as_matrix(nearest, floats)  # [*batch, in, out]
@@ -258,21 +274,28 @@ def _solve(
 
 
 def _is_matrix(nearest: QTensor, matrix: jax.Array) -> bool:
-    """The rounded weight has the axes of its matrix, and is not rounded at random."""
+    """True if a method can take `nearest` instead of rounding its matrix again.
+
+    `nearest` must have the axes of the matrix. Its rounding must not be stochastic.
+    """
     same_axes = nearest.meta.geometry.contracted == (-2,)
     return same_axes and nearest.shape == matrix.shape and not nearest.spec.needs_key
 
 
 def _with_axes_of(nearest: QTensor, matrix: QTensor, method: str, name: str) -> QTensor:
-    """The QTensor of a matrix with the axes of the layer's weight.
+    """Reshapes the QTensor of a matrix to the axes of the layer's weight.
 
-    Both store their codes in the same order, so only shapes change.
+    Both QTensors store their codes in the same order, so only shapes change.
 
     Args:
-      nearest: a QTensor with the axes of the weight.
-      matrix: the result of the method.
-      method: its name, for errors.
-      name: what errors call the weight.
+      nearest: a QTensor with the axes of the layer's weight.
+      matrix: the QTensor that the method returned for the matrix.
+      method: the name of the method, for errors.
+      name: the name of the weight, for errors.
+
+    Raises:
+      ValueError: the granularity gives another number of blocks for the matrix than for
+        the weight.
     """
     geometry = nearest.meta.geometry
     blocks = (*nearest.batch_shape, *geometry.num_blocks)
@@ -282,9 +305,9 @@ def _with_axes_of(nearest: QTensor, matrix: QTensor, method: str, name: str) -> 
             return leaf
         if leaf.size != np.prod(shape, dtype=int):
             raise ValueError(
-                f"{name}: method {method!r} sees the weight as a matrix, in which "
-                f"{nearest.spec.granularity} means something else. Use PerChannel, "
-                "PerGroup or PerTensor."
+                f"{name}: method {method!r} quantizes the weight as a matrix. With "
+                f"{nearest.spec.granularity}, the matrix has other blocks than the "
+                "weight. Use PerChannel, PerGroup or PerTensor."
             )
         return leaf.reshape(shape)
 

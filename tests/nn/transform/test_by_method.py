@@ -48,7 +48,7 @@ class Pair(nnx.Module):
         return self.second(jnp.concatenate([jnp.tanh(x), jnp.cos(x)], axis=-1))
 
 
-def made(qt: jaxq.QTensor, note: str = "", rounded: bool = False):
+def solution(qt: jaxq.QTensor, note: str = "", rounded: bool = False):
     """What a method in the registry returns."""
     return methods.Solution(qt, note, rounded)
 
@@ -56,10 +56,10 @@ def made(qt: jaxq.QTensor, note: str = "", rounded: bool = False):
 BATCHES = [correlated(128, 32, seed) for seed in range(3)]
 
 
-def quantize(method, model=None, spec="int3", **how):
-    options = how.pop("options", {})
+def quantize(method, model=None, spec="int3", **arguments):
+    options = arguments.pop("options", {})
     recipe = jaxq.Recipe([jaxq.Rule(weight=spec, method=method, options=options)])
-    return jaxq.quantize_model(Pair() if model is None else model, recipe, **how)
+    return jaxq.quantize_model(Pair() if model is None else model, recipe, **arguments)
 
 
 def distance(a, b, x) -> float:
@@ -94,7 +94,7 @@ BY_OUTPUT = sorted(
 def test_every_method_runs_and_those_that_fit_outputs_gain_on_new_inputs(
     method, pair, pair_stats, rounded_pair
 ):
-    fresh = correlated(128, 32, seed=99)
+    new_inputs = correlated(128, 32, seed=99)
     qmodel, report = quantize(
         method,
         pair,
@@ -102,9 +102,9 @@ def test_every_method_runs_and_those_that_fit_outputs_gain_on_new_inputs(
         fallback="none",
         options=OPTIONS.get(method, {}),
     )
-    error = [distance(q, pair, fresh) for q in (qmodel, rounded_pair)]
+    errors = [distance(q, pair, new_inputs) for q in (qmodel, rounded_pair)]
     if method in ("gptq", "adaround", "kmeans"):
-        assert error[0] < error[1]
+        assert errors[0] < errors[1]
     assert {row.method for row in report.quantized} == {method}
     assert all(row.loss is not None for row in report.quantized)
     assert method in str(report)
@@ -134,15 +134,15 @@ def test_statistics_made_before_give_the_same_model(pair, pair_stats):
 def test_results_save_and_load_on_the_float_model(pair, tmp_path):
     qmodel, _ = quantize("kmeans", pair, options=OPTIONS["kmeans"])
     jaxq.save(tmp_path / "q.safetensors", qmodel)
-    loaded = jaxq.load(tmp_path / "q.safetensors", into=pair)
-    np.testing.assert_array_equal(loaded(BATCHES[0]), qmodel(BATCHES[0]))
+    loaded_model = jaxq.load(tmp_path / "q.safetensors", into=pair)
+    np.testing.assert_array_equal(loaded_model(BATCHES[0]), qmodel(BATCHES[0]))
 
 
 def test_a_method_worse_than_rounding_falls_back_with_a_note(
     pair, pair_stats, rounded_pair, monkeypatch
 ):
     def bad(w, stats, spec, *, key, nearest):
-        return made(methods.rtn(0.5 * w, spec)[0])
+        return solution(methods.rtn(0.5 * w, spec)[0])
 
     gptq = methods.get("gptq")
     monkeypatch.setitem(_METHODS, "gptq", dataclasses.replace(gptq, solve=bad))
@@ -164,7 +164,7 @@ def test_sequential_quantizes_on_what_came_before(pair):
     qmodel, _ = quantize(
         "gptq", pair, calibration=BATCHES, sequential=True, fallback="none", spec="int2"
     )
-    seen = jaxq.nn.calibrate(
+    stats = jaxq.nn.calibrate(
         jaxq.quantize_model(
             pair,
             jaxq.Recipe(
@@ -180,7 +180,7 @@ def test_sequential_quantizes_on_what_came_before(pair):
         layers=["second"],
     )
     qt, _ = methods.gptq(
-        pair.second.kernel[...].reshape(32, -1), seen["second"].hessian, "int2"
+        pair.second.kernel[...].reshape(32, -1), stats["second"].hessian, "int2"
     )
     np.testing.assert_array_equal(
         qmodel.second.kernel[...].codes().reshape(32, -1), qt.codes()
@@ -199,17 +199,16 @@ class Numbered(nnx.Module):
 
 def test_layers_of_a_block_see_those_before_them(pair, monkeypatch, tmp_path):
     """Queries, keys and values read one array, so they are one block."""
-    how: dict = {"calibration": BATCHES, "fallback": "none", "spec": "int2"}
-    expected, _ = quantize(
-        "gptq", pair, sequential="blocks", **how
-    )  # here each layer is a block
-    by_block, _ = quantize("gptq", Numbered(), sequential=True, **how)
-    by_layer, report = quantize(
-        "gptq", Numbered(), sequential="layers", resume=tmp_path, **how
+    arguments: dict = {"calibration": BATCHES, "fallback": "none", "spec": "int2"}
+    # Here each layer is a block.
+    expected_model, _ = quantize("gptq", pair, sequential="blocks", **arguments)
+    block_model, _ = quantize("gptq", Numbered(), sequential=True, **arguments)
+    layer_model, report = quantize(
+        "gptq", Numbered(), sequential="layers", resume=tmp_path, **arguments
     )
     codes = [
         model.second.kernel[...].codes()
-        for model in (expected, by_layer.layers[0], by_block.layers[0])
+        for model in (expected_model, layer_model.layers[0], block_model.layers[0])
     ]
     np.testing.assert_array_equal(codes[0], codes[1])
     assert (codes[0] != codes[2]).any()
@@ -225,24 +224,24 @@ def test_layers_of_a_block_see_those_before_them(pair, monkeypatch, tmp_path):
     (tmp_path / "block-0001.safetensors").unlink()
     passes, collect_stats = [], jaxq.nn.transform._nnx.collect_stats
 
-    def recorded(model, batches, wanted, **options):
+    def collect_and_record(model, batches, wanted, **options):
         passes.append(list(wanted))
         return collect_stats(model, batches, wanted, **options)
 
-    monkeypatch.setattr(jaxq.nn.transform._nnx, "collect_stats", recorded)
-    resumed, resumed_report = quantize(
-        "gptq", Numbered(), sequential="layers", resume=tmp_path, **how
+    monkeypatch.setattr(jaxq.nn.transform._nnx, "collect_stats", collect_and_record)
+    resumed_model, resumed_report = quantize(
+        "gptq", Numbered(), sequential="layers", resume=tmp_path, **arguments
     )
     assert passes == [["layers/0/second"]]
     assert resumed_report == report
-    assert_same(nnx.state(resumed), nnx.state(by_layer))
+    assert_same(nnx.state(resumed_model), nnx.state(layer_model))
     with pytest.raises(ValueError, match="belongs to another run"):
         quantize(
             "gptq",
             Numbered(),
             sequential="layers",
             resume=tmp_path,
-            **{**how, "spec": "int3"},
+            **{**arguments, "spec": "int3"},
         )
 
 
@@ -317,7 +316,7 @@ def tokens():
 
 def test_each_matrix_of_a_stack_is_judged_by_itself(monkeypatch):
     def bad_in_one(w, stats, spec, *, key):
-        return made(
+        return solution(
             methods.rtn(w * np.array([1, 0.5], np.float32)[:, None, None], spec)[0]
         )
 
@@ -330,10 +329,10 @@ def test_each_matrix_of_a_stack_is_judged_by_itself(monkeypatch):
         np.ones(64, bool),
         np.arange(64),
     )
-    solved = methods.solve("hqq", w, stats, jaxq.presets()["int4"])
-    assert (solved.method, solved.loss) == ("hqq", 1.0)
-    assert "in 1 of 2 matrices, so rtn there" in solved.note
-    jax.tree.map(np.testing.assert_array_equal, solved.qt, methods.rtn(w, "int4")[0])
+    result = methods.solve("hqq", w, stats, jaxq.presets()["int4"])
+    assert (result.method, result.loss) == ("hqq", 1.0)
+    assert "in 1 of 2 matrices, so rtn there" in result.note
+    jax.tree.map(np.testing.assert_array_equal, result.qt, methods.rtn(w, "int4")[0])
 
 
 def test_a_method_that_could_only_round_is_not_named():
@@ -365,13 +364,13 @@ def test_scales_that_do_worse_than_none_are_left_out(llama, tokens, monkeypatch)
     rows = {row.path.removesuffix("/kernel"): row for row in report.quantized}
     row = rows["layers/0/mlp/gate_proj"]
     assert (
-        "only clipped: awq's scales do worse than none on held-out inputs" in row.note
+        "only clipped: awq's scales increase the error on held-out inputs" in row.note
     )
     np.testing.assert_array_equal(
         qmodel.layers[0].post_attention_layernorm.scale[...],
         llama.layers[0].post_attention_layernorm.scale[...],
     )
-    with pytest.raises(ValueError, match="awq's scales do worse than none"):
+    with pytest.raises(ValueError, match="awq's scales increase the error"):
         jaxq.quantize_model(llama, recipe, calibration=tokens, fallback="raise")
 
 
@@ -400,14 +399,14 @@ def test_scales_are_measured_against_rounding_without_them(
         llama.layers[0].self_attn.q_proj.kernel[...],
     )
     gains = [m.layers[0].input_layernorm.scale[...] for m in (qmodel, llama)]
-    smoothed = (
+    smoothed_output = (
         jnp.asarray(x * np.divide(*gains)[None])
         @ qmodel.layers[0].self_attn.q_proj.kernel[...]
     )
-    plain = x @ jaxq.quantize(w, "int8").with_activation("int8")
+    plain_output = x @ jaxq.quantize(w, "int8").with_activation("int8")
     errors = [
         np.sum((np.asarray(x) @ np.asarray(w) - np.asarray(y)) ** 2)
-        for y in (smoothed, plain)
+        for y in (smoothed_output, plain_output)
     ]
     assert row.method == "smoothquant"
     assert row.loss == pytest.approx(errors[0] / errors[1], rel=0.05)
@@ -440,18 +439,18 @@ class Chain(nnx.Module):
 
 @pytest.mark.parametrize("data", [None, BATCHES])
 def test_equalization_by_recipe(data):
-    model, fresh = Chain(), correlated(128, 32, seed=99)
+    model, new_inputs = Chain(), correlated(128, 32, seed=99)
     spec = jaxq.QuantSpec("int8", jaxq.PerTensor())
     qmodel, report = quantize("equalize", model, spec, calibration=data)
-    rounded, _ = quantize("rtn", model, spec)
-    error = [distance(q, model, fresh) for q in (qmodel, rounded)]
-    assert error[0] < 0.7 * error[1]
+    rounded_model, _ = quantize("rtn", model, spec)
+    errors = [distance(q, model, new_inputs) for q in (qmodel, rounded_model)]
+    assert errors[0] < 0.7 * errors[1]
     rows = {row.path: row for row in report.quantized}
     assert (rows["first/kernel"].method, rows["second/kernel"].method) == (
         "rtn",
         "equalize",
     )
-    assert "nothing before it" in rows["first/kernel"].note
+    assert "no previous layer" in rows["first/kernel"].note
     assert (rows["second/kernel"].loss is None) == (data is None)
 
 
@@ -460,20 +459,20 @@ def test_bias_correction_by_recipe(pair, rounded_pair):
     x = jnp.asarray(np.asarray(BATCHES[0]) + 1)
     recipe = jaxq.Recipe([jaxq.Rule(weight="int3", correct_bias=True)])
     qmodel, report = jaxq.quantize_model(pair, recipe, calibration=[x])
-    seen = np.arange(128) % 8 != 7
+    rows = np.arange(128) % 8 != 7
     shift = [
         np.abs(
-            np.mean((np.asarray(q.first(x)) - np.asarray(pair.first(x)))[seen], 0)
+            np.mean((np.asarray(q.first(x)) - np.asarray(pair.first(x)))[rows], 0)
         ).max()
         for q in (qmodel, rounded_pair)
     ]
     assert shift[0] < 1e-5 < shift[1]
     assert qmodel.second.bias.shape == (2, 8)
     assert all("bias corrected" in row.note for row in report.quantized)
-    no_bias = nnx.Linear(32, 16, use_bias=False, rngs=nnx.Rngs(0))
+    linear = nnx.Linear(32, 16, use_bias=False, rngs=nnx.Rngs(0))
     assert (
         "no bias to correct"
-        in jaxq.quantize_model(no_bias, recipe, calibration=[x])[1].quantized[0].note
+        in jaxq.quantize_model(linear, recipe, calibration=[x])[1].quantized[0].note
     )
     with pytest.raises(
         ValueError, match=r"(?s)first .*: correct_bias=True needs data.*second"
@@ -489,9 +488,9 @@ def test_bias_correction_by_recipe(pair, rounded_pair):
 
 def test_rotation_by_recipe(llama, tokens):
     qmodel, report = jaxq.quantize_model(llama, "w8a8_rotated")
-    rounded, _ = jaxq.quantize_model(llama, "w8a8")
-    error = [distance(q, llama, drawn(9)) for q in (qmodel, rounded)]
-    assert error[0] < 0.5 * error[1]
+    rounded_model, _ = jaxq.quantize_model(llama, "w8a8")
+    errors = [distance(q, llama, drawn(9)) for q in (qmodel, rounded_model)]
+    assert errors[0] < 0.5 * errors[1]
     recipe = jaxq.recipes.get("w4a4_rotated")
     assert recipe.rotate
     assert jaxq.Recipe.from_dict(recipe.to_dict()) == recipe
@@ -559,7 +558,9 @@ def test_statistics_of_another_model_are_refused(llama, pair, pair_stats):
         ValueError, match="sequential='blocks' needs calibration=batches"
     ):
         jaxq.quantize_model(pair, recipe, calibration=pair_stats, sequential=True)
-    with pytest.raises(ValueError, match="rotate=True changes what reaches the layers"):
+    with pytest.raises(
+        ValueError, match="rotate=True changes the inputs of the layers"
+    ):
         jaxq.quantize_model(llama, "w4a4_rotated", calibration=pair_stats)
 
 
@@ -569,21 +570,21 @@ def test_a_bias_correction_that_does_worse_is_left_out():
     rows = np.array(normal(64, 64))
     rows[7::8] *= -1  # the held-out rows have another mean
     qmodel, report = jaxq.quantize_model(layer, recipe, calibration=[rows[:16]])
-    assert "bias correction does worse on held-out inputs" in report.quantized[0].note
+    assert "correction increases the error on held-out" in report.quantized[0].note
     np.testing.assert_array_equal(qmodel.bias[...], layer.bias[...])
     qmodel, report = jaxq.quantize_model(
         layer, recipe, calibration=[rows[:16]], fallback="none"
     )
     assert report.quantized[0].note == "bias corrected; only 14 rows for 64 inputs"
     assert np.any(qmodel.bias[...] != layer.bias[...])
-    with pytest.raises(ValueError, match="does worse"):
+    with pytest.raises(ValueError, match="correction increases the error"):
         jaxq.quantize_model(layer, recipe, calibration=[rows[:16]], fallback="raise")
 
 
 def test_layers_of_equal_rules_share_their_scales(llama, tokens):
-    how = {"weight": "int8", "activation": "int8", "method": "smoothquant"}
+    fields = {"weight": "int8", "activation": "int8", "method": "smoothquant"}
     recipe = jaxq.Recipe(
-        [jaxq.Rule("**/gate_proj", **how), jaxq.Rule("**/up_proj", **how)]
+        [jaxq.Rule("**/gate_proj", **fields), jaxq.Rule("**/up_proj", **fields)]
     )
     _, report = jaxq.quantize_model(llama, recipe, calibration=tokens)
     assert {row.method for row in report.quantized} == {"smoothquant"}
@@ -607,11 +608,13 @@ OUTLIERS = [("w8a8_smoothquant", "w8a8"), ("int4_awq", "int4"), ("llm_int8", "w8
 
 @pytest.mark.parametrize(("recipe", "plain"), tables.thinned(OUTLIERS, OUTLIERS[:1]))
 def test_methods_for_outliers_beat_rounding(llama, tokens, smoothed, recipe, plain):
-    given = smoothed if recipe == "w8a8_smoothquant" else None
-    qmodel, report = given or jaxq.quantize_model(llama, recipe, calibration=tokens)
-    rounded, _ = jaxq.quantize_model(llama, plain)
-    error = [distance(q, llama, drawn(9)) for q in (qmodel, rounded)]
-    assert error[0] < (0.5 if recipe != "int4_awq" else 1.0) * error[1]
+    cached_result = smoothed if recipe == "w8a8_smoothquant" else None
+    qmodel, report = cached_result or jaxq.quantize_model(
+        llama, recipe, calibration=tokens
+    )
+    rounded_model, _ = jaxq.quantize_model(llama, plain)
+    errors = [distance(q, llama, drawn(9)) for q in (qmodel, rounded_model)]
+    assert errors[0] < (0.5 if recipe != "int4_awq" else 1.0) * errors[1]
     assert {row.method for row in report.quantized} <= {
         recipe.rpartition("_")[2],
         "llm_int8",
@@ -737,16 +740,16 @@ def test_equalize_scales_stacked_layers_each_by_itself():
     config = dataclasses.replace(CONFIG, num_hidden_layers=2)
     model = Llama(config, rngs=nnx.Rngs(0))
     recipe = jaxq.Recipe([jaxq.Rule("**/mlp/*", weight="int8", method="equalize")])
-    apart, _ = jaxq.quantize_model(model, recipe)
-    together, report = jaxq.quantize_model(jaxq.models.stacked(model), recipe)
+    listed_model, _ = jaxq.quantize_model(model, recipe)
+    stacked_model, report = jaxq.quantize_model(jaxq.models.stacked(model), recipe)
     note = {row.path: row.note for row in report.quantized}[
         "layers/mlp/down_proj/kernel"
     ]
     assert "several of its inputs" not in note
     for i in range(2):
-        expected = apart.layers[i].mlp.down_proj.kernel[...].codes()
+        expected = listed_model.layers[i].mlp.down_proj.kernel[...].codes()
         np.testing.assert_array_equal(
-            together.layers.mlp.down_proj.kernel[...][i].codes(), expected
+            stacked_model.layers.mlp.down_proj.kernel[...][i].codes(), expected
         )
 
 
@@ -767,7 +770,7 @@ def test_llm_int8_is_for_matrices():
     kernel = jaxq.quantize(
         model.kernel[...], "int8", contracting=(-3, -2)
     ).with_activation("int8", outliers=6.0)
-    with pytest.raises(ValueError, match="leaves out columns of a matrix"):
+    with pytest.raises(ValueError, match="has an outlier threshold"):
         jaxq.ops.conv_general_dilated(
             jnp.ones((1, 8, 4)),
             kernel,

@@ -73,15 +73,15 @@ class Hand(nn.Module):
     def __call__(self, x):
         dense = nn.Dense(8, use_bias=False, name="dense")
         y = dense(x)
-        own = self.param("own", nn.initializers.lecun_normal(), (8, 8))
-        return self.fn(y, own if self.raw else dense.variables["params"]["kernel"])
+        matrix = self.param("own", nn.initializers.lecun_normal(), (8, 8))
+        return self.fn(y, matrix if self.raw else dense.variables["params"]["kernel"])
 
 
 TOKENS = np.arange(10, dtype=np.int32).reshape(2, 5) % 8
 X = normal(2, 8)
 
 
-def made(module, x=TOKENS):
+def init_variables(module, x=TOKENS):
     return built(module, x)
 
 
@@ -109,7 +109,7 @@ def weights(variables):
 @pytest.mark.parametrize("lift", ["", "jit", "remat", "scan"])
 def test_a_model_is_quantized_wherever_its_layers_are(lift):
     module = Model(lift)
-    variables = made(module)
+    variables = init_variables(module)
     before = jax.tree.map(np.array, variables)
     qmodule, qvariables, report = quantize_model(module, variables, "int4")
     blocks = ["blocks"] if lift == "scan" else ["blocks_0", "blocks_1"]
@@ -133,14 +133,14 @@ def test_a_model_is_quantized_wherever_its_layers_are(lift):
 def test_embeddings_look_up_and_attend():
     module = Model()
     qmodule, qvariables, report = quantize_model(
-        module, made(module), Recipe([Rule("embed", weight="int4")])
+        module, init_variables(module), Recipe([Rule("embed", weight="int4")])
     )
     assert [row.kind for row in report.quantized] == ["Embed"]
     assert_as_floats(qmodule, qvariables, module, TOKENS)
 
 
 def test_rules_know_kinds_by_both_names():
-    module, variables = Model(), made(Model())
+    module, variables = Model(), init_variables(Model())
     for kind in ("Dense", "Linear"):
         recipe = Recipe([Rule(kinds=kind, weight="int8")])
         assert len(quantize_model(module, variables, recipe)[2].quantized) == 5
@@ -168,26 +168,28 @@ def test_attention_convolution_and_statistics_of_batches():
     qmodule, qvariables, report = quantize_model(
         module, variables, "int8"
     )  # an image and train=False are guessed
-    expected = {
+    expected_paths = {
         "conv",
         "attn/query",
         "attn/key",
         "attn/value",
         "attn/out",
     }  # "out" is a head
-    assert {row.path.removesuffix("/kernel") for row in report.quantized} == expected
+    assert {
+        row.path.removesuffix("/kernel") for row in report.quantized
+    } == expected_paths
     note = next(row.note for row in report.rows if row.path == "batch_stats/norm/mean")
-    assert note == "no parameter, passed through"
+    assert note == "not a parameter, passed through"
     assert_as_floats(qmodule, qvariables, module, x, False)
     rngs = {"dropout": jax.random.key(1)}
     train = {"train": True, "rngs": rngs, "mutable": ["batch_stats"]}
     y, updates = jax.jit(lambda variables: qmodule.apply(variables, x, **train))(
         qvariables
     )
-    wanted, _ = jax.jit(
+    expected_output, _ = jax.jit(
         lambda variables: module.apply(in_floats(variables), x, **train)
     )(qvariables)
-    assert_close_and_nonzero(y, wanted)
+    assert_close_and_nonzero(y, expected_output)
     assert not np.allclose(
         updates["batch_stats"]["norm"]["mean"], variables["batch_stats"]["norm"]["mean"]
     )
@@ -200,11 +202,12 @@ def test_subclasses_that_call_their_parent_are_met_once():
             return super().__call__(2 * inputs)
 
     module = Doubled(4)
-    qmodule, qvariables, _ = quantize_model(module, made(module, X), "int8")
+    qmodule, qvariables, _ = quantize_model(module, init_variables(module, X), "int8")
     assert_close_and_nonzero(
         qmodule.apply(qvariables, X), module.apply(in_floats(qvariables), X)
     )
-    assert float(calibrate(module, made(module, X), [X])[""].count) == 2  # rows
+    # The count is the number of rows.
+    assert float(calibrate(module, init_variables(module, X), [X])[""].count) == 2
     assert float(calibrate(qmodule, qvariables, [X])[""].count) == 2
 
 
@@ -221,8 +224,8 @@ class Two(nn.Module):
 
 def test_examples_say_how_a_module_is_called():
     module = Two()
-    variables = {"params": {"Dense_0": made(nn.Dense(8), X)["params"]}}
-    for more in (
+    variables = {"params": {"Dense_0": init_variables(nn.Dense(8), X)["params"]}}
+    for arguments in (
         {"example": {"x": X, "scale": X, "power": 2}},
         {
             "example": {
@@ -234,7 +237,10 @@ def test_examples_say_how_a_module_is_called():
         {"example": X, "forward": lambda m, v, x: m.apply(v, x, x, power=2)},
         {"calibration": [{"x": X, "scale": X, "power": jnp.ones(())}]},
     ):
-        assert len(quantize_model(module, variables, "int8", **more)[2].quantized) == 1
+        assert (
+            len(quantize_model(module, variables, "int8", **arguments)[2].quantized)
+            == 1
+        )
     with pytest.raises(
         ValueError, match="not known how to call Two.*Pass calibration=, or example="
     ):
@@ -268,11 +274,11 @@ def test_without_an_example_all_parameters_must_be_reached():
         match=r"does not reach other/kernel.*Pass an example= \(or forward=\)",
     ):
         quantize_model(module, variables, "int8", example=X)
-    skipping = Recipe([Rule("other", skip=True), *jaxq.recipes.get("int8").rules])
-    unreached = "not reached by the call of the example, left in floats"
+    skip_recipe = Recipe([Rule("other", skip=True), *jaxq.recipes.get("int8").rules])
+    unreached_note = "not reached by the call of the example, left in floats"
     for recipe, strict, note in (
-        (skipping, True, "skipped by the recipe"),
-        ("int8", False, unreached),
+        (skip_recipe, True, "skipped by the recipe"),
+        ("int8", False, unreached_note),
     ):
         qmodule, qvariables, report = quantize_model(
             module, variables, recipe, example=X, strict=strict
@@ -300,15 +306,15 @@ PATTERNS = {
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_parameters_used_by_hand_are_an_error_or_a_row(pattern):
     module = Hand(PATTERNS[pattern], raw=True)
-    variables = made(module, X)
+    variables = init_variables(module, X)
     with pytest.raises(
         ValueError,
-        match=r"own float32\[8, 8\] \(Hand\): matrices of modules jaxq does not know",
+        match=r"modules that jaxq does not know: own float32\[8, 8\] \(Hand\)",
     ):
         quantize_model(module, variables, "int8")
     with pytest.raises(
         ValueError,
-        match=r"own \(Param\): flax gives Hand an array of the shape that it asks for",
+        match=r"own \(Param\): Hand creates it with self.param, and flax checks",
     ):
         quantize_model(
             module,
@@ -320,11 +326,11 @@ def test_parameters_used_by_hand_are_an_error_or_a_row(pattern):
         match=r"rules \['own'\] match no layer.*own float32\[8, 8\] \(Hand\)",
     ):
         quantize_model(module, variables, Recipe([Rule("own", weight="int8")]))
-    skipping = Recipe(
+    skip_recipe = Recipe(
         [Rule("own", kinds="Param", skip=True, reason="small"), Rule(weight="int8")]
     )
     for recipe, strict, note in (
-        (skipping, True, "small"),
+        (skip_recipe, True, "small"),
         ("int8", False, "used by Hand itself, which jaxq does not quantize"),
     ):
         qmodule, qvariables, report = quantize_model(
@@ -345,7 +351,7 @@ def test_kernels_used_by_hand_are_refused(pattern):
         ValueError,
         match=r"dense \(Dense\): .* used in a way that a QTensor does not support",
     ):
-        quantize_model(module, made(module, X), "int8", strict=False)
+        quantize_model(module, init_variables(module, X), "int8", strict=False)
 
 
 def test_a_table_multiplied_by_hand_multiplies_codes():
@@ -357,7 +363,7 @@ def test_a_table_multiplied_by_hand_multiplies_codes():
             return self.embed(tokens) @ self.embed.embedding.T
 
     module = Tied()
-    qmodule, qvariables, _ = quantize_model(module, made(module), ALL)
+    qmodule, qvariables, _ = quantize_model(module, init_variables(module), ALL)
     assert_as_floats(qmodule, qvariables, module, TOKENS)
 
 
@@ -381,13 +387,13 @@ class Odd(nn.Module):
         )
         x, _ = scan(name="scanned")(x, None)
         x = nn.WeightNorm(nn.Dense(8, name="normed"))(x)
-        turned = nn.map_variables(
+        transposed_dense = nn.map_variables(
             nn.Dense,
             "params",
             trans_in_fn=lambda p: jax.tree.map(jnp.transpose, p),
             mutable=True,
         )
-        x = turned(8, use_bias=False, name="turned")(x)
+        x = transposed_dense(8, use_bias=False, name="turned")(x)
         x = nn.Dense(
             8, name="own", dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)
         )(x)
@@ -402,7 +408,7 @@ class Odd(nn.Module):
 
 def test_one_error_names_all_problems():
     module, x = Odd(), normal(8, 8)
-    variables = made(module, x)
+    variables = init_variables(module, x)
     with pytest.raises(ValueError, match="cannot be quantized") as error:
         quantize_model(module, variables, ALL, example=x)
     lines = str(error.value).splitlines()
@@ -423,16 +429,16 @@ def test_one_error_names_all_problems():
         ], (layer, lines)
     assert len(lines) == len(reasons) + 2
     assert "jaxq.Rule(path, skip=True)" in lines[-1]
-    skipped = [Rule(layer.split(" ")[0], skip=True) for layer in reasons]
+    skip_rules = [Rule(layer.split(" ")[0], skip=True) for layer in reasons]
     qmodule, qvariables, report = quantize_model(
-        module, variables, Recipe([*skipped, Rule(weight="int8")]), example=x
+        module, variables, Recipe([*skip_rules, Rule(weight="int8")]), example=x
     )
     assert [row.path for row in report.quantized] == ["fine/kernel"]
     assert_as_floats(qmodule, qvariables, module, x)
 
 
 def test_wrong_arguments_are_refused():
-    module, variables = nn.Dense(4), made(nn.Dense(4), X)
+    module, variables = nn.Dense(4), init_variables(nn.Dense(4), X)
     with pytest.raises(TypeError, match="must be a flax linen Module, got dict"):
         quantize_model(variables, module, "int8")
     with pytest.raises(TypeError, match="must be a dict with 'params'"):
@@ -444,9 +450,9 @@ def test_wrong_arguments_are_refused():
         quantize_model(module, variables, Recipe([Rule("typo", weight="int8")]))
     kernel = np.array(variables["params"]["kernel"])
     kernel[0, 1] = np.nan
-    bad = {"params": {**variables["params"], "kernel": jnp.asarray(kernel)}}
+    nan_variables = {"params": {**variables["params"], "kernel": jnp.asarray(kernel)}}
     with pytest.raises(ValueError, match=r"kernel\[0, 1\] is nan"):
-        quantize_model(module, bad, "int8")
+        quantize_model(module, nan_variables, "int8")
     qmodule, qvariables, _ = quantize_model(module, variables, "int8")
     with pytest.raises(TypeError, match="quantized already"):
         quantize_model(qmodule, qvariables, "int8")
@@ -469,28 +475,37 @@ def test_caches_see_what_changes(outer):
             return nn.jit(nn.Dense)(8)(x)
 
     module = Jitted()
-    variables, x = made(module, X), X * jnp.asarray([1, 30] * 4, jnp.float32)[None]
-    qmodule, first, _ = quantize_model(module, variables, "int8")
-    other, second, _ = quantize_model(module, variables, "w8a8")
-    assert qmodule == other
-    assert [leaf.shape for leaf in jax.tree.leaves(first)] == [
-        leaf.shape for leaf in jax.tree.leaves(second)
+    variables, x = (
+        init_variables(module, X),
+        X * jnp.asarray([1, 30] * 4, jnp.float32)[None],
+    )
+    qmodule, int8_variables, _ = quantize_model(module, variables, "int8")
+    other_module, w8a8_variables, _ = quantize_model(module, variables, "w8a8")
+    assert qmodule == other_module
+    assert [leaf.shape for leaf in jax.tree.leaves(int8_variables)] == [
+        leaf.shape for leaf in jax.tree.leaves(w8a8_variables)
     ]
     run = outer(qmodule.apply)
-    y, rounded, floats = run(first, x), run(second, x), module.apply(variables, x)
-    assert np.abs(y - rounded).max() > 1e-4
-    np.testing.assert_array_equal(run(first, x), y)
-    np.testing.assert_array_equal(module.apply(variables, x), floats)
-    assert "int8" not in str(dots(qmodule.apply, first, x)[0][:1])
-    assert dots(qmodule.apply, second, x) == [("int8", "int8", "int32", "int32")]
+    y, w8a8_output, float_output = (
+        run(int8_variables, x),
+        run(w8a8_variables, x),
+        module.apply(variables, x),
+    )
+    assert np.abs(y - w8a8_output).max() > 1e-4
+    np.testing.assert_array_equal(run(int8_variables, x), y)
+    np.testing.assert_array_equal(module.apply(variables, x), float_output)
+    assert "int8" not in str(dots(qmodule.apply, int8_variables, x)[0][:1])
+    assert dots(qmodule.apply, w8a8_variables, x) == [
+        ("int8", "int8", "int32", "int32")
+    ]
 
 
 def test_methods_attributes_and_submodules_are_reached():
     module = Model()
-    qmodule, qvariables, _ = quantize_model(module, made(module), ALL)
-    wanted = qmodule.apply(qvariables, TOKENS, method="encode")
+    qmodule, qvariables, _ = quantize_model(module, init_variables(module), ALL)
+    expected = qmodule.apply(qvariables, TOKENS, method="encode")
     assert_close_and_nonzero(
-        wanted, module.apply(in_floats(qvariables), TOKENS, method="encode")
+        expected, module.apply(in_floats(qvariables), TOKENS, method="encode")
     )
     for method in (
         Model.encode,
@@ -499,15 +514,15 @@ def test_methods_attributes_and_submodules_are_reached():
         lambda m, tokens: m.encode(tokens),
     ):
         np.testing.assert_array_equal(
-            qmodule.apply(qvariables, TOKENS, method=method), wanted
+            qmodule.apply(qvariables, TOKENS, method=method), expected
         )
     assert qmodule.lift == ""
-    bound = qmodule.bind(qvariables)
-    np.testing.assert_array_equal(bound.encode(TOKENS), wanted)
-    block = bound.blocks[0]
-    assert block(bound.embed(TOKENS))[0].shape == wanted.shape
+    bound_module = qmodule.bind(qvariables)
+    np.testing.assert_array_equal(bound_module.encode(TOKENS), expected)
+    block = bound_module.blocks[0]
+    assert block(bound_module.embed(TOKENS))[0].shape == expected.shape
     np.testing.assert_array_equal(
-        nn.apply(lambda m, t: m.encode(t), qmodule)(qvariables, TOKENS), wanted
+        nn.apply(lambda m, t: m.encode(t), qmodule)(qvariables, TOKENS), expected
     )
     with pytest.raises(AttributeError, match="typo"):
         _ = qmodule.typo
@@ -517,7 +532,7 @@ def test_methods_attributes_and_submodules_are_reached():
 
 def test_a_quantized_module_is_part_of_others():
     module = Model()
-    qmodule, qvariables, _ = quantize_model(module, made(module), ALL)
+    qmodule, qvariables, _ = quantize_model(module, init_variables(module), ALL)
 
     class Outer(nn.Module):
         inner: nn.Module
@@ -527,10 +542,10 @@ def test_a_quantized_module_is_part_of_others():
             return nn.Dense(3)(self.inner(tokens)) + self.inner.encode(tokens).mean()
 
     outer = Outer(qmodule)
-    variables = made(outer)
+    variables = init_variables(outer)
     assert set(variables["params"]) == {"inner", "Dense_0"}
-    mixed = {"params": {**variables["params"], "inner": qvariables["params"]}}
-    assert_as_floats(outer, mixed, Outer(module), TOKENS)
+    mixed_variables = {"params": {**variables["params"], "inner": qvariables["params"]}}
+    assert_as_floats(outer, mixed_variables, Outer(module), TOKENS)
     with pytest.raises(
         ValueError, match=r"blocks_0/up/kernel.*are floats where QTensors are expected"
     ):
@@ -547,47 +562,50 @@ def test_floats_and_the_float_module_are_refused():
         qmodule.apply(variables, X)
     with pytest.raises(TypeError, match="QTensor"):
         module.apply(qvariables, X)
-    fresh = qmodule.init(jax.random.key(0), X)
-    jax.tree.map(np.testing.assert_array_equal, fresh, variables)
-    odd = nn.Dense(8, dot_general=lambda *a, **k: None)
+    new_variables = qmodule.init(jax.random.key(0), X)
+    jax.tree.map(np.testing.assert_array_equal, new_variables, variables)
+    odd_module = nn.Dense(8, dot_general=lambda *a, **k: None)
     with pytest.raises(
         ValueError,
         match="Dense: its weight is quantized, but it has a dot_general of its own",
     ):
-        Quantized(odd).apply(qvariables, X)
+        Quantized(odd_module).apply(qvariables, X)
 
 
 def test_pickling_frozen_variables_and_saving(tmp_path):
     module = Model("scan")
     qmodule, qvariables, _ = quantize_model(
-        module, flax.core.freeze(made(module)), "int4"
+        module, flax.core.freeze(init_variables(module)), "int4"
     )
     assert isinstance(qvariables, flax.core.FrozenDict)
-    again = pickle.loads(pickle.dumps(qmodule))
-    assert again == qmodule
-    assert hash(again) == hash(qmodule)
+    unpickled_module = pickle.loads(pickle.dumps(qmodule))
+    assert unpickled_module == qmodule
+    assert hash(unpickled_module) == hash(qmodule)
     jaxq.save(tmp_path / "q.safetensors", flax.core.unfreeze(qvariables))
-    loaded = jaxq.load(tmp_path / "q.safetensors")
+    loaded_variables = jaxq.load(tmp_path / "q.safetensors")
     np.testing.assert_array_equal(
-        again.apply(loaded, TOKENS), qmodule.apply(qvariables, TOKENS)
+        unpickled_module.apply(loaded_variables, TOKENS),
+        qmodule.apply(qvariables, TOKENS),
     )
 
 
 @pytest.mark.parametrize("preset", ["int4", "mxfp4", "nf4_dq"])
 def test_flax_serialization_knows_qtensors(preset):
     module = nn.Dense(8)
-    variables = made(module, normal(2, 64))
+    variables = init_variables(module, normal(2, 64))
     _, qvariables, _ = quantize_model(module, variables, preset)
     data = flax.serialization.to_bytes(qvariables)
-    empty = jax.tree.map(jnp.zeros_like, qvariables)
-    back = flax.serialization.from_bytes(empty, data)
-    assert jax.tree.structure(back) == jax.tree.structure(qvariables)
-    jax.tree.map(np.testing.assert_array_equal, back, qvariables)
-    other = quantize_model(module, variables, "af4")[1]
+    zero_variables = jax.tree.map(jnp.zeros_like, qvariables)
+    restored_variables = flax.serialization.from_bytes(zero_variables, data)
+    assert jax.tree.structure(restored_variables) == jax.tree.structure(qvariables)
+    jax.tree.map(np.testing.assert_array_equal, restored_variables, qvariables)
+    af4_variables = quantize_model(module, variables, "af4")[1]
     with pytest.raises(ValueError, match="quantized in another way than QTensor"):
-        flax.serialization.from_bytes(other, data)
-    with pytest.raises(ValueError, match="what was no QTensor when it was saved"):
-        flax.serialization.from_bytes(empty, flax.serialization.to_bytes(variables))
+        flax.serialization.from_bytes(af4_variables, data)
+    with pytest.raises(ValueError, match="the saved value is not a QTensor"):
+        flax.serialization.from_bytes(
+            zero_variables, flax.serialization.to_bytes(variables)
+        )
 
 
 class Awkward(nn.Module):
@@ -607,7 +625,7 @@ class Awkward(nn.Module):
 
 def test_no_name_collides_with_the_wrappers():
     module = Awkward()
-    variables = made(module, X)
+    variables = init_variables(module, X)
     qmodule, qvariables, report = quantize_model(module, variables, "int8", donate=True)
     assert [row.path for row in report.quantized] == ["module/kernel"]
     assert variables["params"]["module"]["kernel"].is_deleted()
@@ -621,35 +639,35 @@ def test_no_name_collides_with_the_wrappers():
 
 def test_captured_intermediates_are_those_of_the_module():
     module = Block()
-    variables = made(module, X)
+    variables = init_variables(module, X)
     qmodule, qvariables, _ = quantize_model(module, variables, "int8")
-    for wanted in (True, lambda module, name: isinstance(module, nn.Dense)):
-        wanted = {"capture_intermediates": wanted}
-        _, captured = module.apply(variables, X, **wanted)
-        _, qcaptured = qmodule.apply(qvariables, X, **wanted)
-        assert jax.tree.structure(captured) == jax.tree.structure(qcaptured)
+    for capture in (True, lambda module, name: isinstance(module, nn.Dense)):
+        arguments = {"capture_intermediates": capture}
+        _, intermediates = module.apply(variables, X, **arguments)
+        _, qintermediates = qmodule.apply(qvariables, X, **arguments)
+        assert jax.tree.structure(intermediates) == jax.tree.structure(qintermediates)
 
 
 def test_nothing_of_flax_is_replaced():
     classes = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Einsum, nn.Embed)
-    watched = []
+    attributes = []
     for name in ("__call__", "param", "setup"):
-        watched += [(cls, name) for cls in classes if hasattr(cls, name)]
-    watched += [
+        attributes += [(cls, name) for cls in classes if hasattr(cls, name)]
+    attributes += [
         (jax.lax, "dot_general"),
         (jnp, "einsum"),
         (jnp, "take"),
         (nn.Embed, "attend"),
     ]
     before = [
-        (getattr(where, name), getattr(getattr(where, name), "__code__", None))
-        for where, name in watched
+        (getattr(owner, name), getattr(getattr(owner, name), "__code__", None))
+        for owner, name in attributes
     ]
     module = Model()
-    qmodule, qvariables, _ = quantize_model(module, made(module), ALL)
+    qmodule, qvariables, _ = quantize_model(module, init_variables(module), ALL)
     qmodule.apply(qvariables, TOKENS)
-    for (where, name), (fn, code) in zip(watched, before, strict=True):
-        assert getattr(where, name) is fn
+    for (owner, name), (fn, code) in zip(attributes, before, strict=True):
+        assert getattr(owner, name) is fn
         assert getattr(fn, "__code__", None) is code
 
 
@@ -678,7 +696,7 @@ def test_boxes_of_metadata_are_removed_with_a_note(box):
             )[0]
 
     module = Stack()
-    variables = made(module, X)
+    variables = init_variables(module, X)
     assert isinstance(variables["params"]["dense"]["kernel"], nn.meta.AxisMetadata)
     qmodule, qvariables, report = quantize_model(module, variables, "int8")
     assert isinstance(qvariables["params"]["dense"]["kernel"], QTensor)
@@ -708,15 +726,18 @@ def test_models_that_hold_quantized_layers():
 
 def test_plans_have_the_bytes_of_the_real_thing():
     module = Model("scan")
-    variables = made(module)
+    variables = init_variables(module)
     recipe = Recipe([Rule("blocks/**", weight="int4"), Rule(skip=True)])
     plan = jaxq.nn.plan(module, recipe, variables, example=TOKENS)
     report = quantize_model(module, variables, recipe)[2]
     assert [(r.path, r.format, r.bytes_after, r.note) for r in plan.rows] == [
         (r.path, r.format, r.bytes_after, r.note) for r in report.rows
     ]
-    abstract = jax.eval_shape(module.init, jax.random.key(0), TOKENS)
-    assert jaxq.nn.plan(module, "int4", abstract).bytes_before == plan.bytes_before
+    abstract_variables = jax.eval_shape(module.init, jax.random.key(0), TOKENS)
+    assert (
+        jaxq.nn.plan(module, "int4", abstract_variables).bytes_before
+        == plan.bytes_before
+    )
     with pytest.raises(TypeError, match="variables must be a dict with 'params'"):
         jaxq.nn.plan(module, "int8")
 
@@ -724,7 +745,9 @@ def test_plans_have_the_bytes_of_the_real_thing():
 def test_unused_rules_can_be_left_to_the_report():
     module = nn.Dense(4)
     recipe = Recipe([Rule("typo", weight="int4"), Rule(weight="int8")])
-    _, _, report = quantize_model(module, made(module, X), recipe, strict=False)
+    _, _, report = quantize_model(
+        module, init_variables(module, X), recipe, strict=False
+    )
     assert report.notes == ("rule 'typo' matched nothing",)
 
 
@@ -745,14 +768,21 @@ class Pair(nn.Module):
 BATCHES = [normal(64, 32, seed=seed) for seed in range(2)]
 
 
-def by(method, **more):
+def by(method, **fields):
     return Recipe(
-        [Rule(weight="int3", method=method, options=more.pop("options", {}), **more)]
+        [
+            Rule(
+                weight="int3",
+                method=method,
+                options=fields.pop("options", {}),
+                **fields,
+            )
+        ]
     )
 
 
 def test_a_result_is_what_the_matrix_method_gives():
-    module, variables = Pair(), made(Pair(), BATCHES[0])
+    module, variables = Pair(), init_variables(Pair(), BATCHES[0])
     stats = calibrate(module, variables, BATCHES)
     for calibration in (BATCHES, stats):
         qvariables, report = quantize_model(
@@ -778,7 +808,7 @@ def test_a_result_is_what_the_matrix_method_gives():
 def test_experts_have_statistics_of_their_own():
     module = nn.Einsum((2, 32, 16), "ebk,ekn->ebn")
     x = normal(2, 64, 32)
-    variables = made(module, x)
+    variables = init_variables(module, x)
     stats = calibrate(module, variables, [x])
     assert stats[""].hessian.shape == (2, 32, 32)
     _, qvariables, _ = quantize_model(
@@ -794,7 +824,7 @@ def test_experts_have_statistics_of_their_own():
 
 
 def test_a_stack_on_one_input_shares_its_statistics():
-    lifted = nn.vmap(
+    stacked_dense = nn.vmap(
         nn.Dense,
         in_axes=None,
         out_axes=0,
@@ -802,12 +832,12 @@ def test_a_stack_on_one_input_shares_its_statistics():
         variable_axes={"params": 0},
         split_rngs={"params": True},
     )
-    module, x = lifted(16), BATCHES[0]
-    variables = made(module, x)
+    module, x = stacked_dense(16), BATCHES[0]
+    variables = init_variables(module, x)
     _, qvariables, _ = quantize_model(
         module, variables, by("gptq"), calibration=[x], fallback="none"
     )
-    stats = calibrate(nn.Dense(16), made(nn.Dense(16), x), [x])[""]
+    stats = calibrate(nn.Dense(16), init_variables(nn.Dense(16), x), [x])[""]
     for i in range(2):
         qt, _ = methods.gptq(variables["params"]["kernel"][i], stats.hessian, "int3")
         np.testing.assert_array_equal(
@@ -816,23 +846,28 @@ def test_a_stack_on_one_input_shares_its_statistics():
 
 
 def test_impossible_requests_are_refused_before_anything_runs():
-    module, variables = Pair(), made(Pair(), BATCHES[0])
+    module, variables = Pair(), init_variables(Pair(), BATCHES[0])
     conv, x = nn.Conv(4, (3,)), normal(2, 8, 4)
     with pytest.raises(
         ValueError,
         match=r"(?s)first.*method 'gptq' needs data.*second.*method 'gptq' needs data",
     ):
         quantize_model(module, variables, by("gptq"))
-    with pytest.raises(ValueError, match="linen modules do not say what that is"):
+    with pytest.raises(ValueError, match="linen modules do not say which layer"):
         quantize_model(module, variables, "int4_awq", calibration=BATCHES)
     with pytest.raises(
         ValueError, match=r"Conv.*is for matrices: Linear, LinearGeneral and Einsum"
     ):
-        quantize_model(conv, made(conv, x), by("gptq"), calibration=[x])
+        quantize_model(conv, init_variables(conv, x), by("gptq"), calibration=[x])
     with pytest.raises(ValueError, match="no statistics of"):
         quantize_model(module, variables, by("gptq"), calibration={})
-    scanned, rule = Model("scan"), Rule("blocks/*", weight="int4", method="gptq")
+    scan_module, rule = Model("scan"), Rule("blocks/*", weight="int4", method="gptq")
     with pytest.raises(ValueError, match=r"blocks/\w+ is inside nn\.scan"):
-        quantize_model(scanned, made(scanned), Recipe([rule]), calibration=[TOKENS])
-    out = quantize_model(module, variables, by("hqq"))[2]
-    assert {row.method for row in out.quantized} == {"hqq"}
+        quantize_model(
+            scan_module,
+            init_variables(scan_module),
+            Recipe([rule]),
+            calibration=[TOKENS],
+        )
+    report = quantize_model(module, variables, by("hqq"))[2]
+    assert {row.method for row in report.quantized} == {"hqq"}

@@ -48,8 +48,8 @@ def test_matrices_become_qtensors_and_nothing_else(params):
     assert notes["lm_head/kernel"] == "output head, left in floats by default"
     assert notes["layers/0/up/bias"] == "not a matrix, left in floats"
     assert notes["steps"] == "no floats, left as it is"
-    own = jaxq.quantize(params["layers"][0]["up"]["kernel"], "int8")
-    np.testing.assert_array_equal(q["layers"][0]["up"]["kernel"].codes(), own.codes())
+    qt = jaxq.quantize(params["layers"][0]["up"]["kernel"], "int8")
+    np.testing.assert_array_equal(q["layers"][0]["up"]["kernel"].codes(), qt.codes())
 
 
 def test_code_of_the_user_multiplies_and_dequantizes(params):
@@ -64,8 +64,8 @@ def test_code_of_the_user_multiplies_and_dequantizes(params):
     expected = x @ params["layers"][0]["up"]["kernel"]
     for y in run(q, x):
         assert np.linalg.norm(y - expected) < 0.02 * np.linalg.norm(expected)
-    floats = jax.jit(jaxq.dequantize_params)(q)
-    assert jax.tree.map(jnp.shape, floats) == jax.tree.map(jnp.shape, params)
+    float_params = jax.jit(jaxq.dequantize_params)(q)
+    assert jax.tree.map(jnp.shape, float_params) == jax.tree.map(jnp.shape, params)
     assert (
         jaxq.dequantize_params(q, dtype=jnp.bfloat16)["layers"][0]["up"]["kernel"].dtype
         == jnp.bfloat16
@@ -83,18 +83,18 @@ def test_states_of_nnx_and_stacks_go_by_the_names_of_layers():
     assert [row.path for row in report.quantized] == ["up/kernel"]
     assert isinstance(q["up"]["kernel"].get_value(), QTensor)
     q, _ = jaxq.quantize_params(nnx.state(model), Recipe([Rule("up", weight="int8")]))
-    stacked = {
+    stacked_params = {
         "norm": {"scale": normal(3, 32)},
         "up": {"bias": normal(3, 8), "kernel": normal(32, 8)},
     }
-    assert [row.path for row in jaxq.quantize_params(stacked, "int8")[1].quantized] == [
-        "up/kernel"
-    ]
+    assert [
+        row.path for row in jaxq.quantize_params(stacked_params, "int8")[1].quantized
+    ] == ["up/kernel"]
 
 
 def test_rules_name_the_axes():
     params = {"experts": normal(4, 32, 8), "torch": {"weight": normal(8, 32)}}
-    with pytest.raises(ValueError, match=r"experts \(Array\): which of its 3 axes"):
+    with pytest.raises(ValueError, match=r"experts \(Array\): .* which of its 3 axes"):
         jaxq.quantize_params(params, "int8")
     recipe = Recipe(
         [
@@ -127,7 +127,7 @@ def test_one_error_names_all_problems():
     }
     with pytest.raises(
         ValueError,
-        match=r"(?s)a \(Array\): quantize: a\[1, 2\] is nan.*b \(Array\): which of",
+        match=r"(?s)a \(Array\): quantize: a\[1, 2\] is nan.*b \(Array\): .* which of",
     ):
         jaxq.quantize_params(params, "int8")
     with pytest.raises(
@@ -159,8 +159,10 @@ def test_methods_without_data_work():
 
 def test_a_quantized_tree_stays_as_it_is(params):
     q, _ = jaxq.quantize_params(params, "int8")
-    again, report = jaxq.quantize_params(q, Recipe([Rule("lm_head", weight="int8")]))
-    assert again["layers"][0]["up"]["kernel"] is q["layers"][0]["up"]["kernel"]
+    second_tree, report = jaxq.quantize_params(
+        q, Recipe([Rule("lm_head", weight="int8")])
+    )
+    assert second_tree["layers"][0]["up"]["kernel"] is q["layers"][0]["up"]["kernel"]
     assert {r.path for r in report.rows if "already" in r.note} == {
         "layers/0/up/kernel",
         "layers/1/up/kernel",
@@ -204,8 +206,8 @@ def test_any_registered_class_is_a_tree():
 def test_saved_and_loaded(tmp_path, params):
     q, _ = jaxq.quantize_params(params, "nf4")
     jaxq.save(tmp_path / "q.safetensors", q)
-    back = jaxq.load(tmp_path / "q.safetensors")
-    assert_same(back, q)
+    loaded_tree = jaxq.load(tmp_path / "q.safetensors")
+    assert_same(loaded_tree, q)
 
 
 def test_empty_arrays_have_no_bits_per_weight():
@@ -261,11 +263,11 @@ def test_numpy_float64_is_refused_beside_all_other_problems():
 
 def test_an_array_of_two_names_is_quantized_once():
     w = jnp.ones((32, 4))
-    out, report = jaxq.quantize_params({"a": w, "b": w}, "int8")
-    assert out["a"] is out["b"]
-    first, second = report.rows
-    assert (second.note, second.bytes_after) == ("the same array as a", 0)
-    assert first.bytes_after == out["a"].nbytes
+    qparams, report = jaxq.quantize_params({"a": w, "b": w}, "int8")
+    assert qparams["a"] is qparams["b"]
+    first_row, second_row = report.rows
+    assert (second_row.note, second_row.bytes_after) == ("the same array as a", 0)
+    assert first_row.bytes_after == qparams["a"].nbytes
 
 
 def test_adapters_and_states_stay_in_floats():
@@ -275,7 +277,7 @@ def test_adapters_and_states_stay_in_floats():
     )
     _, report = jaxq.quantize_params(nnx.state(model), "int8")
     assert [row.path for row in report.quantized] == ["layers/0/kernel"]
-    raw, _ = jaxq.quantize_params(
+    qparams, _ = jaxq.quantize_params(
         {"q": {"w": jnp.ones((32, 4)), "lora_a": jnp.ones((32, 4))}}, "int8"
     )
-    assert isinstance(raw["q"]["lora_a"], jax.Array)
+    assert isinstance(qparams["q"]["lora_a"], jax.Array)
