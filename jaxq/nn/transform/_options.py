@@ -39,6 +39,7 @@ class Options:
       progress: show a line of progress. None shows it on a terminal.
 
     Raises:
+      TypeError: `calibration` is one array instead of batches.
       ValueError: `on_nonfinite`, `fallback` or `sequential` is not one of its choices;
         `donate` is True and `calibration` is not None; `resume` is not None and
         `sequential` is False.
