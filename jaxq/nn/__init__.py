@@ -1,10 +1,11 @@
-"""Flax: quantize whole nnx models, or write models of quantized layers.
+"""Flax: quantize whole nnx models, or write models with quantized layers.
 
 `quantize_model` returns a copy of a model with quantized weights, and a report.
-`QLinear` and the other `Q` layers are quantized from the start. A quantized layer has a
-QTensor as its weight, and jaxq's functions in the layer's own hooks. No class is
-changed and no function of jax is replaced. `calibrate` collects statistics of each
-layer's input. `jaxq.nn.linen` has the same for Flax linen.
+`QLinear` and the other `Q` layers are quantized from the start. The weight of a
+quantized layer is a QTensor. The layer's own hooks (`dot_general`, for example) hold
+functions of jaxq that take a QTensor. No Flax class is edited, and no JAX function is
+replaced. `calibrate` collects statistics of each layer's input. `jaxq.nn.linen` has the
+same functions for Flax linen.
 """
 
 from jaxq.nn import linen
@@ -38,7 +39,7 @@ from jaxq.nn.transform import (
 )
 from jaxq.nn.transform import find_layers as find_layers
 
-# Other rooms import the names with `as` too. They are not for users.
+# The names imported with `as` are for other packages of jaxq, not for users.
 __all__ = [
     "LayerKind",
     "QConv",

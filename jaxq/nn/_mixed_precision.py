@@ -1,8 +1,8 @@
-"""Mixed precision: how sensitive each layer is to quantization, and what to give each.
+"""Mixed precision: measures each layer's sensitivity, and chooses a preset for each.
 
 `sensitivity` quantizes one layer at a time, with each choice, and measures the change
 of the model's predictions. `assign` finds the choices with the smallest total change
-within an average number of bits. `mixed_recipe` makes a recipe of them.
+for a budget of bits per weight. `mixed_recipe` turns the choices into a recipe.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from jaxq.nn.transform._nnx_layers import find_layers
 from jaxq.qtensor import QuantSpec, as_spec, dequantize, quantize
 from jaxq.recipes import Recipe, Rule, as_recipe
 
-# `assign` counts bits in this many parts of the budget. A layer's bits are rounded up.
+# `assign` divides the spare bits into this many parts. Costs are rounded up to parts.
 _BUDGET_PARTS = 20_000
 
 
 class Sensitivity(NamedTuple):
-    """What `sensitivity` measures, for each layer by its path.
+    """The measurements of `sensitivity`. The first key is the path of a layer.
 
     Attributes:
-      kl: by the name of each choice, the mean KL(float || model) in nats if only this
-        layer is quantized.
-      bits: by the name of each choice, the bits of the whole weight, scales included.
-      size: the number of weights.
+      kl: the mean KL(float || quantized) in nats if only this layer is quantized. The
+        second key is the name of a choice.
+      bits: the bits of the quantized weight, scales included. The second key is the
+        name of a choice.
+      size: the number of weights of the layer.
 
     Example:
       >>> from jaxq.nn import Sensitivity
@@ -56,29 +57,30 @@ def sensitivity(
     forward: Callable[[Any, Any], Any] | None = None,
     progress: bool | None = None,
 ) -> Sensitivity:
-    """Measures how far a model's predictions move if one layer is quantized.
+    """Measures how much a model's predictions change if one layer is quantized.
 
-    The layers are those that a recipe by name would quantize. Embeddings, output heads
-    and routers are not among them. The float weight is replaced by the dequantized
+    The layers are those that a named recipe quantizes. Embeddings, output heads and
+    routers are not among them. The dequantized weight takes the place of the float
     weight, so the model is compiled once for all layers and choices.
 
     Args:
-      model: a float flax nnx module. Its result is logits `[..., classes]`. It does not
-        change.
+      model: a float flax nnx module that returns logits `[..., classes]`. The model is
+        not modified.
       choices: preset names.
       batches: inputs of the model, as in `calibrate`.
-      mask: `mask(batch)` returns the rows that count: bool, with the first axes of the
-        logits, without the last. It is False for padding.
-      forward: `forward(model, batch)` runs a batch and returns logits.
-      progress: show a line of progress. None shows it on a terminal.
+      mask: `mask(batch)` returns a bool array that is False for padding. The axes of
+        this array are the first axes of the logits, without the class axis.
+      forward: `forward(model, batch)` runs a batch and returns logits. None calls the
+        model.
+      progress: show a progress line. None shows the line if stderr is a terminal.
 
     Returns:
       A `Sensitivity`.
 
     Raises:
-      TypeError: `batches` is one batch, or `choices` is one name.
+      TypeError: `batches` is a single batch, or `choices` is a single name.
       ValueError: there is no batch or no choice; a preset is unknown; the model has no
-        layer that a recipe by name quantizes; the mask does not fit the logits or is
+        layer that a named recipe quantizes; the mask does not fit the logits or is
         False everywhere; the logits of the float model are not finite.
 
     Example:
@@ -121,16 +123,17 @@ def assign(sensitivity: Sensitivity, budget: float) -> dict[str, str]:
       subject to  sum_l bits[l, c_l] <= budget * sum_l size[l]
 
     This is a knapsack problem with one choice for each layer. Dynamic programming over
-    the bits solves it. Bits are counted in 20,000ths of the budget that is left over
-    the smallest choices, and rounded up, so that the budget holds. The divergences of
-    layers are assumed to add up. For small divergences that is nearly true.
+    the bits solves the problem. The spare bits are the budget minus the bits of the
+    smallest choices. They are divided into 20,000 equal parts. The cost of a choice is
+    rounded up to whole parts, so the result never exceeds the budget. The divergences
+    of layers are assumed to add up. This is nearly true for small divergences.
 
     Args:
       sensitivity: from `jaxq.nn.sensitivity`.
       budget: bits per weight on average, scales included.
 
     Returns:
-      The name of the choice for the path of each layer.
+      A dict from the path of each layer to the name of its choice.
 
     Raises:
       ValueError: the budget is not finite; the smallest choices need more bits than the
@@ -159,8 +162,8 @@ def assign(sensitivity: Sensitivity, budget: float) -> dict[str, str]:
     _check_finite(sensitivity)
     part_bits = (max_bits - min_bits) / _BUDGET_PARTS or 1.0
 
-    # Forward: `best[j]` is the smallest divergence of the layers so far that take at
-    # most j parts more than their smallest choices.
+    # Forward: `best[j]` is the smallest total divergence of the layers so far, if these
+    # layers use at most j spare parts.
     best = np.zeros(_BUDGET_PARTS + 1)
     tables = []
     for path in paths:
@@ -175,7 +178,7 @@ def assign(sensitivity: Sensitivity, budget: float) -> dict[str, str]:
         tables.append((names, parts, np.argmin(totals, 0)))
         best = np.min(totals, 0)
 
-    # Backward: read each layer's choice for the parts that the later layers left.
+    # Backward: `num_left` is the number of parts that the later layers do not use.
     choices, num_left = {}, _BUDGET_PARTS
     for path, (names, parts, argmin) in zip(
         reversed(paths), reversed(tables), strict=True
@@ -186,11 +189,13 @@ def assign(sensitivity: Sensitivity, budget: float) -> dict[str, str]:
 
 
 def mixed_recipe(choices: Mapping[str, str], **rule_arguments: Any) -> Recipe:
-    """A recipe that gives each layer its choice and leaves all others in floats.
+    """Returns a recipe that quantizes each layer with the preset chosen for it.
+
+    Layers that are not in `choices` stay in floats.
 
     Args:
-      choices: a preset name for the path of each layer, as `assign` returns them.
-      **rule_arguments: for every `Rule`, `method="gptq"` for example.
+      choices: a dict from layer path to preset name, as `assign` returns it.
+      **rule_arguments: further arguments of every `Rule`, `method="gptq"` for example.
 
     Example:
       >>> import jaxq
@@ -214,7 +219,7 @@ def _specs(choices: Sequence[str]) -> dict[str, QuantSpec]:
 
 
 def _layers_by_name(model: nnx.Module, preset: str) -> list[Any]:
-    """The layers that a recipe by name would quantize: (path, layer, kind) of each."""
+    """The layers that a named recipe quantizes: (path, layer, kind) of each."""
     recipe = as_recipe(preset, "sensitivity")
     layers = []
     for path, layer, kind in find_layers(model):
@@ -224,16 +229,17 @@ def _layers_by_name(model: nnx.Module, preset: str) -> list[Any]:
             layers.append((path, layer, kind))
     if not layers:
         raise ValueError(
-            "sensitivity: the model has no layer that a recipe by name would quantize."
+            "sensitivity: the model has no layer that a named recipe quantizes. Named "
+            "recipes leave embeddings, output heads and routers in floats."
         )
     return layers
 
 
 class _Divergence:
-    """How far a model's predictions are from those it made when this was created.
+    """Measures how much a model's predictions changed since this object was created.
 
     Args:
-      model: its weights may be changed in place afterwards.
+      model: the model. Its weights may be changed in place afterwards.
       batches: inputs of the model.
       mask: `mask(batch)` returns the rows that count, or None.
       forward: `forward(model, batch)` returns logits, or None.
@@ -302,16 +308,16 @@ def _mean_divergence(
 def _counts(
     mask: Callable[[Any], Any] | None, batch: Any, logits: jax.Array
 ) -> jax.Array | None:
-    """The rows that count, bool with the shape of the logits without the last axis."""
+    """Which rows count: bool, with the shape of the logits without the last axis."""
     if mask is None:
         return None
     counts = np.asarray(mask(batch)).astype(bool)
     rows = logits.shape[:-1]
     if counts.shape != rows[: counts.ndim] or not counts.any():
         raise ValueError(
-            f"sensitivity: the mask has the shape {list(counts.shape)}. It must be "
-            "True somewhere, and its axes must be the first axes of the rows of logits "
-            f"{list(rows)}."
+            f"sensitivity: the mask has the shape {list(counts.shape)} and is True for "
+            f"{int(counts.sum())} rows. The mask must be True somewhere. Its axes must "
+            f"be the first axes of {list(rows)}, the logits without the class axis."
         )
     whole = counts.reshape(*counts.shape, *(1 for _ in rows[counts.ndim :]))
     return jnp.broadcast_to(whole, rows)
@@ -323,7 +329,7 @@ def _rounded_weight(
     contracting: tuple[int, ...],
     batch: tuple[int, ...],
 ) -> tuple[jax.Array, int]:
-    """A weight rounded to a spec, in floats, and the bits of its codes and scales."""
+    """The dequantized weight, and the bits of its codes and scales."""
     qt = quantize(w, spec, contracting=contracting, batch=batch)
     return dequantize(qt), 8 * qt.nbytes
 
@@ -342,6 +348,6 @@ def _check_finite(sensitivity: Sensitivity) -> None:
 
 
 def _num_parts(bits: Mapping[str, int], name: str, part_bits: float) -> int:
-    """How many parts a choice takes more than the layer's smallest, rounded up."""
-    # The subtrahend allows for the rounding error of the quotient.
+    """The parts that a choice costs beyond the layer's smallest choice, rounded up."""
+    # 1e-9 keeps a rounding error of the division from adding a part.
     return int(np.ceil((bits[name] - min(bits.values())) / part_bits - 1e-9))

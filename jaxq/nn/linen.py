@@ -1,9 +1,10 @@
-"""Flax linen: quantize whole modules, or write modules of quantized layers.
+"""Flax linen: quantize whole modules, or write modules with quantized layers.
 
-`quantize_model` returns a module, its variables and a report. The module is used as the
-float module was. `QDense` and the other `Q` layers are quantized from the start.
-`calibrate` collects statistics of each layer's input. No class of Flax is changed and
-no function of jax is replaced: `flax.linen.intercept_methods` shows the layers' calls.
+`quantize_model` returns a module, its variables and a report. The returned module is
+called in the same way as the float module. `QDense` and the other `Q` layers are
+quantized from the start. `calibrate` collects statistics of each layer's input. No Flax
+class is edited, and no JAX function is replaced. jaxq sees the calls of layers through
+`flax.linen.intercept_methods`.
 """
 
 from jaxq.nn.calibration import linen_calibrate as calibrate

@@ -1,8 +1,8 @@
 """Calibration: statistics of the inputs of a model's layers, from batches of real data.
 
-`_nnx.py` and `_linen.py` watch the layers of a model. They share which rows count
-(`_rows.py`), the loop over batches (`_batches.py`), and checks (`_stats.py`). The sums
-themselves, the Hessian among them, are in `jaxq.observers`.
+`_nnx.py` and `_linen.py` watch the layers of a model. Both use `_rows.py` (which rows
+count), `_batches.py` (the loop over batches) and `_stats.py` (checks of statistics).
+`jaxq.observers` computes the statistics, such as the Hessian.
 """
 
 from jaxq.nn.calibration._batches import Batch, as_batches, with_progress

@@ -1,4 +1,4 @@
-"""Calibration batches: what they may be, how they enter jit, and the loop over them."""
+"""Calibration batches: checks, a form that jit accepts, and the loop over batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Batch:
 
     Attributes:
       arrays: the arrays, by their position among the leaves.
-      others: the other leaves. None where there is an array.
+      others: all leaves in order, with None in place of each array.
       structure: the tree structure of the batch.
     """
 
@@ -58,16 +58,16 @@ class Batch:
 
 
 def as_batches(batches: Iterable[Any], caller: str) -> Iterable[Any]:
-    """Returns the batches, after a check that they are not one batch.
+    """Returns `batches`, after a check that it is not a single batch.
 
-    An array or a dict is one batch, although one could iterate over it.
+    An array or a dict is a single batch, although Python can iterate over it.
 
     Raises:
       TypeError: `batches` is an array, a dict or a string.
     """
     if isinstance(batches, jax.Array | np.ndarray | str | dict):
         raise TypeError(
-            f"{caller}: batches must be an iterable of batches, got one "
+            f"{caller}: batches must be an iterable of batches, got a single "
             f"{type(batches).__name__}. Pass a list: [x]."
         )
     return batches
@@ -84,13 +84,14 @@ def run_batches(
     """Runs `step(batch, counts)` for each batch.
 
     Args:
-      step: `counts` says which rows of the batch count. None: all rows do.
+      step: `counts` says which rows of the batch count. None means all rows.
       batches: as the user passed them.
-      caller: the public function. Errors begin with it.
+      caller: the name of the public function. Errors begin with this name.
       mask: `mask(batch)` returns `counts`.
-      progress: show a line of progress. None shows it on a terminal.
+      progress: show a progress line. None shows the line if stderr is a terminal.
 
     Raises:
+      TypeError: `batches` is a single batch.
       ValueError: there is no batch.
     """
     num_batches = 0
@@ -100,20 +101,20 @@ def run_batches(
         num_batches += 1
     if num_batches == 0:
         raise ValueError(
-            f"{caller}: there is no batch. An iterator can be read only once, and a "
-            "second read finds it empty. Pass a list."
+            f"{caller}: there is no batch. At least one is needed. An iterator that "
+            "was read before is empty. Pass a list."
         )
 
 
 def with_progress(
     items: Iterable[Any], label: str, progress: bool | None
 ) -> Iterator[Any]:
-    """Yields the items, and writes a line of progress to stderr.
+    """Yields the items, and writes a progress line to stderr.
 
     Args:
       items: what to iterate over.
       label: the start of the line.
-      progress: write the line. None writes it on a terminal.
+      progress: write the line. None writes the line if stderr is a terminal.
     """
     if not (sys.stderr.isatty() if progress is None else progress):
         yield from items

@@ -1,7 +1,7 @@
 """The order in which a batch reaches the layers of a model.
 
-The model is traced, and nothing is computed. While it is traced, whatever watches the
-layers (a probe, an interceptor) records each call here.
+The model is traced with abstract values, so no layer is computed. During the trace, the
+probes (nnx) or the interceptor (linen) record each call of a layer with `record_call`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 
 import jax
 
-# Set while the order is traced: the inputs that each layer was called with, by path.
+# Set during such a trace: the inputs of the calls of each layer, by path.
 _TRACED_INPUTS: contextvars.ContextVar[dict[str, list[Any]] | None] = (
     contextvars.ContextVar("calls", default=None)
 )
 
 
 def record_call(path: str, x: Any) -> bool:
-    """Records the input of a layer's call, if the order is traced.
+    """Records the input of a layer's call, if `trace_call_order` is running.
 
     Returns:
-      True if the order is traced. Then no statistics are needed.
+      True if `trace_call_order` is running. The caller then collects no statistics.
     """
     calls = _TRACED_INPUTS.get()
     if calls is None:
@@ -34,13 +34,15 @@ def record_call(path: str, x: Any) -> bool:
 def trace_call_order(
     trace: Callable[..., None], *args: Any
 ) -> dict[str, tuple[int, ...]]:
-    """The layers that `trace(*args)` calls, in order, with the numbers of their inputs.
-
-    Two layers that read the same array have the same number.
+    """Traces `trace(*args)` to find the order in which layers are called.
 
     Args:
-      trace: calls layers that are watched by `record_call`.
-      *args: arrays, which are traced.
+      trace: runs the model. Each call of a layer must call `record_call`.
+      *args: arguments of `trace`. Their arrays become tracers.
+
+    Returns:
+      A dict from the path of each layer to one number for each call, in the order of
+      the first calls. Two calls have the same number if they read the same array.
     """
     calls: dict[str, list[Any]] = {}
     token = _TRACED_INPUTS.set(calls)

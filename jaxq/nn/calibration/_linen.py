@@ -1,9 +1,9 @@
 """Flax linen: calibration passes over a module and its variables.
 
-Layers are watched through `flax.linen.intercept_methods`. Nothing of the module
-changes. The compiled step returns the statistics as plain arrays. Statistics of a layer
-inside `nn.scan`, `nn.remat` or `nn.vmap` cannot leave that transform, so such a layer
-is refused.
+An interceptor (`flax.linen.intercept_methods`) sees the calls of the layers. The module
+does not change. The compiled step returns the statistics as plain arrays. Statistics of
+a layer inside `nn.scan`, `nn.remat` or `nn.vmap` cannot leave that transform. Such a
+layer is an error.
 """
 
 from __future__ import annotations
@@ -45,35 +45,37 @@ def calibrate(
 ) -> dict[str, LayerStats]:
     """Collects statistics of the inputs of a linen module's layers.
 
-    The layers are Dense, DenseGeneral, Einsum, Conv and ConvTranspose. The rows of a
-    convolution are the places of its input with their channels. They have no second
-    moments.
+    The layers are Dense, DenseGeneral, Einsum, Conv and ConvTranspose. A row of a
+    convolution's input is the vector of channels at one spatial position. Convolutions
+    have no second moments.
 
     Args:
       module: a linen module.
-      variables: as `module.apply` takes them.
+      variables: the variables that `module.apply` takes.
       batches: inputs of the module. Each is an array, a tuple of arguments or a dict of
         named arguments. The dict may have arguments of `apply` too (`method=`). Values
         that are not arrays are passed as they are.
-      layers: paths of the layers ("blocks_0/mlp/up"). None takes all.
-      mask: `mask(batch)` returns the rows that count, bool `[b, t]` or `[b]`. It is
-        False for padding.
-      forward: `forward(module, variables, batch)` runs a batch.
+      layers: paths of the layers ("blocks_0/mlp/up"). None means all layers.
+      mask: `mask(batch)` returns a bool array `[b, t]` or `[b]` that is False for
+        padding.
+      forward: `forward(module, variables, batch)` runs a batch. None uses
+        `module.apply`.
       hessian: collect second moments `[K, K]` too.
       observer: as in `jaxq.nn.calibrate`.
       start: statistics of earlier batches, as in `jaxq.nn.calibrate`.
-      progress: show a line of progress. None shows it on a terminal.
+      progress: show a progress line. None shows the line if stderr is a terminal.
 
     Returns:
-      A `LayerStats` for the path of each layer, in the order in which a batch reaches
-      the layers.
+      A dict from the path of each layer to its `LayerStats`, in the order in which a
+      batch reaches the layers.
 
     Raises:
-      TypeError: `module` is not a linen module; `batches` is one batch; the mask is not
-        bool or integers.
+      TypeError: `module` is not a linen module; `batches` is a single batch; the mask
+        is neither bool nor integer.
       ValueError: there is no batch; no batch reached a path in `layers`; a layer is
-        inside `nn.scan` or another lifted transform; a number is not finite; the mask
-        does not fit the rows of a layer; no row counts; `start` misses a layer.
+        inside `nn.scan` or another lifted transform; an input of a layer is not finite;
+        the mask does not fit the rows of a layer; no row of a layer counts; `start` has
+        no statistics of a layer, or they have other shapes or dtypes.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -115,18 +117,19 @@ def collect_linen_stats(
     start: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> dict[str, LayerStats]:
-    """`calibrate` with a request for each layer, in one pass over the data.
+    """`calibrate` with a separate request for each layer, in one pass over the data.
 
     Args:
-      module: as in `calibrate`, like the arguments that are not listed here.
-      variables: of the module.
-      batches: inputs of the module.
-      requests: what to collect for each path. None uses `default` for all layers.
-      default: what to collect without `requests`.
-      mask: which rows count.
-      forward: runs a batch.
-      start: statistics of earlier batches.
-      progress: show a line of progress.
+      module: as in `calibrate`.
+      variables: as in `calibrate`.
+      batches: as in `calibrate`.
+      requests: what to collect, by path of the layer. None uses `default` for all
+        layers.
+      default: what to collect for each layer if `requests` is None.
+      mask: as in `calibrate`.
+      forward: as in `calibrate`.
+      start: as in `calibrate`.
+      progress: as in `calibrate`.
     """
     watcher = _Watcher(module, StatsRequests(requests, default), forward, start)
 
@@ -160,7 +163,7 @@ class _Watcher:
         self._requests, self._start = requests, start
         self._stats: dict[str, Any] = jax.tree.map(jnp.asarray, dict(start or {}))
         self._step = jax.jit(self._trace)
-        # Paths in the order in which a batch reaches the layers, filled by tracing.
+        # Paths of the layers in the order of their first calls. `_trace` appends them.
         self.order: list[str] = []
 
     def run(self, variables: Any, batch: Batch, counts: jax.Array | None) -> None:
@@ -171,22 +174,31 @@ class _Watcher:
             layer = self.order[-1] if self.order else "a layer"
             raise ValueError(
                 f"linen.calibrate: {layer} is inside nn.scan, nn.remat, nn.jit or "
-                "nn.vmap, so its input cannot be seen. Build the module without "
-                "that, or leave the layer out: by layers= of calibrate, or by a rule "
-                "without observer= and without a method that needs data."
+                "nn.vmap, so its input cannot be seen. Build the module without this "
+                "transform, or leave the layer out. To leave it out, pass layers= to "
+                "calibrate, or use a rule without observer= and without a method that "
+                "needs data."
             ) from None
 
     def result(self) -> dict[str, LayerStats]:
-        """The statistics by path: first the layers that were reached, in order."""
+        """The statistics by path.
+
+        Layers that a batch reached come first, in the order of their first calls. The
+        other layers have the statistics of `start`.
+        """
         stats = self._stats
         missing = [path for path in self._requests.paths if path not in stats]
         if missing or not stats:
             layers = missing or "a Dense, DenseGeneral, Einsum, Conv or ConvTranspose"
-            raise ValueError(f"linen.calibrate: no batch reached {layers}.")
+            raise ValueError(
+                f"linen.calibrate: no batch reached {layers}. Check the paths and the "
+                "batches."
+            )
         result = {path: stats[path] for path in self.order}
         for path in stats:
             if path not in result and path in self._requests:
-                # No call has told the size of its input, so any size will do here.
+                # No call has shown the size of the input. `as_stats` reads only types
+                # from its second argument, so any size works.
                 observer = self._requests[path].observer
                 result[path] = as_stats(stats[path], empty_stats(1, observer=observer))
         return result
@@ -241,7 +253,7 @@ class _Watcher:
 def linen_call_order(
     module: linen.Module, variables: Any, batch: Any, forward: Forward | None
 ) -> dict[str, tuple[int, ...]]:
-    """The layers in the order in which a batch reaches them, as `call_order`."""
+    """The same as `call_order` of `_nnx.py`, for a linen module."""
 
     def trace(variables: Any, batch: Batch) -> None:
         def watch(
@@ -262,7 +274,10 @@ def linen_call_order(
 def _split_input(
     args: tuple, kwargs: dict[str, Any]
 ) -> tuple[Any, tuple, dict[str, Any]]:
-    """The input of a call and its other arguments. Flax names the input `inputs`."""
+    """Splits a call into its input and the other arguments.
+
+    The input is the first argument. Flax names this argument `inputs`.
+    """
     if args:
         return args[0], args[1:], kwargs
     others = {name: value for name, value in kwargs.items() if name != "inputs"}

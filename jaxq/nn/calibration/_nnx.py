@@ -28,8 +28,7 @@ from jaxq.nn.calibration._stats import (
 from jaxq.nn.layers import LayerKind, find_kind, weight_axes
 from jaxq.observers import LayerStats, Observer
 
-# Set while a batch is traced: the paths of layers in the order in which it reaches
-# them.
+# Set while a batch is traced: the paths of the layers, in the order of their first calls.
 _REACHED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
     "reached", default=None
 )
@@ -54,33 +53,37 @@ def calibrate(
       batches: inputs of the model. Each is an array, a tuple of arguments or a dict of
         named arguments. Values that are not arrays (`{"x": x, "train": False}`) are
         passed as they are. Shapes may differ. Each new shape is compiled once.
-      layers: paths of the layers. None takes every Linear, LinearGeneral, Einsum, Conv,
-        ConvTranspose and layer of a registered kind with a hook. The rows of a
-        convolution are the places of its input with their channels. They have no
-        second moments.
-      mask: `mask(batch)` returns the rows that count, bool `[b, t]` or `[b]`. It is
-        False for padding.
-      forward: `forward(model, batch)` runs a batch. Its result is ignored.
+      layers: paths of the layers. None means all layers of the kinds Linear,
+        LinearGeneral, Einsum, Conv and ConvTranspose, and of registered kinds with a
+        `hook`. A row of a convolution's input is the vector of channels at one spatial
+        position. Convolutions have no second moments.
+      mask: `mask(batch)` returns a bool array `[b, t]` or `[b]` that is False for
+        padding.
+      forward: `forward(model, batch)` runs a batch. Its result is ignored. None calls
+        the model.
       hessian: collect second moments `[K, K]` too, 4 K^2 bytes for each layer.
-      observer: sees all numbers of each layer's input (`jaxq.observers`, without
-        `axis=`). Its state is `stats.observed`. The range for static quantization is
+      observer: an observer from `jaxq.observers`, without `axis=`. It observes all
+        numbers of each layer's input. `stats.observed` is the observer's state. The
+        range for static activation quantization is
         `observer.bounds(stats.observed, "int8")`.
-      start: statistics of earlier batches. The new batches are added to them. They may
-        be dicts of their fields, as files hold them. Every layer must be in `start`. A
-        layer that no batch reaches keeps its statistics.
-      progress: show a line of progress. None shows it on a terminal.
+      start: statistics of earlier batches, by path. The new batches are added to these
+        statistics. An entry may be a dict of the fields of `LayerStats`, as in a file.
+        Every layer must have an entry. A layer that no batch reaches keeps its earlier
+        statistics.
+      progress: show a progress line. None shows the line if stderr is a terminal.
 
     Returns:
-      A `LayerStats` for the path of each layer, in the order in which a batch reaches
-      the layers.
+      A dict from the path of each layer to its `LayerStats`, in the order in which a
+      batch reaches the layers.
 
     Raises:
-      TypeError: `model` is not an nnx module; `batches` is one batch; the mask is not
-        bool or integers.
+      TypeError: `model` is not an nnx module; `batches` is a single batch; the mask is
+        neither bool nor integer.
       ValueError: there is no batch; a path in `layers` is not a layer; the model has no
         layer; no batch reached a layer; a layer is called inside a transform of jax,
-        such as `jax.jit`; a number is not finite; the mask does not fit the rows of a
-        layer; no row counts; `start` misses a layer.
+        such as `jax.jit`; an input of a layer is not finite; the mask does not fit the
+        rows of a layer; no row of a layer counts; `start` has no statistics of a layer,
+        or they have other shapes or dtypes.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -119,17 +122,18 @@ def collect_stats(
     start: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> dict[str, LayerStats]:
-    """`calibrate` with a request for each layer, in one pass over the data.
+    """`calibrate` with a separate request for each layer, in one pass over the data.
 
     Args:
-      model: as in `calibrate`, like the arguments that are not listed here.
-      batches: inputs of the model.
-      requests: what to collect for each path. None uses `default` for all layers.
-      default: what to collect without `requests`.
-      mask: which rows count.
-      forward: runs a batch.
-      start: statistics of earlier batches.
-      progress: show a line of progress.
+      model: as in `calibrate`.
+      batches: as in `calibrate`.
+      requests: what to collect, by path of the layer. None uses `default` for all
+        layers.
+      default: what to collect for each layer if `requests` is None.
+      mask: as in `calibrate`.
+      forward: as in `calibrate`.
+      start: as in `calibrate`.
+      progress: as in `calibrate`.
     """
     copy = nnx.clone(model)
     probes = dict(_attach_probes(copy, StatsRequests(requests, default)))
@@ -156,9 +160,9 @@ def collect_stats(
     if not_reached and start is None:
         names = ", ".join(path or "the model itself" for path in not_reached)
         raise ValueError(
-            f"calibrate: no batch reached {names}. Or the layer does not multiply with "
-            "its hook: a subclass that multiplies by its kernel itself, for example. "
-            "Its input is not known. Skip the layer in the recipe."
+            f"calibrate: no batch reached {names}, or the layer does not call its hook "
+            "(a subclass that multiplies by its kernel itself, for example). Pass "
+            "batches that reach the layer, or skip the layer in the recipe."
         )
     check_stats(stats, "calibrate")
     return {path: stats[path] for path in (*reached, *not_reached)}
@@ -167,10 +171,10 @@ def collect_stats(
 def call_order(
     model: nnx.Module, batch: Any, forward: Callable | None
 ) -> dict[str, tuple[int, ...]]:
-    """The layers in the order in which a batch reaches them.
+    """Finds the order in which a batch reaches the layers of a model.
 
-    Each has the numbers of the arrays it is called with. Layers that read the same
-    array have the same number. The model is traced, and nothing is computed.
+    The model is traced, so no layer is computed. The result is that of
+    `trace_call_order`.
     """
     copy = nnx.clone(model)
     dict(_attach_probes(copy, StatsRequests(None, StatsRequest(hessian=False))))
@@ -188,7 +192,7 @@ def run_model(model: Any, batch: Any, forward: Callable | None) -> Any:
     Args:
       model: an nnx module.
       batch: its input.
-      forward: `forward(model, batch)` runs the batch instead.
+      forward: `forward(model, batch)` runs the batch. None calls the model.
     """
     if forward is not None:
         return forward(model, batch)
@@ -202,13 +206,13 @@ class _Statistic(nnx.Variable):
 
 
 class Probe(nnx.Module):
-    """Takes the place of a layer's hook: it sees the input and calls the product.
+    """Replaces a layer's hook. It collects statistics and calls the original function.
 
     Args:
       path: of the layer.
-      kind: of the layer. It knows what the hook is called with.
-      product: the function that the hook held.
-      stats: the statistics to begin with.
+      kind: of the layer. It says how to read the input from the hook's arguments.
+      product: the original function of the hook.
+      stats: the initial statistics.
       observer: the observer whose state the statistics hold, or None.
     """
 
@@ -241,10 +245,10 @@ class Probe(nnx.Module):
         except errors.TraceContextError as error:
             raise ValueError(
                 f"calibrate: {self.path or 'the model'} is called inside jax.jit, "
-                "jax.checkpoint, jax.vmap or a jax.lax loop, which return no "
-                "statistics. Use nnx.jit, nnx.remat or nnx.scan, or leave the layer "
-                "out: by layers= of calibrate, or by a rule without observer= and "
-                "without a method that needs data."
+                "jax.checkpoint, jax.vmap or a jax.lax loop. Statistics cannot leave "
+                "these transforms. Use nnx.jit, nnx.remat or nnx.scan, or leave the "
+                "layer out. To leave it out, pass layers= to calibrate, or use a rule "
+                "without observer= and without a method that needs data."
             ) from error
         reached = _REACHED.get()
         if reached is not None and self.path not in reached:
@@ -254,7 +258,7 @@ class Probe(nnx.Module):
 def _attach_probes(
     model: nnx.Module, requests: StatsRequests
 ) -> Iterator[tuple[str, Probe]]:
-    """Puts a probe into each layer of a model."""
+    """Puts a probe into each layer of a model, and yields (path, probe) pairs."""
     layers = {}
     for path, module in nnx.iter_modules(model):
         kind = find_kind(module)
@@ -263,13 +267,14 @@ def _attach_probes(
     missing = [path for path in requests.paths if path not in layers]
     if missing:
         raise ValueError(
-            f"calibrate: there is no layer whose input can be seen at {missing}. "
-            f"Layers of the model: {list(layers)}."
+            f"calibrate: there is no layer whose input can be seen at {missing}. Such "
+            f"layers of the model are {list(layers)}."
         )
     if not layers:
         raise ValueError(
             "calibrate: the model has no layer whose input can be seen: no Linear, "
-            "LinearGeneral, Einsum, Conv or ConvTranspose."
+            "LinearGeneral, Einsum, Conv or ConvTranspose. Register other layers with "
+            "jaxq.nn.register_layer."
         )
     for path, (module, kind) in layers.items():
         if path in requests:

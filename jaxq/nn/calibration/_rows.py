@@ -1,8 +1,8 @@
 """Which rows of a layer's input enter the statistics, and which are held out.
 
-A row is a vector `[K]`: a token, or a place of an image. Rows of padding do not count.
-An eighth of each sequence is held out of all statistics, another eighth in each batch,
-to judge methods that were fitted to the other rows.
+A row is a vector `[K]`: a token, or a spatial position of an image. Rows of padding do
+not count. One eighth of each sequence is held out of all statistics. Each batch holds
+out another eighth. The held-out rows judge methods that were fitted to the other rows.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 
 from jaxq.observers import LayerStats, Observer, update_stats
 
-# `jaxq.observers` holds out one part of this many.
+# `update_stats` of `jaxq.observers` holds out one of this many parts.
 _PARTS_PER_SEQUENCE = 8
 
-# Set while a batch is traced: the rows of the batch that count. None: all do.
+# Set while a batch is traced: which rows of the batch count. None means all rows.
 _COUNTS: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
     "counts", default=None
 )
@@ -29,7 +29,7 @@ _COUNTS: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def only_rows(counts: jax.Array | None) -> Iterator[None]:
-    """While a batch is traced: `add_rows` uses only the rows where `counts` is True."""
+    """A context in which `add_rows` uses only the rows where `counts` is True."""
     token = _COUNTS.set(counts)
     try:
         yield
@@ -40,7 +40,7 @@ def only_rows(counts: jax.Array | None) -> Iterator[None]:
 def add_rows(
     stats: LayerStats, x: jax.Array, path: str, observer: Observer | None
 ) -> LayerStats:
-    """The statistics of a layer after one more call.
+    """Returns the statistics of a layer after one more call.
 
     Args:
       stats: the statistics so far.
@@ -61,11 +61,15 @@ def add_rows(
 
 
 def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
-    """bool `[rows]`, from the mask of the batch.
+    """Which rows count, as bool `[rows]`. The mask of the batch says so.
 
     Args:
       free: the shape of the rows, `[b, t]` for example.
       path: of the layer, for errors.
+
+    Raises:
+      TypeError: the mask is neither bool nor integer.
+      ValueError: the axes of the mask are not the first axes of the rows.
     """
     mask = _COUNTS.get()
     if mask is None:
@@ -73,8 +77,9 @@ def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
     if tuple(mask.shape) != tuple(free[: mask.ndim]):
         raise ValueError(
             f"calibrate: the mask has the shape {list(mask.shape)}, but the rows of "
-            f"{path} have the shape {list(free)}, so it is not known which rows count. "
-            "Leave the layer out, or pass batches without padding."
+            f"{path or 'the model'} have the shape {list(free)}. The axes of the mask "
+            "must be the first axes of the rows. Leave the layer out, or pass batches "
+            "without padding."
         )
     if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
         raise TypeError(
@@ -86,9 +91,9 @@ def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
 
 
 def _held_out_parts(free: tuple[int, ...]) -> jax.Array:
-    """int32 `[rows]`: rows with one number are held out together.
+    """The part of each row, as int32 `[rows]`. Rows of a part are held out together.
 
-    The parts of a sequence are its eighths. A sequence of fewer than eight rows is one
+    Each eighth of a sequence is a part. A sequence of fewer than eight rows is one
     part.
     """
     num_sequences, length = (free[0], int(np.prod(free[1:]))) if free else (1, 1)

@@ -1,6 +1,6 @@
-"""Which statistics are collected for which layer, and checks of statistics.
+"""The statistics to collect for each layer, and checks of statistics.
 
-Statistics start empty, or from those of earlier batches.
+Statistics start empty, or continue the statistics of earlier batches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class StatsRequest(NamedTuple):
     """What to collect for the input of one layer.
 
     Attributes:
-      observer: sees all numbers of the input. None without an observer.
+      observer: observes all numbers of the input. None collects no range.
       hessian: collect second moments too.
     """
 
@@ -31,8 +31,8 @@ class StatsRequests:
     """What to collect for each layer.
 
     Args:
-      by_path: the request of each layer. None asks the same of all layers.
-      default: the request of each layer without `by_path`.
+      by_path: the request of each layer. None uses `default` for all layers.
+      default: the request of each layer if `by_path` is None.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class StatsRequests:
 
     @property
     def paths(self) -> list[str]:
-        """The paths that are named. Empty if all layers are meant."""
+        """The paths in `by_path`. Empty if `by_path` is None."""
         return list(self._by_path or ())
 
     def __contains__(self, path: str) -> bool:
@@ -61,8 +61,8 @@ def initial_stats(
     Args:
       request: what to collect.
       k: the size of a row.
-      batch: the sizes of the batch axes, which have statistics of their own.
-      windowed: the layer is a convolution, which has no second moments.
+      batch: the sizes of the batch axes. Each of their elements has its own statistics.
+      windowed: the layer is a convolution. Convolutions have no second moments.
     """
     hessian = request.hessian and not windowed
     empty = empty_stats(k, hessian=hessian, observer=request.observer)
@@ -75,14 +75,14 @@ def continued_stats(
     """The statistics of earlier batches, as a `LayerStats` like `empty`.
 
     Raises:
-      ValueError: there are no earlier statistics of this layer, or they have other
-        shapes or dtypes.
+      ValueError: `earlier` is None, has unknown fields, or has other shapes or dtypes
+        than `empty`.
     """
     stats = None if earlier is None else as_stats(earlier, empty)
     if _shapes_and_dtypes(stats) != _shapes_and_dtypes(empty):
         raise ValueError(
-            f"{caller}: start has no statistics of {path}, or they have other shapes. "
-            "Pass what calibrate returned for the same layers and settings."
+            f"{caller}: start has no statistics of {path}, or they have other shapes "
+            "or dtypes. Pass what calibrate returned for the same layers and settings."
         )
     assert stats is not None
     return stats
@@ -93,11 +93,13 @@ def _shapes_and_dtypes(stats: Any) -> list[tuple[Any, Any]]:
 
 
 def as_stats(value: Any, like: Any) -> Any:
-    """Statistics as named tuples of arrays. Files hold them as dicts of their fields.
+    """Converts statistics to named tuples of arrays.
+
+    A file holds each named tuple as a dict of its fields.
 
     Args:
       value: the statistics of a layer, or a part of them.
-      like: the same part of other statistics. It has the types of the result.
+      like: the same part of other statistics. The result has the types of `like`.
 
     Raises:
       ValueError: `value` is not a dict or named tuple, or it has an unknown field.
@@ -126,13 +128,18 @@ def _check_fields(fields: Any, like: Any) -> None:
         return
     got = list(fields) if is_dict else type(fields).__name__
     raise ValueError(
-        f"calibrate: a {type(like).__name__} has the fields {list(like._fields)}, "
-        f"got {got}."
+        "calibrate: statistics of earlier batches do not fit. "
+        f"{type(like).__name__} has the fields {list(like._fields)}, got {got}. "
+        "Pass what calibrate returned."
     )
 
 
 def check_stats(stats: Mapping[str, LayerStats], caller: str) -> None:
-    """Raises a ValueError if statistics are not finite, or no row has counted."""
+    """Checks the statistics of all layers.
+
+    Raises:
+      ValueError: statistics of a layer are not finite, or none of its rows counted.
+    """
     problems = []
     for path, layer_stats in stats.items():
         problem = _stats_problem(layer_stats)
@@ -143,9 +150,9 @@ def check_stats(stats: Mapping[str, LayerStats], caller: str) -> None:
 
 
 def _stats_problem(stats: LayerStats) -> str:
-    """Why statistics cannot be used; empty if they can."""
+    """Says why statistics cannot be used. Empty if they can be used."""
     if not np.all(np.isfinite(stats.mean)) or not np.all(np.isfinite(stats.absmean)):
-        # Stack axes lead, channels are last.
+        # Batch axes come first, and channels last.
         finite = np.isfinite(np.asarray(stats.absmean))
         per_channel = finite.reshape(-1, stats.mean.shape[-1]).all(0)
         return f"channel {int(np.argmin(per_channel))} of its input is not finite"
@@ -156,8 +163,8 @@ def _stats_problem(stats: LayerStats) -> str:
     if not np.any(np.asarray(stats.count) > 0):
         return (
             "no row counted. Either the mask is False everywhere, or the statistics "
-            "were lost: a plain jax.lax.scan over layers drops their states. Put the "
-            "layers in a list first. For a Llama of scan_layers=True, use "
-            "jaxq.models.unrolled(model), and jaxq.models.stacked(quantized) afterwards"
+            "were lost. A plain jax.lax.scan over layers loses them. Put the layers in "
+            "a list first. For a Llama with scan_layers=True, quantize "
+            "jaxq.models.unrolled(model) and call jaxq.models.stacked on the result"
         )
     return ""

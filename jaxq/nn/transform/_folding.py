@@ -230,7 +230,8 @@ def _model_folding(cls: type) -> _ModelFolding | None:
         if base in _MODELS:
             return _MODELS[base]
         if "scale_groups" in vars(base) and hasattr(cls, "fold_scales"):
-            return _ModelFolding(cls.scale_groups, cls.fold_scales)  # pyright: ignore[reportAttributeAccessIssue]
+            methods_of: Any = cls
+            return _ModelFolding(methods_of.scale_groups, methods_of.fold_scales)
     return None
 
 
