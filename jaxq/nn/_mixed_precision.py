@@ -115,7 +115,7 @@ def sensitivity(
 
 
 def assign(sensitivity: Sensitivity, budget: float) -> dict[str, str]:
-    """Chooses a preset for each layer, within an average number of bits.
+    """Chooses a preset for each layer, within a budget of bits per weight.
 
     The choices minimize the sum of the divergences:
 
@@ -124,9 +124,9 @@ def assign(sensitivity: Sensitivity, budget: float) -> dict[str, str]:
 
     This is a knapsack problem with one choice for each layer. Dynamic programming over
     the bits solves the problem. The spare bits are the budget minus the bits of the
-    smallest choices. They are divided into 20,000 equal parts. The cost of a choice is
-    rounded up to whole parts, so the result never exceeds the budget. The divergences
-    of layers are assumed to add up. This is nearly true for small divergences.
+    smallest choices, divided into 20,000 equal parts. The cost of a choice is rounded
+    up to whole parts, so the result never exceeds the budget. `assign` assumes that
+    divergences of layers add up. This assumption is good for small divergences.
 
     Args:
       sensitivity: from `jaxq.nn.sensitivity`.
@@ -339,11 +339,11 @@ def _check_finite(sensitivity: Sensitivity) -> None:
     problems = []
     for path, kl in sensitivity.kl.items():
         names = [name for name, value in kl.items() if not np.isfinite(value)]
-        problems += [f"{path} as {name}" for name in names]
+        problems += [f"layer {path!r} with choice {name!r}" for name in names]
     if problems:
         raise ValueError(
-            f"assign: the sensitivity of {', '.join(problems[:8])} is not finite. "
-            "Remove these choices."
+            "assign: all divergences must be finite. The divergence is not finite for "
+            f"{', '.join(problems[:8])}. Remove these choices."
         )
 
 

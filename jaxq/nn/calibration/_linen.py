@@ -3,7 +3,7 @@
 An interceptor (`flax.linen.intercept_methods`) sees the calls of the layers. The module
 does not change. The compiled step returns the statistics as plain arrays. Statistics of
 a layer inside `nn.scan`, `nn.remat` or `nn.vmap` cannot leave that transform. Such a
-layer is an error.
+layer raises an error.
 """
 
 from __future__ import annotations

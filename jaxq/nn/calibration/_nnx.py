@@ -28,7 +28,7 @@ from jaxq.nn.calibration._stats import (
 from jaxq.nn.layers import LayerKind, find_kind, weight_axes
 from jaxq.observers import LayerStats, Observer
 
-# Set while a batch is traced: the paths of the layers, in the order of their first calls.
+# Set while a batch is traced: paths of the layers, in the order of their first calls.
 _REACHED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
     "reached", default=None
 )

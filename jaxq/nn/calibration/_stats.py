@@ -155,11 +155,18 @@ def _stats_problem(stats: LayerStats) -> str:
         # Batch axes come first, and channels last.
         finite = np.isfinite(np.asarray(stats.absmean))
         per_channel = finite.reshape(-1, stats.mean.shape[-1]).all(0)
-        return f"channel {int(np.argmin(per_channel))} of its input is not finite"
+        channel = int(np.argmin(per_channel))
+        return (
+            f"channel {channel} of its input is not finite. Check the batches and the "
+            "model"
+        )
     if not all(
         np.isfinite(np.asarray(rows)).all() for rows in (stats.samples, stats.held_out)
     ):
-        return "a row of its input that is held out for judging is not finite"
+        return (
+            "a row of its input that is held out for judging is not finite. Check the "
+            "batches and the model"
+        )
     if not np.any(np.asarray(stats.count) > 0):
         return (
             "no row counted. Either the mask is False everywhere, or the statistics "

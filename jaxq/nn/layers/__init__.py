@@ -1,8 +1,8 @@
-"""What each layer kind is, and how a quantized weight enters it.
+"""The kinds of layers that jaxq can quantize.
 
-One file for each kind: `_nnx_linear.py`, `_linen_dense.py`, ... Each file has the
-kind's record and the layer that is quantized from the start. `register_layer` adds a
-kind.
+Each kind has its own file (`_nnx_linear.py`, `_linen_dense.py`, ...). The file holds
+the record of the kind, and the layer class that is quantized from the start.
+`register_layer` adds a kind.
 """
 
 from jaxq.nn.layers._input_transform import TransformInput, input_transforms
@@ -37,7 +37,7 @@ from jaxq.nn.layers._own_weight import quantize_own_weight
 from jaxq.nn.layers._quantized_param import QuantizedParam, replace_variables
 from jaxq.nn.layers._roles import Roles
 
-# Other rooms import the names above as well. Importing the kinds of linen layers
+# Other packages of jaxq import the names above as well. Importing the linen kinds
 # (`CONV`, `DENSE`, ...) registers them.
 __all__ = [
     "LayerKind",

@@ -1,7 +1,7 @@
 """What calibration reads from one call of a layer's product: the input and its rows.
 
-A row is a vector `[K]` that meets the weight: a token of a linear layer, a place of an
-image. Each layer kind names two of these functions, or brings its own.
+A row is one vector `[K]` of the input: a token of a linear layer, or a spatial position
+of a convolution. Each layer kind names two of these functions, or two of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def einsum_input(subscripts: str, x: jax.Array, *args: Any, **kwargs: Any) -> ja
 def einsum_rows(subscripts: str, x: jax.Array, *args: Any, **kwargs: Any) -> InputRows:
     """The rows of the input of `einsum(subscripts, x, w)`.
 
-    The batch axes are those that lead the weight, as in the roles of the weight.
+    The batch axes are the leading batch axes of the weight, as in `einsum_roles`.
     """
     inputs, out = subscripts.replace(" ", "").split("->")
     left, right = inputs.split(",")
@@ -51,14 +51,14 @@ def einsum_rows(subscripts: str, x: jax.Array, *args: Any, **kwargs: Any) -> Inp
 
 
 def conv_rows(x: jax.Array, *args: Any, **kwargs: Any) -> InputRows:
-    """The rows of the input of a convolution: every place with its channels."""
+    """The rows of a convolution's input: the channels of every spatial position."""
     return x, 0
 
 
 def contracted_rows(
     x: jax.Array, contracted: Sequence[int], batch: Sequence[int]
 ) -> jax.Array:
-    """The rows of an operand: `[*batch, *free, K]`, contracted axes flattened to K."""
+    """The rows `[*batch, *free, K]` of an operand. K flattens the contracted axes."""
     free = [a for a in range(x.ndim) if a not in contracted and a not in batch]
     x = jnp.transpose(x, (*batch, *free, *contracted))
     return x.reshape(*x.shape[: x.ndim - len(contracted)], -1)

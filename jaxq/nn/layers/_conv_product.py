@@ -1,7 +1,7 @@
 """Convolutions with a quantized kernel, as Flax layers call them.
 
-Flax nnx and Flax linen share these. Inputs are `[*leading, *places, channels]`, kernels
-`[*window, channels, features]`.
+Flax nnx and Flax linen layers share these functions. Inputs are
+`[*leading, *spatial, channels]`. Kernels are `[*window, channels, features]`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ def conv_general_dilated(
     out_sharding: Any = None,
     **kwargs: Any,
 ) -> jax.Array:
-    """The `conv_general_dilated` hook of Conv: a float kernel accumulates in float32.
+    """The `conv_general_dilated` hook of Conv. It takes a float or quantized kernel.
+
+    Products with a float kernel accumulate in float32.
 
     Args:
       lhs: the input.
       rhs: the kernel, an array or a QTensor.
-      window_strides: as in `lax.conv_general_dilated`, like `padding` and `kwargs`.
-      padding: of the windows.
+      window_strides: as in `lax.conv_general_dilated`.
+      padding: as in `lax.conv_general_dilated`.
       out_sharding: of the result.
-      **kwargs: what else `lax.conv_general_dilated` takes.
+      **kwargs: the other arguments of `lax.conv_general_dilated`.
     """
     if not isinstance(rhs, QTensor):
         dtype = kwargs.pop("preferred_element_type", None) or jnp.result_type(lhs, rhs)
@@ -56,12 +58,12 @@ def convolved(
     channel: int,
     dtype: Any,
 ) -> jax.Array:
-    """A convolution with a quantized kernel by a layer's own product, with bias.
+    """Convolves with a quantized kernel through a layer's own product, and adds a bias.
 
     Args:
-      product: as in `ops.convolve`, of examples `[n, *places, channels]`.
-      x: the input, `[*leading, *places, channels]`.
-      kernel: has two axes more than there are places.
+      product: as in `ops.convolve`. It takes examples `[n, *spatial, channels]`.
+      x: the input, `[*leading, *spatial, channels]`.
+      kernel: has one axis for each spatial axis, and axes of channels and features.
       bias: `[features]`, or None.
       channel: the axis of `kernel` that becomes the features of the result.
       dtype: of the result. None takes the dtype of x.

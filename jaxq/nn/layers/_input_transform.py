@@ -1,7 +1,8 @@
-"""Transforms of a layer's input at run time: a part of a model that is not a parameter.
+"""Transforms of a layer's input at run time, which are not parameters of the model.
 
 Rotations that cannot be folded into a weight are an example. A file of parameters does
-not hold these transforms, so whoever saves or exports a model asks for them.
+not hold these transforms. Code that saves or exports a model must therefore check
+`input_transforms`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What jaxq knows of a kind of Flax nnx layer: one record per kind, and a registry.
+"""What jaxq knows about a kind of Flax nnx layer: one record per kind, and a registry.
 
-Each kind has a file of its own (`_nnx_linear.py`, `_nnx_conv.py`, ...) with its record.
-Everything else in jaxq asks the record. A user adds a kind with `register_layer`.
+Each kind has its own file (`_nnx_linear.py`, `_nnx_conv.py`, ...) with its record. All
+other code of jaxq reads the record. A user adds a kind with `register_layer`.
 
 A quantized layer is the same layer with a QTensor in its weight's Variable and with
 jaxq's functions in the layer's own hook attributes (`dot_general`, `einsum_op`, ...).
-No class is edited and no jax function is replaced. Hooks are module-level functions or
-frozen dataclasses. They are compared by value, so `nnx.jit` does not compile again.
+No class is edited and no JAX function is replaced. Hooks are module-level functions or
+frozen dataclasses. `nnx.jit` compares hooks by value, so it does not compile again.
 """
 
 from __future__ import annotations
@@ -32,23 +32,25 @@ class LayerKind:
     """One kind of nnx layer.
 
     Attributes:
-      name: what `Rule(kinds=...)` and reports call it.
+      name: the name of the kind in `Rule(kinds=...)` and in reports.
       cls: the nnx class. Subclasses count too.
       weight: the attribute that holds the weight, an `nnx.Variable`.
       roles: `roles(layer) -> Roles`, the roles of the weight's axes.
       attach: `attach(layer)` puts functions that take a QTensor into the layer's hooks.
       problem: `problem(layer)` says why a layer cannot be quantized. None if it can.
-      hook: the attribute that holds the function the layer multiplies with. Calibration
-        puts a probe there. None if calibration cannot see the layer's input.
+      hook: the attribute that holds a function which the layer calls with its input,
+        usually its product. Calibration puts a probe there. None if calibration cannot
+        see the layer's input.
       plain_product: what the layer calls when its hook attribute is None.
-      read_input: `read_input(*args, **kwargs)` returns the layer's input, from the
-        arguments that the hook is called with.
+      read_input: `read_input(*args, **kwargs)` returns the layer's input. The arguments
+        are those of the hook.
       read_rows: `read_rows(*args, **kwargs)` returns the rows `[*batch, *free, K]` of
-        that input, and the number of batch axes.
-      num_channels: `num_channels(layer)`, for a convolution: the size K of a row, which
-        is a place with its channels. None if rows meet the weight as a matrix.
-      corrects_bias: `Rule(correct_bias=True)` works: the layer adds its attribute
-        `bias` to the product, one number for each output feature.
+        the input, and the number of batch axes. The arguments are those of the hook.
+      num_channels: `num_channels(layer)` returns the number of input channels of a
+        convolution. This number is the size K of a row. None if the layer is not a
+        convolution.
+      corrects_bias: True if `Rule(correct_bias=True)` works. The layer must add its
+        attribute `bias` to the product, one number for each output feature.
 
     Example:
       >>> from flax import nnx
@@ -73,25 +75,25 @@ class LayerKind:
 
     @property
     def watched(self) -> bool:
-        """Calibration can see the layer's input."""
+        """True if calibration can see the layer's input."""
         return self.hook is not None
 
     @property
     def windowed(self) -> bool:
-        """Windows of the input meet the weight, as in a convolution."""
+        """True for a convolution: windows of the input are multiplied by the weight."""
         return self.num_channels is not None
 
 
 _LAYER_KINDS: list[LayerKind] = []
-# The names that `recipes` did not know before `register_layer` added them.
+# The kind names that `register_layer` added to `recipes`.
 _ADDED_NAMES: set[str] = set()
 
 
 def register_layer(kind: LayerKind) -> None:
-    """Makes a kind of nnx layer known to `quantize_model`, `calibrate` and recipes.
+    """Registers a kind of nnx layer for `quantize_model`, `calibrate` and recipes.
 
     If a layer belongs to several kinds, the kind that was registered last is used. A
-    subclass of a layer that jaxq knows can therefore have a kind of its own.
+    subclass of a known layer can therefore have its own kind.
 
     Args:
       kind: the record of the kind.
@@ -162,7 +164,7 @@ def layer_kinds() -> tuple[LayerKind, ...]:
 
 
 def find_kind(layer: Any) -> LayerKind | None:
-    """The kind of a layer. None for a module that holds no weight jaxq knows.
+    """The kind of a layer. None if the class of the layer belongs to no kind.
 
     Example:
       >>> from flax import nnx
@@ -179,10 +181,10 @@ def find_kind(layer: Any) -> LayerKind | None:
 def bare_kind(
     attribute: str, contracting: tuple[int, ...], num_batch: int
 ) -> LayerKind:
-    """The kind "Param": a module of the user's that holds a matrix itself.
+    """The kind "Param": a user-defined module with a weight matrix as an attribute.
 
     Args:
-      attribute: holds the matrix.
+      attribute: the name of the attribute.
       contracting: the axes that the module contracts, as negative numbers.
       num_batch: the number of leading batch axes.
     """
@@ -198,10 +200,12 @@ def bare_kind(
 
 
 def weight_axes(layer: Any, kind: LayerKind) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The (contracting, batch) axes of a layer's weight. Axes of a stack come first.
+    """The (contracting, batch) axes of a layer's weight.
+
+    The axes of a stack of layers are batch axes, and come first.
 
     Raises:
-      ValueError: the weight's shape is not that of one layer with stack axes in front.
+      ValueError: the last axes of the weight do not have the shape of one layer.
 
     Example:
       >>> from flax import nnx
@@ -222,7 +226,7 @@ def weight_axes(layer: Any, kind: LayerKind) -> tuple[tuple[int, ...], tuple[int
 
 
 def stack_note(layer: Any, kind: LayerKind) -> str:
-    """What a report says of a stack whose sizes would fit another stack axis too.
+    """The note of a report on a stack whose sizes also fit a stack axis other than 0.
 
     Empty if axis 0 is the only axis that fits.
     """
@@ -231,7 +235,7 @@ def stack_note(layer: Any, kind: LayerKind) -> str:
         return ""
     for axis in range(1, len(shape)):
         if (*shape[:axis], *shape[axis + 1 :]) == own:
-            return f"stacked along axis 0; the sizes would fit axis {axis} too"
+            return f"stacked along axis 0; the sizes also fit axis {axis}"
     return ""
 
 
@@ -244,14 +248,14 @@ def put_weight(layer: Any, kind: LayerKind, variable: QuantizedParam) -> None:
 def foreign_hook(
     layer: Any, attribute: str, replaceable: tuple[Any, ...]
 ) -> str | None:
-    """Why a layer with a hook of the user's cannot be quantized. None if it can.
+    """Says why a layer with a custom hook cannot be quantized. None if it can.
 
     Args:
       layer: an nnx layer.
-      attribute: the hook.
+      attribute: the name of the hook.
       replaceable: the functions that jaxq may replace: Flax's default and jaxq's own.
     """
     hook = getattr(layer, attribute)
     if hook in replaceable:
         return None
-    return f"it has a {attribute} of its own, {hook!r}"
+    return f"its {attribute} is a custom function, {hook!r}"

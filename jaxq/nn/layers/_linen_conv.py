@@ -1,8 +1,8 @@
 """Flax linen Conv: its kind, and the quantized layer.
 
-It reads its product from the field `conv_general_dilated`. Inputs are
-`[*leading, *places, channels]`, kernels `[*window, channels, features]`. ConvLocal runs
-the same code, and is refused.
+The layer reads its product from the field `conv_general_dilated`. Inputs are
+`[*leading, *spatial, channels]`. Kernels are `[*window, channels, features]`. ConvLocal
+runs the same code, but cannot be quantized.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class QConv(linen.Conv):
     """`nn.Conv` with a quantized kernel.
 
     `weight`, `activation` and errors are those of `QDense`. Dynamic activation
-    quantization uses one scale for each example, because a window mixes places.
+    quantization uses one scale for each example, because a window covers several
+    spatial positions.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -58,8 +59,8 @@ def _input_rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> InputRow
 def _problem(layer: Any, *args: Any, **kwargs: Any) -> str | None:
     if not layer.shared_weights:
         return (
-            "every place has a kernel of its own (ConvLocal), and jaxq has no product "
-            "for that"
+            "every spatial position has its own kernel (ConvLocal), and jaxq has no "
+            "product for such kernels"
         )
     if layer.mask is not None:
         return MASKED

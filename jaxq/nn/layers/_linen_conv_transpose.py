@@ -1,6 +1,6 @@
 """Flax linen ConvTranspose: its kind, and the quantized layer.
 
-The layer has no field for its product. Kernels are `[*window, channels, features]`;
+The layer has no field for its product. Kernels are `[*window, channels, features]`.
 `transpose_kernel=True` swaps the last two axes.
 """
 

@@ -28,20 +28,22 @@ class QDense(linen.Dense):
     """`nn.Dense` with a quantized kernel.
 
     Products of int8 codes accumulate in int32, all others in float32. `init` draws the
-    floats that `nn.Dense` would draw, and quantizes them. `apply` takes the QTensor in
-    the variables as it is. It may have another spec or come from another method.
+    floats that `nn.Dense` would draw, and quantizes them. `apply` uses the QTensor in
+    the variables. This QTensor may have another spec or come from another method.
 
     Args:
       weight: preset name or `QuantSpec` of the kernel. None keeps a float kernel, and
         bfloat16 products accumulate in float32.
       activation: preset name or `QuantSpec` for dynamic activation quantization, with
         one scale for each token. None leaves the input in floats.
-      **kwargs: all fields of `nn.Dense`. They come before these two.
+      **kwargs: all fields of `nn.Dense`. Positional arguments are these fields first,
+        then `weight` and `activation`.
 
     Raises:
-      TypeError: in `apply`, the kernel in the variables is an array.
-      ValueError: in `apply`, the QTensor has another shape. `activation` is given and
-        `weight` is None. The field `dot_general` holds a function of the user's.
+      TypeError: in `apply`, the kernel in the variables is a float array.
+      ValueError: in `apply`, the QTensor has another shape than the kernel;
+        `activation` is given and `weight` is None; the field `dot_general` holds a
+        custom function.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -99,7 +101,7 @@ def _general_roles(
 
 
 def _length(value: Any) -> int:
-    """The number of elements of a sequence; an integer is one element."""
+    """The number of elements of a sequence. An integer counts as one element."""
     return 1 if isinstance(value, int) else len(tuple(value))
 
 
@@ -114,7 +116,7 @@ def _general_rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> InputR
 
 
 def _positive_axes(axes: Any, ndim: int) -> list[int]:
-    """Axes as sorted numbers from 0."""
+    """Axes as sorted non-negative numbers."""
     return sorted((np.atleast_1d(np.asarray(axes, int)) % ndim).tolist())
 
 

@@ -1,7 +1,7 @@
 """Finds which parameter belongs to which layer of a linen module.
 
 Paths and shapes alone do not tell a layer's kind. The module is therefore called with
-abstract values, and every call of a layer that jaxq knows is written down.
+abstract values, and every call of a known layer is recorded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxq.qtensor import QTensor
 # Sequence lengths and image sides of the inputs that are tried.
 _LENGTHS, _SIDES = (8, 1), (8, 28, 32, 64, 224)
 _MAX_TRIES = 96
-# Arguments beside the input, with the value they have in a call without gradients.
+# Common arguments other than the input, with their values for inference.
 _INFERENCE_ARGUMENTS = {
     "train": False,
     "training": False,
@@ -66,7 +66,7 @@ class Structure(NamedTuple):
 
     Attributes:
       layers: by path, in the order in which the call reaches them.
-      classes: the module's class in each scope that was called.
+      classes: the class of each module that was called, by scope.
       example: the input that the module was called with.
     """
 
@@ -83,12 +83,13 @@ def find_linen_layers(
     Args:
       module: a linen module.
       variables: its float variables.
-      example: as in `trace`. None tries inputs until one reaches every parameter.
+      example: as in `trace`. None tries guessed inputs until one reaches every
+        parameter.
       forward: as in `trace`.
 
     Raises:
-      ValueError: the module cannot be called with the example. Without an example:
-        no input that was tried fits the module and reaches every parameter.
+      ValueError: the module cannot be called with the example; `example` and `forward`
+        are None, and no guessed input fits the module and reaches every parameter.
     """
     name = type(module).__name__
     if example is not None or forward is not None:
@@ -98,8 +99,8 @@ def find_linen_layers(
             raise ValueError(
                 f"quantize_model: {name} cannot be called with the example "
                 f"{_describe_example(example)}: {first_line(error)}. "
-                "Pass example= as apply takes it (an array, a tuple of arguments, a "
-                "dict of named ones), or forward=."
+                "Pass an example= that apply takes (an array, a tuple of arguments, or "
+                "a dict of named arguments), or pass forward=."
             ) from error
     parameters, num_tried = list(params_of(variables)), 0
     for guess in itertools.islice(_examples(module, variables), _MAX_TRIES):
@@ -113,11 +114,11 @@ def find_linen_layers(
         if all(key[:-1] in structure.classes for key in parameters):
             return structure
     raise ValueError(
-        f"quantize_model: it is not known how to call {name}, and only a call shows "
-        f"which parameter belongs to which layer. {num_tried} inputs were tried, and "
-        "none of them fits the module and reaches all parameters. Pass calibration=, "
-        "or example=: an input or its jax.ShapeDtypeStruct, a tuple of arguments, or a "
-        "dict of named ones."
+        f"quantize_model: it is not known how to call {name}. A call is needed to find "
+        f"the layer of each parameter. {num_tried} guessed inputs were tried. None of "
+        "them fits the module and reaches all parameters. Pass calibration=, or "
+        "example=. An example is an input or its jax.ShapeDtypeStruct, a tuple of "
+        "arguments, or a dict of named arguments."
     )
 
 
@@ -147,10 +148,10 @@ def _structure_of_call(
 
 
 def _add_layer(layers: dict[str, LinenLayer], layer: LinenLayer) -> None:
-    """Adds a layer. A layer that is called in two different ways gets a problem."""
+    """Adds a layer. If two calls use its weight differently, it gets a problem."""
     earlier = layers.setdefault(layer.path, layer)
     if earlier != layer and earlier.problem is None:
-        problem = layer.problem or "it is used in more than one way"
+        problem = layer.problem or "its calls use the weight in different ways"
         layers[layer.path] = earlier._replace(problem=problem)
 
 
@@ -161,17 +162,17 @@ def _layer(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> LinenLayer:
-    """The layer of a call, or its problem."""
+    """The layer of a call. If it cannot be quantized, `problem` says why."""
     weight = linen.meta.unbox(module.get_variable("params", kind.weight))
     shape = tuple(weight.shape)
     layer = LinenLayer(tuple(module.path), kind, Roles((), shape), None)
-    # In a lifted layer the variables hold a stack of what the call sees.
+    # The variables of a lifted layer hold a stack. The call sees one element of it.
     outer = linen.meta.unbox(params.get(layer.key))
     problem = kind.problem(module, *args, **kwargs)
     if isinstance(outer, QTensor):
         problem = "it is quantized already"
     elif outer is None:
-        problem = f"its {kind.weight} is not at {'/'.join(layer.key)} of the variables"
+        problem = f"its {kind.weight} is not in the variables at {'/'.join(layer.key)}"
     elif tuple(outer.shape[outer.ndim - len(shape) :]) != shape:
         problem = (
             f"its {kind.weight} is {list(outer.shape)}, which is not {list(shape)} "
@@ -202,7 +203,7 @@ def _examples(module: linen.Module, variables: Any) -> Iterator[Any]:
 def _input_shapes(
     shapes: list[tuple[int, ...]],
 ) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """Shapes and dtypes of inputs: floats, then tokens, then images.
+    """Guesses shapes and dtypes of inputs: float features, then tokens, then images.
 
     Args:
       shapes: of the parameters that have at least two axes.
@@ -221,7 +222,10 @@ def _input_shapes(
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, with its type unless it is a ValueError."""
+    """The first line of an error's text. The error's type comes first.
+
+    The type is left out for a ValueError.
+    """
     lines = str(error).strip().splitlines()
     text = lines[0].rstrip(".") if lines else ""
     if type(error) is ValueError:

@@ -1,7 +1,7 @@
 """Flax linen Einsum: its kind, and the quantized layer.
 
-The subscripts come from the layer or from its call. Which axes of the kernel are
-contracted follows from them.
+The subscripts come from the layer or from its call. The subscripts determine which axes
+of the kernel are contracted.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _problem(layer: Any, *args: Any, **kwargs: Any) -> str | None:
     subscripts = _subscripts(layer, *args, **kwargs)
     operands, arrow, out = subscripts.partition("->")
     if not arrow or operands.count(",") != 1:
-        return f"{subscripts!r} does not name its result, or has not two operands"
+        return f"{subscripts!r} must name two operands and the result (a,b->c)"
     left, right = operands.split(",")
     if "..." in right:
         return f"the kernel's axes in {subscripts!r} are not all named"

@@ -1,7 +1,7 @@
 """Flax linen Embed: its kind, and the quantized layer.
 
-Its table is `[num_embeddings, features]`, read in `setup`. `attend` contracts the
-features.
+The table is `[num_embeddings, features]`. Flax reads the table in `setup`. `attend`
+contracts the features.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def _set_table(layer: Any, table: QTensor) -> None:
 def _dequantized_lookup(layer: Any, table: QTensor, inputs: jax.Array) -> jax.Array:
     """`Embed.__call__`: only the rows that are read are dequantized."""
     if not jnp.issubdtype(inputs.dtype, jnp.integer):
-        raise ValueError("Input type must be an integer or unsigned integer.")
+        raise ValueError(
+            f"{type(layer).__name__}: inputs must have an integer dtype, got "
+            f"{inputs.dtype.name}{list(inputs.shape)}. Pass token ids."
+        )
     (table,) = promote(layer, table, dtype=layer.dtype, inexact=False)
     # Like nn.Embed: a table of one row gives that row for every index.
     indices = jnp.zeros_like(inputs) if layer.num_embeddings == 1 else inputs

@@ -1,8 +1,9 @@
 """Runs linen layers whose weight is a QTensor, through `flax.linen.intercept_methods`.
 
-The stored weight decides. A QTensor is multiplied by its codes, and an array as Flax
-does it. The caches of jit do not see interceptors, but they see the variables, so a
-function compiles again if a float weight becomes a QTensor.
+If the stored weight is a QTensor, the layer multiplies by its codes. If the stored
+weight is an array, Flax's own method runs. The caches of jit do not depend on
+interceptors. They depend on the variables, so a function compiles again if a float
+weight becomes a QTensor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ReadWeight = Callable[[linen.Module, str], QTensor | None]
 def use_codes(
     call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
 ) -> Any:
-    """An interceptor: a layer whose stored weight is a QTensor multiplies its codes."""
+    """An interceptor that multiplies by codes in layers whose weight is a QTensor."""
     return run_with_codes(stored_qtensor, call, args, kwargs, context)
 
 
@@ -33,7 +34,7 @@ def run_with_codes(
     kwargs: dict[str, Any],
     context: Any,
 ) -> Any:
-    """Does what `use_codes` does, with `read` to find the QTensor of a layer."""
+    """Does the same as `use_codes`, but reads the weight of a layer with `read`."""
     layer = context.module
     method_call = find_call(context) or find_setup(context)
     if method_call is None:
@@ -45,12 +46,12 @@ def run_with_codes(
     if problem is not None:
         raise ValueError(
             f"{'/'.join(layer.path) or type(layer).__name__}: its weight is quantized, "
-            f"but {problem}."
+            f"but {problem}. Use the float weight of this layer."
         )
     return method_call.method(layer, weight, *args, **kwargs)
 
 
 def stored_qtensor(layer: linen.Module, name: str) -> QTensor | None:
-    """A parameter of a layer, if it is a QTensor; else None."""
+    """A parameter of a layer if it is a QTensor, otherwise None."""
     value = layer.get_variable("params", name)
     return value if isinstance(value, QTensor) else None

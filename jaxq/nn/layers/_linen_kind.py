@@ -1,12 +1,13 @@
-"""What jaxq knows of a kind of Flax linen layer: one record per kind, and a registry.
+"""What jaxq knows about each kind of linen layer: one record per kind, and a registry.
 
-Each kind has a file of its own (`_linen_dense.py`, `_linen_conv.py`, ...) with its
-record. Everything else in jaxq asks the record.
+Each kind has its own file (`_linen_dense.py`, `_linen_conv.py`, ...) with its record.
+All other code of jaxq reads the record.
 
-Calls of a layer are seen through `flax.linen.intercept_methods`. A call is known by the
-function of Flax's own class (`Dense.__call__`, `Embed.attend`, ...). A subclass that
-calls its parent's method is therefore seen too. A lifted layer such as
-`nn.vmap(nn.Dense)` is also seen. Inside the transform it has the weight of one element.
+An interceptor (`flax.linen.intercept_methods`) sees the calls of layers. It recognises
+a call by the function of Flax's own class (`Dense.__call__`, `Embed.attend`, ...). A
+subclass that calls its parent's method is therefore recognised too. So is a lifted
+layer such as `nn.vmap(nn.Dense)`. Inside the transform, the layer has the weight of one
+element.
 """
 
 from __future__ import annotations
@@ -34,21 +35,22 @@ class LinenKind:
     """One kind of linen layer.
 
     Attributes:
-      name: what `Rule(kinds=...)` and reports call it.
+      name: the name of the kind in `Rule(kinds=...)` and in reports.
       weight: the name of the parameter that is quantized.
       roles: `roles(layer, shape, *args, **kwargs) -> Roles`, from the layer, the shape
         of its weight and the arguments of its call.
-      methods: what runs instead of a method of Flax's class if the weight is a QTensor.
-        Keys are functions such as `linen.Dense.__call__`.
-      setups: the same for methods that only read the weight and compute nothing.
+      methods: the functions that replace methods of Flax's class if the weight is a
+        QTensor. Keys are functions of Flax such as `linen.Dense.__call__`.
+      setups: as `methods`, for methods that only read the weight and compute nothing.
       problem: `problem(layer, *args, **kwargs)` says why a layer cannot be quantized.
         None if it can.
       read_rows: `read_rows(layer, x, *args, **kwargs)` returns the rows
         `[*batch, *free, K]` of the input `x`, and the number of batch axes. None if
         calibration cannot see the layer's input.
-      windowed: windows of the input meet the weight, as in a convolution.
-      corrects_bias: `Rule(correct_bias=True)` works: the layer adds its parameter
-        "bias" to the product, one number for each output feature.
+      windowed: True for a convolution: windows of the input are multiplied by the
+        weight.
+      corrects_bias: True if `Rule(correct_bias=True)` works. The layer must add its
+        parameter "bias" to the product, one number for each output feature.
     """
 
     name: str
@@ -63,7 +65,7 @@ class LinenKind:
 
     @property
     def watched(self) -> bool:
-        """Calibration can see the layer's input."""
+        """True if calibration can see the layer's input."""
         return self.read_rows is not None
 
 
@@ -72,7 +74,7 @@ class LayerCall(NamedTuple):
 
     Attributes:
       kind: of the layer.
-      method: runs instead if the weight is a QTensor.
+      method: replaces Flax's method if the weight is a QTensor.
     """
 
     kind: LinenKind
@@ -80,13 +82,13 @@ class LayerCall(NamedTuple):
 
 
 _LINEN_KINDS: list[LinenKind] = []
-# By Flax's functions, as an interceptor sees them.
+# The keys are Flax's functions, as an interceptor sees them.
 _CALLS_BY_CODE: dict[Any, LayerCall] = {}
 _SETUPS_BY_CODE: dict[Any, LayerCall] = {}
 
 
 def register_linen_layer(kind: LinenKind) -> LinenKind:
-    """Makes a kind of linen layer known, and returns it."""
+    """Registers a kind of linen layer, and returns the kind."""
     _LINEN_KINDS.append(kind)
     for table, methods in (
         (_CALLS_BY_CODE, kind.methods),
@@ -103,22 +105,22 @@ def linen_kinds() -> tuple[LinenKind, ...]:
 
 
 def find_call(context: linen.module.InterceptorContext) -> LayerCall | None:
-    """The layer's method that is called, if it computes with the weight, or None."""
+    """The intercepted call, if it computes with a layer's weight. None otherwise."""
     return _CALLS_BY_CODE.get(getattr(context.orig_method, "func", None))
 
 
 def find_setup(context: linen.module.InterceptorContext) -> LayerCall | None:
-    """The layer's method that is called, if it only reads the weight, or None."""
+    """The intercepted call, if it only reads a layer's weight. None otherwise."""
     return _SETUPS_BY_CODE.get(getattr(context.orig_method, "func", None))
 
 
 def code_of(method: Any) -> Callable[..., Any]:
-    """The function inside Flax's wrappers, as an interceptor sees it."""
+    """The undecorated function of a method of Flax. An interceptor sees this one."""
     return inspect.unwrap(method)
 
 
 def foreign_function(layer: Any, name: str, plain: Any) -> str | None:
-    """Why a layer with a product of the user's cannot be quantized. None if it can.
+    """Says why a layer with a custom product cannot be quantized. None if it can.
 
     Args:
       layer: a linen layer.
@@ -128,5 +130,5 @@ def foreign_function(layer: Any, name: str, plain: Any) -> str | None:
     for field in (name, f"{name}_cls"):
         function = getattr(layer, field)
         if function is not None and function is not plain:
-            return f"it has a {field} of its own, {function!r}"
+            return f"its {field} is a custom function, {function!r}"
     return None

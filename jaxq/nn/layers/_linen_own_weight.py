@@ -1,7 +1,7 @@
-"""The weight of a linen layer that is quantized from the start: QDense and the others.
+"""The weight of a linen layer that is quantized from the start, such as `QDense`.
 
 `init` draws the floats that the float layer would draw, and quantizes them. `apply`
-takes the QTensor from the variables as it is.
+uses the QTensor in the variables.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def call_own_code(
     Args:
       layer: has the fields `weight` and `activation`.
       kind: of the layer.
-      flax_method: reads its product from the fields of its layer.
+      flax_method: a method that reads its product from the fields of the layer.
       inputs: of the call.
     """
     check_layer(layer, kind)
@@ -43,7 +43,8 @@ def check_layer(layer: Any, kind: LinenKind, *args: Any) -> None:
     """Checks the settings of a layer that is quantized from the start.
 
     Raises:
-      ValueError: the layer cannot be quantized, or it has `activation` and no `weight`.
+      ValueError: `kind.problem` returns a problem; `activation` is given and `weight`
+        is None.
     """
     caller = type(layer).__name__
     problem = kind.problem(layer, *args)
@@ -59,7 +60,7 @@ def check_layer(layer: Any, kind: LinenKind, *args: Any) -> None:
 def own_weight(
     layer: Any, name: str, roles: Roles, init: Callable[..., Any], dtype: Any
 ) -> QTensor | jax.Array:
-    """The layer's weight: from its variables, or freshly initialized.
+    """Returns the layer's weight from its variables, or a newly initialized weight.
 
     Args:
       layer: has the field `weight`, and `activation` if its inputs can be quantized.
@@ -80,7 +81,7 @@ def own_weight(
         def init_quantized(
             rng: jax.Array, shape: tuple[int, ...], dtype: Any
         ) -> QTensor:
-            # A lifted layer (nn.vmap) initializes its elements one by one, so a fresh
+            # A lifted layer (nn.vmap) initializes its elements one by one, so a new
             # weight has no stack axes.
             floats = linen.meta.unbox(init(rng, shape, dtype))
             qt = quantize(
@@ -109,10 +110,11 @@ def _check_stored(layer: Any, value: Any, name: str, path: str, roles: Roles) ->
         shape = list(getattr(value, "shape", []))
         raise TypeError(
             f"{caller}: {path} is {kind}{shape}, not a QTensor. "
-            f"Pass jaxq.quantize({name}, {layer.weight!r}, {axes}), use the float "
-            "layer with jaxq.nn.linen.quantize_model, or weight=None."
+            f"Pass jaxq.quantize({name}, {layer.weight!r}, {axes}). Or use the float "
+            "layer with jaxq.nn.linen.quantize_model, or pass weight=None."
         )
     if value.shape != roles.shape:
         raise ValueError(
-            f"{caller}: {path} is {value!r}, expected the shape {list(roles.shape)}."
+            f"{caller}: {path} is {value!r}, expected the shape {list(roles.shape)}. "
+            "Pass the variables of a layer with these sizes."
         )

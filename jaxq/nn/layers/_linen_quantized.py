@@ -1,6 +1,7 @@
 """The module that `jaxq.nn.linen.quantize_model` returns.
 
-It holds the module it was given, and runs it so that its layers multiply codes.
+`Quantized` wraps the user's module. While the wrapped module runs, layers whose weight
+is a QTensor multiply by its codes.
 """
 
 from __future__ import annotations
@@ -16,23 +17,22 @@ from jaxq.qtensor import QTensor
 
 
 class Quantized(linen.Module):
-    """A linen module whose layers multiply codes where the variables hold QTensors.
+    """Wraps a linen module. Layers whose weight is a QTensor multiply by its codes.
 
-    Create it with `Quantized(module, weights)`. It has the parameters of `module` under
-    the same names, and is used like `module`: `apply` with `method=`, `rngs=` and
-    `mutable=`, `bind`, and as a part of other modules. The methods and attributes of
-    `module` are available on it. The module itself is not changed. Two quantizations
-    differ only in their variables, so `jax.jit` and `nn.jit` compile again when they
-    must.
+    Create it with `Quantized(module, weights)`. The parameters have the same names as
+    in `module`. The wrapper is used like `module`: `apply` with `method=`, `rngs=` and
+    `mutable=`, `bind`, and as a part of other modules. The wrapper has the methods and
+    attributes of `module`. The module itself is not changed. Two quantizations of a
+    module differ in their variables, so `jax.jit` and `nn.jit` compile each of them.
 
     Args:
       module: a linen module. Its variables may hold floats or QTensors.
-      weights: paths of parameters that must be QTensors. Floats there are an error,
-        because a slow float model would run without notice. `init` still gives the
-        float parameters of `module`, which `quantize_model` takes.
+      weights: paths of parameters that must be QTensors. A float array at such a path
+        is an error. Without this check a slow float model would run unnoticed. `init`
+        still returns the float parameters of `module`, for `quantize_model`.
 
     Raises:
-      ValueError: in a call, parameters named in `weights` are floats.
+      ValueError: in a call, a parameter named in `weights` is not a QTensor.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -45,7 +45,7 @@ class Quantized(linen.Module):
       (2, 8)
     """
 
-    # These names differ from all submodules, fields and methods of the module inside.
+    # The prefix keeps these names apart from all names of the wrapped module.
     _jaxq_module: linen.Module
     _jaxq_weights: tuple[str, ...] = ()
 
@@ -58,12 +58,13 @@ class Quantized(linen.Module):
     def _jaxq_enter(
         self, method: str | Callable[..., Any] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Calls a method of the module inside.
+        """Calls a method of the wrapped module.
 
         Args:
-          method: its name, or a function of the module. None calls the module.
-          *args: of the method, like **kwargs.
-          **kwargs: of the method.
+          method: the name of the method, or a function of the module. None calls the
+            module.
+          *args: positional arguments of the method.
+          **kwargs: named arguments of the method.
         """
         self._jaxq_check()
         module = self._jaxq_module
@@ -75,7 +76,7 @@ class Quantized(linen.Module):
 
     @linen.nowrap
     def _jaxq_check(self) -> None:
-        """Raises if a weight that must be a QTensor is an array."""
+        """Raises a ValueError if a weight that must be a QTensor is an array."""
         if self.is_initializing():
             return
         params: Any = self.variables.get("params", {})
@@ -89,13 +90,13 @@ class Quantized(linen.Module):
                 "these parameters."
             )
 
-    # Flax's functions, with methods of the module inside.
+    # Functions of `nn.Module` that also take methods of the wrapped module.
 
     @linen.nowrap
     def apply(
         self, variables: Any, *args: Any, method: Any = None, **kwargs: Any
     ) -> Any:
-        """`nn.Module.apply`; `method` is a method of the module inside."""
+        """`nn.Module.apply`, where `method` is a method of the wrapped module."""
         method, kwargs = _wrapper_method(method), _capture_inside(kwargs)
         return super().apply(variables, *args, method=method, **kwargs)
 
@@ -103,7 +104,7 @@ class Quantized(linen.Module):
     def init_with_output(
         self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any
     ) -> Any:
-        """`nn.Module.init_with_output`; `method` is a method of the module inside."""
+        """`nn.Module.init_with_output`, with `method` of the wrapped module."""
         method, kwargs = _wrapper_method(method), _capture_inside(kwargs)
         return super().init_with_output(rngs, *args, method=method, **kwargs)
 
@@ -119,7 +120,7 @@ class Quantized(linen.Module):
 
 
 class _Method:
-    """A function of a `Quantized` that calls a method of the module inside."""
+    """A method of `Quantized` that calls a given method of the wrapped module."""
 
     def __init__(self, method: Any):
         self.method = method
@@ -129,7 +130,7 @@ class _Method:
 
 
 class _WithCodes:
-    """A bound module or method inside a bound `Quantized`. Its calls multiply codes."""
+    """A bound module or method of a bound `Quantized`. Its calls multiply by codes."""
 
     def __init__(self, value: Any):
         self._value = value
@@ -145,7 +146,7 @@ class _WithCodes:
 
 
 def _with_codes(value: Any) -> Any:
-    """An attribute of a bound module; modules and methods in it multiply codes."""
+    """Wraps a module, a method or a tuple of them. Returns other values unchanged."""
     is_method = inspect.ismethod(value) and isinstance(value.__self__, linen.Module)
     if is_method or isinstance(value, linen.Module):
         return _WithCodes(value)
@@ -155,7 +156,7 @@ def _with_codes(value: Any) -> Any:
 
 
 def _wrapper_method(method: Any) -> Any:
-    """The wrapper's method that flax calls for a `method=` of the module inside."""
+    """The method of `Quantized` that Flax calls for `method=` of the wrapped module."""
     if method is None:
         return None
     if inspect.ismethod(method) and isinstance(method.__self__, linen.Module):
@@ -168,9 +169,9 @@ def _wrapper_method(method: Any) -> Any:
 
 
 def _capture_inside(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `apply` that capture results of the module inside only.
+    """Arguments of `apply` that capture results of the wrapped module only.
 
-    Without this, `capture_intermediates` would also capture those of the wrapper.
+    Otherwise `capture_intermediates` would also capture the results of the wrapper.
     """
     capture = arguments.get("capture_intermediates", False)
     if not capture:

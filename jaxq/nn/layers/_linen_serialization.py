@@ -1,8 +1,8 @@
 """QTensors for `flax.serialization`: `to_bytes`, `to_state_dict` and back.
 
 A state dict holds the arrays of a QTensor by name, and its static description (format,
-granularity, shape) as text. To restore, that text must be equal to the target's: codes
-of one format are never read as codes of another.
+granularity, shape) as text. A QTensor is restored only if this text is equal to the
+text of the target. Codes of one format are therefore never read as codes of another.
 """
 
 from __future__ import annotations
@@ -33,17 +33,23 @@ def _to_state(qt: QTensor) -> dict[str, Any]:
 
 
 def _from_state(target: QTensor, state: Any) -> QTensor:
-    """The QTensor of a state dict; the target says what it must be."""
+    """Restores the QTensor of a state dict.
+
+    Raises:
+      ValueError: `state` is not that of a QTensor, or its description, names or shapes
+        differ from those of `target`.
+    """
     if not isinstance(state, dict) or _DESCRIPTION not in state:
         raise ValueError(
             f"flax.serialization: the target is {target!r}, but the saved value is not "
-            "a QTensor. Restore into the float variables, and quantize them."
+            f"a QTensor (it is a {type(state).__name__}). Restore into the float "
+            "variables, and quantize the result."
         )
     if not _fits(target, state):
         raise ValueError(
-            "flax.serialization: the saved array was quantized in another way than "
-            f"{target!r}. Restore into variables quantized by the same recipe, or use "
-            "jaxq.load, which needs no target."
+            "flax.serialization: the saved QTensor was quantized in another way than "
+            f"{target!r}. Restore into variables that were quantized by the same "
+            "recipe, or use jaxq.load, which needs no target."
         )
     leaves, structure = jax.tree_util.tree_flatten_with_path(target)
     arrays = [jnp.asarray(state[jax.tree_util.keystr(path)]) for path, _ in leaves]

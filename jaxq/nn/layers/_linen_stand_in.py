@@ -1,9 +1,9 @@
 """Runs the code of Flax's own linen layers on a quantized weight.
 
 Dense, DenseGeneral and Conv read their product from fields (`dot_general`,
-`conv_general_dilated`, `promote_dtype`). Their code runs on a stand-in, which has
-jaxq's functions in these fields and the QTensor as its parameter. Nothing of Flax is
-changed.
+`conv_general_dilated`, `promote_dtype`). Their code runs on a `StandIn` object. This
+object has jaxq's functions in these fields, and the QTensor as its parameter. Flax
+itself is not changed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from jaxq.qtensor import QTensor
 
 
 class StandIn:
-    """A linen layer as its own code sees it, with another weight and jaxq's products.
+    """Takes the place of a linen layer, with another weight and jaxq's products.
 
     Args:
-      layer: the layer. Everything else is read from it.
+      layer: the layer. All other attributes are read from the layer.
       name: of the parameter that holds the weight.
       weight: `weight(init, shape, dtype)` returns the weight. The arguments are those
-        with which the layer's code reads its parameter.
+        that the layer's code passes to `self.param`.
     """
 
     dot_general = staticmethod(dot_general)
@@ -51,7 +51,7 @@ class StandIn:
 
 
 def promote(layer: Any, *arrays: Any, **kwargs: Any) -> tuple:
-    """The layer's `promote_dtype` of arrays and QTensors."""
+    """Applies the layer's `promote_dtype` to arrays and QTensors."""
 
     def original(arrays: tuple, **kwargs: Any) -> tuple:
         return layer.promote_dtype(*arrays, **kwargs)
@@ -60,10 +60,10 @@ def promote(layer: Any, *arrays: Any, **kwargs: Any) -> tuple:
 
 
 def with_own_code(flax_method: Any, name: str) -> QuantizedMethod:
-    """A method for a quantized weight that runs the code of Flax's method.
+    """Returns a method for quantized weights. It runs the code of Flax's own method.
 
     Args:
-      flax_method: reads its product from the fields of its layer.
+      flax_method: a method that reads its product from the fields of the layer.
       name: of the parameter that holds the weight.
     """
     code = code_of(flax_method)

@@ -1,6 +1,6 @@
-"""Calls a linen module with abstract values, so that its layers' calls can be seen.
+"""Calls a linen module with abstract values, so that an interceptor sees its layers.
 
-Nothing is computed. Parameters are named by the tuple of names that leads to them.
+Nothing is computed. The key of a parameter is the tuple of names that lead to it.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import jax
 from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-# Parameters by the names that lead to them.
+# The parameters, by the tuple of names that lead to each of them.
 FlatParams = dict[tuple[str, ...], Any]
 # `forward(module, variables, example)` calls the module.
 Forward = Callable[[linen.Module, Any, Any], Any]
 
 
 def params_of(variables: Mapping[str, Any]) -> FlatParams:
-    """Parameters by their names. A value that is not a dict is a leaf."""
+    """The parameters as a flat dict. A value that is not a mapping is a leaf."""
     return flatten_dict(_as_dicts(variables.get("params", {})))
 
 
 def with_params(variables: Mapping[str, Any], params: FlatParams) -> dict[str, Any]:
-    """The variables with other parameters, named as by `params_of`."""
+    """The variables with other parameters. The keys are those of `params_of`."""
     return {**_as_dicts(variables), "params": unflatten_dict(params)}
 
 
 def _as_dicts(tree: Any) -> Any:
-    """A tree of mappings (such as a FrozenDict) as dicts with names as keys."""
+    """Converts nested mappings, such as a FrozenDict, to dicts with string keys."""
     if not isinstance(tree, Mapping):
         return tree
     return {str(name): _as_dicts(value) for name, value in tree.items()}
@@ -60,7 +60,7 @@ def trace(
         for position, leaf in enumerate(leaves)
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     }
-    # Created before the trace, so that the keys are not tracers.
+    # Created before the trace, so that the random keys are not tracers.
     settings = {
         "mutable": linen.DenyList("params"),
         "rngs": {"params": jax.random.key(0), "dropout": jax.random.key(0)},
@@ -85,8 +85,8 @@ def trace(
 class _Tag:
     """A static variable, different in every module.
 
-    `nn.jit` does not call a module again that it has traced with equal variables. Then
-    an interceptor would not see the layers of the second of two equal modules.
+    `nn.jit` traces two equal modules with equal variables only once. Without the tags,
+    an interceptor would not see the layers of the second module.
     """
 
 

@@ -1,10 +1,13 @@
 """Checks, before anything is quantized, that linen layers can get QTensors as weights.
 
-The module is traced with another value in place of each weight: a uint8 array of a
-shape that no weight has. Only an untouched weight still has that shape when its layer
-is called. This finds weights that change on their way to the layer (`nn.WeightNorm`,
-`nn.map_variables`), that are stacked along another axis than the first, or that the
-module uses itself in a way that a QTensor does not support.
+The module is traced with a placeholder for each weight: a uint8 array with a shape that
+no weight has. If the placeholder still has this shape when its layer is called, the
+module does not change the weight. The check finds three kinds of weights:
+
+- weights that are changed before the layer gets them (`nn.WeightNorm`,
+  `nn.map_variables`);
+- weights that are stacked along another axis than 0;
+- weights that the module itself uses in a way that a QTensor does not support.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from jaxq.nn.layers._linen_trace import (
 )
 from jaxq.qtensor import QTensor
 
-# Sizes for the placeholders. Three of them are chosen that no stack has.
+# Possible sizes of a placeholder. The first three that differ from all stack sizes are
+# used.
 _SIZES = (7, 11, 13, 17, 19, 23, 29, 31)
 
 
@@ -55,12 +59,12 @@ def check_weights(
     forward: Forward | None,
     weights: Mapping[str, QTensor],
 ) -> list[str]:
-    """Why weights cannot be used as QTensors, one line for each; empty if all can.
+    """Returns one line for each weight that cannot be a QTensor, with the reason.
 
     Args:
       module: a linen module.
       variables: its float variables.
-      structure: its layers.
+      structure: the layers of the module.
       forward: as in `trace`.
       weights: the QTensors that are planned, by path of the layer. Leaves are
         `jax.ShapeDtypeStruct`s and have the stack axes.
@@ -88,7 +92,8 @@ def check_weights(
     try:
         run(list(weights))
     except Exception as error:
-        # One trace with all weights is fast. Which of them failed shows one by one.
+        # One trace with all weights is fast. If it fails, one trace for each weight
+        # finds the weights that fail.
         problems = []
         for path in weights:
             try:
@@ -109,16 +114,16 @@ def _placeholder(layer: LinenLayer, params: FlatParams) -> Placeholder:
 
 
 def _check_untouched(value: Placeholder, name: str) -> None:
-    """Raises unless the placeholder reached its layer as it is stored."""
+    """Raises a ValueError if the module changed a placeholder."""
     if value.data.shape != value.tail or value.data.dtype != jnp.uint8:
         raise ValueError(
-            f"its {name} is changed on its way to the layer (by nn.WeightNorm, "
-            "nn.map_variables), or stacked along another axis than 0"
+            f"its {name} is changed before the layer gets it (by nn.WeightNorm or "
+            "nn.map_variables, for example), or stacked along another axis than 0"
         )
 
 
 def _one_element(qt: QTensor, ndim: int) -> QTensor:
-    """A QTensor of zeros like one element of a stack; `ndim` is that of the element."""
+    """A QTensor of zeros like one element of a stack. The element has `ndim` axes."""
     num_stacked = len(qt.shape) - ndim
     return jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape[num_stacked:], leaf.dtype), qt

@@ -1,7 +1,7 @@
 """Flax nnx Conv: its kind, and the quantized layer.
 
-It multiplies with the hook `conv_general_dilated`. Inputs are `[n, *places, channels]`,
-kernels `[*window, channels, features]`.
+The layer multiplies with the hook `conv_general_dilated`. Inputs are
+`[n, *spatial, channels]`. Kernels are `[*window, channels, features]`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class QConv(nnx.Conv):
     """`nnx.Conv` with a quantized kernel.
 
     Arguments and errors are those of `QLinear` and `nnx.Conv`. Dynamic activation
-    quantization uses one scale for each example, because a window mixes places.
+    quantization uses one scale for each example, because a window covers several
+    spatial positions.
 
     Raises:
       ValueError: `mask` is given and `weight` is not None.

@@ -1,9 +1,9 @@
 """Flax nnx ConvTranspose: its kind, and the quantized layer.
 
 The layer has no hook for its product. A quantized layer therefore becomes a
-`QConvTranspose`, and calibration watches the hook `promote_dtype`, which is called with
-the input. Kernels are `[*window, channels, features]`; `transpose_kernel=True` swaps
-the last two axes.
+`QConvTranspose`. Calibration watches the hook `promote_dtype`, because the layer calls
+this hook with its input. Kernels are `[*window, channels, features]`.
+`transpose_kernel=True` swaps the last two axes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jaxq.nn.layers._promotion import PromoteQTensors
 from jaxq.nn.layers._roles import Roles, roles_of_conv
 from jaxq.qtensor import QTensor
 
-# What `nnx.ConvTranspose.__call__` reads of the layer and a quantized layer leaves as
-# is.
+# The attributes that `nnx.ConvTranspose.__call__` reads, without those that `_product`
+# replaces.
 _SETTINGS = (
     "dtype",
     "kernel_dilation",
@@ -41,10 +41,11 @@ _SETTINGS = (
 class QConvTranspose(nnx.ConvTranspose):
     """`nnx.ConvTranspose` with a quantized kernel.
 
-    Arguments and errors are those of `QConv` and `nnx.ConvTranspose`. Integer
-    activations have one scale for each example, or one for all if their range is
-    static. They multiply the codes of an integer kernel and accumulate in int32. In all
-    other cases kernel and input are dequantized.
+    Arguments and errors are those of `QConv` and `nnx.ConvTranspose`. Dynamic integer
+    activations have one scale for each example. Static integer activations have one
+    scale for all examples. Codes of integer activations and of an integer kernel are
+    multiplied, and accumulate in int32. In all other cases, kernel and input are
+    dequantized before the product.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -114,8 +115,8 @@ def _attach(layer: Any) -> None:
 def _problem(layer: Any) -> str | None:
     if type(layer) not in (nnx.ConvTranspose, QConvTranspose):
         return (
-            f"{type(layer).__name__} is a subclass of ConvTranspose, which may compute "
-            "another product than its parent"
+            f"{type(layer).__name__} is a subclass of ConvTranspose, and may compute "
+            "another product than ConvTranspose"
         )
     return None if layer.mask is None else MASKED
 

@@ -1,7 +1,7 @@
 """Flax nnx Einsum: its kind, and the quantized layer.
 
-It multiplies with the hook `einsum_op(einsum_str, input, kernel)`. Which axes of the
-kernel are contracted follows from `einsum_str`.
+The layer multiplies with the hook `einsum_op(einsum_str, input, kernel)`. `einsum_str`
+determines which axes of the kernel are contracted.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _attach(layer: Any) -> None:
 def _problem(layer: Any) -> str | None:
     if layer.einsum_str is None:
         return (
-            "its einsum_str is given at each call, so the axes that it contracts are "
-            "not known"
+            "its einsum_str is given at each call, so the contracted axes are not "
+            "known before a call"
         )
     kernel_indices = layer.einsum_str.split("->")[0].split(",")[1]
     if "..." in kernel_indices:

@@ -1,7 +1,7 @@
 """Flax nnx Embed: its kind, and the quantized layer.
 
 The layer has no hook for its lookup. A quantized layer therefore becomes a `QEmbed`.
-Its table is `[num_embeddings, features]`. `attend` contracts the features.
+The table is `[num_embeddings, features]`. `attend` contracts the features.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def _attach(layer: Any) -> None:
 def _problem(layer: Any) -> str | None:
     if type(layer) not in (nnx.Embed, QEmbed):
         return (
-            f"{type(layer).__name__} is a subclass of Embed, which may look up its "
-            "rows in another way than its parent"
+            f"{type(layer).__name__} is a subclass of Embed, and may look up rows in "
+            "another way than Embed"
         )
     return None
 

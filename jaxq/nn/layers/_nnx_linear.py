@@ -1,7 +1,7 @@
 """Flax nnx Linear and LinearGeneral: their kinds, and their quantized layers.
 
-Both multiply with the hook `dot_general`, the input on the left and the kernel on the
-right. A kernel is `[in, out]`, or `[*batch, *in, *out]` in LinearGeneral.
+Both multiply with the hook `dot_general(input, kernel, ...)`. A kernel is `[in, out]`,
+or `[*batch, *in, *out]` in LinearGeneral.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _linear_problem(layer: Any) -> str | None:
 
 def _general_problem(layer: Any) -> str | None:
     if layer.dot_general_cls is not None:
-        return f"it has a dot_general_cls of its own, {layer.dot_general_cls!r}"
+        return f"its dot_general_cls is a custom class, {layer.dot_general_cls!r}"
     return foreign_hook(layer, "dot_general", (None, lax.dot_general, dot_general))
 
 

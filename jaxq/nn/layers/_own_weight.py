@@ -1,4 +1,4 @@
-"""Quantizes the weight of a fresh nnx layer, as QLinear and the others do."""
+"""Quantizes the weight of a new nnx layer such as `QLinear`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxq.qtensor import quantize
 
 
 def quantize_own_weight(layer: Any, weight: Any, activation: Any) -> None:
-    """Quantizes a freshly initialized nnx layer, in place.
+    """Quantizes a newly initialized nnx layer, in place.
 
     Args:
       layer: an nnx layer of a kind that jaxq knows.
@@ -20,7 +20,8 @@ def quantize_own_weight(layer: Any, weight: Any, activation: Any) -> None:
         leaves the input in floats.
 
     Raises:
-      ValueError: `activation` without `weight`, or `weight` for a layer with a mask.
+      ValueError: `activation` is given and `weight` is None; the layer has a mask and
+        `weight` is not None.
     """
     kind = find_kind(layer)
     assert kind is not None

@@ -15,9 +15,9 @@ from jaxq.qtensor import QTensor
 class PromoteQTensors:
     """A `promote_dtype` that also takes QTensors.
 
-    Flax's function works on arrays. For each QTensor it gets a scalar of the same dtype
-    instead, and the QTensor is cast to the dtype of the result. Two of these objects
-    are equal if `original` is equal, so `nnx.jit` does not compile again.
+    Flax's function works on arrays. A scalar of the same dtype takes the place of each
+    QTensor. The QTensor is then cast to the dtype that the scalar got. Two of these
+    objects are equal if `original` is equal, so `nnx.jit` does not compile again.
 
     Attributes:
       original: the layer's own `promote_dtype`.

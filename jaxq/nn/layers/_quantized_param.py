@@ -10,8 +10,8 @@ from flax import nnx
 class QuantizedParam(nnx.Variable):
     """An nnx Variable that holds a QTensor.
 
-    It is not an `nnx.Param`. An optimizer of `nnx.Param` and `nnx.grad` over
-    `nnx.Param` therefore leave it alone.
+    It is not an `nnx.Param`. An optimizer of `nnx.Param` therefore does not update it,
+    and `nnx.grad` over `nnx.Param` does not differentiate it.
 
     Example:
       >>> import jaxq
@@ -29,7 +29,7 @@ class QuantizedParam(nnx.Variable):
 
 
 def replace_variables(model: nnx.Module, replaced: dict[int, QuantizedParam]) -> None:
-    """Replaces old variables wherever a model holds them, so shared ones stay shared.
+    """Replaces variables everywhere in a model, so that shared variables stay shared.
 
     Args:
       model: changed in place. Its layers already hold the new variables.
@@ -64,5 +64,6 @@ def replace_variables(model: nnx.Module, replaced: dict[int, QuantizedParam]) ->
     if left:
         raise ValueError(
             f"A quantized weight is also held as {', '.join(left)}, in a container "
-            "that cannot be changed. Use nnx.List or an attribute, or skip the layer."
+            "that cannot be changed. Use nnx.List or an attribute, or skip the layer "
+            "in the recipe."
         )

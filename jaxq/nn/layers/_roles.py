@@ -1,7 +1,7 @@
 """How the axes of a layer's weight take part in the layer's product.
 
-Flax nnx and Flax linen share these. A layer kind states the roles of its weight once,
-and everything else (quantization, calibration, reports) reads them.
+Flax nnx and Flax linen layers share these roles. A layer kind states the roles of its
+weight once. Quantization, calibration and reports read these roles.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Roles:
 
     Attributes:
       contracting: the axes that the product contracts, as negative numbers.
-      shape: the shape of the weight of one layer. A stack of layers has more axes in
-        front of it.
-      num_batch: how many axes of `shape`, counted from the first, are batch axes of the
+      shape: the shape of the weight of one layer. The weight of a stack of layers has
+        more axes in front.
+      num_batch: the number of leading axes of `shape` that are batch axes of the
         product. The experts of a mixture are an example.
       subscripts: the subscripts of the einsum that the layer computes, with the weight
         on the right. Empty if the layer computes no einsum.
@@ -45,7 +45,8 @@ def einsum_roles(subscripts: str, shape: tuple[int, ...]) -> Roles:
     """The roles of the right operand of an einsum.
 
     Args:
-      subscripts: of two operands, with the result named: "btd,dhk->bthk".
+      subscripts: of an einsum with two operands, such as "btd,dhk->bthk". They must
+        name the result.
       shape: of the right operand, one size for each of its indices.
     """
     subscripts = subscripts.replace(" ", "")
@@ -60,10 +61,10 @@ def einsum_roles(subscripts: str, shape: tuple[int, ...]) -> Roles:
 
 
 def _leading_batch(left: str, right: str, out: str) -> str:
-    """The first indices of `right` that are batch indices: in both operands and `out`.
+    """The leading batch indices of `right`. They are in both operands and in `out`.
 
-    Only leading ones count. Calibration keeps statistics for each of their elements,
-    and a QTensor keeps its batch axes in front.
+    Other batch indices of `right` do not count, because a QTensor keeps its batch axes
+    in front. Calibration keeps separate statistics for each element of these axes.
     """
     for position, index in enumerate(right):
         if index not in left or index not in out:

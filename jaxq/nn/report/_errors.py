@@ -11,7 +11,7 @@ import numpy as np
 from jaxq import metrics
 from jaxq.qtensor import Geometry, QTensor, dequantize, inside_range
 
-# The number of neighbors whose relative error is measured together.
+# The number of adjacent elements in one block of the "worst block" error.
 _BLOCK = 64
 
 
@@ -37,8 +37,8 @@ def quantization_errors(
 
 @jax.jit
 def _clipped_share(floats: jax.Array, qt: QTensor) -> jax.Array:
-    """The share of numbers beyond the range of the format at their scale."""
-    # A codebook of the weight's own has no range beyond its numbers.
+    """The share of numbers outside the range that the format covers at their scale."""
+    # Nothing is clipped if the weight has its own codebook.
     if qt.codebook is not None or not floats.size:
         return jnp.float32(0)
     return jnp.mean(~inside_range(floats, qt), dtype=jnp.float32)
@@ -48,14 +48,14 @@ def _clipped_share(floats: jax.Array, qt: QTensor) -> jax.Array:
 def _errors_of(
     floats: jax.Array, back: jax.Array, geometry: Geometry
 ) -> tuple[jax.Array, jax.Array]:
-    """SQNR in dB and the worst block.
+    """SQNR in dB, and the relative error of the worst block.
 
-    The arrays are measured in up to 16 parts, one after another, so that only one part
-    is converted to float32 at a time.
+    The arrays are measured in up to 16 parts, one after another. Only one part is
+    converted to float32 at a time.
     """
     view, back_view = geometry.to_view(floats), geometry.to_view(back)
     axis = geometry.k_position - len(geometry.storage_shape)
-    # Parts are cut along axis 0. If blocks run along it, a part has whole blocks.
+    # Parts are cut along axis 0. If blocks run along axis 0, a part has whole blocks.
     unit = _BLOCK if axis + view.ndim == 0 else 1
     num_parts = next(
         n for n in (16, 8, 4, 2, 1) if view.shape[0] % (n * unit) == 0 or n == 1
@@ -75,7 +75,7 @@ def _errors_of(
     )  # each [num_parts, ...]
     signal, noise, worst = jax.lax.map(errors_of_part, parts)
     sqnr = metrics.decibels(_total(*signal), _total(*noise))
-    # A maximum may ignore NaN, and a block with NaN is the worst block.
+    # A block with NaN is the worst block, but a maximum may ignore NaN.
     is_lost = jnp.isnan(worst).any()
     return sqnr, jnp.where(is_lost, np.float32(np.nan), jnp.max(worst))
 
@@ -83,8 +83,8 @@ def _errors_of(
 def _total(sums: jax.Array, units: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sum over all parts, as `metrics.squares` returns it: (sum, unit).
 
-    The sum of the squares of a part is `sum * unit**2`. The largest unit is the common
-    one, so that no square overflows.
+    The sum of the squares of a part is `sum * unit**2`. All sums are converted to the
+    largest unit, so that no square overflows.
     """
     unit = jnp.max(units)
     return jnp.sum(sums * (units / unit) ** 2), unit

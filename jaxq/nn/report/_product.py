@@ -1,7 +1,8 @@
-"""How the product of a layer will run, as far as a report must mention it.
+"""The notes of a report on how the product of a layer runs.
 
 A reader expects that quantized activations multiply the codes of the weight, and that
-no weight is dequantized as a whole. Where that is not so, the report says why.
+no weight is dequantized as a whole. If a product does not run in this way, the report
+says why.
 """
 
 from __future__ import annotations
@@ -15,27 +16,30 @@ from jaxq import ops
 from jaxq.nn.layers import Roles
 from jaxq.qtensor import QTensor
 
-# The size of a convolution's input is not known here. It is taken to be larger than any
+# The size of a convolution's input is unknown here. The assumed size is larger than any
 # group of an activation spec.
 _EXAMPLE_SIZE = 1 << 20
 
 
 def product_note(qt: QTensor, roles: Roles | None = None) -> str:
-    """Why a product runs in floats, or dequantizes the whole weight; else empty.
+    """Says why a product runs in floats, or why it dequantizes the whole weight.
+
+    The note is empty if the product does neither.
 
     Args:
       qt: the weight. Its leaves may be `jax.ShapeDtypeStruct`s.
       roles: of the weight's axes in one layer. None for an array that is in no layer.
 
     Raises:
-      TypeError: the input could not be quantized, see `jaxq.quantize`.
-      ValueError: as TypeError. Sizes that only the input has are not checked.
+      TypeError: the activation spec cannot quantize the input, see `jaxq.quantize`.
+      ValueError: the activation spec does not fit the axes that the product contracts.
+        Sizes that only the input has are not checked.
     """
     weight = jax.tree.map(_as_shape, qt)
     product = "dot" if roles is None else roles.product
     quantizes_input = qt.meta.activation is not None
     if product == "conv":
-        # Without quantized activations, a convolution has one path only.
+        # Without quantized activations, a convolution has only one path.
         if not quantizes_input:
             return ""
         plan = _plan_of_conv(weight)
@@ -54,9 +58,9 @@ def _plan_of_conv(weight: QTensor) -> ops.Plan:
     """The plan of a convolution of one example."""
     kernel = _element_shapes(weight, len(weight.batch_shape))
     geometry = weight.meta.geometry
-    num_places = len(geometry.contracted) - 1  # the other contracted axis: channels
+    num_spatial = len(geometry.contracted) - 1  # the other contracted axis: channels
     example = jax.ShapeDtypeStruct(
-        (1, *(1 for _ in range(num_places)), _EXAMPLE_SIZE), jnp.float32
+        (1, *(1 for _ in range(num_spatial)), _EXAMPLE_SIZE), jnp.float32
     )
     channel = geometry.kept[0] + len(geometry.shape)
     return ops.plan_conv(example, kernel, channel=channel)
@@ -75,7 +79,7 @@ def _plan_of_dot(weight: QTensor, roles: Roles | None) -> ops.Plan:
 
 
 def _plan_of_einsum(weight: QTensor, roles: Roles) -> ops.Plan:
-    """The plan of an einsum; indices of the input alone have size 1."""
+    """The plan of an einsum. Indices that only the input has get size 1."""
     kernel = _element_shapes(weight, weight.ndim - len(roles.shape))
     left, right = roles.subscripts.replace("...", "").split("->")[0].split(",")
     size = dict(zip(right, kernel.shape, strict=True))
@@ -90,7 +94,7 @@ def _as_shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _element_shapes(qt: QTensor, num_axes: int) -> QTensor:
-    """One element of a stack with `num_axes` leading axes, as shapes."""
+    """The shapes of one element of a stack that has `num_axes` stack axes."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[num_axes:], leaf.dtype), qt
     )

@@ -1,4 +1,4 @@
-"""Rows of a report as text, as a markdown table, and as a table of rich."""
+"""Rows of a report as text, as a markdown table, and as a table of `rich`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def as_markdown(rows: Sequence[Row], totals: str) -> str:
 
 
 def as_rich_table(rows: Sequence[Row], totals: str) -> Any:
-    """A table of rich, which Flax installs. Columns without a value are left out."""
+    """A table of the package `rich`, without columns that have no values."""
+    # Flax depends on rich.
     from rich import box, table
 
     rich_table = table.Table(

@@ -20,8 +20,8 @@ class Report:
 
     Attributes:
       rows: one row for each parameter of the model.
-      notes: remarks on the whole model, such as rules that matched nothing if
-        `strict=False` allowed that.
+      notes: remarks on the whole model. With `strict=False`, rules that matched nothing
+        are an example.
 
     Example:
       >>> import jaxq
@@ -44,33 +44,36 @@ class Report:
 
     @property
     def bytes_before(self) -> int:
-        """The bytes of all parameters before."""
+        """The bytes of all parameters before quantization."""
         return sum(row.bytes_before for row in self.rows)
 
     @property
     def bytes_after(self) -> int:
-        """The bytes of all parameters after."""
+        """The bytes of all parameters after quantization."""
         return sum(row.bytes_after for row in self.rows)
 
     @property
     def bits_per_weight(self) -> float:
-        """The mean over the quantized parameters, scales included. NaN without any."""
-        # An array without elements may still have scales, which would count.
+        """The mean bits per weight of the quantized parameters, scales included.
+
+        NaN if no parameter is quantized.
+        """
+        # An array without elements is left out, because its scales would count.
         rows = [row for row in self.quantized if 0 not in row.shape]
         size = sum(math.prod(row.shape) for row in rows)
         return 8 * sum(row.bytes_after for row in rows) / size if rows else math.nan
 
     @property
     def worst(self) -> Row | None:
-        """The quantized parameter with the lowest SQNR. None without any."""
+        """The quantized parameter with the lowest SQNR. None if none was measured."""
         rows = [row for row in self.quantized if row.sqnr is not None]
         return min(rows, key=lambda row: row.sqnr or 0.0, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Rows, totals and notes, ready for JSON.
 
-        JSON has no infinity and no NaN. They become text, and a `bits_per_weight` of
-        NaN becomes None.
+        JSON has no infinity and no NaN. These values become text. A `bits_per_weight`
+        of NaN becomes None.
         """
         bits = self.bits_per_weight
         return {

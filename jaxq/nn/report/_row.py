@@ -39,21 +39,22 @@ class Row:
 
     Attributes:
       path: the names that lead to the parameter, joined by "/".
-      kind: the kind of its layer. For a variable of no layer, the type of the variable.
+      kind: the kind of its layer. If a variable is in no known layer, the type of the
+        variable.
       shape: of the parameter.
       format: the format of its codes. "int8 + int8" names the format of the layer's
         activations too, if they are quantized. None if the parameter stays in floats.
-      granularity: with the block sizes, the axes that the product contracts, and the
-        leading batch axes. None if the parameter stays in floats.
-      bits_per_element: includes the scales of all levels.
+      granularity: the granularity as text, with block sizes, contracted axes and batch
+        axes. None if the parameter stays in floats.
+      bits_per_element: bits per element, with the scales of all levels.
       bytes_before: of the float parameter.
       bytes_after: of what replaced it.
       sqnr: signal to quantization noise ratio in dB. None if it was not measured.
-      worst_block: the largest relative error of 64 neighbors along the contracted axis.
-        None if it was not measured.
+      worst_block: the largest relative error of a block of 64 adjacent elements along
+        the contracted axis. None if it was not measured.
       note: why the parameter stays in floats, or other remarks.
-      clipped: the share of numbers beyond the range of the format at their scale. None
-        if it was not measured.
+      clipped: the share of numbers outside the range that the format covers at their
+        scale. None if it was not measured.
       method: the method that made the codes. "rtn" is rounding to nearest. None if the
         parameter stays in floats.
       loss: the error of the layer's output on held-out inputs, divided by the error of
@@ -126,7 +127,7 @@ def float_row(path: str, kind: str, value: Any, note: str) -> Row:
 
 
 def other_row(path: str, variable: Any, layers: set[str]) -> Row:
-    """The row of a variable that is not the weight of a layer jaxq knows.
+    """The row of a variable that is not the weight of a known layer.
 
     Args:
       path: of the variable.
@@ -149,10 +150,11 @@ def other_row(path: str, variable: Any, layers: set[str]) -> Row:
 
 
 def dropped_metadata(variable: Any) -> str:
-    """The note on an nnx Variable whose metadata names mesh axes; else empty.
+    """The note on an nnx Variable that loses its sharding metadata.
 
     The metadata names a mesh axis for each axis of the float array. Codes have other
-    axes, so the quantized weight does not keep it.
+    axes, so the quantized weight does not keep the metadata. The note is empty if the
+    metadata names no mesh axis.
     """
     mesh_axes = variable.get_metadata().get("out_sharding") or ()
     if all(axis is None for axis in mesh_axes):
@@ -212,13 +214,13 @@ def quantized_row(
     """The row of a quantized weight, with its errors.
 
     Args:
-      path: as in `planned_row`, like the arguments that are not listed here.
+      path: of the weight.
       kind: of its layer.
       floats: the float weight.
       qt: the quantized weight.
       solved: what the method returned. None if the weight was rounded to nearest.
-      notes: remarks.
-      roles: of the axes in one layer.
+      notes: as in `planned_row`.
+      roles: as in `planned_row`.
     """
     method, method_note, loss = "rtn", "", None
     if solved is not None:
@@ -235,7 +237,7 @@ def quantized_row(
 
 
 def _format(qt: QTensor) -> str:
-    """The format of the codes, and that of the activations: "int8 + int8 static"."""
+    """The formats of the codes and of the activations, such as "int8 + int8 static"."""
     name, activation = qt.spec.fmt.name, qt.meta.activation
     if activation is None:
         return name
@@ -244,11 +246,11 @@ def _format(qt: QTensor) -> str:
 
 
 def _granularity(qt: QTensor) -> str:
-    """For example "PerGroup(32 along -2, of each 0)": a stack of grouped weights."""
+    """The granularity as text, for example "PerGroup(32 along -2, batch axes 0)"."""
     geometry = qt.meta.geometry
     name = type(qt.spec.granularity).__name__
     sizes = ",".join(str(b) for b in geometry.block_shape if b not in (None, 1))
     along = ",".join(map(str, geometry.contracted))
     batch = ",".join(map(str, range(len(qt.batch_shape))))
-    of_each = f", of each {batch}" if batch else ""
-    return f"{name}({sizes}{' ' if sizes else ''}along {along}{of_each})"
+    batch_axes = f", batch axes {batch}" if batch else ""
+    return f"{name}({sizes}{' ' if sizes else ''}along {along}{batch_axes})"

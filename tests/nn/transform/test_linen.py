@@ -416,12 +416,12 @@ def test_one_error_names_all_problems():
         "same_size/Dense_0 (Dense)": "stacked along another axis than 0",
         "scanned/Dense_0 (Dense)": "[8, 3, 8], which is not [8, 8] with stacked axes",
         "normed (Dense)": "in a way that a QTensor does not support",
-        "turned (Dense)": "changed on its way to the layer",
-        "own (Dense)": "it has a dot_general of its own",
+        "turned (Dense)": "is changed before the layer gets it",
+        "own (Dense)": "its dot_general is a custom function",
         "outer (Einsum)": "contracts no axis of the kernel",
         "dots (Einsum)": "are not all named",
         "masked (Conv)": "its kernel is masked",
-        "local (Conv)": "every place has a kernel of its own",
+        "local (Conv)": "every spatial position has its own kernel",
     }
     for layer, reason in reasons.items():
         assert [
@@ -567,7 +567,7 @@ def test_floats_and_the_float_module_are_refused():
     odd_module = nn.Dense(8, dot_general=lambda *a, **k: None)
     with pytest.raises(
         ValueError,
-        match="Dense: its weight is quantized, but it has a dot_general of its own",
+        match="Dense: its weight is quantized, but its dot_general is a custom",
     ):
         Quantized(odd_module).apply(qvariables, X)
 

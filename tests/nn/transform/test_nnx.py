@@ -361,8 +361,8 @@ def test_one_error_names_all_problems():
         "stack",
     }
     for name, word in {
-        "hooked": "dot_general of its own",
-        "general": "dot_general_cls of its own",
+        "hooked": "dot_general is a custom function",
+        "general": "dot_general_cls is a custom class",
         "masked": "masked",
         "free": "einsum_str is given at each call",
         "outer": "contracts no axis",

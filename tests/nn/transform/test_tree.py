@@ -105,7 +105,7 @@ def test_rules_name_the_axes():
     q, report = jaxq.quantize_params(params, recipe)
     assert q["experts"].batch_shape == (4,)
     assert [row.granularity for row in report.rows] == [
-        "PerGroup(along -2, of each 0)",
+        "PerGroup(along -2, batch axes 0)",
         "PerChannel(along -1)",
     ]
     assert q["torch"]["weight"].scale.shape == (8, 1)
