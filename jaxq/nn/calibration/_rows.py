@@ -61,7 +61,7 @@ def add_rows(
 
 
 def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
-    """Which rows count, as bool `[rows]`. The mask of the batch says so.
+    """Which rows count, as bool `[rows]`, by the mask of the batch.
 
     Args:
       free: the shape of the rows, `[b, t]` for example.

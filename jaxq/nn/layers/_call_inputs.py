@@ -1,7 +1,8 @@
 """What calibration reads from one call of a layer's product: the input and its rows.
 
 A row is one vector `[K]` of the input: a token of a linear layer, or a spatial position
-of a convolution. Each layer kind names two of these functions, or two of its own.
+of a convolution. A layer kind uses these functions as `read_input` and `read_rows`, or
+brings its own functions.
 """
 
 from __future__ import annotations

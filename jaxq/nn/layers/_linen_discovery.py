@@ -166,7 +166,7 @@ def _layer(
     weight = linen.meta.unbox(module.get_variable("params", kind.weight))
     shape = tuple(weight.shape)
     layer = LinenLayer(tuple(module.path), kind, Roles((), shape), None)
-    # The variables of a lifted layer hold a stack. The call sees one element of it.
+    # The variables of a lifted layer hold a stack. Its call sees one stack element.
     outer = linen.meta.unbox(params.get(layer.key))
     problem = kind.problem(module, *args, **kwargs)
     if isinstance(outer, QTensor):
@@ -222,10 +222,7 @@ def _input_shapes(
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text. The error's type comes first.
-
-    The type is left out for a ValueError.
-    """
+    """The first line of an error's text, after the type if that is not ValueError."""
     lines = str(error).strip().splitlines()
     text = lines[0].rstrip(".") if lines else ""
     if type(error) is ValueError:

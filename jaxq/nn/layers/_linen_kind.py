@@ -5,9 +5,9 @@ All other code of jaxq reads the record.
 
 An interceptor (`flax.linen.intercept_methods`) sees the calls of layers. It recognises
 a call by the function of Flax's own class (`Dense.__call__`, `Embed.attend`, ...). A
-subclass that calls its parent's method is therefore recognised too. So is a lifted
-layer such as `nn.vmap(nn.Dense)`. Inside the transform, the layer has the weight of one
-element.
+subclass that calls its parent's method is therefore recognised too. A lifted layer such
+as `nn.vmap(nn.Dense)` is also recognised. Inside the transform, the layer has the
+weight of one element.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def find_setup(context: linen.module.InterceptorContext) -> LayerCall | None:
 
 
 def code_of(method: Any) -> Callable[..., Any]:
-    """The undecorated function of a method of Flax. An interceptor sees this one."""
+    """The function of a Flax method without decorators, as an interceptor sees it."""
     return inspect.unwrap(method)
 
 

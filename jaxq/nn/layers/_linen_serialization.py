@@ -36,8 +36,8 @@ def _from_state(target: QTensor, state: Any) -> QTensor:
     """Restores the QTensor of a state dict.
 
     Raises:
-      ValueError: `state` is not that of a QTensor, or its description, names or shapes
-        differ from those of `target`.
+      ValueError: `state` is not the state of a QTensor; the description, names or
+        shapes in `state` differ from those of `target`.
     """
     if not isinstance(state, dict) or _DESCRIPTION not in state:
         raise ValueError(

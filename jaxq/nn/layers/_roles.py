@@ -45,8 +45,8 @@ def einsum_roles(subscripts: str, shape: tuple[int, ...]) -> Roles:
     """The roles of the right operand of an einsum.
 
     Args:
-      subscripts: of an einsum with two operands, such as "btd,dhk->bthk". They must
-        name the result.
+      subscripts: of an einsum with two operands and a named result, such as
+        "btd,dhk->bthk".
       shape: of the right operand, one size for each of its indices.
     """
     subscripts = subscripts.replace(" ", "")
