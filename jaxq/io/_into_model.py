@@ -120,7 +120,7 @@ def _value_problems(
             continue
         variable = variables[name]
         current = value_of(variable)
-        if not _fits(current, value):
+        if not _can_replace(current, value):
             problems.append(
                 f"{name}: {_text(current)} in the model, {_text(value)} in the file"
             )
@@ -130,7 +130,7 @@ def _value_problems(
     return problems
 
 
-def _fits(current: Any, value: Any) -> bool:
+def _can_replace(current: Any, value: Any) -> bool:
     """Whether the value of the file can replace the value of the model."""
     if isinstance(current, QTensor):
         same_kind = isinstance(value, QTensor)

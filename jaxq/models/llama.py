@@ -34,7 +34,7 @@ from flax.nnx.nn import dtypes as flax_dtypes
 
 from jaxq.models._config import LlamaConfig, RopeScaling
 
-__all__ = ["KVCache", "Llama", "LlamaConfig", "RopeScaling"]
+__all__ = ["Llama", "LlamaCache", "LlamaConfig", "RopeScaling"]
 
 # Makes an empty quantized cache for one layer. jaxq.models sets it, so that this file
 # imports nothing quantized.
@@ -53,7 +53,7 @@ def set_quantized_cache(make: Callable[..., Any]) -> None:
     _new_quantized_cache = make
 
 
-class KVCache(NamedTuple):
+class LlamaCache(NamedTuple):
     """Keys (after rotary embedding) and values of earlier tokens, for all layers.
 
     Attributes:
@@ -76,7 +76,7 @@ class KVCache(NamedTuple):
     layers: Any
     used: jax.Array
 
-    def reset(self, slots: Any) -> KVCache:
+    def reset(self, slots: Any) -> LlamaCache:
         """A quantized cache in which some rows of the batch are empty again.
 
         Args:
@@ -88,15 +88,15 @@ class KVCache(NamedTuple):
         """
         if self.used.ndim == 0:
             raise ValueError(
-                "KVCache.reset: all rows of a float cache have one length. "
+                "LlamaCache.reset: all rows of a float cache have one length. "
                 'Use init_cache(..., cache="int8").'
             )
         is_stacked = hasattr(self.layers, "lengths")
         if is_stacked:
             layers = self.layers.reset(slots)
-            return KVCache(layers, layers.lengths[0])
+            return LlamaCache(layers, layers.lengths[0])
         layers = tuple(layer.reset(slots) for layer in self.layers)
-        return KVCache(layers, layers[0].lengths)
+        return LlamaCache(layers, layers[0].lengths)
 
 
 class Llama(nnx.Module):
@@ -172,7 +172,7 @@ class Llama(nnx.Module):
         """
         return self._forward(tokens, None)[0]
 
-    def init_cache(self, batch: int, length: int, *, cache: Any = None) -> KVCache:
+    def init_cache(self, batch: int, length: int, *, cache: Any = None) -> LlamaCache:
         """An empty cache for `batch` rows of at most `length` tokens.
 
         Args:
@@ -192,8 +192,8 @@ class Llama(nnx.Module):
         return self._quantized_cache(batch, length, cache)
 
     def decode(
-        self, tokens: jax.Array, cache: KVCache, *, count: jax.Array | None = None
-    ) -> tuple[jax.Array, KVCache]:
+        self, tokens: jax.Array, cache: LlamaCache, *, count: jax.Array | None = None
+    ) -> tuple[jax.Array, LlamaCache]:
         """Logits of the next token for tokens that follow those in the cache.
 
         With a quantized cache, the new tokens read the quantized earlier tokens, and
@@ -221,7 +221,7 @@ class Llama(nnx.Module):
             )
         return self._forward(tokens, cache, count)
 
-    def _float_cache(self, batch: int, length: int) -> KVCache:
+    def _float_cache(self, batch: int, length: int) -> LlamaCache:
         config = self.config
         shape = (batch, config.num_key_value_heads, length, config.head_dim)
         layers: Any
@@ -233,9 +233,9 @@ class Llama(nnx.Module):
                 (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
                 for _ in range(config.num_hidden_layers)
             )
-        return KVCache(layers, jnp.zeros((), jnp.int32))
+        return LlamaCache(layers, jnp.zeros((), jnp.int32))
 
-    def _quantized_cache(self, batch: int, length: int, cache: Any) -> KVCache:
+    def _quantized_cache(self, batch: int, length: int, cache: Any) -> LlamaCache:
         assert _new_quantized_cache is not None  # jaxq.models sets it at import
         config = self.config
         num_layers = config.num_hidden_layers
@@ -257,10 +257,13 @@ class Llama(nnx.Module):
             layers = tuple(
                 _new_quantized_cache(cache, **sizes) for _ in range(num_layers)
             )
-        return KVCache(layers, jnp.zeros((batch,), jnp.int32))
+        return LlamaCache(layers, jnp.zeros((batch,), jnp.int32))
 
     def _forward(
-        self, tokens: jax.Array, cache: KVCache | None, count: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        cache: LlamaCache | None,
+        count: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Logits, and the grown cache if there is one."""
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -286,10 +289,10 @@ class Llama(nnx.Module):
             num_new: Any = t
         else:
             num_new = jnp.clip(jnp.asarray(count, place.start.dtype), 0, t)
-        return logits, KVCache(layer_caches, place.start + num_new)
+        return logits, LlamaCache(layer_caches, place.start + num_new)
 
     def _place(
-        self, t: int, cache: KVCache | None, count: jax.Array | None
+        self, t: int, cache: LlamaCache | None, count: jax.Array | None
     ) -> TokenPlace:
         """The places of t new tokens, after the tokens in the cache."""
         start = jnp.zeros((), jnp.int32) if cache is None else cache.used

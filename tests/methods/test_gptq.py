@@ -406,7 +406,7 @@ def test_one_trace_for_one_shape():
         (
             {"spec": QuantSpec("int4", rounding="stochastic")},
             ValueError,
-            "gptq: rounding='stochastic'",
+            "gptq: methods round to nearest, and rounding='stochastic' does not",
         ),
         ({"spec": "int5"}, ValueError, "gptq: unknown preset 'int5'"),
         ({"damp": 2.0}, ValueError, "damp must be a share"),

@@ -75,7 +75,7 @@ def test_a_rounded_weight_of_another_shape_is_refused():
         jaxq.quantize(w.T, SPEC, contracting=-2),
         jaxq.quantize(w, SPEC, contracting=-1),
     ):
-        with pytest.raises(ValueError, match=r"w: nearest must be .*float32\[40,8\]"):
+        with pytest.raises(ValueError, match=r"w: nearest must have .*float32\[40,8\]"):
             methods.solve("gptq", w, stats(), SPEC, nearest=nearest)
 
 

@@ -12,7 +12,7 @@ from tests.models.test_llama import make, tokens
 from tests.models.test_scale_groups import run, state
 
 
-def assert_same(a, b):
+def assert_same_model(a, b):
     a, b = nnx.split(a), nnx.split(b)
     assert a[0] == b[0]
     jax.tree.map(np.testing.assert_array_equal, a[1], b[1])
@@ -28,17 +28,17 @@ def test_there_and_back():
     np.testing.assert_allclose(
         run(one_by_one, tokens()), logits, atol=1e-5 * abs(logits).max()
     )
-    assert_same(stacked(one_by_one), model)
-    assert_same(unrolled(stacked(one_by_one)), one_by_one)
+    assert_same_model(stacked(one_by_one), model)
+    assert_same_model(unrolled(stacked(one_by_one)), one_by_one)
     for path, value in state(model).items():  # left as it is
         np.testing.assert_array_equal(value, before[path])
 
 
 def test_as_they_are_made():
     model = make()
-    assert_same(unrolled(model), model)
+    assert_same_model(unrolled(model), model)
     assert unrolled(model) is not model
-    assert_same(stacked(make(scan_layers=True)), make(scan_layers=True))
+    assert_same_model(stacked(make(scan_layers=True)), make(scan_layers=True))
 
 
 def test_calibrated_in_a_list_and_run_in_a_stack():
@@ -54,7 +54,7 @@ def test_calibrated_in_a_list_and_run_in_a_stack():
     np.testing.assert_allclose(
         run(together, tokens()), logits, atol=1e-2 * abs(logits).max()
     )
-    assert_same(unrolled(together), quantized)
+    assert_same_model(unrolled(together), quantized)
 
 
 def test_layers_of_two_kinds_stay_in_a_list():

@@ -762,7 +762,7 @@ def test_odd_sizes(preset, size):
         (
             jnp.float32(1),
             ValueError,
-            r"a 0-d array has no axis .*\(w: float32\[\]\)\. Pass x\.reshape\(1\)",
+            r"a 0-d array has no axis .*\(w: float32\[\]\)\. Pass w\.reshape\(1\)",
         ),
         (
             jnp.arange(4),

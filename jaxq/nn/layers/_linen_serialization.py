@@ -45,7 +45,7 @@ def _from_state(target: QTensor, state: Any) -> QTensor:
             f"a QTensor (it is a {type(state).__name__}). Restore into the float "
             "variables, and quantize the result."
         )
-    if not _fits(target, state):
+    if not _matches_target(target, state):
         raise ValueError(
             "flax.serialization: the saved QTensor was quantized in another way than "
             f"{target!r}. Restore into variables that were quantized by the same "
@@ -56,7 +56,7 @@ def _from_state(target: QTensor, state: Any) -> QTensor:
     return jax.tree.unflatten(structure, arrays)
 
 
-def _fits(target: QTensor, state: dict[str, Any]) -> bool:
+def _matches_target(target: QTensor, state: dict[str, Any]) -> bool:
     """True if a state dict has the target's description, names and shapes."""
     if state[_DESCRIPTION] != repr(target.meta):
         return False
