@@ -40,18 +40,22 @@ _TOP_HEADS = (
 )
 _ROUTERS = r"router|[^/.]*moe[^/.]*[/.]gate|(?:[^/.]*_)?(expert|moe)_gate"
 
-# LinearGeneral is missing: attention calls its own output projection `out`.
-_MATRICES = ("Linear", "Dense", "Einsum", "Array", "Param")
+# A layer of such a kind is quantized at the top of a model too. Attention calls its own
+# output projection `out`, and this layer is a LinearGeneral. The outputs of a
+# convolution are not the logits of a model. Embed has its own row below.
+_NOT_TOP_HEADS = ("LinearGeneral", "DenseGeneral", "Conv", "ConvTranspose", "Embed")
 _TREE = ("Array",)
 
 
 def _rows() -> tuple[tuple[str, str, tuple[str, ...]], ...]:
     """(what it is, pattern, kinds) of everything that stays in floats."""
+    # The other kinds, so that a registered kind is treated as a Linear.
+    top_head_kinds = tuple(kind for kind in kinds() if kind not in _NOT_TOP_HEADS)
     return (
         ("embedding", "**", ("Embed",)),
         ("router", rf"{_ANYWHERE}({_ROUTERS}){_AND_BELOW}", kinds()),
         ("output head", rf"{_ANYWHERE}({_HEADS}){_AND_BELOW}", kinds()),
-        ("output head", rf"{_TOP}({_TOP_HEADS}){_AND_BELOW}", _MATRICES),
+        ("output head", rf"{_TOP}({_TOP_HEADS}){_AND_BELOW}", top_head_kinds),
         ("embedding", rf"{_ANYWHERE}(?!{_PROJECTION}){_TABLES}", _TREE),
         # T5's embedding.
         ("embedding", rf"{_TOP}shared[/.]weight", _TREE),

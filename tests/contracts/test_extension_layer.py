@@ -5,6 +5,9 @@ axes are contracted, and which attribute holds the product. Everything else foll
 `quantize_model`, rules, the report, calibration and files.
 """
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +111,66 @@ def test_calibration_sees_its_input():
     assert float(high) == -float(low) == pytest.approx(float(abs(x).max()), rel=0.01)
     qmodel, report = jaxq.quantize_model(model, "int4_gptq", calibration=[x])
     assert report.rows[0].kind == "Gate"
+
+
+class Normed(nnx.Module):
+    """A norm whose outputs a gate reads, so scales can be moved into the norm."""
+
+    def __init__(self):
+        self.norm = nnx.RMSNorm(64, rngs=nnx.Rngs(0))
+        self.gate = Gate(64, nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.gate(self.norm(x))
+
+
+class Group(NamedTuple):
+    source: str = "norm"
+    targets: tuple[str, ...] = ("gate",)
+    kind: str = "norm"
+
+
+def test_scales_can_be_moved_out_of_its_input():
+    x = normal(64, 64).at[:, 3].multiply(50)
+    moved = {}
+
+    def fold(model, scales):
+        moved.update(scales)
+        model = nnx.clone(model)
+        scale = scales["norm"]
+        model.norm.scale.set_value(model.norm.scale[...] / scale)
+        model.gate.matrix.set_value(model.gate.matrix[...] * scale[:, None])
+        return model
+
+    jaxq.nn.register_folding(Normed, lambda model: [Group()], fold)
+    model = Normed()
+    qmodel, report = jaxq.quantize_model(model, "w8a8_smoothquant", calibration=[x])
+    row = next(row for row in report.rows if row.path == "gate/matrix")
+    assert (row.kind, row.method) == ("Gate", "smoothquant")
+    assert float(jnp.max(moved["norm"])) > 2 * float(jnp.min(moved["norm"]))
+    assert_close(qmodel(x), model(x), 0.1)
+
+
+def test_a_layer_without_a_bias_has_no_bias_to_correct():
+    unregister_layer("Gate")
+    register_layer(dataclasses.replace(GATE, corrects_bias=True))
+    rule = jaxq.Rule("gate", weight="int4", correct_bias=True)
+    _, report = jaxq.quantize_model(
+        Model(), jaxq.Recipe([rule]), calibration=[normal(16, 64)]
+    )
+    assert report.quantized[0].note == "no bias to correct"
+
+
+def test_at_the_top_of_a_model_it_may_be_an_output_head():
+    class Classifier(nnx.Module):
+        def __init__(self):
+            self.body = Gate(64, nnx.Rngs(0))
+            self.classifier = Gate(64, nnx.Rngs(1))
+
+    _, report = jaxq.quantize_model(Classifier(), "int8")
+    notes = {row.path: row.note for row in report.rows}
+    assert [row.path for row in report.quantized] == ["body/matrix"]
+    assert notes["classifier/matrix"] == "output head, left in floats by default"
 
 
 def test_files_hold_it(tmp_path):

@@ -21,6 +21,7 @@ from flax import nnx
 
 from jaxq import methods, ops
 from jaxq.methods import Folding
+from jaxq.nn.layers import find_kind
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QuantSpec, quantize
 from jaxq.recipes import Rule
@@ -262,8 +263,16 @@ def _weights(
     """
     source = None
     if group.kind == "linear":
-        source = modules[group.source].kernel.get_value()
-    return source, [modules[target].kernel.get_value() for target in group.targets]
+        source = _weight_of_layer(modules, group.source)
+    return source, [_weight_of_layer(modules, target) for target in group.targets]
+
+
+def _weight_of_layer(modules: Mapping[str, Any], path: str) -> jax.Array:
+    """The weight of a layer. The kind of the layer says which attribute holds it."""
+    kind = find_kind(modules[path])
+    # A source may be a module that jaxq does not know. Flax calls its weight `kernel`.
+    attribute = "kernel" if kind is None else kind.weight
+    return getattr(modules[path], attribute).get_value()
 
 
 def _judged_scale(

@@ -315,7 +315,8 @@ class NnxAdapter:
         )
 
     def bias(self, slot: Slot) -> jax.Array | None:
-        bias = slot.place.layer.bias
+        # A registered kind may correct biases, and some of its layers have no bias.
+        bias = getattr(slot.place.layer, "bias", None)
         return None if bias is None else bias.get_value()
 
     def put_bias(self, slot: Slot, bias: jax.Array) -> None:
