@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from flax import nnx
 
@@ -52,6 +52,9 @@ class LayerKind:
       corrects_bias: True if `Rule(correct_bias=True)` works. The layer must add its
         attribute `bias` to the product, one number for each output feature.
 
+    Raises:
+      TypeError: a field has another type than the one above.
+
     Example:
       >>> from flax import nnx
       >>> from jaxq.nn.layers import find_kind
@@ -73,6 +76,32 @@ class LayerKind:
     num_channels: Callable[[Any], int] | None = None
     corrects_bias: bool = False
 
+    def __post_init__(self):
+        for field in ("name", "weight"):
+            text = getattr(self, field)
+            if not (isinstance(text, str) and text):
+                self._refuse(field, "a non-empty string")
+        if not isinstance(self.cls, type):
+            self._refuse("cls", "a class of nnx layers")
+        for field in ("roles", "attach", "problem", "read_input", "read_rows"):
+            if not callable(getattr(self, field)):
+                self._refuse(field, "a function")
+        for field in ("plain_product", "num_channels"):
+            function = getattr(self, field)
+            if function is not None and not callable(function):
+                self._refuse(field, "a function or None")
+        if not isinstance(self.hook, str | None):
+            self._refuse("hook", "the name of an attribute or None")
+        if not isinstance(self.corrects_bias, bool):
+            self._refuse("corrects_bias", "True or False")
+
+    def _refuse(self, field: str, expected: str) -> NoReturn:
+        """Raises the TypeError of a field."""
+        value = getattr(self, field)
+        raise TypeError(
+            f"LayerKind {self.name!r}: {field} must be {expected}, got {value!r}."
+        )
+
     @property
     def watched(self) -> bool:
         """True if calibration can see the layer's input."""
@@ -85,6 +114,8 @@ class LayerKind:
 
 
 _LAYER_KINDS: list[LayerKind] = []
+# The names of jaxq's own kinds. `unregister_layer` keeps them.
+_OWN_NAMES = ("Linear", "LinearGeneral", "Einsum", "Conv", "ConvTranspose", "Embed")
 # The kind names that `register_layer` added to `recipes`.
 _ADDED_NAMES: set[str] = set()
 
@@ -99,6 +130,7 @@ def register_layer(kind: LayerKind) -> None:
       kind: the record of the kind.
 
     Raises:
+      TypeError: `kind` is not a `LayerKind`.
       ValueError: another kind has this name.
 
     Example:
@@ -120,6 +152,10 @@ def register_layer(kind: LayerKind) -> None:
       ((2, 8), 'Scale')
       >>> jaxq.nn.unregister_layer("Scale")
     """
+    if not isinstance(kind, LayerKind):
+        raise TypeError(
+            f"register_layer: kind must be a jaxq.nn.LayerKind, got {kind!r}."
+        )
     if any(other.name == kind.name for other in _LAYER_KINDS):
         raise ValueError(
             f"register_layer: a layer kind {kind.name!r} exists already. "
@@ -135,10 +171,10 @@ def unregister_layer(name: str) -> None:
     """Removes a layer kind that `register_layer` added.
 
     Args:
-      name: of the kind.
+      name: the name of the kind.
 
     Raises:
-      ValueError: no kind has this name.
+      ValueError: no kind has this name, or it is one of jaxq's own kinds.
 
     Example:
       >>> import jaxq
@@ -151,6 +187,11 @@ def unregister_layer(name: str) -> None:
         raise ValueError(
             f"unregister_layer: no layer kind {name!r}. "
             f"Known kinds: {', '.join(names)}."
+        )
+    if name in _OWN_NAMES:
+        raise ValueError(
+            f"unregister_layer: {name!r} is one of jaxq's own layer kinds. Pass the "
+            "name of a kind that register_layer added."
         )
     del _LAYER_KINDS[names.index(name)]
     if name in _ADDED_NAMES:
