@@ -78,6 +78,7 @@ def register(fmt: Format) -> Format:
       `fmt`.
 
     Raises:
+      TypeError: `fmt` is not a `Format`, or its name is not a non-empty string.
       ValueError: a different format is registered under the name.
 
     Example:
@@ -87,6 +88,16 @@ def register(fmt: Format) -> Format:
       >>> jaxq.formats.get("float7_e3m3fn").max
       30.0
     """
+    if not isinstance(fmt, Format):
+        raise TypeError(
+            "formats.register: fmt must be a jaxq.formats.Format, such as "
+            f"jaxq.formats.IntegerFormat('int3', 3), got {fmt!r}."
+        )
+    if not (isinstance(fmt.name, str) and fmt.name):
+        raise TypeError(
+            "formats.register: the name of the format must be a non-empty string, got "
+            f"{fmt.name!r}."
+        )
     name = normalize(fmt.name)
     if _registry.setdefault(name, fmt) != fmt:
         raise ValueError(

@@ -36,6 +36,22 @@ def test_found_by_name():
         jaxq.formats.get("cubes")
 
 
+@pytest.mark.parametrize(
+    ("fmt", "message"),
+    [
+        ("x", "fmt must be a jaxq.formats.Format, such as .*got 'x'"),
+        (CodebookFormat, "fmt must be a jaxq.formats.Format"),
+        (CodebookFormat(3, (-1.0, 1.0)), "must be a non-empty string, got 3"),
+        (CodebookFormat("", (-1.0, 1.0)), "must be a non-empty string, got ''"),
+    ],
+)
+def test_only_a_format_with_a_name_can_be_registered(fmt, message):
+    before = jaxq.formats.names()
+    with pytest.raises(TypeError, match=f"formats.register: .*{message}"):
+        jaxq.formats.register(fmt)
+    assert jaxq.formats.names() == before
+
+
 def test_array_goes_to_the_nearest_entry():
     w = normal(64, 8)
     qt = jaxq.quantize(w, spec())
