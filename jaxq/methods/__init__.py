@@ -2,7 +2,7 @@
 
 `(w, stats, spec) -> (qt, info)`. Weights are `[in, out]`, as Flax keeps them. Each file
 holds one method and its record (`Method`). `jaxq.nn` knows models, and calls methods by
-their names (`solve`). `register` adds a method.
+their names (`solve`). `register` adds a method, and `unregister` removes it.
 """
 
 from jaxq.methods._adaround import AdaRoundInfo, adaround
@@ -23,7 +23,14 @@ from jaxq.methods._llm_int8 import (
 )
 from jaxq.methods._method import Folding, Method, Option, Solution
 from jaxq.methods._notes import few_tokens
-from jaxq.methods._registry import check_options, get, names, register, why_not
+from jaxq.methods._registry import (
+    check_options,
+    get,
+    names,
+    register,
+    unregister,
+    why_not,
+)
 from jaxq.methods._rotation import (
     hadamard,
     hadamard_matrix,
@@ -58,7 +65,6 @@ __all__ = [
     "awq_scale",
     "bias_correction",
     "centroid_gradient",
-    "check_options",
     "clip",
     "equalize",
     "fold_scale_into_next",
@@ -79,5 +85,6 @@ __all__ = [
     "rtn",
     "smoothquant",
     "solve",
+    "unregister",
     "why_not",
 ]

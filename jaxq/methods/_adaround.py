@@ -404,7 +404,8 @@ def _float32_dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _why_not_adaround(spec: QuantSpec, options: Mapping[str, Any]) -> str:
     """Why AdaRound cannot quantize to a spec; empty if it can."""
-    if reason := why_not_stochastic(spec, options):
+    reason = why_not_stochastic(spec, options)
+    if reason:
         return reason
     if spec.rule.has_threshold:
         return (

@@ -55,7 +55,7 @@ def bias_correction(
     if qt.shape != w.shape:
         raise ValueError(
             "bias_correction: qt must have the shape of w, got w: "
-            f"{_matrix.describe(w)}, qt: {qt!r}."
+            f"{_matrix.dtype_and_shape(w)}, qt: {qt!r}."
         )
     means = []
     for name, mean in (("x_mean", x_mean), ("x_mean_quantized", x_mean_quantized)):

@@ -578,7 +578,8 @@ def _unread_option(options: Mapping[str, Any]) -> str:
 
 def _why_not_clipped(spec: QuantSpec, options: Mapping[str, Any]) -> str:
     """Why a weight cannot be clipped for a spec with these options; empty if it can."""
-    if reason := why_not_stochastic(spec, options):
+    reason = why_not_stochastic(spec, options)
+    if reason:
         return reason
     rule = options.get("rule", "mse")
     if rule == "entropy" and spec.offset == "min":

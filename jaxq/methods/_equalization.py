@@ -98,7 +98,7 @@ def equalize(
     if w1.shape[-1] != w2.shape[-2]:
         raise ValueError(
             "equalize: w1 must be [..., in, hidden] and w2 [..., hidden, out], got w1: "
-            f"{_matrix.describe(w1)}, w2: {_matrix.describe(w2)}."
+            f"{_matrix.dtype_and_shape(w1)}, w2: {_matrix.dtype_and_shape(w2)}."
         )
     hidden = w1.shape[-1]
     bias = None

@@ -52,8 +52,8 @@ def fold_scale_into_previous(
         if array.ndim < 1 or array.shape[-1:] != s.shape:
             raise ValueError(
                 f"fold_scale_into_previous: the last axis of {name} must have the size "
-                f"of s, got {name}: {_matrix.describe(array)}, s: "
-                f"{_matrix.describe(s)}."
+                f"of s, got {name}: {_matrix.dtype_and_shape(array)}, s: "
+                f"{_matrix.dtype_and_shape(s)}."
             )
         scale = s.reshape((1,) * (array.ndim - 1) + s.shape)
         return (array.astype(jnp.float32) / scale).astype(array.dtype)
@@ -88,7 +88,7 @@ def fold_scale_into_next(s: jax.typing.ArrayLike, w: jax.typing.ArrayLike) -> ja
     if w.shape[-2] != s.shape[0]:
         raise ValueError(
             f"fold_scale_into_next: w must be [..., {s.shape[0]}, out], since s has "
-            f"{s.shape[0]} numbers, got {_matrix.describe(w)}."
+            f"{s.shape[0]} numbers, got {_matrix.dtype_and_shape(w)}."
         )
     scale = s.reshape((1,) * (w.ndim - 2) + (s.shape[0], 1))
     return (w.astype(jnp.float32) * scale).astype(w.dtype)
@@ -120,7 +120,7 @@ def as_weights(
     else:
         matrices = [_matrix.as_weight(weights, caller, "weights")]  # pyright: ignore
     if any(w.shape[:-1] != matrices[0].shape[:-1] for w in matrices):
-        shapes = ", ".join(_matrix.describe(w) for w in matrices)
+        shapes = ", ".join(_matrix.dtype_and_shape(w) for w in matrices)
         raise ValueError(
             f"{caller}: weights must be matrices [in, out] that read the same input, "
             f"or stacks of them, got {shapes}."
@@ -149,7 +149,7 @@ def _as_scale(s: jax.typing.ArrayLike, caller: str) -> jax.Array:
     if s.ndim != 1 or not jnp.issubdtype(s.dtype, jnp.floating):
         raise ValueError(
             f"{caller}: s must be a vector of floats, one number for each channel, got "
-            f"{_matrix.describe(s)}."
+            f"{_matrix.dtype_and_shape(s)}."
         )
-    _matrix.raise_if_not_finite(s, "s", caller)
+    _matrix.check_finite_outside_jit(s, "s", caller)
     return s.astype(jnp.float32)

@@ -335,7 +335,8 @@ def _as_stored(x: jax.Array, like: jax.Array, geometry: Geometry) -> jax.Array:
 
 def _why_not_hqq(spec: QuantSpec, options: Mapping[str, Any]) -> str:
     """Why HQQ cannot quantize to a spec; empty if it can."""
-    if reason := why_not_stochastic(spec, options):
+    reason = why_not_stochastic(spec, options)
+    if reason:
         return reason
     if isinstance(spec.scale, QuantSpec) and spec.offset != "min":
         return (

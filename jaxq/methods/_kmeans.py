@@ -185,7 +185,7 @@ def centroid_gradient(grad_w: ArrayLike, qt: QTensor) -> jax.Array:
     if gradient.shape != qt.shape or not jnp.issubdtype(gradient.dtype, jnp.floating):
         raise ValueError(
             f"centroid_gradient: grad_w must be floats of shape {list(qt.shape)}, got "
-            f"{_matrix.describe(gradient)}."
+            f"{_matrix.dtype_and_shape(gradient)}."
         )
     return _centroid_gradient(gradient.astype(jnp.float32), qt)
 

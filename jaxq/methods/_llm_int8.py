@@ -250,19 +250,20 @@ def _check_operands(
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
-            f"llm_int8_matmul: x must be a float array, got {_matrix.describe(x)}."
+            "llm_int8_matmul: x must be a float array, got "
+            f"{_matrix.dtype_and_shape(x)}."
         )
     if x.ndim < 1 or x.shape[-1] != w.shape[0]:
         raise ValueError(
             f"llm_int8_matmul: x must be [..., {w.shape[0]}] to match w, got x: "
-            f"{_matrix.describe(x)}, w: {w!r}."
+            f"{_matrix.dtype_and_shape(x)}, w: {w!r}."
         )
     if keep is not None and (
         keep.shape != w.shape or not jnp.issubdtype(keep.dtype, jnp.floating)
     ):
         raise ValueError(
             f"llm_int8_matmul: keep must be the float weight {list(w.shape)}, got "
-            f"{_matrix.describe(keep)}."
+            f"{_matrix.dtype_and_shape(keep)}."
         )
     if num_outliers is not None and num_outliers < 0:
         raise ValueError(

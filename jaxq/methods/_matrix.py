@@ -19,7 +19,7 @@ from jaxq import qtensor
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def describe(x: Any) -> str:
+def dtype_and_shape(x: Any) -> str:
     """The dtype and shape of an array: `float32[64,32]`."""
     return f"{x.dtype.name}[{','.join(map(str, x.shape))}]"
 
@@ -28,7 +28,7 @@ def as_weight(w: jax.typing.ArrayLike, caller: str, name: str = "w") -> jax.Arra
     """Returns `w` as an array of floats `[..., in, out]`, checked.
 
     Args:
-      w: the weight.
+      w: the weight. A list of Python floats becomes float32, as in `quantize`.
       caller: what errors begin with.
       name: what errors call the weight.
 
@@ -39,6 +39,9 @@ def as_weight(w: jax.typing.ArrayLike, caller: str, name: str = "w") -> jax.Arra
     """
     # The dtype is read first, since jnp.asarray turns float64 into float32.
     dtype = np.dtype(getattr(w, "dtype", None) or np.asarray(w).dtype)
+    if isinstance(w, list | tuple) and dtype == np.float64:
+        # A Python float has no fixed width.
+        w, dtype = np.asarray(w, np.float32), np.dtype(np.float32)
     if dtype.name not in WEIGHT_DTYPES:
         raise TypeError(
             f"{caller}: {name} must be float32, bfloat16 or float16, got "
@@ -48,9 +51,9 @@ def as_weight(w: jax.typing.ArrayLike, caller: str, name: str = "w") -> jax.Arra
     if x.ndim < 2 or x.size == 0:
         raise ValueError(
             f"{caller}: {name} must be a matrix [in, out], or a stack of them, got "
-            f"{describe(x)}."
+            f"{dtype_and_shape(x)}."
         )
-    raise_if_not_finite(x, name, caller)
+    check_finite_outside_jit(x, name, caller)
     return x
 
 
@@ -98,13 +101,13 @@ def as_statistic(
             stack = f", or stacked like w, [{leading_sizes},{expected}]"
         raise ValueError(
             f"{caller}: {name} must be {meaning}: [{expected}]{stack}; got "
-            f"{describe(array)} (w: {describe(w)})."
+            f"{dtype_and_shape(array)} (w: {dtype_and_shape(w)})."
         )
-    raise_if_not_finite(array, name, caller)
+    check_finite_outside_jit(array, name, caller)
     return array
 
 
-def raise_if_not_finite(x: jax.Array, name: str, caller: str) -> None:
+def check_finite_outside_jit(x: jax.Array, name: str, caller: str) -> None:
     """Raises a ValueError that names the first NaN or infinity; does nothing in jit."""
     if isinstance(x, Tracer):
         return

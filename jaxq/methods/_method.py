@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 
+from jaxq.observers import LayerStats
 from jaxq.qtensor import Granularity, QTensor, QuantSpec
 
 
@@ -35,6 +36,10 @@ class Solution(NamedTuple):
     note: str = ""
     rounded: bool = False
 
+
+# The statistics that `Method.needs` may name: the fields of `LayerStats`, and `absmax`,
+# which `LayerStats` computes from two fields.
+_STATISTICS = (*LayerStats._fields, "absmax")
 
 # Quantizes one weight `[in, out]`, or a stack `[..., in, out]`:
 # `(w, stats, spec, *, key, **options) -> Solution`. `Method.solve` explains it.
@@ -129,6 +134,10 @@ class Method:
       takes_nearest: True if `solve` also takes `nearest=`, the weight rounded to
         nearest. Then the method need not round the weight a second time.
 
+    Raises:
+      TypeError: a field has another type than the one above.
+      ValueError: `needs` names a statistic that `LayerStats` does not have.
+
     Example:
       >>> import jaxq
       >>> def solve(w, stats, spec, *, key, shrink=0.5):
@@ -153,6 +162,52 @@ class Method:
     matrices_only: bool = False
     own_activation: bool = False
     takes_nearest: bool = False
+
+    def __post_init__(self):
+        if not (isinstance(self.name, str) and self.name):
+            self._refuse("name", "a non-empty string")
+        if not callable(self.why_not):
+            self._refuse("why_not", "a function")
+        for field in ("solve", "check", "needs_with", "granularity"):
+            function = getattr(self, field)
+            if function is not None and not callable(function):
+                self._refuse(field, "a function or None")
+        if not isinstance(self.folding, Folding | None):
+            self._refuse("folding", "a jaxq.methods.Folding or None")
+        for field in ("judged", "matrices_only", "own_activation", "takes_nearest"):
+            if not isinstance(getattr(self, field), bool):
+                self._refuse(field, "True or False")
+        self._check_options()
+        self._check_needs()
+
+    def _check_options(self) -> None:
+        """Raises a TypeError unless `options` maps names to `Option` records."""
+        expected = "a dict of jaxq.methods.Option by option name"
+        if not isinstance(self.options, Mapping):
+            self._refuse("options", expected)
+        for name, option in self.options.items():
+            is_option = isinstance(name, str) and isinstance(option, Option)
+            if not (is_option and callable(option.accepts)):
+                self._refuse("options", expected)
+
+    def _check_needs(self) -> None:
+        """Raises an error unless `needs` is a tuple of names of statistics."""
+        expected = f"a tuple of names of statistics ({', '.join(_STATISTICS)})"
+        is_tuple = isinstance(self.needs, tuple)
+        if not (is_tuple and all(isinstance(name, str) for name in self.needs)):
+            self._refuse("needs", expected)
+        unknown = [name for name in self.needs if name not in _STATISTICS]
+        if unknown:
+            raise ValueError(
+                f"Method {self.name!r}: needs must be {expected}, got {self.needs!r}."
+            )
+
+    def _refuse(self, field: str, expected: str) -> NoReturn:
+        """Raises the TypeError of a field."""
+        value = getattr(self, field)
+        raise TypeError(
+            f"Method {self.name!r}: {field} must be {expected}, got {value!r}."
+        )
 
     def needs_data(self, options: Mapping[str, Any]) -> bool:
         """True if the method cannot work without statistics of the layer's inputs."""

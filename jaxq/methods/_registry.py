@@ -5,8 +5,7 @@ A record is registered here once. Everything else in jaxq asks for it by name.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxq import formats
@@ -49,18 +48,45 @@ def register(method: Method) -> None:
       >>> jaxq.methods.register(jaxq.methods.Method("half_clip", solve))
       >>> jaxq.Rule("**", weight="int4", method="half_clip").method
       'half_clip'
+      >>> jaxq.methods.unregister("half_clip")
     """
     if not isinstance(method, Method):
         raise TypeError(
             f"methods.register: method must be a jaxq.methods.Method, got {method!r}."
         )
-    known = _METHODS.get(method.name)
-    if known is not None and known is not method:
+    record = _METHODS.get(method.name)
+    if record is not None and record is not method:
         raise ValueError(
             f"methods.register: a method {method.name!r} exists already. "
             "Choose another name."
         )
     _METHODS[method.name] = method
+
+
+def unregister(name: str) -> None:
+    """Removes a method that `register` added.
+
+    Args:
+      name: the name of the method.
+
+    Raises:
+      ValueError: there is no such method, or it is one of jaxq's own methods.
+
+    Example:
+      >>> import jaxq
+      >>> method = jaxq.methods.Method("plain", solve=None)
+      >>> jaxq.methods.register(method)
+      >>> jaxq.methods.unregister("plain")
+      >>> "plain" in jaxq.methods.names()
+      False
+    """
+    formats.check_choice("methods.unregister: name", name, names())
+    if name in _OWN_NAMES:
+        raise ValueError(
+            f"methods.unregister: {name!r} is one of jaxq's own methods. Pass the name "
+            "of a method that methods.register added."
+        )
+    del _METHODS[name]
 
 
 def get(name: str) -> Method:
@@ -127,14 +153,15 @@ def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
       options: keyword arguments of the method.
 
     Raises:
-      ValueError: the method has no option of that name, a value is out of range, or
-        two options exclude each other.
+      ValueError: there is no such method, the method has no option of that name, a
+        value is out of range, or two options exclude each other.
 
     Example:
-      >>> import jaxq
-      >>> jaxq.methods.check_options("Rule", "gptq", {"damp": 0.1})
+      >>> from jaxq.methods import check_options
+      >>> check_options("Rule", "gptq", {"damp": 0.1})
     """
-    record = get(method)
+    formats.check_choice(f"{caller}: method", method, names())
+    record = _METHODS[method]
     available = record.options
     for name in options:
         if name not in available:
@@ -147,21 +174,6 @@ def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
     problem = "" if record.check is None else record.check(options)
     if problem:
         raise ValueError(f"{caller}: options: {problem}")
-
-
-@contextlib.contextmanager
-def temporarily(method: Method) -> Iterator[None]:
-    """Registers a method within a `with` block. It is for tests.
-
-    The method replaces a method of the same name until the block ends.
-    """
-    before = dict(_METHODS)
-    _METHODS[method.name] = method
-    try:
-        yield
-    finally:
-        _METHODS.clear()
-        _METHODS.update(before)
 
 
 for _module in (
@@ -177,3 +189,6 @@ for _module in (
     _smoothquant,
 ):
     register(_module.METHOD)
+
+# `unregister` keeps these methods.
+_OWN_NAMES = frozenset(_METHODS)

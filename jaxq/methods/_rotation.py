@@ -79,11 +79,11 @@ def hadamard(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
-            f"hadamard: x must be a float array, got {_matrix.describe(x)}."
+            f"hadamard: x must be a float array, got {_matrix.dtype_and_shape(x)}."
         )
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(
-            f"hadamard: axis {axis} is not an axis of x: {_matrix.describe(x)}."
+            f"hadamard: axis {axis} is not an axis of x: {_matrix.dtype_and_shape(x)}."
         )
     return _hadamard(x, axis, _odd_order(x.shape[axis], "hadamard"), inverse)
 
@@ -211,11 +211,12 @@ def _times_signs(
     if w.ndim < -axis or signs.shape != (w.shape[axis],):
         raise ValueError(
             f"{caller}: signs must have one number for each element of axis {axis} of "
-            f"w, got signs: {_matrix.describe(signs)}, w: {_matrix.describe(w)}."
+            f"w, got signs: {_matrix.dtype_and_shape(signs)}, w: "
+            f"{_matrix.dtype_and_shape(w)}."
         )
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(
-            f"{caller}: w must be a float array, got {_matrix.describe(w)}."
+            f"{caller}: w must be a float array, got {_matrix.dtype_and_shape(w)}."
         )
     shape = [1] * w.ndim
     shape[axis] = signs.shape[0]
@@ -360,21 +361,21 @@ def _generator_powers(p: int, k: int) -> list[tuple[int, ...]]:
     modulo the first monic polynomial of degree k for which x has p^k - 1 different
     powers. Only a field has that many powers, so the polynomial is irreducible.
     """
-    one: tuple[int, ...] = (1,) + (0,) * (k - 1)
+    unity: tuple[int, ...] = (1,) + (0,) * (k - 1)
     # x^k = -(low[0] + low[1] x + ...)
     for low in itertools.product(range(p), repeat=k):
-        powers: list[tuple[int, ...]] = [one]
-        element = one
+        powers: list[tuple[int, ...]] = [unity]
+        element = unity
         while len(powers) < p**k:
             top = element[-1]
             shifted = (0, *element[:-1])
             element = tuple(
                 (a - top * c) % p for a, c in zip(shifted, low, strict=True)
             )
-            if element == one or not any(element):
+            if element == unity or not any(element):
                 break
             powers.append(element)
-        if len(powers) == p**k - 1 and element == one:
+        if len(powers) == p**k - 1 and element == unity:
             return powers
     raise AssertionError(f"every finite field has a generator: {p}^{k}")
 

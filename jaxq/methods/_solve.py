@@ -13,16 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxq import formats
 from jaxq.methods import _matrix
 from jaxq.methods._judging import FALLBACKS, Solved, held_out_rows, judge
-from jaxq.methods._method import Method
+from jaxq.methods._method import Method, Solution
 from jaxq.methods._notes import join_notes
 from jaxq.methods._registry import check_options, get, names
 from jaxq.methods._rtn import round_to_nearest
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QTensor, QuantSpec
+from jaxq.qtensor import QTensor, QuantSpec, as_spec
 
 # Statistics that calibration collects only on request: (what they are, the remedy).
 _OPTIONAL_STATISTICS = {"hessian": ("second moments", "calibrate with hessian=True")}
@@ -30,9 +31,9 @@ _OPTIONAL_STATISTICS = {"hessian": ("second moments", "calibrate with hessian=Tr
 
 def solve(
     method: str,
-    w: jax.Array,
+    w: ArrayLike,
     stats: LayerStats | None,
-    spec: QuantSpec,
+    spec: str | QuantSpec,
     *,
     options: Mapping[str, Any] | None = None,
     fallback: str = "rtn",
@@ -50,7 +51,7 @@ def solve(
       w: float `[in, out]`, or a stack of such matrices `[..., in, out]`.
       stats: statistics of the layer's inputs, with the axes of the stack in front; None
         if there are none.
-      spec: what to quantize to.
+      spec: preset name or `QuantSpec`.
       options: keyword arguments of the method.
       fallback: what happens if the method does worse than rounding: "rtn" takes the
         rounded weight, "none" keeps the method's result, "raise" raises.
@@ -65,20 +66,25 @@ def solve(
       A `Solved`.
 
     Raises:
-      ValueError: there is no such method; `fallback` or an option is invalid; the
-        method needs statistics that are not there; it cannot quantize to `spec`; `w` or
-        the statistics have a number that is not finite; `fallback="raise"` and the
-        method does worse than rounding to nearest.
+      TypeError: `w` is not float32, bfloat16 or float16, or the `solve` of the method's
+        record does not return a `Solution`.
+      ValueError: there is no such method or preset; `fallback` or an option is invalid;
+        the method needs statistics that are not there; it cannot quantize to `spec`;
+        `w` has fewer than two axes or no elements; `w` or the statistics have a number
+        that is not finite; `fallback="raise"` and the method does worse than rounding
+        to nearest.
 
     Example:
       >>> import jax, jaxq
       >>> w = jax.random.normal(jax.random.key(0), (64, 8))
-      >>> jaxq.methods.solve("clip", w, None, jaxq.presets()["int4"]).method
+      >>> jaxq.methods.solve("clip", w, None, "int4").method
       'clip'
     """
     formats.check_choice("solve: method", method, names())
     formats.check_choice("solve: fallback", fallback, FALLBACKS)
     record, options = get(method), dict(options or {})
+    spec = as_spec(spec, "solve")
+    w = _matrix.as_weight(w, method, name)
     _check_request(record, w, stats, spec, options, name)
     held_out = held_out_rows(record, stats)
     if nearest is not None:
@@ -92,6 +98,7 @@ def solve(
         options["nearest"] = nearest
     key = jax.random.key(0) if key is None else key
     solution = record.solve(w, stats, spec, key=key, **options)
+    _check_solution(solution, method, name)
     if solution.rounded:
         if fallback == "raise":
             raise ValueError(f"{name}: {method}: {solution.note}. Pass fallback='rtn'.")
@@ -119,11 +126,11 @@ def _check_request(
     needs = record.needed_statistics(options)
     if needs and stats is None:
         raise ValueError(f"{caller} needs the layer's inputs: pass calibration data.")
-    if reason := record.why_not(spec, options):
+    reason = record.why_not(spec, options)
+    if reason:
         raise ValueError(f"{caller}: {reason}")
     if stats is not None:
         _check_stats(stats, needs, w, caller, name)
-    _matrix.raise_if_not_finite(w, name, record.name)
 
 
 def _check_stats(
@@ -150,12 +157,27 @@ def _check_stats(
         )
 
 
+def _check_solution(solution: Any, method: str, name: str) -> None:
+    """Raises a TypeError unless a method returned a `Solution` with a QTensor."""
+    expected = "Its solve must return jaxq.methods.Solution(qt), where qt is a QTensor."
+    if not isinstance(solution, Solution):
+        raise TypeError(
+            f"{name}: method {method!r} returned a {type(solution).__name__}. "
+            f"{expected}"
+        )
+    if not isinstance(solution.qt, QTensor):
+        raise TypeError(
+            f"{name}: method {method!r} returned a Solution whose qt is a "
+            f"{type(solution.qt).__name__}. {expected}"
+        )
+
+
 def _check_nearest(nearest: QTensor, w: jax.Array, name: str) -> None:
     """Raises a ValueError if `nearest` has another shape or contracts another axis."""
     geometry = nearest.meta.geometry
     if nearest.shape != w.shape or geometry.contracted != (-2,):
         raise ValueError(
-            f"{name}: nearest must have the shape of the weight {_matrix.describe(w)} "
-            f"and contracting=-2, got {nearest!r}. Pass quantize(w, spec, "
-            "contracting=-2), or leave nearest out."
+            f"{name}: nearest must have the shape of the weight "
+            f"{_matrix.dtype_and_shape(w)} and contracting=-2, got {nearest!r}. Pass "
+            "quantize(w, spec, contracting=-2), or leave nearest out."
         )

@@ -11,7 +11,6 @@ from flax import nnx
 
 import jaxq
 from jaxq import methods
-from jaxq.methods._registry import temporarily
 from tests.arrays import assert_same, normal
 
 IN, HIDDEN, OUT = 32, 24, 8
@@ -45,8 +44,9 @@ SHRINK = methods.Method(
 
 @pytest.fixture(autouse=True)
 def registered():
-    with temporarily(SHRINK):
-        yield
+    methods.register(SHRINK)
+    yield
+    methods.unregister("shrink")
 
 
 class Net(nnx.Module):
@@ -123,11 +123,20 @@ def test_it_runs_on_a_matrix_alone():
     assert solved.method in ("shrink", "rtn")
 
 
-def test_the_public_call_registers_it():
-    """`register` is what users call; the name is free again afterwards."""
-    record = methods.Method("shrink_twice", solve_shrink, needs=("absmax",))
-    with temporarily(SHRINK):
-        methods.register(record)
-        assert methods.get("shrink_twice") is record
-        jaxq.Rule(weight="uint4", method="shrink_twice")
+def test_its_name_is_free_after_it_is_unregistered():
+    twice = methods.Method("shrink_twice", solve_shrink, needs=("absmax",))
+    methods.register(twice)
+    assert methods.get("shrink_twice") is twice
+    jaxq.Rule(weight="uint4", method="shrink_twice")
+    methods.unregister("shrink_twice")
     assert "shrink_twice" not in methods.names()
+    with pytest.raises(ValueError, match="method must be one of"):
+        jaxq.Rule(weight="uint4", method="shrink_twice")
+
+
+def test_an_invalid_record_leaves_the_other_methods_as_they_are():
+    before = methods.names()
+    with pytest.raises(TypeError, match="name must be a non-empty string, got 3"):
+        methods.register(methods.Method(3, None))
+    assert methods.names() == before
+    jaxq.Rule(weight="int8", method="gptq")

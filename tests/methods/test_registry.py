@@ -9,7 +9,6 @@ import pytest
 
 import jaxq
 from jaxq import QuantSpec, methods
-from jaxq.methods._registry import temporarily
 from tests.arrays import normal
 from tests.tables import thinned
 
@@ -154,9 +153,54 @@ def test_a_registered_name_is_not_taken_over():
     with pytest.raises(TypeError, match="must be a jaxq.methods.Method"):
         methods.register(methods.gptq)
     assert methods.get("gptq") is gptq
-    with temporarily(methods.Method("gptq", None)):
-        assert methods.get("gptq").solve is None
-    assert methods.get("gptq") is gptq
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"name": 3}, TypeError, "Method 3: name must be a non-empty string, got 3"),
+        ({"name": ""}, TypeError, "name must be a non-empty string, got ''"),
+        ({"solve": "text"}, TypeError, "solve must be a function or None, got 'text'"),
+        ({"needs": ("hesian",)}, ValueError, r"needs must be .*hessian.*\('hesian',\)"),
+        ({"needs": "hessian"}, TypeError, "needs must be a tuple .*got 'hessian'"),
+        ({"needs": (1,)}, TypeError, r"needs must be a tuple .*got \(1,\)"),
+        ({"options": {"speed": 2}}, TypeError, "options must be .*got {'speed': 2}"),
+        ({"options": ["speed"]}, TypeError, r"options must be .*got \['speed'\]"),
+        (
+            {"options": {"speed": methods.Option(2, "2")}},
+            TypeError,
+            "options must be .*accepts=2",
+        ),
+        ({"check": 1}, TypeError, "check must be a function or None, got 1"),
+        ({"why_not": None}, TypeError, "why_not must be a function, got None"),
+        ({"needs_with": ()}, TypeError, r"needs_with must be .*got \(\)"),
+        ({"granularity": "channel"}, TypeError, "granularity must be a function"),
+        ({"folding": max}, TypeError, "folding must be a jaxq.methods.Folding or None"),
+        ({"judged": "no"}, TypeError, "judged must be True or False, got 'no'"),
+    ],
+)
+def test_a_record_with_an_invalid_field_is_refused(fields, error, message):
+    with pytest.raises(error, match=message):
+        methods.Method(**{"name": "fast", "solve": None} | fields)
+
+
+def test_needs_may_name_each_statistic():
+    needs = (*jaxq.observers.LayerStats._fields, "absmax")
+    assert methods.Method("fast", None, needs=needs).needs_data({})
+
+
+def test_only_methods_of_users_can_be_unregistered():
+    with pytest.raises(ValueError, match="'gptq' is one of jaxq's own methods"):
+        methods.unregister("gptq")
+    assert "gptq" in methods.names()
+    with pytest.raises(ValueError, match=r"methods.unregister: name.*'gptp'.*'gptq'"):
+        methods.unregister("gptp")
+
+
+def test_check_options_names_its_caller():
+    with pytest.raises(ValueError, match="^X: method must be one of .*got 'nope'"):
+        methods.check_options("X", "nope", {})
+    assert "check_options" not in methods.__all__
 
 
 def test_an_unknown_method_is_named_with_similar_ones():

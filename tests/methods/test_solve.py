@@ -1,7 +1,5 @@
 """solve: how often a weight is rounded, and which statistics a method gets."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,6 @@ import pytest
 import jaxq
 from jaxq import PerChannel, QuantSpec, methods
 from jaxq.methods import _gptq, _rtn
-from jaxq.methods._registry import temporarily
 from tests.arrays import assert_same, normal
 
 IN, OUT, TOKENS = 40, 8, 64
@@ -99,21 +96,65 @@ def test_clip_with_inputs_needs_them():
     assert_same(solved.qt, expected)
 
 
-def test_each_matrix_of_a_stack_falls_back_on_its_own():
-    def solve(w, stats, spec, *, key):
-        # The second matrix gets half of its weights: worse than rounding.
-        half = w * jnp.array([1.0, 0.5])[:, None, None]
-        return methods.Solution(methods.rtn(half, spec)[0], note="halved")
+def halve_second_matrix(w, stats, spec, *, key):
+    """Half of the second matrix: worse than rounding to nearest."""
+    half = w * jnp.array([1.0, 0.5])[:, None, None]
+    return methods.Solution(methods.rtn(half, spec)[0], note="halved")
 
-    w, one = normal(2, IN, OUT), stats()
-    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), one)
-    record = dataclasses.replace(methods.get("hqq"), solve=solve)
-    with temporarily(record):
-        solved = methods.solve("hqq", w, both, SPEC)
-        kept = methods.solve("hqq", w, both, SPEC, fallback="none")
-        with pytest.raises(ValueError, match="in 1 of 2 matrices. Pass fallback="):
-            methods.solve("hqq", w, both, SPEC, fallback="raise")
+
+@pytest.fixture
+def registered():
+    """Registers methods within a test."""
+    names = []
+
+    def register(solve):
+        methods.register(methods.Method("own", solve))
+        names.append("own")
+
+    yield register
+    for name in names:
+        methods.unregister(name)
+
+
+def test_each_matrix_of_a_stack_falls_back_on_its_own(registered):
+    registered(halve_second_matrix)
+    w, statistics = normal(2, IN, OUT), stats()
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), statistics)
+    solved = methods.solve("own", w, stack, SPEC)
+    without_fallback = methods.solve("own", w, stack, SPEC, fallback="none")
+    with pytest.raises(ValueError, match="in 1 of 2 matrices. Pass fallback="):
+        methods.solve("own", w, stack, SPEC, fallback="raise")
     assert_same(solved.qt, methods.rtn(w, SPEC)[0])
     assert solved.loss == 1.0
     assert "in 1 of 2 matrices, so rtn there; halved" in solved.note
-    assert kept.loss > 1
+    assert without_fallback.loss > 1
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "w: method 'own' returned a NoneType. Its solve must return"),
+        ((1, ""), "w: method 'own' returned a tuple"),
+        (methods.Solution(np.ones(2)), "a Solution whose qt is a ndarray"),
+    ],
+)
+def test_a_method_must_return_a_solution(registered, returned, message):
+    registered(lambda w, stats, spec, *, key: returned)
+    with pytest.raises(TypeError, match=message):
+        methods.solve("own", normal(IN, OUT), None, SPEC)
+
+
+def test_spec_may_be_the_name_of_a_preset():
+    w = normal(IN, OUT)
+    assert_same(methods.solve("rtn", w, None, "int8").qt, methods.rtn(w, "int8")[0])
+    with pytest.raises(ValueError, match="solve: unknown preset 'int88'"):
+        methods.solve("rtn", w, None, "int88")
+
+
+def test_a_weight_may_be_a_list():
+    w = [[1.0, 2.0], [3.0, -4.0]]
+    expected, _ = methods.clip(np.float32(w), "int8")
+    assert_same(methods.solve("clip", w, None, "int8").qt, expected)
+    assert_same(methods.clip(w, "int8")[0], expected)
+    with pytest.raises(TypeError, match=r"clip: w must be float32.*int64\[1, 2\]"):
+        methods.solve("clip", [[1, 2]], None, "int8")
