@@ -72,7 +72,7 @@ def test_soft_rounding_starts_at_the_weights(name):
 
 @over_specs
 def test_every_code_is_a_neighbour_and_no_output_is_worse(name):
-    w, x, held = problem()
+    w, x, held_out = problem()
     qt, info = learned(name)
     nearest = jaxq.quantize(w, SPECS[name], contracting=-2)
     assert jax.tree.structure(qt) == jax.tree.structure(nearest)
@@ -92,7 +92,7 @@ def test_every_code_is_a_neighbour_and_no_output_is_worse(name):
         > 0
     )
     assert after.mean() < 0.9 * before.mean()
-    assert errors(w, qt, held).mean() < 0.95 * errors(w, nearest, held).mean()
+    assert errors(w, qt, held_out).mean() < 0.95 * errors(w, nearest, held_out).mean()
     assert not info.underdetermined
 
 

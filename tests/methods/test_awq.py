@@ -76,9 +76,9 @@ def test_weights_that_share_an_input_share_scales():
         )
         return jnp.mean(y**2)
 
-    other, other_info = awq_scale(parts, X, SPEC, loss=loss)
-    np.testing.assert_allclose(other_info.losses, info.losses, rtol=1e-4)
-    np.testing.assert_array_equal(s, other)
+    block_scale, block_info = awq_scale(parts, X, SPEC, loss=loss)
+    np.testing.assert_allclose(block_info.losses, info.losses, rtol=1e-4)
+    np.testing.assert_array_equal(s, block_scale)
 
 
 def test_duo_scales_depend_on_the_weights_too():

@@ -238,10 +238,11 @@ def test_multiples_of_the_hessian_and_powers_of_two_of_the_weight():
 def test_held_out_inputs_gain_too():
     w, x, _ = problem(5)
     hessian = x[: 3 * N].T @ x[: 3 * N]
-    held = x[3 * N :].T @ x[3 * N :]
+    held_out_hessian = x[3 * N :].T @ x[3 * N :]
+    rounding_loss = proxy(w, jaxq.quantize(w, "int4"), held_out_hessian)
     for act_order in (False, True):
         qt, _ = gptq(w, hessian, "int4", act_order=act_order)
-        assert proxy(w, qt, held) < 0.95 * proxy(w, jaxq.quantize(w, "int4"), held)
+        assert proxy(w, qt, held_out_hessian) < 0.95 * rounding_loss
 
 
 # Hard hessians.
@@ -263,13 +264,13 @@ def test_dead_inputs_are_rounded_to_nearest_and_change_no_other_row():
         )
         np.testing.assert_array_equal(codes[dead], nearest[dead])
         live = np.setdiff1d(np.arange(N), dead)
-        other, _ = gptq(
+        halved_qt, _ = gptq(
             np.where(np.isin(np.arange(N), dead)[:, None], w / 2, w),
             hessian,
             spec,
             act_order=act_order,
         )
-        np.testing.assert_array_equal(np.asarray(other.codes())[live], codes[live])
+        np.testing.assert_array_equal(np.asarray(halved_qt.codes())[live], codes[live])
 
 
 def test_damping_rises_until_the_hessian_is_positive_definite():
@@ -343,8 +344,10 @@ def test_a_stack_is_its_matrices():
     assert qt.batch_shape == (3,)
     assert info.fell_back.tolist() == [False, False, True]
     for i in range(3):
-        one, _ = gptq(ws[i], hs[i], spec)
-        assert np.mean(np.asarray(qt[i].codes()) == np.asarray(one.codes())) > 0.998
+        matrix_qt, _ = gptq(ws[i], hs[i], spec)
+        assert (
+            np.mean(np.asarray(qt[i].codes()) == np.asarray(matrix_qt.codes())) > 0.998
+        )
     shared, info = gptq(ws[:, None], hs[0], spec)
     assert (shared.shape, info.loss.shape) == ((3, 1, N, OUT), (3, 1))
     assert (
