@@ -194,7 +194,9 @@ class Geometry:
     def to_blocks(self, padded: jax.Array) -> jax.Array:
         """`[*batch, n, ...] -> [*batch, n / size, size, ...]` for each view axis."""
         batch = padded.shape[: padded.ndim - len(self.block_shape)]
-        split = [size for pair in self._block_pairs for size in pair]
+        split: list[int] = []
+        for pair in self._block_pairs:
+            split.extend(pair)
         return padded.reshape(*batch, *split)
 
     def from_blocks(self, blocks: jax.Array) -> jax.Array:
@@ -215,7 +217,9 @@ class Geometry:
         """
         batch = scale.shape[: scale.ndim - len(self.block_shape)]
         scale = jnp.moveaxis(scale, -1, len(batch) + self.k_position)
-        split = [size for n in scale.shape[len(batch) :] for size in (n, 1)]
+        split: list[int] = []
+        for num_blocks in scale.shape[len(batch) :]:
+            split.extend((num_blocks, 1))
         return scale.reshape(*batch, *split)
 
     def scale_from_blocks(self, scale: jax.Array) -> jax.Array:

@@ -95,13 +95,17 @@ def regroup(
     for group in groups:
         if group.old:
             new_axes[min(group.old, key=geometry.order.index)] = group.new
-    kept = [axis for old in geometry.kept for axis in new_axes.get(old, ())]
+    kept: list[int] = []
+    for old in geometry.kept:
+        kept.extend(new_axes.get(old, ()))
     for group in groups:
         if not group.old:
             # New axes of size 1 can be anywhere: they go before the next larger axis.
             for axis in group.new:
                 kept.insert(sum(a < axis for a in kept), axis)
-    contracted = [axis for old in geometry.contracted for axis in new_axes[old]]
+    contracted: list[int] = []
+    for old in geometry.contracted:
+        contracted.extend(new_axes[old])
     changed = dataclasses.replace(geometry, shape=sizes, order=(*kept, *contracted))
     if geometry.flat:
         return changed  # blocks follow storage order, which is the same as before

@@ -30,7 +30,10 @@ def apply_out_sharding(
     explicit = {name for name, kind in axis_types if kind == AxisType.Explicit}
     if not explicit:
         return jax.lax.with_sharding_constraint(y, out_sharding)
-    others = {name for entry in spec for name in names_in(entry)} - explicit
+    names: set[str] = set()
+    for entry in spec:
+        names.update(names_in(entry))
+    others = names - explicit
     if others:
         raise NotImplementedError(
             f"out_sharding={spec} names the mesh axes {sorted(others)}, which are not "
