@@ -4,7 +4,7 @@
 what the primitive asks when a program is lowered. `decide` does three more things. If
 the caller names a kernel, it chooses that kernel. If the platform has kernels and none
 of them runs, it warns. It also sets the size of the blocks in which the XLA form
-decodes a weight.
+decodes a weight. `bypasses_primitive` decides whether a call uses the primitive at all.
 
 A program for several devices is partitioned by XLA. XLA cannot partition a kernel, so
 the XLA form runs there. Inside `jax.shard_map` each device runs its own kernel.
@@ -19,7 +19,12 @@ from typing import Any, NamedTuple
 
 from jaxq.kernels._call import Call, problem_of
 from jaxq.kernels._problem import Problem
-from jaxq.kernels._registry import KERNELS, kernel_module, platform_of
+from jaxq.kernels._registry import (
+    EFFECTFUL_INTERPRETERS,
+    KERNELS,
+    kernel_module,
+    platform_of,
+)
 
 # Number of rows of x from which a platform decodes the whole weight and multiplies it
 # densely. A GPU kernel decodes its weights again for every 128 rows of x. From some
@@ -129,6 +134,11 @@ def _first_kernel(problem: Problem, platform: str, device_kind: str | None) -> C
         else:
             return Choice(name, None, passed_over="; ".join(reasons))
     return Choice("xla", "; ".join(reasons))
+
+
+def bypasses_primitive(call: Call) -> bool:
+    """True if the call runs an interpreter that `matmul_p` cannot contain."""
+    return call.interpret and call.backend in EFFECTFUL_INTERPRETERS
 
 
 class Decision(NamedTuple):

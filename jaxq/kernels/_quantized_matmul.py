@@ -14,13 +14,13 @@ from jaxq import formats
 from jaxq.kernels._call import Call, problem_of, with_leaves
 from jaxq.kernels._codes import largest_exact_length
 from jaxq.kernels._devices import device_kind
+from jaxq.kernels._dispatch import bypasses_primitive
 from jaxq.kernels._forms import interpreted
 from jaxq.kernels._primitive import call_matmul
-from jaxq.kernels._registry import KERNELS, kernel_module, platform_of
+from jaxq.kernels._registry import KERNEL_NAMES, kernel_module, platform_of
 from jaxq.kernels._rows import RowMeta, Rows, int8_meta
 
-_KERNEL_NAMES = tuple(name for names in KERNELS.values() for name in names)
-_BACKENDS = ("auto", "xla", *_KERNEL_NAMES)
+_BACKENDS = ("auto", "xla", *KERNEL_NAMES)
 _LAYOUTS = ("rows", "columns")
 _FLOATS = ("bfloat16", "float16", "float32")
 
@@ -109,10 +109,9 @@ def quantized_matmul(
     if 0 in (*stack, n, matrices.shape[-2]):
         return jnp.zeros((*x.shape[:-1], n), dtype)
     call = Call(meta, (), dtype.name, backend=backend, interpret=interpret)
-    if backend in _KERNEL_NAMES:
+    if backend in KERNEL_NAMES:
         _check_kernel(operands, call, matrices, rows)
-    # The interpreter of mosaic_gpu has effects, which `matmul_p` cannot have.
-    matmul = interpreted if interpret and backend == "mosaic_gpu" else call_matmul
+    matmul = interpreted if bypasses_primitive(call) else call_matmul
     return matmul(matrices, rows, call).reshape(*x.shape[:-1], n)
 
 
@@ -191,10 +190,10 @@ def _checked_options(
     if isinstance(packing, str):
         values = [member.value for member in formats.Packing]
         formats.check_choice("quantized_matmul: packing", packing, values)
-    if interpret and backend not in _KERNEL_NAMES:
+    if interpret and backend not in KERNEL_NAMES:
         raise ValueError(
             "quantized_matmul: interpret=True needs a kernel's name as backend=, got "
-            f"{backend!r}. Use one of {', '.join(_KERNEL_NAMES)}."
+            f"{backend!r}. Use one of {', '.join(KERNEL_NAMES)}."
         )
     if packing is None:
         return formats.default_packing(fmt.bits)

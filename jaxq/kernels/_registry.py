@@ -8,10 +8,14 @@ A kernel's module has three functions: `why_not(problem, device_kind)`,
 from __future__ import annotations
 
 import importlib
+import itertools
 from types import ModuleType
 
 # The kernels of each platform, in the order in which `choose` tries them.
 KERNELS = {"tpu": ("tpu",), "cuda": ("mosaic_gpu", "triton")}
+KERNEL_NAMES = tuple(itertools.chain.from_iterable(KERNELS.values()))
+# The kernels whose interpreter has effects. `matmul_p` cannot have effects.
+EFFECTFUL_INTERPRETERS = ("mosaic_gpu",)
 
 
 def kernel_module(name: str) -> ModuleType:
