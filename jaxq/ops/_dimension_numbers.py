@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.qtensor import QTensor
-from jaxq.qtensor._geometry import describe
+from jaxq.qtensor import QTensor, describe
 
 DimensionNumbers = tuple[
     tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]

@@ -13,10 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import formats
-from jaxq.qtensor import Meta, QTensor, QuantSpec, check_floats
-from jaxq.qtensor._geometry import ErrorContext, describe, resolve
+from jaxq.qtensor import (
+    ErrorContext,
+    Meta,
+    QTensor,
+    QuantSpec,
+    check_floats,
+    describe,
+    resolve,
+)
 
-_KERNEL_SCALES = ("float32", "bfloat16", "float16")
+# The dtypes in which kernels read scales.
+KERNEL_SCALES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +130,7 @@ def _kernel_scale_dtype(scale: Any) -> str:
 
     Kernels read 16-bit and 32-bit floats. All other scales become float32 first.
     """
-    if isinstance(scale, QTensor) or scale.dtype.name not in _KERNEL_SCALES:
+    if isinstance(scale, QTensor) or scale.dtype.name not in KERNEL_SCALES:
         return "float32"
     return scale.dtype.name
 
@@ -157,7 +165,7 @@ def activation_facts(
         multiple=formats.codes_per_pack(spec.fmt.bits, spec.order),
     )
     blocks = geometry.num_blocks
-    scale_dtype = spec.scale if spec.scale in _KERNEL_SCALES else "float32"
+    scale_dtype = spec.scale if spec.scale in KERNEL_SCALES else "float32"
     zero_point = offset = codebook = None
     if not spec.symmetric:
         zero_point = jax.ShapeDtypeStruct(blocks, spec.fmt.code_dtype)

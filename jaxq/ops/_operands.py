@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.qtensor import QTensor
-from jaxq.qtensor._geometry import describe
+from jaxq.qtensor import QTensor, describe
 
 Operand = jax.typing.ArrayLike | QTensor
 

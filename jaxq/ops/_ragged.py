@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jaxq.kernels import Rows, as_rows, ragged_matmul
 from jaxq.ops._decision import plan_ragged, result_dtype
 from jaxq.ops._weight_rows import row_meta, weight_rows
-from jaxq.qtensor import QTensor
-from jaxq.qtensor._geometry import describe
+from jaxq.qtensor import FLOATS, QTensor, describe
 
 
 def ragged_dot(
@@ -69,7 +68,7 @@ def ragged_dot(
         f"x: {describe(x.dtype.name, x.shape)}, "
         f"group_sizes: {describe(group_sizes.dtype.name, group_sizes.shape)}"
     )
-    if x.ndim != 2 or x.dtype.name not in ("float32", "bfloat16", "float16"):
+    if x.ndim != 2 or x.dtype.name not in FLOATS:
         raise TypeError(
             f"ragged_dot: x must be a float32, bfloat16 or float16 matrix ({shown}). "
             "Use x.astype and x.reshape."

@@ -9,8 +9,14 @@ import jax.numpy as jnp
 
 from jaxq import sharding
 from jaxq.ops._decision import plan_take
-from jaxq.qtensor import Geometry, QTensor, dequantize, relayout, scale_values
-from jaxq.qtensor._geometry import describe
+from jaxq.qtensor import (
+    Geometry,
+    QTensor,
+    dequantize,
+    describe,
+    relayout,
+    scale_values,
+)
 
 
 def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:

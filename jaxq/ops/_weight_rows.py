@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxq import formats
 from jaxq.kernels import Layout, RowMeta, Rows
-from jaxq.ops._facts import CodesFacts
+from jaxq.ops._facts import KERNEL_SCALES, CodesFacts
 from jaxq.qtensor import Geometry, Meta, QTensor, scale_values
 
 
@@ -39,12 +39,9 @@ def weight_rows(qt: QTensor) -> tuple[Rows, RowMeta]:
         data = _flatten_kept(
             qt.data, geometry.storage_shape[:-1], num_rows, qt.meta.layout
         )
-    kernel_reads_scale = not isinstance(qt.scale, QTensor) and qt.scale.dtype in (
-        jnp.float32,
-        jnp.bfloat16,
-        jnp.float16,
-    )
-    scale = qt.scale if kernel_reads_scale else scale_values(qt)
+    scale = qt.scale
+    if isinstance(scale, QTensor) or scale.dtype.name not in KERNEL_SCALES:
+        scale = scale_values(qt)
     assert not isinstance(scale, QTensor)
     zero_point = offset = codebook = None
     if qt.zero_point is not None:

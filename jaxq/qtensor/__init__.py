@@ -8,7 +8,7 @@
 from jaxq.qtensor._bounds import inside_range, with_margin
 from jaxq.qtensor._dequantize import decode_blocks, dequantize, scale_values
 from jaxq.qtensor._fake_quant import fake_quant
-from jaxq.qtensor._geometry import Geometry
+from jaxq.qtensor._geometry import ErrorContext, Geometry, describe, resolve
 from jaxq.qtensor._granularity import (
     Granularity,
     PerBlock,
@@ -18,7 +18,12 @@ from jaxq.qtensor._granularity import (
     PerTensor,
     PerToken,
 )
-from jaxq.qtensor._inputs import ON_NONFINITE, check_floats, raise_if_not_finite
+from jaxq.qtensor._inputs import (
+    FLOATS,
+    ON_NONFINITE,
+    check_floats,
+    raise_if_not_finite,
+)
 from jaxq.qtensor._layout import relayout
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._partition import combine, partition
@@ -30,8 +35,9 @@ from jaxq.qtensor._scale_rules import ScaleRule
 from jaxq.qtensor._spec import QuantSpec, as_static
 
 # What users need. The other rooms of the package also import the names that are not
-# listed: LEAVES, ON_NONFINITE, Meta, ScaleRule, as_spec, as_static, check_floats,
-# decode_blocks, inside_range, raise_if_not_finite, register_matmul and with_margin.
+# listed: FLOATS, LEAVES, ON_NONFINITE, ErrorContext, Meta, ScaleRule, as_spec,
+# as_static, check_floats, decode_blocks, describe, inside_range, raise_if_not_finite,
+# register_matmul, resolve and with_margin.
 __all__ = [
     "Geometry",
     "Granularity",

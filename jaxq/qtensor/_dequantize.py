@@ -84,7 +84,7 @@ def decode_blocks(qt: QTensor, blocks: jax.Array) -> jax.Array:
       >>> import jax.numpy as jnp, jaxq
       >>> qt = jaxq.quantize(jnp.array([0.5, -1.0]), "int8")
       >>> ones = jnp.ones((1, 2), jnp.int8)
-      >>> bool((jaxq.qtensor.decode_blocks(qt, ones) == qt.scale).all())
+      >>> bool((jaxq.qtensor.decode_blocks(qt, ones) == qt.scale[0]).all())
       True
     """
     geometry = qt.meta.geometry

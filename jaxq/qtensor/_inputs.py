@@ -15,6 +15,7 @@ from jaxq.qtensor._qtensor import QTensor
 from jaxq.qtensor._spec import QuantSpec
 
 ON_NONFINITE = ("raise", "propagate", "zero", "saturate")
+# The dtypes of float arrays that can be quantized, or multiplied by a QTensor.
 FLOATS = ("float32", "bfloat16", "float16")
 
 

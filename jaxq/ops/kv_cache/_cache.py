@@ -39,10 +39,7 @@ from jaxq.ops.kv_cache._append import append
 from jaxq.ops.kv_cache._arrays import CacheArrays, quantize_groups
 from jaxq.ops.kv_cache._attention import attend
 from jaxq.ops.kv_cache._spec import KVCacheSpec, as_kv_cache_spec, whole_number
-from jaxq.qtensor import QuantSpec
-from jaxq.qtensor._geometry import describe
-
-_DTYPES = ("float32", "bfloat16", "float16")
+from jaxq.qtensor import FLOATS, QuantSpec, describe
 
 
 @jax.tree_util.register_dataclass
@@ -132,9 +129,9 @@ class KVCache(CacheArrays):
         if window is not None:
             window = whole_number("KVCache.empty: window", window)
         dtype = jnp.dtype(dtype)
-        if dtype.name not in _DTYPES:
+        if dtype.name not in FLOATS:
             raise TypeError(
-                f"KVCache.empty: dtype must be one of {', '.join(_DTYPES)}, got "
+                f"KVCache.empty: dtype must be one of {', '.join(FLOATS)}, got "
                 f"{dtype.name}."
             )
         num_groups = _num_group_places(spec, length, window)
