@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from jaxq.ops._activations import ActivationAxes, multiply_quantized
 from jaxq.ops._decision import plan_conv
 from jaxq.ops._operands import as_operands
 from jaxq.ops._plan import Plan
-from jaxq.qtensor import QTensor, dequantize, scale_values
+from jaxq.qtensor import FLOATS, QTensor, dequantize, scale_values
 
 # `product(x, kernel, accumulate)` convolves arrays and sums in the dtype `accumulate`.
 Product = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -175,21 +174,18 @@ def convolve(
     if not plan.before:
         return carry_out(plan, x, kernel.with_activation(None))
     assert not isinstance(x, QTensor)
-    assert plan.float_plan is not None
     x_batch = batch[0] % x.ndim
     axes = ActivationAxes(
         order=tuple(range(x.ndim)),
         contracting=tuple(axis for axis in range(x.ndim) if axis != x_batch),
     )
-    return multiply_quantized(
-        x,
-        kernel,
-        axes,
-        codes_product=functools.partial(
-            carry_out, dataclasses.replace(plan, before=())
-        ),
-        float_product=functools.partial(carry_out, plan.float_plan),
-    )
+
+    def float_product(x: jax.Array, kernel: QTensor) -> jax.Array:
+        plan = plan_conv(x, kernel, channel=channel, batch=batch[0], mixed=mixed)
+        return carry_out(plan, x, kernel)
+
+    codes_product = functools.partial(carry_out, plan)
+    return multiply_quantized(x, kernel, axes, codes_product, float_product)
 
 
 def _convolve(
@@ -208,7 +204,7 @@ def _convolve(
         x_scale = _along(scale_values(x), batch, y.ndim)
         return y * x_scale * _along(scale_values(kernel), features % y.ndim, y.ndim)
     floats = dequantize(x) if isinstance(x, QTensor) else x
-    if floats.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    if floats.dtype.name not in FLOATS:
         raise TypeError(
             "conv_general_dilated: lhs must be a float32, bfloat16 or float16 array "
             f"or a QTensor, got {floats.dtype.name}{list(floats.shape)}. "

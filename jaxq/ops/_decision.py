@@ -1,10 +1,14 @@
 """What runs for a product: integer dot, float8 dot, Pallas kernel or XLA form.
 
-This is the only file that decides. `dot_general`, `conv_general_dilated`, `take`,
+This file decides which numbers are multiplied (codes or floats), in which dtypes, and
+what is quantized or dequantized first. `dot_general`, `conv_general_dilated`, `take`,
 `ragged_dot` and `explain` each call a function `plan_...` of this file. The operations
 then carry out the `Plan` that the function returns. A decision depends only on static
-facts (`_facts.py`). Nothing is quantized or traced here. `jaxq.kernels.choose` chooses
-the Pallas kernel.
+facts (`_facts.py`). Nothing is quantized or traced here.
+
+`jaxq.kernels` decides the rest: `_dispatch.py` chooses a Pallas kernel or the XLA form
+of a product. Inside the XLA form, `_forms.py` and `_codes.py` choose the order of the
+loops and the blocks of rows.
 """
 
 from __future__ import annotations
@@ -29,15 +33,67 @@ from jaxq.ops._facts import (
     activation_facts,
     facts_of,
 )
-from jaxq.ops._plan import Plan
+from jaxq.ops._plan import Path, Plan, Preparation
 from jaxq.ops._weight_rows import row_meta, row_shapes, why_not_rows
 from jaxq.qtensor import QTensor
 
 _INT32_MAX = 2**31 - 1
 _NARROW_FLOATS = ("bfloat16", "float16")
+_NO_KERNEL = (
+    "a kernel multiplies a quantized weight by floats, or by int8 codes with one scale "
+    "per row; this product has no such form"
+)
 
 
 # Products.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """What happens before a product. `plan` adds these facts to the product's plan.
+
+    Attributes:
+      reason: why operands are prepared, the beginning of `Plan.reason`.
+      before: as in `Plan`.
+      activation: as in `Plan`.
+      outliers: as in `Plan`.
+    """
+
+    reason: str = ""
+    before: tuple[Preparation, ...] = ()
+    activation: Literal["dynamic", "static"] | None = None
+    outliers: float | None = None
+
+    def left_dequantized(self, problem: str) -> _Prepared:
+        """The same preparations, after which the left operand is dequantized."""
+        return dataclasses.replace(
+            self,
+            reason=f"{self.reason}the left operand is dequantized, because {problem}; ",
+            before=(*self.before, "dequantize_left"),
+        )
+
+    def plan(
+        self,
+        path: Path,
+        reason: str,
+        accumulate: str = "float32",
+        *,
+        swapped: bool = False,
+        x_dtype: str | None = None,
+        result: str = "float32",
+    ) -> Plan:
+        """The plan of the product that follows the preparations."""
+        return Plan(
+            path,
+            accumulate,
+            swapped,
+            self.reason + reason,
+            before=self.before,
+            activation=self.activation,
+            outliers=self.outliers,
+            x_dtype=x_dtype,
+            result=result,
+        )
 
 
 def plan_dot(
@@ -61,13 +117,14 @@ def plan_dot(
 
 
 def _plan_product(lhs: Facts, rhs: Facts, dims: DimensionNumbers, result: str) -> Plan:
+    prepared = _Prepared()
     if isinstance(lhs, CodesFacts) and isinstance(rhs, CodesFacts):
-        return _plan_two_quantized(lhs, rhs, dims)
+        return _plan_two_quantized(lhs, rhs, dims, prepared)
     if isinstance(lhs, CodesFacts):
         assert isinstance(rhs, ArrayFacts)
-        return _plan_weight(rhs, lhs, dims, result, swapped=True)
+        return _plan_weight(rhs, lhs, dims, result, prepared, swapped=True)
     if isinstance(rhs, CodesFacts):
-        return _plan_weight(lhs, rhs, dims, result, swapped=False)
+        return _plan_weight(lhs, rhs, dims, result, prepared, swapped=False)
     accumulate = _accumulate_dtype(jnp.dtype(lhs.dtype), jnp.dtype(rhs.dtype)).name
     return Plan("dense", accumulate, False, "no operand is quantized")
 
@@ -77,6 +134,7 @@ def _plan_weight(
     weight: CodesFacts,
     dims: DimensionNumbers,
     result: str,
+    prepared: _Prepared,
     *,
     swapped: bool,
 ) -> Plan:
@@ -85,13 +143,12 @@ def _plan_weight(
     If the weight has an activation spec, the floats are quantized first.
     """
     if weight.meta.activation is not None:
-        return _plan_activation(x, weight, dims, swapped=swapped)
-    x_side, weight_side = (1, 0) if swapped else (0, 1)
+        return _plan_activation(x, weight, dims, prepared, swapped=swapped)
+    weight_side = 0 if swapped else 1
     # The values of the weight must not be rounded or overflow in a narrower dtype of x.
     keeps_dtype = x.dtype == weight.dtype and x.dtype in _NARROW_FLOATS
-    product = functools.partial(
-        Plan,
-        accumulate="float32",
+    plan = functools.partial(
+        prepared.plan,
         swapped=swapped,
         x_dtype=x.dtype if keeps_dtype else "float32",
         result=result if result in _NARROW_FLOATS else "float32",
@@ -109,41 +166,28 @@ def _plan_weight(
         )
     if problem:
         reason = f"the whole weight is dequantized, because {problem}"
-        return product("dequantize", reason=reason)
+        return plan("dequantize", reason)
     if is_plain:
-        plan = product(
-            "weight_only",
-            reason=f"{weight.fmt.name} codes are decoded in blocks of rows",
-        )
-    else:
-        plan = product(
-            "weight_only_transposed",
-            reason=f"kept axes {sorted(contracted)} are contracted: the products of "
-            "blocks of decoded rows are added up",
-        )
-    num_rows = _free_size(x, dims[0][x_side], dims[1][x_side])
-    kernel_problem = _kernel_problem(num_rows, weight, plan)
-    return dataclasses.replace(plan, problem=kernel_problem)
+        reason = f"{weight.fmt.name} codes are decoded in blocks of rows"
+        return plan("weight_only", reason)
+    reason = (
+        f"kept axes {sorted(contracted)} are contracted: the products of blocks of "
+        "decoded rows are added up"
+    )
+    return plan("weight_only_transposed", reason)
 
 
 def _plan_activation(
-    x: ArrayFacts, weight: CodesFacts, dims: DimensionNumbers, *, swapped: bool
+    x: ArrayFacts,
+    weight: CodesFacts,
+    dims: DimensionNumbers,
+    prepared: _Prepared,
+    *,
+    swapped: bool,
 ) -> Plan:
     """The plan that quantizes the activation and then multiplies two QTensors."""
-    spec, side = weight.meta.activation, 1 if swapped else 0
+    spec, kind = weight.meta.activation, _activation_kind(weight)
     assert spec is not None
-    bare_weight = weight.without_activation()
-    order, quantized_dims = batch_first(x.ndim, dims, side)
-    x_ordered = ArrayFacts(tuple(x.shape[axis] for axis in order), x.dtype)
-    activation = activation_facts(
-        x_ordered,
-        spec,
-        contracting=tuple(quantized_dims[0][side]),
-        batch=tuple(quantized_dims[1][side]),
-    )
-    sides = (bare_weight, activation) if swapped else (activation, bare_weight)
-    product = _plan_two_quantized(*sides, quantized_dims)
-    kind = _activation_kind(weight)
     outliers = weight.meta.outliers
     exception = ""
     if outliers is not None:
@@ -151,15 +195,34 @@ def _plan_activation(
             f", except columns with a magnitude of at least {outliers:g}, which are "
             "multiplied in floats"
         )
-    return dataclasses.replace(
-        product,
-        reason=f"{kind} activation quantization to {spec.fmt.name}{exception}; "
-        f"{product.reason}",
-        before=("quantize_right" if swapped else "quantize_left", *product.before),
-        activation=kind,
-        outliers=outliers,
-        float_plan=_plan_weight(x, bare_weight, dims, "float32", swapped=swapped),
+    step = "quantize_right" if swapped else "quantize_left"
+    prepared = _Prepared(
+        f"{prepared.reason}{kind} activation quantization to {spec.fmt.name}"
+        f"{exception}; ",
+        (*prepared.before, step),
+        kind,
+        outliers,
     )
+    lhs, rhs, quantized_dims = _quantized_sides(x, weight, dims, swapped=swapped)
+    return _plan_two_quantized(lhs, rhs, quantized_dims, prepared)
+
+
+def _quantized_sides(
+    x: ArrayFacts, weight: CodesFacts, dims: DimensionNumbers, *, swapped: bool
+) -> tuple[CodesFacts, CodesFacts, DimensionNumbers]:
+    """Both operands and the dimension numbers after the activation is quantized."""
+    spec, side = weight.meta.activation, 1 if swapped else 0
+    assert spec is not None
+    order, quantized_dims = batch_first(x.ndim, dims, side)
+    activation = activation_facts(
+        ArrayFacts(tuple(x.shape[axis] for axis in order), x.dtype),
+        spec,
+        contracting=tuple(quantized_dims[0][side]),
+        batch=tuple(quantized_dims[1][side]),
+    )
+    weight = weight.without_activation()
+    lhs, rhs = (weight, activation) if swapped else (activation, weight)
+    return lhs, rhs, quantized_dims
 
 
 def _activation_kind(weight: CodesFacts) -> Literal["dynamic", "static"]:
@@ -167,33 +230,22 @@ def _activation_kind(weight: CodesFacts) -> Literal["dynamic", "static"]:
 
 
 def _plan_two_quantized(
-    lhs: CodesFacts, rhs: CodesFacts, dims: DimensionNumbers
+    lhs: CodesFacts, rhs: CodesFacts, dims: DimensionNumbers, prepared: _Prepared
 ) -> Plan:
     problem = _why_not_codes(lhs, rhs, dims)
     if problem:
-        floats = _plan_product(lhs.dequantized(), rhs, dims, "float32")
-        return dataclasses.replace(
-            floats,
-            reason=f"the left operand is dequantized, because {problem}; "
-            f"{floats.reason}",
-            before=("dequantize_left", *floats.before),
-        )
-    is_float = is_native_float(rhs.fmt)
-    plan = Plan(
+        floats, prepared = lhs.dequantized(), prepared.left_dequantized(problem)
+        return _plan_weight(floats, rhs, dims, "float32", prepared, swapped=False)
+    # If the left operand is int8 with one scale for each row, this scale is applied to
+    # the result, so that kernels multiply only integers by the weight.
+    is_int8 = lhs.fmt.name == "int8" and lhs.symmetric
+    is_int8_rows = is_int8 and row_shapes(lhs)["scale"].shape[-1] == 1
+    return prepared.plan(
         "codes",
-        "float32" if is_float else "int32",
-        False,
         _reason_for_codes(lhs, rhs),
+        "float32" if is_native_float(rhs.fmt) else "int32",
+        x_dtype="int8" if is_int8_rows else None,
     )
-    is_int8_rows = lhs.fmt.name == "int8" and lhs.symmetric
-    if is_int8_rows and row_shapes(lhs)["scale"].shape[-1] == 1:
-        # The left operand is int8 with one scale for each row. This scale is applied to
-        # the result, so that kernels multiply only integers by the weight.
-        plan = dataclasses.replace(plan, x_dtype="int8")
-        num_rows = math.prod(lhs.meta.geometry.shape[a] for a in lhs.meta.geometry.kept)
-        kernel_problem = _kernel_problem(num_rows, rhs, plan)
-        plan = dataclasses.replace(plan, problem=kernel_problem)
-    return plan
 
 
 def _reason_for_codes(lhs: CodesFacts, rhs: CodesFacts) -> str:
@@ -286,38 +338,34 @@ def _why_not_groups(lhs: CodesFacts, rhs: CodesFacts) -> str | None:
 # Kernels.
 
 
-def _kernel_problem(
-    num_rows: int, weight: CodesFacts, plan: Plan
-) -> kernels.Problem | str:
-    """The product as a `kernels.Problem`, or the reason why no kernel computes it."""
-    leaves = row_shapes(weight)
-    call = kernels.Call(
-        row_meta(weight.meta),
-        tuple(leaves),
-        plan.result,
-        transposed=plan.path == "weight_only_transposed",
-    )
-    stack, k = math.prod(weight.batch_shape), weight.meta.geometry.contracted_size
-    x = jax.ShapeDtypeStruct((stack, num_rows, k), plan.x_dtype)
-    return kernels.problem_of(call, x, list(leaves.values()))
-
-
-def with_kernel(plan: Plan, platform: str, num_devices: int = 1) -> Plan:
-    """The plan with the kernel that runs on a platform, or the reason why none runs.
+def plan_on_platform(
+    lhs: Any, rhs: Any, dims: DimensionNumbers, platform: str, num_devices: int = 1
+) -> Plan:
+    """`plan_dot` with the kernel that runs on a platform, or why none runs.
 
     Args:
-      plan: a plan that `plan_dot` returned.
+      lhs: as in `plan_dot`.
+      rhs: as in `plan_dot`.
+      dims: as in `plan_dot`.
       platform: "cpu", "tpu", "cuda", ...
       num_devices: the number of devices over which XLA partitions the program.
+
+    Raises:
+      TypeError: as in `plan_dot`.
+      ValueError: as in `plan_dot`.
     """
+    lhs, rhs = facts_of(lhs), facts_of(rhs)
+    plan = _plan_product(lhs, rhs, dims, "float32")
     device_kind = None
     if platform in kernels.KERNELS:
         device_kind = kernels.device_kind(platform)
-    choice = kernels.choose(plan.problem, platform, device_kind, num_devices)
+    problem = _kernel_problem(plan, lhs, rhs, dims)
+    choice = kernels.choose(problem, platform, device_kind, num_devices)
     if choice.reason is not None and plan.outliers is not None:
         # The product of the outlier columns may still have a kernel.
-        assert plan.float_plan is not None
-        problem = plan.float_plan.problem
+        lhs, rhs = _without_activation(lhs), _without_activation(rhs)
+        float_plan = _plan_product(lhs, rhs, dims, "float32")
+        problem = _kernel_problem(float_plan, lhs, rhs, dims)
         choice = kernels.choose(problem, platform, device_kind, num_devices)
     return dataclasses.replace(
         plan,
@@ -326,6 +374,52 @@ def with_kernel(plan: Plan, platform: str, num_devices: int = 1) -> Plan:
         passed_over=choice.passed_over,
         platform=platform,
     )
+
+
+def _without_activation(operand: Facts) -> Facts:
+    if isinstance(operand, CodesFacts):
+        return operand.without_activation()
+    return operand
+
+
+def _kernel_problem(
+    plan: Plan, lhs: Facts, rhs: Facts, dims: DimensionNumbers
+) -> kernels.Problem | str:
+    """The product as a `kernels.Problem`, or the reason why no kernel computes it.
+
+    Args:
+      plan: the plan of the product.
+      lhs: the facts of the left operand before the preparations `plan.before`.
+      rhs: the facts of the right operand before the preparations `plan.before`.
+      dims: the dimension numbers before the preparations `plan.before`.
+    """
+    for step in plan.before:
+        if step == "dequantize_left":
+            assert isinstance(lhs, CodesFacts)
+            lhs = lhs.dequantized()
+            continue
+        swapped = step == "quantize_right"
+        x, weight = (rhs, lhs) if swapped else (lhs, rhs)
+        assert isinstance(x, ArrayFacts)
+        assert isinstance(weight, CodesFacts)
+        lhs, rhs, dims = _quantized_sides(x, weight, dims, swapped=swapped)
+    is_weight_only = plan.path in ("weight_only", "weight_only_transposed")
+    if not is_weight_only and plan.x_dtype != "int8":
+        return _NO_KERNEL
+    x_side = 1 if plan.swapped else 0
+    x, weight = (rhs, lhs) if plan.swapped else (lhs, rhs)
+    assert isinstance(weight, CodesFacts)
+    leaves = row_shapes(weight)
+    call = kernels.Call(
+        row_meta(weight.meta),
+        tuple(leaves),
+        plan.result,
+        transposed=plan.path == "weight_only_transposed",
+    )
+    num_rows = _free_size(x, dims[0][x_side], dims[1][x_side])
+    stack, k = math.prod(weight.batch_shape), weight.meta.geometry.contracted_size
+    x_rows = jax.ShapeDtypeStruct((stack, num_rows, k), plan.x_dtype)
+    return kernels.problem_of(call, x_rows, list(leaves.values()))
 
 
 # Convolutions.
@@ -373,22 +467,23 @@ def plan_conv(
     batch, channel = batch % x_facts.ndim, channel % kernel_facts.ndim
     spec, bare_kernel = kernel_facts.meta.activation, kernel_facts.without_activation()
     if spec is None or isinstance(x_facts, CodesFacts):
-        return _plan_conv(x_facts, bare_kernel, channel, batch, mixed)
+        return _plan_conv(x_facts, bare_kernel, channel, batch, mixed, _Prepared())
     contracting = tuple(axis for axis in range(x_facts.ndim) if axis != batch)
     activation = activation_facts(x_facts, spec, contracting)
-    plan = _plan_conv(activation, bare_kernel, channel, batch, mixed)
     kind = _activation_kind(kernel_facts)
-    return dataclasses.replace(
-        plan,
-        reason=f"{kind} activation quantization to {spec.fmt.name}; {plan.reason}",
-        before=("quantize_left",),
-        activation=kind,
-        float_plan=_plan_conv(x_facts, bare_kernel, channel, batch, mixed),
+    prepared = _Prepared(
+        f"{kind} activation quantization to {spec.fmt.name}; ", ("quantize_left",), kind
     )
+    return _plan_conv(activation, bare_kernel, channel, batch, mixed, prepared)
 
 
 def _plan_conv(
-    x: Facts, kernel: CodesFacts, channel: int, batch: int, mixed: bool
+    x: Facts,
+    kernel: CodesFacts,
+    channel: int,
+    batch: int,
+    mixed: bool,
+    prepared: _Prepared,
 ) -> Plan:
     problem = "the input is not quantized"
     if isinstance(x, CodesFacts):
@@ -397,10 +492,10 @@ def _plan_conv(
             problem = "batch groups add up examples with different scales"
     if problem:
         reason = f"the whole kernel is dequantized, because {problem}"
-        return Plan("dequantize", "float32", False, reason)
+        return prepared.plan("dequantize", reason)
     assert isinstance(x, CodesFacts)
     reason = f"{x.fmt.name} x {kernel.fmt.name} convolution of codes"
-    return Plan("codes", "int32", False, reason)
+    return prepared.plan("codes", reason, "int32")
 
 
 def _why_not_conv_codes(
@@ -522,7 +617,7 @@ def _negative(axes: Sequence[int], ndim: int) -> list[int]:
     return [axis - ndim if axis >= 0 else axis for axis in axes]
 
 
-def _free_size(x: ArrayFacts, contracting: Sequence[int], batch: Sequence[int]) -> int:
+def _free_size(x: Facts, contracting: Sequence[int], batch: Sequence[int]) -> int:
     """The number of rows of `x` in each product: the size of the free axes of `x`."""
     bound = {axis % x.ndim for axis in (*contracting, *batch)}
     return math.prod(size for axis, size in enumerate(x.shape) if axis not in bound)

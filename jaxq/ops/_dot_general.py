@@ -7,7 +7,6 @@ axes, n free axes of the weight.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from jaxq.ops._dimension_numbers import (
 )
 from jaxq.ops._operands import Operand, as_operands, check_float_partner
 from jaxq.ops._outlier_columns import split_outlier_columns
-from jaxq.ops._plan import Plan
+from jaxq.ops._plan import Plan, Preparation
 from jaxq.ops._weight_rows import weight_rows
 from jaxq.qtensor import QTensor, dequantize
 
@@ -102,7 +101,7 @@ def dot_general(
             out_sharding=out_sharding,
         )
         return y.astype(out_dtype)
-    y = _multiply_over_mesh(plan, lhs, rhs, _nonnegative(lhs, rhs, dims))
+    y = _multiply_over_mesh(plan, plan.before, lhs, rhs, _nonnegative(lhs, rhs, dims))
     return sharding.apply_out_sharding(y.astype(out_dtype), out_sharding)
 
 
@@ -145,11 +144,19 @@ def _nonnegative(lhs: Any, rhs: Any, dims: DimensionNumbers) -> DimensionNumbers
 
 def _multiply_over_mesh(
     plan: Plan,
+    steps: tuple[Preparation, ...],
     lhs: jax.Array | QTensor,
     rhs: jax.Array | QTensor,
     dims: DimensionNumbers,
 ) -> jax.Array:
     """Carries out a plan. XLA partitions the product along explicit mesh axes.
+
+    Args:
+      plan: the plan of the whole product.
+      steps: the last preparations of `plan.before`, which are still to be made.
+      lhs: the left operand after the other preparations.
+      rhs: the right operand after the other preparations.
+      dims: dimension numbers of these operands, without negative axes.
 
     Returns:
       The product in the dtype `plan.result` or in float32.
@@ -160,7 +167,7 @@ def _multiply_over_mesh(
         bound = (*dims[0][side], *dims[1][side])
         names = enumerate(axis_names[side])
         out_names.extend(name for axis, name in names if axis not in bound)
-    product = functools.partial(_multiply, plan, dims=dims)
+    product = functools.partial(_multiply, plan, steps, dims=dims)
     return sharding.call_on_auto_axes(product, tuple(out_names), lhs, rhs)
 
 
@@ -182,19 +189,26 @@ def _mesh_axes(operand: jax.Array | QTensor) -> tuple:
     return tuple(names)
 
 
-def _multiply(plan: Plan, lhs: Any, rhs: Any, *, dims: DimensionNumbers) -> jax.Array:
-    """Carries out a plan: first the preparations `plan.before`, then the product.
+def _multiply(
+    plan: Plan,
+    steps: tuple[Preparation, ...],
+    lhs: Any,
+    rhs: Any,
+    *,
+    dims: DimensionNumbers,
+) -> jax.Array:
+    """Carries out a plan: first the preparations `steps`, then the product.
 
-    Each call makes one preparation and calls itself with the rest of the plan.
+    Each call makes one preparation and calls itself with the other steps.
     """
-    if plan.before:
-        step = plan.before[0]
-        rest = dataclasses.replace(plan, before=plan.before[1:])
+    if steps:
+        step, *later = steps
+        rest = tuple(later)
         if step == "dequantize_left":
-            return _multiply_over_mesh(rest, dequantize(lhs), rhs, dims)
+            return _multiply_over_mesh(plan, rest, dequantize(lhs), rhs, dims)
         if step == "quantize_left":
-            return _multiply_activation(rest, lhs, rhs, dims, swapped=False)
-        return _multiply_activation(rest, rhs, lhs, dims, swapped=True)
+            return _multiply_activation(plan, rest, lhs, rhs, dims, swapped=False)
+        return _multiply_activation(plan, rest, rhs, lhs, dims, swapped=True)
     if plan.path == "codes":
         return _multiply_codes(plan, lhs, rhs, len(dims[1][0]))
     if not plan.swapped:
@@ -208,9 +222,15 @@ def _multiply(plan: Plan, lhs: Any, rhs: Any, *, dims: DimensionNumbers) -> jax.
 
 
 def _multiply_activation(
-    plan: Plan, x: jax.Array, weight: QTensor, dims: DimensionNumbers, *, swapped: bool
+    plan: Plan,
+    steps: tuple[Preparation, ...],
+    x: jax.Array,
+    weight: QTensor,
+    dims: DimensionNumbers,
+    *,
+    swapped: bool,
 ) -> jax.Array:
-    """Quantizes `x` and multiplies it by the weight.
+    """Quantizes `x`, makes the preparations `steps` and multiplies by the weight.
 
     The outlier columns of `x` are multiplied in floats.
     """
@@ -222,16 +242,15 @@ def _multiply_activation(
         num_batch=len(dims[1][x_side]),
         range_axes=tuple(dims[1][weight_side]),
     )
-    float_plan = plan.float_plan
-    assert float_plan is not None
 
     def codes_product(activation: QTensor, weight: QTensor) -> jax.Array:
         sides = (weight, activation) if swapped else (activation, weight)
-        return _multiply_over_mesh(plan, *sides, quantized_dims)
+        return _multiply_over_mesh(plan, steps, *sides, quantized_dims)
 
     def float_product(x: jax.Array, weight: QTensor) -> jax.Array:
         sides = (weight, x) if swapped else (x, weight)
-        return _multiply_over_mesh(float_plan, *sides, dims)
+        float_plan = plan_dot(*sides, dims)
+        return _multiply_over_mesh(float_plan, float_plan.before, *sides, dims)
 
     if plan.outliers is None:
         return multiply_quantized(x, weight, axes, codes_product, float_product)

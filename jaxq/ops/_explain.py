@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import formats
-from jaxq.ops._decision import plan_dot, with_kernel
+from jaxq.ops._decision import plan_on_platform
 from jaxq.ops._dimension_numbers import (
     DimensionNumbers,
     align_matmul,
@@ -71,7 +71,8 @@ def explain(
         known = ("cpu", "cuda", "gpu", "rocm", "tpu")
         formats.check_choice("explain: platform", platform, known)
     platform = "cuda" if platform == "gpu" else platform
-    return with_kernel(plan_dot(lhs, rhs, dims), platform, _num_devices(lhs, rhs))
+    num_devices = _num_devices(lhs, rhs)
+    return plan_on_platform(lhs, rhs, dims, platform, num_devices)
 
 
 def _as_described(operand: Any) -> Any:

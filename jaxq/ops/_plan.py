@@ -13,11 +13,6 @@ from jaxq import kernels
 Path = Literal["dense", "codes", "weight_only", "weight_only_transposed", "dequantize"]
 Preparation = Literal["dequantize_left", "quantize_left", "quantize_right"]
 
-NO_KERNEL = (
-    "a kernel multiplies a quantized weight by floats, or by int8 codes with one scale "
-    "per row; this product has no such form"
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -52,14 +47,10 @@ class Plan:
         if it is quantized by a range from calibration, None if it stays in floats.
       outliers: columns of the activation are multiplied in floats if their largest
         magnitude is at least this number. None if there is no such threshold.
-      float_plan: the plan of the same product with the activation in floats. Outlier
-        columns and the gradient use this plan. None without activation quantization.
       x_dtype: dtype of the other operand when it is multiplied by the weight. On the
         path "codes", "int8" means int8 codes with one scale per row, for which a kernel
         may run. None on paths that do not use this field.
       result: dtype of the product before the last cast.
-      problem: the product as a `kernels.Problem`, or the reason why no kernel computes
-        it.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -79,10 +70,8 @@ class Plan:
     before: tuple[Preparation, ...] = ()
     activation: Literal["dynamic", "static"] | None = None
     outliers: float | None = None
-    float_plan: Plan | None = dataclasses.field(default=None, repr=False)
     x_dtype: str | None = None
     result: str = "float32"
-    problem: kernels.Problem | str = dataclasses.field(default=NO_KERNEL, repr=False)
 
     def __str__(self) -> str:
         side = ", weight on the left" if self.swapped else ""

@@ -1,13 +1,16 @@
 """The plan of a product is what its jaxpr shows, and no plan is made twice."""
 
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxq
-from jaxq import PerBlock, PerFlat, QuantSpec
+from jaxq import PerBlock, PerFlat, QuantSpec, kernels
+from jaxq.ops import _decision
+from jaxq.ops._plan import Plan
 from tests.arrays import normal_with_outliers
 from tests.ops.reference import dots, equations
 
@@ -221,6 +224,69 @@ W8A8 = {
 }
 
 
+@pytest.fixture
+def plans(monkeypatch):
+    """A list that grows with each `Plan` that is constructed, copies included."""
+    plans = []
+    construct = Plan.__init__
+
+    def counted(plan, *args, **fields):
+        plans.append(plan)
+        construct(plan, *args, **fields)
+
+    monkeypatch.setattr(Plan, "__init__", counted)
+    return plans
+
+
+@pytest.fixture
+def kernel_problems(monkeypatch):
+    """A list that grows with each product that a plan describes to the kernels."""
+    problems = []
+
+    def counted(*args):
+        problems.append(kernels.problem_of(*args))
+        return problems[-1]
+
+    counting = SimpleNamespace(**(vars(kernels) | {"problem_of": counted}))
+    monkeypatch.setattr(_decision, "kernels", counting)
+    return problems
+
+
+# The outlier columns are a second product. All other products have one plan.
+@pytest.mark.parametrize(
+    ("case", "num_plans"), [(case, 1 + (case == "outliers")) for case in W8A8]
+)
+def test_a_w8a8_product_makes_one_plan(case, num_plans, plans, kernel_problems):
+    product, sizes, qt = W8A8[case]
+    # A new function each time: jax traces a known function only once.
+    jax.make_jaxpr(lambda x, qt: product(x, qt))(shape(*sizes), qt)
+    assert len(plans) == num_plans
+    assert not kernel_problems
+
+
+@pytest.mark.parametrize("spec", ["int8", "nf4_dq"])
+def test_a_weight_only_product_makes_one_plan(spec, plans, kernel_problems):
+    product = jax.make_jaxpr(lambda x, qt: x @ qt)
+    product(shape(4, 64), weight(spec, 64, 8))
+    assert len(plans) == 1
+    assert not kernel_problems
+
+
+def test_a_gradient_makes_one_more_plan(plans, kernel_problems):
+    product, sizes, qt = W8A8["matmul"]
+    jax.make_jaxpr(jax.grad(lambda x: jnp.sum(product(x, qt))))(shape(*sizes))
+    # The gradient is that of the product in floats.
+    assert [plan.path for plan in plans] == ["codes", "weight_only"]
+    assert not kernel_problems
+
+
+def test_explain_describes_a_product_to_the_kernels(kernel_problems):
+    _, sizes, qt = W8A8["matmul"]
+    jaxq.explain(shape(*sizes), qt)
+    assert len(kernel_problems) == 1
+    assert kernel_problems[0].x_dtype == "int8"
+
+
 @pytest.mark.parametrize("case", W8A8)
 def test_a_product_quantizes_its_activation_once(case, quantize_calls):
     product, sizes, qt = W8A8[case]
@@ -254,7 +320,6 @@ def test_how_activations_are_quantized_is_part_of_the_plan():
     assert "static activation quantization to int8" in plan("static").reason
     assert plan("outliers").outliers == 6.0
     assert "a magnitude of at least 6" in plan("outliers").reason
-    assert plan("outliers").float_plan.path == "weight_only"
     assert jaxq.explain(shape(4, 64), weight("int8", 64, 8)).activation is None
 
 
@@ -267,7 +332,6 @@ def test_plan_of_a_convolution():
         shape(2, 10, 6), qt.with_activation(None), channel=2
     )
     assert weight_only.path == "dequantize"
-    assert plan.float_plan == weight_only
 
 
 def test_explain_raises_what_the_product_raises():
