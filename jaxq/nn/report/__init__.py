@@ -10,6 +10,7 @@ from jaxq.nn.report._row import (
     planned_row,
     quantized_row,
     skip_reason,
+    why_not_weight,
 )
 
 __all__ = ["Report", "Row"]

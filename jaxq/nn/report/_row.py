@@ -114,6 +114,25 @@ def skip_reason(rule: Rule | None) -> str:
     return rule.reason or "skipped by the recipe"
 
 
+def why_not_weight(value: Any, *, in_layer: bool = False) -> str:
+    """Why a value that has no slot stays as it is; empty if it may be a weight.
+
+    Args:
+      value: an array, a QTensor, or another object of the model.
+      in_layer: a layer that jaxq knows holds the value. The value is not its weight.
+    """
+    if isinstance(value, QTensor):
+        return "quantized already, left as it is"
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
+    if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        return "no floats, left as it is"
+    if not hasattr(value, "dtype"):
+        return "not one array, left as it is"
+    if len(value.shape) < 2:
+        return "not a matrix, left in floats"
+    return "not the weight of its layer, left in floats" if in_layer else ""
+
+
 def float_row(path: str, kind: str, value: Any, note: str) -> Row:
     """The row of a parameter that stays as it is."""
     leaves = [leaf for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
@@ -135,17 +154,8 @@ def other_row(path: str, variable: Any, layers: set[str]) -> Row:
       layers: paths of the layers that jaxq knows.
     """
     value = variable.get_value()
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
-    if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
-        note = "no floats, left as it is"
-    elif not hasattr(value, "dtype"):
-        note = "not one array, left as it is"
-    elif value.ndim < 2:
-        note = "not a matrix, left in floats"
-    elif path.rpartition("/")[0] in layers:
-        note = "not the weight of its layer, left in floats"
-    else:
-        note = "in no layer jaxq knows, left as it is"
+    note = why_not_weight(value, in_layer=path.rpartition("/")[0] in layers)
+    note = note or "in no layer jaxq knows, left as it is"
     return float_row(path, type(variable).__name__, value, note)
 
 

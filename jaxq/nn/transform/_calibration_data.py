@@ -53,7 +53,7 @@ class CalibrationData:
             return {}
         self.used = True
         if self._options.statistics is not None:
-            return _checked(self._options.statistics, wanted)
+            return _checked(self._options.statistics, wanted, self._options.caller)
         return self._model.statistics(self._options, wanted)
 
     def before_folding(self, paths: Iterable[str]) -> Mapping[str, LayerStats]:
@@ -128,13 +128,13 @@ def wanted_statistics(
 
 
 def _checked(
-    statistics: Mapping[str, Any], wanted: Mapping[str, StatsRequest]
+    statistics: Mapping[str, Any], wanted: Mapping[str, StatsRequest], caller: str
 ) -> dict[str, LayerStats]:
     """Checks the statistics that the caller passed; returns those of some layers."""
     missing = [path for path in wanted if path not in statistics]
     if missing:
         raise ValueError(
-            f"quantize_model: calibration= has no statistics of {missing}. Make them "
+            f"{caller}: calibration= has no statistics of {missing}. Make them "
             "with jaxq.nn.calibrate, or pass batches as calibration=."
         )
     checked = {}

@@ -95,7 +95,7 @@ def register_folding(
 
 
 def groups_to_fold(
-    model: nnx.Module, rules: Mapping[str, Rule | None]
+    model: nnx.Module, rules: Mapping[str, Rule | None], caller: str
 ) -> list[tuple[Group, Rule]]:
     """The groups whose scales are moved, each with the rule that its layers share.
 
@@ -104,6 +104,7 @@ def groups_to_fold(
     Args:
       model: a flax nnx module.
       rules: the rule of each layer, by path.
+      caller: the name of the public function, for errors.
 
     Raises:
       ValueError: a rule's method moves scales, and jaxq does not know where scales can
@@ -116,7 +117,7 @@ def groups_to_fold(
     registered = _model_folding(type(model))
     if registered is None:
         raise ValueError(
-            f"quantize_model: the methods {_folding_methods()} move scales into the "
+            f"{caller}: the methods {_folding_methods()} move scales into the "
             "previous layer. jaxq does not know where scales can go in a "
             f"{type(model).__name__}. Register the class with "
             "jaxq.nn.register_folding, or use another method."
@@ -130,7 +131,7 @@ def groups_to_fold(
         elif wanted.intersection(group.targets):
             paths = ", ".join(sorted(wanted.intersection(group.targets)))
             raise ValueError(
-                f"quantize_model: the layers {', '.join(group.targets)} read the same "
+                f"{caller}: the layers {', '.join(group.targets)} read the same "
                 f"input, and the method of {paths} scales this input. Give all of "
                 "these layers the same rule."
             )

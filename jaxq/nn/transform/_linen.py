@@ -25,10 +25,10 @@ from jaxq.nn.layers import (
     params_of,
     with_params,
 )
-from jaxq.nn.report import Report, Row, float_row, skip_reason
+from jaxq.nn.report import Report, Row, float_row, skip_reason, why_not_weight
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._loop import quantize_slots
-from jaxq.nn.transform._matching import bare_rule, is_multiplied
+from jaxq.nn.transform._matching import match_bare_array
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._rotation import refuse_rotation
 from jaxq.nn.transform._slot import Inventory, Slot
@@ -135,9 +135,10 @@ def quantize_model(
       >>> qmodule.apply(qvariables, x).shape
       (2, 8)
     """
-    check_module(module, variables, "quantize_model")
-    recipe = as_recipe(recipe, "quantize_model")
+    check_module(module, variables, "linen.quantize_model")
+    recipe = as_recipe(recipe, "linen.quantize_model")
     options = Options(
+        caller="linen.quantize_model",
         calibration=calibration,
         mask=mask,
         forward=forward,
@@ -161,22 +162,21 @@ def check_module(module: Any, variables: Any, caller: str) -> None:
     Args:
       module: anything.
       variables: anything.
-      caller: the name of the public function. Errors begin with "linen." and this
-        name.
+      caller: the name of the public function. Errors begin with this name.
     """
     if not isinstance(module, linen.Module):
         raise TypeError(
-            f"linen.{caller}: module must be a flax linen Module, got "
+            f"{caller}: module must be a flax linen Module, got "
             f"{type(module).__name__}."
         )
     if isinstance(module, Quantized):
         raise TypeError(
-            f"linen.{caller}: the module is quantized already. Pass the float module "
+            f"{caller}: the module is quantized already. Pass the float module "
             "and variables."
         )
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise TypeError(
-            f"linen.{caller}: variables must be a dict with 'params', as module.init "
+            f"{caller}: variables must be a dict with 'params', as module.init "
             f"returns it, got {type(variables).__name__}."
         )
 
@@ -189,10 +189,10 @@ class LinenAdapter:
       variables: its float variables. Leaves may be `jax.ShapeDtypeStruct`s in a plan.
       recipe: the rules.
       example: an input of the module, or None.
-      options: `forward` and `strict`. The first batch is the example if that is None.
+      options: `caller`, `forward` and `strict`. The first batch is the example if
+        `example` is None.
     """
 
-    caller = "quantize_model"
     noun = "layer"
     no_folding = (
         "linen modules do not say which layer that is. Use another method or an nnx "
@@ -213,7 +213,8 @@ class LinenAdapter:
         example: Any,
         options: Options,
     ):
-        refuse_rotation(recipe, "linen.quantize_model")
+        refuse_rotation(recipe, options.caller)
+        self.caller = options.caller
         # Finding the layers runs `forward`, and may run the first batch.
         self.read_arguments: tuple[str, ...] = ("forward",)
         if example is None and options.batches:
@@ -364,11 +365,10 @@ class LinenAdapter:
             cls = self._structure.classes.get(key[:-1])
             if key in weights or cls is None or not _is_float(value):
                 continue
-            rule = bare_rule(self._recipe, path, value.shape, cls)
+            rule, description = match_bare_array(self._recipe, path, value, cls)
             if rule is None:
-                if is_multiplied(path, value.shape, cls):
-                    array = f"{value.dtype.name}{list(value.shape)}"
-                    unmatched.append(f"{path} {array} ({cls.__name__})")
+                if description:
+                    unmatched.append(f"{description} ({cls.__name__})")
             elif rule.weight is not None:
                 slots.append(_bare_slot(key, value, rule, cls))
             else:
@@ -417,16 +417,12 @@ class LinenAdapter:
         scope = key[:-1]
         if key in self._skipped:
             return skip_reason(self._skipped[key])
-        if isinstance(value, QTensor):
-            return "quantized already, left as it is"
-        if not _is_float(value):
-            return "no floats, left as it is"
-        if value.ndim < 2:
-            return "not a matrix, left in floats"
+        in_layer = "/".join(scope) in self._structure.layers
+        reason = why_not_weight(value, in_layer=in_layer)
+        if reason:
+            return reason
         if scope not in self._structure.classes:
             return "not reached by the call of the example, left in floats"
-        if "/".join(scope) in self._structure.layers:
-            return "not the weight of its layer, left in floats"
         name = self._class_name(scope)
         return f"used by {name} itself, which jaxq does not quantize, left in floats"
 

@@ -59,7 +59,7 @@ def quantize_slots(
     options.check_recipe(recipe)
     data = CalibrationData(adapter, options)
     slots, rule_notes = matched_slots(adapter, recipe, options, has_data=bool(data))
-    resume = Resume(recipe, adapter.state(), options)
+    resume = Resume(recipe, slots, adapter.state(), options)
     slots = adapter.fold(slots, data, options.fallback)
     chosen = [slot for slot in slots if slot.chosen]
     blocks = blocks_in_order(adapter, chosen, options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,42 +53,48 @@ def matched_slots(
     """
     inventory = adapter.inventory()
     slots = [_planned(slot, adapter, has_data, options) for slot in inventory.slots]
-    problems = [
-        f"  {slot.label}: {slot.problem}"
-        for slot in slots
-        if slot.chosen and slot.problem
-    ]
-    problems += adapter.problems(slots)
-    if problems:
-        raise ValueError(
-            f"{adapter.caller}: these {adapter.noun}s cannot be quantized:\n"
-            + "\n".join(problems)
-            + f"\nSkip these {adapter.noun}s with jaxq.Rule(path, skip=True) in a "
-            "jaxq.Recipe, give them a rule with another spec or method, or change them."
-        )
     unused = _unused_rules(recipe, inventory)
+    messages = [_slot_problems(slots, adapter), *inventory.refused]
     if options.strict:
-        _raise_if_unused(unused, inventory, adapter)
-        _raise_if_unmatched(inventory, adapter)
+        messages.append(_unused_problem(unused, inventory, adapter))
+        messages.append(_unmatched_problem(inventory, adapter))
+    messages = [f"{adapter.caller}: {message}" for message in messages if message]
+    if messages:
+        raise ValueError("\n".join(messages))
+    if options.strict:
         return slots, ()
     return slots, tuple(f"rule {pattern!r} matched nothing" for pattern in unused)
 
 
-def bare_rule(
-    recipe: Recipe, path: str, shape: Sequence[int], module: type
-) -> Rule | None:
-    """The first rule that matches a bare matrix, which is not in a known layer.
+def match_bare_array(
+    recipe: Recipe, path: str, value: Any, module: type
+) -> tuple[Rule | None, str]:
+    """Matches the rules of a recipe against a bare array, which is in no known layer.
 
-    Only rules with "Param" in `kinds` apply to such a matrix. Other rules apply to
+    Only rules with "Param" in `kinds` apply to such an array. Other rules apply to
     layers only.
+
+    Args:
+      recipe: the rules.
+      path: the path of the array.
+      value: the array.
+      module: the class of the module that holds the array.
+
+    Returns:
+      (the first rule that matches or None, a description for `Inventory.unmatched`).
+      The description is empty if a rule matches, or if the module does not seem to
+      multiply by the array.
     """
+    shape = tuple(value.shape)
     for rule in recipe.rules:
-        if "Param" in rule.kinds and rule.matches(path, "Param", tuple(shape), module):
-            return rule
-    return None
+        if "Param" in rule.kinds and rule.matches(path, "Param", shape, module):
+            return rule, ""
+    if not _is_multiplied(path, shape, module):
+        return None, ""
+    return None, f"{path} {value.dtype.name}{list(shape)}"
 
 
-def is_multiplied(path: str, shape: Sequence[int], module: type) -> bool:
+def _is_multiplied(path: str, shape: Sequence[int], module: type) -> bool:
     """True if a module seems to multiply by an array that it holds.
 
     This is a guess from the class of the module and the name and shape of the array.
@@ -177,7 +184,7 @@ def _bias_problem(
     if not rule.correct_bias:
         return ""
     if not slot.kind.corrects_bias and not adapter.no_data:
-        return "correct_bias=True is for Linear and LinearGeneral"
+        return f"correct_bias=True is for dense layers, not for {slot.kind.name}"
     return _missing_data("correct_bias=True", adapter, has_data)
 
 
@@ -188,12 +195,13 @@ def _method_problem(
     method, name = methods.get(rule.method), f"method {rule.method!r}"
     if method.folding is not None and adapter.no_folding:
         return f"{name} moves scales into the previous layer, and {adapter.no_folding}"
-    if method.matrices_only and slot.kind.windowed:
-        return f"{name} is for matrices: Linear, LinearGeneral and Einsum"
-    if not method.needs_data(dict(rule.options)):
+    needs_data = method.needs_data(dict(rule.options))
+    if slot.kind.windowed and (method.matrices_only or needs_data):
+        return f"{name} is for matrices, not for the windows of a convolution"
+    if not needs_data:
         return ""
-    if not slot.has_rows and not adapter.no_data:
-        return f"{name} is for matrices: Linear, LinearGeneral and Einsum"
+    if not slot.kind.watched and not adapter.no_data:
+        return f"{name} needs data, and calibration cannot see the layer's input"
     return _missing_data(name, adapter, has_data)
 
 
@@ -220,30 +228,49 @@ def _unused_rules(recipe: Recipe, inventory: Inventory) -> list[str]:
     ]
 
 
-def _raise_if_unused(
+def _slot_problems(slots: Sequence[Slot], adapter: Adapter) -> str:
+    """Names every slot that cannot be quantized by its rule; empty if all can be."""
+    problems = [
+        f"  {slot.label}: {slot.problem}"
+        for slot in slots
+        if slot.chosen and slot.problem
+    ]
+    problems += adapter.problems(slots)
+    if not problems:
+        return ""
+    return (
+        f"these {adapter.noun}s cannot be quantized:\n"
+        + "\n".join(problems)
+        + f"\nSkip these {adapter.noun}s with jaxq.Rule(path, skip=True) in a "
+        "jaxq.Recipe, give them a rule with another spec or method, or change them."
+    )
+
+
+def _unused_problem(
     unused: Sequence[str], inventory: Inventory, adapter: Adapter
-) -> None:
-    """Raises a ValueError if a rule matches nothing. It lists what rules can match."""
+) -> str:
+    """Names the rules that match nothing, and what rules can match; or is empty."""
     if not unused:
-        return
+        return ""
     names = [slot.label for slot in inventory.slots] + list(inventory.unmatched)
     listing = ", ".join(names[:_MOST_LISTED]) or "none that jaxq knows"
     if len(names) > _MOST_LISTED:
         listing += f", ... ({len(names)} {adapter.noun}s)"
-    raise ValueError(
-        f"{adapter.caller}: rules {unused} match no {adapter.noun} (or only "
+    return (
+        f"rules {unused} match no {adapter.noun} (or only "
         f"{adapter.noun}s that an earlier rule matches). "
         f"{adapter.noun.capitalize()}s here: {listing}."
     )
 
 
-def _raise_if_unmatched(inventory: Inventory, adapter: Adapter) -> None:
-    """Raises a ValueError if a matrix of an unknown module has no rule."""
-    if inventory.unmatched:
-        raise ValueError(
-            f"{adapter.caller}: no rule matches these matrices of modules that jaxq "
-            f"does not know: {', '.join(inventory.unmatched)}. "
-            f"{adapter.unmatched_remedy} To leave a matrix in floats, add "
-            "jaxq.Rule(path, skip=True, kinds=('Param',)). To leave all of them in "
-            "floats, pass strict=False."
-        )
+def _unmatched_problem(inventory: Inventory, adapter: Adapter) -> str:
+    """Names the matrices of unknown modules that have no rule; or is empty."""
+    if not inventory.unmatched:
+        return ""
+    return (
+        "no rule matches these matrices of modules that jaxq does not know: "
+        f"{', '.join(inventory.unmatched)}. "
+        f"{adapter.unmatched_remedy} To leave a matrix in floats, add "
+        "jaxq.Rule(path, skip=True, kinds=('Param',)). To leave all of them in "
+        "floats, pass strict=False."
+    )

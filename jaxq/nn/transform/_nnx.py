@@ -29,7 +29,7 @@ from jaxq.nn.transform._folding import (
     planned_outcomes,
 )
 from jaxq.nn.transform._loop import quantize_slots
-from jaxq.nn.transform._matching import bare_rule, is_multiplied
+from jaxq.nn.transform._matching import match_bare_array
 from jaxq.nn.transform._nnx_layers import (
     BareArray,
     find_bare_arrays,
@@ -181,10 +181,9 @@ class NnxAdapter:
     Args:
       model: the model. The adapter changes it in place, so pass a clone.
       recipe: the rules.
-      options: `key` is the key for a rotation.
+      options: `key` is the key for a rotation. Errors begin with `caller`.
     """
 
-    caller = "quantize_model"
     noun = "layer"
     no_folding = ""
     no_data = ""
@@ -196,11 +195,12 @@ class NnxAdapter:
     keys_follow_slots = False
 
     def __init__(self, model: nnx.Module, recipe: Recipe, options: Options):
+        self.caller = options.caller
         self._recipe = recipe
         self.notes = rotation_notes(recipe)
         if recipe.rotate:
             key = jax.random.key(0) if options.key is None else options.key
-            model = rotate_model(model, jax.random.fold_in(key, 1))
+            model = rotate_model(model, jax.random.fold_in(key, 1), self.caller)
         self._model = model
         self._slots: list[Slot] = []
         # Variables are told apart by `id`, so they must stay alive.
@@ -217,30 +217,29 @@ class NnxAdapter:
             rule = self._recipe.find(path, kind.name, shape, type(layer))
             slots.append(_slot(path, layer, kind, rule, names, normalized))
         layer_weights = {slot.weight for slot in slots}
-        other_rules, unmatched = [], []
+        other_rules, unmatched, refused = [], [], []
         for array in find_bare_arrays(self._model, layer_weights):
-            rule = bare_rule(
-                self._recipe, array.path, array.value.shape, type(array.holder)
+            rule, description = match_bare_array(
+                self._recipe, array.path, array.value, type(array.holder)
             )
             if rule is None:
-                if is_multiplied(array.path, array.value.shape, type(array.holder)):
-                    dtype, shape = array.value.dtype.name, list(array.value.shape)
-                    unmatched.append(f"{array.path} {dtype}{shape}")
+                if description:
+                    unmatched.append(description)
             elif array.attribute is not None:
                 kind = _bare_kind(array, array.attribute, rule)
                 slots.append(
                     _slot(array.path, array.holder, kind, rule, names, normalized)
                 )
-            elif rule.weight is not None:
-                raise ValueError(
-                    f"quantize_model: a rule quantizes {array.path}, which must be an "
-                    "nnx.Param that a module holds as an attribute. Change the module, "
-                    "or add jaxq.Rule(path, skip=True, kinds=('Param',))."
-                )
             else:
                 other_rules.append(rule)
+                if rule.weight is not None:
+                    refused.append(
+                        f"a rule quantizes {array.path}, which must be an nnx.Param "
+                        "that a module holds as an attribute. Change the module, or "
+                        "add jaxq.Rule(path, skip=True, kinds=('Param',))."
+                    )
         self._slots = slots
-        return Inventory(slots, other_rules, unmatched)
+        return Inventory(slots, other_rules, unmatched, refused)
 
     def problems(self, slots: Sequence[Slot]) -> list[str]:
         """Layers that share a weight, but whose rules or axes are not the same."""
@@ -281,7 +280,7 @@ class NnxAdapter:
         self, slots: list[Slot], data: CalibrationData | None, fallback: str
     ) -> list[Slot]:
         rules = {slot.path: slot.rule for slot in slots}
-        groups = groups_to_fold(self._model, rules)
+        groups = groups_to_fold(self._model, rules, self.caller)
         if not groups:
             return slots
         if data is None:

@@ -55,7 +55,7 @@ def plan(
     """
     recipe = as_recipe(recipe, "plan")
     # A plan needs no PRNG key, so it does not check that there is one.
-    options = Options(strict=strict)
+    options = Options(caller="plan", strict=strict)
     adapter: Adapter
     if isinstance(model, linen.Module):
         check_module(model, variables, "plan")
@@ -63,5 +63,5 @@ def plan(
     elif isinstance(model, nnx.Module):
         adapter = NnxAdapter(model, recipe, options)
     else:
-        adapter = TreeAdapter(model, recipe)
+        adapter = TreeAdapter(model, recipe, options)
     return plan_slots(adapter, recipe, options)

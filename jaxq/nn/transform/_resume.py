@@ -22,6 +22,7 @@ import numpy as np
 from jaxq import serialization
 from jaxq.nn.report import Row
 from jaxq.nn.transform._options import Options
+from jaxq.nn.transform._slot import Slot
 from jaxq.qtensor import QTensor
 from jaxq.recipes import Recipe
 
@@ -45,17 +46,28 @@ class Resume:
 
     Args:
       recipe: the recipe of the run.
+      slots: the slots of the model. `Slot.rule` is a rule of the recipe, or None.
       state: a tree of the model's arrays.
       options: the options of the run. If `resume` is None, no file is read or written.
+
+    Raises:
+      FileExistsError: `options.resume` is a file.
     """
 
-    def __init__(self, recipe: Recipe, state: Any, options: Options):
+    def __init__(
+        self, recipe: Recipe, slots: Sequence[Slot], state: Any, options: Options
+    ):
         self._caller = options.caller
         self._folder = None if options.resume is None else Path(options.resume)
         self._digest = ""
         if self._folder is not None:
+            if self._folder.is_file():
+                raise FileExistsError(
+                    f"{self._caller}: resume={str(self._folder)!r} is a file. Pass the "
+                    "path of a folder. It may be a new one."
+                )
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._digest = _digest_of_run(recipe, state, options)
+            self._digest = _digest_of_run(recipe, slots, state, options)
 
     def read(self, block: int, names: Sequence[str]) -> dict[str, Result]:
         """The results of a block, by the names of its weights.
@@ -109,17 +121,19 @@ class Resume:
         return self._folder / f"block-{block:04d}.safetensors"
 
 
-def _digest_of_run(recipe: Recipe, state: Any, options: Options) -> str:
+def _digest_of_run(
+    recipe: Recipe, slots: Sequence[Slot], state: Any, options: Options
+) -> str:
     """A digest of everything that the results of a run depend on, except functions.
 
-    `mask` and `forward` are left out. `Rule.where` counts by its name only.
+    `mask` and `forward` are left out. The rule of every slot is in the digest, because
+    it shows which layers a function `Rule.where` selects.
     """
-    rules = []
-    for rule in recipe.rules:
-        # The repr of a function has its address, which differs between processes.
-        function = getattr(rule.where, "__qualname__", "")
-        rules.append((dataclasses.replace(rule, where=None), function))
-    choices = (rules, recipe.rotate, options.fallback, options.sequential)
+    # The repr of a function has its address, which differs between processes.
+    rules = [dataclasses.replace(rule, where=None) for rule in recipe.rules]
+    positions = {id(rule): i for i, rule in enumerate(recipe.rules)}
+    matches = [(slot.path, slot.name, positions.get(id(slot.rule))) for slot in slots]
+    choices = (rules, matches, recipe.rotate, options.fallback, options.sequential)
     digest = hashlib.blake2b(repr(choices).encode(), digest_size=16)
     inputs = (options.batches or [], state, options.key)
     for path, leaf in jax.tree_util.tree_leaves_with_path(inputs):

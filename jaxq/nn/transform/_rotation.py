@@ -54,7 +54,7 @@ def register_rotation(cls: type[nnx.Module], rotated: _Rotate) -> None:
     _ROTATIONS[cls] = rotated
 
 
-def rotate_model(model: nnx.Module, key: jax.Array) -> Any:
+def rotate_model(model: nnx.Module, key: jax.Array, caller: str) -> Any:
     """Returns a model with randomly rotated weights that computes the same function.
 
     Raises:
@@ -64,7 +64,7 @@ def rotate_model(model: nnx.Module, key: jax.Array) -> Any:
     rotate = _rotation_of(type(model))
     if rotate is None:
         raise ValueError(
-            "quantize_model: the recipe has rotate=True, but jaxq does not know how to "
+            f"{caller}: the recipe has rotate=True, but jaxq does not know how to "
             f"rotate a {type(model).__name__}. Register the class with "
             "jaxq.nn.register_rotation, or use a recipe without rotate=True."
         )

@@ -105,11 +105,14 @@ class Inventory(NamedTuple):
       other_rules: rules that match an array outside of slots. They count as used.
       unmatched: descriptions of matrices that seem to be weights, are not in a layer
         that jaxq knows, and are not matched by a rule.
+      refused: messages for errors. Each names an array outside of slots that a rule
+        quantizes, although the array cannot become a QTensor.
     """
 
     slots: list[Slot]
     other_rules: Sequence[Rule] = ()
     unmatched: Sequence[str] = ()
+    refused: Sequence[str] = ()
 
 
 class Adapter(Protocol):

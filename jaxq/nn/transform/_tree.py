@@ -20,13 +20,12 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxq import methods
 from jaxq.nn.calibration import StatsRequest
-from jaxq.nn.report import Report, Row, float_row
+from jaxq.nn.report import Report, Row, float_row, why_not_weight
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._loop import quantize_slots
 from jaxq.nn.transform._nnx_layers import NOT_WEIGHTS
@@ -98,7 +97,7 @@ def quantize_params(
             "quantize_params: key= was passed, but no rule can use it. Omit key=, or "
             "use a spec with rounding='stochastic' or a method that may draw numbers."
         )
-    return quantize_slots(TreeAdapter(params, recipe), recipe, options)
+    return quantize_slots(TreeAdapter(params, recipe, options), recipe, options)
 
 
 def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
@@ -162,9 +161,9 @@ class TreeAdapter:
     Args:
       params: any pytree.
       recipe: the rules.
+      options: errors begin with `caller`.
     """
 
-    caller = "quantize_params"
     noun = "parameter"
     no_folding = "a tree does not say which layer that is. Use quantize_model"
     no_data = "no data pass through a tree. Use quantize_model"
@@ -173,8 +172,9 @@ class TreeAdapter:
     keys_follow_slots = True
     notes = ()
 
-    def __init__(self, params: Any, recipe: Recipe):
-        refuse_rotation(recipe, "quantize_params")
+    def __init__(self, params: Any, recipe: Recipe, options: Options):
+        refuse_rotation(recipe, options.caller)
+        self.caller = options.caller
         self._recipe = recipe
         self._structure = jax.tree.structure(params, is_leaf=_is_qtensor)
         self._leaves = list(_leaves_of(params))
@@ -293,22 +293,10 @@ def _leaves_of(params: Any) -> Iterable[_Leaf]:
         # In `nnx.state`, the last key is the ".value" of a variable.
         own_keys = keys[:-1] if keys[:-1] in variable_types else keys
         variable_type = variable_types.get(own_keys)
-        note = _why_not_weight(value)
+        note = why_not_weight(value)
         if variable_type is not None and issubclass(variable_type, NOT_WEIGHTS):
             note = f"{variable_type.__name__}, not a weight: left as it is"
         yield _Leaf(_path_of(own_keys), value, note)
-
-
-def _why_not_weight(value: Any) -> str:
-    """Why a leaf is not a float matrix; empty if it is one."""
-    if _is_qtensor(value):
-        return "quantized already, left as it is"
-    dtype = getattr(value, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        return "no floats, left as it is"
-    if len(value.shape) < 2:
-        return "not a matrix, left in floats"
-    return ""
 
 
 def _path_of(keys: tuple[Any, ...]) -> str:

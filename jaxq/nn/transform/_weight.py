@@ -65,7 +65,7 @@ def quantize_weight(
         rows = stats if slot.has_rows else None
         solved = _solve(nearest, floats, rows, rule, options.fallback, key, name)
         solved = _with_scales(solved, slot)
-    bounds = _static_bounds(rule, stats, name)
+    bounds = _static_bounds(rule, stats, name, options.caller)
     return solved._replace(qt=_with_activation(solved.qt, rule, bounds))
 
 
@@ -200,7 +200,7 @@ def _with_activation(
 
 
 def _static_bounds(
-    rule: Rule, stats: LayerStats | None, name: str
+    rule: Rule, stats: LayerStats | None, name: str, caller: str
 ) -> tuple[jax.Array, jax.Array] | None:
     """The static range of a layer's input. None if the rule has no observer.
 
@@ -214,7 +214,7 @@ def _static_bounds(
     assert not isinstance(rule.observer, str)
     if stats is None or stats.observed is None:
         raise ValueError(
-            f"quantize_model: {name}: the statistics passed as calibration= have no "
+            f"{caller}: {name}: the statistics passed as calibration= have no "
             f"state of {rule.observer!r}. Make them with "
             "jaxq.nn.calibrate(..., observer=...), or pass the batches themselves as "
             "calibration=."
@@ -230,7 +230,7 @@ def _static_bounds(
     low, high = bounds(stats.observed)
     if not bool(np.all(np.asarray(low) < np.asarray(high))):
         raise ValueError(
-            f"quantize_model: {name}: all calibration inputs of this weight are zero, "
+            f"{caller}: {name}: all calibration inputs of this weight are zero, "
             "so a static range would make every input zero. Calibrate on batches that "
             "reach the layer, or use dynamic activation quantization (omit observer=)."
         )

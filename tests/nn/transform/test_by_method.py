@@ -245,6 +245,30 @@ def test_layers_of_a_block_see_those_before_them(pair, monkeypatch, tmp_path):
         )
 
 
+def test_finished_blocks_are_those_of_the_same_layers(pair, tmp_path):
+    """Two functions of one name that select other layers do not share results."""
+
+    def recipe(name):
+        def selects(layer):
+            return layer.path == name
+
+        rule = jaxq.Rule(weight="int4", method="gptq", where=selects)
+        return jaxq.Recipe([rule])
+
+    arguments: dict = {"calibration": BATCHES, "sequential": True}
+    folder = tmp_path / "blocks"
+    _, report = jaxq.quantize_model(pair, recipe("first"), resume=folder, **arguments)
+    _, again = jaxq.quantize_model(pair, recipe("first"), resume=folder, **arguments)
+    assert again == report
+    with pytest.raises(ValueError, match="belongs to another run"):
+        jaxq.quantize_model(pair, recipe("second"), resume=folder, **arguments)
+
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    with pytest.raises(FileExistsError, match="^quantize_model: resume=.* is a file"):
+        jaxq.quantize_model(pair, recipe("first"), resume=file, **arguments)
+
+
 def test_the_report_notes_fewer_rows_than_inputs():
     _, report = quantize("gptq", calibration=[correlated(16, 32)])
     assert all(
@@ -263,7 +287,7 @@ def test_impossible_requests_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="does not know where scales can go in a Pair"):
         quantize("awq", calibration=BATCHES)
     with pytest.raises(
-        ValueError, match=r"(?s)Conv.*is for matrices: Linear, LinearGeneral and Einsum"
+        ValueError, match=r"Conv.*is for matrices, not for the windows of a conv"
     ):
         quantize(
             "gptq",
@@ -478,7 +502,9 @@ def test_bias_correction_by_recipe(pair, rounded_pair):
         ValueError, match=r"(?s)first .*: correct_bias=True needs data.*second"
     ):
         jaxq.quantize_model(pair, recipe)
-    with pytest.raises(ValueError, match="correct_bias=True is for Linear"):
+    with pytest.raises(
+        ValueError, match="correct_bias=True is for dense layers, not for "
+    ):
         jaxq.quantize_model(
             nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)),
             recipe,

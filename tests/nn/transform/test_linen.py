@@ -266,7 +266,7 @@ def test_without_an_example_all_parameters_must_be_reached():
     module = Half()
     variables = module.init(jax.random.key(0), X, method="both")
     with pytest.raises(
-        ValueError, match="none of them fits the module and reaches all parameters"
+        ValueError, match="None of them fits the module and reaches all parameters"
     ):
         quantize_model(module, variables, "int8")
     with pytest.raises(
@@ -437,12 +437,45 @@ def test_one_error_names_all_problems():
     assert_as_floats(qmodule, qvariables, module, x)
 
 
+class ProblemsOfAllSorts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        own = self.param("own", nn.initializers.ones, (8, 8))
+        return nn.Dense(8, name="up")(x @ own)
+
+
+def test_one_error_names_problems_of_all_sorts():
+    module, x = ProblemsOfAllSorts(), normal(8, 8)
+    variables = init_variables(module, x)
+    spec = jaxq.QuantSpec("int8", jaxq.PerGroup(3))
+    recipe = Recipe([Rule("up", weight=spec), Rule("typo", weight="int8")])
+    with pytest.raises(ValueError) as error:
+        quantize_model(module, variables, recipe)
+    text = str(error.value)
+    messages = (
+        "these layers cannot be quantized:\n  up (Dense): ",
+        "rules ['typo'] match no layer ",
+        "modules that jaxq does not know: own float32[8, 8] (ProblemsOfAllSorts). ",
+    )
+    for message in messages:
+        assert message in text, text
+    assert text.count("linen.quantize_model: ") == len(messages)
+    with pytest.raises(ValueError) as error:
+        jaxq.nn.plan(module, recipe, variables)
+    assert str(error.value) == text.replace("linen.quantize_model: ", "plan: ")
+
+
 def test_wrong_arguments_are_refused():
     module, variables = nn.Dense(4), init_variables(nn.Dense(4), X)
-    with pytest.raises(TypeError, match="must be a flax linen Module, got dict"):
+    with pytest.raises(
+        TypeError,
+        match=r"^linen.quantize_model: module must be a flax linen Module, got dict",
+    ):
         quantize_model(variables, module, "int8")
     with pytest.raises(TypeError, match="must be a dict with 'params'"):
         quantize_model(module, variables["params"], "int8")
+    with pytest.raises(TypeError, match="^plan: variables must be a dict with"):
+        jaxq.nn.plan(module, "int8", variables["params"])
     with pytest.raises(
         ValueError,
         match=r"rules \['typo'\] match no layer.*here: the model itself \(Dense\)",
@@ -856,7 +889,7 @@ def test_impossible_requests_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="linen modules do not say which layer"):
         quantize_model(module, variables, "int4_awq", calibration=BATCHES)
     with pytest.raises(
-        ValueError, match=r"Conv.*is for matrices: Linear, LinearGeneral and Einsum"
+        ValueError, match=r"Conv.*is for matrices, not for the windows of a conv"
     ):
         quantize_model(conv, init_variables(conv, x), by("gptq"), calibration=[x])
     with pytest.raises(ValueError, match="no statistics of"):

@@ -182,6 +182,39 @@ def test_matrices_are_found_in_any_holder_under_any_name(name, holder_type):
     )
 
 
+class ProblemsOfAllSorts(nnx.Module):
+    def __init__(self):
+        self.up = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+        self.parts = nnx.List([nnx.Param(jnp.ones((32, 8)))])
+        self.own = nnx.Param(jnp.ones((32, 8)))
+
+
+@pytest.mark.parametrize("function", [jaxq.quantize_model, jaxq.nn.plan])
+def test_one_error_names_problems_of_all_sorts(function):
+    rules = [
+        Rule("up", weight=jaxq.QuantSpec("int8", jaxq.PerGroup(24))),
+        Rule("parts/**", weight="int8", kinds="Param"),
+        Rule("typo", weight="int8"),
+    ]
+    with pytest.raises(ValueError) as error:
+        function(ProblemsOfAllSorts(), Recipe(rules))
+    caller, text = function.__name__, str(error.value)
+    for message in (
+        "these layers cannot be quantized:\n  up (Linear): ",
+        "a rule quantizes parts/0, which must be an nnx.Param that a module holds",
+        "rules ['typo'] match no layer ",
+        "modules that jaxq does not know: own float32[32, 8]. ",
+    ):
+        assert message in text, text
+    assert text.count(f"{caller}: ") == 4
+    # `strict=False` permits the last two sorts only.
+    with pytest.raises(ValueError) as error:
+        function(ProblemsOfAllSorts(), Recipe(rules), strict=False)
+    assert text.startswith(str(error.value))
+    assert "typo" not in str(error.value)
+    assert "parts/0" in str(error.value)
+
+
 def test_plans_of_models_that_hold_no_arrays():
     model = nnx.eval_shape(lambda: nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
     concrete_model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))

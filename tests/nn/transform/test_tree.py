@@ -147,6 +147,20 @@ def test_one_error_names_all_problems():
     assert q["c"] is params["c"]
 
 
+def test_one_error_names_problems_of_all_sorts():
+    params = {"b": normal(2, 2, 2), "c": normal(4, 4)}
+    recipe = Recipe([Rule("b", weight="int8"), Rule("typo", weight="int8")])
+    with pytest.raises(ValueError) as error:
+        jaxq.quantize_params(params, recipe)
+    text = str(error.value)
+    slots = "these parameters cannot be quantized:\n  b (Array): "
+    assert text.startswith(f"quantize_params: {slots}")
+    assert "\nquantize_params: rules ['typo'] match no parameter " in text
+    with pytest.raises(ValueError) as error:
+        jaxq.nn.plan(params, recipe)
+    assert str(error.value) == text.replace("quantize_params: ", "plan: ")
+
+
 def test_methods_without_data_work():
     params = {"w": normal(64, 8)}
     q, report = jaxq.quantize_params(
