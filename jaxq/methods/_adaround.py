@@ -303,8 +303,8 @@ def _learn(
         # Strict dtype promotion, which the user may have set, refuses this.
         with jax.numpy_dtype_promotion("standard"):
             change, moments = optimizer.update(gradient, moments)
-            moved = optax.apply_updates(v, change)
-        return (jnp.asarray(moved), moments), None
+            new_v = optax.apply_updates(v, change)
+        return (jnp.asarray(new_v), moments), None
 
     # h(v) = share, so that soft rounding starts at the weights.
     start = jnp.clip((share - _SHIFT) / _STRETCH, 1e-4, 1 - 1e-4)

@@ -227,10 +227,16 @@ def awq_scale(
     tokens = as_tokens(x, matrices[0], "awq_scale", max_tokens)
 
     def scale_of_matrices(
-        w: jax.Array, tokens: jax.Array, magnitude: jax.Array, *others: jax.Array
+        w: jax.Array, tokens: jax.Array, magnitude: jax.Array, *other_weights: jax.Array
     ) -> tuple[jax.Array, AWQScaleInfo]:
         return _awq_scale(
-            (w, *others), tokens, magnitude, spec=spec, loss=loss, duo=duo, num=num
+            (w, *other_weights),
+            tokens,
+            magnitude,
+            spec=spec,
+            loss=loss,
+            duo=duo,
+            num=num,
         )
 
     return _matrix.over_stack(

@@ -537,9 +537,9 @@ def _blocks_as_rows(
 
     def as_rows(blocks: jax.Array) -> jax.Array:
         axes = tuple(blocks.ndim + a for a in geometry.block_axes)
-        others = tuple(a for a in range(blocks.ndim) if a not in axes)
+        outer_axes = tuple(a for a in range(blocks.ndim) if a not in axes)
         size = math.prod(blocks.shape[a] for a in axes)
-        return jnp.transpose(blocks, (*others, *axes)).reshape(-1, size)
+        return jnp.transpose(blocks, (*outer_axes, *axes)).reshape(-1, size)
 
     ones = geometry.to_view(jnp.ones(w.shape, bool))
     mask = geometry.to_blocks(geometry.pad(ones))

@@ -259,8 +259,8 @@ def _damped_factor(hessian: jax.Array, damp: ArrayLike) -> _Factor:
         larger = jnp.clip(last * np.float32(_DAMP_FACTOR), _LEAST_DAMP, _MOST_DAMP)
         damp = jnp.where(last < 0, first_damp, larger)
         # A dead row is decomposed on its own, so its diagonal may be any number.
-        added = jnp.where(live, damp, 1.0) * mean
-        updates, roots = _upper_factor(hessian, unit, added)
+        damping = jnp.where(live, damp, 1.0) * mean
+        updates, roots = _upper_factor(hessian, unit, damping)
         failed = ~jnp.isfinite(roots).all()
         return damp, updates, roots, finite & failed & (damp < _MOST_DAMP)
 
@@ -273,15 +273,15 @@ def _damped_factor(hessian: jax.Array, damp: ArrayLike) -> _Factor:
         jnp.zeros_like(diagonal),
         jnp.bool_(True),
     )
-    used, updates, roots, _ = lax.while_loop(needs_more, attempt, state)
+    last_damp, updates, roots, _ = lax.while_loop(needs_more, attempt, state)
     failed = ~(finite & jnp.isfinite(roots).all())
-    return _Factor(updates, roots * jnp.sqrt(unit), live, used, failed)
+    return _Factor(updates, roots * jnp.sqrt(unit), live, last_damp, failed)
 
 
 def _upper_factor(
-    h: jax.Array, unit: jax.Array, added: jax.Array
+    h: jax.Array, unit: jax.Array, damping: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Decomposes `h / unit + diag(added) = R @ R.T`, R upper triangular.
+    """Decomposes `h / unit + diag(damping) = R @ R.T`, R upper triangular.
 
     Panels of columns are decomposed from the last to the first, so that most of the
     work is matrix products.
@@ -297,7 +297,7 @@ def _upper_factor(
     for start in range((n - 1) // size * size, -1, -size):
         stop = min(start + size, n)
         panel = h[:stop, start:stop] / unit
-        panel = panel.at[start:].add(jnp.diag(added[start:stop]))
+        panel = panel.at[start:].add(jnp.diag(damping[start:stop]))
         if panels:
             later = jnp.concatenate([columns[:stop] for columns in panels], axis=1)
             panel = panel - _barrier_dot(later, later[start:].T)
@@ -487,8 +487,10 @@ def _round_rows(
     if order is not None:
         reached = jnp.zeros_like(reached).at[order].set(reached, unique_indices=True)
     if group_size is not None:
-        moved = {name: jnp.swapaxes(leaf, 0, 1) for name, leaf in grid.leaves().items()}
-        nearest = dataclasses.replace(nearest, **moved)
+        leaves = {
+            name: jnp.swapaxes(leaf, 0, 1) for name, leaf in grid.leaves().items()
+        }
+        nearest = dataclasses.replace(nearest, **leaves)
     return requantize(reached, nearest), loss
 
 
@@ -699,8 +701,8 @@ def _damping_note(info: GPTQInfo, damp: float) -> str:
     if fell_back.any():
         where = f"in {fell_back.sum()} of {fell_back.size} matrices"
         return f"its hessian is not positive definite {where}, so rtn"
-    used = float(np.max(info.damp))
-    return f"damping {used:.3g}" if used > 1.01 * damp else ""
+    largest = float(np.max(info.damp))
+    return f"damping {largest:.3g}" if largest > 1.01 * damp else ""
 
 
 METHOD = Method(

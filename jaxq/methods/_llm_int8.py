@@ -204,8 +204,8 @@ def llm_int8_matmul(
         keep = _matrix.as_weight(w, "llm_int8_matmul") if keep is None else keep
         w, _ = llm_int8(w)
     if threshold is None:
-        attached = w.meta.outliers
-        threshold = _THRESHOLD if attached is None else attached
+        weight_threshold = w.meta.outliers
+        threshold = _THRESHOLD if weight_threshold is None else weight_threshold
     check_values("llm_int8_matmul", _OPTIONS, threshold=threshold)
     x = jnp.asarray(x)
     keep = None if keep is None else jnp.asarray(keep)
