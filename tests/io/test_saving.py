@@ -252,7 +252,7 @@ GROUPS = [jaxq.QuantSpec("int4", jaxq.PerGroup(size)) for size in (20, 8)]
         (
             quantized,
             lambda: linear(dot_general=own_dot),
-            "kernel: it has a dot_general of its own",
+            "kernel: its dot_general is a custom function",
         ),
     ],
     ids=lambda v: v if isinstance(v, str) else "",

@@ -162,7 +162,7 @@ def test_a_stack_and_a_nan():
         ("nf4_dq", {}, "scales of this spec are quantized themselves"),
         ("int4", {"norm": 1.0}, "norm must be above 0 and below 1"),
         ("int4", {"beta": 0.0}, "beta must be a positive number"),
-        (QuantSpec("int4", rounding="stochastic"), {}, "rounding='stochastic'"),
+        (QuantSpec("int4", rounding="stochastic"), {}, "methods round to nearest"),
     ],
 )
 def test_errors(spec, change, message):

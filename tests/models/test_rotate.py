@@ -119,7 +119,7 @@ def test_files_say_what_inputs_go_through(tmp_path):
     jaxq.save(path, quantized)
     with pytest.raises(ValueError, match=said % ("nothing", "hadamard")):
         jaxq.load(path, into=make())
-    with pytest.raises(ValueError, match=r"layers/0/mlp/down_proj go through hadamard"):
+    with pytest.raises(ValueError, match=r"layers/0/mlp/down_proj by hadamard"):
         jaxq.models.save(tmp_path / "directory", rotated)
 
 

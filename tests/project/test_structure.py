@@ -27,7 +27,7 @@ def test_no_file_lies_outside_a_room():
 def test_every_method_and_scale_rule_is_known(known):
     # Otherwise the search for conditions on their names could not find any.
     import jaxq
-    from jaxq.qtensor import SCALE_RULES
+    from jaxq.qtensor._scale_rules import SCALE_RULES
 
     # Examples in docstrings may have registered more in this process.
     own = set(structure.method_names(known))

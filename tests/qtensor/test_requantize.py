@@ -59,7 +59,7 @@ def test_in_every_layout():
 
 def test_mistakes_are_named():
     qt = jaxq.quantize(normal(64, 16), "int8")
-    with pytest.raises(ValueError, match=r"shape \[64, 16\], got float32\[16,64\]"):
+    with pytest.raises(ValueError, match=r"\[64, 16\], got w: float32\[16,64\]"):
         requantize(normal(16, 64), qt)
     with pytest.raises(TypeError, match="must be a QTensor"):
         requantize(normal(16, 64), normal(16, 64))  # pyright: ignore
