@@ -246,7 +246,8 @@ def _check_supported(equation: Any, avals: list) -> None:
     if name not in NOT_CALLS and any(inner_jaxprs(equation)):
         raise NotImplementedError(
             f"emulate: the primitive {name!r} calls a function, and emulate does not "
-            "know how. The function would not be rounded. Known calls are "
+            "support this primitive: it could not round what the function computes. "
+            "The supported primitives that call functions are "
             f"{', '.join(sorted(CALLS))}."
         )
     dtypes = [aval.dtype for aval in avals if hasattr(aval, "dtype")]

@@ -190,7 +190,7 @@ def _split_sums(
 def _program(
     p: Problem, sizes: _ProgramSizes, x_ref, data_ref, scale_ref, *rest
 ) -> None:
-    """One program: `[bm, bn]` sums over one part of k.
+    """One program. It computes a tile `[bm, bn]`, summed over one part of k.
 
     `rest` has the zero points if there are any, the codebook if there is one, and the
     result.

@@ -241,7 +241,8 @@ def _error_weights(
 ) -> list[tuple[jax.Array, int]]:
     """The checked weights of the errors of "mse"; empty if there are none.
 
-    Each is a pair for `over_stack`: the array, and the number of its own axes.
+    Each entry is a pair for `over_stack`: an array, and the number of axes that it has
+    for one matrix.
     """
     if rule != "mse" and (x is not None or channel_weight is not None):
         raise ValueError(
@@ -510,12 +511,14 @@ def _percentile_range(
 def _quantile(
     values: jax.Array, inside: jax.Array, counts: jax.Array, share: np.float32
 ) -> jax.Array:
-    """The quantile of each row's numbers, between the two nearest ranks.
+    """The quantile of each row's numbers.
+
+    It is interpolated linearly between the two nearest ranks.
 
     Args:
       values: float32 `[rows, size]`.
       inside: bool `[rows, size]`, True for the numbers that count.
-      counts: int32 `[rows]`, how many these are.
+      counts: int32 `[rows]`, how many numbers of each row count.
       share: 0 to 1.
     """
     ordered = jnp.sort(jnp.where(inside, values, np.float32(np.inf)), axis=-1)

@@ -28,7 +28,7 @@ def with_outliers(
     key: jax.Array | None = None,
     kinds: Sequence[str] = ("norm",),
 ) -> Llama:
-    """A copy of a model with outlier channels and the same logits.
+    """Copies a model and gives the copy outlier channels. The logits stay the same.
 
     Large models develop such channels in training. In the same few channels of every
     layer, the inputs of the linears become `strength` times larger. The rows that read

@@ -47,15 +47,17 @@ class NormGroup(NamedTuple):
 def norm_groups(model: Llama) -> list[NormGroup]:
     """Every place in a model where a scale can move, in the order of computation.
 
-    For each layer: the first norm with q_proj, k_proj and v_proj; v_proj with o_proj;
-    the second norm with gate_proj and up_proj; up_proj with down_proj. At the end the
+    Each layer has four groups. The first norm is the source for q_proj, k_proj and
+    v_proj. v_proj is the source for o_proj. The second norm is the source for gate_proj
+    and up_proj. up_proj is the source for down_proj. The last group of a model is the
     last norm with the head, unless the head is tied to the embedding.
 
     Stacked layers (`scan_layers`) are one layer, "layers", and their scales have a
-    leading axis. If there are fewer key heads than query heads, a channel of v_proj
-    feeds one channel of o_proj per query head of its group, and all of them get its
-    scale. A linear whose inputs are transformed while the model runs
-    (`rotate(..., online=)`) is left out, because the transform mixes channels.
+    leading axis. With fewer key heads than query heads, several query heads share a key
+    head. Then several rows of o_proj read the same channel of v_proj, and all these
+    rows get the scale of that channel. A linear whose inputs are transformed while the
+    model runs (`rotate(..., online=)`) is left out, because the transform mixes
+    channels.
 
     Args:
       model: a `Llama`.

@@ -43,7 +43,7 @@ def conv_general_dilated(
     - Both operands have symmetric integer codes.
     - `lhs` has one scale for each example, or one for all.
     - `rhs` has one scale for each output channel, or one for all.
-    - Batch groups do not add up examples that have different scales.
+    - If `batch_group_count` is above 1, `lhs` has one scale for all examples.
     - int32 holds the sum of all products of one output.
 
     Otherwise both operands are dequantized. The kernel is dequantized as a whole,

@@ -5,12 +5,14 @@ Groups run along the contracted axis. Channels are the kept axes. For a kernel
 
 | granularity | scale | one scale for |
 |---|---|---|
-| `PerTensor()` | `[1, 1]` | the whole array without its batch axes |
+| `PerTensor()` | `[1, 1]` | the whole array, or each element of its batch axes |
 | `PerChannel()` | `[1, n]` | one output channel |
 | `PerGroup(size=g)` | `[k/g, n]` | g neighbours along the contracted axis |
 | `PerBlock((a, b))` | `[k/a, n/b]` | a tile |
-| `PerToken()` | `[k, 1]` | one row of an activation, whose last axis is contracted |
 | `PerFlat(g)` | `[k*n/g]` | g neighbours of the flattened array, across rows |
+
+`PerToken()` is for an activation `x: [t, k]`, whose last axis is contracted. Its scales
+are `[t, 1]`: one for each row.
 
 The argument `axis=` of `PerChannel` and `PerGroup` is another way to name the kept or
 the contracted axis. It must agree with `contracting=` if both are given.

@@ -259,7 +259,7 @@ def _check_types_and_names(spec: QuantSpec) -> None:
 
 
 def _packing_of(spec: QuantSpec) -> formats.Packing:
-    """`spec.packing` as a `Packing` that exists for the width of the codes."""
+    """`spec.packing` as a `Packing`. None becomes the default for the code's width."""
     packing = spec.packing
     if packing is None:
         packing = formats.default_packing(spec.fmt.bits)

@@ -104,7 +104,7 @@ class Quantized(linen.Module):
     def init_with_output(
         self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any
     ) -> Any:
-        """`nn.Module.init_with_output`, with `method` of the wrapped module."""
+        """As `nn.Module.init_with_output`; `method` is one of the wrapped module."""
         method, kwargs = _wrapper_method(method), _capture_inside(kwargs)
         return super().init_with_output(rngs, *args, method=method, **kwargs)
 

@@ -61,7 +61,7 @@ class KVCache(CacheArrays):
       recent_values: `[b, m, residual, h]`, in full precision.
       lengths: int32 `[b]`, the number of tokens in each slot.
       spec: how the cache is quantized.
-      length: the largest number of tokens in a slot.
+      length: how many tokens a slot can hold.
       window: the largest number of tokens that a query reads, with its own token. None
         sets no limit.
 
@@ -99,7 +99,7 @@ class KVCache(CacheArrays):
           batch: number of slots, b.
           num_heads: number of key heads, m. The number of query heads may be a multiple
             of m.
-          length: the largest number of tokens in a slot.
+          length: how many tokens a slot can hold.
           head_dim: size of a head, h.
           window: a query reads its own token and the `window - 1` tokens before it.
             Tokens that no later query reads may be overwritten. With None a query reads
