@@ -69,7 +69,8 @@ def conv_general_dilated(
     Raises:
       TypeError: `rhs` is not a QTensor, or `lhs` is an array whose dtype is not
         float32, bfloat16 or float16.
-      ValueError: `rhs` has an outlier threshold (`with_activation(outliers=)`).
+      ValueError: `rhs` has an outlier threshold (`with_activation(outliers=)`), or both
+        an input scale and an activation spec.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -151,7 +152,8 @@ def convolve(
 
     Raises:
       TypeError: `x` is an array whose dtype is not float32, bfloat16 or float16.
-      ValueError: `kernel` has an outlier threshold (`with_activation(outliers=)`).
+      ValueError: `kernel` has an outlier threshold (`with_activation(outliers=)`), or
+        both an input scale and an activation spec.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -168,6 +170,13 @@ def convolve(
         raise ValueError(
             f"conv_general_dilated: {kernel!r} has an outlier threshold, and the input "
             "of a convolution has no columns. Use with_activation without outliers=."
+        )
+    if kernel.input_scale is not None and kernel.meta.activation is not None:
+        raise ValueError(
+            f"conv_general_dilated: {kernel!r} has an input_scale and quantizes its "
+            "input. The input cannot be multiplied first, because the factors differ "
+            "between the positions of the window. Use kernel.with_activation(None), "
+            "or kernel.with_input_scale(None)."
         )
     plan = plan_conv(x, kernel, channel=channel, batch=batch[0], mixed=mixed)
     carry_out = functools.partial(_convolve, product, batch=batch[1], features=features)

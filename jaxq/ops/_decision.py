@@ -72,6 +72,18 @@ class _Prepared:
             before=(*self.before, "dequantize_left"),
         )
 
+    def input_scaled(self, *, swapped: bool) -> _Prepared:
+        """The same preparations, after which the activation is multiplied by factors.
+
+        Args:
+          swapped: the activation is the right operand.
+        """
+        return dataclasses.replace(
+            self,
+            reason=f"{self.reason}the input is multiplied by input_scale; ",
+            before=(*self.before, "scale_right" if swapped else "scale_left"),
+        )
+
     def plan(
         self,
         path: Path,
@@ -140,8 +152,12 @@ def _plan_weight(
 ) -> Plan:
     """The plan for floats times a quantized weight.
 
-    If the weight has an activation spec, the floats are quantized first.
+    If the weight has an input scale, the floats are multiplied by it first. If the
+    weight has an activation spec, the floats are quantized then.
     """
+    if weight.input_scale and _contracts_rows(weight, dims, 0 if swapped else 1):
+        weight = weight.without_input_scale()
+        prepared = prepared.input_scaled(swapped=swapped)
     if weight.meta.activation is not None:
         return _plan_activation(x, weight, dims, prepared, swapped=swapped)
     weight_side = 0 if swapped else 1
@@ -159,6 +175,11 @@ def _plan_weight(
     problem = problem or why_not_rows(weight.meta)
     is_plain = set(contracted) == set(geometry.contracted)
     is_transposed = set(contracted) == set(geometry.kept)
+    if not problem and weight.input_scale:
+        problem = (
+            f"axes {sorted(contracted)} are contracted and its input_scale belongs to "
+            f"axes {list(geometry.contracted)}"
+        )
     if not problem and not is_plain and not is_transposed:
         problem = (
             f"axes {sorted(contracted)} are contracted and its blocks run along "
@@ -298,6 +319,8 @@ def _why_not_operand(
             f"axes {sorted(contracted)} of {name} are contracted, not axes "
             f"{sorted(shared)}, along which its scales are shared"
         )
+    if operand.input_scale:
+        return f"{name} has an input_scale, and codes cannot be multiplied by it"
     if operand.offset is not None:
         return f"{name}, {operand.fmt.name}, has a real offset"
     if operand.codebook is not None:
@@ -315,6 +338,13 @@ def _why_not_batch(operand: CodesFacts, batch: Sequence[int], name: str) -> str 
         f"the product has batch axes {axes} of {name}, which has {num_batch} leading "
         "batch axes"
     )
+
+
+def _contracts_rows(weight: CodesFacts, dims: DimensionNumbers, side: int) -> bool:
+    """True if a product contracts the axes along which `input_scale` varies."""
+    contracted = set(_negative(dims[0][side], weight.ndim))
+    same_axes = contracted == set(weight.meta.geometry.contracted)
+    return same_axes and _why_not_batch(weight, dims[1][side], "") is None
 
 
 def _flattening_order(operand: CodesFacts, contracting: Sequence[int]) -> list[int]:
@@ -398,6 +428,8 @@ def _kernel_problem(
             assert isinstance(lhs, CodesFacts)
             lhs = lhs.dequantized()
             continue
+        if step in ("scale_left", "scale_right"):
+            continue  # the factors change neither the shapes nor the codes
         swapped = step == "quantize_right"
         x, weight = (rhs, lhs) if swapped else (lhs, rhs)
         assert isinstance(x, ArrayFacts)
@@ -508,6 +540,8 @@ def _why_not_conv_codes(
         is_integer = operand.fmt.kind == "integer" and operand.codebook is None
         if not is_symmetric or not is_integer:
             return f"the {name}, {operand.fmt.name}, is not in symmetric integers"
+        if operand.input_scale:
+            return f"the {name} has an input_scale"
         if operand.batch_shape or geometry.flat or geometry.num_blocks[-1] != 1:
             granularity = operand.meta.spec.granularity
             return f"the {name} has several scales for one output, {granularity}"

@@ -26,6 +26,7 @@ from jaxq.ops._dimension_numbers import (
     batch_first,
     check_sizes,
 )
+from jaxq.ops._input_scale import scale_operand
 from jaxq.ops._operands import Operand, as_operands, check_float_partner
 from jaxq.ops._outlier_columns import split_outlier_columns
 from jaxq.ops._plan import Plan, Preparation
@@ -206,6 +207,12 @@ def _multiply(
         rest = tuple(later)
         if step == "dequantize_left":
             return _multiply_over_mesh(plan, rest, dequantize(lhs), rhs, dims)
+        if step == "scale_left":
+            lhs, rhs = scale_operand(lhs, rhs, dims, swapped=False)
+            return _multiply_over_mesh(plan, rest, lhs, rhs, dims)
+        if step == "scale_right":
+            rhs, lhs = scale_operand(rhs, lhs, dims, swapped=True)
+            return _multiply_over_mesh(plan, rest, lhs, rhs, dims)
         if step == "quantize_left":
             return _multiply_activation(plan, rest, lhs, rhs, dims, swapped=False)
         return _multiply_activation(plan, rest, rhs, lhs, dims, swapped=True)

@@ -57,6 +57,7 @@ class CodesFacts:
         None.
       codebook: shape and dtype of the QTensor's own codebooks, or None.
       static_range: True if the activation has a static range from calibration.
+      input_scale: True if the other operand is multiplied by factors first.
     """
 
     meta: Meta
@@ -66,6 +67,7 @@ class CodesFacts:
     offset: jax.ShapeDtypeStruct | None
     codebook: jax.ShapeDtypeStruct | None
     static_range: bool = False
+    input_scale: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,6 +94,10 @@ class CodesFacts:
         """The same weight without activation quantization."""
         meta = dataclasses.replace(self.meta, activation=None, outliers=None)
         return dataclasses.replace(self, meta=meta, static_range=False)
+
+    def without_input_scale(self) -> CodesFacts:
+        """The same weight without factors for the other operand."""
+        return dataclasses.replace(self, input_scale=False)
 
     def dequantized(self) -> ArrayFacts:
         """The facts of the dequantized array."""
@@ -122,6 +128,7 @@ def facts_of(operand: Any) -> Facts:
         offset=leaf_facts(operand.offset, "float32"),
         codebook=leaf_facts(operand.codebook),
         static_range=operand.input_range is not None,
+        input_scale=operand.input_scale is not None,
     )
 
 

@@ -11,7 +11,9 @@ from typing import Literal
 from jaxq import kernels
 
 Path = Literal["dense", "codes", "weight_only", "weight_only_transposed", "dequantize"]
-Preparation = Literal["dequantize_left", "quantize_left", "quantize_right"]
+Preparation = Literal[
+    "dequantize_left", "scale_left", "scale_right", "quantize_left", "quantize_right"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Plan:
       platform: the platform that the kernel was chosen for; None if no platform was
         named.
       before: the steps that prepare operands before the product, in this order.
-        "dequantize_left" dequantizes the left operand. "quantize_left" and
-        "quantize_right" quantize the activation on that side.
+        "dequantize_left" dequantizes the left operand. "scale_left" and "scale_right"
+        multiply the activation on that side by the `input_scale` of the weight.
+        "quantize_left" and "quantize_right" quantize the activation on that side.
       activation: "dynamic" if the activation is quantized by its own extremes, "static"
         if it is quantized by a range from calibration, None if it stays in floats.
       outliers: columns of the activation are multiplied in floats if their largest

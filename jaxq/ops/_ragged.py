@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxq.kernels import Rows, as_rows, ragged_matmul
 from jaxq.ops._decision import plan_ragged, result_dtype
+from jaxq.ops._input_scale import scale_rows_by_group
 from jaxq.ops._weight_rows import row_meta, weight_rows
 from jaxq.qtensor import FLOATS, QTensor, describe
 
@@ -86,9 +87,10 @@ def ragged_dot(
             f"{weights!r}, got {shown}."
         )
     out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
+    sizes = group_sizes.astype(jnp.int32)
+    x, weights = scale_rows_by_group(x, weights, sizes)
     stacked = jax.vmap(_expert_rows)(weights)
     meta = dataclasses.replace(row_meta(weights.meta), layout="rows")
-    sizes = group_sizes.astype(jnp.int32)
     y = ragged_matmul(x.astype(plan.x_dtype), stacked, sizes, meta)
     return y.astype(out_dtype)  # pyright: ignore
 

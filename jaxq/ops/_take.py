@@ -78,6 +78,10 @@ def _take(table: QTensor, indices: jax.Array) -> jax.Array:
         geometry.shape[-1:], (-1,), 1, geometry.block_shape[-1:], geometry.multiple
     )
     spec = table.spec.replace(scale="float32", packing=table.spec.order)
+    input_scale = table.input_scale
+    if input_scale is not None:
+        sizes = (*indices.shape, *input_scale.shape)
+        input_scale = jnp.broadcast_to(input_scale, sizes)
     rows = QTensor(
         jnp.take(table.data, row_index, axis=0, mode="clip"),
         take_rows(scale_values(table)),  # pyright: ignore[reportArgumentType]
@@ -85,6 +89,7 @@ def _take(table: QTensor, indices: jax.Array) -> jax.Array:
         take_rows(table.offset),
         take_rows(table.codebook),
         dataclasses.replace(table.meta, geometry=row_geometry, spec=spec),
+        input_scale=input_scale,
     )
     in_range = (row_index >= 0) & (row_index < num_rows)
     return jnp.where(in_range[..., None], dequantize(rows), jnp.nan)

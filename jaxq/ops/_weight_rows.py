@@ -24,13 +24,15 @@ def weight_rows(qt: QTensor) -> tuple[Rows, RowMeta]:
     Scales of 16 and 32 bits keep their dtype. All other scales become float32.
 
     Args:
-      qt: a QTensor without batch axes, for which `why_not_rows(qt.meta)` is None.
+      qt: a QTensor without batch axes and without an input scale, for which
+        `why_not_rows(qt.meta)` is None.
 
     Returns:
       (rows, meta). The data of the rows are `[n, stored bytes]`, or `[stored bytes, n]`
       in the layout "columns". The scales are `[n or 1, groups]`. `meta` holds the
       static facts of the rows.
     """
+    assert qt.input_scale is None, "the input scale must be moved to the input"
     geometry = qt.meta.geometry
     num_rows = _num_rows(geometry)
     if geometry.flat:

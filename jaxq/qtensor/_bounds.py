@@ -130,8 +130,11 @@ def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
       [True, False]
     """
     geometry = qt.meta.geometry
-    blocks = geometry.to_blocks(geometry.pad(geometry.to_view(x)))
-    y = blocks.astype(jnp.float32)
+    view = geometry.to_view(x)
+    if qt.input_scale is not None:
+        scale = geometry.contracted_to_view(qt.input_scale)
+        view = view.astype(jnp.float32) / scale
+    y = geometry.to_blocks(geometry.pad(view)).astype(jnp.float32)
     if qt.offset is not None:
         y = y - geometry.scale_to_blocks(_scales.load_from_dtype(qt.offset))
     y = _scales.divide(y, geometry.scale_to_blocks(scale_values(qt)))

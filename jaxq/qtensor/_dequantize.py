@@ -17,6 +17,8 @@ from jaxq.qtensor._qtensor import QTensor
 def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
     """`scale * (codes - zero_point) + offset`, computed in float32.
 
+    The rows of a QTensor with an `input_scale` are then multiplied by its factors.
+
     Args:
       qt: a QTensor.
       dtype: float dtype of the result. None takes `qt.dtype`. Numbers beyond the range
@@ -62,6 +64,8 @@ def _dequantize(qt: QTensor, dtype: np.dtype) -> jax.Array:
     geometry = qt.meta.geometry
     blocks = geometry.to_blocks(geometry.to_view_order(qt.stored_codes()))
     view = geometry.unpad(geometry.from_blocks(decode_blocks(qt, blocks)))
+    if qt.input_scale is not None:
+        view = view * geometry.contracted_to_view(qt.input_scale)
     # The product of a scale and a code may leave the range of float32. A cast to a
     # narrow dtype would then wrap, saturate or give NaN, depending on the dtype.
     limit = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))

@@ -164,6 +164,21 @@ class Geometry:
         position = storage.ndim - len(self.block_shape) + self.k_position
         return jnp.moveaxis(storage, -1, position)
 
+    def contracted_to_view(self, values: jax.Array) -> jax.Array:
+        """One number for each index of K, arranged to broadcast against a view.
+
+        Args:
+          values: `[*batch, K]`, with K in storage order.
+        """
+        batch, k = values.shape[:-1], values.shape[-1]
+        if self.flat:
+            num_rows = math.prod(self.shape[a] for a in self.kept)
+            rows = jnp.broadcast_to(values[..., None, :], (*batch, num_rows, k))
+            return rows.reshape(*batch, num_rows * k)
+        sizes = [1] * len(self.block_shape)
+        sizes[self.k_position] = k
+        return values.reshape(*batch, *sizes)
+
     # Padding and blocks.
 
     def pad(self, view: jax.Array, mode: str = "constant") -> jax.Array:

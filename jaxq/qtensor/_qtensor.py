@@ -33,7 +33,15 @@ from jaxq.qtensor._reshape import (
 from jaxq.qtensor._spec import QuantSpec, as_static
 
 # The arrays of a QTensor, in the order of its constructor.
-LEAVES = ("data", "scale", "zero_point", "offset", "codebook", "input_range")
+LEAVES = (
+    "data",
+    "scale",
+    "zero_point",
+    "offset",
+    "codebook",
+    "input_range",
+    "input_scale",
+)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -61,6 +69,9 @@ class QTensor:
       meta: static facts: spec, geometry, packing, dtype.
       input_range: float32 `[*batch, 2]`, the (low, high) of the static range of
         `meta.activation`. None for dynamic activation quantization.
+      input_scale: float32 `[*batch, K]`, one factor for each row of the array, in the
+        order of the contracted axes in storage. None if all factors are 1. See
+        `with_input_scale`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -78,6 +89,7 @@ class QTensor:
     codebook: jax.Array | None
     meta: Meta
     input_range: jax.Array | None = None
+    input_scale: jax.Array | None = None
 
     # With None, numpy calls `QTensor.__rmatmul__` for `array @ qt`.
     __array_ufunc__ = None
@@ -290,6 +302,42 @@ class QTensor:
         changed = self.with_meta(activation=static, outliers=None)
         return dataclasses.replace(changed, input_range=input_range)
 
+    def with_input_scale(self, scale: jax.typing.ArrayLike | None) -> QTensor:
+        """The same codes with one factor for each input channel.
+
+        The QTensor then represents `diag(scale) @ W`, where W is the array without the
+        factors. `dequantize` multiplies the rows of W by the factors. A product of a
+        float operand and this QTensor multiplies the float operand instead:
+        `x @ (diag(scale) @ W) = (x * scale) @ W`. It does so before the operand is
+        quantized (`with_activation`), so the range of static activation quantization is
+        that of `x * scale`. The factors are applied in float32, and `x * scale` has the
+        dtype of x.
+
+        AWQ and SmoothQuant quantize `diag(s) @ w` and set the factors `1 / s` where
+        these cannot be folded into a previous layer.
+
+        Args:
+          scale: float `[K]` or `[*batch, K]`, above 0. K is the product of the sizes of
+            the contracted axes, and follows their order in storage
+            (`meta.geometry.contracted`). `[K]` is shared by all batch elements. None
+            removes the factors.
+
+        Raises:
+          TypeError: `scale` is not an array of floats.
+          ValueError: `scale` has another shape, or (outside jit) a number that is not
+            finite or not above 0.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxq
+          >>> qt = jaxq.quantize(jnp.ones((2, 1)), "int8")
+          >>> qt = qt.with_input_scale(jnp.array([1.0, 0.5]))
+          >>> jaxq.dequantize(qt).tolist(), (jnp.array([[3.0, 4.0]]) @ qt).tolist()
+          ([[1.0], [0.5]], [[5.0]])
+        """
+        if scale is not None:
+            scale = _input_scale(scale, self)
+        return dataclasses.replace(self, input_scale=scale)
+
     # Moving, splitting and merging axes.
 
     @property
@@ -488,6 +536,8 @@ class QTensor:
             parts.append(f"activation={meta.activation.fmt.name}{static}")
         if meta.outliers is not None:
             parts.append(f"outliers from {meta.outliers:g}")
+        if self.input_scale is not None:
+            parts.append("input_scale")
         return f"QTensor({', '.join(parts)}, {bits}, {meta.dtype})"
 
     def _printed_shape(self) -> tuple[Any, ...]:
@@ -605,6 +655,39 @@ def _static_range(bounds: Any, batch_shape: tuple[int, ...]) -> jax.Array:
                 f"{lows} and {highs}."
             )
     return jnp.stack([low, high], axis=-1)
+
+
+def _input_scale(scale: jax.typing.ArrayLike, qt: QTensor) -> jax.Array:
+    """`QTensor.input_scale`, float32 `[*batch, K]`, from `with_input_scale`.
+
+    Raises:
+      TypeError: `scale` is not an array of floats.
+      ValueError: `scale` has another shape, or (outside jit) a number that is not
+        finite or not above 0.
+    """
+    array = jnp.asarray(scale)
+    shown = f"{array.dtype.name}{list(array.shape)}"
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"with_input_scale: scale must be floats, got {shown}. Pass "
+            "scale.astype(jnp.float32)."
+        )
+    num_inputs, batch = qt.meta.geometry.contracted_size, qt.batch_shape
+    if array.shape not in ((num_inputs,), (*batch, num_inputs)):
+        batched = f" or {[*batch, num_inputs]}" if batch else ""
+        raise ValueError(
+            f"with_input_scale: scale must be [{num_inputs}]{batched}, one factor for "
+            f"each input channel of {qt!r}, got {shown}."
+        )
+    array = array.astype(jnp.float32)
+    if not isinstance(array, Tracer):
+        factors = np.asarray(array)
+        if not (np.isfinite(factors) & (factors > 0)).all():
+            raise ValueError(
+                "with_input_scale: scale must be finite and above 0, got numbers from "
+                f"{factors.min()} to {factors.max()}."
+            )
+    return jnp.broadcast_to(array, (*batch, num_inputs))
 
 
 def _reshaped(qt: QTensor, sizes: tuple[int, ...]) -> QTensor:

@@ -18,11 +18,12 @@ def requantize(
 ) -> QTensor:
     """Computes codes of `w` with the scales of `like`.
 
-    The scales, zero points, offsets and codebooks of `like` do not change.
+    The scales, zero points, offsets, codebooks and input scales of `like` do not change.
 
     Args:
       w: float array of the shape of `like`.
-      like: the QTensor whose scales, zero points, offsets and codebooks are used.
+      like: the QTensor whose scales, zero points, offsets, codebooks and input scales
+        are used.
       key: PRNG key. Needed if the codes of `like` are rounded stochastically
         (`like.spec.rounding`), not allowed otherwise. Scales are not rounded again.
 
@@ -62,6 +63,8 @@ def requantize(
 def _requantize(x: jax.Array, like: QTensor, key: jax.Array | None) -> QTensor:
     spec, geometry = like.spec, like.meta.geometry
     view = geometry.to_view(x).astype(jnp.float32)
+    if like.input_scale is not None:
+        view = view / geometry.contracted_to_view(like.input_scale)
     if spec.offset == "mean":
         assert like.offset is not None
         view = view - like.offset

@@ -6,9 +6,9 @@ for `jaxq.save` and `jaxq.load`.
 
 Each array is one tensor of the file. Each leaf of a QTensor is one tensor too:
 `<path>.data`, `<path>.scale` (`<path>.scale.data` if the scale is quantized),
-`<path>.zero_point`, `<path>.offset`, `<path>.codebook`. The structure of the tree, and
-the spec, geometry and packing of each QTensor, are JSON in the file's metadata. So
-`read_tree` needs no template.
+`<path>.zero_point`, `<path>.offset`, `<path>.codebook`, `<path>.input_range`,
+`<path>.input_scale`. The structure of the tree, and the spec, geometry and packing of
+each QTensor, are JSON in the file's metadata. So `read_tree` needs no template.
 """
 
 from jaxq.serialization._contents import Contents as Contents

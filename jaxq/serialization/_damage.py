@@ -115,4 +115,7 @@ def _expected_leaves(
         expected["codebook"] = (table_shape, np.dtype(np.float32))
     if qt.input_range is not None:
         expected["input_range"] = ((*batch, 2), np.dtype(np.float32))
+    if qt.input_scale is not None:
+        channels = geometry.contracted_size
+        expected["input_scale"] = ((*batch, channels), np.dtype(np.float32))
     return expected

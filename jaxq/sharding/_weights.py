@@ -1,12 +1,13 @@
 """Shards the codes and scales of a weight as the float weight was sharded.
 
-The leaves of a QTensor are stored as `[*batch, *kept, k]`, with all contracted axes
-flattened into the last one. Each stored axis is sharded over the same mesh axes as the
-axis of the float weight that it comes from.
+Codes and scales are stored as `[*batch, *kept, k]`, with all contracted axes flattened
+into the last one. Each stored axis is sharded over the same mesh axes as the axis of
+the float weight that it comes from. Leaves that describe the input have no kept axes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -37,15 +38,23 @@ def shard_like(qt: QTensor, float_weight: Any) -> QTensor:
         return qt
     mesh = sharding.mesh
     stored_spec = _stored_spec(qt, sharding.spec)
+    batch_spec = stored_spec[: len(qt.batch_shape)]
 
-    def put(leaf: jax.Array) -> jax.Array:
+    def put(leaf: jax.Array | None, leaf_spec: tuple[Any, ...]) -> Any:
+        if leaf is None:
+            return None
         spec = [
             mesh_axes if size % _num_shards(mesh, mesh_axes) == 0 else None
-            for mesh_axes, size in zip(stored_spec, leaf.shape, strict=False)
+            for mesh_axes, size in zip(leaf_spec, leaf.shape, strict=False)
         ]
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    return jax.tree.map(put, qt)
+    weight = dataclasses.replace(qt, input_range=None, input_scale=None)
+    return dataclasses.replace(
+        jax.tree.map(lambda leaf: put(leaf, stored_spec), weight),
+        input_range=put(qt.input_range, batch_spec),
+        input_scale=put(qt.input_scale, (*batch_spec, stored_spec[-1])),
+    )
 
 
 def _stored_spec(qt: QTensor, spec: PartitionSpec) -> tuple[Any, ...]:
