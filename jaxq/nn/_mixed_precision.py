@@ -7,6 +7,7 @@ for a budget of bits per weight. `mixed_recipe` turns the choices into a recipe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ from jaxq.nn.transform._nnx_layers import find_layers
 from jaxq.qtensor import QuantSpec, as_spec, dequantize, quantize
 from jaxq.recipes import Recipe, Rule, as_recipe
 
-# `assign` divides the spare bits into this many parts. Costs are rounded up to parts.
-_BUDGET_PARTS = 20_000
+# `assign` keeps at most about this many combinations of choices after each layer.
+_MAX_COMBINATIONS = 20_000
 
 
 class Sensitivity(NamedTuple):
@@ -122,10 +123,12 @@ def assign(sensitivity: Sensitivity, budget: float) -> dict[str, str]:
       min over choices c of  sum_l kl[l, c_l]
       subject to  sum_l bits[l, c_l] <= budget * sum_l size[l]
 
-    This is a knapsack problem with one choice for each layer. Dynamic programming over
-    the bits solves the problem. The spare bits are the budget minus the bits of the
-    smallest choices, divided into 20,000 equal parts. The cost of a choice is rounded
-    up to whole parts, so the result never exceeds the budget. `assign` assumes that
+    This is a knapsack problem with one choice for each layer. After each layer,
+    dynamic programming keeps the combinations that no other combination beats in both
+    bits and divergence. If there are more than 20,000, the spare bits are divided into
+    20,000 equal parts, and the combination with the smallest divergence is kept in each
+    part. The spare bits are the budget minus the bits of the smallest choices. Bits are
+    never rounded, so the result never exceeds the budget. `assign` assumes that
     divergences of layers add up. This assumption is good for small divergences.
 
     Args:
@@ -151,40 +154,41 @@ def assign(sensitivity: Sensitivity, budget: float) -> dict[str, str]:
             f"assign: budget must be a finite number of bits per weight, got {budget}."
         )
     paths, size = list(sensitivity.kl), sum(sensitivity.size.values())
-    max_bits = budget * size
+    # A relative error of 1e-12 covers the rounding of a budget that is a quotient.
+    max_bits = math.floor(budget * size * (1 + 1e-12))
     min_bits = sum(min(sensitivity.bits[path].values()) for path in paths)
     if min_bits > max_bits:
+        least_budget = math.ceil(1000 * min_bits / size) / 1000
         raise ValueError(
-            f"assign: the smallest choices take {min_bits / size:.3f} bits per weight, "
+            f"assign: the smallest choices take {least_budget:.3f} bits per weight, "
             f"more than the budget of {budget}. Add a smaller choice or raise the "
             "budget."
         )
     _check_finite(sensitivity)
-    part_bits = (max_bits - min_bits) / _BUDGET_PARTS or 1.0
+    spare_bits = max_bits - min_bits
 
-    # Forward: `best[j]` is the smallest total divergence of the layers so far, if these
-    # layers use at most j spare parts.
-    best = np.zeros(_BUDGET_PARTS + 1)
-    tables = []
+    # Forward. A combination is one choice for each layer so far.
+    used = np.zeros(1, np.int64)  # the spare bits of each combination, ascending
+    divergence = np.zeros(1)  # the total divergence of each combination, descending
+    steps = []
     for path in paths:
         kl, bits = sensitivity.kl[path], sensitivity.bits[path]
-        names = list(kl)
-        parts = {name: _num_parts(bits, name, part_bits) for name in names}
-        totals = np.full((len(names), _BUDGET_PARTS + 1), np.inf)  # [choices, parts]
-        for i, name in enumerate(names):
-            cost = parts[name]
-            if cost <= _BUDGET_PARTS:
-                totals[i, cost:] = best[: _BUDGET_PARTS + 1 - cost] + kl[name]
-        tables.append((names, parts, np.argmin(totals, 0)))
-        best = np.min(totals, 0)
+        names, least = list(kl), min(bits.values())
+        extra = np.array([[bits[name] - least] for name in names])  # [choices, 1]
+        new_used = (used + extra).ravel()
+        new_divergence = (divergence + [[kl[name]] for name in names]).ravel()
+        best = _best_combinations(new_used, new_divergence, spare_bits)
+        choice, previous = np.divmod(best, used.size)
+        steps.append((names, choice, previous))
+        used, divergence = new_used[best], new_divergence[best]
 
-    # Backward: `num_left` is the number of parts that the later layers do not use.
-    choices, num_left = {}, _BUDGET_PARTS
-    for path, (names, parts, argmin) in zip(
-        reversed(paths), reversed(tables), strict=True
+    # Backward, from the combination with the smallest divergence.
+    choices, index = {}, -1
+    for path, (names, choice, previous) in zip(
+        reversed(paths), reversed(steps), strict=True
     ):
-        choices[path] = names[int(argmin[num_left])]
-        num_left -= parts[choices[path]]
+        choices[path] = names[choice[index]]
+        index = previous[index]
     return {path: choices[path] for path in paths}
 
 
@@ -347,7 +351,27 @@ def _check_finite(sensitivity: Sensitivity) -> None:
         )
 
 
-def _num_parts(bits: Mapping[str, int], name: str, part_bits: float) -> int:
-    """The parts that a choice costs beyond the layer's smallest choice, rounded up."""
-    # 1e-9 keeps a rounding error of the division from adding a part.
-    return int(np.ceil((bits[name] - min(bits.values())) / part_bits - 1e-9))
+def _best_combinations(
+    used: np.ndarray, divergence: np.ndarray, spare_bits: int
+) -> np.ndarray:
+    """The indices of the combinations that fit and that no other combination beats.
+
+    Args:
+      used: the spare bits that each combination uses.
+      divergence: the total divergence of each combination.
+      spare_bits: the spare bits of the budget.
+
+    Returns:
+      Indices in ascending order of bits and descending order of divergence.
+    """
+    fits = np.flatnonzero(used <= spare_bits)
+    order = fits[np.lexsort((divergence[fits], used[fits]))]
+    least = np.minimum.accumulate(divergence[order])
+    best = order[np.concatenate([[True], least[1:] < least[:-1]])]
+    if best.size <= _MAX_COMBINATIONS:
+        return best
+    part = used[best] * _MAX_COMBINATIONS // (spare_bits + 1)
+    last_of_part = np.concatenate([part[1:] != part[:-1], [True]])
+    # The smallest combination always stays, because it fits every budget.
+    last_of_part[0] = True
+    return best[last_of_part]

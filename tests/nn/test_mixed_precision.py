@@ -84,7 +84,57 @@ def test_assignments_are_the_best_combination(seed):
         if sum(bits[p][c] for p, c in zip(size, combination, strict=True)) <= allowed
     }
     assert tuple(chosen.values()) in cost
-    assert cost[tuple(chosen.values())] <= 1.001 * min(cost.values())
+    assert cost[tuple(chosen.values())] == min(cost.values())
+
+
+def layers_of_a_large_model(num_layers):
+    """Bits of int8 and int4 weights with scales. Their greatest common divisor is 1."""
+    rng = np.random.default_rng(num_layers)
+    size = {f"l{i}": int(rng.integers(10**5, 10**8)) for i in range(num_layers)}
+    bits = {path: {"int8": 8 * n + 33, "int4": 4 * n + 17} for path, n in size.items()}
+    kl = {
+        path: {"int8": 1e-4, "int4": float(0.01 + rng.exponential())} for path in size
+    }
+    return Sensitivity(kl, bits, size)
+
+
+def total_bits(layers, choices):
+    return sum(layers.bits[path][choice] for path, choice in choices.items())
+
+
+@pytest.mark.parametrize("num_layers", [1, 7, 200])
+def test_a_budget_that_fits_exactly_is_used(num_layers):
+    layers = layers_of_a_large_model(num_layers)
+    size = sum(layers.size.values())
+    for choice in ("int8", "int4"):
+        everywhere = dict.fromkeys(layers.kl, choice)
+        budget = total_bits(layers, everywhere) / size
+        assert assign(layers, budget) == everywhere
+    # One bit less than int8 everywhere: the layer that needs its bits least is int4.
+    largest = dict.fromkeys(layers.kl, "int8")
+    chosen = assign(layers, (total_bits(layers, largest) - 1) / size)
+    (cheapest,) = [path for path, choice in chosen.items() if choice == "int4"]
+    assert layers.kl[cheapest] == min(layers.kl.values(), key=lambda kl: kl["int4"])
+    # One bit less than int4 everywhere does not fit, and the error names what fits.
+    least = total_bits(layers, dict.fromkeys(layers.kl, "int4"))
+    with pytest.raises(ValueError, match="more than the budget") as error:
+        assign(layers, (least - 1) / size)
+    named = float(str(error.value).split("take ")[1].split(" bits")[0])
+    assert total_bits(layers, assign(layers, named)) <= named * size
+
+
+def test_a_budget_holds_and_no_single_layer_could_have_more():
+    layers = layers_of_a_large_model(100)
+    size = sum(layers.size.values())
+    for budget in (4.001, 5.0, 6.3, 7.999):
+        chosen = assign(layers, budget)
+        left = budget * size - total_bits(layers, chosen)
+        growth = [
+            layers.bits[path]["int8"] - layers.bits[path]["int4"]
+            for path, choice in chosen.items()
+            if choice == "int4"
+        ]
+        assert 0 <= left < min(growth)
 
 
 def test_impossible_requests_are_errors():
