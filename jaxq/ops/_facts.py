@@ -19,6 +19,7 @@ from jaxq.qtensor import (
     QTensor,
     QuantSpec,
     check_floats,
+    check_leaves,
     describe,
     resolve,
 )
@@ -108,9 +109,14 @@ Facts = ArrayFacts | CodesFacts
 
 
 def facts_of(operand: Any) -> Facts:
-    """The facts of an array, a `jax.ShapeDtypeStruct` or a QTensor."""
+    """The facts of an array, a `jax.ShapeDtypeStruct` or a QTensor.
+
+    Raises:
+      TypeError: a leaf of the QTensor has another dtype than its `meta` says.
+    """
     if not isinstance(operand, QTensor):
         return ArrayFacts(tuple(operand.shape), jnp.dtype(operand.dtype).name)
+    check_leaves(operand, "product")
     num_batch = len(operand.batch_shape)
 
     def leaf_facts(leaf: Any, dtype: str | None = None) -> jax.ShapeDtypeStruct | None:

@@ -15,7 +15,7 @@ from jaxq.kernels import Rows, as_rows, ragged_matmul
 from jaxq.ops._decision import plan_ragged, result_dtype
 from jaxq.ops._input_scale import scale_rows_by_group
 from jaxq.ops._weight_rows import row_meta, weight_rows
-from jaxq.qtensor import FLOATS, QTensor, describe
+from jaxq.qtensor import FLOATS, QTensor, check_leaves, describe
 
 
 def ragged_dot(
@@ -64,6 +64,7 @@ def ragged_dot(
             f"ragged_dot: weights must be a QTensor, got {type(weights).__name__}. "
             "Use jax.lax.ragged_dot for arrays."
         )
+    check_leaves(weights, "ragged_dot")
     x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
     shown = (
         f"x: {describe(x.dtype.name, x.shape)}, "

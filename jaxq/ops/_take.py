@@ -12,6 +12,7 @@ from jaxq.ops._decision import plan_take
 from jaxq.qtensor import (
     Geometry,
     QTensor,
+    check_leaves,
     dequantize,
     describe,
     relayout,
@@ -31,7 +32,8 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
       `table.dtype`, `[*indices.shape, d]`.
 
     Raises:
-      TypeError: `table` is not a QTensor, or `indices` are not integers.
+      TypeError: `table` is not a QTensor, a leaf of it has another dtype than its
+        `meta` says, or `indices` are not integers.
       ValueError: `table` is not `[n, d]` with scales shared along axis -1, or it has
         tiles (`PerBlock`) of several rows.
 
@@ -46,6 +48,7 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
             f"take: table must be a QTensor, got {type(table).__name__}. "
             "Index arrays with jnp.take."
         )
+    check_leaves(table, "take")
     plan_take(table)  # raises unless `_take` can read the table
     indices = jnp.asarray(indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):

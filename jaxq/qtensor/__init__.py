@@ -25,9 +25,10 @@ from jaxq.qtensor._inputs import (
     raise_if_not_finite,
 )
 from jaxq.qtensor._layout import relayout
+from jaxq.qtensor._leaf_dtypes import check_leaves, leaf_dtypes
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._partition import combine, partition
-from jaxq.qtensor._presets import as_spec, presets
+from jaxq.qtensor._presets import as_activation_spec, as_spec, presets
 from jaxq.qtensor._qtensor import LEAVES, QTensor, register_matmul
 from jaxq.qtensor._quantize import quantize
 from jaxq.qtensor._requantize import requantize
@@ -35,9 +36,10 @@ from jaxq.qtensor._scale_rules import ScaleRule
 from jaxq.qtensor._spec import QuantSpec, as_static
 
 # What users need. The other rooms of the package also import the names that are not
-# listed: FLOATS, LEAVES, ON_NONFINITE, ErrorContext, Meta, ScaleRule, as_spec,
-# as_static, check_floats, decode_blocks, describe, inside_range, raise_if_not_finite,
-# register_matmul, resolve and with_margin.
+# listed: FLOATS, LEAVES, ON_NONFINITE, ErrorContext, Meta, ScaleRule,
+# as_activation_spec, as_spec, as_static, check_floats, check_leaves, decode_blocks,
+# describe, inside_range, leaf_dtypes, raise_if_not_finite, register_matmul, resolve and
+# with_margin.
 __all__ = [
     "Geometry",
     "Granularity",

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxq import formats
 from jaxq.qtensor import _scales
+from jaxq.qtensor._leaf_dtypes import check_leaves
 from jaxq.qtensor._qtensor import QTensor
 
 
@@ -31,8 +32,9 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
       may be rounded once (fused) instead of twice.
 
     Raises:
-      TypeError: `qt` is not a QTensor, `dtype` is not a float dtype, or `dtype` is
-        float64 without `jax_enable_x64`.
+      TypeError: `qt` is not a QTensor, one of its leaves has another dtype than its
+        `meta` says, `dtype` is not a float dtype, or `dtype` is float64 without
+        `jax_enable_x64`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -45,6 +47,7 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
             f"dequantize: expected a QTensor, got {type(qt).__name__}. Pass the result "
             "of jaxq.quantize."
         )
+    check_leaves(qt, "dequantize")
     dtype = qt.dtype if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(

@@ -55,6 +55,11 @@ class Extremes(NamedTuple):
         """The inverse of `shrink`."""
         return jnp.where(self.magnitude > _HUGE, _HUGE, np.float32(1))
 
+    def multiplied(self, factor: np.float32) -> Extremes:
+        """All extremes times `factor`, at most the largest float32 number."""
+        largest = np.finfo(np.float32).max
+        return Extremes(*(jnp.clip(x * factor, -largest, largest) for x in self))
+
     def with_range(self, low: jax.Array, high: jax.Array) -> Extremes:
         """The same extremes with another range.
 

@@ -29,8 +29,12 @@ _PRESETS: dict[str, QuantSpec] = {
     "fp8_e5m2": QuantSpec("float8_e5m2", PerChannel()),
     # A symmetric int2 would have only three values.
     "int2": _group_spec("int2", 64, "bfloat16", symmetric=False),
-    "int3": _group_spec("int3", 128, "bfloat16"),
-    "int4": _group_spec("int4", 128, "bfloat16"),
+    # The number of largest magnitude in a block gets the most negative code. This step
+    # is 1/8 of that number (int3: 1/4), not 1/7 (1/3).
+    "int3": _group_spec("int3", 128, "bfloat16", scale_rule="signed_extreme"),
+    "int3_absmax": _group_spec("int3", 128, "bfloat16"),
+    "int4": _group_spec("int4", 128, "bfloat16", scale_rule="signed_extreme"),
+    "int4_absmax": _group_spec("int4", 128, "bfloat16"),
     "int8": QuantSpec("int8", PerChannel()),
     "log4": QuantSpec("log4", PerChannel()),
     "mxfp4": _microscaling_spec("float4_e2m1fn"),
@@ -67,6 +71,30 @@ def presets() -> dict[str, QuantSpec]:
       PerGroup(size=64, axis=None, pad=True)
     """
     return dict(sorted(_PRESETS.items()))
+
+
+def as_activation_spec(spec: str | QuantSpec, caller: str) -> QuantSpec:
+    """The spec of an activation: as `as_spec`, but a name means scales without a sign.
+
+    The range of an activation is symmetric about 0. So the name "int4" means the preset
+    "int4_absmax" here. A `QuantSpec` stays as it is.
+
+    Args:
+      spec: preset name or `QuantSpec`.
+      caller: the public function, for error messages.
+
+    Raises:
+      ValueError: as `as_spec`.
+      TypeError: as `as_spec`.
+
+    Example:
+      >>> import jaxq
+      >>> spec = jaxq.qtensor.as_activation_spec("int4", "with_activation")
+      >>> spec == jaxq.presets()["int4_absmax"]
+      True
+    """
+    resolved = as_spec(spec, caller)
+    return resolved.with_absmax() if isinstance(spec, str) else resolved
 
 
 def as_spec(spec: str | QuantSpec, caller: str) -> QuantSpec:

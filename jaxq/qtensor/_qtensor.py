@@ -21,8 +21,9 @@ from jax.core import Tracer
 
 from jaxq import formats
 from jaxq.qtensor._geometry import Geometry
+from jaxq.qtensor._leaf_dtypes import check_leaves
 from jaxq.qtensor._meta import Meta
-from jaxq.qtensor._presets import as_spec
+from jaxq.qtensor._presets import as_activation_spec
 from jaxq.qtensor._reshape import (
     AxisGroup,
     groups_of_scale,
@@ -75,9 +76,9 @@ class QTensor:
 
     Example:
       >>> import jax.numpy as jnp, jaxq
-      >>> qt = jaxq.quantize(jnp.eye(64), "int4")
+      >>> qt = jaxq.quantize(jnp.eye(64), "int8")
       >>> qt
-      QTensor(int4[64x64], PerGroup(along -2), scale=bfloat16, 4.25 bits, float32)
+      QTensor(int8[64x64], PerChannel(along -2), scale=float32, 8.5 bits, float32)
       >>> (jnp.ones((2, 64)) @ qt).shape
       (2, 64)
     """
@@ -162,7 +163,12 @@ class QTensor:
     # Codes.
 
     def codes(self) -> jax.Array:
-        """The unpacked codes in logical axis order, with `spec.fmt.code_dtype`."""
+        """The unpacked codes in logical axis order, with `spec.fmt.code_dtype`.
+
+        Raises:
+          TypeError: a leaf has another dtype than `meta` says.
+        """
+        check_leaves(self, "QTensor.codes")
         return _logical_codes(self)
 
     def stored_codes(self) -> jax.Array:
@@ -255,7 +261,8 @@ class QTensor:
 
         Args:
           spec: preset name or `QuantSpec` for the float operand. Its scales are shared
-            along the contracted axes. None is weight-only.
+            along the contracted axes. The names "int4" and "int3" mean "int4_absmax"
+            and "int3_absmax" here. None is weight-only.
           outliers: columns of the float operand are multiplied in floats if their
             largest magnitude is at least this number. All other columns are quantized,
             and the two products are added. LLM.int8() uses 6.0 (Dettmers et al., 2022).
@@ -276,7 +283,9 @@ class QTensor:
             the granularity has groups, tiles or flat blocks; or the scale of the spec
             depends on more than a range.
         """
-        activation = None if spec is None else as_spec(spec, "with_activation")
+        activation = (
+            None if spec is None else as_activation_spec(spec, "with_activation")
+        )
         if activation is not None and activation.needs_key:
             raise ValueError(
                 "with_activation: rounding='stochastic' needs a key at every call. "

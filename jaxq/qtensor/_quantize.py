@@ -58,7 +58,7 @@ def quantize(
     If several levels round stochastically, `jax.random.split(key, num_levels)` gives
     each of these levels a key, the outermost level first. A scale that is rounded
     stochastically is an unbiased estimate of the scale before rounding. The exception
-    is that a positive scale never becomes 0.
+    is that a scale that is not 0 never becomes 0.
 
     Args:
       w: float32, bfloat16 or float16 array with at least one axis.
@@ -82,7 +82,7 @@ def quantize(
         block. `jaxq.observers` compute such ranges. Numbers outside are clipped. Each
         bound is one number, one for each batch element (float `[*batch]`), or one for
         each scale (float `[*batch, *num_blocks]`). A symmetric spec uses the larger
-        magnitude of the two bounds.
+        magnitude of the two bounds, and `scale_rule="signed_extreme"` becomes "absmax".
       name: the name of the array in error messages, for example the path of a
         parameter. None takes "w".
 
@@ -117,6 +117,8 @@ def quantize(
       Integer-Arithmetic-Only Inference", 2018, section 2.
     """
     spec = as_spec(spec, "quantize")
+    if bounds is not None:
+        spec = spec.with_absmax()
     label = name or "w"
     x, geometry = check_input(
         w, spec, contracting, batch, caller="quantize", name=label
@@ -202,7 +204,7 @@ def _quantize_level(
       keys: one key or None for each level of `spec`.
       bounds: (low, high), float32 `[*batch, *num_blocks]`, or None.
       signs_of_infinities: array like `x` with the sign of each infinity, 0 elsewhere.
-      is_scale: True if `x` holds positive scales. These scales must not become 0. If
+      is_scale: True if `x` holds scales. A scale that is not 0 must not become 0. If
         the format has a NaN, a NaN in `x` must not change the scale of its block.
     """
     view = geometry.to_view(x)
@@ -233,7 +235,7 @@ def _quantize_level(
         offset = _store_minimum(extremes, spec, geometry)
         minimum = geometry.scale_to_blocks(_scales.load_from_dtype(offset))
         blocks = blocks.astype(jnp.float32) - minimum
-    y = _scales.divide(blocks, block_scale)
+    y = _scales.divide_for_rounding(blocks, block_scale, spec.rounding)
     codebook = None
     if spec.rule.has_threshold:
         signs = spec.rule.signs(blocks, extremes, geometry)
@@ -241,7 +243,9 @@ def _quantize_level(
             codebook = spec.rule.codebook(y, signs, geometry)
         y = jnp.where(jnp.isnan(block_scale), block_scale, signs)
     if is_scale:
-        y = jnp.where(blocks > 0, jnp.maximum(y, spec.fmt.smallest_positive), y)
+        sign = jnp.sign(blocks) * jnp.where(block_scale < 0, -1.0, 1.0)
+        magnitude = jnp.maximum(jnp.abs(y), spec.fmt.smallest_positive)
+        y = jnp.where(sign != 0, sign * magnitude, y)
 
     zero = zero_point = None
     if not spec.symmetric:

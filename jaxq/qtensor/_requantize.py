@@ -9,6 +9,7 @@ from jaxq.qtensor import _scales
 from jaxq.qtensor._dequantize import scale_values
 from jaxq.qtensor._geometry import describe
 from jaxq.qtensor._inputs import check_key
+from jaxq.qtensor._leaf_dtypes import check_leaves
 from jaxq.qtensor._qtensor import QTensor
 from jaxq.qtensor._quantize import encode, padded_blocks, without_gradient
 
@@ -18,7 +19,8 @@ def requantize(
 ) -> QTensor:
     """Computes codes of `w` with the scales of `like`.
 
-    The scales, zero points, offsets, codebooks and input scales of `like` do not change.
+    The scales, zero points, offsets, codebooks and input scales of `like` do not
+    change.
 
     Args:
       w: float array of the shape of `like`.
@@ -33,7 +35,8 @@ def requantize(
       `codes_from="ideal"`, a ternary scale rule or stochastic rounding.
 
     Raises:
-      TypeError: `like` is not a QTensor.
+      TypeError: `like` is not a QTensor, or one of its leaves has another dtype than
+        its `meta` says.
       ValueError: the shapes of `w` and `like` differ; `w` is not a float array; `like`
         rounds stochastically and `key` is None; or `like` does not round stochastically
         and `key` is given.
@@ -49,6 +52,7 @@ def requantize(
         raise TypeError(
             f"requantize: like must be a QTensor, got {type(like).__name__}."
         )
+    check_leaves(like, "requantize")
     x = jnp.asarray(w)
     if x.shape != like.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
@@ -72,7 +76,8 @@ def _requantize(x: jax.Array, like: QTensor, key: jax.Array | None) -> QTensor:
     if spec.offset == "min":
         assert like.offset is not None
         blocks = blocks - geometry.scale_to_blocks(_scales.load_from_dtype(like.offset))
-    y = _scales.divide(blocks, geometry.scale_to_blocks(scale_values(like)))
+    block_scale = geometry.scale_to_blocks(scale_values(like))
+    y = _scales.divide_for_rounding(blocks, block_scale, spec.rounding)
     if like.codebook is not None:
         codes = _nearest_entry(y, like.codebook, like)
     elif like.zero_point is not None:

@@ -39,6 +39,10 @@ class ScaleRule:
         range. Such a rule cannot use a given range (static range, clipping).
       signed: True if the scale has the sign of the block's extreme number. Codes then
         use the format's most negative number too.
+      reach: the function `(fmt) -> number` with the largest magnitude that `x / scale`
+        can have for a number x of the block, before the scale is rounded. None if there
+        is no bound.
+      powers_of_two: True if scales are powers of two.
       threshold: for ternary rules, the function `(blocks, extremes, geometry) ->
         threshold`. A number becomes 0 if its magnitude, multiplied by
         `extremes.shrink`, is at most the threshold. All other numbers become their
@@ -58,6 +62,8 @@ class ScaleRule:
     is_default: bool = False
     reads_block: bool = False
     signed: bool = False
+    reach: Callable[[formats.Format], float] | None = None
+    powers_of_two: bool = False
     threshold: Callable[[jax.Array, Extremes, Geometry], jax.Array] | None = None
     codebook: Callable[[jax.Array, jax.Array, Geometry], jax.Array] | None = None
 
@@ -70,6 +76,16 @@ class ScaleRule:
     def own_codebook(self) -> bool:
         """True if every block gets a separate codebook."""
         return self.codebook is not None
+
+    @property
+    def is_quotient(self) -> bool:
+        """True if the scale is the block's extreme number divided by `reach`."""
+        return self.reach is not None and not self.powers_of_two
+
+    def reach_of(self, fmt: formats.Format) -> float:
+        """`reach` of a format. The rule must have it."""
+        assert self.reach is not None
+        return self.reach(fmt)
 
     def signs(
         self, blocks: jax.Array, extremes: Extremes, geometry: Geometry
@@ -218,14 +234,38 @@ def _block_sum(x: jax.Array, geometry: Geometry) -> jax.Array:
     return jnp.sum(x, axis=geometry.block_axes, keepdims=True)
 
 
+def _largest(fmt: formats.Format) -> float:
+    return fmt.max
+
+
+def _most_negative(fmt: formats.Format) -> float:
+    return -fmt.min
+
+
+# `x / scale` of the microscaling rules, for numbers x of magnitude A.
+
+
+def _reach_of_mx_floor(fmt: formats.Format) -> float:
+    return 2.0 ** (fmt.max_exponent + 1)
+
+
+def _reach_of_mx_ceil(fmt: formats.Format) -> float:
+    return 2.0**fmt.max_exponent
+
+
+def _reach_of_mx_even(fmt: formats.Format) -> float:
+    """A mantissa from `2 - 2^-(mantissa bits + 1)` on is rounded up to 2."""
+    return 2.0**fmt.max_exponent * (2.0 - 2.0 ** -(fmt.mantissa_bits + 1))
+
+
 _RULES = (
-    ScaleRule("absmax", _absmax, is_default=True),
+    ScaleRule("absmax", _absmax, is_default=True, reach=_largest),
     ScaleRule("absmean", _absmean, reads_block=True),
-    ScaleRule("mx_ceil", _mx_ceil),
-    ScaleRule("mx_even", _mx_even),
-    ScaleRule("mx_floor", _mx_floor),
-    ScaleRule("mx_round_up", _mx_round_up),
-    ScaleRule("signed_extreme", _signed_extreme, signed=True),
+    ScaleRule("mx_ceil", _mx_ceil, reach=_reach_of_mx_ceil, powers_of_two=True),
+    ScaleRule("mx_even", _mx_even, reach=_reach_of_mx_even, powers_of_two=True),
+    ScaleRule("mx_floor", _mx_floor, reach=_reach_of_mx_floor, powers_of_two=True),
+    ScaleRule("mx_round_up", _mx_round_up, reach=_largest, powers_of_two=True),
+    ScaleRule("signed_extreme", _signed_extreme, signed=True, reach=_most_negative),
     ScaleRule(
         "ttq",
         _ttq,
@@ -236,3 +276,4 @@ _RULES = (
     ScaleRule("twn", _twn, reads_block=True, threshold=_twn_threshold),
 )
 SCALE_RULES: dict[str, ScaleRule] = {rule.name: rule for rule in _RULES}
+(DEFAULT_RULE,) = (rule.name for rule in _RULES if rule.is_default)

@@ -7,12 +7,15 @@ and JSON.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from jaxq import formats
 from jaxq.qtensor import _granularity
 from jaxq.qtensor._granularity import Granularity, PerChannel, PerTensor, PerToken
-from jaxq.qtensor._scale_rules import SCALE_RULES, ScaleRule
+from jaxq.qtensor._scale_rules import DEFAULT_RULE, SCALE_RULES, ScaleRule
 
 if TYPE_CHECKING:
     from jaxq.observers import Observer
@@ -27,6 +30,7 @@ SCALE_DTYPES = (
 )
 CODES_FROM = ("stored", "ideal")
 OFFSETS = ("mean", "min")
+UNBIASED = "unbiased"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,8 @@ class QuantSpec:
         "absmax": A / max.
         "absmean": mean |x| (XNOR-Net, 2016; BitNet b1.58, 2024).
         "signed_extreme": the number with magnitude A, including its sign, divided by
-        the format's most negative number (GGUF).
+        the format's most negative number (GGUF). The scale can be negative. Integer
+        codes then use their most negative code too.
         The OCP microscaling rules (2023) give powers of two. "mx_floor":
         2^(floor(log2 A) - floor(log2 max)). "mx_ceil": the same with the ceiling of
         log2 A. "mx_even": "mx_floor" after A is rounded to the element's mantissa.
@@ -75,6 +80,11 @@ class QuantSpec:
       codes_from: the scale by which numbers are divided to compute codes. "stored" is
         the scale after it is rounded or quantized. `dequantize` uses the same scale.
         "ideal" is the scale before it is rounded or quantized, as in bitsandbytes.
+      headroom: the factor by which the range of a block is larger than its extremes, at
+        least 1. A scale that is rounded down clips the largest numbers of its block.
+        Stochastic rounding is then biased. "unbiased" is the least factor with which
+        nothing is clipped (`headroom_factor`), for example 17/16 for the preset
+        "nvfp4".
 
     Raises:
       TypeError: `format` is not a name or a `Format`, `granularity` is not a
@@ -100,6 +110,7 @@ class QuantSpec:
     offset: str | None = None
     packing: formats.Packing | str | None = None
     codes_from: str = "stored"
+    headroom: float | str = 1.0
 
     def __post_init__(self):
         try:
@@ -111,9 +122,11 @@ class QuantSpec:
         object.__setattr__(self, "packing", _packing_of(self))
         _check_format(self)
         _check_scale(self)
-        _check_scale_rule(self)
-        if not isinstance(self.clipping, str):
-            _check_clipping(self)
+        _check_clipping(self)
+        _check_headroom(self)
+        objection = _objection_of_rule(self.rule, self)
+        if objection:
+            raise ValueError(f"QuantSpec: {objection}")
 
     @property
     def fmt(self) -> formats.Format:
@@ -133,6 +146,20 @@ class QuantSpec:
         return SCALE_RULES[self.scale_rule]
 
     @property
+    def headroom_factor(self) -> float:
+        """`headroom` as a number.
+
+        "unbiased" is the product of two numbers. The first is the largest `|x| / scale`
+        of the scale rule, divided by the largest number of the format. The second is
+        the ratio of a scale to the stored scale if it is rounded down as far as
+        possible. Scales that a float format stores as a subnormal number can be rounded
+        down farther.
+        """
+        if self.headroom == UNBIASED:
+            return _unbiased_headroom(self)
+        return float(self.headroom)
+
+    @property
     def levels(self) -> tuple[QuantSpec, ...]:
         """This spec, the spec of its scale, the spec of that scale, and so on."""
         if isinstance(self.scale, QuantSpec):
@@ -148,11 +175,31 @@ class QuantSpec:
         """A copy with some fields changed.
 
         A new `format` resets `packing` to the default for the bits of this format,
-        unless `packing` is changed too.
+        unless `packing` is changed too. If the scale rule does not fit the changed
+        fields, the copy has `scale_rule="absmax"`, unless `scale_rule` is changed too.
+        For example, "signed_extreme" does not fit `symmetric=False`.
         """
         if "format" in changes and "packing" not in changes:
             changes["packing"] = None
-        return dataclasses.replace(self, **changes)
+        if "scale_rule" in changes:
+            return dataclasses.replace(self, **changes)
+        edited = dataclasses.replace(self, **changes, scale_rule=DEFAULT_RULE)
+        if _objection_of_rule(self.rule, edited):
+            return edited
+        return dataclasses.replace(edited, scale_rule=self.scale_rule)
+
+    def with_absmax(self) -> QuantSpec:
+        """The same spec without signed scales.
+
+        A range that is given (static range, clipping) and the range of an activation
+        are symmetric about 0, so they have no extreme number with a sign.
+
+        Example:
+          >>> import jaxq
+          >>> jaxq.presets()["int4"].with_absmax() == jaxq.presets()["int4_absmax"]
+          True
+        """
+        return self.replace(scale_rule=DEFAULT_RULE) if self.rule.signed else self
 
     def to_dict(self) -> dict[str, Any]:
         """A description that JSON can store. `from_dict` returns an equal spec."""
@@ -198,6 +245,8 @@ class QuantSpec:
 def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
     """The spec of an operand with a static range: the same spec with `PerTensor()`.
 
+    A static range has no extreme number with a sign, so scales have no sign.
+
     Args:
       spec: the spec of the operand.
       caller: the public function, for error messages.
@@ -229,7 +278,7 @@ def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
             "cannot be static. Use scale_rule='absmax', a dtype for scale= and "
             "offset=None."
         )
-    return spec.replace(granularity=PerTensor())
+    return spec.with_absmax().replace(granularity=PerTensor())
 
 
 # Checks of QuantSpec. Each function checks one group of fields.
@@ -321,32 +370,53 @@ def _check_scale(spec: QuantSpec) -> None:
         )
 
 
-def _check_scale_rule(spec: QuantSpec) -> None:
-    """Raises unless the scale rule fits the other fields."""
-    rule, fmt = spec.rule, spec.fmt
+def _objection_of_rule(rule: ScaleRule, spec: QuantSpec) -> str:
+    """Why a scale rule does not fit the other fields of `spec`; empty if it does."""
+    fmt = spec.fmt
     if not rule.is_default and (not spec.symmetric or spec.offset == "min"):
-        raise ValueError(
-            f"QuantSpec: scale_rule={rule.name!r} is for symmetric specs without "
+        return (
+            f"scale_rule={rule.name!r} is for symmetric specs without "
             f"offset='min', got symmetric={spec.symmetric} and offset={spec.offset!r}. "
             "Use scale_rule='absmax'."
         )
     if rule.has_threshold and spec.rounding != "nearest_even":
-        raise ValueError(
-            f"QuantSpec: scale_rule={rule.name!r} computes codes by a threshold and "
+        return (
+            f"scale_rule={rule.name!r} computes codes by a threshold and "
             f"does not round. Use rounding='nearest_even', not {spec.rounding!r}."
         )
     if rule.has_threshold and (fmt.kind, fmt.max, fmt.min) != ("integer", 1, -1):
-        raise ValueError(
-            f"QuantSpec: scale_rule={rule.name!r} is for the format ternary, not "
-            f"{fmt.name}."
+        return f"scale_rule={rule.name!r} is for the format ternary, not {fmt.name}."
+    if spec.headroom != 1.0 and rule.reach is None:
+        return (
+            f"headroom={spec.headroom!r} needs a scale rule that reads the extremes of "
+            f"a block only, not scale_rule={rule.name!r}. Use scale_rule='absmax', or "
+            "headroom=1.0."
+        )
+    if not isinstance(spec.clipping, str) and (rule.reads_block or rule.signed):
+        return (
+            f"clipping={spec.clipping!r} gives a range, but scale_rule={rule.name!r} "
+            "does not use a range. Use clipping='absmax' or scale_rule='absmax'."
         )
     if rule.signed:
-        for part in _formats_of_signed_numbers(spec):
-            if part.min >= 0:
-                raise ValueError(
-                    f"QuantSpec: scale_rule={rule.name!r} needs negative numbers; "
-                    f"{part.name} has none. Use a signed format for codes and scales."
-                )
+        return _objection_to_signed_scale(rule, spec)
+    return ""
+
+
+def _objection_to_signed_scale(rule: ScaleRule, spec: QuantSpec) -> str:
+    """Why scales of `spec` cannot have a sign; empty if they can."""
+    for part in _formats_of_signed_numbers(spec):
+        if part.min >= 0:
+            return (
+                f"scale_rule={rule.name!r} needs negative numbers; {part.name} has "
+                "none. Use a signed format for codes and scales."
+            )
+    if isinstance(spec.scale, QuantSpec) and spec.scale.offset == "mean":
+        return (
+            f"scale_rule={rule.name!r} has negative scales, and offset='mean' in "
+            "scale= is for positive scales. Use scale_rule='absmax', or a scale "
+            "without offset."
+        )
+    return ""
 
 
 def _formats_of_signed_numbers(spec: QuantSpec) -> list[formats.Format]:
@@ -359,7 +429,9 @@ def _formats_of_signed_numbers(spec: QuantSpec) -> list[formats.Format]:
 
 
 def _check_clipping(spec: QuantSpec) -> None:
-    """Raises unless `clipping` is an observer that works for the other fields."""
+    """Raises unless `clipping` is a name, or an observer that fits the other fields."""
+    if isinstance(spec.clipping, str):
+        return
     from jaxq import observers  # lazy: most specs have no observer
 
     if not isinstance(spec.clipping, observers.Observer):
@@ -372,12 +444,73 @@ def _check_clipping(spec: QuantSpec) -> None:
             f"QuantSpec: clipping={spec.clipping!r} has axis=, but QuantSpec observes "
             "each block separately. Leave out axis=."
         )
-    if spec.rule.reads_block or spec.rule.signed or spec.offset == "mean":
+    if spec.offset == "mean":
         raise ValueError(
             f"QuantSpec: clipping={spec.clipping!r} gives a range, but "
-            f"scale_rule={spec.scale_rule!r} and offset={spec.offset!r} do not use a "
-            "range. Use clipping='absmax', or another scale rule and offset."
+            f"offset={spec.offset!r} does not use a range. Use clipping='absmax', or "
+            "another offset."
         )
+
+
+def _check_headroom(spec: QuantSpec) -> None:
+    """Raises unless `headroom` is valid and fits the other fields."""
+    if spec.headroom != UNBIASED:
+        is_number = isinstance(spec.headroom, int | float)
+        is_number &= not isinstance(spec.headroom, bool)
+        if not is_number or not 1 <= float(spec.headroom) < math.inf:
+            raise ValueError(
+                f"QuantSpec: headroom must be a number of at least 1, or {UNBIASED!r}, "
+                f"got {spec.headroom!r}."
+            )
+    elif spec.codes_from != "stored" or not isinstance(spec.clipping, str):
+        raise ValueError(
+            f"QuantSpec: headroom={UNBIASED!r} needs codes_from='stored' and "
+            f"clipping='absmax', got codes_from={spec.codes_from!r} and "
+            f"clipping={spec.clipping!r}. Change these fields, or use headroom=1.0."
+        )
+    if spec.headroom != 1.0 and (not spec.symmetric or spec.offset == "min"):
+        raise ValueError(
+            f"QuantSpec: headroom={spec.headroom!r} needs symmetric=True without "
+            f"offset='min', got symmetric={spec.symmetric} and offset={spec.offset!r}. "
+            "Change these fields, or use headroom=1.0."
+        )
+
+
+def _unbiased_headroom(spec: QuantSpec) -> float:
+    """The least headroom with which no number of a block is clipped."""
+    fmt = spec.fmt
+    limit = fmt.max
+    if fmt.min < 0 and fmt.kind != "integer":  # integers use the narrow range
+        limit = min(fmt.max, -fmt.min)
+    overshoot = max(1.0, spec.rule.reach_of(fmt) / limit)
+    return overshoot * _most_lost_by_storing(spec)
+
+
+def _most_lost_by_storing(spec: QuantSpec) -> float:
+    """The largest ratio of a scale to the scale that is stored for it."""
+    scale = spec.scale
+    if isinstance(scale, QuantSpec):
+        # The largest scales are clipped if the scale of the scales is rounded down.
+        clipped = _unbiased_headroom(scale) / scale.headroom_factor
+        return max(_most_rounded_down(scale.fmt, scale.rounding), clipped)
+    if scale == "float32" or spec.rule.powers_of_two:
+        return 1.0
+    return _most_rounded_down(formats.get(scale), "nearest_even")
+
+
+def _most_rounded_down(fmt: formats.Format, rounding: str) -> float:
+    """The largest ratio of a positive number to the number of the format below it.
+
+    The number is one that is rounded down. Subnormal numbers do not count.
+    """
+    to_nearest = rounding.startswith("nearest")
+    if isinstance(fmt, formats.FloatFormat | formats.ExponentFormat):
+        step = 2.0**-fmt.mantissa_bits
+        return 1 + step / 2 if to_nearest else 1 + step
+    values = np.unique(fmt.values())
+    values = values[values > 0]
+    ratio = float((values[1:] / values[:-1]).max(initial=1.0))
+    return (1 + ratio) / 2 if to_nearest else ratio
 
 
 def _granularity_from_dict(data: dict[str, Any]) -> Granularity:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxq import formats
-from jaxq.qtensor import QuantSpec, as_spec, as_static
+from jaxq.qtensor import QuantSpec, as_activation_spec, as_spec, as_static
 from jaxq.recipes._kinds import kinds, names_of
 from jaxq.recipes._patterns import compile_pattern
 
@@ -52,6 +52,7 @@ class Rule:
       activation: preset name or `QuantSpec` for the input; None leaves the input in
         floats. Without `observer` this is dynamic activation quantization: each call
         uses the range of its own input. A per-channel preset has one scale per token.
+        The names "int4" and "int3" mean "int4_absmax" and "int3_absmax" here.
       observer: an observer of `jaxq.observers`, or its name ("absmax", "minmax",
         "percentile", ...). The input then has one static range, which the observer
         finds in the calibration batches.
@@ -229,10 +230,11 @@ class Rule:
             )
 
     def _normalize_specs(self) -> None:
-        for field in ("weight", "activation"):
-            value = getattr(self, field)
-            if value is not None:
-                self._set(field, as_spec(value, f"{self.name} {field}"))
+        if self.weight is not None:
+            self._set("weight", as_spec(self.weight, f"{self.name} weight"))
+        if self.activation is not None:
+            activation = as_activation_spec(self.activation, f"{self.name} activation")
+            self._set("activation", activation)
 
     def _normalize_axes(self) -> None:
         for field in ("contracting", "batch"):

@@ -11,8 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq import formats
-from jaxq.qtensor import QTensor, QuantSpec
+from jaxq.qtensor import QTensor, QuantSpec, leaf_dtypes
 
 
 def damage_of(qt: QTensor, shape: tuple[int, ...]) -> str | None:
@@ -27,6 +26,7 @@ def damage_of(qt: QTensor, shape: tuple[int, ...]) -> str | None:
         or _presence_damage(qt)
         or _scale_damage(qt)
         or _leaf_damage(qt, shape)
+        or _value_damage(qt)
     )
 
 
@@ -100,22 +100,36 @@ def _expected_leaves(
     """Shape and dtype of each leaf by name. None means that any dtype is allowed."""
     spec, geometry = qt.spec, qt.meta.geometry
     batch = shape[: len(shape) - len(geometry.shape)]
-    packed = qt.meta.packing is not formats.Packing.NONE
-    code_dtype = np.dtype(np.uint8) if packed else spec.fmt.code_dtype
-    scale_dtype = jnp.dtype(spec.scale) if isinstance(spec.scale, str) else None
     blocks = (*batch, *geometry.num_blocks)
-    expected: dict[str, tuple[tuple[int, ...], Any]] = {
-        "data": ((*batch, *qt.meta.stored_shape), code_dtype),
-        "scale": (blocks, scale_dtype),
+    is_mean = spec.offset == "mean"
+    shapes = {
+        "data": (*batch, *qt.meta.stored_shape),
+        "scale": blocks,
+        "zero_point": blocks,
+        "offset": (*batch, *(1,) * len(geometry.num_blocks)) if is_mean else blocks,
+        "codebook": (*blocks, spec.fmt.codes().size),
+        "input_range": (*batch, 2),
+        "input_scale": (*batch, geometry.contracted_size),
     }
+    dtypes = leaf_dtypes(qt.meta)
+    return {
+        name: (leaf_shape, dtypes.get(name))
+        for name, leaf_shape in shapes.items()
+        if getattr(qt, name) is not None
+    }
+
+
+def _value_damage(qt: QTensor) -> str | None:
+    """Codes or zero points outside the codes of the format."""
+    fmt = qt.spec.fmt
     if qt.zero_point is not None:
-        expected["zero_point"] = (blocks, spec.fmt.code_dtype)
-    if qt.codebook is not None:
-        table_shape = (*blocks, spec.fmt.codes().size)
-        expected["codebook"] = (table_shape, np.dtype(np.float32))
-    if qt.input_range is not None:
-        expected["input_range"] = ((*batch, 2), np.dtype(np.float32))
-    if qt.input_scale is not None:
-        channels = geometry.contracted_size
-        expected["input_scale"] = ((*batch, channels), np.dtype(np.float32))
-    return expected
+        zero_point = np.asarray(qt.zero_point)
+        if (zero_point < fmt.min).any() or (zero_point > fmt.max).any():
+            return f"its zero point has numbers that are not codes of {fmt.name}"
+    valid = np.sort(fmt.codes())
+    if valid.size < 1 << fmt.bits or fmt.bits not in (1, 2, 3, 4, 8):
+        codes = np.unique(np.asarray(qt.stored_codes()))
+        invalid = np.setdiff1d(codes, valid)
+        if invalid.size:
+            return f"its data has codes that {fmt.name} does not have: {invalid[:4]}"
+    return None

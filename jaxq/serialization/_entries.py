@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.qtensor import LEAVES, Meta, QTensor, relayout
+from jaxq.qtensor import LEAVES, Meta, QTensor, check_leaves, relayout
 from jaxq.serialization._damage import damage_of
 
 # Arrays of these dtypes are stored as they are. safetensors has no name for some other
@@ -106,6 +106,7 @@ class EntryWriter:
         return {"is": "dict", "items": items}
 
     def _describe_qtensor(self, qt: QTensor, path: str) -> dict[str, Any]:
+        check_leaves(qt, self._caller, path)
         # The layout "columns" is for TPU kernels. A file is for every platform.
         qt = relayout(qt, "rows")
         leaves = {}

@@ -262,15 +262,16 @@ def assert_nearest(
         )
 
     step, numbers = spread(scale), spec.fmt.values().astype(np.float64)
-    if spec.fmt.kind == "integer" and spec.symmetric:
+    if spec.fmt.kind == "integer" and spec.symmetric and not spec.rule.signed:
         numbers = numbers[numbers >= -spec.fmt.max]
     zero = (
         0
         if qt.zero_point is None
         else spread(np.asarray(qt.zero_point).reshape(scale.shape))
     )
-    usable = np.where(step > 2.0**-126, step, 1.0)
-    y = np.where(step > 2.0**-126, rows / usable, 0.0) + zero
+    usable = np.where(abs(step) > 2.0**-126, step, 1.0)
+    y = np.where(abs(step) > 2.0**-126, rows / usable, 0.0) + zero
+    step = abs(step)
     above = np.clip(np.searchsorted(numbers, y), 1, len(numbers) - 1)
     nearest = np.minimum(abs(y - numbers[above - 1]), abs(y - numbers[above]))
     if getattr(spec.fmt, "boundaries", None):
@@ -297,8 +298,8 @@ def assert_nearest(
         close = {"float32": 1e-6, "bfloat16": 2.0**-8, "float8_e8m0fnu": 0.0}[
             spec.scale
         ]
-        wrong = abs(scale - ideal) > close * ideal
-        assert not np.any(wrong & (ideal > 0)), (
+        wrong = abs(scale - ideal) > close * abs(ideal)
+        assert not np.any(wrong & (ideal != 0)), (
             f"scales {scale[wrong]} instead of {ideal[wrong]}"
         )
         assert np.all(scale[ideal == 0] <= 2.0**-126)
@@ -343,6 +344,9 @@ def ideal_scale(block: np.ndarray, spec: QuantSpec) -> np.ndarray:
             np.log2(spec.fmt.max)
         )
         return np.where(largest > 0, 2.0**exponent, 0)
+    if spec.scale_rule == "signed_extreme":
+        extreme = np.take_along_axis(block, abs(block).argmax(-1)[..., None], -1)
+        return extreme[..., 0] / spec.fmt.min
     assert spec.scale_rule == "absmax", (
         f"teach this test the scale rule {spec.scale_rule!r}"
     )

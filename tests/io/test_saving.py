@@ -4,8 +4,10 @@ Errors name everything that does not fit the model. tests/serialization tests th
 itself.
 """
 
+import base64
 import subprocess
 import sys
+import zlib
 from typing import NamedTuple
 
 import jax
@@ -26,6 +28,51 @@ INT8 = Recipe([Rule(weight="int8")])
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "file.safetensors"
+
+
+# Files that were written when int4 and int3 had absmax scales, compressed by zlib. They
+# hold {"w": quantize(w, preset)} with the w of the test.
+OLD_FILES = {
+    "int4": (
+        "eNqNU0uu0zAUZYCEWAKMKg8hD5G0qqoOYMgABkwYNcW6TW76TB07z3b6eVXFFmAJsATEEt5bCiwB"
+        "pviX9rUFiUwin3vPuR8fr+/f89+WUFqjgRIMUErGW1JJVYMhY/IB1lckCb8x2eZkiUozKXIy7qVJ"
+        "LycLJkp3yIlRiDlxmDaqLUyr0AUsh+mQUbLChAxmsNYxujrJujIotFRR6hIaLzPpZ0kvm3qswSJy"
+        "Qp+Bx4QZBNJcgWg5KGY2Mc9sgkpO3qJ6pWTbRHl27fE0G7kjrEMTls3duQE/mx0Hdz59U9s9KVZ0"
+        "qAcL4FF8VnEJJh1GcRegqu2iMNM1rEOs4KxpmJifR2xzotxHBIJCbSguUYS4rCqN5rjLYrEnXAJf"
+        "oo5FZImaVkrWIaaNVGgn8rPMUbpZug39bdFSlag8dmHv+iKAoq1pIYVRUBgs9z6YcVks6EHFgq4/"
+        "T6lbblgT1pA5oOLh0irgOmz2nzOUh6vzy+1nAbfV2RJMtGK3Cg4b2UY/KLmKGhbizPr2KBPB1/DD"
+        "O+OfuBCUgk2gd3508OpZyD1prbXmG8XF7v3wP2ox+UTu4COveI1K0kbaGncnODeCu++ZlIu7GBNN"
+        "a6h9EHPs4J37rHJX3j14X9y+8Hfp0D53f41kPMmSdJr47dBQTVvweTKYerLDj7ijY+rwnDtI+sPp"
+        "btcL3+Tl5MXDp++br7e/H7+Rn7//tIdfN18+5k8e/Pj2Sbx+ZA9/AM8ffIw="
+    ),
+    "int3": (
+        "eNqNU7uO00AUjcQKiRK+IJrai4izWkVpoECiBCFRraPhxr4OQ+wZ78x1Hhul50OQtkP8Ah+w/Zb8"
+        "BA0V83KySRDCjTXn3nMfZ86sznr+2zDOayQogIBzNt6wUukaiI3ZZ1hdsyT8xmyTsQVqI5TM2Lg/"
+        "SPoZmwtZuEPGSCNmzGGGdJtTq9EFLEeYkFGInEKGIKxNjC6Psq4JpVE6lvoEjS9zNUyTfjrxWIN5"
+        "5IQ5A09IGgbSTINsK9CC1jGP1qFKxt6hfqNV28Ty4sbjg3TkjrAKQ1h25c4N+N3sOrj16eva6qRF"
+        "3qEezKGKxadlpYAGl7G4C3DddlGYmhpWIZZXommEnJ1G7HCy2EUkgkZDHBcoQ1yVpUE6nDKf7whT"
+        "QVZ+hDr2UQUaXmpVh7AhpdEu5deZoXLrdCL9TWulC9QeO7fXfR5A2dY8V5I05ITFzgrTSuVzvq9i"
+        "QTeip9RtRaIJSnipyyrcWwmVCeL+a41if4Fe4mEacDuAWABFQ3aCVLBWbXSFVksThWupEta9B5kI"
+        "C+yM6Ox/5EXQGtaB3rnSwcvnIfdotNZacBS13bnif6rF5KNyezf5ijeoFW+U7fFwg1M7uCufKjV/"
+        "iAnZtMTts5hhB2/dZyt37d2z983tO/8wuLSP3t8kG1+lyWCSeHV46GYs+CK5mHiyww+4o0Nqesq9"
+        "SNLRZLvt9171Xv56evf46+8v5aP329fPPr79MXny/fbnt7P7P6KUeSE="
+    ),
+}
+
+
+@pytest.mark.parametrize(("preset", "largest_code"), [("int4", 7), ("int3", 3)])
+def test_files_of_the_old_default_keep_their_numbers(path, preset, largest_code):
+    columns = np.array([1.0, -0.25], np.float32)
+    w = (np.arange(64, dtype=np.float32) % 13 - 6).reshape(32, 2) * columns
+    path.write_bytes(zlib.decompress(base64.b64decode(OLD_FILES[preset])))
+    qt = jaxq.load(path)["w"]
+    assert qt.spec == jaxq.presets()[f"{preset}_absmax"]
+    exact = np.abs(w).max(0) * np.float32(1 / largest_code)
+    scale = exact.astype(jnp.bfloat16).astype(np.float32)
+    codes = np.rint(w * (1 / scale)).clip(-largest_code, largest_code)
+    np.testing.assert_array_equal(qt.codes(), codes)
+    np.testing.assert_array_equal(jaxq.dequantize(qt), codes * scale)
+    np.testing.assert_allclose(jnp.eye(32) @ qt, codes * scale, rtol=1e-6)
 
 
 # Errors of files.

@@ -63,6 +63,8 @@ def quantize(rows: np.ndarray, spec: QuantSpec, *, positive: bool = False) -> Re
             ],
             F32,
         )
+    elif spec.scale_rule == "signed_extreme":
+        ideal = np.where(high >= -low, high, low) * F32(1 / fmt.min)
     elif spec.scale_rule == "mx_floor":
         ideal = np.where(
             magnitude > 0,
@@ -74,7 +76,7 @@ def quantize(rows: np.ndarray, spec: QuantSpec, *, positive: bool = False) -> Re
         ideal = magnitude * F32(1 / fmt.max)
     scale = _stored(ideal.astype(F32), spec, rows.shape[0])
     with np.errstate(divide="ignore"):
-        inverse = np.where(scale >= F32(2.0**-126), F32(1) / scale, F32(0))
+        inverse = np.where(abs(scale) >= F32(2.0**-126), F32(1) / scale, F32(0))
     y = blocks * inverse[:, None]
     zero = None
     if not spec.symmetric:
@@ -88,7 +90,7 @@ def quantize(rows: np.ndarray, spec: QuantSpec, *, positive: bool = False) -> Re
             )
         if positive:
             y = np.where(blocks > 0, np.maximum(y, F32(fmt.smallest_positive)), y)
-        codes, numbers = encode(y, fmt)
+        codes, numbers = encode(y, fmt, wide=spec.scale_rule == "signed_extreme")
         if spec.scale_rule == "ttq":
             by_sign = [
                 np.where(codes == sign, blocks.astype(np.float64), np.nan)
@@ -109,10 +111,16 @@ def quantize(rows: np.ndarray, spec: QuantSpec, *, positive: bool = False) -> Re
     )
 
 
-def encode(y: np.ndarray, fmt: formats.Format) -> tuple[np.ndarray, np.ndarray]:
-    """(code, value) of the format's element nearest to each y."""
+def encode(
+    y: np.ndarray, fmt: formats.Format, *, wide: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """(code, value) of the format's element nearest to each y.
+
+    `wide`: integers may have their most negative code.
+    """
     if fmt.kind == "integer":
-        numbers = np.clip(np.rint(y), -fmt.max if fmt.min < 0 else 0, fmt.max)
+        low = fmt.min if wide else -fmt.max if fmt.min < 0 else 0
+        numbers = np.clip(np.rint(y), low, fmt.max)
         return numbers, numbers.astype(F32)
     if fmt.kind == "float":
         cast = np.clip(y, -fmt.max, fmt.max).astype(getattr(ml_dtypes, fmt.name))

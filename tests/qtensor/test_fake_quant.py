@@ -73,7 +73,9 @@ def test_gradient_is_one_inside_and_zero_outside():
     )
 
 
-@pytest.mark.parametrize("preset", ["int8", "uint4", "nf4", "fp8", "nvfp4", "int4"])
+@pytest.mark.parametrize(
+    "preset", ["int8", "uint4", "nf4", "fp8", "nvfp4", "int4_absmax"]
+)
 def test_gradient_is_one_where_nothing_clips(preset):
     @jax.jit
     def pulled(x, weight):
@@ -84,6 +86,14 @@ def test_gradient_is_one_where_nothing_clips(preset):
     value, gradient = pulled(x, weight)
     np.testing.assert_array_equal(value, both(x, preset)[0])
     np.testing.assert_array_equal(gradient, weight)
+
+
+def test_signed_scales_clip_the_number_opposite_to_the_extreme():
+    """The extreme has the code -8, and 7 is the largest code on the other side."""
+    x = jnp.array([-8.0, 7.0, 7.4, 7.6, 8.0, 0.0]) / 8
+    expected = [1, 1, 1, 0, 0, 1]
+    for sign in (1, -1):
+        assert gradient_of_sum(sign * x.at[0].mul(1.01), "int4").tolist() == expected
 
 
 def test_jit_vmap_grad_and_jvp_compose():
@@ -151,10 +161,10 @@ def test_grad_of_a_layer_inside_scan():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_floats(dtype):
     x = jnp.asarray(normal(*SHAPE, seed=7), dtype)
-    fake, expected = both(x, "int4")
+    fake, expected = both(x, "int4_absmax")
     assert fake.dtype == dtype
     np.testing.assert_array_equal(fake, expected)
-    gradient = gradient_of_sum(x, "int4")
+    gradient = gradient_of_sum(x, "int4_absmax")
     assert gradient.dtype == dtype
     np.testing.assert_array_equal(gradient, np.ones(SHAPE))
 

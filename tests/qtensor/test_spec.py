@@ -7,8 +7,18 @@ import pickle
 import pytest
 
 import jaxq
-from jaxq import PerBlock, PerChannel, PerFlat, PerGroup, PerTensor, PerToken, QuantSpec
+from jaxq import (
+    PerBlock,
+    PerChannel,
+    PerFlat,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QuantSpec,
+    observers,
+)
 from jaxq.formats import CodebookFormat, FloatFormat, IntegerFormat, Packing
+from jaxq.qtensor import as_static
 
 SPECS = {
     **jaxq.presets(),
@@ -41,6 +51,8 @@ SPECS = {
     ),
     "minimum": QuantSpec("uint2", PerGroup(32), offset="min", scale="bfloat16"),
     "order": QuantSpec("int4", rounding="stochastic", packing=Packing.HIGH_FIRST),
+    "headroom": QuantSpec("int4", headroom=17 / 16),
+    "unbiased": QuantSpec("int4", rounding="stochastic", headroom="unbiased"),
     "rule in float32": QuantSpec("int4", scale_rule="signed_extreme"),
     "rule": QuantSpec(
         "int4", scale_rule="signed_extreme", scale="float16", packing="bitstream"
@@ -75,6 +87,7 @@ def test_every_field_makes_a_difference():
         {"offset": "mean"},
         {"packing": "low_first"},
         {"codes_from": "ideal"},
+        {"headroom": 1.5},
     ]
     changed = [base.replace(**c) for c in changes]
     assert len({base, *changed}) == len(changes) + 1
@@ -186,6 +199,43 @@ MISTAKES = [
         "negative numbers; uint8 has none",
     ),
     (
+        {
+            "scale": QuantSpec("int8", offset="mean"),
+            "scale_rule": "signed_extreme",
+        },
+        ValueError,
+        "has negative scales, and offset='mean' in scale= is for positive",
+    ),
+    (
+        {"symmetric": False, "scale_rule": "signed_extreme"},
+        ValueError,
+        "scale_rule='signed_extreme' is for symmetric specs",
+    ),
+    (
+        {"clipping": observers.mse(), "scale_rule": "signed_extreme"},
+        ValueError,
+        "scale_rule='signed_extreme' does not use a range",
+    ),
+    ({"headroom": 0.5}, ValueError, "headroom must be a number of at least 1"),
+    ({"headroom": True}, ValueError, "headroom must be a number of at least 1"),
+    ({"headroom": "most"}, ValueError, "or 'unbiased', got 'most'"),
+    ({"headroom": float("nan")}, ValueError, "headroom must be a number"),
+    (
+        {"headroom": 2.0, "symmetric": False},
+        ValueError,
+        "headroom=2.0 needs symmetric=True",
+    ),
+    (
+        {"headroom": 2.0, "scale_rule": "absmean"},
+        ValueError,
+        "headroom=2.0 needs a scale rule that reads the extremes",
+    ),
+    (
+        {"headroom": "unbiased", "codes_from": "ideal"},
+        ValueError,
+        "needs codes_from='stored'",
+    ),
+    (
         {"scale": QuantSpec("uint8", symmetric=False)},
         ValueError,
         "a quantized scale must have symmetric=True",
@@ -202,6 +252,57 @@ MISTAKES = [
 def test_mistakes_are_named(fields, error, message):
     with pytest.raises(error, match=message):
         QuantSpec(**{"format": "int4"} | fields)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"symmetric": False},
+        {"format": "uint4", "offset": "min"},
+        {"format": "uint4"},
+        {"clipping": observers.mse()},
+        {"scale": "float8_e8m0fnu"},
+        {"scale": QuantSpec("uint8")},
+        {"scale": QuantSpec("int8", PerFlat(256), offset="mean")},
+    ],
+)
+def test_the_scale_rule_gives_way_to_an_edit(changes):
+    spec = jaxq.presets()["int4"]
+    assert spec.scale_rule == "signed_extreme"
+    edited = spec.replace(**changes)
+    assert edited == spec.replace(scale_rule="absmax").replace(**changes)
+    assert edited == jaxq.presets()["int4_absmax"].replace(**changes)
+    # A rule that the edit names does not give way.
+    with pytest.raises(ValueError, match="scale_rule='signed_extreme'"):
+        spec.replace(scale_rule="signed_extreme", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"granularity": PerGroup(32)},
+        {"scale": "float32"},
+        {"scale": QuantSpec("float8_e4m3fn", PerTensor())},
+        {"format": "int8"},
+        {"rounding": "stochastic"},
+        {"packing": "none"},
+    ],
+)
+def test_the_scale_rule_stays_where_it_fits(changes):
+    assert jaxq.presets()["int4"].replace(**changes).scale_rule == "signed_extreme"
+
+
+def test_other_rules_give_way_too():
+    presets = jaxq.presets()
+    clipped = presets["ternary"].replace(clipping=observers.mse())
+    assert clipped.scale_rule == "absmax"
+    assert presets["ttq"].replace(format="int4").scale_rule == "absmax"
+    assert presets["mxint8"].replace(symmetric=False).scale_rule == "absmax"
+
+
+def test_a_static_range_has_no_sign():
+    spec = jaxq.presets()["int4"].replace(granularity=PerTensor())
+    assert as_static(spec, "test").scale_rule == "absmax"
 
 
 def test_descriptions_with_unknown_names():

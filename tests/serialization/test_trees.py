@@ -3,6 +3,7 @@
 A crash leaves the old file whole.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -320,6 +321,29 @@ def test_damaged_metadata(path, change, message):
     )
     rewrite(path, change)
     with pytest.raises(ValueError, match=message):
+        serialization.read_tree(path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "leaf", "value", "message"),
+    [
+        (
+            "ternary",
+            "data",
+            0xAA,
+            r"its data has codes that ternary does not have: \[-2\]",
+        ),
+        ("uint4", "zero_point", 16, "its zero point has numbers that are not codes"),
+        ("uint3", "zero_point", 8, "its zero point has numbers that are not codes"),
+    ],
+)
+def test_values_that_are_not_codes(path, spec, leaf, value, message):
+    if spec == "uint3":
+        spec = jaxq.presets()["uint4"].replace(format="uint3")
+    qt = jaxq.quantize(jnp.eye(64, 4), spec)
+    damaged = jnp.full_like(getattr(qt, leaf), value)
+    serialization.write_tree(path, {"w": dataclasses.replace(qt, **{leaf: damaged})})
+    with pytest.raises(ValueError, match=f"w is damaged: {message}"):
         serialization.read_tree(path)
 
 
