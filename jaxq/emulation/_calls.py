@@ -38,13 +38,24 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
         parts = value if isinstance(value, tuple | list) else (value,)
         for part in parts:
             if isinstance(part, jex.core.ClosedJaxpr | jex.core.Jaxpr):
-                yield _closed(part).jaxpr
+                yield closed_jaxpr(part).jaxpr
 
 
-def _closed(jaxpr: Any) -> Any:
+def closed_jaxpr(jaxpr: Any) -> Any:
+    """A jaxpr as a closed jaxpr. The parameters of equations hold both kinds."""
     if isinstance(jaxpr, jex.core.ClosedJaxpr):
         return jaxpr
     return jex.core.ClosedJaxpr(jaxpr, ())
+
+
+def scan_operands(equation: Any, operands: list) -> tuple[list, list, list]:
+    """Splits one value for each operand of a scan into (constants, carry, xs)."""
+    params = equation.params
+    if "ft_in" in params:  # jax 0.11
+        consts, carry, xs = map(list, params["ft_in"].update(operands).unpack())
+        return consts, carry, xs
+    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return operands[:first], operands[first:last], operands[last:]
 
 
 def _jit_call(
@@ -64,14 +75,14 @@ def _plain_call(
     evaluate: Evaluate, equation: Any, args: list, policy: Policy
 ) -> Sequence:
     jaxpr = equation.params.get("call_jaxpr") or equation.params["jaxpr"]
-    return evaluate(_closed(jaxpr), args, policy)
+    return evaluate(closed_jaxpr(jaxpr), args, policy)
 
 
 def _remat_call(
     evaluate: Evaluate, equation: Any, args: list, policy: Policy
 ) -> Sequence:
     params = equation.params
-    jaxpr = _closed(params["jaxpr"])
+    jaxpr = closed_jaxpr(params["jaxpr"])
 
     def call(*args):
         return evaluate(jaxpr, args, policy)
@@ -86,7 +97,7 @@ def _shard_map_call(
     evaluate: Evaluate, equation: Any, args: list, policy: Policy
 ) -> Sequence:
     params = equation.params
-    jaxpr = _closed(params["jaxpr"])
+    jaxpr = closed_jaxpr(params["jaxpr"])
 
     def call(*args):
         return tuple(evaluate(jaxpr, args, policy))
@@ -106,11 +117,7 @@ def _scan_call(
     evaluate: Evaluate, equation: Any, args: list, policy: Policy
 ) -> Sequence:
     params = equation.params
-    if "ft_in" in params:  # jax 0.11
-        consts, carry, xs = map(list, params["ft_in"].update(args).unpack())
-    else:
-        first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
-        consts, carry, xs = args[:first], args[first:last], args[last:]
+    consts, carry, xs = scan_operands(equation, args)
 
     def body(carry, x):
         outs = evaluate(params["jaxpr"], [*consts, *carry, *x], policy)

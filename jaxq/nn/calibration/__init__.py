@@ -1,7 +1,9 @@
 """Calibration: statistics of the inputs of a model's layers, from batches of real data.
 
-`_nnx.py` and `_linen.py` watch the layers of a model. Both use `_rows.py` (which rows
-count), `_batches.py` (the loop over batches) and `_stats.py` (checks of statistics).
+`_nnx.py` and `_linen.py` watch the layers of a model. `_traced.py` finds the products
+of parameters in a trace of any function, for trees of arrays. All of them use
+`_rows.py` (which rows count), `_batches.py` (the loop over batches) and `_stats.py`
+(checks of statistics).
 `jaxq.observers` computes the statistics, such as the Hessian.
 """
 
@@ -10,5 +12,12 @@ from jaxq.nn.calibration._linen import calibrate as linen_calibrate
 from jaxq.nn.calibration._linen import collect_linen_stats, linen_call_order
 from jaxq.nn.calibration._nnx import calibrate, call_order, collect_stats, run_model
 from jaxq.nn.calibration._stats import StatsRequest, as_stats
+from jaxq.nn.calibration._traced import (
+    ParameterFunction,
+    Use,
+    Watched,
+    collect_traced_stats,
+    find_uses,
+)
 
 __all__ = ["calibrate", "linen_calibrate"]

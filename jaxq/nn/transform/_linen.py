@@ -198,7 +198,7 @@ class LinenAdapter:
         "linen modules do not say which layer that is. Use another method or an nnx "
         "model"
     )
-    no_data = ""
+    data_arguments = "calibration=batches of real inputs"
     unmatched_remedy = (
         "To quantize a matrix, make it the kernel of a Dense, DenseGeneral or Einsum."
     )

@@ -172,7 +172,7 @@ def _observer_problem(
     """Why a layer's input cannot have a static range; empty if it can."""
     if rule.observer is None:
         return ""
-    if not slot.kind.watched and not adapter.no_data:
+    if not slot.kind.watched:
         return "its input cannot be observed, so it has no static range"
     return _missing_data(f"observer {rule.observer!r}", adapter, has_data)
 
@@ -183,7 +183,7 @@ def _bias_problem(
     """Why a layer's bias cannot be corrected; empty if it can."""
     if not rule.correct_bias:
         return ""
-    if not slot.kind.corrects_bias and not adapter.no_data:
+    if not slot.kind.corrects_bias or slot.kind.windowed:
         return f"correct_bias=True is for dense layers, not for {slot.kind.name}"
     return _missing_data("correct_bias=True", adapter, has_data)
 
@@ -200,7 +200,7 @@ def _method_problem(
         return f"{name} is for matrices, not for the windows of a convolution"
     if not needs_data:
         return ""
-    if not slot.kind.watched and not adapter.no_data:
+    if not slot.kind.watched:
         return f"{name} needs data, and calibration cannot see the layer's input"
     return _missing_data(name, adapter, has_data)
 
@@ -210,10 +210,8 @@ def _missing_data(what: str, adapter: Adapter, has_data: bool | None) -> str:
 
     Empty if there are data, or if this is not known yet.
     """
-    if adapter.no_data:
-        return f"{what} needs calibration data, and {adapter.no_data}"
     if has_data is False:
-        return f"{what} needs data. Pass calibration=batches of real inputs"
+        return f"{what} needs data. Pass {adapter.data_arguments}"
     return ""
 
 

@@ -10,7 +10,17 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxq.nn.calibration import StatsRequest, call_order, collect_stats
+from jaxq.nn.calibration import (
+    ParameterFunction,
+    StatsRequest,
+    Use,
+    Watched,
+    call_order,
+    collect_stats,
+    collect_traced_stats,
+    find_uses,
+    run_model,
+)
 from jaxq.nn.layers import (
     LayerKind,
     QuantizedParam,
@@ -36,11 +46,13 @@ from jaxq.nn.transform._nnx_layers import (
     find_layers,
     find_raw_arrays,
     find_variables,
+    key_name,
     normalized_layers,
 )
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._rotation import rotate_model, rotation_notes
 from jaxq.nn.transform._slot import Inventory, Slot
+from jaxq.nn.transform._traced import ArrayKind, slot_with_use, spread_stats
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -72,6 +84,8 @@ def quantize_model(
     One of your own modules may hold a matrix as an `nnx.Param`. This matrix is
     quantized if a rule with `kinds=("Param",)` matches it. Then `x @ self.w`,
     `jaxq.matmul` and `jaxq.einsum` accept the matrix. Other functions raise an error.
+    With calibration batches, a trace of the model shows which axes of the matrix are
+    contracted. If the rule has `contracting` or `batch`, they must agree.
 
     All layers are checked before the first one is quantized. One error names all
     problems.
@@ -186,7 +200,7 @@ class NnxAdapter:
 
     noun = "layer"
     no_folding = ""
-    no_data = ""
+    data_arguments = "calibration=batches of real inputs"
     unmatched_remedy = (
         "To quantize a matrix, add jaxq.Rule(path, weight=..., kinds=('Param',)). It "
         "must come before the rules of a named recipe, jaxq.recipes.get(name).rules."
@@ -197,6 +211,7 @@ class NnxAdapter:
     def __init__(self, model: nnx.Module, recipe: Recipe, options: Options):
         self.caller = options.caller
         self._recipe = recipe
+        self._options = options
         self.notes = rotation_notes(recipe)
         if recipe.rotate:
             key = jax.random.key(0) if options.key is None else options.key
@@ -206,6 +221,9 @@ class NnxAdapter:
         # Variables are told apart by `id`, so they must stay alive.
         self._variables: list[tuple[str, nnx.Variable]] = []
         self._quantized: dict[int, QuantizedParam] = {}
+        # How the model uses each variable, by its path. Empty if it has no bare array
+        # that a rule quantizes, or if there are no batches.
+        self._uses: dict[str, Use] = {}
 
     def inventory(self) -> Inventory:
         self._variables = list(find_variables(self._model))
@@ -227,9 +245,8 @@ class NnxAdapter:
                     unmatched.append(description)
             elif array.attribute is not None:
                 kind = _bare_kind(array, array.attribute, rule)
-                slots.append(
-                    _slot(array.path, array.holder, kind, rule, names, normalized)
-                )
+                slot = _slot(array.path, array.holder, kind, rule, names, normalized)
+                slots.append(dataclasses.replace(slot, kind=ArrayKind(kind.name)))
             else:
                 other_rules.append(rule)
                 if rule.weight is not None:
@@ -238,8 +255,9 @@ class NnxAdapter:
                         "that a module holds as an attribute. Change the module, or "
                         "add jaxq.Rule(path, skip=True, kinds=('Param',))."
                     )
+        slots, traced_rules = self._with_uses(slots)
         self._slots = slots
-        return Inventory(slots, other_rules, unmatched, refused)
+        return Inventory(slots, [*other_rules, *traced_rules], unmatched, refused)
 
     def problems(self, slots: Sequence[Slot]) -> list[str]:
         """Layers that share a weight, but whose rules or axes are not the same."""
@@ -298,28 +316,43 @@ class NnxAdapter:
 
     def call_order(self, options: Options) -> Mapping[str, tuple[int, ...]]:
         assert options.batches
-        return call_order(self._model, options.batches[0], options.forward)
+        if not self._uses:
+            return call_order(self._model, options.batches[0], options.forward)
+        # The numbers of this trace are those of all arrays, also of bare ones.
+        uses = {slot.path: self._uses[slot.name] for slot in self._slots}
+        paths = [path for path in uses if not uses[path].problem]
+        paths.sort(key=lambda path: uses[path].order)
+        return {path: uses[path].inputs for path in paths}
 
     def statistics(
         self, options: Options, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]:
         assert options.batches is not None
-        return collect_stats(
-            self._model,
-            options.batches,
-            wanted,
-            mask=options.mask,
-            forward=options.forward,
-            progress=options.progress,
-        )
+        bare = {slot.path: slot for slot in self._slots if _is_bare(slot)}
+        in_layers = {path: wanted[path] for path in wanted if path not in bare}
+        stats: dict[str, LayerStats] = {}
+        if in_layers:
+            stats |= collect_stats(
+                self._model,
+                options.batches,
+                in_layers,
+                mask=options.mask,
+                forward=options.forward,
+                progress=options.progress,
+            )
+        bare = {path: slot for path, slot in bare.items() if path in wanted}
+        if bare:
+            stats |= self._bare_statistics(bare, wanted)
+        return stats
 
     def bias(self, slot: Slot) -> jax.Array | None:
-        # A registered kind may correct biases, and some of its layers have no bias.
-        bias = getattr(slot.place.layer, "bias", None)
-        return None if bias is None else bias.get_value()
+        variable = self._bias(slot)
+        return None if variable is None else variable.get_value()
 
     def put_bias(self, slot: Slot, bias: jax.Array) -> None:
-        slot.place.layer.bias.set_value(bias)
+        variable = self._bias(slot)
+        assert variable is not None
+        variable.set_value(bias)
 
     def put_weight(self, slot: Slot, qt: QTensor) -> None:
         place = slot.place
@@ -341,6 +374,86 @@ class NnxAdapter:
             note = "in no variable, left as it is"
             out.append(float_row(path, "array", array, note))
         return out
+
+    def _bias(self, slot: Slot) -> nnx.Variable | None:
+        """The variable of the bias of a slot's weight, or None."""
+        if not _is_bare(slot):
+            # A registered kind may correct biases, and some of its layers have no bias.
+            return getattr(slot.place.layer, "bias", None)
+        use = self._uses.get(slot.name)
+        if use is None or use.bias is None:
+            return None
+        path = self._variable_paths()[use.bias]
+        variables = dict(self._variables)
+        is_weight = any(slot.name == path and slot.chosen for slot in self._slots)
+        return None if is_weight else variables.get(path)
+
+    def _with_uses(self, slots: list[Slot]) -> tuple[list[Slot], list[Rule]]:
+        """The slots with the axes that a trace shows, and the rules of traced slots."""
+        self._uses = {}
+        traced = [slot for slot in slots if _is_bare(slot) and slot.chosen]
+        if not traced or not self._options.batches:
+            return slots, []
+        paths = self._variable_paths()
+        groups = {(position,): path for position, path in enumerate(paths)}
+        uses = find_uses(self._function(), self._options.batches[0], groups)
+        self._uses = {groups[group]: use for group, use in uses.items()}
+        rules = [slot.rule for slot in traced if slot.rule is not None]
+        slots = [
+            slot_with_use(slot, self._uses[slot.name]) if slot in traced else slot
+            for slot in slots
+        ]
+        return slots, rules
+
+    def _bare_statistics(
+        self, slots: Mapping[str, Slot], wanted: Mapping[str, StatsRequest]
+    ) -> dict[str, LayerStats]:
+        """Statistics of the inputs of bare arrays, by path."""
+        assert self._options.batches is not None
+        positions = {path: i for i, path in enumerate(self._variable_paths())}
+        watched = {
+            path: Watched((positions[slot.name],), self._uses[slot.name], wanted[path])
+            for path, slot in slots.items()
+        }
+        stats = collect_traced_stats(
+            self._function(),
+            self._options.batches,
+            watched,
+            caller=self.caller,
+            mask=self._options.mask,
+            progress=self._options.progress,
+        )
+        return {
+            path: spread_stats(stats[path], slot, self._uses[slot.name])
+            for path, slot in slots.items()
+        }
+
+    def _function(self) -> ParameterFunction:
+        """The model in its present state, as a function of its variables' values."""
+        graph, state = nnx.split(self._model)
+        leaves, structure = jax.tree.flatten(state, is_leaf=_is_qtensor)
+
+        def run(leaves: Sequence[Any], batch: Any) -> Any:
+            model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+            return run_model(model, batch, self._options.forward)
+
+        return ParameterFunction(run, leaves)
+
+    def _variable_paths(self) -> list[str]:
+        """The path of the variable of each leaf of `_function`."""
+        state = nnx.state(self._model)
+        leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_qtensor)
+        # The last key is the ".value" of the variable.
+        return ["/".join(map(key_name, keys[:-1])) for keys, _ in leaves]
+
+
+def _is_bare(slot: Slot) -> bool:
+    """True if the slot is of an array in a module of an unknown class."""
+    return isinstance(slot.kind, ArrayKind)
+
+
+def _is_qtensor(x: Any) -> bool:
+    return isinstance(x, QTensor)
 
 
 def _weight(layer: Any, kind: LayerKind) -> Any:

@@ -111,7 +111,7 @@ def find_bare_arrays(model: nnx.Module, layer_weights: set[int]) -> Iterator[Bar
         value = node.get_value() if isinstance(node, nnx.Variable) else node
         for keys, leaf in jax.tree_util.tree_leaves_with_path(value):
             if isinstance(leaf, _ARRAYS) and jnp.issubdtype(leaf.dtype, jnp.floating):
-                name = "/".join([_join(path), *map(_key_name, keys)])
+                name = "/".join([_join(path), *map(key_name, keys)])
                 yield BareArray(name, holder, None if keys else attribute, leaf)
 
 
@@ -142,7 +142,8 @@ def _join(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, path))
 
 
-def _key_name(key: Any) -> str:
+def key_name(key: Any) -> str:
+    """The text of one key of a path in a tree."""
     return str(getattr(key, "key", getattr(key, "idx", key)))
 
 

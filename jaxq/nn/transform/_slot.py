@@ -122,7 +122,7 @@ class Adapter(Protocol):
       caller: the name of the public function. Errors begin with this name.
       noun: the word for what rules match: "layer" or "parameter".
       no_folding: why scales cannot be moved between layers. Empty if they can be moved.
-      no_data: why calibration data cannot pass through the model. Empty if they can.
+      data_arguments: the arguments that give calibration data, for errors.
       unmatched_remedy: a sentence for errors: how to quantize a matrix in
         `Inventory.unmatched`.
       read_arguments: the names of arguments about data that the adapter itself reads.
@@ -135,7 +135,7 @@ class Adapter(Protocol):
     caller: str
     noun: str
     no_folding: str
-    no_data: str
+    data_arguments: str
     unmatched_remedy: str
     read_arguments: tuple[str, ...]
     keys_follow_slots: bool

@@ -16,15 +16,22 @@ because Flax stores kernels as `[in, out]`. For other arrays, the rule names the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from jaxq import methods
-from jaxq.nn.calibration import StatsRequest
+from jaxq.nn.calibration import (
+    ParameterFunction,
+    StatsRequest,
+    Use,
+    Watched,
+    collect_traced_stats,
+    find_uses,
+)
 from jaxq.nn.report import Report, Row, float_row, why_not_weight
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._loop import quantize_slots
@@ -32,6 +39,7 @@ from jaxq.nn.transform._nnx_layers import NOT_WEIGHTS
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._rotation import refuse_rotation
 from jaxq.nn.transform._slot import Inventory, Slot
+from jaxq.nn.transform._traced import ArrayKind, slot_with_use, spread_stats
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, dequantize
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -41,10 +49,16 @@ def quantize_params(
     params: Any,
     recipe: str | QuantSpec | Recipe,
     *,
+    calibration: Iterable[Any] | Mapping[str, LayerStats] | None = None,
+    mask: Callable[[Any], Any] | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    sequential: bool | str = False,
+    fallback: str = "rtn",
     strict: bool = True,
     donate: bool = False,
     key: jax.Array | None = None,
     on_nonfinite: str = "raise",
+    progress: bool | None = None,
 ) -> tuple[Any, Report]:
     """Returns a tree of the same structure whose matrices are QTensors.
 
@@ -87,10 +101,16 @@ def quantize_params(
     recipe = as_recipe(recipe, "quantize_params")
     options = Options(
         caller="quantize_params",
+        calibration=calibration,
+        mask=mask,
+        forward=forward,
+        sequential=sequential,
+        fallback=fallback,
         strict=strict,
         donate=donate,
         key=key,
         on_nonfinite=on_nonfinite,
+        progress=progress,
     )
     if key is not None and not any(_may_draw(rule) for rule in recipe.rules):
         raise ValueError(
@@ -116,10 +136,14 @@ def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
       'float32'
     """
 
-    def floats(leaf: Any) -> Any:
-        return dequantize(leaf, dtype=dtype) if _is_qtensor(leaf) else leaf
+    return jax.tree.map(
+        lambda leaf: _dequantized(leaf, dtype), params, is_leaf=_is_qtensor
+    )
 
-    return jax.tree.map(floats, params, is_leaf=_is_qtensor)
+
+def _dequantized(leaf: Any, dtype: Any = None) -> Any:
+    """A leaf, dequantized if it is a QTensor."""
+    return dequantize(leaf, dtype=dtype) if _is_qtensor(leaf) else leaf
 
 
 def _may_draw(rule: Rule) -> bool:
@@ -127,15 +151,6 @@ def _may_draw(rule: Rule) -> bool:
     spec = rule.weight
     rounds_at_random = isinstance(spec, QuantSpec) and spec.needs_key
     return rounds_at_random or methods.get(rule.method).solve is not None
-
-
-class _ArrayKind(NamedTuple):
-    """The kind record of an array in a tree. A tree has no layers."""
-
-    name: str = "Array"
-    watched: bool = False
-    windowed: bool = False
-    corrects_bias: bool = False
 
 
 @dataclasses.dataclass
@@ -147,12 +162,17 @@ class _Leaf:
       value: the value of the leaf. The adapter replaces it by the QTensor.
       note: why the leaf cannot be quantized. Empty if it has a slot.
       slot: the slot of the leaf, or None.
+      array: identifies the array of the leaf. Several leaves may hold one array.
     """
 
     path: str
     value: Any
     note: str
     slot: Slot | None = None
+    array: int = 0
+
+    def __post_init__(self):
+        self.array = id(self.value)
 
 
 class TreeAdapter:
@@ -166,25 +186,50 @@ class TreeAdapter:
 
     noun = "parameter"
     no_folding = "a tree does not say which layer that is. Use quantize_model"
-    no_data = "no data pass through a tree. Use quantize_model"
+    data_arguments = (
+        "calibration=batches of real inputs, and forward=a function that computes the "
+        "model, forward(params, batch)"
+    )
     unmatched_remedy = ""
-    read_arguments: tuple[str, ...] = ()
     keys_follow_slots = True
-    notes = ()
 
     def __init__(self, params: Any, recipe: Recipe, options: Options):
         refuse_rotation(recipe, options.caller)
         self.caller = options.caller
+        self.notes: tuple[str, ...] = ()
+        # `inventory` runs forward with the first batch.
+        self.read_arguments: tuple[str, ...] = ()
+        if options.batches:
+            if options.forward is None:
+                raise ValueError(
+                    f"{self.caller}: calibration= needs forward=, because a tree does "
+                    "not say how it computes a model. Pass forward=lambda params, "
+                    "batch: ..., a function that runs a batch."
+                )
+            self.read_arguments = ("calibration", "forward")
         self._recipe = recipe
+        self._options = options
         self._structure = jax.tree.structure(params, is_leaf=_is_qtensor)
         self._leaves = list(_leaves_of(params))
+        # The original arrays, which `id` tells apart, must stay alive.
+        self._arrays = [leaf.value for leaf in self._leaves]
+        # How forward uses each array, by `_Leaf.array`. Empty without batches.
+        self._uses: dict[int, Use] = {}
+        self._runs_dequantized = False
 
     def inventory(self) -> Inventory:
+        self._uses = self._find_uses()
+        other_rules = []
         for position, leaf in enumerate(self._leaves):
-            if not leaf.note:
-                leaf.slot = self._slot(leaf, position)
+            if leaf.note:
+                continue
+            slot = leaf.slot = self._slot(leaf, position)
+            use = self._uses.get(leaf.array)
+            if use is not None and slot.chosen:
+                leaf.slot = slot_with_use(slot, use)
+                other_rules.append(slot.rule)
         slots = [leaf.slot for leaf in self._leaves if leaf.slot is not None]
-        return Inventory(slots)
+        return Inventory(slots, other_rules)
 
     def problems(self, slots: Sequence[Slot]) -> list[str]:
         return []
@@ -201,21 +246,54 @@ class TreeAdapter:
         return slots  # because of `no_folding`, methods that move scales are refused
 
     def call_order(self, options: Options) -> Mapping[str, tuple[int, ...]]:
-        raise NotImplementedError("A tree has no layers that are called in an order.")
+        uses = {leaf.path: self._uses[leaf.array] for leaf in self._leaves_with_use()}
+        paths = sorted(uses, key=lambda path: uses[path].order)
+        return {path: uses[path].inputs for path in paths}
 
     def statistics(
         self, options: Options, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]:
-        raise NotImplementedError("No calibration data pass through a tree.")
+        assert options.batches
+        watched: dict[str, Watched] = {}
+        names: dict[Hashable, str] = {}
+        leaves = [leaf for leaf in self._leaves_with_use() if leaf.path in wanted]
+        for leaf in leaves:
+            assert leaf.slot is not None
+            if leaf.slot.weight not in names:
+                names[leaf.slot.weight] = leaf.path
+                watched[leaf.path] = Watched(
+                    self._positions(leaf.array),
+                    self._uses[leaf.array],
+                    wanted[leaf.path],
+                )
+        stats = collect_traced_stats(
+            self._function(),
+            options.batches,
+            watched,
+            caller=self.caller,
+            mask=options.mask,
+            progress=options.progress,
+        )
+        spread = {}
+        for leaf in leaves:
+            assert leaf.slot is not None
+            own = stats[names[leaf.slot.weight]]
+            spread[leaf.path] = spread_stats(own, leaf.slot, self._uses[leaf.array])
+        return spread
 
     def bias(self, slot: Slot) -> jax.Array | None:
-        return None
+        bias = self._bias(slot)
+        return None if bias is None else bias.value
 
     def put_bias(self, slot: Slot, bias: jax.Array) -> None:
-        raise NotImplementedError("An array of a tree has no bias.")
+        leaf = self._bias(slot)
+        assert leaf is not None
+        leaf.value = bias
 
     def put_weight(self, slot: Slot, qt: QTensor) -> None:
-        self._leaves[slot.place].value = qt
+        for leaf in self._leaves:
+            if leaf.slot is not None and leaf.slot.weight == slot.weight:
+                leaf.value = qt
 
     def finish(self) -> Any:
         values = [leaf.value for leaf in self._leaves]
@@ -242,13 +320,95 @@ class TreeAdapter:
             out.append(row)
         return out
 
+    def _find_uses(self) -> dict[int, Use]:
+        """How forward uses each array, for the first batch. Empty without batches."""
+        if not self._options.batches:
+            return {}
+        arrays = [leaf.array for leaf in self._leaves if not leaf.note]
+        groups = {self._positions(array): array for array in arrays}
+        uses = find_uses(self._function(), self._options.batches[0], groups)
+        if groups and not any(
+            use.num_products or use.is_changed for use in uses.values()
+        ):
+            raise ValueError(
+                f"{self.caller}: forward multiplies nothing by an array of params. It "
+                "must compute the model from its first argument, "
+                "forward=lambda params, batch: ..."
+            )
+        return {groups[group]: use for group, use in uses.items()}
+
+    def _function(self) -> ParameterFunction:
+        """`forward` with the present leaves.
+
+        Some leaves are quantized already if `sequential` is set. If forward cannot run
+        with them, it gets their dequantized arrays.
+        """
+        forward = self._options.forward
+        assert forward is not None
+        assert self._options.batches
+
+        def run(leaves: Sequence[Any], batch: Any) -> Any:
+            return forward(jax.tree.unflatten(self._structure, leaves), batch)
+
+        leaves = [leaf.value for leaf in self._leaves]
+        is_quantized = any(
+            _is_qtensor(leaf.value) and not _is_qtensor(array)
+            for leaf, array in zip(self._leaves, self._arrays, strict=True)
+        )
+        function = ParameterFunction(run, leaves)
+        if is_quantized and not self._runs_dequantized:
+            try:
+                find_uses(function, self._options.batches[0], ())
+            except Exception as error:  # any code of the user may run
+                self._runs_dequantized = True
+                reason = str(error).partition("\n")[0]
+                note = (
+                    "sequential: forward does not run with QTensors "
+                    f"({type(error).__name__}: {reason}). It ran with the dequantized "
+                    "weights, so the statistics have the errors of weights, and not "
+                    "those of quantized inputs"
+                )
+                self.notes = (*self.notes, note)
+        if not (is_quantized and self._runs_dequantized):
+            return function
+        leaves = [
+            leaf.value if _is_qtensor(array) else _dequantized(leaf.value)
+            for leaf, array in zip(self._leaves, self._arrays, strict=True)
+        ]
+        return ParameterFunction(run, leaves)
+
+    def _leaves_with_use(self) -> list[_Leaf]:
+        """The float leaves whose products have statistics."""
+        return [
+            leaf
+            for leaf in self._leaves
+            if leaf.slot is not None
+            and leaf.array in self._uses
+            and not self._uses[leaf.array].problem
+            and not _is_qtensor(leaf.value)
+        ]
+
+    def _positions(self, array: int) -> tuple[int, ...]:
+        """The positions of the leaves that hold an array."""
+        return tuple(i for i, leaf in enumerate(self._leaves) if leaf.array == array)
+
+    def _bias(self, slot: Slot) -> _Leaf | None:
+        """The leaf that forward adds to the output of a slot's weight, or None."""
+        use = self._uses.get(self._leaves[slot.place].array)
+        if use is None or use.bias is None:
+            return None
+        leaf = self._leaves[use.bias]
+        is_float = leaf.slot is None or not leaf.slot.chosen
+        is_alone = len(self._positions(leaf.array)) == 1
+        return leaf if is_float and is_alone else None
+
     def _slot(self, leaf: _Leaf, position: int) -> Slot:
         """The slot of a float array with two or more axes."""
         rule = self._rule(leaf)
         slot = Slot(
             path=leaf.path,
             name=leaf.path,
-            kind=_ArrayKind(),
+            kind=ArrayKind("Array"),
             value=leaf.value,
             weight=position,
             place=position,
