@@ -70,7 +70,8 @@ class Rule:
       where: a function of a `jaxq.recipes.Layer` that returns True if the rule applies.
         Two rules are equal only if they have the same function object.
       contracting: the axes of the weight that its product contracts, as in
-        `jaxq.quantize`. None takes them from the layer; for a bare matrix it means -2.
+        `jaxq.quantize`. None takes them from the layer; for a bare matrix it means -2,
+        or the axes that a trace of calibration batches shows.
       batch: leading axes of a bare array that get scales of their own. None takes them
         from the layer.
       reason: what the report says about a skipped layer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,6 +64,14 @@ def product_of(
     return _PRODUCTS[equation.primitive.name](equation, args, side, view, shape, key)
 
 
+def contracts(equation: Any) -> bool:
+    """True if an equation contracts axes of its operands."""
+    if equation.primitive.name != "dot_general":
+        return True
+    contract_dims, _ = equation.params["dimension_numbers"]
+    return bool(contract_dims[0])
+
+
 def _dot(
     equation: Any, args: Sequence, side: int, view: View, shape: Sequence[int], key: Any
 ) -> Product:
@@ -86,39 +95,59 @@ def _dot(
         raise NotAProduct("a product reads only a part of one of its axes")
     index = _index(view, shape)
     batch = _batch((*stack, *index), contracting, shape)
-    # Splits the axes of x as the axes of the parameter are split.
+    # The axes of x, split as the axes of the parameter are split.
     labels: list[Part] = []
     for dim, size in enumerate(x.shape):
-        labels += parts.get(dim) or ((Part(None, size),) if size != 1 else ())
-    rows = x.reshape([part.size for part in labels])
-    is_stacked = [part.axis in batch and part.axis not in index for part in labels]
-    is_contracted = [part.axis in contracting for part in labels]
-    positions = range(len(labels))
-    stacked = [i for i in positions if is_stacked[i]]
-    last = [i for i in positions if is_contracted[i]]
-    free = [i for i in positions if not is_stacked[i] and not is_contracted[i]]
-    stacked.sort(key=lambda i: in_storage_order(labels[i]))
-    last.sort(key=lambda i: in_storage_order(labels[i]))
-    rows = jnp.transpose(rows, (*stacked, *free, *last))
-    sizes = [shape[axis] for axis in batch if axis not in index]
-    sizes += [labels[i].size for i in free]
-    rows = rows.reshape(*sizes, -1)
+        labels += parts[dim] if dim in parts else (Part(None, size),)
+    stacked_axes = [axis for axis in batch if axis not in index]
+    rows = _rows(x, labels, stacked_axes, contracting, shape)
     own_free = [
         axis
         for dim, axis in enumerate(view.axes)
         if dim not in own_contracted and dim not in own_batch
     ]
     x_free = [
-        (Part(None, size),)
-        for dim, size in enumerate(x.shape)
-        if dim not in x_contracted and dim not in x_batch
+        (Part(None, size),) for dim, size in enumerate(x.shape) if dim not in parts
     ]
-    free_axes = (own_free, x_free) if side == 0 else (x_free, own_free)
-    axes = [view.axes[dim] for dim in own_batch]
-    output = View(
-        view.leaf, (*axes, *free_axes[0], *free_axes[1]), view.index, product=key
+    first, second = (own_free, x_free) if side == 0 else (x_free, own_free)
+    axes = [view.axes[dim] for dim in own_batch] + first + second
+    output = View(view.leaf, tuple(axes), view.index, product=key)
+    operand = args[1 - side]
+    return Product(
+        key, view.leaf, contracting, batch, index, False, operand, rows, output
     )
-    return Product(key, view.leaf, contracting, batch, index, False, x, rows, output)
+
+
+def _rows(
+    x: jax.Array,
+    labels: Sequence[Part],
+    batch: Sequence[int],
+    contracting: Sequence[int],
+    shape: Sequence[int],
+) -> jax.Array:
+    """The rows `[*batch, *free, K]` of an operand.
+
+    Args:
+      x: the operand.
+      labels: the parts of its axes, in their order. The batch axes and the contracted
+        axes of x are parts of the parameter's axes.
+      batch: axes of the parameter.
+      contracting: axes of the parameter.
+      shape: the shape of the parameter.
+    """
+
+    def positions(axes: Sequence[int]) -> list[int]:
+        own = [i for i, part in enumerate(labels) if part.axis in axes]
+        return sorted(own, key=lambda i: in_storage_order(labels[i]))
+
+    first, last = positions(batch), positions(contracting)
+    free = [i for i in range(len(labels)) if i not in first and i not in last]
+    rows = x.reshape([part.size for part in labels])
+    rows = jnp.transpose(rows, (*first, *free, *last))
+    sizes = [shape[axis] for axis in batch]
+    sizes += [labels[i].size for i in free]
+    k = math.prod(shape[axis] for axis in contracting)
+    return rows.reshape(*sizes, k)
 
 
 def _conv(
@@ -135,7 +164,7 @@ def _conv(
     x = jnp.asarray(args[0])
     sample, channel, *spatial = numbers.lhs_spec
     rows = jnp.transpose(x, (sample, *spatial, channel))
-    return Product(key, view.leaf, contracting, batch, index, True, x, rows, None)
+    return Product(key, view.leaf, contracting, batch, index, True, args[0], rows, None)
 
 
 _PRODUCTS = {"conv_general_dilated": _conv, "dot_general": _dot}
@@ -146,8 +175,6 @@ def _contracting(parts: Sequence[Part], shape: Sequence[int]) -> tuple[int, ...]
     axes = whole_axes(parts, shape)
     if axes is None:
         raise NotAProduct("a product contracts only a part of one of its axes")
-    if not axes:
-        raise NotAProduct("a product contracts none of its axes")
     return axes
 
 

@@ -27,7 +27,13 @@ from jaxq.nn.calibration._origins import (
     is_data,
     is_parameter,
 )
-from jaxq.nn.calibration._product import PRODUCTS, NotAProduct, Product, product_of
+from jaxq.nn.calibration._product import (
+    PRODUCTS,
+    NotAProduct,
+    Product,
+    contracts,
+    product_of,
+)
 
 # The results are the operands, except for a rounding to another dtype.
 _SAME = frozenset([
@@ -140,6 +146,9 @@ class Products:
         name = equation.primitive.name
         if not any(map(is_data, origins)):
             return combined(origins, name)  # a product of parameters changes them
+        if not contracts(equation):
+            self._read(name, origins)  # such as an outer product
+            return Other.DATA
         side = 0 if _holds_parameter(origins[0]) else 1
         origin = origins[side]
         if isinstance(origin, Changed):

@@ -141,30 +141,14 @@ def collect_traced_stats(
       ValueError: an input is not finite, or no row counts; the mask does not fit; a
         later batch uses a parameter in another way than the first one.
     """
-    names = {leaf: name for name, group in watched.items() for leaf in group.leaves}
     arrays = _arrays(function.leaves)
 
     def visit(product: Product, state: dict[str, LayerStats]) -> dict[str, LayerStats]:
-        name = names.get(product.leaf)
-        if name is None:
-            return state
-        group = watched[name]
-        if (product.contracting, product.batch) != (
-            group.use.contracting,
-            group.use.batch,
-        ):
-            raise ValueError(
-                f"{caller}: {name}: a batch contracts its axes "
-                f"{list(product.contracting)}, and the first batch its axes "
-                f"{list(group.use.contracting)}. Pass batches that go the same way."
-            )
-        position = tuple(product.index.get(axis, slice(None)) for axis in product.batch)
-        own_stats = jax.tree.map(lambda leaf: leaf[position], state[name])
-        own_stats = add_rows(own_stats, product.rows, name, group.request.observer)
-        stats = jax.tree.map(
-            lambda leaf, own: leaf.at[position].set(own), state[name], own_stats
-        )
-        return {**state, name: stats}
+        state = dict(state)
+        for name, group in watched.items():
+            if product.leaf in group.leaves:
+                state[name] = _with_product(state[name], product, group, name, caller)
+        return state
 
     @jax.jit
     def step(arrays: Any, state: Any, batch: Batch, counts: Any) -> Any:
@@ -180,6 +164,26 @@ def collect_traced_stats(
     run_batches(run, batches, caller=caller, mask=mask, progress=progress)
     check_stats(state, caller)
     return state
+
+
+def _with_product(
+    stats: LayerStats, product: Product, group: Watched, name: str, caller: str
+) -> LayerStats:
+    """The statistics of a parameter after one more product.
+
+    Raises:
+      ValueError: the product has other axes than the use of the parameter.
+    """
+    if (product.contracting, product.batch) != (group.use.contracting, group.use.batch):
+        raise ValueError(
+            f"{caller}: {name}: a batch contracts its axes "
+            f"{list(product.contracting)}, and the first batch its axes "
+            f"{list(group.use.contracting)}. Pass batches that go the same way."
+        )
+    position = tuple(product.index.get(axis, slice(None)) for axis in product.batch)
+    own_stats = jax.tree.map(lambda leaf: leaf[position], stats)
+    own_stats = add_rows(own_stats, product.rows, name, group.request.observer)
+    return jax.tree.map(lambda leaf, own: leaf.at[position].set(own), stats, own_stats)
 
 
 def _visit_products(
@@ -293,7 +297,7 @@ def _empty(function: ParameterFunction, group: Watched) -> LayerStats:
 def _arrays(leaves: Sequence[Any]) -> dict[int, Any]:
     """The leaves that are arguments of the traced function, by position."""
     return {
-        position: leaf if isinstance(leaf, QTensor) else jnp.asarray(leaf)
+        position: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
         for position, leaf in enumerate(leaves)
         if isinstance(leaf, QTensor | jax.Array)
         or (isinstance(leaf, np.ndarray) and leaf.dtype != object)

@@ -454,7 +454,8 @@ def _bare_slot(key: _Key, value: Any, rule: Rule, cls: type) -> Slot:
     problem = (
         f"{cls.__name__} creates it with self.param, and flax checks its shape, so a "
         "QTensor cannot replace it. Make it the kernel of a Dense, DenseGeneral or "
-        "Einsum"
+        "Einsum, or quantize variables['params'] with jaxq.quantize_params and apply "
+        "the module to the result of jaxq.dequantize_params"
     )
     return Slot(
         path=path,

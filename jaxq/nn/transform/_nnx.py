@@ -414,6 +414,7 @@ class NnxAdapter:
         watched = {
             path: Watched((positions[slot.name],), self._uses[slot.name], wanted[path])
             for path, slot in slots.items()
+            if slot.name in self._uses  # empty if there is no batch
         }
         stats = collect_traced_stats(
             self._function(),

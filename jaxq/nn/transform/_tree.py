@@ -11,6 +11,10 @@ parameters.
 An array does not show which axes a product contracts. For a matrix, jaxq takes axis -2,
 because Flax stores kernels as `[in, out]`. For other arrays, the rule names the axes
 (`contracting=`, `batch=`).
+
+With calibration batches and `forward=`, a trace of forward shows the products of each
+array. Then the axes come from the trace, and methods can have statistics of the inputs
+(`jaxq.nn.calibration`).
 """
 
 from __future__ import annotations
@@ -72,24 +76,48 @@ def quantize_params(
         shared.
       recipe: as in `jaxq.quantize_model`. A name or a spec quantizes every float
         matrix, except embeddings, norms, biases, heads, routers and LoRA adapters.
-        These are recognized by their names. Arrays with three or more axes need a rule
-        with `contracting=`.
+        These are recognized by their names. Without calibration batches, arrays with
+        three or more axes need a rule with `contracting=`.
+      calibration: batches of real inputs, for methods (`jaxq.methods`), observers and
+        `correct_bias`, which need data. With batches, `forward` is needed too. Or
+        statistics (`jaxq.observers.LayerStats`) by the path of the array.
+      mask: `mask(batch)` returns a bool array `[b, t]` or `[b]` that is False for
+        padding. Its axes must be the first axes of the rows of every product.
+      forward: `forward(params, batch)` computes the model with jax. Its result is
+        ignored. It is traced, and the products `dot_general` (`@`, `jnp.matmul`,
+        `jnp.einsum`) and `conv_general_dilated` of each array are found. On its way to
+        a product, an array may be cast, transposed, reshaped, broadcast or indexed by
+        layer. The products may be inside jit, vmap, remat and the loops of `jax.lax`. A
+        stack that a scan goes through has statistics for each layer. The axes that the
+        products contract replace the default axes, and `contracting=` of a rule must
+        agree with them.
+      sequential: "blocks" (or True) or "layers", as in `jaxq.quantize_model`. Forward
+        then runs with QTensors among the parameters. If it cannot, it runs with their
+        dequantized arrays, and the report says so. A stack of layers is one array, so
+        its layers are quantized together.
+      fallback: as in `jaxq.quantize_model`.
       strict: a rule that matches nothing is an error. If False, the report says so.
       donate: frees each array when its codes exist, so that a model larger than half of
         the memory can be quantized. The arrays in `params` must not be used afterwards.
         An array that also has a path where it stays in floats is not freed.
       key: PRNG key, for `rounding="stochastic"`.
       on_nonfinite: as in `jaxq.quantize`.
+      progress: show a line of progress. None shows it on a terminal.
 
     Returns:
-      (the tree, a `Report`).
+      (the tree, a `Report`). If a rule needs data, an array that no product reads stays
+      in floats, and its row says so.
 
     Raises:
+      TypeError: `calibration` is one array instead of batches.
       ValueError: the recipe is unknown; a leaf cannot be quantized by its rule (the
         error names all such leaves); a rule matches nothing; a method, an observer or
-        `correct_bias` needs data; a method moves scales between layers; the recipe has
-        rotate=True; a rule has stochastic rounding and `key` is None; `key` is not None
-        and no rule can use it.
+        `correct_bias` needs data and `calibration` is None; there are batches and
+        `forward` is None; forward computes with an array before the product
+        (`x @ (2 * w)`), or its products contract different axes, and the rule needs
+        data; the axes of a rule are not those of the products; a method moves scales
+        between layers; the recipe has rotate=True; a rule has stochastic rounding and
+        `key` is None; `key` is not None and no rule can use it.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -97,6 +125,12 @@ def quantize_params(
       >>> qparams, report = jaxq.quantize_params(params, "int8")
       >>> (jnp.ones((2, 64)) @ qparams["up"]["w"]).shape, len(report.quantized)
       ((2, 8), 1)
+      >>> def forward(params, x):
+      ...   return x @ params["up"]["w"] + params["up"]["b"]
+      >>> qparams, report = jaxq.quantize_params(
+      ...   params, "w8a8_static", calibration=[jnp.ones((2, 64))], forward=forward)
+      >>> qparams["up"]["w"].input_range.shape
+      (2,)
     """
     recipe = as_recipe(recipe, "quantize_params")
     options = Options(
@@ -135,7 +169,6 @@ def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
       >>> jaxq.dequantize_params(qparams)["w"].dtype.name
       'float32'
     """
-
     return jax.tree.map(
         lambda leaf: _dequantized(leaf, dtype), params, is_leaf=_is_qtensor
     )
@@ -199,7 +232,7 @@ class TreeAdapter:
         self.notes: tuple[str, ...] = ()
         # `inventory` runs forward with the first batch.
         self.read_arguments: tuple[str, ...] = ()
-        if options.batches:
+        if options.batches is not None:
             if options.forward is None:
                 raise ValueError(
                     f"{self.caller}: calibration= needs forward=, because a tree does "
@@ -253,7 +286,7 @@ class TreeAdapter:
     def statistics(
         self, options: Options, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]:
-        assert options.batches
+        assert options.batches is not None
         watched: dict[str, Watched] = {}
         names: dict[Hashable, str] = {}
         leaves = [leaf for leaf in self._leaves_with_use() if leaf.path in wanted]
@@ -345,7 +378,6 @@ class TreeAdapter:
         """
         forward = self._options.forward
         assert forward is not None
-        assert self._options.batches
 
         def run(leaves: Sequence[Any], batch: Any) -> Any:
             return forward(jax.tree.unflatten(self._structure, leaves), batch)
@@ -357,6 +389,7 @@ class TreeAdapter:
         )
         function = ParameterFunction(run, leaves)
         if is_quantized and not self._runs_dequantized:
+            assert self._options.batches
             try:
                 find_uses(function, self._options.batches[0], ())
             except Exception as error:  # any code of the user may run

@@ -1,5 +1,6 @@
 """quantize_model: what it leaves alone, what stays shared, and what it refuses."""
 
+import dataclasses
 import pickle
 
 import jax
@@ -471,3 +472,91 @@ def test_donated_weights_are_gone():
     assert q(jnp.ones((2, 64))).shape == (2, 8)
     with pytest.raises(ValueError, match="needs. Pass only one"):
         jaxq.quantize_model(q, "int8", donate=True, calibration=[jnp.ones((2, 64))])
+
+
+class Dense(nnx.Module):
+    """A Linear, and a matrix in a module of an unknown class."""
+
+    def __init__(self, rngs):
+        self.lin = nnx.Linear(40, 40, rngs=rngs)
+        self.w = nnx.Param(normal(40, 8))
+        self.b = nnx.Param(normal(8))
+
+    def __call__(self, x):
+        y = self.lin(x) @ self.w
+        return y + jnp.broadcast_to(self.b[...], y.shape)
+
+
+class Layers(nnx.Module):
+    """The same numbers in an nnx.Linear."""
+
+    def __init__(self, dense, rngs):
+        self.lin = dense.lin
+        self.out = nnx.Linear(40, 8, rngs=rngs)
+        self.out.kernel[...], self.out.bias[...] = dense.w[...], dense.b[...]
+
+    def __call__(self, x):
+        return self.out(self.lin(x))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(weight="int4", method="gptq", kinds=("Param", "Linear")),
+        Rule(
+            weight="int8", activation="int8", observer="mse", kinds=("Param", "Linear")
+        ),
+        Rule(weight="int4", correct_bias=True, kinds=("Param", "Linear")),
+    ],
+    ids=["gptq", "static", "bias"],
+)
+def test_a_bare_matrix_is_calibrated_as_a_linear_is(rule):
+    if rule.observer is not None:
+        spec = jaxq.QuantSpec("int8", jaxq.PerTensor())
+        rule = dataclasses.replace(rule, activation=spec)
+    dense = Dense(nnx.Rngs(0))
+    batches = [normal(8, 6, 40, seed=seed) for seed in range(2)]
+    q, report = jaxq.quantize_model(dense, Recipe([rule]), calibration=batches)
+    reference = Layers(dense, nnx.Rngs(0))
+    wanted, _ = jaxq.quantize_model(reference, Recipe([rule]), calibration=batches)
+    bare, kernel = q.w[...], wanted.out.kernel[...]
+    assert_same(bare.codes(), kernel.codes())
+    assert_same(bare.input_range, kernel.input_range)
+    np.testing.assert_allclose(q.b[...], wanted.out.bias[...], rtol=1e-5, atol=1e-6)
+    assert (q.b[...] != dense.b[...]).any() == rule.correct_bias
+    (row,) = [row for row in report.rows if row.path == "w"]
+    assert row.method == rule.method
+
+
+def test_a_trace_shows_the_axes_of_a_bare_matrix():
+    class Heads(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(normal(40, 2, 4))
+
+        def __call__(self, x):
+            return jaxq.einsum("td,dhk->thk", x, self.w[...])
+
+    rule = Rule(weight="int4", method="gptq", kinds=("Param",))
+    q, _ = jaxq.quantize_model(Heads(), Recipe([rule]), calibration=[normal(64, 40)])
+    assert q.w[...].meta.geometry.contracted == (-3,)
+    assert q(normal(3, 40)).shape == (3, 2, 4)
+    wrong = dataclasses.replace(rule, contracting=(0, 1))
+    with pytest.raises(ValueError, match=r"its axes are contracting=\(0,\)"):
+        jaxq.quantize_model(Heads(), Recipe([wrong]), calibration=[normal(64, 40)])
+
+
+def test_bare_matrices_and_layers_are_quantized_in_their_order():
+    dense = Dense(nnx.Rngs(0))
+    batches = [normal(8, 6, 40)]
+    rule = Rule(weight="int2", method="gptq", kinds=("Param", "Linear"))
+    settings = {"calibration": batches, "fallback": "none"}
+    together, _ = jaxq.quantize_model(dense, Recipe([rule]), **settings)
+    q, _ = jaxq.quantize_model(dense, Recipe([rule]), sequential="layers", **settings)
+    assert_same(q.lin.kernel[...].codes(), together.lin.kernel[...].codes())
+    # The matrix is quantized after the layer, on inputs with the error of the layer.
+    reference = Layers(dense, nnx.Rngs(0))
+    wanted, _ = jaxq.quantize_model(
+        reference, Recipe([rule]), sequential="layers", **settings
+    )
+    assert_same(q.w[...].codes(), wanted.out.kernel[...].codes())
+    assert np.any(q.w[...].codes() != together.w[...].codes())

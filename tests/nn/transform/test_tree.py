@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jaxq
 from jaxq import QTensor, Recipe, Rule
@@ -131,7 +131,7 @@ def test_one_error_names_all_problems():
     ):
         jaxq.quantize_params(params, "int8")
     with pytest.raises(
-        ValueError, match=r"(?s)c \(Array\): method 'gptq' needs calibration data"
+        ValueError, match=r"(?s)c \(Array\): method 'gptq' needs data. Pass calibration="
     ):
         jaxq.quantize_params({"c": params["c"]}, "int4_gptq")
     with pytest.raises(
@@ -295,3 +295,278 @@ def test_adapters_and_states_stay_in_floats():
         {"q": {"w": jnp.ones((32, 4)), "lora_a": jnp.ones((32, 4))}}, "int8"
     )
     assert isinstance(qparams["q"]["lora_a"], jax.Array)
+
+
+class Net(nnx.Module):
+    """The nnx model of the same parameters and the same products as `net`."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(32, 64, rngs=rngs)
+        self.down = nnx.Linear(64, 16, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(jax.nn.gelu(self.up(x)))
+
+
+def net(params, x):
+    x = jax.nn.gelu(plus(x @ params["up"]["kernel"], params["up"]["bias"]))
+    return plus(jaxq.matmul(x, params["down"]["kernel"]), params["down"]["bias"])
+
+
+def plus(x, bias):
+    return x + jnp.broadcast_to(bias, x.shape)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Net(nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    # Correlated channels, so that methods differ from rounding to nearest.
+    mix = normal(32, 32, seed=9)
+    return [jnp.abs(normal(8, 16, 32, seed=seed) @ mix / 6) for seed in range(2)]
+
+
+def tree_of(model):
+    """The parameters of an nnx model as dicts of arrays."""
+    return nnx.to_pure_dict(nnx.state(model, (nnx.Param, jaxq.nn.QuantizedParam)))
+
+
+CORRECTED = Recipe([Rule(weight="int4", correct_bias=True)])
+SETTINGS = [
+    ("int4_gptq", {}),
+    ("int4_adaround", {}),
+    ("w8a8_static", {}),
+    (CORRECTED, {}),
+    ("int4_gptq", {"sequential": "layers"}),
+    ("int4_gptq", {"mask": lambda x: np.arange(16) < np.arange(4, 12)[:, None]}),
+]
+
+
+@pytest.mark.parametrize(("recipe", "kwargs"), SETTINGS)
+def test_a_tree_is_calibrated_as_the_nnx_model_is(model, batches, recipe, kwargs):
+    qmodel, wanted = jaxq.quantize_model(model, recipe, calibration=batches, **kwargs)
+    q, report = jaxq.quantize_params(
+        tree_of(model), recipe, calibration=batches, forward=net, **kwargs
+    )
+    assert_same(q, tree_of(qmodel))
+    rows = {row.path: row for row in report.rows}
+    for row in wanted.quantized:
+        assert (rows[row.path].method, rows[row.path].note) == (row.method, row.note)
+    assert report.notes == ()
+
+
+def test_the_trace_shows_the_axes():
+    # [out, in], heads, and a stack: without data, each of them needs a rule.
+    params = {"a": normal(16, 8), "b": normal(16, 2, 8), "c": normal(3, 16, 16)}
+
+    def forward(p, x):
+        x = jnp.einsum("td,dhk->thk", x @ p["a"].T, p["b"]).reshape(-1, 16)
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["c"])[0]
+
+    x = normal(6, 8)
+    q, _ = jaxq.quantize_params(params, "int4_gptq", calibration=[x], forward=forward)
+    axes = {name: (q[name].meta.geometry.contracted, q[name].batch_shape) for name in q}
+    assert axes == {"a": ((-1,), ()), "b": ((-3,), ()), "c": ((-2,), (3,))}
+    rules = [Rule("a", weight="int4", contracting=-2), Rule("**", weight="int4")]
+    with pytest.raises(ValueError, match=r"contracting=\(-2,\).*contracting=\(1,\)"):
+        jaxq.quantize_params(params, Recipe(rules), calibration=[x], forward=forward)
+    # A rule may give each head scales of its own. They share their inputs.
+    rules = [Rule("b", weight="int4", method="gptq", batch=0, contracting=1)]
+    heads = {"b": normal(2, 8, 4)}
+    q, _ = jaxq.quantize_params(
+        heads,
+        Recipe(rules),
+        calibration=[x],
+        forward=lambda p, x: jnp.einsum("td,hdk->thk", x, p["b"]),
+    )
+    assert q["b"].batch_shape == (2,)
+
+
+def test_each_layer_of_a_stack_is_calibrated_by_itself():
+    stack, x = {"w": normal(3, 16, 16) / 4, "b": normal(3, 16)}, normal(7, 16)
+    recipe = Recipe(
+        [Rule("w", weight="int4", activation="int8", observer="minmax", method="gptq")]
+    )
+
+    def by_scan(p, x):
+        def layer(x, p):
+            return jnp.tanh(plus(x @ p["w"], p["b"])), None
+
+        return jax.lax.scan(layer, x, p)[0]
+
+    def by_list(layers, x):
+        for layer in layers:
+            x = jnp.tanh(plus(x @ layer["w"], layer["b"]))
+        return x
+
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(3)]
+    settings = {"calibration": [x], "fallback": "none"}
+    q, _ = jaxq.quantize_params(stack, recipe, forward=by_scan, **settings)
+    wanted, _ = jaxq.quantize_params(
+        layers,
+        Recipe([dataclasses.replace(recipe.rules[0], pattern="*/w")]),
+        forward=by_list,
+        **settings,
+    )
+    for i, layer in enumerate(wanted):
+        assert_same(q["w"][i].codes(), layer["w"].codes())
+        np.testing.assert_allclose(
+            q["w"].input_range[i], layer["w"].input_range, rtol=1e-6
+        )
+    out, wanted = by_scan(q, x), by_list(wanted, x)
+    np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tied_weight_merges_its_inputs(batches):
+    w = normal(32, 32) / 6
+    recipe = Recipe([Rule(weight="int8", activation="int8", observer="minmax")])
+
+    def twice(p, x):
+        return jnp.tanh(x @ p["first"]) @ p["second"]
+
+    params, x = {"first": w, "second": w}, batches[0]
+    q, report = jaxq.quantize_params(params, recipe, calibration=[x], forward=twice)
+    assert q["first"] is q["second"]
+    seen = np.concatenate([x, np.tanh(np.asarray(x @ w))])
+    largest = max(seen.max(), -seen.min())
+    np.testing.assert_allclose(q["first"].input_range[1], largest, rtol=1e-5)
+    assert "2 products read it: their inputs are merged" in report.rows[0].note
+    assert report.rows[1].note == "the same array as first"
+
+
+def test_bfloat16_parameters_are_calibrated(batches):
+    params = {"w": normal(32, 8, dtype="bfloat16")}
+
+    def forward(p, x):
+        return jnp.matmul(x.astype(jnp.bfloat16), p["w"])
+
+    q, report = jaxq.quantize_params(
+        params, "int4_gptq", calibration=batches, forward=forward
+    )
+    assert q["w"].dtype == jnp.bfloat16
+    assert report.rows[0].method == "gptq"
+
+
+def test_arrays_without_statistics_are_named(batches):
+    def forward(p, x):
+        x = plus(x, p["positions"])
+        return (x @ (2 * p["doubled"])) @ p["w"]
+
+    params = {
+        "doubled": normal(32, 32),
+        "positions": normal(16, 32),
+        "w": normal(32, 8),
+    }
+    settings = {"calibration": batches, "forward": forward}
+    with pytest.raises(ValueError) as error:
+        jaxq.quantize_params(params, "int4_gptq", **settings)
+    assert "doubled (Array): its rule needs data" in str(error.value)
+    assert "changes it by mul before a product" in str(error.value)
+    assert "positions" not in str(error.value)
+    assert "w (Array)" not in str(error.value)
+    named = jaxq.recipes.get("int4_gptq").rules
+    recipe = Recipe([Rule("doubled", skip=True), *named])
+    q, report = jaxq.quantize_params(params, recipe, **settings)
+    notes = {row.path: row.note for row in report.rows}
+    wanted = "no product of forward reads it (only broadcast_in_dim), left in floats"
+    assert notes["positions"].replace("add", "broadcast_in_dim") == wanted
+    assert isinstance(q["w"], QTensor)
+    # A rule that states the axes means a weight.
+    rule = Rule("positions", weight="int4", method="gptq", contracting=-2)
+    with pytest.raises(ValueError, match="positions.*no product of forward reads it"):
+        jaxq.quantize_params(params, Recipe([rule, *recipe.rules]), **settings)
+
+
+def test_data_that_cannot_be_used_are_errors(params, batches):
+    with pytest.raises(ValueError, match=r"calibration= needs forward="):
+        jaxq.quantize_params(params, "int4_gptq", calibration=batches)
+    with pytest.raises(ValueError, match=r"and forward=a function that computes"):
+        jaxq.quantize_params(params, "int4_gptq")
+    with pytest.raises(ValueError, match="there is no batch"):
+        jaxq.quantize_params(params, "int4_gptq", calibration=[], forward=net)
+    with pytest.raises(ValueError, match="multiplies nothing by an array of params"):
+        jaxq.quantize_params(
+            params, "int4_gptq", calibration=batches, forward=lambda p, x: x
+        )
+
+
+def test_sequential_calibration_sees_quantized_weights(model, batches):
+    def floats_only(params, x):
+        x = jax.nn.gelu(jnp.matmul(x, params["up"]["kernel"]))
+        return jnp.matmul(x, params["down"]["kernel"])
+
+    def any_weights(params, x):
+        return jax.nn.gelu(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+
+    tree = tree_of(model)
+    results = {}
+    for forward in (floats_only, any_weights):
+        results[forward] = jaxq.quantize_params(
+            tree,
+            "int4_gptq",
+            calibration=batches,
+            forward=forward,
+            sequential=True,
+            fallback="none",
+        )
+    (note,) = results[floats_only][1].notes
+    assert "forward does not run with QTensors (TypeError" in note
+    assert results[any_weights][1].notes == ()
+    # Weight-only products decode the weight, so both forms have the same inputs.
+    q, wanted = results[floats_only][0], results[any_weights][0]
+    codes, wanted_codes = (t["down"]["kernel"].codes() for t in (q, wanted))
+    assert np.mean(np.asarray(codes) == np.asarray(wanted_codes)) > 0.99
+    together, _ = jaxq.quantize_params(
+        tree, "int4_gptq", calibration=batches, forward=any_weights, fallback="none"
+    )
+    assert np.any(together["down"]["kernel"].codes() != wanted_codes)
+
+
+def test_a_convolution_has_a_static_range(batches):
+    params, x = {"kernel": normal(3, 3, 2, 4)}, normal(2, 6, 6, 2)
+
+    def forward(p, x):
+        kernel = p["kernel"]
+        if isinstance(kernel, QTensor):
+            return jaxq.ops.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    rule = Rule(weight="int8", activation=jaxq.QuantSpec("int8", jaxq.PerTensor()))
+    static = dataclasses.replace(rule, observer="minmax")
+    q, _ = jaxq.quantize_params(
+        params, Recipe([static]), calibration=[x], forward=forward
+    )
+    assert q["kernel"].meta.geometry.contracted == (-4, -3, -2)
+    largest = float(jnp.max(jnp.abs(x)))
+    np.testing.assert_allclose(q["kernel"].input_range[1], largest, rtol=1e-6)
+    assert jaxq.metrics.sqnr(forward(params, x), forward(q, x)) > 30
+    gptq = Recipe([Rule(weight="int4", method="gptq")])
+    with pytest.raises(ValueError, match="not for the windows of a convolution"):
+        jaxq.quantize_params(params, gptq, calibration=[x], forward=forward)
+
+
+def test_the_params_of_a_linen_module_are_a_tree(batches):
+    class Own(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            w = self.param("w", linen.initializers.lecun_normal(), (32, 8))
+            return x @ w
+
+    module = Own()
+    variables = module.init(jax.random.key(0), batches[0])
+    q, report = jaxq.quantize_params(
+        variables["params"],
+        "int4_gptq",
+        calibration=batches,
+        forward=lambda params, x: module.apply({"params": params}, x),
+    )
+    assert report.quantized[0].method == "gptq"
+    out = module.apply({"params": jaxq.dequantize_params(q)}, batches[0])
+    assert jaxq.metrics.sqnr(module.apply(variables, batches[0]), out) > 15
