@@ -137,7 +137,6 @@ REFUSED = {
         if "static" in name
     },
     **{("Embed", name): "cannot be observed" for name in RECIPES if "static" in name},
-    **{("Param", name): "cannot be observed" for name in RECIPES if "static" in name},
 }
 CASES = [(layer, recipe) for layer in LAYERS for recipe in RECIPES]
 DEFAULT = [
