@@ -72,7 +72,7 @@ class View:
         parts = [part for axis in self.axes for part in axis]
         axes = []
         for size in shape:
-            axis = _take(parts, size)
+            axis = _first_parts(parts, size)
             if axis is None:
                 return None
             axes.append(axis)
@@ -220,7 +220,7 @@ def is_bias(output: View, bias: View, shape: Sequence[int]) -> bool:
         sizes_agree
         and is_ordered
         and whole_axes(bias_parts, shape) == every_axis
-        and len(pairs) - len(bias.index) == len(output.axes) - _num_rows(output)
+        and len(pairs) - len(bias.index) == len(output.axes) - _num_row_axes(output)
         and len(bias.index) == len(output.index)
     )
 
@@ -232,11 +232,11 @@ def _is_same(position: Any, other: Any) -> bool:
     return position is other
 
 
-def _num_rows(output: View) -> int:
+def _num_row_axes(output: View) -> int:
     return sum(all(part.axis is None for part in axis) for axis in output.axes)
 
 
-def _take(parts: list[Part], size: int) -> Axis | None:
+def _first_parts(parts: list[Part], size: int) -> Axis | None:
     """Removes the first parts, with `size` positions together, from a list."""
     axis: list[Part] = []
     if size == 1 and parts and parts[0].size == 1:

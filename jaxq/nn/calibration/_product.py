@@ -72,7 +72,7 @@ def contracts(equation: Any) -> bool:
     return bool(contract_dims[0])
 
 
-def _dot(
+def _dot_product(
     equation: Any, args: Sequence, side: int, view: View, shape: Sequence[int], key: Any
 ) -> Product:
     contract_dims, batch_dims = equation.params["dimension_numbers"]
@@ -89,18 +89,18 @@ def _dot(
     batch_parts = [
         part for dim in x_batch for part in parts[dim] if part.axis is not None
     ]
-    contracting = _contracting(contracted_parts, shape)
+    contracting = _whole_contracting(contracted_parts, shape)
     stack = whole_axes(batch_parts, shape)
     if stack is None:
         raise NotAProduct("a product reads only a part of one of its axes")
     index = _index(view, shape)
-    batch = _batch((*stack, *index), contracting, shape)
+    batch = _stack_axes((*stack, *index), contracting, shape)
     # The axes of x, split as the axes of the parameter are split.
     labels: list[Part] = []
     for dim, size in enumerate(x.shape):
         labels += parts[dim] if dim in parts else (Part(None, size),)
     stacked_axes = [axis for axis in batch if axis not in index]
-    rows = _rows(x, labels, stacked_axes, contracting, shape)
+    rows = _rows_of(x, labels, stacked_axes, contracting, shape)
     own_free = [
         axis
         for dim, axis in enumerate(view.axes)
@@ -118,7 +118,7 @@ def _dot(
     )
 
 
-def _rows(
+def _rows_of(
     x: jax.Array,
     labels: Sequence[Part],
     batch: Sequence[int],
@@ -150,7 +150,7 @@ def _rows(
     return rows.reshape(*sizes, k)
 
 
-def _conv(
+def _conv_product(
     equation: Any, args: Sequence, side: int, view: View, shape: Sequence[int], key: Any
 ) -> Product:
     if side == 0:
@@ -158,20 +158,20 @@ def _conv(
     numbers = equation.params["dimension_numbers"]
     _, *window = numbers.rhs_spec
     parts = [part for dim in window for part in view.axes[dim]]
-    contracting = _contracting(parts, shape)
+    contracting = _whole_contracting(parts, shape)
     index = _index(view, shape)
-    batch = _batch(tuple(index), contracting, shape)
+    batch = _stack_axes(tuple(index), contracting, shape)
     x = jnp.asarray(args[0])
     sample, channel, *spatial = numbers.lhs_spec
     rows = jnp.transpose(x, (sample, *spatial, channel))
     return Product(key, view.leaf, contracting, batch, index, True, args[0], rows, None)
 
 
-_PRODUCTS = {"conv_general_dilated": _conv, "dot_general": _dot}
+_PRODUCTS = {"conv_general_dilated": _conv_product, "dot_general": _dot_product}
 PRODUCTS = frozenset(_PRODUCTS)
 
 
-def _contracting(parts: Sequence[Part], shape: Sequence[int]) -> tuple[int, ...]:
+def _whole_contracting(parts: Sequence[Part], shape: Sequence[int]) -> tuple[int, ...]:
     axes = whole_axes(parts, shape)
     if axes is None:
         raise NotAProduct("a product contracts only a part of one of its axes")
@@ -194,7 +194,7 @@ def _index(view: View, shape: Sequence[int]) -> dict[int, Any]:
     return index
 
 
-def _batch(
+def _stack_axes(
     axes: Sequence[int], contracting: Sequence[int], shape: Sequence[int]
 ) -> tuple[int, ...]:
     """The batch axes of a parameter. A later axis of size 1 is a kept axis."""

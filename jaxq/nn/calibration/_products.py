@@ -277,46 +277,48 @@ def _at_step(origin: Origin, step: Any) -> Origin:
 # What becomes of a view when its array is moved. None if the result is no view.
 
 
-def _transpose(view: View, params: dict[str, Any], args: Sequence) -> View | None:
+def _transposed_view(view: View, params: dict[str, Any], args: Sequence) -> View | None:
     return view.transposed(params["permutation"])
 
 
-def _reshape(view: View, params: dict[str, Any], args: Sequence) -> View | None:
+def _reshaped_view(view: View, params: dict[str, Any], args: Sequence) -> View | None:
     if params["dimensions"] is not None:
         return None
     return view.reshaped(params["new_sizes"])
 
 
-def _broadcast(view: View, params: dict[str, Any], args: Sequence) -> View | None:
+def _broadcast_view(view: View, params: dict[str, Any], args: Sequence) -> View | None:
     return view.broadcast(params["shape"], tuple(params["broadcast_dimensions"]))
 
 
-def _squeeze(view: View, params: dict[str, Any], args: Sequence) -> View | None:
+def _squeezed_view(view: View, params: dict[str, Any], args: Sequence) -> View | None:
     for axis in sorted(params["dimensions"], reverse=True):
         view = view.at(axis, 0)
     return view
 
 
-def _slice(view: View, params: dict[str, Any], args: Sequence) -> View | None:
+def _slice_view(view: View, params: dict[str, Any], args: Sequence) -> View | None:
     strides = params["strides"]
     if strides is not None and set(strides) != {1}:
         return None
     starts = params["start_indices"]
     limits = params["limit_indices"]
     sizes = [limit - start for start, limit in zip(starts, limits, strict=True)]
-    return _sliced(view, args[0].shape, starts, sizes)
+    return _view_of_positions(view, args[0].shape, starts, sizes)
 
 
-def _dynamic_slice(view: View, params: dict[str, Any], args: Sequence) -> View | None:
+def _dynamic_slice_view(
+    view: View, params: dict[str, Any], args: Sequence
+) -> View | None:
     shape, sizes = args[0].shape, params["slice_sizes"]
     starts = [
         jnp.clip(start, 0, whole - size)
         for start, whole, size in zip(args[1:], shape, sizes, strict=True)
     ]
-    return _sliced(view, shape, starts, sizes)
+    return _view_of_positions(view, shape, starts, sizes)
 
 
-def _sliced(
+def _view_of_positions(
     view: View, shape: Sequence[int], starts: Sequence[Any], sizes: Sequence[int]
 ) -> View | None:
     """The view of one position of some axes and of all positions of the others."""
@@ -332,10 +334,10 @@ def _sliced(
 
 
 _MOVES: dict[str, Callable[[View, dict[str, Any], Sequence], View | None]] = {
-    "broadcast_in_dim": _broadcast,
-    "dynamic_slice": _dynamic_slice,
-    "reshape": _reshape,
-    "slice": _slice,
-    "squeeze": _squeeze,
-    "transpose": _transpose,
+    "broadcast_in_dim": _broadcast_view,
+    "dynamic_slice": _dynamic_slice_view,
+    "reshape": _reshaped_view,
+    "slice": _slice_view,
+    "squeeze": _squeezed_view,
+    "transpose": _transposed_view,
 }

@@ -155,7 +155,7 @@ def collect_traced_stats(
         with only_rows(counts):
             return _visit_products(function, arrays, batch, visit, state).state
 
-    state = {name: _empty(function, group) for name, group in watched.items()}
+    state = {name: _empty_stats(function, group) for name, group in watched.items()}
 
     def run(batch: Batch, counts: jax.Array | None) -> None:
         nonlocal state
@@ -249,7 +249,7 @@ def _use(
         num_channels=first.rows.shape[-1],
         inputs=tuple(inputs[key] for key in own),
         order=list(products).index(next(iter(own))),
-        bias=_bias(own, watcher),
+        bias=_added_bias(own, watcher),
     )
 
 
@@ -268,7 +268,7 @@ def _number(position: Any) -> int:
     return position if isinstance(position, int) else id(position)
 
 
-def _bias(own: Mapping[Any, Product], watcher: Products) -> int | None:
+def _added_bias(own: Mapping[Any, Product], watcher: Products) -> int | None:
     """The bias of a parameter: it is added to each output, and to nothing else.
 
     Args:
@@ -287,7 +287,7 @@ def _axes_text(product: Product) -> str:
     return f"contracting={product.contracting}, batch={product.batch}"
 
 
-def _empty(function: ParameterFunction, group: Watched) -> LayerStats:
+def _empty_stats(function: ParameterFunction, group: Watched) -> LayerStats:
     shape = function.leaves[group.leaves[0]].shape
     batch = tuple(shape[axis] for axis in group.use.batch)
     k = group.use.num_channels

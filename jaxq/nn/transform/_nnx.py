@@ -346,11 +346,11 @@ class NnxAdapter:
         return stats
 
     def bias(self, slot: Slot) -> jax.Array | None:
-        variable = self._bias(slot)
+        variable = self._bias_variable(slot)
         return None if variable is None else variable.get_value()
 
     def put_bias(self, slot: Slot, bias: jax.Array) -> None:
-        variable = self._bias(slot)
+        variable = self._bias_variable(slot)
         assert variable is not None
         variable.set_value(bias)
 
@@ -375,7 +375,7 @@ class NnxAdapter:
             out.append(float_row(path, "array", array, note))
         return out
 
-    def _bias(self, slot: Slot) -> nnx.Variable | None:
+    def _bias_variable(self, slot: Slot) -> nnx.Variable | None:
         """The variable of the bias of a slot's weight, or None."""
         if not _is_bare(slot):
             # A registered kind may correct biases, and some of its layers have no bias.

@@ -67,8 +67,8 @@ def slot_with_use(slot: Slot, use: Use) -> Slot:
     if uses_data and use.is_shared:
         notes += (f"{use.num_products} products read it: their inputs are merged",)
     shape = tuple(slot.value.shape)
-    contracting = _contracting(rule, use, shape)
-    batch = _batch(rule, use, shape, uses_data)
+    contracting = _contracting_axes(rule, use, shape)
+    batch = _batch_axes(rule, use, shape, uses_data)
     roles = slot.roles
     if roles is not None:
         from_the_end = tuple(
@@ -120,7 +120,7 @@ def _data_problem(use: Use) -> str:
     )
 
 
-def _contracting(rule: Rule, use: Use, shape: Sequence[int]) -> tuple[int, ...]:
+def _contracting_axes(rule: Rule, use: Use, shape: Sequence[int]) -> tuple[int, ...]:
     """The contracted axes: those of the rule if the products agree."""
     if rule.contracting is None:
         return use.contracting
@@ -128,7 +128,7 @@ def _contracting(rule: Rule, use: Use, shape: Sequence[int]) -> tuple[int, ...]:
     return rule.contracting if is_same else use.contracting
 
 
-def _batch(
+def _batch_axes(
     rule: Rule, use: Use, shape: Sequence[int], uses_data: bool
 ) -> tuple[int, ...]:
     """The batch axes: those of the rule if the data of its matrices are known."""

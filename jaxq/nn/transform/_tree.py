@@ -315,11 +315,11 @@ class TreeAdapter:
         return spread
 
     def bias(self, slot: Slot) -> jax.Array | None:
-        bias = self._bias(slot)
+        bias = self._bias_leaf(slot)
         return None if bias is None else bias.value
 
     def put_bias(self, slot: Slot, bias: jax.Array) -> None:
-        leaf = self._bias(slot)
+        leaf = self._bias_leaf(slot)
         assert leaf is not None
         leaf.value = bias
 
@@ -425,7 +425,7 @@ class TreeAdapter:
         """The positions of the leaves that hold an array."""
         return tuple(i for i, leaf in enumerate(self._leaves) if leaf.array == array)
 
-    def _bias(self, slot: Slot) -> _Leaf | None:
+    def _bias_leaf(self, slot: Slot) -> _Leaf | None:
         """The leaf that forward adds to the output of a slot's weight, or None."""
         use = self._uses.get(self._leaves[slot.place].array)
         if use is None or use.bias is None:

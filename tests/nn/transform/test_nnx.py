@@ -515,7 +515,7 @@ def test_a_bare_matrix_is_calibrated_as_a_linear_is(rule):
         spec = jaxq.QuantSpec("int8", jaxq.PerTensor())
         rule = dataclasses.replace(rule, activation=spec)
     dense = Dense(nnx.Rngs(0))
-    batches = [normal(8, 6, 40, seed=seed) for seed in range(2)]
+    batches = [jnp.abs(normal(8, 6, 40, seed=seed)) for seed in range(2)]
     q, report = jaxq.quantize_model(dense, Recipe([rule]), calibration=batches)
     reference = Layers(dense, nnx.Rngs(0))
     wanted, _ = jaxq.quantize_model(reference, Recipe([rule]), calibration=batches)

@@ -131,7 +131,7 @@ def test_one_error_names_all_problems():
     ):
         jaxq.quantize_params(params, "int8")
     with pytest.raises(
-        ValueError, match=r"(?s)c \(Array\): method 'gptq' needs data. Pass calibration="
+        ValueError, match=r"(?s)c \(Array\): method 'gptq' needs data. Pass calib"
     ):
         jaxq.quantize_params({"c": params["c"]}, "int4_gptq")
     with pytest.raises(
