@@ -42,6 +42,9 @@ _SAME = frozenset([
     "sharding_constraint", "stop_gradient",
 ])  # fmt: skip
 
+# Products whose rows are not seen.
+_UNSEEN_PRODUCTS = frozenset(["ragged_dot", "ragged_dot_general", "scaled_dot"])
+
 # They call one function, by the name of the parameter that holds it.
 _CALLS = {
     "checkpoint": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
@@ -137,6 +140,8 @@ class Products:
         if name == "add":
             self._add(*origins)
         self._read(name, origins)
+        if name in _UNSEEN_PRODUCTS:
+            self._lose(origins, f"forward multiplies it by {name}")
         if name not in NOT_CALLS and any(inner_jaxprs(equation)):
             self._lose(origins, f"forward reads it inside {name}")
         return outs, [combined(origins, name)] * len(outs)
@@ -152,8 +157,10 @@ class Products:
         side = 0 if _holds_parameter(origins[0]) else 1
         origin = origins[side]
         if isinstance(origin, Changed):
+            reason = f"forward changes it by {origin.by} before a product"
+            if origin.by in PRODUCTS:
+                reason = "forward multiplies it by a parameter before it reads data"
             for leaf in origin.leaves:
-                reason = f"forward changes it by {origin.by} before a product"
                 self.changed.setdefault(leaf, reason)
             return Other.DATA
         assert isinstance(origin, View)
@@ -187,7 +194,7 @@ class Products:
 
     def _lose(self, origins: Sequence[Origin], reason: str) -> None:
         """Records that products of parameters cannot be visited."""
-        reason = f"{reason}, and statistics cannot leave this call"
+        reason = f"{reason}, where calibration cannot see its input"
         for origin in origins:
             if is_parameter(origin):
                 assert isinstance(origin, View)

@@ -45,6 +45,7 @@ class Use(NamedTuple):
       problem: why there are no statistics of the inputs; or empty.
       is_changed: products read the parameter only after another computation, or inside
         a function that statistics cannot leave.
+      is_read: forward reads the parameter.
       num_products: how many products read the parameter.
       is_shared: several products read the same numbers of the parameter.
       contracting: the axes that the products contract, ascending.
@@ -60,6 +61,7 @@ class Use(NamedTuple):
 
     problem: str
     is_changed: bool = False
+    is_read: bool = True
     num_products: int = 0
     is_shared: bool = False
     contracting: tuple[int, ...] = ()
@@ -226,7 +228,10 @@ def _use(
         if leaf in watcher.changed:
             return Use(watcher.changed[leaf], is_changed=True, num_products=len(own))
     if not own:
-        return Use(f"no product of forward reads it ({_readers(group, watcher)})")
+        names = {name for leaf in group for name, _ in watcher.readers.get(leaf, ())}
+        readers = f"only {', '.join(sorted(names))}" if names else "nothing reads it"
+        problem = f"no product of forward reads it ({readers})"
+        return Use(problem, is_read=bool(names))
     first = next(iter(own.values()))
     for product in own.values():
         if _axes(product) != _axes(first):
@@ -251,12 +256,6 @@ def _use(
         order=list(products).index(next(iter(own))),
         bias=_added_bias(own, watcher),
     )
-
-
-def _readers(group: tuple[int, ...], watcher: Products) -> str:
-    """What reads the parameters of a group, without the products."""
-    names = {name for leaf in group for name, _ in watcher.readers.get(leaf, ())}
-    return f"only {', '.join(sorted(names))}" if names else "nothing reads it"
 
 
 def _axes(product: Product) -> tuple[Any, ...]:

@@ -360,11 +360,10 @@ class TreeAdapter:
         arrays = [leaf.array for leaf in self._leaves if not leaf.note]
         groups = {self._positions(array): array for array in arrays}
         uses = find_uses(self._function(), self._options.batches[0], groups)
-        if groups and not any(
-            use.num_products or use.is_changed for use in uses.values()
-        ):
+        if groups and not any(use.is_read for use in uses.values()):
             raise ValueError(
-                f"{self.caller}: forward multiplies nothing by an array of params. It "
+                f"{self.caller}: forward reads no array of params that a rule may "
+                "quantize. It "
                 "must compute the model from its first argument, "
                 "forward=lambda params, batch: ..."
             )

@@ -329,7 +329,11 @@ REFUSALS = {
     "masked": (lambda p, x: x @ jnp.tril(p["w"]), "changes it by .* before a product"),
     "times a matrix": (
         lambda p, x: x @ (p["w"] @ p["w"]),
-        "changes it by dot_general before a product",
+        "multiplies it by a parameter before it reads data",
+    ),
+    "experts by groups of rows": (
+        lambda p, x: jax.lax.ragged_dot(x, p["w"][None], jnp.array([6])),
+        "multiplies it by ragged_dot_general, where calibration cannot see its input",
     ),
     "cut": (sliced, "changes it by slice before a product"),
     "partly contracted": (
