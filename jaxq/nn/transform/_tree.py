@@ -363,8 +363,7 @@ class TreeAdapter:
         if groups and not any(use.is_read for use in uses.values()):
             raise ValueError(
                 f"{self.caller}: forward reads no array of params that a rule may "
-                "quantize. It "
-                "must compute the model from its first argument, "
+                "quantize. Forward must compute the model from its first argument, "
                 "forward=lambda params, batch: ..."
             )
         return {groups[group]: use for group, use in uses.items()}
