@@ -126,7 +126,7 @@ def quantize_params(
       >>> (jnp.ones((2, 64)) @ qparams["up"]["w"]).shape, len(report.quantized)
       ((2, 8), 1)
       >>> def forward(params, x):
-      ...   return x @ params["up"]["w"] + params["up"]["b"]
+      ...   return x @ params["up"]["w"] + params["up"]["b"][None]
       >>> qparams, report = jaxq.quantize_params(
       ...   params, "w8a8_static", calibration=[jnp.ones((2, 64))], forward=forward)
       >>> qparams["up"]["w"].input_range.shape
