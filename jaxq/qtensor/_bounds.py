@@ -18,6 +18,7 @@ from jaxq.qtensor import _scales
 from jaxq.qtensor._dequantize import scale_values
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._qtensor import QTensor
+from jaxq.qtensor._quotient import divide
 from jaxq.qtensor._spec import QuantSpec
 
 
@@ -137,7 +138,7 @@ def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
     y = geometry.to_blocks(geometry.pad(view)).astype(jnp.float32)
     if qt.offset is not None:
         y = y - geometry.scale_to_blocks(_scales.load_from_dtype(qt.offset))
-    y = _scales.divide(y, geometry.scale_to_blocks(scale_values(qt)))
+    y = divide(y, geometry.scale_to_blocks(scale_values(qt)))
     if qt.zero_point is not None:
         y = y + geometry.scale_to_blocks(qt.zero_point.astype(jnp.float32))
     low, high = _rounding_range(qt.spec)

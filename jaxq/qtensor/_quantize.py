@@ -32,6 +32,7 @@ from jaxq.qtensor._inputs import (
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._presets import as_spec
 from jaxq.qtensor._qtensor import QTensor
+from jaxq.qtensor._quotient import divide, divide_for_rounding
 from jaxq.qtensor._spec import QuantSpec
 
 # A scale dtype that reaches this number can store the scales of every float32 array.
@@ -235,7 +236,7 @@ def _quantize_level(
         offset = _store_minimum(extremes, spec, geometry)
         minimum = geometry.scale_to_blocks(_scales.load_from_dtype(offset))
         blocks = blocks.astype(jnp.float32) - minimum
-    y = _scales.divide_for_rounding(blocks, block_scale, spec.rounding)
+    y = divide_for_rounding(blocks, block_scale, spec.rounding)
     codebook = None
     if spec.rule.has_threshold:
         signs = spec.rule.signs(blocks, extremes, geometry)
@@ -331,7 +332,7 @@ def _zero_point(
 ) -> jax.Array:
     """The code of 0 in every block, as float32."""
     low = jnp.minimum(extremes.low, 0.0)
-    zero = np.float32(fmt.min) - jnp.round(_scales.divide(low, block_scale))
+    zero = np.float32(fmt.min) - jnp.round(divide(low, block_scale))
     zero = jnp.clip(zero, fmt.min, fmt.max)
     return jnp.where(jnp.isnan(zero), 0.0, zero)
 

@@ -12,6 +12,7 @@ from jaxq.qtensor._inputs import check_key
 from jaxq.qtensor._leaf_dtypes import check_leaves
 from jaxq.qtensor._qtensor import QTensor
 from jaxq.qtensor._quantize import encode, padded_blocks, without_gradient
+from jaxq.qtensor._quotient import divide_for_rounding
 
 
 def requantize(
@@ -77,7 +78,7 @@ def _requantize(x: jax.Array, like: QTensor, key: jax.Array | None) -> QTensor:
         assert like.offset is not None
         blocks = blocks - geometry.scale_to_blocks(_scales.load_from_dtype(like.offset))
     block_scale = geometry.scale_to_blocks(scale_values(like))
-    y = _scales.divide_for_rounding(blocks, block_scale, spec.rounding)
+    y = divide_for_rounding(blocks, block_scale, spec.rounding)
     if like.codebook is not None:
         codes = _nearest_entry(y, like.codebook, like)
     elif like.zero_point is not None:

@@ -10,7 +10,7 @@ import pytest
 import jaxq
 from jaxq import PerGroup, QuantSpec
 from jaxq.qtensor import requantize, scale_values
-from jaxq.qtensor._scales import quotient_toward_zero
+from jaxq.qtensor._quotient import quotient_toward_zero
 from tests.arrays import assert_same, normal
 
 FORMATS = (
