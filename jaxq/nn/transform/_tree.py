@@ -249,6 +249,9 @@ class TreeAdapter:
         # How forward uses each array, by `_Leaf.array`. Empty without batches.
         self._uses: dict[int, Use] = {}
         self._runs_dequantized = False
+        # Statistics of arrays at several places, by `Slot.weight`. The first place
+        # quantizes the array, and another place may be in a later block.
+        self._shared_stats: dict[Hashable, LayerStats] = {}
 
     def inventory(self) -> Inventory:
         self._uses = self._find_uses()
@@ -288,18 +291,16 @@ class TreeAdapter:
     ) -> Mapping[str, LayerStats]:
         assert options.batches is not None
         watched: dict[str, Watched] = {}
-        names: dict[Hashable, str] = {}
-        leaves = [leaf for leaf in self._leaves_with_use() if leaf.path in wanted]
-        for leaf in leaves:
+        slots: dict[Hashable, list[Slot]] = {}
+        for leaf in self._leaves_with_use():
             assert leaf.slot is not None
-            if leaf.slot.weight not in names:
-                names[leaf.slot.weight] = leaf.path
-                watched[leaf.path] = Watched(
-                    self._positions(leaf.array),
-                    self._uses[leaf.array],
-                    wanted[leaf.path],
-                )
-        stats = collect_traced_stats(
+            if leaf.path not in wanted:
+                continue
+            slots.setdefault(leaf.slot.weight, []).append(leaf.slot)
+            if len(slots[leaf.slot.weight]) == 1:
+                positions, use = self._positions(leaf.array), self._uses[leaf.array]
+                watched[leaf.path] = Watched(positions, use, wanted[leaf.path])
+        collected = collect_traced_stats(
             self._function(),
             options.batches,
             watched,
@@ -307,12 +308,18 @@ class TreeAdapter:
             mask=options.mask,
             progress=options.progress,
         )
-        spread = {}
-        for leaf in leaves:
-            assert leaf.slot is not None
-            own = stats[names[leaf.slot.weight]]
-            spread[leaf.path] = spread_stats(own, leaf.slot, self._uses[leaf.array])
-        return spread
+        stats = {
+            leaf.path: self._shared_stats[leaf.slot.weight]
+            for leaf in self._leaves
+            if leaf.slot is not None and leaf.slot.weight in self._shared_stats
+        }
+        for weight, (first, *others) in slots.items():
+            group = watched[first.path]
+            own_stats = spread_stats(collected[first.path], first, group.use)
+            stats |= {slot.path: own_stats for slot in (first, *others)}
+            if len(group.leaves) > 1:
+                self._shared_stats[weight] = own_stats
+        return {path: stats[path] for path in wanted if path in stats}
 
     def bias(self, slot: Slot) -> jax.Array | None:
         bias = self._bias_leaf(slot)

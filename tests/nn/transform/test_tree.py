@@ -435,6 +435,11 @@ def test_a_tied_weight_merges_its_inputs(batches):
     np.testing.assert_allclose(q["first"].input_range[1], largest, rtol=1e-5)
     assert "2 products read it: their inputs are merged" in report.rows[0].note
     assert report.rows[1].note == "the same array as first"
+    # In "layers", the two places are different blocks.
+    q, _ = jaxq.quantize_params(
+        params, "int4_gptq", calibration=[x], forward=twice, sequential="layers"
+    )
+    assert q["first"] is q["second"]
 
 
 def test_bfloat16_parameters_are_calibrated(batches):
