@@ -81,6 +81,9 @@ def _take(table: QTensor, indices: jax.Array) -> jax.Array:
         geometry.shape[-1:], (-1,), 1, geometry.block_shape[-1:], geometry.multiple
     )
     spec = table.spec.replace(scale="float32", packing=table.spec.order)
+    offset = table.offset
+    if offset is not None:  # as the spec says, beside scales in float32
+        offset = offset.astype(jnp.float32)
     input_scale = table.input_scale
     if input_scale is not None:
         sizes = (*indices.shape, *input_scale.shape)
@@ -89,7 +92,7 @@ def _take(table: QTensor, indices: jax.Array) -> jax.Array:
         jnp.take(table.data, row_index, axis=0, mode="clip"),
         take_rows(scale_values(table)),  # pyright: ignore[reportArgumentType]
         take_rows(table.zero_point),
-        take_rows(table.offset),
+        take_rows(offset),
         take_rows(table.codebook),
         dataclasses.replace(table.meta, geometry=row_geometry, spec=spec),
         input_scale=input_scale,

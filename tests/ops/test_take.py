@@ -16,6 +16,9 @@ OTHERS = {
     "tensor": QuantSpec("int8", PerTensor()),
     "tiles": QuantSpec("int4", PerBlock((1, 16), pad=True)),
     "offset": QuantSpec("uint4", jaxq.PerGroup(16, pad=True), offset="min"),
+    "narrow offset": QuantSpec(
+        "uint4", jaxq.PerGroup(16, pad=True), offset="min", scale="bfloat16"
+    ),
 }
 
 

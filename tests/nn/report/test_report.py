@@ -178,7 +178,10 @@ def test_clipped_numbers_are_counted():
     )
     # A group's scale is its largest magnitude, so nothing clips. With the mean
     # magnitude as scale, the four large numbers clip.
-    assert jaxq.quantize_model(layer, "int4")[1].rows[0].clipped == 0
+    assert jaxq.quantize_model(layer, "int4_absmax")[1].rows[0].clipped == 0
+    # A signed scale reaches 8 steps on one side and 7 on the other. In each column one
+    # of the two numbers of magnitude 1 is beyond 7.5 steps.
+    assert jaxq.quantize_model(layer, "int4")[1].rows[0].clipped == 2 / 128
     spec = jaxq.QuantSpec("ternary", scale_rule="absmean")
     assert jaxq.quantize_model(layer, spec)[1].rows[0].clipped == pytest.approx(4 / 128)
 
