@@ -1,9 +1,10 @@
 """Metrics of two arrays: how far a quantized array is from the original.
 
 All metrics accumulate in float32, work under jit, and take two arrays of one shape.
-Numbers are divided by the largest magnitude before they are squared. So the square of
-1e30 does not overflow, and the square of 1e-30 is not lost. A NaN in an array gives
-NaN.
+Numbers are multiplied by powers of two before they are subtracted and before they are
+squared. So no difference and no square overflows, and the squares of small numbers are
+not lost. This includes the subnormal numbers, which XLA on CPU reads as zeros. A NaN in
+an array gives NaN.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 __all__ = ["cosine", "kl_divergence", "mse", "sqnr", "top1_agreement", "worst_block"]
 
@@ -34,8 +36,14 @@ def mse(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
       2.0
     """
     a, b = _float32_pair(reference, x, "mse")
+    a, b, exponent = _scaled_pair(a, b)
     noise, unit = squares(a - b)
-    return noise / max(a.size, 1) * unit * unit
+    mean = noise / max(a.size, 1)
+    exponent = exponent + _exponent(unit)
+    # 2^(2 exponent) itself may be 0 or infinite in float32.
+    for _ in range(2):
+        mean = _times_power_of_two(mean, exponent)
+    return mean
 
 
 def sqnr(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
@@ -60,6 +68,7 @@ def sqnr(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
       23.01
     """
     a, b = _float32_pair(reference, x, "sqnr")
+    a, b, _ = _scaled_pair(a, b)
     return decibels(squares(a), squares(a - b))
 
 
@@ -82,7 +91,8 @@ def cosine(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Arra
       0.0
     """
     a, b = _float32_pair(reference, x, "cosine")
-    a, b = (v / _largest_magnitude(v) for v in (a, b))
+    # Each array has a scale of its own.
+    a, b = (_scaled_pair(v, v)[0] * _UNSCALED for v in (a, b))
     return jnp.sum(a * b) / (jnp.sqrt(jnp.sum(a * a)) * jnp.sqrt(jnp.sum(b * b)))
 
 
@@ -118,7 +128,7 @@ def worst_block(
       >>> float(jaxq.metrics.worst_block(reference, x, size=1))
       1.0
     """
-    a, b = _float32_pair(reference, x, "worst_block")
+    a, b, _ = _scaled_pair(*_float32_pair(reference, x, "worst_block"))
     a, b = (jnp.atleast_1d(v) for v in (a, b))
     axis %= a.ndim
     num = a.shape[axis]
@@ -174,7 +184,7 @@ def top1_agreement(
       logits: the same shape.
 
     Returns:
-      float32 scalar from 0 to 1.
+      float32 scalar from 0 to 1. It is NaN if an array has a NaN.
 
     Raises:
       ValueError: the shapes differ.
@@ -188,7 +198,8 @@ def top1_agreement(
     a, b = jnp.asarray(reference_logits), jnp.asarray(logits)
     _check_same_shape(a, b, "top1_agreement")
     agree = jnp.argmax(a, axis=-1) == jnp.argmax(b, axis=-1)
-    return jnp.mean(agree.astype(jnp.float32))
+    has_nan = jnp.isnan(a).any() | jnp.isnan(b).any()
+    return jnp.where(has_nan, np.float32(np.nan), jnp.mean(agree.astype(jnp.float32)))
 
 
 def decibels(
@@ -210,18 +221,94 @@ def decibels(
 def squares(v: jax.Array, axis: int | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the sum of squares as a pair: `sum((v / unit)^2)` and `unit`.
 
-    The sum of squares is the first times `unit^2`. The unit is the largest magnitude,
-    or 1 if that is 0, infinite or NaN. Both are scalars, or arrays without `axis`.
+    The sum of squares is the first times `unit^2`. The unit is a power of two near the
+    largest magnitude, or 1 if that is 0, infinite or NaN. Both are scalars, or arrays
+    without `axis`.
     """
-    unit = _largest_magnitude(v, axis)
-    total = jnp.sum((v / unit) ** 2, axis=axis)
+    largest = jnp.max(jnp.abs(v), axis=axis, keepdims=axis is not None, initial=0.0)
+    is_usable = (largest > 0) & jnp.isfinite(largest)
+    exponent = jnp.where(is_usable, _exponent(largest), 0)
+    # The inverse of a power of two is exact, and it is normal in this range.
+    exponent = jnp.clip(exponent, -126, 126)
+    total = jnp.sum((v * _power_of_two(-exponent)) ** 2, axis=axis)
+    unit = _power_of_two(exponent)
     return total, unit if axis is None else unit.squeeze(axis)
 
 
-def _largest_magnitude(v: jax.Array, axis: int | None = None) -> jax.Array:
-    """The largest magnitude, or 1 if that is 0, infinite or NaN; `axis` is kept."""
-    unit = jnp.max(jnp.abs(v), axis=axis, keepdims=axis is not None, initial=0.0)
-    return jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1.0)
+# `_scaled_pair` scales numbers to magnitudes below 2^61. This is far from the largest
+# number, so that differences do not overflow. It is farther from the smallest one, so
+# that small numbers beside large ones are kept.
+_SCALED_EXPONENT = 60
+_UNSCALED = np.float32(2.0**-_SCALED_EXPONENT)
+
+
+@jax.jit
+def _scaled_pair(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Multiplies two arrays by one power of two.
+
+    Args:
+      a: float32 array.
+      b: float32 array of the same shape.
+
+    Returns:
+      The arrays times `2^-exponent`, with a largest finite magnitude from 2^60 to 2^61;
+      and the exponent, int32 scalar.
+    """
+    infinity = np.uint32(0x7F800000)
+    largest = np.uint32(0)
+    for v in (a, b):
+        pattern = _magnitude_pattern(v)
+        pattern = jnp.where(pattern < infinity, pattern, np.uint32(0))
+        largest = jnp.maximum(largest, jnp.max(pattern, initial=0))
+    digits, place = _significand(largest)
+    exponent = place + _exponent(digits) - _SCALED_EXPONENT
+    exponent = jnp.where(largest == 0, 0, exponent)
+
+    def scaled(v: jax.Array) -> jax.Array:
+        pattern = _magnitude_pattern(v)
+        digits, place = _significand(pattern)
+        # Numbers that would be subnormal become 0.
+        power = place - exponent
+        factor = jnp.where(power >= -126, _power_of_two(jnp.maximum(power, -126)), 0.0)
+        magnitude = digits * factor
+        sign = lax.bitcast_convert_type(v, jnp.int32) < 0
+        value = jnp.where(sign, -magnitude, magnitude)
+        return jnp.where(pattern < infinity, value, v)
+
+    return scaled(a), scaled(b), exponent
+
+
+def _magnitude_pattern(v: jax.Array) -> jax.Array:
+    """The bits of |v| as uint32."""
+    return lax.bitcast_convert_type(v, jnp.uint32) & np.uint32(0x7FFFFFFF)
+
+
+def _significand(pattern: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(m, e) with `|v| = m * 2^e`: a whole float32 below 2^24, and int32.
+
+    `pattern` has the bits of |v|. The pair is exact for subnormal numbers too.
+    """
+    biased = pattern >> 23
+    implicit_bit = jnp.where(biased > 0, np.uint32(1 << 23), np.uint32(0))
+    digits = (pattern & np.uint32(0x7FFFFF)) | implicit_bit
+    place = jnp.maximum(biased, np.uint32(1)).astype(jnp.int32) - 150
+    return digits.astype(jnp.float32), place
+
+
+def _exponent(v: jax.Array) -> jax.Array:
+    """`floor(log2 |v|)` of normal float32 numbers; int32."""
+    return (_magnitude_pattern(v) >> 23).astype(jnp.int32) - 127
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    """`2^exponent` as float32, for exponents from -126 to 127."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def _times_power_of_two(v: jax.Array, exponent: jax.Array) -> jax.Array:
+    """`v * 2^exponent` for |exponent| <= 252; 2^exponent itself may overflow."""
+    half = exponent >> 1
+    return v * _power_of_two(half) * _power_of_two(exponent - half)
 
 
 def _float32_pair(reference, x, caller: str) -> tuple[jax.Array, jax.Array]:

@@ -47,7 +47,8 @@ def worst64(a, b, size):
     return np.max(errors)
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])
+# 3e37 is near the largest float32. Numbers below 1.2e-38 are subnormal.
+@pytest.mark.parametrize("size", [1.0, 1e-30, 1e30, 3e37, 1e-38, 1e-40])
 def test_against_float64_at_every_magnitude(size):
     a, b = pair(size)
     assert float(metrics.sqnr(a, b)) == pytest.approx(sqnr64(a, b), abs=1e-3)
@@ -114,7 +115,19 @@ def test_worst_block_shows_one_block_with_a_large_error(size):
         assert float(metrics.sqnr(a, x)) == pytest.approx(60, abs=0.1)
 
 
-@pytest.mark.parametrize("metric", PAIRS[:5])
+@pytest.mark.parametrize("size", [1.0, 3.4e38, 1e-40])
+def test_an_error_as_large_as_the_signal(size):
+    a = np.random.default_rng(0).uniform(0.5, 1, SHAPE).astype(np.float32)
+    a = a * np.float32(size)
+    assert float(metrics.sqnr(a, 0 * a)) == pytest.approx(0, abs=1e-4)
+    # The difference of a and -a is twice the largest float32.
+    assert float(metrics.sqnr(a, -a)) == pytest.approx(-6.0206, abs=1e-3)
+    assert float(metrics.worst_block(a, a / 2)) == pytest.approx(0.5, rel=1e-4)
+    assert float(metrics.worst_block(a, -a)) == pytest.approx(2, rel=1e-4)
+    assert float(metrics.cosine(a, -a)) == pytest.approx(-1, rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", PAIRS)
 def test_a_nan_gives_nan(metric):
     a = np.ones(SHAPE, np.float32)
     b = a.copy()

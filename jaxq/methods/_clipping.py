@@ -502,10 +502,16 @@ def _percentile_range(
         if spec.offset != "min":
             low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     low, high = low.reshape(whole.low.shape), high.reshape(whole.low.shape)
-    # If almost all numbers of a block are zero, its range would be empty, and all its
-    # numbers would become zero.
-    empty = low >= high
-    return _Range(jnp.where(empty, whole.low, low), jnp.where(empty, whole.high, high))
+    # If almost all numbers of a block are zero, its range would be empty or leave out
+    # most of the other numbers. `observers.percentile` has the same limits.
+    tail = 1 - shares[0] if len(shares) == 1 else 1 - (shares[1] - shares[0])
+    limit = jnp.minimum(2 * tail, jnp.maximum(tail, 0.5))
+    num_others = jnp.sum(inside & (values != 0), axis=-1, dtype=jnp.float32)
+    few = num_others <= limit * counts.astype(jnp.float32)
+    whole_range = few.reshape(low.shape) | (low >= high)
+    return _Range(
+        jnp.where(whole_range, whole.low, low), jnp.where(whole_range, whole.high, high)
+    )
 
 
 def _quantile(

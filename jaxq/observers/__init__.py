@@ -32,7 +32,6 @@ from jaxq.observers._percentile import Percentile as Percentile
 from jaxq.observers._percentile import PercentileState as PercentileState
 from jaxq.observers._percentile import percentile
 from jaxq.observers._range import AbsMax as AbsMax
-from jaxq.observers._range import AbsMaxState as AbsMaxState
 from jaxq.observers._range import MinMax as MinMax
 from jaxq.observers._range import MovingAverage as MovingAverage
 from jaxq.observers._range import MovingAverageState as MovingAverageState

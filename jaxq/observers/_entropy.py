@@ -1,8 +1,9 @@
 """The range that loses the least information, found in a histogram of magnitudes.
 
-The steps are the same as in TensorRT: Szymon Migacz, "8-bit Inference with TensorRT"
-(GTC 2017). Let h be the histogram of n bins, and L the number of levels. For each i
-from L to n:
+The steps are those of TensorRT: Szymon Migacz, "8-bit Inference with TensorRT" (GTC
+2017). Let h be the histogram of n bins, and L the number of levels. The count of the
+first bin is set to 0, as in TensorRT. This bin has the zeros, for example of a ReLU.
+They need no levels, but they would decide the divergence. For each i from L to n:
 
 1. P is h[:i]. The counts of all later bins are added to the last bin of P.
 2. Q is h[:i] without the added counts, divided into L groups: bin j is in group
@@ -10,9 +11,16 @@ from L to n:
    empty.
 3. P and Q are normalised. The divergence D_i is the sum of P ln(P / Q) over the bins
    where P is not 0. It is infinite if Q is 0 in one of these bins.
+4. The counts are a sample. So D_i is not 0 even if the true density is constant inside
+   each group. Its mean is then (F - G) / (2 N), with N counts in F bins and G groups
+   that are not empty. This mean is subtracted. It grows with i. Without this step a
+   sample of 1000 numbers would lose its largest numbers to sampling noise.
 
 The threshold is the width of i bins, for the i with the smallest D_i. If several D_i
-are equal, the largest i wins.
+are equal, the largest i wins. A threshold is refused if it leaves out more than 1/32 of
+the counts that a level has on average, N / (32 L). D_i is also small if nearly all
+numbers are left out, or if most of the others are in one bin. If no threshold is left,
+the range is that of the extremes.
 
 L is the number of levels of the magnitudes. Symmetric codes have the levels from 0 up:
 128 for int8, 16 for uint4. With a zero point, the N codes are divided between both
@@ -37,8 +45,10 @@ from jaxq.formats import Format
 from jaxq.observers import _numbers
 from jaxq.observers._histogram import Histogram, of_magnitudes
 from jaxq.observers._numbers import Count
-from jaxq.observers._observer import mirror
+from jaxq.observers._observer import RangeKind, enclose, mirror
 
+# A threshold that leaves out more counts than this share of a level's mean is refused.
+_MOST_LEFT_OUT = 1 / 32
 # How many candidates are computed together. Each needs memory for all bins.
 _NUM_TOGETHER = 64
 # The largest number of floats in memory if there are many channels.
@@ -51,25 +61,25 @@ class Entropy(Histogram):
 
     kind: ClassVar[str] = "entropy"
 
-    def _check(self, fmt, symmetric):
+    def _check(self, fmt, range_kind):
         if fmt.bits <= 16 and np.ptp(np.diff(np.unique(fmt.values()))) > 0:
             raise ValueError(
                 "entropy: the format must have evenly spaced numbers, and the numbers "
                 f"of {fmt.name} are not evenly spaced. Use an integer format, or mse, "
                 "percentile or absmax."
             )
-        if fmt.bits > 16 or _num_levels_range(fmt, symmetric)[1] > self.bins:
+        if fmt.bits > 16 or _num_levels_range(fmt, range_kind)[1] > self.bins:
             raise ValueError(
                 f"entropy: {fmt.name} has more levels than the histogram has bins, "
                 f"{self.bins}. Use more bins, or minmax or absmax."
             )
 
-    def _bounds(self, state, fmt, symmetric):
+    def _bounds(self, state, fmt, range_kind):
         magnitude = _numbers.larger(jnp.abs(state.low), jnp.abs(state.high))
         rows = _numbers.map_words(
             lambda words: words.reshape(-1, 2, self.bins), state.counts
         )
-        search = functools.partial(best_bin, fmt=fmt, symmetric=symmetric)
+        search = functools.partial(best_bin, fmt=fmt, range_kind=range_kind)
         batch_size = self._channels_together(len(rows.low))
         best, used = lax.map(search, rows, batch_size=batch_size)
         best, used = best.reshape(magnitude.shape), used.reshape(magnitude.shape)
@@ -80,20 +90,22 @@ class Entropy(Histogram):
         # threshold was below the normal range and was flushed to zero.
         nothing_clipped = (best >= used) | (threshold == 0)
         threshold = jnp.where(nothing_clipped, magnitude, threshold)
-        if symmetric:
+        if range_kind is RangeKind.SYMMETRIC:
             return mirror(threshold, fmt)
-        zero = jnp.zeros_like(threshold)
-        low, high = _numbers.smaller(state.low, zero), _numbers.larger(state.high, zero)
+        low, high = enclose(state.low, state.high, fmt, range_kind)
+        # The levels of magnitudes begin at 0. They say nothing of a range without 0.
+        has_zero = (low <= 0) & (high >= 0)
+        threshold = jnp.where(has_zero, threshold, magnitude)
         return _numbers.larger(low, -threshold), _numbers.smaller(high, threshold)
 
-    def _bounds_of(self, x, keep, fmt, symmetric):
+    def _bounds_of(self, x, keep, fmt, range_kind):
         channels = x.shape[:-1]
         bounds_of_row = super()._bounds_of
         if len(channels) == 0:
-            return bounds_of_row(x, keep, fmt, symmetric)
+            return bounds_of_row(x, keep, fmt, range_kind)
         rows = x.reshape(-1, x.shape[-1]), keep.reshape(-1, x.shape[-1])
         low, high = lax.map(
-            lambda row: bounds_of_row(row[0], row[1], fmt, symmetric),
+            lambda row: bounds_of_row(row[0], row[1], fmt, range_kind),
             rows,
             batch_size=self._channels_together(len(rows[0])),
         )
@@ -111,7 +123,12 @@ def entropy(bins: int = 2048, *, axis: int | tuple[int, ...] | None = None) -> E
     The divergence compares the distribution of the quantized magnitudes with the true
     distribution. The levels are evenly spaced, so this observer is for integer formats.
     With `symmetric=False` the range is clipped at the threshold of the magnitudes, and
-    the codes are divided between both sides of 0.
+    the codes are divided between both sides of 0. A range without 0
+    (`include_zero=False`) is not clipped.
+
+    Zeros do not count. Of n other numbers at most n / (32 L) are clipped, where L is
+    the number of levels, for example 128 for int8. If no such threshold is better than
+    the extremes, the range is that of the extremes.
 
     Args:
       bins: bins of the histogram on each side of 0, 2 to 32768. It must be at least the
@@ -136,10 +153,10 @@ def entropy(bins: int = 2048, *, axis: int | tuple[int, ...] | None = None) -> E
     return Entropy(bins=bins, axis=axis)
 
 
-def _num_levels_range(fmt: Format, symmetric: bool) -> tuple[int, int]:
+def _num_levels_range(fmt: Format, range_kind: RangeKind) -> tuple[int, int]:
     """The smallest and the largest number of levels that magnitudes can have."""
     values = fmt.values()
-    if symmetric:
+    if range_kind is RangeKind.SYMMETRIC:
         from_zero = int((values >= 0).sum())
         return from_zero, from_zero
     return (len(values) - 1) // 2 + 1, len(values)
@@ -168,7 +185,7 @@ class _Histogram(NamedTuple):
 
 
 def best_bin(
-    counts: Count, fmt: Format, symmetric: bool
+    counts: Count, fmt: Format, range_kind: RangeKind
 ) -> tuple[jax.Array, jax.Array]:
     """The best number of bins to keep, and the number of bins in use.
 
@@ -177,12 +194,13 @@ def best_bin(
     Args:
       counts: `[2, n]`, the counts of positive and of negative numbers by magnitude.
       fmt: the format to quantize to.
-      symmetric: whether the codes are symmetric.
+      range_kind: where the range may lie.
 
     Returns:
       Two int32 scalars.
     """
-    least, most = _num_levels_range(fmt, symmetric)
+    least, most = _num_levels_range(fmt, range_kind)
+    counts = _numbers.map_words(lambda words: words.at[:, 0].set(0), counts)
     reach = [
         _num_used(_numbers.map_words(lambda words, side=side: words[side], counts))
         for side in (0, 1)
@@ -190,7 +208,7 @@ def best_bin(
     histogram = _prepare(of_magnitudes(counts), jnp.maximum(*reach), least)
 
     def num_levels(i):
-        if symmetric:
+        if range_kind is RangeKind.SYMMETRIC:
             return np.int32(most)
         reach_below = [jnp.minimum(i, side) for side in reach]
         longer, both = jnp.maximum(*reach_below), sum(reach_below)
@@ -273,9 +291,15 @@ def _divergence(
     with_outside = _p_log_p_over_q(last + outside, last_p_over_q)
     extra = with_outside - _p_log_p_over_q(last, last_p_over_q)
 
-    divergence = (jnp.sum(terms) + extra) / _numbers.as_float(h.total)
+    total = _numbers.as_float(h.total)
+    num_bins = h.num_filled_below[i].astype(jnp.float32)
+    num_groups = jnp.sum(group_filled > 0, dtype=jnp.float32)
+    noise = (num_bins - num_groups) / (2 * _numbers.as_float(inside))
+    divergence = (jnp.sum(terms) + extra) / total - noise
     q_is_zero = (outside > 0) & (last == 0)
-    invalid = q_is_zero | (i > h.num_used) | (i < num_levels)
+    mean_of_level = total / jnp.float32(num_levels)
+    too_many = outside > np.float32(_MOST_LEFT_OUT) * mean_of_level
+    invalid = q_is_zero | too_many | (i > h.num_used) | (i < num_levels)
     return jnp.where(invalid, np.float32(np.inf), divergence)
 
 

@@ -113,8 +113,8 @@ class Histogram(Observer):
         counts = _numbers.sum_counts(own, lambda words: lax.psum(words, axis_name))
         return state._replace(low=low, high=high, counts=counts)
 
-    def _bounds(self, state: Any, fmt, symmetric):
-        return enclose(state.low, state.high, fmt, symmetric)
+    def _bounds(self, state: Any, fmt, range_kind):
+        return enclose(state.low, state.high, fmt, range_kind)
 
     def _exponent(self, low: jax.Array, high: jax.Array) -> jax.Array:
         """The exponent of the bin width `2^exponent`; int32 `[*channels]`.

@@ -1,8 +1,9 @@
 """The range with the smallest quantization error.
 
 The first candidate is the range of the extremes. Each further candidate is smaller by
-the same step. Errors are measured relative to the largest number. So x and `2^k * x`
-get the same candidate.
+the same step. A range that contains 0 shrinks towards 0. A range that need not contain
+0 shrinks towards its middle. Errors are measured relative to the largest number. So x
+and `2^k * x` get the same candidate.
 
 For a state, the numbers of a bin are assumed to be spread evenly over the bin. The mean
 error over a bin is then an integral in closed form. So bins may be wider than a step of
@@ -22,7 +23,7 @@ from jax import lax
 from jaxq.formats import Format
 from jaxq.observers import _numbers
 from jaxq.observers._histogram import Histogram, ascending
-from jaxq.observers._observer import enclose
+from jaxq.observers._observer import RangeKind, enclose
 from jaxq.observers._range import range_of
 
 # A width in steps of the format. The mean error of a narrower bin is the error of its
@@ -74,7 +75,7 @@ class MeanSquaredError(Histogram):
                 f"mse: shrink must be above 0 and at most 1, got {self.shrink}."
             )
 
-    def _check(self, fmt, symmetric):
+    def _check(self, fmt, range_kind):
         if fmt.max <= 0:
             raise ValueError(
                 f"mse: {fmt.name} has no positive numbers to scale to. Use a format "
@@ -85,18 +86,19 @@ class MeanSquaredError(Histogram):
                 f"mse: {fmt.name} has {fmt.bits} bits, and mse takes at most 16 bits. "
                 "Use minmax or absmax."
             )
-        if not symmetric and fmt.kind != "integer":
+        if range_kind is not RangeKind.SYMMETRIC and fmt.kind != "integer":
             raise ValueError(
-                "mse: symmetric=False finds a zero point, which only integer formats "
-                f"have. {fmt.name} is not an integer format. Pass symmetric=True."
+                "mse: symmetric=False is for codes with a zero point or an offset, "
+                f"which only integer formats have. {fmt.name} is not an integer "
+                "format. Pass symmetric=True."
             )
 
     def _factors(self) -> np.ndarray:
         """The factors of the extremes, float32 `[grid]`, descending from 1."""
         return (1 - self.shrink * np.arange(self.grid) / self.grid).astype(np.float32)
 
-    def _bounds(self, state, fmt, symmetric):
-        low, high = enclose(state.low, state.high, fmt, symmetric)
+    def _bounds(self, state, fmt, range_kind):
+        low, high = enclose(state.low, state.high, fmt, range_kind)
         # From here on the unit of all numbers is the width of a bin. The edges of the
         # bins are whole numbers. They are clipped to the extremes, because no number is
         # beyond the extremes.
@@ -110,22 +112,22 @@ class MeanSquaredError(Histogram):
         # Only the ratios of the counts matter. Small counts keep the sum of errors from
         # overflow.
         counts = counts / jnp.maximum(jnp.max(counts, axis=-1, keepdims=True), 1.0)
-        table = _error_table(fmt, symmetric, self.power)
+        table = _error_table(fmt, range_kind, self.power)
 
         def error(factor):
-            inverse, zero = _inverse_step(bottom * factor, top * factor, fmt, symmetric)
-            t = edges * inverse + zero
+            grid = _grid(*_shrink(bottom, top, factor, range_kind), fmt, range_kind)
+            t = (edges - grid.start) * grid.inverse_step + grid.zero
             mean_error = _mean_error(table, t, self.power)  # [*channels, 2 * bins]
             error = jnp.sum(counts * mean_error, axis=-1)
             return error * _power(factor, self.power)
 
         errors = lax.map(error, jnp.asarray(self._factors()))  # [grid, *channels]
         errors = jnp.where(jnp.isnan(errors), np.float32(np.inf), errors)
-        return self._candidate(low, high, jnp.argmin(errors, axis=0))
+        return self._candidate(low, high, jnp.argmin(errors, axis=0), range_kind)
 
-    def _bounds_of(self, x, keep, fmt, symmetric):
+    def _bounds_of(self, x, keep, fmt, range_kind):
         least, most = range_of(x, keep)
-        low, high = enclose(least, most, fmt, symmetric)
+        low, high = enclose(least, most, fmt, range_kind)
         # From here on the unit of all numbers is a power of two near the largest
         # magnitude.
         exponent = -(self._exponent(least, most) + (self.bins - 1).bit_length())
@@ -138,9 +140,9 @@ class MeanSquaredError(Histogram):
         def step(k, carry):
             best_error, best_k = carry
             factor = factors[k]
-            inverse, zero = _inverse_step(bottom * factor, top * factor, fmt, symmetric)
-            t = scaled * inverse + zero
-            errors = _power(t - _nearest(t, fmt, symmetric), self.power)
+            grid = _grid(*_shrink(bottom, top, factor, range_kind), fmt, range_kind)
+            t = (scaled - grid.start) * grid.inverse_step + grid.zero
+            errors = _power(t - _nearest(t, fmt, range_kind), self.power)
             error = jnp.sum(jnp.where(keep, errors, 0.0), axis=-1)
             error = error * _power(factor, self.power)
             # If errors are equal, the first candidate wins. It has the widest range.
@@ -151,17 +153,17 @@ class MeanSquaredError(Histogram):
         start = infinity, jnp.zeros(low.shape, jnp.int32)
         start = _numbers.varying_like(start, x)
         _, best_k = lax.fori_loop(0, self.grid, step, start)
-        return self._candidate(low, high, best_k)
+        return self._candidate(low, high, best_k, range_kind)
 
     def _candidate(
-        self, low: jax.Array, high: jax.Array, k: jax.Array
+        self, low: jax.Array, high: jax.Array, k: jax.Array, range_kind: RangeKind
     ) -> tuple[jax.Array, jax.Array]:
         """The range of candidate k. A range of subnormal numbers is not shrunk."""
         factor = jnp.asarray(self._factors())[k]
         magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
         unchanged = (magnitude < _numbers.SMALLEST_NORMAL) | (k == 0)
-        low = jnp.where(unchanged, low, low * factor)
-        return low, jnp.where(unchanged, high, high * factor)
+        new_low, new_high = _shrink(low, high, factor, range_kind)
+        return jnp.where(unchanged, low, new_low), jnp.where(unchanged, high, new_high)
 
 
 def mse(
@@ -177,6 +179,7 @@ def mse(
     The candidates are the extremes times `1 - shrink * k / grid` for k from 0 to
     `grid - 1`. If errors are equal, the smallest k wins. With `symmetric=False` both
     ends shrink by the same factor, and zero points are whole numbers, as in `quantize`.
+    With `include_zero=False` the range shrinks towards its middle.
 
     Args:
       power: above 0 and at most 8. 2 gives the mean squared error. GPTQ's search uses
@@ -212,29 +215,54 @@ def _in_units(exponent: jax.Array, *bounds: jax.Array) -> list[jax.Array]:
     return [_numbers.times_power_of_two(b, exponent)[..., None] for b in bounds]
 
 
-def _inverse_step(
-    low: jax.Array, high: jax.Array, fmt: Format, symmetric: bool
+def _shrink(
+    low: jax.Array, high: jax.Array, factor: jax.Array, range_kind: RangeKind
 ) -> tuple[jax.Array, jax.Array]:
-    """(1 / scale, zero point) of a range, as in `quantize`.
+    """A range made smaller by a factor: towards 0, or towards its middle."""
+    if range_kind is not RangeKind.ANYWHERE:
+        return low * factor, high * factor
+    # Halves first, because the sum and the difference of the ends may overflow.
+    middle = low * 0.5 + high * 0.5
+    half = (high * 0.5 - low * 0.5) * factor
+    # middle + half need not be `high` in float32. A factor of 1 must change nothing.
+    low = jnp.where(factor == 1, low, middle - half)
+    return low, jnp.where(factor == 1, high, middle + half)
 
-    1 / scale is 0 if the scale is 0.
+
+class _Grid(NamedTuple):
+    """x in steps of the format is `(x - start) * inverse_step + zero`.
+
+    All fields are float32. `inverse_step` is 0 if the step is 0.
     """
-    if symmetric:
+
+    start: jax.Array
+    inverse_step: jax.Array
+    zero: jax.Array
+
+
+def _grid(low: jax.Array, high: jax.Array, fmt: Format, range_kind: RangeKind) -> _Grid:
+    """The grid of a range, as in `quantize`."""
+    is_symmetric = range_kind is RangeKind.SYMMETRIC
+    if is_symmetric:
         step = high * np.float32(1 / fmt.max)
     else:
         step = (high - low) * np.float32(1 / (fmt.max - fmt.min))
     inverse = jnp.where(step > 0, 1 / jnp.where(step > 0, step, 1.0), 0.0)
-    if symmetric:
-        return inverse, jnp.zeros_like(inverse)
+    nothing = jnp.zeros_like(inverse)
+    if is_symmetric:
+        return _Grid(nothing, inverse, nothing)
+    if range_kind is RangeKind.ANYWHERE:
+        return _Grid(low, inverse, nothing + np.float32(fmt.min))
     zero = np.float32(fmt.min) - jnp.round(low * inverse)
-    return inverse, jnp.clip(zero, fmt.min, fmt.max)
+    return _Grid(nothing, inverse, jnp.clip(zero, fmt.min, fmt.max))
 
 
-def _nearest(t: jax.Array, fmt: Format, symmetric: bool) -> jax.Array:
+def _nearest(t: jax.Array, fmt: Format, range_kind: RangeKind) -> jax.Array:
     """The number of the format nearest to t. Symmetric integers go from -max to max."""
     if fmt.kind != "integer":
         return fmt.round(t)
-    least = max(fmt.min, -fmt.max) if symmetric else fmt.min
+    is_symmetric = range_kind is RangeKind.SYMMETRIC
+    least = max(fmt.min, -fmt.max) if is_symmetric else fmt.min
     return jnp.clip(jnp.round(t), least, fmt.max)
 
 
@@ -259,7 +287,7 @@ def _mean_error(table: _ErrorTable, t: jax.Array, power: float) -> jax.Array:
     return jnp.where(width < _NARROW, _power(middle - nearest, power), wide_mean)
 
 
-def _error_table(fmt: Format, symmetric: bool, power: float) -> _ErrorTable:
+def _error_table(fmt: Format, range_kind: RangeKind, power: float) -> _ErrorTable:
     """The tables that `_integral` reads, computed in float64.
 
     In the cell of the number v, the integral of |t - v|^p is F(t - v) plus a constant,
@@ -267,7 +295,7 @@ def _error_table(fmt: Format, symmetric: bool, power: float) -> _ErrorTable:
     from cell to cell, and 0 at t = 0.
     """
     values = fmt.values().astype(np.float64)
-    if fmt.kind == "integer" and symmetric:
+    if fmt.kind == "integer" and range_kind is RangeKind.SYMMETRIC:
         values = values[values >= -fmt.max]
     edges = (values[1:] + values[:-1]) / 2
     boundaries = getattr(fmt, "boundaries", None)

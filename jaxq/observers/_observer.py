@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import enum
 import functools
 import math
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -42,6 +43,14 @@ class Seen(NamedTuple):
     finite: Count
     nan: Count
     infinite: Count
+
+
+class RangeKind(enum.Enum):
+    """Where a range may lie."""
+
+    SYMMETRIC = "(-T, T), or (0, T) if the format has no negative numbers"
+    WITH_ZERO = "contains 0, for codes with a zero point"
+    ANYWHERE = "need not contain 0, for codes with an offset"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +177,7 @@ class Observer(abc.ABC):
         format: str | Format = "int8",
         *,
         symmetric: bool = True,
+        include_zero: bool = True,
         on_nonfinite: str = "raise",
     ) -> tuple[jax.Array, jax.Array]:
         """The range to quantize.
@@ -177,7 +187,10 @@ class Observer(abc.ABC):
           format: the format to quantize to. The ranges of `mse` and `entropy` depend on
             it.
           symmetric: True gives (-T, T), or (0, T) if the format has no negative
-            numbers. False gives a range that contains 0.
+            numbers. False gives a range that need not be symmetric.
+          include_zero: True extends a range that is not symmetric to contain 0, as
+            codes with a zero point need it. False is for codes with an offset
+            (`QuantSpec(offset="min")`), and needs `symmetric=False`.
           on_nonfinite: what to do if numbers that are not finite were observed: "raise"
             an error or "ignore" them.
 
@@ -186,15 +199,17 @@ class Observer(abc.ABC):
           range has NaN, because no error can be raised.
 
         Raises:
-          TypeError: `symmetric` is not a bool.
+          TypeError: `symmetric` or `include_zero` is not a bool.
           ValueError: a channel has no finite number; or numbers that are not finite
             were observed and `on_nonfinite` is "raise"; or another kind of observer or
             other settings made the state; or the format is unknown; or the observer
-            cannot find a range for the format.
+            cannot find a range for the format; or `symmetric` is True and
+            `include_zero` is False.
         """
-        fmt = self._check_arguments(format, symmetric, on_nonfinite, "bounds")
+        fmt = self._check_format(format, on_nonfinite, "bounds")
+        range_kind = self._range_kind(fmt, symmetric, include_zero, "bounds")
         self.check_state(state, "bounds")
-        low, high = _jit_bounds(self, fmt, symmetric, on_nonfinite, state)
+        low, high = _jit_bounds(self, fmt, range_kind, on_nonfinite, state)
         self._check_counts(state.seen, on_nonfinite, "bounds")
         return low, high
 
@@ -204,6 +219,7 @@ class Observer(abc.ABC):
         format: str | Format = "int8",
         *,
         symmetric: bool = True,
+        include_zero: bool = True,
         where: jax.typing.ArrayLike | None = None,
         on_nonfinite: str = "raise",
     ) -> tuple[jax.Array, jax.Array]:
@@ -218,6 +234,7 @@ class Observer(abc.ABC):
           x: floats.
           format: as for `bounds`.
           symmetric: as for `bounds`.
+          include_zero: as for `bounds`.
           where: as for `update`.
           on_nonfinite: as for `bounds`.
 
@@ -225,11 +242,13 @@ class Observer(abc.ABC):
           (low, high), as `bounds`.
 
         Raises:
-          TypeError: x is not floating point, or `where` or `symmetric` is not bool.
+          TypeError: x is not floating point, or `where`, `symmetric` or `include_zero`
+            is not bool.
           ValueError: x does not have one of the kept axes; or `where` does not
             broadcast to x; or a channel has no finite number; or x has numbers that are
             not finite and `on_nonfinite` is "raise"; or the format is unknown; or the
-            observer cannot find a range for the format.
+            observer cannot find a range for the format; or `symmetric` is True and
+            `include_zero` is False.
 
         Example:
           >>> import jax.numpy as jnp, jaxq
@@ -240,10 +259,11 @@ class Observer(abc.ABC):
           [1.05, 2.5]
         """
         self._channel_shape(x, "bounds_of")
-        fmt = self._check_arguments(format, symmetric, on_nonfinite, "bounds_of")
+        fmt = self._check_format(format, on_nonfinite, "bounds_of")
+        range_kind = self._range_kind(fmt, symmetric, include_zero, "bounds_of")
         mask = self._mask(where, x, "bounds_of")
         low, high, seen = _jit_bounds_of(
-            self, fmt, symmetric, on_nonfinite, jnp.asarray(x), mask
+            self, fmt, range_kind, on_nonfinite, jnp.asarray(x), mask
         )
         self._check_counts(seen, on_nonfinite, "bounds_of")
         return low, high
@@ -270,16 +290,16 @@ class Observer(abc.ABC):
 
     @abc.abstractmethod
     def _bounds(
-        self, state: Any, fmt: Format, symmetric: bool
+        self, state: Any, fmt: Format, range_kind: RangeKind
     ) -> tuple[jax.Array, jax.Array]:
         """The range of a state. It is arbitrary if a channel has no finite number."""
 
     def _bounds_of(
-        self, x: jax.Array, keep: jax.Array, fmt: Format, symmetric: bool
+        self, x: jax.Array, keep: jax.Array, fmt: Format, range_kind: RangeKind
     ) -> tuple[jax.Array, jax.Array]:
         """The range of one array."""
         state = self._update(self._empty(x.shape[:-1], x), x, keep)
-        return self._bounds(state, fmt, symmetric)
+        return self._bounds(state, fmt, range_kind)
 
     def check_state(self, state: Any, caller: str) -> None:
         """Raises ValueError if this observer cannot have made the state."""
@@ -309,23 +329,37 @@ class Observer(abc.ABC):
         seen = Seen(*(_numbers.zero_counts(shape) for _ in Seen._fields))
         return _numbers.varying_like(self._init(seen, shape), x)
 
-    def _check(self, fmt: Format, symmetric: bool) -> None:  # noqa: B027
+    def _check(self, fmt: Format, range_kind: RangeKind) -> None:  # noqa: B027
         """Raises ValueError if this observer cannot find a range for the format."""
 
-    def _check_arguments(
-        self, format: str | Format, symmetric: bool, on_nonfinite: str, caller: str
+    def _check_format(
+        self, format: str | Format, on_nonfinite: str, caller: str
     ) -> Format:
         fmt = formats.get(format)
         formats.check_choice(
             f"{self.kind}.{caller}: on_nonfinite", on_nonfinite, ON_NONFINITE
         )
-        if not isinstance(symmetric, bool):
-            raise TypeError(
-                f"{self.kind}.{caller}: symmetric must be True or False, got "
-                f"{symmetric!r}."
-            )
-        self._check(fmt, symmetric)
         return fmt
+
+    def _range_kind(
+        self, fmt: Format, symmetric: bool, include_zero: bool, caller: str
+    ) -> RangeKind:
+        for name, value in (("symmetric", symmetric), ("include_zero", include_zero)):
+            if not isinstance(value, bool):
+                raise TypeError(
+                    f"{self.kind}.{caller}: {name} must be True or False, got "
+                    f"{value!r}."
+                )
+        if symmetric and not include_zero:
+            raise ValueError(
+                f"{self.kind}.{caller}: a symmetric range contains 0, got "
+                "symmetric=True and include_zero=False. Pass symmetric=False too."
+            )
+        range_kind = RangeKind.WITH_ZERO if include_zero else RangeKind.ANYWHERE
+        if symmetric:
+            range_kind = RangeKind.SYMMETRIC
+        self._check(fmt, range_kind)
+        return range_kind
 
     def _channel_shape(self, x: Any, caller: str) -> tuple[int, ...]:
         """The shape of the statistics of x."""
@@ -425,15 +459,13 @@ class Observer(abc.ABC):
 
 
 def enclose(
-    low: jax.Array, high: jax.Array, fmt: Format, symmetric: bool
+    low: jax.Array, high: jax.Array, fmt: Format, range_kind: RangeKind
 ) -> tuple[jax.Array, jax.Array]:
-    """The range to quantize for numbers from `low` to `high`.
-
-    A symmetric range is (-T, T), or (0, T) if the format has no negative numbers. Any
-    other range is extended to contain 0.
-    """
-    if symmetric:
+    """The smallest range of a kind that holds the numbers from `low` to `high`."""
+    if range_kind is RangeKind.SYMMETRIC:
         return mirror(_numbers.larger(jnp.abs(low), jnp.abs(high)), fmt)
+    if range_kind is RangeKind.ANYWHERE:
+        return low, high
     zero = jnp.zeros_like(low)
     return _numbers.smaller(low, zero), _numbers.larger(high, zero)
 
@@ -481,22 +513,26 @@ def _jit_merge(observer: Observer, a: Any, b: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _jit_bounds(
-    observer: Observer, fmt: Format, symmetric: bool, on_nonfinite: str, state: Any
+    observer: Observer,
+    fmt: Format,
+    range_kind: RangeKind,
+    on_nonfinite: str,
+    state: Any,
 ):
-    return _or_nan(observer._bounds(state, fmt, symmetric), state.seen, on_nonfinite)
+    return _or_nan(observer._bounds(state, fmt, range_kind), state.seen, on_nonfinite)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _jit_bounds_of(
     observer: Observer,
     fmt: Format,
-    symmetric: bool,
+    range_kind: RangeKind,
     on_nonfinite: str,
     x: jax.Array,
     where: jax.Array | None,
 ):
     numbers, keep, seen = observer._channels_first(x, where)
-    bounds = observer._bounds_of(numbers, keep, fmt, symmetric)
+    bounds = observer._bounds_of(numbers, keep, fmt, range_kind)
     return *_or_nan(bounds, seen, on_nonfinite), seen
 
 

@@ -9,6 +9,9 @@ Percentiles of a stream are interpolated in a bucket. A bucket holds the floats 
 same exponent and the same first mantissa bits. The buckets are the same for every
 stream, so states merge by adding counts. The width of a bucket is proportional to its
 numbers. So outliers of any size do not make the buckets of other numbers wider.
+
+If most numbers are zero, a percentile of all numbers is 0 or close to 0, and the range
+would leave out most of the other numbers. Then the range is that of the extremes.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from jaxq import formats
 from jaxq.observers import _numbers
 from jaxq.observers._histogram import by_sign, count_signed
 from jaxq.observers._numbers import Count
-from jaxq.observers._observer import Observer, Seen, enclose, mirror
+from jaxq.observers._observer import Observer, RangeKind, Seen, enclose, mirror
 from jaxq.observers._range import no_range, range_across, range_of
 
 METHODS = ("linear", "nearest_rank")
@@ -109,6 +112,17 @@ class Percentile(Observer):
         """The share of the magnitudes above the threshold."""
         return 1 - fractions.Fraction(str(self.p)) / 100
 
+    @property
+    def _few(self) -> fractions.Fraction:
+        """The share of numbers that are not zero at which the extremes are the range.
+
+        The range leaves out the share `tail`. So it leaves out half of the numbers that
+        are not zero if their share is twice the tail. If p is below 75, the other
+        limits hold: at least half of all numbers, or p percent of them, are zero.
+        """
+        half = fractions.Fraction(1, 2)
+        return min(2 * self._tail, max(self._tail, half))
+
     def _init(self, seen, shape):
         low, high = no_range(shape)
         return PercentileState(
@@ -129,7 +143,7 @@ class Percentile(Observer):
         exact = lax.cond(
             jnp.all(state.batches > 0),
             lambda: state.exact,
-            lambda: self._exact(x, keep, symmetric=None),
+            lambda: self._exact(x, keep, ("size", "low", "high")),
         )
         not_empty = jnp.any(keep, axis=-1)
         batches = jnp.minimum(state.batches + not_empty.astype(jnp.uint32), 2)
@@ -161,11 +175,20 @@ class Percentile(Observer):
             batches=jnp.minimum(batches, 2),
         )
 
-    def _bounds(self, state, fmt, symmetric):
+    def _bounds(self, state, fmt, range_kind):
         positive, negative = by_sign(state.counts)
+        magnitudes = _numbers.plus(positive, negative)
+        # The first bucket has the zeros. It also has the subnormal numbers below
+        # 2^-130, and XLA on CPU reads them as zeros.
+        zeros = _numbers.map_words(lambda words: words[..., 0], magnitudes)
+        others = _numbers.as_float(_numbers.minus(state.seen.finite, zeros))
+        share = np.float32(float(self._few))
+        few = others <= share * _numbers.as_float(state.seen.finite)
         is_exact = state.batches == 1
-        if symmetric:
-            threshold = self._threshold(state, _numbers.plus(positive, negative))
+        if range_kind is RangeKind.SYMMETRIC:
+            threshold = self._threshold(state, magnitudes)
+            largest = _numbers.larger(jnp.abs(state.low), jnp.abs(state.high))
+            threshold = jnp.where(few, largest, threshold)
             return mirror(jnp.where(is_exact, state.exact[..., 0], threshold), fmt)
         high = self._from_top(positive, negative, self._tail / 2)
         low = -self._from_top(negative, positive, self._tail / 2)
@@ -173,9 +196,10 @@ class Percentile(Observer):
             _numbers.larger(_numbers.smaller(bound, state.high), state.low)
             for bound in (high, low)
         )
+        low, high = jnp.where(few, state.low, low), jnp.where(few, state.high, high)
         low = jnp.where(is_exact, state.exact[..., 1], low)
         high = jnp.where(is_exact, state.exact[..., 2], high)
-        return enclose(low, high, fmt, symmetric)
+        return enclose(low, high, fmt, range_kind)
 
     def _threshold(self, state: PercentileState, magnitudes: Count) -> jax.Array:
         """The percentile of the magnitudes, from counts `[*channels, buckets]`."""
@@ -186,35 +210,36 @@ class Percentile(Observer):
         largest = _numbers.larger(jnp.abs(state.low), jnp.abs(state.high))
         return _numbers.smaller(_numbers.larger(threshold, smallest), largest)
 
-    def _bounds_of(self, x, keep, fmt, symmetric):
-        exact = self._exact(x, keep, symmetric=symmetric)
-        if symmetric:
-            return mirror(exact[..., 0], fmt)
-        return enclose(exact[..., 0], exact[..., 1], fmt, symmetric)
+    def _bounds_of(self, x, keep, fmt, range_kind):
+        if range_kind is RangeKind.SYMMETRIC:
+            return mirror(self._exact(x, keep, ("size",))[..., 0], fmt)
+        exact = self._exact(x, keep, ("low", "high"))
+        return enclose(exact[..., 0], exact[..., 1], fmt, range_kind)
 
     def _exact(
-        self, x: jax.Array, keep: jax.Array, *, symmetric: bool | None
+        self, x: jax.Array, keep: jax.Array, sides: tuple[str, ...]
     ) -> jax.Array:
         """The exact percentiles of one array; float32 `[*channels, k]`.
 
         Args:
           x: float32 `[*channels, n]`.
           keep: bool `[*channels, n]`.
-          symmetric: True gives the percentile of the magnitudes. False gives the lower
-            and the upper percentile of the numbers. None gives all three.
+          sides: the side of each percentile, see `_Query`. "size" gives the percentile
+            of the magnitudes. "low" and "high" give the ends of a range.
         """
-        queries = []
-        if symmetric is not False:
-            queries.append(_Query("size", self._tail))
-        if symmetric is not True:
-            half = self._tail / 2
-            queries += [_Query("low", half), _Query("high", half)]
-        values = self._select(x, keep, queries)
-        signed = [
-            -value if query.side == "low" else value
-            for query, value in zip(queries, values, strict=True)
-        ]
-        return jnp.stack(signed, axis=-1)
+        tails = {"size": self._tail, "low": self._tail / 2, "high": self._tail / 2}
+        values = self._select(x, keep, [_Query(side, tails[side]) for side in sides])
+        low, high = range_of(x, keep)
+        largest = _numbers.larger(jnp.abs(low), jnp.abs(high))
+        extremes = {"size": largest, "low": low, "high": high}
+        is_zero = _numbers.magnitude_pattern(x) == 0
+        number, others = _numbers.count_true(keep, keep & ~is_zero)  # [*channels]
+        few = others <= _share(number, self._few)[0]
+        results = []
+        for side, value in zip(sides, values, strict=True):
+            signed = -value if side == "low" else value
+            results.append(jnp.where(few, extremes[side], signed))
+        return jnp.stack(results, axis=-1)
 
     def _select(
         self, x: jax.Array, keep: jax.Array, queries: Sequence[_Query]
@@ -335,6 +360,11 @@ def percentile(
     the position `p / 100 * (n - 1)`, as `numpy.percentile` does. "nearest_rank" takes
     `a[ceil(p / 100 * n) - 1]`. For the lower end of a range that is not symmetric, it
     counts from the smallest number up.
+
+    If at most `2 (100 - p)` percent of the numbers are not zero, this range would leave
+    out half of them or more. Then the range is that of the extremes. (For p below 75
+    the extremes are the range if at least half of the numbers, or p percent of them,
+    are zero.)
 
     `bounds_of` is exact. `bounds` is exact after one batch. After several batches
     `bounds` interpolates within a bucket. A bucket is 2^-mantissa_bits of a power of

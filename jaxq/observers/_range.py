@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxq.observers import _numbers
 from jaxq.observers._numbers import Count
-from jaxq.observers._observer import Observer, Seen, enclose, mirror
+from jaxq.observers._observer import Observer, RangeKind, Seen, enclose
 
 
 class RangeState(NamedTuple):
@@ -24,13 +24,6 @@ class RangeState(NamedTuple):
     seen: Seen
     low: jax.Array
     high: jax.Array
-
-
-class AbsMaxState(NamedTuple):
-    """The largest finite magnitude, float32 `[*channels]`. It is 0 at the start."""
-
-    seen: Seen
-    magnitude: jax.Array
 
 
 class MovingAverageState(NamedTuple):
@@ -71,30 +64,28 @@ class MinMax(Observer):
         low, high = range_across(state.low, state.high, axis_name)
         return state._replace(low=low, high=high)
 
-    def _bounds(self, state, fmt, symmetric):
-        return enclose(state.low, state.high, fmt, symmetric)
+    def _bounds(self, state, fmt, range_kind):
+        return enclose(state.low, state.high, fmt, range_kind)
 
 
 @dataclasses.dataclass(frozen=True)
-class AbsMax(Observer):
+class AbsMax(MinMax):
     """See `absmax`."""
 
     kind: ClassVar[str] = "absmax"
 
-    def _init(self, seen, shape):
-        return AbsMaxState(seen, jnp.zeros(shape, jnp.float32))
-
-    def _update(self, state, x, keep):
-        largest = lax.bitcast_convert_type(_largest_pattern(x, keep), jnp.float32)
-        return state._replace(magnitude=_numbers.larger(state.magnitude, largest))
-
-    def _across(self, state, axis_name):
-        key = lax.pmax(_numbers.ordered_bits(state.magnitude), axis_name)
-        return state._replace(magnitude=_numbers.from_ordered_bits(key))
-
-    def _bounds(self, state, fmt, symmetric):
-        del symmetric
-        return mirror(state.magnitude, fmt)
+    def _bounds(self, state, fmt, range_kind):
+        low, high = super()._bounds(state, fmt, range_kind)
+        if range_kind is not RangeKind.WITH_ZERO:
+            return low, high
+        threshold = _numbers.larger(-low, high)
+        # A side without a number gets no codes. Bits also compare subnormal numbers.
+        has_negative = _numbers.ordered_bits(low) < -1  # -1 is the key of -0
+        has_positive = _numbers.ordered_bits(high) > 0
+        return (
+            jnp.where(has_negative, -threshold, 0.0),
+            jnp.where(has_positive, threshold, 0.0),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +170,8 @@ class MovingAverage(Observer):
             batches=_numbers.sum_counts(state.batches, total_of),
         )
 
-    def _bounds(self, state, fmt, symmetric):
-        return enclose(state.low, state.high, fmt, symmetric)
+    def _bounds(self, state, fmt, range_kind):
+        return enclose(state.low, state.high, fmt, range_kind)
 
 
 def minmax(*, axis: int | tuple[int, ...] | None = None) -> MinMax:
@@ -202,8 +193,9 @@ def minmax(*, axis: int | tuple[int, ...] | None = None) -> MinMax:
 def absmax(*, axis: int | tuple[int, ...] | None = None) -> AbsMax:
     """The largest magnitude T of all batches.
 
-    The bounds are (-T, T), or (0, T) if the format has no negative numbers. They are
-    the same with `symmetric=False`.
+    The bounds are (-T, T), or (0, T) if the format has no negative numbers. With
+    `symmetric=False` they are (-T, T) for every format. They are (0, T) or (-T, 0) if
+    all numbers have one sign. With `include_zero=False` they are the extremes.
 
     Args:
       axis: see `Observer`.
@@ -289,9 +281,3 @@ def range_across(
 
 def _clip(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     return _numbers.smaller(_numbers.larger(x, low), high)
-
-
-def _largest_pattern(x: jax.Array, keep: jax.Array) -> jax.Array:
-    """The bits of the largest magnitude of each channel."""
-    pattern = jnp.where(keep, _numbers.magnitude_pattern(x), np.uint32(0))
-    return _numbers.largest(pattern, np.uint32(0))

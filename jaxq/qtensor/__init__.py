@@ -5,7 +5,7 @@
 `Geometry` contains all code about axes, blocks and padding.
 """
 
-from jaxq.qtensor._bounds import inside_range, with_margin
+from jaxq.qtensor._bounds import inside_range, range_options, with_margin
 from jaxq.qtensor._dequantize import decode_blocks, dequantize, scale_values
 from jaxq.qtensor._fake_quant import fake_quant
 from jaxq.qtensor._geometry import ErrorContext, Geometry, describe, resolve
@@ -38,8 +38,8 @@ from jaxq.qtensor._spec import QuantSpec, as_static
 # What users need. The other rooms of the package also import the names that are not
 # listed: FLOATS, LEAVES, ON_NONFINITE, ErrorContext, Meta, ScaleRule,
 # as_activation_spec, as_spec, as_static, check_floats, check_leaves, decode_blocks,
-# describe, inside_range, leaf_dtypes, raise_if_not_finite, register_matmul, resolve and
-# with_margin.
+# describe, inside_range, leaf_dtypes, raise_if_not_finite, range_options,
+# register_matmul, resolve and with_margin.
 __all__ = [
     "Geometry",
     "Granularity",

@@ -93,13 +93,28 @@ def observed(
     low, high = observer.bounds_of(
         x,
         spec.fmt,
-        symmetric=spec.symmetric and spec.offset is None,
+        **range_options(spec),
         where=mask,
         on_nonfinite="ignore",
     )
     # From view order to storage order.
     k_axis = geometry.k_position - len(geometry.block_shape)
     return jnp.moveaxis(low, k_axis, -1), jnp.moveaxis(high, k_axis, -1)
+
+
+def range_options(spec: QuantSpec) -> dict[str, bool]:
+    """The arguments `symmetric` and `include_zero` of `Observer.bounds` for a spec.
+
+    Example:
+      >>> import jaxq
+      >>> jaxq.qtensor.range_options(jaxq.QuantSpec("uint4", offset="min"))
+      {'symmetric': False, 'include_zero': False}
+    """
+    has_offset = spec.offset == "min"
+    return {
+        "symmetric": spec.symmetric and not has_offset,
+        "include_zero": not has_offset,
+    }
 
 
 def _block_rows(view: jax.Array, geometry: Geometry) -> jax.Array:

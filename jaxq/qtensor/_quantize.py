@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 
 import jax
@@ -93,7 +94,9 @@ def quantize(
 
     Warns:
       UserWarning: scales are outside the range of the narrow dtype in which they are
-        stored (float16, float8). There is no warning under jit.
+        stored (float16, float8); or scales that are quantized themselves are so small
+        beside the largest one that they are stored with an error of 100 % or more. The
+        numbers of such blocks are lost. There is no warning under jit.
 
     Raises:
       TypeError: `w` is not a float32, bfloat16 or float16 array, or the call is under
@@ -129,25 +132,40 @@ def quantize(
         raise_if_not_finite(x, label, "quantize")
     check_key(spec.levels, key, "quantize")
     block_bounds = None if bounds is None else as_bounds(bounds, x, spec, geometry)
-    qt = quantize_array(
+    qt, num_too_small = _quantize_and_count(
         without_gradient(x), spec, geometry, key, on_nonfinite, block_bounds
     )
     _warn_of_clamped_scales(qt, label)
+    _warn_of_small_scales(qt, num_too_small, label)
     if name is None:
         return qt
     return dataclasses.replace(qt, meta=dataclasses.replace(qt.meta, name=name))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "geometry", "on_nonfinite"))
 def quantize_array(
+    x: jax.Array, spec: QuantSpec, geometry: Geometry, key: jax.Array | None
+) -> QTensor:
+    """The computation of `quantize`, without checks. NaN and infinities propagate.
+
+    Args:
+      x: float32, bfloat16 or float16 array.
+      spec: how to quantize.
+      geometry: the geometry of `x`.
+      key: PRNG key if `spec.needs_key`, else None.
+    """
+    return _quantize_and_count(x, spec, geometry, key, "propagate", None)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "geometry", "on_nonfinite"))
+def _quantize_and_count(
     x: jax.Array,
     spec: QuantSpec,
     geometry: Geometry,
     key: jax.Array | None,
-    on_nonfinite: str = "propagate",
-    bounds: tuple[jax.Array, jax.Array] | None = None,
-) -> QTensor:
-    """The computation of `quantize`, without checks.
+    on_nonfinite: str,
+    bounds: tuple[jax.Array, jax.Array] | None,
+) -> tuple[QTensor, jax.Array | None]:
+    """The quantized array, and how many of its scales are too small to be quantized.
 
     Args:
       x: float32, bfloat16 or float16 array.
@@ -156,6 +174,9 @@ def quantize_array(
       key: PRNG key if `spec.needs_key`, else None.
       on_nonfinite: as in `quantize`; "raise" acts as "propagate".
       bounds: (low, high), float32 `[*batch, *num_blocks]`, or None.
+
+    Returns:
+      The QTensor, and an int32 scalar; None if no scale is quantized.
     """
     signs_of_infinities = None
     if on_nonfinite == "saturate":
@@ -195,7 +216,7 @@ def _quantize_level(
     bounds: tuple[jax.Array, jax.Array] | None = None,
     signs_of_infinities: jax.Array | None = None,
     is_scale: bool = False,
-) -> QTensor:
+) -> tuple[QTensor, jax.Array | None]:
     """Quantizes an array by the outermost level of `spec`, and its scale by the next.
 
     Args:
@@ -207,6 +228,9 @@ def _quantize_level(
       signs_of_infinities: array like `x` with the sign of each infinity, 0 elsewhere.
       is_scale: True if `x` holds scales. A scale that is not 0 must not become 0. If
         the format has a NaN, a NaN in `x` must not change the scale of its block.
+
+    Returns:
+      As `_quantize_and_count`.
     """
     view = geometry.to_view(x)
     mean = None
@@ -226,16 +250,18 @@ def _quantize_level(
     if bounds is not None:
         low, high = (geometry.scale_to_blocks(bound) for bound in bounds)
         extremes = extremes.with_range(low, high)
-    block_scale = _scales.ideal_scale(measured, extremes, spec, geometry)
-    scale = _store_scale(block_scale, spec, geometry, keys[1:])
-    if spec.codes_from == "stored":
-        block_scale = geometry.scale_to_blocks(stored_values(scale))
-
     offset = mean
     if spec.offset == "min":
         offset = _store_minimum(extremes, spec, geometry)
+        # The steps begin at the stored offset, which may be below the minimum.
         minimum = geometry.scale_to_blocks(_scales.load_from_dtype(offset))
+        extremes = extremes.with_range(minimum, extremes.high)
         blocks = blocks.astype(jnp.float32) - minimum
+    ideal_scale = _scales.ideal_scale(measured, extremes, spec, geometry)
+    scale, num_too_small = _store_scale(ideal_scale, spec, geometry, keys[1:])
+    block_scale = ideal_scale
+    if spec.codes_from == "stored":
+        block_scale = geometry.scale_to_blocks(stored_values(scale))
     y = divide_for_rounding(blocks, block_scale, spec.rounding)
     codebook = None
     if spec.rule.has_threshold:
@@ -255,13 +281,27 @@ def _quantize_level(
     codes = geometry.from_blocks(encode(y, zero, spec, keys[0]))
     meta = Meta(spec, geometry, spec.order, x.dtype.name)
     data = _pack(codes, meta)
-    return QTensor(data, scale, zero_point, offset, codebook, meta)
+    return QTensor(data, scale, zero_point, offset, codebook, meta), num_too_small
 
 
 def _batch_mean(view: jax.Array, geometry: Geometry) -> jax.Array:
-    """The mean of each batch element, float32 `[*batch, 1, ..., 1]`."""
-    axes = tuple(range(view.ndim - len(geometry.block_shape), view.ndim))
-    return jnp.mean(view, axis=axes, keepdims=True, dtype=jnp.float32)
+    """The mean of each batch element, float32 `[*batch, 1, ..., 1]`.
+
+    Differences from it are finite. If the numbers of an element reach so far to both
+    sides that a difference from their mean would overflow, it is the nearest number
+    for which none does.
+    """
+    num_axes = len(geometry.block_shape)
+    batch = view.shape[: view.ndim - num_axes]
+    size = math.prod(view.shape[view.ndim - num_axes :])
+    x = view.astype(jnp.float32).reshape(*batch, size)
+    largest = jnp.finfo(jnp.float32).max
+    low, high = jnp.min(x, axis=-1, initial=0), jnp.max(x, axis=-1, initial=0)
+    mean = _scales.mean(x)
+    nearest = jnp.clip(mean, high - largest, low + largest)
+    # A mean that is not finite must reach all numbers.
+    mean = jnp.where(jnp.isfinite(mean), nearest, mean)
+    return mean.reshape(*batch, *(1,) * num_axes)
 
 
 def padded_blocks(view: jax.Array, spec: QuantSpec, geometry: Geometry) -> jax.Array:
@@ -293,11 +333,16 @@ def _store_scale(
     spec: QuantSpec,
     geometry: Geometry,
     keys: tuple[jax.Array | None, ...],
-) -> jax.Array | QTensor:
-    """The scale as it is stored: in a dtype, or quantized by `spec.scale`."""
+) -> tuple[jax.Array | QTensor, jax.Array | None]:
+    """The scale as it is stored: in a dtype, or quantized by `spec.scale`.
+
+    Returns:
+      The scale; and how many scales are too small to be quantized, None if the scale is
+      stored in a dtype.
+    """
     scale = geometry.scale_from_blocks(block_scale)  # [*batch, *num_blocks]
     if not isinstance(spec.scale, QuantSpec):
-        return _scales.store_in_dtype(scale, spec.scale)
+        return _scales.store_in_dtype(scale, spec.scale), None
     array = describe("float32", geometry.num_blocks)
     scale_geometry = resolve(
         geometry.num_blocks,
@@ -309,13 +354,21 @@ def _store_scale(
     )
     # With a mean as offset, codes are differences from the mean, and 0 is allowed.
     is_scale = spec.scale.offset is None
-    return _quantize_level(scale, spec.scale, scale_geometry, keys, is_scale=is_scale)
+    qt, num_too_small = _quantize_level(
+        scale, spec.scale, scale_geometry, keys, is_scale=is_scale
+    )
+    # The numbers of a block use less than half of the format if the stored scale is
+    # more than twice the ideal one. A scale of the other sign changes their signs.
+    magnitude, stored = jnp.abs(scale), jnp.sign(scale) * stored_values(qt)
+    too_small = (scale != 0) & ((stored > 2 * magnitude) | (stored <= 0))
+    total = jnp.sum(too_small, dtype=jnp.int32)
+    return qt, total if num_too_small is None else total + num_too_small
 
 
 def _store_minimum(
     extremes: Extremes, spec: QuantSpec, geometry: Geometry
 ) -> jax.Array:
-    """The minimum of each block as it is stored.
+    """The minimum of each block as it is stored, rounded down.
 
     It has the dtype of the scale if that dtype has at least 16 bits, else float32. The
     range of float8 is too small for the minimum.
@@ -324,7 +377,7 @@ def _store_minimum(
     if isinstance(spec.scale, str) and spec.scale in FLOATS:
         dtype = spec.scale
     low = geometry.scale_from_blocks(extremes.low)
-    return _scales.store_in_dtype(low, dtype, signed=True)
+    return _scales.store_below(low, dtype)
 
 
 def _zero_point(
@@ -392,6 +445,22 @@ def _warn_of_clamped_scales(qt: QTensor, name: str) -> None:
             "scale='bfloat16' or 'float32', or a scale that is a QuantSpec.",
             stacklevel=3,
         )
+
+
+def _warn_of_small_scales(qt: QTensor, num: jax.Array | None, name: str) -> None:
+    """Warns if scales are too small to be quantized."""
+    if num is None or is_traced(num) or not int(num):
+        return
+    assert isinstance(qt.scale, QTensor)
+    scale = qt.spec.scale
+    assert isinstance(scale, QuantSpec)
+    warnings.warn(
+        f"quantize: {int(num)} of {math.prod(qt.scale.shape)} scales of {name} are too "
+        f"small beside the largest one: {scale.fmt.name} stores them with an error of "
+        "100 % or more. Numbers of their blocks are lost. Use scale='bfloat16' or "
+        "'float32', or a finer granularity in scale=.",
+        stacklevel=3,
+    )
 
 
 @jax.custom_jvp

@@ -22,6 +22,8 @@ from jaxq.qtensor._spec import QuantSpec
 # The smallest normal float32 number. No scale is smaller, because XLA flushes subnormal
 # numbers to zero on CPU.
 _SMALLEST_NORMAL = np.float32(2.0**-126)
+# `mean` shrinks larger numbers before it sums them.
+_HUGE = np.float32(2.0**64)
 
 
 def ideal_scale(
@@ -97,9 +99,53 @@ def store_in_dtype(scale: jax.Array, dtype: str, *, signed: bool = False) -> jax
     return lax.bitcast_convert_type(codes, jnp.dtype(dtype))
 
 
+def store_below(low: jax.Array, dtype: str) -> jax.Array:
+    """Rounds numbers down, to the nearest numbers of `dtype` that are not above them.
+
+    A number below the range of `dtype` becomes its most negative number.
+
+    Args:
+      low: float32, any shape.
+      dtype: "float32", "bfloat16" or "float16".
+    """
+    nearest = store_in_dtype(low, dtype, signed=True)
+    least = jnp.finfo(dtype).min
+    is_above = (load_from_dtype(nearest) > low) & (nearest > least)
+    minus_infinity = jnp.full_like(nearest, -np.inf)
+    return jnp.where(is_above, jnp.nextafter(nearest, minus_infinity), nearest)
+
+
 def load_from_dtype(stored: jax.Array) -> jax.Array:
     """The exact float32 values of stored scales."""
     if stored.dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         return stored.astype(jnp.float32)  # a cast, so that gradients reach the scale
     fmt = formats.get(stored.dtype.name)
     return fmt.decode(lax.bitcast_convert_type(stored, fmt.code_dtype))
+
+
+def mean(x: jax.Array) -> jax.Array:
+    """The mean along the last axis; float32.
+
+    The order of the sums depends on the length of the axis only. So each row of a batch
+    has the same mean as the row alone. `jnp.mean` does not promise this.
+
+    Args:
+      x: float32 `[..., n]`.
+
+    Returns:
+      float32 `[...]`; 0 for empty rows.
+    """
+    n = x.shape[-1]
+    if n == 0:
+        return jnp.zeros(x.shape[:-1], jnp.float32)
+    # A sum of numbers near the largest float32 would overflow.
+    is_huge = jnp.max(jnp.abs(x), axis=-1, keepdims=True) > _HUGE
+    total = x * jnp.where(is_huge, 1 / _HUGE, np.float32(1))
+    while total.shape[-1] > 1:
+        half = -(-total.shape[-1] // 2)
+        first, second = total[..., :half], total[..., half:]
+        missing = [(0, 0)] * (x.ndim - 1) + [(0, half - second.shape[-1])]
+        # Without the barrier XLA would write all sums as one large expression.
+        total = lax.optimization_barrier(first + jnp.pad(second, missing))
+    total = total * np.float32(1 / n)
+    return jnp.where(is_huge, total * _HUGE, total)[..., 0]

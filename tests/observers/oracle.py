@@ -6,10 +6,17 @@ import numpy as np
 
 
 def entropy_divergence(h, i, levels):
-    """D_i of TensorRT's steps, for counts h of magnitudes and a number of levels."""
+    """D_i of TensorRT's steps, for counts h of magnitudes and a number of levels.
+
+    The mean divergence of a sample is subtracted. A threshold is refused if it leaves
+    out more than 1/32 of a level's counts.
+    """
     h = np.asarray(h, np.float64)
     p, kept = h[:i].copy(), h[:i]
-    p[-1] += h[i:].sum()
+    left_out = h[i:].sum()
+    if left_out * levels > h.sum() / 32:
+        return math.inf
+    p[-1] += left_out
     group = np.arange(i) * levels // i
     mass, holding = np.zeros(levels), np.zeros(levels)
     np.add.at(mass, group, kept)
@@ -17,8 +24,9 @@ def entropy_divergence(h, i, levels):
     q = np.where(kept > 0, mass[group] / np.maximum(holding[group], 1), 0)
     if (q[p > 0] == 0).any():
         return math.inf
+    noise = (holding.sum() - (holding > 0).sum()) / (2 * kept.sum())
     p, q = p[p > 0] / p.sum(), q[p > 0] / q.sum()
-    return float((p * np.log(p / q)).sum())
+    return float((p * np.log(p / q)).sum()) - noise
 
 
 def entropy_levels(fmt, symmetric, positive, negative):
@@ -46,13 +54,19 @@ def counted(x, bins):
 
 
 def entropy_threshold(x, bins, fmt, symmetric=True):
-    """The threshold on |x| of least divergence; of equals the last, at most max |x|."""
+    """The threshold on |x| of least divergence; of equals the last, at most max |x|.
+
+    The first bin does not count.
+    """
     x = np.asarray(x)
     width, h = counted(x, bins)
+    h[0] = 0
+    if not h.any():
+        return float(np.abs(x).max())
     used = int(np.flatnonzero(h)[-1]) + 1
     reach = [
         int(np.floor(side.max() / width)) + 1 if side.size else 0
-        for side in (x[x >= 0], -x[x < 0])
+        for side in (x[x >= width], -x[x <= -width])
     ]
     least, best = math.inf, used
     for i in range(1, used + 1):

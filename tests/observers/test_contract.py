@@ -278,15 +278,36 @@ def test_constants(name):
         state, size = observed(obs, x, x), np.abs(constants)
         for bounds in (obs.bounds(state, FORMAT), obs.bounds_of(x, FORMAT)):
             np.testing.assert_array_equal(np.asarray(bounds), [-size, size])
-        low, high = -size, size
-        if name != "absmax":
-            low, high = (
-                np.where(constants < 0, constants, 0),
-                np.where(constants > 0, constants, 0),
-            )
+        low, high = np.minimum(constants, 0), np.maximum(constants, 0)
         np.testing.assert_array_equal(
             np.asarray(obs.bounds(state, FORMAT, symmetric=False)), [low, high]
         )
+        anywhere = obs.bounds(state, FORMAT, symmetric=False, include_zero=False)
+        np.testing.assert_array_equal(np.asarray(anywhere), [constants, constants])
+
+
+@over_observers
+def test_a_range_for_an_offset_need_not_contain_zero(name):
+    # The extremes of each channel are far from 0 beside their distance.
+    obs, options = FACTORIES[name](axis=-1), {"symmetric": False, "include_zero": False}
+    x = np.random.default_rng(0).uniform(100, 101, SHAPE).astype(np.float32)
+    x = x * np.float32([1, -1, 1e-30, -1e30])
+    x[1] = x[0]  # so that a moving average does not depend on the batches
+    state = observed(obs, x[0], x[1])
+    for low, high in (
+        obs.bounds(state, "uint4", **options),
+        obs.bounds_of(x[0], "uint4", **options),
+    ):
+        least, most = x[0].min(axis=0), x[0].max(axis=0)
+        assert (least <= low).all()
+        assert (high <= most).all()
+        # "percentile" leaves out a tenth of ten numbers, and a bucket is 4 wide here.
+        share = 0.3 if name.startswith("percentile") else 0.7
+        assert (high - low >= share * (most - least)).all()
+    with pytest.raises(ValueError, match=r"include_zero=False. Pass symmetric=False"):
+        obs.bounds(state, FORMAT, include_zero=False)
+    with pytest.raises(TypeError, match="include_zero must be True or False"):
+        obs.bounds_of(x[0], FORMAT, symmetric=False, include_zero=0)
 
 
 @over_observers

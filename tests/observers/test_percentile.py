@@ -1,11 +1,13 @@
 """Percentiles against numpy: exact for one array, within a bucket for a stream."""
 
 import fractions
+import functools
 
 import jax
 import numpy as np
 import pytest
 
+import jaxq
 from jaxq import observers
 from jaxq.observers import _percentile
 from tests.observers import oracle
@@ -24,27 +26,43 @@ DATA = {
 over_percents = pytest.mark.parametrize("p", thinned(PERCENTS, PERCENTS[:1]))
 
 
+def mostly_zero(row, p):
+    """Whether the range of p percent would leave out half of what is not zero."""
+    tail = 1 - p / 100
+    return np.mean(row != 0) <= min(2 * tail, max(tail, 0.5))
+
+
 @over_percents
 def test_nearest_rank_is_exact(p):
     # One array with a channel for each distribution, so that all share a compilation.
     x = np.stack(list(DATA.values())).astype(np.float32)
     obs = observers.percentile(p, method="nearest_rank", axis=0)
     high = np.asarray(obs.bounds_of(x)[1])
-    np.testing.assert_array_equal(
-        high, [oracle.nearest_rank(np.abs(row), p) for row in x]
-    )
+    expected = [
+        np.abs(row).max()
+        if mostly_zero(row, p)
+        else oracle.nearest_rank(np.abs(row), p)
+        for row in x
+    ]
+    np.testing.assert_array_equal(high, expected)
     state = obs.update(obs.init(x), x)
     np.testing.assert_array_equal(np.asarray(obs.bounds(state)[1]), high)
     low, high = (np.asarray(v) for v in obs.bounds(state, symmetric=False))
     tail = (100 - p) / 2
     for row, a, b in zip(x, low, high, strict=True):
-        assert a == min(-oracle.nearest_rank(-row, 100 - tail), 0)
-        assert b == max(oracle.nearest_rank(row, 100 - tail), 0)
+        ends = (
+            -oracle.nearest_rank(-row, 100 - tail),
+            oracle.nearest_rank(row, 100 - tail),
+        )
+        if mostly_zero(row, p):
+            ends = row.min(), row.max()
+        assert (a, b) == (min(ends[0], 0), max(ends[1], 0))
 
 
 @over_percents
 def test_linear_is_numpys(p):
     x = np.stack([v for k, v in DATA.items() if k != "subnormal"]).astype(np.float32)
+    x = x[[not mostly_zero(row, p) for row in x]]
     obs = observers.percentile(p, axis=0)
     state = obs.update(obs.init(x), x)
     for bounds in (obs.bounds_of(x), obs.bounds(state)):
@@ -58,6 +76,66 @@ def test_linear_is_numpys(p):
     slack = 3e-7 * np.abs(x).max(axis=1)
     assert (np.abs(np.asarray(low) - np.minimum(ends[0], 0)) <= slack).all()
     assert (np.abs(np.asarray(high) - np.maximum(ends[1], 0)) <= slack).all()
+
+
+# The percentile, the share of numbers that are not zero, and whether the extremes are
+# the range. 2 * (100 - p) percent is the limit for p of 75 and above.
+MOSTLY_ZERO = [
+    (99.9, 0.0005, True),
+    (99.9, 0.001, True),
+    (99.9, 0.002, True),
+    (99.9, 0.003, False),
+    (90, 0.06, True),
+    (90, 0.19, True),
+    (90, 0.21, False),
+    (60, 0.49, True),
+    (60, 0.51, False),
+    (20, 0.79, True),
+    (20, 0.81, False),
+]
+
+
+@pytest.mark.parametrize("method", ["linear", "nearest_rank"])
+@pytest.mark.parametrize("sign", [0, -1], ids=["both_signs", "negative"])
+def test_the_extremes_of_what_is_not_zero(method, sign):
+    size = 20000
+    numbers = np.random.default_rng(0).standard_normal(size)
+    numbers = sign * np.abs(numbers) if sign else numbers
+    for p, share, is_extreme in MOSTLY_ZERO:
+        x = np.where(np.arange(size) < round(share * size), numbers, 0)
+        x = np.random.default_rng(1).permutation(x).astype(np.float32)
+        obs = observers.percentile(p, method=method)
+        one = obs.update(obs.init(x), x)
+        two = obs.update(obs.update(obs.init(x), x[:9000]), x[9000:])
+        zeros = obs.update(obs.init(x), np.zeros(9000, np.float32))
+        masked = obs.update(zeros, np.zeros(99, np.float32), where=np.zeros(99, bool))
+        for bounds in (
+            functools.partial(obs.bounds_of, x),
+            functools.partial(obs.bounds, one),
+            functools.partial(obs.bounds, two),
+        ):
+            low, high = (float(bound) for bound in bounds("int8"))
+            assert low == -high
+            assert (high == np.abs(x).max()) == is_extreme, (p, share)
+            low, high = (float(bound) for bound in bounds("int8", symmetric=False))
+            assert high > 0 or sign == -1
+            assert low < 0
+            if is_extreme:
+                assert (low, high) == (x.min(), max(x.max(), 0))
+        assert obs.bounds(masked) == (0, 0)
+
+
+def test_interpolation_with_the_only_number_that_is_not_zero():
+    # 99.9 percent is between the last zero and the number, a thousandth of the way.
+    x = np.zeros(1000, np.float32)
+    x[3] = -5
+    obs = observers.percentile(99.9)
+    assert [float(bound) for bound in obs.bounds_of(x)] == [-5, 5]
+    weight = np.zeros((50, 2), np.float32)
+    weight[:3, 0] = [1, -3, 2]
+    spec = jaxq.QuantSpec("int8", clipping=observers.percentile(90))
+    qt = jaxq.quantize(weight, spec)
+    np.testing.assert_allclose(jaxq.dequantize(qt), weight, atol=1.5 / 127)
 
 
 EXAMPLE = [(50, 0.55, 0.5), (90, 0.91, 0.9), (99, 0.991, 1.0)]

@@ -154,6 +154,43 @@ def test_clipping_by_extremes_changes_nothing(granularity):
         np.testing.assert_array_equal(qt.scale, expected.scale)
 
 
+CLIPPINGS = {
+    "absmax": observers.absmax(),
+    "entropy": observers.entropy(),
+    "minmax": observers.minmax(),
+    "moving_average": observers.moving_average(),
+    "mse": observers.mse(),
+    "percentile": observers.percentile(99.9),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPINGS)
+def test_observers_of_numbers_far_from_zero(name):
+    x = np.random.default_rng(0).uniform(100, 101, 2000).astype(np.float32)
+    spec = QuantSpec("uint4", PerTensor(), offset="min", clipping=CLIPPINGS[name])
+    half_a_step = 1 / 15 / 2
+    for sign in (1, -1):
+        y = jaxq.dequantize(jaxq.quantize(sign * x, spec))
+        assert np.abs(np.asarray(y) - sign * x).max() <= 1.01 * half_a_step
+    # A static range of an activation.
+    obs = CLIPPINGS[name]
+    state = obs.update(obs.init(x), x)
+    bounds = obs.bounds(state, "uint4", **jaxq.qtensor.range_options(spec))
+    plain = spec.replace(clipping="absmax")
+    y = jaxq.dequantize(jaxq.quantize(x, plain, bounds=bounds))
+    assert np.abs(np.asarray(y) - x).max() <= 1.01 * half_a_step
+
+
+@pytest.mark.parametrize(("fmt", "least"), [("uint4", 16.0), ("uint8", 40.0)])
+def test_absmax_as_clipping_keeps_negative_numbers(fmt, least):
+    spec = QuantSpec(fmt, PerChannel(), symmetric=False, clipping=observers.absmax())
+    w = normal(512, 3)
+    y = jaxq.dequantize(jaxq.quantize(w, spec))
+    assert float(jaxq.metrics.sqnr(w, y)) > least
+    y = jaxq.dequantize(jaxq.quantize(-jnp.abs(w), spec))
+    assert float(jaxq.metrics.sqnr(-jnp.abs(w), y)) > least + 4
+
+
 def test_each_block_has_its_own_percentile():
     spec = QuantSpec("int8", PerGroup(25), clipping=observers.percentile(90.0))
     qt = jaxq.quantize(W, spec)

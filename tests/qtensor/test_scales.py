@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxq
-from jaxq import PerChannel, PerGroup, QuantSpec
+from jaxq import PerChannel, PerGroup, PerTensor, QuantSpec
 from jaxq.qtensor import scale_values
 from tests import tables
 from tests.qtensor import oracle
@@ -161,7 +161,8 @@ def test_vsq4_levels():
     x = np.random.default_rng(3).standard_normal((64, 8)).astype(np.float32)
     x[16:32, 1] *= np.float32(1e-4)  # its ideal code is 0, which would erase it
     x[:16, 4] = 0
-    qt = jaxq.quantize(x, "vsq4")
+    with pytest.warns(UserWarning, match="1 of 32 scales of w are too small beside"):
+        qt = jaxq.quantize(x, "vsq4")
     ideal = abs(x.T.reshape(8, 4, 16)).max(-1) / 7
     channel = ideal.max(1, keepdims=True) / 15
     np.testing.assert_allclose(qt.scale.scale, channel, rtol=1e-6)
@@ -202,7 +203,8 @@ def test_mean_offset_of_scales_keeps_signs():
     x = (random.standard_normal((64, 256)) * random.random((1, 256)) ** 4).astype(
         np.float32
     )
-    qt = jaxq.quantize(x, spec)
+    with pytest.warns(UserWarning, match="of w are too small beside the largest one"):
+        qt = jaxq.quantize(x, spec)
     assert qt.scale.offset.shape == (1,)
     np.testing.assert_allclose(qt.scale.offset[0], abs(x).max(0).mean(), rtol=1e-6)
     assert np.asarray(jaxq.dequantize(qt.scale)).min() < 0  # so it can happen here
@@ -356,6 +358,7 @@ def test_trained_ternary_quantization():
         QuantSpec("int4", scale_rule="ttq")
 
 
+@pytest.mark.filterwarnings("ignore:quantize")
 def test_bitsandbytes_double_quantization():
     torch = pytest.importorskip("torch", reason="bitsandbytes needs torch")
     bnb = pytest.importorskip("bitsandbytes", reason="compares bytes with bitsandbytes")
@@ -423,3 +426,93 @@ def test_a_warning_counts_clamped_scales(dtype, magnitude, lost):
         assert caught[0].filename == __file__
     # Under jit the scales are unknown, so there is no warning.
     jax.jit(lambda w: jaxq.quantize(w, spec).data)(w)
+
+
+@pytest.mark.parametrize(
+    ("preset", "factor", "num_lost"),
+    [
+        # float8_e4m3fn: the largest number over the smallest is 448 * 2^9.
+        ("nvfp4", 1e-8, 2),
+        ("nvfp4", 1e-4, 0),
+        ("vsq4", 1e-4, 2),
+        ("vsq4", 0.04, 0),
+        ("nf4_dq", 1e-9, 1),
+        ("nf4_dq", 1e-3, 0),
+    ],
+)
+def test_a_warning_counts_quantized_scales_that_are_too_small(preset, factor, num_lost):
+    # Blocks of 16 numbers, and of 64 for nf4_dq; the blocks of zeros lose nothing.
+    block = 64 if preset == "nf4_dq" else 16
+    w = np.random.default_rng(0).uniform(0.5, 1, (4 * block, 2)).astype(np.float32)
+    w[:block, : num_lost or 2] *= np.float32(factor)
+    w[block : 2 * block] = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        qt = jaxq.quantize(w, preset, name="layer/kernel")
+        jax.jit(lambda w: jaxq.quantize(w, preset).data)(w)  # no warning under jit
+    assert len(caught) == bool(num_lost)
+    small = np.asarray(jaxq.dequantize(qt))[:block, : num_lost or 2]
+    if not num_lost:
+        assert np.abs(small / w[:block, :2] - 1).max() < 0.6
+        return
+    assert (small == 0).all()
+    assert str(caught[0].message).startswith(
+        f"quantize: {num_lost} of 8 scales of layer/kernel are too small beside the "
+        "largest one"
+    )
+    assert caught[0].filename == __file__
+    # The remedy of the message.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec = jaxq.presets()[preset].replace(scale="float32")
+        qt = jaxq.quantize(w, spec)
+    assert float(jaxq.metrics.sqnr(w[:block], jaxq.dequantize(qt)[:block])) > 15
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_offset_is_rounded_down(dtype):
+    random = np.random.default_rng(0)
+    for center in (100, -100, 0.3, -7.77, 3e4, -3e4):
+        x = (center + 0.1 * random.uniform(-1, 1, (64, 2))).astype(np.float32)
+        spec = QuantSpec("uint4", PerChannel(), offset="min", scale=dtype)
+        qt = jaxq.quantize(x, spec)
+        offset = np.asarray(qt.offset).astype(np.float32).ravel()
+        assert qt.offset.dtype == dtype
+        assert (offset <= x.min(0)).all()
+        # It is the nearest number of the dtype that is not above the minimum.
+        ulp = float(ml_dtypes.finfo(dtype).eps) * np.abs(x).max()
+        assert (x.min(0) - offset < ulp).all()
+        if dtype == "float32":
+            np.testing.assert_array_equal(offset, x.min(0))
+        half_a_step = (x.max(0) - offset) / 15 / 2
+        error = np.abs(np.asarray(jaxq.dequantize(qt)) - x).max(0)
+        # The scale is rounded too. That changes the largest numbers most.
+        slack = 15 * 2 * half_a_step * float(ml_dtypes.finfo(dtype).eps)
+        assert (error <= half_a_step * 1.01 + slack + 1e-6 * np.abs(x).max()).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 3e38])
+def test_the_mean_of_a_batch_is_that_of_each_element(size):
+    random = np.random.default_rng(0)
+    for shape in ((3, 301, 7), (3, 1, 1), (2, 4096, 3)):
+        x = np.float32(size) * random.uniform(0.5, 1, shape).astype(np.float32)
+        spec = QuantSpec("int8", PerTensor(), offset="mean")
+        together = jaxq.quantize(x, spec, contracting=-2, batch=0)
+        y = np.asarray(jaxq.dequantize(together), np.float64)
+        mean = x.astype(np.float64).mean((1, 2))
+        np.testing.assert_allclose(together.offset.ravel(), mean, rtol=1e-6)
+        half_a_step = 0.25 * size / 127
+        assert np.abs(y - x).max() <= 1.1 * half_a_step
+        for i, alone in enumerate(x):
+            qt = jaxq.quantize(alone, spec, contracting=-2)
+            np.testing.assert_array_equal(qt.offset, together.offset[i])
+            np.testing.assert_array_equal(qt.codes(), together.codes()[i])
+
+
+def test_differences_from_the_mean_are_finite():
+    largest = np.finfo(np.float32).max
+    x = np.full((200,), -largest, np.float32)
+    x[3] = largest  # the mean is close to -largest, and the difference would overflow
+    qt = jaxq.quantize(x, QuantSpec("int8", PerTensor(), offset="mean"))
+    assert np.isfinite(qt.scale).all()
+    np.testing.assert_allclose(jaxq.dequantize(qt), x, rtol=1e-6)

@@ -19,7 +19,7 @@ from jaxq.nn.transform._folding import Outcome, folding_of
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QTensor, QuantSpec, check_floats, quantize
+from jaxq.qtensor import QTensor, QuantSpec, check_floats, quantize, range_options
 from jaxq.recipes import Rule
 
 
@@ -206,7 +206,7 @@ def _static_bounds(
 
     Raises:
       ValueError: the statistics have no state of the observer, or all calibration
-        inputs of the layer are zero.
+        inputs of the layer are zero (with offset="min": equal).
     """
     if rule.observer is None:
         return None
@@ -220,19 +220,26 @@ def _static_bounds(
             "calibration=."
         )
     observer, spec = rule.observer, rule.activation
-    symmetric = spec.symmetric and spec.offset is None
+    kind = range_options(spec)
 
     def bounds(state: Any) -> tuple[jax.Array, jax.Array]:
-        return observer.bounds(state, spec.fmt, symmetric=symmetric)
+        return observer.bounds(
+            state,
+            spec.fmt,
+            symmetric=kind["symmetric"],
+            include_zero=kind["include_zero"],
+        )
 
     for _ in range(stats.count.ndim):
         bounds = jax.vmap(bounds)
     low, high = bounds(stats.observed)
     if not bool(np.all(np.asarray(low) < np.asarray(high))):
+        value = "zero" if kind["include_zero"] else "equal"
         raise ValueError(
-            f"{caller}: {name}: all calibration inputs of this weight are zero, "
-            "so a static range would make every input zero. Calibrate on batches that "
-            "reach the layer, or use dynamic activation quantization (omit observer=)."
+            f"{caller}: {name}: all calibration inputs of this weight are {value}, "
+            f"so a static range would make every input {value}. Calibrate on batches "
+            "that reach the layer, or use dynamic activation quantization (omit "
+            "observer=)."
         )
     return low, high
 
