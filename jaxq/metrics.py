@@ -230,8 +230,8 @@ def squares(v: jax.Array, axis: int | None = None) -> tuple[jax.Array, jax.Array
     exponent = jnp.where(is_usable, _exponent(largest), 0)
     # The inverse of a power of two is exact, and it is normal in this range.
     exponent = jnp.clip(exponent, -126, 126)
-    total = jnp.sum((v * _power_of_two(-exponent)) ** 2, axis=axis)
-    unit = _power_of_two(exponent)
+    total = jnp.sum((v * _exp2(-exponent)) ** 2, axis=axis)
+    unit = _exp2(exponent)
     return total, unit if axis is None else unit.squeeze(axis)
 
 
@@ -269,7 +269,7 @@ def _scaled_pair(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.
         digits, place = _significand(pattern)
         # Numbers that would be subnormal become 0.
         power = place - exponent
-        factor = jnp.where(power >= -126, _power_of_two(jnp.maximum(power, -126)), 0.0)
+        factor = jnp.where(power >= -126, _exp2(jnp.maximum(power, -126)), 0.0)
         magnitude = digits * factor
         sign = lax.bitcast_convert_type(v, jnp.int32) < 0
         value = jnp.where(sign, -magnitude, magnitude)
@@ -300,7 +300,7 @@ def _exponent(v: jax.Array) -> jax.Array:
     return (_magnitude_pattern(v) >> 23).astype(jnp.int32) - 127
 
 
-def _power_of_two(exponent: jax.Array) -> jax.Array:
+def _exp2(exponent: jax.Array) -> jax.Array:
     """`2^exponent` as float32, for exponents from -126 to 127."""
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
@@ -308,7 +308,7 @@ def _power_of_two(exponent: jax.Array) -> jax.Array:
 def _times_power_of_two(v: jax.Array, exponent: jax.Array) -> jax.Array:
     """`v * 2^exponent` for |exponent| <= 252; 2^exponent itself may overflow."""
     half = exponent >> 1
-    return v * _power_of_two(half) * _power_of_two(exponent - half)
+    return v * _exp2(half) * _exp2(exponent - half)
 
 
 def _float32_pair(reference, x, caller: str) -> tuple[jax.Array, jax.Array]:

@@ -115,8 +115,10 @@ class MeanSquaredError(Histogram):
         table = _error_table(fmt, range_kind, self.power)
 
         def error(factor):
-            grid = _grid(*_shrink(bottom, top, factor, range_kind), fmt, range_kind)
-            t = (edges - grid.start) * grid.inverse_step + grid.zero
+            steps = _steps(
+                *_smaller_range(bottom, top, factor, range_kind), fmt, range_kind
+            )
+            t = (edges - steps.start) * steps.inverse + steps.zero
             mean_error = _mean_error(table, t, self.power)  # [*channels, 2 * bins]
             error = jnp.sum(counts * mean_error, axis=-1)
             return error * _power(factor, self.power)
@@ -140,8 +142,10 @@ class MeanSquaredError(Histogram):
         def step(k, carry):
             best_error, best_k = carry
             factor = factors[k]
-            grid = _grid(*_shrink(bottom, top, factor, range_kind), fmt, range_kind)
-            t = (scaled - grid.start) * grid.inverse_step + grid.zero
+            steps = _steps(
+                *_smaller_range(bottom, top, factor, range_kind), fmt, range_kind
+            )
+            t = (scaled - steps.start) * steps.inverse + steps.zero
             errors = _power(t - _nearest(t, fmt, range_kind), self.power)
             error = jnp.sum(jnp.where(keep, errors, 0.0), axis=-1)
             error = error * _power(factor, self.power)
@@ -162,7 +166,7 @@ class MeanSquaredError(Histogram):
         factor = jnp.asarray(self._factors())[k]
         magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
         unchanged = (magnitude < _numbers.SMALLEST_NORMAL) | (k == 0)
-        new_low, new_high = _shrink(low, high, factor, range_kind)
+        new_low, new_high = _smaller_range(low, high, factor, range_kind)
         return jnp.where(unchanged, low, new_low), jnp.where(unchanged, high, new_high)
 
 
@@ -215,7 +219,7 @@ def _in_units(exponent: jax.Array, *bounds: jax.Array) -> list[jax.Array]:
     return [_numbers.times_power_of_two(b, exponent)[..., None] for b in bounds]
 
 
-def _shrink(
+def _smaller_range(
     low: jax.Array, high: jax.Array, factor: jax.Array, range_kind: RangeKind
 ) -> tuple[jax.Array, jax.Array]:
     """A range made smaller by a factor: towards 0, or towards its middle."""
@@ -229,19 +233,21 @@ def _shrink(
     return low, jnp.where(factor == 1, high, middle + half)
 
 
-class _Grid(NamedTuple):
-    """x in steps of the format is `(x - start) * inverse_step + zero`.
+class _Steps(NamedTuple):
+    """x in steps of the format is `(x - start) * inverse + zero`.
 
-    All fields are float32. `inverse_step` is 0 if the step is 0.
+    All fields are float32. `inverse` is 0 if the step is 0.
     """
 
     start: jax.Array
-    inverse_step: jax.Array
+    inverse: jax.Array
     zero: jax.Array
 
 
-def _grid(low: jax.Array, high: jax.Array, fmt: Format, range_kind: RangeKind) -> _Grid:
-    """The grid of a range, as in `quantize`."""
+def _steps(
+    low: jax.Array, high: jax.Array, fmt: Format, range_kind: RangeKind
+) -> _Steps:
+    """The steps of a range, as in `quantize`."""
     is_symmetric = range_kind is RangeKind.SYMMETRIC
     if is_symmetric:
         step = high * np.float32(1 / fmt.max)
@@ -250,11 +256,11 @@ def _grid(low: jax.Array, high: jax.Array, fmt: Format, range_kind: RangeKind) -
     inverse = jnp.where(step > 0, 1 / jnp.where(step > 0, step, 1.0), 0.0)
     nothing = jnp.zeros_like(inverse)
     if is_symmetric:
-        return _Grid(nothing, inverse, nothing)
+        return _Steps(nothing, inverse, nothing)
     if range_kind is RangeKind.ANYWHERE:
-        return _Grid(low, inverse, nothing + np.float32(fmt.min))
+        return _Steps(low, inverse, nothing + np.float32(fmt.min))
     zero = np.float32(fmt.min) - jnp.round(low * inverse)
-    return _Grid(nothing, inverse, jnp.clip(zero, fmt.min, fmt.max))
+    return _Steps(nothing, inverse, jnp.clip(zero, fmt.min, fmt.max))
 
 
 def _nearest(t: jax.Array, fmt: Format, range_kind: RangeKind) -> jax.Array:
