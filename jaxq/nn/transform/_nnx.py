@@ -395,7 +395,9 @@ class NnxAdapter:
         if not traced or not self._options.batches:
             return slots, []
         paths = self._variable_paths()
-        groups = {(position,): path for position, path in enumerate(paths)}
+        groups: dict[tuple[int, ...], str] = {
+            (position,): path for position, path in enumerate(paths)
+        }
         uses = find_uses(self._function(), self._options.batches[0], groups)
         self._uses = {groups[group]: use for group, use in uses.items()}
         rules = [slot.rule for slot in traced if slot.rule is not None]
