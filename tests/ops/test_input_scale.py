@@ -46,7 +46,7 @@ def test_weight_only(preset, layout):
 def test_the_operand_is_multiplied_before_it_is_quantized(activation):
     qt = jaxq.quantize(W, "int8").with_activation("int8", **activation)
     product = X @ qt.with_input_scale(S)
-    np.testing.assert_array_equal(product, (X * S) @ qt)
+    np.testing.assert_array_equal(product, (X * S[None]) @ qt)
     # The order matters: quantizing X first gives other numbers.
     assert np.any(np.asarray(product) != np.asarray(X @ qt))
     plan = jaxq.explain(X, qt.with_input_scale(S))
@@ -59,7 +59,7 @@ def test_the_operand_is_multiplied_before_it_is_quantized(activation):
 def test_a_narrow_operand_keeps_its_dtype(dtype):
     qt, x = scaled("int8", W.astype(dtype))[0], X.astype(dtype)
     product = x @ qt
-    multiplied = (x.astype(jnp.float32) * S).astype(dtype)
+    multiplied = (x.astype(jnp.float32) * S[None]).astype(dtype)
     assert product.dtype == dtype
     expected = multiplied @ qt.with_input_scale(None)
     np.testing.assert_array_equal(product, expected)

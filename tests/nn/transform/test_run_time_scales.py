@@ -19,7 +19,13 @@ PLAIN = {"int4_awq": "int4", "w8a8_smoothquant": "w8a8"}
 IN, HIDDEN, OUT = 32, 24, 8
 # The channels of the input differ by factors of up to a few hundred.
 CHANNELS = np.exp(2 * np.asarray(normal(IN, seed=9)))
-BATCHES = [normal(64, IN, seed=seed) * CHANNELS for seed in range(2)]
+
+
+def inputs(*shape, seed):
+    return jnp.asarray(np.asarray(normal(*shape, IN, seed=seed)) * CHANNELS)
+
+
+BATCHES = [inputs(64, seed=seed) for seed in range(2)]
 X = BATCHES[0]
 
 
@@ -55,13 +61,15 @@ def found_scale(recipe, w, stats):
 
 def product(recipe, x, w, s, samples):
     """`(x / s) @ Q(s * w)` for `x [m, in]`, with Q of the recipe, in float64."""
-    scaled_w, scaled_x = w * s[:, None], np.float32(x / s)
+    x, samples, s = np.asarray(x), np.asarray(samples), np.asarray(s)
+    scaled_w, scaled_x = jnp.asarray(np.asarray(w) * s[:, None]), x / s
     if recipe == "int4_awq":
         # The method clips the ranges after the scales.
         qt, _ = methods.clip(scaled_w, "int4", x=samples / s, num=20, max_shrink=0.5)
     else:
         qt = jaxq.quantize(scaled_w, "int8")
-        scaled_x = jaxq.dequantize(jaxq.quantize(scaled_x, "int8", contracting=-1))
+        codes = jaxq.quantize(jnp.asarray(scaled_x), "int8", contracting=-1)
+        scaled_x = jaxq.dequantize(codes)
     return np.asarray(scaled_x, np.float64) @ np.asarray(jaxq.dequantize(qt))
 
 
@@ -86,7 +94,8 @@ def test_nnx_without_registered_folding(net, first_stats, recipe, tmp_path):
     w = net.first.kernel[...]
     s = found_scale(recipe, w, first_stats)
     assert_close(1 / qmodel.first.kernel[...].input_scale, s)
-    expected = product(recipe, X, w, s, first_stats.samples) + net.first.bias[...]
+    expected = product(recipe, X, w, s, first_stats.samples)
+    expected += np.asarray(net.first.bias[...])
     assert_close(qmodel.first(X), expected, 2e-4)
     # The plan has the same bytes, and says the same.
     plan = jaxq.nn.plan(net, recipe)
@@ -94,7 +103,7 @@ def test_nnx_without_registered_folding(net, first_stats, recipe, tmp_path):
     assert all("scales at run time" in row.note for row in plan.quantized)
 
     plain, _ = jaxq.quantize_model(net, PLAIN[recipe])
-    new = normal(64, IN, seed=5) * CHANNELS
+    new = inputs(64, seed=5)
     y = net(new)
     assert relative_error(qmodel(new), y) < 0.7 * relative_error(plain(new), y)
     jitted = nnx.jit(lambda model, x: model(x))(qmodel, new)
@@ -144,7 +153,7 @@ class Scanned(nnx.Module):
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
         def run(layer, x):
             # Every layer reads channels of different magnitude.
-            return jnp.tanh(layer(x)) * CHANNELS
+            return jnp.tanh(layer(x)) * jnp.asarray(CHANNELS)[None]
 
         return run(self.layers, x)
 
@@ -244,7 +253,7 @@ def test_a_convolution_is_rounded_and_says_so(recipe):
 
 def test_experts():
     """Each expert has scales of its own. Experts that do not lead have none."""
-    x = normal(64, 2, IN) * CHANNELS
+    x = inputs(64, 2, seed=0)
     model = nnx.Einsum("bek,ekn->ben", (2, IN, OUT), rngs=nnx.Rngs(0))
     recipe = smoothed()
     qmodel, report = jaxq.quantize_model(model, recipe, calibration=[x])
@@ -268,4 +277,4 @@ def test_statistics_of_a_multiplied_input():
         return jaxq.observers.update_stats(empty, x, counts, parts)
 
     scaled = jaxq.observers.scaled_stats(stats_of(x), factors)
-    assert_close(scaled, stats_of(x * factors))
+    assert_close(scaled, stats_of(x * factors[None]))
