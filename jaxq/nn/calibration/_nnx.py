@@ -234,10 +234,11 @@ class Probe(nnx.Module):
         self.observer = request.observer
         self.product = product
         self.stats = _Statistic(stats)
-        self.input_scale = None
-        if request.input_scale is not None:
-            # A variable, because nnx.scan slices the factors of a stack with the layer.
-            self.input_scale = _InputScale(jnp.asarray(request.input_scale))
+        factors = request.input_scale
+        # A variable, because nnx.scan slices the factors of a stack with the layer.
+        self.input_scale = (
+            None if factors is None else _InputScale(jnp.asarray(factors))
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = self.kind.read_input(*args, **kwargs)

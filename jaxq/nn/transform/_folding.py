@@ -146,10 +146,9 @@ def groups_to_fold(
         folding = folding_of(rule)
         actions = {_action(rules.get(target)) for target in group.targets}
         if len(actions) == 1 and rule is not None and folding is not None:
+            reason = folding.why_not(*_weights(modules, group))
             # The layers of other groups keep their scales.
-            if not folding.at_run_time or not folding.why_not(
-                *_weights(modules, group)
-            ):
+            if not (reason and folding.at_run_time):
                 groups.append((group, rule))
         elif only_folds.intersection(group.targets):
             paths = ", ".join(sorted(only_folds.intersection(group.targets)))

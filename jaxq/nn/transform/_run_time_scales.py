@@ -157,12 +157,12 @@ def _held_out_error(
         batch=batch,
         on_nonfinite="propagate",
     )
-    qt = with_activation(qt, rule, _bounds(rule, scale, stats))
+    qt = with_activation(qt, rule, _divided_range(rule, scale, stats))
     qt = qt.with_input_scale(1 / scale)
     return np.asarray(methods.output_error(w, qt, stats.held_out))
 
 
-def _bounds(
+def _divided_range(
     rule: Rule, scale: np.ndarray, stats: LayerStats
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """The extremes of the divided inputs, `[*batch]`. None without a static range."""

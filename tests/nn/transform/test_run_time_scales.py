@@ -105,7 +105,7 @@ def test_nnx_without_registered_folding(net, first_stats, recipe, tmp_path):
     plain, _ = jaxq.quantize_model(net, PLAIN[recipe])
     new = inputs(64, seed=5)
     y = net(new)
-    assert relative_error(qmodel(new), y) < 0.7 * relative_error(plain(new), y)
+    assert relative_error(qmodel(new), y) < 0.8 * relative_error(plain(new), y)
     jitted = nnx.jit(lambda model, x: model(x))(qmodel, new)
     assert_close(jitted, qmodel(new), 1e-5)
     jaxq.save(tmp_path / "q.safetensors", qmodel)
