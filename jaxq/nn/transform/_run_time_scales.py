@@ -70,12 +70,12 @@ def with_scales(
     slots: list[Slot] = []
     static: dict[str, StatsRequest] = {}
     for slot in block:
-        if slot.scales is not None and slot.scales.at_run_time:
-            assert slot.rule is not None
+        rule = slot.rule
+        if rule is not None and slot.scales is not None and slot.scales.at_run_time:
             outcome = _outcome(slot, stats[slot.path], options)
             slot = dataclasses.replace(slot, scales=outcome)
-            observer: Any = slot.rule.observer
-            if outcome.scale is not None and observer is not None:
+            if outcome.scale is not None and rule.observer is not None:
+                observer: Any = rule.observer
                 request = StatsRequest(observer, False, 1 / outcome.scale)
                 static[slot.path] = request
         slots.append(slot)
@@ -109,9 +109,9 @@ def _outcome(slot: Slot, stats: LayerStats, options: Options) -> Outcome:
     assert folding is not None
     assert planned is not None
     floats = jnp.asarray(slot.value)
+    stack = floats.shape[: len(slot.batch)]
     # On a mesh with explicit axes, the search for scales would need shardings.
-    with on_auto_axes((floats, stats)) as (floats, stats):
-        stats = of_stack(stats, floats.shape[: len(slot.batch)])
+    with on_auto_axes((floats, of_stack(stats, stack))) as (floats, stats):
         w = as_matrix(planned, floats).astype(jnp.float32)  # [*batch, in, out]
         found = folding.find(None, [w], stats, rule.weight, dict(rule.options))
         # A numpy array is on no mesh, so every later step can use it.

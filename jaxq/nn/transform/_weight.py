@@ -56,9 +56,10 @@ def quantize_weight(
     else:
         assert slot.planned is not None
         assert stats is not None
+        factors = jnp.asarray(1 / scale)
         scaled = multiplied_rows(slot.planned, floats, scale)
-        solved = _solve_slot(slot, scaled, scaled_stats(stats, 1 / scale), key, options)
-        qt = solved.qt.astype(floats.dtype).with_input_scale(1 / scale)
+        solved = _solve_slot(slot, scaled, scaled_stats(stats, factors), key, options)
+        qt = solved.qt.astype(floats.dtype).with_input_scale(factors)
         solved = solved._replace(qt=qt)
     bounds = _static_bounds(rule, stats, name, options.caller)
     return solved._replace(qt=with_activation(solved.qt, rule, bounds))
