@@ -417,5 +417,10 @@ METHOD = Method(
     options=_OPTIONS,
     why_not=why_not_stochastic,
     needs=("samples",),
-    folding=Folding(_find_awq_scale, _why_not_scaled, without_scales="only clipped"),
+    folding=Folding(
+        _find_awq_scale,
+        _why_not_scaled,
+        at_run_time=True,
+        without_scales="only clipped",
+    ),
 )

@@ -69,7 +69,9 @@ class Folding:
     """How a method moves scales from the inputs of a layer into the layer before it.
 
     Weights `w` that read one input become `w * scale[:, None]`, and the outputs of the
-    layer before are divided by `scale`. The model computes the same as before.
+    layer before are divided by `scale`. The model computes the same as before. If no
+    layer before can take the scale, a method with `at_run_time` keeps it with the
+    layer, and the input is divided by `scale` at each call.
 
     Attributes:
       find: `(source, weights, stats, spec, options) -> scale [in]`. `source` is the
@@ -80,6 +82,8 @@ class Folding:
         can.
       judges_source: True if the layer before is judged too, because the scales change
         its rounding error as well.
+      at_run_time: True if a scale needs no layer before: `find(None, [w], ...)` gives
+        the scale of one weight.
       without_scales: what the method still does if no scale can be moved, as the report
         says it: "only clipped". Empty if the weight is then only rounded to nearest.
 
@@ -93,6 +97,7 @@ class Folding:
     find: Callable[..., jax.Array]
     why_not: Callable[[jax.Array | None, Sequence[jax.Array]], str]
     judges_source: bool = False
+    at_run_time: bool = False
     without_scales: str = ""
 
 

@@ -143,6 +143,6 @@ METHOD = Method(
     options=_OPTIONS,
     why_not=why_not_stochastic,
     needs=("absmax",),
-    folding=Folding(_find_smoothing_scale, _why_not_smoothed),
+    folding=Folding(_find_smoothing_scale, _why_not_smoothed, at_run_time=True),
     judged=False,
 )

@@ -6,6 +6,7 @@ Both models compute the same. A Python loop runs a list, and one scan runs a sta
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxq.models.llama import Llama
+from jaxq.qtensor import QTensor
 
 
 def unrolled(model: Llama) -> Llama:
@@ -75,6 +77,7 @@ def stacked(model: Llama) -> Llama:
     copy = nnx.clone(model)
     if model.config.scan_layers:
         return copy
+    _complete_input_scales(list(copy.layers))
     graphdefs, states = zip(*(nnx.split(layer) for layer in copy.layers), strict=True)
     first = _structure(states[0])
     for number, (graphdef, state) in enumerate(zip(graphdefs, states, strict=True)):
@@ -93,6 +96,27 @@ def _with_layers(model: Llama, layers: Any, *, scan_layers: bool) -> Llama:
     model.layers = layers
     model.config = dataclasses.replace(model.config, scan_layers=scan_layers)
     return model
+
+
+def _complete_input_scales(layers: Sequence[Any]) -> None:
+    """Gives weights without an input scale factors of 1 if other layers have factors.
+
+    A method may find that the scales of a weight do not help in some of the layers.
+    """
+    by_path = [dict(nnx.iter_graph(layer)) for layer in layers]
+    for path, node in by_path[0].items():
+        if not isinstance(node, nnx.Variable):
+            continue
+        variables = [nodes[path] for nodes in by_path if path in nodes]
+        weights = [variable.get_value() for variable in variables]
+        if not all(isinstance(weight, QTensor) for weight in weights):
+            continue
+        if all(weight.input_scale is None for weight in weights):
+            continue
+        for variable, weight in zip(variables, weights, strict=True):
+            if weight.input_scale is None:
+                ones = jnp.ones(weight.meta.geometry.contracted_size)
+                variable.set_value(weight.with_input_scale(ones))
 
 
 def _structure(state: Any) -> dict[str, Any]:

@@ -179,6 +179,33 @@ def update_stats(
     )
 
 
+def scaled_stats(stats: LayerStats, factors: jax.Array) -> LayerStats:
+    """The statistics of the same inputs, multiplied by one factor for each channel.
+
+    Args:
+      stats: statistics with any leading axes.
+      factors: `[..., K]`, above 0, with the same leading axes.
+
+    Returns:
+      The statistics of `x * factors`. `observed` is None: a range of all channels does
+      not say how each channel was distributed.
+    """
+    rows = factors[..., None, :]
+    hessian = stats.hessian
+    if hessian is not None:
+        hessian = hessian * rows * factors[..., :, None]
+    return stats._replace(
+        mean=stats.mean * factors,
+        absmean=stats.absmean * factors,
+        low=stats.low * factors,
+        high=stats.high * factors,
+        hessian=hessian,
+        samples=stats.samples * rows,
+        held_out=stats.held_out * rows,
+        observed=None,
+    )
+
+
 def _random_ranks(call: jax.Array, size: int) -> jax.Array:
     """Pseudo-random numbers in [0, 1), float32 `[size]`, different at each call.
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jaxq.ops._dimension_numbers import broadcastable
 from jaxq.qtensor import QTensor, quantize, with_margin
 
 
@@ -111,7 +111,7 @@ def _pass_through(
         return dx, dataclasses.replace(dweight, meta=weight.meta)
     batch = axes.order[: axes.num_batch]
     low, high = (
-        _broadcastable(end, batch, x.ndim)
+        broadcastable(end, batch, x.ndim)
         for end in _range_ends(weight.input_range, axes.range_axes)
     )
     low, high = with_margin(low, high, weight.meta.activation)
@@ -132,12 +132,3 @@ def _range_ends(
         return input_range[0], input_range[1]
     ordered = jnp.transpose(input_range, (*range_axes, len(range_axes)))
     return ordered[..., 0], ordered[..., 1]
-
-
-def _broadcastable(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
-    """Reshapes `[*axes]` to broadcast against `ndim` axes. A scalar stays a scalar."""
-    if not values.ndim:
-        return values
-    values = jnp.transpose(values, np.argsort(axes).tolist())
-    sizes = dict(zip(sorted(axes), values.shape, strict=True))
-    return values.reshape([sizes.get(axis, 1) for axis in range(ndim)])

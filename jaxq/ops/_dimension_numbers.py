@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxq.qtensor import QTensor, describe
 
@@ -84,6 +85,15 @@ def batch_first(
     contracting[side] = tuple(order.index(axis % ndim) for axis in contracting[side])
     leading[side] = tuple(range(len(batch)))
     return order, ((contracting[0], contracting[1]), (leading[0], leading[1]))
+
+
+def broadcastable(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
+    """Reshapes `[*axes]` to broadcast against `ndim` axes. A scalar stays a scalar."""
+    if not values.ndim:
+        return values
+    values = jnp.transpose(values, np.argsort(axes).tolist())
+    sizes = dict(zip(sorted(axes), values.shape, strict=True))
+    return values.reshape([sizes.get(axis, 1) for axis in range(ndim)])
 
 
 def align_matmul(lhs: Any, rhs: Any) -> tuple[Any, Any, DimensionNumbers]:

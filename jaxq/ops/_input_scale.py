@@ -8,12 +8,11 @@ multiply by the functions here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jaxq.ops._dimension_numbers import DimensionNumbers
+from jaxq.ops._dimension_numbers import DimensionNumbers, broadcastable
 from jaxq.qtensor import QTensor
 
 # Dtypes that the multiplied operand keeps. All other dtypes become float32.
@@ -28,7 +27,7 @@ def scale_operand(
     Args:
       x: the float operand.
       weight: a QTensor with an `input_scale`. The product contracts the axes that its
-        geometry contracts, and its batch axes are the batch axes of the product.
+        geometry contracts. Its batch axes are, in order, those of the product.
       dims: dimension numbers of the product.
       swapped: True if the weight is the left operand.
 
@@ -43,14 +42,12 @@ def scale_operand(
     }
     along = [axis + weight.ndim for axis in weight.meta.geometry.contracted]
     x_axes = [axis % x.ndim for axis in dims[1][x_side]]
-    # [*batch, K] -> [*batch, *contracted], with the batch axes in the product's order
+    x_axes += [x_axis_of[axis] for axis in along]
+    # [*batch, K] -> [*batch, *contracted]
     factors = weight.input_scale.reshape(
         *weight.batch_shape, *(weight.shape[axis] for axis in along)
     )
-    order = [*dims[1][weight_side], *range(len(x_axes), factors.ndim)]
-    factors = jnp.transpose(factors, order)
-    x_axes += [x_axis_of[axis] for axis in along]
-    scaled = _multiply(x, _broadcastable(factors, x_axes, x.ndim))
+    scaled = _scaled(x, broadcastable(factors, x_axes, x.ndim))
     return scaled, dataclasses.replace(weight, input_scale=None)
 
 
@@ -73,18 +70,10 @@ def scale_rows_by_group(
     factors = jnp.repeat(
         weights.input_scale, group_sizes, axis=0, total_repeat_length=x.shape[0]
     )  # [m, k]
-    return _multiply(x, factors), dataclasses.replace(weights, input_scale=None)
+    return _scaled(x, factors), dataclasses.replace(weights, input_scale=None)
 
 
-def _multiply(x: jax.Array, factors: jax.Array) -> jax.Array:
+def _scaled(x: jax.Array, factors: jax.Array) -> jax.Array:
     """`x * factors` in float32, rounded to a 16-bit dtype of `x`."""
-    scaled = x.astype(jnp.float32) * factors
-    return scaled.astype(x.dtype) if x.dtype.name in _KEPT_DTYPES else scaled
-
-
-def _broadcastable(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
-    """Reshapes `[*axes]` to broadcast against `ndim` axes, at the positions `axes`."""
-    order = sorted(range(len(axes)), key=lambda i: axes[i])
-    sizes = {axes[i]: values.shape[i] for i in order}
-    values = jnp.transpose(values, order)
-    return values.reshape([sizes.get(axis, 1) for axis in range(ndim)])
+    product = x.astype(jnp.float32) * factors
+    return product.astype(x.dtype) if x.dtype.name in _KEPT_DTYPES else product

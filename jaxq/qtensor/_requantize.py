@@ -20,8 +20,7 @@ def requantize(
 ) -> QTensor:
     """Computes codes of `w` with the scales of `like`.
 
-    The scales, zero points, offsets, codebooks and input scales of `like` do not
-    change.
+    All leaves of `like` other than its codes do not change.
 
     Args:
       w: float array of the shape of `like`.

@@ -73,3 +73,9 @@ def test_where_each_method_moves_scales(method, source, reason):
 def test_only_these_methods_move_scales():
     moving = [name for name in methods.names() if methods.get(name).folding is not None]
     assert moving == sorted({method for method, _, _ in PLACES})
+
+
+def test_which_methods_can_keep_their_scales_with_a_layer():
+    foldings = {name: methods.get(name).folding for name in {m for m, _, _ in PLACES}}
+    keeping = {name for name, folding in foldings.items() if folding.at_run_time}
+    assert keeping == {"awq", "smoothquant"}

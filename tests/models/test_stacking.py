@@ -65,3 +65,20 @@ def test_layers_of_two_kinds_stay_in_a_list():
         match=r"layers/1 differs from layers/0 in mlp/down_proj/kernel",
     ):
         stacked(quantized)
+
+
+def test_layers_without_scales_get_factors_of_one():
+    """A method may keep scales at run time in some of the layers only."""
+    model, recipe = make(), jaxq.Recipe([jaxq.Rule("**/o_proj", weight="int8")])
+    quantized, _ = jaxq.quantize_model(model, recipe)
+    kernel = quantized.layers[0].self_attn.o_proj.kernel
+    channels = kernel[...].meta.geometry.contracted_size
+    factors = np.linspace(0.5, 2, channels, dtype=np.float32)
+    kernel.set_value(kernel[...].with_input_scale(factors))
+    stack = stacked(quantized)
+    scales = stack.layers.self_attn.o_proj.kernel[...].input_scale
+    np.testing.assert_array_equal(scales, [factors, np.ones(channels)])
+    logits = np.asarray(run(quantized, tokens()))
+    np.testing.assert_allclose(
+        run(stack, tokens()), logits, atol=1e-5 * abs(logits).max()
+    )

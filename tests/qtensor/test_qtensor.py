@@ -558,3 +558,50 @@ def test_it_passes_through_jax(preset):
         jnp.array(True), lambda a, b: a, lambda a, b: b, qt[0], qt[1]
     )
     np.testing.assert_array_equal(jaxq.dequantize(swapped), values[0])
+
+
+# Input scales.
+
+
+def test_an_input_scale_multiplies_rows():
+    w, s = normal(64, 8), np.exp(normal(64, seed=1))
+    plain = jaxq.quantize(w, "int4")
+    qt = plain.with_input_scale(s)
+    expected = np.asarray(jaxq.dequantize(plain)) * s[:, None]
+    np.testing.assert_array_equal(jaxq.dequantize(qt), expected)
+    np.testing.assert_array_equal(jaxq.dequantize(qt.T), expected.T)
+    np.testing.assert_array_equal(
+        jaxq.dequantize(qt.reshape(64, 2, 4)), expected.reshape(64, 2, 4)
+    )
+    np.testing.assert_array_equal(qt.codes(), plain.codes())
+    assert qt.nbytes == plain.nbytes + 4 * 64
+    assert "input_scale" in repr(qt)
+    assert "input_scale" not in repr(qt.with_input_scale(None))
+    again = jaxq.qtensor.requantize(jaxq.dequantize(qt), qt)
+    np.testing.assert_array_equal(again.codes(), qt.codes())
+
+
+def test_an_input_scale_of_flat_blocks_and_stacks():
+    w, s = normal(2, 64, 8), np.exp(normal(2, 64, seed=1))
+    for spec in (QuantSpec("int8", PerFlat(64)), "int8"):
+        plain = jaxq.quantize(w, spec, contracting=-2, batch=0)
+        qt = plain.with_input_scale(s)
+        expected = np.asarray(jaxq.dequantize(plain)) * s[..., None]
+        np.testing.assert_array_equal(jaxq.dequantize(qt), expected)
+        shared = plain.with_input_scale(s[0])
+        np.testing.assert_array_equal(shared.input_scale, np.stack([s[0], s[0]]))
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (np.ones(63, "f"), ValueError, r"scale must be \[64\], .*got float32\[63\]"),
+        (np.ones(64, int), TypeError, "scale must be floats, got int32"),
+        (np.zeros(64, "f"), ValueError, "finite and above 0, got numbers from 0.0"),
+        (np.full(64, np.nan, "f"), ValueError, "finite and above 0"),
+    ],
+)
+def test_input_scales_that_are_refused(scale, error, message):
+    qt = jaxq.quantize(normal(64, 8), "int8")
+    with pytest.raises(error, match=message):
+        qt.with_input_scale(scale)

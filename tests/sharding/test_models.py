@@ -166,3 +166,14 @@ def test_sharded_heads_shard_the_flattened_axis():
         {"out": w}, Recipe([Rule(weight="int8", contracting=(-3, -2))])
     )
     assert is_sharded(tree["out"].data, mesh, None, "model")
+
+
+def test_leaves_that_describe_the_input_follow_the_rows():
+    mesh = mesh_of(AxisType.Auto, AxisType.Auto)
+    w = jax.device_put(normal(64, 8), NamedSharding(mesh, P("data", "model")))
+    qt = jaxq.quantize(w, "int8").with_activation("int8", bounds=(-1.0, 1.0))
+    qt = jaxq.sharding.shard_like(qt.with_input_scale(jnp.ones(64)), w)
+    assert is_sharded(qt.data, mesh, "model", "data")
+    assert is_sharded(qt.input_scale, mesh, "data")
+    # The two ends of a range are no channels, even if there are two devices.
+    assert is_sharded(qt.input_range, mesh)

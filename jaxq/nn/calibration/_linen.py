@@ -247,7 +247,10 @@ class _Watcher:
                     stats.get(path), empty, name, "linen.calibrate"
                 )
         layer_stats = stats.get(path, empty)
-        stats[path] = add_rows(layer_stats, rows, path, request.observer)
+        factors = None
+        if request.input_scale is not None:
+            factors = jnp.asarray(request.input_scale)
+        stats[path] = add_rows(layer_stats, rows, path, request.observer, factors)
 
 
 def linen_call_order(

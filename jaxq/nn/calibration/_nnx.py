@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 
@@ -205,6 +206,10 @@ class _Statistic(nnx.Variable):
     """The statistics that a probe has collected."""
 
 
+class _InputScale(nnx.Variable):
+    """The factors by which a probe multiplies its input."""
+
+
 class Probe(nnx.Module):
     """Replaces a layer's hook. It collects statistics and calls the original function.
 
@@ -213,7 +218,7 @@ class Probe(nnx.Module):
       kind: of the layer. It says how to read the input from the hook's arguments.
       product: the original function of the hook.
       stats: the initial statistics.
-      observer: the observer whose state the statistics hold, or None.
+      request: what to collect.
     """
 
     def __init__(
@@ -222,13 +227,18 @@ class Probe(nnx.Module):
         kind: LayerKind,
         product: Callable[..., Any],
         stats: LayerStats,
-        observer: Observer | None,
+        request: StatsRequest,
     ):
         self.path = path
         self.kind = kind
-        self.observer = observer
+        self.observer = request.observer
         self.product = product
         self.stats = _Statistic(stats)
+        factors = request.input_scale
+        # A variable, because nnx.scan slices the factors of a stack with the layer.
+        self.input_scale = (
+            None if factors is None else _InputScale(jnp.asarray(factors))
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = self.kind.read_input(*args, **kwargs)
@@ -240,7 +250,14 @@ class Probe(nnx.Module):
     def _add(self, rows: jax.Array) -> None:
         """Adds the rows of one call to the statistics."""
         try:
-            stats = add_rows(self.stats.get_value(), rows, self.path, self.observer)
+            factors = self.input_scale
+            stats = add_rows(
+                self.stats.get_value(),
+                rows,
+                self.path,
+                self.observer,
+                None if factors is None else factors.get_value(),
+            )
             self.stats.set_value(stats)
         except errors.TraceContextError as error:
             raise ValueError(
@@ -296,7 +313,7 @@ def _probe(path: str, module: Any, kind: LayerKind, request: StatsRequest) -> Pr
     assert kind.hook is not None
     product = getattr(module, kind.hook) or kind.plain_product
     assert product is not None
-    return Probe(path, kind, product, stats, request.observer)
+    return Probe(path, kind, product, stats, request)
 
 
 def _continue(probes: Mapping[str, Probe], start: Mapping[str, Any]) -> None:

@@ -38,7 +38,11 @@ def only_rows(counts: jax.Array | None) -> Iterator[None]:
 
 
 def add_rows(
-    stats: LayerStats, x: jax.Array, path: str, observer: Observer | None
+    stats: LayerStats,
+    x: jax.Array,
+    path: str,
+    observer: Observer | None,
+    input_scale: jax.Array | None = None,
 ) -> LayerStats:
     """Returns the statistics of a layer after one more call.
 
@@ -47,8 +51,22 @@ def add_rows(
       x: `[*batch, *free, K]`, with as many batch axes as the statistics have.
       path: of the layer, for errors.
       observer: the observer whose state the statistics hold, or None.
+      input_scale: `[*batch, K]`, factors by which the rows are multiplied, or None.
+
+    Raises:
+      ValueError: `input_scale` has other batch axes than the statistics; or the mask
+        does not fit the rows.
     """
     num_batch = stats.count.ndim
+    if input_scale is not None:
+        if input_scale.ndim != num_batch + 1:
+            raise ValueError(
+                f"calibrate: {path or 'the model'} is a stack whose layers read one "
+                "input and divide it by scales of their own, so they have no common "
+                "static range. Use dynamic activation quantization (omit observer=)."
+            )
+        sizes = (*x.shape[:num_batch], *(1 for _ in x.shape[num_batch:-1]), x.shape[-1])
+        x = x.astype(jnp.float32) * input_scale.reshape(sizes)
     free = x.shape[num_batch:-1]
     counts, parts = _rows_that_count(free, path), _held_out_parts(free)
     update: Callable[..., LayerStats] = functools.partial(

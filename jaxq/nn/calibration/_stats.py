@@ -21,10 +21,13 @@ class StatsRequest(NamedTuple):
     Attributes:
       observer: observes all numbers of the input. None collects no range.
       hessian: collect second moments too.
+      input_scale: `[*batch, K]`: collect the statistics of the input multiplied by
+        these factors. None collects those of the input itself.
     """
 
     observer: Observer | None = None
     hessian: bool = True
+    input_scale: np.ndarray | None = None
 
 
 class StatsRequests:

@@ -184,7 +184,10 @@ def _with_product(
         )
     position = tuple(product.index.get(axis, slice(None)) for axis in product.batch)
     own_stats = jax.tree.map(lambda leaf: leaf[position], stats)
-    own_stats = add_rows(own_stats, product.rows, name, group.request.observer)
+    request, factors = group.request, None
+    if request.input_scale is not None:
+        factors = jnp.asarray(request.input_scale)[position]
+    own_stats = add_rows(own_stats, product.rows, name, request.observer, factors)
     return jax.tree.map(lambda leaf, own: leaf.at[position].set(own), stats, own_stats)
 
 

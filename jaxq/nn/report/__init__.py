@@ -1,6 +1,6 @@
 """The report of `quantize_model`: one row for each parameter, totals, and rendering."""
 
-from jaxq.nn.report._product import product_note
+from jaxq.nn.report._product import multiplies_input, product_note
 from jaxq.nn.report._report import Report
 from jaxq.nn.report._row import (
     Row,

@@ -54,6 +54,19 @@ def product_note(qt: QTensor, roles: Roles | None = None) -> str:
     return f"dequantized at each call: {plan.reason}"
 
 
+def multiplies_input(qt: QTensor, roles: Roles | None = None) -> bool:
+    """True if the product of a layer multiplies its input by `qt.input_scale`.
+
+    Otherwise the product dequantizes the weight together with its factors.
+
+    Args:
+      qt: the weight with an `input_scale`, as in `product_note`.
+      roles: as in `product_note`. The product is not a convolution.
+    """
+    plan = _plan_of_dot(jax.tree.map(_as_shape, qt), roles)
+    return "scale_left" in plan.before or "scale_right" in plan.before
+
+
 def _plan_of_conv(weight: QTensor) -> ops.Plan:
     """The plan of a convolution of one example."""
     kernel = _element_shapes(weight, len(weight.batch_shape))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
+
 from jaxq import methods
 from jaxq.nn.calibration import StatsRequest, as_stats
 from jaxq.nn.transform._options import Options
@@ -73,6 +76,23 @@ class CalibrationData:
             )
         return self.statistics(dict.fromkeys(paths, StatsRequest(hessian=False)))
 
+    def of_multiplied_inputs(
+        self, wanted: Mapping[str, StatsRequest]
+    ) -> Mapping[str, LayerStats]:
+        """Statistics of inputs that are multiplied by `StatsRequest.input_scale`.
+
+        Raises:
+          ValueError: the caller passed statistics instead of batches.
+        """
+        if wanted and self._options.statistics is not None:
+            raise ValueError(
+                f"{self._options.caller}: a static range of scaled inputs needs the "
+                "batches themselves. Pass batches as calibration=, not statistics, or "
+                "omit observer= from the rules of "
+                f"{', '.join(path or 'the model' for path in wanted)}."
+            )
+        return self.statistics(wanted)
+
     def unused_notes(self, read_arguments: tuple[str, ...]) -> list[str]:
         """A note for the report if no layer has read the data.
 
@@ -125,6 +145,20 @@ def wanted_statistics(
             observer: Any = rule.observer
             wanted[path] = StatsRequest(observer, has_rows and "hessian" in fields)
     return wanted
+
+
+def of_stack(stats: LayerStats | None, stack: tuple[int, ...]) -> LayerStats | None:
+    """Statistics that have the leading axes `[*stack]` of a stack of weights.
+
+    Under linen's `nn.vmap`, all layers of a stack may read the same input. Then the
+    statistics have fewer axes than the stack, and are broadcast.
+    """
+    if stats is None or stats.count.ndim >= len(stack):
+        return stats
+    missing = stack[: len(stack) - stats.count.ndim]
+    return jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (*missing, *leaf.shape)), stats
+    )
 
 
 def _checked(

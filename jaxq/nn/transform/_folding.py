@@ -45,19 +45,31 @@ class Group(Protocol):
 
 
 class Outcome(NamedTuple):
-    """Whether the scales of a layer's group were moved, and the effect on its error.
+    """Where the scales of a layer are, and their effect on its error.
 
     Attributes:
-      moved: the scales are in the model now. In a plan: the scales can be moved.
-      note: why the scales were not moved, for the report. Empty if they were moved.
+      source: path of the layer whose outputs are divided by the scales. Empty if the
+        scales are not folded.
+      at_run_time: the layer keeps the scales, and divides its input by them at each
+        call.
+      scale: float32 `[*batch, K]`, the scales of a layer that keeps them. None before
+        they are computed, and if they are folded.
+      note: why the layer has no scales, for the report. Empty if it has scales.
       loss: mean squared error of the layer's output on held-out inputs with the scales,
         divided by the error without them. Both errors are those of rounding to nearest.
         None if the loss was not measured.
     """
 
-    moved: bool
+    source: str = ""
+    at_run_time: bool = False
+    scale: np.ndarray | None = None
     note: str = ""
     loss: float | None = None
+
+    @property
+    def applied(self) -> bool:
+        """The layer has scales. In a plan: it can have scales."""
+        return bool(self.source) or self.at_run_time
 
 
 class _ModelFolding(NamedTuple):
@@ -99,7 +111,9 @@ def groups_to_fold(
 ) -> list[tuple[Group, Rule]]:
     """The groups whose scales are moved, each with the rule that its layers share.
 
-    The scales of a layer that is not in a group are not moved. The report says why.
+    The scales of a layer that is not in a group are not moved. A layer whose method has
+    `Folding.at_run_time` then keeps its scales. For other methods, the report says why
+    the layer has no scales.
 
     Args:
       model: a flax nnx module.
@@ -107,29 +121,37 @@ def groups_to_fold(
       caller: the name of the public function, for errors.
 
     Raises:
-      ValueError: a rule's method moves scales, and jaxq does not know where scales can
-        go in the model's class; or a rule's method moves scales, and the layers of its
-        group have different rules.
+      ValueError: a rule's method can only move scales, and jaxq does not know where
+        scales can go in the model's class; or such a rule has layers whose group has
+        different rules.
     """
     wanted = {path for path, rule in rules.items() if folding_of(rule) is not None}
     if not wanted:
         return []
+    only_folds = {path for path in wanted if not _folding(rules[path]).at_run_time}
     registered = _model_folding(type(model))
+    if registered is None and not only_folds:
+        return []
     if registered is None:
         raise ValueError(
-            f"{caller}: the methods {_folding_methods()} move scales into the "
+            f"{caller}: the methods {_only_folding_methods()} move scales into the "
             "previous layer. jaxq does not know where scales can go in a "
             f"{type(model).__name__}. Register the class with "
             "jaxq.nn.register_folding, or use another method."
         )
     groups = []
+    modules = _modules_by_path(model)
     for group in registered.groups(model):
         rule = rules.get(group.targets[0])
+        folding = folding_of(rule)
         actions = {_action(rules.get(target)) for target in group.targets}
-        if len(actions) == 1 and rule is not None and folding_of(rule) is not None:
-            groups.append((group, rule))
-        elif wanted.intersection(group.targets):
-            paths = ", ".join(sorted(wanted.intersection(group.targets)))
+        if len(actions) == 1 and rule is not None and folding is not None:
+            reason = folding.why_not(*_weights(modules, group))
+            # The layers of other groups keep their scales.
+            if not (reason and folding.at_run_time):
+                groups.append((group, rule))
+        elif only_folds.intersection(group.targets):
+            paths = ", ".join(sorted(only_folds.intersection(group.targets)))
             raise ValueError(
                 f"{caller}: the layers {', '.join(group.targets)} read the same "
                 f"input, and the method of {paths} scales this input. Give all of "
@@ -161,8 +183,9 @@ def planned_outcomes(
     outcomes: dict[str, Outcome] = {}
     for group, rule in groups:
         reason = _folding(rule).why_not(*_weights(modules, group))
+        source = "" if reason else group.source
         for target in group.targets:
-            outcomes[target] = Outcome(not reason, reason)
+            outcomes[target] = Outcome(source, note=reason)
     return outcomes
 
 
@@ -200,14 +223,16 @@ def fold_scales(
     scales: dict[str, jax.Array] = {}
     outcomes = planned_outcomes(model, groups)
     for group, rule in groups:
-        if not outcomes[group.targets[0]].moved:
+        if not outcomes[group.targets[0]].applied:
             continue
         scale, losses, total = _judged_scale(group, rule, rules, modules, stats)
-        reason = "" if total is None else _why_worse(group, rule, total, fallback)
+        layers = ", ".join(group.targets)
+        reason = "" if total is None else why_worse(layers, rule, total, fallback)
         if not reason:
             scales[group.source] = scale
         for target, loss in zip(group.targets, losses, strict=True):
-            outcomes[target] = Outcome(not reason, reason, None if reason else loss)
+            outcome = Outcome(group.source, loss=loss)
+            outcomes[target] = Outcome(note=reason) if reason else outcome
     return registered.fold(model, scales), outcomes
 
 
@@ -216,14 +241,46 @@ def folding_of(rule: Rule | None) -> Folding | None:
     return None if rule is None else methods.get(rule.method).folding
 
 
-def _folding(rule: Rule) -> Folding:
+def why_worse(layers: str, rule: Rule, loss: float, fallback: str) -> str:
+    """Why the scales of layers are left out. Empty if the layers get the scales.
+
+    Args:
+      layers: the paths of the layers, for errors.
+      rule: the rule of the layers.
+      loss: the error of the layers with the scales, divided by the error without them.
+      fallback: as in `quantize_model`.
+
+    Raises:
+      ValueError: `fallback` is "raise" and the loss is over 1.
+    """
+    if loss <= 1 or fallback == "none":
+        return ""
+    reason = (
+        f"{rule.method}'s scales increase the error on held-out inputs "
+        f"({loss:.3g} times the error without them)"
+    )
+    if fallback == "raise":
+        raise ValueError(
+            f"quantize_model: {layers}: {reason}. Pass fallback='rtn' to leave out the "
+            "scales, or 'none' to keep them."
+        )
+    return f"{reason}, so they are left out"
+
+
+def _folding(rule: Rule | None) -> Folding:
     folding = folding_of(rule)
     assert folding is not None
     return folding
 
 
-def _folding_methods() -> list[str]:
-    return [name for name in methods.names() if methods.get(name).folding is not None]
+def _only_folding_methods() -> list[str]:
+    """The methods whose scales cannot stay with a layer."""
+    foldings = {name: methods.get(name).folding for name in methods.names()}
+    return [
+        name
+        for name, folding in foldings.items()
+        if folding is not None and not folding.at_run_time
+    ]
 
 
 def _model_folding(cls: type) -> _ModelFolding | None:
@@ -358,26 +415,6 @@ def _errors(
 
 def _ratio(error: float, reference: float) -> float:
     return float(error / reference) if reference else 1.0
-
-
-def _why_worse(group: Group, rule: Rule, loss: float, fallback: str) -> str:
-    """Why the scales of a group are not moved. Empty if they are moved.
-
-    Raises:
-      ValueError: `fallback` is "raise" and the loss is over 1.
-    """
-    if loss <= 1 or fallback == "none":
-        return ""
-    reason = (
-        f"{rule.method}'s scales increase the error on held-out inputs "
-        f"({loss:.3g} times the error without them)"
-    )
-    if fallback == "raise":
-        raise ValueError(
-            f"quantize_model: {', '.join(group.targets)}: {reason}. "
-            "Pass fallback='rtn' to leave out the scales, or 'none' to move them."
-        )
-    return f"{reason}, so they are left out"
 
 
 @functools.partial(jax.jit, static_argnames=("weight", "activation", "static"))

@@ -118,9 +118,9 @@ def quantize_model(
         a layer cannot be quantized by its rule; a rule matches nothing; no rule matches
         a matrix of a module that jaxq does not know; the example does not reach a
         weight; a method or an observer needs data and `calibration` is None; a method
-        moves scales into other layers, because linen modules do not say where scales
-        can go; a rule has stochastic rounding and `key` is None. The errors of
-        `calibrate` are raised too.
+        can only move scales into other layers (equalization), because linen modules do
+        not say where scales can go; a rule has stochastic rounding and `key` is None.
+        The errors of `calibrate` are raised too.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -270,7 +270,7 @@ class LinenAdapter:
     def fold(
         self, slots: list[Slot], data: CalibrationData | None, fallback: str
     ) -> list[Slot]:
-        return slots  # because of `no_folding`, methods that move scales are refused
+        return slots  # because of `no_folding`, methods that only fold are refused
 
     def call_order(self, options: Options) -> Mapping[str, tuple[int, ...]]:
         assert options.batches

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.nn.calibration import with_progress
+from jaxq.nn.calibration import StatsRequest, with_progress
 from jaxq.nn.report import (
     Report,
     Row,
@@ -25,17 +25,22 @@ from jaxq.nn.report import (
     skip_reason,
 )
 from jaxq.nn.transform._bias import corrected_bias
-from jaxq.nn.transform._calibration_data import CalibrationData, wanted_statistics
+from jaxq.nn.transform._calibration_data import (
+    CalibrationData,
+    of_stack,
+    wanted_statistics,
+)
 from jaxq.nn.transform._donation import Donated
 from jaxq.nn.transform._matching import matched_slots
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._order import blocks_in_order
 from jaxq.nn.transform._resume import Result, Resume
+from jaxq.nn.transform._run_time_scales import with_planned_scales, with_scales
 from jaxq.nn.transform._slot import Adapter, Slot
 from jaxq.nn.transform._weight import (
     method_without_data,
-    missing_scales_note,
     quantize_weight,
+    scales_note,
 )
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor
@@ -60,7 +65,7 @@ def quantize_slots(
     data = CalibrationData(adapter, options)
     slots, rule_notes = matched_slots(adapter, recipe, options, has_data=bool(data))
     resume = Resume(recipe, slots, adapter.state(), options)
-    slots = adapter.fold(slots, data, options.fallback)
+    slots = with_planned_scales(adapter.fold(slots, data, options.fallback))
     chosen = [slot for slot in slots if slot.chosen]
     blocks = blocks_in_order(adapter, chosen, options)
     keys = _keys(chosen, blocks, adapter, options)
@@ -73,7 +78,10 @@ def quantize_slots(
         finished = resume.read(number, [slot.name for slot in block])
         data.used = data.used or bool(finished)
         # The earlier blocks are quantized now, so their errors are in the statistics.
-        stats = {} if finished else _statistics(data, block)
+        stats: Mapping[str, LayerStats] = {}
+        if not finished:
+            stats = _statistics(data, block)
+            block, stats = with_scales(block, data, stats, options)
         results: dict[str, Result] = {}
         show = options.progress and bool(stats)
         for slot in with_progress(block, "quantizing", show):
@@ -101,7 +109,7 @@ def quantize_slots(
 def plan_slots(adapter: Adapter, recipe: Recipe, options: Options) -> Report:
     """The report of `quantize_slots` without measured errors. Nothing is quantized."""
     slots, rule_notes = matched_slots(adapter, recipe, options, has_data=None)
-    slots = adapter.fold(slots, None, options.fallback)
+    slots = with_planned_scales(adapter.fold(slots, None, options.fallback))
     rows = {slot.weight: _row_before(slot) for slot in reversed(slots)}
     notes = (*adapter.notes, *rule_notes)
     return Report(tuple(adapter.rows(rows)), notes)
@@ -126,11 +134,14 @@ def _statistics(
     data: CalibrationData, block: Sequence[Slot]
 ) -> Mapping[str, LayerStats]:
     """The statistics that the rules of a block use, by the path of the layer."""
-    layers = []
+    layers, scaled = [], {}
     for slot in block:
         assert slot.rule is not None
         layers.append((slot.path, slot.rule, slot.has_rows))
-    return data.statistics(wanted_statistics(layers))
+        if slot.scales is not None and slot.scales.at_run_time:
+            observer: Any = slot.rule.observer
+            scaled[slot.path] = StatsRequest(observer, hessian=False)
+    return data.statistics(scaled | wanted_statistics(layers))
 
 
 def _quantize_slot(
@@ -145,7 +156,7 @@ def _quantize_slot(
     assert rule is not None
     # On a mesh with explicit axes, the steps of a method would need shardings.
     with on_auto_axes((jnp.asarray(slot.value), key, stats)) as (floats, key, stats):
-        stats = _of_stack(stats, floats.shape[: len(slot.batch)])
+        stats = of_stack(stats, floats.shape[: len(slot.batch)])
         solved = quantize_weight(slot, floats, stats, key, options)
         qt, notes, new_bias = solved.qt, list(slot.notes), None
         if rule.correct_bias:
@@ -163,27 +174,13 @@ def _quantize_slot(
     return Result(qt, new_bias, row)
 
 
-def _of_stack(stats: LayerStats | None, stack: tuple[int, ...]) -> LayerStats | None:
-    """Statistics that have the leading axes `[*stack]` of a stack of weights.
-
-    Under linen's `nn.vmap`, all layers of a stack may read the same input. Then the
-    statistics have fewer axes than the stack, and are broadcast.
-    """
-    if stats is None or stats.count.ndim >= len(stack):
-        return stats
-    missing = stack[: len(stack) - stats.count.ndim]
-    return jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (*missing, *leaf.shape)), stats
-    )
-
-
 def _row_before(slot: Slot) -> Row:
     """The row of a slot before anything is quantized, without measured errors."""
     if not slot.chosen:
         return float_row(slot.name, slot.kind.name, slot.value, skip_reason(slot.rule))
     assert slot.rule is not None
     assert slot.planned is not None
-    notes = (missing_scales_note(slot.rule, slot.scales), *slot.notes)
+    notes = (scales_note(slot), *slot.notes)
     return planned_row(
         slot.name,
         slot.kind.name,

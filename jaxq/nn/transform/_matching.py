@@ -193,9 +193,13 @@ def _method_problem(
 ) -> str:
     """Why the rule's method cannot quantize a layer; empty if it can."""
     method, name = methods.get(rule.method), f"method {rule.method!r}"
-    if method.folding is not None and adapter.no_folding:
+    folding = method.folding
+    keeps_scales = folding is not None and folding.at_run_time
+    if folding is not None and not keeps_scales and adapter.no_folding:
         return f"{name} moves scales into the previous layer, and {adapter.no_folding}"
     needs_data = method.needs_data(dict(rule.options))
+    if slot.kind.windowed and keeps_scales:
+        return ""  # it is rounded to nearest, and the report says so
     if slot.kind.windowed and (method.matrices_only or needs_data):
         return f"{name} is for matrices, not for the windows of a convolution"
     if not needs_data:

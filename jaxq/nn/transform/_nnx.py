@@ -107,7 +107,7 @@ def quantize_model(
         equal up to the first number are one block. "layers" does the same layer by
         layer. Layers that read the same array (queries, keys and values) are then one
         block. The data pass through the model once for each block, and only the
-        statistics of one block are in memory. Scales that a method moves into the
+        statistics of one block are in memory. Scales that a method folds into the
         previous layer are computed before all blocks, on the float model.
       resume: a folder for the results of finished blocks. It needs `sequential`. If the
         same call is made again later, it continues with the first block that has no
@@ -309,7 +309,11 @@ class NnxAdapter:
                 self._model, groups, rules, stats, fallback
             )
             # The folded model is another object with other variables.
-            slots = self.inventory().slots
+            planned = {slot.path: slot.planned for slot in slots}
+            slots = [
+                dataclasses.replace(slot, planned=planned[slot.path])
+                for slot in self.inventory().slots
+            ]
         return [
             dataclasses.replace(slot, scales=outcomes.get(slot.path)) for slot in slots
         ]

@@ -62,8 +62,8 @@ class Slot:
       notes: remarks for the report.
       planned: the quantized weight with `jax.ShapeDtypeStruct`s instead of arrays. None
         before the check, and for a weight that stays in floats.
-      scales: whether the scales of the rule's method were moved into the previous
-        layer. None if the method moves no scales, or if the layer is in no group.
+      scales: where the scales of the rule's method are. None if the method has no
+        scales, or if the layer can have none.
     """
 
     path: str
@@ -122,6 +122,7 @@ class Adapter(Protocol):
       caller: the name of the public function. Errors begin with this name.
       noun: the word for what rules match: "layer" or "parameter".
       no_folding: why scales cannot be moved between layers. Empty if they can be moved.
+        The layers then keep their scales if the method has `Folding.at_run_time`.
       data_arguments: the arguments that give calibration data, for errors.
       unmatched_remedy: a sentence for errors: how to quantize a matrix in
         `Inventory.unmatched`.

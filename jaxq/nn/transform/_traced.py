@@ -62,7 +62,7 @@ def slot_with_use(slot: Slot, use: Use) -> Slot:
         reason = f"{use.problem}, left in floats"
         return dataclasses.replace(slot, rule=Rule(skip=True, reason=reason))
     kind = ArrayKind(slot.kind.name, windowed=use.windowed)
-    uses_data = needs_statistics(rule, not use.windowed)
+    uses_data = needs_statistics(rule, not use.windowed) or _requires_data(rule)
     notes = slot.notes
     if uses_data and use.is_shared:
         notes += (f"{use.num_products} products read it: their inputs are merged",)

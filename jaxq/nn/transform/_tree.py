@@ -115,9 +115,9 @@ def quantize_params(
         `correct_bias` needs data and `calibration` is None; there are batches and
         `forward` is None; forward computes with an array before the product
         (`x @ (2 * w)`), or its products contract different axes, and the rule needs
-        data; the axes of a rule are not those of the products; a method moves scales
-        between layers; the recipe has rotate=True; a rule has stochastic rounding and
-        `key` is None; `key` is not None and no rule can use it.
+        data; the axes of a rule are not those of the products; a method can only move
+        scales between layers; the recipe has rotate=True; a rule has stochastic
+        rounding and `key` is None; `key` is not None and no rule can use it.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -279,7 +279,7 @@ class TreeAdapter:
     def fold(
         self, slots: list[Slot], data: CalibrationData | None, fallback: str
     ) -> list[Slot]:
-        return slots  # because of `no_folding`, methods that move scales are refused
+        return slots  # because of `no_folding`, methods that only fold are refused
 
     def call_order(self, options: Options) -> Mapping[str, tuple[int, ...]]:
         uses = {leaf.path: self._uses[leaf.array] for leaf in self._leaves_with_use()}

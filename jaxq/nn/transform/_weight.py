@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import methods
-from jaxq.nn.transform._folding import Outcome, folding_of
+from jaxq.nn.transform._folding import folding_of
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
-from jaxq.observers import LayerStats
+from jaxq.observers import LayerStats, scaled_stats
 from jaxq.qtensor import QTensor, QuantSpec, check_floats, quantize, range_options
 from jaxq.recipes import Rule
 
@@ -49,6 +49,31 @@ def quantize_weight(
         rule has an observer, and the statistics have no static range for it.
     """
     rule, name = _rule(slot), slot.name or "w"
+    # None if the layer has no scales, or if they are folded into a previous layer.
+    scale = None if slot.scales is None else slot.scales.scale
+    if scale is None:
+        solved = _solve_slot(slot, floats, stats, key, options)
+    else:
+        assert slot.planned is not None
+        assert stats is not None
+        factors = jnp.asarray(1 / scale)
+        scaled = multiplied_rows(slot.planned, floats, scale)
+        solved = _solve_slot(slot, scaled, scaled_stats(stats, factors), key, options)
+        qt = solved.qt.astype(floats.dtype).with_input_scale(factors)
+        solved = solved._replace(qt=qt)
+    bounds = _static_bounds(rule, stats, name, options.caller)
+    return solved._replace(qt=with_activation(solved.qt, rule, bounds))
+
+
+def _solve_slot(
+    slot: Slot,
+    floats: jax.Array,
+    stats: LayerStats | None,
+    key: jax.Array,
+    options: Options,
+) -> methods.Solved:
+    """`quantize_weight` after the scales are applied and before the activation is."""
+    rule, name = _rule(slot), slot.name or "w"
     spec = _nearest_spec(rule)
     nearest = quantize(
         floats,
@@ -59,14 +84,11 @@ def quantize_weight(
         on_nonfinite=options.on_nonfinite,
         name=name,
     )
-    if methods.get(rule.method).solve is None:
-        solved = _rounded(nearest, slot)
-    else:
-        rows = stats if slot.has_rows else None
-        solved = _solve(nearest, floats, rows, rule, options.fallback, key, name)
-        solved = _with_scales(solved, slot)
-    bounds = _static_bounds(rule, stats, name, options.caller)
-    return solved._replace(qt=_with_activation(solved.qt, rule, bounds))
+    if _only_rounds(slot):
+        return _rounded(nearest, slot)
+    rows = stats if slot.has_rows else None
+    solved = _solve(nearest, floats, rows, rule, options.fallback, key, name)
+    return _with_scales(solved, slot)
 
 
 def dry_run(slot: Slot) -> QTensor:
@@ -99,7 +121,7 @@ def dry_run(slot: Slot) -> QTensor:
         # need not run.
         if method.solve is not None and not method.needs_data(dict(rule.options)):
             qt = _solve(qt, w, None, rule, "rtn", key, name).qt
-        return _with_activation(qt, rule, None if rule.observer is None else (0.0, 1.0))
+        return with_activation(qt, rule, None if rule.observer is None else (0.0, 1.0))
 
     return jax.eval_shape(run, jax.ShapeDtypeStruct(w.shape, w.dtype))
 
@@ -112,17 +134,41 @@ def as_matrix(qt: QTensor, floats: jax.Array) -> jax.Array:
     return jnp.swapaxes(rows, -1, -2)
 
 
-def missing_scales_note(rule: Rule, outcome: Outcome | None) -> str:
-    """A note for the report if the method of a layer could not move its scales.
+def multiplied_rows(
+    qt: QTensor, floats: jax.Array, scale: jax.typing.ArrayLike
+) -> jax.Array:
+    """`diag(scale) @ floats` in float32, for an array with the axes of a QTensor.
 
-    Empty if the scales were moved, or if the method moves no scales.
+    Args:
+      qt: a QTensor. Its leaves may be `jax.ShapeDtypeStruct`s.
+      floats: an array of the shape of `qt`.
+      scale: `[*batch, K]`.
     """
-    folding = folding_of(rule)
-    if folding is None or (outcome is not None and outcome.moved):
+    geometry = qt.meta.geometry
+    view = geometry.to_view(floats).astype(jnp.float32)
+    factors = geometry.contracted_to_view(jnp.asarray(scale, jnp.float32))
+    return geometry.from_view(view * factors)
+
+
+def scales_note(slot: Slot) -> str:
+    """A note for the report: where the scales of a layer are, or why it has none.
+
+    Empty if the method of the layer has no scales.
+    """
+    folding, outcome = folding_of(_rule(slot)), slot.scales
+    if folding is None:
         return ""
+    if outcome is not None and outcome.source:
+        return f"scales folded into {outcome.source}"
+    if outcome is not None and outcome.at_run_time:
+        return "scales at run time"
     reason = "no previous layer can take its scales"
     if outcome is not None:
         reason = outcome.note
+    elif slot.kind.windowed:
+        return (
+            f"only rounded: {_rule(slot).method} scales rows of a matrix, not windows"
+        )
     if folding.without_scales:
         return f"{folding.without_scales}: {reason}"
     return reason
@@ -133,11 +179,20 @@ def method_without_data(slot: Slot) -> str:
 
     This is "rtn" if the method only moves scales, and the scales cannot be moved.
     """
-    rule = _rule(slot)
-    only_rounds = methods.get(rule.method).solve is None
-    if only_rounds and missing_scales_note(rule, slot.scales):
+    has_scales = slot.scales is not None and slot.scales.applied
+    if folding_of(slot.rule) is not None and _only_rounds(slot) and not has_scales:
         return "rtn"
-    return rule.method
+    return _rule(slot).method
+
+
+def _only_rounds(slot: Slot) -> bool:
+    """True if the method only moves scales or rounds. Its weight is rounded to nearest.
+
+    Methods that move scales also only round the windows of a convolution.
+    """
+    rule = _rule(slot)
+    has_windows = folding_of(rule) is not None and slot.kind.windowed
+    return methods.get(rule.method).solve is None or has_windows
 
 
 def _rule(slot: Slot) -> Rule:
@@ -153,38 +208,33 @@ def _nearest_spec(rule: Rule) -> QuantSpec:
 
 def _rounded(nearest: QTensor, slot: Slot) -> methods.Solved:
     """The result of a method that only moves scales and then rounds to nearest."""
-    rule = _rule(slot)
-    note = missing_scales_note(rule, slot.scales)
     loss = None if slot.scales is None else slot.scales.loss
-    return methods.Solved(nearest, method_without_data(slot), note, loss)
+    return methods.Solved(nearest, method_without_data(slot), scales_note(slot), loss)
 
 
 def _with_scales(solved: methods.Solved, slot: Slot) -> methods.Solved:
-    """Adds the note and the loss of moved scales to the result of a method.
+    """Adds the note and the loss of the scales to the result of a method.
 
-    Such a method has two steps: it moves scales, and then it solves the weight. The
+    Such a method has two steps: it finds scales, and then it solves the weight. The
     loss of the method is the product of the losses of the two steps.
     """
     rule = _rule(slot)
     if folding_of(rule) is None:
         return solved
-    missing = missing_scales_note(rule, slot.scales)
-    if missing or slot.scales is None:
-        notes = [note for note in (missing, solved.note) if note]
-        return solved._replace(note="; ".join(notes))
+    scales, note = scales_note(slot), solved.note
+    if slot.scales is None or not slot.scales.applied:
+        return solved._replace(note=f"{scales}; {note}" if note else scales)
     loss = None
     if solved.loss is not None and slot.scales.loss is not None:
         loss = solved.loss * slot.scales.loss
     fell_back = solved.method != rule.method
     if fell_back:
         note = "only scaled: its codes are worse than rounding on held-out inputs"
-        return solved._replace(method=rule.method, loss=loss, note=note)
-    return solved._replace(loss=loss)
+    note = f"{scales}; {note}" if note else scales
+    return solved._replace(method=rule.method, loss=loss, note=note)
 
 
-def _with_activation(
-    qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None
-) -> QTensor:
+def with_activation(qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None) -> QTensor:
     """The quantized weight with the activation quantization of its rule.
 
     Args:

@@ -285,7 +285,7 @@ def test_impossible_requests_are_refused_before_anything_runs():
     ):
         quantize("gptq")
     with pytest.raises(ValueError, match="does not know where scales can go in a Pair"):
-        quantize("awq", calibration=BATCHES)
+        quantize("equalize", calibration=BATCHES)
     with pytest.raises(
         ValueError, match=r"Conv.*is for matrices, not for the windows of a conv"
     ):

@@ -887,7 +887,7 @@ def test_impossible_requests_are_refused_before_anything_runs():
     ):
         quantize_model(module, variables, by("gptq"))
     with pytest.raises(ValueError, match="linen modules do not say which layer"):
-        quantize_model(module, variables, "int4_awq", calibration=BATCHES)
+        quantize_model(module, variables, by("equalize"), calibration=BATCHES)
     with pytest.raises(
         ValueError, match=r"Conv.*is for matrices, not for the windows of a conv"
     ):
