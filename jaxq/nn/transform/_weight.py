@@ -18,6 +18,7 @@ from jaxq import methods
 from jaxq.nn.transform._folding import Outcome, folding_of
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
+from jaxq.nn.transform._static_range import static_range, with_activation
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, check_floats, quantize
 from jaxq.recipes import Rule
@@ -46,7 +47,8 @@ def quantize_weight(
 
     Raises:
       ValueError: the weight cannot be quantized to the spec, or by the method; the
-        rule has an observer, and the statistics have no static range for it.
+        rule has an observer, and the statistics have no static range for it, or the
+        range is worse than a plain one and `fallback` is "raise".
     """
     rule, name = _rule(slot), slot.name or "w"
     spec = _nearest_spec(rule)
@@ -65,8 +67,13 @@ def quantize_weight(
         rows = stats if slot.has_rows else None
         solved = _solve(nearest, floats, rows, rule, options.fallback, key, name)
         solved = _with_scales(solved, slot)
-    bounds = _static_bounds(rule, stats, name, options.caller)
-    return solved._replace(qt=_with_activation(solved.qt, rule, bounds))
+    static = static_range(slot, floats, solved.qt, stats, options)
+    if static is None:
+        return solved._replace(qt=with_activation(solved.qt, rule, None))
+    return solved._replace(
+        qt=with_activation(solved.qt, rule, static.bounds),
+        note=methods.join_notes(solved.note, static.note),
+    )
 
 
 def dry_run(slot: Slot) -> QTensor:
@@ -99,7 +106,7 @@ def dry_run(slot: Slot) -> QTensor:
         # need not run.
         if method.solve is not None and not method.needs_data(dict(rule.options)):
             qt = _solve(qt, w, None, rule, "rtn", key, name).qt
-        return _with_activation(qt, rule, None if rule.observer is None else (0.0, 1.0))
+        return with_activation(qt, rule, None if rule.observer is None else (0.0, 1.0))
 
     return jax.eval_shape(run, jax.ShapeDtypeStruct(w.shape, w.dtype))
 
@@ -180,61 +187,6 @@ def _with_scales(solved: methods.Solved, slot: Slot) -> methods.Solved:
         note = "only scaled: its codes are worse than rounding on held-out inputs"
         return solved._replace(method=rule.method, loss=loss, note=note)
     return solved._replace(loss=loss)
-
-
-def _with_activation(
-    qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None
-) -> QTensor:
-    """The quantized weight with the activation quantization of its rule.
-
-    Args:
-      qt: the quantized weight. It keeps the threshold for outlier columns that its
-        method may have set.
-      rule: the rule of the weight.
-      bounds: the static range of the inputs, or None.
-    """
-    if qt.meta.activation is not None and rule.activation is None:
-        return qt  # the method itself quantizes the inputs
-    outliers = qt.meta.outliers
-    return qt.with_activation(rule.activation, outliers=outliers, bounds=bounds)
-
-
-def _static_bounds(
-    rule: Rule, stats: LayerStats | None, name: str, caller: str
-) -> tuple[jax.Array, jax.Array] | None:
-    """The static range of a layer's input. None if the rule has no observer.
-
-    Raises:
-      ValueError: the statistics have no state of the observer, or all calibration
-        inputs of the layer are zero.
-    """
-    if rule.observer is None:
-        return None
-    assert isinstance(rule.activation, QuantSpec)
-    assert not isinstance(rule.observer, str)
-    if stats is None or stats.observed is None:
-        raise ValueError(
-            f"{caller}: {name}: the statistics passed as calibration= have no "
-            f"state of {rule.observer!r}. Make them with "
-            "jaxq.nn.calibrate(..., observer=...), or pass the batches themselves as "
-            "calibration=."
-        )
-    observer, spec = rule.observer, rule.activation
-    symmetric = spec.symmetric and spec.offset is None
-
-    def bounds(state: Any) -> tuple[jax.Array, jax.Array]:
-        return observer.bounds(state, spec.fmt, symmetric=symmetric)
-
-    for _ in range(stats.count.ndim):
-        bounds = jax.vmap(bounds)
-    low, high = bounds(stats.observed)
-    if not bool(np.all(np.asarray(low) < np.asarray(high))):
-        raise ValueError(
-            f"{caller}: {name}: all calibration inputs of this weight are zero, "
-            "so a static range would make every input zero. Calibrate on batches that "
-            "reach the layer, or use dynamic activation quantization (omit observer=)."
-        )
-    return low, high
 
 
 def _solve(
