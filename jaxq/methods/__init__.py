@@ -22,7 +22,7 @@ from jaxq.methods._llm_int8 import (
     llm_int8_matmul,
 )
 from jaxq.methods._method import Folding, Method, Option, Solution
-from jaxq.methods._notes import few_tokens
+from jaxq.methods._notes import few_tokens, join_notes
 from jaxq.methods._registry import (
     check_options,
     get,

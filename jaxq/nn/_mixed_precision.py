@@ -17,7 +17,13 @@ import numpy as np
 from flax import nnx
 
 from jaxq import metrics
-from jaxq.nn.calibration import Batch, as_batches, run_model, with_progress
+from jaxq.nn.calibration import (
+    Batch,
+    as_batches,
+    eval_copy,
+    run_model,
+    with_progress,
+)
 from jaxq.nn.layers import weight_axes
 from jaxq.nn.transform._nnx_layers import find_layers
 from jaxq.qtensor import QuantSpec, as_spec, dequantize, quantize
@@ -99,7 +105,7 @@ def sensitivity(
             "sensitivity: at least one choice and one batch are needed, got "
             f"{len(specs)} choices and {len(batches)} batches."
         )
-    copy = nnx.clone(model)
+    copy = eval_copy(model)
     layers = _layers_by_name(copy, next(iter(specs)))
     divergence = _Divergence(copy, batches, mask, forward)
     kl, bits, size = {}, {}, {}

@@ -36,7 +36,9 @@ _NAMED = {
     "w8a8_rotated": _Named("int8", "int8", rotate=True),
     # Static activation quantization: one scale per layer, from calibration.
     "fp8_static": _Named("fp8", "fp8", observer="absmax"),
-    "w8a8_static": _Named("int8", "int8", observer="absmax"),
+    # The steps of int8 are all of one size, so a range of least squared error may clip
+    # an outlier. The steps of float8 are relative, so clipping gains nothing.
+    "w8a8_static": _Named("int8", "int8", observer="mse"),
     # Weights by a method other than rounding to nearest.
     "int3_gptq": _Named("int3", method="gptq"),
     "int4_adaround": _Named("int4", method="adaround"),

@@ -9,7 +9,8 @@ of parameters in a trace of any function, for trees of arrays. All of them use
 
 from jaxq.nn.calibration._batches import Batch, as_batches, with_progress
 from jaxq.nn.calibration._linen import calibrate as linen_calibrate
-from jaxq.nn.calibration._linen import collect_linen_stats, linen_call_order
+from jaxq.nn.calibration._linen import collect_linen_stats, linen_call_order, run_linen
+from jaxq.nn.calibration._modes import eval_copy, train_mode_note
 from jaxq.nn.calibration._nnx import calibrate, call_order, collect_stats, run_model
 from jaxq.nn.calibration._stats import StatsRequest, as_stats
 from jaxq.nn.calibration._traced import (

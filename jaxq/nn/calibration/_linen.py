@@ -8,6 +8,7 @@ layer raises an error.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from flax import linen
 
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
+from jaxq.nn.calibration._modes import linen_train_mode, linen_train_mode_note
 from jaxq.nn.calibration._rows import add_rows, only_rows
 from jaxq.nn.calibration._stats import (
     StatsRequest,
@@ -47,7 +49,11 @@ def calibrate(
 
     The layers are Dense, DenseGeneral, Einsum, Conv and ConvTranspose. A row of a
     convolution's input is the vector of channels at one spatial position. Convolutions
-    have no second moments.
+    have no second moments. For layers that `jax.vmap` or batch axes of an einsum stack
+    (experts), a row of zeros counts for nothing.
+
+    The batches must run in eval mode, by their arguments or by `forward`. If a layer
+    drops numbers or normalizes by the batch, a warning is given.
 
     Args:
       module: a linen module.
@@ -92,7 +98,7 @@ def calibrate(
             f"{type(module).__name__}. For an nnx module, use jaxq.nn.calibrate."
         )
     request = StatsRequest(observer, hessian)
-    return collect_linen_stats(
+    stats, note = collect_linen_stats(
         module,
         variables,
         batches,
@@ -103,6 +109,9 @@ def calibrate(
         start=start,
         progress=progress,
     )
+    if note:
+        warnings.warn(f"linen.calibrate: {note}.", stacklevel=2)
+    return stats
 
 
 def collect_linen_stats(
@@ -116,8 +125,10 @@ def collect_linen_stats(
     forward: Forward | None = None,
     start: Mapping[str, Any] | None = None,
     progress: bool | None = None,
-) -> dict[str, LayerStats]:
+) -> tuple[dict[str, LayerStats], str]:
     """`calibrate` with a separate request for each layer, in one pass over the data.
+
+    It does not warn. It returns a note if the batches run in train mode.
 
     Args:
       module: as in `calibrate`.
@@ -130,6 +141,9 @@ def collect_linen_stats(
       forward: as in `calibrate`.
       start: as in `calibrate`.
       progress: as in `calibrate`.
+
+    Returns:
+      (the statistics by path, the note). The note is empty in eval mode.
     """
     watcher = _Watcher(module, StatsRequests(requests, default), forward, start)
 
@@ -139,7 +153,7 @@ def collect_linen_stats(
     run_batches(step, batches, caller="linen.calibrate", mask=mask, progress=progress)
     stats = watcher.result()
     check_stats(stats, "linen.calibrate")
-    return stats
+    return stats, linen_train_mode_note(watcher.train_mode_calls)
 
 
 class _Watcher:
@@ -165,6 +179,8 @@ class _Watcher:
         self._step = jax.jit(self._trace)
         # Paths of the layers in the order of their first calls. `_trace` appends them.
         self.order: list[str] = []
+        # What layers do in train mode, in the order of their calls. `_trace` adds it.
+        self.train_mode_calls: dict[str, None] = {}
 
     def run(self, variables: Any, batch: Batch, counts: jax.Array | None) -> None:
         """Adds a batch to the statistics."""
@@ -213,12 +229,16 @@ class _Watcher:
             call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
         ) -> Any:
             layer_call = find_call(context)
+            if context.method_name == "__call__":
+                train_mode = linen_train_mode(context.module, args, kwargs)
+                if train_mode:
+                    self.train_mode_calls[train_mode] = None
             if layer_call is not None and layer_call.kind.watched:
                 self._add_call(updated, context.module, layer_call.kind, args, kwargs)
             return call(*args, **kwargs)
 
         with only_rows(counts), linen.intercept_methods(watch):
-            _run_module(self._module, variables, batch.whole(), self._forward)
+            run_linen(self._module, variables, batch.whole(), self._forward)
         return updated
 
     def _add_call(
@@ -269,7 +289,7 @@ def linen_call_order(
             return call(*args, **kwargs)
 
         with linen.intercept_methods(watch):
-            _run_module(module, variables, batch.whole(), forward)
+            run_linen(module, variables, batch.whole(), forward)
 
     return trace_call_order(trace, variables, Batch.of(batch))
 
@@ -287,7 +307,7 @@ def _split_input(
     return kwargs["inputs"], (), others
 
 
-def _run_module(
+def run_linen(
     module: linen.Module, variables: Any, batch: Any, forward: Forward | None
 ) -> Any:
     """Runs a batch: an array, a tuple of arguments or a dict of named arguments."""

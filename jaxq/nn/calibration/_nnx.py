@@ -1,8 +1,8 @@
 """Flax nnx: calibration passes over a model.
 
-A copy of the model gets a `Probe` in the hook of each layer. Batches run through the
-copy under jit, and each probe updates the statistics of its layer's input. The size of
-the statistics does not depend on the amount of data.
+A copy of the model in eval mode gets a `Probe` in the hook of each layer. Batches run
+through the copy under jit, and each probe updates the statistics of its layer's input.
+The size of the statistics does not depend on the amount of data.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from flax import errors, nnx
 
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
+from jaxq.nn.calibration._modes import eval_copy
 from jaxq.nn.calibration._rows import add_rows, only_rows
 from jaxq.nn.calibration._stats import (
     StatsRequest,
@@ -48,6 +49,11 @@ def calibrate(
     progress: bool | None = None,
 ) -> dict[str, LayerStats]:
     """Collects statistics of the inputs of a model's layers over batches of data.
+
+    The batches run through a copy of the model in eval mode (`model.eval()`). Dropout
+    is off, and batch normalization uses its running averages. Experts read each row
+    that was not sent to them as zeros. For layers that `jax.vmap` or batch axes of an
+    einsum stack, such a row of zeros counts for nothing.
 
     Args:
       model: a flax nnx module. It does not change. Layers may be quantized or not.
@@ -136,7 +142,7 @@ def collect_stats(
       start: as in `calibrate`.
       progress: as in `calibrate`.
     """
-    copy = nnx.clone(model)
+    copy = eval_copy(model)
     probes = dict(_attach_probes(copy, StatsRequests(requests, default)))
     if start is not None:
         _continue(probes, start)
@@ -177,7 +183,7 @@ def call_order(
     The model is traced, so no layer is computed. The result is that of
     `trace_call_order`.
     """
-    copy = nnx.clone(model)
+    copy = eval_copy(model)
     dict(_attach_probes(copy, StatsRequests(None, StatsRequest(hessian=False))))
     graph, state = nnx.split(copy)
 

@@ -3,14 +3,18 @@
 A row is a vector `[K]`: a token, or a spatial position of an image. Rows of padding do
 not count. One eighth of each sequence is held out of all statistics. Each batch holds
 out another eighth. The held-out rows judge methods that were fitted to the other rows.
+
+A mask may dispatch tokens to experts. Each expert then reads zeros for the tokens of
+other experts. Such rows of zeros do not count. In a layer without experts, a row of
+zeros is data.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,13 +73,35 @@ def add_rows(
         x = x.astype(jnp.float32) * input_scale.reshape(sizes)
     free = x.shape[num_batch:-1]
     counts, parts = _rows_that_count(free, path), _held_out_parts(free)
-    update: Callable[..., LayerStats] = functools.partial(
-        update_stats, observer=observer
-    )
+
+    def update(stats: LayerStats, rows: jax.Array, counts: Any, parts: Any) -> Any:
+        counts &= _is_data(rows)
+        return update_stats(stats, rows, counts, parts, observer)
+
     for _ in range(num_batch):
         update = jax.vmap(update, in_axes=(0, 0, None, None))
     rows = x.reshape(*x.shape[:num_batch], -1, x.shape[-1])  # [*batch, rows, K]
     return update(stats, rows, counts, parts)
+
+
+@jax.custom_batching.custom_vmap
+def _is_data(rows: jax.Array) -> jax.Array:
+    """Which of the rows `[t, K]` of one layer are data, as bool `[t]`: all of them.
+
+    Under `jax.vmap`, each element of the mapped axis is an expert that has inputs of
+    its own. A row of zeros is then a token of another expert, and is not data. Elements
+    that read the same rows (`in_axes=None`) are not experts.
+    """
+    return jnp.ones(rows.shape[:-1], bool)
+
+
+@_is_data.def_vmap
+def _is_data_of_experts(
+    axis_size: int, in_batched: list[bool], rows: jax.Array
+) -> tuple[jax.Array, bool]:
+    """`_is_data` for the rows `[experts, t, K]`."""
+    del axis_size, in_batched  # without a mapped argument, this rule is not called
+    return jnp.any(rows != 0, axis=-1), True
 
 
 def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:

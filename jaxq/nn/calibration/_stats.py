@@ -172,9 +172,10 @@ def _stats_problem(stats: LayerStats) -> str:
         )
     if not np.any(np.asarray(stats.count) > 0):
         return (
-            "no row counted. Either the mask is False everywhere, or the statistics "
-            "were lost. A plain jax.lax.scan over layers loses them. Put the layers in "
-            "a list first. For a Llama with scan_layers=True, quantize "
+            "no row counted. Either the mask is False everywhere, or experts read "
+            "only rows of zeros, or the statistics were lost. A plain jax.lax.scan "
+            "over layers loses them. Put the layers in a list first. For a Llama with "
+            "scan_layers=True, quantize "
             "jaxq.models.unrolled(model) and call jaxq.models.stacked on the result"
         )
     return ""

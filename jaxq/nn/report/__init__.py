@@ -1,10 +1,18 @@
 """The report of `quantize_model`: one row for each parameter, totals, and rendering."""
 
+from jaxq.nn.report._output_error import (
+    Inputs,
+    LayerErrors,
+    can_measure_output,
+    layer_errors,
+    output_sqnr_of,
+)
 from jaxq.nn.report._product import multiplies_input, product_note
 from jaxq.nn.report._report import Report
 from jaxq.nn.report._row import (
     Row,
     dropped_metadata,
+    element_names,
     float_row,
     other_row,
     planned_row,

@@ -7,14 +7,16 @@ from typing import Any
 
 from jaxq.nn.report._row import COLUMNS, Row
 
+# Columns that are left out if they have no values.
+_MEASURED = ("SQNR dB", "worst block", "clipped", "output dB")
 # Columns that are aligned to the right.
-_NUMBERS = ("bits", "kB before", "kB after", "SQNR dB", "worst block", "clipped")
+_NUMBERS = ("bits", "kB before", "kB after", *_MEASURED)
 
 
 def as_text(rows: Sequence[Row], totals: str) -> str:
     """A table with aligned columns, and the totals below it."""
-    cells = [list(COLUMNS), *(row.cells() for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
+    cells = _table(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for row in cells:
         padded = [cell.ljust(w) for cell, w in zip(row, widths, strict=True)]
@@ -24,11 +26,23 @@ def as_text(rows: Sequence[Row], totals: str) -> str:
 
 def as_markdown(rows: Sequence[Row], totals: str) -> str:
     """A markdown table, and the totals below it."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        cells = [cell.replace("|", "\\|") for cell in row.cells()]
-        lines.append("| " + " | ".join(cells) + " |")
+    header, *cells = _table(rows)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in cells:
+        escaped = [cell.replace("|", "\\|") for cell in row]
+        lines.append("| " + " | ".join(escaped) + " |")
     return "\n".join([*lines, "", totals])
+
+
+def _table(rows: Sequence[Row]) -> list[list[str]]:
+    """The header and the rows, without measured columns that have no values."""
+    cells = [row.cells() for row in rows]
+    columns = [
+        i
+        for i, name in enumerate(COLUMNS)
+        if name not in _MEASURED or any(row[i] != "-" for row in cells)
+    ]
+    return [[row[i] for i in columns] for row in (COLUMNS, *cells)]
 
 
 def as_rich_table(rows: Sequence[Row], totals: str) -> Any:

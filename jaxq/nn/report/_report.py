@@ -22,6 +22,10 @@ class Report:
       rows: one row for each parameter of the model.
       notes: remarks on the whole model. With `strict=False`, rules that matched nothing
         are an example.
+      output_sqnr: signal to quantization noise ratio of the model's outputs on the
+        first calibration batch, in dB. It compares the float model with the quantized
+        model, over all floats of the outputs. None without batches, or if a note says
+        why it was not measured.
 
     Example:
       >>> import jaxq
@@ -36,6 +40,7 @@ class Report:
 
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    output_sqnr: float | None = None
 
     @property
     def quantized(self) -> tuple[Row, ...]:
@@ -76,6 +81,7 @@ class Report:
         of NaN becomes None.
         """
         bits = self.bits_per_weight
+        output = _json_ready({"output_sqnr": self.output_sqnr})
         return {
             "rows": [_json_ready(dataclasses.asdict(row)) for row in self.rows],
             "totals": {
@@ -84,6 +90,7 @@ class Report:
                 "bits_per_weight": None if np.isnan(bits) else bits,
                 "bytes_before": self.bytes_before,
                 "bytes_after": self.bytes_after,
+                **output,
             },
             "notes": [*self.notes],
         }
@@ -109,6 +116,8 @@ class Report:
             f"{self.bytes_before / 1e6:.2f} MB before, "
             f"{self.bytes_after / 1e6:.2f} MB after"
         )
+        if self.output_sqnr is not None:
+            totals += f"; outputs of a calibration batch: {self.output_sqnr:.1f} dB"
         return "\n".join([totals, *self.notes])
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxq.methods import Solved
 from jaxq.nn.layers import Roles
 from jaxq.nn.report._errors import quantization_errors
+from jaxq.nn.report._output_error import LayerErrors
 from jaxq.nn.report._product import product_note
 from jaxq.qtensor import QTensor
 from jaxq.recipes import Rule
@@ -29,6 +31,7 @@ COLUMNS = (
     "SQNR dB",
     "worst block",
     "clipped",
+    "output dB",
     "note",
 )
 
@@ -59,6 +62,16 @@ class Row:
         parameter stays in floats.
       loss: the error of the layer's output on held-out inputs, divided by the error of
         rounding to nearest. None without calibration.
+      output_sqnr: signal to quantization noise ratio of the layer's output on held-out
+        calibration inputs, in dB. The layer runs as in the quantized model, with
+        quantized weight and quantized inputs. For a convolution, each tap of its kernel
+        counts as a product of its own, because calibration keeps single positions of
+        the inputs. None without statistics of the inputs, and for a convolution with
+        dynamic activation quantization.
+      input_range: the static range of the inputs, (low, high). For a stack, the
+        smallest and the largest end. None without static activation quantization.
+      input_clipped: the share of calibration inputs outside their static range. None
+        without static activation quantization.
 
     Example:
       >>> import jaxq
@@ -83,6 +96,9 @@ class Row:
     clipped: float | None = None
     method: str | None = None
     loss: float | None = None
+    output_sqnr: float | None = None
+    input_range: tuple[float, float] | None = None
+    input_clipped: float | None = None
 
     def cells(self) -> list[str]:
         """The row as text, in the order of `COLUMNS`. "-" stands for None."""
@@ -100,8 +116,34 @@ class Row:
             "-" if self.sqnr is None else f"{self.sqnr:.1f}",
             "-" if self.worst_block is None else f"{self.worst_block:.3f}",
             "-" if self.clipped is None else f"{self.clipped:.2%}",
-            self.note,
+            "-" if self.output_sqnr is None else f"{self.output_sqnr:.1f}",
+            self._full_note(),
         ]
+
+    def _full_note(self) -> str:
+        """The static range of the inputs, and the note."""
+        if self.input_range is None:
+            return self.note
+        low, high = self.input_range
+        share = 0.0 if self.input_clipped is None else self.input_clipped
+        static_range = f"input {low:.3g}..{high:.3g} clips {share:.2%}"
+        return f"{static_range}; {self.note}" if self.note else static_range
+
+
+def element_names(chosen: np.ndarray) -> str:
+    """The elements of a stack where `chosen` is True, as text: "0, 3, 7".
+
+    At most five elements are named.
+
+    Args:
+      chosen: bool `[*batch]`.
+    """
+    names = []
+    for index in np.argwhere(chosen)[:5].tolist():
+        names.append(str(index[0]) if len(index) == 1 else str(tuple(index)))
+    num_more = int(chosen.sum()) - len(names)
+    more = f" and {num_more} more" if num_more else ""
+    return ", ".join(names) + more
 
 
 # Rows of parameters that stay in floats.
@@ -220,6 +262,7 @@ def quantized_row(
     solved: Solved | None,
     notes: Sequence[str] = (),
     roles: Roles | None = None,
+    errors: LayerErrors = LayerErrors(),  # noqa: B008 (a tuple)
 ) -> Row:
     """The row of a quantized weight, with its errors.
 
@@ -231,6 +274,7 @@ def quantized_row(
       solved: what the method returned. None if the weight was rounded to nearest.
       notes: as in `planned_row`.
       roles: as in `planned_row`.
+      errors: what calibration shows about the layer.
     """
     method, method_note, loss = "rtn", "", None
     if solved is not None:
@@ -243,6 +287,7 @@ def quantized_row(
         worst_block=float(worst_block),
         clipped=float(clipped),
         loss=loss,
+        **errors._asdict(),
     )
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxq import methods
+from jaxq.nn.report import element_names
 from jaxq.nn.transform._weight import as_matrix
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, dequantize
@@ -70,6 +72,11 @@ def corrected_bias(
             )
         return bias, f"{reason}, so the bias stays"
     shifted = bias.astype(jnp.float32) + shift.reshape(bias.shape)
-    few_rows = methods.few_tokens(stats, w.shape[-2])
-    notes = [note for note in ("bias corrected", few_rows) if note]
+    notes = ["bias corrected"]
+    is_unreached = np.asarray(stats.count) == 0
+    if is_unreached.any():
+        names = element_names(is_unreached)
+        notes[0] += f", but not of element {names}, which no calibration row reached"
+    elif few_rows := methods.few_tokens(stats, w.shape[-2]):
+        notes.append(few_rows)
     return shifted.astype(bias.dtype), "; ".join(notes)

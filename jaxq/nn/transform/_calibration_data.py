@@ -93,15 +93,20 @@ class CalibrationData:
             )
         return self.statistics(wanted)
 
-    def unused_notes(self, read_arguments: tuple[str, ...]) -> list[str]:
+    def unused_notes(
+        self, read_arguments: tuple[str, ...], are_measured: bool
+    ) -> list[str]:
         """A note for the report if no layer has read the data.
 
         Args:
           read_arguments: names of the arguments that the adapter has read itself. The
             note leaves them out.
+          are_measured: the report shows the error of the outputs for a batch.
         """
         if self.used:
             return []
+        if are_measured:
+            return ["no rule needs data: calibration= only shows the error of outputs"]
         names = [
             f"{name}="
             for name in ("calibration", "mask", "forward")

@@ -72,6 +72,22 @@ class Outcome(NamedTuple):
         return bool(self.source) or self.at_run_time
 
 
+class Folded(NamedTuple):
+    """A model with folded scales.
+
+    Attributes:
+      model: the new model. It must compute the same as the old one.
+      scales: the scales that were folded, by the source of their group.
+      targets: the layers that read each source's outputs, by source.
+      outcomes: the outcome of each target, by path.
+    """
+
+    model: Any
+    scales: dict[str, jax.Array]
+    targets: dict[str, Sequence[str]]
+    outcomes: dict[str, Outcome]
+
+
 class _ModelFolding(NamedTuple):
     groups: Callable[[Any], Iterable[Group]]
     fold: Callable[[Any, Mapping[str, jax.Array]], Any]
@@ -195,12 +211,13 @@ def fold_scales(
     rules: Mapping[str, Rule | None],
     stats: Mapping[str, LayerStats],
     fallback: str,
-) -> tuple[Any, dict[str, Outcome]]:
+) -> Folded:
     """Computes the scales of each group and moves them into the model.
 
-    The new model computes the same as the old one. If `fallback` is "rtn", scales that
-    increase the error on held-out inputs are not moved. The error of a group is the sum
-    over its targets. If the method also judges the source, the mean of the targets'
+    The new model computes the same as the old one, if the groups are right.
+    `check_folded` compares the two. If `fallback` is "rtn", scales that increase the
+    error on held-out inputs are not moved. The error of a group is the sum over its
+    targets. If the method also judges the source, the mean of the targets'
     loss and the source's loss decides.
 
     Args:
@@ -210,15 +227,10 @@ def fold_scales(
       stats: statistics of the layers that `layers_to_watch` names, by path.
       fallback: as in `quantize_model`.
 
-    Returns:
-      (the new model, the outcome of each target by path).
-
     Raises:
       ValueError: `fallback` is "raise" and scales increase the error on held-out
         inputs.
     """
-    registered = _model_folding(type(model))
-    assert registered is not None
     modules = _modules_by_path(model)
     scales: dict[str, jax.Array] = {}
     outcomes = planned_outcomes(model, groups)
@@ -233,7 +245,20 @@ def fold_scales(
         for target, loss in zip(group.targets, losses, strict=True):
             outcome = Outcome(group.source, loss=loss)
             outcomes[target] = Outcome(note=reason) if reason else outcome
-    return registered.fold(model, scales), outcomes
+    targets = {group.source: group.targets for group, _ in groups}
+    return Folded(fold_into(model, scales), scales, targets, outcomes)
+
+
+def fold_into(model: Any, scales: Mapping[str, jax.Array]) -> Any:
+    """The model with some scales moved by the function of its class.
+
+    Args:
+      model: with float weights. It is not changed.
+      scales: the scale of each source, by path.
+    """
+    registered = _model_folding(type(model))
+    assert registered is not None
+    return registered.fold(model, scales)
 
 
 def folding_of(rule: Rule | None) -> Folding | None:

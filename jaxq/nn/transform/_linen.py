@@ -12,7 +12,12 @@ from flax import linen
 from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict
 
-from jaxq.nn.calibration import StatsRequest, collect_linen_stats, linen_call_order
+from jaxq.nn.calibration import (
+    StatsRequest,
+    collect_linen_stats,
+    linen_call_order,
+    run_linen,
+)
 from jaxq.nn.layers import (
     Forward,
     LinenKind,
@@ -29,6 +34,7 @@ from jaxq.nn.report import Report, Row, float_row, skip_reason, why_not_weight
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._loop import quantize_slots
 from jaxq.nn.transform._matching import match_bare_array
+from jaxq.nn.transform._model_error import Run
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._rotation import refuse_rotation
 from jaxq.nn.transform._slot import Inventory, Slot
@@ -203,7 +209,6 @@ class LinenAdapter:
         "To quantize a matrix, make it the kernel of a Dense, DenseGeneral or Einsum."
     )
     keys_follow_slots = True
-    notes = ()
 
     def __init__(
         self,
@@ -215,6 +220,7 @@ class LinenAdapter:
     ):
         refuse_rotation(recipe, options.caller)
         self.caller = options.caller
+        self.notes: tuple[str, ...] = ()
         # Finding the layers runs `forward`, and may run the first batch.
         self.read_arguments: tuple[str, ...] = ("forward",)
         if example is None and options.batches:
@@ -283,7 +289,7 @@ class LinenAdapter:
     ) -> Mapping[str, LayerStats]:
         assert options.batches is not None
         module = Quantized(self._module, _joined(self._quantized))
-        return collect_linen_stats(
+        stats, note = collect_linen_stats(
             module,
             with_params(self._variables, self._params),
             options.batches,
@@ -292,6 +298,9 @@ class LinenAdapter:
             forward=options.forward,
             progress=options.progress,
         )
+        if note not in self.notes:
+            self.notes = (*self.notes, note)
+        return stats
 
     def bias(self, slot: Slot) -> jax.Array | None:
         key = _bias_key(slot)
@@ -311,6 +320,17 @@ class LinenAdapter:
         variables = with_params(self._variables, self._params)
         is_frozen = isinstance(self._variables, FrozenDict)
         return module, freeze(variables) if is_frozen else variables
+
+    def runs(self, options: Options) -> tuple[Run, Run]:
+        quantized, variables = self.finish()
+
+        def run_of(module: linen.Module, variables: Any) -> Run:
+            def function(variables: Any, batch: Any) -> Any:
+                return run_linen(module, variables, batch, options.forward)
+
+            return Run(function, variables)
+
+        return run_of(self._module, self._variables), run_of(quantized, variables)
 
     def rows(self, rows: Mapping[Hashable, Row]) -> list[Row]:
         kinds = {slot.place: slot.kind.name for slot in self._slots}

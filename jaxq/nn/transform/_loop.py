@@ -9,6 +9,7 @@ layers' inputs, quantizes each weight by its rule, and puts the results into the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,11 @@ import jax.numpy as jnp
 
 from jaxq.nn.calibration import StatsRequest, with_progress
 from jaxq.nn.report import (
+    LayerErrors,
     Report,
     Row,
     float_row,
+    layer_errors,
     planned_row,
     quantized_row,
     skip_reason,
@@ -32,6 +35,7 @@ from jaxq.nn.transform._calibration_data import (
 )
 from jaxq.nn.transform._donation import Donated
 from jaxq.nn.transform._matching import matched_slots
+from jaxq.nn.transform._model_error import model_error
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._order import blocks_in_order
 from jaxq.nn.transform._resume import Result, Resume
@@ -101,9 +105,13 @@ def quantize_slots(
         if not finished:
             resume.write(number, results)
     model = adapter.finish()
-    data_notes = data.unused_notes(adapter.read_arguments)
-    notes = (*adapter.notes, *data_notes, *rule_notes)
-    return model, Report(tuple(adapter.rows(rows)), notes)
+    output_sqnr, error_note = None, ""
+    if options.batches:
+        output_sqnr, error_note = model_error(*adapter.runs(options), options)
+    data_notes = data.unused_notes(adapter.read_arguments, output_sqnr is not None)
+    notes = (*adapter.notes, *data_notes, error_note, *rule_notes)
+    notes = tuple(note for note in notes if note)
+    return model, Report(tuple(adapter.rows(rows)), notes, output_sqnr)
 
 
 def plan_slots(adapter: Adapter, recipe: Recipe, options: Options) -> Report:
@@ -157,6 +165,7 @@ def _quantize_slot(
     # On a mesh with explicit axes, the steps of a method would need shardings.
     with on_auto_axes((jnp.asarray(slot.value), key, stats)) as (floats, key, stats):
         stats = of_stack(stats, floats.shape[: len(slot.batch)])
+        _check_inputs(stats, slot)
         solved = quantize_weight(slot, floats, stats, key, options)
         qt, notes, new_bias = solved.qt, list(slot.notes), None
         if rule.correct_bias:
@@ -168,10 +177,28 @@ def _quantize_slot(
                     bias, floats, qt, stats, options.fallback, slot.name
                 )
             notes.append(note)
+        errors = LayerErrors()
+        if stats is not None:
+            errors = layer_errors(floats, qt, stats, slot.inputs(stats))
         row = quantized_row(
-            slot.name, slot.kind.name, floats, qt, solved, notes, slot.roles
+            slot.name, slot.kind.name, floats, qt, solved, notes, slot.roles, errors
         )
     return Result(qt, new_bias, row)
+
+
+def _check_inputs(stats: LayerStats | None, slot: Slot) -> None:
+    """Raises a ValueError if statistics are not those of a slot's inputs."""
+    if stats is None or not slot.has_rows:
+        return
+    shape = slot.value.shape
+    size = math.prod(shape[axis] for axis in slot.contracting)
+    expected = [*shape[: len(slot.batch)], size]
+    if list(stats.mean.shape) != expected:
+        raise ValueError(
+            f"{slot.name or 'w'}: its statistics are for inputs "
+            f"{list(stats.mean.shape)}, expected {expected}. Pass the statistics of "
+            "this layer's inputs."
+        )
 
 
 def _row_before(slot: Slot) -> Row:

@@ -18,8 +18,10 @@ from jaxq.nn.calibration import (
     call_order,
     collect_stats,
     collect_traced_stats,
+    eval_copy,
     find_uses,
     run_model,
+    train_mode_note,
 )
 from jaxq.nn.layers import (
     LayerKind,
@@ -40,6 +42,7 @@ from jaxq.nn.transform._folding import (
 )
 from jaxq.nn.transform._loop import quantize_slots
 from jaxq.nn.transform._matching import match_bare_array
+from jaxq.nn.transform._model_error import Run
 from jaxq.nn.transform._nnx_layers import (
     BareArray,
     find_bare_arrays,
@@ -51,6 +54,7 @@ from jaxq.nn.transform._nnx_layers import (
 )
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._rotation import rotate_model, rotation_notes
+from jaxq.nn.transform._same_function import check_folded, check_rotated, nnx_run
 from jaxq.nn.transform._slot import Inventory, Slot
 from jaxq.nn.transform._traced import ArrayKind, slot_with_use, spread_stats
 from jaxq.observers import LayerStats
@@ -100,8 +104,10 @@ def quantize_model(
       calibration: batches of real inputs, or the statistics that `jaxq.nn.calibrate`
         returned for such batches. Some methods (`jaxq.methods`) need calibration data.
         The results of other methods are compared with rounding to nearest on the data.
+        The batches run through an eval copy of the model (`model.eval()`).
       mask: which rows of a batch count, as in `calibrate`.
-      forward: how to run a batch, as in `calibrate`.
+      forward: how to run a batch, as in `calibrate`. Its result is the output whose
+        error the report shows.
       sequential: "blocks" (or True) quantizes block by block: the statistics of a block
         are collected after all earlier blocks are quantized. Layers whose paths are
         equal up to the first number are one block. "layers" does the same layer by
@@ -115,7 +121,9 @@ def quantize_model(
         checked.
       fallback: what happens to a layer whose method does worse than rounding to nearest
         on held-out inputs. "rtn" rounds it to nearest, and the report says so. "none"
-        keeps the method's result. "raise" raises an error.
+        keeps the method's result. "raise" raises an error. The same holds for an
+        observer whose static range does worse than the extremes of the inputs or the
+        range of least squared error: "rtn" takes the better of the two.
       strict: raises an error for a rule that matches nothing, and for a matrix that no
         rule matches in a module that jaxq does not know. False leaves such a matrix in
         floats, and the report says so.
@@ -139,7 +147,9 @@ def quantize_model(
       ValueError: the recipe is unknown; a layer cannot be quantized by its rule; a rule
         matches nothing; no rule matches a matrix of a module that jaxq does not know; a
         method or an observer needs data and `calibration` is None; a rule has
-        stochastic rounding and `key` is None. The errors of `calibrate` are raised too.
+        stochastic rounding and `key` is None; folded scales or a rotation change the
+        outputs of the float model on the first batch. The errors of `calibrate` are
+        raised too.
 
     Example:
       >>> import jaxq
@@ -212,10 +222,17 @@ class NnxAdapter:
         self.caller = options.caller
         self._recipe = recipe
         self._options = options
-        self.notes = rotation_notes(recipe)
+        self.notes = rotation_notes(recipe, bool(options.batches))
+        # The float model, to compare outputs. Its mode is not that of calibration.
+        self._original: Any = None
+        if options.batches:
+            self._original = eval_copy(model)
+            self.notes = (*self.notes, train_mode_note(model))
         if recipe.rotate:
             key = jax.random.key(0) if options.key is None else options.key
             model = rotate_model(model, jax.random.fold_in(key, 1), self.caller)
+            if options.batches:
+                check_rotated(self._original, model, options)
         self._model = model
         self._slots: list[Slot] = []
         # Variables are told apart by `id`, so they must stay alive.
@@ -305,9 +322,12 @@ class NnxAdapter:
             outcomes = planned_outcomes(self._model, groups)
         else:
             stats = data.before_folding(layers_to_watch(groups))
-            self._model, outcomes = fold_scales(
-                self._model, groups, rules, stats, fallback
-            )
+            folded = fold_scales(self._model, groups, rules, stats, fallback)
+            if self._options.batches:
+                check_folded(self._model, folded, self._options)
+            else:
+                self.notes = (*self.notes, _NOT_COMPARED)
+            self._model, outcomes = folded.model, folded.outcomes
             # The folded model is another object with other variables.
             planned = {slot.path: slot.planned for slot in slots}
             slots = [
@@ -367,6 +387,9 @@ class NnxAdapter:
     def finish(self) -> Any:
         replace_variables(self._model, self._quantized)
         return self._model
+
+    def runs(self, options: Options) -> tuple[Run, Run]:
+        return nnx_run(self._original, options), nnx_run(self._model, options)
 
     def rows(self, rows: Mapping[Hashable, Row]) -> list[Row]:
         layers = {slot.path for slot in self._slots}
@@ -437,7 +460,7 @@ class NnxAdapter:
 
     def _function(self) -> ParameterFunction:
         """The model in its present state, as a function of its variables' values."""
-        graph, state = nnx.split(self._model)
+        graph, state = nnx.split(eval_copy(self._model))
         leaves, structure = jax.tree.flatten(state, is_leaf=_is_qtensor)
 
         def run(leaves: Sequence[Any], batch: Any) -> Any:
@@ -461,6 +484,12 @@ def _is_bare(slot: Slot) -> bool:
 
 def _is_qtensor(x: Any) -> bool:
     return isinstance(x, QTensor)
+
+
+_NOT_COMPARED = (
+    "scales were folded without a calibration batch, so the outputs before and after "
+    "were not compared"
+)
 
 
 def _weight(layer: Any, kind: LayerKind) -> Any:

@@ -29,8 +29,8 @@ class Options:
       forward: a function that runs a batch, or None.
       sequential: "blocks", "layers", or "" for all layers together.
       resume: the folder of finished blocks, or None.
-      fallback: what to do if a method is worse than rounding to nearest: "rtn", "none"
-        or "raise".
+      fallback: what to do if a method is worse than rounding to nearest, or if an
+        observer's range is worse than a plain range: "rtn", "none" or "raise".
       strict: a rule that matches nothing is an error. A matrix that no rule matches is
         also an error.
       donate: free each float weight when its codes exist.

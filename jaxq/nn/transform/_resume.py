@@ -97,7 +97,7 @@ class Resume:
             contents["rows"],
             strict=True,
         ):
-            row = Row(**{**fields, "shape": tuple(fields["shape"])})
+            row = Row(**{name: _as_field(value) for name, value in fields.items()})
             results[name] = Result(weight, bias, row)
         return results
 
@@ -119,6 +119,11 @@ class Resume:
         if self._folder is None:
             return None
         return self._folder / f"block-{block:04d}.safetensors"
+
+
+def _as_field(value: Any) -> Any:
+    """The value of a row's field. Files hold lists in place of tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _digest_of_run(

@@ -76,14 +76,24 @@ def rotate_model(model: nnx.Module, key: jax.Array, caller: str) -> Any:
     return rotate(model, orthogonal, methods.hadamard)
 
 
-def rotation_notes(recipe: Recipe) -> tuple[str, ...]:
-    """The notes for the report on the rotation. Empty without a rotation."""
+def rotation_notes(recipe: Recipe, has_batches: bool) -> tuple[str, ...]:
+    """The notes for the report on the rotation. Empty without a rotation.
+
+    Args:
+      recipe: the recipe.
+      has_batches: the rotated model was compared with the float model on a batch.
+    """
     if not recipe.rotate:
         return ()
     note = (
         "the model was first rotated by random Hadamard matrices; the errors are those "
         "of the rotated weights; the effect of the rotation was not measured"
     )
+    if not has_batches:
+        note += (
+            "; without a calibration batch, the outputs before and after the rotation "
+            "were not compared"
+        )
     return (note,)
 
 

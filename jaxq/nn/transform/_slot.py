@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from jaxq.nn.calibration import StatsRequest
-from jaxq.nn.layers import Roles
-from jaxq.nn.report import Row
+from jaxq.nn.layers import LayerKind, LinenKind, Roles
+from jaxq.nn.report import Inputs, Row
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._folding import Outcome
+from jaxq.nn.transform._model_error import Run
 from jaxq.nn.transform._options import Options
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor
@@ -90,6 +91,22 @@ class Slot:
     def has_rows(self) -> bool:
         """Calibration sees the input, and its rows are multiplied by a matrix."""
         return self.kind.watched and not self.kind.windowed
+
+    def inputs(self, stats: LayerStats) -> Inputs:
+        """How the layer reads its inputs.
+
+        The channels of a Flax convolution are the last contracted axis of its kernel.
+        Kernels of other code may have another order. Their axis of channels is known
+        if only one contracted axis has as many numbers as a row.
+        """
+        if not self.kind.windowed:
+            return Inputs(windowed=False)
+        ndim, shape = self.value.ndim, self.value.shape
+        axes = [axis % ndim - ndim for axis in self.contracting]
+        if isinstance(self.kind, LayerKind | LinenKind):
+            return Inputs(True, max(axes))
+        fitting = [axis for axis in axes if shape[axis] == stats.mean.shape[-1]]
+        return Inputs(True, fitting[0] if len(fitting) == 1 else None)
 
     @property
     def label(self) -> str:
@@ -201,6 +218,13 @@ class Adapter(Protocol):
 
     def finish(self) -> Any:
         """The quantized model."""
+        ...
+
+    def runs(self, options: Options) -> tuple[Run, Run]:
+        """The float model and the quantized model, to run batches through both.
+
+        The loop calls it after `finish`, and only if there are batches.
+        """
         ...
 
     def rows(self, rows: Mapping[Hashable, Row]) -> list[Row]:

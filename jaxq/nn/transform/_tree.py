@@ -39,6 +39,7 @@ from jaxq.nn.calibration import (
 from jaxq.nn.report import Report, Row, float_row, why_not_weight
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._loop import quantize_slots
+from jaxq.nn.transform._model_error import Run
 from jaxq.nn.transform._nnx_layers import NOT_WEIGHTS
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._rotation import refuse_rotation
@@ -84,13 +85,13 @@ def quantize_params(
       mask: `mask(batch)` returns a bool array `[b, t]` or `[b]` that is False for
         padding. Its axes must be the first axes of the rows of every product.
       forward: `forward(params, batch)` computes the model with jax. Its result is
-        ignored. It is traced, and the products `dot_general` (`@`, `jnp.matmul`,
-        `jnp.einsum`) and `conv_general_dilated` of each array are found. On its way to
-        a product, an array may be cast, transposed, reshaped, broadcast or indexed by
-        layer. The products may be inside jit, vmap, remat and the loops of `jax.lax`. A
-        stack that a scan goes through has statistics for each layer. The axes that the
-        products contract replace the default axes, and `contracting=` of a rule must
-        agree with them.
+        the output whose error the report shows. It is traced, and the products
+        `dot_general` (`@`, `jnp.matmul`, `jnp.einsum`) and `conv_general_dilated` of
+        each array are found. On its way to a product, an array may be cast, transposed,
+        reshaped, broadcast or indexed by layer. The products may be inside jit, vmap,
+        remat and the loops of `jax.lax`. A stack that a scan goes through has
+        statistics for each layer. The axes that the products contract replace the
+        default axes, and `contracting=` of a rule must agree with them.
       sequential: "blocks" (or True) or "layers", as in `jaxq.quantize_model`. Forward
         then runs with QTensors among the parameters. If it cannot, it runs with their
         dequantized arrays, and the report says so. A stack of layers is one array, so
@@ -338,6 +339,11 @@ class TreeAdapter:
     def finish(self) -> Any:
         values = [leaf.value for leaf in self._leaves]
         return jax.tree.unflatten(self._structure, values)
+
+    def runs(self, options: Options) -> tuple[Run, Run]:
+        assert options.forward is not None
+        floats = jax.tree.unflatten(self._structure, self._arrays)
+        return Run(options.forward, floats), Run(options.forward, self.finish())
 
     def rows(self, rows: Mapping[Hashable, Row]) -> list[Row]:
         out: list[Row] = []

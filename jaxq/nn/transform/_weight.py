@@ -18,8 +18,9 @@ from jaxq import methods
 from jaxq.nn.transform._folding import folding_of
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
+from jaxq.nn.transform._static_range import static_range, with_activation
 from jaxq.observers import LayerStats, scaled_stats
-from jaxq.qtensor import QTensor, QuantSpec, check_floats, quantize, range_options
+from jaxq.qtensor import QTensor, QuantSpec, check_floats, quantize
 from jaxq.recipes import Rule
 
 
@@ -46,9 +47,10 @@ def quantize_weight(
 
     Raises:
       ValueError: the weight cannot be quantized to the spec, or by the method; the
-        rule has an observer, and the statistics have no static range for it.
+        rule has an observer, and the statistics have no static range for it, or the
+        range is worse than a plain one and `fallback` is "raise".
     """
-    rule, name = _rule(slot), slot.name or "w"
+    rule = _rule(slot)
     # None if the layer has no scales, or if they are folded into a previous layer.
     scale = None if slot.scales is None else slot.scales.scale
     if scale is None:
@@ -61,8 +63,13 @@ def quantize_weight(
         solved = _solve_slot(slot, scaled, scaled_stats(stats, factors), key, options)
         qt = solved.qt.astype(floats.dtype).with_input_scale(factors)
         solved = solved._replace(qt=qt)
-    bounds = _static_bounds(rule, stats, name, options.caller)
-    return solved._replace(qt=with_activation(solved.qt, rule, bounds))
+    static = static_range(slot, floats, solved.qt, stats, options)
+    if static is None:
+        return solved._replace(qt=with_activation(solved.qt, rule, None))
+    return solved._replace(
+        qt=with_activation(solved.qt, rule, static.bounds),
+        note=methods.join_notes(solved.note, static.note),
+    )
 
 
 def _solve_slot(
@@ -232,66 +239,6 @@ def _with_scales(solved: methods.Solved, slot: Slot) -> methods.Solved:
         note = "only scaled: its codes are worse than rounding on held-out inputs"
     note = f"{scales}; {note}" if note else scales
     return solved._replace(method=rule.method, loss=loss, note=note)
-
-
-def with_activation(qt: QTensor, rule: Rule, bounds: tuple[Any, Any] | None) -> QTensor:
-    """The quantized weight with the activation quantization of its rule.
-
-    Args:
-      qt: the quantized weight. It keeps the threshold for outlier columns that its
-        method may have set.
-      rule: the rule of the weight.
-      bounds: the static range of the inputs, or None.
-    """
-    if qt.meta.activation is not None and rule.activation is None:
-        return qt  # the method itself quantizes the inputs
-    outliers = qt.meta.outliers
-    return qt.with_activation(rule.activation, outliers=outliers, bounds=bounds)
-
-
-def _static_bounds(
-    rule: Rule, stats: LayerStats | None, name: str, caller: str
-) -> tuple[jax.Array, jax.Array] | None:
-    """The static range of a layer's input. None if the rule has no observer.
-
-    Raises:
-      ValueError: the statistics have no state of the observer, or all calibration
-        inputs of the layer are zero (with offset="min": equal).
-    """
-    if rule.observer is None:
-        return None
-    assert isinstance(rule.activation, QuantSpec)
-    assert not isinstance(rule.observer, str)
-    if stats is None or stats.observed is None:
-        raise ValueError(
-            f"{caller}: {name}: the statistics passed as calibration= have no "
-            f"state of {rule.observer!r}. Make them with "
-            "jaxq.nn.calibrate(..., observer=...), or pass the batches themselves as "
-            "calibration=."
-        )
-    observer, spec = rule.observer, rule.activation
-    kind = range_options(spec)
-
-    def bounds(state: Any) -> tuple[jax.Array, jax.Array]:
-        return observer.bounds(
-            state,
-            spec.fmt,
-            symmetric=kind["symmetric"],
-            include_zero=kind["include_zero"],
-        )
-
-    for _ in range(stats.count.ndim):
-        bounds = jax.vmap(bounds)
-    low, high = bounds(stats.observed)
-    if not bool(np.all(np.asarray(low) < np.asarray(high))):
-        value = "zero" if kind["include_zero"] else "equal"
-        raise ValueError(
-            f"{caller}: {name}: all calibration inputs of this weight are {value}, "
-            f"so a static range would make every input {value}. Calibrate on batches "
-            "that reach the layer, or use dynamic activation quantization (omit "
-            "observer=)."
-        )
-    return low, high
 
 
 def _solve(

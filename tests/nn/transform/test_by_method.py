@@ -783,8 +783,13 @@ def test_equalize_scales_stacked_layers_each_by_itself():
 
 def test_the_report_notes_data_that_no_rule_needs(pair):
     _, report = quantize("rtn", pair, calibration=["nonsense"], mask=lambda batch: None)
+    assert report.notes[0] == (
+        "not used, because no rule needs data: calibration=, mask="
+    )
+    assert "a run of the first batch raised" in report.notes[1]
+    _, report = quantize("rtn", pair, calibration=BATCHES)
     assert report.notes == (
-        "not used, because no rule needs data: calibration=, mask=",
+        "no rule needs data: calibration= only shows the error of outputs",
     )
     assert not quantize("clip", pair, calibration=BATCHES, options={"num": 2})[1].notes
 

@@ -1,0 +1,198 @@
+"""The error of a layer's output on held-out rows, and what a static range clips.
+
+The layer runs as it will run in the quantized model: with the quantized weight, and
+with quantized inputs if its rule says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq import metrics, ops
+from jaxq.observers import LayerStats
+from jaxq.qtensor import QTensor, dequantize, quantize
+
+
+class LayerErrors(NamedTuple):
+    """What calibration shows about a quantized layer.
+
+    Attributes:
+      output_sqnr: the error of its output on held-out rows, in dB. None if it was not
+        measured.
+      input_range: the smallest low end and the largest high end of its static ranges.
+        None without static ranges.
+      input_clipped: the share of calibration inputs outside their static range. None
+        without static ranges.
+    """
+
+    output_sqnr: float | None = None
+    input_range: tuple[float, float] | None = None
+    input_clipped: float | None = None
+
+
+class Inputs(NamedTuple):
+    """How a layer reads its inputs.
+
+    Attributes:
+      windowed: the layer is a convolution.
+      channel: the axis of a convolution's input channels in the kernel, as a negative
+        number. None if it is not known, and for other layers.
+    """
+
+    windowed: bool
+    channel: int | None = None
+
+
+def layer_errors(
+    floats: jax.Array, qt: QTensor, stats: LayerStats, inputs: Inputs
+) -> LayerErrors:
+    """Measures a quantized layer on calibration inputs.
+
+    Args:
+      floats: the float weight.
+      qt: the quantized weight, with the activation quantization of the layer.
+      stats: statistics of the layer's inputs.
+      inputs: how the layer reads its inputs.
+    """
+    output_sqnr = None
+    if can_measure_output(qt, stats, inputs):
+        total = output_sqnr_of(floats, qt, stats, inputs, whole=True)
+        output_sqnr = float(total)
+    if qt.input_range is None:
+        return LayerErrors(output_sqnr)
+    low, high = np.asarray(qt.input_range[..., 0]), np.asarray(qt.input_range[..., 1])
+    clipped = _clipped_inputs(qt.input_range, stats)
+    return LayerErrors(
+        output_sqnr, (float(low.min()), float(high.max())), float(clipped)
+    )
+
+
+def can_measure_output(qt: QTensor, stats: LayerStats, inputs: Inputs) -> bool:
+    """True if held-out rows show the error of a layer's output.
+
+    The range of a convolution's dynamic activation quantization depends on the whole
+    input, and calibration keeps single positions of inputs.
+    """
+    is_dynamic = qt.meta.activation is not None and qt.input_range is None
+    has_channels = not is_dynamic and inputs.channel is not None
+    if not qt.size or (inputs.windowed and not has_channels):
+        return False
+    return bool(np.any(np.asarray(stats.num_held_out) > 0))
+
+
+@functools.partial(jax.jit, static_argnames=("inputs", "whole"))
+def output_sqnr_of(
+    floats: jax.Array, qt: QTensor, stats: LayerStats, inputs: Inputs, *, whole: bool
+) -> jax.Array:
+    """The error of a layer's output on held-out rows, in dB.
+
+    Each tap of a convolution's kernel is a product of its own, because calibration
+    keeps single positions of the inputs. The error is that of all these products.
+
+    Args:
+      floats: the float weight.
+      qt: the quantized weight, with the activation quantization of the layer.
+      stats: statistics of the layer's inputs, `[*batch]` for a stack.
+      inputs: how the layer reads its inputs.
+      whole: one error for the stack. False gives one for each element.
+
+    Returns:
+      float32, a scalar or `[*batch]`.
+    """
+    if inputs.channel is None:
+        exact, approximate = _outputs(floats, qt, stats.held_out)
+    else:
+        exact, approximate = _outputs_of_taps(
+            floats, qt, stats.held_out, inputs.channel
+        )
+    shape = (-1,) if whole else (*qt.batch_shape, -1)
+    exact, error = exact.reshape(shape), (exact - approximate).reshape(shape)
+    signal, noise = metrics.squares(exact, axis=-1), metrics.squares(error, axis=-1)
+    return metrics.decibels(signal, noise)
+
+
+def _outputs(
+    floats: jax.Array, qt: QTensor, rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The products of rows with the float and the quantized weight of a linear layer.
+
+    Args:
+      floats: the float weight.
+      qt: the quantized weight.
+      rows: float32 `[*batch, rows, K]`.
+    """
+    num_batch = len(qt.batch_shape)
+    batch = tuple(range(num_batch))
+    along = tuple(axis + qt.ndim for axis in qt.meta.geometry.contracted)
+    x = rows.reshape(*rows.shape[:-1], *(qt.shape[axis] for axis in along))
+    dims = ((tuple(range(num_batch + 1, x.ndim)), along), (batch, batch))
+    exact = jax.lax.dot_general(
+        x, floats.astype(jnp.float32), dims, precision=jax.lax.Precision.HIGHEST
+    )
+    approximate = ops.dot_general(x, qt, dims, preferred_element_type=jnp.float32)
+    return exact, approximate
+
+
+def _outputs_of_taps(
+    floats: jax.Array, qt: QTensor, rows: jax.Array, channel: int
+) -> tuple[jax.Array, jax.Array]:
+    """The products of rows with each tap of a convolution's kernel.
+
+    Args:
+      floats: the float kernel.
+      qt: the quantized kernel. Its inputs have a static range or stay in floats.
+      rows: float32 `[*batch, rows, channels]`.
+      channel: the axis of the kernel's input channels, as a negative number.
+    """
+    geometry = qt.meta.geometry
+    along = geometry.contracted
+    num_channels = qt.shape[channel]  # of one group of channels
+    num_groups = rows.shape[-1] // num_channels
+
+    def products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        taps = geometry.to_storage(geometry.to_view(kernel))  # [*batch, *kept, in]
+        lead = (*qt.batch_shape, num_groups, -1)
+        taps = taps.reshape(*lead, *(qt.shape[axis] for axis in along))
+        taps = jnp.moveaxis(taps, along.index(channel) - len(along), -1)
+        taps = taps.reshape(*taps.shape[: len(lead)], -1, num_channels)
+        x = x.reshape(*x.shape[:-1], num_groups, num_channels)
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.einsum("...rgc,...gotc->...rtgo", x, taps, precision=highest)
+
+    spec, x = qt.meta.activation, rows
+    if spec is not None:
+        assert qt.input_range is not None
+        num_batch = len(qt.batch_shape)
+        codes = quantize(
+            rows,
+            spec,
+            contracting=tuple(range(num_batch, rows.ndim)),
+            batch=tuple(range(num_batch)),
+            bounds=(qt.input_range[..., 0], qt.input_range[..., 1]),
+            on_nonfinite="propagate",
+        )
+        x = dequantize(codes, dtype=jnp.float32)
+    rounded = dequantize(qt.with_activation(None), dtype=jnp.float32)
+    return products(rows, floats.astype(jnp.float32)), products(x, rounded)
+
+
+@jax.jit
+def _clipped_inputs(input_range: jax.Array, stats: LayerStats) -> jax.Array:
+    """The share of sampled and held-out inputs outside their static range.
+
+    Args:
+      input_range: `[*batch, 2]`.
+      stats: statistics of the inputs.
+    """
+    rows = jnp.concatenate([stats.samples, stats.held_out], axis=-2)
+    ranks = jnp.concatenate([stats.sample_ranks, stats.held_out_ranks], axis=-1)
+    low, high = (input_range[..., i, None, None] for i in (0, 1))
+    is_filled = jnp.broadcast_to(ranks[..., None] >= 0, rows.shape)
+    is_clipped = is_filled & ((rows < low) | (rows > high))
+    num_filled = jnp.maximum(jnp.sum(is_filled, dtype=jnp.float32), 1)
+    return jnp.sum(is_clipped, dtype=jnp.float32) / num_filled

@@ -1,0 +1,117 @@
+"""Calibration runs in eval mode, or says that it does not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import jaxq
+from tests.arrays import assert_same, normal
+
+STATIC = jaxq.Recipe([jaxq.Rule(weight="int8", activation="int8", observer="absmax")])
+BATCHES = [normal(16, 8, seed=seed) + 1 for seed in range(2)]
+
+
+class Network(nnx.Module):
+    """Dropout and batch normalization before a layer: [b, 8] -> [b, 4]."""
+
+    def __init__(self):
+        self.norm = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+        self.linear = nnx.Linear(8, 4, rngs=nnx.Rngs(2))
+
+    def __call__(self, x):
+        return self.linear(self.dropout(self.norm(x)))
+
+
+def test_statistics_are_those_of_eval_mode():
+    model, evaluated = Network(), Network()
+    evaluated.eval()
+    stats = jaxq.nn.calibrate(model, BATCHES)
+    assert_same(stats, jaxq.nn.calibrate(evaluated, BATCHES))
+    # The running averages of a new norm are 0 and 1: its outputs are its inputs.
+    largest = max(float(jnp.abs(x).max()) for x in BATCHES)
+    np.testing.assert_allclose(stats["linear"].absmax.max(), largest, rtol=1e-4)
+
+
+def test_the_quantized_model_has_the_mode_of_the_model():
+    model, evaluated = Network(), Network()
+    evaluated.eval()
+    before = nnx.state(model)
+    qmodel, report = jaxq.quantize_model(model, STATIC, calibration=BATCHES)
+    assert_same(nnx.state(model), before)
+    for network in (model, qmodel):
+        assert network.dropout.deterministic is False
+        assert network.norm.use_running_average is False
+    assert_same(nnx.state(qmodel, nnx.BatchStat), nnx.state(model, nnx.BatchStat))
+    note = "the model is in train mode (norm, dropout)"
+    assert any(text.startswith(note) for text in report.notes)
+    qevaluated, eval_report = jaxq.quantize_model(
+        evaluated, STATIC, calibration=BATCHES
+    )
+    assert qevaluated.dropout.deterministic is True
+    assert not any("mode" in text for text in eval_report.notes)
+    assert_same(qmodel.linear.kernel[...], qevaluated.linear.kernel[...])
+    assert report.output_sqnr == eval_report.output_sqnr
+    assert report.output_sqnr > 35
+
+
+class LinenNetwork(linen.Module):
+    """The same network in linen. `train` sets the modes of its layers."""
+
+    @linen.compact
+    def __call__(self, x, train=False):
+        x = linen.BatchNorm(use_running_average=not train, name="norm")(x)
+        x = linen.Dropout(0.5, name="dropout")(x, deterministic=not train)
+        return linen.Dense(4, name="dense")(x)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return LinenNetwork().init(jax.random.key(0), BATCHES[0])
+
+
+def training(x):
+    """A batch that runs in train mode."""
+    rngs = {"dropout": jax.random.key(1)}
+    return {"x": x, "train": True, "rngs": rngs, "mutable": ["batch_stats"]}
+
+
+def test_linen_says_that_a_batch_runs_in_train_mode(variables):
+    batches = [training(x) for x in BATCHES]
+    expected = "norm normalizes by the statistics of each batch, dropout drops numbers"
+    with pytest.warns(UserWarning, match=expected):
+        jaxq.nn.linen.calibrate(LinenNetwork(), variables, batches)
+    _, _, report = jaxq.nn.linen.quantize_model(
+        LinenNetwork(), variables, STATIC, calibration=batches
+    )
+    assert sum(expected in note for note in report.notes) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_linen_in_eval_mode_says_nothing(variables):
+    stats = jaxq.nn.linen.calibrate(LinenNetwork(), variables, BATCHES)
+    assert float(stats["dense"].count) == 28
+    _, _, report = jaxq.nn.linen.quantize_model(
+        LinenNetwork(), variables, STATIC, calibration=BATCHES
+    )
+    assert not any("mode" in note for note in report.notes)
+    assert report.output_sqnr > 35
+
+
+@pytest.mark.filterwarnings("error")
+def test_linen_dropout_of_rate_zero_is_eval_mode():
+    module = linen.Sequential([linen.Dropout(0.0, deterministic=False), linen.Dense(4)])
+    variables = module.init(jax.random.key(0), BATCHES[0])
+    jaxq.nn.linen.calibrate(module, variables, BATCHES)
+
+
+def test_linen_attention_that_drops_is_train_mode():
+    module = linen.MultiHeadDotProductAttention(2, dropout_rate=0.5)
+    x = normal(2, 4, 8)
+    variables = module.init(jax.random.key(0), x, deterministic=True)
+    batch = {"inputs_q": x, "deterministic": False}
+    batch["rngs"] = {"dropout": jax.random.key(1)}
+    with pytest.warns(UserWarning, match="drops numbers at random"):
+        jaxq.nn.linen.calibrate(module, variables, [batch])
