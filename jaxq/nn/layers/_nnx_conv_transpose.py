@@ -19,7 +19,7 @@ from jaxq.nn.layers._call_inputs import InputRows
 from jaxq.nn.layers._conv_product import MASKED, add_bias, convolved
 from jaxq.nn.layers._kind import LayerKind, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
-from jaxq.nn.layers._promotion import PromoteQTensors
+from jaxq.nn.layers._promotion import PromoteQTensors, promotion_problem
 from jaxq.nn.layers._roles import Roles, roles_of_conv
 from jaxq.qtensor import QTensor
 
@@ -118,7 +118,9 @@ def _problem(layer: Any) -> str | None:
             f"{type(layer).__name__} is a subclass of ConvTranspose, and may compute "
             "another product than ConvTranspose"
         )
-    return None if layer.mask is None else MASKED
+    if layer.mask is not None:
+        return MASKED
+    return promotion_problem(layer, "kernel", _roles(layer).shape)
 
 
 def _promoted_input(arrays: tuple, **kwargs: Any) -> jax.Array:

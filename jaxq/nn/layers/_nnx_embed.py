@@ -15,7 +15,7 @@ from flax import nnx
 from jaxq import ops, sharding
 from jaxq.nn.layers._kind import LayerKind, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
-from jaxq.nn.layers._promotion import PromoteQTensors
+from jaxq.nn.layers._promotion import PromoteQTensors, promotion_problem
 from jaxq.nn.layers._roles import Roles
 from jaxq.qtensor import QTensor
 
@@ -80,7 +80,7 @@ def _problem(layer: Any) -> str | None:
             f"{type(layer).__name__} is a subclass of Embed, and may look up rows in "
             "another way than Embed"
         )
-    return None
+    return promotion_problem(layer, "embedding", _roles(layer).shape)
 
 
 register_layer(
