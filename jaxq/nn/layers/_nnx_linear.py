@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxq.nn.layers._kind import LayerKind, foreign_hook, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
-from jaxq.nn.layers._promotion import PromoteQTensors, promotion_problem
+from jaxq.nn.layers._promotion import accept_qtensors, promotion_problem
 from jaxq.nn.layers._roles import Roles
 from jaxq.ops import dot_general
 
@@ -96,7 +96,7 @@ def _general_roles(layer: Any) -> Roles:
 
 
 def _attach(layer: Any) -> None:
-    layer.promote_dtype = PromoteQTensors(layer.promote_dtype)
+    accept_qtensors(layer, "kernel")
     layer.dot_general = dot_general
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 
+from jaxq.nn.layers._quantized_param import FLOAT_STATE, QuantizedParam
 from jaxq.nn.layers._weight_marks import changed_weights, mark
 from jaxq.qtensor import QTensor
 
@@ -27,11 +28,25 @@ class PromoteQTensors:
 
     Attributes:
       original: the layer's own `promote_dtype`.
+      is_quantized: the weight must be a QTensor. Without this check, a float state that
+        is merged into a quantized model would run unnoticed.
+
+    Raises:
+      ValueError: in a call, the weight must be a QTensor, and is an array.
     """
 
     original: Callable[..., Any]
+    is_quantized: bool = False
 
     def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
+        weight = arrays[min(1, len(arrays) - 1)]
+        # Another such object may call this one with scalars instead of QTensors.
+        is_array = not isinstance(weight, QTensor) and weight.ndim > 0
+        if self.is_quantized and is_array:
+            raise ValueError(
+                "The weight of a quantized layer is "
+                f"{weight.dtype}{list(weight.shape)}, not a QTensor. {FLOAT_STATE}"
+            )
         scalars = tuple(
             jnp.zeros((), a.dtype) if isinstance(a, QTensor) else a for a in arrays
         )
@@ -40,6 +55,17 @@ class PromoteQTensors:
             a.astype(p.dtype) if isinstance(a, QTensor) else p
             for a, p in zip(arrays, promoted, strict=True)
         )
+
+
+def accept_qtensors(layer: Any, name: str) -> None:
+    """Lets the `promote_dtype` of an nnx layer take QTensors, in place.
+
+    Args:
+      layer: an nnx layer.
+      name: the attribute that holds the weight.
+    """
+    is_quantized = isinstance(getattr(layer, name), QuantizedParam)
+    layer.promote_dtype = PromoteQTensors(layer.promote_dtype, is_quantized)
 
 
 def promotion_problem(layer: Any, name: str, shape: tuple[int, ...]) -> str | None:
