@@ -47,7 +47,7 @@ def mark(array: jax.Array, name: str) -> jax.Array:
 def changed_weights(jaxpr: Any, sources: Sequence[str]) -> list[str]:
     """The names of marked arrays that are not the input of the same name.
 
-    A cast to another dtype is no change. If an array is an element of its input along
+    A cast to another float dtype is no change. If an array is an element of its input along
     leading axes, this is no change either.
 
     Args:
@@ -260,7 +260,7 @@ def _is_unchanged(value: _Node, name: str) -> bool:
 def _origin(value: _Node) -> _Node:
     """The value that has the same numbers in the same order, as early as possible.
 
-    One cast is skipped. Two casts may lose digits that one cast keeps.
+    One cast to a float dtype is skipped. Two casts may lose digits that one cast keeps.
     """
     num_casts = 0
     while True:
@@ -271,6 +271,8 @@ def _origin(value: _Node) -> _Node:
             return value
         primitive = value.equation.primitive.name
         if primitive == "convert_element_type" and num_casts == 0:
+            if not jnp.issubdtype(value.equation.params["new_dtype"], jnp.inexact):
+                return value
             num_casts = 1
         elif primitive not in _SAME_NUMBERS:
             return value
@@ -345,7 +347,10 @@ def _is_element(array: jax.Array, weight: jax.Array) -> bool:
     """True if an array is the weight or one element of it along leading axes."""
     if array.size == 0:
         return weight.size == 0
-    if weight.size % array.size:
+    both_floats = jnp.issubdtype(array.dtype, jnp.inexact) and jnp.issubdtype(
+        weight.dtype, jnp.inexact
+    )
+    if weight.size % array.size or (array.dtype != weight.dtype and not both_floats):
         return False
     rows = weight.astype(array.dtype).reshape(-1, array.size)
     return bool((rows == array.reshape(1, -1)).all(1).any())
