@@ -47,8 +47,8 @@ def mark(array: jax.Array, name: str) -> jax.Array:
 def changed_weights(jaxpr: Any, sources: Sequence[str]) -> list[str]:
     """The names of marked arrays that are not the input of the same name.
 
-    A cast to another float dtype is no change. If an array is an element of its input along
-    leading axes, this is no change either.
+    A cast to another float dtype is no change. If an array is an element of its input
+    along leading axes, this is no change either.
 
     Args:
       jaxpr: of the traced function, a `jax.extend.core.ClosedJaxpr`.
