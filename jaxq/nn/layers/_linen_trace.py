@@ -5,6 +5,7 @@ Nothing is computed. The key of a parameter is the tuple of names that lead to i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -96,7 +97,10 @@ def trace(
                 arguments = batch if isinstance(batch, tuple) else (batch,)
                 module.apply(traced_variables, *arguments, **settings)
 
-    jaxpr = jax.make_jaxpr(run)(shapes)
+    with warnings.catch_warnings():
+        # `nnx.bridge.ToLinen` takes the tags for states of its nnx module.
+        warnings.filterwarnings("ignore", "Found unknown module paths")
+        jaxpr = jax.make_jaxpr(run)(shapes)
     names = _leaf_names((tagged, example), params_of(variables))
     return Trace(jaxpr, [names[position] for position in shapes])
 

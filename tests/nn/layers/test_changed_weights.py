@@ -166,7 +166,7 @@ def scanned(factor):
         # Another axis than 0 of a stack with equal sizes.
         (lambda w: jax.vmap(lambda a: X @ mark(a, "w0"), 1)(w), True),
         (lambda w: jax.checkpoint(lambda a: X @ mark(a[0], "w0"))(w), False),
-        (lambda w: X @ mark(w.astype(jnp.bfloat16)[1], "w0"), False),
+        (lambda w: X @ mark(w.astype(jnp.bfloat16)[1], "w0").astype(X.dtype), False),
         (lambda w: X @ mark(w.astype(jnp.int8)[1], "w0").astype(X.dtype), True),
         (lambda w: X @ mark((w * 1.0)[2], "w0"), False),
         (lambda w: X @ mark(w[0] + w[1], "w0"), True),
