@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen
+from flax import linen, nnx
 
 from jaxq.nn.layers._linen_interceptor import run_with_codes, stored_qtensor
 from jaxq.nn.layers._linen_kind import LinenKind, find_call
@@ -74,6 +74,19 @@ class Structure(NamedTuple):
     classes: dict[tuple[str, ...], type]
     example: Any
 
+    def class_of(self, scope: tuple[str, ...]) -> type | None:
+        """The class of the module at a scope. None if it was not called.
+
+        The modules inside an `nnx.bridge.ToLinen` are not linen modules. Their
+        parameters belong to the `ToLinen`.
+        """
+        for end in range(len(scope), -1, -1):
+            cls = self.classes.get(scope[:end])
+            if cls is not None:
+                is_own = end == len(scope) or issubclass(cls, nnx.bridge.ToLinen)
+                return cls if is_own else None
+        return None
+
 
 def find_linen_layers(
     module: linen.Module, variables: Any, example: Any, forward: Forward | None
@@ -111,7 +124,7 @@ def find_linen_layers(
                 structure = _structure_of_call(module, variables, guess, None)
         except Exception:  # a module may raise anything if an input does not fit
             continue
-        if all(key[:-1] in structure.classes for key in parameters):
+        if all(structure.class_of(key[:-1]) for key in parameters):
             return structure
     raise ValueError(
         f"quantize_model: it is not known how to call {name}. A call is needed to find "

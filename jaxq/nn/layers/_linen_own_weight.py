@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 from flax import linen
+from flax.linen.dtypes import promote_dtype
 
 from jaxq.nn.layers._linen_kind import LinenKind, code_of
 from jaxq.nn.layers._linen_stand_in import StandIn
+from jaxq.nn.layers._promotion import changed_by_promotion
 from jaxq.nn.layers._roles import Roles
 from jaxq.qtensor import QTensor, quantize
 
@@ -71,10 +73,14 @@ def own_weight(
 
     Raises:
       TypeError: the variables hold an array where a QTensor is expected.
-      ValueError: the variables hold a QTensor of another shape.
+      ValueError: the variables hold a QTensor of another shape; the layer changes the
+        weight by `promote_dtype` or by an own `param`.
     """
     if layer.weight is None:
         return layer.param(name, init, roles.shape, dtype)
+    problem = _own_change(layer, name, roles.shape, dtype)
+    if problem is not None:
+        raise ValueError(f"{type(layer).__name__}: {problem}. Or pass weight=None.")
     path = "/".join((*layer.path, name))
     if not layer.has_variable("params", name):
 
@@ -97,6 +103,24 @@ def own_weight(
     value = layer.get_variable("params", name)
     _check_stored(layer, value, name, path, roles)
     return value
+
+
+def _own_change(
+    layer: Any, name: str, shape: tuple[int, ...], dtype: Any
+) -> str | None:
+    """Says why the layer's own code excludes a QTensor as weight. None if not."""
+    if type(layer).param is not linen.Module.param:
+        return (
+            f"{type(layer).__name__} overrides `param`, which may change its {name}, "
+            "and codes cannot be changed. Store the changed weight in a plain layer"
+        )
+
+    def promote(arrays: tuple) -> Any:
+        return layer.promote_dtype(*arrays, dtype=layer.dtype)
+
+    if layer.promote_dtype is promote_dtype:
+        return None
+    return changed_by_promotion(promote, name, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def _check_stored(layer: Any, value: Any, name: str, path: str, roles: Roles) -> None:

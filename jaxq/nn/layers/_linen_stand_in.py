@@ -16,6 +16,7 @@ from flax import linen
 from jaxq.nn.layers._conv_product import conv_general_dilated
 from jaxq.nn.layers._linen_kind import QuantizedMethod, code_of
 from jaxq.nn.layers._promotion import PromoteQTensors
+from jaxq.nn.layers._weight_marks import mark
 from jaxq.ops import dot_general
 from jaxq.qtensor import QTensor
 
@@ -48,6 +49,29 @@ class StandIn:
 
     def promote_dtype(self, *arrays: Any, **kwargs: Any) -> tuple:
         return promote(self._layer, *arrays, **kwargs)
+
+
+class MarkedWeight:
+    """Takes the place of a linen layer with a float weight, and marks the weight.
+
+    Args:
+      layer: the layer. All attributes are read from the layer.
+      name: for `mark`.
+    """
+
+    def __init__(self, layer: linen.Module, name: str):
+        self._layer, self._name = layer, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def promote_dtype(self, *arrays: Any, **kwargs: Any) -> tuple:
+        """The layer's `promote_dtype`. Its result goes straight into the product."""
+        promoted = list(self._layer.promote_dtype(*arrays, **kwargs))
+        # Flax passes (input, weight, bias), (input, table) or (table,).
+        position = min(1, len(promoted) - 1)
+        promoted[position] = mark(promoted[position], self._name)
+        return tuple(promoted)
 
 
 def promote(layer: Any, *arrays: Any, **kwargs: Any) -> tuple:

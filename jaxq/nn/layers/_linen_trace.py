@@ -5,8 +5,9 @@ Nothing is computed. The key of a parameter is the tuple of names that lead to i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen
@@ -35,13 +36,31 @@ def _as_dicts(tree: Any) -> Any:
     return {str(name): _as_dicts(value) for name, value in tree.items()}
 
 
+class Trace(NamedTuple):
+    """A traced call of a module.
+
+    Attributes:
+      jaxpr: of the call, a `jax.extend.core.ClosedJaxpr`.
+      sources: the name of each input of the jaxpr, see `leaf_name`. Empty for inputs
+        that are not parameters.
+    """
+
+    jaxpr: Any
+    sources: list[str]
+
+
+def leaf_name(key: tuple[str, ...], position: int) -> str:
+    """The name of a leaf of a parameter. An array is the only leaf of itself."""
+    return f"{'/'.join(key)} leaf {position}"
+
+
 def trace(
     module: linen.Module,
     variables: Any,
     example: Any,
     forward: Forward | None,
     interceptor: Callable[..., Any],
-) -> None:
+) -> Trace:
     """Calls a module with abstract values.
 
     Args:
@@ -78,7 +97,28 @@ def trace(
                 arguments = batch if isinstance(batch, tuple) else (batch,)
                 module.apply(traced_variables, *arguments, **settings)
 
-    jax.eval_shape(run, shapes)
+    with warnings.catch_warnings():
+        # `nnx.bridge.ToLinen` takes the tags for states of its nnx module.
+        warnings.filterwarnings("ignore", "Found unknown module paths")
+        jaxpr = jax.make_jaxpr(run)(shapes)
+    names = _leaf_names((tagged, example), params_of(variables))
+    return Trace(jaxpr, [names[position] for position in shapes])
+
+
+def _leaf_names(arguments: Any, params: FlatParams) -> list[str]:
+    """The name of each leaf of the arguments of a trace, in the order of the leaves."""
+    names, counts = [], dict.fromkeys(params, 0)
+    for path, _ in jax.tree_util.tree_leaves_with_path(arguments):
+        # The path begins with the position of the variables, and their collection.
+        keys = [getattr(entry, "key", None) for entry in path]
+        prefixes = (tuple(keys[2:end]) for end in range(3, len(keys) + 1))
+        key = next((prefix for prefix in prefixes if prefix in params), None)
+        if path[0].idx != 0 or keys[1] != "params" or key is None:
+            names.append("")
+            continue
+        names.append(leaf_name(key, counts[key]))
+        counts[key] += 1
+    return names
 
 
 @jax.tree_util.register_static

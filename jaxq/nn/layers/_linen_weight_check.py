@@ -1,55 +1,56 @@
 """Checks, before anything is quantized, that linen layers can get QTensors as weights.
 
-The module is traced with a placeholder for each weight: a uint8 array with a shape that
-no weight has. If the placeholder still has this shape when its layer is called, the
-module does not change the weight. The check finds three kinds of weights:
+The module is traced twice. The first trace has float weights. It finds weights that
+change before their layer multiplies by them:
 
-- weights that are changed before the layer gets them (`nn.WeightNorm`,
-  `nn.map_variables`);
-- weights that are stacked along another axis than 0;
-- weights that the module itself uses in a way that a QTensor does not support.
+- by a wrapper (`nn.WeightNorm`, `nn.map_variables`);
+- by a subclass that overrides `param` (weight standardization);
+- by the layer's own `promote_dtype`;
+- by a stack along another axis than 0.
+
+The second trace has QTensors. It finds modules that use a QTensor in a way that it does
+not support, or that change its codes or scales.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen
 
 from jaxq.nn.layers._linen_discovery import LinenLayer, Structure, first_line
 from jaxq.nn.layers._linen_interceptor import run_with_codes, stored_qtensor
+from jaxq.nn.layers._linen_kind import find_call
+from jaxq.nn.layers._linen_stand_in import MarkedWeight
 from jaxq.nn.layers._linen_trace import (
-    FlatParams,
     Forward,
+    leaf_name,
     params_of,
     trace,
     with_params,
 )
+from jaxq.nn.layers._weight_marks import changed_weights, mark
 from jaxq.qtensor import QTensor
-
-# Possible sizes of a placeholder. The first three that differ from all stack sizes are
-# used.
-_SIZES = (7, 11, 13, 17, 19, 23, 29, 31)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["path", "tail"]
+    jax.tree_util.register_dataclass, data_fields=["qtensor"], meta_fields=[]
 )
 class Placeholder:
     """Takes the place of a weight that will be quantized.
 
+    Layers take the QTensor out. Code of a module that uses the weight itself fails, as
+    most operations would fail with a QTensor.
+
     Args:
-      data: uint8 `[*stack, *tail]`.
-      path: of the layer.
-      tail: a shape that no weight has.
+      qtensor: the planned QTensor, or one element of its stack.
     """
 
-    def __init__(self, data: Any, path: str, tail: tuple[int, ...]):
-        self.data, self.path, self.tail = data, path, tail
+    def __init__(self, qtensor: Any):
+        self.qtensor = qtensor
 
 
 def check_weights(
@@ -69,64 +70,123 @@ def check_weights(
       weights: the QTensors that are planned, by path of the layer. Leaves are
         `jax.ShapeDtypeStruct`s and have the stack axes.
     """
+    layers = [structure.layers[path] for path in weights]
+    interceptor = functools.partial(_run_marked, [layer.path for layer in layers])
+    traced = trace(module, variables, structure.example, forward, interceptor)
+    changed = set(changed_weights(*traced))
+    problems = [
+        _problem_line(layer, _changed(layer.kind.weight))
+        for layer in layers
+        if leaf_name(layer.key, 0) in changed
+    ]
+    unchanged = [
+        layer.path for layer in layers if leaf_name(layer.key, 0) not in changed
+    ]
 
-    def run(paths: Sequence[str]) -> None:
-        """Traces the module with placeholders in the layers at these paths."""
-        params = params_of(variables)
-        for path in paths:
-            layer = structure.layers[path]
-            params[layer.key] = _placeholder(layer, params)
-
-        def read(layer: linen.Module, name: str) -> QTensor | None:
-            value = layer.get_variable("params", name)
-            if not isinstance(value, Placeholder):
-                return stored_qtensor(layer, name)
-            _check_untouched(value, name)
-            roles = structure.layers[value.path].roles
-            return _one_element(weights[value.path], len(roles.shape))
-
-        interceptor = functools.partial(run_with_codes, read)
-        changed = with_params(variables, params)
-        trace(module, changed, structure.example, forward, interceptor)
+    def run(paths: Sequence[str]) -> list[str]:
+        """The problems of a trace with QTensors in the layers at these paths."""
+        return _problems_with_codes(
+            module,
+            variables,
+            structure,
+            forward,
+            {path: weights[path] for path in paths},
+        )
 
     try:
-        run(list(weights))
+        return problems + run(unchanged)
     except Exception as error:
         # One trace with all weights is fast. If it fails, one trace for each weight
         # finds the weights that fail.
-        problems = []
-        for path in weights:
+        for path in unchanged:
             try:
-                run([path])
+                problems += run([path])
             except Exception as layer_error:  # a module may raise anything here
                 problems.append(_problem_line(structure.layers[path], layer_error))
         return problems or [f"  {', '.join(weights)}: {first_line(error)}"]
-    return []
 
 
-def _placeholder(layer: LinenLayer, params: FlatParams) -> Placeholder:
-    """A value for a layer's weight with the same stack axes and another shape."""
-    outer = linen.meta.unbox(params[layer.key]).shape
-    stack = outer[: len(outer) - len(layer.roles.shape)]
-    tail = tuple([size for size in _SIZES if size not in stack][:3])
-    data = jax.ShapeDtypeStruct((*stack, *tail), jnp.uint8)
-    return Placeholder(data, layer.path, tail)
+def _run_marked(
+    paths: Sequence[str],
+    call: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    context: Any,
+) -> Any:
+    """An interceptor that marks the float weights of the layers at these paths."""
+    layer, layer_call = context.module, find_call(context)
+    if layer_call is None or "/".join(layer.path) not in paths:
+        return run_with_codes(stored_qtensor, call, args, kwargs, context)
+    name = leaf_name((*layer.path, layer_call.kind.weight), 0)
+    return context.orig_method.func(MarkedWeight(layer, name), *args, **kwargs)
 
 
-def _check_untouched(value: Placeholder, name: str) -> None:
-    """Raises a ValueError if the module changed a placeholder."""
-    if value.data.shape != value.tail or value.data.dtype != jnp.uint8:
-        raise ValueError(
-            f"its {name} is changed before the layer gets it (by nn.WeightNorm or "
-            "nn.map_variables, for example), or stacked along another axis than 0"
-        )
+def _problems_with_codes(
+    module: linen.Module,
+    variables: Any,
+    structure: Structure,
+    forward: Forward | None,
+    weights: Mapping[str, QTensor],
+) -> list[str]:
+    """The weights whose codes or scales change, in a trace with these QTensors.
+
+    Raises:
+      Exception: of any type, if the module does not support a QTensor.
+    """
+    keys = {path: structure.layers[path].key for path in weights}
+
+    def read(layer: linen.Module, name: str) -> QTensor | None:
+        path = "/".join(layer.path)
+        if path not in weights:
+            return stored_qtensor(layer, name)
+        num_stacked = weights[path].ndim - len(structure.layers[path].roles.shape)
+        value = layer.get_variable("params", name)
+        return _marked(value, weights[path], num_stacked, keys[path])
+
+    interceptor = functools.partial(run_with_codes, read)
+    params = params_of(variables)
+    params |= {keys[path]: Placeholder(qt) for path, qt in weights.items()}
+    changed_variables = with_params(variables, params)
+    traced = trace(module, changed_variables, structure.example, forward, interceptor)
+    changed = set(changed_weights(*traced))
+    return [
+        _problem_line(structure.layers[path], _changed(key[-1]))
+        for path, key in keys.items()
+        if changed
+        & {leaf_name(key, i) for i in range(len(jax.tree.leaves(weights[path])))}
+    ]
 
 
-def _one_element(qt: QTensor, ndim: int) -> QTensor:
-    """A QTensor of zeros like one element of a stack. The element has `ndim` axes."""
-    num_stacked = len(qt.shape) - ndim
-    return jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape[num_stacked:], leaf.dtype), qt
+def _marked(
+    value: Any, planned: QTensor, num_stacked: int, key: tuple[str, ...]
+) -> QTensor:
+    """The QTensor that a layer gets, with marked leaves.
+
+    Args:
+      value: the parameter that the layer gets.
+      planned: the QTensor of the whole stack of layers.
+      num_stacked: the number of stack axes of `planned`.
+      key: the names that lead to the parameter.
+
+    Raises:
+      ValueError: `value` is not one element of the stack.
+    """
+    if not isinstance(value, Placeholder):
+        raise _changed(key[-1])
+    leaves, treedef = jax.tree.flatten(value.qtensor)
+    for leaf, whole in zip(leaves, jax.tree.leaves(planned), strict=True):
+        if (leaf.shape, leaf.dtype) != (whole.shape[num_stacked:], whole.dtype):
+            raise _changed(key[-1])
+    marked = [mark(leaf, leaf_name(key, i)) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, marked)
+
+
+def _changed(name: str) -> ValueError:
+    return ValueError(
+        f"its {name} is changed before the layer multiplies by it (for example by "
+        "nn.WeightNorm, nn.map_variables, a subclass that overrides `param`, or "
+        "promote_dtype=), or it is stacked along another axis than 0. To quantize the "
+        "layer, store the changed weight in the variables of a plain layer"
     )
 
 

@@ -15,7 +15,7 @@ from jaxq.nn.layers._call_inputs import conv_rows
 from jaxq.nn.layers._conv_product import MASKED, conv_general_dilated
 from jaxq.nn.layers._kind import LayerKind, foreign_hook, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
-from jaxq.nn.layers._promotion import PromoteQTensors
+from jaxq.nn.layers._promotion import accept_qtensors, promotion_problem
 from jaxq.nn.layers._roles import Roles, roles_of_conv
 
 
@@ -56,7 +56,7 @@ def _roles(layer: Any) -> Roles:
 
 
 def _attach(layer: Any) -> None:
-    layer.promote_dtype = PromoteQTensors(layer.promote_dtype)
+    accept_qtensors(layer, "kernel")
     layer.conv_general_dilated = conv_general_dilated
 
 
@@ -64,7 +64,9 @@ def _problem(layer: Any) -> str | None:
     if layer.mask is not None:
         return MASKED
     replaceable = (lax.conv_general_dilated, conv_general_dilated)
-    return foreign_hook(layer, "conv_general_dilated", replaceable)
+    return foreign_hook(
+        layer, "conv_general_dilated", replaceable
+    ) or promotion_problem(layer, "kernel", _roles(layer).shape)
 
 
 def _num_channels(layer: Any) -> int:

@@ -19,7 +19,7 @@ from jaxq.nn.layers._call_inputs import InputRows
 from jaxq.nn.layers._conv_product import MASKED, add_bias, convolved
 from jaxq.nn.layers._kind import LayerKind, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
-from jaxq.nn.layers._promotion import PromoteQTensors
+from jaxq.nn.layers._promotion import accept_qtensors, promotion_problem
 from jaxq.nn.layers._roles import Roles, roles_of_conv
 from jaxq.qtensor import QTensor
 
@@ -71,8 +71,8 @@ class QConvTranspose(nnx.ConvTranspose):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]
-        promote = PromoteQTensors(self.promote_dtype)
-        x, kernel, bias = promote((inputs, self.kernel[...], bias), dtype=self.dtype)
+        arrays = (inputs, self.kernel[...], bias)
+        x, kernel, bias = self.promote_dtype(arrays, dtype=self.dtype)
         dtype = self.preferred_element_type
         if isinstance(kernel, QTensor):
             channel = _features_axis(self)
@@ -110,6 +110,7 @@ def _attach(layer: Any) -> None:
     if not isinstance(layer, QConvTranspose):
         # `_problem` refuses subclasses, so this is a plain nnx.ConvTranspose.
         layer.__class__ = QConvTranspose
+    accept_qtensors(layer, "kernel")
 
 
 def _problem(layer: Any) -> str | None:
@@ -118,7 +119,9 @@ def _problem(layer: Any) -> str | None:
             f"{type(layer).__name__} is a subclass of ConvTranspose, and may compute "
             "another product than ConvTranspose"
         )
-    return None if layer.mask is None else MASKED
+    if layer.mask is not None:
+        return MASKED
+    return promotion_problem(layer, "kernel", _roles(layer).shape)
 
 
 def _promoted_input(arrays: tuple, **kwargs: Any) -> jax.Array:

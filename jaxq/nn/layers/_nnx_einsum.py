@@ -15,7 +15,7 @@ from jaxq import ops
 from jaxq.nn.layers._call_inputs import einsum_input, einsum_rows
 from jaxq.nn.layers._kind import LayerKind, foreign_hook, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
-from jaxq.nn.layers._promotion import PromoteQTensors
+from jaxq.nn.layers._promotion import accept_qtensors, promotion_problem
 from jaxq.nn.layers._roles import Roles, einsum_roles
 from jaxq.ops import einsum
 
@@ -51,7 +51,7 @@ def _roles(layer: Any) -> Roles:
 
 
 def _attach(layer: Any) -> None:
-    layer.promote_dtype = PromoteQTensors(layer.promote_dtype)
+    accept_qtensors(layer, "kernel")
     layer.einsum_op = einsum
 
 
@@ -72,7 +72,9 @@ def _problem(layer: Any) -> str | None:
         ops.einsum_numbers(roles.subscripts, num_input_axes, len(kernel_indices))
     except ValueError as error:
         return str(error)
-    return foreign_hook(layer, "einsum_op", (jnp.einsum, einsum))
+    return foreign_hook(layer, "einsum_op", (jnp.einsum, einsum)) or promotion_problem(
+        layer, "kernel", roles.shape
+    )
 
 
 register_layer(

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxq import ops, sharding
 from jaxq.nn.layers._kind import LayerKind, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
-from jaxq.nn.layers._promotion import PromoteQTensors
+from jaxq.nn.layers._promotion import accept_qtensors, promotion_problem
 from jaxq.nn.layers._roles import Roles
 from jaxq.qtensor import QTensor
 
@@ -49,16 +49,15 @@ class QEmbed(nnx.Embed):
         table = self.embedding[...]
         if not isinstance(table, QTensor):
             return super().__call__(inputs, out_sharding=out_sharding)
-        promote = PromoteQTensors(self.promote_dtype)
-        (table,) = promote((table,), dtype=self.dtype, inexact=False)
+        (table,) = self.promote_dtype((table,), dtype=self.dtype, inexact=False)
         # Like nnx.Embed: a table of one row gives that row for every index.
         indices = jnp.zeros_like(inputs) if self.num_embeddings == 1 else inputs
         return sharding.apply_out_sharding(ops.take(table, indices), out_sharding)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """The product of queries `[..., features]` with the rows of the table."""
-        promote = PromoteQTensors(self.promote_dtype)
-        query, table = promote((query, self.embedding[...]), dtype=self.dtype)
+        arrays = (query, self.embedding[...])
+        query, table = self.promote_dtype(arrays, dtype=self.dtype)
         dims = (((query.ndim - 1,), (1,)), ((), ()))
         return ops.dot_general(query, table, dims, out_sharding=out_sharding)
 
@@ -72,6 +71,7 @@ def _attach(layer: Any) -> None:
     if not isinstance(layer, QEmbed):
         # `_problem` refuses subclasses, so this is a plain nnx.Embed.
         layer.__class__ = QEmbed
+    accept_qtensors(layer, "embedding")
 
 
 def _problem(layer: Any) -> str | None:
@@ -80,7 +80,7 @@ def _problem(layer: Any) -> str | None:
             f"{type(layer).__name__} is a subclass of Embed, and may look up rows in "
             "another way than Embed"
         )
-    return None
+    return promotion_problem(layer, "embedding", _roles(layer).shape)
 
 
 register_layer(

@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxq.nn.layers._kind import LayerKind, foreign_hook, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
-from jaxq.nn.layers._promotion import PromoteQTensors
+from jaxq.nn.layers._promotion import accept_qtensors, promotion_problem
 from jaxq.nn.layers._roles import Roles
 from jaxq.ops import dot_general
 
@@ -96,18 +96,22 @@ def _general_roles(layer: Any) -> Roles:
 
 
 def _attach(layer: Any) -> None:
-    layer.promote_dtype = PromoteQTensors(layer.promote_dtype)
+    accept_qtensors(layer, "kernel")
     layer.dot_general = dot_general
 
 
 def _linear_problem(layer: Any) -> str | None:
-    return foreign_hook(layer, "dot_general", (lax.dot_general, dot_general))
+    return foreign_hook(
+        layer, "dot_general", (lax.dot_general, dot_general)
+    ) or promotion_problem(layer, "kernel", _linear_roles(layer).shape)
 
 
 def _general_problem(layer: Any) -> str | None:
     if layer.dot_general_cls is not None:
         return f"its dot_general_cls is a custom class, {layer.dot_general_cls!r}"
-    return foreign_hook(layer, "dot_general", (None, lax.dot_general, dot_general))
+    return foreign_hook(
+        layer, "dot_general", (None, lax.dot_general, dot_general)
+    ) or promotion_problem(layer, "kernel", _general_roles(layer).shape)
 
 
 register_layer(

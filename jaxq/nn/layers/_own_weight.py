@@ -20,8 +20,8 @@ def quantize_own_weight(layer: Any, weight: Any, activation: Any) -> None:
         leaves the input in floats.
 
     Raises:
-      ValueError: `activation` is given and `weight` is None; the layer has a mask and
-        `weight` is not None.
+      ValueError: `activation` is given and `weight` is None; `weight` is not None and
+        the layer has a mask, or its kind has another problem with it.
     """
     kind = find_kind(layer)
     assert kind is not None
@@ -39,6 +39,9 @@ def quantize_own_weight(layer: Any, weight: Any, activation: Any) -> None:
             f"{caller}: mask= needs weight=None, because a quantized kernel has no "
             "mask. Pass weight=None, or multiply the mask into a float kernel first."
         )
+    problem = kind.problem(layer)
+    if problem is not None:
+        raise ValueError(f"{caller}: {problem}. Or pass weight=None.")
     contracting, batch = weight_axes(layer, kind)
     floats = getattr(layer, kind.weight)[...]
     qt = quantize(

@@ -1,13 +1,20 @@
-"""The `promote_dtype` hook of a Flax layer, for a weight that is a QTensor."""
+"""The `promote_dtype` hook of a Flax layer, for a weight that is a QTensor.
+
+Codes can only be cast. A hook that changes the numbers of the weight is refused.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax.nnx.nn import dtypes
 
+from jaxq.nn.layers._quantized_param import FLOAT_STATE, QuantizedParam
+from jaxq.nn.layers._weight_marks import changed_weights, mark
 from jaxq.qtensor import QTensor
 
 
@@ -21,11 +28,25 @@ class PromoteQTensors:
 
     Attributes:
       original: the layer's own `promote_dtype`.
+      is_quantized: the weight must be a QTensor. Without this check, a float state that
+        is merged into a quantized model would run unnoticed.
+
+    Raises:
+      ValueError: in a call, the weight must be a QTensor, and is an array.
     """
 
     original: Callable[..., Any]
+    is_quantized: bool = False
 
     def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
+        weight = arrays[min(1, len(arrays) - 1)]
+        # Another such object may call this one with scalars instead of QTensors.
+        is_array = not isinstance(weight, QTensor) and weight.ndim > 0
+        if self.is_quantized and is_array:
+            raise ValueError(
+                "The weight of a quantized layer is "
+                f"{weight.dtype}{list(weight.shape)}, not a QTensor. {FLOAT_STATE}"
+            )
         scalars = tuple(
             jnp.zeros((), a.dtype) if isinstance(a, QTensor) else a for a in arrays
         )
@@ -34,3 +55,63 @@ class PromoteQTensors:
             a.astype(p.dtype) if isinstance(a, QTensor) else p
             for a, p in zip(arrays, promoted, strict=True)
         )
+
+
+def accept_qtensors(layer: Any, name: str) -> None:
+    """Lets the `promote_dtype` of an nnx layer take QTensors, in place.
+
+    Args:
+      layer: an nnx layer.
+      name: the attribute that holds the weight.
+    """
+    is_quantized = isinstance(getattr(layer, name), QuantizedParam)
+    layer.promote_dtype = PromoteQTensors(layer.promote_dtype, is_quantized)
+
+
+def promotion_problem(layer: Any, name: str, shape: tuple[int, ...]) -> str | None:
+    """Says why the `promote_dtype` of an nnx layer excludes a QTensor. None if not.
+
+    Args:
+      layer: an nnx layer.
+      name: the attribute that holds the weight.
+      shape: of the weight of one layer.
+    """
+    if layer.promote_dtype is dtypes.promote_dtype:
+        return None
+
+    def promote(arrays: tuple) -> Sequence:
+        return layer.promote_dtype(arrays, dtype=layer.dtype)
+
+    weight = getattr(layer, name).get_value()
+    return changed_by_promotion(
+        promote, name, jax.ShapeDtypeStruct(shape, weight.dtype)
+    )
+
+
+def changed_by_promotion(
+    promote: Callable[[tuple], Sequence], name: str, weight: jax.ShapeDtypeStruct
+) -> str | None:
+    """Says that a `promote_dtype` changes the numbers of a weight. None if it does not.
+
+    Args:
+      promote: maps (input, weight, bias) to the promoted arrays.
+      name: of the weight.
+      weight: shape and dtype of the weight.
+    """
+    sizes = (*weight.shape[-2:-1], *weight.shape[-1:])
+    x = jax.ShapeDtypeStruct((1, sizes[0]), weight.dtype)
+    bias = jax.ShapeDtypeStruct((sizes[-1],), weight.dtype)
+
+    def run(x: jax.Array, weight: jax.Array, bias: jax.Array) -> None:
+        mark(promote((x, weight, bias))[1], name)
+
+    try:
+        traced = jax.make_jaxpr(run)(x, weight, bias)
+    except Exception as error:  # a hook may raise anything here
+        return f"its promote_dtype cannot be checked ({type(error).__name__}: {error})"
+    if not changed_weights(traced, ["", name, ""]):
+        return None
+    return (
+        f"its promote_dtype changes its {name}, and codes can only be cast. Store the "
+        f"changed {name} in the layer, and use a promote_dtype that only casts"
+    )

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
+
+from jaxq.qtensor import QTensor
+
+# What to do about a float weight in a quantized model, for errors.
+FLOAT_STATE = (
+    "Put the state of a model that was quantized by the same recipe on it, or quantize "
+    "the float model again. To run floats, use the float model."
+)
 
 
 class QuantizedParam(nnx.Variable):
@@ -13,6 +23,11 @@ class QuantizedParam(nnx.Variable):
     It is not an `nnx.Param`. An optimizer of `nnx.Param` therefore does not update it,
     and `nnx.grad` over `nnx.Param` does not differentiate it.
 
+    A float array cannot replace the QTensor. The model would no longer be quantized.
+
+    Raises:
+      ValueError: `nnx.update` or an assignment would replace the QTensor by an array.
+
     Example:
       >>> import jaxq
       >>> from flax import nnx
@@ -20,6 +35,28 @@ class QuantizedParam(nnx.Variable):
       >>> isinstance(qmodel.kernel, jaxq.nn.QuantizedParam)
       True
     """
+
+    def update_from_state(self, variable_state: Any) -> None:
+        self._check(variable_state.get_raw_value())
+        super().update_from_state(variable_state)
+
+    def set_raw_value(self, value: Any, **kwargs: Any) -> None:
+        self._check(value)
+        super().set_raw_value(value, **kwargs)
+
+    def set_value(self, value: Any, **kwargs: Any) -> None:
+        self._check(value)
+        super().set_value(value, **kwargs)
+
+    def _check(self, value: Any) -> None:
+        """Raises a ValueError if an array would replace a QTensor."""
+        # Flax also sets marks of its own, which are no arrays.
+        is_array = isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+        if is_array and isinstance(self.get_raw_value(), QTensor):
+            raise ValueError(
+                f"QuantizedParam: {value.dtype}{list(value.shape)} cannot replace "
+                f"{self.get_raw_value()!r}. {FLOAT_STATE}"
+            )
 
     def __jax_array__(self) -> Any:
         value = self.get_value()

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen
+from flax import linen, nnx
 from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict
 
@@ -130,7 +130,7 @@ def quantize_model(
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
-      >>> from flax import linen
+      >>> from flax import linen, nnx
       >>> module, x = linen.Dense(8), jnp.ones((2, 64))
       >>> variables = module.init(jax.random.key(0), x)
       >>> qmodule, qvariables, report = jaxq.nn.linen.quantize_model(
@@ -382,7 +382,7 @@ class LinenAdapter:
         weights = {layer.key for layer in self._structure.layers.values()}
         for key, boxed in self._params.items():
             value, path = linen.meta.unbox(boxed), "/".join(key)
-            cls = self._structure.classes.get(key[:-1])
+            cls = self._structure.class_of(key[:-1])
             if key in weights or cls is None or not _is_float(value):
                 continue
             rule, description = match_bare_array(self._recipe, path, value, cls)
@@ -412,7 +412,7 @@ class LinenAdapter:
         for key, boxed in self._params.items():
             value = linen.meta.unbox(boxed)
             is_matrix = _is_float(value) and value.ndim > 1
-            if key[:-1] in self._structure.classes or not is_matrix:
+            if self._structure.class_of(key[:-1]) or not is_matrix:
                 continue
             path, shape = "/".join(key[:-1]), tuple(value.shape)
             kinds = {kind.name for kind in linen_kinds() if kind.weight == key[-1]}
@@ -429,7 +429,7 @@ class LinenAdapter:
 
     def _class_name(self, scope: _Key) -> str:
         """The class of a scope's module. "-" if the example's call did not reach it."""
-        cls = self._structure.classes.get(scope)
+        cls = self._structure.class_of(scope)
         return cls.__name__ if cls else "-"
 
     def _why_float(self, key: _Key, value: Any) -> str:
@@ -441,7 +441,7 @@ class LinenAdapter:
         reason = why_not_weight(value, in_layer=in_layer)
         if reason:
             return reason
-        if scope not in self._structure.classes:
+        if self._structure.class_of(scope) is None:
             return "not reached by the call of the example, left in floats"
         name = self._class_name(scope)
         return f"used by {name} itself, which jaxq does not quantize, left in floats"
@@ -474,8 +474,16 @@ def _bare_slot(key: _Key, value: Any, rule: Rule, cls: type) -> Slot:
     problem = (
         f"{cls.__name__} creates it with self.param, and flax checks its shape, so a "
         "QTensor cannot replace it. Make it the kernel of a Dense, DenseGeneral or "
-        "Einsum, or quantize variables['params'] with jaxq.quantize_params and apply "
-        "the module to the result of jaxq.dequantize_params"
+        "Einsum"
+    )
+    if issubclass(cls, nnx.bridge.ToLinen):
+        problem = (
+            "it is inside an nnx.bridge.ToLinen, where nnx layers run with float "
+            "weights. Write these layers in linen"
+        )
+    problem += (
+        ", or quantize variables['params'] with jaxq.quantize_params and apply the "
+        "module to the result of jaxq.dequantize_params"
     )
     return Slot(
         path=path,

@@ -104,10 +104,10 @@ def _is_multiplied(path: str, shape: Sequence[int], module: type) -> bool:
       shape: the shape of the array.
       module: the class of the module.
     """
-    # The classes of Flax hold gains and biases, not weight matrices. The
-    # exception is DenseParams: recurrent cells keep their weight matrices there.
+    # The classes of Flax hold gains and biases, not weight matrices. Recurrent cells
+    # keep their weight matrices in DenseParams. ToNNX and ToLinen hold whole models.
     is_flax = module.__module__.startswith("flax.")
-    if is_flax and module.__name__ != "DenseParams":
+    if is_flax and module.__name__ not in ("DenseParams", "ToNNX", "ToLinen"):
         return False
     is_matrix = sum(size > 1 for size in shape) >= 2
     name = path.rpartition("/")[2].lower()

@@ -259,7 +259,17 @@ class NnxAdapter:
             )
             if rule is None:
                 if description:
-                    unmatched.append(description)
+                    inside = isinstance(array.holder, nnx.bridge.ToNNX)
+                    unmatched.append(description + " (inside ToNNX)" * inside)
+            elif isinstance(array.holder, nnx.bridge.ToNNX):
+                other_rules.append(rule)
+                if rule.weight is not None:
+                    refused.append(
+                        f"a rule quantizes {array.path}, which is inside an "
+                        "nnx.bridge.ToNNX, where linen layers run with float weights. "
+                        "Write these layers in nnx, or add "
+                        "jaxq.Rule(path, skip=True, kinds=('Param',))."
+                    )
             elif array.attribute is not None:
                 kind = _bare_kind(array, array.attribute, rule)
                 slot = _slot(array.path, array.holder, kind, rule, names, normalized)

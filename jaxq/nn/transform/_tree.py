@@ -20,6 +20,7 @@ array. Then the axes come from the trace, and methods can have statistics of the
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ from jaxq.nn.calibration import (
 )
 from jaxq.nn.report import Report, Row, float_row, why_not_weight
 from jaxq.nn.transform._calibration_data import CalibrationData
+from jaxq.nn.transform._equinox import EquinoxWeight, find_equinox_weight
 from jaxq.nn.transform._loop import quantize_slots
 from jaxq.nn.transform._model_error import Run
 from jaxq.nn.transform._nnx_layers import NOT_WEIGHTS
@@ -197,6 +199,7 @@ class _Leaf:
       note: why the leaf cannot be quantized. Empty if it has a slot.
       slot: the slot of the leaf, or None.
       array: identifies the array of the leaf. Several leaves may hold one array.
+      equinox: the weight of an Equinox layer. None for other leaves.
     """
 
     path: str
@@ -204,6 +207,7 @@ class _Leaf:
     note: str
     slot: Slot | None = None
     array: int = 0
+    equinox: EquinoxWeight | None = None
 
     def __post_init__(self):
         self.array = id(self.value)
@@ -352,6 +356,9 @@ class TreeAdapter:
             if leaf.slot is None:
                 value = leaf.value
                 if not hasattr(value, "dtype"):
+                    # A model of Equinox has functions as leaves too.
+                    if not isinstance(value, numbers.Number):
+                        continue
                     value = np.asarray(value)
                 out.append(float_row(leaf.path, "Array", value, leaf.note))
                 continue
@@ -460,14 +467,20 @@ class TreeAdapter:
         )
         if rule is None or rule.weight is None:
             return slot
-        batch = rule.batch or ()
-        contracting = rule.contracting
-        if contracting is None:
+        batch, contracting = rule.batch or (), rule.contracting
+        problem = ""
+        if leaf.equinox is not None:
+            problem = leaf.equinox.problem
+            # Leading axes are those of a stack of layers (`eqx.filter_vmap`).
+            batch = rule.batch or tuple(range(leaf.value.ndim - 2))
+            contracting = contracting or (-1,)
+        elif contracting is None:
             contracting = (-2,) if leaf.value.ndim == 2 + len(batch) else ()
         return dataclasses.replace(
             slot,
             contracting=contracting,
             batch=batch,
+            problem=problem,
             # An array at several places is quantized once if its rule is the same.
             weight=(id(leaf.value), id(rule), contracting, batch),
         )
@@ -476,8 +489,12 @@ class TreeAdapter:
         """The first rule that matches the path of an array or of its parent."""
         holder = leaf.path.rpartition("/")[0]
         shape = tuple(leaf.value.shape)
+        is_table = leaf.equinox is not None and leaf.equinox.is_table
         for rule in self._recipe.rules:
             if rule.matches(leaf.path, "Array", shape):
+                return rule
+            # Named recipes leave embeddings in floats, whatever their path is.
+            if is_table and rule.matches(leaf.path, "Embed", shape):
                 return rule
             if holder and rule.matches(holder, "Array", shape):
                 return rule
@@ -500,7 +517,8 @@ def _leaves_of(params: Any) -> Iterable[_Leaf]:
         note = why_not_weight(value)
         if variable_type is not None and issubclass(variable_type, NOT_WEIGHTS):
             note = f"{variable_type.__name__}, not a weight: left as it is"
-        yield _Leaf(_path_of(own_keys), value, note)
+        equinox = find_equinox_weight(params, keys)
+        yield _Leaf(_path_of(own_keys), value, note, equinox=equinox)
 
 
 def _path_of(keys: tuple[Any, ...]) -> str:

@@ -415,8 +415,8 @@ def test_one_error_names_all_problems():
     reasons = {
         "same_size/Dense_0 (Dense)": "stacked along another axis than 0",
         "scanned/Dense_0 (Dense)": "[8, 3, 8], which is not [8, 8] with stacked axes",
-        "normed (Dense)": "in a way that a QTensor does not support",
-        "turned (Dense)": "is changed before the layer gets it",
+        "normed (Dense)": "is changed before the layer multiplies by it",
+        "turned (Dense)": "is changed before the layer multiplies by it",
         "own (Dense)": "its dot_general is a custom function",
         "outer (Einsum)": "contracts no axis of the kernel",
         "dots (Einsum)": "are not all named",

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jaxq
 from jaxq import Recipe, Rule
@@ -327,3 +327,61 @@ def test_impossible_activations_are_found_before_anything_is_called(
         match=rf"(?s)layers cannot be quantized:\n  a \(.*{message}.*activation: float",
     ):
         jaxq.quantize_model(nnx.Dict(a=layer(nnx.Rngs(0))), Recipe([rule]))
+
+
+# Models of the other Flax flavour inside a model.
+
+
+def test_linen_layers_inside_an_nnx_model_are_named():
+    x = jnp.ones((2, 8))
+    inner = nnx.bridge.ToNNX(linen.Dense(4, name="up"), rngs=nnx.Rngs(0)).lazy_init(x)
+    model = nnx.Dict(a=nnx.Linear(8, 8, rngs=nnx.Rngs(0)), b=inner)
+    with pytest.raises(ValueError, match=r"b/kernel float32\[8, 4\] \(inside ToNNX\)"):
+        jaxq.quantize_model(model, "int8")
+    rules = jaxq.recipes.get("int8").rules
+    rule = Rule("b/**", weight="int8", kinds="Param")
+    with pytest.raises(ValueError, match=r"quantizes b/kernel, .* nnx.bridge.ToNNX"):
+        jaxq.quantize_model(model, Recipe([rule, *rules]))
+    skip = Rule("b/**", skip=True, kinds="Param")
+    for recipe, strict in ((Recipe([skip, *rules]), True), ("int8", False)):
+        q, report = jaxq.quantize_model(model, recipe, strict=strict)
+        (row,) = [row for row in report.rows if row.path == "b/kernel"]
+        assert row.format is None
+        assert [row.path for row in report.quantized] == ["a/kernel"]
+        np.testing.assert_array_equal(q["b"](x), model["b"](x))
+
+
+class Inner(nnx.Module):
+    def __init__(self, rngs):
+        self.down = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(x)
+
+
+class Bridged(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return nnx.bridge.ToLinen(Inner, name="inner")(linen.Dense(8, name="up")(x))
+
+
+def test_nnx_layers_inside_a_linen_model_are_named():
+    x = jnp.ones((2, 8))
+    module = Bridged()
+    variables = module.init(jax.random.key(0), x)
+    with pytest.raises(
+        ValueError, match=r"inner/down/kernel float32\[8, 4\] \(ToLinen\)"
+    ):
+        jaxq.nn.linen.quantize_model(module, variables, "int8")
+    rules = jaxq.recipes.get("int8").rules
+    rule = Rule("inner/**", weight="int8", kinds="Param")
+    with pytest.raises(ValueError, match=r"inside an nnx.bridge.ToLinen"):
+        jaxq.nn.linen.quantize_model(module, variables, Recipe([rule, *rules]))
+    qmodule, qvariables, report = jaxq.nn.linen.quantize_model(
+        module, variables, "int8", strict=False
+    )
+    y, expected = qmodule.apply(qvariables, x), module.apply(variables, x)
+    assert jaxq.metrics.sqnr(expected, y) > 35
+    rows = {row.path: row for row in report.rows}
+    assert [row.path for row in report.quantized] == ["up/kernel"]
+    assert "which jaxq does not quantize" in rows["inner/down/kernel"].note

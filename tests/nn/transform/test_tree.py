@@ -575,3 +575,99 @@ def test_the_params_of_a_linen_module_are_a_tree(batches):
     assert report.quantized[0].method == "gptq"
     out = module.apply({"params": jaxq.dequantize_params(q)}, batches[0])
     assert jaxq.metrics.sqnr(module.apply(variables, batches[0]), out) > 15
+
+
+# Equinox layers. The stand-ins have the class names, so the package is not needed.
+
+
+def equinox_class(name, *fields):
+    """A class of a pytree that looks like the Equinox layer of this name."""
+
+    def init(self, *values):
+        for field, value in zip(fields, values, strict=True):
+            setattr(self, field, value)
+
+    def call(self, x):
+        return self.weight @ x
+
+    cls = type(
+        name, (), {"__init__": init, "__call__": call, "__module__": "equinox.nn._x"}
+    )
+    key = jax.tree_util.GetAttrKey
+    jax.tree_util.register_pytree_with_keys(
+        cls,
+        lambda layer: ([(key(f), getattr(layer, f)) for f in fields], None),
+        lambda _, values: cls(*values),
+    )
+    return cls
+
+
+EqxLinear = equinox_class("Linear", "weight", "activation")
+EqxConv = equinox_class("Conv", "weight")
+EqxEmbedding = equinox_class("Embedding", "weight")
+EqxWeightNorm = equinox_class("WeightNorm", "layer")
+
+
+@pytest.mark.parametrize("recipe", ["int8", "w8a8"])
+def test_an_equinox_weight_contracts_its_last_axis(recipe):
+    layer = EqxLinear(normal(32, 64), jax.nn.relu)
+    q, report = jaxq.quantize_params({"up": layer}, recipe)
+    (row,) = report.rows  # the function is no parameter
+    assert (row.path, row.note) == ("up/weight", "")
+    assert q["up"].weight.meta.geometry.contracted == (-1,)
+    x = normal(64)
+    plan = jaxq.explain(q["up"].weight, x)
+    assert (plan.path == "codes") == (recipe == "w8a8")
+    assert jaxq.metrics.sqnr(layer(x), q["up"](x)) > 35
+    batch = normal(3, 64)
+    y = jax.vmap(q["up"])(batch)
+    assert jaxq.metrics.sqnr(jax.vmap(layer)(batch), y) > 35
+
+
+def test_a_stack_of_equinox_layers_has_a_batch_axis():
+    layers = EqxLinear(normal(3, 64, 64), jax.nn.relu)
+    q, _ = jaxq.quantize_params(layers, "int8")
+    assert q.weight.batch_shape == (3,)
+
+    def run(layers):
+        return jax.lax.scan(lambda x, layer: (layer(x), None), normal(64), layers)[0]
+
+    assert jaxq.metrics.sqnr(run(layers), run(q)) > 30
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "message"),
+    [
+        (EqxConv(normal(4, 3, 2, 2)), "weight", "eqx.nn.Conv passes it to lax.conv"),
+        (EqxEmbedding(normal(8, 8)), "weight", "eqx.nn.Embedding indexes it"),
+        (
+            EqxWeightNorm(EqxLinear(normal(8, 8), None)),
+            "layer/weight",
+            "eqx.nn.WeightNorm normalizes it at each call",
+        ),
+    ],
+)
+def test_an_equinox_weight_that_cannot_be_codes_is_refused(model, path, message):
+    with pytest.raises(ValueError, match=rf"{path} \(Array\): {message}.*Skip it"):
+        jaxq.quantize_params(model, Recipe([Rule(weight="int8")]))
+
+
+def test_named_recipes_leave_an_equinox_table_in_floats():
+    report = jaxq.quantize_params({"tok": EqxEmbedding(normal(8, 8))}, "int8")[1]
+    assert report.rows[0].note == "embedding, left in floats by default"
+
+
+def test_equinox_itself():
+    eqx = pytest.importorskip("equinox")
+    keys = jax.random.split(jax.random.key(0), 2)
+    model = eqx.nn.MLP(32, 32, 32, 1, key=keys[0])
+    q, report = jaxq.quantize_params(model, "w8a8")
+    assert {row.path for row in report.quantized} == {
+        "layers/0/weight",
+        "layers/1/weight",
+    }
+    assert len(report.rows) == 4
+    x = normal(32)
+    assert jaxq.metrics.sqnr(model(x), q(x)) > 25
+    with pytest.raises(ValueError, match="passes it to lax.conv_general_dilated"):
+        jaxq.quantize_params(eqx.nn.Conv1d(3, 8, 3, key=keys[1]), "int8")
