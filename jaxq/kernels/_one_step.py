@@ -53,39 +53,41 @@ def as_one_step(
     return lax.cond(condition, compute, skip, *args)
 
 
-def _abstract(codes):
+def _abstract_condition(codes):
     return codes.update(shape=(), dtype=jnp.dtype(bool), weak_type=False)
 
 
-def _evaluate(codes: jax.Array) -> jax.Array:
+def _constant_true(codes: jax.Array) -> jax.Array:
     return jnp.bool(True)
 
 
-def _jvp(primals, tangents):
+def _jvp_of_condition(primals, tangents):
     condition = always_true_p.bind(*primals)
     return condition, ad.Zero.from_primal_value(condition)  # pyright: ignore
 
 
-def _batch(args, dims):
+def _batch_condition(args, dims):
     # The result is the same for all batch elements, so the conditional stays one.
     return always_true_p.bind(*args), None
 
 
 def _lower_on_cpu(ctx, codes):
     _, num_devices = lowering_devices(ctx, None)
-    form = _compare if num_devices == 1 else _evaluate
+    form = _compare_bits if num_devices == 1 else _constant_true
     return mlir.lower_fun(form, multiple_results=False)(ctx, codes)
 
 
-def _compare(codes: jax.Array) -> jax.Array:
+def _compare_bits(codes: jax.Array) -> jax.Array:
     """Whether a byte has at most 8 bits that are set. XLA does not see that it has."""
     first = lax.slice(codes, (0,) * codes.ndim, (1,) * codes.ndim).reshape(())
     return lax.population_count(first.astype(jnp.uint8)) <= 8
 
 
-always_true_p.def_abstract_eval(_abstract)
-always_true_p.def_impl(_evaluate)
-batching.primitive_batchers[always_true_p] = _batch
-ad.primitive_jvps[always_true_p] = _jvp
-mlir.register_lowering(always_true_p, mlir.lower_fun(_evaluate, multiple_results=False))
+always_true_p.def_abstract_eval(_abstract_condition)
+always_true_p.def_impl(_constant_true)
+batching.primitive_batchers[always_true_p] = _batch_condition
+ad.primitive_jvps[always_true_p] = _jvp_of_condition
+mlir.register_lowering(
+    always_true_p, mlir.lower_fun(_constant_true, multiple_results=False)
+)
 mlir.register_lowering(always_true_p, _lower_on_cpu, platform="cpu")
