@@ -16,11 +16,11 @@ MOVES = frozenset([
 
 # These primitives move, compare or select numbers, or change a sign. They never round.
 EXACT = MOVES | frozenset([
-    "abs", "all_gather", "all_gather_invariant", "all_to_all", "argmax", "argmin",
-    "bitcast_convert_type", "cummax", "cummin", "debug_callback", "debug_print",
-    "device_put", "eq", "eq_to", "gather", "ge", "gt", "is_finite", "le", "le_to",
-    "lt", "lt_to", "mesh_cast", "ne", "neg", "pad", "pbroadcast", "pcast", "pmax",
-    "pmin", "ppermute", "pvary", "reduce_precision", "reduce_window_max",
+    "abs", "all_gather", "all_gather_invariant", "all_to_all", "always_true", "argmax",
+    "argmin", "bitcast_convert_type", "cummax", "cummin", "debug_callback",
+    "debug_print", "device_put", "eq", "eq_to", "gather", "ge", "gt", "is_finite", "le",
+    "le_to", "lt", "lt_to", "mesh_cast", "ne", "neg", "pad", "pbroadcast", "pcast",
+    "pmax", "pmin", "ppermute", "pvary", "reduce_precision", "reduce_window_max",
     "reduce_window_min", "reshard", "scatter", "scatter-max", "scatter-min",
     "select_and_gather_add", "sharding_constraint", "sign", "sort", "split", "tile",
     "top_k",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
 
+from jaxq.kernels._one_step import as_one_step
 from jaxq.kernels._rows import (
     RowMeta,
     Rows,
@@ -167,6 +168,12 @@ def _for_expert_blocks(rows: Rows, meta: RowMeta, step, carry):
         block = jax.vmap(lambda matrix: slice_rows(matrix, start, count))(rows)
         return step(carry, start, block, i * count - start)
 
+    if n <= count:
+
+        def single(carry, rows: Rows):
+            return step(carry, jnp.int32(0), rows, jnp.int32(0))
+
+        return as_one_step(rows.data, single, lambda carry, rows: carry, carry, rows)
     return lax.fori_loop(0, -(-n // count), body, carry)
 
 

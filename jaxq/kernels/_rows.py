@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxq import formats
+from jaxq.kernels._one_step import as_one_step
 
 # The order of codes in memory: along the row, `[n, k]`, or along the column, `[k, n]`.
 # TPU kernels want columns, GPU kernels want rows.
@@ -231,7 +232,13 @@ def for_blocks(
     num_blocks = -(-n // count)
     if num_blocks == 1:
         repeats = (jnp.int32(0),) if with_repeats else ()
-        return step(carry, jnp.int32(0), rows, *repeats)
+
+        def single(carry, rows: Rows):
+            return step(carry, jnp.int32(0), rows, *repeats)
+
+        if meta.block_bytes is not None:
+            return single(carry, rows)
+        return as_one_step(rows.data, single, lambda carry, rows: carry, carry, rows)
 
     def body(i: jax.Array, carry):
         i = i.astype(jnp.int32)  # int64 if 64-bit types are enabled

@@ -7,10 +7,16 @@ algorithm needs only the positions of the k - 1 boundaries:
     positions = search(numbers, midpoints of neighbouring centres)  # [blocks, k - 1]
     centres = differences of sums / differences of counts           # [blocks, k]
 
-An empty cluster keeps its centre. The numbers are either those of the block, sorted
-("exact"), or the bins of a fine histogram, each with the count and the mean of its
-numbers ("histogram"). The histogram needs one pass over a large weight. It is exact,
-except for the bins on a boundary.
+Lloyd's algorithm alone wastes centres: with one outlier, most evenly spaced centres
+have no weight near them. So an empty centre moves to the cluster that gains most by a
+second centre. When no boundary moves any more, two neighbouring clusters are merged if
+that costs less error than a split of another cluster saves:
+
+    cost of a merge, gain of a split = n m / (n + m) (centre - other centre)^2
+
+The numbers are either those of the block, sorted ("exact"), or the bins of a fine
+histogram, each with the count and the mean of its numbers ("histogram"). The histogram
+needs one pass over a large weight. It is exact, except for the bins on a boundary.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +63,9 @@ _OPTIONS = {
     "algorithm": choice(*ALGORITHMS),
 }
 _NUM_BINS = 1 << 16
+# A centre moves if this saves more than 1 % beyond its cost. Smaller differences may be
+# rounding errors.
+_LEAST_GAIN = np.float32(1.01)
 # Up to this width, codes are found by a comparison with every entry, in one pass.
 # Beyond it a binary search is faster.
 _MOST_COMPARED_BITS = 4
@@ -68,7 +77,9 @@ class KMeansInfo(NamedTuple):
     Attributes:
       inertia: float32, `sum (w - centre of w)^2`.
       num_steps: int32, number of steps that ran. Steps end when no boundary moves.
-      num_empty: int32, number of centres without a weight, over all blocks.
+      num_empty: int32, number of centres without a weight, over all blocks. After
+        enough steps, a block has such centres only if it has fewer different numbers
+        than centres. Its numbers are then stored exactly.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -97,7 +108,8 @@ def kmeans(
     `argmin over tables c of sum min_k (w - c_k)^2`, by Lloyd's algorithm. The scale of
     the QTensor is 1. Its `codebook` holds the centres in ascending order. It is a
     float32 leaf that can be trained: by `jax.grad` through `dequantize` or products, or
-    with `centroid_gradient`. An empty cluster keeps its centre.
+    with `centroid_gradient`. A centre without weights moves to where it lowers the
+    error most. A block of at most 2^bits different numbers is stored exactly.
 
     Args:
       w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).
@@ -107,10 +119,12 @@ def kmeans(
       init: first centres. "linear" spaces them evenly from the least to the greatest
         weight of the block. The paper found this best, since it keeps large weights.
         "density" gives an equal share of the weights to each.
-      num_steps: maximum number of steps, not negative.
+      num_steps: maximum number of steps, not negative. A step moves the centres to the
+        means of their clusters, or moves a centre to another cluster.
       algorithm: "exact" sorts the weights of each block. "histogram" puts them into
-        65536 bins from the least to the greatest. "auto" takes the histogram for blocks
-        of more weights than bins.
+        65536 bins of equal width from the least to the greatest, and cannot tell the
+        weights of a bin apart. "auto" takes the histogram for blocks of more weights
+        than bins.
       name: what errors call the weight.
 
     Returns:
@@ -265,11 +279,13 @@ def _cluster_matrix(
         bins = _histogram(x, inside, low, unit)
     else:
         bins = _sorted(x, inside)
+    exact_table, is_exact = _table_of_few(bins, size)
     numbers = jnp.clip((bins.numbers - middle[:, None]) / unit, -1.0, 1.0)
     bins = bins._replace(numbers=numbers)
     centres = _first_centres(bins, size, init)
     centres, steps, num_empty = _lloyd(bins, centres, num_steps)
     table = middle[:, None] + unit * centres  # [blocks, k]
+    table = jnp.where(is_exact[:, None], exact_table, table)
     table = jnp.where(finite[:, None], table, np.float32(np.nan))
     qt = dataclasses.replace(
         like,
@@ -343,17 +359,22 @@ class _Bins(NamedTuple):
     Attributes:
       numbers: float32 `[blocks, m]`.
       counts: int32 `[blocks, m]`, how many weights each number stands for.
+      low: float32 `[blocks, m]`, the least of these weights.
+      high: float32 `[blocks, m]`, the greatest of these weights.
     """
 
     numbers: jax.Array
     counts: jax.Array
+    low: jax.Array
+    high: jax.Array
 
 
 def _sorted(x: jax.Array, inside: jax.Array) -> _Bins:
     """The weights themselves as bins. Padding gets count 0 and the greatest number."""
     ordered = jnp.sort(jnp.where(inside, x, np.float32(np.inf)), axis=1)
     greatest = jnp.max(x, axis=1, keepdims=True, where=inside, initial=-np.inf)
-    return _Bins(jnp.where(inside, ordered, greatest), inside.astype(jnp.int32))
+    numbers = jnp.where(inside, ordered, greatest)
+    return _Bins(numbers, inside.astype(jnp.int32), numbers, numbers)
 
 
 def _histogram(
@@ -367,17 +388,39 @@ def _histogram(
     # Padding gets an index beyond the last, which segment_sum drops.
     index = jnp.where(inside, index, num_blocks * _NUM_BINS).ravel()
 
-    def sum_bins(values: jax.Array) -> jax.Array:
-        sums = jax.ops.segment_sum(values, index, num_blocks * _NUM_BINS)
-        return sums.reshape(num_blocks, _NUM_BINS)
+    def over_bins(reduce: Callable[..., jax.Array], values: jax.Array) -> jax.Array:
+        reduced = reduce(values.ravel(), index, num_blocks * _NUM_BINS)
+        return reduced.reshape(num_blocks, _NUM_BINS)
 
-    counts = sum_bins(jnp.ones(index.shape, jnp.int32))
+    counts = over_bins(jax.ops.segment_sum, jnp.ones(index.shape, jnp.int32))
     position = jnp.arange(_NUM_BINS, dtype=jnp.float32)[None] + 0.5
     centre = low[:, None] + position * (unit * np.float32(2 / _NUM_BINS))
     # Float32 sums of distances from the centre lose fewer digits than sums of numbers.
     distance = x - jnp.take(centre.ravel(), index, mode="clip").reshape(x.shape)
-    mean = sum_bins(distance.ravel()) / jnp.maximum(counts, 1).astype(jnp.float32)
-    return _Bins(centre + mean, counts)
+    total = over_bins(jax.ops.segment_sum, distance)
+    mean = total / jnp.maximum(counts, 1).astype(jnp.float32)
+    low = over_bins(jax.ops.segment_min, x)
+    high = over_bins(jax.ops.segment_max, x)
+    return _Bins(centre + mean, counts, low, high)
+
+
+def _table_of_few(bins: _Bins, size: int) -> tuple[jax.Array, jax.Array]:
+    """The different numbers of each block as its table, if the table has room for them.
+
+    Returns:
+      (table `[blocks, k]` ascending, bool `[blocks]`: whether the table has all numbers
+      of the block). Entries beyond the last number repeat it.
+    """
+    has_weights = bins.counts > 0
+    low = jnp.where(has_weights, bins.low, np.float32(-np.inf))
+    greatest = lax.cummax(low, axis=1)
+    before = jnp.pad(greatest[:, :-1], ((0, 0), (1, 0)), constant_values=-np.inf)
+    num_different = jnp.cumsum(low > before, axis=1, dtype=jnp.int32)  # [blocks, m]
+    search = jax.vmap(functools.partial(jnp.searchsorted, side="left"), (0, None))
+    places = search(num_different, jnp.arange(1, size + 1, dtype=jnp.int32))
+    table = jnp.take_along_axis(greatest, places, axis=1, mode="clip")
+    is_single = jnp.where(has_weights, bins.low == bins.high, True).all(axis=1)
+    return table, is_single & (num_different[:, -1] <= size)
 
 
 def _first_centres(bins: _Bins, size: int, init: str) -> jax.Array:
@@ -414,7 +457,7 @@ class _LloydState(NamedTuple):
 def _lloyd(
     bins: _Bins, centres: jax.Array, num_steps: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs Lloyd's algorithm until no boundary moves.
+    """Runs Lloyd's algorithm, and moves centres, until no boundary moves.
 
     Returns:
       (centres `[blocks, k]` ascending, number of steps, number of empty clusters).
@@ -431,9 +474,20 @@ def _lloyd(
         middles = 0.5 * (centres[:, 1:] + centres[:, :-1])
         return search(bins.numbers, middles).astype(jnp.int32)
 
+    def up_to(running: jax.Array, places: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(running, places, axis=1, mode="clip")
+
+    def lower_part(
+        values: jax.Array, starts: jax.Array, ends: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Count and sum of the numbers up to a value in each cluster, `[blocks, k]`."""
+        cuts = jnp.clip(search(bins.numbers, values).astype(jnp.int32), starts, ends)
+        parts = [up_to(s, cuts) - up_to(s, starts) for s in sums]
+        return up_to(counts, cuts) - up_to(counts, starts), parts[0] + parts[1]
+
     def within(running: jax.Array, places: jax.Array) -> jax.Array:
         """The part of a running sum in each cluster, `[blocks, k]`."""
-        at_boundaries = jnp.take_along_axis(running, places, axis=1, mode="clip")
+        at_boundaries = up_to(running, places)
         return jnp.diff(at_boundaries, axis=1, prepend=0, append=running[:, -1:])
 
     def step(state: _LloydState) -> _LloydState:
@@ -447,6 +501,23 @@ def _lloyd(
         high = jnp.pad(middle, ((0, 0), (0, 1)), constant_values=1.0)
         centres = jnp.where(sizes > 0, jnp.clip(means, low, high), centres)
         new_places = boundaries(centres)
+        is_settled = (new_places == places).all(axis=1)
+        # A cut at the mean halves a cluster. A cut in the middle isolates an outlier.
+        ends = jnp.pad(places, ((0, 0), (0, 1)), constant_values=counts.shape[1] - 1)
+        starts = jnp.pad(places, first_column)
+        middle = 0.5 * up_to(bins.numbers, starts)
+        middle = middle + 0.5 * up_to(bins.numbers, jnp.maximum(ends - 1, 0))
+        at_mean, at_middle = (
+            _halves(*lower_part(cut, starts, ends), sizes, totals)
+            for cut in (centres, middle)
+        )
+        halves = jax.tree.map(
+            functools.partial(jnp.where, at_mean.gain >= at_middle.gain),
+            at_mean,
+            at_middle,
+        )
+        centres = _move_centres(centres, sizes, halves, is_settled)
+        new_places = boundaries(centres)
         moved = (new_places != places).any()
         return _LloydState(centres, new_places, moved, state.num_steps + 1)
 
@@ -457,6 +528,85 @@ def _lloyd(
     state = lax.while_loop(is_running, step, state)
     num_empty = jnp.sum(within(counts, state.places) == 0, dtype=jnp.int32)
     return state.centres, state.num_steps, num_empty
+
+
+class _Halves(NamedTuple):
+    """Two clusters in the place of each cluster, float32 `[blocks, k]`.
+
+    Attributes:
+      lower: the mean of the lower cluster.
+      upper: the mean of the upper cluster.
+      gain: the squared error that the cut saves.
+    """
+
+    lower: jax.Array
+    upper: jax.Array
+    gain: jax.Array
+
+
+def _halves(
+    lower_sizes: jax.Array, lower_totals: jax.Array, sizes: jax.Array, totals: jax.Array
+) -> _Halves:
+    """Cuts each cluster. The lower part has these counts and sums of numbers."""
+    upper_sizes = sizes - lower_sizes
+    lower = lower_totals / jnp.maximum(lower_sizes, 1).astype(jnp.float32)
+    upper_totals = totals - lower_totals
+    upper = upper_totals / jnp.maximum(upper_sizes, 1).astype(jnp.float32)
+    gain = _error_between(lower, lower_sizes, upper, upper_sizes)
+    return _Halves(lower, upper, gain)
+
+
+def _move_centres(
+    centres: jax.Array, sizes: jax.Array, halves: _Halves, is_settled: jax.Array
+) -> jax.Array:
+    """The centres after some of them moved to where they lower the error.
+
+    If a block has empty clusters, their centres split the clusters with the greatest
+    gains. Otherwise, if no boundary of the block moves any more (`is_settled`), the two
+    neighbours that cost least are merged, and the cluster with the greatest gain is
+    split, if this lowers the error.
+    """
+    size = centres.shape[1]
+
+    def in_block(centres, sizes, halves, is_settled):
+        """The new centres of one block, `[k]`."""
+        lower, upper, gains = halves
+        rank = jnp.arange(size, dtype=jnp.int32)
+        is_empty = sizes == 0
+        by_gain = jnp.argsort(-gains)  # the clusters to split
+        empty_first = jnp.argsort(~is_empty, stable=True)
+        splits = (rank < jnp.sum(is_empty)) & (gains[by_gain] > 0)
+        # An index beyond the last drops the write.
+        at = jnp.where(splits, empty_first, size)
+        filled = centres.at[at].set(upper[by_gain], mode="drop")
+        at = jnp.where(splits, by_gain, size)
+        filled = filled.at[at].set(lower[by_gain], mode="drop")
+
+        best = by_gain[0]
+        costs = _error_between(centres[:-1], sizes[:-1], centres[1:], sizes[1:])
+        shares_best = (rank[:-1] == best) | (rank[1:] == best)
+        costs = jnp.where(shares_best, np.float32(np.inf), costs)
+        first = jnp.argmin(costs)  # and its right neighbour
+        pair = jnp.stack([first, first + 1])
+        weights = sizes[pair].astype(jnp.float32)
+        merged = jnp.sum(weights * centres[pair]) / jnp.maximum(jnp.sum(weights), 1)
+        swapped = centres.at[pair].set(jnp.stack([merged, upper[best]]))
+        swapped = swapped.at[best].set(lower[best])
+        is_better = is_settled & (gains[best] > _LEAST_GAIN * costs[first])
+        centres = jnp.where(is_better, swapped, centres)
+        return jnp.sort(jnp.where(splits.any(), filled, centres))
+
+    return jax.vmap(in_block)(centres, sizes, halves, is_settled)
+
+
+def _error_between(
+    a: jax.Array, a_size: jax.Array, b: jax.Array, b_size: jax.Array
+) -> jax.Array:
+    """The squared error that clusters with centres `a` and `b` have more if merged."""
+    a_count, b_count = a_size.astype(jnp.float32), b_size.astype(jnp.float32)
+    distance = b - a
+    share = a_count / jnp.maximum(a_count + b_count, 1)
+    return share * b_count * distance * distance
 
 
 # A float32 sum, and the part of the exact sum that it lacks.
@@ -524,8 +674,13 @@ def _solve_kmeans(
     **options: Any,
 ) -> Solution:
     options["granularity"] = _table_granularity(spec, options)
-    qt, _ = kmeans(w, spec.fmt.bits, **options)
-    return Solution(qt)
+    qt, info = kmeans(w, spec.fmt.bits, **options)
+    assert qt.codebook is not None
+    num_empty = int(np.sum(info.num_empty))
+    note = ""
+    if num_empty:
+        note = f"{num_empty} of {qt.codebook.size} table entries unused"
+    return Solution(qt, note=note)
 
 
 # k-means takes only the number of bits from a spec, so it refuses no spec.

@@ -15,6 +15,7 @@ from jax import lax
 
 from jaxq.ops._activations import ActivationAxes, multiply_quantized
 from jaxq.ops._decision import plan_conv
+from jaxq.ops._decoded import multiply_decoded, multiply_in_one_step
 from jaxq.ops._operands import as_operands
 from jaxq.ops._plan import Plan
 from jaxq.qtensor import FLOATS, QTensor, dequantize, scale_values
@@ -209,7 +210,11 @@ def _convolve(
     """Carries out a plan: convolves codes, or the floats of both operands."""
     if plan.path == "codes":
         assert isinstance(x, QTensor)
-        y = product(x.codes(), kernel.codes(), jnp.int32).astype(jnp.float32)
+
+        def multiply_codes(x: QTensor, kernel: QTensor) -> jax.Array:
+            return product(x.codes(), kernel.codes(), jnp.int32)
+
+        y = multiply_in_one_step(multiply_codes, x, kernel).astype(jnp.float32)
         x_scale = _along(scale_values(x), batch, y.ndim)
         return y * x_scale * _along(scale_values(kernel), features % y.ndim, y.ndim)
     floats = dequantize(x) if isinstance(x, QTensor) else x
@@ -219,7 +224,11 @@ def _convolve(
             f"or a QTensor, got {floats.dtype.name}{list(floats.shape)}. "
             "Pass lhs.astype(jnp.float32)."
         )
-    return product(floats, dequantize(kernel, dtype=floats.dtype), jnp.float32)
+
+    def float_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return product(x, kernel, jnp.float32)
+
+    return multiply_decoded(float_product, floats, kernel)
 
 
 def _along(scale: jax.Array, axis: int, ndim: int) -> jax.Array:

@@ -20,6 +20,7 @@ from jax import lax
 from jaxq import kernels, sharding
 from jaxq.ops._activations import ActivationAxes, multiply_quantized
 from jaxq.ops._decision import plan_dot, result_dtype
+from jaxq.ops._decoded import multiply_decoded
 from jaxq.ops._dimension_numbers import (
     DimensionNumbers,
     as_tuples,
@@ -298,8 +299,12 @@ def _multiply_weight(
     """`[b, free of x, free of weight]`: floats times a weight, summed in float32."""
     x = x.astype(plan.x_dtype)
     if plan.path == "dequantize":
-        w = dequantize(weight, dtype=x.dtype)
-        return lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+        product = functools.partial(
+            lax.dot_general,
+            dimension_numbers=dims,
+            preferred_element_type=jnp.float32,
+        )
+        return multiply_decoded(product, x, weight)
     (x_axes, w_axes), (x_batch, w_batch) = dims
     geometry = weight.meta.geometry
     transposed = plan.path == "weight_only_transposed"
