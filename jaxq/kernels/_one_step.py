@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -48,7 +49,7 @@ def as_one_step(
     if codes.size == 0 or not jax.sharding.get_abstract_mesh().empty:
         return compute(*args)
     condition = always_true_p.bind(codes)
-    if not isinstance(condition, jax.core.Tracer):
+    if not isinstance(condition, Tracer):
         return compute(*args)
     return lax.cond(condition, compute, skip, *args)
 

@@ -110,7 +110,7 @@ def _leaf_names(arguments: Any, params: FlatParams) -> list[str]:
     names, counts = [], dict.fromkeys(params, 0)
     for path, _ in jax.tree_util.tree_leaves_with_path(arguments):
         # The path begins with the position of the variables, and their collection.
-        keys = [getattr(entry, "key", None) for entry in path]
+        keys: list[Any] = [getattr(entry, "key", None) for entry in path]
         prefixes = (tuple(keys[2:end]) for end in range(3, len(keys) + 1))
         key = next((prefix for prefix in prefixes if prefix in params), None)
         if path[0].idx != 0 or keys[1] != "params" or key is None:

@@ -33,6 +33,8 @@ from jaxq.recipes import Rule
 _TOLERANCE = 1.76
 
 _Bounds = tuple[jax.Array, jax.Array]
+# What `QTensor.with_activation` accepts: numpy arrays and numbers too.
+_AnyBounds = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
 
 
 class StaticRange(NamedTuple):
@@ -47,7 +49,7 @@ class StaticRange(NamedTuple):
     note: str
 
 
-def with_activation(qt: QTensor, rule: Rule, bounds: _Bounds | None) -> QTensor:
+def with_activation(qt: QTensor, rule: Rule, bounds: _AnyBounds | None) -> QTensor:
     """The quantized weight with the activation quantization of its rule.
 
     Args:
@@ -234,6 +236,7 @@ def _output_errors(
 
     None if there are no held-out rows.
     """
+    assert slot.rule is not None
     errors = []
     inputs = slot.inputs(stats)
     for bounds in candidates.values():
