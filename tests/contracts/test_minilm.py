@@ -27,7 +27,13 @@ PEER_REASON = (
 RECIPES = {
     "int8": (0.9995, False),
     "w8a8": (0.997, False),
+    "w8a8_static": (0.985, True),
+    "int4": (0.95, False),
+    "int4_gptq": (0.979, True),
+    "int4_awq": (0.96, True),
+    "w8a8_smoothquant": (0.997, True),
     "nf4": (0.972, False),
+    "llm_int8": (0.999, True),
     "fp8_dynamic": (0.997, False),
 }
 BATCH = 20
