@@ -54,15 +54,6 @@ def changed_weights(jaxpr: Any, sources: Sequence[str]) -> list[str]:
       jaxpr: of the traced function, a `jax.extend.core.ClosedJaxpr`.
       sources: the name of each input of the function. Empty for inputs that are no
         weights.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from jaxq.nn.layers._weight_marks import changed_weights, mark
-      >>> def product(x, a, b):
-      ...   return x @ mark(a, "a") @ mark(2 * b, "b")
-      >>> x = jnp.ones((2, 2))
-      >>> changed_weights(jax.make_jaxpr(product)(x, x, x), ["", "a", "b"])
-      ['b']
     """
     inputs = [
         _Weight(name, var.aval) if name else _Unknown(var.aval)
