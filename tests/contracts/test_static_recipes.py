@@ -67,9 +67,9 @@ class Experts(nnx.Module):
         self.down = nnx.Einsum("ebf,efd->ebd", (8, 32, 16), rngs=nnx.Rngs(1))
 
     def __call__(self, x):
-        expert = jnp.clip(jnp.round(x[:, 0] * 1.5) + 4, 0, 7)
-        mask = (jnp.arange(8)[:, None] == expert)[..., None]  # [e, b, 1]
-        return self.down(nnx.relu(self.up(mask * x))).sum(0)
+        expert = jnp.clip(jnp.round(x[:, 0] * 1.5) + 4, 0, 7).astype(jnp.int32)
+        mask = jnp.equal(jnp.arange(8)[:, None], expert[None])[..., None]  # [e, b, 1]
+        return self.down(nnx.relu(self.up(jnp.where(mask, x[None], 0)))).sum(0)
 
 
 def images(seed):
@@ -123,7 +123,4 @@ def test_no_observer_loses_much_on_held_out_inputs(network, observer):
     decibels, reports = results(network)
     lost = max(decibels.values()) - decibels[observer]
     replaced = any("that range is used" in row.note for row in reports[observer].rows)
-    print(
-        network, observer, decibels[observer], replaced, reports[observer].output_sqnr
-    )
-    assert lost <= 3 or replaced
+    assert lost <= 3 or replaced, decibels
