@@ -79,6 +79,18 @@ class LayerStats(NamedTuple):
         return jnp.maximum(jnp.abs(self.low), jnp.abs(self.high))
 
     @property
+    def extremes(self) -> tuple[jax.Array, jax.Array]:
+        """float32 `[K]` each: the smallest and the largest number of each channel.
+
+        They include the rows of `held_out`, which `low` and `high` leave out. A static
+        range covers these rows too, so it must be judged with these extremes.
+        """
+        is_filled = self.held_out_ranks[..., None] >= 0
+        low = jnp.min(self.held_out, axis=-2, where=is_filled, initial=jnp.inf)
+        high = jnp.max(self.held_out, axis=-2, where=is_filled, initial=-jnp.inf)
+        return jnp.minimum(self.low, low), jnp.maximum(self.high, high)
+
+    @property
     def num_samples(self) -> jax.Array:
         """int32, how many rows of `samples` are filled."""
         return jnp.sum(self.sample_ranks >= 0, axis=-1, dtype=jnp.int32)

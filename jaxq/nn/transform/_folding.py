@@ -473,7 +473,8 @@ def _output_error(
     )
     bounds = None
     if static:
-        bounds = (jnp.min(stats.low / row_scale), jnp.max(stats.high / row_scale))
+        low, high = stats.extremes
+        bounds = (jnp.min(low / row_scale), jnp.max(high / row_scale))
     x = stats.held_out / row_scale[None]  # [rows, in]
     y = ops.matmul(
         x,

@@ -168,8 +168,8 @@ def _divided_range(
     """The extremes of the divided inputs, `[*batch]`. None without a static range."""
     if rule.observer is None:
         return None
-    low = np.min(np.asarray(stats.low) / scale, axis=-1)
-    high = np.max(np.asarray(stats.high) / scale, axis=-1)
+    low, high = (np.asarray(end) / scale for end in stats.extremes)
+    low, high = np.min(low, axis=-1), np.max(high, axis=-1)
     # An input that is always zero has no range, and no error either.
     is_empty = ~(low < high)
     return np.where(is_empty, -1.0, low), np.where(is_empty, 1.0, high)

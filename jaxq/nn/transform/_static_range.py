@@ -189,7 +189,7 @@ def _plain_ranges(spec: QuantSpec, stats: LayerStats) -> dict[str, _Bounds]:
     minmax, mse = observers.minmax(), observers.mse()
 
     def extremes(stats: LayerStats) -> _Bounds:
-        ends = jnp.stack([stats.low, stats.high])
+        ends = jnp.stack(stats.extremes)
         return minmax.bounds_of(
             ends,
             spec.fmt,

@@ -480,6 +480,57 @@ def test_equalization_by_recipe(data):
     assert (rows["second/kernel"].loss is None) == (data is None)
 
 
+class NormFirst(nnx.Module):
+    """A norm before a linear layer: [b, 32] -> [b, 8]."""
+
+    def __init__(self):
+        self.norm = nnx.RMSNorm(32, rngs=nnx.Rngs(0))
+        self.linear = nnx.Linear(32, 8, use_bias=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.linear(self.norm(x))
+
+    def scale_groups(self):
+        return [jaxq.models.NormGroup("norm", ("linear",), "norm")]
+
+    def fold_scales(self, scales):
+        out, s = nnx.clone(self), scales.get("norm", jnp.ones(32))
+        out.norm.scale.set_value(out.norm.scale[...] / s)
+        out.linear.kernel.set_value(out.linear.kernel[...] * s[:, None])
+        return out
+
+
+def test_folded_scales_are_judged_with_the_static_range_in_use():
+    """Its observer reads all rows, and a held-out row has the largest number."""
+    model, x = NormFirst(), normal(64, 32)
+    x = x.at[7].set(0).at[7, 3].set(1)
+    rule = jaxq.Rule(
+        weight="int8", activation="int8", observer="minmax", method="smoothquant"
+    )
+    qmodel, report = jaxq.quantize_model(
+        model, jaxq.Recipe([rule]), calibration=[x], fallback="none"
+    )
+    rows, w = model.norm(x), model.linear.kernel[...]
+    s = np.asarray(1 / qmodel.norm.scale[...])
+    assert s.max() > 1.1
+    exact = np.asarray(rows, np.float64)[7::8] @ np.asarray(w, np.float64)
+    errors = []
+    for scale in (s, np.ones_like(s)):
+        divided = rows / scale[None]
+        bounds = (float(jnp.min(divided)), float(jnp.max(divided)))
+        qt = jaxq.quantize(w * scale[:, None], "int8")
+        qt = qt.with_activation("int8", bounds=bounds)
+        y = np.asarray(divided[7::8] @ qt, np.float64)
+        errors.append(np.sum((exact - y) ** 2))
+    (row,) = report.quantized
+    assert row.note == "scales folded into norm"
+    assert row.loss == pytest.approx(errors[0] / errors[1], rel=0.01)
+    largest = np.abs(rows / s[None]).max()
+    np.testing.assert_allclose(
+        qmodel.linear.kernel[...].input_range, [-largest, largest], rtol=1e-5
+    )
+
+
 def test_bias_correction_by_recipe(pair, rounded_pair):
     """The mean output equals the float layer's on the rows in the statistics."""
     x = jnp.asarray(np.asarray(BATCHES[0]) + 1)

@@ -104,8 +104,12 @@ def test_nnx_without_registered_folding(net, first_stats, recipe, tmp_path):
 
     plain, _ = jaxq.quantize_model(net, PLAIN[recipe])
     new = inputs(64, seed=5)
-    y = net(new)
-    assert relative_error(qmodel(new), y) < 0.8 * relative_error(plain(new), y)
+    y, hidden = net(new), net.first(new)
+    # The channels of the first layer's input differ, so scales help there. AWQ has 0.64
+    # times the error of plain int4, and 0.86 times without scales: it also clips.
+    plain_error = relative_error(plain.first(new), hidden)
+    assert relative_error(qmodel.first(new), hidden) < 0.75 * plain_error
+    assert relative_error(qmodel(new), y) < relative_error(plain(new), y)
     jitted = nnx.jit(lambda model, x: model(x))(qmodel, new)
     assert_close(jitted, qmodel(new), 1e-5)
     jaxq.save(tmp_path / "q.safetensors", qmodel)
@@ -311,3 +315,20 @@ def test_statistics_of_a_multiplied_input():
 
     scaled = jaxq.observers.scaled_stats(stats_of(x), factors)
     assert_close(scaled, stats_of(x * factors[None]))
+
+
+def test_extremes_include_the_held_out_rows():
+    x = normal(2, 64, 8)
+    x = x.at[:, 7, 3].set(9.0).at[1, 7, 5].set(-8.0)  # row 7 is held out
+    counts = jnp.ones(64, bool).at[15].set(False)  # row 15 is padding
+    x = x.at[:, 15].set(99.0)
+    stats = jax.vmap(
+        lambda x: jaxq.observers.update_stats(
+            jaxq.observers.empty_stats(8), x, counts, jnp.arange(64)
+        )
+    )(x)
+    rows = np.delete(np.asarray(x), 15, axis=1)
+    low, high = stats.extremes
+    np.testing.assert_array_equal(low, rows.min(axis=1))
+    np.testing.assert_array_equal(high, rows.max(axis=1))
+    assert stats.high[0, 3] < 9

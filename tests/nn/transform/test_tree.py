@@ -335,8 +335,21 @@ def tree_of(model):
 
 
 CORRECTED = Recipe([Rule(weight="int4", correct_bias=True)])
+SMOOTH_STATIC = Recipe(
+    [
+        Rule(
+            weight="int8",
+            activation=jaxq.QuantSpec("int8", jaxq.PerTensor()),
+            observer="minmax",
+            method="smoothquant",
+        )
+    ]
+)
 SETTINGS = [
     ("int4_gptq", {}),
+    ("int4_awq", {}),
+    ("w8a8_smoothquant", {}),
+    (SMOOTH_STATIC, {}),
     ("int4_adaround", {}),
     ("w8a8_static", {}),
     (CORRECTED, {}),
@@ -385,11 +398,12 @@ def test_the_trace_shows_the_axes():
     assert q["b"].batch_shape == (2,)
 
 
-def test_each_layer_of_a_stack_is_calibrated_by_itself():
+@pytest.mark.parametrize("method", ["gptq", "smoothquant"])
+def test_each_layer_of_a_stack_is_calibrated_by_itself(method):
     stack, x = {"w": normal(3, 16, 16) / 4, "b": normal(3, 16)}, normal(7, 16)
-    recipe = Recipe(
-        [Rule("w", weight="int4", activation="int8", observer="minmax", method="gptq")]
-    )
+    x = x * jnp.array([9.0, *[1.0] * 15])[None]
+    rule = dataclasses.replace(SMOOTH_STATIC.rules[0], pattern="w", method=method)
+    recipe = Recipe([rule])
 
     def by_scan(p, x):
         def layer(x, p):
@@ -407,7 +421,7 @@ def test_each_layer_of_a_stack_is_calibrated_by_itself():
     q, _ = jaxq.quantize_params(stack, recipe, forward=by_scan, **settings)
     wanted, _ = jaxq.quantize_params(
         layers,
-        Recipe([dataclasses.replace(recipe.rules[0], pattern="*/w")]),
+        Recipe([dataclasses.replace(rule, pattern="*/w")]),
         forward=by_list,
         **settings,
     )
@@ -416,6 +430,10 @@ def test_each_layer_of_a_stack_is_calibrated_by_itself():
         np.testing.assert_allclose(
             q["w"].input_range[i], layer["w"].input_range, rtol=1e-6
         )
+        if method == "smoothquant":
+            np.testing.assert_allclose(
+                q["w"].input_scale[i], layer["w"].input_scale, rtol=1e-5
+            )
     out, wanted = by_scan(q, x), by_list(wanted, x)
     np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
 
@@ -436,10 +454,11 @@ def test_a_tied_weight_merges_its_inputs(batches):
     assert "2 products read it: their inputs are merged" in report.rows[0].note
     assert report.rows[1].note == "the same array as first"
     # In "layers", the two places are different blocks.
-    q, _ = jaxq.quantize_params(
-        params, "int4_gptq", calibration=[x], forward=twice, sequential="layers"
-    )
-    assert q["first"] is q["second"]
+    for recipe in ("int4_awq", "int4_gptq"):
+        q, _ = jaxq.quantize_params(
+            params, recipe, calibration=[x], forward=twice, sequential="layers"
+        )
+        assert q["first"] is q["second"]
 
 
 def test_bfloat16_parameters_are_calibrated(batches):
@@ -517,8 +536,9 @@ def test_sequential_calibration_sees_quantized_weights(model, batches):
             sequential=True,
             fallback="none",
         )
-    (note,) = results[floats_only][1].notes
-    assert "forward does not run with QTensors (TypeError" in note
+    sequential_note, error_note = results[floats_only][1].notes
+    assert "forward does not run with QTensors (TypeError" in sequential_note
+    assert "the error of the model's outputs was not measured" in error_note
     assert results[any_weights][1].notes == ()
     # Weight-only products decode the weight, so both forms have the same inputs.
     q, wanted = results[floats_only][0], results[any_weights][0]
@@ -625,7 +645,8 @@ def test_an_equinox_weight_contracts_its_last_axis(recipe):
 
 
 def test_a_stack_of_equinox_layers_has_a_batch_axis():
-    layers = EqxLinear(normal(3, 64, 64), jax.nn.relu)
+    # A scan takes arrays only: `eqx.partition` would take a function away.
+    layers = EqxLinear(normal(3, 64, 64), None)
     q, _ = jaxq.quantize_params(layers, "int8")
     assert q.weight.batch_shape == (3,)
 
@@ -653,8 +674,11 @@ def test_an_equinox_weight_that_cannot_be_codes_is_refused(model, path, message)
 
 
 def test_named_recipes_leave_an_equinox_table_in_floats():
-    report = jaxq.quantize_params({"tok": EqxEmbedding(normal(8, 8))}, "int8")[1]
-    assert report.rows[0].note == "embedding, left in floats by default"
+    params = {"tok": EqxEmbedding(normal(8, 8)), "up": EqxLinear(normal(8, 8), None)}
+    report = jaxq.quantize_params(params, "int8")[1]
+    notes = {row.path: row.note for row in report.rows}
+    assert notes["tok/weight"] == "embedding, left in floats by default"
+    assert [row.path for row in report.quantized] == ["up/weight"]
 
 
 def test_equinox_itself():
