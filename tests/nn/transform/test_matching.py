@@ -273,7 +273,7 @@ def test_static_needs_data():
     layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
     with pytest.raises(
         ValueError,
-        match=r"(?s)\(Linear\): observer AbsMax.* needs data.*calibration=batches",
+        match=r"(?s)\(Linear\): observer Mean.* needs data.*calibration=batches",
     ):
         jaxq.quantize_model(layer, "w8a8_static")
     stats = jaxq.nn.calibrate(layer, [jnp.ones((4, 8))])
@@ -284,7 +284,8 @@ def test_static_needs_data():
         [jnp.ones((4, 8)), -3 * jnp.ones((4, 8))],
         observer=jaxq.observers.absmax(),
     )
-    q, _ = jaxq.quantize_model(layer, "w8a8_static", calibration=stats)
+    absmax = jaxq.Rule(weight="int8", activation="int8", observer="absmax")
+    q, _ = jaxq.quantize_model(layer, jaxq.Recipe([absmax]), calibration=stats)
     np.testing.assert_array_equal(q.kernel[...].input_range, [-3, 3])
 
 
