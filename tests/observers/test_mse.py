@@ -106,7 +106,7 @@ def test_arguments_are_checked():
         obs.bounds_of(x, "float32")
     with pytest.raises(
         ValueError,
-        match="symmetric=False finds a zero point, which only integer formats have",
+        match="symmetric=False is for codes with a zero point or an offset",
     ):
         obs.bounds_of(x, "nf4", symmetric=False)
     with pytest.raises(ValueError, match="int1 has no positive numbers"):
