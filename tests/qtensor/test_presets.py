@@ -63,7 +63,9 @@ def test_quantized_scales_keep_their_sign(scale):
     w = normal(512, 4) * jnp.where(jnp.arange(512) < 256, 1.0, 1e-6)[:, None]
     spec = jaxq.presets()["int4"].replace(scale=scale)
     plain = jaxq.quantize(w, spec.replace(scale="float32"))
-    qt = jaxq.quantize(w, spec)
+    # The numbers of these blocks are lost, but their scales have the right sign.
+    with pytest.warns(UserWarning, match="8 of 16 scales of w are too small"):
+        qt = jaxq.quantize(w, spec)
     scales = jaxq.qtensor.scale_values(qt)
     assert (jnp.sign(scales) == jnp.sign(plain.scale)).all()
     large = jaxq.dequantize(qt)[:256]
