@@ -5,7 +5,7 @@ from jaxq.nn.report._output_error import (
     LayerErrors,
     can_measure_output,
     layer_errors,
-    output_sqnr_of,
+    row_sqnr_of,
 )
 from jaxq.nn.report._product import multiplies_input, product_note
 from jaxq.nn.report._report import Report

@@ -17,6 +17,10 @@ from jaxq import metrics, ops
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, dequantize, quantize
 
+# The squared norm of a row counts as at least this share of the mean squared norm.
+# Otherwise a row that is nearly zero could decide alone.
+_LEAST_ROW = 1e-3
+
 
 class LayerErrors(NamedTuple):
     """What calibration shows about a quantized layer.
@@ -61,8 +65,7 @@ def layer_errors(
     """
     output_sqnr = None
     if can_measure_output(qt, stats, inputs):
-        total = output_sqnr_of(floats, qt, stats, inputs, whole=True)
-        output_sqnr = float(total)
+        output_sqnr = float(output_sqnr_of(floats, qt, stats, inputs))
     if qt.input_range is None:
         return LayerErrors(output_sqnr)
     low, high = np.asarray(qt.input_range[..., 0]), np.asarray(qt.input_range[..., 1])
@@ -85,38 +88,77 @@ def can_measure_output(qt: QTensor, stats: LayerStats, inputs: Inputs) -> bool:
     return bool(np.any(np.asarray(stats.num_held_out) > 0))
 
 
-@functools.partial(jax.jit, static_argnames=("inputs", "whole"))
+@functools.partial(jax.jit, static_argnames="inputs")
 def output_sqnr_of(
-    floats: jax.Array, qt: QTensor, stats: LayerStats, inputs: Inputs, *, whole: bool
+    floats: jax.Array, qt: QTensor, stats: LayerStats, inputs: Inputs
 ) -> jax.Array:
-    """The error of a layer's output on held-out rows, in dB.
+    """The error of a layer's output on all held-out rows together, in dB.
 
-    Each tap of a convolution's kernel is a product of its own, because calibration
-    keeps single positions of the inputs. The error is that of all these products.
+    Args:
+      floats: the float weight.
+      qt: the quantized weight, with the activation quantization of the layer.
+      stats: statistics of the layer's inputs.
+      inputs: how the layer reads its inputs.
+
+    Returns:
+      float32 scalar. A stack has one error.
+    """
+    exact, approximate = _outputs(floats, qt, stats, inputs)
+    return metrics.sqnr(exact, approximate)
+
+
+@functools.partial(jax.jit, static_argnames="inputs")
+def row_sqnr_of(
+    floats: jax.Array, qt: QTensor, stats: LayerStats, inputs: Inputs
+) -> jax.Array:
+    """The error of a layer's output in dB, with less weight for rows of large outputs.
+
+    The squared error of a row is divided by the norm of the row's exact output. Then
+    the mean over the rows is taken, relative to the mean squared norm.
+
+    Undivided errors are those of the few rows with very large outputs. Transformers
+    have such rows at separator tokens, and the norm behind the layer removes their
+    size. If errors were divided by the squared norm, they would be those of the
+    smallest rows.
 
     Args:
       floats: the float weight.
       qt: the quantized weight, with the activation quantization of the layer.
       stats: statistics of the layer's inputs, `[*batch]` for a stack.
       inputs: how the layer reads its inputs.
-      whole: one error for the stack. False gives one for each element.
 
     Returns:
-      float32, a scalar or `[*batch]`.
+      float32 `[*batch]`.
     """
-    if inputs.channel is None:
-        exact, approximate = _outputs(floats, qt, stats.held_out)
-    else:
-        exact, approximate = _outputs_of_taps(
-            floats, qt, stats.held_out, inputs.channel
-        )
-    shape = (-1,) if whole else (*qt.batch_shape, -1)
-    exact, error = exact.reshape(shape), (exact - approximate).reshape(shape)
-    signal, noise = metrics.squares(exact, axis=-1), metrics.squares(error, axis=-1)
-    return metrics.decibels(signal, noise)
+    exact, approximate = _outputs(floats, qt, stats, inputs)
+    shape = (*stats.held_out_ranks.shape, -1)
+    exact, approximate = exact.reshape(shape), approximate.reshape(shape)
+    # With one unit for the layer, no square overflows.
+    largest = jnp.max(jnp.abs(exact), initial=0)
+    unit = jnp.where(largest > 0, largest, 1)
+    signal = jnp.sum((exact / unit) ** 2, axis=-1)  # [*batch, rows]
+    noise = jnp.sum(((exact - approximate) / unit) ** 2, axis=-1)
+    is_filled = stats.held_out_ranks >= 0
+    mean = jnp.mean(signal, axis=-1, keepdims=True, where=is_filled)
+    mean = jnp.where(mean > 0, mean, 1)
+    quotients = noise / jnp.sqrt(jnp.maximum(signal, _LEAST_ROW * mean) * mean)
+    return -10 * jnp.log10(jnp.mean(quotients, axis=-1, where=is_filled))
 
 
 def _outputs(
+    floats: jax.Array, qt: QTensor, stats: LayerStats, inputs: Inputs
+) -> tuple[jax.Array, jax.Array]:
+    """The exact and the quantized outputs of held-out rows, `[*batch, rows, ...]`.
+
+    Each tap of a convolution's kernel is a product of its own, because calibration
+    keeps single positions of the inputs.
+    """
+    if inputs.channel is None:
+        return _products(floats, qt, stats.held_out)
+    return _products_of_taps(floats, qt, stats.held_out, inputs.channel)
+
+
+def _products(
     floats: jax.Array, qt: QTensor, rows: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The products of rows with the float and the quantized weight of a linear layer.
@@ -138,7 +180,7 @@ def _outputs(
     return exact, approximate
 
 
-def _outputs_of_taps(
+def _products_of_taps(
     floats: jax.Array, qt: QTensor, rows: jax.Array, channel: int
 ) -> tuple[jax.Array, jax.Array]:
     """The products of rows with each tap of a convolution's kernel.

@@ -3,7 +3,8 @@
 An observer reads only the inputs. Its range may suit data of another shape, and then
 ruins the layer. So the output error of the layer is compared with that of two plain
 ranges: the extremes of the inputs, and the range of least squared error over the
-sampled rows. In a stack, the range of each element is judged on its own.
+sampled rows. Rows of large outputs count less (`row_sqnr_of`). In a stack, the range of
+each element is judged on its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from jaxq import observers
 from jaxq.methods import join_notes
-from jaxq.nn.report import can_measure_output, element_names, output_sqnr_of
+from jaxq.nn.report import can_measure_output, element_names, row_sqnr_of
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
 from jaxq.observers import LayerStats, Observer, scaled_stats
@@ -243,7 +244,7 @@ def _output_errors(
         as_run = with_activation(qt, slot.rule, bounds)
         if not can_measure_output(as_run, stats, inputs):
             return None
-        errors.append(output_sqnr_of(floats, as_run, stats, inputs, whole=False))
+        errors.append(row_sqnr_of(floats, as_run, stats, inputs))
     # A candidate without a range has no error that could be compared.
     return np.nan_to_num(np.asarray(errors), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
 

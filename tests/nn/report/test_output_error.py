@@ -1,0 +1,60 @@
+"""The error of a layer's output rows, against sums in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq.nn.report import row_sqnr_of
+from jaxq.nn.report._output_error import Inputs
+from jaxq.observers import empty_stats, update_stats
+from tests.arrays import assert_close, normal
+
+
+def stats_of(x):
+    """Statistics of rows `[t, K]`, or of each element of `[batch, t, K]`."""
+    if x.ndim == 3:
+        return jax.tree.map(lambda *each: jnp.stack(each), *map(stats_of, x))
+    counts, parts = jnp.ones(len(x), bool), jnp.arange(len(x))
+    return update_stats(empty_stats(x.shape[-1]), x, counts, parts)
+
+
+def row_decibels(exact, error):
+    """The mean squared error of rows, each divided by the norm of the row's output."""
+    signal, noise = (exact**2).sum(-1), (error**2).sum(-1)
+    mean = signal.mean(-1, keepdims=True)
+    norms = np.sqrt(np.maximum(signal, 1e-3 * mean) * mean)
+    return -10 * np.log10((noise / norms).mean(-1))
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_large_rows_count_less(batch):
+    # One row in eight is a hundred times as large as the others, and one is tiny.
+    x = normal(*batch, 64, 16) + 0.01
+    x = x.at[..., ::8, :].multiply(100).at[..., 1::8, :].multiply(1e-4)
+    w = normal(*batch, 16, 8)
+    batch_axes = tuple(range(len(batch)))
+    stats = stats_of(x)
+    spec = jaxq.QuantSpec("int4", jaxq.PerTensor())
+    contracted = len(batch)
+    qt = jaxq.quantize(w, spec, contracting=contracted, batch=batch_axes)
+    rows = np.asarray(stats.held_out, np.float64)[..., :8, :]  # the filled ones
+    exact = rows @ np.asarray(w, np.float64)
+    actual = rows @ np.asarray(jaxq.dequantize(qt), np.float64)
+    expected = row_decibels(exact, actual - exact)
+    assert row_sqnr_of(w, qt, stats, Inputs(windowed=False)).shape == batch
+    assert_close(row_sqnr_of(w, qt, stats, Inputs(windowed=False)), expected, 1e-4)
+
+
+def test_huge_numbers_do_not_overflow():
+    x, w = 1e25 * normal(64, 16), normal(16, 8)
+    stats = stats_of(x)
+    qt = jaxq.quantize(w, "int8")
+    small = stats_of(x / 1e25)
+    decibels = [
+        float(row_sqnr_of(w, qt, each, Inputs(windowed=False)))
+        for each in (small, stats)
+    ]
+    assert decibels[0] == pytest.approx(decibels[1], abs=0.1)
+    assert decibels[0] > 30
