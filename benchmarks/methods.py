@@ -34,10 +34,6 @@ from flax import nnx
 import jaxq
 from jaxq import methods, models
 
-# The programs of results/methods-cpu.md were compiled by jax 0.10's older code
-# generator, which compiles quicker. New results are compiled with JAX's default
-# settings. Do not compare CPU seconds of the two.
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONTEXT, TOKENS, BATCHES, BATCH = 256, 64 * 256, 8, 4
 SEEDS = (0, 1, 2)
@@ -209,6 +205,11 @@ def _cases_of_methods() -> Iterator[Case]:
 
 
 def _cases_of_presets() -> Iterator[Case]:
+    for preset in ("int4_absmax", "int3_absmax"):
+        for name in ("rtn", "awq", "gptq"):
+            method, options, needs_data = METHODS[name]
+            rule = recipe_of(preset, method=method, options=options)
+            yield _case(preset, name, rule, needs_data)
     yield _case("int4, per channel", "rtn", recipe_of(PER_CHANNEL), False)
     for name, (method, options, needs_data) in METHODS.items():
         if name.startswith("clip"):
@@ -326,7 +327,7 @@ def _measure(
     case: Case, model: Any, data: dict[int, list[np.ndarray]], compare: Comparer
 ) -> Row:
     """The row of a case: means over the seeds."""
-    has_seeds = case.needs_data and case.what in ("int4", "int3")
+    has_seeds = case.needs_data and case.what.startswith(("int4", "int3"))
     figures = []
     for seed in SEEDS if has_seeds else SEEDS[:1]:
         chosen_recipe, choice_seconds = case.choose()

@@ -57,13 +57,31 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path, len(FIRST)))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _frozen():
-    """Keeps the garbage collector away from compiled programs.
+# Linux gives a process 65,530 memory maps, and a compiled program takes several.
+# Without a free map the compiler ends in a segmentation fault.
+MOST_MAPS = 20_000
 
-    They stay alive to the end of the run and reach gigabytes.
+
+def num_memory_maps() -> int:
+    """The number of memory maps of this process. 0 where it cannot be read."""
+    try:
+        with open("/proc/self/maps") as maps:
+            return sum(1 for _ in maps)
+    except OSError:
+        return 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Keeps the garbage collector away from compiled programs, and drops old ones.
+
+    The programs of all tests together reach gigabytes.
     """
     yield
+    if num_memory_maps() > MOST_MAPS:
+        gc.unfreeze()
+        jax.clear_caches()
+        gc.collect()
     gc.freeze()
 
 
