@@ -40,6 +40,7 @@ SUBJECTS = (
     "observers",
     "quantize",
     "recipes",
+    "static_ranges",
 )
 # Environment variables of single subjects. They are settings of glibc's malloc.
 ENVIRONMENT: dict[str, dict[str, str]] = {
