@@ -222,8 +222,8 @@ def squares(v: jax.Array, axis: int | None = None) -> tuple[jax.Array, jax.Array
     """Returns the sum of squares as a pair: `sum((v / unit)^2)` and `unit`.
 
     The sum of squares is the first times `unit^2`. The unit is a power of two near the
-    largest magnitude, or 1 if that is 0, infinite or NaN. Both are scalars, or arrays
-    without `axis`.
+    largest magnitude, or 1 if that is 0, infinite or NaN. Without
+    `axis` both are scalars. With `axis` both are arrays without this axis.
     """
     largest = jnp.max(jnp.abs(v), axis=axis, keepdims=axis is not None, initial=0.0)
     is_usable = (largest > 0) & jnp.isfinite(largest)

@@ -38,9 +38,9 @@ class CodebookFormat(Format):
       table: 2 to 256 finite numbers in any order. They are rounded to float32 and must
         be distinct in float32.
       boundaries: the numbers between the ranges of neighbouring entries, ascending.
-        There is one fewer than `table` has distinct numbers. A number on a boundary
-        goes to the lower entry. None uses the midpoints of neighbouring entries,
-        computed in float32.
+        Their number is the number of distinct numbers in `table`, minus 1. A number on
+        a boundary goes to the lower entry. None uses the midpoints of neighbouring
+        entries, computed in float32.
 
     Raises:
       ValueError: `table` does not have 2 to 256 entries, an entry is not finite, two

@@ -234,7 +234,12 @@ def as_signed(patterns: jax.Array, bits: int) -> jax.Array:
 def _checked_unit(
     caller: str, n: int, fields: int, packing: Packing, unit: int | None
 ) -> int:
-    """The number of codes in a unit. Raises unless n codes and a unit fill bytes."""
+    """The number of codes in a unit.
+
+    Raises:
+      ValueError: the row of n codes or a unit does not fill whole bytes, or the unit
+        does not divide the row.
+    """
     if n % fields:
         raise ValueError(
             f"{caller}: {n} codes do not fill whole bytes: {packing.value} takes a "

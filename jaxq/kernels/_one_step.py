@@ -1,14 +1,14 @@
-"""A computation as one step of a program, so that its temporary arrays live shortly.
+"""Runs a computation as one step of a program, so that XLA frees its arrays early.
 
-XLA:CPU computes early whatever can be computed early. The codes of all weights are
-there when a program starts. So XLA:CPU decodes all small weights first, and all decoded
-weights are in memory together. It drops optimization barriers before it orders the
-program.
+XLA:CPU computes each value as early as possible. The codes of all weights exist when a
+program starts. So XLA:CPU decodes all small weights first, and all decoded weights are
+in memory together. Optimization barriers do not prevent this, because XLA:CPU removes
+them before it chooses the order of the program.
 
-The branch of a conditional is one step of the order. It starts when all its operands
-are there, and its temporary arrays are gone when it ends. XLA must not know which
-branch runs, or it removes the conditional. So the condition compares a number of the
-weight's codes.
+The branch of a conditional is one step of the program. The branch starts when all its
+operands exist. Its temporary arrays are freed when it ends. XLA must not know which
+branch runs. Otherwise XLA removes the conditional. So the condition depends on the
+codes of the weight.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxq.kernels._devices import lowering_devices
 
-# `always_true_p(codes)` is True. On one CPU device XLA cannot tell. In all other
-# programs it is a constant, and XLA removes the conditional.
+# `always_true_p(codes)` is True. In a program for one CPU device, XLA does not know
+# this. In all other programs it is a constant, and XLA removes the conditional.
 always_true_p = Primitive("always_true")
 
 
@@ -68,7 +68,7 @@ def _jvp_of_condition(primals, tangents):
 
 
 def _batch_condition(args, dims):
-    # The result is the same for all batch elements, so the conditional stays one.
+    # The result has no batch axis. So vmap does not turn the conditional into a select.
     return always_true_p.bind(*args), None
 
 
@@ -79,7 +79,7 @@ def _lower_on_cpu(ctx, codes):
 
 
 def _compare_bits(codes: jax.Array) -> jax.Array:
-    """Whether a byte has at most 8 bits that are set. XLA does not see that it has."""
+    """True, because a byte has at most 8 bits that are set. XLA does not know this."""
     first = lax.slice(codes, (0,) * codes.ndim, (1,) * codes.ndim).reshape(())
     return lax.population_count(first.astype(jnp.uint8)) <= 8
 

@@ -71,7 +71,7 @@ def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
 
 
 def _bind(primitive: Primitive, args: Sequence[jax.Array], call: Call) -> jax.Array:
-    """Binds the primitive, after all operands vary over the same mesh axes.
+    """Makes all operands vary over the same mesh axes, and binds the primitive.
 
     Inside `shard_map`, all operands of a primitive must vary over the same mesh axes.
     """

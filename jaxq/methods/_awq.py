@@ -105,7 +105,7 @@ def awq(
 ) -> tuple[QTensor, AWQInfo]:
     """Quantizes `w * s` with the scales s of `awq_scale`, and clips all ranges.
 
-    `x w = (x / s) (s w)`. The caller divides the outputs of the layer before by
+    `x w = (x / s) (s w)`. The caller divides the outputs of the previous layer by
     `info.scale`: the gain of a norm, or the output channels of a linear layer
     (`fold_scale_into_previous`).
     Linear layers that share their input share their scales: use `awq_scale` for all of
@@ -200,7 +200,7 @@ def awq_scale(
     Returns:
       `(s, info)`: float32 `[in]`, and an `AWQScaleInfo`, with the axes of a stack in
       front. Multiply the rows of every weight by s (`fold_scale_into_next`), and divide
-      the outputs of the layer before by s (`fold_scale_into_previous`).
+      the outputs of the previous layer by s (`fold_scale_into_previous`).
 
     Raises:
       TypeError: an argument is not a float array.

@@ -404,8 +404,9 @@ def block_output_error(delta: jax.Array, x: jax.Array, geometry: Geometry) -> ja
     """The error of a layer's outputs that each block of its weight causes.
 
     It is `mean_t (sum_k x_tk delta_ko)^2` with k over the block's inputs, summed over
-    the block's outputs o. A block of a flattened array is no rectangle of inputs and
-    outputs. There the products of different channels are left out.
+    the block's outputs o. A block of a flattened array (`PerFlat`) is not a rectangle
+    of inputs and outputs. For such a block, products of different channels are left
+    out.
 
     Args:
       delta: the error of the weight `[in, out]`.

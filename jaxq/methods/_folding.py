@@ -1,7 +1,8 @@
-"""Moving scales between a layer and the layer before it, for several methods.
+"""Moving scales between a layer and the previous layer, for several methods.
 
 AWQ, SmoothQuant and cross-layer equalization multiply the rows of a weight by a scale.
-They divide the outputs of the layer before by the same scale: `x w = (x / s) (s w)`.
+They divide the outputs of the previous layer by the same scale:
+`x w = (x / s) (s w)`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def fold_scale_into_previous(
     kernel_or_gain: jax.typing.ArrayLike,
     bias: jax.typing.ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Divides the outputs of the layer before by `s`.
+    """Divides the outputs of the previous layer by `s`.
 
     That layer is a norm with a gain and a bias, or a linear layer with a kernel and a
     bias.

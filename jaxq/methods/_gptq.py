@@ -10,9 +10,9 @@ H:
 
 These are the weights of the paper, where `U = R^-1` and `e_j = (w'_j - q_j) / U_jj`.
 This form needs one triangular inverse less. The two forms differ only in the rows that
-are not rounded yet. In the paper, these rows have the values that they would have if
-none of them were rounded. The scales of a group are computed from such values. A
-triangular system of the group's size gives them (`_Rows.expected`).
+are not rounded yet. In the paper, these rows have the values of least error for the
+case that they are never rounded. The scales of a group are computed from these values.
+A triangular system of the group's size gives the values (`_Rows.expected`).
 
 Rows are processed in nested regions: 16 rows, a block of 128, 8 blocks, a quarter of
 all. In the smallest region, each row collects the errors of the rows before it. A
@@ -684,7 +684,8 @@ def _solve_gptq(
     num_inputs = w.shape[-2]
     num_dead = int(np.sum(info.num_dead))
     if num_dead and num_dead == info.num_dead.size * num_inputs:
-        return Solution(qt, f"all of its {num_dead} inputs are dead, so rtn", True)
+        note = f"all of its {num_dead} inputs are dead, so rtn is used"
+        return Solution(qt, note, True)
     note = join_notes(
         _damping_note(info, damp),
         f"{num_dead} dead inputs" if num_dead else "",
@@ -697,10 +698,10 @@ def _damping_note(info: GPTQInfo, damp: float) -> str:
     """A remark if `damp` was not enough for the hessian; empty if it was."""
     fell_back = np.asarray(info.fell_back)
     if fell_back.all():
-        return "its hessian is not positive definite, so rtn"
+        return "its hessian is not positive definite, so rtn is used"
     if fell_back.any():
         where = f"in {fell_back.sum()} of {fell_back.size} matrices"
-        return f"its hessian is not positive definite {where}, so rtn"
+        return f"its hessian is not positive definite {where}, so rtn is used"
     largest = float(np.max(info.damp))
     return f"damping {largest:.3g}" if largest > 1.01 * damp else ""
 

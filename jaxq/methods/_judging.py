@@ -87,14 +87,17 @@ def judge(
     if not worse.all():
         verdict += f" in {worse.sum()} of {worse.size} matrices"
     if fallback == "raise":
-        raise ValueError(f"{name}: {verdict}. Pass fallback='rtn' or 'none'.")
+        raise ValueError(
+            f"{name}: {verdict}. Pass fallback='rtn' to round to nearest, or 'none' to "
+            "keep the result of the method."
+        )
     can_mix = jax.tree.structure(qt) == jax.tree.structure(nearest)
     if can_mix and not worse.all():
         best_error = np.minimum(method_error, nearest_error)
         return Solved(
             _where_worse(worse, nearest, qt),
             method,
-            join_notes(f"{verdict}, so rtn there", note),
+            join_notes(f"{verdict}, so these matrices use rtn", note),
             _error_ratio(best_error, nearest_error),
         )
     # Results of different structure (a codebook, no codebook) cannot share one stack,
@@ -102,7 +105,7 @@ def judge(
     if method_error.sum() <= nearest_error.sum():
         loss = _error_ratio(method_error, nearest_error)
         return Solved(qt, method, join_notes(verdict, note), loss)
-    return Solved(nearest, "rtn", join_notes(f"{verdict}, so rtn", note), 1.0)
+    return Solved(nearest, "rtn", join_notes(f"{verdict}, so rtn is used", note), 1.0)
 
 
 def _error_ratio(error: np.ndarray, reference: np.ndarray) -> float:

@@ -7,12 +7,14 @@ algorithm needs only the positions of the k - 1 boundaries:
     positions = search(numbers, midpoints of neighbouring centres)  # [blocks, k - 1]
     centres = differences of sums / differences of counts           # [blocks, k]
 
-Lloyd's algorithm alone wastes centres: with one outlier, most evenly spaced centres
-have no weight near them. So an empty centre moves to the cluster that gains most by a
-second centre. When no boundary moves any more, two neighbouring clusters are merged if
-that costs less error than a split of another cluster saves:
+Lloyd's algorithm alone wastes centres. If there is one outlier, most of the evenly
+spaced first centres have no weight near them. So an empty centre moves into the cluster
+whose error a second centre lowers most. When no boundary moves any more, two
+neighbouring clusters may be merged, and the free centre splits another cluster. This is
+done if the merge adds less error than the split removes. Both are computed by the same
+formula, for clusters of n and of m numbers:
 
-    cost of a merge, gain of a split = n m / (n + m) (centre - other centre)^2
+    cost of a merge or gain of a split = n m / (n + m) (centre - other centre)^2
 
 The numbers are either those of the block, sorted ("exact"), or the bins of a fine
 histogram, each with the count and the mean of its numbers ("histogram"). The histogram
@@ -64,8 +66,8 @@ _OPTIONS = {
     "algorithm": choice(*ALGORITHMS),
 }
 _NUM_BINS = 1 << 16
-# A centre moves if this saves more than 1 % beyond its cost. Smaller differences may be
-# rounding errors.
+# A centre moves if the gain of its split is more than this factor times the cost of its
+# merge. Smaller differences may be rounding errors.
 _LEAST_GAIN = np.float32(1.01)
 # Up to this width, codes are found by a comparison with every entry, in one pass.
 # Beyond it a binary search is faster.
@@ -110,7 +112,7 @@ def kmeans(
     the QTensor is 1. Its `codebook` holds the centres in ascending order. It is a
     float32 leaf that can be trained: by `jax.grad` through `dequantize` or products, or
     with `centroid_gradient`. A centre without weights moves to where it lowers the
-    error most. A block of at most 2^bits different numbers is stored exactly.
+    error most. A block of at most 2^bits distinct numbers is stored exactly.
 
     Args:
       w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).
@@ -406,7 +408,7 @@ def _histogram(
 
 
 def _table_of_few(bins: _Bins, size: int) -> tuple[jax.Array, jax.Array]:
-    """The different numbers of each block as its table, if the table has room for them.
+    """The distinct numbers of each block as its table, if the table has room for them.
 
     Returns:
       (table `[blocks, k]` ascending, bool `[blocks]`: whether the table has all numbers
@@ -416,12 +418,12 @@ def _table_of_few(bins: _Bins, size: int) -> tuple[jax.Array, jax.Array]:
     low = jnp.where(has_weights, bins.low, np.float32(-np.inf))
     greatest = lax.cummax(low, axis=1)
     before = jnp.pad(greatest[:, :-1], ((0, 0), (1, 0)), constant_values=-np.inf)
-    num_different = jnp.cumsum(low > before, axis=1, dtype=jnp.int32)  # [blocks, m]
+    num_distinct = jnp.cumsum(low > before, axis=1, dtype=jnp.int32)  # [blocks, m]
     search = jax.vmap(functools.partial(jnp.searchsorted, side="left"), (0, None))
-    places = search(num_different, jnp.arange(1, size + 1, dtype=jnp.int32))
+    places = search(num_distinct, jnp.arange(1, size + 1, dtype=jnp.int32))
     table = jnp.take_along_axis(greatest, places, axis=1, mode="clip")
     is_single = jnp.where(has_weights, bins.low == bins.high, True).all(axis=1)
-    return table, is_single & (num_different[:, -1] <= size)
+    return table, is_single & (num_distinct[:, -1] <= size)
 
 
 def _first_centres(bins: _Bins, size: int, init: str) -> jax.Array:
@@ -532,12 +534,12 @@ def _lloyd(
 
 
 class _Halves(NamedTuple):
-    """Two clusters in the place of each cluster, float32 `[blocks, k]`.
+    """The two parts into which each cluster can be cut, float32 `[blocks, k]`.
 
     Attributes:
-      lower: the mean of the lower cluster.
-      upper: the mean of the upper cluster.
-      gain: the squared error that the cut saves.
+      lower: the mean of the lower part.
+      upper: the mean of the upper part.
+      gain: the squared error that the cut removes.
     """
 
     lower: jax.Array
@@ -548,7 +550,7 @@ class _Halves(NamedTuple):
 def _halves(
     lower_sizes: jax.Array, lower_totals: jax.Array, sizes: jax.Array, totals: jax.Array
 ) -> _Halves:
-    """Cuts each cluster. The lower part has these counts and sums of numbers."""
+    """The halves of each cluster, from the counts and the sums of the lower parts."""
     upper_sizes = sizes - lower_sizes
     lower = lower_totals / jnp.maximum(lower_sizes, 1).astype(jnp.float32)
     upper_totals = totals - lower_totals
@@ -560,12 +562,12 @@ def _halves(
 def _move_centres(
     centres: jax.Array, sizes: jax.Array, halves: _Halves, is_settled: jax.Array
 ) -> jax.Array:
-    """The centres after some of them moved to where they lower the error.
+    """Moves some centres to where they lower the error.
 
     If a block has empty clusters, their centres split the clusters with the greatest
-    gains. Otherwise, if no boundary of the block moves any more (`is_settled`), the two
-    neighbours that cost least are merged, and the cluster with the greatest gain is
-    split, if this lowers the error.
+    gains. Otherwise a centre can move when no boundary of the block moves any more
+    (`is_settled`). Then the two neighbours whose merge costs least are merged, and the
+    cluster with the greatest gain is split. This is done only if it lowers the error.
     """
     size = centres.shape[1]
 
@@ -587,7 +589,7 @@ def _move_centres(
         costs = _error_between(centres[:-1], sizes[:-1], centres[1:], sizes[1:])
         shares_best = (rank[:-1] == best) | (rank[1:] == best)
         costs = jnp.where(shares_best, np.float32(np.inf), costs)
-        first = jnp.argmin(costs)  # and its right neighbour
+        first = jnp.argmin(costs)  # the left cluster of the pair to merge
         pair = jnp.stack([first, first + 1])
         weights = sizes[pair].astype(jnp.float32)
         merged = jnp.sum(weights * centres[pair]) / jnp.maximum(jnp.sum(weights), 1)
@@ -603,7 +605,7 @@ def _move_centres(
 def _error_between(
     a: jax.Array, a_size: jax.Array, b: jax.Array, b_size: jax.Array
 ) -> jax.Array:
-    """The squared error that clusters with centres `a` and `b` have more if merged."""
+    """The squared error that a merge of two clusters with centres `a` and `b` adds."""
     a_count, b_count = a_size.astype(jnp.float32), b_size.astype(jnp.float32)
     distance = b - a
     share = a_count / jnp.maximum(a_count + b_count, 1)

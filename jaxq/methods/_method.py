@@ -66,24 +66,24 @@ class Option(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Folding:
-    """How a method moves scales from the inputs of a layer into the layer before it.
+    """How a method moves scales from the inputs of a layer into the previous layer.
 
     Weights `w` that read one input become `w * scale[:, None]`, and the outputs of the
-    layer before are divided by `scale`. The model computes the same as before. If no
-    layer before can take the scale, a method with `at_run_time` keeps it with the
+    previous layer are divided by `scale`. The model computes the same as before. If no
+    previous layer can take the scale, a method with `at_run_time` keeps it with the
     layer, and the input is divided by `scale` at each call.
 
     Attributes:
       find: `(source, weights, stats, spec, options) -> scale [in]`. `source` is the
-        weight of the linear layer before the group, or None behind a norm. `weights`
+        weight of the linear layer before the group, or None after a norm.  `weights`
         are the weights `[in, out]` that read one input. `stats` are the statistics of
         that input, or None if there are none and the method needs none.
       why_not: `(source, weights) -> str`: why no scale can be moved here; empty if one
         can.
-      judges_source: True if the layer before is judged too, because the scales change
-        its rounding error as well.
-      at_run_time: True if a scale needs no layer before: `find(None, [w], ...)` gives
-        the scale of one weight.
+      judges_source: True if the previous layer is judged too. The scales also change
+        its rounding error.
+      at_run_time: True if a scale needs no previous layer. `find(None, [w], ...)` then
+        gives the scale of one weight.
       without_scales: what the method still does if no scale can be moved, as the report
         says it: "only clipped". Empty if the weight is then only rounded to nearest.
 
@@ -129,7 +129,7 @@ class Method:
         if no option does.
       granularity: `(spec, options) -> Granularity` of the result. None if the result
         has the granularity of the spec.
-      folding: how the method moves scales into the layer before; None if it does not.
+      folding: how the method moves scales into the previous layer. None if it does not.
       judged: True if the result is compared with rounding to nearest on held-out
         inputs.
       matrices_only: True if the method is for layers that multiply rows of the input

@@ -58,7 +58,7 @@ def smoothquant(
     """Finds the scales of an input that one or more linear layers share.
 
     `s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)`, and `(x / s) (s w) = x w`. The caller
-    divides the outputs of the layer before by `s` (`fold_scale_into_previous`), and
+    divides the outputs of the previous layer by `s` (`fold_scale_into_previous`), and
     multiplies the rows of every weight by `s` (`fold_scale_into_next`). At alpha = 0.5
     both sides get the same largest magnitude in each channel. At alpha = 1 all channels
     of the input get the same magnitude.

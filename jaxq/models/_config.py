@@ -437,8 +437,8 @@ def _read_window(config: Mapping[str, Any], problems: list[str]) -> int | None:
             window = None
         elif not attention_kinds:
             problems.append(
-                "use_sliding_window=True without layer_types; supported is the same "
-                "window for all layers, with layer_types to say so"
+                "use_sliding_window=True without layer_types; supported are "
+                "layer_types with one kind of attention for all layers"
             )
     if len(attention_kinds) > 1 or attention_kinds - {
         "full_attention",

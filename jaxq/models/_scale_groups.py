@@ -106,15 +106,16 @@ def all_groups(model: Llama) -> list[NormGroup]:
 
 
 def fold_scales(model: Llama, scales: Mapping[str, jax.typing.ArrayLike]) -> Llama:
-    """A copy of a model that divides sources by scales and multiplies rows of targets.
+    """Divides the outputs of sources by scales, and multiplies the rows of targets.
 
     The outputs of the model stay the same up to rounding. They stay the same to the bit
     if all scales are powers of two and no number leaves the range of its dtype.
 
     Args:
       model: a float `Llama`. It is not changed.
-      scales: from the source of a group of `norm_groups` to its scale: float `[n]` with
-        n outputs of the source (`[layers, n]` for stacked layers), finite and not zero.
+      scales: a dict from the source of each group (`norm_groups`) to its scale. A scale
+        is float `[n]` for a source with n outputs, or `[layers, n]` for stacked layers.
+        Its numbers are finite and not zero.
 
     Returns:
       The new model.
@@ -215,8 +216,8 @@ def smooth(
       The new model.
 
     Raises:
-      ValueError: `absmax` has no linear of a group, or an entry has another shape; or
-        `fold_scales` raises.
+      ValueError: `absmax` has no entry for a linear of a group; or an entry has another
+        shape; or `fold_scales` raises.
 
     Example:
       >>> from flax import nnx
@@ -240,7 +241,8 @@ def smooth(
     if missing:
         raise ValueError(
             f"smooth: absmax has no entry for {missing}, nor for another linear that "
-            "reads the same input."
+            "reads the same input. Add an entry for each group, or leave groups out "
+            "with groups=."
         )
     params = Parameters(model, "smooth")
     scales = {}
@@ -253,7 +255,7 @@ def smooth(
                 f"{list(weights[0].shape[:-1])}, got {list(magnitudes.shape)}."
             )
         if group.source.endswith("v_proj"):
-            magnitudes, weights = _seen_from_key_heads(magnitudes, weights, model)
+            magnitudes, weights = _grouped_by_key_head(magnitudes, weights, model)
         scales[group.source] = _scales_of_layers(rule, magnitudes, weights)
     return fold_scales(model, scales)
 
@@ -285,10 +287,10 @@ def _repeat_for_query_heads(scale: jax.Array, model: Llama) -> jax.Array:
     return jnp.broadcast_to(heads, (*stack, m, g, h)).reshape(*stack, m * g * h)
 
 
-def _seen_from_key_heads(
+def _grouped_by_key_head(
     magnitudes: jax.Array, weights: list[jax.Array], model: Llama
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Inputs of o_proj, grouped by the channels of v_proj.
+    """Groups the inputs of o_proj by the channel of v_proj that they come from.
 
     Magnitudes `[..., m g h]` become `[..., m h]`: the largest of the g query heads.
     Weights `[..., m g h, out]` become `[..., m h, g out]`.

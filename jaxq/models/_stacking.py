@@ -99,7 +99,7 @@ def _with_layers(model: Llama, layers: Any, *, scan_layers: bool) -> Llama:
 
 
 def _complete_input_scales(layers: Sequence[Any]) -> None:
-    """Gives weights without an input scale factors of 1 if other layers have factors.
+    """Gives a weight an input scale of 1 if the same weight of another layer has one.
 
     A method may find that the scales of a weight do not help in some of the layers.
     """

@@ -28,7 +28,7 @@ from jaxq.observers._mse import MeanSquaredError as MeanSquaredError
 from jaxq.observers._mse import mse
 from jaxq.observers._numbers import Count as Count
 from jaxq.observers._observer import Observer
-from jaxq.observers._observer import Seen as Seen
+from jaxq.observers._observer import Totals as Totals
 from jaxq.observers._percentile import Percentile as Percentile
 from jaxq.observers._percentile import PercentileState as PercentileState
 from jaxq.observers._percentile import percentile

@@ -23,10 +23,10 @@ numbers are left out, or if most of the others are in one bin. If no threshold i
 the range is that of the extremes.
 
 L is the number of levels of the magnitudes. Symmetric codes have the levels from 0 up:
-128 for int8, 16 for uint4. With a zero point, the N codes are divided between both
+128 for int8, 16 for uint4. With a zero point, the C codes are divided between both
 sides of 0. The reach of a side is its largest magnitude, or the threshold if that is
-smaller. With reaches a >= b, L is floor((N - 1) a / (a + b)) + 1. So L is N if all
-numbers have one sign, and about N / 2 if both sides reach the threshold.
+smaller. With reaches a >= b, L is floor((C - 1) a / (a + b)) + 1. So L is C if all
+numbers have one sign, and about C / 2 if both sides reach the threshold.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from jaxq.observers._histogram import Histogram, of_magnitudes
 from jaxq.observers._numbers import Count
 from jaxq.observers._observer import RangeKind, enclose, mirror
 
-# A threshold that leaves out more counts than this share of a level's mean is refused.
+# A threshold is refused if it leaves out more than this share of a level's mean count.
 _MOST_LEFT_OUT = 1 / 32
 # How many candidates are computed together. Each needs memory for all bins.
 _NUM_TOGETHER = 64
@@ -93,7 +93,7 @@ class Entropy(Histogram):
         if range_kind is RangeKind.SYMMETRIC:
             return mirror(threshold, fmt)
         low, high = enclose(state.low, state.high, fmt, range_kind)
-        # The levels of magnitudes begin at 0. They say nothing of a range without 0.
+        # The levels of magnitudes begin at 0. A range without 0 has other levels.
         has_zero = (low <= 0) & (high >= 0)
         threshold = jnp.where(has_zero, threshold, magnitude)
         return _numbers.larger(low, -threshold), _numbers.smaller(high, threshold)

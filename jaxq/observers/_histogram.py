@@ -22,7 +22,7 @@ from jax import lax
 
 from jaxq.observers import _numbers
 from jaxq.observers._numbers import Count
-from jaxq.observers._observer import Observer, Seen, enclose
+from jaxq.observers._observer import Observer, Totals, enclose
 from jaxq.observers._range import no_range, range_across, range_of
 
 # Sums over the bins have at most 2^16 terms (see `sum_counts`), and the products of
@@ -34,14 +34,14 @@ class HistogramState(NamedTuple):
     """Extremes, and counts per bin. The width of the bins follows from the extremes.
 
     Attributes:
-      seen: how many numbers were observed.
+      totals: how many numbers were observed.
       low: float32 `[*channels]`, the smallest finite number.
       high: float32 `[*channels]`, the largest finite number.
       counts: `[*channels, 2, bins]`. Index 0 counts the positive numbers by magnitude,
         index 1 the negative numbers. Zero counts as positive.
     """
 
-    seen: Seen
+    totals: Totals
     low: jax.Array
     high: jax.Array
     counts: Count
@@ -92,9 +92,9 @@ class Histogram(Observer):
         # mse and entropy add settings that only `bounds` reads.
         return Histogram(bins=self.bins, axis=self.axis)
 
-    def _init(self, seen, shape):
+    def _init(self, totals, shape):
         counts = _numbers.zero_counts((*shape, 2, self.bins))
-        return HistogramState(seen, *no_range(shape), counts)
+        return HistogramState(totals, *no_range(shape), counts)
 
     def _update(self, state, x, keep):
         low, high = range_of(x, keep)

@@ -3,7 +3,7 @@
 An observer is a frozen description with `init`, `update`, `merge` and `bounds`. Its
 state is a NamedTuple of arrays of static shape. So a state goes through `jit`,
 `lax.scan`, `vmap` and `shard_map`, and into checkpoints. The first field of every state
-is `seen`: how many numbers were observed.
+is `totals`: how many numbers were observed.
 
 Shapes: with `axis=None` each statistic is a scalar. Otherwise it is `[*channels]`, the
 sizes of the kept axes in the order of `axis`.
@@ -37,8 +37,8 @@ ON_NONFINITE = ("raise", "ignore")
 State = TypeVar("State", bound=Any)
 
 
-class Seen(NamedTuple):
-    """How many numbers of each kind an observer was given; each `[*channels]`."""
+class Totals(NamedTuple):
+    """How many numbers of each kind an observer has read; each `[*channels]`."""
 
     finite: Count
     nan: Count
@@ -125,7 +125,7 @@ class Observer(abc.ABC):
             other settings made the state.
         """
         shape = self._channel_shape(x, "update")
-        state_shape = state.seen.nan.low.shape
+        state_shape = state.totals.nan.low.shape
         if shape != state_shape:
             raise ValueError(
                 f"{self.kind}.update: the state has statistics of shape "
@@ -167,9 +167,9 @@ class Observer(abc.ABC):
           >>> float(obs.bounds(state)[1])
           4.0
         """
-        total = functools.partial(lax.psum, axis_name=axis_name)
-        seen = Seen(*(_numbers.sum_counts(count, total) for count in state.seen))
-        return self._across(state, axis_name)._replace(seen=seen)
+        add = functools.partial(lax.psum, axis_name=axis_name)
+        totals = Totals(*(_numbers.sum_counts(count, add) for count in state.totals))
+        return self._across(state, axis_name)._replace(totals=totals)
 
     def bounds(
         self,
@@ -210,7 +210,7 @@ class Observer(abc.ABC):
         range_kind = self._range_kind(fmt, symmetric, include_zero, "bounds")
         self.check_state(state, "bounds")
         low, high = _jit_bounds(self, fmt, range_kind, on_nonfinite, state)
-        self._check_counts(state.seen, on_nonfinite, "bounds")
+        self._check_counts(state.totals, on_nonfinite, "bounds")
         return low, high
 
     def bounds_of(
@@ -262,10 +262,10 @@ class Observer(abc.ABC):
         fmt = self._check_format(format, on_nonfinite, "bounds_of")
         range_kind = self._range_kind(fmt, symmetric, include_zero, "bounds_of")
         mask = self._mask(where, x, "bounds_of")
-        low, high, seen = _jit_bounds_of(
+        low, high, totals = _jit_bounds_of(
             self, fmt, range_kind, on_nonfinite, jnp.asarray(x), mask
         )
-        self._check_counts(seen, on_nonfinite, "bounds_of")
+        self._check_counts(totals, on_nonfinite, "bounds_of")
         return low, high
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,10 +274,10 @@ class Observer(abc.ABC):
 
     # Each kind of observer implements the four methods below. They run inside jit. x is
     # float32 [*channels, n]. keep is bool of the same shape. It is False for a number
-    # that is masked or not finite. The base class updates the field `seen`.
+    # that is masked or not finite. The base class updates the field `totals`.
 
     @abc.abstractmethod
-    def _init(self, seen: Seen, shape: tuple[int, ...]) -> Any:
+    def _init(self, totals: Totals, shape: tuple[int, ...]) -> Any:
         """The state before the first batch."""
 
     @abc.abstractmethod
@@ -303,8 +303,8 @@ class Observer(abc.ABC):
 
     def check_state(self, state: Any, caller: str) -> None:
         """Raises ValueError if this observer cannot have made the state."""
-        seen = getattr(state, "seen", None)
-        shape = tuple(seen.nan.low.shape) if isinstance(seen, Seen) else ()
+        totals = getattr(state, "totals", None)
+        shape = tuple(totals.nan.low.shape) if isinstance(totals, Totals) else ()
         expected = _abstract_state(self._state_maker(), shape)
         if _treedef_and_shapes(state) != _treedef_and_shapes(expected):
             raise ValueError(
@@ -326,8 +326,8 @@ class Observer(abc.ABC):
 
         Inside `shard_map` a carry must vary over the same mesh axes as x.
         """
-        seen = Seen(*(_numbers.zero_counts(shape) for _ in Seen._fields))
-        return _numbers.varying_like(self._init(seen, shape), x)
+        totals = Totals(*(_numbers.zero_counts(shape) for _ in Totals._fields))
+        return _numbers.varying_like(self._init(totals, shape), x)
 
     def _check(self, fmt: Format, range_kind: RangeKind) -> None:  # noqa: B027
         """Raises ValueError if this observer cannot find a range for the format."""
@@ -400,13 +400,13 @@ class Observer(abc.ABC):
             )
         return mask
 
-    def _check_counts(self, seen: Seen, on_nonfinite: str, caller: str) -> None:
+    def _check_counts(self, totals: Totals, on_nonfinite: str, caller: str) -> None:
         """Raises ValueError if a channel has no valid range. Does nothing under jit."""
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(seen)):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(totals)):
             return
         finite, nan, infinite = (
             np.asarray(count.low) + np.asarray(count.high).astype(np.float64) * 2.0**32
-            for count in seen
+            for count in totals
         )
         if on_nonfinite == "raise" and (nan.any() or infinite.any()):
             raise ValueError(
@@ -431,13 +431,13 @@ class Observer(abc.ABC):
 
     def _channels_first(
         self, x: jax.Array, where: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, Seen]:
+    ) -> tuple[jax.Array, jax.Array, Totals]:
         """Moves the channels of x to the front, and counts its numbers.
 
         Returns:
           x: float32 `[*channels, n]`.
           keep: bool `[*channels, n]`, False for a number that is masked or not finite.
-          seen: the counts of the numbers that are not masked.
+          totals: the counts of the numbers that are not masked.
         """
         axes = tuple(axis % x.ndim for axis in _as_tuple(self.axis))
         order = (*axes, *(axis for axis in range(x.ndim) if axis not in axes))
@@ -455,7 +455,7 @@ class Observer(abc.ABC):
             mask = move(_broadcast_mask(where, x.shape))
             finite, nan, infinite = finite & mask, nan & mask, infinite & mask
         counts = _numbers.count_true(finite, nan, infinite)
-        return numbers, finite, Seen(*(_numbers.as_count(count) for count in counts))
+        return numbers, finite, Totals(*(_numbers.as_count(count) for count in counts))
 
 
 def enclose(
@@ -494,10 +494,11 @@ def _treedef_and_shapes(
 def _jit_update(
     observer: Observer, state: Any, x: jax.Array, where: jax.Array | None
 ) -> Any:
-    numbers, keep, seen = observer._channels_first(x, where)
-    total = Seen(*(_numbers.plus(a, b) for a, b in zip(state.seen, seen, strict=True)))
+    numbers, keep, new = observer._channels_first(x, where)
+    pairs = zip(state.totals, new, strict=True)
+    totals = Totals(*(_numbers.plus(a, b) for a, b in pairs))
     state = _numbers.varying_like(state, numbers)
-    return observer._update(state, numbers, keep)._replace(seen=total)
+    return observer._update(state, numbers, keep)._replace(totals=totals)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -519,7 +520,7 @@ def _jit_bounds(
     on_nonfinite: str,
     state: Any,
 ):
-    return _or_nan(observer._bounds(state, fmt, range_kind), state.seen, on_nonfinite)
+    return _or_nan(observer._bounds(state, fmt, range_kind), state.totals, on_nonfinite)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -531,18 +532,18 @@ def _jit_bounds_of(
     x: jax.Array,
     where: jax.Array | None,
 ):
-    numbers, keep, seen = observer._channels_first(x, where)
+    numbers, keep, totals = observer._channels_first(x, where)
     bounds = observer._bounds_of(numbers, keep, fmt, range_kind)
-    return *_or_nan(bounds, seen, on_nonfinite), seen
+    return *_or_nan(bounds, totals, on_nonfinite), totals
 
 
 def _or_nan(
-    bounds: tuple[jax.Array, jax.Array], seen: Seen, on_nonfinite: str
+    bounds: tuple[jax.Array, jax.Array], totals: Totals, on_nonfinite: str
 ) -> tuple[jax.Array, jax.Array]:
     """The range, with NaN in the channels that have no valid range."""
-    bad = _numbers.is_zero(seen.finite)
+    bad = _numbers.is_zero(totals.finite)
     if on_nonfinite == "raise":
-        bad = bad | ~_numbers.is_zero(seen.nan) | ~_numbers.is_zero(seen.infinite)
+        bad = bad | ~_numbers.is_zero(totals.nan) | ~_numbers.is_zero(totals.infinite)
     low, high = (jnp.where(bad, np.float32(np.nan), bound) for bound in bounds)
     return low, high
 

@@ -30,7 +30,7 @@ from jaxq import formats
 from jaxq.observers import _numbers
 from jaxq.observers._histogram import by_sign, count_signed
 from jaxq.observers._numbers import Count
-from jaxq.observers._observer import Observer, RangeKind, Seen, enclose, mirror
+from jaxq.observers._observer import Observer, RangeKind, Totals, enclose, mirror
 from jaxq.observers._range import no_range, range_across, range_of
 
 METHODS = ("linear", "nearest_rank")
@@ -45,7 +45,7 @@ class PercentileState(NamedTuple):
     """Extremes and counts, and the exact percentiles of a single batch.
 
     Attributes:
-      seen: how many numbers were observed.
+      totals: how many numbers were observed.
       low: float32 `[*channels]`, the smallest finite number.
       high: float32 `[*channels]`, the largest finite number.
       counts: `[*channels, 2, buckets]`. Index 0 counts the positive numbers by
@@ -56,7 +56,7 @@ class PercentileState(NamedTuple):
       batches: uint32 `[*channels]`, the number of batches; 2 means 2 or more.
     """
 
-    seen: Seen
+    totals: Totals
     low: jax.Array
     high: jax.Array
     counts: Count
@@ -114,19 +114,20 @@ class Percentile(Observer):
 
     @property
     def _few(self) -> fractions.Fraction:
-        """The share of numbers that are not zero at which the extremes are the range.
+        """The largest share of nonzero numbers for which the extremes are the range.
 
-        The range leaves out the share `tail`. So it leaves out half of the numbers that
-        are not zero if their share is twice the tail. If p is below 75, the other
-        limits hold: at least half of all numbers, or p percent of them, are zero.
+        The range of the percentiles leaves out the share `tail` of all numbers. If the
+        share of nonzero numbers is twice the tail, this range leaves out half of them.
+        For p below 75 there are two other limits: at least half of all numbers, or p
+        percent of them, are zero.
         """
         half = fractions.Fraction(1, 2)
         return min(2 * self._tail, max(self._tail, half))
 
-    def _init(self, seen, shape):
+    def _init(self, totals, shape):
         low, high = no_range(shape)
         return PercentileState(
-            seen,
+            totals,
             low,
             high,
             counts=_numbers.zero_counts((*shape, 2, self._num_buckets)),
@@ -149,7 +150,7 @@ class Percentile(Observer):
         batches = jnp.minimum(state.batches + not_empty.astype(jnp.uint32), 2)
         exact = jnp.where(not_empty[..., None], exact, state.exact)
         return PercentileState(
-            state.seen,
+            state.totals,
             _numbers.smaller(state.low, low),
             _numbers.larger(state.high, high),
             counts=_numbers.plus(state.counts, counts),
@@ -167,7 +168,7 @@ class Percentile(Observer):
         own_exact = jnp.where((state.batches == 1)[..., None], state.exact, 0.0)
         exact = lax.psum(own_exact, axis_name)
         return PercentileState(
-            state.seen,
+            state.totals,
             low,
             high,
             counts=counts,
@@ -181,9 +182,9 @@ class Percentile(Observer):
         # The first bucket has the zeros. It also has the subnormal numbers below
         # 2^-130, and XLA on CPU reads them as zeros.
         zeros = _numbers.map_words(lambda words: words[..., 0], magnitudes)
-        others = _numbers.as_float(_numbers.minus(state.seen.finite, zeros))
+        others = _numbers.as_float(_numbers.minus(state.totals.finite, zeros))
         share = np.float32(float(self._few))
-        few = others <= share * _numbers.as_float(state.seen.finite)
+        few = others <= share * _numbers.as_float(state.totals.finite)
         is_exact = state.batches == 1
         if range_kind is RangeKind.SYMMETRIC:
             threshold = self._threshold(state, magnitudes)
@@ -297,7 +298,7 @@ class Percentile(Observer):
     def _from_top(
         self, above: Count, below: Count, tail: fractions.Fraction
     ) -> jax.Array:
-        """The number that has a share `tail` of all numbers above it, from buckets.
+        """The number above which a share `tail` of all numbers lies, from buckets.
 
         Args:
           above: counts `[*channels, buckets]` of positive numbers by magnitude.

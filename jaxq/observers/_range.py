@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxq.observers import _numbers
 from jaxq.observers._numbers import Count
-from jaxq.observers._observer import Observer, RangeKind, Seen, enclose
+from jaxq.observers._observer import Observer, RangeKind, Totals, enclose
 
 
 class RangeState(NamedTuple):
@@ -21,7 +21,7 @@ class RangeState(NamedTuple):
     Before the first number, low is infinity and high is minus infinity.
     """
 
-    seen: Seen
+    totals: Totals
     low: jax.Array
     high: jax.Array
 
@@ -30,7 +30,7 @@ class MovingAverageState(NamedTuple):
     """Averages of the smallest and the largest number of each batch.
 
     Attributes:
-      seen: how many numbers were observed.
+      totals: how many numbers were observed.
       low: float32 `[*channels]`, the average of the smallest numbers.
       high: float32 `[*channels]`, the average of the largest numbers.
       weight: float32 `[*channels]`, the sum of the weights of all batches. After t
@@ -39,7 +39,7 @@ class MovingAverageState(NamedTuple):
       batches: `[*channels]`, the number of batches.
     """
 
-    seen: Seen
+    totals: Totals
     low: jax.Array
     high: jax.Array
     weight: jax.Array
@@ -52,8 +52,8 @@ class MinMax(Observer):
 
     kind: ClassVar[str] = "minmax"
 
-    def _init(self, seen, shape):
-        return RangeState(seen, *no_range(shape))
+    def _init(self, totals, shape):
+        return RangeState(totals, *no_range(shape))
 
     def _update(self, state, x, keep):
         low, high = range_of(x, keep)
@@ -106,10 +106,10 @@ class MovingAverage(Observer):
                 f"{self.decay}."
             )
 
-    def _init(self, seen, shape):
+    def _init(self, totals, shape):
         zeros = jnp.zeros(shape, jnp.float32)
         return MovingAverageState(
-            seen, zeros, zeros, zeros, _numbers.zero_counts(shape)
+            totals, zeros, zeros, zeros, _numbers.zero_counts(shape)
         )
 
     def _update(self, state, x, keep):

@@ -1,8 +1,8 @@
 """The factors by which a product multiplies its float operand: `QTensor.input_scale`.
 
 A weight with an input scale represents `diag(s) @ W`, so `x @ (diag(s) @ W)` is
-`(x * s) @ W`. The float operand is multiplied before it is quantized. All products
-multiply by the functions here.
+`(x * s) @ W`. The float operand is multiplied before it is quantized. All products use
+the functions of this file.
 """
 
 from __future__ import annotations
@@ -74,6 +74,6 @@ def scale_rows_by_group(
 
 
 def _scaled(x: jax.Array, factors: jax.Array) -> jax.Array:
-    """`x * factors` in float32, rounded to a 16-bit dtype of `x`."""
+    """`x * factors`, computed in float32. 16-bit floats keep their dtype."""
     product = x.astype(jnp.float32) * factors
     return product.astype(x.dtype) if x.dtype.name in _KEPT_DTYPES else product

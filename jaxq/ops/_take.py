@@ -82,7 +82,7 @@ def _take(table: QTensor, indices: jax.Array) -> jax.Array:
     )
     spec = table.spec.replace(scale="float32", packing=table.spec.order)
     offset = table.offset
-    if offset is not None:  # as the spec says, beside scales in float32
+    if offset is not None:  # a spec with float32 scales has float32 offsets
         offset = offset.astype(jnp.float32)
     input_scale = table.input_scale
     if input_scale is not None:

@@ -49,7 +49,7 @@ _PRESETS: dict[str, QuantSpec] = {
     # small scale can then not be dequantized to a negative number. A negative scale
     # would change the signs of its block. The error of a scale is half a gap of the
     # map. It is 0.4 to 4 percent for scales of at least a tenth of the largest of 256
-    # scales. It doubles with each power of ten below.
+    # scales. Scales that are ten times smaller have about twice this relative error.
     "nf4_dq": _group_spec("nf4", 64, QuantSpec("udynamic8", PerFlat(256))),
     "nvfp4": _group_spec("float4_e2m1fn", 16, QuantSpec("float8_e4m3fn", PerTensor())),
     "ternary": QuantSpec("ternary", PerChannel(), scale_rule="absmean"),

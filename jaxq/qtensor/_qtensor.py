@@ -644,7 +644,8 @@ def _static_range(bounds: Any, batch_shape: tuple[int, ...]) -> jax.Array:
     """`QTensor.input_range`, float32 `[*batch, 2]`, from bounds of `with_activation`.
 
     Raises:
-      ValueError: `bounds` are not two, not finite, or low is not less than high.
+      ValueError: `bounds` is not a pair, a bound is not finite, or low is not less than
+        high.
     """
     if len(bounds) != 2:
         raise ValueError(
@@ -694,7 +695,8 @@ def _input_scale(scale: jax.typing.ArrayLike, qt: QTensor) -> jax.Array:
         if not (np.isfinite(factors) & (factors > 0)).all():
             raise ValueError(
                 "with_input_scale: scale must be finite and above 0, got numbers from "
-                f"{factors.min()} to {factors.max()}."
+                f"{factors.min()} to {factors.max()}. Use 1 for a channel that needs "
+                "no factor."
             )
     return jnp.broadcast_to(array, (*batch, num_inputs))
 

@@ -287,9 +287,9 @@ def _quantize_level(
 def _batch_mean(view: jax.Array, geometry: Geometry) -> jax.Array:
     """The mean of each batch element, float32 `[*batch, 1, ..., 1]`.
 
-    Differences from it are finite. If the numbers of an element reach so far to both
-    sides that a difference from their mean would overflow, it is the nearest number
-    for which none does.
+    A difference of a number from the result never overflows. If a difference from the
+    exact mean would overflow, the result is another number: the nearest number to the
+    mean for which no difference overflows.
     """
     num_axes = len(geometry.block_shape)
     batch = view.shape[: view.ndim - num_axes]
@@ -299,7 +299,7 @@ def _batch_mean(view: jax.Array, geometry: Geometry) -> jax.Array:
     low, high = jnp.min(x, axis=-1, initial=0), jnp.max(x, axis=-1, initial=0)
     mean = _scales.mean(x)
     nearest = jnp.clip(mean, high - largest, low + largest)
-    # A mean that is not finite must reach all numbers.
+    # A mean that is not finite stays as it is, to reach all numbers of its element.
     mean = jnp.where(jnp.isfinite(mean), nearest, mean)
     return mean.reshape(*batch, *(1,) * num_axes)
 

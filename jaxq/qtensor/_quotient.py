@@ -56,8 +56,8 @@ def quotient_toward_zero(blocks: jax.Array, scale: jax.Array) -> jax.Array:
     quotient rounded toward zero to the format. The rounded product of `divide` may be
     on the other side of a number of the format.
 
-    The result is that of `divide` if a number is 0, subnormal or not finite. A result
-    outside the range of float32 becomes the largest number or 0.
+    If a number or its scale is 0, subnormal or not finite, the result is that of
+    `divide`. A result outside the range of float32 becomes the largest number or 0.
     """
     x, s = jnp.broadcast_arrays(blocks.astype(jnp.float32), scale)
     x_bits, s_bits = _bit_pattern(x), _bit_pattern(s)
@@ -67,7 +67,7 @@ def quotient_toward_zero(blocks: jax.Array, scale: jax.Array) -> jax.Array:
     inverse = 1 / _mantissa(_bit_pattern(scale))  # once for each block
     quotient = x_mantissa * inverse  # off by two last places at most
     quotient = quotient + _remainder(x_mantissa, quotient, s_mantissa) * inverse
-    # Now it is the nearest float, or so near that only its own last place counts.
+    # Now it is one of the two floats next to the exact quotient. The lower one is kept.
     too_large = _remainder(x_mantissa, quotient, s_mantissa) < 0
     bits = _bit_pattern(quotient) - too_large.astype(jnp.uint32)
     exponent = _exponent_field(bits) + x_exponent - s_exponent

@@ -57,8 +57,9 @@ def ideal_scale(
 def _divide_range(width: jax.Array, length: float, spec: QuantSpec) -> jax.Array:
     """The scale that maps `width` to `length`.
 
-    For rounding toward zero it is rounded toward zero. The number at the end of the
-    range divided by a larger scale would be less than `length`, and would lose a step.
+    If codes are rounded toward zero, the scale is rounded toward zero too. A larger
+    scale would divide the number at the end of the range to less than `length`. The
+    code of this number would then lose a step.
     """
     if spec.rounding == "toward_zero":
         return quotient_toward_zero(width, jnp.full_like(width, length))

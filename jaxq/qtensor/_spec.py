@@ -499,9 +499,9 @@ def _most_lost_by_storing(spec: QuantSpec) -> float:
 
 
 def _most_rounded_down(fmt: formats.Format, rounding: str) -> float:
-    """The largest ratio of a positive number to the number of the format below it.
+    """The largest ratio of a positive number to the number that it is rounded down to.
 
-    The number is one that is rounded down. Subnormal numbers do not count.
+    Subnormal numbers do not count.
     """
     to_nearest = rounding.startswith("nearest")
     if isinstance(fmt, formats.FloatFormat | formats.ExponentFormat):

@@ -49,7 +49,7 @@ _TREE = ("Array",)
 
 def _rows() -> tuple[tuple[str, str, tuple[str, ...]], ...]:
     """(what it is, pattern, kinds) of everything that stays in floats."""
-    # The other kinds, so that a registered kind is treated as a Linear.
+    # A kind that a user registered is among these kinds, like Linear.
     top_head_kinds = tuple(kind for kind in kinds() if kind not in _NOT_TOP_HEADS)
     return (
         ("embedding", "**", ("Embed",)),

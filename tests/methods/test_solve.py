@@ -126,7 +126,7 @@ def test_each_matrix_of_a_stack_falls_back_on_its_own(registered):
         methods.solve("own", w, stack, SPEC, fallback="raise")
     assert_same(solved.qt, methods.rtn(w, SPEC)[0])
     assert solved.loss == 1.0
-    assert "in 1 of 2 matrices, so rtn there; halved" in solved.note
+    assert "in 1 of 2 matrices, so these matrices use rtn; halved" in solved.note
     assert without_fallback.loss > 1
 
 

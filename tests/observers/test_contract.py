@@ -218,10 +218,10 @@ def test_mask(name):
         state, observed(obs, *np.where(MASK, x, np.float32(np.inf)), where=MASK)
     )
     without = observed(obs, *np.where(MASK, x, np.float32(np.nan)))
-    assert_same(state._replace(seen=None), without._replace(seen=None))
-    assert_same(state.seen.finite, without.seen.finite)
-    assert np.asarray(without.seen.nan.low).tolist() == [9] * CHANNELS
-    assert np.asarray(state.seen.nan.low).tolist() == [0] * CHANNELS
+    assert_same(state._replace(totals=None), without._replace(totals=None))
+    assert_same(state.totals.finite, without.totals.finite)
+    assert np.asarray(without.totals.nan.low).tolist() == [9] * CHANNELS
+    assert np.asarray(state.totals.nan.low).tolist() == [0] * CHANNELS
 
 
 @over_states

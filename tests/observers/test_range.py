@@ -72,7 +72,7 @@ def test_extremes_at_every_place_and_length(size):
         y[place] = -9.0
         state = observers.minmax().update(observers.minmax().init(y), y)
         assert (float(state.low), float(state.high)) == (y.min(), y.max())
-        assert int(state.seen.finite.low) == size
+        assert int(state.totals.finite.low) == size
 
 
 def test_counts_have_64_bits():
@@ -101,9 +101,9 @@ def test_counts_have_64_bits():
 def test_a_state_counts_beyond_32_bits():
     obs, x = observers.minmax(), jnp.ones(3)
     state = obs.update(obs.init(x), x)
-    full = jnp.full_like(state.seen.finite.low, 2**32 - 2)
+    full = jnp.full_like(state.totals.finite.low, 2**32 - 2)
     state = state._replace(
-        seen=state.seen._replace(finite=state.seen.finite._replace(low=full))
+        totals=state.totals._replace(finite=state.totals.finite._replace(low=full))
     )
-    finite = jax.device_get(obs.merge(obs.update(state, x), obs.init(x)).seen.finite)
+    finite = jax.device_get(obs.merge(obs.update(state, x), obs.init(x)).totals.finite)
     assert (int(finite.high), int(finite.low)) == (1, 1)

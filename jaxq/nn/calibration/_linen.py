@@ -49,8 +49,8 @@ def calibrate(
 
     The layers are Dense, DenseGeneral, Einsum, Conv and ConvTranspose. A row of a
     convolution's input is the vector of channels at one spatial position. Convolutions
-    have no second moments. For layers that `jax.vmap` or batch axes of an einsum stack
-    (experts), a row of zeros counts for nothing.
+    have no second moments. `jax.vmap` or batch axes of an einsum make a stack of
+    experts. In such a stack, rows of zeros do not count.
 
     The batches must run in eval mode, by their arguments or by `forward`. If a layer
     drops numbers or normalizes by the batch, a warning is given.

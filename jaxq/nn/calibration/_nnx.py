@@ -51,9 +51,9 @@ def calibrate(
     """Collects statistics of the inputs of a model's layers over batches of data.
 
     The batches run through a copy of the model in eval mode (`model.eval()`). Dropout
-    is off, and batch normalization uses its running averages. Experts read each row
-    that was not sent to them as zeros. For layers that `jax.vmap` or batch axes of an
-    einsum stack, such a row of zeros counts for nothing.
+    is off, and batch normalization uses its running averages. An expert reads zeros
+    for the rows of other experts. `jax.vmap` or batch axes of an einsum make a stack of
+    experts. In such a stack, rows of zeros do not count.
 
     Args:
       model: a flax nnx module. It does not change. Layers may be quantized or not.

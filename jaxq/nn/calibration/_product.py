@@ -42,7 +42,7 @@ class Product(NamedTuple):
 
 
 class NotAProduct(Exception):
-    """The statistics of one operand do not describe the other, for a reason."""
+    """The rows of the data do not belong to whole axes of the parameter. Says why."""
 
 
 def product_of(
@@ -59,7 +59,8 @@ def product_of(
       key: identifies the product.
 
     Raises:
-      NotAProduct: only a part of the parameter's axes is contracted, for example.
+      NotAProduct: the product contracts or reads only a part of one of the parameter's
+        axes, or the parameter is the input of a convolution.
     """
     return _PRODUCTS[equation.primitive.name](equation, args, side, view, shape, key)
 
@@ -197,5 +198,8 @@ def _index(view: View, shape: Sequence[int]) -> dict[int, Any]:
 def _stack_axes(
     axes: Sequence[int], contracting: Sequence[int], shape: Sequence[int]
 ) -> tuple[int, ...]:
-    """The batch axes of a parameter. A later axis of size 1 is a kept axis."""
+    """The batch axes of a parameter.
+
+    An axis of size 1 is a batch axis only before the contracted axes.
+    """
     return tuple(sorted(a for a in axes if shape[a] > 1 or a < min(contracting)))

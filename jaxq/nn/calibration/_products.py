@@ -35,17 +35,17 @@ from jaxq.nn.calibration._product import (
     product_of,
 )
 
-# The results are the operands, except for a rounding to another dtype.
+# These primitives return their operand. Some of them round it to another dtype.
 _SAME = frozenset([
     "convert_element_type", "copy", "device_put", "mesh_cast", "name",
     "optimization_barrier", "pcast", "pvary", "reduce_precision", "reshard",
     "sharding_constraint", "stop_gradient",
 ])  # fmt: skip
 
-# Products whose rows are not seen.
+# Products whose rows calibration does not read.
 _UNSEEN_PRODUCTS = frozenset(["ragged_dot", "ragged_dot_general", "scaled_dot"])
 
-# They call one function, by the name of the parameter that holds it.
+# Primitives that call one function. The parameter of this name holds the function.
 _CALLS = {
     "checkpoint": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "jit": "jaxpr",
@@ -141,7 +141,7 @@ class Products:
             self._add(*origins)
         self._read(name, origins)
         if name in _UNSEEN_PRODUCTS:
-            self._lose(origins, f"forward multiplies it by {name}")
+            self._lose(origins, f"forward multiplies it with {name}")
         if name not in NOT_CALLS and any(inner_jaxprs(equation)):
             self._lose(origins, f"forward reads it inside {name}")
         return outs, [combined(origins, name)] * len(outs)

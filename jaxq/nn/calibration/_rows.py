@@ -86,11 +86,12 @@ def add_rows(
 
 @jax.custom_batching.custom_vmap
 def _is_data(rows: jax.Array) -> jax.Array:
-    """Which of the rows `[t, K]` of one layer are data, as bool `[t]`: all of them.
+    """Which of the rows `[t, K]` of one layer are data, as bool `[t]`.
 
-    Under `jax.vmap`, each element of the mapped axis is an expert that has inputs of
-    its own. A row of zeros is then a token of another expert, and is not data. Elements
-    that read the same rows (`in_axes=None`) are not experts.
+    Without `jax.vmap`, all rows are data. Under `jax.vmap`, each element of the mapped
+    axis is an expert that has inputs of its own. A row of zeros is then a token of
+    another expert, and is not data. Elements that read the same rows (`in_axes=None`)
+    are not experts.
     """
     return jnp.ones(rows.shape[:-1], bool)
 

@@ -2,8 +2,7 @@
 
 A tree of arrays has no layers whose calls could be watched. Instead, the function that
 runs a batch is traced, and its products with the parameters are found in the trace
-(`_products.py`). The same holds for matrices that a module of an unknown class
-multiplies with.
+(`_products.py`). Matrices in a module of an unknown class are found in the same way.
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ def find_uses(
       The use of each group.
     """
     products: dict[Any, Product] = {}
-    # Tracers are told apart by `id`, so they are kept here.
+    # `id` identifies a tracer, so the tracers in the `Products` must stay alive.
     watcher: list[Products] = []
 
     def visit(product: Product, state: Any) -> Any:
@@ -179,8 +178,9 @@ def _with_product(
     if (product.contracting, product.batch) != (group.use.contracting, group.use.batch):
         raise ValueError(
             f"{caller}: {name}: a batch contracts its axes "
-            f"{list(product.contracting)}, and the first batch its axes "
-            f"{list(group.use.contracting)}. Pass batches that go the same way."
+            f"{list(product.contracting)}, and the first batch contracts its axes "
+            f"{list(group.use.contracting)}. Pass batches for which forward computes "
+            "the same products."
         )
     position = tuple(product.index.get(axis, slice(None)) for axis in product.batch)
     own_stats = jax.tree.map(lambda leaf: leaf[position], stats)
@@ -266,7 +266,7 @@ def _axes(product: Product) -> tuple[Any, ...]:
 
 
 def _number(position: Any) -> int:
-    """A position as a number. Equal numbers mean surely equal positions."""
+    """A position as a number. Positions with equal numbers are certainly equal."""
     return position if isinstance(position, int) else id(position)
 
 

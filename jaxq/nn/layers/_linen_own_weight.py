@@ -73,8 +73,8 @@ def own_weight(
 
     Raises:
       TypeError: the variables hold an array where a QTensor is expected.
-      ValueError: the variables hold a QTensor of another shape; the layer changes the
-        weight by `promote_dtype` or by an own `param`.
+      ValueError: the variables hold a QTensor of another shape; the `promote_dtype`
+        of the layer changes the weight, or the class of the layer overrides `param`.
     """
     if layer.weight is None:
         return layer.param(name, init, roles.shape, dtype)
@@ -108,7 +108,7 @@ def own_weight(
 def _own_change(
     layer: Any, name: str, shape: tuple[int, ...], dtype: Any
 ) -> str | None:
-    """Says why the layer's own code excludes a QTensor as weight. None if not."""
+    """Says why the layer's own code cannot take a QTensor as weight. None if it can."""
     if type(layer).param is not linen.Module.param:
         return (
             f"{type(layer).__name__} overrides `param`, which may change its {name}, "

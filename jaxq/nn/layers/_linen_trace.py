@@ -50,7 +50,7 @@ class Trace(NamedTuple):
 
 
 def leaf_name(key: tuple[str, ...], position: int) -> str:
-    """The name of a leaf of a parameter. An array is the only leaf of itself."""
+    """The name of a leaf of a parameter. An array has one leaf, at position 0."""
     return f"{'/'.join(key)} leaf {position}"
 
 
@@ -98,7 +98,7 @@ def trace(
                 module.apply(traced_variables, *arguments, **settings)
 
     with warnings.catch_warnings():
-        # `nnx.bridge.ToLinen` takes the tags for states of its nnx module.
+        # `nnx.bridge.ToLinen` reads the tags as states of its nnx module, and warns.
         warnings.filterwarnings("ignore", "Found unknown module paths")
         jaxpr = jax.make_jaxpr(run)(shapes)
     names = _leaf_names((tagged, example), params_of(variables))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen
@@ -42,8 +42,8 @@ from jaxq.qtensor import QTensor
 class Placeholder:
     """Takes the place of a weight that will be quantized.
 
-    Layers take the QTensor out. Code of a module that uses the weight itself fails, as
-    most operations would fail with a QTensor.
+    Layers take the QTensor out. If other code of the module uses the weight, it raises
+    an error. Most operations would also raise an error for a QTensor.
 
     Args:
       qtensor: the planned QTensor, or one element of its stack.
@@ -51,6 +51,23 @@ class Placeholder:
 
     def __init__(self, qtensor: Any):
         self.qtensor = qtensor
+
+
+class _Model(NamedTuple):
+    """A linen module, and how it is called."""
+
+    module: linen.Module
+    variables: Any
+    structure: Structure
+    forward: Forward | None
+
+    def changed_leaves(
+        self, variables: Any, interceptor: Callable[..., Any]
+    ) -> set[str]:
+        """The names of the marked leaves that change in a trace with `variables`."""
+        example = self.structure.example
+        traced = trace(self.module, variables, example, self.forward, interceptor)
+        return set(changed_weights(*traced))
 
 
 def check_weights(
@@ -70,10 +87,10 @@ def check_weights(
       weights: the QTensors that are planned, by path of the layer. Leaves are
         `jax.ShapeDtypeStruct`s and have the stack axes.
     """
+    model = _Model(module, variables, structure, forward)
     layers = [structure.layers[path] for path in weights]
     interceptor = functools.partial(_run_marked, [layer.path for layer in layers])
-    traced = trace(module, variables, structure.example, forward, interceptor)
-    changed = set(changed_weights(*traced))
+    changed = model.changed_leaves(variables, interceptor)
     problems = [
         _problem_line(layer, _changed(layer.kind.weight))
         for layer in layers
@@ -85,13 +102,7 @@ def check_weights(
 
     def run(paths: Sequence[str]) -> list[str]:
         """The problems of a trace with QTensors in the layers at these paths."""
-        return _problems_with_codes(
-            module,
-            variables,
-            structure,
-            forward,
-            {path: weights[path] for path in paths},
-        )
+        return _problems_with_codes(model, {path: weights[path] for path in paths})
 
     try:
         return problems + run(unchanged)
@@ -121,36 +132,30 @@ def _run_marked(
     return context.orig_method.func(MarkedWeight(layer, name), *args, **kwargs)
 
 
-def _problems_with_codes(
-    module: linen.Module,
-    variables: Any,
-    structure: Structure,
-    forward: Forward | None,
-    weights: Mapping[str, QTensor],
-) -> list[str]:
+def _problems_with_codes(model: _Model, weights: Mapping[str, QTensor]) -> list[str]:
     """The weights whose codes or scales change, in a trace with these QTensors.
 
     Raises:
       Exception: of any type, if the module does not support a QTensor.
     """
-    keys = {path: structure.layers[path].key for path in weights}
+    layers = model.structure.layers
+    keys = {path: layers[path].key for path in weights}
 
     def read(layer: linen.Module, name: str) -> QTensor | None:
         path = "/".join(layer.path)
         if path not in weights:
             return stored_qtensor(layer, name)
-        num_stacked = weights[path].ndim - len(structure.layers[path].roles.shape)
+        num_stacked = weights[path].ndim - len(layers[path].roles.shape)
         value = layer.get_variable("params", name)
         return _marked(value, weights[path], num_stacked, keys[path])
 
     interceptor = functools.partial(run_with_codes, read)
-    params = params_of(variables)
+    params = params_of(model.variables)
     params |= {keys[path]: Placeholder(qt) for path, qt in weights.items()}
-    changed_variables = with_params(variables, params)
-    traced = trace(module, changed_variables, structure.example, forward, interceptor)
-    changed = set(changed_weights(*traced))
+    variables = with_params(model.variables, params)
+    changed = model.changed_leaves(variables, interceptor)
     return [
-        _problem_line(structure.layers[path], _changed(key[-1]))
+        _problem_line(layers[path], _changed(key[-1]))
         for path, key in keys.items()
         if changed
         & {leaf_name(key, i) for i in range(len(jax.tree.leaves(weights[path])))}

@@ -32,7 +32,7 @@ class PromoteQTensors:
         is merged into a quantized model would run unnoticed.
 
     Raises:
-      ValueError: in a call, the weight must be a QTensor, and is an array.
+      ValueError: in a call, `is_quantized` is True and the weight is an array.
     """
 
     original: Callable[..., Any]
@@ -69,7 +69,7 @@ def accept_qtensors(layer: Any, name: str) -> None:
 
 
 def promotion_problem(layer: Any, name: str, shape: tuple[int, ...]) -> str | None:
-    """Says why the `promote_dtype` of an nnx layer excludes a QTensor. None if not.
+    """Says why the `promote_dtype` of an nnx layer excludes a QTensor, or None.
 
     Args:
       layer: an nnx layer.

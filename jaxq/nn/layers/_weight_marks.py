@@ -2,9 +2,9 @@
 
 `mark` writes the name of a weight next to its value into a trace. `changed_weights`
 follows each marked value back to the inputs of the trace. Most values are an input
-itself, or one element of a stack that `scan` goes through. Then nothing is computed.
-Any other value is computed once from random weights, and compared with these weights.
-The function itself never runs.
+itself, or one element of a stack that `scan` goes through. Nothing is computed for
+these values. Any other value is computed from random weights, and compared with these
+weights. The function itself never runs.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _SAME_NUMBERS = (
     "squeeze",
     "stop_gradient",
 )
-# An index of the trace, for example the counter of a loop, is not known. The values are
-# computed once for each of these numbers in place of every unknown integer.
+# Some integers of a trace are unknown, for example the counter of a loop. A value is
+# computed once with each of these numbers in place of all unknown integers.
 _INDICES = (0, 1)
 
 
@@ -47,12 +47,12 @@ def mark(array: jax.Array, name: str) -> jax.Array:
 def changed_weights(jaxpr: Any, sources: Sequence[str]) -> list[str]:
     """The names of marked arrays that are not the input of the same name.
 
-    A cast to another float dtype is no change. If an array is an element of its input
-    along leading axes, this is no change either.
+    A cast to another float dtype is not a change. An array that is one element of its
+    input along leading axes is not changed either.
 
     Args:
       jaxpr: of the traced function, a `jax.extend.core.ClosedJaxpr`.
-      sources: the name of each input of the function. Empty for inputs that are no
+      sources: the name of each input of the function. Empty for inputs that are not
         weights.
     """
     inputs = [
@@ -249,7 +249,7 @@ def _is_unchanged(value: _Node, name: str) -> bool:
 
 
 def _origin(value: _Node) -> _Node:
-    """The value that has the same numbers in the same order, as early as possible.
+    """The earliest value of the trace that has the same numbers in the same order.
 
     One cast to a float dtype is skipped. Two casts may lose digits that one cast keeps.
     """
@@ -273,15 +273,15 @@ def _origin(value: _Node) -> _Node:
 def _loops(value: _Node) -> list[_Loop]:
     """The scans whose elements a value is computed from."""
     loops: dict[_Loop, None] = {}
-    seen: set[int] = set()
+    visited: set[int] = set()
     pending = [value]
     while pending:
         node = pending.pop()
         if isinstance(node, _Element):
             loops[node.loop] = None
             pending.append(node.stack)
-        elif isinstance(node, _Result) and id(node.inputs) not in seen:
-            seen.add(id(node.inputs))
+        elif isinstance(node, _Result) and id(node.inputs) not in visited:
+            visited.add(id(node.inputs))
             pending.extend(node.inputs)
     return list(loops)
 

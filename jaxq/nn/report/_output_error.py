@@ -18,7 +18,7 @@ from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, dequantize, quantize
 
 # The squared norm of a row counts as at least this share of the mean squared norm.
-# Otherwise a row that is nearly zero could decide alone.
+# Otherwise one row that is nearly zero could dominate the mean.
 _LEAST_ROW = 1e-3
 
 
@@ -116,10 +116,10 @@ def row_sqnr_of(
     The squared error of a row is divided by the norm of the row's exact output. Then
     the mean over the rows is taken, relative to the mean squared norm.
 
-    Undivided errors are those of the few rows with very large outputs. Transformers
-    have such rows at separator tokens, and the norm behind the layer removes their
-    size. If errors were divided by the squared norm, they would be those of the
-    smallest rows.
+    Without the division, a few rows with very large outputs would dominate the mean.
+    Transformers have such rows at separator tokens, and the norm after the layer
+    removes their size. With a division by the squared norm, the rows with the smallest
+    outputs would dominate the mean.
 
     Args:
       floats: the float weight.

@@ -76,7 +76,7 @@ def corrected_bias(
     is_unreached = np.asarray(stats.count) == 0
     if is_unreached.any():
         names = element_names(is_unreached)
-        notes[0] += f", but not of element {names}, which no calibration row reached"
+        notes[0] += f", but not for element {names}, which no calibration row reached"
     elif few_rows := methods.few_tokens(stats, w.shape[-2]):
         notes.append(few_rows)
     return shifted.astype(bias.dtype), "; ".join(notes)

@@ -18,8 +18,8 @@ class Donated:
     array is never freed. An array that is not in `arrays` is never freed either.
 
     Args:
-      arrays: all arrays of the model, each as often as it is used. Arrays are told
-        apart by `id`, so they must stay alive as long as this object is used.
+      arrays: all arrays of the model, each as often as it is used. `id`
+        identifies an array, so all must stay alive as long as this object is used.
     """
 
     def __init__(self, arrays: Iterable[Any]):

@@ -56,7 +56,7 @@ def find_equinox_weight(params: Any, keys: tuple[Any, ...]) -> EquinoxWeight | N
             return EquinoxWeight()
     for name, use in _OTHER_USES.items():
         if name in classes and attribute == "weight":
-            problem = f"eqx.nn.{name} {use}, which takes no QTensor"
+            problem = f"eqx.nn.{name} {use}, and a QTensor does not support this"
             return EquinoxWeight(name == "Embedding", _with_remedy(problem))
     return None
 
@@ -75,7 +75,7 @@ def _equinox_classes(node: Any) -> list[str]:
 
 
 def _nodes_on_path(params: Any, keys: tuple[Any, ...]) -> list[Any]:
-    """The tree and the nodes that a path leads through, as far as they are known."""
+    """The tree and the nodes on a path. Empty if a key is of an unknown type."""
     nodes = [params]
     for key in keys:
         if hasattr(key, "name"):

@@ -177,10 +177,10 @@ def groups_to_fold(
 
 
 def layers_to_watch(groups: Sequence[tuple[Group, Rule]]) -> list[str]:
-    """Paths of the layers of whose inputs `fold_scales` needs statistics.
+    """Paths of layers. `fold_scales` needs statistics of the inputs of these layers.
 
-    These are the first target of each group, and the source if the method also judges
-    the rounding error of the source.
+    The layers are the first target of each group, and the source if the method also
+    judges the rounding error of the source.
     """
     targets = [group.targets[0] for group, _ in groups]
     sources = [

@@ -115,7 +115,7 @@ def _squares(a: jax.Array, b: jax.Array, counts: jax.Array | None) -> tuple:
 
 
 def _in_float64(total: jax.Array, unit: jax.Array) -> float:
-    """A sum of squares of `metrics.squares`. No float32 overflows in float64."""
+    """The sum of squares `total * unit^2`. It cannot overflow in float64."""
     return float(total) * float(unit) ** 2
 
 

@@ -223,7 +223,7 @@ class NnxAdapter:
         self._recipe = recipe
         self._options = options
         self.notes = rotation_notes(recipe, bool(options.batches))
-        # The float model, to compare outputs. Its mode is not that of calibration.
+        # An eval copy of the float model, to compare outputs. None without batches.
         self._original: Any = None
         if options.batches:
             self._original = eval_copy(model)
@@ -235,7 +235,7 @@ class NnxAdapter:
                 check_rotated(self._original, model, options)
         self._model = model
         self._slots: list[Slot] = []
-        # Variables are told apart by `id`, so they must stay alive.
+        # `id` identifies a variable, so the variables must stay alive.
         self._variables: list[tuple[str, nnx.Variable]] = []
         self._quantized: dict[int, QuantizedParam] = {}
         # How the model uses each variable, by its path. Empty if it has no bare array

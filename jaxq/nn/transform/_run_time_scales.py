@@ -32,7 +32,7 @@ from jaxq.sharding import on_auto_axes
 
 
 def with_planned_scales(slots: Sequence[Slot]) -> list[Slot]:
-    """The slots after it is decided which layers keep their scales.
+    """The slots, with a mark for each layer that keeps its scales.
 
     A layer keeps its scales if its method allows it, and if they are not folded. The
     scales are not computed yet.
@@ -145,8 +145,8 @@ def _held_out_error(
 ) -> np.ndarray:
     """The squared output error of each matrix on held-out inputs, `[*batch]`.
 
-    The weight is rounded to nearest after its rows are multiplied by the scale. A
-    static range is that of the extremes of the divided inputs.
+    The weight is rounded to nearest after its rows are multiplied by the scale. If the
+    rule has a static range, the range is the extremes of the divided inputs.
     """
     assert isinstance(rule.weight, QuantSpec)
     batch = tuple(range(w.ndim - 2))

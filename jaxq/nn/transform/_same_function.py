@@ -88,7 +88,7 @@ def _difference(before: nnx.Module, after: nnx.Module, options: Options) -> str:
         return ""
     return (
         f"the outputs of a calibration batch differ by {error:.2g} of their norm, and "
-        f"rounding explains {tolerance:.2g}"
+        f"rounding explains at most {tolerance:.2g}"
     )
 
 
@@ -96,7 +96,7 @@ def _rounding(model: nnx.Module) -> float:
     """The relative difference of outputs that rounding explains.
 
     It is the square root of the step of the narrowest dtype of the model: 3e-4 in
-    float32, .09 in bfloat16. One product loses about one step. Deep models amplify
+    float32, 0.09 in bfloat16. One product loses about one step. Deep models amplify
     this, but a wrong scale usually changes the outputs by their own size.
     """
     dtypes = [

@@ -89,7 +89,7 @@ class Slot:
 
     @property
     def has_rows(self) -> bool:
-        """Calibration sees the input, and its rows are multiplied by a matrix."""
+        """True if calibration sees the input, and a matrix multiplies its rows."""
         return self.kind.watched and not self.kind.windowed
 
     def inputs(self, stats: LayerStats) -> Inputs:

@@ -1,10 +1,10 @@
 """Activation quantization of a layer, and its static range, judged on held-out rows.
 
-An observer reads only the inputs. Its range may suit data of another shape, and then
-ruins the layer. So the output error of the layer is compared with that of two plain
-ranges: the extremes of the inputs, and the range of least squared error over the
-sampled rows. Rows of large outputs count less (`row_sqnr_of`). In a stack, the range of
-each element is judged on its own.
+An observer reads only the inputs. Its rule may not suit the distribution of these
+inputs. Then its range gives the layer a large output error. So the output error of the
+layer is compared with that of two plain ranges: the extremes of the inputs, and the
+range of least squared error over the sampled rows. Rows of large outputs count less
+(`row_sqnr_of`). In a stack, the range of each element is judged on its own.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from jaxq.recipes import Rule
 
 # An observer's range may have this many dB more output error than the better of the
 # plain ranges (a factor of 1.5). The errors of two good ranges (99.9 % of the numbers,
-# and least squared error) often differ by 1 dB from one sample of 256 rows to another,
-# and an error that doubles, 3 dB, is always a loss.
+# and least squared error) often differ by 1 dB, and the better of the two depends on
+# the sample of 256 rows. An error that is twice as large (3 dB) is always a loss.
 _TOLERANCE = 1.76
 
 _Bounds = tuple[jax.Array, jax.Array]
@@ -80,7 +80,7 @@ def static_range(
       qt: the quantized weight, without static range.
       stats: statistics of the layer's inputs, with the state of the rule's observer.
       options: if the observer's range is worse than a plain one, `fallback="rtn"` takes
-        the plain one, "none" keeps the observer's, and "raise" raises.
+        the plain one, "none" keeps the observer's, and "raise" raises an error.
 
     Raises:
       ValueError: the statistics have no state of the observer; all calibration inputs
@@ -122,12 +122,13 @@ def static_range(
         return StaticRange(bounds, join_notes(note, not_judged))
     best = np.argmax(errors, axis=0)  # [*batch]
     with np.errstate(invalid="ignore"):
-        lost = np.max(errors, axis=0) - errors[0]  # [*batch]; NaN if both are infinite
-    is_worse = lost > _TOLERANCE
+        # NaN if both are infinite.
+        excess = np.max(errors, axis=0) - errors[0]  # [*batch]
+    is_worse = excess > _TOLERANCE
     if not is_worse.any():
         return StaticRange(bounds, note)
     ranges = list(candidates.values())
-    reason = _reason(list(candidates), best, lost, is_worse)
+    reason = _reason(list(candidates), best, excess, is_worse)
     if options.fallback == "raise":
         raise ValueError(
             f"{options.caller}: {name}: {reason}. Pass fallback='rtn' to use that "
@@ -149,8 +150,8 @@ def _observed_range(
 ) -> tuple[_Bounds | None, str]:
     """The observer's range, and a note on elements of a stack that have none.
 
-    Nothing but zeros may have reached an expert. Its range is the smallest that holds
-    the ranges of all others. The range is None if no element has one.
+    An expert may have read only zeros. Then its range is the smallest range that holds
+    the ranges of all other experts. The result is None if no element has a range.
     """
     kind = range_options(spec)
 
@@ -250,12 +251,12 @@ def _output_errors(
 
 
 def _reason(
-    labels: list[str], best: np.ndarray, lost: np.ndarray, is_worse: np.ndarray
+    labels: list[str], best: np.ndarray, excess: np.ndarray, is_worse: np.ndarray
 ) -> str:
     """Which range is worse than which other, and by how much."""
     names = [labels[i] for i in sorted(set(best[is_worse].flat))]
     where = f" at element {element_names(is_worse)}" if is_worse.ndim else ""
     return (
-        f"{labels[0]}{where} has {lost[is_worse].max():.1f} dB more output error on "
+        f"{labels[0]}{where} has {excess[is_worse].max():.1f} dB more output error on "
         f"held-out inputs than {' or '.join(names)}"
     )

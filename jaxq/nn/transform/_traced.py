@@ -1,8 +1,8 @@
 """Slots of arrays whose products were found in a trace of `forward`.
 
 The trace of a batch (`find_uses`) shows which axes of an array the products contract,
-and which axes stack several matrices. A rule need not name these axes then. If it names
-other axes, this is an error.
+and which axes stack several matrices. A rule then does not have to name these
+axes. If it names other axes, an error is raised.
 """
 
 from __future__ import annotations

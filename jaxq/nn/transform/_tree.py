@@ -249,7 +249,7 @@ class TreeAdapter:
         self._options = options
         self._structure = jax.tree.structure(params, is_leaf=_is_qtensor)
         self._leaves = list(_leaves_of(params))
-        # The original arrays, which `id` tells apart, must stay alive.
+        # `id` identifies an original array, so these arrays must stay alive.
         self._arrays = [leaf.value for leaf in self._leaves]
         # How forward uses each array, by `_Leaf.array`. Empty without batches.
         self._uses: dict[int, Use] = {}

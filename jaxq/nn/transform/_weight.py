@@ -79,7 +79,7 @@ def _solve_slot(
     key: jax.Array,
     options: Options,
 ) -> methods.Solved:
-    """`quantize_weight` after the scales are applied and before the activation is."""
+    """The part of `quantize_weight` between the scales and the activation."""
     rule, name = _rule(slot), slot.name or "w"
     spec = _nearest_spec(rule)
     nearest = quantize(
@@ -193,9 +193,10 @@ def method_without_data(slot: Slot) -> str:
 
 
 def _only_rounds(slot: Slot) -> bool:
-    """True if the method only moves scales or rounds. Its weight is rounded to nearest.
+    """True if the result of the method is the weight rounded to nearest.
 
-    Methods that move scales also only round the windows of a convolution.
+    A method without `solve` rounds to nearest, and may move scales before. Methods that
+    move scales round the kernel of a convolution to nearest.
     """
     rule = _rule(slot)
     has_windows = folding_of(rule) is not None and slot.kind.windowed

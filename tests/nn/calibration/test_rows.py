@@ -128,7 +128,7 @@ def test_the_bias_of_an_expert_is_corrected_on_its_own_rows():
     model = MappedExperts()
     recipe = jaxq.Recipe([jaxq.Rule(weight="int3", correct_bias=True)])
     qmodel, report = jaxq.quantize_model(model, recipe, calibration=[(x, mask)])
-    expected = "but not of element 3, which no calibration row reached"
+    expected = "but not for element 3, which no calibration row reached"
     assert expected in report.quantized[0].note
     error = np.asarray(qmodel(x, mask) - model(x, mask))[0]
     counted = (np.asarray(mask[0]) > 0) & (np.arange(512) % 8 != 7)

@@ -333,7 +333,7 @@ REFUSALS = {
     ),
     "experts by groups of rows": (
         lambda p, x: jax.lax.ragged_dot(x, p["w"][None], jnp.array([6])),
-        "multiplies it by ragged_dot_general, where calibration cannot see its input",
+        "multiplies it with ragged_dot_general, where calibration cannot see its input",
     ),
     "cut": (sliced, "changes it by slice before a product"),
     "partly contracted": (

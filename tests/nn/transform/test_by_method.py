@@ -355,7 +355,7 @@ def test_each_matrix_of_a_stack_is_judged_by_itself(monkeypatch):
     )
     result = methods.solve("hqq", w, stats, jaxq.presets()["int4"])
     assert (result.method, result.loss) == ("hqq", 1.0)
-    assert "in 1 of 2 matrices, so rtn there" in result.note
+    assert "in 1 of 2 matrices, so these matrices use rtn" in result.note
     jax.tree.map(np.testing.assert_array_equal, result.qt, methods.rtn(w, "int4")[0])
 
 
