@@ -245,10 +245,9 @@ def _check_supported(equation: Any, avals: list) -> None:
     name = equation.primitive.name
     if name not in NOT_CALLS and any(inner_jaxprs(equation)):
         raise NotImplementedError(
-            f"emulate: the primitive {name!r} calls a function, and emulate does not "
-            "support this primitive: it could not round what the function computes. "
-            "The supported primitives that call functions are "
-            f"{', '.join(sorted(CALLS))}."
+            f"emulate: the primitive {name!r} calls a function, and emulate cannot "
+            "round what this function computes. The supported primitives that call "
+            f"functions are {', '.join(sorted(CALLS))}. Use one of these in fn."
         )
     dtypes = [aval.dtype for aval in avals if hasattr(aval, "dtype")]
     if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):

@@ -75,7 +75,7 @@ class Folding:
 
     Attributes:
       find: `(source, weights, stats, spec, options) -> scale [in]`. `source` is the
-        weight of the linear layer before the group, or None after a norm.  `weights`
+        weight of the linear layer before the group, or None after a norm. `weights`
         are the weights `[in, out]` that read one input. `stats` are the statistics of
         that input, or None if there are none and the method needs none.
       why_not: `(source, weights) -> str`: why no scale can be moved here; empty if one

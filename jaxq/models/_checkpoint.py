@@ -106,7 +106,7 @@ def load(
     if problems:
         raise ValueError(
             f"jaxq.models.load: {path} does not fit its config.json: "
-            f"{'; '.join(problems)}."
+            f"{'; '.join(problems)}. Use the config.json that belongs to the weights."
         )
 
     model = nnx.eval_shape(
@@ -273,7 +273,7 @@ def _require_file(path: Path, name: str) -> Path:
     if not (path / name).is_file():
         raise FileNotFoundError(
             f"jaxq.models.load: {path} has no {name}; expected a Hugging Face model "
-            "directory."
+            "directory. Check the path, or download the directory again."
         )
     return path / name
 
@@ -299,7 +299,9 @@ def _load_tokenizer(path: Path) -> Any:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing narrower
-        raise ValueError(f"jaxq.models.load: {path} is damaged: {error}") from error
+        raise ValueError(
+            f"jaxq.models.load: {path} is damaged: {error}. Download it again."
+        ) from error
 
 
 def _weight_files(path: Path) -> dict[str, str]:
@@ -312,7 +314,7 @@ def _weight_files(path: Path) -> dict[str, str]:
     if not isinstance(files, dict) or not _are_names(files.values()):
         raise ValueError(
             f"jaxq.models.load: {path / _INDEX} is damaged: it has no weight_map that "
-            "names the file of each tensor."
+            "names the file of each tensor. Download it again."
         )
     for file_name in sorted(set(files.values())):
         _require_file(path, file_name)
@@ -330,7 +332,9 @@ def _open_weights(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"jaxq.models.load: {path} is damaged: {error}") from error
+        raise ValueError(
+            f"jaxq.models.load: {path} is damaged: {error}. Download it again."
+        ) from error
 
 
 def _read_headers(path: Path, files: Mapping[str, str]) -> dict[str, _Header]:
@@ -348,7 +352,7 @@ def _read_headers(path: Path, files: Mapping[str, str]) -> dict[str, _Header]:
                 if name in file_of:
                     raise ValueError(
                         f"jaxq.models.load: {path}: {name} is both in {file_of[name]} "
-                        f"and in {file_name}."
+                        f"and in {file_name}. Remove it from one of the files."
                     )
                 view = file.get_slice(name)
                 headers[name] = _Header(tuple(view.get_shape()), view.get_dtype())

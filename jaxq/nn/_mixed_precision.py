@@ -240,7 +240,8 @@ def _layers_by_name(model: nnx.Module, preset: str) -> list[Any]:
     if not layers:
         raise ValueError(
             "sensitivity: the model has no layer that a named recipe quantizes. Named "
-            "recipes leave embeddings, output heads and routers in floats."
+            "recipes leave embeddings, output heads and routers in floats. Write a "
+            "jaxq.Rule for these layers instead."
         )
     return layers
 

@@ -194,7 +194,8 @@ class EntryReader:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self._caller}: {path or 'the value'} is not described as a QTensor: "
-                f"{error}. The file is damaged, or a newer version of jaxq wrote it."
+                f"{error}. The file is damaged, or a newer version of jaxq wrote it. "
+                "Save it again, or use the newer version."
             ) from error
         leaves: list[Any] = []
         for name in LEAVES:

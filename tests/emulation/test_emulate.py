@@ -390,7 +390,7 @@ def test_shard_map():
 
 def test_an_unknown_call_raises():
     solve = jaxq.emulate(lambda a: jnp.linalg.solve(a, a[0]), BF16)
-    message = "'custom_linear_solve' calls a function, and emulate does not support"
+    message = "'custom_linear_solve' calls a function, and emulate cannot round"
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(solve, np.eye(3, dtype=np.float32))
 

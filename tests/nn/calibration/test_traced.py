@@ -410,7 +410,7 @@ def test_other_parameters_are_no_bias(bias, weight, forward):
     assert uses_of(forward, params, normal(6, 4))[1].bias is None
 
 
-def test_later_batches_must_go_the_same_way():
+def test_later_batches_must_have_the_same_products():
     def forward(p, x):
         return x @ p["w"] if x.shape[0] == 2 else x @ p["w"].T
 
