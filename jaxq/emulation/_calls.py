@@ -19,7 +19,7 @@ from jaxq import kernels
 from jaxq.emulation._precision import Policy
 
 # Evaluates a closed jaxpr on arguments under a policy. `_emulate` passes its own
-# function, so that this file need not import it.
+# function, so that this file does not have to import it.
 Evaluate = Callable[[Any, Sequence, Policy], list]
 # (evaluate, equation, arguments, policy) -> results of the equation.
 Call = Callable[[Evaluate, Any, list, Policy], Sequence]

@@ -269,7 +269,7 @@ def _awq(
         clipped, _ = clip_ranges(scaled_w, spec, x=scaled_x, num=10, max_shrink=0.5)
         error = _mean_squared_output(scaled_x, dequantize(clipped) - scaled_w)
         better = error < unclipped
-        # The best range of each block need not be the best for the whole output.
+        # The best range of each block may not be the best for the whole output.
         qt = jax.tree.map(lambda new, old: jnp.where(better, new, old), clipped, qt)
         least = jnp.where(better, error, unclipped)
     info = AWQInfo(s, search.ratio, least, unclipped, search.loss_unscaled, better)

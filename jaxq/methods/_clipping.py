@@ -307,7 +307,7 @@ def _clip_matrix(
             whole, quantize_within, error_of, spec, amounts
         )
         if not _is_separable(spec):
-            # The best range of each block need not be the best for all of them.
+            # The best range of each block may not be the best for all of them.
             unclipped = error_of(plain)
             better = jnp.sum(error) <= jnp.sum(unclipped)
             qt, ends, error = jax.tree.map(
@@ -381,7 +381,7 @@ def _shrink(whole: _Range, factor: jax.Array, spec: QuantSpec) -> _Range:
     # Halves first: the sum and the difference of the ends may overflow.
     middle = whole.low * 0.5 + whole.high * 0.5
     half = (whole.high * 0.5 - whole.low * 0.5) * factor
-    # middle + half need not be `high` in float32, and factor 1 must change nothing.
+    # middle + half may differ from `high` in float32. Factor 1 must change nothing.
     low = jnp.where(factor == 1.0, whole.low, middle - half)
     high = jnp.where(factor == 1.0, whole.high, middle + half)
     return _Range(low, high)
@@ -462,7 +462,7 @@ def _map_blocks(
 
 def _padded_blocks(w: jax.Array, spec: QuantSpec, geometry: Geometry) -> jax.Array:
     """The blocks of w. The padding does not change the range of a block."""
-    # A range that starts at the minimum need not contain 0, so 0 would extend it.
+    # A range that starts at the minimum may not contain 0, so 0 would extend it.
     mode = "edge" if spec.offset == "min" else "constant"
     return geometry.to_blocks(geometry.pad(geometry.to_view(w), mode=mode))
 

@@ -158,7 +158,7 @@ def _find_equalizing_scale(
 def _why_not_equalized(source: jax.Array | None, weights: Sequence[jax.Array]) -> str:
     """Why no scale can be moved; empty if one can. The source must be linear."""
     if source is None:
-        return "not equalized: the layer before it is not a linear layer"
+        return "not equalized: the previous layer is not a linear layer"
     return why_not_one_to_one(source, weights)
 
 

@@ -81,7 +81,7 @@ class KMeansInfo(NamedTuple):
       inertia: float32, `sum (w - centre of w)^2`.
       num_steps: int32, number of steps that ran. Steps end when no boundary moves.
       num_empty: int32, number of centres without a weight, over all blocks. After
-        enough steps, a block has such centres only if it has fewer different numbers
+        enough steps, a block has such centres only if it has fewer distinct numbers
         than centres. Its numbers are then stored exactly.
 
     Example:

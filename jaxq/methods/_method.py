@@ -137,7 +137,7 @@ class Method:
       own_activation: True if the method quantizes the layer's input itself. Then a rule
         sets no observer.
       takes_nearest: True if `solve` also takes `nearest=`, the weight rounded to
-        nearest. Then the method need not round the weight a second time.
+        nearest. The method then does not round the weight a second time.
 
     Raises:
       TypeError: a field has another type than the one above.

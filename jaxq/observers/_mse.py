@@ -1,9 +1,9 @@
 """The range with the smallest quantization error.
 
 The first candidate is the range of the extremes. Each further candidate is smaller by
-the same step. A range that contains 0 shrinks towards 0. A range that need not contain
-0 shrinks towards its middle. Errors are measured relative to the largest number. So x
-and `2^k * x` get the same candidate.
+the same step. A range for codes with an offset shrinks towards its middle. Every other
+range shrinks towards 0. Errors are measured relative to the largest number. So x and
+`2^k * x` get the same candidate.
 
 For a state, the numbers of a bin are assumed to be spread evenly over the bin. The mean
 error over a bin is then an integral in closed form. So bins may be wider than a step of
@@ -228,7 +228,7 @@ def _smaller_range(
     # Halves first, because the sum and the difference of the ends may overflow.
     middle = low * 0.5 + high * 0.5
     half = (high * 0.5 - low * 0.5) * factor
-    # middle + half need not be `high` in float32. A factor of 1 must change nothing.
+    # middle + half may differ from `high` in float32. Factor 1 must change nothing.
     low = jnp.where(factor == 1, low, middle - half)
     return low, jnp.where(factor == 1, high, middle + half)
 

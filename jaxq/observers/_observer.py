@@ -50,7 +50,7 @@ class RangeKind(enum.Enum):
 
     SYMMETRIC = "(-T, T), or (0, T) if the format has no negative numbers"
     WITH_ZERO = "contains 0, for codes with a zero point"
-    ANYWHERE = "need not contain 0, for codes with an offset"
+    ANYWHERE = "with or without 0, for codes with an offset"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ class Observer(abc.ABC):
           format: the format to quantize to. The ranges of `mse` and `entropy` depend on
             it.
           symmetric: True gives (-T, T), or (0, T) if the format has no negative
-            numbers. False gives a range that need not be symmetric.
+            numbers. False gives a range that may be asymmetric.
           include_zero: True extends a range that is not symmetric to contain 0, as
             codes with a zero point need it. False is for codes with an offset
             (`QuantSpec(offset="min")`), and needs `symmetric=False`.

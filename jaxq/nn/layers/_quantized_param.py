@@ -50,7 +50,7 @@ class QuantizedParam(nnx.Variable):
 
     def _check(self, value: Any) -> None:
         """Raises a ValueError if an array would replace a QTensor."""
-        # Flax also sets marks of its own, which are no arrays.
+        # Flax also sets marks of its own, which are not arrays.
         is_array = isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
         if is_array and isinstance(self.get_raw_value(), QTensor):
             raise ValueError(

@@ -51,7 +51,7 @@ class Row:
         axes. None if the parameter stays in floats.
       bits_per_element: bits per element, with the scales of all levels.
       bytes_before: of the float parameter.
-      bytes_after: of what replaced it.
+      bytes_after: of the parameter after quantization.
       sqnr: signal to quantization noise ratio in dB. None if it was not measured.
       worst_block: the largest relative error of a block of 64 adjacent elements along
         the contracted axis. None if it was not measured.

@@ -84,7 +84,7 @@ class Slot:
 
     @property
     def chosen(self) -> bool:
-        """The rule quantizes the weight."""
+        """True if the rule quantizes the weight."""
         return self.rule is not None and self.rule.weight is not None
 
     @property

@@ -125,7 +125,7 @@ def dry_run(slot: Slot) -> QTensor:
             name=name,
         )
         # The result of a method that needs data has these shapes too, so the method
-        # need not run.
+        # does not run.
         if method.solve is not None and not method.needs_data(dict(rule.options)):
             qt = _solve(qt, w, None, rule, "rtn", key, name).qt
         return with_activation(qt, rule, None if rule.observer is None else (0.0, 1.0))
