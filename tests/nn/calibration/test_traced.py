@@ -415,5 +415,5 @@ def test_later_batches_must_have_the_same_products():
         return x @ p["w"] if x.shape[0] == 2 else x @ p["w"].T
 
     batches = [normal(2, 4), normal(3, 4)]
-    with pytest.raises(ValueError, match="the first batch its axes"):
+    with pytest.raises(ValueError, match="the first batch contracts its axes"):
         stats_of(forward, {"w": normal(4, 4)}, batches)
