@@ -14,6 +14,9 @@ import numpy as np
 
 from jaxq.observers import LayerStats, Observer, empty_stats
 
+# Fields that had another name when a file was written.
+_RENAMED = {"seen": "totals"}
+
 
 class StatsRequest(NamedTuple):
     """What to collect for the input of one layer.
@@ -111,6 +114,8 @@ def as_stats(value: Any, like: Any) -> Any:
         return value
     if hasattr(like, "_fields"):
         fields = value._asdict() if hasattr(value, "_fields") else value
+        if isinstance(fields, Mapping):
+            fields = {_RENAMED.get(name, name): fields[name] for name in fields}
         _check_fields(fields, like)
         return type(like)(
             **{

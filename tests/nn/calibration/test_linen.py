@@ -1,5 +1,7 @@
 """Calibration of linen modules: the numbers are those of the same layers in nnx."""
 
+import functools
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -102,6 +104,19 @@ def as_dicts(stats):
     if hasattr(stats, "_fields"):
         return {name: as_dicts(getattr(stats, name)) for name in stats._fields}
     return None if stats is None else np.asarray(stats)
+
+
+def test_statistics_with_an_old_field_name_are_continued():
+    x, observer = normal(8, 8), jaxq.observers.percentile(99.0)
+    calibrate = functools.partial(jaxq.nn.calibrate, Twins(), observer=observer)
+    first = calibrate([x, x[:4]])
+    first = {path: as_dicts(stats) for path, stats in first.items()}
+    for stats in first.values():
+        stats["observed"]["seen"] = stats["observed"].pop("totals")
+    expected = calibrate([x, x[:4], x[4:]])
+    jax.tree.map(
+        np.testing.assert_array_equal, calibrate([x[4:]], start=first), expected
+    )
 
 
 def test_a_layer_that_no_new_batch_reaches_keeps_its_statistics():
