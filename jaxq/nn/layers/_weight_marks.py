@@ -329,12 +329,12 @@ def _random(aval: Any, seed: int) -> jax.Array:
         info = jnp.iinfo(aval.dtype)
         numbers = generator.integers(int(info.min), int(info.max), aval.shape)
         return jnp.asarray(numbers.astype(aval.dtype))
-    # A hook may change some magnitudes only (pruning, clipping), so the magnitudes cover
-    # the range of the dtype. Half of them are usual ones of weights. Subnormals are left
-    # out, because devices may flush them to zero.
+    # A function may change only some magnitudes (pruning, clipping). So the magnitudes
+    # cover the range of the dtype, and half of them are usual ones of weights.
+    # Subnormals are left out, because devices may flush them to zero.
     info = jnp.finfo(aval.dtype)
     low, high = 0.9 * np.log2([float(info.smallest_normal), float(info.max)])
-    # One position in each of n equal steps. The sizes of the steps do not depend on luck.
+    # The range is divided into one step for each number, so there are no large gaps.
     size = int(np.prod(aval.shape))
     positions = (generator.permutation(size) + generator.random(size)) / max(size, 1)
     exponents = [low, max(low, _USUAL[0]), min(high, _USUAL[1]), high]
