@@ -8,6 +8,7 @@ shows it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxq.nn.calibration import eval_copy, run_model
+from jaxq.emulation import inner_jaxprs
+from jaxq.nn.calibration import Batch, eval_copy, run_model
 from jaxq.nn.transform._folding import Folded, fold_into
 from jaxq.nn.transform._model_error import Run, largest_difference
 from jaxq.nn.transform._options import Options
@@ -83,7 +85,9 @@ def _difference(before: nnx.Module, after: nnx.Module, options: Options) -> str:
     """How much outputs differ. Empty if rounding explains the difference."""
     runs = nnx_run(before, options), nnx_run(after, options)
     error = largest_difference(*runs, options)
-    tolerance = _rounding(before)
+    tolerance = _FLOAT32_ROUNDING
+    if error > tolerance:
+        tolerance = _rounding(*runs, options)
     if error <= tolerance:
         return ""
     return (
@@ -92,29 +96,77 @@ def _difference(before: nnx.Module, after: nnx.Module, options: Options) -> str:
     )
 
 
-def _rounding(model: nnx.Module) -> float:
+def _rounding(before: Run, after: Run, options: Options) -> float:
     """The relative difference of outputs that rounding explains.
 
-    It is the square root of the step of the narrowest dtype of the model: 3e-4 in
-    float32, 0.09 in bfloat16. One product loses about one step. Deep models amplify
-    this, but a wrong scale usually changes the outputs by their own size.
+    It is the square root of the step of the narrowest dtype that numbers are rounded
+    to: 3e-4 in float32, 0.09 in bfloat16. One product loses about one step. Deep models
+    amplify this, but a wrong scale usually changes the outputs by their own size.
+
+    The model rounds where it computes, and the new weights are rounded where they are
+    stored. Other arrays of the model have no effect.
     """
-    dtypes = [
-        getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(nnx.state(model))
-    ]
-    # Layers may compute in a narrower dtype than that of their parameters.
-    for _, module in nnx.iter_modules(model):
-        dtypes.append(getattr(module, "dtype", None))
-    steps = [
-        float(jnp.finfo(dtype).eps)
-        for dtype in dtypes
-        if dtype is not None and _is_float_dtype(dtype)
-    ]
-    return float(np.sqrt(max(steps, default=np.finfo(np.float32).eps)))
+    assert options.batches
+
+    def function(arrays: Any, batch: Batch) -> Any:
+        return before.function(arrays, batch.whole())
+
+    traced = jax.make_jaxpr(function)(before.arrays, Batch.of(options.batches[0]))
+    dtypes = {*_computed_dtypes(traced.jaxpr), *_changed_dtypes(before, after)}
+    steps = [float(jnp.finfo(dtype).eps) for dtype in dtypes]
+    return max(_FLOAT32_ROUNDING, *np.sqrt(steps))
 
 
-def _is_float_dtype(dtype: Any) -> bool:
-    try:
-        return jnp.issubdtype(dtype, jnp.floating)
-    except TypeError:  # a module of the user may have another attribute `dtype`
-        return False
+def _computed_dtypes(jaxpr: Any) -> Iterator[Any]:
+    """Yields the float dtypes that the equations of a jaxpr round numbers to."""
+    for equation in jaxpr.eqns:
+        inner = list(inner_jaxprs(equation))
+        for part in inner:
+            yield from _computed_dtypes(part)
+        if inner or equation.primitive.name in _MOVES:
+            continue
+        inputs = [getattr(atom.aval, "dtype", None) for atom in equation.invars]
+        for var in equation.outvars:
+            dtype = getattr(var.aval, "dtype", None)
+            is_cast = equation.primitive.name == "convert_element_type"
+            if _is_float(dtype) and not (is_cast and _is_exact(*inputs, dtype)):
+                yield dtype
+
+
+def _is_exact(narrow: Any, wide: Any) -> bool:
+    """True if a cast between two float dtypes keeps all numbers."""
+    return _is_float(narrow) and jnp.promote_types(narrow, wide) == wide
+
+
+def _changed_dtypes(before: Run, after: Run) -> Iterator[Any]:
+    """Yields the dtypes of the float arrays that differ between two models."""
+    old = dict(jax.tree_util.tree_leaves_with_path(before.arrays))
+    for path, array in jax.tree_util.tree_leaves_with_path(after.arrays):
+        dtype = getattr(array, "dtype", None)
+        if _is_float(dtype) and not jnp.array_equal(array, old.get(path, ())):
+            yield dtype
+
+
+def _is_float(dtype: Any) -> bool:
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+_FLOAT32_ROUNDING = float(np.sqrt(np.finfo(np.float32).eps))
+# These primitives move numbers, and do not round them.
+_MOVES = (
+    "broadcast_in_dim",
+    "concatenate",
+    "copy",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "gather",
+    "name",
+    "pad",
+    "reshape",
+    "rev",
+    "select_n",
+    "slice",
+    "squeeze",
+    "stop_gradient",
+    "transpose",
+)

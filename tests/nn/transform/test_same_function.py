@@ -16,13 +16,17 @@ class Network(nnx.Module):
     """Two norms, each before a linear layer: [b, 16] -> [b, 16].
 
     Args:
-      residual: the second residual sum adds the outputs of the norm, so no scale may
-        be folded into it.
+      residual: the second residual sum adds this multiple of the norm's outputs, so no
+        scale may be folded into it.
+      dtype: of the parameters and of the computation.
+      unused: the dtype of a variable that the network does not use, or None.
     """
 
-    def __init__(self, residual=False, dtype=jnp.float32):
+    def __init__(self, residual=0.0, dtype=jnp.float32, unused=None):
         rngs = nnx.Rngs(0)
         self.residual = residual
+        if unused is not None:
+            self.unused = nnx.Variable(jnp.zeros(2, unused))
         self.norms = nnx.List(
             [nnx.RMSNorm(16, dtype=dtype, param_dtype=dtype, rngs=rngs) for _ in "ab"]
         )
@@ -36,7 +40,7 @@ class Network(nnx.Module):
     def __call__(self, x):
         x = x + self.linears[0](self.norms[0](x))
         y = self.norms[1](x)
-        return (y if self.residual else x) + self.linears[1](y)
+        return (self.residual * y if self.residual else x) + self.linears[1](y)
 
     def scale_groups(self):
         return [
@@ -61,13 +65,38 @@ SMOOTH = jaxq.Recipe(
 
 
 def test_a_group_with_another_reader_is_refused_by_name():
-    model = Network(residual=True)
+    model = Network(residual=1.0)
     expected = (
         r"folding the scales of norms/1 into linears/1 changes what the model computes:"
         r".* differ by .* of their norm.*Correct the groups of Network"
     )
     with pytest.raises(ValueError, match=expected):
         jaxq.quantize_model(model, SMOOTH, calibration=BATCHES, fallback="none")
+
+
+@pytest.mark.parametrize(
+    ("residual", "dtype", "unused", "rounding"),
+    [
+        (0.1, jnp.float32, jnp.bfloat16, "0.00035"),
+        (0.1, jnp.float32, jnp.float8_e4m3fn, "0.00035"),
+        (1.0, jnp.bfloat16, None, "0.088"),
+    ],
+)
+def test_only_dtypes_that_numbers_are_rounded_to_allow_differences(
+    residual, dtype, unused, rounding
+):
+    batches = [x.astype(dtype) * jnp.arange(1, 17, dtype=dtype)[None] for x in BATCHES]
+    expected = f"norms/1 into linears/1 .*rounding explains at most {rounding}"
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(ValueError, match=expected),
+    ):
+        jaxq.quantize_model(
+            Network(residual, dtype, unused),
+            SMOOTH,
+            calibration=batches,
+            fallback="none",
+        )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
