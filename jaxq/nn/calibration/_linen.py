@@ -18,7 +18,11 @@ from flax import linen
 
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
-from jaxq.nn.calibration._modes import linen_train_mode, linen_train_mode_note
+from jaxq.nn.calibration._modes import (
+    draws_random_numbers,
+    linen_train_mode,
+    linen_train_mode_note,
+)
 from jaxq.nn.calibration._rows import add_rows, only_rows
 from jaxq.nn.calibration._stats import (
     StatsRequest,
@@ -153,7 +157,7 @@ def collect_linen_stats(
     run_batches(step, batches, caller="linen.calibrate", mask=mask, progress=progress)
     stats = watcher.result()
     check_stats(stats, "linen.calibrate")
-    return stats, linen_train_mode_note(watcher.train_mode_calls)
+    return stats, linen_train_mode_note(watcher.train_mode_calls, watcher.draws)
 
 
 class _Watcher:
@@ -181,11 +185,21 @@ class _Watcher:
         self.order: list[str] = []
         # What layers do in train mode, in the order of their calls. `_trace` adds it.
         self.train_mode_calls: dict[str, None] = {}
+        # True if a batch draws random numbers.
+        self.draws = False
+        self._structures: set[Any] = set()
 
     def run(self, variables: Any, batch: Batch, counts: jax.Array | None) -> None:
         """Adds a batch to the statistics."""
+        arguments = (variables, self._stats, batch, counts)
         try:
-            self._stats = self._step(variables, self._stats, batch, counts)
+            # Only batches with other static values can differ in what they draw.
+            structure = jax.tree.structure(batch)
+            if structure not in self._structures:
+                self._structures.add(structure)
+                jaxpr = self._step.trace(*arguments).jaxpr
+                self.draws |= draws_random_numbers(jaxpr.jaxpr)
+            self._stats = self._step(*arguments)
         except jax.errors.UnexpectedTracerError:
             layer = self.order[-1] if self.order else "a layer"
             raise ValueError(

@@ -4,20 +4,30 @@ In train mode, dropout removes numbers at random and scales the others up, and b
 normalization uses the statistics of each batch. Ranges and moments of such inputs are
 not those of the model in use.
 
-An nnx module keeps its mode in attributes, so calibration runs an eval copy. A linen
-module gets its mode as arguments of each call. Calibration cannot change them, and says
-so.
+An nnx module keeps its mode in attributes, so calibration runs an eval copy. An
+argument of a call (`deterministic=False`) or a flag of the user's module can still set
+train mode. A linen module gets its mode as arguments of each call. Calibration cannot
+change arguments and such flags. It looks for what they do, and says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from flax import linen, nnx
+
+from jaxq.emulation import inner_jaxprs
+from jaxq.nn.calibration._batches import Batch
 
 # The attributes that `nnx.Module.eval` sets to True.
 _EVAL_ATTRIBUTES = ("deterministic", "use_running_average")
+# The primitives that draw random numbers from a key.
+_RANDOM = ("random_bits", "random_gamma", "rng_bit_generator", "rng_uniform")
+_DROPS = "drops numbers at random"
+_DRAWS = "random numbers are drawn, for example by dropout"
 
 
 def eval_copy(model: nnx.Module) -> Any:
@@ -27,18 +37,102 @@ def eval_copy(model: nnx.Module) -> Any:
     return copy
 
 
-def train_mode_note(model: nnx.Module) -> str:
-    """The note of a report on a model that is in train mode. Empty in eval mode."""
+class ForcedTrainMode:
+    """What batches do in train mode, although the model is in eval mode.
+
+    Args:
+      model: an nnx module. It does not change.
+      run: `run(model, batch)` runs a batch as the user passed it.
+    """
+
+    def __init__(self, model: nnx.Module, run: Callable[[Any, Any], Any]):
+        graph, self._state = nnx.split(eval_copy(model))
+
+        def statistics(state: Any, batch: Batch) -> Any:
+            copy = nnx.merge(graph, state)
+            run(copy, batch.whole())
+            return nnx.state(copy, nnx.BatchStat)
+
+        self._statistics = jax.jit(statistics)
+        self._structures: set[Any] = set()
+        self._draws = False
+        self._norms: dict[str, None] = {}
+
+    def add(self, batch: Batch) -> None:
+        """Looks at a batch, if it has other static values than all earlier batches."""
+        try:
+            structure = jax.tree.structure(batch)
+            if structure in self._structures:
+                return
+            self._structures.add(structure)
+            traced = self._statistics.trace(self._state, batch)
+            self._draws |= draws_random_numbers(traced.jaxpr.jaxpr)
+            before = nnx.filter_state(self._state, nnx.BatchStat)
+            if not jax.tree.leaves(before):
+                return
+            # The compiler removes everything that does not change these statistics.
+            after = self._statistics(self._state, batch)
+        except Exception:  # the calibration itself raises it, with its own message
+            return
+        values = dict(nnx.to_flat_state(after))
+        for path, value in nnx.to_flat_state(before):
+            pair = value.get_value(), values[path].get_value()
+            if not np.array_equal(*map(np.asarray, pair), equal_nan=True):
+                self._norms["/".join(map(str, path[:-1]))] = None
+
+    def note(self) -> str:
+        """A note for a report or a warning. Empty if all batches run in eval mode."""
+        actions = [_DRAWS] if self._draws else []
+        if self._norms:
+            norms = _listing(list(self._norms))
+            actions.append(f"the running averages of {norms} change")
+        if not actions:
+            return ""
+        return (
+            "the calibration batches did not run in eval mode, although model.eval() "
+            f"was called: {', and '.join(actions)}. Ranges and statistics include "
+            "the effect. An argument of a call (deterministic=False, "
+            "use_running_average=False) or a flag of the model sets train mode. Pass "
+            "the arguments of eval mode in the batches or in forward=, or change the "
+            "flag before calibration"
+        )
+
+
+def train_mode_note(
+    model: nnx.Module, batches: Iterable[Any], run: Callable[[Any, Any], Any]
+) -> str:
+    """The note of a report on train mode, of a model or of its calibration batches.
+
+    Empty if both are in eval mode.
+
+    Args:
+      model: an nnx module. It does not change.
+      batches: as the user passed them.
+      run: `run(model, batch)` runs a batch.
+    """
+    forced = ForcedTrainMode(model, run)
+    for batch in batches:
+        forced.add(Batch.of(batch))
+    forced_note = forced.note()
     modules = [
         "/".join(map(str, path)) or "the model itself"
         for path, module in nnx.iter_modules(model)
         if any(getattr(module, name, None) is False for name in _EVAL_ATTRIBUTES)
     ]
-    if not modules:
-        return ""
+    if forced_note or not modules:
+        return forced_note
     return (
         f"the model is in train mode ({_listing(modules)}). The calibration batches "
         "ran in eval mode. The quantized model is in train mode again"
+    )
+
+
+def draws_random_numbers(jaxpr: Any) -> bool:
+    """True if a jaxpr, or a function that it calls, draws random numbers."""
+    return any(
+        equation.primitive.name in _RANDOM
+        or any(map(draws_random_numbers, inner_jaxprs(equation)))
+        for equation in jaxpr.eqns
     )
 
 
@@ -64,16 +158,24 @@ def linen_train_mode(
     else:
         return ""
     if rate and _flag(module, "deterministic", positional, kwargs) is False:
-        return f"{path} drops numbers at random"
+        return f"{path} {_DROPS}"
     return ""
 
 
-def linen_train_mode_note(calls: Mapping[str, None]) -> str:
-    """A note on the calls that `linen_train_mode` described. Empty without any."""
-    if not calls:
+def linen_train_mode_note(calls: Mapping[str, None], draws: bool) -> str:
+    """A note on what batches do in train mode. Empty in eval mode.
+
+    Args:
+      calls: the calls that `linen_train_mode` described.
+      draws: the batches draw random numbers.
+    """
+    actions = list(calls)
+    if draws and not any(action.endswith(_DROPS) for action in actions):
+        actions.append(_DRAWS)
+    if not actions:
         return ""
     return (
-        f"the calibration batches ran in train mode: {_listing(list(calls))}. Ranges "
+        f"the calibration batches ran in train mode: {_listing(actions)}. Ranges "
         "and statistics are not those of eval mode. Pass the arguments of eval mode "
         "(deterministic=True, use_running_average=True, train=False) in the batches "
         "or in forward="

@@ -8,6 +8,7 @@ The size of the statistics does not depend on the amount of data.
 from __future__ import annotations
 
 import contextvars
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from flax import errors, nnx
 
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
-from jaxq.nn.calibration._modes import eval_copy
+from jaxq.nn.calibration._modes import ForcedTrainMode, eval_copy
 from jaxq.nn.calibration._rows import add_rows, only_rows
 from jaxq.nn.calibration._stats import (
     StatsRequest,
@@ -51,9 +52,10 @@ def calibrate(
     """Collects statistics of the inputs of a model's layers over batches of data.
 
     The batches run through a copy of the model in eval mode (`model.eval()`). Dropout
-    is off, and batch normalization uses its running averages. An expert reads zeros
-    for the rows of other experts. `jax.vmap` or batch axes of an einsum make a stack of
-    experts. In such a stack, rows of zeros do not count.
+    is off, and batch normalization uses its running averages. An argument of a call or
+    a flag of the model can still set train mode. A warning then says so. An expert
+    reads zeros for the rows of other experts. `jax.vmap` or batch axes of an einsum
+    make a stack of experts. In such a stack, rows of zeros do not count.
 
     Args:
       model: a flax nnx module. It does not change. Layers may be quantized or not.
@@ -106,7 +108,8 @@ def calibrate(
             "For a linen module, use jaxq.nn.linen.calibrate."
         )
     request = StatsRequest(observer, hessian)
-    return collect_stats(
+    train_mode = ForcedTrainMode(model, lambda m, batch: run_model(m, batch, forward))
+    stats = collect_stats(
         model,
         batches,
         None if layers is None else dict.fromkeys(layers, request),
@@ -115,7 +118,12 @@ def calibrate(
         forward=forward,
         start=start,
         progress=progress,
+        watch=train_mode.add,
     )
+    note = train_mode.note()
+    if note:
+        warnings.warn(f"calibrate: {note}.", stacklevel=2)
+    return stats
 
 
 def collect_stats(
@@ -128,8 +136,11 @@ def collect_stats(
     forward: Callable[[Any, Any], Any] | None = None,
     start: Mapping[str, Any] | None = None,
     progress: bool | None = None,
+    watch: Callable[[Batch], None] | None = None,
 ) -> dict[str, LayerStats]:
     """`calibrate` with a separate request for each layer, in one pass over the data.
+
+    It does not warn.
 
     Args:
       model: as in `calibrate`.
@@ -141,6 +152,7 @@ def collect_stats(
       forward: as in `calibrate`.
       start: as in `calibrate`.
       progress: as in `calibrate`.
+      watch: called with each batch after it has run.
     """
     copy = eval_copy(model)
     probes = dict(_attach_probes(copy, StatsRequests(requests, default)))
@@ -159,6 +171,8 @@ def collect_stats(
 
     def step(batch: Batch, counts: jax.Array | None) -> None:
         trace(copy, batch, counts)
+        if watch is not None:
+            watch(batch)
 
     run_batches(step, batches, caller="calibrate", mask=mask, progress=progress)
     # nnx.jit has written the new states into the probes of `copy`.

@@ -34,6 +34,8 @@ _SAME_NUMBERS = (
 # Some integers of a trace are unknown, for example the counter of a loop. A value is
 # computed once with each of these numbers in place of all unknown integers.
 _INDICES = (0, 1)
+# Most weights of a layer have magnitudes between 2**_USUAL[0] and 2**_USUAL[1].
+_USUAL = (-10, 4)
 
 
 def mark(array: jax.Array, name: str) -> jax.Array:
@@ -327,9 +329,18 @@ def _random(aval: Any, seed: int) -> jax.Array:
         info = jnp.iinfo(aval.dtype)
         numbers = generator.integers(int(info.min), int(info.max), aval.shape)
         return jnp.asarray(numbers.astype(aval.dtype))
-    # These magnitudes are in the range of every float format.
-    numbers = np.exp2(generator.uniform(-3, 3, aval.shape))
-    if float(jnp.finfo(aval.dtype).min) < 0:
+    # A function may change only some magnitudes (pruning, clipping). So the magnitudes
+    # cover the range of the dtype, and half of them are usual ones of weights.
+    # Subnormals are left out, because devices may flush them to zero.
+    info = jnp.finfo(aval.dtype)
+    low, high = 0.9 * np.log2([float(info.smallest_normal), float(info.max)])
+    # The range is divided into one step for each number, so there are no large gaps.
+    size = int(np.prod(aval.shape))
+    positions = (generator.permutation(size) + generator.random(size)) / max(size, 1)
+    exponents = [low, max(low, _USUAL[0]), min(high, _USUAL[1]), high]
+    numbers = np.exp2(np.interp(positions, [0, 0.25, 0.75, 1], exponents))
+    numbers = numbers.reshape(aval.shape)
+    if float(info.min) < 0:
         numbers *= generator.choice([-1, 1], aval.shape)
     return jnp.asarray(numbers.astype(aval.dtype))
 
@@ -344,4 +355,7 @@ def _is_element(array: jax.Array, weight: jax.Array) -> bool:
     if weight.size % array.size or (array.dtype != weight.dtype and not both_floats):
         return False
     rows = weight.astype(array.dtype).reshape(-1, array.size)
-    return bool((rows == array.reshape(1, -1)).all(1).any())
+    row = array.reshape(1, -1)
+    # A cast gives NaN for numbers that are too large for a dtype without infinities.
+    both_nan = (rows != rows) & (row != row)
+    return bool(((rows == row) | both_nan).all(1).any())

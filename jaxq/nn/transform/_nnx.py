@@ -227,7 +227,12 @@ class NnxAdapter:
         self._original: Any = None
         if options.batches:
             self._original = eval_copy(model)
-            self.notes = (*self.notes, train_mode_note(model))
+
+            def run(model: nnx.Module, batch: Any) -> Any:
+                return run_model(model, batch, options.forward)
+
+            note = train_mode_note(model, options.batches, run)
+            self.notes = (*self.notes, note)
         if recipe.rotate:
             key = jax.random.key(0) if options.key is None else options.key
             model = rotate_model(model, jax.random.fold_in(key, 1), self.caller)

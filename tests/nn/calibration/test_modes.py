@@ -58,6 +58,71 @@ def test_the_quantized_model_has_the_mode_of_the_model():
     assert report.output_sqnr > 35
 
 
+class Forced(nnx.Module):
+    """A network whose own code or arguments set train mode: [b, 8] -> [b, 4].
+
+    Args:
+      force: "call" calls its dropout with deterministic=False. "norm" does the same to
+        its batch normalization. "flag" draws random numbers, as its flag says.
+    """
+
+    def __init__(self, force=""):
+        self.force, self.training = force, True
+        self.norm = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+        self.linear = nnx.Linear(8, 4, rngs=nnx.Rngs(2))
+
+    def __call__(self, x, deterministic=None):
+        if self.force == "call":
+            deterministic = False
+        if self.force == "flag" and self.training:
+            keep = jax.random.bernoulli(self.dropout.rngs(), 0.5, x.shape)
+            x = jnp.where(keep, 2 * x, 0)
+        average = False if self.force == "norm" else None
+        x = self.norm(x, use_running_average=average)
+        return self.linear(self.dropout(x, deterministic=deterministic))
+
+
+ARGUMENTS = [{"x": x, "deterministic": False} for x in BATCHES]
+RANDOM, NORM = "random numbers are drawn", "the running averages of norm change"
+
+
+@pytest.mark.parametrize(
+    ("force", "batches", "action"),
+    [
+        ("call", BATCHES, RANDOM),
+        ("flag", BATCHES, RANDOM),
+        ("norm", BATCHES, NORM),
+        ("", ARGUMENTS, RANDOM),
+        ("", [BATCHES[0], ARGUMENTS[1]], RANDOM),
+    ],
+)
+def test_train_mode_that_a_call_sets_is_said(force, batches, action):
+    model = Forced(force)
+    arrays = (nnx.Param, nnx.BatchStat, nnx.RngCount)
+    before = jax.tree.map(jnp.copy, nnx.state(model, arrays))
+    _, report = jaxq.quantize_model(model, STATIC, calibration=batches)
+    assert_same(nnx.state(model, arrays), before)
+    notes = [note for note in report.notes if "eval mode" in note]
+    assert len(notes) == 1
+    assert (
+        f"did not run in eval mode, although model.eval() was called: {action}"
+        in (notes[0])
+    )
+
+
+def test_calibrate_warns_of_train_mode_that_a_call_sets():
+    with pytest.warns(UserWarning, match="calibrate: .*random numbers are drawn"):
+        jaxq.nn.calibrate(Forced(), iter(ARGUMENTS))
+    stats = jaxq.nn.calibrate(Forced("norm"), [BATCHES[0]], forward=eval_forward)
+    assert float(stats["linear"].count) == 14
+
+
+def eval_forward(model, x):
+    """Runs the layers without the method that sets train mode."""
+    return model.linear(model.norm(x))
+
+
 class LinenNetwork(linen.Module):
     """The same network in linen. `train` sets the modes of its layers."""
 
@@ -106,6 +171,22 @@ def test_linen_dropout_of_rate_zero_is_eval_mode():
     module = linen.Sequential([linen.Dropout(0.0, deterministic=False), linen.Dense(4)])
     variables = module.init(jax.random.key(0), BATCHES[0])
     jaxq.nn.linen.calibrate(module, variables, BATCHES)
+
+
+def test_linen_code_that_draws_random_numbers_is_train_mode():
+    class Noisy(linen.Module):
+        """Its own dropout."""
+
+        @linen.compact
+        def __call__(self, x):
+            keep = jax.random.bernoulli(self.make_rng("noise"), 0.5, x.shape)
+            return linen.Dense(4)(jnp.where(keep, 2 * x, 0))
+
+    keys = {"params": jax.random.key(0), "noise": jax.random.key(1)}
+    variables = Noisy().init(keys, BATCHES[0])
+    batch = {"x": BATCHES[0], "rngs": {"noise": jax.random.key(2)}}
+    with pytest.warns(UserWarning, match="train mode: random numbers are drawn"):
+        jaxq.nn.linen.calibrate(Noisy(), variables, [batch])
 
 
 def test_linen_attention_that_drops_is_train_mode():

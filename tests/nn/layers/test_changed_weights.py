@@ -29,11 +29,27 @@ def standardized(layer_cls):
     return Standardized
 
 
-def doubling(*arrays, **kwargs):
-    promoted = list(promote_dtype(*arrays, **kwargs))
-    position = min(1, len(promoted) - 1)
-    promoted[position] = 2 * promoted[position]
-    return promoted
+def changing(function):
+    """A `promote_dtype` of linen that changes the weight."""
+
+    def promote(*arrays, **kwargs):
+        promoted = list(promote_dtype(*arrays, **kwargs))
+        position = min(1, len(promoted) - 1)
+        promoted[position] = function(promoted[position])
+        return promoted
+
+    return promote
+
+
+doubling = changing(lambda w: 2 * w)
+# Functions that change only some magnitudes.
+PARTIAL = {
+    "prune": lambda w: jnp.where(jnp.abs(w) < 0.1, 0, w),
+    "prune tiny": lambda w: jnp.where(jnp.abs(w) < 1e-8, 0, w),
+    "clip": lambda w: jnp.clip(w, -9, 9),
+    "clip large": lambda w: jnp.clip(w, -1e5, 1e5),
+    "band": lambda w: jnp.where((jnp.abs(w) > 0.02) & (jnp.abs(w) < 0.1), 0, w),
+}
 
 
 def casting(*arrays, **kwargs):
@@ -74,6 +90,27 @@ def test_a_promote_dtype_that_changes_the_weight_is_refused(name):
     module = layer_cls(*args, promote_dtype=casting)
     variables = module.init(jax.random.key(0), x)
     assert len(quantize_model(module, variables, ALL, example=x)[2].quantized) == 1
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_a_change_of_some_magnitudes_is_refused(name):
+    function = PARTIAL[name]
+    text = refusal(nn.Dense(4, promote_dtype=changing(function)), X)
+    assert "is changed before the layer multiplies by it" in text
+
+    class Overriding(nn.Dense):
+        def param(self, name, *args, **kwargs):
+            value = super().param(name, *args, **kwargs)
+            return function(value) if name == "kernel" else value
+
+    assert "is changed before" in refusal(Overriding(4), X)
+
+    def promote(arrays, **kwargs):
+        return tuple(changing(function)(*arrays, **kwargs))
+
+    for kind in ("Linear", "LinearGeneral", "Einsum"):
+        with pytest.raises(ValueError, match="its promote_dtype changes its kernel"):
+            jaxq.quantize_model(NNX[kind](promote_dtype=promote), ALL)
 
 
 def mapped(function):
@@ -175,6 +212,17 @@ def scanned(factor):
 )
 def test_values_are_followed_through_transforms(function, is_changed):
     assert changed(function, normal(8, 8, 8)) == ["w0"] * is_changed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("other", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+def test_a_cast_is_not_a_change(dtype, other):
+    """The indexing has the check compute the numbers, also those that overflow."""
+
+    def function(w):
+        return X @ mark(w.astype(other)[1], "w0").astype(X.dtype)
+
+    assert changed(function, normal(3, 8, 8).astype(dtype)) == []
 
 
 def test_a_weight_that_depends_on_data_is_changed():
