@@ -133,6 +133,9 @@ def _page(subject: Any, result: dict[str, Any]) -> str:
     if result["missing"]:
         missing = "; ".join(result["missing"])
         text += f"\nNot installed, so not compared: {missing}.\n"
+    # A remark is written into the figures by hand. The next measurement drops it.
+    if "remark" in result:
+        text += f"\n{result['remark']}\n"
     return text
 
 

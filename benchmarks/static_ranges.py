@@ -53,7 +53,7 @@ class Network(NamedTuple):
         model: the network.
         inputs: the held-out inputs, as the network's arguments.
         calibration: the batches for the observers.
-        arguments: more arguments of `jaxq.quantize_model`.
+        arguments: more arguments of `jaxq.nn.calibrate`.
         measure: from the exact and the actual outputs to the network's own measure.
     """
 
@@ -141,15 +141,14 @@ def _rows(network: Network) -> list[dict[str, Any]]:
     forward = nnx.jit(lambda model, *inputs: model(*inputs))
     exact = forward(network.model, *network.inputs)
 
-    def figures(recipe: Any, fallback: str) -> tuple[float, float]:
+    def figures(recipe: Any, stats: Any, fallback: str) -> tuple[float, float]:
         """The SQNR of the outputs in dB, and the network's own measure."""
         qmodel, _ = jaxq.quantize_model(
             network.model,
             recipe,
-            calibration=network.calibration,
+            calibration=stats,
             fallback=fallback,
             progress=False,
-            **network.arguments,
         )
         actual = forward(qmodel, *network.inputs)
         decibels = jaxq.metrics.sqnr(exact, actual)
@@ -160,7 +159,18 @@ def _rows(network: Network) -> list[dict[str, Any]]:
         cases = {name: _with_observer(static, name) for name in observers}
         cases["dynamic"] = jaxq.recipes.get(dynamic)
         for name, recipe in cases.items():
-            alone, judged = figures(recipe, "none"), figures(recipe, "rtn")
+            stats = None
+            if name != "dynamic":
+                stats = jaxq.nn.calibrate(
+                    network.model,
+                    network.calibration,
+                    observer=getattr(jaxq.observers, name)(),
+                    hessian=False,
+                    progress=False,
+                    **network.arguments,
+                )
+            alone = figures(recipe, stats, "none")
+            judged = alone if stats is None else figures(recipe, stats, "rtn")
             row = {
                 "network": network.name,
                 "codes": codes,

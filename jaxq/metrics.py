@@ -3,11 +3,14 @@
 All metrics accumulate in float32, work under jit, and take two arrays of one shape.
 Numbers are multiplied by powers of two before they are subtracted and before they are
 squared. So no difference and no square overflows, and the squares of small numbers are
-not lost. This includes the subnormal numbers, which XLA on CPU reads as zeros. A NaN in
-an array gives NaN.
+not lost. This includes the subnormal numbers of float32, which XLA on CPU reads as
+zeros. float64 arrays are multiplied by a power of two before they are rounded to
+float32, also numpy arrays without x64. A NaN in an array gives NaN.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +38,11 @@ def mse(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
       >>> float(jaxq.metrics.mse([1.0, 2.0], [1.0, 4.0]))
       2.0
     """
-    a, b = _float32_pair(reference, x, "mse")
-    a, b, exponent = _scaled_pair(a, b)
+    a, b, exponent = _scaled_pair(*_arrays(reference, x, "mse"))
     noise, unit = squares(a - b)
     mean = noise / max(a.size, 1)
-    exponent = exponent + _exponent(unit)
+    # Beyond these limits the result is infinite or 0 in float32.
+    exponent = jnp.clip(exponent + _exponent(unit), -252, 252)
     # 2^(2 exponent) itself may be 0 or infinite in float32.
     for _ in range(2):
         mean = _times_power_of_two(mean, exponent)
@@ -67,8 +70,7 @@ def sqnr(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
       >>> round(float(jaxq.metrics.sqnr([1.0, 1.0], [1.0, 0.9])), 2)
       23.01
     """
-    a, b = _float32_pair(reference, x, "sqnr")
-    a, b, _ = _scaled_pair(a, b)
+    a, b, _ = _scaled_pair(*_arrays(reference, x, "sqnr"))
     return decibels(squares(a), squares(a - b))
 
 
@@ -90,10 +92,11 @@ def cosine(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Arra
       >>> float(jaxq.metrics.cosine([1.0, 0.0], [0.0, 2.0]))
       0.0
     """
-    a, b = _float32_pair(reference, x, "cosine")
     # Each array has a scale of its own.
-    a, b = (_scaled_pair(v, v)[0] * _UNSCALED for v in (a, b))
-    return jnp.sum(a * b) / (jnp.sqrt(jnp.sum(a * a)) * jnp.sqrt(jnp.sum(b * b)))
+    a, b = (_scaled_pair(v, v)[0] * _UNSCALED for v in _arrays(reference, x, "cosine"))
+    ratio = jnp.sum(a * b) / (jnp.sqrt(jnp.sum(a * a)) * jnp.sqrt(jnp.sum(b * b)))
+    # Rounding may give 1.0000001. `where` keeps NaN.
+    return jnp.where(jnp.abs(ratio) > 1, jnp.sign(ratio), ratio)
 
 
 def worst_block(
@@ -128,7 +131,7 @@ def worst_block(
       >>> float(jaxq.metrics.worst_block(reference, x, size=1))
       1.0
     """
-    a, b, _ = _scaled_pair(*_float32_pair(reference, x, "worst_block"))
+    a, b, _ = _scaled_pair(*_arrays(reference, x, "worst_block"))
     a, b = (jnp.atleast_1d(v) for v in (a, b))
     axis %= a.ndim
     num = a.shape[axis]
@@ -168,7 +171,8 @@ def kl_divergence(
       >>> float(jaxq.metrics.kl_divergence([[0.0, 1.0]], [[5.0, 6.0]]))
       0.0
     """
-    a, b = _float32_pair(reference_logits, logits, "kl_divergence")
+    a, b = _arrays(reference_logits, logits, "kl_divergence")
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
     log_p, log_q = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
     p = jnp.exp(log_p)
     return jnp.mean(jnp.sum(jnp.where(p == 0, 0.0, p * (log_p - log_q)), axis=-1))
@@ -242,40 +246,70 @@ _SCALED_EXPONENT = 60
 _UNSCALED = np.float32(2.0**-_SCALED_EXPONENT)
 
 
-@jax.jit
-def _scaled_pair(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _scaled_pair(
+    a: jax.Array | np.ndarray, b: jax.Array | np.ndarray
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Multiplies two arrays by one power of two.
 
     Args:
-      a: float32 array.
-      b: float32 array of the same shape.
+      a: any array.
+      b: an array of the same shape.
 
     Returns:
-      The arrays times `2^-exponent`, with a largest finite magnitude from 2^60 to 2^61;
-      and the exponent, int32 scalar.
+      The arrays times `2^-exponent` in float32, with a largest finite magnitude from
+      2^60 to 2^61; and the exponent, int32 scalar.
     """
-    infinity = np.uint32(0x7F800000)
-    largest = np.uint32(0)
-    for v in (a, b):
-        pattern = _magnitude_pattern(v)
-        pattern = jnp.where(pattern < infinity, pattern, np.uint32(0))
-        largest = jnp.maximum(largest, jnp.max(pattern, initial=0))
-    digits, place = _significand(largest)
-    exponent = place + _exponent(digits) - _SCALED_EXPONENT
-    exponent = jnp.where(largest == 0, 0, exponent)
+    return _scaled_float32_pair(*_as_float32(a), *_as_float32(b))
 
-    def scaled(v: jax.Array) -> jax.Array:
+
+def _as_float32(v: jax.Array | np.ndarray) -> tuple[jax.Array, Any]:
+    """(m, e) with `v = m * 2^e`: a float32 array and an int32 scalar.
+
+    The largest finite magnitude of m is below 1 for a float64 array. For other arrays,
+    e is 0.
+    """
+    if v.dtype != np.float64:
+        return jnp.asarray(v, jnp.float32), np.int32(0)
+    # Without x64, `jnp` would round a numpy array to float32 first.
+    xp: Any = np if isinstance(v, np.ndarray) else jnp
+    largest = xp.max(xp.where(xp.isfinite(v), xp.abs(v), 0.0), initial=0.0)
+    exponent = xp.asarray(xp.frexp(largest)[1], np.int32)
+    return jnp.asarray(xp.ldexp(v, -exponent), jnp.float32), exponent
+
+
+@jax.jit
+def _scaled_float32_pair(
+    a: jax.Array, exponent_a: jax.Array, b: jax.Array, exponent_b: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`_scaled_pair` of `a * 2^exponent_a` and `b * 2^exponent_b`."""
+    infinity = np.uint32(0x7F800000)
+    zero_exponent = np.int32(-1 << 20)
+
+    def largest_exponent(v: jax.Array, own_exponent: jax.Array) -> jax.Array:
+        pattern = _magnitude_pattern(v)
+        finite = jnp.where(pattern < infinity, pattern, np.uint32(0))
+        largest = jnp.max(finite, initial=0)
+        digits, place = _significand(largest)
+        exponent = place + _exponent(digits) + own_exponent
+        return jnp.where(largest == 0, zero_exponent, exponent)
+
+    largest = jnp.maximum(
+        largest_exponent(a, exponent_a), largest_exponent(b, exponent_b)
+    )
+    exponent = jnp.where(largest == zero_exponent, 0, largest - _SCALED_EXPONENT)
+
+    def scaled(v: jax.Array, own_exponent: jax.Array) -> jax.Array:
         pattern = _magnitude_pattern(v)
         digits, place = _significand(pattern)
-        # Numbers that would be subnormal become 0.
-        power = place - exponent
+        # Numbers that would be subnormal become 0. Only zeros have a larger power.
+        power = jnp.minimum(place + own_exponent - exponent, _SCALED_EXPONENT)
         factor = jnp.where(power >= -126, _exp2(jnp.maximum(power, -126)), 0.0)
         magnitude = digits * factor
         sign = lax.bitcast_convert_type(v, jnp.int32) < 0
         value = jnp.where(sign, -magnitude, magnitude)
         return jnp.where(pattern < infinity, value, v)
 
-    return scaled(a), scaled(b), exponent
+    return scaled(a, exponent_a), scaled(b, exponent_b), exponent
 
 
 def _magnitude_pattern(v: jax.Array) -> jax.Array:
@@ -311,14 +345,20 @@ def _times_power_of_two(v: jax.Array, exponent: jax.Array) -> jax.Array:
     return v * _exp2(half) * _exp2(exponent - half)
 
 
-def _float32_pair(reference, x, caller: str) -> tuple[jax.Array, jax.Array]:
-    """Both arrays in float32, after a check that their shapes are equal."""
-    a, b = jnp.asarray(reference, jnp.float32), jnp.asarray(x, jnp.float32)
+def _arrays(reference, x, caller: str) -> tuple[Any, Any]:
+    """Both as arrays, after a check that their shapes are equal.
+
+    numpy arrays stay numpy arrays, so that float64 is kept without x64.
+    """
+    a, b = (
+        np.asarray(v) if isinstance(v, np.ndarray | np.generic) else jnp.asarray(v)
+        for v in (reference, x)
+    )
     _check_same_shape(a, b, caller)
     return a, b
 
 
-def _check_same_shape(a: jax.Array, b: jax.Array, caller: str) -> None:
+def _check_same_shape(a: Any, b: Any, caller: str) -> None:
     if a.shape != b.shape:
         raise ValueError(
             f"{caller}: shapes differ, {list(a.shape)} and {list(b.shape)}. Pass two "

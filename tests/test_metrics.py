@@ -69,6 +69,46 @@ def test_mse_against_float64(size):
     assert float(metrics.mse(a, b)) == pytest.approx(expected, rel=1e-5)
 
 
+# 1e200 and 1e-300 are infinite and 0 in float32. 1e-310 is subnormal in float64.
+@pytest.mark.parametrize("size", [1.0, 1e200, 1e-300, 1e-310])
+@pytest.mark.parametrize("x64", [False, True])
+def test_float64_arrays_beyond_the_range_of_float32(size, x64):
+    a, b = (v.astype(np.float64) for v in pair())
+    expected = sqnr64(a, b), cosine64(a, b), worst64(a, b, 64)
+    with jax.enable_x64(x64):
+        results = [
+            float(metric(a * size, b * size))
+            for metric in (metrics.sqnr, metrics.cosine, metrics.worst_block)
+        ]
+        mse = float(metrics.mse(a * size, b * size))
+    np.testing.assert_allclose(results, expected, rtol=1e-5)
+    exact = {1e200: np.inf}.get(size, 0.0 if size < 1 else ((a - b) ** 2).mean())
+    assert mse == pytest.approx(exact, rel=1e-5)
+
+
+def test_jax_arrays_of_float64():
+    a, b = (v.astype(np.float64) for v in pair())
+    with jax.enable_x64(True):
+        for size in (1e200, 1e-300):
+            x, y = jnp.asarray(a * size), jnp.asarray(b * size)
+            sqnr = jax.jit(metrics.sqnr)(x, y)
+            assert float(sqnr) == pytest.approx(sqnr64(a, b), rel=1e-5)
+        # The noise is 1e45 times the signal: -900 dB.
+        one, large = np.ones(SHAPE, np.float32), jnp.full(SHAPE, 1e45)
+        assert float(metrics.sqnr(one, large)) == pytest.approx(-900, rel=1e-5)
+        assert float(metrics.sqnr(0 * one, large)) == -np.inf
+
+
+def test_a_cosine_is_at_most_1():
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((200, 3)).astype(np.float32)
+    cosines = np.asarray(jax.vmap(metrics.cosine)(vectors, vectors))
+    opposite = np.asarray(jax.vmap(metrics.cosine)(vectors, -vectors))
+    np.testing.assert_allclose(cosines, 1, rtol=1e-6)
+    assert cosines.max() == 1
+    assert opposite.min() == -1
+
+
 def test_large_and_small_numbers_in_one_array():
     mse, sqnr, cosine = map(jax.jit, (metrics.mse, metrics.sqnr, metrics.cosine))
     a, b = np.float32([1e30, 1.0]), np.float32([1e30, 3.0])

@@ -75,8 +75,9 @@ class LayerStats(NamedTuple):
 
     @property
     def absmax(self) -> jax.Array:
-        """float32 `[K]`, the largest magnitude of each channel."""
-        return jnp.maximum(jnp.abs(self.low), jnp.abs(self.high))
+        """float32 `[K]`, the largest magnitude of each channel; 0 without a row."""
+        magnitude = jnp.maximum(jnp.abs(self.low), jnp.abs(self.high))
+        return jnp.where(self.low <= self.high, magnitude, 0)
 
     @property
     def extremes(self) -> tuple[jax.Array, jax.Array]:

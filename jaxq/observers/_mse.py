@@ -121,7 +121,7 @@ class MeanSquaredError(Histogram):
             t = (edges - steps.start) * steps.inverse + steps.zero
             mean_error = _mean_error(table, t, self.power)  # [*channels, 2 * bins]
             error = jnp.sum(counts * mean_error, axis=-1)
-            return error * _power(factor, self.power)
+            return self._in_numbers(error, bottom, top, factor, range_kind)
 
         errors = lax.map(error, jnp.asarray(self._factors()))  # [grid, *channels]
         errors = jnp.where(jnp.isnan(errors), np.float32(np.inf), errors)
@@ -148,7 +148,7 @@ class MeanSquaredError(Histogram):
             t = (scaled - steps.start) * steps.inverse + steps.zero
             errors = _power(t - _nearest(t, fmt, range_kind), self.power)
             error = jnp.sum(jnp.where(keep, errors, 0.0), axis=-1)
-            error = error * _power(factor, self.power)
+            error = self._in_numbers(error, bottom, top, factor, range_kind)
             # If errors are equal, the first candidate wins. It has the widest range.
             better = error < best_error
             return jnp.where(better, error, best_error), jnp.where(better, k, best_k)
@@ -158,6 +158,38 @@ class MeanSquaredError(Histogram):
         start = _numbers.varying_like(start, x)
         _, best_k = lax.fori_loop(0, self.grid, step, start)
         return self._candidate(low, high, best_k, range_kind)
+
+    def _in_numbers(
+        self,
+        error: jax.Array,
+        bottom: jax.Array,
+        top: jax.Array,
+        factor: jax.Array,
+        range_kind: RangeKind,
+    ) -> jax.Array:
+        """The error in numbers, up to one constant, from the error in steps.
+
+        Args:
+          error: float32 `[*channels]`, in steps of the smaller range.
+          bottom: float32 `[*channels, 1]`, the smallest number.
+          top: float32 `[*channels, 1]`, the largest number.
+          factor: the factor of the smaller range.
+          range_kind: see `RangeKind`.
+
+        Returns:
+          float32 `[*channels]`, infinite for a range that is empty in float32.
+        """
+        if range_kind is not RangeKind.ANYWHERE:
+            return error * _power(factor, self.power)
+        # Far from zero, the ends of the smaller range are rounded.
+        low, high = _smaller_range(bottom, top, factor, range_kind)
+        width = (top - bottom)[..., 0]
+        share = (high - low)[..., 0] / jnp.where(width > 0, width, 1)
+        share = jnp.where(width > 0, share, factor)
+        is_empty = share <= 0
+        return jnp.where(
+            is_empty, np.float32(np.inf), error * _power(share, self.power)
+        )
 
     def _candidate(
         self, low: jax.Array, high: jax.Array, k: jax.Array, range_kind: RangeKind

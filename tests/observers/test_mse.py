@@ -1,8 +1,10 @@
 """The range of `mse`: no worse than the extremes, and close to the best candidate."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxq
 from jaxq import formats, observers
 from tests.observers import oracle
 from tests.tables import thinned
@@ -111,3 +113,24 @@ def test_arguments_are_checked():
         obs.bounds_of(x, "nf4", symmetric=False)
     with pytest.raises(ValueError, match="int1 has no positive numbers"):
         obs.bounds_of(x, "int1")
+
+
+@pytest.mark.parametrize("fmt", ["uint4", "uint8"])
+@pytest.mark.parametrize("centre", [1e6, 4e6])
+def test_a_range_far_from_zero_does_not_collapse(fmt, centre):
+    """Smaller ranges may have equal ends in float32."""
+    x = jnp.asarray(centre + np.random.default_rng(0).uniform(-1, 1, 256), jnp.float32)
+    observer = jaxq.observers.mse()
+    state = observer.update(observer.init(x), x)
+    how = {"symmetric": False, "include_zero": False}
+    for low, high in (
+        observer.bounds_of(x, fmt, **how),
+        observer.bounds(state, fmt, **how),
+    ):
+        assert high - low >= 0.8 * (x.max() - x.min())
+    spec = jaxq.QuantSpec(fmt, jaxq.PerTensor(), offset="min")
+    errors = [
+        float(jaxq.metrics.mse(x, jaxq.dequantize(jaxq.quantize(x, each))))
+        for each in (spec, spec.replace(clipping=observer))
+    ]
+    assert errors[1] <= 1.1 * errors[0]

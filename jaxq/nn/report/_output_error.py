@@ -103,7 +103,7 @@ def output_sqnr_of(
     Returns:
       float32 scalar. A stack has one error.
     """
-    exact, approximate = _outputs(floats, qt, stats, inputs)
+    exact, approximate = _outputs(floats, qt, stats.held_out, inputs)
     return metrics.sqnr(exact, approximate)
 
 
@@ -114,7 +114,8 @@ def row_sqnr_of(
     """The error of a layer's output in dB, with less weight for rows of large outputs.
 
     The squared error of a row is divided by the norm of the row's exact output. Then
-    the mean over the rows is taken, relative to the mean squared norm.
+    the mean over the sampled and the held-out rows is taken, relative to the mean
+    squared norm.
 
     Without the division, a few rows with very large outputs would dominate the mean.
     Transformers have such rows at separator tokens, and the norm after the layer
@@ -130,15 +131,18 @@ def row_sqnr_of(
     Returns:
       float32 `[*batch]`.
     """
-    exact, approximate = _outputs(floats, qt, stats, inputs)
-    shape = (*stats.held_out_ranks.shape, -1)
+    # Few numbers lie beyond a range. The held-out rows alone may have none of them.
+    rows = jnp.concatenate([stats.samples, stats.held_out], axis=-2)
+    ranks = jnp.concatenate([stats.sample_ranks, stats.held_out_ranks], axis=-1)
+    exact, approximate = _outputs(floats, qt, rows, inputs)
+    shape = (*ranks.shape, -1)
     exact, approximate = exact.reshape(shape), approximate.reshape(shape)
     # With one unit for the layer, no square overflows.
     largest = jnp.max(jnp.abs(exact), initial=0)
     unit = jnp.where(largest > 0, largest, 1)
     signal = jnp.sum((exact / unit) ** 2, axis=-1)  # [*batch, rows]
     noise = jnp.sum(((exact - approximate) / unit) ** 2, axis=-1)
-    is_filled = stats.held_out_ranks >= 0
+    is_filled = ranks >= 0
     mean = jnp.mean(signal, axis=-1, keepdims=True, where=is_filled)
     mean = jnp.where(mean > 0, mean, 1)
     quotients = noise / jnp.sqrt(jnp.maximum(signal, _LEAST_ROW * mean) * mean)
@@ -146,16 +150,16 @@ def row_sqnr_of(
 
 
 def _outputs(
-    floats: jax.Array, qt: QTensor, stats: LayerStats, inputs: Inputs
+    floats: jax.Array, qt: QTensor, rows: jax.Array, inputs: Inputs
 ) -> tuple[jax.Array, jax.Array]:
-    """The exact and the quantized outputs of held-out rows, `[*batch, rows, ...]`.
+    """The exact and the quantized outputs of rows, `[*batch, rows, ...]`.
 
     Each tap of a convolution's kernel is a product of its own, because calibration
     keeps single positions of the inputs.
     """
     if inputs.channel is None:
-        return _products(floats, qt, stats.held_out)
-    return _products_of_taps(floats, qt, stats.held_out, inputs.channel)
+        return _products(floats, qt, rows)
+    return _products_of_taps(floats, qt, rows, inputs.channel)
 
 
 def _products(

@@ -254,7 +254,8 @@ def _unused_problem(
     """Names the rules that match nothing, and what rules can match; or is empty."""
     if not unused:
         return ""
-    names = [slot.label for slot in inventory.slots] + list(inventory.unmatched)
+    names = [_described(slot) for slot in inventory.slots]
+    names += inventory.unmatched
     listing = ", ".join(names[:_MOST_LISTED]) or "none that jaxq knows"
     if len(names) > _MOST_LISTED:
         listing += f", ... ({len(names)} {adapter.noun}s)"
@@ -263,6 +264,12 @@ def _unused_problem(
         f"{adapter.noun}s that an earlier rule matches). "
         f"{adapter.noun.capitalize()}s here: {listing}."
     )
+
+
+def _described(slot: Slot) -> str:
+    """The label of a slot, and why its rule leaves it in floats."""
+    reason = "" if slot.rule is None else slot.rule.reason
+    return f"{slot.label[:-1]}; {reason})" if reason else slot.label
 
 
 def _unmatched_problem(inventory: Inventory, adapter: Adapter) -> str:

@@ -211,15 +211,12 @@ class NnxAdapter:
     noun = "layer"
     no_folding = ""
     data_arguments = "calibration=batches of real inputs"
-    unmatched_remedy = (
-        "To quantize a matrix, add jaxq.Rule(path, weight=..., kinds=('Param',)). It "
-        "must come before the rules of a named recipe, jaxq.recipes.get(name).rules."
-    )
     read_arguments: tuple[str, ...] = ()
     keys_follow_slots = False
 
     def __init__(self, model: nnx.Module, recipe: Recipe, options: Options):
         self.caller = options.caller
+        self.unmatched_remedy = ""
         self._recipe = recipe
         self._options = options
         self.notes = rotation_notes(recipe, bool(options.batches))
@@ -257,15 +254,16 @@ class NnxAdapter:
             rule = self._recipe.find(path, kind.name, shape, type(layer))
             slots.append(_slot(path, layer, kind, rule, names, normalized))
         layer_weights = {slot.weight for slot in slots}
-        other_rules, unmatched, refused = [], [], []
+        other_rules, unmatched, unmatched_linen, refused = [], [], [], []
         for array in find_bare_arrays(self._model, layer_weights):
             rule, description = match_bare_array(
                 self._recipe, array.path, array.value, type(array.holder)
             )
             if rule is None:
-                if description:
-                    inside = isinstance(array.holder, nnx.bridge.ToNNX)
-                    unmatched.append(description + " (inside ToNNX)" * inside)
+                if description and isinstance(array.holder, nnx.bridge.ToNNX):
+                    unmatched_linen.append(f"{description} (inside ToNNX)")
+                elif description:
+                    unmatched.append(description)
             elif isinstance(array.holder, nnx.bridge.ToNNX):
                 other_rules.append(rule)
                 if rule.weight is not None:
@@ -289,6 +287,8 @@ class NnxAdapter:
                     )
         slots, traced_rules = self._with_uses(slots)
         self._slots = slots
+        self.unmatched_remedy = _remedy(unmatched, unmatched_linen)
+        unmatched += unmatched_linen
         return Inventory(slots, [*other_rules, *traced_rules], unmatched, refused)
 
     def problems(self, slots: Sequence[Slot]) -> list[str]:
@@ -490,6 +490,23 @@ class NnxAdapter:
         leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_qtensor)
         # The last key is the ".value" of the variable.
         return ["/".join(map(key_name, keys[:-1])) for keys, _ in leaves]
+
+
+def _remedy(unmatched: Sequence[str], unmatched_linen: Sequence[str]) -> str:
+    """How to quantize matrices that no rule matches. Some may be inside ToNNX."""
+    remedies = []
+    if unmatched:
+        remedies.append(
+            "To quantize a matrix, add jaxq.Rule(path, weight=..., kinds=('Param',)). "
+            "It must come before the rules of a named recipe, "
+            "jaxq.recipes.get(name).rules."
+        )
+    if unmatched_linen:
+        remedies.append(
+            "Linen layers inside an nnx.bridge.ToNNX run with float weights. To "
+            "quantize them, write them in nnx."
+        )
+    return " ".join(remedies)
 
 
 def _is_bare(slot: Slot) -> bool:

@@ -1,4 +1,4 @@
-"""Activation quantization of a layer, and its static range, judged on held-out rows.
+"""Activation quantization of a layer, and its static range, judged on calibration rows.
 
 An observer reads only the inputs. Its rule may not suit the distribution of these
 inputs. Then its range gives the layer a large output error. So the output error of the
@@ -28,10 +28,9 @@ from jaxq.qtensor import QTensor, QuantSpec, range_options
 from jaxq.recipes import Rule
 
 # An observer's range may have this many dB more output error than the better of the
-# plain ranges (a factor of 1.5). The errors of two good ranges (99.9 % of the numbers,
-# and least squared error) often differ by 1 dB, and the better of the two depends on
-# the sample of 256 rows. An error that is twice as large (3 dB) is always a loss.
-_TOLERANCE = 1.76
+# plain ranges. A few hundred rows hold few of the numbers that a range clips, so the
+# true loss can be 3 dB larger. Ranges that differ by less are equally good.
+_TOLERANCE = 1.0
 
 _Bounds = tuple[jax.Array, jax.Array]
 # What `QTensor.with_activation` accepts: numpy arrays and numbers too.
@@ -115,10 +114,10 @@ def static_range(
     quantized_inputs = (
         stats if qt.input_scale is None else scaled_stats(stats, qt.input_scale)
     )
-    candidates |= _plain_ranges(rule.activation, quantized_inputs)
+    candidates |= _plain_ranges(rule.activation, quantized_inputs, bounds)
     errors = _output_errors(candidates, floats, qt, stats, slot)
     if errors is None:
-        not_judged = "its static range is not judged: no held-out rows fit its weight"
+        not_judged = "its static range is not judged: no sampled rows fit its weight"
         return StaticRange(bounds, join_notes(note, not_judged))
     best = np.argmax(errors, axis=0)  # [*batch]
     with np.errstate(invalid="ignore"):
@@ -185,8 +184,14 @@ def _unreached_note(is_empty: np.ndarray) -> str:
     )
 
 
-def _plain_ranges(spec: QuantSpec, stats: LayerStats) -> dict[str, _Bounds]:
-    """The extremes of the inputs, and the range of least squared error, by name."""
+def _plain_ranges(
+    spec: QuantSpec, stats: LayerStats, observed: _Bounds
+) -> dict[str, _Bounds]:
+    """The extremes of the inputs, and the range of least squared error, by name.
+
+    An element of a stack that no row reached has neither. There, both are the range of
+    the observer, `observed`.
+    """
     kind = range_options(spec)
     minmax, mse = observers.minmax(), observers.mse()
 
@@ -214,7 +219,14 @@ def _plain_ranges(spec: QuantSpec, stats: LayerStats) -> dict[str, _Bounds]:
     with contextlib.suppress(ValueError):
         least = _for_each_element(least_squares, stats)
         ranges["the range of least squared error"] = least
-    return ranges
+    return {name: _where_missing(bounds, observed) for name, bounds in ranges.items()}
+
+
+def _where_missing(bounds: _Bounds, default: _Bounds) -> _Bounds:
+    """Ranges, and the ranges of `default` where one is empty or NaN."""
+    low, high = bounds
+    is_range = low < high
+    return jnp.where(is_range, low, default[0]), jnp.where(is_range, high, default[1])
 
 
 def _for_each_element(
@@ -258,5 +270,5 @@ def _reason(
     where = f" at element {element_names(is_worse)}" if is_worse.ndim else ""
     return (
         f"{labels[0]}{where} has {excess[is_worse].max():.1f} dB more output error on "
-        f"held-out inputs than {' or '.join(names)}"
+        f"calibration inputs than {' or '.join(names)}"
     )

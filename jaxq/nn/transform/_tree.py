@@ -39,7 +39,7 @@ from jaxq.nn.calibration import (
 )
 from jaxq.nn.report import Report, Row, float_row, why_not_weight
 from jaxq.nn.transform._calibration_data import CalibrationData
-from jaxq.nn.transform._equinox import EquinoxWeight, find_equinox_weight
+from jaxq.nn.transform._equinox import EquinoxArray, find_equinox_array
 from jaxq.nn.transform._loop import quantize_slots
 from jaxq.nn.transform._model_error import Run
 from jaxq.nn.transform._nnx_layers import NOT_WEIGHTS
@@ -199,7 +199,8 @@ class _Leaf:
       note: why the leaf cannot be quantized. Empty if it has a slot.
       slot: the slot of the leaf, or None.
       array: identifies the array of the leaf. Several leaves may hold one array.
-      equinox: the weight of an Equinox layer. None for other leaves.
+      equinox: the array of an Equinox module. None for other leaves.
+      has_assumed_axes: the contracted axis is an assumption about an Equinox module.
     """
 
     path: str
@@ -207,7 +208,8 @@ class _Leaf:
     note: str
     slot: Slot | None = None
     array: int = 0
-    equinox: EquinoxWeight | None = None
+    equinox: EquinoxArray | None = None
+    has_assumed_axes: bool = False
 
     def __post_init__(self):
         self.array = id(self.value)
@@ -269,6 +271,8 @@ class TreeAdapter:
             if use is not None and slot.chosen:
                 leaf.slot = slot_with_use(slot, use)
                 other_rules.append(slot.rule)
+            if use is None or use.problem:
+                self._note_assumed_axes(leaf)
         slots = [leaf.slot for leaf in self._leaves if leaf.slot is not None]
         return Inventory(slots, other_rules)
 
@@ -363,6 +367,10 @@ class TreeAdapter:
                 out.append(float_row(leaf.path, "Array", value, leaf.note))
                 continue
             row = rows[leaf.slot.weight]
+            if leaf.has_assumed_axes and row.format is not None:
+                # The inputs are quantized only if the axis is right.
+                codes_format = row.format.partition(" + ")[0]
+                row = dataclasses.replace(row, format=codes_format)
             first = first_paths.setdefault(leaf.slot.weight, leaf.path)
             if first != leaf.path:
                 # Its bytes are counted in the first row.
@@ -469,7 +477,7 @@ class TreeAdapter:
             return slot
         batch, contracting = rule.batch or (), rule.contracting
         problem = ""
-        if leaf.equinox is not None:
+        if leaf.equinox is not None and leaf.equinox.has_known_axes:
             problem = leaf.equinox.problem
             # Leading axes are those of a stack of layers (`eqx.filter_vmap`).
             batch = rule.batch or tuple(range(leaf.value.ndim - 2))
@@ -484,6 +492,27 @@ class TreeAdapter:
             # An array at several places is quantized once if its rule is the same.
             weight=(id(leaf.value), id(rule), contracting, batch),
         )
+
+    def _note_assumed_axes(self, leaf: _Leaf) -> None:
+        """Notes that the contracted axis of an Equinox module's array is assumed."""
+        slot, equinox = leaf.slot, leaf.equinox
+        if equinox is None or equinox.has_known_axes:
+            return
+        if slot is None or not slot.chosen or not slot.contracting:
+            return
+        assert slot.rule is not None
+        if slot.rule.contracting is not None:
+            return
+        leaf.has_assumed_axes = True
+        quantizes_inputs = slot.rule.activation is not None
+        condition = ", and quantizes inputs only then" if quantizes_inputs else ""
+        note = (
+            f"assumes that products contract axis {slot.contracting[0]}, as in "
+            f"`x @ w`{condition}. For `w @ x`, use a jaxq.Rule with contracting=(-1,)"
+        )
+        if not self._options.batches:
+            note += ", or pass calibration= and forward="
+        leaf.slot = dataclasses.replace(slot, notes=(*slot.notes, note))
 
     def _rule(self, leaf: _Leaf) -> Rule | None:
         """The first rule that matches the path of an array or of its parent."""
@@ -514,10 +543,11 @@ def _leaves_of(params: Any) -> Iterable[_Leaf]:
         # In `nnx.state`, the last key is the ".value" of a variable.
         own_keys = keys[:-1] if keys[:-1] in variable_types else keys
         variable_type = variable_types.get(own_keys)
-        note = why_not_weight(value)
+        equinox = find_equinox_array(params, keys)
+        is_other = equinox is not None and not equinox.is_weight
+        note = why_not_weight(value, in_layer=is_other)
         if variable_type is not None and issubclass(variable_type, NOT_WEIGHTS):
             note = f"{variable_type.__name__}, not a weight: left as it is"
-        equinox = find_equinox_weight(params, keys)
         yield _Leaf(_path_of(own_keys), value, note, equinox=equinox)
 
 

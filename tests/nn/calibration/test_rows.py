@@ -156,16 +156,33 @@ def test_adaround_gains_on_the_rows_of_each_expert():
     assert squares[0][0] < 0.7 * squares[1][0]
 
 
-def test_the_static_range_of_an_expert_that_nothing_reached_is_named():
+@pytest.mark.parametrize("fallback", ["rtn", "none"])
+def test_the_static_range_of_an_expert_that_nothing_reached_is_named(fallback):
     x, mask = routed()
     rule = jaxq.Rule(weight="int8", activation="int8", observer="absmax")
     qmodel, report = jaxq.quantize_model(
-        Experts(), jaxq.Recipe([rule]), calibration=[(x, mask)], fallback="none"
+        Experts(), jaxq.Recipe([rule]), calibration=[(x, mask)], fallback=fallback
     )
     assert "no calibration input reached element 3" in report.quantized[0].note
     ranges = np.asarray(qmodel.up.kernel[...].input_range)
     largest = [
         np.abs(np.asarray(x)[np.asarray(row) > 0]).max() for row in np.asarray(mask)[:3]
     ]
-    np.testing.assert_allclose(ranges[:3, 1], largest)
+    if fallback == "none":
+        np.testing.assert_allclose(ranges[:3, 1], largest)
     np.testing.assert_allclose(ranges[3], [-max(largest), max(largest)])
+
+
+@pytest.mark.parametrize("recipe", ["w8a8_smoothquant", "w8a8_static"])
+def test_recipes_run_with_an_expert_that_nothing_reached(recipe):
+    x, mask = routed()
+    exact = Experts()(x, mask)
+    qmodel, _ = jaxq.quantize_model(Experts(), recipe, calibration=[(x, mask)])
+    assert jaxq.metrics.sqnr(exact, qmodel(x, mask)) > 35
+    module = LinenExperts()
+    variables = module.init(jax.random.key(0), x, mask)
+    quantized = jaxq.nn.linen.quantize_model(
+        module, variables, recipe, calibration=[(x, mask)]
+    )
+    exact = module.apply(variables, x, mask)
+    assert jaxq.metrics.sqnr(exact, quantized[0].apply(quantized[1], x, mask)) > 35

@@ -39,7 +39,9 @@ def test_large_rows_count_less(batch):
     spec = jaxq.QuantSpec("int4", jaxq.PerTensor())
     contracted = len(batch)
     qt = jaxq.quantize(w, spec, contracting=contracted, batch=batch_axes)
-    rows = np.asarray(stats.held_out, np.float64)[..., :8, :]  # the filled ones
+    # The filled ones: 56 sampled and 8 held-out rows.
+    parts = [stats.samples[..., :56, :], stats.held_out[..., :8, :]]
+    rows = np.concatenate(parts, axis=-2).astype(np.float64)
     exact = rows @ np.asarray(w, np.float64)
     actual = rows @ np.asarray(jaxq.dequantize(qt), np.float64)
     expected = row_decibels(exact, actual - exact)

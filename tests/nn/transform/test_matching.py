@@ -337,8 +337,12 @@ def test_linen_layers_inside_an_nnx_model_are_named():
     x = jnp.ones((2, 8))
     inner = nnx.bridge.ToNNX(linen.Dense(4, name="up"), rngs=nnx.Rngs(0)).lazy_init(x)
     model = nnx.Dict(a=nnx.Linear(8, 8, rngs=nnx.Rngs(0)), b=inner)
-    with pytest.raises(ValueError, match=r"b/kernel float32\[8, 4\] \(inside ToNNX\)"):
+    message = r"b/kernel float32\[8, 4\] \(inside ToNNX\)"
+    with pytest.raises(ValueError, match=message) as caught:
         jaxq.quantize_model(model, "int8")
+    # A rule that quantizes the matrix is refused, so it is no remedy.
+    assert "write them in nnx" in str(caught.value)
+    assert "weight=" not in str(caught.value)
     rules = jaxq.recipes.get("int8").rules
     rule = Rule("b/**", weight="int8", kinds="Param")
     with pytest.raises(ValueError, match=r"quantizes b/kernel, .* nnx.bridge.ToNNX"):

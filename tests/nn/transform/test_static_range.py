@@ -71,6 +71,19 @@ def test_a_range_that_clips_half_is_replaced(layer):
         quantize(layer, CLIPPING, fallback="raise")
 
 
+def test_few_rows_show_the_loss_too(layer):
+    """24 held-out rows would have no number beyond the range."""
+    batches = [normal(64, 32, seed=seed) for seed in range(3)]
+    x = normal(512, 32, seed=9)
+    results = {}
+    for observer in ("absmax", "percentile"):
+        recipe = jaxq.Recipe([rule(observer)])
+        qlayer, report = jaxq.quantize_model(layer, recipe, calibration=batches)
+        results[observer] = float(jaxq.metrics.sqnr(layer(x), qlayer(x)))
+    assert "so that range is used" in report.quantized[0].note
+    assert results["percentile"] > results["absmax"] - 1.5
+
+
 def test_a_good_range_is_kept(layer):
     for observer in (jaxq.observers.mse(), jaxq.observers.percentile(99.99)):
         kept, _, _ = quantize(layer, observer, fallback="none")
@@ -180,7 +193,7 @@ def test_without_held_out_rows_a_range_is_not_judged(layer):
     _, report = jaxq.quantize_model(
         layer, jaxq.Recipe([rule(CLIPPING)]), calibration=[BATCHES[0][:4]]
     )
-    assert "its static range is not judged: no held-out rows" in str(report)
+    assert "its static range is not judged: no sampled rows" in str(report)
 
 
 def test_statistics_of_another_layer_are_refused(layer):

@@ -681,6 +681,14 @@ def test_named_recipes_leave_an_equinox_table_in_floats():
     assert [row.path for row in report.quantized] == ["up/weight"]
 
 
+def test_a_table_of_equinox_alone_is_explained():
+    message = (
+        r"\['\*\*'\] match no parameter.*weight \(Array; embedding, left in floats"
+    )
+    with pytest.raises(ValueError, match=message):
+        jaxq.quantize_params(EqxEmbedding(normal(8, 8)), "int8")
+
+
 def test_equinox_itself():
     eqx = pytest.importorskip("equinox")
     keys = jax.random.split(jax.random.key(0), 2)
@@ -695,3 +703,53 @@ def test_equinox_itself():
     assert jaxq.metrics.sqnr(model(x), q(x)) > 25
     with pytest.raises(ValueError, match="passes it to lax.conv_general_dilated"):
         jaxq.quantize_params(eqx.nn.Conv1d(3, 8, 3, key=keys[1]), "int8")
+    model = [model, eqx.nn.Conv1d(3, 8, 3, key=keys[1])]
+    rules = (Rule("1", skip=True), *jaxq.recipes.get("int8").rules)
+    report = jaxq.quantize_params(model, Recipe(rules))[1]
+    assert [row.path for row in report.quantized] == [
+        "0/layers/0/weight",
+        "0/layers/1/weight",
+    ]
+
+
+def test_gains_of_equinox_layers_stay_in_floats():
+    eqx = pytest.importorskip("equinox")
+    linear = eqx.nn.Linear(8, 8, key=jax.random.key(0))
+    model = [eqx.nn.WeightNorm(linear), eqx.nn.LayerNorm((4, 16)), linear]
+    rules = [Rule("0/layer/weight", skip=True), Rule(weight="int8")]
+    report = jaxq.quantize_params(model, Recipe(rules))[1]
+    notes = {row.path: row.note for row in report.rows if row.format is None}
+    gains = ("0/g", "1/weight", "1/bias")
+    assert {notes[path] for path in gains} == {
+        "not the weight of its layer, left in floats"
+    }
+    assert [row.path for row in report.quantized] == ["2/weight"]
+
+
+def test_the_axis_of_an_unknown_equinox_module_is_an_assumption():
+    eqx = pytest.importorskip("equinox")
+
+    class Dense(eqx.Module):
+        weight: jax.Array
+
+        def __call__(self, x):
+            return self.weight @ x
+
+    model, x = Dense(normal(8, 16)), normal(16)
+    q, report = jaxq.quantize_params(model, "w8a8")
+    (row,) = report.rows
+    assert jaxq.explain(q.weight, x).path != "codes"
+    assert row.format == "int8"
+    assert "assumes that products contract axis -2" in row.note
+    assert "contracting=(-1,), or pass calibration= and forward=" in row.note
+    # Both remedies give products of codes.
+    rule = Rule(weight="int8", activation="int8", contracting=(-1,))
+    with_rule = jaxq.quantize_params(model, Recipe([rule]))
+    with_batches = jaxq.quantize_params(
+        model, "w8a8", calibration=[x], forward=lambda model, x: model(x)
+    )
+    for q, report in (with_rule, with_batches):
+        (row,) = report.rows
+        assert jaxq.explain(q.weight, x).path == "codes"
+        assert (row.format, row.granularity) == ("int8 + int8", "PerChannel(along -1)")
+        assert "assumes" not in row.note
