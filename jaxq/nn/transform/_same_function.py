@@ -129,7 +129,7 @@ def _computed_dtypes(jaxpr: Any) -> Iterator[Any]:
         for var in equation.outvars:
             dtype = getattr(var.aval, "dtype", None)
             is_cast = equation.primitive.name == "convert_element_type"
-            if _is_float(dtype) and not (is_cast and _is_exact(*inputs, dtype)):
+            if _is_float(dtype) and not (is_cast and _is_exact(inputs[0], dtype)):
                 yield dtype
 
 
