@@ -260,15 +260,20 @@ def normal_float(bits: int) -> tuple[float, ...]:
     return tuple((table / table.max()).astype(np.float32).tolist())
 
 
-def dynamic_map(signed: bool) -> tuple[float, ...]:
-    """Returns the table of the 8-bit dynamic data type: 256 numbers, ascending.
+def dynamic_map(signed: bool, bits: int = 8) -> tuple[float, ...]:
+    """Returns the table of the dynamic data type: 2^bits numbers, ascending.
 
     A code holds a decimal exponent in unary and a linear fraction in the other bits.
-    The signed table goes from -0.993 to 1, the unsigned one from 0 to 1. Zero is exact.
-    The smallest positive number is about 5.5e-7 (signed) or 3.3e-7 (unsigned).
+    With 8 bits the signed table goes from -0.993 to 1, the unsigned one from 0 to 1.
+    Zero is exact. The smallest positive number is about 5.5e-7 (signed) or 3.3e-7
+    (unsigned).
 
     Args:
       signed: whether the table has negative numbers.
+      bits: 2 to 8.
+
+    Raises:
+      ValueError: `bits` is not 2 to 8.
 
     Example:
       >>> import jaxq
@@ -280,7 +285,9 @@ def dynamic_map(signed: bool) -> tuple[float, ...]:
       Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016; Dettmers
       et al., "8-bit Optimizers via Block-wise Quantization", 2022.
     """
-    num_decades = 7
+    if not 2 <= bits <= 8:
+        raise ValueError(f"dynamic_map: bits must be 2 to 8, got {bits}.")
+    num_decades = bits - 1
     table: list[np.float32] = [np.float32(0), np.float32(1)]
     for i in range(num_decades):
         edges = _linspace_like_torch(2**i + 1 if signed else 2 ** (i + 1) + 1)
