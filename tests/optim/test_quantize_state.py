@@ -1,7 +1,5 @@
 """`quantize_state`: numbers, memory, wrappers, jit, nnx, sharding, files and errors."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,3 +222,285 @@ def test_donated_update_needs_no_second_state():
     assert wide_arguments - arguments >= (8 - 2.1) * size
     # The floats of some leaves at a time, not of all.
     assert extra < 8 * size, extra / size
+
+
+# Wrappers of optax.
+
+
+def adam_of(state):
+    """The quantized Adam state inside any wrappers."""
+    adams = [
+        node
+        for node in jax.tree.leaves(
+            state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
+        )
+        if isinstance(node, optax.ScaleByAdamState)
+    ]
+    return adams[0]
+
+
+def inner_wrapped(make):
+    """`make` inside each wrapper of optax."""
+    tx = make(learning_rate=0.01)
+    return {
+        "chain": optax.chain(optax.clip_by_global_norm(1.0), tx),
+        "multi_transform": optax.multi_transform(
+            {"large": tx, "small": optax.sgd(0.01)},
+            lambda params: {k: "small" if k == "bias" else "large" for k in params},
+        ),
+        "MultiSteps": optax.MultiSteps(tx, 2),
+        "inject_hyperparams": optax.inject_hyperparams(make)(learning_rate=0.01),
+        "masked": optax.masked(tx, {name: name != "bias" for name in PARAMS}),
+        "apply_if_finite": optax.apply_if_finite(tx, 3),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chain",
+        "multi_transform",
+        "MultiSteps",
+        "inject_hyperparams",
+        "masked",
+        "apply_if_finite",
+    ],
+)
+def test_wrappers_of_optax(name):
+    """Inside and around a wrapper the result is the same, and near that of floats."""
+    inside = inner_wrapped(adamw8bit)[name]
+    around = quantize_state(inner_wrapped(optax.adamw)[name])
+    params, state = train(inside, 4)
+    expected, _ = train(inner_wrapped(optax.adamw)[name], 4)
+    other, other_state = train(around, 4)
+    assert_same(other, params)
+    assert is_qtensor(adam_of(state).mu["kernel"])
+    assert is_qtensor(adam_of(other_state).nu["embedding"])
+    start = make_params()
+    for key in PARAMS:
+        distance = np.linalg.norm(start[key] - expected[key])
+        assert np.linalg.norm(params[key] - expected[key]) < 0.1 * distance
+
+
+def test_hyperparameters_can_be_changed():
+    params = make_params()
+    tx = optax.inject_hyperparams(adamw8bit)(learning_rate=0.01)
+    state = tx.init(params)
+    state.hyperparams["learning_rate"] = jnp.float32(0.0)
+    updates, _ = tx.update(params, state, params)
+    assert all((np.asarray(u) == 0).all() for u in jax.tree.leaves(updates))
+
+
+def test_scan_and_one_trace():
+    tx = adamw8bit(0.01)
+    params = make_params()
+    traces = []
+
+    @jax.jit
+    def many(params, state):
+        def step(carry, _):
+            traces.append(1)
+            params, state = carry
+            updates, state = tx.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), None, length=3)[0]
+
+    carry = many(params, tx.init(params))
+    many(*carry)
+    assert len(traces) == 1
+
+
+def test_where_names_other_leaves():
+    tx = quantize_state(
+        optax.MultiSteps(optax.adam(0.01), 2), where="acc_grads/**", min_size=10**9
+    )
+    _, state = train(tx, 3)
+    assert all(map(is_qtensor, state.acc_grads.values()))
+    assert not any(map(is_qtensor, adam_of(state).mu.values()))
+    embedding = quantize_state(optax.adam(0.01), where=["**/mu/bias"]).init(
+        make_params()
+    )
+    assert is_qtensor(embedding[0].mu["bias"])
+    assert not is_qtensor(embedding[0].nu["bias"])
+
+
+def test_dtype_of_bfloat16_moments_stays():
+    params = make_params(dtype="bfloat16")
+    tx = adamw8bit(0.01)
+    state = tx.init(params)
+    grads = make_params(seed=1)  # float32
+    _, new_state = jax.jit(tx.update)(grads, state, params)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    assert new_state[0].mu["kernel"].dtype == jnp.bfloat16
+
+
+# Flax.
+
+
+class Net(nnx.Module):
+    def __init__(self, sharding=None):
+        init = nnx.initializers.lecun_normal()
+        if sharding is not None:
+            init = nnx.with_partitioning(init, sharding)
+        self.up = nnx.Linear(64, 512, kernel_init=init, rngs=nnx.Rngs(0))
+        self.down = nnx.Linear(512, 64, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.down(nnx.relu(self.up(x)))
+
+
+@nnx.jit
+def nnx_step(model, optimizer, x):
+    def loss(model):
+        return jnp.mean((model(x) - 1) ** 2)
+
+    value, grads = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, grads)
+    return value
+
+
+@pytest.mark.parametrize("make", [adamw8bit, adamw4bit])
+def test_three_steps_of_nnx_optimizer(make):
+    x = normal(8, 64)
+    values = {}
+    for name, tx in (("wide", optax.adamw(0.01)), ("narrow", make(0.01))):
+        model = Net()
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        values[name] = [float(nnx_step(model, optimizer, x)) for _ in range(3)]
+    # The first update is exact, and shows in the second loss.
+    np.testing.assert_allclose(values["narrow"][:2], values["wide"][:2], rtol=1e-6)
+    np.testing.assert_allclose(values["narrow"][2], values["wide"][2], rtol=0.05)
+    moment = nnx.as_pure(optimizer.opt_state)[0].nu["up"]["kernel"]
+    assert is_qtensor(moment)
+
+
+def test_optimizer_state_keeps_the_sharding_of_variables():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        model = Net(sharding=(None, "model"))
+        optimizer = nnx.Optimizer(model, adamw8bit(0.01), wrt=nnx.Param)
+        moment = optimizer.opt_state[0].mu["up"]["kernel"]
+        for variable in (moment.data, moment.scale):
+            assert variable.get_metadata("out_sharding") == (None, "model")
+            assert variable.get_value().sharding.spec == P(None, "model")
+        specs = nnx.get_partition_spec(nnx.state(optimizer))
+        assert specs["opt_state"][0]["mu"]["up"]["kernel"]["scale"].get_value() == P(
+            None, "model"
+        )
+        for _ in range(3):
+            value = nnx_step(model, optimizer, normal(8, 64))
+    assert np.isfinite(float(value))
+
+
+def test_variables_without_nnx_optimizer():
+    params = nnx.state(Net(), nnx.Param)
+    tx = adamw8bit(0.01)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    assert is_qtensor(state[0].mu["up"]["kernel"])
+    assert isinstance(state[0].mu["up"]["kernel"].data, nnx.Param)
+
+
+def test_partitioned_parameters_of_linen():
+    init = linen.with_partitioning(linen.initializers.lecun_normal(), (None, "model"))
+    module = linen.Dense(512, kernel_init=init)
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 64)))
+    state = jax.eval_shape(adamw8bit(0.01).init, params)
+    specs = linen.get_partition_spec(state)
+    assert specs[0].mu["params"]["kernel"] == P(None, "model")
+
+
+# Sharding.
+
+
+@pytest.mark.parametrize("make", [adamw8bit, adamw4bit])
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")])
+def test_sharded_update_needs_no_communication(make, spec):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, spec)
+    params = jax.device_put(normal(64, 768), sharding)
+    tx = make(0.01)
+    state = tx.init(params)
+    for leaf in jax.tree.leaves(state[0].mu):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    step = jax.jit(tx.update)
+    grads = jax.device_put(normal(64, 768, seed=1), sharding)
+    text = step.lower(grads, state, params).compile().as_text()
+    for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert word not in text
+    _, state = step(grads, state, params)
+    updates, state = step(grads, state, params)
+    for leaf in jax.tree.leaves(state[0].nu):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    # One device and the same blocks: the same numbers.
+    alone = jax.tree.map(lambda x: jax.device_put(x, jax.devices()[0]), tx.init(params))
+    step_alone = jax.jit(tx.update)
+    grads, params = jax.device_put((grads, params), jax.devices()[0])
+    _, alone = step_alone(grads, alone, params)
+    expected, _ = step_alone(grads, alone, params)
+    np.testing.assert_array_equal(updates, expected)
+
+
+# Files.
+
+
+def test_saved_state_continues_with_the_same_numbers(tmp_path):
+    tx = optax.inject_hyperparams(adamw4bit)(learning_rate=0.01)
+    params, state = train(tx, 3)
+    jaxq.save(tmp_path / "state.safetensors", {"params": params, "state": state})
+    template = {"params": make_params(), "state": tx.init(make_params())}
+    loaded = jaxq.load(tmp_path / "state.safetensors", into=template)
+    assert_same(loaded["state"], state)
+    expected = train(tx, 2, params, state, first=3)
+    actual = train(tx, 2, loaded["params"], loaded["state"], first=3)
+    assert_same(actual, expected)
+
+
+def test_saved_nnx_optimizer_continues(tmp_path):
+    x, tx = normal(8, 64), adamw8bit(0.01)
+    model = Net()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    nnx_step(model, optimizer, x)
+    jaxq.save(tmp_path / "optimizer.safetensors", nnx.state(optimizer))
+    fresh = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    loaded = jaxq.load(tmp_path / "optimizer.safetensors", into=nnx.state(fresh))
+    nnx.update(fresh, loaded)
+    assert_same(nnx.as_pure(nnx.state(fresh)), nnx.as_pure(nnx.state(optimizer)))
+
+
+def test_orbax_restores_the_state(tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    _, state = train(adamw8bit(0.01), 2)
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", state)
+    assert_same(restored, state)
+
+
+# Errors.
+
+
+def test_errors():
+    adam = optax.adam(1e-3)
+    params = {"w": jnp.ones((64, 256))}
+    with pytest.raises(TypeError, match="tx must be an optax transformation, got floa"):
+        quantize_state(1e-3)
+    with pytest.raises(ValueError, match="min_size must be a whole number"):
+        quantize_state(adam, min_size=-1)
+    with pytest.raises(ValueError, match="quantize_state: spec: unknown preset"):
+        quantize_state(adam, "dynamic9")
+    with pytest.raises(ValueError, match=r"Use spec.replace\(granularity=jaxq.PerGr"):
+        quantize_state(adam, QuantSpec("int8"))
+    with pytest.raises(ValueError, match="a block depends on other blocks"):
+        quantize_state(adam, "nf4_dq")
+    stochastic = QuantSpec("udynamic8", PerGroup(256), rounding="stochastic")
+    with pytest.raises(ValueError, match="second= rounds stochastically"):
+        quantize_state(adam, second=stochastic)
+    with pytest.raises(ValueError, match=r"fits where=\['\*\*/nothing'\]. Correct"):
+        quantize_state(adam, where="**/nothing").init(params)
+    with pytest.raises(TypeError, match="0/mu/w must be float32, bfloat16 or float16"):
+        quantize_state(adam).init({"w": jnp.ones((64, 256), jnp.complex64)})
