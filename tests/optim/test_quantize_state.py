@@ -143,7 +143,7 @@ def test_affine_int8_second_moments_diverge_and_ours_do_not():
     # A second moment that rounds to 0 makes the step m / eps.
     wide = losses(optax.adam(0.01))
     naive = losses(naive_int8(optax.adam(0.01)))
-    assert not np.isfinite(naive).all() or naive[-1] > 1e3 * naive[0]
+    assert not np.isfinite(naive).all() or naive.max() > 1e3 * naive[0], naive
     affine = QuantSpec("uint8", PerGroup(256), symmetric=False)
     for spec, second in (
         ("dynamic8", None),
@@ -205,23 +205,23 @@ def test_bytes_for_each_parameter(make, most):
     assert nbytes / num_quantized <= most
 
 
-def test_donated_update_needs_no_second_state():
-    params = {f"w{i}": normal(256, 1024, seed=i) for i in range(8)}
+def test_donated_update_reuses_the_state():
+    params = {f"w{i}": normal(64, 512, seed=i) for i in range(4)}
+    size = 4 * 64 * 512
 
-    def peak(tx):
+    def memory(tx):
         state = jax.eval_shape(tx.init, params)
         step = jax.jit(tx.update, donate_argnums=(0, 1))
-        memory = step.lower(params, state, params).compile().memory_analysis()
-        other = memory.temp_size_in_bytes + memory.output_size_in_bytes
-        aliased = memory.alias_size_in_bytes
-        return other - aliased, memory.argument_size_in_bytes
+        return step.lower(params, state, params).compile().memory_analysis()
 
-    size = 8 * 256 * 1024
-    extra, arguments = peak(adamw8bit(1e-3))
-    _, wide_arguments = peak(optax.adamw(1e-3))
-    assert wide_arguments - arguments >= (8 - 2.1) * size
-    # The floats of some leaves at a time, not of all.
-    assert extra < 8 * size, extra / size
+    narrow, wide = memory(adamw8bit(1e-3)), memory(optax.adamw(1e-3))
+    saved = wide.argument_size_in_bytes - narrow.argument_size_in_bytes
+    assert saved >= (8 - 2.1) * size
+    # Updates take the place of gradients, and the new state that of the old one.
+    not_reused = narrow.output_size_in_bytes - narrow.alias_size_in_bytes
+    assert not_reused < 0.01 * size
+    # Moments are floats while the update runs: 8 bytes, and 4 for the codes of one.
+    assert narrow.temp_size_in_bytes < 12.5 * size
 
 
 # Wrappers of optax.
