@@ -95,7 +95,7 @@ def quantize_state(
             f"{min_size!r}."
         )
     first = first_spec(spec, _CALLER)
-    specs = {SECOND: second_spec(second, first, _CALLER)}
+    other = second_spec(second, first, _CALLER)
     patterns = (where,) if isinstance(where, str) else tuple(where)
     inner = optax.with_extra_args_support(tx)
 
@@ -109,7 +109,7 @@ def quantize_state(
             unmatched -= fits
             is_moment = moment is not None and _is_large(leaf, min_size)
             if fits or is_moment:
-                leaf_spec = specs.get(moment, first)
+                leaf_spec = other if moment == SECOND else first
                 leaf = _quantized(leaf, leaf_spec, moment == SECOND, path)
             leaves.append(leaf)
         if unmatched:

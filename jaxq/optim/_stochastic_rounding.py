@@ -83,7 +83,7 @@ def stochastic_rounding(
 
     def update(
         updates: optax.Updates,
-        state: StochasticRoundingState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, StochasticRoundingState]:
@@ -106,7 +106,7 @@ def stochastic_rounding(
                 zip(leaves, treedef.flatten_up_to(params), strict=True)
             )
         ]
-        step = optax.safe_increment(state.step)
+        step = jnp.asarray(optax.safe_increment(state.step))
         return treedef.unflatten(rounded), StochasticRoundingState(step, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
