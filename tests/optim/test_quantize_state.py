@@ -263,7 +263,7 @@ def inner_wrapped(make):
     ],
 )
 def test_wrappers_of_optax(name):
-    """Inside and around a wrapper results are near those of floats, and mostly equal."""
+    """Results are near those of floats, and mostly equal inside and around."""
     inside = inner_wrapped(adamw8bit)[name]
     around = quantize_state(inner_wrapped(optax.adamw)[name])
     params, state = train(inside, 4)
