@@ -38,6 +38,7 @@ SUBJECTS = (
     "memory",
     "methods",
     "observers",
+    "optimizers",
     "quantize",
     "recipes",
     "static_ranges",

@@ -39,13 +39,13 @@ from jaxq.qtensor import (
 from jaxq.recipes import Recipe, Rule
 
 if TYPE_CHECKING:
-    from jaxq import evaluation, io, methods, models, nn, observers
+    from jaxq import evaluation, io, methods, models, nn, observers, optim
     from jaxq.io import load, save
     from jaxq.nn import dequantize_params, quantize_model, quantize_params
 
 __version__ = "0.1.0"
 
-# Imported when first used: these import Flax, or read and write files.
+# Imported when first used: these import Flax or optax, or read and write files.
 _LAZY = {
     "dequantize_params": "jaxq.nn",
     "evaluation": "jaxq.evaluation",
@@ -55,6 +55,7 @@ _LAZY = {
     "models": "jaxq.models",
     "nn": "jaxq.nn",
     "observers": "jaxq.observers",
+    "optim": "jaxq.optim",
     "quantize_model": "jaxq.nn",
     "quantize_params": "jaxq.nn",
     "save": "jaxq.io",
@@ -108,6 +109,7 @@ __all__ = [
     "nn",
     "observers",
     "ops",
+    "optim",
     "partition",
     "presets",
     "qtensor",

@@ -7,12 +7,14 @@ Users can give tables of their own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxq.formats._format import Format
 from jaxq.formats._rounding import check_rounding, random_uniform
@@ -203,8 +205,59 @@ def _num_edges_below(x: jax.Array, edges: np.ndarray) -> jax.Array:
         for edge in edges:
             rank = rank + (x > edge).astype(jnp.uint8)
         return rank
-    rank = jnp.searchsorted(jnp.asarray(edges), x, side="left")
+    first_rank, first_bucket, num_rounds = _ranks_of_buckets(tuple(edges.tolist()))
+    num_buckets = first_rank.size // 2
+    bucket = lax.bitcast_convert_type(jnp.abs(x), np.uint32) >> _BUCKET_SHIFT
+    bucket = jnp.clip(bucket.astype(np.int32) - first_bucket, 0, num_buckets - 1)
+    bucket = jnp.where(x < 0, bucket + num_buckets, bucket)
+    rank = _entries_at(first_rank, bucket)
+    next_edge = np.append(edges, np.float32(np.inf))
+    for _ in range(num_rounds):
+        rank = rank + (x > _entries_at(next_edge, rank)).astype(np.int32)
     return jnp.where(jnp.isnan(x), 0, rank)
+
+
+# The numbers of one bucket have the same sign, exponent and first 7 mantissa bits.
+_BUCKET_SHIFT = 16
+
+
+@functools.lru_cache(maxsize=64)
+def _ranks_of_buckets(edges: tuple[float, ...]) -> tuple[np.ndarray, int, int]:
+    """A table that finds the rank of a number almost without a search.
+
+    A search by bisection takes one pass over the array for each bit of the rank. The
+    table gives the rank of the smallest number of a bucket, and the rest of the rank
+    follows from one or two comparisons. All of it is one fused elementwise pass.
+
+    Args:
+      edges: float32 numbers, ascending.
+
+    Returns:
+      first_rank: int32 `[2 * num_buckets]`, the number of edges below all numbers of a
+        bucket. The first half is for positive numbers, ordered by magnitude, and the
+        second half for negative ones.
+      first_bucket: the number of the first bucket. It also holds all numbers of smaller
+        magnitude, and the last bucket all numbers of larger magnitude.
+      num_rounds: the largest number of edges between the numbers of one bucket.
+    """
+    array = np.asarray(edges, np.float32)
+    magnitudes = np.abs(array[array != 0])
+    buckets = magnitudes.view(np.uint32) >> _BUCKET_SHIFT
+    first, last = max(int(buckets.min()) - 1, 0), int(buckets.max()) + 1
+    starts = np.arange(first, last + 2, dtype=np.uint32) << _BUCKET_SHIFT
+    bounds = starts.view(np.float32)  # of magnitudes, [num_buckets + 1]
+    bounds[0], bounds[-1] = 0, np.inf
+    lower = np.concatenate([bounds[:-1], -bounds[1:]])
+    upper = np.concatenate([bounds[1:], -bounds[:-1]])
+    first_rank = np.searchsorted(array, lower, side="left")
+    last_rank = np.searchsorted(array, upper, side="left")
+    num_rounds = int((last_rank - first_rank).max())
+    return first_rank.astype(np.int32), first, num_rounds
+
+
+def _entries_at(table: np.ndarray, index: jax.Array) -> jax.Array:
+    """`table[index]` for indices that are in bounds."""
+    return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
 
 
 def _stochastic_rank(
@@ -260,15 +313,20 @@ def normal_float(bits: int) -> tuple[float, ...]:
     return tuple((table / table.max()).astype(np.float32).tolist())
 
 
-def dynamic_map(signed: bool) -> tuple[float, ...]:
-    """Returns the table of the 8-bit dynamic data type: 256 numbers, ascending.
+def dynamic_map(signed: bool, bits: int = 8) -> tuple[float, ...]:
+    """Returns the table of the dynamic data type: 2^bits numbers, ascending.
 
     A code holds a decimal exponent in unary and a linear fraction in the other bits.
-    The signed table goes from -0.993 to 1, the unsigned one from 0 to 1. Zero is exact.
-    The smallest positive number is about 5.5e-7 (signed) or 3.3e-7 (unsigned).
+    With 8 bits the signed table goes from -0.993 to 1, the unsigned one from 0 to 1.
+    Zero is exact. The smallest positive number is about 5.5e-7 (signed) or 3.3e-7
+    (unsigned).
 
     Args:
       signed: whether the table has negative numbers.
+      bits: 2 to 8.
+
+    Raises:
+      ValueError: `bits` is not 2 to 8.
 
     Example:
       >>> import jaxq
@@ -280,7 +338,9 @@ def dynamic_map(signed: bool) -> tuple[float, ...]:
       Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016; Dettmers
       et al., "8-bit Optimizers via Block-wise Quantization", 2022.
     """
-    num_decades = 7
+    if not 2 <= bits <= 8:
+        raise ValueError(f"dynamic_map: bits must be 2 to 8, got {bits}.")
+    num_decades = bits - 1
     table: list[np.float32] = [np.float32(0), np.float32(1)]
     for i in range(num_decades):
         edges = _linspace_like_torch(2**i + 1 if signed else 2 ** (i + 1) + 1)

@@ -278,8 +278,12 @@ register(CodebookFormat("af4", _AF4))
 # Zero is encoded as +1 (XNOR-Net, 2016). So are negative subnormal numbers, because XLA
 # flushes them to zero on CPU.
 register(CodebookFormat("binary", (-1.0, 1.0), (-(2.0**-126),)))
-register(CodebookFormat("dynamic8", dynamic_map(signed=True)))
+for _bits in (4, 8):
+    register(CodebookFormat(f"dynamic{_bits}", dynamic_map(signed=True, bits=_bits)))
 for _bits in range(2, 8):
     register(CodebookFormat(f"log{_bits}", *powers_of_two(_bits)))
 register(IntegerFormat("ternary", 2, narrow=True))
 register(CodebookFormat("udynamic8", dynamic_map(signed=False)))
+# Li et al., "Memory Efficient Optimizers with 4-bit States" (2023): equal steps without
+# zero, for second moments.
+register(CodebookFormat("ulinear4", tuple(i / 16 for i in range(1, 17))))

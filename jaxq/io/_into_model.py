@@ -45,13 +45,8 @@ def into_model(
         None if the file does not name them.
 
     Raises:
-      TypeError: `model` is not an nnx module.
       ValueError: model and file do not fit. The error lists all problems.
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"load: into= must be a flax nnx module, got {type(model).__name__}."
-        )
     copy = nnx.clone(model)
     variables = {path_name(p): leaf for p, leaf in array_leaves(copy)}
     layers = _layers_by_weight(copy)

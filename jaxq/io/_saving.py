@@ -49,8 +49,10 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
       into: a float model of the class that was saved, or the result of
         `nnx.eval_shape`. It is not changed: `load` fills a copy with the arrays of the
         file. If the file holds a quantized weight, the copy's layer becomes a quantized
-        layer. If `into` is None, a model's file gives a dict from paths to arrays and
-        QTensors.
+        layer. For the file of a tree, `into` is a tree with the same paths, such as the
+        state of an optimizer. The result has its named tuples and other containers, and
+        its arrays have the same sharding. If `into` is None, a model's file gives a
+        dict from paths to arrays and QTensors.
 
     Returns:
       The tree, or the filled copy of `into`. Arrays are jax arrays. A numpy array of 64
@@ -58,10 +60,9 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
 
     Raises:
       FileNotFoundError: the file does not exist.
-      TypeError: `into` is not a flax nnx module and not None.
       ValueError: the file was not written by jaxq.save, or has another format version,
         or is damaged.
-      ValueError: the file does not fit `into`. The error names every parameter that is
+      ValueError: the file does not fit `into`. The error names every array that is
         missing, unexpected or of another shape. It also names every layer whose inputs
         are transformed in another way in the model than in the file.
 
@@ -84,6 +85,10 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
         )
     if into is None:
         return contents.value
+    if not _is_module(into):
+        from jaxq.io._into_tree import into_tree
+
+        return into_tree(into, contents.value, Path(path))
     if contents.kind != "model":
         raise ValueError(
             f"load: {path} holds a tree, not a model. Load it without into=."
@@ -97,6 +102,12 @@ def _is_model(value: Any) -> bool:
     """Whether `value` is an nnx module or state. This does not import Flax."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(value, nnx.Module | nnx.State)
+
+
+def _is_module(value: Any) -> bool:
+    """Whether `value` is an nnx module. This does not import Flax."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(value, nnx.Module)
 
 
 def _model_contents(model: Any) -> Contents:

@@ -30,7 +30,7 @@ from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._partition import combine, partition
 from jaxq.qtensor._presets import as_activation_spec, as_spec, presets
 from jaxq.qtensor._qtensor import LEAVES, QTensor, register_matmul
-from jaxq.qtensor._quantize import quantize
+from jaxq.qtensor._quantize import quantize, quantize_array
 from jaxq.qtensor._requantize import requantize
 from jaxq.qtensor._scale_rules import ScaleRule
 from jaxq.qtensor._spec import QuantSpec, as_static
@@ -38,8 +38,8 @@ from jaxq.qtensor._spec import QuantSpec, as_static
 # What users need. The other rooms of the package also import the names that are not
 # listed: FLOATS, LEAVES, ON_NONFINITE, ErrorContext, Meta, ScaleRule,
 # as_activation_spec, as_spec, as_static, check_floats, check_leaves, decode_blocks,
-# describe, inside_range, leaf_dtypes, raise_if_not_finite, range_options,
-# register_matmul, resolve and with_margin.
+# describe, inside_range, leaf_dtypes, quantize_array, raise_if_not_finite,
+# range_options, register_matmul, resolve and with_margin.
 __all__ = [
     "Geometry",
     "Granularity",

@@ -143,20 +143,42 @@ def quantize(
 
 
 def quantize_array(
-    x: jax.Array, spec: QuantSpec, geometry: Geometry, key: jax.Array | None
+    x: jax.Array,
+    spec: QuantSpec,
+    geometry: Geometry,
+    key: jax.Array | None,
+    *,
+    keep_nonzero: bool = False,
 ) -> QTensor:
     """The computation of `quantize`, without checks. NaN and infinities propagate.
 
     Args:
       x: float32, bfloat16 or float16 array.
-      spec: how to quantize.
+      spec: how to quantize. Unlike in `quantize`, the format may lack negative numbers.
+        Negative numbers are then clipped.
       geometry: the geometry of `x`.
       key: PRNG key if `spec.needs_key`, else None.
+      keep_nonzero: True if a number that is not 0 must not become 0. It becomes the
+        smallest number of its sign instead.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> spec = jaxq.QuantSpec("udynamic8", jaxq.PerTensor())
+      >>> x = jnp.array([1.0, 1e-12, 0.0])
+      >>> geometry = jaxq.quantize(x, "int8").meta.geometry
+      >>> qt = jaxq.qtensor.quantize_array(x, spec, geometry, None, keep_nonzero=True)
+      >>> (jaxq.dequantize(qt) > 0).tolist()
+      [True, True, False]
     """
-    return _quantize_and_count(x, spec, geometry, key, "propagate", None)[0]
+    qt, _ = _quantize_and_count(
+        x, spec, geometry, key, "propagate", None, keep_nonzero=keep_nonzero
+    )
+    return qt
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "geometry", "on_nonfinite"))
+@functools.partial(
+    jax.jit, static_argnames=("spec", "geometry", "on_nonfinite", "keep_nonzero")
+)
 def _quantize_and_count(
     x: jax.Array,
     spec: QuantSpec,
@@ -164,6 +186,8 @@ def _quantize_and_count(
     key: jax.Array | None,
     on_nonfinite: str,
     bounds: tuple[jax.Array, jax.Array] | None,
+    *,
+    keep_nonzero: bool = False,
 ) -> tuple[QTensor, jax.Array | None]:
     """The quantized array, and how many of its scales are too small to be quantized.
 
@@ -174,6 +198,7 @@ def _quantize_and_count(
       key: PRNG key if `spec.needs_key`, else None.
       on_nonfinite: as in `quantize`; "raise" acts as "propagate".
       bounds: (low, high), float32 `[*batch, *num_blocks]`, or None.
+      keep_nonzero: as in `quantize_array`.
 
     Returns:
       The QTensor, and an int32 scalar; None if no scale is quantized.
@@ -190,6 +215,7 @@ def _quantize_and_count(
         _keys_of_levels(spec, key),
         bounds=bounds,
         signs_of_infinities=signs_of_infinities,
+        keep_nonzero=keep_nonzero,
     )
 
 
@@ -215,7 +241,7 @@ def _quantize_level(
     *,
     bounds: tuple[jax.Array, jax.Array] | None = None,
     signs_of_infinities: jax.Array | None = None,
-    is_scale: bool = False,
+    keep_nonzero: bool = False,
 ) -> tuple[QTensor, jax.Array | None]:
     """Quantizes an array by the outermost level of `spec`, and its scale by the next.
 
@@ -226,8 +252,9 @@ def _quantize_level(
       keys: one key or None for each level of `spec`.
       bounds: (low, high), float32 `[*batch, *num_blocks]`, or None.
       signs_of_infinities: array like `x` with the sign of each infinity, 0 elsewhere.
-      is_scale: True if `x` holds scales. A scale that is not 0 must not become 0. If
-        the format has a NaN, a NaN in `x` must not change the scale of its block.
+      keep_nonzero: True if `x` holds scales or second moments. A number that is not 0
+        must not become 0. If the format has a NaN, a NaN in `x` must not change the
+        scale of its block.
 
     Returns:
       As `_quantize_and_count`.
@@ -244,7 +271,7 @@ def _quantize_level(
         blocks = _saturate(blocks, signs_of_infinities, geometry)
 
     measured = blocks
-    if is_scale and _has_nan(spec.fmt):
+    if keep_nonzero and _has_nan(spec.fmt):
         measured = jnp.where(jnp.isnan(blocks), np.float32(0), blocks)
     extremes = block_extremes(measured, geometry)
     if bounds is not None:
@@ -269,7 +296,7 @@ def _quantize_level(
         if spec.rule.codebook is not None:
             codebook = spec.rule.codebook(y, signs, geometry)
         y = jnp.where(jnp.isnan(block_scale), block_scale, signs)
-    if is_scale:
+    if keep_nonzero:
         sign = jnp.sign(blocks) * jnp.where(block_scale < 0, -1.0, 1.0)
         magnitude = jnp.maximum(jnp.abs(y), spec.fmt.smallest_positive)
         y = jnp.where(sign != 0, sign * magnitude, y)
@@ -353,9 +380,9 @@ def _store_scale(
         multiple=formats.codes_per_pack(spec.scale.fmt.bits, spec.scale.order),
     )
     # With a mean as offset, codes are differences from the mean, and 0 is allowed.
-    is_scale = spec.scale.offset is None
+    keep_nonzero = spec.scale.offset is None
     qt, num_too_small = _quantize_level(
-        scale, spec.scale, scale_geometry, keys, is_scale=is_scale
+        scale, spec.scale, scale_geometry, keys, keep_nonzero=keep_nonzero
     )
     # The numbers of a block use less than half of the format if the stored scale is
     # more than twice the ideal one. A scale of the other sign changes their signs.

@@ -6,7 +6,9 @@ A recipe knows the path, kind and shape of a layer. It knows nothing of models:
 
 from jaxq.recipes._kinds import kinds, register_kind, unregister_kind
 from jaxq.recipes._named import as_recipe, get, names
+from jaxq.recipes._patterns import compile_pattern as compile_pattern
 from jaxq.recipes._recipe import Recipe
 from jaxq.recipes._rule import Layer, Rule
 
+# An import with `as` and the same name is for other rooms of jaxq, not for users.
 __all__ = ["Layer", "Recipe", "Rule", "get", "kinds", "names"]

@@ -73,6 +73,8 @@ def test_tables_equal_those_of_bitsandbytes():
             np.asarray(dynamic_map(signed), np.float32), expected
         )
         np.testing.assert_array_equal(get(name).values(), expected)
+    expected = functional.create_dynamic_map(True, max_exponent_bits=3, total_bits=4)
+    np.testing.assert_array_equal(get("dynamic4").values(), expected.unique().numpy())
     np.testing.assert_array_equal(
         get("nf4").table, functional.get_4bit_type("nf4", device="cpu").numpy()
     )
@@ -83,18 +85,23 @@ def test_tables_equal_those_of_bitsandbytes():
     )
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("signed", [True, False])
-def test_dynamic_map_follows_its_definition(signed):
-    # Each of 7 decades is cut into equal pieces. Its numbers are the middles of them.
+def test_dynamic_map_follows_its_definition(signed, bits):
+    # Each of 7 decades (with 8 bits) is cut into equal pieces. Its numbers are the
+    # middles of them.
     positive = []
-    for i in range(7):
+    num_decades = bits - 1
+    for i in range(num_decades):
         num_pieces = 2**i if signed else 2 ** (i + 1)
         middles = 0.1 + 0.9 * (np.arange(num_pieces) + 0.5) / num_pieces
-        positive += (10.0 ** (i - 6) * middles).tolist()
+        positive += (10.0 ** (i + 1 - num_decades) * middles).tolist()
     negative = [-v for v in positive] if signed else []
     expected = sorted([0.0, 1.0, *positive, *negative])
     # The table is computed in float32, as in bitsandbytes.
-    np.testing.assert_allclose(dynamic_map(signed), expected, rtol=2**-21)
+    table = dynamic_map(signed, bits)
+    assert len(table) == 2**bits
+    np.testing.assert_allclose(table, expected, rtol=2**-21)
 
 
 def test_powers_of_two_round_in_the_logarithm():

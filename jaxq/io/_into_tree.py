@@ -1,0 +1,100 @@
+"""Puts the arrays of a file into a tree of the same structure.
+
+A file holds dicts, lists and tuples. Here its arrays return to the named tuples of an
+optax state, the Variables of an `nnx.state`, and other containers.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.qtensor import QTensor
+
+
+def into_tree(tree: Any, value: Any, path: Path) -> Any:
+    """A tree of the structure of `tree` with the leaves of a file.
+
+    Args:
+      tree: any pytree of arrays, shapes and QTensors. It is not changed.
+      value: the tree of the file.
+      path: the file, for errors.
+
+    Raises:
+      ValueError: tree and file do not fit. The error lists all problems.
+    """
+    named, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    expected = {_name(leaf_path): leaf for leaf_path, leaf in named}
+    saved = {
+        _name(leaf_path): leaf
+        for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(
+            value, is_leaf=_is_leaf
+        )
+    }
+    problems = [f"{name} is missing in the file" for name in expected.keys() - saved]
+    problems += [f"{name} is only in the file" for name in saved.keys() - expected]
+    for name in expected.keys() & saved:
+        wanted, got = _description(expected[name]), _description(saved[name])
+        if wanted != got:
+            problems.append(f"{name} is {got} in the file, but {wanted} in into=")
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in sorted(problems))
+        raise ValueError(f"load: {path} does not fit into=:\n{lines}")
+    leaves = [_placed(saved[name], leaf) for name, leaf in expected.items()]
+    return treedef.unflatten(leaves)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_leaf(node: Any) -> bool:
+    if isinstance(node, QTensor):
+        return not _is_variable(node.data)
+    return _is_variable(node)
+
+
+def _is_variable(node: Any) -> bool:
+    """Whether `node` is an `nnx.Variable`. This does not import Flax."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(node, nnx.Variable)
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if _is_variable(leaf) else leaf
+
+
+def _description(leaf: Any) -> str:
+    """Shape and dtype of an array, or spec and blocks of a QTensor, or the type."""
+    value = _value(leaf)
+    if isinstance(value, QTensor):
+        return f"{value!r} with blocks {value.meta.geometry.block_shape}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype.name}{list(value.shape)}"
+    return type(value).__name__
+
+
+def _placed(saved: Any, leaf: Any) -> Any:
+    """A leaf of the file, on the devices of `leaf`, in a Variable if `leaf` is one."""
+    value = _value(leaf)
+    arrays, treedef = jax.tree.flatten(saved)
+    places = jax.tree.leaves(value)
+    arrays = [_on_devices(a, place) for a, place in zip(arrays, places, strict=True)]
+    saved = treedef.unflatten(arrays)
+    if _is_variable(leaf):
+        # A Variable is a pytree of its value.
+        return jax.tree.map(
+            lambda _: saved, leaf, is_leaf=lambda x: isinstance(x, QTensor)
+        )
+    return saved
+
+
+def _on_devices(array: Any, place: Any) -> Any:
+    """`array` with the sharding of `place`, if the user chose that sharding."""
+    if isinstance(place, jax.Array) and place.committed:
+        return jax.device_put(jnp.asarray(array), place.sharding)
+    return array

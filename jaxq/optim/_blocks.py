@@ -1,0 +1,121 @@
+"""The blocks of an optimizer state: which elements of an array share a scale.
+
+A block is a part of a row, because rows are the last axis and lie next to each other in
+memory. A block never crosses the border of a shard. So a sharded update needs no
+communication.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from jaxq import formats
+from jaxq.qtensor import (
+    ErrorContext,
+    Geometry,
+    PerBlock,
+    PerGroup,
+    QuantSpec,
+    describe,
+    resolve,
+)
+
+
+def blocked(
+    x: jax.Array, spec: QuantSpec, *, caller: str, name: str
+) -> tuple[QuantSpec, Geometry]:
+    """The spec and the geometry of a moment.
+
+    Args:
+      x: the moment, with at least one axis.
+      spec: a spec with `PerGroup`.
+      caller: the public function, for error messages.
+      name: the path of the moment, for error messages.
+
+    Returns:
+      The spec with the tile of this array as its granularity, and the geometry.
+    """
+    assert isinstance(spec.granularity, PerGroup)
+    codes_per_byte = formats.codes_per_pack(spec.fmt.bits, spec.order)
+    shape = x.shape
+    tile = tile_of(
+        shape, shard_shape(x), spec.granularity.size, multiple=codes_per_byte
+    )
+    spec = spec.replace(granularity=PerBlock(tile, pad=True))
+    context = ErrorContext(caller, name, describe(x.dtype.name, shape))
+    geometry = resolve(
+        shape, spec.granularity, (-1,), (), context=context, multiple=codes_per_byte
+    )
+    return spec, geometry
+
+
+def tile_of(
+    shape: tuple[int, ...], shard: tuple[int, ...], size: int, *, multiple: int
+) -> tuple[int, ...]:
+    """The tile of an array: the sizes of a block along its last axes.
+
+    The last axis is split into equal parts of at most `size` elements. If the whole
+    axis is shorter, the block has several rows, then several matrices, until it has
+    about `size` elements. Otherwise the scales of an array `[768, 10]` would take
+    almost as much memory as its codes.
+
+    Args:
+      shape: the shape of the array.
+      shard: the shape of its shards.
+      size: the largest number of elements of a block.
+      multiple: the number of codes that fill whole bytes. A part of the last axis is a
+        multiple of this number.
+
+    Returns:
+      At most as many sizes as the array has axes. Padding completes the last tile of an
+      axis that is not sharded.
+    """
+    tile: list[int] = []
+    for axis in reversed(range(len(shape))):
+        is_sharded = shard[axis] != shape[axis]
+        unit = 1 if tile else multiple  # codes are packed along the last axis
+        part = _part(shard[axis], size // math.prod(tile), is_sharded, unit)
+        tile.insert(0, part)
+        if part != shard[axis] or math.prod(tile) > size // 2:
+            break
+    return tuple(tile)
+
+
+def _part(length: int, size: int, is_sharded: bool, unit: int) -> int:
+    """The size of equal parts of an axis, at most `size` if possible.
+
+    Args:
+      length: the size of the axis, or of its part on one device.
+      size: the largest size of a part.
+      is_sharded: whether other devices hold other parts of the axis. Then parts must
+        divide `length`, because padding would move the borders of shards.
+      unit: parts that are not the whole axis are multiples of this number if possible.
+    """
+    if length <= size:
+        return max(1, length)  # an axis may be empty
+    if not is_sharded:
+        num_parts = -(-length // size)
+        part = -(-length // num_parts)
+        return -(-part // unit) * unit
+    divisors = [d for d in range(1, length + 1) if length % d == 0]
+    whole = [d for d in divisors if d % unit == 0] or divisors
+    # A length without good divisors, such as a prime, gets a larger block.
+    good = [d for d in whole if size // 4 < d <= size]
+    return good[-1] if good else min((d for d in whole if d >= size), default=whole[-1])
+
+
+def shard_shape(x: Any) -> tuple[int, ...]:
+    """The shape of the part of an array on one device.
+
+    Under jit it is known for axes of type Explicit only. For others the whole shape is
+    returned.
+    """
+    sharding = getattr(x, "sharding", None)
+    if isinstance(x, jax.core.Tracer):
+        sharding = jax.typeof(x).sharding
+    if sharding is None:
+        return x.shape
+    return sharding.shard_shape(x.shape)

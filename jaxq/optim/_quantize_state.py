@@ -1,0 +1,218 @@
+"""`quantize_state`: an optax transformation whose moments are QTensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxq.optim._blocks import blocked
+from jaxq.optim._specs import first_spec, second_spec
+from jaxq.optim._states import SECOND, moments_of
+from jaxq.qtensor import QTensor, QuantSpec, check_floats, dequantize, quantize_array
+from jaxq.recipes import compile_pattern
+
+_CALLER = "quantize_state"
+
+
+def quantize_state(
+    tx: optax.GradientTransformation,
+    spec: str | QuantSpec = "dynamic8",
+    *,
+    second: str | QuantSpec | None = None,
+    where: str | Sequence[str] = (),
+    min_size: int = 4096,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optax transformation so that the moments in its state are QTensors.
+
+    Each update dequantizes the moments, calls `tx.update`, and quantizes the new
+    moments. The first update is exactly that of `tx`, because moments start as zeros.
+
+    Moments are fields of known optax states: `mu` and `nu` of Adam and its relatives,
+    `mu` of Lion and Muon, `trace` of SGD with momentum, and others. These states may be
+    anywhere inside `optax.chain`, `optax.partition`, `optax.MultiSteps`,
+    `optax.inject_hyperparams` and other wrappers. All other leaves stay as they are:
+    counts, hyperparameters, accumulated gradients, averaged parameters, and moments of
+    fewer than `min_size` elements. A second moment that is not 0 never becomes 0, which
+    would make the step infinite.
+
+    A block of elements that share a scale is a part of the last axis. If the last axis
+    is shorter than a block, a block has several rows. A block never crosses the border
+    of a shard if `init` gets sharded parameters, or runs under jit with Explicit axes.
+
+    Args:
+      tx: the transformation.
+      spec: the format of first moments, and the size of their blocks: "dynamic8",
+        "dynamic4", the name of a preset (`jaxq.presets()`), or a `QuantSpec` with
+        `PerGroup(size)`. A preset without groups, such as "fp8", gets blocks of 256.
+      second: the same for second moments. Their format may be unsigned. None takes
+        `spec` if its format is a float of 8 bits, "udynamic8" for other formats of more
+        than 4 bits, and "ulinear4" for 4 bits and fewer.
+      where: patterns of paths of leaves that are quantized too, whatever their size,
+        for example "**/acc_grads/**". A pattern is written as in `jaxq.Rule`.
+      min_size: the smallest number of elements of a moment that is quantized.
+
+    Returns:
+      A transformation with extra arguments. Its state is the state of `tx` with
+      QTensors in place of moments.
+
+    Raises:
+      TypeError: `tx` is not an optax transformation, `spec` or `second` is not a name
+        or a `QuantSpec`, or (from `init`) a moment is not float32, bfloat16 or float16.
+      ValueError: a name is unknown, scales depend on more than one block, rounding is
+        stochastic, `min_size` is not a whole number of at least 0, or (from `init`) no
+        leaf has a path that fits a pattern of `where`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq, optax
+      >>> tx = jaxq.optim.quantize_state(optax.adam(1e-3))
+      >>> params = {"w": jnp.ones((64, 256))}
+      >>> state = tx.init(params)
+      >>> state[0].mu["w"]
+      QTensor(dynamic8[64x256], PerBlock(along -1), scale=float32, 8.125 bits, float32)
+      >>> updates, state = tx.update(params, state, params)
+      >>> round(float(updates["w"][0, 0]), 6)
+      -0.001
+
+    References:
+      Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022; Li et al.,
+      "Memory Efficient Optimizers with 4-bit States", 2023.
+    """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"{_CALLER}: tx must be an optax transformation, got {type(tx).__name__}. "
+            "Pass for example optax.adamw(1e-3)."
+        )
+    is_count = isinstance(min_size, int) and not isinstance(min_size, bool)
+    if not is_count or min_size < 0:
+        raise ValueError(
+            f"{_CALLER}: min_size must be a whole number of at least 0, got "
+            f"{min_size!r}."
+        )
+    first = first_spec(spec, _CALLER)
+    other = second_spec(second, first, _CALLER)
+    patterns = (where,) if isinstance(where, str) else tuple(where)
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: optax.Params) -> optax.OptState:
+        state = inner.init(params)
+        leaves = []
+        unmatched = set(patterns)
+        moments = moments_of(state, _is_leaf)
+        for path, leaf, moment in moments:
+            fits = {p for p in patterns if compile_pattern(p).fullmatch(path)}
+            unmatched -= fits
+            is_moment = moment is not None and _is_large(leaf, min_size)
+            if fits or is_moment:
+                leaf_spec = other if moment == SECOND else first
+                leaf = _quantized(leaf, leaf_spec, moment == SECOND, path)
+            leaves.append(leaf)
+        if unmatched:
+            _raise_unmatched(unmatched, [path for path, _, _ in moments])
+        return jax.tree.structure(state, is_leaf=_is_leaf).unflatten(leaves)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        floats = jax.tree.map(_dequantized, state, is_leaf=_is_qtensor)
+        updates, new_state = inner.update(updates, floats, params, **extra_args)
+        moments = moments_of(state, _is_qtensor)
+        treedef = jax.tree.structure(state, is_leaf=_is_qtensor)
+        new_leaves = [
+            _requantized(leaf, new_leaf, moment == SECOND)
+            for (_, leaf, moment), new_leaf in zip(
+                moments, treedef.flatten_up_to(new_state), strict=True
+            )
+        ]
+        return updates, treedef.unflatten(new_leaves)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _quantized(leaf: Any, spec: QuantSpec, is_second: bool, path: str) -> QTensor:
+    """A leaf of a new state as a QTensor.
+
+    An `nnx.Variable` gives a QTensor of Variables with the same metadata. Codes and
+    scales have as many axes as the leaf, so its sharding fits them too.
+    """
+    x = jnp.asarray(leaf.get_value() if _is_variable(leaf) else leaf)
+    check_floats(x.dtype, x.shape, path, _CALLER)
+    spec, geometry = blocked(x, spec, caller=_CALLER, name=path)
+    qt = quantize_array(x, spec, geometry, None, keep_nonzero=is_second)
+    return _boxed(qt, leaf) if _is_variable(leaf) else qt
+
+
+def _dequantized(leaf: Any) -> Any:
+    """The floats of a QTensor, in an `nnx.Variable` if the codes are in one."""
+    if not _is_qtensor(leaf):
+        return leaf
+    if not _is_variable(leaf.data):
+        return dequantize(leaf)
+    return _boxed(dequantize(_unboxed(leaf)), leaf.data)
+
+
+def _requantized(old: Any, new: Any, is_second: bool) -> Any:
+    """The new floats of a leaf as a QTensor like `old`, if `old` is a QTensor."""
+    if not _is_qtensor(old):
+        return new
+    x = new.get_value() if _is_variable(new) else new
+    meta = old.meta
+    qt = quantize_array(x, meta.spec, meta.geometry, None, keep_nonzero=is_second)
+    # The dtype of a state must not change. Adam's moments of bfloat16 parameters become
+    # float32 if the gradients are float32.
+    qt = dataclasses.replace(qt, meta=meta)
+    return _boxed(qt, old.data) if _is_variable(old.data) else qt
+
+
+def _is_large(leaf: Any, min_size: int) -> bool:
+    """Whether a moment is an array of floats that is worth quantizing."""
+    value = leaf.get_value() if _is_variable(leaf) else leaf
+    # `optax.tree_map_params` calls `init` with objects that are not arrays.
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        return False
+    return value.ndim > 0 and value.size >= max(min_size, 1)
+
+
+def _raise_unmatched(patterns: set[str], paths: list[str]) -> None:
+    shown = ", ".join(repr(path) for path in paths[:8])
+    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+    raise ValueError(
+        f"{_CALLER}: no leaf of the state fits where={sorted(patterns)}. Correct the "
+        f"pattern. The leaves are {shown}{more}."
+    )
+
+
+def _is_qtensor(node: Any) -> bool:
+    return isinstance(node, QTensor)
+
+
+def _is_leaf(node: Any) -> bool:
+    return _is_qtensor(node) or _is_variable(node)
+
+
+def _is_variable(node: Any) -> bool:
+    """Whether `node` is an `nnx.Variable`. This does not import Flax."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(node, nnx.Variable)
+
+
+def _boxed(tree: Any, variable: Any) -> Any:
+    """A copy of an `nnx.Variable` around each array of `tree`."""
+    # A Variable is a pytree of its value.
+    return jax.tree.map(lambda x: jax.tree.map(lambda _: x, variable), tree)
+
+
+def _unboxed(tree: Any) -> Any:
+    """`tree` with the values of its Variables."""
+    return jax.tree.map(
+        lambda x: x.get_value() if _is_variable(x) else x, tree, is_leaf=_is_variable
+    )

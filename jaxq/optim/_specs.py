@@ -1,0 +1,80 @@
+"""The specs of optimizer states by name."""
+
+from __future__ import annotations
+
+from jaxq.qtensor import PerGroup, QuantSpec, as_spec
+
+# Blocks of specs that do not say how many elements share a scale, such as "fp8".
+_BLOCK = 256
+# Presets of this room. The unsigned formats are for second moments, so `quantize` does
+# not take them.
+_OWN = {
+    "dynamic4": QuantSpec("dynamic4", PerGroup(128)),
+    "dynamic8": QuantSpec("dynamic8", PerGroup(256)),
+    "udynamic8": QuantSpec("udynamic8", PerGroup(256)),
+    "ulinear4": QuantSpec("ulinear4", PerGroup(128)),
+}
+
+
+def first_spec(spec: str | QuantSpec, caller: str) -> QuantSpec:
+    """The spec of first moments and of leaves that `where=` names.
+
+    Args:
+      spec: as in `quantize_state`.
+      caller: the public function, for error messages.
+
+    Raises:
+      TypeError: `spec` is neither a name nor a `QuantSpec`.
+      ValueError: the name is unknown, or scales depend on more than one block.
+    """
+    return _checked(spec, "spec", caller)
+
+
+def second_spec(
+    second: str | QuantSpec | None, first: QuantSpec, caller: str
+) -> QuantSpec:
+    """The spec of second moments.
+
+    Args:
+      second: as in `quantize_state`.
+      first: the spec of first moments. It decides if `second` is None.
+      caller: the public function, for error messages.
+
+    Raises:
+      TypeError: `second` is not a name, a `QuantSpec` or None.
+      ValueError: the name is unknown, or scales depend on more than one block.
+    """
+    if second is not None:
+        return _checked(second, "second", caller)
+    if first.fmt.kind == "float" and first.fmt.bits >= 8:
+        return first
+    return _OWN["udynamic8" if first.fmt.bits > 4 else "ulinear4"]
+
+
+def _checked(spec: str | QuantSpec, argument: str, caller: str) -> QuantSpec:
+    """`spec` with `PerGroup`."""
+    if isinstance(spec, str):
+        name = spec.strip().lower().replace("-", "_")
+        resolved = _OWN.get(name) or as_spec(spec, f"{caller}: {argument}")
+        if not isinstance(resolved.granularity, PerGroup):
+            resolved = resolved.replace(granularity=PerGroup(_BLOCK))
+    else:
+        resolved = as_spec(spec, f"{caller}: {argument}")
+    if not isinstance(resolved.granularity, PerGroup):
+        raise ValueError(
+            f"{caller}: {argument}= has granularity {resolved.granularity}, but states "
+            "have blocks along the last axis. Use "
+            f"spec.replace(granularity=jaxq.PerGroup({_BLOCK}))."
+        )
+    if isinstance(resolved.scale, QuantSpec) or resolved.offset == "mean":
+        raise ValueError(
+            f"{caller}: {argument}= has scale={resolved.scale!r} and "
+            f"offset={resolved.offset!r}, so a block depends on other blocks. Use a "
+            "dtype for scale= and offset=None."
+        )
+    if resolved.needs_key:
+        raise ValueError(
+            f"{caller}: {argument}= rounds stochastically, but states have no random "
+            "numbers. Use rounding='nearest_even'."
+        )
+    return resolved
