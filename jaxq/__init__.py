@@ -39,7 +39,7 @@ from jaxq.qtensor import (
 from jaxq.recipes import Recipe, Rule
 
 if TYPE_CHECKING:
-    from jaxq import evaluation, io, methods, models, nn, observers
+    from jaxq import distillation, evaluation, io, methods, models, nn, observers
     from jaxq.io import load, save
     from jaxq.nn import dequantize_params, quantize_model, quantize_params
 
@@ -48,6 +48,7 @@ __version__ = "0.1.0"
 # Imported when first used: these import Flax, or read and write files.
 _LAZY = {
     "dequantize_params": "jaxq.nn",
+    "distillation": "jaxq.distillation",
     "evaluation": "jaxq.evaluation",
     "io": "jaxq.io",
     "load": "jaxq.io",
@@ -91,6 +92,7 @@ __all__ = [
     "combine",
     "dequantize",
     "dequantize_params",
+    "distillation",
     "dot_general",
     "einsum",
     "emulate",
