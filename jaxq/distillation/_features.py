@@ -183,7 +183,7 @@ def _pairs(mask: jax.Array, maps: jax.Array) -> jax.Array:
             f"{described(maps)}; expected [b, t] and [b, heads, t, t]. Without "
             "self-attention, slice the maps and pass no mask."
         )
-    counts = mask != 0
+    counts = mask.astype(bool)
     return counts[:, :, None] & counts[:, None, :]
 
 
