@@ -345,20 +345,25 @@ def _resume(path: Path, prompts: list[str], caller: str) -> list[dict[str, Any]]
 
 
 def _parse(whole_lines: bytes, path: Path, caller: str) -> list[dict[str, Any]]:
+    """The records of whole lines, after a check of each line."""
     records = []
+    last_index = -1
     for number, line in enumerate(whole_lines.split(b"\n"), 1):
         if not whole_lines:
             break
         try:
             record = json.loads(line)
             is_record = {"index", "prompt", "response"} <= set(record)
+            is_next = is_record and record["index"] > last_index
         except (ValueError, TypeError):
-            is_record = False
-        if not is_record:
+            is_next = False
+        if not is_next:
             raise ValueError(
-                f"{caller}: line {number} of {path} is not a record with index, prompt "
-                "and response. Delete the line, or choose another file."
+                f"{caller}: line {number} of {path} is not a record with prompt, "
+                "response and an index above that of the line before. Delete the line, "
+                "or choose another file."
             )
+        last_index = record["index"]
         records.append(record)
     return records
 

@@ -208,6 +208,8 @@ def test_a_killed_process_loses_nothing_it_wrote(tmp_path):
             "written for other prompts",
         ),
         ('{"text": "abc"}\n', "line 1 of"),
+        ('{"index": 0, "prompt": "abc", "response": ""}\n' * 2, "line 2 of"),
+        ('{"index": "0", "prompt": "abc", "response": ""}\n', "line 1 of"),
         ('not json\n{"index": 0', "line 1 of"),
         ("Dear diary", "ends in a line that is not a record"),
     ],
