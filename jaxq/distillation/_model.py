@@ -41,7 +41,8 @@ class NnxFunction:
 
     def module(self, arrays: Any) -> Any:
         """A copy of the module with other arrays, in eval mode."""
-        module = nnx.merge(self.graphdef, arrays)
+        # Variables of an outer trace cannot be changed in a loop. Their copies can.
+        module = nnx.merge(self.graphdef, arrays, copy=True)
         module.eval()
         return module
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 def row_weights(mask: Any, rows: tuple[int, ...], caller: str) -> jax.Array | None:
@@ -62,4 +63,4 @@ def described(x: Any) -> str:
 
 def is_traced(*values: Any) -> bool:
     """Whether a value is known only when a compiled program runs."""
-    return any(isinstance(value, jax.core.Tracer) for value in values)
+    return any(isinstance(value, Tracer) for value in values)

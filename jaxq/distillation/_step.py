@@ -203,7 +203,8 @@ def _nnx_student(student: nnx.Module, wrt: Any) -> Student:
     graphdef, params, variables = nnx.split(student, wrt, ...)
 
     def call(params: Any, variables: Any, inputs: Any) -> tuple[Any, Any]:
-        module = nnx.merge(graphdef, params, variables)
+        # Variables of an outer trace cannot be changed here. Their copies can.
+        module = nnx.merge(graphdef, params, variables, copy=True)
         outputs = module(inputs)
         # Running averages and random keys have changed.
         _, _, variables = nnx.split(module, wrt, ...)

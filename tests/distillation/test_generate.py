@@ -129,8 +129,10 @@ def test_modules_generate_in_eval_mode():
         def __init__(self):
             self.dropout = nnx.Dropout(0.9, rngs=nnx.Rngs(0))
             self.params = nnx.data(params())
+            self.num_calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
         def __call__(self, tokens):
+            self.num_calls[...] += 1
             return self.dropout(mean_logits(self.params, tokens))
 
     model = Noisy()
@@ -139,6 +141,7 @@ def test_modules_generate_in_eval_mode():
     expected, _ = generate((mean_logits, params()), PROMPTS, 5, lengths=LENGTHS)
     np.testing.assert_array_equal(tokens, expected)
     assert model.dropout.deterministic is False
+    assert int(model.num_calls[...]) == 0
 
 
 def test_one_trace_for_all_parameters_keys_and_prompts():
