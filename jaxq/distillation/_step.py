@@ -67,7 +67,10 @@ class Step:
     def init(self) -> StepState:
         """The state before the first step. Its arrays are copies of the student's."""
         params, variables = _copies((self._student.params, self._student.variables))
-        return StepState(params, self._tx.init(params), variables)
+        # The states of schedule-free and of lookahead hold the parameters themselves.
+        # No array may be donated twice.
+        opt_state = _copies(self._tx.init(params))
+        return StepState(params, opt_state, variables)
 
     def __call__(self, state: StepState, batch: Any) -> tuple[StepState, jax.Array]:
         """Trains on one batch.
@@ -122,9 +125,9 @@ def make_step(
 
     The loss is called as `loss(student_outputs, teacher_outputs, *rest)` for a batch
     `(inputs, *rest)`. So `kd_loss` itself is a loss for batches `(inputs, labels)`.
-    One program is compiled for each shape of a batch. The teacher does not change, and
-    no gradient reaches it. Neither does the student that was passed: the trained arrays
-    are in the state.
+    One program is compiled for each shape of a batch. No gradient reaches the teacher.
+    Neither the teacher nor the student that was passed changes: the trained arrays are
+    in the state.
 
     Args:
       student: an nnx module, called in the mode in which it is (`student.train()` turns

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from flax import nnx
 
@@ -173,6 +174,15 @@ def test_codes_of_a_quantized_student_stay():
     assert float(losses[-1]) < float(losses[0])
     assert_same(trained["head"].data, weights["head"].data)
     assert not np.allclose(trained["head"].scale, weights["head"].scale)
+
+
+def test_an_optimizer_whose_state_holds_the_parameters():
+    tx = optax.contrib.schedule_free_sgd(0.1)
+    student = (mean_logits, params(2))
+    assert tx.init(student[1]).z["head"] is student[1]["head"]
+    step = make_step(student, (mean_logits, params(0)), tx, kd_loss)
+    _, losses = run(step, step.init(), [TOKENS] * 3)
+    assert float(losses[-1]) < float(losses[0])
 
 
 def test_cached_teacher(tmp_path):
