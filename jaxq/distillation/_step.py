@@ -67,8 +67,8 @@ class Step:
     def init(self) -> StepState:
         """The state before the first step. Its arrays are copies of the student's."""
         params, variables = _copies((self._student.params, self._student.variables))
-        # The states of schedule-free and of lookahead hold the parameters themselves.
-        # No array may be donated twice.
+        # The state of a transformation may hold the parameters themselves. No array may
+        # be donated twice.
         opt_state = _copies(self._tx.init(params))
         return StepState(params, opt_state, variables)
 
