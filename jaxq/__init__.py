@@ -39,7 +39,16 @@ from jaxq.qtensor import (
 from jaxq.recipes import Recipe, Rule
 
 if TYPE_CHECKING:
-    from jaxq import evaluation, io, methods, models, nn, observers, optim
+    from jaxq import (
+        distillation,
+        evaluation,
+        io,
+        methods,
+        models,
+        nn,
+        observers,
+        optim,
+    )
     from jaxq.io import load, save
     from jaxq.nn import dequantize_params, quantize_model, quantize_params
 
@@ -48,6 +57,7 @@ __version__ = "0.1.0"
 # Imported when first used: these import Flax or optax, or read and write files.
 _LAZY = {
     "dequantize_params": "jaxq.nn",
+    "distillation": "jaxq.distillation",
     "evaluation": "jaxq.evaluation",
     "io": "jaxq.io",
     "load": "jaxq.io",
@@ -92,6 +102,7 @@ __all__ = [
     "combine",
     "dequantize",
     "dequantize_params",
+    "distillation",
     "dot_general",
     "einsum",
     "emulate",

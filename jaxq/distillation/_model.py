@@ -1,0 +1,99 @@
+"""Models as a function and its arrays, so that one compiled program serves all calls.
+
+A model of a user is one of three things:
+
+- a flax nnx module, called as `model(inputs)`;
+- a pair `(apply, params)`, called as `apply(params, inputs)`. A linen module is the
+  pair `(module.apply, variables)`;
+- any other function, called as `function(inputs)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import linen, nnx
+
+
+class Model(NamedTuple):
+    """A model that jit accepts: a static function and traced arrays.
+
+    Attributes:
+      function: `function(arrays, inputs)`. It is hashable. Two functions of the same
+        model are equal, so they share a compiled program.
+      arrays: pytree; empty for a plain function.
+    """
+
+    function: Callable[[Any, Any], Any]
+    arrays: Any
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.function(self.arrays, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class NnxFunction:
+    """Calls an nnx module in eval mode. The user's module does not change."""
+
+    graphdef: Any
+
+    def module(self, arrays: Any) -> Any:
+        """A copy of the module with other arrays, in eval mode."""
+        # Variables of an outer trace cannot be changed in a loop. Their copies can.
+        module = nnx.merge(self.graphdef, arrays, copy=True)
+        module.eval()
+        return module
+
+    def __call__(self, arrays: Any, inputs: Any) -> Any:
+        return self.module(arrays)(inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainFunction:
+    """Calls a function that has no separate parameters."""
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, arrays: Any, inputs: Any) -> Any:
+        return self.function(inputs)
+
+
+def as_model(model: Any, caller: str, name: str = "model") -> Model:
+    """The model of a user as a `Model`.
+
+    Args:
+      model: what the user passed.
+      caller: the public function, for errors.
+      name: its argument, for errors.
+
+    Raises:
+      TypeError: it is none of the three kinds.
+    """
+    if isinstance(model, nnx.Module):
+        graphdef, arrays = nnx.split(model)
+        return Model(NnxFunction(graphdef), arrays)
+    if isinstance(model, tuple) and len(model) == 2 and callable(model[0]):
+        return Model(*model)
+    if isinstance(model, linen.Module):
+        raise TypeError(
+            f"{caller}: {name} is a linen module without its variables. Pass the pair "
+            "(module.apply, variables)."
+        )
+    if callable(model):
+        return Model(PlainFunction(model), ())
+    raise TypeError(
+        f"{caller}: {name} is a {type(model).__name__}; expected an nnx module, a pair "
+        "(apply, params) or a function of the inputs."
+    )
+
+
+def split_batch(batch: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The inputs of the models, and what else a batch has for the loss.
+
+    A tuple or list is `(inputs, *rest)`. Anything else is the inputs.
+    """
+    if isinstance(batch, tuple | list):
+        return batch[0], tuple(batch[1:])
+    return batch, ()

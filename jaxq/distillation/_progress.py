@@ -1,0 +1,34 @@
+"""A progress line on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+
+def with_progress(
+    items: Iterable[Any], label: str, progress: bool | None, *, start: int = 0
+) -> Iterator[Any]:
+    """Yields the items, and writes a progress line to stderr.
+
+    Args:
+      items: what to iterate over.
+      label: the start of the line.
+      progress: write the line. None writes the line if stderr is a terminal.
+      start: number of items that an earlier run finished. `items` does not have them.
+    """
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield from items
+        return
+    size: Any = items
+    total = f"/{start + len(size)}" if hasattr(size, "__len__") else ""
+    number = start
+    try:
+        for number, item in enumerate(items, start):
+            print(f"\r{label}: {number}{total}", end="", file=sys.stderr, flush=True)
+            yield item
+            number += 1
+    finally:
+        # The spaces overwrite what is left of a longer line.
+        print(f"\r{label}: {number}{total}{' ' * 8}", file=sys.stderr, flush=True)

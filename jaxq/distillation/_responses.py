@@ -1,0 +1,393 @@
+"""Data that a teacher writes: prompts and responses in a JSONL file.
+
+Each line is `{"index": 3, "prompt": "...", "response": ...}`. A run that was killed can
+leave half a line at the end. The next run removes this half line and continues.
+
+References:
+  Kim and Rush, Sequence-Level Knowledge Distillation, 2016.
+  Hsieh et al., Distilling Step-by-Step, 2023.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.distillation._generate import generate, response_mask
+from jaxq.distillation._progress import with_progress
+
+
+def responder(
+    teacher: Any,
+    tokenizer: Any,
+    *,
+    num_tokens: int,
+    temperature: float = 0.0,
+    stop_token: int | None = None,
+) -> Callable[..., list[str]]:
+    """A function that answers prompts with a language model.
+
+    Prompts of a call are padded to the next power of two, so few programs are compiled.
+
+    Args:
+      teacher: a causal model, as in `generate`.
+      tokenizer: `encode(text)` returns token ids, or an object whose `ids` they are.
+        `decode(ids)` returns text.
+      num_tokens: the most tokens of a response.
+      temperature: 0 takes the most probable token. Above 0, the function needs a key.
+      stop_token: ends a response. It is not part of the text.
+
+    Returns:
+      `respond(prompts, key=None)`: a list of strings to a list of strings.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> class Letters:
+      ...     def encode(self, text):
+      ...         return [ord(letter) - ord("a") for letter in text]
+      ...     def decode(self, ids):
+      ...         return "".join(chr(i + ord("a")) for i in ids)
+      >>> next_letter = jnp.roll(jnp.eye(26), 1, axis=1)
+      >>> teacher = lambda tokens: next_letter[tokens]
+      >>> respond = jaxq.distillation.responder(teacher, Letters(), num_tokens=3)
+      >>> respond(["abc", "x"])
+      ['def', 'yza']
+    """
+
+    def respond(prompts: Sequence[str], key: jax.Array | None = None) -> list[str]:
+        encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if not ids:
+                raise ValueError(
+                    f"responder: the prompt {prompt!r} has no token. Put a start token "
+                    "in front of every prompt."
+                )
+        width = 1 << (max(map(len, encoded)) - 1).bit_length()
+        tokens, mask = generate(
+            teacher,
+            _padded(encoded, width, 0),
+            num_tokens,
+            lengths=jnp.asarray([len(ids) for ids in encoded], jnp.int32),
+            key=key,
+            temperature=temperature,
+            stop_token=stop_token,
+        )
+        rows = zip(np.asarray(tokens), np.asarray(mask), strict=True)
+        responses = (row[is_response].tolist() for row, is_response in rows)
+        return [
+            tokenizer.decode([token for token in ids if token != stop_token])
+            for ids in responses
+        ]
+
+    return respond
+
+
+def write_responses(
+    path: str | os.PathLike[str],
+    prompts: Iterable[str],
+    respond: Callable[..., Sequence[Any]],
+    *,
+    filters: Sequence[Callable[[dict[str, Any]], bool]] = (),
+    unique: Callable[[dict[str, Any]], Hashable] | None = None,
+    batch_size: int = 8,
+    key: jax.Array | None = None,
+    progress: bool | None = None,
+) -> dict[str, int]:
+    """Answers prompts, and writes each answer to a JSONL file.
+
+    If a run was stopped, the same call continues it. The file then equals that of a run
+    that was not stopped, if `respond` and the filters are pure functions.
+
+    A record is `{"index": int, "prompt": str, "response": ...}`.
+
+    Args:
+      path: the file. Its folder must exist.
+      prompts: strings. All of them are read at the start.
+      respond: maps a list of prompts to a list of responses of the same length. A
+        response is anything that JSON has, or an array: text, a label, the logits of a
+        classifier. `responder` makes such a function from a language model.
+      filters: each takes a record and returns whether to keep it. A record that a
+        filter refuses is not written.
+      unique: takes a record and returns what makes it a duplicate, for example
+        `lambda record: record["response"]`. Of records with equal results, the first
+        one that passed the filters is written.
+      batch_size: prompts of one call of `respond`.
+      key: PRNG key. If it is given, `respond(prompts, key)` gets a key of its own for
+        each batch, which depends on the number of the batch only.
+      progress: show a progress line. None shows the line if stderr is a terminal.
+
+    Returns:
+      Counts: "written" (lines in the file), "filtered" and "duplicates" (records of
+      this run that were not written), "resumed" (lines that were there before).
+
+    Raises:
+      TypeError: `prompts` is a single string, or a prompt is not a string.
+      FileNotFoundError: the folder does not exist.
+      ValueError: the file was written for other prompts, or is damaged before its last
+        line; `respond` returned another number of responses, or a NaN.
+
+    Example:
+      >>> import pathlib, tempfile, jaxq
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "data.jsonl")
+      >>> shout = lambda prompts: [prompt.upper() for prompt in prompts]
+      >>> short = lambda record: len(record["response"]) <= 3
+      >>> counts = jaxq.distillation.write_responses(
+      ...     path, ["yes", "maybe", "yes"], shout, filters=[short],
+      ...     unique=lambda record: record["response"])
+      >>> counts
+      {'written': 1, 'filtered': 1, 'duplicates': 1, 'resumed': 0}
+      >>> print(path.read_text(), end="")
+      {"index": 0, "prompt": "yes", "response": "YES"}
+    """
+    caller = "write_responses"
+    prompts = _checked_prompts(prompts, caller)
+    if batch_size < 1:
+        raise ValueError(f"{caller}: batch_size is {batch_size}; it must be positive.")
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{caller}: the folder {path.parent} does not exist. Create it first."
+        )
+    old_records = _resume(path, prompts, caller)
+    known = set() if unique is None else {unique(record) for record in old_records}
+    first = old_records[-1]["index"] + 1 if old_records else 0
+    num_batches = -(-len(prompts) // batch_size)
+    first_batch = first // batch_size
+    counts = {
+        "written": len(old_records),
+        "filtered": 0,
+        "duplicates": 0,
+        "resumed": len(old_records),
+    }
+    numbers = range(first_batch, num_batches)
+    with open(path, "ab") as file:
+        for number in with_progress(
+            numbers, "batches of responses", progress, start=first_batch
+        ):
+            records = _answer(prompts, number, batch_size, respond, key, caller)
+            lines = []
+            for record in records:
+                if record["index"] < first:
+                    continue
+                if not all(keep(record) for keep in filters):
+                    counts["filtered"] += 1
+                    continue
+                if unique is not None:
+                    identity = unique(record)
+                    if identity in known:
+                        counts["duplicates"] += 1
+                        continue
+                    known.add(identity)
+                lines.append(_line(record, caller))
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            counts["written"] += len(lines)
+    return counts
+
+
+def read_responses(
+    path: str | os.PathLike[str],
+    tokenizer: Any,
+    *,
+    length: int | None = None,
+    stop_token: int | None = None,
+    pad_token: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads text that `write_responses` wrote, as token rows for training.
+
+    Args:
+      path: the JSONL file. Half a line at its end is not read.
+      tokenizer: as in `responder`. Prompt and response are encoded separately.
+      length: t, the width of the rows. None takes the longest row.
+      stop_token: is appended to each response, so that the student learns to end.
+      pad_token: fills the rows.
+
+    Returns:
+      tokens: int32 [n, t], prompt and response of each record.
+      mask: bool [n, t], True for the tokens of the response.
+
+    Raises:
+      TypeError: a response is not text. Read such a file with `json.loads`.
+      ValueError: the file has no record, or a damaged line, or a row is longer than
+        `length`.
+
+    Example:
+      >>> import os, tempfile, jaxq
+      >>> class Bytes:
+      ...     def encode(self, text):
+      ...         return list(text.encode())
+      ...     def decode(self, ids):
+      ...         return bytes(ids).decode()
+      >>> path = os.path.join(tempfile.mkdtemp(), "data.jsonl")
+      >>> _ = jaxq.distillation.write_responses(path, ["ab"], lambda prompts: ["c"])
+      >>> tokens, mask = jaxq.distillation.read_responses(path, Bytes(), stop_token=1)
+      >>> tokens.tolist(), mask.tolist()
+      ([[97, 98, 99, 1]], [[False, False, True, True]])
+    """
+    caller = "read_responses"
+    whole_lines, _, _ = Path(path).read_bytes().rpartition(b"\n")
+    records = _parse(whole_lines, Path(path), caller)
+    if not records:
+        raise ValueError(f"{caller}: {path} has no record.")
+    rows, prompt_lengths = [], []
+    end = [] if stop_token is None else [stop_token]
+    for record in records:
+        if not isinstance(record["response"], str):
+            raise TypeError(
+                f"{caller}: the response to prompt {record['index']} is a "
+                f"{type(record['response']).__name__}, not text. Read the file with "
+                "json.loads, line by line."
+            )
+        prompt = _encode(tokenizer, record["prompt"])
+        rows.append([*prompt, *_encode(tokenizer, record["response"]), *end])
+        prompt_lengths.append(len(prompt))
+    lengths = [len(row) for row in rows]
+    longest = int(np.argmax(lengths))
+    if length is not None and lengths[longest] > length:
+        raise ValueError(
+            f"{caller}: the prompt {records[longest]['index']} and its response have "
+            f"{lengths[longest]} tokens, more than length={length}. Pass "
+            f"length={lengths[longest]}, or leave long records out by a filter of "
+            "write_responses."
+        )
+    tokens = _padded(rows, length or lengths[longest], pad_token)
+    mask = response_mask(
+        tokens, jnp.asarray(prompt_lengths), lengths=jnp.asarray(lengths)
+    )
+    return tokens, np.asarray(mask)
+
+
+def _answer(
+    prompts: list[str],
+    number: int,
+    batch_size: int,
+    respond: Callable[..., Sequence[Any]],
+    key: jax.Array | None,
+    caller: str,
+) -> list[dict[str, Any]]:
+    """The records of a batch."""
+    start = number * batch_size
+    batch = prompts[start : start + batch_size]
+    keys = () if key is None else (jax.random.fold_in(key, number),)
+    responses = respond(batch, *keys)
+    if isinstance(responses, str) or len(responses) != len(batch):
+        raise ValueError(
+            f"{caller}: respond returned {_size(responses)} for {len(batch)} prompts. "
+            "It must return a list with one response for each prompt."
+        )
+    return [
+        {"index": start + i, "prompt": prompt, "response": response}
+        for i, (prompt, response) in enumerate(zip(batch, responses, strict=True))
+    ]
+
+
+def _size(responses: Any) -> str:
+    if isinstance(responses, str):
+        return "one string"
+    return f"{len(responses)} responses"
+
+
+def _line(record: dict[str, Any], caller: str) -> str:
+    """A record as a line of JSON. Arrays become lists."""
+    try:
+        text = json.dumps(
+            record, ensure_ascii=False, allow_nan=False, default=_plain_value
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{caller}: the response to prompt {record['index']} cannot be written: "
+            f"{error}. JSON has no NaN and no infinity. Check the teacher."
+        ) from error
+    return f"{text}\n"
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return np.asarray(value).tolist()
+    raise TypeError(
+        f"write_responses: a response has a {type(value).__name__}, which JSON does not"
+        " have. Return text, numbers, lists, dicts or arrays."
+    )
+
+
+def _resume(path: Path, prompts: list[str], caller: str) -> list[dict[str, Any]]:
+    """The records of an earlier run. Half a line at the end is removed."""
+    if not path.exists():
+        return []
+    contents = path.read_bytes()
+    whole_lines, newline, half_line = contents.rpartition(b"\n")
+    records = _parse(whole_lines, path, caller)
+    start = b'{"index": '
+    if not half_line.startswith(start[: len(half_line)]):
+        raise ValueError(
+            f"{caller}: {path} ends in a line that is not a record. Choose another "
+            "file."
+        )
+    for record in records:
+        index = record["index"]
+        if index >= len(prompts) or prompts[index] != record["prompt"]:
+            raise ValueError(
+                f"{caller}: {path} was written for other prompts: its record {index} "
+                f"has the prompt {record['prompt'][:40]!r}. Choose another file, or "
+                "delete this one."
+            )
+    if half_line:
+        os.truncate(path, len(whole_lines) + len(newline))
+    return records
+
+
+def _parse(whole_lines: bytes, path: Path, caller: str) -> list[dict[str, Any]]:
+    """The records of whole lines, after a check of each line."""
+    records = []
+    last_index = -1
+    for number, line in enumerate(whole_lines.split(b"\n"), 1):
+        if not whole_lines:
+            break
+        try:
+            record = json.loads(line)
+            is_record = {"index", "prompt", "response"} <= set(record)
+            is_next = is_record and record["index"] > last_index
+        except (ValueError, TypeError):
+            is_next = False
+        if not is_next:
+            raise ValueError(
+                f"{caller}: line {number} of {path} is not a record with prompt, "
+                "response and an index above that of the line before. Delete the line, "
+                "or choose another file."
+            )
+        last_index = record["index"]
+        records.append(record)
+    return records
+
+
+def _checked_prompts(prompts: Iterable[str], caller: str) -> list[str]:
+    if isinstance(prompts, str):
+        raise TypeError(f"{caller}: prompts is one string. Pass a list: [prompt].")
+    prompts = list(prompts)
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise TypeError(
+                f"{caller}: prompt {number} is a {type(prompt).__name__}; expected a "
+                "string."
+            )
+    return prompts
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    encoding = tokenizer.encode(text)
+    return list(getattr(encoding, "ids", encoding))
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, pad_token: int) -> np.ndarray:
+    tokens = np.full((len(rows), width), pad_token, np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    return tokens
