@@ -145,6 +145,22 @@ def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
       >>> jaxq.qtensor.inside_range(x, qt).tolist()
       [True, False]
     """
+    low, high = _rounding_range(qt.spec)
+    return inside_ends(x, qt, (low, high))
+
+
+def inside_ends(x: jax.Array, qt: QTensor, ends: tuple[Any, Any]) -> jax.Array:
+    """True for the numbers between two ends.
+
+    Args:
+      x: float array.
+      qt: a QTensor of the shape of `x`. Its scales, zero points and offsets apply.
+      ends: (low, high) in units of the scale, with the zero point added. Each is a
+        number or `[*batch, *num_blocks]`.
+
+    Returns:
+      bool array of the shape of `x`.
+    """
     geometry = qt.meta.geometry
     view = geometry.to_view(x)
     if qt.input_scale is not None:
@@ -156,7 +172,10 @@ def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
     y = divide(y, geometry.scale_to_blocks(scale_values(qt)))
     if qt.zero_point is not None:
         y = y + geometry.scale_to_blocks(qt.zero_point.astype(jnp.float32))
-    low, high = _rounding_range(qt.spec)
+    low, high = (
+        geometry.scale_to_blocks(end) if isinstance(end, jax.Array) else end
+        for end in ends
+    )
     inside = geometry.from_blocks((low <= y) & (y <= high))
     return geometry.from_view(geometry.unpad(inside))
 

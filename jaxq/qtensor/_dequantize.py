@@ -96,22 +96,32 @@ def decode_blocks(qt: QTensor, blocks: jax.Array) -> jax.Array:
     """
     geometry = qt.meta.geometry
     scale = geometry.scale_to_blocks(scale_values(qt))
+    values = code_values(qt, blocks) * scale
+    if qt.offset is not None:
+        values = values + geometry.scale_to_blocks(_scales.load_from_dtype(qt.offset))
+    return values
+
+
+def code_values(qt: QTensor, blocks: jax.Array) -> jax.Array:
+    """The values of codes before they are multiplied by their scales, float32.
+
+    Args:
+      qt: the QTensor whose zero points and codebooks apply.
+      blocks: codes, arranged as in `decode_blocks`.
+    """
+    geometry = qt.meta.geometry
     if qt.zero_point is not None:
         zero = geometry.scale_to_blocks(qt.zero_point)
         codes = blocks.astype(jnp.int32) - zero.astype(jnp.int32)
-        values = codes.astype(jnp.float32) * scale
-    elif qt.codebook is not None:
+        return codes.astype(jnp.float32)
+    if qt.codebook is not None:
         entries = [
             geometry.scale_to_blocks(qt.codebook[..., i])
             for i in range(qt.codebook.shape[-1])
         ]
         table = jnp.stack(entries, axis=-1)
-        values = formats.decode_by_table(qt.spec.fmt, table, blocks) * scale
-    else:
-        values = qt.spec.fmt.decode(blocks) * scale
-    if qt.offset is not None:
-        values = values + geometry.scale_to_blocks(_scales.load_from_dtype(qt.offset))
-    return values
+        return formats.decode_by_table(qt.spec.fmt, table, blocks)
+    return qt.spec.fmt.decode(blocks)
 
 
 def scale_values(qt: QTensor) -> jax.Array:

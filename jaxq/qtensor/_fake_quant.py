@@ -1,24 +1,33 @@
-"""fake_quant: the values of quantized numbers, with a straight-through gradient."""
+"""fake_quant: the values of quantized numbers, with a straight-through gradient.
+
+The scales are computed from the numbers, or they are those of a QTensor. In the second
+case they can be trained.
+"""
 
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxq.qtensor._bounds import inside_range
-from jaxq.qtensor._dequantize import dequantize
-from jaxq.qtensor._geometry import Geometry
+from jaxq.qtensor import _scales
+from jaxq.qtensor._bounds import inside_ends, inside_range
+from jaxq.qtensor._dequantize import code_values, dequantize, scale_values
+from jaxq.qtensor._geometry import Geometry, describe
 from jaxq.qtensor._inputs import check_input, check_key
 from jaxq.qtensor._presets import as_spec
-from jaxq.qtensor._quantize import quantize_array
+from jaxq.qtensor._qtensor import QTensor
+from jaxq.qtensor._quantize import padded_blocks, quantize_array
+from jaxq.qtensor._quotient import divide
+from jaxq.qtensor._requantize import requantize
 from jaxq.qtensor._spec import QuantSpec
 
 
 def fake_quant(
     x: jax.typing.ArrayLike,
-    spec: str | QuantSpec,
+    spec: str | QuantSpec | QTensor,
     *,
     contracting: tuple[int, ...] | int | None = None,
     batch: tuple[int, ...] | int = (),
@@ -28,19 +37,29 @@ def fake_quant(
 
     The gradient is 1 for numbers that are rounded and 0 for numbers that are clipped.
     The range of numbers that are rounded ends half a step beyond the smallest and the
-    largest number of the format. Scales are treated as constants.
+    largest number of the format. Scales that are computed from `x` are treated as
+    constants.
+
+    If `spec` is a QTensor, its scales are used, and they have gradients. A number `v`
+    with the scale `s` becomes `s * q`, where q is `v / s` after rounding and clipping.
+    The gradient with respect to `s` is `q - v / s` for a number that is rounded and `q`
+    for a number that is clipped (LSQ). The gradient with respect to an offset is 1 for
+    a number that is clipped and 0 for others (LSQ+). The gradient with respect to an
+    entry of a codebook is the sum over the numbers that have this entry, multiplied by
+    their scales. Codes and zero points have no gradients.
 
     Args:
       x: float32, bfloat16 or float16 array with at least one axis.
-      spec: preset name or `QuantSpec`.
-      contracting: as in `quantize`.
-      batch: as in `quantize`.
+      spec: preset name, `QuantSpec`, or a QTensor of the shape of `x`.
+      contracting: as in `quantize`. Not allowed with a QTensor.
+      batch: as in `quantize`. Not allowed with a QTensor.
       key: PRNG key, as in `quantize`. Needed if `spec.needs_key`, not allowed
         otherwise.
 
     Returns:
-      Array of the shape and dtype of `x`, bit for bit `dequantize(quantize(x))`. A
-      number that is not finite makes its block NaN.
+      Array of the shape and dtype of `x`, bit for bit `dequantize(quantize(x))`, or
+      `dequantize(requantize(x, spec))` with a QTensor. A number that is not finite
+      makes its block NaN, and only itself with a QTensor.
 
     Raises:
       TypeError: `x` is not a float32, bfloat16 or float16 array.
@@ -48,7 +67,9 @@ def fake_quant(
         exist, repeat, or contradict the granularity; `contracting` is None and has no
         default; a group or tile size does not divide its axis and `pad` is False; the
         format has no negative numbers and the spec is symmetric without an offset; the
-        spec needs a key and `key` is None; or the spec needs no key and `key` is given.
+          spec needs a key and `key` is None; the spec needs no key and `key` is given;
+        or `spec` is a QTensor of another shape, or is given with `contracting` or
+        `batch`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -56,10 +77,25 @@ def fake_quant(
       >>> jax.grad(loss)(jnp.array([0.3, -0.7])).tolist()
       [1.0, 1.0]
 
+      The gradient with respect to a scale:
+
+      >>> x = jnp.array([0.25, -2.0])
+      >>> grid = jaxq.quantize(x, jaxq.QuantSpec("int4"), bounds=(-1.0, 1.0))
+      >>> loss = lambda grid: jaxq.fake_quant(x, grid).sum()
+      >>> slope = jax.grad(loss, allow_int=True)(grid)
+      >>> slope.scale.tolist()  # (2 - 0.25 * 7) + (-7)
+      [-6.75]
+
     References:
       Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons",
       2013.
+      Esser et al., "Learned Step Size Quantization", 2020.
+      Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets
+      and better initialization", 2020.
+      Han et al., "Deep Compression", 2016, for codebooks.
     """
+    if isinstance(spec, QTensor):
+        return _fake_quant_on_grid(x, spec, contracting, batch, key)
     spec = as_spec(spec, "fake_quant")
     x, geometry = check_input(
         x, spec, contracting, batch, caller="fake_quant", name="x"
@@ -84,3 +120,121 @@ def _fake_quant_jvp(spec: QuantSpec, geometry: Geometry, primals, tangents):
     # derivative must find this rule again.
     value = _fake_quant(x, key, spec, geometry)
     return value, jnp.where(passes, tangents[0], jnp.zeros((), x.dtype))
+
+
+def _fake_quant_on_grid(
+    x: jax.typing.ArrayLike, grid: QTensor, contracting: Any, batch: Any, key: Any
+) -> jax.Array:
+    """`fake_quant` with the scales of a QTensor."""
+    if contracting is not None or batch != ():
+        raise ValueError(
+            "fake_quant: contracting= and batch= are those of the QTensor "
+            f"{grid!r}. Leave them out, or pass its spec."
+        )
+    x = jnp.asarray(x)
+    if x.shape != grid.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"fake_quant: x must be a float array of the shape {list(grid.shape)} of "
+            f"the QTensor, got {describe(x.dtype.name, x.shape)}."
+        )
+    check_key((grid.spec,), key, "fake_quant")
+    leaves, treedef = jax.tree.flatten(grid)
+    is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    trained = [leaf for leaf, yes in zip(leaves, is_float, strict=True) if yes]
+    constant = [leaf for leaf, yes in zip(leaves, is_float, strict=True) if not yes]
+    parts = _Parts(treedef, tuple(is_float))
+    return _on_grid(x, trained, constant, key, parts)
+
+
+class _Parts(NamedTuple):
+    """How the leaves of a QTensor are divided into floats and all others."""
+
+    treedef: Any
+    is_float: tuple[bool, ...]
+
+    def whole(self, trained: list[jax.Array], constant: list[jax.Array]) -> QTensor:
+        """The QTensor of both parts."""
+        floats, others = iter(trained), iter(constant)
+        leaves = [next(floats if is_float else others) for is_float in self.is_float]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _on_grid(
+    x: jax.Array,
+    trained: list[jax.Array],
+    constant: list[jax.Array],
+    key: jax.Array | None,
+    parts: _Parts,
+) -> jax.Array:
+    grid = parts.whole(trained, constant)
+    return dequantize(requantize(x, grid, key=key), dtype=x.dtype)
+
+
+@_on_grid.defjvp
+def _on_grid_jvp(parts: _Parts, primals, tangents):
+    x, trained, constant, key = primals
+    codes = requantize(x, parts.whole(trained, constant), key=key)
+    # `_on_grid` is called again for its value, so that a second derivative finds this
+    # rule again.
+    value = _on_grid(x, trained, constant, key, parts)
+    smooth = functools.partial(_smooth, constant=constant, codes=codes, parts=parts)
+    _, tangent = jax.jvp(smooth, (x, trained), (tangents[0], tangents[1]))
+    return value, tangent.astype(value.dtype)
+
+
+def _smooth(
+    x: jax.Array,
+    trained: list[jax.Array],
+    constant: list[jax.Array],
+    codes: QTensor,
+    parts: _Parts,
+) -> jax.Array:
+    """A function whose derivatives are those of `_on_grid`.
+
+    Args:
+      x: the numbers.
+      trained: the float leaves of the grid.
+      constant: the other leaves of the grid.
+      codes: the quantized numbers.
+      parts: how the leaves are divided.
+    """
+    grid = parts.whole(trained, constant)
+    spec, geometry = grid.spec, grid.meta.geometry
+    view = geometry.to_view(x).astype(jnp.float32)
+    if grid.input_scale is not None:
+        view = view / geometry.contracted_to_view(grid.input_scale)
+    offset = jnp.float32(0)
+    if grid.offset is not None:
+        offset = geometry.scale_to_blocks(_scales.load_from_dtype(grid.offset))
+    blocks = padded_blocks(view, spec, geometry) - offset
+    scale = geometry.scale_to_blocks(scale_values(grid))
+    quotient = divide(blocks, scale)
+    stored = geometry.to_blocks(geometry.to_view_order(codes.stored_codes()))
+    passes = geometry.to_blocks(geometry.pad(geometry.to_view(_passes(x, codes))))
+    # A rounded number moves with x. Its error, `code - quotient` steps, grows with the
+    # scale. A clipped number is the largest or smallest code, multiplied by the scale.
+    moving = blocks - _change(scale) * jax.lax.stop_gradient(quotient)
+    result = code_values(grid, stored) * scale + offset
+    result = result + jnp.where(passes, _change(moving), 0)
+    view = geometry.unpad(geometry.from_blocks(result))
+    if grid.input_scale is not None:
+        view = view * geometry.contracted_to_view(grid.input_scale)
+    return geometry.from_view(view)
+
+
+def _change(x: jax.Array) -> jax.Array:
+    """Zero, with the derivative of `x`."""
+    return x - jax.lax.stop_gradient(x)
+
+
+def _passes(x: jax.Array, codes: QTensor) -> jax.Array:
+    """True for numbers that are rounded and not clipped. `codes` is quantized `x`."""
+    if codes.codebook is None:
+        return inside_range(x, codes)
+    # Half a step beyond the outer entries, as for a format.
+    entries = jnp.sort(codes.codebook, axis=-1)
+    first, second = entries[..., 0], entries[..., 1]
+    last, before_last = entries[..., -1], entries[..., -2]
+    ends = first - (second - first) / 2, last + (last - before_last) / 2
+    return inside_ends(x, codes, ends)

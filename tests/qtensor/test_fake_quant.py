@@ -1,5 +1,6 @@
 """fake_quant: the values of dequantize(quantize(x)), and its gradient."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 import jaxq
 from jaxq import PerGroup, QuantSpec
 from tests import tables
-from tests.arrays import normal
+from tests.arrays import assert_close, normal
 
 SHAPE = (64, 8)
 
@@ -215,3 +216,132 @@ def test_second_derivatives():
         np.float32([1.3, 0.2])
     )
     np.testing.assert_array_equal(slope, 2 * np.eye(2))
+
+
+# The scales of a QTensor.
+
+UPSTREAM = normal(*SHAPE, seed=7)
+
+
+@jax.jit
+def slopes(x, grid):
+    """The gradients of a weighted sum of `fake_quant(x, grid)`."""
+
+    def loss(x, grid):
+        return (jaxq.fake_quant(x, grid) * UPSTREAM).sum()
+
+    return jax.grad(loss, argnums=(0, 1), allow_int=True)(x, grid)
+
+
+@tables.over_presets
+def test_a_grid_gives_its_own_values(preset):
+    x = normal(*SHAPE)
+    grid = jaxq.quantize(x, preset)
+    other = normal(*SHAPE, seed=1)
+    expected = jaxq.dequantize(jaxq.qtensor.requantize(other, grid))
+    np.testing.assert_array_equal(jaxq.fake_quant(other, grid), expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"), [("int4", 7), ("int8", 127), ("int2", 1), ("float4_e2m1fn", 6)]
+)
+def test_gradients_of_scales_are_those_of_lsq(spec, most):
+    spec = QuantSpec(spec, jaxq.PerChannel(), clipping="absmax")
+    x = 2 * normal(*SHAPE)
+    grid = jaxq.quantize(x, spec, bounds=(-1.5, 1.5))
+    to_x, to_grid = slopes(x, grid)
+    scale = np.asarray(grid.scale, np.float64).reshape(-1)
+    quotient = np.asarray(x, np.float64) / scale
+    code = np.asarray(jaxq.dequantize(grid), np.float64) / scale
+    half = 1 if spec.fmt.kind == "float" else 0.5  # the last step of e2m1 is 2
+    is_rounded = np.abs(quotient) <= most + half
+    assert 0.05 < is_rounded.mean() < 0.95
+    upstream = np.asarray(UPSTREAM, np.float64)
+    expected = (np.where(is_rounded, code - quotient, code) * upstream).sum(0)
+    assert_close(to_grid.scale.reshape(-1), expected, 1e-5)
+    np.testing.assert_array_equal(to_x, np.where(is_rounded, UPSTREAM, 0))
+
+
+def test_gradients_of_offsets_are_those_of_lsq_plus():
+    spec = QuantSpec("uint4", jaxq.PerChannel(), offset="min")
+    x = 2 * normal(*SHAPE)
+    grid = jaxq.quantize(x, spec, bounds=(-1.0, 2.0))
+    to_x, to_grid = slopes(x, grid)
+    scale = np.asarray(grid.scale, np.float64).reshape(-1)
+    quotient = (np.asarray(x, np.float64) + 1) / scale
+    is_rounded = (quotient >= -0.5) & (quotient <= 15.5)
+    code = np.clip(np.rint(quotient), 0, 15)
+    upstream = np.asarray(UPSTREAM, np.float64)
+    expected = (np.where(is_rounded, code - quotient, code) * upstream).sum(0)
+    assert_close(to_grid.scale.reshape(-1), expected, 1e-5)
+    expected = np.where(is_rounded, 0, upstream).sum(0)
+    assert_close(to_grid.offset.reshape(-1), expected, 1e-5)
+    np.testing.assert_array_equal(to_x, np.where(is_rounded, UPSTREAM, 0))
+
+
+def test_gradients_of_centroids_are_sums_over_their_members():
+    x = normal(*SHAPE)
+    grid = jaxq.methods.kmeans(x, 3, granularity=jaxq.PerChannel())[0]
+    to_grid = slopes(x, grid)[1]
+    codes = np.asarray(grid.codes()).astype(int)
+    codes = codes - codes.min()
+    scale = np.asarray(jaxq.qtensor.scale_values(grid), np.float64).reshape(-1)
+    expected = np.zeros((SHAPE[1], grid.codebook.shape[-1]))
+    for (row, column), code in np.ndenumerate(codes):
+        expected[column, code] += float(UPSTREAM[row, column]) * scale[column]
+    assert_close(to_grid.codebook.reshape(expected.shape), expected, 1e-5)
+
+
+def test_gradients_reach_the_scales_of_scales():
+    x = normal(*SHAPE)
+    grid = jaxq.quantize(x, "nvfp4")
+    to_grid = slopes(x, grid)[1]
+    # The scale of the scales multiplies all numbers.
+    quotient = np.asarray(x, np.float64) / np.asarray(
+        jnp.repeat(jaxq.qtensor.scale_values(grid).T, 16, axis=0), np.float64
+    )
+    code = np.asarray(jaxq.dequantize(grid), np.float64) / (np.asarray(x) / quotient)
+    to_scale = np.where(np.abs(quotient) <= 7, code - quotient, code) * UPSTREAM
+    to_scale = to_scale.reshape(4, 16, 8).sum(1).T  # [kept, blocks]
+    stored = jaxq.dequantize(grid.scale.with_meta()) / grid.scale.scale.reshape(())
+    expected = (to_scale * np.asarray(stored, np.float64)).sum()
+    assert_close(to_grid.scale.scale.reshape(()), expected, 1e-4)
+
+
+def test_a_grid_must_fit():
+    grid = jaxq.quantize(normal(*SHAPE), "int8")
+    with pytest.raises(
+        ValueError, match=r"shape \[64, 8\] of the QTensor, got float32\[8"
+    ):
+        jaxq.fake_quant(normal(8, 8), grid)
+    with pytest.raises(ValueError, match="contracting= and batch= are those of"):
+        jaxq.fake_quant(normal(*SHAPE), grid, contracting=0)
+    with pytest.raises(ValueError, match="fake_quant: key= was given but"):
+        jaxq.fake_quant(normal(*SHAPE), grid, key=jax.random.key(0))
+
+
+def test_a_grid_works_under_vmap_and_second_derivatives():
+    x = normal(3, *SHAPE)
+    spec = jaxq.presets()["int4"].replace(scale="float32")
+    grid = jaxq.quantize(x, spec, contracting=-2, batch=0)
+    mapped = jax.vmap(slopes)(x, grid)
+    single = slopes(x[1], jax.tree.map(lambda leaf: leaf[1], grid))
+    assert_close(mapped[1].scale[1], single[1].scale)
+    np.testing.assert_array_equal(mapped[0][1], single[0])
+
+    def loss(scale):
+        one = jax.tree.map(lambda leaf: leaf[0], grid)
+        moved = dataclasses.replace(one, scale=scale)
+        return (jaxq.fake_quant(x[0], moved) ** 2).sum()
+
+    scale = grid.scale[0]
+    hessian = jax.hessian(loss)(scale).reshape(scale.size, -1)
+    error = jax.jacfwd(
+        lambda s: jaxq.fake_quant(
+            x[0],
+            dataclasses.replace(jax.tree.map(lambda leaf: leaf[0], grid), scale=s),
+        )
+    )(scale)
+    # Each number is linear in its scale, so the Hessian is that of least squares.
+    expected = 2 * (error**2).sum((0, 1)).reshape(-1)
+    assert_close(np.diag(hessian), np.asarray(expected), 1e-4)
