@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items):
 
 # Linux gives a process 65,530 memory maps, and a compiled program takes several.
 # Without a free map the compiler ends in a segmentation fault.
-MOST_MAPS = 20_000
+MOST_MAPS = 40_000
 
 
 def num_memory_maps() -> int:
