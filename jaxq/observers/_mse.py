@@ -186,10 +186,8 @@ class MeanSquaredError(Histogram):
         width = (top - bottom)[..., 0]
         share = (high - low)[..., 0] / jnp.where(width > 0, width, 1)
         share = jnp.where(width > 0, share, factor)
-        is_empty = share <= 0
-        return jnp.where(
-            is_empty, np.float32(np.inf), error * _power(share, self.power)
-        )
+        error = error * _power(share, self.power)
+        return jnp.where(share > 0, error, np.float32(np.inf))
 
     def _candidate(
         self, low: jax.Array, high: jax.Array, k: jax.Array, range_kind: RangeKind

@@ -1,8 +1,8 @@
 """Static activation quantization of networks whose inputs are not bell-shaped.
 
-One row is a network and an observer. Held-out inputs decide: the quantized network may
-lose 3 dB against the best observer. A range that is worse is replaced, and the report
-says so.
+One row is a network and an observer. On held-out inputs, the quantized network may lose
+3 dB against the best observer. Ranges that are worse on calibration inputs are replaced
+before that.
 """
 
 import functools
@@ -99,28 +99,26 @@ NETWORKS = {
 
 @functools.cache
 def results(network):
-    """The dB on held-out inputs and the report of each observer."""
+    """The SQNR in dB on held-out inputs, by observer."""
     make, inputs = NETWORKS[network]
     model = make()
     held_out = inputs(9)
     run = nnx.jit(lambda model, x: model(x))
     evaluated = nnx.view(model, deterministic=True, raise_if_not_found=False)
     exact = run(evaluated, held_out)
-    decibels, reports = {}, {}
+    decibels = {}
     for name in OBSERVERS:
         rule = jaxq.Rule(weight="int8", activation="int8", observer=name)
-        qmodel, reports[name] = jaxq.quantize_model(
+        qmodel, _ = jaxq.quantize_model(
             model, jaxq.Recipe([rule]), calibration=[inputs(0), inputs(1)]
         )
         qmodel.eval()
         decibels[name] = float(jaxq.metrics.sqnr(exact, run(qmodel, held_out)))
-    return decibels, reports
+    return decibels
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_no_observer_loses_much_on_held_out_inputs(network, observer):
-    decibels, reports = results(network)
-    lost = max(decibels.values()) - decibels[observer]
-    replaced = any("that range is used" in row.note for row in reports[observer].rows)
-    assert lost <= 3 or replaced, decibels
+    decibels = results(network)
+    assert max(decibels.values()) - decibels[observer] <= 3, decibels

@@ -137,8 +137,8 @@ def row_sqnr_of(
     exact, approximate = _outputs(floats, qt, rows, inputs)
     shape = (*ranks.shape, -1)
     exact, approximate = exact.reshape(shape), approximate.reshape(shape)
-    # With one unit for the layer, no square overflows.
-    largest = jnp.max(jnp.abs(exact), initial=0)
+    # With one unit for each element of a stack, no square overflows or is lost.
+    largest = jnp.max(jnp.abs(exact), axis=(-2, -1), keepdims=True, initial=0)
     unit = jnp.where(largest > 0, largest, 1)
     signal = jnp.sum((exact / unit) ** 2, axis=-1)  # [*batch, rows]
     noise = jnp.sum(((exact - approximate) / unit) ** 2, axis=-1)

@@ -121,9 +121,10 @@ def quantize_model(
         checked.
       fallback: what happens to a layer whose method does worse than rounding to nearest
         on held-out inputs. "rtn" rounds it to nearest, and the report says so. "none"
-        keeps the method's result. "raise" raises an error. The same holds for an
-        observer whose static range does worse than the extremes of the inputs or the
-        range of least squared error: "rtn" takes the better of the two.
+        keeps the method's result. "raise" raises an error. An observer's
+        static range is compared with two plain ranges on calibration inputs: the
+        extremes of the inputs, and the range of least squared error. If it does worse,
+        "rtn" takes the better plain range.
       strict: raises an error for a rule that matches nothing, and for a matrix that no
         rule matches in a module that jaxq does not know. False leaves such a matrix in
         floats, and the report says so.

@@ -114,7 +114,7 @@ def _rounding(before: Run, after: Run, options: Options) -> float:
     traced = jax.make_jaxpr(function)(before.arrays, Batch.of(options.batches[0]))
     dtypes = {*_computed_dtypes(traced.jaxpr), *_changed_dtypes(before, after)}
     steps = [float(jnp.finfo(dtype).eps) for dtype in dtypes]
-    return max(_FLOAT32_ROUNDING, *np.sqrt(steps))
+    return max([_FLOAT32_ROUNDING, *np.sqrt(steps)])
 
 
 def _computed_dtypes(jaxpr: Any) -> Iterator[Any]:

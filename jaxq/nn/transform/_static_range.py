@@ -28,8 +28,8 @@ from jaxq.qtensor import QTensor, QuantSpec, range_options
 from jaxq.recipes import Rule
 
 # An observer's range may have this many dB more output error than the better of the
-# plain ranges. A few hundred rows hold few of the numbers that a range clips, so the
-# true loss can be 3 dB larger. Ranges that differ by less are equally good.
+# plain ranges. A few hundred rows hold few of the numbers that a range clips. So the
+# loss on other inputs can be several dB larger.
 _TOLERANCE = 1.0
 
 _Bounds = tuple[jax.Array, jax.Array]

@@ -60,3 +60,14 @@ def test_huge_numbers_do_not_overflow():
     ]
     assert decibels[0] == pytest.approx(decibels[1], abs=0.1)
     assert decibels[0] > 30
+
+
+def test_a_small_element_of_a_stack_is_measured_too():
+    x, w = normal(2, 64, 16), normal(2, 16, 8)
+    x = x.at[1].multiply(1e-25)
+    qt = jaxq.quantize(w, "int8", contracting=1, batch=0)
+    together = row_sqnr_of(w, qt, stats_of(x), Inputs(windowed=False))
+    small = jax.tree.map(lambda leaf: leaf[1], qt)
+    alone = row_sqnr_of(w[1], small, stats_of(x[1]), Inputs(windowed=False))
+    assert 30 < float(alone) < 60
+    assert float(together[1]) == pytest.approx(float(alone), abs=0.01)
