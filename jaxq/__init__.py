@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         nn,
         observers,
         optim,
+        training,
     )
     from jaxq.io import load, save
     from jaxq.nn import dequantize_params, quantize_model, quantize_params
@@ -69,6 +70,7 @@ _LAZY = {
     "quantize_model": "jaxq.nn",
     "quantize_params": "jaxq.nn",
     "save": "jaxq.io",
+    "training": "jaxq.training",
 }
 
 
@@ -130,4 +132,5 @@ __all__ = [
     "recipes",
     "relayout",
     "save",
+    "training",
 ]

@@ -62,7 +62,7 @@ def multiply_quantized(
         assert weight.meta.activation is not None
         bounds = None
         if weight.input_range is not None:
-            bounds = _range_ends(weight.input_range, axes.range_axes)
+            bounds = range_ends(weight.input_range, axes.range_axes)
         activation = quantize(
             jnp.transpose(x, axes.order),
             weight.meta.activation,
@@ -112,7 +112,7 @@ def _pass_through(
     batch = axes.order[: axes.num_batch]
     low, high = (
         broadcastable(end, batch, x.ndim)
-        for end in _range_ends(weight.input_range, axes.range_axes)
+        for end in range_ends(weight.input_range, axes.range_axes)
     )
     low, high = with_margin(low, high, weight.meta.activation)
     dx = jnp.where((low <= x) & (x <= high), dx, jnp.zeros((), dx.dtype))
@@ -120,7 +120,7 @@ def _pass_through(
     return dx, dataclasses.replace(dweight, meta=weight.meta, input_range=no_gradient)
 
 
-def _range_ends(
+def range_ends(
     input_range: jax.Array, range_axes: Sequence[int]
 ) -> tuple[jax.Array, jax.Array]:
     """(low, high) of a static range, `[*batch]` in the product's order of batch axes.

@@ -18,7 +18,19 @@ from jaxq.ops._decision import plan_conv
 from jaxq.ops._decoded import multiply_decoded, multiply_in_one_step
 from jaxq.ops._operands import as_operands
 from jaxq.ops._plan import Plan
-from jaxq.qtensor import FLOATS, QTensor, dequantize, scale_values
+from jaxq.ops._trained import (
+    fake_quant_activation,
+    multiply_trained,
+    trained_operand,
+)
+from jaxq.qtensor import (
+    FLOATS,
+    QUANTIZED,
+    QTensor,
+    TrainedWeight,
+    dequantize,
+    scale_values,
+)
 
 # `product(x, kernel, accumulate)` convolves arrays and sums in the dtype `accumulate`.
 Product = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -26,7 +38,7 @@ Product = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 def conv_general_dilated(
     lhs: jax.typing.ArrayLike | QTensor,
-    rhs: QTensor,
+    rhs: QTensor | TrainedWeight,
     window_strides: Any,
     padding: Any,
     lhs_dilation: Any = None,
@@ -52,7 +64,7 @@ def conv_general_dilated(
 
     Args:
       lhs: float array, or a QTensor that keeps the batch axis and contracts all others.
-      rhs: QTensor, the kernel, with any scales.
+      rhs: QTensor or `TrainedWeight`, the kernel, with any scales.
       window_strides: as in `lax.conv_general_dilated`.
       padding: as in `lax.conv_general_dilated`.
       lhs_dilation: as in `lax.conv_general_dilated`.
@@ -84,7 +96,7 @@ def conv_general_dilated(
       (1, 5, 8)
     """
     caller = "conv_general_dilated"
-    if not isinstance(rhs, QTensor):
+    if not isinstance(rhs, QUANTIZED):
         raise TypeError(
             f"{caller}: rhs must be a QTensor, got {type(rhs).__name__}. "
             "Use jax.lax.conv_general_dilated for two arrays."
@@ -125,7 +137,7 @@ def conv_general_dilated(
 def convolve(
     product: Product,
     x: jax.Array | QTensor,
-    kernel: QTensor,
+    kernel: QTensor | TrainedWeight,
     *,
     channel: int,
     batch: tuple[int, int] = (0, 0),
@@ -141,7 +153,7 @@ def convolve(
         all others. If the kernel has an activation spec (`QTensor.with_activation`), an
         array is quantized first: each example by its own extremes, or all examples by
         the kernel's `input_range`. The gradient passes straight through this rounding.
-      kernel: QTensor with any scales.
+      kernel: QTensor or `TrainedWeight` with any scales.
       channel: the axis of `kernel` that becomes the features of the result.
       batch: the batch axis of `x` and the batch axis of the result.
       features: the feature axis of the result.
@@ -179,16 +191,22 @@ def convolve(
             "between the positions of the window. Use kernel.with_activation(None), "
             "or kernel.with_input_scale(None)."
         )
+    if isinstance(kernel, TrainedWeight):
+        convolution = functools.partial(
+            convolve,
+            product,
+            channel=channel,
+            batch=batch,
+            features=features,
+            mixed=mixed,
+        )
+        return _convolve_trained(convolution, product, x, kernel, batch[0])
     plan = plan_conv(x, kernel, channel=channel, batch=batch[0], mixed=mixed)
     carry_out = functools.partial(_convolve, product, batch=batch[1], features=features)
     if not plan.before:
         return carry_out(plan, x, kernel.with_activation(None))
     assert not isinstance(x, QTensor)
-    x_batch = batch[0] % x.ndim
-    axes = ActivationAxes(
-        order=tuple(range(x.ndim)),
-        contracting=tuple(axis for axis in range(x.ndim) if axis != x_batch),
-    )
+    axes = _activation_axes(x, batch[0])
 
     def float_product(x: jax.Array, kernel: QTensor) -> jax.Array:
         plan = plan_conv(x, kernel, channel=channel, batch=batch[0], mixed=mixed)
@@ -196,6 +214,48 @@ def convolve(
 
     codes_product = functools.partial(carry_out, plan)
     return multiply_quantized(x, kernel, axes, codes_product, float_product)
+
+
+def _activation_axes(x: jax.Array, batch: int) -> ActivationAxes:
+    """The roles of the axes of the input. All axes but the batch axis are contracted.
+
+    Args:
+      x: the input.
+      batch: the batch axis of `x`.
+    """
+    contracting = [axis for axis in range(x.ndim) if axis != batch % x.ndim]
+    return ActivationAxes(tuple(range(x.ndim)), tuple(contracting))
+
+
+def _convolve_trained(
+    convolution: Callable[..., jax.Array],
+    product: Product,
+    x: jax.Array | QTensor,
+    kernel: TrainedWeight,
+    batch: int,
+) -> jax.Array:
+    """A convolution with a trained kernel.
+
+    Args:
+      convolution: `convolution(x, kernel)` convolves with a QTensor.
+      product: as in `convolve`.
+      x: the input.
+      kernel: the trained kernel.
+      batch: the batch axis of `x`.
+    """
+    trained_operand((x, kernel), "conv_general_dilated")  # x must be an array
+    assert not isinstance(x, QTensor)
+    axes = _activation_axes(x, batch)
+
+    def multiply(x: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
+        if isinstance(kernel, QTensor):
+            return convolution(x, kernel)
+        return product(x, kernel, jnp.float32)
+
+    def fake_input(x: jax.Array, kernel: TrainedWeight) -> jax.Array:
+        return fake_quant_activation(x, kernel, axes)
+
+    return multiply_trained(x, kernel, multiply, fake_input)
 
 
 def _convolve(

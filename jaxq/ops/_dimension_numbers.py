@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.qtensor import QTensor, describe
+from jaxq.qtensor import QUANTIZED, describe
 
 DimensionNumbers = tuple[
     tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
@@ -112,9 +112,9 @@ def align_matmul(lhs: Any, rhs: Any) -> tuple[Any, Any, DimensionNumbers]:
                 "matmul: both operands must have at least one axis, got "
                 f"{describe(jnp.dtype(operand.dtype).name, ())}. Use * for scalars."
             )
-    if isinstance(rhs, QTensor) and rhs.ndim > max(lhs.ndim, 2):
+    if isinstance(rhs, QUANTIZED) and rhs.ndim > max(lhs.ndim, 2):
         lhs = _broadcast(lhs, rhs.shape[:-2])
-    if isinstance(lhs, QTensor) and lhs.ndim > max(rhs.ndim, 2):
+    if isinstance(lhs, QUANTIZED) and lhs.ndim > max(rhs.ndim, 2):
         rhs = _broadcast(rhs, lhs.shape[:-2])
     shared = max(0, min(lhs.ndim, rhs.ndim) - 2)
 
@@ -127,7 +127,7 @@ def align_matmul(lhs: Any, rhs: Any) -> tuple[Any, Any, DimensionNumbers]:
 
 def _broadcast(x: Any, leading: tuple[int, ...]) -> Any:
     """Broadcasts an array or `jax.ShapeDtypeStruct` to leading axes `leading`."""
-    if isinstance(x, QTensor):
+    if isinstance(x, QUANTIZED):
         raise ValueError(
             f"matmul: {x!r} cannot be broadcast to leading axes {list(leading)}. "
             "Quantize the stacked array with batch=."

@@ -31,8 +31,14 @@ from jaxq.ops._input_scale import scale_operand
 from jaxq.ops._operands import Operand, as_operands, check_float_partner
 from jaxq.ops._outlier_columns import split_outlier_columns
 from jaxq.ops._plan import Plan, Preparation
+from jaxq.ops._trained import (
+    fake_quant_activation,
+    multiply_trained,
+    reciprocal_input_scale,
+    trained_operand,
+)
 from jaxq.ops._weight_rows import weight_rows
-from jaxq.qtensor import QTensor, dequantize
+from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight, dequantize
 
 
 def dot_general(
@@ -90,6 +96,12 @@ def dot_general(
     check_sizes(lhs, rhs, dims, "dot_general")
     check_float_partner(lhs, rhs, "dot_general")
     out_dtype = _preferred_dtype(lhs, rhs, preferred_element_type)
+    trained = trained_operand((lhs, rhs), "dot_general")
+    if trained is not None:
+        x, weight = (rhs, lhs) if trained == 0 else (lhs, rhs)
+        return _multiply_trained(
+            x, weight, dims, out_dtype, out_sharding, swapped=trained == 0
+        )
     plan = plan_dot(lhs, rhs, dims, out_dtype.name)
     if plan.path == "dense":
         assert not isinstance(lhs, QTensor)
@@ -117,7 +129,7 @@ def _preferred_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:
     if preferred is None:
         return result_dtype(lhs, rhs)
     dtype = jnp.dtype(preferred)
-    is_quantized = isinstance(lhs, QTensor) or isinstance(rhs, QTensor)
+    is_quantized = isinstance(lhs, QUANTIZED) or isinstance(rhs, QUANTIZED)
     is_float = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 4
     if is_quantized and not is_float:
         raise TypeError(
@@ -138,6 +150,62 @@ def _nonnegative(lhs: Any, rhs: Any, dims: DimensionNumbers) -> DimensionNumbers
     return (
         (positive(lhs_contracting, lhs.ndim), positive(rhs_contracting, rhs.ndim)),
         (positive(lhs_batch, lhs.ndim), positive(rhs_batch, rhs.ndim)),
+    )
+
+
+def _multiply_trained(
+    x: jax.Array,
+    weight: TrainedWeight,
+    dims: DimensionNumbers,
+    out_dtype: np.dtype,
+    out_sharding: Any,
+    *,
+    swapped: bool,
+) -> jax.Array:
+    """The product of an array and a trained weight.
+
+    Args:
+      x: the float operand.
+      weight: the trained weight.
+      dims: dimension numbers of the product.
+      out_dtype: dtype of the result.
+      out_sharding: as in `dot_general`.
+      swapped: True if the weight is the left operand.
+    """
+    axes = _activation_axes(x, dims, swapped=swapped)
+
+    def multiply(x: jax.Array, weight: QTensor | jax.Array) -> jax.Array:
+        lhs, rhs = (weight, x) if swapped else (x, weight)
+        return dot_general(
+            lhs,
+            rhs,
+            dims,
+            preferred_element_type=out_dtype,
+            out_sharding=out_sharding,
+        )
+
+    def fake_input(x: jax.Array, weight: TrainedWeight) -> jax.Array:
+        if weight.meta.activation is None or weight.input_scale is None:
+            return fake_quant_activation(x, weight, axes)
+        scaled, _ = scale_operand(x, weight, dims, swapped=swapped)
+        values = fake_quant_activation(scaled, weight, axes)
+        reciprocal = reciprocal_input_scale(weight)
+        return scale_operand(values, reciprocal, dims, swapped=swapped)[0]
+
+    return multiply_trained(x, weight, multiply, fake_input)
+
+
+def _activation_axes(
+    x: jax.Array, dims: DimensionNumbers, *, swapped: bool
+) -> ActivationAxes:
+    """The roles of the axes of the float operand of a product."""
+    x_side, weight_side = (1, 0) if swapped else (0, 1)
+    order, quantized_dims = batch_first(x.ndim, dims, x_side)
+    return ActivationAxes(
+        order=tuple(order),
+        contracting=tuple(quantized_dims[0][x_side]),
+        num_batch=len(dims[1][x_side]),
+        range_axes=tuple(dims[1][weight_side]),
     )
 
 
@@ -242,14 +310,9 @@ def _multiply_activation(
 
     The outlier columns of `x` are multiplied in floats.
     """
-    x_side, weight_side = (1, 0) if swapped else (0, 1)
-    order, quantized_dims = batch_first(x.ndim, dims, x_side)
-    axes = ActivationAxes(
-        order=tuple(order),
-        contracting=tuple(quantized_dims[0][x_side]),
-        num_batch=len(dims[1][x_side]),
-        range_axes=tuple(dims[1][weight_side]),
-    )
+    x_side = 1 if swapped else 0
+    _, quantized_dims = batch_first(x.ndim, dims, x_side)
+    axes = _activation_axes(x, dims, swapped=swapped)
 
     def codes_product(activation: QTensor, weight: QTensor) -> jax.Array:
         sides = (weight, activation) if swapped else (activation, weight)

@@ -12,7 +12,7 @@ from jaxq.ops._decision import accumulate_dtype, result_dtype
 from jaxq.ops._dimension_numbers import DimensionNumbers, align_matmul
 from jaxq.ops._dot_general import dot_general
 from jaxq.ops._operands import Operand, as_operands
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QUANTIZED
 
 
 def matmul(a: Operand, b: Operand, *, preferred_element_type: Any = None) -> jax.Array:
@@ -96,7 +96,7 @@ def einsum(
             f"{type(subscripts).__name__}."
         )
     operands = as_operands(*operands, caller="einsum")
-    if not any(isinstance(operand, QTensor) for operand in operands):
+    if not any(isinstance(operand, QUANTIZED) for operand in operands):
         arrays: list[Any] = list(operands)
         y = jnp.einsum(
             subscripts,

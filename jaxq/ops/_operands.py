@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.qtensor import QTensor, describe
+from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight, describe
 
-Operand = jax.typing.ArrayLike | QTensor
+Operand = jax.typing.ArrayLike | QTensor | TrainedWeight
 
 
-def as_operands(*operands: Operand, caller: str) -> tuple[jax.Array | QTensor, ...]:
+def as_operands(*operands: Operand, caller: str) -> tuple[Any, ...]:
     """Takes operands out of Flax variables and makes jax arrays of all but QTensors.
 
     Raises:
@@ -21,13 +21,14 @@ def as_operands(*operands: Operand, caller: str) -> tuple[jax.Array | QTensor, .
         dtype jax would narrow (int64 or float64 without `jax_enable_x64`).
     """
     values = [_value(operand) for operand in operands]
-    quantized = next((value for value in values if isinstance(value, QTensor)), None)
+    quantized = next((value for value in values if isinstance(value, QUANTIZED)), None)
     if quantized is not None:
         for value in values:
             if isinstance(value, np.ndarray) and _loses_dtype(value):
                 check_float_partner(value, quantized, caller)
     return tuple(
-        value if isinstance(value, QTensor) else jnp.asarray(value) for value in values
+        value if isinstance(value, QUANTIZED) else jnp.asarray(value)
+        for value in values
     )
 
 
@@ -44,7 +45,7 @@ def _loses_dtype(array: np.ndarray) -> bool:
 def check_float_partner(lhs: Any, rhs: Any, caller: str) -> None:
     """Raises TypeError if integers or float64 numbers are multiplied by a QTensor."""
     for x, other in ((lhs, rhs), (rhs, lhs)):
-        if isinstance(x, QTensor) or not isinstance(other, QTensor):
+        if isinstance(x, QUANTIZED) or not isinstance(other, QUANTIZED):
             continue
         shown = describe(x.dtype.name, x.shape)
         if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from jaxq.kernels import Rows, as_rows, ragged_matmul
 from jaxq.ops._decision import plan_ragged, result_dtype
 from jaxq.ops._input_scale import scale_rows_by_group
+from jaxq.ops._trained import multiply_trained
 from jaxq.ops._weight_rows import row_meta, weight_rows
-from jaxq.qtensor import FLOATS, QTensor, check_leaves, describe
+from jaxq.qtensor import FLOATS, QTensor, TrainedWeight, check_leaves, describe
 
 
 def ragged_dot(
     x: jax.Array,
-    weights: QTensor,
+    weights: QTensor | TrainedWeight,
     group_sizes: jax.Array,
     *,
     preferred_element_type: Any = None,
@@ -36,7 +37,8 @@ def ragged_dot(
 
     Args:
       x: float32, bfloat16 or float16 `[m, k]`, sorted by expert.
-      weights: `[e, k, n]`, quantized with `contracting=-2, batch=0`.
+      weights: QTensor or `TrainedWeight` `[e, k, n]`, quantized with
+        `contracting=-2, batch=0`.
       group_sizes: integers `[e]`, the number of rows of each expert. Rows beyond the
         sum of `group_sizes` give zeros.
       preferred_element_type: dtype of the result. None takes the same dtype as
@@ -59,6 +61,13 @@ def ragged_dot(
       >>> jaxq.ops.ragged_dot(jnp.ones((5, 64)), experts, jnp.array([2, 3])).shape
       (5, 8)
     """
+    if isinstance(weights, TrainedWeight):
+        return _ragged_trained(
+            jnp.asarray(x),
+            weights,
+            jnp.asarray(group_sizes),
+            preferred_element_type,
+        )
     if not isinstance(weights, QTensor):
         raise TypeError(
             f"ragged_dot: weights must be a QTensor, got {type(weights).__name__}. "
@@ -94,6 +103,32 @@ def ragged_dot(
     meta = dataclasses.replace(row_meta(weights.meta), layout="rows")
     y = ragged_matmul(x.astype(plan.x_dtype), stacked, sizes, meta)
     return y.astype(out_dtype)  # pyright: ignore
+
+
+def _ragged_trained(
+    x: jax.Array,
+    weights: TrainedWeight,
+    group_sizes: jax.Array,
+    preferred_element_type: Any,
+) -> jax.Array:
+    """`ragged_dot` with trained weights."""
+    out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
+
+    def multiply(
+        inputs: tuple[jax.Array, jax.Array], weights: QTensor | jax.Array
+    ) -> jax.Array:
+        x, group_sizes = inputs
+        if isinstance(weights, QTensor):
+            return ragged_dot(x, weights, group_sizes, preferred_element_type=out_dtype)
+        y = jax.lax.ragged_dot(
+            x,
+            weights.astype(x.dtype),
+            group_sizes,
+            preferred_element_type=jnp.float32,
+        )
+        return y.astype(out_dtype)
+
+    return multiply_trained((x, group_sizes), weights, multiply)
 
 
 def _expert_rows(weight: QTensor) -> Rows:

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 
 from jaxq import sharding
 from jaxq.ops._decision import plan_take
+from jaxq.ops._trained import multiply_trained
 from jaxq.qtensor import (
     Geometry,
     QTensor,
+    TrainedWeight,
     check_leaves,
     dequantize,
     describe,
@@ -20,7 +22,7 @@ from jaxq.qtensor import (
 )
 
 
-def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
+def take(table: QTensor | TrainedWeight, indices: jax.typing.ArrayLike) -> jax.Array:
     """`dequantize(table)[indices]`; only the rows at the indices are dequantized.
 
     Args:
@@ -43,6 +45,8 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
       >>> jaxq.ops.take(table, jnp.array([3, 3])).shape
       (2, 8)
     """
+    if isinstance(table, TrainedWeight):
+        return multiply_trained(jnp.asarray(indices), table, _take_rows)
     if not isinstance(table, QTensor):
         raise TypeError(
             f"take: table must be a QTensor, got {type(table).__name__}. "
@@ -59,6 +63,13 @@ def take(table: QTensor, indices: jax.typing.ArrayLike) -> jax.Array:
         )
     out_axes = (*sharding.explicit_spec(indices), None)
     return sharding.call_on_auto_axes(_take, out_axes, table, indices)
+
+
+def _take_rows(indices: jax.Array, table: QTensor | jax.Array) -> jax.Array:
+    """Reads rows of a QTensor or of an array."""
+    if isinstance(table, QTensor):
+        return take(table, indices)
+    return jnp.take(table, indices, axis=0)
 
 
 def _take(table: QTensor, indices: jax.Array) -> jax.Array:

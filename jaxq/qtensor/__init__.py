@@ -8,6 +8,7 @@
 from jaxq.qtensor._bounds import inside_range, range_options, with_margin
 from jaxq.qtensor._dequantize import decode_blocks, dequantize, scale_values
 from jaxq.qtensor._fake_quant import fake_quant
+from jaxq.qtensor._fake_range import RANGE_GRADIENTS, RangeGradient
 from jaxq.qtensor._geometry import ErrorContext, Geometry, describe, resolve
 from jaxq.qtensor._granularity import (
     Granularity,
@@ -34,12 +35,14 @@ from jaxq.qtensor._quantize import quantize, quantize_array
 from jaxq.qtensor._requantize import requantize
 from jaxq.qtensor._scale_rules import ScaleRule
 from jaxq.qtensor._spec import QuantSpec, as_static
+from jaxq.qtensor._trained_weight import QUANTIZED, TRAINED_LEAVES, TrainedWeight
 
 # What users need. The other rooms of the package also import the names that are not
-# listed: FLOATS, LEAVES, ON_NONFINITE, ErrorContext, Meta, ScaleRule,
-# as_activation_spec, as_spec, as_static, check_floats, check_leaves, decode_blocks,
-# describe, inside_range, leaf_dtypes, quantize_array, raise_if_not_finite,
-# range_options, register_matmul, resolve and with_margin.
+# listed: FLOATS, LEAVES, ON_NONFINITE, QUANTIZED, RANGE_GRADIENTS, TRAINED_LEAVES,
+# ErrorContext, Meta, RangeGradient, ScaleRule, as_activation_spec, as_spec, as_static,
+# check_floats, check_leaves, decode_blocks, describe, inside_range, leaf_dtypes,
+# quantize_array, raise_if_not_finite, range_options, register_matmul, resolve and
+# with_margin.
 __all__ = [
     "Geometry",
     "Granularity",
@@ -51,6 +54,7 @@ __all__ = [
     "PerToken",
     "QTensor",
     "QuantSpec",
+    "TrainedWeight",
     "combine",
     "dequantize",
     "fake_quant",

@@ -23,7 +23,12 @@ from jaxq.qtensor._spec import QuantSpec
 
 
 def as_bounds(
-    bounds: Any, x: jax.Array, spec: QuantSpec, geometry: Geometry
+    bounds: Any,
+    x: jax.Array,
+    spec: QuantSpec,
+    geometry: Geometry,
+    *,
+    caller: str = "quantize",
 ) -> tuple[jax.Array, jax.Array]:
     """The `bounds=` of `quantize` as float32 arrays `[*batch, *num_blocks]`.
 
@@ -33,6 +38,7 @@ def as_bounds(
       x: the array to quantize.
       spec: how `x` will be quantized.
       geometry: the geometry of `x`.
+      caller: the name of the public function, for errors.
 
     Raises:
       ValueError: the scale rule or the offset of the spec needs more than a range; a
@@ -40,7 +46,7 @@ def as_bounds(
     """
     if spec.rule.reads_block or spec.offset == "mean":
         raise ValueError(
-            f"quantize: bounds= gives a range, but scale_rule={spec.scale_rule!r} and "
+            f"{caller}: bounds= gives a range, but scale_rule={spec.scale_rule!r} and "
             f"offset={spec.offset!r} do not use a range. Leave out bounds=."
         )
     batch = x.shape[: x.ndim - len(geometry.shape)]
@@ -49,7 +55,7 @@ def as_bounds(
     for bound in (low, high):
         if bound.shape not in ((), batch) and bound.size != math.prod(shape):
             raise ValueError(
-                f"quantize: bounds= has shape {list(bound.shape)}; expected one "
+                f"{caller}: bounds= has shape {list(bound.shape)}; expected one "
                 f"number, or one for each scale, {list(shape)}."
             )
     if not isinstance(low, Tracer) and not isinstance(high, Tracer):
@@ -58,7 +64,7 @@ def as_bounds(
             ordered = bool(jnp.all(low <= high))
         if not ordered:
             raise ValueError(
-                "quantize: bounds= must be (low, high) with low <= high, and no NaN."
+                f"{caller}: bounds= must be (low, high) with low <= high, and no NaN."
             )
     return _bound_per_scale(low, shape), _bound_per_scale(high, shape)
 
@@ -149,7 +155,26 @@ def inside_range(x: jax.Array, qt: QTensor) -> jax.Array:
     return inside_ends(x, qt, (low, high))
 
 
-def inside_ends(x: jax.Array, qt: QTensor, ends: tuple[Any, Any]) -> jax.Array:
+def between_format_ends(x: jax.Array, qt: QTensor) -> jax.Array:
+    """True for numbers between the smallest and the largest number of the format.
+
+    The ends are excluded, as in LSQ (Esser et al., 2020, equation 3).
+
+    Args:
+      x: float array.
+      qt: a QTensor of the shape of `x`, without a codebook.
+
+    Returns:
+      bool array of the shape of `x`.
+    """
+    values = _used_values(qt.spec)
+    ends = float(values[0]), float(values[-1])
+    return inside_ends(x, qt, ends, with_ends=False)
+
+
+def inside_ends(
+    x: jax.Array, qt: QTensor, ends: tuple[Any, Any], *, with_ends: bool = True
+) -> jax.Array:
     """True for the numbers between two ends.
 
     Args:
@@ -157,6 +182,7 @@ def inside_ends(x: jax.Array, qt: QTensor, ends: tuple[Any, Any]) -> jax.Array:
       qt: a QTensor of the shape of `x`. Its scales, zero points and offsets apply.
       ends: (low, high) in units of the scale, with the zero point added. Each is a
         number or `[*batch, *num_blocks]`.
+      with_ends: True if the ends themselves are inside.
 
     Returns:
       bool array of the shape of `x`.
@@ -176,8 +202,8 @@ def inside_ends(x: jax.Array, qt: QTensor, ends: tuple[Any, Any]) -> jax.Array:
         geometry.scale_to_blocks(end) if isinstance(end, jax.Array) else end
         for end in ends
     )
-    inside = geometry.from_blocks((low <= y) & (y <= high))
-    return geometry.from_view(geometry.unpad(inside))
+    inside = (low <= y) & (y <= high) if with_ends else (low < y) & (y < high)
+    return geometry.from_view(geometry.unpad(geometry.from_blocks(inside)))
 
 
 def with_margin(
@@ -217,10 +243,16 @@ def _rounding_range(spec: QuantSpec) -> tuple[float, float]:
 
     It ends half a step beyond the smallest and the largest number of the format.
     """
-    values = spec.fmt.values()
-    is_narrow = spec.fmt.kind == "integer" and spec.symmetric and spec.offset is None
-    if is_narrow and not spec.rule.signed:
-        values = values[values >= -spec.fmt.max]
+    values = _used_values(spec)
     low = values[0] - (values[1] - values[0]) / 2
     high = values[-1] + (values[-1] - values[-2]) / 2
     return float(low), float(high)
+
+
+def _used_values(spec: QuantSpec) -> np.ndarray:
+    """The values of the format that codes of the spec can have, in ascending order."""
+    values = spec.fmt.values()
+    is_narrow = spec.fmt.kind == "integer" and spec.symmetric and spec.offset is None
+    if is_narrow and not spec.rule.signed:
+        return values[values >= -spec.fmt.max]
+    return values

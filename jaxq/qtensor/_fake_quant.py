@@ -12,9 +12,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxq.formats import check_choice
 from jaxq.qtensor import _scales
-from jaxq.qtensor._bounds import inside_ends, inside_range
+from jaxq.qtensor._bounds import (
+    as_bounds,
+    between_format_ends,
+    inside_ends,
+    inside_range,
+)
 from jaxq.qtensor._dequantize import code_values, dequantize, scale_values
+from jaxq.qtensor._fake_range import (
+    RANGE_GRADIENTS,
+    RangeGradient,
+    fake_quant_in_range,
+)
 from jaxq.qtensor._geometry import Geometry, describe
 from jaxq.qtensor._inputs import check_input, check_key
 from jaxq.qtensor._presets import as_spec
@@ -32,21 +43,32 @@ def fake_quant(
     contracting: tuple[int, ...] | int | None = None,
     batch: tuple[int, ...] | int = (),
     key: jax.Array | None = None,
+    bounds: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] | None = None,
+    range_gradient: RangeGradient = "lsq",
 ) -> jax.Array:
     """`dequantize(quantize(x))` with a straight-through gradient.
 
-    The gradient is 1 for numbers that are rounded and 0 for numbers that are clipped.
-    The range of numbers that are rounded ends half a step beyond the smallest and the
-    largest number of the format. Scales that are computed from `x` are treated as
-    constants.
+    There are three ways to get the scales:
 
-    If `spec` is a QTensor, its scales are used, and they have gradients. A number `v`
-    with the scale `s` becomes `s * q`, where q is `v / s` after rounding and clipping.
-    The gradient with respect to `s` is `q - v / s` for a number that is rounded and `q`
-    for a number that is clipped (LSQ). The gradient with respect to an offset is 1 for
-    a number that is clipped and 0 for others (LSQ+). The gradient with respect to an
-    entry of a codebook is the sum over the numbers that have this entry, multiplied by
-    their scales. Codes and zero points have no gradients.
+    1. `spec` is a name or a `QuantSpec`, and there are no `bounds`. The scales are
+       computed from `x` and treated as constants. The gradient with respect to `x` is 1
+       for numbers that are rounded and 0 for numbers that are clipped. A number is
+       rounded up to half a step beyond the smallest and the largest number of the
+       format.
+    2. `spec` is a QTensor. Its scales are used, and they have gradients. A number `v`
+       with the scale `s` becomes `s * q`, where q is `v / s` after rounding and
+       clipping. The gradient with respect to `s` is `q - v / s` for a number that is
+       rounded and `q` for a number that is clipped (LSQ). The gradient with respect to
+       an offset is 1 for a number that is clipped and 0 for others (LSQ+). The gradient
+       with respect to an entry of a codebook is the sum over the numbers that have this
+       entry, multiplied by their scales. Codes and zero points have no gradients.
+    3. `bounds` gives the range. Both ends have gradients. A number that is clipped
+       becomes one end, so the gradient with respect to this end is 1. For a number that
+       is rounded, `range_gradient` decides.
+
+    In the cases 2 and 3 a number is clipped if it is at or beyond the smallest or the
+    largest number of the format, as in LSQ. Entries of a codebook have a margin of half
+    a step.
 
     Args:
       x: float32, bfloat16 or float16 array with at least one axis.
@@ -55,6 +77,10 @@ def fake_quant(
       batch: as in `quantize`. Not allowed with a QTensor.
       key: PRNG key, as in `quantize`. Needed if `spec.needs_key`, not allowed
         otherwise.
+      bounds: (low, high), as in `quantize`. Not allowed with a QTensor.
+      range_gradient: the gradient of `bounds` for numbers that are rounded. "lsq": the
+        step follows from the range, and the gradient with respect to the step is
+        `q - v / s`. "pact": 0, so only clipped numbers change the range.
 
     Returns:
       Array of the shape and dtype of `x`, bit for bit `dequantize(quantize(x))`, or
@@ -67,9 +93,10 @@ def fake_quant(
         exist, repeat, or contradict the granularity; `contracting` is None and has no
         default; a group or tile size does not divide its axis and `pad` is False; the
         format has no negative numbers and the spec is symmetric without an offset; the
-          spec needs a key and `key` is None; the spec needs no key and `key` is given;
-        or `spec` is a QTensor of another shape, or is given with `contracting` or
-        `batch`.
+        spec needs a key and `key` is None; the spec needs no key and `key` is given;
+        `spec` is a QTensor of another shape, or is given with `contracting`, `batch` or
+        `bounds`; the bounds have another shape, are not ordered, or do not apply to the
+        scale rule or the offset; or `range_gradient` is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -86,22 +113,44 @@ def fake_quant(
       >>> slope.scale.tolist()  # (2 - 0.25 * 7) + (-7)
       [-6.75]
 
+      The gradient with respect to a clipping threshold:
+
+      >>> def loss(threshold):
+      ...   return jaxq.fake_quant(
+      ...     jnp.array([0.2, 3.0]), "uint4", bounds=(0.0, threshold),
+      ...     range_gradient="pact").sum()
+      >>> float(jax.grad(loss)(1.5))
+      1.0
+
     References:
       Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons",
       2013.
       Esser et al., "Learned Step Size Quantization", 2020.
       Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets
       and better initialization", 2020.
+      Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural
+      Networks", 2018.
       Han et al., "Deep Compression", 2016, for codebooks.
     """
+    check_choice("fake_quant: range_gradient", range_gradient, RANGE_GRADIENTS)
     if isinstance(spec, QTensor):
-        return _fake_quant_on_grid(x, spec, contracting, batch, key)
+        return _fake_quant_on_grid(x, spec, contracting, batch, key, bounds)
     spec = as_spec(spec, "fake_quant")
+    if bounds is not None:
+        spec = spec.with_absmax()
     x, geometry = check_input(
         x, spec, contracting, batch, caller="fake_quant", name="x"
     )
     check_key(spec.levels, key, "fake_quant")
+    if bounds is not None:
+        ends = as_bounds(bounds, x, spec, geometry, caller="fake_quant")
+        return fake_quant_in_range(x, ends, key, spec, geometry, range_gradient)
     return _fake_quant(x, key, spec, geometry)
+
+
+def fake_quant_computed(x: jax.Array, spec: QuantSpec, geometry: Geometry) -> jax.Array:
+    """`fake_quant(x, spec)` for a known geometry, without checks and without a key."""
+    return _fake_quant(x, None, spec, geometry)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -123,12 +172,17 @@ def _fake_quant_jvp(spec: QuantSpec, geometry: Geometry, primals, tangents):
 
 
 def _fake_quant_on_grid(
-    x: jax.typing.ArrayLike, grid: QTensor, contracting: Any, batch: Any, key: Any
+    x: jax.typing.ArrayLike,
+    grid: QTensor,
+    contracting: Any,
+    batch: Any,
+    key: Any,
+    bounds: Any,
 ) -> jax.Array:
     """`fake_quant` with the scales of a QTensor."""
-    if contracting is not None or batch != ():
+    if contracting is not None or batch != () or bounds is not None:
         raise ValueError(
-            "fake_quant: contracting= and batch= are those of the QTensor "
+            "fake_quant: contracting=, batch= and bounds= are those of the QTensor "
             f"{grid!r}. Leave them out, or pass its spec."
         )
     x = jnp.asarray(x)
@@ -231,7 +285,7 @@ def _change(x: jax.Array) -> jax.Array:
 def _passes(x: jax.Array, codes: QTensor) -> jax.Array:
     """True for numbers that are rounded and not clipped. `codes` is quantized `x`."""
     if codes.codebook is None:
-        return inside_range(x, codes)
+        return between_format_ends(x, codes)
     # Half a step beyond the outer entries, as for a format.
     entries = jnp.sort(codes.codebook, axis=-1)
     first, second = entries[..., 0], entries[..., 1]

@@ -600,6 +600,11 @@ def register_matmul(function: Callable[[Any, Any], Any]) -> None:
     _matmul = function
 
 
+def registered_matmul(lhs: Any, rhs: Any) -> Any:
+    """The product `lhs @ rhs` by the function that `register_matmul` registered."""
+    return _matmul(lhs, rhs)
+
+
 def _no_matmul(lhs: Any, rhs: Any) -> Any:
     raise RuntimeError("QTensor: `@` needs jaxq.ops. Run `import jaxq` first.")
 

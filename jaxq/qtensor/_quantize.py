@@ -148,6 +148,7 @@ def quantize_array(
     geometry: Geometry,
     key: jax.Array | None,
     *,
+    bounds: tuple[jax.Array, jax.Array] | None = None,
     keep_nonzero: bool = False,
 ) -> QTensor:
     """The computation of `quantize`, without checks. NaN and infinities propagate.
@@ -158,6 +159,7 @@ def quantize_array(
         Negative numbers are then clipped.
       geometry: the geometry of `x`.
       key: PRNG key if `spec.needs_key`, else None.
+      bounds: (low, high), float32 `[*batch, *num_blocks]`, or None.
       keep_nonzero: True if a number that is not 0 must not become 0. It becomes the
         smallest number of its sign instead.
 
@@ -171,9 +173,27 @@ def quantize_array(
       [True, True, False]
     """
     qt, _ = _quantize_and_count(
-        x, spec, geometry, key, "propagate", None, keep_nonzero=keep_nonzero
+        x, spec, geometry, key, "propagate", bounds, keep_nonzero=keep_nonzero
     )
     return qt
+
+
+def store_scale(
+    scale: jax.Array, spec: QuantSpec, geometry: Geometry
+) -> jax.Array | QTensor:
+    """Scales as a spec stores them: in a dtype, or quantized.
+
+    Args:
+      scale: float32 `[*batch, *num_blocks]`.
+      spec: the spec of the array that has these scales. Its scales are not rounded
+        stochastically.
+      geometry: the geometry of this array.
+
+    Returns:
+      The `scale` of the array's QTensor.
+    """
+    no_keys = (None,) * len(spec.levels)
+    return _store_scale(scale, spec, geometry, no_keys[1:])[0]
 
 
 @functools.partial(
@@ -285,7 +305,9 @@ def _quantize_level(
         extremes = extremes.with_range(minimum, extremes.high)
         blocks = blocks.astype(jnp.float32) - minimum
     ideal_scale = _scales.ideal_scale(measured, extremes, spec, geometry)
-    scale, num_too_small = _store_scale(ideal_scale, spec, geometry, keys[1:])
+    scale, num_too_small = _store_scale(
+        geometry.scale_from_blocks(ideal_scale), spec, geometry, keys[1:]
+    )
     block_scale = ideal_scale
     if spec.codes_from == "stored":
         block_scale = geometry.scale_to_blocks(stored_values(scale))
@@ -356,18 +378,23 @@ def _has_nan(fmt: formats.Format) -> bool:
 
 
 def _store_scale(
-    block_scale: jax.Array,
+    scale: jax.Array,
     spec: QuantSpec,
     geometry: Geometry,
     keys: tuple[jax.Array | None, ...],
 ) -> tuple[jax.Array | QTensor, jax.Array | None]:
     """The scale as it is stored: in a dtype, or quantized by `spec.scale`.
 
+    Args:
+      scale: float32 `[*batch, *num_blocks]`.
+      spec: the spec of the array that has this scale.
+      geometry: the geometry of this array.
+      keys: one key or None for each level of `spec` below the first.
+
     Returns:
       The scale; and how many scales are too small to be quantized, None if the scale is
       stored in a dtype.
     """
-    scale = geometry.scale_from_blocks(block_scale)  # [*batch, *num_blocks]
     if not isinstance(spec.scale, QuantSpec):
         return _scales.store_in_dtype(scale, spec.scale), None
     array = describe("float32", geometry.num_blocks)

@@ -34,8 +34,13 @@ from jaxq.nn.layers._nnx_einsum import QEinsum
 from jaxq.nn.layers._nnx_embed import QEmbed
 from jaxq.nn.layers._nnx_linear import QLinear, QLinearGeneral
 from jaxq.nn.layers._own_weight import quantize_own_weight
-from jaxq.nn.layers._quantized_param import QuantizedParam, replace_variables
+from jaxq.nn.layers._promotion import PromoteQTensors
+from jaxq.nn.layers._quantized_param import (
+    QuantizedParam,
+    replace_variables,
+)
 from jaxq.nn.layers._roles import Roles
+from jaxq.nn.layers._trained_param import QuantStats, TrainedParam
 
 # Other packages of jaxq import the names above as well. Importing the linen kinds
 # (`CONV`, `DENSE`, ...) registers them.
@@ -47,8 +52,10 @@ __all__ = [
     "QEmbed",
     "QLinear",
     "QLinearGeneral",
+    "QuantStats",
     "QuantizedParam",
     "Roles",
+    "TrainedParam",
     "register_layer",
     "unregister_layer",
 ]

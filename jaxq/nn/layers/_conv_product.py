@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq import ops, sharding
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QUANTIZED, QTensor
 
 MASKED = "its kernel is masked; multiply the mask into the kernel first"
 
@@ -40,7 +40,7 @@ def conv_general_dilated(
       out_sharding: of the result.
       **kwargs: the other arguments of `lax.conv_general_dilated`.
     """
-    if not isinstance(rhs, QTensor):
+    if not isinstance(rhs, QUANTIZED):
         dtype = kwargs.pop("preferred_element_type", None) or jnp.result_type(lhs, rhs)
         kwargs |= {"preferred_element_type": jnp.float32, "out_sharding": out_sharding}
         y = lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)

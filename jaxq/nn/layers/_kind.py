@@ -19,7 +19,6 @@ from flax import nnx
 
 from jaxq import recipes
 from jaxq.nn.layers._call_inputs import InputRows, dot_rows, first_argument
-from jaxq.nn.layers._quantized_param import QuantizedParam
 from jaxq.nn.layers._roles import Roles
 
 
@@ -280,7 +279,7 @@ def stack_note(layer: Any, kind: LayerKind) -> str:
     return ""
 
 
-def put_weight(layer: Any, kind: LayerKind, variable: QuantizedParam) -> None:
+def put_weight(layer: Any, kind: LayerKind, variable: Any) -> None:
     """Gives a layer its quantized weight and jaxq's hooks, in place."""
     setattr(layer, kind.weight, variable)
     kind.attach(layer)

@@ -17,7 +17,7 @@ from jaxq.nn.layers._linen_kind import LinenKind, register_linen_layer
 from jaxq.nn.layers._linen_own_weight import own_weight
 from jaxq.nn.layers._linen_stand_in import promote
 from jaxq.nn.layers._roles import Roles
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QUANTIZED, QTensor
 
 
 class QEmbed(linen.Embed):
@@ -43,14 +43,14 @@ class QEmbed(linen.Embed):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         table = self.embedding
-        if isinstance(table, QTensor):
+        if isinstance(table, QUANTIZED):
             return _dequantized_lookup(self, table, inputs)
         return super().__call__(inputs)
 
     def attend(self, query: jax.Array) -> jax.Array:
         """The product of queries `[..., features]` with the rows of the table."""
         table = self.embedding
-        if isinstance(table, QTensor):
+        if isinstance(table, QUANTIZED):
             return _attend(self, table, query)
         return super().attend(query)
 

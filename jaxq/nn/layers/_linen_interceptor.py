@@ -14,7 +14,7 @@ from typing import Any
 from flax import linen
 
 from jaxq.nn.layers._linen_kind import find_call, find_setup
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QUANTIZED, QTensor
 
 # `read(layer, name)` returns the QTensor of a parameter, or None if it is an array.
 ReadWeight = Callable[[linen.Module, str], QTensor | None]
@@ -54,4 +54,4 @@ def run_with_codes(
 def stored_qtensor(layer: linen.Module, name: str) -> QTensor | None:
     """A parameter of a layer if it is a QTensor, otherwise None."""
     value = layer.get_variable("params", name)
-    return value if isinstance(value, QTensor) else None
+    return value if isinstance(value, QUANTIZED) else None

@@ -17,7 +17,7 @@ from jaxq.nn.layers._linen_kind import LinenKind, code_of
 from jaxq.nn.layers._linen_stand_in import StandIn
 from jaxq.nn.layers._promotion import changed_by_promotion
 from jaxq.nn.layers._roles import Roles
-from jaxq.qtensor import QTensor, quantize
+from jaxq.qtensor import QUANTIZED, QTensor, quantize
 
 
 def call_own_code(
@@ -126,7 +126,7 @@ def _own_change(
 def _check_stored(layer: Any, value: Any, name: str, path: str, roles: Roles) -> None:
     """Raises unless a stored weight is a QTensor of the right shape."""
     caller = type(layer).__name__
-    if not isinstance(value, QTensor):
+    if not isinstance(value, QUANTIZED):
         axes = f"contracting={roles.contracting}"
         if roles.num_batch:
             axes += f", batch={tuple(range(roles.num_batch))}"

@@ -13,7 +13,7 @@ from typing import Any
 from flax import linen
 
 from jaxq.nn.layers._linen_interceptor import use_codes
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QUANTIZED
 
 
 class Quantized(linen.Module):
@@ -191,4 +191,4 @@ def _is_array(params: Any, path: list[str]) -> bool:
         if name not in params:
             return False
         params = params[name]
-    return not isinstance(params, QTensor)
+    return not isinstance(params, QUANTIZED)

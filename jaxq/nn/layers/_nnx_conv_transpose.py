@@ -21,7 +21,7 @@ from jaxq.nn.layers._kind import LayerKind, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
 from jaxq.nn.layers._promotion import accept_qtensors, promotion_problem
 from jaxq.nn.layers._roles import Roles, roles_of_conv
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QUANTIZED
 
 # The attributes that `nnx.ConvTranspose.__call__` reads, without those that `_product`
 # replaces.
@@ -74,7 +74,7 @@ class QConvTranspose(nnx.ConvTranspose):
         arrays = (inputs, self.kernel[...], bias)
         x, kernel, bias = self.promote_dtype(arrays, dtype=self.dtype)
         dtype = self.preferred_element_type
-        if isinstance(kernel, QTensor):
+        if isinstance(kernel, QUANTIZED):
             channel = _features_axis(self)
             return convolved(
                 self._product, x, kernel, bias, channel=channel, dtype=dtype

@@ -17,7 +17,7 @@ from jaxq.nn.layers._kind import LayerKind, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
 from jaxq.nn.layers._promotion import accept_qtensors, promotion_problem
 from jaxq.nn.layers._roles import Roles
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QUANTIZED
 
 
 class QEmbed(nnx.Embed):
@@ -47,7 +47,7 @@ class QEmbed(nnx.Embed):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         table = self.embedding[...]
-        if not isinstance(table, QTensor):
+        if not isinstance(table, QUANTIZED):
             return super().__call__(inputs, out_sharding=out_sharding)
         (table,) = self.promote_dtype((table,), dtype=self.dtype, inexact=False)
         # Like nnx.Embed: a table of one row gives that row for every index.

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax.nnx.nn import dtypes
 
 from jaxq.nn.layers._quantized_param import FLOAT_STATE, QuantizedParam
+from jaxq.nn.layers._trained_param import TrainedParam
 from jaxq.nn.layers._weight_marks import changed_weights, mark
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QUANTIZED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +42,18 @@ class PromoteQTensors:
     def __call__(self, arrays: tuple, **kwargs: Any) -> tuple:
         weight = arrays[min(1, len(arrays) - 1)]
         # Another such object may call this one with scalars instead of QTensors.
-        is_array = not isinstance(weight, QTensor) and weight.ndim > 0
+        is_array = not isinstance(weight, QUANTIZED) and weight.ndim > 0
         if self.is_quantized and is_array:
             raise ValueError(
                 "The weight of a quantized layer is "
                 f"{weight.dtype}{list(weight.shape)}, not a QTensor. {FLOAT_STATE}"
             )
         scalars = tuple(
-            jnp.zeros((), a.dtype) if isinstance(a, QTensor) else a for a in arrays
+            jnp.zeros((), a.dtype) if isinstance(a, QUANTIZED) else a for a in arrays
         )
         promoted = self.original(scalars, **kwargs)
         return tuple(
-            a.astype(p.dtype) if isinstance(a, QTensor) else p
+            a.astype(p.dtype) if isinstance(a, QUANTIZED) else p
             for a, p in zip(arrays, promoted, strict=True)
         )
 
@@ -64,7 +65,7 @@ def accept_qtensors(layer: Any, name: str) -> None:
       layer: an nnx layer.
       name: the attribute that holds the weight.
     """
-    is_quantized = isinstance(getattr(layer, name), QuantizedParam)
+    is_quantized = isinstance(getattr(layer, name), QuantizedParam | TrainedParam)
     layer.promote_dtype = PromoteQTensors(layer.promote_dtype, is_quantized)
 
 

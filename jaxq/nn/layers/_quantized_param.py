@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -65,13 +66,13 @@ class QuantizedParam(nnx.Variable):
         return value if as_array is None else as_array()
 
 
-def replace_variables(model: nnx.Module, replaced: dict[int, QuantizedParam]) -> None:
+def replace_variables(model: nnx.Module, replaced: Mapping[int, Any]) -> None:
     """Replaces variables everywhere in a model, so that shared variables stay shared.
 
     Args:
       model: changed in place. Its layers already hold the new variables.
-      replaced: the new variables, by the `id` of the old ones. The old ones must still
-        be alive, so that no other object has their `id`.
+      replaced: the new variables or modules, by the `id` of the old ones. The old ones
+        must still be alive, so that no other object has their `id`.
 
     Raises:
       ValueError: a container that cannot be changed, such as a tuple, holds an old

@@ -9,12 +9,25 @@ before its weights are quantized.
 """
 
 from jaxq.nn.transform._folding import register_folding
+from jaxq.nn.transform._linen import LinenAdapter, check_module
 from jaxq.nn.transform._linen import quantize_model as linen_quantize_model
-from jaxq.nn.transform._nnx import quantize_model
-from jaxq.nn.transform._nnx_layers import find_layers
+from jaxq.nn.transform._loop import quantize_slots
+from jaxq.nn.transform._nnx import NnxAdapter, quantize_model
+from jaxq.nn.transform._nnx_layers import (
+    find_layers,
+    find_raw_arrays,
+    find_variables,
+)
+from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._plan import plan
 from jaxq.nn.transform._rotation import register_rotation
-from jaxq.nn.transform._tree import dequantize_params, quantize_params
+from jaxq.nn.transform._tree import (
+    TreeAdapter,
+    dequantize_params,
+    quantize_params,
+)
+
+# `jaxq.training` also imports the names that are not listed below.
 
 __all__ = [
     "dequantize_params",

@@ -39,7 +39,7 @@ from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._rotation import refuse_rotation
 from jaxq.nn.transform._slot import Inventory, Slot
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QTensor, QuantSpec
+from jaxq.qtensor import QTensor, QuantSpec, TrainedWeight
 from jaxq.recipes import Recipe, Rule, as_recipe
 
 # The names that lead to a parameter.
@@ -310,8 +310,8 @@ class LinenAdapter:
         key = _bias_key(slot)
         self._params[key] = linen.meta.replace_boxed(self._params[key], bias)
 
-    def put_weight(self, slot: Slot, qt: QTensor) -> None:
-        self._params[slot.place] = qt
+    def put_weight(self, slot: Slot, weight: QTensor | TrainedWeight) -> None:
+        self._params[slot.place] = weight
         self._quantized.append(slot.place)
 
     def finish(self) -> tuple[Quantized, Any]:

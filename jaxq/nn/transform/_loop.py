@@ -47,7 +47,7 @@ from jaxq.nn.transform._weight import (
     scales_note,
 )
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QTensor, TrainedWeight
 from jaxq.recipes import Recipe
 from jaxq.sharding import on_auto_axes, shard_like
 
@@ -75,8 +75,8 @@ def quantize_slots(
     keys = _keys(chosen, blocks, adapter, options)
     donated = Donated(adapter.arrays() if options.donate else ())
     rows = {slot.weight: _row_before(slot) for slot in slots if not slot.chosen}
-    # The quantized weights, by `Slot.weight`.
-    weights: dict[Hashable, QTensor] = {}
+    # What takes the place of the float weights, by `Slot.weight`.
+    weights: dict[Hashable, QTensor | TrainedWeight] = {}
     for number, block in enumerate(blocks):
         # Not empty if an earlier run has finished this block.
         finished = resume.read(number, [slot.name for slot in block])
@@ -97,7 +97,8 @@ def quantize_slots(
                     result = _quantize_slot(adapter, slot, layer_stats, key, options)
                 results[slot.name] = result
                 rows[slot.weight] = result.row
-                weights[slot.weight] = shard_like(result.weight, slot.value)
+                qt = shard_like(result.weight, slot.value)
+                weights[slot.weight] = options.replacement(slot.value, qt)
                 if result.bias is not None:
                     adapter.put_bias(slot, result.bias)
             adapter.put_weight(slot, weights[slot.weight])

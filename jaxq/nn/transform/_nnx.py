@@ -26,6 +26,7 @@ from jaxq.nn.calibration import (
 from jaxq.nn.layers import (
     LayerKind,
     QuantizedParam,
+    TrainedParam,
     bare_kind,
     put_weight,
     replace_variables,
@@ -58,7 +59,7 @@ from jaxq.nn.transform._same_function import check_folded, check_rotated, nnx_ru
 from jaxq.nn.transform._slot import Inventory, Slot
 from jaxq.nn.transform._traced import ArrayKind, slot_with_use, spread_stats
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QTensor, QuantSpec
+from jaxq.qtensor import QUANTIZED, QTensor, QuantSpec, TrainedWeight
 from jaxq.recipes import Recipe, Rule, as_recipe
 
 
@@ -240,7 +241,7 @@ class NnxAdapter:
         self._slots: list[Slot] = []
         # `id` identifies a variable, so the variables must stay alive.
         self._variables: list[tuple[str, nnx.Variable]] = []
-        self._quantized: dict[int, QuantizedParam] = {}
+        self._quantized: dict[int, Any] = {}
         # How the model uses each variable, by its path. Empty if it has no bare array
         # that a rule quantizes, or if there are no batches.
         self._uses: dict[str, Use] = {}
@@ -394,10 +395,17 @@ class NnxAdapter:
         assert variable is not None
         variable.set_value(bias)
 
-    def put_weight(self, slot: Slot, qt: QTensor) -> None:
+    def put_weight(self, slot: Slot, weight: QTensor | TrainedWeight) -> None:
         place = slot.place
         # Layers that share a variable share the new one too.
-        variable = self._quantized.setdefault(id(place.variable), QuantizedParam(qt))
+        variable = self._quantized.get(id(place.variable))
+        if variable is None:
+            if isinstance(weight, QTensor):
+                variable = QuantizedParam(weight)
+            else:
+                metadata = place.variable.get_metadata()
+                variable = TrainedParam(weight, **metadata)
+            self._quantized[id(place.variable)] = variable
         put_weight(place.layer, place.kind, variable)
 
     def finish(self) -> Any:
@@ -516,7 +524,7 @@ def _is_bare(slot: Slot) -> bool:
 
 
 def _is_qtensor(x: Any) -> bool:
-    return isinstance(x, QTensor)
+    return isinstance(x, QUANTIZED)
 
 
 _NOT_COMPARED = (
@@ -560,7 +568,7 @@ def _slot(
     if not slot.chosen:
         return slot
     problem = normalized.get(id(layer)) or kind.problem(layer)
-    if isinstance(slot.value, QTensor):
+    if isinstance(slot.value, QUANTIZED):
         problem = "it is quantized already"
     if problem:
         return dataclasses.replace(slot, problem=problem)

@@ -12,10 +12,14 @@ import jax
 from jaxq import formats, methods
 from jaxq.nn.calibration import as_batches
 from jaxq.observers import LayerStats
-from jaxq.qtensor import ON_NONFINITE, QuantSpec
+from jaxq.qtensor import ON_NONFINITE, QTensor, QuantSpec, TrainedWeight
 from jaxq.recipes import Recipe
 
 ORDERS = ("blocks", "layers")
+
+
+def _qtensor(floats: jax.Array, qt: QTensor) -> QTensor:
+    return qt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,9 @@ class Options:
       key: PRNG key, or None.
       on_nonfinite: what to do about NaN and infinities, as in `jaxq.quantize`.
       progress: show a line of progress. None shows it on a terminal.
+      replacement: `replacement(floats, qt)` returns what takes the place of the float
+        weight. `quantize_model` puts the QTensor there. Training puts a
+        `TrainedWeight` there.
 
     Raises:
       TypeError: `calibration` is one array instead of batches.
@@ -57,6 +64,7 @@ class Options:
     key: jax.Array | None = None
     on_nonfinite: str = "raise"
     progress: bool | None = None
+    replacement: Callable[[jax.Array, QTensor], QTensor | TrainedWeight] = _qtensor
 
     def __post_init__(self):
         on_nonfinite = f"{self.caller}: on_nonfinite"

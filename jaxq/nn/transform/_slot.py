@@ -21,7 +21,7 @@ from jaxq.nn.transform._folding import Outcome
 from jaxq.nn.transform._model_error import Run
 from jaxq.nn.transform._options import Options
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QTensor, TrainedWeight
 from jaxq.recipes import Rule
 
 
@@ -212,7 +212,7 @@ class Adapter(Protocol):
         """Replaces the bias of a layer."""
         ...
 
-    def put_weight(self, slot: Slot, qt: QTensor) -> None:
+    def put_weight(self, slot: Slot, weight: QTensor | TrainedWeight) -> None:
         """Replaces the weight of a layer. The loop calls it for each chosen slot."""
         ...
 

@@ -48,7 +48,7 @@ from jaxq.nn.transform._rotation import refuse_rotation
 from jaxq.nn.transform._slot import Inventory, Slot
 from jaxq.nn.transform._traced import ArrayKind, slot_with_use, spread_stats
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QTensor, QuantSpec, dequantize
+from jaxq.qtensor import QTensor, QuantSpec, TrainedWeight, dequantize
 from jaxq.recipes import Recipe, Rule, as_recipe
 
 
@@ -339,10 +339,10 @@ class TreeAdapter:
         assert leaf is not None
         leaf.value = bias
 
-    def put_weight(self, slot: Slot, qt: QTensor) -> None:
+    def put_weight(self, slot: Slot, weight: QTensor | TrainedWeight) -> None:
         for leaf in self._leaves:
             if leaf.slot is not None and leaf.slot.weight == slot.weight:
-                leaf.value = qt
+                leaf.value = weight
 
     def finish(self) -> Any:
         values = [leaf.value for leaf in self._leaves]

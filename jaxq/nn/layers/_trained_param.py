@@ -1,0 +1,133 @@
+"""The module that takes the place of an nnx Param during quantization-aware training.
+
+A `TrainedWeight` has several arrays. Each of them has a Variable of its own here,
+because nnx.Optimizer, checkpoints and sharding rules expect one array in a Variable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxq.qtensor import TRAINED_LEAVES, TrainedWeight
+
+
+class QuantStats(nnx.Variable):
+    """A number of quantization-aware training that gradients do not change.
+
+    Such numbers are ranges that are not trained, moving averages of ranges, and the
+    switch of a `jaxq.training.Schedule`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> jaxq.nn.QuantStats(jnp.array([-1.0, 1.0])).shape
+      (2,)
+    """
+
+
+class TrainedParam(nnx.Module):
+    """Holds a `jaxq.qtensor.TrainedWeight` in the place of an `nnx.Param`.
+
+    `jaxq.training.prepare` makes it. Layers read it like a Variable:
+    `layer.kernel[...]` is the `TrainedWeight`.
+
+    Args:
+      weight: the trained weight.
+      **metadata: metadata of the float weight's Variable, such as its sharding.
+
+    Attributes:
+      floats: `nnx.Param`, the float weight.
+      scale: `nnx.Param`, the trained scales, or None. The attributes `zero_point`,
+        `offset` and `codebook` are like it.
+      input_range: `nnx.Param` if the range is trained, `QuantStats` if it is not, or
+        None.
+      input_scale: `QuantStats` or None.
+      switch: `QuantStats` or None.
+
+    Example:
+      >>> import jaxq
+      >>> from flax import nnx
+      >>> qat = jaxq.training.prepare(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int4")
+      >>> isinstance(qat.kernel, jaxq.nn.TrainedParam), qat.kernel.floats.shape
+      (True, (64, 8))
+    """
+
+    def __init__(self, weight: TrainedWeight, **metadata: Any):
+        self._meta = weight.meta
+        self._range_gradient = weight.range_gradient
+        self._gradient_scale = weight.gradient_scale
+        constants = {"input_scale", "switch"}
+        if weight.range_gradient is None:
+            constants.add("input_range")
+        for name in TRAINED_LEAVES:
+            leaf = getattr(weight, name)
+            if leaf is None:
+                setattr(self, name, None)
+            elif name in constants:
+                setattr(self, name, QuantStats(leaf))
+            else:
+                own_metadata = metadata if name == "floats" else {}
+                setattr(self, name, nnx.Param(leaf, **own_metadata))
+
+    def get_value(self) -> TrainedWeight:
+        """The trained weight of the present values."""
+        leaves = {
+            name: None if variable is None else variable.get_value()
+            for name, variable in self._leaves().items()
+        }
+        return TrainedWeight(
+            **leaves,
+            meta=self._meta,
+            range_gradient=self._range_gradient,
+            gradient_scale=self._gradient_scale,
+        )
+
+    def set_value(self, weight: TrainedWeight) -> None:
+        """Changes the values of the Variables to those of a trained weight.
+
+        Raises:
+          TypeError: `weight` is not a `TrainedWeight`.
+        """
+        if not isinstance(weight, TrainedWeight):
+            raise TypeError(
+                "TrainedParam.set_value: expected a TrainedWeight, got "
+                f"{type(weight).__name__}. To change the floats, set .floats."
+            )
+        for name, variable in self._leaves().items():
+            if variable is not None:
+                variable.set_value(getattr(weight, name))
+
+    def _leaves(self) -> dict[str, Any]:
+        """The Variables by the names of their leaves."""
+        return {name: getattr(self, name) for name in TRAINED_LEAVES}
+
+    # What layers and users read from a Variable.
+
+    def __getitem__(self, index: Any) -> TrainedWeight:
+        return self.get_value()[index]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.get_value().shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the float weight."""
+        return self.floats.get_value().dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return self.get_value().ndim
+
+    # With None, numpy calls `__rmatmul__` for `array @ param`.
+    __array_ufunc__ = None
+
+    def __matmul__(self, other: Any) -> Any:
+        return self.get_value() @ other
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return other @ self.get_value()

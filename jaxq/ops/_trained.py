@@ -1,0 +1,166 @@
+"""Products with a `TrainedWeight`.
+
+Forward, the product is that of the quantized weight, with the quantized input if the
+weight has an activation spec. So it equals the product of the converted model, bit for
+bit. Backward, the gradient is that of the float product of the same quantized values,
+and passes straight through the rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.ops._activations import ActivationAxes, range_ends
+from jaxq.ops._outlier_columns import split_outlier_columns
+from jaxq.qtensor import QUANTIZED, TrainedWeight, fake_quant
+
+# `multiply(x, weight)` multiplies by a QTensor, or by an array of the same values.
+Multiply = Callable[[Any, Any], jax.Array]
+# `fake_input(x, weight)` gives the quantized values of the input.
+FakeInput = Callable[[Any, TrainedWeight], Any]
+
+
+def keep_input(x: Any, weight: TrainedWeight) -> Any:
+    """The input as it is, for products that never quantize it."""
+    return x
+
+
+def multiply_trained(
+    x: Any,
+    weight: TrainedWeight,
+    multiply: Multiply,
+    fake_input: FakeInput = keep_input,
+) -> jax.Array:
+    """A product with a trained weight.
+
+    Args:
+      x: the other operands: a float array, integers, or a tuple of arrays.
+      weight: the trained weight.
+      multiply: the product. It must not close over traced arrays.
+      fake_input: the quantized values of the input.
+
+    Returns:
+      `multiply(x, weight.quantize())`, or `multiply(x, weight.floats)` if the weight is
+      switched off.
+    """
+
+    def quantized_product(x: Any, weight: TrainedWeight) -> jax.Array:
+        return multiply(x, weight.quantize())
+
+    def float_product(x: Any, weight: TrainedWeight) -> jax.Array:
+        return multiply(x, weight.floats.astype(weight.dtype))
+
+    @jax.custom_vjp
+    def product(x: Any, weight: TrainedWeight) -> jax.Array:
+        if weight.switch is None:
+            return quantized_product(x, weight)
+        is_on = _is_on(weight)
+        return jax.lax.cond(is_on, quantized_product, float_product, x, weight)
+
+    def forward(x: Any, weight: TrainedWeight):
+        return product(x, weight), (x, weight)
+
+    def backward(saved: tuple[Any, TrainedWeight], dy: jax.Array):
+        _, pull_back = jax.vjp(smooth_product, *saved)
+        return pull_back(dy)
+
+    def smooth_product(x: Any, weight: TrainedWeight) -> jax.Array:
+        values, fake_x = weight.fake_quant(), fake_input(x, weight)
+        if weight.switch is not None:
+            is_on = _is_on(weight)
+            values = jnp.where(is_on, values, weight.floats.astype(weight.dtype))
+            fake_x = jax.tree.map(lambda a, b: jnp.where(is_on, a, b), fake_x, x)
+        return multiply(fake_x, values)
+
+    product.defvjp(forward, backward)
+    return product(x, weight)
+
+
+def _is_on(weight: TrainedWeight) -> jax.Array:
+    """Whether products quantize. All weights of a stack have the same switch."""
+    assert weight.switch is not None
+    return jnp.all(weight.switch > 0.5)
+
+
+def fake_quant_activation(
+    x: jax.Array, weight: TrainedWeight, axes: ActivationAxes
+) -> jax.Array:
+    """The values of the quantized input of a product, with straight-through gradients.
+
+    Args:
+      x: the input, multiplied by the weight's input scale if it has one.
+      weight: the trained weight. Without an activation spec, nothing changes.
+      axes: the roles of the axes of `x`.
+
+    Returns:
+      Array like `x`, with gradients to `x` and to the weight's `input_range`.
+    """
+    spec = weight.meta.activation
+    if spec is None:
+        return x
+    outliers = jnp.zeros((), x.dtype)
+    if weight.meta.outliers is not None:
+        batch = axes.order[: axes.num_batch]
+        contracted = [axes.order[axis] for axis in axes.contracting]
+        bound = (*batch, *contracted)
+        free = [axis for axis in range(x.ndim) if axis not in bound]
+        x, outliers = split_outlier_columns(x, weight.meta.outliers, free)
+    bounds = None
+    if weight.input_range is not None:
+        input_range = weight.input_range
+        if weight.gradient_scale:
+            num_features = math.prod(x.shape[axes.order[a]] for a in axes.contracting)
+            factor = 1 / math.sqrt(max(num_features, 1) * spec.fmt.max)
+            input_range = _with_scaled_gradient(input_range, factor)
+        if weight.range_gradient is None:
+            input_range = jax.lax.stop_gradient(input_range)
+        bounds = range_ends(input_range, axes.range_axes)
+    values = fake_quant(
+        jnp.transpose(x, axes.order),
+        spec,
+        contracting=axes.contracting,
+        batch=tuple(range(axes.num_batch)),
+        bounds=bounds,
+        range_gradient=weight.range_gradient or "lsq",
+    )
+    return jnp.transpose(values, np.argsort(axes.order).tolist()) + outliers
+
+
+def _with_scaled_gradient(x: jax.Array, factor: float) -> jax.Array:
+    """`x`, whose gradient is multiplied by a factor."""
+    constant = jax.lax.stop_gradient(x)
+    return constant + (x - constant) * factor
+
+
+def reciprocal_input_scale(weight: TrainedWeight) -> TrainedWeight:
+    """The weight with the reciprocal of its input scale.
+
+    A float input that was multiplied by the input scale is divided by it again.
+    """
+    assert weight.input_scale is not None
+    return dataclasses.replace(weight, input_scale=1 / weight.input_scale)
+
+
+def trained_operand(operands: Sequence[Any], caller: str) -> int | None:
+    """The position of the only trained weight of a product, or None.
+
+    Raises:
+      TypeError: another operand is a QTensor or a trained weight too.
+    """
+    trained = [i for i, x in enumerate(operands) if isinstance(x, TrainedWeight)]
+    if not trained:
+        return None
+    others = [x for i, x in enumerate(operands) if i != trained[0]]
+    if any(isinstance(x, QUANTIZED) for x in others):
+        raise TypeError(
+            f"{caller}: {operands[trained[0]]!r} can only be multiplied by a float "
+            f"array, got {others[0]!r}. Pass floats as the other operand."
+        )
+    return trained[0]

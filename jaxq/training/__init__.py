@@ -1,0 +1,25 @@
+"""Quantization-aware training of Flax models and of plain trees of arrays.
+
+`prepare` puts a `TrainedWeight` in the place of each weight that a recipe quantizes.
+The model then trains like any other model: with `jax.grad`, `nnx.Optimizer`, optax and
+your own loop. `convert` returns what `jaxq.quantize_model` returns. The prepared model
+and the converted model compute the same numbers.
+"""
+
+from jaxq.training._check import check
+from jaxq.training._convert import convert
+from jaxq.training._labels import labels
+from jaxq.training._prepare import prepare
+from jaxq.training._ranges import Ranges, lsq, pact
+from jaxq.training._schedule import Schedule
+
+__all__ = [
+    "Ranges",
+    "Schedule",
+    "check",
+    "convert",
+    "labels",
+    "lsq",
+    "pact",
+    "prepare",
+]

@@ -1,0 +1,56 @@
+"""labels: what each leaf of the parameters is, for optax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxq.training._weights import key_name
+
+_WEIGHT, _STEP, _SWITCH = "weight", "step", "switch"
+
+
+def labels(params: Any) -> Any:
+    """A tree like `params` with a label for each array.
+
+    The label is "weight" for weights and all other parameters of the model, "step" for
+    trained scales, zero points, offsets, codebooks and ranges, and "switch" for the
+    switch of a `Schedule`. Use it as `param_labels` of `optax.multi_transform`, or to
+    keep steps out of weight decay: decay would shrink them.
+
+    Args:
+      params: a tree with `TrainedWeight`s, such as `nnx.state(qat, nnx.Param)`.
+
+    Returns:
+      A tree of strings with the structure of `params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq, optax
+      >>> params = jaxq.training.prepare(
+      ...   {"w": jnp.eye(64)}, "int4", ranges=jaxq.training.lsq())
+      >>> jax.tree.leaves(jaxq.training.labels(params))
+      ['weight', 'step']
+      >>> def decayed(params):
+      ...   return jax.tree.map(lambda label: label == "weight",
+      ...                       jaxq.training.labels(params))
+      >>> tx = optax.adamw(1e-3, mask=decayed)
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = [tuple(key_name(key) for key in _named(keys)) for keys, _ in leaves]
+    trained = {path[:-1] for path in names if path and path[-1] == "floats"}
+    leaf_labels = [_label(path, trained) for path in names]
+    return jax.tree.unflatten(jax.tree.structure(params), leaf_labels)
+
+
+def _named(keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The path without the key `.value` that an nnx Variable adds."""
+    is_value = bool(keys) and key_name(keys[-1]) == "value"
+    return keys[:-1] if is_value else keys
+
+
+def _label(path: tuple[str, ...], trained: set[tuple[str, ...]]) -> str:
+    """The label of a leaf. `trained` holds the paths of the trained weights."""
+    if path[:-1] not in trained or path[-1] == "floats":
+        return _WEIGHT
+    return _SWITCH if path[-1] == "switch" else _STEP

@@ -1,0 +1,158 @@
+"""prepare: from a float model to a model that trains for its quantized values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxq.nn.transform import NnxAdapter, Options, TreeAdapter, quantize_slots
+from jaxq.observers import LayerStats
+from jaxq.qtensor import QTensor, QuantSpec, TrainedWeight
+from jaxq.recipes import Recipe, as_recipe
+from jaxq.training._ranges import Ranges, as_ranges
+from jaxq.training._restore import restore_floats
+from jaxq.training._schedule import Schedule
+
+CALLER = "training.prepare"
+
+
+def prepare(
+    model: Any,
+    recipe: str | QuantSpec | Recipe,
+    *,
+    ranges: str | Ranges = "dynamic",
+    calibration: Iterable[Any] | Mapping[str, LayerStats] | None = None,
+    mask: Callable[[Any], Any] | None = None,
+    forward: Callable[[Any, Any], Any] | None = None,
+    sequential: bool | str = False,
+    fallback: str = "rtn",
+    strict: bool = True,
+    schedule: Schedule | None = None,
+    key: jax.Array | None = None,
+    progress: bool | None = None,
+) -> Any:
+    """Returns a copy of a float model that trains for its quantized values.
+
+    Each weight that the recipe quantizes becomes a `jaxq.qtensor.TrainedWeight`. It
+    keeps the floats, and every product quantizes them. The gradients pass straight
+    through the rounding. All leaves are floats, so `nnx.Optimizer`, optax and
+    checkpoints treat them like other parameters.
+
+    The method of the recipe gives the start. After GPTQ, AWQ or HQQ, the quantized
+    values of the prepared model are those of `quantize_model`.
+
+    A model that is prepared already is prepared again from its trained floats, for
+    example with fewer bits.
+
+    Args:
+      model: a flax nnx module, or a tree of arrays as in `jaxq.quantize_params`.
+      recipe: as in `jaxq.quantize_model`.
+      ranges: "dynamic" computes the scales of weights from the floats in every product.
+        `jaxq.training.lsq()` trains the scales, and static ranges of inputs.
+        `jaxq.training.pact()` trains clipping thresholds of inputs.
+      calibration: batches or statistics, as in `jaxq.quantize_model`. Methods such as
+        GPTQ and static ranges need them.
+      mask: as in `jaxq.quantize_model`.
+      forward: as in `jaxq.quantize_model`, or in `jaxq.quantize_params` for a tree.
+      sequential: as in `jaxq.quantize_model`.
+      fallback: as in `jaxq.quantize_model`.
+      strict: as in `jaxq.quantize_model`.
+      schedule: a `jaxq.training.Schedule`. Call its `apply` in every training step.
+      key: as in `jaxq.quantize_model`.
+      progress: as in `jaxq.quantize_model`.
+
+    Returns:
+      A model of the same class, or a tree of the same structure. In an nnx model, the
+      weights are `jaxq.nn.TrainedParam` variables, which are `nnx.Param`s.
+
+    Raises:
+      TypeError: `ranges` is unknown.
+      ValueError: the recipe quantizes no weight; a spec rounds stochastically; or the
+        errors of `quantize_model` and `quantize_params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxq, optax
+      >>> from flax import nnx
+      >>> model, x = nnx.Linear(64, 8, rngs=nnx.Rngs(0)), jnp.ones((2, 64))
+      >>> qat = jaxq.training.prepare(model, "int4", ranges=jaxq.training.lsq())
+      >>> optimizer = nnx.Optimizer(qat, optax.adam(1e-3), wrt=nnx.Param)
+      >>> grads = nnx.grad(lambda qat: jnp.mean((qat(x) - 1) ** 2))(qat)
+      >>> optimizer.update(qat, grads)
+      >>> qmodel, report = jaxq.training.convert(qat)
+      >>> bool((qmodel(x) == qat(x)).all())
+      True
+
+    References:
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference", 2018, section 3.
+    """
+    recipe = trainable_recipe(recipe, CALLER)
+    options = Options(
+        caller=CALLER,
+        calibration=calibration,
+        mask=mask,
+        forward=forward,
+        sequential=sequential,
+        fallback=fallback,
+        strict=strict,
+        key=key,
+        progress=progress,
+        replacement=replacement(as_ranges(ranges, CALLER), schedule),
+    )
+    model = restore_floats(model)
+    if isinstance(model, nnx.Module):
+        adapter = NnxAdapter(model, recipe, options)
+    else:
+        adapter = TreeAdapter(model, recipe, options)
+    prepared, report = quantize_slots(adapter, recipe, options)
+    check_trained(report, CALLER)
+    return prepared
+
+
+def replacement(
+    ranges: Ranges, schedule: Schedule | None
+) -> Callable[[jax.Array, QTensor], TrainedWeight]:
+    """The function that makes trained weights, for `Options`."""
+
+    def trained(floats: jax.Array, qt: QTensor) -> TrainedWeight:
+        weight = ranges.weight(floats, qt)
+        if schedule is None:
+            return weight
+        is_on = float(schedule.start == 0)
+        switch = jnp.full(weight.batch_shape, is_on, jnp.float32)
+        return dataclasses.replace(weight, switch=switch)
+
+    return trained
+
+
+def trainable_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
+    """The recipe, if its weights can be trained.
+
+    Raises:
+      ValueError: the spec of a weight rounds stochastically.
+    """
+    recipe = as_recipe(recipe, caller)
+    for rule in recipe.rules:
+        if isinstance(rule.weight, QuantSpec) and rule.weight.needs_key:
+            raise ValueError(
+                f"{caller}: the weight= of Rule({rule.pattern!r}) rounds "
+                "stochastically, which needs a key in every product. Use "
+                "rounding='nearest_even'. To train with stochastic rounding, call "
+                "jaxq.fake_quant(w, spec, key=key) in your own layer."
+            )
+    return recipe
+
+
+def check_trained(report: Any, caller: str) -> None:
+    """Raises a ValueError if a recipe leaves all weights in floats."""
+    if not report.quantized:
+        raise ValueError(
+            f"{caller}: the recipe quantizes no weight of the model, so there is "
+            "nothing to prepare. jaxq.nn.plan(model, recipe) shows why each weight "
+            "stays in floats."
+        )

@@ -1,0 +1,38 @@
+"""From trained weights back to their floats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxq.nn.layers import PromoteQTensors, replace_variables
+from jaxq.nn.transform import find_layers
+from jaxq.qtensor import TrainedWeight
+from jaxq.training._weights import is_trained, trained_params
+
+
+def restore_floats(model: Any) -> Any:
+    """A copy of a model with float weights, whether it is prepared or not.
+
+    Args:
+      model: an nnx module or a tree.
+    """
+    if not isinstance(model, nnx.Module):
+        return jax.tree.map(_floats, model, is_leaf=is_trained)
+    model = nnx.clone(model)
+    # `id` identifies a module, so the modules must stay alive.
+    params = [param for _, param in trained_params(model)]
+    floats = {id(param): param.floats for param in params}
+    replace_variables(model, floats)
+    for layer in find_layers(model):
+        # The hook of a quantized layer refuses float weights.
+        hook = getattr(layer.layer, "promote_dtype", None)
+        if isinstance(hook, PromoteQTensors) and floats:
+            layer.layer.promote_dtype = hook.original
+    return model
+
+
+def _floats(x: Any) -> Any:
+    return x.floats if isinstance(x, TrainedWeight) else x

@@ -1,0 +1,74 @@
+"""The trained weights of a model, with their paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxq.nn.layers import TrainedParam
+from jaxq.qtensor import TrainedWeight
+
+
+def trained_params(model: nnx.Module) -> Iterator[tuple[str, TrainedParam]]:
+    """Yields path and module of each trained weight of an nnx model."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, TrainedParam):
+            yield "/".join(map(str, path)), module
+
+
+def trained_weights(model: Any) -> Iterator[tuple[str, TrainedWeight]]:
+    """Yields the path and the value of each trained weight.
+
+    Args:
+      model: an nnx module or a tree, such as linen variables.
+    """
+    if isinstance(model, nnx.Module):
+        for path, param in trained_params(model):
+            yield path, param.get_value()
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_trained)
+    for keys, leaf in leaves:
+        if isinstance(leaf, TrainedWeight):
+            yield path_of(keys), leaf
+
+
+def map_weights(function: Callable[[TrainedWeight], TrainedWeight], model: Any) -> Any:
+    """Applies a function to each trained weight.
+
+    Args:
+      function: from a trained weight to a trained weight.
+      model: an nnx module, which is changed in place, or a tree.
+
+    Returns:
+      The same module, or a new tree.
+    """
+    if isinstance(model, nnx.Module):
+        for _, param in trained_params(model):
+            param.set_value(function(param.get_value()))
+        return model
+    return jax.tree.map(
+        lambda leaf: function(leaf) if isinstance(leaf, TrainedWeight) else leaf,
+        model,
+        is_leaf=is_trained,
+    )
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf: keys, names of attributes and positions, joined by "/"."""
+    return "/".join(key_name(key) for key in keys)
+
+
+def is_trained(x: Any) -> bool:
+    """True for a trained weight, so that a tree is not taken apart further."""
+    return isinstance(x, TrainedWeight)
+
+
+def key_name(key: Any) -> str:
+    """The text of one key of a path."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
