@@ -27,8 +27,9 @@ from jaxq.qtensor._fake_range import (
     fake_quant_in_range,
 )
 from jaxq.qtensor._geometry import Geometry, describe
-from jaxq.qtensor._inputs import check_input, check_key
+from jaxq.qtensor._inputs import check_floats, check_input, check_key
 from jaxq.qtensor._presets import as_spec
+from jaxq.qtensor._product_operand import ProductOperand
 from jaxq.qtensor._qtensor import QTensor
 from jaxq.qtensor._quantize import padded_blocks, quantize_array
 from jaxq.qtensor._quotient import divide
@@ -64,7 +65,9 @@ def fake_quant(
        entry, multiplied by their scales. Codes and zero points have no gradients.
     3. `bounds` gives the range. Both ends have gradients. A number that is clipped
        becomes one end, so the gradient with respect to this end is 1. For a number that
-       is rounded, `range_gradient` decides.
+       is rounded, `range_gradient` decides. A spec with zero points extends its range
+       to contain 0. There, a low end of 0 or more and a high end of 0 or less have the
+       gradient 0.
 
     In the cases 2 and 3 a number is clipped if it is at or beyond the smallest or the
     largest number of the format, as in LSQ. Entries of a codebook have a margin of half
@@ -132,6 +135,11 @@ def fake_quant(
       Networks", 2018.
       Han et al., "Deep Compression", 2016, for codebooks.
     """
+    if isinstance(spec, ProductOperand) and not isinstance(spec, QTensor):
+        raise TypeError(
+            f"fake_quant: spec must be a QuantSpec or a QTensor, got {spec!r}. Pass "
+            "quantize() of a TrainedWeight."
+        )
     check_choice("fake_quant: range_gradient", range_gradient, RANGE_GRADIENTS)
     if isinstance(spec, QTensor):
         return _fake_quant_on_grid(x, spec, contracting, batch, key, bounds)
@@ -163,8 +171,10 @@ def _fake_quant(
 @_fake_quant.defjvp
 def _fake_quant_jvp(spec: QuantSpec, geometry: Geometry, primals, tangents):
     x, key = primals
-    qt = quantize_array(x, spec, geometry, key)
-    passes = inside_range(x, qt)
+    # A second derivative must not go through the rounding.
+    constant_x = jax.lax.stop_gradient(x)
+    qt = quantize_array(constant_x, spec, geometry, key)
+    passes = inside_range(constant_x, qt)
     # `_fake_quant` is called again, and its value is not used here, because a second
     # derivative must find this rule again.
     value = _fake_quant(x, key, spec, geometry)
@@ -186,10 +196,11 @@ def _fake_quant_on_grid(
             f"{grid!r}. Leave them out, or pass its spec."
         )
     x = jnp.asarray(x)
-    if x.shape != grid.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+    check_floats(x.dtype, x.shape, "x", "fake_quant")
+    if x.shape != grid.shape:
         raise ValueError(
-            f"fake_quant: x must be a float array of the shape {list(grid.shape)} of "
-            f"the QTensor, got {describe(x.dtype.name, x.shape)}."
+            f"fake_quant: x must have the shape {list(grid.shape)} of the QTensor, got "
+            f"{describe(x.dtype.name, x.shape)}."
         )
     check_key((grid.spec,), key, "fake_quant")
     leaves, treedef = jax.tree.flatten(grid)
@@ -228,7 +239,9 @@ def _on_grid(
 @_on_grid.defjvp
 def _on_grid_jvp(parts: _Parts, primals, tangents):
     x, trained, constant, key = primals
-    codes = requantize(x, parts.whole(trained, constant), key=key)
+    # A second derivative must not go through the rounding.
+    grid = jax.lax.stop_gradient(parts.whole(trained, constant))
+    codes = requantize(jax.lax.stop_gradient(x), grid, key=key)
     # `_on_grid` is called again for its value, so that a second derivative finds this
     # rule again.
     value = _on_grid(x, trained, constant, key, parts)

@@ -50,7 +50,8 @@ def requantize(
     """
     if not isinstance(like, QTensor):
         raise TypeError(
-            f"requantize: like must be a QTensor, got {type(like).__name__}."
+            f"requantize: like must be a QTensor, got {type(like).__name__}. Pass the "
+            "result of jaxq.quantize, or quantize() of a TrainedWeight."
         )
     check_leaves(like, "requantize")
     x = jnp.asarray(w)
