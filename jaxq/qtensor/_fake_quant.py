@@ -6,6 +6,7 @@ case they can be trained.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -153,31 +154,61 @@ def fake_quant(
     if bounds is not None:
         ends = as_bounds(bounds, x, spec, geometry, caller="fake_quant")
         return fake_quant_in_range(x, ends, key, spec, geometry, range_gradient)
-    return _fake_quant(x, key, spec, geometry)
+    return _fake_quant(x, key, spec, geometry, None)
 
 
-def fake_quant_computed(x: jax.Array, spec: QuantSpec, geometry: Geometry) -> jax.Array:
-    """`fake_quant(x, spec)` for a known geometry, without checks and without a key."""
-    return _fake_quant(x, None, spec, geometry)
+def fake_quant_computed(
+    x: jax.Array, spec: QuantSpec, geometry: Geometry, input_scale: jax.Array | None
+) -> jax.Array:
+    """The values of `quantize_computed`, with a straight-through gradient to `x`."""
+    return _fake_quant(x, None, spec, geometry, input_scale)
+
+
+def quantize_computed(
+    x: jax.Array,
+    spec: QuantSpec,
+    geometry: Geometry,
+    input_scale: jax.Array | None,
+    key: jax.Array | None = None,
+) -> QTensor:
+    """`quantize_array` of `x`, divided by an input scale.
+
+    Args:
+      x: float array.
+      spec: how to quantize.
+      geometry: the geometry of `x`.
+      input_scale: float32 `[*batch, K]`, the input scale of the QTensor, or None.
+      key: PRNG key if `spec.needs_key`, else None.
+    """
+    if input_scale is None:
+        return quantize_array(x, spec, geometry, key)
+    view = geometry.to_view(x).astype(jnp.float32)
+    view = view / geometry.contracted_to_view(input_scale)
+    qt = quantize_array(geometry.from_view(view), spec, geometry, key)
+    return dataclasses.replace(qt, input_scale=input_scale)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _fake_quant(
-    x: jax.Array, key: jax.Array | None, spec: QuantSpec, geometry: Geometry
+    x: jax.Array,
+    key: jax.Array | None,
+    spec: QuantSpec,
+    geometry: Geometry,
+    input_scale: jax.Array | None,
 ) -> jax.Array:
-    return dequantize(quantize_array(x, spec, geometry, key))
+    return dequantize(quantize_computed(x, spec, geometry, input_scale, key))
 
 
 @_fake_quant.defjvp
 def _fake_quant_jvp(spec: QuantSpec, geometry: Geometry, primals, tangents):
-    x, key = primals
+    x, key, input_scale = primals
     # A second derivative must not go through the rounding.
-    constant_x = jax.lax.stop_gradient(x)
-    qt = quantize_array(constant_x, spec, geometry, key)
+    constant_x, constant_scale = jax.lax.stop_gradient((x, input_scale))
+    qt = quantize_computed(constant_x, spec, geometry, constant_scale, key)
     passes = inside_range(constant_x, qt)
     # `_fake_quant` is called again, and its value is not used here, because a second
     # derivative must find this rule again.
-    value = _fake_quant(x, key, spec, geometry)
+    value = _fake_quant(x, key, spec, geometry, input_scale)
     return value, jnp.where(passes, tangents[0], jnp.zeros((), x.dtype))
 
 

@@ -7,10 +7,12 @@ and both refuse every operation that needs an array.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import jax
 import numpy as np
+
+from jaxq.qtensor._meta import Meta
 
 
 class ProductOperand:
@@ -20,9 +22,11 @@ class ProductOperand:
       floats_expression: an expression that gives an array of floats, for errors.
       shape: shape of the weight.
       batch_shape: sizes of the leading batch axes.
+      meta: static facts.
     """
 
     floats_expression: ClassVar[str]
+    meta: Meta
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,6 +77,37 @@ class ProductOperand:
 
     # Every other operation needs floats, and raises.
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # The errors of jax.numpy contain an operand only if the operand has
+            # `__jax_array__`. This function does not raise the error, because the
+            # operators of jax look for the attribute too. If the attribute gives no
+            # array, they leave `x @ w` to `__rmatmul__`.
+            if name == "__jax_array__":
+                return lambda: _ArrayRefusal(self)
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name.startswith("_"):
+                raise AttributeError(message)
+            # `repr(self)` may have called this function, so it is not used here.
+            size = "x".join(map(str, self.meta.geometry.shape))
+            if hasattr(type(self), name):
+                # A property raised AttributeError because a leaf is not an array.
+                message = f"{name!r} of a {type(self).__name__} is unknown"
+                remedy = (
+                    "Its leaves are not arrays. If jaxq.partition made it, join the "
+                    "two trees with jaxq.combine"
+                )
+            else:
+                remedy = (
+                    f"A {type(self).__name__} is a quantized array: get floats with "
+                    f"{self.floats_expression}"
+                )
+            raise AttributeError(
+                f"{message}: {self.meta.name or type(self).__name__} "
+                f"{self.meta.spec.fmt.name}[{size}]. {remedy}."
+            )
+
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
             f"{self!r} does not become an array implicitly. Use "
@@ -108,6 +143,23 @@ class ProductOperand:
         return self is other
 
     __hash__ = object.__hash__
+
+
+class _ArrayRefusal:
+    """Given to jax.numpy in place of an array, so that errors contain the operand."""
+
+    def __init__(self, operand: ProductOperand):
+        self.operand = operand
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"expected an array, got {self!r}.")
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.operand!r} (a quantized array: write x @ qt, jaxq.matmul(x, qt) or "
+            f"jaxq.einsum(..., qt), or get floats with "
+            f"{self.operand.floats_expression})"
+        )
 
 
 def register_matmul(function: Callable[[Any, Any], Any]) -> None:

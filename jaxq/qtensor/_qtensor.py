@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -410,39 +410,6 @@ class QTensor(ProductOperand):
         sizes = shape[0] if is_tuple else shape
         return _reshaped(self, tuple(int(size) for size in sizes))
 
-    # Every other operation needs floats, and raises.
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            # The errors of jax.numpy contain an operand only if the operand has
-            # `__jax_array__`. This function does not raise the error, because the
-            # operators of jax look for the attribute too. If the attribute gives no
-            # array, they leave `x @ qt` to `QTensor.__rmatmul__`.
-            if name == "__jax_array__":
-                return lambda: _ArrayRefusal(self)
-            message = f"{type(self).__name__!r} object has no attribute {name!r}"
-            if name.startswith("_"):
-                raise AttributeError(message)
-            # `repr(self)` may have called this function, so it is not used here.
-            size = "x".join(map(str, self.meta.geometry.shape))
-            if hasattr(type(self), name):
-                # A property raised AttributeError because a leaf is not an array.
-                message = f"{name!r} of a QTensor is unknown"
-                remedy = (
-                    "Its leaves are not arrays. If jaxq.partition made it, join the "
-                    "two trees with jaxq.combine"
-                )
-            else:
-                remedy = (
-                    "A QTensor is a quantized array: get floats with "
-                    "jaxq.dequantize(qt)"
-                )
-            raise AttributeError(
-                f"{message}: {self.meta.name or 'QTensor'} "
-                f"{self.spec.fmt.name}[{size}]. {remedy}."
-            )
-
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
             f"{self!r} does not become an array implicitly. Use jaxq.dequantize(qt) or "
@@ -513,22 +480,6 @@ class QTensor(ProductOperand):
             attributes=attributes,
             path=path,
             subtree_renderer=subtree_renderer,
-        )
-
-
-class _ArrayRefusal:
-    """Given to jax.numpy in place of an array, so that errors contain the QTensor."""
-
-    def __init__(self, qt: QTensor):
-        self.qt = qt
-
-    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"expected an array, got {self!r}.")
-
-    def __repr__(self) -> str:
-        return (
-            f"{self.qt!r} (a quantized array: write x @ qt, jaxq.matmul(x, qt) or "
-            "jaxq.einsum(..., qt), or get floats with jaxq.dequantize(qt))"
         )
 
 

@@ -18,14 +18,18 @@ import numpy as np
 
 from jaxq.qtensor import _scales
 from jaxq.qtensor._dequantize import dequantize, scale_values, stored_values
-from jaxq.qtensor._fake_quant import fake_quant, fake_quant_computed
+from jaxq.qtensor._fake_quant import (
+    fake_quant,
+    fake_quant_computed,
+    quantize_computed,
+)
 from jaxq.qtensor._fake_range import RangeGradient
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._leaf_dtypes import leaf_dtypes
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._product_operand import ProductOperand
 from jaxq.qtensor._qtensor import QTensor
-from jaxq.qtensor._quantize import quantize_array, store_scale
+from jaxq.qtensor._quantize import store_scale
 from jaxq.qtensor._requantize import requantize
 from jaxq.qtensor._spec import QuantSpec
 
@@ -254,7 +258,9 @@ class TrainedWeight(ProductOperand):
 
     def _quantize(self) -> QTensor:
         if self.scale is None:
-            qt = quantize_array(self._divided(), self.spec, self.geometry, None)
+            qt = quantize_computed(
+                self.floats, self.spec, self.geometry, self.input_scale
+            )
         else:
             qt = requantize(self.floats, self._grid())
         changes = ("activation", "dtype", "outliers", "name")
@@ -275,31 +281,14 @@ class TrainedWeight(ProductOperand):
           Array of the shape and `dtype` of the weight, bit for bit
           `dequantize(quantize())`.
         """
-        if self.scale is None:
-            values = fake_quant_computed(self._divided(), self.spec, self.geometry)
-            values = self._multiplied(values)
-        else:
-            values = fake_quant(self.floats.astype(jnp.float32), self._smooth_grid())
-        return _to_dtype(values, self.dtype)
-
-    def _divided(self) -> jax.Array:
-        """The floats as float32, divided by the input scale."""
         floats = self.floats.astype(jnp.float32)
-        if self.input_scale is None:
-            return floats
-        scale = self.geometry.contracted_to_view(
-            jax.lax.stop_gradient(self.input_scale)
-        )
-        return self.geometry.from_view(self.geometry.to_view(floats) / scale)
-
-    def _multiplied(self, values: jax.Array) -> jax.Array:
-        """Values, multiplied by the input scale."""
-        if self.input_scale is None:
-            return values
-        scale = self.geometry.contracted_to_view(
-            jax.lax.stop_gradient(self.input_scale)
-        )
-        return self.geometry.from_view(self.geometry.to_view(values) * scale)
+        if self.scale is None:
+            values = fake_quant_computed(
+                floats, self.spec, self.geometry, self.input_scale
+            )
+        else:
+            values = fake_quant(floats, self._smooth_grid())
+        return _to_dtype(values, self.dtype)
 
     def _grid(self) -> QTensor:
         """A QTensor with the trained scales as they are stored, and codes of 0."""
