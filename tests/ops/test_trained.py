@@ -126,6 +126,10 @@ PRODUCTS = {
 }
 
 
+# Compiled as a whole, because many small programs take long to compile.
+started = jax.jit(TrainedWeight.start)
+
+
 def trained(name, preset, dtype="float32", **activation):
     """An input and a weight whose floats and scales have moved since the start."""
     product = PRODUCTS[name]
@@ -138,7 +142,7 @@ def trained(name, preset, dtype="float32", **activation):
         qt = qt.with_input_scale(jnp.exp(normal(num_inputs, seed=4)))
     if activation:
         qt = qt.with_activation("int8", **activation.pop("options", {}))
-    w = TrainedWeight.start(floats, qt, range_gradient="lsq")
+    w = dataclasses.replace(started(floats, qt), range_gradient="lsq")
     w = dataclasses.replace(w, floats=1.1 * w.floats, scale=w.scale * 1.03)
     return normal(*product.x, seed=1).astype(dtype), w
 
