@@ -351,7 +351,7 @@ def test_other_operations_name_the_remedy():
         lambda: jaxq.relayout(w, "columns"),
         lambda: jaxq.qtensor.requantize(x, w),
     ):
-        with pytest.raises(TypeError, match="quantize() of a TrainedWeight"):
+        with pytest.raises(TypeError, match=re.escape("quantize() of a TrainedWeight")):
             refused()
 
 
