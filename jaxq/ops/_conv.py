@@ -250,7 +250,7 @@ def _convolve_trained(
     def multiply(x: jax.Array, kernel: QTensor | jax.Array) -> jax.Array:
         if isinstance(kernel, QTensor):
             return convolution(x, kernel)
-        return product(x, kernel, jnp.float32)
+        return product(x, kernel.astype(x.dtype), jnp.float32)
 
     def fake_input(x: jax.Array, kernel: TrainedWeight) -> jax.Array:
         return fake_quant_activation(x, kernel, axes)

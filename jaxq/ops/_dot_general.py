@@ -49,15 +49,16 @@ def dot_general(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """`lax.dot_general`, where either operand may be a QTensor.
+    """`lax.dot_general`, where either operand may be a QTensor or a `TrainedWeight`.
 
     Low-precision operands accumulate as in matrix units: integer codes in int32, all
     others in float32. The result is rounded once. `jaxq.explain` shows which path a
     product takes.
 
     Args:
-      lhs: array or QTensor.
-      rhs: array or QTensor.
+      lhs: array, QTensor or `jaxq.qtensor.TrainedWeight`.
+      rhs: array, QTensor or `TrainedWeight`. The other operand of a `TrainedWeight` is
+        an array.
       dimension_numbers: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
       precision: passed to lax if both operands are arrays; ignored otherwise.
       preferred_element_type: dtype of the result. If an operand is quantized, this must
@@ -74,8 +75,9 @@ def dot_general(
 
     Raises:
       TypeError: contracted or batch axes differ in size, repeat or do not exist; or
-        integers or float64 numbers are multiplied by a QTensor; or an operand is
-        quantized and `preferred_element_type` is not a float dtype of at most 32 bits.
+        integers or float64 numbers are multiplied by a QTensor; or two operands are
+        quantized and one of them is a `TrainedWeight`; or an operand is quantized and
+        `preferred_element_type` is not a float dtype of at most 32 bits.
       ValueError: the weight has an activation spec, and a block size of this spec does
         not divide the contracted axis of the activation.
       NotImplementedError: a product with a QTensor has an `out_sharding` that names

@@ -15,8 +15,9 @@ from jaxq.ops._dimension_numbers import (
     as_tuples,
     check_sizes,
 )
-from jaxq.ops._operands import Operand, check_float_partner
+from jaxq.ops._operands import Operand, check_float_partner, value_of
 from jaxq.ops._plan import Plan
+from jaxq.qtensor import TrainedWeight
 
 
 def explain(
@@ -33,8 +34,9 @@ def explain(
     program and no kernel runs. Inside `jax.shard_map` each device runs the kernel.
 
     Args:
-      lhs: array, `jax.ShapeDtypeStruct` or QTensor.
-      rhs: array, `jax.ShapeDtypeStruct` or QTensor.
+      lhs: array, `jax.ShapeDtypeStruct` or QTensor. A `TrainedWeight` multiplies as
+        its `quantize()`.
+      rhs: likewise.
       dimension_numbers: as in `dot_general`. None takes the dimension numbers of
         `matmul`.
       platform: "cpu", "tpu", "cuda", "gpu" (the same as "cuda") or "rocm"; None takes
@@ -58,6 +60,7 @@ def explain(
       >>> jaxq.explain(x, jaxq.relayout(qt, "columns"), platform="tpu").kernel
       'tpu'
     """
+    num_devices = _num_devices(lhs, rhs)
     lhs, rhs = _as_described(lhs), _as_described(rhs)
     if dimension_numbers is None:
         lhs, rhs, dims = align_matmul(lhs, rhs)
@@ -71,12 +74,17 @@ def explain(
         known = ("cpu", "cuda", "gpu", "rocm", "tpu")
         formats.check_choice("explain: platform", platform, known)
     platform = "cuda" if platform == "gpu" else platform
-    num_devices = _num_devices(lhs, rhs)
     return plan_on_platform(lhs, rhs, dims, platform, num_devices)
 
 
 def _as_described(operand: Any) -> Any:
-    """Lists and numbers become arrays. Operands with axes do not change."""
+    """The operand as `dot_general` multiplies it, or its shapes.
+
+    A trained weight becomes a QTensor of shapes. Lists and numbers become arrays.
+    """
+    operand = value_of(operand)
+    if isinstance(operand, TrainedWeight):
+        return jax.eval_shape(TrainedWeight.quantize, operand)
     return operand if hasattr(operand, "ndim") else jnp.asarray(operand)
 
 

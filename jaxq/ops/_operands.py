@@ -20,7 +20,7 @@ def as_operands(*operands: Operand, caller: str) -> tuple[Any, ...]:
       TypeError: one operand is a QTensor, and another operand is a numpy array whose
         dtype jax would narrow (int64 or float64 without `jax_enable_x64`).
     """
-    values = [_value(operand) for operand in operands]
+    values = [value_of(operand) for operand in operands]
     quantized = next((value for value in values if isinstance(value, QUANTIZED)), None)
     if quantized is not None:
         for value in values:
@@ -32,7 +32,7 @@ def as_operands(*operands: Operand, caller: str) -> tuple[Any, ...]:
     )
 
 
-def _value(operand: Any) -> Any:
+def value_of(operand: Any) -> Any:
     """The value of a Flax variable; every other operand unchanged."""
     get_value = getattr(operand, "get_value", None)
     return operand if get_value is None else get_value()

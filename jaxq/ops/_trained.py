@@ -72,6 +72,8 @@ def multiply_trained(
         return pull_back(dy)
 
     def smooth_product(x: Any, weight: TrainedWeight) -> jax.Array:
+        input_scale = jax.lax.stop_gradient(weight.input_scale)  # is not trained
+        weight = dataclasses.replace(weight, input_scale=input_scale)
         values, fake_x = weight.fake_quant(), fake_input(x, weight)
         if weight.switch is not None:
             is_on = _is_on(weight)

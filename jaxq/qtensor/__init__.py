@@ -30,7 +30,8 @@ from jaxq.qtensor._leaf_dtypes import check_leaves, leaf_dtypes
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._partition import combine, partition
 from jaxq.qtensor._presets import as_activation_spec, as_spec, presets
-from jaxq.qtensor._qtensor import LEAVES, QTensor, register_matmul
+from jaxq.qtensor._product_operand import register_matmul
+from jaxq.qtensor._qtensor import LEAVES, QTensor
 from jaxq.qtensor._quantize import quantize, quantize_array
 from jaxq.qtensor._requantize import requantize
 from jaxq.qtensor._scale_rules import ScaleRule

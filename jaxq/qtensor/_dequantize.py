@@ -12,6 +12,7 @@ import numpy as np
 from jaxq import formats
 from jaxq.qtensor import _scales
 from jaxq.qtensor._leaf_dtypes import check_leaves
+from jaxq.qtensor._product_operand import ProductOperand
 from jaxq.qtensor._qtensor import QTensor
 
 
@@ -42,6 +43,10 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
       >>> jaxq.dequantize(qt).tolist()
       [0.0, 1.0078740119934082, -2.0]
     """
+    if isinstance(qt, ProductOperand) and not isinstance(qt, QTensor):
+        raise TypeError(
+            f"dequantize: expected a QTensor, got {qt!r}. Use {qt.floats_expression}."
+        )
     if not isinstance(qt, QTensor):
         raise TypeError(
             f"dequantize: expected a QTensor, got {type(qt).__name__}. Pass the result "

@@ -6,6 +6,7 @@ case they can be trained.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -27,8 +28,9 @@ from jaxq.qtensor._fake_range import (
     fake_quant_in_range,
 )
 from jaxq.qtensor._geometry import Geometry, describe
-from jaxq.qtensor._inputs import check_input, check_key
+from jaxq.qtensor._inputs import check_floats, check_input, check_key
 from jaxq.qtensor._presets import as_spec
+from jaxq.qtensor._product_operand import ProductOperand
 from jaxq.qtensor._qtensor import QTensor
 from jaxq.qtensor._quantize import padded_blocks, quantize_array
 from jaxq.qtensor._quotient import divide
@@ -64,7 +66,9 @@ def fake_quant(
        entry, multiplied by their scales. Codes and zero points have no gradients.
     3. `bounds` gives the range. Both ends have gradients. A number that is clipped
        becomes one end, so the gradient with respect to this end is 1. For a number that
-       is rounded, `range_gradient` decides.
+       is rounded, `range_gradient` decides. A spec with zero points extends its range
+       to contain 0. There, a low end of 0 or more and a high end of 0 or less have the
+       gradient 0.
 
     In the cases 2 and 3 a number is clipped if it is at or beyond the smallest or the
     largest number of the format, as in LSQ. Entries of a codebook have a margin of half
@@ -132,6 +136,11 @@ def fake_quant(
       Networks", 2018.
       Han et al., "Deep Compression", 2016, for codebooks.
     """
+    if isinstance(spec, ProductOperand) and not isinstance(spec, QTensor):
+        raise TypeError(
+            f"fake_quant: spec must be a QuantSpec or a QTensor, got {spec!r}. Pass "
+            "quantize() of a TrainedWeight."
+        )
     check_choice("fake_quant: range_gradient", range_gradient, RANGE_GRADIENTS)
     if isinstance(spec, QTensor):
         return _fake_quant_on_grid(x, spec, contracting, batch, key, bounds)
@@ -145,29 +154,61 @@ def fake_quant(
     if bounds is not None:
         ends = as_bounds(bounds, x, spec, geometry, caller="fake_quant")
         return fake_quant_in_range(x, ends, key, spec, geometry, range_gradient)
-    return _fake_quant(x, key, spec, geometry)
+    return _fake_quant(x, key, spec, geometry, None)
 
 
-def fake_quant_computed(x: jax.Array, spec: QuantSpec, geometry: Geometry) -> jax.Array:
-    """`fake_quant(x, spec)` for a known geometry, without checks and without a key."""
-    return _fake_quant(x, None, spec, geometry)
+def fake_quant_computed(
+    x: jax.Array, spec: QuantSpec, geometry: Geometry, input_scale: jax.Array | None
+) -> jax.Array:
+    """The values of `quantize_computed`, with a straight-through gradient to `x`."""
+    return _fake_quant(x, None, spec, geometry, input_scale)
+
+
+def quantize_computed(
+    x: jax.Array,
+    spec: QuantSpec,
+    geometry: Geometry,
+    input_scale: jax.Array | None,
+    key: jax.Array | None = None,
+) -> QTensor:
+    """`quantize_array` of `x`, divided by an input scale.
+
+    Args:
+      x: float array.
+      spec: how to quantize.
+      geometry: the geometry of `x`.
+      input_scale: float32 `[*batch, K]`, the input scale of the QTensor, or None.
+      key: PRNG key if `spec.needs_key`, else None.
+    """
+    if input_scale is None:
+        return quantize_array(x, spec, geometry, key)
+    view = geometry.to_view(x).astype(jnp.float32)
+    view = view / geometry.contracted_to_view(input_scale)
+    qt = quantize_array(geometry.from_view(view), spec, geometry, key)
+    return dataclasses.replace(qt, input_scale=input_scale)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _fake_quant(
-    x: jax.Array, key: jax.Array | None, spec: QuantSpec, geometry: Geometry
+    x: jax.Array,
+    key: jax.Array | None,
+    spec: QuantSpec,
+    geometry: Geometry,
+    input_scale: jax.Array | None,
 ) -> jax.Array:
-    return dequantize(quantize_array(x, spec, geometry, key))
+    return dequantize(quantize_computed(x, spec, geometry, input_scale, key))
 
 
 @_fake_quant.defjvp
 def _fake_quant_jvp(spec: QuantSpec, geometry: Geometry, primals, tangents):
-    x, key = primals
-    qt = quantize_array(x, spec, geometry, key)
-    passes = inside_range(x, qt)
+    x, key, input_scale = primals
+    # A second derivative must not go through the rounding.
+    constant_x, constant_scale = jax.lax.stop_gradient((x, input_scale))
+    qt = quantize_computed(constant_x, spec, geometry, constant_scale, key)
+    passes = inside_range(constant_x, qt)
     # `_fake_quant` is called again, and its value is not used here, because a second
     # derivative must find this rule again.
-    value = _fake_quant(x, key, spec, geometry)
+    value = _fake_quant(x, key, spec, geometry, input_scale)
     return value, jnp.where(passes, tangents[0], jnp.zeros((), x.dtype))
 
 
@@ -186,10 +227,11 @@ def _fake_quant_on_grid(
             f"{grid!r}. Leave them out, or pass its spec."
         )
     x = jnp.asarray(x)
-    if x.shape != grid.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+    check_floats(x.dtype, x.shape, "x", "fake_quant")
+    if x.shape != grid.shape:
         raise ValueError(
-            f"fake_quant: x must be a float array of the shape {list(grid.shape)} of "
-            f"the QTensor, got {describe(x.dtype.name, x.shape)}."
+            f"fake_quant: x must have the shape {list(grid.shape)} of the QTensor, got "
+            f"{describe(x.dtype.name, x.shape)}."
         )
     check_key((grid.spec,), key, "fake_quant")
     leaves, treedef = jax.tree.flatten(grid)
@@ -228,7 +270,9 @@ def _on_grid(
 @_on_grid.defjvp
 def _on_grid_jvp(parts: _Parts, primals, tangents):
     x, trained, constant, key = primals
-    codes = requantize(x, parts.whole(trained, constant), key=key)
+    # A second derivative must not go through the rounding.
+    grid = jax.lax.stop_gradient(parts.whole(trained, constant))
+    codes = requantize(jax.lax.stop_gradient(x), grid, key=key)
     # `_on_grid` is called again for its value, so that a second derivative finds this
     # rule again.
     value = _on_grid(x, trained, constant, key, parts)

@@ -54,7 +54,9 @@ def fake_quant_in_range(
 @fake_quant_in_range.defjvp
 def _fake_quant_in_range_jvp(spec, geometry, range_gradient, primals, tangents):
     x, bounds, key = primals
-    quantized = quantize_array(x, spec, geometry, key, bounds=bounds)
+    # A second derivative must not go through the rounding.
+    constant_x, constant_bounds = jax.lax.stop_gradient((x, bounds))
+    quantized = quantize_array(constant_x, spec, geometry, key, bounds=constant_bounds)
     # The function is called again for its value, so that a second derivative finds this
     # rule again.
     value = fake_quant_in_range(x, bounds, key, spec, geometry, range_gradient)
@@ -103,8 +105,9 @@ def _ends_and_step(
     if spec.offset == "min":
         return low, high, (high - low) / fmt.max
     if not spec.symmetric:
-        # The range is extended to contain 0, so that 0 is exact.
-        bottom, top = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+        # The range is extended to contain 0, so that 0 is exact. An end at 0 has no
+        # gradient: the range of numbers after a ReLU keeps its low end (PACT, LSQ).
+        bottom, top = jnp.where(low < 0, low, 0.0), jnp.where(high > 0, high, 0.0)
         return bottom, top, (top - bottom) / (fmt.max - fmt.min)
     magnitude = jnp.maximum(jnp.abs(low), jnp.abs(high))
     return -magnitude, magnitude, magnitude / fmt.max

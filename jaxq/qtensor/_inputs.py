@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from jaxq import formats
 from jaxq.qtensor._geometry import ErrorContext, Geometry, describe, resolve
+from jaxq.qtensor._product_operand import ProductOperand
 from jaxq.qtensor._qtensor import QTensor
 from jaxq.qtensor._spec import QuantSpec
 
@@ -39,7 +40,8 @@ def check_input(
       name: the name of the array in error messages.
 
     Raises:
-      TypeError: `w` is a QTensor, or `w` is not a float32, bfloat16 or float16 array.
+      TypeError: `w` is a QTensor or a `TrainedWeight`, or not a float32, bfloat16 or
+        float16 array.
       ValueError: the format has no negative numbers, and the spec is symmetric without
         an offset; or the axes are not valid, as in `resolve`.
     """
@@ -47,6 +49,11 @@ def check_input(
         raise TypeError(
             f"{caller}: {name} is already a QTensor: {w!r}. Pass "
             f"jaxq.dequantize({name}) to quantize it again."
+        )
+    if isinstance(w, ProductOperand):
+        raise TypeError(
+            f"{caller}: {name} must be a float array, got {w!r}. Pass {name}.floats, "
+            f"the float weight, or {name}.fake_quant(), its quantized values."
         )
     dtype = np.dtype(getattr(w, "dtype", None) or np.asarray(w).dtype)
     if dtype.kind in "OSU":

@@ -29,6 +29,7 @@ def relayout(qt: QTensor, target: formats.Packing | str) -> QTensor:
         use.
 
     Raises:
+      TypeError: `qt` is not a QTensor.
       ValueError: the target is unknown; the packing does not exist for codes of this
         width; the target is "columns" and blocks cross rows (`PerFlat`); or the packing
         needs more blocks and the scales are quantized.
@@ -39,6 +40,11 @@ def relayout(qt: QTensor, target: formats.Packing | str) -> QTensor:
       >>> jaxq.relayout(qt, "columns").data.shape
       (32, 64)
     """
+    if not isinstance(qt, QTensor):
+        raise TypeError(
+            f"relayout: expected a QTensor, got {type(qt).__name__}. Pass the result "
+            "of jaxq.quantize, or quantize() of a TrainedWeight."
+        )
     if target in LAYOUTS:
         return _with_layout(qt, cast(Literal["rows", "columns"], target))
     if isinstance(target, str):

@@ -10,8 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._leaf_dtypes import check_leaves
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._presets import as_activation_spec
+from jaxq.qtensor._product_operand import ProductOperand
 from jaxq.qtensor._reshape import (
     AxisGroup,
     groups_of_scale,
@@ -47,7 +47,7 @@ LEAVES = (
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class QTensor:
+class QTensor(ProductOperand):
     """A quantized array, `scale * (codes - zero_point) + offset`.
 
     `jaxq.quantize` returns a QTensor. A QTensor has the shape and dtype of the array
@@ -92,8 +92,7 @@ class QTensor:
     input_range: jax.Array | None = None
     input_scale: jax.Array | None = None
 
-    # With None, numpy calls `QTensor.__rmatmul__` for `array @ qt`.
-    __array_ufunc__ = None
+    floats_expression = "jaxq.dequantize(qt)"
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
@@ -411,109 +410,11 @@ class QTensor:
         sizes = shape[0] if is_tuple else shape
         return _reshaped(self, tuple(int(size) for size in sizes))
 
-    # Batch axes.
-
-    def __getitem__(self, index: Any) -> QTensor:
-        """`qt[i]`, `qt[a:b]`, `qt[...]` on batch axes."""
-        entries = index if isinstance(index, tuple) else (index,)
-        entries = tuple(entry for entry in entries if entry is not Ellipsis)
-        num_batch = len(self.batch_shape)
-        if len(entries) > num_batch or any(entry is None for entry in entries):
-            raise IndexError(
-                "QTensor: only batch axes can be indexed, and "
-                f"{self!r} has {num_batch}. For other axes index jaxq.dequantize(qt)."
-            )
-        if not entries:
-            return self
-        return jax.tree.map(lambda leaf: leaf[entries], self)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __iter__(self):
-        if not self.batch_shape:
-            raise TypeError(
-                "QTensor: only batch axes can be iterated over, and "
-                f"{self!r} has none. Iterate over jaxq.dequantize(qt)."
-            )
-        return (self[i] for i in range(len(self)))
-
-    # Products. `jaxq.ops` registers its `matmul` here, see `register_matmul`.
-
-    def __matmul__(self, other: Any) -> Any:
-        return _matmul(self, other)
-
-    def __rmatmul__(self, other: Any) -> Any:
-        return _matmul(other, self)
-
-    # Every other operation needs floats, and raises.
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any:
-            # The errors of jax.numpy contain an operand only if the operand has
-            # `__jax_array__`. This function does not raise the error, because the
-            # operators of jax look for the attribute too. If the attribute gives no
-            # array, they leave `x @ qt` to `QTensor.__rmatmul__`.
-            if name == "__jax_array__":
-                return lambda: _ArrayRefusal(self)
-            message = f"{type(self).__name__!r} object has no attribute {name!r}"
-            if name.startswith("_"):
-                raise AttributeError(message)
-            # `repr(self)` may have called this function, so it is not used here.
-            size = "x".join(map(str, self.meta.geometry.shape))
-            if hasattr(type(self), name):
-                # A property raised AttributeError because a leaf is not an array.
-                message = f"{name!r} of a QTensor is unknown"
-                remedy = (
-                    "Its leaves are not arrays. If jaxq.partition made it, join the "
-                    "two trees with jaxq.combine"
-                )
-            else:
-                remedy = (
-                    "A QTensor is a quantized array: get floats with "
-                    "jaxq.dequantize(qt)"
-                )
-            raise AttributeError(
-                f"{message}: {self.meta.name or 'QTensor'} "
-                f"{self.spec.fmt.name}[{size}]. {remedy}."
-            )
-
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
             f"{self!r} does not become an array implicitly. Use jaxq.dequantize(qt) or "
             "qt.codes()."
         )
-
-    def _refuse(self, *args: Any) -> NoReturn:
-        raise TypeError(
-            f"{self!r} multiplies with @, jaxq.matmul, jaxq.einsum and "
-            "jaxq.dot_general. Every other operation needs floats: use "
-            "jaxq.dequantize(qt)."
-        )
-
-    # fmt: off
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refuse
-    __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _refuse
-    __neg__ = __pos__ = __abs__ = __invert__ = __round__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
-    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _refuse
-    __float__ = __int__ = __complex__ = __bool__ = _refuse
-    # fmt: on
-
-    def __eq__(self, other: Any) -> bool:
-        """True for the same object. Pytrees and caches need this comparison.
-
-        A comparison with a number or an array needs floats and raises TypeError.
-        """
-        numbers = jax.Array | np.ndarray | np.generic | int | float | complex
-        if isinstance(other, numbers):
-            self._refuse()
-        return self is other
-
-    __hash__ = object.__hash__
 
     # Printing.
 
@@ -579,52 +480,6 @@ class QTensor:
             attributes=attributes,
             path=path,
             subtree_renderer=subtree_renderer,
-        )
-
-
-def register_matmul(function: Callable[[Any, Any], Any]) -> None:
-    """Registers the function that computes `x @ qt` and `qt @ x`.
-
-    This package must not import `jaxq.ops`. Instead `jaxq.ops` calls this function when
-    it is imported. `import jaxq` imports `jaxq.ops`.
-
-    Args:
-      function: `function(lhs, rhs)` returns the product of two operands. At least one
-        operand is a QTensor.
-
-    Example:
-      >>> import jaxq
-      >>> jaxq.qtensor.register_matmul(jaxq.matmul)
-    """
-    global _matmul
-    _matmul = function
-
-
-def registered_matmul(lhs: Any, rhs: Any) -> Any:
-    """The product `lhs @ rhs` by the function that `register_matmul` registered."""
-    return _matmul(lhs, rhs)
-
-
-def _no_matmul(lhs: Any, rhs: Any) -> Any:
-    raise RuntimeError("QTensor: `@` needs jaxq.ops. Run `import jaxq` first.")
-
-
-_matmul: Callable[[Any, Any], Any] = _no_matmul
-
-
-class _ArrayRefusal:
-    """Given to jax.numpy in place of an array, so that errors contain the QTensor."""
-
-    def __init__(self, qt: QTensor):
-        self.qt = qt
-
-    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(f"expected an array, got {self!r}.")
-
-    def __repr__(self) -> str:
-        return (
-            f"{self.qt!r} (a quantized array: write x @ qt, jaxq.matmul(x, qt) or "
-            "jaxq.einsum(..., qt), or get floats with jaxq.dequantize(qt))"
         )
 
 

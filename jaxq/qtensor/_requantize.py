@@ -10,6 +10,7 @@ from jaxq.qtensor._dequantize import scale_values
 from jaxq.qtensor._geometry import describe
 from jaxq.qtensor._inputs import check_key
 from jaxq.qtensor._leaf_dtypes import check_leaves
+from jaxq.qtensor._product_operand import ProductOperand
 from jaxq.qtensor._qtensor import QTensor
 from jaxq.qtensor._quantize import encode, padded_blocks, without_gradient
 from jaxq.qtensor._quotient import divide_for_rounding
@@ -35,8 +36,8 @@ def requantize(
       `codes_from="ideal"`, a ternary scale rule or stochastic rounding.
 
     Raises:
-      TypeError: `like` is not a QTensor, or one of its leaves has another dtype than
-        its `meta` says.
+      TypeError: `w` is quantized, `like` is not a QTensor, or one of its leaves has
+        another dtype than its `meta` says.
       ValueError: the shapes of `w` and `like` differ; `w` is not a float array; `like`
         rounds stochastically and `key` is None; or `like` does not round stochastically
         and `key` is given.
@@ -50,9 +51,15 @@ def requantize(
     """
     if not isinstance(like, QTensor):
         raise TypeError(
-            f"requantize: like must be a QTensor, got {type(like).__name__}."
+            f"requantize: like must be a QTensor, got {type(like).__name__}. Pass the "
+            "result of jaxq.quantize, or quantize() of a TrainedWeight."
         )
     check_leaves(like, "requantize")
+    if isinstance(w, ProductOperand):
+        raise TypeError(
+            f"requantize: w must be a float array, got {w!r}. Use "
+            f"{w.floats_expression}."
+        )
     x = jnp.asarray(w)
     if x.shape != like.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(

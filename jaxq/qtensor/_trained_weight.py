@@ -17,15 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.qtensor import _scales
-from jaxq.qtensor._bounds import inside_range
-from jaxq.qtensor._dequantize import dequantize, scale_values
-from jaxq.qtensor._fake_quant import fake_quant, fake_quant_computed
+from jaxq.qtensor._dequantize import dequantize, scale_values, stored_values
+from jaxq.qtensor._fake_quant import (
+    fake_quant,
+    fake_quant_computed,
+    quantize_computed,
+)
 from jaxq.qtensor._fake_range import RangeGradient
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._leaf_dtypes import leaf_dtypes
 from jaxq.qtensor._meta import Meta
-from jaxq.qtensor._qtensor import QTensor, registered_matmul
-from jaxq.qtensor._quantize import quantize_array, store_scale
+from jaxq.qtensor._product_operand import ProductOperand
+from jaxq.qtensor._qtensor import QTensor
+from jaxq.qtensor._quantize import store_scale
 from jaxq.qtensor._requantize import requantize
 from jaxq.qtensor._spec import QuantSpec
 
@@ -44,7 +48,7 @@ TRAINED_LEAVES = (
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TrainedWeight:
+class TrainedWeight(ProductOperand):
     """A float weight, and how it is quantized in every product.
 
     `jaxq.training.prepare` puts it in the place of a weight. `x @ w`, `jaxq.matmul`,
@@ -54,14 +58,15 @@ class TrainedWeight:
 
     Attributes:
       floats: the weight, `[*batch, *shape]`.
-      scale: float32 `[*batch, *num_blocks]`, trained scales. None computes the scales
+      scale: float32 `[*batch, *num_blocks]`, trained scales. A `TrainedWeight` if the
+        spec quantizes its scales, as in the preset "nvfp4". None computes the scales
         from the floats.
       zero_point: float32 like `scale`, or None. It is rounded where it is used.
       offset: float32 like the offset of the QTensor, or None.
       codebook: float32 `[*batch, *num_blocks, num_codes]`, or None.
       input_range: float32 `[*batch, 2]`, the (low, high) of static activation
         quantization, or None.
-      input_scale: float32 `[*batch, K]`, as in `QTensor`, or None.
+      input_scale: float32 `[*batch, K]`, as in `QTensor`, or None. It is not trained.
       switch: float32 `[*batch]`. Products use the floats if it is 0, and the quantized
         values if it is 1. None always quantizes.
       meta: the static facts of `quantize()`.
@@ -89,7 +94,7 @@ class TrainedWeight:
     """
 
     floats: jax.Array
-    scale: jax.Array | None
+    scale: jax.Array | TrainedWeight | None
     zero_point: jax.Array | None
     offset: jax.Array | None
     codebook: jax.Array | None
@@ -100,8 +105,7 @@ class TrainedWeight:
     range_gradient: RangeGradient | None = None
     gradient_scale: bool = False
 
-    # With None, numpy calls `__rmatmul__` for `array @ w`.
-    __array_ufunc__ = None
+    floats_expression = "w.fake_quant()"
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
@@ -138,17 +142,24 @@ class TrainedWeight:
           floats: float array of the shape of `qt`.
           qt: the weight, quantized by any method.
           trained_scales: True trains the scales of `qt`, its zero points, offsets and
-            codebooks. False computes them from the floats in every product.
+            codebooks. False computes them from the floats in every product. The
+            quantized values are then those of `qt` only if it has the computed scales.
           range_gradient: as in `jaxq.fake_quant`.
           gradient_scale: as in the class.
 
         Raises:
-          ValueError: `trained_scales` is False, and `qt` has a codebook that is not
-            computed from the floats.
+          ValueError: the spec of `qt` rounds stochastically; or `trained_scales` is
+            False, and `qt` has a codebook that is not computed from the floats.
         """
+        if qt.spec.needs_key:
+            raise ValueError(
+                f"TrainedWeight.start: {qt!r} rounds stochastically, which needs a key "
+                "in every product. Use rounding='nearest_even'."
+            )
+        leaves = (None, None, None, None)
         if trained_scales:
             leaves = (
-                scale_values(qt),
+                _trained_scale(stored_values(qt.scale), qt.scale),
                 _as_float32(qt.zero_point),
                 _as_float32(qt.offset),
                 qt.codebook,
@@ -158,8 +169,6 @@ class TrainedWeight:
                 f"TrainedWeight.start: {qt!r} has a codebook, which cannot be "
                 "computed from the floats. Use trained_scales=True."
             )
-        else:
-            leaves = (None, None, None, None)
         weight = cls(
             floats,
             *leaves,
@@ -172,6 +181,16 @@ class TrainedWeight:
         same = weight.quantize().codes() == qt.codes()
         start = jnp.where(same, floats, dequantize(qt, dtype=floats.dtype))
         return dataclasses.replace(weight, floats=start)
+
+    def with_scale(self, scale: jax.Array) -> TrainedWeight:
+        """The same weight with other scales.
+
+        Args:
+          scale: float32 `[*batch, *num_blocks]`. If the spec quantizes scales, the
+            scales of these scales are computed from them.
+        """
+        stored = store_scale(scale, self.spec, self.geometry)
+        return dataclasses.replace(self, scale=_trained_scale(scale, stored))
 
     # Properties of an array.
 
@@ -224,111 +243,77 @@ class TrainedWeight:
         meta = dataclasses.replace(self.meta, dtype=dtype.name)
         return dataclasses.replace(self, meta=meta)
 
-    def __getitem__(self, index: Any) -> TrainedWeight:
-        """Weights of a stack: indexes leading batch axes. `w[...]` is `w`.
-
-        Raises:
-          TypeError: the index reaches an axis that is not a batch axis.
-        """
-        if index is Ellipsis:
-            return self
-        indices = index if isinstance(index, tuple) else (index,)
-        has_other = any(i is None or i is Ellipsis for i in indices)
-        if has_other or len(indices) > len(self.batch_shape):
-            raise TypeError(
-                f"{self!r} can be indexed along its {len(self.batch_shape)} batch axes "
-                f"only, got {index!r}. Use w.fake_quant() to get an array."
-            )
-        return jax.tree.map(lambda leaf: leaf[index], self)
-
     def __repr__(self) -> str:
         scales = "computed scales" if self.scale is None else "trained scales"
-        return (
-            f"TrainedWeight({self.floats.dtype}{list(self.shape)}, "
-            f"{self.spec.fmt.name}, {scales})"
-        )
-
-    def __matmul__(self, other: Any) -> Any:
-        return registered_matmul(self, other)
-
-    def __rmatmul__(self, other: Any) -> Any:
-        return registered_matmul(other, self)
+        # Leaves are not arrays in trees of labels, for example.
+        dtype = getattr(self.floats, "dtype", self.meta.dtype)
+        shape = list(getattr(self.floats, "shape", self.geometry.shape))
+        return f"TrainedWeight({dtype}{shape}, {self.spec.fmt.name}, {scales})"
 
     # Quantization.
 
     def quantize(self) -> QTensor:
         """The quantized weight. It has no gradient."""
-        floats = jax.lax.stop_gradient(self.floats)
+        return jax.lax.stop_gradient(self)._quantize()
+
+    def _quantize(self) -> QTensor:
         if self.scale is None:
-            if self.input_scale is not None:
-                floats = self._divided(floats)
-            qt = quantize_array(floats, self.spec, self.geometry, None)
+            qt = quantize_computed(
+                self.floats, self.spec, self.geometry, self.input_scale
+            )
         else:
-            qt = requantize(floats, self._grid())
-        changes = {"activation", "dtype", "outliers", "name"}
+            qt = requantize(self.floats, self._grid())
+        changes = ("activation", "dtype", "outliers", "name")
         qt = qt.with_meta(**{name: getattr(self.meta, name) for name in changes})
         return dataclasses.replace(
             qt, input_range=self.input_range, input_scale=self.input_scale
         )
 
     def fake_quant(self) -> jax.Array:
-        """The values of `quantize()`, with gradients to all leaves but `switch`.
+        """The values of `quantize()`, with gradients.
+
+        The floats, scales, zero points, offsets and codebooks have gradients. The
+        gradient of a zero point is `-scale` for a number that is clipped and 0 for
+        others, as that of an offset in LSQ+. All other gradients are those of
+        `jaxq.fake_quant`.
 
         Returns:
           Array of the shape and `dtype` of the weight, bit for bit
           `dequantize(quantize())`.
         """
-        if self.scale is None:
-            return self._fake_quant_computed()
-        grid = self._smooth_grid()
-        values = fake_quant(self.floats.astype(jnp.float32), grid)
-        if self.zero_point is not None:
-            values = values + self._change_of_zero_points()
-        return _to_dtype(values, self.dtype)
-
-    def _fake_quant_computed(self) -> jax.Array:
         floats = self.floats.astype(jnp.float32)
-        if self.input_scale is not None:
-            floats = self._divided(floats)
-        values = fake_quant_computed(floats, self.spec, self.geometry)
-        if self.input_scale is not None:
-            view = self.geometry.to_view(values)
-            view = view * self.geometry.contracted_to_view(self.input_scale)
-            values = self.geometry.from_view(view)
+        if self.scale is None:
+            values = fake_quant_computed(
+                floats, self.spec, self.geometry, self.input_scale
+            )
+        else:
+            values = fake_quant(floats, self._smooth_grid())
         return _to_dtype(values, self.dtype)
-
-    def _divided(self, floats: jax.Array) -> jax.Array:
-        """The floats, divided by the input scale."""
-        assert self.input_scale is not None
-        view = self.geometry.to_view(floats).astype(jnp.float32)
-        view = view / self.geometry.contracted_to_view(self.input_scale)
-        return self.geometry.from_view(view)
 
     def _grid(self) -> QTensor:
         """A QTensor with the trained scales as they are stored, and codes of 0."""
-        spec, geometry = self.spec, self.geometry
-        assert self.scale is not None
-        constant = jax.lax.stop_gradient
-        zero_point = None
-        if self.zero_point is not None:
-            fmt = spec.fmt
-            rounded = jnp.clip(jnp.round(constant(self.zero_point)), fmt.min, fmt.max)
-            zero_point = rounded.astype(fmt.code_dtype)
-        meta = Meta(spec, geometry, spec.order, self.meta.dtype)
+        meta = Meta(self.spec, self.geometry, self.spec.order, self.meta.dtype)
         dtypes = leaf_dtypes(meta)
-        offset = None
+        if isinstance(self.scale, TrainedWeight):
+            scale = self.scale.quantize()
+        else:
+            assert self.scale is not None
+            scale = store_scale(self.scale, self.spec, self.geometry)
+        zero_point = offset = None
+        if self.zero_point is not None:
+            fmt = self.spec.fmt
+            zero_point = jnp.clip(jnp.round(self.zero_point), fmt.min, fmt.max)
+            zero_point = zero_point.astype(dtypes["zero_point"])
         if self.offset is not None:
             dtype = dtypes["offset"].name
-            offset = _scales.store_in_dtype(constant(self.offset), dtype, signed=True)
-        codebook = self.codebook
-        scale = store_scale(constant(self.scale), spec, geometry)
+            offset = _scales.store_in_dtype(self.offset, dtype, signed=True)
         codes = jnp.zeros((*self.batch_shape, *meta.stored_shape), dtypes["data"])
         return QTensor(
             codes,
             scale,
             zero_point,
             offset,
-            None if codebook is None else constant(codebook),
+            self.codebook,
             meta,
             input_scale=self.input_scale,
         )
@@ -336,22 +321,24 @@ class TrainedWeight:
     def _smooth_grid(self) -> QTensor:
         """`_grid()` with float32 scales and offsets that have gradients.
 
-        The gradients pass straight through the rounding of scales and offsets.
+        The gradients pass straight through the rounding of scales, zero points and
+        offsets.
         """
-        grid = self._grid()
+        grid = jax.lax.stop_gradient(self)._grid()
         spec = self.spec.replace(scale="float32")
-        scale = jax.lax.stop_gradient(scale_values(grid))
+        stored_scale = scale_values(grid)
+        scale = stored_scale
         if self.codebook is None:
             # Entries of a codebook are multiplied by the scale, so either of the two
             # is enough to train. Entries are trained, and their scale is constant.
-            change = _change(self.scale)
-            if self.gradient_scale:
-                change = change * self._scale_factor()
-            scale = scale + change
+            scale = stored_scale + self._change_of_scales()
         offset = None
-        if grid.offset is not None:
-            stored = _scales.load_from_dtype(grid.offset)
-            offset = jax.lax.stop_gradient(stored) + _change(self.offset)
+        if self.offset is not None:
+            offset = _scales.load_from_dtype(grid.offset) + _change(self.offset)
+        elif self.zero_point is not None:
+            # A zero point shifts the range as an offset of `-scale * zero_point` does.
+            # This offset is 0 and has the derivative of the zero point.
+            offset = -stored_scale * _change(self.zero_point)
         codebook = self.codebook
         if codebook is not None and spec.rule.has_threshold:
             # A ternary weight keeps its zero.
@@ -362,29 +349,36 @@ class TrainedWeight:
             grid, scale=scale, offset=offset, codebook=codebook, meta=meta
         )
 
-    def _scale_factor(self) -> jax.Array:
-        """LSQ's factor of the gradient of a scale, `[*num_blocks]` or 1-sized axes."""
+    def _change_of_scales(self) -> jax.Array:
+        """Zero, with the derivative of the scales."""
+        scale = self.scale
+        if isinstance(scale, TrainedWeight):
+            scale = scale.fake_quant()
+        change = _change(scale)
+        if not self.gradient_scale:
+            return change
+        # LSQ's factor of the gradient.
         counts = self.geometry.scale_from_blocks(jnp.asarray(self.geometry.counts()))
-        return 1 / jnp.sqrt(jnp.maximum(counts, 1) * np.float32(self.spec.fmt.max))
-
-    def _change_of_zero_points(self) -> jax.Array:
-        """Zero, with the derivative of the values with respect to the zero points.
-
-        A clipped number is `scale * (code - zero_point)`. A rounded number does not
-        depend on its zero point, because its code moves with it.
-        """
-        geometry, grid = self.geometry, self._grid()
-        scale = geometry.scale_to_blocks(scale_values(grid))
-        moved = geometry.scale_to_blocks(_change(self.zero_point)) * scale
-        quantized = requantize(jax.lax.stop_gradient(self.floats), grid)
-        is_inside = inside_range(jax.lax.stop_gradient(self.floats), quantized)
-        inside = geometry.to_blocks(geometry.pad(geometry.to_view(is_inside)))
-        change = jnp.where(inside, 0.0, -moved)
-        return geometry.from_view(geometry.unpad(geometry.from_blocks(change)))
+        factor = jnp.maximum(counts, 1) * np.float32(self.spec.fmt.max)
+        return change / jnp.sqrt(factor)
 
 
 # The classes that take the place of a weight in a product.
 QUANTIZED = QTensor | TrainedWeight
+
+
+def _trained_scale(
+    values: jax.Array, stored: jax.Array | QTensor
+) -> jax.Array | TrainedWeight:
+    """The leaf `scale` of a TrainedWeight.
+
+    Args:
+      values: float32 scales.
+      stored: the scales as they are stored.
+    """
+    if isinstance(stored, QTensor):
+        return TrainedWeight.start(values, stored)
+    return values
 
 
 def _as_float32(leaf: jax.Array | None) -> jax.Array | None:

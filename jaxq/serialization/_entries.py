@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.qtensor import LEAVES, Meta, QTensor, check_leaves, relayout
+from jaxq.qtensor import LEAVES, Meta, QTensor, TrainedWeight, check_leaves, relayout
 from jaxq.serialization._damage import damage_of
 
 # Arrays of these dtypes are stored as they are. safetensors has no name for some other
@@ -65,6 +65,13 @@ class EntryWriter:
                 self.describe(v, _child_path(path, str(i))) for i, v in enumerate(value)
             ]
             return {"is": type(value).__name__, "items": items}
+        if isinstance(value, TrainedWeight):
+            raise TypeError(
+                f"{self._caller}: {path or 'the value'} is {value!r}. Save the result "
+                "of jaxq.training.convert. To resume training, save "
+                "jax.tree.leaves(params), and put them into a prepared tree with "
+                "jax.tree.unflatten."
+            )
         raise TypeError(
             f"{self._caller}: {path or 'the tree'} has type {type(value).__name__}, "
             "which cannot be saved. A tree may hold dicts, lists, tuples, arrays, "

@@ -56,11 +56,15 @@ def _problems(weight: TrainedWeight) -> Iterator[str]:
         leaf = getattr(weight, name)
         if leaf is None:
             continue
+        if isinstance(leaf, TrainedWeight):  # quantized scales
+            yield from (f"{name}.{problem}" for problem in _problems(leaf))
+            continue
         num_bad = int(jnp.sum(~jnp.isfinite(leaf)))
         if num_bad:
             yield f"{name}: {num_bad} of {leaf.size} numbers are NaN or infinite"
     if weight.scale is not None:
-        scale = np.asarray(weight.scale)
+        is_quantized = isinstance(weight.scale, TrainedWeight)
+        scale = np.asarray(weight.scale.floats if is_quantized else weight.scale)
         num_zero, num_negative = int(np.sum(scale == 0)), int(np.sum(scale < 0))
         if num_zero:
             yield f"scale: {num_zero} of {scale.size} steps are zero"

@@ -51,6 +51,9 @@ def _named(keys: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _label(path: tuple[str, ...], trained: set[tuple[str, ...]]) -> str:
     """The label of a leaf. `trained` holds the paths of the trained weights."""
-    if path[:-1] not in trained or path[-1] == "floats":
+    owner = path[:-1]
+    # Scales that are quantized themselves are a trained weight in a trained weight.
+    is_scale = owner[-1:] == ("scale",) and owner[:-1] in trained
+    if owner not in trained or (path[-1] == "floats" and not is_scale):
         return _WEIGHT
     return _SWITCH if path[-1] == "switch" else _STEP

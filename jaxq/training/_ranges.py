@@ -79,9 +79,8 @@ class Ranges:
             gradient_scale=self.gradient_scale,
         )
         if self.initial == "lsq" and qt.codebook is None:
-            weight = dataclasses.replace(
-                weight, floats=floats, scale=_lsq_scale(floats, qt)
-            )
+            weight = dataclasses.replace(weight, floats=floats)
+            return weight.with_scale(_lsq_scale(floats, qt))
         return weight
 
 

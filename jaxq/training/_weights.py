@@ -14,9 +14,14 @@ from jaxq.qtensor import TrainedWeight
 
 def trained_params(model: nnx.Module) -> Iterator[tuple[str, TrainedParam]]:
     """Yields path and module of each trained weight of an nnx model."""
+    # Scales that are quantized themselves are a TrainedParam in a TrainedParam.
+    nested: set[int] = set()
+    params = []
     for path, module in nnx.iter_modules(model):
         if isinstance(module, TrainedParam):
-            yield "/".join(map(str, path)), module
+            nested.add(id(module.scale))
+            params.append(("/".join(map(str, path)), module))
+    yield from (item for item in params if id(item[1]) not in nested)
 
 
 def trained_weights(model: Any) -> Iterator[tuple[str, TrainedWeight]]:

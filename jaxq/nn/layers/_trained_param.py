@@ -39,8 +39,10 @@ class TrainedParam(nnx.Module):
 
     Attributes:
       floats: `nnx.Param`, the float weight.
-      scale: `nnx.Param`, the trained scales, or None. The attributes `zero_point`,
-        `offset` and `codebook` are like it.
+      scale: `nnx.Param`, the trained scales; `TrainedParam` if they are quantized; or
+        None.
+      zero_point: `nnx.Param` or None. The attributes `offset` and `codebook` are like
+        it.
       input_range: `nnx.Param` if the range is trained, `QuantStats` if it is not, or
         None.
       input_scale: `QuantStats` or None.
@@ -65,6 +67,8 @@ class TrainedParam(nnx.Module):
             leaf = getattr(weight, name)
             if leaf is None:
                 setattr(self, name, None)
+            elif isinstance(leaf, TrainedWeight):  # quantized scales
+                setattr(self, name, TrainedParam(leaf))
             elif name in constants:
                 setattr(self, name, QuantStats(leaf))
             else:

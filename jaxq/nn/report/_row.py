@@ -15,7 +15,7 @@ from jaxq.nn.layers import Roles
 from jaxq.nn.report._errors import quantization_errors
 from jaxq.nn.report._output_error import LayerErrors
 from jaxq.nn.report._product import product_note
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QUANTIZED, QTensor
 from jaxq.recipes import Rule
 
 COLUMNS = (
@@ -163,7 +163,7 @@ def why_not_weight(value: Any, *, in_layer: bool = False) -> str:
       value: an array, a QTensor, or another object of the model.
       in_layer: a layer that jaxq knows holds the value. The value is not its weight.
     """
-    if isinstance(value, QTensor):
+    if isinstance(value, QUANTIZED):
         return "quantized already, left as it is"
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
     if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
@@ -179,9 +179,9 @@ def float_row(path: str, kind: str, value: Any, note: str) -> Row:
     """The row of a parameter that stays as it is."""
     leaves = [leaf for leaf in jax.tree.leaves(value) if hasattr(leaf, "dtype")]
     nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    # The leaves of a QTensor are packed codes and scales, not elements.
-    is_qtensor = isinstance(value, QTensor)
-    size = value.size if is_qtensor else sum(leaf.size for leaf in leaves)
+    # The leaves of a quantized weight include codes and scales, not only elements.
+    is_quantized = isinstance(value, QUANTIZED)
+    size = value.size if is_quantized else sum(leaf.size for leaf in leaves)
     bits = 8 * nbytes / size if size else 0.0
     shape = tuple(getattr(value, "shape", ()))
     return Row(path, kind, shape, None, None, bits, nbytes, nbytes, None, None, note)

@@ -54,6 +54,7 @@ from jaxq.nn.transform._nnx_layers import (
     normalized_layers,
 )
 from jaxq.nn.transform._options import Options
+from jaxq.nn.transform._prepared import refuse_prepared
 from jaxq.nn.transform._rotation import rotate_model, rotation_notes
 from jaxq.nn.transform._same_function import check_folded, check_rotated, nnx_run
 from jaxq.nn.transform._slot import Inventory, Slot
@@ -217,6 +218,7 @@ class NnxAdapter:
     keys_follow_slots = False
 
     def __init__(self, model: nnx.Module, recipe: Recipe, options: Options):
+        refuse_prepared(model, options.caller)
         self.caller = options.caller
         self.unmatched_remedy = ""
         self._recipe = recipe
@@ -485,7 +487,7 @@ class NnxAdapter:
     def _function(self) -> ParameterFunction:
         """The model in its present state, as a function of its variables' values."""
         graph, state = nnx.split(eval_copy(self._model))
-        leaves, structure = jax.tree.flatten(state, is_leaf=_is_qtensor)
+        leaves, structure = jax.tree.flatten(state, is_leaf=_is_quantized)
 
         def run(leaves: Sequence[Any], batch: Any) -> Any:
             model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
@@ -496,7 +498,7 @@ class NnxAdapter:
     def _variable_paths(self) -> list[str]:
         """The path of the variable of each leaf of `_function`."""
         state = nnx.state(self._model)
-        leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_qtensor)
+        leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_quantized)
         # The last key is the ".value" of the variable.
         return ["/".join(map(key_name, keys[:-1])) for keys, _ in leaves]
 
@@ -523,7 +525,7 @@ def _is_bare(slot: Slot) -> bool:
     return isinstance(slot.kind, ArrayKind)
 
 
-def _is_qtensor(x: Any) -> bool:
+def _is_quantized(x: Any) -> bool:
     return isinstance(x, QUANTIZED)
 
 

@@ -44,11 +44,12 @@ from jaxq.nn.transform._loop import quantize_slots
 from jaxq.nn.transform._model_error import Run
 from jaxq.nn.transform._nnx_layers import NOT_WEIGHTS
 from jaxq.nn.transform._options import Options
+from jaxq.nn.transform._prepared import refuse_prepared
 from jaxq.nn.transform._rotation import refuse_rotation
 from jaxq.nn.transform._slot import Inventory, Slot
 from jaxq.nn.transform._traced import ArrayKind, slot_with_use, spread_stats
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QTensor, QuantSpec, TrainedWeight, dequantize
+from jaxq.qtensor import QUANTIZED, QTensor, QuantSpec, TrainedWeight, dequantize
 from jaxq.recipes import Recipe, Rule, as_recipe
 
 
@@ -160,11 +161,12 @@ def quantize_params(
 def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
     """Returns the tree with every QTensor dequantized.
 
-    Inside `jax.jit`, XLA frees the float arrays after their last use.
+    A `TrainedWeight` becomes its `fake_quant()`, which has gradients. Inside `jax.jit`,
+    XLA frees the float arrays after their last use.
 
     Args:
-      params: a tree with QTensors.
-      dtype: the dtype of the results. None uses the dtype of each QTensor.
+      params: a tree with QTensors or `TrainedWeight`s.
+      dtype: the dtype of the results. None uses the dtype of each weight.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -173,13 +175,15 @@ def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
       'float32'
     """
     return jax.tree.map(
-        lambda leaf: _dequantized(leaf, dtype), params, is_leaf=_is_qtensor
+        lambda leaf: _dequantized(leaf, dtype), params, is_leaf=_is_quantized
     )
 
 
 def _dequantized(leaf: Any, dtype: Any = None) -> Any:
-    """A leaf, dequantized if it is a QTensor."""
-    return dequantize(leaf, dtype=dtype) if _is_qtensor(leaf) else leaf
+    """A leaf, as floats if it is quantized."""
+    if isinstance(leaf, TrainedWeight):
+        return (leaf if dtype is None else leaf.astype(dtype)).fake_quant()
+    return dequantize(leaf, dtype=dtype) if isinstance(leaf, QTensor) else leaf
 
 
 def _may_draw(rule: Rule) -> bool:
@@ -234,6 +238,7 @@ class TreeAdapter:
     keys_follow_slots = True
 
     def __init__(self, params: Any, recipe: Recipe, options: Options):
+        refuse_prepared(params, options.caller)
         refuse_rotation(recipe, options.caller)
         self.caller = options.caller
         self.notes: tuple[str, ...] = ()
@@ -249,7 +254,7 @@ class TreeAdapter:
             self.read_arguments = ("calibration", "forward")
         self._recipe = recipe
         self._options = options
-        self._structure = jax.tree.structure(params, is_leaf=_is_qtensor)
+        self._structure = jax.tree.structure(params, is_leaf=_is_quantized)
         self._leaves = list(_leaves_of(params))
         # `id` identifies an original array, so these arrays must stay alive.
         self._arrays = [leaf.value for leaf in self._leaves]
@@ -410,7 +415,7 @@ class TreeAdapter:
 
         leaves = [leaf.value for leaf in self._leaves]
         is_quantized = any(
-            _is_qtensor(leaf.value) and not _is_qtensor(array)
+            _is_quantized(leaf.value) and not _is_quantized(array)
             for leaf, array in zip(self._leaves, self._arrays, strict=True)
         )
         function = ParameterFunction(run, leaves)
@@ -431,7 +436,7 @@ class TreeAdapter:
         if not (is_quantized and self._runs_dequantized):
             return function
         leaves = [
-            leaf.value if _is_qtensor(array) else _dequantized(leaf.value)
+            leaf.value if _is_quantized(array) else _dequantized(leaf.value)
             for leaf, array in zip(self._leaves, self._arrays, strict=True)
         ]
         return ParameterFunction(run, leaves)
@@ -444,7 +449,7 @@ class TreeAdapter:
             if leaf.slot is not None
             and leaf.array in self._uses
             and not self._uses[leaf.array].problem
-            and not _is_qtensor(leaf.value)
+            and not _is_quantized(leaf.value)
         ]
 
     def _positions(self, array: int) -> tuple[int, ...]:
@@ -539,7 +544,9 @@ def _leaves_of(params: Any) -> Iterable[_Leaf]:
         )
         if _is_variable(node)
     }
-    for keys, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_qtensor):
+    for keys, value in jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=_is_quantized
+    ):
         # In `nnx.state`, the last key is the ".value" of a variable.
         own_keys = keys[:-1] if keys[:-1] in variable_types else keys
         variable_type = variable_types.get(own_keys)
@@ -563,8 +570,8 @@ def _key_text(key: Any) -> str:
     return str(key)
 
 
-def _is_qtensor(x: Any) -> bool:
-    return isinstance(x, QTensor)
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QUANTIZED)
 
 
 def _is_variable(x: Any) -> bool:
