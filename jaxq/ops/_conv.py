@@ -22,6 +22,7 @@ from jaxq.ops._trained import (
     fake_quant_activation,
     multiply_trained,
     trained_operand,
+    with_average,
 )
 from jaxq.qtensor import (
     FLOATS,
@@ -255,6 +256,7 @@ def _convolve_trained(
     def fake_input(x: jax.Array, kernel: TrainedWeight) -> jax.Array:
         return fake_quant_activation(x, kernel, axes)
 
+    kernel = with_average(x, kernel, axes)
     return multiply_trained(x, kernel, multiply, fake_input)
 
 

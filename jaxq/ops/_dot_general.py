@@ -36,6 +36,7 @@ from jaxq.ops._trained import (
     multiply_trained,
     reciprocal_input_scale,
     trained_operand,
+    with_average,
 )
 from jaxq.ops._weight_rows import weight_rows
 from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight, dequantize
@@ -194,6 +195,11 @@ def _multiply_trained(
         reciprocal = reciprocal_input_scale(weight)
         return scale_operand(values, reciprocal, dims, swapped=swapped)[0]
 
+    if weight.decay is not None:
+        scaled = x
+        if weight.input_scale is not None:
+            scaled, _ = scale_operand(x, weight, dims, swapped=swapped)
+        weight = with_average(scaled, weight, axes)
     return multiply_trained(x, weight, multiply, fake_input)
 
 

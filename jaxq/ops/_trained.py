@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxq.ops._activations import ActivationAxes, range_ends
 from jaxq.ops._outlier_columns import split_outlier_columns
-from jaxq.qtensor import QUANTIZED, TrainedWeight, fake_quant
+from jaxq.qtensor import QUANTIZED, TrainedWeight, fake_quant, range_options
 
 # `multiply(x, weight)` multiplies by a QTensor, or by an array of the same values.
 Multiply = Callable[[Any, Any], jax.Array]
@@ -89,6 +89,70 @@ def _is_on(weight: TrainedWeight) -> jax.Array:
     """Whether products quantize. All weights of a stack have the same switch."""
     assert weight.switch is not None
     return jnp.all(weight.switch > 0.5)
+
+
+def with_average(
+    x: jax.Array, weight: TrainedWeight, axes: ActivationAxes
+) -> TrainedWeight:
+    """The weight with the input range of a product, if the range is a moving average.
+
+    The first input sets the range. Afterwards it is
+    `decay * range + (1 - decay) * range of the input`. An input that is all zeros, or
+    has a number that is not finite, does not count. As long as no input has counted,
+    each product uses the range of its own input.
+
+    Args:
+      x: the input, multiplied by the weight's input scale if it has one.
+      weight: the trained weight. `weight.record` stores the new average.
+      axes: the roles of the axes of `x`.
+    """
+    if weight.decay is None:
+        return weight
+    present = _range_of(jax.lax.stop_gradient(x), weight, axes)
+    average = weight.input_range
+    if average is None:
+        average = jnp.zeros_like(present)
+    if weight.record is not None:
+        average = _next_average(average, present, weight)
+        weight.record(average)
+    input_range = jnp.where(_is_range(average), average, present)
+    return dataclasses.replace(weight, input_range=input_range, record=None)
+
+
+def _next_average(
+    average: jax.Array, present: jax.Array, weight: TrainedWeight
+) -> jax.Array:
+    """The moving average after an input with the range `present`, `[*batch, 2]`."""
+    assert weight.decay is not None
+    decay = np.float32(weight.decay)
+    mixed = decay * average + (1 - decay) * present
+    following = jnp.where(_is_range(average), mixed, present)
+    counts = _is_range(present) & jnp.isfinite(present).all(-1, keepdims=True)
+    if weight.averaging is not None:
+        counts &= (weight.averaging > 0.5)[..., None]
+    return jnp.where(counts, following, average)
+
+
+def _is_range(input_range: jax.Array) -> jax.Array:
+    """Whether low is below high, bool `[*batch, 1]`."""
+    return input_range[..., :1] < input_range[..., 1:]
+
+
+def _range_of(x: jax.Array, weight: TrainedWeight, axes: ActivationAxes) -> jax.Array:
+    """(low, high) of the input, float32 `[*batch, 2]` in the weight's batch axes."""
+    assert weight.meta.activation is not None
+    num_batch = len(weight.batch_shape)
+    moved = jnp.transpose(x, axes.order).astype(jnp.float32)
+    rest = tuple(range(num_batch, x.ndim))
+    # The initial values are for an input without elements.
+    low = jnp.min(moved, rest, initial=jnp.inf)
+    high = jnp.max(moved, rest, initial=-jnp.inf)
+    if range_options(weight.meta.activation)["include_zero"]:
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    ends = jnp.stack([low, high], axis=-1)
+    if num_batch == 0:
+        return ends
+    return jnp.transpose(ends, (*np.argsort(axes.range_axes).tolist(), num_batch))
 
 
 def fake_quant_activation(

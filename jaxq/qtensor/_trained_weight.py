@@ -10,6 +10,7 @@ them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ TRAINED_LEAVES = (
     "input_range",
     "input_scale",
     "switch",
+    "averaging",
 )
 
 
@@ -69,12 +71,19 @@ class TrainedWeight(ProductOperand):
       input_scale: float32 `[*batch, K]`, as in `QTensor`, or None. It is not trained.
       switch: float32 `[*batch]`. Products use the floats if it is 0, and the quantized
         values if it is 1. None always quantizes.
+      averaging: float32 `[*batch]`. Products change the moving average `input_range`
+        only if it is 1. None always changes it.
       meta: the static facts of `quantize()`.
       range_gradient: how `input_range` is trained, as in `jaxq.fake_quant`. None does
         not train it.
       gradient_scale: multiply the gradients of `scale` and `input_range` by
         `1 / sqrt(n * q)` (LSQ). n is the number of weights that share a scale, or the
         number of input features. q is the largest number of the format.
+      decay: if it is a number, `input_range` is a moving average of the ranges of
+        inputs, or (0, 0) before the first input.
+      record: `record(input_range)` stores the moving average after a product. None
+        does not change the average. It is not a part of the pytree, because it belongs
+        to one place in a model.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -102,24 +111,29 @@ class TrainedWeight(ProductOperand):
     input_range: jax.Array | None = None
     input_scale: jax.Array | None = None
     switch: jax.Array | None = None
+    averaging: jax.Array | None = None
     range_gradient: RangeGradient | None = None
     gradient_scale: bool = False
+    decay: float | None = None
+    record: Callable[[jax.Array], None] | None = None
 
     floats_expression = "w.fake_quant()"
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
         leaves = [(key(name), getattr(self, name)) for name in TRAINED_LEAVES]
-        return leaves, (self.meta, self.range_gradient, self.gradient_scale)
+        static = (self.meta, self.range_gradient, self.gradient_scale, self.decay)
+        return leaves, static
 
     @classmethod
     def tree_unflatten(cls, static, leaves) -> TrainedWeight:
-        meta, range_gradient, gradient_scale = static
+        meta, range_gradient, gradient_scale, decay = static
         return cls(
             **dict(zip(TRAINED_LEAVES, leaves, strict=True)),
             meta=meta,
             range_gradient=range_gradient,
             gradient_scale=gradient_scale,
+            decay=decay,
         )
 
     @classmethod
@@ -244,6 +258,10 @@ class TrainedWeight(ProductOperand):
         return dataclasses.replace(self, meta=meta)
 
     def __repr__(self) -> str:
+        if not hasattr(self.floats, "dtype"):
+            # A tree of other values, such as labels or shapes.
+            leaves = {name: getattr(self, name) for name in TRAINED_LEAVES}
+            return f"TrainedWeight({leaves})"
         scales = "computed scales" if self.scale is None else "trained scales"
         # Leaves are not arrays in trees of labels, for example.
         dtype = getattr(self.floats, "dtype", self.meta.dtype)

@@ -3,14 +3,16 @@
 `prepare` puts a `TrainedWeight` in the place of each weight that a recipe quantizes.
 The model then trains like any other model: with `jax.grad`, `nnx.Optimizer`, optax and
 your own loop. `convert` returns what `jaxq.quantize_model` returns. The prepared model
-and the converted model compute the same numbers.
+and the converted model compute the same numbers. `jaxq.training.linen` has the same
+functions for Flax linen.
 """
 
+from jaxq.training import linen
 from jaxq.training._check import check
 from jaxq.training._convert import convert
 from jaxq.training._labels import labels
 from jaxq.training._prepare import prepare
-from jaxq.training._ranges import Ranges, lsq, pact
+from jaxq.training._ranges import Ranges, ema, lsq, pact
 from jaxq.training._schedule import Schedule
 
 __all__ = [
@@ -18,7 +20,9 @@ __all__ = [
     "Schedule",
     "check",
     "convert",
+    "ema",
     "labels",
+    "linen",
     "lsq",
     "pact",
     "prepare",

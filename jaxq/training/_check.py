@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxq.nn.layers import QUANT_STATS
 from jaxq.qtensor import TRAINED_LEAVES, TrainedWeight
+from jaxq.training._averages import join_averages
 from jaxq.training._weights import trained_weights
 
 
@@ -21,7 +23,8 @@ def check(model: Any) -> None:
     scale without its sign if the format is symmetric. NaN makes its block NaN.
 
     Args:
-      model: the result of `jaxq.training.prepare`: an nnx module or a tree.
+      model: the result of `jaxq.training.prepare`: an nnx module or a tree, such as the
+        variables of a linen module.
 
     Raises:
       TypeError: the call is under jit.
@@ -33,6 +36,8 @@ def check(model: Any) -> None:
       >>> params = jaxq.training.prepare({"w": jnp.eye(64)}, "int4")
       >>> jaxq.training.check(params)
     """
+    if isinstance(model, Mapping) and "params" in model and QUANT_STATS in model:
+        model = join_averages(model)
     problems = []
     for path, weight in trained_weights(model):
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(weight)):
@@ -72,6 +77,9 @@ def _problems(weight: TrainedWeight) -> Iterator[str]:
             yield f"scale: {num_negative} of {scale.size} steps are negative"
     if weight.input_range is not None:
         low, high = weight.input_range[..., 0], weight.input_range[..., 1]
-        num_empty = int(jnp.sum(low >= high))
+        is_empty = low >= high
+        if weight.decay is not None:
+            is_empty &= (low != 0) | (high != 0)  # no batch has set the average
+        num_empty = int(jnp.sum(is_empty))
         if num_empty:
             yield f"input_range: {num_empty} of {low.size} ranges are empty"

@@ -19,7 +19,13 @@ from jaxq.nn.report import (
 )
 from jaxq.nn.transform import find_layers, find_raw_arrays, find_variables
 from jaxq.qtensor import QTensor, TrainedWeight
-from jaxq.training._weights import is_trained, path_of, trained_params
+from jaxq.training._averages import check_averages
+from jaxq.training._weights import (
+    is_trained,
+    path_of,
+    trained_params,
+    trained_weights,
+)
 
 CALLER = "training.convert"
 
@@ -38,7 +44,8 @@ def convert(model: Any) -> tuple[Any, Report]:
       their trained floats.
 
     Raises:
-      ValueError: the model has no trained weight.
+      ValueError: the model has no trained weight, or no batch has set a moving average
+        (`jaxq.training.ema`).
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -58,15 +65,16 @@ def trained_row(path: str, kind: str, weight: TrainedWeight, qt: QTensor) -> Row
     return quantized_row(path, kind, weight.floats, qt, solved)
 
 
-def nothing_to_convert() -> ValueError:
+def nothing_to_convert(caller: str) -> ValueError:
     """The error for a model without trained weights."""
     return ValueError(
-        f"{CALLER}: the model has no trained weight. Pass the result of "
+        f"{caller}: the model has no trained weight. Pass the result of "
         "jaxq.training.prepare. For a float model use jaxq.quantize_model."
     )
 
 
 def _convert_nnx(model: nnx.Module) -> tuple[nnx.Module, Report]:
+    check_averages(trained_weights(model), CALLER)
     model = nnx.clone(model)
     kinds = {layer.path: layer.kind.name for layer in find_layers(model)}
     rows = []
@@ -80,7 +88,7 @@ def _convert_nnx(model: nnx.Module) -> tuple[nnx.Module, Report]:
         kind = kinds.get(path.rpartition("/")[0], "Param")
         rows.append(trained_row(path, kind, weight, qt))
     if not quantized:
-        raise nothing_to_convert()
+        raise nothing_to_convert(CALLER)
     replace_variables(model, quantized)
     for path, variable in find_variables(model):
         if not isinstance(variable, QuantizedParam):
@@ -105,5 +113,5 @@ def _convert_tree(tree: Any) -> tuple[Any, Report]:
             note = why_not_weight(leaf, in_layer=False) or "not prepared"
             rows.append(float_row(path, "Array", leaf, note))
     if not any(isinstance(leaf, TrainedWeight) for _, leaf in leaves):
-        raise nothing_to_convert()
+        raise nothing_to_convert(CALLER)
     return jax.tree.unflatten(structure, values), Report(tuple(rows), ())

@@ -9,6 +9,8 @@ import jax
 from jaxq.training._weights import key_name
 
 _WEIGHT, _STEP, _SWITCH = "weight", "step", "switch"
+# The leaves of a `TrainedWeight` that a `Schedule` sets.
+_SWITCHES = ("switch", "averaging")
 
 
 def labels(params: Any) -> Any:
@@ -16,7 +18,7 @@ def labels(params: Any) -> Any:
 
     The label is "weight" for weights and all other parameters of the model, "step" for
     trained scales, zero points, offsets, codebooks and ranges, and "switch" for the
-    switch of a `Schedule`. Use it as `param_labels` of `optax.multi_transform`, or to
+    switches of a `Schedule`. Use it as `param_labels` of `optax.multi_transform`, or to
     keep steps out of weight decay: decay would shrink them.
 
     Args:
@@ -56,4 +58,4 @@ def _label(path: tuple[str, ...], trained: set[tuple[str, ...]]) -> str:
     is_scale = owner[-1:] == ("scale",) and owner[:-1] in trained
     if owner not in trained or (path[-1] == "floats" and not is_scale):
         return _WEIGHT
-    return _SWITCH if path[-1] == "switch" else _STEP
+    return _SWITCH if path[-1] in _SWITCHES else _STEP

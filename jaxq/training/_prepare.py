@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,9 +13,10 @@ from jaxq.nn.transform import NnxAdapter, Options, TreeAdapter, quantize_slots
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, TrainedWeight
 from jaxq.recipes import Recipe, as_recipe
+from jaxq.training._averages import averaged_recipe
 from jaxq.training._ranges import Ranges, as_ranges
 from jaxq.training._restore import restore_floats
-from jaxq.training._schedule import Schedule
+from jaxq.training._schedule import Schedule, switched
 
 CALLER = "training.prepare"
 
@@ -55,6 +55,7 @@ def prepare(
       ranges: "dynamic" computes the scales of weights from the floats in every product.
         `jaxq.training.lsq()` trains the scales, and static ranges of inputs.
         `jaxq.training.pact()` trains clipping thresholds of inputs.
+        `jaxq.training.ema()` averages the ranges of inputs during training.
       calibration: batches or statistics, as in `jaxq.quantize_model`. Methods such as
         GPTQ and static ranges need them.
       mask: as in `jaxq.quantize_model`.
@@ -72,8 +73,10 @@ def prepare(
 
     Raises:
       TypeError: `ranges` is unknown.
-      ValueError: the recipe quantizes no weight; a spec rounds stochastically; or the
-        errors of `quantize_model` and `quantize_params`.
+      ValueError: the recipe quantizes no weight; a spec rounds stochastically;
+        `ranges` has moving averages, and the model is a tree, or no rule has an
+        activation with one range; `schedule` freezes moving averages, and `ranges` has
+        none; or the errors of `quantize_model` and `quantize_params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq, optax
@@ -91,7 +94,15 @@ def prepare(
       Jacob et al., "Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference", 2018, section 3.
     """
-    recipe = trainable_recipe(recipe, CALLER)
+    ranges = as_ranges(ranges, CALLER)
+    recipe = trainable_recipe(recipe, ranges, CALLER)
+    if ranges.decay is not None and not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"{CALLER}: ranges=ema() changes the moving averages of a model in its "
+            "products, and a tree of arrays is no model. Use an nnx module, or "
+            "jaxq.training.linen.prepare. For a tree, use a recipe with observers "
+            "(w8a8_static) and calibration=."
+        )
     options = Options(
         caller=CALLER,
         calibration=calibration,
@@ -102,7 +113,7 @@ def prepare(
         strict=strict,
         key=key,
         progress=progress,
-        replacement=replacement(as_ranges(ranges, CALLER), schedule),
+        replacement=replacement(ranges, schedule, CALLER),
     )
     model = restore_floats(model)
     if isinstance(model, nnx.Module):
@@ -115,26 +126,37 @@ def prepare(
 
 
 def replacement(
-    ranges: Ranges, schedule: Schedule | None
+    ranges: Ranges, schedule: Schedule | None, caller: str
 ) -> Callable[[jax.Array, QTensor], TrainedWeight]:
-    """The function that makes trained weights, for `Options`."""
+    """The function that makes trained weights, for `Options`.
+
+    Raises:
+      ValueError: `schedule` freezes moving averages, and `ranges` has none.
+    """
+    freezes = schedule is not None and schedule.freeze is not None
+    if freezes and ranges.decay is None:
+        raise ValueError(
+            f"{caller}: {schedule} freezes moving averages, and ranges={ranges} has "
+            "none. Use ranges=jaxq.training.ema(), or leave freeze= out."
+        )
 
     def trained(floats: jax.Array, qt: QTensor) -> TrainedWeight:
         weight = ranges.weight(floats, qt)
         if schedule is None:
             return weight
-        is_on = float(schedule.start == 0)
-        switch = jnp.full(weight.batch_shape, is_on, jnp.float32)
-        return dataclasses.replace(weight, switch=switch)
+        return switched(weight, schedule, jnp.zeros((), jnp.int32))
 
     return trained
 
 
-def trainable_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
-    """The recipe, if its weights can be trained.
+def trainable_recipe(
+    recipe: str | QuantSpec | Recipe, ranges: Ranges, caller: str
+) -> Recipe:
+    """The recipe, if its weights can be trained. Moving averages need no observers.
 
     Raises:
-      ValueError: the spec of a weight rounds stochastically.
+      ValueError: the spec of a weight rounds stochastically; `ranges` has moving
+        averages, and no rule has an activation with one range.
     """
     recipe = as_recipe(recipe, caller)
     for rule in recipe.rules:
@@ -145,7 +167,7 @@ def trainable_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
                 "rounding='nearest_even'. To train with stochastic rounding, call "
                 "jaxq.fake_quant(w, spec, key=key) in your own layer."
             )
-    return recipe
+    return recipe if ranges.decay is None else averaged_recipe(recipe, caller)
 
 
 def check_trained(report: Any, caller: str) -> None:
@@ -153,6 +175,5 @@ def check_trained(report: Any, caller: str) -> None:
     if not report.quantized:
         raise ValueError(
             f"{caller}: the recipe quantizes no weight of the model, so there is "
-            "nothing to prepare. jaxq.nn.plan(model, recipe) shows why each weight "
-            "stays in floats."
+            "nothing to prepare. jaxq.nn.plan shows why each weight stays in floats."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ INITIAL_STEPS = ("recipe", "lsq")
 class Ranges:
     """How the ranges of weights and activations are found during training.
 
-    `lsq()` and `pact()` return common combinations. The string "dynamic" in `prepare`
-    is `Ranges()`.
+    `lsq()`, `pact()` and `ema()` return common combinations. The string "dynamic" in
+    `prepare` is `Ranges()`. `dataclasses.replace(lsq(), decay=0.99)` trains the scales
+    of weights, and averages the ranges of inputs.
 
     Attributes:
       trained_scales: True trains the scales of weights, their zero points, offsets and
@@ -38,10 +40,14 @@ class Ranges:
         `jaxq.fake_quant`: "lsq", "pact", or None to keep it constant.
       gradient_scale: multiply the gradients of scales and ranges by `1 / sqrt(n * q)`,
         where n is the number of weights of a block, or of features of an input.
+      decay: makes the range of each layer's input a moving average, as in `ema`. Then
+        "lsq" as `range_gradient` has no effect. None averages nothing.
 
     Raises:
-      ValueError: `initial` or `range_gradient` is unknown, or `initial` is "lsq" and
-        `trained_scales` is False.
+      TypeError: `decay` is not a number.
+      ValueError: `initial` or `range_gradient` is unknown; `initial` is "lsq" and
+        `trained_scales` is False; `decay` is not at least 0 and below 1;
+        `range_gradient` is "pact" and `decay` is a number.
 
     Example:
       >>> import jaxq
@@ -53,6 +59,7 @@ class Ranges:
     initial: str = "recipe"
     range_gradient: RangeGradient | None = None
     gradient_scale: bool = False
+    decay: float | None = None
 
     def __post_init__(self):
         check_choice("Ranges: initial", self.initial, INITIAL_STEPS)
@@ -63,6 +70,23 @@ class Ranges:
                 "Ranges: initial='lsq' needs trained_scales=True, because computed "
                 "scales have no initial value."
             )
+        if self.decay is not None:
+            self._check_decay(self.decay)
+
+    def _check_decay(self, decay: Any) -> None:
+        if isinstance(decay, bool) or not isinstance(decay, int | float):
+            raise TypeError(f"Ranges: decay must be a number or None, got {decay!r}.")
+        if not 0 <= decay < 1:
+            raise ValueError(
+                "Ranges: decay must be at least 0 and below 1, for example 0.99, got "
+                f"{decay}."
+            )
+        if self.range_gradient == "pact":
+            raise ValueError(
+                "Ranges: the clipping thresholds of range_gradient='pact' are trained, "
+                f"so they cannot be moving averages with decay={decay}. Use either "
+                "pact() or ema()."
+            )
 
     def weight(self, floats: jax.Array, qt: QTensor) -> TrainedWeight:
         """The weight with which training starts.
@@ -71,13 +95,21 @@ class Ranges:
           floats: the float weight.
           qt: the weight, quantized by the recipe.
         """
+        activation = qt.meta.activation
+        has_average = self.decay is not None and activation is not None
+        if has_average:
+            # The bounds make the spec of the activation static.
+            qt = qt.with_activation(activation, bounds=(-1.0, 1.0))
         weight = TrainedWeight.start(
             floats,
             qt,
             trained_scales=self.trained_scales,
-            range_gradient=self.range_gradient,
+            range_gradient=None if has_average else self.range_gradient,
             gradient_scale=self.gradient_scale,
         )
+        if has_average:
+            empty = jnp.zeros((*qt.batch_shape, 2), jnp.float32)
+            weight = dataclasses.replace(weight, input_range=empty, decay=self.decay)
         if self.initial == "lsq" and qt.codebook is None:
             weight = dataclasses.replace(weight, floats=floats)
             return weight.with_scale(_lsq_scale(floats, qt))
@@ -130,6 +162,50 @@ def pact() -> Ranges:
     return Ranges(False, "recipe", "pact", False)
 
 
+def ema(decay: float = 0.99) -> Ranges:
+    """Moving averages of the ranges of inputs. Scales of weights are computed.
+
+    Each rule with an activation gets a static range without calibration. An observer of
+    the rule is ignored. The first batch in train mode sets the (low, high) of the range
+    to the extremes of the layer's input. Each later batch makes it
+    `decay * range + (1 - decay) * range of the batch`. Gradients do not change it. An
+    input that is all zeros, or has a number that is not finite, does not count. Each
+    call of a shared layer counts as a batch, and layers that share a weight share its
+    average. Before the first batch, a product uses the range of its own input.
+
+    In an nnx model, the averages are `jaxq.nn.QuantStats` variables. `model.eval()`
+    stops them, and `model.train()` continues. In linen, they are in the collection
+    "quant_stats". They change if `mutable=["quant_stats"]` is passed to `apply`.
+    `jaxq.training.Schedule(freeze=)` stops them from a given step on.
+
+    Args:
+      decay: at least 0 and below 1.
+
+    Raises:
+      TypeError: `decay` is not a number.
+      ValueError: `decay` is not at least 0 and below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxq
+      >>> from flax import nnx
+      >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+      >>> qat = jaxq.training.prepare(model, "w8a8", ranges=jaxq.training.ema(0.75))
+      >>> y = qat(jnp.full((2, 64), 1.0))
+      >>> y = qat(jnp.full((2, 64), 2.0))
+      >>> qat.kernel.input_range[...].tolist()
+      [0.0, 1.25]
+      >>> qat.eval()
+      >>> y = qat(jnp.full((2, 64), 3.0))
+      >>> qat.kernel.input_range[...].tolist()
+      [0.0, 1.25]
+
+    References:
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference", 2018, section 3.1.
+    """
+    return Ranges(decay=decay)
+
+
 def as_ranges(ranges: str | Ranges, caller: str) -> Ranges:
     """The `ranges=` of `prepare` as a `Ranges`.
 
@@ -142,7 +218,8 @@ def as_ranges(ranges: str | Ranges, caller: str) -> Ranges:
         return Ranges()
     raise TypeError(
         f"{caller}: ranges must be 'dynamic', jaxq.training.lsq(), "
-        f"jaxq.training.pact() or a jaxq.training.Ranges, got {ranges!r}."
+        "jaxq.training.pact(), jaxq.training.ema() or a jaxq.training.Ranges, got "
+        f"{ranges!r}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Schedule: quantization that starts after some steps."""
+"""Schedule: quantization that starts, and averages that stop, after some steps."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from jaxq.training._weights import map_weights, trained_weights
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """When quantization starts.
+    """When quantization starts, and when moving averages stop.
 
     Pass it to `jaxq.training.prepare`, and call `apply` in every training step. The
     step is a traced value, so the training step compiles once.
 
     Attributes:
       start: the first step that computes with quantized weights and inputs. Earlier
-        steps compute with floats.
+        steps compute with floats. They collect moving averages too.
+      freeze: the first step that does not change the moving averages of
+        `jaxq.training.ema`. None never stops them.
 
     Raises:
-      ValueError: `start` is negative.
+      ValueError: `start` or `freeze` is negative.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -36,37 +38,59 @@ class Schedule:
     """
 
     start: int = 0
+    freeze: int | None = None
 
     def __post_init__(self):
         if self.start < 0:
             raise ValueError(f"Schedule: start must be at least 0, got {self.start}.")
+        if self.freeze is not None and self.freeze < 0:
+            raise ValueError(f"Schedule: freeze must be at least 0, got {self.freeze}.")
 
     def apply(self, model: Any, step: jax.typing.ArrayLike) -> Any:
-        """Switches quantization on or off for one step.
+        """Switches quantization and moving averages on or off for one step.
 
         Call it outside of the function that is differentiated.
 
         Args:
           model: the prepared model: an nnx module, which is changed in place, or a
-            tree.
+            tree, such as the variables of a linen module or their "params".
           step: integer `[]`, traced or not.
 
         Returns:
           The same module, or the new tree.
 
         Raises:
-          ValueError: the model was prepared without `schedule=`.
+          ValueError: the model was prepared without `schedule=`, or with a schedule
+            without `freeze`.
         """
         for path, weight in trained_weights(model):
-            if weight.switch is None:
-                raise ValueError(
-                    f"Schedule.apply: {path} has no switch. Pass schedule= to "
-                    "jaxq.training.prepare."
-                )
-        is_on = (jnp.asarray(step) >= self.start).astype(jnp.float32)
+            self._check(path, weight)
+        step = jnp.asarray(step)
+        return map_weights(lambda weight: switched(weight, self, step), model)
 
-        def switched(weight: TrainedWeight) -> TrainedWeight:
-            switch = jnp.full(weight.batch_shape, is_on)
-            return dataclasses.replace(weight, switch=switch)
+    def _check(self, path: str, weight: TrainedWeight) -> None:
+        """Raises a ValueError if `prepare` did not make the switches of a weight."""
+        lacks_averaging = (
+            self.freeze is not None
+            and weight.decay is not None
+            and weight.averaging is None
+        )
+        if weight.switch is None or lacks_averaging:
+            raise ValueError(
+                f"Schedule.apply: {path} has no switch for {self}. Pass this schedule "
+                "as schedule= to jaxq.training.prepare."
+            )
 
-        return map_weights(switched, model)
+
+def switched(
+    weight: TrainedWeight, schedule: Schedule, step: jax.Array
+) -> TrainedWeight:
+    """The weight with the switches of a step."""
+
+    def switch(is_on: jax.Array) -> jax.Array:
+        return jnp.full(weight.batch_shape, is_on.astype(jnp.float32))
+
+    weight = dataclasses.replace(weight, switch=switch(step >= schedule.start))
+    if schedule.freeze is None or weight.decay is None:
+        return weight
+    return dataclasses.replace(weight, averaging=switch(step < schedule.freeze))

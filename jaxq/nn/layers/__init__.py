@@ -23,6 +23,7 @@ from jaxq.nn.layers._linen_dense import DENSE, GENERAL
 from jaxq.nn.layers._linen_discovery import LinenLayer, Structure, find_linen_layers
 from jaxq.nn.layers._linen_einsum import EINSUM
 from jaxq.nn.layers._linen_embed import EMBED
+from jaxq.nn.layers._linen_interceptor import QUANT_STATS, range_name
 from jaxq.nn.layers._linen_kind import LinenKind, find_call, linen_kinds
 from jaxq.nn.layers._linen_quantized import Quantized
 from jaxq.nn.layers._linen_serialization import register_serialization

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
-from flax import nnx
+from flax import errors, nnx
 
 from jaxq.qtensor import TRAINED_LEAVES, TrainedWeight
 
@@ -46,7 +47,9 @@ class TrainedParam(nnx.Module):
       input_range: `nnx.Param` if the range is trained, `QuantStats` if it is not, or
         None.
       input_scale: `QuantStats` or None.
-      switch: `QuantStats` or None.
+      switch: `QuantStats` or None. The attribute `averaging` is like it.
+      use_running_average: whether the moving average `input_range` stays as it is.
+        `model.eval()` and `model.train()` set it. It exists only for a moving average.
 
     Example:
       >>> import jaxq
@@ -60,7 +63,10 @@ class TrainedParam(nnx.Module):
         self._meta = weight.meta
         self._range_gradient = weight.range_gradient
         self._gradient_scale = weight.gradient_scale
-        constants = {"input_scale", "switch"}
+        self._decay = weight.decay
+        if weight.decay is not None:
+            self.use_running_average = False
+        constants = {"input_scale", "switch", "averaging"}
         if weight.range_gradient is None:
             constants.add("input_range")
         for name in TRAINED_LEAVES:
@@ -86,6 +92,8 @@ class TrainedParam(nnx.Module):
             meta=self._meta,
             range_gradient=self._range_gradient,
             gradient_scale=self._gradient_scale,
+            decay=self._decay,
+            record=self._record if self._is_averaging else None,
         )
 
     def set_value(self, weight: TrainedWeight) -> None:
@@ -102,6 +110,22 @@ class TrainedParam(nnx.Module):
         for name, variable in self._leaves().items():
             if variable is not None:
                 variable.set_value(getattr(weight, name))
+
+    @property
+    def _is_averaging(self) -> bool:
+        return self._decay is not None and not self.use_running_average
+
+    def _record(self, input_range: jax.Array) -> None:
+        """Stores the moving average after a product."""
+        try:
+            self.input_range.set_value(input_range)
+        except errors.TraceContextError as error:
+            raise ValueError(
+                "training.ema: a layer in train mode is called inside jax.jit, "
+                "jax.grad, jax.checkpoint, jax.vmap or a jax.lax loop. Moving averages "
+                "cannot leave these transforms. Use nnx.jit, nnx.grad, nnx.remat or "
+                "nnx.scan. To evaluate, call model.eval(), which keeps the averages."
+            ) from error
 
     def _leaves(self) -> dict[str, Any]:
         """The Variables by the names of their leaves."""

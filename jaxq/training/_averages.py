@@ -1,0 +1,131 @@
+"""Moving averages of input ranges: which recipes have them, and where linen keeps them.
+
+An nnx model keeps an average in the `TrainedParam` of its layer. The variables of a
+linen module keep it in the collection "quant_stats", because optimizers own "params".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxq import methods
+from jaxq.nn.layers import QUANT_STATS, params_of, range_name, with_params
+from jaxq.qtensor import QuantSpec, TrainedWeight, as_static
+from jaxq.recipes import Recipe
+
+# The names that lead to a parameter.
+_Key = tuple[str, ...]
+
+
+def averaged_recipe(recipe: Recipe, caller: str) -> Recipe:
+    """The recipe without observers: training finds the ranges of inputs.
+
+    Raises:
+      ValueError: no rule has an activation; the scales of an activation depend on more
+        than one range.
+    """
+    rules = []
+    for rule in recipe.rules:
+        if isinstance(rule.activation, QuantSpec):
+            as_static(rule.activation, f"{caller}: {rule.name}: ranges=ema()")
+        if methods.get(rule.method).own_activation:
+            raise ValueError(
+                f"{caller}: {rule.name}: method {rule.method!r} quantizes each input "
+                "by its own range, so the range cannot be a moving average. Use "
+                "another method, or ranges='dynamic'."
+            )
+        rules.append(dataclasses.replace(rule, observer=None))
+    if not any(rule.activation is not None for rule in rules):
+        raise ValueError(
+            f"{caller}: ranges=ema() averages the ranges of inputs, and no rule of the "
+            "recipe has activation=. Add it, or use ranges='dynamic' or "
+            "ranges=jaxq.training.lsq()."
+        )
+    return dataclasses.replace(recipe, rules=tuple(rules))
+
+
+def check_averages(weights: Iterable[tuple[str, TrainedWeight]], caller: str) -> None:
+    """Raises a ValueError if a moving average has seen no input.
+
+    Args:
+      weights: paths and weights.
+      caller: the name of the public function. Errors begin with this name.
+    """
+    unseen = []
+    for path, weight in weights:
+        if weight.decay is None:
+            continue
+        assert weight.input_range is not None
+        input_range = np.asarray(weight.input_range)
+        is_unseen = input_range[..., 0] >= input_range[..., 1]
+        if is_unseen.any():
+            share = f" ({is_unseen.sum()} of {is_unseen.size} elements)"
+            unseen.append(path + share * (is_unseen.ndim > 0))
+    if unseen:
+        raise ValueError(
+            f"{caller}: no batch has set the input range of {', '.join(unseen)}. Run "
+            "batches that reach these layers, with an nnx model in train mode, or a "
+            "linen module with mutable=['quant_stats']. Inputs that are all zeros or "
+            "not finite do not count. Or leave activation= out of their rules."
+        )
+
+
+def split_averages(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Linen variables whose moving averages are in "quant_stats" instead of "params".
+
+    Args:
+      variables: with averages in the `TrainedWeight`s of "params".
+    """
+    params, averages = params_of(variables), {}
+    for key, weight in _averaged(params).items():
+        averages[_place(key)] = weight.input_range
+        params[key] = dataclasses.replace(weight, input_range=None)
+    if not averages:
+        return variables
+    stats = flatten_dict(dict(variables.get(QUANT_STATS, {})))
+    joined = with_params(variables, params)
+    return {**joined, QUANT_STATS: unflatten_dict(stats | averages)}
+
+
+def join_averages(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The reverse of `split_averages`.
+
+    Raises:
+      ValueError: an average is missing.
+    """
+    params = params_of(variables)
+    averaged = _averaged(params)
+    if not averaged:
+        return variables
+    joined = with_params(variables, {})
+    stats = flatten_dict(joined.pop(QUANT_STATS, {}))
+    for key, weight in averaged.items():
+        place = _place(key)
+        if place not in stats:
+            raise ValueError(
+                f"The variables have no {QUANT_STATS}/{'/'.join(place)}. Pass "
+                "'params' together with the 'quant_stats' of the last training step."
+            )
+        params[key] = dataclasses.replace(weight, input_range=stats.pop(place))
+    if stats:
+        joined[QUANT_STATS] = unflatten_dict(stats)
+    return with_params(joined, params)
+
+
+def _averaged(params: Mapping[_Key, Any]) -> dict[_Key, TrainedWeight]:
+    """The weights with a moving average."""
+    return {
+        key: value
+        for key, value in params.items()
+        if isinstance(value, TrainedWeight) and value.decay is not None
+    }
+
+
+def _place(key: _Key) -> _Key:
+    """The names that lead to the average of a parameter."""
+    return (*key[:-1], range_name(key[-1]))
