@@ -8,6 +8,12 @@ results back. `_matching.py` checks all slots before the first one is quantized.
 before its weights are quantized.
 """
 
+from jaxq.nn.transform._batch_norm import (
+    features_axis,
+    find_norms,
+    fold_batch_norm,
+    fold_norms,
+)
 from jaxq.nn.transform._folding import register_folding
 from jaxq.nn.transform._linen import LinenAdapter, check_module
 from jaxq.nn.transform._linen import quantize_model as linen_quantize_model
@@ -32,6 +38,7 @@ from jaxq.nn.transform._tree import (
 __all__ = [
     "dequantize_params",
     "find_layers",
+    "fold_batch_norm",
     "linen_quantize_model",
     "plan",
     "quantize_model",
