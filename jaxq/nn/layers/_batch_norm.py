@@ -1,7 +1,7 @@
 """Batch norms that are folded into the layer in front of them.
 
 In eval mode, a batch norm after a linear layer or a convolution is a linear function of
-the layer's output. With `factor = scale / sqrt(var + epsilon)`, the layer alone computes
+the layer's output. Let `factor = scale / sqrt(var + epsilon)`. The layer alone computes
 both if its kernel is `kernel * factor` and its bias is
 `(bias - mean) * factor + norm_bias`.
 
@@ -109,14 +109,14 @@ class TrainedBatchNorm(nnx.BatchNorm):
         return copy
 
     def restored(self) -> nnx.BatchNorm:
-        """A copy as an `nnx.BatchNorm`, for a layer with the float kernel and no bias."""
+        """A copy as an `nnx.BatchNorm`, for the float layer without a bias."""
         copy = nnx.clone(self)
         del copy._bias_dtypes
         copy.__class__ = nnx.BatchNorm
         return copy
 
     def factor(self) -> jax.Array:
-        """What the kernel's features are multiplied by, float32 `[*batch, features]`."""
+        """What the kernel is multiplied by, float32 `[*batch, features]`."""
         return norm_factor(self)
 
     def folded_bias(self) -> jax.Array:
