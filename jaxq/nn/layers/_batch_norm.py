@@ -151,6 +151,10 @@ class FoldedTrainedParam(TrainedParam):
     `TrainedWeight` whose floats are `floats * norm.factor()`. The gradients reach
     `floats` and the scale of the batch norm.
 
+    The layer and the model share the batch norm. A state such as `nnx.state(model)` has
+    the numbers of a shared module only once, at its first path in alphabetical order.
+    For the layers "conv" and "norm", this is "conv/kernel/norm".
+
     Args:
       weight: the trained weight, with floats that are not folded.
       norm: the batch norm after the layer.

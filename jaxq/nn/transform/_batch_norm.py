@@ -1,8 +1,6 @@
 """fold_batch_norm: moves batch norms into the layers in front of them.
 
-A trace of one batch shows which layer is in front of a batch norm. In a copy of the
-model, each layer names its output, and each batch norm names its input. If the trace
-names the same value twice, and nothing else reads it, the two belong together.
+`_norm_trace.py` finds the layer in front of a batch norm.
 """
 
 from __future__ import annotations
@@ -13,9 +11,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from jaxq.emulation import inner_jaxprs
 from jaxq.nn.calibration import Batch, eval_copy, run_model
 from jaxq.nn.layers import (
     FoldedBatchNorm,
@@ -28,16 +24,21 @@ from jaxq.nn.layers import (
     weight_axes,
 )
 from jaxq.nn.transform._nnx_layers import find_layers
+from jaxq.nn.transform._norm_trace import (
+    NormTrace,
+    chosen_norms,
+    find_pairs,
+    name_input,
+    name_output,
+)
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._same_function import output_difference
 from jaxq.qtensor import QUANTIZED
-from jaxq.recipes import compile_pattern
 
 CALLER = "nn.fold_batch_norm"
 
 # The classes of layers that compute a product and add `bias` to its last axis.
 _LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
-_OUTPUT, _INPUT = "jaxq output of ", "jaxq input of "
 
 
 def fold_batch_norm(
@@ -126,43 +127,14 @@ def find_norms(
       ValueError: as in `fold_batch_norm`.
     """
     found = {path: m for path, m in _modules(model) if isinstance(m, nnx.BatchNorm)}
-    if not found:
-        raise ValueError(
-            f"{options.caller}: the model has no nnx.BatchNorm. Leave out the folding "
-            "of batch norms."
-        )
-    chosen = list(found)
-    if norms is not None:
-        matched = {norm: _matches(norm, found) for norm in norms}
-        unmatched = [norm for norm in norms if not matched[norm]]
-        if unmatched or not norms:
-            raise ValueError(
-                f"{options.caller}: the patterns {unmatched} match no batch norm. The "
-                f"batch norms of the model are {list(found)}."
-            )
-        chosen = [path for path in found if any(path in m for m in matched.values())]
-    trace = _Trace.of(model, options)
+    chosen = chosen_norms(norms, list(found), options.caller)
     layers = {layer.path: layer for layer in find_layers(model)}
-    pairs, problems = {}, []
-    for path in chosen:
-        layer_path, problem = trace.layer_before(path)
-        if not problem:
-            layer, kind = layers[layer_path].layer, layers[layer_path].kind
-            problem = _problem(layer_path, layer, kind, found[path], model)
-        if problem:
-            problems.append(f"  {path or 'the model itself'}: {problem}")
-        else:
-            pairs[path] = layer_path
-    if problems:
-        remedy = "Leave out the folding of batch norms."
-        if pairs:
-            remedy = f"To fold only the others, pass {argument}={list(pairs)}."
-        raise ValueError(
-            f"{options.caller}: some batch norms cannot be folded.\n"
-            + "\n".join(problems)
-            + f"\n{remedy}"
-        )
-    return pairs
+
+    def why_not(norm: str, path: str) -> str:
+        layer = layers[path]
+        return _problem(path, layer.layer, layer.kind, found[norm], model)
+
+    return find_pairs(chosen, _trace(model, options), why_not, options.caller, argument)
 
 
 def fold_norms(
@@ -253,86 +225,24 @@ def _problem(
     return ""
 
 
-class _Trace:
-    """What a trace shows about layers and batch norms.
+def _trace(model: nnx.Module, options: Options) -> NormTrace:
+    """The trace of the first batch through a model in eval mode."""
+    assert options.batches
+    copy = eval_copy(model)
+    for path, module in list(_modules(copy)):
+        is_norm = isinstance(module, nnx.BatchNorm)
+        if is_norm or (isinstance(module, _LAYERS) and find_kind(module)):
+            module.__class__ = _named_class(type(module), is_norm)
+            module.trace_path = path
+    graph, state = nnx.split(copy)
 
-    Attributes:
-      pairs: the path of the layer that computes the input of each batch norm, by the
-        path of the batch norm.
-      calls: how often the trace calls each layer and batch norm, by the name that it
-        gives to its output or input.
-      shared: the layers whose outputs are read more than once.
-    """
+    def run(state: Any, batch: Batch) -> Any:
+        outputs = run_model(nnx.merge(graph, state), batch.whole(), options.forward)
+        leaves = jax.tree.leaves(outputs)
+        return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
-    def __init__(self, jaxpr: Any):
-        self.pairs: dict[str, str] = {}
-        self.calls: dict[str, int] = {}
-        self.shared: set[str] = set()
-        self._visit(jaxpr)
-
-    @classmethod
-    def of(cls, model: nnx.Module, options: Options) -> _Trace:
-        """The trace of the first batch through a model in eval mode."""
-        assert options.batches
-        copy = eval_copy(model)
-        for path, module in list(_modules(copy)):
-            is_norm = isinstance(module, nnx.BatchNorm)
-            if is_norm or (isinstance(module, _LAYERS) and find_kind(module)):
-                module.__class__ = _named_class(type(module), is_norm)
-                module.trace_name = (_INPUT if is_norm else _OUTPUT) + path
-        graph, state = nnx.split(copy)
-
-        def run(state: Any, batch: Batch) -> Any:
-            outputs = run_model(nnx.merge(graph, state), batch.whole(), options.forward)
-            leaves = jax.tree.leaves(outputs)
-            return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-
-        traced = jax.make_jaxpr(run)(state, Batch.of(options.batches[0]))
-        return cls(traced.jaxpr)
-
-    def layer_before(self, norm: str) -> tuple[str, str]:
-        """The path of the layer in front of a batch norm, and why there is none."""
-        num_calls = self.calls.get(_INPUT + norm, 0)
-        if num_calls == 0:
-            return "", "the batch does not reach it"
-        if num_calls > 1:
-            return "", f"the batch reaches it {num_calls} times"
-        layer = self.pairs.get(norm)
-        if layer is None:
-            names = ", ".join(cls.__name__ for cls in _LAYERS)
-            return "", f"its input is not the output of a layer ({names})"
-        num_calls = self.calls[_OUTPUT + layer]
-        if num_calls > 1:
-            return "", f"{layer} in front of it is called {num_calls} times"
-        if layer in self.shared:
-            return "", f"other computations read the output of {layer} too"
-        return layer, ""
-
-    def _visit(self, jaxpr: Any) -> None:
-        layers: dict[Any, str] = {}
-        num_reads: dict[Any, int] = {}
-        atoms = [atom for equation in jaxpr.eqns for atom in equation.invars]
-        for atom in (*atoms, *jaxpr.outvars):
-            if not hasattr(atom, "val"):  # not a constant
-                num_reads[atom] = num_reads.get(atom, 0) + 1
-        for equation in jaxpr.eqns:
-            for inner in inner_jaxprs(equation):
-                self._visit(inner)
-            name = str(equation.params.get("name", ""))
-            if equation.primitive.name != "name" or not _is_ours(name):
-                continue
-            self.calls[name] = self.calls.get(name, 0) + 1
-            if name.startswith(_OUTPUT):
-                output, path = equation.outvars[0], name.removeprefix(_OUTPUT)
-                layers[output] = path
-                if num_reads.get(output, 0) > 1:
-                    self.shared.add(path)
-            elif equation.invars[0] in layers:
-                self.pairs[name.removeprefix(_INPUT)] = layers[equation.invars[0]]
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith((_OUTPUT, _INPUT))
+    traced = jax.make_jaxpr(run)(state, Batch.of(options.batches[0]))
+    return NormTrace(traced.jaxpr)
 
 
 @functools.cache
@@ -340,19 +250,14 @@ def _named_class(cls: Any, is_norm: bool) -> Any:
     """A subclass that names its input (a batch norm) or its output in a trace."""
 
     def call_norm(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return cls.__call__(self, checkpoint_name(x, self.trace_name), *args, **kwargs)
+        return cls.__call__(self, name_input(x, self.trace_path), *args, **kwargs)
 
     def call_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return checkpoint_name(cls.__call__(self, *args, **kwargs), self.trace_name)
+        return name_output(cls.__call__(self, *args, **kwargs), self.trace_path)
 
     return type(
         cls.__name__, (cls,), {"__call__": call_norm if is_norm else call_layer}
     )
-
-
-def _matches(pattern: str, paths: Mapping[str, Any]) -> list[str]:
-    compiled = compile_pattern(pattern)
-    return [path for path in paths if compiled.fullmatch(path)]
 
 
 def _modules(model: nnx.Module) -> list[tuple[str, Any]]:

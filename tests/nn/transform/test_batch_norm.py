@@ -184,12 +184,12 @@ def normalizes_by_the_batch(model, x):
     [
         (lambda: Pair(calls_twice), "linear in front of it is called 2 times"),
         (lambda: Pair(reads_output_too), "other computations read the output"),
-        (lambda: Pair(changes_output), "its input is not the output of a layer"),
+        (lambda: Pair(changes_output), "its input is not the output of a linear layer"),
         (lambda: Pair(normalizes_twice), "the batch reaches it 2 times"),
         (lambda: Pair(does_not_normalize), "the batch does not reach it"),
         (lambda: Pair(normalizes_by_the_batch), "must use its running averages"),
         (lambda: Pair(in_order, {"axis": 1}), "axis=-1"),
-        (lambda: nnx.Linear(4, 4, rngs=nnx.Rngs(0)), "has no nnx.BatchNorm"),
+        (lambda: nnx.Linear(4, 4, rngs=nnx.Rngs(0)), "has no BatchNorm"),
         (
             lambda: jaxq.quantize_model(Pair(in_order), "int8")[0],
             "linear is quantized already",
