@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxq.nn.layers._conv_product import add_bias
 from jaxq.nn.layers._trained_param import TrainedParam
 from jaxq.qtensor import TrainedWeight
 
@@ -137,10 +138,11 @@ class TrainedBatchNorm(nnx.BatchNorm):
         if is_eval is None:
             is_eval = self.use_running_average
         if is_eval:
-            y = x + self.folded_bias().astype(x.dtype)
+            y = add_bias(x, self.folded_bias())
             return y.astype(_result_dtype(self, x))
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        y = y / self.factor().astype(y.dtype)
+        factor = self.factor().reshape((1,) * (y.ndim - 1) + (-1,))
+        y = y / factor.astype(y.dtype)
         return super().__call__(y, use_running_average, mask=mask)
 
 
