@@ -17,6 +17,9 @@ from jaxq.nn.transform._batch_norm import (
 from jaxq.nn.transform._folding import register_folding
 from jaxq.nn.transform._linen import LinenAdapter, check_module
 from jaxq.nn.transform._linen import quantize_model as linen_quantize_model
+from jaxq.nn.transform._linen_batch_norm import (
+    fold_batch_norm as linen_fold_batch_norm,
+)
 from jaxq.nn.transform._loop import quantize_slots
 from jaxq.nn.transform._nnx import NnxAdapter, quantize_model
 from jaxq.nn.transform._nnx_layers import (
@@ -39,6 +42,7 @@ __all__ = [
     "dequantize_params",
     "find_layers",
     "fold_batch_norm",
+    "linen_fold_batch_norm",
     "linen_quantize_model",
     "plan",
     "quantize_model",

@@ -83,11 +83,15 @@ def check_folded(model: nnx.Module, folded: Folded, options: Options) -> None:
 
 def output_difference(before: nnx.Module, after: nnx.Module, options: Options) -> str:
     """How much outputs differ. Empty if rounding explains the difference."""
-    runs = nnx_run(before, options), nnx_run(after, options)
-    error = largest_difference(*runs, options)
+    return run_difference(nnx_run(before, options), nnx_run(after, options), options)
+
+
+def run_difference(before: Run, after: Run, options: Options) -> str:
+    """As `output_difference`, for two models that are ready to run."""
+    error = largest_difference(before, after, options)
     tolerance = _FLOAT32_ROUNDING
     if error > tolerance:
-        tolerance = _rounding(*runs, options)
+        tolerance = _rounding(before, after, options)
     if error <= tolerance:
         return ""
     return (

@@ -32,7 +32,7 @@ class ConvNet(nnx.Module):
         self.conv.bias.set_value(normal(6))
         self.conv_norm = with_statistics(nnx.BatchNorm(6, rngs=rngs), 1)
         self.up = nnx.ConvTranspose(
-            5, 6, (2, 2), use_bias=False, transpose_kernel=True, rngs=rngs
+            6, 5, (2, 2), use_bias=False, transpose_kernel=True, rngs=rngs
         )
         self.up_norm = with_statistics(nnx.BatchNorm(5, rngs=rngs), 2)
         self.linear = nnx.Linear(5, 4, rngs=rngs)
