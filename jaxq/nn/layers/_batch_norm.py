@@ -238,6 +238,10 @@ def folded_bias(bias: jax.Array | None, norm: nnx.BatchNorm) -> jax.Array:
     if bias is not None:
         mean = mean - bias.astype(jnp.float32)
     shift = -mean * norm_factor(norm)
+    # Under jit, the compiler would round the product and the sum only once, and differ
+    # from the bias that `convert` computes. A clip in between prevents it.
+    limit = float(jnp.finfo(jnp.float32).max)
+    shift = jnp.clip(shift, -limit, limit)
     if norm.bias is None:
         return shift
     return norm.bias.get_value().astype(jnp.float32) + shift

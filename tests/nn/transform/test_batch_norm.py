@@ -103,7 +103,7 @@ def test_the_model_does_not_change():
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-def test_the_result_keeps_its_dtype(dtype):
+def test_the_result_keeps_its_dtype(dtype, standard_promotion):
     model = Pair(in_order, {"dtype": dtype}, {"dtype": jnp.bfloat16})
     x = normal(8, 4)
     folded = jaxq.nn.fold_batch_norm(model, x)
