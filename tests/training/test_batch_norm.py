@@ -66,18 +66,20 @@ def test_gradients_are_those_of_the_straight_through_estimator():
     model, x = Network(), normal(32, 16)
     target = normal(32, 4, seed=1)
     qat = prepared(model, x)
-    var, mean = qat.norm.var[...], qat.norm.mean[...]
+    mean, var = qat.norm.mean[...][None], qat.norm.var[...][None]
     deviation = jnp.sqrt(var + qat.norm.epsilon)
     rounded = jnp.asarray(rounded_to_int8(qat.linear.kernel[...].floats), jnp.float32)
 
     def expected(kernel, scale, bias, is_train):
+        scale, bias = scale[None], bias[None]
         folded = kernel * scale / deviation
         folded = folded + jax.lax.stop_gradient(rounded - folded)
         if not is_train:
             return x @ folded + bias - mean * scale / deviation
         product = x @ folded * deviation / scale
-        centered = product - product.mean(0)
-        spread = jnp.sqrt(jnp.mean(centered**2, 0) + qat.norm.epsilon)
+        centered = product - product.mean(0, keepdims=True)
+        spread = jnp.mean(centered**2, 0, keepdims=True)
+        spread = jnp.sqrt(spread + qat.norm.epsilon)
         return centered / spread * scale + bias
 
     for is_train in (False, True):

@@ -101,7 +101,7 @@ class TrainedBatchNorm(nnx.BatchNorm):
           layer: the float layer. The bias of the layer moves into the running mean.
           dtype: of the layer's folded bias.
         """
-        copy = nnx.clone(norm)
+        copy: Any = nnx.clone(norm)
         if layer.bias is not None:
             bias = layer.bias.get_value().astype(jnp.float32)
             copy.mean.set_value(copy.mean.get_value() - bias)
@@ -111,7 +111,7 @@ class TrainedBatchNorm(nnx.BatchNorm):
 
     def restored(self) -> nnx.BatchNorm:
         """A copy as an `nnx.BatchNorm`, for the float layer without a bias."""
-        copy = nnx.clone(self)
+        copy: Any = nnx.clone(self)
         del copy._bias_dtypes
         copy.__class__ = nnx.BatchNorm
         return copy

@@ -39,6 +39,8 @@ CALLER = "nn.fold_batch_norm"
 
 # The classes of layers that compute a product and add `bias` to its last axis.
 _LAYERS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
+# During a trace, this attribute of a layer holds its path.
+_PATH = "jaxq_path"
 
 
 def fold_batch_norm(
@@ -229,11 +231,11 @@ def _trace(model: nnx.Module, options: Options) -> NormTrace:
     """The trace of the first batch through a model in eval mode."""
     assert options.batches
     copy = eval_copy(model)
-    for path, module in list(_modules(copy)):
+    for path, module in _modules(copy):
         is_norm = isinstance(module, nnx.BatchNorm)
         if is_norm or (isinstance(module, _LAYERS) and find_kind(module)):
             module.__class__ = _named_class(type(module), is_norm)
-            module.trace_path = path
+            setattr(module, _PATH, path)
     graph, state = nnx.split(copy)
 
     def run(state: Any, batch: Batch) -> Any:
@@ -250,10 +252,10 @@ def _named_class(cls: Any, is_norm: bool) -> Any:
     """A subclass that names its input (a batch norm) or its output in a trace."""
 
     def call_norm(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return cls.__call__(self, name_input(x, self.trace_path), *args, **kwargs)
+        return cls.__call__(self, name_input(x, getattr(self, _PATH)), *args, **kwargs)
 
     def call_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return name_output(cls.__call__(self, *args, **kwargs), self.trace_path)
+        return name_output(cls.__call__(self, *args, **kwargs), getattr(self, _PATH))
 
     return type(
         cls.__name__, (cls,), {"__call__": call_norm if is_norm else call_layer}
