@@ -122,7 +122,7 @@ def _trace(
     def name(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         path = "/".join(module.path)
-        if context.method_name != "__call__":
+        if context.method_name != "__call__" or not args:
             return call(*args, **kwargs)
         if isinstance(module, linen.BatchNorm):
             modules[path] = module
