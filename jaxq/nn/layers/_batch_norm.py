@@ -140,7 +140,7 @@ class TrainedBatchNorm(nnx.BatchNorm):
         if is_eval:
             y = add_bias(x, self.folded_bias())
             return y.astype(_result_dtype(self, x))
-        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = x.astype(_wider(x.dtype, jnp.float32))
         factor = self.factor().reshape((1,) * (y.ndim - 1) + (-1,))
         y = y / factor.astype(y.dtype)
         return super().__call__(y, use_running_average, mask=mask)
@@ -252,5 +252,9 @@ def _result_dtype(norm: Any, x: jax.Array) -> Any:
     if norm.dtype is not None:
         return norm.dtype
     # The running statistics are float32.
-    wide = jnp.promote_types(norm.param_dtype, jnp.float32)
-    return jnp.promote_types(x.dtype, wide)
+    return _wider(_wider(x.dtype, norm.param_dtype), jnp.float32)
+
+
+def _wider(dtype: Any, other: Any) -> Any:
+    """The float dtype with more bits. Strict promotion would not mix the two."""
+    return other if jnp.finfo(other).bits > jnp.finfo(dtype).bits else dtype
