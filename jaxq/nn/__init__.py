@@ -12,6 +12,8 @@ from jaxq.nn import linen
 from jaxq.nn._mixed_precision import Sensitivity, assign, mixed_recipe, sensitivity
 from jaxq.nn.calibration import calibrate
 from jaxq.nn.layers import (
+    FoldedBatchNorm,
+    FoldedTrainedParam,
     LayerKind,
     QConv,
     QConvTranspose,
@@ -22,6 +24,7 @@ from jaxq.nn.layers import (
     QuantizedParam,
     QuantStats,
     Roles,
+    TrainedBatchNorm,
     TrainedParam,
     register_layer,
     unregister_layer,
@@ -33,6 +36,7 @@ from jaxq.nn.layers import weight_axes as weight_axes
 from jaxq.nn.report import Report, Row
 from jaxq.nn.transform import (
     dequantize_params,
+    fold_batch_norm,
     plan,
     quantize_model,
     quantize_params,
@@ -43,6 +47,8 @@ from jaxq.nn.transform import find_layers as find_layers
 
 # The names imported with `as` are for other packages of jaxq, not for users.
 __all__ = [
+    "FoldedBatchNorm",
+    "FoldedTrainedParam",
     "LayerKind",
     "QConv",
     "QConvTranspose",
@@ -56,10 +62,12 @@ __all__ = [
     "Roles",
     "Row",
     "Sensitivity",
+    "TrainedBatchNorm",
     "TrainedParam",
     "assign",
     "calibrate",
     "dequantize_params",
+    "fold_batch_norm",
     "linen",
     "mixed_recipe",
     "plan",

@@ -14,6 +14,7 @@ from jaxq.nn.layers._linen_conv_transpose import QConvTranspose
 from jaxq.nn.layers._linen_dense import QDense, QDenseGeneral
 from jaxq.nn.layers._linen_einsum import QEinsum
 from jaxq.nn.layers._linen_embed import QEmbed
+from jaxq.nn.transform import linen_fold_batch_norm as fold_batch_norm
 from jaxq.nn.transform import linen_quantize_model as quantize_model
 
 register_serialization()
@@ -27,5 +28,6 @@ __all__ = [
     "QEmbed",
     "Quantized",
     "calibrate",
+    "fold_batch_norm",
     "quantize_model",
 ]

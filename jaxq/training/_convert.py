@@ -20,6 +20,7 @@ from jaxq.nn.report import (
 from jaxq.nn.transform import find_layers, find_raw_arrays, find_variables
 from jaxq.qtensor import QTensor, TrainedWeight
 from jaxq.training._averages import check_averages
+from jaxq.training._batch_norm import finish_norms
 from jaxq.training._weights import (
     is_trained,
     path_of,
@@ -33,7 +34,10 @@ CALLER = "training.convert"
 def convert(model: Any) -> tuple[Any, Report]:
     """Returns the quantized model of a prepared model.
 
-    The quantized model computes the same numbers as the prepared model.
+    The quantized model computes the same numbers as the prepared model. Batch norms
+    that are trained together with a kernel become a part of the layer, and a
+    `jaxq.nn.FoldedBatchNorm` takes their place. The quantized model computes the same
+    numbers as the prepared model in eval mode.
 
     Args:
       model: the result of `jaxq.training.prepare`, trained or not.
@@ -89,6 +93,7 @@ def _convert_nnx(model: nnx.Module) -> tuple[nnx.Module, Report]:
         rows.append(trained_row(path, kind, weight, qt))
     if not quantized:
         raise nothing_to_convert(CALLER)
+    finish_norms(model)
     replace_variables(model, quantized)
     for path, variable in find_variables(model):
         if not isinstance(variable, QuantizedParam):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxq.nn.transform import NnxAdapter, Options, TreeAdapter, quantize_slots
+from jaxq.nn.transform import (
+    NnxAdapter,
+    Options,
+    TreeAdapter,
+    fold_norms,
+    quantize_slots,
+)
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, TrainedWeight
 from jaxq.recipes import Recipe, as_recipe
 from jaxq.training._averages import averaged_recipe
+from jaxq.training._batch_norm import norms_to_fold, start_norms
 from jaxq.training._ranges import Ranges, as_ranges
 from jaxq.training._restore import restore_floats
 from jaxq.training._schedule import Schedule, switched
@@ -33,6 +40,7 @@ def prepare(
     fallback: str = "rtn",
     strict: bool = True,
     schedule: Schedule | None = None,
+    fold_batch_norm: bool | Sequence[str] = False,
     key: jax.Array | None = None,
     progress: bool | None = None,
 ) -> Any:
@@ -49,6 +57,17 @@ def prepare(
     A model that is prepared already is prepared again from its trained floats, for
     example with fewer bits.
 
+    With `fold_batch_norm`, products quantize the kernel that is folded with the running
+    statistics: `kernel * scale / sqrt(var + epsilon)`. In train mode, the batch norm
+    divides by this factor again, normalizes by the statistics of the batch, and updates
+    its running statistics. In eval mode, the model computes what `convert` returns: the
+    bias of the layer contains the batch norm. To freeze the running statistics, set
+    `use_running_average=True` for the last steps. The scale and the bias of the batch
+    norm still train. `jaxq.nn.fold_batch_norm` says which batch norms can be folded. A
+    batch norm after a layer that the recipe leaves in floats does not change. For
+    weights with few bits, use scales for each channel: the factors of channels differ
+    by orders of magnitude.
+
     Args:
       model: a flax nnx module, or a tree of arrays as in `jaxq.quantize_params`.
       recipe: as in `jaxq.quantize_model`.
@@ -64,6 +83,9 @@ def prepare(
       fallback: as in `jaxq.quantize_model`.
       strict: as in `jaxq.quantize_model`.
       schedule: a `jaxq.training.Schedule`. Call its `apply` in every training step.
+      fold_batch_norm: True trains each kernel together with the `nnx.BatchNorm` after
+        its layer. Patterns for the paths of batch norms choose some of them. This needs
+        an nnx model and at least one batch as `calibration`. See below.
       key: as in `jaxq.quantize_model`.
       progress: as in `jaxq.quantize_model`.
 
@@ -72,11 +94,13 @@ def prepare(
       weights are `jaxq.nn.TrainedParam` variables, which are `nnx.Param`s.
 
     Raises:
-      TypeError: `ranges` is unknown.
+      TypeError: `ranges` is unknown; or `fold_batch_norm` is not False and `model` is
+        a tree.
       ValueError: the recipe quantizes no weight; a spec rounds stochastically;
         `ranges` has moving averages, and the model is a tree, or no rule has an
         activation with one range; `schedule` freezes moving averages, and `ranges` has
-        none; or the errors of `quantize_model` and `quantize_params`.
+        none; `fold_batch_norm` is not False and there is no batch; or the errors of
+        `quantize_model`, `quantize_params` and `jaxq.nn.fold_batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq, optax
@@ -93,6 +117,8 @@ def prepare(
     References:
       Jacob et al., "Quantization and Training of Neural Networks for Efficient
       Integer-Arithmetic-Only Inference", 2018, section 3.
+      Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference",
+      2018, section 3.2.2 (batch norms).
     """
     ranges = as_ranges(ranges, CALLER)
     recipe = trainable_recipe(recipe, ranges, CALLER)
@@ -116,12 +142,17 @@ def prepare(
         replacement=replacement(ranges, schedule, CALLER),
     )
     model = restore_floats(model)
-    if isinstance(model, nnx.Module):
-        adapter = NnxAdapter(model, recipe, options)
-    else:
+    pairs = norms_to_fold(model, fold_batch_norm, options)
+    if not isinstance(model, nnx.Module):
         adapter = TreeAdapter(model, recipe, options)
+    elif pairs:
+        adapter = NnxAdapter(fold_norms(model, pairs, options), recipe, options)
+    else:
+        adapter = NnxAdapter(model, recipe, options)
     prepared, report = quantize_slots(adapter, recipe, options)
     check_trained(report, CALLER)
+    if pairs:
+        start_norms(prepared, model, pairs)
     return prepared
 
 

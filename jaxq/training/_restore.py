@@ -10,6 +10,7 @@ from flax import nnx
 from jaxq.nn.layers import PromoteQTensors, replace_variables
 from jaxq.nn.transform import find_layers
 from jaxq.qtensor import TrainedWeight
+from jaxq.training._batch_norm import restore_norms
 from jaxq.training._weights import is_trained, trained_params
 
 
@@ -25,6 +26,7 @@ def restore_floats(model: Any) -> Any:
     # `id` identifies a module, so the modules must stay alive.
     params = [param for _, param in trained_params(model)]
     floats = {id(param): param.floats for param in params}
+    restore_norms(model)
     replace_variables(model, floats)
     for layer in find_layers(model):
         # The hook of a quantized layer refuses float weights.

@@ -5,6 +5,14 @@ the record of the kind, and the layer class that is quantized from the start.
 `register_layer` adds a kind.
 """
 
+from jaxq.nn.layers._batch_norm import (
+    FoldedBatchNorm,
+    FoldedTrainedParam,
+    TrainedBatchNorm,
+    folded_bias,
+    folded_kernel,
+    norm_factor,
+)
 from jaxq.nn.layers._input_transform import TransformInput, input_transforms
 from jaxq.nn.layers._kind import (
     LayerKind,
@@ -46,6 +54,8 @@ from jaxq.nn.layers._trained_param import QuantStats, TrainedParam
 # Other packages of jaxq import the names above as well. Importing the linen kinds
 # (`CONV`, `DENSE`, ...) registers them.
 __all__ = [
+    "FoldedBatchNorm",
+    "FoldedTrainedParam",
     "LayerKind",
     "QConv",
     "QConvTranspose",
@@ -56,6 +66,7 @@ __all__ = [
     "QuantStats",
     "QuantizedParam",
     "Roles",
+    "TrainedBatchNorm",
     "TrainedParam",
     "register_layer",
     "unregister_layer",

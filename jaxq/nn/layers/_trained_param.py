@@ -59,6 +59,8 @@ class TrainedParam(nnx.Module):
       (True, (64, 8))
     """
 
+    floats: Any
+
     def __init__(self, weight: TrainedWeight, **metadata: Any):
         self._meta = weight.meta
         self._range_gradient = weight.range_gradient

@@ -8,9 +8,18 @@ results back. `_matching.py` checks all slots before the first one is quantized.
 before its weights are quantized.
 """
 
+from jaxq.nn.transform._batch_norm import (
+    features_axis,
+    find_norms,
+    fold_batch_norm,
+    fold_norms,
+)
 from jaxq.nn.transform._folding import register_folding
 from jaxq.nn.transform._linen import LinenAdapter, check_module
 from jaxq.nn.transform._linen import quantize_model as linen_quantize_model
+from jaxq.nn.transform._linen_batch_norm import (
+    fold_batch_norm as linen_fold_batch_norm,
+)
 from jaxq.nn.transform._loop import quantize_slots
 from jaxq.nn.transform._nnx import NnxAdapter, quantize_model
 from jaxq.nn.transform._nnx_layers import (
@@ -32,6 +41,8 @@ from jaxq.nn.transform._tree import (
 __all__ = [
     "dequantize_params",
     "find_layers",
+    "fold_batch_norm",
+    "linen_fold_batch_norm",
     "linen_quantize_model",
     "plan",
     "quantize_model",

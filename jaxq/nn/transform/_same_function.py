@@ -41,7 +41,7 @@ def check_rotated(model: nnx.Module, rotated: nnx.Module, options: Options) -> N
       rotated: the rotated float model.
       options: with batches.
     """
-    difference = _difference(model, rotated, options)
+    difference = output_difference(model, rotated, options)
     if difference:
         raise ValueError(
             f"{options.caller}: the rotation of {type(model).__name__} changes what "
@@ -61,13 +61,13 @@ def check_folded(model: nnx.Module, folded: Folded, options: Options) -> None:
       folded: the folded float model, with the scales of each group.
       options: with batches.
     """
-    difference = _difference(model, folded.model, options)
+    difference = output_difference(model, folded.model, options)
     if not difference:
         return
     wrong = ", ".join(folded.scales)
     for source, scale in folded.scales.items():
         alone = fold_into(model, {source: scale})
-        if difference_alone := _difference(model, alone, options):
+        if difference_alone := output_difference(model, alone, options):
             wrong, difference = source, difference_alone
             break
     targets = ", ".join(folded.targets.get(wrong, ()))
@@ -81,13 +81,17 @@ def check_folded(model: nnx.Module, folded: Folded, options: Options) -> None:
     )
 
 
-def _difference(before: nnx.Module, after: nnx.Module, options: Options) -> str:
+def output_difference(before: nnx.Module, after: nnx.Module, options: Options) -> str:
     """How much outputs differ. Empty if rounding explains the difference."""
-    runs = nnx_run(before, options), nnx_run(after, options)
-    error = largest_difference(*runs, options)
+    return run_difference(nnx_run(before, options), nnx_run(after, options), options)
+
+
+def run_difference(before: Run, after: Run, options: Options) -> str:
+    """As `output_difference`, for two models that are ready to run."""
+    error = largest_difference(before, after, options)
     tolerance = _FLOAT32_ROUNDING
     if error > tolerance:
-        tolerance = _rounding(*runs, options)
+        tolerance = _rounding(before, after, options)
     if error <= tolerance:
         return ""
     return (
