@@ -94,31 +94,37 @@ LOSSES = {
 }
 
 
-def train(name: str, seed: int) -> list[float]:
-    """Trains one student, and returns its held-out perplexities on the way."""
-    optimizer = optax.adamw(
-        optax.warmup_cosine_decay_schedule(0.0, PEAK_LR, NUM_STEPS // 10, NUM_STEPS)
+def train(name: str) -> np.ndarray:
+    """Trains a student from each seed.
+
+    Returns:
+        Held-out perplexities on the way, [seeds, points].
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, PEAK_LR, NUM_STEPS // 10, NUM_STEPS
     )
     own_teacher, loss = LOSSES[name]
-    student = Llama(config, rngs=nnx.Rngs(seed))
-    step = make_step(student, own_teacher, optimizer, loss)
-    state = step.init()
-    curve = []
-    for i, batch in enumerate(windows(tokens, NUM_STEPS, BATCH, CONTEXT, seed)):
-        state, value = step(state, batch)
-        if (i + 1) % (NUM_STEPS // NUM_POINTS) == 0:
-            curve.append(perplexity(step.student(state), heldout, context=CONTEXT))
-            progress(
-                f"{name}, seed {seed}: step {i + 1}/{NUM_STEPS}, loss {value:.3f}, "
-                f"perplexity {curve[-1]:.2f}, {time.perf_counter() - begin:.0f} s"
-            )
-    return curve
+    student = Llama(config, rngs=nnx.Rngs(0))
+    step = make_step(student, own_teacher, optax.adamw(schedule), loss)
+    curves = []
+    for seed in SEEDS:
+        # The step is compiled once. Another seed is another state to start from.
+        student = Llama(config, rngs=nnx.Rngs(seed))
+        state = step.init()._replace(params=nnx.state(student, nnx.Param))
+        curve = []
+        for i, batch in enumerate(windows(tokens, NUM_STEPS, BATCH, CONTEXT, seed)):
+            state, value = step(state, batch)
+            if (i + 1) % (NUM_STEPS // NUM_POINTS) == 0:
+                curve.append(perplexity(step.student(state), heldout, context=CONTEXT))
+                progress(
+                    f"{name}, seed {seed}: step {i + 1}/{NUM_STEPS}, loss {value:.3f}, "
+                    f"perplexity {curve[-1]:.2f}, {time.perf_counter() - begin:.0f} s"
+                )
+        curves.append(curve)
+    return np.array(curves)
 
 
-curves = {
-    name: np.array([train(name, seed) for seed in SEEDS])  # [seeds, points]
-    for name in LOSSES
-}
+curves = {name: train(name) for name in LOSSES}
 progress("")
 
 # %% The table
