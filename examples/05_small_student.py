@@ -62,7 +62,7 @@ def progress(text: str) -> None:
 begin = time.perf_counter()
 progress("reading the teacher and the text")
 teacher, tokenizer = jaxq.models.load(HERE / "tiny_llama")
-tokens = training_tokens(tokenizer, 20_000 if args.fast else 1_000_000)
+tokens = training_tokens(tokenizer, 20_000 if args.fast else 500_000)
 heldout = heldout_tokens(tokenizer, (4 if args.fast else 32) * CONTEXT)
 
 
@@ -162,7 +162,9 @@ for color, (name, curve) in zip(("tab:gray", "tab:blue"), curves.items(), strict
 axes.axhline(teacher_perplexity, color="black", linestyle=":", label="teacher")
 axes.set_yscale("log")
 axes.set(xlabel="thousand tokens", ylabel="held-out perplexity")
-axes.set_title(f"a student of {num_student:,} parameters, {len(SEEDS)} seeds")
+axes.set_title(
+    f"a student of {num_student:,} parameters, mean and range of seeds: {len(SEEDS)}"
+)
 axes.legend()
 figure.savefig(args.out, dpi=120)
 print(f"\nplot: {args.out} ({time.perf_counter() - begin:.0f} s)")
