@@ -115,6 +115,107 @@ def test_digits_keep_their_accuracy_in_int8():
     assert "static activation quantization to int8" in out
 
 
+NUMBER = r" +([+-]?[\d,.]+)"
+
+
+def numbers(out: str, row: str, count: int) -> list[float]:
+    """The numbers after the name of a row, which is a regular expression."""
+    match = re.search(rf"^{row}{NUMBER * count}(?: %)?$", out, re.MULTILINE)
+    assert match, f"no row {row} with {count} numbers in\n{out}"
+    return [float(number.replace(",", "")) for number in match.groups()]
+
+
+def require_plots_and_tokenizers() -> None:
+    pytest.importorskip(
+        "tokenizers", reason="the example reads a tokenizer: pip install jaxq[hf]"
+    )
+    pytest.importorskip(
+        "matplotlib", reason="the example draws a plot: pip install jaxq[plots]"
+    )
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ((), "GPTQ"),
+        # Without text and without GPTQ: training begins with rounding to nearest.
+        (("--data", "self", "--start", "rtn"), "round to nearest"),
+    ],
+    ids=["library", "self"],
+)
+def test_qat_is_better_than_its_start(tmp_path, options, start):
+    require_plots_and_tokenizers()
+    plot = tmp_path / "plot.png"
+    out = run("examples/04_qat.py", "--fast", "--out", str(plot), *options)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    _, float_perplexity, float_kl = numbers(out, "float32", 3)
+    assert float_kl == 0
+    rows = {
+        name: numbers(out, f"int2 +{name}", 3)
+        for name in ("round to nearest", "GPTQ", f"QAT from {start}")
+    }
+    bits = {row[0] for row in rows.values()}
+    assert bits == {2.375}
+    _, before, kl_before = rows[start]
+    _, after, kl_after = rows[f"QAT from {start}"]
+    assert float_perplexity < after < before
+    assert kl_after < kl_before
+    assert rows["GPTQ"][1] < rows["round to nearest"][1]
+
+
+@pytest.mark.heavy
+def test_small_student_prints_its_table_and_saves_its_plot(tmp_path):
+    require_plots_and_tokenizers()
+    plot = tmp_path / "plot.png"
+    out = run("examples/05_small_student.py", "--fast", "--out", str(plot))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    share = re.search(r"student: [\d,]+ parameters, (\d+)% of the teacher's", out)
+    assert share
+    assert 20 <= int(share[1]) <= 25
+    (teacher,) = numbers(out, "teacher", 1)
+    for name in ("alone", "distilled"):
+        *seeds, mean, spread = numbers(out, name, 4)
+        # The perplexity of a model that knows nothing is 2048.
+        assert teacher < min(seeds) <= mean <= max(seeds) < 2048
+        assert spread == pytest.approx(max(seeds) - min(seeds), abs=0.02)
+
+
+def test_digits_student_learns_from_soft_labels(tmp_path):
+    pytest.importorskip(
+        "sklearn",
+        reason="the example reads scikit-learn's digits: pip install scikit-learn",
+    )
+    pytest.importorskip(
+        "matplotlib", reason="the example draws a plot: pip install jaxq[plots]"
+    )
+    plot = tmp_path / "plot.png"
+    out = run("examples/06_digits_student.py", "--fast", "--out", str(plot))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    large, teacher, _ = numbers(out, "teacher, labels", 3)
+    small, distilled, _ = numbers(out, "student, soft labels", 3)
+    assert small <= large / 10
+    # The student has seen no label. Chance is 10 %.
+    assert teacher > 90
+    assert distilled > 85
+
+
+@pytest.mark.heavy
+def test_narrow_optimizer_states_train_as_float_states(tmp_path):
+    require_plots_and_tokenizers()
+    plot = tmp_path / "plot.png"
+    out = run("examples/07_optimizer_states.py", "--fast", "--out", str(plot))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    float_bytes, _, _ = numbers(out, "adamw, float32", 3)
+    assert float_bytes == 8
+    # Twenty steps are too few to compare losses. A state that diverges shows.
+    limits = {"adamw8bit": (2.1, 1), "adamw4bit": (1.1, 5)}
+    for name, (most_bytes, most_change) in limits.items():
+        state_bytes, _, change = numbers(out, name, 3)
+        assert state_bytes <= most_bytes
+        assert abs(change) < most_change
+
+
 @pytest.mark.heavy
 def test_training_writes_a_model_and_resumes(tmp_path):
     tokenizers = pytest.importorskip(
