@@ -4,10 +4,9 @@
     python examples/04_qat.py                           # writes qat.png
     python examples/04_qat.py --data self               # needs no training text
 
-Below 4 bits, rounding ruins the small Llama in examples/tiny_llama, and GPTQ repairs a
-part of the damage. Quantization-aware training (QAT) repairs most of it. The quantized
-model learns the probabilities that its own float weights give (distillation from the
-float self). All of it is one line:
+The rows compare rounding to nearest, GPTQ and quantization-aware training (QAT) of the
+small Llama in examples/tiny_llama. In QAT the quantized model learns the probabilities
+that its own float weights give (distillation from the float self). It is one line:
 
     step = make_step(prepare(model, recipe, ranges=lsq(), ...), model, optimizer, loss)
 
