@@ -202,13 +202,14 @@ class FoldedTrainedParam(TrainedParam):
 
 def norm_factor(norm: nnx.BatchNorm) -> jax.Array:
     """What a batch norm in eval mode multiplies by, float32 `[*batch, features]`."""
-    deviation = jnp.sqrt(norm.var.get_value().astype(jnp.float32) + norm.epsilon)
+    # Under jit, the compiler would replace `scale / sqrt(...)` by a product with rsqrt,
+    # and round differently from `convert`.
+    factor = jax.lax.rsqrt(norm.var.get_value().astype(jnp.float32) + norm.epsilon)
     if norm.scale is None:
-        return 1 / deviation
+        return factor
     scale = norm.scale.get_value().astype(jnp.float32)
     smallest = jnp.where(scale < 0, -_SMALLEST_SCALE, _SMALLEST_SCALE)
-    scale = jnp.where(jnp.abs(scale) < _SMALLEST_SCALE, smallest, scale)
-    return scale / deviation
+    return jnp.where(jnp.abs(scale) < _SMALLEST_SCALE, smallest, scale) * factor
 
 
 def folded_kernel(kernel: jax.Array, factor: jax.Array, axis: int) -> jax.Array:
