@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxq.qtensor import TRAINED_LEAVES, TrainedWeight
 from jaxq.training._weights import trained_weights
@@ -35,7 +36,7 @@ def check(model: Any) -> None:
     """
     problems = []
     for path, weight in trained_weights(model):
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(weight)):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(weight)):
             raise TypeError(
                 "training.check: the model is traced. Call it outside jit, with the "
                 "parameters of the last step."
@@ -63,8 +64,8 @@ def _problems(weight: TrainedWeight) -> Iterator[str]:
         if num_bad:
             yield f"{name}: {num_bad} of {leaf.size} numbers are NaN or infinite"
     if weight.scale is not None:
-        is_quantized = isinstance(weight.scale, TrainedWeight)
-        scale = np.asarray(weight.scale.floats if is_quantized else weight.scale)
+        scale = weight.scale
+        scale = np.asarray(scale.floats if isinstance(scale, TrainedWeight) else scale)
         num_zero, num_negative = int(np.sum(scale == 0)), int(np.sum(scale < 0))
         if num_zero:
             yield f"scale: {num_zero} of {scale.size} steps are zero"

@@ -14,10 +14,10 @@ from typing import Any
 from flax import linen
 
 from jaxq.nn.layers._linen_kind import find_call, find_setup
-from jaxq.qtensor import QUANTIZED, QTensor
+from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight
 
 # `read(layer, name)` returns the QTensor of a parameter, or None if it is an array.
-ReadWeight = Callable[[linen.Module, str], QTensor | None]
+ReadWeight = Callable[[linen.Module, str], QTensor | TrainedWeight | None]
 
 
 def use_codes(
@@ -51,7 +51,7 @@ def run_with_codes(
     return method_call.method(layer, weight, *args, **kwargs)
 
 
-def stored_qtensor(layer: linen.Module, name: str) -> QTensor | None:
+def stored_qtensor(layer: linen.Module, name: str) -> QTensor | TrainedWeight | None:
     """A parameter of a layer if it is a QTensor, otherwise None."""
     value = layer.get_variable("params", name)
     return value if isinstance(value, QUANTIZED) else None

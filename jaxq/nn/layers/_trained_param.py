@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from jaxq.qtensor import TRAINED_LEAVES, TrainedWeight
+from jaxq.qtensor import TRAINED_LEAVES, RangeGradient, TrainedWeight
 
 
 class QuantStats(nnx.Variable):
@@ -56,9 +56,18 @@ class TrainedParam(nnx.Module):
       (True, (64, 8))
     """
 
+    floats: nnx.Param
+    scale: nnx.Param | TrainedParam | None
+    zero_point: nnx.Param | None
+    offset: nnx.Param | None
+    codebook: nnx.Param | None
+    input_range: nnx.Param | QuantStats | None
+    input_scale: QuantStats | None
+    switch: QuantStats | None
+
     def __init__(self, weight: TrainedWeight, **metadata: Any):
         self._meta = weight.meta
-        self._range_gradient = weight.range_gradient
+        self._range_gradient: RangeGradient | None = weight.range_gradient
         self._gradient_scale = weight.gradient_scale
         constants = {"input_scale", "switch"}
         if weight.range_gradient is None:
@@ -77,7 +86,7 @@ class TrainedParam(nnx.Module):
 
     def get_value(self) -> TrainedWeight:
         """The trained weight of the present values."""
-        leaves = {
+        leaves: dict[str, Any] = {
             name: None if variable is None else variable.get_value()
             for name, variable in self._leaves().items()
         }
