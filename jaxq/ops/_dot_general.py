@@ -94,31 +94,33 @@ def dot_general(
       >>> y.shape, y.dtype.name
       ((2, 32), 'float32')
     """
-    lhs, rhs = as_operands(lhs, rhs, caller="dot_general")
+    left, right = as_operands(lhs, rhs, caller="dot_general")
     dims = as_tuples(dimension_numbers, "dot_general")
-    check_sizes(lhs, rhs, dims, "dot_general")
-    check_float_partner(lhs, rhs, "dot_general")
-    out_dtype = _preferred_dtype(lhs, rhs, preferred_element_type)
-    trained = trained_operand((lhs, rhs), "dot_general")
+    check_sizes(left, right, dims, "dot_general")
+    check_float_partner(left, right, "dot_general")
+    out_dtype = _preferred_dtype(left, right, preferred_element_type)
+    trained = trained_operand((left, right), "dot_general")
     if trained is not None:
-        x, weight = (rhs, lhs) if trained == 0 else (lhs, rhs)
+        x, weight = (right, left) if trained == 0 else (left, right)
         return _multiply_trained(
             x, weight, dims, out_dtype, out_sharding, swapped=trained == 0
         )
-    plan = plan_dot(lhs, rhs, dims, out_dtype.name)
+    plan = plan_dot(left, right, dims, out_dtype.name)
     if plan.path == "dense":
-        assert not isinstance(lhs, QTensor)
-        assert not isinstance(rhs, QTensor)
+        assert not isinstance(left, QTensor)
+        assert not isinstance(right, QTensor)
         y = lax.dot_general(
-            lhs,
-            rhs,
+            left,
+            right,
             dims,
             precision=precision,
             preferred_element_type=jnp.dtype(plan.accumulate),
             out_sharding=out_sharding,
         )
         return y.astype(out_dtype)
-    y = _multiply_over_mesh(plan, plan.before, lhs, rhs, _nonnegative(lhs, rhs, dims))
+    y = _multiply_over_mesh(
+        plan, plan.before, left, right, _nonnegative(left, right, dims)
+    )
     return sharding.apply_out_sharding(y.astype(out_dtype), out_sharding)
 
 

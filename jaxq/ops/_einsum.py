@@ -95,23 +95,22 @@ def einsum(
             "einsum: subscripts must be a string such as 'bk,kn->bn', got "
             f"{type(subscripts).__name__}."
         )
-    operands = as_operands(*operands, caller="einsum")
-    if not any(isinstance(operand, QUANTIZED) for operand in operands):
-        arrays: list[Any] = list(operands)
+    values = as_operands(*operands, caller="einsum")
+    if not any(isinstance(value, QUANTIZED) for value in values):
         y = jnp.einsum(
             subscripts,
-            *arrays,
+            *values,
             precision=precision,
-            preferred_element_type=accumulate_dtype(*arrays),
+            preferred_element_type=accumulate_dtype(*values),
             out_sharding=out_sharding,
         )
-        return y.astype(preferred_element_type or result_dtype(*arrays))
-    if len(operands) != 2:
+        return y.astype(preferred_element_type or result_dtype(*values))
+    if len(values) != 2:
         raise ValueError(
             "einsum: a product with a QTensor has two operands, got "
-            f"{len(operands)} in {subscripts!r}. Multiply two at a time."
+            f"{len(values)} in {subscripts!r}. Multiply two at a time."
         )
-    a, b = operands
+    a, b = values
     dims, order = einsum_numbers(subscripts, a.ndim, b.ndim)
     y = dot_general(a, b, dims, preferred_element_type=preferred_element_type)
     return sharding.apply_out_sharding(jnp.transpose(y, order), out_sharding)

@@ -8,25 +8,28 @@ the functions of this file.
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxq.ops._dimension_numbers import DimensionNumbers, broadcastable
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QTensor, TrainedWeight
+
+Weight = TypeVar("Weight", QTensor, TrainedWeight)
 
 # Dtypes that the multiplied operand keeps. All other dtypes become float32.
 _KEPT_DTYPES = ("bfloat16", "float16")
 
 
 def scale_operand(
-    x: jax.Array, weight: QTensor, dims: DimensionNumbers, *, swapped: bool
-) -> tuple[jax.Array, QTensor]:
+    x: jax.Array, weight: Weight, dims: DimensionNumbers, *, swapped: bool
+) -> tuple[jax.Array, Weight]:
     """Moves the input scale of a weight to the float operand of the product.
 
     Args:
       x: the float operand.
-      weight: a QTensor with an `input_scale`. The product contracts the axes that its
+      weight: a weight with an `input_scale`. The product contracts the axes that its
         geometry contracts. Its batch axes are, in order, those of the product.
       dims: dimension numbers of the product.
       swapped: True if the weight is the left operand.

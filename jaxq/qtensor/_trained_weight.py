@@ -351,7 +351,7 @@ class TrainedWeight(ProductOperand):
             # is enough to train. Entries are trained, and their scale is constant.
             scale = stored_scale + self._change_of_scales()
         offset = None
-        if self.offset is not None:
+        if grid.offset is not None:
             offset = _scales.load_from_dtype(grid.offset) + _change(self.offset)
         elif self.zero_point is not None:
             # A zero point shifts the range as an offset of `-scale * zero_point` does.

@@ -395,6 +395,7 @@ def test_bfloat16_layers_with_float32_masters(name):
     assert_close(to_x, expected[0], 0.03)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", ["matmul", "at_left", "conv", "ragged_dot"])
 def test_float32_inputs_of_a_bfloat16_weight(name):
     x, w = trained(name, "int4", "bfloat16")

@@ -23,7 +23,7 @@ from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight
 QUANT_STATS = "quant_stats"
 
 # `read(layer, name)` returns the QTensor of a parameter, or None if it is an array.
-ReadWeight = Callable[[linen.Module, str], QTensor | None]
+ReadWeight = Callable[[linen.Module, str], QTensor | TrainedWeight | None]
 
 
 def use_codes(
@@ -57,7 +57,7 @@ def run_with_codes(
     return method_call.method(layer, weight, *args, **kwargs)
 
 
-def stored_qtensor(layer: linen.Module, name: str) -> QTensor | None:
+def stored_qtensor(layer: linen.Module, name: str) -> QTensor | TrainedWeight | None:
     """A parameter of a layer if it is a QTensor, otherwise None."""
     value = layer.get_variable("params", name)
     if isinstance(value, TrainedWeight) and value.decay is not None:

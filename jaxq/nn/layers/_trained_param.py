@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import errors, nnx
 
-from jaxq.qtensor import TRAINED_LEAVES, TrainedWeight
+from jaxq.qtensor import TRAINED_LEAVES, RangeGradient, TrainedWeight
 
 
 class QuantStats(nnx.Variable):
@@ -59,11 +59,19 @@ class TrainedParam(nnx.Module):
       (True, (64, 8))
     """
 
-    floats: Any
+    floats: nnx.Param
+    scale: nnx.Param | TrainedParam | None
+    zero_point: nnx.Param | None
+    offset: nnx.Param | None
+    codebook: nnx.Param | None
+    input_range: nnx.Param | QuantStats | None
+    input_scale: QuantStats | None
+    switch: QuantStats | None
+    averaging: QuantStats | None
 
     def __init__(self, weight: TrainedWeight, **metadata: Any):
         self._meta = weight.meta
-        self._range_gradient = weight.range_gradient
+        self._range_gradient: RangeGradient | None = weight.range_gradient
         self._gradient_scale = weight.gradient_scale
         self._decay = weight.decay
         if weight.decay is not None:
@@ -85,7 +93,7 @@ class TrainedParam(nnx.Module):
 
     def get_value(self) -> TrainedWeight:
         """The trained weight of the present values."""
-        leaves = {
+        leaves: dict[str, Any] = {
             name: None if variable is None else variable.get_value()
             for name, variable in self._leaves().items()
         }
