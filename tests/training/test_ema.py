@@ -376,7 +376,7 @@ def test_other_variables_of_the_collection_stay():
 def test_sharded_data_have_one_range():
     x = normal(4, 16)
     module, variables = prepared_linen(nn.Dense(8), x)
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     rows = jax.NamedSharding(mesh, jax.P("data"))
     apply = jax.jit(functools.partial(module.apply, mutable=["quant_stats"]))
     _, changed = apply(variables, jax.device_put(x, rows))

@@ -259,7 +259,7 @@ def test_sharded_data():
     module, x = Mlp(), normal(4, 32)
     variables = initialized(module, x)
     module, prepared = prepare(module, variables, W8A8)
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
     rows = jax.NamedSharding(mesh, jax.P("data"))
 
     @jax.jit
