@@ -87,7 +87,7 @@ class Text:
         windows: list[np.ndarray] = []
         for i in rng.permutation(len(files)):
             text = files[i].read_text(encoding="utf-8", errors="ignore")
-            if self._overlaps_heldout(text):
+            if self.overlaps_heldout(text):
                 continue
             ids = self.encode(text)
             start = int(rng.integers(0, max(1, len(ids) - 2 * CONTEXT)))
@@ -99,7 +99,7 @@ class Text:
         stacked = np.stack(windows[: BATCHES * BATCH])
         return list(stacked.reshape(BATCHES, BATCH, CONTEXT))
 
-    def _overlaps_heldout(self, text: str) -> bool:
+    def overlaps_heldout(self, text: str) -> bool:
         starts = range(0, len(text), 100)
         return any(text[start : start + 100] in self.heldout for start in starts)
 

@@ -42,6 +42,7 @@ SUBJECTS = (
     "quantize",
     "recipes",
     "static_ranges",
+    "training",
 )
 # Environment variables of single subjects. They are settings of glibc's malloc.
 ENVIRONMENT: dict[str, dict[str, str]] = {

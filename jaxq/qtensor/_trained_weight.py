@@ -89,7 +89,7 @@ class TrainedWeight:
       True
       >>> slopes = jax.grad(lambda w: (jnp.ones((1, 64)) @ w).sum())(w)
       >>> slopes.floats.shape, slopes.scale.shape
-      ((64, 8), (8, 2))
+      ((64, 8), (8, 1))
 
     References:
       Jacob et al., "Quantization and Training of Neural Networks for Efficient

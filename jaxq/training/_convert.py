@@ -51,8 +51,8 @@ def convert(model: Any) -> tuple[Any, Report]:
       >>> import jax.numpy as jnp, jaxq
       >>> params = {"w": jnp.eye(64)}
       >>> qparams, report = jaxq.training.convert(jaxq.training.prepare(params, "int4"))
-      >>> qparams["w"]
-      QTensor(w: int4[64x64], PerGroup(32 along -2), scale=bfloat16, 4.5 bits, float32)
+      >>> qparams["w"].spec.fmt.name, report.rows[0].method
+      ('int4', 'trained')
     """
     if isinstance(model, nnx.Module):
         return _convert_nnx(model)

@@ -85,7 +85,7 @@ def prepare(
       >>> qat = jaxq.training.prepare(model, "int4", ranges=jaxq.training.lsq())
       >>> optimizer = nnx.Optimizer(qat, optax.adam(1e-3), wrt=nnx.Param)
       >>> grads = nnx.grad(lambda qat: jnp.mean((qat(x) - 1) ** 2))(qat)
-      >>> optimizer.update(qat, grads)
+      >>> _ = optimizer.update(qat, grads)
       >>> qmodel, report = jaxq.training.convert(qat)
       >>> bool((qmodel(x) == qat(x)).all())
       True

@@ -55,8 +55,10 @@ def test_every_fence_has_a_language_that_is_checked(document):
 
 
 @pytest.mark.parametrize(("document", "line", "text"), blocks_in("python"))
-def test_python_block_runs(document, line, text, monkeypatch):
+def test_python_block_runs(document, line, text, monkeypatch, request):
     monkeypatch.chdir(ROOT)
+    if "optax" in text:
+        request.getfixturevalue("standard_promotion")
     namespace = {"__name__": "__main__"}
     if text.lstrip().startswith(">>>"):
         name = document.name

@@ -1,0 +1,336 @@
+"""Quantization-aware training of a language model below 4 bits, beside GPTQ.
+
+The model is examples/tiny_llama, whose float perplexity is the first row. It is trained
+on source code of Python's standard library that is not in examples/heldout.txt.
+Perplexity, KL divergence from the float model and top-1 agreement are those on
+examples/heldout.txt. Heads and embeddings are quantized in no row, but they are
+trained. Figures are means over three seeds, which choose the training text and the
+calibration text. The range of perplexity is shown.
+
+- `labels` trains on the next token, `distillation` on the float model's own logits.
+- `computed` steps are computed from the weights, `learned` steps are trained (LSQ).
+- `from` says which weights and steps training starts with: those of rounding to
+  nearest, or those of GPTQ.
+
+All rows of the first table train the same number of steps, except the rows `long`. The
+second table gives training the text that GPTQ reads (8,192 tokens), the time that GPTQ
+takes, or both. Seconds are wall-clock seconds with compilation. They are comparable
+within one row of machines only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from methods import BATCHES, CONTEXT, SEEDS, Comparer, Text, recipe_of
+
+import jaxq
+
+# Rows of an interrupted run. The next run does not measure them again.
+PARTIAL = Path(__file__).parent / "results" / "training-partial.json"
+STEPS, LONG, BATCH = 300, 1200, 8
+WARMUP = 20
+# The largest learning rates of weights and of steps, for each kind of weights.
+WEIGHT_RATE, STEP_RATE = 1e-3, 1e-4
+FORMATS = {"int2": "int2", "int3": "int3", "ternary": "ternary"}
+# The largest perplexity that each format should reach.
+TARGETS = {"int2": 17.0, "int3": 15.9, "ternary": 25.0}
+GPTQ_TOKENS = BATCHES * 4 * CONTEXT
+Row = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """One row of a table before it is measured.
+
+    Attributes:
+        table: 1 or 2.
+        what: the format of the weights.
+        loss: "labels", "distillation", or "-" without training.
+        steps: "computed", "learned" or "-".
+        start: "nearest" or "gptq".
+        budget: "steps", "long", "text" (GPTQ's text once), "time" (GPTQ's time on new
+            text) or "text and time" (GPTQ's text again and again for GPTQ's time).
+    """
+
+    table: int
+    what: str
+    loss: str
+    steps: str
+    start: str
+    budget: str = "steps"
+
+    @property
+    def name(self) -> str:
+        return " ".join(map(str, self))
+
+
+def cases() -> Iterator[Case]:
+    """All rows in their order."""
+    for what in FORMATS:
+        yield Case(1, what, "-", "-", "nearest", "-")
+        yield Case(1, what, "-", "-", "gptq", "-")
+        yield Case(1, what, "labels", "computed", "nearest")
+        yield Case(1, what, "distillation", "computed", "nearest")
+        yield Case(1, what, "distillation", "learned", "nearest")
+        yield Case(1, what, "distillation", "learned", "gptq")
+        yield Case(1, what, "distillation", "learned", "gptq", "long")
+    for budget in ("text", "time", "text and time"):
+        for what in ("int2", "int3"):
+            yield Case(2, what, "distillation", "learned", "gptq", budget)
+
+
+class Stream:
+    """Windows of training text, which never overlap the held-out text."""
+
+    def __init__(self, text: Text, seed: int):
+        self._rng = np.random.default_rng(1000 + seed)
+        self._tokens = _training_tokens(text)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yields batches `[BATCH, CONTEXT]` without end."""
+        while True:
+            starts = self._rng.integers(0, len(self._tokens) - CONTEXT, BATCH)
+            yield np.stack([self._tokens[s : s + CONTEXT] for s in starts])
+
+
+@functools.cache
+def _training_tokens(text: Text) -> np.ndarray:
+    """The tokens of all library sources that do not overlap the held-out text."""
+    tokens = []
+    for path in sorted(Path(os.__file__).parent.glob("**/*.py")):
+        parts = path.parts
+        # site-packages and _sysconfigdata differ from machine to machine.
+        if "site-packages" in parts or path.name.startswith("_sysconfig"):
+            continue
+        if "test" in parts or "tests" in parts or path.stat().st_size < 5_000:
+            continue
+        source = path.read_text(encoding="utf-8", errors="ignore")
+        if not text.overlaps_heldout(source):
+            tokens.append(text.encode(source))
+    return np.concatenate(tokens)
+
+
+class Trained(NamedTuple):
+    """A trained model, and what training took."""
+
+    model: Any
+    tokens: int
+    seconds: float
+
+
+def train(
+    case: Case, text: Text, data: list[np.ndarray], seed: int, seconds: float
+) -> Trained:
+    """The quantized model of a case.
+
+    Args:
+        case: the row.
+        text: the model and the text.
+        data: GPTQ's calibration batches.
+        seed: chooses the training text.
+        seconds: the time that GPTQ took, for the rows with this budget.
+    """
+    start = time.perf_counter()
+    ranges = jaxq.training.lsq() if case.steps == "learned" else "dynamic"
+    method = "gptq" if case.start == "gptq" else "rtn"
+    recipe = recipe_of(FORMATS[case.what], method=method)
+    calibration = data if case.start == "gptq" else None
+    if case.loss == "-":
+        model, _ = jaxq.quantize_model(
+            text.model,
+            recipe,
+            calibration=calibration,
+            fallback="none",
+            key=jax.random.key(seed),
+            progress=False,
+        )
+        jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+        tokens = GPTQ_TOKENS if calibration else 0
+        return Trained(model, tokens, time.perf_counter() - start)
+    student = jaxq.training.prepare(
+        text.model,
+        recipe,
+        ranges=ranges,
+        calibration=calibration,
+        fallback="none",
+        key=jax.random.key(seed),
+        progress=False,
+    )
+    num_steps = _num_steps(case)
+    teacher = text.model if case.loss == "distillation" else None
+    loss = _distillation if teacher is not None else _labels
+    step = jaxq.distillation.make_step(student, teacher, optimizer(num_steps), loss)
+    state = step.init()
+    taken = 0
+    for batch in _batches(case, text, data, seed):
+        state, _ = step(state, _with_targets(batch, teacher))
+        taken += 1
+        if case.budget in ("time", "text and time"):
+            jax.block_until_ready(state.params)
+            if time.perf_counter() - start > seconds:
+                break
+        elif taken == num_steps:
+            break
+    model, _ = jaxq.training.convert(step.student(state))
+    jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+    return Trained(model, taken * batch.size, time.perf_counter() - start)
+
+
+def _num_steps(case: Case) -> int:
+    """The steps of the schedule of the learning rate."""
+    if case.budget == "text":
+        return BATCHES * 4 // BATCH
+    return LONG if case.budget == "long" else STEPS
+
+
+def _batches(
+    case: Case, text: Text, data: list[np.ndarray], seed: int
+) -> Iterator[np.ndarray]:
+    """The training batches of a case, without end."""
+    if not case.budget.startswith("text"):
+        yield from Stream(text, seed)
+    windows = np.concatenate(data).reshape(-1, BATCH, CONTEXT)
+    while True:
+        yield from windows
+
+
+def optimizer(num_steps: int) -> optax.GradientTransformation:
+    """Adam with a lower learning rate for steps than for weights, without decay."""
+
+    def rate(peak: float) -> optax.Schedule:
+        warmup = min(WARMUP, num_steps // 4)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, num_steps)
+
+    return optax.multi_transform(
+        {
+            "weight": optax.adam(rate(WEIGHT_RATE), b2=0.99),
+            "step": optax.adam(rate(STEP_RATE), b2=0.99),
+        },
+        jaxq.training.labels,
+    )
+
+
+def _with_targets(batch: np.ndarray, teacher: Any) -> Any:
+    return (batch,) if teacher is not None else (batch, batch)
+
+
+def _distillation(logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+    return jaxq.distillation.kd_loss(logits, teacher_logits, temperature=1.0, alpha=1.0)
+
+
+def _labels(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
+    )
+    return losses.mean()
+
+
+# Measurement.
+
+
+def run() -> dict[str, Any]:
+    """Every case with every seed. An interrupted run goes on where it stopped."""
+    text = Text()
+    compare = Comparer(text.model, text.tokens)
+    measured: dict[str, Row] = {}
+    if PARTIAL.exists():
+        measured = json.loads(PARTIAL.read_text())
+    rows = []
+    for case in cases():
+        seeds = []
+        for seed in SEEDS if _has_seeds(case) else SEEDS[:1]:
+            key = f"{case.name}, seed {seed}"
+            if key not in measured:
+                measured[key] = _measure(case, text, seed, compare, measured)
+                PARTIAL.write_text(json.dumps(measured))
+                print(f"{key}: {measured[key]}", flush=True)
+            seeds.append(measured[key])
+        rows.append(_mean(case, seeds))
+    float_row = {"what": "float32", "bits": 32.0, **compare(text.model)}
+    PARTIAL.unlink(missing_ok=True)
+    return {"subject": "training", "float": float_row, "rows": rows, "missing": []}
+
+
+def _has_seeds(case: Case) -> bool:
+    return case.loss != "-" or case.start == "gptq"
+
+
+def _measure(
+    case: Case, text: Text, seed: int, compare: Comparer, measured: dict[str, Row]
+) -> Row:
+    data = text.calibration(seed)
+    gptq = Case(1, case.what, "-", "-", "gptq", "-")
+    seconds = measured.get(f"{gptq.name}, seed {seed}", {}).get("seconds", 0.0)
+    trained = train(case, text, data, seed, seconds)
+    codes = [
+        leaf
+        for leaf in jax.tree.leaves(nnx.state(trained.model), is_leaf=_is_qtensor)
+        if _is_qtensor(leaf)
+    ]
+    bits = 8 * sum(qt.nbytes for qt in codes) / sum(qt.size for qt in codes)
+    return {
+        "bits": bits,
+        "tokens": trained.tokens,
+        "seconds": trained.seconds,
+        **compare(trained.model),
+    }
+
+
+def _is_qtensor(x: Any) -> bool:
+    return isinstance(x, jaxq.QTensor)
+
+
+def _mean(case: Case, seeds: list[Row]) -> Row:
+    """The row of a case: means over the seeds, and all perplexities."""
+    means = {name: float(np.mean([row[name] for row in seeds])) for name in seeds[0]}
+    perplexities = [row["perplexity"] for row in seeds]
+    return {**case._asdict(), **means, "perplexities": perplexities}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Two markdown tables of the figures that `run` returns."""
+    head = (
+        "| weights | trained on | steps | from | budget | bits | perplexity | range | "
+        "KL | top-1 | tokens | seconds | remark |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    )
+    float_row = result["float"]
+    perplexity = f"{float_row['perplexity']:.2f}"
+    parts = [
+        head,
+        f"| float32 | - | - | - | - | 32 | {perplexity} | - | 0 | 100 % | - | - |  |",
+    ]
+    for number in (1, 2):
+        if number == 2:
+            parts += ["\nThe text or the time of GPTQ:\n", head]
+        rows = [row for row in result["rows"] if row["table"] == number]
+        parts += [_line(row) for row in rows]
+    return "\n".join(parts)
+
+
+def _line(row: Row) -> str:
+    low, high = min(row["perplexities"]), max(row["perplexities"])
+    spread = f"{low:.2f} to {high:.2f}" if len(row["perplexities"]) > 1 else "-"
+    remark = ""
+    is_best = row["budget"] == "long"
+    if is_best:
+        target = TARGETS[row["what"]]
+        reached = row["perplexity"] <= target
+        remark = f"{'at most' if reached else 'MISSES'} {target}"
+    return (
+        f"| {row['what']} | {row['loss']} | {row['steps']} | {row['start']} | "
+        f"{row['budget']} | {row['bits']:.2f} | {row['perplexity']:.2f} | {spread} | "
+        f"{row['kl']:.4f} | {100 * row['top1']:.1f} % | {row['tokens']:,.0f} | "
+        f"{row['seconds']:.0f} | {remark} |"
+    )
