@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxq.nn.layers import QUANT_STATS
 from jaxq.qtensor import TRAINED_LEAVES, TrainedWeight
@@ -40,7 +41,7 @@ def check(model: Any) -> None:
         model = join_averages(model)
     problems = []
     for path, weight in trained_weights(model):
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(weight)):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(weight)):
             raise TypeError(
                 "training.check: the model is traced. Call it outside jit, with the "
                 "parameters of the last step."

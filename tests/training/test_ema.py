@@ -403,7 +403,7 @@ def test_bad_recipes_and_arguments():
     with pytest.raises(ValueError, match="freezes moving averages.*leave freeze="):
         prepare(model, W8A8, schedule=Schedule(freeze=3))
     qat = prepare(model, W8A8, ranges=ema(), schedule=Schedule())
-    with pytest.raises(ValueError, match="kernel has no switch for Schedule"):
+    with pytest.raises(ValueError, match="kernel was prepared with a schedule without"):
         Schedule(freeze=3).apply(qat, 0)
     with pytest.raises(ValueError, match="freeze must be at least 0, got -1"):
         Schedule(freeze=-1)

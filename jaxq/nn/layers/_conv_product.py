@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq import ops, sharding
-from jaxq.qtensor import QUANTIZED, QTensor
+from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight
 
 MASKED = "its kernel is masked; multiply the mask into the kernel first"
 
@@ -52,7 +52,7 @@ def conv_general_dilated(
 def convolved(
     product: Callable[..., jax.Array],
     x: jax.Array,
-    kernel: QTensor,
+    kernel: QTensor | TrainedWeight,
     bias: jax.Array | None,
     *,
     channel: int,

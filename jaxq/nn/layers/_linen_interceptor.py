@@ -22,8 +22,9 @@ from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight
 # `range_name("kernel")`.
 QUANT_STATS = "quant_stats"
 
-# `read(layer, name)` returns the QTensor of a parameter, or None if it is an array.
-ReadWeight = Callable[[linen.Module, str], QTensor | None]
+# `read(layer, name)` returns the QTensor or TrainedWeight of a parameter, or None if it
+# is an array.
+ReadWeight = Callable[[linen.Module, str], QTensor | TrainedWeight | None]
 
 
 def use_codes(
@@ -57,8 +58,8 @@ def run_with_codes(
     return method_call.method(layer, weight, *args, **kwargs)
 
 
-def stored_qtensor(layer: linen.Module, name: str) -> QTensor | None:
-    """A parameter of a layer if it is a QTensor, otherwise None."""
+def stored_qtensor(layer: linen.Module, name: str) -> QTensor | TrainedWeight | None:
+    """A parameter of a layer if it is a QTensor or TrainedWeight, otherwise None."""
     value = layer.get_variable("params", name)
     if isinstance(value, TrainedWeight) and value.decay is not None:
         return _with_stored_range(layer, name, value)

@@ -33,7 +33,7 @@ from jaxq.nn.layers._linen_trace import (
     with_params,
 )
 from jaxq.nn.layers._weight_marks import changed_weights, mark
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QTensor, TrainedWeight
 
 
 @functools.partial(
@@ -141,7 +141,7 @@ def _problems_with_codes(model: _Model, weights: Mapping[str, QTensor]) -> list[
     layers = model.structure.layers
     keys = {path: layers[path].key for path in weights}
 
-    def read(layer: linen.Module, name: str) -> QTensor | None:
+    def read(layer: linen.Module, name: str) -> QTensor | TrainedWeight | None:
         path = "/".join(layer.path)
         if path not in weights:
             return stored_qtensor(layer, name)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import errors, nnx
 
-from jaxq.qtensor import TRAINED_LEAVES, TrainedWeight
+from jaxq.qtensor import TRAINED_LEAVES, RangeGradient, TrainedWeight
 
 
 class QuantStats(nnx.Variable):
@@ -57,9 +57,13 @@ class TrainedParam(nnx.Module):
       (True, (64, 8))
     """
 
+    # A Variable for each leaf. Those that a weight does not have are None.
+    floats: Any
+    input_range: Any
+
     def __init__(self, weight: TrainedWeight, **metadata: Any):
         self._meta = weight.meta
-        self._range_gradient = weight.range_gradient
+        self._range_gradient: RangeGradient | None = weight.range_gradient
         self._gradient_scale = weight.gradient_scale
         self._decay = weight.decay
         if weight.decay is not None:
@@ -79,7 +83,7 @@ class TrainedParam(nnx.Module):
 
     def get_value(self) -> TrainedWeight:
         """The trained weight of the present values."""
-        leaves = {
+        leaves: dict[str, Any] = {
             name: None if variable is None else variable.get_value()
             for name, variable in self._leaves().items()
         }
