@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QTensor, TrainedWeight
 
 
 class Donated:
@@ -25,7 +25,7 @@ class Donated:
     def __init__(self, arrays: Iterable[Any]):
         self._num_uses = collections.Counter(map(id, arrays))
 
-    def end_use(self, array: Any, qt: QTensor) -> None:
+    def end_use(self, array: Any, qt: QTensor | TrainedWeight) -> None:
         """Ends one use of `array`, and frees it after the last use.
 
         `qt` was made from `array`.
