@@ -149,6 +149,9 @@ def _range_of(x: jax.Array, weight: TrainedWeight, axes: ActivationAxes) -> jax.
     high = jnp.max(moved, rest, initial=-jnp.inf)
     if range_options(weight.meta.activation)["include_zero"]:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    # NaN is no range. With an infinite range, the product of such an input is NaN.
+    low = jnp.where(jnp.isnan(low), -jnp.inf, low)
+    high = jnp.where(jnp.isnan(high), jnp.inf, high)
     ends = jnp.stack([low, high], axis=-1)
     if num_batch == 0:
         return ends

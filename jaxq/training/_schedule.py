@@ -70,15 +70,16 @@ class Schedule:
 
     def _check(self, path: str, weight: TrainedWeight) -> None:
         """Raises a ValueError if `prepare` did not make the switches of a weight."""
-        lacks_averaging = (
-            self.freeze is not None
-            and weight.decay is not None
-            and weight.averaging is None
-        )
-        if weight.switch is None or lacks_averaging:
+        if weight.switch is None:
             raise ValueError(
-                f"Schedule.apply: {path} has no switch for {self}. Pass this schedule "
-                "as schedule= to jaxq.training.prepare."
+                f"Schedule.apply: {path} has no switch. Pass schedule= to "
+                "jaxq.training.prepare."
+            )
+        is_averaged = weight.decay is not None
+        if self.freeze is not None and is_averaged and weight.averaging is None:
+            raise ValueError(
+                f"Schedule.apply: {path} was prepared with a schedule without freeze=. "
+                f"Pass schedule={self} to jaxq.training.prepare."
             )
 
 

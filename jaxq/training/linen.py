@@ -33,6 +33,8 @@ from jaxq.training._restore import restore_floats
 from jaxq.training._schedule import Schedule
 from jaxq.training._weights import trained_weights
 
+__all__ = ["Prepared", "convert", "prepare"]
+
 
 class Prepared(Quantized):
     """The module that `prepare` returns. It is used like the module that it wraps.
@@ -142,14 +144,15 @@ def prepare(
         progress=progress,
         replacement=replacement(ranges, schedule, caller),
     )
+    is_frozen, is_prepared = isinstance(variables, FrozenDict), False
     if isinstance(module, Prepared):
-        module, variables = module._jaxq_module, join_averages(variables)
-        variables = restore_floats(variables)
+        module, is_prepared = module._jaxq_module, True
     check_module(module, variables, caller)
+    if is_prepared:
+        variables = restore_floats(join_averages(variables))
     adapter = LinenAdapter(module, variables, recipe, example, options)
     (quantized, variables), report = quantize_slots(adapter, recipe, options)
     check_trained(report, caller)
-    is_frozen = isinstance(variables, FrozenDict)
     variables = split_averages(variables)
     variables = freeze(variables) if is_frozen else variables
     return Prepared(module, quantized._jaxq_weights, report), variables

@@ -45,7 +45,8 @@ def test_a_scanned_model_switches():
 
     np.testing.assert_allclose(run(qat, jnp.int32(0)), model(x), rtol=1e-5, atol=1e-6)
     qmodel, _ = jaxq.quantize_model(model, "w8a8")
-    np.testing.assert_array_equal(run(qat, jnp.int32(1)), nnx.jit(qmodel)(x))
+    expected = nnx.jit(lambda model, x: model(x))(qmodel, x)
+    np.testing.assert_array_equal(run(qat, jnp.int32(1)), expected)
     np.testing.assert_array_equal(qat.layers.kernel.switch[...], np.ones(4))
 
 

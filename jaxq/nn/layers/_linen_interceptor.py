@@ -22,7 +22,8 @@ from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight
 # `range_name("kernel")`.
 QUANT_STATS = "quant_stats"
 
-# `read(layer, name)` returns the QTensor of a parameter, or None if it is an array.
+# `read(layer, name)` returns the QTensor or TrainedWeight of a parameter, or None if it
+# is an array.
 ReadWeight = Callable[[linen.Module, str], QTensor | TrainedWeight | None]
 
 
@@ -58,7 +59,7 @@ def run_with_codes(
 
 
 def stored_qtensor(layer: linen.Module, name: str) -> QTensor | TrainedWeight | None:
-    """A parameter of a layer if it is a QTensor, otherwise None."""
+    """A parameter of a layer if it is a QTensor or TrainedWeight, otherwise None."""
     value = layer.get_variable("params", name)
     if isinstance(value, TrainedWeight) and value.decay is not None:
         return _with_stored_range(layer, name, value)
