@@ -221,8 +221,8 @@ def clip(
     check_values("clip", _OPTIONS, **options)
     if x is not None and options["power"] != 2.0:
         raise ValueError(
-            f"clip: the error of products is squared, so x= excludes power={power}. "
-            "Leave out power= or x=."
+            f"clip: power={power} cannot be used with x=, because the error of the "
+            "outputs is always squared. Leave out power= or x=."
         )
     amounts = _Amounts(
         np.int32(options["num"]),
@@ -329,8 +329,8 @@ def _clip_matrix(
 def _is_separable(spec: QuantSpec) -> bool:
     """True if each block can take its own best range.
 
-    This needs two things. The codes of a block depend on its own range only. The whole
-    range gives the codes of plain quantization.
+    This needs two conditions. The codes of a block depend only on the range of this
+    block. With the unclipped range, the codes are those of `quantize`.
     """
     has_plain_scales = isinstance(spec.scale, str) and spec.offset != "mean"
     rounds = not spec.rule.has_threshold
@@ -390,7 +390,7 @@ def _shrink(whole: _Range, factor: jax.Array, spec: QuantSpec) -> _Range:
 def _weighted_error(
     delta: jax.Array, weight: jax.Array | None, geometry: Geometry, power: float
 ) -> jax.Array:
-    """The error of each block that "mse" minimizes, `[n1, 1, n2, 1]`."""
+    """The error that "mse" minimizes, for each block: `[n1, 1, n2, 1]`."""
     if weight is not None and weight.ndim == 2:
         return block_output_error(delta, weight, geometry)
     # A product is cheaper than a power, and correctly rounded.

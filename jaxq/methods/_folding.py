@@ -102,7 +102,7 @@ def as_weights(
 
     Args:
       weights: `[..., in, out]`, or a sequence of `[..., in, out_i]`.
-      caller: what errors begin with.
+      caller: the name that error messages begin with.
 
     Raises:
       TypeError: a weight is not a float array.

@@ -135,7 +135,8 @@ def gptq(
       hessian: float `[in, in]`, second moments `E[x x^T]` of the inputs, or a positive
         multiple of them. For a stack: one for all matrices, or `[..., in, in]`. With
         fewer tokens than inputs it is singular, and damping decides the rest.
-      spec: preset name or `QuantSpec`. `rounding="stochastic"` is refused.
+      spec: preset name or `QuantSpec`. `rounding="stochastic"` raises a
+        ValueError.
       act_order: process rows in the order of the hessian's diagonal, largest first.
       damp: 0 to 1, the share of the diagonal's mean that is added to the diagonal. If
         the sum is not positive definite, ten times as much is added, and so on, up to
@@ -320,7 +321,9 @@ def _upper_factor(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _RowGrid:
-    """The numbers that each row may take: scales and so on, by the row's group.
+    """The scales, zero points, offsets and codebooks of the groups of rows.
+
+    They determine to which numbers a row can be rounded.
 
     Attributes:
       spec: of the QTensor, with scales in the dtype of `scale`.

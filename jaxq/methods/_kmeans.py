@@ -8,11 +8,12 @@ algorithm needs only the positions of the k - 1 boundaries:
     centres = differences of sums / differences of counts           # [blocks, k]
 
 Lloyd's algorithm alone wastes centres. If there is one outlier, most of the evenly
-spaced first centres have no weight near them. So an empty centre moves into the cluster
-whose error a second centre lowers most. When no boundary moves any more, two
-neighbouring clusters may be merged, and the free centre splits another cluster. This is
-done if the merge adds less error than the split removes. Both are computed by the same
-formula, for clusters of n and of m numbers:
+spaced first centres have no weight near them. So the centre of an empty cluster moves
+into another cluster and splits it. This is the cluster where a second centre lowers the
+error most. When no boundary moves any more, two neighbouring clusters may be merged,
+and the free centre splits another cluster. This is done if the merge adds less error
+than the split removes. Both errors have the same formula, for clusters of n and of m
+numbers:
 
     cost of a merge or gain of a split = n m / (n + m) (centre - other centre)^2
 
@@ -460,7 +461,9 @@ class _LloydState(NamedTuple):
 def _lloyd(
     bins: _Bins, centres: jax.Array, num_steps: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs Lloyd's algorithm, and moves centres, until no boundary moves.
+    """Runs Lloyd's algorithm until no boundary moves, or for at most `num_steps` steps.
+
+    After each step, `_move_centres` moves centres that are not useful where they are.
 
     Returns:
       (centres `[blocks, k]` ascending, number of steps, number of empty clusters).

@@ -29,7 +29,7 @@ def as_weight(w: jax.typing.ArrayLike, caller: str, name: str = "w") -> jax.Arra
 
     Args:
       w: the weight. A list of Python floats becomes float32, as in `quantize`.
-      caller: what errors begin with.
+      caller: the name that error messages begin with.
       name: what errors call the weight.
 
     Raises:
@@ -71,7 +71,7 @@ def as_statistic(
     Args:
       x: the statistic, with the leading axes of `w` or without them.
       name: what errors call the statistic.
-      caller: what errors begin with.
+      caller: the name that error messages begin with.
       shape: the shape for one matrix; None allows any size.
       meaning: the meaning of the statistic, for errors: "inputs [tokens, in]".
       w: the weight `[..., in, out]`.

@@ -68,7 +68,7 @@ def check_values(caller: str, options: Mapping[str, Option], **values: Any) -> N
     """Raises a ValueError if a value is invalid for every weight.
 
     Args:
-      caller: what errors begin with.
+      caller: the name that error messages begin with.
       options: the options with their checks.
       **values: the value of each option, by the option's name.
     """

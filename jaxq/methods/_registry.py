@@ -148,7 +148,7 @@ def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
     """Checks the options of a method: their names, their values, their combination.
 
     Args:
-      caller: what errors begin with.
+      caller: the name that error messages begin with.
       method: one of `names()`.
       options: keyword arguments of the method.
 

@@ -254,7 +254,10 @@ def _transform_last(x: jax.Array, odd: int, inverse: bool) -> jax.Array:
 
 
 def _odd_order(n: int, caller: str) -> int:
-    """The K of `n = 2^m K`: 1, or the smallest order that can be constructed.
+    """Returns K of `n = 2^m K`: the order of a Hadamard matrix without the factor 2^m.
+
+    K is 1 if n is a power of two. Otherwise it is the smallest order above 1 for which
+    this file can construct a Hadamard matrix.
 
     Raises:
       ValueError: there is no such K.

@@ -106,7 +106,9 @@ def solve(
     if not record.judged or stats is None:
         return Solved(solution.qt, method, solution.note, None)
     if held_out is None:
-        note = join_notes(solution.note, "not judged: too few rows to hold some out")
+        reason = "too few rows for held-out inputs"
+        note = f"not compared with rounding to nearest: {reason}"
+        note = join_notes(solution.note, note)
         return Solved(solution.qt, method, note, None)
     assert nearest is not None
     return judge(method, solution, nearest, w, held_out, fallback, name)
@@ -140,8 +142,8 @@ def _check_stats(
     expected = (*w.shape[:-2], w.shape[-2])
     if tuple(stats.mean.shape) != expected:
         raise ValueError(
-            f"{name}: its statistics are for inputs {list(stats.mean.shape)}, expected "
-            f"{list(expected)}. Pass the statistics of this layer's inputs."
+            f"{name}: the statistics are for inputs of shape {list(stats.mean.shape)}, "
+            f"expected {list(expected)}. Pass the statistics of this layer's inputs."
         )
     for field in needs:
         if getattr(stats, field) is None:
@@ -151,9 +153,9 @@ def _check_stats(
     if hessian is not None and not bool(jnp.isfinite(hessian).all()):
         largest = float(np.max(stats.absmax))
         raise ValueError(
-            f"{name}: the second moments of its inputs are not finite: magnitudes up "
-            f"to {largest:.3g} are too large to be squared in float32. Scale its "
-            "inputs down, or use another method."
+            f"{name}: the second moments of the layer's inputs are not finite. "
+            f"Magnitudes up to {largest:.3g} are too large to be squared in float32. "
+            "Scale the inputs down, or use another method."
         )
 
 

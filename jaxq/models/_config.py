@@ -175,7 +175,7 @@ class LlamaConfig:
 
         Raises:
             ValueError: a key is missing, has a value of another type, or has a value
-                that this model cannot follow. One message lists all such keys.
+                that this model does not support. One message lists all such keys.
 
         Example:
             >>> LlamaConfig.from_hf({
@@ -423,7 +423,10 @@ def _read_rope(
 
 
 def _read_window(config: Mapping[str, Any], problems: list[str]) -> int | None:
-    """The sliding window of all layers, or None. Layers cannot differ in it."""
+    """The sliding window of all layers, or None for full attention.
+
+    It adds a problem to `problems` if the layers have different kinds of attention.
+    """
     attention_kinds = set(config.get("layer_types") or ())
     model_type = config.get("model_type")
     # If a Mistral config does not have the key, transformers uses 4096. If the value
@@ -437,16 +440,16 @@ def _read_window(config: Mapping[str, Any], problems: list[str]) -> int | None:
             window = None
         elif not attention_kinds:
             problems.append(
-                "use_sliding_window=True without layer_types; supported are "
-                "layer_types with one kind of attention for all layers"
+                "use_sliding_window=True needs layer_types with one kind of attention "
+                "for all layers"
             )
     if len(attention_kinds) > 1 or attention_kinds - {
         "full_attention",
         "sliding_attention",
     }:
         problems.append(
-            f"layer_types holds {sorted(attention_kinds)}; supported is one kind of "
-            "attention for all layers"
+            f"layer_types has {sorted(attention_kinds)}; only one kind of attention "
+            "for all layers is supported"
         )
     elif attention_kinds == {"full_attention"}:
         window = None

@@ -99,9 +99,10 @@ def _with_layers(model: Llama, layers: Any, *, scan_layers: bool) -> Llama:
 
 
 def _complete_input_scales(layers: Sequence[Any]) -> None:
-    """Gives a weight an input scale of 1 if the same weight of another layer has one.
+    """Adds input scales of 1, so that the same weight of all layers has input scales.
 
-    A method may find that the scales of a weight do not help in some of the layers.
+    Some layers may lack input scales, because a method leaves them out of a layer where
+    they do not help.
     """
     by_path = [dict(nnx.iter_graph(layer)) for layer in layers]
     for path, node in by_path[0].items():

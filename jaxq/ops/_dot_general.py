@@ -155,7 +155,7 @@ def _multiply_over_mesh(
 
     Args:
       plan: the plan of the whole product.
-      steps: the last preparations of `plan.before`, which are still to be made.
+      steps: the last preparations of `plan.before`. They are not carried out yet.
       lhs: the left operand after the other preparations.
       rhs: the right operand after the other preparations.
       dims: dimension numbers of these operands, without negative axes.

@@ -487,9 +487,8 @@ class QTensor:
 
     def _refuse(self, *args: Any) -> NoReturn:
         raise TypeError(
-            f"{self!r} multiplies with @, jaxq.matmul, jaxq.einsum and "
-            "jaxq.dot_general. Every other operation needs floats: use "
-            "jaxq.dequantize(qt)."
+            f"{self!r} supports @, jaxq.matmul, jaxq.einsum and jaxq.dot_general. "
+            "Every other operation needs floats: use jaxq.dequantize(qt)."
         )
 
     # fmt: off

@@ -84,7 +84,9 @@ def get(name: str | QuantSpec) -> Recipe:
 
 
 def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
-    """The recipe that a name, a spec for every weight, or a `Recipe` stands for.
+    """Returns a `Recipe` for a name or for a spec. A `Recipe` is returned unchanged.
+
+    A spec applies to the weight of every layer.
 
     Raises:
       ValueError: no recipe has this name; the error suggests close names.

@@ -53,7 +53,10 @@ def calibrate(
 
     The layers are Dense, DenseGeneral, Einsum, Conv and ConvTranspose. A row of a
     convolution's input is the vector of channels at one spatial position. Convolutions
-    have no second moments. `jax.vmap` or batch axes of an einsum make a stack of
+    have no second moments.
+
+    The experts of a mixture of experts may be a stack: layers under `jax.vmap`, or the
+    batch axes of an einsum. Each expert then reads zeros for the tokens of the other
     experts. In such a stack, rows of zeros do not count.
 
     The batches must run in eval mode, by their arguments or by `forward`. If a layer

@@ -21,7 +21,8 @@ class Part(NamedTuple):
       axis: the axis of the parameter. None for positions that belong to no axis:
         repetitions of a broadcast parameter, or the rows of a product's output.
       size: the number of positions.
-      stride: the distance of neighbours, in positions of the axis.
+      stride: the distance between neighbouring positions of the part, in positions of
+        the axis.
     """
 
     axis: int | None
@@ -163,9 +164,9 @@ def num_positions(axis: Axis) -> int:
 
 
 def whole_axes(parts: Sequence[Part], shape: Sequence[int]) -> tuple[int, ...] | None:
-    """The axes of a parameter that some parts make up, ascending.
+    """The axes of a parameter that `parts` cover completely, in ascending order.
 
-    None if a part belongs to no axis, or if another part of an axis is missing.
+    None if a part belongs to no axis, or if `parts` cover an axis incompletely.
 
     Args:
       parts: different parts.

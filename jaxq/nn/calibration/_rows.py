@@ -106,7 +106,7 @@ def _is_data_of_experts(
 
 
 def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
-    """Which rows count, as bool `[rows]`, by the mask of the batch.
+    """The mask of the batch as bool `[rows]`. All rows count if there is no mask.
 
     Args:
       free: the shape of the rows, `[b, t]` for example.

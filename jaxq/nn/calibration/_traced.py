@@ -134,7 +134,7 @@ def collect_traced_stats(
       function: runs a batch.
       batches: as the user passed them.
       watched: the parameters and what to collect, by name.
-      caller: errors begin with this name.
+      caller: the name that error messages begin with.
       mask: `mask(batch)` says which rows count.
       progress: show a progress line. None shows the line if stderr is a terminal.
 

@@ -23,7 +23,8 @@ class QuantizedParam(nnx.Variable):
     It is not an `nnx.Param`. An optimizer of `nnx.Param` therefore does not update it,
     and `nnx.grad` over `nnx.Param` does not differentiate it.
 
-    A float array cannot replace the QTensor. The model would no longer be quantized.
+    A float array cannot replace the QTensor, because the model would then no longer be
+    quantized.
 
     Raises:
       ValueError: `nnx.update` or an assignment would replace the QTensor by an array.

@@ -154,7 +154,7 @@ def _outputs(
 ) -> tuple[jax.Array, jax.Array]:
     """The exact and the quantized outputs of rows, `[*batch, rows, ...]`.
 
-    Each tap of a convolution's kernel is a product of its own, because calibration
+    Each tap of a convolution's kernel gives a separate product, because calibration
     keeps single positions of the inputs.
     """
     if inputs.channel is None:

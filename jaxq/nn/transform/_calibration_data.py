@@ -106,7 +106,7 @@ class CalibrationData:
         if self.used:
             return []
         if are_measured:
-            return ["no rule needs data: calibration= only shows the error of outputs"]
+            return ["no rule needs data: calibration= only measures the output error"]
         names = [
             f"{name}="
             for name in ("calibration", "mask", "forward")

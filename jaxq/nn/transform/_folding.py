@@ -320,9 +320,10 @@ def _model_folding(cls: type) -> _ModelFolding | None:
 
 
 def _action(rule: Rule | None) -> Rule | None:
-    """A rule without the fields that say which layers it matches, to be compared.
+    """What a rule does to a layer, in a form that can be compared.
 
-    None if the rule skips the layer, or if there is no rule.
+    This is the rule without the fields that say which layers it matches. It is None if
+    the rule skips the layer, or if there is no rule.
     """
     if rule is None or rule.skip:
         return None

@@ -467,8 +467,9 @@ _BARE = LinenKind(name="Param", weight="", roles=_no_roles, methods={})
 def _bare_slot(key: _Key, value: Any, rule: Rule, cls: type) -> Slot:
     """The slot of a matrix that a module creates with `self.param`.
 
-    Such a matrix cannot be quantized, because Flax checks that the stored value has
-    the shape that the module passes to `self.param`.
+    Such a matrix cannot be quantized. Flax checks that the stored value has the shape
+    that the module passes to `self.param`. Inside `nnx.bridge.ToLinen`, nnx layers run
+    with float weights.
     """
     path = "/".join(key)
     problem = (

@@ -195,7 +195,7 @@ def _check_inputs(stats: LayerStats | None, slot: Slot) -> None:
     expected = [*shape[: len(slot.batch)], size]
     if list(stats.mean.shape) != expected:
         raise ValueError(
-            f"{slot.name or 'w'}: its statistics are for inputs "
+            f"{slot.name or 'w'}: the statistics are for inputs of shape "
             f"{list(stats.mean.shape)}, expected {expected}. Pass the statistics of "
             "this layer's inputs."
         )

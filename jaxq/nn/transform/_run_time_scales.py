@@ -46,10 +46,10 @@ def with_scales(
     stats: Mapping[str, LayerStats],
     options: Options,
 ) -> tuple[list[Slot], Mapping[str, LayerStats]]:
-    """Computes the scales of the layers of a block that keep their scales.
+    """Computes the scales of those layers in a block that keep their scales.
 
     If `fallback` is "rtn", scales that increase the error on held-out inputs are left
-    out. In a stack, each matrix is judged on its own.
+    out. In a stack, each matrix is compared separately.
 
     Args:
       block: slots of the block.

@@ -82,7 +82,7 @@ def check_folded(model: nnx.Module, folded: Folded, options: Options) -> None:
 
 
 def _difference(before: nnx.Module, after: nnx.Module, options: Options) -> str:
-    """How much outputs differ. Empty if rounding explains the difference."""
+    """Describes how much outputs differ. Empty if rounding explains the difference."""
     runs = nnx_run(before, options), nnx_run(after, options)
     error = largest_difference(*runs, options)
     tolerance = _FLOAT32_ROUNDING

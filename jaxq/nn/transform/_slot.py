@@ -193,7 +193,7 @@ class Adapter(Protocol):
     def call_order(self, options: Options) -> Mapping[str, tuple[int, ...]]:
         """The paths of the layers, in the order in which the model calls them.
 
-        Each path maps to the numbers of the arrays that the layer reads. Layers that
+        Each path maps to one number for each array that the layer reads. Layers that
         read the same array have the same number.
         """
         ...

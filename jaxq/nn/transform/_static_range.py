@@ -78,8 +78,9 @@ def static_range(
       floats: the float weight.
       qt: the quantized weight, without static range.
       stats: statistics of the layer's inputs, with the state of the rule's observer.
-      options: if the observer's range is worse than a plain one, `fallback="rtn"` takes
-        the plain one, "none" keeps the observer's, and "raise" raises an error.
+      options: `fallback` says what happens if the observer's range is worse than a
+        plain range: "rtn" takes the plain range, "none" keeps the observer's range, and
+        "raise" raises an error.
 
     Raises:
       ValueError: the statistics have no state of the observer; all calibration inputs
@@ -189,8 +190,8 @@ def _plain_ranges(
 ) -> dict[str, _Bounds]:
     """The extremes of the inputs, and the range of least squared error, by name.
 
-    An element of a stack that no row reached has neither. There, both are the range of
-    the observer, `observed`.
+    If no row reached an element of a stack, the element gets the range of the observer,
+    `observed`.
     """
     kind = range_options(spec)
     minmax, mse = observers.minmax(), observers.mse()
@@ -223,7 +224,7 @@ def _plain_ranges(
 
 
 def _where_missing(bounds: _Bounds, default: _Bounds) -> _Bounds:
-    """Ranges, and the ranges of `default` where one is empty or NaN."""
+    """Replaces each range that is empty or NaN by the range in `default`."""
     low, high = bounds
     is_range = low < high
     return jnp.where(is_range, low, default[0]), jnp.where(is_range, high, default[1])
@@ -265,7 +266,7 @@ def _output_errors(
 def _reason(
     labels: list[str], best: np.ndarray, excess: np.ndarray, is_worse: np.ndarray
 ) -> str:
-    """Which range is worse than which other, and by how much."""
+    """Names the ranges with less error than the first range, and by how many dB."""
     names = [labels[i] for i in sorted(set(best[is_worse].flat))]
     where = f" at element {element_names(is_worse)}" if is_worse.ndim else ""
     return (

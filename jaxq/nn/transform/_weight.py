@@ -47,8 +47,9 @@ def quantize_weight(
 
     Raises:
       ValueError: the weight cannot be quantized to the spec, or by the method; the
-        rule has an observer, and the statistics have no static range for it, or the
-        range is worse than a plain one and `fallback` is "raise".
+        rule has an observer, and the statistics have no static range for it; or
+        `fallback` is "raise", and the range of the observer gives a larger output error
+        than a plain range (`_static_range.py`).
     """
     rule = _rule(slot)
     # None if the layer has no scales, or if they are folded into a previous layer.
@@ -237,7 +238,10 @@ def _with_scales(solved: methods.Solved, slot: Slot) -> methods.Solved:
         loss = solved.loss * slot.scales.loss
     fell_back = solved.method != rule.method
     if fell_back:
-        note = "only scaled: its codes are worse than rounding on held-out inputs"
+        note = (
+            "rounded to nearest with these scales: the method's codes have more error "
+            "on held-out inputs"
+        )
     note = f"{scales}; {note}" if note else scales
     return solved._replace(method=rule.method, loss=loss, note=note)
 

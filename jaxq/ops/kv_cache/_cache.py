@@ -272,8 +272,8 @@ class KVCache(CacheArrays):
                 )
         if count is not None and k is not None:
             raise ValueError(
-                "KVCache.attend: count= is for tokens that are appended already. Pass "
-                "either count, or k and v."
+                "KVCache.attend: count= is for tokens that are already in the cache. "
+                "Pass either count, or k and v."
             )
         block = whole_number("KVCache.attend: block", block)
         t, h = q.shape[1], q.shape[3]
@@ -389,9 +389,9 @@ class KVCache(CacheArrays):
         needed = num_queries + self.window - 1
         if self.length > stored and needed > stored:
             raise ValueError(
-                f"KVCache.attend: {num_queries} queries of appended tokens read "
-                f"{needed} tokens, and a cache with window={self.window} keeps "
-                f"{stored}. Pass k and v, and append them afterwards."
+                f"KVCache.attend: {num_queries} queries read the last {needed} tokens, "
+                f"but a cache with window={self.window} stores only {stored} tokens. "
+                "Pass k and v to attend, and append them to the cache afterwards."
             )
 
     def _checked_count(

@@ -840,7 +840,7 @@ def test_the_report_notes_data_that_no_rule_needs(pair):
     assert "a run of the first batch raised" in report.notes[1]
     _, report = quantize("rtn", pair, calibration=BATCHES)
     assert report.notes == (
-        "no rule needs data: calibration= only shows the error of outputs",
+        "no rule needs data: calibration= only measures the output error",
     )
     assert not quantize("clip", pair, calibration=BATCHES, options={"num": 2})[1].notes
 
