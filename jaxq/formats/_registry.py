@@ -197,7 +197,7 @@ def from_dict(data: str | dict[str, Any]) -> Format:
     """Returns the format that `to_dict` described.
 
     Args:
-      data: a result of `to_dict`. It may have been through JSON.
+      data: a result of `to_dict`. It may be read from JSON.
 
     Raises:
       ValueError: `data` is a name that no format has, or its "type" is not one of the

@@ -125,7 +125,7 @@ def awq(
       duo: as in `awq_scale`.
       num: as in `awq_scale`.
       max_tokens: as in `awq_scale`.
-      name: what errors call the weight.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: the QTensor of `w * s`, with the geometry of `jaxq.quantize(w, spec,
@@ -190,7 +190,7 @@ def awq_scale(
       spec: preset name or `QuantSpec`.
       loss: function from a tuple of candidate weights `[in, out_i]` to a scalar that is
         minimized, for example the error of a whole block. The candidates are float32,
-        in the scale of the original weights. None takes the mean squared error of all
+        in the scale of the original weights. None uses the mean squared error of all
         outputs.
       duo: True makes the scales depend on the weights too.
       num: at least 1, how many exponents are tried.

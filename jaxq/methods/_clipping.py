@@ -2,8 +2,8 @@
 
 If a range ends before the largest numbers, the steps of all other numbers are smaller.
 The cost is `s^2 / 12` for each number inside the range, plus the squared excess of the
-numbers outside. Three rules choose the range. Scales come from the clipped block, codes
-from the whole one, so numbers beyond the range saturate.
+numbers outside. Three rules choose the range. Scales come from the clipped block. Codes
+come from the unclipped block, so numbers beyond the range saturate.
 
 Blocks are arrays as `Geometry.to_blocks` arranges them, `[n_out, size_out, n_in,
 size_in]` for a matrix. Ranges and errors are `[n_out, 1, n_in, 1]`.
@@ -153,8 +153,8 @@ def clip(
       AWQ does. T_0 = A is plain quantization.
     - "percentile" takes the range that holds `percentile` per cent of the block, by
       linear interpolation.
-    - "entropy" takes the T whose histogram loses least information if it is described
-      by as few levels as the codes have (`jaxq.observers.entropy`).
+    - "entropy" takes the T that loses the least information when the histogram is
+      reduced to the levels of the codes (`jaxq.observers.entropy`).
 
     If the spec is not symmetric, both ends shrink by the same factor. "percentile" then
     leaves the same share outside on either side.
@@ -167,14 +167,14 @@ def clip(
         or stacked like w).
       channel_weight: float `[in]` (or stacked like w), not negative: the weight c of
         each input channel for "mse", for example `mean_t x_t^2`.
-      power: exponent of "mse"; None takes 2.
-      num: how many ranges "mse" tries; None takes 80.
+      power: exponent of "mse"; None uses 2.
+      num: how many ranges "mse" tries; None uses 80.
       max_shrink: 0 to 1, the share by which the last range of "mse" is smaller than the
-        first; None takes 0.8.
-      percentile: 0 to 100, for "percentile"; None takes 99.9.
+        first; None uses 0.8.
+      percentile: 0 to 100, for "percentile"; None uses 99.9.
       bins: number of bins in each block's histogram, for "entropy"; at least the number
-        of levels. None takes 512. The time grows with the square of `bins`.
-      name: what errors call the weight.
+        of levels. None uses 512. The time grows with the square of `bins`.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: a QTensor with the geometry of `jaxq.quantize(w, spec,
@@ -186,8 +186,8 @@ def clip(
       TypeError: `w`, `x` or `channel_weight` is not a float array.
       ValueError: the rule is unknown, an option belongs to another rule or is out of
         range, both `x` and `channel_weight` are given, shapes do not match, the rule
-        cannot serve the spec (`jaxq.methods.why_not`), or (outside jit) a number is not
-        finite.
+        does not work for the spec (`jaxq.methods.why_not`), or (outside jit) a number
+        is not finite.
 
     Example:
       >>> import jax
@@ -605,8 +605,8 @@ def _why_not_clipped(spec: QuantSpec, options: Mapping[str, Any]) -> str:
     minimizes_squares = rule == "mse" and options.get("power", 2.0) == 2.0
     if options.get("inputs", False) and not minimizes_squares:
         return (
-            "inputs=True weighs the squared error of products, which only rule='mse' "
-            "with power=2 minimizes. Leave out rule= and power=."
+            "inputs=True weighs the squared error of products. Only rule='mse' with "
+            "power=2 minimizes this error. Leave out rule= and power=."
         )
     return ""
 

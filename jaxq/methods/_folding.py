@@ -138,9 +138,7 @@ def why_not_one_to_one(source: jax.Array, weights: Sequence[jax.Array]) -> str:
     """
     # Grouped-query attention: an output of `v_proj` is read by several heads.
     if source.shape[-1] != weights[0].shape[-2]:
-        return (
-            "not scaled: an output of the linear before it feeds several of its inputs"
-        )
+        return "not scaled: an output of the previous linear layer feeds several inputs"
     return ""
 
 

@@ -1,8 +1,8 @@
 """GPTQ: rounds the rows of a weight one by one; later rows compensate earlier errors.
 
 Let `H = R @ R.T` with R upper triangular: a Cholesky decomposition from the last row to
-the first. Then the weight w'_j that row j has when its turn comes needs no inverse of
-H:
+the first. The errors of earlier rows change row j to w'_j before it is rounded. This
+form of w'_j needs no inverse of H:
 
     d_i = w_i - q_i                                    # [out], error of an earlier row
     w'_j = w_j + sum over i < j of  R_ij / R_jj * d_i  # its share of their errors
@@ -134,7 +134,8 @@ def gptq(
       w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).
       hessian: float `[in, in]`, second moments `E[x x^T]` of the inputs, or a positive
         multiple of them. For a stack: one for all matrices, or `[..., in, in]`. With
-        fewer tokens than inputs it is singular, and damping decides the rest.
+        fewer tokens than inputs the hessian is singular, and the result depends on the
+        damping.
       spec: preset name or `QuantSpec`. `rounding="stochastic"` raises a
         ValueError.
       act_order: process rows in the order of the hessian's diagonal, largest first.
@@ -142,9 +143,9 @@ def gptq(
         the sum is not positive definite, ten times as much is added, and so on, up to
         1. If that fails too, weights are rounded to nearest, and `info.fell_back` is
         True.
-      block_size: at least 1, number of rows between two large products. Groups are not
-        cut. The result depends on it only through the order of float32 sums.
-      name: what errors call the weight.
+      block_size: at least 1, number of rows between two large products. A group is
+        never split. `block_size` changes only the order of float32 sums.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted; and a

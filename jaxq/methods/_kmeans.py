@@ -122,14 +122,14 @@ def kmeans(
         more, so blocks should be large.
       init: first centres. "linear" spaces them evenly from the least to the greatest
         weight of the block. The paper found this best, since it keeps large weights.
-        "density" gives an equal share of the weights to each.
+        "density" gives each centre an equal share of the weights.
       num_steps: maximum number of steps, not negative. A step moves the centres to the
         means of their clusters, or moves a centre to another cluster.
       algorithm: "exact" sorts the weights of each block. "histogram" puts them into
         65536 bins of equal width from the least to the greatest, and cannot tell the
         weights of a bin apart. "auto" takes the histogram for blocks of more weights
         than bins.
-      name: what errors call the weight.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted, with

@@ -151,7 +151,7 @@ def rotate_in(
 
     Args:
       w: float `[..., in, out]`.
-      signs: float `[in]`, from `random_hadamard`. None takes `Q = H / sqrt(in)`.
+      signs: float `[in]`, from `random_hadamard`. None uses `Q = H / sqrt(in)`.
 
     Returns:
       The rotated weight, in the dtype of w.
@@ -182,7 +182,7 @@ def rotate_out(
 
     Args:
       w: float `[..., out]`.
-      signs: float `[out]`, from `random_hadamard`. None takes `Q = H / sqrt(out)`.
+      signs: float `[out]`, from `random_hadamard`. None uses `Q = H / sqrt(out)`.
 
     Returns:
       The rotated array, in the dtype of w.
@@ -343,7 +343,7 @@ def _paley(order: int) -> np.ndarray:
 def _quadratic_characters(p: int, k: int) -> np.ndarray:
     """`chi(a - b)` for all elements a, b of the field of p^k; int8 `[q, q]`.
 
-    chi is 1 for squares, -1 for other numbers and 0 for 0.
+    chi is 1 for squares, 0 for 0, and -1 for all other elements.
     """
     q = p**k
     character = np.zeros(q, np.int8)

@@ -49,7 +49,7 @@ def rtn(
       w: float `[in, out]`, or a stack `[..., in, out]`; each matrix has its own scales.
       spec: preset name or `QuantSpec`. Its rounding must not be "stochastic". Use
         `quantize` with a key for that.
-      name: what errors call the weight.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted; and

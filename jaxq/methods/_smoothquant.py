@@ -134,7 +134,7 @@ def _why_not_smoothed(source: jax.Array | None, weights: Sequence[jax.Array]) ->
     """Why no scale can be moved; empty if one can. Only a norm takes scales."""
     if source is None:
         return ""
-    return "not smoothed: no norm before it can take its scales"
+    return "not smoothed: no previous norm can take the scales"
 
 
 METHOD = Method(

@@ -55,9 +55,9 @@ def solve(
       options: keyword arguments of the method.
       fallback: what happens if the method does worse than rounding: "rtn" takes the
         rounded weight, "none" keeps the method's result, "raise" raises.
-      key: PRNG key for methods that draw random numbers; None takes
+      key: PRNG key for methods that draw random numbers; None uses
         `jax.random.key(0)`.
-      name: what errors call the weight.
+      name: the name of the weight in errors.
       nearest: `w` rounded to nearest, if the caller has it already: what
         `quantize(w, ..., contracting=-2)` gives for the method's own granularity
         (`Method.nearest_spec`). None rounds the weight here when it is needed.

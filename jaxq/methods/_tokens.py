@@ -22,7 +22,7 @@ def as_tokens(
       w: the weight `[in, out]`, or a stack of weights.
       caller: the name that error messages begin with.
       max_tokens: if there are more tokens, every n-th token is taken. n is the smallest
-        number that gives at most `max_tokens` tokens. None takes all tokens.
+        number that gives at most `max_tokens` tokens. None uses all tokens.
 
     Returns:
       float32 `[tokens, in]`, with the axes of a stack in front if `x` has them.

@@ -1,8 +1,8 @@
 """The sizes of a Llama-family model, read from and written to `config.json`.
 
 `config.json` is the file in which the `transformers` package describes a model. A
-config that this model cannot follow exactly is an error, because a wrong position or a
-missing bias would only show as worse text.
+config that this model does not support exactly is an error. Otherwise a wrong position
+or a missing bias would only make the generated text worse.
 """
 
 from __future__ import annotations

@@ -57,13 +57,13 @@ def rotate(
         `jaxq.methods.hadamard(jnp.diag(signs))` with
         `signs = jaxq.methods.random_hadamard(key, d)`.
       heads: float `[h, h]`, orthogonal: rotates the values of every head, between
-        v_proj and o_proj. None leaves them.
+        v_proj and o_proj. None does not rotate them.
       online: orthogonal linear map of the last axis of `[..., intermediate_size]`, for
         example `jaxq.methods.hadamard`. It is applied to the inputs of down_proj while
-        the model runs, and its inverse goes into the weight. None leaves them. Use a
-        module-level function or a frozen object, because models are compared by it. It
-        is not a parameter: load a file of `jaxq.save` into a model that was rotated
-        with the same `online`.
+        the model runs, and its inverse goes into the weight. None does not rotate
+        these inputs. Use a module-level function or a frozen object, because models
+        are compared by it. It is not a parameter: load a file of `jaxq.save` into a
+        model that was rotated with the same `online`.
 
     Returns:
       The new model, with `tie_word_embeddings=False`.

@@ -20,8 +20,8 @@ from jaxq.qtensor import QTensor
 def unrolled(model: Llama) -> Llama:
     """A copy of a model whose layers are in a list.
 
-    Each layer is then a module of its own, which can be inspected, or quantized in its
-    own way. Calibration needs this: a scan over stacked layers discards what is
+    Each layer is then a separate module, so each layer can be inspected or quantized
+    separately. Calibration needs this: a scan over stacked layers discards what is
     collected inside it.
 
     Args:
@@ -63,7 +63,7 @@ def stacked(model: Llama) -> Llama:
 
     Raises:
       ValueError: the layers differ in structure, shapes or dtypes, for example because
-        a recipe quantizes some of them in another way.
+        a recipe quantizes some of them differently.
 
     Example:
       >>> from jaxq.models import Llama, LlamaConfig, stacked

@@ -216,8 +216,8 @@ class Llama(nnx.Module):
         """
         if count is not None and cache.used.ndim == 0:
             raise ValueError(
-                "Llama.decode: count needs a cache whose rows have lengths of their "
-                'own. Use init_cache(..., cache="int8").'
+                "Llama.decode: count needs a cache with a separate length for each "
+                'row. Use init_cache(..., cache="int8").'
             )
         return self._forward(tokens, cache, count)
 
@@ -322,12 +322,12 @@ class Llama(nnx.Module):
 
 
 class TokenPlace(NamedTuple):
-    """Where the tokens of one call stand in their texts.
+    """The positions of the tokens of one call in their texts.
 
     Attributes:
         angles: of the rotary embedding, float32 [1 or b, t, h/2].
         mask: bool [t, s], which keys each token reads. None for a quantized cache,
-            which finds this itself.
+            which determines this itself.
         start: int32, the place of the first token; [b] for a quantized cache.
         count: int32[b], how many tokens enter a quantized cache; None means all.
     """

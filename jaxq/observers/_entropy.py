@@ -17,8 +17,8 @@ They need no levels, but they would decide the divergence. For each i from L to 
    sample of 1000 numbers would lose its largest numbers to sampling noise.
 
 The threshold is the width of i bins, for the i with the smallest D_i. If several D_i
-are equal, the largest i wins. A threshold is invalid if it leaves out more than 1/32 of
-the counts that a level has on average, N / (32 L). D_i is also small if nearly all
+are equal, the largest i is used. A threshold is invalid if it leaves out more than 1/32
+of the counts that a level has on average, N / (32 L). D_i is also small if nearly all
 numbers are left out, or if most of the other numbers are in one bin. If no threshold is
 valid, the range is that of the extremes.
 

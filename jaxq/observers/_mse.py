@@ -211,7 +211,7 @@ def mse(
     """The range with the smallest mean of `|x - quantized x|^power`, by a grid search.
 
     The candidates are the extremes times `1 - shrink * k / grid` for k from 0 to
-    `grid - 1`. If errors are equal, the smallest k wins. With `symmetric=False` both
+    `grid - 1`. If errors are equal, the smallest k is used. With `symmetric=False` both
     ends shrink by the same factor, and zero points are whole numbers, as in `quantize`.
     With `include_zero=False` the range shrinks towards its middle.
 

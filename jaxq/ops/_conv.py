@@ -61,7 +61,7 @@ def conv_general_dilated(
       feature_group_count: as in `lax.conv_general_dilated`.
       batch_group_count: as in `lax.conv_general_dilated`.
       precision: as in `lax.conv_general_dilated`.
-      preferred_element_type: dtype of the result; None takes the dtype that the
+      preferred_element_type: dtype of the result; None uses the dtype that the
         operands promote to.
 
     Returns:

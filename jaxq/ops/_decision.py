@@ -65,7 +65,7 @@ class _Prepared:
     outliers: float | None = None
 
     def left_dequantized(self, problem: str) -> _Prepared:
-        """The same preparations, after which the left operand is dequantized."""
+        """The same preparations, and then dequantization of the left operand."""
         return dataclasses.replace(
             self,
             reason=f"{self.reason}the left operand is dequantized, because {problem}; ",
@@ -73,7 +73,7 @@ class _Prepared:
         )
 
     def input_scaled(self, *, swapped: bool) -> _Prepared:
-        """The same preparations, after which the activation is multiplied by factors.
+        """The same preparations, and then multiplication of the activation by factors.
 
         Args:
           swapped: the activation is the right operand.
@@ -576,7 +576,7 @@ def plan_take(table: QTensor) -> Plan:
         )
     if geometry.block_shape[0] not in (1, None):
         raise ValueError(
-            f"take: the blocks of {table!r} run across rows. "
+            f"take: the blocks of {table!r} cross rows. "
             "Use jaxq.dequantize(table)[indices]."
         )
     reason = "only the rows at the indices are dequantized"
@@ -595,7 +595,7 @@ def plan_ragged(x: Any, weights: QTensor) -> Plan:
     if not is_stack or geometry.kept != (-1,) or why_not_rows(weights.meta):
         raise ValueError(
             "ragged_dot: weights must be [e, k, n], quantized with contracting=-2 and "
-            f"batch=0, and their blocks must not run across rows; got {weights!r}."
+            f"batch=0, and their blocks must not cross rows; got {weights!r}."
         )
     x_dtype = x.dtype.name if x.dtype == weights.dtype else "float32"
     reason = f"{weights.spec.fmt.name} codes are decoded in blocks of rows"

@@ -55,7 +55,7 @@ def dot_general(
       dimension_numbers: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
       precision: passed to lax if both operands are arrays; ignored otherwise.
       preferred_element_type: dtype of the result. If an operand is quantized, this must
-        be a float dtype of at most 32 bits. None takes the dtype that the operands
+        be a float dtype of at most 32 bits. None uses the dtype that the operands
         promote to, with two exceptions: int32 for integers narrower than int32, and
         float32 for float8. Sums rarely fit these narrow dtypes.
       out_sharding: how the result is sharded over a mesh, a `NamedSharding` or

@@ -39,7 +39,7 @@ def ragged_dot(
       weights: `[e, k, n]`, quantized with `contracting=-2, batch=0`.
       group_sizes: integers `[e]`, the number of rows of each expert. Rows beyond the
         sum of `group_sizes` give zeros.
-      preferred_element_type: dtype of the result. None takes the same dtype as
+      preferred_element_type: dtype of the result. None uses the same dtype as
         `jaxq.dot_general`. The product is accumulated in float32.
 
     Returns:

@@ -22,7 +22,7 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
 
     Args:
       qt: a QTensor.
-      dtype: float dtype of the result. None takes `qt.dtype`. Numbers beyond the range
+      dtype: float dtype of the result. None uses `qt.dtype`. Numbers beyond the range
         of the dtype are clipped to the range. For example, a rounded scale can put a
         number just beyond the range of float16.
 

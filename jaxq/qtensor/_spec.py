@@ -75,7 +75,7 @@ class QuantSpec:
       offset: None; "min", the minimum of each block, for unsigned formats (KIVI, 2024);
         or "mean", one mean for the whole array (double quantization in QLoRA, 2023).
         Unlike a zero point, an offset is a real number.
-      packing: order of codes in bytes, see `jaxq.formats.Packing`. None takes the
+      packing: order of codes in bytes, see `jaxq.formats.Packing`. None uses the
         default of the width.
       codes_from: the scale by which numbers are divided to compute codes. "stored" is
         the scale after it is rounded or quantized. `dequantize` uses the same scale.

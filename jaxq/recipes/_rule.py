@@ -72,7 +72,7 @@ class Rule:
       contracting: the axes of the weight that its product contracts, as in
         `jaxq.quantize`. None takes them from the layer; for a bare matrix it means -2,
         or the axes that a trace of calibration batches shows.
-      batch: leading axes of a bare array that get scales of their own. None takes them
+      batch: leading axes of a bare array that get separate scales. None takes them
         from the layer.
       reason: what the report says about a skipped layer.
       optional: True if the rule may match nothing. Otherwise that is an error.

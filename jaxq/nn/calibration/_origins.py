@@ -1,8 +1,8 @@
 """Where the numbers of an array in a traced function come from.
 
 `_products.py` follows each parameter from the arguments of a function to its products.
-On this way the parameter may be transposed, reshaped, broadcast, cast or indexed. A
-`View` says which axes of the parameter the axes of such an array are.
+On the way, the parameter may be transposed, reshaped, broadcast, cast or indexed. A
+`View` maps each axis of such an array to axes of the parameter.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class View:
         return self.with_axes([self.axes[axis] for axis in permutation])
 
     def reshaped(self, shape: Sequence[int]) -> View | None:
-        """The view after a reshape. None if a part would be cut unevenly."""
+        """The view after a reshape. None if the reshape cuts a part unevenly."""
         if 0 in shape:
             return None
         parts = [part for axis in self.axes for part in axis]
@@ -144,7 +144,7 @@ def is_data(origin: Origin) -> bool:
 
 
 def combined(origins: Sequence[Origin], by: str) -> Origin:
-    """The origin of what a primitive computes from arrays of some origins."""
+    """The origin of the result of a primitive, from the origins of its operands."""
     if any(map(is_data, origins)):
         return Other.DATA
     leaves: set[int] = set()

@@ -42,7 +42,7 @@ class Product(NamedTuple):
 
 
 class NotAProduct(Exception):
-    """The rows of the data do not belong to whole axes of the parameter. Says why."""
+    """Raised if the rows of the data do not belong to whole axes of the parameter."""
 
 
 def product_of(

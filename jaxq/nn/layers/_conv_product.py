@@ -66,7 +66,7 @@ def convolved(
       kernel: has one axis for each spatial axis, and axes of channels and features.
       bias: `[features]`, or None.
       channel: the axis of `kernel` that becomes the features of the result.
-      dtype: of the result. None takes the dtype of x.
+      dtype: of the result. None uses the dtype of x.
     """
     num_leading = x.ndim - (kernel.ndim - 1)
     leading, example = x.shape[:num_leading], x.shape[num_leading:]

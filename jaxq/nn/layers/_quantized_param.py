@@ -12,8 +12,8 @@ from jaxq.qtensor import QTensor
 
 # What to do about a float weight in a quantized model, for errors.
 FLOAT_STATE = (
-    "Put the state of a model that was quantized by the same recipe on it, or quantize "
-    "the float model again. To run floats, use the float model."
+    "Update the model with the state of a model that was quantized by the same recipe, "
+    "or quantize the float model again. To run floats, use the float model."
 )
 
 

@@ -65,8 +65,8 @@ class Row:
       output_sqnr: signal to quantization noise ratio of the layer's output on held-out
         calibration inputs, in dB. The layer runs as in the quantized model, with
         quantized weight and quantized inputs. For a convolution, each tap of its kernel
-        counts as a product of its own, because calibration keeps single positions of
-        the inputs. None without statistics of the inputs, and for a convolution with
+        counts as a separate product, because calibration keeps single positions of the
+        inputs. None without statistics of the inputs, and for a convolution with
         dynamic activation quantization.
       input_range: the static range of the inputs, (low, high). For a stack, the
         smallest and the largest end. None without static activation quantization.

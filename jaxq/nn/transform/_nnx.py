@@ -123,8 +123,8 @@ def quantize_model(
         on held-out inputs. "rtn" rounds it to nearest, and the report says so. "none"
         keeps the method's result. "raise" raises an error. An observer's
         static range is compared with two plain ranges on calibration inputs: the
-        extremes of the inputs, and the range of least squared error. If it does worse,
-        "rtn" takes the better plain range.
+        extremes of the inputs, and the range of least squared error. If the observer's
+        range does worse, "rtn" takes the better plain range.
       strict: raises an error for a rule that matches nothing, and for a matrix that no
         rule matches in a module that jaxq does not know. False leaves such a matrix in
         floats, and the report says so.

@@ -150,7 +150,7 @@ def _observed_range(
 ) -> tuple[_Bounds | None, str]:
     """The observer's range, and a note on elements of a stack that have none.
 
-    An expert may have read only zeros. Then its range is the smallest range that holds
+    An expert may have read only zeros. Its range is then the smallest range that covers
     the ranges of all other experts. The result is None if no element has a range.
     """
     kind = range_options(spec)
@@ -181,7 +181,7 @@ def _unreached_note(is_empty: np.ndarray) -> str:
         return ""
     return (
         f"no calibration input reached element {element_names(is_empty)}: the static "
-        "range there covers those of the other elements"
+        "range there covers the ranges of the other elements"
     )
 
 

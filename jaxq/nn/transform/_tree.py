@@ -82,8 +82,9 @@ def quantize_params(
         These are recognized by their names. Without calibration batches, arrays with
         three or more axes need a rule with `contracting=`.
       calibration: batches of real inputs, for methods (`jaxq.methods`), observers and
-        `correct_bias`, which need data. With batches, `forward` is needed too. Or
-        statistics (`jaxq.observers.LayerStats`) by the path of the array.
+        `correct_bias`, which need data. With batches, `forward` is needed too.
+        Statistics (`jaxq.observers.LayerStats`) by the path of the array may be passed
+        instead of batches.
       mask: `mask(batch)` returns a bool array `[b, t]` or `[b]` that is False for
         padding. Its axes must be the first axes of the rows of every product.
       forward: `forward(params, batch)` computes the model with jax. Its result is
@@ -424,7 +425,7 @@ class TreeAdapter:
                 note = (
                     "sequential: forward does not run with QTensors "
                     f"({type(error).__name__}: {reason}). It ran with the dequantized "
-                    "weights, so the statistics have the errors of weights, and not "
+                    "weights, so the statistics include the errors of weights, but not "
                     "those of quantized inputs"
                 )
                 self.notes = (*self.notes, note)

@@ -228,7 +228,7 @@ class KVCache(CacheArrays):
             is only allowed if `k` is None. The first `count[i]` queries of slot i
             belong to tokens. The results of the other queries have no meaning. With
             None all t queries of every slot belong to tokens.
-          scale: scores are multiplied by this number. None takes `1 / sqrt(h)`.
+          scale: scores are multiplied by this number. None uses `1 / sqrt(h)`.
           block: the number of tokens to dequantize at a time. It is rounded down to
             whole groups, with at least one group.
 
