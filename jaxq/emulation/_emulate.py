@@ -278,7 +278,7 @@ def _round_result(out: jax.Array, dtype: Any, result: Precision | None) -> jax.A
 def _sum(equation: Any, args: list, policy: Policy) -> list | None:
     """The results of a sum over rounded operands, in float32 or wider.
 
-    None if the sum needs no form of its own, so that the primitive itself can run.
+    None if the primitive itself can compute the sum.
     """
     name, params = equation.primitive.name, equation.params
     carrier = carrier_of(equation.outvars[0].aval.dtype)

@@ -68,13 +68,13 @@ class AWQInfo(NamedTuple):
     """Diagnostics of `awq`.
 
     Attributes:
-      scale: float32 `[in]`. The QTensor stands for `w * scale[:, None]`, so its inputs
-        must be divided by `scale`.
+      scale: float32 `[in]`. The QTensor stands for `w * scale[:, None]`, so the inputs
+        of the layer must be divided by `scale`.
       ratio: float32, the exponent of the chosen scales.
       loss: float32, mean squared error of the layer's output on the tokens used.
       loss_unclipped: float32, the same error before ranges were clipped.
       loss_unscaled: float32, the same error of rounding to nearest.
-      clipped: bool, True if the clipped ranges were taken.
+      clipped: bool, True if the clipped ranges are used.
 
     Example:
       >>> import jax.numpy as jnp

@@ -349,7 +349,7 @@ class _RowGrid:
     def round(self, row: jax.Array, group: jax.Array) -> jax.Array:
         """Rounds a row `[out]` to nearest.
 
-        It uses `requantize`, so that the codes made at the end are the same.
+        It uses `requantize`, which also computes the final codes.
         """
         fmt = self.spec.fmt
         geometry = Geometry((1, row.shape[0]), (-1, -2), 1, (1, None))

@@ -69,7 +69,7 @@ class ScaleRule:
 
     @property
     def has_threshold(self) -> bool:
-        """True if codes are ternary by a threshold instead of rounded."""
+        """True if a threshold determines the ternary codes, and nothing is rounded."""
         return self.threshold is not None
 
     @property
