@@ -23,8 +23,8 @@ def emulate(fn: Callable, policy: Policy) -> Callable:
 
     `fn` is traced once for its arguments. Arrays keep their dtypes, and they hold the
     rounded numbers. Use float32 arrays, unless you need another dtype. `emulate` enters
-    loops, conditionals, nested jit, remat, shard_map and functions with derivative
-    rules of their own. Wrap the result in `jax.jit`. Otherwise it runs one primitive
+    loops, conditionals, nested jit, remat, shard_map and functions with custom
+    derivative rules. Wrap the result in `jax.jit`. Otherwise it runs one primitive
     after the other.
 
     Rounding has a straight-through gradient. `jax.grad(emulate(fn, policy))` therefore

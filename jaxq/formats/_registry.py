@@ -150,7 +150,7 @@ def names() -> list[str]:
     """Returns the names of all registered formats, sorted.
 
     A table that was computed for one array is not registered. For example,
-    `jaxq.methods.kmeans` gives its QTensors formats of their own, such as "kmeans4".
+    `jaxq.methods.kmeans` gives its QTensors unregistered formats such as "kmeans4".
 
     Example:
       >>> import jaxq

@@ -87,7 +87,7 @@ def why_not_stochastic(spec: QuantSpec, options: Mapping[str, Any]) -> str:
     """
     if spec.needs_key:
         return (
-            "methods round to nearest, and rounding='stochastic' does not. "
+            "methods round to nearest, so rounding='stochastic' is not possible. "
             "Pass spec.replace(rounding='nearest_even')."
         )
     return ""

@@ -65,8 +65,8 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in tuple(_ROPE_FIELDS):
             raise ValueError(
-                f"RopeScaling: kind is {self.kind!r}; supported are 'default', "
-                "'linear' and 'llama3'."
+                f"RopeScaling: kind is {self.kind!r}; expected 'default', 'linear' or "
+                "'llama3'."
             )
 
 
@@ -191,21 +191,21 @@ class LlamaConfig:
         model_type = config.get("model_type")
         if model_type not in _MODEL_TYPES:
             problems.append(
-                f"model_type={model_type!r}; supported are {', '.join(_MODEL_TYPES)}"
+                f"model_type={model_type!r}; expected one of {', '.join(_MODEL_TYPES)}"
             )
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             problems.append(
-                f"hidden_act={config['hidden_act']!r}; supported are 'silu' and 'swish'"
+                f"hidden_act={config['hidden_act']!r}; expected 'silu' or 'swish'"
             )
         if config.get("partial_rotary_factor") not in (None, 1.0):
             problems.append(
-                f"partial_rotary_factor={config['partial_rotary_factor']!r}; supported "
-                "is 1.0"
+                f"partial_rotary_factor={config['partial_rotary_factor']!r}; expected "
+                "1.0"
             )
         if config.get("quantization_config") is not None:
             problems.append(
-                f"quantization_config={config['quantization_config']!r}; supported are "
-                "float checkpoints, which do not have this key"
+                f"quantization_config={config['quantization_config']!r}; expected a "
+                "float checkpoint, which does not have this key"
             )
         sizes = _read_sizes(config, problems)
         scaling, theta = _read_rope(config, problems)
@@ -406,12 +406,12 @@ def _read_rope(
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(
-            f"partial_rotary_factor={rope['partial_rotary_factor']!r}; supported is 1.0"
+            f"partial_rotary_factor={rope['partial_rotary_factor']!r}; expected 1.0"
         )
     fields = _ROPE_FIELDS.get(kind)
     if fields is None:
         problems.append(
-            f"{groups[-1]}: rope_type={kind!r}; supported are 'default', 'linear' and "
+            f"{groups[-1]}: rope_type={kind!r}; expected 'default', 'linear' or "
             "'llama3'"
         )
         return RopeScaling(), theta

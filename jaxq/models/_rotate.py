@@ -48,7 +48,7 @@ def rotate(
     With the rotation Q and the gain g of a norm, the embedding E becomes `E Q`. A
     linear that reads the stream becomes `Q^T diag(g) W`. A linear that writes into the
     stream becomes `W Q`, and its bias `b Q`. All gains become 1. A tied head gets a
-    kernel of its own, because the gain of the last norm applies to the head and not to
+    separate kernel, because the gain of the last norm applies to the head and not to
     the embedding.
 
     Args:
@@ -164,7 +164,7 @@ def _rotate_writers(
 
 
 def _untied(model: Llama) -> Llama:
-    """The model, or a copy whose head has a kernel of its own."""
+    """The model, or a copy whose head has a separate kernel."""
     if not model.config.tie_word_embeddings:
         return model
     config = dataclasses.replace(model.config, tie_word_embeddings=False)

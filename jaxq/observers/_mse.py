@@ -149,7 +149,7 @@ class MeanSquaredError(Histogram):
             errors = _power(t - _nearest(t, fmt, range_kind), self.power)
             error = jnp.sum(jnp.where(keep, errors, 0.0), axis=-1)
             error = self._in_numbers(error, bottom, top, factor, range_kind)
-            # If errors are equal, the first candidate wins. It has the widest range.
+            # If errors are equal, the first candidate is used. It has the widest range.
             better = error < best_error
             return jnp.where(better, error, best_error), jnp.where(better, k, best_k)
 
@@ -167,17 +167,19 @@ class MeanSquaredError(Histogram):
         factor: jax.Array,
         range_kind: RangeKind,
     ) -> jax.Array:
-        """The error in numbers, up to one constant, from the error in steps.
+        """Converts an error in steps of the format to an error that can be compared.
 
-        Args:
-          error: float32 `[*channels]`, in steps of the smaller range.
-          bottom: float32 `[*channels, 1]`, the smallest number.
-          top: float32 `[*channels, 1]`, the largest number.
-          factor: the factor of the smaller range.
-          range_kind: see `RangeKind`.
+        The result is in units of a step of the largest range, to the power `power`.
 
-        Returns:
-          float32 `[*channels]`, infinite for a range that is empty in float32.
+            Args:
+              error: float32 `[*channels]`, in steps of the smaller range.
+              bottom: float32 `[*channels, 1]`, the smallest number.
+              top: float32 `[*channels, 1]`, the largest number.
+              factor: the factor of the smaller range.
+              range_kind: see `RangeKind`.
+
+            Returns:
+              float32 `[*channels]`, infinite for a range that is empty in float32.
         """
         if range_kind is not RangeKind.ANYWHERE:
             return error * _power(factor, self.power)

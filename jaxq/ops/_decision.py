@@ -324,7 +324,7 @@ def _why_not_operand(
     if operand.offset is not None:
         return f"{name}, {operand.fmt.name}, has a real offset"
     if operand.codebook is not None:
-        return f"{name}, {operand.fmt.name}, has a codebook of its own"
+        return f"{name}, {operand.fmt.name}, has its own codebook"
     return None
 
 

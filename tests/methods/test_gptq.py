@@ -409,7 +409,7 @@ def test_one_trace_for_one_shape():
         (
             {"spec": QuantSpec("int4", rounding="stochastic")},
             ValueError,
-            "gptq: methods round to nearest, and rounding='stochastic' does not",
+            "gptq: methods round to nearest, so rounding='stochastic' is not possible",
         ),
         ({"spec": "int5"}, ValueError, "gptq: unknown preset 'int5'"),
         ({"damp": 2.0}, ValueError, "damp must be a share"),

@@ -90,7 +90,7 @@ def _is_data(rows: jax.Array) -> jax.Array:
     """Which of the rows `[t, K]` of one layer are data, as bool `[t]`.
 
     Without `jax.vmap`, all rows are data. Under `jax.vmap`, each element of the mapped
-    axis is an expert that has inputs of its own. A row of zeros is then a token of
+    axis is an expert with separate inputs. A row of zeros is then a token of
     another expert, and is not data. Elements that read the same rows (`in_axes=None`)
     are not experts.
     """

@@ -54,7 +54,7 @@ def check_rotated(model: nnx.Module, rotated: nnx.Module, options: Options) -> N
 def check_folded(model: nnx.Module, folded: Folded, options: Options) -> None:
     """Raises a ValueError if folded scales changed what a model computes.
 
-    The error names the first group that changes it alone.
+    The error names the first group whose scales alone change the outputs.
 
     Args:
       model: the float model.
