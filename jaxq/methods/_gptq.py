@@ -122,13 +122,14 @@ def gptq(
     rows. H has the second moments of the layer's inputs, so the minimized number is the
     error of the layer's outputs.
 
-    Groups along the contraction get their scales when their first row is reached, from
-    the weights as they are at that moment. All other scales are those of `quantize(w,
-    spec)`: per channel, per tensor, tiles, quantized scales (nf4_dq, nvfp4), and groups
-    with `act_order`, which takes the rows of a group at different times ("static
-    groups"). So the result is stored as `quantize` stores it in every case. Ternary
-    numbers are rounded to nearest, not by their threshold. The weights of an input that
-    was always zero are rounded to nearest as well.
+    The scales of a group along the contracted axis are computed when the first row of
+    the group is reached, from the weights with all updates so far. All other scales are
+    those of `quantize(w, spec)`: per channel, per tensor, tiles, quantized scales
+    (nf4_dq, nvfp4), and groups with `act_order`. With `act_order`, the rows of a group
+    are reached at different times, so the groups are static. In every case the result
+    is stored as `quantize` stores it. Ternary numbers are rounded to nearest, not by
+    their threshold. The weights of an input that was always zero are rounded to nearest
+    as well.
 
     Args:
       w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).

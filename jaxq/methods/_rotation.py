@@ -178,7 +178,7 @@ def rotate_out(
 ) -> jax.Array:
     """Rotates the outputs of a weight: `w Q`.
 
-    It also rotates a bias, an embedding or an activation.
+    The array may also be a bias, an embedding or an activation.
 
     Args:
       w: float `[..., out]`.

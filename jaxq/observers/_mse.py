@@ -167,19 +167,19 @@ class MeanSquaredError(Histogram):
         factor: jax.Array,
         range_kind: RangeKind,
     ) -> jax.Array:
-        """Converts an error in steps of the format to an error that can be compared.
+        """Converts the error of a candidate to steps of the largest candidate.
 
-        The result is in units of a step of the largest range, to the power `power`.
+        The errors of all candidates can then be compared.
 
-            Args:
-              error: float32 `[*channels]`, in steps of the smaller range.
-              bottom: float32 `[*channels, 1]`, the smallest number.
-              top: float32 `[*channels, 1]`, the largest number.
-              factor: the factor of the smaller range.
-              range_kind: see `RangeKind`.
+        Args:
+          error: float32 `[*channels]`, in steps of the smaller range.
+          bottom: float32 `[*channels, 1]`, the smallest number.
+          top: float32 `[*channels, 1]`, the largest number.
+          factor: the factor of the smaller range.
+          range_kind: see `RangeKind`.
 
-            Returns:
-              float32 `[*channels]`, infinite for a range that is empty in float32.
+        Returns:
+          float32 `[*channels]`, infinite for a range that is empty in float32.
         """
         if range_kind is not RangeKind.ANYWHERE:
             return error * _power(factor, self.power)

@@ -236,7 +236,8 @@ def _check_result(
 ) -> None:
     """Raises unless the indices of the result are valid.
 
-    The result must name each index once, and every index that only one operand has.
+    The result may name an index only once. It must name every index that only one
+    operand has.
     """
     unknown = set(out) - set(left) - set(right)
     if unknown or len(set(out)) != len(out):

@@ -254,7 +254,7 @@ def _reach_of_mx_ceil(fmt: formats.Format) -> float:
 
 
 def _reach_of_mx_even(fmt: formats.Format) -> float:
-    """A mantissa from `2 - 2^-(mantissa bits + 1)` on is rounded up to 2."""
+    """A mantissa of at least `2 - 2^-(mantissa bits + 1)` is rounded up to 2."""
     return 2.0**fmt.max_exponent * (2.0 - 2.0 ** -(fmt.mantissa_bits + 1))
 
 

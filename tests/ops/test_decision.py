@@ -122,8 +122,8 @@ REASONS = {
     "contracted and its blocks run along [-3]",
     "batch_of_the_product_alone": "the whole weight is dequantized, because the "
     "product has batch axes [1] of the weight, which has 0 leading batch axes",
-    "across_rows": "the whole weight is dequantized, because blocks of 48 run across "
-    "rows of 1000",
+    "across_rows": "the whole weight is dequantized, because blocks of 48 codes cross "
+    "rows of 1000 codes",
     "dynamic": "dynamic activation quantization to int8; int8 x int8",
     "dynamic_mixed": "the left operand is dequantized, because codes of int8 and nf4 "
     "do not multiply natively",

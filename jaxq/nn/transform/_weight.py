@@ -174,9 +174,8 @@ def scales_note(slot: Slot) -> str:
     if outcome is not None:
         reason = outcome.note
     elif slot.kind.windowed:
-        return (
-            f"only rounded: {_rule(slot).method} scales rows of a matrix, not windows"
-        )
+        method = _rule(slot).method
+        return f"rounded to nearest: {method} scales rows of a matrix, not windows"
     if folding.without_scales:
         return f"{folding.without_scales}: {reason}"
     return reason
