@@ -126,10 +126,10 @@ def gptq(
     the group is reached, from the weights with all updates so far. All other scales are
     those of `quantize(w, spec)`: per channel, per tensor, tiles, quantized scales
     (nf4_dq, nvfp4), and groups with `act_order`. With `act_order`, the rows of a group
-    are reached at different times, so the groups are static. In every case the result
-    is stored as `quantize` stores it. Ternary numbers are rounded to nearest, not by
-    their threshold. The weights of an input that was always zero are rounded to nearest
-    as well.
+    are reached at different times, so their scales are computed in advance ("static
+    groups"). In every case the result is stored as `quantize` stores it. Ternary
+    numbers are rounded to nearest, not by their threshold. The weights of an input that
+    was always zero are rounded to nearest as well.
 
     Args:
       w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).

@@ -99,7 +99,7 @@ def _with_layers(model: Llama, layers: Any, *, scan_layers: bool) -> Llama:
 
 
 def _complete_input_scales(layers: Sequence[Any]) -> None:
-    """Adds input scales of 1, so that the same weight of all layers has input scales.
+    """Adds input scales of 1 if the same weight of another layer has input scales.
 
     Some layers may lack input scales, because a method leaves them out of a layer where
     they do not help.

@@ -56,7 +56,7 @@ def calibrate(
     a flag of the model can still set train mode. A warning then says so.
 
     The experts of a mixture of experts may be a stack: layers under `jax.vmap`, or the
-    batch axes of an einsum. Each expert then reads zeros for the tokens of the other
+    batch axes of an einsum. An expert may then read zeros for the tokens of other
     experts. In such a stack, rows of zeros do not count.
 
     Args:
