@@ -55,8 +55,8 @@ def solve(
       options: keyword arguments of the method.
       fallback: what happens if the method does worse than rounding: "rtn" takes the
         rounded weight, "none" keeps the method's result, "raise" raises.
-      key: PRNG key for methods that draw random numbers; None takes
-        `jax.random.key(0)`.
+      key: PRNG key for methods that draw random numbers, and for specs that round
+        stochastically; None takes `jax.random.key(0)`.
       name: what errors call the weight.
       nearest: `w` rounded to nearest, if the caller has it already: what
         `quantize(w, ..., contracting=-2)` gives for the method's own granularity
@@ -87,16 +87,16 @@ def solve(
     w = _matrix.as_weight(w, method, name)
     _check_request(record, w, stats, spec, options, name)
     held_out = held_out_rows(record, stats)
+    key = jax.random.key(0) if key is None else key
     if nearest is not None:
         _check_nearest(nearest, w, name)
     elif record.solve is None or record.takes_nearest or held_out is not None:
-        nearest = round_to_nearest(w, record.nearest_spec(spec, options))
+        nearest = round_to_nearest(w, record.nearest_spec(spec, options), key)
     if record.solve is None:
         assert nearest is not None
         return Solved(nearest, method, "", None)
     if record.takes_nearest:
         options["nearest"] = nearest
-    key = jax.random.key(0) if key is None else key
     solution = record.solve(w, stats, spec, key=key, **options)
     _check_solution(solution, method, name)
     if solution.rounded:
