@@ -17,7 +17,13 @@ from jax.typing import ArrayLike
 
 from jaxq import formats
 from jaxq.methods import _matrix
-from jaxq.methods._judging import FALLBACKS, Solved, held_out_rows, judge
+from jaxq.methods._judging import (
+    FALLBACKS,
+    Solved,
+    falls_back,
+    held_out_rows,
+    judge,
+)
 from jaxq.methods._method import Method, Solution
 from jaxq.methods._notes import join_notes
 from jaxq.methods._registry import check_options, get, names
@@ -100,8 +106,10 @@ def solve(
     solution = record.solve(w, stats, spec, key=key, **options)
     _check_solution(solution, method, name)
     if solution.rounded:
-        if fallback == "raise":
-            raise ValueError(f"{name}: {method}: {solution.note}. Pass fallback='rtn'.")
+        # Without another result, fallback="none" takes the rounded weight too.
+        falls_back(
+            fallback, f"{name}: {method}: {solution.note}", "Pass fallback='rtn'."
+        )
         return Solved(solution.qt, "rtn", solution.note, None)
     if not record.judged or stats is None:
         return Solved(solution.qt, method, solution.note, None)

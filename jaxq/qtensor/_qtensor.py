@@ -582,6 +582,11 @@ class QTensor:
         )
 
 
+def is_qtensor(x: Any) -> bool:
+    """True for a QTensor: an `is_leaf=` of functions on trees."""
+    return isinstance(x, QTensor)
+
+
 def register_matmul(function: Callable[[Any, Any], Any]) -> None:
     """Registers the function that computes `x @ qt` and `qt @ x`.
 

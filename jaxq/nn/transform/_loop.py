@@ -69,7 +69,7 @@ def quantize_slots(
     data = CalibrationData(adapter, options)
     slots, rule_notes = matched_slots(adapter, recipe, options, has_data=bool(data))
     resume = Resume(recipe, slots, adapter.state(), options)
-    slots = with_planned_scales(adapter.fold(slots, data, options.fallback))
+    slots = with_planned_scales(adapter.fold(slots, data, options))
     chosen = [slot for slot in slots if slot.chosen]
     blocks = blocks_in_order(adapter, chosen, options)
     keys = _keys(chosen, blocks, adapter, options)
@@ -117,7 +117,7 @@ def quantize_slots(
 def plan_slots(adapter: Adapter, recipe: Recipe, options: Options) -> Report:
     """The report of `quantize_slots` without measured errors. Nothing is quantized."""
     slots, rule_notes = matched_slots(adapter, recipe, options, has_data=None)
-    slots = with_planned_scales(adapter.fold(slots, None, options.fallback))
+    slots = with_planned_scales(adapter.fold(slots, None, options))
     rows = {slot.weight: _row_before(slot) for slot in reversed(slots)}
     notes = (*adapter.notes, *rule_notes)
     return Report(tuple(adapter.rows(rows)), notes)
@@ -180,8 +180,9 @@ def _quantize_slot(
         errors = LayerErrors()
         if stats is not None:
             errors = layer_errors(floats, qt, stats, slot.inputs(stats))
+        notes.append(slot.note_on_product(qt))
         row = quantized_row(
-            slot.name, slot.kind.name, floats, qt, solved, notes, slot.roles, errors
+            slot.name, slot.kind.name, floats, qt, solved, notes, errors
         )
     return Result(qt, new_bias, row)
 
@@ -207,13 +208,11 @@ def _row_before(slot: Slot) -> Row:
         return float_row(slot.name, slot.kind.name, slot.value, skip_reason(slot.rule))
     assert slot.rule is not None
     assert slot.planned is not None
-    notes = (scales_note(slot), *slot.notes)
     return planned_row(
         slot.name,
         slot.kind.name,
         slot.value,
         slot.planned,
         method_without_data(slot),
-        notes,
-        slot.roles,
+        (scales_note(slot), *slot.notes, slot.product_note),
     )
