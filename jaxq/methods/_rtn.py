@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxq import metrics
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method
-from jaxq.methods._options import refuse, why_not_stochastic
+from jaxq.methods._method_options import refuse, why_not_stochastic
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
 
 

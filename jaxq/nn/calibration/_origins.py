@@ -1,8 +1,8 @@
 """Where the numbers of an array in a traced function come from.
 
-`_products.py` follows each parameter from the arguments of a function to its products.
-On this way the parameter may be transposed, reshaped, broadcast, cast or indexed. A
-`View` says which axes of the parameter the axes of such an array are.
+`_product_visitor.py` follows each parameter from the arguments of a function to its
+products. On this way the parameter may be transposed, reshaped, broadcast, cast or
+indexed. A `View` says which axes of the parameter the axes of such an array are.
 """
 
 from __future__ import annotations

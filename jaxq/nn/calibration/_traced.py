@@ -2,7 +2,8 @@
 
 A tree of arrays has no layers whose calls could be watched. Instead, the function that
 runs a batch is traced, and its products with the parameters are found in the trace
-(`_products.py`). Matrices in a module of an unknown class are found in the same way.
+(`_product_visitor.py`). Matrices in a module of an unknown class are found in the same
+way.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.nn.calibration._batches import Batch, run_batches
+from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
 from jaxq.nn.calibration._origins import Origin, Other, View
 from jaxq.nn.calibration._product import Product
-from jaxq.nn.calibration._products import Products
-from jaxq.nn.calibration._rows import add_rows, only_rows
+from jaxq.nn.calibration._product_visitor import Products
 from jaxq.nn.calibration._stats import StatsRequest, check_stats, initial_stats
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor

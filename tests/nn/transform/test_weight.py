@@ -19,7 +19,7 @@ from jaxq import (
     ops,
 )
 from jaxq.methods import _gptq, _rtn
-from jaxq.nn.report import _product
+from jaxq.nn.report import _product_notes
 from jaxq.nn.transform import _weight
 from tests.arrays import assert_same, normal
 
@@ -105,7 +105,7 @@ def num_explained(monkeypatch):
         plans.append(explain(*args, **options))
         return plans[-1]
 
-    monkeypatch.setattr(_product.ops, "explain", counted)
+    monkeypatch.setattr(_product_notes.ops, "explain", counted)
     return plans
 
 
