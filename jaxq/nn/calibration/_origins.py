@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ class View:
         """The view after a reshape. None if a part would be cut unevenly."""
         if 0 in shape:
             return None
-        parts = [part for axis in self.axes for part in axis]
+        parts = list(itertools.chain.from_iterable(self.axes))
         axes = []
         for size in shape:
             axis = _first_parts(parts, size)
@@ -209,8 +210,8 @@ def is_bias(output: View, bias: View, shape: Sequence[int]) -> bool:
         if not is_row:
             pairs.append((bias_axis, axis))
     pairs.sort(key=lambda pair: in_storage_order(pair[0][0]))
-    bias_parts = [part for pair in pairs for part in pair[0]]
-    parts = [part for pair in pairs for part in pair[1]]
+    bias_parts = list(itertools.chain.from_iterable(pair[0] for pair in pairs))
+    parts = list(itertools.chain.from_iterable(pair[1] for pair in pairs))
     sizes_agree = all(num_positions(a) == num_positions(b) for a, b in pairs)
     is_ordered = all(
         group == sorted(group, key=in_storage_order) for group in (bias_parts, parts)

@@ -8,6 +8,7 @@ way.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -232,9 +233,12 @@ def _use(
         if leaf in watcher.changed:
             return Use(watcher.changed[leaf], is_changed=True, num_products=len(own))
     if not own:
-        names = {name for leaf in group for name, _ in watcher.readers.get(leaf, ())}
-        readers = f"only {', '.join(sorted(names))}" if names else "nothing reads it"
-        problem = f"no product of forward reads it ({readers})"
+        readers = itertools.chain.from_iterable(
+            watcher.readers.get(leaf, ()) for leaf in group
+        )
+        names = {name for name, _ in readers}
+        detail = f"only {', '.join(sorted(names))}" if names else "nothing reads it"
+        problem = f"no product of forward reads it ({detail})"
         return Use(problem, is_read=bool(names))
     first = next(iter(own.values()))
     for product in own.values():

@@ -9,6 +9,7 @@ layers' inputs, quantizes each weight by its rule, and puts the results into the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -131,7 +132,7 @@ def _keys(
 ) -> dict[Hashable, jax.Array]:
     """A PRNG key for each weight."""
     key = jax.random.key(0) if options.key is None else options.key
-    in_order = [slot for block in blocks for slot in block]
+    in_order = list(itertools.chain.from_iterable(blocks))
     slots = chosen if adapter.keys_follow_slots else in_order
     weights = list(dict.fromkeys(slot.weight for slot in slots))
     keys = jax.random.split(key, max(len(slots), 1))
