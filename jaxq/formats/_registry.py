@@ -87,6 +87,7 @@ def register(fmt: Format) -> Format:
       >>> fmt = jaxq.formats.register(fmt)
       >>> jaxq.formats.get("float7_e3m3fn").max
       30.0
+      >>> jaxq.formats.unregister("float7_e3m3fn")
     """
     if not isinstance(fmt, Format):
         raise TypeError(
@@ -105,6 +106,44 @@ def register(fmt: Format) -> Format:
             "the new format another name."
         )
     return fmt
+
+
+def unregister(name: str) -> None:
+    """Removes a format that `register` added.
+
+    QTensors of this format keep working, because they hold the format itself. A file
+    cannot be loaded until the format is registered again.
+
+    Args:
+      name: the name of the format. Upper case letters and hyphens are accepted.
+
+    Raises:
+      TypeError: `name` is not a string.
+      ValueError: no format is registered under this name, or it is one of jaxq's own
+        formats.
+
+    Example:
+      >>> import jaxq
+      >>> signs = jaxq.formats.CodebookFormat("signs", (-1.0, 1.0))
+      >>> signs = jaxq.formats.register(signs)
+      >>> jaxq.formats.unregister("signs")
+      >>> "signs" in jaxq.formats.names()
+      False
+    """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"formats.unregister: name must be a string, got {type(name).__name__}."
+        )
+    key = normalize(name)
+    if key in _OWN_NAMES:
+        raise ValueError(
+            f"formats.unregister: {name!r} is one of jaxq's own formats. Pass the name "
+            "of a format that formats.register added."
+        )
+    if key not in _registry:
+        text = unknown_name("format", name, _registry, "jaxq.formats.names()")
+        raise ValueError(f"formats.unregister: {text}")
+    del _registry[key]
 
 
 def get(name: str | Format) -> Format:
@@ -283,3 +322,6 @@ for _bits in range(2, 8):
     register(CodebookFormat(f"log{_bits}", *powers_of_two(_bits)))
 register(IntegerFormat("ternary", 2, narrow=True))
 register(CodebookFormat("udynamic8", dynamic_map(signed=False)))
+
+# `unregister` keeps these formats.
+_OWN_NAMES = frozenset(_registry)

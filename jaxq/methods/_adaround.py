@@ -27,8 +27,7 @@ from jax.typing import ArrayLike
 
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Option, Solution
-from jaxq.methods._notes import few_samples
-from jaxq.methods._options import (
+from jaxq.methods._method_options import (
     COUNT,
     POSITIVE,
     SHARE,
@@ -37,6 +36,7 @@ from jaxq.methods._options import (
     refuse,
     why_not_stochastic,
 )
+from jaxq.methods._notes import few_samples
 from jaxq.observers import LayerStats
 from jaxq.qtensor import (
     QTensor,
@@ -187,7 +187,7 @@ def adaround(
     keys = jax.random.split(key, w.shape[:-2]) if w.ndim > 2 else key
     rates = (learning_rate, regularization, *beta, warm_start)
     learning = _Learning(*(jnp.float32(v) for v in rates))
-    steps = _Steps(num_steps, min(batch_size, x.shape[-2]))
+    steps = _Sizes(num_steps, min(batch_size, x.shape[-2]))
     return _adaround(w, x, target, keys, learning, key.ndim, spec, steps)
 
 
@@ -201,7 +201,7 @@ class _Learning(NamedTuple):
     warm_start: jax.Array
 
 
-class _Steps(NamedTuple):
+class _Sizes(NamedTuple):
     """The static sizes of the optimization."""
 
     num_steps: int
@@ -217,7 +217,7 @@ def _adaround(
     learning: _Learning,
     key_ndim: int,
     spec: QuantSpec,
-    steps: _Steps,
+    steps: _Sizes,
 ) -> tuple[QTensor, AdaRoundInfo]:
     learn_matrix = functools.partial(
         _learn_matrix, learning=learning, spec=spec, steps=steps
@@ -232,7 +232,7 @@ def _learn_matrix(
     key: jax.Array,
     learning: _Learning,
     spec: QuantSpec,
-    steps: _Steps,
+    steps: _Sizes,
 ) -> tuple[QTensor, AdaRoundInfo]:
     """`adaround` for one matrix `[in, out]`; `x` and `target` are `[tokens, in]`."""
     nearest = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
@@ -276,7 +276,7 @@ def _learn(
     key: jax.Array,
     num_tokens: int,
     learning: _Learning,
-    steps: _Steps,
+    steps: _Sizes,
 ) -> jax.Array:
     """The variables v `[in, out]` after all steps of Adam.
 

@@ -20,8 +20,7 @@ from jaxq.methods import _matrix
 from jaxq.methods._clipping import clip as clip_ranges
 from jaxq.methods._folding import as_weights, why_not_one_to_one
 from jaxq.methods._method import Folding, Method, Solution
-from jaxq.methods._notes import few_samples
-from jaxq.methods._options import (
+from jaxq.methods._method_options import (
     COUNT,
     FLAG,
     SHARE,
@@ -29,6 +28,7 @@ from jaxq.methods._options import (
     refuse,
     why_not_stochastic,
 )
+from jaxq.methods._notes import few_samples
 from jaxq.methods._tokens import as_tokens
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize

@@ -24,8 +24,7 @@ from jax import lax
 from jaxq import formats, observers
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Solution
-from jaxq.methods._notes import few_samples
-from jaxq.methods._options import (
+from jaxq.methods._method_options import (
     COUNT,
     FLAG,
     POSITIVE,
@@ -36,6 +35,7 @@ from jaxq.methods._options import (
     refuse,
     why_not_stochastic,
 )
+from jaxq.methods._notes import few_samples
 from jaxq.methods._tokens import as_tokens
 from jaxq.observers import LayerStats
 from jaxq.qtensor import (

@@ -37,8 +37,7 @@ from jax.typing import ArrayLike
 from jaxq import formats
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Solution
-from jaxq.methods._notes import few_tokens, join_notes
-from jaxq.methods._options import (
+from jaxq.methods._method_options import (
     COUNT,
     FLAG,
     check_values,
@@ -46,6 +45,7 @@ from jaxq.methods._options import (
     refuse,
     why_not_stochastic,
 )
+from jaxq.methods._notes import few_tokens, join_notes
 from jaxq.methods._rtn import round_to_nearest
 from jaxq.observers import LayerStats
 from jaxq.qtensor import (

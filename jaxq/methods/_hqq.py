@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 from jaxq import formats
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Solution
-from jaxq.methods._options import (
+from jaxq.methods._method_options import (
     NOT_NEGATIVE,
     POSITIVE,
     check_values,

@@ -40,7 +40,7 @@ from jax.typing import ArrayLike
 from jaxq import formats
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Option, Solution
-from jaxq.methods._options import NOT_NEGATIVE, check_values, choice
+from jaxq.methods._method_options import NOT_NEGATIVE, check_values, choice
 from jaxq.observers import LayerStats
 from jaxq.qtensor import (
     Geometry,

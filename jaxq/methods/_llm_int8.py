@@ -19,7 +19,7 @@ from jax import lax
 from jaxq import formats, ops
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Solution
-from jaxq.methods._options import check_values, number, why_not_stochastic
+from jaxq.methods._method_options import check_values, number, why_not_stochastic
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
 

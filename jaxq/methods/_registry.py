@@ -22,7 +22,7 @@ from jaxq.methods import (
     _smoothquant,
 )
 from jaxq.methods._method import Method
-from jaxq.methods._options import check_values
+from jaxq.methods._method_options import check_values
 from jaxq.qtensor import QuantSpec, as_spec
 
 _METHODS: dict[str, Method] = {}

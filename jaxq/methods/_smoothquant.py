@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxq.methods import _matrix
 from jaxq.methods._folding import as_weights
 from jaxq.methods._method import Folding, Method
-from jaxq.methods._options import SHARE, check_values, why_not_stochastic
+from jaxq.methods._method_options import SHARE, check_values, why_not_stochastic
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QuantSpec
 

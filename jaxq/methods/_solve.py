@@ -17,7 +17,13 @@ from jax.typing import ArrayLike
 
 from jaxq import formats
 from jaxq.methods import _matrix
-from jaxq.methods._judging import FALLBACKS, Solved, held_out_rows, judge
+from jaxq.methods._judging import (
+    FALLBACKS,
+    Solved,
+    falls_back,
+    held_out_rows,
+    judge,
+)
 from jaxq.methods._method import Method, Solution
 from jaxq.methods._notes import join_notes
 from jaxq.methods._registry import check_options, get, names
@@ -55,9 +61,10 @@ def solve(
       options: keyword arguments of the method.
       fallback: what happens if the method does worse than rounding: "rtn" takes the
         rounded weight, "none" keeps the method's result, "raise" raises.
-      key: PRNG key for methods that draw random numbers; None uses
-        `jax.random.key(0)`.
+      key: PRNG key for methods that draw random numbers, and for specs that round
+        stochastically; None uses `jax.random.key(0)`.
       name: the name of the weight in errors.
+
       nearest: `w` rounded to nearest, if the caller has it already: what
         `quantize(w, ..., contracting=-2)` gives for the method's own granularity
         (`Method.nearest_spec`). None rounds the weight here when it is needed.
@@ -87,21 +94,23 @@ def solve(
     w = _matrix.as_weight(w, method, name)
     _check_request(record, w, stats, spec, options, name)
     held_out = held_out_rows(record, stats)
+    key = jax.random.key(0) if key is None else key
     if nearest is not None:
         _check_nearest(nearest, w, name)
     elif record.solve is None or record.takes_nearest or held_out is not None:
-        nearest = round_to_nearest(w, record.nearest_spec(spec, options))
+        nearest = round_to_nearest(w, record.nearest_spec(spec, options), key)
     if record.solve is None:
         assert nearest is not None
         return Solved(nearest, method, "", None)
     if record.takes_nearest:
         options["nearest"] = nearest
-    key = jax.random.key(0) if key is None else key
     solution = record.solve(w, stats, spec, key=key, **options)
     _check_solution(solution, method, name)
     if solution.rounded:
-        if fallback == "raise":
-            raise ValueError(f"{name}: {method}: {solution.note}. Pass fallback='rtn'.")
+        # Without another result, fallback="none" takes the rounded weight too.
+        falls_back(
+            fallback, f"{name}: {method}: {solution.note}", "Pass fallback='rtn'."
+        )
         return Solved(solution.qt, "rtn", solution.note, None)
     if not record.judged or stats is None:
         return Solved(solution.qt, method, solution.note, None)

@@ -213,6 +213,17 @@ class Llama(nnx.Module):
         Raises:
             ValueError: `tokens` is not an integer matrix, or `count` is given for a
                 cache that is not quantized.
+
+        Example:
+            >>> config = LlamaConfig(vocab_size=64, hidden_size=32,
+            ...                      intermediate_size=48, num_hidden_layers=1,
+            ...                      num_attention_heads=2, num_key_value_heads=1,
+            ...                      head_dim=16)
+            >>> model = Llama(config, rngs=nnx.Rngs(0))
+            >>> cache = model.init_cache(batch=2, length=8)
+            >>> logits, cache = model.decode(jnp.zeros((2, 3), jnp.int32), cache)
+            >>> logits.shape, int(cache.used)
+            ((2, 3, 64), 3)
         """
         if count is not None and cache.used.ndim == 0:
             raise ValueError(

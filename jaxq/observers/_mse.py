@@ -265,7 +265,7 @@ def _smaller_range(
     return low, jnp.where(factor == 1, high, middle + half)
 
 
-class _Steps(NamedTuple):
+class _Grid(NamedTuple):
     """x in steps of the format is `(x - start) * inverse + zero`.
 
     All fields are float32. `inverse` is 0 if the step is 0.
@@ -278,7 +278,7 @@ class _Steps(NamedTuple):
 
 def _steps(
     low: jax.Array, high: jax.Array, fmt: Format, range_kind: RangeKind
-) -> _Steps:
+) -> _Grid:
     """The steps of a range, as in `quantize`."""
     is_symmetric = range_kind is RangeKind.SYMMETRIC
     if is_symmetric:
@@ -288,11 +288,11 @@ def _steps(
     inverse = jnp.where(step > 0, 1 / jnp.where(step > 0, step, 1.0), 0.0)
     nothing = jnp.zeros_like(inverse)
     if is_symmetric:
-        return _Steps(nothing, inverse, nothing)
+        return _Grid(nothing, inverse, nothing)
     if range_kind is RangeKind.ANYWHERE:
-        return _Steps(low, inverse, nothing + np.float32(fmt.min))
+        return _Grid(low, inverse, nothing + np.float32(fmt.min))
     zero = np.float32(fmt.min) - jnp.round(low * inverse)
-    return _Steps(nothing, inverse, jnp.clip(zero, fmt.min, fmt.max))
+    return _Grid(nothing, inverse, jnp.clip(zero, fmt.min, fmt.max))
 
 
 def _nearest(t: jax.Array, fmt: Format, range_kind: RangeKind) -> jax.Array:

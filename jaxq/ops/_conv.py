@@ -167,18 +167,6 @@ def convolve(
       >>> convolve(product, jnp.ones((1, 5, 4)), kernel, channel=1).shape
       (1, 5, 8)
     """
-    if kernel.meta.outliers is not None:
-        raise ValueError(
-            f"conv_general_dilated: {kernel!r} has an outlier threshold, and the input "
-            "of a convolution has no columns. Use with_activation without outliers=."
-        )
-    if kernel.input_scale is not None and kernel.meta.activation is not None:
-        raise ValueError(
-            f"conv_general_dilated: {kernel!r} has an input_scale and quantizes its "
-            "input. The input cannot be multiplied first, because the factors differ "
-            "between the positions of the window. Use kernel.with_activation(None), "
-            "or kernel.with_input_scale(None)."
-        )
     plan = plan_conv(x, kernel, channel=channel, batch=batch[0], mixed=mixed)
     carry_out = functools.partial(_convolve, product, batch=batch[1], features=features)
     if not plan.before:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.kernels import Rows, as_rows, ragged_matmul
-from jaxq.ops._decision import plan_ragged, result_dtype
+from jaxq.ops._decision import ragged_x_dtype, result_dtype
 from jaxq.ops._input_scale import scale_rows_by_group
 from jaxq.ops._weight_rows import row_meta, weight_rows
 from jaxq.qtensor import FLOATS, QTensor, check_leaves, describe
@@ -80,7 +80,7 @@ def ragged_dot(
             f"ragged_dot: group_sizes must be integers ({shown}). Pass the number of "
             "rows of each expert."
         )
-    plan = plan_ragged(x, weights)
+    x_dtype = ragged_x_dtype(x, weights)
     num_experts, k, _ = weights.shape
     if x.shape[1] != k or group_sizes.shape != (num_experts,):
         raise ValueError(
@@ -92,7 +92,7 @@ def ragged_dot(
     x, weights = scale_rows_by_group(x, weights, sizes)
     stacked = jax.vmap(_expert_rows)(weights)
     meta = dataclasses.replace(row_meta(weights.meta), layout="rows")
-    y = ragged_matmul(x.astype(plan.x_dtype), stacked, sizes, meta)
+    y = ragged_matmul(x.astype(x_dtype), stacked, sizes, meta)
     return y.astype(out_dtype)  # pyright: ignore
 
 

@@ -29,7 +29,7 @@ from jaxq.qtensor._leaf_dtypes import check_leaves, leaf_dtypes
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._partition import combine, partition
 from jaxq.qtensor._presets import as_activation_spec, as_spec, presets
-from jaxq.qtensor._qtensor import LEAVES, QTensor, register_matmul
+from jaxq.qtensor._qtensor import LEAVES, QTensor, is_qtensor, register_matmul
 from jaxq.qtensor._quantize import quantize
 from jaxq.qtensor._requantize import requantize
 from jaxq.qtensor._scale_rules import ScaleRule
@@ -38,7 +38,7 @@ from jaxq.qtensor._spec import QuantSpec, as_static
 # What users need. The other rooms of the package also import the names that are not
 # listed: FLOATS, LEAVES, ON_NONFINITE, ErrorContext, Meta, ScaleRule,
 # as_activation_spec, as_spec, as_static, check_floats, check_leaves, decode_blocks,
-# describe, inside_range, leaf_dtypes, raise_if_not_finite, range_options,
+# describe, inside_range, is_qtensor, leaf_dtypes, raise_if_not_finite, range_options,
 # register_matmul, resolve and with_margin.
 __all__ = [
     "Geometry",

@@ -268,8 +268,7 @@ class Rule:
                 "Leave them out, or pass the method= that has them."
             )
         methods.check_options(self.name, self.method, options)
-        rounds_only = record.solve is None and record.folding is None
-        if isinstance(self.weight, QuantSpec) and not rounds_only:
+        if isinstance(self.weight, QuantSpec):
             objection = record.why_not(self.weight, options)
             if objection:
                 raise ValueError(f"{self.name}: method {self.method!r}: {objection}")

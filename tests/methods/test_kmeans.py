@@ -14,12 +14,9 @@ import jaxq
 from jaxq import PerBlock, PerChannel, PerFlat, PerGroup, PerTensor
 from jaxq.methods._kmeans import centroid_gradient, kmeans
 from tests import tables
+from tests.arrays import heavy_tailed
 
 SHAPE = (60, 12)
-
-
-def heavy_tailed(seed: int = 0, shape=SHAPE) -> np.ndarray:
-    return (0.03 * np.random.default_rng(seed).standard_t(4, shape)).astype(np.float32)
 
 
 def lloyd(x: np.ndarray, centres: np.ndarray, steps: int) -> np.ndarray:
@@ -96,7 +93,7 @@ def test_the_first_steps_equal_lloyd(steps):
 
 @pytest.mark.parametrize("algorithm", ["exact", "histogram"])
 def test_inertia_never_rises(algorithm):
-    w = heavy_tailed(1)
+    w = heavy_tailed(*SHAPE, seed=1)
     inertias = [
         float(kmeans(w, 4, num_steps=n, algorithm=algorithm)[1].inertia)
         for n in (0, 1, 2, 5, 20)
@@ -107,7 +104,7 @@ def test_inertia_never_rises(algorithm):
 
 @pytest.mark.parametrize("init", ["linear", "density"])
 def test_a_histogram_is_as_good_as_all_numbers(init):
-    w = heavy_tailed(2)
+    w = heavy_tailed(*SHAPE, seed=2)
     exact, histogram = (
         kmeans(w, 4, init=init, algorithm=a, num_steps=300)[1]
         for a in ("exact", "histogram")
@@ -205,7 +202,7 @@ GRANULARITIES = {
 )
 def test_every_granularity_works_in_products_files_and_gradients(name, tmp_path):
     bits, granularity = GRANULARITIES[name]
-    w = heavy_tailed(3)
+    w = heavy_tailed(*SHAPE, seed=3)
     qt, _ = kmeans(w, bits, granularity=granularity)
     geometry = qt.meta.geometry
     assert qt.codebook.shape == (*geometry.num_blocks, 2**bits)
@@ -266,7 +263,7 @@ def test_tables_go_with_a_model(tmp_path):
 
 
 def test_the_gradient_of_a_trained_ternary():
-    w = heavy_tailed(4)
+    w = heavy_tailed(*SHAPE, seed=4)
     qt = jaxq.quantize(w, "ttq")
     np.testing.assert_allclose(
         centroid_gradient(w, qt), by_autodiff(w, qt), rtol=1e-4, atol=1e-6
@@ -274,21 +271,21 @@ def test_the_gradient_of_a_trained_ternary():
 
 
 def test_a_stack_is_its_matrices():
-    w = np.stack([heavy_tailed(0), heavy_tailed(1)])
+    w = np.stack([heavy_tailed(*SHAPE), heavy_tailed(*SHAPE, seed=1)])
     w[1, :, 0] = 0
     qt, info = kmeans(w, 3, granularity=PerChannel())
     assert (qt.batch_shape, info.inertia.shape) == ((2,), (2,))
     for i in range(2):
         single, _ = kmeans(w[i], 3, granularity=PerChannel())
         np.testing.assert_allclose(qt.codebook[i], single.codebook, atol=1e-6)
-    grad = heavy_tailed(2, w.shape)
+    grad = heavy_tailed(*w.shape, seed=2)
     np.testing.assert_allclose(
         centroid_gradient(grad, qt)[1], centroid_gradient(grad[1], qt[1]), atol=1e-6
     )
 
 
 def test_scale_of_the_weights_does_not_matter():
-    w = heavy_tailed(0)
+    w = heavy_tailed(*SHAPE)
     qt, _ = kmeans(w, 4)
     for exponent in (-100, 100):
         scaled, _ = kmeans(w * np.float32(2.0**exponent), 4)
@@ -306,9 +303,9 @@ def test_hard_weights():
     qt, info = kmeans(few, 4)
     np.testing.assert_array_equal(jaxq.dequantize(qt), few)
     assert int(info.num_empty) == 14
-    half, _ = kmeans(jnp.asarray(heavy_tailed(), jnp.bfloat16), 4)
+    half, _ = kmeans(jnp.asarray(heavy_tailed(*SHAPE), jnp.bfloat16), 4)
     assert half.dtype == jnp.bfloat16
-    w = heavy_tailed()
+    w = heavy_tailed(*SHAPE)
     w[7, 3] = np.nan
     with pytest.raises(ValueError, match=r"kmeans: w\[7, 3\] is nan"):
         kmeans(w, 4)
@@ -319,7 +316,7 @@ def test_hard_weights():
 
 
 def test_errors():
-    w = heavy_tailed()
+    w = heavy_tailed(*SHAPE)
     for change, message in (
         ({"bits": 9}, "bits must be"),
         ({"init": "random"}, "init"),

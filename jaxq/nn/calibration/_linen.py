@@ -18,12 +18,12 @@ from flax import linen
 
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
+from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
 from jaxq.nn.calibration._modes import (
     draws_random_numbers,
     linen_train_mode,
     linen_train_mode_note,
 )
-from jaxq.nn.calibration._rows import add_rows, only_rows
 from jaxq.nn.calibration._stats import (
     StatsRequest,
     StatsRequests,

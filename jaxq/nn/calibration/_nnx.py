@@ -19,8 +19,8 @@ from flax import errors, nnx
 
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
+from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
 from jaxq.nn.calibration._modes import ForcedTrainMode, eval_copy
-from jaxq.nn.calibration._rows import add_rows, only_rows
 from jaxq.nn.calibration._stats import (
     StatsRequest,
     StatsRequests,

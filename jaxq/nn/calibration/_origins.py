@@ -1,14 +1,16 @@
 """Where the numbers of an array in a traced function come from.
 
-`_products.py` follows each parameter from the arguments of a function to its products.
-On the way, the parameter may be transposed, reshaped, broadcast, cast or indexed. A
-`View` maps each axis of such an array to axes of the parameter.
+`_product_visitor.py` follows each parameter from the arguments of a function to its
+products. On the way, the parameter may be transposed, reshaped, broadcast, cast or
+indexed. A `View` maps each axis of such an array to axes of the parameter.
+
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -70,7 +72,7 @@ class View:
         """The view after a reshape. None if the reshape cuts a part unevenly."""
         if 0 in shape:
             return None
-        parts = [part for axis in self.axes for part in axis]
+        parts = list(itertools.chain.from_iterable(self.axes))
         axes = []
         for size in shape:
             axis = _first_parts(parts, size)
@@ -210,8 +212,8 @@ def is_bias(output: View, bias: View, shape: Sequence[int]) -> bool:
         if not is_row:
             pairs.append((bias_axis, axis))
     pairs.sort(key=lambda pair: in_storage_order(pair[0][0]))
-    bias_parts = [part for pair in pairs for part in pair[0]]
-    parts = [part for pair in pairs for part in pair[1]]
+    bias_parts = list(itertools.chain.from_iterable(pair[0] for pair in pairs))
+    parts = list(itertools.chain.from_iterable(pair[1] for pair in pairs))
     sizes_agree = all(num_positions(a) == num_positions(b) for a, b in pairs)
     is_ordered = all(
         group == sorted(group, key=in_storage_order) for group in (bias_parts, parts)

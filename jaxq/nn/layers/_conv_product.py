@@ -19,6 +19,16 @@ from jaxq.qtensor import QTensor
 MASKED = "its kernel is masked; multiply the mask into the kernel first"
 
 
+def num_channels(layer: Any) -> int:
+    """The number of channels of the input of an nnx convolution."""
+    return layer.in_features
+
+
+def features_axis(layer: Any) -> int:
+    """The axis of a ConvTranspose's kernel that becomes the features of the result."""
+    return -2 if layer.transpose_kernel else -1
+
+
 def conv_general_dilated(
     lhs: Any,
     rhs: Any,

@@ -10,9 +10,9 @@ before its weights are quantized.
 
 from jaxq.nn.transform._folding import register_folding
 from jaxq.nn.transform._linen import quantize_model as linen_quantize_model
+from jaxq.nn.transform._model_plan import plan
 from jaxq.nn.transform._nnx import quantize_model
 from jaxq.nn.transform._nnx_layers import find_layers
-from jaxq.nn.transform._plan import plan
 from jaxq.nn.transform._rotation import register_rotation
 from jaxq.nn.transform._tree import dequantize_params, quantize_params
 

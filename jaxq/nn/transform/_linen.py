@@ -230,7 +230,9 @@ class LinenAdapter:
         self._variables = variables
         self._recipe = recipe
         self._options = options
-        self._structure = find_linen_layers(module, variables, example, options.forward)
+        self._structure = find_linen_layers(
+            module, variables, example, options.forward, caller=options.caller
+        )
         # Quantized weights replace the float parameters here.
         self._params = params_of(variables)
         self._slots: list[Slot] = []
@@ -274,7 +276,7 @@ class LinenAdapter:
         return jax.tree.leaves(self._variables)
 
     def fold(
-        self, slots: list[Slot], data: CalibrationData | None, fallback: str
+        self, slots: list[Slot], data: CalibrationData | None, options: Options
     ) -> list[Slot]:
         return slots  # because of `no_folding`, methods that only fold are refused
 

@@ -67,7 +67,8 @@ def check_folded(model: nnx.Module, folded: Folded, options: Options) -> None:
     wrong = ", ".join(folded.scales)
     for source, scale in folded.scales.items():
         alone = fold_into(model, {source: scale})
-        if difference_alone := _difference(model, alone, options):
+        difference_alone = _difference(model, alone, options)
+        if difference_alone:
             wrong, difference = source, difference_alone
             break
     targets = ", ".join(folded.targets.get(wrong, ()))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import observers
-from jaxq.methods import join_notes
+from jaxq.methods import falls_back, join_notes
 from jaxq.nn.report import can_measure_output, element_names, row_sqnr_of
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
@@ -47,6 +47,10 @@ class StaticRange(NamedTuple):
 
     bounds: _Bounds
     note: str
+
+    def with_note(self, note: str) -> StaticRange:
+        """The same range with one more remark."""
+        return self._replace(note=join_notes(self.note, note))
 
 
 def with_activation(qt: QTensor, rule: Rule, bounds: _AnyBounds | None) -> QTensor:
@@ -87,65 +91,121 @@ def static_range(
         of the layer are zero (with offset="min": equal); `fallback` is "raise" and the
         observer's range is worse.
     """
-    rule, name = slot.rule, slot.name or "w"
+    rule = slot.rule
     if rule is None or rule.observer is None:
         return None
-    assert isinstance(rule.observer, Observer)
-    assert isinstance(rule.activation, QuantSpec)
-    if stats is None or stats.observed is None:
-        raise ValueError(
-            f"{options.caller}: {name}: the statistics passed as calibration= have no "
-            f"state of {rule.observer!r}. Make them with "
-            "jaxq.nn.calibrate(..., observer=...), or pass the batches themselves as "
-            "calibration=."
-        )
-    bounds, note = _observed_range(rule.observer, rule.activation, stats)
-    if bounds is None:
-        value = "zero" if range_options(rule.activation)["include_zero"] else "equal"
-        raise ValueError(
-            f"{options.caller}: {name}: all calibration inputs of this weight are "
-            f"{value}, so a static range would make every input {value}. Calibrate on "
-            "batches that reach the layer, or use dynamic activation quantization "
-            "(omit observer=)."
-        )
+    observed = _observed_range(slot, stats, options.caller)
     if options.fallback == "none":
-        return StaticRange(bounds, note)
-    candidates = {f"the range of {rule.observer.kind}": bounds}
-    # The range is that of the input after its multiplication by `qt.input_scale`.
-    quantized_inputs = (
-        stats if qt.input_scale is None else scaled_stats(stats, qt.input_scale)
-    )
-    candidates |= _plain_ranges(rule.activation, quantized_inputs, bounds)
+        return observed
+    assert stats is not None
+    return _judged_range(observed, slot, floats, qt, stats, options)
+
+
+def _judged_range(
+    observed: StaticRange,
+    slot: Slot,
+    floats: jax.Array,
+    qt: QTensor,
+    stats: LayerStats,
+    options: Options,
+) -> StaticRange:
+    """The observer's range, or a plain range where the observer's is worse.
+
+    Args:
+      observed: the observer's range.
+      slot: as in `static_range`.
+      floats: as in `static_range`.
+      qt: as in `static_range`.
+      stats: as in `static_range`.
+      options: as in `static_range`.
+    """
+    candidates = _candidates(observed.bounds, slot, qt, stats)
     errors = _output_errors(candidates, floats, qt, stats, slot)
     if errors is None:
         not_judged = "its static range is not judged: no sampled rows fit its weight"
-        return StaticRange(bounds, join_notes(note, not_judged))
+        return observed.with_note(not_judged)
     best = np.argmax(errors, axis=0)  # [*batch]
     with np.errstate(invalid="ignore"):
         # NaN if both are infinite.
         excess = np.max(errors, axis=0) - errors[0]  # [*batch]
     is_worse = excess > _TOLERANCE
     if not is_worse.any():
-        return StaticRange(bounds, note)
-    ranges = list(candidates.values())
+        return observed
     reason = _reason(list(candidates), best, excess, is_worse)
-    if options.fallback == "raise":
-        raise ValueError(
-            f"{options.caller}: {name}: {reason}. Pass fallback='rtn' to use that "
-            "range, fallback='none' to keep the range of the observer, or another "
-            "observer=."
-        )
+    remedy = (
+        "Pass fallback='rtn' to use that range, fallback='none' to keep the range of "
+        "the observer, or another observer=."
+    )
+    problem = f"{options.caller}: {slot.name or 'w'}: {reason}"
+    if not falls_back(options.fallback, problem, remedy):
+        return observed
     choice = np.where(is_worse, best, 0)
+    bounds = _chosen(list(candidates.values()), choice)
+    return StaticRange(bounds, observed.note).with_note(
+        f"{reason}, so that range is used"
+    )
+
+
+def _candidates(
+    observed: _Bounds, slot: Slot, qt: QTensor, stats: LayerStats
+) -> dict[str, _Bounds]:
+    """The observer's range and the plain ranges, by name. The observer's is first."""
+    observer, activation = _observer_and_spec(slot)
+    # The range is that of the input after its multiplication by `qt.input_scale`.
+    quantized_inputs = (
+        stats if qt.input_scale is None else scaled_stats(stats, qt.input_scale)
+    )
+    plain = _plain_ranges(activation, quantized_inputs, observed)
+    return {f"the range of {observer.kind}": observed, **plain}
+
+
+def _chosen(ranges: list[_Bounds], choice: np.ndarray) -> _Bounds:
+    """The range number `choice` of each element of a stack."""
     low, high = (
         jnp.asarray(np.choose(choice, [np.asarray(ends[i]) for ends in ranges]))
         for i in (0, 1)
     )
-    return StaticRange(
-        (low, high), join_notes(note, f"{reason}, so that range is used")
-    )
+    return low, high
 
 
-def _observed_range(
+def _observer_and_spec(slot: Slot) -> tuple[Observer, QuantSpec]:
+    """The observer of a slot's rule, and the spec of its activation."""
+    assert slot.rule is not None
+    observer, activation = slot.rule.observer, slot.rule.activation
+    assert isinstance(observer, Observer)
+    assert isinstance(activation, QuantSpec)
+    return observer, activation
+
+
+def _observed_range(slot: Slot, stats: LayerStats | None, caller: str) -> StaticRange:
+    """The observer's range of a layer's input.
+
+    Raises:
+      ValueError: the statistics have no state of the observer; no element of the layer
+        has a range.
+    """
+    observer, activation = _observer_and_spec(slot)
+    name = slot.name or "w"
+    if stats is None or stats.observed is None:
+        raise ValueError(
+            f"{caller}: {name}: the statistics passed as calibration= have no "
+            f"state of {observer!r}. Make them with "
+            "jaxq.nn.calibrate(..., observer=...), or pass the batches themselves as "
+            "calibration=."
+        )
+    bounds, note = _bounds_of_elements(observer, activation, stats)
+    if bounds is None:
+        value = "zero" if range_options(activation)["include_zero"] else "equal"
+        raise ValueError(
+            f"{caller}: {name}: all calibration inputs of this weight are "
+            f"{value}, so a static range would make every input {value}. Calibrate on "
+            "batches that reach the layer, or use dynamic activation quantization "
+            "(omit observer=)."
+        )
+    return StaticRange(bounds, note)
+
+
+def _bounds_of_elements(
     observer: Observer, spec: QuantSpec, stats: LayerStats
 ) -> tuple[_Bounds | None, str]:
     """The observer's range, and a note on elements of a stack that have none.

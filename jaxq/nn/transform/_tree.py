@@ -48,7 +48,7 @@ from jaxq.nn.transform._rotation import refuse_rotation
 from jaxq.nn.transform._slot import Inventory, Slot
 from jaxq.nn.transform._traced import ArrayKind, slot_with_use, spread_stats
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QTensor, QuantSpec, dequantize
+from jaxq.qtensor import QTensor, QuantSpec, dequantize, is_qtensor
 from jaxq.recipes import Recipe, Rule, as_recipe
 
 
@@ -174,13 +174,13 @@ def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
       'float32'
     """
     return jax.tree.map(
-        lambda leaf: _dequantized(leaf, dtype), params, is_leaf=_is_qtensor
+        lambda leaf: _dequantized(leaf, dtype), params, is_leaf=is_qtensor
     )
 
 
 def _dequantized(leaf: Any, dtype: Any = None) -> Any:
     """A leaf, dequantized if it is a QTensor."""
-    return dequantize(leaf, dtype=dtype) if _is_qtensor(leaf) else leaf
+    return dequantize(leaf, dtype=dtype) if is_qtensor(leaf) else leaf
 
 
 def _may_draw(rule: Rule) -> bool:
@@ -250,7 +250,7 @@ class TreeAdapter:
             self.read_arguments = ("calibration", "forward")
         self._recipe = recipe
         self._options = options
-        self._structure = jax.tree.structure(params, is_leaf=_is_qtensor)
+        self._structure = jax.tree.structure(params, is_leaf=is_qtensor)
         self._leaves = list(_leaves_of(params))
         # `id` identifies an original array, so these arrays must stay alive.
         self._arrays = [leaf.value for leaf in self._leaves]
@@ -287,7 +287,7 @@ class TreeAdapter:
         return [leaf.value for leaf in self._leaves]
 
     def fold(
-        self, slots: list[Slot], data: CalibrationData | None, fallback: str
+        self, slots: list[Slot], data: CalibrationData | None, options: Options
     ) -> list[Slot]:
         return slots  # because of `no_folding`, methods that only fold are refused
 
@@ -411,7 +411,7 @@ class TreeAdapter:
 
         leaves = [leaf.value for leaf in self._leaves]
         is_quantized = any(
-            _is_qtensor(leaf.value) and not _is_qtensor(array)
+            is_qtensor(leaf.value) and not is_qtensor(array)
             for leaf, array in zip(self._leaves, self._arrays, strict=True)
         )
         function = ParameterFunction(run, leaves)
@@ -432,7 +432,7 @@ class TreeAdapter:
         if not (is_quantized and self._runs_dequantized):
             return function
         leaves = [
-            leaf.value if _is_qtensor(array) else _dequantized(leaf.value)
+            leaf.value if is_qtensor(array) else _dequantized(leaf.value)
             for leaf, array in zip(self._leaves, self._arrays, strict=True)
         ]
         return ParameterFunction(run, leaves)
@@ -445,7 +445,7 @@ class TreeAdapter:
             if leaf.slot is not None
             and leaf.array in self._uses
             and not self._uses[leaf.array].problem
-            and not _is_qtensor(leaf.value)
+            and not is_qtensor(leaf.value)
         ]
 
     def _positions(self, array: int) -> tuple[int, ...]:
@@ -540,7 +540,7 @@ def _leaves_of(params: Any) -> Iterable[_Leaf]:
         )
         if _is_variable(node)
     }
-    for keys, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_qtensor):
+    for keys, value in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
         # In `nnx.state`, the last key is the ".value" of a variable.
         own_keys = keys[:-1] if keys[:-1] in variable_types else keys
         variable_type = variable_types.get(own_keys)
@@ -562,10 +562,6 @@ def _key_text(key: Any) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
-
-
-def _is_qtensor(x: Any) -> bool:
-    return isinstance(x, QTensor)
 
 
 def _is_variable(x: Any) -> bool:
