@@ -50,8 +50,16 @@ FIRST = (
 )
 
 
-def pytest_collection_modifyitems(items):
+# The files with heavy tests. test_documents.py compares them with the documents.
+HEAVY_FILES = pytest.StashKey[set]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     """Runs the longest files first, so that no process works alone at the end."""
+    config.stash[HEAVY_FILES] = {
+        item.path for item in items if item.get_closest_marker("heavy")
+    }
     tests = Path(__file__).parent
     place = {tests / name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(FIRST)))
