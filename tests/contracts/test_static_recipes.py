@@ -82,7 +82,7 @@ def images(seed):
 
 def pixels(seed):
     """Bright pixels, 100 to 255 and not scaled."""
-    numbers = np.random.default_rng(seed).integers(100, 256, (64, 32))
+    numbers = np.random.default_rng(seed).integers(100, 256, (128, 32))
     return jnp.asarray(numbers, jnp.float32)
 
 

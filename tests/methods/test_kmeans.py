@@ -163,9 +163,11 @@ def test_the_error_is_near_the_least_possible(bits, init):
     assert int(info.num_empty) == 0
 
 
-@pytest.mark.parametrize("algorithm", ["exact", "histogram"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_few_different_numbers_come_back_exactly(algorithm, bits):
+FEW = [(4, "exact"), (4, "histogram"), (8, "exact"), (8, "histogram")]
+
+
+@pytest.mark.parametrize(("bits", "algorithm"), tables.thinned(FEW, FEW[:3]))
+def test_few_different_numbers_come_back_exactly(bits, algorithm):
     rng = np.random.default_rng(0)
     numbers = np.concatenate([rng.standard_normal(2**bits - 2), [60, 0]])
     w = np.stack([rng.choice(numbers[: n + 2], 2000) for n in (0, 5, 2**bits)], 1)
