@@ -9,6 +9,7 @@ there is none. The source is read as text; nothing of jaxq is imported.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -305,6 +306,7 @@ def readme_words() -> int:
     return len((ROOT / "README.md").read_text().split())
 
 
+@functools.cache
 def report() -> dict[str, list[str]]:
     """The problems of each kind."""
     known = modules()
