@@ -59,7 +59,8 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
             f"dequantize: dtype={dtype.name} needs jax_enable_x64=True. Set "
             "jax_enable_x64, or pass dtype=jnp.float32."
         )
-    return _dequantize(qt, dtype)
+    # Without the name, all arrays of a shape share one program.
+    return _dequantize(qt.with_meta(name=""), dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -101,11 +102,8 @@ def decode_blocks(qt: QTensor, blocks: jax.Array) -> jax.Array:
         codes = blocks.astype(jnp.int32) - zero.astype(jnp.int32)
         values = codes.astype(jnp.float32) * scale
     elif qt.codebook is not None:
-        entries = [
-            geometry.scale_to_blocks(qt.codebook[..., i])
-            for i in range(qt.codebook.shape[-1])
-        ]
-        table = jnp.stack(entries, axis=-1)
+        entries = geometry.scale_to_blocks(jnp.moveaxis(qt.codebook, -1, 0))
+        table = jnp.moveaxis(entries, 0, -1)
         values = formats.decode_by_table(qt.spec.fmt, table, blocks) * scale
     else:
         values = qt.spec.fmt.decode(blocks) * scale

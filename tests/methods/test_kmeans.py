@@ -146,8 +146,10 @@ def hard_columns() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("init", ["linear", "density"])
+ERRORS = [(2, "linear"), (4, "density"), (2, "density"), (4, "linear")]
+
+
+@pytest.mark.parametrize(("bits", "init"), tables.thinned(ERRORS, ERRORS[:2]))
 def test_the_error_is_near_the_least_possible(bits, init):
     columns = hard_columns()
     w = np.stack(list(columns.values()), axis=1).astype(np.float32)
@@ -158,9 +160,11 @@ def test_the_error_is_near_the_least_possible(bits, init):
     assert int(info.num_empty) == 0
 
 
-@pytest.mark.parametrize("algorithm", ["exact", "histogram"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_few_different_numbers_come_back_exactly(algorithm, bits):
+FEW = [(4, "exact"), (4, "histogram"), (8, "exact"), (8, "histogram")]
+
+
+@pytest.mark.parametrize(("bits", "algorithm"), tables.thinned(FEW, FEW[:3]))
+def test_few_different_numbers_come_back_exactly(bits, algorithm):
     rng = np.random.default_rng(0)
     numbers = np.concatenate([rng.standard_normal(2**bits - 2), [60, 0]])
     w = np.stack([rng.choice(numbers[: n + 2], 2000) for n in (0, 5, 2**bits)], 1)
@@ -173,16 +177,17 @@ def test_few_different_numbers_come_back_exactly(algorithm, bits):
     assert is_exact.all()
     if algorithm == "exact":
         assert int(info.num_empty) == 3 * 2**bits - sum(num_numbers)
-    stacked, _ = kmeans(w[None, :, :2], bits, granularity=PerChannel())
-    np.testing.assert_array_equal(jaxq.dequantize(stacked)[0], w[:, :2])
+    if (algorithm, bits) == ("exact", 4):
+        stacked, _ = kmeans(w[None, :, :2], bits, granularity=PerChannel())
+        np.testing.assert_array_equal(jaxq.dequantize(stacked)[0], w[:, :2])
 
 
 def test_the_report_counts_unused_entries():
-    model = nnx.Linear(32, 4, use_bias=False, rngs=nnx.Rngs(0))
+    model = nnx.Linear(32, 16, use_bias=False, rngs=nnx.Rngs(0))
     model.kernel.set_value(jnp.sign(model.kernel.get_value()))
     recipe = jaxq.Recipe([jaxq.Rule("*", weight="int4", method="kmeans")])
     _, report = jaxq.quantize_model(model, recipe)
-    assert "56 of 64 table entries unused" in report.rows[0].note
+    assert "224 of 256 table entries unused" in report.rows[0].note
     assert report.rows[0].sqnr == np.inf
 
 
@@ -286,9 +291,9 @@ def test_a_stack_is_its_matrices():
 
 def test_scale_of_the_weights_does_not_matter():
     w = heavy_tailed(*SHAPE)
-    qt, _ = kmeans(w, 4)
+    qt, _ = kmeans(w, 4, algorithm="exact")
     for exponent in (-100, 100):
-        scaled, _ = kmeans(w * np.float32(2.0**exponent), 4)
+        scaled, _ = kmeans(w * np.float32(2.0**exponent), 4, algorithm="exact")
         np.testing.assert_array_equal(scaled.codes(), qt.codes())
         np.testing.assert_array_equal(
             scaled.codebook, qt.codebook * np.float32(2.0**exponent)
@@ -296,7 +301,7 @@ def test_scale_of_the_weights_does_not_matter():
 
 
 def test_hard_weights():
-    zeros, info = kmeans(np.zeros(SHAPE, np.float32), 4)
+    zeros, info = kmeans(np.zeros(SHAPE, np.float32), 4, algorithm="exact")
     assert not np.any(jaxq.dequantize(zeros))
     assert float(info.inertia) == 0
     few = np.float32([[1, 1, 5], [5, 1, 1]])  # fewer numbers than centres: exact
@@ -353,12 +358,8 @@ def test_means_of_few_numbers_after_many(algorithm):
         np.asarray(qt.codebook).ravel(), centres, rtol=1e-6, atol=1e-6
     )
     # A float32 sum of many numbers of one sign loses the last digits.
-    w = (
-        np.abs(np.random.default_rng(0).standard_normal((1 << 16, 1))).astype(
-            np.float32
-        )
-        + 1
-    )
+    numbers = np.random.default_rng(0).standard_normal(w.shape)
+    w = np.abs(numbers).astype(np.float32) + 1
     qt, _ = jaxq.methods.kmeans(w, 2, algorithm=algorithm)
     codes, table = np.asarray(qt.codes())[:, 0], np.asarray(qt.codebook).ravel()
     means = [w[codes == k, 0].astype(np.float64).mean() for k in range(4)]

@@ -461,6 +461,7 @@ def readme_words() -> int:
     return len((ROOT / "README.md").read_text().split())
 
 
+@functools.cache
 def report() -> dict[str, list[str]]:
     """The problems of each kind."""
     known = modules()

@@ -3,7 +3,6 @@
 `_product_visitor.py` follows each parameter from the arguments of a function to its
 products. On the way, the parameter may be transposed, reshaped, broadcast, cast or
 indexed. A `View` maps each axis of such an array to axes of the parameter.
-
 """
 
 from __future__ import annotations

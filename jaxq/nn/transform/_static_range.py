@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -253,33 +252,15 @@ def _plain_ranges(
     If no row reached an element of a stack, the element gets the range of the observer,
     `observed`.
     """
-    kind = range_options(spec)
-    minmax, mse = observers.minmax(), observers.mse()
-
-    def extremes(stats: LayerStats) -> _Bounds:
-        ends = jnp.stack(stats.extremes)
-        return minmax.bounds_of(
-            ends,
-            spec.fmt,
-            symmetric=kind["symmetric"],
-            include_zero=kind["include_zero"],
-        )
-
-    def least_squares(stats: LayerStats) -> _Bounds:
-        is_filled = stats.sample_ranks[:, None] >= 0
-        return mse.bounds_of(
-            stats.samples,
-            spec.fmt,
-            symmetric=kind["symmetric"],
-            include_zero=kind["include_zero"],
-            where=is_filled,
-        )
-
-    ranges = {"the range of the extremes": _for_each_element(extremes, stats)}
+    ends = jnp.stack(stats.extremes, axis=-2)
+    extremes = _range_of_each_element(observers.minmax(), spec, ends, None)
+    ranges = {"the range of the extremes": extremes}
     # `mse` raises for formats of more than 16 bits, and for asymmetric floats.
     with contextlib.suppress(ValueError):
-        least = _for_each_element(least_squares, stats)
-        ranges["the range of least squared error"] = least
+        is_filled = stats.sample_ranks[..., None] >= 0
+        ranges["the range of least squared error"] = _range_of_each_element(
+            observers.mse(), spec, stats.samples, is_filled
+        )
     return {name: _where_missing(bounds, observed) for name, bounds in ranges.items()}
 
 
@@ -290,14 +271,51 @@ def _where_missing(bounds: _Bounds, default: _Bounds) -> _Bounds:
     return jnp.where(is_range, low, default[0]), jnp.where(is_range, high, default[1])
 
 
-def _for_each_element(
-    function: Callable[[LayerStats], _Bounds], stats: LayerStats
+def _range_of_each_element(
+    observer: Observer, spec: QuantSpec, rows: jax.Array, where: jax.Array | None
 ) -> _Bounds:
-    """The range of each element of a stack, one after the other."""
-    for _ in range(stats.count.ndim):
-        function = functools.partial(jax.lax.map, function)
-    low, high = function(stats)
+    """The range of the rows of each element of a stack, one after the other.
+
+    Args:
+      observer: finds the range.
+      spec: the quantization of the rows.
+      rows: `[*batch, n, K]`.
+      where: bool `[*batch, n, 1]`, False for a row that is ignored. None reads all.
+
+    Returns:
+      (low, high), each `[*batch]`.
+    """
+    if rows.ndim > 2:
+        return _ranges_in_turn(observer, spec, rows, where)
+    return _range_of_rows(observer, spec, rows, where)
+
+
+# Outside of jit, the loop would be compiled at each call.
+@functools.partial(jax.jit, static_argnames=("observer", "spec"))
+def _ranges_in_turn(
+    observer: Observer, spec: QuantSpec, rows: jax.Array, where: jax.Array | None
+) -> _Bounds:
+    """`_range_of_each_element` of a stack."""
+
+    def of_element(element: tuple[jax.Array, jax.Array | None]) -> _Bounds:
+        return _range_of_each_element(observer, spec, *element)
+
+    low, high = jax.lax.map(of_element, (rows, where))
     return low, high
+
+
+def _range_of_rows(
+    observer: Observer, spec: QuantSpec, rows: jax.Array, where: jax.Array | None
+) -> _Bounds:
+    """The range of all rows together."""
+    kind = range_options(spec)
+    return observer.bounds_of(
+        rows,
+        spec.fmt,
+        symmetric=kind["symmetric"],
+        include_zero=kind["include_zero"],
+        where=where,
+    )
 
 
 def _output_errors(

@@ -180,11 +180,11 @@ class KVCache(CacheArrays):
         Example:
           >>> import jax.numpy as jnp, jaxq
           >>> cache = jaxq.ops.KVCache.empty(
-          ...     "nf4", batch=2, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
+          ...     "int8", batch=2, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
           ... )
-          >>> k = v = jnp.ones((2, 5, 1, 8))
-          >>> cache.append(k, v, count=jnp.array([5, 2])).lengths.tolist()
-          [5, 2]
+          >>> k = v = jnp.ones((2, 4, 1, 8))
+          >>> cache.append(k, v, count=jnp.array([4, 2])).lengths.tolist()
+          [4, 2]
         """
         self._check_arrays("append", k=k, v=v)
         b, t = k.shape[:2]
@@ -247,9 +247,9 @@ class KVCache(CacheArrays):
         Example:
           >>> import jax.numpy as jnp, jaxq
           >>> cache = jaxq.ops.KVCache.empty(
-          ...     "int8", batch=1, num_heads=2, length=64, head_dim=8, dtype=jnp.float32
+          ...     "int8", batch=2, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
           ... )
-          >>> q, k = jnp.ones((1, 3, 4, 8)), jnp.ones((1, 3, 2, 8))
+          >>> q, k = jnp.ones((2, 4, 2, 8)), jnp.ones((2, 4, 1, 8))
           >>> float(cache.attend(q, k, k).max())
           1.0
           >>> float(cache.append(k, k).attend(q).max())
@@ -302,11 +302,11 @@ class KVCache(CacheArrays):
         Example:
           >>> import jax.numpy as jnp, jaxq
           >>> cache = jaxq.ops.KVCache.empty(
-          ...     "int8", batch=3, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
+          ...     "int8", batch=2, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
           ... )
-          >>> k = jnp.ones((3, 4, 1, 8))
+          >>> k = jnp.ones((2, 4, 1, 8))
           >>> cache.append(k, k).reset([1]).lengths.tolist()
-          [4, 0, 4]
+          [4, 0]
         """
         num_slots = self.lengths.shape[-1]
         mask = slot_mask(slots, num_slots, "KVCache.reset")
