@@ -16,7 +16,7 @@ from tests.arrays import assert_close, normal
 
 RECIPES = ("int4_awq", "w8a8_smoothquant")
 PLAIN = {"int4_awq": "int4", "w8a8_smoothquant": "w8a8"}
-IN, HIDDEN, OUT = 32, 32, 8
+IN, HIDDEN, OUT = 32, 24, 8
 # The channels of the input differ by factors of up to a few hundred.
 CHANNELS = np.exp(2 * np.asarray(normal(IN, seed=9)))
 
@@ -34,8 +34,7 @@ class Net(nnx.Module):
 
     def __init__(self, rngs):
         self.first = nnx.Linear(IN, HIDDEN, rngs=rngs)
-        # As a matrix it has the shape of the first, so they share compiled programs.
-        self.second = nnx.LinearGeneral(HIDDEN, (4, 8), rngs=rngs)
+        self.second = nnx.LinearGeneral(HIDDEN, (2, 4), rngs=rngs)
 
     def __call__(self, x):
         return self.second(nnx.gelu(self.first(x)))
@@ -45,7 +44,7 @@ class LinenNet(linen.Module):
     @linen.compact
     def __call__(self, x):
         x = linen.gelu(linen.Dense(HIDDEN, name="first")(x))
-        return linen.DenseGeneral((4, 8), name="second")(x)
+        return linen.DenseGeneral((2, 4), name="second")(x)
 
 
 def relative_error(y, expected):
