@@ -301,9 +301,8 @@ class Net(nnx.Module):
     """The nnx model of the same parameters and the same products as `net`."""
 
     def __init__(self, rngs):
-        # Equal shapes, so that both layers share their compiled programs.
-        self.up = nnx.Linear(32, 32, rngs=rngs)
-        self.down = nnx.Linear(32, 32, rngs=rngs)
+        self.up = nnx.Linear(32, 64, rngs=rngs)
+        self.down = nnx.Linear(64, 16, rngs=rngs)
 
     def __call__(self, x):
         return self.down(jax.nn.gelu(self.up(x)))
