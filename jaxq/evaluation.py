@@ -214,7 +214,12 @@ def _negative_log_likelihood(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def _distances(
     expected: jax.Array, logits: jax.Array, tokens: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Four float32[b, t - 1]: both losses, the KL divergence, and top-1 agreement."""
+    """Compares `logits` with the logits of the reference model, `expected`.
+
+    Returns:
+      Four float32 `[b, t - 1]`: the loss of `logits`, the loss of `expected`, the KL
+      divergence, and top-1 agreement.
+    """
     log_p = jax.nn.log_softmax(expected[:, :-1].astype(jnp.float32))
     log_q = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     # A token with p = 0 adds 0, also if q is 0. Banned tokens have the logit -inf.

@@ -24,6 +24,14 @@ def normal_with_outliers(
     return jax.numpy.asarray(numbers.astype(dtype))
 
 
+def heavy_tailed(
+    *shape: int, seed: int = 0, degrees: int = 4, scale: float = 0.03
+) -> np.ndarray:
+    """Numbers with heavy tails, as weights have: Student's t, times `scale`."""
+    numbers = np.random.default_rng(seed).standard_t(degrees, shape)
+    return (scale * numbers).astype(np.float32)
+
+
 def assert_same(actual, expected):
     """The two trees have equal treedefs, dtypes, shapes and bits; NaN equals NaN."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)

@@ -5,6 +5,7 @@ Programs are compiled with jax's default settings, as users' programs are.
 
 import gc
 import os
+from collections import Counter
 from pathlib import Path
 
 # jax reads the device count once, at its first import. A platform that the caller chose
@@ -50,8 +51,16 @@ FIRST = (
 )
 
 
-def pytest_collection_modifyitems(items):
+# How many heavy tests each file has. test_documents.py compares with the documents.
+NUM_HEAVY = pytest.StashKey[Counter]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
     """Runs the longest files first, so that no process works alone at the end."""
+    config.stash[NUM_HEAVY] = Counter(
+        item.path for item in items if item.get_closest_marker("heavy")
+    )
     tests = Path(__file__).parent
     place = {tests / name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(FIRST)))

@@ -1,4 +1,4 @@
-"""Emulation of other arithmetics: rounding to any format, running any function in it.
+"""Emulation of other arithmetic: rounds arrays, and runs functions with rounding.
 
 `cast` rounds an array to a format. A `Policy` says how operands, accumulators and
 results are rounded, and `emulate` runs any JAX function under a policy.

@@ -145,7 +145,7 @@ def cumsum(x: jax.Array, policy: Policy, *, axis, reverse) -> jax.Array:
     """The running sums of `x` along an axis."""
     if policy.chunk is not None:
         raise NotImplementedError(
-            "emulate: cumsum has no chunked form. Give it a policy of its own: "
+            "emulate: cumsum has no chunked form. Give cumsum a separate policy: "
             "primitives={'cumsum': Policy(...)}."
         )
     terms = jnp.moveaxis(x, axis, 0)

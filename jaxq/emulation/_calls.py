@@ -196,7 +196,7 @@ def _custom_vjp_call(
 def _kernel_form_call(
     evaluate: Evaluate, equation: Any, args: list, policy: Policy
 ) -> Sequence:
-    """Evaluates the XLA form of a kernel's product, whose primitives are rounded."""
+    """Evaluates the XLA form of a kernel's product, and rounds its primitives."""
     form = kernels.FORMS[equation.primitive.name]
     call = functools.partial(form, call=equation.params["call"])
     return evaluate(jax.make_jaxpr(call)(*args), args, policy)

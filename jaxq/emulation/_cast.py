@@ -100,15 +100,15 @@ def _as_carrier(x: Any) -> jax.Array:
 
 
 def _raise_if_not_held(dtype: np.dtype, fmt: formats.Format) -> None:
-    """Raises a TypeError if `dtype` would round the format's numbers a second time."""
+    """Raises a TypeError if a cast of a `dtype` array would round its numbers twice."""
     if fmt.kind == "float" and not isinstance(fmt, formats.ExponentFormat):
         # A number of the dtype, rounded to a floating point grid, is again a number of
         # the dtype.
         return
     if dtype == np.float64:
         raise TypeError(
-            f"cast: {fmt.name} is computed in float32, x is float64. Pass "
-            "x.astype(jnp.float32)."
+            f"cast: a cast to {fmt.name} is computed in float32, but x is float64. "
+            "Pass x.astype(jnp.float32)."
         )
     if dtype == np.float32:
         return

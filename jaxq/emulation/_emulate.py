@@ -19,13 +19,13 @@ from jaxq.emulation._primitives import EXACT, MOVES, NOT_CALLS, WIDE_SUMS
 
 
 def emulate(fn: Callable, policy: Policy) -> Callable:
-    """Returns `fn` in another arithmetic, which rounds every primitive by a policy.
+    """Returns a function that computes `fn` and rounds every primitive by a policy.
 
     `fn` is traced once for its arguments. Arrays keep their dtypes, and they hold the
     rounded numbers. Use float32 arrays, unless you need another dtype. `emulate` enters
-    loops, conditionals, nested jit, remat, shard_map and functions with derivative
-    rules of their own. Wrap the result in `jax.jit`, because it runs primitive by
-    primitive otherwise.
+    loops, conditionals, nested jit, remat, shard_map and functions with custom
+    derivative rules. Wrap the result in `jax.jit`. Otherwise it runs one primitive
+    after the other.
 
     Rounding has a straight-through gradient. `jax.grad(emulate(fn, policy))` therefore
     differentiates through the rounded forward pass in plain arithmetic.
@@ -127,7 +127,7 @@ def _check_primitive_names(policy: Policy, jaxpr: Any) -> None:
     if not names:
         return
     for name in sorted(names & (EXACT | set(CALLS))):
-        reason = "makes no new numbers"
+        reason = "does not compute new numbers"
         if name in CALLS:
             reason = "calls a function, whose primitives have their own policies"
         raise ValueError(
@@ -278,7 +278,7 @@ def _round_result(out: jax.Array, dtype: Any, result: Precision | None) -> jax.A
 def _sum(equation: Any, args: list, policy: Policy) -> list | None:
     """The results of a sum over rounded operands, in float32 or wider.
 
-    None if the sum needs no form of its own, so that the primitive itself can run.
+    None if the primitive itself can compute the sum.
     """
     name, params = equation.primitive.name, equation.params
     carrier = carrier_of(equation.outvars[0].aval.dtype)

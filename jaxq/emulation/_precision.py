@@ -91,8 +91,8 @@ class Precision:
         if not isinstance(fmt, formats.FloatFormat):
             raise ValueError(
                 f"Precision: {fmt.name} is not a floating point format with a sign and "
-                "a zero, which arithmetic needs. For integers and tables quantize the "
-                "operands: see jaxq.fake_quant."
+                "a zero. Arithmetic needs such a format. For integers and tables, "
+                "quantize the operands with jaxq.fake_quant."
             )
         if fmt.flavour == "ieee":
             return cls(fmt.exponent_bits, fmt.mantissa_bits, fmt.bias)

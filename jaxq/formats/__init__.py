@@ -2,8 +2,8 @@
 
 A format is a finite set of numbers with one code for each number. There are integers,
 fixed point, floating point of any width, and tables. A format knows nothing of scales,
-axes or storage. `get` finds a format by name, `names` lists all names, and `register`
-adds a format of your own.
+axes or storage. `get` finds a format by name, and `names` lists all names. `register`
+adds a format of your own, and `unregister` removes it.
 """
 
 from jaxq.formats._codebook import (
@@ -22,7 +22,14 @@ from jaxq.formats._packing import Packing, as_signed, pack, unpack
 from jaxq.formats._packing import codes_per_pack as codes_per_pack
 from jaxq.formats._packing import default_packing as default_packing
 from jaxq.formats._packing import field as field
-from jaxq.formats._registry import from_dict, get, names, register, to_dict
+from jaxq.formats._registry import (
+    from_dict,
+    get,
+    names,
+    register,
+    to_dict,
+    unregister,
+)
 from jaxq.formats._rounding import MODES as ROUNDING_MODES
 from jaxq.formats._rounding import OVERFLOWS as OVERFLOWS
 from jaxq.formats._rounding import check_rounding as check_rounding
@@ -51,4 +58,5 @@ __all__ = [
     "register",
     "to_dict",
     "unpack",
+    "unregister",
 ]

@@ -1,7 +1,7 @@
 """Formats given by a table of numbers, and functions that compute the known tables.
 
 The known tables are NormalFloat, AbnormalFloat, the dynamic maps and powers of two.
-Users can give tables of their own.
+Users can define further tables.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Packing of codes with fewer than 8 bits, several codes to a byte.
 
 Libraries pack in different orders, so the order is an argument: see `Packing`. HALVES
-is the default for widths that divide 8. Unpacking it needs only a shift and a mask of
-contiguous bytes, and a matmul can use the halves one after the other instead of
+is the default for widths that divide 8. To unpack HALVES takes only a shift and a mask
+of contiguous bytes. A matmul can use the halves one after the other, without
 interleaving the codes. The default for other widths is BITSTREAM.
 """
 

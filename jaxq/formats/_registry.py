@@ -87,6 +87,7 @@ def register(fmt: Format) -> Format:
       >>> fmt = jaxq.formats.register(fmt)
       >>> jaxq.formats.get("float7_e3m3fn").max
       30.0
+      >>> jaxq.formats.unregister("float7_e3m3fn")
     """
     if not isinstance(fmt, Format):
         raise TypeError(
@@ -105,6 +106,44 @@ def register(fmt: Format) -> Format:
             "the new format another name."
         )
     return fmt
+
+
+def unregister(name: str) -> None:
+    """Removes a format that `register` added.
+
+    QTensors of this format keep working, because they hold the format itself. A file
+    cannot be loaded until the format is registered again.
+
+    Args:
+      name: the name of the format. Upper case letters and hyphens are accepted.
+
+    Raises:
+      TypeError: `name` is not a string.
+      ValueError: no format is registered under this name, or it is one of jaxq's own
+        formats.
+
+    Example:
+      >>> import jaxq
+      >>> signs = jaxq.formats.CodebookFormat("signs", (-1.0, 1.0))
+      >>> signs = jaxq.formats.register(signs)
+      >>> jaxq.formats.unregister("signs")
+      >>> "signs" in jaxq.formats.names()
+      False
+    """
+    if not isinstance(name, str):
+        raise TypeError(
+            f"formats.unregister: name must be a string, got {type(name).__name__}."
+        )
+    key = normalize(name)
+    if key in _OWN_NAMES:
+        raise ValueError(
+            f"formats.unregister: {name!r} is one of jaxq's own formats. Pass the name "
+            "of a format that formats.register added."
+        )
+    if key not in _registry:
+        text = unknown_name("format", name, _registry, "jaxq.formats.names()")
+        raise ValueError(f"formats.unregister: {text}")
+    del _registry[key]
 
 
 def get(name: str | Format) -> Format:
@@ -150,7 +189,7 @@ def names() -> list[str]:
     """Returns the names of all registered formats, sorted.
 
     A table that was computed for one array is not registered. For example,
-    `jaxq.methods.kmeans` gives its QTensors formats of their own, such as "kmeans4".
+    `jaxq.methods.kmeans` gives its QTensors unregistered formats such as "kmeans4".
 
     Example:
       >>> import jaxq
@@ -197,7 +236,7 @@ def from_dict(data: str | dict[str, Any]) -> Format:
     """Returns the format that `to_dict` described.
 
     Args:
-      data: a result of `to_dict`. It may have been through JSON.
+      data: a result of `to_dict`. It may be read from JSON.
 
     Raises:
       ValueError: `data` is a name that no format has, or its "type" is not one of the
@@ -287,3 +326,6 @@ register(CodebookFormat("udynamic8", dynamic_map(signed=False)))
 # Li et al., "Memory Efficient Optimizers with 4-bit States" (2023): equal steps without
 # zero, for second moments.
 register(CodebookFormat("ulinear4", tuple(i / 16 for i in range(1, 17))))
+
+# `unregister` keeps these formats.
+_OWN_NAMES = frozenset(_registry)

@@ -1,8 +1,8 @@
 """Rounding of real numbers to integers or to a floating point grid, in all four modes.
 
 Rounding to a floating point grid uses integer arithmetic on bit patterns. Float
-arithmetic would not do: XLA flushes subnormal numbers on CPU, and it removes a cast to
-a narrower type if a cast back follows. XLA does neither to integers.
+arithmetic is not possible: XLA flushes subnormal numbers on CPU, and it removes a
+cast to a narrower type if a cast back follows. XLA does neither to integers.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ def _constant_shift(
 ) -> int | None:
     """The number of low bits to drop if it is the same for all numbers, else None.
 
-    It differs between numbers if the grid has subnormal numbers that are normal in the
-    carrier. It is unknown if the grid is traced.
+    The number of bits differs if the grid has subnormal numbers that are normal in the
+    carrier. The number is unknown if the grid is traced.
     """
     static = all(isinstance(n, int | np.integer) for n in (mantissa_bits, min_exponent))
     if not static or mantissa_bits <= 0:

@@ -144,7 +144,7 @@ def _description(qt: QTensor) -> tuple:
 
 
 def _layer_problems(layers: list[tuple[Any, Any]], value: QTensor) -> list[str]:
-    """Why the layers of a float weight cannot have a quantized weight."""
+    """Why `value` cannot replace the float weight of these layers."""
     if not layers:
         return ["quantized in the file, but not the weight of a layer that jaxq knows"]
     problems = [

@@ -127,7 +127,7 @@ def _first_kernel(problem: Problem, platform: str, device_kind: str | None) -> C
             reasons.append(reason if len(names) == 1 else f"{name}: {reason}")
         elif dense_from is not None and problem.m >= dense_from:
             reason = (
-                f"from {dense_from} rows of x on, the weight is decoded once and "
+                f"with {dense_from} or more rows of x, the weight is decoded once and "
                 "multiplied densely"
             )
             return Choice("xla", reason, preferred=True)

@@ -128,7 +128,7 @@ def interpreted(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
 
 
 def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
-    """Pads x to `padded_k` columns and orders them as the codes lie in memory.
+    """Pads x to `padded_k` columns, in the order of the codes in memory.
 
     Column j of the result belongs to code j in memory. In a byte, the code in the low
     bits comes first.

@@ -1,9 +1,9 @@
 """One product with a quantized weight as a jax primitive, and the primitive's rules.
 
-jax asks a primitive's lowering rule when it knows the platform. The rule here asks
-`_dispatch.decide` whether a kernel runs. `lax.platform_dependent` also chooses between
-functions at lowering. But if one of them has a Pallas kernel, the program cannot be
-lowered for several platforms together.
+jax calls the lowering rule of a primitive when the platform is known. The rule here
+asks `_dispatch.decide` whether a kernel runs. `lax.platform_dependent` also chooses
+between functions at lowering. But if one of these functions has a Pallas kernel, the
+program cannot be lowered for several platforms together.
 
 | transformation | rule |
 |---|---|

@@ -379,8 +379,8 @@ def _check_int32_sums(operands: _Operands, meta: RowMeta) -> None:
     if o.padded_k > longest:
         raise o.error(
             ValueError,
-            f"int32 can sum {longest} of these products without overflow, and a row "
-            f"has {o.padded_k}",
+            f"int32 can sum {longest} of these products without overflow, but a row "
+            f"has {o.padded_k} products",
             "Pass scale, or cut the product into parts along k.",
         )
 

@@ -13,7 +13,13 @@ from jaxq.methods._equalization import EqualizeInfo, equalize
 from jaxq.methods._folding import fold_scale_into_next, fold_scale_into_previous
 from jaxq.methods._gptq import GPTQInfo, gptq
 from jaxq.methods._hqq import HQQInfo, hqq
-from jaxq.methods._judging import FALLBACKS, Solved, output_error
+from jaxq.methods._judging import (
+    FALLBACKS,
+    Solved,
+    error_ratio,
+    falls_back,
+    output_error,
+)
 from jaxq.methods._kmeans import KMeansInfo, centroid_gradient, kmeans
 from jaxq.methods._llm_int8 import (
     LLMInt8Info,

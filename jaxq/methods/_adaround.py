@@ -6,10 +6,10 @@
                    + rate * mean(1 - |2 h(v) - 1|^beta)
 
 `low` and `high` are the two neighbours of a weight on the grid of `quantize`. The grid,
-its scales and its zero points do not change. Any format has neighbours. The last term
-is off at first. Later it pushes each h(v) to 0 or 1 while beta falls. The error is
-relative to that of rounding to nearest, so `regularization` means the same for layers
-of any size.
+its scales and its zero points do not change. So AdaRound works for any format. The
+last term is off at first. Later it pushes each h(v) to 0 or 1 while beta falls. The
+error is relative to the error of rounding to nearest, so `regularization` means the
+same for layers of any size.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from jax.typing import ArrayLike
 
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Option, Solution
-from jaxq.methods._notes import few_samples
-from jaxq.methods._options import (
+from jaxq.methods._method_options import (
     COUNT,
     POSITIVE,
     SHARE,
@@ -37,6 +36,7 @@ from jaxq.methods._options import (
     refuse,
     why_not_stochastic,
 )
+from jaxq.methods._notes import few_samples
 from jaxq.observers import LayerStats
 from jaxq.qtensor import (
     QTensor,
@@ -115,16 +115,16 @@ def adaround(
     """Learns whether each weight is rounded down or up, from the layer's inputs.
 
     `argmin over {down, up} of ||x_float W - x Q||^2`, relaxed to [0, 1] and solved by
-    Adam. It starts from soft rounding that gives the weights themselves. An output
-    (column of W) whose error on all of `x` is not smaller in the end than that of
-    rounding to nearest is rounded to nearest.
+    Adam. It starts from soft rounding that gives the weights themselves. In the end,
+    the error of each output (column of W) on all of `x` is compared with the error of
+    rounding to nearest. If the error is not smaller, the column is rounded to nearest.
 
     Args:
       w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).
       x: float `[tokens, in]`, the layer's inputs. For a stack: shared by all matrices,
         or `[..., tokens, in]`.
       spec: preset name or `QuantSpec`. Stochastic rounding and the scale rules with a
-        threshold ("ttq", "twn") are refused.
+        threshold ("ttq", "twn") raise a ValueError.
       key: PRNG key for the order of the batches.
       num_steps: number of steps of Adam.
       learning_rate: positive, of Adam.
@@ -136,8 +136,8 @@ def adaround(
       warm_start: 0 to 1, share of the steps without the push.
       x_float: inputs of the same layer in the float network, shape of `x`. Pass them if
         x comes from layers that are quantized already: the outputs should then match
-        those of `x_float` (asymmetric reconstruction). None takes x.
-      name: what errors call the weight.
+        those of `x_float` (asymmetric reconstruction). None uses x.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted; and
@@ -145,8 +145,8 @@ def adaround(
 
     Raises:
       TypeError: `w`, `x` or `x_float` is not a float array.
-      ValueError: shapes do not match, an option is out of range, the spec is refused,
-        or (outside jit) a number is not finite.
+      ValueError: shapes do not match, an option is out of range, AdaRound cannot
+        quantize to the spec, or (outside jit) a number is not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -187,7 +187,7 @@ def adaround(
     keys = jax.random.split(key, w.shape[:-2]) if w.ndim > 2 else key
     rates = (learning_rate, regularization, *beta, warm_start)
     learning = _Learning(*(jnp.float32(v) for v in rates))
-    steps = _Steps(num_steps, min(batch_size, x.shape[-2]))
+    steps = _Sizes(num_steps, min(batch_size, x.shape[-2]))
     return _adaround(w, x, target, keys, learning, key.ndim, spec, steps)
 
 
@@ -201,7 +201,7 @@ class _Learning(NamedTuple):
     warm_start: jax.Array
 
 
-class _Steps(NamedTuple):
+class _Sizes(NamedTuple):
     """The static sizes of the optimization."""
 
     num_steps: int
@@ -217,7 +217,7 @@ def _adaround(
     learning: _Learning,
     key_ndim: int,
     spec: QuantSpec,
-    steps: _Steps,
+    steps: _Sizes,
 ) -> tuple[QTensor, AdaRoundInfo]:
     learn_matrix = functools.partial(
         _learn_matrix, learning=learning, spec=spec, steps=steps
@@ -232,7 +232,7 @@ def _learn_matrix(
     key: jax.Array,
     learning: _Learning,
     spec: QuantSpec,
-    steps: _Steps,
+    steps: _Sizes,
 ) -> tuple[QTensor, AdaRoundInfo]:
     """`adaround` for one matrix `[in, out]`; `x` and `target` are `[tokens, in]`."""
     nearest = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
@@ -276,7 +276,7 @@ def _learn(
     key: jax.Array,
     num_tokens: int,
     learning: _Learning,
-    steps: _Steps,
+    steps: _Sizes,
 ) -> jax.Array:
     """The variables v `[in, out]` after all steps of Adam.
 

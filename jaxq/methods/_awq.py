@@ -20,8 +20,7 @@ from jaxq.methods import _matrix
 from jaxq.methods._clipping import clip as clip_ranges
 from jaxq.methods._folding import as_weights, why_not_one_to_one
 from jaxq.methods._method import Folding, Method, Solution
-from jaxq.methods._notes import few_samples
-from jaxq.methods._options import (
+from jaxq.methods._method_options import (
     COUNT,
     FLAG,
     SHARE,
@@ -29,6 +28,7 @@ from jaxq.methods._options import (
     refuse,
     why_not_stochastic,
 )
+from jaxq.methods._notes import few_samples
 from jaxq.methods._tokens import as_tokens
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
@@ -68,13 +68,13 @@ class AWQInfo(NamedTuple):
     """Diagnostics of `awq`.
 
     Attributes:
-      scale: float32 `[in]`. The QTensor stands for `w * scale[:, None]`, so its inputs
-        must be divided by `scale`.
+      scale: float32 `[in]`. The QTensor stands for `w * scale[:, None]`, so the inputs
+        of the layer must be divided by `scale`.
       ratio: float32, the exponent of the chosen scales.
       loss: float32, mean squared error of the layer's output on the tokens used.
       loss_unclipped: float32, the same error before ranges were clipped.
       loss_unscaled: float32, the same error of rounding to nearest.
-      clipped: bool, True if the clipped ranges were taken.
+      clipped: bool, True if the clipped ranges are used.
 
     Example:
       >>> import jax.numpy as jnp
@@ -125,7 +125,7 @@ def awq(
       duo: as in `awq_scale`.
       num: as in `awq_scale`.
       max_tokens: as in `awq_scale`.
-      name: what errors call the weight.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: the QTensor of `w * s`, with the geometry of `jaxq.quantize(w, spec,
@@ -190,7 +190,7 @@ def awq_scale(
       spec: preset name or `QuantSpec`.
       loss: function from a tuple of candidate weights `[in, out_i]` to a scalar that is
         minimized, for example the error of a whole block. The candidates are float32,
-        in the scale of the original weights. None takes the mean squared error of all
+        in the scale of the original weights. None uses the mean squared error of all
         outputs.
       duo: True makes the scales depend on the weights too.
       num: at least 1, how many exponents are tried.

@@ -2,8 +2,8 @@
 
 If a range ends before the largest numbers, the steps of all other numbers are smaller.
 The cost is `s^2 / 12` for each number inside the range, plus the squared excess of the
-numbers outside. Three rules choose the range. Scales come from the clipped block, codes
-from the whole one, so numbers beyond the range saturate.
+numbers outside. Three rules choose the range. Scales come from the clipped block. Codes
+come from the unclipped block, so numbers beyond the range saturate.
 
 Blocks are arrays as `Geometry.to_blocks` arranges them, `[n_out, size_out, n_in,
 size_in]` for a matrix. Ranges and errors are `[n_out, 1, n_in, 1]`.
@@ -24,8 +24,7 @@ from jax import lax
 from jaxq import formats, observers
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Solution
-from jaxq.methods._notes import few_samples
-from jaxq.methods._options import (
+from jaxq.methods._method_options import (
     COUNT,
     FLAG,
     POSITIVE,
@@ -36,6 +35,7 @@ from jaxq.methods._options import (
     refuse,
     why_not_stochastic,
 )
+from jaxq.methods._notes import few_samples
 from jaxq.methods._tokens import as_tokens
 from jaxq.observers import LayerStats
 from jaxq.qtensor import (
@@ -153,8 +153,8 @@ def clip(
       AWQ does. T_0 = A is plain quantization.
     - "percentile" takes the range that holds `percentile` per cent of the block, by
       linear interpolation.
-    - "entropy" takes the T whose histogram loses least information if it is described
-      by as few levels as the codes have (`jaxq.observers.entropy`).
+    - "entropy" takes the T that loses the least information when the histogram is
+      reduced to the levels of the codes (`jaxq.observers.entropy`).
 
     If the spec is not symmetric, both ends shrink by the same factor. "percentile" then
     leaves the same share outside on either side.
@@ -167,14 +167,14 @@ def clip(
         or stacked like w).
       channel_weight: float `[in]` (or stacked like w), not negative: the weight c of
         each input channel for "mse", for example `mean_t x_t^2`.
-      power: exponent of "mse"; None takes 2.
-      num: how many ranges "mse" tries; None takes 80.
+      power: exponent of "mse"; None uses 2.
+      num: how many ranges "mse" tries; None uses 80.
       max_shrink: 0 to 1, the share by which the last range of "mse" is smaller than the
-        first; None takes 0.8.
-      percentile: 0 to 100, for "percentile"; None takes 99.9.
+        first; None uses 0.8.
+      percentile: 0 to 100, for "percentile"; None uses 99.9.
       bins: number of bins in each block's histogram, for "entropy"; at least the number
-        of levels. None takes 512. The time grows with the square of `bins`.
-      name: what errors call the weight.
+        of levels. None uses 512. The time grows with the square of `bins`.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: a QTensor with the geometry of `jaxq.quantize(w, spec,
@@ -186,8 +186,8 @@ def clip(
       TypeError: `w`, `x` or `channel_weight` is not a float array.
       ValueError: the rule is unknown, an option belongs to another rule or is out of
         range, both `x` and `channel_weight` are given, shapes do not match, the rule
-        cannot serve the spec (`jaxq.methods.why_not`), or (outside jit) a number is not
-        finite.
+        does not work for the spec (`jaxq.methods.why_not`), or (outside jit) a number
+        is not finite.
 
     Example:
       >>> import jax
@@ -221,8 +221,8 @@ def clip(
     check_values("clip", _OPTIONS, **options)
     if x is not None and options["power"] != 2.0:
         raise ValueError(
-            f"clip: the error of products is squared, so x= excludes power={power}. "
-            "Leave out power= or x=."
+            f"clip: power={power} cannot be used with x=, because the error of the "
+            "outputs is always squared. Leave out power= or x=."
         )
     amounts = _Amounts(
         np.int32(options["num"]),
@@ -329,8 +329,8 @@ def _clip_matrix(
 def _is_separable(spec: QuantSpec) -> bool:
     """True if each block can take its own best range.
 
-    This needs two things. The codes of a block depend on its own range only. The whole
-    range gives the codes of plain quantization.
+    This needs two conditions. The codes of a block depend only on the range of this
+    block. With the unclipped range, the codes are those of `quantize`.
     """
     has_plain_scales = isinstance(spec.scale, str) and spec.offset != "mean"
     rounds = not spec.rule.has_threshold
@@ -390,7 +390,7 @@ def _shrink(whole: _Range, factor: jax.Array, spec: QuantSpec) -> _Range:
 def _weighted_error(
     delta: jax.Array, weight: jax.Array | None, geometry: Geometry, power: float
 ) -> jax.Array:
-    """The error of each block that "mse" minimizes, `[n1, 1, n2, 1]`."""
+    """The error that "mse" minimizes, for each block: `[n1, 1, n2, 1]`."""
     if weight is not None and weight.ndim == 2:
         return block_output_error(delta, weight, geometry)
     # A product is cheaper than a power, and correctly rounded.
@@ -605,8 +605,8 @@ def _why_not_clipped(spec: QuantSpec, options: Mapping[str, Any]) -> str:
     minimizes_squares = rule == "mse" and options.get("power", 2.0) == 2.0
     if options.get("inputs", False) and not minimizes_squares:
         return (
-            "inputs=True weighs the squared error of products, which only rule='mse' "
-            "with power=2 minimizes. Leave out rule= and power=."
+            "inputs=True weighs the squared error of products. Only rule='mse' with "
+            "power=2 minimizes this error. Leave out rule= and power=."
         )
     return ""
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxq.methods import _matrix
 from jaxq.methods._folding import why_not_one_to_one
 from jaxq.methods._method import Folding, Method
-from jaxq.methods._options import FLAG, why_not_stochastic
+from jaxq.methods._method_options import FLAG, why_not_stochastic
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QuantSpec
 

@@ -102,7 +102,7 @@ def as_weights(
 
     Args:
       weights: `[..., in, out]`, or a sequence of `[..., in, out_i]`.
-      caller: what errors begin with.
+      caller: the name that error messages begin with.
 
     Raises:
       TypeError: a weight is not a float array.
@@ -138,9 +138,7 @@ def why_not_one_to_one(source: jax.Array, weights: Sequence[jax.Array]) -> str:
     """
     # Grouped-query attention: an output of `v_proj` is read by several heads.
     if source.shape[-1] != weights[0].shape[-2]:
-        return (
-            "not scaled: an output of the linear before it feeds several of its inputs"
-        )
+        return "not scaled: an output of the previous linear layer feeds several inputs"
     return ""
 
 

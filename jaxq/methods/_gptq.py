@@ -1,8 +1,8 @@
 """GPTQ: rounds the rows of a weight one by one; later rows compensate earlier errors.
 
 Let `H = R @ R.T` with R upper triangular: a Cholesky decomposition from the last row to
-the first. Then the weight w'_j that row j has when its turn comes needs no inverse of
-H:
+the first. The errors of earlier rows change row j to w'_j before it is rounded. This
+form of w'_j needs no inverse of H:
 
     d_i = w_i - q_i                                    # [out], error of an earlier row
     w'_j = w_j + sum over i < j of  R_ij / R_jj * d_i  # its share of their errors
@@ -37,8 +37,7 @@ from jax.typing import ArrayLike
 from jaxq import formats
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Solution
-from jaxq.methods._notes import few_tokens, join_notes
-from jaxq.methods._options import (
+from jaxq.methods._method_options import (
     COUNT,
     FLAG,
     check_values,
@@ -46,6 +45,7 @@ from jaxq.methods._options import (
     refuse,
     why_not_stochastic,
 )
+from jaxq.methods._notes import few_tokens, join_notes
 from jaxq.methods._rtn import round_to_nearest
 from jaxq.observers import LayerStats
 from jaxq.qtensor import (
@@ -122,11 +122,12 @@ def gptq(
     rows. H has the second moments of the layer's inputs, so the minimized number is the
     error of the layer's outputs.
 
-    Groups along the contraction get their scales when their first row is reached, from
-    the weights as they are at that moment. All other scales are those of `quantize(w,
-    spec)`: per channel, per tensor, tiles, quantized scales (nf4_dq, nvfp4), and groups
-    with `act_order`, which takes the rows of a group at different times ("static
-    groups"). So the result is stored as `quantize` stores it in every case. Ternary
+    The scales of a group along the contracted axis are computed when the first row of
+    the group is reached, from the weights with all updates so far. All other scales are
+    those of `quantize(w, spec)`: per channel, per tensor, tiles, quantized scales
+    (nf4_dq, nvfp4), and groups with `act_order`. With `act_order`, the rows of a group
+    are reached at different times, so their scales are computed in advance ("static
+    groups"). In every case the result is stored as `quantize` stores it. Ternary
     numbers are rounded to nearest, not by their threshold. The weights of an input that
     was always zero are rounded to nearest as well.
 
@@ -134,16 +135,18 @@ def gptq(
       w: float `[in, out]`, or a stack `[..., in, out]` (by `jax.vmap`).
       hessian: float `[in, in]`, second moments `E[x x^T]` of the inputs, or a positive
         multiple of them. For a stack: one for all matrices, or `[..., in, in]`. With
-        fewer tokens than inputs it is singular, and damping decides the rest.
-      spec: preset name or `QuantSpec`. `rounding="stochastic"` is refused.
+        fewer tokens than inputs the hessian is singular, and the result depends on the
+        damping.
+      spec: preset name or `QuantSpec`. `rounding="stochastic"` raises a
+        ValueError.
       act_order: process rows in the order of the hessian's diagonal, largest first.
       damp: 0 to 1, the share of the diagonal's mean that is added to the diagonal. If
         the sum is not positive definite, ten times as much is added, and so on, up to
         1. If that fails too, weights are rounded to nearest, and `info.fell_back` is
         True.
-      block_size: at least 1, number of rows between two large products. Groups are not
-        cut. The result depends on it only through the order of float32 sums.
-      name: what errors call the weight.
+      block_size: at least 1, number of rows between two large products. A group is
+        never split. `block_size` changes only the order of float32 sums.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted; and a
@@ -320,7 +323,9 @@ def _upper_factor(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _RowGrid:
-    """The numbers that each row may take: scales and so on, by the row's group.
+    """The scales, zero points, offsets and codebooks of the groups of rows.
+
+    They determine to which numbers a row can be rounded.
 
     Attributes:
       spec: of the QTensor, with scales in the dtype of `scale`.
@@ -345,7 +350,7 @@ class _RowGrid:
     def round(self, row: jax.Array, group: jax.Array) -> jax.Array:
         """Rounds a row `[out]` to nearest.
 
-        It uses `requantize`, so that the codes made at the end are the same.
+        It uses `requantize`, which also computes the final codes.
         """
         fmt = self.spec.fmt
         geometry = Geometry((1, row.shape[0]), (-1, -2), 1, (1, None))

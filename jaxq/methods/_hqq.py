@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 from jaxq import formats
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Solution
-from jaxq.methods._options import (
+from jaxq.methods._method_options import (
     NOT_NEGATIVE,
     POSITIVE,
     check_values,
@@ -112,7 +112,7 @@ def hqq(
       beta: positive, weight of the split at the first step.
       kappa: positive, factor of beta from step to step.
       num_steps: number of steps, not negative.
-      name: what errors call the weight.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted; and

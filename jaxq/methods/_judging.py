@@ -78,19 +78,21 @@ def judge(
             f"({method}: {method_error}; rtn: {nearest_error}). Scale its inputs down."
         )
     worse = method_error > nearest_error  # [...]
-    if not worse.any() or fallback == "none":
-        return Solved(qt, method, note, _error_ratio(method_error, nearest_error))
-    ratio = _error_ratio(method_error[worse], nearest_error[worse])
+    loss = error_ratio(method_error, nearest_error)
+    if not worse.any():
+        return Solved(qt, method, note, loss)
+    ratio = error_ratio(method_error[worse], nearest_error[worse])
     verdict = (
         f"{method} is worse than rtn on held-out inputs ({ratio:.3g} times its error)"
     )
     if not worse.all():
         verdict += f" in {worse.sum()} of {worse.size} matrices"
-    if fallback == "raise":
-        raise ValueError(
-            f"{name}: {verdict}. Pass fallback='rtn' to round to nearest, or 'none' to "
-            "keep the result of the method."
-        )
+    remedy = (
+        "Pass fallback='rtn' to round to nearest, or 'none' to keep the result of the "
+        "method."
+    )
+    if not falls_back(fallback, f"{name}: {verdict}", remedy):
+        return Solved(qt, method, note, loss)
     can_mix = jax.tree.structure(qt) == jax.tree.structure(nearest)
     if can_mix and not worse.all():
         best_error = np.minimum(method_error, nearest_error)
@@ -98,20 +100,36 @@ def judge(
             _where_worse(worse, nearest, qt),
             method,
             join_notes(f"{verdict}, so these matrices use rtn", note),
-            _error_ratio(best_error, nearest_error),
+            error_ratio(best_error, nearest_error),
         )
     # Results of different structure (a codebook, no codebook) cannot share one stack,
     # so the stack is kept or rounded as a whole.
     if method_error.sum() <= nearest_error.sum():
-        loss = _error_ratio(method_error, nearest_error)
         return Solved(qt, method, join_notes(verdict, note), loss)
     return Solved(nearest, "rtn", join_notes(f"{verdict}, so rtn is used", note), 1.0)
 
 
-def _error_ratio(error: np.ndarray, reference: np.ndarray) -> float:
+def falls_back(fallback: str, problem: str, remedy: str) -> bool:
+    """True if a worse result gives way to the plain one, False if it is kept.
+
+    Args:
+      fallback: one of `FALLBACKS`: "rtn" takes the plain result, "none" keeps the worse
+        one, "raise" raises.
+      problem: what is worse, for the error.
+      remedy: the other values of `fallback`, for the error.
+
+    Raises:
+      ValueError: `fallback` is "raise".
+    """
+    if fallback == "raise":
+        raise ValueError(f"{problem}. {remedy}")
+    return fallback == "rtn"
+
+
+def error_ratio(error: np.typing.ArrayLike, reference: np.typing.ArrayLike) -> float:
     """The sum of errors over the sum of reference errors; 1 if the reference is 0."""
-    total = reference.sum()
-    return float(error.sum() / total) if total else 1.0
+    total = np.sum(reference)
+    return float(np.sum(error) / total) if total else 1.0
 
 
 def _where_worse(worse: np.ndarray, nearest: QTensor, qt: QTensor) -> QTensor:

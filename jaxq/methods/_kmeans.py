@@ -8,11 +8,12 @@ algorithm needs only the positions of the k - 1 boundaries:
     centres = differences of sums / differences of counts           # [blocks, k]
 
 Lloyd's algorithm alone wastes centres. If there is one outlier, most of the evenly
-spaced first centres have no weight near them. So an empty centre moves into the cluster
-whose error a second centre lowers most. When no boundary moves any more, two
-neighbouring clusters may be merged, and the free centre splits another cluster. This is
-done if the merge adds less error than the split removes. Both are computed by the same
-formula, for clusters of n and of m numbers:
+spaced first centres have no weight near them. So the centre of an empty cluster moves
+into another cluster and splits it. This is the cluster where a second centre lowers the
+error most. When no boundary moves any more, two neighbouring clusters may be merged,
+and the free centre splits another cluster. This is done if the merge adds less error
+than the split removes. Both errors have the same formula, for clusters of n and of m
+numbers:
 
     cost of a merge or gain of a split = n m / (n + m) (centre - other centre)^2
 
@@ -39,7 +40,7 @@ from jax.typing import ArrayLike
 from jaxq import formats
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Option, Solution
-from jaxq.methods._options import NOT_NEGATIVE, check_values, choice
+from jaxq.methods._method_options import NOT_NEGATIVE, check_values, choice
 from jaxq.observers import LayerStats
 from jaxq.qtensor import (
     Geometry,
@@ -121,14 +122,14 @@ def kmeans(
         more, so blocks should be large.
       init: first centres. "linear" spaces them evenly from the least to the greatest
         weight of the block. The paper found this best, since it keeps large weights.
-        "density" gives an equal share of the weights to each.
+        "density" gives each centre an equal share of the weights.
       num_steps: maximum number of steps, not negative. A step moves the centres to the
         means of their clusters, or moves a centre to another cluster.
       algorithm: "exact" sorts the weights of each block. "histogram" puts them into
         65536 bins of equal width from the least to the greatest, and cannot tell the
         weights of a bin apart. "auto" takes the histogram for blocks of more weights
         than bins.
-      name: what errors call the weight.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted, with
@@ -460,7 +461,9 @@ class _LloydState(NamedTuple):
 def _lloyd(
     bins: _Bins, centres: jax.Array, num_steps: ArrayLike
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs Lloyd's algorithm, and moves centres, until no boundary moves.
+    """Runs Lloyd's algorithm until no boundary moves, or for at most `num_steps` steps.
+
+    After each step, `_move_centres` moves centres that are not useful where they are.
 
     Returns:
       (centres `[blocks, k]` ascending, number of steps, number of empty clusters).

@@ -19,7 +19,7 @@ from jax import lax
 from jaxq import formats, ops
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method, Solution
-from jaxq.methods._options import check_values, number, why_not_stochastic
+from jaxq.methods._method_options import check_values, number, why_not_stochastic
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
 
@@ -95,7 +95,7 @@ def llm_int8(
       activation: how the other columns of the input are quantized, with one scale for
         each token. `QuantSpec("int8", symmetric=False)` is the paper's zero-point
         quantization.
-      name: what errors call the weight.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: a QTensor with the geometry of `jaxq.quantize(w, spec,
@@ -172,11 +172,11 @@ def llm_int8_matmul(
       w: `[in, out]`: a QTensor (from `llm_int8`, or any whose scales are shared along
         the input), or a float array. A float array is quantized here as "int8", and its
         float rows are used for the outlier columns.
-      threshold: at least 0. None takes the threshold attached to the QTensor, or 6.0.
+      threshold: at least 0. None uses the threshold attached to the QTensor, or 6.0.
       num_outliers: None, or k, at least 0.
-      keep: float `[in, out]`, the weight whose rows meet the outlier columns. None
-        dequantizes these rows of `w`, as bitsandbytes does by default.
-      activation: how the other columns of x are quantized. None takes the activation
+      keep: float `[in, out]`, a weight. The outlier columns are multiplied by its
+        rows. None dequantizes these rows of `w`, as bitsandbytes does by default.
+      activation: how the other columns of x are quantized. None uses the activation
         attached to the QTensor, or "int8".
 
     Returns:

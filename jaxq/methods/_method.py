@@ -116,13 +116,13 @@ class Method:
         `jaxq.observers.LayerStats` of the layer's inputs with the axes of the stack in
         front, or None. They have the fields that `needs` names. `spec` is a `QuantSpec`
         that `why_not` allows. `key` is a PRNG key. `options` are the checked options of
-        the rule. If `solve` is None, the weight is rounded to nearest, after `folding`
-        moved its scales.
+        the rule. If `solve` is None, the weight is rounded as the spec says, after
+        `folding` moved its scales.
       options: the options that a `Rule` may set, with their checks.
       check: `(options) -> str`: what is wrong with a combination of options; empty if
         it is valid. None: every combination is valid.
       why_not: `(spec, options) -> str`: why the method cannot quantize to a spec; empty
-        if it can.
+        if it can. A `Rule` asks every method, also one without `solve`.
       needs: the fields of `LayerStats` that the method requires: "hessian", "samples",
         "absmax". Empty for a method that works without data.
       needs_with: `(options) -> fields`: further fields that some options require. None

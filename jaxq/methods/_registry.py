@@ -22,7 +22,7 @@ from jaxq.methods import (
     _smoothquant,
 )
 from jaxq.methods._method import Method
-from jaxq.methods._options import check_values
+from jaxq.methods._method_options import check_values
 from jaxq.qtensor import QuantSpec, as_spec
 
 _METHODS: dict[str, Method] = {}
@@ -148,7 +148,7 @@ def check_options(caller: str, method: str, options: Mapping[str, Any]) -> None:
     """Checks the options of a method: their names, their values, their combination.
 
     Args:
-      caller: what errors begin with.
+      caller: the name that error messages begin with.
       method: one of `names()`.
       options: keyword arguments of the method.
 

@@ -151,7 +151,7 @@ def rotate_in(
 
     Args:
       w: float `[..., in, out]`.
-      signs: float `[in]`, from `random_hadamard`. None takes `Q = H / sqrt(in)`.
+      signs: float `[in]`, from `random_hadamard`. None uses `Q = H / sqrt(in)`.
 
     Returns:
       The rotated weight, in the dtype of w.
@@ -178,11 +178,11 @@ def rotate_out(
 ) -> jax.Array:
     """Rotates the outputs of a weight: `w Q`.
 
-    It also rotates a bias, an embedding or an activation.
+    The array may also be a bias, an embedding or an activation.
 
     Args:
       w: float `[..., out]`.
-      signs: float `[out]`, from `random_hadamard`. None takes `Q = H / sqrt(out)`.
+      signs: float `[out]`, from `random_hadamard`. None uses `Q = H / sqrt(out)`.
 
     Returns:
       The rotated array, in the dtype of w.
@@ -254,7 +254,10 @@ def _transform_last(x: jax.Array, odd: int, inverse: bool) -> jax.Array:
 
 
 def _odd_order(n: int, caller: str) -> int:
-    """The K of `n = 2^m K`: 1, or the smallest order that can be constructed.
+    """Returns K of `n = 2^m K`: the order of a Hadamard matrix without the factor 2^m.
+
+    K is 1 if n is a power of two. Otherwise it is the smallest order above 1 for which
+    this file can construct a Hadamard matrix.
 
     Raises:
       ValueError: there is no such K.
@@ -340,7 +343,7 @@ def _paley(order: int) -> np.ndarray:
 def _quadratic_characters(p: int, k: int) -> np.ndarray:
     """`chi(a - b)` for all elements a, b of the field of p^k; int8 `[q, q]`.
 
-    chi is 1 for squares, -1 for other numbers and 0 for 0.
+    chi is 1 for squares, 0 for 0, and -1 for all other elements.
     """
     q = p**k
     character = np.zeros(q, np.int8)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxq import metrics
 from jaxq.methods import _matrix
 from jaxq.methods._method import Method
-from jaxq.methods._options import refuse, why_not_stochastic
+from jaxq.methods._method_options import refuse, why_not_stochastic
 from jaxq.qtensor import QTensor, QuantSpec, as_spec, dequantize, quantize
 
 
@@ -49,7 +49,7 @@ def rtn(
       w: float `[in, out]`, or a stack `[..., in, out]`; each matrix has its own scales.
       spec: preset name or `QuantSpec`. Its rounding must not be "stochastic". Use
         `quantize` with a key for that.
-      name: what errors call the weight.
+      name: the name of the weight in errors.
 
     Returns:
       `(qt, info)`: a QTensor with the shape and dtype of `w`, axis -2 contracted; and
@@ -81,18 +81,28 @@ def rtn(
     return _rtn(_matrix.as_weight(w, "rtn", name), spec)
 
 
-def round_to_nearest(w: jax.Array, spec: QuantSpec) -> QTensor:
+def round_to_nearest(
+    w: jax.Array, spec: QuantSpec, key: jax.Array | None = None
+) -> QTensor:
     """Returns the QTensor of `rtn`, without the info.
+
+    A spec with `rounding="stochastic"` rounds stochastically, as `quantize` does.
 
     Args:
       w: float `[..., in, out]`. NaN and infinities raise no error: their blocks become
         NaN.
       spec: what to quantize to.
-
-    Raises:
-      ValueError: the spec rounds stochastically.
+      key: PRNG key. Only a spec that rounds stochastically needs it.
     """
-    refuse("rtn", why_not_stochastic(spec, {}))
+    if spec.needs_key:
+        return quantize(
+            w,
+            spec,
+            contracting=-2,
+            batch=tuple(range(w.ndim - 2)),
+            key=key,
+            on_nonfinite="propagate",
+        )
     round_matrix = functools.partial(
         quantize, spec=spec, contracting=-2, on_nonfinite="propagate"
     )
@@ -108,4 +118,5 @@ def _rtn(w: jax.Array, spec: QuantSpec) -> tuple[QTensor, RTNInfo]:
     return _matrix.over_stack(round_matrix, w)
 
 
-METHOD = Method("rtn", solve=None, why_not=why_not_stochastic, judged=False)
+# The record refuses no spec: a model's weight can also be rounded stochastically.
+METHOD = Method("rtn", solve=None, judged=False)

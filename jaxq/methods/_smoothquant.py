@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxq.methods import _matrix
 from jaxq.methods._folding import as_weights
 from jaxq.methods._method import Folding, Method
-from jaxq.methods._options import SHARE, check_values, why_not_stochastic
+from jaxq.methods._method_options import SHARE, check_values, why_not_stochastic
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QuantSpec
 
@@ -134,7 +134,7 @@ def _why_not_smoothed(source: jax.Array | None, weights: Sequence[jax.Array]) ->
     """Why no scale can be moved; empty if one can. Only a norm takes scales."""
     if source is None:
         return ""
-    return "not smoothed: no norm before it can take its scales"
+    return "not smoothed: no previous norm can take the scales"
 
 
 METHOD = Method(

@@ -17,7 +17,13 @@ from jax.typing import ArrayLike
 
 from jaxq import formats
 from jaxq.methods import _matrix
-from jaxq.methods._judging import FALLBACKS, Solved, held_out_rows, judge
+from jaxq.methods._judging import (
+    FALLBACKS,
+    Solved,
+    falls_back,
+    held_out_rows,
+    judge,
+)
 from jaxq.methods._method import Method, Solution
 from jaxq.methods._notes import join_notes
 from jaxq.methods._registry import check_options, get, names
@@ -55,9 +61,10 @@ def solve(
       options: keyword arguments of the method.
       fallback: what happens if the method does worse than rounding: "rtn" takes the
         rounded weight, "none" keeps the method's result, "raise" raises.
-      key: PRNG key for methods that draw random numbers; None takes
-        `jax.random.key(0)`.
-      name: what errors call the weight.
+      key: PRNG key for methods that draw random numbers, and for specs that round
+        stochastically; None uses `jax.random.key(0)`.
+      name: the name of the weight in errors.
+
       nearest: `w` rounded to nearest, if the caller has it already: what
         `quantize(w, ..., contracting=-2)` gives for the method's own granularity
         (`Method.nearest_spec`). None rounds the weight here when it is needed.
@@ -87,26 +94,30 @@ def solve(
     w = _matrix.as_weight(w, method, name)
     _check_request(record, w, stats, spec, options, name)
     held_out = held_out_rows(record, stats)
+    key = jax.random.key(0) if key is None else key
     if nearest is not None:
         _check_nearest(nearest, w, name)
     elif record.solve is None or record.takes_nearest or held_out is not None:
-        nearest = round_to_nearest(w, record.nearest_spec(spec, options))
+        nearest = round_to_nearest(w, record.nearest_spec(spec, options), key)
     if record.solve is None:
         assert nearest is not None
         return Solved(nearest, method, "", None)
     if record.takes_nearest:
         options["nearest"] = nearest
-    key = jax.random.key(0) if key is None else key
     solution = record.solve(w, stats, spec, key=key, **options)
     _check_solution(solution, method, name)
     if solution.rounded:
-        if fallback == "raise":
-            raise ValueError(f"{name}: {method}: {solution.note}. Pass fallback='rtn'.")
+        # Without another result, fallback="none" takes the rounded weight too.
+        falls_back(
+            fallback, f"{name}: {method}: {solution.note}", "Pass fallback='rtn'."
+        )
         return Solved(solution.qt, "rtn", solution.note, None)
     if not record.judged or stats is None:
         return Solved(solution.qt, method, solution.note, None)
     if held_out is None:
-        note = join_notes(solution.note, "not judged: too few rows to hold some out")
+        reason = "too few rows for held-out inputs"
+        note = f"not compared with rounding to nearest: {reason}"
+        note = join_notes(solution.note, note)
         return Solved(solution.qt, method, note, None)
     assert nearest is not None
     return judge(method, solution, nearest, w, held_out, fallback, name)
@@ -140,8 +151,8 @@ def _check_stats(
     expected = (*w.shape[:-2], w.shape[-2])
     if tuple(stats.mean.shape) != expected:
         raise ValueError(
-            f"{name}: its statistics are for inputs {list(stats.mean.shape)}, expected "
-            f"{list(expected)}. Pass the statistics of this layer's inputs."
+            f"{name}: the statistics are for inputs of shape {list(stats.mean.shape)}, "
+            f"expected {list(expected)}. Pass the statistics of this layer's inputs."
         )
     for field in needs:
         if getattr(stats, field) is None:
@@ -151,9 +162,9 @@ def _check_stats(
     if hessian is not None and not bool(jnp.isfinite(hessian).all()):
         largest = float(np.max(stats.absmax))
         raise ValueError(
-            f"{name}: the second moments of its inputs are not finite: magnitudes up "
-            f"to {largest:.3g} are too large to be squared in float32. Scale its "
-            "inputs down, or use another method."
+            f"{name}: the second moments of the layer's inputs are not finite. "
+            f"Magnitudes up to {largest:.3g} are too large to be squared in float32. "
+            "Scale the inputs down, or use another method."
         )
 
 

@@ -17,12 +17,12 @@ def as_tokens(
     """Returns the inputs of a weight as a float32 matrix of tokens.
 
     Args:
-      x: float `[..., in]`. For a stack of weights: `[tokens, in]`, shared by all of
-        them, or stacked like them.
+      x: float `[..., in]`. For a stack of weights: `[tokens, in]` for all weights, or
+        with the same leading axes as the stack.
       w: the weight `[in, out]`, or a stack of weights.
-      caller: what errors begin with.
-      max_tokens: if there are more tokens, every n-th one is taken, with the least n
-        that gives at most `max_tokens`. None takes all.
+      caller: the name that error messages begin with.
+      max_tokens: if there are more tokens, every n-th token is taken. n is the smallest
+        number that gives at most `max_tokens` tokens. None uses all tokens.
 
     Returns:
       float32 `[tokens, in]`, with the axes of a stack in front if `x` has them.

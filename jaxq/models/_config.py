@@ -1,8 +1,8 @@
 """The sizes of a Llama-family model, read from and written to `config.json`.
 
 `config.json` is the file in which the `transformers` package describes a model. A
-config that this model cannot follow exactly is an error, because a wrong position or a
-missing bias would only show as worse text.
+config that this model does not support exactly is an error. Otherwise a wrong position
+or a missing bias would only make the generated text worse.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in tuple(_ROPE_FIELDS):
             raise ValueError(
-                f"RopeScaling: kind is {self.kind!r}; supported are 'default', "
-                "'linear' and 'llama3'."
+                f"RopeScaling: kind is {self.kind!r}; expected 'default', 'linear' or "
+                "'llama3'."
             )
 
 
@@ -175,7 +175,7 @@ class LlamaConfig:
 
         Raises:
             ValueError: a key is missing, has a value of another type, or has a value
-                that this model cannot follow. One message lists all such keys.
+                that this model does not support. One message lists all such keys.
 
         Example:
             >>> LlamaConfig.from_hf({
@@ -191,21 +191,21 @@ class LlamaConfig:
         model_type = config.get("model_type")
         if model_type not in _MODEL_TYPES:
             problems.append(
-                f"model_type={model_type!r}; supported are {', '.join(_MODEL_TYPES)}"
+                f"model_type={model_type!r}; expected one of {', '.join(_MODEL_TYPES)}"
             )
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             problems.append(
-                f"hidden_act={config['hidden_act']!r}; supported are 'silu' and 'swish'"
+                f"hidden_act={config['hidden_act']!r}; expected 'silu' or 'swish'"
             )
         if config.get("partial_rotary_factor") not in (None, 1.0):
             problems.append(
-                f"partial_rotary_factor={config['partial_rotary_factor']!r}; supported "
-                "is 1.0"
+                f"partial_rotary_factor={config['partial_rotary_factor']!r}; expected "
+                "1.0"
             )
         if config.get("quantization_config") is not None:
             problems.append(
-                f"quantization_config={config['quantization_config']!r}; supported are "
-                "float checkpoints, which do not have this key"
+                f"quantization_config={config['quantization_config']!r}; expected a "
+                "float checkpoint, which does not have this key"
             )
         sizes = _read_sizes(config, problems)
         scaling, theta = _read_rope(config, problems)
@@ -406,12 +406,12 @@ def _read_rope(
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(
-            f"partial_rotary_factor={rope['partial_rotary_factor']!r}; supported is 1.0"
+            f"partial_rotary_factor={rope['partial_rotary_factor']!r}; expected 1.0"
         )
     fields = _ROPE_FIELDS.get(kind)
     if fields is None:
         problems.append(
-            f"{groups[-1]}: rope_type={kind!r}; supported are 'default', 'linear' and "
+            f"{groups[-1]}: rope_type={kind!r}; expected 'default', 'linear' or "
             "'llama3'"
         )
         return RopeScaling(), theta
@@ -423,7 +423,10 @@ def _read_rope(
 
 
 def _read_window(config: Mapping[str, Any], problems: list[str]) -> int | None:
-    """The sliding window of all layers, or None. Layers cannot differ in it."""
+    """The sliding window of all layers, or None for full attention.
+
+    It adds a problem to `problems` if the layers have different kinds of attention.
+    """
     attention_kinds = set(config.get("layer_types") or ())
     model_type = config.get("model_type")
     # If a Mistral config does not have the key, transformers uses 4096. If the value
@@ -437,16 +440,16 @@ def _read_window(config: Mapping[str, Any], problems: list[str]) -> int | None:
             window = None
         elif not attention_kinds:
             problems.append(
-                "use_sliding_window=True without layer_types; supported are "
-                "layer_types with one kind of attention for all layers"
+                "use_sliding_window=True needs layer_types with one kind of attention "
+                "for all layers"
             )
     if len(attention_kinds) > 1 or attention_kinds - {
         "full_attention",
         "sliding_attention",
     }:
         problems.append(
-            f"layer_types holds {sorted(attention_kinds)}; supported is one kind of "
-            "attention for all layers"
+            f"layer_types has {sorted(attention_kinds)}; only one kind of attention "
+            "for all layers is supported"
         )
     elif attention_kinds == {"full_attention"}:
         window = None

@@ -108,8 +108,8 @@ def _channel_index(
 
 
 def _inside_a_layer(group: NormGroup) -> bool:
-    """True for a group that is neither the head's nor v_proj's.
+    """True unless the source of a group is the last norm or a v_proj.
 
-    The outputs of v_proj are per key head.
+    The last norm is before the head. The outputs of v_proj are per key head.
     """
     return group.source != "norm" and not group.source.endswith("v_proj")

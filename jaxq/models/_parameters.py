@@ -16,14 +16,14 @@ class Parameters:
     """The float parameters of a model. A key is (path of the module, name).
 
     Reading gives float32. Writing casts back to the dtype of the parameter. `merged`
-    makes a model of the changed parameters.
+    returns the model with the changed parameters.
 
     Args:
       model: an nnx module. It is not changed.
-      caller: what errors begin with.
+      caller: the name that error messages begin with.
 
     Raises:
-      ValueError: a parameter does not hold floats.
+      ValueError: a parameter is not a float array.
     """
 
     def __init__(self, model: Any, caller: str):
@@ -36,8 +36,8 @@ class Parameters:
             name = _SEPARATOR.join(map(str, path))
             if not is_array or not jnp.issubdtype(value.dtype, jnp.floating):
                 raise ValueError(
-                    f"{caller}: {name} does not hold floats. Transform the float "
-                    "model, then quantize it."
+                    f"{caller}: {name} is not a float array. Transform the float model "
+                    "first, then quantize it."
                 )
             module = _SEPARATOR.join(map(str, path[:-1]))
             self._paths[module, path[-1]] = path
@@ -56,5 +56,5 @@ class Parameters:
         )
 
     def merged(self) -> Any:
-        """A model of the parameters as they are now."""
+        """The model with the changed parameters."""
         return nnx.merge(self._graphdef, nnx.from_flat_state(self._flat))

@@ -48,7 +48,7 @@ def rotate(
     With the rotation Q and the gain g of a norm, the embedding E becomes `E Q`. A
     linear that reads the stream becomes `Q^T diag(g) W`. A linear that writes into the
     stream becomes `W Q`, and its bias `b Q`. All gains become 1. A tied head gets a
-    kernel of its own, because the gain of the last norm applies to the head and not to
+    separate kernel, because the gain of the last norm applies to the head and not to
     the embedding.
 
     Args:
@@ -57,13 +57,13 @@ def rotate(
         `jaxq.methods.hadamard(jnp.diag(signs))` with
         `signs = jaxq.methods.random_hadamard(key, d)`.
       heads: float `[h, h]`, orthogonal: rotates the values of every head, between
-        v_proj and o_proj. None leaves them.
+        v_proj and o_proj. None does not rotate them.
       online: orthogonal linear map of the last axis of `[..., intermediate_size]`, for
         example `jaxq.methods.hadamard`. It is applied to the inputs of down_proj while
-        the model runs, and its inverse goes into the weight. None leaves them. Use a
-        module-level function or a frozen object, because models are compared by it. It
-        is not a parameter: load a file of `jaxq.save` into a model that was rotated
-        with the same `online`.
+        the model runs, and its inverse goes into the weight. None does not rotate
+        these inputs. Use a module-level function or a frozen object, because models
+        are compared by it. It is not a parameter: load a file of `jaxq.save` into a
+        model that was rotated with the same `online`.
 
     Returns:
       The new model, with `tie_word_embeddings=False`.
@@ -164,7 +164,7 @@ def _rotate_writers(
 
 
 def _untied(model: Llama) -> Llama:
-    """The model, or a copy whose head has a kernel of its own."""
+    """The model, or a copy whose head has a separate kernel."""
     if not model.config.tie_word_embeddings:
         return model
     config = dataclasses.replace(model.config, tie_word_embeddings=False)

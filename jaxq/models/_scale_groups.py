@@ -209,7 +209,7 @@ def smooth(
       rule: `(absmax [in], [weights [in, out_i]]) -> scale [in]`, or a tuple that begins
         with the scale: for example
         `functools.partial(jaxq.methods.smoothquant, alpha=0.5)`.
-      groups: the groups to smooth. None takes all groups whose source is a norm, except
+      groups: the groups to smooth. None uses all groups whose source is a norm, except
         that of the head.
 
     Returns:

@@ -20,8 +20,8 @@ from jaxq.qtensor import QTensor
 def unrolled(model: Llama) -> Llama:
     """A copy of a model whose layers are in a list.
 
-    Each layer is then a module of its own, which can be inspected, or quantized in its
-    own way. Calibration needs this: a scan over stacked layers discards what is
+    Each layer is then a separate module, so each layer can be inspected or quantized
+    separately. Calibration needs this: a scan over stacked layers discards what is
     collected inside it.
 
     Args:
@@ -63,7 +63,7 @@ def stacked(model: Llama) -> Llama:
 
     Raises:
       ValueError: the layers differ in structure, shapes or dtypes, for example because
-        a recipe quantizes some of them in another way.
+        a recipe quantizes some of them differently.
 
     Example:
       >>> from jaxq.models import Llama, LlamaConfig, stacked
@@ -99,9 +99,10 @@ def _with_layers(model: Llama, layers: Any, *, scan_layers: bool) -> Llama:
 
 
 def _complete_input_scales(layers: Sequence[Any]) -> None:
-    """Gives a weight an input scale of 1 if the same weight of another layer has one.
+    """Adds input scales of 1 if the same weight of another layer has input scales.
 
-    A method may find that the scales of a weight do not help in some of the layers.
+    Some layers may lack input scales, because a method leaves them out of a layer where
+    they do not help.
     """
     by_path = [dict(nnx.iter_graph(layer)) for layer in layers]
     for path, node in by_path[0].items():

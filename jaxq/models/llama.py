@@ -213,11 +213,22 @@ class Llama(nnx.Module):
         Raises:
             ValueError: `tokens` is not an integer matrix, or `count` is given for a
                 cache that is not quantized.
+
+        Example:
+            >>> config = LlamaConfig(vocab_size=64, hidden_size=32,
+            ...                      intermediate_size=48, num_hidden_layers=1,
+            ...                      num_attention_heads=2, num_key_value_heads=1,
+            ...                      head_dim=16)
+            >>> model = Llama(config, rngs=nnx.Rngs(0))
+            >>> cache = model.init_cache(batch=2, length=8)
+            >>> logits, cache = model.decode(jnp.zeros((2, 3), jnp.int32), cache)
+            >>> logits.shape, int(cache.used)
+            ((2, 3, 64), 3)
         """
         if count is not None and cache.used.ndim == 0:
             raise ValueError(
-                "Llama.decode: count needs a cache whose rows have lengths of their "
-                'own. Use init_cache(..., cache="int8").'
+                "Llama.decode: count needs a cache with a separate length for each "
+                'row. Use init_cache(..., cache="int8").'
             )
         return self._forward(tokens, cache, count)
 
@@ -322,12 +333,12 @@ class Llama(nnx.Module):
 
 
 class TokenPlace(NamedTuple):
-    """Where the tokens of one call stand in their texts.
+    """The positions of the tokens of one call in their texts.
 
     Attributes:
         angles: of the rotary embedding, float32 [1 or b, t, h/2].
         mask: bool [t, s], which keys each token reads. None for a quantized cache,
-            which finds this itself.
+            which determines this itself.
         start: int32, the place of the first token; [b] for a quantized cache.
         count: int32[b], how many tokens enter a quantized cache; None means all.
     """

@@ -361,7 +361,10 @@ def _check_finite(sensitivity: Sensitivity) -> None:
 def _best_combinations(
     used: np.ndarray, divergence: np.ndarray, spare_bits: int
 ) -> np.ndarray:
-    """The indices of the combinations that fit and that no other combination beats.
+    """The indices of the combinations that fit the budget and are not dominated.
+
+    A combination is dominated if another one uses no more bits and has no larger
+    divergence. If too many combinations remain, some of them are left out.
 
     Args:
       used: the spare bits that each combination uses.

@@ -17,10 +17,10 @@ They need no levels, but they would decide the divergence. For each i from L to 
    sample of 1000 numbers would lose its largest numbers to sampling noise.
 
 The threshold is the width of i bins, for the i with the smallest D_i. If several D_i
-are equal, the largest i wins. A threshold is refused if it leaves out more than 1/32 of
-the counts that a level has on average, N / (32 L). D_i is also small if nearly all
-numbers are left out, or if most of the others are in one bin. If no threshold is left,
-the range is that of the extremes.
+are equal, the largest i is used. A threshold is invalid if it leaves out more than 1/32
+of the counts that a level has on average, N / (32 L). D_i is also small if nearly all
+numbers are left out, or if most of the other numbers are in one bin. If no threshold is
+valid, the range is that of the extremes.
 
 L is the number of levels of the magnitudes. Symmetric codes have the levels from 0 up:
 128 for int8, 16 for uint4. With a zero point, the C codes are divided between both
@@ -47,7 +47,7 @@ from jaxq.observers._histogram import Histogram, of_magnitudes
 from jaxq.observers._numbers import Count
 from jaxq.observers._observer import RangeKind, enclose, mirror
 
-# A threshold is refused if it leaves out more than this share of a level's mean count.
+# A threshold is invalid if it leaves out more than this share of a level's mean count.
 _MOST_LEFT_OUT = 1 / 32
 # How many candidates are computed together. Each needs memory for all bins.
 _NUM_TOGETHER = 64

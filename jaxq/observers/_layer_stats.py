@@ -8,6 +8,7 @@ result of a method works on rows that the method did not use.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -133,6 +134,7 @@ def empty_stats(
     )
 
 
+@functools.partial(jax.jit, static_argnames="observer")
 def update_stats(
     stats: LayerStats,
     x: jax.Array,

@@ -149,7 +149,7 @@ class MeanSquaredError(Histogram):
             errors = _power(t - _nearest(t, fmt, range_kind), self.power)
             error = jnp.sum(jnp.where(keep, errors, 0.0), axis=-1)
             error = self._in_numbers(error, bottom, top, factor, range_kind)
-            # If errors are equal, the first candidate wins. It has the widest range.
+            # If errors are equal, the first candidate is used. It has the widest range.
             better = error < best_error
             return jnp.where(better, error, best_error), jnp.where(better, k, best_k)
 
@@ -167,7 +167,9 @@ class MeanSquaredError(Histogram):
         factor: jax.Array,
         range_kind: RangeKind,
     ) -> jax.Array:
-        """The error in numbers, up to one constant, from the error in steps.
+        """Converts the error of a candidate to steps of the largest candidate.
+
+        The errors of all candidates can then be compared.
 
         Args:
           error: float32 `[*channels]`, in steps of the smaller range.
@@ -211,7 +213,7 @@ def mse(
     """The range with the smallest mean of `|x - quantized x|^power`, by a grid search.
 
     The candidates are the extremes times `1 - shrink * k / grid` for k from 0 to
-    `grid - 1`. If errors are equal, the smallest k wins. With `symmetric=False` both
+    `grid - 1`. If errors are equal, the smallest k is used. With `symmetric=False` both
     ends shrink by the same factor, and zero points are whole numbers, as in `quantize`.
     With `include_zero=False` the range shrinks towards its middle.
 
@@ -263,7 +265,7 @@ def _smaller_range(
     return low, jnp.where(factor == 1, high, middle + half)
 
 
-class _Steps(NamedTuple):
+class _Grid(NamedTuple):
     """x in steps of the format is `(x - start) * inverse + zero`.
 
     All fields are float32. `inverse` is 0 if the step is 0.
@@ -276,7 +278,7 @@ class _Steps(NamedTuple):
 
 def _steps(
     low: jax.Array, high: jax.Array, fmt: Format, range_kind: RangeKind
-) -> _Steps:
+) -> _Grid:
     """The steps of a range, as in `quantize`."""
     is_symmetric = range_kind is RangeKind.SYMMETRIC
     if is_symmetric:
@@ -286,11 +288,11 @@ def _steps(
     inverse = jnp.where(step > 0, 1 / jnp.where(step > 0, step, 1.0), 0.0)
     nothing = jnp.zeros_like(inverse)
     if is_symmetric:
-        return _Steps(nothing, inverse, nothing)
+        return _Grid(nothing, inverse, nothing)
     if range_kind is RangeKind.ANYWHERE:
-        return _Steps(low, inverse, nothing + np.float32(fmt.min))
+        return _Grid(low, inverse, nothing + np.float32(fmt.min))
     zero = np.float32(fmt.min) - jnp.round(low * inverse)
-    return _Steps(nothing, inverse, jnp.clip(zero, fmt.min, fmt.max))
+    return _Grid(nothing, inverse, jnp.clip(zero, fmt.min, fmt.max))
 
 
 def _nearest(t: jax.Array, fmt: Format, range_kind: RangeKind) -> jax.Array:

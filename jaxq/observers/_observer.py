@@ -123,6 +123,15 @@ class Observer(abc.ABC):
           ValueError: the kept axes of x have other sizes than the channels of the
             state; or `where` does not broadcast to x; or another kind of observer or
             other settings made the state.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxq
+          >>> observer = jaxq.observers.minmax()
+          >>> x = jnp.array([-1.0, 2.0, 100.0])
+          >>> is_real = jnp.array([True, True, False])  # the last number is padding
+          >>> state = observer.update(observer.init(x), x, where=is_real)
+          >>> [float(end) for end in observer.bounds(state, "int8", symmetric=False)]
+          [-1.0, 2.0]
         """
         shape = self._channel_shape(x, "update")
         state_shape = state.totals.nan.low.shape

@@ -219,10 +219,10 @@ def moving_average(
     A new value v updates the average e: `e = decay * e + (1 - decay) * v`. A batch
     without a finite number does not change the average.
 
-    The average depends on the order of the batches. So two states cannot be merged as
-    if one continued the other. The merged average is the mean of the two averages,
-    weighted by their numbers of batches. It does not depend on the order of merges, up
-    to rounding in float32.
+    The average depends on the order of the batches. A merged state therefore differs
+    from the state after all batches in sequence. The merged average is the mean of the
+    two averages, weighted by their numbers of batches. It does not depend on the order
+    of merges, up to rounding in float32.
 
     Args:
       decay: at least 0 and below 1.

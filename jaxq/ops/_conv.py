@@ -74,7 +74,7 @@ def conv_general_dilated(
       feature_group_count: as in `lax.conv_general_dilated`.
       batch_group_count: as in `lax.conv_general_dilated`.
       precision: as in `lax.conv_general_dilated`.
-      preferred_element_type: dtype of the result; None takes the dtype that the
+      preferred_element_type: dtype of the result; None uses the dtype that the
         operands promote to.
 
     Returns:
@@ -180,18 +180,6 @@ def convolve(
       >>> convolve(product, jnp.ones((1, 5, 4)), kernel, channel=1).shape
       (1, 5, 8)
     """
-    if kernel.meta.outliers is not None:
-        raise ValueError(
-            f"conv_general_dilated: {kernel!r} has an outlier threshold, and the input "
-            "of a convolution has no columns. Use with_activation without outliers=."
-        )
-    if kernel.input_scale is not None and kernel.meta.activation is not None:
-        raise ValueError(
-            f"conv_general_dilated: {kernel!r} has an input_scale and quantizes its "
-            "input. The input cannot be multiplied first, because the factors differ "
-            "between the positions of the window. Use kernel.with_activation(None), "
-            "or kernel.with_input_scale(None)."
-        )
     if isinstance(kernel, TrainedWeight):
         convolution = functools.partial(
             convolve,

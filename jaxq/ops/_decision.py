@@ -1,9 +1,10 @@
 """What runs for a product: integer dot, float8 dot, Pallas kernel or XLA form.
 
 This file decides which numbers are multiplied (codes or floats), in which dtypes, and
-what is quantized or dequantized first. `dot_general`, `conv_general_dilated`, `take`,
-`ragged_dot` and `explain` each call a function `plan_...` of this file. The operations
-then carry out the `Plan` that the function returns. A decision depends only on static
+what is quantized or dequantized first. `dot_general`, `conv_general_dilated` and
+`explain` each call a function `plan_...` of this file. The operations then carry out
+the `Plan` that the function returns. `take` and `ragged_dot` can run in one way only,
+so this file checks their operands and makes no plan. A decision depends only on static
 facts (`_facts.py`). Nothing is quantized or traced here.
 
 `jaxq.kernels` decides the rest: `_dispatch.py` chooses a Pallas kernel or the XLA form
@@ -57,15 +58,17 @@ class _Prepared:
       before: as in `Plan`.
       activation: as in `Plan`.
       outliers: as in `Plan`.
+      outlier_product: as in `Plan`.
     """
 
     reason: str = ""
     before: tuple[Preparation, ...] = ()
     activation: Literal["dynamic", "static"] | None = None
     outliers: float | None = None
+    outlier_product: Plan | None = None
 
     def left_dequantized(self, problem: str) -> _Prepared:
-        """The same preparations, after which the left operand is dequantized."""
+        """The same preparations, and then dequantization of the left operand."""
         return dataclasses.replace(
             self,
             reason=f"{self.reason}the left operand is dequantized, because {problem}; ",
@@ -73,7 +76,7 @@ class _Prepared:
         )
 
     def input_scaled(self, *, swapped: bool) -> _Prepared:
-        """The same preparations, after which the activation is multiplied by factors.
+        """The same preparations, and then multiplication of the activation by factors.
 
         Args:
           swapped: the activation is the right operand.
@@ -103,6 +106,7 @@ class _Prepared:
             before=self.before,
             activation=self.activation,
             outliers=self.outliers,
+            outlier_product=self.outlier_product,
             x_dtype=x_dtype,
             result=result,
         )
@@ -210,8 +214,11 @@ def _plan_activation(
     spec, kind = weight.meta.activation, _activation_kind(weight)
     assert spec is not None
     outliers = weight.meta.outliers
-    exception = ""
+    exception, outlier_product = "", None
     if outliers is not None:
+        bare = weight.without_activation()
+        sides = (bare, x) if swapped else (x, bare)
+        outlier_product = _plan_product(*sides, dims, "float32")
         exception = (
             f", except columns with a magnitude of at least {outliers:g}, which are "
             "multiplied in floats"
@@ -223,6 +230,7 @@ def _plan_activation(
         (*prepared.before, step),
         kind,
         outliers,
+        outlier_product,
     )
     lhs, rhs, quantized_dims = _quantized_sides(x, weight, dims, swapped=swapped)
     return _plan_two_quantized(lhs, rhs, quantized_dims, prepared)
@@ -324,7 +332,7 @@ def _why_not_operand(
     if operand.offset is not None:
         return f"{name}, {operand.fmt.name}, has a real offset"
     if operand.codebook is not None:
-        return f"{name}, {operand.fmt.name}, has a codebook of its own"
+        return f"{name}, {operand.fmt.name}, has its own codebook"
     return None
 
 
@@ -391,11 +399,10 @@ def plan_on_platform(
         device_kind = kernels.device_kind(platform)
     problem = _kernel_problem(plan, lhs, rhs, dims)
     choice = kernels.choose(problem, platform, device_kind, num_devices)
-    if choice.reason is not None and plan.outliers is not None:
+    if choice.reason is not None and plan.outlier_product is not None:
         # The product of the outlier columns may still have a kernel.
         lhs, rhs = _without_activation(lhs), _without_activation(rhs)
-        float_plan = _plan_product(lhs, rhs, dims, "float32")
-        problem = _kernel_problem(float_plan, lhs, rhs, dims)
+        problem = _kernel_problem(plan.outlier_product, lhs, rhs, dims)
         choice = kernels.choose(problem, platform, device_kind, num_devices)
     return dataclasses.replace(
         plan,
@@ -485,6 +492,8 @@ def plan_conv(
       TypeError: the kernel has an activation spec, and `x` is an array that is not
         float32, bfloat16 or float16.
       ValueError: the kernel has an activation spec that does not fit the shape of `x`.
+        Or the kernel has an outlier threshold, or both an input scale and an activation
+        spec.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -496,6 +505,18 @@ def plan_conv(
     """
     x_facts, kernel_facts = facts_of(x), facts_of(kernel)
     assert isinstance(kernel_facts, CodesFacts)
+    if kernel.meta.outliers is not None:
+        raise ValueError(
+            f"conv_general_dilated: {kernel!r} has an outlier threshold, and the input "
+            "of a convolution has no columns. Use with_activation without outliers=."
+        )
+    if kernel_facts.input_scale and kernel.meta.activation is not None:
+        raise ValueError(
+            f"conv_general_dilated: {kernel!r} has an input_scale and quantizes its "
+            "input. The input cannot be multiplied first, because the factors differ "
+            "between the positions of the window. Use kernel.with_activation(None), "
+            "or kernel.with_input_scale(None)."
+        )
     batch, channel = batch % x_facts.ndim, channel % kernel_facts.ndim
     spec, bare_kernel = kernel_facts.meta.activation, kernel_facts.without_activation()
     if spec is None or isinstance(x_facts, CodesFacts):
@@ -560,12 +581,11 @@ def _why_not_conv_codes(
 # Rows of a table, and rows sorted by expert.
 
 
-def plan_take(table: QTensor) -> Plan:
-    """The plan for the lookup of rows of a quantized table.
+def check_table(table: QTensor) -> None:
+    """Raises a ValueError unless `take` can dequantize single rows of a table.
 
-    Raises:
-      ValueError: the table is not `[n, d]` with scales shared along axis -1, or it has
-        tiles (`PerBlock`) of several rows.
+    The table must be `[n, d]` with scales shared along axis -1, and without tiles
+    (`PerBlock`) of several rows.
     """
     geometry = table.meta.geometry
     is_matrix = geometry.order == (-2, -1) and geometry.num_contracted == 1
@@ -576,15 +596,17 @@ def plan_take(table: QTensor) -> Plan:
         )
     if geometry.block_shape[0] not in (1, None):
         raise ValueError(
-            f"take: the blocks of {table!r} run across rows. "
+            f"take: the blocks of {table!r} cross rows. "
             "Use jaxq.dequantize(table)[indices]."
         )
-    reason = "only the rows at the indices are dequantized"
-    return Plan("dequantize", table.meta.dtype, False, reason)
 
 
-def plan_ragged(x: Any, weights: QTensor) -> Plan:
-    """The plan for rows sorted by expert times a stack of quantized weights.
+def ragged_x_dtype(x: Any, weights: QTensor) -> str:
+    """The dtype in which `ragged_dot` multiplies the rows of `x` by weights.
+
+    Args:
+      x: the rows, sorted by expert.
+      weights: the stack of quantized weights.
 
     Raises:
       ValueError: the weights are not `[e, k, n]` quantized with `contracting=-2` and
@@ -595,11 +617,9 @@ def plan_ragged(x: Any, weights: QTensor) -> Plan:
     if not is_stack or geometry.kept != (-1,) or why_not_rows(weights.meta):
         raise ValueError(
             "ragged_dot: weights must be [e, k, n], quantized with contracting=-2 and "
-            f"batch=0, and their blocks must not run across rows; got {weights!r}."
+            f"batch=0, and their blocks must not cross rows; got {weights!r}."
         )
-    x_dtype = x.dtype.name if x.dtype == weights.dtype else "float32"
-    reason = f"{weights.spec.fmt.name} codes are decoded in blocks of rows"
-    return Plan("weight_only", "float32", False, reason, x_dtype=x_dtype)
+    return x.dtype.name if x.dtype == weights.dtype else "float32"
 
 
 # Dtypes of sums and results.

@@ -63,7 +63,7 @@ def dot_general(
       dimension_numbers: `((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))`.
       precision: passed to lax if both operands are arrays; ignored otherwise.
       preferred_element_type: dtype of the result. If an operand is quantized, this must
-        be a float dtype of at most 32 bits. None takes the dtype that the operands
+        be a float dtype of at most 32 bits. None uses the dtype that the operands
         promote to, with two exceptions: int32 for integers narrower than int32, and
         float32 for float8. Sums rarely fit these narrow dtypes.
       out_sharding: how the result is sharded over a mesh, a `NamedSharding` or
@@ -233,7 +233,7 @@ def _multiply_over_mesh(
 
     Args:
       plan: the plan of the whole product.
-      steps: the last preparations of `plan.before`, which are still to be made.
+      steps: the last preparations of `plan.before`. They are not carried out yet.
       lhs: the left operand after the other preparations.
       rhs: the right operand after the other preparations.
       dims: dimension numbers of these operands, without negative axes.
@@ -330,7 +330,7 @@ def _multiply_activation(
 
     def float_product(x: jax.Array, weight: QTensor) -> jax.Array:
         sides = (weight, x) if swapped else (x, weight)
-        float_plan = plan_dot(*sides, dims)
+        float_plan = plan.outlier_product or plan_dot(*sides, dims)
         return _multiply_over_mesh(float_plan, float_plan.before, *sides, dims)
 
     if plan.outliers is None:

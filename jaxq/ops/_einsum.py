@@ -29,8 +29,8 @@ def matmul(a: Operand, b: Operand, *, preferred_element_type: Any = None) -> jax
       `[..., m, n]`, accumulated in int32 or float32.
 
     Raises:
-      TypeError: contracted or leading axes differ in size, or a dtype is one that
-        `dot_general` refuses.
+      TypeError: contracted or leading axes differ in size, or `dot_general` does not
+        accept a dtype.
       ValueError: an operand has no axes; or a QTensor, or an operand with one axis,
         would have to be broadcast to the leading axes of the other operand.
 
@@ -81,8 +81,8 @@ def einsum(
     Raises:
       ValueError: `subscripts` name more or fewer axes than an operand has, or break a
         rule above; or an operand is a QTensor and there are not two operands.
-      TypeError: `subscripts` is not a string; or an axis size or a dtype is one that
-        `dot_general` refuses.
+      TypeError: `subscripts` is not a string; or `dot_general` does not accept an axis
+        size or a dtype.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -235,7 +235,8 @@ def _check_result(
 ) -> None:
     """Raises unless the indices of the result are valid.
 
-    The result must name each index once, and every index that only one operand has.
+    The result may name an index only once. It must name every index that only one
+    operand has.
     """
     unknown = set(out) - set(left) - set(right)
     if unknown or len(set(out)) != len(out):

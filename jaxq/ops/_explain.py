@@ -37,9 +37,9 @@ def explain(
       lhs: array, `jax.ShapeDtypeStruct` or QTensor. A `TrainedWeight` multiplies as
         its `quantize()`.
       rhs: likewise.
-      dimension_numbers: as in `dot_general`. None takes the dimension numbers of
+      dimension_numbers: as in `dot_general`. None uses the dimension numbers of
         `matmul`.
-      platform: "cpu", "tpu", "cuda", "gpu" (the same as "cuda") or "rocm"; None takes
+      platform: "cpu", "tpu", "cuda", "gpu" (the same as "cuda") or "rocm"; None uses
         the default backend of jax.
 
     Returns:

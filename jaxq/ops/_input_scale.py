@@ -57,7 +57,7 @@ def scale_operand(
 def scale_rows_by_group(
     x: jax.Array, weights: QTensor, group_sizes: jax.Array
 ) -> tuple[jax.Array, QTensor]:
-    """Moves the input scales of a stack of weights to rows that are sorted by weight.
+    """Multiplies rows of x, sorted by weight, by the input scales of their weights.
 
     Args:
       x: floats `[m, k]`.
@@ -65,8 +65,8 @@ def scale_rows_by_group(
       group_sizes: int32 `[e]`, the number of rows of each weight.
 
     Returns:
-      (the rows multiplied by the factors of their weights, the weights without
-      factors).
+      (the rows multiplied by the input scales of their weights, the weights without
+      input scales).
     """
     if weights.input_scale is None:
         return x, weights

@@ -50,6 +50,8 @@ class Plan:
         if it is quantized by a range from calibration, None if it stays in floats.
       outliers: columns of the activation are multiplied in floats if their largest
         magnitude is at least this number. None if there is no such threshold.
+      outlier_product: the plan of the product of these columns. None if there is no
+        such threshold.
       x_dtype: dtype of the other operand when it is multiplied by the weight. On the
         path "codes", "int8" means int8 codes with one scale per row, for which a kernel
         may run. None on paths that do not use this field.
@@ -73,6 +75,7 @@ class Plan:
     before: tuple[Preparation, ...] = ()
     activation: Literal["dynamic", "static"] | None = None
     outliers: float | None = None
+    outlier_product: Plan | None = None
     x_dtype: str | None = None
     result: str = "float32"
 

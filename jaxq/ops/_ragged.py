@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.kernels import Rows, as_rows, ragged_matmul
-from jaxq.ops._decision import plan_ragged, result_dtype
+from jaxq.ops._decision import ragged_x_dtype, result_dtype
 from jaxq.ops._input_scale import scale_rows_by_group
 from jaxq.ops._trained import multiply_trained
 from jaxq.ops._weight_rows import row_meta, weight_rows
@@ -41,7 +41,7 @@ def ragged_dot(
         `contracting=-2, batch=0`.
       group_sizes: integers `[e]`, the number of rows of each expert. Rows beyond the
         sum of `group_sizes` give zeros.
-      preferred_element_type: dtype of the result. None takes the same dtype as
+      preferred_element_type: dtype of the result. None uses the same dtype as
         `jaxq.dot_general`. The product is accumulated in float32.
 
     Returns:
@@ -89,7 +89,7 @@ def ragged_dot(
             f"ragged_dot: group_sizes must be integers ({shown}). Pass the number of "
             "rows of each expert."
         )
-    plan = plan_ragged(x, weights)
+    x_dtype = ragged_x_dtype(x, weights)
     num_experts, k, _ = weights.shape
     if x.shape[1] != k or group_sizes.shape != (num_experts,):
         raise ValueError(
@@ -101,7 +101,7 @@ def ragged_dot(
     x, weights = scale_rows_by_group(x, weights, sizes)
     stacked = jax.vmap(_expert_rows)(weights)
     meta = dataclasses.replace(row_meta(weights.meta), layout="rows")
-    y = ragged_matmul(x.astype(plan.x_dtype), stacked, sizes, meta)
+    y = ragged_matmul(x.astype(x_dtype), stacked, sizes, meta)
     return y.astype(out_dtype)  # pyright: ignore
 
 

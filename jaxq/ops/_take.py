@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import sharding
-from jaxq.ops._decision import plan_take
+from jaxq.ops._decision import check_table
 from jaxq.ops._trained import multiply_trained
 from jaxq.qtensor import (
     Geometry,
@@ -53,7 +53,7 @@ def take(table: QTensor | TrainedWeight, indices: jax.typing.ArrayLike) -> jax.A
             "Index arrays with jnp.take."
         )
     check_leaves(table, "take")
-    plan_take(table)  # raises unless `_take` can read the table
+    check_table(table)
     indices = jnp.asarray(indices)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(

@@ -102,7 +102,7 @@ def why_not_rows(meta: Meta) -> str | None:
         return None
     k, block = geometry.contracted_size, geometry.block_shape[0]
     if geometry.num_blocks != (1,) and (block is None or k % block):
-        return f"blocks of {block} run across rows of {k}"
+        return f"blocks of {block} codes cross rows of {k} codes"
     codes_per_pack = formats.codes_per_pack(meta.spec.fmt.bits, packing)
     if geometry.padded_shape != geometry.storage_shape or k % codes_per_pack:
         return f"rows of {k} codes end inside a byte"

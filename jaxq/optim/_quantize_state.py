@@ -14,7 +14,14 @@ import optax
 from jaxq.optim._blocks import blocked
 from jaxq.optim._specs import first_spec, second_spec
 from jaxq.optim._states import SECOND, moments_of
-from jaxq.qtensor import QTensor, QuantSpec, check_floats, dequantize, quantize_array
+from jaxq.qtensor import (
+    QTensor,
+    QuantSpec,
+    check_floats,
+    dequantize,
+    is_qtensor,
+    quantize_array,
+)
 from jaxq.recipes import compile_pattern
 
 _CALLER = "quantize_state"
@@ -122,10 +129,10 @@ def quantize_state(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        floats = jax.tree.map(_dequantized, state, is_leaf=_is_qtensor)
+        floats = jax.tree.map(_dequantized, state, is_leaf=is_qtensor)
         updates, new_state = inner.update(updates, floats, params, **extra_args)
-        moments = moments_of(state, _is_qtensor)
-        treedef = jax.tree.structure(state, is_leaf=_is_qtensor)
+        moments = moments_of(state, is_qtensor)
+        treedef = jax.tree.structure(state, is_leaf=is_qtensor)
         new_leaves = [
             _requantized(leaf, new_leaf, moment == SECOND)
             for (_, leaf, moment), new_leaf in zip(
@@ -152,7 +159,7 @@ def _quantized(leaf: Any, spec: QuantSpec, is_second: bool, path: str) -> QTenso
 
 def _dequantized(leaf: Any) -> Any:
     """The floats of a QTensor, in an `nnx.Variable` if the codes are in one."""
-    if not _is_qtensor(leaf):
+    if not is_qtensor(leaf):
         return leaf
     if not _is_variable(leaf.data):
         return dequantize(leaf)
@@ -161,7 +168,7 @@ def _dequantized(leaf: Any) -> Any:
 
 def _requantized(old: Any, new: Any, is_second: bool) -> Any:
     """The new floats of a leaf as a QTensor like `old`, if `old` is a QTensor."""
-    if not _is_qtensor(old):
+    if not is_qtensor(old):
         return new
     x = new.get_value() if _is_variable(new) else new
     meta = old.meta
@@ -191,12 +198,8 @@ def _raise_unmatched(patterns: set[str], paths: list[str]) -> None:
     )
 
 
-def _is_qtensor(node: Any) -> bool:
-    return isinstance(node, QTensor)
-
-
 def _is_leaf(node: Any) -> bool:
-    return _is_qtensor(node) or _is_variable(node)
+    return is_qtensor(node) or _is_variable(node)
 
 
 def _is_variable(node: Any) -> bool:

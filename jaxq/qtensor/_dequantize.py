@@ -23,7 +23,7 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
 
     Args:
       qt: a QTensor.
-      dtype: float dtype of the result. None takes `qt.dtype`. Numbers beyond the range
+      dtype: float dtype of the result. None uses `qt.dtype`. Numbers beyond the range
         of the dtype are clipped to the range. For example, a rounded scale can put a
         number just beyond the range of float16.
 
@@ -64,7 +64,8 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
             f"dequantize: dtype={dtype.name} needs jax_enable_x64=True. Set "
             "jax_enable_x64, or pass dtype=jnp.float32."
         )
-    return _dequantize(qt, dtype)
+    # Without the name, all arrays of a shape share one program.
+    return _dequantize(qt.with_meta(name=""), dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -120,11 +121,8 @@ def code_values(qt: QTensor, blocks: jax.Array) -> jax.Array:
         codes = blocks.astype(jnp.int32) - zero.astype(jnp.int32)
         return codes.astype(jnp.float32)
     if qt.codebook is not None:
-        entries = [
-            geometry.scale_to_blocks(qt.codebook[..., i])
-            for i in range(qt.codebook.shape[-1])
-        ]
-        table = jnp.stack(entries, axis=-1)
+        entries = geometry.scale_to_blocks(jnp.moveaxis(qt.codebook, -1, 0))
+        table = jnp.moveaxis(entries, 0, -1)
         return formats.decode_by_table(qt.spec.fmt, table, blocks)
     return qt.spec.fmt.decode(blocks)
 

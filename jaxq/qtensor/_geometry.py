@@ -341,8 +341,8 @@ def resolve(
     Args:
       shape: logical shape, with batch axes.
       granularity: where scales vary.
-      contracting: contracted axes. None takes the axis of the granularity. If the
-        granularity has no axis, None takes -1 for `PerToken`, -2 for a matrix and the
+      contracting: contracted axes. None uses the axis of the granularity. If the
+        granularity has no axis, None uses -1 for `PerToken`, -2 for a matrix and the
         only axis of a 1-D array.
       batch: leading axes that share no scales.
       context: the parts of error messages that describe the call.

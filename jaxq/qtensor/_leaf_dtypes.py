@@ -1,8 +1,8 @@
-"""The dtypes of the leaves of a QTensor, and the refusal of leaves of other dtypes.
+"""The dtypes of the leaves of a QTensor, and a check that the leaves have them.
 
 `jax.tree.map` computes with leaves. A mean of codes is not a code, and codes that were
-cast to floats are not stored as codes. Both change the dtype of a leaf, so the change
-is refused where the QTensor is used.
+cast to floats are not stored as codes. Both change the dtype of a leaf. An error is
+raised where such a QTensor is used.
 """
 
 from __future__ import annotations

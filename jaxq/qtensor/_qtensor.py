@@ -166,6 +166,12 @@ class QTensor(ProductOperand):
 
         Raises:
           TypeError: a leaf has another dtype than `meta` says.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxq
+          >>> qt = jaxq.quantize(jnp.array([[0.5], [-1.0]]), "int8")
+          >>> qt.codes().tolist()
+          [[64], [-127]]
         """
         check_leaves(self, "QTensor.codes")
         return _logical_codes(self)
@@ -281,6 +287,12 @@ class QTensor(ProductOperand):
             given. With `bounds` also: a bound is not finite; low is not less than high;
             the granularity has groups, tiles or flat blocks; or the scale of the spec
             depends on more than a range.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxq
+          >>> qt = jaxq.quantize(jnp.eye(32), "int8").with_activation("int8")
+          >>> jaxq.explain(jnp.ones((2, 32)), qt).path
+          'codes'
         """
         activation = (
             None if spec is None else as_activation_spec(spec, "with_activation")
@@ -481,6 +493,11 @@ class QTensor(ProductOperand):
             path=path,
             subtree_renderer=subtree_renderer,
         )
+
+
+def is_qtensor(x: Any) -> bool:
+    """True for a QTensor: an `is_leaf=` of functions on trees."""
+    return isinstance(x, QTensor)
 
 
 # `jax.export` stores the type names of the arguments of a program.

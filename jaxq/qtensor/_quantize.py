@@ -60,14 +60,14 @@ def quantize(
     If several levels round stochastically, `jax.random.split(key, num_levels)` gives
     each of these levels a key, the outermost level first. A scale that is rounded
     stochastically is an unbiased estimate of the scale before rounding. The exception
-    is that a scale that is not 0 never becomes 0.
+    is a very small scale, because a scale that is not 0 never becomes 0.
 
     Args:
       w: float32, bfloat16 or float16 array with at least one axis.
       spec: preset name (`jaxq.presets()`) or `QuantSpec`.
       contracting: axes that a matmul with `w` contracts. Groups run along these axes,
-        and scales are shared along them. None takes the axis of the granularity. If the
-        granularity has no axis, None takes -1 for `PerToken`, -2 for a matrix (Flax
+        and scales are shared along them. None uses the axis of the granularity. If the
+        granularity has no axis, None uses -1 for `PerToken`, -2 for a matrix (Flax
         kernels are `[in, out]`) and the only axis of a 1-D array.
       batch: leading axes that share no scales, for example stacked layers or experts.
       key: PRNG key. Needed if `spec.needs_key`, not allowed otherwise.
@@ -86,7 +86,7 @@ def quantize(
         each scale (float `[*batch, *num_blocks]`). A symmetric spec uses the larger
         magnitude of the two bounds, and `scale_rule="signed_extreme"` becomes "absmax".
       name: the name of the array in error messages, for example the path of a
-        parameter. None takes "w".
+        parameter. None uses "w".
 
     Returns:
       A QTensor with the shape and dtype of `w`. It is bitwise the same under jit and

@@ -102,7 +102,7 @@ def _exponent_field(bits: jax.Array) -> jax.Array:
 
 
 def _mantissa(bits: jax.Array) -> jax.Array:
-    """The significant digits of float32 bit patterns as a number in [1, 2)."""
+    """The significand of float32 bit patterns, a number in [1, 2)."""
     one = np.float32(1).view(np.uint32)
     return lax.bitcast_convert_type((bits & _FRACTION) | one, jnp.float32)
 

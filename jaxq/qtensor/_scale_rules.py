@@ -69,7 +69,7 @@ class ScaleRule:
 
     @property
     def has_threshold(self) -> bool:
-        """True if codes are ternary by a threshold instead of rounded."""
+        """True if a threshold determines the ternary codes, and nothing is rounded."""
         return self.threshold is not None
 
     @property
@@ -254,7 +254,7 @@ def _reach_of_mx_ceil(fmt: formats.Format) -> float:
 
 
 def _reach_of_mx_even(fmt: formats.Format) -> float:
-    """A mantissa from `2 - 2^-(mantissa bits + 1)` on is rounded up to 2."""
+    """A mantissa of at least `2 - 2^-(mantissa bits + 1)` is rounded up to 2."""
     return 2.0**fmt.max_exponent * (2.0 - 2.0 ** -(fmt.mantissa_bits + 1))
 
 

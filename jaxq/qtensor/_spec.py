@@ -75,7 +75,7 @@ class QuantSpec:
       offset: None; "min", the minimum of each block, for unsigned formats (KIVI, 2024);
         or "mean", one mean for the whole array (double quantization in QLoRA, 2023).
         Unlike a zero point, an offset is a real number.
-      packing: order of codes in bytes, see `jaxq.formats.Packing`. None takes the
+      packing: order of codes in bytes, see `jaxq.formats.Packing`. None uses the
         default of the width.
       codes_from: the scale by which numbers are divided to compute codes. "stored" is
         the scale after it is rounded or quantized. `dequantize` uses the same scale.
@@ -191,8 +191,8 @@ class QuantSpec:
     def with_absmax(self) -> QuantSpec:
         """The same spec without signed scales.
 
-        A range that is given (static range, clipping) and the range of an activation
-        are symmetric about 0, so they have no extreme number with a sign.
+        A given range (static range, clipping) and the range of an activation are
+        symmetric about 0. They do not say which sign the extreme number has.
 
         Example:
           >>> import jaxq
@@ -245,7 +245,8 @@ class QuantSpec:
 def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
     """The spec of an operand with a static range: the same spec with `PerTensor()`.
 
-    A static range has no extreme number with a sign, so scales have no sign.
+    A static range does not say which sign the extreme number has, so scales have no
+    sign.
 
     Args:
       spec: the spec of the operand.

@@ -385,6 +385,11 @@ class TrainedWeight(ProductOperand):
 QUANTIZED = QTensor | TrainedWeight
 
 
+def is_quantized(x: Any) -> bool:
+    """True for a QTensor or TrainedWeight: an `is_leaf=` of functions on trees."""
+    return isinstance(x, QUANTIZED)
+
+
 def _trained_scale(
     values: jax.Array, stored: jax.Array | QTensor
 ) -> jax.Array | TrainedWeight:

@@ -1,9 +1,9 @@
 """What named recipes leave in floats: embeddings, routers, output heads, norms, biases.
 
-A small error costs most in these arrays. They are recognised by the kind of their
-layer and by their name. A name is a word of the path. Components of a path are
-separated by "/", or by "." in the flat dicts of Hugging Face checkpoints. "LMHead_0" is
-the name that linen gives to an LMHead without a name of its own.
+A small error in one of these arrays changes the outputs most. The arrays are recognised
+by the kind of their layer and by their name. A name is a word of the path. Components
+of a path are separated by "/", or by "." in the flat dicts of Hugging Face checkpoints.
+"LMHead_0" is the name that linen gives to an LMHead without an explicit name.
 """
 
 from __future__ import annotations

@@ -51,7 +51,10 @@ _NAMED = {
 
 
 def names() -> list[str]:
-    """The names of all named recipes, sorted: every preset, and those with more rules.
+    """The names of all named recipes, sorted.
+
+    Every preset is a named recipe. The other recipes quantize activations, use a method
+    or rotate the model.
 
     Example:
       >>> import jaxq
@@ -84,7 +87,10 @@ def get(name: str | QuantSpec) -> Recipe:
 
 
 def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
-    """The recipe that a name, a spec for every weight, or a `Recipe` stands for.
+    """Returns a `Recipe` for a name or for a spec. A `Recipe` is returned unchanged.
+
+    The recipe for a name or a spec begins with `default_rules`. Its last rule quantizes
+    all other layers by the name or the spec.
 
     Raises:
       ValueError: no recipe has this name; the error suggests close names.

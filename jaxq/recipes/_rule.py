@@ -72,7 +72,7 @@ class Rule:
       contracting: the axes of the weight that its product contracts, as in
         `jaxq.quantize`. None takes them from the layer; for a bare matrix it means -2,
         or the axes that a trace of calibration batches shows.
-      batch: leading axes of a bare array that get scales of their own. None takes them
+      batch: leading axes of a bare array that get separate scales. None takes them
         from the layer.
       reason: what the report says about a skipped layer.
       optional: True if the rule may match nothing. Otherwise that is an error.
@@ -268,8 +268,7 @@ class Rule:
                 "Leave them out, or pass the method= that has them."
             )
         methods.check_options(self.name, self.method, options)
-        rounds_only = record.solve is None and record.folding is None
-        if isinstance(self.weight, QuantSpec) and not rounds_only:
+        if isinstance(self.weight, QuantSpec):
             objection = record.why_not(self.weight, options)
             if objection:
                 raise ValueError(f"{self.name}: method {self.method!r}: {objection}")

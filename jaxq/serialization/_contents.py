@@ -100,7 +100,7 @@ def write_contents(
     Args:
       path: the file to write.
       contents: what to write.
-      caller: the name of the function that errors begin with.
+      caller: the name that error messages begin with.
     """
     path = Path(path)
     check_folder(path, caller)
@@ -125,7 +125,7 @@ def read_contents(path: str | os.PathLike[str], *, caller: str) -> Contents:
 
     Args:
       path: the file to read.
-      caller: the name of the function that errors begin with.
+      caller: the name that error messages begin with.
     """
     path = Path(path)
     header, tensors = read_file(path, caller)

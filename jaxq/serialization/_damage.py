@@ -77,7 +77,7 @@ def _scale_damage(qt: QTensor) -> str | None:
     if isinstance(scale_spec, QuantSpec) != isinstance(qt.scale, QTensor):
         return "either its scale or the scale of its spec is quantized, but not both"
     if isinstance(qt.scale, QTensor) and qt.scale.spec != scale_spec:
-        return "the spec of its quantized scale is not the spec that its own spec names"
+        return "the spec of its quantized scale is not the `scale` of its own spec"
     return None
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxq
-from jaxq.formats import CodebookFormat, _registry
+from jaxq.formats import CodebookFormat
 from tests.arrays import assert_close, assert_same, normal
 
 # 16 cubes from -1 to 1: seven negative numbers, zero, and eight positive numbers.
@@ -18,10 +18,12 @@ CUBES = CodebookFormat("cubes4", (*NEGATIVE, 0.0, *POSITIVE))
 
 
 @pytest.fixture(autouse=True)
-def cubes_registered(monkeypatch):
-    """Registers the format, and restores the registry after the test."""
-    monkeypatch.setattr(_registry, "_registry", dict(_registry._registry))
+def cubes_registered():
+    """Registers the format, and removes it after the test."""
     jaxq.formats.register(CUBES)
+    yield
+    if "cubes4" in jaxq.formats.names():
+        jaxq.formats.unregister("cubes4")
 
 
 def spec(**options) -> jaxq.QuantSpec:
@@ -97,12 +99,10 @@ def test_model_weight_is_quantized_saved_and_loaded(tmp_path):
     assert_same(loaded(x), qmodel(x))
 
 
-def test_file_needs_the_format_to_be_registered(tmp_path, monkeypatch):
+def test_file_needs_the_format_to_be_registered(tmp_path):
     path = tmp_path / "weight.safetensors"
     jaxq.save(path, {"w": jaxq.quantize(normal(64, 8), spec())})
     assert jaxq.load(path)["w"].spec.fmt == CUBES
-    without = dict(_registry._registry)
-    del without["cubes4"]
-    monkeypatch.setattr(_registry, "_registry", without)
+    jaxq.formats.unregister("cubes4")
     with pytest.raises(ValueError, match="unknown format 'cubes4'"):
         jaxq.load(path)

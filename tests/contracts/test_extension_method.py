@@ -109,6 +109,18 @@ def test_a_rule_refuses_what_it_refuses():
     assert methods.why_not("shrink", "int4") == ""
 
 
+def test_a_method_that_only_rounds_may_refuse_too():
+    plain = methods.Method(
+        "plain", solve=None, why_not=lambda spec, options: "only for other specs"
+    )
+    methods.register(plain)
+    try:
+        with pytest.raises(ValueError, match="'plain': only for other specs"):
+            jaxq.Rule(weight="int4", method="plain")
+    finally:
+        methods.unregister("plain")
+
+
 def test_it_needs_data():
     with pytest.raises(ValueError, match="'shrink' needs data"):
         jaxq.quantize_model(Net(), recipe())

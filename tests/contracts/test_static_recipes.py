@@ -5,7 +5,9 @@ One row is a network and an observer. On held-out inputs, the quantized network 
 before that.
 """
 
+import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +82,7 @@ def images(seed):
 
 def pixels(seed):
     """Bright pixels, 100 to 255 and not scaled."""
-    numbers = np.random.default_rng(seed).integers(100, 256, (64, 32))
+    numbers = np.random.default_rng(seed).integers(100, 256, (128, 32))
     return jnp.asarray(numbers, jnp.float32)
 
 
@@ -97,6 +99,45 @@ NETWORKS = {
 }
 
 
+class States(NamedTuple):
+    """The states of all observers. Their own totals are left empty."""
+
+    totals: Any
+    parts: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Together(jaxq.observers.Observer):
+    """All observers at once, so that one program calibrates for all of them."""
+
+    kind = "together"
+
+    @property
+    def parts(self):
+        return [getattr(jaxq.observers, name)() for name in OBSERVERS]
+
+    def _init(self, totals, shape):
+        return States(totals, tuple(obs._init(totals, shape) for obs in self.parts))
+
+    def _update(self, state, x, keep):
+        updated = [
+            obs._update(part, x, keep)
+            for obs, part in zip(self.parts, state.parts, strict=True)
+        ]
+        return state._replace(parts=tuple(updated))
+
+    def _across(self, state, axis_name):
+        raise NotImplementedError
+
+    def _bounds(self, state, fmt, range_kind):
+        raise NotImplementedError
+
+    def select(self, state, name):
+        """The state of one observer."""
+        part = state.parts[OBSERVERS.index(name)]
+        return part._replace(totals=state.totals)
+
+
 @functools.cache
 def results(network):
     """The SQNR in dB on held-out inputs, by observer."""
@@ -106,11 +147,19 @@ def results(network):
     run = nnx.jit(lambda model, x: model(x))
     evaluated = nnx.view(model, deterministic=True, raise_if_not_found=False)
     exact = run(evaluated, held_out)
+    together = Together()
+    statistics = jaxq.nn.calibrate(
+        model, [inputs(0), inputs(1)], hessian=False, observer=together
+    )
     decibels = {}
     for name in OBSERVERS:
         rule = jaxq.Rule(weight="int8", activation="int8", observer=name)
+        of_observer = {
+            path: stats._replace(observed=together.select(stats.observed, name))
+            for path, stats in statistics.items()
+        }
         qmodel, _ = jaxq.quantize_model(
-            model, jaxq.Recipe([rule]), calibration=[inputs(0), inputs(1)]
+            model, jaxq.Recipe([rule]), calibration=of_observer
         )
         qmodel.eval()
         decibels[name] = float(jaxq.metrics.sqnr(exact, run(qmodel, held_out)))

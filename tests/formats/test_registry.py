@@ -14,6 +14,7 @@ from jaxq.formats import (
     names,
     register,
     to_dict,
+    unregister,
 )
 from jaxq.formats import _registry as registry_module
 
@@ -73,6 +74,22 @@ def test_register(registry):
         register(CodebookFormat("mine_1", (-1.0, 3.0)))
     with pytest.raises(ValueError, match="'int4' is taken"):
         register(IntegerFormat("int4", 4, narrow=True))
+
+
+def test_unregister(registry):
+    register(CodebookFormat("Mine-1", (-1.0, 2.0)))
+    unregister("MINE-1")
+    assert "mine_1" not in names()
+    register(CodebookFormat("mine_1", (-1.0, 3.0)))  # the name is free
+    with pytest.raises(ValueError, match="formats.unregister: 'int4' is one of jaxq's"):
+        unregister("int4")
+    with pytest.raises(ValueError, match="unregister: unknown format 'mine_2'. Did"):
+        unregister("mine_2")
+    # Names of a pattern need no registration, so they cannot be removed.
+    with pytest.raises(ValueError, match="unregister: unknown format 'q3.4'"):
+        unregister("q3.4")
+    with pytest.raises(TypeError, match="name must be a string, got int"):
+        unregister(8)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxq
 from jaxq import kernels
-from tests.arrays import normal_with_outliers as normal
+from tests.arrays import normal_with_outliers
 from tests.kernels.problems import problem
 from tests.kernels.products import (
     CUSTOM_CALL,
@@ -52,7 +52,7 @@ from tests.kernels.products import (
 )
 def test_explain_names_the_kernel_and_the_reason(platform, x, qt, kernel, reason):
     qt = weight(*qt, dtype=x)
-    plan = jaxq.explain(normal(M, K, dtype=x), qt, platform=platform)
+    plan = jaxq.explain(normal_with_outliers(M, K, dtype=x), qt, platform=platform)
     assert plan.kernel == kernel
     if reason is None:
         assert plan.why_no_kernel is None
@@ -63,7 +63,9 @@ def test_explain_names_the_kernel_and_the_reason(platform, x, qt, kernel, reason
     assert (plan.why_no_kernel or f"the {kernel} kernel") in str(plan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", kernels.FallbackWarning)
-        text = lowered_for(platform, jaxq.matmul, normal(M, K, dtype=x), qt)
+        text = lowered_for(
+            platform, jaxq.matmul, normal_with_outliers(M, K, dtype=x), qt
+        )
     runs_mosaic = kernel in ("tpu", "mosaic_gpu")
     assert (CUSTOM_CALL[platform] in text) == runs_mosaic
 

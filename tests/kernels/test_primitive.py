@@ -11,8 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 import jaxq
 from jaxq import kernels
-from tests.arrays import assert_close
-from tests.arrays import normal_with_outliers as normal
+from tests.arrays import assert_close, normal_with_outliers
 from tests.kernels.products import (
     CUSTOM_CALL,
     LAYOUT,
@@ -49,7 +48,11 @@ def with_scale(qt: jaxq.QTensor, scale: jax.Array) -> jaxq.QTensor:
     ),
 )
 def test_forward_reverse_and_second_derivatives(preset, layout):
-    qt, x, v = weight(preset, layout), normal(3, K) / 8, normal(3, K, seed=2)
+    qt, x, v = (
+        weight(preset, layout),
+        normal_with_outliers(3, K) / 8,
+        normal_with_outliers(3, K, seed=2),
+    )
     scale = qt.scale
 
     def loss(multiply):
@@ -76,7 +79,7 @@ def test_forward_reverse_and_second_derivatives(preset, layout):
 
 
 def test_linearize_and_transpose():
-    qt, x = weight("nf4"), normal(3, K)
+    qt, x = weight("nf4"), normal_with_outliers(3, K)
     y, linear = jax.linearize(lambda x: x @ qt, x)
     assert_close(jax.jit(linear)(x), y)
     (dx,) = jax.jit(jax.linear_transpose(lambda x: x @ qt, x))(y)
@@ -87,7 +90,7 @@ def test_linearize_and_transpose():
 def test_vmap(in_axes):
     x_axis, weight_axis = in_axes
     shapes = {0: (3, 5, K), 1: (5, 3, K), 2: (5, K, 3), None: (5, K)}
-    x = normal(*shapes[x_axis])
+    x = normal_with_outliers(*shapes[x_axis])
     qt = weight("int4", stack=0 if weight_axis is None else 3)
     actual = jax.jit(jax.vmap(jaxq.matmul, in_axes=in_axes))(x, qt)
     w = jaxq.dequantize(qt, dtype=jnp.float32)
@@ -96,7 +99,7 @@ def test_vmap(in_axes):
 
 @pytest.mark.heavy
 def test_vmap_of_gradients_and_gradients_of_vmap():
-    qt, x = weight("nf4", stack=3), normal(3, 5, K)
+    qt, x = weight("nf4", stack=3), normal_with_outliers(3, 5, K)
     first = jax.tree.map(lambda leaf: leaf[0], qt)
 
     def loss(multiply, x, scale):
@@ -125,7 +128,7 @@ def test_vmap_of_gradients_and_gradients_of_vmap():
 
 def test_products_of_integers_have_gradients_for_their_scales():
     qt = weight("int8")
-    x = jaxq.quantize(normal(4, K), "int8", contracting=-1)
+    x = jaxq.quantize(normal_with_outliers(4, K), "int8", contracting=-1)
 
     def loss(multiply):
         return lambda scale: jnp.sum(jnp.sin(multiply(x, with_scale(qt, scale))))
@@ -260,7 +263,7 @@ def test_shard_map_on_real_devices():
     if len(jax.devices()) < 4:
         pytest.skip("needs four devices")
     mesh = Mesh(np.array(jax.devices()[:4]), ("d",))
-    qt, x = weight("int4"), normal(M, K)
+    qt, x = weight("int4"), normal_with_outliers(M, K)
     specs = (PartitionSpec(), PartitionSpec("d"), PartitionSpec("d"))
 
     @functools.partial(
@@ -303,7 +306,7 @@ def test_ordinary_jit_on_four_devices(where, activation):
     explicit = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
     auto = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
     spec = jaxq.QuantSpec("int4", jaxq.PerGroup(32))
-    x, qt = normal(M, K), jaxq.quantize(normal(K, N), spec)
+    x, qt = normal_with_outliers(M, K), jaxq.quantize(normal_with_outliers(K, N), spec)
 
     def put(mesh, tree, axes):
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
@@ -342,7 +345,7 @@ def test_the_triton_kernel_runs_inside_shard_map():
     qt = weight("int4")
     shapes = [
         jax.ShapeDtypeStruct(array.shape, array.dtype)
-        for array in (normal(M, K), qt.data, qt.scale)
+        for array in (normal_with_outliers(M, K), qt.data, qt.scale)
     ]
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(by_columns).trace(*shapes)

@@ -11,7 +11,7 @@ import pytest
 import jaxq
 from jaxq import formats
 from jaxq.kernels import quantized_matmul
-from tests.arrays import normal_with_outliers as normal
+from tests.arrays import normal_with_outliers
 from tests.tables import thinned
 
 GROUPS = {"g32": 32, "g64": 64, "g128": 128, "channel": None}
@@ -81,7 +81,7 @@ NAMES = ("int4", "uint4", "nf4", "float4_e2m1fn", "int8", "uint8")
 )
 def test_against_float64(name, group, layout):
     arrays, options, matrix, _ = packed(name, GROUPS[group], layout=layout)
-    x = normal(5, 256)
+    x = normal_with_outliers(5, 256)
     y = multiply(x, *arrays, **options)
     exact = np.asarray(x, np.float64) @ matrix.T
     assert np.linalg.norm(y - exact) <= 1e-6 * np.linalg.norm(exact)
@@ -100,7 +100,7 @@ def test_against_float64(name, group, layout):
 @pytest.mark.parametrize("k", [256, 200])
 def test_orders_of_codes_in_bytes(packing, k):
     arrays, options, matrix, _ = packed("int4", 64, k=k, packing=packing)
-    x = normal(5, k)
+    x = normal_with_outliers(5, k)
     expected = np.asarray(x, np.float64) @ matrix.T
     np.testing.assert_allclose(multiply(x, *arrays, **options), expected, 1e-4, 1e-4)
 
@@ -123,7 +123,7 @@ def test_integers_are_exact(name, layout):
 def test_a_codebook_of_the_caller():
     (data, scale), options, _, codes = packed("nf4", 64)
     table = np.sort(np.random.default_rng(0).standard_normal(16).astype(np.float32))
-    x = normal(5, 256)
+    x = normal_with_outliers(5, 256)
 
     def product(table):
         return quantized_matmul(x, data, scale, **options, codebook=table)
@@ -143,7 +143,7 @@ def test_a_codebook_of_the_caller():
 def test_stacks_and_leading_axes():
     parts = [packed("int4", 64, seed=i) for i in range(3)]
     data, scale = (np.stack([p[0][i] for p in parts]) for i in range(2))
-    x = normal(3, 2, 5, 256)
+    x = normal_with_outliers(3, 2, 5, 256)
     y = multiply(x, data, scale, **parts[0][1])
     expected = np.einsum(
         "ebmk,enk->ebmn", np.asarray(x, np.float64), np.stack([p[2] for p in parts])
@@ -167,7 +167,7 @@ def test_nothing_to_compute(m, n, k):
 
 
 def test_is_the_same_as_the_product_of_a_qtensor():
-    w, x = normal(100, 24), normal(5, 100)
+    w, x = normal_with_outliers(100, 24), normal_with_outliers(5, 100)
     for name in ("int4", "nf4", "uint4", "int8"):
         qt = jaxq.quantize(w, name)
         y = quantized_matmul(
@@ -310,7 +310,9 @@ def test_a_named_kernel_raises_on_another_platform(backend, layout, platform):
     arrays, options, *_ = packed("int4", 64, layout=layout)
     message = f"the {backend} kernel runs on {platform}, .* lowered for cpu.*interpret"
     with pytest.raises(ValueError, match=message):
-        quantized_matmul(normal(5, 256), *arrays, **options, backend=backend)
+        quantized_matmul(
+            normal_with_outliers(5, 256), *arrays, **options, backend=backend
+        )
 
 
 def test_sums_that_int32_may_not_hold():
@@ -336,7 +338,7 @@ BACKENDS = [("columns", "tpu"), ("rows", "triton"), ("rows", "mosaic_gpu")]
 def test_interpreters_through_the_public_function(name, layout, backend):
     """The steps before a kernel: order of codes, scales along k, a format's table."""
     arrays, options, matrix, _ = packed(name, 64, n=64, layout=layout)
-    x = normal(5, 256).astype(jnp.bfloat16)
+    x = normal_with_outliers(5, 256).astype(jnp.bfloat16)
     y = quantized_matmul(x, *arrays, **options, backend=backend, interpret=True)
     exact = np.asarray(x, np.float64) @ matrix.T
     assert np.linalg.norm(np.asarray(y, np.float64) - exact) <= 5e-3 * np.linalg.norm(
@@ -350,7 +352,7 @@ def test_a_named_kernel_has_derivatives():
     def loss(x, scale, **how):
         return jnp.sum(quantized_matmul(x, data, scale, **options, **how))
 
-    x = normal(5, 256)
+    x = normal_with_outliers(5, 256)
     y = jax.jit(
         jax.grad(functools.partial(loss, backend="tpu", interpret=True), argnums=(0, 1))
     )(x, scale)

@@ -10,7 +10,7 @@ from jaxq import PerBlock, PerChannel, PerFlat, PerGroup, PerTensor, QuantSpec
 from jaxq.methods import clip
 from jaxq.methods._clipping import block_output_error
 from tests import tables
-from tests.arrays import assert_same
+from tests.arrays import assert_same, heavy_tailed
 from tests.observers import oracle
 
 INT4 = QuantSpec("int4", PerGroup(16))
@@ -18,11 +18,9 @@ UINT4 = QuantSpec("uint4", PerGroup(16), symmetric=False)
 OFFSET = QuantSpec("uint4", PerGroup(16), offset="min")
 
 
-def heavy_tailed(*shape, seed=0):
-    return np.random.default_rng(seed).standard_t(3, shape).astype(np.float32)
-
-
-W = heavy_tailed(48, 6)
+# Heavier tails than those of most weights.
+TAILS = {"degrees": 3, "scale": 1.0}
+W = heavy_tailed(48, 6, **TAILS)
 
 
 def blocks_of(w, size):
@@ -57,7 +55,7 @@ def test_mse_finds_the_best_of_its_ranges(power):
     "preset", tables.thinned(jaxq.presets(), ["uint4", "nf4_dq", "nvfp4"])
 )
 def test_the_error_is_never_worse_and_reported_exactly(preset):
-    w = heavy_tailed(160, 6, seed=1)
+    w = heavy_tailed(160, 6, seed=1, **TAILS)
     qt, info = clip(w, preset, num=8)
     plain = jaxq.quantize(w, preset)
     assert jax.tree.structure(qt) == jax.tree.structure(plain)
@@ -83,7 +81,7 @@ def test_one_range_is_plain_quantization(preset):
 
 @pytest.mark.parametrize("spec", [UINT4, OFFSET], ids=["zero_point", "offset"])
 def test_both_ends_shrink(spec):
-    w = heavy_tailed(48, 6, seed=2) + np.float32(0.5)
+    w = heavy_tailed(48, 6, seed=2, **TAILS) + np.float32(0.5)
     _, info = clip(w, spec, num=10, max_shrink=0.5)
     blocks = blocks_of(w, 16)
     low, high = blocks.min(1).T, blocks.max(1).T
@@ -169,7 +167,7 @@ def test_error_of_products_in_every_shape_of_block(kind, tokens):
 
 
 def test_flat_blocks_ignore_products_of_different_channels():
-    x = np.abs(heavy_tailed(30, 48, seed=5))
+    x = np.abs(heavy_tailed(30, 48, seed=5, **TAILS))
     _, info = clip(W, QuantSpec("int4", PerFlat(20)), x=x, num=10)
     by_weight = clip(
         W, QuantSpec("int4", PerFlat(20)), channel_weight=np.mean(x**2, axis=0), num=10
@@ -179,7 +177,7 @@ def test_flat_blocks_ignore_products_of_different_channels():
 
 @pytest.mark.parametrize("percentile", tables.thinned([60.0, 97.5], [97.5]))
 def test_percentile(percentile):
-    w = heavy_tailed(40, 6, seed=6)  # the last group of 16 has 8
+    w = heavy_tailed(40, 6, seed=6, **TAILS)  # the last group of 16 has 8
     parts = [w[0:16], w[16:32], w[32:40]]
     info = clip(
         w,
@@ -217,7 +215,7 @@ def test_percentile_of_mostly_zeros_keeps_the_block():
 
 @pytest.mark.parametrize("name", tables.thinned(["int4", "uint4"], ["uint4"]))
 def test_entropy_is_the_observers(name):
-    w, symmetric = heavy_tailed(2048, 3, seed=7), name == "int4"
+    w, symmetric = heavy_tailed(2048, 3, seed=7, **TAILS), name == "int4"
     spec = QuantSpec(name, PerChannel(), symmetric=symmetric)
     qt, info = clip(w, spec, rule="entropy", bins=64)
     exact = [
@@ -233,7 +231,7 @@ def test_entropy_is_the_observers(name):
 
 
 def test_stacks_dtypes_and_jit():
-    stack = heavy_tailed(2, 48, 6, seed=8)
+    stack = heavy_tailed(2, 48, 6, seed=8, **TAILS)
     together, info = clip(stack, INT4, num=6)
     for i in range(2):
         alone, alone_info = clip(stack[i], INT4, num=6)

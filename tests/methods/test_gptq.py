@@ -239,9 +239,10 @@ def test_held_out_inputs_gain_too():
     w, x, _ = problem(5)
     hessian = x[: 3 * N].T @ x[: 3 * N]
     held_out_hessian = x[3 * N :].T @ x[3 * N :]
-    rounding_loss = proxy(w, jaxq.quantize(w, "int4"), held_out_hessian)
+    spec = REFERENCES["int4 groups of 32"][0]
+    rounding_loss = proxy(w, jaxq.quantize(w, spec), held_out_hessian)
     for act_order in (False, True):
-        qt, _ = gptq(w, hessian, "int4", act_order=act_order)
+        qt, _ = gptq(w, hessian, spec, act_order=act_order)
         assert proxy(w, qt, held_out_hessian) < 0.95 * rounding_loss
 
 
@@ -367,15 +368,16 @@ def test_narrow_dtypes_and_odd_shapes():
 
 def test_one_trace_for_one_shape():
     w, _, hessian = problem()
+    spec = REFERENCES["int4 groups of 32"][0]
     count = 0
 
     @jax.jit
     def run(w, h):
         nonlocal count
         count += 1
-        return gptq(w, h, "int4")
+        return gptq(w, h, spec)
 
-    eager, _ = gptq(w, hessian, "int4")
+    eager, _ = gptq(w, hessian, spec)
     for _ in range(2):
         jitted, _ = run(w, hessian)
     np.testing.assert_array_equal(eager.codes(), jitted.codes())
@@ -409,7 +411,7 @@ def test_one_trace_for_one_shape():
         (
             {"spec": QuantSpec("int4", rounding="stochastic")},
             ValueError,
-            "gptq: methods round to nearest, and rounding='stochastic' does not",
+            "gptq: methods round to nearest, so rounding='stochastic' is not possible",
         ),
         ({"spec": "int5"}, ValueError, "gptq: unknown preset 'int5'"),
         ({"damp": 2.0}, ValueError, "damp must be a share"),

@@ -9,6 +9,7 @@ import jaxq
 from jaxq import PerFlat, PerGroup, PerTensor, QuantSpec
 from jaxq.methods._hqq import hqq
 from tests import tables
+from tests.arrays import heavy_tailed
 
 SHAPE = (100, 12)
 MINIMUM = QuantSpec("uint4", PerGroup(25), offset="min")
@@ -37,10 +38,6 @@ SPECS: dict[str, QuantSpec] = {
         "int4", PerGroup(50), scale="float16", scale_rule="signed_extreme"
     ),
 }
-
-
-def heavy_tailed(seed: int = 0, shape=SHAPE) -> np.ndarray:
-    return (0.03 * np.random.default_rng(seed).standard_t(4, shape)).astype(np.float32)
 
 
 def block_errors(w, qt) -> np.ndarray:
@@ -81,7 +78,7 @@ def reference(w: np.ndarray, size: int, top: int, steps: int = 20) -> np.ndarray
 
 
 def test_equals_the_published_steps():
-    w = heavy_tailed()
+    w = heavy_tailed(*SHAPE)
     got, expected = (
         np.asarray(jaxq.dequantize(hqq(w, MINIMUM)[0])),
         reference(w, 25, 15),
@@ -100,7 +97,7 @@ def test_equals_the_published_steps():
     "name", tables.thinned(SPECS, ["minimum, quantized scales", "padded"])
 )
 def test_no_block_gets_worse(name):
-    w, spec = heavy_tailed(1), SPECS[name]
+    w, spec = heavy_tailed(*SHAPE, seed=1), SPECS[name]
     qt, info = hqq(w, spec)
     nearest = jaxq.quantize(w, spec, contracting=-2)
     assert jax.tree.structure(qt) == jax.tree.structure(nearest)
@@ -120,7 +117,7 @@ def test_no_block_gets_worse(name):
 
 
 def test_powers_of_two_scale_the_result():
-    w = heavy_tailed(2)
+    w = heavy_tailed(*SHAPE, seed=2)
     values = np.asarray(jaxq.dequantize(hqq(w, "int4")[0]))
     np.testing.assert_array_equal(
         jaxq.dequantize(hqq(w * np.float32(2.0**20), "int4")[0]), values * 2.0**20
@@ -128,7 +125,7 @@ def test_powers_of_two_scale_the_result():
 
 
 def test_no_steps_round_to_nearest_and_zeros_stay():
-    w = heavy_tailed(3)
+    w = heavy_tailed(*SHAPE, seed=3)
     qt, info = hqq(w, "int4", num_steps=0)
     np.testing.assert_array_equal(qt.codes(), jaxq.quantize(w, "int4").codes())
     assert float(info.improved) == 0
@@ -140,7 +137,7 @@ def test_no_steps_round_to_nearest_and_zeros_stay():
 
 
 def test_a_stack_and_a_nan():
-    w = np.stack([heavy_tailed(0), heavy_tailed(1)])
+    w = np.stack([heavy_tailed(*SHAPE), heavy_tailed(*SHAPE, seed=1)])
     qt, info = jax.jit(lambda w: hqq(w, "int4"))(w)
     assert (qt.batch_shape, info.error.shape) == ((2,), (2,))
     for i in range(2):
@@ -167,4 +164,4 @@ def test_a_stack_and_a_nan():
 )
 def test_errors(spec, change, message):
     with pytest.raises(ValueError, match=f"hqq: {message}"):
-        hqq(heavy_tailed(), spec, **change)
+        hqq(heavy_tailed(*SHAPE), spec, **change)

@@ -14,12 +14,9 @@ import jaxq
 from jaxq import PerBlock, PerChannel, PerFlat, PerGroup, PerTensor
 from jaxq.methods._kmeans import centroid_gradient, kmeans
 from tests import tables
+from tests.arrays import heavy_tailed
 
 SHAPE = (60, 12)
-
-
-def heavy_tailed(seed: int = 0, shape=SHAPE) -> np.ndarray:
-    return (0.03 * np.random.default_rng(seed).standard_t(4, shape)).astype(np.float32)
 
 
 def lloyd(x: np.ndarray, centres: np.ndarray, steps: int) -> np.ndarray:
@@ -96,7 +93,7 @@ def test_the_first_steps_equal_lloyd(steps):
 
 @pytest.mark.parametrize("algorithm", ["exact", "histogram"])
 def test_inertia_never_rises(algorithm):
-    w = heavy_tailed(1)
+    w = heavy_tailed(*SHAPE, seed=1)
     inertias = [
         float(kmeans(w, 4, num_steps=n, algorithm=algorithm)[1].inertia)
         for n in (0, 1, 2, 5, 20)
@@ -107,7 +104,7 @@ def test_inertia_never_rises(algorithm):
 
 @pytest.mark.parametrize("init", ["linear", "density"])
 def test_a_histogram_is_as_good_as_all_numbers(init):
-    w = heavy_tailed(2)
+    w = heavy_tailed(*SHAPE, seed=2)
     exact, histogram = (
         kmeans(w, 4, init=init, algorithm=a, num_steps=300)[1]
         for a in ("exact", "histogram")
@@ -149,8 +146,10 @@ def hard_columns() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("init", ["linear", "density"])
+ERRORS = [(2, "linear"), (4, "density"), (2, "density"), (4, "linear")]
+
+
+@pytest.mark.parametrize(("bits", "init"), tables.thinned(ERRORS, ERRORS[:2]))
 def test_the_error_is_near_the_least_possible(bits, init):
     columns = hard_columns()
     w = np.stack(list(columns.values()), axis=1).astype(np.float32)
@@ -161,9 +160,11 @@ def test_the_error_is_near_the_least_possible(bits, init):
     assert int(info.num_empty) == 0
 
 
-@pytest.mark.parametrize("algorithm", ["exact", "histogram"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_few_different_numbers_come_back_exactly(algorithm, bits):
+FEW = [(4, "exact"), (4, "histogram"), (8, "exact"), (8, "histogram")]
+
+
+@pytest.mark.parametrize(("bits", "algorithm"), tables.thinned(FEW, FEW[:3]))
+def test_few_different_numbers_come_back_exactly(bits, algorithm):
     rng = np.random.default_rng(0)
     numbers = np.concatenate([rng.standard_normal(2**bits - 2), [60, 0]])
     w = np.stack([rng.choice(numbers[: n + 2], 2000) for n in (0, 5, 2**bits)], 1)
@@ -176,16 +177,17 @@ def test_few_different_numbers_come_back_exactly(algorithm, bits):
     assert is_exact.all()
     if algorithm == "exact":
         assert int(info.num_empty) == 3 * 2**bits - sum(num_numbers)
-    stacked, _ = kmeans(w[None, :, :2], bits, granularity=PerChannel())
-    np.testing.assert_array_equal(jaxq.dequantize(stacked)[0], w[:, :2])
+    if (algorithm, bits) == ("exact", 4):
+        stacked, _ = kmeans(w[None, :, :2], bits, granularity=PerChannel())
+        np.testing.assert_array_equal(jaxq.dequantize(stacked)[0], w[:, :2])
 
 
 def test_the_report_counts_unused_entries():
-    model = nnx.Linear(32, 4, use_bias=False, rngs=nnx.Rngs(0))
+    model = nnx.Linear(32, 16, use_bias=False, rngs=nnx.Rngs(0))
     model.kernel.set_value(jnp.sign(model.kernel.get_value()))
     recipe = jaxq.Recipe([jaxq.Rule("*", weight="int4", method="kmeans")])
     _, report = jaxq.quantize_model(model, recipe)
-    assert "56 of 64 table entries unused" in report.rows[0].note
+    assert "224 of 256 table entries unused" in report.rows[0].note
     assert report.rows[0].sqnr == np.inf
 
 
@@ -205,7 +207,7 @@ GRANULARITIES = {
 )
 def test_every_granularity_works_in_products_files_and_gradients(name, tmp_path):
     bits, granularity = GRANULARITIES[name]
-    w = heavy_tailed(3)
+    w = heavy_tailed(*SHAPE, seed=3)
     qt, _ = kmeans(w, bits, granularity=granularity)
     geometry = qt.meta.geometry
     assert qt.codebook.shape == (*geometry.num_blocks, 2**bits)
@@ -266,7 +268,7 @@ def test_tables_go_with_a_model(tmp_path):
 
 
 def test_the_gradient_of_a_trained_ternary():
-    w = heavy_tailed(4)
+    w = heavy_tailed(*SHAPE, seed=4)
     qt = jaxq.quantize(w, "ttq")
     np.testing.assert_allclose(
         centroid_gradient(w, qt), by_autodiff(w, qt), rtol=1e-4, atol=1e-6
@@ -274,24 +276,24 @@ def test_the_gradient_of_a_trained_ternary():
 
 
 def test_a_stack_is_its_matrices():
-    w = np.stack([heavy_tailed(0), heavy_tailed(1)])
+    w = np.stack([heavy_tailed(*SHAPE), heavy_tailed(*SHAPE, seed=1)])
     w[1, :, 0] = 0
     qt, info = kmeans(w, 3, granularity=PerChannel())
     assert (qt.batch_shape, info.inertia.shape) == ((2,), (2,))
     for i in range(2):
         single, _ = kmeans(w[i], 3, granularity=PerChannel())
         np.testing.assert_allclose(qt.codebook[i], single.codebook, atol=1e-6)
-    grad = heavy_tailed(2, w.shape)
+    grad = heavy_tailed(*w.shape, seed=2)
     np.testing.assert_allclose(
         centroid_gradient(grad, qt)[1], centroid_gradient(grad[1], qt[1]), atol=1e-6
     )
 
 
 def test_scale_of_the_weights_does_not_matter():
-    w = heavy_tailed(0)
-    qt, _ = kmeans(w, 4)
+    w = heavy_tailed(*SHAPE)
+    qt, _ = kmeans(w, 4, algorithm="exact")
     for exponent in (-100, 100):
-        scaled, _ = kmeans(w * np.float32(2.0**exponent), 4)
+        scaled, _ = kmeans(w * np.float32(2.0**exponent), 4, algorithm="exact")
         np.testing.assert_array_equal(scaled.codes(), qt.codes())
         np.testing.assert_array_equal(
             scaled.codebook, qt.codebook * np.float32(2.0**exponent)
@@ -299,16 +301,16 @@ def test_scale_of_the_weights_does_not_matter():
 
 
 def test_hard_weights():
-    zeros, info = kmeans(np.zeros(SHAPE, np.float32), 4)
+    zeros, info = kmeans(np.zeros(SHAPE, np.float32), 4, algorithm="exact")
     assert not np.any(jaxq.dequantize(zeros))
     assert float(info.inertia) == 0
     few = np.float32([[1, 1, 5], [5, 1, 1]])  # fewer numbers than centres: exact
     qt, info = kmeans(few, 4)
     np.testing.assert_array_equal(jaxq.dequantize(qt), few)
     assert int(info.num_empty) == 14
-    half, _ = kmeans(jnp.asarray(heavy_tailed(), jnp.bfloat16), 4)
+    half, _ = kmeans(jnp.asarray(heavy_tailed(*SHAPE), jnp.bfloat16), 4)
     assert half.dtype == jnp.bfloat16
-    w = heavy_tailed()
+    w = heavy_tailed(*SHAPE)
     w[7, 3] = np.nan
     with pytest.raises(ValueError, match=r"kmeans: w\[7, 3\] is nan"):
         kmeans(w, 4)
@@ -319,7 +321,7 @@ def test_hard_weights():
 
 
 def test_errors():
-    w = heavy_tailed()
+    w = heavy_tailed(*SHAPE)
     for change, message in (
         ({"bits": 9}, "bits must be"),
         ({"init": "random"}, "init"),
@@ -356,12 +358,8 @@ def test_means_of_few_numbers_after_many(algorithm):
         np.asarray(qt.codebook).ravel(), centres, rtol=1e-6, atol=1e-6
     )
     # A float32 sum of many numbers of one sign loses the last digits.
-    w = (
-        np.abs(np.random.default_rng(0).standard_normal((1 << 16, 1))).astype(
-            np.float32
-        )
-        + 1
-    )
+    numbers = np.random.default_rng(0).standard_normal(w.shape)
+    w = np.abs(numbers).astype(np.float32) + 1
     qt, _ = jaxq.methods.kmeans(w, 2, algorithm=algorithm)
     codes, table = np.asarray(qt.codes())[:, 0], np.asarray(qt.codebook).ravel()
     means = [w[codes == k, 0].astype(np.float64).mean() for k in range(4)]

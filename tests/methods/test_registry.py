@@ -9,7 +9,7 @@ import pytest
 
 import jaxq
 from jaxq import QuantSpec, methods
-from tests.arrays import normal
+from tests.arrays import assert_same, normal
 from tests.tables import thinned
 
 IN, OUT, TOKENS = 32, 16, 24
@@ -24,8 +24,13 @@ STEPS = {
 STOCHASTIC = QuantSpec("int4", rounding="stochastic")
 OFFSET = QuantSpec("uint4", offset="min")
 # (method, spec, options) that are refused, in addition to presets.
+ROUND_STOCHASTICALLY = ("kmeans", "rtn")
 REFUSED = [
-    *((method, STOCHASTIC, {}) for method in methods.names() if method != "kmeans"),
+    *(
+        (method, STOCHASTIC, {})
+        for method in methods.names()
+        if method not in ROUND_STOCHASTICALLY
+    ),
     ("adaround", QuantSpec("ternary", scale_rule="twn"), {}),
     ("clip", OFFSET, {"rule": "entropy"}),
     ("clip", jaxq.presets()["fp8"], {"rule": "entropy"}),
@@ -89,7 +94,19 @@ def test_why_not_checks_the_name_of_the_method():
     with pytest.raises(ValueError, match="why_not: method.*gptp"):
         methods.why_not("gptp", "int4")
     assert methods.why_not("clip", OFFSET) == ""
-    assert methods.why_not("kmeans", STOCHASTIC) == ""
+
+
+@pytest.mark.parametrize("method", ROUND_STOCHASTICALLY)
+def test_stochastic_rounding_is_solved_where_why_not_is_empty(method):
+    assert methods.why_not(method, STOCHASTIC) == ""
+    assert solve(method, STOCHASTIC, STEPS.get(method)).qt.shape == (IN, OUT)
+
+
+def test_solve_rounds_stochastically_with_its_key():
+    w, key = normal(2, IN, OUT), jax.random.key(3)
+    solved = methods.solve("rtn", w, None, STOCHASTIC, key=key)
+    expected = jaxq.quantize(w, STOCHASTIC, contracting=-2, batch=0, key=key)
+    assert_same(solved.qt, expected)
 
 
 @pytest.mark.parametrize(

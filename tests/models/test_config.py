@@ -65,7 +65,7 @@ def test_mistral_config_without_a_window_has_the_default():
     [
         (
             {"model_type": "gpt2"},
-            "model_type='gpt2'; supported are llama, mistral, qwen2",
+            "model_type='gpt2'; expected one of llama, mistral, qwen2",
         ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
@@ -108,7 +108,7 @@ def test_one_error_lists_all_problems():
 
 
 def test_unknown_rope_kind_is_an_error():
-    with pytest.raises(ValueError, match="kind is 'yarn'; supported are 'default'"):
+    with pytest.raises(ValueError, match="kind is 'yarn'; expected 'default'"):
         RopeScaling("yarn")
 
 

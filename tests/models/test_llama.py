@@ -161,7 +161,7 @@ def test_rows_of_a_quantized_cache_are_independent():
 def test_rows_of_a_float_cache_have_one_length():
     model = make()
     cache = model.init_cache(2, 8)
-    with pytest.raises(ValueError, match="count needs a cache whose rows have lengths"):
+    with pytest.raises(ValueError, match="count needs a cache with a separate length"):
         model.decode(tokens(2, 3), cache, count=jnp.array([1, 2]))
     with pytest.raises(ValueError, match="have one length"):
         cache.reset([0])

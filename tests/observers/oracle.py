@@ -8,7 +8,7 @@ import numpy as np
 def entropy_divergence(h, i, levels):
     """D_i of TensorRT's steps, for counts h of magnitudes and a number of levels.
 
-    The mean divergence of a sample is subtracted. A threshold is refused if it leaves
+    The mean divergence of a sample is subtracted. A threshold is invalid if it leaves
     out more than 1/32 of a level's counts.
     """
     h = np.asarray(h, np.float64)

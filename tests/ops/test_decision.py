@@ -122,8 +122,8 @@ REASONS = {
     "contracted and its blocks run along [-3]",
     "batch_of_the_product_alone": "the whole weight is dequantized, because the "
     "product has batch axes [1] of the weight, which has 0 leading batch axes",
-    "across_rows": "the whole weight is dequantized, because blocks of 48 run across "
-    "rows of 1000",
+    "across_rows": "the whole weight is dequantized, because blocks of 48 codes cross "
+    "rows of 1000 codes",
     "dynamic": "dynamic activation quantization to int8; int8 x int8",
     "dynamic_mixed": "the left operand is dequantized, because codes of int8 and nf4 "
     "do not multiply natively",
@@ -332,6 +332,31 @@ def test_plan_of_a_convolution():
         shape(2, 10, 6), qt.with_activation(None), channel=2
     )
     assert weight_only.path == "dequantize"
+
+
+def test_plan_of_a_convolution_raises_what_the_convolution_raises():
+    x, qt = shape(2, 10, 6), w8a8(3, 6, 8, contracting=(0, 1))
+    scaled = qt.with_input_scale(jnp.ones(18))
+    outliers = qt.with_activation("int8", outliers=6.0)
+    for kernel, message in (
+        (scaled, "has an input_scale and quantizes its input"),
+        (outliers, "has an outlier threshold"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jaxq.ops.plan_conv(x, jax.eval_shape(lambda qt=kernel: qt), channel=2)
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(conv, x, kernel)
+
+
+def test_outlier_columns_have_a_plan_of_their_own(plans):
+    product, sizes, qt = W8A8["outliers"]
+    x, bare = shape(*sizes), qt.with_activation(None)
+    plan = jaxq.explain(x, qt)
+    assert plan.outlier_product.path == jaxq.explain(x, bare).path == "weight_only"
+    plans.clear()
+    jax.make_jaxpr(jax.grad(lambda x: jnp.sum(product(x, qt))))(x)
+    # The gradient is that of the product in floats, which has a plan already.
+    assert len(plans) == 2
 
 
 def test_explain_raises_what_the_product_raises():

@@ -118,5 +118,5 @@ def test_errors():
     tiles = jaxq.quantize(
         normal_with_outliers(20, 8), QuantSpec("int8", PerBlock((4, 4))), contracting=-1
     )
-    with pytest.raises(ValueError, match="run across rows"):
+    with pytest.raises(ValueError, match="cross rows"):
         jaxq.ops.take(tiles, jnp.array([1]))

@@ -1,4 +1,4 @@
-"""Weights as rows: shapes, and products of weights whose blocks run across rows."""
+"""Weights as rows: shapes, and products of weights whose blocks cross rows."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Leaves that were cast or computed with are refused where the QTensor is used."""
+"""Leaves that were cast or computed with raise an error where the QTensor is used."""
 
 import dataclasses
 

@@ -8,8 +8,7 @@ import pytest
 import jaxq
 from jaxq.qtensor import requantize
 from tests import tables
-from tests.arrays import assert_same
-from tests.arrays import normal_with_outliers as normal
+from tests.arrays import assert_same, normal_with_outliers
 
 over_some = pytest.mark.parametrize(
     "preset",
@@ -19,10 +18,10 @@ over_some = pytest.mark.parametrize(
 
 @over_some
 def test_the_same_numbers_get_the_same_codes(preset):
-    qt = jaxq.quantize(normal(100, 24), preset)
+    qt = jaxq.quantize(normal_with_outliers(100, 24), preset)
     if qt.codebook is not None:
         pytest.skip("quantize uses a threshold, requantize the nearest entry")
-    again = requantize(normal(100, 24), qt)
+    again = requantize(normal_with_outliers(100, 24), qt)
     assert_same(again, qt)
     assert_same(qt.with_codes(qt.codes()), qt)
 
@@ -30,7 +29,10 @@ def test_the_same_numbers_get_the_same_codes(preset):
 @over_some
 def test_other_numbers_get_the_nearest_value(preset):
     """Compared with the values of all codes."""
-    qt, w = jaxq.quantize(normal(96, 5), preset), normal(96, 5, seed=1) / 2
+    qt, w = (
+        jaxq.quantize(normal_with_outliers(96, 5), preset),
+        normal_with_outliers(96, 5, seed=1) / 2,
+    )
     values = np.asarray(jaxq.dequantize(requantize(w, qt)), np.float64)
     grid = [
         jaxq.dequantize(qt.with_codes(jnp.full(qt.shape, c, qt.spec.fmt.code_dtype)))
@@ -46,24 +48,29 @@ def test_other_numbers_get_the_nearest_value(preset):
 
 
 def test_in_every_layout():
-    w = normal(128, 16, seed=1)
-    qt = jaxq.quantize(normal(128, 16), "int4")
+    w = normal_with_outliers(128, 16, seed=1)
+    qt = jaxq.quantize(normal_with_outliers(128, 16), "int4")
     columns = requantize(w, jaxq.relayout(qt, "columns"))
     np.testing.assert_array_equal(columns.codes(), requantize(w, qt).codes())
     assert columns.meta.layout == "columns"
-    stack = jaxq.quantize(normal(3, 128, 16), "nf4", contracting=-2, batch=0)
-    mapped = jax.vmap(requantize)(normal(3, 128, 16, seed=1), stack)
-    whole = requantize(normal(3, 128, 16, seed=1), stack)
+    stack = jaxq.quantize(
+        normal_with_outliers(3, 128, 16), "nf4", contracting=-2, batch=0
+    )
+    mapped = jax.vmap(requantize)(normal_with_outliers(3, 128, 16, seed=1), stack)
+    whole = requantize(normal_with_outliers(3, 128, 16, seed=1), stack)
     assert_same(mapped, whole)
 
 
 def test_mistakes_are_named():
-    qt = jaxq.quantize(normal(64, 16), "int8")
+    qt = jaxq.quantize(normal_with_outliers(64, 16), "int8")
     with pytest.raises(ValueError, match=r"\[64, 16\], got w: float32\[16,64\]"):
-        requantize(normal(16, 64), qt)
+        requantize(normal_with_outliers(16, 64), qt)
+    w = normal_with_outliers(16, 64)
     with pytest.raises(TypeError, match="must be a QTensor"):
-        requantize(normal(16, 64), normal(16, 64))  # pyright: ignore
+        requantize(w, w)  # pyright: ignore
     with pytest.raises(ValueError, match=r"must be int8\[64, 16\], got int32"):
         qt.with_codes(jnp.zeros((64, 16), jnp.int32))
     with pytest.raises(TypeError, match="no gradient"):
-        jax.grad(lambda w: jaxq.dequantize(requantize(w, qt)).sum())(normal(64, 16))
+        jax.grad(lambda w: jaxq.dequantize(requantize(w, qt)).sum())(
+            normal_with_outliers(64, 16)
+        )

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jaxq
 from jaxq import Recipe, Rule
 from tests import tables
-from tests.arrays import normal_with_outliers as normal
+from tests.arrays import normal_with_outliers
 from tests.nn.layers.test_nnx import assert_close_and_nonzero
 
 TYPES = (AxisType.Auto, AxisType.Explicit)
@@ -62,7 +62,7 @@ FEW = (("w8a8", "columns"), ("int4", "both"))
     tables.thinned(CASES, [case for case in CASES if case[:2] in FEW]),
 )
 def test_codes_and_results_are_sharded_as_floats_and_out_sharding(recipe, kernel, kind):
-    model, x = nnx.Linear(64, 64, rngs=nnx.Rngs(0)), normal(8, 64)
+    model, x = nnx.Linear(64, 64, rngs=nnx.Rngs(0)), normal_with_outliers(8, 64)
     on_one_device, _ = jaxq.quantize_model(model, recipe)
     mesh, spec, expected = mesh_of(kind, kind), KERNELS[kernel], on_one_device(x)
     with jax.set_mesh(mesh):
@@ -87,12 +87,18 @@ def test_codes_and_results_are_sharded_as_floats_and_out_sharding(recipe, kernel
 
 
 LAYERS = {
-    "general": (lambda: nnx.LinearGeneral(32, (4, 8), rngs=nnx.Rngs(0)), normal(4, 32)),
+    "general": (
+        lambda: nnx.LinearGeneral(32, (4, 8), rngs=nnx.Rngs(0)),
+        normal_with_outliers(4, 32),
+    ),
     "einsum": (
         lambda: nnx.Einsum("bd,dn->bn", (32, 8), rngs=nnx.Rngs(0)),
-        normal(4, 32),
+        normal_with_outliers(4, 32),
     ),
-    "conv": (lambda: nnx.Conv(4, 8, (3,), rngs=nnx.Rngs(0)), normal(4, 8, 4)),
+    "conv": (
+        lambda: nnx.Conv(4, 8, (3,), rngs=nnx.Rngs(0)),
+        normal_with_outliers(4, 8, 4),
+    ),
     "embed": (lambda: nnx.Embed(16, 32, rngs=nnx.Rngs(0)), jnp.arange(4)),
 }
 
@@ -120,7 +126,10 @@ def test_every_layer_takes_out_sharding(name, kind):
 
 def test_float_layers_take_out_sharding():
     mesh = mesh_of(AxisType.Explicit, AxisType.Explicit)
-    layer, x = jaxq.nn.QLinear(32, 8, weight=None, rngs=nnx.Rngs(0)), normal(4, 32)
+    layer, x = (
+        jaxq.nn.QLinear(32, 8, weight=None, rngs=nnx.Rngs(0)),
+        normal_with_outliers(4, 32),
+    )
     with jax.set_mesh(mesh):
         layer, x = put_on(mesh, layer, x)
         assert is_sharded(
@@ -141,12 +150,12 @@ def test_out_sharding_over_axes_of_both_types_is_an_error():
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
 def test_linen_and_trees_keep_their_sharding(kind):
-    mesh, module, x = mesh_of(kind, kind), linen.Dense(64), normal(8, 64)
+    mesh, module, x = mesh_of(kind, kind), linen.Dense(64), normal_with_outliers(8, 64)
     with jax.set_mesh(mesh):
         columns = NamedSharding(mesh, P(None, "model"))
         variables = {
             "params": {
-                "kernel": jax.device_put(normal(64, 64), columns),
+                "kernel": jax.device_put(normal_with_outliers(64, 64), columns),
                 "bias": jnp.zeros(64),
             }
         }
@@ -161,7 +170,7 @@ def test_linen_and_trees_keep_their_sharding(kind):
 
 def test_sharded_heads_shard_the_flattened_axis():
     mesh = mesh_of(AxisType.Auto, AxisType.Auto)
-    w = jax.device_put(normal(4, 16, 8), NamedSharding(mesh, P("model")))
+    w = jax.device_put(normal_with_outliers(4, 16, 8), NamedSharding(mesh, P("model")))
     tree, _ = jaxq.quantize_params(
         {"out": w}, Recipe([Rule(weight="int8", contracting=(-3, -2))])
     )
@@ -170,7 +179,9 @@ def test_sharded_heads_shard_the_flattened_axis():
 
 def test_leaves_that_describe_the_input_follow_the_rows():
     mesh = mesh_of(AxisType.Auto, AxisType.Auto)
-    w = jax.device_put(normal(64, 8), NamedSharding(mesh, P("data", "model")))
+    w = jax.device_put(
+        normal_with_outliers(64, 8), NamedSharding(mesh, P("data", "model"))
+    )
     qt = jaxq.quantize(w, "int8").with_activation("int8", bounds=(-1.0, 1.0))
     qt = jaxq.sharding.shard_like(qt.with_input_scale(jnp.ones(64)), w)
     assert is_sharded(qt.data, mesh, "model", "data")

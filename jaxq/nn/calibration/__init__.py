@@ -2,9 +2,9 @@
 
 `_nnx.py` and `_linen.py` watch the layers of a model. `_traced.py` finds the products
 of parameters in a trace of any function, for trees of arrays. All of them use
-`_rows.py` (which rows count), `_batches.py` (the loop over batches) and `_stats.py`
-(checks of statistics).
-`jaxq.observers` computes the statistics, such as the Hessian.
+`_held_out_rows.py` (which rows count), `_batches.py` (the loop over batches) and
+`_stats.py` (checks of statistics). `jaxq.observers` computes the statistics, such as
+the Hessian.
 """
 
 from jaxq.nn.calibration._batches import Batch, as_batches, with_progress

@@ -18,12 +18,12 @@ from flax import linen
 
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
+from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
 from jaxq.nn.calibration._modes import (
     draws_random_numbers,
     linen_train_mode,
     linen_train_mode_note,
 )
-from jaxq.nn.calibration._rows import add_rows, only_rows
 from jaxq.nn.calibration._stats import (
     StatsRequest,
     StatsRequests,
@@ -53,7 +53,10 @@ def calibrate(
 
     The layers are Dense, DenseGeneral, Einsum, Conv and ConvTranspose. A row of a
     convolution's input is the vector of channels at one spatial position. Convolutions
-    have no second moments. `jax.vmap` or batch axes of an einsum make a stack of
+    have no second moments.
+
+    The experts of a mixture of experts may be a stack: layers under `jax.vmap`, or the
+    batch axes of an einsum. An expert may then read zeros for the tokens of other
     experts. In such a stack, rows of zeros do not count.
 
     The batches must run in eval mode, by their arguments or by `forward`. If a layer

@@ -7,7 +7,7 @@ not those of the model in use.
 An nnx module keeps its mode in attributes, so calibration runs an eval copy. An
 argument of a call (`deterministic=False`) or a flag of the user's module can still set
 train mode. A linen module gets its mode as arguments of each call. Calibration cannot
-change arguments and such flags. It looks for what they do, and says so.
+change arguments and such flags. It detects their effects and reports them.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from flax import errors, nnx
 
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
+from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
 from jaxq.nn.calibration._modes import ForcedTrainMode, eval_copy
-from jaxq.nn.calibration._rows import add_rows, only_rows
 from jaxq.nn.calibration._stats import (
     StatsRequest,
     StatsRequests,
@@ -53,9 +53,11 @@ def calibrate(
 
     The batches run through a copy of the model in eval mode (`model.eval()`). Dropout
     is off, and batch normalization uses its running averages. An argument of a call or
-    a flag of the model can still set train mode. A warning then says so. An expert
-    reads zeros for the rows of other experts. `jax.vmap` or batch axes of an einsum
-    make a stack of experts. In such a stack, rows of zeros do not count.
+    a flag of the model can still set train mode. A warning then says so.
+
+    The experts of a mixture of experts may be a stack: layers under `jax.vmap`, or the
+    batch axes of an einsum. An expert may then read zeros for the tokens of other
+    experts. In such a stack, rows of zeros do not count.
 
     Args:
       model: a flax nnx module. It does not change. Layers may be quantized or not.

@@ -1,14 +1,15 @@
 """Where the numbers of an array in a traced function come from.
 
-`_products.py` follows each parameter from the arguments of a function to its products.
-On this way the parameter may be transposed, reshaped, broadcast, cast or indexed. A
-`View` says which axes of the parameter the axes of such an array are.
+`_product_visitor.py` follows each parameter from the arguments of a function to its
+products. On the way, the parameter may be transposed, reshaped, broadcast, cast or
+indexed. A `View` maps each axis of such an array to axes of the parameter.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ class Part(NamedTuple):
       axis: the axis of the parameter. None for positions that belong to no axis:
         repetitions of a broadcast parameter, or the rows of a product's output.
       size: the number of positions.
-      stride: the distance of neighbours, in positions of the axis.
+      stride: the distance between neighbouring positions of the part, in positions of
+        the axis.
     """
 
     axis: int | None
@@ -66,10 +68,10 @@ class View:
         return self.with_axes([self.axes[axis] for axis in permutation])
 
     def reshaped(self, shape: Sequence[int]) -> View | None:
-        """The view after a reshape. None if a part would be cut unevenly."""
+        """The view after a reshape. None if the reshape cuts a part unevenly."""
         if 0 in shape:
             return None
-        parts = [part for axis in self.axes for part in axis]
+        parts = list(itertools.chain.from_iterable(self.axes))
         axes = []
         for size in shape:
             axis = _first_parts(parts, size)
@@ -143,7 +145,7 @@ def is_data(origin: Origin) -> bool:
 
 
 def combined(origins: Sequence[Origin], by: str) -> Origin:
-    """The origin of what a primitive computes from arrays of some origins."""
+    """The origin of the result of a primitive, from the origins of its operands."""
     if any(map(is_data, origins)):
         return Other.DATA
     leaves: set[int] = set()
@@ -163,9 +165,9 @@ def num_positions(axis: Axis) -> int:
 
 
 def whole_axes(parts: Sequence[Part], shape: Sequence[int]) -> tuple[int, ...] | None:
-    """The axes of a parameter that some parts make up, ascending.
+    """The axes of a parameter that `parts` cover completely, in ascending order.
 
-    None if a part belongs to no axis, or if another part of an axis is missing.
+    None if a part belongs to no axis, or if `parts` cover an axis incompletely.
 
     Args:
       parts: different parts.
@@ -209,8 +211,8 @@ def is_bias(output: View, bias: View, shape: Sequence[int]) -> bool:
         if not is_row:
             pairs.append((bias_axis, axis))
     pairs.sort(key=lambda pair: in_storage_order(pair[0][0]))
-    bias_parts = [part for pair in pairs for part in pair[0]]
-    parts = [part for pair in pairs for part in pair[1]]
+    bias_parts = list(itertools.chain.from_iterable(pair[0] for pair in pairs))
+    parts = list(itertools.chain.from_iterable(pair[1] for pair in pairs))
     sizes_agree = all(num_positions(a) == num_positions(b) for a, b in pairs)
     is_ordered = all(
         group == sorted(group, key=in_storage_order) for group in (bias_parts, parts)

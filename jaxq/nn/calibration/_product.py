@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ class Product(NamedTuple):
 
 
 class NotAProduct(Exception):
-    """The rows of the data do not belong to whole axes of the parameter. Says why."""
+    """Raised if the rows of the data do not belong to whole axes of the parameter."""
 
 
 def product_of(
@@ -86,10 +87,9 @@ def _dot_product(
             (*own_contracted, *own_batch), (*x_contracted, *x_batch), strict=True
         )
     }
-    contracted_parts = [part for dim in x_contracted for part in parts[dim]]
-    batch_parts = [
-        part for dim in x_batch for part in parts[dim] if part.axis is not None
-    ]
+    contracted_parts = _parts_of(x_contracted, parts)
+    # A part without an axis is a repetition, so it is no batch axis of the parameter.
+    batch_parts = [part for part in _parts_of(x_batch, parts) if part.axis is not None]
     contracting = _whole_contracting(contracted_parts, shape)
     stack = whole_axes(batch_parts, shape)
     if stack is None:
@@ -158,7 +158,7 @@ def _conv_product(
         raise NotAProduct("it is the input of a convolution")
     numbers = equation.params["dimension_numbers"]
     _, *window = numbers.rhs_spec
-    parts = [part for dim in window for part in view.axes[dim]]
+    parts = _parts_of(window, view.axes)
     contracting = _whole_contracting(parts, shape)
     index = _index(view, shape)
     batch = _stack_axes(tuple(index), contracting, shape)
@@ -170,6 +170,11 @@ def _conv_product(
 
 _PRODUCTS = {"conv_general_dilated": _conv_product, "dot_general": _dot_product}
 PRODUCTS = frozenset(_PRODUCTS)
+
+
+def _parts_of(dims: Sequence[int], parts: Any) -> list[Part]:
+    """The parts of several axes, in one list. `parts[dim]` are those of one axis."""
+    return list(itertools.chain.from_iterable(parts[dim] for dim in dims))
 
 
 def _whole_contracting(parts: Sequence[Part], shape: Sequence[int]) -> tuple[int, ...]:

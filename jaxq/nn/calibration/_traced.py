@@ -2,11 +2,13 @@
 
 A tree of arrays has no layers whose calls could be watched. Instead, the function that
 runs a batch is traced, and its products with the parameters are found in the trace
-(`_products.py`). Matrices in a module of an unknown class are found in the same way.
+(`_product_visitor.py`). Matrices in a module of an unknown class are found in the same
+way.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.nn.calibration._batches import Batch, run_batches
+from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
 from jaxq.nn.calibration._origins import Origin, Other, View
 from jaxq.nn.calibration._product import Product
-from jaxq.nn.calibration._products import Products
-from jaxq.nn.calibration._rows import add_rows, only_rows
+from jaxq.nn.calibration._product_visitor import Products
 from jaxq.nn.calibration._stats import StatsRequest, check_stats, initial_stats
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor
@@ -134,7 +136,7 @@ def collect_traced_stats(
       function: runs a batch.
       batches: as the user passed them.
       watched: the parameters and what to collect, by name.
-      caller: errors begin with this name.
+      caller: the name that error messages begin with.
       mask: `mask(batch)` says which rows count.
       progress: show a progress line. None shows the line if stderr is a terminal.
 
@@ -231,9 +233,12 @@ def _use(
         if leaf in watcher.changed:
             return Use(watcher.changed[leaf], is_changed=True, num_products=len(own))
     if not own:
-        names = {name for leaf in group for name, _ in watcher.readers.get(leaf, ())}
-        readers = f"only {', '.join(sorted(names))}" if names else "nothing reads it"
-        problem = f"no product of forward reads it ({readers})"
+        readers = itertools.chain.from_iterable(
+            watcher.readers.get(leaf, ()) for leaf in group
+        )
+        names = {name for name, _ in readers}
+        detail = f"only {', '.join(sorted(names))}" if names else "nothing reads it"
+        problem = f"no product of forward reads it ({detail})"
         return Use(problem, is_read=bool(names))
     first = next(iter(own.values()))
     for product in own.values():

@@ -19,6 +19,16 @@ from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight
 MASKED = "its kernel is masked; multiply the mask into the kernel first"
 
 
+def num_channels(layer: Any) -> int:
+    """The number of channels of the input of an nnx convolution."""
+    return layer.in_features
+
+
+def features_axis(layer: Any) -> int:
+    """The axis of a ConvTranspose's kernel that becomes the features of the result."""
+    return -2 if layer.transpose_kernel else -1
+
+
 def conv_general_dilated(
     lhs: Any,
     rhs: Any,
@@ -66,7 +76,7 @@ def convolved(
       kernel: has one axis for each spatial axis, and axes of channels and features.
       bias: `[features]`, or None.
       channel: the axis of `kernel` that becomes the features of the result.
-      dtype: of the result. None takes the dtype of x.
+      dtype: of the result. None uses the dtype of x.
     """
     num_leading = x.ndim - (kernel.ndim - 1)
     leading, example = x.shape[:num_leading], x.shape[num_leading:]

@@ -12,7 +12,7 @@ import jax
 from flax import linen
 
 from jaxq.nn.layers._call_inputs import InputRows
-from jaxq.nn.layers._conv_product import MASKED, convolved
+from jaxq.nn.layers._conv_product import MASKED, convolved, features_axis
 from jaxq.nn.layers._linen_kind import LinenKind, code_of, register_linen_layer
 from jaxq.nn.layers._linen_own_weight import check_layer, own_weight
 from jaxq.nn.layers._linen_stand_in import StandIn, promote
@@ -72,7 +72,7 @@ def _conv_transpose(layer: Any, weight: QTensor, inputs: jax.Array) -> jax.Array
         x,
         weight,
         bias,
-        channel=_features_axis(layer),
+        channel=features_axis(layer),
         dtype=layer.preferred_element_type,
     )
 
@@ -90,12 +90,8 @@ class _WithoutBias(StandIn):
         return arrays
 
 
-def _features_axis(layer: Any) -> int:
-    return -2 if layer.transpose_kernel else -1
-
-
 def _roles(layer: Any, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Roles:
-    return roles_of_conv(shape, _features_axis(layer))
+    return roles_of_conv(shape, features_axis(layer))
 
 
 def _input_rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> InputRows:

@@ -89,7 +89,12 @@ class Structure(NamedTuple):
 
 
 def find_linen_layers(
-    module: linen.Module, variables: Any, example: Any, forward: Forward | None
+    module: linen.Module,
+    variables: Any,
+    example: Any,
+    forward: Forward | None,
+    *,
+    caller: str,
 ) -> Structure:
     """Finds the layers that a call of a module reaches.
 
@@ -99,6 +104,7 @@ def find_linen_layers(
       example: as in `trace`. None tries guessed inputs until one reaches every
         parameter.
       forward: as in `trace`.
+      caller: the name of the public function, for errors.
 
     Raises:
       ValueError: the module cannot be called with the example; `example` and `forward`
@@ -110,7 +116,7 @@ def find_linen_layers(
             return _structure_of_call(module, variables, example, forward)
         except Exception as error:
             raise ValueError(
-                f"quantize_model: {name} cannot be called with the example "
+                f"{caller}: {name} cannot be called with the example "
                 f"{_describe_example(example)}: {first_line(error)}. "
                 "Pass an example= that apply takes (an array, a tuple of arguments, or "
                 "a dict of named arguments), or pass forward=."
@@ -127,7 +133,7 @@ def find_linen_layers(
         if all(structure.class_of(key[:-1]) for key in parameters):
             return structure
     raise ValueError(
-        f"quantize_model: it is not known how to call {name}. A call is needed to find "
+        f"{caller}: it is not known how to call {name}. A call is needed to find "
         f"the layer of each parameter. {num_tried} guessed inputs were tried. None of "
         "them fits the module and reaches all parameters. Pass calibration=, or "
         "example=. An example is an input or its jax.ShapeDtypeStruct, a tuple of "

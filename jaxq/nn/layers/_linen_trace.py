@@ -131,5 +131,7 @@ class _Tag:
 
 
 def _tags(variables: Mapping[str, Any]) -> dict[str, Any]:
-    scopes = {path[:i] for path in params_of(variables) for i in range(len(path))}
+    scopes: set[tuple[str, ...]] = set()
+    for path in params_of(variables):
+        scopes.update(path[:length] for length in range(len(path)))
     return unflatten_dict({(*scope, "tag"): _Tag() for scope in scopes})

@@ -53,7 +53,7 @@ class Placeholder:
         self.qtensor = qtensor
 
 
-class _Model(NamedTuple):
+class _LinenCall(NamedTuple):
     """A linen module, and how it is called."""
 
     module: linen.Module
@@ -87,7 +87,7 @@ def check_weights(
       weights: the QTensors that are planned, by path of the layer. Leaves are
         `jax.ShapeDtypeStruct`s and have the stack axes.
     """
-    model = _Model(module, variables, structure, forward)
+    model = _LinenCall(module, variables, structure, forward)
     layers = [structure.layers[path] for path in weights]
     interceptor = functools.partial(_run_marked, [layer.path for layer in layers])
     changed = model.changed_leaves(variables, interceptor)
@@ -132,7 +132,9 @@ def _run_marked(
     return context.orig_method.func(MarkedWeight(layer, name), *args, **kwargs)
 
 
-def _problems_with_codes(model: _Model, weights: Mapping[str, QTensor]) -> list[str]:
+def _problems_with_codes(
+    model: _LinenCall, weights: Mapping[str, QTensor]
+) -> list[str]:
     """The weights whose codes or scales change, in a trace with these QTensors.
 
     Raises:

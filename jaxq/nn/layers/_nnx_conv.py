@@ -12,7 +12,11 @@ from flax import nnx
 from jax import lax
 
 from jaxq.nn.layers._call_inputs import conv_rows
-from jaxq.nn.layers._conv_product import MASKED, conv_general_dilated
+from jaxq.nn.layers._conv_product import (
+    MASKED,
+    conv_general_dilated,
+    num_channels,
+)
 from jaxq.nn.layers._kind import LayerKind, foreign_hook, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
 from jaxq.nn.layers._promotion import accept_qtensors, promotion_problem
@@ -69,10 +73,6 @@ def _problem(layer: Any) -> str | None:
     ) or promotion_problem(layer, "kernel", _roles(layer).shape)
 
 
-def _num_channels(layer: Any) -> int:
-    return layer.in_features
-
-
 register_layer(
     LayerKind(
         name="Conv",
@@ -83,6 +83,6 @@ register_layer(
         problem=_problem,
         hook="conv_general_dilated",
         read_rows=conv_rows,
-        num_channels=_num_channels,
+        num_channels=num_channels,
     )
 )

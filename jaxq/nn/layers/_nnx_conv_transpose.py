@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxq.nn.layers._call_inputs import InputRows
-from jaxq.nn.layers._conv_product import MASKED, add_bias, convolved
+from jaxq.nn.layers._conv_product import (
+    MASKED,
+    add_bias,
+    convolved,
+    features_axis,
+    num_channels,
+)
 from jaxq.nn.layers._kind import LayerKind, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
 from jaxq.nn.layers._promotion import accept_qtensors, promotion_problem
@@ -75,7 +81,7 @@ class QConvTranspose(nnx.ConvTranspose):
         x, kernel, bias = self.promote_dtype(arrays, dtype=self.dtype)
         dtype = self.preferred_element_type
         if isinstance(kernel, QUANTIZED):
-            channel = _features_axis(self)
+            channel = features_axis(self)
             return convolved(
                 self._product, x, kernel, bias, channel=channel, dtype=dtype
             )
@@ -98,12 +104,8 @@ class QConvTranspose(nnx.ConvTranspose):
         return nnx.ConvTranspose.__call__(layer, x)
 
 
-def _features_axis(layer: Any) -> int:
-    return -2 if layer.transpose_kernel else -1
-
-
 def _roles(layer: Any) -> Roles:
-    return roles_of_conv(tuple(layer.kernel_shape), _features_axis(layer))
+    return roles_of_conv(tuple(layer.kernel_shape), features_axis(layer))
 
 
 def _attach(layer: Any) -> None:
@@ -133,10 +135,6 @@ def _promoted_rows(arrays: tuple, **kwargs: Any) -> InputRows:
     return arrays[0], 0
 
 
-def _num_channels(layer: Any) -> int:
-    return layer.in_features
-
-
 register_layer(
     LayerKind(
         name="ConvTranspose",
@@ -148,6 +146,6 @@ register_layer(
         hook="promote_dtype",
         read_input=_promoted_input,
         read_rows=_promoted_rows,
-        num_channels=_num_channels,
+        num_channels=num_channels,
     )
 )

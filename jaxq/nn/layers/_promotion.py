@@ -1,6 +1,7 @@
 """The `promote_dtype` hook of a Flax layer, for a weight that is a QTensor.
 
-Codes can only be cast. A hook that changes the numbers of the weight is refused.
+A hook may cast the weight. If a hook changes the numbers of the weight, quantization
+raises an error, because codes cannot be changed in the same way.
 """
 
 from __future__ import annotations

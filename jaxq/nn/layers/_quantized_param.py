@@ -13,8 +13,8 @@ from jaxq.qtensor import QTensor
 
 # What to do about a float weight in a quantized model, for errors.
 FLOAT_STATE = (
-    "Put the state of a model that was quantized by the same recipe on it, or quantize "
-    "the float model again. To run floats, use the float model."
+    "Update the model with the state of a model that was quantized by the same recipe, "
+    "or quantize the float model again. To run floats, use the float model."
 )
 
 
@@ -24,7 +24,8 @@ class QuantizedParam(nnx.Variable):
     It is not an `nnx.Param`. An optimizer of `nnx.Param` therefore does not update it,
     and `nnx.grad` over `nnx.Param` does not differentiate it.
 
-    A float array cannot replace the QTensor. The model would no longer be quantized.
+    A float array cannot replace the QTensor, because the model would then no longer be
+    quantized.
 
     Raises:
       ValueError: `nnx.update` or an assignment would replace the QTensor by an array.

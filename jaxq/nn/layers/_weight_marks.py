@@ -273,7 +273,7 @@ def _origin(value: _Node) -> _Node:
 
 
 def _loops(value: _Node) -> list[_Loop]:
-    """The scans whose elements a value is computed from."""
+    """All scans that have an element on which a value depends."""
     loops: dict[_Loop, None] = {}
     visited: set[int] = set()
     pending = [value]

@@ -7,7 +7,7 @@ from jaxq.nn.report._output_error import (
     layer_errors,
     row_sqnr_of,
 )
-from jaxq.nn.report._product import multiplies_input, product_note
+from jaxq.nn.report._product_notes import multiplies_input, product_note
 from jaxq.nn.report._report import Report
 from jaxq.nn.report._row import (
     Row,

@@ -52,6 +52,31 @@ class Inputs(NamedTuple):
     channel: int | None = None
 
 
+class _Rows(NamedTuple):
+    """The rows of `LayerStats`. All observers share the programs that read them."""
+
+    samples: jax.Array
+    sample_ranks: jax.Array
+    held_out: jax.Array
+    held_out_ranks: jax.Array
+
+    @classmethod
+    def of(cls, stats: LayerStats) -> _Rows:
+        return cls(*(getattr(stats, name) for name in cls._fields))
+
+    def all(self) -> tuple[jax.Array, jax.Array]:
+        """The sampled and the held-out rows together, and their ranks."""
+        return (
+            jnp.concatenate([self.samples, self.held_out], axis=-2),
+            jnp.concatenate([self.sample_ranks, self.held_out_ranks], axis=-1),
+        )
+
+
+def _nameless(qt: QTensor) -> QTensor:
+    """`qt` without its name, so that all layers of a shape share one program."""
+    return qt.with_meta(name="")
+
+
 def layer_errors(
     floats: jax.Array, qt: QTensor, stats: LayerStats, inputs: Inputs
 ) -> LayerErrors:
@@ -69,7 +94,7 @@ def layer_errors(
     if qt.input_range is None:
         return LayerErrors(output_sqnr)
     low, high = np.asarray(qt.input_range[..., 0]), np.asarray(qt.input_range[..., 1])
-    clipped = _clipped_inputs(qt.input_range, stats)
+    clipped = _clipped_inputs(qt.input_range, _Rows.of(stats))
     return LayerErrors(
         output_sqnr, (float(low.min()), float(high.max())), float(clipped)
     )
@@ -88,7 +113,6 @@ def can_measure_output(qt: QTensor, stats: LayerStats, inputs: Inputs) -> bool:
     return bool(np.any(np.asarray(stats.num_held_out) > 0))
 
 
-@functools.partial(jax.jit, static_argnames="inputs")
 def output_sqnr_of(
     floats: jax.Array, qt: QTensor, stats: LayerStats, inputs: Inputs
 ) -> jax.Array:
@@ -103,11 +127,17 @@ def output_sqnr_of(
     Returns:
       float32 scalar. A stack has one error.
     """
-    exact, approximate = _outputs(floats, qt, stats.held_out, inputs)
-    return metrics.sqnr(exact, approximate)
+    return _jit_output_sqnr(floats, _nameless(qt), stats.held_out, inputs)
 
 
 @functools.partial(jax.jit, static_argnames="inputs")
+def _jit_output_sqnr(
+    floats: jax.Array, qt: QTensor, rows: jax.Array, inputs: Inputs
+) -> jax.Array:
+    exact, approximate = _outputs(floats, qt, rows, inputs)
+    return metrics.sqnr(exact, approximate)
+
+
 def row_sqnr_of(
     floats: jax.Array, qt: QTensor, stats: LayerStats, inputs: Inputs
 ) -> jax.Array:
@@ -131,9 +161,15 @@ def row_sqnr_of(
     Returns:
       float32 `[*batch]`.
     """
+    return _jit_row_sqnr(floats, _nameless(qt), _Rows.of(stats), inputs)
+
+
+@functools.partial(jax.jit, static_argnames="inputs")
+def _jit_row_sqnr(
+    floats: jax.Array, qt: QTensor, sampled: _Rows, inputs: Inputs
+) -> jax.Array:
     # Few numbers lie beyond a range. The held-out rows alone may have none of them.
-    rows = jnp.concatenate([stats.samples, stats.held_out], axis=-2)
-    ranks = jnp.concatenate([stats.sample_ranks, stats.held_out_ranks], axis=-1)
+    rows, ranks = sampled.all()
     exact, approximate = _outputs(floats, qt, rows, inputs)
     shape = (*ranks.shape, -1)
     exact, approximate = exact.reshape(shape), approximate.reshape(shape)
@@ -154,7 +190,7 @@ def _outputs(
 ) -> tuple[jax.Array, jax.Array]:
     """The exact and the quantized outputs of rows, `[*batch, rows, ...]`.
 
-    Each tap of a convolution's kernel is a product of its own, because calibration
+    Each tap of a convolution's kernel gives a separate product, because calibration
     keeps single positions of the inputs.
     """
     if inputs.channel is None:
@@ -228,15 +264,14 @@ def _products_of_taps(
 
 
 @jax.jit
-def _clipped_inputs(input_range: jax.Array, stats: LayerStats) -> jax.Array:
+def _clipped_inputs(input_range: jax.Array, sampled: _Rows) -> jax.Array:
     """The share of sampled and held-out inputs outside their static range.
 
     Args:
       input_range: `[*batch, 2]`.
-      stats: statistics of the inputs.
+      sampled: rows of the inputs.
     """
-    rows = jnp.concatenate([stats.samples, stats.held_out], axis=-2)
-    ranks = jnp.concatenate([stats.sample_ranks, stats.held_out_ranks], axis=-1)
+    rows, ranks = sampled.all()
     low, high = (input_range[..., i, None, None] for i in (0, 1))
     is_filled = jnp.broadcast_to(ranks[..., None] >= 0, rows.shape)
     is_clipped = is_filled & ((rows < low) | (rows > high))

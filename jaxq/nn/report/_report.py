@@ -79,6 +79,14 @@ class Report:
 
         JSON has no infinity and no NaN. These values become text. A `bits_per_weight`
         of NaN becomes None.
+
+        Example:
+          >>> import jaxq
+          >>> from flax import nnx
+          >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+          >>> totals = jaxq.quantize_model(model, "int8")[1].to_dict()["totals"]
+          >>> totals["quantized"], totals["bytes_after"]
+          (1, 576)
         """
         bits = self.bits_per_weight
         output = _json_ready({"output_sqnr": self.output_sqnr})

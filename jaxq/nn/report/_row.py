@@ -11,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.methods import Solved
-from jaxq.nn.layers import Roles
 from jaxq.nn.report._errors import quantization_errors
 from jaxq.nn.report._output_error import LayerErrors
-from jaxq.nn.report._product import product_note
 from jaxq.qtensor import QUANTIZED, QTensor
 from jaxq.recipes import Rule
 
@@ -65,8 +63,8 @@ class Row:
       output_sqnr: signal to quantization noise ratio of the layer's output on held-out
         calibration inputs, in dB. The layer runs as in the quantized model, with
         quantized weight and quantized inputs. For a convolution, each tap of its kernel
-        counts as a product of its own, because calibration keeps single positions of
-        the inputs. None without statistics of the inputs, and for a convolution with
+        counts as a separate product, because calibration keeps single positions of the
+        inputs. None without statistics of the inputs, and for a convolution with
         dynamic activation quantization.
       input_range: the static range of the inputs, (low, high). For a stack, the
         smallest and the largest end. None without static activation quantization.
@@ -224,7 +222,6 @@ def planned_row(
     qt: QTensor,
     method: str = "rtn",
     notes: Sequence[str] = (),
-    roles: Roles | None = None,
 ) -> Row:
     """The row of a quantized weight, without measured errors.
 
@@ -235,9 +232,7 @@ def planned_row(
       qt: the quantized weight. Its leaves may be `jax.ShapeDtypeStruct`s.
       method: the method that makes the codes.
       notes: remarks. Empty ones are left out.
-      roles: of the axes in one layer. None for an array that is in no layer.
     """
-    notes = [note for note in (*notes, product_note(qt, roles)) if note]
     return Row(
         path=path,
         kind=kind,
@@ -249,7 +244,7 @@ def planned_row(
         bytes_after=qt.nbytes,
         sqnr=None,
         worst_block=None,
-        note="; ".join(notes),
+        note="; ".join(note for note in notes if note),
         method=method,
     )
 
@@ -261,7 +256,6 @@ def quantized_row(
     qt: QTensor,
     solved: Solved | None,
     notes: Sequence[str] = (),
-    roles: Roles | None = None,
     errors: LayerErrors = LayerErrors(),  # noqa: B008 (a tuple)
 ) -> Row:
     """The row of a quantized weight, with its errors.
@@ -273,14 +267,13 @@ def quantized_row(
       qt: the quantized weight.
       solved: what the method returned. None if the weight was rounded to nearest.
       notes: as in `planned_row`.
-      roles: as in `planned_row`.
       errors: what calibration shows about the layer.
     """
     method, method_note, loss = "rtn", "", None
     if solved is not None:
         method, method_note, loss = solved.method, solved.note, solved.loss
     sqnr, worst_block, clipped = quantization_errors(floats, qt)
-    row = planned_row(path, kind, floats, qt, method, (method_note, *notes), roles)
+    row = planned_row(path, kind, floats, qt, method, (method_note, *notes))
     return dataclasses.replace(
         row,
         sqnr=float(sqnr),

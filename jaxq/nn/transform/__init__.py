@@ -21,6 +21,7 @@ from jaxq.nn.transform._linen_batch_norm import (
     fold_batch_norm as linen_fold_batch_norm,
 )
 from jaxq.nn.transform._loop import quantize_slots
+from jaxq.nn.transform._model_plan import plan
 from jaxq.nn.transform._nnx import NnxAdapter, quantize_model
 from jaxq.nn.transform._nnx_layers import (
     find_layers,
@@ -28,7 +29,6 @@ from jaxq.nn.transform._nnx_layers import (
     find_variables,
 )
 from jaxq.nn.transform._options import Options
-from jaxq.nn.transform._plan import plan
 from jaxq.nn.transform._rotation import register_rotation
 from jaxq.nn.transform._tree import (
     TreeAdapter,

@@ -59,24 +59,22 @@ def corrected_bias(
     is_filled = (stats.held_out_ranks >= 0)[..., None]
     corrected = jnp.where(is_filled, missing - shift[..., None, :], 0.0)
     after, before = jnp.sum(corrected**2), jnp.sum(missing**2)
-    if bool(after > before) and fallback != "none":
+    is_worse = bool(after > before)
+    if is_worse:
         ratio = float(after / before)
         reason = (
             "bias correction increases the error on held-out inputs "
             f"({ratio:.3g} times the error without it)"
         )
-        if fallback == "raise":
-            raise ValueError(
-                f"{name}: {reason}. Pass fallback='rtn' to keep the bias, or 'none' to "
-                "correct it anyway."
-            )
-        return bias, f"{reason}, so the bias stays"
+        remedy = "Pass fallback='rtn' to keep the bias, or 'none' to correct it anyway."
+        if methods.falls_back(fallback, f"{name}: {reason}", remedy):
+            return bias, f"{reason}, so the bias stays"
     shifted = bias.astype(jnp.float32) + shift.reshape(bias.shape)
     notes = ["bias corrected"]
     is_unreached = np.asarray(stats.count) == 0
     if is_unreached.any():
         names = element_names(is_unreached)
         notes[0] += f", but not for element {names}, which no calibration row reached"
-    elif few_rows := methods.few_tokens(stats, w.shape[-2]):
-        notes.append(few_rows)
-    return shifted.astype(bias.dtype), "; ".join(notes)
+    else:
+        notes.append(methods.few_tokens(stats, w.shape[-2]))
+    return shifted.astype(bias.dtype), methods.join_notes(*notes)

@@ -15,7 +15,9 @@ from jaxq.observers import LayerStats, empty_stats
 from jaxq.recipes import Rule
 
 
-class _Model(Protocol):
+class _StatisticsSource(Protocol):
+    """The part of an adapter that collects statistics."""
+
     def statistics(
         self, options: Options, wanted: Mapping[str, StatsRequest]
     ) -> Mapping[str, LayerStats]: ...
@@ -29,7 +31,7 @@ class CalibrationData:
       options: `calibration` is a list of batches, statistics by path, or None.
     """
 
-    def __init__(self, model: _Model, options: Options):
+    def __init__(self, model: _StatisticsSource, options: Options):
         self._model = model
         self._options = options
         self.used = False
@@ -106,7 +108,7 @@ class CalibrationData:
         if self.used:
             return []
         if are_measured:
-            return ["no rule needs data: calibration= only shows the error of outputs"]
+            return ["no rule needs data: calibration= only measures the output error"]
         names = [
             f"{name}="
             for name in ("calibration", "mask", "forward")

@@ -22,6 +22,7 @@ from flax import nnx
 from jaxq import methods, ops
 from jaxq.methods import Folding
 from jaxq.nn.layers import find_kind
+from jaxq.nn.transform._options import Options
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QuantSpec, quantize
 from jaxq.recipes import Rule
@@ -177,7 +178,7 @@ def groups_to_fold(
 
 
 def layers_to_watch(groups: Sequence[tuple[Group, Rule]]) -> list[str]:
-    """Paths of layers. `fold_scales` needs statistics of the inputs of these layers.
+    """Paths of layers. `fold_groups` needs statistics of the inputs of these layers.
 
     The layers are the first target of each group, and the source if the method also
     judges the rounding error of the source.
@@ -205,19 +206,19 @@ def planned_outcomes(
     return outcomes
 
 
-def fold_scales(
+def fold_groups(
     model: Any,
     groups: Sequence[tuple[Group, Rule]],
     rules: Mapping[str, Rule | None],
     stats: Mapping[str, LayerStats],
-    fallback: str,
+    options: Options,
 ) -> Folded:
     """Computes the scales of each group and moves them into the model.
 
     The new model computes the same as the old one, if the groups are right.
-    `check_folded` compares the two. If `fallback` is "rtn", scales that increase the
-    error on held-out inputs are not moved. The error of a group is the sum over its
-    targets. If the method also judges the source, the mean of the targets'
+    `check_folded` compares the two. If `options.fallback` is "rtn", scales that
+    increase the error on held-out inputs are not moved. The error of a group is the sum
+    over its targets. If the method also judges the source, the mean of the targets'
     loss and the source's loss decides.
 
     Args:
@@ -225,11 +226,11 @@ def fold_scales(
       groups: the groups, each with its rule.
       rules: the rule of each layer, by path.
       stats: statistics of the layers that `layers_to_watch` names, by path.
-      fallback: as in `quantize_model`.
+      options: `fallback`.
 
     Raises:
-      ValueError: `fallback` is "raise" and scales increase the error on held-out
-        inputs.
+      ValueError: `options.fallback` is "raise" and scales increase the error on
+        held-out inputs.
     """
     modules = _modules_by_path(model)
     scales: dict[str, jax.Array] = {}
@@ -239,7 +240,7 @@ def fold_scales(
             continue
         scale, losses, total = _judged_scale(group, rule, rules, modules, stats)
         layers = ", ".join(group.targets)
-        reason = "" if total is None else why_worse(layers, rule, total, fallback)
+        reason = "" if total is None else why_worse(layers, rule, total, options)
         if not reason:
             scales[group.source] = scale
         for target, loss in zip(group.targets, losses, strict=True):
@@ -266,30 +267,30 @@ def folding_of(rule: Rule | None) -> Folding | None:
     return None if rule is None else methods.get(rule.method).folding
 
 
-def why_worse(layers: str, rule: Rule, loss: float, fallback: str) -> str:
+def why_worse(layers: str, rule: Rule, loss: float, options: Options) -> str:
     """Why the scales of layers are left out. Empty if the layers get the scales.
 
     Args:
       layers: the paths of the layers, for errors.
       rule: the rule of the layers.
       loss: the error of the layers with the scales, divided by the error without them.
-      fallback: as in `quantize_model`.
+      options: `fallback`.
 
     Raises:
-      ValueError: `fallback` is "raise" and the loss is over 1.
+      ValueError: `options.fallback` is "raise" and the loss is over 1.
     """
-    if loss <= 1 or fallback == "none":
+    if loss <= 1:
         return ""
     reason = (
         f"{rule.method}'s scales increase the error on held-out inputs "
         f"({loss:.3g} times the error without them)"
     )
-    if fallback == "raise":
-        raise ValueError(
-            f"quantize_model: {layers}: {reason}. Pass fallback='rtn' to leave out the "
-            "scales, or 'none' to keep them."
-        )
-    return f"{reason}, so they are left out"
+    falls_back = methods.falls_back(
+        options.fallback,
+        f"{options.caller}: {layers}: {reason}",
+        "Pass fallback='rtn' to leave out the scales, or 'none' to keep them.",
+    )
+    return f"{reason}, so they are left out" if falls_back else ""
 
 
 def _folding(rule: Rule | None) -> Folding:
@@ -320,9 +321,10 @@ def _model_folding(cls: type) -> _ModelFolding | None:
 
 
 def _action(rule: Rule | None) -> Rule | None:
-    """A rule without the fields that say which layers it matches, to be compared.
+    """What a rule does to a layer, in a form that can be compared.
 
-    None if the rule skips the layer, or if there is no rule.
+    This is the rule without the fields that say which layers it matches. It is None if
+    the rule skips the layer, or if there is no rule.
     """
     if rule is None or rule.skip:
         return None
@@ -403,15 +405,15 @@ def _target_losses(
     for w in weights:
         no_scale = jnp.ones(w.shape[1])
         errors.append(_errors(rule, w, scale, no_scale, stats))
-    losses = [_ratio(*pair) for pair in errors]
-    return losses, _ratio(*np.sum(errors, axis=0))
+    losses = [methods.error_ratio(*pair) for pair in errors]
+    return losses, methods.error_ratio(*np.sum(errors, axis=0))
 
 
 def _source_loss(
     rule: Rule, w: jax.Array, scale: jax.Array, stats: LayerStats
 ) -> float:
     """The loss of the layer whose outputs are divided by the scales."""
-    return _ratio(*_errors(rule, w, jnp.ones(w.shape[0]), scale, stats))
+    return methods.error_ratio(*_errors(rule, w, jnp.ones(w.shape[0]), scale, stats))
 
 
 def _errors(
@@ -436,10 +438,6 @@ def _errors(
     with_scales = error(w, row_scale, column_scale, stats)
     without = error(w, no_row_scale, no_column_scale, stats)
     return float(with_scales), float(without)
-
-
-def _ratio(error: float, reference: float) -> float:
-    return float(error / reference) if reference else 1.0
 
 
 @functools.partial(jax.jit, static_argnames=("weight", "activation", "static"))

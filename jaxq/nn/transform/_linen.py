@@ -230,7 +230,9 @@ class LinenAdapter:
         self._variables = variables
         self._recipe = recipe
         self._options = options
-        self._structure = find_linen_layers(module, variables, example, options.forward)
+        self._structure = find_linen_layers(
+            module, variables, example, options.forward, caller=options.caller
+        )
         # Quantized weights replace the float parameters here.
         self._params = params_of(variables)
         self._slots: list[Slot] = []
@@ -274,7 +276,7 @@ class LinenAdapter:
         return jax.tree.leaves(self._variables)
 
     def fold(
-        self, slots: list[Slot], data: CalibrationData | None, fallback: str
+        self, slots: list[Slot], data: CalibrationData | None, options: Options
     ) -> list[Slot]:
         return slots  # because of `no_folding`, methods that only fold are refused
 
@@ -467,8 +469,9 @@ _BARE = LinenKind(name="Param", weight="", roles=_no_roles, methods={})
 def _bare_slot(key: _Key, value: Any, rule: Rule, cls: type) -> Slot:
     """The slot of a matrix that a module creates with `self.param`.
 
-    Such a matrix cannot be quantized, because Flax checks that the stored value has
-    the shape that the module passes to `self.param`.
+    Such a matrix cannot be quantized. Flax checks that the stored value has the shape
+    that the module passes to `self.param`. Inside `nnx.bridge.ToLinen`, nnx layers run
+    with float weights.
     """
     path = "/".join(key)
     problem = (

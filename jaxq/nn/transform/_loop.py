@@ -9,6 +9,7 @@ layers' inputs, quantizes each weight by its rule, and puts the results into the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -69,7 +70,7 @@ def quantize_slots(
     data = CalibrationData(adapter, options)
     slots, rule_notes = matched_slots(adapter, recipe, options, has_data=bool(data))
     resume = Resume(recipe, slots, adapter.state(), options)
-    slots = with_planned_scales(adapter.fold(slots, data, options.fallback))
+    slots = with_planned_scales(adapter.fold(slots, data, options))
     chosen = [slot for slot in slots if slot.chosen]
     blocks = blocks_in_order(adapter, chosen, options)
     keys = _keys(chosen, blocks, adapter, options)
@@ -118,7 +119,7 @@ def quantize_slots(
 def plan_slots(adapter: Adapter, recipe: Recipe, options: Options) -> Report:
     """The report of `quantize_slots` without measured errors. Nothing is quantized."""
     slots, rule_notes = matched_slots(adapter, recipe, options, has_data=None)
-    slots = with_planned_scales(adapter.fold(slots, None, options.fallback))
+    slots = with_planned_scales(adapter.fold(slots, None, options))
     rows = {slot.weight: _row_before(slot) for slot in reversed(slots)}
     notes = (*adapter.notes, *rule_notes)
     return Report(tuple(adapter.rows(rows)), notes)
@@ -132,7 +133,7 @@ def _keys(
 ) -> dict[Hashable, jax.Array]:
     """A PRNG key for each weight."""
     key = jax.random.key(0) if options.key is None else options.key
-    in_order = [slot for block in blocks for slot in block]
+    in_order = list(itertools.chain.from_iterable(blocks))
     slots = chosen if adapter.keys_follow_slots else in_order
     weights = list(dict.fromkeys(slot.weight for slot in slots))
     keys = jax.random.split(key, max(len(slots), 1))
@@ -181,8 +182,9 @@ def _quantize_slot(
         errors = LayerErrors()
         if stats is not None:
             errors = layer_errors(floats, qt, stats, slot.inputs(stats))
+        notes.append(slot.note_on_product(qt))
         row = quantized_row(
-            slot.name, slot.kind.name, floats, qt, solved, notes, slot.roles, errors
+            slot.name, slot.kind.name, floats, qt, solved, notes, errors
         )
     return Result(qt, new_bias, row)
 
@@ -196,7 +198,7 @@ def _check_inputs(stats: LayerStats | None, slot: Slot) -> None:
     expected = [*shape[: len(slot.batch)], size]
     if list(stats.mean.shape) != expected:
         raise ValueError(
-            f"{slot.name or 'w'}: its statistics are for inputs "
+            f"{slot.name or 'w'}: the statistics are for inputs of shape "
             f"{list(stats.mean.shape)}, expected {expected}. Pass the statistics of "
             "this layer's inputs."
         )
@@ -208,13 +210,11 @@ def _row_before(slot: Slot) -> Row:
         return float_row(slot.name, slot.kind.name, slot.value, skip_reason(slot.rule))
     assert slot.rule is not None
     assert slot.planned is not None
-    notes = (scales_note(slot), *slot.notes)
     return planned_row(
         slot.name,
         slot.kind.name,
         slot.value,
         slot.planned,
         method_without_data(slot),
-        notes,
-        slot.roles,
+        (scales_note(slot), *slot.notes, slot.product_note),
     )

@@ -123,14 +123,14 @@ def _planned(
     try:
         _check_axes(slot)
         planned = dry_run(slot)
-        product_note(planned, slot.roles)
         _check_method(slot, adapter, has_data)
+        note = product_note(planned, slot.roles)
         is_abstract = isinstance(slot.value, jax.ShapeDtypeStruct)
         if options.on_nonfinite == "raise" and not is_abstract:
             raise_if_not_finite(jnp.asarray(slot.value), slot.name or "w", "quantize")
     except (TypeError, ValueError) as error:
         return dataclasses.replace(slot, problem=str(error))
-    return dataclasses.replace(slot, planned=planned)
+    return dataclasses.replace(slot, planned=planned, product_note=note)
 
 
 def _check_axes(slot: Slot) -> None:

@@ -36,7 +36,7 @@ from jaxq.nn.layers import (
 from jaxq.nn.report import Report, Row, dropped_metadata, float_row, other_row
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._folding import (
-    fold_scales,
+    fold_groups,
     groups_to_fold,
     layers_to_watch,
     planned_outcomes,
@@ -60,7 +60,7 @@ from jaxq.nn.transform._same_function import check_folded, check_rotated, nnx_ru
 from jaxq.nn.transform._slot import Inventory, Slot
 from jaxq.nn.transform._traced import ArrayKind, slot_with_use, spread_stats
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QUANTIZED, QTensor, QuantSpec, TrainedWeight
+from jaxq.qtensor import QUANTIZED, QTensor, QuantSpec, TrainedWeight, is_quantized
 from jaxq.recipes import Recipe, Rule, as_recipe
 
 
@@ -125,8 +125,8 @@ def quantize_model(
         on held-out inputs. "rtn" rounds it to nearest, and the report says so. "none"
         keeps the method's result. "raise" raises an error. An observer's
         static range is compared with two plain ranges on calibration inputs: the
-        extremes of the inputs, and the range of least squared error. If it does worse,
-        "rtn" takes the better plain range.
+        extremes of the inputs, and the range of least squared error. If the observer's
+        range does worse, "rtn" takes the better plain range.
       strict: raises an error for a rule that matches nothing, and for a matrix that no
         rule matches in a module that jaxq does not know. False leaves such a matrix in
         floats, and the report says so.
@@ -331,7 +331,7 @@ class NnxAdapter:
             yield array
 
     def fold(
-        self, slots: list[Slot], data: CalibrationData | None, fallback: str
+        self, slots: list[Slot], data: CalibrationData | None, options: Options
     ) -> list[Slot]:
         rules = {slot.path: slot.rule for slot in slots}
         groups = groups_to_fold(self._model, rules, self.caller)
@@ -341,16 +341,20 @@ class NnxAdapter:
             outcomes = planned_outcomes(self._model, groups)
         else:
             stats = data.before_folding(layers_to_watch(groups))
-            folded = fold_scales(self._model, groups, rules, stats, fallback)
-            if self._options.batches:
-                check_folded(self._model, folded, self._options)
+            folded = fold_groups(self._model, groups, rules, stats, options)
+            if options.batches:
+                check_folded(self._model, folded, options)
             else:
                 self.notes = (*self.notes, _NOT_COMPARED)
             self._model, outcomes = folded.model, folded.outcomes
             # The folded model is another object with other variables.
-            planned = {slot.path: slot.planned for slot in slots}
+            checked = {slot.path: slot for slot in slots}
             slots = [
-                dataclasses.replace(slot, planned=planned[slot.path])
+                dataclasses.replace(
+                    slot,
+                    planned=checked[slot.path].planned,
+                    product_note=checked[slot.path].product_note,
+                )
                 for slot in self.inventory().slots
             ]
         return [
@@ -487,7 +491,7 @@ class NnxAdapter:
     def _function(self) -> ParameterFunction:
         """The model in its present state, as a function of its variables' values."""
         graph, state = nnx.split(eval_copy(self._model))
-        leaves, structure = jax.tree.flatten(state, is_leaf=_is_quantized)
+        leaves, structure = jax.tree.flatten(state, is_leaf=is_quantized)
 
         def run(leaves: Sequence[Any], batch: Any) -> Any:
             model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
@@ -498,7 +502,7 @@ class NnxAdapter:
     def _variable_paths(self) -> list[str]:
         """The path of the variable of each leaf of `_function`."""
         state = nnx.state(self._model)
-        leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_quantized)
+        leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_quantized)
         # The last key is the ".value" of the variable.
         return ["/".join(map(key_name, keys[:-1])) for keys, _ in leaves]
 
@@ -523,10 +527,6 @@ def _remedy(unmatched: Sequence[str], unmatched_linen: Sequence[str]) -> str:
 def _is_bare(slot: Slot) -> bool:
     """True if the slot is of an array in a module of an unknown class."""
     return isinstance(slot.kind, ArrayKind)
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QUANTIZED)
 
 
 _NOT_COMPARED = (

@@ -1,10 +1,10 @@
 """Files of finished blocks, so that a sequential run can continue after it stopped.
 
 Each finished block has a file with its codes, its biases and its rows of the report.
-The file does not have the statistics of the block. They are larger, and no later block
-reads them. When the same call is made again, it reads these files and begins with the
-first block that has no file. Every file holds a digest of the run, which depends on the
-recipe, the data, the model, the key and the options.
+The file does not have the statistics of the block: statistics are larger than codes,
+and no later block reads them. If the same call is made again, it reads these files and
+begins with the first block that has no file. Every file holds a digest of the run. The
+digest depends on the recipe, the data, the model, the key and the options.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxq import methods
 from jaxq.nn.calibration import StatsRequest
-from jaxq.nn.report import multiplies_input
+from jaxq.nn.report import multiplies_input, product_note
 from jaxq.nn.transform._calibration_data import CalibrationData, of_stack
 from jaxq.nn.transform._folding import Outcome, folding_of, why_worse
 from jaxq.nn.transform._options import Options
@@ -46,10 +46,10 @@ def with_scales(
     stats: Mapping[str, LayerStats],
     options: Options,
 ) -> tuple[list[Slot], Mapping[str, LayerStats]]:
-    """Computes the scales of the layers of a block that keep their scales.
+    """Computes the scales of those layers in a block that keep their scales.
 
     If `fallback` is "rtn", scales that increase the error on held-out inputs are left
-    out. In a stack, each matrix is judged on its own.
+    out. In a stack, each matrix is compared separately.
 
     Args:
       block: slots of the block.
@@ -99,7 +99,12 @@ def _with_planned_scale(slot: Slot) -> Slot:
     if not multiplies_input(planned, slot.roles):
         note = "its product dequantizes the weight, so the input cannot have scales"
         return dataclasses.replace(slot, scales=Outcome(note=note))
-    return dataclasses.replace(slot, scales=Outcome(at_run_time=True), planned=planned)
+    return dataclasses.replace(
+        slot,
+        scales=Outcome(at_run_time=True),
+        planned=planned,
+        product_note=product_note(planned, slot.roles),
+    )
 
 
 def _outcome(slot: Slot, stats: LayerStats, options: Options) -> Outcome:
@@ -123,14 +128,14 @@ def _outcome(slot: Slot, stats: LayerStats, options: Options) -> Outcome:
     worse = error > without
     reason = ""
     if worse.any():
-        loss = _loss_of(error[worse], without[worse])
-        reason = why_worse(slot.path or "the model", rule, loss, options.fallback)
+        loss = methods.error_ratio(error[worse], without[worse])
+        reason = why_worse(slot.path or "the model", rule, loss, options)
     if reason and worse.all():
         return Outcome(note=reason)
     if reason:
         scale = np.where(worse[..., None], np.float32(1), scale)
         error = np.minimum(error, without)
-    return _kept(scale, _loss_of(error, without))
+    return _kept(scale, methods.error_ratio(error, without))
 
 
 def _kept(scale: np.ndarray, loss: float | None) -> Outcome:
@@ -173,9 +178,3 @@ def _divided_range(
     # An input that is always zero has no range, and no error either.
     is_empty = ~(low < high)
     return np.where(is_empty, -1.0, low), np.where(is_empty, 1.0, high)
-
-
-def _loss_of(error: np.ndarray, reference: np.ndarray) -> float:
-    """The sum of errors over the sum of reference errors; 1 if the reference is 0."""
-    total = reference.sum()
-    return float(error.sum() / total) if total else 1.0

@@ -54,7 +54,7 @@ def check_rotated(model: nnx.Module, rotated: nnx.Module, options: Options) -> N
 def check_folded(model: nnx.Module, folded: Folded, options: Options) -> None:
     """Raises a ValueError if folded scales changed what a model computes.
 
-    The error names the first group that changes it alone.
+    The error names the first group whose scales alone change the outputs.
 
     Args:
       model: the float model.
@@ -67,7 +67,8 @@ def check_folded(model: nnx.Module, folded: Folded, options: Options) -> None:
     wrong = ", ".join(folded.scales)
     for source, scale in folded.scales.items():
         alone = fold_into(model, {source: scale})
-        if difference_alone := output_difference(model, alone, options):
+        difference_alone = output_difference(model, alone, options)
+        if difference_alone:
             wrong, difference = source, difference_alone
             break
     targets = ", ".join(folded.targets.get(wrong, ()))

@@ -15,7 +15,7 @@ import jax
 
 from jaxq.nn.calibration import StatsRequest
 from jaxq.nn.layers import LayerKind, LinenKind, Roles
-from jaxq.nn.report import Inputs, Row
+from jaxq.nn.report import Inputs, Row, product_note
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._folding import Outcome
 from jaxq.nn.transform._model_error import Run
@@ -63,6 +63,7 @@ class Slot:
       notes: remarks for the report.
       planned: the quantized weight with `jax.ShapeDtypeStruct`s instead of arrays. None
         before the check, and for a weight that stays in floats.
+      product_note: the note of `planned` on how its product runs.
       scales: where the scales of the rule's method are. None if the method has no
         scales, or if the layer can have none.
     """
@@ -80,6 +81,7 @@ class Slot:
     problem: str = ""
     notes: tuple[str, ...] = ()
     planned: QTensor | None = None
+    product_note: str = ""
     scales: Outcome | None = None
 
     @property
@@ -107,6 +109,19 @@ class Slot:
             return Inputs(True, max(axes))
         fitting = [axis for axis in axes if shape[axis] == stats.mean.shape[-1]]
         return Inputs(True, fitting[0] if len(fitting) == 1 else None)
+
+    def note_on_product(self, qt: QTensor) -> str:
+        """The note on how the product of the layer runs, see `product_note`.
+
+        A product is planned again only if `qt` has other static facts than `planned`.
+        This happens if the method fell back, or if the weight scales its input.
+
+        Args:
+          qt: the quantized weight.
+        """
+        if jax.tree.structure(qt) == jax.tree.structure(self.planned):
+            return self.product_note
+        return product_note(qt, self.roles)
 
     @property
     def label(self) -> str:
@@ -176,14 +191,14 @@ class Adapter(Protocol):
         ...
 
     def fold(
-        self, slots: list[Slot], data: CalibrationData | None, fallback: str
+        self, slots: list[Slot], data: CalibrationData | None, options: Options
     ) -> list[Slot]:
         """Moves scales into previous layers, for the methods that fold scales.
 
         Args:
           slots: all slots of the model.
           data: calibration data. None for a plan, which does not change the model.
-          fallback: as in `quantize_model`.
+          options: `fallback`.
 
         Returns:
           The slots of the changed model, with `Slot.scales`.
@@ -193,7 +208,7 @@ class Adapter(Protocol):
     def call_order(self, options: Options) -> Mapping[str, tuple[int, ...]]:
         """The paths of the layers, in the order in which the model calls them.
 
-        Each path maps to the numbers of the arrays that the layer reads. Layers that
+        Each path maps to one number for each array that the layer reads. Layers that
         read the same array have the same number.
         """
         ...

@@ -40,11 +40,11 @@ class ArrayKind(NamedTuple):
 
 
 def slot_with_use(slot: Slot, use: Use) -> Slot:
-    """A slot with the axes that the products of its array have.
+    """A slot with the axes that the products of its array contract and stack.
 
-    If the slot's rule needs data and there are none for this array, the slot gets a
-    problem. An array that no product reads stays in floats instead, unless its rule has
-    `contracting`.
+    If the slot's rule needs data and there are no data for this array, the slot gets a
+    problem. The exception is an array that no product reads. It stays in floats, unless
+    its rule has `contracting`.
 
     Args:
       slot: a slot whose rule quantizes the array. Its axes are those of the rule.
@@ -121,7 +121,7 @@ def _data_problem(use: Use) -> str:
 
 
 def _contracting_axes(rule: Rule, use: Use, shape: Sequence[int]) -> tuple[int, ...]:
-    """The contracted axes: those of the rule if the products agree."""
+    """The contracted axes of the rule, or those of the products if the two differ."""
     if rule.contracting is None:
         return use.contracting
     is_same = _large(rule.contracting, shape) == _large(use.contracting, shape)
@@ -131,7 +131,11 @@ def _contracting_axes(rule: Rule, use: Use, shape: Sequence[int]) -> tuple[int, 
 def _batch_axes(
     rule: Rule, use: Use, shape: Sequence[int], uses_data: bool
 ) -> tuple[int, ...]:
-    """The batch axes: those of the rule if the data of its matrices are known."""
+    """The batch axes of the rule or of the products.
+
+    If data are used, and the rule lacks a batch axis of the products, the result is the
+    batch axes of the products.
+    """
     if rule.batch is None:
         return use.batch
     has_data = _large(use.batch, shape) <= _large(rule.batch, shape)

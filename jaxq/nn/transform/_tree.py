@@ -49,7 +49,13 @@ from jaxq.nn.transform._rotation import refuse_rotation
 from jaxq.nn.transform._slot import Inventory, Slot
 from jaxq.nn.transform._traced import ArrayKind, slot_with_use, spread_stats
 from jaxq.observers import LayerStats
-from jaxq.qtensor import QUANTIZED, QTensor, QuantSpec, TrainedWeight, dequantize
+from jaxq.qtensor import (
+    QTensor,
+    QuantSpec,
+    TrainedWeight,
+    dequantize,
+    is_quantized,
+)
 from jaxq.recipes import Recipe, Rule, as_recipe
 
 
@@ -83,8 +89,9 @@ def quantize_params(
         These are recognized by their names. Without calibration batches, arrays with
         three or more axes need a rule with `contracting=`.
       calibration: batches of real inputs, for methods (`jaxq.methods`), observers and
-        `correct_bias`, which need data. With batches, `forward` is needed too. Or
-        statistics (`jaxq.observers.LayerStats`) by the path of the array.
+        `correct_bias`, which need data. With batches, `forward` is needed too.
+        Statistics (`jaxq.observers.LayerStats`) by the path of the array may be passed
+        instead of batches.
       mask: `mask(batch)` returns a bool array `[b, t]` or `[b]` that is False for
         padding. Its axes must be the first axes of the rows of every product.
       forward: `forward(params, batch)` computes the model with jax. Its result is
@@ -175,7 +182,7 @@ def dequantize_params(params: Any, *, dtype: Any = None) -> Any:
       'float32'
     """
     return jax.tree.map(
-        lambda leaf: _dequantized(leaf, dtype), params, is_leaf=_is_quantized
+        lambda leaf: _dequantized(leaf, dtype), params, is_leaf=is_quantized
     )
 
 
@@ -254,7 +261,7 @@ class TreeAdapter:
             self.read_arguments = ("calibration", "forward")
         self._recipe = recipe
         self._options = options
-        self._structure = jax.tree.structure(params, is_leaf=_is_quantized)
+        self._structure = jax.tree.structure(params, is_leaf=is_quantized)
         self._leaves = list(_leaves_of(params))
         # `id` identifies an original array, so these arrays must stay alive.
         self._arrays = [leaf.value for leaf in self._leaves]
@@ -291,7 +298,7 @@ class TreeAdapter:
         return [leaf.value for leaf in self._leaves]
 
     def fold(
-        self, slots: list[Slot], data: CalibrationData | None, fallback: str
+        self, slots: list[Slot], data: CalibrationData | None, options: Options
     ) -> list[Slot]:
         return slots  # because of `no_folding`, methods that only fold are refused
 
@@ -415,7 +422,7 @@ class TreeAdapter:
 
         leaves = [leaf.value for leaf in self._leaves]
         is_quantized = any(
-            _is_quantized(leaf.value) and not _is_quantized(array)
+            is_quantized(leaf.value) and not is_quantized(array)
             for leaf, array in zip(self._leaves, self._arrays, strict=True)
         )
         function = ParameterFunction(run, leaves)
@@ -429,14 +436,14 @@ class TreeAdapter:
                 note = (
                     "sequential: forward does not run with QTensors "
                     f"({type(error).__name__}: {reason}). It ran with the dequantized "
-                    "weights, so the statistics have the errors of weights, and not "
+                    "weights, so the statistics include the errors of weights, but not "
                     "those of quantized inputs"
                 )
                 self.notes = (*self.notes, note)
         if not (is_quantized and self._runs_dequantized):
             return function
         leaves = [
-            leaf.value if _is_quantized(array) else _dequantized(leaf.value)
+            leaf.value if is_quantized(array) else _dequantized(leaf.value)
             for leaf, array in zip(self._leaves, self._arrays, strict=True)
         ]
         return ParameterFunction(run, leaves)
@@ -449,7 +456,7 @@ class TreeAdapter:
             if leaf.slot is not None
             and leaf.array in self._uses
             and not self._uses[leaf.array].problem
-            and not _is_quantized(leaf.value)
+            and not is_quantized(leaf.value)
         ]
 
     def _positions(self, array: int) -> tuple[int, ...]:
@@ -545,7 +552,7 @@ def _leaves_of(params: Any) -> Iterable[_Leaf]:
         if _is_variable(node)
     }
     for keys, value in jax.tree_util.tree_leaves_with_path(
-        params, is_leaf=_is_quantized
+        params, is_leaf=is_quantized
     ):
         # In `nnx.state`, the last key is the ".value" of a variable.
         own_keys = keys[:-1] if keys[:-1] in variable_types else keys
@@ -568,10 +575,6 @@ def _key_text(key: Any) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
-
-
-def _is_quantized(x: Any) -> bool:
-    return isinstance(x, QUANTIZED)
 
 
 def _is_variable(x: Any) -> bool:

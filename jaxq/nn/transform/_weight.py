@@ -8,11 +8,12 @@ method, and the result is reshaped back.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxq import methods
 from jaxq.nn.transform._folding import folding_of
@@ -20,7 +21,15 @@ from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Slot
 from jaxq.nn.transform._static_range import static_range, with_activation
 from jaxq.observers import LayerStats, scaled_stats
-from jaxq.qtensor import QTensor, QuantSpec, check_floats, quantize
+from jaxq.qtensor import (
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    QTensor,
+    QuantSpec,
+    check_floats,
+    quantize,
+)
 from jaxq.recipes import Rule
 
 
@@ -47,8 +56,9 @@ def quantize_weight(
 
     Raises:
       ValueError: the weight cannot be quantized to the spec, or by the method; the
-        rule has an observer, and the statistics have no static range for it, or the
-        range is worse than a plain one and `fallback` is "raise".
+        rule has an observer, and the statistics have no static range for it; or
+        `fallback` is "raise", and the range of the observer gives a larger output error
+        than a plain range (`_static_range.py`).
     """
     rule = _rule(slot)
     # None if the layer has no scales, or if they are folded into a previous layer.
@@ -173,9 +183,8 @@ def scales_note(slot: Slot) -> str:
     if outcome is not None:
         reason = outcome.note
     elif slot.kind.windowed:
-        return (
-            f"only rounded: {_rule(slot).method} scales rows of a matrix, not windows"
-        )
+        method = _rule(slot).method
+        return f"rounded to nearest: {method} scales rows of a matrix, not windows"
     if folding.without_scales:
         return f"{folding.without_scales}: {reason}"
     return reason
@@ -237,7 +246,10 @@ def _with_scales(solved: methods.Solved, slot: Slot) -> methods.Solved:
         loss = solved.loss * slot.scales.loss
     fell_back = solved.method != rule.method
     if fell_back:
-        note = "only scaled: its codes are worse than rounding on held-out inputs"
+        note = (
+            "rounded to nearest with these scales: the method's codes have more error "
+            "on held-out inputs"
+        )
     note = f"{scales}; {note}" if note else scales
     return solved._replace(method=rule.method, loss=loss, note=note)
 
@@ -273,18 +285,50 @@ def _solve(
         fallback=fallback,
         key=key,
         name=name,
-        nearest=nearest if _is_matrix(nearest, matrix) else None,
+        nearest=_nearest_matrix(nearest, matrix),
     )
     return solved._replace(qt=_with_axes_of(nearest, solved.qt, rule.method, name))
 
 
-def _is_matrix(nearest: QTensor, matrix: jax.Array) -> bool:
-    """True if a method can take `nearest` instead of rounding its matrix again.
+def _nearest_matrix(nearest: QTensor, matrix: jax.Array) -> QTensor | None:
+    """The rounded weight with the axes of its matrix, so that no method rounds again.
 
-    `nearest` must have the axes of the matrix. Its rounding must not be stochastic.
+    None if blocks of the matrix would hold other numbers than blocks of the weight.
+
+    Args:
+      nearest: the weight rounded to nearest.
+      matrix: the float weight as a matrix `[*batch, in, out]`.
     """
-    same_axes = nearest.meta.geometry.contracted == (-2,)
-    return same_axes and nearest.shape == matrix.shape and not nearest.spec.needs_key
+    if nearest.meta.geometry.contracted == (-2,) and nearest.shape == matrix.shape:
+        return nearest
+    if not isinstance(nearest.spec.granularity, PerChannel | PerGroup | PerTensor):
+        return None
+    round_matrix = functools.partial(
+        quantize,
+        spec=nearest.spec,
+        contracting=-2,
+        batch=tuple(range(matrix.ndim - 2)),
+        key=jax.random.key(0) if nearest.spec.needs_key else None,
+    )
+    as_planned = jax.eval_shape(
+        round_matrix, jax.ShapeDtypeStruct(matrix.shape, matrix.dtype)
+    )
+    return _reshaped_like(nearest, as_planned)
+
+
+def _reshaped_like(qt: QTensor, like: QTensor) -> QTensor | None:
+    """The numbers of `qt` with the shapes and static facts of `like`.
+
+    Both store their numbers in the same order, so only shapes change. None if they have
+    other numbers of codes or scales.
+    """
+    leaves, shapes = jax.tree.leaves(qt), jax.tree.leaves(like)
+    if [leaf.size for leaf in leaves] != [leaf.size for leaf in shapes]:
+        return None
+    reshaped = [
+        leaf.reshape(shape.shape) for leaf, shape in zip(leaves, shapes, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), reshaped)
 
 
 def _with_axes_of(nearest: QTensor, matrix: QTensor, method: str, name: str) -> QTensor:
@@ -304,20 +348,18 @@ def _with_axes_of(nearest: QTensor, matrix: QTensor, method: str, name: str) -> 
     """
     geometry = nearest.meta.geometry
     blocks = (*nearest.batch_shape, *geometry.num_blocks)
+    other_blocks = (
+        f"{name}: method {method!r} quantizes the weight as a matrix. With "
+        f"{nearest.spec.granularity}, the matrix has other blocks than the weight. Use "
+        "PerChannel, PerGroup or PerTensor."
+    )
 
-    def reshape(leaf: jax.Array | None, shape: tuple[int, ...] | None) -> Any:
-        if leaf is None or shape is None:
+    def reshape(leaf: jax.Array | None, shape: tuple[int, ...]) -> Any:
+        if leaf is None:
             return leaf
-        if leaf.size != np.prod(shape, dtype=int):
-            raise ValueError(
-                f"{name}: method {method!r} quantizes the weight as a matrix. With "
-                f"{nearest.spec.granularity}, the matrix has other blocks than the "
-                "weight. Use PerChannel, PerGroup or PerTensor."
-            )
+        if leaf.size != math.prod(shape):
+            raise ValueError(other_blocks)
         return leaf.reshape(shape)
-
-    def reshape_like(leaf: jax.Array | None, like: jax.Array | None) -> Any:
-        return reshape(leaf, None if like is None else like.shape)
 
     data = reshape(matrix.data, nearest.data.shape)
     codebook = matrix.codebook
@@ -325,8 +367,9 @@ def _with_axes_of(nearest: QTensor, matrix: QTensor, method: str, name: str) -> 
         codebook = codebook.reshape(*blocks, codebook.shape[-1])
     if isinstance(matrix.scale, QTensor):
         assert isinstance(nearest.scale, QTensor)
-        scale = jax.tree.map(reshape_like, matrix.scale, nearest.scale)
-        scale = dataclasses.replace(scale, meta=nearest.scale.meta)
+        scale = _reshaped_like(matrix.scale, nearest.scale)
+        if scale is None:
+            raise ValueError(other_blocks)
     else:
         scale = reshape(matrix.scale, blocks)
     meta = dataclasses.replace(

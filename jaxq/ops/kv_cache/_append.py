@@ -43,7 +43,7 @@ def append(cache: Cache, k: jax.Array, v: jax.Array, count: jax.Array) -> Cache:
     value_line = _append_tokens(cache.recent_values, v)
 
     def place_in_line(position: jax.Array) -> jax.Array:
-        """The index in a line of the token at each position; `[b, i] -> [b, i]`."""
+        """The index in a line of the token at each position of a slot, `[b, i]`."""
         old, new = position % spec.residual, spec.residual + position - before[:, None]
         return jnp.where(position < before[:, None], old, new)
 

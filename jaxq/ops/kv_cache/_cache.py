@@ -180,11 +180,11 @@ class KVCache(CacheArrays):
         Example:
           >>> import jax.numpy as jnp, jaxq
           >>> cache = jaxq.ops.KVCache.empty(
-          ...     "nf4", batch=2, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
+          ...     "int8", batch=2, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
           ... )
-          >>> k = v = jnp.ones((2, 5, 1, 8))
-          >>> cache.append(k, v, count=jnp.array([5, 2])).lengths.tolist()
-          [5, 2]
+          >>> k = v = jnp.ones((2, 4, 1, 8))
+          >>> cache.append(k, v, count=jnp.array([4, 2])).lengths.tolist()
+          [4, 2]
         """
         self._check_arrays("append", k=k, v=v)
         b, t = k.shape[:2]
@@ -228,7 +228,7 @@ class KVCache(CacheArrays):
             is only allowed if `k` is None. The first `count[i]` queries of slot i
             belong to tokens. The results of the other queries have no meaning. With
             None all t queries of every slot belong to tokens.
-          scale: scores are multiplied by this number. None takes `1 / sqrt(h)`.
+          scale: scores are multiplied by this number. None uses `1 / sqrt(h)`.
           block: the number of tokens to dequantize at a time. It is rounded down to
             whole groups, with at least one group.
 
@@ -247,9 +247,9 @@ class KVCache(CacheArrays):
         Example:
           >>> import jax.numpy as jnp, jaxq
           >>> cache = jaxq.ops.KVCache.empty(
-          ...     "int8", batch=1, num_heads=2, length=64, head_dim=8, dtype=jnp.float32
+          ...     "int8", batch=2, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
           ... )
-          >>> q, k = jnp.ones((1, 3, 4, 8)), jnp.ones((1, 3, 2, 8))
+          >>> q, k = jnp.ones((2, 4, 2, 8)), jnp.ones((2, 4, 1, 8))
           >>> float(cache.attend(q, k, k).max())
           1.0
           >>> float(cache.append(k, k).attend(q).max())
@@ -272,8 +272,8 @@ class KVCache(CacheArrays):
                 )
         if count is not None and k is not None:
             raise ValueError(
-                "KVCache.attend: count= is for tokens that are appended already. Pass "
-                "either count, or k and v."
+                "KVCache.attend: count= is for tokens that are already in the cache. "
+                "Pass either count, or k and v."
             )
         block = whole_number("KVCache.attend: block", block)
         t, h = q.shape[1], q.shape[3]
@@ -302,11 +302,11 @@ class KVCache(CacheArrays):
         Example:
           >>> import jax.numpy as jnp, jaxq
           >>> cache = jaxq.ops.KVCache.empty(
-          ...     "int8", batch=3, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
+          ...     "int8", batch=2, num_heads=1, length=64, head_dim=8, dtype=jnp.float32
           ... )
-          >>> k = jnp.ones((3, 4, 1, 8))
+          >>> k = jnp.ones((2, 4, 1, 8))
           >>> cache.append(k, k).reset([1]).lengths.tolist()
-          [4, 0, 4]
+          [4, 0]
         """
         num_slots = self.lengths.shape[-1]
         mask = slot_mask(slots, num_slots, "KVCache.reset")
@@ -389,9 +389,9 @@ class KVCache(CacheArrays):
         needed = num_queries + self.window - 1
         if self.length > stored and needed > stored:
             raise ValueError(
-                f"KVCache.attend: {num_queries} queries of appended tokens read "
-                f"{needed} tokens, and a cache with window={self.window} keeps "
-                f"{stored}. Pass k and v, and append them afterwards."
+                f"KVCache.attend: {num_queries} queries read the last {needed} tokens, "
+                f"but a cache with window={self.window} stores only {stored} tokens. "
+                "Pass k and v to attend, and append them to the cache afterwards."
             )
 
     def _checked_count(

@@ -20,12 +20,12 @@ class KVCacheSpec:
       keys: preset name or `QuantSpec`. Scales are shared along the tokens of a group:
         each channel has one scale, or several scales if the group size of the spec is
         smaller than `group`.
-      values: preset name or `QuantSpec`. Scales are shared along the head. None takes
+      values: preset name or `QuantSpec`. Scales are shared along the head. None uses
         the spec of the keys.
-      group: the number of tokens that are quantized together, at least 1. None takes 32
+      group: the number of tokens that are quantized together, at least 1. None uses 32
         (16 for keys of 2 bits or fewer), or `residual` if that is smaller.
       residual: the number of newest tokens that stay in full precision, at least
-        `group`. None takes 32 (64 for keys of 2 bits or fewer), or `group` if that is
+        `group`. None uses 32 (64 for keys of 2 bits or fewer), or `group` if that is
         larger.
       rotation: orthogonal transform along the last axis, a module-level function such
         as `jaxq.methods.hadamard`. Keys and queries are both rotated, so scores do not

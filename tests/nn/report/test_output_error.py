@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxq
-from jaxq.nn.report import row_sqnr_of
+from jaxq.nn.report import _output_error, row_sqnr_of
 from jaxq.nn.report._output_error import Inputs
 from jaxq.observers import empty_stats, update_stats
 from tests.arrays import assert_close, normal
@@ -47,6 +47,20 @@ def test_large_rows_count_less(batch):
     expected = row_decibels(exact, actual - exact)
     assert row_sqnr_of(w, qt, stats, Inputs(windowed=False)).shape == batch
     assert_close(row_sqnr_of(w, qt, stats, Inputs(windowed=False)), expected, 1e-4)
+
+
+def test_layers_of_a_shape_and_all_observers_share_a_program():
+    x, programs = normal(64, 16), _output_error._jit_row_sqnr
+    before = programs._cache_size()
+    for name, observer in (("a", jaxq.observers.minmax()), ("b", None)):
+        stats = empty_stats(16, observer=observer)
+        stats = update_stats(
+            stats, x, jnp.ones(64, bool), jnp.arange(64), observer=observer
+        )
+        qt = jaxq.quantize(normal(16, 8), "int8", name=name)
+        assert qt.meta.name == name
+        row_sqnr_of(normal(16, 8), qt, stats, Inputs(windowed=False))
+    assert programs._cache_size() <= before + 1
 
 
 def test_huge_numbers_do_not_overflow():

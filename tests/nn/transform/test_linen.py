@@ -245,6 +245,8 @@ def test_examples_say_how_a_module_is_called():
         ValueError, match="not known how to call Two.*Pass calibration=, or example="
     ):
         quantize_model(module, variables, "int8")
+    with pytest.raises(ValueError, match="^plan: it is not known how to call Two"):
+        jaxq.nn.plan(module, "int8", variables)
     with pytest.raises(
         ValueError,
         match=r"Two cannot be called with the example float32\[2, 8\]: TypeError",

@@ -275,6 +275,15 @@ def test_scales_that_increase_the_error_are_left_out(net, monkeypatch):
     np.testing.assert_array_equal(qmodel.first(X), plain.first(X))
     with pytest.raises(ValueError, match="first: smoothquant's scales increase"):
         jaxq.quantize_model(net, smoothed(), calibration=BATCHES, fallback="raise")
+    params = {"first": net.first.kernel[...]}
+    with pytest.raises(ValueError, match="^quantize_params: first: smoothquant's sc"):
+        jaxq.quantize_params(
+            params,
+            smoothed(),
+            calibration=BATCHES,
+            forward=lambda params, x: jaxq.matmul(x, params["first"]),
+            fallback="raise",
+        )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,12 +1,27 @@
-"""Static ranges of activations whose codes have a zero point or an offset."""
+"""One weight: static ranges of its input, and the note on how its product runs."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 from flax import linen, nnx
 
 import jaxq
-from jaxq import PerTensor, QuantSpec, observers
-from tests.arrays import normal
+from jaxq import (
+    PerGroup,
+    PerTensor,
+    QuantSpec,
+    Recipe,
+    Rule,
+    methods,
+    observers,
+    ops,
+)
+from jaxq.methods import _gptq, _rtn
+from jaxq.nn.report import _product_notes
+from jaxq.nn.transform import _weight
+from tests.arrays import assert_same, normal
 
 ZERO_POINT = QuantSpec("uint8", PerTensor(), symmetric=False)
 OFFSET = QuantSpec("uint8", PerTensor(), offset="min")
@@ -78,3 +93,82 @@ def test_inputs_without_a_range_are_refused():
     x = np.full((8, 32), 3, np.float32)
     y = nnx_output(x, ZERO_POINT, "minmax")
     assert float(jaxq.metrics.sqnr(x @ np.asarray(W), y)) > 30
+
+
+@pytest.fixture
+def num_explained(monkeypatch):
+    """A list that grows with each product whose plan the report asks for."""
+    plans = []
+    explain = ops.explain
+
+    def counted(*args, **options):
+        plans.append(explain(*args, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(_product_notes.ops, "explain", counted)
+    return plans
+
+
+def test_the_plan_of_a_product_is_asked_for_once(num_explained):
+    layer = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+    spec = QuantSpec("int8", PerGroup(16))
+    rule = Rule(weight=spec, activation=spec.replace(granularity=PerGroup(8)))
+    _, report = jaxq.quantize_model(layer, Recipe([rule]))
+    assert "computes in floats" in report.quantized[0].note
+    assert len(num_explained) == 1
+
+
+def test_a_method_that_falls_back_has_the_note_of_its_result():
+    # Tables prevent a product of codes. The rounded weight has no tables.
+    def solve(w, stats, spec, *, key):
+        return methods.get("kmeans").solve(0.1 * w, stats, spec, key=key)
+
+    bad = dataclasses.replace(
+        methods.get("kmeans"), name="bad", solve=solve, options={}
+    )
+    methods.register(bad)
+    try:
+        rule = Rule(weight="int4", activation="int8", method="bad")
+        reports = [
+            jaxq.quantize_model(
+                nnx.Linear(32, 8, rngs=nnx.Rngs(0)),
+                Recipe([rule]),
+                calibration=[normal(48, 32)],
+                fallback=fallback,
+            )[1]
+            for fallback in ("none", "rtn")
+        ]
+    finally:
+        methods.unregister("bad")
+    kept, rounded = (report.quantized[0] for report in reports)
+    assert "has a codebook of its own" in kept.note
+    assert "codebook" not in rounded.note
+
+
+@pytest.mark.parametrize("spec", ["int4", "nf4_dq", QuantSpec("int8", PerTensor())])
+def test_gptq_rounds_a_weight_of_three_axes_once(spec, monkeypatch):
+    shapes = []
+    for module in (_weight, _gptq, _rtn):
+
+        def counted(w, *args, quantize=module.quantize, **kwargs):
+            # Tracers are shapes of a plan, or groups within the method.
+            if not isinstance(w, jax.core.Tracer):
+                shapes.append(w.shape)
+            return quantize(w, *args, **kwargs)
+
+        monkeypatch.setattr(module, "quantize", counted)
+    layer = nnx.LinearGeneral(64, (4, 8), rngs=nnx.Rngs(0))
+    kernel, x = layer.kernel[...], normal(48, 64)
+    recipe = Recipe([Rule(weight=spec, method="gptq")])
+    qlayer, report = jaxq.quantize_model(
+        layer, recipe, calibration=[x], fallback="none"
+    )
+    assert shapes == [(64, 4, 8)]
+    assert report.quantized[0].loss is not None  # it was compared with rounding
+    # The rounded weight that the method took is that of the matrix.
+    stats = jaxq.nn.calibrate(layer, [x], hessian=True)[""]
+    solved = methods.solve("gptq", kernel.reshape(64, 32), stats, spec, fallback="none")
+    assert_same(
+        jaxq.dequantize(qlayer.kernel[...]),
+        jaxq.dequantize(solved.qt).reshape(64, 4, 8),
+    )

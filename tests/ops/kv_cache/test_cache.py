@@ -515,7 +515,7 @@ ERRORS = {
     "past window": (
         lambda c, k, v: empty(window=20).append(k, v).append(k, v).attend(queries(30)),
         ValueError,
-        "Pass k and v, and append them afterwards",
+        "Pass k and v to attend, and append them to the cache afterwards",
     ),
 }
 

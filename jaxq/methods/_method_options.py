@@ -68,7 +68,7 @@ def check_values(caller: str, options: Mapping[str, Option], **values: Any) -> N
     """Raises a ValueError if a value is invalid for every weight.
 
     Args:
-      caller: what errors begin with.
+      caller: the name that error messages begin with.
       options: the options with their checks.
       **values: the value of each option, by the option's name.
     """
@@ -87,7 +87,7 @@ def why_not_stochastic(spec: QuantSpec, options: Mapping[str, Any]) -> str:
     """
     if spec.needs_key:
         return (
-            "methods round to nearest, and rounding='stochastic' does not. "
+            "methods round to nearest, so rounding='stochastic' is not possible. "
             "Pass spec.replace(rounding='nearest_even')."
         )
     return ""

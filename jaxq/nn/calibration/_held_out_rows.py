@@ -2,7 +2,8 @@
 
 A row is a vector `[K]`: a token, or a spatial position of an image. Rows of padding do
 not count. One eighth of each sequence is held out of all statistics. Each batch holds
-out another eighth. The held-out rows judge methods that were fitted to the other rows.
+out another eighth. Methods are fitted to the other rows. Their results are
+compared on the held-out rows.
 
 A mask may dispatch tokens to experts. Each expert then reads zeros for the tokens of
 other experts. Such rows of zeros do not count. In a layer without experts, a row of
@@ -66,7 +67,7 @@ def add_rows(
         if input_scale.ndim != num_batch + 1:
             raise ValueError(
                 f"calibrate: {path or 'the model'} is a stack whose layers read one "
-                "input and divide it by scales of their own, so they have no common "
+                "input and divide it by different scales, so they have no common "
                 "static range. Use dynamic activation quantization (omit observer=)."
             )
         sizes = (*x.shape[:num_batch], *(1 for _ in x.shape[num_batch:-1]), x.shape[-1])
@@ -89,7 +90,7 @@ def _is_data(rows: jax.Array) -> jax.Array:
     """Which of the rows `[t, K]` of one layer are data, as bool `[t]`.
 
     Without `jax.vmap`, all rows are data. Under `jax.vmap`, each element of the mapped
-    axis is an expert that has inputs of its own. A row of zeros is then a token of
+    axis is an expert with separate inputs. A row of zeros is then a token of
     another expert, and is not data. Elements that read the same rows (`in_axes=None`)
     are not experts.
     """
@@ -106,7 +107,7 @@ def _is_data_of_experts(
 
 
 def _rows_that_count(free: tuple[int, ...], path: str) -> jax.Array:
-    """Which rows count, as bool `[rows]`, by the mask of the batch.
+    """The mask of the batch as bool `[rows]`. All rows count if there is no mask.
 
     Args:
       free: the shape of the rows, `[b, t]` for example.
