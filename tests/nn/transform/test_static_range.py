@@ -200,5 +200,6 @@ def test_statistics_of_another_layer_are_refused(layer):
     other = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
     observer = jaxq.observers.absmax()
     stats = jaxq.nn.calibrate(other, [normal(64, 16)], observer=observer)
-    with pytest.raises(ValueError, match=r"statistics are for inputs \[16\], expected"):
+    message = r"statistics are for inputs of shape \[16\], expected"
+    with pytest.raises(ValueError, match=message):
         jaxq.quantize_model(layer, jaxq.Recipe([rule("absmax")]), calibration=stats)
