@@ -187,8 +187,8 @@ def adaround(
     keys = jax.random.split(key, w.shape[:-2]) if w.ndim > 2 else key
     rates = (learning_rate, regularization, *beta, warm_start)
     learning = _Learning(*(jnp.float32(v) for v in rates))
-    steps = _Sizes(num_steps, min(batch_size, x.shape[-2]))
-    return _adaround(w, x, target, keys, learning, key.ndim, spec, steps)
+    sizes = _Sizes(num_steps, min(batch_size, x.shape[-2]))
+    return _adaround(w, x, target, keys, learning, key.ndim, spec, sizes)
 
 
 class _Learning(NamedTuple):
@@ -208,7 +208,7 @@ class _Sizes(NamedTuple):
     batch_size: int
 
 
-@functools.partial(jax.jit, static_argnames=("key_ndim", "spec", "steps"))
+@functools.partial(jax.jit, static_argnames=("key_ndim", "spec", "sizes"))
 def _adaround(
     w: jax.Array,
     x: jax.Array,
@@ -217,10 +217,10 @@ def _adaround(
     learning: _Learning,
     key_ndim: int,
     spec: QuantSpec,
-    steps: _Sizes,
+    sizes: _Sizes,
 ) -> tuple[QTensor, AdaRoundInfo]:
     learn_matrix = functools.partial(
-        _learn_matrix, learning=learning, spec=spec, steps=steps
+        _learn_matrix, learning=learning, spec=spec, sizes=sizes
     )
     return _matrix.over_stack(learn_matrix, w, (x, 2), (target, 2), (keys, key_ndim))
 
@@ -232,7 +232,7 @@ def _learn_matrix(
     key: jax.Array,
     learning: _Learning,
     spec: QuantSpec,
-    steps: _Sizes,
+    sizes: _Sizes,
 ) -> tuple[QTensor, AdaRoundInfo]:
     """`adaround` for one matrix `[in, out]`; `x` and `target` are `[tokens, in]`."""
     nearest = quantize(w, spec, contracting=-2, on_nonfinite="propagate")
@@ -254,7 +254,7 @@ def _learn_matrix(
         push = learning.regularization * _push_to_ends(h, progress, learning)
         return jnp.mean(error * error) / unit + push
 
-    v = _learn(loss, grid.share, key, x.shape[0], learning, steps)
+    v = _learn(loss, grid.share, key, x.shape[0], learning, sizes)
     values = jnp.where(v >= 0, grid.high, grid.low)
     after = column_errors(values)
     better = after < before  # [out]
@@ -276,7 +276,7 @@ def _learn(
     key: jax.Array,
     num_tokens: int,
     learning: _Learning,
-    steps: _Sizes,
+    sizes: _Sizes,
 ) -> jax.Array:
     """The variables v `[in, out]` after all steps of Adam.
 
@@ -286,7 +286,7 @@ def _learn(
       key: PRNG key for the order of the batches.
       num_tokens: number of tokens to draw from.
       learning: numbers of the optimization.
-      steps: its sizes.
+      sizes: the static sizes of the optimization.
     """
     optimizer = optax.adam(learning.learning_rate)
 
@@ -295,9 +295,9 @@ def _learn(
     ) -> tuple[tuple[jax.Array, optax.OptState], None]:
         v, moments = state
         rows = jax.random.choice(
-            jax.random.fold_in(key, i), num_tokens, (steps.batch_size,), replace=False
+            jax.random.fold_in(key, i), num_tokens, (sizes.batch_size,), replace=False
         )
-        progress = i.astype(jnp.float32) / steps.num_steps
+        progress = i.astype(jnp.float32) / sizes.num_steps
         gradient = jax.grad(loss)(v, rows, progress)
         # Adam counts its steps in int32 and raises float32 numbers to that power.
         # Strict dtype promotion, which the user may have set, refuses this.
@@ -310,7 +310,7 @@ def _learn(
     start = jnp.clip((share - _SHIFT) / _STRETCH, 1e-4, 1 - 1e-4)
     v = jnp.log(start) - jnp.log1p(-start)
     state = (v, optimizer.init(v))
-    (v, _), _ = lax.scan(step, state, jnp.arange(steps.num_steps))
+    (v, _), _ = lax.scan(step, state, jnp.arange(sizes.num_steps))
     return v
 
 

@@ -115,7 +115,7 @@ class MeanSquaredError(Histogram):
         table = _error_table(fmt, range_kind, self.power)
 
         def error(factor):
-            steps = _steps(
+            steps = _grid(
                 *_smaller_range(bottom, top, factor, range_kind), fmt, range_kind
             )
             t = (edges - steps.start) * steps.inverse + steps.zero
@@ -142,7 +142,7 @@ class MeanSquaredError(Histogram):
         def step(k, carry):
             best_error, best_k = carry
             factor = factors[k]
-            steps = _steps(
+            steps = _grid(
                 *_smaller_range(bottom, top, factor, range_kind), fmt, range_kind
             )
             t = (scaled - steps.start) * steps.inverse + steps.zero
@@ -276,9 +276,7 @@ class _Grid(NamedTuple):
     zero: jax.Array
 
 
-def _steps(
-    low: jax.Array, high: jax.Array, fmt: Format, range_kind: RangeKind
-) -> _Grid:
+def _grid(low: jax.Array, high: jax.Array, fmt: Format, range_kind: RangeKind) -> _Grid:
     """The steps of a range, as in `quantize`."""
     is_symmetric = range_kind is RangeKind.SYMMETRIC
     if is_symmetric:

@@ -64,8 +64,7 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
             f"dequantize: dtype={dtype.name} needs jax_enable_x64=True. Set "
             "jax_enable_x64, or pass dtype=jnp.float32."
         )
-    # Without the name, all arrays of a shape share one program.
-    return _dequantize(qt.with_meta(name=""), dtype)
+    return _dequantize(qt, dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

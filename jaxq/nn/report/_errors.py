@@ -28,7 +28,6 @@ def quantization_errors(
       SQNR in dB; the largest relative error of a block of 64 numbers along the
       contracted axis; the share of numbers that were clipped.
     """
-    qt = qt.with_meta(name="")  # all layers of a shape share one program
     # One after the other, so that little more than one dequantized weight is in memory.
     clipped = _clipped_share(floats, qt)
     back = dequantize(qt.with_activation(None), dtype=jnp.float32)

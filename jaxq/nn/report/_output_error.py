@@ -72,11 +72,6 @@ class _Rows(NamedTuple):
         )
 
 
-def _nameless(qt: QTensor) -> QTensor:
-    """`qt` without its name, so that all layers of a shape share one program."""
-    return qt.with_meta(name="")
-
-
 def layer_errors(
     floats: jax.Array, qt: QTensor, stats: LayerStats, inputs: Inputs
 ) -> LayerErrors:
@@ -127,7 +122,7 @@ def output_sqnr_of(
     Returns:
       float32 scalar. A stack has one error.
     """
-    return _jit_output_sqnr(floats, _nameless(qt), stats.held_out, inputs)
+    return _jit_output_sqnr(floats, qt, stats.held_out, inputs)
 
 
 @functools.partial(jax.jit, static_argnames="inputs")
@@ -161,7 +156,7 @@ def row_sqnr_of(
     Returns:
       float32 `[*batch]`.
     """
-    return _jit_row_sqnr(floats, _nameless(qt), _Rows.of(stats), inputs)
+    return _jit_row_sqnr(floats, qt, _Rows.of(stats), inputs)
 
 
 @functools.partial(jax.jit, static_argnames="inputs")

@@ -172,3 +172,23 @@ def test_gptq_rounds_a_weight_of_three_axes_once(spec, monkeypatch):
         jaxq.dequantize(qlayer.kernel[...]),
         jaxq.dequantize(solved.qt).reshape(64, 4, 8),
     )
+
+
+@pytest.mark.parametrize("preset", ["int4", "nf4_dq", "nvfp4", "uint4"])
+@pytest.mark.parametrize(
+    ("shape", "contracting", "batch"),
+    [
+        ((64, 2, 8), (-3,), ()),
+        ((2, 32, 16), (-3, -2), ()),
+        ((3, 64, 2, 8), (-3,), (0,)),
+    ],
+    ids=["heads", "heads contracted", "stack"],
+)
+def test_a_rounded_weight_has_the_numbers_of_its_matrix(
+    preset, shape, contracting, batch
+):
+    w = normal(*shape)
+    matrix = w.reshape(*shape[: len(batch)], 64, 16)
+    nearest = jaxq.quantize(w, preset, contracting=contracting, batch=batch)
+    expected = jaxq.quantize(matrix, preset, contracting=-2, batch=batch)
+    assert_same(_weight._nearest_matrix(nearest, matrix), expected)
