@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from jaxq import formats
 from jaxq.qtensor import (
@@ -113,9 +114,8 @@ def shard_shape(x: Any) -> tuple[int, ...]:
     Under jit it is known for axes of type Explicit only. For others the whole shape is
     returned.
     """
-    sharding = getattr(x, "sharding", None)
-    if isinstance(x, jax.core.Tracer):
-        sharding = jax.typeof(x).sharding
+    is_traced = isinstance(x, Tracer)
+    sharding = jax.typeof(x).sharding if is_traced else getattr(x, "sharding", None)
     if sharding is None:
         return x.shape
     return sharding.shard_shape(x.shape)

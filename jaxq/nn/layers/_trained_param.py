@@ -127,6 +127,7 @@ class TrainedParam(nnx.Module):
 
     def _record(self, input_range: jax.Array) -> None:
         """Stores the moving average after a product."""
+        assert self.input_range is not None
         try:
             self.input_range.set_value(input_range)
         except errors.TraceContextError as error:

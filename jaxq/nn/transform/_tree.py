@@ -421,12 +421,12 @@ class TreeAdapter:
             return forward(jax.tree.unflatten(self._structure, leaves), batch)
 
         leaves = [leaf.value for leaf in self._leaves]
-        is_quantized = any(
+        has_quantized = any(
             is_quantized(leaf.value) and not is_quantized(array)
             for leaf, array in zip(self._leaves, self._arrays, strict=True)
         )
         function = ParameterFunction(run, leaves)
-        if is_quantized and not self._runs_dequantized:
+        if has_quantized and not self._runs_dequantized:
             assert self._options.batches
             try:
                 find_uses(function, self._options.batches[0], ())
@@ -440,7 +440,7 @@ class TreeAdapter:
                     "those of quantized inputs"
                 )
                 self.notes = (*self.notes, note)
-        if not (is_quantized and self._runs_dequantized):
+        if not (has_quantized and self._runs_dequantized):
             return function
         leaves = [
             leaf.value if is_quantized(array) else _dequantized(leaf.value)
