@@ -6,14 +6,13 @@ optax state, the Variables of an `nnx.state`, and other containers.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QTensor, is_nnx_variable
 
 
 def into_tree(tree: Any, value: Any, path: Path) -> Any:
@@ -53,19 +52,19 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _is_leaf(node: Any) -> bool:
+    """Whether a node has one entry in the file: an array or a QTensor."""
     if isinstance(node, QTensor):
-        return not _is_variable(node.data)
-    return _is_variable(node)
-
-
-def _is_variable(node: Any) -> bool:
-    """Whether `node` is an `nnx.Variable`. This does not import Flax."""
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(node, nnx.Variable)
+        # Optimizers of nnx models hold QTensors whose leaves are Variables.
+        return not is_nnx_variable(node.data)
+    if is_nnx_variable(node):
+        # optax.masked puts a node without arrays into a Variable.
+        value = node.get_value()
+        return isinstance(value, QTensor) or jax.tree_util.all_leaves([value])
+    return False
 
 
 def _value(leaf: Any) -> Any:
-    return leaf.get_value() if _is_variable(leaf) else leaf
+    return leaf.get_value() if is_nnx_variable(leaf) else leaf
 
 
 def _description(leaf: Any) -> str:
@@ -85,7 +84,7 @@ def _placed(saved: Any, leaf: Any) -> Any:
     places = jax.tree.leaves(value)
     arrays = [_on_devices(a, place) for a, place in zip(arrays, places, strict=True)]
     saved = treedef.unflatten(arrays)
-    if _is_variable(leaf):
+    if is_nnx_variable(leaf):
         # A Variable is a pytree of its value.
         return jax.tree.map(
             lambda _: saved, leaf, is_leaf=lambda x: isinstance(x, QTensor)

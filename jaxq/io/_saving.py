@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from jaxq.qtensor import is_nnx_module, is_nnx_state
 from jaxq.serialization import Contents, read_contents, write_contents
 
 
@@ -22,8 +22,9 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         the link is replaced, and the file that it pointed to is unchanged.
       tree: a model or a tree. A model is a flax nnx module or its `nnx.state`. A tree
         has dicts with string keys, lists and tuples of arrays, QTensors, Python
-        numbers, strings and None. `load` returns a named tuple, such as the statistics
-        of `jaxq.nn.calibrate`, as a dict.
+        numbers, strings and None. It may also have other pytrees, such as named tuples,
+        the state of an optimizer, a `TrainedWeight` or a linen `TrainState`. `load`
+        returns these as dicts, or as they were if it gets `into`.
 
     Raises:
       TypeError: the tree holds a value that cannot be saved. The error names its path.
@@ -85,7 +86,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
         )
     if into is None:
         return contents.value
-    if not _is_module(into):
+    if not is_nnx_module(into):
         from jaxq.io._into_tree import into_tree
 
         return into_tree(into, contents.value, Path(path))
@@ -99,15 +100,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
 
 
 def _is_model(value: Any) -> bool:
-    """Whether `value` is an nnx module or state. This does not import Flax."""
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(value, nnx.Module | nnx.State)
-
-
-def _is_module(value: Any) -> bool:
-    """Whether `value` is an nnx module. This does not import Flax."""
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(value, nnx.Module)
+    return is_nnx_module(value) or is_nnx_state(value)
 
 
 def _model_contents(model: Any) -> Contents:

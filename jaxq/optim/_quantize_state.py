@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from jaxq.qtensor import (
     QuantSpec,
     check_floats,
     dequantize,
+    is_nnx_variable,
     is_qtensor,
     quantize_array,
 )
@@ -150,18 +150,18 @@ def _quantized(leaf: Any, spec: QuantSpec, is_second: bool, path: str) -> QTenso
     An `nnx.Variable` gives a QTensor of Variables with the same metadata. Codes and
     scales have as many axes as the leaf, so its sharding fits them too.
     """
-    x = jnp.asarray(leaf.get_value() if _is_variable(leaf) else leaf)
+    x = jnp.asarray(leaf.get_value() if is_nnx_variable(leaf) else leaf)
     check_floats(x.dtype, x.shape, path, _CALLER)
     spec, geometry = blocked(x, spec, caller=_CALLER, name=path)
     qt = quantize_array(x, spec, geometry, None, keep_nonzero=is_second)
-    return _boxed(qt, leaf) if _is_variable(leaf) else qt
+    return _boxed(qt, leaf) if is_nnx_variable(leaf) else qt
 
 
 def _dequantized(leaf: Any) -> Any:
     """The floats of a QTensor, in an `nnx.Variable` if the codes are in one."""
     if not is_qtensor(leaf):
         return leaf
-    if not _is_variable(leaf.data):
+    if not is_nnx_variable(leaf.data):
         return dequantize(leaf)
     return _boxed(dequantize(_unboxed(leaf)), leaf.data)
 
@@ -170,18 +170,18 @@ def _requantized(old: Any, new: Any, is_second: bool) -> Any:
     """The new floats of a leaf as a QTensor like `old`, if `old` is a QTensor."""
     if not is_qtensor(old):
         return new
-    x = new.get_value() if _is_variable(new) else new
+    x = new.get_value() if is_nnx_variable(new) else new
     meta = old.meta
     qt = quantize_array(x, meta.spec, meta.geometry, None, keep_nonzero=is_second)
     # The dtype of a state must not change. Adam's moments of bfloat16 parameters become
     # float32 if the gradients are float32.
     qt = dataclasses.replace(qt, meta=meta)
-    return _boxed(qt, old.data) if _is_variable(old.data) else qt
+    return _boxed(qt, old.data) if is_nnx_variable(old.data) else qt
 
 
 def _is_large(leaf: Any, min_size: int) -> bool:
     """Whether a moment is an array of floats that is worth quantizing."""
-    value = leaf.get_value() if _is_variable(leaf) else leaf
+    value = leaf.get_value() if is_nnx_variable(leaf) else leaf
     # `optax.tree_map_params` calls `init` with objects that are not arrays.
     dtype = getattr(value, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
@@ -199,13 +199,7 @@ def _raise_unmatched(patterns: set[str], paths: list[str]) -> None:
 
 
 def _is_leaf(node: Any) -> bool:
-    return is_qtensor(node) or _is_variable(node)
-
-
-def _is_variable(node: Any) -> bool:
-    """Whether `node` is an `nnx.Variable`. This does not import Flax."""
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(node, nnx.Variable)
+    return is_qtensor(node) or is_nnx_variable(node)
 
 
 def _boxed(tree: Any, variable: Any) -> Any:
@@ -217,5 +211,7 @@ def _boxed(tree: Any, variable: Any) -> Any:
 def _unboxed(tree: Any) -> Any:
     """`tree` with the values of its Variables."""
     return jax.tree.map(
-        lambda x: x.get_value() if _is_variable(x) else x, tree, is_leaf=_is_variable
+        lambda x: x.get_value() if is_nnx_variable(x) else x,
+        tree,
+        is_leaf=is_nnx_variable,
     )

@@ -28,6 +28,7 @@ from jaxq.qtensor._inputs import (
 from jaxq.qtensor._layout import relayout
 from jaxq.qtensor._leaf_dtypes import check_leaves, leaf_dtypes
 from jaxq.qtensor._meta import Meta
+from jaxq.qtensor._nnx_types import is_nnx_module, is_nnx_state, is_nnx_variable
 from jaxq.qtensor._partition import combine, partition
 from jaxq.qtensor._presets import as_activation_spec, as_spec, presets
 from jaxq.qtensor._product_operand import register_matmul
@@ -46,9 +47,9 @@ from jaxq.qtensor._trained_weight import (
 # What users need. The other rooms of the package also import the names that are not
 # listed: FLOATS, LEAVES, ON_NONFINITE, QUANTIZED, RANGE_GRADIENTS, TRAINED_LEAVES,
 # ErrorContext, Meta, RangeGradient, ScaleRule, as_activation_spec, as_spec, as_static,
-# check_floats, check_leaves, decode_blocks, describe, inside_range, is_qtensor,
-# is_quantized, leaf_dtypes, quantize_array, raise_if_not_finite, range_options,
-# register_matmul, resolve and with_margin.
+# check_floats, check_leaves, decode_blocks, describe, inside_range, is_nnx_module,
+# is_nnx_state, is_nnx_variable, is_qtensor, is_quantized, leaf_dtypes, quantize_array,
+# raise_if_not_finite, range_options, register_matmul, resolve and with_margin.
 __all__ = [
     "Geometry",
     "Granularity",

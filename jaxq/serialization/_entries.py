@@ -7,7 +7,7 @@ rebuilds the value. The field "is" of an entry says which kind of value it descr
              a jax array
   "key"      a PRNG key: "impl", and "data" (the entry of an array)
   "value"    "value": None, a bool, a number or a string
-  "dict"     "items": entries by key
+  "dict"     "items": entries by key. Other pytree nodes are written as dicts too.
   "list"     "items": entries
   "tuple"    "items": entries
   "qtensor"  "shape", the fields of its `Meta`, and "leaves": entries by name
@@ -21,7 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.qtensor import LEAVES, Meta, QTensor, TrainedWeight, check_leaves, relayout
+from jaxq.qtensor import (
+    LEAVES,
+    Meta,
+    QTensor,
+    check_leaves,
+    is_nnx_module,
+    is_nnx_variable,
+    relayout,
+)
 from jaxq.serialization._damage import damage_of
 
 # Arrays of these dtypes are stored as they are. safetensors has no name for some other
@@ -45,7 +53,8 @@ class EntryWriter:
 
     def describe(self, value: Any, path: str) -> dict[str, Any]:
         """The entry of `value`. The names of its tensors start with `path`."""
-        if isinstance(value, QTensor):
+        # Optimizers of nnx models hold QTensors whose leaves are Variables.
+        if isinstance(value, QTensor) and not is_nnx_variable(value.data):
             return self._describe_qtensor(value, path)
         if _is_key(value):
             data = self.describe(jax.random.key_data(value), path)
@@ -65,17 +74,15 @@ class EntryWriter:
                 self.describe(v, _child_path(path, str(i))) for i, v in enumerate(value)
             ]
             return {"is": type(value).__name__, "items": items}
-        if isinstance(value, TrainedWeight):
-            raise TypeError(
-                f"{self._caller}: {path or 'the value'} is {value!r}. Save the result "
-                "of jaxq.training.convert. To resume training, save "
-                "jax.tree.leaves(params), and put them into a prepared tree with "
-                "jax.tree.unflatten."
-            )
+        if is_nnx_variable(value):
+            return self.describe(value.get_value(), path)
+        parts = None if is_nnx_module(value) else _parts(value)
+        if parts is not None:
+            return self._describe_dict(parts, path)
         raise TypeError(
             f"{self._caller}: {path or 'the tree'} has type {type(value).__name__}, "
-            "which cannot be saved. A tree may hold dicts, lists, tuples, arrays, "
-            "QTensors, numbers, strings and None. A model must be a flax nnx module."
+            "which cannot be saved. A tree may hold pytrees of arrays, QTensors, "
+            "numbers, strings and None. Save an nnx module alone, or its nnx.state."
         )
 
     def _describe_array(self, value: Any, path: str) -> dict[str, Any]:
@@ -228,6 +235,19 @@ def _is_key(value: Any) -> bool:
     return isinstance(value, jax.Array) and jnp.issubdtype(
         value.dtype, jax.dtypes.prng_key
     )
+
+
+def _parts(value: Any) -> dict[str, Any] | None:
+    """The children of a pytree node by name, or None if `value` is not a node."""
+    children, _ = jax.tree_util.tree_flatten_with_path(
+        value, is_leaf=lambda node: node is not value
+    )
+    if any(child is value for _, child in children):
+        return None
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): child
+        for path, child in children
+    }
 
 
 def _child_path(path: str, key: str) -> str:
