@@ -68,9 +68,9 @@ class EntryWriter:
         if isinstance(value, TrainedWeight):
             raise TypeError(
                 f"{self._caller}: {path or 'the value'} is {value!r}. Save the result "
-                "of jaxq.training.convert. To resume training, save "
-                "jax.tree.leaves(params), and put them into a prepared tree with "
-                "jax.tree.unflatten."
+                "of jaxq.training.convert. To resume training later, save "
+                "jax.tree.leaves(params), and put these leaves into a prepared tree "
+                "with jax.tree.unflatten."
             )
         raise TypeError(
             f"{self._caller}: {path or 'the tree'} has type {type(value).__name__}, "
