@@ -1,11 +1,12 @@
-"""Quantized optimizer states beside float32 states: loss, memory and time.
+"""Quantized optimizer states compared with float32 states: loss, memory and time.
 
 A small transformer is trained on bytes of Python's standard library. For each seed, all
-optimizers start from the same weights and get the same batches. The loss is that of
-held-out text after the last step. `change` is the mean over seeds of the loss relative
-to that of the optax optimizer with float32 states. `spread` is the standard deviation.
-Bytes are those of the optimizer state for each parameter of quantized leaves.
-Embeddings are quantized too.
+optimizers start from the same weights and get the same batches. The loss is measured on
+held-out text after the last step. `change` compares it with the loss of the optax
+optimizer with float32 states, and is a mean over the seeds. `spread` is the standard
+deviation of this change. `bytes` are the bytes of the optimizer state for each
+parameter, without the small arrays that stay in floats. The states of embeddings are
+quantized too.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ Params = dict[str, Any]
 
 
 class Pair(NamedTuple):
-    """An optax optimizer and those with its states in fewer bits.
+    """An optax optimizer, and the same optimizer with quantized states.
 
     Attributes:
-      name: of the optax function.
+      name: the name of the optax function.
       peak: the largest learning rate.
       wide: makes the optax optimizer from a schedule.
-      narrow: the same for quantized states, by name.
+      narrow: functions that make the optimizers with quantized states from a schedule,
+        by name.
     """
 
     name: str
@@ -118,11 +120,14 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         change = f"{row['change']:+.2f}" if "change" in row else "-"
         spread = f"{row['spread']:.2f}" if "spread" in row else "-"
-        most, most_bytes = TARGETS.get(row["who"], (None, None))
+        target = target_bytes = "-"
+        if row["who"] in TARGETS:
+            largest_change, most_bytes = TARGETS[row["who"]]
+            target = f"<= {largest_change}"
+            target_bytes = f"<= {most_bytes}"
         lines.append(
             f"| {row['who']} | {row['loss']:.4f} | {change} | {spread} | "
-            f"{'-' if most is None else f'<= {most}'} | {row['bytes']:.3f} | "
-            f"{'-' if most_bytes is None else f'<= {most_bytes}'} | {row['ms']:.1f} |"
+            f"{target} | {row['bytes']:.3f} | {target_bytes} | {row['ms']:.1f} |"
         )
     return "\n".join(lines)
 
@@ -156,7 +161,7 @@ def _train(tx: Any, params: Params, batches: jax.Array) -> Params:
 
 
 def _bytes(state: Any, params: Params) -> float:
-    """Bytes of the moments of large leaves, for each of their parameters."""
+    """Bytes of the moments for each parameter, counted over large arrays only."""
     size = sum(p.size for p in jax.tree.leaves(params) if p.size >= 4096)
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, jaxq.QTensor))
     large = [x for x in leaves if x.size >= 4096]

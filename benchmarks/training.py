@@ -1,21 +1,23 @@
-"""Quantization-aware training of a language model below 4 bits, beside GPTQ.
+"""Quantization-aware training of a language model below 4 bits, compared with GPTQ.
 
-The model is examples/tiny_llama, whose float perplexity is the first row. It is trained
-on source code of Python's standard library that is not in examples/heldout.txt.
-Perplexity, KL divergence from the float model and top-1 agreement are those on
-examples/heldout.txt. Heads and embeddings are quantized in no row, but they are
+The model is examples/tiny_llama. The first row is the float model. Training reads
+source code of Python's standard library that is not in examples/heldout.txt.
+Perplexity, KL divergence from the float model and top-1 agreement are measured on
+examples/heldout.txt. Heads and embeddings stay in floats in all rows, but they are
 trained. Figures are means over three seeds, which choose the training text and the
-calibration text. The range of perplexity is shown.
+calibration text. `range` has the lowest and the highest perplexity.
 
-- `labels` trains on the next token, `distillation` on the float model's own logits.
-- `computed` steps are computed from the weights, `learned` steps are trained (LSQ).
-- `from` says which weights and steps training starts with: those of rounding to
-  nearest, or those of GPTQ.
+- `trained on`: `labels` are the next tokens, `distillation` uses the logits of the
+  float model.
+- `steps`: the scales. `computed` scales are computed from the weights, and `learned`
+  scales are trained (LSQ).
+- `from`: the weights and scales with which training starts. They are those of rounding
+  to nearest, or those of GPTQ.
 
-All rows of the first table train the same number of steps, except the rows `long`. The
-second table gives training the text that GPTQ reads (8,192 tokens), the time that GPTQ
-takes, or both. Seconds are wall-clock seconds with compilation. They are comparable
-within one row of machines only.
+All rows of the first table train the same number of steps, except the rows `long`. In
+the second table, training gets the text that GPTQ reads (8,192 tokens), the time that
+GPTQ takes, or both. Seconds are wall-clock seconds with compilation. Compare them only
+with seconds of the same machine.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ import jaxq
 PARTIAL = Path(__file__).parent / "results" / "training-partial.json"
 STEPS, LONG, BATCH = 300, 1200, 8
 WARMUP = 20
-# The largest learning rates of weights and of steps, for each kind of weights.
+# The largest learning rates of weights and of trained scales.
 WEIGHT_RATE, STEP_RATE = 1e-3, 1e-4
 FORMATS = {"int2": "int2", "int3": "int3", "ternary": "ternary"}
 # The largest perplexity that each format should reach.
@@ -57,7 +59,8 @@ class Case(NamedTuple):
         table: 1 or 2.
         what: the format of the weights.
         loss: "labels", "distillation", or "-" without training.
-        steps: "computed", "learned" or "-".
+        steps: how scales are determined: "computed", "learned", or "-" without
+            training.
         start: "nearest" or "gptq".
         budget: "steps", "long", "text" (GPTQ's text once), "time" (GPTQ's time on new
             text) or "text and time" (GPTQ's text again and again for GPTQ's time).
@@ -122,7 +125,7 @@ def _training_tokens(text: Text) -> np.ndarray:
 
 
 class Trained(NamedTuple):
-    """A trained model, and what training took."""
+    """A quantized model, and the tokens and seconds that it needed."""
 
     model: Any
     tokens: int
@@ -139,7 +142,8 @@ def train(
         text: the model and the text.
         data: GPTQ's calibration batches.
         seed: chooses the training text.
-        seconds: the time that GPTQ took, for the rows with this budget.
+        seconds: the time that GPTQ took. Only rows with the budget "time" or "text and
+            time" use it.
     """
     start = time.perf_counter()
     ranges = jaxq.training.lsq() if case.steps == "learned" else "dynamic"
@@ -172,23 +176,23 @@ def train(
     loss = _distillation if teacher is not None else _labels
     step = jaxq.distillation.make_step(student, teacher, optimizer(num_steps), loss)
     state = step.init()
-    taken = 0
+    num_done = 0
     for batch in _batches(case, text, data, seed):
         state, _ = step(state, _with_targets(batch, teacher))
-        taken += 1
+        num_done += 1
         if case.budget in ("time", "text and time"):
             jax.block_until_ready(state.params)
             if time.perf_counter() - start > seconds:
                 break
-        elif taken == num_steps:
+        elif num_done == num_steps:
             break
     model, _ = jaxq.training.convert(step.student(state))
     jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
-    return Trained(model, taken * batch.size, time.perf_counter() - start)
+    return Trained(model, num_done * batch.size, time.perf_counter() - start)
 
 
 def _num_steps(case: Case) -> int:
-    """The steps of the schedule of the learning rate."""
+    """The number of steps in the schedule of the learning rate."""
     if case.budget == "text":
         return BATCHES * 4 // BATCH
     return LONG if case.budget == "long" else STEPS
@@ -206,7 +210,7 @@ def _batches(
 
 
 def optimizer(num_steps: int) -> optax.GradientTransformation:
-    """Adam with a lower learning rate for steps than for weights, without decay."""
+    """Adam without weight decay, with a lower learning rate for trained scales."""
 
     def rate(peak: float) -> optax.Schedule:
         warmup = min(WARMUP, num_steps // 4)
@@ -240,7 +244,7 @@ def _labels(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def run() -> dict[str, Any]:
-    """Every case with every seed. An interrupted run goes on where it stopped."""
+    """Measures every case with every seed. The next run continues a stopped run."""
     text = Text()
     compare = Comparer(text.model, text.tokens)
     measured: dict[str, Row] = {}
@@ -248,21 +252,22 @@ def run() -> dict[str, Any]:
         measured = json.loads(PARTIAL.read_text())
     rows = []
     for case in cases():
-        seeds = []
+        seed_rows = []
         for seed in SEEDS if _has_seeds(case) else SEEDS[:1]:
             key = f"{case.name}, seed {seed}"
             if key not in measured:
                 measured[key] = _measure(case, text, seed, compare, measured)
                 PARTIAL.write_text(json.dumps(measured))
                 print(f"{key}: {measured[key]}", flush=True)
-            seeds.append(measured[key])
-        rows.append(_mean(case, seeds))
+            seed_rows.append(measured[key])
+        rows.append(_mean(case, seed_rows))
     float_row = {"what": "float32", "bits": 32.0, **compare(text.model)}
     PARTIAL.unlink(missing_ok=True)
     return {"subject": "training", "float": float_row, "rows": rows, "missing": []}
 
 
 def _has_seeds(case: Case) -> bool:
+    """Whether the result of a case depends on the seed."""
     return case.loss != "-" or case.start == "gptq"
 
 
@@ -291,10 +296,12 @@ def _is_qtensor(x: Any) -> bool:
     return isinstance(x, jaxq.QTensor)
 
 
-def _mean(case: Case, seeds: list[Row]) -> Row:
+def _mean(case: Case, seed_rows: list[Row]) -> Row:
     """The row of a case: means over the seeds, and all perplexities."""
-    means = {name: float(np.mean([row[name] for row in seeds])) for name in seeds[0]}
-    perplexities = [row["perplexity"] for row in seeds]
+    means = {
+        name: float(np.mean([row[name] for row in seed_rows])) for name in seed_rows[0]
+    }
+    perplexities = [row["perplexity"] for row in seed_rows]
     return {**case._asdict(), **means, "perplexities": perplexities}
 
 
@@ -323,11 +330,10 @@ def _line(row: Row) -> str:
     low, high = min(row["perplexities"]), max(row["perplexities"])
     spread = f"{low:.2f} to {high:.2f}" if len(row["perplexities"]) > 1 else "-"
     remark = ""
-    is_best = row["budget"] == "long"
-    if is_best:
+    if row["budget"] == "long":
         target = TARGETS[row["what"]]
-        reached = row["perplexity"] <= target
-        remark = f"{'at most' if reached else 'MISSES'} {target}"
+        is_reached = row["perplexity"] <= target
+        remark = f"{'at most' if is_reached else 'MISSES'} {target}"
     return (
         f"| {row['what']} | {row['loss']} | {row['steps']} | {row['start']} | "
         f"{row['budget']} | {row['bits']:.2f} | {row['perplexity']:.2f} | {spread} | "

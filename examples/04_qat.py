@@ -5,12 +5,12 @@
     python examples/04_qat.py --data self               # needs no training text
 
 The rows compare rounding to nearest, GPTQ and quantization-aware training (QAT) of the
-small Llama in examples/tiny_llama. In QAT the quantized model learns the probabilities
-that its own float weights give (distillation from the float self). It is one line:
+small Llama in examples/tiny_llama. In QAT, the quantized model learns the probabilities
+of the float model from which it was made. This is one line:
 
     step = make_step(prepare(model, recipe, ranges=lsq(), ...), model, optimizer, loss)
 
-`--start` chooses the weights and the steps with which training starts: those of GPTQ or
+`--start` chooses the weights and scales with which training starts: those of GPTQ or
 those of rounding to nearest. `--data library` trains on Python's standard library.
 `--data self` trains on text that the float model writes, as in LLM-QAT (Liu et al.,
 2023). GPTQ then reads this text too. No method reads the held-out text, on which all
@@ -72,7 +72,7 @@ model, tokenizer = jaxq.models.load(HERE / "tiny_llama")
 heldout = heldout_tokens(tokenizer, (2 if args.fast else 32) * CONTEXT)
 
 
-# %% Training text: of the library, or of the model itself
+# %% Training text: from the library, or from the model itself
 def own_text(num_batches: int) -> np.ndarray:
     """Text that the model writes, int32 [num_batches, BATCH, CONTEXT].
 
@@ -106,9 +106,9 @@ text = make_text(NUM_CALIBRATION + args.steps)
 calibration, batches = list(text[:NUM_CALIBRATION]), text[NUM_CALIBRATION:]
 
 
-# %% QAT with distillation from the float self
+# %% QAT with distillation from the float model
 def recipe_of(weight: str, method: str) -> jaxq.Recipe:
-    """All matrices but the embedding and the output head."""
+    """A recipe for all matrices except the embedding and the output head."""
     return jaxq.Recipe(
         [
             jaxq.Rule(kinds="Embed", skip=True),
@@ -118,7 +118,7 @@ def recipe_of(weight: str, method: str) -> jaxq.Recipe:
     )
 
 
-# The teacher's probabilities only, no labels.
+# The student learns only the teacher's probabilities, no labels.
 loss = functools.partial(kd_loss, temperature=1.0, alpha=1.0)
 
 
@@ -128,7 +128,7 @@ def adam(peak: float) -> optax.GradientTransformation:
     return optax.adam(rate, b2=0.99)
 
 
-# The steps are small numbers, so their learning rate is lower.
+# Trained scales ("step") are small numbers, so their learning rate is lower.
 optimizer = optax.multi_transform({"weight": adam(1e-3), "step": adam(1e-4)}, labels)
 
 
@@ -136,7 +136,7 @@ def train(weight: str):
     """The quantized model after QAT, and its report."""
     recipe = recipe_of(weight, args.start)
     options = {"calibration": calibration} if args.start == "gptq" else {}
-    # The one line: the student is the prepared model, the teacher the model itself.
+    # The one line: the student is the prepared model, the teacher is the float model.
     step = make_step(
         prepare(model, recipe, ranges=lsq(), **options), model, optimizer, loss
     )

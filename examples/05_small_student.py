@@ -1,16 +1,16 @@
-"""Distil the bundled language model into a student with a quarter of its parameters.
+"""Distill the bundled language model into a student with a quarter of its parameters.
 
     pip install "jaxq[hf,plots]"
     python examples/05_small_student.py                 # writes small_student.png
 
-Both students start from the same random weights and read the same tokens of Python's
-standard library. One learns the next tokens alone. The other also learns the
-probabilities that the teacher, the small Llama in examples/tiny_llama, gives to all
+The teacher is the small Llama in examples/tiny_llama. Two students start from the same
+random weights and read the same tokens of Python's standard library. One learns only
+the next tokens. The other also learns the probabilities that the teacher gives to all
 tokens. The table has the perplexity of both on held-out text, for three seeds. A seed
 chooses the initial weights and the order of the text.
 
-Perplexities of this short training are far from those of the teacher, which read many
-more tokens.
+This training is short. The teacher read many more tokens, so its perplexity is far
+lower than that of the students.
 """
 
 # %% Options, teacher and text
@@ -47,7 +47,7 @@ args = parser.parse_args()
 NUM_STEPS = 20 if args.fast else args.steps
 SEEDS = (0, 1) if args.fast else (0, 1, 2)
 BATCH, CONTEXT, PEAK_LR = 4, 256, 3e-3
-# The held-out perplexity is measured so many times during a training.
+# How many times the held-out perplexity is measured during a training.
 NUM_POINTS = 2 if args.fast else 8
 
 
@@ -83,7 +83,7 @@ def num_parameters(model: nnx.Module) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-# %% Two losses of the same batches (inputs, next tokens)
+# %% Two losses for the same batches (inputs, next tokens)
 def label_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -98,7 +98,7 @@ def train(name: str) -> np.ndarray:
     """Trains a student from each seed.
 
     Returns:
-        Held-out perplexities on the way, [seeds, points].
+        Held-out perplexities during the training, [seeds, points].
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, PEAK_LR, NUM_STEPS // 10, NUM_STEPS
@@ -108,7 +108,7 @@ def train(name: str) -> np.ndarray:
     step = make_step(student, own_teacher, optax.adamw(schedule), loss)
     curves = []
     for seed in SEEDS:
-        # The step is compiled once. Another seed is another state to start from.
+        # The step is compiled once. Each seed starts it from another state.
         student = Llama(config, rngs=nnx.Rngs(seed))
         state = step.init()._replace(params=nnx.state(student, nnx.Param))
         curve = []

@@ -1,4 +1,4 @@
-"""Distil a classifier of handwritten digits into a student with a tenth of its size.
+"""Distill a classifier of handwritten digits into a student with a tenth of its size.
 
     pip install "jaxq[plots]" scikit-learn
     python examples/06_digits_student.py                # writes digits_student.png
@@ -11,7 +11,7 @@ A fifth of the images is held out. The table has the accuracy on these images, f
 seeds. A seed chooses the initial weights and the order of the images.
 
 The labels of this small data set are right and complete, so both students come close to
-the teacher. Soft labels need no person who labels: the teacher can label any image.
+the teacher. Soft labels need no human work, because the teacher can label any image.
 """
 
 # %% Options and data
@@ -126,7 +126,7 @@ def label_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-# alpha=1.0: the teacher's probabilities only, no labels.
+# alpha=1.0: the student learns only the teacher's probabilities, no labels.
 soft_label_loss = functools.partial(kd_loss, temperature=4.0, alpha=1.0)
 
 begin = time.perf_counter()

@@ -6,10 +6,10 @@
 AdamW keeps two moments of each parameter: 8 bytes in float32. `jaxq.optim` keeps them
 in 2 bytes or in 1 byte. All runs start from the same weights and read the same tokens
 of Python's standard library. The table has the bytes of the state for each parameter,
-the loss on held-out text, and its change from float32 states. The plot has the losses
-during training.
+the loss on held-out text, and the change of this loss from float32 states. The plot has
+the losses during training.
 
-This is one run with each optimizer. `python benchmarks/run.py optimizers` compares the
+Each optimizer runs only once here. `python benchmarks/run.py optimizers` compares the
 optimizers over several seeds.
 """
 
@@ -91,7 +91,7 @@ def train(name: str) -> tuple[float, list[float], float]:
         max_position_embeddings=CONTEXT,
     )
     model = Llama(config, rngs=nnx.Rngs(0))
-    # A step without a teacher: the loss of the outputs and the labels.
+    # A step without a teacher calls the loss with the outputs and the labels.
     step = make_step(model, None, OPTIMIZERS[name], loss)
     state = step.init()
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -22,8 +22,9 @@ def heldout_tokens(tokenizer, num_tokens: int) -> np.ndarray:
 def training_tokens(tokenizer, num_tokens: int) -> np.ndarray:
     """Tokens of library files in random order, int32 [num_tokens].
 
-    A file is left out if 199 characters or more in a row are held-out text: then one
-    of its pieces of 100 characters is in the held-out text.
+    Each file is split into pieces of 100 characters. The file is left out if one piece
+    is in the held-out text. Held-out text of 199 characters or more in a row always
+    contains a whole piece.
     """
     heldout = HELDOUT.read_text()
     heldout_pieces = {heldout[i : i + PIECE] for i in range(len(heldout) - PIECE + 1)}

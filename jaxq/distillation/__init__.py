@@ -8,7 +8,7 @@
 - `generate` writes responses with a teacher, or with the student for on-policy
   distillation. `write_responses` stores a teacher's responses in a JSONL file.
 - `LogitsCache` stores a teacher's most probable classes on disk.
-- `make_step` makes a jitted training step of any of these losses.
+- `make_step` makes a jitted training step with any of these losses.
 
 A model is an nnx module, a pair `(apply, params)` or a function of the inputs.
 """

@@ -53,14 +53,14 @@ def feature_loss(
 ) -> jax.Array:
     """Distance of a student's features from the teacher's.
 
-    A regression head is distilled by this loss too: its predictions are features of
-    size 1, `[b, 1]`. No gradient reaches the teacher. All arithmetic is float32.
+    This loss also distills a regression head: its predictions are features of size 1,
+    `[b, 1]`. No gradient reaches the teacher. All arithmetic is float32.
 
     Args:
       student: float [*rows, d_s], for example hidden states [b, t, d_s].
       teacher: float [*rows, d_t].
-      projection: float [d_s, d_t], see `projection`. It is trained with the student.
-        None needs d_s = d_t.
+      projection: float [d_s, d_t], see `projection`. Train it with the student. None is
+        allowed only if d_s = d_t.
       mask: None or [*rows]. Rows with 0 or False do not count. If no row counts, the
         loss is 0 and its gradient is zero.
       distance: "mse" is the mean squared difference (TinyBERT). "cosine" is one minus
@@ -118,18 +118,18 @@ def attention_loss(
     """Mean squared difference of attention maps.
 
     The maps are attention scores before the softmax (TinyBERT), or probabilities. A
-    score of -inf, which marks a key that is not read, counts as 0 in both maps. To
-    compare the softmax of the scores by KL divergence (MiniLM), use
+    score of -inf marks a masked key. It counts as 0 in both maps. To compare the
+    softmax of the scores by KL divergence (MiniLM), use
     `kd_loss(student, teacher, temperature=1.0, alpha=1.0)`.
 
     Args:
       student: float [b, n_s, q, k] with n_s heads, q queries and k keys.
       teacher: float [b, n_t, q, k].
-      projection: float [n_s, n_t], mixes the student's heads, see `projection`. None
-        needs n_s = n_t.
-      mask: None or [b, q] for self-attention (q = k). A pair of query and key counts if
-        both are not 0 or False. If no pair counts, the loss is 0 and its gradient is
-        zero.
+      projection: float [n_s, n_t], mixes the student's heads, see `projection`. None is
+        allowed only if n_s = n_t.
+      mask: None or [b, q] for self-attention (q = k). A pair of query and key does not
+        count if the mask of one of the two is 0 or False. If no pair counts, the loss
+        is 0 and its gradient is zero.
 
     Returns:
       float32 scalar, the mean over heads and pairs.
@@ -159,7 +159,8 @@ def attention_loss(
     if mask is not None:
         pairs = _pairs(jnp.asarray(mask), student)
     # Heads last: a pair of query and key is a row with one feature for each head.
-    student, teacher = (jnp.moveaxis(maps, 1, -1) for maps in (student, teacher))
+    student = jnp.moveaxis(student, 1, -1)  # [b, q, k, n_s]
+    teacher = jnp.moveaxis(teacher, 1, -1)  # [b, q, k, n_t]
     if projection is None and student.shape != teacher.shape:
         raise ValueError(
             f"attention_loss: the student has {student.shape[-1]} heads, the teacher "
@@ -180,14 +181,15 @@ def _pairs(mask: jax.Array, maps: jax.Array) -> jax.Array:
     if num_queries != num_keys or mask.shape != (b, num_queries):
         raise ValueError(
             f"attention_loss: mask is {described(mask)} and the maps are "
-            f"{described(maps)}; expected [b, t] and [b, heads, t, t]. Without "
-            "self-attention, slice the maps and pass no mask."
+            f"{described(maps)}; expected [b, t] and [b, heads, t, t]. For "
+            "cross-attention, slice the maps and pass no mask."
         )
     counts = mask.astype(bool)
     return counts[:, :, None] & counts[:, None, :]
 
 
 def _without_masked(maps: Any) -> jax.Array:
+    """Attention maps with 0 in place of the -inf of masked keys."""
     maps = _float32(maps)
     return jnp.where(maps == -jnp.inf, 0.0, maps)
 

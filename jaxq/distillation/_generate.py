@@ -1,4 +1,4 @@
-"""Text of a model: token by token, as one compiled program."""
+"""Generates text with a model, token by token, in one compiled program."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def generate(
     stop_token: int | None = None,
     pad_token: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Continues prompts, and says which tokens are the response.
+    """Continues prompts, and returns which tokens are the responses.
 
     The teacher generates for sequence-level distillation. The student generates for
     on-policy distillation. One program is compiled for each structure of the model,
     shape of `tokens` and `num_tokens`. The loop ends early when every row has stopped.
 
-    The model is causal: logits at a position do not depend on later tokens. An nnx
-    module with `init_cache` and `decode`, as `jaxq.models.Llama` has, keeps keys and
-    values of earlier tokens. Any other model reads the whole row again for each token.
+    The model must be causal: logits at a position do not depend on later tokens. An nnx
+    module with the methods `init_cache` and `decode`, such as `jaxq.models.Llama`, uses
+    a KV cache. Any other model reads the whole row again for each token.
 
     Args:
       model: maps int32 [b, n] to logits [b, n, vocab_size]. It is an nnx module, a pair
         `(apply, params)` or a function of the tokens. Modules run in eval mode.
       tokens: int [b, t], the prompts, with t >= 1. Short prompts are padded at the
         right.
-      num_tokens: how many tokens a row gets at most, at least 1.
+      num_tokens: the largest number of tokens of a response, at least 1.
       lengths: int [b], the length of each prompt, from 1 to t. None means t.
       key: PRNG key. Needed if `temperature` is not 0.
       temperature: logits are divided by it before a token is drawn. 0 takes the most
         probable token.
-      stop_token: a row ends after this token.
-      pad_token: fills each row after its response.
+      stop_token: a response ends after this token.
+      pad_token: fills the rest of each row after its response.
 
     Returns:
       tokens: int32 [b, t + num_tokens]. Each response follows its prompt directly.
@@ -53,9 +53,9 @@ def generate(
         token included.
 
     Raises:
-      ValueError: `tokens` or `lengths` do not fit; `num_tokens` is below 1; the
-        temperature is negative; a key is missing; the logits have another shape; the
-        logits have a NaN (this is not checked under jit).
+      ValueError: the shape or dtype of `tokens` or `lengths` is wrong; `num_tokens` is
+        below 1; the temperature is negative; a key is missing; the logits have another
+        shape; or the logits have a NaN (this is not checked under jit).
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -109,12 +109,12 @@ def response_mask(
     lengths: Any = None,
     stop_token: int | None = None,
 ) -> jax.Array:
-    """Which tokens are the response, for rows of a prompt and its response.
+    """Returns which tokens are the response, for rows with a prompt and its response.
 
     Args:
       tokens: int [b, t]: prompt, response, padding.
-      prompt_lengths: int [b].
-      lengths: int [b], of prompt and response together. None means t.
+      prompt_lengths: int [b], the length of each prompt.
+      lengths: int [b], the length of prompt and response together. None means t.
       stop_token: a response ends after its first stop token.
 
     Returns:
@@ -214,7 +214,7 @@ def _generate(
         else:
             token = jnp.argmax(logits, axis=-1)
         token = token.astype(jnp.int32)  # [b]
-        # A longer prompt still has its own token here, and a row may have ended.
+        # A row keeps its token if its prompt is longer, or if it has ended.
         writes = (position >= starts) & (position < state.ends)
         old = _column(state.tokens, position)
         new = jnp.where(writes, token, old)
@@ -240,14 +240,14 @@ def _reader(
     first: jax.Array,
     has_lengths: bool,
 ) -> tuple[Callable[..., tuple[jax.Array, Any]], Any]:
-    """A function that reads the logits of a position's token, and its first cache.
+    """A function that computes the logits of the next token, and its first cache.
 
     Args:
-      function: of the model.
-      arrays: of the model.
+      function: the function of the model.
+      arrays: the arrays of the model.
       tokens: int32 [b, t + num_tokens], with the prompts.
       t: length of the longest prompt.
-      first: int32, the first position that gets a token.
+      first: int32, the first position that gets a new token.
       has_lengths: whether prompts may be shorter than t.
     """
     b, length = tokens.shape
@@ -278,7 +278,7 @@ def _reader(
 
 
 def _can_rewind(cache: Any) -> bool:
-    """Whether a cache has one length for all rows, which can be set."""
+    """Whether a cache has one length for all rows, and this length can be set."""
     return hasattr(cache, "_replace") and getattr(cache, "used", jnp.ones(1)).ndim == 0
 
 

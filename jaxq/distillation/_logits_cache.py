@@ -1,13 +1,13 @@
-"""A folder of a teacher's most probable classes: one file for each batch of data.
+"""A folder with a teacher's most probable classes, in one file for each batch of data.
 
     manifest.json            k, vocabulary size, temperature, number of batches, digest
     00000000.safetensors     indices, log_probs and log_tail of the first batch
     00000001.safetensors     ...
 
-Each file is written under another name and then renamed, so it is whole or missing. The
-metadata of a file has the SHA-256 digest of the inputs that the teacher read. The
-manifest has the number of batches, and the digest of all of them, after the last batch
-is written.
+Each file is first written under another name and then renamed. So a file with its final
+name is always complete. The metadata of a file has the SHA-256 digest of the inputs
+that the teacher read. After the last batch, the number of batches and the digest of all
+inputs are added to the manifest.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from jaxq.distillation._top_k import TopK, check_top_k
 FORMAT = "jaxq.distillation.logits"
 VERSION = 1
 _MANIFEST = "manifest.json"
-# A teacher whose log-probabilities differ by this much on average is another teacher.
-# Another device or dtype of the same teacher differs by less.
+# If the probabilities of the first batch differ by more than this on average, another
+# teacher wrote the cache. Another device or dtype changes them by less.
 _LARGEST_DIFFERENCE = 0.1
 
 
@@ -45,13 +45,13 @@ class LogitsCache:
     is the `TopK` of batch i. `len(cache)` is the number of batches.
 
     Args:
-      folder: a folder that `LogitsCache.write` finished.
+      folder: a folder with a cache that `LogitsCache.write` has finished.
 
     Attributes:
-      folder: where the cache lies.
-      k: classes kept for each row.
-      vocab_size: classes of the teacher.
-      temperature: of the softmax, which the loss must use too.
+      folder: the folder of the cache.
+      k: the number of classes that are stored for each row.
+      vocab_size: the number of classes of the teacher.
+      temperature: the temperature of the softmax. The loss must use the same.
 
     Raises:
       FileNotFoundError: the folder has no cache.
@@ -81,7 +81,7 @@ class LogitsCache:
         if manifest["num_batches"] is None:
             raise ValueError(
                 f"LogitsCache: the cache in {self.folder} is not finished. Call "
-                "LogitsCache.write with the same arguments again. It continues."
+                "LogitsCache.write with the same arguments again. It continues the run."
             )
         self._num_batches: int = manifest["num_batches"]
         self.k: int = manifest["k"]
@@ -103,19 +103,20 @@ class LogitsCache:
         """Runs a teacher over a data set, and stores its most probable classes.
 
         If a run was stopped, the same call continues it. Batches that are on disk are
-        not computed again, except the first one: it shows whether the teacher is the
-        same. A row takes `2 k + 4 (k + 1)` bytes if the vocabulary has at most 65,536
-        classes.
+        not computed again. The exception is the first batch, which shows whether the
+        teacher is the same. A row takes `2 k + 4 (k + 1)` bytes if the vocabulary has
+        at most 65,536 classes.
 
         Args:
-          folder: is created if it does not exist. Its parent must exist.
+          folder: the folder of the cache. It is created if it does not exist. Its
+            parent must exist.
           teacher: maps inputs to logits [*rows, vocab_size]. It is an nnx module, a
             pair `(apply, params)` or a function of the inputs. Modules and pairs are
-            compiled, and modules run in eval mode. A function is called as it is.
+            compiled, and modules run in eval mode. A function is not compiled.
           batches: each is the inputs, or a tuple or list `(inputs, *rest)`. The order
             must be the same in every run.
           k: from 1 to the size of the vocabulary.
-          temperature: of the loss that will read the cache.
+          temperature: the temperature of the loss that will read the cache.
           dtype: "float32", or "float16" for 2 bytes less per stored class. Float16
             rounds log-probabilities to about three digits.
           progress: show a progress line. None shows the line if stderr is a terminal.
@@ -127,8 +128,8 @@ class LogitsCache:
           FileNotFoundError: the parent of the folder does not exist.
           TypeError: `batches` is a single batch.
           ValueError: the folder holds a cache for other data, of another teacher, or
-            with another k, temperature or dtype; or it holds other files. There is no
-            batch. The logits have a NaN. k or the temperature is out of range.
+            with another k, temperature or dtype; the folder holds other files; there is
+            no batch; the logits have a NaN; or k or the temperature is out of range.
         """
         caller = "LogitsCache.write"
         check_top_k(k, temperature, caller)
@@ -202,8 +203,8 @@ class LogitsCache:
             if number >= len(self):
                 raise ValueError(
                     f"LogitsCache.batches: the cache in {self.folder} has {len(self)} "
-                    "batches, and the data has more. LogitsCache.write with all batches"
-                    " adds them."
+                    "batches, and the data has more. To add the others, call "
+                    "LogitsCache.write with all batches."
                 )
             top, digest = self._read(number)
             if digest != digest_of(inputs):
@@ -228,8 +229,8 @@ class LogitsCache:
 def digest_of(inputs: Any) -> str:
     """SHA-256 of the numbers of a tree of arrays.
 
-    Integers of 32 and 64 bits with equal values have equal digests, and numpy and jax
-    arrays too.
+    Equal values have equal digests, whether they are int32 or int64, and whether the
+    arrays are of numpy or of jax.
     """
     digest = hashlib.sha256()
     leaves, structure = jax.tree.flatten(inputs)
@@ -251,7 +252,7 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Writes a file that is whole or missing."""
+    """Writes a file. If the process is killed, the old file or no file remains."""
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as file:
         file.write(data)
@@ -282,7 +283,7 @@ def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(
             f"LogitsCache: {path} is damaged or missing: {error}. Delete the file, and "
-            "call LogitsCache.write again. It writes the file anew."
+            "call LogitsCache.write again. It writes this file again."
         ) from error
     return indices, log_probs, log_tail, digest
 
@@ -361,7 +362,7 @@ def _top_k_function(teacher: Any, k: int, temperature: float, caller: str) -> An
         return TopK.from_logits(logits, k, temperature=temperature)
 
     if isinstance(function, PlainFunction):
-        # It need not be a function that jax can trace.
+        # jax may not be able to trace a plain function, so only the rest is compiled.
         compiled_top_k = jax.jit(top_k)
         return lambda inputs: compiled_top_k(jnp.asarray(teacher(inputs)))
     compiled = jax.jit(lambda arrays, inputs: top_k(function(arrays, inputs)))
@@ -369,7 +370,7 @@ def _top_k_function(teacher: Any, k: int, temperature: float, caller: str) -> An
 
 
 def _checked_top(top: TopK, number: int, caller: str) -> TopK:
-    """The classes, after a check for NaN, which one NaN spreads to a whole row."""
+    """The classes, after a check for NaN. One NaN logit makes its whole row NaN."""
     is_nan = np.isnan(np.asarray(top.log_probs)).any(axis=-1)
     if is_nan.any():
         row = [int(index) for index in np.argwhere(is_nan)[0]]
@@ -420,5 +421,5 @@ def _other_data(folder: Path, number: int, caller: str) -> str:
     return (
         f"{caller}: the cache in {folder} was written for other data: the inputs of "
         f"batch {number} have another digest. Pass the batches in the order in which "
-        "they were written, or write a cache in another folder."
+        "they were written, or write the new cache to another folder."
     )

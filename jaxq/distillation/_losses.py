@@ -66,16 +66,17 @@ def kd_loss(
       temperature: positive. It may be traced. With a `TopK` it must be that of the
         `TopK`.
       alpha: weight of the teacher, from 0 to 1. It may be traced.
-      mask: None or [*rows]. Rows with 0 or False do not count, and may hold anything,
-        NaN included. Other numbers are weights of the mean. If no row counts, the loss
-        is 0 and its gradient is zero.
-      divergence: "forward" is KL(teacher || student): the student covers all that the
-        teacher does. "reverse" is KL(student || teacher): the student keeps to what the
-        teacher finds probable. "jsd" is the generalized Jensen-Shannon divergence,
-        `beta KL(teacher || m) + (1 - beta) KL(student || m)` with the mixture
-        `m = beta teacher + (1 - beta) student`.
-      beta: of "jsd", between 0 and 1. Near 0 it behaves as "forward", near 1 as
-        "reverse".
+      mask: None or [*rows]. Rows with 0 or False do not count. They may contain any
+        numbers, also NaN. Other numbers are weights of the mean. If no row counts, the
+        loss is 0 and its gradient is zero.
+      divergence: "forward" is KL(teacher || student): the student learns to give
+        probability to all classes that the teacher finds probable. "reverse" is
+        KL(student || teacher): the student learns to give probability only to classes
+        that the teacher finds probable. "jsd" is the generalized Jensen-Shannon
+        divergence, `beta KL(teacher || m) + (1 - beta) KL(student || m)` with the
+        mixture `m = beta teacher + (1 - beta) student`.
+      beta: the weight of "jsd", between 0 and 1. Near 0, "jsd" behaves as "forward".
+        Near 1, it behaves as "reverse".
 
     Returns:
       float32 scalar. It is NaN if a row that counts has a NaN. It is infinite if the
@@ -190,7 +191,8 @@ def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """KL(p || q). Classes with p = 0 count as 0, which is the limit."""
     p = jnp.exp(log_p)
     is_zero = p == 0
-    # Both logarithms may be -inf there. The difference, and its gradient, would be NaN.
+    # At p = 0, both logarithms may be -inf. Then their difference, and its gradient,
+    # would be NaN.
     log_p = jnp.where(is_zero, 0.0, log_p)
     log_q = jnp.where(is_zero, 0.0, log_q)
     kl = jnp.sum(p * (log_p - log_q), axis=-1)
@@ -293,7 +295,7 @@ def _logits(logits: Any, caller: str, name: str) -> jax.Array:
 
 
 def _temperature(temperature: Any) -> Any:
-    """The temperature, after a check. A traced one that is not positive becomes NaN."""
+    """The temperature, after a check. A traced temperature of 0 or less becomes NaN."""
     if is_traced(temperature):
         temperature = jnp.asarray(temperature, jnp.float32)
         return jnp.where(temperature > 0, temperature, jnp.nan)
@@ -350,6 +352,6 @@ def _another_vocabulary(num_student: int, num_teacher: int) -> str:
     smaller = min(num_student, num_teacher)
     return (
         f"The vocabularies have {num_student} and {num_teacher} entries. If the larger "
-        f"one is padded, slice it: logits[..., :{smaller}]. With another tokenizer, "
-        "train on the teacher's text: responder and write_responses."
+        f"one is padded, slice it: logits[..., :{smaller}]. If the tokenizers differ, "
+        "train on text that the teacher writes, with responder and write_responses."
     )

@@ -1,6 +1,6 @@
-"""Models as a function and its arrays, so that one compiled program serves all calls.
+"""Splits a model into a function and its arrays, so that jit compiles it only once.
 
-A model of a user is one of three things:
+A model that a user passes is one of three things:
 
 - a flax nnx module, called as `model(inputs)`;
 - a pair `(apply, params)`, called as `apply(params, inputs)`. A linen module is the
@@ -61,7 +61,7 @@ class PlainFunction:
 
 
 def as_model(model: Any, caller: str, name: str = "model") -> Model:
-    """The model of a user as a `Model`.
+    """Makes a `Model` from the model that a user passed.
 
     Args:
       model: what the user passed.
@@ -69,7 +69,7 @@ def as_model(model: Any, caller: str, name: str = "model") -> Model:
       name: its argument, for errors.
 
     Raises:
-      TypeError: it is none of the three kinds.
+      TypeError: `model` is none of the three things.
     """
     if isinstance(model, nnx.Module):
         graphdef, arrays = nnx.split(model)
@@ -90,7 +90,7 @@ def as_model(model: Any, caller: str, name: str = "model") -> Model:
 
 
 def split_batch(batch: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The inputs of the models, and what else a batch has for the loss.
+    """Splits a batch into the inputs of the models and the other arguments of the loss.
 
     A tuple or list is `(inputs, *rest)`. Anything else is the inputs.
     """

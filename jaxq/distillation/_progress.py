@@ -18,7 +18,8 @@ def with_progress(
       progress: write the line. None writes the line if stderr is a terminal.
       start: number of items that an earlier run finished. `items` does not have them.
     """
-    if not (sys.stderr.isatty() if progress is None else progress):
+    is_shown = sys.stderr.isatty() if progress is None else progress
+    if not is_shown:
         yield from items
         return
     size: Any = items
@@ -30,5 +31,5 @@ def with_progress(
             yield item
             number += 1
     finally:
-        # The spaces overwrite what is left of a longer line.
+        # The spaces overwrite the end of an earlier line that was longer.
         print(f"\r{label}: {number}{total}{' ' * 8}", file=sys.stderr, flush=True)

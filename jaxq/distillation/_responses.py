@@ -1,7 +1,7 @@
 """Data that a teacher writes: prompts and responses in a JSONL file.
 
 Each line is `{"index": 3, "prompt": "...", "response": ...}`. A run that was killed can
-leave half a line at the end. The next run removes this half line and continues.
+leave an incomplete last line. The next run removes this line and continues.
 
 References:
   Kim and Rush, Sequence-Level Knowledge Distillation, 2016.
@@ -34,18 +34,19 @@ def responder(
 ) -> Callable[..., list[str]]:
     """A function that answers prompts with a language model.
 
-    Prompts of a call are padded to the next power of two, so few programs are compiled.
+    The prompts of a call are padded to the same length. This length is a power of two,
+    so that only few programs are compiled.
 
     Args:
       teacher: a causal model, as in `generate`.
-      tokenizer: `encode(text)` returns token ids, or an object whose `ids` they are.
-        `decode(ids)` returns text.
-      num_tokens: the most tokens of a response.
+      tokenizer: `encode(text)` returns token ids, or an object with the token ids in
+        its attribute `ids`. `decode(ids)` returns text.
+      num_tokens: the largest number of tokens of a response.
       temperature: 0 takes the most probable token. Above 0, the function needs a key.
       stop_token: ends a response. It is not part of the text.
 
     Returns:
-      `respond(prompts, key=None)`: a list of strings to a list of strings.
+      `respond(prompts, key=None)`. It maps a list of strings to a list of strings.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -69,7 +70,8 @@ def responder(
                     f"responder: the prompt {prompt!r} has no token. Put a start token "
                     "in front of every prompt."
                 )
-        width = 1 << (max(map(len, encoded)) - 1).bit_length()
+        longest = max(len(ids) for ids in encoded)
+        width = 1 << (longest - 1).bit_length()  # the next power of two
         tokens, mask = generate(
             teacher,
             _padded(encoded, width, 0),
@@ -102,8 +104,8 @@ def write_responses(
 ) -> dict[str, int]:
     """Answers prompts, and writes each answer to a JSONL file.
 
-    If a run was stopped, the same call continues it. The file then equals that of a run
-    that was not stopped, if `respond` and the filters are pure functions.
+    If a run was stopped, the same call continues it. If `respond` and the filters are
+    pure functions, the final file is the same as without the interruption.
 
     A record is `{"index": int, "prompt": str, "response": ...}`.
 
@@ -113,19 +115,20 @@ def write_responses(
       respond: maps a list of prompts to a list of responses of the same length. A
         response is anything that JSON has, or an array: text, a label, the logits of a
         classifier. `responder` makes such a function from a language model.
-      filters: each takes a record and returns whether to keep it. A record that a
-        filter refuses is not written.
-      unique: takes a record and returns what makes it a duplicate, for example
-        `lambda record: record["response"]`. Of records with equal results, the first
-        one that passed the filters is written.
-      batch_size: prompts of one call of `respond`.
-      key: PRNG key. If it is given, `respond(prompts, key)` gets a key of its own for
-        each batch, which depends on the number of the batch only.
+      filters: functions that take a record and return whether to keep it. A record is
+        written if all filters return True.
+      unique: a function that takes a record and returns a hashable value, for example
+        `lambda record: record["response"]`. If several records pass the filters and
+        have the same value, only the first one is written.
+      batch_size: the number of prompts in one call of `respond`.
+      key: PRNG key. If it is given, `respond` is called as `respond(prompts, key)`,
+        with another key for each batch. This key depends only on `key` and the number
+        of the batch.
       progress: show a progress line. None shows the line if stderr is a terminal.
 
     Returns:
       Counts: "written" (lines in the file), "filtered" and "duplicates" (records of
-      this run that were not written), "resumed" (lines that were there before).
+      this run that were not written), "resumed" (lines of earlier runs).
 
     Raises:
       TypeError: `prompts` is a single string, or a prompt is not a string.
@@ -204,10 +207,10 @@ def read_responses(
     """Reads text that `write_responses` wrote, as token rows for training.
 
     Args:
-      path: the JSONL file. Half a line at its end is not read.
+      path: the JSONL file. An incomplete last line is not read.
       tokenizer: as in `responder`. Prompt and response are encoded separately.
-      length: t, the width of the rows. None takes the longest row.
-      stop_token: is appended to each response, so that the student learns to end.
+      length: t, the width of the rows. None takes the length of the longest row.
+      stop_token: is appended to each response, so that the student learns to stop.
       pad_token: fills the rows.
 
     Returns:
@@ -255,7 +258,7 @@ def read_responses(
         raise ValueError(
             f"{caller}: the prompt {records[longest]['index']} and its response have "
             f"{lengths[longest]} tokens, more than length={length}. Pass "
-            f"length={lengths[longest]}, or leave long records out by a filter of "
+            f"length={lengths[longest]}, or exclude long records by a filter of "
             "write_responses."
         )
     tokens = _padded(rows, length or lengths[longest], pad_token)
@@ -319,7 +322,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def _resume(path: Path, prompts: list[str], caller: str) -> list[dict[str, Any]]:
-    """The records of an earlier run. Half a line at the end is removed."""
+    """The records of an earlier run. An incomplete last line is removed."""
     if not path.exists():
         return []
     contents = path.read_bytes()

@@ -19,7 +19,7 @@ class StepState(NamedTuple):
 
     Attributes:
       params: the arrays that are trained.
-      opt_state: of the optax transformation.
+      opt_state: the state of the optax transformation.
       variables: the student's other arrays: codes, running averages, random keys.
     """
 
@@ -32,8 +32,9 @@ class Student(NamedTuple):
     """A student as pure functions.
 
     Attributes:
-      call: `call(params, variables, inputs) -> (outputs, variables)`.
-      restored: `restored(params, variables)`: the model, or the parameters of a pair.
+      call: `call(params, variables, inputs)` returns (outputs, new variables).
+      restored: `restored(params, variables)` returns the module, or the params of a
+        pair.
       params: the arrays to train.
       variables: the other arrays.
     """
@@ -123,23 +124,23 @@ def make_step(
 ) -> Step:
     """Makes a jitted training step of a student with a teacher.
 
-    The loss is called as `loss(student_outputs, teacher_outputs, *rest)` for a batch
-    `(inputs, *rest)`. So `kd_loss` itself is a loss for batches `(inputs, labels)`.
-    One program is compiled for each shape of a batch. No gradient reaches the teacher.
-    Neither the teacher nor the student that was passed changes: the trained arrays are
-    in the state.
+    For a batch `(inputs, *rest)`, the loss is called as
+    `loss(student_outputs, teacher_outputs, *rest)`. So `kd_loss` is such a loss for
+    batches `(inputs, labels)`. One program is compiled for each shape of a batch. No
+    gradient reaches the teacher. The arguments `student` and `teacher` do not change,
+    because the trained arrays are in the state.
 
     Args:
-      student: an nnx module, called in the mode in which it is (`student.train()` turns
-        dropout on); or a pair `(apply, params)`.
-      teacher: an nnx module, called in eval mode; a pair `(apply, params)`; or a
-        function of the inputs that jax can trace. None if the batches bring the
-        teacher's outputs, as `LogitsCache.batches` does. The loss is then called as
-        `loss(student_outputs, *rest)`.
+      student: an nnx module or a pair `(apply, params)`. A module keeps its mode. Call
+        `student.train()` before, to turn dropout on.
+      teacher: an nnx module, which is called in eval mode; a pair `(apply, params)`; or
+        a function of the inputs that jax can trace. None if the batches contain the
+        teacher's outputs, as those of `LogitsCache.batches` do. The loss is then called
+        as `loss(student_outputs, *rest)`.
       tx: optax transformation.
       loss: returns a scalar.
-      wrt: which variables of an nnx student are trained, a filter as in
-        `nnx.Optimizer`. Of a pair, float arrays are trained (`jaxq.partition`).
+      wrt: a filter, as in `nnx.Optimizer`, for the variables of an nnx student that are
+        trained. In a pair, all float arrays are trained (`jaxq.partition`).
 
     Returns:
       The step. `step.init()` is the first state, `step(state, batch)` returns
@@ -181,7 +182,7 @@ def make_step(
 
 
 def _copies(tree: Any) -> Any:
-    """A step reuses the memory of its state, so nobody else may hold these arrays."""
+    """Copies of all arrays. A step reuses the memory of its state, so it owns them."""
     return jax.tree.map(jnp.copy, tree)
 
 

@@ -1,4 +1,4 @@
-"""The most probable classes of a teacher, and all other classes as one."""
+"""The most probable classes of a teacher, and one class for all others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxq.distillation._rows import described
 )
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """A teacher's k most probable classes of each row. `kd_loss` takes it as teacher.
+    """A teacher's k most probable classes of each row, for `kd_loss`.
 
     The other classes together are one class, the tail. So a row has k + 1
     probabilities, and their sum is 1.
@@ -31,8 +31,8 @@ class TopK:
       log_tail: float [*rows], the log-probability of the tail. It is -inf if k is
         `vocab_size`.
       vocab_size: how many classes the teacher has.
-      temperature: of the softmax. The tail's probability at another temperature is not
-        known.
+      temperature: the temperature of the softmax. The probability of the tail at
+        another temperature is not known.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -115,7 +115,8 @@ def check_top_k(k: int, temperature: float, caller: str) -> None:
 def _log_tail(log_probs: jax.Array, indices: jax.Array) -> jax.Array:
     """The log of the sum of all other probabilities, [*rows].
 
-    The sum is over the tail itself: 1 minus the kept probabilities would cancel.
+    It adds the probabilities of the tail. The result of 1 minus the kept probabilities
+    would lose its digits by cancellation.
     """
     if indices.shape[-1] == log_probs.shape[-1]:
         return jnp.full(log_probs.shape[:-1], -jnp.inf, log_probs.dtype)

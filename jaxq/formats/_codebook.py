@@ -223,11 +223,12 @@ _BUCKET_SHIFT = 16
 
 @functools.lru_cache(maxsize=64)
 def _ranks_of_buckets(edges: tuple[float, ...]) -> tuple[np.ndarray, int, int]:
-    """A table that finds the rank of a number almost without a search.
+    """A table from which the rank of a number follows almost without a search.
 
     A search by bisection takes one pass over the array for each bit of the rank. The
-    table gives the rank of the smallest number of a bucket, and the rest of the rank
-    follows from one or two comparisons. All of it is one fused elementwise pass.
+    table has the rank of the smallest number of each bucket. The difference to the rank
+    of another number in the bucket follows from one or two comparisons. XLA fuses all
+    steps into one elementwise pass.
 
     Args:
       edges: float32 numbers, ascending.

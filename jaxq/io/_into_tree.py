@@ -1,7 +1,7 @@
 """Puts the arrays of a file into a tree of the same structure.
 
-A file holds dicts, lists and tuples. Here its arrays return to the named tuples of an
-optax state, the Variables of an `nnx.state`, and other containers.
+A file holds dicts, lists and tuples. `into_tree` puts its arrays into other containers,
+such as the named tuples of an optax state and the Variables of an `nnx.state`.
 """
 
 from __future__ import annotations

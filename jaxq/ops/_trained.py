@@ -1,9 +1,9 @@
 """Products with a `TrainedWeight`.
 
-Forward, the product is that of the quantized weight, with the quantized input if the
-weight has an activation spec. So it equals the product of the converted model, bit for
-bit. Backward, the gradient is that of the float product of the same quantized values,
-and passes straight through the rounding.
+The forward pass computes the product with the quantized weight. The input is quantized
+too if the weight has an activation spec. So the product equals that of the converted
+model, bit for bit. The backward pass computes the gradient of the float product of the
+same quantized values. This gradient passes straight through the rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxq.qtensor import QUANTIZED, TrainedWeight, fake_quant, range_options
 
 # `multiply(x, weight)` multiplies by a QTensor, or by an array of the same values.
 Multiply = Callable[[Any, Any], jax.Array]
-# `fake_input(x, weight)` gives the quantized values of the input.
+# `fake_input(x, weight)` returns the quantized values of the input.
 FakeInput = Callable[[Any, TrainedWeight], Any]
 
 
@@ -44,7 +44,7 @@ def multiply_trained(
       x: the other operands: a float array, integers, or a tuple of arrays.
       weight: the trained weight.
       multiply: the product. It must not close over traced arrays.
-      fake_input: the quantized values of the input.
+      fake_input: returns the quantized values of the input.
 
     Returns:
       `multiply(x, weight.quantize())`, or `multiply(x, weight.floats)` if the weight is
@@ -96,9 +96,9 @@ def with_average(
 ) -> TrainedWeight:
     """The weight with the input range of a product, if the range is a moving average.
 
-    The first input sets the range. Afterwards it is
+    The first input sets the range. Each later input sets it to
     `decay * range + (1 - decay) * range of the input`. An input that is all zeros, or
-    has a number that is not finite, does not count. As long as no input has counted,
+    has a number that is not finite, does not count. Until the first input that counts,
     each product uses the range of its own input.
 
     Args:
@@ -108,29 +108,33 @@ def with_average(
     """
     if weight.decay is None:
         return weight
-    present = _range_of(jax.lax.stop_gradient(x), weight, axes)
+    current_range = _range_of(jax.lax.stop_gradient(x), weight, axes)
     average = weight.input_range
     if average is None:
-        average = jnp.zeros_like(present)
+        average = jnp.zeros_like(current_range)
     if weight.record is not None:
-        average = _next_average(average, present, weight)
+        average = _next_average(average, current_range, weight)
         weight.record(average)
-    input_range = jnp.where(_is_range(average), average, present)
+    input_range = jnp.where(_is_range(average), average, current_range)
     return dataclasses.replace(weight, input_range=input_range, record=None)
 
 
 def _next_average(
-    average: jax.Array, present: jax.Array, weight: TrainedWeight
+    average: jax.Array, current_range: jax.Array, weight: TrainedWeight
 ) -> jax.Array:
-    """The moving average after an input with the range `present`, `[*batch, 2]`."""
+    """The moving average after an input with the range `current_range`.
+
+    Both are `[*batch, 2]`.
+    """
     assert weight.decay is not None
     decay = np.float32(weight.decay)
-    mixed = decay * average + (1 - decay) * present
-    following = jnp.where(_is_range(average), mixed, present)
-    counts = _is_range(present) & jnp.isfinite(present).all(-1, keepdims=True)
+    mixed = decay * average + (1 - decay) * current_range
+    updated = jnp.where(_is_range(average), mixed, current_range)
+    is_finite = jnp.isfinite(current_range).all(-1, keepdims=True)
+    counts = _is_range(current_range) & is_finite
     if weight.averaging is not None:
         counts &= (weight.averaging > 0.5)[..., None]
-    return jnp.where(counts, following, average)
+    return jnp.where(counts, updated, average)
 
 
 def _is_range(input_range: jax.Array) -> jax.Array:
@@ -149,7 +153,8 @@ def _range_of(x: jax.Array, weight: TrainedWeight, axes: ActivationAxes) -> jax.
     high = jnp.max(moved, rest, initial=-jnp.inf)
     if range_options(weight.meta.activation)["include_zero"]:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    # NaN is no range. With an infinite range, the product of such an input is NaN.
+    # A NaN is no end of a range. With an infinite range, the product is NaN, as it must
+    # be for an input with NaN.
     low = jnp.where(jnp.isnan(low), -jnp.inf, low)
     high = jnp.where(jnp.isnan(high), jnp.inf, high)
     ends = jnp.stack([low, high], axis=-1)

@@ -1,8 +1,8 @@
-"""Optax optimizers whose states are quantized.
+"""Optax optimizers with quantized states.
 
-Adam keeps two float32 numbers for each parameter. `quantize_state` stores them in 8 or
-4 bits. `adamw8bit` and the other shorthands are optax optimizers with such states.
-`stochastic_rounding` keeps small updates of bfloat16 parameters.
+Adam keeps two float32 numbers for each parameter. `quantize_state` stores each of them
+in 8 or 4 bits. `adamw8bit` and the other shorthands are optax optimizers with such
+states. `stochastic_rounding` keeps small updates of bfloat16 parameters.
 """
 
 from jaxq.optim._quantize_state import quantize_state

@@ -1,8 +1,8 @@
 """The blocks of an optimizer state: which elements of an array share a scale.
 
-A block is a part of a row, because rows are the last axis and lie next to each other in
-memory. A block never crosses the border of a shard. So a sharded update needs no
-communication.
+A block is a part of a row, which is the last axis. The elements of a row lie next to
+each other in memory. A block never crosses the border of a shard, so a sharded update
+needs no communication.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxq.qtensor import (
 def blocked(
     x: jax.Array, spec: QuantSpec, *, caller: str, name: str
 ) -> tuple[QuantSpec, Geometry]:
-    """The spec and the geometry of a moment.
+    """The spec and the geometry with which a moment is quantized.
 
     Args:
       x: the moment, with at least one axis.
@@ -37,7 +37,7 @@ def blocked(
       name: the path of the moment, for error messages.
 
     Returns:
-      The spec with the tile of this array as its granularity, and the geometry.
+      The spec, whose granularity is the tile of this array, and the geometry.
     """
     assert isinstance(spec.granularity, PerGroup)
     codes_per_byte = formats.codes_per_pack(spec.fmt.bits, spec.order)
@@ -59,9 +59,9 @@ def tile_of(
     """The tile of an array: the sizes of a block along its last axes.
 
     The last axis is split into equal parts of at most `size` elements. If the whole
-    axis is shorter, the block has several rows, then several matrices, until it has
-    about `size` elements. Otherwise the scales of an array `[768, 10]` would take
-    almost as much memory as its codes.
+    axis is shorter, the block has several rows, and then several matrices, until it has
+    about `size` elements. With one row in a block, the scales of an array `[768, 10]`
+    would take almost as much memory as its codes.
 
     Args:
       shape: the shape of the array.
@@ -105,14 +105,17 @@ def _part(length: int, size: int, is_sharded: bool, unit: int) -> int:
     whole = [d for d in divisors if d % unit == 0] or divisors
     # A length without good divisors, such as a prime, gets a larger block.
     good = [d for d in whole if size // 4 < d <= size]
-    return good[-1] if good else min((d for d in whole if d >= size), default=whole[-1])
+    if good:
+        return good[-1]
+    larger = [d for d in whole if d >= size]
+    return min(larger, default=whole[-1])
 
 
 def shard_shape(x: Any) -> tuple[int, ...]:
     """The shape of the part of an array on one device.
 
-    Under jit it is known for axes of type Explicit only. For others the whole shape is
-    returned.
+    Under jit, only the sharding of Explicit axes is known. Other axes count as not
+    sharded.
     """
     is_traced = isinstance(x, Tracer)
     sharding = jax.typeof(x).sharding if is_traced else getattr(x, "sharding", None)

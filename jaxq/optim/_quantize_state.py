@@ -45,12 +45,13 @@ def quantize_state(
     anywhere inside `optax.chain`, `optax.partition`, `optax.MultiSteps`,
     `optax.inject_hyperparams` and other wrappers. All other leaves stay as they are:
     counts, hyperparameters, accumulated gradients, averaged parameters, and moments of
-    fewer than `min_size` elements. A second moment that is not 0 never becomes 0, which
-    would make the step infinite.
+    fewer than `min_size` elements. A second moment that is not 0 never becomes 0,
+    because optimizers divide by its root.
 
-    A block of elements that share a scale is a part of the last axis. If the last axis
-    is shorter than a block, a block has several rows. A block never crosses the border
-    of a shard if `init` gets sharded parameters, or runs under jit with Explicit axes.
+    The elements of a block share a scale. A block is a part of the last axis. If the
+    last axis is shorter than a block, a block has several rows. A block never crosses
+    the border of a shard if `init` gets sharded parameters, or runs under jit with
+    Explicit axes.
 
     Args:
       tx: the transformation.
@@ -58,11 +59,11 @@ def quantize_state(
         "dynamic4", the name of a preset (`jaxq.presets()`), or a `QuantSpec` with
         `PerGroup(size)`. A preset without groups, such as "fp8", gets blocks of 256.
       second: the same for second moments. Their format may be unsigned. None takes
-        `spec` if its format is a float of 8 bits, "udynamic8" for other formats of more
-        than 4 bits, and "ulinear4" for 4 bits and fewer.
-      where: patterns of paths of leaves that are quantized too, whatever their size,
-        for example "**/acc_grads/**". A pattern is written as in `jaxq.Rule`.
-      min_size: the smallest number of elements of a moment that is quantized.
+        `spec` if its format is a float of 8 bits or more, "udynamic8" for other formats
+        of more than 4 bits, and "ulinear4" for 4 bits and fewer.
+      where: patterns for the paths of other leaves to quantize, of any size, for
+        example "**/acc_grads/**". A pattern is written as in `jaxq.Rule`.
+      min_size: moments with fewer elements are not quantized.
 
     Returns:
       A transformation with extra arguments. Its state is the state of `tx` with
@@ -72,8 +73,8 @@ def quantize_state(
       TypeError: `tx` is not an optax transformation, `spec` or `second` is not a name
         or a `QuantSpec`, or (from `init`) a moment is not float32, bfloat16 or float16.
       ValueError: a name is unknown, scales depend on more than one block, rounding is
-        stochastic, `min_size` is not a whole number of at least 0, or (from `init`) no
-        leaf has a path that fits a pattern of `where`.
+        stochastic, `min_size` is not a whole number of at least 0, or (from `init`) a
+        pattern of `where` fits the path of no leaf.
 
     Example:
       >>> import jax.numpy as jnp, jaxq, optax
@@ -209,7 +210,7 @@ def _boxed(tree: Any, variable: Any) -> Any:
 
 
 def _unboxed(tree: Any) -> Any:
-    """`tree` with the values of its Variables."""
+    """`tree` with values in place of Variables."""
     return jax.tree.map(
         lambda x: x.get_value() if is_nnx_variable(x) else x,
         tree,

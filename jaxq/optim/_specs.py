@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from jaxq.qtensor import PerGroup, QuantSpec, as_spec
 
-# Blocks of specs that do not say how many elements share a scale, such as "fp8".
+# The block size of presets without groups, such as "fp8".
 _BLOCK = 256
-# Presets of this room. The unsigned formats are for second moments, so `quantize` does
-# not take them.
+# Presets for optimizer states only. The unsigned ones are for second moments, and
+# `jaxq.quantize` does not take their formats.
 _OWN = {
     "dynamic4": QuantSpec("dynamic4", PerGroup(128)),
     "dynamic8": QuantSpec("dynamic8", PerGroup(256)),
@@ -37,7 +37,7 @@ def second_spec(
 
     Args:
       second: as in `quantize_state`.
-      first: the spec of first moments. It decides if `second` is None.
+      first: the spec of first moments. If `second` is None, the result depends on it.
       caller: the public function, for error messages.
 
     Raises:
@@ -52,7 +52,7 @@ def second_spec(
 
 
 def _checked(spec: str | QuantSpec, argument: str, caller: str) -> QuantSpec:
-    """`spec` with `PerGroup`."""
+    """The spec of a name or `QuantSpec`, after a check. It has `PerGroup`."""
     if isinstance(spec, str):
         name = spec.strip().lower().replace("-", "_")
         resolved = _OWN.get(name) or as_spec(spec, f"{caller}: {argument}")
@@ -62,8 +62,8 @@ def _checked(spec: str | QuantSpec, argument: str, caller: str) -> QuantSpec:
         resolved = as_spec(spec, f"{caller}: {argument}")
     if not isinstance(resolved.granularity, PerGroup):
         raise ValueError(
-            f"{caller}: {argument}= has granularity {resolved.granularity}, but states "
-            "have blocks along the last axis. Use "
+            f"{caller}: {argument}= has granularity {resolved.granularity}, but "
+            "optimizer states have blocks along the last axis. Use "
             f"spec.replace(granularity=jaxq.PerGroup({_BLOCK}))."
         )
     if isinstance(resolved.scale, QuantSpec) or resolved.offset == "mean":
@@ -74,7 +74,7 @@ def _checked(spec: str | QuantSpec, argument: str, caller: str) -> QuantSpec:
         )
     if resolved.needs_key:
         raise ValueError(
-            f"{caller}: {argument}= rounds stochastically, but states have no random "
-            "numbers. Use rounding='nearest_even'."
+            f"{caller}: {argument}= rounds stochastically, but optimizer states have "
+            "no random key. Use rounding='nearest_even'."
         )
     return resolved

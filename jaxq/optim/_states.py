@@ -1,13 +1,13 @@
 """Which fields of which optax states hold first and second moments.
 
 Moments are chosen by the type of a state and the name of a field, never by their
-values. Not in the table, so that they stay as they are:
+values. Some fields are not in the table, so they stay floats:
 
 - Sums that only grow, such as `ScaleByRssState.sum_of_squares`. A late summand is
   smaller than half a step of the format and would be lost.
 - The slow mean `ScaleByAdemamixState.m2`, for the same reason.
-- `ScaleByRStdDevState`. The centered second moment is `nu - mu^2`. An error of either
-  can make the difference negative, and its root NaN.
+- `ScaleByRStdDevState`. The centered second moment is `nu - mu^2`. A rounding error of
+  `nu` or `mu` can make the difference negative, and its root NaN.
 - `SophiaState.nu`, which can be negative.
 - `MomoState` and `MomoAdamState`. Their step size is a difference of inner products
   with the moment, and small errors of the moment change it much.

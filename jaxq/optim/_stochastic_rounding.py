@@ -1,4 +1,4 @@
-"""`stochastic_rounding`: updates of bfloat16 parameters that do not vanish."""
+"""`stochastic_rounding`: keeps small updates of bfloat16 parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StochasticRoundingState(NamedTuple):
     """The state of `stochastic_rounding`.
 
     Attributes:
-      step: the number of updates so far, int32. It selects the random numbers.
+      step: the number of updates so far, int32. The random numbers depend on it.
       inner_state: the state of the wrapped transformation.
 
     Example:
@@ -36,18 +36,18 @@ def stochastic_rounding(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optax transformation so that bfloat16 parameters round stochastically.
 
-    bfloat16 has 8 significant bits. An update that is smaller than 1/512 of its
-    parameter is lost if the sum is rounded to nearest. Stochastic rounding keeps it on
-    average.
+    bfloat16 has 8 significant bits. If the sum of a parameter and its update is rounded
+    to nearest, an update that is smaller than 1/512 of the parameter is lost.
+    Stochastic rounding keeps it on average.
 
     `tx` gets float32 copies of bfloat16 parameters and of their gradients, so its state
     is float32. The updates are float32 too. `optax.apply_updates` adds them exactly,
     and returns bfloat16 parameters. Parameters of other dtypes are not changed.
 
     Args:
-      tx: the transformation, for example `adamw8bit(1e-3)`. Put it around all others:
-        updates that are changed afterwards are rounded to nearest.
-      seed: of the random numbers.
+      tx: the transformation, for example `adamw8bit(1e-3)`. It must contain all other
+        transformations: an update that is changed later is rounded to nearest.
+      seed: the seed of the random numbers.
 
     Returns:
       A transformation with extra arguments. Its `update` needs `params`.
@@ -89,8 +89,8 @@ def stochastic_rounding(
     ) -> tuple[optax.Updates, StochasticRoundingState]:
         if params is None:
             raise ValueError(
-                f"{_CALLER}: update needs the parameters, because it rounds their sum "
-                "with the updates. Call update(grads, state, params)."
+                f"{_CALLER}: update needs the parameters, because it rounds the sums "
+                "of parameters and updates. Call update(grads, state, params)."
             )
         wide_params = jax.tree.map(_to_float32, params)
         wide_updates = jax.tree.map(_to_float32, updates)
@@ -118,7 +118,7 @@ def _to_float32(leaf: Any) -> Any:
 
 
 def _rounded(update: jax.Array, param: Any, key: jax.Array) -> jax.Array:
-    """The float32 update that leads to a bfloat16 number, if `param` is bfloat16."""
+    """The float32 update after which a bfloat16 `param` is a bfloat16 number again."""
     if not _is_bfloat16(param):
         return update
     start = param.astype(jnp.float32)

@@ -1,7 +1,7 @@
 """fake_quant: the values of quantized numbers, with a straight-through gradient.
 
-The scales are computed from the numbers, or they are those of a QTensor. In the second
-case they can be trained.
+The scales are computed from the numbers, taken from a QTensor, or computed from a
+range. The scales of a QTensor and the ends of a range have gradients.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def fake_quant(
     3. `bounds` gives the range. Both ends have gradients. A number that is clipped
        becomes one end, so the gradient with respect to this end is 1. For a number that
        is rounded, `range_gradient` decides. A spec with zero points extends its range
-       to contain 0. There, a low end of 0 or more and a high end of 0 or less have the
-       gradient 0.
+       to contain 0. With such a spec, the gradient is 0 for a low end of 0 or more, and
+       for a high end of 0 or less.
 
     In the cases 2 and 3 a number is clipped if it is at or beyond the smallest or the
-    largest number of the format, as in LSQ. Entries of a codebook have a margin of half
-    a step.
+    largest number of the format, as in LSQ. With a codebook, a number is clipped if it
+    is more than half a step beyond the smallest or the largest entry.
 
     Args:
       x: float32, bfloat16 or float16 array with at least one axis.
@@ -89,7 +89,7 @@ def fake_quant(
     Returns:
       Array of the shape and dtype of `x`, bit for bit `dequantize(quantize(x))`, or
       `dequantize(requantize(x, spec))` with a QTensor. A number that is not finite
-      makes its block NaN, and only itself with a QTensor.
+      makes its block NaN. With a QTensor, only the number itself becomes NaN.
 
     Raises:
       TypeError: `x` is not a float32, bfloat16 or float16 array.
@@ -206,8 +206,8 @@ def _fake_quant_jvp(spec: QuantSpec, geometry: Geometry, primals, tangents):
     constant_x, constant_scale = jax.lax.stop_gradient((x, input_scale))
     qt = quantize_computed(constant_x, spec, geometry, constant_scale, key)
     passes = inside_range(constant_x, qt)
-    # `_fake_quant` is called again, and its value is not used here, because a second
-    # derivative must find this rule again.
+    # `_fake_quant` is called again for its value, so that a second derivative finds
+    # this rule again.
     value = _fake_quant(x, key, spec, geometry, input_scale)
     return value, jnp.where(passes, tangents[0], jnp.zeros((), x.dtype))
 
@@ -243,7 +243,7 @@ def _fake_quant_on_grid(
 
 
 class _Parts(NamedTuple):
-    """How the leaves of a QTensor are divided into floats and all others."""
+    """How the leaves of a QTensor are split into floats and all others."""
 
     treedef: Any
     is_float: tuple[bool, ...]
@@ -295,7 +295,7 @@ def _smooth(
       trained: the float leaves of the grid.
       constant: the other leaves of the grid.
       codes: the quantized numbers.
-      parts: how the leaves are divided.
+      parts: how the leaves are split.
     """
     grid = parts.whole(trained, constant)
     spec, geometry = grid.spec, grid.meta.geometry
@@ -310,8 +310,9 @@ def _smooth(
     quotient = divide(blocks, scale)
     stored = geometry.to_blocks(geometry.to_view_order(codes.stored_codes()))
     passes = geometry.to_blocks(geometry.pad(geometry.to_view(_passes(x, codes))))
-    # A rounded number moves with x. Its error, `code - quotient` steps, grows with the
-    # scale. A clipped number is the largest or smallest code, multiplied by the scale.
+    # A rounded number moves with x. Its rounding error is `(code - quotient) * scale`,
+    # so it also moves with the scale. A clipped number is the largest or smallest code,
+    # multiplied by the scale.
     moving = blocks - _change(scale) * jax.lax.stop_gradient(quotient)
     result = code_values(grid, stored) * scale + offset
     result = result + jnp.where(passes, _change(moving), 0)

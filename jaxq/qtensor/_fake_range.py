@@ -1,8 +1,8 @@
 """fake_quant with a given range whose two ends have gradients.
 
-LSQ and LSQ+ train the step and the offset of activations. A step and an offset are a
-range, so the ends of the range are trained here. PACT trains one end, the clipping
-threshold.
+LSQ and LSQ+ train the step and the offset of activations. The two ends of a range
+determine the step and the offset, so the ends are trained here. PACT trains one end,
+the clipping threshold.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def _smooth(
 ) -> jax.Array:
     """A function whose derivatives are those of `fake_quant_in_range`.
 
-    A number inside the range moves with x. Its rounding error is a share of the step,
-    so it also moves with the step (LSQ). A number outside becomes an end of the range,
-    and moves with this end.
+    A number inside the range moves with x. Its rounding error is a fraction of the
+    step, so it also moves with the step (LSQ). A number outside the range becomes an
+    end of the range, and moves with this end.
     """
     spec, geometry = quantized.spec, quantized.meta.geometry
     low, high = (geometry.scale_to_blocks(end) for end in bounds)

@@ -1,4 +1,4 @@
-"""TrainedWeight: a float weight that is trained for its quantized values.
+"""TrainedWeight: a float weight in quantization-aware training.
 
 Quantization-aware training keeps each weight in floats. The model computes with the
 quantized values of these floats. A `TrainedWeight` holds the floats and the numbers
@@ -55,14 +55,14 @@ class TrainedWeight(ProductOperand):
 
     `jaxq.training.prepare` puts it in the place of a weight. `x @ w`, `jaxq.matmul`,
     `jaxq.einsum`, `jaxq.dot_general` and Flax layers multiply by `w.quantize()`. Their
-    gradient is that of the product with `w.fake_quant()`. `jaxq.training.convert`
-    replaces it by `w.quantize()`.
+    gradient is that of the product with `w.fake_quant()`. `jaxq.training.convert` puts
+    `w.quantize()` in the place of `w`.
 
     Attributes:
       floats: the weight, `[*batch, *shape]`.
-      scale: float32 `[*batch, *num_blocks]`, trained scales. A `TrainedWeight` if the
-        spec quantizes its scales, as in the preset "nvfp4". None computes the scales
-        from the floats.
+      scale: float32 `[*batch, *num_blocks]`, trained scales. It is a `TrainedWeight` if
+        the spec quantizes its scales, as in the preset "nvfp4". None computes the
+        scales from the floats.
       zero_point: float32 like `scale`, or None. It is rounded where it is used.
       offset: float32 like the offset of the QTensor, or None.
       codebook: float32 `[*batch, *num_blocks, num_codes]`, or None.
@@ -81,9 +81,9 @@ class TrainedWeight(ProductOperand):
         number of input features. q is the largest number of the format.
       decay: if it is a number, `input_range` is a moving average of the ranges of
         inputs, or (0, 0) before the first input.
-      record: `record(input_range)` stores the moving average after a product. None
-        does not change the average. It is not a part of the pytree, because it belongs
-        to one place in a model.
+      record: a function. `record(input_range)` stores the moving average after a
+        product. None does not change the average. The function is not a part of the
+        pytree, because it belongs to one layer of a model.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -148,16 +148,17 @@ class TrainedWeight(ProductOperand):
     ) -> TrainedWeight:
         """The weight at the start of training. Its quantized values are those of `qt`.
 
-        A float stays as it is if its code is that of `qt`. Otherwise it becomes the
-        value of this code. This happens after methods such as GPTQ, which round some
-        numbers to a code that is not the nearest.
+        A float stays as it is if its code is the same as in `qt`. Otherwise it becomes
+        the value of the code in `qt`. This happens after methods such as GPTQ, which
+        round some numbers to a code that is not the nearest.
 
         Args:
           floats: float array of the shape of `qt`.
           qt: the weight, quantized by any method.
-          trained_scales: True trains the scales of `qt`, its zero points, offsets and
-            codebooks. False computes them from the floats in every product. The
-            quantized values are then those of `qt` only if it has the computed scales.
+          trained_scales: True trains the scales, zero points, offsets and codebooks of
+            `qt`. False computes them from the floats in every product. The quantized
+            values are then those of `qt` only if the scales of `qt` are those that are
+            computed.
           range_gradient: as in `jaxq.fake_quant`.
           gradient_scale: as in the class.
 
@@ -192,16 +193,16 @@ class TrainedWeight(ProductOperand):
             range_gradient=range_gradient,
             gradient_scale=gradient_scale,
         )
-        same = weight.quantize().codes() == qt.codes()
-        start = jnp.where(same, floats, dequantize(qt, dtype=floats.dtype))
+        has_same_code = weight.quantize().codes() == qt.codes()
+        start = jnp.where(has_same_code, floats, dequantize(qt, dtype=floats.dtype))
         return dataclasses.replace(weight, floats=start)
 
     def with_scale(self, scale: jax.Array) -> TrainedWeight:
         """The same weight with other scales.
 
         Args:
-          scale: float32 `[*batch, *num_blocks]`. If the spec quantizes scales, the
-            scales of these scales are computed from them.
+          scale: float32 `[*batch, *num_blocks]`. If the spec quantizes its scales, they
+            have scales of their own, which are computed from `scale`.
         """
         stored = store_scale(scale, self.spec, self.geometry)
         return dataclasses.replace(self, scale=_trained_scale(scale, stored))
@@ -291,9 +292,9 @@ class TrainedWeight(ProductOperand):
         """The values of `quantize()`, with gradients.
 
         The floats, scales, zero points, offsets and codebooks have gradients. The
-        gradient of a zero point is `-scale` for a number that is clipped and 0 for
-        others, as that of an offset in LSQ+. All other gradients are those of
-        `jaxq.fake_quant`.
+        gradient of a zero point is `-scale` for a number that is clipped, and 0 for
+        other numbers. This follows from the gradient of an offset in LSQ+. All other
+        gradients are those of `jaxq.fake_quant`.
 
         Returns:
           Array of the shape and `dtype` of the weight, bit for bit
@@ -347,19 +348,20 @@ class TrainedWeight(ProductOperand):
         stored_scale = scale_values(grid)
         scale = stored_scale
         if self.codebook is None:
-            # Entries of a codebook are multiplied by the scale, so either of the two
-            # is enough to train. Entries are trained, and their scale is constant.
+            # The entries of a codebook are multiplied by the scale, so it is enough to
+            # train one of the two. With a codebook, only the entries are trained.
             scale = stored_scale + self._change_of_scales()
         offset = None
         if grid.offset is not None:
             offset = _scales.load_from_dtype(grid.offset) + _change(self.offset)
         elif self.zero_point is not None:
             # A zero point shifts the range as an offset of `-scale * zero_point` does.
-            # This offset is 0 and has the derivative of the zero point.
+            # `grid` contains the zero point. So the offset is 0 here, and has only the
+            # derivative.
             offset = -stored_scale * _change(self.zero_point)
         codebook = self.codebook
         if codebook is not None and spec.rule.has_threshold:
-            # A ternary weight keeps its zero.
+            # The 0 of ternary codes is not trained.
             is_zero = jnp.asarray(spec.fmt.values() == 0)
             codebook = jnp.where(is_zero, jax.lax.stop_gradient(codebook), codebook)
         meta = dataclasses.replace(grid.meta, spec=spec, dtype="float32")

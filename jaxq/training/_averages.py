@@ -23,11 +23,11 @@ _Key = tuple[str, ...]
 
 
 def averaged_recipe(recipe: Recipe, caller: str) -> Recipe:
-    """The recipe without observers: training finds the ranges of inputs.
+    """The recipe without observers, because training determines the ranges of inputs.
 
     Raises:
-      ValueError: no rule has an activation; the scales of an activation depend on more
-        than one range.
+      ValueError: no rule has an activation; an activation has more than one range; or a
+        method quantizes each input by its own range.
     """
     rules = []
     for rule in recipe.rules:
@@ -42,7 +42,7 @@ def averaged_recipe(recipe: Recipe, caller: str) -> Recipe:
         rules.append(dataclasses.replace(rule, observer=None))
     if not any(rule.activation is not None for rule in rules):
         raise ValueError(
-            f"{caller}: ranges=ema() averages the ranges of inputs, and no rule of the "
+            f"{caller}: ranges=ema() averages the ranges of inputs, but no rule of the "
             "recipe has activation=. Add it, or use ranges='dynamic' or "
             "ranges=jaxq.training.lsq()."
         )
@@ -53,7 +53,7 @@ def check_averages(weights: Iterable[tuple[str, TrainedWeight]], caller: str) ->
     """Raises a ValueError if a moving average has seen no input.
 
     Args:
-      weights: paths and weights.
+      weights: the path and the value of each trained weight.
       caller: the name of the public function. Errors begin with this name.
     """
     unseen = []
@@ -63,25 +63,29 @@ def check_averages(weights: Iterable[tuple[str, TrainedWeight]], caller: str) ->
         assert weight.input_range is not None
         input_range = np.asarray(weight.input_range)
         is_unseen = input_range[..., 0] >= input_range[..., 1]
-        if is_unseen.any():
-            share = f" ({is_unseen.sum()} of {is_unseen.size} elements)"
-            unseen.append(path + share * (is_unseen.ndim > 0))
+        if not is_unseen.any():
+            continue
+        if is_unseen.ndim > 0:
+            path = f"{path} ({is_unseen.sum()} of {is_unseen.size} elements)"
+        unseen.append(path)
     if unseen:
         raise ValueError(
             f"{caller}: no batch has set the input range of {', '.join(unseen)}. Run "
-            "batches that reach these layers, with an nnx model in train mode, or a "
-            "linen module with mutable=['quant_stats']. Inputs that are all zeros or "
-            "not finite do not count. Or leave activation= out of their rules."
+            "batches that reach these layers. An nnx model must be in train mode, and "
+            "a linen module needs mutable=['quant_stats']. Inputs that are all zeros "
+            "or not finite do not count. If no batch reaches a layer, leave "
+            "activation= out of its rule."
         )
 
 
 def split_averages(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Linen variables whose moving averages are in "quant_stats" instead of "params".
+    """Moves the moving averages of linen variables from "params" to "quant_stats".
 
     Args:
-      variables: with averages in the `TrainedWeight`s of "params".
+      variables: linen variables. The `TrainedWeight`s in "params" hold the averages.
     """
-    params, averages = params_of(variables), {}
+    params = params_of(variables)
+    averages = {}
     for key, weight in _averaged(params).items():
         averages[_place(key)] = weight.input_range
         params[key] = dataclasses.replace(weight, input_range=None)
@@ -93,7 +97,7 @@ def split_averages(variables: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def join_averages(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The reverse of `split_averages`.
+    """Moves the moving averages back from "quant_stats" to "params".
 
     Raises:
       ValueError: an average is missing.

@@ -1,8 +1,9 @@
-"""Batch norms of a prepared model: trained together with the kernels before them.
+"""Batch norms of a prepared model, which are trained together with kernels.
 
-`prepare` folds the batch norms first, and quantizes the folded model by the recipe. So
-calibration, GPTQ and the report see the folded kernels. `start_norms` then gives each
-trained kernel its batch norm back. `finish_norms` folds them for good.
+`prepare` first folds the batch norms, and then quantizes the folded model by the
+recipe. So calibration, GPTQ and the report see the folded kernels. After that,
+`start_norms` gives each trained kernel its batch norm back. At the end of training,
+`finish_norms` folds the batch norms permanently.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class NormedLayer(NamedTuple):
 def norms_to_fold(
     model: Any, fold_batch_norm: bool | Sequence[str], options: Options
 ) -> dict[str, str]:
-    """The layer of each batch norm that `prepare` folds, by the path of the norm.
+    """Finds the batch norms that `prepare` folds, and the layers in front of them.
+
+    Returns:
+      A dict from the path of each batch norm to the path of its layer.
 
     Raises:
       TypeError: `model` is not an nnx module.
@@ -69,13 +73,13 @@ def start_norms(
 ) -> None:
     """Gives the trained kernels of a prepared model their batch norms, in place.
 
-    Layers that the recipe leaves in floats get back their kernels, biases and batch
-    norms.
+    A layer that the recipe leaves in floats gets its old kernel, bias and batch norm
+    back.
 
     Args:
       prepared: the prepared model, with folded batch norms.
       model: the float model.
-      pairs: the layer of each batch norm, by path.
+      pairs: the result of `norms_to_fold`.
     """
     old, new = _modules(model), _modules(prepared)
     kinds = {layer.path: layer.kind for layer in find_layers(model)}
@@ -96,7 +100,8 @@ def start_norms(
         )
         metadata = kernel.floats.get_metadata()
         layer.kernel = FoldedTrainedParam(weight, trained_norm, axis, **metadata)
-        # Bias correction changes the bias of a folded layer.
+        # Bias correction may have changed the bias of the folded layer. The bias of the
+        # batch norm keeps this change.
         start = trained_norm.folded_bias().astype(bias.dtype)
         _add_to_bias(trained_norm, bias - start)
         layer.bias, layer.use_bias = nnx.data(None), False
@@ -118,9 +123,10 @@ def normed_layers(model: nnx.Module) -> Iterator[NormedLayer]:
 
 
 def finish_norms(model: nnx.Module) -> None:
-    """Folds the batch norms of a prepared model for good, in place.
+    """Folds the batch norms of a prepared model permanently, in place.
 
-    The trained kernels stay, and must be quantized before their norms change.
+    The trained kernels do not change. Quantize them before this call, because it
+    replaces their batch norms.
     """
     replaced: dict[int, Any] = {}
     for layer, kernel in normed_layers(model):
@@ -133,7 +139,7 @@ def finish_norms(model: nnx.Module) -> None:
 def restore_norms(model: nnx.Module) -> None:
     """Gives a prepared model its `nnx.BatchNorm`s back, in place.
 
-    The kernels of their layers must become `floats`.
+    The caller must also replace the kernels of their layers by `kernel.floats`.
     """
     norms = [kernel.norm for _, kernel in normed_layers(model)]
     replace_variables(model, {id(norm): norm.restored() for norm in norms})
@@ -144,8 +150,8 @@ def _unfolded(
 ) -> Any:
     """The floats with which training starts, without the factors of the batch norm.
 
-    These are the floats of the model, except where the method of the recipe has moved
-    the folded floats, as GPTQ does.
+    These are the floats of the model. The exception are weights that the method of the
+    recipe has changed, as GPTQ does.
     """
     floats, old_floats = kernel.floats.get_value(), old_kernel.get_value()
     factor = norm.factor()
@@ -165,6 +171,7 @@ def _add_to_bias(norm: nnx.BatchNorm, change: Any) -> None:
 
 
 def _modules(model: nnx.Module) -> dict[str, Any]:
+    """All modules of a model, by path."""
     return {
         "/".join(map(str, path)): module for path, module in nnx.iter_modules(model)
     }

@@ -1,4 +1,4 @@
-"""check: finds steps that cannot quantize anything."""
+"""check: finds weights, scales and ranges that are not usable any more."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from jaxq.training._weights import trained_weights
 
 
 def check(model: Any) -> None:
-    """Raises an error if training has ruined the steps of a prepared model.
+    """Raises an error if training has ruined weights, scales or ranges of a model.
 
-    Call it outside jit, for example every hundred steps. Under jit nothing can be
-    raised. There, a scale of 0 makes its block 0. A negative scale acts like the same
-    scale without its sign if the format is symmetric. NaN makes its block NaN.
+    Call it outside jit, for example every hundred training steps. A compiled program
+    cannot raise an error. In the program, a scale of 0 makes its block 0, and a scale
+    of NaN makes its block NaN. If the format is symmetric, a negative scale has the
+    same effect as its absolute value.
 
     Args:
       model: the result of `jaxq.training.prepare`: an nnx module or a tree, such as the
@@ -49,10 +50,10 @@ def check(model: Any) -> None:
         problems += [f"  {path}: {problem}" for problem in _problems(weight)]
     if problems:
         raise ValueError(
-            "training.check: training has ruined some weights or steps.\n"
+            "training.check: training has ruined some weights, scales or ranges.\n"
             + "\n".join(problems)
-            + "\nUse a smaller learning rate for steps (jaxq.training.labels), and go "
-            "back to the last good parameters."
+            + "\nGo back to the last good parameters. Use a smaller learning rate for "
+            "trained scales and ranges (jaxq.training.labels)."
         )
 
 
@@ -71,16 +72,18 @@ def _problems(weight: TrainedWeight) -> Iterator[str]:
     if weight.scale is not None:
         scale = weight.scale
         scale = np.asarray(scale.floats if isinstance(scale, TrainedWeight) else scale)
-        num_zero, num_negative = int(np.sum(scale == 0)), int(np.sum(scale < 0))
+        num_zero = int(np.sum(scale == 0))
+        num_negative = int(np.sum(scale < 0))
         if num_zero:
-            yield f"scale: {num_zero} of {scale.size} steps are zero"
+            yield f"scale: {num_zero} of {scale.size} scales are zero"
         if num_negative and not weight.spec.rule.signed:
-            yield f"scale: {num_negative} of {scale.size} steps are negative"
+            yield f"scale: {num_negative} of {scale.size} scales are negative"
     if weight.input_range is not None:
         low, high = weight.input_range[..., 0], weight.input_range[..., 1]
         is_empty = low >= high
         if weight.decay is not None:
-            is_empty &= (low != 0) | (high != 0)  # no batch has set the average
+            # An average is (0, 0) until a batch sets it.
+            is_empty &= (low != 0) | (high != 0)
         num_empty = int(jnp.sum(is_empty))
         if num_empty:
             yield f"input_range: {num_empty} of {low.size} ranges are empty"

@@ -1,4 +1,4 @@
-"""convert: from a prepared model to a quantized model."""
+"""convert: makes a quantized model from a prepared model."""
 
 from __future__ import annotations
 
@@ -34,10 +34,9 @@ CALLER = "training.convert"
 def convert(model: Any) -> tuple[Any, Report]:
     """Returns the quantized model of a prepared model.
 
-    The quantized model computes the same numbers as the prepared model. Batch norms
-    that are trained together with a kernel become a part of the layer, and a
-    `jaxq.nn.FoldedBatchNorm` takes their place. The quantized model computes the same
-    numbers as the prepared model in eval mode.
+    The quantized model computes the same numbers as the prepared model in eval mode. A
+    batch norm that is trained together with a kernel becomes a part of the layer, and a
+    `jaxq.nn.FoldedBatchNorm` takes its place.
 
     Args:
       model: the result of `jaxq.training.prepare`, trained or not.

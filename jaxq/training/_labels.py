@@ -1,4 +1,4 @@
-"""labels: what each leaf of the parameters is, for optax."""
+"""labels: shows optax which parameters are weights, and which are scales or ranges."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ _SWITCHES = ("switch", "averaging")
 def labels(params: Any) -> Any:
     """A tree like `params` with a label for each array.
 
-    The label is "weight" for weights and all other parameters of the model, "step" for
-    trained scales, zero points, offsets, codebooks and ranges, and "switch" for the
-    switches of a `Schedule`. Use it as `param_labels` of `optax.multi_transform`, or to
-    keep steps out of weight decay: decay would shrink them.
+    There are three labels:
+
+    - "step": trained scales, zero points, offsets, codebooks and ranges.
+    - "switch": the switches of a `Schedule`. An optimizer should not change them.
+    - "weight": weights, and all other parameters of the model.
+
+    Pass this function as `param_labels` of `optax.multi_transform`. Or use it to
+    exclude steps from weight decay, which would shrink them.
 
     Args:
       params: a tree with `TrainedWeight`s, such as `nnx.state(qat, nnx.Param)`.

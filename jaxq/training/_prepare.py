@@ -1,4 +1,4 @@
-"""prepare: from a float model to a model that trains for its quantized values."""
+"""prepare: makes a model for quantization-aware training from a float model."""
 
 from __future__ import annotations
 
@@ -44,29 +44,36 @@ def prepare(
     key: jax.Array | None = None,
     progress: bool | None = None,
 ) -> Any:
-    """Returns a copy of a float model that trains for its quantized values.
+    """Returns a copy of a float model for quantization-aware training.
 
     Each weight that the recipe quantizes becomes a `jaxq.qtensor.TrainedWeight`. It
     keeps the floats, and every product quantizes them. The gradients pass straight
     through the rounding. All leaves are floats, so `nnx.Optimizer`, optax and
     checkpoints treat them like other parameters.
 
-    The method of the recipe gives the start. After GPTQ, AWQ or HQQ, the quantized
-    values of the prepared model are those of `quantize_model`.
+    The method of the recipe sets the start of training. After GPTQ, AWQ or HQQ, the
+    quantized values of the prepared model are those of `quantize_model`. With
+    `ranges="dynamic"` this holds only if the scales of the method are those that are
+    computed from the floats.
 
-    A model that is prepared already is prepared again from its trained floats, for
-    example with fewer bits.
+    A prepared model can be prepared again, for example with fewer bits. It keeps its
+    trained floats.
 
-    With `fold_batch_norm`, products quantize the kernel that is folded with the running
-    statistics: `kernel * scale / sqrt(var + epsilon)`. In train mode, the batch norm
-    divides by this factor again, normalizes by the statistics of the batch, and updates
-    its running statistics. In eval mode, the model computes what `convert` returns: the
-    bias of the layer contains the batch norm. To freeze the running statistics, set
-    `use_running_average=True` for the last steps. The scale and the bias of the batch
-    norm still train. `jaxq.nn.fold_batch_norm` says which batch norms can be folded. A
-    batch norm after a layer that the recipe leaves in floats does not change. For
-    weights with few bits, use scales for each channel: the factors of channels differ
-    by orders of magnitude.
+    With `fold_batch_norm`, each batch norm is trained together with the kernel of the
+    layer in front of it. Products quantize the folded kernel, which is computed with
+    the running statistics: `kernel * scale / sqrt(var + epsilon)`.
+
+    - In train mode, the batch norm first divides its input by this factor. Then it
+      normalizes by the statistics of the batch, and updates its running statistics.
+    - In eval mode, the model computes the same numbers as the converted model: the bias
+      of the layer contains the batch norm.
+    - To freeze the running statistics in the last steps, set
+      `use_running_average=True`. The scale and the bias of the batch norm still train.
+    - A batch norm after a layer that the recipe leaves in floats does not change.
+    - For weights with few bits, use scales for each channel, because the factors of the
+      channels differ by orders of magnitude.
+
+    `jaxq.nn.fold_batch_norm` explains which batch norms can be folded.
 
     Args:
       model: a flax nnx module, or a tree of arrays as in `jaxq.quantize_params`.
@@ -84,23 +91,24 @@ def prepare(
       strict: as in `jaxq.quantize_model`.
       schedule: a `jaxq.training.Schedule`. Call its `apply` in every training step.
       fold_batch_norm: True trains each kernel together with the `nnx.BatchNorm` after
-        its layer. Patterns for the paths of batch norms choose some of them. This needs
-        an nnx model and at least one batch as `calibration`. See below.
+        its layer, see above. Patterns for the paths of batch norms choose some of them.
+        This needs an nnx model, and at least one batch in `calibration`.
       key: as in `jaxq.quantize_model`.
       progress: as in `jaxq.quantize_model`.
 
     Returns:
-      A model of the same class, or a tree of the same structure. In an nnx model, the
-      weights are `jaxq.nn.TrainedParam` variables, which are `nnx.Param`s.
+      A model of the same class, or a tree of the same structure. In an nnx model, each
+      of these weights is a `jaxq.nn.TrainedParam`. Its trained arrays are `nnx.Param`s.
 
     Raises:
-      TypeError: `ranges` is unknown; or `fold_batch_norm` is not False and `model` is
+      TypeError: `ranges` is unknown; or `fold_batch_norm` is not False, but `model` is
         a tree.
-      ValueError: the recipe quantizes no weight; a spec rounds stochastically;
-        `ranges` has moving averages, and the model is a tree, or no rule has an
-        activation with one range; `schedule` freezes moving averages, and `ranges` has
-        none; `fold_batch_norm` is not False and there is no batch; or the errors of
-        `quantize_model`, `quantize_params` and `jaxq.nn.fold_batch_norm`.
+      ValueError: the recipe quantizes no weight; a spec rounds stochastically; `ranges`
+        has moving averages, but the model is a tree; `ranges` has moving averages, but
+        no rule has an activation with one range; `schedule` freezes moving averages,
+        but `ranges` has none; or `fold_batch_norm` is not False, but there is no batch.
+        The errors of `quantize_model`, `quantize_params` and `jaxq.nn.fold_batch_norm`
+        are raised too.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq, optax
@@ -124,10 +132,9 @@ def prepare(
     recipe = trainable_recipe(recipe, ranges, CALLER)
     if ranges.decay is not None and not isinstance(model, nnx.Module):
         raise ValueError(
-            f"{CALLER}: ranges=ema() changes the moving averages of a model in its "
-            "products, and a tree of arrays is no model. Use an nnx module, or "
-            "jaxq.training.linen.prepare. For a tree, use a recipe with observers "
-            "(w8a8_static) and calibration=."
+            f"{CALLER}: ranges=ema() stores moving averages in a model, and a tree of "
+            "arrays is no model. Use an nnx module, or jaxq.training.linen.prepare. "
+            "For a tree, use a recipe with observers (w8a8_static) and calibration=."
         )
     options = Options(
         caller=CALLER,
@@ -167,7 +174,7 @@ def replacement(
     freezes = schedule is not None and schedule.freeze is not None
     if freezes and ranges.decay is None:
         raise ValueError(
-            f"{caller}: {schedule} freezes moving averages, and ranges={ranges} has "
+            f"{caller}: {schedule} freezes moving averages, but ranges={ranges} has "
             "none. Use ranges=jaxq.training.ema(), or leave freeze= out."
         )
 
@@ -183,11 +190,13 @@ def replacement(
 def trainable_recipe(
     recipe: str | QuantSpec | Recipe, ranges: Ranges, caller: str
 ) -> Recipe:
-    """The recipe, if its weights can be trained. Moving averages need no observers.
+    """The recipe, after a check that its weights can be trained.
+
+    With moving averages, the recipe has no observers.
 
     Raises:
       ValueError: the spec of a weight rounds stochastically; `ranges` has moving
-        averages, and no rule has an activation with one range.
+        averages, but no rule has an activation with one range.
     """
     recipe = as_recipe(recipe, caller)
     for rule in recipe.rules:

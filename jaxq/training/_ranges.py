@@ -1,4 +1,4 @@
-"""How the ranges of weights and activations are found during training."""
+"""How the ranges of weights and activations are determined during training."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ INITIAL_STEPS = ("recipe", "lsq")
 
 @dataclasses.dataclass(frozen=True)
 class Ranges:
-    """How the ranges of weights and activations are found during training.
+    """How the ranges of weights and activations are determined during training.
 
-    `lsq()`, `pact()` and `ema()` return common combinations. The string "dynamic" in
-    `prepare` is `Ranges()`. `dataclasses.replace(lsq(), decay=0.99)` trains the scales
-    of weights, and averages the ranges of inputs.
+    `lsq()`, `pact()` and `ema()` return common combinations. In `prepare`, the string
+    "dynamic" means `Ranges()`. `dataclasses.replace(lsq(), decay=0.99)` trains the
+    scales of weights, and averages the ranges of inputs.
 
     Attributes:
       trained_scales: True trains the scales of weights, their zero points, offsets and
@@ -39,9 +39,11 @@ class Ranges:
       range_gradient: how the static range of a layer's input is trained, as in
         `jaxq.fake_quant`: "lsq", "pact", or None to keep it constant.
       gradient_scale: multiply the gradients of scales and ranges by `1 / sqrt(n * q)`,
-        where n is the number of weights of a block, or of features of an input.
-      decay: makes the range of each layer's input a moving average, as in `ema`. Then
-        "lsq" as `range_gradient` has no effect. None averages nothing.
+        where n is the number of weights of a block, or the number of features of an
+        input, and q is the largest number of the format.
+      decay: a number makes the range of each layer's input a moving average, as in
+        `ema`. The value "lsq" of `range_gradient` then has no effect. None: there are
+        no moving averages.
 
     Raises:
       TypeError: `decay` is not a number.
@@ -98,7 +100,8 @@ class Ranges:
         activation = qt.meta.activation
         has_average = self.decay is not None and activation is not None
         if has_average:
-            # The bounds make the spec of the activation static.
+            # Bounds make the spec of the activation static. The moving average takes
+            # their place below.
             qt = qt.with_activation(activation, bounds=(-1.0, 1.0))
         weight = TrainedWeight.start(
             floats,
@@ -119,8 +122,8 @@ class Ranges:
 def lsq(*, initial: str = "recipe", gradient_scale: bool = True) -> Ranges:
     """Trained step sizes: LSQ, and LSQ+ where the recipe has zero points or offsets.
 
-    The scales of weights are trained. Static ranges of inputs are trained too. Inputs
-    with dynamic activation quantization have no range to train.
+    The scales of weights and the static ranges of inputs are trained. Inputs with
+    dynamic activation quantization have no range to train.
 
     Args:
       initial: "recipe" starts with the scales of the recipe's method. "lsq" starts with
@@ -138,17 +141,22 @@ def lsq(*, initial: str = "recipe", gradient_scale: bool = True) -> Ranges:
       Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets
       and better initialization", 2020.
     """
-    return Ranges(True, initial, "lsq", gradient_scale)
+    return Ranges(
+        trained_scales=True,
+        initial=initial,
+        range_gradient="lsq",
+        gradient_scale=gradient_scale,
+    )
 
 
 def pact() -> Ranges:
     """Trained clipping thresholds of inputs (PACT). Scales of weights are computed.
 
-    Only numbers beyond the range change it. The recipe must have static ranges, such as
-    "w8a8_static". Calibration gives the initial range.
+    Only inputs outside the range change it. The recipe must have static ranges, such as
+    "w8a8_static". Calibration sets the initial range.
 
-    The paper adds the squared thresholds to the loss. Do this with the leaves
-    `input_range` of the parameters.
+    The paper also adds the squared thresholds to the loss. If you want this, add the
+    squares of the leaves `input_range` of the parameters.
 
     Example:
       >>> import jaxq
@@ -159,24 +167,24 @@ def pact() -> Ranges:
       Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural
       Networks", 2018.
     """
-    return Ranges(False, "recipe", "pact", False)
+    return Ranges(range_gradient="pact")
 
 
 def ema(decay: float = 0.99) -> Ranges:
     """Moving averages of the ranges of inputs. Scales of weights are computed.
 
-    Each rule with an activation gets a static range without calibration. An observer of
-    the rule is ignored. The first batch in train mode sets the (low, high) of the range
-    to the extremes of the layer's input. Each later batch makes it
+    Each rule with an activation gets a static range without calibration. The observer
+    of the rule is ignored. The first batch in train mode sets the (low, high) of the
+    range to the extremes of the layer's input. Each later batch sets it to
     `decay * range + (1 - decay) * range of the batch`. Gradients do not change it. An
-    input that is all zeros, or has a number that is not finite, does not count. Each
-    call of a shared layer counts as a batch, and layers that share a weight share its
-    average. Before the first batch, a product uses the range of its own input.
+    input that is all zeros, or has a number that is not finite, does not count. Before
+    the first batch, a product uses the range of its own input. Each call of a shared
+    layer counts as a batch. Layers that share a weight share its average.
 
-    In an nnx model, the averages are `jaxq.nn.QuantStats` variables. `model.eval()`
-    stops them, and `model.train()` continues. In linen, they are in the collection
-    "quant_stats". They change if `mutable=["quant_stats"]` is passed to `apply`.
-    `jaxq.training.Schedule(freeze=)` stops them from a given step on.
+    In an nnx model, the averages are `jaxq.nn.QuantStats` variables. They change in
+    train mode (`model.train()`), and not in eval mode (`model.eval()`). In linen, they
+    are in the collection "quant_stats". They change only if `mutable=["quant_stats"]`
+    is passed to `apply`. `jaxq.training.Schedule(freeze=)` stops them at a given step.
 
     Args:
       decay: at least 0 and below 1.

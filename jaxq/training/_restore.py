@@ -1,4 +1,4 @@
-"""From trained weights back to their floats."""
+"""Replaces the trained weights of a model by their floats."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from jaxq.training._weights import is_trained, trained_params
 
 
 def restore_floats(model: Any) -> Any:
-    """A copy of a model with float weights, whether it is prepared or not.
+    """A copy of a model in which trained weights are floats again.
 
     Args:
-      model: an nnx module or a tree.
+      model: an nnx module or a tree. It need not be prepared.
     """
     if not isinstance(model, nnx.Module):
         return jax.tree.map(_floats, model, is_leaf=is_trained)

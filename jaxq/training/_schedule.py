@@ -1,4 +1,4 @@
-"""Schedule: quantization that starts, and averages that stop, after some steps."""
+"""Schedule: starts quantization and stops moving averages at given steps."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Schedule:
     """When quantization starts, and when moving averages stop.
 
     Pass it to `jaxq.training.prepare`, and call `apply` in every training step. The
-    step is a traced value, so the training step compiles once.
+    number of the step is a traced value, so the training step is compiled only once.
 
     Attributes:
       start: the first step that computes with quantized weights and inputs. Earlier
-        steps compute with floats. They collect moving averages too.
+        steps compute with floats, and they also update moving averages.
       freeze: the first step that does not change the moving averages of
-        `jaxq.training.ema`. None never stops them.
+        `jaxq.training.ema`. None: all steps change them.
 
     Raises:
       ValueError: `start` or `freeze` is negative.
@@ -49,7 +49,7 @@ class Schedule:
     def apply(self, model: Any, step: jax.typing.ArrayLike) -> Any:
         """Switches quantization and moving averages on or off for one step.
 
-        Call it outside of the function that is differentiated.
+        Call it before the function that is differentiated, not inside it.
 
         Args:
           model: the prepared model: an nnx module, which is changed in place, or a

@@ -62,12 +62,12 @@ def map_weights(function: Callable[[TrainedWeight], TrainedWeight], model: Any) 
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
-    """The path of a leaf: keys, names of attributes and positions, joined by "/"."""
+    """The path of a leaf: keys, attribute names and indices, joined by "/"."""
     return "/".join(key_name(key) for key in keys)
 
 
 def is_trained(x: Any) -> bool:
-    """True for a trained weight, so that a tree is not taken apart further."""
+    """True for a trained weight. This is an `is_leaf=` of functions on trees."""
     return isinstance(x, TrainedWeight)
 
 

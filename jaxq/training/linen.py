@@ -1,8 +1,8 @@
 """Quantization-aware training of Flax linen modules.
 
-The functions are those of `jaxq.training`, with a module and its variables instead of a
-model. Weights in "params" become `TrainedWeight`s, so optax trains them and the
-numbers that determine their quantization.
+The functions are those of `jaxq.training`. They take a module and its variables instead
+of a model. Weights in "params" become `TrainedWeight`s, which hold the floats and the
+trained scales and ranges. So optax trains all of them.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def prepare(
     key: jax.Array | None = None,
     progress: bool | None = None,
 ) -> tuple[Prepared, Any]:
-    """Returns a linen module and variables that train for their quantized values.
+    """Returns a linen module and variables for quantization-aware training.
 
     Each weight that the recipe quantizes becomes a `jaxq.qtensor.TrainedWeight` in
     `variables["params"]`. The arguments `module` and `variables` do not change.
 
-    A module that is prepared already is prepared again from its trained floats, for
-    example with fewer bits.
+    A prepared module can be prepared again, for example with fewer bits. It keeps its
+    trained floats.
 
     Args:
       module: a linen module, or the result of an earlier `prepare`.
@@ -106,10 +106,10 @@ def prepare(
 
     Raises:
       TypeError: `ranges` is unknown; `module` is quantized by `quantize_model`.
-      ValueError: the recipe quantizes no weight; a spec rounds stochastically;
-        `ranges` has moving averages, and no rule has an activation with one range;
-        `schedule` freezes moving averages, and `ranges` has none; or the errors of
-        `jaxq.nn.linen.quantize_model`.
+      ValueError: the recipe quantizes no weight; a spec rounds stochastically; `ranges`
+        has moving averages, but no rule has an activation with one range; or `schedule`
+        freezes moving averages, but `ranges` has none. The errors of
+        `jaxq.nn.linen.quantize_model` are raised too.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq, optax
@@ -144,9 +144,10 @@ def prepare(
         progress=progress,
         replacement=replacement(ranges, schedule, caller),
     )
-    is_frozen, is_prepared = isinstance(variables, FrozenDict), False
+    is_frozen = isinstance(variables, FrozenDict)
+    is_prepared = isinstance(module, Prepared)
     if isinstance(module, Prepared):
-        module, is_prepared = module._jaxq_module, True
+        module = module._jaxq_module
     check_module(module, variables, caller)
     if is_prepared:
         variables = restore_floats(join_averages(variables))
@@ -204,7 +205,8 @@ def convert(
     kinds = {row.path: row.kind for row in module._jaxq_report.rows}
     for keys, weight in params.items():
         if isinstance(weight, TrainedWeight):
-            path, qt = "/".join(keys), weight.quantize()
+            path = "/".join(keys)
+            qt = weight.quantize()
             params[keys] = qt
             trained_rows[path] = trained_row(path, kinds.get(path, "-"), weight, qt)
     if not trained_rows:

@@ -25,8 +25,8 @@ def test_ruined_steps_are_named():
         training.check(qat)
     message = str(error.value)
     assert "down: floats: 1 of 512 numbers are NaN or infinite" in message
-    assert f"up/w: scale: 1 of {scale.size} steps are zero" in message
-    assert f"up/w: scale: 1 of {scale.size} steps are negative" in message
+    assert f"up/w: scale: 1 of {scale.size} scales are zero" in message
+    assert f"up/w: scale: 1 of {scale.size} scales are negative" in message
 
 
 def test_scales_with_a_sign_may_be_negative():

@@ -25,16 +25,16 @@ from jaxq.nn.layers._conv_product import add_bias
 from jaxq.nn.layers._trained_param import TrainedParam
 from jaxq.qtensor import TrainedWeight
 
-# Training divides by the factor. Smaller scales of a batch norm count as this number,
-# with their sign.
+# Training divides by the factor, so the factor must not be 0. A scale of a batch norm
+# with a smaller magnitude counts as this number, with the sign of the scale.
 _SMALLEST_SCALE = 1e-6
 
 
 class FoldedBatchNorm(nnx.Module):
-    """Stands where a batch norm stood that is now a part of the layer in front of it.
+    """Takes the place of a batch norm that is folded into the layer in front of it.
 
-    It returns its input, in the dtype that the batch norm returned. It does so in train
-    mode too, so a folded model cannot normalize by the statistics of a batch.
+    It returns its input in the dtype that the batch norm returned. It does the same in
+    train mode, so a folded model does not normalize by the statistics of a batch.
 
     Args:
       norm: the batch norm.
@@ -65,13 +65,13 @@ class TrainedBatchNorm(nnx.BatchNorm):
     """The batch norm of a layer with a `FoldedTrainedParam`.
 
     Its input is the layer's product with the quantized folded kernel, without a bias.
-    In train mode it divides its input by `factor()`, and is then an `nnx.BatchNorm`. So
-    it normalizes by the statistics of the batch, and updates its running statistics. In
-    eval mode it adds `folded_bias()`. This is what the quantized layer computes after
-    `jaxq.training.convert`.
+    In train mode, it divides its input by `factor()`. Then it does what `nnx.BatchNorm`
+    does: it normalizes by the statistics of the batch, and updates its running
+    statistics. In eval mode, it adds `folded_bias()`. This is what the quantized layer
+    computes after `jaxq.training.convert`.
 
-    Its attributes are those of `nnx.BatchNorm`. The running mean is that of the layer
-    without its bias. `TrainedBatchNorm.of` makes it.
+    Its attributes are those of `nnx.BatchNorm`. The running mean is the mean of the
+    layer's outputs without the bias of the layer. `TrainedBatchNorm.of` makes it.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -99,7 +99,7 @@ class TrainedBatchNorm(nnx.BatchNorm):
         Args:
           norm: the batch norm.
           layer: the float layer. The bias of the layer moves into the running mean.
-          dtype: of the layer's folded bias.
+          dtype: the dtype of the layer's folded bias.
         """
         copy: Any = nnx.clone(norm)
         if layer.bias is not None:
@@ -110,7 +110,7 @@ class TrainedBatchNorm(nnx.BatchNorm):
         return copy
 
     def restored(self) -> nnx.BatchNorm:
-        """A copy as an `nnx.BatchNorm`, for the float layer without a bias."""
+        """An `nnx.BatchNorm` with the same values, for a float layer without a bias."""
         copy: Any = nnx.clone(self)
         del copy._bias_dtypes
         copy.__class__ = nnx.BatchNorm
@@ -184,13 +184,13 @@ class FoldedTrainedParam(TrainedParam):
         self._axis = axis
 
     def get_value(self) -> TrainedWeight:
-        """The trained weight of the present values, with folded floats."""
+        """The trained weight with the current values. Its floats are folded."""
         weight = super().get_value()
         floats = folded_kernel(weight.floats, self.norm.factor(), self._axis)
         return dataclasses.replace(weight, floats=floats)
 
     def set_value(self, weight: TrainedWeight) -> None:
-        """Changes all values but the floats, because those of `weight` are folded.
+        """Changes all values except the floats, because those of `weight` are folded.
 
         Raises:
           TypeError: `weight` is not a `TrainedWeight`.

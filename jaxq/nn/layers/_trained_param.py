@@ -1,7 +1,7 @@
 """The module that takes the place of an nnx Param during quantization-aware training.
 
-A `TrainedWeight` has several arrays. Each of them has a Variable of its own here,
-because nnx.Optimizer, checkpoints and sharding rules expect one array in a Variable.
+A `TrainedWeight` has several arrays. Here, each array has its own Variable, because
+nnx.Optimizer, checkpoints and sharding rules expect one array in a Variable.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from jaxq.qtensor import TRAINED_LEAVES, RangeGradient, TrainedWeight
 
 
 class QuantStats(nnx.Variable):
-    """A number of quantization-aware training that gradients do not change.
+    """Numbers of quantization-aware training that gradients do not change.
 
-    Such numbers are ranges that are not trained, moving averages of ranges, and the
-    switch of a `jaxq.training.Schedule`.
+    These are ranges that are not trained, moving averages of ranges, and the switches
+    of a `jaxq.training.Schedule`.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -31,7 +31,7 @@ class QuantStats(nnx.Variable):
 class TrainedParam(nnx.Module):
     """Holds a `jaxq.qtensor.TrainedWeight` in the place of an `nnx.Param`.
 
-    `jaxq.training.prepare` makes it. Layers read it like a Variable:
+    `jaxq.training.prepare` puts it there. Layers read it like a Variable:
     `layer.kernel[...]` is the `TrainedWeight`.
 
     Args:
@@ -92,7 +92,7 @@ class TrainedParam(nnx.Module):
                 setattr(self, name, nnx.Param(leaf, **own_metadata))
 
     def get_value(self) -> TrainedWeight:
-        """The trained weight of the present values."""
+        """The trained weight with the current values."""
         leaves: dict[str, Any] = {
             name: None if variable is None else variable.get_value()
             for name, variable in self._leaves().items()
@@ -133,9 +133,10 @@ class TrainedParam(nnx.Module):
         except errors.TraceContextError as error:
             raise ValueError(
                 "training.ema: a layer in train mode is called inside jax.jit, "
-                "jax.grad, jax.checkpoint, jax.vmap or a jax.lax loop. Moving averages "
-                "cannot leave these transforms. Use nnx.jit, nnx.grad, nnx.remat or "
-                "nnx.scan. To evaluate, call model.eval(), which keeps the averages."
+                "jax.grad, jax.checkpoint, jax.vmap or a jax.lax loop. A model cannot "
+                "update its moving averages inside these transforms. Use nnx.jit, "
+                "nnx.grad, nnx.remat or nnx.scan. To evaluate, call model.eval(), "
+                "which keeps the averages."
             ) from error
 
     def _leaves(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""fold_batch_norm: moves batch norms into the layers in front of them.
+"""fold_batch_norm: folds batch norms into the layers in front of them.
 
 `_norm_trace.py` finds the layer in front of a batch norm.
 """
@@ -50,15 +50,15 @@ def fold_batch_norm(
     norms: Sequence[str] | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
 ) -> Any:
-    """Returns a copy of a float model whose batch norms are a part of its layers.
+    """Returns a copy of a float model with batch norms folded into layers.
 
     In eval mode, the copy computes the same function with fewer operations. The kernel
-    of a layer in front of a batch norm is multiplied by
-    `norm.scale / sqrt(norm.var + norm.epsilon)`, and its bias changes accordingly. A
-    `jaxq.nn.FoldedBatchNorm` takes the place of the batch norm. Layers without a bias
-    get one. `jaxq.quantize_model` then quantizes the folded kernels.
+    of the layer in front of a batch norm is multiplied by
+    `norm.scale / sqrt(norm.var + norm.epsilon)`, and the bias of the layer changes
+    accordingly. A layer without a bias gets one. A `jaxq.nn.FoldedBatchNorm` takes the
+    place of the batch norm. `jaxq.quantize_model` then quantizes the folded kernels.
 
-    The layers are `nnx.Linear`, `nnx.Conv` and `nnx.ConvTranspose`. A trace of the
+    The layer must be an `nnx.Linear`, `nnx.Conv` or `nnx.ConvTranspose`. A trace of the
     batch shows which layer is in front of a batch norm. Nothing else may read the
     output of the layer. The outputs of both models on the batch are compared.
 
@@ -128,15 +128,20 @@ def find_norms(
     Raises:
       ValueError: as in `fold_batch_norm`.
     """
-    found = {path: m for path, m in _modules(model) if isinstance(m, nnx.BatchNorm)}
-    chosen = chosen_norms(norms, list(found), options.caller)
+    batch_norms = {
+        path: module
+        for path, module in _modules(model)
+        if isinstance(module, nnx.BatchNorm)
+    }
+    chosen = chosen_norms(norms, list(batch_norms), options.caller)
     layers = {layer.path: layer for layer in find_layers(model)}
 
     def why_not(norm: str, path: str) -> str:
         layer = layers[path]
-        return _problem(path, layer.layer, layer.kind, found[norm], model)
+        return _problem(path, layer.layer, layer.kind, batch_norms[norm], model)
 
-    return find_pairs(chosen, _trace(model, options), why_not, options.caller, argument)
+    trace = _trace(model, options)
+    return find_pairs(chosen, trace, why_not, options.caller, argument)
 
 
 def fold_norms(
@@ -147,7 +152,7 @@ def fold_norms(
     Args:
       model: a float model. It does not change.
       pairs: the result of `find_norms`.
-      options: with batches. The first one compares the two models.
+      options: with batches. The outputs of both models on the first one are compared.
 
     Raises:
       ValueError: the outputs on the first batch change.
@@ -179,7 +184,7 @@ def features_axis(layer: Any, kind: LayerKind) -> int:
 
 
 def _fold(layer: Any, norm: nnx.BatchNorm) -> None:
-    """Moves a batch norm into a layer, in place."""
+    """Folds a batch norm into a layer, in place."""
     kind = find_kind(layer)
     assert kind is not None
     kernel = layer.kernel.get_value()
@@ -221,8 +226,8 @@ def _problem(
     expected = (*batch, shape[features_axis(layer, kind)])
     if norm.mean.get_value().shape != expected:
         return (
-            f"its statistics are {list(norm.mean.get_value().shape)}, and {path} "
-            f"needs {list(expected)}"
+            f"its statistics have the shape {list(norm.mean.get_value().shape)}, but "
+            f"{path} needs {list(expected)}"
         )
     return ""
 

@@ -1,4 +1,4 @@
-"""fold_batch_norm for Flax linen: moves batch norms into the layers in front of them.
+"""fold_batch_norm for Flax linen: folds batch norms into the layers in front of them.
 
 A linen module cannot change, so each batch norm stays in the module. Its variables
 become those of the identity.
@@ -42,17 +42,18 @@ def fold_batch_norm(
     norms: Sequence[str] | None = None,
     forward: Forward | None = None,
 ) -> Any:
-    """Returns variables in which batch norms are a part of the layers' kernels.
+    """Returns variables with batch norms folded into layers.
 
-    With them, the module computes the same function in eval mode. Kernels are
-    multiplied by `scale / sqrt(var + epsilon)`. The statistics and scales of the batch
-    norms become those of the identity. The folded bias is the bias of the layer, or of
-    the batch norm if the layer has none. `jaxq.nn.linen.quantize_model` then quantizes
-    the folded kernels.
+    With the new variables, the module computes the same function in eval mode. Kernels
+    are multiplied by `scale / sqrt(var + epsilon)`. The statistics and scales of the
+    batch norms become those of the identity. The folded bias becomes the bias of the
+    layer, or that of the batch norm if the layer has none.
+    `jaxq.nn.linen.quantize_model` then quantizes the folded kernels.
 
-    The layers are Dense, Conv and ConvTranspose. A trace of the batch shows which layer
-    is in front of a batch norm, as in `jaxq.nn.fold_batch_norm`. The batch must run in
-    eval mode, by its arguments or by `forward`. Do not train with the new variables.
+    The layer must be a Dense, Conv or ConvTranspose. A trace of the batch shows which
+    layer is in front of a batch norm, as in `jaxq.nn.fold_batch_norm`. The batch must
+    run in eval mode: pass the arguments of eval mode in the batch or in `forward`. Do
+    not train with the new variables.
 
     Args:
       module: a linen module.
@@ -93,13 +94,15 @@ def fold_batch_norm(
 
     modules: dict[str, Any] = {}
     trace = _trace(run, variables, batch, modules)
-    found = [path for path, m in modules.items() if isinstance(m, linen.BatchNorm)]
+    batch_norms = [
+        path for path, m in modules.items() if isinstance(m, linen.BatchNorm)
+    ]
     flat = flatten_dict(dict(variables), sep="/")
 
     def why_not(norm: str, layer: str) -> str:
         return _problem(modules[norm], modules[layer], norm, layer, flat)
 
-    chosen = chosen_norms(norms, found, CALLER)
+    chosen = chosen_norms(norms, batch_norms, CALLER)
     pairs = find_pairs(chosen, trace, why_not, CALLER, "norms")
     for norm, layer in pairs.items():
         flat |= _folded(modules[norm], modules[layer], norm, layer, flat)
@@ -157,7 +160,10 @@ def _problem(
     *batch, num_features = mean.shape
     axis = _features_axis(layer)
     if (*kernel.shape[: len(batch)], kernel.shape[axis]) != (*batch, num_features):
-        return f"its statistics are {list(mean.shape)}, for a kernel {kernel.shape}"
+        return (
+            f"its statistics have the shape {list(mean.shape)}, which does not fit the "
+            f"kernel {list(kernel.shape)} of {path}"
+        )
     return ""
 
 
@@ -189,7 +195,7 @@ def _folded(
     new[place] = bias.astype(flat[place].dtype)
     new[kernel_name] = folded_kernel(flat[kernel_name], factor, _features_axis(layer))
     new[mean_name] = jnp.zeros_like(mean)
-    # Then `var + epsilon` is 1.
+    # With this variance, `var + epsilon` is 1.
     new[var_name] = jnp.full_like(var, 1 - norm.epsilon)
     return new
 

@@ -1,8 +1,8 @@
-"""Which layer is in front of a batch norm: what a trace of one batch shows.
+"""Finds the layer in front of a batch norm in a trace of one batch.
 
 During the trace, each layer names its output (`name_output`), and each batch norm names
-its input (`name_input`). If the trace names one value twice, and nothing else reads it,
-the two belong together.
+its input (`name_input`). If the output of a layer is the input of a batch norm, and
+nothing else reads this value, the batch norm can be folded into the layer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _OUTPUT, _INPUT = "jaxq output of ", "jaxq input of "
 
 
 def name_output(y: jax.Array, path: str) -> jax.Array:
-    """The output of a layer, with its name in the trace."""
+    """The output of a layer, with a name that the trace shows."""
     return checkpoint_name(y, _OUTPUT + path)
 
 
 def name_input(x: jax.Array, path: str) -> jax.Array:
-    """The input of a batch norm, with its name in the trace."""
+    """The input of a batch norm, with a name that the trace shows."""
     return checkpoint_name(x, _INPUT + path)
 
 
@@ -70,7 +70,7 @@ def find_pairs(
 
     Args:
       chosen: the paths of the batch norms.
-      trace: of a batch.
+      trace: the trace of a batch.
       why_not: `why_not(norm, layer)` says why the two cannot be folded, or returns "".
       caller: errors begin with this name.
       argument: the argument of the caller that chooses batch norms.
@@ -104,8 +104,8 @@ class NormTrace:
     Attributes:
       pairs: the path of the layer that computes the input of each batch norm, by the
         path of the batch norm.
-      calls: how often the trace calls each layer and batch norm, by the name that it
-        gives to its output or input.
+      calls: how often the trace calls each layer and batch norm, by the name of the
+        output of the layer, or of the input of the batch norm.
       shared: the layers whose outputs are read more than once.
     """
 
@@ -116,7 +116,11 @@ class NormTrace:
         self._visit(jaxpr)
 
     def layer_before(self, norm: str) -> tuple[str, str]:
-        """The path of the layer in front of a batch norm, and why there is none."""
+        """The layer in front of a batch norm.
+
+        Returns:
+          (path of the layer, ""), or ("", why there is no such layer).
+        """
         num_calls = self.calls.get(_INPUT + norm, 0)
         if num_calls == 0:
             return "", "the batch does not reach it"

@@ -1,4 +1,4 @@
-"""Models that are prepared for quantization-aware training are not quantized again."""
+"""Refuses models that are prepared for quantization-aware training."""
 
 from __future__ import annotations
 
