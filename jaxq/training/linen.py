@@ -80,6 +80,9 @@ def prepare(
     A prepared module can be prepared again, for example with fewer bits. It keeps its
     trained floats.
 
+    If a module has batch norms, fold them into the kernels before them with
+    `jaxq.nn.linen.fold_batch_norm`, and prepare the folded variables.
+
     Args:
       module: a linen module, or the result of an earlier `prepare`.
       variables: its variables, a dict or a FrozenDict. Boxes of metadata
