@@ -16,13 +16,14 @@ calibration text. `range` has the lowest and the highest perplexity.
 
 All rows of the first table train the same number of steps, except the rows `long`. In
 the second table, training gets the text that GPTQ reads (8,192 tokens), the time that
-GPTQ takes, or both. Seconds are wall-clock seconds with compilation. Compare them only
-with seconds of the same machine.
+GPTQ takes, or both. Seconds are CPU seconds of the process without compilation. Compare
+them only with seconds of the same machine.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import time
@@ -41,10 +42,11 @@ import jaxq
 
 # Rows of an interrupted run. The next run does not measure them again.
 PARTIAL = Path(__file__).parent / "results" / "training-partial.json"
-STEPS, LONG, BATCH = 300, 1200, 8
-WARMUP = 20
+BATCH, WARMUP = 4, 20
+# Training steps of all rows, and of the rows "long".
+STEPS, LONG = 100, {"int2": 2000, "int3": 1000, "ternary": 500}
 # The largest learning rates of weights and of trained scales.
-WEIGHT_RATE, STEP_RATE = 1e-3, 1e-4
+WEIGHT_RATE, STEP_RATE = 5e-4, 1e-4
 FORMATS = {"int2": "int2", "int3": "int3", "ternary": "ternary"}
 # The largest perplexity that each format should reach.
 TARGETS = {"int2": 17.0, "int3": 15.9, "ternary": 25.0}
@@ -90,7 +92,7 @@ def cases() -> Iterator[Case]:
         yield Case(1, what, "distillation", "learned", "gptq", "long")
     for budget in ("text", "time", "text and time"):
         for what in ("int2", "int3"):
-            yield Case(2, what, "distillation", "learned", "gptq", budget)
+            yield Case(2, what, "distillation", "learned", "nearest", budget)
 
 
 class Stream:
@@ -125,77 +127,71 @@ def _training_tokens(text: Text) -> np.ndarray:
 
 
 class Trained(NamedTuple):
-    """A quantized model, and the tokens and seconds that it needed."""
+    """A trained model, and what training took."""
 
     model: Any
     tokens: int
     seconds: float
 
 
+def quantize(case: Case, text: Text, data: list[np.ndarray], seed: int) -> Trained:
+    """The quantized model of a case without training."""
+    calibration = data if case.start == "gptq" else None
+    start = time.process_time()
+    model, _ = jaxq.quantize_model(
+        text.model,
+        _recipe(case),
+        calibration=calibration,
+        fallback="none",
+        key=jax.random.key(seed),
+        progress=False,
+    )
+    jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+    tokens = GPTQ_TOKENS if calibration else 0
+    return Trained(model, tokens, time.process_time() - start)
+
+
 def train(
-    case: Case, text: Text, data: list[np.ndarray], seed: int, seconds: float
+    case: Case, text: Text, data: list[np.ndarray], seed: int, num_steps: int
 ) -> Trained:
-    """The quantized model of a case.
+    """The quantized model of a case after training.
 
     Args:
         case: the row.
         text: the model and the text.
         data: GPTQ's calibration batches.
         seed: chooses the training text.
-        seconds: the time that GPTQ took. Only rows with the budget "time" or "text and
-            time" use it.
+        num_steps: training steps.
     """
-    start = time.perf_counter()
-    ranges = jaxq.training.lsq() if case.steps == "learned" else "dynamic"
-    method = "gptq" if case.start == "gptq" else "rtn"
-    recipe = recipe_of(FORMATS[case.what], method=method)
-    calibration = data if case.start == "gptq" else None
-    if case.loss == "-":
-        model, _ = jaxq.quantize_model(
-            text.model,
-            recipe,
-            calibration=calibration,
-            fallback="none",
-            key=jax.random.key(seed),
-            progress=False,
-        )
-        jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
-        tokens = GPTQ_TOKENS if calibration else 0
-        return Trained(model, tokens, time.perf_counter() - start)
+    start = time.process_time()
     student = jaxq.training.prepare(
         text.model,
-        recipe,
-        ranges=ranges,
-        calibration=calibration,
+        _recipe(case),
+        ranges=jaxq.training.lsq() if case.steps == "learned" else "dynamic",
+        calibration=data if case.start == "gptq" else None,
         fallback="none",
         key=jax.random.key(seed),
         progress=False,
     )
-    num_steps = _num_steps(case)
     teacher = text.model if case.loss == "distillation" else None
     loss = _distillation if teacher is not None else _labels
     step = jaxq.distillation.make_step(student, teacher, optimizer(num_steps), loss)
+    start_of_compilation = time.process_time()
+    jax.block_until_ready(step(step.init(), _with_targets(data[0], teacher)))
+    start += time.process_time() - start_of_compilation
     state = step.init()
-    num_done = 0
-    for batch in _batches(case, text, data, seed):
+    batches = _batches(case, text, data, seed)
+    for batch in itertools.islice(batches, num_steps):
         state, _ = step(state, _with_targets(batch, teacher))
-        num_done += 1
-        if case.budget in ("time", "text and time"):
-            jax.block_until_ready(state.params)
-            if time.perf_counter() - start > seconds:
-                break
-        elif num_done == num_steps:
-            break
+    jax.block_until_ready(state.params)
+    seconds = time.process_time() - start
     model, _ = jaxq.training.convert(step.student(state))
-    jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
-    return Trained(model, num_done * batch.size, time.perf_counter() - start)
+    return Trained(model, num_steps * BATCH * CONTEXT, seconds)
 
 
-def _num_steps(case: Case) -> int:
-    """The number of steps in the schedule of the learning rate."""
-    if case.budget == "text":
-        return BATCHES * 4 // BATCH
-    return LONG if case.budget == "long" else STEPS
+def _recipe(case: Case) -> jaxq.Recipe:
+    method = "gptq" if case.start == "gptq" else "rtn"
+    return recipe_of(FORMATS[case.what], method=method)
 
 
 def _batches(
@@ -275,21 +271,45 @@ def _measure(
     case: Case, text: Text, seed: int, compare: Comparer, measured: dict[str, Row]
 ) -> Row:
     data = text.calibration(seed)
-    gptq = Case(1, case.what, "-", "-", "gptq", "-")
-    seconds = measured.get(f"{gptq.name}, seed {seed}", {}).get("seconds", 0.0)
-    trained = train(case, text, data, seed, seconds)
+    if case.loss == "-":
+        _compile_gptq(case, text)
+        result = quantize(case, text, data, seed)
+    else:
+        num_steps = _num_steps(case, seed, measured)
+        result = train(case, text, data, seed, num_steps)
     codes = [
         leaf
-        for leaf in jax.tree.leaves(nnx.state(trained.model), is_leaf=_is_qtensor)
+        for leaf in jax.tree.leaves(nnx.state(result.model), is_leaf=_is_qtensor)
         if _is_qtensor(leaf)
     ]
     bits = 8 * sum(qt.nbytes for qt in codes) / sum(qt.size for qt in codes)
     return {
         "bits": bits,
-        "tokens": trained.tokens,
-        "seconds": trained.seconds,
-        **compare(trained.model),
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        **compare(result.model),
     }
+
+
+@functools.cache
+def _compile_gptq(case: Case, text: Text) -> None:
+    """Compiles what `quantize` runs, once in a process."""
+    quantize(case, text, text.calibration(0), 0)
+
+
+def _num_steps(case: Case, seed: int, measured: dict[str, Row]) -> int:
+    """The training steps that the budget of a case allows."""
+    if case.budget == "steps":
+        return STEPS
+    if case.budget == "long":
+        return LONG[case.what]
+    if case.budget == "text":
+        return GPTQ_TOKENS // (BATCH * CONTEXT)
+    gptq = Case(1, case.what, "-", "-", "gptq", "-")
+    same = case._replace(table=1, budget="steps")
+    seconds = measured[f"{gptq.name}, seed {seed}"]["seconds"]
+    seconds_of_step = measured[f"{same.name}, seed {seed}"]["seconds"] / STEPS
+    return max(1, round(seconds / seconds_of_step))
 
 
 def _is_qtensor(x: Any) -> bool:
