@@ -246,25 +246,31 @@ def run() -> dict[str, Any]:
     measured: dict[str, Row] = {}
     if PARTIAL.exists():
         measured = json.loads(PARTIAL.read_text())
-    rows = []
-    for case in cases():
-        seed_rows = []
-        for seed in SEEDS if _has_seeds(case) else SEEDS[:1]:
-            key = f"{case.name}, seed {seed}"
+    # The longest runs are last, so a stopped run has most rows.
+    for case in sorted(cases(), key=lambda case: case.budget == "long"):
+        for seed in _seeds(case):
+            key = _key(case, seed)
             if key not in measured:
                 measured[key] = _measure(case, text, seed, compare, measured)
                 PARTIAL.write_text(json.dumps(measured))
                 print(f"{key}: {measured[key]}", flush=True)
-            seed_rows.append(measured[key])
-        rows.append(_mean(case, seed_rows))
+    rows = [
+        _mean(case, [measured[_key(case, seed)] for seed in _seeds(case)])
+        for case in cases()
+    ]
     float_row = {"what": "float32", "bits": 32.0, **compare(text.model)}
     PARTIAL.unlink(missing_ok=True)
     return {"subject": "training", "float": float_row, "rows": rows, "missing": []}
 
 
-def _has_seeds(case: Case) -> bool:
-    """Whether the result of a case depends on the seed."""
-    return case.loss != "-" or case.start == "gptq"
+def _key(case: Case, seed: int) -> str:
+    return f"{case.name}, seed {seed}"
+
+
+def _seeds(case: Case) -> tuple[int, ...]:
+    """The seeds of a case. Rounding to nearest does not depend on the seed."""
+    is_random = case.loss != "-" or case.start == "gptq"
+    return SEEDS if is_random else SEEDS[:1]
 
 
 def _measure(
@@ -307,8 +313,8 @@ def _num_steps(case: Case, seed: int, measured: dict[str, Row]) -> int:
         return GPTQ_TOKENS // (BATCH * CONTEXT)
     gptq = Case(1, case.what, "-", "-", "gptq", "-")
     same = case._replace(table=1, budget="steps")
-    seconds = measured[f"{gptq.name}, seed {seed}"]["seconds"]
-    seconds_of_step = measured[f"{same.name}, seed {seed}"]["seconds"] / STEPS
+    seconds = measured[_key(gptq, seed)]["seconds"]
+    seconds_of_step = measured[_key(same, seed)]["seconds"] / STEPS
     return max(1, round(seconds / seconds_of_step))
 
 
