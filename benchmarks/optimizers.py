@@ -72,7 +72,7 @@ PAIRS = (
     Pair("lion", 3e-4, optax.lion, {"lion8bit": jaxq.optim.lion8bit}),
     Pair(
         "sgd",
-        0.1,
+        0.03,
         functools.partial(optax.sgd, momentum=0.9),
         {"momentum8bit": jaxq.optim.momentum8bit},
     ),
