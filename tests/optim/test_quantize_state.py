@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -547,6 +548,68 @@ def test_saved_nnx_optimizer_continues(tmp_path):
     loaded = jaxq.load(tmp_path / "optimizer.safetensors", into=nnx.state(fresh))
     nnx.update(fresh, loaded)
     assert_same(nnx.as_pure(nnx.state(fresh)), nnx.as_pure(nnx.state(optimizer)))
+
+
+def labelled():
+    """Weights with moments of 8 bits, trained scales with moments of 32 bits."""
+    return optax.multi_transform(
+        {
+            "weight": adamw8bit(0.01),
+            "step": optax.adam(0.01),
+            "switch": optax.set_to_zero(),
+        },
+        jaxq.training.labels,
+    )
+
+
+def prepared_tree():
+    ranges = jaxq.training.lsq()
+    return jaxq.training.prepare({"w": normal(64, 128)}, "int4", ranges=ranges)
+
+
+def prepared_linen():
+    module = linen.Dense(128)
+    variables = module.init(jax.random.key(0), jnp.ones((1, 64)))
+    ranges = jaxq.training.lsq()
+    return jaxq.training.linen.prepare(module, variables, "int4", ranges=ranges)
+
+
+def nnx_state(tx, prepare):
+    model = Net()
+    if prepare:
+        model = jaxq.training.prepare(model, "int4", ranges=jaxq.training.lsq())
+    return nnx.state(nnx.Optimizer(model, tx, wrt=nnx.Param))
+
+
+def train_state(tx):
+    module, variables = prepared_linen()
+    return TrainState.create(apply_fn=module.apply, params=variables["params"], tx=tx)
+
+
+SAVED = {
+    "nnx, labels": lambda: nnx_state(labelled(), prepare=True),
+    "nnx, muon": lambda: nnx_state(muon8bit(0.01), prepare=False),
+    "nnx, prepared, muon": lambda: nnx_state(muon8bit(0.01), prepare=True),
+    "tree, adam": lambda: optax.adam(1e-3).init(prepared_tree()),
+    "tree, labels": lambda: labelled().init(prepared_tree()),
+    "linen variables": lambda: prepared_linen()[1],
+    "TrainState, adamw8bit": lambda: train_state(adamw8bit(0.01)),
+    "TrainState, labels": lambda: train_state(labelled()),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_states_of_all_kinds_are_saved(name, tmp_path):
+    template = SAVED[name]()
+    # The step of a TrainState is an int before the first update, and then an array.
+    arrays = jax.tree.map(jnp.asarray, template)
+    state = jax.tree.map(
+        lambda x: jnp.arange(x.size).reshape(x.shape).astype(x.dtype), arrays
+    )
+    jaxq.save(tmp_path / "state.safetensors", state)
+    loaded = jaxq.load(tmp_path / "state.safetensors", into=template)
+    assert jax.tree.structure(loaded) == jax.tree.structure(template)
+    assert_same(jax.tree.leaves(loaded), jax.tree.leaves(state))
 
 
 def test_orbax_restores_the_state(tmp_path):
