@@ -2,8 +2,9 @@
 
 The forward pass computes the product with the quantized weight. The input is quantized
 too if the weight has an activation spec. So the product equals that of the converted
-model, bit for bit. The backward pass computes the gradient of the float product of the
-same quantized values. This gradient passes straight through the rounding.
+model, bit for bit. The derivative is that of the float product of the same quantized
+values, and passes straight through the rounding. Forward mode and second derivatives
+work too.
 """
 
 from __future__ import annotations
@@ -57,19 +58,20 @@ def multiply_trained(
     def float_product(x: Any, weight: TrainedWeight) -> jax.Array:
         return multiply(x, weight.floats.astype(weight.dtype))
 
-    @jax.custom_vjp
+    @jax.custom_jvp
     def product(x: Any, weight: TrainedWeight) -> jax.Array:
         if weight.switch is None:
             return quantized_product(x, weight)
         is_on = _is_on(weight)
         return jax.lax.cond(is_on, quantized_product, float_product, x, weight)
 
-    def forward(x: Any, weight: TrainedWeight):
-        return product(x, weight), (x, weight)
-
-    def backward(saved: tuple[Any, TrainedWeight], dy: jax.Array):
-        _, pull_back = jax.vjp(smooth_product, *saved)
-        return pull_back(dy)
+    @product.defjvp
+    def derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]):
+        # The backward pass computes the quantized values again. So the forward pass
+        # keeps only `x` and `weight`.
+        smooth = jax.checkpoint(smooth_product, prevent_cse=False)
+        _, tangent = jax.jvp(smooth, primals, tangents)
+        return product(*primals), tangent
 
     def smooth_product(x: Any, weight: TrainedWeight) -> jax.Array:
         input_scale = jax.lax.stop_gradient(weight.input_scale)  # is not trained
@@ -81,7 +83,6 @@ def multiply_trained(
             fake_x = jax.tree.map(lambda a, b: jnp.where(is_on, a, b), fake_x, x)
         return multiply(fake_x, values)
 
-    product.defvjp(forward, backward)
     return product(x, weight)
 
 

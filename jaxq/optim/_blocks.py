@@ -37,14 +37,18 @@ def blocked(
       name: the path of the moment, for error messages.
 
     Returns:
-      The spec, whose granularity is the tile of this array, and the geometry.
+      The spec, whose granularity is the tile of this array, and the geometry. Codes
+      are not packed if the codes of a shard do not fill whole bytes.
     """
     assert isinstance(spec.granularity, PerGroup)
     codes_per_byte = formats.codes_per_pack(spec.fmt.bits, spec.order)
-    shape = x.shape
-    tile = tile_of(
-        shape, shard_shape(x), spec.granularity.size, multiple=codes_per_byte
-    )
+    shape, shard, size = x.shape, shard_shape(x), spec.granularity.size
+    is_sharded = shard[-1] != shape[-1]  # otherwise rows are padded
+    if is_sharded and shard[-1] % codes_per_byte:
+        # A shard with an odd last axis cannot hold 4-bit codes in pairs.
+        spec = spec.replace(packing="none")
+        codes_per_byte = 1
+    tile = tile_of(shape, shard, size, multiple=codes_per_byte)
     spec = spec.replace(granularity=PerBlock(tile, pad=True))
     context = ErrorContext(caller, name, describe(x.dtype.name, shape))
     geometry = resolve(
@@ -93,7 +97,8 @@ def _part(length: int, size: int, is_sharded: bool, unit: int) -> int:
       size: the largest size of a part.
       is_sharded: whether other devices hold other parts of the axis. Then parts must
         divide `length`, because padding would move the borders of shards.
-      unit: parts that are not the whole axis are multiples of this number if possible.
+      unit: parts that are not the whole axis are multiples of this number. It divides
+        `length` if the axis is sharded.
     """
     if length <= size:
         return max(1, length)  # an axis may be empty
@@ -102,7 +107,7 @@ def _part(length: int, size: int, is_sharded: bool, unit: int) -> int:
         part = -(-length // num_parts)
         return -(-part // unit) * unit
     divisors = [d for d in range(1, length + 1) if length % d == 0]
-    whole = [d for d in divisors if d % unit == 0] or divisors
+    whole = [d for d in divisors if d % unit == 0]
     # A length without good divisors, such as a prime, gets a larger block.
     good = [d for d in whole if size // 4 < d <= size]
     if good:

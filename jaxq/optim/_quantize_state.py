@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import optax
 
 from jaxq.optim._blocks import blocked
 from jaxq.optim._specs import first_spec, second_spec
-from jaxq.optim._states import SECOND, moments_of
+from jaxq.optim._states import MOMENTS, SECOND, has_known_state, moments_of
 from jaxq.qtensor import (
     QTensor,
     QuantSpec,
@@ -51,7 +52,8 @@ def quantize_state(
     The elements of a block share a scale. A block is a part of the last axis. If the
     last axis is shorter than a block, a block has several rows. A block never crosses
     the border of a shard if `init` gets sharded parameters, or runs under jit with
-    Explicit axes.
+    Explicit axes. If the last axis of a shard has an odd size, codes of 4 bits take a
+    byte each, and `init` warns.
 
     Args:
       tx: the transformation.
@@ -67,14 +69,16 @@ def quantize_state(
 
     Returns:
       A transformation with extra arguments. Its state is the state of `tx` with
-      QTensors in place of moments.
+      QTensors in place of moments. `init` warns if all moments are smaller than
+      `min_size`.
 
     Raises:
       TypeError: `tx` is not an optax transformation, `spec` or `second` is not a name
         or a `QuantSpec`, or (from `init`) a moment is not float32, bfloat16 or float16.
       ValueError: a name is unknown, scales depend on more than one block, rounding is
-        stochastic, `min_size` is not a whole number of at least 0, or (from `init`) a
-        pattern of `where` fits the path of no leaf.
+        stochastic, `spec` cannot represent negative numbers, or `min_size` is not a
+        whole number of at least 0. From `init`: a pattern of `where` fits the path of
+        no leaf, or the state of `tx` has no moments and `where` names no leaves.
 
     Example:
       >>> import jax.numpy as jnp, jaxq, optax
@@ -109,7 +113,7 @@ def quantize_state(
 
     def init(params: optax.Params) -> optax.OptState:
         state = inner.init(params)
-        leaves = []
+        leaves, unpacked = [], []
         unmatched = set(patterns)
         moments = moments_of(state, _is_leaf)
         for path, leaf, moment in moments:
@@ -119,9 +123,17 @@ def quantize_state(
             if fits or is_moment:
                 leaf_spec = other if moment == SECOND else first
                 leaf = _quantized(leaf, leaf_spec, moment == SECOND, path)
+                if leaf.spec.order != leaf_spec.order:
+                    unpacked.append(path)
             leaves.append(leaf)
-        if unmatched:
-            _raise_unmatched(unmatched, [path for path, _, _ in moments])
+        # `optax.masked` and `optax.multi_transform` call `init` without parameters if
+        # they have none for this transformation.
+        if jax.tree.leaves(params):
+            if unmatched:
+                _raise_unmatched(unmatched, [path for path, _, _ in moments])
+            if not any(map(is_qtensor, leaves)):
+                _check_any_quantized(state, moments, min_size)
+        _warn_of_unpacked(unpacked)
         return jax.tree.structure(state, is_leaf=_is_leaf).unflatten(leaves)
 
     def update(
@@ -191,12 +203,54 @@ def _is_large(leaf: Any, min_size: int) -> bool:
 
 
 def _raise_unmatched(patterns: set[str], paths: list[str]) -> None:
-    shown = ", ".join(repr(path) for path in paths[:8])
-    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
     raise ValueError(
         f"{_CALLER}: no leaf of the state fits where={sorted(patterns)}. Correct the "
-        f"pattern. The leaves are {shown}{more}."
+        f"pattern. The leaves are {_listed(paths)}."
     )
+
+
+def _check_any_quantized(
+    state: optax.OptState, moments: list[tuple[str, Any, str | None]], min_size: int
+) -> None:
+    """Raises or warns if `init` quantizes no leaf.
+
+    Args:
+      state: the state of the wrapped transformation.
+      moments: its leaves, from `moments_of`.
+      min_size: as in `quantize_state`.
+    """
+    if not has_known_state(state):
+        known = ", ".join(sorted({state.__name__ for state in MOMENTS}))
+        leaves = _listed([path for path, _, _ in moments])
+        raise ValueError(
+            f"{_CALLER}: the state of tx has no moments that jaxq knows. The known "
+            f"states are {known}. Choose leaves of other states by where=, for example "
+            f"where='**/mu/**'. The leaves of this state are {leaves or 'none'}."
+        )
+    if any(_is_large(leaf, 0) for _, leaf, moment in moments if moment):
+        warnings.warn(
+            f"{_CALLER}: nothing is quantized, because all moments have fewer than "
+            f"min_size={min_size} elements. Use a smaller min_size, or tx alone.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_unpacked(paths: list[str]) -> None:
+    """Warns if the codes of some leaves take more memory than their format says."""
+    if paths:
+        warnings.warn(
+            f"{_CALLER}: the codes of {_listed(paths)} take a whole byte each, because "
+            "they cannot be packed without crossing the border of a shard. Shard "
+            "another axis than the last one, or change its size.",
+            stacklevel=3,
+        )
+
+
+def _listed(paths: list[str]) -> str:
+    """The first paths, for errors."""
+    shown = ", ".join(repr(path) for path in paths[:8])
+    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+    return f"{shown}{more}"
 
 
 def _is_leaf(node: Any) -> bool:

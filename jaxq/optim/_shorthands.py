@@ -178,6 +178,9 @@ def momentum8bit(
       accumulator_dtype: the dtype in which the momentum is computed. None takes that of
         the parameters.
 
+    Raises:
+      ValueError: `momentum` is None.
+
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> state = jaxq.optim.momentum8bit(0.1).init(jnp.ones((64, 256)))
@@ -187,6 +190,11 @@ def momentum8bit(
     References:
       Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022.
     """
+    if momentum is None:
+        raise ValueError(
+            "momentum8bit: momentum is None, so there is no state to quantize. Pass a "
+            "number, or use optax.sgd."
+        )
     tx = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
     return quantize_state(tx, "dynamic8")
 

@@ -25,9 +25,17 @@ def first_spec(spec: str | QuantSpec, caller: str) -> QuantSpec:
 
     Raises:
       TypeError: `spec` is neither a name nor a `QuantSpec`.
-      ValueError: the name is unknown, or scales depend on more than one block.
+      ValueError: the name is unknown, scales depend on more than one block, or the spec
+        cannot represent negative numbers.
     """
-    return _checked(spec, "spec", caller)
+    resolved = _checked(spec, "spec", caller)
+    if resolved.symmetric and resolved.offset is None and resolved.fmt.min >= 0:
+        raise ValueError(
+            f"{caller}: spec= has the format {resolved.fmt.name}, which has no "
+            "negative numbers, but first moments are negative too. Use a signed format "
+            "such as 'dynamic8' for spec=. Unsigned formats are for second=."
+        )
+    return resolved
 
 
 def second_spec(

@@ -78,5 +78,11 @@ def moments_of(
     return leaves
 
 
+def has_known_state(state: Any) -> bool:
+    """Whether a state of `MOMENTS` is anywhere in `state`, even without arrays."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: type(node) in MOMENTS)
+    return any(type(node) in MOMENTS for node in nodes)
+
+
 def _shown(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -99,7 +99,6 @@ def stochastic_rounding(
         )
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         leaves, treedef = jax.tree.flatten(wide_updates)
-        # The leaf of a parameter is None if a transformation masks it.
         rounded = [
             _rounded(update, param, jax.random.fold_in(key, i))
             for i, (update, param) in enumerate(

@@ -313,17 +313,17 @@ def _smooth(
     # A rounded number moves with x. Its rounding error is `(code - quotient) * scale`,
     # so it also moves with the scale. A clipped number is the largest or smallest code,
     # multiplied by the scale.
-    moving = blocks - _change(scale) * jax.lax.stop_gradient(quotient)
+    moving = blocks - zero_with_gradient(scale) * jax.lax.stop_gradient(quotient)
     result = code_values(grid, stored) * scale + offset
-    result = result + jnp.where(passes, _change(moving), 0)
+    result = result + jnp.where(passes, zero_with_gradient(moving), 0)
     view = geometry.unpad(geometry.from_blocks(result))
     if grid.input_scale is not None:
         view = view * geometry.contracted_to_view(grid.input_scale)
     return geometry.from_view(view)
 
 
-def _change(x: jax.Array) -> jax.Array:
-    """Zero, with the derivative of `x`."""
+def zero_with_gradient(x: jax.Array) -> jax.Array:
+    """Zeros, with the derivative of `x`."""
     return x - jax.lax.stop_gradient(x)
 
 

@@ -23,6 +23,7 @@ from jaxq.qtensor._fake_quant import (
     fake_quant,
     fake_quant_computed,
     quantize_computed,
+    zero_with_gradient,
 )
 from jaxq.qtensor._fake_range import RangeGradient
 from jaxq.qtensor._geometry import Geometry
@@ -353,12 +354,14 @@ class TrainedWeight(ProductOperand):
             scale = stored_scale + self._change_of_scales()
         offset = None
         if grid.offset is not None:
-            offset = _scales.load_from_dtype(grid.offset) + _change(self.offset)
+            assert self.offset is not None
+            offset = _scales.load_from_dtype(grid.offset)
+            offset = offset + zero_with_gradient(self.offset)
         elif self.zero_point is not None:
             # A zero point shifts the range as an offset of `-scale * zero_point` does.
             # `grid` contains the zero point. So the offset is 0 here, and has only the
             # derivative.
-            offset = -stored_scale * _change(self.zero_point)
+            offset = -stored_scale * zero_with_gradient(self.zero_point)
         codebook = self.codebook
         if codebook is not None and spec.rule.has_threshold:
             # The 0 of ternary codes is not trained.
@@ -374,7 +377,8 @@ class TrainedWeight(ProductOperand):
         scale = self.scale
         if isinstance(scale, TrainedWeight):
             scale = scale.fake_quant()
-        change = _change(scale)
+        assert scale is not None
+        change = zero_with_gradient(scale)
         if not self.gradient_scale:
             return change
         # LSQ's factor of the gradient.
@@ -412,12 +416,6 @@ def _as_float32(leaf: jax.Array | None) -> jax.Array | None:
     if jnp.issubdtype(leaf.dtype, jnp.integer):
         return leaf.astype(jnp.float32)
     return _scales.load_from_dtype(leaf)
-
-
-def _change(x: jax.Array | None) -> jax.Array:
-    """Zero, with the derivative of `x`."""
-    assert x is not None
-    return x - jax.lax.stop_gradient(x)
 
 
 def _to_dtype(x: jax.Array, dtype: np.dtype) -> jax.Array:

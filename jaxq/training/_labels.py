@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxq.training._weights import key_name
+from jaxq.training._weights import path_of
 
 _WEIGHT, _STEP, _SWITCH = "weight", "step", "switch"
 # The leaves of a `TrainedWeight` that a `Schedule` sets.
@@ -43,7 +43,7 @@ def labels(params: Any) -> Any:
       >>> tx = optax.adamw(1e-3, mask=decayed)
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    names = [tuple(key_name(key) for key in _named(keys)) for keys, _ in leaves]
+    names = [tuple(path_of((key,)) for key in _named(keys)) for keys, _ in leaves]
     trained = {path[:-1] for path in names if path and path[-1] == "floats"}
     leaf_labels = [_label(path, trained) for path in names]
     return jax.tree.unflatten(jax.tree.structure(params), leaf_labels)
@@ -51,7 +51,7 @@ def labels(params: Any) -> Any:
 
 def _named(keys: tuple[Any, ...]) -> tuple[Any, ...]:
     """The path without the key `.value` that an nnx Variable adds."""
-    is_value = bool(keys) and key_name(keys[-1]) == "value"
+    is_value = bool(keys) and path_of(keys[-1:]) == "value"
     return keys[:-1] if is_value else keys
 
 

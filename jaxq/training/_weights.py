@@ -63,17 +63,9 @@ def map_weights(function: Callable[[TrainedWeight], TrainedWeight], model: Any) 
 
 def path_of(keys: tuple[Any, ...]) -> str:
     """The path of a leaf: keys, attribute names and indices, joined by "/"."""
-    return "/".join(key_name(key) for key in keys)
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def is_trained(x: Any) -> bool:
     """True for a trained weight. This is an `is_leaf=` of functions on trees."""
     return isinstance(x, TrainedWeight)
-
-
-def key_name(key: Any) -> str:
-    """The text of one key of a path."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)

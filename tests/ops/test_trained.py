@@ -348,6 +348,43 @@ def test_every_product_has_the_switch(name, dtype):
 # Transformations and dtypes.
 
 
+@pytest.mark.parametrize(("name", "dynamic"), [("matmul", True), ("ragged_dot", False)])
+def test_forward_mode(name, dynamic):
+    x, w = trained(name, "int8", **({"dynamic": True} if dynamic else {}))
+    product = PRODUCTS[name]
+    x_change = normal(*x.shape, seed=5)
+    w_change = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=6), w)
+
+    def reference(x, w):
+        fake_x = jaxq.fake_quant(x, "int8", contracting=-1) if dynamic else x
+        return product.plain(fake_x, w.fake_quant())
+
+    @functools.partial(jax.jit, static_argnames="function")
+    def tangent(x, w, function):
+        return jax.jvp(function, (x, w), (x_change, w_change))
+
+    y, y_change = tangent(x, w, product.ours)
+    assert_same(y, jitted(x, w.quantize(), product.ours))
+    assert_close(y_change, tangent(x, w, reference)[1], 2e-5)
+
+
+def test_second_derivatives():
+    x, w = trained("matmul", "int4")
+
+    def loss(row):
+        return ((row @ w) ** 2).sum()
+
+    values = jaxq.dequantize(w.quantize())  # [k, n]
+    assert_close(jax.jit(jax.hessian(loss))(x[0]), 2 * values @ values.T, 1e-5)
+
+
+def test_the_backward_pass_keeps_only_the_input_and_the_weight():
+    x, w = trained("matmul", "int8", dynamic=True)
+    _, pull_back = jax.vjp(jaxq.matmul, x, w)
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves((x, w)))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(pull_back)) <= nbytes + 8
+
+
 def test_scan_vmap_and_remat():
     x, w = trained("batched", "int8", dynamic=True)
     per_layer = [slopes(x[i], w[i], PRODUCTS["matmul"].ours) for i in range(2)]

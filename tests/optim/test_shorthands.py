@@ -66,6 +66,11 @@ def test_first_update_is_that_of_optax_and_moments_are_quantized(name):
     assert all(moment.spec.fmt.bits == bits for moment in moments)
 
 
+def test_sgd_without_momentum_has_nothing_to_quantize():
+    with pytest.raises(ValueError, match="momentum8bit: momentum is None"):
+        optim.momentum8bit(0.1, momentum=None)
+
+
 @pytest.mark.parametrize("name", SHORTHANDS)
 def test_hyperparameters_can_be_injected(name):
     if name == "muon8bit":

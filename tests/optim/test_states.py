@@ -1,5 +1,7 @@
 """Moments of optax states are chosen by field; all other leaves pass through."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,7 @@ OTHERS = {
     "adagrad": optax.adagrad(0.01),
     "centered rmsprop": optax.rmsprop(0.01, centered=True),
     "ema": optax.ema(0.9),
+    "no state": optax.sgd(0.1),
     "lookahead": optax.lookahead(optax.sgd(0.1), 5, 0.5),
     "Momo": contrib.momo_adam(0.01),
     "masked": optax.masked(optax.adam(0.01), {"w": False}),
@@ -107,8 +110,37 @@ def test_other_leaves_pass_through(name):
     params = {"w": normal(*SHAPE)}
     if name == "lookahead":
         params = optax.LookaheadParams(params, params)
-    expected, actual = (
-        OTHERS[name].init(params),
-        quantize_state(OTHERS[name]).init(params),
-    )
+    expected = OTHERS[name].init(params)
+    # `quantize_state` needs a moment to quantize.
+    tx = optax.chain(optax.trace(0.9), OTHERS[name])
+    trace, actual = quantize_state(tx).init(params)
+    assert qtensors(trace)
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "masked"])
+def test_transformations_without_moments(name):
+    params = {"w": normal(*SHAPE)}
+    if name == "lookahead":
+        params = optax.LookaheadParams(params, params)
+    with pytest.raises(ValueError, match=r"known states are .*AdamState.* by where="):
+        quantize_state(OTHERS[name]).init(params)
+
+
+class OwnState(NamedTuple):
+    mu: Any
+    nu: Any
+
+
+def test_states_of_users_need_where():
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return OwnState(zeros, zeros)
+
+    tx = optax.GradientTransformation(init, lambda grads, state, params: (grads, state))
+    params = {"w": normal(*SHAPE)}
+    with pytest.raises(ValueError, match="The leaves of this state are 'mu/w', 'nu/w'"):
+        quantize_state(tx).init(params)
+    assert qtensors(quantize_state(tx, where="mu/**").init(params)) == {
+        "mu": "dynamic8"
+    }

@@ -68,6 +68,17 @@ def test_float32_parameters_are_not_changed():
     assert_same(updates, expected)
 
 
+def test_masked_parameters_are_not_changed():
+    params = {"w": normal(64, 128, dtype="bfloat16"), "frozen": jnp.ones(3)}
+    inner = stochastic_rounding(optax.sgd(0.01))
+    tx = optax.masked(inner, {"w": True, "frozen": False})
+    grads = {"w": params["w"], "frozen": jnp.zeros(3)}
+    updates, state = tx.update(grads, tx.init(params), params)
+    expected, _ = inner.update(params["w"], inner.init(params["w"]), params["w"])
+    assert_same(updates, {"w": expected, "frozen": grads["frozen"]})
+    assert int(state.inner_state.step) == 1
+
+
 def test_quantized_moments_of_bfloat16_parameters_are_computed_in_float32():
     tx = stochastic_rounding(adamw8bit(0.01))
     params = normal(64, 128, dtype="bfloat16")

@@ -50,7 +50,6 @@ from jaxq.nn.transform._nnx_layers import (
     find_layers,
     find_raw_arrays,
     find_variables,
-    key_name,
     normalized_layers,
 )
 from jaxq.nn.transform._options import Options
@@ -504,7 +503,10 @@ class NnxAdapter:
         state = nnx.state(self._model)
         leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_quantized)
         # The last key is the ".value" of the variable.
-        return ["/".join(map(key_name, keys[:-1])) for keys, _ in leaves]
+        return [
+            jax.tree_util.keystr(keys[:-1], simple=True, separator="/")
+            for keys, _ in leaves
+        ]
 
 
 def _remedy(unmatched: Sequence[str], unmatched_linen: Sequence[str]) -> str:

@@ -111,7 +111,8 @@ def find_bare_arrays(model: nnx.Module, layer_weights: set[int]) -> Iterator[Bar
         value = node.get_value() if isinstance(node, nnx.Variable) else node
         for keys, leaf in jax.tree_util.tree_leaves_with_path(value):
             if isinstance(leaf, _ARRAYS) and jnp.issubdtype(leaf.dtype, jnp.floating):
-                name = "/".join([_join(path), *map(key_name, keys)])
+                inner_path = jax.tree_util.keystr(keys, simple=True, separator="/")
+                name = "/".join(filter(None, (_join(path), inner_path)))
                 yield BareArray(name, holder, None if keys else attribute, leaf)
 
 
@@ -140,11 +141,6 @@ def normalized_layers(model: nnx.Module) -> dict[int, str]:
 
 def _join(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, path))
-
-
-def key_name(key: Any) -> str:
-    """The text of one key of a path in a tree."""
-    return str(getattr(key, "key", getattr(key, "idx", key)))
 
 
 def _may_be_weight(node: Any) -> bool:

@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxq import methods
 from jaxq.nn.calibration import (
@@ -54,6 +53,7 @@ from jaxq.qtensor import (
     QuantSpec,
     TrainedWeight,
     dequantize,
+    is_nnx_variable,
     is_quantized,
 )
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -547,9 +547,9 @@ def _leaves_of(params: Any) -> Iterable[_Leaf]:
     variable_types = {
         keys: type(node)
         for keys, node in jax.tree_util.tree_leaves_with_path(
-            params, is_leaf=_is_variable
+            params, is_leaf=is_nnx_variable
         )
-        if _is_variable(node)
+        if is_nnx_variable(node)
     }
     for keys, value in jax.tree_util.tree_leaves_with_path(
         params, is_leaf=is_quantized
@@ -567,15 +567,4 @@ def _leaves_of(params: Any) -> Iterable[_Leaf]:
 
 def _path_of(keys: tuple[Any, ...]) -> str:
     """The path of a leaf: keys, names of attributes and positions, joined by "/"."""
-    return "/".join(_key_text(key) for key in keys)
-
-
-def _key_text(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def _is_variable(x: Any) -> bool:
-    return isinstance(x, nnx.Variable)
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
