@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxq.distillation._arguments import whole_number
 from jaxq.distillation._rows import clear_rows, described, mean_over_rows, row_weights
 
 
@@ -25,12 +26,16 @@ def projection(key: jax.Array, d_s: int, d_t: int) -> jax.Array:
     training.
 
     Args:
-      key: PRNG key.
+      key: a PRNG key.
       d_s: size of the student's features, or its number of attention heads.
       d_t: size of the teacher's features, or its number of attention heads.
 
     Returns:
       float32 [d_s, d_t], normal numbers with standard deviation 1 / sqrt(d_s).
+
+    Raises:
+      TypeError: a size is not an integer.
+      ValueError: a size is below 1.
 
     Example:
       >>> import jax, jaxq
@@ -40,6 +45,8 @@ def projection(key: jax.Array, d_s: int, d_t: int) -> jax.Array:
     References:
       Romero et al., FitNets, 2015.
     """
+    d_s = whole_number(d_s, "d_s", "projection")
+    d_t = whole_number(d_t, "d_t", "projection")
     return jax.random.normal(key, (d_s, d_t), jnp.float32) / math.sqrt(d_s)
 
 
@@ -61,17 +68,19 @@ def feature_loss(
       teacher: float [*rows, d_t].
       projection: float [d_s, d_t], see `projection`. Train it with the student. None is
         allowed only if d_s = d_t.
-      mask: None or [*rows]. Rows with 0 or False do not count. If no row counts, the
-        loss is 0 and its gradient is zero.
+      mask: None or [*rows]. Rows with 0 or False do not count. They may contain any
+        numbers, also NaN. Positive numbers are weights of the mean. If no row counts,
+        or if there is no row, the loss is 0 and its gradient is zero.
       distance: "mse" is the mean squared difference (TinyBERT). "cosine" is one minus
         the cosine of the angle between the two vectors (DistilBERT); it is 1 for a
         vector of zeros.
 
     Returns:
-      float32 scalar, the mean over the rows.
+      float32 scalar, the mean over the rows. It is NaN if a row that counts has a NaN.
 
     Raises:
-      ValueError: the shapes do not fit, or the distance is unknown.
+      ValueError: the shapes do not fit; the distance is unknown; the mask has a number
+        that is negative or not finite (under jit, the loss is then NaN).
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -86,30 +95,7 @@ def feature_loss(
       Romero et al., FitNets, 2015; Sanh et al., DistilBERT, 2019; Jiao et al.,
       TinyBERT, 2020.
     """
-    student, teacher = _float32(student), _float32(teacher)
-    weights = row_weights(mask, student.shape[:-1], "feature_loss")
-    student = clear_rows(student, weights)
-    if projection is not None:
-        matrix = _checked_projection(
-            projection, student.shape[-1], teacher.shape[-1], "feature_loss"
-        )
-        student = jnp.matmul(student, matrix, preferred_element_type=jnp.float32)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"feature_loss: the student has {described(student)}, the teacher "
-            f"{described(teacher)}. Pass features of the same rows. For other sizes, "
-            "pass projection=jaxq.distillation.projection(key, d_s, d_t)."
-        )
-    teacher = lax.stop_gradient(clear_rows(teacher, weights))
-    if distance == "mse":
-        values = jnp.mean((student - teacher) ** 2, axis=-1)
-    elif distance == "cosine":
-        values = 1 - jnp.sum(_unit(student) * _unit(teacher), axis=-1)
-    else:
-        raise ValueError(
-            f"feature_loss: distance is {distance!r}; expected 'mse' or 'cosine'."
-        )
-    return mean_over_rows(values, weights)
+    return _distance(student, teacher, projection, mask, distance, "feature_loss")
 
 
 def attention_loss(
@@ -127,15 +113,18 @@ def attention_loss(
       teacher: float [b, n_t, q, k].
       projection: float [n_s, n_t], mixes the student's heads, see `projection`. None is
         allowed only if n_s = n_t.
-      mask: None or [b, q] for self-attention (q = k). A pair of query and key does not
-        count if the mask of one of the two is 0 or False. If no pair counts, the loss
-        is 0 and its gradient is zero.
+      mask: None or [b, q] for self-attention (q = k). The weight of a pair of query and
+        key is the product of both numbers. So a pair does not count if the mask of one
+        of the two is 0 or False. Such pairs may contain any scores, also NaN. If no
+        pair counts, the loss is 0 and its gradient is zero.
 
     Returns:
-      float32 scalar, the mean over heads and pairs.
+      float32 scalar, the mean over heads and pairs. It is NaN if a pair that counts has
+      a NaN.
 
     Raises:
-      ValueError: the shapes do not fit.
+      ValueError: the shapes do not fit, or the mask has a number that is negative or
+        not finite (under jit, the loss is then NaN).
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -167,11 +156,48 @@ def attention_loss(
             f"{teacher.shape[-1]}. Pass projection=jaxq.distillation.projection(key, "
             f"{student.shape[-1]}, {teacher.shape[-1]})."
         )
-    return feature_loss(student, teacher, projection, mask=pairs)
+    return _distance(student, teacher, projection, pairs, "mse", "attention_loss")
+
+
+def _distance(
+    student: Any, teacher: Any, projection: Any, mask: Any, distance: str, caller: str
+) -> jax.Array:
+    """The loss of `feature_loss`. Errors begin with `caller`."""
+    student, teacher = _float32(student), _float32(teacher)
+    weights = row_weights(mask, student.shape[:-1], caller)
+    for name, features in (("student", student), ("teacher", teacher)):
+        if features.ndim == 0 or features.shape[-1] == 0:
+            raise ValueError(
+                f"{caller}: the {name} has {described(features)} and no feature. The "
+                "last axis is that of the features. Predictions of one number are "
+                "[b, 1]."
+            )
+    student = clear_rows(student, weights)
+    if projection is not None:
+        matrix = _checked_projection(
+            projection, student.shape[-1], teacher.shape[-1], caller
+        )
+        student = jnp.matmul(student, matrix, preferred_element_type=jnp.float32)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{caller}: the student has {described(student)}, the teacher "
+            f"{described(teacher)}. Pass features of the same rows. For other sizes, "
+            "pass projection=jaxq.distillation.projection(key, d_s, d_t)."
+        )
+    teacher = lax.stop_gradient(clear_rows(teacher, weights))
+    if distance == "mse":
+        values = jnp.mean((student - teacher) ** 2, axis=-1)
+    elif distance == "cosine":
+        values = 1 - jnp.sum(_unit(student) * _unit(teacher), axis=-1)
+    else:
+        raise ValueError(
+            f"{caller}: distance is {distance!r}; expected 'mse' or 'cosine'."
+        )
+    return mean_over_rows(values, weights)
 
 
 def _pairs(mask: jax.Array, maps: jax.Array) -> jax.Array:
-    """Which pairs of query and key count, bool [b, q, k].
+    """The weights of the pairs of query and key, float32 [b, q, k].
 
     Args:
       mask: [b, t].
@@ -184,8 +210,9 @@ def _pairs(mask: jax.Array, maps: jax.Array) -> jax.Array:
             f"{described(maps)}; expected [b, t] and [b, heads, t, t]. For "
             "cross-attention, slice the maps and pass no mask."
         )
-    counts = mask.astype(bool)
-    return counts[:, :, None] & counts[:, None, :]
+    weights = row_weights(mask, (b, num_queries), "attention_loss")
+    assert weights is not None
+    return weights[:, :, None] * weights[:, None, :]
 
 
 def _without_masked(maps: Any) -> jax.Array:

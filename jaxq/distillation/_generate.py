@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxq.distillation._arguments import is_positive, number, whole_number
 from jaxq.distillation._model import NnxFunction, as_model
-from jaxq.distillation._rows import described, is_traced
+from jaxq.distillation._rows import described
+from jaxq.qtensor import is_traced
 
 
 def generate(
@@ -43,7 +45,8 @@ def generate(
       lengths: int [b], the length of each prompt, from 1 to t. None means t.
       key: PRNG key. Needed if `temperature` is not 0.
       temperature: logits are divided by it before a token is drawn. 0 takes the most
-        probable token.
+        probable token. It may be traced. Then it must be positive, and the tokens have
+        no meaning if it is not.
       stop_token: a response ends after this token.
       pad_token: fills the rest of each row after its response.
 
@@ -53,9 +56,11 @@ def generate(
         token included.
 
     Raises:
+      TypeError: the model is of another kind, `num_tokens`, `stop_token` or `pad_token`
+        is not an integer, or the temperature is not one number.
       ValueError: the shape or dtype of `tokens` or `lengths` is wrong; `num_tokens` is
-        below 1; the temperature is negative; a key is missing; the logits have another
-        shape; or the logits have a NaN (this is not checked under jit).
+        below 1; the temperature is negative or not finite; a key is missing; the logits
+        have another shape; or the logits have a NaN (this is not checked under jit).
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -72,8 +77,8 @@ def generate(
     """
     caller = "generate"
     tokens = _checked_tokens(tokens)
-    if num_tokens < 1:
-        raise ValueError(f"{caller}: num_tokens is {num_tokens}; it must be positive.")
+    num_tokens = whole_number(num_tokens, "num_tokens", caller)
+    temperature = checked_temperature(temperature, caller)
     samples = _samples(temperature, key)
     b, t = tokens.shape
     if lengths is None:
@@ -88,8 +93,8 @@ def generate(
         starts,
         key if samples else jax.random.key(0),
         jnp.asarray(temperature, jnp.float32),
-        jnp.int32(-1 if stop_token is None else stop_token),
-        jnp.int32(pad_token),
+        jnp.int32(-1) if stop_token is None else _token(stop_token, "stop_token"),
+        _token(pad_token, "pad_token"),
         num_tokens=num_tokens,
         samples=samples,
         has_lengths=lengths is not None,
@@ -221,7 +226,7 @@ def _generate(
         stops = writes & (token == stop_token)
         return _State(
             position + 1,
-            jax.lax.dynamic_update_slice(state.tokens, new[:, None], (0, position)),
+            state.tokens.at[:, position].set(new),
             jnp.where(stops, position + 1, state.ends),
             cache,
             state.has_nan | jnp.any(writes & jnp.isnan(logits).any(axis=-1)),
@@ -305,14 +310,31 @@ def _checked_lengths(lengths: Any, b: int, t: int) -> jax.Array:
             f"generate: lengths is {described(lengths)}; expected int32[{b}], one "
             "length for each prompt."
         )
-    if not is_traced(lengths):
-        is_length = (lengths >= 1) & (lengths <= t)
-        if not bool(is_length.all()):
-            raise ValueError(
-                f"generate: lengths is {lengths.tolist()}; each must be from 1 to {t}, "
-                "the width of tokens. Begin empty prompts with a start token."
-            )
+    is_length = (lengths >= 1) & (lengths <= t)
+    if not is_traced(is_length) and not bool(is_length.all()):
+        raise ValueError(
+            f"generate: lengths is {lengths.tolist()}; each must be from 1 to {t}, the "
+            "width of tokens. Begin empty prompts with a start token."
+        )
     return lengths.astype(jnp.int32)
+
+
+def checked_temperature(temperature: Any, caller: str) -> Any:
+    """The temperature, after a check. A traced one that is not positive becomes NaN."""
+
+    def is_allowed(temperature: Any) -> Any:
+        # A traced 0 cannot choose the program that takes the most probable token.
+        if is_traced(temperature):
+            return is_positive(temperature)
+        return temperature == 0 or is_positive(temperature)
+
+    return number(
+        temperature,
+        "temperature",
+        caller,
+        is_allowed,
+        "it must be 0 (the most probable token) or positive, and finite.",
+    )
 
 
 def _samples(temperature: Any, key: jax.Array | None) -> bool:
@@ -323,17 +345,19 @@ def _samples(temperature: Any, key: jax.Array | None) -> bool:
                 "generate: a traced temperature draws tokens at random; pass key=."
             )
         return True
-    if not temperature >= 0:
-        raise ValueError(
-            f"generate: temperature is {temperature}; it must be 0 (the most probable "
-            "token) or positive."
-        )
     if temperature > 0 and key is None:
         raise ValueError(
             f"generate: temperature={temperature} draws tokens at random; pass "
             "key=jax.random.key(0)."
         )
     return temperature > 0
+
+
+def _token(token: Any, name: str) -> jax.Array:
+    """The number of a token, int32. It may be traced."""
+    if not is_traced(token):
+        token = whole_number(token, name, "generate", least=-(1 << 31))
+    return jnp.asarray(token, jnp.int32)
 
 
 def _checked_logits(logits: Any, b: int, length: int) -> jax.Array:

@@ -1,13 +1,14 @@
 """A folder with a teacher's most probable classes, in one file for each batch of data.
 
-    manifest.json            k, vocabulary size, temperature, number of batches, digest
+    manifest.json            k, vocabulary size, temperature, number of batches, the
+                             digest of the teacher's arrays
     00000000.safetensors     indices, log_probs and log_tail of the first batch
     00000001.safetensors     ...
 
 Each file is first written under another name and then renamed. So a file with its final
 name is always complete. The metadata of a file has the SHA-256 digest of the inputs
-that the teacher read. After the last batch, the number of batches and the digest of all
-inputs are added to the manifest.
+that the teacher read. After the last batch, the number of batches is added to the
+manifest.
 """
 
 from __future__ import annotations
@@ -25,17 +26,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from jaxq.distillation._model import PlainFunction, as_model, split_batch
-from jaxq.distillation._progress import with_progress
-from jaxq.distillation._rows import described
-from jaxq.distillation._top_k import TopK, check_top_k
+from jaxq.distillation._cached_teacher import CachedTeacher
+from jaxq.distillation._model import split_batch
+from jaxq.distillation._top_k import TopK, checked_top_k
+from jaxq.progress import with_progress
 
 FORMAT = "jaxq.distillation.logits"
 VERSION = 1
 _MANIFEST = "manifest.json"
-# If the probabilities of the first batch differ by more than this on average, another
-# teacher wrote the cache. Another device or dtype changes them by less.
-_LARGEST_DIFFERENCE = 0.1
 
 
 class LogitsCache:
@@ -83,6 +81,7 @@ class LogitsCache:
                 f"LogitsCache: the cache in {self.folder} is not finished. Call "
                 "LogitsCache.write with the same arguments again. It continues the run."
             )
+        self._manifest = manifest
         self._num_batches: int = manifest["num_batches"]
         self.k: int = manifest["k"]
         self.vocab_size: int = manifest["vocab_size"]
@@ -103,22 +102,33 @@ class LogitsCache:
         """Runs a teacher over a data set, and stores its most probable classes.
 
         If a run was stopped, the same call continues it. Batches that are on disk are
-        not computed again. The exception is the first batch, which shows whether the
-        teacher is the same. A row takes `2 k + 4 (k + 1)` bytes if the vocabulary has
-        at most 65,536 classes.
+        not computed again. The exceptions are the first and the last one, which show
+        whether the teacher is the same. A row takes `2 k + 4 (k + 1)` bytes if the
+        vocabulary has at most 65,536 classes.
+
+        A teacher with arrays (a module or a pair) must have exactly the arrays of the
+        teacher that began the cache. A function has no arrays that can be compared.
+        Its probabilities of the first and the last stored batch are compared instead.
+        In each row, the differences may add up to 3e-4, or to 0.03 (0.09) if the logits
+        or the cache are float16 (bfloat16). This covers the float noise of another
+        compilation. A teacher that differs by less, or only on other batches, is not
+        detected.
 
         Args:
           folder: the folder of the cache. It is created if it does not exist. Its
             parent must exist.
           teacher: maps inputs to logits [*rows, vocab_size]. It is an nnx module, a
             pair `(apply, params)` or a function of the inputs. Modules and pairs are
-            compiled, and modules run in eval mode. A function is not compiled.
+            compiled, and modules run in eval mode. A function is not compiled. States
+            of random number generators are not compared.
           batches: each is the inputs, or a tuple or list `(inputs, *rest)`. The order
             must be the same in every run.
           k: from 1 to the size of the vocabulary.
-          temperature: the temperature of the loss that will read the cache.
+          temperature: the temperature of the loss that will read the cache, positive
+            and finite.
           dtype: "float32", or "float16" for 2 bytes less per stored class. Float16
-            rounds log-probabilities to about three digits.
+            rounds log-probabilities to about three digits. This is too coarse for
+            temperatures above 10.
           progress: show a progress line. None shows the line if stderr is a terminal.
 
         Returns:
@@ -126,13 +136,15 @@ class LogitsCache:
 
         Raises:
           FileNotFoundError: the parent of the folder does not exist.
-          TypeError: `batches` is a single batch.
+          TypeError: `batches` is a single batch, k is not an integer, or the
+            temperature is not one number.
           ValueError: the folder holds a cache for other data, of another teacher, or
             with another k, temperature or dtype; the folder holds other files; there is
-            no batch; the logits have a NaN; or k or the temperature is out of range.
+            no batch, or an empty tuple in place of one; the logits have a NaN; or k or
+            the temperature is out of range.
         """
         caller = "LogitsCache.write"
-        check_top_k(k, temperature, caller)
+        k, temperature = checked_top_k(k, temperature, caller)
         if dtype not in ("float32", "float16"):
             raise ValueError(
                 f"{caller}: dtype is {dtype!r}; expected 'float32' or 'float16'."
@@ -143,49 +155,49 @@ class LogitsCache:
                 f"{type(batches).__name__}. Pass a list: [batch]."
             )
         folder = Path(folder)
-        wanted = {"k": k, "temperature": float(temperature), "dtype": dtype}
-        _prepare_folder(folder, wanted, caller)
-        top_k_of = _top_k_function(teacher, k, temperature, caller)
-        digests = []
+        cached_teacher = CachedTeacher(teacher, k, temperature, caller)
+        options = {"k": k, "temperature": temperature, "dtype": dtype}
+        manifest = _prepare_folder(folder, options, cached_teacher.sha256, caller)
+        compared = (0, _last_stored(folder))
+        num_batches = 0
         for number, batch in enumerate(with_progress(batches, "teacher", progress)):
-            inputs, _ = split_batch(batch)
+            inputs, _ = split_batch(batch, caller)
             digest = digest_of(inputs)
-            path = _shard(folder, number)
-            is_stored = path.exists()
-            if is_stored:
-                _check_digest(path, digest, number, caller)
-            if not is_stored or number == 0:
-                top = _checked_top(top_k_of(inputs), number, caller)
-                if is_stored:
-                    _check_teacher(_read_shard(path), top, folder, caller)
+            problem = None
+            if not _shard(folder, number).exists():
+                top = cached_teacher.top_k(inputs, number)
+                if manifest is None:
+                    manifest = options | {
+                        "vocab_size": top.vocab_size,
+                        "teacher_sha256": cached_teacher.sha256,
+                    }
+                    _write_manifest(folder, manifest, None)
+                if top.vocab_size == manifest["vocab_size"]:
+                    _write_shard(_shard(folder, number), top, digest, dtype)
                 else:
-                    if number == 0:
-                        manifest = {**wanted, "vocab_size": top.vocab_size}
-                        _write_manifest(folder, manifest, None, None)
-                    _write_shard(path, top, digest, dtype)
-            digests.append(digest)
-        if not digests:
-            raise ValueError(
-                f"{caller}: there is no batch. An iterator that was read before is "
-                "empty. Pass a list."
-            )
-        if _shard(folder, len(digests)).exists():
-            raise ValueError(
-                f"{caller}: the cache in {folder} was written for other data: it has "
-                f"more than the {len(digests)} batches given. Choose another folder, "
-                "or delete this one."
-            )
-        manifest = _read_manifest(folder, caller)
-        assert manifest is not None
-        whole = hashlib.sha256("".join(digests).encode()).hexdigest()
-        _write_manifest(folder, manifest, len(digests), whole)
+                    problem = f"it has {manifest['vocab_size']} classes"
+            else:
+                assert manifest is not None
+                stored, stored_digest = _read_top(folder, number, manifest)
+                if stored_digest != digest:
+                    raise ValueError(_other_data(folder, number, caller))
+                if number in compared:
+                    digests = (manifest["teacher_sha256"], cached_teacher.sha256)
+                    has_same_arrays = None not in digests
+                    problem = cached_teacher.problem(
+                        stored, inputs, number, has_same_arrays=has_same_arrays
+                    )
+            if problem is not None:
+                raise ValueError(_another_teacher(folder, problem, caller))
+            num_batches += 1
+        _finish(folder, manifest, num_batches, caller)
         return cls(folder)
 
     def __len__(self) -> int:
         return self._num_batches
 
     def __getitem__(self, number: int) -> TopK:
-        top, _ = self._read(range(len(self))[number])
+        top, _ = _read_top(self.folder, range(len(self))[number], self._manifest)
         return top
 
     def batches(self, batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
@@ -199,31 +211,19 @@ class LogitsCache:
           ValueError: a batch has other inputs than the cache was written for.
         """
         for number, batch in enumerate(batches):
-            inputs, rest = split_batch(batch)
+            inputs, rest = split_batch(batch, "LogitsCache.batches")
             if number >= len(self):
                 raise ValueError(
                     f"LogitsCache.batches: the cache in {self.folder} has {len(self)} "
                     "batches, and the data has more. To add the others, call "
                     "LogitsCache.write with all batches."
                 )
-            top, digest = self._read(number)
+            top, digest = _read_top(self.folder, number, self._manifest)
             if digest != digest_of(inputs):
                 raise ValueError(
                     _other_data(self.folder, number, "LogitsCache.batches")
                 )
             yield (inputs, top, *rest)
-
-    def _read(self, number: int) -> tuple[TopK, str]:
-        """The classes of a batch, and the digest of its inputs."""
-        indices, log_probs, log_tail, digest = _read_shard(_shard(self.folder, number))
-        top = TopK(
-            jnp.asarray(indices.astype(np.int32)),
-            jnp.asarray(log_probs),
-            jnp.asarray(log_tail),
-            self.vocab_size,
-            self.temperature,
-        )
-        return top, digest
 
 
 def digest_of(inputs: Any) -> str:
@@ -273,8 +273,9 @@ def _write_shard(path: Path, top: TopK, digest: str, dtype: str) -> None:
     _replace(path, save(tensors, metadata={"inputs_sha256": digest}))
 
 
-def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """Indices, log_probs, log_tail and the digest of the inputs."""
+def _read_top(folder: Path, number: int, manifest: dict[str, Any]) -> tuple[TopK, str]:
+    """The classes of a batch, and the digest of its inputs."""
+    path = _shard(folder, number)
     try:
         with safe_open(path, framework="numpy") as file:
             digest = (file.metadata() or {})["inputs_sha256"]
@@ -285,22 +286,56 @@ def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
             f"LogitsCache: {path} is damaged or missing: {error}. Delete the file, and "
             "call LogitsCache.write again. It writes this file again."
         ) from error
-    return indices, log_probs, log_tail, digest
+    top = TopK(
+        jnp.asarray(indices.astype(np.int32)),
+        jnp.asarray(log_probs),
+        jnp.asarray(log_tail),
+        manifest["vocab_size"],
+        manifest["temperature"],
+    )
+    return top, digest
+
+
+def _last_stored(folder: Path) -> int:
+    """The number of the last batch on disk; -1 if there is none."""
+    numbers = [int(path.stem) for path in folder.glob("[0-9]*.safetensors")]
+    return max(numbers, default=-1)
 
 
 def _write_manifest(
-    folder: Path, manifest: dict[str, Any], num_batches: int | None, digest: str | None
+    folder: Path, manifest: dict[str, Any], num_batches: int | None
 ) -> None:
-    names = ("k", "vocab_size", "temperature", "dtype")
+    names = ("k", "vocab_size", "temperature", "dtype", "teacher_sha256")
     contents = {
         "format": FORMAT,
         "version": VERSION,
         **{name: manifest[name] for name in names},
         "num_batches": num_batches,
-        "inputs_sha256": digest,
     }
     text = json.dumps(contents, indent=2) + "\n"
     _replace(folder / _MANIFEST, text.encode())
+
+
+def _finish(
+    folder: Path, manifest: dict[str, Any] | None, num_batches: int, caller: str
+) -> None:
+    """Adds the number of batches to the manifest, after the last batch.
+
+    Raises:
+      ValueError: there was no batch, or the folder has more of them.
+    """
+    if manifest is None or num_batches == 0:
+        raise ValueError(
+            f"{caller}: there is no batch. An iterator that was read before is empty. "
+            "Pass a list."
+        )
+    if _last_stored(folder) >= num_batches:
+        raise ValueError(
+            f"{caller}: the cache in {folder} was written for other data: it has more "
+            f"than the {num_batches} batches given. Choose another folder, or delete "
+            "this one."
+        )
+    _write_manifest(folder, manifest, num_batches)
 
 
 def _read_manifest(folder: Path, caller: str) -> dict[str, Any] | None:
@@ -311,6 +346,7 @@ def _read_manifest(folder: Path, caller: str) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text())
         is_known = manifest["format"] == FORMAT and manifest["version"] == VERSION
+        is_known = is_known and "teacher_sha256" in manifest
     except (ValueError, KeyError, TypeError):
         is_known = False
     if not is_known:
@@ -321,15 +357,21 @@ def _read_manifest(folder: Path, caller: str) -> dict[str, Any] | None:
     return manifest
 
 
-def _prepare_folder(folder: Path, wanted: dict[str, Any], caller: str) -> None:
-    """Makes the folder, or checks that a cache in it has the wanted options."""
+def _prepare_folder(
+    folder: Path, options: dict[str, Any], teacher_sha256: str | None, caller: str
+) -> dict[str, Any] | None:
+    """Makes the folder, or checks that a cache in it has the same options and teacher.
+
+    Returns:
+      The manifest of the cache in the folder, or None if there is none.
+    """
     if not folder.exists():
         if not folder.parent.is_dir():
             raise FileNotFoundError(
                 f"{caller}: the folder {folder.parent} does not exist. Create it first."
             )
         folder.mkdir()
-        return
+        return None
     manifest = _read_manifest(folder, caller)
     if manifest is None:
         others = [path.name for path in folder.iterdir() if path.suffix != ".partial"]
@@ -338,10 +380,10 @@ def _prepare_folder(folder: Path, wanted: dict[str, Any], caller: str) -> None:
                 f"{caller}: {folder} has no {_MANIFEST}, but other files, such as "
                 f"{others[0]}. Choose an empty folder."
             )
-        return
+        return None
     different = [
         f"{name}={manifest[name]!r} (now {value!r})"
-        for name, value in wanted.items()
+        for name, value in options.items()
         if manifest[name] != value
     ]
     if different:
@@ -349,72 +391,23 @@ def _prepare_folder(folder: Path, wanted: dict[str, Any], caller: str) -> None:
             f"{caller}: the cache in {folder} was written with "
             f"{', '.join(different)}. Choose another folder, or delete this one."
         )
+    stored_sha256 = manifest["teacher_sha256"]
+    # A plain function has no digest. It may be a teacher that was a pair before.
+    has_digests = None not in (stored_sha256, teacher_sha256)
+    if has_digests and stored_sha256 != teacher_sha256:
+        problem = "its arrays have another digest"
+        raise ValueError(_another_teacher(folder, problem, caller))
+    return manifest
 
 
-# The teacher.
+# Errors.
 
 
-def _top_k_function(teacher: Any, k: int, temperature: float, caller: str) -> Any:
-    """A function from inputs to `TopK`."""
-    function, arrays = as_model(teacher, caller, "teacher")
-
-    def top_k(logits: Any) -> TopK:
-        return TopK.from_logits(logits, k, temperature=temperature)
-
-    if isinstance(function, PlainFunction):
-        # jax may not be able to trace a plain function, so only the rest is compiled.
-        compiled_top_k = jax.jit(top_k)
-        return lambda inputs: compiled_top_k(jnp.asarray(teacher(inputs)))
-    compiled = jax.jit(lambda arrays, inputs: top_k(function(arrays, inputs)))
-    return lambda inputs: compiled(arrays, inputs)
-
-
-def _checked_top(top: TopK, number: int, caller: str) -> TopK:
-    """The classes, after a check for NaN. One NaN logit makes its whole row NaN."""
-    is_nan = np.isnan(np.asarray(top.log_probs)).any(axis=-1)
-    if is_nan.any():
-        row = [int(index) for index in np.argwhere(is_nan)[0]]
-        raise ValueError(
-            f"{caller}: the teacher's logits of batch {number}, row {row}, have a NaN "
-            "or no finite number. Check the teacher's parameters and its inputs."
-        )
-    return top
-
-
-def _check_teacher(
-    stored: tuple[np.ndarray, np.ndarray, np.ndarray, str],
-    top: TopK,
-    folder: Path,
-    caller: str,
-) -> None:
-    """Raises ValueError if the teacher is not the one that wrote the first batch."""
-    indices, log_probs, _, _ = stored
-    new = np.asarray(top.log_probs, np.float64)
-    old = np.asarray(log_probs, np.float64)
-    remedy = "Choose another folder, or delete this one."
-    problem = f"{caller}: the cache in {folder} was written by another teacher"
-    if old.shape != new.shape:
-        raise ValueError(
-            f"{problem}: its first batch has log_probs {described(log_probs)}, now "
-            f"{described(top.log_probs)}. {remedy}"
-        )
-    # Compare the probabilities of the stored classes. Classes with nearly equal
-    # probabilities may change places on another device.
-    is_kept = (indices[..., :, None] == np.asarray(top.indices)[..., None, :]).any(-1)
-    difference = np.abs(np.exp(old) - np.exp(new)).sum(axis=-1).mean()
-    share = 1 - is_kept[..., 0].mean()
-    if max(difference, share) > _LARGEST_DIFFERENCE:
-        raise ValueError(
-            f"{problem}: on the first batch the probabilities differ by "
-            f"{difference:.2g}, and {share:.0%} of the most probable classes are no "
-            f"longer among the first {top.k}. {remedy}"
-        )
-
-
-def _check_digest(path: Path, digest: str, number: int, caller: str) -> None:
-    *_, stored = _read_shard(path)
-    if stored != digest:
-        raise ValueError(_other_data(path.parent, number, caller))
+def _another_teacher(folder: Path, problem: str, caller: str) -> str:
+    return (
+        f"{caller}: the cache in {folder} was written by another teacher: {problem}. "
+        "Choose another folder, or delete this one."
+    )
 
 
 def _other_data(folder: Path, number: int, caller: str) -> str:

@@ -14,22 +14,17 @@ References:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxq.distillation._rows import (
-    clear_rows,
-    described,
-    is_traced,
-    mean_over_rows,
-    row_weights,
-)
+from jaxq.distillation._arguments import is_positive, number
+from jaxq.distillation._divergences import DIVERGENCES, Pair
+from jaxq.distillation._rows import clear_rows, described, mean_over_rows, row_weights
 from jaxq.distillation._top_k import TopK
+from jaxq.qtensor import is_traced
 
 
 def kd_loss(
@@ -63,12 +58,13 @@ def kd_loss(
         divergence is between k + 1 classes: the teacher's k most probable ones and all
         others as one.
       labels: None or integers [*rows]. Rows that do not count may have any label.
-      temperature: positive. It may be traced. With a `TopK` it must be that of the
-        `TopK`.
+      temperature: positive and finite. It may be traced. With a `TopK` it must be that
+        of the `TopK`. Above 1e5 (1e3 with a `TopK`), float32 gives fewer than four
+        digits of the divergence.
       alpha: weight of the teacher, from 0 to 1. It may be traced.
       mask: None or [*rows]. Rows with 0 or False do not count. They may contain any
-        numbers, also NaN. Other numbers are weights of the mean. If no row counts, the
-        loss is 0 and its gradient is zero.
+        numbers, also NaN. Positive numbers are weights of the mean. If no row counts,
+        or if there is no row, the loss is 0 and its gradient is zero.
       divergence: "forward" is KL(teacher || student): the student learns to give
         probability to all classes that the teacher finds probable. "reverse" is
         KL(student || teacher): the student learns to give probability only to classes
@@ -76,19 +72,22 @@ def kd_loss(
         divergence, `beta KL(teacher || m) + (1 - beta) KL(student || m)` with the
         mixture `m = beta teacher + (1 - beta) student`.
       beta: the weight of "jsd", between 0 and 1. Near 0, "jsd" behaves as "forward".
-        Near 1, it behaves as "reverse".
+        Near 1, it behaves as "reverse". It may be traced.
 
     Returns:
       float32 scalar. It is NaN if a row that counts has a NaN. It is infinite if the
       student gives probability 0 (a logit of -inf) where the teacher does not. Under
       jit it is also NaN where the same call outside jit raises an error about values:
-      a temperature that is not positive, or a label outside the vocabulary.
+      a temperature, alpha or beta out of range, a label outside the vocabulary, or a
+      mask with a number that is negative or not finite.
 
     Raises:
-      TypeError: the logits are not floats, or the labels are not integers.
+      TypeError: the logits are not floats, the labels are not integers, or the
+        temperature, alpha or beta is not one number.
       ValueError: the teacher has another vocabulary or other rows; the labels or the
-        mask have another shape; a label that counts is outside the vocabulary; the
-        temperature, alpha or beta is out of range; the divergence is unknown.
+        mask have another shape; a label that counts is outside the vocabulary; the mask
+        has a number that is negative or not finite; the temperature, alpha or beta is
+        out of range; the divergence is unknown; there is no class.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq
@@ -107,25 +106,26 @@ def kd_loss(
       Hinton et al., 2015; Gu et al., MiniLLM, 2023; Agarwal et al., GKD, 2023, eq. 1.
     """
     student = _logits(student_logits, "kd_loss", "student_logits")
-    compare = _divergence(divergence, beta)
-    temperature = _temperature(temperature)
-    _check_alpha(alpha)
+    if divergence not in DIVERGENCES:
+        names = ", ".join(map(repr, DIVERGENCES))
+        raise ValueError(f"kd_loss: divergence is {divergence!r}; expected {names}.")
+    temperature, alpha, beta = _checked_numbers(temperature, alpha, beta)
     rows = student.shape[:-1]
     weights = row_weights(mask, rows, "kd_loss")
     student = clear_rows(student, weights)
 
     if isinstance(teacher_logits, TopK):
         _check_top_k_teacher(teacher_logits, student, temperature)
-        log_p = teacher_logits.log_classes()
+        log_p = clear_rows(teacher_logits.log_classes(), weights)
         log_q = teacher_logits.student_log_classes(student)
+        pair = Pair.of_log_probs(lax.stop_gradient(log_p), log_q)
     else:
         teacher = _logits(teacher_logits, "kd_loss", "teacher_logits")
         _check_teacher(teacher, student)
-        log_p = jax.nn.log_softmax(teacher / temperature)
-        log_q = jax.nn.log_softmax(student / temperature)
-    log_p = lax.stop_gradient(clear_rows(log_p, weights))
+        teacher = lax.stop_gradient(clear_rows(teacher, weights))
+        pair = Pair.of_logits(teacher, student, temperature)
 
-    values = alpha * temperature**2 * compare(log_p, log_q)  # [*rows]
+    values = alpha * temperature**2 * DIVERGENCES[divergence](pair, beta)  # [*rows]
     if labels is not None:
         label_loss = _cross_entropy(student, labels, weights, "kd_loss")
         values = values + (1 - alpha) * label_loss
@@ -144,8 +144,8 @@ def response_loss(logits: Any, tokens: Any, mask: Any) -> jax.Array:
       logits: float [b, t, vocab_size] of the student for `tokens`.
       tokens: int [b, t], prompts and responses.
       mask: [b, t], True for response tokens. `generate`, `response_mask` and
-        `read_responses` make it. Other numbers are weights. The first token of a row
-        is never predicted.
+        `read_responses` make it. Positive numbers are weights. The first token of a
+        row is never predicted.
 
     Returns:
       float32 scalar, in nats for each token. It is 0, with zero gradient, if the mask
@@ -153,8 +153,9 @@ def response_loss(logits: Any, tokens: Any, mask: Any) -> jax.Array:
 
     Raises:
       TypeError: the logits are not floats, or the tokens are not integers.
-      ValueError: the shapes do not fit; a token that counts is outside the vocabulary
-        (under jit the loss is then NaN).
+      ValueError: the shapes do not fit; a token that counts is outside the vocabulary;
+        the mask has a number that is negative or not finite. Under jit, the loss is NaN
+        in the last two cases.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -182,64 +183,6 @@ def response_loss(logits: Any, tokens: Any, mask: Any) -> jax.Array:
     student = clear_rows(student, weights)
     values = _cross_entropy(student, tokens, weights, "response_loss")
     return mean_over_rows(values, weights)
-
-
-# Divergences. Each takes log-probabilities [*rows, classes] and returns [*rows].
-
-
-def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """KL(p || q). Classes with p = 0 count as 0, which is the limit."""
-    p = jnp.exp(log_p)
-    is_zero = p == 0
-    # At p = 0, both logarithms may be -inf. Then their difference, and its gradient,
-    # would be NaN.
-    log_p = jnp.where(is_zero, 0.0, log_p)
-    log_q = jnp.where(is_zero, 0.0, log_q)
-    kl = jnp.sum(p * (log_p - log_q), axis=-1)
-    # Rounding can give a tiny negative sum. The gradient stays that of the sum.
-    return kl + lax.stop_gradient(jnp.maximum(-kl, 0.0))
-
-
-def _forward_kl(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
-    return _kl(log_p, log_q)
-
-
-def _reverse_kl(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
-    return _kl(log_q, log_p)
-
-
-def _jensen_shannon(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
-    log_p_part, log_q_part = log_p + math.log(beta), log_q + math.log1p(-beta)
-    # logaddexp of -inf and -inf has a NaN gradient. A finite number whose exponential
-    # is 0 stands for -inf here.
-    lowest = jnp.finfo(jnp.float32).min / 4
-    log_m = jnp.logaddexp(
-        jnp.where(log_p_part < lowest, lowest, log_p_part),
-        jnp.where(log_q_part < lowest, lowest, log_q_part),
-    )
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-
-
-_DIVERGENCES: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
-    "forward": _forward_kl,
-    "reverse": _reverse_kl,
-    "jsd": _jensen_shannon,
-}
-
-
-def _divergence(name: str, beta: float) -> Callable[..., jax.Array]:
-    """The divergence of a name, as a function of two log-probabilities."""
-    if name not in _DIVERGENCES:
-        raise ValueError(
-            f"kd_loss: divergence is {name!r}; expected "
-            f"{', '.join(map(repr, _DIVERGENCES))}."
-        )
-    if not 0 < beta < 1:
-        raise ValueError(
-            f"kd_loss: beta is {beta}; it must lie between 0 and 1. The limits are "
-            'divergence="forward" (beta 0) and divergence="reverse" (beta 1).'
-        )
-    return lambda log_p, log_q: _DIVERGENCES[name](log_p, log_q, beta)
 
 
 def _cross_entropy(
@@ -283,6 +226,34 @@ def _cross_entropy(
 # Checks.
 
 
+def _checked_numbers(temperature: Any, alpha: Any, beta: Any) -> tuple[Any, Any, Any]:
+    """The three numbers. A traced number outside its range becomes NaN."""
+    temperature = number(
+        temperature,
+        "temperature",
+        "kd_loss",
+        is_positive,
+        "it must be positive and finite. For hard labels of the teacher, pass "
+        "labels=teacher_logits.argmax(-1) and alpha=0.",
+    )
+    alpha = number(
+        alpha,
+        "alpha",
+        "kd_loss",
+        lambda alpha: (alpha >= 0) & (alpha <= 1),
+        "it is the weight of the teacher, from 0 to 1.",
+    )
+    beta = number(
+        beta,
+        "beta",
+        "kd_loss",
+        lambda beta: (beta > 0) & (beta < 1),
+        "it must lie between 0 and 1. The limits are "
+        'divergence="forward" (beta 0) and divergence="reverse" (beta 1).',
+    )
+    return temperature, alpha, beta
+
+
 def _logits(logits: Any, caller: str, name: str) -> jax.Array:
     """The logits in float32."""
     logits = jnp.asarray(logits)
@@ -291,27 +262,12 @@ def _logits(logits: Any, caller: str, name: str) -> jax.Array:
             f"{caller}: {name} is {described(logits)}; expected float logits "
             "[..., vocab_size]."
         )
+    if logits.shape[-1] == 0:
+        raise ValueError(
+            f"{caller}: {name} is {described(logits)} and has no class. The last axis "
+            "is that of the classes."
+        )
     return logits.astype(jnp.float32)
-
-
-def _temperature(temperature: Any) -> Any:
-    """The temperature, after a check. A traced temperature of 0 or less becomes NaN."""
-    if is_traced(temperature):
-        temperature = jnp.asarray(temperature, jnp.float32)
-        return jnp.where(temperature > 0, temperature, jnp.nan)
-    if not temperature > 0:
-        raise ValueError(
-            f"kd_loss: temperature is {temperature}; it must be positive. For hard "
-            "labels of the teacher, pass labels=teacher_logits.argmax(-1) and alpha=0."
-        )
-    return float(temperature)
-
-
-def _check_alpha(alpha: Any) -> None:
-    if not is_traced(alpha) and not 0 <= alpha <= 1:
-        raise ValueError(
-            f"kd_loss: alpha is {alpha}; it is the weight of the teacher, from 0 to 1."
-        )
 
 
 def _check_teacher(teacher: jax.Array, student: jax.Array) -> None:

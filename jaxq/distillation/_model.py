@@ -74,7 +74,8 @@ def as_model(model: Any, caller: str, name: str = "model") -> Model:
     if isinstance(model, nnx.Module):
         graphdef, arrays = nnx.split(model)
         return Model(NnxFunction(graphdef), arrays)
-    if isinstance(model, tuple) and len(model) == 2 and callable(model[0]):
+    if is_pair(model):
+        check_apply(model[0], caller, name)
         return Model(*model)
     if isinstance(model, linen.Module):
         raise TypeError(
@@ -89,11 +90,33 @@ def as_model(model: Any, caller: str, name: str = "model") -> Model:
     )
 
 
-def split_batch(batch: Any) -> tuple[Any, tuple[Any, ...]]:
+def is_pair(model: Any) -> bool:
+    """Whether a model is a pair `(apply, params)`."""
+    return isinstance(model, tuple) and len(model) == 2 and callable(model[0])
+
+
+def check_apply(apply: Any, caller: str, name: str) -> None:
+    """Raises TypeError if the function of a pair is a module."""
+    if isinstance(apply, linen.Module):
+        raise TypeError(
+            f"{caller}: the first part of the pair {name} is a linen module. Pass its "
+            "function: (module.apply, variables)."
+        )
+
+
+def split_batch(batch: Any, caller: str) -> tuple[Any, tuple[Any, ...]]:
     """Splits a batch into the inputs of the models and the other arguments of the loss.
 
     A tuple or list is `(inputs, *rest)`. Anything else is the inputs.
+
+    Raises:
+      ValueError: the batch is an empty tuple or list.
     """
     if isinstance(batch, tuple | list):
+        if not batch:
+            raise ValueError(
+                f"{caller}: a batch is an empty {type(batch).__name__}. Pass the "
+                "inputs, or a tuple (inputs, *rest)."
+            )
         return batch[0], tuple(batch[1:])
     return batch, ()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.distillation._generate import generate, response_mask
-from jaxq.distillation._progress import with_progress
+from jaxq.distillation._arguments import whole_number
+from jaxq.distillation._generate import (
+    checked_temperature,
+    generate,
+    response_mask,
+)
+from jaxq.progress import with_progress
+
+_LONE_SURROGATE = (
+    "has a lone surrogate, half of a character, which UTF-8 does not have. Remove it "
+    'with text.encode("utf-8", "replace").decode().'
+)
 
 
 def responder(
@@ -48,6 +58,11 @@ def responder(
     Returns:
       `respond(prompts, key=None)`. It maps a list of strings to a list of strings.
 
+    Raises:
+      TypeError: `num_tokens` is not an integer, or the temperature is not one number.
+      ValueError: `num_tokens` is below 1; the temperature is negative or not finite.
+        `respond` raises ValueError if a prompt has no token or a key is missing.
+
     Example:
       >>> import jax.numpy as jnp, jaxq
       >>> class Letters:
@@ -62,7 +77,12 @@ def responder(
       ['def', 'yza']
     """
 
+    num_tokens = whole_number(num_tokens, "num_tokens", "responder")
+    temperature = checked_temperature(temperature, "responder")
+
     def respond(prompts: Sequence[str], key: jax.Array | None = None) -> list[str]:
+        if not prompts:
+            return []
         encoded = [_encode(tokenizer, prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, encoded, strict=True):
             if not ids:
@@ -131,10 +151,12 @@ def write_responses(
       this run that were not written), "resumed" (lines of earlier runs).
 
     Raises:
-      TypeError: `prompts` is a single string, or a prompt is not a string.
+      TypeError: `prompts` is a single string, or a prompt is not a string; `respond`
+        returned no list, or something that JSON does not have.
       FileNotFoundError: the folder does not exist.
       ValueError: the file was written for other prompts, or is damaged before its last
-        line; `respond` returned another number of responses, or a NaN.
+        line; `respond` returned another number of responses, or a NaN; a prompt or a
+        response has a lone surrogate, which UTF-8 does not have.
 
     Example:
       >>> import pathlib, tempfile, jaxq
@@ -151,8 +173,7 @@ def write_responses(
     """
     caller = "write_responses"
     prompts = _checked_prompts(prompts, caller)
-    if batch_size < 1:
-        raise ValueError(f"{caller}: batch_size is {batch_size}; it must be positive.")
+    batch_size = whole_number(batch_size, "batch_size", caller)
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(
@@ -281,10 +302,16 @@ def _answer(
     batch = prompts[start : start + batch_size]
     keys = () if key is None else (jax.random.fold_in(key, number),)
     responses = respond(batch, *keys)
-    if isinstance(responses, str) or len(responses) != len(batch):
+    expected = "It must return a list with one response for each prompt."
+    if not _is_list(responses):
+        raise TypeError(
+            f"{caller}: respond returned {_kind(responses)} for {len(batch)} prompts. "
+            f"{expected}"
+        )
+    if len(responses) != len(batch):
         raise ValueError(
-            f"{caller}: respond returned {_size(responses)} for {len(batch)} prompts. "
-            "It must return a list with one response for each prompt."
+            f"{caller}: respond returned {len(responses)} responses for {len(batch)} "
+            f"prompts. {expected}"
         )
     return [
         {"index": start + i, "prompt": prompt, "response": response}
@@ -292,10 +319,21 @@ def _answer(
     ]
 
 
-def _size(responses: Any) -> str:
+def _is_list(responses: Any) -> bool:
+    """Whether this is a list, a tuple or an array of responses."""
+    if isinstance(responses, jax.Array | np.ndarray):
+        return responses.ndim > 0
+    return hasattr(responses, "__len__") and not isinstance(
+        responses, str | bytes | Mapping | Set
+    )
+
+
+def _kind(responses: Any) -> str:
+    if responses is None:
+        return "None"
     if isinstance(responses, str):
         return "one string"
-    return f"{len(responses)} responses"
+    return f"a {type(responses).__name__}"
 
 
 def _line(record: dict[str, Any], caller: str) -> str:
@@ -304,6 +342,12 @@ def _line(record: dict[str, Any], caller: str) -> str:
         text = json.dumps(
             record, ensure_ascii=False, allow_nan=False, default=_plain_value
         )
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{caller}: the response to prompt {record['index']} cannot be written: "
+            f"it {_LONE_SURROGATE}"
+        ) from error
     except ValueError as error:
         raise ValueError(
             f"{caller}: the response to prompt {record['index']} cannot be written: "
@@ -381,6 +425,10 @@ def _checked_prompts(prompts: Iterable[str], caller: str) -> list[str]:
                 f"{caller}: prompt {number} is a {type(prompt).__name__}; expected a "
                 "string."
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{caller}: prompt {number} {_LONE_SURROGATE}") from error
     return prompts
 
 

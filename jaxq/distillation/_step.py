@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.core import FrozenDict, freeze, unfreeze
 
-from jaxq.distillation._model import Model, as_model, split_batch
-from jaxq.qtensor import combine, partition
+from jaxq.distillation._model import (
+    Model,
+    as_model,
+    check_apply,
+    is_pair,
+    split_batch,
+)
+from jaxq.qtensor import combine, is_traced, partition
 
 
 class StepState(NamedTuple):
@@ -82,7 +90,12 @@ class Step:
 
         Returns:
           The new state, and the loss before the step.
+
+        Raises:
+          ValueError: the state was used for an earlier step; the batch is an empty
+            tuple.
         """
+        _check_alive(state)
         return self._compiled(state, self._teacher_arrays, batch)
 
     def student(self, state: StepState) -> Any:
@@ -91,14 +104,18 @@ class Step:
         Returns:
           A new nnx module, or new parameters if the student is a pair. The arrays are
           copies, so later steps do not change them.
+
+        Raises:
+          ValueError: the state was used for an earlier step.
         """
+        _check_alive(state)
         arrays = _copies((state.params, state.variables))
         return self._student.restored(*arrays)
 
     def _update(
         self, state: StepState, teacher_arrays: Any, batch: Any
     ) -> tuple[StepState, jax.Array]:
-        inputs, rest = split_batch(batch)
+        inputs, rest = split_batch(batch, "make_step")
         if self._teacher_function is not None:
             targets = self._teacher_function(teacher_arrays, inputs)
             rest = (jax.lax.stop_gradient(targets), *rest)
@@ -132,7 +149,13 @@ def make_step(
 
     Args:
       student: an nnx module or a pair `(apply, params)`. A module keeps its mode. Call
-        `student.train()` before, to turn dropout on.
+        `student.train()` before, to turn dropout on. A linen module is the pair
+        `(module.apply, variables)`. If `variables` has other collections beside
+        "params", such as "batch_stats" or "quant_stats", only "params" is trained. The
+        others are updated, because `apply` is called as
+        `apply(variables, inputs, mutable=names)` with their names. It must return
+        `(outputs, changed collections)`, as `module.apply` does. Pass
+        `functools.partial(module.apply, train=True)` for more arguments.
       teacher: an nnx module, which is called in eval mode; a pair `(apply, params)`; or
         a function of the inputs that jax can trace. None if the batches contain the
         teacher's outputs, as those of `LogitsCache.batches` do. The loss is then called
@@ -140,14 +163,16 @@ def make_step(
       tx: optax transformation.
       loss: returns a scalar.
       wrt: a filter, as in `nnx.Optimizer`, for the variables of an nnx student that are
-        trained. In a pair, all float arrays are trained (`jaxq.partition`).
+        trained. In a pair, all float arrays of `params`, or of the collection "params",
+        are trained (`jaxq.partition`).
 
     Returns:
       The step. `step.init()` is the first state, `step(state, batch)` returns
       `(state, loss)`, and `step.student(state)` is the trained student.
 
     Raises:
-      TypeError: a model is of another kind.
+      TypeError: a model is of another kind, or the `apply` of linen variables does not
+        take `mutable`.
       ValueError: the student has nothing to train.
 
     Example:
@@ -189,8 +214,11 @@ def _copies(tree: Any) -> Any:
 def _as_student(student: Any, wrt: Any) -> Student:
     if isinstance(student, nnx.Module):
         return _nnx_student(student, wrt)
-    if isinstance(student, tuple) and len(student) == 2 and callable(student[0]):
+    if is_pair(student):
         apply, arrays = student
+        check_apply(apply, "make_step", "student")
+        if isinstance(arrays, Mapping) and "params" in arrays and len(arrays) > 1:
+            return _linen_student(apply, arrays)
         params, variables = partition(arrays)
 
         def call(params: Any, variables: Any, inputs: Any) -> tuple[Any, Any]:
@@ -201,6 +229,66 @@ def _as_student(student: Any, wrt: Any) -> Student:
         f"make_step: student is a {type(student).__name__}; expected an nnx module or "
         "a pair (apply, params)."
     )
+
+
+def _linen_student(apply: Callable[..., Any], arrays: Mapping[str, Any]) -> Student:
+    """The student of linen variables with other collections beside "params"."""
+    is_frozen = isinstance(arrays, FrozenDict)
+    # The collections that `apply` returns must have the types of those in the state.
+    collections = unfreeze(dict(arrays))
+    names = sorted(collections.keys() - {"params"})
+    if not _takes_mutable(apply):
+        raise _not_linen(names, "It does not take mutable=.")
+    params, rest = partition(collections["params"])
+
+    def joined(params: Any, variables: Any) -> dict[str, Any]:
+        return variables | {"params": combine(params, variables["params"])}
+
+    def call(params: Any, variables: Any, inputs: Any) -> tuple[Any, Any]:
+        result = apply(joined(params, variables), inputs, mutable=names)
+        is_result = isinstance(result, tuple) and len(result) == 2
+        if not is_result or not isinstance(result[1], Mapping):
+            raise _not_linen(names, f"It returned a {type(result).__name__}.")
+        outputs, changed = result
+        return outputs, variables | unfreeze(dict(changed))
+
+    def restored(params: Any, variables: Any) -> Any:
+        whole = joined(params, variables)
+        return freeze(whole) if is_frozen else whole
+
+    return Student(call, restored, params, collections | {"params": rest})
+
+
+def _takes_mutable(apply: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(apply).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return True
+    takes_all = (p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "mutable" in parameters or any(takes_all)
+
+
+def _not_linen(names: list[str], reason: str) -> TypeError:
+    listed = ", ".join(names)
+    return TypeError(
+        f"make_step: the student's variables have {listed} beside 'params', as those "
+        "of a linen module. So only 'params' is trained, and apply(variables, inputs, "
+        f"mutable={names}) must return (outputs, changed collections). {reason} Pass "
+        "(module.apply, variables), or functools.partial(module.apply, ...) with more "
+        "arguments. If these are not linen variables, rename 'params'."
+    )
+
+
+def _check_alive(state: StepState) -> None:
+    """Raises ValueError if an array of the state was donated to an earlier step."""
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.is_deleted():
+            raise ValueError(
+                "make_step: this state was used for an earlier step, which reused its "
+                "memory. Continue with the state that the step returned: "
+                "state, loss = step(state, batch). To keep an old state, copy it "
+                "before the step: jax.tree.map(jnp.copy, state)."
+            )
 
 
 def _nnx_student(student: nnx.Module, wrt: Any) -> Student:

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq.distillation._arguments import is_positive, number, whole_number
 from jaxq.distillation._rows import described
+from jaxq.qtensor import is_traced
 
 
 @functools.partial(
@@ -53,15 +55,36 @@ class TopK:
         """Keeps the k most probable classes of each row.
 
         Args:
-          logits: [*rows, vocab_size].
+          logits: float [*rows, vocab_size].
           k: from 1 to vocab_size.
-          temperature: a positive Python number. It must be the temperature of the loss.
+          temperature: positive and finite. It must be the temperature of the loss. It
+            cannot be traced.
+
+        Returns:
+          The k classes of each row, float32. The log-probabilities of a row with a NaN
+          are NaN.
 
         Raises:
+          TypeError: the logits are not floats, k is not an integer, or the temperature
+            is not one number.
           ValueError: k or the temperature is out of range.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxq
+          >>> student, logits = jnp.zeros((2, 3, 8)), jnp.ones((2, 3, 8))
+          >>> top = jaxq.distillation.TopK.from_logits(logits, 4, temperature=1.0)
+          >>> top.indices.shape, top.log_tail.shape
+          ((2, 3, 4), (2, 3))
+          >>> float(jaxq.distillation.kd_loss(student, top, temperature=1.0))
+          0.0
         """
         logits = jnp.asarray(logits)
-        check_top_k(k, temperature, "TopK.from_logits")
+        if not jnp.issubdtype(logits.dtype, jnp.floating) or logits.ndim == 0:
+            raise TypeError(
+                f"TopK.from_logits: logits is {described(logits)}; expected float "
+                "logits [..., vocab_size]."
+            )
+        k, temperature = checked_top_k(k, temperature, "TopK.from_logits")
         vocab_size = logits.shape[-1]
         if k > vocab_size:
             raise ValueError(
@@ -75,7 +98,7 @@ class TopK:
             top_log_probs,
             _log_tail(log_probs, indices),
             vocab_size,
-            float(temperature),
+            temperature,
         )
 
     @property
@@ -101,15 +124,28 @@ class TopK:
         return _with_tail(kept, _log_tail(log_probs, self.indices))
 
 
-def check_top_k(k: int, temperature: float, caller: str) -> None:
-    """Raises ValueError if k or the temperature of a `TopK` is out of range."""
-    if k < 1:
-        raise ValueError(f"{caller}: k is {k}; it must be at least 1.")
-    if not temperature > 0:
-        raise ValueError(
-            f"{caller}: temperature is {temperature}; it must be positive. Use 1.0 for "
-            "the teacher's own probabilities."
+def checked_top_k(k: Any, temperature: Any, caller: str) -> tuple[int, float]:
+    """k and the temperature of a `TopK` as Python numbers.
+
+    Raises:
+      TypeError: one of them is traced, or k is not an integer, or the temperature is
+        not one number.
+      ValueError: one of them is out of range.
+    """
+    if is_traced(temperature):
+        raise TypeError(
+            f"{caller}: temperature is traced. It must be known before jit, because "
+            "the tail at another temperature is not known. Pass a Python number."
         )
+    k = whole_number(k, "k", caller)
+    temperature = number(
+        temperature,
+        "temperature",
+        caller,
+        is_positive,
+        "it must be positive and finite. Use 1.0 for the teacher's own probabilities.",
+    )
+    return k, float(temperature)
 
 
 def _log_tail(log_probs: jax.Array, indices: jax.Array) -> jax.Array:

@@ -17,15 +17,10 @@ import numpy as np
 from flax import nnx
 
 from jaxq import metrics
-from jaxq.nn.calibration import (
-    Batch,
-    as_batches,
-    eval_copy,
-    run_model,
-    with_progress,
-)
+from jaxq.nn.calibration import Batch, as_batches, eval_copy, run_model
 from jaxq.nn.layers import weight_axes
 from jaxq.nn.transform._nnx_layers import find_layers
+from jaxq.progress import with_progress
 from jaxq.qtensor import QuantSpec, as_spec, dequantize, quantize
 from jaxq.recipes import Recipe, Rule, as_recipe
 

@@ -23,6 +23,7 @@ from jaxq.qtensor._inputs import (
     FLOATS,
     ON_NONFINITE,
     check_floats,
+    is_traced,
     raise_if_not_finite,
 )
 from jaxq.qtensor._layout import relayout
@@ -48,8 +49,9 @@ from jaxq.qtensor._trained_weight import (
 # listed: FLOATS, LEAVES, ON_NONFINITE, QUANTIZED, RANGE_GRADIENTS, TRAINED_LEAVES,
 # ErrorContext, Meta, RangeGradient, ScaleRule, as_activation_spec, as_spec, as_static,
 # check_floats, check_leaves, decode_blocks, describe, inside_range, is_nnx_module,
-# is_nnx_state, is_nnx_variable, is_qtensor, is_quantized, leaf_dtypes, quantize_array,
-# raise_if_not_finite, range_options, register_matmul, resolve and with_margin.
+# is_nnx_state, is_nnx_variable, is_qtensor, is_quantized, is_traced, leaf_dtypes,
+# quantize_array, raise_if_not_finite, range_options, register_matmul, resolve and
+# with_margin.
 __all__ = [
     "Geometry",
     "Granularity",

@@ -9,6 +9,8 @@ from jaxq.distillation import attention_loss, feature_loss, kd_loss, projection
 from tests.arrays import assert_close, normal
 
 STUDENT, TEACHER = normal(2, 3, 4, seed=1), normal(2, 3, 6, seed=2)
+MAPS = normal(2, 2, 3, 3, seed=3)
+WEIGHTS = jnp.array([[1.0, 2.0, 0.0], [0.5, 0.0, 0.0]])
 MASK = jnp.array([[True, True, False], [True, False, False]])
 
 
@@ -80,6 +82,42 @@ def test_attention_maps_of_the_real_tokens():
     assert not np.any(np.asarray(gradient))
 
 
+def test_numbers_of_a_mask_are_weights():
+    x, y, weights = np.float64(STUDENT), np.float64(TEACHER[..., :4]), WEIGHTS
+    value = feature_loss(STUDENT, TEACHER[..., :4], mask=weights)
+    expected = np.average(((x - y) ** 2).mean(-1), weights=np.asarray(weights))
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    # A pair of query and key has the product of their weights.
+    other = normal(2, 2, 3, 3, seed=4)
+    pairs = np.einsum("bq,bk->bqk", *[np.asarray(weights, np.float64)] * 2)
+    errors = ((np.float64(MAPS) - np.float64(other)) ** 2).mean(1)
+    expected = np.average(errors, weights=pairs)
+    maps = jnp.where(pairs[:, None] > 0, MAPS, jnp.nan)
+    value, gradient = jax.value_and_grad(attention_loss)(maps, other, mask=weights)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert np.isfinite(np.asarray(gradient)).all()
+
+
+@pytest.mark.parametrize("loss", [feature_loss, attention_loss])
+def test_nan_and_bad_masks_under_jit(loss):
+    arrays = (STUDENT, STUDENT + 1) if loss is feature_loss else (MAPS, MAPS + 1)
+    compiled = jax.jit(loss)
+    assert float(compiled(*arrays, mask=WEIGHTS)) == pytest.approx(1, rel=1e-6)
+    assert np.isnan(compiled(*arrays, mask=WEIGHTS.at[1, 1].set(-1)))
+    assert np.isnan(compiled(arrays[0].at[0].set(jnp.nan), arrays[1], mask=WEIGHTS))
+    assert float(loss(arrays[0][:0], arrays[1][:0])) == 0
+
+
+def test_with_x64():
+    expected = attention_loss(MAPS, MAPS + 1, normal(2, 2), mask=MASK)
+    with jax.enable_x64(True):
+        matrix = projection(jax.random.key(0), 4, 6)
+        value = feature_loss(STUDENT, TEACHER, matrix, mask=MASK, distance="cosine")
+        assert matrix.dtype == value.dtype == jnp.float32
+        value = attention_loss(MAPS, MAPS + 1, normal(2, 2), mask=MASK)
+        assert float(value) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_attention_scores_of_keys_that_are_not_read():
     causal = jnp.tril(jnp.ones((3, 3), bool))[None, None]
     scores = [jnp.where(causal, normal(1, 2, 3, 3, seed=i), -jnp.inf) for i in (1, 2)]
@@ -99,6 +137,21 @@ def test_attention_scores_of_keys_that_are_not_read():
         (lambda: feature_loss(STUDENT, TEACHER, jnp.ones((6, 4))), "expected [4, 6]"),
         (lambda: feature_loss(STUDENT, STUDENT, distance="l1"), "'mse' or 'cosine'"),
         (lambda: feature_loss(STUDENT, STUDENT, mask=MASK[0]), "mask is bool[3]"),
+        (
+            lambda: feature_loss(STUDENT, STUDENT, mask=WEIGHTS.at[1, 1].set(-1)),
+            "feature_loss: mask[1, 1] is -1.0; the weight of a row must be",
+        ),
+        (lambda: feature_loss(jnp.float32(1), TEACHER), "no feature"),
+        (lambda: feature_loss(STUDENT[..., :0], STUDENT[..., :0]), "no feature"),
+        (
+            lambda: attention_loss(MAPS, MAPS, mask=WEIGHTS.at[0, 2].set(jnp.nan)),
+            "attention_loss: mask[0, 2] is nan",
+        ),
+        (
+            lambda: attention_loss(MAPS, MAPS, jnp.ones((3, 2)), mask=MASK),
+            "attention_loss: projection is float32[3,2]",
+        ),
+        (lambda: projection(jax.random.key(0), 0, 4), "projection: d_s is 0"),
         (lambda: attention_loss(STUDENT, STUDENT), "expected [b, heads, q, k]"),
         (
             lambda: attention_loss(normal(1, 2, 3, 3), normal(1, 4, 3, 3)),

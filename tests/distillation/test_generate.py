@@ -183,6 +183,8 @@ def test_inside_jit():
         ({"tokens": np.zeros((1, 2), np.float32)}, "tokens is float32[1,2]"),
         ({"num_tokens": 0}, "num_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": np.inf, "key": jax.random.key(0)}, "temperature is inf"),
+        ({"temperature": np.nan}, "temperature is nan"),
         ({"temperature": 1.0}, "pass key=jax.random.key(0)"),
         ({"lengths": [4, 2]}, "lengths is int32[2]; expected int32[3]"),
         ({"lengths": [4, 0, 1]}, "each must be from 1 to 4"),
@@ -202,11 +204,51 @@ def test_bad_values(change, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_tokens": 2.0}, "num_tokens is 2.0; expected an integer"),
+        ({"temperature": "a"}, "temperature is 'a'; expected one number"),
+        ({"stop_token": 1.5}, "stop_token is 1.5; expected an integer"),
+        ({"pad_token": None}, "pad_token is None; expected an integer"),
+    ],
+)
+def test_numbers_of_other_types(change, message):
+    with pytest.raises(TypeError) as error:
+        generate(**{"model": llama(), "tokens": PROMPTS, "num_tokens": 2} | change)
+    assert str(error.value) == f"generate: {message}."
+
+
+@pytest.mark.parametrize("make_model", [llama, lambda: (mean_logits, params())])
+def test_with_x64(make_model):
+    options = {"lengths": LENGTHS, "stop_token": 2, "key": jax.random.key(3)}
+    expected = generate(make_model(), PROMPTS, 4, **options)
+    with jax.enable_x64(True):
+        actual = generate(make_model(), PROMPTS.astype(np.int64), 4, **options)
+        sampled, mask = generate(make_model(), PROMPTS, 4, temperature=1.5, **options)
+        assert actual[0].dtype == sampled.dtype == jnp.int32
+        lengths = jnp.asarray(LENGTHS + 4)
+        again = response_mask(sampled, LENGTHS, lengths=lengths, stop_token=2)
+        np.testing.assert_array_equal(again, mask)
+    for array, wanted in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(array, wanted)
+
+
+def test_lengths_that_jit_closes_over():
+    compiled = jax.jit(
+        lambda params: generate((mean_logits, params), PROMPTS, 3, lengths=LENGTHS)
+    )
+    expected = generate((mean_logits, params()), PROMPTS, 3, lengths=LENGTHS)
+    np.testing.assert_array_equal(compiled(params())[0], expected[0])
+
+
 def test_models_of_another_kind():
     from flax import linen
 
     with pytest.raises(TypeError, match=r"Pass the pair \(module.apply, variables\)"):
         generate(linen.Dense(3), PROMPTS, 2)
+    with pytest.raises(TypeError, match=r"pair model is a linen module.*module.apply"):
+        generate((linen.Dense(3), {}), PROMPTS, 2)
     with pytest.raises(TypeError, match="model is a Letters; expected an nnx module"):
         generate(Letters(), PROMPTS, 2)
 

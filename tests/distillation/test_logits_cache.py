@@ -2,9 +2,11 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxq.distillation import LogitsCache, TopK, kd_loss
 from tests.arrays import assert_close, assert_same
@@ -94,8 +96,8 @@ def test_a_stopped_run_continues(tmp_path):
     (tmp_path / "cache" / "00000002.safetensors.partial").write_bytes(b"half")
     teacher = Teacher()
     continued = write(tmp_path / "cache", teacher)
-    # The first batch shows that the teacher is the same.
-    assert teacher.calls == 3
+    # The two stored batches show that the teacher is the same.
+    assert teacher.calls == 4
     whole = write(tmp_path / "whole")
     for i in range(4):
         assert_same(continued[i], whole[i])
@@ -132,11 +134,17 @@ def other_tokens():
         ({"teacher": Teacher(seed=5)}, "was written by another teacher"),
         (
             {"teacher": lambda x: Teacher()(x)[:, :2]},
-            "was written by another teacher: its first batch has log_probs",
+            "of 16 classes, now the logits are float32[2,2,16]",
+        ),
+        (
+            {"teacher": lambda x: jnp.pad(Teacher()(x), ((0, 0), (0, 0), (0, 4)))},
+            "by another teacher: batch 0 has rows [2, 5] of 16 classes",
         ),
         ({"batches": []}, "there is no batch"),
         ({"k": 0}, "k is 0"),
         ({"temperature": 0}, "temperature is 0"),
+        ({"temperature": np.inf}, "LogitsCache.write: temperature is inf"),
+        ({"batches": [()]}, "LogitsCache.write: a batch is an empty tuple"),
         ({"dtype": "int8"}, "expected 'float32' or 'float16'"),
     ],
 )
@@ -148,6 +156,107 @@ def test_a_cache_is_not_reused_for_something_else(tmp_path, change, message):
     assert message in str(error.value)
     after = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
     assert before == after
+
+
+def test_numbers_of_other_types(tmp_path):
+    for change, message in (
+        ({"k": 4.0}, "k is 4.0; expected an integer"),
+        ({"k": None}, "k is None"),
+        ({"temperature": "a"}, "temperature is 'a'; expected one number"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            write(tmp_path / "cache", **change)
+    assert not (tmp_path / "cache").exists()
+    cache = write(tmp_path / "cache", k=np.int64(3), temperature=np.float32(2))
+    assert (cache.k, cache.temperature) == (3, 2.0)
+
+
+def changed_everywhere(tokens):
+    return Teacher()(tokens) * (1 + 2e-3)
+
+
+def changed_in_the_last_batch(tokens):
+    is_last = (tokens == BATCHES[3]).all()
+    return Teacher()(tokens) * jnp.where(is_last, 1 + 2e-3, 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (Teacher(), changed_everywhere, "of a row of batch 0 differ by"),
+        (Teacher(), changed_in_the_last_batch, "of a row of batch 3 differ by"),
+        ((mean_logits, params()), changed_everywhere, "batch 0 differ by"),
+        (
+            (mean_logits, params()),
+            (lambda params, x: 2 * mean_logits(params, x), params()),
+            "batch 0 differ by",
+        ),
+        (
+            (mean_logits, params()),
+            (mean_logits, params() | {"head": params()["head"].at[3, 3].add(1e-6)}),
+            "its arrays have another digest",
+        ),
+        (
+            (mean_logits, params()),
+            (mean_logits, params() | {"head": params()["head"].astype(jnp.bfloat16)}),
+            "its arrays have another digest",
+        ),
+        (MeanModel(0), MeanModel(1), "its arrays have another digest"),
+    ],
+)
+def test_a_teacher_that_differs_a_little(tmp_path, first, second, message):
+    write(tmp_path / "cache", first)
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    with pytest.raises(ValueError, match=f"by another teacher: .*{message}"):
+        write(tmp_path / "cache", second)
+    after = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    assert before == after
+
+
+def test_the_same_teacher_compiled_again(tmp_path):
+    teacher = Teacher()
+    write(tmp_path / "cache", teacher)
+    write(tmp_path / "cache", jax.jit(lambda x: mean_logits(teacher.params, x)))
+    # A pair and a function may be the same teacher.
+    write(tmp_path / "cache", (mean_logits, teacher.params))
+
+    class WithDropout(MeanModel):
+        def __init__(self):
+            super().__init__(0)
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    model = WithDropout()
+    write(tmp_path / "module", model)
+    model.dropout(jnp.ones(3))  # counts the random numbers
+    write(tmp_path / "module", model)
+
+    def half(tokens):
+        return Teacher()(tokens).astype(jnp.bfloat16)
+
+    # The logits that bfloat16 rounds to a neighbour are the noise of bfloat16.
+    write(tmp_path / "half", half, dtype="float16")
+    write(
+        tmp_path / "half", lambda x: half(x) * jnp.bfloat16(1 + 2**-7), dtype="float16"
+    )
+
+
+def test_a_deleted_batch_of_another_vocabulary(tmp_path):
+    write(tmp_path / "cache")
+    (tmp_path / "cache" / "00000000.safetensors").unlink()
+    with pytest.raises(ValueError, match="by another teacher: it has 16 classes"):
+        write(tmp_path / "cache", lambda x: Teacher()(x)[..., :9])
+    assert_same(write(tmp_path / "cache")[0], write(tmp_path / "whole")[0])
+
+
+def test_with_x64(tmp_path):
+    with jax.enable_x64(True):
+        cache = write(tmp_path / "cache")
+        (tokens, top), *_ = write(tmp_path / "cache").batches(BATCHES)
+        assert top.log_probs.dtype == jnp.float32
+        loss = kd_loss(Teacher()(tokens), top)
+        assert loss.dtype == jnp.float32
+        assert abs(float(loss)) < 1e-6
+    assert_same(cache[0], write(tmp_path / "cache")[0])
 
 
 def test_reading_with_other_data(tmp_path):
@@ -184,6 +293,8 @@ def test_damaged_and_foreign_files(tmp_path):
     shard.unlink()
     assert_same(write(tmp_path / "cache")[1], write(tmp_path / "whole")[1])
 
+    with pytest.raises(ValueError, match="LogitsCache.batches: a batch is an empty"):
+        list(cache.batches([()]))
     manifest = tmp_path / "cache" / "manifest.json"
     manifest.write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="is not the manifest of a cache"):

@@ -15,6 +15,7 @@ STUDENT = 3 * normal(*ROWS, CLASSES, seed=1)
 TEACHER = 3 * normal(*ROWS, CLASSES, seed=2)
 LABELS = jnp.array([[0, 6, 2], [3, 3, 1]])
 MASK = jnp.array([[True, True, False], [True, False, True]])
+BAD_MASK = jnp.array([[1.0, 1, -1], [1, 1, 1]])
 DIVERGENCES = ["forward", "reverse", "jsd"]
 
 
@@ -52,6 +53,11 @@ def kd64(student, teacher, labels, temperature, alpha, weights, name, beta):
         (LABELS, MASK, 2.0, 0.7, 0.5),
         (None, None, 1.0, 0.5, 0.1),
         (LABELS, jnp.array([[0.5, 2, 0], [1, 0, 3]]), 4.0, 0.25, 0.9),
+        (None, None, 0.5, 0.5, 0.5),
+        (None, MASK, 100.0, 0.5, 0.01),
+        (None, None, 1e4, 1.0, 0.5),
+        (None, None, 1e4, 1.0, 0.9),
+        (LABELS, MASK, 1e5, 1.0, 0.999),
     ],
 )
 def test_against_float64(name, labels, mask, temperature, alpha, beta):
@@ -119,28 +125,50 @@ def test_gradient_of_the_labels():
     assert_close(gradient, expected)
 
 
-def test_gradient_of_reverse_kl():
+def gradient64(log_p, log_q, temperature, name, beta):
+    """The gradient of `temperature^2 * divergence` with respect to the student."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    if name == "forward":
+        return temperature * (q - p)
+    # The other two are weighted KL(q || m). A class of m moves it by its own KL only.
+    weight, log_m = 1.0, log_p
+    if name == "jsd":
+        weight, log_m = 1 - beta, np.log(beta * p + (1 - beta) * q)
+    kl = kl64(log_q, log_m)[..., None]
+    return temperature * weight * q * (log_q - log_m - kl)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 100.0, 1e4])
+@pytest.mark.parametrize(
+    ("name", "beta"), [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.1), ("jsd", 0.9)]
+)
+def test_gradients_against_float64(name, beta, temperature):
     def loss(student):
         return kd_loss(
-            student, TEACHER, temperature=2.0, alpha=1.0, divergence="reverse"
+            student,
+            TEACHER,
+            temperature=temperature,
+            alpha=1.0,
+            divergence=name,
+            beta=beta,
         )
 
     log_q, log_p = (
-        scipy.special.log_softmax(np.float64(x) / 2, -1) for x in (STUDENT, TEACHER)
+        scipy.special.log_softmax(np.float64(x) / temperature, -1)
+        for x in (STUDENT, TEACHER)
     )
-    q, kl = np.exp(log_q), kl64(log_q, log_p)[..., None]
-    expected = 2 * q * (log_q - log_p - kl) / q[..., 0].size
+    expected = gradient64(log_p, log_q, temperature, name, beta) / LABELS.size
     assert_close(jax.grad(loss)(STUDENT), expected)
 
 
 def test_gradient_at_a_high_temperature_matches_logits():
     # Hinton et al., 2015, eq. 4: (z_s - z_t) / classes for centred logits.
     def loss(student):
-        return kd_loss(student, TEACHER, temperature=1e4, alpha=1.0)
+        return kd_loss(student, TEACHER, temperature=1e5, alpha=1.0)
 
     centred = [x - x.mean(-1, keepdims=True) for x in (STUDENT, TEACHER)]
     expected = (centred[0] - centred[1]) / CLASSES / LABELS.size
-    assert_close(jax.grad(loss)(STUDENT), expected, 5e-3)
+    assert_close(jax.grad(loss)(STUDENT), expected, 1e-4)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -149,7 +177,7 @@ def test_zero_for_equal_distributions_only(name):
         return kd_loss(student, TEACHER, alpha=1.0, divergence=name)
 
     shift = jnp.array([[[100.0], [-3.0], [0.5]]])
-    assert 0 <= float(loss(TEACHER)) < (1e-6 if name == "jsd" else 1e-30)
+    assert float(loss(TEACHER)) == 0
     value, gradient = jax.value_and_grad(loss)(TEACHER + shift)
     assert 0 <= float(value) < 1e-5
     assert float(jnp.abs(gradient).max()) < 1e-5
@@ -231,10 +259,21 @@ def test_classes_that_both_exclude(name):
     assert_close(jnp.delete(gradient, 2, axis=-1), kept_gradient)
 
 
-def test_a_class_that_only_the_student_excludes_costs_infinity():
+def test_a_class_that_only_the_student_excludes():
     student = STUDENT.at[0, 0, 2].set(-jnp.inf)
     assert float(kd_loss(student, TEACHER)) == np.inf
-    assert np.isfinite(float(kd_loss(student, TEACHER, divergence="reverse")))
+    q, p = (
+        scipy.special.softmax(np.float64(x) / 2, axis=-1) for x in (student, TEACHER)
+    )
+    m = (p + q) / 2
+    jsd = (scipy.special.rel_entr(p, m) + scipy.special.rel_entr(q, m)) / 2
+    expected = {"reverse": scipy.special.rel_entr(q, p), "jsd": jsd}
+    for name, terms in expected.items():
+        value, gradient = jax.value_and_grad(kd_loss)(
+            student, TEACHER, alpha=1.0, divergence=name
+        )
+        assert float(value) == pytest.approx(4 * terms.sum(-1).mean(), rel=1e-5)
+        assert np.isfinite(np.asarray(gradient)).all()
 
 
 # Masks and NaN.
@@ -266,6 +305,16 @@ def test_a_mask_of_everything_gives_zero_loss_and_gradient(transform):
     assert not np.any(np.asarray(gradient))
 
 
+@pytest.mark.parametrize("mask", [None, jnp.zeros(0, bool)])
+def test_no_rows(mask):
+    student, teacher, labels = jnp.zeros((0, 5)), jnp.ones((0, 5)), jnp.zeros(0, int)
+    value, gradient = jax.value_and_grad(kd_loss)(student, teacher, labels, mask=mask)
+    assert float(value) == 0
+    assert gradient.shape == (0, 5)
+    tokens = jnp.zeros((2, 1), int)
+    assert float(response_loss(jnp.zeros((2, 1, 5)), tokens, tokens)) == 0
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_nan_in_a_row_that_counts_gives_nan(name):
     for student, teacher in (
@@ -287,8 +336,16 @@ def test_nan_in_a_row_that_counts_gives_nan(name):
         ({"temperature": 0.0}, "temperature is 0.0; it must be positive"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf; it must be positive and"),
         ({"alpha": 1.5}, "alpha is 1.5"),
         ({"mask": MASK[:, 1:]}, "mask is bool[2,2]; expected one number"),
+        (
+            {"mask": BAD_MASK},
+            "kd_loss: mask[0, 2] is -1.0; the weight of a row must be",
+        ),
+        ({"mask": BAD_MASK * jnp.nan}, "mask[0, 0] is nan"),
+        ({"mask": jnp.full(ROWS, jnp.inf)}, "mask[0, 0] is inf"),
+        ({"student_logits": STUDENT[..., :0]}, "student_logits is float32[2,3,0] and"),
         ({"divergence": "kl"}, "expected 'forward', 'reverse', 'jsd'"),
         ({"divergence": "jsd", "beta": 1.0}, "beta is 1.0"),
         ({"labels": LABELS[0]}, "labels is int32[3]; expected one label"),
@@ -303,6 +360,16 @@ def test_bad_values(change, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["temperature", "alpha", "beta"])
+def test_numbers_of_other_types(name):
+    for value in ("a", None, jnp.ones(3)):
+        with pytest.raises(TypeError, match=f"kd_loss: {name} is .*; expected one"):
+            kd_loss(STUDENT, TEACHER, **{name: value})
+    # A numpy or jax scalar is a number.
+    value = kd_loss(STUDENT, TEACHER, **{name: jnp.asarray(0.25)})
+    assert float(value) == float(kd_loss(STUDENT, TEACHER, **{name: np.float16(0.25)}))
+
+
 def test_bad_types():
     with pytest.raises(TypeError, match="student_logits is int32"):
         kd_loss(LABELS, TEACHER)
@@ -314,20 +381,54 @@ def test_schedules_are_traced_once():
     traces = []
 
     @jax.jit
-    def loss(student, labels, temperature, alpha):
+    def loss(labels, mask, **numbers):
         traces.append(1)
-        return kd_loss(student, TEACHER, labels, temperature=temperature, alpha=alpha)
+        return kd_loss(STUDENT, TEACHER, labels, mask=mask, divergence="jsd", **numbers)
 
-    for temperature, alpha in ((2.0, 0.7), (4.0, 0.1)):
+    numbers = {"temperature": 2.0, "alpha": 0.7, "beta": 0.25}
+    mask = jnp.ones(ROWS)
+    for change in ({}, {"temperature": 4.0, "alpha": 0.1}, {"beta": 0.9}):
         expected = kd_loss(
-            STUDENT, TEACHER, LABELS, temperature=temperature, alpha=alpha
+            STUDENT, TEACHER, LABELS, divergence="jsd", **(numbers | change)
         )
-        value = loss(STUDENT, LABELS, temperature, alpha)
-        assert float(value) == pytest.approx(float(expected), rel=1e-6)
+        value = loss(LABELS, mask, **(numbers | change))
+        assert float(value) == pytest.approx(float(expected), rel=1e-5)
     # Values that raise outside jit give NaN here.
-    assert np.isnan(float(loss(STUDENT, LABELS, 0.0, 0.5)))
-    assert np.isnan(float(loss(STUDENT, LABELS.at[0, 0].set(-100), 2.0, 0.5)))
+    for change in (
+        {"temperature": 0.0},
+        {"temperature": np.inf},
+        {"alpha": 1.5},
+        {"beta": 1.0},
+    ):
+        assert np.isnan(float(loss(LABELS, mask, **(numbers | change))))
+    assert np.isnan(float(loss(LABELS.at[0, 0].set(-100), mask, **numbers)))
+    assert np.isnan(float(loss(LABELS, BAD_MASK, **numbers)))
     assert len(traces) == 1
+
+
+def test_a_mask_that_jit_closes_over():
+    expected = kd_loss(STUDENT, TEACHER, LABELS, mask=MASK)
+    for mask in (MASK, MASK.astype(jnp.float32), np.asarray(MASK)):
+        loss = jax.jit(lambda x, mask=mask: kd_loss(x, TEACHER, LABELS, mask=mask))
+        assert float(loss(STUDENT)) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_with_x64():
+    tokens, mask = LABELS, MASK
+    losses = {
+        "kd": lambda: kd_loss(STUDENT, TEACHER, LABELS, mask=MASK, divergence="jsd"),
+        "response": lambda: response_loss(STUDENT, tokens, mask),
+    }
+    expected = {name: loss() for name, loss in losses.items()}
+    with jax.enable_x64(True):
+        for name, loss in losses.items():
+            value = loss()
+            assert value.dtype == jnp.float32
+            assert float(value) == pytest.approx(float(expected[name]), rel=1e-6)
+        wide = jnp.asarray(np.float64(STUDENT))
+        gradient = jax.grad(lambda x: kd_loss(x, TEACHER, np.asarray(LABELS)))(wide)
+        assert gradient.dtype == jnp.float64
+        assert_close(gradient, jax.grad(kd_loss)(STUDENT, TEACHER, LABELS))
 
 
 # response_loss.

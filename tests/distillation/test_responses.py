@@ -235,8 +235,23 @@ def test_bad_arguments(tmp_path):
         write_responses(path, PROMPTS, shout, batch_size=0)
     with pytest.raises(ValueError, match="respond returned 1 responses for 7 prompts"):
         write_responses(path, PROMPTS, lambda prompts: prompts[:1])
-    with pytest.raises(ValueError, match="respond returned one string for 3 prompts"):
-        write_responses(path, PROMPTS[:3], lambda prompts: "abc")
+    for responses, shown in (
+        ("abc", "one string"),
+        (None, "None"),
+        (iter("abc"), "a str_ascii_iterator"),
+        ({"a": 1, "b": 2, "c": 3}, "a dict"),
+        (np.float32(1), "a float32"),
+    ):
+        with pytest.raises(TypeError, match=f"respond returned {shown} for 3 prompts"):
+            write_responses(path, PROMPTS[:3], lambda prompts, r=responses: r)
+    with pytest.raises(TypeError, match="batch_size is 2.5; expected an integer"):
+        write_responses(path, PROMPTS, shout, batch_size=2.5)
+    with pytest.raises(ValueError, match="prompt 1 has a lone surrogate"):
+        write_responses(path, ["a", "b\ud800"], shout)
+    with pytest.raises(
+        ValueError, match="to prompt 0 cannot be written: it has a lone"
+    ):
+        write_responses(path, PROMPTS, lambda prompts: [{"text": "b\ud800"}] * 7)
     with pytest.raises(ValueError, match="response to prompt 0 cannot be written"):
         write_responses(path, PROMPTS, lambda prompts: [float("nan")] * 7)
     with pytest.raises(TypeError, match="a response has a set"):
@@ -246,6 +261,26 @@ def test_bad_arguments(tmp_path):
     assert path.read_bytes() == b""
     with pytest.raises(ValueError, match="has no record"):
         read_responses(path, Letters())
+
+
+def test_bad_arguments_of_responder():
+    for options, error, message in (
+        ({"num_tokens": 0}, ValueError, "responder: num_tokens is 0"),
+        ({"num_tokens": 2.0}, TypeError, "responder: num_tokens is 2.0"),
+        ({"temperature": -1}, ValueError, "responder: temperature is -1"),
+        ({"temperature": np.inf}, ValueError, "responder: temperature is inf"),
+        ({"temperature": "a"}, TypeError, "responder: temperature is 'a'"),
+    ):
+        with pytest.raises(error, match=message):
+            responder(MeanModel(), Letters(), **{"num_tokens": 2} | options)
+    assert responder(MeanModel(), Letters(), num_tokens=2)([]) == []
+
+
+def test_responder_with_x64():
+    respond = responder(MeanModel(), Letters(), num_tokens=3)
+    expected = respond(PROMPTS)
+    with jax.enable_x64(True):
+        assert respond(PROMPTS) == expected
 
 
 def test_progress_goes_to_stderr(tmp_path, capsys):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
+from flax.core import freeze, unfreeze
 
 import jaxq
 from jaxq.distillation import (
@@ -164,6 +165,131 @@ def test_running_averages_and_random_keys():
     assert not np.any(np.asarray(teacher.norm.mean[...]))
 
 
+class LinenClassifier(linen.Module):
+    """Batch norm in front of a linear head."""
+
+    @linen.compact
+    def __call__(self, x, train=True):
+        x = linen.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return linen.Dense(5)(x)
+
+
+@pytest.mark.parametrize("box", [dict, freeze])
+def test_only_the_params_of_linen_variables_are_trained(box):
+    module, x = LinenClassifier(), 2 + normal(32, 8)
+    variables = box(module.init(jax.random.key(0), x))
+    evaluate = functools.partial(module.apply, train=False)
+    teacher = (evaluate, module.init(jax.random.key(1), x))
+    traces = []
+
+    def loss(student, teacher):
+        traces.append(1)
+        return kd_loss(student, teacher)
+
+    # Adam with momentum would move running averages even where their gradient is 0.
+    tx = optax.adam(1e-2)
+    step = make_step((module.apply, variables), teacher, tx, loss)
+    state, _ = run(step, step.init(), [x] * 3)
+    assert len(traces) == 1
+    trained = step.student(state)
+    assert type(trained) is type(variables)
+    assert jax.tree.structure(trained) == jax.tree.structure(variables)
+
+    params, stats = variables["params"], variables["batch_stats"]
+    opt_state = tx.init(params)
+    for _ in range(3):
+
+        def objective(params, stats=stats):
+            outputs, changed = module.apply(
+                {"params": params, "batch_stats": stats}, x, mutable=["batch_stats"]
+            )
+            return kd_loss(outputs, teacher[0](teacher[1], x)), changed["batch_stats"]
+
+        grads, stats = jax.grad(objective, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    assert_close(unfreeze(trained)["batch_stats"], unfreeze(stats), 1e-5)
+    assert_close(unfreeze(trained)["params"], unfreeze(params), 1e-5)
+    # Batch norm keeps 0.9 of its average, which began at 0.
+    mean = trained["batch_stats"]["BatchNorm_0"]["mean"]
+    assert_close(mean, (1 - 0.9**3) * np.asarray(x).mean(0), 1e-4)
+    # The teacher reads its own averages.
+    assert not np.any(teacher[1]["batch_stats"]["BatchNorm_0"]["mean"])
+
+
+def test_moving_ranges_of_a_prepared_linen_student():
+    module, x = linen.Dense(8), normal(4, 64)
+    floats = module.init(jax.random.key(0), x)
+    recipe = jaxq.Recipe([jaxq.Rule("**", weight="int8", activation="int8")])
+    ranges = jaxq.training.ema(0.5)
+    prepared, variables = jaxq.training.linen.prepare(
+        module, floats, recipe, ranges=ranges
+    )
+    assert sorted(variables) == ["params", "quant_stats"]
+    step = make_step(
+        (prepared.apply, variables),
+        (module.apply, floats),
+        optax.adam(1e-3),
+        feature_loss,
+    )
+    batches = [x, 3 * x, 2 * x]
+    state, losses = run(step, step.init(), batches)
+    trained = step.student(state)
+    # The first batch sets the range. Later ones move it by one half.
+    low, high = float(x.min()), float(x.max())
+    factor = (1 * 0.5 + 3 * 0.5) * 0.5 + 2 * 0.5
+    (input_range,) = jax.tree.leaves(trained["quant_stats"])
+    assert_close(input_range, factor * np.array([low, high]), 1e-5)
+    assert np.isfinite(np.asarray(losses)).all()
+
+    qmodule, qvariables, _ = jaxq.training.linen.convert(prepared, trained)
+    assert_close(qmodule.apply(qvariables, x), prepared.apply(trained, x), 1e-5)
+    # A step without `mutable` has no way to return the ranges.
+    with pytest.raises(TypeError, match="have quant_stats beside 'params'"):
+        make_step(
+            (lambda variables, x: prepared.apply(variables, x), variables),
+            None,
+            optax.adam(1e-3),
+            feature_loss,
+        )
+
+
+def test_functions_of_linen_variables():
+    module, x = LinenClassifier(), 2 + normal(32, 8)
+    variables = module.init(jax.random.key(0), x)
+    sgd = optax.sgd(0.1)
+
+    def apply(variables, inputs, mutable):
+        return module.apply(variables, inputs["x"], train=True, mutable=mutable)
+
+    step = make_step((apply, variables), None, sgd, lambda y: jnp.mean(y**2))
+    state, _ = step(step.init(), {"x": x})
+    assert np.any(step.student(state)["batch_stats"]["BatchNorm_0"]["mean"])
+    # In eval mode, the averages stay.
+    frozen = (functools.partial(module.apply, train=False), variables)
+    step = make_step(frozen, None, sgd, lambda y: jnp.mean(y**2))
+    state, _ = step(step.init(), x)
+    assert_same(step.student(state)["batch_stats"], variables["batch_stats"])
+
+    for result in (jnp.ones(3), (jnp.ones(3), jnp.ones(3))):
+        step = make_step(
+            (lambda variables, x, mutable, r=result: r, variables), None, sgd, jnp.sum
+        )
+        with pytest.raises(TypeError, match=r"must return \(outputs, changed"):
+            step(step.init(), x)
+    with pytest.raises(TypeError, match="rename 'params'"):
+        make_step((mean_logits, {"params": params(), "w": x}), None, sgd, kd_loss)
+    with pytest.raises(ValueError, match="nothing to train"):
+        make_step(
+            (module.apply, variables | {"params": {"n": jnp.arange(3)}}),
+            None,
+            sgd,
+            kd_loss,
+        )
+    with pytest.raises(TypeError, match="pair student is a linen module"):
+        make_step((module, variables), None, sgd, kd_loss)
+
+
 def test_codes_of_a_quantized_student_stay():
     weights = params(2)
     weights["head"] = jaxq.quantize(weights["head"], "int8")
@@ -263,6 +389,39 @@ def test_features_through_a_trained_projection():
     state, losses = run(step, step.init(), [x] * 100)
     assert float(losses[-1]) < 0.3 * float(losses[0])
     assert not np.allclose(state.params["projection"], student["projection"])
+
+
+@pytest.mark.parametrize(
+    "student", [MeanModel(1), (mean_logits, params(2))], ids=["module", "pair"]
+)
+def test_a_state_that_was_used_before(student):
+    step = make_step(student, MeanModel(0), optax.adam(1e-2), SHARP)
+    old = step.init()
+    state, _ = step(old, BATCHES[0])
+    for use in (lambda: step(old, BATCHES[0]), lambda: step.student(old)):
+        with pytest.raises(ValueError, match="make_step: this state was used"):
+            use()
+    # Inside jit, nothing is donated.
+    _, loss = jax.jit(step)(state, BATCHES[1])
+    expected = step(state, BATCHES[1])[1]
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_an_empty_batch():
+    step = make_step((mean_logits, params()), None, optax.sgd(0.1), kd_loss)
+    for batch in ((), []):
+        with pytest.raises(ValueError, match="make_step: a batch is an empty"):
+            step(step.init(), batch)
+
+
+def test_with_x64():
+    step = make_step(MeanModel(1), MeanModel(0), optax.adamw(1e-2), SHARP)
+    _, expected = run(step, step.init(), BATCHES)
+    with jax.enable_x64(True):
+        step = make_step(MeanModel(1), MeanModel(0), optax.adamw(1e-2), SHARP)
+        state, losses = run(step, step.init(), BATCHES)
+        assert_close(losses, expected, 1e-4)
+        assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
 
 
 def test_models_that_do_not_fit():

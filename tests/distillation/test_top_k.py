@@ -8,6 +8,7 @@ import scipy.special
 
 from jaxq.distillation import TopK, kd_loss
 from tests.arrays import assert_close, normal
+from tests.distillation.test_losses import divergence64
 
 STUDENT = 2 * normal(4, 11, seed=1)
 TEACHER = 2 * normal(4, 11, seed=2)
@@ -21,7 +22,7 @@ def coarse64(logits, indices, temperature):
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_against_float64(k, temperature):
     top = TopK.from_logits(TEACHER, k, temperature=temperature)
     order = np.argsort(-np.asarray(TEACHER), axis=-1)[:, :k]
@@ -36,6 +37,21 @@ def test_against_float64(k, temperature):
     # Data processing: joining classes cannot increase the divergence.
     whole = kd_loss(STUDENT, TEACHER, temperature=temperature, alpha=0.7)
     assert float(loss) <= float(whole) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 100.0, 1e4])
+@pytest.mark.parametrize(
+    ("name", "beta"), [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.1), ("jsd", 0.9)]
+)
+def test_divergences_at_high_temperatures(name, beta, temperature):
+    top = TopK.from_logits(TEACHER, 3, temperature=temperature)
+    log_p, log_q = (coarse64(x, top.indices, temperature) for x in (TEACHER, STUDENT))
+    expected = temperature**2 * divergence64(log_p, log_q, name, beta).mean()
+    loss = kd_loss(
+        STUDENT, top, temperature=temperature, alpha=1.0, divergence=name, beta=beta
+    )
+    # The log-probabilities are float32. At 1e4 their ratio has about four digits.
+    assert float(loss) == pytest.approx(expected, rel=max(1e-5, 1e-7 * temperature))
 
 
 @pytest.mark.parametrize("name", ["forward", "reverse", "jsd"])
@@ -112,5 +128,16 @@ def test_bad_arguments():
         TopK.from_logits(TEACHER, 12)
     with pytest.raises(ValueError, match="k is 0"):
         TopK.from_logits(TEACHER, 0)
-    with pytest.raises(ValueError, match="temperature is 0"):
-        TopK.from_logits(TEACHER, 2, temperature=0)
+    for temperature in (0, np.inf, np.nan):
+        with pytest.raises(ValueError, match=f"temperature is {temperature}; it must"):
+            TopK.from_logits(TEACHER, 2, temperature=temperature)
+    with pytest.raises(TypeError, match="temperature is 'a'"):
+        TopK.from_logits(TEACHER, 2, temperature="a")
+    with pytest.raises(TypeError, match="temperature is traced"):
+        jax.jit(lambda t: TopK.from_logits(TEACHER, 2, temperature=t))(2.0)
+    with pytest.raises(TypeError, match=r"k is 2.0; expected an integer"):
+        TopK.from_logits(TEACHER, 2.0)
+    with pytest.raises(TypeError, match=r"k is traced \(int32\[\]\)"):
+        jax.jit(lambda k: TopK.from_logits(TEACHER, k))(2)
+    with pytest.raises(TypeError, match="logits is int32"):
+        TopK.from_logits(jnp.ones((2, 3), int), 2)

@@ -21,9 +21,9 @@ PACKAGE = ROOT / "jaxq"
 
 # A room imports only rooms that come before it.
 ROOMS = (
-    *("formats", "metrics", "observers", "qtensor", "sharding", "kernels", "ops"),
-    *("emulation", "methods", "recipes", "optim", "distillation", "serialization"),
-    *("nn", "io", "models", "training", "evaluation", "cli"),
+    *("progress", "formats", "metrics", "observers", "qtensor", "sharding", "kernels"),
+    *("ops", "emulation", "methods", "recipes", "optim", "distillation"),
+    *("serialization", "nn", "io", "models", "training", "evaluation", "cli"),
 )
 MOST_COLUMNS = 88
 MOST_CODE_LINES = 80

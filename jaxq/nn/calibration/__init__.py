@@ -7,7 +7,7 @@ of parameters in a trace of any function, for trees of arrays. All of them use
 the Hessian.
 """
 
-from jaxq.nn.calibration._batches import Batch, as_batches, with_progress
+from jaxq.nn.calibration._batches import Batch, as_batches
 from jaxq.nn.calibration._linen import calibrate as linen_calibrate
 from jaxq.nn.calibration._linen import collect_linen_stats, linen_call_order, run_linen
 from jaxq.nn.calibration._modes import eval_copy, train_mode_note

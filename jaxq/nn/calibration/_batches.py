@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxq.progress import with_progress
 
 
 @functools.partial(
@@ -104,28 +105,3 @@ def run_batches(
             f"{caller}: there is no batch. At least one is needed. An iterator that "
             "was read before is empty. Pass a list."
         )
-
-
-def with_progress(
-    items: Iterable[Any], label: str, progress: bool | None
-) -> Iterator[Any]:
-    """Yields the items, and writes a progress line to stderr.
-
-    Args:
-      items: what to iterate over.
-      label: the start of the line.
-      progress: write the line. None writes the line if stderr is a terminal.
-    """
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield from items
-        return
-    size: Any = items
-    total = f"/{len(size)}" if hasattr(size, "__len__") else ""
-    try:
-        for number, item in enumerate(items):
-            line = f"\r{label}: {number}{total}"
-            print(line, end="", file=sys.stderr, flush=True)
-            yield item
-    finally:
-        # The spaces overwrite what is left of a longer line.
-        print(f"\r{label}: done{' ' * 16}", file=sys.stderr, flush=True)

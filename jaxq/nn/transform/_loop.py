@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.nn.calibration import StatsRequest, with_progress
+from jaxq.nn.calibration import StatsRequest
 from jaxq.nn.report import (
     LayerErrors,
     Report,
@@ -48,6 +48,7 @@ from jaxq.nn.transform._weight import (
     scales_note,
 )
 from jaxq.observers import LayerStats
+from jaxq.progress import with_progress
 from jaxq.qtensor import QTensor, TrainedWeight
 from jaxq.recipes import Recipe
 from jaxq.sharding import on_auto_axes, shard_like

@@ -1,4 +1,4 @@
-"""A progress line on stderr."""
+"""The progress line of long runs, on stderr."""
 
 from __future__ import annotations
 
