@@ -125,6 +125,11 @@ def numbers(out: str, row: str, count: int) -> list[float]:
     return [float(number.replace(",", "")) for number in match.groups()]
 
 
+def percentages(out: str, row: str) -> list[float]:
+    """The numbers of a row, some of which have percent signs."""
+    return numbers(out.replace(" %", ""), row, 5)
+
+
 def require_plots_and_tokenizers() -> None:
     pytest.importorskip(
         "tokenizers", reason="the example reads a tokenizer: pip install jaxq[hf]"
@@ -172,7 +177,7 @@ def test_small_student_prints_its_table_and_saves_its_plot(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
     share = re.search(r"student: [\d,]+ parameters, (\d+)% of the teacher's", out)
     assert share
-    assert 20 <= int(share[1]) <= 25
+    assert 60 <= int(share[1]) <= 70
     (teacher,) = numbers(out, "teacher", 1)
     for name in ("alone", "distilled"):
         *seeds, mean, spread = numbers(out, name, 4)
@@ -206,14 +211,16 @@ def test_narrow_optimizer_states_train_as_float_states(tmp_path):
     plot = tmp_path / "plot.png"
     out = run("examples/07_optimizer_states.py", "--fast", "--out", str(plot))
     assert plot.read_bytes().startswith(b"\x89PNG")
-    float_bytes, _, _ = numbers(out, "adamw, float32", 3)
-    assert float_bytes == 8
+    float_row = percentages(out, "adamw, float32")
+    assert float_row[0] == 8
+    assert float_row[2:] == [0, 0, 0]
     # Twenty steps are too few to compare losses. A state that diverges shows.
     limits = {"adamw8bit": (2.1, 1), "adamw4bit": (1.1, 5)}
     for name, (most_bytes, most_change) in limits.items():
-        state_bytes, _, change = numbers(out, name, 3)
+        state_bytes, _, mean, low, high = percentages(out, name)
         assert state_bytes <= most_bytes
-        assert abs(change) < most_change
+        assert low <= mean <= high
+        assert max(abs(low), abs(high)) < most_change
 
 
 @pytest.mark.heavy
