@@ -215,7 +215,8 @@ class TrainedWeight(ProductOperand):
         old_scale = self.scale
         if isinstance(old_scale, TrainedWeight):
             old_scale = old_scale.floats
-        scale = jnp.where(is_unusable(scale), old_scale, scale)
+        if old_scale is not None:
+            scale = jnp.where(is_unusable(scale), old_scale, scale)
         stored = store_scale(scale, self.spec, self.geometry)
         return dataclasses.replace(self, scale=_trained_scale(scale, stored))
 
