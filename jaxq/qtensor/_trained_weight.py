@@ -27,6 +27,12 @@ from jaxq.qtensor._fake_quant import (
 )
 from jaxq.qtensor._fake_range import RangeGradient
 from jaxq.qtensor._geometry import Geometry
+from jaxq.qtensor._initial_steps import (
+    is_unusable,
+    middle_code,
+    usable_codebook,
+    usable_scale,
+)
 from jaxq.qtensor._leaf_dtypes import leaf_dtypes
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._product_operand import ProductOperand
@@ -153,6 +159,13 @@ class TrainedWeight(ProductOperand):
         the value of the code in `qt`. This happens after methods such as GPTQ, which
         round some numbers to a code that is not the nearest.
 
+        The scale of a block of zeros is 0, and would never train. So the block starts
+        with the mean scale of the other blocks. In a weight of zeros, the largest
+        number of the format starts as `1 / sqrt(k)`, where k is the number of inputs. A
+        zero point starts in the middle of the format. Equal entries of a codebook are
+        spread in the same way. The quantized values of the block stay the same, but for
+        formats without 0 ("binary"), and for rounding in specs with offset="min".
+
         Args:
           floats: float array of the shape of `qt`.
           qt: the weight, quantized by any method.
@@ -172,25 +185,19 @@ class TrainedWeight(ProductOperand):
                 f"TrainedWeight.start: {qt!r} rounds stochastically, which needs a key "
                 "in every product. Use rounding='nearest_even'."
             )
-        leaves = (None, None, None, None)
         if trained_scales:
-            leaves = (
-                _trained_scale(stored_values(qt.scale), qt.scale),
-                _as_float32(qt.zero_point),
-                _as_float32(qt.offset),
-                qt.codebook,
-            )
+            weight = _with_steps(floats, qt)
         elif qt.codebook is not None and not qt.spec.rule.own_codebook:
             raise ValueError(
                 f"TrainedWeight.start: {qt!r} has a codebook, which cannot be "
                 "computed from the floats. Use trained_scales=True."
             )
-        weight = cls(
-            floats,
-            *leaves,
-            qt.meta,
-            qt.input_range,
-            qt.input_scale,
+        else:
+            weight = cls(floats, None, None, None, None, qt.meta)
+        weight = dataclasses.replace(
+            weight,
+            input_range=qt.input_range,
+            input_scale=qt.input_scale,
             range_gradient=range_gradient,
             gradient_scale=gradient_scale,
         )
@@ -202,11 +209,34 @@ class TrainedWeight(ProductOperand):
         """The same weight with other scales.
 
         Args:
-          scale: float32 `[*batch, *num_blocks]`. If the spec quantizes its scales, they
-            have scales of their own, which are computed from `scale`.
+          scale: float32 `[*batch, *num_blocks]`. A block keeps its scale if the new
+            scale is 0. If the spec quantizes its scales, they have scales of their own,
+            which are computed from `scale`.
         """
+        old_scale = self.scale
+        if isinstance(old_scale, TrainedWeight):
+            old_scale = old_scale.floats
+        if old_scale is not None:
+            scale = jnp.where(is_unusable(scale), old_scale, scale)
         stored = store_scale(scale, self.spec, self.geometry)
         return dataclasses.replace(self, scale=_trained_scale(scale, stored))
+
+    def with_computed_steps(self) -> TrainedWeight:
+        """The same floats with the scales, zero points and offsets of these floats.
+
+        They are those of rounding to nearest. A codebook is computed too if its spec
+        computes it, as "ttq" does. A weight with another codebook, and a weight without
+        trained scales, stay as they are.
+        """
+        has_own_codebook = self.codebook is None or self.spec.rule.own_codebook
+        if self.scale is None or not has_own_codebook:
+            return self
+        floats = jax.lax.stop_gradient(self.floats)
+        qt = quantize_computed(floats, self.spec, self.geometry, self.input_scale)
+        steps = _with_steps(floats, qt)
+        names = ("scale", "zero_point", "offset", "codebook")
+        changes = {name: getattr(steps, name) for name in names}
+        return dataclasses.replace(self, **changes)
 
     # Properties of an array.
 
@@ -265,10 +295,8 @@ class TrainedWeight(ProductOperand):
             leaves = {name: getattr(self, name) for name in TRAINED_LEAVES}
             return f"TrainedWeight({leaves})"
         scales = "computed scales" if self.scale is None else "trained scales"
-        # Leaves are not arrays in trees of labels, for example.
-        dtype = getattr(self.floats, "dtype", self.meta.dtype)
-        shape = list(getattr(self.floats, "shape", self.geometry.shape))
-        return f"TrainedWeight({dtype}{shape}, {self.spec.fmt.name}, {scales})"
+        array = f"{self.floats.dtype}{list(self.shape)}"
+        return f"TrainedWeight({array}, {self.spec.fmt.name}, {scales})"
 
     # Quantization.
 
@@ -396,6 +424,34 @@ def is_quantized(x: Any) -> bool:
     return isinstance(x, QUANTIZED)
 
 
+def _with_steps(floats: jax.Array, qt: QTensor) -> TrainedWeight:
+    """The floats with the scales, zero points, offsets and codebooks of `qt`.
+
+    A block of zeros gets steps that can be trained, see `TrainedWeight.start`.
+    """
+    fmt, geometry = qt.spec.fmt, qt.meta.geometry
+    stored_scale = stored_values(qt.scale)
+    scale = usable_scale(stored_scale, floats, fmt.max, geometry)
+    is_empty = is_unusable(stored_scale)
+    zero_point, offset = _as_float32(qt.zero_point), _as_float32(qt.offset)
+    if zero_point is not None:
+        zero_point = jnp.where(is_empty, middle_code(fmt), zero_point)
+    if offset is not None and qt.spec.offset == "min":
+        # All numbers of the block are the old offset.
+        offset = jnp.where(is_empty, offset - middle_code(fmt) * scale, offset)
+    codebook = qt.codebook
+    if codebook is not None:
+        codebook = usable_codebook(codebook, floats, qt.spec, geometry)
+    return TrainedWeight(
+        floats,
+        _trained_scale(scale, qt.scale),
+        zero_point,
+        offset,
+        codebook,
+        qt.meta,
+    )
+
+
 def _trained_scale(
     values: jax.Array, stored: jax.Array | QTensor
 ) -> jax.Array | TrainedWeight:
@@ -405,9 +461,7 @@ def _trained_scale(
       values: float32 scales.
       stored: the scales as they are stored.
     """
-    if isinstance(stored, QTensor):
-        return TrainedWeight.start(values, stored)
-    return values
+    return _with_steps(values, stored) if isinstance(stored, QTensor) else values
 
 
 def _as_float32(leaf: jax.Array | None) -> jax.Array | None:

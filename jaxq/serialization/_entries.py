@@ -53,8 +53,7 @@ class EntryWriter:
 
     def describe(self, value: Any, path: str) -> dict[str, Any]:
         """The entry of `value`. The names of its tensors start with `path`."""
-        # Optimizers of nnx models hold QTensors whose leaves are Variables.
-        if isinstance(value, QTensor) and not is_nnx_variable(value.data):
+        if _is_qtensor_of_arrays(value):
             return self._describe_qtensor(value, path)
         if _is_key(value):
             data = self.describe(jax.random.key_data(value), path)
@@ -228,6 +227,14 @@ class EntryReader:
                 "file again."
             )
         return qt
+
+
+def _is_qtensor_of_arrays(value: Any) -> bool:
+    """Whether `value` is a QTensor whose leaves are arrays.
+
+    Optimizers of nnx models hold QTensors whose leaves are Variables.
+    """
+    return isinstance(value, QTensor) and not is_nnx_variable(value.data)
 
 
 def _is_key(value: Any) -> bool:

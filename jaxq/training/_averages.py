@@ -96,8 +96,12 @@ def split_averages(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**joined, QUANT_STATS: unflatten_dict(stats | averages)}
 
 
-def join_averages(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+def join_averages(variables: Mapping[str, Any], caller: str) -> Mapping[str, Any]:
     """Moves the moving averages back from "quant_stats" to "params".
+
+    Args:
+      variables: linen variables.
+      caller: the name of the public function. Errors begin with this name.
 
     Raises:
       ValueError: an average is missing.
@@ -112,8 +116,9 @@ def join_averages(variables: Mapping[str, Any]) -> Mapping[str, Any]:
         place = _place(key)
         if place not in stats:
             raise ValueError(
-                f"The variables have no {QUANT_STATS}/{'/'.join(place)}. Pass "
-                "'params' together with the 'quant_stats' of the last training step."
+                f"{caller}: the variables have no {QUANT_STATS}/{'/'.join(place)}. "
+                "Pass 'params' together with the 'quant_stats' of the last training "
+                "step."
             )
         params[key] = dataclasses.replace(weight, input_range=stats.pop(place))
     if stats:

@@ -98,7 +98,7 @@ def start_norms(
             kernel.get_value(),
             floats=_unfolded(kernel, old[path].kernel, trained_norm, axis),
         )
-        metadata = kernel.floats.get_metadata()
+        metadata = kernel.float_param().get_metadata()
         layer.kernel = FoldedTrainedParam(weight, trained_norm, axis, **metadata)
         # Bias correction may have changed the bias of the folded layer. The bias of the
         # batch norm keeps this change.

@@ -23,6 +23,7 @@ from jaxq.training._averages import check_averages
 from jaxq.training._batch_norm import finish_norms
 from jaxq.training._weights import (
     is_trained,
+    no_trained_weight,
     path_of,
     trained_params,
     trained_weights,
@@ -68,16 +69,8 @@ def trained_row(path: str, kind: str, weight: TrainedWeight, qt: QTensor) -> Row
     return quantized_row(path, kind, weight.floats, qt, solved)
 
 
-def nothing_to_convert(caller: str) -> ValueError:
-    """The error for a model without trained weights."""
-    return ValueError(
-        f"{caller}: the model has no trained weight. Pass the result of "
-        "jaxq.training.prepare. For a float model use jaxq.quantize_model."
-    )
-
-
 def _convert_nnx(model: nnx.Module) -> tuple[nnx.Module, Report]:
-    check_averages(trained_weights(model), CALLER)
+    check_averages(trained_weights(model, CALLER), CALLER)
     model = nnx.clone(model)
     kinds = {layer.path: layer.kind.name for layer in find_layers(model)}
     rows = []
@@ -90,8 +83,6 @@ def _convert_nnx(model: nnx.Module) -> tuple[nnx.Module, Report]:
         quantized[id(param)] = QuantizedParam(qt)
         kind = kinds.get(path.rpartition("/")[0], "Param")
         rows.append(trained_row(path, kind, weight, qt))
-    if not quantized:
-        raise nothing_to_convert(CALLER)
     finish_norms(model)
     replace_variables(model, quantized)
     for path, variable in find_variables(model):
@@ -117,5 +108,5 @@ def _convert_tree(tree: Any) -> tuple[Any, Report]:
             note = why_not_weight(leaf, in_layer=False) or "not prepared"
             rows.append(float_row(path, "Array", leaf, note))
     if not any(isinstance(leaf, TrainedWeight) for _, leaf in leaves):
-        raise nothing_to_convert(CALLER)
+        raise no_trained_weight(CALLER)
     return jax.tree.unflatten(structure, values), Report(tuple(rows), ())

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 
 from jaxq.nn.transform import (
     NnxAdapter,
@@ -56,8 +56,9 @@ def prepare(
     `ranges="dynamic"` this holds only if the scales of the method are those that are
     computed from the floats.
 
-    A prepared model can be prepared again, for example with fewer bits. It keeps its
-    trained floats.
+    A prepared model can be prepared again, for example with fewer bits. Only its
+    trained floats are kept. The scales, zero points, codebooks and ranges start again
+    from the recipe, also if the recipe is the same.
 
     With `fold_batch_norm`, each batch norm is trained together with the kernel of the
     layer in front of it. Products quantize the folded kernel, which is computed with
@@ -101,12 +102,13 @@ def prepare(
       of these weights is a `jaxq.nn.TrainedParam`. Its trained arrays are `nnx.Param`s.
 
     Raises:
-      TypeError: `ranges` is unknown; or `fold_batch_norm` is not False, but `model` is
-        a tree.
+      TypeError: `model` is neither an nnx module nor a tree of arrays; `ranges` is
+        unknown; or `fold_batch_norm` is not False, but `model` is a tree.
       ValueError: the recipe quantizes no weight; a spec rounds stochastically; `ranges`
         has moving averages, but the model is a tree; `ranges` has moving averages, but
-        no rule has an activation with one range; `schedule` freezes moving averages,
-        but `ranges` has none; or `fold_batch_norm` is not False, but there is no batch.
+        no rule has an activation with one range; `ranges` has clipping thresholds, but
+        no rule has static ranges; `schedule` freezes moving averages, but `ranges` has
+        none; or `fold_batch_norm` is not False, but there is no batch.
         The errors of `quantize_model`, `quantize_params` and `jaxq.nn.fold_batch_norm`
         are raised too.
 
@@ -128,6 +130,7 @@ def prepare(
       Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference",
       2018, section 3.2.2 (batch norms).
     """
+    _check_model(model)
     ranges = as_ranges(ranges, CALLER)
     recipe = trainable_recipe(recipe, ranges, CALLER)
     if ranges.decay is not None and not isinstance(model, nnx.Module):
@@ -163,6 +166,23 @@ def prepare(
     return prepared
 
 
+def _check_model(model: Any) -> None:
+    """Raises a TypeError unless a model is an nnx module or a tree of arrays."""
+    if isinstance(model, nnx.Module):
+        return
+    leaves = jax.tree.leaves(model)
+    if any(isinstance(leaf, linen.Module) for leaf in leaves):
+        raise TypeError(
+            f"{CALLER}: model is a flax linen module. Call "
+            "jaxq.training.linen.prepare(module, variables, recipe)."
+        )
+    if not any(hasattr(leaf, "dtype") for leaf in leaves):
+        raise TypeError(
+            f"{CALLER}: model must be a flax nnx module or a tree of arrays, got "
+            f"{type(model).__name__} without an array."
+        )
+
+
 def replacement(
     ranges: Ranges, schedule: Schedule | None, caller: str
 ) -> Callable[[jax.Array, QTensor], TrainedWeight]:
@@ -196,7 +216,8 @@ def trainable_recipe(
 
     Raises:
       ValueError: the spec of a weight rounds stochastically; `ranges` has moving
-        averages, but no rule has an activation with one range.
+        averages, but no rule has an activation with one range; or `ranges` has clipping
+        thresholds, but no rule has static ranges.
     """
     recipe = as_recipe(recipe, caller)
     for rule in recipe.rules:
@@ -207,6 +228,13 @@ def trainable_recipe(
                 "rounding='nearest_even'. To train with stochastic rounding, call "
                 "jaxq.fake_quant(w, spec, key=key) in your own layer."
             )
+    has_static_ranges = any(rule.observer is not None for rule in recipe.rules)
+    if ranges.range_gradient == "pact" and not has_static_ranges:
+        raise ValueError(
+            f"{caller}: ranges=pact() trains static ranges of inputs, but no rule of "
+            "the recipe has them. Use 'w8a8_static', or rules with activation= and "
+            "observer=."
+        )
     return recipe if ranges.decay is None else averaged_recipe(recipe, caller)
 
 

@@ -103,13 +103,15 @@ class Ranges:
             # Bounds make the spec of the activation static. The moving average takes
             # their place below.
             qt = qt.with_activation(activation, bounds=(-1.0, 1.0))
-        weight = TrainedWeight.start(
+        weight = _start(
             floats,
             qt,
             trained_scales=self.trained_scales,
             range_gradient=None if has_average else self.range_gradient,
             gradient_scale=self.gradient_scale,
         )
+        # Two layers of one shape share a compiled program, but not their names.
+        weight = dataclasses.replace(weight, meta=qt.meta)
         if has_average:
             empty = jnp.zeros((*qt.batch_shape, 2), jnp.float32)
             weight = dataclasses.replace(weight, input_range=empty, decay=self.decay)
@@ -153,7 +155,8 @@ def pact() -> Ranges:
     """Trained clipping thresholds of inputs (PACT). Scales of weights are computed.
 
     Only inputs outside the range change it. The recipe must have static ranges, such as
-    "w8a8_static". Calibration sets the initial range.
+    "w8a8_static". Otherwise `prepare` raises an error. Calibration sets the initial
+    range.
 
     The paper also adds the squared thresholds to the loss. If you want this, add the
     squares of the leaves `input_range` of the parameters.
@@ -229,6 +232,13 @@ def as_ranges(ranges: str | Ranges, caller: str) -> Ranges:
         "jaxq.training.pact(), jaxq.training.ema() or a jaxq.training.Ranges, got "
         f"{ranges!r}."
     )
+
+
+# Compiled as a whole, because a model has many weights of the same shape.
+_start = jax.jit(
+    TrainedWeight.start,
+    static_argnames=("trained_scales", "range_gradient", "gradient_scale"),
+)
 
 
 def _lsq_scale(floats: jax.Array, qt: QTensor) -> jax.Array:

@@ -25,7 +25,7 @@ def restore_floats(model: Any) -> Any:
     model = nnx.clone(model)
     # `id` identifies a module, so the modules must stay alive.
     params = [param for _, param in trained_params(model)]
-    floats = {id(param): param.floats for param in params}
+    floats = {id(param): param.float_param() for param in params}
     restore_norms(model)
     replace_variables(model, floats)
     for layer in find_layers(model):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxq.qtensor import TrainedWeight
+from jaxq.training._states import is_folded, model_of
 from jaxq.training._weights import map_weights, trained_weights
+
+CALLER = "Schedule.apply"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +24,13 @@ class Schedule:
     Pass it to `jaxq.training.prepare`, and call `apply` in every training step. The
     number of the step is a traced value, so the training step is compiled only once.
 
+    Trained scales (`jaxq.training.lsq`) start to train at `start`. Until then, `apply`
+    computes them, the zero points and the offsets from the floats, because the floats
+    have moved away from those of step 0. They are those of rounding to nearest. Other
+    initial steps have an effect only with `start=0`: the scales of GPTQ, AWQ or HQQ,
+    and `lsq(initial="lsq")`. What the floats do not determine stays as `prepare` made
+    it: the codebooks of k-means, and the static ranges of inputs.
+
     Attributes:
       start: the first step that computes with quantized weights and inputs. Earlier
         steps compute with floats, and they also update moving averages.
@@ -26,6 +38,7 @@ class Schedule:
         `jaxq.training.ema`. None: all steps change them.
 
     Raises:
+      TypeError: `start` or `freeze` is not a whole number.
       ValueError: `start` or `freeze` is negative.
 
     Example:
@@ -41,44 +54,58 @@ class Schedule:
     freeze: int | None = None
 
     def __post_init__(self):
-        if self.start < 0:
-            raise ValueError(f"Schedule: start must be at least 0, got {self.start}.")
-        if self.freeze is not None and self.freeze < 0:
-            raise ValueError(f"Schedule: freeze must be at least 0, got {self.freeze}.")
+        _check_step("start", self.start)
+        if self.freeze is not None:
+            _check_step("freeze", self.freeze)
 
     def apply(self, model: Any, step: jax.typing.ArrayLike) -> Any:
         """Switches quantization and moving averages on or off for one step.
 
-        Call it before the function that is differentiated, not inside it.
+        Call it before the function that is differentiated, not inside it. Train the
+        result: the optimizer's updates belong to it, not to the old tree.
 
         Args:
-          model: the prepared model: an nnx module, which is changed in place, or a
-            tree, such as the variables of a linen module or their "params".
+          model: the prepared model: an nnx module, which is changed in place; a tree,
+            such as the variables of a linen module or their "params"; an nnx State with
+            all Variables of a module; or the state of a `jaxq.distillation.make_step`.
           step: integer `[]`, traced or not.
 
         Returns:
-          The same module, or the new tree.
+          The same module, or a new tree or state.
 
         Raises:
-          ValueError: the model was prepared without `schedule=`, or with a schedule
-            without `freeze`.
+          ValueError: the model has no trained weight; it was prepared without
+            `schedule=`, or with a schedule without `freeze`; a State lacks the switches
+            of the schedule; or a State has trained scales of weights that are folded
+            with a batch norm.
         """
-        for path, weight in trained_weights(model):
+        arrays = model_of(model)
+        for path, weight in trained_weights(arrays, CALLER):
             self._check(path, weight)
+            if isinstance(arrays, nnx.State):
+                _check_folded(arrays, path, weight)
         step = jnp.asarray(step)
-        return map_weights(lambda weight: switched(weight, self, step), model)
+
+        def change(weight: TrainedWeight) -> TrainedWeight:
+            started = _at_start(weight)
+            # Weights of one shape share a compiled program, but not their names.
+            started = dataclasses.replace(started, meta=weight.meta)
+            return switched(started, self, step)
+
+        return map_weights(change, model)
 
     def _check(self, path: str, weight: TrainedWeight) -> None:
         """Raises a ValueError if `prepare` did not make the switches of a weight."""
         if weight.switch is None:
             raise ValueError(
-                f"Schedule.apply: {path} has no switch. Pass schedule= to "
-                "jaxq.training.prepare."
+                f"{CALLER}: {path} has no switch. Pass schedule= to "
+                "jaxq.training.prepare. An nnx State must have all Variables of the "
+                "model, not only its Params."
             )
         is_averaged = weight.decay is not None
         if self.freeze is not None and is_averaged and weight.averaging is None:
             raise ValueError(
-                f"Schedule.apply: {path} was prepared with a schedule without freeze=. "
+                f"{CALLER}: {path} was prepared with a schedule without freeze=. "
                 f"Pass schedule={self} to jaxq.training.prepare."
             )
 
@@ -95,3 +122,40 @@ def switched(
     if schedule.freeze is None or weight.decay is None:
         return weight
     return dataclasses.replace(weight, averaging=switch(step < schedule.freeze))
+
+
+@jax.jit
+def _at_start(weight: TrainedWeight) -> TrainedWeight:
+    """The weight with computed steps if quantization was off in the step before."""
+    assert weight.switch is not None
+    was_on = jnp.all(weight.switch > 0.5)
+    leaves, structure = jax.tree.flatten(weight)
+    computed = jax.lax.cond(
+        was_on,
+        lambda leaves: leaves,
+        lambda leaves: jax.tree.leaves(
+            jax.tree.unflatten(structure, leaves).with_computed_steps()
+        ),
+        leaves,
+    )
+    return jax.tree.unflatten(structure, computed)
+
+
+def _check_step(name: str, step: Any) -> None:
+    if isinstance(step, bool) or not isinstance(step, numbers.Integral):
+        raise TypeError(
+            f"Schedule: {name} must be a whole number of steps, got {step!r}."
+        )
+    if step < 0:
+        raise ValueError(f"Schedule: {name} must be at least 0, got {step}.")
+
+
+def _check_folded(state: nnx.State, path: str, weight: TrainedWeight) -> None:
+    """Raises a ValueError if a State does not determine the steps of a weight."""
+    if weight.scale is None or not is_folded(state, path):
+        return
+    raise ValueError(
+        f"{CALLER}: the scales of {path} follow from a batch norm, which an nnx State "
+        "does not contain. Call apply on the module, in a training step with "
+        "nnx.Optimizer. Or prepare the model with ranges='dynamic'."
+    )

@@ -1,4 +1,8 @@
-"""The trained weights of a model, with their paths."""
+"""The trained weights of a model, with their paths.
+
+A model is an nnx module, an `nnx.State` of one, the state of a
+`jaxq.distillation.make_step`, or a tree such as linen variables.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from flax import nnx
 
 from jaxq.nn.layers import TrainedParam
 from jaxq.qtensor import TrainedWeight
+from jaxq.training._states import map_state, model_of, state_weights, with_model
 
 
 def trained_params(model: nnx.Module) -> Iterator[tuple[str, TrainedParam]]:
@@ -24,20 +29,43 @@ def trained_params(model: nnx.Module) -> Iterator[tuple[str, TrainedParam]]:
     yield from (item for item in params if id(item[1]) not in nested)
 
 
-def trained_weights(model: Any) -> Iterator[tuple[str, TrainedWeight]]:
-    """Yields the path and the value of each trained weight.
+def trained_weights(model: Any, caller: str) -> list[tuple[str, TrainedWeight]]:
+    """The path and the value of each trained weight.
 
     Args:
-      model: an nnx module or a tree, such as linen variables.
+      model: an nnx module, an nnx State, a `StepState`, or a tree.
+      caller: the name of the public function. Errors begin with this name.
+
+    Raises:
+      ValueError: there is no trained weight.
     """
+    model = model_of(model)
     if isinstance(model, nnx.Module):
-        for path, param in trained_params(model):
-            yield path, param.get_value()
-        return
-    leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_trained)
-    for keys, leaf in leaves:
-        if isinstance(leaf, TrainedWeight):
-            yield path_of(keys), leaf
+        params = trained_params(model)
+        weights = [(path, param.get_value()) for path, param in params]
+    elif isinstance(model, nnx.State):
+        weights = [
+            ("/".join(map(str, path)), weight)
+            for path, weight in state_weights(model).items()
+        ]
+    else:
+        leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_trained)
+        weights = [
+            (path_of(keys), leaf)
+            for keys, leaf in leaves
+            if isinstance(leaf, TrainedWeight)
+        ]
+    if not weights:
+        raise no_trained_weight(caller)
+    return weights
+
+
+def no_trained_weight(caller: str) -> ValueError:
+    """The error for a model without trained weights."""
+    return ValueError(
+        f"{caller}: the model has no trained weight. Pass the result of "
+        "jaxq.training.prepare. For a float model use jaxq.quantize_model."
+    )
 
 
 def map_weights(function: Callable[[TrainedWeight], TrainedWeight], model: Any) -> Any:
@@ -45,20 +73,25 @@ def map_weights(function: Callable[[TrainedWeight], TrainedWeight], model: Any) 
 
     Args:
       function: from a trained weight to a trained weight.
-      model: an nnx module, which is changed in place, or a tree.
+      model: an nnx module, which is changed in place, an nnx State, a `StepState`, or a
+        tree.
 
     Returns:
-      The same module, or a new tree.
+      The same module, or a new State, `StepState` or tree.
     """
     if isinstance(model, nnx.Module):
         for _, param in trained_params(model):
             param.set_value(function(param.get_value()))
         return model
-    return jax.tree.map(
+    arrays = model_of(model)
+    if isinstance(arrays, nnx.State):
+        return with_model(model, map_state(function, arrays))
+    mapped = jax.tree.map(
         lambda leaf: function(leaf) if isinstance(leaf, TrainedWeight) else leaf,
-        model,
+        arrays,
         is_leaf=is_trained,
     )
+    return with_model(model, mapped)
 
 
 def path_of(keys: tuple[Any, ...]) -> str:

@@ -26,7 +26,7 @@ from jaxq.training._averages import (
     join_averages,
     split_averages,
 )
-from jaxq.training._convert import nothing_to_convert, trained_row
+from jaxq.training._convert import trained_row
 from jaxq.training._prepare import check_trained, replacement, trainable_recipe
 from jaxq.training._ranges import Ranges, as_ranges
 from jaxq.training._restore import restore_floats
@@ -77,8 +77,9 @@ def prepare(
     Each weight that the recipe quantizes becomes a `jaxq.qtensor.TrainedWeight` in
     `variables["params"]`. The arguments `module` and `variables` do not change.
 
-    A prepared module can be prepared again, for example with fewer bits. It keeps its
-    trained floats.
+    A prepared module can be prepared again, for example with fewer bits. Only its
+    trained floats are kept. The scales, zero points, codebooks and ranges start again
+    from the recipe, also if the recipe is the same.
 
     If a module has batch norms, fold them into the kernels before them with
     `jaxq.nn.linen.fold_batch_norm`, and prepare the folded variables.
@@ -110,9 +111,10 @@ def prepare(
     Raises:
       TypeError: `ranges` is unknown; `module` is quantized by `quantize_model`.
       ValueError: the recipe quantizes no weight; a spec rounds stochastically; `ranges`
-        has moving averages, but no rule has an activation with one range; or `schedule`
-        freezes moving averages, but `ranges` has none. The errors of
-        `jaxq.nn.linen.quantize_model` are raised too.
+        has moving averages, but no rule has an activation with one range; `ranges` has
+        clipping thresholds, but no rule has static ranges; or `schedule` freezes moving
+        averages, but `ranges` has none. The errors of `jaxq.nn.linen.quantize_model`
+        are raised too.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxq, optax
@@ -153,7 +155,7 @@ def prepare(
         module = module._jaxq_module
     check_module(module, variables, caller)
     if is_prepared:
-        variables = restore_floats(join_averages(variables))
+        variables = restore_floats(join_averages(variables, caller))
     adapter = LinenAdapter(module, variables, recipe, example, options)
     (quantized, variables), report = quantize_slots(adapter, recipe, options)
     check_trained(report, caller)
@@ -201,8 +203,8 @@ def convert(
         )
     check_module(module._jaxq_module, variables, caller)
     is_frozen = isinstance(variables, FrozenDict)
-    variables = join_averages(variables)
-    check_averages(trained_weights(variables["params"]), caller)
+    variables = join_averages(variables, caller)
+    check_averages(trained_weights(variables["params"], caller), caller)
     params = params_of(variables)
     trained_rows: dict[str, Row] = {}
     kinds = {row.path: row.kind for row in module._jaxq_report.rows}
@@ -212,8 +214,6 @@ def convert(
             qt = weight.quantize()
             params[keys] = qt
             trained_rows[path] = trained_row(path, kinds.get(path, "-"), weight, qt)
-    if not trained_rows:
-        raise nothing_to_convert(caller)
     rows = [trained_rows.get(row.path, row) for row in module._jaxq_report.rows]
     converted: Any = with_params(variables, params)
     if is_frozen:

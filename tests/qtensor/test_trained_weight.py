@@ -292,6 +292,102 @@ def test_a_switch_has_no_gradient():
     assert slopes(w).switch == 0
 
 
+# Blocks of zeros.
+
+
+def with_zeros(where):
+    """Floats with zeros: all of them, the column 3, or the second layer of a stack."""
+    if where == "stack":
+        return normal(2, *SHAPE).at[1].set(0)
+    floats = normal(*SHAPE)
+    return jnp.zeros(SHAPE) if where == "all" else floats.at[:, 3].set(0)
+
+
+PRESETS_AND_ZEROS = [
+    ("int4", "all"),
+    ("int4", "column"),
+    ("int4", "stack"),
+    ("uint4", "column"),
+    ("mxfp4", "all"),
+    ("nvfp4", "all"),
+    ("nf4_dq", "column"),
+    ("ternary", "column"),
+    ("ttq", "all"),
+    ("ttq", "stack"),
+]
+
+
+@pytest.mark.parametrize(("preset", "where"), PRESETS_AND_ZEROS)
+def test_a_block_of_zeros_can_be_trained(preset, where):
+    floats = with_zeros(where)
+    batch = 0 if where == "stack" else ()
+    qt = jaxq.quantize(floats, preset, contracting=-2, batch=batch)
+    w = started(floats, qt)
+    for values in both(w):
+        assert_same(values, jaxq.dequantize(qt))
+    upstream = normal(*floats.shape, seed=7)
+    gradients = jax.jit(jax.grad(lambda w: (w.fake_quant() * upstream).sum()))(w)
+    is_zero = np.asarray(floats == 0)
+    np.testing.assert_allclose(gradients.floats[is_zero], upstream[is_zero], rtol=1e-6)
+
+
+def test_steps_of_blocks_of_zeros():
+    spec = QuantSpec("int4", PerChannel())
+    scale = started(with_zeros("column"), jaxq.quantize(with_zeros("column"), spec))
+    others = np.delete(np.abs(NUMBERS).max(0) / 7, 3)
+    np.testing.assert_allclose(scale.scale[3, 0], others.mean(), rtol=1e-6)
+    np.testing.assert_allclose(np.delete(scale.scale[:, 0], 3), others, rtol=1e-6)
+    zeros = jnp.zeros(SHAPE)
+    for spec, largest in (("int8", 127), ("nf4", 1), ("fp8", 448), ("uint8", 255)):
+        w = started(zeros, jaxq.quantize(zeros, spec))
+        np.testing.assert_allclose(w.scale, 1 / (8 * largest), rtol=1e-6)
+    assert_same(w.zero_point, jnp.full((8, 1), 128.0))
+    ternary = started(zeros, jaxq.quantize(zeros, "ttq"))
+    values = np.ravel(ternary.codebook) * float(ternary.scale.reshape(()))
+    np.testing.assert_allclose(values, [-1 / 8, 0, 1 / 8])
+
+
+def test_a_constant_block_with_an_offset_can_be_trained():
+    spec = QuantSpec("uint4", PerChannel(), offset="min")
+    floats = normal(*SHAPE).at[:, 3].set(0).at[:, 4].set(0.25)
+    w = started(floats, jaxq.quantize(floats, spec))
+    for values in both(w):
+        assert_same(values[:, 3], floats[:, 3])
+        assert_close(values[:, 4], floats[:, 4], 1e-6)
+    assert np.all(slopes(w).floats[:, 3:5] == UPSTREAM[:, 3:5])
+
+
+def test_equal_centroids_are_spread():
+    floats = normal(*SHAPE).at[:, 3].set(0).at[:, 4].set(0.25)
+    qt = kmeans(floats)
+    w = started(floats, qt)
+    for values in both(w):
+        assert_same(values, jaxq.dequantize(qt))
+    half_width = np.delete(np.ptp(np.asarray(qt.codebook)[:, 0], axis=-1), [3, 4]) / 2
+    spread = half_width.mean() * (np.arange(8) / 4 - 1)
+    np.testing.assert_allclose(w.codebook[3, 0], spread, rtol=1e-5)
+    np.testing.assert_allclose(w.codebook[4, 0], 0.25 + spread, rtol=1e-5)
+    assert np.all(slopes(w).floats[:, 3:5] == UPSTREAM[:, 3:5])
+
+
+@pytest.mark.parametrize("preset", ["int4", "uint4", "nvfp4", "ttq"])
+def test_computed_steps_are_those_of_the_floats(preset):
+    w = started(normal(*SHAPE), jaxq.quantize(normal(*SHAPE), preset))
+    floats = 3 * normal(*SHAPE, seed=9)
+    w = dataclasses.replace(w, floats=floats).with_computed_steps()
+    assert_same(w.floats, floats)
+    expected = started(floats, jaxq.quantize(floats, preset))
+    assert_same(w.quantize().scale, expected.quantize().scale)
+    for name in ("zero_point", "codebook"):
+        assert_same(getattr(w, name), getattr(expected, name))
+
+
+def test_steps_that_are_not_computed():
+    w = started(normal(*SHAPE), kmeans(normal(*SHAPE)))
+    moved = dataclasses.replace(w, floats=2 * w.floats)
+    assert_same(moved.with_computed_steps().codebook, w.codebook)
+
+
 # A stack, and what it is not.
 
 

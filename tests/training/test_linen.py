@@ -255,6 +255,19 @@ def test_training_with_optax_and_labels(standard_promotion):
     jaxq.training.check({"params": params})
 
 
+def test_a_layer_that_starts_at_zero():
+    module = nn.Dense(8, kernel_init=nn.initializers.zeros)
+    variables = initialized(module, normal(3, 32))
+    module, prepared = prepare(module, variables, "int4", ranges=jaxq.training.lsq())
+    jaxq.training.check(prepared)
+
+    def loss(params):
+        return jnp.sum(module.apply({"params": params}, normal(3, 32)))
+
+    slopes = jax.grad(loss)(prepared["params"])["kernel"].floats
+    assert_close(slopes, jnp.tile(normal(3, 32).sum(0)[:, None], 8), 1e-5)
+
+
 def test_sharded_data():
     module, x = Mlp(), normal(4, 32)
     variables = initialized(module, x)
@@ -345,3 +358,8 @@ def test_errors():
         convert(prepared, variables)
     with pytest.raises(ValueError, match="floats where QTensors are expected"):
         prepared.apply(variables, x)
+    averaged, avariables = prepare(
+        module, variables, "w8a8", ranges=jaxq.training.ema()
+    )
+    with pytest.raises(ValueError, match="^training.linen.convert: .* no quant_stats/"):
+        convert(averaged, {"params": avariables["params"]})

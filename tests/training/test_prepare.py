@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jaxq
 from jaxq import Recipe, Rule, training
@@ -189,6 +189,39 @@ def float_state(model, qat):
     return state
 
 
+# Layers that start at zero.
+
+
+class ZeroOutput(nnx.Module):
+    """A block whose output starts at zero, with a column of zeros in front of it."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(32, 64, rngs=rngs)
+        self.down = nnx.Linear(64, 8, kernel_init=jax.nn.initializers.zeros, rngs=rngs)
+        self.up.kernel.set_value(self.up.kernel[...].at[:, 3].set(0))
+        self.up.bias.set_value(jnp.full(64, 0.1))
+
+    def __call__(self, x):
+        return self.down(jnp.tanh(self.up(x)))
+
+
+@pytest.mark.parametrize("recipe", ["int4", "ttq"])
+@pytest.mark.parametrize("initial", ["recipe", "lsq"])
+def test_a_layer_that_starts_at_zero_trains(recipe, initial, standard_promotion):
+    x, y = normal(16, 32), normal(16, 8, seed=1)
+    model, losses = ZeroOutput(nnx.Rngs(0)), {}
+    for ranges in ("dynamic", training.lsq(initial=initial)):
+        qat = training.prepare(model, recipe, ranges=ranges)
+        training.check(qat)
+        optimizer = nnx.Optimizer(qat, optax.adam(1e-2), wrt=nnx.Param)
+        losses[ranges] = [float(train(qat, optimizer, x, y)) for _ in range(40)]
+        np.testing.assert_array_equal(training.convert(qat)[0](x), qat(x))
+        assert np.all(np.any(qat.up.kernel.floats[...] != 0, axis=0))
+    computed, learned = losses.values()
+    assert learned[0] == computed[0]
+    assert learned[-1] < max(1.1 * computed[-1], 0.5 * learned[0])
+
+
 # Trees.
 
 
@@ -255,6 +288,26 @@ def test_stochastic_weights_need_a_key_in_every_product():
     spec = jaxq.QuantSpec("int4", rounding="stochastic")
     with pytest.raises(ValueError, match=r"rounds\s+stochastically"):
         training.prepare({"w": normal(32, 8)}, spec, key=jax.random.key(0))
+
+
+def test_models_of_another_kind():
+    for model in (3, None, {}, {"w": "kernel"}):
+        with pytest.raises(TypeError, match="prepare: model must be a flax nnx module"):
+            training.prepare(model, "int4")
+    for model in (linen.Dense(8), (linen.Dense(8), {"params": normal(4, 4)})):
+        with pytest.raises(TypeError, match=r"jaxq.training.linen.prepare\(module"):
+            training.prepare(model, "int4")
+
+
+def test_pact_needs_static_ranges():
+    model = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+    for prepare in (
+        lambda: training.prepare(model, "w8a8", ranges=training.pact()),
+        lambda: training.prepare({"w": normal(4, 4)}, "int4", ranges=training.pact()),
+        lambda: training.linen.prepare(None, None, "int4", ranges=training.pact()),
+    ):
+        with pytest.raises(ValueError, match=r"prepare: ranges=pact\(\).*w8a8_static"):
+            prepare()
 
 
 def test_unknown_ranges():

@@ -49,7 +49,12 @@ from jaxq.nn.layers._quantized_param import (
     replace_variables,
 )
 from jaxq.nn.layers._roles import Roles
-from jaxq.nn.layers._trained_param import QuantStats, TrainedParam
+from jaxq.nn.layers._trained_param import (
+    QuantStats,
+    TrainedFacts,
+    TrainedParam,
+    trained_facts,
+)
 
 # Other packages of jaxq import the names above as well. Importing the linen kinds
 # (`CONV`, `DENSE`, ...) registers them.

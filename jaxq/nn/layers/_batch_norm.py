@@ -176,6 +176,8 @@ class FoldedTrainedParam(TrainedParam):
       (True, True)
     """
 
+    _is_folded = True
+
     def __init__(
         self, weight: TrainedWeight, norm: TrainedBatchNorm, axis: int, **metadata: Any
     ):

@@ -6,13 +6,43 @@ nnx.Optimizer, checkpoints and sharding rules expect one array in a Variable.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 from flax import errors, nnx
 
-from jaxq.qtensor import TRAINED_LEAVES, RangeGradient, TrainedWeight
+from jaxq.qtensor import TRAINED_LEAVES, Meta, RangeGradient, TrainedWeight
+
+# The metadata of the Variable `floats` that holds `TrainedFacts`. An `nnx.State` has
+# the Variables of a model without its modules, so the facts are also needed there.
+_FACTS = "trained_weight"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TrainedFacts:
+    """The static facts of a `TrainedWeight`. The fields are its attributes.
+
+    The field `is_folded` is True if the floats in the Variable are multiplied by the
+    factors of a batch norm first.
+    """
+
+    meta: Meta
+    range_gradient: RangeGradient | None
+    gradient_scale: bool
+    decay: float | None
+    is_folded: bool = False
+
+    def __repr__(self) -> str:
+        return f"TrainedFacts({self.meta.spec.fmt.name})"
+
+
+def trained_facts(variable: Any) -> TrainedFacts | None:
+    """The facts of a trained weight if a Variable holds its floats, otherwise None."""
+    if not isinstance(variable, nnx.Variable):
+        return None
+    return variable.get_metadata(_FACTS, None)
 
 
 class QuantStats(nnx.Variable):
@@ -69,11 +99,17 @@ class TrainedParam(nnx.Module):
     switch: QuantStats | None
     averaging: QuantStats | None
 
+    # Whether `get_value` multiplies the floats by the factors of a batch norm.
+    _is_folded = False
+
     def __init__(self, weight: TrainedWeight, **metadata: Any):
-        self._meta = weight.meta
-        self._range_gradient: RangeGradient | None = weight.range_gradient
-        self._gradient_scale = weight.gradient_scale
-        self._decay = weight.decay
+        self._facts = TrainedFacts(
+            weight.meta,
+            weight.range_gradient,
+            weight.gradient_scale,
+            weight.decay,
+            self._is_folded,
+        )
         if weight.decay is not None:
             self.use_running_average = False
         constants = {"input_scale", "switch", "averaging"}
@@ -87,9 +123,11 @@ class TrainedParam(nnx.Module):
                 setattr(self, name, TrainedParam(leaf))
             elif name in constants:
                 setattr(self, name, QuantStats(leaf))
+            elif name == "floats":
+                own_metadata = {**metadata, _FACTS: self._facts}
+                self.floats = nnx.Param(leaf, **own_metadata)
             else:
-                own_metadata = metadata if name == "floats" else {}
-                setattr(self, name, nnx.Param(leaf, **own_metadata))
+                setattr(self, name, nnx.Param(leaf))
 
     def get_value(self) -> TrainedWeight:
         """The trained weight with the current values."""
@@ -99,10 +137,10 @@ class TrainedParam(nnx.Module):
         }
         return TrainedWeight(
             **leaves,
-            meta=self._meta,
-            range_gradient=self._range_gradient,
-            gradient_scale=self._gradient_scale,
-            decay=self._decay,
+            meta=self._facts.meta,
+            range_gradient=self._facts.range_gradient,
+            gradient_scale=self._facts.gradient_scale,
+            decay=self._facts.decay,
             record=self._record if self._is_averaging else None,
         )
 
@@ -121,9 +159,15 @@ class TrainedParam(nnx.Module):
             if variable is not None:
                 variable.set_value(getattr(weight, name))
 
+    def float_param(self) -> nnx.Param:
+        """A Param with the floats, and the metadata of the float model's Param."""
+        metadata = self.floats.get_metadata()
+        del metadata[_FACTS]
+        return nnx.Param(self.floats.get_value(), **metadata)
+
     @property
     def _is_averaging(self) -> bool:
-        return self._decay is not None and not self.use_running_average
+        return self._facts.decay is not None and not self.use_running_average
 
     def _record(self, input_range: jax.Array) -> None:
         """Stores the moving average after a product."""
