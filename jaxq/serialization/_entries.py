@@ -55,6 +55,8 @@ class EntryWriter:
         """The entry of `value`. The names of its tensors start with `path`."""
         if _is_qtensor_of_arrays(value):
             return self._describe_qtensor(value, path)
+        if is_nnx_variable(value):
+            return self.describe(value.get_value(), path)
         if _is_key(value):
             data = self.describe(jax.random.key_data(value), path)
             return {"is": "key", "impl": str(jax.random.key_impl(value)), "data": data}
@@ -73,8 +75,6 @@ class EntryWriter:
                 self.describe(v, _child_path(path, str(i))) for i, v in enumerate(value)
             ]
             return {"is": type(value).__name__, "items": items}
-        if is_nnx_variable(value):
-            return self.describe(value.get_value(), path)
         parts = None if is_nnx_module(value) else _parts(value)
         if parts is not None:
             return self._describe_dict(parts, path)
