@@ -1,6 +1,7 @@
 """Trees of arrays and QTensors in one safetensors file.
 
 `write_tree` writes dicts, lists and tuples of arrays, QTensors and Python numbers.
+Other pytree nodes, such as the state of an optimizer, are written as dicts.
 `read_tree` returns the same bits. This package does not know models. `jaxq.io` uses it
 for `jaxq.save` and `jaxq.load`.
 

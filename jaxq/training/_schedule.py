@@ -88,7 +88,8 @@ class Schedule:
 
         def change(weight: TrainedWeight) -> TrainedWeight:
             started = _at_start(weight)
-            # Weights of one shape share a compiled program, but not their names.
+            # Weights of one shape share a compiled program. It returns the static
+            # facts, such as the name, of the weight for which it was compiled.
             started = dataclasses.replace(started, meta=weight.meta)
             return switched(started, self, step)
 
