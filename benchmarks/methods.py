@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import library_text
 import numpy as np
 from flax import nnx
 
@@ -68,26 +68,25 @@ class Text:
     """The model, the text on which it is measured, and other text for calibration."""
 
     def __init__(self):
-        self.model, self._tokenizer = models.load(EXAMPLES / "tiny_llama")
-        self.heldout = (EXAMPLES / "heldout.txt").read_text()
+        self.model, self.tokenizer = models.load(EXAMPLES / "tiny_llama")
+        self.heldout = library_text.HELDOUT.read_text()
         self.tokens = self.encode(self.heldout)[:TOKENS]
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text).ids, np.int32)
+        return np.asarray(self.tokenizer.encode(text).ids, np.int32)
 
     def calibration(self, seed: int) -> list[np.ndarray]:
         """Batches of windows from library sources that are not in the held-out text."""
         rng = np.random.default_rng(seed)
         files = [
             path
-            for path in sorted(Path(os.__file__).parent.glob("*.py"))
-            # _sysconfigdata files differ from machine to machine.
-            if path.stat().st_size > 20_000 and not path.name.startswith("_sysconfig")
+            for path in library_text.library_files()
+            if path.parent == library_text.LIBRARY and path.stat().st_size > 20_000
         ]
         windows: list[np.ndarray] = []
         for i in rng.permutation(len(files)):
-            text = files[i].read_text(encoding="utf-8", errors="ignore")
-            if self.overlaps_heldout(text):
+            text = library_text.training_text(files[i])
+            if not text:
                 continue
             ids = self.encode(text)
             start = int(rng.integers(0, max(1, len(ids) - 2 * CONTEXT)))
@@ -98,10 +97,6 @@ class Text:
                 break
         stacked = np.stack(windows[: BATCHES * BATCH])
         return list(stacked.reshape(BATCHES, BATCH, CONTEXT))
-
-    def overlaps_heldout(self, text: str) -> bool:
-        starts = range(0, len(text), 100)
-        return any(text[start : start + 100] in self.heldout for start in starts)
 
 
 class Comparer:

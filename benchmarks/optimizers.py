@@ -12,21 +12,19 @@ quantized too.
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import library_text
 import numpy as np
 import optax
 from optax import contrib
 
 import jaxq
 
-HELDOUT = Path(__file__).parents[1] / "examples" / "heldout.txt"
 STEPS, SEEDS = 400, 5
 WARMUP = 40
 BATCH, CONTEXT = 8, 64
@@ -174,18 +172,9 @@ def _bytes(state: Any, params: Params) -> float:
 
 @functools.cache
 def _text() -> np.ndarray:
-    """Bytes of the larger modules of the standard library, without held-out text."""
-    heldout = HELDOUT.read_bytes()
-    pieces = [heldout[at : at + 100] for at in range(0, len(heldout), 1000)]
-    files = []
-    for path in sorted(Path(os.__file__).parent.glob("*.py")):
-        # _sysconfigdata files differ from machine to machine.
-        if path.stat().st_size < 20_000 or path.name.startswith("_sysconfig"):
-            continue
-        text = path.read_bytes()
-        if not any(piece in text for piece in pieces):
-            files.append(text)
-    return np.frombuffer(b"\n".join(files), np.uint8)
+    """Bytes of the library's source code, without held-out text: uint8 `[bytes]`."""
+    texts = map(library_text.training_text, library_text.library_files())
+    return np.frombuffer("\n".join(texts).encode(), np.uint8)
 
 
 def _batches(seed: int, num_steps: int) -> np.ndarray:
@@ -248,7 +237,7 @@ def _loss(params: Params, windows: jax.Array) -> jax.Array:
 
 
 def _heldout_loss(params: Params) -> jax.Array:
-    text = np.frombuffer(HELDOUT.read_bytes(), np.uint8)
+    text = np.frombuffer(library_text.HELDOUT.read_bytes(), np.uint8)
     length = CONTEXT + 1
     windows = text[: HELDOUT_WINDOWS * length].reshape(HELDOUT_WINDOWS, length)
     return jax.jit(_loss)(params, jnp.asarray(windows.astype(np.int32)))

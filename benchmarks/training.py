@@ -25,7 +25,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import library_text
 import numpy as np
 import optax
 from flax import nnx
@@ -111,19 +111,7 @@ class Stream:
 
 @functools.cache
 def _training_tokens(text: Text) -> np.ndarray:
-    """The tokens of all library sources that do not overlap the held-out text."""
-    tokens = []
-    for path in sorted(Path(os.__file__).parent.glob("**/*.py")):
-        parts = path.parts
-        # site-packages and _sysconfigdata differ from machine to machine.
-        if "site-packages" in parts or path.name.startswith("_sysconfig"):
-            continue
-        if "test" in parts or "tests" in parts or path.stat().st_size < 5_000:
-            continue
-        source = path.read_text(encoding="utf-8", errors="ignore")
-        if not text.overlaps_heldout(source):
-            tokens.append(text.encode(source))
-    return np.concatenate(tokens)
+    return library_text.training_tokens(text.tokenizer)
 
 
 class Trained(NamedTuple):
