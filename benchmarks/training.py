@@ -44,7 +44,7 @@ import jaxq
 PARTIAL = Path(__file__).parent / "results" / "training-partial.json"
 BATCH, WARMUP = 4, 20
 # Training steps of all rows, and of the rows "long".
-STEPS, LONG = 100, {"int2": 2000, "int3": 2000, "ternary": 500}
+STEPS, LONG = 100, {"int2": 2000, "int3": 500, "ternary": 500}
 # The largest learning rates of weights and of trained scales.
 WEIGHT_RATE, STEP_RATE = 5e-4, 1e-4
 FORMATS = {"int2": "int2", "int3": "int3", "ternary": "ternary"}
