@@ -30,8 +30,8 @@ def check(model: Any) -> None:
 
     Args:
       model: the result of `jaxq.training.prepare`: an nnx module or a tree, such as the
-        variables of a linen module. Or an nnx State of such a module, or the state of a
-        `jaxq.distillation.make_step`.
+        variables of a linen module. Or an nnx State of such a module, the state of a
+        `jaxq.distillation.make_step`, or a linen `TrainState`.
 
     Raises:
       TypeError: the call is under jit.

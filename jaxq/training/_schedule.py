@@ -67,7 +67,8 @@ class Schedule:
         Args:
           model: the prepared model: an nnx module, which is changed in place; a tree,
             such as the variables of a linen module or their "params"; an nnx State with
-            all Variables of a module; or the state of a `jaxq.distillation.make_step`.
+            all Variables of a module; the state of a `jaxq.distillation.make_step`; or
+            a linen `TrainState`. Other trees must not have the optimizer's state.
           step: integer `[]`, traced or not.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Trained weights in states: `nnx.State`, and the state of `make_step`.
+"""Trained weights in states: `nnx.State`, `TrainState`, the state of `make_step`.
 
 A state has the Variables of a model without its modules. The Variable `floats` of a
 `TrainedParam` knows the static facts of its trained weight. So the weight can be put
@@ -7,6 +7,7 @@ together from the Variables beside it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,11 +22,13 @@ Path = tuple[Any, ...]
 
 
 def model_of(state: Any) -> Any:
-    """The arrays of the student if `state` is a `StepState`, otherwise `state`.
+    """The arrays of the model if `state` has those of an optimizer too.
 
-    The moments in the optimizer's state look like trained weights too, so they are left
-    out.
+    The moments in the optimizer's state look like trained weights, so they are left
+    out. Everything except a `StepState` and a linen `TrainState` is returned as it is.
     """
+    if _is_train_state(state):
+        return state.params
     if not isinstance(state, StepState):
         return state
     if isinstance(state.params, nnx.State):
@@ -35,6 +38,8 @@ def model_of(state: Any) -> Any:
 
 def with_model(state: Any, model: Any) -> Any:
     """The inverse of `model_of`: `state` with the arrays of `model`."""
+    if _is_train_state(state):
+        return state.replace(params=model)
     if not isinstance(state, StepState):
         return model
     if not isinstance(state.params, nnx.State):
@@ -45,6 +50,15 @@ def with_model(state: Any, model: Any) -> Any:
         paths = [path for path, _ in nnx.to_flat_state(getattr(state, name))]
         parts[name] = nnx.from_flat_state({path: variables[path] for path in paths})
     return state._replace(**parts)
+
+
+def _is_train_state(state: Any) -> bool:
+    """True for a linen `TrainState`.
+
+    There is one only after the program has imported its module, which takes 0.2 s.
+    """
+    module = sys.modules.get("flax.training.train_state")
+    return module is not None and isinstance(state, module.TrainState)
 
 
 def state_weights(state: nnx.State) -> dict[Path, TrainedWeight]:

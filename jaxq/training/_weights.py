@@ -1,7 +1,7 @@
 """The trained weights of a model, with their paths.
 
 A model is an nnx module, an `nnx.State` of one, the state of a
-`jaxq.distillation.make_step`, or a tree such as linen variables.
+`jaxq.distillation.make_step`, a linen `TrainState`, or a tree such as linen variables.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def trained_weights(model: Any, caller: str) -> list[tuple[str, TrainedWeight]]:
     """The path and the value of each trained weight.
 
     Args:
-      model: an nnx module, an nnx State, a `StepState`, or a tree.
+      model: an nnx module, an nnx State, a `StepState`, a `TrainState`, or a tree.
       caller: the name of the public function. Errors begin with this name.
 
     Raises:
@@ -73,11 +73,11 @@ def map_weights(function: Callable[[TrainedWeight], TrainedWeight], model: Any) 
 
     Args:
       function: from a trained weight to a trained weight.
-      model: an nnx module, which is changed in place, an nnx State, a `StepState`, or a
-        tree.
+      model: an nnx module, which is changed in place, an nnx State, a `StepState`, a
+        `TrainState`, or a tree.
 
     Returns:
-      The same module, or a new State, `StepState` or tree.
+      The same module, or a new object of the same kind.
     """
     if isinstance(model, nnx.Module):
         for _, param in trained_params(model):

@@ -1,11 +1,14 @@
 """Schedule: quantization that starts after some steps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from flax.training.train_state import TrainState
 
 import jaxq
 from jaxq import training
@@ -130,10 +133,39 @@ def make_step_run(recipe):
         yield used, step.student(state).kernel[...]
 
 
+def train_state_loss(apply, params):
+    return loss_of(apply({"params": params}, X))
+
+
+def train_state_run(recipe):
+    module, variables = training.linen.prepare(
+        linen.Dense(8),
+        linen.Dense(8).init(jax.random.key(0), X),
+        recipe,
+        ranges=training.lsq(),
+        schedule=START,
+        example=X,
+    )
+    tx = optax.sgd(1e-3, momentum=0.9)
+    state = TrainState.create(apply_fn=module.apply, params=variables["params"], tx=tx)
+    for i in range(4):
+        moments = state.opt_state
+        state = START.apply(state, i)
+        # The moments have the structure of the trained weights, but they stay.
+        assert_same(state.opt_state, moments)
+        used = state.params["kernel"]
+        loss = functools.partial(train_state_loss, state.apply_fn)
+        grads = jax.grad(loss)(state.params)
+        state = state.apply_gradients(grads=grads)
+        training.check(state)
+        yield used, state.params["kernel"]
+
+
 RUNS = [
     (tree_run, "uint4"),
     (tree_run, "nvfp4"),
     (linen_run, "int8"),
+    (train_state_run, "int8"),
     (nnx_run, "int8"),
     (make_step_run, "int8"),
 ]
