@@ -11,6 +11,7 @@ from optax import contrib
 
 import jaxq
 from jaxq import optim
+from tests import tables
 from tests.arrays import normal
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -71,7 +72,9 @@ def test_sgd_without_momentum_has_nothing_to_quantize():
         optim.momentum8bit(0.1, momentum=None)
 
 
-@pytest.mark.parametrize("name", SHORTHANDS)
+@pytest.mark.parametrize(
+    "name", tables.thinned(SHORTHANDS, ("adamw8bit", "adamw4bit", "muon8bit"))
+)
 def test_hyperparameters_can_be_injected(name):
     if name == "muon8bit":
         static = ("ns_steps",)
