@@ -196,7 +196,8 @@ def main() -> None:
         run_stage(stage, rows, seconds, args.out, args.rehearse)
         import device_tables  # needs no accelerator
 
-        (args.out / "device.md").write_text(device_tables.page(rows.read()))
+        page = device_tables.page(rows.read(), args.rehearse)
+        (args.out / "device.md").write_text(page)
 
 
 if __name__ == "__main__":
