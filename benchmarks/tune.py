@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kernels import loop
 from schedule import Schedules
 from timing import interleaved, summary
 
@@ -100,17 +101,17 @@ def random_operands(problem: kernels.Problem, seed: int) -> tuple[jax.Array, ...
     """
     p, rng = problem, np.random.default_rng(seed)
     width = p.k * p.bits // 8
-    shape = (1, p.n, width) if p.layout == "rows" else (1, width, p.n)
+    shape = (p.e, p.n, width) if p.layout == "rows" else (p.e, width, p.n)
     data = rng.integers(0, 256, shape, np.uint8)
     if p.bits == 8 and p.signed:
         data = data.view(np.int8)
-    scales = (1, p.num_groups, p.n)
+    scales = (p.e, p.num_groups, p.n)
     zero = rng.integers(0, 2**p.bits, scales).astype(np.uint8)
-    x = jnp.asarray(rng.standard_normal((1, p.m, p.k)), jnp.bfloat16)
+    x = jnp.asarray(rng.standard_normal((p.e, p.m, p.k)), p.x_dtype)
     scale = jnp.asarray(rng.uniform(0.5, 1.5, scales), jnp.bfloat16)
     codebook = None
     if p.codebook:
-        entries = np.sort(rng.standard_normal((1, 16)))
+        entries = np.sort(rng.standard_normal((p.e, 16)))
         codebook = jnp.asarray(entries, jnp.float32)
     zero_point = jnp.asarray(zero) if p.zero_point else None
     operands = (x, jnp.asarray(data), scale, zero_point, codebook)
@@ -118,11 +119,18 @@ def random_operands(problem: kernels.Problem, seed: int) -> tuple[jax.Array, ...
 
 
 def exact_product(problem: kernels.Problem, operands: tuple) -> np.ndarray:
-    """Returns the product in float64, `[m, n]`."""
-    p = problem
-    x, data, scale, zero, codebook = (
-        None if array is None else np.asarray(array)[0] for array in operands
-    )
+    """Returns the product in float64, `[e, m, n]`."""
+    arrays = [None if array is None else np.asarray(array) for array in operands]
+    products = [
+        _exact_matrix(problem, [a if a is None else a[i] for a in arrays])
+        for i in range(problem.e)
+    ]
+    return np.stack(products)
+
+
+def _exact_matrix(p: kernels.Problem, arrays: list[np.ndarray | None]) -> np.ndarray:
+    """The product of one matrix of a stack, `[m, n]`."""
+    x, data, scale, zero, codebook = arrays
     assert x is not None
     assert data is not None
     assert scale is not None
@@ -142,24 +150,10 @@ def exact_product(problem: kernels.Problem, operands: tuple) -> np.ndarray:
     return x.astype(np.float64) @ weights.T
 
 
-def loop(product: Callable, weights: list[tuple]) -> Callable[[], Any]:
-    """Returns a call that multiplies by all weights, `LOOPS` times, in one program."""
-
-    @jax.jit
-    def program(x, weights):
-        def body(_, x):
-            for w in weights:
-                y = product(x, *w)
-                missing = max(0, x.shape[2] - y.shape[2])
-                y = jnp.pad(y, ((0, 0), (0, 0), (0, missing)))[..., : x.shape[2]]
-                # x changes a little, so that XLA cannot drop or share a product.
-                x = x + y * jnp.bfloat16(1e-30)
-            return x
-
-        return jax.lax.fori_loop(0, LOOPS, body, x)
-
-    x, rest = weights[0][0], [w[1:] for w in weights]
-    return lambda: jax.block_until_ready(program(x, rest))
+def loop_over(product: Callable, operands: list[tuple]) -> Callable[[], Any]:
+    """A compiled call that multiplies x of the first operands by all weights."""
+    x, weights = operands[0][0], [arrays[1:] for arrays in operands]
+    return loop(lambda x, weight: product(x, *weight), x, weights, LOOPS)
 
 
 def tune(name: str, problem: kernels.Problem, device: str) -> dict[str, Any] | None:
@@ -178,7 +172,7 @@ def tune(name: str, problem: kernels.Problem, device: str) -> dict[str, Any] | N
         label = json.dumps(tiles)
         product = functools.partial(module.matmul, problem=problem, tiles=tiles)
         try:
-            y = np.asarray(jax.jit(product)(*weights[0])[0], np.float64)
+            y = np.asarray(jax.jit(product)(*weights[0]), np.float64)
         except Exception as error:  # the compiler refuses, for example too large tiles
             print(f"  {label}: {str(error).splitlines()[0][:90]}")
             continue
@@ -186,7 +180,8 @@ def tune(name: str, problem: kernels.Problem, device: str) -> dict[str, Any] | N
         if relative_error > 5e-3:
             print(f"  {label}: WRONG by {relative_error:.2g}")
             continue
-        calls[label], tiles_of[label] = loop(product, weights), tiles
+        calls[label] = loop_over(product, weights)
+        tiles_of[label] = tiles
     if not calls:
         return None
     figures = summary(interleaved(calls, rounds=7, seconds=10.0), next(iter(calls)))

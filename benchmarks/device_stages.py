@@ -1,0 +1,406 @@
+"""The tasks of device.py's stages."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import itertools
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import kernels
+import numpy as np
+import tune
+from timing import interleaved, summary
+
+from jaxq.kernels import KERNELS, Problem
+from jaxq.kernels._registry import KERNEL_NAMES, kernel_module
+
+Row = dict[str, Any]
+# Stage A. The relative error of a bfloat16 result, as a norm.
+LARGEST_ERROR = 5e-3
+REPEATS = 20
+# Stage C, and the same sizes for stage D. 12 weights do not fit into a cache.
+SIZES = list(itertools.product((4096, 14336), (1, 16, 64, 256)))
+NUM_WEIGHTS, LOOPS = 12, 8
+# Stage E: tiles of the Hopper kernel, in groups that are measured in turns.
+TILES = {
+    "bk": (128, 256),
+    "warpgroups": (2, 3, 4),
+    "splits": (2, 4, 8),
+    "stages": (4, 6),
+}
+TILES_AT_ONCE = 6
+# Stage F.
+COUNTERS = (
+    "gpu__time_duration.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active",
+    "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+)
+
+
+class Task(NamedTuple):
+    """A part of a stage.
+
+    Attributes:
+      name: differs from the names of the stage's other tasks.
+      compile: prepares programs and arrays. It runs in a thread beside others.
+      run: gets what `compile` returns, and yields rows. Tasks run one by one.
+    """
+
+    name: str
+    compile: Callable[[], Any]
+    run: Callable[[Any], Iterator[Row]]
+
+
+def tasks(stage: str, *, rehearse: bool) -> list[Task]:
+    """The tasks of a stage, in their order."""
+    make = {
+        "A": _right_results,
+        "B": _peaks,
+        "C": _speed,
+        "D": _torch,
+        "E": _tiles,
+        "F": _counters,
+    }[stage]
+    return make(rehearse)
+
+
+def _platform() -> str:
+    backend = jax.default_backend()
+    return {"gpu": "cuda"}.get(backend, backend)
+
+
+# Stage A.
+
+
+def _right_results(rehearse: bool) -> list[Task]:
+    names = KERNEL_NAMES if rehearse else KERNELS.get(_platform(), ())
+    return [
+        Task(
+            f"{name}: {label}",
+            functools.partial(_compile_checked, name, problem, tiles, rehearse),
+            functools.partial(_check, 2 if rehearse else REPEATS),
+        )
+        for name in names
+        for label, problem, tiles in _problems(name, rehearse)
+    ]
+
+
+def _problems(name: str, rehearse: bool) -> Iterator[tuple[str, Problem, Row]]:
+    """Products for stage A: a label, the product, and tiles to use."""
+    layout = "columns" if name == "tpu" else "rows"
+    side = 256 if rehearse else 1024
+
+    def problem(codes: str, group: int | None, m: int = 16, **changes: Any) -> Problem:
+        made = tune.make_problem(codes, group, m, side, side, layout)
+        changes = {"group": group or changes.get("k", side), **changes}
+        return dataclasses.replace(made, **changes)
+
+    cases = [
+        problem("int4", 128),
+        problem("uint4", 128),
+        problem("codebook4", 64),
+        problem("int8", None),
+        problem("uint8", 128),
+    ]
+    if not rehearse:
+        cases += [problem("int4", group) for group in (32, 64, None)]
+        cases += [problem("codebook4", group) for group in (32, 128)]
+        cases += [problem("int8", group) for group in (32, 128)]
+        cases += [problem("int4", 128, m) for m in (1, 5, 64, 300)]
+        cases += [problem("codebook4", 64, m) for m in (1, 64, 300)]
+        cases += [problem("int8", None, m) for m in (1, 300)]
+        cases += [problem("int4", 128, x_dtype="float16", out_dtype="float16")]
+    cases += [problem("int4", 128, n=side - 24), problem("int4", 128, e=3)]
+    for case in cases:
+        yield _label(case), case, {}
+    # k is no multiple of the steps, and parts of k are summed at the end.
+    k = side * 4 + 64
+    for codes in ("int4", "codebook4"):
+        case = problem(codes, 64, k=k)
+        splits = {} if name == "tpu" else {"splits": 3}
+        yield f"{_label(case)}, 3 parts" if splits else _label(case), case, splits
+
+
+def _label(p: Problem) -> str:
+    return (
+        f"{p.codes}, groups of {p.group}, m={p.m}, k={p.k}, n={p.n}, e={p.e}, "
+        f"{p.x_dtype}"
+    )
+
+
+class _Checked(NamedTuple):
+    """A compiled product, its operands, and the exact result."""
+
+    program: Callable
+    operands: tuple
+    exact: np.ndarray
+    is_poisoned: bool
+
+
+def _compile_checked(
+    name: str, problem: Problem, tiles: Row, rehearse: bool
+) -> _Checked:
+    module = kernel_module(name)
+    device = None if rehearse else jax.devices()[0].device_kind
+    reason = module.why_not(problem, device)
+    if reason is not None:
+        raise ValueError(f"the kernel refuses: {reason}")
+    operands = tune.random_operands(problem, 0)
+    exact = tune.exact_product(problem, operands)
+    product = functools.partial(
+        module.matmul,
+        problem=problem,
+        tiles={**module.default_tiles(problem, device), **tiles},
+        interpret=rehearse,
+    )
+
+    def into(out: jax.Array, *operands: Any) -> jax.Array:
+        return product(*operands)
+
+    if rehearse:
+        return _Checked(into, operands, exact, False)
+    # The result is written to the memory of `out`, which is full of NaN.
+    out = jax.ShapeDtypeStruct(exact.shape, problem.out_dtype)
+    program = jax.jit(into, donate_argnums=0, keep_unused=True)
+    compiled = program.lower(out, *operands).compile()
+    memory = compiled.memory_analysis()
+    is_poisoned = memory is not None and memory.alias_size_in_bytes > 0
+    return _Checked(compiled, operands, exact, is_poisoned)
+
+
+def _check(repeats: int, checked: _Checked) -> Iterator[Row]:
+    dtype = checked.operands[0].dtype
+    results = []
+    for _ in range(repeats):
+        out = jnp.full(checked.exact.shape, jnp.nan, dtype)
+        results.append(np.asarray(checked.program(out, *checked.operands)))
+    y = results[0].astype(np.float64)
+    error = np.linalg.norm(y - checked.exact) / np.linalg.norm(checked.exact)
+    bits = {result.tobytes() for result in results}
+    yield {
+        "error": float(error),
+        "is_right": bool(error <= LARGEST_ERROR),  # NaN is wrong
+        "runs": repeats,
+        "has_same_bits": len(bits) == 1,
+        "is_poisoned": checked.is_poisoned,
+    }
+
+
+# Stage B.
+
+
+def _peaks(rehearse: bool) -> list[Task]:
+    def run(_: Any) -> Iterator[Row]:
+        yield kernels.find_peaks("cpu" if rehearse else _platform())
+
+    def compile_empty(m: int) -> Callable[[], Any]:
+        x = jnp.ones((m, kernels.K), jnp.bfloat16)
+        return kernels.loop(lambda x, w: x, x, [jnp.ones(())] * NUM_WEIGHTS, LOOPS)
+
+    def run_empty(m: int, call: Callable[[], Any]) -> Iterator[Row]:
+        times = summary(interleaved({"empty": call}, rounds=21), "empty")["empty"]
+        yield {"m": m, "us": 1e3 * times["median_ms"] / (NUM_WEIGHTS * LOOPS)}
+
+    empty = [
+        Task(
+            f"the loop without products, m={m}",
+            functools.partial(compile_empty, m),
+            functools.partial(run_empty, m),
+        )
+        for m in (1, 16, 64, 256)
+    ]
+    return [Task("copy and dense product", lambda: None, run), *empty]
+
+
+# Stages C and D.
+
+_one_at_a_time = threading.Lock()
+
+
+@functools.cache
+def _all_weights(n: int, count: int, platform: str) -> tuple[dict, list]:
+    return kernels.make_weights(n, count, platform)
+
+
+def _weights(n: int, names: tuple[str, ...], count: int) -> tuple[dict, list]:
+    """`count` quantized weights of each name, and dense ones."""
+    with _one_at_a_time:
+        weights, dense = _all_weights(n, count, _platform())
+    return {name: weights[name] for name in names}, dense
+
+
+def _speed(rehearse: bool) -> list[Task]:
+    weight_only: tuple[str, ...] = ("int4", "nf4", "int8")
+    cases = [(n, m, weight_only) for n, m in SIZES]
+    cases.append((4096, 2048, ("int4", "w8a8")))
+    if rehearse:
+        cases = [(256, 16, weight_only), (256, 64, ("int4", "w8a8"))]
+    count, loops = (2, 1) if rehearse else (NUM_WEIGHTS, LOOPS)
+
+    def compiled(n: int, m: int, names: tuple[str, ...]) -> kernels.Products:
+        weights, dense = _weights(n, names, count)
+        return kernels.Products(m, n, weights, dense, loops)
+
+    return [
+        Task(f"n={n}, m={m}", functools.partial(compiled, *case), _measured)
+        for case in cases
+        for n, m, _ in [case]
+    ]
+
+
+def _measured(products: kernels.Products) -> Iterator[Row]:
+    yield from products.measure(rounds=15, seconds=10.0)
+
+
+def _torch(rehearse: bool) -> list[Task]:
+    sizes = [(256, 16)] if rehearse else [(n, m) for n, m in SIZES if m in (1, 16, 256)]
+    count, loops = (2, 1) if rehearse else (NUM_WEIGHTS, LOOPS)
+
+    def compiled(n: int, m: int) -> kernels.Products:
+        _, dense = _weights(n, (), count)
+        return kernels.Products(m, n, {}, dense, loops)
+
+    def measured(n: int, m: int, products: kernels.Products) -> Iterator[Row]:
+        # CUDA graphs are captured here, because nothing else may run meanwhile.
+        calls = kernels.others(m, n, count, loops)
+        if not calls:
+            raise RuntimeError("torch with CUDA is not installed")
+        products.calls |= calls
+        yield from products.measure(rounds=15, seconds=6.0)
+
+    return [
+        Task(
+            f"n={n}, m={m}",
+            functools.partial(compiled, n, m),
+            functools.partial(measured, n, m),
+        )
+        for n, m in sizes
+    ]
+
+
+# Stage E.
+
+
+def _tiles(rehearse: bool) -> list[Task]:
+    kernel, choices, n = "mosaic_gpu", TILES, 4096
+    if rehearse:
+        kernel, choices, n = "triton", {"splits": (1, 2)}, 64
+    elif kernel not in KERNELS.get(_platform(), ()):
+        return [Task("other tiles", lambda: None, _no_tiles)]
+    candidates = [
+        dict(zip(choices, values, strict=True))
+        for values in itertools.product(*choices.values())
+    ]
+    made = []
+    for codes, group in (("int4", 128), ("codebook4", 64)):
+        problem = tune.make_problem(codes, group, 16, kernels.K, n, "rows")
+        for at in range(0, len(candidates), TILES_AT_ONCE):
+            some = candidates[at : at + TILES_AT_ONCE]
+            name = f"{codes}, tiles {at} to {at + len(some) - 1}"
+            compiled = functools.partial(
+                _compile_tiles, kernel, problem, some, rehearse
+            )
+            made.append(Task(name, compiled, _measure_tiles))
+    return made
+
+
+def _no_tiles(_: Any) -> Iterator[Row]:
+    yield {"note": "this stage needs a GPU of the Hopper generation"}
+
+
+@functools.cache
+def _operands(problem: Problem, count: int) -> tuple[list[tuple], np.ndarray]:
+    operands = [tune.random_operands(problem, seed) for seed in range(count)]
+    return operands, tune.exact_product(problem, operands[0])
+
+
+def _compile_tiles(
+    kernel: str, problem: Problem, candidates: list[Row], rehearse: bool
+) -> tuple[dict, list[Row]]:
+    """Compiled calls by tiles, and rows for tiles that do not work."""
+    module = kernel_module(kernel)
+    with _one_at_a_time:
+        operands, exact = _operands(problem, 2 if rehearse else NUM_WEIGHTS)
+    device = None if rehearse else jax.devices()[0].device_kind
+    own = dict(module.default_tiles(problem, device))
+    calls, failed = {}, []
+    for tiles in (own, *({**own, **change} for change in candidates)):
+        product = functools.partial(
+            module.matmul, problem=problem, tiles=tiles, interpret=rehearse
+        )
+        try:
+            y = np.asarray(jax.jit(product)(*operands[0]), np.float64)
+            error = np.linalg.norm(y - exact) / np.linalg.norm(exact)
+            if not error <= LARGEST_ERROR:
+                raise ValueError(f"wrong by {error:.2g}")
+            calls[str(tiles)] = tune.loop_over(product, operands)
+        except Exception as problem_found:
+            # The compiler may refuse tiles. The others are measured all the same.
+            failed.append({"tiles": tiles, "failure": str(problem_found)[:200]})
+    return calls, failed
+
+
+def _measure_tiles(compiled: tuple[dict, list[Row]]) -> Iterator[Row]:
+    calls, failed = compiled
+    yield from failed
+    if not calls:
+        return
+    figures = summary(interleaved(calls, rounds=9, seconds=8.0), next(iter(calls)))
+    for tiles, times in figures.items():
+        ratio = times["time_over_base"]
+        yield {"tiles": tiles, "ms": times["median_ms"], "time_over_own": ratio}
+
+
+# Stage F.
+
+
+def _counters(rehearse: bool) -> list[Task]:
+    return [
+        Task(codes, lambda: None, functools.partial(_profile, codes, rehearse))
+        for codes in ("int4", "codebook4")
+    ]
+
+
+def _profile(codes: str, rehearse: bool, _: Any) -> Iterator[Row]:
+    """Runs a product under ncu, and yields the counters of each of its launches."""
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        raise RuntimeError("ncu is not installed")
+    own = [sys.executable, __file__, codes]
+    options = ["--clock-control", "none", "--csv", "--metrics", ",".join(COUNTERS)]
+    result = subprocess.run(
+        [ncu, *options, *own], capture_output=True, text=True, timeout=60, check=False
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith('"')]
+    if not lines:
+        raise RuntimeError((result.stdout + result.stderr)[-400:])
+    launches: dict[str, Row] = {}
+    for line in csv.DictReader(lines):
+        launch = launches.setdefault(line["ID"], {"launch": line["Kernel Name"]})
+        launch[line["Metric Name"]] = f"{line['Metric Value']} {line['Metric Unit']}"
+    yield from launches.values()
+
+
+def profiled_product(codes: str) -> None:
+    """One product of the Hopper kernel. Its operands come from the host."""
+    group = {"int4": 128, "codebook4": 64}[codes]
+    problem = tune.make_problem(codes, group, 16, kernels.K, 14336, "rows")
+    module = kernel_module("mosaic_gpu")
+    tiles = module.default_tiles(problem, jax.devices()[0].device_kind)
+    product = jax.jit(functools.partial(module.matmul, problem=problem, tiles=tiles))
+    jax.block_until_ready(product(*tune.random_operands(problem, 0)))
+
+
+if __name__ == "__main__":
+    profiled_product(sys.argv[1])
