@@ -134,7 +134,8 @@ def _default_body(p: Problem, bm: int, device_kind: str | None) -> str:
         # weight is expensive. Partial sums cost nothing extra if a group is as long as
         # the matrix unit.
         return "post" if bm <= p.group or p.group >= 128 else "pre"
-    return "post" if 8 * bm <= p.group else "pre"
+    # Beside the transpose of rows, scaled weights take fewer cycles than scaled sums.
+    return "post" if 8 * bm <= p.group and p.layout == "columns" else "pre"
 
 
 def _default_bk(p: Problem, bm: int, body: str) -> int:
