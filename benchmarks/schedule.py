@@ -1,21 +1,27 @@
 """Cycles of a TPU kernel by its static schedule, on a machine without a TPU.
 
-The numbers rank tiles. They are not a measured speed. libtpu's compiler writes the
+    python benchmarks/schedule.py v5e:2x2     # or v6e:2x2, tpu7x:2x2x1
+
+prints a table for the tiles that the kernel uses now. The numbers are predictions that
+rank tiles and layouts. They are not a measured speed. libtpu's compiler writes the
 final schedule of a program: how many instruction bundles one grid step takes. A step
 takes at least as long as its bundles, and at least as long as the next tile needs from
-HBM. Stalls and latencies are not part of the number.
+HBM. The first tile is read before any step can overlap with it. Stalls and latencies
+are not part of the number.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -24,6 +30,25 @@ from jax.sharding import SingleDeviceSharding
 # Bytes per cycle from HBM, from the clock and the bandwidth that the maker states: 819
 # GB/s at 1.5 GHz, 1640 GB/s at 1.75 GHz, 3690 GB/s (one core) at 1.9 GHz.
 HBM_BYTES_PER_CYCLE = {"TPU v5 lite": 546, "TPU v6 lite": 937, "TPU7x": 1942}
+
+
+class Cycles(NamedTuple):
+    """Predicted cycles of one product.
+
+    Attributes:
+      total: the product, with the first tile.
+      first: reading the first tile of x, codes and scales. Nothing overlaps with it.
+      read: reading codes and scales once. No tiles can take less.
+      dense: reading the same weight once in bfloat16.
+      decoded: the memory traffic of a product without a kernel, if the decoded weight
+        is written: reading the codes, writing the weight in bfloat16, and reading it.
+    """
+
+    total: int
+    first: int
+    read: int
+    dense: int
+    decoded: int
 
 
 class Schedules:
@@ -66,28 +91,81 @@ class Schedules:
                 counts += [int(number) for number in numbers]
         return max(counts)
 
-    def cycles(
-        self, problem: Any, tiles: Mapping[str, Any], bundles: int
-    ) -> tuple[int, int]:
-        """Returns the cycles of a whole product, and those of reading its weight.
+    def cycles(self, problem: Any, tiles: Mapping[str, Any], bundles: int) -> Cycles:
+        """Returns the predicted cycles of a whole product.
 
         Args:
           problem: the product.
           tiles: "bm", "bk" and "bn".
           bundles: bundles of one grid step with these tiles.
-
-        Returns:
-          The cycles with these tiles, and the cycles that HBM needs to deliver codes
-          and scales once.
         """
         p, (bm, bk, bn) = problem, (tiles[name] for name in ("bm", "bk", "bn"))
         scale_bytes = 0 if p.group == p.k else 2 / p.group
         bytes_per_weight = p.bits / 8 + scale_bytes
         rate = HBM_BYTES_PER_CYCLE[self.device_kind]
-        steps = p.e * math.ceil(p.m / bm) * math.ceil(p.n / bn) * math.ceil(p.k / bk)
-        step_cycles = max(bundles, bk * bn * bytes_per_weight / rate)
-        read_cycles = p.e * p.k * p.n * bytes_per_weight / rate
-        return round(steps * step_cycles), round(read_cycles)
+        k_steps = math.ceil(p.k / bk)
+        steps = p.e * math.ceil(p.m / bm) * math.ceil(p.n / bn) * k_steps
+        x_bytes = bm * bk * (1 if p.x_dtype == "int8" else 2)
+        weight_bytes = bk * bn * bytes_per_weight
+        first_bytes = x_bytes + weight_bytes
+        # A tile of x that the next step uses again is not read again.
+        step_bytes = weight_bytes if k_steps == 1 else first_bytes
+        first, step = first_bytes / rate, max(bundles, step_bytes / rate)
+        read = p.e * p.k * p.n * bytes_per_weight / rate
+        dense = p.e * p.k * p.n * 2 / rate
+        return Cycles(
+            total=round(first + steps * step),
+            first=round(first),
+            read=round(read),
+            dense=round(dense),
+            decoded=round(read + 2 * dense),
+        )
 
     def close(self) -> None:
         shutil.rmtree(self._dump, ignore_errors=True)
+
+
+CASES = [("int4", 128), ("int4", 32), ("uint4", 128), ("codebook4", 64), ("int8", None)]
+HEADER = (
+    "| device | codes, group | layout | tiles | bundles a step | first tile | cycles "
+    "| read codes | read bf16 | ratio to bf16 | write and read bf16 |"
+)
+
+
+def main(topology: str) -> None:
+    """Prints the predicted cycles of 16 rows times a 4096 x 4096 weight."""
+    from tune import make_problem, shapes_of
+
+    from jaxq.kernels import _tiles, _tpu
+
+    schedules = Schedules(topology)
+    device = schedules.device_kind
+    print(f"{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}", flush=True)
+    for (codes, group), layout in itertools.product(CASES, ("rows", "columns")):
+        p = make_problem(codes, group, 16, 4096, 4096, layout)
+        tiles = _tiles.lookup("tpu", device, p)
+
+        def product(*arrays: jax.Array, p=p, tiles=tiles) -> jax.Array:
+            return _tpu.matmul(*arrays, problem=p, tiles=tiles)
+
+        bundles = schedules.bundles(product, shapes_of(p))
+        cycles = schedules.cycles(p, tiles, bundles)
+        cells = [
+            device,
+            f"{codes}, {group or 'column'}",
+            layout,
+            ", ".join(f"{name} {value}" for name, value in tiles.items()),
+            bundles,
+            cycles.first,
+            cycles.total,
+            cycles.read,
+            cycles.dense,
+            f"{cycles.dense / cycles.total:.2f}",
+            cycles.decoded,
+        ]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    schedules.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -42,7 +42,7 @@ BUCKETS = (16, 64, 128, 256)
 CACHE_BYTES = 256 * 2**20
 LOOPS = 8
 # The fields of an entry that say what it is for.
-KEY = ("kernel", "device", "codes", "x", "group", "m", "k", "n")
+KEY = ("kernel", "device", "codes", "x", "group", "layout", "m", "k", "n")
 
 
 def candidates(
@@ -51,9 +51,9 @@ def candidates(
     """Yields the kernel's own tiles, and then tiles near them."""
     own = dict(kernel_module(name).default_tiles(problem, device))
     yield own
-    bodies = ("select", "gather") if problem.codebook else ("pre", "post")
+    bodies = (own.get("body"),) if problem.codebook else ("pre", "post")
     choices: dict[str, tuple] = {
-        "tpu": {"bk": (1024, 2048, 4096), "bn": (256, 512, 1024), "body": bodies},
+        "tpu": {"bk": (2048, 4096), "bn": (256, 512, 1024), "body": bodies},
         "mosaic_gpu": {
             "bk": (64, 128),
             "warpgroups": (1, 2),
@@ -116,6 +116,15 @@ def random_operands(problem: kernels.Problem, seed: int) -> tuple[jax.Array, ...
     zero_point = jnp.asarray(zero) if p.zero_point else None
     operands = (x, jnp.asarray(data), scale, zero_point, codebook)
     return jax.tree.map(jax.device_put, operands)
+
+
+def shapes_of(problem: kernels.Problem) -> list[jax.ShapeDtypeStruct | None]:
+    """Returns the shapes of `random_operands`."""
+    shapes = jax.eval_shape(lambda: random_operands(problem, 0))
+    return [
+        None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)
+        for array in shapes
+    ]
 
 
 def exact_product(problem: kernels.Problem, operands: tuple) -> np.ndarray:
@@ -209,15 +218,10 @@ def rank(
     module, p, device = kernel_module("tpu"), problem, schedules.device_kind
     if module.why_not(p, device) is not None:
         return None
-    shapes = jax.eval_shape(lambda: random_operands(p, 0))
-    specs = [
-        None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)
-        for array in shapes
-    ]
-    cycles_of = {}
+    specs, cycles_of = shapes_of(p), {}
     for tiles in candidates("tpu", p, device):
         label = json.dumps(tiles)
-        key = f"{p.codes} {p.group} {p.m} {label}"
+        key = f"{p.codes} {p.group} {p.layout} {p.m} {label}"
         if key not in bundles_of:
             product = functools.partial(module.matmul, problem=p, tiles=tiles)
             try:
@@ -228,14 +232,18 @@ def rank(
         if bundles_of[key]:
             cycles_of[label] = schedules.cycles(p, tiles, bundles_of[key])
     own = next(iter(cycles_of))
-    best = min(cycles_of, key=lambda label: cycles_of[label])
-    cycles, read_cycles = cycles_of[best]
+    best = min(cycles_of, key=lambda label: cycles_of[label].total)
+    cycles = cycles_of[best]
     print(
-        f"{device} {p.codes} m={p.m} n={p.n}: {best}, {cycles} cycles, "
-        f"{read_cycles} for reading, {cycles_of[own][0]} by rule",
+        f"{device} {p.codes} {p.layout} m={p.m} n={p.n}: {best}, {cycles.total} "
+        f"cycles, {cycles.read} for reading, {cycles_of[own].total} by rule",
         flush=True,
     )
-    origin = {"source": "schedule", "cycles": cycles, "hbm_cycles": read_cycles}
+    origin = {
+        "source": "schedule",
+        "cycles": cycles.total,
+        "hbm_cycles": cycles.read,
+    }
     return _entry("tpu", device, p, json.loads(best), origin)
 
 
@@ -252,6 +260,7 @@ def _entry(
         "codes": p.codes,
         "x": p.x_dtype,
         "group": p.group,
+        "layout": p.layout,
         "m": p.m,
         "k": p.k,
         "n": p.n,
@@ -304,11 +313,13 @@ def main() -> None:
     if platform not in kernels.KERNELS:
         message = f"There are no kernels for {platform}, so nothing can be timed."
         parser.exit(1, f"{message} Use --topology to rank tiles for a TPU.\n")
-    layout = "columns" if platform == "tpu" else "rows"
+    layouts = ("rows", "columns") if platform == "tpu" else ("rows",)
     table = {_key(entry): entry for entry in _tiles.table()}
     bundles_of: dict[str, int] = {}
     for name in args.kernels or kernels.KERNELS[platform][:1]:
-        for codes, m, k, n in itertools.product(args.codes, args.m, args.k, args.n):
+        for codes, layout, m, k, n in itertools.product(
+            args.codes, layouts, args.m, args.k, args.n
+        ):
             problem = make_problem(codes, CODES[codes], _tiles.bucket(m), k, n, layout)
             if schedules is None:
                 entry = tune(name, problem, device)

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxq import formats
@@ -87,9 +88,8 @@ def pallas_form(
     if codebook is not None:
         codebook = codebook.reshape(problem.e, -1)
     elif problem.codebook:
-        fmt = call.meta.fmt
-        numbers = fmt.decode(jnp.arange(16, dtype=fmt.code_dtype)).astype(jnp.float32)
-        codebook = jnp.broadcast_to(numbers, (problem.e, 16))
+        numbers = _numbers_of(call.meta.fmt)
+        codebook = jnp.asarray(np.broadcast_to(numbers, (problem.e, 16)))
 
     def groups_first(leaf: jax.Array | None) -> jax.Array | None:
         """`[e, n or 1, g]` as `[e, g, n]`."""
@@ -108,6 +108,18 @@ def pallas_form(
         tiles=_tiles.lookup(kernel, device_kind, problem),
         interpret=call.interpret,
     )
+
+
+@functools.cache
+def _numbers_of(fmt: formats.Format) -> np.ndarray:
+    """The number of each of the 16 codes, float32.
+
+    It is a constant of the program. A program that looked the numbers up would launch
+    several small kernels, and on a TPU they can take as long as the product.
+    """
+    with jax.ensure_compile_time_eval():
+        codes = jnp.arange(16, dtype=fmt.code_dtype)
+        return np.asarray(fmt.decode(codes), np.float32)
 
 
 def interpreted(x: jax.Array, rows: Rows, call: Call) -> jax.Array:

@@ -65,8 +65,8 @@ def quantized_matmul(
       packing: order of codes in bytes, a `jaxq.formats.Packing` or its value. None
         means the default of the format: HALVES for 4 bits. A HALVES unit is a group, or
         a row if there is one group.
-      layout: order of the codes in memory. GPU kernels take "rows", TPU kernels take
-        "columns".
+      layout: order of the codes in memory. All kernels take "rows". The TPU kernel also
+        takes "columns", and decodes them faster.
       out_dtype: dtype of the result. None means the dtype of x. For int8 x it means
         float32, or int32 without a scale.
       backend: "auto", "xla", or the name of a kernel: "tpu", "mosaic_gpu", "triton".

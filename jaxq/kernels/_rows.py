@@ -19,7 +19,7 @@ from jaxq import formats
 from jaxq.kernels._one_step import as_one_step
 
 # The order of codes in memory: along the row, `[n, k]`, or along the column, `[k, n]`.
-# TPU kernels want columns, GPU kernels want rows.
+# All kernels read rows. The TPU kernel also reads columns.
 Layout = Literal["rows", "columns"]
 
 # Bytes of decoded weight in memory at one time on a CPU. A product of 128 tokens with a

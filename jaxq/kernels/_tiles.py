@@ -1,11 +1,11 @@
 """The tile sizes of a kernel, from a table by device or from the kernel's rule.
 
 `tiles.json` holds the table, which `benchmarks/tune.py` fills. An entry has the keys
-`{kernel, device, codes, x, group, m, k, n, tiles, source}`. m is a power of two: the
-largest number of rows of x that the entry is for. If k and n are missing, the entry is
-for all k and n. `source` says how the tiles were found. "measured" means on the device.
-"schedule" means by the compiler's static schedule. No entry is measured yet. A problem
-without an entry gets the tiles of its kernel's `default_tiles`.
+`{kernel, device, codes, x, group, layout, m, k, n, tiles, source}`. m is a power of
+two: the largest number of rows of x that the entry is for. If k and n are missing, the
+entry is for all k and n. `source` says how the tiles were found. "measured" means on
+the device. "schedule" means by the compiler's static schedule. No entry is measured
+yet. A problem without an entry gets the tiles of its kernel's `default_tiles`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def _lookup(
         "codes": problem.codes,
         "x": problem.x_dtype,
         "group": problem.group,
+        "layout": problem.layout,
         "m": bucket(problem.m),
     }
     entries = [entry for entry in table() if facts.items() <= entry.items()]

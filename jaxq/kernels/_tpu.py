@@ -7,13 +7,21 @@ decoding a tile takes no longer than fetching the next tile. Without a kernel, X
 writes the decoded weight to memory first. The kernel has run in the interpreter and has
 been compiled for TPU v5e, v6e and v7x. It has not been timed on a device.
 
-Layout. Codes have the layout "columns": k along sublanes and n along lanes. Reading a
-byte as two 4-bit numbers (`pltpu.bitcast`) is then free, and the numbers are in order.
+Layout. A tile is decoded with k along sublanes and n along lanes. Reading a byte as two
+4-bit numbers (`pltpu.bitcast`) is then free, and the numbers are in order. Codes in the
+layout "columns" already lie like this. Codes in the layout "rows", as `quantize` stores
+them, have n along sublanes. The kernel transposes each tile of bytes after it is in
+VMEM. The unit that moves lanes does this, and it has little else to do. The matrix unit
+could also multiply by a transposed right side. This takes longer: on v6e and v7x it
+loads a transposed tile at half the speed, and the tile then holds decoded weights,
+which have four times the bytes of the codes.
+
 Each grid step (e, m, n, k) computes
 
     total += x @ decode(data)
 
-    x [bm, bk]    data [bk * bits / 8, bn]    scale, zero_point [bk / group, bn]
+    x [bm, bk]    scale, zero_point [bk / group, bn]
+    data [bk * bits / 8, bn], or [bn, bk * bits / 8] in the layout "rows"
 
 The last step along k writes `total` to the result. `total` is int32 if x is int8 and
 there is one scale per column. Otherwise it is float32.
@@ -38,8 +46,9 @@ generation of the TPU:
 - TPUs have no float16. float16 arrays are computed as float32.
 
 Memory. VMEM holds two tiles of each of x, data, scale, zero_point and y, because the
-next tiles are fetched during a step. It holds one tile of `total` and one decoded tile.
-`default_tiles` needs less than 12 MB. A kernel gets 16 MB on v5e.
+next tiles are fetched during a step. It holds one tile of `total` and one decoded tile,
+and in the layout "rows" one transposed tile of data. `default_tiles` needs less than
+12 MB. A kernel gets 16 MB on v5e.
 
 Shapes. All e, m, k and n are supported. x is padded with zeros to whole tiles along k,
 and scales beyond the last group count as zero. Numbers beyond m and n are computed but
@@ -75,11 +84,6 @@ def why_not(problem: Problem, device_kind: str | None) -> str | None:
       device_kind: `jax.Device.device_kind`, or None if no device is known yet.
     """
     p = problem
-    if p.layout != "columns":
-        return (
-            'the TPU kernel reads codes in layout "columns"; use '
-            'jaxq.relayout(weight, "columns")'
-        )
     if 0 in (p.e, p.m, p.k, p.n):
         return "the product is empty"
     if p.bits not in (4, 8) or (p.codebook and p.bits != 4):
@@ -130,7 +134,8 @@ def _default_body(p: Problem, bm: int, device_kind: str | None) -> str:
         # weight is expensive. Partial sums cost nothing extra if a group is as long as
         # the matrix unit.
         return "post" if bm <= p.group or p.group >= 128 else "pre"
-    return "post" if 8 * bm <= p.group else "pre"
+    # Beside the transpose of rows, scaled weights take fewer cycles than scaled sums.
+    return "post" if 8 * bm <= p.group and p.layout == "columns" else "pre"
 
 
 def _default_bk(p: Problem, bm: int, body: str) -> int:
@@ -139,7 +144,9 @@ def _default_bk(p: Problem, bm: int, body: str) -> int:
         body == "select",
         bm > 128,
     )
-    if is_wide or (select and many_rows):
+    # Rows of bytes need room for their transpose.
+    transposed_bytes = p.layout == "rows" and p.bits == 8
+    if is_wide or ((select or transposed_bytes) and many_rows):
         largest = 1024
     elif select or many_rows:
         largest = 2048
@@ -167,7 +174,8 @@ def matmul(
 
     Args:
       x: `[e, m, k]`.
-      data: `[e, k * bits / 8, n]`.
+      data: `[e, n, k * bits / 8]` in the layout "rows", `[e, k * bits / 8, n]` in the
+        layout "columns".
       scale: `[e, k / group, n]`, or None.
       zero_point: integers with the shape of scale, or None.
       codebook: float32 `[e, 16]`, or None.
@@ -233,10 +241,14 @@ def _input_specs(
     else:
         tile = (None, bk // p.group, bn)
         group_spec = pl.BlockSpec(tile, lambda e, m, n, k: (e, k, n))
-    data_tile = (None, bk * p.bits // 8, bn)
+    height = bk * p.bits // 8
+    if p.layout == "rows":
+        data_spec = pl.BlockSpec((None, bn, height), lambda e, m, n, k: (e, n, k))
+    else:
+        data_spec = pl.BlockSpec((None, height, bn), lambda e, m, n, k: (e, k, n))
     specs = {
         "x": pl.BlockSpec((None, bm, bk), lambda e, m, n, k: (e, m, k)),
-        "data": pl.BlockSpec(data_tile, lambda e, m, n, k: (e, k, n)),
+        "data": data_spec,
         "scale": group_spec,
         "zero_point": group_spec,
     }
@@ -259,7 +271,10 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
     def _():
         total[...] = jnp.zeros_like(total)
 
-    x, data = inputs["x"][...], inputs["data"][...]  # [bm, bk], [bk * bits / 8, bn]
+    x, data = inputs["x"][...], inputs["data"][...]
+    if p.layout == "rows":
+        data = data.T
+    # x is [bm, bk] and data is [bk * bits / 8, bn].
     one_scale = p.group == p.k
     group = x.shape[1] if one_scale else p.group
     num_groups = x.shape[1] // group

@@ -57,7 +57,7 @@ def explain(
       >>> x, qt = jnp.ones((2, 32)), jaxq.quantize(jnp.eye(32), "nf4")
       >>> print(jaxq.explain(x, qt, platform="cpu"))
       weight_only (accumulates in float32): nf4 codes are decoded in blocks of rows
-      >>> jaxq.explain(x, jaxq.relayout(qt, "columns"), platform="tpu").kernel
+      >>> jaxq.explain(x, qt, platform="tpu").kernel
       'tpu'
     """
     num_devices = _num_devices(lhs, rhs)

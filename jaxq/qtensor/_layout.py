@@ -24,9 +24,9 @@ def relayout(qt: QTensor, target: formats.Packing | str) -> QTensor:
       target: the new order of codes in bytes, or the new order of axes.
         A `jaxq.formats.Packing` or its value, for example "low_first", changes the
         order of codes in bytes. NONE stores one code in each byte.
-        "rows" stores `[*batch, *kept, k]`, the order that `quantize` stores and GPU
-        kernels use. "columns" stores `[*batch, k, *kept]`, the order that TPU kernels
-        use.
+        "rows" stores `[*batch, *kept, k]`, the order that `quantize` stores. All
+        kernels read it. "columns" stores `[*batch, k, *kept]`, which only the TPU
+        kernel reads, in less time than rows.
 
     Raises:
       TypeError: `qt` is not a QTensor.

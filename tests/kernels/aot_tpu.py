@@ -23,25 +23,27 @@ from tests.kernels.problems import CODES, problem, specs
 
 
 def cases() -> dict[str, Problem]:
-    """Every code by every group for few and many rows, and one case of other facts."""
+    """Every code by every group for few and many rows, and one case of other facts.
+
+    All of it for codes along rows and along columns.
+    """
     out = {}
-    for codes in CODES:
-        make = functools.partial(
-            problem, codes, layout="columns", scale_dtype="bfloat16"
-        )
+    for codes, layout in itertools.product(CODES, ("rows", "columns")):
+        name = f"{codes} {layout}"
+        make = functools.partial(problem, codes, layout=layout, scale_dtype="bfloat16")
         for m, group in itertools.product((16, 512), (32, 64, 128, None)):
-            out[f"{codes} group={group} m={m}"] = make(m=m, group=group)
+            out[f"{name} group={group} m={m}"] = make(m=m, group=group)
         for m in (32, 512):
-            out[f"{codes} int8 x m={m}"] = make(m=m, x_dtype="int8")
+            out[f"{name} int8 x m={m}"] = make(m=m, x_dtype="int8")
         sums = {"scale_dtype": None, "zero_point": False, "out_dtype": "int32"}
-        out[f"{codes} int32"] = make(m=32, group=None, x_dtype="int8", **sums)
+        out[f"{name} int32"] = make(m=32, group=None, x_dtype="int8", **sums)
         for m in (16, 512):
             wide = dict.fromkeys(("x_dtype", "scale_dtype", "out_dtype"), "float32")
-            out[f"{codes} float32 x m={m}"] = make(m=m, **wide)
-        out[f"{codes} float16"] = make(
+            out[f"{name} float32 x m={m}"] = make(m=m, **wide)
+        out[f"{name} float16"] = make(
             **dict.fromkeys(("x_dtype", "scale_dtype", "out_dtype"), "float16")
         )
-        out[f"{codes} tails"] = make(
+        out[f"{name} tails"] = make(
             e=2, m=5, k=1152, n=96, group=64, scale_dtype="float32"
         )
     return out

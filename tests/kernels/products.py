@@ -11,6 +11,7 @@ from tests.arrays import normal_with_outliers
 
 K, N, M = 128, 256, 16
 CUSTOM_CALL = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}
+# One of the layouts that the kernels of a platform read.
 LAYOUT = {"tpu": "columns", "cuda": "rows"}
 WITH_OFFSET = jaxq.QuantSpec("uint4", jaxq.PerGroup(64), offset="min")
 

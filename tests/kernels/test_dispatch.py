@@ -29,25 +29,25 @@ from tests.kernels.products import (
     [
         ("cpu", "bfloat16", ("int4", "rows"), "xla", "there are no kernels for cpu"),
         ("tpu", "bfloat16", ("int4", "columns"), "tpu", None),
-        ("tpu", "bfloat16", ("int4", "rows"), "xla", "relayout"),
+        ("tpu", "bfloat16", ("int4", "rows"), "tpu", None),
         ("cuda", "bfloat16", ("int4", "rows"), "mosaic_gpu", None),
         ("cuda", "bfloat16", ("int4", "columns"), "xla", "relayout"),
         ("cuda", "float32", ("nf4", "rows"), "triton", None),
         (
             "tpu",
             "bfloat16",
-            ("int3", "columns"),
+            ("int3", "rows"),
             "xla",
             "int3 has 3 bits, and kernels take 4 and 8 bits",
         ),
         (
             "tpu",
             "bfloat16",
-            ("fp8", "columns"),
+            ("fp8", "rows"),
             "xla",
             "8-bit codes only of integer formats, not of float8_e4m3fn",
         ),
-        ("tpu", "bfloat16", (WITH_OFFSET, "columns"), "xla", "real offsets"),
+        ("tpu", "bfloat16", (WITH_OFFSET, "rows"), "xla", "real offsets"),
     ],
 )
 def test_explain_names_the_kernel_and_the_reason(platform, x, qt, kernel, reason):

@@ -7,7 +7,7 @@ from jaxq.kernels._registry import kernel_module
 from tests.kernels.problems import CUSTOM_CALL, lowered, problem
 
 ENTRIES = _tiles.table()
-LAYOUT = {"tpu": "columns", "mosaic_gpu": "rows", "triton": "rows"}
+LAYOUT = {"tpu": "rows", "mosaic_gpu": "rows", "triton": "rows"}
 
 
 def problem_of(entry: dict) -> Problem:
@@ -16,19 +16,15 @@ def problem_of(entry: dict) -> Problem:
     other = {
         "x_dtype": entry["x"],
         "scale_dtype": "bfloat16",
-        "layout": LAYOUT[entry["kernel"]],
+        "layout": entry["layout"],
     }
     return problem(entry["codes"], m=entry["m"], group=entry["group"], **sizes, **other)
 
 
 def test_entries_are_complete_and_differ():
     names = {name for platform in KERNELS.values() for name in platform}
-    keys = [
-        tuple(
-            e.get(k) for k in ("kernel", "device", "codes", "x", "group", "m", "k", "n")
-        )
-        for e in ENTRIES
-    ]
+    facts = ("kernel", "device", "codes", "x", "group", "layout", "m", "k", "n")
+    keys = [tuple(entry.get(name) for name in facts) for entry in ENTRIES]
     assert len(set(keys)) == len(keys), "two entries for the same product"
     for entry in ENTRIES:
         assert entry["kernel"] in names
@@ -40,7 +36,7 @@ def test_entries_are_complete_and_differ():
 @pytest.mark.parametrize(
     "entry",
     ENTRIES,
-    ids=lambda e: f"{e['device']}-{e['codes']}-{e['x']}-{e['m']}".replace(" ", ""),
+    ids=lambda e: f"{e['device']}-{e['codes']}-{e['layout']}-{e['m']}".replace(" ", ""),
 )
 def test_every_entry_is_found_and_lowers(entry):
     product = problem_of(entry)
