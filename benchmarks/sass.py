@@ -343,6 +343,7 @@ def _problem(weight: str, m: int, k: int, n: int) -> kernels.Problem:
         x_dtype="bfloat16",
         scale_dtype=scale_dtype,
         out_dtype="bfloat16",
+        unit=(group or k) if fmt.bits == 4 else None,
     )
 
 

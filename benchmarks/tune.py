@@ -54,6 +54,7 @@ def candidates(
     choices: dict[str, tuple] = {
         "tpu": {"bk": (1024, 2048, 4096), "bn": (256, 512, 1024), "body": bodies},
         "mosaic_gpu": {
+            "bm": (own["bm"], 256) if problem.m >= 256 else (own["bm"],),
             "bk": (64, 128, 256),
             "warpgroups": (1, 2, 3, 4),
             "stages": (3, 4, 6),

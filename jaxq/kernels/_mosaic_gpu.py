@@ -15,6 +15,9 @@ weight. This decides the design:
 - Codes are multiplied without their scales, and the sum of each group is scaled in
   float32. Codes minus zero points are exact in 16 bits. A scale costs m operations per
   group instead of 2 * group. Only the entries of a codebook are rounded.
+- With 65 or more rows of x in bfloat16, m operations cost more than the decoding. Then
+  the weights are multiplied by their scales, which rounds both to bfloat16, and all
+  chunks are added by the matrix unit.
 - Shifts and masks turn a 32-bit word of codes into pairs of 16-bit numbers. A code
   becomes the last mantissa bits of the number 128 (bfloat16) or 1024 (float16). The
   number is then 128 or 1024 plus the code. One `lop3` masks a pair and sets its
@@ -48,7 +51,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -263,6 +266,8 @@ class _BlockSizes:
       m_blocks: number of blocks along m.
       n_blocks: number of blocks along n.
       steps: steps of each part of k.
+      scales_weights: True if weights are multiplied by their scales before the product.
+        False if the sum of each chunk is multiplied.
       writes_y: True if the kernel writes the result `[m, n]`. False if it writes
         float32 sums `[n, m]`. XLA then adds the parts and transposes the sum.
     """
@@ -280,6 +285,7 @@ class _BlockSizes:
     m_blocks: int
     n_blocks: int
     steps: int
+    scales_weights: bool
     writes_y: bool
 
 
@@ -320,6 +326,8 @@ def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
         m_blocks=pl.cdiv(p.m, bm),
         n_blocks=pl.cdiv(p.n, columns),
         steps=pl.cdiv(p.k, bk * sizes["splits"]),
+        # With fewer rows, scaling the sums is cheaper, and float16 may not hold scales.
+        scales_weights=bm >= 128 and p.x_dtype == "bfloat16",
         writes_y=is_whole and jnp.dtype(p.out_dtype).itemsize == 2,
     )
 
@@ -356,16 +364,25 @@ def _block(p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, *refs) ->
         table = None
         if p.codebook:
             table = sources[-1][e] if interpret else scratch[0]
-        for c in range(bk // chunk):
+
+        def operands(c: int) -> tuple:
+            """Weights `[bn, chunk]`, their scales `[bn]` and x `[bm, chunk]`."""
             scale, *zero = (
                 boxes.read(boxes.part(ref, rows), first_group, c, interpret)
                 for boxes, ref in zip(scales, group_smem, strict=True)
             )
             codes = _Codes(data_smem.at[rows], c, table)
-            weights = _decode(codes, zero, p, sizes, interpret)  # [bn, chunk]
-            x_chunk = x_smem.at[:, pl.ds(c * chunk, chunk)]  # [bm, chunk]
+            weights = _decode(codes, zero, p, sizes, interpret)
+            x_chunk = x_smem.at[:, pl.ds(c * chunk, chunk)]
+            return weights, scale.astype(jnp.float32), x_chunk
+
+        num_chunks = bk // chunk
+        if sizes.scales_weights:
+            scaled = (_scaled(*operands(c)) for c in range(num_chunks))
+            return _accumulate(sums, scaled, interpret)
+        for c in range(num_chunks):
+            weights, scale, x_chunk = operands(c)
             product = _wgmma(weights, x_chunk, interpret)  # [bn, bm]
-            scale = scale.astype(jnp.float32)  # [bn]
             sums = sums + product * lax.broadcast_in_dim(scale, sums.shape, (0,))
         return sums
 
@@ -654,6 +671,12 @@ def _fill_table(table, barrier, codebook, warpgroups: int, dtype: str) -> None:
     plgpu.barrier_wait(barrier)
 
 
+def _scaled(weights, scale, x_smem) -> tuple:
+    """The weights with their scales, in the dtype of x, and x."""
+    scale = scale.astype(weights.dtype)
+    return weights * lax.broadcast_in_dim(scale, weights.shape, (0,)), x_smem
+
+
 def _wgmma(weights, x_smem, interpret: bool):
     """`weights [bn, chunk] @ x.T [chunk, bm]`, float32 `[bn, bm]`."""
     if interpret:
@@ -664,12 +687,27 @@ def _wgmma(weights, x_smem, interpret: bool):
             preferred_element_type=jnp.float32,
         )
 
-    def accumulate(sums):
+    def multiply(sums):
         plgpu.wgmma(sums, weights, x_smem.T)
         return sums[...]
 
     shape = (weights.shape[0], x_smem.shape[0])
-    return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+def _accumulate(sums, operands: Iterable, interpret: bool):
+    """Adds products `weights [bn, chunk] @ x.T [chunk, bm]` to sums, `[bn, bm]`.
+
+    The matrix unit multiplies one chunk while the next chunk is decoded.
+    """
+    if interpret:
+        return sum((_wgmma(*pair, interpret) for pair in operands), start=sums)
+
+    def accumulate(accumulator):
+        for weights, x_smem in operands:
+            plgpu.wgmma(accumulator, weights, x_smem.T)
+
+    return pl.run_state(accumulate)(plgpu.WGMMAAccumulatorRef.init(sums))
 
 
 def _store_transposed(target, value, interpret: bool) -> None:

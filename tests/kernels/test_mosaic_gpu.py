@@ -76,12 +76,14 @@ EDGES = [
         {},
     ),
     ("int4", {"m": 8, "n": 64, "group": 192, "k": 384}, {}),  # three steps to a group
+    ("uint4", {"m": 72, "n": 64, "group": 64, "unit": 64}, {}),  # weights with scales
+    ("codebook4", {"m": 130, "n": 72, "group": 128, "unit": 128}, {}),
 ]
 
 
 @pytest.mark.parametrize(
     ("codes", "facts", "tiles"),
-    thinned(EDGES, EDGES[:1]),
+    thinned(EDGES, [EDGES[0], EDGES[-2]]),
 )
 def test_edges_and_dtypes(codes, facts, tiles):
     assert run(problem(codes, **{"k": K} | facts), **tiles) < 5e-3
