@@ -24,6 +24,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -277,16 +278,17 @@ def pipe_of(name: str) -> str:
     )
 
 
-def weights_of_loop(kernel: str, tiles: dict[str, Any], body: list[str]) -> int:
+def weights_of_loop(
+    kernel: str, tiles: dict[str, Any], group: int, body: list[str]
+) -> int:
     """Weights that a thread decodes in one pass of the loop.
 
-    A wgmma of 128 threads multiplies 64 x 16 weights. A program of Triton multiplies a
-    chunk of 128 codes by `bn` columns in one pass, or a group if that is smaller.
+    A wgmma of 128 threads multiplies 64 x 16 weights. A program of Triton multiplies
+    `bn` columns by a chunk of 128 codes in one pass, or by a shorter group.
     """
     if kernel == "mosaic_gpu":
         return 8 * _num_matrix(body)
-    # Each HMMA multiplies 8 x 16 weights of a warp with 16 rows of x.
-    return 4 * _num_matrix(body) // max(int(tiles["bm"]) // 16, 1)
+    return int(tiles["bn"]) * math.gcd(group, 128) // (32 * int(tiles["warps"]))
 
 
 def count(weight: str, m: int, k: int, n: int, backend: str) -> dict[str, Any]:
@@ -310,7 +312,7 @@ def count(weight: str, m: int, k: int, n: int, backend: str) -> dict[str, Any]:
     problem = _problem(weight, m, k, n)
     tiles = dict(_tiles.lookup(kernel, DEVICE, problem))
     body = main_loop(instructions(listing, match[1]))
-    num_weights = weights_of_loop(kernel, tiles, body)
+    num_weights = weights_of_loop(kernel, tiles, problem.group, body)
     pipes = collections.Counter(map(pipe_of, body))
     names = collections.Counter(name.split(".")[0] for name in body)
     return row | {

@@ -199,12 +199,16 @@ def matmul(
     bm, bn, warpgroups = sizes.bm, sizes.bn, sizes.warpgroups
     padded_m = sizes.m_blocks * bm
 
+    # Shared memory has tiles of 8 rows. Mosaic cuts an array into whole tiles, or into
+    # one tile that may be smaller.
+    m, n = p.m if p.m <= 8 else pl.cdiv(p.m, 8) * 8, p.n
+    if m != p.m:
+        x = jnp.pad(x, ((0, 0), (0, m - p.m), (0, 0)))
     inputs = [_in_unit_order(x, p, sizes.unit), data, _rows_of_scales(scale, p)]
     if zero_point is not None:
         inputs.append(_rows_of_scales(zero_point, p))
     # TMA writes nothing beyond an edge. The interpreter may drop the whole block, so
     # the interpreter gets a padded result.
-    m, n = p.m, p.n
     if interpret:
         m, n = padded_m, sizes.n_blocks * sizes.columns
     if sizes.writes_y:
@@ -524,10 +528,10 @@ def _in_unit_order(x: jax.Array, p: Problem, unit: int) -> jax.Array:
     half = unit // 2
     if p.unit is None:
         # Byte j has codes 2 * j and 2 * j + 1.
-        parts = x.reshape(p.e, p.m, -1, half, 2)
+        parts = x.reshape(*x.shape[:2], -1, half, 2)
     else:
         # Byte j of a unit has codes j and j + p.unit / 2.
-        parts = x.reshape(p.e, p.m, -1, 2, p.unit // unit, half)
+        parts = x.reshape(*x.shape[:2], -1, 2, p.unit // unit, half)
     return jnp.swapaxes(parts, 3, 4).reshape(x.shape)
 
 

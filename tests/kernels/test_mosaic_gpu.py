@@ -131,6 +131,14 @@ def test_lowers_for_cuda(codes, group, m):
     assert "mosaic_gpu" in lowered(kernel, p, kernel.default_tiles(p, None))
 
 
+@pytest.mark.parametrize("m", [5, 12])
+def test_any_number_of_rows_lowers(m):
+    """More than 8 rows that are not a multiple of 8 are padded, else Mosaic refuses."""
+    p = problem("int4", m=m, unit=128)
+    text = lowered(kernel, p, kernel.default_tiles(p, None) | {"splits": 1})
+    assert ("stablehlo.pad" in text) == (m == 12)
+
+
 def test_weights_are_not_copied():
     """Only the kernel reads the codes: no pad, no change of dtype, no transpose."""
     p = problem("int4", m=3, group=64, k=4160, n=1000)
