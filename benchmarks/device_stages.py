@@ -98,12 +98,17 @@ def _right_results(rehearse: bool) -> list[Task]:
 
 def _problems(name: str, rehearse: bool) -> Iterator[tuple[str, Problem, Row]]:
     """Products for stage A: a label, the product, and tiles to use."""
-    layout = "columns" if name == "tpu" else "rows"
     side = 256 if rehearse else 1024
 
-    def problem(codes: str, group: int | None, m: int = 16, **changes: Any) -> Problem:
-        made = tune.make_problem(codes, group, m, side, side, layout)
-        changes = {"group": group or changes.get("k", side), **changes}
+    def problem(
+        codes: str,
+        group: int | None,
+        m: int = 16,
+        k: int = side,
+        n: int = side,
+        **changes: Any,
+    ) -> Problem:
+        made = tune.make_problem(codes, group, m, k, n, name)
         return dataclasses.replace(made, **changes)
 
     cases = [
@@ -122,6 +127,9 @@ def _problems(name: str, rehearse: bool) -> Iterator[tuple[str, Problem, Row]]:
         cases += [problem("int8", None, m) for m in (1, 300)]
         cases += [problem("int4", 128, x_dtype="float16", out_dtype="float16")]
     cases += [problem("int4", 128, n=side - 24), problem("int4", 128, e=3)]
+    if name == "tpu":
+        layout: Any = "columns"
+        cases += [dataclasses.replace(case, layout=layout) for case in cases]
     for case in cases:
         yield _label(case), case, {}
     # k is no multiple of the steps, and parts of k are summed at the end.
@@ -135,7 +143,7 @@ def _problems(name: str, rehearse: bool) -> Iterator[tuple[str, Problem, Row]]:
 def _label(p: Problem) -> str:
     return (
         f"{p.codes}, groups of {p.group}, m={p.m}, k={p.k}, n={p.n}, e={p.e}, "
-        f"{p.x_dtype}"
+        f"{p.x_dtype}, {p.layout}"
     )
 
 
@@ -158,6 +166,7 @@ def _compile_checked(
         raise ValueError(f"the kernel refuses: {reason}")
     operands = tune.random_operands(problem, 0)
     exact = tune.exact_product(problem, operands)
+    operands = tune.as_kernel_reads(name, operands)
     product = functools.partial(
         module.matmul,
         problem=problem,
@@ -304,7 +313,7 @@ def _tiles(rehearse: bool) -> list[Task]:
     ]
     made = []
     for codes, group in (("int4", 128), ("codebook4", 64)):
-        problem = tune.make_problem(codes, group, 16, kernels.K, n, "rows")
+        problem = tune.make_problem(codes, group, 16, kernels.K, n, kernel)
         for at in range(0, len(candidates), TILES_AT_ONCE):
             some = candidates[at : at + TILES_AT_ONCE]
             name = f"{codes}, tiles {at} to {at + len(some) - 1}"
@@ -320,9 +329,13 @@ def _no_tiles(_: Any) -> Iterator[Row]:
 
 
 @functools.cache
-def _operands(problem: Problem, count: int) -> tuple[list[tuple], np.ndarray]:
+def _operands(
+    kernel: str, problem: Problem, count: int
+) -> tuple[list[tuple], np.ndarray]:
+    """Operands as the kernel reads them, and the exact product of the first ones."""
     operands = [tune.random_operands(problem, seed) for seed in range(count)]
-    return operands, tune.exact_product(problem, operands[0])
+    exact = tune.exact_product(problem, operands[0])
+    return [tune.as_kernel_reads(kernel, arrays) for arrays in operands], exact
 
 
 def _compile_tiles(
@@ -331,7 +344,7 @@ def _compile_tiles(
     """Compiled calls by tiles, and rows for tiles that do not work."""
     module = kernel_module(kernel)
     with _one_at_a_time:
-        operands, exact = _operands(problem, 2 if rehearse else NUM_WEIGHTS)
+        operands, exact = _operands(kernel, problem, 2 if rehearse else NUM_WEIGHTS)
     device = None if rehearse else jax.devices()[0].device_kind
     own = dict(module.default_tiles(problem, device))
     calls, failed = {}, []
@@ -395,11 +408,12 @@ def _profile(codes: str, rehearse: bool, _: Any) -> Iterator[Row]:
 def profiled_product(codes: str) -> None:
     """One product of the Hopper kernel. Its operands come from the host."""
     group = {"int4": 128, "codebook4": 64}[codes]
-    problem = tune.make_problem(codes, group, 16, kernels.K, 14336, "rows")
+    problem = tune.make_problem(codes, group, 16, kernels.K, 14336, "mosaic_gpu")
     module = kernel_module("mosaic_gpu")
     tiles = module.default_tiles(problem, jax.devices()[0].device_kind)
     product = jax.jit(functools.partial(module.matmul, problem=problem, tiles=tiles))
-    jax.block_until_ready(product(*tune.random_operands(problem, 0)))
+    operands = tune.as_kernel_reads("mosaic_gpu", tune.random_operands(problem, 0))
+    jax.block_until_ready(product(*operands))
 
 
 if __name__ == "__main__":

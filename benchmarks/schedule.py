@@ -142,7 +142,7 @@ def main(topology: str) -> None:
     device = schedules.device_kind
     print(f"{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}", flush=True)
     for (codes, group), layout in itertools.product(CASES, ("rows", "columns")):
-        p = make_problem(codes, group, 16, 4096, 4096, layout)
+        p = make_problem(codes, group, 16, 4096, 4096, "tpu", layout)
         tiles = _tiles.lookup("tpu", device, p)
 
         def product(*arrays: jax.Array, p=p, tiles=tiles) -> jax.Array:

@@ -32,7 +32,7 @@ from timing import interleaved, summary
 
 from jaxq import kernels
 from jaxq.kernels import _tiles
-from jaxq.kernels._registry import kernel_module
+from jaxq.kernels._registry import READS_AS_STORED, kernel_module
 
 TABLE = Path(_tiles.__file__).with_name("tiles.json")
 # The kinds of codes, and the group size that each is tuned for. None means one scale
@@ -55,8 +55,9 @@ def candidates(
     choices: dict[str, tuple] = {
         "tpu": {"bk": (2048, 4096), "bn": (256, 512, 1024), "body": bodies},
         "mosaic_gpu": {
-            "bk": (64, 128),
-            "warpgroups": (1, 2),
+            "bm": (own["bm"], 256) if problem.m >= 256 else (own["bm"],),
+            "bk": (64, 128, 256),
+            "warpgroups": (1, 2, 3, 4),
             "stages": (3, 4, 6),
             "splits": (1, 2, 4, 8),
         },
@@ -74,9 +75,20 @@ def candidates(
 
 
 def make_problem(
-    codes: str, group: int | None, m: int, k: int, n: int, layout: str
+    codes: str,
+    group: int | None,
+    m: int,
+    k: int,
+    n: int,
+    name: str,
+    layout: str = "rows",
 ) -> kernels.Problem:
-    """Returns a product in bfloat16. `group=None` means one scale per column."""
+    """Returns a product in bfloat16 for a kernel. `group=None`: a scale per column.
+
+    A kernel that reads codes as they are stored gets 4-bit codes in HALVES packing, a
+    unit for each group, as the presets store them.
+    """
+    is_packed = codes.endswith("4") and name in READS_AS_STORED
     return kernels.Problem(
         e=1,
         m=m,
@@ -91,6 +103,7 @@ def make_problem(
         x_dtype="bfloat16",
         scale_dtype="bfloat16",
         out_dtype="bfloat16",
+        unit=(group or k) if is_packed else None,
     )
 
 
@@ -148,7 +161,9 @@ def _exact_matrix(p: kernels.Problem, arrays: list[np.ndarray | None]) -> np.nda
         data = np.ascontiguousarray(data.T)
     codes = data
     if p.bits == 4:
-        codes = np.stack([data & 15, data >> 4], -1).reshape(p.n, p.k)
+        # [n, units, bytes]. A unit is a single byte if its halves are neighbours.
+        units = data.reshape(p.n, -1, (p.unit or 2) // 2)
+        codes = np.stack([units & 15, units >> 4], 2).reshape(p.n, p.k)
     codes = codes.astype(np.int32)
     if p.signed:
         codes -= (codes >= 2 ** (p.bits - 1)) * 2**p.bits
@@ -157,6 +172,15 @@ def _exact_matrix(p: kernels.Problem, arrays: list[np.ndarray | None]) -> np.nda
         numbers = numbers - np.repeat(zero.T.astype(np.float64), p.group, 1)
     weights = numbers * np.repeat(scale.T.astype(np.float64), p.group, 1)  # [n, k]
     return x.astype(np.float64) @ weights.T
+
+
+def as_kernel_reads(name: str, operands: tuple) -> tuple:
+    """Returns the operands with scales and zero points as the kernel wants them."""
+    if name not in READS_AS_STORED:
+        return operands
+    x, data, *scales, codebook = operands
+    rows = [None if a is None else jnp.swapaxes(a, 1, 2) for a in scales]
+    return (x, data, *rows, codebook)
 
 
 def loop_over(product: Callable, operands: list[tuple]) -> Callable[[], Any]:
@@ -176,6 +200,7 @@ def tune(name: str, problem: kernels.Problem, device: str) -> dict[str, Any] | N
     count = max(2, CACHE_BYTES // (problem.k * problem.n * problem.bits // 8))
     weights = [random_operands(problem, seed) for seed in range(count)]
     exact = exact_product(problem, weights[0])
+    weights = [as_kernel_reads(name, operands) for operands in weights]
     calls, tiles_of = {}, {}
     for tiles in candidates(name, problem, device):
         label = json.dumps(tiles)
@@ -320,7 +345,8 @@ def main() -> None:
         for codes, layout, m, k, n in itertools.product(
             args.codes, layouts, args.m, args.k, args.n
         ):
-            problem = make_problem(codes, CODES[codes], _tiles.bucket(m), k, n, layout)
+            m = _tiles.bucket(m)
+            problem = make_problem(codes, CODES[codes], m, k, n, name, layout)
             if schedules is None:
                 entry = tune(name, problem, device)
             else:

@@ -79,7 +79,19 @@ def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
         x_dtype=x.dtype.name,
         scale_dtype=None if rows.scale is None else rows.scale.dtype.name,
         out_dtype=call.out_dtype,
+        unit=_halves_unit(meta),
     )
+
+
+def _halves_unit(meta: RowMeta) -> int | None:
+    """Number of codes in a HALVES unit, or None for other packings.
+
+    It is also None for units that fill no whole words. Then kernels get x in the order
+    of the codes in memory.
+    """
+    unit = meta.unit or meta.padded_k
+    is_halves = meta.packing is formats.Packing.HALVES
+    return unit if is_halves and unit % 32 == 0 else None
 
 
 def _why_no_problem(call: Call, x: Any, leaves: Sequence[Any]) -> str | None:

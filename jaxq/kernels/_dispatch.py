@@ -26,11 +26,15 @@ from jaxq.kernels._registry import (
     platform_of,
 )
 
-# Number of rows of x from which a platform decodes the whole weight and multiplies it
-# densely. A GPU kernel decodes its weights again for every 128 rows of x. From some
-# number of rows on, computing should take longer than reading the decoded weight. The
-# number is an estimate: no device has been measured yet.
-_DENSE_FROM = {"cuda": 512}
+# Number of rows of x from which the whole weight is decoded and multiplied densely. A
+# GPU kernel decodes its weights again for every 64 or 128 rows of x. From some number
+# of rows on, computing should take longer than reading the decoded weight. The numbers
+# are estimates: no device has been measured yet.
+_DENSE_FROM = {"mosaic_gpu": 512, "triton": 512}
+# Triton looks a codebook up by 15 selects. The machine code has 16 integer instructions
+# for a weight. Twice that, for more than 64 rows, is predicted to take longer than to
+# write and read the decoded weight. (`benchmarks/sass.py` counts the instructions.)
+_DENSE_FROM_OF_CODEBOOKS = {"triton": 65}
 # Size in bytes of the decoded rows that the XLA form holds on an accelerator.
 _ACCELERATOR_BLOCK_BYTES = 256 * 2**20
 # A block size that no weight reaches. In a program for several devices a weight is
@@ -119,10 +123,12 @@ def choose(
 def _first_kernel(problem: Problem, platform: str, device_kind: str | None) -> Choice:
     """Chooses the first kernel of the platform that can compute the problem."""
     names = KERNELS[platform]
-    dense_from = _DENSE_FROM.get(platform)
     reasons = []
     for name in names:
         reason = kernel_module(name).why_not(problem, device_kind)
+        dense_from = _DENSE_FROM.get(name)
+        if problem.codebook:
+            dense_from = _DENSE_FROM_OF_CODEBOOKS.get(name, dense_from)
         if reason is not None:
             reasons.append(reason if len(names) == 1 else f"{name}: {reason}")
         elif dense_from is not None and problem.m >= dense_from:

@@ -17,7 +17,7 @@ from jaxq.kernels import _tiles
 from jaxq.kernels._call import Call, problem_of, with_leaves
 from jaxq.kernels._codes import codes_matmul
 from jaxq.kernels._problem import Problem
-from jaxq.kernels._registry import kernel_module
+from jaxq.kernels._registry import READS_AS_STORED, kernel_module
 from jaxq.kernels._rows import RowMeta, Rows, as_rows, int8_meta
 from jaxq.kernels._xla import transposed_matmul, weight_only_matmul
 
@@ -91,18 +91,24 @@ def pallas_form(
         numbers = _numbers_of(call.meta.fmt)
         codebook = jnp.asarray(np.broadcast_to(numbers, (problem.e, 16)))
 
-    def groups_first(leaf: jax.Array | None) -> jax.Array | None:
-        """`[e, n or 1, g]` as `[e, g, n]`."""
+    as_stored = kernel in READS_AS_STORED
+
+    def per_row(leaf: jax.Array | None) -> jax.Array | None:
+        """`[e, n or 1, g]` as `[e, n, g]`, or as `[e, g, n]`."""
         if leaf is None:
             return None
-        per_row = jnp.broadcast_to(leaf, (problem.e, problem.n, leaf.shape[-1]))
-        return jnp.swapaxes(per_row, 1, 2)
+        leaf = jnp.broadcast_to(leaf, (problem.e, problem.n, leaf.shape[-1]))
+        return leaf if as_stored else jnp.swapaxes(leaf, 1, 2)
 
+    if as_stored and problem.unit is not None:
+        x = _pad_columns(x, call.meta)
+    else:
+        x = _in_memory_order(x, call.meta)
     return kernel_module(kernel).matmul(
-        _in_memory_order(x, call.meta),
+        x,
         rows.data,
-        groups_first(rows.scale),
-        groups_first(rows.zero_point),
+        per_row(rows.scale),
+        per_row(rows.zero_point),
         codebook,
         problem=problem,
         tiles=_tiles.lookup(kernel, device_kind, problem),
@@ -145,7 +151,7 @@ def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
     Column j of the result belongs to code j in memory. In a byte, the code in the low
     bits comes first.
     """
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, meta.padded_k - meta.k)))
+    x = _pad_columns(x, meta)
     if meta.packing in (formats.Packing.NONE, formats.Packing.LOW_FIRST):
         return x
     if meta.packing is formats.Packing.HALVES:
@@ -156,3 +162,8 @@ def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
     # HIGH_FIRST: the second code of a byte is in its low bits.
     pairs = x.reshape(*x.shape[:2], -1, 2)  # [e, m, bytes, 2]
     return pairs[..., ::-1].reshape(x.shape)
+
+
+def _pad_columns(x: jax.Array, meta: RowMeta) -> jax.Array:
+    """Pads x to `padded_k` columns."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, meta.padded_k - meta.k)))

@@ -15,24 +15,28 @@ weight. This decides the design:
 - Codes are multiplied without their scales, and the sum of each group is scaled in
   float32. Codes minus zero points are exact in 16 bits. A scale costs m operations per
   group instead of 2 * group. Only the entries of a codebook are rounded.
+- With 65 or more rows of x in bfloat16, m operations cost more than the decoding. Then
+  the weights are multiplied by their scales, which rounds both to bfloat16, and all
+  chunks are added by the matrix unit.
 - Shifts and masks turn a 32-bit word of codes into pairs of 16-bit numbers. A code
   becomes the last mantissa bits of the number 128 (bfloat16) or 1024 (float16). The
-  number is then 128 or 1024 plus the code. The entries of a codebook are looked up a
-  byte at a time by `prmt`. One `prmt` looks up four codes in eight bytes, so a weight
-  needs two instructions.
-- Decoding changes the order of the codes, and threads do not exchange codes. So x is
-  brought into the same order before the kernel. A unit of columns has four lanes, and
-  each lane holds one word. Number c of pair i of lane t is column 8 * i + 2 * t + c of
-  the left operand.
+  number is then 128 or 1024 plus the code. One `lop3` masks a pair and sets its
+  exponents.
+- The entries of a codebook are looked up in shared memory, two at a time. The table has
+  a copy for each lane of a warp, so that lanes never wait for each other.
+- x, codes and scales are read as they lie in memory. Nothing runs before the kernel.
+  `_words` says how a thread finds the codes that belong to its columns of x. If 4-bit
+  codes are not in HALVES packing, or if their units are longer than a step, XLA first
+  brings the columns of x into another order.
+- Scales lie as `[n, groups]`. TMA reads at least 16 bytes of a row, so neighbouring
+  steps load the same scales again, mostly from the cache.
 - One more warp group loads `stages` tiles of x, codes and scales ahead through TMA. TMA
   reads zeros beyond an edge, so weights are never padded or copied.
 - With few rows of x there are too few blocks to occupy all SMs. Then `splits` blocks
   each compute the sums over a part of k, and XLA adds these sums.
 
-Shared memory, at most 227 KB: stages * (2 * bm * bk + warpgroups * bn * (bk * bits / 8
-+ size of scales * bk / group)) bytes, and warpgroups * bn * bm * 4 bytes for the
-result. Registers of a thread, at most 240: bn * bm / 64 for the sums and bn * bk / 256
-for the weights.
+Shared memory, at most 227 KB: see `_shared_bytes`. Registers of a thread, at most 240:
+bn * bm / 64 for the sums and bn * bk / 256 for the weights.
 
 Supported: layout "rows"; x in bfloat16 or float16; codes of 4 bits (signed, unsigned,
 codebook) or 8 bits; scales in any float dtype; zero points; groups of 32 or of a
@@ -46,8 +50,9 @@ compiled for an H200. It has not been timed on a device.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,25 +64,16 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
 
+from jaxq.kernels import _words
 from jaxq.kernels._problem import Problem
 
-# How 64 rows are distributed over the registers of a warp group. A 32-bit word is in
-# the same place as its four bytes.
-_BYTES = plgpu.Layout.WGMMA_8BIT
-_WORDS = plgpu.Layout.TILED(
-    plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))),
-    warp_dims=(-7,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-)
+# How 64 rows are distributed over the registers of a warp group.
 _WEIGHTS = plgpu.Layout.WGMMA  # sums have this layout too
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
-# For each dtype, the number whose last mantissa bit has the value 1: its bits, and its
-# value.
-_BASE = {"bfloat16": (0x4300, 128), "float16": (0x6400, 1024)}
+# Shared memory of a block on Hopper.
+_SHARED_BYTES = 227 * 1024
 _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
@@ -98,7 +94,7 @@ def why_not(problem: Problem, device_kind: str | None) -> str | None:
         )
     if p.x_dtype == "int8" or p.scale_dtype is None:
         return "it takes no int8 x; XLA has its own int8 product"
-    if p.x_dtype not in _BASE:
+    if p.x_dtype not in _words.BASE:
         return f"it takes x in bfloat16 or float16, not in {p.x_dtype}"
     if p.bits not in (4, 8) or (p.codebook and p.bits != 4):
         return (
@@ -125,22 +121,42 @@ def default_tiles(problem: Problem, device_kind: str | None) -> dict:
     del device_kind
     p = problem
     bm = next((size for size in (8, 16, 32, 64) if p.m <= size), 128)
-    # A step must have whole groups, or be a part of one group.
-    short_steps = p.k % 128 or (p.group % 128 and p.group > 64)
-    bk = 64 if bm == 128 or short_steps else 128
+    bk = _default_step(p, bm)
     num_blocks = p.e * pl.cdiv(p.n, 128) * pl.cdiv(p.m, bm)
     # Split k while blocks are few and each part has at least 4 steps.
     splits = 1
     while splits < 16 and 2 * splits * num_blocks <= 160 and p.k >= 8 * splits * bk:
         splits *= 2
-    return {
-        "bm": bm,
-        "bn": 64,
-        "bk": bk,
-        "warpgroups": 2,
-        "stages": 4 if bm == 128 else 6,
-        "splits": splits,
-    }
+    tiles = {"bm": bm, "bn": 64, "bk": bk, "warpgroups": 2, "splits": splits}
+    stages = 6
+    while stages > 2 and _shared_bytes(p, tiles | {"stages": stages}) > _SHARED_BYTES:
+        stages -= 1
+    return tiles | {"stages": stages}
+
+
+def _default_step(p: Problem, bm: int) -> int:
+    """Codes of a row in one step: many, so that a step's fixed cost is spread."""
+    for bk in (256, 128):
+        # A step must have whole groups, or be a part of one group.
+        whole = p.num_groups == 1 or p.group % bk == 0 or p.group in (32, 64, 128)
+        # Few rows of x leave memory and registers for long steps.
+        if whole and p.k % bk == 0 and (bk == 128 or bm <= 16):
+            is_short = bm == 128 and (p.bits == 8 or p.unit != 128)
+            return 64 if is_short else bk
+    return 64
+
+
+def _shared_bytes(p: Problem, tiles: Mapping[str, int]) -> int:
+    """Bytes of shared memory that a block needs."""
+    sizes = _block_sizes(p, tiles)
+    itemsizes = [jnp.dtype(p.scale_dtype).itemsize, *([1] if p.zero_point else [])]
+    boxes = [(_ScaleBoxes(p, sizes, size).shape, size) for size in itemsizes]
+    step = 2 * sizes.bm * sizes.bk + sizes.columns * sizes.row_bytes
+    step += sum(rows * width * size for (rows, width), size in boxes)
+    # The result has 2 or 4 bytes. Barriers and the alignment of buffers need the rest.
+    result = (2 if sizes.writes_y else 4) * sizes.columns * sizes.bm
+    table = 4 * math.prod(_words.TABLE_SHAPE) if p.codebook else 0
+    return sizes.stages * step + result + table + 4096
 
 
 def matmul(
@@ -157,9 +173,10 @@ def matmul(
     """Computes `x @ decode(data)` as `Problem` states it.
 
     Args:
-      x: `[e, m, k]`.
+      x: `[e, m, k]`. If `problem.unit` is None, its columns have the order of the codes
+        in memory.
       data: `[e, n, k * bits / 8]`.
-      scale: `[e, k / group, n]`.
+      scale: `[e, n, k / group]`.
       zero_point: integers with the shape of scale, or None.
       codebook: float32 `[e, 16]`, or None.
       problem: static facts of the arrays. `why_not` must accept it.
@@ -182,13 +199,16 @@ def matmul(
     bm, bn, warpgroups = sizes.bm, sizes.bn, sizes.warpgroups
     padded_m = sizes.m_blocks * bm
 
-    x = jnp.pad(_in_decoded_order(x, p), ((0, 0), (0, padded_m - p.m), (0, 0)))
-    inputs = [x, data, _align(scale)]
+    # Shared memory has tiles of 8 rows. Mosaic cuts an array into whole tiles, or into
+    # one tile that may be smaller.
+    m, n = p.m if p.m <= 8 else pl.cdiv(p.m, 8) * 8, p.n
+    if m != p.m:
+        x = jnp.pad(x, ((0, 0), (0, m - p.m), (0, 0)))
+    inputs = [_in_unit_order(x, p, sizes.unit), data, _rows_of_scales(scale, p)]
     if zero_point is not None:
-        inputs.append(_align(zero_point))
+        inputs.append(_rows_of_scales(zero_point, p))
     # TMA writes nothing beyond an edge. The interpreter may drop the whole block, so
     # the interpreter gets a padded result.
-    m, n = pl.cdiv(p.m, 8) * 8, p.n
     if interpret:
         m, n = padded_m, sizes.n_blocks * sizes.columns
     if sizes.writes_y:
@@ -198,6 +218,10 @@ def matmul(
     else:
         out = jax.ShapeDtypeStruct((sizes.splits, p.e, n, padded_m), jnp.float32)
         staging = plgpu.SMEM((warpgroups, bn, bm), out.dtype)
+    scratch: list[Any] = [staging]
+    if p.codebook and not interpret:
+        scratch.append(plgpu.SMEM(_words.TABLE_SHAPE, jnp.uint32))
+        scratch.append(plgpu.Barrier(num_arrivals=warpgroups))
 
     def kernel(*refs):
         _block(p, sizes, out.dtype, interpret, *refs)
@@ -209,7 +233,7 @@ def matmul(
     y = plgpu.kernel(
         kernel,
         out_type=out,
-        scratch_types=[staging],
+        scratch_types=scratch,
         grid=(p.e, sizes.splits, sizes.n_blocks, sizes.m_blocks),
         grid_names=("e", "s", "n", "m"),
         num_threads=warpgroups + 1,
@@ -238,11 +262,16 @@ class _BlockSizes:
       stages: steps that are loaded ahead.
       splits: number of blocks that share the sum over k.
       chunk: codes of a row whose sum is multiplied by one scale.
+      unit: number of codes in a HALVES unit, as the kernel decodes them. It is the
+        stored unit if each chunk has whole units. Otherwise XLA brings the columns of x
+        into the order of other units.
       columns: columns of the result of a block.
       row_bytes: bytes of a row in one step.
       m_blocks: number of blocks along m.
       n_blocks: number of blocks along n.
       steps: steps of each part of k.
+      scales_weights: True if weights are multiplied by their scales before the product.
+        False if the sum of each chunk is multiplied.
       writes_y: True if the kernel writes the result `[m, n]`. False if it writes
         float32 sums `[n, m]`. XLA then adds the parts and transposes the sum.
     """
@@ -254,11 +283,13 @@ class _BlockSizes:
     stages: int
     splits: int
     chunk: int
+    unit: int
     columns: int
     row_bytes: int
     m_blocks: int
     n_blocks: int
     steps: int
+    scales_weights: bool
     writes_y: bool
 
 
@@ -275,13 +306,16 @@ def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
     # A swizzled row of codes has at most 128 bytes, 1024 / bits codes.
     cuts_row = p.k % min(bk, 1024 // p.bits)
     cuts_group = p.num_groups > 1 and p.group % chunk
-    if bn % 64 or bm % 8 or chunk % 32 or bk % chunk or cuts_row or cuts_group:
+    # The groups of a step lie in one box of scales.
+    cuts_box = (bk // chunk).bit_count() != 1
+    wrong_sizes = bn % 64 or bm % 8 or chunk % 32 or bk % chunk
+    if wrong_sizes or cuts_row or cuts_group or cuts_box:
         raise ValueError(
             f"quantized_matmul: the Mosaic GPU kernel cannot run with tiles "
             f"{dict(tiles)} for groups of {p.group} in rows of {p.k} codes. bn must be "
             "a multiple of 64, bm of 8 and bk of 32. k must be a multiple of the "
-            f"smaller of bk and {1024 // p.bits}. bk must be a multiple of the group "
-            "or divide it."
+            f"smaller of bk and {1024 // p.bits}. bk must divide the group, or be "
+            "the group times a power of two."
         )
     columns = sizes["warpgroups"] * bn
     # A result of 16 bits that is not split is transposed when it is stored, in tiles of
@@ -290,13 +324,24 @@ def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
     return _BlockSizes(
         **sizes,
         chunk=chunk,
+        unit=_unit(p, chunk),
         columns=columns,
         row_bytes=bk * p.bits // 8,
         m_blocks=pl.cdiv(p.m, bm),
         n_blocks=pl.cdiv(p.n, columns),
         steps=pl.cdiv(p.k, bk * sizes["splits"]),
+        # With fewer rows, scaling the sums is cheaper, and float16 may not hold scales.
+        scales_weights=bm >= 128 and p.x_dtype == "bfloat16",
         writes_y=is_whole and jnp.dtype(p.out_dtype).itemsize == 2,
     )
+
+
+def _unit(p: Problem, chunk: int) -> int:
+    """The HALVES unit that the kernel decodes, for chunks of this many codes."""
+    if p.unit is not None and chunk % p.unit == 0:
+        return p.unit
+    is_even = chunk % 64 == 0 and (p.unit is None or p.unit % 64 == 0)
+    return 64 if is_even else 32
 
 
 def _block(p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, *refs) -> None:
@@ -305,37 +350,54 @@ def _block(p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, *refs) ->
     `refs` are x, the codes, the scales, the zero points if there are any, the codebook
     if there is one, then the result and its staging buffer in shared memory.
     """
-    *sources, out_ref, out_smem = refs
+    num_sources = 3 + p.zero_point + p.codebook
+    sources, (out_ref, out_smem, *scratch) = refs[:num_sources], refs[num_sources:]
     bm, bn, bk, chunk = sizes.bm, sizes.bn, sizes.bk, sizes.chunk
     columns, steps = sizes.columns, sizes.steps
     e, s, j, i = (lax.axis_index(name) for name in ("e", "s", "n", "m"))
     warpgroup = lax.axis_index("warpgroup")
     rows = pl.ds(warpgroup * bn, bn)  # this warp group's rows of the weight
+    # The codebook is read once by `compute` and is not part of the pipeline.
+    inputs = sources[:-1] if p.codebook else sources
+    scales = [_ScaleBoxes(p, sizes, ref.dtype.itemsize) for ref in inputs[2:]]
 
-    def step(_, x_smem, data_smem, *rest):
+    def step(indices, x_smem, data_smem, *rest):
         """Adds one step along k: x [bm, bk], data [columns, row_bytes]."""
-        scale_smem, *zero_smem, (sums, table) = rest
-        data = _layout(data_smem[rows, :], _BYTES, interpret)
-        words = _as_words(data, interpret)  # [bn, row_bytes / 4]
-        words_per_chunk = chunk * p.bits // 32
-        for c in range(bk // chunk):
-            part = words[:, c * words_per_chunk : (c + 1) * words_per_chunk]
-            zero = [_layout(ref[c, rows], _ROWS, interpret) for ref in zero_smem]
-            weights = _decode_words(part, table, zero, p, interpret)  # [bn, chunk]
-            x_chunk = x_smem.at[:, pl.ds(c * chunk, chunk)]  # [bm, chunk]
-            scale = _layout(scale_smem[c, rows], _ROWS, interpret)
-            scale = scale.astype(jnp.float32)  # [bn]
+        *group_smem, sums = rest
+        first_group = scales[0].first_group(s * steps + indices[0])
+        table = None
+        if p.codebook:
+            table = sources[-1][e] if interpret else scratch[0]
+
+        def operands(c: int) -> tuple:
+            """Weights `[bn, chunk]`, their scales `[bn]` and x `[bm, chunk]`."""
+            scale, *zero = (
+                boxes.read(boxes.part(ref, rows), first_group, c, interpret)
+                for boxes, ref in zip(scales, group_smem, strict=True)
+            )
+            codes = _Codes(data_smem.at[rows], c, table)
+            weights = _decode(codes, zero, p, sizes, interpret)
+            x_chunk = x_smem.at[:, pl.ds(c * chunk, chunk)]
+            return weights, scale.astype(jnp.float32), x_chunk
+
+        num_chunks = bk // chunk
+        if sizes.scales_weights:
+            scaled = (_scaled(*operands(c)) for c in range(num_chunks))
+            return _accumulate(sums, scaled, interpret)
+        for c in range(num_chunks):
+            weights, scale, x_chunk = operands(c)
             product = _wgmma(weights, x_chunk, interpret)  # [bn, bm]
             sums = sums + product * lax.broadcast_in_dim(scale, sums.shape, (0,))
-        return sums, table
+        return sums
 
     def compute(pipeline):
         """Runs all steps in a computing warp group, then stores the result."""
-        table = ()
-        if p.codebook:
-            table = tuple(sources[-1][e, index] for index in range(16))
+        if p.codebook and not interpret:
+            table, barrier = scratch
+            codebook = sources[-1].at[e]
+            _fill_table(table, barrier, codebook, sizes.warpgroups, p.x_dtype)
         sums = _layout(jnp.zeros((bn, bm), jnp.float32), _WEIGHTS, interpret)
-        sums, _ = pipeline((sums, table))
+        sums = pipeline(sums)
         n_rows = pl.ds(j * columns + warpgroup * bn, bn)
         m_rows = pl.ds(i * bm, bm)
         if sizes.writes_y:
@@ -349,13 +411,6 @@ def _block(p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, *refs) ->
         plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], target)
         plgpu.wait_smem_to_gmem(0)
 
-    groups = bk // chunk
-    # If a group is longer than a step, several steps load the same scales.
-    codes_per_load = max(chunk, p.group) * groups
-    group_spec = plgpu.BlockSpec(
-        (groups, columns),
-        lambda t: ((s * steps + t) * bk // codes_per_load, j),
-    )
     x_spec = plgpu.BlockSpec(
         (bm, bk),
         lambda t: (i, s * steps + t),
@@ -366,13 +421,17 @@ def _block(p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, *refs) ->
         lambda t: (j, s * steps + t),
         transforms=_swizzled(sizes.row_bytes, 8),
     )
-    # The codebook is read once by `compute` and is not part of the pipeline.
-    inputs = sources[:-1] if p.codebook else sources
+    scale_specs = [
+        plgpu.BlockSpec(
+            boxes.shape, lambda t, boxes=boxes: boxes.place(s * steps + t, j)
+        )
+        for boxes in scales
+    ]
     plgpu.emit_pipeline_warp_specialized(
         step,  # pyright: ignore[reportArgumentType]
         grid=(steps,),
         memory_registers=40,
-        in_specs=[x_spec, data_spec, *[group_spec] * (len(inputs) - 2)],
+        in_specs=[x_spec, data_spec, *scale_specs],
         wg_axis="warpgroup",
         num_compute_wgs=sizes.warpgroups,
         max_concurrent_steps=sizes.stages,
@@ -380,193 +439,246 @@ def _block(p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, *refs) ->
     )(*(ref.at[e] for ref in inputs))
 
 
-def _in_decoded_order(x: jax.Array, p: Problem) -> jax.Array:
-    """Orders the columns of x as `_decode_words` orders the weights.
+class _ScaleBoxes:
+    """The boxes of scales or zero points that the steps along k load.
 
-    A unit is 4 words of codes, one for each of 4 lanes. A word has `num_pairs` pairs of
-    codes. With masks the two codes of a pair are `num_pairs` places apart in the word.
-    With a codebook they are neighbours.
+    Scales lie as `[n, groups]` in memory. TMA reads at least 16 bytes of a row, so a
+    box has the scales of several groups, and several steps may load the same box. If
+    there is one group, the scales are one row `[1, n]`.
+
+    Attributes:
+      shape: shape of a box.
     """
-    num_pairs = 16 // p.bits
-    in_word = (num_pairs, 2) if p.codebook else (2, num_pairs)
-    units = x.reshape(p.e, p.m, -1, 4, *in_word)  # [e, m, units, lanes, ...]
-    pair, number = (4, 5) if p.codebook else (5, 4)
-    return units.transpose(0, 1, 2, pair, 3, number).reshape(x.shape)
+
+    def __init__(self, p: Problem, sizes: _BlockSizes, itemsize: int):
+        self._p, self._bk, self._columns = p, sizes.bk, sizes.columns
+        self._width = max(16 // itemsize, sizes.bk // sizes.chunk)
+        self.shape = (self._columns, self._width)
+        if p.num_groups == 1:
+            self.shape = (1, self._columns)
+
+    def first_group(self, step: Any) -> Any:
+        """The first group of a step along k."""
+        if self._p.group < self._bk:
+            return step * (self._bk // self._p.group)
+        return step * self._bk // self._p.group
+
+    def place(self, step: Any, block: Any) -> tuple[Any, Any]:
+        """The index of the box of a step, for one block of columns of the result."""
+        first = self.first_group(step)
+        if self._p.num_groups == 1:
+            return first, block
+        return block, first // self._width
+
+    def part(self, ref: Any, rows: Any) -> Any:
+        """The part of a box that has some rows of the weight."""
+        return ref.at[:, rows] if self._p.num_groups == 1 else ref.at[rows]
+
+    def read(self, ref: Any, first_group: Any, number: int, interpret: bool) -> Any:
+        """The scales `[bn]` of a group of a step, for the rows of a warp group.
+
+        Args:
+          ref: the box, or the part of it that has these rows.
+          first_group: the first group of the step.
+          number: which group of the step.
+          interpret: as in `matmul`.
+        """
+        if self._p.num_groups == 1:
+            return _layout(ref[0], _ROWS, interpret)
+        column = first_group % self._width + number
+        return ref[:, column] if interpret else _column(ref, column)
 
 
-def _decode_words(words, table, zero: list, p: Problem, interpret: bool):
-    """Decodes words of codes to weights without their scales.
+def _column(ref: Any, column: Any) -> Any:
+    """One column of a matrix in shared memory, as registers in the layout `_ROWS`.
+
+    Mosaic has no loads of columns in every version of jax that we support.
+    """
+    (rows, width), dtype = ref.shape, jnp.dtype(ref.dtype)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((rows,), dtype, layout=_ROWS),
+    )
+    def load(_, *operands):
+        matrix, index = operands
+        index = index.registers.item()  # a scalar has one register
+        registers = _words.column_registers(matrix, index, rows, width, dtype)
+        layout = _ROWS.to_mgpu()
+        signed = None
+        if jnp.issubdtype(dtype, jnp.integer):
+            signed = jnp.issubdtype(dtype, jnp.signedinteger)
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(layout.registers_shape((rows,))),
+            _layout=layout,
+            _is_signed=signed,
+        )
+
+    return load(ref, column)
+
+
+def _in_unit_order(x: jax.Array, p: Problem, unit: int) -> jax.Array:
+    """Orders the columns of x as `unit` codes in HALVES packing would be.
+
+    Returns x itself if the codes are stored in this order, as they are by default. Else
+    XLA moves the columns of x before the kernel starts.
+    """
+    if p.bits == 8 or p.unit == unit:
+        return x
+    half = unit // 2
+    if p.unit is None:
+        # Byte j has codes 2 * j and 2 * j + 1.
+        parts = x.reshape(*x.shape[:2], -1, half, 2)
+    else:
+        # Byte j of a unit has codes j and j + p.unit / 2.
+        parts = x.reshape(*x.shape[:2], -1, 2, p.unit // unit, half)
+    return jnp.swapaxes(parts, 3, 4).reshape(x.shape)
+
+
+def _rows_of_scales(a: jax.Array, p: Problem) -> jax.Array:
+    """Scales as the kernel reads them: `[e, n, groups]`, or `[e, 1, n]` for one group.
+
+    TMA needs rows that start at a multiple of 16 bytes. If the groups of a row do not
+    fill that, XLA pads a copy.
+    """
+    if p.num_groups == 1:
+        a = a.reshape(p.e, 1, p.n)
+    padding = -a.shape[2] % (16 // a.dtype.itemsize)
+    return jnp.pad(a, ((0, 0), (0, 0), (0, padding))) if padding else a
+
+
+class _Codes(NamedTuple):
+    """The codes of one chunk of one warp group.
+
+    Attributes:
+      ref: bytes `[bn, row_bytes]` of a step, in shared memory.
+      chunk: which chunk of the step.
+      table: the codebook `[16]` in the interpreter, the table of pairs in shared memory
+        on the device, or None.
+    """
+
+    ref: Any
+    chunk: int
+    table: Any
+
+
+def _decode(codes: _Codes, zero: list, p: Problem, sizes: _BlockSizes, interpret: bool):
+    """Decodes the codes of a chunk to weights without their scales.
 
     Args:
-      words: uint32 `[r, w]`. Each row has units of 4 words, one for each of 4 lanes.
-      table: 16 scalars for a codebook, else empty.
-      zero: empty, or a list with the zero points `[r]`.
+      codes: the codes.
+      zero: empty, or a list with the zero points `[bn]`.
       p: the problem.
+      sizes: the sizes of the block.
       interpret: as in `matmul`.
 
     Returns:
-      `[r, w * 32 / bits]` in the dtype of x.
+      `[bn, chunk]` in the dtype of x.
     """
     dtype = jnp.dtype(p.x_dtype)
-    if p.codebook:
-        table_words = _table_words(table, words.shape, dtype, interpret)
-        return _look_up_words(words, table_words, dtype, interpret)
-    if p.bits == 4 or dtype == jnp.float16:
-        weights, offset = _decode_by_mask(words, p, interpret)
-    else:
-        weights, offset = _decode_bfloat16_bytes(words, p, interpret)
+    decode = _decode_arrays if interpret else _decode_registers
+    weights, *subtracted = decode(codes, p, sizes)
+    for part in subtracted:
+        weights = weights - part
+    offset = 0 if p.codebook else _words.offset(p.bits, p.signed, p.x_dtype)
     for z in zero:
         total = (z.astype(jnp.float32) + np.float32(offset)).astype(dtype)
         return weights - lax.broadcast_in_dim(total, weights.shape, (0,))
     return weights - np.asarray(offset, dtype) if offset else weights
 
 
-# A factor that writes a 16-bit pattern into both halves of a word.
-_TWICE = np.uint32(0x00010001)
+def _word_pairs(operations, word, table, p: Problem) -> list[list]:
+    """The pairs of numbers of one word, and pairs to subtract from them if needed."""
+    if p.codebook:
+        return [_words.look_up_pairs(operations, word, table)]
+    return _words.decode_pairs(operations, word, p.bits, p.signed, p.x_dtype)
 
 
-def _decode_by_mask(words, p: Problem, interpret: bool) -> tuple[Any, int]:
-    """Returns (weights + offset, offset) for codes that fit in the mantissa."""
-    bits, base = _BASE[p.x_dtype]
-    shifted = [words >> np.uint32(p.bits * pair) for pair in range(16 // p.bits)]
-    # A signed code plus 2^(bits - 1) is not negative. In two's complement that is the
-    # same pattern with its sign bit flipped.
-    low = -(1 << (p.bits - 1)) if p.signed else 0
-    mask = _TWICE * np.uint32((1 << p.bits) - 1)
-    flip = _TWICE * np.uint32(bits - low)
-    pairs = [(word & mask) ^ flip for word in shifted]
-    return _as_weights(pairs, jnp.dtype(p.x_dtype), interpret), base - low
-
-
-def _decode_bfloat16_bytes(words, p: Problem, interpret: bool) -> tuple[Any, int]:
-    """Returns (weights + offset, offset) for 8-bit codes in bfloat16.
-
-    Only seven bits fit in the mantissa of 128. The eighth bit, which is the sign of
-    signed codes, goes into a second number: 128, or 256 if the bit is set. The second
-    number is subtracted from the first. For unsigned codes the eighth bit is flipped.
-    """
-    bits, _ = _BASE[p.x_dtype]
-    shifted = [words >> np.uint32(p.bits * pair) for pair in range(16 // p.bits)]
-    flip = np.uint32(0 if p.signed else 0x80)
-    low_bits = [
-        (word & (_TWICE * np.uint32(0x7F))) ^ (_TWICE * np.uint32(bits))
-        for word in shifted
-    ]
-    sign_bits = [
-        (word & (_TWICE * np.uint32(0x80))) ^ (_TWICE * (np.uint32(bits) ^ flip))
-        for word in shifted
-    ]
+def _decode_arrays(codes: _Codes, p: Problem, sizes: _BlockSizes) -> list:
+    """`_decode_registers` in the interpreter, in operations of jax."""
     dtype = jnp.dtype(p.x_dtype)
-    low_numbers = _as_weights(low_bits, dtype, interpret)
-    sign_numbers = _as_weights(sign_bits, dtype, interpret)
-    return low_numbers - sign_numbers, 0 if p.signed else -128
+    num_bytes = sizes.chunk * p.bits // 8
+    data = codes.ref[:, pl.ds(codes.chunk * num_bytes, num_bytes)]
+    table = None if codes.table is None else _words.pair_table(codes.table, dtype)
+    words = _words.gather_array(data, together=p.codebook)
+    return [
+        _words.numbers_array(pairs, p.bits, sizes.unit, dtype)
+        for pairs in _word_pairs(_words.Arrays, words, table, p)
+    ]
 
 
-def _table_words(entries, shape: tuple[int, int], dtype, interpret: bool) -> list:
-    """The 16 numbers of a table as 8 words. Each word is an array of equal entries.
+def _decode_registers(codes: _Codes, p: Problem, sizes: _BlockSizes) -> list:
+    """Decodes bytes in registers, all in one piece of inline code.
 
-    Each of the first four words has the low bytes of four numbers. Each of the last
-    four words has the high bytes. The work is scalar, and the compiler moves it out of
-    the loop over steps.
+    The compiler cannot pass the result of one piece of inline code to another.
+
+    Returns:
+      One array, or two arrays of which the second must be subtracted from the first.
     """
-    numbers = [
-        _layout(jnp.full(shape, entry), _WORDS, interpret).astype(dtype)
-        for entry in entries
-    ]
-    patterns = [
-        lax.bitcast_convert_type(number, jnp.uint16).astype(jnp.uint32)
-        for number in numbers
-    ]
-    words = []
-    for shift in (0, 8):
-        for first in range(0, 16, 4):
-            word = jnp.zeros(shape, jnp.uint32)
-            for place in range(4):
-                byte = (patterns[first + place] >> np.uint32(shift)) & np.uint32(0xFF)
-                word = word | (byte << np.uint32(8 * place))
-            words.append(word)
-    return words
+    dtype = jnp.dtype(p.x_dtype)
+    shape = (sizes.bn, sizes.chunk)
+    num_bytes = sizes.chunk * p.bits // 8
+    blocks = _words.column_blocks(num_bytes, p.bits, sizes.unit)
+    num_parts = 2 if _words.has_sign_part(p.bits, p.x_dtype) else 1
+    transforms = _swizzled(sizes.row_bytes, 8)
+    references = [codes.ref] if codes.table is None else [codes.ref, codes.table]
+    types = [plgpu.RefType(transforms), plgpu.RefType()]
+    weights = plgpu.ShapeDtypeStruct(shape, dtype, layout=_WEIGHTS)
+
+    @plgpu.inline_mgpu(
+        arg_types=tuple(types[: len(references)]), return_type=[weights] * num_parts
+    )
+    def decode(_, data, *table_ref):
+        table = _words.PairTable(table_ref[0]) if table_ref else None
+        tile_bytes = min(128, sizes.row_bytes)
+        memory = _words.CodeMemory(data, sizes.row_bytes, tile_bytes)
+        # [parts, rows / 64, blocks of columns, halves of 16 rows]
+        targets = np.empty((num_parts, sizes.bn // 64, blocks.size, 2), dtype=object)
+        for row, number, half in np.ndindex(sizes.bn // 64, len(blocks), 2):
+            piece = codes.chunk * len(blocks) + number
+            word = memory.word(row, half, piece, together=p.codebook)
+            parts = _word_pairs(_words.Registers, word, table, p)
+            for target, pairs in zip(targets, parts, strict=True):
+                target[row, blocks[number], half] = pairs
+        return [_fragmented(target, shape, dtype) for target in targets]
+
+    return decode(*references)
 
 
-def _look_up_words(words, table: list, dtype, interpret: bool):
-    """Looks up the table entries of words of codes.
-
-    Pair i of a word has the entries of the word's codes 2 * i and 2 * i + 1.
+def _fragmented(registers: np.ndarray, shape: tuple[int, int], dtype):
+    """An array in registers, of words with a pair of 16-bit numbers each.
 
     Args:
-      words: uint32 `[r, w]`, 8 codes in each word.
-      table: the 8 words of `_table_words`.
-      dtype: dtype of the entries, 16 bits.
-      interpret: as in `matmul`.
+      registers: `[rows / 64, columns / 8, halves of 16 rows]`.
+      shape: rows and columns.
+      dtype: dtype of the numbers.
     """
-    # `prmt` selects one of 8 bytes by 3 bits of a code. So each half of the table has a
-    # `prmt` of its own. Another `prmt` selects the half by the fourth bit: byte b comes
-    # from the first word (selector b) or from the second word (selector b + 4).
-    place = words & np.uint32(0x77777777)
-    half = ((words & np.uint32(0x88888888)) >> np.uint32(1)) | np.uint32(0x32103210)
-    # One `prmt` looks up the four codes in the low 16 bits.
-    arrays = [place, half, place >> np.uint32(16), half >> np.uint32(16), *table]
-
-    def fetch(permute, place, half, later_place, later_half, *table):
-        pairs = []
-        for codes, halves in ((place, half), (later_place, later_half)):
-            low_bytes, high_bytes = (
-                permute(permute(a, b, codes), permute(c, d, codes), halves)
-                for a, b, c, d in (table[:4], table[4:])
-            )
-            # Interleave: low byte and high byte of each of two entries.
-            pairs.append(permute(low_bytes, high_bytes, 0x5140))
-            pairs.append(permute(low_bytes, high_bytes, 0x7362))
-        return pairs
-
-    if interpret:
-        return _as_weights(fetch(_permute_bytes, *arrays), dtype, interpret)
-
-    # All `prmt` are in one piece of inline code. The compiler cannot pass the result of
-    # one piece to another.
-    @plgpu.inline_mgpu(
-        arg_types=(_WORDS,) * len(arrays),
-        return_type=plgpu.ShapeDtypeStruct(
-            (words.shape[0], 8 * words.shape[1]), dtype, layout=_WEIGHTS
-        ),
-    )
-    def fetch_registers(_, *arrays):
-        i32 = ir.IntegerType.get_signless(32)
-        pair_type = ir.VectorType.get((1,), i32)
-
-        def permute(low, high, selector):
-            if isinstance(selector, int):
-                selector = arith.constant(i32, selector)
-            return mgpu_utils.prmt(low, high, selector)
-
-        registers = [np.empty_like(arrays[0].registers) for _ in range(4)]
-        for index in np.ndindex(registers[0].shape):
-            operands = [
-                mgpu_utils.bitcast(array.registers[index], i32) for array in arrays
-            ]
-            pairs = fetch(permute, *operands)
-            for register, pair in zip(registers, pairs, strict=True):
-                register[index] = mgpu_utils.bitcast(pair, pair_type)
-        return _rename(registers, _WEIGHTS, dtype, 2)
-
-    return fetch_registers(*arrays)
+    kind = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(jnp.dtype(dtype)))
+    layout = _WEIGHTS.to_mgpu()
+    out = np.empty(registers.shape, dtype=object)
+    for index, register in np.ndenumerate(registers):
+        out[index] = mgpu_utils.bitcast(register, kind)
+    out = out.reshape(layout.registers_shape(shape))
+    return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
 
 
-def _permute_bytes(low, high, selector):
-    """What `prmt` does, in plain jax.
+def _fill_table(table, barrier, codebook, warpgroups: int, dtype: str) -> None:
+    """Fills the table of pairs in shared memory, and waits until all threads have."""
 
-    `low` and `high` have eight bytes. Nibble b of the selector says which of these
-    bytes is byte b of the result.
-    """
-    if isinstance(selector, int):
-        selector = jnp.full_like(low, selector)
-    out = jnp.zeros_like(low)
-    for byte in range(4):
-        place = (selector >> np.uint32(4 * byte)) & np.uint32(7)
-        shift = np.uint32(8) * (place & np.uint32(3))
-        source = jnp.where(place < 4, low, high) >> shift
-        out = out | ((source & np.uint32(0xFF)) << np.uint32(8 * byte))
-    return out
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def fill(_, *references):
+        table, codebook = references
+        _words.PairTable(table).fill(codebook, 128 * warpgroups, dtype)
+
+    fill(table, codebook)
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def _scaled(weights, scale, x_smem) -> tuple:
+    """The weights with their scales, in the dtype of x, and x."""
+    scale = scale.astype(weights.dtype)
+    return weights * lax.broadcast_in_dim(scale, weights.shape, (0,)), x_smem
 
 
 def _wgmma(weights, x_smem, interpret: bool):
@@ -579,12 +691,27 @@ def _wgmma(weights, x_smem, interpret: bool):
             preferred_element_type=jnp.float32,
         )
 
-    def accumulate(sums):
+    def multiply(sums):
         plgpu.wgmma(sums, weights, x_smem.T)
         return sums[...]
 
     shape = (weights.shape[0], x_smem.shape[0])
-    return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+def _accumulate(sums, operands: Iterable, interpret: bool):
+    """Adds products `weights [bn, chunk] @ x.T [chunk, bm]` to sums, `[bn, bm]`.
+
+    The matrix unit multiplies one chunk while the next chunk is decoded.
+    """
+    if interpret:
+        return sum((_wgmma(*pair, interpret) for pair in operands), start=sums)
+
+    def accumulate(accumulator):
+        for weights, x_smem in operands:
+            plgpu.wgmma(accumulator, weights, x_smem.T)
+
+    return pl.run_state(accumulate)(plgpu.WGMMAAccumulatorRef.init(sums))
 
 
 def _store_transposed(target, value, interpret: bool) -> None:
@@ -600,77 +727,6 @@ def _layout(value, layout, interpret: bool):
     return value if interpret else plgpu.layout_cast(value, layout)
 
 
-def _as_words(data, interpret: bool):
-    """Bytes `[r, 4 * w]` as uint32 `[r, w]`."""
-    shape = (data.shape[0], data.shape[1] // 4)
-    if interpret:
-        return lax.bitcast_convert_type(data.reshape(*shape, 4), jnp.uint32)
-
-    @plgpu.inline_mgpu(
-        arg_types=(_BYTES,),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.uint32, layout=_WORDS),
-    )
-    def rename(_, *arrays):
-        return _rename([array.registers for array in arrays], _WORDS, jnp.uint32, 1)
-
-    return rename(data)
-
-
-def _as_weights(pairs: list, dtype, interpret: bool):
-    """Pairs of 16-bit numbers, uint32 `[r, w]`, as one array `[r, 2 * w * len(pairs)]`.
-
-    A unit is 4 words, one for each lane. In a unit, the numbers of the first pair of
-    all lanes come first, then the numbers of the second pair, and so on.
-    """
-    rows, width = pairs[0].shape
-    shape = (rows, 2 * len(pairs) * width)
-    if interpret:
-        units = [pair.reshape(rows, width // 4, 4) for pair in pairs]
-        stacked = jnp.stack(units, axis=2)  # [r, units, pairs, lanes]
-        return lax.bitcast_convert_type(stacked, dtype).reshape(shape)
-
-    @plgpu.inline_mgpu(
-        arg_types=(_WORDS,) * len(pairs),
-        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=_WEIGHTS),
-    )
-    def rename(_, *pairs):
-        return _rename([pair.registers for pair in pairs], _WEIGHTS, dtype, 2)
-
-    return rename(*pairs)
-
-
-def _rename(parts: list, layout, dtype, length: int):
-    """Makes one array of the registers of several arrays.
-
-    No data moves. Each register of the result is a register of one of the arrays, read
-    as another type.
-
-    Args:
-      parts: registers of each array.
-      layout: layout of the result.
-      dtype: dtype of the result.
-      length: numbers in each register of the result.
-    """
-    kind = ir.VectorType.get((length,), mgpu_utils.dtype_to_ir_type(jnp.dtype(dtype)))
-    registers = _by_unit(parts)
-    out = np.empty(registers.shape, dtype=object)
-    for index, register in np.ndenumerate(registers):
-        out[index] = vector.bitcast(kind, register)
-    signed = False if jnp.issubdtype(dtype, jnp.unsignedinteger) else None
-    return mgpu.FragmentedArray(
-        _registers=out, _layout=layout.to_mgpu(), _is_signed=signed
-    )
-
-
-def _by_unit(parts: list) -> np.ndarray:
-    """Stacks one thread's registers of several arrays: `[rows / 64, units, ...]`.
-
-    The registers that belong to the same unit of columns are next to each other.
-    """
-    registers = np.stack(parts, axis=2)
-    return registers.reshape(registers.shape[0], -1, *registers.shape[3:])
-
-
 def _swizzled(row: int, bits: int) -> tuple:
     """Transforms for a tile in shared memory with `row` numbers of `bits` bits a row.
 
@@ -679,8 +735,3 @@ def _swizzled(row: int, bits: int) -> tuple:
     swizzle = min(128, row * bits // 8)
     tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
     return tiling, plgpu.SwizzleTransform(swizzle)
-
-
-def _align(a: jax.Array) -> jax.Array:
-    """Pads columns so that each row starts at a multiple of 16 bytes, as TMA needs."""
-    return jnp.pad(a, ((0, 0), (0, 0), (0, -a.shape[2] % (16 // a.dtype.itemsize))))

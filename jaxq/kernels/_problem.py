@@ -42,6 +42,11 @@ class Problem:
       scale_dtype: dtype of scale. None means that there are no scales and that the
         result is the int32 sum.
       out_dtype: dtype of the result. Sums are float32 or int32 for every out_dtype.
+      unit: number of codes in a HALVES unit, for 4-bit codes in that packing. Byte j of
+        a unit has codes j and j + unit / 2, and all codes of a unit share a scale. None
+        means that byte j of a row has codes 2 * j and 2 * j + 1. Only kernels in
+        `_registry.READS_AS_STORED` use it. They get the columns of x in the order of
+        the codes, and scales and zero points as `[e, n, k / group]`.
 
     Example:
       >>> from jaxq.kernels import Problem, choose
@@ -66,6 +71,7 @@ class Problem:
     x_dtype: str
     scale_dtype: str | None
     out_dtype: str
+    unit: int | None = None
 
     @property
     def num_groups(self) -> int:

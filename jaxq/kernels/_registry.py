@@ -14,6 +14,10 @@ from types import ModuleType
 # The kernels of each platform, in the order in which `choose` tries them.
 KERNELS = {"tpu": ("tpu",), "cuda": ("mosaic_gpu", "triton")}
 KERNEL_NAMES = tuple(itertools.chain.from_iterable(KERNELS.values()))
+# The kernels that read codes and scales as they are stored: HALVES units (see
+# `Problem.unit`), and scales `[e, n, g]`. Other kernels get x in the order of the codes
+# in memory, and scales `[e, g, n]`.
+READS_AS_STORED = ("mosaic_gpu",)
 # The kernels whose interpreter has effects. `matmul_p` cannot have effects.
 EFFECTFUL_INTERPRETERS = ("mosaic_gpu",)
 

@@ -17,9 +17,9 @@ Three choices are made for XLA:CPU:
 The backward pass runs the same loop: dx is a sum over blocks, and scales get exact
 gradients.
 
-On an accelerator the blocks are larger (`RowMeta.block_bytes`). The loop is then nearly
-a dense product with a decoded weight. It computes the products that have no kernel, and
-the products with many rows of x.
+On an accelerator the blocks are larger (`RowMeta.block_bytes`). Most weights are one
+block, and the product is then one dense product with the decoded weight. It computes
+the products that have no kernel, and the products with many rows of x.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     groups = num_groups(rows)
     # A scale that is constant along k multiplies the result instead of the weights.
     scale_result = groups == 1 and rows.offset is None
+    if meta.block_bytes is not None and block_rows(meta, n) == n:
+        return _dense_matmul(x, rows, meta, scale_result)
     wide = _without_single_row(x)
     x_fields = split_fields(wide, meta, groups)  # each [m, k / fields]
 
@@ -83,6 +85,22 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
 
     y = jnp.zeros((n, wide.shape[0]), jnp.float32)
     return for_blocks(rows, meta, write, y).T[:m]
+
+
+def _dense_matmul(
+    x: jax.Array, rows: Rows, meta: RowMeta, scale_result: bool
+) -> jax.Array:
+    """`weight_only_matmul` on an accelerator, if one block has all rows.
+
+    The fields of the decoded weight are joined in the order of x's columns. So there is
+    one product instead of one for each field, and x is not cut. XLA joins the fields in
+    the program that decodes them.
+    """
+    fields = range(num_fields(meta, num_groups(rows)))
+    parts = [decode_field(rows, meta, i, scaled=not scale_result) for i in fields]
+    weight = join_fields([part.astype(x.dtype) for part in parts], meta)  # [n, k]
+    y = _dot_float32(_without_single_row(x), weight, (1, 1))[: x.shape[0]]  # [m, n]
+    return y * rows.scale.astype(jnp.float32).T if scale_result else y
 
 
 def transposed_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:

@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxq.kernels import Problem
-from tests.kernels.problems import CODES, problem, specs
+from tests.kernels.problems import CODES, for_kernel, problem, specs
 
 DEVICE = "NVIDIA H200"
 
@@ -85,7 +85,7 @@ def main(kernel_name: str = "mosaic_gpu", *words: str) -> None:
             None
             if a is None
             else a.update(sharding=NamedSharding(mesh, PartitionSpec()))
-            for a in specs(p)
+            for a in for_kernel(kernel, specs(p))
         ]
         result, reason = compiled(kernel, p, shapes, mesh)
         counts[result] += 1

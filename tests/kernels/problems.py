@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from jaxq.kernels import Problem
+from jaxq.kernels._registry import READS_AS_STORED
 
 # Bits, signed, codebook, zero points.
 CODES = {
@@ -102,13 +103,40 @@ def operands(
     if scale is not None:
         weights *= np.repeat(np.asarray(scale, np.float64), p.group, 1)
 
-    data = codes if p.bits == 8 else (codes[:, 0::2] & 15) | (codes[:, 1::2] & 15) << 4
+    data = codes if p.bits == 8 else _packed(codes & 15, p.unit)
     data = data if p.layout == "columns" else data.swapaxes(1, 2)
     arrays = [x, jnp.asarray(data, shapes[1].dtype), scale]
     arrays += [None if zero is None else jnp.asarray(zero, shapes[3].dtype)]
     return [*arrays, None if codebook is None else jnp.asarray(codebook)], np.asarray(
         x, np.float64
     ) @ weights
+
+
+def _packed(codes: np.ndarray, unit: int | None) -> np.ndarray:
+    """Packs 4-bit codes along axis 1: neighbours, or the two halves of a unit."""
+    if unit is None:
+        return codes[:, 0::2] | codes[:, 1::2] << 4
+    e, k, n = codes.shape
+    halves = codes.reshape(e, k // unit, 2, unit // 2, n)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(e, k // 2, n)
+
+
+def for_kernel(kernel, arrays: list) -> list:
+    """The operands as a kernel wants them: some want scales as `[e, n, g]`."""
+    name = kernel.__name__.rpartition("._")[2]
+    if name not in READS_AS_STORED:
+        return arrays
+    x, data, *scales, codebook = arrays
+
+    def swapped(a):
+        if a is None:
+            return None
+        shape = (a.shape[0], a.shape[2], a.shape[1])
+        if isinstance(a, jax.ShapeDtypeStruct):
+            return a.update(shape=shape)
+        return jnp.swapaxes(a, 1, 2)
+
+    return [x, data, *map(swapped, scales), codebook]
 
 
 def error(y: jax.Array, expected: np.ndarray) -> float:
@@ -136,7 +164,7 @@ def lowered(kernel, p: Problem, tiles: dict, device: str = "NVIDIA H200") -> str
         matmul = functools.partial(kernel.matmul, problem=p, tiles=tiles)
         return (
             jax.jit(matmul)
-            .trace(*specs(p))
+            .trace(*for_kernel(kernel, specs(p)))
             .lower(lowering_platforms=(platform,))
             .as_text()
         )

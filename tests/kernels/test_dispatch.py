@@ -116,3 +116,19 @@ def test_int8_products_on_a_gpu_are_left_to_xla_without_a_warning():
         lower("int8")
     with pytest.warns(kernels.FallbackWarning, match="int8"):
         lower("int4")
+
+
+@pytest.mark.parametrize(
+    ("device", "m", "kernel"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 64, "triton"),
+        ("NVIDIA A100-SXM4-40GB", 65, "xla"),
+        ("NVIDIA H200", 65, "mosaic_gpu"),
+        ("NVIDIA H200", 512, "xla"),
+    ],
+)
+def test_many_rows_of_a_codebook_are_dense(device, m, kernel):
+    """Triton's search is slow, so it is dense from fewer rows. It gives no warning."""
+    choice = kernels.choose(problem("codebook4", m=m), "cuda", device)
+    assert choice.backend == kernel
+    assert choice.preferred == (kernel == "xla")

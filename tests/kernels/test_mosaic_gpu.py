@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,15 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from jaxq.kernels import _mosaic_gpu as kernel
-from tests.kernels.problems import CODES, error, lowered, operands, problem
+from tests.kernels.problems import (
+    CODES,
+    error,
+    for_kernel,
+    lowered,
+    operands,
+    problem,
+    specs,
+)
 from tests.tables import thinned
 
 K = 256  # two steps of the smallest tiles
@@ -28,6 +37,7 @@ def run(p, seed=0, **tiles):
     assert kernel.why_not(p, "NVIDIA H200") is None
     arrays, expected = operands(p, seed)
     tiles = kernel.default_tiles(p, None) | {"warpgroups": 1} | tiles
+    arrays = for_kernel(kernel, arrays)
     y = kernel.matmul(*arrays, problem=p, tiles=tiles, interpret=True)
     assert y.shape == (p.e, p.m, p.n)
     assert y.dtype == p.out_dtype
@@ -66,12 +76,14 @@ EDGES = [
         {},
     ),
     ("int4", {"m": 8, "n": 64, "group": 192, "k": 384}, {}),  # three steps to a group
+    ("uint4", {"m": 72, "n": 64, "group": 64, "unit": 64}, {}),  # weights with scales
+    ("codebook4", {"m": 130, "n": 72, "group": 128, "unit": 128}, {}),
 ]
 
 
 @pytest.mark.parametrize(
     ("codes", "facts", "tiles"),
-    thinned(EDGES, EDGES[:1]),
+    thinned(EDGES, [EDGES[0], EDGES[-2]]),
 )
 def test_edges_and_dtypes(codes, facts, tiles):
     assert run(problem(codes, **{"k": K} | facts), **tiles) < 5e-3
@@ -89,19 +101,19 @@ def test_bfloat16_codes_are_exact():
     """Every code with every zero point: a sum of one product is the weight itself."""
     p = problem("int8", m=8, k=K, n=256, group=K, zero_point=True, out_dtype="float32")
     codes = np.broadcast_to(np.arange(-128, 128), (1, 256, K))
-    zero = np.arange(-128, 128)[None, None, :]
+    zero = np.arange(-128, 128)[None, :, None]
     x = (
         jnp.zeros((1, 8, K), jnp.bfloat16)
         .at[0, np.arange(8), np.arange(0, K, 32)]
         .set(1)
     )
-    ones = jnp.ones((1, 1, 256), jnp.float32)
+    ones = jnp.ones((1, 256, 1), jnp.float32)
     tiles = kernel.default_tiles(p, None)
     integers = [jnp.asarray(a, jnp.int8) for a in (codes, zero)]
     y = kernel.matmul(
         x, integers[0], ones, integers[1], None, problem=p, tiles=tiles, interpret=True
     )
-    np.testing.assert_array_equal(y[0], codes[0, :, ::32].T - zero[0])
+    np.testing.assert_array_equal(y[0], codes[0, :, ::32].T - zero[0].T)
 
 
 @pytest.mark.parametrize(
@@ -119,65 +131,12 @@ def test_lowers_for_cuda(codes, group, m):
     assert "mosaic_gpu" in lowered(kernel, p, kernel.default_tiles(p, None))
 
 
-def places(layout, shape):
-    """The number of an array that each register of each thread holds.
-
-    Returns:
-      Flat indices `[warp, lane, *registers, vector]`.
-    """
-    layout = layout.to_mgpu()
-    index = np.arange(np.prod(shape)).reshape(shape)
-    for tile in layout.tiling.tiles:
-        split = index.ndim - len(tile)
-        pairs = [
-            (size // t, t) for size, t in zip(index.shape[split:], tile, strict=True)
-        ]
-        index = index.reshape(
-            *index.shape[:split], *(size for pair in pairs for size in pair)
-        )
-        outer, inner = range(split, index.ndim, 2), range(split + 1, index.ndim, 2)
-        index = index.transpose(*range(split), *outer, *inner)
-    (warp,), lanes = layout.warp_dims, layout.lane_dims
-    moved = [index.ndim + dim for dim in (warp, *lanes, layout.vector_dim)]
-    registers = [dim for dim in range(index.ndim) if dim not in moved]
-    index = index.transpose(*moved[:-1], *registers, moved[-1])
-    return index.reshape(
-        4,
-        32,
-        index.shape[3],
-        *(size for size in index.shape[4:-1] if size > 1),
-        index.shape[-1],
-    )
-
-
-def test_a_word_is_in_the_place_of_its_bytes():
-    words, data = places(kernel._WORDS, (64, 8)), places(kernel._BYTES, (64, 32))
-    np.testing.assert_array_equal(data, 4 * words + np.arange(4))
-
-
-@pytest.mark.parametrize("num_pairs", [2, 4])
-def test_registers_and_interpreter_agree_on_columns(num_pairs):
-    """wgmma gets the same number from a register as the interpreter has in a column."""
-    words = places(kernel._WORDS, (64, 8))[..., 0]
-    first = [
-        2 * (np.arange(512) + 512 * pair).reshape(64, 8) for pair in range(num_pairs)
-    ]  # numbers 2 i and 2 i + 1
-    pairs = [
-        jnp.asarray(numbers | (numbers + 1) << 16, jnp.uint32) for numbers in first
-    ]
-    expected = np.asarray(kernel._as_weights(pairs, jnp.uint16, True)).ravel()
-    columns = places(kernel._WEIGHTS, (64, 16 * num_pairs))
-    for warp, lane in ((0, 0), (0, 7), (1, 18), (3, 31)):
-        words_of_thread = words[warp, lane].reshape(
-            1, 2, 2
-        )  # [rows / 64, units, halves of 16 rows]
-        registers = kernel._by_unit(
-            [numbers.ravel()[words_of_thread] for numbers in first]
-        )
-        numbers_of_thread = np.stack([registers, registers + 1], axis=-1)
-        np.testing.assert_array_equal(
-            expected[columns[warp, lane]].ravel(), numbers_of_thread.ravel()
-        )
+@pytest.mark.parametrize("m", [5, 12])
+def test_any_number_of_rows_lowers(m):
+    """More than 8 rows that are not a multiple of 8 are padded, else Mosaic refuses."""
+    p = problem("int4", m=m, unit=128)
+    text = lowered(kernel, p, kernel.default_tiles(p, None) | {"splits": 1})
+    assert ("stablehlo.pad" in text) == (m == 12)
 
 
 def test_weights_are_not_copied():
@@ -185,7 +144,10 @@ def test_weights_are_not_copied():
     p = problem("int4", m=3, group=64, k=4160, n=1000)
     tiles = kernel.default_tiles(p, None)
     jaxpr = jax.make_jaxpr(functools.partial(kernel.matmul, problem=p, tiles=tiles))(
-        *(a if a is None else jnp.zeros(a.shape, a.dtype) for a in operands(p)[0])
+        *(
+            a if a is None else jnp.zeros(a.shape, a.dtype)
+            for a in for_kernel(kernel, specs(p))
+        )
     )
     data = jaxpr.jaxpr.invars[1]
     (user,) = [eqn for eqn in jaxpr.jaxpr.eqns if any(v is data for v in eqn.invars)]
@@ -195,6 +157,37 @@ def test_weights_are_not_copied():
         1000,
         8,
     )  # parts of the result
+
+
+@pytest.mark.parametrize(
+    ("codes", "unit", "m"), [("int4", 128, 1), ("codebook4", 64, 16)]
+)
+def test_one_launch(codes, unit, m):
+    """x, codes and scales go into the kernel as they lie, and the result comes out."""
+    p = problem(codes, m=m, group=unit, unit=unit)
+    tiles = kernel.default_tiles(p, None) | {"splits": 1}
+    program = lowered(kernel, p, tiles)
+    operations = set(re.findall(r"= (stablehlo\.[a-z_]+)", program))
+    assert operations <= {"stablehlo.custom_call", "stablehlo.reshape"}
+
+
+@pytest.mark.parametrize("unit", [32, 64, 128, 256])
+def test_units(unit):
+    """Codes in HALVES units that a chunk has whole, and in units that are longer."""
+    p = problem("int4", m=3, k=K, n=64, group=max(unit, 128), unit=unit)
+    assert run(p, bk=128) < 5e-3
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_default_tiles_fit_in_shared_memory(codes):
+    """The tiles of every size of x. Tiles that do not fit do not compile."""
+    for m, group, scale in itertools.product(
+        (1, 16, 32, 64, 300), (32, 64, 128, 4096), ("float32", "bfloat16")
+    ):
+        p = problem(codes, m=m, group=group, unit=group, scale_dtype=scale)
+        tiles = kernel.default_tiles(p, None)
+        assert tiles["stages"] >= 2
+        assert kernel._shared_bytes(p, tiles) <= kernel._SHARED_BYTES
 
 
 @pytest.mark.parametrize(
