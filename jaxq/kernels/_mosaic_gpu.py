@@ -705,7 +705,8 @@ def _accumulate(sums, operands: Iterable, interpret: bool):
     The matrix unit multiplies one chunk while the next chunk is decoded.
     """
     if interpret:
-        return sum((_wgmma(*pair, interpret) for pair in operands), start=sums)
+        products = (_wgmma(weights, x, interpret) for weights, x in operands)
+        return sum(products, start=sums)
 
     def accumulate(accumulator):
         for weights, x_smem in operands:
