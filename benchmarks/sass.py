@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -50,6 +51,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from tune import make_problem  # noqa: E402
 
 from jaxq import formats, kernels  # noqa: E402
 from jaxq.kernels import _tiles  # noqa: E402
@@ -192,8 +194,8 @@ def launches(hlo: str) -> int:
     return sum(opcode not in free for opcode in opcodes)
 
 
-def machine_code(ptx: Path) -> tuple[str, dict[str, int]]:
-    """Assembles PTX. Returns the listing, and facts by the name of the kernel."""
+def machine_code(ptx: Path) -> tuple[str, str]:
+    """Assembles PTX. Returns the listing, and the report of `ptxas -v`."""
     cubin = ptx.with_suffix(".cubin")
     done = subprocess.run(
         [tool("ptxas"), "-arch", "sm_90a", "-v", str(ptx), "-o", str(cubin)],
@@ -331,22 +333,9 @@ def count(weight: str, m: int, k: int, n: int, backend: str) -> dict[str, Any]:
 def _problem(weight: str, m: int, k: int, n: int) -> kernels.Problem:
     name, group, scale_dtype = WEIGHTS[weight]
     fmt = formats.get(name)
-    return kernels.Problem(
-        e=1,
-        m=m,
-        k=k,
-        n=n,
-        bits=fmt.bits,
-        signed=fmt.kind == "integer",
-        codebook=fmt.kind != "integer",
-        group=group or k,
-        zero_point=False,
-        layout="rows",
-        x_dtype="bfloat16",
-        scale_dtype=scale_dtype,
-        out_dtype="bfloat16",
-        unit=(group or k) if fmt.bits == 4 else None,
-    )
+    codes = f"{'int' if fmt.kind == 'integer' else 'codebook'}{fmt.bits}"
+    problem = make_problem(codes, group, m, k, n, "mosaic_gpu")
+    return dataclasses.replace(problem, scale_dtype=scale_dtype)
 
 
 @contextlib.contextmanager

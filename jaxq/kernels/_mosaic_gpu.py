@@ -581,8 +581,8 @@ def _decode(codes: _Codes, zero: list, p: Problem, sizes: _BlockSizes, interpret
     for part in subtracted:
         weights = weights - part
     offset = 0 if p.codebook else _words.offset(p.bits, p.signed, p.x_dtype)
-    for z in zero:
-        total = (z.astype(jnp.float32) + np.float32(offset)).astype(dtype)
+    if zero:
+        total = (zero[0].astype(jnp.float32) + np.float32(offset)).astype(dtype)
         return weights - lax.broadcast_in_dim(total, weights.shape, (0,))
     return weights - np.asarray(offset, dtype) if offset else weights
 

@@ -14,7 +14,7 @@ them, have n along sublanes. The kernel transposes each tile of bytes after it i
 VMEM. The unit that moves lanes does this, and it has little else to do. The matrix unit
 could also multiply by a transposed right side. This takes longer: on v6e and v7x it
 loads a transposed tile at half the speed, and the tile then holds decoded weights,
-which have four times the bytes of the codes.
+which have up to four times the bytes of the codes.
 
 Each grid step (e, m, n, k) computes
 

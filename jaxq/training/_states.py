@@ -55,7 +55,8 @@ def with_model(state: Any, model: Any) -> Any:
 def _is_train_state(state: Any) -> bool:
     """True for a linen `TrainState`.
 
-    There is one only after the program has imported its module, which takes 0.2 s.
+    A program that has not imported its module has none. The import is slow, so it is
+    not done here.
     """
     module = sys.modules.get("flax.training.train_state")
     return module is not None and isinstance(state, module.TrainState)
