@@ -4,7 +4,6 @@
 results are rounded, and `emulate` runs any JAX function under a policy.
 """
 
-from jaxq.emulation._calls import bind, closed_jaxpr, inner_jaxprs, scan_operands
 from jaxq.emulation._cast import cast
 from jaxq.emulation._emulate import emulate
 from jaxq.emulation._precision import Policy, Precision

@@ -13,9 +13,10 @@ import numpy as np
 from jax import lax
 
 from jaxq.emulation._accumulate import SUMS
-from jaxq.emulation._calls import CALLS, bind, inner_jaxprs
+from jaxq.emulation._calls import CALLS
 from jaxq.emulation._precision import Policy, Precision, carrier_of
 from jaxq.emulation._primitives import EXACT, MOVES, NOT_CALLS, WIDE_SUMS
+from jaxq.jaxprs import bind, inner_jaxprs
 
 
 def emulate(fn: Callable, policy: Policy) -> Callable:

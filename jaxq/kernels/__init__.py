@@ -11,6 +11,7 @@ interpreters. Their speed has not been measured on any device yet.
 
 from jaxq.kernels._call import Call as Call
 from jaxq.kernels._call import problem_of as problem_of
+from jaxq.kernels._call import with_index as with_index
 from jaxq.kernels._codes import codes_matmul as codes_matmul
 from jaxq.kernels._codes import is_native_float as is_native_float
 from jaxq.kernels._codes import largest_exact_length as largest_exact_length

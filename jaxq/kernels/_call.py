@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxq import formats
 from jaxq.kernels._codes import largest_exact_length
 from jaxq.kernels._problem import Problem
@@ -19,7 +22,8 @@ class Call:
     Attributes:
       meta: static facts of the rows.
       leaves: names of the fields of `Rows` that are not None, in the order in which the
-        primitive gets them.
+        primitive gets them. If the last name is "index", `data` is a stack of any
+        number of matrices. Product e then reads matrix `index[e]`, int32 `[e]`.
       out_dtype: dtype of the result.
       transposed: True for `x @ decode(rows)`.
       backend: "auto", "xla" or the name of a kernel.
@@ -40,13 +44,55 @@ class Call:
         """Returns the `Rows` of these leaves. Fields without a leaf are None."""
         fields = dict.fromkeys(Rows._fields)
         fields |= dict(zip(self.leaves, leaves, strict=True))
+        fields.pop("index", None)
         return Rows(**fields)  # pyright: ignore[reportArgumentType]
+
+    def index(self, leaves: Sequence[Any]) -> Any:
+        """Returns the leaf "index", or None if there is none."""
+        return leaves[-1] if self.has_index else None
+
+    @property
+    def has_index(self) -> bool:
+        """True if an index chooses matrices out of a stack."""
+        return self.leaves[-1:] == ("index",)
 
 
 def with_leaves(call: Call, rows: Rows) -> tuple[Call, list[Any]]:
     """Returns the call with the names of its leaves filled in, and the leaves."""
     present = {name: leaf for name, leaf in rows._asdict().items() if leaf is not None}
     return dataclasses.replace(call, leaves=tuple(present)), list(present.values())
+
+
+def with_index(
+    call: Call, leaves: Sequence[Any], stack: jax.Array, index: jax.Array
+) -> tuple[Call, list[Any]]:
+    """Returns the same product, which reads its codes out of a stack.
+
+    Args:
+      call: static facts of the product, without an index.
+      leaves: arrays of the rows in the order of `call.leaves`. The codes among them are
+        not used.
+      stack: codes of any number of matrices.
+      index: int32 `[e]`, the matrix of each product.
+    """
+    names = (*call.leaves, "index")
+    operands = dict(zip(names, (*leaves, index), strict=True)) | {"data": stack}
+    return dataclasses.replace(call, leaves=names), list(operands.values())
+
+
+def without_index(call: Call, leaves: Sequence[Any]) -> tuple[Call, list[Any]]:
+    """The inverse of `with_index`. It copies the matrices out of the stack."""
+    if not call.has_index:
+        return call, list(leaves)
+    *names, _ = call.leaves
+    *arrays, index = leaves
+    operands = dict(zip(names, arrays, strict=True))
+    if index.shape == (1,):
+        data = jax.lax.dynamic_slice_in_dim(operands["data"], index[0], 1)
+    else:
+        data = jnp.take(operands["data"], index, axis=0, mode="clip")
+    operands["data"] = data
+    return dataclasses.replace(call, leaves=tuple(names)), list(operands.values())
 
 
 def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:

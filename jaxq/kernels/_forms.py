@@ -1,6 +1,8 @@
 """The two ways to compute a product: in plain XLA, or by a Pallas kernel.
 
-Both take x `[e, m, k]` and the leaves of `Rows`, each with a leading axis e.
+Both take x `[e, m, k]` and the leaves of `Rows`, each with a leading axis e. If the
+codes are a stack with an index, a kernel reads the stack in place. Plain XLA first
+copies the matrices that it needs.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from jax import lax
 
 from jaxq import formats
 from jaxq.kernels import _tiles
-from jaxq.kernels._call import Call, problem_of, with_leaves
+from jaxq.kernels._call import Call, problem_of, with_leaves, without_index
 from jaxq.kernels._codes import codes_matmul
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._registry import READS_AS_STORED, kernel_module
@@ -35,6 +37,7 @@ def xla_form(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
     Returns:
       `[e, m, n]`, or `[e, m, k]` if `call.transposed`, in `call.out_dtype`.
     """
+    call, leaves = without_index(call, leaves)
     product = functools.partial(_xla_matrix, call=call)
     if x.shape[0] == 1:
         return product(x[0], *(leaf[0] for leaf in leaves))[None]
@@ -111,6 +114,7 @@ def pallas_form(
         per_row(rows.zero_point),
         codebook,
         problem=problem,
+        index=call.index(leaves),
         tiles=_tiles.lookup(kernel, device_kind, problem),
         interpret=call.interpret,
     )

@@ -168,6 +168,7 @@ def matmul(
     *,
     problem: Problem,
     tiles: Mapping[str, int | str],
+    index: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Computes `x @ decode(data)` as `Problem` states it.
@@ -185,6 +186,8 @@ def matmul(
         k has "bk" codes, a multiple or a divisor of the group. "stages" is the number
         of steps that are loaded ahead. "splits" is the number of blocks that share the
         sum over k.
+      index: int32 `[e]`, the matrix of `data` that each product reads. `data` then has
+        any number of matrices. None means that product e reads matrix e.
       interpret: True to run on a CPU. Register layouts and wgmma exist only on the
         device, so they are replaced by plain operations with the same result.
 
@@ -223,8 +226,13 @@ def matmul(
         scratch.append(plgpu.SMEM(_words.TABLE_SHAPE, jnp.uint32))
         scratch.append(plgpu.Barrier(num_arrivals=warpgroups))
 
+    if codebook is not None:
+        inputs.append(codebook)
+    first = [] if index is None else [index]
+
     def kernel(*refs):
-        _block(p, sizes, out.dtype, interpret, *refs)
+        index_ref = refs[0] if first else None
+        _block(p, sizes, out.dtype, interpret, index_ref, *refs[len(first) :])
 
     # In the interpreter too, reads beyond an edge give zeros, as they do with TMA.
     interpreter = InterpretGPUParams(
@@ -242,7 +250,7 @@ def matmul(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
         interpret=interpreter if interpret else None,
-    )(*inputs, *(() if codebook is None else (codebook,)))
+    )(*first, *inputs)
     if sizes.writes_y:
         return y[0][:, : p.m, : p.n]
     # [splits, e, n, m] as [e, m, n]
@@ -344,21 +352,27 @@ def _unit(p: Problem, chunk: int) -> int:
     return 64 if is_even else 32
 
 
-def _block(p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, *refs) -> None:
+def _block(
+    p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, index_ref, *refs
+) -> None:
     """One block (e, s, n, m): sums `[columns, bm]` over part s of k.
 
-    `refs` are x, the codes, the scales, the zero points if there are any, the codebook
-    if there is one, then the result and its staging buffer in shared memory.
+    `index_ref` has the index `[e]`, or is None. `refs` are x, the codes, the scales,
+    the zero points if there are any, the codebook if there is one, then the result and
+    its staging buffer in shared memory.
     """
     num_sources = 3 + p.zero_point + p.codebook
     sources, (out_ref, out_smem, *scratch) = refs[:num_sources], refs[num_sources:]
     bm, bn, bk, chunk = sizes.bm, sizes.bn, sizes.bk, sizes.chunk
     columns, steps = sizes.columns, sizes.steps
     e, s, j, i = (lax.axis_index(name) for name in ("e", "s", "n", "m"))
+    # Where the operands of this product are. Only the codes may be a stack.
+    matrix = e if index_ref is None else index_ref[e]
     warpgroup = lax.axis_index("warpgroup")
     rows = pl.ds(warpgroup * bn, bn)  # this warp group's rows of the weight
     # The codebook is read once by `compute` and is not part of the pipeline.
     inputs = sources[:-1] if p.codebook else sources
+    places = (e, matrix, *(e for _ in inputs[2:]))
     scales = [_ScaleBoxes(p, sizes, ref.dtype.itemsize) for ref in inputs[2:]]
 
     def step(indices, x_smem, data_smem, *rest):
@@ -436,7 +450,7 @@ def _block(p: Problem, sizes: _BlockSizes, out_dtype, interpret: bool, *refs) ->
         num_compute_wgs=sizes.warpgroups,
         max_concurrent_steps=sizes.stages,
         compute_context=compute,
-    )(*(ref.at[e] for ref in inputs))
+    )(*(ref.at[place] for ref, place in zip(inputs, places, strict=True)))
 
 
 class _ScaleBoxes:

@@ -30,7 +30,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxq.kernels import _dispatch
-from jaxq.kernels._call import Call, with_leaves
+from jaxq.kernels._call import Call, with_leaves, without_index
 from jaxq.kernels._devices import assumed_gpu, lowering_devices
 from jaxq.kernels._forms import pallas_form, xla_form
 from jaxq.kernels._registry import KERNELS
@@ -39,6 +39,7 @@ from jaxq.kernels._xla import rows_gradient
 from jaxq.sharding import call_on_auto_axes, explicit_spec
 
 # `matmul_p(x, *leaves)` is the product.
+# The codes among the leaves may be a stack with an index, see `Call.leaves`.
 matmul_p = Primitive("quantized_matmul")
 # `tangent_p(x, *leaves, *dots)` is the derivative of the product along `dots`, the
 # tangents of the float leaves (scale, offset, codebook). It is linear in `dots`, and
@@ -250,6 +251,7 @@ def _leaf_gradients(
     x: jax.Array, ct: jax.Array, leaves: Sequence[jax.Array], call: Call
 ) -> list[jax.Array]:
     """Gradients of the float leaves, each with the leading axis e."""
+    call, leaves = without_index(call, leaves)
 
     def gradients(x: jax.Array, ct: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
         rows, meta = as_rows(call.rows(leaves), call.meta)
@@ -286,8 +288,32 @@ def _batch(args, dims, *, call: Call):
             front = jnp.moveaxis(array, dim, 0)
         return front.reshape(math.prod(front.shape[:2]), *front.shape[2:])
 
-    y = _bind(matmul_p, [merge(a, d) for a, d in zip(args, dims, strict=True)], call)
+    if not call.has_index:
+        merged = [merge(a, d) for a, d in zip(args, dims, strict=True)]
+    else:
+        merged = _merged_with_index(args, dims, merge, call)
+    y = _bind(matmul_p, merged, call)
     return y.reshape(size, -1, *y.shape[1:]), 0
+
+
+def _merged_with_index(args, dims, merge, call: Call) -> list[jax.Array]:
+    """The merged operands of a product whose codes are a stack with an index.
+
+    All batch elements share the stack. If it has a batch axis, it becomes one longer
+    stack.
+    """
+    position = 1 + call.leaves.index("data")
+    shared = dims[position] is None
+    merged = [
+        array if shared and i == position else merge(array, dim)
+        for i, (array, dim) in enumerate(zip(args, dims, strict=True))
+    ]
+    if not shared:
+        num_stacks = args[position].shape[dims[position]]
+        index, stack_length = merged[-1], merged[position].shape[0] // num_stacks
+        starts = jnp.arange(num_stacks, dtype=index.dtype) * stack_length
+        merged[-1] = index + jnp.repeat(starts, index.shape[0] // num_stacks)
+    return merged
 
 
 def _batch_tangent(args, dims, *, call: Call):

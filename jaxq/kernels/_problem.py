@@ -18,7 +18,8 @@ class Problem:
     - data, the codes: `[e, n, k * bits / 8]` in layout "rows", or
       `[e, k * bits / 8, n]` in layout "columns". 4-bit codes are uint8, with the first
       code in the low half of each byte. 8-bit codes are int8 or uint8. Signed integer
-      codes are two's complement.
+      codes are two's complement. A kernel may also get an index, int32 `[e]`. Then data
+      is a stack of any number of matrices, and product i reads matrix `index[i]`.
     - scale `[e, k / group, n]`, or None. A weight is `scale * (codes - zero_point)`, or
       `scale * codebook[codes]`.
     - zero_point: integers with the shape of scale, or None.

@@ -2,7 +2,7 @@
 
 A kernel's module has three functions: `why_not(problem, device_kind)`,
 `default_tiles(problem, device_kind)` and `matmul(x, data, scale, zero_point, codebook,
-*, problem, tiles, interpret)`.
+*, problem, tiles, index, interpret)`.
 """
 
 from __future__ import annotations

@@ -168,6 +168,7 @@ def matmul(
     *,
     problem: Problem,
     tiles: Mapping[str, int | str],
+    index: jax.Array | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
     """Computes `x @ decode(data)` as `Problem` states it.
@@ -181,6 +182,8 @@ def matmul(
       codebook: float32 `[e, 16]`, or None.
       problem: static facts of the arrays. `why_not` must accept it.
       tiles: "bm", "bk", "bn" and "body", as `default_tiles` returns them.
+      index: int32 `[e]`, the matrix of `data` that each product reads. `data` then has
+        any number of matrices. None means that product e reads matrix e.
       interpret: True, or parameters of the interpreter, to run on a CPU step by step.
 
     Returns:
@@ -211,14 +214,21 @@ def matmul(
         manual_axis_type=jax.typeof(x).manual_axis_type,
     )
     num_bytes = sum(a.size * a.dtype.itemsize for a in (*inputs.values(), out))
+    # A product reads one matrix of a stack, however long the stack is.
+    num_bytes -= (data.shape[0] - p.e) * (data.nbytes // data.shape[0])
+    # The index is in scalar memory before the first tile is loaded.
+    prefetched = [] if index is None else [index]
     total = pltpu.VMEM((bm, bn), jnp.int32 if is_integer_sum else jnp.float32)
     y = pl.pallas_call(
         functools.partial(_kernel, tuple(inputs), p, body, steps),
-        grid=(p.e, pl.cdiv(p.m, bm), pl.cdiv(p.n, bn), steps),
-        in_specs=_input_specs(inputs, p, bm, bk, bn),
-        out_specs=pl.BlockSpec((None, bm, bn), lambda e, m, n, k: (e, m, n)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetched),
+            grid=(p.e, pl.cdiv(p.m, bm), pl.cdiv(p.n, bn), steps),
+            in_specs=_input_specs(inputs, p, bm, bk, bn),
+            out_specs=pl.BlockSpec((None, bm, bn), lambda e, m, n, k, *_: (e, m, n)),
+            scratch_shapes=[total],
+        ),
         out_shape=out,
-        scratch_shapes=[total],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
@@ -228,43 +238,55 @@ def matmul(
             transcendentals=0,
         ),
         interpret=interpret,
-    )(*inputs.values())
+    )(*prefetched, *inputs.values())
     return y.astype(p.out_dtype)
 
 
 def _input_specs(
     inputs: Mapping[str, jax.Array], p: Problem, bm: int, bk: int, bn: int
 ) -> list[pl.BlockSpec]:
-    """The tile of each input in a grid step (e, m, n, k)."""
+    """The tile of each input in a grid step (e, m, n, k).
+
+    The functions also get the references to prefetched scalars: nothing, or the index.
+    """
     if p.group == p.k:
-        group_spec = pl.BlockSpec((None, 1, bn), lambda e, m, n, k: (e, 0, n))
+        group_spec = pl.BlockSpec((None, 1, bn), lambda e, m, n, k, *_: (e, 0, n))
     else:
         tile = (None, bk // p.group, bn)
-        group_spec = pl.BlockSpec(tile, lambda e, m, n, k: (e, k, n))
+        group_spec = pl.BlockSpec(tile, lambda e, m, n, k, *_: (e, k, n))
     height = bk * p.bits // 8
+
+    def matrix(e, prefetched):
+        return prefetched[0][e] if prefetched else e
+
     if p.layout == "rows":
-        data_spec = pl.BlockSpec((None, bn, height), lambda e, m, n, k: (e, n, k))
+        data_spec = pl.BlockSpec(
+            (None, bn, height), lambda e, m, n, k, *refs: (matrix(e, refs), n, k)
+        )
     else:
-        data_spec = pl.BlockSpec((None, height, bn), lambda e, m, n, k: (e, k, n))
+        data_spec = pl.BlockSpec(
+            (None, height, bn), lambda e, m, n, k, *refs: (matrix(e, refs), k, n)
+        )
     specs = {
-        "x": pl.BlockSpec((None, bm, bk), lambda e, m, n, k: (e, m, k)),
+        "x": pl.BlockSpec((None, bm, bk), lambda e, m, n, k, *_: (e, m, k)),
         "data": data_spec,
         "scale": group_spec,
         "zero_point": group_spec,
     }
     if "codebook" in inputs:
         tile = (None, *inputs["codebook"].shape[1:])
-        specs["codebook"] = pl.BlockSpec(tile, lambda e, m, n, k: (e, 0, 0))
+        specs["codebook"] = pl.BlockSpec(tile, lambda e, m, n, k, *_: (e, 0, 0))
     return [specs[name] for name in inputs]
 
 
 def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) -> None:
     """One grid step (e, m, n, k): adds the product of one tile along k to `total`.
 
-    `refs` are the inputs `names`, then the result `[bm, bn]`, then total `[bm, bn]`.
+    `refs` are the index if there is one, the inputs `names`, the result `[bm, bn]` and
+    total `[bm, bn]`. Only `_input_specs` reads the index.
     """
     *input_refs, y, total = refs
-    inputs = dict(zip(names, input_refs, strict=True))
+    inputs = dict(zip(names, input_refs[-len(names) :], strict=True))
     step = pl.program_id(3)
 
     @pl.when(step == 0)

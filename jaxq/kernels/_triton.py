@@ -101,6 +101,7 @@ def matmul(
     *,
     problem: Problem,
     tiles: Mapping[str, int | str],
+    index: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Computes `x @ decode(data)` as `Problem` states it.
@@ -116,6 +117,8 @@ def matmul(
         result. Both are powers of two and at least 16. "splits" is the number of
         programs that share the sum over k. "warps" is the number of warps of a program.
         "stages" is the number of stages of Triton's pipeline.
+      index: int32 `[e]`, the matrix of `data` that each product reads. `data` then has
+        any number of matrices. None means that product e reads matrix e.
       interpret: True to run on a CPU.
 
     Returns:
@@ -126,9 +129,14 @@ def matmul(
     # each byte, then the columns for the second code.
     per_byte = 8 // p.bits
     x = jnp.moveaxis(x.reshape(p.e, p.m, p.k // per_byte, per_byte), 3, 1)
-    operands = [a for a in (x, data, scale, zero_point, codebook) if a is not None]
+    arrays = (x, data, scale, zero_point, codebook, index)
+    operands = [a for a in arrays if a is not None]
     call = functools.partial(
-        _split_sums, problem=p, tiles=tuple(sorted(tiles.items())), interpret=interpret
+        _split_sums,
+        problem=p,
+        tiles=tuple(sorted(tiles.items())),
+        has_index=index is not None,
+        interpret=interpret,
     )
     sums = call(*operands) if interpret else _split_sums_p.bind(*operands, call=call)
     return sums.sum(0).astype(p.out_dtype)
@@ -166,13 +174,17 @@ def _program_sizes(p: Problem, tiles: Mapping[str, int]) -> _ProgramSizes:
 
 
 def _split_sums(
-    *operands: jax.Array, problem: Problem, tiles: tuple, interpret: bool
+    *operands: jax.Array,
+    problem: Problem,
+    tiles: tuple,
+    has_index: bool,
+    interpret: bool,
 ) -> jax.Array:
     """The sums over each part of k, float32 `[splits, e, m, n]`."""
     p, options = problem, {name: int(size) for name, size in tiles}
     sizes = _program_sizes(p, options)
     return pl.pallas_call(
-        functools.partial(_program, p, sizes),
+        functools.partial(_program, p, sizes, has_index),
         out_shape=jax.ShapeDtypeStruct(
             (sizes.splits, p.e, p.m, p.n),
             jnp.float32,
@@ -188,17 +200,19 @@ def _split_sums(
 
 
 def _program(
-    p: Problem, sizes: _ProgramSizes, x_ref, data_ref, scale_ref, *rest
+    p: Problem, sizes: _ProgramSizes, has_index: bool, x_ref, data_ref, scale_ref, *rest
 ) -> None:
     """One program. It computes a tile `[bm, bn]`, summed over one part of k.
 
-    `rest` has the zero points if there are any, the codebook if there is one, and the
-    result.
+    `rest` has the zero points if there are any, the codebook if there is one, the index
+    if there is one, and the result.
     """
     *extra, out_ref = rest
+    index_ref = extra.pop() if has_index else None
     bm, bn, row_bytes, steps = sizes.bm, sizes.bn, sizes.row_bytes, sizes.steps
     zero_ref = extra[0] if p.zero_point else None
     e, s = pl.program_id(2) // sizes.splits, pl.program_id(2) % sizes.splits
+    matrix = e if index_ref is None else index_ref[e]
     m_rows = pl.ds(pl.program_id(0) * bm, bm)
     n_rows = pl.ds(pl.program_id(1) * bn, bn)
     m_mask = pl.program_id(0) * bm + jnp.arange(bm) < p.m
@@ -215,7 +229,7 @@ def _program(
         # The last part may reach beyond k, where there is no group.
         group = jnp.minimum(t * sizes.chunk // p.group, p.num_groups - 1)
         packed = plt.load(
-            data_ref.at[e, n_rows, columns], mask=_both(n_mask, k_mask), other=0
+            data_ref.at[matrix, n_rows, columns], mask=_both(n_mask, k_mask), other=0
         ).astype(jnp.int32)  # [bn, row_bytes]
         scale = plt.load(scale_ref.at[e, group, n_rows], mask=n_mask, other=0).astype(
             jnp.float32

@@ -12,6 +12,7 @@ from jaxq.ops._einsum import einsum, einsum_numbers, matmul
 from jaxq.ops._explain import explain
 from jaxq.ops._plan import Plan
 from jaxq.ops._ragged import ragged_dot
+from jaxq.ops._scan_in_place import scan_in_place
 from jaxq.ops._take import take
 from jaxq.ops.kv_cache import KVCache, KVCacheSpec
 from jaxq.qtensor import register_matmul
@@ -27,6 +28,7 @@ __all__ = [
     "explain",
     "matmul",
     "ragged_dot",
+    "scan_in_place",
     "take",
 ]
 

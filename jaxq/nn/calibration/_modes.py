@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import linen, nnx
 
-from jaxq.emulation import inner_jaxprs
+from jaxq.jaxprs import inner_jaxprs
 from jaxq.nn.calibration._batches import Batch
 
 # The attributes that `nnx.Module.eval` sets to True.

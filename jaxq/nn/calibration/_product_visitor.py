@@ -16,7 +16,8 @@ import jax.extend as jex
 import jax.numpy as jnp
 from jax import lax
 
-from jaxq.emulation import NOT_CALLS, bind, closed_jaxpr, inner_jaxprs, scan_operands
+from jaxq.emulation import NOT_CALLS
+from jaxq.jaxprs import bind, closed_jaxpr, inner_jaxprs, scan_operands
 from jaxq.nn.calibration._origins import (
     Changed,
     Origin,

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxq.emulation import inner_jaxprs
+from jaxq.jaxprs import inner_jaxprs
 from jaxq.recipes import compile_pattern
 
 _OUTPUT, _INPUT = "jaxq output of ", "jaxq input of "

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxq.emulation import inner_jaxprs
+from jaxq.jaxprs import inner_jaxprs
 from jaxq.nn.calibration import Batch, eval_copy, run_model
 from jaxq.nn.transform._folding import Folded, fold_into
 from jaxq.nn.transform._model_error import Run, largest_difference
