@@ -196,7 +196,7 @@ def _custom_vjp_call(
 def _kernel_form_call(
     evaluate: Evaluate, equation: Any, args: list, policy: Policy
 ) -> Sequence:
-    """Evaluates the XLA form of a kernel's product, and rounds its primitives."""
+    """Evaluates the XLA form of a kernel's primitive, and rounds its operations."""
     form = kernels.FORMS[equation.primitive.name]
     call = functools.partial(form, call=equation.params["call"])
     return evaluate(jax.make_jaxpr(call)(*args), args, policy)
@@ -211,6 +211,7 @@ CALLS: dict[str, Call] = {
     "custom_vjp_call": _custom_vjp_call,
     "jit": _jit_call,
     "pjit": _jit_call,
+    "quantized_attention": _kernel_form_call,
     "quantized_matmul": _kernel_form_call,
     "quantized_matmul_tangent": _kernel_form_call,
     "remat2": _remat_call,
