@@ -77,7 +77,7 @@ def _custom_vjp_call(
 def _kernel_form_call(
     evaluate: Evaluate, equation: Any, args: list, policy: Policy
 ) -> Sequence:
-    """Evaluates the XLA form of a kernel's product, and rounds its primitives."""
+    """Evaluates the XLA form of a kernel's primitive, and rounds its operations."""
     form = kernels.FORMS[equation.primitive.name]
     call = functools.partial(form, call=equation.params["call"])
     return evaluate(jax.make_jaxpr(call)(*args), args, policy)
@@ -87,6 +87,7 @@ CALLS: dict[str, Call] = {
     **{name: _under_policy(call) for name, call in jaxprs.CALLS.items()},
     "custom_jvp_call": _custom_jvp_call,
     "custom_vjp_call": _custom_vjp_call,
+    "quantized_attention": _kernel_form_call,
     "quantized_matmul": _kernel_form_call,
     "quantized_matmul_tangent": _kernel_form_call,
 }

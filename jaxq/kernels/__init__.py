@@ -9,6 +9,9 @@ The kernels have been compiled for TPU and GPU, and their arithmetic has been te
 interpreters. Their speed has not been measured on any device yet.
 """
 
+from jaxq.kernels._attention import AttentionCall as AttentionCall
+from jaxq.kernels._attention import call_attention as call_attention
+from jaxq.kernels._attention_problem import AttentionProblem as AttentionProblem
 from jaxq.kernels._call import Call as Call
 from jaxq.kernels._call import problem_of as problem_of
 from jaxq.kernels._call import with_index as with_index

@@ -25,14 +25,15 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxq.kernels import _dispatch
+from jaxq.kernels._attention import attention_xla_form
 from jaxq.kernels._call import Call, with_leaves, without_index
 from jaxq.kernels._devices import assumed_gpu, lowering_devices
 from jaxq.kernels._forms import pallas_form, xla_form
+from jaxq.kernels._operands import varying_alike
 from jaxq.kernels._registry import KERNELS
 from jaxq.kernels._rows import Rows, as_rows
 from jaxq.kernels._xla import rows_gradient
@@ -72,19 +73,8 @@ def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
 
 
 def _bind(primitive: Primitive, args: Sequence[jax.Array], call: Call) -> jax.Array:
-    """Makes all operands vary over the same mesh axes, and binds the primitive.
-
-    Inside `shard_map`, all operands of a primitive must vary over the same mesh axes.
-    """
-    varying = [jax.typeof(a).manual_axis_type.varying for a in args]
-    all_axes = frozenset().union(*varying)
-    operands = []
-    for array, axes in zip(args, varying, strict=True):
-        missing = tuple(all_axes - axes)
-        if missing:
-            array = lax.pcast(array, missing, to="varying")
-        operands.append(array)
-    return primitive.bind(*operands, call=call)
+    """Binds a primitive whose operands may vary over different mesh axes."""
+    return primitive.bind(*varying_alike(args), call=call)
 
 
 # Shapes and evaluation.
@@ -342,4 +332,8 @@ ad.primitive_transposes[tangent_p] = _tangent_transpose
 mlir.register_lowering(tangent_p, mlir.lower_fun(_tangent_form, multiple_results=False))
 
 # The function that states each primitive in plain XLA, for code that walks jaxprs.
-FORMS = {"quantized_matmul": xla_form, "quantized_matmul_tangent": _tangent_form}
+FORMS = {
+    "quantized_matmul": xla_form,
+    "quantized_matmul_tangent": _tangent_form,
+    "quantized_attention": attention_xla_form,
+}

@@ -19,7 +19,7 @@ from jaxq.ops.kv_cache._arrays import (
     num_quantized,
     quantize_groups,
 )
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QTensor, relayout
 
 Cache = TypeVar("Cache", bound=CacheArrays)
 
@@ -108,7 +108,9 @@ def _quantize_complete(
 
     def quantized() -> tuple[QTensor, QTensor]:
         k, v = (_take_tokens(line, tokens).reshape(shape) for line in lines)
-        return quantize_groups(k, v, spec=cache.spec)
+        keys, values = quantize_groups(k, v, spec=cache.spec)
+        # A cache from a file has keys along rows.
+        return relayout(keys, cache.keys.meta.layout), values
 
     def zeros() -> tuple[QTensor, QTensor]:
         shapes = jax.eval_shape(quantized)

@@ -1,12 +1,14 @@
 """Attention over a quantized KV cache.
 
 A query reads three kinds of tokens: quantized groups, the newest tokens in full
-precision, and tokens that are not in the cache yet. Quantized groups are dequantized
-one block at a time. The softmax covers all blocks (`_online_softmax.py`).
+precision, and tokens that are not in the cache yet. The softmax covers all of them
+(`_online_softmax.py`).
+
+`_groups.py` reads the quantized groups, by a Pallas kernel or one block at a time. This
+file adds the other two kinds of tokens, in plain XLA.
 
 Letters in shapes: b slots, m key heads, n query heads, r = n / m, t queries, h the size
-of a head, g tokens of a group, c = `residual` tokens in full precision, p groups in a
-block.
+of a head, c = `residual` tokens in full precision.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxq.ops.kv_cache._arrays import CacheArrays, newest_in_ring, num_quantized
+from jaxq.ops.kv_cache._arrays import CacheArrays, newest_in_ring
+from jaxq.ops.kv_cache._groups import read_groups
 from jaxq.ops.kv_cache._online_softmax import (
     Block,
     Queries,
@@ -27,7 +30,6 @@ from jaxq.ops.kv_cache._online_softmax import (
     fold_many,
     start,
 )
-from jaxq.qtensor import dequantize
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "block"))
@@ -66,50 +68,14 @@ def attend(
     steps = jnp.arange(t, dtype=jnp.int32)[None]  # [1, t]
     first = lengths if k is not None else lengths - count
     queries = Queries(rows, first[:, None] + steps, scale, cache.window)
-    state = start(queries)
     if cache.num_groups:
-        state = _read_groups(state, cache, queries, block)
+        state = read_groups(cache, queries, block)
+    else:
+        state = start(queries)
     state = _read_recent(state, cache, queries)
     if k is not None and v is not None:
         state = _read_own_tokens(state, lengths, k, v, queries, block)
     return finish(state).reshape(b, n, t, h).transpose(0, 2, 1, 3)
-
-
-def _read_groups(
-    state: Softmax, cache: CacheArrays, queries: Queries, block: int
-) -> Softmax:
-    """The softmax state after the quantized groups are read."""
-    spec, num_groups = cache.spec, cache.num_groups
-    b, m, _, h = cache.recent_keys.shape
-    per_block = min(num_groups, max(1, block // spec.group))  # p
-    filled = num_quantized(cache.lengths, spec)  # [b]
-    group_of_place = newest_in_ring(filled - 1, num_groups)  # [b, num_groups]
-    num_used = jnp.max(jnp.minimum(filled, num_groups))  # of the longest slot
-
-    def block_at(i: jax.Array) -> Block:
-        # The last block ends with the last place, so it may overlap the block before.
-        # Places that the block before has read are marked as not valid.
-        at = jnp.minimum(i * per_block, num_groups - per_block)
-        stored = jax.tree.map(
-            lambda leaf: lax.dynamic_slice_in_dim(leaf, at, per_block, 2),
-            (cache.keys, cache.values),
-        )
-        keys, values = (
-            dequantize(qt, dtype=cache.dtype).reshape(b, m, per_block * spec.group, h)
-            for qt in stored
-        )
-        groups = lax.dynamic_slice_in_dim(group_of_place, at, per_block, 1)  # [b, p]
-        places = at + jnp.arange(per_block, dtype=jnp.int32)  # [p]
-        is_repeated = (places < i * per_block)[None]
-        in_group = jnp.arange(spec.group, dtype=jnp.int32)[None, None]
-        tokens = groups[:, :, None] * spec.group + in_group  # [b, p, g]
-        # The newest c tokens are read in full precision, even if their group is
-        # already quantized.
-        is_old = tokens < (cache.lengths - spec.residual)[:, None, None]
-        valid = ((groups >= 0) & ~is_repeated)[:, :, None] & is_old
-        return Block(keys, values, tokens.reshape(b, -1), valid.reshape(b, -1))
-
-    return fold_many(state, -(-num_used // per_block), block_at, queries)
 
 
 def _read_recent(state: Softmax, cache: CacheArrays, queries: Queries) -> Softmax:
@@ -136,7 +102,7 @@ def _read_own_tokens(
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [b, m, t, h]
 
     def block_at(i: jax.Array) -> Block:
-        # The last block may overlap the block before, as in `_read_groups`.
+        # The last block may overlap the block before, as in `_groups.py`.
         at = jnp.minimum(i * size, t - size)
         steps = at + jnp.arange(size, dtype=jnp.int32)
         valid = jnp.broadcast_to((steps >= i * size)[None], (b, size))

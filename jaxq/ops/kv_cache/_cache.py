@@ -9,12 +9,14 @@ tokens. They do not depend on whether tokens are appended one by one or together
 
 | leaf | shape | content |
 |---|---|---|
-| `keys`, `values` | QTensors `[b, m, num_groups, group, h]` | quantized groups |
+| `keys` | QTensor `[b, m, num_groups, group, h]` | quantized groups |
+| `values` | QTensor `[b, m, num_groups, group, h]` | quantized groups; see below |
 | `recent_keys`, `recent_values` | `[b, m, residual, h]` | tokens in full precision |
 | `lengths` | int32 `[b]` | number of tokens in each slot |
 
-The code does not depend on the format. Groups are QTensors with batch axes
-`[b, m, num_groups]`, so these axes come first in every leaf.
+Groups are QTensors with batch axes `[b, m, num_groups]`, so these axes come first in
+every leaf. A row of 4-bit values holds two tokens: such values are `[b, m, num_groups,
+group / 2, 2 * h]`. `_arrays.py` says why, and it alone depends on this.
 
 References:
   Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", 2024.
@@ -55,7 +57,8 @@ class KVCache(CacheArrays):
     Attributes:
       keys: QTensor `[b, m, num_groups, group, h]`. Group j is in place j mod
         num_groups.
-      values: QTensor `[b, m, num_groups, group, h]`.
+      values: QTensor `[b, m, num_groups, group, h]`. 4-bit values are
+        `[b, m, num_groups, group / 2, 2 * h]`, two tokens in a row.
       recent_keys: `[b, m, residual, h]`, in full precision. Token i is in place i mod
         residual.
       recent_values: `[b, m, residual, h]`, in full precision.
