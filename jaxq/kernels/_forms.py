@@ -37,15 +37,15 @@ def xla_form(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
     Returns:
       `[e, m, n]`, or `[e, m, k]` if `call.transposed`, in `call.out_dtype`.
     """
-    call, leaves = without_index(call, leaves)
+    call, arrays = without_index(call, leaves)
     product = functools.partial(_xla_matrix, call=call)
     if x.shape[0] == 1:
-        return product(x[0], *(leaf[0] for leaf in leaves))[None]
+        return product(x[0], *(leaf[0] for leaf in arrays))[None]
     if call.meta.block_bytes is None and x.dtype != jnp.int8:
         # One matrix after the other. Blocks of all matrices together would not fit in
         # the cache.
-        return lax.map(lambda args: product(*args), (x, *leaves))
-    return jax.vmap(product)(x, *leaves)
+        return lax.map(lambda args: product(*args), (x, *arrays))
+    return jax.vmap(product)(x, *arrays)
 
 
 def _xla_matrix(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
