@@ -425,32 +425,43 @@ def _block(
         plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], target)
         plgpu.wait_smem_to_gmem(0)
 
-    x_spec = plgpu.BlockSpec(
-        (bm, bk),
-        lambda t: (i, s * steps + t),
-        transforms=_swizzled(min(chunk, 64), 16),
-    )
-    data_spec = plgpu.BlockSpec(
-        (columns, sizes.row_bytes),
-        lambda t: (j, s * steps + t),
-        transforms=_swizzled(sizes.row_bytes, 8),
-    )
-    scale_specs = [
-        plgpu.BlockSpec(
-            boxes.shape, lambda t, boxes=boxes: boxes.place(s * steps + t, j)
-        )
-        for boxes in scales
-    ]
     plgpu.emit_pipeline_warp_specialized(
         step,  # pyright: ignore[reportArgumentType]
         grid=(steps,),
         memory_registers=40,
-        in_specs=[x_spec, data_spec, *scale_specs],
+        in_specs=_input_specs(sizes, scales, s * steps, i, j),
         wg_axis="warpgroup",
         num_compute_wgs=sizes.warpgroups,
         max_concurrent_steps=sizes.stages,
         compute_context=compute,
     )(*(ref.at[place] for ref, place in zip(inputs, places, strict=True)))
+
+
+def _input_specs(
+    sizes: _BlockSizes, scales: list[_ScaleBoxes], first_step, i, j
+) -> list:
+    """How the pipeline reads x, the codes, the scales and the zero points.
+
+    `first_step` is the first step along k of this block. `i` and `j` are the block's
+    places along m and n.
+    """
+    x_spec = plgpu.BlockSpec(
+        (sizes.bm, sizes.bk),
+        lambda t: (i, first_step + t),
+        transforms=_swizzled(min(sizes.chunk, 64), 16),
+    )
+    data_spec = plgpu.BlockSpec(
+        (sizes.columns, sizes.row_bytes),
+        lambda t: (j, first_step + t),
+        transforms=_swizzled(sizes.row_bytes, 8),
+    )
+    scale_specs = [
+        plgpu.BlockSpec(
+            boxes.shape, lambda t, boxes=boxes: boxes.place(first_step + t, j)
+        )
+        for boxes in scales
+    ]
+    return [x_spec, data_spec, *scale_specs]
 
 
 class _ScaleBoxes:
