@@ -37,7 +37,7 @@ def is_native_float(fmt: formats.Format) -> bool:
 
 
 def largest_exact_length(
-    a: RowMeta, a_symmetric: bool, b: RowMeta, b_symmetric: bool
+    a: RowMeta, a_symmetric: bool, b: RowMeta, b_symmetric: bool, most: int = 2**31 - 1
 ) -> int:
     """Returns how many products of integer codes int32 can sum without overflow.
 
@@ -46,12 +46,13 @@ def largest_exact_length(
       a_symmetric: True if the operand has no zero point.
       b: static facts of the other operand.
       b_symmetric: True if that operand has no zero point.
+      most: the largest sum. float32 holds all whole numbers up to `2**24`.
     """
     largest_product = 1
     for meta, symmetric in ((a, a_symmetric), (b, b_symmetric)):
         low, high = meta.fmt.min, meta.fmt.max
         largest_product *= int(max(high, -low) if symmetric else high - low)
-    return (2**31 - 1) // largest_product
+    return most // largest_product
 
 
 def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Array:

@@ -17,11 +17,15 @@ from jax import lax
 from jaxq import formats
 from jaxq.kernels import _tiles
 from jaxq.kernels._call import Call, problem_of, with_leaves, without_index
-from jaxq.kernels._codes import codes_matmul
+from jaxq.kernels._codes import codes_matmul, largest_exact_length
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._registry import READS_AS_STORED, kernel_module
-from jaxq.kernels._rows import RowMeta, Rows, as_rows, int8_meta
-from jaxq.kernels._xla import transposed_matmul, weight_only_matmul
+from jaxq.kernels._rows import RowMeta, Rows, as_rows, int8_meta, num_groups
+from jaxq.kernels._xla import (
+    transposed_matmul,
+    weight_only_matmul,
+    whole_numbers_matmul,
+)
 
 
 def xla_form(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
@@ -53,6 +57,8 @@ def _xla_matrix(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
     rows, meta = as_rows(call.rows(leaves), call.meta)
     if x.dtype == jnp.int8:
         # The caller applies the scale of x. A scale of 1 makes the sums float32.
+        if _as_whole_numbers(rows, meta):
+            return whole_numbers_matmul(x, rows, meta).astype(call.out_dtype)
         scale = None if rows.scale is None else jnp.ones((1, 1), jnp.float32)
         x_rows = Rows(x, scale, None, None, None)  # pyright: ignore[reportArgumentType]
         y = codes_matmul(x_rows, int8_meta(meta.k), rows, meta)
@@ -63,6 +69,22 @@ def _xla_matrix(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
         x = x.astype(jnp.float32)
     matmul = transposed_matmul if call.transposed else weight_only_matmul
     return matmul(x, rows, meta).astype(call.out_dtype)
+
+
+def _as_whole_numbers(rows: Rows, meta: RowMeta) -> bool:
+    """True if the product of int8 codes with these rows runs in float32 on a CPU.
+
+    It is False if float32 could not hold the sum of a group. It is also False for int8
+    weights with one scale for each row, because XLA:CPU multiplies them fast.
+    """
+    if meta.block_bytes is not None or rows.scale is None:
+        return False
+    groups = num_groups(rows)
+    if meta.packing is formats.Packing.NONE and groups == 1:
+        return False
+    symmetric = rows.zero_point is None
+    longest = largest_exact_length(int8_meta(meta.k), True, meta, symmetric, most=2**24)
+    return meta.padded_k // groups <= longest
 
 
 def pallas_form(

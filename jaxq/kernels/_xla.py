@@ -87,6 +87,54 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     return for_blocks(rows, meta, write, y).T[:m]
 
 
+def whole_numbers_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
+    """Computes `x @ decode(rows).T` of int8 codes x by products of float32 numbers.
+
+    XLA:CPU multiplies packed integers, and integers in groups, many times slower than
+    floats. If float32 holds every sum of a group exactly, the result has the same bits
+    as the result of `codes_matmul`. The caller checks this.
+
+    Args:
+      x: int8 `[m, k]`.
+      rows: the weight, `[n, k]`, in an integer format.
+      meta: static facts of the rows.
+
+    Returns:
+      float32 `[m, n]`.
+    """
+    m, n, groups = x.shape[0], rows.data.shape[0], num_groups(rows)
+    if 0 in (m, n, meta.k):
+        return jnp.zeros((m, n), jnp.float32)
+    x_fields = [
+        field.reshape(m, groups, -1)
+        for field in split_fields(x.astype(jnp.float32), meta, groups)
+    ]
+
+    def product(block: Rows) -> jax.Array:
+        """The product with a few rows, `[r, m]`."""
+        fields = [
+            decode_field(block, meta, i, scaled=False).reshape(-1, *field.shape[1:])
+            for i, field in enumerate(x_fields)
+        ]  # each [r, groups, group / fields]
+        sums = []
+        for g in range(groups):
+            terms = [
+                _dot_float32(weight[:, g], field[:, g], (1, 1))
+                for weight, field in zip(fields, x_fields, strict=True)
+            ]
+            sums.append(functools.reduce(jnp.add, terms))
+        scale = block.scale.astype(jnp.float32).T[:, :, None]
+        total = jnp.sum(jnp.stack(sums) * scale, axis=0)
+        return total
+
+    def write(y: jax.Array, start: jax.Array, block: Rows) -> jax.Array:
+        at = (start, jnp.zeros_like(start))
+        return lax.dynamic_update_slice(y, product(block), at)
+
+    y = jnp.zeros((n, m), jnp.float32)
+    return for_blocks(rows, meta, write, y).T
+
+
 def _dense_matmul(
     x: jax.Array, rows: Rows, meta: RowMeta, scale_result: bool
 ) -> jax.Array:
