@@ -347,8 +347,7 @@ def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
 def _unit(p: Problem, chunk: int) -> int:
     """The HALVES unit that the kernel decodes, for chunks of this many codes."""
     # The kernel decodes units of one size only.
-    whole_units = p.unit is not None and p.k % p.unit == 0 and chunk % p.unit == 0
-    if whole_units:
+    if p.unit is not None and p.k % p.unit == 0 and chunk % p.unit == 0:
         return p.unit
     is_even = chunk % 64 == 0 and (p.unit is None or p.unit % 64 == 0)
     return 64 if is_even else 32
