@@ -25,7 +25,8 @@ class Packing(enum.Enum):
     HALVES: a row is cut into units of `unit` codes. With 4 bits, byte j of a unit has
       code j in its low bits and code j + unit/2 in its high bits. With 2 bits a byte
       has four codes that are unit/4 apart, with 1 bit eight codes that are unit/8
-      apart. Used by jaxq and GGUF.
+      apart. If `unit` does not divide the row, the codes that are left are a shorter
+      unit. Used by jaxq and GGUF.
     LOW_FIRST: a byte has neighbouring codes, the first in its low bits. Used by
       torchao, compressed-tensors, MX and NVFP4.
     HIGH_FIRST: a byte has neighbouring codes, the first in its high bits. Used by
@@ -97,8 +98,8 @@ def pack(
         (two's complement for negative codes).
       bits: width of a code, 1 to 8.
       packing: order of the codes. NONE returns `codes` unchanged.
-      unit: number of codes in one unit, for HALVES only. It divides n. None makes the
-        whole row one unit.
+      unit: number of codes in one unit, for HALVES only. If it does not divide n, the
+        last unit has the codes that are left. None makes the whole row one unit.
       axis: the axis to pack. Packing an inner axis is faster than moving it to the end
         first.
 
@@ -106,8 +107,8 @@ def pack(
       uint8 `[..., n * bits / 8, ...]`.
 
     Raises:
-      ValueError: the order does not exist for this width, n codes do not fill whole
-        bytes, or `unit` does not divide n or does not fill whole bytes.
+      ValueError: the order does not exist for this width, or n codes or `unit` codes do
+        not fill whole bytes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,6 +129,12 @@ def pack(
     if packing is Packing.BITSTREAM:
         packed = _pack_bitstream(jnp.moveaxis(codes, axis, -1), bits, fields)
         return jnp.moveaxis(packed, -1, axis)
+    whole = n - n % unit if unit else n
+    if whole < n:  # the last unit is shorter
+        first, last = jnp.split(codes, [whole], axis=axis)
+        units = pack(first, bits, packing, unit=unit, axis=axis)
+        shorter = pack(last, bits, packing, axis=axis)
+        return jnp.concatenate([units, shorter], axis=axis)
     before, after = codes.shape[:axis], codes.shape[axis + 1 :]
     if packing is Packing.HALVES:
         num_units = n // unit if unit else 0
@@ -182,7 +189,7 @@ def unpack(
 
     Raises:
       ValueError: the order does not exist for this width, the bytes are not a whole
-        number of packs, or `unit` does not divide n or does not fill whole bytes.
+        number of packs, or `unit` codes do not fill whole bytes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -199,6 +206,12 @@ def unpack(
     n = num_bytes * fields
     if packing is Packing.HALVES:
         unit = _checked_unit("unpack", n, fields, packing, unit)
+        whole = n - n % unit if unit else n
+        if whole < n:  # the last unit is shorter
+            first, last = jnp.split(packed, [whole // fields], axis=-1)
+            units = unpack(first, bits, packing, unit=unit)
+            shorter = unpack(last, bits, packing)
+            return jnp.concatenate([units, shorter], axis=-1)
         rows = packed.reshape(*leading, n // unit if unit else 0, unit // fields)
         parts = [field(rows, i, bits) for i in range(fields)]
         return jnp.stack(parts, axis=-2).reshape(*leading, n)
@@ -234,11 +247,10 @@ def as_signed(patterns: jax.Array, bits: int) -> jax.Array:
 def _checked_unit(
     caller: str, n: int, fields: int, packing: Packing, unit: int | None
 ) -> int:
-    """The number of codes in a unit.
+    """The number of codes in a unit, at most n.
 
     Raises:
-      ValueError: the row of n codes or a unit does not fill whole bytes, or the unit
-        does not divide the row.
+      ValueError: the row of n codes or a unit does not fill whole bytes.
     """
     if n % fields:
         raise ValueError(
@@ -247,12 +259,11 @@ def _checked_unit(
         )
     if packing is not Packing.HALVES or unit is None:
         return n
-    if unit < 1 or n % unit or unit % fields:
+    if unit < 1 or unit % fields:
         raise ValueError(
-            f"{caller}: unit {unit} must divide the row of {n} codes and be a multiple "
-            f"of {fields}."
+            f"{caller}: unit {unit} must be a positive multiple of {fields} codes."
         )
-    return unit
+    return min(unit, n)
 
 
 def _pack_bitstream(codes: jax.Array, bits: int, fields: int) -> jax.Array:

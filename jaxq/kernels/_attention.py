@@ -211,7 +211,7 @@ def _warn(platform: str, reason: str) -> None:
 
 def _jvp(primals, tangents, *, call: AttentionCall):
     tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
-    primals_out, tangents_out = jax.jvp(call.form, primals, tangents)
+    primals_out, tangents_out = jax.jvp(call.form, tuple(primals), tuple(tangents))
     return list(primals_out), list(tangents_out)
 
 

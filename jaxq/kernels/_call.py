@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxq import formats
 from jaxq.kernels._codes import largest_exact_length
 from jaxq.kernels._problem import Problem
-from jaxq.kernels._rows import RowMeta, Rows, int8_meta, num_groups
+from jaxq.kernels._rows import RowMeta, Rows, group_size, int8_meta, num_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
         bits=meta.fmt.bits,
         signed=integer and meta.fmt.code_dtype.name == "int8",
         codebook=not integer,
-        group=_group_size(meta, rows),
+        group=group_size(meta, num_groups(rows)),
         zero_point=rows.zero_point is not None,
         layout=meta.layout,
         x_dtype=x.dtype.name,
@@ -160,7 +160,7 @@ def _why_no_problem(call: Call, x: Any, leaves: Sequence[Any]) -> str | None:
         return "the weight has several codebooks"
     if meta.packing is formats.Packing.HALVES and num_groups(rows) > 1:
         # `pallas_form` moves columns of x inside a unit. Each unit needs one scale.
-        group, unit = _group_size(meta, rows), meta.unit
+        group, unit = group_size(meta, num_groups(rows)), meta.unit
         if unit is None or group % unit:
             return (
                 f"codes are packed in units of {unit or meta.padded_k}, and each group "
@@ -176,16 +176,10 @@ def _why_no_int32_sum(meta: RowMeta, rows: Rows) -> str | None:
     longest = largest_exact_length(
         int8_meta(meta.k), True, meta, rows.zero_point is None
     )
-    length = meta.padded_k // max(num_groups(rows), 1)
+    length = group_size(meta, max(num_groups(rows), 1))
     if length <= longest:
         return None
     return (
         f"int32 can sum {longest} products of {meta.fmt.name} codes and int8 x without "
         f"overflow, and a sum has {length}"
     )
-
-
-def _group_size(meta: RowMeta, rows: Rows) -> int:
-    """Number of codes that share a scale. It is 0 if scale has no entries."""
-    groups = num_groups(rows)
-    return meta.padded_k // groups if groups else 0

@@ -20,7 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq import formats
-from jaxq.kernels._rows import RowMeta, Rows, for_blocks, unpack_codes
+from jaxq.kernels._rows import (
+    RowMeta,
+    Rows,
+    for_blocks,
+    group_size,
+    unpack_codes,
+)
 
 _NATIVE_FLOATS = (
     "float8_e4m3fn",
@@ -82,9 +88,9 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
     if a.scale is not None and b.scale is not None:
         groups = max(a.scale.shape[-1], b.scale.shape[-1])
     if groups > 1:
-        # The length of all groups, as the operand with several groups stores them. The
-        # other operand is cut or padded to this length.
-        length = (a_meta if a.scale.shape[-1] > 1 else b_meta).padded_k
+        # The length of all groups. Both operands are cut or padded to this length.
+        grouped_meta = a_meta if a.scale.shape[-1] > 1 else b_meta
+        length = groups * group_size(grouped_meta, groups)
     a_groups = _grouped(a, a_meta, groups, length)
 
     def product(b_rows: Rows) -> jax.Array:
@@ -131,7 +137,9 @@ def _grouped(rows: Rows, meta: RowMeta, groups: int, length: int) -> _Groups:
         if rows.zero_point is not None:
             # If there is a zero point, the code that decodes to zero is the zero point.
             is_code = jnp.arange(length) < length - padding
-            codes = jnp.where(is_code, codes, rows.zero_point[:, -1:])
+            repeats = length // rows.zero_point.shape[1]
+            zero_codes = jnp.repeat(rows.zero_point, repeats, axis=1)
+            codes = jnp.where(is_code, codes, zero_codes)
     zero_point = None if rows.zero_point is None else rows.zero_point.astype(jnp.int32)
     codes = codes.reshape(codes.shape[0], groups, length // groups)
     return _Groups(codes, rows.scale, zero_point)

@@ -181,13 +181,23 @@ def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
     if meta.packing in (formats.Packing.NONE, formats.Packing.LOW_FIRST):
         return x
     if meta.packing is formats.Packing.HALVES:
-        # Byte j of a unit has codes j and j + unit / 2.
-        half = (meta.unit or meta.padded_k) // 2
-        units = x.reshape(*x.shape[:2], -1, 2, half)  # [e, m, units, 2, unit / 2]
-        return jnp.swapaxes(units, 3, 4).reshape(x.shape)
+        unit = meta.unit or meta.padded_k
+        whole = meta.padded_k // unit * unit
+        units = _pairs_of_halves(x[..., :whole], unit)
+        if whole == meta.padded_k:
+            return units
+        # The codes beyond the last whole unit are a shorter unit.
+        last = _pairs_of_halves(x[..., whole:], meta.padded_k - whole)
+        return jnp.concatenate([units, last], axis=-1)
     # HIGH_FIRST: the second code of a byte is in its low bits.
     pairs = x.reshape(*x.shape[:2], -1, 2)  # [e, m, bytes, 2]
     return pairs[..., ::-1].reshape(x.shape)
+
+
+def _pairs_of_halves(x: jax.Array, unit: int) -> jax.Array:
+    """Moves columns j and j + unit / 2 of each unit next to each other."""
+    units = x.reshape(*x.shape[:2], -1, 2, unit // 2)  # [e, m, units, 2, unit / 2]
+    return jnp.swapaxes(units, 3, 4).reshape(x.shape)
 
 
 def _pad_columns(x: jax.Array, meta: RowMeta) -> jax.Array:

@@ -40,8 +40,8 @@ bn * bm / 64 for the sums and bn * bk / 256 for the weights.
 
 Supported: layout "rows"; x in bfloat16 or float16; codes of 4 bits (signed, unsigned,
 codebook) or 8 bits; scales in any float dtype; zero points; groups of 32 or of a
-multiple of 64 codes, or one scale per column; any e and m; n a multiple of 8; k a
-multiple of 64.
+multiple of 64 codes, or one scale per column; a last group that is not full; any e and
+m; n a multiple of 8; k a multiple of 64.
 
 The kernel has run in the interpreter (all of it except wgmma itself) and has been
 compiled for an H200. It has not been timed on a device.
@@ -177,7 +177,7 @@ def matmul(
       x: `[e, m, k]`. If `problem.unit` is None, its columns have the order of the codes
         in memory.
       data: `[e, n, k * bits / 8]`.
-      scale: `[e, n, k / group]`.
+      scale: `[e, n, num_groups]`.
       zero_point: integers with the shape of scale, or None.
       codebook: float32 `[e, 16]`, or None.
       problem: static facts of the arrays. `why_not` must accept it.
@@ -346,7 +346,8 @@ def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
 
 def _unit(p: Problem, chunk: int) -> int:
     """The HALVES unit that the kernel decodes, for chunks of this many codes."""
-    if p.unit is not None and chunk % p.unit == 0:
+    # The kernel decodes units of one size only.
+    if p.unit is not None and p.k % p.unit == 0 and chunk % p.unit == 0:
         return p.unit
     is_even = chunk % 64 == 0 and (p.unit is None or p.unit % 64 == 0)
     return 64 if is_even else 32
@@ -554,9 +555,20 @@ def _in_unit_order(x: jax.Array, p: Problem, unit: int) -> jax.Array:
     if p.unit is None:
         # Byte j has codes 2 * j and 2 * j + 1.
         parts = x.reshape(*x.shape[:2], -1, half, 2)
-    else:
-        # Byte j of a unit has codes j and j + p.unit / 2.
-        parts = x.reshape(*x.shape[:2], -1, 2, p.unit // unit, half)
+        return jnp.swapaxes(parts, 3, 4).reshape(x.shape)
+    whole = p.k // p.unit * p.unit
+    ordered = _cut_units(x[..., :whole], p.unit, unit)
+    if whole == p.k:
+        return ordered
+    # The codes beyond the last whole unit are a shorter unit.
+    last = _cut_units(x[..., whole:], p.k - whole, unit)
+    return jnp.concatenate([ordered, last], axis=-1)
+
+
+def _cut_units(x: jax.Array, stored_unit: int, unit: int) -> jax.Array:
+    """Orders columns of stored units as columns of units of `unit` codes."""
+    # Byte j of a stored unit has codes j and j + stored_unit / 2.
+    parts = x.reshape(*x.shape[:2], -1, 2, stored_unit // unit, unit // 2)
     return jnp.swapaxes(parts, 3, 4).reshape(x.shape)
 
 

@@ -20,22 +20,22 @@ class Problem:
       code in the low half of each byte. 8-bit codes are int8 or uint8. Signed integer
       codes are two's complement. A kernel may also get an index, int32 `[e]`. Then data
       is a stack of any number of matrices, and product i reads matrix `index[i]`.
-    - scale `[e, k / group, n]`, or None. A weight is `scale * (codes - zero_point)`, or
-      `scale * codebook[codes]`.
+    - scale `[e, num_groups, n]`, or None. A weight is `scale * (codes - zero_point)`,
+      or `scale * codebook[codes]`.
     - zero_point: integers with the shape of scale, or None.
     - codebook: float32 `[e, 16]`, or None.
 
     Attributes:
       e: number of stacked products (layers or experts), 1 for a single product.
       m: rows of x.
-      k: contracted length in codes, a multiple of group. It includes padding, where x
-        is zero.
+      k: contracted length in codes, as they are stored. It includes the padding of a
+        last byte, where x is zero.
       n: columns of the result.
       bits: bits of a code, 4 or 8.
       signed: True if integer codes are two's complement.
       codebook: True if codes are indices into a table of 16 numbers.
-      group: number of codes that share a scale. k means one scale per column of the
-        result.
+      group: number of codes that share a scale. The last group may have fewer codes. k
+        means one scale per column of the result.
       zero_point: True if there are zero points.
       layout: order of the codes in memory, "rows" or "columns".
       x_dtype: "bfloat16", "float16", "float32", or "int8". int8 x is multiplied with
@@ -44,10 +44,11 @@ class Problem:
         result is the int32 sum.
       out_dtype: dtype of the result. Sums are float32 or int32 for every out_dtype.
       unit: number of codes in a HALVES unit, for 4-bit codes in that packing. Byte j of
-        a unit has codes j and j + unit / 2, and all codes of a unit share a scale. None
-        means that byte j of a row has codes 2 * j and 2 * j + 1. Only kernels in
-        `_registry.READS_AS_STORED` use it. They get the columns of x in the order of
-        the codes, and scales and zero points as `[e, n, k / group]`.
+        a unit has codes j and j + unit / 2, and all codes of a unit share a scale. The
+        codes beyond the last whole unit are a shorter unit. None means that byte j of a
+        row has codes 2 * j and 2 * j + 1. Only kernels in `_registry.READS_AS_STORED`
+        use it. They get the columns of x in the order of the codes, and scales and zero
+        points as `[e, n, num_groups]`.
 
     Example:
       >>> from jaxq.kernels import Problem, choose
@@ -77,7 +78,7 @@ class Problem:
     @property
     def num_groups(self) -> int:
         """Number of scales along k."""
-        return self.k // self.group if self.group else 1
+        return -(-self.k // self.group) if self.group else 1
 
     @property
     def codes(self) -> str:

@@ -35,6 +35,7 @@ def quantized_matmul(
     codebook: jax.Array | None = None,
     packing: str | formats.Packing | None = None,
     layout: str = "rows",
+    group_size: int | None = None,
     out_dtype: Any = None,
     backend: str = "auto",
     interpret: bool = False,
@@ -52,9 +53,9 @@ def quantized_matmul(
       data: codes `[n, k * bits / 8]`, or `[k * bits / 8, n]` with `layout="columns"`.
         Packed codes are uint8. A stack of matrices has one more axis in front, and x
         then has the same leading axis.
-      scale: bfloat16, float16 or float32 `[n, g]`: one number for `k / g` neighbouring
-        codes of a row. If k is not a multiple of the group size, the last group is
-        padded. None gives the sums of `x * codes`. It needs int8 x.
+      scale: bfloat16, float16 or float32 `[n, g]`: one number for each group of
+        neighbouring codes of a row. None gives the sums of `x * codes`. It needs int8
+        x.
       format: format of the codes. Kernels take integers of 4 and 8 bits and every
         format of 4 bits.
       zero_point: integers `[n, g]` in the code dtype of an asymmetric integer format,
@@ -64,9 +65,12 @@ def quantized_matmul(
         format.
       packing: order of codes in bytes, a `jaxq.formats.Packing` or its value. None
         means the default of the format: HALVES for 4 bits. A HALVES unit is a group, or
-        a row if there is one group.
+        a row if there is one group. A last group that is not full is a shorter unit.
       layout: order of the codes in memory. All kernels take "rows". The TPU kernel also
         takes "columns", and decodes them faster.
+      group_size: number of codes of a group. The last group may have fewer codes. None
+        means that the codes of a row are cut into g equal groups. Codes beyond k are
+        then padding.
       out_dtype: dtype of the result. None means the dtype of x. For int8 x it means
         float32, or int32 without a scale.
       backend: "auto", "xla", or the name of a kernel: "tpu", "mosaic_gpu", "triton".
@@ -95,7 +99,9 @@ def quantized_matmul(
     """
     fmt = formats.get(format) if isinstance(format, str) else format
     packing = _checked_options(fmt, packing, layout, backend, interpret)
-    operands = _Operands(x, data, scale, zero_point, codebook, fmt, packing, layout)
+    operands = _Operands(
+        x, data, scale, zero_point, codebook, fmt, packing, layout, group_size
+    )
     _check_dtypes(operands)
     _check_stack(operands)
     _check_leaves(operands)
@@ -127,6 +133,7 @@ class _Operands:
     fmt: formats.Format
     packing: formats.Packing
     layout: str
+    group_size: int | None
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -155,6 +162,13 @@ class _Operands:
         if self.scale is None or self.scale.ndim != self.data.ndim:
             return 1
         return self.scale.shape[-1]
+
+    @property
+    def group(self) -> int:
+        """Number of codes of a group. It is 0 if scale has no entries."""
+        if self.group_size is not None and self.groups > 1:
+            return self.group_size
+        return self.padded_k // self.groups if self.groups else 0
 
     def error(self, kind: type[Exception], problem: str, remedy: str) -> Exception:
         """An exception that names the problem, all arrays, and the remedy."""
@@ -296,7 +310,7 @@ def _check_leaves(operands: _Operands) -> None:
 
 
 def _check_lengths(operands: _Operands) -> None:
-    """Checks that groups divide the codes, and that x has a column for each code.
+    """Checks that groups fit the codes, and that x has a column for each code.
 
     x may have fewer columns if the other codes are padding. Only the last group can be
     padded. If there is one group, only its last byte can be padded.
@@ -308,15 +322,21 @@ def _check_lengths(operands: _Operands) -> None:
             f"scale has no groups, and each row of data holds {padded_k} codes",
             "Pass at least one scale for each row.",
         )
-    if groups and padded_k % groups:
+    size = o.group_size
+    if groups and size is None and padded_k % groups:
         raise o.error(
             ValueError,
             f"{groups} groups do not divide the {padded_k} codes of a row",
-            "Pad the codes to whole groups, or pass scale with another number of "
-            "groups.",
+            "Pass group_size= if the last group has fewer codes, or pass scale with "
+            "another number of groups.",
         )
-    group = padded_k // groups if groups else 0
-    step = formats.codes_per_pack(o.fmt.bits, o.packing) if groups == 1 else group
+    if size is not None and (size < 1 or -(-padded_k // size) != groups):
+        raise o.error(
+            ValueError,
+            f"the {padded_k} codes of a row are not {groups} groups of {size} codes",
+            "Pass another group_size, or scale with another number of groups.",
+        )
+    step = formats.codes_per_pack(o.fmt.bits, o.packing) if groups == 1 else o.group
     if k > padded_k or padded_k - k >= max(step, 1):
         raise o.error(
             ValueError,
@@ -348,7 +368,7 @@ def _result_dtype(operands: _Operands, out_dtype: Any) -> np.dtype:
 
 def _row_meta(operands: _Operands) -> RowMeta:
     o = operands
-    group = o.padded_k // o.groups if o.groups else 0
+    group = o.group
     # With several groups a HALVES unit is a group, if groups fill whole bytes.
     whole_bytes = group % formats.codes_per_pack(o.fmt.bits, o.packing) == 0
     unit = group if whole_bytes and o.groups > 1 else None
@@ -359,6 +379,7 @@ def _row_meta(operands: _Operands) -> RowMeta:
         o.k,
         o.padded_k,
         o.layout,  # pyright: ignore[reportArgumentType]
+        group=group,
     )
 
 

@@ -20,6 +20,7 @@ from jaxq.kernels._rows import (
     block_rows,
     columns_of_block,
     decode_field,
+    field_length,
     join_fields,
     num_fields,
     num_groups,
@@ -105,8 +106,9 @@ def _x_gradient(
             for total, weight in zip(totals, weights, strict=True)
         ]
 
-    fields = num_fields(meta, num_groups(rows))
-    zeros = [jnp.zeros((x.shape[0], meta.padded_k // fields), jnp.float32)] * fields
+    groups = num_groups(rows)
+    zero = jnp.zeros((x.shape[0], field_length(meta, groups)), jnp.float32)
+    zeros = [zero] * num_fields(meta, groups)
     return join_fields(_for_expert_blocks(rows, meta, add, zeros), meta)
 
 
@@ -132,7 +134,7 @@ def _expert_leaf_gradients(
         d_weights = [
             lax.ragged_dot_general(
                 dy_block, field, sizes, _OUTER, preferred_element_type=jnp.float32
-            )  # [e, r, k / fields]
+            )  # [e, r, field_length]
             for field in x_fields
         ]
         (gradients,) = jax.vjp(decode, wide)[1](d_weights)
@@ -178,7 +180,7 @@ def _for_expert_blocks(rows: Rows, meta: RowMeta, step, carry):
 
 
 def _decoded_fields(rows: Rows, meta: RowMeta) -> list[jax.Array]:
-    """Every field of the rows, float32 `[e, r, k / fields]`."""
+    """Every field of the rows, float32 `[e, r, field_length]`."""
     fields = range(num_fields(meta, num_groups(rows)))
     return [
         jax.vmap(lambda matrix, i=i: decode_field(matrix, meta, i))(rows)

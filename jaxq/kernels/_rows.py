@@ -34,12 +34,16 @@ class RowMeta:
     Attributes:
       fmt: format of the codes.
       packing: order of the codes in bytes.
-      unit: number of codes in a HALVES unit. None means that a row is one unit.
+      unit: number of codes in a HALVES unit. None means that a row is one unit. If the
+        unit does not divide the row, the codes that are left are a shorter unit.
       k: length of a row in codes, without padding.
-      padded_k: stored length of a row in codes.
+      padded_k: stored length of a row in codes: k, padded to whole bytes.
       layout: "rows", or "columns" if `data` is `[padded_k * bits / 8, n]`.
       block_bytes: bytes of decoded rows in memory at one time. None means the size for
         a CPU.
+      group: number of codes that share a scale, if a row has several scales. The last
+        group of a row may have fewer codes. None means that all groups are equally
+        long.
     """
 
     fmt: formats.Format
@@ -49,6 +53,7 @@ class RowMeta:
     padded_k: int
     layout: Layout = "rows"
     block_bytes: int | None = None
+    group: int | None = None
 
 
 class Rows(NamedTuple):
@@ -56,8 +61,8 @@ class Rows(NamedTuple):
 
     Attributes:
       data: stored codes `[n, padded_k * bits / 8]`.
-      scale: float `[n, g]`, or `[1, g]` if all rows share it. Each of the g groups has
-        `padded_k / g` codes. None if the result is the sum of the codes.
+      scale: float `[n, g]`, or `[1, g]` if all rows share it: one number for each of
+        the g groups of `group_size` codes. None if the result is the sum of the codes.
       zero_point: integers with the shape of scale, in the format's code dtype, or None.
       offset: float32 with the shape of scale, or None.
       codebook: float32 `[n or 1, g, num_codes]`, or None.
@@ -78,6 +83,16 @@ def int8_meta(k: int) -> RowMeta:
 def num_groups(rows: Rows) -> int:
     """Returns the number of scales along k. It is 1 if there are no scales."""
     return 1 if rows.scale is None else rows.scale.shape[-1]
+
+
+def group_size(meta: RowMeta, groups: int) -> int:
+    """Returns the number of codes that share a scale, for rows with `groups` scales.
+
+    The last group may have fewer codes. The size is 0 if there are no scales.
+    """
+    if groups > 1 and meta.group is not None:
+        return meta.group
+    return meta.padded_k // groups if groups else 0
 
 
 def as_rows(rows: Rows, meta: RowMeta) -> tuple[Rows, RowMeta]:
@@ -118,10 +133,23 @@ def num_fields(meta: RowMeta, groups: int) -> int:
     """
     if meta.packing is not formats.Packing.HALVES:
         return 1
-    group = meta.padded_k // groups
-    if groups == 1 or meta.unit == group:
+    if groups == 1 or meta.unit == group_size(meta, groups):
         return formats.codes_per_pack(meta.fmt.bits, meta.packing)
     return 1
+
+
+def field_length(meta: RowMeta, groups: int) -> int:
+    """Returns the number of codes in a field of a row.
+
+    Fields have whole groups and whole units. If the last group or unit of a row is not
+    full, the end of each field is padding. It is added to a block of rows at a time.
+    """
+    fields = num_fields(meta, groups)
+    if fields == 1:
+        return groups * group_size(meta, groups)
+    unit = meta.unit or meta.padded_k
+    num_units = -(-meta.padded_k // unit) if unit else 0
+    return num_units * (unit // fields)
 
 
 def decode_field(
@@ -137,10 +165,13 @@ def decode_field(
         along k. The caller then multiplies the result of the product with the scale.
 
     Returns:
-      float32 `[n, padded_k / num_fields]`.
+      float32 `[n, field_length]`. Numbers of padding are finite if the scales are. They
+      are multiplied with zeros.
     """
     n, groups = rows.data.shape[0], rows.scale.shape[-1]
-    codes = codes_of_field(rows, meta, groups, index).reshape(n, groups, -1)
+    codes = _codes_of_field(rows, meta, groups, index)
+    codes = _padded(codes, field_length(meta, groups), meta.fmt.zero_code)
+    codes = codes.reshape(n, groups, -1)
     if rows.zero_point is not None:
         # int16 holds the difference of any two 8-bit codes.
         codes = codes.astype(jnp.int16)
@@ -157,8 +188,8 @@ def decode_field(
     return values.reshape(n, -1)
 
 
-def codes_of_field(rows: Rows, meta: RowMeta, groups: int, index: int) -> jax.Array:
-    """Returns the codes of field `index` of every row, in the format's code dtype.
+def _codes_of_field(rows: Rows, meta: RowMeta, groups: int, index: int) -> jax.Array:
+    """The codes of field `index` of every row, in the format's code dtype.
 
     The shape is `[n, padded_k / num_fields]`.
     """
@@ -177,15 +208,21 @@ def split_fields(x: jax.Array, meta: RowMeta, groups: int) -> list[jax.Array]:
     """Cuts activations `[m, k]` as `decode_field` cuts rows, padded with zeros.
 
     Returns:
-      One array `[m, padded_k / num_fields]` for each field.
+      One array `[m, field_length]` for each field.
     """
-    fields = num_fields(meta, groups)
-    x = jnp.pad(x, ((0, 0), (0, meta.padded_k - meta.k)))
+    fields, length = num_fields(meta, groups), field_length(meta, groups)
     if fields == 1:
-        return [x]
+        return [_padded(x, length)]
+    x = _padded(x, meta.padded_k)
     m, unit = x.shape[0], meta.unit or meta.padded_k
-    parts = x.reshape(m, meta.padded_k // unit, fields, unit // fields)
-    return [parts[:, :, i].reshape(m, -1) for i in range(fields)]
+    whole = meta.padded_k // unit * unit
+    last = meta.padded_k - whole
+    parts = x[:, :whole].reshape(m, whole // unit, fields, unit // fields)
+    if last:
+        # The halves of the last unit are shorter.
+        shorter = x[:, whole:].reshape(m, 1, fields, last // fields)
+        parts = jnp.concatenate([parts, _padded(shorter, unit // fields)], axis=1)
+    return [parts[:, :, i].reshape(m, length) for i in range(fields)]
 
 
 def join_fields(parts: list[jax.Array], meta: RowMeta) -> jax.Array:
@@ -193,9 +230,24 @@ def join_fields(parts: list[jax.Array], meta: RowMeta) -> jax.Array:
     if len(parts) == 1:
         return parts[0][:, : meta.k]
     m, unit = parts[0].shape[0], meta.unit or meta.padded_k
-    by_unit = (m, meta.padded_k // unit, unit // len(parts))
-    units = [part.reshape(by_unit) for part in parts]
-    return jnp.stack(units, axis=2).reshape(m, meta.padded_k)[:, : meta.k]
+    by_unit = (m, -(-meta.padded_k // unit), unit // len(parts))
+    units = jnp.stack([part.reshape(by_unit) for part in parts], axis=2)
+    num_whole, last = divmod(meta.padded_k, unit)
+    joined = units[:, :num_whole].reshape(m, num_whole * unit)
+    if last:
+        # The halves of the last unit are shorter.
+        shorter = units[:, num_whole, :, : last // len(parts)].reshape(m, last)
+        joined = jnp.concatenate([joined, shorter], axis=1)
+    return joined[:, : meta.k]
+
+
+def _padded(a: jax.Array, length: int, value: int = 0) -> jax.Array:
+    """Pads the last axis to `length`."""
+    missing = length - a.shape[-1]
+    if not missing:
+        return a
+    widths = [(0, 0)] * (a.ndim - 1) + [(0, missing)]
+    return jnp.pad(a, widths, constant_values=np.asarray(value, a.dtype))
 
 
 # Blocks of rows.

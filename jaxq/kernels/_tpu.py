@@ -51,8 +51,9 @@ and in the layout "rows" one transposed tile of data. `default_tiles` needs less
 12 MB. A kernel gets 16 MB on v5e.
 
 Shapes. All e, m, k and n are supported. x is padded with zeros to whole tiles along k,
-and scales beyond the last group count as zero. Numbers beyond m and n are computed but
-not written.
+and scales beyond the last group count as zero. Codes are not padded. The memory beyond
+the last code may hold any bytes, and every byte decodes to finite numbers. Numbers
+beyond m and n are computed but not written.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def matmul(
       x: `[e, m, k]`.
       data: `[e, n, k * bits / 8]` in the layout "rows", `[e, k * bits / 8, n]` in the
         layout "columns".
-      scale: `[e, k / group, n]`, or None.
+      scale: `[e, num_groups, n]`, or None.
       zero_point: integers with the shape of scale, or None.
       codebook: float32 `[e, 16]`, or None.
       problem: static facts of the arrays. `why_not` must accept it.

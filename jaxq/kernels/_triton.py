@@ -109,7 +109,7 @@ def matmul(
     Args:
       x: `[e, m, k]`.
       data: `[e, n, k * bits / 8]`.
-      scale: `[e, k / group, n]`.
+      scale: `[e, num_groups, n]`.
       zero_point: integers with the shape of scale, or None.
       codebook: float32 `[e, 16]`, or None.
       problem: static facts of the arrays. `why_not` must accept it.

@@ -36,6 +36,7 @@ from jaxq.kernels._rows import (
     block_rows,
     columns_of_block,
     decode_field,
+    field_length,
     for_blocks,
     join_fields,
     num_fields,
@@ -65,7 +66,7 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     if meta.block_bytes is not None and block_rows(meta, n) == n:
         return _dense_matmul(x, rows, meta, scale_result)
     wide = _without_single_row(x)
-    x_fields = split_fields(wide, meta, groups)  # each [m, k / fields]
+    x_fields = split_fields(wide, meta, groups)  # each [m, field_length]
 
     def product(block: Rows) -> jax.Array:
         weights = [
@@ -181,7 +182,7 @@ def transposed_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
             for total, weight in zip(totals, weights, strict=True)
         ]
 
-    zeros = [jnp.zeros((m, meta.padded_k // fields), jnp.float32)] * fields
+    zeros = [jnp.zeros((m, field_length(meta, groups)), jnp.float32)] * fields
     totals = for_blocks(rows, meta, add, zeros, with_repeats=True)
     return join_fields(totals, meta)
 
@@ -217,7 +218,7 @@ def rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Row
 
         wide = {name: getattr(block, name).astype(jnp.float32) for name in floats}
         _, pull = jax.vjp(decode, wide)
-        # dW = dy.T @ x, [r, k / fields] for each field
+        # dW = dy.T @ x, [r, field_length] for each field
         (gradients,) = pull(
             [_dot_float32(dy_block, field, (0, 0)) for field in x_fields]
         )

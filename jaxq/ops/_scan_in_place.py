@@ -178,8 +178,12 @@ def _products_of(jaxpr: Any) -> _Products:
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         makers.update(dict.fromkeys(equation.outvars, name))
-        if _is_reshape(equation) and equation.invars[0] in origins:
-            origins[equation.outvars[0]] = origins[equation.invars[0]]
+        if _is_reshape(equation):
+            operand, result = equation.invars[0], equation.outvars[0]
+            if operand in origins:
+                origins[result] = origins[operand]
+            # The reason for a copy is what computed the codes, not their new shape.
+            makers[result] = makers.get(operand, name)
         if name in _PRODUCTS:
             read(equation.invars[_codes_position(equation)])
         passed = _passed(equation)

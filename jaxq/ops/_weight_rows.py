@@ -38,9 +38,7 @@ def weight_rows(qt: QTensor) -> tuple[Rows, RowMeta]:
     if geometry.flat:
         data = qt.data.reshape(num_rows, -1)
     else:
-        data = _flatten_kept(
-            qt.data, geometry.storage_shape[:-1], num_rows, qt.meta.layout
-        )
+        data = _flatten_kept(qt.data, num_rows, qt.meta.layout)
     scale = qt.scale
     if isinstance(scale, QTensor) or scale.dtype.name not in KERNEL_SCALES:
         scale = scale_values(qt)
@@ -62,9 +60,14 @@ def row_meta(meta: Meta) -> RowMeta:
     """The static facts of the rows of a QTensor."""
     geometry = meta.geometry
     k = geometry.contracted_size
-    padded_k = k if geometry.flat else geometry.padded_shape[-1]
     return RowMeta(
-        meta.spec.fmt, meta.packing, meta.pack_unit, k, padded_k, meta.layout
+        meta.spec.fmt,
+        meta.packing,
+        meta.pack_unit,
+        k,
+        k if geometry.flat else meta.stored_sizes[-1],
+        meta.layout,
+        group=geometry.block_shape[-1],
     )
 
 
@@ -116,14 +119,10 @@ def _num_rows(geometry: Geometry) -> int:
     return math.prod(geometry.shape[axis] for axis in geometry.kept)
 
 
-def _flatten_kept(
-    data: jax.Array, kept_sizes: tuple[int, ...], num_rows: int, layout: Layout
-) -> jax.Array:
-    """Removes the padding of the kept axes and merges the kept axes into one."""
-    unpadded = tuple(slice(size) for size in kept_sizes)
+def _flatten_kept(data: jax.Array, num_rows: int, layout: Layout) -> jax.Array:
+    """Merges the kept axes into one."""
     if layout == "columns":
-        return data[(slice(None), *unpadded)].reshape(data.shape[0], num_rows)
-    data = data[unpadded]
+        return data.reshape(data.shape[0], num_rows)
     return data.reshape(num_rows, data.shape[-1])
 
 

@@ -12,6 +12,9 @@ The axes of an array have three orders. Batch axes come first in each order.
 
 Blocks split each view axis in two, `n -> (n / size, size)`. All padding, blocking and
 broadcasting of scales happens in this file.
+
+A block that does not fill is padded while its numbers are computed. The padding is not
+stored: `Meta.stored_sizes` says which codes are.
 """
 
 from __future__ import annotations
@@ -48,8 +51,8 @@ class Geometry:
       num_contracted: the number of contracted axes.
       block_shape: block size of each storage axis `[*kept, K]`. None means that one
         block covers the whole axis. If `flat` is True, there is one entry.
-      multiple: the last storage axis is padded to a multiple of this number, so that
-        codes fill whole bytes.
+      multiple: whole blocks are padded to a multiple of this number along the last
+        storage axis, so that their codes fill whole bytes.
       flat: True for `PerFlat`: all axes are flattened in storage order, and blocks
         cross rows.
 
@@ -199,9 +202,17 @@ class Geometry:
         widths = [(0, 0)] * batch + [(0, n) for n in missing]
         return jnp.pad(view, widths, mode=mode)
 
-    def unpad(self, view: jax.Array) -> jax.Array:
-        """Removes the padding of `pad`."""
-        sizes = self._view(self.storage_shape)
+    def unpad(
+        self, view: jax.Array, storage_sizes: tuple[int, ...] | None = None
+    ) -> jax.Array:
+        """Removes the padding of `pad`.
+
+        Args:
+          view: array in view order.
+          storage_sizes: the sizes of the storage axes that the result has. None means
+            `storage_shape`, which removes all padding.
+        """
+        sizes = self._view(storage_sizes or self.storage_shape)
         if view.shape[view.ndim - len(sizes) :] == sizes:
             return view
         return view[(..., *(slice(n) for n in sizes))]

@@ -88,8 +88,9 @@ class PerGroup(Granularity):
       size: number of elements of a group, at least 1.
       axis: the contracted axis. With None, `contracting=` decides which axes are
         contracted.
-      pad: what `quantize` does if `size` does not divide the axis. True pads the last
-        group. False raises ValueError.
+      pad: what `quantize` does if `size` does not divide the axis. True makes the last
+        group shorter: zeros fill it while it is computed, and are not stored. False
+        raises ValueError.
 
     Raises:
       ValueError: `size` is not a whole number of at least 1.
@@ -116,8 +117,9 @@ class PerBlock(Granularity):
     Args:
       shape: tile sizes of the last `len(shape)` axes of the array. All axes before
         these have one scale for each index.
-      pad: what `quantize` does if a size does not divide its axis. True pads the last
-        tiles. False raises ValueError.
+      pad: what `quantize` does if a size does not divide its axis. True makes the last
+        tiles smaller: zeros fill them while they are computed, and are not stored.
+        False raises ValueError.
 
     Raises:
       TypeError: `shape` is not a tuple or list.
@@ -146,9 +148,9 @@ class PerBlock(Granularity):
 class PerFlat(Granularity):
     """One scale for `size` neighbours of the array flattened in storage order.
 
-    The last block is padded. Storage order has the kept axes first and the contracted
-    axes last. So an `[in, out]` kernel has the same blocks as in bitsandbytes, which
-    stores this weight as `[out, in]`.
+    The last block may have fewer elements. Storage order has the kept axes first and
+    the contracted axes last. So an `[in, out]` kernel has the same blocks as in
+    bitsandbytes, which stores this weight as `[out, in]`.
 
     Args:
       size: number of elements of a block, at least 1.

@@ -69,19 +69,48 @@ def _with_layout(qt: QTensor, layout: Literal["rows", "columns"]) -> QTensor:
     return dataclasses.replace(qt.with_meta(layout=layout), data=data)
 
 
+def without_padding(qt: QTensor) -> QTensor:
+    """The QTensor without the codes that pad its last blocks; its values do not change.
+
+    Files of earlier versions hold codes for the padding of blocks. Such codes are not
+    stored any more.
+
+    Args:
+      qt: a QTensor with the layout "rows". If the shape of its data is not that of
+        padded codes, it is returned as it is.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp, jaxq
+      >>> spec = jaxq.QuantSpec("int8", jaxq.PerGroup(4, pad=True))
+      >>> qt = jaxq.quantize(jnp.ones((6, 1)), spec)
+      >>> old = dataclasses.replace(qt, data=jnp.pad(qt.data, ((0, 0), (0, 2))))
+      >>> jaxq.qtensor.without_padding(old).data.shape
+      (1, 6)
+    """
+    meta, padded = qt.meta, qt.meta.geometry.padded_shape
+    fmt, is_packed = qt.spec.fmt, meta.packing is not formats.Packing.NONE
+    row = padded[-1] * fmt.bits // 8 if is_packed else padded[-1]
+    padded_shape = (*padded[:-1], row)
+    num_batch = qt.data.ndim - len(padded_shape)
+    is_padded = tuple(qt.data.shape[num_batch:]) == padded_shape
+    if not is_padded or padded_shape == meta.stored_shape or num_batch < 0:
+        return qt
+    codes = formats.unpack(qt.data, fmt.bits, meta.packing, unit=meta.pack_unit)
+    return qt.with_stored_codes(codes)
+
+
 # Compiled as a whole: outside jit, many small programs take longer to compile and run.
 @functools.partial(jax.jit, static_argnames="packing", inline=True)
 def _with_packing(qt: QTensor, packing: formats.Packing) -> QTensor:
     bits = qt.spec.fmt.bits
     geometry = qt.meta.geometry
-    # A stored row is padded to a multiple that the first packing needs. Another packing
-    # may need a larger multiple.
+    # Whole blocks of a row fill whole bytes in the first packing. Another packing may
+    # need more blocks for that.
     multiple = math.lcm(geometry.multiple, formats.codes_per_pack(bits, packing))
     wider = dataclasses.replace(geometry, multiple=multiple)
     changed = qt.with_meta(packing=packing, geometry=wider)
     codes = _pad_axis(qt.stored_codes(), wider.padded_shape[-1], qt.spec.fmt.zero_code)
-    data = formats.pack(codes, bits, packing, unit=changed.meta.pack_unit)
-    changed = dataclasses.replace(changed, data=data)
+    changed = changed.with_stored_codes(codes)
 
     num_blocks = wider.num_blocks[-1]
     added = num_blocks - geometry.num_blocks[-1]

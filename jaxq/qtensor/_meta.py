@@ -48,9 +48,20 @@ class Meta:
     name: str = dataclasses.field(default="", compare=False)
 
     @property
+    def stored_sizes(self) -> tuple[int, ...]:
+        """Number of codes along each storage axis of `data`.
+
+        Only a last byte that is not full has padding. Blocks that are not full have
+        none: 320 codes in groups of 128 are 320 codes.
+        """
+        *rows, last = self.geometry.storage_shape
+        per_pack = formats.codes_per_pack(self.spec.fmt.bits, self.packing)
+        return (*rows, -(-last // per_pack) * per_pack)
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of `data` without its batch axes."""
-        *rows, last = self.geometry.padded_shape
+        *rows, last = self.stored_sizes
         if self.packing is not formats.Packing.NONE:
             last = last * self.spec.fmt.bits // 8  # bytes
         return (*rows, last) if self.layout == "rows" else (last, *rows)
@@ -60,7 +71,8 @@ class Meta:
         """Number of codes that the packing HALVES arranges together.
 
         It is the block size if a block fills whole bytes, so that the codes of a block
-        stay together. Otherwise it is None, and HALVES arranges a whole row together.
+        stay together. The codes of a last block that is not full are a shorter unit.
+        Otherwise it is None, and HALVES arranges a whole row together.
         """
         block = self.geometry.block_shape[-1]
         codes_per_byte = formats.codes_per_pack(self.spec.fmt.bits, self.packing)

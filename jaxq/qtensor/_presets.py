@@ -63,7 +63,7 @@ _PRESETS: dict[str, QuantSpec] = {
 def presets() -> dict[str, QuantSpec]:
     """Every preset by name, in alphabetical order.
 
-    A preset never fails on a shape: an incomplete last group is padded.
+    A preset never fails on a shape: the last group may have fewer numbers.
 
     Example:
       >>> import jaxq

@@ -60,7 +60,8 @@ class QTensor(ProductOperand):
     QTensor never becomes a float array implicitly.
 
     Attributes:
-      data: stored codes, uint8 (packed below 8 bits) or int8, `[*batch, *kept, K]`.
+      data: stored codes, uint8 (packed below 8 bits) or int8, `[*batch, *kept, K]`. A
+        last block that is not full has no padding, only a last byte has.
       scale: array or QTensor, `[*batch, *num_blocks]`.
       zero_point: integer array with the shape of `scale`, or None.
       offset: float array with the shape of `scale`; one number per batch element for
@@ -151,7 +152,7 @@ class QTensor(ProductOperand):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all leaves, including the scales of every level and padding."""
+        """Bytes of all leaves, including the scales of every level."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     @property
@@ -177,7 +178,13 @@ class QTensor(ProductOperand):
         return _logical_codes(self)
 
     def stored_codes(self) -> jax.Array:
-        """The unpacked codes with padding, in storage order: `[*batch, *padded]`."""
+        """The unpacked codes in storage order, padded to whole blocks.
+
+        The padding is not stored. Here it has the code of zero.
+
+        Returns:
+          `[*batch, *padded]`, where `padded` is `meta.geometry.padded_shape`.
+        """
         num_batch = len(self.batch_shape)  # raises if the leaves do not fit
         fmt, data = self.spec.fmt, self.data
         if self.meta.layout == "columns":
@@ -186,8 +193,8 @@ class QTensor(ProductOperand):
             data, fmt.bits, self.meta.packing, unit=self.meta.pack_unit
         )
         if fmt.code_dtype == np.int8:
-            return formats.as_signed(patterns, fmt.bits)
-        return patterns
+            patterns = formats.as_signed(patterns, fmt.bits)
+        return self._padded(patterns)
 
     def with_codes(self, codes: jax.Array) -> QTensor:
         """The same scales with other codes.
@@ -206,25 +213,35 @@ class QTensor(ProductOperand):
                 f"{codes.dtype.name}{list(codes.shape)}."
             )
         stored = geometry.to_storage(geometry.to_view(codes))
-        sizes = zip(geometry.padded_shape, geometry.storage_shape, strict=True)
-        widths = [(0, padded - size) for padded, size in sizes]
-        widths = [(0, 0)] * (stored.ndim - len(widths)) + widths
-        zero_code = np.asarray(fmt.zero_code, stored.dtype)
-        stored = jnp.pad(stored, widths, constant_values=zero_code)
-        return self.with_stored_codes(stored)
+        return self.with_stored_codes(self._padded(stored))
 
     def with_stored_codes(self, codes: jax.Array) -> QTensor:
         """The same scales with other codes.
 
         Args:
-          codes: array of the dtype, shape and axis order of `stored_codes()`.
+          codes: array of the dtype, shape and axis order of `stored_codes()`. Its
+            padding is left out.
         """
+        sizes = (slice(size) for size in self.meta.stored_sizes)
+        stored = codes[(..., *sizes)]
         data = formats.pack(
-            codes, self.spec.fmt.bits, self.meta.packing, unit=self.meta.pack_unit
+            stored, self.spec.fmt.bits, self.meta.packing, unit=self.meta.pack_unit
         )
         if self.meta.layout == "columns":
             data = jnp.moveaxis(data, -1, len(self.batch_shape))
         return dataclasses.replace(self, data=data)
+
+    def _padded(self, codes: jax.Array) -> jax.Array:
+        """Codes in storage order, padded to whole blocks with the code of zero."""
+        padded = self.meta.geometry.padded_shape
+        num_batch = codes.ndim - len(padded)
+        sizes = zip(padded, codes.shape[num_batch:], strict=True)
+        missing = [size - stored for size, stored in sizes]
+        if not any(missing):
+            return codes
+        widths = [(0, 0)] * num_batch + [(0, n) for n in missing]
+        zero_code = np.asarray(self.spec.fmt.zero_code, codes.dtype)
+        return jnp.pad(codes, widths, constant_values=zero_code)
 
     # Static facts.
 

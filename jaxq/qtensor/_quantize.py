@@ -469,8 +469,9 @@ def encode(
 
 
 def _pack(codes: jax.Array, meta: Meta) -> jax.Array:
-    """Stored data `[*batch, *kept, K]` of codes in view order."""
+    """Stored data `[*batch, *kept, K]` of codes in view order, padded to blocks."""
     geometry = meta.geometry
+    codes = geometry.unpad(codes, meta.stored_sizes)
     k_axis = geometry.k_position - len(geometry.block_shape)
     # Codes are packed first, so that the transpose moves fewer bytes.
     packed = formats.pack(

@@ -29,6 +29,7 @@ from jaxq.qtensor import (
     is_nnx_module,
     is_nnx_variable,
     relayout,
+    without_padding,
 )
 from jaxq.serialization._damage import damage_of
 
@@ -218,6 +219,8 @@ class EntryReader:
             )
         qt = QTensor.tree_unflatten(meta, leaves)
         try:
+            # Earlier versions stored the padding of blocks too.
+            qt = without_padding(qt)
             damage = damage_of(qt, tuple(entry["shape"]))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             damage = f"its geometry contradicts itself: {error}"

@@ -177,7 +177,7 @@ def test_shape_dtype_and_bytes(preset, case):
 
 
 def expected_bytes(rows: int, k: int, spec: QuantSpec) -> int:
-    """Bytes of `[rows, k]` by the definitions of group, padding and packing."""
+    """Bytes of `[rows, k]` by the definitions of group and packing."""
     kind, size = (
         type(spec.granularity).__name__,
         getattr(spec.granularity, "size", None),
@@ -186,8 +186,7 @@ def expected_bytes(rows: int, k: int, spec: QuantSpec) -> int:
         rows, k = 1, rows * k
     blocks = 1 if size is None or size >= k else -(-k // size)
     fields = 1 if spec.fmt.bits == 8 else 8 // math.gcd(8, spec.fmt.bits)
-    padded = k if blocks == 1 else blocks * size
-    codes = rows * (-(-padded // fields) * fields) * spec.fmt.bits // 8
+    codes = rows * (-(-k // fields) * fields) * spec.fmt.bits // 8
     scales = 1 if kind == "PerTensor" else rows
     codes += 0 if spec.symmetric else scales * blocks
     if spec.rule.own_codebook:

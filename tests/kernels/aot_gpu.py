@@ -45,7 +45,9 @@ def cases() -> dict[str, Problem]:
         )
     out["int4 tails"] = problem("int4", m=5, group=32, e=3, k=4160, n=1000)
     out["int4 odd n"] = problem("int4", m=5, group=32, e=3, k=4160, n=1001)
-    out["int4 wide tails"] = problem("int4", m=300, group=64, e=3, k=4160, n=1000)
+    # The last group is not full.
+    partial = {"group": 128, "unit": 128, "e": 3, "k": 4160, "n": 1000}
+    out["int4 wide tails"] = problem("int4", m=300, **partial)
     out["int4 m=300"] = problem("int4", m=300, group=128)
     out["int4 m=300 n=4104"] = problem("int4", m=300, group=128, n=4104)
     out["int8 zero points"] = problem(

@@ -99,9 +99,9 @@ def operands(
             ]
         )
     if zero is not None:
-        weights -= np.repeat(zero, p.group, 1)
+        weights -= np.repeat(zero, p.group, 1)[:, : p.k]
     if scale is not None:
-        weights *= np.repeat(np.asarray(scale, np.float64), p.group, 1)
+        weights *= np.repeat(np.asarray(scale, np.float64), p.group, 1)[:, : p.k]
 
     data = codes if p.bits == 8 else _packed(codes & 15, p.unit)
     data = data if p.layout == "columns" else data.swapaxes(1, 2)
@@ -117,6 +117,10 @@ def _packed(codes: np.ndarray, unit: int | None) -> np.ndarray:
     if unit is None:
         return codes[:, 0::2] | codes[:, 1::2] << 4
     e, k, n = codes.shape
+    whole = k // unit * unit
+    if whole < k:  # the codes that are left are a shorter unit
+        parts = [(codes[:, :whole], unit), (codes[:, whole:], k - whole)]
+        return np.concatenate([_packed(*part) for part in parts], axis=1)
     halves = codes.reshape(e, k // unit, 2, unit // 2, n)
     return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(e, k // 2, n)
 

@@ -70,6 +70,24 @@ def test_explain_names_the_kernel_and_the_reason(platform, x, qt, kernel, reason
     assert (CUSTOM_CALL[platform] in text) == runs_mosaic
 
 
+@pytest.mark.parametrize(
+    ("platform", "k", "kernel"),
+    [("tpu", 330, "tpu"), ("cuda", 320, "mosaic_gpu"), ("cuda", 330, "triton")],
+)
+def test_a_last_group_that_is_not_full_has_a_kernel(platform, k, kernel):
+    """The program does not pad codes, and pads no more than x."""
+    qt = jaxq.quantize(normal_with_outliers(k, N, dtype="bfloat16"), "int4")
+    assert qt.scale.shape == (N, 3)
+    x = bfloat16(M, k)
+    assert jaxq.explain(x, qt, platform=platform).kernel == kernel
+    text = lowered_for(platform, jaxq.matmul, x, qt)
+    changes = ("stablehlo.pad", "stablehlo.concatenate")
+    lines = [
+        line for line in text.splitlines() if any(name in line for name in changes)
+    ]
+    assert not any("xui8>" in line for line in lines)
+
+
 def test_explain_sees_shardings():
     if len(jax.devices()) < 4:
         pytest.skip("needs four devices")

@@ -77,13 +77,15 @@ EDGES = [
     ),
     ("int4", {"m": 8, "n": 64, "group": 192, "k": 384}, {}),  # three steps to a group
     ("uint4", {"m": 72, "n": 64, "group": 64, "unit": 64}, {}),  # weights with scales
+    # The last group is not full, and its unit is shorter.
+    ("codebook4", {"m": 8, "n": 64, "k": 320, "group": 128, "unit": 128}, {}),
     ("codebook4", {"m": 130, "n": 72, "group": 128, "unit": 128}, {}),
 ]
 
 
 @pytest.mark.parametrize(
     ("codes", "facts", "tiles"),
-    thinned(EDGES, [EDGES[0], EDGES[-2]]),
+    thinned(EDGES, [EDGES[0], EDGES[-3], EDGES[-2]]),
 )
 def test_edges_and_dtypes(codes, facts, tiles):
     assert run(problem(codes, **{"k": K} | facts), **tiles) < 5e-3

@@ -206,6 +206,11 @@ ERRORS = {
         ValueError,
         r"3 groups do not divide the 256 codes of a row",
     ),
+    "groups of another size": (
+        {"group_size": 100},
+        ValueError,
+        r"the 256 codes of a row are not 4 groups of 100 codes",
+    ),
     "scale of other rows": (
         {"scale": ones((20, 4))},
         ValueError,
@@ -349,6 +354,40 @@ def test_interpreters_through_the_public_function(name, layout, backend):
     assert np.linalg.norm(np.asarray(y, np.float64) - exact) <= 5e-3 * np.linalg.norm(
         exact
     )
+
+
+PARTIAL = [
+    (name, *backend, 320 if backend[1] == "mosaic_gpu" else 330)
+    for name in ("int4", "nf4", "int8")
+    for backend in (*BACKENDS, ("columns", "xla"))
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "backend", "k"),
+    thinned(
+        PARTIAL,
+        [
+            ("nf4", "rows", "tpu", 330),
+            ("int4", "rows", "triton", 330),
+            ("nf4", "rows", "mosaic_gpu", 320),
+            ("int4", "columns", "xla", 330),
+        ],
+    ),
+)
+def test_a_last_group_that_is_not_full(name, layout, backend, k):
+    """The codes of a QTensor end inside a group. No kernel needs padding."""
+    spec = jaxq.QuantSpec(name, jaxq.PerGroup(128, pad=True), scale="bfloat16")
+    qt = jaxq.relayout(jaxq.quantize(normal_with_outliers(k, 64), spec), layout)
+    bits = jaxq.formats.get(name).bits
+    assert qt.data.shape[0 if layout == "columns" else 1] == k * bits // 8
+    x = normal_with_outliers(5, k, dtype="bfloat16")
+    options = {"format": name, "layout": layout, "group_size": 128}
+    kernel = {"backend": backend, "interpret": backend != "xla"}
+    y = quantized_matmul(x, qt.data, qt.scale, **options, **kernel)
+    exact = np.asarray(x, np.float64) @ np.asarray(jaxq.dequantize(qt), np.float64)
+    error = np.linalg.norm(np.asarray(y, np.float64) - exact)
+    assert error <= 5e-3 * np.linalg.norm(exact)
 
 
 def test_a_named_kernel_has_derivatives():

@@ -76,7 +76,7 @@ def test_every_code_group_and_layout(codes, group, layout):
     ),
 )
 def test_tails_in_every_direction(codes, m, layout):
-    p = small(codes, 32, m=m, k=352, n=200, layout=layout)
+    p = small(codes, 32, m=m, k=346, n=200, layout=layout)
     check(p, 5e-3, bm=16, bk=256, bn=128)
 
 

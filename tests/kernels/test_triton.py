@@ -51,6 +51,8 @@ def test_every_code_by_every_group(codes, group):
             {},
         ),  # k ends within a chunk
         ("uint8", {"m": 9, "n": 64, "group": 64}, {}),
+        # The last group is not full.
+        ("uint4", {"m": 3, "n": 20, "group": 128, "k": 330}, {"splits": 2}),
     ],
 )
 def test_edges_and_dtypes(codes, facts, tiles):

@@ -233,6 +233,30 @@ def rewrite(path, change):
     save_file(tensors, path, metadata={"format": "jaxq", "jaxq": json.dumps(header)})
 
 
+# Codes of a weight `[20, 2]` in groups of 16, as written when the padding of the last
+# group was stored: 12 codes of padding a row.
+OLD_CODES = {
+    "int4": "2510dd2aeb1240570a090a0000000000126d5999559632b307010c0f00000000",
+    "nf4": "be8733b0518bd7ef70707077777777778bf3e000ee0fca1c7f79727577777777",
+}
+
+
+@pytest.mark.parametrize("fmt", OLD_CODES)
+def test_files_with_stored_padding_load(path, fmt):
+    w = np.random.default_rng(0).integers(-9, 10, (20, 2)).astype(np.float32)
+    qt = jaxq.quantize(w, jaxq.QuantSpec(fmt, jaxq.PerGroup(16, pad=True)))
+    serialization.write_tree(path, {"w": qt})
+    old = np.frombuffer(bytes.fromhex(OLD_CODES[fmt]), np.uint8).reshape(2, 16)
+    rewrite(path, lambda header, tensors: tensors.update({"w.data": old}))
+    loaded = serialization.read_tree(path)["w"]
+    assert loaded.data.shape == (2, 10)
+    assert_restored(loaded, qt)
+    # Codes of another length are still damage.
+    rewrite(path, lambda header, tensors: tensors.update({"w.data": old[:, :12]}))
+    with pytest.raises(ValueError, match="w is damaged: data is uint8"):
+        serialization.read_tree(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
