@@ -20,7 +20,7 @@ from jaxq.kernels._call import Call, problem_of, with_leaves, without_index
 from jaxq.kernels._codes import codes_matmul, largest_exact_length
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._registry import READS_AS_STORED, kernel_module
-from jaxq.kernels._rows import RowMeta, Rows, as_rows, int8_meta, num_groups
+from jaxq.kernels._rows import RowMeta, Rows, as_rows, group_size, int8_meta, num_groups
 from jaxq.kernels._xla import (
     transposed_matmul,
     weight_only_matmul,
@@ -84,7 +84,7 @@ def _as_whole_numbers(rows: Rows, meta: RowMeta) -> bool:
         return False
     symmetric = rows.zero_point is None
     longest = largest_exact_length(int8_meta(meta.k), True, meta, symmetric, most=2**24)
-    return meta.padded_k // groups <= longest
+    return group_size(meta, groups) <= longest
 
 
 def pallas_form(

@@ -92,8 +92,8 @@ def whole_numbers_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     """Computes `x @ decode(rows).T` of int8 codes x by products of float32 numbers.
 
     XLA:CPU multiplies packed integers, and integers in groups, many times slower than
-    floats. If float32 holds every sum of a group exactly, the result has the same bits
-    as the result of `codes_matmul`. The caller checks this.
+    floats. The sum of each group is exact, as in `codes_matmul`, if float32 holds it.
+    The caller checks this.
 
     Args:
       x: int8 `[m, k]`.
@@ -106,34 +106,31 @@ def whole_numbers_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     m, n, groups = x.shape[0], rows.data.shape[0], num_groups(rows)
     if 0 in (m, n, meta.k):
         return jnp.zeros((m, n), jnp.float32)
+    size = field_length(meta, groups) // groups
     x_fields = [
-        field.reshape(m, groups, -1)
+        field.reshape(m, groups, size)
         for field in split_fields(x.astype(jnp.float32), meta, groups)
     ]
+    dims = (((2,), (2,)), ((1,), (1,)))
 
     def product(block: Rows) -> jax.Array:
         """The product with a few rows, `[r, m]`."""
-        fields = [
-            decode_field(block, meta, i, scaled=False).reshape(-1, *field.shape[1:])
-            for i, field in enumerate(x_fields)
-        ]  # each [r, groups, group / fields]
-        sums = []
-        for g in range(groups):
-            terms = [
-                _dot_float32(weight[:, g], field[:, g], (1, 1))
-                for weight, field in zip(fields, x_fields, strict=True)
-            ]
-            sums.append(functools.reduce(jnp.add, terms))
-        scale = block.scale.astype(jnp.float32).T[:, :, None]
-        total = jnp.sum(jnp.stack(sums) * scale, axis=0)
-        return total
+        terms = []
+        for i, field in enumerate(x_fields):
+            weight = decode_field(block, meta, i, scaled=False)
+            weight = weight.reshape(-1, groups, size)
+            terms.append(lax.dot_general(weight, field, dims))
+        sums = functools.reduce(jnp.add, terms)  # [groups, r, m]
+        scale = block.scale.astype(jnp.float32).T[:, :, None]  # [groups, r or 1, 1]
+        return jnp.sum(sums * scale, axis=0)
 
     def write(y: jax.Array, start: jax.Array, block: Rows) -> jax.Array:
         at = (start, jnp.zeros_like(start))
         return lax.dynamic_update_slice(y, product(block), at)
 
+    row_bytes = max(4 * meta.padded_k, 8 * groups * m)
     y = jnp.zeros((n, m), jnp.float32)
-    return for_blocks(rows, meta, write, y).T
+    return for_blocks(rows, meta, write, y, row_bytes=row_bytes).T
 
 
 def _dense_matmul(

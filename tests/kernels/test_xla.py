@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq import formats
+from jaxq import PerChannel, PerGroup, QuantSpec, formats, quantize
 from jaxq.formats import Packing
 from jaxq.kernels._call import Call, with_leaves
+from jaxq.kernels._codes import codes_matmul
 from jaxq.kernels._forms import xla_form
-from jaxq.kernels._rows import RowMeta, Rows
+from jaxq.kernels._rows import RowMeta, Rows, int8_meta
+from jaxq.ops._weight_rows import weight_rows
 from tests.kernels.products import bfloat16, lowered_for, weight
 
 WHOLE_WEIGHT = 2**62
@@ -51,3 +53,54 @@ def test_joined_fields_are_the_weight(m, k, padded_k, group):
     weights = (codes * np.repeat(scale, group, 1)[:, :padded_k])[:, :k]
     exact = np.asarray(x, np.float64) @ weights.T
     np.testing.assert_allclose(y[0], exact, atol=1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(
+    ("fmt", "k", "group", "has_zero_points"),
+    [
+        ("int4", 256, 64, False),
+        ("int4", 150, 64, True),  # the last group is not full
+        ("int4", 256, None, False),
+        ("int3", 256, 64, False),
+        ("int8", 256, 64, True),
+    ],
+)
+def test_codes_on_a_cpu_are_multiplied_as_floats(fmt, k, group, has_zero_points):
+    """The sum of each group is exact, and no product of integers is left."""
+    n, m = 48, 5
+    granularity = PerGroup(group, pad=True) if group else PerChannel()
+    spec = QuantSpec(fmt, granularity, symmetric=not has_zero_points)
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(k, n)), jnp.float32)
+    x = jnp.asarray(rng.integers(-127, 128, (m, k)), jnp.int8)
+    rows, meta = weight_rows(quantize(w, spec, contracting=0))
+    call, leaves = with_leaves(Call(meta, (), "float32"), rows)
+
+    def product(x):
+        return xla_form(x[None], *(a[None] for a in leaves), call=call)[0]
+
+    ones = jnp.ones((1, 1), jnp.float32)
+    expected = jax.jit(codes_matmul, static_argnums=(1, 3))(
+        Rows(x, ones, None, None, None), int8_meta(k), rows, meta
+    )
+    # XLA chooses the order of the sum over groups. One group has the same bits.
+    tolerance = 3e-7 * np.abs(expected).max() if group else 0
+    np.testing.assert_allclose(jax.jit(product)(x), expected, rtol=0, atol=tolerance)
+    assert "preferred_element_type=int32" not in str(jax.make_jaxpr(product)(x))
+
+
+def test_sums_that_float32_cannot_hold_stay_in_int32():
+    k = 2**24 // (127 * 7) + 2
+    x = jnp.full((1, k), 127, jnp.int8)
+    meta = RowMeta(formats.get("int4"), Packing.HALVES, None, k + k % 2, k + k % 2)
+    x = jnp.pad(x, ((0, 0), (0, k % 2)))
+    codes = jnp.full((16, meta.k), 7, jnp.int8)
+    data = formats.pack(codes, 4, Packing.HALVES)
+    rows = Rows(data, jnp.ones((16, 1), jnp.float32), None, None, None)
+    call, leaves = with_leaves(Call(meta, (), "float32"), rows)
+
+    def product(x):
+        return xla_form(x[None], *(a[None] for a in leaves), call=call)[0]
+
+    assert "preferred_element_type=int32" in str(jax.make_jaxpr(product)(x))
+    assert product(x)[0, 0] == np.float32(127 * 7 * k)
