@@ -226,10 +226,11 @@ def test_float8_products(a, b):
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
-        ("int8", "int8", ("int8", "int8", "int32")),
-        ("int8", "int4", ("int8", "int8", "int32")),
-        ("uint8", "int8", ("uint8", "int8", "int32")),
-        ("uint8", "uint4", ("uint8", "uint8", "int32")),
+        ("int8", "int8", [("int8", "int8", "int32")]),
+        # XLA:CPU multiplies floats faster than packed codes. They hold the same sums.
+        ("int8", "int4", [("float32", "float32", "float32")] * 2),
+        ("uint8", "int8", [("uint8", "int8", "int32")]),
+        ("uint8", "uint4", [("uint8", "uint8", "int32")]),
     ],
 )
 @pytest.mark.parametrize("m", [1, 16])
@@ -238,7 +239,7 @@ def test_the_dot_is_of_codes(a, b, expected, m):
         jaxq.quantize(normal_with_outliers(m, 256), a, contracting=-1),
         jaxq.quantize(normal_with_outliers(256, 128), b),
     )
-    assert dots(jaxq.matmul, x, w) == [expected]
+    assert dots(jaxq.matmul, x, w) == expected
 
 
 @pytest.mark.parametrize("m", [1, 2, 16])
