@@ -27,7 +27,7 @@ TEXTS = {
     "int8": "int8[96x12], PerChannel(along -2), scale=float32, 8.333 bits",
     "int4": "int4[96x12], PerGroup(along -2), scale=bfloat16, signed_extreme, "
     "4.167 bits",
-    "nf4": "nf4[96x12], PerGroup(64 along -2), scale=float32, 6 bits",
+    "nf4": "nf4[96x12], PerGroup(64 along -2), scale=float32, 4.667 bits",
     "nvfp4": "float4_e2m1fn[96x12], PerGroup(16 along -2), "
     "scale=float8_e4m3fn*float32, 4.528 bits",
     "uint8": "uint8[96x12], PerChannel(along -2), scale=float32, asymmetric, "
