@@ -69,8 +69,8 @@ def quantized_matmul(
       layout: order of the codes in memory. All kernels take "rows". The TPU kernel also
         takes "columns", and decodes them faster.
       group_size: number of codes of a group. The last group may have fewer codes. None
-        means that the codes of a row are cut into g equal groups. Codes beyond k are
-        then padding.
+        means that the codes of a row are cut into g equal groups, whose size must be a
+        power of two if g > 1. Codes beyond k are then padding.
       out_dtype: dtype of the result. None means the dtype of x. For int8 x it means
         float32, or int32 without a scale.
       backend: "auto", "xla", or the name of a kernel: "tpu", "mosaic_gpu", "triton".
@@ -309,6 +309,10 @@ def _check_leaves(operands: _Operands) -> None:
         )
 
 
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
 def _check_lengths(operands: _Operands) -> None:
     """Checks that groups fit the codes, and that x has a column for each code.
 
@@ -329,6 +333,14 @@ def _check_lengths(operands: _Operands) -> None:
             f"{groups} groups do not divide the {padded_k} codes of a row",
             "Pass group_size= if the last group has fewer codes, or pass scale with "
             "another number of groups.",
+        )
+    if groups > 1 and size is None and not _is_power_of_two(padded_k // groups):
+        # The codes of a QTensor whose last group has fewer codes look like this.
+        raise o.error(
+            ValueError,
+            f"{padded_k} codes of a row in {groups} equal groups would be groups of "
+            f"{padded_k // groups}, which is not a power of two",
+            "Pass group_size=, the number of codes of a group that is full.",
         )
     if size is not None and (size < 1 or -(-padded_k // size) != groups):
         raise o.error(

@@ -171,7 +171,12 @@ def test_is_the_same_as_the_product_of_a_qtensor():
     for name in ("int4", "nf4", "uint4", "int8"):
         qt = jaxq.quantize(w, name)
         y = quantized_matmul(
-            x, qt.data, qt.scale, format=qt.spec.fmt, zero_point=qt.zero_point
+            x,
+            qt.data,
+            qt.scale,
+            format=qt.spec.fmt,
+            zero_point=qt.zero_point,
+            group_size=qt.meta.geometry.block_shape[-1],
         )
         np.testing.assert_array_equal(y, x @ qt)
 
@@ -205,6 +210,16 @@ ERRORS = {
         {"scale": ones((24, 3))},
         ValueError,
         r"3 groups do not divide the 256 codes of a row",
+    ),
+    "groups of an unlikely size": (
+        # A QTensor of 192 numbers in groups of 128 has such data.
+        {
+            "x": ones((5, 192)),
+            "data": ones((24, 96), jnp.uint8),
+            "scale": ones((24, 2)),
+        },
+        ValueError,
+        r"would be groups of 96, which is not a power of two",
     ),
     "groups of another size": (
         {"group_size": 100},
