@@ -178,8 +178,6 @@ def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
     bits comes first.
     """
     x = _pad_columns(x, meta)
-    if meta.packing in (formats.Packing.NONE, formats.Packing.LOW_FIRST):
-        return x
     if meta.packing is formats.Packing.HALVES:
         unit = meta.unit or meta.padded_k
         whole = meta.padded_k // unit * unit
@@ -189,9 +187,11 @@ def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
         # The codes beyond the last whole unit are a shorter unit.
         last = _pairs_of_halves(x[..., whole:], meta.padded_k - whole)
         return jnp.concatenate([units, last], axis=-1)
-    # HIGH_FIRST: the second code of a byte is in its low bits.
-    pairs = x.reshape(*x.shape[:2], -1, 2)  # [e, m, bytes, 2]
-    return pairs[..., ::-1].reshape(x.shape)
+    if meta.packing is formats.Packing.HIGH_FIRST:
+        # The second code of a byte is in its low bits.
+        pairs = x.reshape(*x.shape[:2], -1, 2)  # [e, m, bytes, 2]
+        return pairs[..., ::-1].reshape(x.shape)
+    return x  # the order of codes is that of memory already
 
 
 def _pairs_of_halves(x: jax.Array, unit: int) -> jax.Array:

@@ -95,7 +95,7 @@ def test_against_float64(name, group, layout):
 
 @pytest.mark.parametrize(
     "packing",
-    [formats.Packing.LOW_FIRST, formats.Packing.HIGH_FIRST, formats.Packing.HALVES],
+    [packing for packing in formats.Packing if packing is not formats.Packing.NONE],
 )
 @pytest.mark.parametrize("k", [256, 200])
 def test_orders_of_codes_in_bytes(packing, k):
@@ -103,6 +103,8 @@ def test_orders_of_codes_in_bytes(packing, k):
     x = normal_with_outliers(5, k)
     expected = np.asarray(x, np.float64) @ matrix.T
     np.testing.assert_allclose(multiply(x, *arrays, **options), expected, 1e-4, 1e-4)
+    y = quantized_matmul(x, *arrays, **options, backend="triton", interpret=True)
+    np.testing.assert_allclose(y, expected, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
