@@ -39,7 +39,8 @@ from jaxq.kernels._tile_product import tile_product
 
 _LANES = 128
 _SUBLANES = 8
-# Bytes of a tile of codes of keys. Its keys need eight times as much as float32.
+# Bytes of a tile of codes of keys. As float32 they need 4 times (int8) or 8 times
+# (int4) as many bytes.
 _TILE_BYTES = 128 * 1024
 _LOWEST = float(np.finfo(np.float32).min)
 

@@ -33,7 +33,7 @@ _Result = TypeVar("_Result")
 
 # Products by a quantized weight. The operands are x, the leaves, and then tangents.
 _PRODUCTS = tuple(kernels.FORMS)
-# These keep the order of the elements in memory if they keep their number.
+# These do not reorder elements. If the number of elements stays, they are reshapes.
 _RESHAPES = ("broadcast_in_dim", "reshape", "slice", "squeeze")
 # Calls whose operands are the inputs of their function.
 _PLAIN_CALLS = (
@@ -87,7 +87,7 @@ def scan_in_place(fn: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
 
 
 def _warn(products: _Products) -> None:
-    """Warns if codes are sliced and copied, or if nothing is sliced."""
+    """Warns if a product in a scan gets codes that are not a slice, or if none does."""
     if products.copied:
         reasons = ", ".join(sorted(set(products.copied)))
         warnings.warn(
@@ -149,8 +149,9 @@ class _Products(NamedTuple):
     Attributes:
       inputs: positions of the inputs that products take as codes, perhaps reshaped.
       num_stacks: number of stacks that scans slice for products.
-      computed: the primitives that compute codes of other products.
-      copied: the same for products in a scan.
+      computed: the primitives that compute the codes of other products.
+      copied: where the codes of such products in scans come from: a primitive, or the
+        carry of the scan.
     """
 
     inputs: frozenset[int]
