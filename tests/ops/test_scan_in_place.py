@@ -288,6 +288,21 @@ def test_no_warning_if_all_is_read_in_place():
         jax.eval_shape(scan_in_place(nested), rows(), stack_of("int4", L, E))
 
 
+def test_attention_over_a_cache_stays_as_it_is():
+    cache = jaxq.ops.KVCache.empty(
+        "int8", batch=2, num_heads=1, length=256, head_dim=128, dtype=jnp.bfloat16
+    )
+    caches = jax.tree.map(lambda leaf: jnp.stack([leaf] * L), cache)
+    q = jnp.ones((2, 1, 1, 128), jnp.bfloat16)
+
+    def attend(q, caches):
+        return lax.scan(lambda q, cache: (q, cache.attend(q)), q, caches)[1]
+
+    with pytest.warns(kernels.FallbackWarning, match="no scan"):
+        jaxpr = jax.make_jaxpr(scan_in_place(attend))(q, caches)
+    assert "quantized_attention" in str(jaxpr)
+
+
 def test_only_functions():
     with pytest.raises(TypeError, match="fn must be a function"):
         scan_in_place(3)
