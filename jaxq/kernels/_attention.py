@@ -16,31 +16,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import warnings
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType
+from jax.interpreters import ad, batching
 
 from jaxq.kernels._attention_problem import AttentionProblem
-from jaxq.kernels._devices import assumed_gpu, lowering_devices
-from jaxq.kernels._dispatch import Choice, FallbackWarning
-from jaxq.kernels._operands import varying_alike
+from jaxq.kernels._dispatch import Choice, warn_of_fallback, why_not_partitioned
+from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
+from jaxq.kernels._platform_primitive import Target, platform_primitive
+from jaxq.kernels._registry import kernel_module
+from jaxq.sharding import call_on_auto_axes, explicit_spec
 
 # The kernel of each platform, and the module that contains it.
 _KERNELS = {"tpu": "attention_tpu", "cuda": "attention_triton"}
 
 # (top, total, sums), float32: `[b, m, n]`, the same, and `[b, m, n, h]`.
 State = tuple[jax.Array, jax.Array, jax.Array]
-
-# `attention_p(q, positions, tokens, num_places, *leaves)`.
-attention_p = Primitive("quantized_attention")
-attention_p.multiple_results = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +62,13 @@ def call_attention(*operands: jax.Array, call: AttentionCall) -> State:
         no tokens to read; and the leaves of the cache, each `[b, m, groups, ...]`.
       call: static facts.
     """
-    meshes = [jax.typeof(operand).sharding.mesh for operand in operands]
-    if any(AxisType.Explicit in mesh.axis_types for mesh in meshes if not mesh.empty):
-        # The XLA form states the sharding of each of its results.
-        return call.form(*operands)
-    top, total, sums = attention_p.bind(*varying_alike(operands), call=call)
+
+    def bind(*operands: jax.Array) -> list[jax.Array]:
+        return attention_p.bind(*varying_alike(operands), call=call)
+
+    q_spec = explicit_spec(operands[0])
+    specs = [q_spec[:3], q_spec[:3], q_spec]
+    top, total, sums = call_on_auto_axes(bind, specs, *operands)
     return top, total, sums
 
 
@@ -90,14 +86,11 @@ def choose_attention(
         return Choice("xla", f"there are no attention kernels for {platform}")
     if isinstance(problem, str):
         return Choice("xla", problem)
-    if num_devices > 1:
-        return Choice(
-            "xla",
-            f"XLA partitions this program for {num_devices} devices and cannot "
-            "partition a kernel; inside jax.shard_map a kernel runs on each device",
-        )
+    reason = why_not_partitioned(num_devices)
+    if reason is not None:
+        return Choice("xla", reason)
     name = _KERNELS[platform]
-    reason = _kernel_module(name).why_not(problem)
+    reason = kernel_module(name).why_not(problem)
     return Choice("xla" if reason else name, reason)
 
 
@@ -119,7 +112,7 @@ def attention_kernel_form(
     """
     q, positions, tokens, num_places, *leaves = operands
     keys, key_scale, values, value_scale = leaves
-    problem, module = call.problem, _kernel_module(kernel)
+    problem, module = call.problem, kernel_module(kernel)
     assert isinstance(problem, AttentionProblem), problem
     p = problem
     top, total, sums = module.read_groups(
@@ -146,11 +139,6 @@ def _merge_splits(top: jax.Array, total: jax.Array, sums: jax.Array) -> State:
     return largest, merged_total, jnp.sum(sums * share[..., None], axis=2)
 
 
-def _kernel_module(name: str) -> ModuleType:
-    """The module of a kernel. The import is late because Pallas is slow to import."""
-    return importlib.import_module(f"jaxq.kernels._{name}")
-
-
 def attention_xla_form(*operands: jax.Array, call: AttentionCall) -> State:
     """Computes what `call_attention` computes in plain XLA."""
     return call.form(*operands)
@@ -169,44 +157,20 @@ def _abstract(q, *operands, call: AttentionCall):
     return [per_query, per_query, per_channel]
 
 
-@functools.partial(jax.jit, static_argnames="call")
-def _run(*operands, call: AttentionCall):
-    return attention_p.bind(*operands, call=call)
-
-
-def _evaluate(*operands, call: AttentionCall):
-    # The primitive can only be lowered and compiled.
-    with jax.disable_jit(False):
-        return _run(*operands, call=call)
-
-
-def _lower(ctx, *operands, call: AttentionCall, platform: str | None):
-    """Lowers the primitive for one platform; None is every platform without kernels."""
-    with assumed_gpu(platform, ctx.avals_in), warnings.catch_warnings():
-        form = functools.partial(attention_xla_form, call=call)
-        if platform is not None:
-            _, num_devices = lowering_devices(ctx, platform)
-            choice = choose_attention(call.problem, platform, num_devices)
-            if choice.reason is None:
-                form = functools.partial(
-                    attention_kernel_form, call=call, kernel=choice.backend
-                )
-            else:
-                _warn(platform, choice.reason)
-        # A user who reads a cache cannot act on this warning.
-        warnings.filterwarnings(
-            "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
+def _form(
+    target: Target, avals: Sequence[Any], *, call: AttentionCall
+) -> Callable[..., State]:
+    """What the primitive computes on a target: a kernel or the XLA form."""
+    del avals
+    choice = choose_attention(call.problem, target.platform, target.num_devices)
+    if choice.reason is None:
+        return functools.partial(
+            attention_kernel_form, call=call, kernel=choice.backend
         )
-        return mlir.lower_fun(form, multiple_results=True)(ctx, *operands)
-
-
-def _warn(platform: str, reason: str) -> None:
-    warnings.warn(
-        f"No kernel runs for attention over a quantized KV cache on {platform}, so XLA "
-        f"computes it: {reason}.",
-        FallbackWarning,
-        stacklevel=3,
-    )
+    if target.platform in _KERNELS:
+        product = "attention over a quantized KV cache"
+        warn_of_fallback(product, target.platform, choice.reason)
+    return functools.partial(attention_xla_form, call=call)
 
 
 def _jvp(primals, tangents, *, call: AttentionCall):
@@ -216,19 +180,10 @@ def _jvp(primals, tangents, *, call: AttentionCall):
 
 
 def _batch(operands: Sequence[jax.Array], dims, *, call: AttentionCall):
-    size = next(
-        x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None
-    )
-
-    def merge(x: jax.Array, dim: int | None) -> jax.Array:
-        """`[v, b, ...]` as `[v * b, ...]`."""
-        if dim is None:
-            front = jnp.broadcast_to(x[None], (size, *x.shape))
-        else:
-            front = jnp.moveaxis(x, dim, 0)
-        return front.reshape(-1, *front.shape[2:])
-
-    merged = [merge(x, dim) for x, dim in zip(operands, dims, strict=True)]
+    size = batch_size(operands, dims)
+    merged = [
+        with_batch_in_front(x, dim, size) for x, dim in zip(operands, dims, strict=True)
+    ]
     problem = call.problem
     if isinstance(problem, AttentionProblem):
         problem = dataclasses.replace(problem, b=problem.b * size)
@@ -237,12 +192,9 @@ def _batch(operands: Sequence[jax.Array], dims, *, call: AttentionCall):
     return [x.reshape(size, -1, *x.shape[1:]) for x in state], [0, 0, 0]
 
 
-attention_p.def_abstract_eval(_abstract)
-attention_p.def_impl(_evaluate)
+# `attention_p(q, positions, tokens, num_places, *leaves)`.
+attention_p = platform_primitive(
+    "quantized_attention", _abstract, _form, multiple_results=True
+)
 batching.primitive_batchers[attention_p] = _batch
 ad.primitive_jvps[attention_p] = _jvp
-mlir.register_lowering(attention_p, functools.partial(_lower, platform=None))
-for _platform in _KERNELS:
-    mlir.register_lowering(
-        attention_p, functools.partial(_lower, platform=_platform), platform=_platform
-    )

@@ -106,18 +106,25 @@ def choose(
         return Choice("xla", f"there are no kernels for {platform}")
     if isinstance(problem, str):
         return Choice("xla", problem)
-    if num_devices > 1:
-        return Choice(
-            "xla",
-            f"XLA partitions this program for {num_devices} devices and cannot "
-            "partition a kernel; inside jax.shard_map a kernel runs on each device",
-        )
+    reason = why_not_partitioned(num_devices)
+    if reason is not None:
+        return Choice("xla", reason)
     if 0 in (problem.e, problem.m, problem.n, problem.k):
         return Choice("xla", "the product is empty")
     if platform == "cuda" and problem.x_dtype == "int8" and problem.bits == 8:
         reason = "XLA has its own int8 product for int8 x and 8-bit codes"
         return Choice("xla", reason, preferred=True)
     return _first_kernel(problem, platform, device_kind)
+
+
+def why_not_partitioned(num_devices: int) -> str | None:
+    """Returns why no kernel runs in a program for several devices, None for one."""
+    if num_devices == 1:
+        return None
+    return (
+        f"XLA partitions this program for {num_devices} devices and cannot partition a "
+        "kernel; inside jax.shard_map a kernel runs on each device"
+    )
 
 
 def _first_kernel(problem: Problem, platform: str, device_kind: str | None) -> Choice:
@@ -198,7 +205,8 @@ def decide(
         # A derivative never has a kernel, so it gives no warning. There is also no
         # warning if the XLA form is expected to be faster.
         if not call.backward and not choice.preferred:
-            _warn(call, platform, choice.reason)
+            product = f"a {call.meta.fmt.name} product with k = {call.meta.k}"
+            warn_of_fallback(product, platform, choice.reason)
     per_matrix = _ACCELERATOR_BLOCK_BYTES // max(x.shape[0], 1)
     return Decision(
         _with_blocks(call, _WHOLE_WEIGHT if num_devices > 1 else per_matrix)
@@ -228,10 +236,10 @@ def _with_blocks(call: Call, block_bytes: int | None) -> Call:
     return dataclasses.replace(call, meta=meta)
 
 
-def _warn(call: Call, platform: str, reason: str) -> None:
+def warn_of_fallback(product: str, platform: str, reason: str) -> None:
+    """Warns that XLA computes a product on a platform that has kernels for it."""
     warnings.warn(
-        f"No kernel runs for a {call.meta.fmt.name} product with k = {call.meta.k} on "
-        f"{platform}, so XLA computes it: {reason}.",
+        f"No kernel runs for {product} on {platform}, so XLA computes it: {reason}.",
         FallbackWarning,
         stacklevel=3,
     )

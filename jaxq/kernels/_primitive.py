@@ -1,9 +1,6 @@
 """One product with a quantized weight as a jax primitive, and the primitive's rules.
 
-jax calls the lowering rule of a primitive when the platform is known. The rule here
-asks `_dispatch.decide` whether a kernel runs. `lax.platform_dependent` also chooses
-between functions at lowering. But if one of these functions has a Pallas kernel, the
-program cannot be lowered for several platforms together.
+`_dispatch.decide` decides at lowering whether a kernel runs.
 
 | transformation | rule |
 |---|---|
@@ -20,32 +17,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from jaxq.kernels import _dispatch
 from jaxq.kernels._attention import attention_xla_form
 from jaxq.kernels._call import Call, with_leaves, without_index
-from jaxq.kernels._devices import assumed_gpu, lowering_devices
 from jaxq.kernels._forms import pallas_form, xla_form
-from jaxq.kernels._operands import varying_alike
-from jaxq.kernels._registry import KERNELS
+from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
+from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._rows import Rows, as_rows
 from jaxq.kernels._xla import rows_gradient
 from jaxq.sharding import call_on_auto_axes, explicit_spec
-
-# `matmul_p(x, *leaves)` is the product.
-# The codes among the leaves may be a stack with an index, see `Call.leaves`.
-matmul_p = Primitive("quantized_matmul")
-# `tangent_p(x, *leaves, *dots)` is the derivative of the product along `dots`, the
-# tangents of the float leaves (scale, offset, codebook). It is linear in `dots`, and
-# in x.
-tangent_p = Primitive("quantized_matmul_tangent")
 
 
 def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
@@ -77,7 +65,7 @@ def _bind(primitive: Primitive, args: Sequence[jax.Array], call: Call) -> jax.Ar
     return primitive.bind(*varying_alike(args), call=call)
 
 
-# Shapes and evaluation.
+# Shapes and forms.
 
 
 def _abstract(x, *leaves, call: Call):
@@ -88,71 +76,20 @@ def _abstract(x, *leaves, call: Call):
     return x.update(shape=shape, dtype=jnp.dtype(call.out_dtype), weak_type=False)
 
 
-@functools.partial(jax.jit, static_argnames="call")
-def _run(*args, call: Call):
-    return matmul_p.bind(*args, call=call)
-
-
-@functools.partial(jax.jit, static_argnames="call")
-def _run_tangent(*args, call: Call):
-    return tangent_p.bind(*args, call=call)
-
-
-def _compiled(run):
-    """Returns a function that evaluates a primitive outside of jit.
-
-    The primitive can only be lowered and compiled. So `jax.disable_jit()` is switched
-    off during the evaluation.
-    """
-
-    def evaluate(*args, call: Call):
-        with jax.disable_jit(False):
-            return run(*args, call=call)
-
-    return evaluate
-
-
-# Lowering.
-
-
-def _lower(ctx, *args, call: Call, platform: str | None):
-    """Lowers a product for one platform, as `_dispatch.decide` decides.
-
-    `platform` is None in the lowering rule for all platforms without kernels.
-    """
-    with assumed_gpu(platform, ctx.avals_in):
-        device_kind, num_devices = lowering_devices(ctx, platform)
-        decision = _dispatch.decide(
-            call,
-            ctx.avals_in[0],
-            ctx.avals_in[1:],
-            platform=platform or _platform_without_kernels(ctx),
-            device_kind=device_kind,
-            num_devices=num_devices,
-        )
-        form = functools.partial(xla_form, call=decision.call)
-        if decision.problem is not None:
-            form = functools.partial(
-                pallas_form,
-                call=decision.call,
-                kernel=decision.backend,
-                problem=decision.problem,
-                device_kind=device_kind,
-            )
-        return mlir.lower_fun(form, multiple_results=False)(ctx, *args)
-
-
-def _platform_without_kernels(ctx) -> str:
-    """The first platform of the program that has no kernels."""
-    return next(p for p in ctx.module_context.platforms if p not in KERNELS)
-
-
-# Derivatives.
-
-
-def _float_leaves(call: Call) -> list[str]:
-    """Names of the leaves that have derivatives."""
-    return [name for name in call.leaves if name in ("scale", "offset", "codebook")]
+def _product_form(
+    target: Target, avals: Sequence[Any], *, call: Call
+) -> Callable[..., jax.Array]:
+    """What `matmul_p` computes on a target, as `_dispatch.decide` decides."""
+    decision = _dispatch.decide(call, avals[0], avals[1:], **target._asdict())
+    if decision.problem is None:
+        return functools.partial(xla_form, call=decision.call)
+    return functools.partial(
+        pallas_form,
+        call=decision.call,
+        kernel=decision.backend,
+        problem=decision.problem,
+        device_kind=target.device_kind,
+    )
 
 
 def _tangent_form(x: jax.Array, *args: jax.Array, call: Call) -> jax.Array:
@@ -168,6 +105,27 @@ def _tangent_form(x: jax.Array, *args: jax.Array, call: Call) -> jax.Array:
     primals = [by_name[name] for name in names]
     _, y_dot = jax.jvp(product, (primals,), (list(dots),))
     return y_dot
+
+
+def _float_leaves(call: Call) -> list[str]:
+    """Names of the leaves that have derivatives."""
+    return [name for name in call.leaves if name in ("scale", "offset", "codebook")]
+
+
+# `matmul_p(x, *leaves)` is the product.
+# The codes among the leaves may be a stack with an index, see `Call.leaves`.
+matmul_p = platform_primitive("quantized_matmul", _abstract, _product_form)
+# `tangent_p(x, *leaves, *dots)` is the derivative of the product along `dots`, the
+# tangents of the float leaves (scale, offset, codebook). It is linear in `dots`, and
+# in x.
+tangent_p = platform_primitive(
+    "quantized_matmul_tangent",
+    _abstract,
+    lambda target, avals, call: functools.partial(_tangent_form, call=call),
+)
+
+
+# Derivatives.
 
 
 def _jvp(primals, tangents, *, call: Call):
@@ -268,25 +226,19 @@ def _batch(args, dims, *, call: Call):
         e, b, m, k = batched.shape
         y = _bind(matmul_p, [batched.reshape(e, b * m, k), *leaves], call)
         return y.reshape(e, b, m, y.shape[-1]), 1
-    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
-
-    def merge(array: jax.Array, dim: int | None) -> jax.Array:
-        """`[b, e, ...]` as `[b * e, ...]`."""
-        if dim is None:
-            front = jnp.broadcast_to(array[None], (size, *array.shape))
-        else:
-            front = jnp.moveaxis(array, dim, 0)
-        return front.reshape(math.prod(front.shape[:2]), *front.shape[2:])
-
+    size = batch_size(args, dims)
     if not call.has_index:
-        merged = [merge(a, d) for a, d in zip(args, dims, strict=True)]
+        merged = [
+            with_batch_in_front(array, dim, size)
+            for array, dim in zip(args, dims, strict=True)
+        ]
     else:
-        merged = _merged_with_index(args, dims, merge, call)
+        merged = _merged_with_index(args, dims, size, call)
     y = _bind(matmul_p, merged, call)
     return y.reshape(size, -1, *y.shape[1:]), 0
 
 
-def _merged_with_index(args, dims, merge, call: Call) -> list[jax.Array]:
+def _merged_with_index(args, dims, size: int, call: Call) -> list[jax.Array]:
     """The merged operands of a product whose codes are a stack with an index.
 
     All batch elements share the stack. If it has a batch axis, it becomes one longer
@@ -295,7 +247,7 @@ def _merged_with_index(args, dims, merge, call: Call) -> list[jax.Array]:
     position = 1 + call.leaves.index("data")
     shared = dims[position] is None
     merged = [
-        array if shared and i == position else merge(array, dim)
+        array if shared and i == position else with_batch_in_front(array, dim, size)
         for i, (array, dim) in enumerate(zip(args, dims, strict=True))
     ]
     if not shared:
@@ -313,23 +265,13 @@ def _batch_tangent(args, dims, *, call: Call):
 
 # Registration.
 
-matmul_p.def_abstract_eval(_abstract)
-matmul_p.def_impl(_compiled(_run))
 batching.primitive_batchers[matmul_p] = _batch
 ad.primitive_jvps[matmul_p] = _jvp
 ad.primitive_transposes[matmul_p] = _transpose
-mlir.register_lowering(matmul_p, functools.partial(_lower, platform=None))
-for _platform in KERNELS:
-    mlir.register_lowering(
-        matmul_p, functools.partial(_lower, platform=_platform), platform=_platform
-    )
 
-tangent_p.def_abstract_eval(_abstract)
-tangent_p.def_impl(_compiled(_run_tangent))
 batching.primitive_batchers[tangent_p] = _batch_tangent
 ad.primitive_jvps[tangent_p] = _tangent_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
-mlir.register_lowering(tangent_p, mlir.lower_fun(_tangent_form, multiple_results=False))
 
 # The function that states each primitive in plain XLA, for code that walks jaxprs.
 FORMS = {

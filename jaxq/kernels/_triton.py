@@ -32,7 +32,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Mapping
 
 import jax
@@ -41,8 +40,6 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from jaxq.kernels._problem import Problem
 
@@ -131,14 +128,22 @@ def matmul(
     x = jnp.moveaxis(x.reshape(p.e, p.m, p.k // per_byte, per_byte), 3, 1)
     arrays = (x, data, scale, zero_point, codebook, index)
     operands = [a for a in arrays if a is not None]
-    call = functools.partial(
-        _split_sums,
-        problem=p,
-        tiles=tuple(sorted(tiles.items())),
-        has_index=index is not None,
+    options = {name: int(size) for name, size in tiles.items()}
+    sizes = _program_sizes(p, options)
+    sums = pl.pallas_call(
+        functools.partial(_program, p, sizes, index is not None),
+        out_shape=jax.ShapeDtypeStruct(
+            (sizes.splits, p.e, p.m, p.n),
+            jnp.float32,
+            manual_axis_type=jax.typeof(x).manual_axis_type,
+        ),
+        grid=(pl.cdiv(p.m, sizes.bm), pl.cdiv(p.n, sizes.bn), p.e * sizes.splits),
+        compiler_params=plt.CompilerParams(
+            num_warps=options["warps"], num_stages=options["stages"]
+        ),
         interpret=interpret,
-    )
-    sums = call(*operands) if interpret else _split_sums_p.bind(*operands, call=call)
+        name="jaxq_triton_matmul",
+    )(*operands)
     return sums.sum(0).astype(p.out_dtype)
 
 
@@ -171,32 +176,6 @@ def _program_sizes(p: Problem, tiles: Mapping[str, int]) -> _ProgramSizes:
     return _ProgramSizes(
         tiles["bm"], tiles["bn"], splits, chunk, chunk * p.bits // 8, steps
     )
-
-
-def _split_sums(
-    *operands: jax.Array,
-    problem: Problem,
-    tiles: tuple,
-    has_index: bool,
-    interpret: bool,
-) -> jax.Array:
-    """The sums over each part of k, float32 `[splits, e, m, n]`."""
-    p, options = problem, {name: int(size) for name, size in tiles}
-    sizes = _program_sizes(p, options)
-    return pl.pallas_call(
-        functools.partial(_program, p, sizes, has_index),
-        out_shape=jax.ShapeDtypeStruct(
-            (sizes.splits, p.e, p.m, p.n),
-            jnp.float32,
-            manual_axis_type=jax.typeof(operands[0]).manual_axis_type,
-        ),
-        grid=(pl.cdiv(p.m, sizes.bm), pl.cdiv(p.n, sizes.bn), p.e * sizes.splits),
-        compiler_params=plt.CompilerParams(
-            num_warps=options["warps"], num_stages=options["stages"]
-        ),
-        interpret=interpret,
-        name="jaxq_triton_matmul",
-    )(*operands)
 
 
 def _program(
@@ -297,33 +276,3 @@ def _both(rows, columns):
     shape = (rows.shape[0], columns.shape[0])
     row_mask = lax.broadcast_in_dim(rows, shape, (0,))
     return row_mask & lax.broadcast_in_dim(columns, shape, (1,))
-
-
-# Newer jax warns at each lowering of a Triton kernel that Triton is deprecated. The
-# lowering may be long after `matmul` has returned. These GPUs have no other kernel, and
-# a user who multiplies with a QTensor cannot act on the warning. So the kernel has its
-# own primitive, and the lowering rule of this primitive silences this warning only.
-_split_sums_p = Primitive("jaxq_triton_parts")
-
-
-def _lower_quietly(ctx, *operands, call):
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
-        )
-        return mlir.lower_fun(call, multiple_results=False)(ctx, *operands)
-
-
-def _split_sums_shape(x, data, *_, call):
-    splits = dict(call.keywords["tiles"])["splits"]
-    shape = (splits, x.shape[0], x.shape[2], data.shape[1])
-    return x.update(shape=shape, dtype=jnp.dtype(jnp.float32), weak_type=False)
-
-
-def _evaluate_split_sums(*operands, call):
-    return jax.jit(functools.partial(_split_sums_p.bind, call=call))(*operands)
-
-
-_split_sums_p.def_impl(_evaluate_split_sums)
-_split_sums_p.def_abstract_eval(_split_sums_shape)
-mlir.register_lowering(_split_sums_p, _lower_quietly)

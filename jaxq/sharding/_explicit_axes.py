@@ -27,18 +27,16 @@ def explicit_spec(x: Any) -> tuple:
     return tuple(spec or (None,) * jnp.ndim(x))
 
 
-def call_on_auto_axes(
-    fn: Callable[..., jax.Array], spec: Sequence[Any], *args: Any
-) -> jax.Array:
+def call_on_auto_axes(fn: Callable[..., Any], spec: Any, *args: Any) -> Any:
     """Calls `fn(*args)` with the explicit mesh axes turned into Auto axes.
 
     If no argument is on a mesh with explicit axes, it calls `fn(*args)` unchanged.
 
     Args:
-      fn: returns one array.
-      spec: the mesh axes of each axis of the result. If two axes name the same mesh
-        axis, the first one keeps it. This happens if both factors of a product are
-        sharded over it.
+      fn: returns one array, or a list of arrays.
+      spec: the mesh axes of each axis of the result, a tuple. If two axes name the same
+        mesh axis, the first one keeps it. This happens if both factors of a product are
+        sharded over it. If `fn` returns a list, `spec` is a list of such tuples.
       *args: pytrees of arrays.
     """
     leaves = jax.tree.leaves(args)
@@ -47,10 +45,15 @@ def call_on_auto_axes(
     if not explicit_meshes:
         return fn(*args)
     mesh = explicit_meshes[0]
+
+    def sharding(spec: Sequence[Any]) -> NamedSharding:
+        return NamedSharding(mesh, _without_repeats(spec))
+
+    out = [sharding(s) for s in spec] if isinstance(spec, list) else sharding(spec)
     call: Any = jax.sharding.auto_axes(
         fn,
         axes=tuple(_explicit_names(mesh)),
-        out_sharding=NamedSharding(mesh, _without_repeats(spec)),
+        out_sharding=out,
     )
     return call(*args)
 

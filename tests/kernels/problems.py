@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,9 @@ def lowered(kernel, p: Problem, tiles: dict, device: str = "NVIDIA H200") -> str
         context = jax.sharding.use_abstract_mesh(
             AbstractMesh((1,), ("x",), abstract_device=device)
         )
-    with context:
+    with context, warnings.catch_warnings():
+        # The primitives ignore this warning, and here the kernel is called alone.
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated")
         matmul = functools.partial(kernel.matmul, problem=p, tiles=tiles)
         return (
             jax.jit(matmul)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import jaxq
 from jaxq import kernels
@@ -171,6 +172,30 @@ def test_no_kernel_runs_in_a_program_for_several_devices():
     assert choose_attention(call.problem, "tpu").backend == "attention_tpu"
     assert "2 devices" in choose_attention(call.problem, "tpu", 2).reason
     assert "no attention kernels" in choose_attention(call.problem, "rocm").reason
+
+
+def test_on_a_mesh_with_explicit_axes():
+    cache = filled(cache_of(length=96, batch=4), (70, 80, 90, 96))
+    q = jnp.asarray(np.random.default_rng(2).normal(size=(4, 1, M * R, H)), "float32")
+    attend = jax.jit(lambda cache, q: cache.attend(q))
+    unsharded = attend(cache, q)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    sharding = NamedSharding(mesh, PartitionSpec("d"))
+    with jax.set_mesh(mesh):
+        y = attend(*jax.device_put((cache, q), sharding))
+    np.testing.assert_allclose(y, unsharded, rtol=1e-5, atol=1e-6)
+    assert y.sharding.spec[0] == "d"
+
+
+def test_the_kernel_is_lowered_on_a_mesh_of_one_device_with_explicit_axes():
+    cache, q = (
+        cache_of("int8", dtype="bfloat16"),
+        jnp.ones((B, 1, M * R, H), "bfloat16"),
+    )
+    mesh = AbstractMesh((1,), ("d",), axis_types=(AxisType.Explicit,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = lowered_for("tpu", lambda cache, q: cache.attend(q), cache, q)
+    assert CUSTOM_CALL["tpu"] in text
 
 
 def test_forward_derivative_is_that_of_the_xla_form():

@@ -91,7 +91,7 @@ FACTS += [(group, x_dtype, 512 if m == 1 else 1) for group, x_dtype, m in FACTS]
         ],
     ),
 )
-def test_lowers_for_cuda_without_a_warning(codes, group, x_dtype, m):
+def test_lowers_for_cuda(codes, group, x_dtype, m):
     p = problem(codes, m=m, group=group, x_dtype=x_dtype)
     assert "triton" in lowered(kernel, p, kernel.default_tiles(p, None))
 
