@@ -22,13 +22,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching
+from jax.sharding import PartitionSpec
 
 from jaxq.kernels._attention_problem import AttentionProblem
 from jaxq.kernels._dispatch import Choice, warn_of_fallback, why_not_partitioned
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._registry import kernel_module
-from jaxq.sharding import call_on_auto_axes, explicit_spec
+from jaxq.meshes import call_on_auto_axes, explicit_spec
 
 # The kernel of each platform, and the module that contains it.
 _KERNELS = {"tpu": "attention_tpu", "cuda": "attention_triton"}
@@ -67,7 +68,8 @@ def call_attention(*operands: jax.Array, call: AttentionCall) -> State:
         return attention_p.bind(*varying_alike(operands), call=call)
 
     q_spec = explicit_spec(operands[0])
-    specs = [q_spec[:3], q_spec[:3], q_spec]
+    per_query = PartitionSpec(*q_spec[:3])
+    specs = [per_query, per_query, PartitionSpec(*q_spec)]
     top, total, sums = call_on_auto_axes(bind, specs, *operands)
     return top, total, sums
 

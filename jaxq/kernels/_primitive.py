@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
+from jax.sharding import PartitionSpec
 
 from jaxq.kernels import _dispatch
 from jaxq.kernels._attention import attention_xla_form
@@ -33,7 +34,7 @@ from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_fron
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._rows import Rows, as_rows
 from jaxq.kernels._xla import rows_gradient
-from jaxq.sharding import call_on_auto_axes, explicit_spec
+from jaxq.meshes import call_on_auto_axes, explicit_spec
 
 
 def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
@@ -57,7 +58,8 @@ def call_matmul(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
 
     n_axis = x.ndim - 2 if call.meta.layout == "rows" else x.ndim - 1
     last = None if call.transposed else explicit_spec(rows.data)[n_axis]
-    return call_on_auto_axes(bind, (*explicit_spec(x)[:-1], last), x, *leaves)
+    spec = PartitionSpec(*explicit_spec(x)[:-1], last)
+    return call_on_auto_axes(bind, spec, x, *leaves)
 
 
 def _bind(primitive: Primitive, args: Sequence[jax.Array], call: Call) -> jax.Array:

@@ -26,9 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
 from jaxq import formats
 from jaxq.formats import Format
+from jaxq.meshes import call_on_auto_axes
 from jaxq.observers import _numbers
 from jaxq.observers._numbers import Count
 
@@ -144,7 +146,10 @@ class Observer(abc.ABC):
             )
         self.check_state(state, "update")
         mask = self._mask(where, x, "update")
-        return _jit_update(self._state_maker(), state, jnp.asarray(x), mask)
+        update = functools.partial(_jit_update, self._state_maker())
+        # Every device has the whole state, also on a mesh with explicit axes.
+        specs = jax.tree.map(lambda _: PartitionSpec(), state)
+        return call_on_auto_axes(update, specs, state, jnp.asarray(x), mask)
 
     def merge(self, a: State, b: State) -> State:
         """The state of all batches of both states. The order of merges does not matter.

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxq import kernels, sharding
+from jaxq.meshes import call_on_auto_axes, explicit_spec
 from jaxq.ops._activations import ActivationAxes, multiply_quantized
 from jaxq.ops._decision import plan_dot, result_dtype
 from jaxq.ops._decoded import multiply_decoded
@@ -39,7 +41,7 @@ from jaxq.ops._trained import (
     with_average,
 )
 from jaxq.ops._weight_rows import weight_rows
-from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight, dequantize
+from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight, dequantize, mesh_axes
 
 
 def dot_general(
@@ -241,32 +243,21 @@ def _multiply_over_mesh(
     Returns:
       The product in the dtype `plan.result` or in float32.
     """
-    axis_names = (_mesh_axes(lhs), _mesh_axes(rhs))
+    axis_names = (_axes_of(lhs), _axes_of(rhs))
     out_names = [axis_names[0][axis] for axis in dims[1][0]]
     for side in (0, 1):
         bound = (*dims[0][side], *dims[1][side])
         names = enumerate(axis_names[side])
         out_names.extend(name for axis, name in names if axis not in bound)
     product = functools.partial(_multiply, plan, steps, dims=dims)
-    return sharding.call_on_auto_axes(product, tuple(out_names), lhs, rhs)
+    return call_on_auto_axes(product, PartitionSpec(*out_names), lhs, rhs)
 
 
-def _mesh_axes(operand: jax.Array | QTensor) -> tuple:
-    """The explicit mesh axes of each axis of an operand.
-
-    The contracted axes of a QTensor have None: they are flattened in its data.
-    """
-    if not isinstance(operand, QTensor):
-        return sharding.explicit_spec(operand)
-    num_batch, geometry = len(operand.batch_shape), operand.meta.geometry
-    stored: Any = sharding.explicit_spec(operand.data)
-    names: list[Any] = [None] * operand.ndim
-    names[:num_batch] = stored[:num_batch]
-    if not geometry.flat:
-        first_kept = num_batch + (operand.meta.layout == "columns")
-        for i, axis in enumerate(geometry.kept):
-            names[operand.ndim + axis] = stored[first_kept + i]
-    return tuple(names)
+def _axes_of(operand: jax.Array | QTensor) -> tuple:
+    """The explicit mesh axes of each axis of an operand."""
+    if isinstance(operand, QTensor):
+        return mesh_axes(operand)
+    return explicit_spec(operand)
 
 
 def _multiply(

@@ -6,8 +6,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from jaxq import sharding
+from jaxq.meshes import call_on_auto_axes, explicit_spec
 from jaxq.ops._decision import check_table
 from jaxq.ops._trained import multiply_trained
 from jaxq.qtensor import (
@@ -61,8 +62,8 @@ def take(table: QTensor | TrainedWeight, indices: jax.typing.ArrayLike) -> jax.A
             f"{describe(indices.dtype.name, indices.shape)}. "
             "Pass indices.astype(jnp.int32)."
         )
-    out_axes = (*sharding.explicit_spec(indices), None)
-    return sharding.call_on_auto_axes(_take, out_axes, table, indices)
+    spec = PartitionSpec(*explicit_spec(indices), None)
+    return call_on_auto_axes(_take, spec, table, indices)
 
 
 def _take_rows(indices: jax.Array, table: QTensor | jax.Array) -> jax.Array:

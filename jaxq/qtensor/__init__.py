@@ -28,6 +28,7 @@ from jaxq.qtensor._inputs import (
 )
 from jaxq.qtensor._layout import relayout, without_padding
 from jaxq.qtensor._leaf_dtypes import check_leaves, leaf_dtypes
+from jaxq.qtensor._mesh_axes import mesh_axes, shard_like
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._nnx_types import is_nnx_module, is_nnx_state, is_nnx_variable
 from jaxq.qtensor._partition import combine, partition
@@ -50,8 +51,8 @@ from jaxq.qtensor._trained_weight import (
 # ErrorContext, Meta, RangeGradient, ScaleRule, as_activation_spec, as_spec, as_static,
 # check_floats, check_leaves, decode_blocks, describe, inside_range, is_nnx_module,
 # is_nnx_state, is_nnx_variable, is_qtensor, is_quantized, is_traced, leaf_dtypes,
-# quantize_array, raise_if_not_finite, range_options, register_matmul, resolve,
-# with_margin and without_padding.
+# mesh_axes, quantize_array, raise_if_not_finite, range_options, register_matmul,
+# resolve, shard_like, with_margin and without_padding.
 __all__ = [
     "Geometry",
     "Granularity",

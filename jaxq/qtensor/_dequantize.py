@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxq import formats
+from jaxq.meshes import call_on_auto_axes
 from jaxq.qtensor import _scales
 from jaxq.qtensor._leaf_dtypes import check_leaves
+from jaxq.qtensor._mesh_axes import mesh_axes
 from jaxq.qtensor._product_operand import ProductOperand
 from jaxq.qtensor._qtensor import QTensor
 
@@ -64,7 +67,8 @@ def dequantize(qt: QTensor, *, dtype: Any = None) -> jax.Array:
             f"dequantize: dtype={dtype.name} needs jax_enable_x64=True. Set "
             "jax_enable_x64, or pass dtype=jnp.float32."
         )
-    return _dequantize(qt, dtype)
+    compute = functools.partial(_dequantize, dtype=dtype)
+    return call_on_auto_axes(compute, PartitionSpec(*mesh_axes(qt)), qt)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

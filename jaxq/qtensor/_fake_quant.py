@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxq.formats import check_choice
+from jaxq.meshes import call_on_auto_axes, explicit_spec
 from jaxq.qtensor import _scales
 from jaxq.qtensor._bounds import (
     as_bounds,
@@ -151,10 +153,16 @@ def fake_quant(
         x, spec, contracting, batch, caller="fake_quant", name="x"
     )
     check_key(spec.levels, key, "fake_quant")
+    ends = None
     if bounds is not None:
         ends = as_bounds(bounds, x, spec, geometry, caller="fake_quant")
+
+    def compute(x: jax.Array, key: jax.Array | None, ends: Any) -> jax.Array:
+        if ends is None:
+            return _fake_quant(x, key, spec, geometry, None)
         return fake_quant_in_range(x, ends, key, spec, geometry, range_gradient)
-    return _fake_quant(x, key, spec, geometry, None)
+
+    return call_on_auto_axes(compute, PartitionSpec(*explicit_spec(x)), x, key, ends)
 
 
 def fake_quant_computed(
@@ -239,7 +247,9 @@ def _fake_quant_on_grid(
     trained = [leaf for leaf, yes in zip(leaves, is_float, strict=True) if yes]
     constant = [leaf for leaf, yes in zip(leaves, is_float, strict=True) if not yes]
     parts = _Parts(treedef, tuple(is_float))
-    return _on_grid(x, trained, constant, key, parts)
+    compute = functools.partial(_on_grid, parts=parts)
+    spec = PartitionSpec(*explicit_spec(x))
+    return call_on_auto_axes(compute, spec, x, trained, constant, key)
 
 
 class _Parts(NamedTuple):

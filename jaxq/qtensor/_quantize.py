@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from jaxq.qtensor._inputs import (
     is_traced,
     raise_if_not_finite,
 )
+from jaxq.qtensor._mesh_axes import quantized_like
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._presets import as_spec
 from jaxq.qtensor._qtensor import QTensor
@@ -90,7 +92,9 @@ def quantize(
 
     Returns:
       A QTensor with the shape and dtype of `w`. It is bitwise the same under jit and
-      outside jit.
+      outside jit. If `w` is sharded over a mesh, codes and scales are sharded over the
+      same mesh axes wherever these divide their sizes. Under jit this needs mesh axes
+      of type Explicit. Over Auto axes XLA then chooses the sharding.
 
     Warns:
       UserWarning: scales are outside the range of the narrow dtype in which they are
@@ -132,9 +136,11 @@ def quantize(
         raise_if_not_finite(x, label, "quantize")
     check_key(spec.levels, key, "quantize")
     block_bounds = None if bounds is None else as_bounds(bounds, x, spec, geometry)
-    qt, num_too_small = _quantize_and_count(
-        without_gradient(x), spec, geometry, key, on_nonfinite, block_bounds
-    )
+
+    def compute(x: jax.Array, key: jax.Array | None, bounds: Any) -> tuple:
+        return _quantize_and_count(x, spec, geometry, key, on_nonfinite, bounds)
+
+    qt, num_too_small = quantized_like(compute, without_gradient(x), key, block_bounds)
     _warn_of_clamped_scales(qt, label)
     _warn_of_small_scales(qt, num_too_small, label)
     if name is None:

@@ -10,6 +10,7 @@ from jaxq.qtensor._dequantize import scale_values
 from jaxq.qtensor._geometry import describe
 from jaxq.qtensor._inputs import check_key
 from jaxq.qtensor._leaf_dtypes import check_leaves
+from jaxq.qtensor._mesh_axes import quantized_like
 from jaxq.qtensor._product_operand import ProductOperand
 from jaxq.qtensor._qtensor import QTensor
 from jaxq.qtensor._quantize import encode, padded_blocks, without_gradient
@@ -67,7 +68,7 @@ def requantize(
             f"{list(like.shape)}, got w: {describe(x.dtype.name, x.shape)}."
         )
     check_key((like.spec,), key, "requantize")
-    return _requantize(without_gradient(x), like, key)
+    return quantized_like(_requantize, without_gradient(x), like, key)
 
 
 @jax.jit

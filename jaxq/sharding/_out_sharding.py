@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxq.sharding._explicit_axes import names_in
+from jaxq.meshes import names_in
 
 
 def apply_out_sharding(

@@ -183,7 +183,7 @@ def test_leaves_that_describe_the_input_follow_the_rows():
         normal_with_outliers(64, 8), NamedSharding(mesh, P("data", "model"))
     )
     qt = jaxq.quantize(w, "int8").with_activation("int8", bounds=(-1.0, 1.0))
-    qt = jaxq.sharding.shard_like(qt.with_input_scale(jnp.ones(64)), w)
+    qt = jaxq.qtensor.shard_like(qt.with_input_scale(jnp.ones(64)), w)
     assert is_sharded(qt.data, mesh, "model", "data")
     assert is_sharded(qt.input_scale, mesh, "data")
     # The two ends of a range are no channels, even if there are two devices.

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq.meshes import on_auto_axes
 from jaxq.nn.calibration import StatsRequest
 from jaxq.nn.report import (
     LayerErrors,
@@ -49,9 +50,8 @@ from jaxq.nn.transform._weight import (
 )
 from jaxq.observers import LayerStats
 from jaxq.progress import with_progress
-from jaxq.qtensor import QTensor, TrainedWeight
+from jaxq.qtensor import QTensor, TrainedWeight, shard_like
 from jaxq.recipes import Recipe
-from jaxq.sharding import on_auto_axes, shard_like
 
 
 def quantize_slots(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import methods
+from jaxq.meshes import on_auto_axes
 from jaxq.nn.calibration import StatsRequest
 from jaxq.nn.report import multiplies_input, product_note
 from jaxq.nn.transform._calibration_data import CalibrationData, of_stack
@@ -28,7 +29,6 @@ from jaxq.nn.transform._weight import as_matrix, with_activation
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QuantSpec, quantize
 from jaxq.recipes import Rule
-from jaxq.sharding import on_auto_axes
 
 
 def with_planned_scales(slots: Sequence[Slot]) -> list[Slot]:

@@ -10,7 +10,7 @@ stated.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,33 +27,34 @@ def explicit_spec(x: Any) -> tuple:
     return tuple(spec or (None,) * jnp.ndim(x))
 
 
+def is_explicit(x: Any) -> bool:
+    """True if an array is on a mesh with explicit axes."""
+    return bool(_explicit_names(jax.typeof(x).sharding.mesh))
+
+
 def call_on_auto_axes(fn: Callable[..., Any], spec: Any, *args: Any) -> Any:
     """Calls `fn(*args)` with the explicit mesh axes turned into Auto axes.
 
     If no argument is on a mesh with explicit axes, it calls `fn(*args)` unchanged.
 
     Args:
-      fn: returns one array, or a list of arrays.
-      spec: the mesh axes of each axis of the result, a tuple. If two axes name the same
-        mesh axis, the first one keeps it. This happens if both factors of a product are
-        sharded over it. If `fn` returns a list, `spec` is a list of such tuples.
+      fn: returns a pytree of arrays.
+      spec: the result with a PartitionSpec in place of each array. If two axes of an
+        array name the same mesh axis, the first one keeps it. This happens if both
+        factors of a product are sharded over it.
       *args: pytrees of arrays.
     """
-    leaves = jax.tree.leaves(args)
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves]
-    explicit_meshes = [mesh for mesh in meshes if _explicit_names(mesh)]
-    if not explicit_meshes:
+    explicit_leaves = [leaf for leaf in jax.tree.leaves(args) if is_explicit(leaf)]
+    if not explicit_leaves:
         return fn(*args)
-    mesh = explicit_meshes[0]
-
-    def sharding(spec: Sequence[Any]) -> NamedSharding:
-        return NamedSharding(mesh, _without_repeats(spec))
-
-    out = [sharding(s) for s in spec] if isinstance(spec, list) else sharding(spec)
+    mesh = jax.typeof(explicit_leaves[0]).sharding.mesh
+    out_sharding = jax.tree.map(
+        lambda entry: NamedSharding(mesh, _without_repeats(entry)),
+        spec,
+        is_leaf=lambda entry: isinstance(entry, PartitionSpec),
+    )
     call: Any = jax.sharding.auto_axes(
-        fn,
-        axes=tuple(_explicit_names(mesh)),
-        out_sharding=out,
+        fn, axes=tuple(_explicit_names(mesh)), out_sharding=out_sharding
     )
     return call(*args)
 
@@ -89,7 +90,7 @@ def names_in(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def _without_repeats(spec: Sequence[Any]) -> PartitionSpec:
+def _without_repeats(spec: PartitionSpec) -> PartitionSpec:
     """The spec with None for each entry that repeats a mesh axis."""
     used: set[str] = set()
     entries = []
