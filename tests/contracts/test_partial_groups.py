@@ -222,7 +222,7 @@ def test_sharded_weights(kind):
     expected = jaxq.quantize(w, spec)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, PartitionSpec("data", "model"))
-        qt = jaxq.sharding.shard_like(expected, jax.device_put(w, sharding))
+        qt = jaxq.qtensor.shard_like(expected, jax.device_put(w, sharding))
         assert qt.data.sharding.spec == PartitionSpec("model", "data")
         y = jax.jit(jaxq.matmul)(x, qt)
     np.testing.assert_allclose(y, x @ expected, rtol=1e-4, atol=1e-4)
