@@ -192,7 +192,7 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
     if p.codebook:
         w = table_entries(data, inputs["codebook"][...], body)
     else:
-        w, _ = integers(data, p)  # [bk, bn]
+        w = integers(data, p)[0]  # [bk, bn]
     zero = per_group("zero_point") if p.zero_point else None
     w = scaled_weights(w, per_group("scale"), zero, p)
     total[...] += tile_product(x, w, 1)
