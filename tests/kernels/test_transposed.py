@@ -1,4 +1,4 @@
-"""The kernels of the backward pass: their arithmetic, and the programs that run them."""
+"""The kernels of the backward pass: their arithmetic, and programs that run them."""
 
 import dataclasses
 import functools
@@ -24,7 +24,8 @@ from tests.tables import thinned
 
 NAMES = tuple(itertools.chain.from_iterable(TRANSPOSED_KERNELS.values()))
 GROUPS = (32, 64, 128, None)
-GENERATIONS = ["TPU v5 lite", "TPU v6 lite", "TPU7x"]
+# The first has no gather.
+GENERATIONS = ["TPU v5 lite", "TPU7x"]
 
 
 def module(name: str):
@@ -95,12 +96,6 @@ def test_every_code_group_and_layout(name, codes, group, layout):
     check(name, small(codes, group, layout=layout), 5e-3)
 
 
-SEVERAL_TILES = {
-    "tpu_transposed": {"bm": 16, "bk": 256, "bn": 128},
-    "triton_transposed": {"bm": 16, "bn": 32, "splits": 3},
-}
-
-
 @pytest.mark.parametrize(
     ("name", "codes", "group", "layout"),
     thinned(
@@ -119,9 +114,15 @@ SEVERAL_TILES = {
     ),
 )
 def test_tails_in_every_direction(name, codes, group, layout):
-    """Several tiles along m, n and k. The last group is not full."""
+    """Several tiles along m and n, and with small groups along k.
+
+    The last group is not full.
+    """
     p = small(codes, group, m=21, k=346, n=200, e=2, layout=layout)
-    check(name, p, 5e-3, **SEVERAL_TILES[name])
+    tiles = {"bm": 16, "bk": 1024 if group == 128 else 256, "bn": 128}
+    if name == "triton_transposed":
+        tiles = {"bm": 16, "bn": 32, "splits": 3}
+    check(name, p, 5e-3, **tiles)
 
 
 @pytest.mark.parametrize(
@@ -202,9 +203,7 @@ def test_default_tiles_fit(name):
 @pytest.mark.parametrize(
     ("codes", "group", "m", "kind", "layout"),
     thinned(
-        itertools.product(
-            CODES, GROUPS, (16, 512), [*GENERATIONS, None], ("rows", "columns")
-        ),
+        itertools.product(CODES, GROUPS, (16, 512), GENERATIONS, ("rows", "columns")),
         [
             (codes, 64, m, kind, layout)
             for codes in ("int4", "codebook4", "uint8")
@@ -216,23 +215,19 @@ def test_default_tiles_fit(name):
     ),
 )
 def test_lowers_for_tpu(codes, group, m, kind, layout):
-    p, kernel = (
-        small(codes, group, m=m, k=4096, n=1024, layout=layout),
-        module(NAMES[0]),
-    )
+    p = small(codes, group, m=m, k=4096, n=1024, layout=layout)
+    kernel = module("tpu_transposed")
     assert "tpu_custom_call" in lowered(kernel, p, kernel.default_tiles(p, kind))
 
 
 @pytest.mark.parametrize(
     ("codes", "group", "x_dtype", "m"),
     thinned(
-        itertools.product(
-            CODES, (32, 128, None), ("bfloat16", "float32", "float16"), (1, 512)
-        ),
+        itertools.product(CODES, (32, 128, None), ("bfloat16", "float32"), (1, 512)),
         [
             ("int4", 128, "bfloat16", 1),
             ("codebook4", 32, "float32", 512),
-            ("uint8", None, "float16", 512),
+            ("uint8", None, "bfloat16", 512),
         ],
     ),
 )
@@ -351,20 +346,6 @@ def test_a_named_kernel_has_second_derivatives_and_vmap():
         assert_close(actual, expected, 1e-4)
 
 
-def test_a_named_kernel_whose_gradient_has_none_uses_plain_xla():
-    """The kernel for Hopper reads groups of 16 codes. No transposed kernel does."""
-    qt = jaxq.quantize(
-        normal_with_outliers(K, N), jaxq.QuantSpec("int4", jaxq.PerGroup(16))
-    )
-
-    def loss(x):
-        y = kernels.quantized_matmul(x, qt.data, qt.scale, backend="triton")
-        return jnp.sum(y.astype(jnp.float32))
-
-    with pytest.raises(ValueError, match="multiple of 32 codes"):
-        lowered_for("cuda", jax.grad(loss), bfloat16(M, K))
-
-
 # Programs.
 
 CUSTOM_CALLS = re.compile(
@@ -385,7 +366,10 @@ def float_sizes(text: str) -> list[int]:
 @pytest.mark.parametrize("platform", CALLS)
 @pytest.mark.parametrize("recipe", ["int4", "nf4"])
 def test_an_adapter_on_a_frozen_layer_runs_two_kernels(recipe, platform):
-    """One product forward and one backward. No array has the size of the weight."""
+    """One product forward and one backward. No float array has the weight's size.
+
+    Plain XLA decodes 4-bit codes in two halves, so half the size counts, too.
+    """
     layer = nnx.Linear(K, N, use_bias=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     frozen, _ = jaxq.quantize_model(layer, recipe)
     adapter = nnx.LoRA(
@@ -406,7 +390,7 @@ def test_an_adapter_on_a_frozen_layer_runs_two_kernels(recipe, platform):
     gradient = jax.grad(loss, argnums=(0, 1))
     text = lowered_for(platform, gradient, factors, bfloat16(M, K), rest)
     assert CUSTOM_CALLS.findall(text) == CALLS[platform]
-    assert max(float_sizes(text)) < K * N
+    assert max(float_sizes(text)) < K * N // 2
 
 
 def test_a_gradient_without_a_kernel_decodes_the_weight_and_does_not_warn():
@@ -420,7 +404,7 @@ def test_a_gradient_without_a_kernel_decodes_the_weight_and_does_not_warn():
         warnings.simplefilter("ignore", kernels.FallbackWarning)
         text = lowered_for("cuda", jax.grad(total), bfloat16(M, K), qt)
     assert not CUSTOM_CALLS.findall(text)
-    assert max(float_sizes(text)) >= K * N
+    assert max(float_sizes(text)) >= K * N // 2
 
 
 @pytest.mark.parametrize("platform", CALLS)
@@ -435,7 +419,7 @@ def test_vmap_over_gradients_of_a_stack_is_one_kernel(platform):
     )
     # Nothing reads the result of the forward product, so it is not lowered.
     assert CUSTOM_CALLS.findall(text)[-1:] == CALLS[platform][-1:]
-    assert max(float_sizes(text)) < K * N
+    assert max(float_sizes(text)) < K * N // 2
 
 
 # Plans.
