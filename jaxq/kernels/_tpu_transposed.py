@@ -86,17 +86,29 @@ def default_tiles(problem: Problem, device_kind: str | None) -> dict[str, int | 
     p = problem
     body = table_body(p, device_kind) if p.codebook else "pre"
     bm = min(whole_registers(p), 256 if is_wide(p) else 512)
-    height = tile_height(p)
-    tallest = max(height, 1024)
-    # A last tile along k costs as much as the others, so k should be close to a
-    # multiple of bk. A step is assumed to cost about as much as 512 more rows.
-    candidates = range(tallest // height * height, 0, -height)
-    bk = min(candidates, key=lambda bk: pl.cdiv(p.k, bk) * (bk + 512))
-    # Scaled weights need room as float32, and many rows of x need room for sums.
-    area = (256 if is_wide(p) or bm > 128 else 512) * 1024
-    widest = max(LANES, area // bk // LANES * LANES)
-    bn = min(pl.cdiv(p.n, LANES) * LANES, widest)
+    decodes_float32 = body == "select" or is_wide(p)
+    # The compiler's static schedule decided these limits. With few rows of x, tall
+    # tiles take the fewest cycles. With many rows, wide tiles do, because `total` is
+    # then read and written less often.
+    if bm <= 64 and p.bits == 4 and not decodes_float32:
+        tallest, area = 4096, 2048 * 1024
+    elif decodes_float32 and bm > 64:
+        tallest, area = 1024, 512 * 1024
+    else:
+        tallest, area = 1024, 1024 * 1024
+    bk = _cheapest(p.k, tile_height(p), tallest, 512)
+    bn = _cheapest(p.n, LANES, area // bk, LANES)
     return {"bm": bm, "bk": bk, "bn": bn, "body": body}
+
+
+def _cheapest(length: int, unit: int, longest: int, step_cost: int) -> int:
+    """The tile length, a multiple of `unit`, with which an axis takes the least time.
+
+    The last tile costs as much as the others, so `length` should be close to a multiple
+    of a tile. A step is assumed to cost as much as `step_cost` more numbers.
+    """
+    candidates = range(longest // unit * unit, 0, -unit)
+    return min(candidates, key=lambda tile: pl.cdiv(length, tile) * (tile + step_cost))
 
 
 def matmul(
