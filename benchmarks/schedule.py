@@ -7,9 +7,9 @@ prints a table for the tiles that the kernel uses now. The second line prints it
 kernel of the backward pass, with few and with many rows of x. The numbers are
 predictions that rank tiles and layouts. They are not a measured speed. libtpu's
 compiler writes the final schedule of a program: how many instruction bundles one grid
-step takes. A step takes at least as long as its bundles, and at least as long as the
-next tile needs from HBM. The first tile is read before any step can overlap with it.
-Stalls and latencies are not part of the number.
+step takes. A step takes at least as long as its bundles, as the next tile needs from
+HBM, and as the matrix unit needs for the products of the tile. The first tile is read
+before any step can overlap with it. Stalls and latencies are not part of the number.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ class Schedules:
         first_bytes = x_bytes + weight_bytes
         # A tile of x that the next step uses again is not read again.
         step_bytes = weight_bytes if sum_steps == 1 else first_bytes
-        first, step = first_bytes / rate, max(bundles, step_bytes / rate)
+        products = PRODUCTS_PER_CYCLE[self.device_kind]
+        first = first_bytes / rate
+        step = max(bundles, step_bytes / rate, bm * bk * bn / products)
         read = p.e * p.k * p.n * bytes_per_weight / rate
         dense = p.e * p.k * p.n * 2 / rate
         return Cycles(
@@ -127,9 +129,7 @@ class Schedules:
             read=round(read),
             dense=round(dense),
             decoded=round(read + 2 * dense),
-            multiply=round(
-                p.e * p.m * p.k * p.n / PRODUCTS_PER_CYCLE[self.device_kind]
-            ),
+            multiply=round(p.e * p.m * p.k * p.n / products),
         )
 
     def close(self) -> None:

@@ -67,6 +67,13 @@ def candidates(
             "warps": (4, 8),
             "stages": (2, 3, 4),
         },
+        "tpu_transposed": {"bk": (1024, 2048, 4096), "bn": (256, 512, 1024)},
+        "triton_transposed": {
+            "bn": (32, 64, 128),
+            "splits": (1, 2, 4, 8),
+            "warps": (4, 8),
+            "stages": (2, 3, 4),
+        },
     }[name]
     for values in itertools.product(*choices.values()):
         tiles = own | dict(zip(choices, values, strict=True))
