@@ -20,8 +20,14 @@ import numpy as np
 import tune
 from timing import interleaved, summary
 
+import jaxq
 from jaxq.kernels import KERNELS, Problem
-from jaxq.kernels._registry import KERNEL_NAMES, kernel_module
+from jaxq.kernels._registry import (
+    KERNEL_NAMES,
+    TRANSPOSED_KERNELS,
+    kernel_module,
+    kernels_for,
+)
 
 Row = dict[str, Any]
 # Stage A. The relative error of a bfloat16 result, as a norm.
@@ -84,7 +90,14 @@ def _platform() -> str:
 
 
 def _right_results(rehearse: bool) -> list[Task]:
-    names = KERNEL_NAMES if rehearse else KERNELS.get(_platform(), ())
+    if rehearse:
+        transposed = itertools.chain.from_iterable(TRANSPOSED_KERNELS.values())
+        names = (*KERNEL_NAMES, *transposed)
+    else:
+        names = [
+            *kernels_for(_platform(), transposed=False),
+            *kernels_for(_platform(), transposed=True),
+        ]
     return [
         Task(
             f"{name}: {label}",
@@ -127,16 +140,16 @@ def _problems(name: str, rehearse: bool) -> Iterator[tuple[str, Problem, Row]]:
         cases += [problem("int8", None, m) for m in (1, 300)]
         cases += [problem("int4", 128, x_dtype="float16", out_dtype="float16")]
     cases += [problem("int4", 128, n=side - 24), problem("int4", 128, e=3)]
-    if name == "tpu":
+    if name.startswith("tpu"):
         layout: Any = "columns"
         cases += [dataclasses.replace(case, layout=layout) for case in cases]
     for case in cases:
         yield _label(case), case, {}
-    # k is no multiple of the steps, and parts of k are summed at the end.
-    k = side * 4 + 64
+    # The summed axis is no multiple of the steps, and parts are summed at the end.
+    axis = "n" if name.endswith("_transposed") else "k"
     for codes in ("int4", "codebook4"):
-        case = problem(codes, 64, k=k)
-        splits = {} if name == "tpu" else {"splits": 3}
+        case = problem(codes, 64, **{axis: side * 4 + 64})
+        splits = {} if name.startswith("tpu") else {"splits": 3}
         yield f"{_label(case)}, 3 parts" if splits else _label(case), case, splits
 
 
@@ -261,15 +274,74 @@ def _speed(rehearse: bool) -> list[Task]:
         weights, dense = _weights(n, names, count)
         return kernels.Products(m, n, weights, dense, loops)
 
-    return [
+    forward = [
         Task(f"n={n}, m={m}", functools.partial(compiled, *case), _measured)
         for case in cases
         for n, m, _ in [case]
+    ]
+    sizes = [(256, 16)] if rehearse else [(4096, 16), (4096, 256)]
+    return forward + [
+        Task(
+            f"gradient, n={n}, m={m}",
+            functools.partial(_compile_gradient, n, m, count, loops),
+            _measure_gradient,
+        )
+        for n, m in sizes
     ]
 
 
 def _measured(products: kernels.Products) -> Iterator[Row]:
     yield from products.measure(rounds=15, seconds=10.0)
+
+
+class _Gradient(NamedTuple):
+    """Products of the backward pass, compiled.
+
+    Attributes:
+      x: `[m, n]`.
+      weights: one weight of each kind.
+      calls: functions that run all products of a kind, by kind.
+      per_call: products of a call.
+    """
+
+    x: jax.Array
+    weights: dict[str, jaxq.QTensor]
+    calls: dict[str, Callable[[], Any]]
+    per_call: int
+
+
+def _compile_gradient(n: int, m: int, count: int, loops: int) -> _Gradient:
+    weights, dense = _weights(n, ("int4", "nf4"), count)
+    x = jax.random.normal(jax.random.key(m), (m, n), jnp.bfloat16)
+    stacks: dict[str, list] = {"bfloat16": dense, **weights}
+    calls = {
+        name: kernels.loop(lambda x, w: x @ w.T, x, stack, loops)
+        for name, stack in stacks.items()
+    }
+    first = {name: stack[0] for name, stack in weights.items()}
+    return _Gradient(x, first, calls, count * loops)
+
+
+def _measure_gradient(products: _Gradient) -> Iterator[Row]:
+    x, (m, n) = products.x, products.x.shape
+    times_of = interleaved(products.calls, rounds=15, seconds=8.0)
+    for name, times in summary(times_of, "bfloat16").items():
+        row = {
+            "what": f"{name}, gradient",
+            "kernel": "dense",
+            "m": m,
+            "n": n,
+            "us": 1e3 * times["median_ms"] / products.per_call,
+            "speedup": 1 / times["time_over_base"],
+        }
+        if name in products.weights:
+            qt = products.weights[name].T
+            w = np.asarray(jaxq.dequantize(qt, dtype=jnp.float32), np.float64)
+            exact = np.asarray(x, np.float64) @ w
+            y = np.asarray(jax.jit(jaxq.matmul)(x, qt), np.float64)
+            row["kernel"] = jaxq.explain(x, qt).kernel
+            row["error"] = float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
+        yield row
 
 
 def _torch(rehearse: bool) -> list[Task]:

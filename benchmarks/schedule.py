@@ -1,13 +1,15 @@
 """Cycles of a TPU kernel by its static schedule, on a machine without a TPU.
 
     python benchmarks/schedule.py v5e:2x2     # or v6e:2x2, tpu7x:2x2x1
+    python benchmarks/schedule.py v5e:2x2 transposed
 
-prints a table for the tiles that the kernel uses now. The numbers are predictions that
-rank tiles and layouts. They are not a measured speed. libtpu's compiler writes the
-final schedule of a program: how many instruction bundles one grid step takes. A step
-takes at least as long as its bundles, and at least as long as the next tile needs from
-HBM. The first tile is read before any step can overlap with it. Stalls and latencies
-are not part of the number.
+prints a table for the tiles that the kernel uses now. The second line prints it for the
+kernel of the backward pass, with few and with many rows of x. The numbers are
+predictions that rank tiles and layouts. They are not a measured speed. libtpu's
+compiler writes the final schedule of a program: how many instruction bundles one grid
+step takes. A step takes at least as long as its bundles, as the next tile needs from
+HBM, and as the matrix unit needs for the products of the tile. The first tile is read
+before any step can overlap with it. Stalls and latencies are not part of the number.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from jax.sharding import SingleDeviceSharding
 # Bytes per cycle from HBM, from the clock and the bandwidth that the maker states: 819
 # GB/s at 1.5 GHz, 1640 GB/s at 1.75 GHz, 3690 GB/s (one core) at 1.9 GHz.
 HBM_BYTES_PER_CYCLE = {"TPU v5 lite": 546, "TPU v6 lite": 937, "TPU7x": 1942}
+# Multiplications of bfloat16 numbers per cycle, likewise: 197 TFLOP/s, 918 TFLOP/s and
+# 1153 TFLOP/s (one core).
+PRODUCTS_PER_CYCLE = {"TPU v5 lite": 65536, "TPU v6 lite": 262144, "TPU7x": 303421}
 
 
 class Cycles(NamedTuple):
@@ -42,6 +47,7 @@ class Cycles(NamedTuple):
       dense: reading the same weight once in bfloat16.
       decoded: the memory traffic of a product without a kernel, if the decoded weight
         is written: reading the codes, writing the weight in bfloat16, and reading it.
+      multiply: the matrix unit at its full speed.
     """
 
     total: int
@@ -49,6 +55,7 @@ class Cycles(NamedTuple):
     read: int
     dense: int
     decoded: int
+    multiply: int
 
 
 class Schedules:
@@ -103,14 +110,17 @@ class Schedules:
         scale_bytes = 0 if p.group == p.k else 2 / p.group
         bytes_per_weight = p.bits / 8 + scale_bytes
         rate = HBM_BYTES_PER_CYCLE[self.device_kind]
-        k_steps = math.ceil(p.k / bk)
-        steps = p.e * math.ceil(p.m / bm) * math.ceil(p.n / bn) * k_steps
-        x_bytes = bm * bk * (1 if p.x_dtype == "int8" else 2)
+        k_steps, n_steps = math.ceil(p.k / bk), math.ceil(p.n / bn)
+        steps = p.e * math.ceil(p.m / bm) * n_steps * k_steps
+        sum_steps, x_columns = (n_steps, bn) if p.transposed else (k_steps, bk)
+        x_bytes = bm * x_columns * (1 if p.x_dtype == "int8" else 2)
         weight_bytes = bk * bn * bytes_per_weight
         first_bytes = x_bytes + weight_bytes
         # A tile of x that the next step uses again is not read again.
-        step_bytes = weight_bytes if k_steps == 1 else first_bytes
-        first, step = first_bytes / rate, max(bundles, step_bytes / rate)
+        step_bytes = weight_bytes if sum_steps == 1 else first_bytes
+        products = PRODUCTS_PER_CYCLE[self.device_kind]
+        first = first_bytes / rate
+        step = max(bundles, step_bytes / rate, bm * bk * bn / products)
         read = p.e * p.k * p.n * bytes_per_weight / rate
         dense = p.e * p.k * p.n * 2 / rate
         return Cycles(
@@ -119,6 +129,7 @@ class Schedules:
             read=round(read),
             dense=round(dense),
             decoded=round(read + 2 * dense),
+            multiply=round(p.e * p.m * p.k * p.n / products),
         )
 
     def close(self) -> None:
@@ -128,31 +139,36 @@ class Schedules:
 CASES = [("int4", 128), ("int4", 32), ("uint4", 128), ("codebook4", 64), ("int8", None)]
 HEADER = (
     "| device | codes, group | layout | tiles | bundles a step | first tile | cycles "
-    "| read codes | read bf16 | ratio to bf16 | write and read bf16 |"
+    "| read codes | read bf16 | ratio to bf16 | write and read bf16 | matrix unit |"
 )
 
 
-def main(topology: str) -> None:
-    """Prints the predicted cycles of 16 rows times a 4096 x 4096 weight."""
+def main(topology: str, product: str = "") -> None:
+    """Prints the predicted cycles of products with a 4096 x 4096 weight."""
     from tune import make_problem, shapes_of
 
-    from jaxq.kernels import _tiles, _tpu
+    from jaxq.kernels import _tiles
+    from jaxq.kernels._registry import kernel_module
 
-    schedules = Schedules(topology)
+    name = "tpu_transposed" if product == "transposed" else "tpu"
+    all_rows = (16, 2048) if product == "transposed" else (16,)
+    kernel, schedules = kernel_module(name), Schedules(topology)
     device = schedules.device_kind
     print(f"{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}", flush=True)
-    for (codes, group), layout in itertools.product(CASES, ("rows", "columns")):
-        p = make_problem(codes, group, 16, 4096, 4096, "tpu", layout)
-        tiles = _tiles.lookup("tpu", device, p)
+    for (codes, group), layout, m in itertools.product(
+        CASES, ("rows", "columns"), all_rows
+    ):
+        p = make_problem(codes, group, m, 4096, 4096, name, layout)
+        tiles = _tiles.lookup(name, device, p)
 
-        def product(*arrays: jax.Array, p=p, tiles=tiles) -> jax.Array:
-            return _tpu.matmul(*arrays, problem=p, tiles=tiles)
+        def product_of(*arrays: jax.Array, p=p, tiles=tiles) -> jax.Array:
+            return kernel.matmul(*arrays, problem=p, tiles=tiles)
 
-        bundles = schedules.bundles(product, shapes_of(p))
+        bundles = schedules.bundles(product_of, shapes_of(p))
         cycles = schedules.cycles(p, tiles, bundles)
         cells = [
             device,
-            f"{codes}, {group or 'column'}",
+            f"{codes}, {group or 'column'}, m={m}",
             layout,
             ", ".join(f"{name} {value}" for name, value in tiles.items()),
             bundles,
@@ -162,10 +178,11 @@ def main(topology: str) -> None:
             cycles.dense,
             f"{cycles.dense / cycles.total:.2f}",
             cycles.decoded,
+            cycles.multiply,
         ]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     schedules.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

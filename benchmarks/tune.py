@@ -67,6 +67,13 @@ def candidates(
             "warps": (4, 8),
             "stages": (2, 3, 4),
         },
+        "tpu_transposed": {"bk": (1024, 2048, 4096), "bn": (256, 512, 1024)},
+        "triton_transposed": {
+            "bn": (32, 64, 128),
+            "splits": (1, 2, 4, 8),
+            "warps": (4, 8),
+            "stages": (2, 3, 4),
+        },
     }[name]
     for values in itertools.product(*choices.values()):
         tiles = own | dict(zip(choices, values, strict=True))
@@ -104,6 +111,7 @@ def make_problem(
         scale_dtype="bfloat16",
         out_dtype="bfloat16",
         unit=(group or k) if is_packed else None,
+        transposed=name.endswith("_transposed"),
     )
 
 
@@ -120,7 +128,8 @@ def random_operands(problem: kernels.Problem, seed: int) -> tuple[jax.Array, ...
         data = data.view(np.int8)
     scales = (p.e, p.num_groups, p.n)
     zero = rng.integers(0, 2**p.bits, scales).astype(np.uint8)
-    x = jnp.asarray(rng.standard_normal((p.e, p.m, p.k)), p.x_dtype)
+    summed = p.n if p.transposed else p.k
+    x = jnp.asarray(rng.standard_normal((p.e, p.m, summed)), p.x_dtype)
     scale = jnp.asarray(rng.uniform(0.5, 1.5, scales), jnp.bfloat16)
     codebook = None
     if p.codebook:
@@ -141,7 +150,7 @@ def shapes_of(problem: kernels.Problem) -> list[jax.ShapeDtypeStruct | None]:
 
 
 def exact_product(problem: kernels.Problem, operands: tuple) -> np.ndarray:
-    """Returns the product in float64, `[e, m, n]`."""
+    """Returns the product in float64, `[e, m, n]` or `[e, m, k]`."""
     arrays = [None if array is None else np.asarray(array) for array in operands]
     products = [
         _exact_matrix(problem, [a if a is None else a[i] for a in arrays])
@@ -151,7 +160,7 @@ def exact_product(problem: kernels.Problem, operands: tuple) -> np.ndarray:
 
 
 def _exact_matrix(p: kernels.Problem, arrays: list[np.ndarray | None]) -> np.ndarray:
-    """The product of one matrix of a stack, `[m, n]`."""
+    """The product of one matrix of a stack, `[m, n]` or `[m, k]`."""
     x, data, scale, zero, codebook = arrays
     assert x is not None
     assert data is not None
@@ -171,7 +180,7 @@ def _exact_matrix(p: kernels.Problem, arrays: list[np.ndarray | None]) -> np.nda
     if zero is not None:
         numbers = numbers - np.repeat(zero.T.astype(np.float64), p.group, 1)
     weights = numbers * np.repeat(scale.T.astype(np.float64), p.group, 1)  # [n, k]
-    return x.astype(np.float64) @ weights.T
+    return x.astype(np.float64) @ (weights if p.transposed else weights.T)
 
 
 def as_kernel_reads(name: str, operands: tuple) -> tuple:

@@ -102,7 +102,7 @@ def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
 
     Args:
       call: static facts of the product.
-      x: `[e, m, k]`.
+      x: `[e, m, k]`, or `[e, m, n]` if `call.transposed`.
       leaves: arrays of the rows in the order of `call.leaves`, each with a leading axis
         e.
     """
@@ -126,6 +126,7 @@ def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
         scale_dtype=None if rows.scale is None else rows.scale.dtype.name,
         out_dtype=call.out_dtype,
         unit=_halves_unit(meta),
+        transposed=call.transposed,
     )
 
 
@@ -143,8 +144,8 @@ def _halves_unit(meta: RowMeta) -> int | None:
 def _why_no_problem(call: Call, x: Any, leaves: Sequence[Any]) -> str | None:
     """Returns why no kernel computes the product, or None if `Problem` describes it."""
     meta, rows, name = call.meta, call.rows(leaves), call.meta.fmt.name
-    if call.transposed:
-        return "kept axes of the weight are contracted"
+    if call.transposed and not jnp.issubdtype(x.dtype, jnp.floating):
+        return f"kept axes of the weight are contracted with {x.dtype.name} activations"
     if rows.offset is not None:
         return "the weight has real offsets"
     if meta.fmt.bits not in (4, 8):
@@ -159,7 +160,7 @@ def _why_no_problem(call: Call, x: Any, leaves: Sequence[Any]) -> str | None:
     if rows.codebook is not None and rows.codebook.shape[1:3] != (1, 1):
         return "the weight has several codebooks"
     if meta.packing is formats.Packing.HALVES and num_groups(rows) > 1:
-        # `pallas_form` moves columns of x inside a unit. Each unit needs one scale.
+        # `pallas_form` moves columns inside a unit. Each unit needs one scale.
         group, unit = group_size(meta, num_groups(rows)), meta.unit
         if unit is None or group % unit:
             return (

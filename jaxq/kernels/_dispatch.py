@@ -23,6 +23,7 @@ from jaxq.kernels._registry import (
     EFFECTFUL_INTERPRETERS,
     KERNELS,
     kernel_module,
+    kernels_for,
     platform_of,
 )
 
@@ -30,11 +31,11 @@ from jaxq.kernels._registry import (
 # GPU kernel decodes its weights again for every 64 or 128 rows of x. From some number
 # of rows on, computing should take longer than reading the decoded weight. The numbers
 # are estimates: no device has been measured yet.
-_DENSE_FROM = {"mosaic_gpu": 512, "triton": 512}
+_DENSE_FROM = {"mosaic_gpu": 512, "triton": 512, "triton_transposed": 512}
 # Triton looks a codebook up by 15 selects. The machine code has 16 integer instructions
 # for a weight. Twice that, for more than 64 rows, is predicted to take longer than to
 # write and read the decoded weight. (`benchmarks/sass.py` counts the instructions.)
-_DENSE_FROM_OF_CODEBOOKS = {"triton": 65}
+_DENSE_FROM_OF_CODEBOOKS = {"triton": 65, "triton_transposed": 65}
 # Size in bytes of the decoded rows that the XLA form holds on an accelerator.
 _ACCELERATOR_BLOCK_BYTES = 256 * 2**20
 # A block size that no weight reaches. In a program for several devices a weight is
@@ -111,7 +112,8 @@ def choose(
         return Choice("xla", reason)
     if 0 in (problem.e, problem.m, problem.n, problem.k):
         return Choice("xla", "the product is empty")
-    if platform == "cuda" and problem.x_dtype == "int8" and problem.bits == 8:
+    is_int8 = problem.x_dtype == "int8" and problem.bits == 8
+    if platform == "cuda" and is_int8 and not problem.transposed:
         reason = "XLA has its own int8 product for int8 x and 8-bit codes"
         return Choice("xla", reason, preferred=True)
     return _first_kernel(problem, platform, device_kind)
@@ -129,7 +131,7 @@ def why_not_partitioned(num_devices: int) -> str | None:
 
 def _first_kernel(problem: Problem, platform: str, device_kind: str | None) -> Choice:
     """Chooses the first kernel of the platform that can compute the problem."""
-    names = KERNELS[platform]
+    names = kernels_for(platform, transposed=problem.transposed)
     reasons = []
     for name in names:
         reason = kernel_module(name).why_not(problem, device_kind)
@@ -181,7 +183,7 @@ def decide(
 
     Args:
       call: static facts of the product.
-      x: abstract value `[e, m, k]`.
+      x: abstract value `[e, m, k]`, or `[e, m, n]` if `call.transposed`.
       leaves: abstract values of the rows, in the order of `call.leaves`.
       platform: the platform that the program is lowered for.
       device_kind: `jax.Device.device_kind`, or None if unknown.
@@ -192,7 +194,7 @@ def decide(
         `call.interpret` is False.
     """
     if call.backend not in ("auto", "xla"):
-        return _named_kernel(call, x, leaves, platform)
+        return _named_kernel(call, x, leaves, platform, device_kind)
     if platform not in KERNELS:
         block_bytes = _WHOLE_WEIGHT if num_devices > 1 else call.meta.block_bytes
         return Decision(_with_blocks(call, block_bytes))
@@ -202,8 +204,8 @@ def decide(
         if choice.reason is None:
             assert isinstance(problem, Problem), problem
             return Decision(call, choice.backend, problem)
-        # A derivative never has a kernel, so it gives no warning. There is also no
-        # warning if the XLA form is expected to be faster.
+        # A user cannot act on a warning about a derivative. There is also no warning if
+        # the XLA form is expected to be faster.
         if not call.backward and not choice.preferred:
             product = f"a {call.meta.fmt.name} product with k = {call.meta.k}"
             warn_of_fallback(product, platform, choice.reason)
@@ -213,21 +215,31 @@ def decide(
     )
 
 
-def _named_kernel(call: Call, x: Any, leaves: Sequence[Any], platform: str) -> Decision:
-    """The decision if the caller names a kernel."""
+def _named_kernel(
+    call: Call,
+    x: Any,
+    leaves: Sequence[Any],
+    platform: str,
+    device_kind: str | None,
+) -> Decision:
+    """The decision if the caller names a kernel of the forward product."""
     if not call.interpret and call.backend not in KERNELS.get(platform, ()):
         raise ValueError(
             f"quantized_matmul: the {call.backend} kernel runs on "
             f"{platform_of(call.backend)}, and this program is lowered for {platform}. "
             'Use backend="auto", or interpret=True to run the interpreter.'
         )
-    # A transposed product is part of a derivative. Kernels compute only the forward
-    # product.
-    if call.transposed:
-        return Decision(call)
     problem = problem_of(call, x, leaves)
-    assert isinstance(problem, Problem), problem
-    return Decision(call, call.backend, problem)
+    if not call.transposed:
+        assert isinstance(problem, Problem), problem
+        return Decision(call, call.backend, problem)
+    # A transposed product is part of a derivative. The platform of the named kernel has
+    # other kernels for it.
+    if isinstance(problem, Problem):
+        for name in kernels_for(platform_of(call.backend), transposed=True):
+            if kernel_module(name).why_not(problem, device_kind) is None:
+                return Decision(call, name, problem)
+    return Decision(call)
 
 
 def _with_blocks(call: Call, block_bytes: int | None) -> Call:

@@ -8,6 +8,7 @@ copies the matrices that it needs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def pallas_form(
     """Computes the product by a Pallas kernel.
 
     Args:
-      x: `[e, m, k]`.
+      x: `[e, m, k]`, or `[e, m, n]` if `call.transposed`.
       *leaves: arrays of the rows in the order of `call.leaves`.
       call: static facts of the product.
       kernel: name of the kernel.
@@ -106,7 +107,7 @@ def pallas_form(
       device_kind: `jax.Device.device_kind`, or None if unknown. It selects the tiles.
 
     Returns:
-      `[e, m, n]` in `call.out_dtype`.
+      `[e, m, n]`, or `[e, m, k]` if `call.transposed`, in `call.out_dtype`.
     """
     rows = call.rows(leaves)
     codebook = rows.codebook
@@ -125,11 +126,11 @@ def pallas_form(
         leaf = jnp.broadcast_to(leaf, (problem.e, problem.n, leaf.shape[-1]))
         return leaf if as_stored else jnp.swapaxes(leaf, 1, 2)
 
-    if as_stored and problem.unit is not None:
+    keeps_order = as_stored and problem.unit is not None
+    if not call.transposed:
         x = _pad_columns(x, call.meta)
-    else:
-        x = _in_memory_order(x, call.meta)
-    return kernel_module(kernel).matmul(
+        x = x if keeps_order else _in_memory_order(x, call.meta)
+    y = kernel_module(kernel).matmul(
         x,
         rows.data,
         per_row(rows.scale),
@@ -140,6 +141,10 @@ def pallas_form(
         tiles=_tiles.lookup(kernel, device_kind, problem),
         interpret=call.interpret,
     )
+    if not call.transposed:
+        return y
+    y = y if keeps_order else _in_column_order(y, call.meta)
+    return y[..., : call.meta.k]
 
 
 @functools.cache
@@ -172,32 +177,59 @@ def interpreted(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
 
 
 def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
-    """Pads x to `padded_k` columns, in the order of the codes in memory.
+    """Brings `padded_k` columns into the order of the codes in memory.
 
     Column j of the result belongs to code j in memory. In a byte, the code in the low
     bits comes first.
     """
-    x = _pad_columns(x, meta)
     if meta.packing is formats.Packing.HALVES:
-        unit = meta.unit or meta.padded_k
-        whole = meta.padded_k // unit * unit
-        units = _pairs_of_halves(x[..., :whole], unit)
-        if whole == meta.padded_k:
-            return units
-        # The codes beyond the last whole unit are a shorter unit.
-        last = _pairs_of_halves(x[..., whole:], meta.padded_k - whole)
-        return jnp.concatenate([units, last], axis=-1)
+        return _on_units(_pairs_of_halves, x, meta)
     if meta.packing is formats.Packing.HIGH_FIRST:
-        # The second code of a byte is in its low bits.
-        pairs = x.reshape(*x.shape[:2], -1, 2)  # [e, m, bytes, 2]
-        return pairs[..., ::-1].reshape(x.shape)
+        return _swapped_pairs(x)
     return x  # the order of codes is that of memory already
+
+
+def _in_column_order(y: jax.Array, meta: RowMeta) -> jax.Array:
+    """The inverse of `_in_memory_order`."""
+    if meta.packing is formats.Packing.HALVES:
+        return _on_units(_halves_of_pairs, y, meta)
+    if meta.packing is formats.Packing.HIGH_FIRST:
+        return _swapped_pairs(y)
+    return y
+
+
+def _on_units(
+    move: Callable[[jax.Array, int], jax.Array], x: jax.Array, meta: RowMeta
+) -> jax.Array:
+    """Applies `move(columns, unit)` to the whole units of x and to the last unit.
+
+    The codes beyond the last whole unit are a shorter unit.
+    """
+    unit = meta.unit or meta.padded_k
+    whole = meta.padded_k // unit * unit
+    units = move(x[..., :whole], unit)
+    if whole == meta.padded_k:
+        return units
+    last = move(x[..., whole:], meta.padded_k - whole)
+    return jnp.concatenate([units, last], axis=-1)
 
 
 def _pairs_of_halves(x: jax.Array, unit: int) -> jax.Array:
     """Moves columns j and j + unit / 2 of each unit next to each other."""
     units = x.reshape(*x.shape[:2], -1, 2, unit // 2)  # [e, m, units, 2, unit / 2]
     return jnp.swapaxes(units, 3, 4).reshape(x.shape)
+
+
+def _halves_of_pairs(y: jax.Array, unit: int) -> jax.Array:
+    """The inverse of `_pairs_of_halves`."""
+    units = y.reshape(*y.shape[:2], -1, unit // 2, 2)  # [e, m, units, unit / 2, 2]
+    return jnp.swapaxes(units, 3, 4).reshape(y.shape)
+
+
+def _swapped_pairs(x: jax.Array) -> jax.Array:
+    """Swaps the columns of each byte, whose second code is in its low bits."""
+    pairs = x.reshape(*x.shape[:2], -1, 2)  # [e, m, bytes, 2]
+    return pairs[..., ::-1].reshape(x.shape)
 
 
 def _pad_columns(x: jax.Array, meta: RowMeta) -> jax.Array:

@@ -11,10 +11,14 @@ from jaxq.kernels._rows import Layout
 class Problem:
     """`y[e, m, n] = x[e, m, k] @ decode(w)[e, k, n]`, as kernels see it.
 
+    If `transposed` is True, it is the product of the backward pass:
+    `y[e, m, k] = x[e, m, n] @ decode(w)[e, k, n]`, summed over n.
+
     A kernel gets these raw arrays:
 
     - x `[e, m, k]`. Its columns have the order of the codes in memory: x[..., j] is
-      multiplied with code j.
+      multiplied with code j. If `transposed`, x is `[e, m, n]`, and the columns of the
+      result have the order of the codes in memory.
     - data, the codes: `[e, n, k * bits / 8]` in layout "rows", or
       `[e, k * bits / 8, n]` in layout "columns". 4-bit codes are uint8, with the first
       code in the low half of each byte. 8-bit codes are int8 or uint8. Signed integer
@@ -28,14 +32,14 @@ class Problem:
     Attributes:
       e: number of stacked products (layers or experts), 1 for a single product.
       m: rows of x.
-      k: contracted length in codes, as they are stored. It includes the padding of a
-        last byte, where x is zero.
-      n: columns of the result.
+      k: length of a row of codes, as it is stored. It includes the padding of a last
+        byte, where x is zero.
+      n: number of rows of codes.
       bits: bits of a code, 4 or 8.
       signed: True if integer codes are two's complement.
       codebook: True if codes are indices into a table of 16 numbers.
       group: number of codes that share a scale. The last group may have fewer codes. k
-        means one scale per column of the result.
+        means one scale for each of the n rows of codes.
       zero_point: True if there are zero points.
       layout: order of the codes in memory, "rows" or "columns".
       x_dtype: "bfloat16", "float16", "float32", or "int8". int8 x is multiplied with
@@ -74,6 +78,7 @@ class Problem:
     scale_dtype: str | None
     out_dtype: str
     unit: int | None = None
+    transposed: bool = False
 
     @property
     def num_groups(self) -> int:

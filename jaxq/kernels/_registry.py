@@ -14,6 +14,8 @@ from types import ModuleType
 # The kernels of each platform, in the order in which `choose` tries them.
 KERNELS = {"tpu": ("tpu",), "cuda": ("mosaic_gpu", "triton")}
 KERNEL_NAMES = tuple(itertools.chain.from_iterable(KERNELS.values()))
+# The kernels of each platform for products of the backward pass (`Problem.transposed`).
+TRANSPOSED_KERNELS = {"tpu": ("tpu_transposed",), "cuda": ("triton_transposed",)}
 # The kernels that read codes and scales as they are stored: HALVES units (see
 # `Problem.unit`), and scales `[e, n, g]`. Other kernels get x in the order of the codes
 # in memory, and scales `[e, g, n]`.
@@ -29,6 +31,12 @@ def kernel_module(name: str) -> ModuleType:
     kernel.
     """
     return importlib.import_module(f"jaxq.kernels._{name}")
+
+
+def kernels_for(platform: str, *, transposed: bool) -> tuple[str, ...]:
+    """Returns the names of a platform's kernels for a product, in their order."""
+    kernels = TRANSPOSED_KERNELS if transposed else KERNELS
+    return kernels.get(platform, ())
 
 
 def platform_of(name: str) -> str:

@@ -59,7 +59,6 @@ beyond m and n are computed but not written.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping
 
 import jax
@@ -69,11 +68,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxq.kernels._problem import Problem
+from jaxq.kernels._tile_product import tile_product
+from jaxq.kernels._tpu_tiles import (
+    LANES,
+    SUBLANES,
+    generation,
+    integers,
+    is_wide,
+    run_grid,
+    scaled_weights,
+    table_body,
+    table_entries,
+    tile_height,
+    to_native,
+    weight_inputs,
+    weight_specs,
+    whole_registers,
+    why_not_tiles,
+)
 
-_GROUPS = (32, 64, 128)
-_LANES = 128
-# A tile needs at least this many scales along k.
-_SUBLANES = 8
 _X_DTYPES = ("bfloat16", "float16", "float32", "int8")
 
 
@@ -85,23 +98,11 @@ def why_not(problem: Problem, device_kind: str | None) -> str | None:
       device_kind: `jax.Device.device_kind`, or None if no device is known yet.
     """
     p = problem
-    if 0 in (p.e, p.m, p.k, p.n):
-        return "the product is empty"
-    if p.bits not in (4, 8) or (p.codebook and p.bits != 4):
-        return f"the TPU kernel does not decode {p.codes} codes"
-    if p.group != p.k and p.group not in _GROUPS:
-        sizes = ", ".join(map(str, _GROUPS))
-        return (
-            f"the TPU kernel needs groups of {sizes} codes or one scale per column, "
-            f"not groups of {p.group}"
-        )
     if p.x_dtype not in _X_DTYPES:
         return f"the TPU kernel does not take x in {p.x_dtype}"
     if p.x_dtype == "int8" and p.codebook:
         return "int8 x cannot be multiplied with the float entries of a codebook"
-    if device_kind is not None and _generation(device_kind) < 5:
-        return f"the TPU kernel is for TPU v5e and later, not for {device_kind}"
-    return None
+    return why_not_tiles(p, device_kind)
 
 
 def default_tiles(problem: Problem, device_kind: str | None) -> dict[str, int | str]:
@@ -113,21 +114,16 @@ def default_tiles(problem: Problem, device_kind: str | None) -> dict[str, int | 
         generation.
     """
     p = problem
-    is_wide = p.x_dtype in ("float16", "float32")
-    # The rows of one register. They depend on the bytes of a number.
-    register_rows = {"int8": 32, "bfloat16": 16}.get(p.x_dtype, _SUBLANES)
-    m = pl.cdiv(p.m, register_rows) * register_rows
-    n = pl.cdiv(p.n, _LANES) * _LANES
-    bm, bn = min(m, 256 if is_wide else 512), min(n, 512)
+    m, n = whole_registers(p), pl.cdiv(p.n, LANES) * LANES
+    bm, bn = min(m, 256 if is_wide(p) else 512), min(n, 512)
     body = _default_body(p, bm, device_kind)
     return {"bm": bm, "bk": _default_bk(p, bm, body), "bn": bn, "body": body}
 
 
 def _default_body(p: Problem, bm: int, device_kind: str | None) -> str:
-    is_old = _generation(device_kind) < 6
+    is_old = generation(device_kind) < 6
     if p.codebook:
-        wide = p.x_dtype in ("float16", "float32")
-        return "select" if wide or is_old else "gather"
+        return table_body(p, device_kind)
     if p.x_dtype == "int8":
         return "post"
     if is_old:
@@ -140,14 +136,10 @@ def _default_body(p: Problem, bm: int, device_kind: str | None) -> str:
 
 
 def _default_bk(p: Problem, bm: int, body: str) -> int:
-    is_wide, select, many_rows = (
-        p.x_dtype in ("float16", "float32"),
-        body == "select",
-        bm > 128,
-    )
+    select, many_rows = body == "select", bm > 128
     # Rows of bytes need room for their transpose.
     transposed_bytes = p.layout == "rows" and p.bits == 8
-    if is_wide or ((select or transposed_bytes) and many_rows):
+    if is_wide(p) or ((select or transposed_bytes) and many_rows):
         largest = 1024
     elif select or many_rows:
         largest = 2048
@@ -155,7 +147,7 @@ def _default_bk(p: Problem, bm: int, body: str) -> int:
         largest = 4096
     # A step is assumed to cost about as much as 512 more rows of weights. The last step
     # along k costs as much as the others, so k should be close to a multiple of bk.
-    height = _height(p)
+    height = tile_height(p)
     candidates = range(largest // height * height, 0, -height)
     return min(candidates, key=lambda bk: pl.cdiv(p.k, bk) * (bk + 512))
 
@@ -198,93 +190,32 @@ def matmul(
     bm, bk, bn = (int(tiles[name]) for name in ("bm", "bk", "bn"))
     _check_tiles(p, bm, bk, bn, body)
     steps = pl.cdiv(p.k, bk)
-    x = jnp.pad(_to_native(x), ((0, 0), (0, 0), (0, steps * bk - p.k)))
-    inputs = {"x": x, "data": data}
-    if scale is not None:
-        inputs["scale"] = _to_native(scale)
-    if zero_point is not None:
-        # bfloat16 holds every zero point exactly. A bfloat16 tile may have 8 rows. A
-        # tile of bytes needs 32 rows.
-        inputs["zero_point"] = zero_point.astype(jnp.bfloat16)
-    if codebook is not None:
-        inputs["codebook"] = _lay_out_codebook(codebook, body)
+    x = jnp.pad(to_native(x), ((0, 0), (0, 0), (0, steps * bk - p.k)))
+    inputs = {"x": x, **weight_inputs(data, scale, zero_point, codebook, body)}
     is_integer_sum = p.x_dtype == "int8" and p.group == p.k
-    out = jax.ShapeDtypeStruct(
-        (p.e, p.m, p.n),
-        _native(p.out_dtype),
-        manual_axis_type=jax.typeof(x).manual_axis_type,
-    )
-    num_bytes = sum(a.size * a.dtype.itemsize for a in (*inputs.values(), out))
-    # A product reads one matrix of a stack, however long the stack is.
-    num_bytes -= (data.shape[0] - p.e) * (data.nbytes // data.shape[0])
-    # The index is in scalar memory before the first tile is loaded.
-    prefetched = [] if index is None else [index]
-    total = pltpu.VMEM((bm, bn), jnp.int32 if is_integer_sum else jnp.float32)
-    y = pl.pallas_call(
-        functools.partial(_kernel, tuple(inputs), p, body, steps),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(prefetched),
-            grid=(p.e, pl.cdiv(p.m, bm), pl.cdiv(p.n, bn), steps),
-            in_specs=_input_specs(inputs, p, bm, bk, bn),
-            out_specs=pl.BlockSpec((None, bm, bn), lambda e, m, n, k, *_: (e, m, n)),
-            scratch_shapes=[total],
-        ),
-        out_shape=out,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * p.e * p.m * p.k * p.n,
-            bytes_accessed=num_bytes,
-            transcendentals=0,
-        ),
-        interpret=interpret,
-    )(*prefetched, *inputs.values())
-    return y.astype(p.out_dtype)
-
-
-def _input_specs(
-    inputs: Mapping[str, jax.Array], p: Problem, bm: int, bk: int, bn: int
-) -> list[pl.BlockSpec]:
-    """The tile of each input in a grid step (e, m, n, k).
-
-    The functions also get the references to prefetched scalars: nothing, or the index.
-    """
-    if p.group == p.k:
-        group_spec = pl.BlockSpec((None, 1, bn), lambda e, m, n, k, *_: (e, 0, n))
-    else:
-        tile = (None, bk // p.group, bn)
-        group_spec = pl.BlockSpec(tile, lambda e, m, n, k, *_: (e, k, n))
-    height = bk * p.bits // 8
-
-    def matrix(e, prefetched):
-        return prefetched[0][e] if prefetched else e
-
-    if p.layout == "rows":
-        data_spec = pl.BlockSpec(
-            (None, bn, height), lambda e, m, n, k, *refs: (matrix(e, refs), n, k)
-        )
-    else:
-        data_spec = pl.BlockSpec(
-            (None, height, bn), lambda e, m, n, k, *refs: (matrix(e, refs), k, n)
-        )
     specs = {
         "x": pl.BlockSpec((None, bm, bk), lambda e, m, n, k, *_: (e, m, k)),
-        "data": data_spec,
-        "scale": group_spec,
-        "zero_point": group_spec,
+        **weight_specs(inputs, p, bk, bn, lambda e, m, n, k: (e, k, n)),
     }
-    if "codebook" in inputs:
-        tile = (None, *inputs["codebook"].shape[1:])
-        specs["codebook"] = pl.BlockSpec(tile, lambda e, m, n, k, *_: (e, 0, 0))
-    return [specs[name] for name in inputs]
+    return run_grid(
+        functools.partial(_kernel, tuple(inputs), p, body, steps),
+        inputs,
+        index,
+        p,
+        grid=(p.e, pl.cdiv(p.m, bm), pl.cdiv(p.n, bn), steps),
+        in_specs=[specs[name] for name in inputs],
+        out_shape=(p.e, p.m, p.n),
+        out_spec=pl.BlockSpec((None, bm, bn), lambda e, m, n, k, *_: (e, m, n)),
+        total=pltpu.VMEM((bm, bn), jnp.int32 if is_integer_sum else jnp.float32),
+        interpret=interpret,
+    )
 
 
 def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) -> None:
     """One grid step (e, m, n, k): adds the product of one tile along k to `total`.
 
     `refs` are the index if there is one, the inputs `names`, the result `[bm, bn]` and
-    total `[bm, bn]`. Only `_input_specs` reads the index.
+    total `[bm, bn]`. Only `weight_specs` reads the index.
     """
     *input_refs, y, total = refs
     inputs = dict(zip(names, input_refs[-len(names) :], strict=True))
@@ -313,14 +244,10 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
         index = step * num_groups + lax.broadcasted_iota(jnp.int32, rows.shape, 0)
         return jnp.where(index < p.num_groups, rows, 0.0)
 
-    def on_weights(rows: jax.Array, w: jax.Array, op) -> jax.Array:
-        """Applies `op` to each row of w `[bk, bn]` and to the row of its group."""
-        return op(w.reshape(num_groups, group, -1), rows[:, None, :]).reshape(w.shape)
-
     if p.codebook:
-        w, bias = _table_entries(data, inputs["codebook"][...], body), 0
+        w, bias = table_entries(data, inputs["codebook"][...], body), 0
     else:
-        w, bias = _integers(data, p)  # [bk, bn]
+        w, bias = integers(data, p)  # [bk, bn]
     zero = per_group("zero_point") - bias if p.zero_point else None
     if zero is None and bias:
         zero = jnp.full((num_groups, w.shape[1]), -float(bias), jnp.float32)
@@ -343,16 +270,8 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
             sums += part
         total[...] = sums
     else:
-        if not p.codebook:
-            w = w.astype(x.dtype)  # every float dtype of x holds the integers exactly
-        if zero is not None:
-            w = on_weights(zero.astype(w.dtype), w, jnp.subtract)
-        # Weights are rounded to x's dtype once, at the end. If weights and scales have
-        # one dtype, they are multiplied in that dtype.
-        exact = w.dtype if w.dtype == inputs["scale"].dtype else jnp.float32
-        scale = per_group("scale").astype(exact)
-        w = on_weights(scale, w.astype(exact), jnp.multiply)
-        total[...] += _tile_product(x, w.astype(x.dtype))
+        w = scaled_weights(w, per_group("scale"), zero, p)
+        total[...] += _tile_product(x, w)
 
     @pl.when(step == steps - 1)
     def _():
@@ -362,94 +281,21 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
         y[...] = sums.astype(y.dtype)
 
 
-def _integers(data: jax.Array, p: Problem) -> tuple[jax.Array, int]:
-    """Codes `[bk, bn]` minus a bias, and the bias."""
-    if p.bits == 4:
-        return pltpu.bitcast(data, jnp.int4 if p.signed else jnp.uint4), 0
-    if p.signed or p.x_dtype != "int8":
-        return data, 0
-    # The matrix unit takes only signed bytes. So 128 is subtracted from each code by a
-    # flip of its top bit. There are no byte operations, so the bits of 4 bytes are
-    # flipped together.
-    words = pltpu.bitcast(data, jnp.int32) ^ jnp.int32(-0x7F7F7F80)
-    return pltpu.bitcast(words, jnp.int8), 128
-
-
-def _lay_out_codebook(codebook: jax.Array, body: str) -> jax.Array:
-    """Arranges the codebook as the body reads it from registers.
-
-    For gather it is bfloat16 `[e, 16, 128]`, with the entries along 16 sublanes. For
-    select it is float32 `[e, 1, 128]`: the 16 entries, eight times along 128 lanes.
-    """
-    if body == "gather":
-        entries = codebook.astype(jnp.bfloat16)[:, :, None]
-        return jnp.broadcast_to(entries, (*codebook.shape, _LANES))
-    return jnp.tile(codebook, (1, _LANES // 16))[:, None, :]
-
-
-def _table_entries(data: jax.Array, table: jax.Array, body: str) -> jax.Array:
-    """Looks up the entries `[bk, bn]` of codes: bfloat16 for gather, else float32."""
-    codes = pltpu.bitcast(data, jnp.uint4)
-    bk, bn = codes.shape
-    look_up = functools.partial(jnp.take_along_axis, mode="promise_in_bounds")
-    # One gather fills one register. Indices and entries must have the same width: 16
-    # bits along sublanes, 32 bits along lanes.
-    if body == "gather":
-        codes = codes.astype(jnp.int16)
-        table = jnp.concatenate([table] * (bn // _LANES), axis=1)  # [16, bn]
-        parts = [look_up(table, codes[i : i + 16], axis=0) for i in range(0, bk, 16)]
-        return jnp.concatenate(parts, axis=0)
-    codes, table = codes.astype(jnp.int32), jnp.broadcast_to(table, (bk, _LANES))
-    starts = range(0, bn, _LANES)
-    parts = [look_up(table, codes[:, i : i + _LANES], axis=1) for i in starts]
-    return jnp.concatenate(parts, axis=1)
-
-
 def _tile_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """`x @ w` `[bm, bn]`, int32 for int8 x, float32 otherwise."""
-    accumulate = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    # Without HIGHEST the matrix unit would round float32 to bfloat16.
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return lax.dot_general(
-        x,
-        w,
-        (((1,), (0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=accumulate,
-    )
-
-
-def _native(dtype: str | jnp.dtype) -> jnp.dtype:
-    """The dtype that replaces `dtype` on a TPU: float32 for float16, else `dtype`."""
-    return jnp.dtype(jnp.float32 if jnp.dtype(dtype) == jnp.float16 else dtype)
-
-
-def _to_native(array: jax.Array) -> jax.Array:
-    return array.astype(_native(array.dtype))
-
-
-def _generation(device_kind: str | None) -> int:
-    """The generation of a TPU, from its name. It is 5 if the name has no number.
-
-    Tiles for generation 5, the oldest that the kernel supports, compile for all others.
-    """
-    match = re.search(r"TPU\s?v?(\d)", device_kind or "")
-    return int(match[1]) if match else 5
-
-
-def _height(p: Problem) -> int:
-    """bk must be a multiple of this: whole registers of codes, and eight scales."""
-    return 256 if p.group == p.k else _SUBLANES * p.group
+    if x.dtype == jnp.int8:
+        return jnp.dot(x, w, preferred_element_type=jnp.int32)
+    return tile_product(x, w, 0)
 
 
 def _check_tiles(p: Problem, bm: int, bk: int, bn: int, body: str) -> None:
     """Checks that the kernel can run this problem with these tiles."""
-    height = _height(p)
-    if bm % _SUBLANES or bn % _LANES or bk % height or min(bm, bk, bn) < 1:
+    height = tile_height(p)
+    if bm % SUBLANES or bn % LANES or bk % height or min(bm, bk, bn) < 1:
         raise ValueError(
             f"quantized_matmul: the TPU kernel cannot run with tiles {bm=}, {bk=}, "
             f"{bn=} for groups of {p.group}. bm, bk and bn must be positive multiples "
-            f"of {_SUBLANES}, {height} and {_LANES}."
+            f"of {SUBLANES}, {height} and {LANES}."
         )
     bodies = ("gather", "select") if p.codebook else ("pre", "post")
     if body not in bodies:

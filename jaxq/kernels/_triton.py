@@ -31,17 +31,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxq.kernels._problem import Problem
+from jaxq.kernels._tile_product import tile_product
+from jaxq.kernels._triton_programs import (
+    both,
+    chunk_length,
+    decode_bytes,
+    load_per_row,
+    load_table,
+    num_splits,
+    rows_of_program,
+    run_programs,
+    why_not_programs,
+)
 
 
 def why_not(problem: Problem, device_kind: str | None) -> str | None:
@@ -50,26 +60,7 @@ def why_not(problem: Problem, device_kind: str | None) -> str | None:
     The kind of GPU does not matter: Triton compiles for each of them.
     """
     del device_kind
-    p = problem
-    if p.layout != "rows":
-        return (
-            'it reads codes in layout "rows", not "columns"; use '
-            'jaxq.relayout(weight, "rows")'
-        )
-    if p.x_dtype == "int8" or p.scale_dtype is None:
-        return "it takes no int8 x; XLA has its own int8 product"
-    if p.bits not in (4, 8) or (p.codebook and p.bits != 4):
-        return (
-            "it decodes codes of 4 or 8 bits and codebooks of 16 numbers, not "
-            f"{p.codes}"
-        )
-    if 0 in (p.e, p.m, p.n, p.k):
-        return "the product is empty"
-    if p.num_groups > 1 and p.group % 32:
-        return f"the group size must be a multiple of 32 codes, not {p.group}"
-    if p.k * p.bits % 8:
-        return f"rows of {p.k} codes do not fill whole bytes"
-    return None
+    return why_not_programs(problem)
 
 
 def default_tiles(problem: Problem, device_kind: str | None) -> dict:
@@ -78,14 +69,9 @@ def default_tiles(problem: Problem, device_kind: str | None) -> dict:
     The tiles are estimated from the shapes. They have not been measured.
     """
     del device_kind
-    p = problem
-    bm = next((size for size in (16, 32, 64) if p.m <= size), 64)
-    bn = 64
+    p, bm, bn = problem, rows_of_program(problem), 64
     programs = p.e * pl.cdiv(p.m, bm) * pl.cdiv(p.n, bn)
-    # Split k while programs are few and each part has at least 512 codes.
-    splits = 1
-    while splits < 16 and 2 * splits * programs <= 512 and p.k >= 1024 * splits:
-        splits *= 2
+    splits = num_splits(programs, p.k)
     return {"bm": bm, "bn": bn, "splits": splits, "warps": 4, "stages": 3}
 
 
@@ -128,22 +114,17 @@ def matmul(
     x = jnp.moveaxis(x.reshape(p.e, p.m, p.k // per_byte, per_byte), 3, 1)
     arrays = (x, data, scale, zero_point, codebook, index)
     operands = [a for a in arrays if a is not None]
-    options = {name: int(size) for name, size in tiles.items()}
-    sizes = _program_sizes(p, options)
-    sums = pl.pallas_call(
+    sizes = _program_sizes(p, {name: int(size) for name, size in tiles.items()})
+    sums = run_programs(
         functools.partial(_program, p, sizes, index is not None),
-        out_shape=jax.ShapeDtypeStruct(
-            (sizes.splits, p.e, p.m, p.n),
-            jnp.float32,
-            manual_axis_type=jax.typeof(x).manual_axis_type,
-        ),
+        *operands,
         grid=(pl.cdiv(p.m, sizes.bm), pl.cdiv(p.n, sizes.bn), p.e * sizes.splits),
-        compiler_params=plt.CompilerParams(
-            num_warps=options["warps"], num_stages=options["stages"]
-        ),
-        interpret=interpret,
+        shape=(sizes.splits, p.e, p.m, p.n),
+        warps=int(tiles["warps"]),
+        stages=int(tiles["stages"]),
         name="jaxq_triton_matmul",
-    )(*operands)
+        interpret=interpret,
+    )
     return sums.sum(0).astype(p.out_dtype)
 
 
@@ -169,9 +150,7 @@ class _ProgramSizes:
 
 
 def _program_sizes(p: Problem, tiles: Mapping[str, int]) -> _ProgramSizes:
-    # Triton needs sizes that are powers of two, and at least 16 numbers along k.
-    chunk = 128 if p.num_groups == 1 else min(128, math.gcd(p.group, 128))
-    splits = tiles["splits"]
+    chunk, splits = chunk_length(p), tiles["splits"]
     steps = pl.cdiv(pl.cdiv(p.k, chunk), splits)
     return _ProgramSizes(
         tiles["bm"], tiles["bn"], splits, chunk, chunk * p.bits // 8, steps
@@ -196,10 +175,8 @@ def _program(
     n_rows = pl.ds(pl.program_id(1) * bn, bn)
     m_mask = pl.program_id(0) * bm + jnp.arange(bm) < p.m
     n_mask = pl.program_id(1) * bn + jnp.arange(bn) < p.n
-    table = [extra[-1][e, i] for i in range(16)] if p.codebook else []
+    table = load_table(extra[-1], e) if p.codebook else []
     per_byte = 8 // p.bits
-    # The default would round float32 to tf32.
-    precision = lax.Precision.HIGHEST if p.x_dtype == "float32" else None
 
     def step(t, sums):
         t = s * steps + t
@@ -208,71 +185,22 @@ def _program(
         # The last part may reach beyond k, where there is no group.
         group = jnp.minimum(t * sizes.chunk // p.group, p.num_groups - 1)
         packed = plt.load(
-            data_ref.at[matrix, n_rows, columns], mask=_both(n_mask, k_mask), other=0
+            data_ref.at[matrix, n_rows, columns], mask=both(n_mask, k_mask), other=0
         ).astype(jnp.int32)  # [bn, row_bytes]
-        scale = plt.load(scale_ref.at[e, group, n_rows], mask=n_mask, other=0).astype(
-            jnp.float32
-        )  # [bn]
+        scale = load_per_row(scale_ref, e, group, n_rows, n_mask).astype(jnp.float32)
         zero = None
         if zero_ref is not None:
-            zero = plt.load(zero_ref.at[e, group, n_rows], mask=n_mask, other=0).astype(
-                jnp.int32
-            )  # [bn]
+            zero = load_per_row(zero_ref, e, group, n_rows, n_mask).astype(jnp.int32)
         product = jnp.zeros((bm, bn), jnp.float32)
         for place in range(per_byte):
             x = plt.load(
                 x_ref.at[e, jnp.int32(place), m_rows, columns],
-                mask=_both(m_mask, k_mask),
+                mask=both(m_mask, k_mask),
                 other=0,
             )  # [bm, row_bytes]
-            weights = _decode_bytes(packed, place, table, zero, p).astype(x.dtype)
-            product += lax.dot_general(
-                x,
-                weights,
-                (((1,), (1,)), ((), ())),
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            )
+            weights = decode_bytes(packed, place, table, zero, p).astype(x.dtype)
+            product += tile_product(x, weights, 1)
         return sums + product * lax.broadcast_in_dim(scale, (bm, bn), (1,))
 
     sums = lax.fori_loop(0, steps, step, jnp.zeros((bm, bn), jnp.float32))
-    plt.store(out_ref.at[s, e, m_rows, n_rows], sums, mask=_both(m_mask, n_mask))
-
-
-def _decode_bytes(packed, place: int, table: list, zero, p: Problem):
-    """Weights without their scales, `[bn, row_bytes]`.
-
-    Args:
-      packed: the bytes as int32 `[bn, row_bytes]`.
-      place: which code of each byte, 0 for the low bits.
-      table: 16 scalars for a codebook, else empty.
-      zero: zero points int32 `[bn]`, or None.
-      p: the problem.
-    """
-    codes = packed
-    if p.bits == 4:
-        codes = (packed >> np.int32(4 * place)) & np.int32(15)
-        if p.signed and not p.codebook:
-            # Two's complement: flip the sign bit, then subtract its value.
-            codes = (codes ^ np.int32(8)) - np.int32(8)
-    if not p.codebook:
-        if zero is None:
-            return codes
-        return codes - lax.broadcast_in_dim(zero, codes.shape, (0,))
-    # A tree of selects. Each round uses one bit of the code, the lowest first, and
-    # halves the number of entries that are left: 16, 8, 4, 2, 1.
-    values = [jnp.full(codes.shape, number) for number in table]
-    for bit in range(4):
-        is_set = (codes & np.int32(1 << bit)) != 0
-        values = [
-            jnp.where(is_set, odd, even)
-            for even, odd in zip(values[::2], values[1::2], strict=True)
-        ]
-    return values[0]
-
-
-def _both(rows, columns):
-    """Combines a mask of rows `[r]` and a mask of columns `[c]` to a mask `[r, c]`."""
-    shape = (rows.shape[0], columns.shape[0])
-    row_mask = lax.broadcast_in_dim(rows, shape, (0,))
-    return row_mask & lax.broadcast_in_dim(columns, shape, (1,))
+    plt.store(out_ref.at[s, e, m_rows, n_rows], sums, mask=both(m_mask, n_mask))

@@ -394,16 +394,65 @@ def plan_on_platform(
     """
     lhs, rhs = facts_of(lhs), facts_of(rhs)
     plan = _plan_product(lhs, rhs, dims, "float32")
-    device_kind = None
-    if platform in kernels.KERNELS:
-        device_kind = kernels.device_kind(platform)
     problem = _kernel_problem(plan, lhs, rhs, dims)
-    choice = kernels.choose(problem, platform, device_kind, num_devices)
+    choice = _choose(problem, platform, num_devices)
     if choice.reason is not None and plan.outlier_product is not None:
         # The product of the outlier columns may still have a kernel.
         lhs, rhs = _without_activation(lhs), _without_activation(rhs)
         problem = _kernel_problem(plan.outlier_product, lhs, rhs, dims)
-        choice = kernels.choose(problem, platform, device_kind, num_devices)
+        choice = _choose(problem, platform, num_devices)
+    return _with_choice(plan, choice, platform)
+
+
+def derivative_on_platform(
+    lhs: Any, rhs: Any, dims: DimensionNumbers, platform: str, num_devices: int = 1
+) -> Plan:
+    """The plan of the product that computes the gradient of the activation.
+
+    The gradient passes straight through a quantized activation. So it is the gradient
+    of the product in floats. It contracts the axes of the weight that the product
+    keeps.
+
+    Args:
+      lhs: as in `plan_dot`. At least one operand is not quantized.
+      rhs: as in `plan_dot`.
+      dims: dimension numbers of the product itself.
+      platform: as in `plan_on_platform`.
+      num_devices: as in `plan_on_platform`.
+    """
+    lhs, rhs = _without_activation(facts_of(lhs)), _without_activation(facts_of(rhs))
+    forward = _plan_product(lhs, rhs, dims, "float32")
+    gradient = "the gradient of the activation"
+    if forward.path == "weight_only":
+        path = "weight_only_transposed"
+        reason = f"{gradient} adds up the products of blocks of decoded rows"
+    elif forward.path == "weight_only_transposed":
+        path, reason = "weight_only", f"{gradient} decodes codes in blocks of rows"
+    else:
+        path, reason = forward.path, f"{gradient}: {forward.reason}"
+    plan = Plan(
+        path,
+        forward.accumulate,
+        forward.swapped,
+        reason,
+        x_dtype=forward.x_dtype,
+        result=forward.x_dtype or forward.result,
+    )
+    problem = _kernel_problem(plan, lhs, rhs, dims)
+    return _with_choice(plan, _choose(problem, platform, num_devices), platform)
+
+
+def _choose(
+    problem: kernels.Problem | str, platform: str, num_devices: int
+) -> kernels.Choice:
+    """The kernel for a product on the devices that this process or a mesh names."""
+    device_kind = None
+    if platform in kernels.KERNELS:
+        device_kind = kernels.device_kind(platform)
+    return kernels.choose(problem, platform, device_kind, num_devices)
+
+
+def _with_choice(plan: Plan, choice: kernels.Choice, platform: str) -> Plan:
     return dataclasses.replace(
         plan,
         kernel=choice.backend,
@@ -456,8 +505,10 @@ def _kernel_problem(
         transposed=plan.path == "weight_only_transposed",
     )
     num_rows = _free_size(x, dims[0][x_side], dims[1][x_side])
-    stack, k = math.prod(weight.batch_shape), weight.meta.geometry.contracted_size
-    x_rows = jax.ShapeDtypeStruct((stack, num_rows, k), plan.x_dtype)
+    stack, geometry = math.prod(weight.batch_shape), weight.meta.geometry
+    summed = geometry.kept if call.transposed else geometry.contracted
+    length = math.prod(geometry.shape[axis] for axis in summed)
+    x_rows = jax.ShapeDtypeStruct((stack, num_rows, length), plan.x_dtype)
     return kernels.problem_of(call, x_rows, list(leaves.values()))
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import formats
-from jaxq.ops._decision import plan_on_platform
+from jaxq.ops._decision import derivative_on_platform, plan_on_platform
 from jaxq.ops._dimension_numbers import (
     DimensionNumbers,
     align_matmul,
@@ -17,7 +17,7 @@ from jaxq.ops._dimension_numbers import (
 )
 from jaxq.ops._operands import Operand, check_float_partner, value_of
 from jaxq.ops._plan import Plan
-from jaxq.qtensor import TrainedWeight
+from jaxq.qtensor import QTensor, TrainedWeight
 
 
 def explain(
@@ -26,6 +26,7 @@ def explain(
     dimension_numbers: DimensionNumbers | None = None,
     *,
     platform: str | None = None,
+    derivative: bool = False,
 ) -> Plan:
     """Which path `dot_general` takes, which kernel runs it, and why.
 
@@ -41,13 +42,17 @@ def explain(
         `matmul`.
       platform: "cpu", "tpu", "cuda", "gpu" (the same as "cuda") or "rocm"; None uses
         the default backend of jax.
+      derivative: True explains the product that `jax.grad` runs for the gradient of the
+        activation, instead of the product itself. In this product a `TrainedWeight`
+        multiplies as its `fake_quant()`, an array of floats.
 
     Returns:
       A `Plan`. Print it to read it.
 
     Raises:
       TypeError: contracted or batch axes differ in size, repeat or do not exist; or
-        integers or float64 numbers are multiplied by a QTensor.
+        integers or float64 numbers are multiplied by a QTensor; or `derivative` is True
+        and both operands are quantized, so that no activation has a gradient.
       ValueError: `platform` is unknown; or `dimension_numbers` is None and `matmul`
         cannot multiply operands of these shapes; or the weight has an activation spec,
         and a block size of this spec does not divide the contracted axis.
@@ -59,9 +64,11 @@ def explain(
       weight_only (accumulates in float32): nf4 codes are decoded in blocks of rows
       >>> jaxq.explain(x, qt, platform="tpu").kernel
       'tpu'
+      >>> jaxq.explain(x, qt, platform="tpu", derivative=True).kernel
+      'tpu_transposed'
     """
     num_devices = _num_devices(lhs, rhs)
-    lhs, rhs = _as_described(lhs), _as_described(rhs)
+    lhs, rhs = _as_described(lhs, derivative), _as_described(rhs, derivative)
     if dimension_numbers is None:
         lhs, rhs, dims = align_matmul(lhs, rhs)
     else:
@@ -74,17 +81,26 @@ def explain(
         known = ("cpu", "cuda", "gpu", "rocm", "tpu")
         formats.check_choice("explain: platform", platform, known)
     platform = "cuda" if platform == "gpu" else platform
-    return plan_on_platform(lhs, rhs, dims, platform, num_devices)
+    if not derivative:
+        return plan_on_platform(lhs, rhs, dims, platform, num_devices)
+    if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
+        raise TypeError(
+            f"explain: derivative=True needs a float operand, got {lhs!r} and {rhs!r}. "
+            "Codes have no gradient. Pass the activation as an array."
+        )
+    return derivative_on_platform(lhs, rhs, dims, platform, num_devices)
 
 
-def _as_described(operand: Any) -> Any:
+def _as_described(operand: Any, derivative: bool) -> Any:
     """The operand as `dot_general` multiplies it, or its shapes.
 
-    A trained weight becomes a QTensor of shapes. Lists and numbers become arrays.
+    A trained weight becomes a QTensor of shapes, or an array of shapes in a derivative.
+    Lists and numbers become arrays.
     """
     operand = value_of(operand)
     if isinstance(operand, TrainedWeight):
-        return jax.eval_shape(TrainedWeight.quantize, operand)
+        values = TrainedWeight.fake_quant if derivative else TrainedWeight.quantize
+        return jax.eval_shape(values, operand)
     return operand if hasattr(operand, "ndim") else jnp.asarray(operand)
 
 

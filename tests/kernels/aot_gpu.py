@@ -1,7 +1,8 @@
 """Compiles the GPU kernels for an H200 without a GPU, and prints each case's result.
 
-    python -m tests.kernels.aot_gpu [mosaic_gpu | triton] [word ...]
+    python -m tests.kernels.aot_gpu KERNEL [word ...]
 
+KERNEL is mosaic_gpu, triton, or triton_transposed, the kernel of the backward pass.
 With words, only cases run whose name has all of the words.
 
 It needs jax-cuda13-plugin and jax-cuda13-pjrt of the same version as jax, installed
@@ -9,6 +10,7 @@ with `--no-deps`. They contain the compiler. CUDA and a driver are not needed. T
 h200.txtpb, a GpuTargetConfigProto of XLA, describes the target.
 """
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -83,6 +85,7 @@ def main(kernel_name: str = "mosaic_gpu", *words: str) -> None:
     for name, p in cases().items():
         if not all(word in name for word in words):
             continue
+        p = dataclasses.replace(p, transposed=kernel_name.endswith("_transposed"))
         shapes = [
             None
             if a is None

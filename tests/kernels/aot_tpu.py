@@ -1,7 +1,9 @@
-"""Compiles the TPU kernel with libtpu's compiler, which needs no TPU.
+"""Compiles the TPU kernels with libtpu's compiler, which needs no TPU.
 
     python -m tests.kernels.aot_tpu v6e:2x2
+    python -m tests.kernels.aot_tpu v6e:2x2 transposed
 
+The second line compiles the kernel of the backward pass.
 It needs libtpu, which comes with jax[tpu]. It prints a line for each case, "ok", "not
 served" with the reason, or "FAILED" with the error, and then how many compiled.
 """
@@ -18,25 +20,33 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from jaxq.kernels import Problem, _tpu
+from jaxq.kernels import Problem, _tpu, _tpu_transposed
 from tests.kernels.problems import CODES, problem, specs
 
 
-def cases() -> dict[str, Problem]:
+def cases(*, transposed: bool) -> dict[str, Problem]:
     """Every code by every group for few and many rows, and one case of other facts.
 
-    All of it for codes along rows and along columns.
+    All of it for codes along rows and along columns. The kernel of the backward pass
+    takes no int8 x.
     """
     out = {}
     for codes, layout in itertools.product(CODES, ("rows", "columns")):
         name = f"{codes} {layout}"
-        make = functools.partial(problem, codes, layout=layout, scale_dtype="bfloat16")
+        make = functools.partial(
+            problem,
+            codes,
+            layout=layout,
+            scale_dtype="bfloat16",
+            transposed=transposed,
+        )
         for m, group in itertools.product((16, 512), (32, 64, 128, None)):
             out[f"{name} group={group} m={m}"] = make(m=m, group=group)
-        for m in (32, 512):
-            out[f"{name} int8 x m={m}"] = make(m=m, x_dtype="int8")
-        sums = {"scale_dtype": None, "zero_point": False, "out_dtype": "int32"}
-        out[f"{name} int32"] = make(m=32, group=None, x_dtype="int8", **sums)
+        if not transposed:
+            for m in (32, 512):
+                out[f"{name} int8 x m={m}"] = make(m=m, x_dtype="int8")
+            sums = {"scale_dtype": None, "zero_point": False, "out_dtype": "int32"}
+            out[f"{name} int32"] = make(m=32, group=None, x_dtype="int8", **sums)
         for m in (16, 512):
             wide = dict.fromkeys(("x_dtype", "scale_dtype", "out_dtype"), "float32")
             out[f"{name} float32 x m={m}"] = make(m=m, **wide)
@@ -49,21 +59,23 @@ def cases() -> dict[str, Problem]:
     return out
 
 
-def main(topology: str) -> None:
+def main(topology: str, product: str = "") -> None:
+    transposed = product == "transposed"
+    kernel = _tpu_transposed if transposed else _tpu
     device = topologies.get_topology_desc(
         platform="tpu", topology_name=topology
     ).devices[0]
     sharding = SingleDeviceSharding(device)
     compiled = 0
-    for name, p in cases().items():
-        reason = _tpu.why_not(p, device.device_kind)
+    for name, p in cases(transposed=transposed).items():
+        reason = kernel.why_not(p, device.device_kind)
         if reason:
             print(f"not served {name}: {reason}", flush=True)
             continue
-        tiles = _tpu.default_tiles(p, device.device_kind)
+        tiles = kernel.default_tiles(p, device.device_kind)
 
         def run(*arrays, p=p, tiles=tiles):
-            return _tpu.matmul(*arrays, problem=p, tiles=tiles)
+            return kernel.matmul(*arrays, problem=p, tiles=tiles)
 
         try:
             jax.jit(run, in_shardings=sharding, out_shardings=sharding).lower(
@@ -81,4 +93,4 @@ def main(topology: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

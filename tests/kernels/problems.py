@@ -56,7 +56,7 @@ def specs(p: Problem) -> list[jax.ShapeDtypeStruct | None]:
     width, scales = p.k * p.bits // 8, (p.e, p.num_groups, p.n)
     data = (p.e, p.n, width) if p.layout == "rows" else (p.e, width, p.n)
     return [
-        jax.ShapeDtypeStruct((p.e, p.m, p.k), p.x_dtype),
+        jax.ShapeDtypeStruct((p.e, p.m, p.n if p.transposed else p.k), p.x_dtype),
         jax.ShapeDtypeStruct(data, "uint8" if p.bits == 4 else ints),
         jax.ShapeDtypeStruct(scales, p.scale_dtype) if p.scale_dtype else None,
         jax.ShapeDtypeStruct(scales, ints) if p.zero_point else None,
@@ -108,9 +108,9 @@ def operands(
     data = data if p.layout == "columns" else data.swapaxes(1, 2)
     arrays = [x, jnp.asarray(data, shapes[1].dtype), scale]
     arrays += [None if zero is None else jnp.asarray(zero, shapes[3].dtype)]
-    return [*arrays, None if codebook is None else jnp.asarray(codebook)], np.asarray(
-        x, np.float64
-    ) @ weights
+    arrays += [None if codebook is None else jnp.asarray(codebook)]
+    weights = weights.swapaxes(1, 2) if p.transposed else weights
+    return arrays, np.asarray(x, np.float64) @ weights
 
 
 def _packed(codes: np.ndarray, unit: int | None) -> np.ndarray:
@@ -153,7 +153,7 @@ def error(y: jax.Array, expected: np.ndarray) -> float:
 
 def lowered(kernel, p: Problem, tiles: dict, device: str = "NVIDIA H200") -> str:
     """The program that a kernel lowers to for its platform, on any machine."""
-    platform = "tpu" if kernel.__name__.endswith("_tpu") else "cuda"
+    platform = "tpu" if "._tpu" in kernel.__name__ else "cuda"
     context = contextlib.nullcontext()
     if platform == "cuda" and jax.__version_info__ >= (
         0,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
     or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
     reason="needs jax-cuda13-plugin and jax-cuda13-pjrt, see tests/kernels/aot_gpu.py",
 )
-@pytest.mark.parametrize("kernel", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("kernel", ["mosaic_gpu", "triton", "triton_transposed"])
 def test_compiles_for_h200(kernel, capsys):
     """In a process of its own, because a compiler may end the process on an error."""
     command = [sys.executable, "-m", "tests.kernels.aot_gpu", kernel]

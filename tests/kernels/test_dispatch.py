@@ -3,7 +3,6 @@
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -108,20 +107,30 @@ def test_a_choice_without_a_kernel_has_a_reason():
     assert "shard_map" in kernels.choose(p, "tpu", None, num_devices=4).reason
 
 
-def test_a_transposed_weight_warns_that_it_has_no_kernel():
+def test_a_transposed_weight_has_a_kernel_or_warns():
+    def product(y, qt):
+        return y @ qt.T
+
     qt = weight("int4", dtype="bfloat16")
-    with pytest.warns(
-        kernels.FallbackWarning, match="kept axes of the weight are contracted"
-    ):
-        lowered_for("cuda", lambda y, qt: y @ qt.T, bfloat16(M, N), qt)
+    for platform, kernel in (("tpu", "tpu_custom_call"), ("cuda", "gpu.triton")):
+        assert kernel in lowered_for(platform, product, bfloat16(M, N), qt)
+    columns = jaxq.relayout(qt, "columns")
+    with pytest.warns(kernels.FallbackWarning, match="columns"):
+        lowered_for("cuda", product, bfloat16(M, N), columns)
 
-    def total(x, qt):
-        return jnp.sum(x @ qt).astype(jnp.float32)
 
-    # A derivative has no kernel either, but nobody expects one there.
+def test_a_derivative_without_a_kernel_does_not_warn():
+    """Its forward product warns, or has a kernel."""
+
+    def dx(dy, qt):
+        shape = jax.ShapeDtypeStruct((M, K), dy.dtype)
+        return jax.linear_transpose(lambda x: x @ qt, shape)(dy)
+
+    columns = weight("int4", "columns", "bfloat16")
     with warnings.catch_warnings():
         warnings.simplefilter("error", kernels.FallbackWarning)
-        lowered_for("cuda", jax.grad(total), bfloat16(M, K), qt)
+        text = lowered_for("cuda", dx, bfloat16(M, N), columns)
+    assert "gpu.triton" not in text
 
 
 def test_int8_products_on_a_gpu_are_left_to_xla_without_a_warning():

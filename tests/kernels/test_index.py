@@ -14,7 +14,7 @@ from tests.tables import thinned
 # Product 0 reads matrix 4, and so on. Matrices are read twice, and some never.
 INDEX = (4, 0, 4)
 NUM_MATRICES = 6
-KERNELS = ("tpu", "mosaic_gpu", "triton")
+KERNELS = ("tpu", "mosaic_gpu", "triton", "tpu_transposed", "triton_transposed")
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ KERNELS = ("tpu", "mosaic_gpu", "triton")
             for name in KERNELS
             for codes in CODES
             for facts in ("e=1", "e=3", "columns")
-            if facts != "columns" or name == "tpu"
+            if facts != "columns" or name.startswith("tpu")
         ],
         [
             ("tpu", "codebook4", "e=3"),
@@ -33,6 +33,8 @@ KERNELS = ("tpu", "mosaic_gpu", "triton")
             ("mosaic_gpu", "int4", "e=3"),
             ("mosaic_gpu", "codebook4", "e=1"),
             ("triton", "uint8", "e=3"),
+            ("tpu_transposed", "int4", "e=3"),
+            ("triton_transposed", "codebook4", "e=1"),
         ],
     ),
 )
@@ -42,7 +44,8 @@ def test_the_result_is_that_of_the_copied_matrices(name, codes, facts):
     e = 1 if facts == "e=1" else len(INDEX)
     index = jnp.asarray(INDEX[:e], jnp.int32)
     layout = "columns" if facts == "columns" else "rows"
-    p = problem(codes, m=5, k=256, n=136, group=64, e=NUM_MATRICES, layout=layout)
+    facts = {"layout": layout, "transposed": name.endswith("_transposed")}
+    p = problem(codes, m=5, k=256, n=136, group=64, e=NUM_MATRICES, **facts)
     stack = operands(p)[0][1]
     p = dataclasses.replace(p, e=e)
     x, _, *others = for_kernel(kernel, operands(p, seed=1)[0])

@@ -132,14 +132,14 @@ def test_kernels_read_the_stack(platform, case):
     assert CUSTOM_CALL[platform] in in_place
 
 
-def test_the_forward_pass_of_a_gradient_reads_the_stack():
+@pytest.mark.parametrize("platform", CUSTOM_CALL)
+def test_both_passes_of_a_gradient_read_the_stack(platform):
     x, stack = rows(), stack_of("int4", L)
-    text = lowered_for(
-        "tpu", jax.grad(lambda x: total(scan_in_place(layers), x, stack)), x
-    )
-    # The backward product is plain XLA. It slices the codes of one layer.
-    assert len(SLICED_CODES.findall(text)) == 1
-    assert "tpu_custom_call" in text
+    gradient = jax.grad(lambda x: total(scan_in_place(layers), x, stack))
+    text = lowered_for(platform, gradient, x)
+    assert not SLICED_CODES.search(text)
+    assert text.count(CUSTOM_CALL[platform]) >= 1
+    assert text.count("custom_call @") == 2
 
 
 # Transformations.
