@@ -108,38 +108,54 @@ def pallas_form(
     Returns:
       `[e, m, n]` in `call.out_dtype`.
     """
-    rows = call.rows(leaves)
+    as_stored = kernel in READS_AS_STORED
+    operands = kernel_operands(
+        call.rows(leaves), call.meta, problem, scales_as_stored=as_stored
+    )
+    if as_stored and problem.unit is not None:
+        x = _pad_columns(x, call.meta)
+    else:
+        x = in_memory_order(x, call.meta)
+    return kernel_module(kernel).matmul(
+        x,
+        *operands,
+        problem=problem,
+        index=call.index(leaves),
+        tiles=_tiles.lookup(kernel, device_kind, problem),
+        interpret=call.interpret,
+    )
+
+
+def kernel_operands(
+    rows: Rows, meta: RowMeta, problem: Problem, *, scales_as_stored: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
+    """Returns the arrays of a weight as `Problem` describes them.
+
+    Args:
+      rows: the weight, each leaf with a leading axis e.
+      meta: static facts of the rows.
+      problem: the product.
+      scales_as_stored: True for scales and zero points `[e, n, g]`, False for
+        `[e, g, n]`.
+
+    Returns:
+      (data, scale, zero_point, codebook).
+    """
     codebook = rows.codebook
     if codebook is not None:
         codebook = codebook.reshape(problem.e, -1)
     elif problem.codebook:
-        numbers = _numbers_of(call.meta.fmt)
+        numbers = _numbers_of(meta.fmt)
         codebook = jnp.asarray(np.broadcast_to(numbers, (problem.e, 16)))
-
-    as_stored = kernel in READS_AS_STORED
 
     def per_row(leaf: jax.Array | None) -> jax.Array | None:
         """`[e, n or 1, g]` as `[e, n, g]`, or as `[e, g, n]`."""
         if leaf is None:
             return None
         leaf = jnp.broadcast_to(leaf, (problem.e, problem.n, leaf.shape[-1]))
-        return leaf if as_stored else jnp.swapaxes(leaf, 1, 2)
+        return leaf if scales_as_stored else jnp.swapaxes(leaf, 1, 2)
 
-    if as_stored and problem.unit is not None:
-        x = _pad_columns(x, call.meta)
-    else:
-        x = _in_memory_order(x, call.meta)
-    return kernel_module(kernel).matmul(
-        x,
-        rows.data,
-        per_row(rows.scale),
-        per_row(rows.zero_point),
-        codebook,
-        problem=problem,
-        index=call.index(leaves),
-        tiles=_tiles.lookup(kernel, device_kind, problem),
-        interpret=call.interpret,
-    )
+    return rows.data, per_row(rows.scale), per_row(rows.zero_point), codebook
 
 
 @functools.cache
@@ -171,8 +187,8 @@ def interpreted(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
     return y[0] if single else y
 
 
-def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
-    """Pads x to `padded_k` columns, in the order of the codes in memory.
+def in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
+    """Returns x with `padded_k` columns, in the order of the codes in memory.
 
     Column j of the result belongs to code j in memory. In a byte, the code in the low
     bits comes first.

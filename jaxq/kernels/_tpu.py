@@ -60,7 +60,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -196,18 +197,8 @@ def matmul(
     """
     p, body = problem, str(tiles["body"])
     bm, bk, bn = (int(tiles[name]) for name in ("bm", "bk", "bn"))
-    _check_tiles(p, bm, bk, bn, body)
     steps = pl.cdiv(p.k, bk)
-    x = jnp.pad(_to_native(x), ((0, 0), (0, 0), (0, steps * bk - p.k)))
-    inputs = {"x": x, "data": data}
-    if scale is not None:
-        inputs["scale"] = _to_native(scale)
-    if zero_point is not None:
-        # bfloat16 holds every zero point exactly. A bfloat16 tile may have 8 rows. A
-        # tile of bytes needs 32 rows.
-        inputs["zero_point"] = zero_point.astype(jnp.bfloat16)
-    if codebook is not None:
-        inputs["codebook"] = _lay_out_codebook(codebook, body)
+    inputs = kernel_inputs(x, data, scale, zero_point, codebook, problem=p, tiles=tiles)
     is_integer_sum = p.x_dtype == "int8" and p.group == p.k
     out = jax.ShapeDtypeStruct(
         (p.e, p.m, p.n),
@@ -225,7 +216,7 @@ def matmul(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
             grid=(p.e, pl.cdiv(p.m, bm), pl.cdiv(p.n, bn), steps),
-            in_specs=_input_specs(inputs, p, bm, bk, bn),
+            in_specs=input_specs(inputs, p, bm, bk, bn, _tiles_of_step),
             out_specs=pl.BlockSpec((None, bm, bn), lambda e, m, n, k, *_: (e, m, n)),
             scratch_shapes=[total],
         ),
@@ -243,40 +234,100 @@ def matmul(
     return y.astype(p.out_dtype)
 
 
-def _input_specs(
-    inputs: Mapping[str, jax.Array], p: Problem, bm: int, bk: int, bn: int
-) -> list[pl.BlockSpec]:
-    """The tile of each input in a grid step (e, m, n, k).
+class InputTiles(NamedTuple):
+    """Which tiles a grid step reads.
 
-    The functions also get the references to prefetched scalars: nothing, or the index.
+    Attributes:
+      product: first index of x.
+      weight: first index of scale, zero_point and codebook.
+      matrix: first index of data.
+      m: number of the tile along m.
+      n: number of the tile along n.
+      k: number of the tile along k.
     """
-    if p.group == p.k:
-        group_spec = pl.BlockSpec((None, 1, bn), lambda e, m, n, k, *_: (e, 0, n))
-    else:
-        tile = (None, bk // p.group, bn)
-        group_spec = pl.BlockSpec(tile, lambda e, m, n, k, *_: (e, k, n))
+
+    product: Any
+    weight: Any
+    matrix: Any
+    m: Any
+    n: Any
+    k: Any
+
+
+def _tiles_of_step(e, m, n, k, *prefetched) -> InputTiles:
+    """The tiles of grid step (e, m, n, k). `prefetched` is empty, or has the index."""
+    matrix = prefetched[0][e] if prefetched else e
+    return InputTiles(e, e, matrix, m, n, k)
+
+
+def kernel_inputs(
+    x: jax.Array,
+    data: jax.Array,
+    scale: jax.Array | None,
+    zero_point: jax.Array | None,
+    codebook: jax.Array | None,
+    *,
+    problem: Problem,
+    tiles: Mapping[str, int | str],
+) -> dict[str, jax.Array]:
+    """Returns the arrays as the kernel reads them, by name. See `matmul`.
+
+    Raises:
+      ValueError: The tiles do not fit the hardware, or the body cannot compute the
+        problem.
+    """
+    p, body = problem, str(tiles["body"])
+    bm, bk, bn = (int(tiles[name]) for name in ("bm", "bk", "bn"))
+    _check_tiles(p, bm, bk, bn, body)
+    padding = pl.cdiv(p.k, bk) * bk - p.k
+    inputs = {"x": jnp.pad(_to_native(x), ((0, 0), (0, 0), (0, padding))), "data": data}
+    if scale is not None:
+        inputs["scale"] = _to_native(scale)
+    if zero_point is not None:
+        # bfloat16 holds every zero point exactly. A bfloat16 tile may have 8 rows. A
+        # tile of bytes needs 32 rows.
+        inputs["zero_point"] = zero_point.astype(jnp.bfloat16)
+    if codebook is not None:
+        inputs["codebook"] = _lay_out_codebook(codebook, body)
+    return inputs
+
+
+def input_specs(
+    inputs: Mapping[str, jax.Array],
+    p: Problem,
+    bm: int,
+    bk: int,
+    bn: int,
+    tiles_of_step: Callable[..., InputTiles],
+) -> list[pl.BlockSpec]:
+    """Returns the specification of the tile of each input.
+
+    `tiles_of_step` gets the indices of the grid step and the references to prefetched
+    scalars.
+    """
+    one_scale = p.group == p.k
     height = bk * p.bits // 8
 
-    def matrix(e, prefetched):
-        return prefetched[0][e] if prefetched else e
+    def spec(shape: tuple, position: Callable[[InputTiles], tuple]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *args: position(tiles_of_step(*args)))
 
+    group_rows = 1 if one_scale else bk // p.group
+    group_spec = spec(
+        (None, group_rows, bn), lambda at: (at.weight, 0 if one_scale else at.k, at.n)
+    )
     if p.layout == "rows":
-        data_spec = pl.BlockSpec(
-            (None, bn, height), lambda e, m, n, k, *refs: (matrix(e, refs), n, k)
-        )
+        data_spec = spec((None, bn, height), lambda at: (at.matrix, at.n, at.k))
     else:
-        data_spec = pl.BlockSpec(
-            (None, height, bn), lambda e, m, n, k, *refs: (matrix(e, refs), k, n)
-        )
+        data_spec = spec((None, height, bn), lambda at: (at.matrix, at.k, at.n))
     specs = {
-        "x": pl.BlockSpec((None, bm, bk), lambda e, m, n, k, *_: (e, m, k)),
+        "x": spec((None, bm, bk), lambda at: (at.product, at.m, at.k)),
         "data": data_spec,
         "scale": group_spec,
         "zero_point": group_spec,
     }
     if "codebook" in inputs:
         tile = (None, *inputs["codebook"].shape[1:])
-        specs["codebook"] = pl.BlockSpec(tile, lambda e, m, n, k, *_: (e, 0, 0))
+        specs["codebook"] = spec(tile, lambda at: (at.weight, 0, 0))
     return [specs[name] for name in inputs]
 
 
@@ -284,7 +335,7 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
     """One grid step (e, m, n, k): adds the product of one tile along k to `total`.
 
     `refs` are the index if there is one, the inputs `names`, the result `[bm, bn]` and
-    total `[bm, bn]`. Only `_input_specs` reads the index.
+    total `[bm, bn]`. Only `_tiles_of_step` reads the index.
     """
     *input_refs, y, total = refs
     inputs = dict(zip(names, input_refs[-len(names) :], strict=True))
@@ -294,6 +345,25 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
     def _():
         total[...] = jnp.zeros_like(total)
 
+    add_tile_product(inputs, total, p, body, step)
+
+    @pl.when(step == steps - 1)
+    def _():
+        y[...] = finished_sums(inputs, total, p).astype(y.dtype)
+
+
+def add_tile_product(
+    inputs: Mapping[str, Any], total: Any, p: Problem, body: str, step: Any
+) -> None:
+    """Adds the product of one tile along k to `total`.
+
+    Args:
+      inputs: references to the tiles that `input_specs` describes, by name.
+      total: reference to the sums `[bm, bn]`.
+      p: the problem.
+      body: how a tile is decoded.
+      step: number of the tile along k.
+    """
     x, data = inputs["x"][...], inputs["data"][...]
     if p.layout == "rows":
         data = data.T
@@ -354,12 +424,16 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
         w = on_weights(scale, w.astype(exact), jnp.multiply)
         total[...] += _tile_product(x, w.astype(x.dtype))
 
-    @pl.when(step == steps - 1)
-    def _():
-        sums = total[...]
-        if one_scale and "scale" in inputs:
-            sums = sums.astype(jnp.float32) * per_group("scale")
-        y[...] = sums.astype(y.dtype)
+
+def finished_sums(inputs: Mapping[str, Any], total: Any, p: Problem) -> jax.Array:
+    """Returns the sums `[bm, bn]` after the last tile along k.
+
+    A scale per column multiplies them here. Other scales are in the sums already.
+    """
+    sums = total[...]
+    if p.group == p.k and "scale" in inputs:
+        sums = sums.astype(jnp.float32) * inputs["scale"][...].astype(jnp.float32)
+    return sums
 
 
 def _integers(data: jax.Array, p: Problem) -> tuple[jax.Array, int]:

@@ -32,7 +32,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def matmul(
     arrays = (x, data, scale, zero_point, codebook, index)
     operands = [a for a in arrays if a is not None]
     options = {name: int(size) for name, size in tiles.items()}
-    sizes = _program_sizes(p, options)
+    sizes = program_sizes(p, options)
     sums = pl.pallas_call(
         functools.partial(_program, p, sizes, index is not None),
         out_shape=jax.ShapeDtypeStruct(
@@ -148,7 +149,7 @@ def matmul(
 
 
 @dataclasses.dataclass(frozen=True)
-class _ProgramSizes:
+class ProgramSizes:
     """The sizes that a program works with.
 
     Attributes:
@@ -168,18 +169,19 @@ class _ProgramSizes:
     steps: int
 
 
-def _program_sizes(p: Problem, tiles: Mapping[str, int]) -> _ProgramSizes:
+def program_sizes(p: Problem, tiles: Mapping[str, int]) -> ProgramSizes:
+    """Returns the sizes that a program works with."""
     # Triton needs sizes that are powers of two, and at least 16 numbers along k.
     chunk = 128 if p.num_groups == 1 else min(128, math.gcd(p.group, 128))
     splits = tiles["splits"]
     steps = pl.cdiv(pl.cdiv(p.k, chunk), splits)
-    return _ProgramSizes(
+    return ProgramSizes(
         tiles["bm"], tiles["bn"], splits, chunk, chunk * p.bits // 8, steps
     )
 
 
 def _program(
-    p: Problem, sizes: _ProgramSizes, has_index: bool, x_ref, data_ref, scale_ref, *rest
+    p: Problem, sizes: ProgramSizes, has_index: bool, x_ref, data_ref, scale_ref, *rest
 ) -> None:
     """One program. It computes a tile `[bm, bn]`, summed over one part of k.
 
@@ -188,43 +190,82 @@ def _program(
     """
     *extra, out_ref = rest
     index_ref = extra.pop() if has_index else None
-    bm, bn, row_bytes, steps = sizes.bm, sizes.bn, sizes.row_bytes, sizes.steps
+    bm, bn, splits = sizes.bm, sizes.bn, sizes.splits
     zero_ref = extra[0] if p.zero_point else None
-    e, s = pl.program_id(2) // sizes.splits, pl.program_id(2) % sizes.splits
+    e, s = pl.program_id(2) // splits, pl.program_id(2) % splits
     matrix = e if index_ref is None else index_ref[e]
     m_rows = pl.ds(pl.program_id(0) * bm, bm)
     n_rows = pl.ds(pl.program_id(1) * bn, bn)
     m_mask = pl.program_id(0) * bm + jnp.arange(bm) < p.m
     n_mask = pl.program_id(1) * bn + jnp.arange(bn) < p.n
     table = [extra[-1][e, i] for i in range(16)] if p.codebook else []
+
+    def scale_of(ref, group):
+        return plt.load(ref.at[e, group, n_rows], mask=n_mask, other=0)
+
+    def x_of(place, columns, k_mask):
+        mask = both(m_mask, k_mask)
+        return plt.load(x_ref.at[e, place, m_rows, columns], mask=mask, other=0)
+
+    def bytes_of(columns, k_mask):
+        mask = both(n_mask, k_mask)
+        return plt.load(data_ref.at[matrix, n_rows, columns], mask=mask, other=0)
+
+    loads = Loads(
+        x_of,
+        bytes_of,
+        functools.partial(scale_of, scale_ref),
+        None if zero_ref is None else functools.partial(scale_of, zero_ref),
+    )
+    sums = tile_sums(p, sizes, loads, table, s * sizes.steps, sizes.steps)
+    plt.store(out_ref.at[s, e, m_rows, n_rows], sums, mask=both(m_mask, n_mask))
+
+
+class Loads(NamedTuple):
+    """How a program loads its part of each operand.
+
+    Attributes:
+      x: `x(place, columns, k_mask)` loads `[bm, row_bytes]`, the columns of x for code
+        `place` of each byte.
+      packed: `packed(columns, k_mask)` loads the bytes `[bn, row_bytes]`.
+      scale: `scale(group)` loads `[bn]`.
+      zero_point: `zero_point(group)` loads `[bn]`. None if there are no zero points.
+    """
+
+    x: Callable[..., jax.Array]
+    packed: Callable[..., jax.Array]
+    scale: Callable[..., jax.Array]
+    zero_point: Callable[..., jax.Array] | None
+
+
+def tile_sums(
+    p: Problem,
+    sizes: ProgramSizes,
+    loads: Loads,
+    table: list[jax.Array],
+    first_step: Any,
+    num_steps: Any,
+) -> jax.Array:
+    """Returns the sums `[bm, bn]` of a program over its steps along k, in float32."""
+    bm, bn, row_bytes = sizes.bm, sizes.bn, sizes.row_bytes
     per_byte = 8 // p.bits
     # The default would round float32 to tf32.
     precision = lax.Precision.HIGHEST if p.x_dtype == "float32" else None
 
     def step(t, sums):
-        t = s * steps + t
+        t = first_step + t
         k_mask = t * row_bytes + jnp.arange(row_bytes) < p.k // per_byte
         columns = pl.ds(t * row_bytes, row_bytes)
         # The last part may reach beyond k, where there is no group.
         group = jnp.minimum(t * sizes.chunk // p.group, p.num_groups - 1)
-        packed = plt.load(
-            data_ref.at[matrix, n_rows, columns], mask=_both(n_mask, k_mask), other=0
-        ).astype(jnp.int32)  # [bn, row_bytes]
-        scale = plt.load(scale_ref.at[e, group, n_rows], mask=n_mask, other=0).astype(
-            jnp.float32
-        )  # [bn]
+        packed = loads.packed(columns, k_mask).astype(jnp.int32)
+        scale = loads.scale(group).astype(jnp.float32)
         zero = None
-        if zero_ref is not None:
-            zero = plt.load(zero_ref.at[e, group, n_rows], mask=n_mask, other=0).astype(
-                jnp.int32
-            )  # [bn]
+        if loads.zero_point is not None:
+            zero = loads.zero_point(group).astype(jnp.int32)
         product = jnp.zeros((bm, bn), jnp.float32)
         for place in range(per_byte):
-            x = plt.load(
-                x_ref.at[e, jnp.int32(place), m_rows, columns],
-                mask=_both(m_mask, k_mask),
-                other=0,
-            )  # [bm, row_bytes]
+            x = loads.x(jnp.int32(place), columns, k_mask)  # [bm, row_bytes]
             weights = _decode_bytes(packed, place, table, zero, p).astype(x.dtype)
             product += lax.dot_general(
                 x,
@@ -235,8 +276,7 @@ def _program(
             )
         return sums + product * lax.broadcast_in_dim(scale, (bm, bn), (1,))
 
-    sums = lax.fori_loop(0, steps, step, jnp.zeros((bm, bn), jnp.float32))
-    plt.store(out_ref.at[s, e, m_rows, n_rows], sums, mask=_both(m_mask, n_mask))
+    return lax.fori_loop(0, num_steps, step, jnp.zeros((bm, bn), jnp.float32))
 
 
 def _decode_bytes(packed, place: int, table: list, zero, p: Problem):
@@ -271,8 +311,8 @@ def _decode_bytes(packed, place: int, table: list, zero, p: Problem):
     return values[0]
 
 
-def _both(rows, columns):
-    """Combines a mask of rows `[r]` and a mask of columns `[c]` to a mask `[r, c]`."""
+def both(rows, columns):
+    """Returns the mask `[r, c]` of a mask of rows `[r]` and a mask of columns `[c]`."""
     shape = (rows.shape[0], columns.shape[0])
     row_mask = lax.broadcast_in_dim(rows, shape, (0,))
     return row_mask & lax.broadcast_in_dim(columns, shape, (1,))
