@@ -155,7 +155,8 @@ def _program(p: Problem, sizes: _triton.ProgramSizes, *refs) -> None:
         functools.partial(scale_of, scale_ref),
         None if zero_ref is None else functools.partial(scale_of, zero_ref),
     )
-    num_steps = jnp.where(has_rows, sizes.steps, 0)
+    # Triton needs bounds of one integer type.
+    num_steps = jnp.where(has_rows, jnp.int32(sizes.steps), jnp.int32(0))
     first_step = split * sizes.steps
     sums = _triton.tile_sums(p, sizes, loads, table, first_step, num_steps)
     mask = _triton.both(m_mask, n_mask)

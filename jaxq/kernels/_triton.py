@@ -276,7 +276,8 @@ def tile_sums(
             )
         return sums + product * lax.broadcast_in_dim(scale, (bm, bn), (1,))
 
-    return lax.fori_loop(0, num_steps, step, jnp.zeros((bm, bn), jnp.float32))
+    zeros = jnp.zeros((bm, bn), jnp.float32)
+    return lax.fori_loop(np.int32(0), num_steps, step, zeros)
 
 
 def _decode_bytes(packed, place: int, table: list, zero, p: Problem):

@@ -5,13 +5,12 @@ A mixture of experts uses this product.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxq.kernels import Rows, as_rows, ragged_matmul
+from jaxq.kernels import ragged_matmul
 from jaxq.ops._decision import ragged_x_dtype, result_dtype
 from jaxq.ops._input_scale import scale_rows_by_group
 from jaxq.ops._trained import multiply_trained
@@ -99,9 +98,8 @@ def ragged_dot(
     out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
     sizes = group_sizes.astype(jnp.int32)
     x, weights = scale_rows_by_group(x, weights, sizes)
-    stacked = jax.vmap(_expert_rows)(weights)
-    meta = dataclasses.replace(row_meta(weights.meta), layout="rows")
-    y = ragged_matmul(x.astype(x_dtype), stacked, sizes, meta)
+    rows = jax.vmap(lambda weight: weight_rows(weight)[0])(weights)
+    y = ragged_matmul(x.astype(x_dtype), rows, sizes, row_meta(weights.meta))
     return y.astype(out_dtype)  # pyright: ignore
 
 
@@ -129,8 +127,3 @@ def _ragged_trained(
         return y.astype(out_dtype)
 
     return multiply_trained((x, group_sizes), weights, multiply)
-
-
-def _expert_rows(weight: QTensor) -> Rows:
-    """The rows of the weight of one expert, in the layout "rows"."""
-    return as_rows(*weight_rows(weight))[0]
