@@ -138,7 +138,7 @@ def choose_ragged(
     name = _KERNELS[platform]
     reason = kernel_module(name).why_not(problem, device_kind)
     if reason is not None:
-        return Choice("xla", reason)
+        return Choice("xla", f"{name}: {reason}")
     many_rows = problem.m >= _DENSE_FROM_ROWS_OF_EXPERT * problem.e
     if platform == "cuda" and many_rows and problem.e <= _MOST_DENSE_EXPERTS:
         reason = (

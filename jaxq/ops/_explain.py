@@ -1,4 +1,4 @@
-"""`explain`: what `dot_general` does with its operands on a platform, and why."""
+"""`explain`: what `dot_general` or `ragged_dot` does on a platform, and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import formats
-from jaxq.ops._decision import plan_on_platform
+from jaxq.ops._decision import plan_on_platform, plan_ragged
 from jaxq.ops._dimension_numbers import (
     DimensionNumbers,
     align_matmul,
@@ -17,6 +17,7 @@ from jaxq.ops._dimension_numbers import (
 )
 from jaxq.ops._operands import Operand, check_float_partner, value_of
 from jaxq.ops._plan import Plan
+from jaxq.ops._ragged import check_ragged
 from jaxq.qtensor import TrainedWeight
 
 
@@ -25,9 +26,12 @@ def explain(
     rhs: Operand,
     dimension_numbers: DimensionNumbers | None = None,
     *,
+    group_sizes: Any = None,
     platform: str | None = None,
 ) -> Plan:
     """Which path `dot_general` takes, which kernel runs it, and why.
+
+    With `group_sizes`, it explains `jaxq.ops.ragged_dot` instead.
 
     Nothing is computed or traced. A kernel runs on one device. If an operand is sharded
     over several devices and the product runs under plain `jax.jit`, XLA partitions the
@@ -39,6 +43,9 @@ def explain(
       rhs: likewise.
       dimension_numbers: as in `dot_general`. None uses the dimension numbers of
         `matmul`.
+      group_sizes: integers `[e]` or their `jax.ShapeDtypeStruct`, as in `ragged_dot`.
+        Then `lhs` are the rows of x and `rhs` are the weights of the experts. Only the
+        shape matters.
       platform: "cpu", "tpu", "cuda", "gpu" (the same as "cuda") or "rocm"; None uses
         the default backend of jax.
 
@@ -50,7 +57,10 @@ def explain(
         integers or float64 numbers are multiplied by a QTensor.
       ValueError: `platform` is unknown; or `dimension_numbers` is None and `matmul`
         cannot multiply operands of these shapes; or the weight has an activation spec,
-        and a block size of this spec does not divide the contracted axis.
+        and a block size of this spec does not divide the contracted axis; or both
+        `dimension_numbers` and `group_sizes` are given.
+
+      With `group_sizes`, it raises what `ragged_dot` raises.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -62,19 +72,32 @@ def explain(
     """
     num_devices = _num_devices(lhs, rhs)
     lhs, rhs = _as_described(lhs), _as_described(rhs)
+    platform = _known_platform(platform)
+    if group_sizes is not None:
+        if dimension_numbers is not None:
+            raise ValueError(
+                "explain: ragged_dot has no dimension numbers. Pass group_sizes or "
+                "dimension_numbers, not both."
+            )
+        check_ragged(lhs, rhs, _as_described(group_sizes), "explain")
+        return plan_ragged(lhs, rhs, platform, num_devices)
     if dimension_numbers is None:
         lhs, rhs, dims = align_matmul(lhs, rhs)
     else:
         dims = as_tuples(dimension_numbers, "explain")
     check_sizes(lhs, rhs, dims, "explain")
     check_float_partner(lhs, rhs, "explain")
+    return plan_on_platform(lhs, rhs, dims, platform, num_devices)
+
+
+def _known_platform(platform: str | None) -> str:
+    """The platform as jax names it when it lowers a program."""
     if platform is None:
         platform = jax.default_backend()
     else:
         known = ("cpu", "cuda", "gpu", "rocm", "tpu")
         formats.check_choice("explain: platform", platform, known)
-    platform = "cuda" if platform == "gpu" else platform
-    return plan_on_platform(lhs, rhs, dims, platform, num_devices)
+    return "cuda" if platform == "gpu" else platform
 
 
 def _as_described(operand: Any) -> Any:

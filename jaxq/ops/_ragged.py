@@ -28,11 +28,13 @@ def ragged_dot(
     """`lax.ragged_dot` with quantized weights.
 
     The first `group_sizes[0]` rows of x are multiplied by `weights[0]`, the next
-    `group_sizes[1]` rows by `weights[1]`, and so on. The weights are decoded a few rows
-    of every expert at a time. The product is differentiable in x and in the scales.
+    `group_sizes[1]` rows by `weights[1]`, and so on. The product is differentiable in x
+    and in the scales.
 
-    The product runs in plain XLA on every platform. To use Pallas kernels, give every
-    expert the same number of rows: arrange x as `[e, m, k]` and call `jaxq.einsum`.
+    TPU and GPU have a Pallas kernel. It reads only the weights of experts that have
+    rows. `jaxq.explain(x, weights, group_sizes=group_sizes)` names the kernel, or says
+    why none runs. Then, on other platforms and in derivatives, XLA decodes a few rows
+    of every expert at a time.
 
     Args:
       x: float32, bfloat16 or float16 `[m, k]`, sorted by expert.
@@ -67,40 +69,60 @@ def ragged_dot(
             jnp.asarray(group_sizes),
             preferred_element_type,
         )
-    if not isinstance(weights, QTensor):
-        raise TypeError(
-            f"ragged_dot: weights must be a QTensor, got {type(weights).__name__}. "
-            "Use jax.lax.ragged_dot for arrays."
-        )
-    check_leaves(weights, "ragged_dot")
     x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
-    shown = (
-        f"x: {describe(x.dtype.name, x.shape)}, "
-        f"group_sizes: {describe(group_sizes.dtype.name, group_sizes.shape)}"
-    )
-    if x.ndim != 2 or x.dtype.name not in FLOATS:
-        raise TypeError(
-            f"ragged_dot: x must be a float32, bfloat16 or float16 matrix ({shown}). "
-            "Use x.astype and x.reshape."
-        )
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise TypeError(
-            f"ragged_dot: group_sizes must be integers ({shown}). Pass the number of "
-            "rows of each expert."
-        )
-    x_dtype = ragged_x_dtype(x, weights)
-    num_experts, k, _ = weights.shape
-    if x.shape[1] != k or group_sizes.shape != (num_experts,):
-        raise ValueError(
-            f"ragged_dot: x must be [m, {k}] and group_sizes [{num_experts}] for "
-            f"{weights!r}, got {shown}."
-        )
+    x_dtype = check_ragged(x, weights, group_sizes, "ragged_dot")
     out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
     sizes = group_sizes.astype(jnp.int32)
     x, weights = scale_rows_by_group(x, weights, sizes)
     rows = jax.vmap(lambda weight: weight_rows(weight)[0])(weights)
     y = ragged_matmul(x.astype(x_dtype), rows, sizes, row_meta(weights.meta))
     return y.astype(out_dtype)  # pyright: ignore
+
+
+def check_ragged(x: Any, weights: Any, group_sizes: Any, caller: str) -> str:
+    """Checks the operands of `ragged_dot`.
+
+    Args:
+      x: array or `jax.ShapeDtypeStruct`.
+      weights: a QTensor; the leaves may be shapes.
+      group_sizes: array or `jax.ShapeDtypeStruct`.
+      caller: name of the function, for errors.
+
+    Returns:
+      The dtype in which x is multiplied.
+
+    Raises:
+      TypeError: as in `ragged_dot`.
+      ValueError: as in `ragged_dot`.
+    """
+    if not isinstance(weights, QTensor):
+        raise TypeError(
+            f"{caller}: weights must be a QTensor, got {type(weights).__name__}. "
+            "Use jax.lax.ragged_dot for arrays."
+        )
+    check_leaves(weights, caller)
+    shown = (
+        f"x: {describe(x.dtype.name, x.shape)}, "
+        f"group_sizes: {describe(group_sizes.dtype.name, group_sizes.shape)}"
+    )
+    if x.ndim != 2 or x.dtype.name not in FLOATS:
+        raise TypeError(
+            f"{caller}: x must be a float32, bfloat16 or float16 matrix ({shown}). "
+            "Use x.astype and x.reshape."
+        )
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise TypeError(
+            f"{caller}: group_sizes must be integers ({shown}). Pass the number of "
+            "rows of each expert."
+        )
+    x_dtype = ragged_x_dtype(x, weights)
+    num_experts, k, _ = weights.shape
+    if x.shape[1] != k or group_sizes.shape != (num_experts,):
+        raise ValueError(
+            f"{caller}: x must be [m, {k}] and group_sizes [{num_experts}] for "
+            f"{weights!r}, got {shown}."
+        )
+    return x_dtype
 
 
 def _ragged_trained(
