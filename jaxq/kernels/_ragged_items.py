@@ -75,14 +75,14 @@ def work_items(
     # Experts whose rows end before a tile begins, and experts that begin before a tile
     # ends.
     tile_starts = jnp.arange(-(-num_rows // bm), dtype=jnp.int32)[:, None] * bm
-    num_before = _count(has_rows & (ends <= tile_starts))  # [num_tiles]
-    num_begun = _count(has_rows & (starts < tile_starts + bm))  # [num_tiles]
+    num_before = _count(has_rows[None] & (ends[None] <= tile_starts))  # [num_tiles]
+    num_begun = _count(has_rows[None] & (starts[None] < tile_starts + bm))
     # A tile without rows has one idle item.
     items_of_tile = jnp.maximum(num_begun - num_before, 1)
     after = jnp.cumsum(items_of_tile, dtype=jnp.int32)
 
     item = jnp.arange(most_items(num_rows, b * e, bm), dtype=jnp.int32)
-    tile = jnp.minimum(_count(after <= item[:, None]), after.shape[0] - 1)
+    tile = jnp.minimum(_count(after[None] <= item[:, None]), after.shape[0] - 1)
     # Number of the item within its tile.
     number = item - (after - items_of_tile)[tile]
     rank = num_before[tile] + number
@@ -102,7 +102,7 @@ def rows_with_experts(sizes: jax.Array, num_rows: int) -> jax.Array:
     b = sizes.shape[0]
     totals = jnp.sum(jnp.maximum(sizes, 0), axis=1, keepdims=True)  # [b, 1]
     number = jnp.arange(num_rows // b, dtype=jnp.int32)
-    return (number < totals).reshape(num_rows)
+    return (number[None] < totals).reshape(num_rows)
 
 
 def _segments(sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:

@@ -166,8 +166,9 @@ def ragged_form(
         return product(*(array[0] for array in (x, sizes, *leaves)))[None]
     if leaves[0].shape[0] == b:
         return jax.vmap(product)(x, sizes, *leaves)
+    # `lax.ragged_dot` has no rule for a batch of rows with the same weights.
     shared = [leaf[0] for leaf in leaves]
-    return jax.vmap(lambda x, sizes: product(x, sizes, *shared))(x, sizes)
+    return jax.lax.map(lambda args: product(*args, *shared), (x, sizes))
 
 
 def ragged_kernel_form(
