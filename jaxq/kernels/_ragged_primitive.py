@@ -14,28 +14,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType
+from jax.interpreters import ad, batching
 
 from jaxq.kernels._call import Call, problem_of, with_leaves
-from jaxq.kernels._devices import assumed_gpu, lowering_devices
-from jaxq.kernels._dispatch import Choice, FallbackWarning
+from jaxq.kernels._dispatch import Choice, warn_of_fallback, why_not_partitioned
 from jaxq.kernels._forms import in_memory_order, kernel_operands
-from jaxq.kernels._operands import varying_alike
+from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
+from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._ragged import ragged_gradients, ragged_xla_form
 from jaxq.kernels._ragged_items import rows_with_experts, work_items
 from jaxq.kernels._registry import kernel_module
 from jaxq.kernels._rows import RowMeta, Rows
+from jaxq.sharding import call_on_auto_axes, explicit_spec
 
 # The kernel of each platform.
 _KERNELS = {"tpu": "ragged_tpu", "cuda": "ragged_triton"}
@@ -48,11 +46,6 @@ _MOST_DENSE_EXPERTS = 2
 # Size in bytes of the decoded rows of all experts that the XLA form holds on an
 # accelerator.
 _ACCELERATOR_BLOCK_BYTES = 256 * 2**20
-
-# `ragged_p(x, sizes, *leaves)`: x `[b, m, k]`, sizes int32 `[b, e]`, and the leaves of
-# `Rows`, each `[b, e, ...]`, or `[1, e, ...]` if all batch elements have the same
-# weights. The result is float32 `[b, m, n]`.
-ragged_p = Primitive("quantized_ragged_dot")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -71,13 +64,15 @@ def ragged_matmul(
     Returns:
       float32 `[m, n]`. It has derivatives for x, scale, offset and codebook.
     """
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves((x, rows))]
-    if any(AxisType.Explicit in mesh.axis_types for mesh in meshes if not mesh.empty):
-        # The XLA form states the sharding of each of its results.
-        return ragged_xla_form(x, rows, sizes, meta)
     call, leaves = with_leaves(Call(meta, (), "float32"), rows)
-    operands = [array[None] for array in (x, sizes, *leaves)]
-    return ragged_p.bind(*varying_alike(operands), call=call)[0]
+
+    def bind(*operands: jax.Array) -> jax.Array:
+        batched = varying_alike([array[None] for array in operands])
+        return ragged_p.bind(*batched, call=call)[0]
+
+    n_axis = 1 if meta.layout == "rows" else 2
+    spec = (explicit_spec(x)[0], explicit_spec(rows.data)[n_axis])
+    return call_on_auto_axes(bind, spec, x, sizes, *leaves)
 
 
 def _forward(x, rows, sizes, meta):
@@ -129,12 +124,9 @@ def choose_ragged(
         return Choice("xla", f"there are no ragged kernels for {platform}")
     if isinstance(problem, str):
         return Choice("xla", problem)
-    if num_devices > 1:
-        return Choice(
-            "xla",
-            f"XLA partitions this program for {num_devices} devices and cannot "
-            "partition a kernel; inside jax.shard_map a kernel runs on each device",
-        )
+    reason = why_not_partitioned(num_devices)
+    if reason is not None:
+        return Choice("xla", reason)
     name = _KERNELS[platform]
     reason = kernel_module(name).why_not(problem, device_kind)
     if reason is not None:
@@ -228,40 +220,14 @@ def _abstract(x, sizes, *leaves, call: Call):
     return x.update(shape=shape, dtype=jnp.dtype(jnp.float32), weak_type=False)
 
 
-@functools.partial(jax.jit, static_argnames="call")
-def _run(*operands, call: Call):
-    return ragged_p.bind(*operands, call=call)
-
-
-def _evaluate(*operands, call: Call):
-    # The primitive can only be lowered and compiled.
-    with jax.disable_jit(False):
-        return _run(*operands, call=call)
-
-
-def _lower(ctx, *operands, call: Call, platform: str | None):
-    """Lowers the primitive for one platform; None is every platform without kernels."""
-    with assumed_gpu(platform, ctx.avals_in), warnings.catch_warnings():
-        form = functools.partial(ragged_form, call=call)
-        if platform is not None:
-            form = _form_of_platform(ctx, call, platform)
-        # A user who multiplies by a QTensor cannot act on this warning.
-        warnings.filterwarnings(
-            "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
-        )
-        return mlir.lower_fun(form, multiple_results=False)(ctx, *operands)
-
-
-def _form_of_platform(ctx, call: Call, platform: str) -> functools.partial:
-    """The kernel or the XLA form for a platform that has kernels."""
-    device_kind, num_devices = lowering_devices(ctx, platform)
-    x, _, *leaves = ctx.avals_in
-    merged = [
-        jax.ShapeDtypeStruct((leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), dtype)
-        for leaf in leaves
-        for dtype in [leaf.dtype]
-    ]
+def _form(
+    target: Target, avals: Sequence[Any], *, call: Call
+) -> Callable[..., jax.Array]:
+    """What the primitive computes on a target: a kernel or the XLA form."""
+    x, _, *leaves = avals
+    merged = [_without_batch(leaf.shape, leaf.dtype) for leaf in leaves]
     problem = ragged_problem(call, x.shape[0] * x.shape[1], merged, x.dtype)
+    platform, device_kind, num_devices = target
     choice = choose_ragged(problem, platform, device_kind, num_devices)
     if choice.reason is None:
         return functools.partial(
@@ -270,16 +236,18 @@ def _form_of_platform(ctx, call: Call, platform: str) -> functools.partial:
             kernel=choice.backend,
             device_kind=device_kind,
         )
+    if platform not in _KERNELS:
+        return functools.partial(ragged_form, call=call)
     if not choice.preferred:
-        warnings.warn(
-            f"No kernel runs for a ragged product with {call.meta.fmt.name} experts "
-            f"and k = {call.meta.k} on {platform}, so XLA computes it: "
-            f"{choice.reason}.",
-            FallbackWarning,
-            stacklevel=3,
-        )
+        product = f"rows times {call.meta.fmt.name} experts with k = {call.meta.k}"
+        warn_of_fallback(product, platform, choice.reason)
     meta = dataclasses.replace(call.meta, block_bytes=_ACCELERATOR_BLOCK_BYTES)
     return functools.partial(ragged_form, call=dataclasses.replace(call, meta=meta))
+
+
+def _without_batch(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """`[b, e, ...]` as `[b * e, ...]`."""
+    return jax.ShapeDtypeStruct((shape[0] * shape[1], *shape[2:]), dtype)
 
 
 def _jvp(primals, tangents, *, call: Call):
@@ -290,37 +258,27 @@ def _jvp(primals, tangents, *, call: Call):
 
 
 def _batch(operands: Sequence[jax.Array], dims, *, call: Call):
-    size = next(
-        x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None
-    )
-    x, sizes, *leaves = operands
-    x_dim, sizes_dim, *leaf_dims = dims
-
-    def merge(array: jax.Array, dim: int | None, b: int) -> jax.Array:
-        """`[v, b or 1, ...]` as `[v * b, ...]`."""
-        if dim is None:
-            front = jnp.broadcast_to(array[None], (size, *array.shape))
-        else:
-            front = jnp.moveaxis(array, dim, 0)
-        if front.shape[1] != b:
-            front = jnp.broadcast_to(front, (size, b, *front.shape[2:]))
-        return front.reshape(size * b, *front.shape[2:])
-
-    b = x.shape[0 if x_dim is None or x_dim > 0 else 1]
-    shared = leaves[0].shape[0] == 1 and all(dim is None for dim in leaf_dims)
-    if not shared:
-        leaves = [merge(a, d, b) for a, d in zip(leaves, leaf_dims, strict=True)]
-    merged = [merge(x, x_dim, b), merge(sizes, sizes_dim, b), *leaves]
-    y = ragged_p.bind(*varying_alike(merged), call=call)
+    size = batch_size(operands, dims)
+    (x, sizes, *leaves), (x_dim, sizes_dim, *leaf_dims) = operands, dims
+    x = with_batch_in_front(x, x_dim, size)  # [size * b, m, k]
+    sizes = with_batch_in_front(sizes, sizes_dim, size)
+    b = x.shape[0] // size
+    if any(dim is not None for dim in leaf_dims) or leaves[0].shape[0] != 1:
+        pairs = zip(leaves, leaf_dims, strict=True)
+        leaves = [_with_own_weights(leaf, dim, size, b) for leaf, dim in pairs]
+    y = ragged_p.bind(*varying_alike([x, sizes, *leaves]), call=call)
     return y.reshape(size, b, *y.shape[1:]), 0
 
 
-ragged_p.def_abstract_eval(_abstract)
-ragged_p.def_impl(_evaluate)
+def _with_own_weights(leaf: jax.Array, dim: int | None, size: int, b: int) -> jax.Array:
+    """A leaf as `[size * b, e, ...]`: a copy for each batch element that shares it."""
+    merged = with_batch_in_front(leaf, dim, size)  # [size * (b or 1), e, ...]
+    return jnp.repeat(merged, size * b // merged.shape[0], axis=0)
+
+
+# `ragged_p(x, sizes, *leaves)`: x `[b, m, k]`, sizes int32 `[b, e]`, and the leaves of
+# `Rows`, each `[b, e, ...]`, or `[1, e, ...]` if all batch elements have the same
+# weights. The result is float32 `[b, m, n]`.
+ragged_p = platform_primitive("quantized_ragged_dot", _abstract, _form)
 batching.primitive_batchers[ragged_p] = _batch
 ad.primitive_jvps[ragged_p] = _jvp
-mlir.register_lowering(ragged_p, functools.partial(_lower, platform=None))
-for _platform in _KERNELS:
-    mlir.register_lowering(
-        ragged_p, functools.partial(_lower, platform=_platform), platform=_platform
-    )

@@ -4,7 +4,7 @@ The grid is (item, block of n, split of k). Each program multiplies the rows of 
 by bn columns of the weight of the item's expert (`_ragged_items.py`), as `_triton.py`
 multiplies a tile. It loads and writes only the rows of its expert. So the rows of one
 tile are written by several programs if they belong to several experts. The program of
-an idle item ends at once. It reads and writes nothing.
+an idle item ends at once. It reads no codes and writes nothing.
 
 Scales are read as they are stored, `[e, n, num_groups]`. So nothing is computed for the
 scales of experts without rows.
@@ -131,12 +131,7 @@ def _program(p: Problem, sizes: _triton.ProgramSizes, *refs) -> None:
     n_rows = pl.ds(pl.program_id(1) * sizes.bn, sizes.bn)
     n_mask = pl.program_id(1) * sizes.bn + jnp.arange(sizes.bn) < p.n
     has_rows = first_row < last_row
-    table = []
-    if p.codebook:
-        table = [
-            plt.load(extra[-1].at[expert, i], mask=has_rows, other=0.0)
-            for i in range(16)
-        ]
+    table = [extra[-1][expert, i] for i in range(16)] if p.codebook else []
 
     def x_of(place, columns, k_mask):
         mask = _triton.both(m_mask, k_mask)

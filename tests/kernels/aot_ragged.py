@@ -25,7 +25,11 @@ import jaxq
 from tests.kernels.aot_attention import CUSTOM_CALL, MOVES, device_of
 
 # Rows of x, experts, k and n.
-DECODE, PREFILL, TAILS = (16, 16, 1024, 1536), (2048, 8, 1024, 1536), (37, 5, 1130, 1000)
+DECODE, PREFILL, TAILS = (
+    (16, 16, 1024, 1536),
+    (2048, 8, 1024, 1536),
+    (37, 5, 1130, 1000),
+)
 
 
 def spec(fmt: str, group: int | None, **options) -> jaxq.QuantSpec:
