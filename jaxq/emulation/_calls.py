@@ -90,6 +90,7 @@ CALLS: dict[str, Call] = {
     "quantized_attention": _kernel_form_call,
     "quantized_matmul": _kernel_form_call,
     "quantized_matmul_tangent": _kernel_form_call,
+    "quantized_ragged_dot": _kernel_form_call,
 }
 
 

@@ -27,12 +27,13 @@ from jaxq.kernels._primitive import FORMS as FORMS
 from jaxq.kernels._primitive import call_matmul as call_matmul
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._quantized_matmul import quantized_matmul
-from jaxq.kernels._ragged import ragged_matmul as ragged_matmul
+from jaxq.kernels._ragged_primitive import choose_ragged as choose_ragged
+from jaxq.kernels._ragged_primitive import ragged_matmul as ragged_matmul
+from jaxq.kernels._ragged_primitive import ragged_problem as ragged_problem
 from jaxq.kernels._registry import KERNELS as KERNELS
 from jaxq.kernels._rows import Layout as Layout
 from jaxq.kernels._rows import RowMeta as RowMeta
 from jaxq.kernels._rows import Rows as Rows
-from jaxq.kernels._rows import as_rows as as_rows
 
 # An import with `as` and the same name is for other rooms of jaxq, not for users.
 __all__ = ["Choice", "FallbackWarning", "Problem", "choose", "quantized_matmul"]

@@ -109,33 +109,17 @@ def pallas_form(
     Returns:
       `[e, m, n]`, or `[e, m, k]` if `call.transposed`, in `call.out_dtype`.
     """
-    rows = call.rows(leaves)
-    codebook = rows.codebook
-    if codebook is not None:
-        codebook = codebook.reshape(problem.e, -1)
-    elif problem.codebook:
-        numbers = _numbers_of(call.meta.fmt)
-        codebook = jnp.asarray(np.broadcast_to(numbers, (problem.e, 16)))
-
     as_stored = kernel in READS_AS_STORED
-
-    def per_row(leaf: jax.Array | None) -> jax.Array | None:
-        """`[e, n or 1, g]` as `[e, n, g]`, or as `[e, g, n]`."""
-        if leaf is None:
-            return None
-        leaf = jnp.broadcast_to(leaf, (problem.e, problem.n, leaf.shape[-1]))
-        return leaf if as_stored else jnp.swapaxes(leaf, 1, 2)
-
+    operands = kernel_operands(
+        call.rows(leaves), call.meta, problem, scales_as_stored=as_stored
+    )
     keeps_order = as_stored and problem.unit is not None
     if not call.transposed:
-        x = _pad_columns(x, call.meta)
-        x = x if keeps_order else _in_memory_order(x, call.meta)
+        x = pad_columns(x, call.meta)
+        x = x if keeps_order else in_memory_order(x, call.meta)
     y = kernel_module(kernel).matmul(
         x,
-        rows.data,
-        per_row(rows.scale),
-        per_row(rows.zero_point),
-        codebook,
+        *operands,
         problem=problem,
         index=call.index(leaves),
         tiles=_tiles.lookup(kernel, device_kind, problem),
@@ -145,6 +129,38 @@ def pallas_form(
         return y
     y = y if keeps_order else _in_column_order(y, call.meta)
     return y[..., : call.meta.k]
+
+
+def kernel_operands(
+    rows: Rows, meta: RowMeta, problem: Problem, *, scales_as_stored: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
+    """Returns the arrays of a weight as `Problem` describes them.
+
+    Args:
+      rows: the weight, each leaf with a leading axis e.
+      meta: static facts of the rows.
+      problem: the product.
+      scales_as_stored: True for scales and zero points `[e, n, g]`, False for
+        `[e, g, n]`.
+
+    Returns:
+      (data, scale, zero_point, codebook).
+    """
+    codebook = rows.codebook
+    if codebook is not None:
+        codebook = codebook.reshape(problem.e, -1)
+    elif problem.codebook:
+        numbers = _numbers_of(meta.fmt)
+        codebook = jnp.asarray(np.broadcast_to(numbers, (problem.e, 16)))
+
+    def per_row(leaf: jax.Array | None) -> jax.Array | None:
+        """`[e, n or 1, g]` as `[e, n, g]`, or as `[e, g, n]`."""
+        if leaf is None:
+            return None
+        leaf = jnp.broadcast_to(leaf, (problem.e, problem.n, leaf.shape[-1]))
+        return leaf if scales_as_stored else jnp.swapaxes(leaf, 1, 2)
+
+    return rows.data, per_row(rows.scale), per_row(rows.zero_point), codebook
 
 
 @functools.cache
@@ -176,7 +192,7 @@ def interpreted(x: jax.Array, rows: Rows, call: Call) -> jax.Array:
     return y[0] if single else y
 
 
-def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
+def in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
     """Brings `padded_k` columns into the order of the codes in memory.
 
     Column j of the result belongs to code j in memory. In a byte, the code in the low
@@ -190,7 +206,7 @@ def _in_memory_order(x: jax.Array, meta: RowMeta) -> jax.Array:
 
 
 def _in_column_order(y: jax.Array, meta: RowMeta) -> jax.Array:
-    """The inverse of `_in_memory_order`."""
+    """The inverse of `in_memory_order`."""
     if meta.packing is formats.Packing.HALVES:
         return _on_units(_halves_of_pairs, y, meta)
     if meta.packing is formats.Packing.HIGH_FIRST:
@@ -232,6 +248,6 @@ def _swapped_pairs(x: jax.Array) -> jax.Array:
     return pairs[..., ::-1].reshape(x.shape)
 
 
-def _pad_columns(x: jax.Array, meta: RowMeta) -> jax.Array:
+def pad_columns(x: jax.Array, meta: RowMeta) -> jax.Array:
     """Pads x to `padded_k` columns."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, meta.padded_k - meta.k)))

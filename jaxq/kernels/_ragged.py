@@ -1,11 +1,13 @@
-"""Multiplies each row of x with the quantized matrix of the row's expert.
+"""Multiplies each row of x with the quantized matrix of the row's expert, in plain XLA.
 
 The rows of x are sorted by expert. A few rows of every expert's matrix are decoded at a
 time. The loops are like the loops of `_xla.py`, with a leading axis e for the experts.
+`_ragged_primitive.py` runs a kernel instead where a platform has one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -36,15 +38,14 @@ _OUTER = lax.RaggedDotDimensionNumbers(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def ragged_matmul(
+def ragged_xla_form(
     x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta
 ) -> jax.Array:
     """Computes `x[i] @ decode(rows[expert of i]).T` for every row i of x.
 
     Args:
       x: float `[m, k]`, sorted by expert. Weights are rounded to its dtype.
-      rows: matrices `[n, k]` with a leading axis e in every leaf, codes along rows.
+      rows: matrices `[n, k]` with a leading axis e in every leaf.
       sizes: int32 `[e]`, the number of rows of x of each expert. If x has more rows,
         the result of the last rows is zero.
       meta: static facts of the rows.
@@ -52,6 +53,7 @@ def ragged_matmul(
     Returns:
       float32 `[m, n]`.
     """
+    rows, meta = _codes_along_rows(rows, meta)
     x_fields = split_fields(x, meta, num_groups(rows))
 
     def write(
@@ -70,24 +72,37 @@ def ragged_matmul(
     return _for_expert_blocks(rows, meta, write, y)
 
 
-def _forward(x, rows, sizes, meta):
-    return ragged_matmul(x, rows, sizes, meta), (x, rows, sizes)
+def ragged_gradients(
+    x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta, dy: jax.Array
+) -> tuple[jax.Array, Rows]:
+    """Computes the gradients of `ragged_xla_form` for x and for the leaves of `rows`.
 
+    Args:
+      x: `[m, k]`.
+      rows: as for `ragged_xla_form`.
+      sizes: int32 `[e]`.
+      meta: static facts of the rows.
+      dy: float32 `[m, n]`, the gradient of the result.
 
-def _backward(meta: RowMeta, saved: tuple[jax.Array, Rows, jax.Array], dy: jax.Array):
-    x, rows, sizes = saved
-    dx = _x_gradient(x, rows, sizes, meta, dy).astype(x.dtype)
-    # Integers have cotangents of dtype float0.
-    cotangents = dict.fromkeys(Rows._fields)
+    Returns:
+      (gradient of x, gradients of the leaves). Integers have gradients of dtype float0.
+    """
+    gradients = dict.fromkeys(Rows._fields)
     for name, leaf in rows._asdict().items():
         if leaf is not None:
-            cotangents[name] = np.zeros(leaf.shape, dtypes.float0)
-    cotangents |= _expert_leaf_gradients(x, rows, sizes, meta, dy)
-    no_sizes = np.zeros(sizes.shape, dtypes.float0)
-    return dx, Rows(**cotangents), no_sizes  # pyright: ignore[reportArgumentType]
+            gradients[name] = np.zeros(leaf.shape, dtypes.float0)
+    rows, meta = _codes_along_rows(rows, meta)
+    dx = _x_gradient(x, rows, sizes, meta, dy).astype(x.dtype)
+    gradients |= _expert_leaf_gradients(x, rows, sizes, meta, dy)
+    return dx, Rows(**gradients)  # pyright: ignore[reportArgumentType]
 
 
-ragged_matmul.defvjp(_forward, _backward)
+def _codes_along_rows(rows: Rows, meta: RowMeta) -> tuple[Rows, RowMeta]:
+    """The same matrices with their codes along rows."""
+    if meta.layout == "rows":
+        return rows, meta
+    data = jnp.swapaxes(rows.data, 1, 2)
+    return rows._replace(data=data), dataclasses.replace(meta, layout="rows")
 
 
 def _x_gradient(

@@ -60,6 +60,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +73,11 @@ from jaxq.kernels._tile_product import tile_product
 from jaxq.kernels._tpu_tiles import (
     LANES,
     SUBLANES,
+    WeightTile,
     generation,
     integers,
     is_wide,
+    matrix_of,
     run_grid,
     scaled_weights,
     table_body,
@@ -188,14 +191,12 @@ def matmul(
     """
     p, body = problem, str(tiles["body"])
     bm, bk, bn = (int(tiles[name]) for name in ("bm", "bk", "bn"))
-    _check_tiles(p, bm, bk, bn, body)
     steps = pl.cdiv(p.k, bk)
-    x = jnp.pad(to_native(x), ((0, 0), (0, 0), (0, steps * bk - p.k)))
-    inputs = {"x": x, **weight_inputs(data, scale, zero_point, codebook, body)}
+    inputs = kernel_inputs(x, data, scale, zero_point, codebook, problem=p, tiles=tiles)
     is_integer_sum = p.x_dtype == "int8" and p.group == p.k
     specs = {
         "x": pl.BlockSpec((None, bm, bk), lambda e, m, n, k, *_: (e, m, k)),
-        **weight_specs(inputs, p, bk, bn, lambda e, m, n, k: (e, k, n)),
+        **weight_specs(inputs, p, bk, bn, _weight_tile),
     }
     return run_grid(
         functools.partial(_kernel, tuple(inputs), p, body, steps),
@@ -211,11 +212,41 @@ def matmul(
     )
 
 
+def kernel_inputs(
+    x: jax.Array,
+    data: jax.Array,
+    scale: jax.Array | None,
+    zero_point: jax.Array | None,
+    codebook: jax.Array | None,
+    *,
+    problem: Problem,
+    tiles: Mapping[str, int | str],
+) -> dict[str, jax.Array]:
+    """Returns the arrays as the kernel reads them, by name. See `matmul`.
+
+    Raises:
+      ValueError: The tiles do not fit the hardware, or the body cannot compute the
+        problem.
+    """
+    p, body = problem, str(tiles["body"])
+    bm, bk, bn = (int(tiles[name]) for name in ("bm", "bk", "bn"))
+    _check_tiles(p, bm, bk, bn, body)
+    padding = pl.cdiv(p.k, bk) * bk - p.k
+    x = jnp.pad(to_native(x), ((0, 0), (0, 0), (0, padding)))
+    return {"x": x, **weight_inputs(data, scale, zero_point, codebook, body)}
+
+
+def _weight_tile(e, m, n, k, *index) -> WeightTile:
+    """The tile of grid step (e, m, n, k). `index` has its reference if there is one."""
+    del m
+    return WeightTile(matrix_of(e, index), e, k, n)
+
+
 def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) -> None:
     """One grid step (e, m, n, k): adds the product of one tile along k to `total`.
 
     `refs` are the index if there is one, the inputs `names`, the result `[bm, bn]` and
-    total `[bm, bn]`. Only `weight_specs` reads the index.
+    total `[bm, bn]`. Only `_weight_tile` reads the index.
     """
     *input_refs, y, total = refs
     inputs = dict(zip(names, input_refs[-len(names) :], strict=True))
@@ -225,6 +256,25 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
     def _():
         total[...] = jnp.zeros_like(total)
 
+    add_tile_product(inputs, total, p, body, step)
+
+    @pl.when(step == steps - 1)
+    def _():
+        y[...] = finished_sums(inputs, total, p).astype(y.dtype)
+
+
+def add_tile_product(
+    inputs: Mapping[str, Any], total: Any, p: Problem, body: str, step: Any
+) -> None:
+    """Adds the product of one tile along k to `total`.
+
+    Args:
+      inputs: references to x `[bm, bk]` and to the tile of the weight, by name.
+      total: reference to the sums `[bm, bn]`.
+      p: the problem.
+      body: how the tile is decoded.
+      step: number of the tile along k.
+    """
     x, data = inputs["x"][...], inputs["data"][...]
     if p.layout == "rows":
         data = data.T
@@ -273,12 +323,16 @@ def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) ->
         w = scaled_weights(w, per_group("scale"), zero, p)
         total[...] += _tile_product(x, w)
 
-    @pl.when(step == steps - 1)
-    def _():
-        sums = total[...]
-        if one_scale and "scale" in inputs:
-            sums = sums.astype(jnp.float32) * per_group("scale")
-        y[...] = sums.astype(y.dtype)
+
+def finished_sums(inputs: Mapping[str, Any], total: Any, p: Problem) -> jax.Array:
+    """Returns the sums `[bm, bn]` after the last tile along k.
+
+    A scale per column multiplies them here. Other scales are in the sums already.
+    """
+    sums = total[...]
+    if p.group == p.k and "scale" in inputs:
+        sums = sums.astype(jnp.float32) * inputs["scale"][...].astype(jnp.float32)
+    return sums
 
 
 def _tile_product(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,12 +119,38 @@ def weight_inputs(
     return inputs
 
 
+class WeightTile(NamedTuple):
+    """The tile of a weight that a grid step reads.
+
+    Attributes:
+      matrix: first index of data.
+      e: first index of scale, zero_point and codebook.
+      k: number of the tile along k.
+      n: number of the tile along n.
+    """
+
+    matrix: Any
+    e: Any
+    k: Any
+    n: Any
+
+
+def matrix_of(e: Any, prefetched: Sequence[Any]) -> Any:
+    """Returns the matrix that product e reads.
+
+    Args:
+      e: number of the product.
+      prefetched: empty, or a list with the reference to the index.
+    """
+    return prefetched[0][e] if prefetched else e
+
+
 def weight_specs(
     inputs: Mapping[str, jax.Array],
     p: Problem,
     bk: int,
     bn: int,
-    place: Callable[..., tuple],
+    tile_of_step: Callable[..., WeightTile],
 ) -> dict[str, pl.BlockSpec]:
     """The tile of each array of a weight in a grid step.
 
@@ -133,32 +159,27 @@ def weight_specs(
       p: the problem.
       bk: codes of a tile along k.
       bn: codes of a tile along n.
-      place: returns (e, k, n), the tile of a grid step, from the step's four numbers.
+      tile_of_step: returns the tile of a grid step. It gets the numbers of the step and
+        the references to prefetched scalars.
     """
+    one_scale = p.group == p.k
 
-    def group_place(*ids):
-        e, k, n = place(*ids[:4])
-        return e, 0 if p.group == p.k else k, n
-
-    def data_place(*ids):
-        # After the numbers of the step comes the index, if there is one.
-        step, prefetched = ids[:4], ids[4:]
-        e, k, n = place(*step)
-        matrix = prefetched[0][e] if prefetched else e
-        return (matrix, n, k) if p.layout == "rows" else (matrix, k, n)
+    def spec(shape: tuple, place: Callable[[WeightTile], tuple]) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *shape), lambda *args: place(tile_of_step(*args)))
 
     height = bk * p.bits // 8
-    num_groups = 1 if p.group == p.k else bk // p.group
-    group_spec = pl.BlockSpec((None, num_groups, bn), group_place)
-    data_tile = (bn, height) if p.layout == "rows" else (height, bn)
-    specs = {
-        "data": pl.BlockSpec((None, *data_tile), data_place),
-        "scale": group_spec,
-        "zero_point": group_spec,
-    }
+    group_spec = spec(
+        (1 if one_scale else bk // p.group, bn),
+        lambda tile: (tile.e, 0 if one_scale else tile.k, tile.n),
+    )
+    if p.layout == "rows":
+        data_spec = spec((bn, height), lambda tile: (tile.matrix, tile.n, tile.k))
+    else:
+        data_spec = spec((height, bn), lambda tile: (tile.matrix, tile.k, tile.n))
+    specs = {"data": data_spec, "scale": group_spec, "zero_point": group_spec}
     if "codebook" in inputs:
-        tile = (None, *inputs["codebook"].shape[1:])
-        specs["codebook"] = pl.BlockSpec(tile, lambda *ids: (place(*ids[:4])[0], 0, 0))
+        shape = inputs["codebook"].shape[1:]
+        specs["codebook"] = spec(shape, lambda tile: (tile.e, 0, 0))
     return specs
 
 

@@ -48,8 +48,10 @@ from jaxq.kernels._tile_product import tile_product
 from jaxq.kernels._tpu_tiles import (
     LANES,
     SUBLANES,
+    WeightTile,
     integers,
     is_wide,
+    matrix_of,
     run_grid,
     scaled_weights,
     table_body,
@@ -153,7 +155,7 @@ def matmul(
     inputs = {"x": x, **weight_inputs(data, scale, zero_point, codebook, body)}
     specs = {
         "x": pl.BlockSpec((None, bm, bn), lambda e, m, k, n, *_: (e, m, n)),
-        **weight_specs(inputs, p, bk, bn, lambda e, m, k, n: (e, k, n)),
+        **weight_specs(inputs, p, bk, bn, _weight_tile),
     }
     return run_grid(
         functools.partial(_kernel, tuple(inputs), p, body, steps),
@@ -169,11 +171,17 @@ def matmul(
     )
 
 
+def _weight_tile(e, m, k, n, *index) -> WeightTile:
+    """The tile of grid step (e, m, k, n). `index` has its reference if there is one."""
+    del m
+    return WeightTile(matrix_of(e, index), e, k, n)
+
+
 def _kernel(names: tuple[str, ...], p: Problem, body: str, steps: int, *refs) -> None:
     """One grid step (e, m, k, n): adds the product of one tile along n to `total`.
 
     `refs` are the index if there is one, the inputs `names`, the result `[bm, bk]` and
-    total `[bm, bk]`. Only `weight_specs` reads the index.
+    total `[bm, bk]`. Only `_weight_tile` reads the index.
     """
     *input_refs, y, total = refs
     inputs = dict(zip(names, input_refs[-len(names) :], strict=True))

@@ -31,10 +31,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -114,7 +116,7 @@ def matmul(
     x = jnp.moveaxis(x.reshape(p.e, p.m, p.k // per_byte, per_byte), 3, 1)
     arrays = (x, data, scale, zero_point, codebook, index)
     operands = [a for a in arrays if a is not None]
-    sizes = _program_sizes(p, {name: int(size) for name, size in tiles.items()})
+    sizes = program_sizes(p, {name: int(size) for name, size in tiles.items()})
     sums = run_programs(
         functools.partial(_program, p, sizes, index is not None),
         *operands,
@@ -129,7 +131,7 @@ def matmul(
 
 
 @dataclasses.dataclass(frozen=True)
-class _ProgramSizes:
+class ProgramSizes:
     """The sizes that a program works with.
 
     Attributes:
@@ -149,16 +151,17 @@ class _ProgramSizes:
     steps: int
 
 
-def _program_sizes(p: Problem, tiles: Mapping[str, int]) -> _ProgramSizes:
+def program_sizes(p: Problem, tiles: Mapping[str, int]) -> ProgramSizes:
+    """Returns the sizes that a program works with."""
     chunk, splits = chunk_length(p), tiles["splits"]
     steps = pl.cdiv(pl.cdiv(p.k, chunk), splits)
-    return _ProgramSizes(
+    return ProgramSizes(
         tiles["bm"], tiles["bn"], splits, chunk, chunk * p.bits // 8, steps
     )
 
 
 def _program(
-    p: Problem, sizes: _ProgramSizes, has_index: bool, x_ref, data_ref, scale_ref, *rest
+    p: Problem, sizes: ProgramSizes, has_index: bool, x_ref, data_ref, scale_ref, *rest
 ) -> None:
     """One program. It computes a tile `[bm, bn]`, summed over one part of k.
 
@@ -167,40 +170,83 @@ def _program(
     """
     *extra, out_ref = rest
     index_ref = extra.pop() if has_index else None
-    bm, bn, row_bytes, steps = sizes.bm, sizes.bn, sizes.row_bytes, sizes.steps
+    bm, bn, splits = sizes.bm, sizes.bn, sizes.splits
     zero_ref = extra[0] if p.zero_point else None
-    e, s = pl.program_id(2) // sizes.splits, pl.program_id(2) % sizes.splits
+    e, s = pl.program_id(2) // splits, pl.program_id(2) % splits
     matrix = e if index_ref is None else index_ref[e]
     m_rows = pl.ds(pl.program_id(0) * bm, bm)
     n_rows = pl.ds(pl.program_id(1) * bn, bn)
     m_mask = pl.program_id(0) * bm + jnp.arange(bm) < p.m
     n_mask = pl.program_id(1) * bn + jnp.arange(bn) < p.n
     table = load_table(extra[-1], e) if p.codebook else []
+
+    def load_x(place, columns, k_mask):
+        mask = both(m_mask, k_mask)
+        return plt.load(x_ref.at[e, place, m_rows, columns], mask=mask, other=0)
+
+    def load_bytes(columns, k_mask):
+        mask = both(n_mask, k_mask)
+        return plt.load(data_ref.at[matrix, n_rows, columns], mask=mask, other=0)
+
+    def load_scale(ref, group):
+        return load_per_row(ref, e, group, n_rows, n_mask)
+
+    loads = Loads(
+        load_x,
+        load_bytes,
+        functools.partial(load_scale, scale_ref),
+        None if zero_ref is None else functools.partial(load_scale, zero_ref),
+    )
+    sums = tile_sums(p, sizes, loads, table, s * sizes.steps, sizes.steps)
+    plt.store(out_ref.at[s, e, m_rows, n_rows], sums, mask=both(m_mask, n_mask))
+
+
+class Loads(NamedTuple):
+    """How a program loads its part of each operand.
+
+    Attributes:
+      x: `x(place, columns, k_mask)` loads `[bm, row_bytes]`, the columns of x for code
+        `place` of each byte.
+      packed: `packed(columns, k_mask)` loads the bytes `[bn, row_bytes]`.
+      scale: `scale(group)` loads `[bn]`.
+      zero_point: `zero_point(group)` loads `[bn]`. None if there are no zero points.
+    """
+
+    x: Callable[..., jax.Array]
+    packed: Callable[..., jax.Array]
+    scale: Callable[..., jax.Array]
+    zero_point: Callable[..., jax.Array] | None
+
+
+def tile_sums(
+    p: Problem,
+    sizes: ProgramSizes,
+    loads: Loads,
+    table: list[jax.Array],
+    first_step: Any,
+    num_steps: Any,
+) -> jax.Array:
+    """Returns the sums `[bm, bn]` of a program over its steps along k, in float32."""
+    bm, bn, row_bytes = sizes.bm, sizes.bn, sizes.row_bytes
     per_byte = 8 // p.bits
 
     def step(t, sums):
-        t = s * steps + t
+        t = first_step + t
         k_mask = t * row_bytes + jnp.arange(row_bytes) < p.k // per_byte
         columns = pl.ds(t * row_bytes, row_bytes)
         # The last part may reach beyond k, where there is no group.
         group = jnp.minimum(t * sizes.chunk // p.group, p.num_groups - 1)
-        packed = plt.load(
-            data_ref.at[matrix, n_rows, columns], mask=both(n_mask, k_mask), other=0
-        ).astype(jnp.int32)  # [bn, row_bytes]
-        scale = load_per_row(scale_ref, e, group, n_rows, n_mask).astype(jnp.float32)
+        packed = loads.packed(columns, k_mask).astype(jnp.int32)  # [bn, row_bytes]
+        scale = loads.scale(group).astype(jnp.float32)  # [bn]
         zero = None
-        if zero_ref is not None:
-            zero = load_per_row(zero_ref, e, group, n_rows, n_mask).astype(jnp.int32)
+        if loads.zero_point is not None:
+            zero = loads.zero_point(group).astype(jnp.int32)  # [bn]
         product = jnp.zeros((bm, bn), jnp.float32)
         for place in range(per_byte):
-            x = plt.load(
-                x_ref.at[e, jnp.int32(place), m_rows, columns],
-                mask=both(m_mask, k_mask),
-                other=0,
-            )  # [bm, row_bytes]
+            x = loads.x(jnp.int32(place), columns, k_mask)  # [bm, row_bytes]
             weights = decode_bytes(packed, place, table, zero, p).astype(x.dtype)
             product += tile_product(x, weights, 1)
         return sums + product * lax.broadcast_in_dim(scale, (bm, bn), (1,))
 
-    sums = lax.fori_loop(0, steps, step, jnp.zeros((bm, bn), jnp.float32))
-    plt.store(out_ref.at[s, e, m_rows, n_rows], sums, mask=both(m_mask, n_mask))
+    zeros = jnp.zeros((bm, bn), jnp.float32)
+    return lax.fori_loop(np.int32(0), num_steps, step, zeros)

@@ -4,7 +4,8 @@ This file decides which numbers are multiplied (codes or floats), in which dtype
 what is quantized or dequantized first. `dot_general`, `conv_general_dilated` and
 `explain` each call a function `plan_...` of this file. The operations then carry out
 the `Plan` that the function returns. `take` and `ragged_dot` can run in one way only,
-so this file checks their operands and makes no plan. A decision depends only on static
+so this file checks their operands. Only `explain` makes a plan of `ragged_dot`. A
+decision depends only on static
 facts (`_facts.py`). Nothing is quantized or traced here.
 
 `jaxq.kernels` decides the rest: `_dispatch.py` chooses a Pallas kernel or the XLA form
@@ -671,6 +672,41 @@ def ragged_x_dtype(x: Any, weights: QTensor) -> str:
             f"batch=0, and their blocks must not cross rows; got {weights!r}."
         )
     return x.dtype.name if x.dtype == weights.dtype else "float32"
+
+
+def plan_ragged(x: Any, weights: QTensor, platform: str, num_devices: int = 1) -> Plan:
+    """The plan of `ragged_dot`, with the kernel that runs on a platform.
+
+    Args:
+      x: array or `jax.ShapeDtypeStruct` `[m, k]`.
+      weights: the stack of quantized weights; the leaves may be shapes.
+      platform: "cpu", "tpu", "cuda", ...
+      num_devices: the number of devices over which XLA partitions the program.
+
+    Raises:
+      ValueError: as in `ragged_x_dtype`.
+    """
+    x_dtype, facts = ragged_x_dtype(x, weights), facts_of(weights)
+    assert isinstance(facts, CodesFacts)
+    leaves = row_shapes(facts)
+    call = kernels.Call(row_meta(weights.meta), tuple(leaves), "float32")
+    problem = kernels.ragged_problem(
+        call, x.shape[0], list(leaves.values()), jnp.dtype(x_dtype)
+    )
+    device_kind = None
+    if platform in kernels.KERNELS:
+        device_kind = kernels.device_kind(platform)
+    choice = kernels.choose_ragged(problem, platform, device_kind, num_devices)
+    prepared = _Prepared()
+    if facts.input_scale:
+        prepared = prepared.input_scaled(swapped=False)
+    reason = f"each row is multiplied by the {facts.fmt.name} weight of its expert"
+    return dataclasses.replace(
+        prepared.plan("weight_only", reason, x_dtype=x_dtype),
+        kernel=choice.backend,
+        why_no_kernel=choice.reason,
+        platform=platform,
+    )
 
 
 # Dtypes of sums and results.

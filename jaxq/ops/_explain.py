@@ -1,4 +1,4 @@
-"""`explain`: what `dot_general` does with its operands on a platform, and why."""
+"""`explain`: what `dot_general` or `ragged_dot` does on a platform, and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import formats
-from jaxq.ops._decision import derivative_on_platform, plan_on_platform
+from jaxq.ops._decision import (
+    derivative_on_platform,
+    plan_on_platform,
+    plan_ragged,
+)
 from jaxq.ops._dimension_numbers import (
     DimensionNumbers,
     align_matmul,
@@ -17,6 +21,7 @@ from jaxq.ops._dimension_numbers import (
 )
 from jaxq.ops._operands import Operand, check_float_partner, value_of
 from jaxq.ops._plan import Plan
+from jaxq.ops._ragged import check_ragged
 from jaxq.qtensor import QTensor, TrainedWeight
 
 
@@ -25,10 +30,13 @@ def explain(
     rhs: Operand,
     dimension_numbers: DimensionNumbers | None = None,
     *,
+    group_sizes: Any = None,
     platform: str | None = None,
     derivative: bool = False,
 ) -> Plan:
     """Which path `dot_general` takes, which kernel runs it, and why.
+
+    With `group_sizes`, it explains `jaxq.ops.ragged_dot` instead.
 
     Nothing is computed or traced. A kernel runs on one device. If an operand is sharded
     over several devices and the product runs under plain `jax.jit`, XLA partitions the
@@ -40,6 +48,9 @@ def explain(
       rhs: likewise.
       dimension_numbers: as in `dot_general`. None uses the dimension numbers of
         `matmul`.
+      group_sizes: integers `[e]` or their `jax.ShapeDtypeStruct`, as in `ragged_dot`.
+        Then `lhs` are the rows of x and `rhs` are the weights of the experts. Only the
+        shape matters.
       platform: "cpu", "tpu", "cuda", "gpu" (the same as "cuda") or "rocm"; None uses
         the default backend of jax.
       derivative: True explains the product that `jax.grad` runs for the gradient of the
@@ -55,7 +66,10 @@ def explain(
         and both operands are quantized, so that no activation has a gradient.
       ValueError: `platform` is unknown; or `dimension_numbers` is None and `matmul`
         cannot multiply operands of these shapes; or the weight has an activation spec,
-        and a block size of this spec does not divide the contracted axis.
+        and a block size of this spec does not divide the contracted axis; or
+        `group_sizes` is given together with `dimension_numbers` or `derivative`.
+
+      With `group_sizes`, it raises what `ragged_dot` raises.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -69,18 +83,22 @@ def explain(
     """
     num_devices = _num_devices(lhs, rhs)
     lhs, rhs = _as_described(lhs, derivative), _as_described(rhs, derivative)
+    platform = _known_platform(platform)
+    if group_sizes is not None:
+        if dimension_numbers is not None or derivative:
+            raise ValueError(
+                "explain: with group_sizes it explains ragged_dot, which has no "
+                "dimension numbers and whose derivative runs in plain XLA. Leave out "
+                "dimension_numbers and derivative."
+            )
+        check_ragged(lhs, rhs, _as_described(group_sizes, False), "explain")
+        return plan_ragged(lhs, rhs, platform, num_devices)
     if dimension_numbers is None:
         lhs, rhs, dims = align_matmul(lhs, rhs)
     else:
         dims = as_tuples(dimension_numbers, "explain")
     check_sizes(lhs, rhs, dims, "explain")
     check_float_partner(lhs, rhs, "explain")
-    if platform is None:
-        platform = jax.default_backend()
-    else:
-        known = ("cpu", "cuda", "gpu", "rocm", "tpu")
-        formats.check_choice("explain: platform", platform, known)
-    platform = "cuda" if platform == "gpu" else platform
     if not derivative:
         return plan_on_platform(lhs, rhs, dims, platform, num_devices)
     if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
@@ -89,6 +107,16 @@ def explain(
             "Codes have no gradient. Pass the activation as an array."
         )
     return derivative_on_platform(lhs, rhs, dims, platform, num_devices)
+
+
+def _known_platform(platform: str | None) -> str:
+    """The platform as jax names it when it lowers a program."""
+    if platform is None:
+        platform = jax.default_backend()
+    else:
+        known = ("cpu", "cuda", "gpu", "rocm", "tpu")
+        formats.check_choice("explain: platform", platform, known)
+    return "cuda" if platform == "gpu" else platform
 
 
 def _as_described(operand: Any, derivative: bool) -> Any:

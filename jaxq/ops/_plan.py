@@ -37,7 +37,8 @@ class Plan:
       reason: why this path was chosen, in words.
       kernel: the Pallas kernel that runs on `platform`: "tpu", "mosaic_gpu" or
         "triton"; "tpu_transposed" or "triton_transposed" if the kept axes of the weight
-        are contracted; "xla" if no kernel runs.
+        are contracted; "ragged_tpu" or "ragged_triton" for `ragged_dot`; "xla" if no
+        kernel runs.
       why_no_kernel: why no kernel runs; None if one runs.
       passed_over: the kernels of the platform that are tried before the kernel that
         runs, each with the reason why it does not run.

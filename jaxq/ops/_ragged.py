@@ -5,13 +5,12 @@ A mixture of experts uses this product.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxq.kernels import Rows, as_rows, ragged_matmul
+from jaxq.kernels import ragged_matmul
 from jaxq.ops._decision import ragged_x_dtype, result_dtype
 from jaxq.ops._input_scale import scale_rows_by_group
 from jaxq.ops._trained import multiply_trained
@@ -29,11 +28,13 @@ def ragged_dot(
     """`lax.ragged_dot` with quantized weights.
 
     The first `group_sizes[0]` rows of x are multiplied by `weights[0]`, the next
-    `group_sizes[1]` rows by `weights[1]`, and so on. The weights are decoded a few rows
-    of every expert at a time. The product is differentiable in x and in the scales.
+    `group_sizes[1]` rows by `weights[1]`, and so on. The product is differentiable in x
+    and in the scales.
 
-    The product runs in plain XLA on every platform. To use Pallas kernels, give every
-    expert the same number of rows: arrange x as `[e, m, k]` and call `jaxq.einsum`.
+    TPU and GPU have a Pallas kernel. It reads only the weights of experts that have
+    rows. `jaxq.explain(x, weights, group_sizes=group_sizes)` names the kernel, or says
+    why none runs. Then, on other platforms and in derivatives, XLA decodes a few rows
+    of every expert at a time.
 
     Args:
       x: float32, bfloat16 or float16 `[m, k]`, sorted by expert.
@@ -68,41 +69,60 @@ def ragged_dot(
             jnp.asarray(group_sizes),
             preferred_element_type,
         )
+    x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
+    x_dtype = check_ragged(x, weights, group_sizes, "ragged_dot")
+    out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
+    sizes = group_sizes.astype(jnp.int32)
+    x, weights = scale_rows_by_group(x, weights, sizes)
+    rows = jax.vmap(lambda weight: weight_rows(weight)[0])(weights)
+    y = ragged_matmul(x.astype(x_dtype), rows, sizes, row_meta(weights.meta))
+    return y.astype(out_dtype)  # pyright: ignore
+
+
+def check_ragged(x: Any, weights: Any, group_sizes: Any, caller: str) -> str:
+    """Checks the operands of `ragged_dot`.
+
+    Args:
+      x: array or `jax.ShapeDtypeStruct`.
+      weights: a QTensor; the leaves may be shapes.
+      group_sizes: array or `jax.ShapeDtypeStruct`.
+      caller: name of the function, for errors.
+
+    Returns:
+      The dtype in which x is multiplied.
+
+    Raises:
+      TypeError: as in `ragged_dot`.
+      ValueError: as in `ragged_dot`.
+    """
     if not isinstance(weights, QTensor):
         raise TypeError(
-            f"ragged_dot: weights must be a QTensor, got {type(weights).__name__}. "
+            f"{caller}: weights must be a QTensor, got {type(weights).__name__}. "
             "Use jax.lax.ragged_dot for arrays."
         )
-    check_leaves(weights, "ragged_dot")
-    x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
+    check_leaves(weights, caller)
     shown = (
         f"x: {describe(x.dtype.name, x.shape)}, "
         f"group_sizes: {describe(group_sizes.dtype.name, group_sizes.shape)}"
     )
     if x.ndim != 2 or x.dtype.name not in FLOATS:
         raise TypeError(
-            f"ragged_dot: x must be a float32, bfloat16 or float16 matrix ({shown}). "
+            f"{caller}: x must be a float32, bfloat16 or float16 matrix ({shown}). "
             "Use x.astype and x.reshape."
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(
-            f"ragged_dot: group_sizes must be integers ({shown}). Pass the number of "
+            f"{caller}: group_sizes must be integers ({shown}). Pass the number of "
             "rows of each expert."
         )
     x_dtype = ragged_x_dtype(x, weights)
     num_experts, k, _ = weights.shape
     if x.shape[1] != k or group_sizes.shape != (num_experts,):
         raise ValueError(
-            f"ragged_dot: x must be [m, {k}] and group_sizes [{num_experts}] for "
+            f"{caller}: x must be [m, {k}] and group_sizes [{num_experts}] for "
             f"{weights!r}, got {shown}."
         )
-    out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
-    sizes = group_sizes.astype(jnp.int32)
-    x, weights = scale_rows_by_group(x, weights, sizes)
-    stacked = jax.vmap(_expert_rows)(weights)
-    meta = dataclasses.replace(row_meta(weights.meta), layout="rows")
-    y = ragged_matmul(x.astype(x_dtype), stacked, sizes, meta)
-    return y.astype(out_dtype)  # pyright: ignore
+    return x_dtype
 
 
 def _ragged_trained(
@@ -129,8 +149,3 @@ def _ragged_trained(
         return y.astype(out_dtype)
 
     return multiply_trained((x, group_sizes), weights, multiply)
-
-
-def _expert_rows(weight: QTensor) -> Rows:
-    """The rows of the weight of one expert, in the layout "rows"."""
-    return as_rows(*weight_rows(weight))[0]

@@ -21,12 +21,16 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import jaxq
 from tests.kernels.attention_cases import cache_of
 
-CUSTOM_CALL = {"tpu": "tpu_custom_call", "cuda": "triton"}
+# XLA's own fusions are called triton as well.
+CUSTOM_CALL = {"tpu": "tpu_custom_call", "cuda": "xla.gpu.triton"}
 # Operations that would write codes in another order. A prefetch into the memory of the
 # chip (copy-start, copy-done) keeps the order.
 MOVES = ("copy", "transpose", "reshape", "fusion", "pad", "concatenate")
+# One scale for each token of a head of 256 channels.
+ONE_SCALE = jaxq.QuantSpec("int4", jaxq.PerGroup(256))
 # The cache, queries of each slot, and query heads of each key head.
 CASES = {
     "int8": ({"spec": "int8", "dtype": "bfloat16"}, 1, 8),
@@ -35,7 +39,7 @@ CASES = {
     "int4 window": ({"spec": "int4", "dtype": "bfloat16", "window": 1000}, 1, 4),
     "int8 float32": ({"spec": "int8", "dtype": "float32"}, 1, 4),
     "int4 float16": ({"spec": "int4", "dtype": "float16"}, 1, 4),
-    "int4 heads of 256": ({"spec": "int4", "dtype": "bfloat16", "h": 256}, 1, 2),
+    "int4 heads of 256": ({"spec": ONE_SCALE, "dtype": "bfloat16", "h": 256}, 1, 2),
     "int8 groups of 128": ({"spec": "int8", "dtype": "bfloat16", "group": 128}, 1, 8),
     "int4 short": ({"spec": "int4", "dtype": "bfloat16", "length": 96}, 1, 8),
 }
