@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
 from jax.interpreters import ad, batching
+from jax.sharding import PartitionSpec
 
 from jaxq.kernels._call import Call, problem_of, with_leaves
 from jaxq.kernels._dispatch import Choice, warn_of_fallback, why_not_partitioned
@@ -33,7 +34,7 @@ from jaxq.kernels._ragged import ragged_gradients, ragged_xla_form
 from jaxq.kernels._ragged_items import rows_with_experts, work_items
 from jaxq.kernels._registry import kernel_module
 from jaxq.kernels._rows import RowMeta, Rows
-from jaxq.sharding import call_on_auto_axes, explicit_spec
+from jaxq.meshes import call_on_auto_axes, explicit_spec
 
 # The kernel of each platform.
 _KERNELS = {"tpu": "ragged_tpu", "cuda": "ragged_triton"}
@@ -71,7 +72,7 @@ def ragged_matmul(
         return ragged_p.bind(*batched, call=call)[0]
 
     n_axis = 1 if meta.layout == "rows" else 2
-    spec = (explicit_spec(x)[0], explicit_spec(rows.data)[n_axis])
+    spec = PartitionSpec(explicit_spec(x)[0], explicit_spec(rows.data)[n_axis])
     return call_on_auto_axes(bind, spec, x, sizes, *leaves)
 
 
@@ -198,9 +199,8 @@ def ragged_kernel_form(
         problem,
         scales_as_stored=kernel == "ragged_triton",
     )
-    rows = in_memory_order(pad_columns(x.reshape(1, b * m, -1), call.meta), call.meta)[
-        0
-    ]
+    rows = pad_columns(x.reshape(1, b * m, -1), call.meta)
+    rows = in_memory_order(rows, call.meta)[0]
     items = work_items(sizes, b * m, int(tiles["bm"]), shared_weights=shared_weights)
     y = module.matmul(
         rows, *operands, items, problem=problem, tiles=tiles, interpret=interpret

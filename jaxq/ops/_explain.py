@@ -92,6 +92,7 @@ def explain(
                 "dimension_numbers and derivative."
             )
         check_ragged(lhs, rhs, _as_described(group_sizes, False), "explain")
+        assert isinstance(rhs, QTensor)
         return plan_ragged(lhs, rhs, platform, num_devices)
     if dimension_numbers is None:
         lhs, rhs, dims = align_matmul(lhs, rhs)
