@@ -192,7 +192,7 @@ def ragged_kernel_form(
     merged = [leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
     problem = ragged_problem(call, b * m, merged, x.dtype)
     assert isinstance(problem, Problem), problem
-    tiles = module.default_tiles(problem, device_kind) | dict(tiles or {})
+    all_tiles = module.default_tiles(problem, device_kind) | dict(tiles or {})
     operands = kernel_operands(
         call.rows(merged),
         call.meta,
@@ -201,9 +201,11 @@ def ragged_kernel_form(
     )
     rows = pad_columns(x.reshape(1, b * m, -1), call.meta)
     rows = in_memory_order(rows, call.meta)[0]
-    items = work_items(sizes, b * m, int(tiles["bm"]), shared_weights=shared_weights)
+    items = work_items(
+        sizes, b * m, int(all_tiles["bm"]), shared_weights=shared_weights
+    )
     y = module.matmul(
-        rows, *operands, items, problem=problem, tiles=tiles, interpret=interpret
+        rows, *operands, items, problem=problem, tiles=all_tiles, interpret=interpret
     )
     has_expert = rows_with_experts(sizes, b * m)
     # The GPU kernel does not write the rows of no expert.
