@@ -13,11 +13,17 @@ weight. This decides the design:
   16-bit numbers there, and are never written back. The right operand is x, 8 to 256
   rows wide.
 - Codes are multiplied without their scales, and the sum of each group is scaled in
-  float32. Codes minus zero points are exact in 16 bits. A scale costs m operations per
-  group instead of 2 * group. Only the entries of a codebook are rounded.
-- With 65 or more rows of x in bfloat16, m operations cost more than the decoding. Then
-  the weights are multiplied by their scales, which rounds both to bfloat16, and all
-  chunks are added by the matrix unit.
+  float32. Codes minus zero points are exact in 16 bits. Only the entries of a codebook
+  are rounded. If there is one scale per column, the matrix unit adds all groups, and
+  the result is scaled.
+- A group with its own scale costs an operation for each row of x. From `group / 2` rows
+  of x in bfloat16 on, multiplying the weights by their scales costs no more, because
+  one operation multiplies two weights. This rounds scales and weights to bfloat16. The
+  matrix unit then adds all groups.
+- When the matrix unit adds all groups, it multiplies one chunk of weights while the
+  next chunk is decoded, also from one step to the next.
+- With 64 or more rows, reading x takes longer than reading the weights. Two blocks that
+  are neighbours along n then form a cluster. Each reads half of x for both.
 - Shifts and masks turn a 32-bit word of codes into pairs of 16-bit numbers. A code
   becomes the last mantissa bits of the number 128 (bfloat16) or 1024 (float16). The
   number is then 128 or 1024 plus the code. One `lop3` masks a pair and sets its
@@ -36,7 +42,8 @@ weight. This decides the design:
   each compute the sums over a part of k, and XLA adds these sums.
 
 Shared memory, at most 227 KB: see `_shared_bytes`. Registers of a thread, at most 240:
-bn * bm / 64 for the sums and bn * bk / 256 for the weights.
+bn * chunk / 256 for the weights of a chunk, two chunks at a time, and bn * bm / 128 for
+the sums. If the sums of chunks are scaled, twice as many for the sums.
 
 Supported: layout "rows"; x in bfloat16 or float16; codes of 4 bits (signed, unsigned,
 codebook) or 8 bits; scales in any float dtype; zero points; groups of 32 or of a
@@ -132,15 +139,18 @@ def _twice_as_high(p: Problem, tiles: dict) -> dict | None:
 
     256 rows halve the instructions that decode, for the same product. The time of the
     matrix unit stays the same. So the blocks must be as full as with 128 rows, and k
-    must not be split. Shared memory must hold two long steps. With a codebook it does
-    not, because of the table.
+    must not be split. Shared memory must hold two long steps of x, codes and the table
+    of a codebook. With codebooks and with 8-bit codes it does not.
     """
     higher = tiles | {"bm": 256, "stages": 2}
     rows = [pl.cdiv(p.m, bm) * bm for bm in (128, 256)]
     is_as_full = tiles["bm"] == 128 and rows[0] == rows[1]
-    is_whole = _default_splits(p, higher) == 1 and _block_sizes(p, higher).writes_y
+    sizes = _block_sizes(p, higher)
+    is_whole = sizes.writes_y and _default_splits(p, higher) == 1
+    # Scaled sums of chunks would not fit in the registers of a thread.
+    has_registers = sizes.scaling != "sums"
     is_long = tiles["bk"] == 128
-    if is_as_full and is_whole and is_long and _fits(p, higher):
+    if is_as_full and is_whole and has_registers and is_long and _fits(p, higher):
         return higher
     return None
 
@@ -159,7 +169,7 @@ def _default_splits(p: Problem, tiles: Mapping[str, int]) -> int:
     return splits
 
 
-def _default_stages(p: Problem, tiles: Mapping[str, int]) -> int:
+def _default_stages(p: Problem, tiles: dict) -> int:
     """Number of steps to load ahead: as many as fit in shared memory, 2 to 6."""
     stages = 6
     while stages > 2 and not _fits(p, tiles | {"stages": stages}):
@@ -169,13 +179,18 @@ def _default_stages(p: Problem, tiles: Mapping[str, int]) -> int:
 
 def _default_step(p: Problem, bm: int) -> int:
     """Codes of a row in one step: many, so that a step's fixed cost is spread."""
-    tiles = {"bm": bm, "bn": 64, "warpgroups": 2, "splits": 2, "stages": 3}
+    tiles = {"bm": bm, "bn": 64, "warpgroups": 2, "splits": 2}
     for bk in (256, 128):
         # A step must have whole groups, or be a part of one group.
         is_whole = p.num_groups == 1 or p.group % bk == 0 or p.group in (32, 64, 128)
         # With more rows of x, the sums leave no registers for long steps.
         has_registers = bk == 128 or bm <= 64
-        if is_whole and has_registers and p.k % bk == 0 and _fits(p, tiles | {"bk": bk}):
+        if not (is_whole and has_registers and p.k % bk == 0):
+            continue
+        # One step is multiplied while another is decoded and a third is loaded. Two
+        # stages are enough if a shorter step would cut the units of 128 codes.
+        stages = 2 if (bk, p.unit) == (128, 128) else 3
+        if _fits(p, tiles | {"bk": bk, "stages": stages}):
             return bk
     return 64
 
@@ -237,6 +252,7 @@ def matmul(
     """
     p = problem
     sizes = _block_sizes(p, tiles)
+    sizes = dataclasses.replace(sizes, cluster=1) if interpret else sizes
     bm, bn, warpgroups = sizes.bm, sizes.bn, sizes.warpgroups
     padded_m = sizes.m_blocks * bm
 
@@ -249,7 +265,7 @@ def matmul(
     if zero_point is not None:
         inputs.append(_rows_of_scales(zero_point, p))
     # TMA writes nothing beyond an edge. The interpreter may drop the whole block, so
-    # the interpreter gets a padded result.
+    # the interpreter gets a padded result. It also has no clusters.
     if interpret:
         m, n = padded_m, sizes.n_blocks * sizes.columns
     if sizes.writes_y:
@@ -272,6 +288,8 @@ def matmul(
         index_ref = refs[0] if first else None
         _block(p, sizes, out.dtype, interpret, index_ref, *refs[len(first) :])
 
+    # The last block of a cluster may lie beyond n. It reads zeros and writes nothing.
+    n_clusters = pl.cdiv(sizes.n_blocks, sizes.cluster)
     # In the interpreter too, reads beyond an edge give zeros, as they do with TMA.
     interpreter = InterpretGPUParams(
         out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
@@ -280,8 +298,10 @@ def matmul(
         kernel,
         out_type=out,
         scratch_types=scratch,
-        grid=(p.e, sizes.splits, sizes.n_blocks, sizes.m_blocks),
+        grid=(p.e, sizes.splits, n_clusters, sizes.m_blocks),
         grid_names=("e", "s", "n", "m"),
+        cluster=(sizes.cluster,) if sizes.cluster > 1 else (),
+        cluster_names=_cluster_names(sizes),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -315,6 +335,7 @@ class _BlockSizes:
       row_bytes: bytes of a row in one step.
       m_blocks: number of blocks along m.
       n_blocks: number of blocks along n.
+      cluster: number of blocks along n that read x together.
       steps: steps of each part of k.
       scaling: what is multiplied by the scales. "weights" means the weights before the
         product, "sums" the sum of each chunk, and "result" the sum of all chunks, if
@@ -336,6 +357,7 @@ class _BlockSizes:
     row_bytes: int
     m_blocks: int
     n_blocks: int
+    cluster: int
     steps: int
     scaling: str
     overlaps: bool
@@ -379,11 +401,13 @@ def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
         row_bytes=bk * p.bits // 8,
         m_blocks=pl.cdiv(p.m, bm),
         n_blocks=pl.cdiv(p.n, columns),
+        # For 64 rows a block reads twice as many bytes of x as of 4-bit codes.
+        cluster=2 if bm >= 64 and p.n > columns else 1,
         steps=pl.cdiv(p.k, bk * sizes["splits"]),
         scaling=scaling,
         # A step has two chunks or more, so that a chunk is never decoded into registers
-        # that the matrix unit still reads.
-        overlaps=scaling != "sums" and bk > chunk,
+        # that the matrix unit still reads. A third stage is loaded meanwhile.
+        overlaps=scaling != "sums" and bk > chunk and sizes["stages"] >= 3,
         writes_y=is_whole and jnp.dtype(p.out_dtype).itemsize == 2,
     )
 
@@ -438,6 +462,8 @@ def _block(
     bm, bn, bk, chunk = sizes.bm, sizes.bn, sizes.bk, sizes.chunk
     columns, steps = sizes.columns, sizes.steps
     e, s, j, i = (lax.axis_index(name) for name in ("e", "s", "n", "m"))
+    if sizes.cluster > 1:
+        j = j * sizes.cluster + lax.axis_index("cluster")
     # Where the operands of this product are. Only the codes may be a stack.
     matrix = e if index_ref is None else index_ref[e]
     warpgroup = lax.axis_index("warpgroup")
@@ -518,6 +544,7 @@ def _input_specs(
         lambda t: (i, first_step + t),
         transforms=_swizzled(min(sizes.chunk, 64), 16),
         delay_release=delay,
+        collective_axes=_cluster_names(sizes),
     )
     data_spec = plgpu.BlockSpec(
         (sizes.columns, sizes.row_bytes),
@@ -534,6 +561,11 @@ def _input_specs(
         for boxes in scales
     ]
     return [x_spec, data_spec, *scale_specs]
+
+
+def _cluster_names(sizes: _BlockSizes) -> tuple[str, ...]:
+    """The axis of the blocks that read x together, or no axis."""
+    return ("cluster",) if sizes.cluster > 1 else ()
 
 
 class _ScaleBoxes:
@@ -689,6 +721,9 @@ def _decode(codes: _Codes, zero: list, p: Problem, sizes: _BlockSizes, interpret
     weights, *subtracted = decode(codes, p, sizes)
     for part in subtracted:
         weights = weights - part
+    # Subtracting offset * sum(x) from a product would save one instruction for two
+    # weights. But in a simulation with normal x, int4 codes and groups of 128, the
+    # error of the float32 sums was 10 to 20 times as large.
     offset = 0 if p.codebook else _words.offset(p.bits, p.signed, p.x_dtype)
     if zero:
         total = (zero[0].astype(jnp.float32) + np.float32(offset)).astype(dtype)
