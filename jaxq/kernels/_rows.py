@@ -261,6 +261,7 @@ def for_blocks(
     *,
     with_repeats: bool = False,
     row_bytes: int | None = None,
+    most_bytes: int | None = None,
 ):
     """Folds `step(carry, start, block_rows[, num_repeats])` over blocks of rows.
 
@@ -275,12 +276,13 @@ def for_blocks(
       with_repeats: True passes `num_repeats` to `step`.
       row_bytes: bytes of memory that one row needs while its block is computed. None
         means the bytes of its decoded numbers.
+      most_bytes: the largest size of a block in bytes, if it is less than usual.
 
     Returns:
       The last carry.
     """
     n = rows.data.shape[0]
-    count = block_rows(meta, n, row_bytes)
+    count = block_rows(meta, n, row_bytes, most_bytes)
     num_blocks = -(-n // count)
     if num_blocks == 1:
         repeats = (jnp.int32(0),) if with_repeats else ()
@@ -301,9 +303,13 @@ def for_blocks(
     return lax.fori_loop(0, num_blocks, body, carry)
 
 
-def block_rows(meta: RowMeta, n: int, row_bytes: int | None = None) -> int:
+def block_rows(
+    meta: RowMeta, n: int, row_bytes: int | None = None, most_bytes: int | None = None
+) -> int:
     """Returns the number of rows in a block of `for_blocks`: a multiple of 16, or n."""
     block_bytes = _BLOCK_BYTES if meta.block_bytes is None else meta.block_bytes
+    if most_bytes is not None:
+        block_bytes = min(block_bytes, most_bytes)
     row_bytes = row_bytes or 4 * max(meta.padded_k, 1)
     return min(n, max(16, block_bytes // row_bytes // 16 * 16))
 
