@@ -150,14 +150,13 @@ def _few_rows_matmul(
 
 
 def whole_numbers_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
-    """Computes `x @ decode(rows).T` of int8 codes x by products of float32 numbers.
+    """Computes `x @ decode(rows).T` of whole numbers, with an exact sum in each group.
 
-    XLA:CPU multiplies packed integers, and integers in groups, many times slower than
-    floats. The sum of each group is exact, as in `codes_matmul`, if float32 holds it.
-    The caller checks this.
+    The scale multiplies the sum of a group instead of the weights. The caller checks
+    that float32 holds this sum.
 
     Args:
-      x: int8 `[m, k]`.
+      x: float32 `[m, k]`, whole numbers.
       rows: the weight, `[n, k]`, in an integer format.
       meta: static facts of the rows.
 
@@ -169,10 +168,10 @@ def whole_numbers_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
         return jnp.zeros((m, n), jnp.float32)
     size = field_length(meta, groups) // groups
     x_fields = [
-        field.reshape(m, groups, size)
-        for field in split_fields(x.astype(jnp.float32), meta, groups)
+        jnp.swapaxes(field.reshape(m, groups, size), 0, 1)  # [groups, m, size]
+        for field in split_fields(x, meta, groups)
     ]
-    dims = (((2,), (2,)), ((1,), (1,)))
+    dims = (((2,), (2,)), ((1,), (0,)))
 
     def product(block: Rows) -> jax.Array:
         """The product with a few rows, `[r, m]`."""
