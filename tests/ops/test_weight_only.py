@@ -253,7 +253,7 @@ def test_the_weight_is_never_decoded_as_a_whole(preset, m):
     program = compiled(lambda x, qt: x @ qt, x, qt)
     assert (
         program.memory_analysis().temp_size_in_bytes
-        <= (12 if preset in MANY_SCALES else 8) * MEGABYTES
+        <= (12 if preset in MANY_SCALES else 9) * MEGABYTES
     )
     assert "f32[4096,4096]" not in program.as_text()
 
