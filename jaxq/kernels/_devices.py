@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +37,15 @@ def device_kind(platform: str | None) -> str | None:
     if jax.default_backend() != _BACKEND_OF.get(platform, platform):
         return None
     return jax.devices()[0].device_kind
+
+
+@functools.cache
+def num_cores() -> int:
+    """Returns the number of CPU cores that this process may use, as XLA:CPU does."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
 
 
 def lowering_devices(ctx: Any, platform: str | None) -> tuple[str | None, int]:

@@ -46,7 +46,8 @@ def xla_form(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
     product = functools.partial(_xla_matrix, call=call)
     if x.shape[0] == 1:
         return product(x[0], *(leaf[0] for leaf in arrays))[None]
-    if call.meta.block_bytes is None and x.dtype != jnp.int8:
+    is_on_cpu = call.meta.block_bytes is None
+    if is_on_cpu and _decodes(x, call.rows(arrays), call.meta):
         # One matrix after the other. Blocks of all matrices together would not fit in
         # the cache.
         return lax.map(lambda args: product(*args), (x, *arrays))
@@ -56,10 +57,13 @@ def xla_form(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
 def _xla_matrix(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
     """`xla_form` of a single matrix: x `[m, k]`."""
     rows, meta = as_rows(call.rows(leaves), call.meta)
+    if x.dtype == jnp.int8 and _decodes(x, rows, meta):
+        # The caller applies the scale of x.
+        exact = num_groups(rows) == 1 or _has_exact_products(rows, meta)
+        matmul = weight_only_matmul if exact else whole_numbers_matmul
+        return matmul(x.astype(jnp.float32), rows, meta).astype(call.out_dtype)
     if x.dtype == jnp.int8:
-        # The caller applies the scale of x. A scale of 1 makes the sums float32.
-        if _as_whole_numbers(rows, meta):
-            return whole_numbers_matmul(x, rows, meta).astype(call.out_dtype)
+        # A scale of 1 makes the sums float32.
         scale = None if rows.scale is None else jnp.ones((1, 1), jnp.float32)
         x_rows = Rows(x, scale, None, None, None)  # pyright: ignore[reportArgumentType]
         y = codes_matmul(x_rows, int8_meta(meta.k), rows, meta)
@@ -72,20 +76,40 @@ def _xla_matrix(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
     return matmul(x, rows, meta).astype(call.out_dtype)
 
 
-def _as_whole_numbers(rows: Rows, meta: RowMeta) -> bool:
-    """True if the product of int8 codes with these rows runs in float32 on a CPU.
+def _decodes(x: jax.Array, rows: Rows, meta: RowMeta) -> bool:
+    """True if the product decodes the weight and multiplies floats.
 
-    It is False if float32 could not hold the sum of a group. It is also False for int8
-    weights with one scale for each row, because XLA:CPU multiplies them fast.
+    On a CPU, products of int8 codes do this as well, because XLA:CPU multiplies packed
+    integers, and integers in groups, many times slower than floats. There are two
+    exceptions: a group whose sum float32 cannot hold, and int8 weights with one scale
+    for each row, which XLA:CPU multiplies fast.
     """
+    if x.dtype != jnp.int8:
+        return True
     if meta.block_bytes is not None or rows.scale is None:
         return False
     groups = num_groups(rows)
     if meta.packing is formats.Packing.NONE and groups == 1:
         return False
+    return group_size(meta, groups) <= _exact_length(rows, meta)
+
+
+def _has_exact_products(rows: Rows, meta: RowMeta) -> bool:
+    """True if float32 holds `x * code * scale` exactly, for int8 x.
+
+    Then the scale may multiply the weight. Only sums are rounded.
+    """
+    scale_dtype = rows.scale.dtype
+    if scale_dtype == jnp.float32:
+        return False
+    largest_scale = 2 ** (jnp.finfo(scale_dtype).nmant + 1)  # as a whole number
+    return _exact_length(rows, meta) >= largest_scale
+
+
+def _exact_length(rows: Rows, meta: RowMeta) -> int:
+    """How many products of int8 codes with these codes float32 can sum exactly."""
     symmetric = rows.zero_point is None
-    longest = largest_exact_length(int8_meta(meta.k), True, meta, symmetric, most=2**24)
-    return group_size(meta, groups) <= longest
+    return largest_exact_length(int8_meta(meta.k), True, meta, symmetric, most=2**24)
 
 
 def pallas_form(

@@ -23,8 +23,9 @@ from jaxq.kernels._one_step import as_one_step
 Layout = Literal["rows", "columns"]
 
 # Bytes of decoded weight in memory at one time on a CPU. A product of 128 tokens with a
-# weight of 4096 x 4096 then needs less than 8 MB, x and y included.
-_BLOCK_BYTES = 3 * 2**20
+# weight of 4096 x 4096 then needs about 7 MB, x and y included. Smaller blocks repack x
+# more often, and larger ones leave the cache.
+_BLOCK_BYTES = 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +262,7 @@ def for_blocks(
     *,
     with_repeats: bool = False,
     row_bytes: int | None = None,
+    most_bytes: int | None = None,
 ):
     """Folds `step(carry, start, block_rows[, num_repeats])` over blocks of rows.
 
@@ -275,12 +277,13 @@ def for_blocks(
       with_repeats: True passes `num_repeats` to `step`.
       row_bytes: bytes of memory that one row needs while its block is computed. None
         means the bytes of its decoded numbers.
+      most_bytes: the largest size of a block in bytes, if it is less than usual.
 
     Returns:
       The last carry.
     """
     n = rows.data.shape[0]
-    count = block_rows(meta, n, row_bytes)
+    count = block_rows(meta, n, row_bytes, most_bytes)
     num_blocks = -(-n // count)
     if num_blocks == 1:
         repeats = (jnp.int32(0),) if with_repeats else ()
@@ -301,9 +304,13 @@ def for_blocks(
     return lax.fori_loop(0, num_blocks, body, carry)
 
 
-def block_rows(meta: RowMeta, n: int, row_bytes: int | None = None) -> int:
+def block_rows(
+    meta: RowMeta, n: int, row_bytes: int | None = None, most_bytes: int | None = None
+) -> int:
     """Returns the number of rows in a block of `for_blocks`: a multiple of 16, or n."""
     block_bytes = _BLOCK_BYTES if meta.block_bytes is None else meta.block_bytes
+    if most_bytes is not None:
+        block_bytes = min(block_bytes, most_bytes)
     row_bytes = row_bytes or 4 * max(meta.padded_k, 1)
     return min(n, max(16, block_bytes // row_bytes // 16 * 16))
 

@@ -14,6 +14,10 @@ Three choices are made for XLA:CPU:
 - y stays [n, m] until the last block is done. XLA would fold a transpose right after a
   product into a form that the library does not support.
 
+With few rows of x, on one or two cores, blocks are smaller and one core decodes them
+(`_few_rows_matmul`). The time to start work on another core, about 50 microseconds, is
+then as long as the work on a block.
+
 The backward pass runs the same loop: dx is a sum over blocks, and scales get exact
 gradients.
 
@@ -30,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxq.kernels._devices import num_cores
 from jaxq.kernels._rows import (
     RowMeta,
     Rows,
@@ -43,6 +48,14 @@ from jaxq.kernels._rows import (
     num_groups,
     split_fields,
 )
+
+# Up to this number of rows of x and of cores, one core decodes the weight. Products of
+# 128 rows are slower that way.
+_FEW_ROWS = 16
+_FEW_CORES = 2
+# Bytes of decoded weight in memory at one time with few rows of x. They stay in the
+# cache of one core, which has 1 MB or more in a server.
+_SMALL_BLOCK_BYTES = 3 * 2**18
 
 
 def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
@@ -65,6 +78,10 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     scale_result = groups == 1 and rows.offset is None
     if meta.block_bytes is not None and block_rows(meta, n) == n:
         return _dense_matmul(x, rows, meta, scale_result)
+    is_on_cpu = meta.block_bytes is None
+    has_many_blocks = block_rows(meta, n) < n
+    if is_on_cpu and has_many_blocks and m <= _FEW_ROWS and num_cores() <= _FEW_CORES:
+        return _few_rows_matmul(x, rows, meta, scale_result)
     wide = _without_single_row(x)
     x_fields = split_fields(wide, meta, groups)  # each [m, field_length]
 
@@ -88,15 +105,58 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     return for_blocks(rows, meta, write, y).T[:m]
 
 
-def whole_numbers_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
-    """Computes `x @ decode(rows).T` of int8 codes x by products of float32 numbers.
+def _few_rows_matmul(
+    x: jax.Array, rows: Rows, meta: RowMeta, scale_result: bool
+) -> jax.Array:
+    """`weight_only_matmul` of few rows of x on a CPU with one or two cores.
 
-    XLA:CPU multiplies packed integers, and integers in groups, many times slower than
-    floats. The sum of each group is exact, as in `codes_matmul`, if float32 holds it.
-    The caller checks this.
+    XLA:CPU divides a program that decodes a block over all cores, and waits for them.
+    It does not divide a program that updates an array in place. So the fields of a
+    block are written into one array, which all blocks share. There is then also one
+    product instead of one for each field.
+
+    bfloat16 products run in float32, with weights that are rounded to bfloat16. A CPU
+    without bfloat16 units would convert both operands anyway.
+    """
+    m, n, groups = x.shape[0], rows.data.shape[0], num_groups(rows)
+    dtype = jnp.float32 if x.dtype == jnp.bfloat16 else x.dtype
+    wide = _without_single_row(x.astype(dtype))
+    x_fields = split_fields(wide, meta, groups)
+    joined_x = jnp.concatenate(x_fields, axis=1)  # [m, fields * field_length]
+    length = field_length(meta, groups)
+
+    def write(
+        carry: tuple[jax.Array, jax.Array], start: jax.Array, block: Rows
+    ) -> tuple[jax.Array, jax.Array]:
+        y, weight = carry
+        for i in range(len(x_fields)):
+            part = decode_field(block, meta, i, scaled=not scale_result)
+            if x.dtype == jnp.bfloat16:
+                # XLA would leave out a cast to bfloat16 and back.
+                part = lax.reduce_precision(part, exponent_bits=8, mantissa_bits=7)
+            at = (0, i * length)
+            weight = lax.dynamic_update_slice(weight, part.astype(dtype), at)
+        part_of_y = _dot_float32(weight, joined_x, (1, 1))  # [r, m]
+        if scale_result:
+            part_of_y = part_of_y * block.scale.astype(jnp.float32)
+        at = (start, jnp.zeros_like(start))
+        return lax.dynamic_update_slice(y, part_of_y, at), weight
+
+    count = block_rows(meta, n, most_bytes=_SMALL_BLOCK_BYTES)
+    y = jnp.zeros((n, wide.shape[0]), jnp.float32)
+    weight = jnp.zeros((count, joined_x.shape[1]), dtype)
+    y, _ = for_blocks(rows, meta, write, (y, weight), most_bytes=_SMALL_BLOCK_BYTES)
+    return y.T[:m]
+
+
+def whole_numbers_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
+    """Computes `x @ decode(rows).T` of whole numbers, with an exact sum in each group.
+
+    The scale multiplies the sum of a group instead of the weights. The caller checks
+    that float32 holds this sum.
 
     Args:
-      x: int8 `[m, k]`.
+      x: float32 `[m, k]`, whole numbers.
       rows: the weight, `[n, k]`, in an integer format.
       meta: static facts of the rows.
 
@@ -108,10 +168,10 @@ def whole_numbers_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
         return jnp.zeros((m, n), jnp.float32)
     size = field_length(meta, groups) // groups
     x_fields = [
-        field.reshape(m, groups, size)
-        for field in split_fields(x.astype(jnp.float32), meta, groups)
+        jnp.swapaxes(field.reshape(m, groups, size), 0, 1)  # [groups, m, size]
+        for field in split_fields(x, meta, groups)
     ]
-    dims = (((2,), (2,)), ((1,), (1,)))
+    dims = (((2,), (2,)), ((1,), (0,)))
 
     def product(block: Rows) -> jax.Array:
         """The product with a few rows, `[r, m]`."""

@@ -65,11 +65,12 @@ def test_joined_fields_are_the_weight(m, k, padded_k, group):
         ("int8", 256, 64, True),
     ],
 )
-def test_codes_on_a_cpu_are_multiplied_as_floats(fmt, k, group, has_zero_points):
-    """The sum of each group is exact, and no product of integers is left."""
+@pytest.mark.parametrize("scale", ["float32", "bfloat16", "float16"])
+def test_codes_on_a_cpu_are_multiplied_as_floats(fmt, k, group, has_zero_points, scale):
+    """Only sums are rounded, and no product of integers is left."""
     n, m = 48, 5
     granularity = PerGroup(group, pad=True) if group else PerChannel()
-    spec = QuantSpec(fmt, granularity, symmetric=not has_zero_points)
+    spec = QuantSpec(fmt, granularity, symmetric=not has_zero_points, scale=scale)
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(k, n)), jnp.float32)
     x = jnp.asarray(rng.integers(-127, 128, (m, k)), jnp.int8)
