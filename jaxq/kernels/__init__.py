@@ -26,6 +26,8 @@ from jaxq.kernels._one_step import as_one_step as as_one_step
 from jaxq.kernels._primitive import FORMS as FORMS
 from jaxq.kernels._primitive import call_matmul as call_matmul
 from jaxq.kernels._problem import Problem
+from jaxq.kernels._quantize_rows import choose_rows as choose_rows
+from jaxq.kernels._quantize_rows import quantize_rows as quantize_rows
 from jaxq.kernels._quantized_matmul import quantized_matmul
 from jaxq.kernels._ragged import ragged_matmul as ragged_matmul
 from jaxq.kernels._registry import KERNELS as KERNELS
@@ -33,6 +35,8 @@ from jaxq.kernels._rows import Layout as Layout
 from jaxq.kernels._rows import RowMeta as RowMeta
 from jaxq.kernels._rows import Rows as Rows
 from jaxq.kernels._rows import as_rows as as_rows
+from jaxq.kernels._rows_problem import RowsProblem as RowsProblem
+from jaxq.kernels._rows_problem import rows_problem as rows_problem
 
 # An import with `as` and the same name is for other rooms of jaxq, not for users.
 __all__ = ["Choice", "FallbackWarning", "Problem", "choose", "quantized_matmul"]

@@ -31,6 +31,7 @@ from jaxq.kernels._call import Call, with_leaves, without_index
 from jaxq.kernels._forms import pallas_form, xla_form
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
+from jaxq.kernels._quantize_rows import rows_xla_form
 from jaxq.kernels._rows import Rows, as_rows
 from jaxq.kernels._xla import rows_gradient
 from jaxq.sharding import call_on_auto_axes, explicit_spec
@@ -278,4 +279,5 @@ FORMS = {
     "quantized_matmul": xla_form,
     "quantized_matmul_tangent": _tangent_form,
     "quantized_attention": attention_xla_form,
+    "quantize_rows": rows_xla_form,
 }

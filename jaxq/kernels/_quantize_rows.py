@@ -9,24 +9,23 @@ Both give the bits of `quantize`.
 |---|---|
 | lowering | a kernel of the platform, or `quantize_array` if no kernel is chosen |
 | vmap | the mapped axis becomes a leading batch axis, and joins the rows of a kernel |
-| derivatives | as for `quantize`, none: the derivative of a product is defined outside |
+| derivatives | none, as for `quantize`; a product defines its own |
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import warnings
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching
 
-from jaxq.kernels._devices import assumed_gpu, lowering_devices
-from jaxq.kernels._dispatch import Choice, FallbackWarning
+from jaxq.kernels._dispatch import Choice, warn_of_fallback, why_not_partitioned
+from jaxq.kernels._platform_primitive import Target, platform_primitive
+from jaxq.kernels._registry import kernel_module
 from jaxq.kernels._rows_problem import RowsProblem, rows_problem
 from jaxq.qtensor import (
     Geometry,
@@ -39,10 +38,6 @@ from jaxq.qtensor import (
 
 # The kernel of each platform, and the module that contains it.
 ROWS_KERNELS = {"tpu": "rows_tpu", "cuda": "rows_triton"}
-
-# `quantize_rows_p(x)` is (codes, scales).
-quantize_rows_p = Primitive("quantize_rows")
-quantize_rows_p.multiple_results = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +82,11 @@ def choose_rows(
         return Choice("xla", f"there are no kernels for {platform}")
     if isinstance(problem, str):
         return Choice("xla", problem)
-    if num_devices > 1:
-        return Choice(
-            "xla",
-            f"XLA partitions this program for {num_devices} devices and cannot "
-            "partition a kernel; inside jax.shard_map a kernel runs on each device",
-        )
+    reason = why_not_partitioned(num_devices)
+    if reason is not None:
+        return Choice("xla", reason)
     name = ROWS_KERNELS[platform]
-    reason = _kernel_module(name).why_not(problem)
+    reason = kernel_module(name).why_not(problem)
     return Choice("xla" if reason else name, reason)
 
 
@@ -119,7 +111,7 @@ def rows_kernel_form(
     """
     problem = rows_problem(x.shape, x.dtype.name, call.spec, call.geometry)
     assert isinstance(problem, RowsProblem), problem
-    module = _kernel_module(kernel)
+    module = kernel_module(kernel)
     codes, scales = module.quantize_rows(
         x.reshape(problem.m, problem.k),
         problem=problem,
@@ -128,11 +120,6 @@ def rows_kernel_form(
     )
     shapes = _result_shapes(x.shape, x.dtype.name, call)
     return codes.reshape(shapes[0]), scales.reshape(shapes[1])
-
-
-def _kernel_module(name: str) -> ModuleType:
-    """The module of a kernel. The import is late because Pallas is slow to import."""
-    return importlib.import_module(f"jaxq.kernels._{name}")
 
 
 def _result_shapes(
@@ -157,48 +144,22 @@ def _abstract(x, *, call: RowsCall):
     ]
 
 
-@functools.partial(jax.jit, static_argnames="call")
-def _run(x, *, call: RowsCall):
-    return quantize_rows_p.bind(x, call=call)
-
-
-def _evaluate(x, *, call: RowsCall):
-    # The primitive can only be lowered and compiled.
-    with jax.disable_jit(False):
-        return _run(x, call=call)
-
-
-def _lower(ctx, x, *, call: RowsCall, platform: str | None):
-    """Lowers the primitive for one platform; None is every platform without kernels."""
-    with assumed_gpu(platform, ctx.avals_in), warnings.catch_warnings():
-        form = functools.partial(rows_xla_form, call=call)
-        if platform is not None:
-            _, num_devices = lowering_devices(ctx, platform)
-            aval = ctx.avals_in[0]
-            problem = rows_problem(
-                aval.shape, aval.dtype.name, call.spec, call.geometry
-            )
-            choice = choose_rows(problem, platform, num_devices)
-            if choice.reason is None:
-                form = functools.partial(
-                    rows_kernel_form, call=call, kernel=choice.backend
-                )
-            else:
-                _warn(call, platform, choice.reason)
-        # A user who multiplies by a QTensor cannot act on this warning.
-        warnings.filterwarnings(
-            "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
+def _form(
+    target: Target, avals: Sequence[Any], *, call: RowsCall
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """What the primitive computes on a target: a kernel or the XLA form."""
+    (x,) = avals
+    problem = rows_problem(x.shape, x.dtype.name, call.spec, call.geometry)
+    choice = choose_rows(problem, target.platform, target.num_devices)
+    if choice.reason is None:
+        return functools.partial(rows_kernel_form, call=call, kernel=choice.backend)
+    if target.platform in ROWS_KERNELS:
+        warn_of_fallback(
+            f"the quantization of an activation to {call.spec.fmt.name}",
+            target.platform,
+            choice.reason,
         )
-        return mlir.lower_fun(form, multiple_results=True)(ctx, x)
-
-
-def _warn(call: RowsCall, platform: str, reason: str) -> None:
-    warnings.warn(
-        f"No kernel quantizes an activation {call.geometry.shape} to "
-        f"{call.spec.fmt.name} on {platform}, so XLA does: {reason}.",
-        FallbackWarning,
-        stacklevel=3,
-    )
+    return functools.partial(rows_xla_form, call=call)
 
 
 def _batch(operands, dims, *, call: RowsCall):
@@ -207,13 +168,8 @@ def _batch(operands, dims, *, call: RowsCall):
     return [data, scale], [0, 0]
 
 
-quantize_rows_p.def_abstract_eval(_abstract)
-quantize_rows_p.def_impl(_evaluate)
+# `quantize_rows_p(x)` is (codes, scales).
+quantize_rows_p = platform_primitive(
+    "quantize_rows", _abstract, _form, multiple_results=True
+)
 batching.primitive_batchers[quantize_rows_p] = _batch
-mlir.register_lowering(quantize_rows_p, functools.partial(_lower, platform=None))
-for _platform in ROWS_KERNELS:
-    mlir.register_lowering(
-        quantize_rows_p,
-        functools.partial(_lower, platform=_platform),
-        platform=_platform,
-    )

@@ -32,6 +32,7 @@ from jaxq.ops._facts import (
     CodesFacts,
     Facts,
     activation_facts,
+    activation_problem,
     facts_of,
 )
 from jaxq.ops._plan import Path, Plan, Preparation
@@ -392,7 +393,7 @@ def plan_on_platform(
       TypeError: as in `plan_dot`.
       ValueError: as in `plan_dot`.
     """
-    lhs, rhs = facts_of(lhs), facts_of(rhs)
+    sides = lhs, rhs = facts_of(lhs), facts_of(rhs)
     plan = _plan_product(lhs, rhs, dims, "float32")
     device_kind = None
     if platform in kernels.KERNELS:
@@ -404,13 +405,39 @@ def plan_on_platform(
         lhs, rhs = _without_activation(lhs), _without_activation(rhs)
         problem = _kernel_problem(plan.outlier_product, lhs, rhs, dims)
         choice = kernels.choose(problem, platform, device_kind, num_devices)
+    rows_choice = _activation_choice(plan, *sides, dims, platform, num_devices)
     return dataclasses.replace(
         plan,
         kernel=choice.backend,
+        activation_kernel=rows_choice.backend if rows_choice else None,
+        why_no_activation_kernel=rows_choice.reason if rows_choice else None,
         why_no_kernel=choice.reason,
         passed_over=choice.passed_over,
         platform=platform,
     )
+
+
+def _activation_choice(
+    plan: Plan,
+    lhs: Facts,
+    rhs: Facts,
+    dims: DimensionNumbers,
+    platform: str,
+    num_devices: int,
+) -> kernels.Choice | None:
+    """What quantizes the activation on a platform; None if it is not quantized."""
+    if plan.activation is None:
+        return None
+    if plan.activation == "static":
+        reason = "a static range leaves only one launch"
+        return kernels.Choice("xla", reason, preferred=True)
+    swapped = "quantize_right" in plan.before
+    x, weight = (rhs, lhs) if swapped else (lhs, rhs)
+    assert isinstance(x, ArrayFacts)
+    assert isinstance(weight, CodesFacts)
+    lhs, rhs, _ = _quantized_sides(x, weight, dims, swapped=swapped)
+    problem = activation_problem(rhs if swapped else lhs)
+    return kernels.choose_rows(problem, platform, num_devices)
 
 
 def _without_activation(operand: Facts) -> Facts:

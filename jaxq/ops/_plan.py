@@ -48,6 +48,11 @@ class Plan:
         "quantize_left" and "quantize_right" quantize the activation on that side.
       activation: "dynamic" if the activation is quantized by its own extremes, "static"
         if it is quantized by a range from calibration, None if it stays in floats.
+      activation_kernel: the kernel that quantizes the activation on `platform`,
+        "rows_tpu" or "rows_triton"; "xla" if no kernel does; None if the activation is
+        not quantized.
+      why_no_activation_kernel: why no kernel quantizes the activation; None if one
+        does, or if the activation is not quantized.
       outliers: columns of the activation are multiplied in floats if their largest
         magnitude is at least this number. None if there is no such threshold.
       outlier_product: the plan of the product of these columns. None if there is no
@@ -74,6 +79,8 @@ class Plan:
     platform: str | None = None
     before: tuple[Preparation, ...] = ()
     activation: Literal["dynamic", "static"] | None = None
+    activation_kernel: str | None = None
+    why_no_activation_kernel: str | None = None
     outliers: float | None = None
     outlier_product: Plan | None = None
     x_dtype: str | None = None
@@ -84,7 +91,15 @@ class Plan:
         text = f"{self.path} (accumulates in {self.accumulate}{side}): {self.reason}"
         if self.platform not in kernels.KERNELS:
             return text
+        if self.activation_kernel is not None:
+            text += f"; {self._activation_step()}"
         if self.why_no_kernel is not None:
             return f"{text}; in plain XLA on {self.platform}: {self.why_no_kernel}"
         others = f" ({self.passed_over})" if self.passed_over else ""
         return f"{text}; runs as the {self.kernel} kernel on {self.platform}{others}"
+
+    def _activation_step(self) -> str:
+        """What quantizes the activation, in words."""
+        if self.why_no_activation_kernel is None:
+            return f"the {self.activation_kernel} kernel quantizes the activation"
+        return f"plain XLA quantizes the activation: {self.why_no_activation_kernel}"

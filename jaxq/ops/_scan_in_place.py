@@ -32,7 +32,7 @@ _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
 # Products by a quantized weight. The operands are x, the leaves, and then tangents.
-_PRODUCTS = tuple(name for name in kernels.FORMS if name != "quantized_attention")
+_PRODUCTS = ("quantized_matmul", "quantized_matmul_tangent")
 # These do not reorder elements. If the number of elements stays, they are reshapes.
 _RESHAPES = ("broadcast_in_dim", "reshape", "slice", "squeeze")
 # Calls whose operands are the inputs of their function.
