@@ -159,20 +159,26 @@ def _one_scale(p: RowsProblem, chunk: int, rows, x_ref, codes_ref, scale_ref) ->
 def _groups(p: RowsProblem, chunk: int, rows, x_ref, codes_ref, scale_ref) -> None:
     """Quantizes a block of rows with a scale for each group."""
     block, per_chunk = min(x_ref.shape[0], _BYTE_ROWS), chunk // p.group
-    group_of_lane = lax.broadcasted_iota(jnp.int32, (block, chunk), 1) // p.group
+    # A group that divides the lanes is a power of two.
+    group_of_lane = lax.broadcasted_iota(jnp.int32, (block, chunk), 1) >> (
+        p.group.bit_length() - 1
+    )
     index = lax.broadcasted_iota(jnp.int32, (block, p.num_groups), 1)
 
     def write(i: jax.Array, scales: jax.Array) -> jax.Array:
         at = _lanes(i, chunk)
         x = x_ref[rows, at].astype(jnp.float32)
         patterns = _patterns(x)
-        scale_of_lane = jnp.zeros((block, chunk), jnp.float32)
+        scale_of_lane = None
         for j in range(per_chunk):
             inside = group_of_lane == j
-            magnitude = _largest(jnp.where(inside, patterns, 0))
-            scale = row_scale(magnitude, p.spec, p.geometry).astype(jnp.float32)
-            scale_of_lane = jnp.where(inside, scale, scale_of_lane)
+            own = patterns if per_chunk == 1 else jnp.where(inside, patterns, 0)
+            scale = row_scale(_largest(own), p.spec, p.geometry).astype(jnp.float32)
             scales = jnp.where(index == i * per_chunk + j, scale, scales)
+            if scale_of_lane is None:
+                scale_of_lane = scale
+            else:
+                scale_of_lane = jnp.where(inside, scale, scale_of_lane)
         codes_ref[rows, at] = row_codes(row_quotients(x, scale_of_lane), p.spec)
         return scales
 
