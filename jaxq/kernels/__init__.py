@@ -16,9 +16,12 @@ from jaxq.kernels._attention_problem import AttentionProblem as AttentionProblem
 from jaxq.kernels._call import Call as Call
 from jaxq.kernels._call import problem_of as problem_of
 from jaxq.kernels._call import with_index as with_index
-from jaxq.kernels._codes import codes_matmul as codes_matmul
 from jaxq.kernels._codes import is_native_float as is_native_float
 from jaxq.kernels._codes import largest_exact_length as largest_exact_length
+from jaxq.kernels._codes_problem import CodesProblem as CodesProblem
+from jaxq.kernels._codes_problem import codes_problem as codes_problem
+from jaxq.kernels._codes_product import call_codes as call_codes
+from jaxq.kernels._codes_product import choose_codes as choose_codes
 from jaxq.kernels._devices import device_kind as device_kind
 from jaxq.kernels._dispatch import Choice, FallbackWarning, choose
 from jaxq.kernels._forms import xla_form as xla_form

@@ -28,6 +28,7 @@ from jax.interpreters import ad, batching
 from jaxq.kernels import _dispatch
 from jaxq.kernels._attention import attention_xla_form
 from jaxq.kernels._call import Call, with_leaves, without_index
+from jaxq.kernels._codes_product import codes_xla_form
 from jaxq.kernels._forms import pallas_form, xla_form
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
@@ -280,4 +281,5 @@ FORMS = {
     "quantized_matmul_tangent": _tangent_form,
     "quantized_attention": attention_xla_form,
     "quantize_rows": rows_xla_form,
+    "codes_matmul": codes_xla_form,
 }

@@ -398,8 +398,12 @@ def plan_on_platform(
     device_kind = None
     if platform in kernels.KERNELS:
         device_kind = kernels.device_kind(platform)
-    problem = _kernel_problem(plan, lhs, rhs, dims)
-    choice = kernels.choose(problem, platform, device_kind, num_devices)
+    if plan.path == "codes" and plan.x_dtype is None:
+        codes = _codes_problem(plan, lhs, rhs, dims)
+        choice = kernels.choose_codes(codes, platform, device_kind, num_devices)
+    else:
+        problem = _kernel_problem(plan, lhs, rhs, dims)
+        choice = kernels.choose(problem, platform, device_kind, num_devices)
     if choice.reason is not None and plan.outlier_product is not None:
         # The product of the outlier columns may still have a kernel.
         lhs, rhs = _without_activation(lhs), _without_activation(rhs)
@@ -446,6 +450,20 @@ def _without_activation(operand: Facts) -> Facts:
     return operand
 
 
+def _codes_problem(
+    plan: Plan, lhs: Facts, rhs: Facts, dims: DimensionNumbers
+) -> kernels.CodesProblem | str:
+    """A product of codes as kernels see it, or why no kernel computes it."""
+    lhs, rhs, _ = _operands_after(plan, lhs, rhs, dims)
+    sides = []
+    for operand in (lhs, rhs):
+        assert isinstance(operand, CodesFacts)
+        fields: dict[str, Any] = dict.fromkeys(kernels.Rows._fields)
+        fields.update(row_shapes(operand))
+        sides += [kernels.Rows(**fields), row_meta(operand.meta)]
+    return kernels.codes_problem(*sides)
+
+
 def _kernel_problem(
     plan: Plan, lhs: Facts, rhs: Facts, dims: DimensionNumbers
 ) -> kernels.Problem | str:
@@ -457,18 +475,7 @@ def _kernel_problem(
       rhs: the facts of the right operand before the preparations `plan.before`.
       dims: the dimension numbers before the preparations `plan.before`.
     """
-    for step in plan.before:
-        if step == "dequantize_left":
-            assert isinstance(lhs, CodesFacts)
-            lhs = lhs.dequantized()
-            continue
-        if step in ("scale_left", "scale_right"):
-            continue  # the factors change neither the shapes nor the codes
-        swapped = step == "quantize_right"
-        x, weight = (rhs, lhs) if swapped else (lhs, rhs)
-        assert isinstance(x, ArrayFacts)
-        assert isinstance(weight, CodesFacts)
-        lhs, rhs, dims = _quantized_sides(x, weight, dims, swapped=swapped)
+    lhs, rhs, dims = _operands_after(plan, lhs, rhs, dims)
     is_weight_only = plan.path in ("weight_only", "weight_only_transposed")
     if not is_weight_only and plan.x_dtype != "int8":
         return _NO_KERNEL
@@ -486,6 +493,25 @@ def _kernel_problem(
     stack, k = math.prod(weight.batch_shape), weight.meta.geometry.contracted_size
     x_rows = jax.ShapeDtypeStruct((stack, num_rows, k), plan.x_dtype)
     return kernels.problem_of(call, x_rows, list(leaves.values()))
+
+
+def _operands_after(
+    plan: Plan, lhs: Facts, rhs: Facts, dims: DimensionNumbers
+) -> tuple[Facts, Facts, DimensionNumbers]:
+    """The operands and the dimension numbers after the preparations `plan.before`."""
+    for step in plan.before:
+        if step == "dequantize_left":
+            assert isinstance(lhs, CodesFacts)
+            lhs = lhs.dequantized()
+            continue
+        if step in ("scale_left", "scale_right"):
+            continue  # the factors change neither the shapes nor the codes
+        swapped = step == "quantize_right"
+        x, weight = (rhs, lhs) if swapped else (lhs, rhs)
+        assert isinstance(x, ArrayFacts)
+        assert isinstance(weight, CodesFacts)
+        lhs, rhs, dims = _quantized_sides(x, weight, dims, swapped=swapped)
+    return lhs, rhs, dims
 
 
 # Convolutions.
