@@ -133,8 +133,8 @@ def _sum_over_groups(
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         start = i.astype(jnp.int32) * count  # int64 if 64-bit types are enabled
-        parts = [_take_groups(operand, start, count) for operand in (a, b)]
-        return total + _groups_product(*parts, a_meta, b_meta)
+        a_part, b_part = _take_groups(a, start, count), _take_groups(b, start, count)
+        return total + _groups_product(a_part, b_part, a_meta, b_meta)
 
     return lax.fori_loop(0, groups // count, step, jnp.zeros((m, n), jnp.float32))
 

@@ -138,6 +138,8 @@ def codes_kernel_form(
     """
     (a, b), problem = call.rows(operands), call.problem(operands)
     assert isinstance(problem, CodesProblem), problem
+    assert a.scale is not None
+    assert b.scale is not None
     module, p = kernel_module(kernel), problem
     return module.matmul(
         a.data,
@@ -165,8 +167,9 @@ def _rows_of(names: Sequence[str], leaves: Sequence[Any]) -> Rows:
 
 def _abstract(*operands, call: CodesCall):
     a, b = call.rows(operands)
+    data: Any = a.data
     shape = (*a.data.shape[:2], b.data.shape[1 if call.b_meta.layout == "rows" else 2])
-    return a.data.update(shape=shape, dtype=jnp.dtype(jnp.float32), weak_type=False)
+    return data.update(shape=shape, dtype=jnp.dtype(jnp.float32), weak_type=False)
 
 
 def _form(

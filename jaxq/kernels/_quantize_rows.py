@@ -1,9 +1,10 @@
 """Quantization of an activation as a jax primitive.
 
 Without a kernel, XLA reads the activation once for the largest magnitudes and once more
-for the codes, in two or three launches. A kernel does it in one launch. When jax lowers
-a program for a platform, the primitive becomes a kernel of this platform or plain XLA.
-Both give the bits of `quantize`.
+for the codes, in several launches. A kernel does it in one launch. When jax lowers a
+program for a platform, the primitive becomes a kernel of this platform or plain XLA.
+The arithmetic is that of `quantize`. On a GPU the reciprocal of a scale can differ in
+the last place, see `_rows_triton.py`.
 
 | transformation | rule |
 |---|---|
@@ -61,7 +62,7 @@ def quantize_rows(x: jax.Array, spec: QuantSpec, geometry: Geometry) -> QTensor:
       geometry: the geometry of `x`.
 
     Returns:
-      A QTensor with the same bits on every path. NaN and infinities propagate.
+      A QTensor. NaN and infinities propagate.
     """
     call = RowsCall(spec, geometry)
     data, scale = quantize_rows_p.bind(without_gradient(x), call=call)

@@ -169,13 +169,13 @@ def _groups(p: RowsProblem, chunk: int, rows, x_ref, codes_ref, scale_ref) -> No
         at = _lanes(i, chunk)
         x = x_ref[rows, at].astype(jnp.float32)
         patterns = _patterns(x)
-        scale_of_lane = None
+        scale_of_lane = jnp.zeros((block, 1), jnp.float32)
         for j in range(per_chunk):
             inside = group_of_lane == j
             own = patterns if per_chunk == 1 else jnp.where(inside, patterns, 0)
             scale = row_scale(_largest(own), p.spec, p.geometry).astype(jnp.float32)
             scales = jnp.where(index == i * per_chunk + j, scale, scales)
-            if scale_of_lane is None:
+            if per_chunk == 1:
                 scale_of_lane = scale
             else:
                 scale_of_lane = jnp.where(inside, scale, scale_of_lane)

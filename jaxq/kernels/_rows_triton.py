@@ -4,11 +4,15 @@ A group is a row of its own: `[m, k]` is `[m * num_groups, group]` in memory. Ea
 program has `bm` such rows in registers. It reads each number once, finds the largest
 magnitude of each row, and computes scales and codes. Edges are masked.
 
-The bits are those of XLA. Two operations of Triton have other results than those of
-XLA, so the kernel does not use them:
+The bits are those of `quantize` on a CPU. Two operations of Triton have other results,
+so the kernel does not rely on them:
 
 - Its division is not rounded to nearest. `nearest_reciprocal` corrects it.
 - Its maximum and minimum drop NaN. Magnitudes are compared as integers.
+
+XLA's own reciprocal on a GPU is `rcp.approx`, which can be off by one last place. A
+code that XLA computes there can differ by one step where a quotient lies that close to
+the middle of two codes.
 
 The kernel has run in the interpreter and has been compiled for an H200. It has not been
 timed on a device.

@@ -1,7 +1,7 @@
 """The arithmetic of `quantize` for rows with one scale each, as kernels need it.
 
 A kernel finds the largest magnitude of a row itself. These functions compute the scale
-and the codes from it, with the operations of `quantize`. So the bits are the same.
+and the codes from it, with the operations of `quantize`.
 """
 
 from __future__ import annotations
