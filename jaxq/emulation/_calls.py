@@ -87,6 +87,8 @@ CALLS: dict[str, Call] = {
     **{name: _under_policy(call) for name, call in jaxprs.CALLS.items()},
     "custom_jvp_call": _custom_jvp_call,
     "custom_vjp_call": _custom_vjp_call,
+    "codes_matmul": _kernel_form_call,
+    "quantize_rows": _kernel_form_call,
     "quantized_attention": _kernel_form_call,
     "quantized_matmul": _kernel_form_call,
     "quantized_matmul_tangent": _kernel_form_call,

@@ -97,6 +97,10 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
         b_groups = _grouped(b_rows, b_meta, groups, length)
         return _groups_product(a_groups, b_groups, a_meta, b_meta)
 
+    if b_meta.block_bytes is not None and groups > 1:
+        return _sum_over_groups(
+            a_groups, _grouped(b, b_meta, groups, length), a_meta, b_meta
+        )
     packed = b_meta.packing is not formats.Packing.NONE
     if not packed and groups == 1 and not is_native_float(b_meta.fmt):
         return product(b)
@@ -109,6 +113,41 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
     # Platforms without float8 units widen the codes to 4 bytes.
     row_bytes = max(4 * b_meta.padded_k, 8 * groups * m)
     return for_blocks(b, b_meta, write, jnp.zeros((m, n), dtype), row_bytes=row_bytes)
+
+
+def _sum_over_groups(
+    a: _Groups, b: _Groups, a_meta: RowMeta, b_meta: RowMeta
+) -> jax.Array:
+    """The product `[m, n]` on an accelerator: a loop over groups, some at a time.
+
+    The float32 partial sums of the groups of a step fit into half of
+    `b_meta.block_bytes`. The other half is for the scaled sums. A step has one group at
+    least.
+    """
+    assert b_meta.block_bytes is not None
+    (m, groups, _), n = a.codes.shape, b.codes.shape[0]
+    most = max(1, b_meta.block_bytes // (8 * m * n))
+    count = max(c for c in range(1, groups + 1) if groups % c == 0 and c <= most)
+    if count == groups:
+        return _groups_product(a, b, a_meta, b_meta)
+
+    def step(i: jax.Array, total: jax.Array) -> jax.Array:
+        start = i.astype(jnp.int32) * count  # int64 if 64-bit types are enabled
+        a_part, b_part = _take_groups(a, start, count), _take_groups(b, start, count)
+        return total + _groups_product(a_part, b_part, a_meta, b_meta)
+
+    return lax.fori_loop(0, groups // count, step, jnp.zeros((m, n), jnp.float32))
+
+
+def _take_groups(operand: _Groups, start: jax.Array, count: int) -> _Groups:
+    """`count` groups from `start` on. A scale that all groups share is not cut."""
+
+    def cut(leaf: jax.Array | None) -> jax.Array | None:
+        if leaf is None or leaf.shape[1] == 1:
+            return leaf
+        return lax.dynamic_slice_in_dim(leaf, start, count, axis=1)
+
+    return _Groups(*(cut(leaf) for leaf in operand))  # pyright: ignore
 
 
 class _Groups(NamedTuple):

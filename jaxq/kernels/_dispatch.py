@@ -248,6 +248,21 @@ def _with_blocks(call: Call, block_bytes: int | None) -> Call:
     return dataclasses.replace(call, meta=meta)
 
 
+def block_bytes_on(platform: str, num_devices: int, e: int) -> int | None:
+    """Returns the size of blocks in the XLA form, None for the size for a CPU.
+
+    Args:
+      platform: the platform that the program is lowered for.
+      num_devices: number of devices over which XLA partitions the program.
+      e: number of stacked products.
+    """
+    if num_devices > 1:
+        return _WHOLE_WEIGHT
+    if platform not in KERNELS:
+        return None
+    return _ACCELERATOR_BLOCK_BYTES // max(e, 1)
+
+
 def warn_of_fallback(product: str, platform: str, reason: str) -> None:
     """Warns that XLA computes a product on a platform that has kernels for it."""
     warnings.warn(

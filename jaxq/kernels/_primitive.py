@@ -29,9 +29,11 @@ from jax.sharding import PartitionSpec
 from jaxq.kernels import _dispatch
 from jaxq.kernels._attention import attention_xla_form
 from jaxq.kernels._call import Call, with_leaves, without_index
+from jaxq.kernels._codes_product import codes_xla_form
 from jaxq.kernels._forms import pallas_form, xla_form
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
+from jaxq.kernels._quantize_rows import rows_xla_form
 from jaxq.kernels._ragged_primitive import ragged_form
 from jaxq.kernels._rows import Rows, as_rows
 from jaxq.kernels._xla import rows_gradient
@@ -282,4 +284,6 @@ FORMS = {
     "quantized_matmul_tangent": _tangent_form,
     "quantized_attention": attention_xla_form,
     "quantized_ragged_dot": ragged_form,
+    "quantize_rows": rows_xla_form,
+    "codes_matmul": codes_xla_form,
 }

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxq import kernels
 from jaxq.ops._dimension_numbers import broadcastable
+from jaxq.ops._facts import ArrayFacts, activation_facts, activation_problem
 from jaxq.qtensor import QTensor, quantize, with_margin
 
 
@@ -59,19 +61,7 @@ def multiply_quantized(
 
     @jax.custom_vjp
     def quantized(x: jax.Array, weight: QTensor) -> jax.Array:
-        assert weight.meta.activation is not None
-        bounds = None
-        if weight.input_range is not None:
-            bounds = range_ends(weight.input_range, axes.range_axes)
-        activation = quantize(
-            jnp.transpose(x, axes.order),
-            weight.meta.activation,
-            contracting=axes.contracting,
-            batch=tuple(range(axes.num_batch)),
-            on_nonfinite="propagate",
-            bounds=bounds,
-            name="activation",
-        )
+        activation = quantize_activation(x, weight, axes)
         return codes_product(activation, weight.with_activation(None))
 
     def forward(x: jax.Array, weight: QTensor):
@@ -85,6 +75,37 @@ def multiply_quantized(
 
     quantized.defvjp(forward, backward)
     return quantized(x, weight)
+
+
+def quantize_activation(x: jax.Array, weight: QTensor, axes: ActivationAxes) -> QTensor:
+    """`x` quantized by `weight.meta.activation`, with its axes in `axes.order`.
+
+    `kernels.quantize_rows` has the bits of `quantize`. It takes dynamic ranges only.
+    With a static range there are no extremes to find, and XLA needs one launch.
+    """
+    spec = weight.meta.activation
+    assert spec is not None
+    x = jnp.transpose(x, axes.order)
+    batch = tuple(range(axes.num_batch))
+    bounds = None
+    if weight.input_range is not None:
+        bounds = range_ends(weight.input_range, axes.range_axes)
+    else:
+        array = ArrayFacts(tuple(x.shape), x.dtype.name)
+        facts = activation_facts(array, spec, axes.contracting, batch)
+        if isinstance(activation_problem(facts), kernels.RowsProblem):
+            activation = kernels.quantize_rows(x, spec, facts.meta.geometry)
+            meta = dataclasses.replace(activation.meta, name="activation")
+            return dataclasses.replace(activation, meta=meta)
+    return quantize(
+        x,
+        spec,
+        contracting=axes.contracting,
+        batch=batch,
+        on_nonfinite="propagate",
+        bounds=bounds,
+        name="activation",
+    )
 
 
 def _pass_through(

@@ -33,6 +33,7 @@ from jaxq.ops._facts import (
     CodesFacts,
     Facts,
     activation_facts,
+    activation_problem,
     facts_of,
 )
 from jaxq.ops._plan import Path, Plan, Preparation
@@ -393,15 +394,26 @@ def plan_on_platform(
       TypeError: as in `plan_dot`.
       ValueError: as in `plan_dot`.
     """
-    lhs, rhs = facts_of(lhs), facts_of(rhs)
+    sides = lhs, rhs = facts_of(lhs), facts_of(rhs)
     plan = _plan_product(lhs, rhs, dims, "float32")
-    problem = _kernel_problem(plan, lhs, rhs, dims)
-    choice = _choose(problem, platform, num_devices)
+    if plan.path == "codes" and plan.x_dtype is None:
+        codes = _codes_problem(plan, lhs, rhs, dims)
+        device_kind = _device_kind(platform)
+        choice = kernels.choose_codes(codes, platform, device_kind, num_devices)
+    else:
+        problem = _kernel_problem(plan, lhs, rhs, dims)
+        choice = _choose(problem, platform, num_devices)
     if choice.reason is not None and plan.outlier_product is not None:
         # The product of the outlier columns may still have a kernel.
         lhs, rhs = _without_activation(lhs), _without_activation(rhs)
         problem = _kernel_problem(plan.outlier_product, lhs, rhs, dims)
         choice = _choose(problem, platform, num_devices)
+    rows_choice = _activation_choice(plan, *sides, dims, platform, num_devices)
+    plan = dataclasses.replace(
+        plan,
+        activation_kernel=rows_choice.backend if rows_choice else None,
+        why_no_activation_kernel=rows_choice.reason if rows_choice else None,
+    )
     return _with_choice(plan, choice, platform)
 
 
@@ -447,10 +459,13 @@ def _choose(
     problem: kernels.Problem | str, platform: str, num_devices: int
 ) -> kernels.Choice:
     """The kernel for a product on the devices that this process or a mesh names."""
-    device_kind = None
-    if platform in kernels.KERNELS:
-        device_kind = kernels.device_kind(platform)
+    device_kind = _device_kind(platform)
     return kernels.choose(problem, platform, device_kind, num_devices)
+
+
+def _device_kind(platform: str) -> str | None:
+    """The kind of device for which a kernel is chosen, or None if it is unknown."""
+    return kernels.device_kind(platform) if platform in kernels.KERNELS else None
 
 
 def _with_choice(plan: Plan, choice: kernels.Choice, platform: str) -> Plan:
@@ -463,10 +478,47 @@ def _with_choice(plan: Plan, choice: kernels.Choice, platform: str) -> Plan:
     )
 
 
+def _activation_choice(
+    plan: Plan,
+    lhs: Facts,
+    rhs: Facts,
+    dims: DimensionNumbers,
+    platform: str,
+    num_devices: int,
+) -> kernels.Choice | None:
+    """What quantizes the activation on a platform; None if it is not quantized."""
+    if plan.activation is None:
+        return None
+    if plan.activation == "static":
+        reason = "a static range leaves only one launch"
+        return kernels.Choice("xla", reason, preferred=True)
+    swapped = "quantize_right" in plan.before
+    x, weight = (rhs, lhs) if swapped else (lhs, rhs)
+    assert isinstance(x, ArrayFacts)
+    assert isinstance(weight, CodesFacts)
+    lhs, rhs, _ = _quantized_sides(x, weight, dims, swapped=swapped)
+    problem = activation_problem(rhs if swapped else lhs)
+    return kernels.choose_rows(problem, platform, num_devices)
+
+
 def _without_activation(operand: Facts) -> Facts:
     if isinstance(operand, CodesFacts):
         return operand.without_activation()
     return operand
+
+
+def _codes_problem(
+    plan: Plan, lhs: Facts, rhs: Facts, dims: DimensionNumbers
+) -> kernels.CodesProblem | str:
+    """A product of codes as kernels see it, or why no kernel computes it."""
+    lhs, rhs, _ = _operands_after(plan, lhs, rhs, dims)
+    sides = []
+    for operand in (lhs, rhs):
+        assert isinstance(operand, CodesFacts)
+        fields: dict[str, Any] = dict.fromkeys(kernels.Rows._fields)
+        fields.update(row_shapes(operand))
+        sides += [kernels.Rows(**fields), row_meta(operand.meta)]
+    return kernels.codes_problem(*sides)
 
 
 def _kernel_problem(
@@ -480,18 +532,7 @@ def _kernel_problem(
       rhs: the facts of the right operand before the preparations `plan.before`.
       dims: the dimension numbers before the preparations `plan.before`.
     """
-    for step in plan.before:
-        if step == "dequantize_left":
-            assert isinstance(lhs, CodesFacts)
-            lhs = lhs.dequantized()
-            continue
-        if step in ("scale_left", "scale_right"):
-            continue  # the factors change neither the shapes nor the codes
-        swapped = step == "quantize_right"
-        x, weight = (rhs, lhs) if swapped else (lhs, rhs)
-        assert isinstance(x, ArrayFacts)
-        assert isinstance(weight, CodesFacts)
-        lhs, rhs, dims = _quantized_sides(x, weight, dims, swapped=swapped)
+    lhs, rhs, dims = _operands_after(plan, lhs, rhs, dims)
     is_weight_only = plan.path in ("weight_only", "weight_only_transposed")
     if not is_weight_only and plan.x_dtype != "int8":
         return _NO_KERNEL
@@ -511,6 +552,25 @@ def _kernel_problem(
     length = math.prod(geometry.shape[axis] for axis in summed)
     x_rows = jax.ShapeDtypeStruct((stack, num_rows, length), plan.x_dtype)
     return kernels.problem_of(call, x_rows, list(leaves.values()))
+
+
+def _operands_after(
+    plan: Plan, lhs: Facts, rhs: Facts, dims: DimensionNumbers
+) -> tuple[Facts, Facts, DimensionNumbers]:
+    """The operands and the dimension numbers after the preparations `plan.before`."""
+    for step in plan.before:
+        if step == "dequantize_left":
+            assert isinstance(lhs, CodesFacts)
+            lhs = lhs.dequantized()
+            continue
+        if step in ("scale_left", "scale_right"):
+            continue  # the factors change neither the shapes nor the codes
+        swapped = step == "quantize_right"
+        x, weight = (rhs, lhs) if swapped else (lhs, rhs)
+        assert isinstance(x, ArrayFacts)
+        assert isinstance(weight, CodesFacts)
+        lhs, rhs, dims = _quantized_sides(x, weight, dims, swapped=swapped)
+    return lhs, rhs, dims
 
 
 # Convolutions.
@@ -693,9 +753,7 @@ def plan_ragged(x: Any, weights: QTensor, platform: str, num_devices: int = 1) -
     problem = kernels.ragged_problem(
         call, x.shape[0], list(leaves.values()), jnp.dtype(x_dtype)
     )
-    device_kind = None
-    if platform in kernels.KERNELS:
-        device_kind = kernels.device_kind(platform)
+    device_kind = _device_kind(platform)
     choice = kernels.choose_ragged(problem, platform, device_kind, num_devices)
     prepared = _Prepared()
     if facts.input_scale:

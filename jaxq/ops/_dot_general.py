@@ -344,7 +344,7 @@ def _multiply_codes(
             call = kernels.Call(rhs_meta, (), plan.result)
             sums = kernels.call_matmul(lhs_rows.data, rhs_rows, call)
             return sums * lhs_rows.scale.astype(jnp.float32)
-        return kernels.codes_matmul(lhs_rows, lhs_meta, rhs_rows, rhs_meta)
+        return kernels.call_codes(lhs_rows, lhs_meta, rhs_rows, rhs_meta)
 
     y = _over_batch(multiply_rows, num_batch)(lhs, rhs)  # [b, m, n]
     lhs_kept, rhs_kept = lhs.meta.geometry.kept, rhs.meta.geometry.kept

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq import formats
+from jaxq import formats, kernels
 from jaxq.qtensor import (
     ErrorContext,
     Meta,
@@ -196,3 +196,13 @@ def activation_facts(
         offset=offset,
         codebook=codebook,
     )
+
+
+def activation_problem(activation: CodesFacts) -> kernels.RowsProblem | str:
+    """The quantization of an activation for kernels, or why no kernel computes it.
+
+    Args:
+      activation: the facts of the quantized activation, from `activation_facts`.
+    """
+    meta = activation.meta
+    return kernels.rows_problem(activation.shape, meta.dtype, meta.spec, meta.geometry)

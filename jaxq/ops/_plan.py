@@ -37,7 +37,8 @@ class Plan:
       reason: why this path was chosen, in words.
       kernel: the Pallas kernel that runs on `platform`: "tpu", "mosaic_gpu" or
         "triton"; "tpu_transposed" or "triton_transposed" if the kept axes of the weight
-        are contracted; "ragged_tpu" or "ragged_triton" for `ragged_dot`; "xla" if no
+        are contracted; "ragged_tpu" or "ragged_triton" for `ragged_dot`; "codes_tpu" or
+        "codes_triton" for codes of both operands with scales in groups; "xla" if no
         kernel runs.
       why_no_kernel: why no kernel runs; None if one runs.
       passed_over: the kernels of the platform that are tried before the kernel that
@@ -50,6 +51,11 @@ class Plan:
         "quantize_left" and "quantize_right" quantize the activation on that side.
       activation: "dynamic" if the activation is quantized by its own extremes, "static"
         if it is quantized by a range from calibration, None if it stays in floats.
+      activation_kernel: the kernel that quantizes the activation on `platform`,
+        "rows_tpu" or "rows_triton"; "xla" if no kernel does; None if the activation is
+        not quantized.
+      why_no_activation_kernel: why no kernel quantizes the activation; None if one
+        does, or if the activation is not quantized.
       outliers: columns of the activation are multiplied in floats if their largest
         magnitude is at least this number. None if there is no such threshold.
       outlier_product: the plan of the product of these columns. None if there is no
@@ -76,6 +82,8 @@ class Plan:
     platform: str | None = None
     before: tuple[Preparation, ...] = ()
     activation: Literal["dynamic", "static"] | None = None
+    activation_kernel: str | None = None
+    why_no_activation_kernel: str | None = None
     outliers: float | None = None
     outlier_product: Plan | None = None
     x_dtype: str | None = None
@@ -86,7 +94,15 @@ class Plan:
         text = f"{self.path} (accumulates in {self.accumulate}{side}): {self.reason}"
         if self.platform not in kernels.KERNELS:
             return text
+        if self.activation_kernel is not None:
+            text += f"; {self._activation_step()}"
         if self.why_no_kernel is not None:
             return f"{text}; in plain XLA on {self.platform}: {self.why_no_kernel}"
         others = f" ({self.passed_over})" if self.passed_over else ""
         return f"{text}; runs as the {self.kernel} kernel on {self.platform}{others}"
+
+    def _activation_step(self) -> str:
+        """What quantizes the activation, in words."""
+        if self.why_no_activation_kernel is None:
+            return f"the {self.activation_kernel} kernel quantizes the activation"
+        return f"plain XLA quantizes the activation: {self.why_no_activation_kernel}"

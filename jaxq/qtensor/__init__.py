@@ -35,8 +35,9 @@ from jaxq.qtensor._partition import combine, partition
 from jaxq.qtensor._presets import as_activation_spec, as_spec, presets
 from jaxq.qtensor._product_operand import register_matmul
 from jaxq.qtensor._qtensor import LEAVES, QTensor, is_qtensor
-from jaxq.qtensor._quantize import quantize, quantize_array
+from jaxq.qtensor._quantize import quantize, quantize_array, without_gradient
 from jaxq.qtensor._requantize import requantize
+from jaxq.qtensor._row_codes import row_codes, row_quotients, row_scale
 from jaxq.qtensor._scale_rules import ScaleRule
 from jaxq.qtensor._spec import QuantSpec, as_static
 from jaxq.qtensor._trained_weight import (
@@ -52,7 +53,8 @@ from jaxq.qtensor._trained_weight import (
 # check_floats, check_leaves, decode_blocks, describe, inside_range, is_nnx_module,
 # is_nnx_state, is_nnx_variable, is_qtensor, is_quantized, is_traced, leaf_dtypes,
 # mesh_axes, quantize_array, raise_if_not_finite, range_options, register_matmul,
-# resolve, shard_like, with_margin and without_padding.
+# resolve, row_codes, row_quotients, row_scale, shard_like, with_margin,
+# without_gradient and without_padding.
 __all__ = [
     "Geometry",
     "Granularity",

@@ -7,6 +7,8 @@ its exact remainder.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,18 +36,34 @@ def divide_for_rounding(
     return divide(blocks, scale)
 
 
-def divide(blocks: jax.Array, scale: jax.Array) -> jax.Array:
+def one_over(x: jax.Array) -> jax.Array:
+    """`1 / x`, as XLA divides."""
+    return 1 / x
+
+
+def divide(
+    blocks: jax.Array,
+    scale: jax.Array,
+    reciprocal: Callable[[jax.Array], jax.Array] = one_over,
+) -> jax.Array:
     """`blocks / scale` as a product with the reciprocal of the scale.
 
     The result is 0 where the scale is 0 or subnormal.
+
+    Args:
+      blocks: numbers of any float dtype.
+      scale: float32, broadcastable to `blocks`.
+      reciprocal: computes `1 / x`, rounded to nearest, for x that is infinite, NaN, or
+        between 2^-126 and 2^120 in magnitude. The division of some kernels is not
+        rounded to nearest.
     """
     large = jnp.abs(scale) > _LARGE
     # A NaN scale counts as usable, because NaN must reach the encoder of the format.
     usable = ~(jnp.abs(scale) < _LEAST_NORMAL)
     # Both factors end in a division. XLA computes a division once for each block. It
     # repeats cheaper operations, and all operations before them, for each number.
-    shrink = 1 / jnp.where(large, np.float32(2.0**8), np.float32(1))
-    inverse = 1 / jnp.where(usable, scale * shrink, np.float32(np.inf))
+    shrink = reciprocal(jnp.where(large, np.float32(2.0**8), np.float32(1)))
+    inverse = reciprocal(jnp.where(usable, scale * shrink, np.float32(np.inf)))
     return (blocks.astype(jnp.float32) * shrink) * inverse
 
 

@@ -87,7 +87,7 @@ def store_in_dtype(scale: jax.Array, dtype: str, *, signed: bool = False) -> jax
         if signed:
             return scale
         magnitude = jnp.maximum(jnp.abs(scale), _SMALLEST_NORMAL)
-        return jnp.where(scale == 0, 0.0, jnp.sign(scale) * magnitude)
+        return jnp.where(scale == 0, 0.0, _with_sign_of(scale, magnitude))
     fmt = formats.get(dtype)
     if not signed:
         smallest = max(fmt.smallest_positive, float(_SMALLEST_NORMAL))
@@ -95,9 +95,14 @@ def store_in_dtype(scale: jax.Array, dtype: str, *, signed: bool = False) -> jax
         # float8_e8m0fnu has no zero.
         has_zero = fmt.min < 0
         zero = 0.0 if has_zero else fmt.smallest_positive
-        scale = jnp.where(scale == 0, zero, jnp.sign(scale) * magnitude)
+        scale = jnp.where(scale == 0, zero, _with_sign_of(scale, magnitude))
     codes = fmt.encode(scale)
     return lax.bitcast_convert_type(codes, jnp.dtype(dtype))
+
+
+def _with_sign_of(scale: jax.Array, magnitude: jax.Array) -> jax.Array:
+    # `jnp.sign` inside a TPU kernel can only be lowered where a TPU is attached.
+    return jnp.where(scale < 0, -magnitude, magnitude)
 
 
 def store_below(low: jax.Array, dtype: str) -> jax.Array:

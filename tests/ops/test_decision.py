@@ -169,7 +169,7 @@ def test_equal_products_are_traced_once():
 
 @pytest.fixture
 def quantize_calls(monkeypatch):
-    """A list that grows with each call of `quantize` from a file of `jaxq.ops`."""
+    """A list that grows with each quantization by a file of `jaxq.ops`."""
     calls = []
 
     def counted(x, *args, **options):
@@ -179,6 +179,13 @@ def quantize_calls(monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.startswith("jaxq.ops") and hasattr(module, "quantize"):
             monkeypatch.setattr(module, "quantize", counted)
+
+    def counted_rows(x, *args):
+        calls.append(x.shape)
+        return quantize_rows(x, *args)
+
+    quantize_rows = kernels.quantize_rows
+    monkeypatch.setattr(kernels, "quantize_rows", counted_rows)
     return calls
 
 

@@ -1,0 +1,87 @@
+"""The static facts of a product of codes in groups, as kernels see it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxq import formats
+from jaxq.kernels._codes import is_native_float
+from jaxq.kernels._rows import RowMeta, Rows, group_size, num_groups
+
+_SCALES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class CodesProblem:
+    """`y[e, m, n]` float32, the product of two operands of codes with scales in groups.
+
+        y[m, n] = sum over groups g of
+            a_scale[m, g] * b_scale[n, g] * (a[m, group g] @ b[n, group g].T)
+
+    Attributes:
+      e: number of stacked products.
+      m: rows of a.
+      n: rows of b.
+      k: contracted length.
+      group: number of codes that share a scale along k. It divides k.
+      codes: "int8" or a float8 format, the same for both operands.
+      a_groups: number of scales of a row of a: k / group, or 1 for one scale a row.
+      b_groups: likewise for b.
+    """
+
+    e: int
+    m: int
+    n: int
+    k: int
+    group: int
+    codes: str
+    a_groups: int
+    b_groups: int
+
+    @property
+    def num_groups(self) -> int:
+        return self.k // self.group
+
+    @property
+    def is_integer(self) -> bool:
+        return self.codes == "int8"
+
+
+def codes_problem(
+    a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta
+) -> CodesProblem | str:
+    """Returns the product as kernels see it, or the reason why no kernel computes it.
+
+    Only shapes and dtypes are read, so leaves may be abstract values.
+
+    Args:
+      a: codes and scales `[e, m, ...]`.
+      a_meta: static facts of a.
+      b: codes and scales `[e, n, ...]`.
+      b_meta: static facts of b.
+    """
+    names = a_meta.fmt.name, b_meta.fmt.name
+    if names[0] != names[1] or not (names[0] == "int8" or is_native_float(a_meta.fmt)):
+        return (
+            "a kernel multiplies int8 codes by int8 codes, or float8 codes by codes of "
+            f"the same float8 format, not {names[0]} by {names[1]}"
+        )
+    for rows, meta in ((a, a_meta), (b, b_meta)):
+        if rows.scale is None or rows.zero_point is not None:
+            return "a kernel multiplies symmetric codes with scales"
+        if rows.scale.dtype.name not in _SCALES:
+            return f"a kernel reads scales in {', '.join(_SCALES)}"
+        if meta.layout != "rows" or meta.packing is not formats.Packing.NONE:
+            return 'codes must lie in layout "rows", one in a byte'
+    groups = num_groups(a), num_groups(b)
+    most = max(groups)
+    if most == 1:
+        return "there is one scale for each row, and XLA multiplies such codes natively"
+    group = group_size(a_meta if groups[0] > 1 else b_meta, most)
+    if group * most != a_meta.k:
+        return f"the last group of {a_meta.k} codes in groups of {group} is not full"
+    e, m = a.data.shape[:2]
+    n = b.data.shape[1]
+    if 0 in (e, m, n, a_meta.k):
+        return "the product is empty"
+    return CodesProblem(e, m, n, a_meta.k, group, names[0], *groups)

@@ -1,0 +1,212 @@
+"""The product of two operands of codes as a jax primitive.
+
+When jax lowers a program for a platform, the primitive becomes a Pallas kernel, or
+`codes_matmul` with blocks of a size for this platform.
+
+| transformation | rule |
+|---|---|
+| lowering | a kernel of the platform, or the XLA form if no kernel is chosen |
+| vmap | the mapped axis joins the stacked products |
+| derivatives for the scales | those of the XLA form |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad, batching
+
+from jaxq.kernels._codes import codes_matmul
+from jaxq.kernels._codes_problem import CodesProblem, codes_problem
+from jaxq.kernels._dispatch import (
+    Choice,
+    block_bytes_on,
+    warn_of_fallback,
+    why_not_partitioned,
+)
+from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
+from jaxq.kernels._platform_primitive import Target, platform_primitive
+from jaxq.kernels._registry import kernel_module
+from jaxq.kernels._rows import RowMeta, Rows
+
+# The kernel of each platform, and the module that contains it.
+CODES_KERNELS = {"tpu": "codes_tpu", "cuda": "codes_triton"}
+
+
+@dataclasses.dataclass(frozen=True)
+class CodesCall:
+    """Static facts of one product of codes.
+
+    Attributes:
+      a_meta: static facts of the left operand.
+      a_leaves: names of the fields of its `Rows` that are not None, in order.
+      b_meta: static facts of the right operand.
+      b_leaves: likewise for the right operand.
+    """
+
+    a_meta: RowMeta
+    a_leaves: tuple[str, ...]
+    b_meta: RowMeta
+    b_leaves: tuple[str, ...]
+
+    def rows(self, operands: Sequence[Any]) -> tuple[Rows, Rows]:
+        """Both operands, from their leaves one after the other."""
+        num_a = len(self.a_leaves)
+        return (
+            _rows_of(self.a_leaves, operands[:num_a]),
+            _rows_of(self.b_leaves, operands[num_a:]),
+        )
+
+    def problem(self, operands: Sequence[Any]) -> CodesProblem | str:
+        """The product as kernels see it, or the reason why no kernel computes it."""
+        a, b = self.rows(operands)
+        return codes_problem(a, self.a_meta, b, self.b_meta)
+
+
+def call_codes(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Array:
+    """Computes `decode(a) @ decode(b).T` from codes, float32 `[m, n]`.
+
+    Args:
+      a: `[m, k]` codes with scales.
+      a_meta: static facts of a.
+      b: `[n, k]` codes with scales.
+      b_meta: static facts of b.
+    """
+    call = CodesCall(a_meta, _names(a), b_meta, _names(b))
+    leaves = [leaf[None] for leaf in (*a, *b) if leaf is not None]
+    return codes_p.bind(*varying_alike(leaves), call=call)[0]
+
+
+def choose_codes(
+    problem: CodesProblem | str,
+    platform: str,
+    device_kind: str | None,
+    num_devices: int = 1,
+) -> Choice:
+    """Chooses the kernel for a platform, by static facts alone.
+
+    Args:
+      problem: the product, or the reason why no kernel computes it.
+      platform: "cpu", "tpu", "cuda", ...
+      device_kind: `jax.Device.device_kind`, or None if unknown.
+      num_devices: number of devices over which XLA partitions the program.
+    """
+    if platform not in CODES_KERNELS:
+        return Choice("xla", f"there are no kernels for {platform}")
+    if isinstance(problem, str):
+        return Choice("xla", problem, preferred=True)
+    reason = why_not_partitioned(num_devices)
+    if reason is not None:
+        return Choice("xla", reason)
+    name = CODES_KERNELS[platform]
+    reason = kernel_module(name).why_not(problem, device_kind)
+    return Choice("xla" if reason else name, reason)
+
+
+def codes_xla_form(*operands: jax.Array, call: CodesCall) -> jax.Array:
+    """Computes the products `[e, m, n]` in plain XLA. Operands have a leading axis."""
+
+    def product(*operands: jax.Array) -> jax.Array:
+        a, b = call.rows(operands)
+        return codes_matmul(a, call.a_meta, b, call.b_meta)
+
+    if operands[0].shape[0] == 1:
+        return product(*(leaf[0] for leaf in operands))[None]
+    return jax.vmap(product)(*operands)
+
+
+def codes_kernel_form(
+    *operands: jax.Array,
+    call: CodesCall,
+    kernel: str,
+    interpret: bool = False,
+    **tiles: int,
+) -> jax.Array:
+    """Computes the products `[e, m, n]` by a kernel.
+
+    Args:
+      *operands: leaves with a leading axis.
+      call: static facts. The kernel must accept the problem.
+      kernel: name of the kernel.
+      interpret: True to run the kernel's interpreter, on any platform.
+      **tiles: sizes that replace those of the kernel's `default_tiles`.
+    """
+    (a, b), problem = call.rows(operands), call.problem(operands)
+    assert isinstance(problem, CodesProblem), problem
+    assert a.scale is not None
+    assert b.scale is not None
+    module, p = kernel_module(kernel), problem
+    return module.matmul(
+        a.data,
+        jnp.broadcast_to(a.scale, (p.e, p.m, p.a_groups)),
+        b.data,
+        jnp.broadcast_to(b.scale, (p.e, p.n, p.b_groups)),
+        problem=p,
+        tiles=module.default_tiles(p) | tiles,
+        interpret=interpret,
+    )
+
+
+def _names(rows: Rows) -> tuple[str, ...]:
+    return tuple(name for name, leaf in rows._asdict().items() if leaf is not None)
+
+
+def _rows_of(names: Sequence[str], leaves: Sequence[Any]) -> Rows:
+    fields: dict[str, Any] = dict.fromkeys(Rows._fields)
+    fields.update(zip(names, leaves, strict=True))
+    return Rows(**fields)
+
+
+# Rules of the primitive.
+
+
+def _abstract(*operands, call: CodesCall):
+    a, b = call.rows(operands)
+    data: Any = a.data
+    shape = (*a.data.shape[:2], b.data.shape[1 if call.b_meta.layout == "rows" else 2])
+    return data.update(shape=shape, dtype=jnp.dtype(jnp.float32), weak_type=False)
+
+
+def _form(
+    target: Target, avals: Sequence[Any], *, call: CodesCall
+) -> Callable[..., jax.Array]:
+    """What the primitive computes on a target: a kernel or the XLA form."""
+    problem = call.problem(avals)
+    choice = choose_codes(
+        problem, target.platform, target.device_kind, target.num_devices
+    )
+    if choice.reason is None:
+        return functools.partial(codes_kernel_form, call=call, kernel=choice.backend)
+    if target.platform in CODES_KERNELS and not choice.preferred:
+        name = call.b_meta.fmt.name
+        warn_of_fallback(f"a product of {name} codes", target.platform, choice.reason)
+    block_bytes = block_bytes_on(target.platform, target.num_devices, avals[0].shape[0])
+    b_meta = dataclasses.replace(call.b_meta, block_bytes=block_bytes)
+    call = dataclasses.replace(call, b_meta=b_meta)
+    return functools.partial(codes_xla_form, call=call)
+
+
+def _jvp(primals, tangents, *, call: CodesCall):
+    form = functools.partial(codes_xla_form, call=call)
+    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    return jax.jvp(form, tuple(primals), tuple(tangents))
+
+
+def _batch(operands, dims, *, call: CodesCall):
+    size = batch_size(operands, dims)
+    merged = [
+        with_batch_in_front(operand, dim, size)
+        for operand, dim in zip(operands, dims, strict=True)
+    ]
+    y = codes_p.bind(*varying_alike(merged), call=call)
+    return y.reshape(size, -1, *y.shape[1:]), 0
+
+
+codes_p = platform_primitive("codes_matmul", _abstract, _form)
+batching.primitive_batchers[codes_p] = _batch
+ad.primitive_jvps[codes_p] = _jvp

@@ -1,0 +1,138 @@
+"""Products of codes with scales in groups with Triton, for GPUs.
+
+It serves float8 weights in blocks of 128 x 128 with activations in groups of 128
+(DeepSeek-V3, 2024, section 3.3), and int8 codes in groups. Each program keeps the sums
+of bm rows of a by bn rows of b. It walks along k in chunks that belong to one group:
+
+    sums[m, n] += (a[m, chunk] @ b[n, chunk].T) * (a_scale[m] * b_scale[n])
+
+A chunk has at most 128 codes, so the matrix unit of Hopper, which sums float8 products
+in fewer bits than float32 has, never sums more than 128 of them (DeepSeek-V3, section
+3.3.2). Edges are masked.
+
+The kernel has run in the interpreter and has been compiled for an H200. It has not been
+timed on a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from jaxq.kernels._codes_problem import CodesProblem
+
+_FORMATS = ("int8", "float8_e4m3fn", "float8_e5m2")
+# GPUs with float8 units: Ada, Hopper and Blackwell.
+_WITH_FLOAT8 = re.compile(
+    r"H\d00|GH200|B\d00|\bL4\b|L40|RTX [45]0|RTX PRO|RTX \d000 Ada"
+)
+
+
+def why_not(problem: CodesProblem, device_kind: str | None) -> str | None:
+    """Returns why this kernel cannot compute a problem, or None if it can."""
+    p = problem
+    if p.codes not in _FORMATS:
+        return f"the GPU kernel reads {', '.join(_FORMATS)}, not {p.codes}"
+    if p.group % 32:
+        return f"the GPU kernel needs groups of a multiple of 32 codes, not {p.group}"
+    is_known = device_kind is not None
+    if not p.is_integer and is_known and not _WITH_FLOAT8.search(device_kind):
+        return f"{device_kind} has no float8 matrix unit"
+    return None
+
+
+def default_tiles(problem: CodesProblem) -> dict[str, int]:
+    """Returns "bm", "bn", "warps" and "stages". They are estimated, not measured."""
+    p = problem
+    bm = next((size for size in (16, 32, 64) if p.m <= size), 128)
+    bn = 64 if bm < 64 else 128
+    return {"bm": bm, "bn": bn, "warps": 4 if bm < 128 else 8, "stages": 4}
+
+
+def matmul(
+    a: jax.Array,
+    a_scale: jax.Array,
+    b: jax.Array,
+    b_scale: jax.Array,
+    *,
+    problem: CodesProblem,
+    tiles: dict[str, int],
+    interpret: bool = False,
+) -> jax.Array:
+    """Computes the product as `CodesProblem` states it.
+
+    Args:
+      a: codes `[e, m, k]`, int8 or the bytes of float8.
+      a_scale: `[e, m, a_groups]`.
+      b: codes `[e, n, k]`.
+      b_scale: `[e, n, b_groups]`.
+      problem: static facts of the arrays. `why_not` must accept it.
+      tiles: the sizes of a program, as `default_tiles` returns them.
+      interpret: True to run on a CPU.
+
+    Returns:
+      float32 `[e, m, n]`.
+    """
+    p, bm, bn = problem, tiles["bm"], tiles["bn"]
+    return pl.pallas_call(
+        functools.partial(_program, p, bm, bn),
+        out_shape=jax.ShapeDtypeStruct(
+            (p.e, p.m, p.n),
+            jnp.float32,
+            manual_axis_type=jax.typeof(a).manual_axis_type,
+        ),
+        grid=(pl.cdiv(p.m, bm), pl.cdiv(p.n, bn), p.e),
+        compiler_params=plt.CompilerParams(
+            num_warps=tiles["warps"], num_stages=tiles["stages"]
+        ),
+        interpret=interpret,
+        name="jaxq_codes_matmul",
+    )(a, a_scale, b, b_scale)
+
+
+def _program(
+    p: CodesProblem, bm: int, bn: int, a_ref, a_scale, b_ref, b_scale, y_ref
+) -> None:
+    """One program. It computes a tile `[bm, bn]` of the product."""
+    chunk = math.gcd(p.group, 128)
+    e = pl.program_id(2)
+    m_rows, n_rows = pl.ds(pl.program_id(0) * bm, bm), pl.ds(pl.program_id(1) * bn, bn)
+    m_mask = pl.program_id(0) * bm + jnp.arange(bm) < p.m
+    n_mask = pl.program_id(1) * bn + jnp.arange(bn) < p.n
+
+    def load_codes(ref, rows, mask, t):
+        tile = (mask.shape[0], chunk)
+        data = plt.load(
+            ref.at[e, rows, pl.ds(t * chunk, chunk)],
+            mask=lax.broadcast_in_dim(mask, tile, (0,)),
+            other=0,
+        )
+        return data if p.is_integer else lax.bitcast_convert_type(data, p.codes)
+
+    def load_scale(ref, rows, mask, groups, t):
+        group = lax.div(t * chunk, p.group) if groups > 1 else jnp.int32(0)
+        return plt.load(ref.at[e, rows, group], mask=mask, other=0).astype(jnp.float32)
+
+    def step(t, sums):
+        product = lax.dot_general(
+            load_codes(a_ref, m_rows, m_mask, t),
+            load_codes(b_ref, n_rows, n_mask, t),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.int32 if p.is_integer else jnp.float32,
+        ).astype(jnp.float32)
+        a_column = load_scale(a_scale, m_rows, m_mask, p.a_groups, t)
+        b_row = load_scale(b_scale, n_rows, n_mask, p.b_groups, t)
+        a_column = lax.broadcast_in_dim(a_column, (bm, bn), (0,))
+        return sums + product * (a_column * lax.broadcast_in_dim(b_row, (bm, bn), (1,)))
+
+    sums = lax.fori_loop(0, p.k // chunk, step, jnp.zeros((bm, bn), jnp.float32))
+    mask = lax.broadcast_in_dim(m_mask, (bm, bn), (0,))
+    mask &= lax.broadcast_in_dim(n_mask, (bm, bn), (1,))
+    plt.store(y_ref.at[e, m_rows, n_rows], sums, mask=mask)

@@ -1,0 +1,86 @@
+"""Compiles the kernels for codes with scales in groups, with no TPU and no GPU.
+
+    python -m tests.kernels.aot_codes tpu v6e:2x2
+    python -m tests.kernels.aot_codes cuda
+
+The first needs libtpu, which comes with jax[tpu]. For the second see `aot_gpu.py`. It
+prints a line for each case, "ok", "not served" with the reason, or "FAILED" with the
+error, and then how many compiled.
+"""
+
+import functools
+import itertools
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # no search for devices
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxq.kernels._codes_problem import CodesProblem
+from jaxq.kernels._registry import kernel_module
+from tests.kernels.aot_attention import device_of
+
+KERNEL = {"tpu": "codes_tpu", "cuda": "codes_triton"}
+
+
+def cases() -> dict[str, CodesProblem]:
+    """Every format for few and many rows, and one case of each other fact."""
+    out = {}
+    formats = ("float8_e4m3fn", "float8_e5m2", "int8")
+    for codes, m in itertools.product(formats, (1, 16, 512, 2048)):
+        out[f"{codes} m={m}"] = CodesProblem(1, m, 4096, 4096, 128, codes, 32, 32)
+    e4m3 = "float8_e4m3fn"
+    for k in (512, 1536, 7168, 18432, 128 * 86):
+        groups = k // 128
+        problem = CodesProblem(1, 128, 2048, k, 128, e4m3, groups, groups)
+        out[f"{e4m3} k={k}"] = problem
+    out[f"{e4m3} one scale of a row"] = CodesProblem(1, 64, 512, 1024, 128, e4m3, 1, 8)
+    out[f"{e4m3} one scale of b"] = CodesProblem(1, 64, 512, 1024, 128, e4m3, 8, 1)
+    out[f"{e4m3} tails"] = CodesProblem(3, 70, 1000, 1024, 128, e4m3, 8, 8)
+    out["int8 group=32"] = CodesProblem(1, 64, 512, 1024, 32, "int8", 32, 32)
+    out["int8 group=256"] = CodesProblem(1, 64, 512, 2048, 256, "int8", 8, 8)
+    return out
+
+
+def shapes_of(p: CodesProblem) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of a, a_scale, b and b_scale."""
+    dtype = "int8" if p.is_integer else "uint8"
+    return [
+        jax.ShapeDtypeStruct((p.e, p.m, p.k), dtype),
+        jax.ShapeDtypeStruct((p.e, p.m, p.a_groups), "float32"),
+        jax.ShapeDtypeStruct((p.e, p.n, p.k), dtype),
+        jax.ShapeDtypeStruct((p.e, p.n, p.b_groups), "float32"),
+    ]
+
+
+def main(platform: str, topology: str = "") -> None:
+    device = device_of(platform, topology)
+    mesh = Mesh(np.array([device]), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    kernel, compiled = kernel_module(KERNEL[platform]), 0
+    for name, p in cases().items():
+        reason = kernel.why_not(p, device.device_kind)
+        if reason is not None:
+            print(f"not served {name}: {reason}", flush=True)
+            continue
+        tiles = kernel.default_tiles(p)
+        matmul = functools.partial(kernel.matmul, problem=p, tiles=tiles)
+        shapes = [shape.update(sharding=sharding) for shape in shapes_of(p)]
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                jax.jit(matmul).lower(*shapes).compile()
+        except Exception as error:  # any error of the compiler is the result
+            message = " ".join(str(error).split())
+            print(f"FAILED {name} {tiles}: {message[:500]}", flush=True)
+        else:
+            compiled += 1
+            print(f"ok {name} {tiles}", flush=True)
+    print(f"jax {jax.__version__}: {compiled} compiled for {device.device_kind}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
