@@ -18,7 +18,7 @@ from jaxq.ops._dimension_numbers import (
 from jaxq.ops._operands import Operand, check_float_partner, value_of
 from jaxq.ops._plan import Plan
 from jaxq.ops._ragged import check_ragged
-from jaxq.qtensor import TrainedWeight
+from jaxq.qtensor import QTensor, TrainedWeight
 
 
 def explain(
@@ -80,6 +80,7 @@ def explain(
                 "dimension_numbers, not both."
             )
         check_ragged(lhs, rhs, _as_described(group_sizes), "explain")
+        assert isinstance(rhs, QTensor)
         return plan_ragged(lhs, rhs, platform, num_devices)
     if dimension_numbers is None:
         lhs, rhs, dims = align_matmul(lhs, rhs)
