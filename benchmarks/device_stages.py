@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import device_ragged
 import jax
 import jax.numpy as jnp
 import kernels
@@ -98,15 +99,31 @@ def _right_results(rehearse: bool) -> list[Task]:
             *kernels_for(_platform(), transposed=False),
             *kernels_for(_platform(), transposed=True),
         ]
-    return [
+    repeats = 2 if rehearse else REPEATS
+    by_platform = {"tpu": "ragged_tpu", "cuda": "ragged_triton"}
+    if not rehearse:
+        by_platform = {p: k for p, k in by_platform.items() if p == _platform()}
+    ragged = [
+        Task(
+            f"{kernel}: {preset}, {sizes}",
+            functools.partial(
+                device_ragged.compile_product, preset, sizes, kernel, rehearse
+            ),
+            functools.partial(_check, repeats),
+        )
+        for kernel in by_platform.values()
+        for preset, sizes in device_ragged.cases(rehearse)
+    ]
+    products = [
         Task(
             f"{name}: {label}",
             functools.partial(_compile_checked, name, problem, tiles, rehearse),
-            functools.partial(_check, 2 if rehearse else REPEATS),
+            functools.partial(_check, repeats),
         )
         for name in names
         for label, problem, tiles in _problems(name, rehearse)
     ]
+    return products + ragged
 
 
 def _problems(name: str, rehearse: bool) -> Iterator[tuple[str, Problem, Row]]:
@@ -163,7 +180,7 @@ def _label(p: Problem) -> str:
 class _Checked(NamedTuple):
     """A compiled product, its operands, and the exact result."""
 
-    program: Callable
+    into: Callable
     operands: tuple
     exact: np.ndarray
     is_poisoned: bool
@@ -201,12 +218,12 @@ def _compile_checked(
     return _Checked(compiled, operands, exact, is_poisoned)
 
 
-def _check(repeats: int, checked: _Checked) -> Iterator[Row]:
+def _check(repeats: int, checked: _Checked | device_ragged.Product) -> Iterator[Row]:
     dtype = checked.operands[0].dtype
     results = []
     for _ in range(repeats):
         out = jnp.full(checked.exact.shape, jnp.nan, dtype)
-        results.append(np.asarray(checked.program(out, *checked.operands)))
+        results.append(np.asarray(checked.into(out, *checked.operands)))
     y = results[0].astype(np.float64)
     error = np.linalg.norm(y - checked.exact) / np.linalg.norm(checked.exact)
     bits = {result.tobytes() for result in results}
@@ -274,13 +291,18 @@ def _speed(rehearse: bool) -> list[Task]:
         weights, dense = _weights(n, names, count)
         return kernels.Products(m, n, weights, dense, loops)
 
+    experts = Task(
+        "16 rows of 8 experts",
+        functools.partial(device_ragged.compile_speed, rehearse),
+        device_ragged.measure_speed,
+    )
     forward = [
         Task(f"n={n}, m={m}", functools.partial(compiled, *case), _measured)
         for case in cases
         for n, m, _ in [case]
     ]
     sizes = [(256, 16)] if rehearse else [(4096, 16), (4096, 256)]
-    return forward + [
+    gradients = [
         Task(
             f"gradient, n={n}, m={m}",
             functools.partial(_compile_gradient, n, m, count, loops),
@@ -288,6 +310,7 @@ def _speed(rehearse: bool) -> list[Task]:
         )
         for n, m in sizes
     ]
+    return [*forward, *gradients, experts]
 
 
 def _measured(products: kernels.Products) -> Iterator[Row]:

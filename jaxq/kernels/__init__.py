@@ -5,9 +5,8 @@ codes and scales as plain arrays. `jaxq.dot_general` computes the product of a Q
 with the same primitive. `choose` says which kernel computes a product on a platform, or
 why no kernel does.
 
-The kernels have been compiled for TPU and GPU, except the attention kernel for GPU.
-Their arithmetic has been tested in interpreters. Their speed has not been measured on
-any device yet.
+The kernels have been compiled for TPU and GPU. Their arithmetic has been tested in
+interpreters. Their speed has not been measured on any device yet.
 """
 
 from jaxq.kernels._attention import AttentionCall as AttentionCall

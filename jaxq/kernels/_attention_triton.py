@@ -14,8 +14,8 @@ With 4-bit codes there are such scores for each of the two tokens of a row.
   programs share the groups of a slot. XLA merges their results (flash decoding).
 - A program ends after the last group that holds tokens of its slot.
 
-The kernel has run in the interpreter and has been lowered for a GPU. It has not been
-compiled for a device or timed on one.
+The kernel has run in the interpreter and has been compiled for an H200. It has not been
+timed on a device.
 """
 
 from __future__ import annotations

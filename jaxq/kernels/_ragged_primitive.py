@@ -38,6 +38,8 @@ from jaxq.meshes import call_on_auto_axes, explicit_spec
 
 # The kernel of each platform.
 _KERNELS = {"tpu": "ragged_tpu", "cuda": "ragged_triton"}
+# The kernels that read scales `[e, n, g]`. Other kernels get them as `[e, g, n]`.
+_SCALES_AS_STORED = ("ragged_triton",)
 # On a GPU, XLA multiplies every row by the weights of all experts and keeps one result.
 # With many rows of each of few experts, this is still expected to take less time than
 # decoding each weight for every 64 rows. Both numbers are estimates: no device has been
@@ -197,9 +199,9 @@ def ragged_kernel_form(
         call.rows(merged),
         call.meta,
         problem,
-        scales_as_stored=kernel == "ragged_triton",
+        scales_as_stored=kernel in _SCALES_AS_STORED,
     )
-    rows = pad_columns(x.reshape(1, b * m, -1), call.meta)
+    rows = pad_columns(x.reshape(1, b * m, x.shape[2]), call.meta)
     rows = in_memory_order(rows, call.meta)[0]
     items = work_items(
         sizes, b * m, int(all_tiles["bm"]), shared_weights=shared_weights

@@ -16,7 +16,8 @@ it.
 
 Supported: the codes, groups, layouts and dtypes of `_tpu.py`, except int8 x.
 
-The kernel has run in the interpreter. It has not been timed on a device.
+The kernel has run in the interpreter and has been compiled for TPU v5e, v6e and v7x. It
+has not been timed on a device.
 
 References:
   Gale et al., "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts", 2022,

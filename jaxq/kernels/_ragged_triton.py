@@ -11,7 +11,8 @@ scales of experts without rows.
 
 Supported: the codes, groups, layout and dtypes of `_triton.py`.
 
-The kernel has run in the interpreter. It has not been timed on a device.
+The kernel has run in the interpreter and has been compiled for an H200. It has not been
+timed on a device.
 
 References:
   Gale et al., "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts", 2022,
