@@ -36,6 +36,9 @@ _NATIVE_FLOATS = (
     "float8_e4m3b11fnuz",
 )
 
+# Bytes of a block of b on a CPU. The widened codes of a are in memory as well.
+_BLOCK_BYTES = 3 * 2**20
+
 
 def is_native_float(fmt: formats.Format) -> bool:
     """Returns True for the float8 formats that XLA multiplies without decoding."""
@@ -112,7 +115,8 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
     # A row of b needs memory for its codes and for a partial sum of each group.
     # Platforms without float8 units widen the codes to 4 bytes.
     row_bytes = max(4 * b_meta.padded_k, 8 * groups * m)
-    return for_blocks(b, b_meta, write, jnp.zeros((m, n), dtype), row_bytes=row_bytes)
+    y = jnp.zeros((m, n), dtype)
+    return for_blocks(b, b_meta, write, y, row_bytes=row_bytes, most_bytes=_BLOCK_BYTES)
 
 
 def _sum_over_groups(

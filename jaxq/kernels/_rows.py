@@ -277,7 +277,8 @@ def for_blocks(
       with_repeats: True passes `num_repeats` to `step`.
       row_bytes: bytes of memory that one row needs while its block is computed. None
         means the bytes of its decoded numbers.
-      most_bytes: the largest size of a block in bytes, if it is less than usual.
+      most_bytes: the largest size of a block in bytes on a CPU. None means the usual
+        size.
 
     Returns:
       The last carry.
@@ -308,9 +309,9 @@ def block_rows(
     meta: RowMeta, n: int, row_bytes: int | None = None, most_bytes: int | None = None
 ) -> int:
     """Returns the number of rows in a block of `for_blocks`: a multiple of 16, or n."""
-    block_bytes = _BLOCK_BYTES if meta.block_bytes is None else meta.block_bytes
-    if most_bytes is not None:
-        block_bytes = min(block_bytes, most_bytes)
+    block_bytes = meta.block_bytes
+    if block_bytes is None:
+        block_bytes = min(_BLOCK_BYTES, most_bytes or _BLOCK_BYTES)
     row_bytes = row_bytes or 4 * max(meta.padded_k, 1)
     return min(n, max(16, block_bytes // row_bytes // 16 * 16))
 
