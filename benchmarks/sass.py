@@ -8,7 +8,8 @@ All numbers are predicted from machine code. Nothing was timed. The script compi
 product `quantized_matmul` for an H200 ahead of time, assembles the kernel's PTX with
 `ptxas` for sm_90a, and disassembles it with `nvdisasm`. It counts the instructions of
 the loop over steps of k, for each weight that a thread decodes, by the pipe that
-executes them. It also counts the launches of the whole compiled program.
+executes them. It also counts the launches of the whole compiled program. It fails if
+an instruction of the loop writes a register that the matrix unit still uses.
 
 It needs jax-cuda13-plugin and jax-cuda13-pjrt of the same version as jax (installed
 with `--no-deps`), and the packages nvidia-cuda-nvcc (`ptxas`) and nvidia-cuda-nvdisasm.
@@ -35,7 +36,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Both must be set before jax is imported: it would look for a GPU, and the compilers
 # read where to write the PTX when they start.
@@ -52,6 +53,7 @@ import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from tune import make_problem  # noqa: E402
+from wgmma_operands import operand_problems  # noqa: E402
 
 from jaxq import formats, kernels  # noqa: E402
 from jaxq.kernels import _tiles  # noqa: E402
@@ -222,8 +224,26 @@ def facts_of(report: str, function: str) -> dict[str, int]:
     }
 
 
-def instructions(listing: str, function: str) -> list[tuple[int, str, int | None]]:
-    """Address, name and branch target of each instruction of a kernel."""
+class Instruction(NamedTuple):
+    """An instruction of a kernel.
+
+    Attributes:
+      address: in bytes.
+      text: the instruction and its operands, without a predicate.
+      target: address that it may jump to, or None.
+    """
+
+    address: int
+    text: str
+    target: int | None
+
+    @property
+    def name(self) -> str:
+        return self.text.split()[0]
+
+
+def instructions(listing: str, function: str) -> list[Instruction]:
+    """The instructions of a kernel."""
     part = listing[listing.index(f".text.{function}:") :]
     end = part.find("\n//-----")
     lines = part[: end if end >= 0 else None].splitlines()
@@ -234,28 +254,30 @@ def instructions(listing: str, function: str) -> list[tuple[int, str, int | None
         label = re.match(r"(\.L_x_\d+):", line)
         if label:
             pending.append(label[1])
-        code = re.match(r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", line)
+        code = re.match(
+            r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*[^;]*)", line
+        )
         if not code:
             continue
         address = int(code[1], 16)
         labels |= dict.fromkeys(pending, address)
         pending = []
         branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-        parsed.append((address, code[2], branch[1] if branch else None))
-    return [(a, name, labels.get(target)) for a, name, target in parsed]
+        parsed.append((address, code[2].strip(), branch[1] if branch else None))
+    return [Instruction(a, text, labels.get(target)) for a, text, target in parsed]
 
 
-def main_loop(code: list[tuple[int, str, int | None]]) -> list[str]:
-    """Names of the instructions of the loop with most matrix instructions.
+def main_loop(code: list[Instruction]) -> list[Instruction]:
+    """The instructions of the loop with most matrix instructions.
 
     Among loops with equally many, the shortest counts. A kernel without such a loop has
     been unrolled, and its code cannot be counted.
     """
-    best: list[str] = []
-    for address, _, target in code:
-        if target is None or target >= address:
+    best: list[Instruction] = []
+    for jump in code:
+        if jump.target is None or jump.target >= jump.address:
             continue
-        body = [name for a, name, _ in code if target <= a <= address]
+        body = [i for i in code if jump.target <= i.address <= jump.address]
         if _num_matrix(body) == 0:
             continue
         is_more = _num_matrix(body) > _num_matrix(best)
@@ -266,8 +288,8 @@ def main_loop(code: list[tuple[int, str, int | None]]) -> list[str]:
     return best
 
 
-def _num_matrix(names: list[str]) -> int:
-    return sum(pipe_of(name) == "matrix" for name in names)
+def _num_matrix(body: list[Instruction]) -> int:
+    return sum(pipe_of(instruction.name) == "matrix" for instruction in body)
 
 
 def pipe_of(name: str) -> str:
@@ -281,7 +303,7 @@ def pipe_of(name: str) -> str:
 
 
 def weights_of_loop(
-    kernel: str, tiles: dict[str, Any], group: int, body: list[str]
+    kernel: str, tiles: dict[str, Any], group: int, body: list[Instruction]
 ) -> int:
     """Weights that a thread decodes in one pass of the loop.
 
@@ -315,8 +337,10 @@ def count(weight: str, m: int, k: int, n: int, backend: str) -> dict[str, Any]:
     tiles = dict(_tiles.lookup(kernel, DEVICE, problem))
     body = main_loop(instructions(listing, match[1]))
     num_weights = weights_of_loop(kernel, tiles, problem.group, body)
-    pipes = collections.Counter(map(pipe_of, body))
-    names = collections.Counter(name.split(".")[0] for name in body)
+    problems = operand_problems([instruction.text for instruction in body])
+    assert not problems, problems
+    pipes = collections.Counter(pipe_of(instruction.name) for instruction in body)
+    names = collections.Counter(i.name.split(".")[0] for i in body)
     return row | {
         "kernel": kernel,
         "tiles": tiles,

@@ -13,11 +13,17 @@ weight. This decides the design:
   16-bit numbers there, and are never written back. The right operand is x, 8 to 256
   rows wide.
 - Codes are multiplied without their scales, and the sum of each group is scaled in
-  float32. Codes minus zero points are exact in 16 bits. A scale costs m operations per
-  group instead of 2 * group. Only the entries of a codebook are rounded.
-- With 65 or more rows of x in bfloat16, m operations cost more than the decoding. Then
-  the weights are multiplied by their scales, which rounds both to bfloat16, and all
-  chunks are added by the matrix unit.
+  float32. Codes minus zero points are exact in 16 bits. Only the entries of a codebook
+  are rounded. If there is one scale per column, the matrix unit adds all groups, and
+  the result is scaled.
+- A group with its own scale costs an operation for each row of x. From `group / 2` rows
+  of x in bfloat16 on, multiplying the weights by their scales costs no more, because
+  one operation multiplies two weights. This rounds scales and weights to bfloat16. The
+  matrix unit then adds all groups.
+- When the matrix unit adds all groups, it multiplies one chunk of weights while the
+  next chunk is decoded, also from one step to the next.
+- With 64 or more rows, reading x takes longer than reading the weights. Two blocks that
+  are neighbours along n then form a cluster. Each reads half of x for both.
 - Shifts and masks turn a 32-bit word of codes into pairs of 16-bit numbers. A code
   becomes the last mantissa bits of the number 128 (bfloat16) or 1024 (float16). The
   number is then 128 or 1024 plus the code. One `lop3` masks a pair and sets its
@@ -36,7 +42,8 @@ weight. This decides the design:
   each compute the sums over a part of k, and XLA adds these sums.
 
 Shared memory, at most 227 KB: see `_shared_bytes`. Registers of a thread, at most 240:
-bn * bm / 64 for the sums and bn * bk / 256 for the weights.
+bn * chunk / 256 for the weights of a chunk, two chunks at a time, and bn * bm / 128 for
+the sums. If the sums of chunks are scaled, twice as many for the sums.
 
 Supported: layout "rows"; x in bfloat16 or float16; codes of 4 bits (signed, unsigned,
 codebook) or 8 bits; scales in any float dtype; zero points; groups of 32 or of a
@@ -121,29 +128,75 @@ def default_tiles(problem: Problem, device_kind: str | None) -> dict:
     del device_kind
     p = problem
     bm = next((size for size in (8, 16, 32, 64) if p.m <= size), 128)
-    bk = _default_step(p, bm)
-    num_blocks = p.e * pl.cdiv(p.n, 128) * pl.cdiv(p.m, bm)
-    # Split k while blocks are few and each part has at least 4 steps.
+    tiles = {"bm": bm, "bn": 64, "bk": _default_step(p, bm), "warpgroups": 2}
+    tiles["splits"] = _default_splits(p, tiles)
+    tiles["stages"] = _default_stages(p, tiles)
+    return _twice_as_high(p, tiles) or tiles
+
+
+def _twice_as_high(p: Problem, tiles: dict) -> dict | None:
+    """The tiles with 256 rows of x, or None if these tiles are better.
+
+    256 rows halve the instructions that decode, for the same product. The time of the
+    matrix unit stays the same. So the blocks must be as full as with 128 rows, and k
+    must not be split. Shared memory must hold two long steps of x, codes and the table
+    of a codebook. With codebooks and with 8-bit codes it does not.
+    """
+    higher = tiles | {"bm": 256, "stages": 2}
+    rows = [pl.cdiv(p.m, bm) * bm for bm in (128, 256)]
+    is_as_full = tiles["bm"] == 128 and rows[0] == rows[1]
+    sizes = _block_sizes(p, higher)
+    is_whole = sizes.writes_y and _default_splits(p, higher) == 1
+    # Scaled sums of chunks would not fit in the registers of a thread.
+    has_registers = sizes.scaling != "sums"
+    is_long = tiles["bk"] == 128
+    if is_as_full and is_whole and has_registers and is_long and _fits(p, higher):
+        return higher
+    return None
+
+
+def _default_splits(p: Problem, tiles: Mapping[str, int]) -> int:
+    """Number of parts of k: more while blocks are few and a part has 4 steps."""
+    columns = tiles["bn"] * tiles["warpgroups"]
+    num_blocks = p.e * pl.cdiv(p.n, columns) * pl.cdiv(p.m, tiles["bm"])
     splits = 1
-    while splits < 16 and 2 * splits * num_blocks <= 160 and p.k >= 8 * splits * bk:
+    while (
+        splits < 16
+        and 2 * splits * num_blocks <= 160
+        and p.k >= 8 * splits * tiles["bk"]
+    ):
         splits *= 2
-    tiles = {"bm": bm, "bn": 64, "bk": bk, "warpgroups": 2, "splits": splits}
+    return splits
+
+
+def _default_stages(p: Problem, tiles: dict) -> int:
+    """Number of steps to load ahead: as many as fit in shared memory, 2 to 6."""
     stages = 6
-    while stages > 2 and _shared_bytes(p, tiles | {"stages": stages}) > _SHARED_BYTES:
+    while stages > 2 and not _fits(p, tiles | {"stages": stages}):
         stages -= 1
-    return tiles | {"stages": stages}
+    return stages
 
 
 def _default_step(p: Problem, bm: int) -> int:
     """Codes of a row in one step: many, so that a step's fixed cost is spread."""
+    tiles = {"bm": bm, "bn": 64, "warpgroups": 2, "splits": 2}
     for bk in (256, 128):
         # A step must have whole groups, or be a part of one group.
-        whole = p.num_groups == 1 or p.group % bk == 0 or p.group in (32, 64, 128)
-        # Few rows of x leave memory and registers for long steps.
-        if whole and p.k % bk == 0 and (bk == 128 or bm <= 16):
-            is_short = bm == 128 and (p.bits == 8 or p.unit != 128)
-            return 64 if is_short else bk
+        is_whole = p.num_groups == 1 or p.group % bk == 0 or p.group in (32, 64, 128)
+        # With more rows of x, the sums leave no registers for long steps.
+        has_registers = bk == 128 or bm <= 64
+        if not (is_whole and has_registers and p.k % bk == 0):
+            continue
+        # One step is multiplied while another is decoded and a third is loaded. Two
+        # stages are enough if a shorter step would cut the units of 128 codes.
+        stages = 2 if (bk, p.unit) == (128, 128) else 3
+        if _fits(p, tiles | {"bk": bk, "stages": stages}):
+            return bk
     return 64
+
+
+def _fits(p: Problem, tiles: Mapping[str, int]) -> bool:
+    return _shared_bytes(p, tiles) <= _SHARED_BYTES
 
 
 def _shared_bytes(p: Problem, tiles: Mapping[str, int]) -> int:
@@ -199,6 +252,7 @@ def matmul(
     """
     p = problem
     sizes = _block_sizes(p, tiles)
+    sizes = dataclasses.replace(sizes, cluster=1) if interpret else sizes
     bm, bn, warpgroups = sizes.bm, sizes.bn, sizes.warpgroups
     padded_m = sizes.m_blocks * bm
 
@@ -211,7 +265,7 @@ def matmul(
     if zero_point is not None:
         inputs.append(_rows_of_scales(zero_point, p))
     # TMA writes nothing beyond an edge. The interpreter may drop the whole block, so
-    # the interpreter gets a padded result.
+    # the interpreter gets a padded result. It also has no clusters.
     if interpret:
         m, n = padded_m, sizes.n_blocks * sizes.columns
     if sizes.writes_y:
@@ -234,6 +288,8 @@ def matmul(
         index_ref = refs[0] if first else None
         _block(p, sizes, out.dtype, interpret, index_ref, *refs[len(first) :])
 
+    # The last block of a cluster may lie beyond n. It reads zeros and writes nothing.
+    n_clusters = pl.cdiv(sizes.n_blocks, sizes.cluster)
     # In the interpreter too, reads beyond an edge give zeros, as they do with TMA.
     interpreter = InterpretGPUParams(
         out_of_bounds_reads="uninitialized", uninitialized_memory="zero"
@@ -242,8 +298,10 @@ def matmul(
         kernel,
         out_type=out,
         scratch_types=scratch,
-        grid=(p.e, sizes.splits, sizes.n_blocks, sizes.m_blocks),
+        grid=(p.e, sizes.splits, n_clusters, sizes.m_blocks),
         grid_names=("e", "s", "n", "m"),
+        cluster=(sizes.cluster,) if sizes.cluster > 1 else (),
+        cluster_names=_cluster_names(sizes),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -277,9 +335,12 @@ class _BlockSizes:
       row_bytes: bytes of a row in one step.
       m_blocks: number of blocks along m.
       n_blocks: number of blocks along n.
+      cluster: number of blocks along n that read x together.
       steps: steps of each part of k.
-      scales_weights: True if weights are multiplied by their scales before the product.
-        False if the sum of each chunk is multiplied.
+      scaling: what is multiplied by the scales. "weights" means the weights before the
+        product, "sums" the sum of each chunk, and "result" the sum of all chunks, if
+        there is one scale per column.
+      overlaps: True if the next chunk is decoded while the matrix unit multiplies one.
       writes_y: True if the kernel writes the result `[m, n]`. False if it writes
         float32 sums `[n, m]`. XLA then adds the parts and transposes the sum.
     """
@@ -296,8 +357,10 @@ class _BlockSizes:
     row_bytes: int
     m_blocks: int
     n_blocks: int
+    cluster: int
     steps: int
-    scales_weights: bool
+    scaling: str
+    overlaps: bool
     writes_y: bool
 
 
@@ -310,7 +373,7 @@ def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
     names = ("bm", "bn", "bk", "warpgroups", "stages", "splits")
     sizes = {name: int(tiles[name]) for name in names}
     bm, bn, bk = sizes["bm"], sizes["bn"], sizes["bk"]
-    chunk = bk if p.num_groups == 1 else min(bk, p.group)
+    chunk = _chunk(p, bk)
     # A swizzled row of codes has at most 128 bytes, 1024 / bits codes.
     cuts_row = p.k % min(bk, 1024 // p.bits)
     cuts_group = p.num_groups > 1 and p.group % chunk
@@ -326,6 +389,7 @@ def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
             "the group times a power of two."
         )
     columns = sizes["warpgroups"] * bn
+    scaling = _scaling(p, bm, chunk)
     # A result of 16 bits that is not split is transposed when it is stored, in tiles of
     # 64 columns.
     is_whole = sizes["splits"] == 1 and p.n % 64 == 0
@@ -337,11 +401,42 @@ def _block_sizes(p: Problem, tiles: Mapping[str, int | str]) -> _BlockSizes:
         row_bytes=bk * p.bits // 8,
         m_blocks=pl.cdiv(p.m, bm),
         n_blocks=pl.cdiv(p.n, columns),
+        # For 64 rows a block reads twice as many bytes of x as of 4-bit codes.
+        cluster=2 if bm >= 64 and p.n > columns else 1,
         steps=pl.cdiv(p.k, bk * sizes["splits"]),
-        # With fewer rows, scaling the sums is cheaper, and float16 may not hold scales.
-        scales_weights=bm >= 128 and p.x_dtype == "bfloat16",
+        scaling=scaling,
+        # A step has two chunks or more, so that a chunk is never decoded into registers
+        # that the matrix unit still reads. A third stage is loaded meanwhile.
+        overlaps=scaling != "sums" and bk > chunk and sizes["stages"] >= 3,
         writes_y=is_whole and jnp.dtype(p.out_dtype).itemsize == 2,
     )
+
+
+def _chunk(p: Problem, bk: int) -> int:
+    """Codes of a row that are decoded and multiplied at once, of a step of bk codes."""
+    if p.num_groups > 1:
+        return min(bk, p.group)
+    # With two chunks, one is decoded while the other is multiplied.
+    half = bk // 2
+    return half if half % 32 == 0 and _has_whole_units(p, half) else bk
+
+
+def _has_whole_units(p: Problem, chunk: int) -> bool:
+    return p.bits == 8 or p.unit is None or chunk % p.unit == 0
+
+
+def _scaling(p: Problem, bm: int, chunk: int) -> str:
+    """Where the scales are multiplied. See `_BlockSizes.scaling`."""
+    if p.num_groups == 1:
+        return "result"
+    # A thread has bn * bm / 128 sums of a chunk, in float32. It has bn * chunk / 128
+    # weights, and multiplies two of them at a time. If both ways need the same number
+    # of instructions, weights are multiplied: their products need no separate sums, so
+    # the matrix unit can run while the next chunk is decoded. float16 may not hold
+    # scales.
+    if p.x_dtype == "bfloat16" and 2 * bm >= chunk:
+        return "weights"
+    return "sums"
 
 
 def _unit(p: Problem, chunk: int) -> int:
@@ -367,6 +462,8 @@ def _block(
     bm, bn, bk, chunk = sizes.bm, sizes.bn, sizes.bk, sizes.chunk
     columns, steps = sizes.columns, sizes.steps
     e, s, j, i = (lax.axis_index(name) for name in ("e", "s", "n", "m"))
+    if sizes.cluster > 1:
+        j = j * sizes.cluster + lax.axis_index("cluster")
     # Where the operands of this product are. Only the codes may be a stack.
     matrix = e if index_ref is None else index_ref[e]
     warpgroup = lax.axis_index("warpgroup")
@@ -378,7 +475,7 @@ def _block(
 
     def step(indices, x_smem, data_smem, *rest):
         """Adds one step along k: x [bm, bk], data [columns, row_bytes]."""
-        *group_smem, sums = rest
+        *group_smem, carry = rest
         first_group = scales[0].first_group(s * steps + indices[0])
         table = None
         if p.codebook:
@@ -395,15 +492,10 @@ def _block(
             x_chunk = x_smem.at[:, pl.ds(c * chunk, chunk)]
             return weights, scale.astype(jnp.float32), x_chunk
 
-        num_chunks = bk // chunk
-        if sizes.scales_weights:
-            scaled = (_scaled(*operands(c)) for c in range(num_chunks))
-            return _accumulate(sums, scaled, interpret)
-        for c in range(num_chunks):
-            weights, scale, x_chunk = operands(c)
-            product = _wgmma(weights, x_chunk, interpret)  # [bn, bm]
-            sums = sums + product * lax.broadcast_in_dim(scale, sums.shape, (0,))
-        return sums
+        chunks = (operands(c) for c in range(bk // chunk))
+        if sizes.scaling == "sums":
+            return _add_scaled_sums(carry, chunks, interpret)
+        return _accumulate(carry, chunks, sizes, interpret)
 
     def compute(pipeline):
         """Runs all steps in a computing warp group, then stores the result."""
@@ -411,8 +503,7 @@ def _block(
             table, barrier = scratch
             codebook = sources[-1].at[e]
             _fill_table(table, barrier, codebook, sizes.warpgroups, p.x_dtype)
-        sums = _layout(jnp.zeros((bn, bm), jnp.float32), _WEIGHTS, interpret)
-        sums = pipeline(sums)
+        sums = _run_pipeline(pipeline, sizes, interpret)
         n_rows = pl.ds(j * columns + warpgroup * bn, bn)
         m_rows = pl.ds(i * bm, bm)
         if sizes.writes_y:
@@ -446,23 +537,35 @@ def _input_specs(
     `first_step` is the first step along k of this block. `i` and `j` are the block's
     places along m and n.
     """
+    # While a product is running, x of its step must stay in shared memory.
+    delay = int(sizes.overlaps)
     x_spec = plgpu.BlockSpec(
         (sizes.bm, sizes.bk),
         lambda t: (i, first_step + t),
         transforms=_swizzled(min(sizes.chunk, 64), 16),
+        delay_release=delay,
+        collective_axes=_cluster_names(sizes),
     )
     data_spec = plgpu.BlockSpec(
         (sizes.columns, sizes.row_bytes),
         lambda t: (j, first_step + t),
         transforms=_swizzled(sizes.row_bytes, 8),
+        delay_release=delay,
     )
     scale_specs = [
         plgpu.BlockSpec(
-            boxes.shape, lambda t, boxes=boxes: boxes.place(first_step + t, j)
+            boxes.shape,
+            lambda t, boxes=boxes: boxes.place(first_step + t, j),
+            delay_release=delay,
         )
         for boxes in scales
     ]
     return [x_spec, data_spec, *scale_specs]
+
+
+def _cluster_names(sizes: _BlockSizes) -> tuple[str, ...]:
+    """The axis of the blocks that read x together, or no axis."""
+    return ("cluster",) if sizes.cluster > 1 else ()
 
 
 class _ScaleBoxes:
@@ -493,7 +596,8 @@ class _ScaleBoxes:
         """The index of the box of a step, for one block of columns of the result."""
         first = self.first_group(step)
         if self._p.num_groups == 1:
-            return first, block
+            # Steps beyond k read the scales too. They are those of the result.
+            return jnp.minimum(first, 0), block
         return block, first // self._width
 
     def part(self, ref: Any, rows: Any) -> Any:
@@ -617,6 +721,9 @@ def _decode(codes: _Codes, zero: list, p: Problem, sizes: _BlockSizes, interpret
     weights, *subtracted = decode(codes, p, sizes)
     for part in subtracted:
         weights = weights - part
+    # Subtracting offset * sum(x) from a product would save one instruction for two
+    # weights. But in a simulation with normal x, int4 codes and groups of 128, the
+    # error of the float32 sums was 10 to 20 times as large.
     offset = 0 if p.codebook else _words.offset(p.bits, p.signed, p.x_dtype)
     if zero:
         total = (zero[0].astype(jnp.float32) + np.float32(offset)).astype(dtype)
@@ -712,10 +819,64 @@ def _fill_table(table, barrier, codebook, warpgroups: int, dtype: str) -> None:
     plgpu.barrier_wait(barrier)
 
 
-def _scaled(weights, scale, x_smem) -> tuple:
-    """The weights with their scales, in the dtype of x, and x."""
-    scale = scale.astype(weights.dtype)
-    return weights * lax.broadcast_in_dim(scale, weights.shape, (0,)), x_smem
+def _run_pipeline(pipeline, sizes: _BlockSizes, interpret: bool):
+    """Runs all steps of a pipeline. Returns the sums `[bn, bm]` with their scales."""
+    shape = (sizes.bn, sizes.bm)
+    zeros = _layout(jnp.zeros(shape, jnp.float32), _WEIGHTS, interpret)
+    if sizes.scaling == "sums":
+        return pipeline(zeros)
+    scale = None
+    if sizes.scaling == "result":
+        scale = _layout(jnp.zeros(sizes.bn, jnp.float32), _ROWS, interpret)
+    if interpret:
+        sums, scale = pipeline((zeros, scale))
+    else:
+
+        def run(accumulator):
+            _, last_scale = pipeline((accumulator, scale))
+            return accumulator[...], last_scale  # waits for the matrix unit
+
+        accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+        sums, scale = pl.run_scoped(run, accumulator)
+    if scale is None:
+        return sums
+    return sums * lax.broadcast_in_dim(scale, shape, (0,))
+
+
+def _add_scaled_sums(sums, chunks: Iterable, interpret: bool):
+    """Adds the products of chunks, each times its scales, to the sums `[bn, bm]`."""
+    for weights, scale, x_chunk in chunks:
+        product = _wgmma(weights, x_chunk, interpret)  # [bn, bm]
+        sums = sums + product * lax.broadcast_in_dim(scale, sums.shape, (0,))
+    return sums
+
+
+def _accumulate(carry: tuple, chunks: Iterable, sizes: _BlockSizes, interpret: bool):
+    """Lets the matrix unit add the products of chunks to the sums `[bn, bm]`.
+
+    Args:
+      carry: the sums, which are an accumulator of the matrix unit on the device, and
+        the scales `[bn]` of the result, or None if weights are scaled.
+      chunks: weights `[bn, chunk]`, scales `[bn]` and x `[bm, chunk]` of each chunk.
+      sizes: the sizes of the block.
+      interpret: as in `matmul`.
+
+    Returns:
+      The next carry.
+    """
+    sums, last_scale = carry
+    for weights, scale, x_chunk in chunks:
+        if sizes.scaling == "weights":
+            factor = scale.astype(weights.dtype)
+            weights = weights * lax.broadcast_in_dim(factor, weights.shape, (0,))
+        else:
+            last_scale = scale
+        if interpret:
+            sums = sums + _wgmma(weights, x_chunk, interpret)
+        else:
+            plgpu.wgmma(sums, weights, x_chunk.T)
+            plgpu.wgmma_wait(1 if sizes.overlaps else 0)
+    return sums, last_scale
 
 
 def _wgmma(weights, x_smem, interpret: bool):
@@ -734,22 +895,6 @@ def _wgmma(weights, x_smem, interpret: bool):
 
     shape = (weights.shape[0], x_smem.shape[0])
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-
-
-def _accumulate(sums, operands: Iterable, interpret: bool):
-    """Adds products `weights [bn, chunk] @ x.T [chunk, bm]` to sums, `[bn, bm]`.
-
-    The matrix unit multiplies one chunk while the next chunk is decoded.
-    """
-    if interpret:
-        products = (_wgmma(weights, x, interpret) for weights, x in operands)
-        return sum(products, start=sums)
-
-    def accumulate(accumulator):
-        for weights, x_smem in operands:
-            plgpu.wgmma(accumulator, weights, x_smem.T)
-
-    return pl.run_state(accumulate)(plgpu.WGMMAAccumulatorRef.init(sums))
 
 
 def _store_transposed(target, value, interpret: bool) -> None:
