@@ -10,8 +10,8 @@ Each stage has a limit in seconds:
   sorted by expert. The output is filled with NaN before each of 20 runs, and all runs
   must return the same bits.
 - B (30 s): what the device reaches in a copy and in a large dense product.
-- C (150 s): products with int4, nf4 and int8 weights compared with bfloat16, products of
-  the backward pass, and a decode step of experts.
+- C (150 s): products with int4, nf4 and int8 weights compared with bfloat16, products
+  of the backward pass, and a decode step of experts.
 - D (45 s): the same products in PyTorch.
 - E (120 s): other tiles, compared with the kernel's own tiles.
 - F (45 s): counters of the hardware, by NVIDIA's ncu.

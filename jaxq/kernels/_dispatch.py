@@ -28,7 +28,7 @@ from jaxq.kernels._registry import (
 )
 
 # Number of rows of x from which the whole weight is decoded and multiplied densely. A
-# GPU kernel decodes its weights again for every 64 or 128 rows of x. From some number
+# GPU kernel decodes its weights again for every 64 to 256 rows of x. From some number
 # of rows on, computing should take longer than reading the decoded weight. The numbers
 # are estimates: no device has been measured yet.
 _DENSE_FROM = {"mosaic_gpu": 512, "triton": 512, "triton_transposed": 512}

@@ -51,6 +51,9 @@ def cases() -> dict[str, Problem]:
     partial = {"group": 128, "unit": 128, "e": 3, "k": 4160, "n": 1000}
     out["int4 wide tails"] = problem("int4", m=300, **partial)
     out["int4 m=300"] = problem("int4", m=300, group=128)
+    out["int4 m=64"] = problem("int4", m=64, group=128, unit=128)
+    out["int4 m=256 n=14336"] = problem("int4", m=256, group=128, unit=128, n=14336)
+    out["int8 m=64"] = problem("int8", m=64, group=4096)
     out["int4 m=300 n=4104"] = problem("int4", m=300, group=128, n=4104)
     out["int8 zero points"] = problem(
         "int8", m=16, group=128, zero_point=True, scale_dtype="bfloat16"

@@ -77,6 +77,7 @@ EDGES = [
     ),
     ("int4", {"m": 8, "n": 64, "group": 192, "k": 384}, {}),  # three steps to a group
     ("uint4", {"m": 72, "n": 64, "group": 64, "unit": 64}, {}),  # weights with scales
+    ("int4", {"m": 256, "n": 64, "group": 64}, {"bm": 256}),  # 256 rows at once
     # The last group is not full, and its unit is shorter.
     ("codebook4", {"m": 8, "n": 64, "k": 320, "group": 128, "unit": 128}, {}),
     ("codebook4", {"m": 130, "n": 72, "group": 128, "unit": 128}, {}),
@@ -173,6 +174,53 @@ def test_one_launch(codes, unit, m):
     assert operations <= {"stablehlo.custom_call", "stablehlo.reshape"}
 
 
+def jaxpr_of(p):
+    tiles = kernel.default_tiles(p, None)
+    matmul = functools.partial(kernel.matmul, problem=p, tiles=tiles)
+    return str(jax.make_jaxpr(matmul)(*for_kernel(kernel, specs(p))))
+
+
+@pytest.mark.parametrize(
+    ("codes", "group", "m"), [("int4", 128, 64), ("codebook4", 64, 64), ("int8", K, 8)]
+)
+def test_a_chunk_is_decoded_while_another_is_multiplied(codes, group, m):
+    """One product may still run after each chunk. The result waits for all of them."""
+    p = problem(codes, m=m, k=1024 if group < K else K, group=group, unit=group)
+    waits = re.findall(r"wgmma_wait (\d+)", jaxpr_of(p))
+    assert len(waits) >= 2
+    assert set(waits) == {"1"}
+    assert re.findall(r"accumulator_deref_p\[wait_n=(\w+)\]", jaxpr_of(p)) == ["0"]
+
+
+def test_a_step_of_one_chunk_waits_for_its_product():
+    """Else the next step would decode into registers that the matrix unit reads."""
+    p = problem("int4", m=128, group=128, unit=128)
+    assert re.findall(r"wgmma_wait (\d+)", jaxpr_of(p)) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "shared"), [(16, 4096, False), (64, 4096, True), (64, 64, False)]
+)
+def test_two_blocks_read_x_together(m, n, shared):
+    """From 64 rows on, if there are two blocks of columns."""
+    p = problem("int4", m=m, n=n, unit=128)
+    assert ("axis_name=cluster" in jaxpr_of(p)) == shared
+
+
+@pytest.mark.parametrize(
+    ("codes", "m", "n", "rows"),
+    [
+        ("int4", 256, 14336, 256),
+        ("int4", 300, 14336, 128),  # 512 rows would compute more than 384
+        ("int4", 256, 4096, 128),  # too few blocks, so k is split
+        ("codebook4", 256, 14336, 128),  # the table leaves no memory
+    ],
+)
+def test_256_rows_only_where_nothing_is_lost(codes, m, n, rows):
+    p = problem(codes, m=m, n=n, unit=128)
+    assert kernel.default_tiles(p, None)["bm"] == rows
+
+
 @pytest.mark.parametrize("unit", [32, 64, 128, 256])
 def test_units(unit):
     """Codes in HALVES units that a chunk has whole, and in units that are longer."""
@@ -184,7 +232,7 @@ def test_units(unit):
 def test_default_tiles_fit_in_shared_memory(codes):
     """The tiles of every size of x. Tiles that do not fit do not compile."""
     for m, group, scale in itertools.product(
-        (1, 16, 32, 64, 300), (32, 64, 128, 4096), ("float32", "bfloat16")
+        (1, 16, 32, 64, 256, 300), (32, 64, 128, 4096), ("float32", "bfloat16")
     ):
         p = problem(codes, m=m, group=group, unit=group, scale_dtype=scale)
         tiles = kernel.default_tiles(p, None)
