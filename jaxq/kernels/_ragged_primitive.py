@@ -194,7 +194,7 @@ def ragged_kernel_form(
     merged = [leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
     problem = ragged_problem(call, b * m, merged, x.dtype)
     assert isinstance(problem, Problem), problem
-    all_tiles = module.default_tiles(problem, device_kind) | dict(tiles or {})
+    tile_sizes = module.default_tiles(problem, device_kind) | dict(tiles or {})
     operands = kernel_operands(
         call.rows(merged),
         call.meta,
@@ -203,11 +203,9 @@ def ragged_kernel_form(
     )
     rows = pad_columns(x.reshape(1, b * m, x.shape[2]), call.meta)
     rows = in_memory_order(rows, call.meta)[0]
-    items = work_items(
-        sizes, b * m, int(all_tiles["bm"]), shared_weights=shared_weights
-    )
+    items = work_items(sizes, b * m, tile_sizes["bm"], shared_weights=shared_weights)
     y = module.matmul(
-        rows, *operands, items, problem=problem, tiles=all_tiles, interpret=interpret
+        rows, *operands, items, problem=problem, tiles=tile_sizes, interpret=interpret
     )
     has_expert = rows_with_experts(sizes, b * m)
     # The GPU kernel does not write the rows of no expert.

@@ -6,7 +6,9 @@
 The first needs libtpu, which comes with jax[tpu]. For the second see `aot_gpu.py`. With
 more words, only cases run whose name has all of the words. It prints a line for each
 case, "ok" or "FAILED" with the error. A case fails as well if XLA writes the codes in
-another order before the kernel reads them, or decodes the weights of the experts.
+another order before the kernel reads them, or decodes the weights of the experts. The
+order is not checked for "tails": a TPU keeps arrays of such sizes in an order of its
+own.
 """
 
 import itertools
@@ -84,17 +86,18 @@ def problem_of(platform: str, device, case: tuple) -> str | None:
         r"= (\w+)\[([\d,]+)\]\S* ([\w-]+)\(", text
     ):
         size = int(np.prod([int(number) for number in shape.split(",")]))
-        if size == shapes[1].data.size and operation in MOVES and kind in ("u8", "s8"):
+        is_moved = size == shapes[1].data.size and operation in MOVES
+        if is_moved and kind in ("u8", "s8") and (m, e, k, n) != TAILS:
             return f"codes {kind}[{shape}] are moved by {operation}"
         if size >= e * k * n and kind in ("f32", "bf16", "f16"):
             return f"weights {kind}[{shape}] are decoded by {operation}"
     return None
 
 
-def main(platform: str, *words: str) -> None:
-    topology = ""
+def main(platform: str, *names: str) -> None:
+    topology, words = "", list(names)
     if platform == "tpu":
-        topology, *words = words
+        topology = words.pop(0)
     device = device_of(platform, topology)
     compiled = num_cases = 0
     for name, case in cases(platform).items():
