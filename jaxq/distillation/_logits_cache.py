@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from jaxq.distillation._cached_teacher import CachedTeacher
 from jaxq.distillation._model import split_batch
 from jaxq.distillation._top_k import TopK, checked_top_k
+from jaxq.files import NewFile, remove_leftovers, write_tensors
 from jaxq.progress import with_progress
 
 FORMAT = "jaxq.distillation.logits"
@@ -251,16 +251,6 @@ def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}.safetensors"
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file. If the process is killed, the old file or no file remains."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _write_shard(path: Path, top: TopK, digest: str, dtype: str) -> None:
     index_dtype = np.uint16 if top.vocab_size <= 1 << 16 else np.int32
     # A log-probability below the lowest float16 number becomes -inf. Both mean 0.
@@ -270,7 +260,8 @@ def _write_shard(path: Path, top: TopK, digest: str, dtype: str) -> None:
             "log_probs": np.asarray(top.log_probs).astype(dtype),
             "log_tail": np.asarray(top.log_tail).astype(dtype),
         }
-    _replace(path, save(tensors, metadata={"inputs_sha256": digest}))
+    with NewFile(path, "LogitsCache.write") as file:
+        write_tensors(file, tensors, {"inputs_sha256": digest})
 
 
 def _read_top(folder: Path, number: int, manifest: dict[str, Any]) -> tuple[TopK, str]:
@@ -313,7 +304,8 @@ def _write_manifest(
         "num_batches": num_batches,
     }
     text = json.dumps(contents, indent=2) + "\n"
-    _replace(folder / _MANIFEST, text.encode())
+    with NewFile(folder / _MANIFEST, "LogitsCache.write") as file:
+        file.write(text.encode())
 
 
 def _finish(
@@ -372,6 +364,7 @@ def _prepare_folder(
             )
         folder.mkdir()
         return None
+    remove_leftovers(folder)
     manifest = _read_manifest(folder, caller)
     if manifest is None:
         others = [path.name for path in folder.iterdir() if path.suffix != ".partial"]

@@ -13,7 +13,8 @@ from jaxq.serialization import Contents, read_contents, write_contents
 def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes a model or a tree to one safetensors file.
 
-    If the write fails, an old file of this name stays as it was. Every array of a
+    If the write fails, an old file of this name stays as it was. The same tree gives
+    the same bytes. A file that is replaced keeps its permissions. Every array of a
     model is saved, also an array that is not in a Variable. Nothing else of a model is
     saved. To get a model back, give `load` a model of the same class.
 
@@ -30,6 +31,8 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
       TypeError: the tree holds a value that cannot be saved. The error names its path.
       ValueError: two parameters of a model have the same path.
       FileNotFoundError: the folder does not exist.
+      OSError: the file cannot be written: the disk is full, the name is too long, or
+        a folder or a pipe has this name. The error names the file.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jaxq

@@ -10,13 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxq.files import check_folder
 from jaxq.serialization._entries import EntryReader, EntryWriter
-from jaxq.serialization._files import (
-    FORMAT_VERSION,
-    check_folder,
-    read_file,
-    write_file,
-)
+from jaxq.serialization._files import FORMAT_VERSION, read_file, write_file
 
 TREE = "tree"
 
@@ -49,6 +45,8 @@ def write_tree(path: str | os.PathLike[str], tree: Any) -> None:
     Raises:
       TypeError: the tree holds a value that cannot be saved. The error names its path.
       FileNotFoundError: the folder does not exist.
+      OSError: the file cannot be written: the disk is full, the name is too long, or
+        a folder or a pipe has this name. The error names the file.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp
@@ -117,7 +115,7 @@ def write_contents(
         "structure": structure,
         **contents.notes,
     }
-    write_file(path, writer.tensors, header)
+    write_file(path, writer.tensors, header, caller)
 
 
 def read_contents(path: str | os.PathLike[str], *, caller: str) -> Contents:

@@ -86,6 +86,11 @@ class EntryWriter:
         )
 
     def _describe_array(self, value: Any, path: str) -> dict[str, Any]:
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(
+                f"{self._caller}: {path or 'the value'} is a masked array. A file has "
+                "no masks. Save value.filled(...), or data and mask as two arrays."
+            )
         array = np.asarray(value)
         dtype = array.dtype
         if dtype.name in _NATIVE:
@@ -114,8 +119,15 @@ class EntryWriter:
                     f"{self._caller}: the keys of {path or 'the tree'} must be "
                     f"strings, got {key!r}. Convert them with str."
                 )
+            if not _is_text(key):
+                raise ValueError(
+                    f"{self._caller}: the key {key!r} of {path or 'the tree'} has half "
+                    "of a character, which UTF-8 does not have. Choose another key."
+                )
+        # jax sorts the keys of dicts too, so equal trees give equal bytes.
         items = {
-            key: self.describe(v, _child_path(path, key)) for key, v in value.items()
+            key: self.describe(v, _child_path(path, key))
+            for key, v in sorted(value.items())
         }
         return {"is": "dict", "items": items}
 
@@ -258,6 +270,15 @@ def _parts(value: Any) -> dict[str, Any] | None:
         jax.tree_util.keystr(path, simple=True, separator="/"): child
         for path, child in children
     }
+
+
+def _is_text(key: str) -> bool:
+    """Whether UTF-8 can hold a string. It has no lone surrogates."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _child_path(path: str, key: str) -> str:

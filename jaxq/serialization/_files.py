@@ -7,52 +7,28 @@ of the file are missing or left over.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+
+from jaxq.files import NewFile, remove_leftovers, write_tensors
 
 FORMAT_VERSION = 1
 
 
-def check_folder(path: Path, caller: str) -> None:
-    """Raises FileNotFoundError if the folder of `path` does not exist."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{caller}: the folder {path.parent} does not exist. Create it first."
-        )
-
-
 def write_file(
-    path: Path, tensors: dict[str, np.ndarray], header: dict[str, Any]
+    path: Path, tensors: dict[str, np.ndarray], header: dict[str, Any], caller: str
 ) -> None:
     """Writes tensors and header to a temporary file. This file then replaces `path`.
 
     If the write fails at any moment, the old file stays as it was.
     """
     metadata = {"format": "jaxq", "jaxq": json.dumps(header)}
-    # os.replace is atomic only within one file system, so the temporary file is in the
-    # folder of the target.
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".partial"
-    )
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes a private file. A new file has the permissions of the umask.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    remove_leftovers(path.parent, path.name)
+    with NewFile(path, caller) as file:
+        write_tensors(file, tensors, metadata)
 
 
 def read_file(path: Path, caller: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
