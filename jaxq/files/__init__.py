@@ -9,5 +9,6 @@ from jaxq.files._new_file import NewFile as NewFile
 from jaxq.files._new_file import check_folder as check_folder
 from jaxq.files._new_file import locked_folder as locked_folder
 from jaxq.files._new_file import remove_leftovers as remove_leftovers
+from jaxq.files._new_file import sync_folder as sync_folder
 from jaxq.files._write_tensors import DTYPES as DTYPES
 from jaxq.files._write_tensors import write_tensors as write_tensors

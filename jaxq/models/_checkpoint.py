@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +17,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from jaxq.files import (
+    NewFile,
+    locked_folder,
+    remove_leftovers,
+    sync_folder,
+    write_tensors,
+)
 from jaxq.models.llama import Llama, LlamaConfig
 from jaxq.nn.layers import input_transforms
 
+_CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+_SAVED_DTYPES = ("float64", "float32", "float16", "bfloat16")
+_SAVE = "jaxq.models.save"
+_TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+}
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
@@ -147,11 +159,15 @@ def save(
     """Writes a directory that `load` and `transformers` read.
 
     Writes `config.json` and `model.safetensors`. With a tokenizer it also writes
-    `tokenizer.json` and `tokenizer_config.json`.
+    `tokenizer.json` and `tokenizer_config.json`. If the write fails, the old files stay
+    as they were. If the process is killed while the new files take their places, the
+    directory has no `config.json`, and `load` refuses it. New weights are never read
+    with an old config.
 
     Args:
         path: the directory. It is made if it does not exist. Files of these names in
-            it are overwritten.
+            it are overwritten. A `model.safetensors.index.json` is removed, because it
+            names the weights of an earlier model.
         model: a `Llama` with float weights. Use `jaxq.save` for a quantized model.
         tokenizer: a `tokenizers.Tokenizer`, or None to write no tokenizer.
         dtype: the tensors are rounded to it.
@@ -160,7 +176,9 @@ def save(
     Raises:
         ValueError: the parameters are not those of a float `Llama`; no Hugging Face
             architecture has the features of its config; or a layer transforms its
-            inputs (`rotate` with `online=`), because the files cannot express that.
+            inputs (`rotate` with `online=`), because the files cannot express that;
+            or `dtype` is not a float dtype of at least 16 bits.
+        OSError: a file cannot be written. The error names the file.
 
     Example:
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
@@ -178,22 +196,21 @@ def save(
             f"example {layer} by {name}. A Hugging Face directory cannot express that. "
             "Call rotate without online=, or use jaxq.save."
         )
-    entries = model.config.to_hf() | {"dtype": jnp.dtype(dtype).name} | config
-    tensors = _file_tensors(model, jnp.dtype(dtype))
+    stored_dtype = jnp.dtype(dtype)
+    if stored_dtype.name not in _SAVED_DTYPES:
+        raise ValueError(
+            f"jaxq.models.save: dtype must be one of {', '.join(_SAVED_DTYPES)}, got "
+            f"{stored_dtype.name}."
+        )
+    entries = model.config.to_hf() | {"dtype": stored_dtype.name} | config
+    tensors = _file_tensors(model, stored_dtype)
+    texts = {_CONFIG: _json_text(entries)}
+    if tokenizer is not None:
+        texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
+        texts["tokenizer_config.json"] = _json_text(_TOKENIZER_CONFIG)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    _write_file(
-        path / _SINGLE, lambda file: save_file(tensors, file, metadata={"format": "pt"})
-    )
-    _write_json(path / "config.json", entries, sort_keys=True)
-    if tokenizer is None:
-        return
-    _write_file(path / "tokenizer.json", lambda file: tokenizer.save(str(file)))
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
-    _write_json(path / "tokenizer_config.json", tokenizer_config)
+    _write_directory(path, tensors, texts)
 
 
 # The model's side.
@@ -262,7 +279,7 @@ def _file_tensors(model: Llama, dtype: np.dtype) -> dict[str, np.ndarray]:
 
 def _read_config(path: Path, scan_layers: bool) -> LlamaConfig:
     """The config of a directory, with errors that name the file."""
-    file = _require_file(path, "config.json")
+    file = _require_file(path, _CONFIG)
     try:
         return LlamaConfig.from_hf(_read_json(file), scan_layers=scan_layers)
     except ValueError as error:
@@ -438,18 +455,38 @@ def _read_tensors(
                 yield name, file.get_tensor(name)
 
 
-def _write_json(path: Path, entries: Any, *, sort_keys: bool = False) -> None:
-    text = json.dumps(entries, indent=2, sort_keys=sort_keys) + "\n"
-    _write_file(path, lambda file: file.write_text(text))
+def _json_text(entries: Mapping[str, Any]) -> str:
+    return json.dumps(entries, indent=2, sort_keys=True) + "\n"
 
 
-def _write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a temporary file and renames it, so that a crash keeps the old file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write_directory(
+    path: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str, str]
+) -> None:
+    """Writes all files of a directory, so that `load` sees all of them or none.
+
+    The files are written beside their targets first. This is where a disk can be full.
+    Then they take their places, which needs a few renames. A directory is read by its
+    config, so the old config goes first and the new one comes last. If the process is
+    killed between the two, the directory has no config.
+    """
+    for name in (_SINGLE, *texts):
+        remove_leftovers(path, name)
+    with contextlib.ExitStack() as stack:
+        weights = stack.enter_context(NewFile(path / _SINGLE, _SAVE))
+        write_tensors(weights, tensors, {"format": "pt"})
+        weights.sync()
+        new_texts = {}
+        for name, text in texts.items():
+            new_texts[name] = stack.enter_context(NewFile(path / name, _SAVE))
+            new_texts[name].write(text.encode())
+            new_texts[name].sync()
+        new_config = new_texts.pop(_CONFIG)
+        with locked_folder(path):
+            (path / _CONFIG).unlink(missing_ok=True)
+            sync_folder(path)
+            # The index of an earlier model names other weight files.
+            (path / _INDEX).unlink(missing_ok=True)
+            for new_file in (weights, *new_texts.values()):
+                new_file.replace()
+            sync_folder(path)
+            new_config.replace()
