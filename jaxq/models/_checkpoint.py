@@ -8,18 +8,21 @@ file and [in, out] in the model.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
 from jaxq.files import (
     NewFile,
+    TensorFile,
+    TensorHeader,
     locked_folder,
     remove_leftovers,
     sync_folder,
@@ -38,6 +41,9 @@ _TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "clean_up_tokenization_spaces": False,
 }
+_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
+# An error names so many tensors of each kind.
+_MOST_LINES = 20
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
@@ -55,13 +61,6 @@ class _Destination(NamedTuple):
     path: tuple
     layer: int | None
     shape: tuple[int, ...]
-
-
-class _Header(NamedTuple):
-    """Shape and dtype of a tensor, from the header of its file."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def load(
@@ -88,8 +87,9 @@ def load(
         FileNotFoundError: the directory has no `config.json`, or a weight file is
             missing.
         ValueError: `dtype` is not float32 or bfloat16; a file is damaged; the config is
-            not supported; or tensors are missing, unexpected, of the wrong shape or
-            without floats. One message lists all such tensors.
+            not supported; the index names a file outside the directory; or tensors are
+            missing, unexpected, of the wrong shape or without floats. One message lists
+            such tensors. Headers are compared with the config before layers are built.
         ImportError: there is a `tokenizer.json`, and the `tokenizers` package is not
             installed.
 
@@ -109,43 +109,20 @@ def load(
             "jaxq.models.load: dtype must be float32 or bfloat16, got "
             f"{stored_dtype.name}."
         )
-    config = _read_config(path, scan_layers)
+    config_text = _read_text(_require_file(path, _CONFIG))
+    config = _parse_config(path / _CONFIG, config_text, scan_layers)
     # The tokenizer comes before the weights, because it fails sooner.
     tokenizer = _load_tokenizer(path / "tokenizer.json")
-    destinations = _destinations(config)
-    files = _weight_files(path)
-    problems = _mismatches(destinations, _read_headers(path, files), config)
-    if problems:
-        raise ValueError(
-            f"jaxq.models.load: {path} does not fit its config.json: "
-            f"{'; '.join(problems)}. Use the config.json that belongs to the weights."
-        )
-
-    model = nnx.eval_shape(
-        lambda: Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-    )
-    graphdef, params = nnx.split(model)
-    flat = dict(nnx.to_flat_state(params))
-    stacks: dict[tuple, np.ndarray] = {}
-    for name, tensor in _read_tensors(path, files):
-        if name not in destinations:
-            if name == _HEAD:
-                _check_stored_head(tensor, path, files)
-            continue
-        param_path, layer, _ = destinations[name]
-        if param_path[-1] == "kernel":
-            tensor = tensor.T  # [in, out]
-        if layer is None:
-            flat[param_path] = flat[param_path].replace(jnp.asarray(tensor, dtype))
-            continue
-        if param_path not in stacks:
-            stacks[param_path] = np.empty(flat[param_path].shape, stored_dtype)
-        stacks[param_path][layer] = tensor.astype(stored_dtype)
-    for param_path in list(stacks):
-        # pop frees each stack on the host once it is copied.
-        stack = stacks.pop(param_path)
-        flat[param_path] = flat[param_path].replace(jnp.asarray(stack))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat)), tokenizer
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tensors(path, stack)
+        # A save that replaced the directory meanwhile wrote another config.
+        if _read_text(_require_file(path, _CONFIG)) != config_text:
+            raise ValueError(
+                f"jaxq.models.load: {path} changed while it was read. Load it again."
+            )
+        destinations = _checked_destinations(path, config, tensors)
+        model = _filled_model(path, config, stored_dtype, destinations, tensors)
+    return model, tokenizer
 
 
 def save(
@@ -216,31 +193,68 @@ def save(
 # The model's side.
 
 
+def _filled_model(
+    path: Path,
+    config: LlamaConfig,
+    dtype: np.dtype,
+    destinations: Mapping[str, _Destination],
+    tensors: Mapping[str, TensorFile],
+) -> Llama:
+    """The model of a config with the tensors of open files, read one by one."""
+    model = nnx.eval_shape(
+        lambda: Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    )
+    graphdef, params = nnx.split(model)
+    flat = dict(nnx.to_flat_state(params))
+    stacks: dict[tuple, np.ndarray] = {}
+    for name, file in tensors.items():
+        if name not in destinations:
+            if name == _HEAD:
+                _check_stored_head(path, tensors)
+            continue
+        param_path, layer, _ = destinations[name]
+        tensor = file.read(name)
+        if param_path[-1] == "kernel":
+            tensor = tensor.T  # [in, out]
+        if layer is None:
+            flat[param_path] = flat[param_path].replace(jnp.asarray(tensor, dtype))
+            continue
+        if param_path not in stacks:
+            stacks[param_path] = np.empty(flat[param_path].shape, dtype)
+        stacks[param_path][layer] = tensor.astype(dtype)
+    for param_path in list(stacks):
+        # pop frees each stack on the host once it is copied.
+        stack = stacks.pop(param_path)
+        flat[param_path] = flat[param_path].replace(jnp.asarray(stack))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
 def _destinations(config: LlamaConfig) -> dict[str, _Destination]:
     """Where each tensor of a file goes in the model, by the tensor's name.
 
     `model.layers.0.self_attn.q_proj.weight [out, in]` of the file is
     `layers.0.self_attn.q_proj.kernel [in, out]` of the model.
     """
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    # All layers have the shapes of one. To build one takes the same time for any depth.
+    one_layer = dataclasses.replace(config, num_hidden_layers=1, scan_layers=False)
+    model = nnx.eval_shape(lambda: Llama(one_layer, rngs=nnx.Rngs(0)))
     destinations = {}
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         last = "bias" if path[-1] == "bias" else "weight"
         name = ".".join(map(str, (*path[:-1], last)))
-        if path[0] != "lm_head":
-            name = "model." + name
-        shape = param.shape
-        is_stacked = config.scan_layers and path[0] == "layers"
-        if is_stacked:
-            shape = shape[1:]
-        if path[-1] == "kernel":
-            shape = shape[::-1]
-        if not is_stacked:
-            destinations[name] = _Destination(path, None, shape)
+        shape = param.shape[::-1] if path[-1] == "kernel" else param.shape
+        if path[0] != "layers":
+            full_name = name if path[0] == "lm_head" else f"model.{name}"
+            destinations[full_name] = _Destination(path, None, shape)
             continue
         for layer in range(config.num_hidden_layers):
-            layer_name = name.replace("layers.", f"layers.{layer}.", 1)
-            destinations[layer_name] = _Destination(path, layer, shape)
+            layer_name = name.replace("layers.0.", f"model.layers.{layer}.", 1)
+            if config.scan_layers:
+                stacked_path = ("layers", *path[2:])
+                destinations[layer_name] = _Destination(stacked_path, layer, shape)
+            else:
+                layer_path = ("layers", layer, *path[2:])
+                destinations[layer_name] = _Destination(layer_path, None, shape)
     return destinations
 
 
@@ -277,11 +291,10 @@ def _file_tensors(model: Llama, dtype: np.dtype) -> dict[str, np.ndarray]:
 # The files' side.
 
 
-def _read_config(path: Path, scan_layers: bool) -> LlamaConfig:
+def _parse_config(file: Path, text: str, scan_layers: bool) -> LlamaConfig:
     """The config of a directory, with errors that name the file."""
-    file = _require_file(path, _CONFIG)
     try:
-        return LlamaConfig.from_hf(_read_json(file), scan_layers=scan_layers)
+        return LlamaConfig.from_hf(_parse_json(file, text), scan_layers=scan_layers)
     except ValueError as error:
         raise ValueError(f"jaxq.models.load: {file}: {error}") from error
 
@@ -295,10 +308,19 @@ def _require_file(path: Path, name: str) -> Path:
     return path / name
 
 
-def _read_json(path: Path) -> Any:
+def _read_text(path: Path) -> str:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except ValueError as error:
+        raise ValueError(
+            f"jaxq.models.load: {path} is damaged: {error}. Download it again."
+        ) from error
+
+
+def _parse_json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}. Download it again.") from error
 
 
@@ -321,74 +343,103 @@ def _load_tokenizer(path: Path) -> Any:
         ) from error
 
 
-def _weight_files(path: Path) -> dict[str, str]:
+def _open_tensors(path: Path, stack: contextlib.ExitStack) -> dict[str, TensorFile]:
+    """The open file of each tensor, by the tensor's name.
+
+    Raises:
+        FileNotFoundError: a weight file is missing.
+        ValueError: the index or a weight file is damaged; a tensor is not in the file
+            that the index names, or is in two files.
+    """
+    index_path = path / _INDEX
+    index = _read_index(index_path) if index_path.is_file() else None
+    names = [_SINGLE] if index is None else sorted(set(index.values()))
+    tensors: dict[str, TensorFile] = {}
+    for file_name in names:
+        file_path = _require_file(path, file_name)
+        file = stack.enter_context(TensorFile(file_path, "jaxq.models.load"))
+        for name in file.headers:
+            if name in tensors:
+                raise ValueError(
+                    f"jaxq.models.load: {path}: {name} is both in "
+                    f"{tensors[name].path.name} and in {file_name}. Remove it from one "
+                    "of the files."
+                )
+            tensors[name] = file
+    lost = [
+        f"{name} is not in {file_name}"
+        for name, file_name in sorted((index or {}).items())
+        if name not in tensors or tensors[name].path.name != file_name
+    ]
+    if lost:
+        raise ValueError(
+            f"jaxq.models.load: {index_path} is damaged: {_listed(lost)}. Download it "
+            "again."
+        )
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
     """The file name of each tensor, by the tensor's name."""
-    if not (path / _INDEX).is_file():
-        with _open_weights(_require_file(path, _SINGLE)) as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
-    index = _read_json(path / _INDEX)
+    try:
+        index = _parse_json(path, _read_text(path))
+    except ValueError as error:
+        raise ValueError(f"jaxq.models.load: {error}") from error
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not _are_names(files.values()):
         raise ValueError(
-            f"jaxq.models.load: {path / _INDEX} is damaged: it has no weight_map that "
+            f"jaxq.models.load: {path} is damaged: it has no weight_map that "
             "names the file of each tensor. Download it again."
         )
-    for file_name in sorted(set(files.values())):
-        _require_file(path, file_name)
-    return dict(files)
+    for name, file_name in files.items():
+        # An index of a stranger must not reach files outside its directory.
+        is_plain = file_name == Path(file_name).name and "\\" not in file_name
+        if not is_plain or "\0" in file_name or file_name in ("", ".."):
+            raise ValueError(
+                f"jaxq.models.load: {path} names the file {file_name!r} for {name}. "
+                "Weight files must be in the directory of the index. Move the file "
+                "there, and correct the index."
+            )
+    return files
 
 
 def _are_names(values: Iterable[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-@contextlib.contextmanager
-def _open_weights(path: Path) -> Iterator[Any]:
-    """Opens a safetensors file. Errors name the file."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(
-            f"jaxq.models.load: {path} is damaged: {error}. Download it again."
-        ) from error
+def _checked_destinations(
+    path: Path, config: LlamaConfig, tensors: Mapping[str, TensorFile]
+) -> dict[str, _Destination]:
+    """Where each tensor goes, after a comparison of the files with the config.
 
-
-def _read_headers(path: Path, files: Mapping[str, str]) -> dict[str, _Header]:
-    """Shape and dtype of every tensor that the files hold, from their headers.
+    This reads headers only. A config of many layers beside a small file is refused
+    before anything is built.
 
     Raises:
-        ValueError: a tensor is not in the file that the index names, or is in two
-            files.
+        ValueError: the tensors are not those of the config.
     """
-    headers: dict[str, _Header] = {}
-    file_of: dict[str, str] = {}
-    for file_name in sorted(set(files.values())):
-        with _open_weights(path / file_name) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in file_of:
-                    raise ValueError(
-                        f"jaxq.models.load: {path}: {name} is both in {file_of[name]} "
-                        f"and in {file_name}. Remove it from one of the files."
-                    )
-                view = file.get_slice(name)
-                headers[name] = _Header(tuple(view.get_shape()), view.get_dtype())
-                file_of[name] = file_name
-    lost = [
-        f"{name} is not in {file_name}"
-        for name, file_name in sorted(files.items())
-        if file_of.get(name) != file_name
-    ]
-    if lost:
+    headers = {name: file.headers[name] for name, file in tensors.items()}
+    matches = [_LAYER_NAME.match(name) for name in headers]
+    num_layers = len({match.group(1) for match in matches if match})
+    if config.num_hidden_layers > num_layers:
         raise ValueError(
-            f"jaxq.models.load: {path / _INDEX} is damaged: {', '.join(lost)}."
+            f"jaxq.models.load: {path / _CONFIG}: num_hidden_layers is "
+            f"{config.num_hidden_layers}, and the files have the tensors of "
+            f"{num_layers} layers. Use the config.json that belongs to the weights."
         )
-    return headers
+    destinations = _destinations(config)
+    problems = _mismatches(destinations, headers, config)
+    if problems:
+        raise ValueError(
+            f"jaxq.models.load: {path} does not fit its config.json: "
+            f"{'; '.join(problems)}. Use the config.json that belongs to the weights."
+        )
+    return destinations
 
 
 def _mismatches(
     destinations: Mapping[str, _Destination],
-    headers: Mapping[str, _Header],
+    headers: Mapping[str, TensorHeader],
     config: LlamaConfig,
 ) -> list[str]:
     """One line for each kind of difference between the files and the config."""
@@ -402,7 +453,7 @@ def _mismatches(
     for name, destination in sorted(destinations.items()):
         if name not in headers:
             continue
-        shape, dtype = headers[name]
+        shape, dtype = headers[name].shape, headers[name].dtype
         if shape != destination.shape:
             expected = list(destination.shape)
             wrong_shapes.append(f"{name} is {list(shape)}, expected {expected}")
@@ -414,9 +465,14 @@ def _mismatches(
         "wrong shapes": wrong_shapes,
         f"dtypes other than {', '.join(_FLOAT_DTYPES)}": wrong_dtypes,
     }
-    return [
-        f"{kind}: {', '.join(lines)}" for kind, lines in tensors_of.items() if lines
-    ]
+    return [f"{kind}: {_listed(lines)}" for kind, lines in tensors_of.items() if lines]
+
+
+def _listed(lines: list[str]) -> str:
+    """The first lines of a list that can be very long."""
+    more = len(lines) - _MOST_LINES
+    end = f" and {more} more" if more > 0 else ""
+    return ", ".join(lines[:_MOST_LINES]) + end
 
 
 def _is_redundant(name: str, config: LlamaConfig) -> bool:
@@ -430,29 +486,19 @@ def _is_redundant(name: str, config: LlamaConfig) -> bool:
     return is_rotary_table or is_tied_head
 
 
-def _check_stored_head(head: np.ndarray, path: Path, files: Mapping[str, str]) -> None:
+def _check_stored_head(path: Path, tensors: Mapping[str, TensorFile]) -> None:
     """Raises a ValueError if a stored head differs from the embedding it is tied to.
 
     Without this check `load` would drop the head silently.
     """
-    with _open_weights(path / files[_EMBEDDING]) as file:
-        embedding = file.get_tensor(_EMBEDDING)
+    head = tensors[_HEAD].read(_HEAD)
+    embedding = tensors[_EMBEDDING].read(_EMBEDDING)
     if not np.array_equal(head, embedding):
         raise ValueError(
             f"jaxq.models.load: the config of {path} has tie_word_embeddings=true, but "
             f"the files hold a {_HEAD} that differs from {_EMBEDDING}. Set "
             "tie_word_embeddings to false in config.json to use this head."
         )
-
-
-def _read_tensors(
-    path: Path, files: Mapping[str, str]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of all tensors, one at a time."""
-    for file_name in sorted(set(files.values())):
-        with _open_weights(path / file_name) as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
 
 
 def _json_text(entries: Mapping[str, Any]) -> str:

@@ -18,6 +18,8 @@ from safetensors.numpy import load_file, save_file
 from jaxq.evaluation import perplexity
 from jaxq.files import NewFile
 from jaxq.models import load, save
+from jaxq.models import _checkpoint as checkpoint_module
+from jaxq.models.llama import DecoderLayer
 from tests import tables
 from tests.arrays import assert_same
 from tests.models.test_llama import make
@@ -377,6 +379,84 @@ def test_damaged_index_is_an_error(written):
         index.write_text(json.dumps({"weight_map": names | change}))
         with pytest.raises(ValueError, match=message):
             load(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/hostname", "a/b", "..", "", "a\\b", "a\0"]
+)
+def test_an_index_names_no_file_outside_its_directory(written, name):
+    path, _ = written
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(
+        ValueError, match=r"index\.json names the file .* for model.norm"
+    ):
+        load(path)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_config_of_many_layers_builds_none(written, monkeypatch, scan_layers):
+    path, _ = written
+    config = json.loads((path / "config.json").read_text())
+    text = json.dumps(config | {"num_hidden_layers": 10**9})
+    (path / "config.json").write_text(text)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a layer was built")
+
+    monkeypatch.setattr("jaxq.models.llama.DecoderLayer.__init__", fail)
+    message = r"config\.json: num_hidden_layers is 1000000000, .* of 2 layers"
+    with pytest.raises(ValueError, match=message):
+        load(path, scan_layers=scan_layers)
+
+
+def test_a_comparison_with_the_config_builds_one_layer(tmp_path, monkeypatch):
+    save(tmp_path, make(head_dim=8))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 96}))
+    build = DecoderLayer.__init__
+    count = 0
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        build(*args, **kwargs)
+
+    monkeypatch.setattr(DecoderLayer, "__init__", counted)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is \[97, 32\]"):
+        load(tmp_path)
+    assert count == 1
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size"])
+def test_a_config_of_large_sizes_allocates_nothing(written, key):
+    path, _ = written
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {key: 2**31 - 1}))
+    with pytest.raises(ValueError, match="does not fit its config.json: wrong shapes"):
+        load(path)
+
+
+def test_a_directory_that_changes_while_it_is_read(written, monkeypatch):
+    path, _ = written
+    other = make(head_dim=8, rope_theta=5.0)
+    opened = checkpoint_module._open_tensors
+
+    def interrupted(*args):
+        save(path, other)
+        return opened(*args)
+
+    monkeypatch.setattr(checkpoint_module, "_open_tensors", interrupted)
+    with pytest.raises(ValueError, match="changed while it was read. Load it again"):
+        load(path)
+
+
+def test_long_lists_of_tensors_are_cut(written):
+    path, _ = written
+    more = {f"extra.{i:03d}": np.ones(1, np.float32) for i in range(100)}
+    rewrite(path, lambda tensors: tensors.update(more))
+    with pytest.raises(ValueError, match=r"extra\.019 and 80 more\."):
+        load(path)
 
 
 def test_damaged_tokenizer_is_an_error(written):
