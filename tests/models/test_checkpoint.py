@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxq.evaluation import perplexity
 from jaxq.files import NewFile
-from jaxq.models import load, save
 from jaxq.models import _checkpoint as checkpoint_module
+from jaxq.models import load, save
 from jaxq.models.llama import DecoderLayer
 from tests import tables
 from tests.arrays import assert_same
