@@ -10,7 +10,7 @@ from jaxq.files._new_file import check_folder as check_folder
 from jaxq.files._new_file import locked_folder as locked_folder
 from jaxq.files._new_file import remove_leftovers as remove_leftovers
 from jaxq.files._new_file import sync_folder as sync_folder
-from jaxq.files._read_tensors import DamagedFile as DamagedFile
+from jaxq.files._read_tensors import RefusedFile as RefusedFile
 from jaxq.files._read_tensors import TensorFile as TensorFile
 from jaxq.files._read_tensors import TensorHeader as TensorHeader
 from jaxq.files._write_tensors import DTYPES as DTYPES

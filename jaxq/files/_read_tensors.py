@@ -1,7 +1,7 @@
 """Reads a safetensors file that may be damaged, or written by a stranger.
 
 The file is read, not mapped into memory: if another process cuts a mapped file, the
-system kills the reader. Every error is a `DamagedFile` that names the file. Memory is
+system kills the reader. Every error is a `RefusedFile` that names the file. Memory is
 only allocated for bytes that the file has.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxq.files._checksums import Checksums, checksum, read_checksums
 from jaxq.files._write_tensors import DTYPES
 
 METADATA = "__metadata__"
@@ -35,8 +36,8 @@ _OTHER_BITS = {
 _BITS = _OTHER_BITS | {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
 
 
-class DamagedFile(ValueError):
-    """A file is not what it should be. The error names the file."""
+class RefusedFile(ValueError):
+    """A file is damaged, or cannot be read here. The error names the file."""
 
 
 class TensorHeader(NamedTuple):
@@ -61,23 +62,27 @@ class TensorFile:
     Args:
       path: the file.
       caller: the name that error messages begin with.
+      verify: compare the checksums of what is read. A file without them is read
+        unchecked.
 
     Attributes:
       headers: the header of each tensor by name.
       metadata: texts by name.
 
     Raises:
-      DamagedFile: the file is not a whole safetensors file.
+      RefusedFile: the file is not a whole safetensors file, or its header does not have
+        its checksum.
       OSError: the file cannot be opened or read.
     """
 
-    def __init__(self, path: Path, caller: str):
+    def __init__(self, path: Path, caller: str, *, verify: bool = True):
         self.path = path
         self._caller = caller
         # Without a buffer, because tensors are read straight into their arrays.
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         try:
             self.metadata, self.headers = self._read_header()
+            self._checksums = self._read_checksums() if verify else None
         except BaseException:
             self._file.close()
             raise
@@ -92,24 +97,78 @@ class TensorFile:
         """The array of a tensor.
 
         Raises:
-          DamagedFile: the file was cut since it was opened, or numpy does not have the
+          RefusedFile: the file was cut since it was opened, or numpy does not have the
             dtype of the tensor.
         """
         header = self.headers[name]
-        dtype = self._dtype(name, header)
-        data = np.empty(header.stop - header.start, np.uint8)
-        self._read_into(data, header.start)
+        data = self._read_bytes(name, 0, header.stop - header.start)
+        return self._as_array(name, data, header.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The rows `start` to `stop - 1` of a tensor: a part of its first axis.
+
+        Only the chunks that hold these rows are read and compared with their checksums.
+
+        Raises:
+          RefusedFile: as `read`.
+        """
+        header = self.headers[name]
+        num_rows, *row = header.shape
+        row_bytes = (header.stop - header.start) // max(1, num_rows)
+        data = self._read_bytes(name, start * row_bytes, stop * row_bytes)
+        return self._as_array(name, data, (stop - start, *row))
+
+    def _read_bytes(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Some bytes of a tensor, after a comparison of their checksums."""
+        header, checksums = self.headers[name], self._checksums
+        if checksums is None or start == stop:
+            data = np.empty(stop - start, np.uint8)
+            self._read_into(data, header.start + start)
+            return data
+        chunks = list(checksums.chunks(start, stop))
+        first = chunks[0][1]
+        last = min(chunks[-1][2], header.stop - header.start)
+        data = np.empty(last - first, np.uint8)
+        for number, chunk_start, chunk_stop in chunks:
+            chunk = data[chunk_start - first : chunk_stop - first]
+            self._read_into(chunk, header.start + chunk_start)
+            found = checksum(name, header.dtype, header.shape, number, chunk.data)
+            if found != checksums.of(name, number):
+                raise self.damaged(
+                    f"bytes {chunk_start} to {chunk_start + chunk.size - 1} of {name} "
+                    f"do not have their checksum. verify=False reads them anyway"
+                )
+        return data[start - first : stop - first]
+
+    def _as_array(
+        self, name: str, data: np.ndarray, shape: tuple[int, ...]
+    ) -> np.ndarray:
+        dtype = self._dtype(name, self.headers[name])
         if dtype == np.bool_ and data.size and data.max() > 1:
             raise self.damaged(f"{name} has numbers that are neither true nor false")
-        array = data.view(dtype.newbyteorder("<")).reshape(header.shape)
+        array = data.view(dtype.newbyteorder("<")).reshape(shape)
         return array.astype(dtype, copy=False)
 
-    def damaged(self, reason: str) -> DamagedFile:
-        """The error for damage that the caller finds."""
-        return DamagedFile(
+    def damaged(self, reason: str) -> RefusedFile:
+        """The error for a file that is not as it was written."""
+        return RefusedFile(
             f"{self._caller}: {self.path} is damaged: {reason}. Save or download it "
             "again."
         )
+
+    def refused(self, reason: str) -> RefusedFile:
+        """The error for a file that may be whole, and that cannot be read here."""
+        return RefusedFile(f"{self._caller}: {self.path} cannot be read: {reason}.")
+
+    def _read_checksums(self) -> Checksums | None:
+        described = {
+            name: (header.dtype, header.shape, header.stop - header.start)
+            for name, header in self.headers.items()
+        }
+        try:
+            return read_checksums(self.metadata, described)
+        except ValueError as error:
+            raise self.damaged(f"{error}. verify=False reads it anyway") from error
 
     def _dtype(self, name: str, header: TensorHeader) -> np.dtype:
         if header.dtype not in DTYPES:
@@ -201,7 +260,7 @@ class TensorFile:
         if end != size:
             raise self._not_whole(f"it has {size} bytes, and its tensors end at {end}")
 
-    def _not_whole(self, reason: str) -> DamagedFile:
+    def _not_whole(self, reason: str) -> RefusedFile:
         return self.damaged(f"it is not a whole safetensors file: {reason}")
 
 

@@ -15,6 +15,8 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
+from jaxq.files._checksums import with_checksums
+
 # Names of dtypes in safetensors files.
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -43,7 +45,7 @@ class Writable(Protocol):
 def write_tensors(
     file: Writable, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes tensors and metadata to an open file, in the safetensors format.
+    """Writes tensors, metadata and checksums to an open file, as a safetensors file.
 
     Args:
       file: an empty file, such as a `NewFile`.
@@ -55,23 +57,25 @@ def write_tensors(
     """
     # Wide numbers first: then every tensor starts at a multiple of its item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
     for name in names:
         _check_name(name)
-        tensor = tensors[name]
-        start, end = end, end + tensor.nbytes
-        entries[name] = {
-            "dtype": _NAMES[tensor.dtype.newbyteorder("=")],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+    described = {
+        name: (_dtype_name(tensors[name]), tensors[name].shape, _bytes(tensors[name]))
+        for name in names
+    }
+    metadata = with_checksums(metadata, described)
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, (dtype, shape, data) in described.items():
+        start, end = end, end + len(data)
+        offsets = [start, end]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
     header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     file.write(len(header).to_bytes(8, "little"))
     file.write(header)
-    for name in names:
-        file.write(_bytes(tensors[name]))
+    for _, _, data in described.values():
+        file.write(data)
 
 
 def _check_name(name: str) -> None:
@@ -86,6 +90,10 @@ def _check_name(name: str) -> None:
             f"the name {name!r} of a tensor has half of a character, which UTF-8 does "
             "not have. Choose another name."
         ) from error
+
+
+def _dtype_name(tensor: np.ndarray) -> str:
+    return _NAMES[tensor.dtype.newbyteorder("=")]
 
 
 def _bytes(tensor: np.ndarray) -> memoryview:
