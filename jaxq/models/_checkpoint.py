@@ -42,6 +42,7 @@ _TOKENIZER_CONFIG = {
     "clean_up_tokenization_spaces": False,
 }
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
+_ROWS = 1024
 # An error names so many tensors of each kind.
 _MOST_LINES = 20
 _EMBEDDING = "model.embed_tokens.weight"
@@ -64,7 +65,11 @@ class _Destination(NamedTuple):
 
 
 def load(
-    path: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = False
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    scan_layers: bool = False,
+    verify: bool = True,
 ) -> tuple[Llama, Any]:
     """Reads a Hugging Face directory of a Llama-family model with float weights.
 
@@ -78,6 +83,8 @@ def load(
             read it. Products accumulate in float32 in both cases. A bfloat16 checkpoint
             is exact in float32.
         scan_layers: stack the layers and run them by one scan, see `LlamaConfig`.
+        verify: compare the checksums of weight files that `save` wrote. Other files
+            have none.
 
     Returns:
         The model and a `tokenizers.Tokenizer`. The tokenizer is None if the directory
@@ -114,7 +121,7 @@ def load(
     # The tokenizer comes before the weights, because it fails sooner.
     tokenizer = _load_tokenizer(path / "tokenizer.json")
     with contextlib.ExitStack() as stack:
-        tensors = _open_tensors(path, stack)
+        tensors = _open_tensors(path, stack, verify)
         # A save that replaced the directory meanwhile wrote another config.
         if _read_text(_require_file(path, _CONFIG)) != config_text:
             raise ValueError(
@@ -343,7 +350,9 @@ def _load_tokenizer(path: Path) -> Any:
         ) from error
 
 
-def _open_tensors(path: Path, stack: contextlib.ExitStack) -> dict[str, TensorFile]:
+def _open_tensors(
+    path: Path, stack: contextlib.ExitStack, verify: bool
+) -> dict[str, TensorFile]:
     """The open file of each tensor, by the tensor's name.
 
     Raises:
@@ -357,7 +366,8 @@ def _open_tensors(path: Path, stack: contextlib.ExitStack) -> dict[str, TensorFi
     tensors: dict[str, TensorFile] = {}
     for file_name in names:
         file_path = _require_file(path, file_name)
-        file = stack.enter_context(TensorFile(file_path, "jaxq.models.load"))
+        file = TensorFile(file_path, "jaxq.models.load", verify=verify)
+        stack.enter_context(file)
         for name in file.headers:
             if name in tensors:
                 raise ValueError(
@@ -491,9 +501,17 @@ def _check_stored_head(path: Path, tensors: Mapping[str, TensorFile]) -> None:
 
     Without this check `load` would drop the head silently.
     """
-    head = tensors[_HEAD].read(_HEAD)
-    embedding = tensors[_EMBEDDING].read(_EMBEDDING)
-    if not np.array_equal(head, embedding):
+    head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
+    shape = embedding.headers[_EMBEDDING].shape
+    is_equal = head.headers[_HEAD].shape == shape
+    # Both tensors are large, so a few rows are compared at a time.
+    for start in range(0, shape[0] if is_equal else 0, _ROWS):
+        stop = min(start + _ROWS, shape[0])
+        is_equal &= np.array_equal(
+            head.read_rows(_HEAD, start, stop),
+            embedding.read_rows(_EMBEDDING, start, stop),
+        )
+    if not is_equal:
         raise ValueError(
             f"jaxq.models.load: the config of {path} has tie_word_embeddings=true, but "
             f"the files hold a {_HEAD} that differs from {_EMBEDDING}. Set "

@@ -175,8 +175,8 @@ class Rule:
         """The rule that `to_dict` described.
 
         Raises:
-          TypeError, ValueError: `data` is not a dict, it has an unknown field, or
-            `Rule` raises for its fields.
+          ValueError: `data` is not a dict, or a field is unknown or invalid. The error
+            names the field.
         """
         if not isinstance(data, Mapping):
             raise ValueError(
@@ -191,8 +191,18 @@ class Rule:
         fields = dict(data)
         for name in ("weight", "activation"):
             if isinstance(fields.get(name), Mapping):
-                fields[name] = QuantSpec.from_dict(dict(fields[name]))
-        return cls(**fields)
+                try:
+                    fields[name] = QuantSpec.from_dict(dict(fields[name]))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"Rule.from_dict: {name}: {error}") from error
+        try:
+            return cls(**fields)
+        # The fields of a stranger's file can have any type.
+        except (
+            *(ArithmeticError, AttributeError, LookupError),
+            *(RecursionError, SyntaxError, TypeError),
+        ) as error:
+            raise ValueError(f"Rule.from_dict: {error}") from error
 
     def _set(self, field: str, value: Any) -> None:
         """Sets a field of the frozen dataclass while it is being made."""
