@@ -23,16 +23,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from jaxq.distillation._cached_teacher import CachedTeacher
 from jaxq.distillation._model import split_batch
 from jaxq.distillation._top_k import TopK, checked_top_k
+from jaxq.files import NewFile, TensorFile, remove_leftovers, write_tensors
 from jaxq.progress import with_progress
 
 FORMAT = "jaxq.distillation.logits"
 VERSION = 1
+# Kinds of the dtypes of indices, log_probs and log_tail.
+_KINDS = ("uff", "iff")
+_MANIFEST_FIELDS = {"k", "vocab_size", "temperature", "dtype", "num_batches"}
 _MANIFEST = "manifest.json"
 
 
@@ -251,16 +253,6 @@ def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}.safetensors"
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file. If the process is killed, the old file or no file remains."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _write_shard(path: Path, top: TopK, digest: str, dtype: str) -> None:
     index_dtype = np.uint16 if top.vocab_size <= 1 << 16 else np.int32
     # A log-probability below the lowest float16 number becomes -inf. Both mean 0.
@@ -270,18 +262,20 @@ def _write_shard(path: Path, top: TopK, digest: str, dtype: str) -> None:
             "log_probs": np.asarray(top.log_probs).astype(dtype),
             "log_tail": np.asarray(top.log_tail).astype(dtype),
         }
-    _replace(path, save(tensors, metadata={"inputs_sha256": digest}))
+    with NewFile(path, "LogitsCache.write") as file:
+        write_tensors(file, tensors, {"inputs_sha256": digest})
 
 
 def _read_top(folder: Path, number: int, manifest: dict[str, Any]) -> tuple[TopK, str]:
     """The classes of a batch, and the digest of its inputs."""
     path = _shard(folder, number)
     try:
-        with safe_open(path, framework="numpy") as file:
-            digest = (file.metadata() or {})["inputs_sha256"]
+        with TensorFile(path, "LogitsCache") as file:
+            digest = file.metadata["inputs_sha256"]
             names = ("indices", "log_probs", "log_tail")
-            indices, log_probs, log_tail = (file.get_tensor(name) for name in names)
-    except (SafetensorError, KeyError, OSError) as error:
+            indices, log_probs, log_tail = (file.read(name) for name in names)
+        _check_shapes(indices, log_probs, log_tail, manifest["k"])
+    except (KeyError, OSError, ValueError) as error:
         raise ValueError(
             f"LogitsCache: {path} is damaged or missing: {error}. Delete the file, and "
             "call LogitsCache.write again. It writes this file again."
@@ -294,6 +288,16 @@ def _read_top(folder: Path, number: int, manifest: dict[str, Any]) -> tuple[TopK
         manifest["temperature"],
     )
     return top, digest
+
+
+def _check_shapes(
+    indices: np.ndarray, log_probs: np.ndarray, log_tail: np.ndarray, k: int
+) -> None:
+    """Raises ValueError unless the arrays are those of a `TopK` of k classes."""
+    shape = (*log_tail.shape, k)
+    kinds = indices.dtype.kind + log_probs.dtype.kind + log_tail.dtype.kind
+    if indices.shape != shape or log_probs.shape != shape or kinds not in _KINDS:
+        raise ValueError(f"its arrays are not those of {k} classes")
 
 
 def _last_stored(folder: Path) -> int:
@@ -313,7 +317,8 @@ def _write_manifest(
         "num_batches": num_batches,
     }
     text = json.dumps(contents, indent=2) + "\n"
-    _replace(folder / _MANIFEST, text.encode())
+    with NewFile(folder / _MANIFEST, "LogitsCache.write") as file:
+        file.write(text.encode())
 
 
 def _finish(
@@ -346,8 +351,8 @@ def _read_manifest(folder: Path, caller: str) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text())
         is_known = manifest["format"] == FORMAT and manifest["version"] == VERSION
-        is_known = is_known and "teacher_sha256" in manifest
-    except (ValueError, KeyError, TypeError):
+        is_known = is_known and {"teacher_sha256", *_MANIFEST_FIELDS} <= set(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError):
         is_known = False
     if not is_known:
         raise ValueError(
@@ -372,6 +377,7 @@ def _prepare_folder(
             )
         folder.mkdir()
         return None
+    remove_leftovers(folder)
     manifest = _read_manifest(folder, caller)
     if manifest is None:
         others = [path.name for path in folder.iterdir() if path.suffix != ".partial"]

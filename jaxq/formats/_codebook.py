@@ -62,7 +62,8 @@ class CodebookFormat(Format):
     boundaries: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        table = np.asarray(self.table, np.float32)
+        with np.errstate(over="ignore"):  # an infinity is refused below
+            table = np.asarray(self.table, np.float32)
         if table.ndim != 1 or not 2 <= table.size <= 256:
             raise ValueError(
                 f"CodebookFormat {self.name!r}: table must be one row of 2 to 256 "
@@ -85,7 +86,8 @@ class CodebookFormat(Format):
             object.__setattr__(self, "boundaries", self._checked_boundaries())
 
     def _checked_boundaries(self) -> tuple[float, ...]:
-        edges = np.asarray(self.boundaries, np.float32)
+        with np.errstate(over="ignore"):
+            edges = np.asarray(self.boundaries, np.float32)
         entries, _ = self._ascending_entries()
         low, high = entries[:-1], entries[1:]
         if edges.shape != low.shape or not ((low <= edges) & (edges <= high)).all():

@@ -221,7 +221,7 @@ def to_dict(fmt: Format) -> str | dict[str, Any]:
     return {"type": type(fmt).__name__, **dataclasses.asdict(fmt)}
 
 
-_CLASSES: tuple[Callable[..., Format], ...] = (
+_CLASSES: tuple[Any, ...] = (
     CodebookFormat,
     DoubleFormat,
     ExponentFormat,
@@ -239,8 +239,8 @@ def from_dict(data: str | dict[str, Any]) -> Format:
       data: a result of `to_dict`. It may be read from JSON.
 
     Raises:
-      ValueError: `data` is a name that no format has, or its "type" is not one of the
-        format classes of jaxq.
+      ValueError: `data` is a name that no format has; its "type" is not one of the
+        format classes of jaxq; or a field has another type than the class declares.
 
     Example:
       >>> import jaxq
@@ -250,19 +250,61 @@ def from_dict(data: str | dict[str, Any]) -> Format:
     """
     if isinstance(data, str):
         return get(data)
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"formats.from_dict: expected a name or a dict, got {data!r:.80}."
+        )
     # JSON has no tuples, but the fields must be hashable.
     fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in data.items()
     }
+    kind = fields.pop("type", "")
     classes = {cls.__name__: cls for cls in _CLASSES}
-    cls = classes.get(fields.pop("type", ""))
+    cls = classes.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise ValueError(
-            f"formats.from_dict: unknown kind of format {data.get('type')!r}. Known "
+            f"formats.from_dict: unknown kind of format {kind!r}. Known "
             f"kinds are {', '.join(sorted(classes))}."
         )
-    return cls(**fields)
+    _check_fields(cls, fields)
+    try:
+        return cls(**fields)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"formats.from_dict: {error}.") from error
+
+
+def _check_fields(cls: type[Format], fields: dict[str, Any]) -> None:
+    """Raises ValueError unless every field has the type that its class declares.
+
+    A width of 4.0 would only fail where codes are computed.
+    """
+    declared = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+    for name, value in fields.items():
+        if name not in declared:
+            message = unknown_name("field", name, declared, f"formats.{cls.__name__}")
+            raise ValueError(f"formats.from_dict: {message}")
+        if not _FIELD_TYPES[declared[name]](value):
+            raise ValueError(
+                f"formats.from_dict: {name} of a {cls.__name__} must be "
+                f"{declared[name]}, got {value!r:.80}."
+            )
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        type(number) in (int, float) for number in value
+    )
+
+
+_FIELD_TYPES: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "int": lambda value: type(value) is int,
+    "int | None": lambda value: value is None or type(value) is int,
+    "tuple[float, ...]": _is_table,
+    "tuple[float, ...] | None": lambda value: value is None or _is_table(value),
+}
 
 
 def _parse_float(name: str) -> Format | None:

@@ -131,7 +131,8 @@ def _can_replace(current: Any, value: Any) -> bool:
         same_kind = isinstance(value, QTensor)
         return same_kind and _description(current) == _description(value)
     if isinstance(value, QTensor):
-        return (current.shape, current.dtype) == (value.shape, value.dtype)
+        expected = f"{value.dtype}{list(value.shape)}"
+        return is_array(current) and _text(current) == expected
     return _text(current) == _text(value)
 
 

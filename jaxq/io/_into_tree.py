@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq.qtensor import QTensor, is_nnx_variable
+from jaxq.qtensor import LEAVES, QTensor, is_nnx_variable
 
 
 def into_tree(tree: Any, value: Any, path: Path) -> Any:
@@ -27,13 +27,9 @@ def into_tree(tree: Any, value: Any, path: Path) -> Any:
       ValueError: tree and file do not fit. The error lists all problems.
     """
     named, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    expected = {_name(leaf_path): leaf for leaf_path, leaf in named}
-    saved = {
-        _name(leaf_path): leaf
-        for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(
-            value, is_leaf=_is_leaf
-        )
-    }
+    expected = _by_name(named, f"load: into= for {path}")
+    leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=_is_leaf)
+    saved = _by_name(leaves, f"load: {path}")
     problems = [f"{name} is missing in the file" for name in expected.keys() - saved]
     problems += [f"{name} is only in the file" for name in saved.keys() - expected]
     for name in expected.keys() & saved:
@@ -45,6 +41,19 @@ def into_tree(tree: Any, value: Any, path: Path) -> Any:
         raise ValueError(f"load: {path} does not fit into=:\n{lines}")
     leaves = [_placed(saved[name], leaf) for name, leaf in expected.items()]
     return treedef.unflatten(leaves)
+
+
+def _by_name(named: list[tuple[Any, Any]], owner: str) -> dict[str, Any]:
+    """Leaves by the text of their paths. {"a/b": x, "a": {"b": y}} has one twice."""
+    leaves: dict[str, Any] = {}
+    for path, leaf in named:
+        name = _name(path)
+        if name in leaves:
+            raise ValueError(
+                f"{owner} has two leaves with the path {name!r}. Rename one key."
+            )
+        leaves[name] = leaf
+    return leaves
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -71,7 +80,11 @@ def _description(leaf: Any) -> str:
     """Shape and dtype of an array, or spec and blocks of a QTensor, or the type."""
     value = _value(leaf)
     if isinstance(value, QTensor):
-        return f"{value!r} with blocks {value.meta.geometry.block_shape}"
+        leaves = [name for name in LEAVES if getattr(value, name) is not None]
+        blocks = value.meta.geometry.block_shape
+        # The name is for errors. Files do not have it.
+        value = value.with_meta(name="")
+        return f"{value!r} with blocks {blocks} and the leaves {', '.join(leaves)}"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype.name}{list(value.shape)}"
     return type(value).__name__

@@ -13,7 +13,8 @@ from jaxq.serialization import Contents, read_contents, write_contents
 def save(path: str | os.PathLike[str], tree: Any) -> None:
     """Writes a model or a tree to one safetensors file.
 
-    If the write fails, an old file of this name stays as it was. Every array of a
+    If the write fails, an old file of this name stays as it was. The same tree gives
+    the same bytes. A file that is replaced keeps its permissions. Every array of a
     model is saved, also an array that is not in a Variable. Nothing else of a model is
     saved. To get a model back, give `load` a model of the same class.
 
@@ -30,6 +31,8 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
       TypeError: the tree holds a value that cannot be saved. The error names its path.
       ValueError: two parameters of a model have the same path.
       FileNotFoundError: the folder does not exist.
+      OSError: the file cannot be written: the disk is full, the name is too long, or
+        a folder or a pipe has this name. The error names the file.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jaxq
@@ -42,7 +45,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     write_contents(path, contents, caller="save")
 
 
-def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
+def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True) -> Any:
     """Reads a file that `save` wrote.
 
     Args:
@@ -54,6 +57,9 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
         state of an optimizer. The result has its named tuples and other containers, and
         its arrays have the same sharding. If `into` is None, a model's file gives a
         dict from paths to arrays and QTensors.
+      verify: compare the checksums that `save` wrote. They find damage on disks and in
+        transfers. They do not protect against an attacker. False reads what can be
+        read of a damaged file. Files of earlier versions have no checksums.
 
     Returns:
       The tree, or the filled copy of `into`. Arrays are jax arrays. A numpy array of 64
@@ -62,7 +68,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
     Raises:
       FileNotFoundError: the file does not exist.
       ValueError: the file was not written by jaxq.save, or has another format version,
-        or is damaged.
+        or is damaged. The error names the file and the value.
       ValueError: the file does not fit `into`. The error names every array that is
         missing, unexpected or of another shape. It also names every layer whose inputs
         are transformed in another way in the model than in the file.
@@ -77,12 +83,17 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
       >>> loaded.kernel[...]
       QTensor(int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
     """
-    contents = read_contents(path, caller="load")
-    transforms = contents.notes.get("transforms")
-    if not isinstance(contents.notes.get("transforms", {}), dict):
+    contents = read_contents(path, caller="load", verify=verify)
+    if contents.kind not in ("tree", "model"):
         raise ValueError(
-            f"load: the metadata of {path} is damaged: transforms must be a dict, got "
-            f"{transforms!r}. Save the file again."
+            f"load: {path} holds a {contents.kind!r:.80}, which this version of jaxq "
+            "does not know. Use the jaxq that wrote the file."
+        )
+    transforms = contents.notes.get("transforms")
+    if "transforms" in contents.notes and not _are_names(transforms):
+        raise ValueError(
+            f"load: {path} is damaged: transforms must be a dict of names, got "
+            f"{transforms!r:.80}. Save the file again."
         )
     if into is None:
         return contents.value
@@ -101,6 +112,10 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
 
 def _is_model(value: Any) -> bool:
     return is_nnx_module(value) or is_nnx_state(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
 def _model_contents(model: Any) -> Contents:

@@ -8,24 +8,43 @@ file and [in, out] in the model.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from jaxq.files import (
+    NewFile,
+    TensorFile,
+    TensorHeader,
+    locked_folder,
+    remove_leftovers,
+    sync_folder,
+    write_tensors,
+)
 from jaxq.models.llama import Llama, LlamaConfig
 from jaxq.nn.layers import input_transforms
 
+_CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+_SAVED_DTYPES = ("float64", "float32", "float16", "bfloat16")
+_SAVE = "jaxq.models.save"
+_TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+}
+_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
+_ROWS = 1024
+# An error names so many tensors of each kind.
+_MOST_LINES = 20
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
@@ -45,15 +64,12 @@ class _Destination(NamedTuple):
     shape: tuple[int, ...]
 
 
-class _Header(NamedTuple):
-    """Shape and dtype of a tensor, from the header of its file."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def load(
-    path: str | Path, *, dtype: Any = jnp.float32, scan_layers: bool = False
+    path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    scan_layers: bool = False,
+    verify: bool = True,
 ) -> tuple[Llama, Any]:
     """Reads a Hugging Face directory of a Llama-family model with float weights.
 
@@ -67,6 +83,8 @@ def load(
             read it. Products accumulate in float32 in both cases. A bfloat16 checkpoint
             is exact in float32.
         scan_layers: stack the layers and run them by one scan, see `LlamaConfig`.
+        verify: compare the checksums of weight files that `save` wrote. Other files
+            have none.
 
     Returns:
         The model and a `tokenizers.Tokenizer`. The tokenizer is None if the directory
@@ -76,8 +94,9 @@ def load(
         FileNotFoundError: the directory has no `config.json`, or a weight file is
             missing.
         ValueError: `dtype` is not float32 or bfloat16; a file is damaged; the config is
-            not supported; or tensors are missing, unexpected, of the wrong shape or
-            without floats. One message lists all such tensors.
+            not supported; the index names a file outside the directory; or tensors are
+            missing, unexpected, of the wrong shape or without floats. One message lists
+            such tensors. Headers are compared with the config before layers are built.
         ImportError: there is a `tokenizer.json`, and the `tokenizers` package is not
             installed.
 
@@ -97,43 +116,20 @@ def load(
             "jaxq.models.load: dtype must be float32 or bfloat16, got "
             f"{stored_dtype.name}."
         )
-    config = _read_config(path, scan_layers)
+    config_text = _read_text(_require_file(path, _CONFIG))
+    config = _parse_config(path / _CONFIG, config_text, scan_layers)
     # The tokenizer comes before the weights, because it fails sooner.
     tokenizer = _load_tokenizer(path / "tokenizer.json")
-    destinations = _destinations(config)
-    files = _weight_files(path)
-    problems = _mismatches(destinations, _read_headers(path, files), config)
-    if problems:
-        raise ValueError(
-            f"jaxq.models.load: {path} does not fit its config.json: "
-            f"{'; '.join(problems)}. Use the config.json that belongs to the weights."
-        )
-
-    model = nnx.eval_shape(
-        lambda: Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
-    )
-    graphdef, params = nnx.split(model)
-    flat = dict(nnx.to_flat_state(params))
-    stacks: dict[tuple, np.ndarray] = {}
-    for name, tensor in _read_tensors(path, files):
-        if name not in destinations:
-            if name == _HEAD:
-                _check_stored_head(tensor, path, files)
-            continue
-        param_path, layer, _ = destinations[name]
-        if param_path[-1] == "kernel":
-            tensor = tensor.T  # [in, out]
-        if layer is None:
-            flat[param_path] = flat[param_path].replace(jnp.asarray(tensor, dtype))
-            continue
-        if param_path not in stacks:
-            stacks[param_path] = np.empty(flat[param_path].shape, stored_dtype)
-        stacks[param_path][layer] = tensor.astype(stored_dtype)
-    for param_path in list(stacks):
-        # pop frees each stack on the host once it is copied.
-        stack = stacks.pop(param_path)
-        flat[param_path] = flat[param_path].replace(jnp.asarray(stack))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat)), tokenizer
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tensors(path, stack, verify)
+        # A save that replaced the directory meanwhile wrote another config.
+        if _read_text(_require_file(path, _CONFIG)) != config_text:
+            raise ValueError(
+                f"jaxq.models.load: {path} changed while it was read. Load it again."
+            )
+        destinations = _checked_destinations(path, config, tensors)
+        model = _filled_model(path, config, stored_dtype, destinations, tensors)
+    return model, tokenizer
 
 
 def save(
@@ -147,11 +143,15 @@ def save(
     """Writes a directory that `load` and `transformers` read.
 
     Writes `config.json` and `model.safetensors`. With a tokenizer it also writes
-    `tokenizer.json` and `tokenizer_config.json`.
+    `tokenizer.json` and `tokenizer_config.json`. If the write fails, the old files stay
+    as they were. If the process is killed while the new files take their places, the
+    directory has no `config.json`, and `load` refuses it. New weights are never read
+    with an old config.
 
     Args:
         path: the directory. It is made if it does not exist. Files of these names in
-            it are overwritten.
+            it are overwritten. A `model.safetensors.index.json` is removed, because it
+            names the weights of an earlier model.
         model: a `Llama` with float weights. Use `jaxq.save` for a quantized model.
         tokenizer: a `tokenizers.Tokenizer`, or None to write no tokenizer.
         dtype: the tensors are rounded to it.
@@ -160,7 +160,9 @@ def save(
     Raises:
         ValueError: the parameters are not those of a float `Llama`; no Hugging Face
             architecture has the features of its config; or a layer transforms its
-            inputs (`rotate` with `online=`), because the files cannot express that.
+            inputs (`rotate` with `online=`), because the files cannot express that;
+            or `dtype` is not a float dtype of at least 16 bits.
+        OSError: a file cannot be written. The error names the file.
 
     Example:
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
@@ -178,25 +180,60 @@ def save(
             f"example {layer} by {name}. A Hugging Face directory cannot express that. "
             "Call rotate without online=, or use jaxq.save."
         )
-    entries = model.config.to_hf() | {"dtype": jnp.dtype(dtype).name} | config
-    tensors = _file_tensors(model, jnp.dtype(dtype))
+    stored_dtype = jnp.dtype(dtype)
+    if stored_dtype.name not in _SAVED_DTYPES:
+        raise ValueError(
+            f"jaxq.models.save: dtype must be one of {', '.join(_SAVED_DTYPES)}, got "
+            f"{stored_dtype.name}."
+        )
+    entries = model.config.to_hf() | {"dtype": stored_dtype.name} | config
+    tensors = _file_tensors(model, stored_dtype)
+    texts = {_CONFIG: _json_text(entries)}
+    if tokenizer is not None:
+        texts["tokenizer.json"] = tokenizer.to_str(pretty=True)
+        texts["tokenizer_config.json"] = _json_text(_TOKENIZER_CONFIG)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    _write_file(
-        path / _SINGLE, lambda file: save_file(tensors, file, metadata={"format": "pt"})
-    )
-    _write_json(path / "config.json", entries, sort_keys=True)
-    if tokenizer is None:
-        return
-    _write_file(path / "tokenizer.json", lambda file: tokenizer.save(str(file)))
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
-    _write_json(path / "tokenizer_config.json", tokenizer_config)
+    _write_directory(path, tensors, texts)
 
 
 # The model's side.
+
+
+def _filled_model(
+    path: Path,
+    config: LlamaConfig,
+    dtype: np.dtype,
+    destinations: Mapping[str, _Destination],
+    tensors: Mapping[str, TensorFile],
+) -> Llama:
+    """The model of a config with the tensors of open files, read one by one."""
+    model = nnx.eval_shape(
+        lambda: Llama(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    )
+    graphdef, params = nnx.split(model)
+    flat = dict(nnx.to_flat_state(params))
+    stacks: dict[tuple, np.ndarray] = {}
+    for name, file in tensors.items():
+        if name not in destinations:
+            if name == _HEAD:
+                _check_stored_head(path, tensors)
+            continue
+        param_path, layer, _ = destinations[name]
+        tensor = file.read(name)
+        if param_path[-1] == "kernel":
+            tensor = tensor.T  # [in, out]
+        if layer is None:
+            flat[param_path] = flat[param_path].replace(jnp.asarray(tensor, dtype))
+            continue
+        if param_path not in stacks:
+            stacks[param_path] = np.empty(flat[param_path].shape, dtype)
+        stacks[param_path][layer] = tensor.astype(dtype)
+    for param_path in list(stacks):
+        # pop frees each stack on the host once it is copied.
+        stack = stacks.pop(param_path)
+        flat[param_path] = flat[param_path].replace(jnp.asarray(stack))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def _destinations(config: LlamaConfig) -> dict[str, _Destination]:
@@ -205,25 +242,26 @@ def _destinations(config: LlamaConfig) -> dict[str, _Destination]:
     `model.layers.0.self_attn.q_proj.weight [out, in]` of the file is
     `layers.0.self_attn.q_proj.kernel [in, out]` of the model.
     """
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    # All layers have the shapes of one. To build one takes the same time for any depth.
+    one_layer = dataclasses.replace(config, num_hidden_layers=1, scan_layers=False)
+    model = nnx.eval_shape(lambda: Llama(one_layer, rngs=nnx.Rngs(0)))
     destinations = {}
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         last = "bias" if path[-1] == "bias" else "weight"
         name = ".".join(map(str, (*path[:-1], last)))
-        if path[0] != "lm_head":
-            name = "model." + name
-        shape = param.shape
-        is_stacked = config.scan_layers and path[0] == "layers"
-        if is_stacked:
-            shape = shape[1:]
-        if path[-1] == "kernel":
-            shape = shape[::-1]
-        if not is_stacked:
-            destinations[name] = _Destination(path, None, shape)
+        shape = param.shape[::-1] if path[-1] == "kernel" else param.shape
+        if path[0] != "layers":
+            full_name = name if path[0] == "lm_head" else f"model.{name}"
+            destinations[full_name] = _Destination(path, None, shape)
             continue
         for layer in range(config.num_hidden_layers):
-            layer_name = name.replace("layers.", f"layers.{layer}.", 1)
-            destinations[layer_name] = _Destination(path, layer, shape)
+            layer_name = name.replace("layers.0.", f"model.layers.{layer}.", 1)
+            if config.scan_layers:
+                stacked_path = ("layers", *path[2:])
+                destinations[layer_name] = _Destination(stacked_path, layer, shape)
+            else:
+                layer_path = ("layers", layer, *path[2:])
+                destinations[layer_name] = _Destination(layer_path, None, shape)
     return destinations
 
 
@@ -260,11 +298,10 @@ def _file_tensors(model: Llama, dtype: np.dtype) -> dict[str, np.ndarray]:
 # The files' side.
 
 
-def _read_config(path: Path, scan_layers: bool) -> LlamaConfig:
+def _parse_config(file: Path, text: str, scan_layers: bool) -> LlamaConfig:
     """The config of a directory, with errors that name the file."""
-    file = _require_file(path, "config.json")
     try:
-        return LlamaConfig.from_hf(_read_json(file), scan_layers=scan_layers)
+        return LlamaConfig.from_hf(_parse_json(file, text), scan_layers=scan_layers)
     except ValueError as error:
         raise ValueError(f"jaxq.models.load: {file}: {error}") from error
 
@@ -278,10 +315,19 @@ def _require_file(path: Path, name: str) -> Path:
     return path / name
 
 
-def _read_json(path: Path) -> Any:
+def _read_text(path: Path) -> str:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except ValueError as error:
+        raise ValueError(
+            f"jaxq.models.load: {path} is damaged: {error}. Download it again."
+        ) from error
+
+
+def _parse_json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}. Download it again.") from error
 
 
@@ -304,74 +350,106 @@ def _load_tokenizer(path: Path) -> Any:
         ) from error
 
 
-def _weight_files(path: Path) -> dict[str, str]:
+def _open_tensors(
+    path: Path, stack: contextlib.ExitStack, verify: bool
+) -> dict[str, TensorFile]:
+    """The open file of each tensor, by the tensor's name.
+
+    Raises:
+        FileNotFoundError: a weight file is missing.
+        ValueError: the index or a weight file is damaged; a tensor is not in the file
+            that the index names, or is in two files.
+    """
+    index_path = path / _INDEX
+    index = _read_index(index_path) if index_path.is_file() else None
+    names = [_SINGLE] if index is None else sorted(set(index.values()))
+    tensors: dict[str, TensorFile] = {}
+    for file_name in names:
+        file_path = _require_file(path, file_name)
+        file = TensorFile(file_path, "jaxq.models.load", verify=verify)
+        stack.enter_context(file)
+        for name in file.headers:
+            if name in tensors:
+                raise ValueError(
+                    f"jaxq.models.load: {path}: {name} is both in "
+                    f"{tensors[name].path.name} and in {file_name}. Remove it from one "
+                    "of the files."
+                )
+            tensors[name] = file
+    lost = [
+        f"{name} is not in {file_name}"
+        for name, file_name in sorted((index or {}).items())
+        if name not in tensors or tensors[name].path.name != file_name
+    ]
+    if lost:
+        raise ValueError(
+            f"jaxq.models.load: {index_path} is damaged: {_listed(lost)}. Download it "
+            "again."
+        )
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
     """The file name of each tensor, by the tensor's name."""
-    if not (path / _INDEX).is_file():
-        with _open_weights(_require_file(path, _SINGLE)) as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
-    index = _read_json(path / _INDEX)
+    try:
+        index = _parse_json(path, _read_text(path))
+    except ValueError as error:
+        raise ValueError(f"jaxq.models.load: {error}") from error
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not _are_names(files.values()):
         raise ValueError(
-            f"jaxq.models.load: {path / _INDEX} is damaged: it has no weight_map that "
+            f"jaxq.models.load: {path} is damaged: it has no weight_map that "
             "names the file of each tensor. Download it again."
         )
-    for file_name in sorted(set(files.values())):
-        _require_file(path, file_name)
-    return dict(files)
+    for name, file_name in files.items():
+        # An index of a stranger must not reach files outside its directory.
+        is_plain = file_name == Path(file_name).name and "\\" not in file_name
+        if not is_plain or "\0" in file_name or file_name in ("", ".."):
+            raise ValueError(
+                f"jaxq.models.load: {path} names the file {file_name!r} for {name}. "
+                "Weight files must be in the directory of the index. Move the file "
+                "there, and correct the index."
+            )
+    return files
 
 
 def _are_names(values: Iterable[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-@contextlib.contextmanager
-def _open_weights(path: Path) -> Iterator[Any]:
-    """Opens a safetensors file. Errors name the file."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(
-            f"jaxq.models.load: {path} is damaged: {error}. Download it again."
-        ) from error
+def _checked_destinations(
+    path: Path, config: LlamaConfig, tensors: Mapping[str, TensorFile]
+) -> dict[str, _Destination]:
+    """Where each tensor goes, after a comparison of the files with the config.
 
-
-def _read_headers(path: Path, files: Mapping[str, str]) -> dict[str, _Header]:
-    """Shape and dtype of every tensor that the files hold, from their headers.
+    This reads headers only. A config of many layers beside a small file is refused
+    before anything is built.
 
     Raises:
-        ValueError: a tensor is not in the file that the index names, or is in two
-            files.
+        ValueError: the tensors are not those of the config.
     """
-    headers: dict[str, _Header] = {}
-    file_of: dict[str, str] = {}
-    for file_name in sorted(set(files.values())):
-        with _open_weights(path / file_name) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in file_of:
-                    raise ValueError(
-                        f"jaxq.models.load: {path}: {name} is both in {file_of[name]} "
-                        f"and in {file_name}. Remove it from one of the files."
-                    )
-                view = file.get_slice(name)
-                headers[name] = _Header(tuple(view.get_shape()), view.get_dtype())
-                file_of[name] = file_name
-    lost = [
-        f"{name} is not in {file_name}"
-        for name, file_name in sorted(files.items())
-        if file_of.get(name) != file_name
-    ]
-    if lost:
+    headers = {name: file.headers[name] for name, file in tensors.items()}
+    matches = [_LAYER_NAME.match(name) for name in headers]
+    num_layers = len({match.group(1) for match in matches if match})
+    if config.num_hidden_layers > num_layers:
         raise ValueError(
-            f"jaxq.models.load: {path / _INDEX} is damaged: {', '.join(lost)}."
+            f"jaxq.models.load: {path / _CONFIG}: num_hidden_layers is "
+            f"{config.num_hidden_layers}, and the files have the tensors of "
+            f"{num_layers} layers. Use the config.json that belongs to the weights."
         )
-    return headers
+    destinations = _destinations(config)
+    problems = _mismatches(destinations, headers, config)
+    if problems:
+        raise ValueError(
+            f"jaxq.models.load: {path} does not fit its config.json: "
+            f"{'; '.join(problems)}. Use the config.json that belongs to the weights."
+        )
+    return destinations
 
 
 def _mismatches(
     destinations: Mapping[str, _Destination],
-    headers: Mapping[str, _Header],
+    headers: Mapping[str, TensorHeader],
     config: LlamaConfig,
 ) -> list[str]:
     """One line for each kind of difference between the files and the config."""
@@ -385,7 +463,7 @@ def _mismatches(
     for name, destination in sorted(destinations.items()):
         if name not in headers:
             continue
-        shape, dtype = headers[name]
+        shape, dtype = headers[name].shape, headers[name].dtype
         if shape != destination.shape:
             expected = list(destination.shape)
             wrong_shapes.append(f"{name} is {list(shape)}, expected {expected}")
@@ -397,9 +475,14 @@ def _mismatches(
         "wrong shapes": wrong_shapes,
         f"dtypes other than {', '.join(_FLOAT_DTYPES)}": wrong_dtypes,
     }
-    return [
-        f"{kind}: {', '.join(lines)}" for kind, lines in tensors_of.items() if lines
-    ]
+    return [f"{kind}: {_listed(lines)}" for kind, lines in tensors_of.items() if lines]
+
+
+def _listed(lines: list[str]) -> str:
+    """The first lines of a list that can be very long."""
+    more = len(lines) - _MOST_LINES
+    end = f" and {more} more" if more > 0 else ""
+    return ", ".join(lines[:_MOST_LINES]) + end
 
 
 def _is_redundant(name: str, config: LlamaConfig) -> bool:
@@ -413,14 +496,22 @@ def _is_redundant(name: str, config: LlamaConfig) -> bool:
     return is_rotary_table or is_tied_head
 
 
-def _check_stored_head(head: np.ndarray, path: Path, files: Mapping[str, str]) -> None:
+def _check_stored_head(path: Path, tensors: Mapping[str, TensorFile]) -> None:
     """Raises a ValueError if a stored head differs from the embedding it is tied to.
 
     Without this check `load` would drop the head silently.
     """
-    with _open_weights(path / files[_EMBEDDING]) as file:
-        embedding = file.get_tensor(_EMBEDDING)
-    if not np.array_equal(head, embedding):
+    head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
+    shape = embedding.headers[_EMBEDDING].shape
+    is_equal = head.headers[_HEAD].shape == shape
+    # Both tensors are large, so a few rows are compared at a time.
+    for start in range(0, shape[0] if is_equal else 0, _ROWS):
+        stop = min(start + _ROWS, shape[0])
+        is_equal &= np.array_equal(
+            head.read_rows(_HEAD, start, stop),
+            embedding.read_rows(_EMBEDDING, start, stop),
+        )
+    if not is_equal:
         raise ValueError(
             f"jaxq.models.load: the config of {path} has tie_word_embeddings=true, but "
             f"the files hold a {_HEAD} that differs from {_EMBEDDING}. Set "
@@ -428,28 +519,38 @@ def _check_stored_head(head: np.ndarray, path: Path, files: Mapping[str, str]) -
         )
 
 
-def _read_tensors(
-    path: Path, files: Mapping[str, str]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of all tensors, one at a time."""
-    for file_name in sorted(set(files.values())):
-        with _open_weights(path / file_name) as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+def _json_text(entries: Mapping[str, Any]) -> str:
+    return json.dumps(entries, indent=2, sort_keys=True) + "\n"
 
 
-def _write_json(path: Path, entries: Any, *, sort_keys: bool = False) -> None:
-    text = json.dumps(entries, indent=2, sort_keys=sort_keys) + "\n"
-    _write_file(path, lambda file: file.write_text(text))
+def _write_directory(
+    path: Path, tensors: Mapping[str, np.ndarray], texts: Mapping[str, str]
+) -> None:
+    """Writes all files of a directory, so that `load` sees all of them or none.
 
-
-def _write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a temporary file and renames it, so that a crash keeps the old file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    The files are written beside their targets first. This is where a disk can be full.
+    Then they take their places, which needs a few renames. A directory is read by its
+    config, so the old config goes first and the new one comes last. If the process is
+    killed between the two, the directory has no config.
+    """
+    for name in (_SINGLE, *texts):
+        remove_leftovers(path, name)
+    with contextlib.ExitStack() as stack:
+        weights = stack.enter_context(NewFile(path / _SINGLE, _SAVE))
+        write_tensors(weights, tensors, {"format": "pt"})
+        weights.sync()
+        new_texts = {}
+        for name, text in texts.items():
+            new_texts[name] = stack.enter_context(NewFile(path / name, _SAVE))
+            new_texts[name].write(text.encode())
+            new_texts[name].sync()
+        new_config = new_texts.pop(_CONFIG)
+        with locked_folder(path):
+            (path / _CONFIG).unlink(missing_ok=True)
+            sync_folder(path)
+            # The index of an earlier model names other weight files.
+            (path / _INDEX).unlink(missing_ok=True)
+            for new_file in (weights, *new_texts.values()):
+                new_file.replace()
+            sync_folder(path)
+            new_config.replace()

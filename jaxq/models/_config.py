@@ -8,7 +8,7 @@ or a missing bias would only make the generated text worse.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -308,12 +308,14 @@ def _raise_problems(problems: list[str]) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return is_integer and 1 <= value <= _LARGEST_COUNT
 
 
 def _is_positive(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf
+    # An integer can be larger than every float.
+    return is_number and 0 < value <= sys.float_info.max
 
 
 class _ValueType(NamedTuple):
@@ -324,6 +326,8 @@ class _ValueType(NamedTuple):
     keys: tuple[str, ...]
 
 
+# Arrays have at most so many elements along an axis that jax can index by int32.
+_LARGEST_COUNT = 2**31 - 1
 _REQUIRED_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -353,8 +357,12 @@ _OBJECT = _ValueType(
     lambda value: isinstance(value, Mapping),
     ("rope_scaling", "rope_parameters"),
 )
-_LIST = _ValueType(
-    "a list", lambda value: isinstance(value, list | tuple), ("layer_types",)
+_NAMES = _ValueType(
+    "a list of names",
+    lambda value: (
+        isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    ),
+    ("layer_types",),
 )
 
 
@@ -370,7 +378,7 @@ def _wrong_types(config: Any) -> list[str]:
         if value is not None and not value_type.accepts(value):
             problems.append(f"{name}={value!r} is not {value_type.description}")
 
-    for value_type in (_COUNT, _POSITIVE, _SWITCH, _OBJECT, _LIST):
+    for value_type in (_COUNT, _POSITIVE, _SWITCH, _OBJECT, _NAMES):
         for key in value_type.keys:
             check(key, config.get(key), value_type)
     for group in _OBJECT.keys:
@@ -408,7 +416,7 @@ def _read_rope(
         problems.append(
             f"partial_rotary_factor={rope['partial_rotary_factor']!r}; expected 1.0"
         )
-    fields = _ROPE_FIELDS.get(kind)
+    fields = _ROPE_FIELDS.get(kind) if isinstance(kind, str) else None
     if fields is None:
         problems.append(
             f"{groups[-1]}: rope_type={kind!r}; expected 'default', 'linear' or "

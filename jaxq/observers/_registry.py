@@ -52,12 +52,12 @@ def from_dict(data: dict[str, Any]) -> Observer:
     """
     fields = dict(data)
     kind = fields.pop("type", "")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(
             "observers.from_dict: "
             + unknown_name("kind", kind, _KINDS, "jaxq.observers.names()")
         )
     try:
         return _KINDS[kind](**fields)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"observers.from_dict: {error}") from None

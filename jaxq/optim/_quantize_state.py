@@ -117,7 +117,7 @@ def quantize_state(
         unmatched = set(patterns)
         moments = moments_of(state, _is_leaf)
         for path, leaf, moment in moments:
-            fits = {p for p in patterns if compile_pattern(p).fullmatch(path)}
+            fits = {p for p in patterns if compile_pattern(p).matches(path)}
             unmatched -= fits
             is_moment = moment is not None and _is_large(leaf, min_size)
             if fits or is_moment:

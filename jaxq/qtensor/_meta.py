@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from jaxq import formats
@@ -101,23 +102,72 @@ class Meta:
         """The inverse of `to_dict`.
 
         Raises:
-          KeyError, TypeError, ValueError: `data` is not a dictionary that `to_dict`
-            returned.
+          ValueError: `data` is not a dictionary that `to_dict` returned. The error
+            names the field.
         """
-        geometry: dict[str, Any] = dict(data["geometry"])
-        for field, value in geometry.items():
-            if isinstance(value, list):  # JSON has no tuples
-                geometry[field] = tuple(value)
+        for name in ("spec", "geometry", "packing", "dtype", "activation"):
+            if name not in data:
+                raise ValueError(f"the field {name} is missing")
         activation = data["activation"]
         # Files of the first version have no layout and no outliers.
-        layout = data.get("layout", "rows")
+        layout, outliers = data.get("layout", "rows"), data.get("outliers")
         formats.check_choice("layout", layout, LAYOUTS)
+        packings = [packing.value for packing in formats.Packing]
+        formats.check_choice("packing", data["packing"], packings)
+        if not isinstance(data["dtype"], str):
+            raise ValueError(f"dtype must be a name, got {data['dtype']!r:.80}")
+        is_number = type(outliers) in (int, float)
+        if outliers is not None and not (is_number and 0 <= outliers < math.inf):
+            raise ValueError(
+                f"outliers must be None or a number of at least 0, got {outliers!r:.80}"
+            )
         return cls(
             QuantSpec.from_dict(data["spec"]),
-            Geometry(**geometry),
+            _geometry_from_dict(data["geometry"]),
             formats.Packing(data["packing"]),
             data["dtype"],
             None if activation is None else QuantSpec.from_dict(activation),
             layout,
-            data.get("outliers"),
+            outliers,
         )
+
+
+def _geometry_from_dict(data: Any) -> Geometry:
+    """The geometry that `dataclasses.asdict` described, after a check of all types.
+
+    A size of 256.0 would only fail where the sizes are used.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"geometry must be a dict, got {data!r:.80}")
+    declared = [field.name for field in dataclasses.fields(Geometry)]
+    # Files of the first version have no `multiple` and no `flat`.
+    for name in declared[:4]:
+        if name not in data:
+            raise ValueError(f"the field geometry.{name} is missing")
+    for name, value in data.items():
+        if name not in declared:
+            raise ValueError(f"geometry has the unknown field {name!r:.80}")
+        if not _is_valid(name, value):
+            raise ValueError(f"geometry.{name} is {value!r:.80}")
+    fields: dict[str, Any] = dict(data)
+    for name, value in fields.items():
+        if isinstance(value, list):  # JSON has no tuples
+            fields[name] = tuple(value)
+    return Geometry(**fields)
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    """Whether a field of a geometry has a value of the right type and sign."""
+    if name == "flat":
+        return isinstance(value, bool)
+    if name in ("num_contracted", "multiple"):
+        return type(value) is int and value >= (name == "multiple")
+    if not isinstance(value, list | tuple):
+        return False
+    if name == "order":
+        return all(type(axis) is int for axis in value)
+    if name == "block_shape":
+        return all(
+            block is None or (type(block) is int and block >= 1) for block in value
+        )
+    return all(type(size) is int and size >= 0 for size in value)

@@ -221,8 +221,13 @@ class QuantSpec:
         """The spec that `to_dict` described.
 
         Raises:
-          ValueError: a field or a granularity is unknown.
+          ValueError: a field is unknown, missing or invalid. The error names it.
         """
+        if not isinstance(data, dict):
+            raise ValueError(
+                "QuantSpec.from_dict: expected a dict with the fields of a "
+                f"jaxq.QuantSpec, got {data!r:.80}."
+            )
         field_names = {f.name for f in dataclasses.fields(cls)}
         for name in data:
             if name not in field_names:
@@ -230,6 +235,9 @@ class QuantSpec:
                     "field", name, field_names, "jaxq.QuantSpec"
                 )
                 raise ValueError(f"QuantSpec.from_dict: {problem}")
+        for name in ("format", "granularity", "scale"):
+            if name not in data:
+                raise ValueError(f"QuantSpec.from_dict: the field {name} is missing.")
         data = dict(data)
         data["format"] = formats.from_dict(data["format"])
         data["granularity"] = _granularity_from_dict(data["granularity"])
@@ -239,7 +247,10 @@ class QuantSpec:
             from jaxq import observers  # lazy: most specs have no observer
 
             data["clipping"] = observers.from_dict(data["clipping"])
-        return cls(**data)
+        try:
+            return cls(**data)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"QuantSpec.from_dict: {error}") from error
 
 
 def as_static(spec: QuantSpec, caller: str) -> QuantSpec:
@@ -295,6 +306,11 @@ def _check_types_and_names(spec: QuantSpec) -> None:
         raise TypeError(
             "QuantSpec: granularity must be one of jaxq's Per... objects, got "
             f"{spec.granularity!r}."
+        )
+    if not isinstance(spec.packing, formats.Packing | str | None):
+        names = ", ".join(packing.value for packing in formats.Packing)
+        raise TypeError(
+            f"QuantSpec: packing must be None or one of {names}, got {spec.packing!r}."
         )
     choice = formats.check_choice
     choice("QuantSpec: scale_rule", spec.scale_rule, tuple(SCALE_RULES))
@@ -515,15 +531,25 @@ def _most_rounded_down(fmt: formats.Format, rounding: str) -> float:
 
 
 def _granularity_from_dict(data: dict[str, Any]) -> Granularity:
-    fields = dict(data)
-    name = fields.pop("type")
-    kind = getattr(_granularity, name, None) if name.startswith("Per") else None
+    fields = dict(data) if isinstance(data, dict) else {}
+    name = fields.pop("type", None)
+    is_name = isinstance(name, str) and name.startswith("Per")
+    kind = getattr(_granularity, name, None) if is_name else None
     if kind is None:
         raise ValueError(
-            f"QuantSpec.from_dict: unknown granularity {name!r}. Use the name of a "
+            f"QuantSpec.from_dict: unknown granularity {data!r:.80}. Use the name of a "
             "jaxq class such as 'PerGroup'."
         )
     for field, value in fields.items():
         if isinstance(value, list):  # JSON has no tuples
             fields[field] = tuple(value)
-    return kind(**fields)
+    axis, pad = fields.get("axis"), fields.get("pad", False)
+    if not isinstance(pad, bool) or not (axis is None or type(axis) is int):
+        raise ValueError(
+            f"QuantSpec.from_dict: {name} needs pad=True or False, and an integer or "
+            f"None as axis=, got pad={pad!r} and axis={axis!r}."
+        )
+    try:
+        return kind(**fields)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"QuantSpec.from_dict: {error}.") from error

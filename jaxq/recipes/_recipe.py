@@ -89,8 +89,8 @@ class Recipe:
         """The recipe that `to_dict` described.
 
         Raises:
-          TypeError, ValueError: `data` is not a dict with a list "rules" and at most
-            the other key "rotate", or a rule is invalid (`Rule.from_dict`).
+          ValueError: `data` is not a dict with a list "rules" and at most the other key
+            "rotate", or a rule is invalid. The error names the rule and the field.
 
         Example:
           >>> import json, jaxq
@@ -106,5 +106,17 @@ class Recipe:
             raise ValueError(
                 f"Recipe.from_dict: expected {{'rules': [...]}}, got {data!r:.80}."
             )
-        rules = tuple(Rule.from_dict(rule) for rule in data["rules"])
-        return cls(rules, rotate=data.get("rotate", False))
+        rules = []
+        for number, rule in enumerate(data["rules"]):
+            try:
+                rules.append(Rule.from_dict(rule))
+            except ValueError as error:
+                raise ValueError(
+                    f"Recipe.from_dict: rules[{number}]: {error}"
+                ) from error
+        rotate = data.get("rotate", False)
+        if not isinstance(rotate, bool):
+            raise ValueError(
+                f"Recipe.from_dict: rotate must be True or False, got {rotate!r:.80}."
+            )
+        return cls(tuple(rules), rotate=rotate)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
-import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,7 +46,8 @@ class Rule:
     Args:
       pattern: glob on the path of a layer, whose components are joined by "/". `*`
         matches within one component and `**` any number of components. "re:..." is a
-        regular expression that must match the whole path.
+        regular expression that must match the whole path. Some regular expressions
+        take exponential time, so use "re:" only in recipes that you trust.
       weight: preset name or `QuantSpec` for the weight.
       activation: preset name or `QuantSpec` for the input; None leaves the input in
         floats. Without `observer` this is dynamic activation quantization: each call
@@ -139,7 +139,7 @@ class Rule:
         """
         if self.kinds and names_of(kind).isdisjoint(self.kinds):
             return False
-        if compile_pattern(self.pattern).fullmatch(path) is None:
+        if not compile_pattern(self.pattern).matches(path):
             return False
         if self.where is None:
             return True
@@ -175,8 +175,8 @@ class Rule:
         """The rule that `to_dict` described.
 
         Raises:
-          TypeError, ValueError: `data` is not a dict, it has an unknown field, or
-            `Rule` raises for its fields.
+          ValueError: `data` is not a dict, or a field is unknown or invalid. The error
+            names the field.
         """
         if not isinstance(data, Mapping):
             raise ValueError(
@@ -191,8 +191,18 @@ class Rule:
         fields = dict(data)
         for name in ("weight", "activation"):
             if isinstance(fields.get(name), Mapping):
-                fields[name] = QuantSpec.from_dict(dict(fields[name]))
-        return cls(**fields)
+                try:
+                    fields[name] = QuantSpec.from_dict(dict(fields[name]))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"Rule.from_dict: {name}: {error}") from error
+        try:
+            return cls(**fields)
+        # The fields of a stranger's file can have any type.
+        except (
+            *(ArithmeticError, AttributeError, LookupError),
+            *(RecursionError, SyntaxError, TypeError),
+        ) as error:
+            raise ValueError(f"Rule.from_dict: {error}") from error
 
     def _set(self, field: str, value: Any) -> None:
         """Sets a field of the frozen dataclass while it is being made."""
@@ -300,10 +310,8 @@ class Rule:
     def _check_pattern(self) -> None:
         try:
             compile_pattern(self.pattern)
-        except re.error as error:
-            raise ValueError(
-                f"{self.name}: the pattern is not a regular expression: {error}."
-            ) from error
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}.") from error
 
     def _options_for_json(self) -> dict[str, Any]:
         options = dict(self.options)

@@ -10,13 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxq.files import TensorFile, check_folder
 from jaxq.serialization._entries import EntryReader, EntryWriter
-from jaxq.serialization._files import (
-    FORMAT_VERSION,
-    check_folder,
-    read_file,
-    write_file,
-)
+from jaxq.serialization._files import FORMAT_VERSION, open_file, read_header, write_file
 
 TREE = "tree"
 
@@ -49,6 +45,8 @@ def write_tree(path: str | os.PathLike[str], tree: Any) -> None:
     Raises:
       TypeError: the tree holds a value that cannot be saved. The error names its path.
       FileNotFoundError: the folder does not exist.
+      OSError: the file cannot be written: the disk is full, the name is too long, or
+        a folder or a pipe has this name. The error names the file.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp
@@ -61,11 +59,13 @@ def write_tree(path: str | os.PathLike[str], tree: Any) -> None:
     write_contents(path, Contents(TREE, tree, {}), caller="write_tree")
 
 
-def read_tree(path: str | os.PathLike[str]) -> Any:
+def read_tree(path: str | os.PathLike[str], *, verify: bool = True) -> Any:
     """Reads a tree that `write_tree` wrote.
 
     Args:
       path: the file to read.
+      verify: compare the checksums of the file. False reads what can be read of a
+        damaged file.
 
     Returns:
       The tree. Arrays are jax arrays. A numpy array of 64 bits stays a numpy array
@@ -84,7 +84,7 @@ def read_tree(path: str | os.PathLike[str]) -> Any:
       >>> serialization.read_tree(path).codes().dtype
       dtype('int8')
     """
-    contents = read_contents(path, caller="read_tree")
+    contents = read_contents(path, caller="read_tree", verify=verify)
     if contents.kind != TREE:
         raise ValueError(
             f"read_tree: {path} holds a {contents.kind}, not a tree. Use jaxq.load."
@@ -105,50 +105,66 @@ def write_contents(
     path = Path(path)
     check_folder(path, caller)
     writer = EntryWriter(caller)
-    if contents.kind == TREE:
-        structure = writer.describe(contents.value, "")
-    else:
-        structure = {
-            name: writer.describe(value, name) for name, value in contents.value.items()
+    try:
+        structure = _describe(writer, contents)
+        header = {
+            "version": FORMAT_VERSION,
+            "kind": contents.kind,
+            "structure": structure,
+            **contents.notes,
         }
-    header = {
-        "version": FORMAT_VERSION,
-        "kind": contents.kind,
-        "structure": structure,
-        **contents.notes,
+        write_file(path, writer.tensors, header, caller)
+    except RecursionError as error:
+        raise ValueError(
+            f"{caller}: {path} cannot be written: the tree is nested too deeply. Save "
+            "its parts by name, in one dict."
+        ) from error
+
+
+def _describe(writer: EntryWriter, contents: Contents) -> dict[str, Any]:
+    if contents.kind == TREE:
+        return writer.describe(contents.value, "")
+    return {
+        name: writer.describe(value, name) for name, value in contents.value.items()
     }
-    write_file(path, writer.tensors, header)
 
 
-def read_contents(path: str | os.PathLike[str], *, caller: str) -> Contents:
+def read_contents(
+    path: str | os.PathLike[str], *, caller: str, verify: bool = True
+) -> Contents:
     """Reads contents of any kind, as `read_tree` reads a tree.
 
     Args:
       path: the file to read.
       caller: the name that error messages begin with.
+      verify: compare the checksums of the file.
     """
-    path = Path(path)
-    header, tensors = read_file(path, caller)
-    reader = EntryReader(caller, tensors)
-    try:
-        kind, structure = header.pop("kind"), header.pop("structure")
-        if kind == TREE:
-            value = reader.rebuild(structure, "")
-        else:
-            value = {
-                name: reader.rebuild(entry, name) for name, entry in structure.items()
-            }
-    # A damaged header can miss any field, or hold a value of any type.
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{caller}: the metadata of {path} is damaged: {error!r}. "
-            "Save the file again."
-        ) from error
-    unused = sorted(set(tensors) - reader.used)
-    if unused:
-        raise ValueError(
-            f"{caller}: {path} holds tensors that its metadata does not name: {unused}."
-            " The file is damaged. Save it again."
-        )
-    del header["version"]
-    return Contents(kind, value, header)
+    with open_file(Path(path), caller, verify=verify) as file:
+        header = read_header(file, caller)
+        kind, structure = header.get("kind"), header.get("structure")
+        if not isinstance(kind, str) or structure is None:
+            raise file.damaged("its metadata have no kind or no structure")
+        reader = EntryReader(file)
+        try:
+            value = _rebuild(reader, file, kind, structure)
+        except RecursionError as error:
+            raise file.damaged("its metadata are nested too deeply") from error
+        unused = sorted(set(file.headers) - reader.used)
+        if unused:
+            raise file.damaged(
+                f"it holds tensors that its metadata do not name: {unused[:20]}"
+            )
+    notes = {
+        name: note
+        for name, note in header.items()
+        if name not in ("version", "kind", "structure")
+    }
+    return Contents(kind, value, notes)
+
+
+def _rebuild(reader: EntryReader, file: TensorFile, kind: str, structure: Any) -> Any:
+    if kind == TREE:
+        return reader.rebuild(structure, "")
+    if not isinstance(structure, dict):
+        raise file.damaged(f"the structure of a {kind} must be a dict")
+    return {name: reader.rebuild(entry, name) for name, entry in structure.items()}

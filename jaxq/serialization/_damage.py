@@ -6,12 +6,38 @@ give wrong numbers.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
-from jaxq.qtensor import QTensor, QuantSpec, leaf_dtypes
+from jaxq import formats
+from jaxq.qtensor import Geometry, QTensor, QuantSpec, leaf_dtypes
+
+# An array in large groups has at most so many numbers of padding for each of its own.
+_MOST_PADDING = 4096
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+# Arrays of these dtypes are stored as they are.
+NATIVE = ("bool", *_INTEGERS, "float16", "float32", "float64")
+_ML_DTYPES = [
+    np.dtype(value)
+    for value in vars(ml_dtypes).values()
+    if isinstance(value, type) and issubclass(value, np.generic)
+]
+_DTYPES = {
+    **{name: np.dtype(name) for name in NATIVE},
+    **{dtype.name: dtype for dtype in _ML_DTYPES},
+}
+
+
+def dtype_of(name: Any) -> np.dtype | None:
+    """The dtype with this name; None if no array of a file can have it.
+
+    numpy understands more texts than names. It evaluates some of them.
+    """
+    return _DTYPES.get(name) if isinstance(name, str) else None
 
 
 def damage_of(qt: QTensor, shape: tuple[int, ...]) -> str | None:
@@ -43,13 +69,30 @@ def _geometry_damage(qt: QTensor, shape: tuple[int, ...]) -> str | None:
             f"{list(geometry.order)}, and {geometry.num_contracted} of them are "
             "contracted"
         )
+    padding_damage = _padding_damage(geometry)
+    if padding_damage:
+        return padding_damage
     if not geometry.follows(qt.spec.granularity):
         return (
             f"its spec says {qt.spec.granularity}, its geometry says blocks of "
             f"{list(geometry.block_shape)}"
         )
-    if not jnp.issubdtype(jnp.dtype(qt.meta.dtype), jnp.floating):
+    dtype = dtype_of(qt.meta.dtype)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         return f"it dequantizes to {qt.meta.dtype}, which is not a float dtype"
+    return None
+
+
+def _padding_damage(geometry: Geometry) -> str | None:
+    """Blocks that are far larger than the array, so that computing fills memory."""
+    if len(geometry.block_shape) != len(geometry.storage_shape):
+        return f"its blocks are {list(geometry.block_shape)}"
+    size = math.prod(geometry.storage_shape)
+    if math.prod(geometry.padded_shape) > max(_MOST_PADDING * size, 1 << 20):
+        return (
+            f"its blocks of {list(geometry.block_shape)} are far larger than its shape "
+            f"{list(geometry.shape)}"
+        )
     return None
 
 
@@ -128,7 +171,16 @@ def _value_damage(qt: QTensor) -> str | None:
             return f"its zero point has numbers that are not codes of {fmt.name}"
     valid = np.sort(fmt.codes())
     if valid.size < 1 << fmt.bits or fmt.bits not in (1, 2, 3, 4, 8):
-        codes = np.unique(np.asarray(qt.stored_codes()))
+        # Without the padding of blocks: a file says how large blocks are.
+        data = qt.data
+        if qt.meta.layout == "columns":
+            data = jnp.moveaxis(data, len(qt.batch_shape), -1)
+        patterns = formats.unpack(
+            data, fmt.bits, qt.meta.packing, unit=qt.meta.pack_unit
+        )
+        if fmt.code_dtype == np.int8:
+            patterns = formats.as_signed(patterns, fmt.bits)
+        codes = np.unique(np.asarray(patterns))
         invalid = np.setdiff1d(codes, valid)
         if invalid.size:
             return f"its data has codes that {fmt.name} does not have: {invalid[:4]}"

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxq.files import RefusedFile, TensorFile
 from jaxq.qtensor import (
     LEAVES,
     Meta,
@@ -31,13 +32,11 @@ from jaxq.qtensor import (
     relayout,
     without_padding,
 )
-from jaxq.serialization._damage import damage_of
+from jaxq.serialization._damage import NATIVE, damage_of, dtype_of
 
-# Arrays of these dtypes are stored as they are. safetensors has no name for some other
-# dtypes of jax. So an array of another dtype, such as bfloat16, is stored as unsigned
-# integers of the same width, and its entry names the dtype.
-_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-_NATIVE = ("bool", *_INTEGERS, "float16", "float32", "float64")
+# safetensors has no name for some dtypes of jax. So an array of another dtype than
+# `NATIVE`, such as bfloat16, is stored as unsigned integers of the same width, and its
+# entry names the dtype.
 _CARRIERS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
 
 
@@ -86,9 +85,14 @@ class EntryWriter:
         )
 
     def _describe_array(self, value: Any, path: str) -> dict[str, Any]:
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(
+                f"{self._caller}: {path or 'the value'} is a masked array. A file has "
+                "no masks. Save value.filled(...), or data and mask as two arrays."
+            )
         array = np.asarray(value)
         dtype = array.dtype
-        if dtype.name in _NATIVE:
+        if dtype.name in NATIVE:
             stored = array
         # isbuiltin == 2: a dtype of another package, here ml_dtypes (bfloat16, float8).
         elif dtype.isbuiltin == 2 and dtype.itemsize in _CARRIERS:
@@ -114,8 +118,15 @@ class EntryWriter:
                     f"{self._caller}: the keys of {path or 'the tree'} must be "
                     f"strings, got {key!r}. Convert them with str."
                 )
+            if not _is_text(key):
+                raise ValueError(
+                    f"{self._caller}: the key {key!r} of {path or 'the tree'} has half "
+                    "of a character, which UTF-8 does not have. Choose another key."
+                )
+        # jax sorts the keys of dicts too, so equal trees give equal bytes.
         items = {
-            key: self.describe(v, _child_path(path, key)) for key, v in value.items()
+            key: self.describe(v, _child_path(path, key))
+            for key, v in sorted(value.items())
         }
         return {"is": "dict", "items": items}
 
@@ -133,103 +144,183 @@ class EntryWriter:
 
 
 class EntryReader:
-    """Rebuilds values from JSON entries and tensors.
+    """Rebuilds values from JSON entries and the tensors of an open file.
 
-    `used` collects the names of the tensors that were read.
+    `used` collects the names of the tensors that were read. Every error is a
+    `RefusedFile`, which names the file and the path of the value.
 
     Args:
-      caller: the function that errors name.
-      tensors: the arrays of the file by name.
+      file: the open file.
     """
 
-    def __init__(self, caller: str, tensors: dict[str, np.ndarray]):
-        self._caller = caller
-        self._tensors = tensors
+    def __init__(self, file: TensorFile):
+        self._file = file
         self.used: set[str] = set()
 
     def rebuild(self, entry: Any, path: str) -> Any:
         """The value from which `EntryWriter.describe` made `entry`."""
         kind = entry.get("is") if isinstance(entry, dict) else None
-        if kind == "array":
-            return self._rebuild_array(entry)
-        if kind == "key":
-            data = self.rebuild(entry["data"], path)
-            return jax.random.wrap_key_data(data, impl=entry["impl"])
-        if kind == "value":
-            return entry["value"]
-        if kind == "dict":
-            items = entry["items"].items()
-            return {
-                key: self.rebuild(item, _child_path(path, key)) for key, item in items
-            }
-        if kind in ("list", "tuple"):
-            items = [
-                self.rebuild(item, _child_path(path, str(i)))
-                for i, item in enumerate(entry["items"])
-            ]
-            return items if kind == "list" else tuple(items)
-        if kind == "qtensor":
-            return self._rebuild_qtensor(entry, path)
-        raise ValueError(
-            f"{self._caller}: {path or 'the tree'} is described as {kind!r}, which "
-            "this version of jaxq does not know. Use a newer version of jaxq."
-        )
-
-    def _rebuild_array(self, entry: dict[str, Any]) -> Any:
-        name = entry["tensor"]
-        if name not in self._tensors:
-            raise ValueError(
-                f"{self._caller}: the tensor {name!r} is missing from the file. The "
-                "file is damaged. Save it again."
+        rebuild = _REBUILDERS.get(kind) if isinstance(kind, str) else None
+        if rebuild is None:
+            raise self._file.refused(
+                f"{path or 'the tree'} is described as {kind!r:.80}, which this "
+                "version of jaxq does not know. Use a newer version"
             )
+        try:
+            return rebuild(self, entry, path)
+        except RefusedFile:
+            raise
+        # A damaged entry can miss any field, or hold a value of any type.
+        except (
+            *(ArithmeticError, AttributeError, LookupError),
+            *(SyntaxError, TypeError, ValueError),
+        ) as error:
+            reason = repr(error) if isinstance(error, LookupError) else str(error)
+            raise self._file.damaged(
+                f"the metadata of {path or 'the tree'} are wrong: {reason}"
+            ) from error
+
+    def _rebuild_key(self, entry: dict[str, Any], path: str) -> jax.Array:
+        data = self.rebuild(entry["data"], path)
+        if not isinstance(data, jax.Array):
+            raise TypeError("the data of a key must be an array")
+        return jax.random.wrap_key_data(data, impl=entry["impl"])
+
+    def _rebuild_value(self, entry: dict[str, Any], path: str) -> Any:
+        value = entry["value"]
+        if not (value is None or isinstance(value, bool | int | float | str)):
+            raise TypeError(f"a value must be a number or a text, got {value!r:.80}")
+        return value
+
+    def _rebuild_dict(self, entry: dict[str, Any], path: str) -> dict[str, Any]:
+        items = entry["items"]
+        if not isinstance(items, dict):
+            raise TypeError(f"the items of a dict must be a dict, got {items!r:.80}")
+        return {
+            key: self.rebuild(item, _child_path(path, key))
+            for key, item in items.items()
+        }
+
+    def _rebuild_list(self, entry: dict[str, Any], path: str) -> list[Any]:
+        items = entry["items"]
+        if not isinstance(items, list):
+            raise TypeError(f"the items of a list must be a list, got {items!r:.80}")
+        return [
+            self.rebuild(item, _child_path(path, str(i)))
+            for i, item in enumerate(items)
+        ]
+
+    def _rebuild_tuple(self, entry: dict[str, Any], path: str) -> tuple[Any, ...]:
+        return tuple(self._rebuild_list(entry, path))
+
+    def _rebuild_array(self, entry: dict[str, Any], path: str) -> Any:
+        name = entry["tensor"]
+        if not isinstance(name, str) or name not in self._file.headers:
+            raise self._file.damaged(
+                f"the tensor {name!r:.80} is missing from the file"
+            )
+        # A small file could fill all memory if many entries named one tensor.
+        if name in self.used:
+            raise self._file.damaged(f"two values are described as the tensor {name!r}")
         self.used.add(name)
-        stored, dtype = self._tensors[name], jnp.dtype(entry["dtype"])
+        dtype = dtype_of(entry["dtype"])
+        if dtype is None:
+            raise self._file.damaged(
+                f"{name} has the unknown dtype {entry['dtype']!r:.80}"
+            )
+        jax_dtype = jax.dtypes.canonicalize_dtype(dtype)
+        if jax_dtype != dtype and not entry.get("numpy"):
+            raise self._file.refused(
+                f"{name} is {dtype}, which jax turns into {jax_dtype}. Set "
+                "jax_enable_x64 to read it"
+            )
+        stored = self._file.read(name)
         if stored.dtype != dtype:
             carrier = _CARRIERS.get(dtype.itemsize)
-            if dtype.name in _NATIVE or stored.dtype != carrier:
-                raise ValueError(
-                    f"{self._caller}: {name} is stored as {stored.dtype} but should be "
-                    f"{dtype}. The file is damaged. Save it again."
+            if dtype.name in NATIVE or stored.dtype != carrier:
+                raise self._file.damaged(
+                    f"{name} is stored as {stored.dtype} but should be {dtype}"
                 )
             stored = stored.view(dtype)
-        jax_dtype = jax.dtypes.canonicalize_dtype(dtype)
-        if jax_dtype == dtype:
-            return jnp.asarray(stored)
-        if entry.get("numpy"):
+        if jax_dtype != dtype:
             return stored  # jax would round 64 bits to 32
-        raise ValueError(
-            f"{self._caller}: {name} is {dtype}, which jax turns into {jax_dtype}. Set "
-            "jax_enable_x64 to read it."
-        )
+        return self._on_device(name, stored)
+
+    def _on_device(self, name: str, stored: np.ndarray) -> jax.Array:
+        try:
+            return jnp.asarray(stored)
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):  # not the fault of the file
+                raise
+            raise self._file.refused(
+                f"{name} is {stored.dtype}, which this platform cannot hold: {error}"
+            ) from error
 
     def _rebuild_qtensor(self, entry: dict[str, Any], path: str) -> QTensor:
+        name = path or "the value"
+        shape = entry["shape"]
+        if not _is_shape(shape):
+            raise self._file.damaged(f"{name} has the shape {shape!r:.80}")
         try:
             meta = Meta.from_dict(entry)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self._caller}: {path or 'the value'} is not described as a QTensor: "
-                f"{error}. The file is damaged, or a newer version of jaxq wrote it. "
-                "Save it again, or use the newer version."
+        except (TypeError, ValueError) as error:
+            raise self._file.damaged(
+                f"{name} is not described as a QTensor: {error}. A newer version of "
+                "jaxq may have written it"
             ) from error
         leaves: list[Any] = []
-        for name in LEAVES:
-            leaf = entry["leaves"].get(name)
+        for leaf_name in LEAVES:
+            leaf = entry["leaves"].get(leaf_name)
             leaves.append(
-                None if leaf is None else self.rebuild(leaf, f"{path}.{name}")
+                None if leaf is None else self.rebuild(leaf, f"{path}.{leaf_name}")
+            )
+            _check_leaf(leaf_name, leaves[-1])
+        dtype = dtype_of(meta.dtype)
+        if dtype is not None and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise self._file.refused(
+                f"{name} dequantizes to {dtype}, which jax turns into float32. "
+                "Set jax_enable_x64 to read it"
             )
         qt = QTensor.tree_unflatten(meta, leaves)
         try:
             # Earlier versions stored the padding of blocks too.
             qt = without_padding(qt)
-            damage = damage_of(qt, tuple(entry["shape"]))
+            damage = damage_of(qt, tuple(shape))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             damage = f"its geometry contradicts itself: {error}"
         if damage:
-            raise ValueError(
-                f"{self._caller}: {path or 'the value'} is damaged: {damage}. Save the "
-                "file again."
-            )
+            raise self._file.damaged(f"{name} is wrong: {damage}")
         return qt
+
+
+_REBUILDERS = {
+    "array": EntryReader._rebuild_array,
+    "key": EntryReader._rebuild_key,
+    "value": EntryReader._rebuild_value,
+    "dict": EntryReader._rebuild_dict,
+    "list": EntryReader._rebuild_list,
+    "tuple": EntryReader._rebuild_tuple,
+    "qtensor": EntryReader._rebuild_qtensor,
+}
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(size) is int and size >= 0 for size in value
+    )
+
+
+def _check_leaf(name: str, leaf: Any) -> None:
+    """Raises TypeError unless a leaf of a QTensor has the type that it needs."""
+    is_array = isinstance(leaf, jax.Array)
+    if name == "data":
+        is_valid = is_array
+    elif name == "scale":
+        is_valid = is_array or isinstance(leaf, QTensor)
+    else:
+        is_valid = is_array or leaf is None
+    if not is_valid:
+        raise TypeError(f"{name} is described as a {type(leaf).__name__}")
 
 
 def _is_qtensor_of_arrays(value: Any) -> bool:
@@ -258,6 +349,15 @@ def _parts(value: Any) -> dict[str, Any] | None:
         jax.tree_util.keystr(path, simple=True, separator="/"): child
         for path, child in children
     }
+
+
+def _is_text(key: str) -> bool:
+    """Whether UTF-8 can hold a string. It has no lone surrogates."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _child_path(path: str, key: str) -> str:

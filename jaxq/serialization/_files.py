@@ -7,99 +7,65 @@ of the file are missing or left over.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+
+from jaxq.files import NewFile, TensorFile, remove_leftovers, write_tensors
 
 FORMAT_VERSION = 1
 
 
-def check_folder(path: Path, caller: str) -> None:
-    """Raises FileNotFoundError if the folder of `path` does not exist."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{caller}: the folder {path.parent} does not exist. Create it first."
-        )
-
-
 def write_file(
-    path: Path, tensors: dict[str, np.ndarray], header: dict[str, Any]
+    path: Path, tensors: dict[str, np.ndarray], header: dict[str, Any], caller: str
 ) -> None:
     """Writes tensors and header to a temporary file. This file then replaces `path`.
 
     If the write fails at any moment, the old file stays as it was.
     """
     metadata = {"format": "jaxq", "jaxq": json.dumps(header)}
-    # os.replace is atomic only within one file system, so the temporary file is in the
-    # folder of the target.
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".partial"
-    )
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes a private file. A new file has the permissions of the umask.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    remove_leftovers(path.parent, path.name)
+    with NewFile(path, caller) as file:
+        write_tensors(file, tensors, metadata)
 
 
-def read_file(path: Path, caller: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The header and the tensors of a file that `write_file` wrote.
+def open_file(path: Path, caller: str, *, verify: bool) -> TensorFile:
+    """Opens a file that `write_file` wrote.
 
     Raises:
       FileNotFoundError: `path` is not a file.
-      ValueError: the file is truncated, or has no jaxq header, or its header is damaged
-        or of another version.
+      RefusedFile: the file is not a whole safetensors file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{caller}: there is no file {path}. Check the path.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = _read_header(path, file.metadata(), caller)
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{caller}: {path} is not a whole safetensors file: {error}. "
-            "Save or download it again."
-        ) from error
-    return header, tensors
+    return TensorFile(path, caller, verify=verify)
 
 
-def _read_header(
-    path: Path, metadata: dict[str, str] | None, caller: str
-) -> dict[str, Any]:
-    if not metadata or "jaxq" not in metadata:
+def read_header(file: TensorFile, caller: str) -> dict[str, Any]:
+    """The JSON header of an open file.
+
+    Raises:
+      ValueError: the file has no jaxq header, or its header is damaged or of another
+        version. The error names the file.
+    """
+    if "jaxq" not in file.metadata:
         raise ValueError(
-            f"{caller}: {path} was not written by jaxq.save. To read a Hugging Face "
-            "directory, use jaxq.models.load."
+            f"{caller}: {file.path} was not written by jaxq.save. To read a Hugging "
+            "Face directory, use jaxq.models.load."
         )
-    damaged = f"{caller}: the metadata of {path} is damaged"
     try:
-        header = json.loads(metadata["jaxq"])
-    except ValueError as error:
-        raise ValueError(f"{damaged}: {error}. Save the file again.") from error
+        header = json.loads(file.metadata["jaxq"])
+    except (ValueError, RecursionError) as error:
+        raise file.damaged(f"its metadata cannot be parsed: {error}") from error
     if not isinstance(header, dict):
         kind = type(header).__name__
-        raise ValueError(
-            f"{damaged}: it must be a JSON object, got a {kind}. Save the file again."
-        )
+        raise file.damaged(f"its metadata must be a JSON object, got a {kind}")
     version = header.get("version")
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{caller}: {path} has format version {version}. This version of jaxq "
-            f"reads format version {FORMAT_VERSION}. Use the jaxq that wrote the file."
+            f"{caller}: {file.path} has format version {version!r:.80}. This version "
+            f"of jaxq reads format version {FORMAT_VERSION}. Use the jaxq that wrote "
+            "the file."
         )
     return header

@@ -93,9 +93,11 @@ def test_a_stopped_run_continues(tmp_path):
     with pytest.raises(ValueError, match="is not finished.*It continues"):
         LogitsCache(tmp_path / "cache")
     # What a stopped write leaves.
-    (tmp_path / "cache" / "00000002.safetensors.partial").write_bytes(b"half")
+    leftover = tmp_path / "cache" / f".00000002.safetensors.{'0' * 16}.partial"
+    leftover.write_bytes(b"half")
     teacher = Teacher()
     continued = write(tmp_path / "cache", teacher)
+    assert not leftover.exists()
     # The two stored batches show that the teacher is the same.
     assert teacher.calls == 4
     whole = write(tmp_path / "whole")

@@ -5,6 +5,7 @@ itself.
 """
 
 import base64
+import json
 import subprocess
 import sys
 import zlib
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jaxq
 from jaxq import QTensor, Recipe, Rule, serialization
@@ -86,14 +87,14 @@ def test_errors_begin_with_the_public_name(path):
     with pytest.raises(TypeError, match="^save: a has type complex"):
         jaxq.save(path, {"a": 1j})
     path.write_bytes(b"too short")
-    with pytest.raises(ValueError, match="^load: .* is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="^load: .* it is not a whole safetensors"):
         jaxq.load(path)
 
 
 def test_saving_a_tree_imports_no_flax(path):
     script = "import sys, jaxq; jaxq.save(sys.argv[1], {'x': 1}); print(*sys.modules)"
     output = subprocess.check_output([sys.executable, "-c", script, path], text=True)
-    assert "safetensors" in output.split()
+    assert "jaxq.serialization" in output.split()
     assert "flax" not in output.split()
 
 
@@ -111,9 +112,55 @@ def test_damaged_transforms(path):
     contents = serialization.Contents("model", {}, {"transforms": 3})
     serialization.write_contents(path, contents, caller="save")
     with pytest.raises(
-        ValueError, match="is damaged: transforms must be a dict, got 3"
+        ValueError, match="is damaged: transforms must be a dict of names, got 3"
     ):
         jaxq.load(path)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_damaged_models_are_refused_by_name(path, kind):
+    if kind == "linen":
+        module = linen.Dense(8)
+        variables = module.init(jax.random.key(0), jnp.ones((2, 40)))
+        _, saved, _ = jaxq.nn.linen.quantize_model(module, variables, INT8)
+        into, name = saved, "params/kernel.scale"
+    else:
+        saved, _ = jaxq.quantize_model(linear(), INT8)
+        into, name = linear(1), "kernel.scale"
+    jaxq.save(path, saved)
+    whole = path.read_bytes()
+    assert jax.tree.leaves(jaxq.load(path, into=into))
+    end = 8 + int.from_bytes(whole[:8], "little")
+    start, _ = json.loads(whole[8:end])[name]["data_offsets"]
+    flipped = bytearray(whole)
+    flipped[end + start] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match=rf"bytes 0 to 31 of {name} do not have"):
+        jaxq.load(path, into=into)
+    assert jax.tree.leaves(jaxq.load(path, into=into, verify=False))
+
+
+def test_a_kind_that_this_version_does_not_know(path):
+    contents = serialization.Contents("odd", {}, {})
+    serialization.write_contents(path, contents, caller="save")
+    with pytest.raises(ValueError, match=r"load: .*file\.safetensors holds a 'odd'"):
+        jaxq.load(path)
+
+
+def test_a_quantized_weight_in_the_place_of_a_number(path):
+    class Counted(nnx.Module):
+        def __init__(self, value):
+            self.step = nnx.Variable(value)
+
+    jaxq.save(path, Counted(jaxq.quantize(jnp.ones((4, 4)), "int8")))
+    with pytest.raises(ValueError, match="step: int in the model, QTensor"):
+        jaxq.load(path, into=Counted(0))
+
+
+def test_two_leaves_with_one_path(path):
+    jaxq.save(path, {"a/b": jnp.ones(1), "a": {"b": jnp.zeros(1)}})
+    with pytest.raises(ValueError, match=r"safetensors has two leaves .* 'a/b'"):
+        jaxq.load(path, into={"a/b": jnp.ones(1)})
 
 
 # Models.

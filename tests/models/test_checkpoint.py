@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxq.evaluation import perplexity
+from jaxq.files import NewFile
+from jaxq.models import _checkpoint as checkpoint_module
 from jaxq.models import load, save
+from jaxq.models.llama import DecoderLayer
 from tests import tables
 from tests.arrays import assert_same
 from tests.models.test_llama import make
@@ -377,6 +381,84 @@ def test_damaged_index_is_an_error(written):
             load(path)
 
 
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/hostname", "a/b", "..", "", "a\\b", "a\0"]
+)
+def test_an_index_names_no_file_outside_its_directory(written, name):
+    path, _ = written
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(
+        ValueError, match=r"index\.json names the file .* for model.norm"
+    ):
+        load(path)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_config_of_many_layers_builds_none(written, monkeypatch, scan_layers):
+    path, _ = written
+    config = json.loads((path / "config.json").read_text())
+    text = json.dumps(config | {"num_hidden_layers": 10**9})
+    (path / "config.json").write_text(text)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a layer was built")
+
+    monkeypatch.setattr("jaxq.models.llama.DecoderLayer.__init__", fail)
+    message = r"config\.json: num_hidden_layers is 1000000000, .* of 2 layers"
+    with pytest.raises(ValueError, match=message):
+        load(path, scan_layers=scan_layers)
+
+
+def test_a_comparison_with_the_config_builds_one_layer(tmp_path, monkeypatch):
+    save(tmp_path, make(head_dim=8))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 96}))
+    build = DecoderLayer.__init__
+    count = 0
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        build(*args, **kwargs)
+
+    monkeypatch.setattr(DecoderLayer, "__init__", counted)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is \[97, 32\]"):
+        load(tmp_path)
+    assert count == 1
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size"])
+def test_a_config_of_large_sizes_allocates_nothing(written, key):
+    path, _ = written
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {key: 2**31 - 1}))
+    with pytest.raises(ValueError, match="does not fit its config.json: wrong shapes"):
+        load(path)
+
+
+def test_a_directory_that_changes_while_it_is_read(written, monkeypatch):
+    path, _ = written
+    other = make(head_dim=8, rope_theta=5.0)
+    opened = checkpoint_module._open_tensors
+
+    def interrupted(*args):
+        save(path, other)
+        return opened(*args)
+
+    monkeypatch.setattr(checkpoint_module, "_open_tensors", interrupted)
+    with pytest.raises(ValueError, match="changed while it was read. Load it again"):
+        load(path)
+
+
+def test_long_lists_of_tensors_are_cut(written):
+    path, _ = written
+    more = {f"extra.{i:03d}": np.ones(1, np.float32) for i in range(100)}
+    rewrite(path, lambda tensors: tensors.update(more))
+    with pytest.raises(ValueError, match=r"extra\.019 and 80 more\."):
+        load(path)
+
+
 def test_damaged_tokenizer_is_an_error(written):
     path, _ = written
     (path / "tokenizer.json").write_text("{")
@@ -391,16 +473,126 @@ def test_integer_dtype_is_an_error(written):
         load(path, dtype="int8")
 
 
-def test_failing_save_keeps_the_old_directory(tmp_path, monkeypatch):
+# Interrupted saves.
+
+# The calls of a save that change the directory, in order. A save that stops before any
+# of them must leave a directory that is whole, or that `load` refuses.
+CHANGES = ("open", "fsync", "unlink", "replace")
+
+
+class Stopped(BaseException):
+    """Stands for a kill: nothing may handle it."""
+
+
+def save_until(path, model, monkeypatch, stop):
+    """Saves, and stops before the change number `stop`. False if there is none."""
+    count = 0
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count > stop:
+                raise Stopped
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in CHANGES:
+            patch.setattr(os, name, counted(getattr(os, name)))
+        # A kill closes files and removes none.
+        patch.setattr(
+            NewFile, "_discard", lambda self: self._file and self._file.close()
+        )
+        try:
+            save(path, model, dtype=jnp.float32)
+        except Stopped:
+            return False
+    return True
+
+
+def state_of(path):
+    """What a directory says about its model; None if it has no config."""
+    if not (path / "config.json").exists():
+        return None
+    config = json.loads((path / "config.json").read_text())
+    weights = load_file(path / "model.safetensors")
+    return config["rope_theta"], float(weights["model.norm.weight"][0])
+
+
+def test_an_interrupted_save_leaves_one_model_or_none(tmp_path, monkeypatch):
+    old = make(head_dim=8)
+    # The same shapes and another base: only the config says which model it is.
+    new = make(head_dim=8, rope_theta=500.0)
+    old.norm.scale.set_value(jnp.full(32, 1.0))
+    new.norm.scale.set_value(jnp.full(32, 2.0))
+    states = []
+    for stop in range(100):
+        path = tmp_path / str(stop)
+        save(path, old, dtype=jnp.float32)
+        is_whole = save_until(path, new, monkeypatch, stop)
+        states.append(state_of(path))
+        if states.count(None) == 1 and states[-1] is None:
+            with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+                load(path)
+        # The next save works whatever the interrupted one left.
+        save(path, new, dtype=jnp.float32)
+        assert state_of(path) == (500.0, 2.0)
+        assert sorted(os.listdir(path)) == ["config.json", "model.safetensors"]
+        if is_whole:
+            break
+    order = [(old.config.rope_theta, 1.0), None, (500.0, 2.0)]
+    positions = [order.index(state) for state in states]
+    assert positions == sorted(positions)
+    assert set(positions) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_failing_save_keeps_the_old_directory(tmp_path, monkeypatch, name):
+    class Tokenizer:
+        def to_str(self, pretty):
+            return "{}"
+
     model = make(head_dim=8)
     save(tmp_path, model)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write = NewFile.write
 
-    def fail(tensors, path, **_):
-        Path(path).write_bytes(b"half")
-        raise OSError("disk full")
+    def fail(self, data):
+        if self.path.name == name:
+            raise OSError("disk full")
+        write(self, data)
 
-    monkeypatch.setattr("jaxq.models._checkpoint.save_file", fail)
+    monkeypatch.setattr(NewFile, "write", fail)
     with pytest.raises(OSError, match="disk full"):
-        save(tmp_path, model)
+        save(tmp_path, model, tokenizer=Tokenizer(), dtype=jnp.float32)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_saving_over_a_directory_with_an_index(written):
+    path, model = written
+    names = dict.fromkeys(load_file(path / "model.safetensors"), "old.safetensors")
+    shutil.move(path / "model.safetensors", path / "old.safetensors")
+    index = {"weight_map": names}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model.norm.scale.set_value(model.norm.scale[...] + 1)
+    save(path, model, dtype=jnp.float32)
+    again, _ = load(path)
+    np.testing.assert_array_equal(again.norm.scale[...], model.norm.scale[...])
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path = tmp_path / "model"
+    path.mkdir()
+    # The name that earlier versions wrote to.
+    (path / f".config.json.{os.getpid()}").symlink_to(victim)
+    save(path, make(head_dim=8))
+    assert victim.read_text() == "precious"
+
+
+def test_saving_in_a_dtype_without_enough_bits_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="dtype must be one of float64.*got int8"):
+        save(tmp_path, make(head_dim=8), dtype="int8")

@@ -40,7 +40,7 @@ def trained_config():
             {"rope_scaling": {"rope_type": "linear", "factor": 0}},
             "rope_scaling.factor=0 is not a number above 0",
         ),
-        ({"layer_types": 5}, "layer_types=5 is not a list"),
+        ({"layer_types": 5}, "layer_types=5 is not a list of names"),
         (
             {"tie_word_embeddings": "false"},
             "tie_word_embeddings='false' is not true or false",

@@ -266,6 +266,33 @@ def test_from_dict_says_what_it_expects(data):
         Recipe.from_dict(data)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pattern": 3}, "pattern must be a string"),
+        ({"weight": {"format": "int8"}}, "weight: QuantSpec.from_dict: the field gran"),
+        ({"weight": {}}, "weight: QuantSpec.from_dict: the field format is missing"),
+        ({"weight": 3}, "weight"),
+        ({"kinds": [[]]}, "kinds"),
+        ({"options": 5}, "int"),
+        ({"options": {"act_order": {}}}, "act_order"),
+        ({"method": []}, "method must be a string"),
+        ({"observer": {"type": []}}, "observers.from_dict"),
+        ({"contracting": ["x"]}, "contracting must be one axis"),
+        ({"pattern": "re:(a"}, "the pattern is not a regular expression"),
+        ({"pattern": "re:a{99999999999999999999}"}, "is not a regular expression"),
+        ({"wieght": 1}, "'wieght'"),
+    ],
+    ids=repr,
+)
+def test_every_error_of_from_dict_names_the_rule(fields, message):
+    rules = [{"weight": "int8"}, {"weight": "int8", "activation": "int8", **fields}]
+    with pytest.raises(
+        ValueError, match=rf"Recipe\.from_dict: rules\[1\]: .*{message}"
+    ):
+        Recipe.from_dict({"rules": rules})
+
+
 def test_errors_suggest_close_names():
     with pytest.raises(
         ValueError,
@@ -436,5 +463,5 @@ def test_one_rule_is_not_a_list():
 def test_switches_are_true_or_false(name):
     with pytest.raises(TypeError, match=f"{name} must be True or False, got 'false'"):
         Rule("a", weight=None if name == "skip" else "int8", **{name: "false"})
-    with pytest.raises(TypeError, match="rotate must be True or False"):
+    with pytest.raises(ValueError, match="rotate must be True or False"):
         Recipe.from_dict({"rules": [], "rotate": "false"})

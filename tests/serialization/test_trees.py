@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import jaxq
-from jaxq import serialization
+from jaxq import files, serialization
 from tests.serialization.restored import assert_restored
 
 
@@ -153,13 +152,6 @@ def test_the_file_is_plain_safetensors(path):
     with safe_open(path, framework="numpy") as file:
         assert sorted(file.keys()) == ["b", "w.data", "w.scale.data", "w.scale.scale"]
         assert file.metadata()["format"] == "jaxq"
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def test_overwriting_does_not_touch_what_was_loaded(path):
@@ -183,6 +175,7 @@ class Pair(NamedTuple):
         (1j, "a/0 has type complex"),
         (np.ones(2, np.complex64), "a/0 has dtype complex64"),
         (np.asarray(["x"]), "a/0 has dtype <U1"),
+        (np.ma.masked_array([1, 2], [0, 1]), "a/0 is a masked array"),
         (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "a/0 has type Linear"),
         (jax.ShapeDtypeStruct((2,), jnp.float32), "a/0 has type ShapeDtypeStruct"),
     ],
@@ -194,6 +187,20 @@ def test_a_value_that_cannot_be_saved_is_named(path, value, message):
         serialization.write_tree(path, {"a": [value]})
     assert path.read_bytes() == b"old"
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_keys_that_utf8_does_not_have(path):
+    with pytest.raises(ValueError, match="write_tree: the key .* of a has half of a"):
+        serialization.write_tree(path, {"a": {"\ud800": jnp.ones(1)}})
+
+
+def test_the_same_tree_gives_the_same_bytes(path):
+    tree = {"w": jaxq.quantize(jnp.eye(64, 4), "nf4_dq"), "b": [1.5, jnp.ones(2)]}
+    serialization.write_tree(path, tree)
+    first = path.read_bytes()
+    for _ in range(6):
+        serialization.write_tree(path, jax.tree.map(lambda leaf: leaf, tree))
+        assert path.read_bytes() == first
 
 
 # Files that are not what they should be.
@@ -219,7 +226,7 @@ def test_not_a_jaxq_file(path):
     ):
         serialization.read_tree(path)
     path.write_text("something else, long enough to have a header of eight bytes")
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="is damaged: it is not a whole safetensors"):
         serialization.read_tree(path)
 
 
@@ -253,7 +260,7 @@ def test_files_with_stored_padding_load(path, fmt):
     assert_restored(loaded, qt)
     # Codes of another length are still damage.
     rewrite(path, lambda header, tensors: tensors.update({"w.data": old[:, :12]}))
-    with pytest.raises(ValueError, match="w is damaged: data is uint8"):
+    with pytest.raises(ValueError, match="w is wrong: data is uint8"):
         serialization.read_tree(path)
 
 
@@ -265,19 +272,19 @@ def test_files_with_stored_padding_load(path, fmt):
             "has format version 2. This version of jaxq reads format version 1",
         ),
         (lambda h, t: h.pop("version"), "has format version None"),
-        (lambda h, t: h.pop("structure"), "metadata of .* is damaged"),
+        (lambda h, t: h.pop("structure"), "no structure"),
         (lambda h, t: t.pop("w.data"), "tensor 'w.data' is missing"),
         (
             lambda h, t: t.update(more=np.ones(1)),
-            r"holds tensors that its metadata does not name: \['more'\]",
+            r"holds tensors that its metadata do not name: \['more'\]",
         ),
         (
             lambda h, t: t.update({"w.data": t["w.data"][:-1]}),
-            "w is damaged: data is uint8",
+            "w is wrong: data is uint8",
         ),
         (
             lambda h, t: t.update({"w.scale": t["w.scale"][:, :-1]}),
-            "w is damaged: scale is",
+            "w is wrong: scale is",
         ),
         (
             lambda h, t: h["structure"]["items"]["w"].update({"is": "odd"}),
@@ -297,41 +304,41 @@ def test_files_with_stored_padding_load(path, fmt):
         ),
         (
             lambda h, t: h["structure"]["items"]["w"]["spec"].update(symmetric=False),
-            "w .*(damaged|described)",
+            "w .*(wrong|described)",
         ),
         (
             lambda h, t: h["structure"]["items"]["w"]["geometry"].update(
                 num_contracted=0
             ),
-            "w is damaged: .*contradicts",
+            "w is wrong: .*contradicts",
         ),
         (
             lambda h, t: h["structure"]["items"]["w"]["geometry"].update(
                 num_contracted=3
             ),
-            "w is damaged: .*contradicts",
+            "w is wrong: .*contradicts",
         ),
         (
             lambda h, t: h["structure"]["items"]["w"]["geometry"].update(
                 order=[-2, -9]
             ),
-            "w is damaged: .*contradicts",
+            "w is wrong: .*contradicts",
         ),
         (
             lambda h, t: h["structure"]["items"]["w"]["spec"]["granularity"].update(
                 size=32
             ),
-            "w is damaged: its spec says",
+            "w is wrong: its spec says",
         ),
         (
             lambda h, t: h["structure"]["items"]["w"].update(dtype="int8"),
-            "w is damaged: it dequantizes to int8",
+            "w is wrong: it dequantizes to int8",
         ),
         (
             lambda h, t: h["structure"]["items"]["w"].update(dtype="float33"),
-            "w is damaged: .*float33",
+            "w is wrong: .*float33",
         ),
-        (lambda h, t: h["structure"]["items"]["w"].update(dtype=7), "w is damaged: .*"),
+        (lambda h, t: h["structure"]["items"]["w"].update(dtype=7), "dtype must be a"),
         (
             lambda h, t: h["structure"]["items"]["b"].update(dtype="float16"),
             "b is stored as float32 but should be",
@@ -367,8 +374,132 @@ def test_values_that_are_not_codes(path, spec, leaf, value, message):
     qt = jaxq.quantize(jnp.eye(64, 4), spec)
     damaged = jnp.full_like(getattr(qt, leaf), value)
     serialization.write_tree(path, {"w": dataclasses.replace(qt, **{leaf: damaged})})
-    with pytest.raises(ValueError, match=f"w is damaged: {message}"):
+    with pytest.raises(ValueError, match=f"w is wrong: {message}"):
         serialization.read_tree(path)
+
+
+def item(name):
+    """The entry of an item of the tree in a header."""
+    return lambda header: header["structure"]["items"][name]
+
+
+def leaf(name):
+    """The entry of a leaf of the QTensor w in a header."""
+    return lambda header: item("w")(header)["leaves"][name]
+
+
+# Metadata that would only fail, or give wrong numbers, where the value is used.
+HOSTILE = [
+    (item("w"), {"outliers": "x"}, "outliers must be None or a number"),
+    (item("w"), {"outliers": -1.0}, "outliers must be None or a number"),
+    (item("w"), {"packing": 3}, "packing must be one of"),
+    (item("w"), {"layout": "x"}, "layout must be one of"),
+    (item("w"), {"activation": 5}, "expected a dict with the fields of a"),
+    (item("w"), {"shape": [64.0, 4]}, r"w has the shape \[64.0, 4\]"),
+    (item("w"), {"shape": "64"}, "w has the shape '64'"),
+    (item("w"), {"dtype": "float64"}, "w dequantizes to float64, .*jax_enable_x64"),
+    (item("w"), {"dtype": "f4,("}, "it dequantizes to f4"),
+    (item("w"), {"leaves": []}, "w"),
+    (lambda h: item("w")(h)["geometry"], {"shape": [64.0, 4]}, "geometry.shape is"),
+    (lambda h: item("w")(h)["geometry"], {"multiple": 0}, "geometry.multiple is 0"),
+    (lambda h: item("w")(h)["geometry"], {"flat": 1}, "geometry.flat is 1"),
+    (lambda h: item("w")(h)["geometry"], {"block_shape": [None, 1.0]}, "block_shape"),
+    (lambda h: item("w")(h)["spec"], {"packing": 3}, "packing must be None or one of"),
+    (lambda h: item("w")(h)["spec"], {"headroom": "x"}, "headroom must be a number"),
+    (
+        lambda h: item("w")(h)["spec"],
+        {"format": {"type": []}},
+        "unknown kind of format",
+    ),
+    (lambda h: item("w")(h)["spec"], {"granularity": 3}, "unknown granularity 3"),
+    (item("w"), {"is": "array", "tensor": []}, r"the tensor \[\] is missing"),
+    (item("b"), {"dtype": "f4,("}, "b has the unknown dtype 'f4"),
+    (item("b"), {"dtype": []}, r"b has the unknown dtype \[\]"),
+    (item("b"), {"tensor": "w.scale"}, "two values are described as the tensor"),
+    (item("b"), {"is": []}, r"b is described as \[\]"),
+    (item("b"), {"is": "list", "items": "ab"}, "the items of a list must be a list"),
+    (item("b"), {"is": "dict", "items": []}, "the items of a dict must be a dict"),
+    (item("b"), {"is": "value", "value": []}, "a value must be a number or a text"),
+    (item("b"), {"is": "key", "impl": "x", "data": {"is": "value", "value": 1}}, "b"),
+    (leaf("scale"), {"is": "value", "value": 1}, "scale is described as a int"),
+    (leaf("data"), {"is": "value", "value": None}, "data is described as a NoneType"),
+]
+
+
+@pytest.mark.parametrize(("entry", "change", "message"), HOSTILE)
+def test_hostile_metadata_is_refused_by_name(path, entry, change, message):
+    serialization.write_tree(
+        path, {"w": jaxq.quantize(jnp.eye(64, 4), "nf4"), "b": jnp.ones(2)}
+    )
+    rewrite(path, lambda header, tensors: entry(header).update(change))
+    with pytest.raises(ValueError, match=rf"^read_tree: .*\.safetensors .*{message}"):
+        serialization.read_tree(path)
+
+
+def test_a_tensor_that_many_entries_name_is_read_once(path, monkeypatch):
+    serialization.write_tree(path, {"x": jnp.ones(1_000)})
+
+    def multiply(header, tensors):
+        entry = header["structure"]["items"]["x"]
+        header["structure"]["items"] = {str(i): entry for i in range(1_000)}
+
+    rewrite(path, multiply)
+    reads = []
+    read = files.TensorFile.read
+    monkeypatch.setattr(
+        files.TensorFile, "read", lambda self, name: reads.append(1) or read(self, name)
+    )
+    with pytest.raises(ValueError, match=r"file\.safetensors .*two values are .* 'x'"):
+        serialization.read_tree(path)
+    assert len(reads) == 1
+
+
+def test_blocks_far_larger_than_the_array(path):
+    spec = jaxq.QuantSpec("ternary", jaxq.PerGroup(64, pad=True))
+    serialization.write_tree(path, {"w": jaxq.quantize(jnp.eye(64, 4), spec)})
+
+    def enlarge(header, tensors):
+        entry = item("w")(header)
+        entry["spec"]["granularity"]["size"] = 10**12
+        entry["geometry"]["block_shape"][-1] = 10**12
+
+    rewrite(path, enlarge)
+    with pytest.raises(ValueError, match="w is wrong: its blocks of .* far larger"):
+        serialization.read_tree(path)
+
+
+def test_trees_that_are_nested_too_deeply(path):
+    tree = []
+    for _ in range(2_000):
+        tree = [tree]
+    with pytest.raises(ValueError, match=r"file\.safetensors .*nested too deeply"):
+        serialization.write_tree(path, tree)
+    deep = "[" * 100_000 + "]" * 100_000
+    start = '{"version": 1, "kind": "tree", "structure": '
+    for text in (deep, start + deep + "}"):
+        save_file({}, path, metadata={"format": "jaxq", "jaxq": text})
+        with pytest.raises(ValueError, match=r"file\.safetensors is damaged"):
+            serialization.read_tree(path)
+    entry = '{"is": "list", "items": [' * 900 + "]}" * 900
+    text = start + entry + "}"
+    save_file({}, path, metadata={"format": "jaxq", "jaxq": text})
+    with pytest.raises(ValueError, match=r"file\.safetensors .*(deeply|parsed)"):
+        serialization.read_tree(path)
+
+
+def test_damaged_data_need_verify_false(path):
+    tree = {"w": jaxq.quantize(jnp.eye(64, 4), "nf4"), "b": jnp.ones(2)}
+    serialization.write_tree(path, tree)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"file\.safetensors .*of w.data .*checksum"):
+        serialization.read_tree(path)
+    damaged = serialization.read_tree(path, verify=False)
+    assert (damaged["w"].codes() != tree["w"].codes()).sum() == 1
+    # A file of an earlier version has no checksums.
+    rewrite(path, lambda header, tensors: None)
+    assert_restored(serialization.read_tree(path), damaged)
 
 
 @pytest.mark.parametrize("header", ["[1]", '"abc"', "3", "null", "{", ""])
@@ -376,7 +507,7 @@ def test_metadata_that_is_not_an_object(path, header):
     save_file(
         {"a": np.ones(2, np.float32)}, path, metadata={"format": "jaxq", "jaxq": header}
     )
-    with pytest.raises(ValueError, match="read_tree: the metadata of .* is damaged"):
+    with pytest.raises(ValueError, match=r"read_tree: .*file\.safetensors is damaged"):
         serialization.read_tree(path)
 
 
@@ -398,12 +529,14 @@ def test_truncated_files(path):
     ):
         path.write_bytes(whole[:length])
         with pytest.raises(
-            ValueError, match="file.safetensors is not a whole safetensors file"
+            ValueError,
+            match="file.safetensors is damaged: it is not a whole",
         ):
             serialization.read_tree(path)
     path.write_bytes(whole + b"more")
     with pytest.raises(
-        ValueError, match="file.safetensors is not a whole safetensors file"
+        ValueError,
+        match="file.safetensors is damaged: it is not a whole",
     ):
         serialization.read_tree(path)
 
@@ -434,16 +567,17 @@ def test_flipped_headers_never_crash(path):
 # Crashes.
 
 
-@pytest.mark.parametrize("where", ["save_file", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("where", ["write_tensors", "os.fsync", "os.replace"])
 def test_a_failure_while_saving_keeps_the_old_file(path, monkeypatch, where):
     serialization.write_tree(path, {"x": 1})
 
     def fail(*args, **kwargs):
-        if where == "save_file":
-            Path(args[1]).write_bytes(b"half of it")
+        if where == "write_tensors":
+            args[0].write(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr(f"jaxq.serialization._files.{where}", fail)
+    room = "serialization._files" if where == "write_tensors" else "files._new_file"
+    monkeypatch.setattr(f"jaxq.{room}.{where}", fail)
     with pytest.raises(OSError, match="disk full"):
         serialization.write_tree(path, {"x": 2})
     monkeypatch.undo()
@@ -452,18 +586,15 @@ def test_a_failure_while_saving_keeps_the_old_file(path, monkeypatch, where):
 
 
 KILLED = """
-import os, signal, sys, time
+import sys, time
 import numpy as np
-from jaxq import serialization
+from jaxq import files, serialization
 from jaxq.serialization import _files as files
-write = files.save_file
-def slowly(tensors, name, metadata):
-    write(tensors, name, metadata)
-    with open(name, "rb+") as file:
-        file.truncate(100)
+def slowly(file, tensors, metadata):
+    file.write(bytes(100_000))
     print("writing", flush=True)
     time.sleep(600)
-files.save_file = slowly
+files.write_tensors = slowly
 serialization.write_tree(sys.argv[1], {"x": np.ones(100, np.float32)})
 """
 
@@ -482,12 +613,11 @@ def test_a_killed_process_leaves_the_old_file(path):
         process.stdout.close()
         process.wait()
     assert serialization.read_tree(path) == {"x": 1}
-    left = [name for name in os.listdir(path.parent) if not name.startswith(".")]
-    assert left == [path.name]
-    serialization.write_tree(
-        path, {"x": 2}
-    )  # the file that the crash left does not prevent this
+    assert len(os.listdir(path.parent)) == 2
+    # The next save removes what the killed one left.
+    serialization.write_tree(path, {"x": 2})
     assert serialization.read_tree(path) == {"x": 2}
+    assert os.listdir(path.parent) == [path.name]
 
 
 def test_a_reader_sees_either_the_old_or_the_new_file(path):
@@ -496,7 +626,7 @@ def test_a_reader_sees_either_the_old_or_the_new_file(path):
     script = """
 import sys
 import numpy as np
-from jaxq import serialization
+from jaxq import files, serialization
 print("ready", flush=True)
 for i in range(60):
     serialization.write_tree(sys.argv[1], {"x": np.full(20_000, i % 2, np.int32)})

@@ -161,7 +161,7 @@ class NormTrace:
 
 def _matches(pattern: str, paths: Iterable[str]) -> list[str]:
     compiled = compile_pattern(pattern)
-    return [path for path in paths if compiled.fullmatch(path)]
+    return [path for path in paths if compiled.matches(path)]
 
 
 def _is_ours(name: str) -> bool:

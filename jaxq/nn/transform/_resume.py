@@ -26,6 +26,8 @@ from jaxq.nn.transform._slot import Slot
 from jaxq.qtensor import QTensor
 from jaxq.recipes import Recipe
 
+_FIELDS = {"mark", "names", "weights", "biases", "rows"}
+
 
 class Result(NamedTuple):
     """The result of the loop for one slot.
@@ -81,6 +83,10 @@ class Resume:
         if path is None or not path.exists():
             return {}
         contents = serialization.read_tree(path)
+        if not isinstance(contents, dict) or set(contents) != _FIELDS:
+            raise ValueError(
+                f"{self._caller}: {path} is not a file of a finished block. Remove it."
+            )
         is_same_run = contents["mark"] == self._digest
         if not is_same_run or set(contents["names"]) - set(names):
             raise ValueError(

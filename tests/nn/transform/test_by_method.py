@@ -265,6 +265,14 @@ def test_finished_blocks_are_those_of_the_same_layers(pair, tmp_path):
 
     file = tmp_path / "file"
     file.write_text("not a folder")
+    path = folder / "block-0000.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"block-0000\.safetensors .*checksum"):
+        jaxq.quantize_model(pair, recipe("first"), resume=folder, **arguments)
+    jaxq.save(path, {"another": 1})
+    with pytest.raises(ValueError, match=r"block-0000\.safetensors is not a file of a"):
+        jaxq.quantize_model(pair, recipe("first"), resume=folder, **arguments)
     with pytest.raises(FileExistsError, match="^quantize_model: resume=.* is a file"):
         jaxq.quantize_model(pair, recipe("first"), resume=file, **arguments)
 

@@ -1,0 +1,17 @@
+"""Files on disk: whole writes, and the safetensors format.
+
+`NewFile` writes a file beside its target and then puts it in the target's place. A
+crash leaves the old file, or no file. `write_tensors` writes a safetensors file to an
+open file. This package knows bytes and arrays only.
+"""
+
+from jaxq.files._new_file import NewFile as NewFile
+from jaxq.files._new_file import check_folder as check_folder
+from jaxq.files._new_file import locked_folder as locked_folder
+from jaxq.files._new_file import remove_leftovers as remove_leftovers
+from jaxq.files._new_file import sync_folder as sync_folder
+from jaxq.files._read_tensors import RefusedFile as RefusedFile
+from jaxq.files._read_tensors import TensorFile as TensorFile
+from jaxq.files._read_tensors import TensorHeader as TensorHeader
+from jaxq.files._write_tensors import DTYPES as DTYPES
+from jaxq.files._write_tensors import write_tensors as write_tensors
