@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxq import metrics
+from jaxq.debug_checks import allow_nonfinite
 from jaxq.nn.calibration import Batch, as_batches, eval_copy, run_model
 from jaxq.nn.layers import weight_axes
 from jaxq.nn.transform._nnx_layers import find_layers
@@ -50,6 +51,7 @@ class Sensitivity(NamedTuple):
     size: dict[str, int]
 
 
+@allow_nonfinite()
 def sensitivity(
     model: nnx.Module,
     choices: Sequence[str],

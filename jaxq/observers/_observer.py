@@ -28,6 +28,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxq import formats
+from jaxq.debug_checks import allow_nonfinite
 from jaxq.formats import Format
 from jaxq.observers import _numbers
 from jaxq.observers._numbers import Count
@@ -88,6 +89,7 @@ class Observer(abc.ABC):
             )
         object.__setattr__(self, "axis", axis)
 
+    @allow_nonfinite()
     def init(self, x: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> Any:
         """The state before the first batch.
 
@@ -103,6 +105,7 @@ class Observer(abc.ABC):
         shape = self._channel_shape(x, "init")
         return self._empty(shape, x)
 
+    @allow_nonfinite()
     def update(
         self,
         state: State,
@@ -146,6 +149,7 @@ class Observer(abc.ABC):
         mask = self._mask(where, x, "update")
         return _jit_update(self._state_maker(), state, jnp.asarray(x), mask)
 
+    @allow_nonfinite()
     def merge(self, a: State, b: State) -> State:
         """The state of all batches of both states. The order of merges does not matter.
 
@@ -161,6 +165,7 @@ class Observer(abc.ABC):
             )
         return _jit_merge(self._state_maker(), a, b)
 
+    @allow_nonfinite()
     def merge_across(self, state: State, axis_name: str | tuple[str, ...]) -> State:
         """The merged state of all devices along a mapped axis, the same on each device.
 
@@ -180,6 +185,7 @@ class Observer(abc.ABC):
         totals = Totals(*(_numbers.sum_counts(count, add) for count in state.totals))
         return self._across(state, axis_name)._replace(totals=totals)
 
+    @allow_nonfinite()
     def bounds(
         self,
         state: Any,
@@ -222,6 +228,7 @@ class Observer(abc.ABC):
         self._check_counts(state.totals, on_nonfinite, "bounds")
         return low, high
 
+    @allow_nonfinite()
     def bounds_of(
         self,
         x: jax.typing.ArrayLike,

@@ -21,7 +21,8 @@ PACKAGE = ROOT / "jaxq"
 
 # A room imports only rooms that come before it.
 ROOMS = (
-    *("progress", "jaxprs", "formats", "metrics", "observers", "qtensor"),
+    *("progress", "debug_checks", "jaxprs"),
+    *("formats", "metrics", "observers", "qtensor"),
     *("sharding", "kernels"),
     *("ops", "emulation", "methods", "recipes", "optim", "distillation"),
     *("serialization", "nn", "io", "models", "training", "evaluation", "cli"),

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq.debug_checks import allow_nonfinite
 from jaxq.nn.calibration import StatsRequest
 from jaxq.nn.report import (
     LayerErrors,
@@ -54,6 +55,7 @@ from jaxq.recipes import Recipe
 from jaxq.sharding import on_auto_axes, shard_like
 
 
+@allow_nonfinite()
 def quantize_slots(
     adapter: Adapter, recipe: Recipe, options: Options
 ) -> tuple[Any, Report]:
@@ -117,6 +119,7 @@ def quantize_slots(
     return model, Report(tuple(adapter.rows(rows)), notes, output_sqnr)
 
 
+@allow_nonfinite()
 def plan_slots(adapter: Adapter, recipe: Recipe, options: Options) -> Report:
     """The report of `quantize_slots` without measured errors. Nothing is quantized."""
     slots, rule_notes = matched_slots(adapter, recipe, options, has_data=None)
