@@ -421,3 +421,53 @@ def test_matrices_in_a_list_and_a_dict_are_quantized(batches):
     np.testing.assert_array_equal(qmodel(x), expected)
     # The model that was passed keeps its floats.
     assert all(isinstance(w, nnx.Param) for w in weights)
+
+
+class Experts(nnx.Module):
+    """A mixture of experts whose weights are a bare array: [t, k] -> [t, n]."""
+
+    def __init__(self):
+        self.router = nnx.Linear(32, 4, rngs=nnx.Rngs(0))
+        self.experts = nnx.Param(normal(4, 32, 8))
+        self.pos_emb = nnx.Param(normal(16, 32))
+        self.emb = nnx.Param(normal(16, 32))
+        self.wpe = nnx.Param(normal(16, 32))
+        self.relative_position_bias_table = nnx.Param(normal(9, 4))
+
+
+def test_the_matrix_without_a_rule_comes_first_in_the_error():
+    with pytest.raises(ValueError) as error:
+        jaxq.quantize_model(Experts(), "int8")
+    text = str(error.value)
+    assert text.startswith(
+        "quantize_model: no rule matches these matrices of modules that jaxq does not "
+        "know: experts float32[4, 32, 8]. "
+    )
+    # The tables of embeddings are no matrices, and "**" is not to blame.
+    assert "emb" not in text
+    assert "match no layer" not in text
+
+
+def test_the_last_rule_of_a_named_recipe_may_match_nothing_after_another_rule():
+    rule = Rule("experts", weight="int8", kinds="Param", contracting=-2, batch=0)
+    recipe = Recipe([rule, *jaxq.recipes.get("int4").rules])
+    _, report = jaxq.quantize_model(Experts(), recipe)
+    assert [row.path for row in report.rows if row.method] == ["experts"]
+    # Nothing at all is still an error, and so is a typo.
+    router = nnx.Dict(router=nnx.Linear(32, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"rules \['\*\*'\] match no layer"):
+        jaxq.quantize_model(router, "int4")
+    typo = Rule("expert", weight="int8", kinds="Param")
+    with pytest.raises(ValueError, match=r"rules \['expert'\] match no layer"):
+        jaxq.quantize_model(Experts(), Recipe([typo, *recipe.rules]))
+
+
+@pytest.mark.parametrize(
+    "name", ["pos_emb", "emb", "wpe", "relative_position_bias_table"]
+)
+def test_a_named_recipe_leaves_a_table_of_embeddings_in_floats(name):
+    params = {name: normal(16, 32), "up": normal(32, 32)}
+    qparams, report = jaxq.quantize_params(params, "int8")
+    assert isinstance(qparams[name], jax.Array)
+    (row,) = [row for row in report.rows if row.path == name]
+    assert row.note.startswith("embedding, left in floats")
