@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxq.qtensor import is_nnx_module, is_nnx_state
+from jaxq.qtensor import is_linen_module, is_nnx_module, is_nnx_state
 from jaxq.serialization import Contents, read_contents, write_contents
 
 
@@ -53,7 +53,9 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
         layer. For the file of a tree, `into` is a tree with the same paths, such as the
         state of an optimizer. The result has its named tuples and other containers, and
         its arrays have the same sharding. If `into` is None, a model's file gives a
-        dict from paths to arrays and QTensors.
+        dict from paths to arrays and QTensors. The variables of a quantized linen
+        module are a tree. Load them without `into`, and run them with
+        `jaxq.nn.linen.Quantized(module).apply(variables, x)`.
 
     Returns:
       The tree, or the filled copy of `into`. Arrays are jax arrays. A numpy array of 64
@@ -61,6 +63,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
 
     Raises:
       FileNotFoundError: the file does not exist.
+      TypeError: `into` is a linen module.
       ValueError: the file was not written by jaxq.save, or has another format version,
         or is damaged.
       ValueError: the file does not fit `into`. The error names every array that is
@@ -86,6 +89,13 @@ def load(path: str | os.PathLike[str], *, into: Any = None) -> Any:
         )
     if into is None:
         return contents.value
+    if is_linen_module(into):
+        raise TypeError(
+            f"load: into= is the linen module {type(into).__name__}, which holds no "
+            "arrays. Load the variables without into=, and run them with "
+            "jaxq.nn.linen.Quantized(module).apply(variables, x). The float module "
+            "does not take quantized weights."
+        )
     if not is_nnx_module(into):
         from jaxq.io._into_tree import into_tree
 

@@ -91,8 +91,7 @@ def quantize_slots(
             stats = _statistics(data, block)
             block, stats = with_scales(block, data, stats, options)
         results: dict[str, Result] = {}
-        show = options.progress and bool(stats)
-        for slot in with_progress(block, "quantizing", show):
+        for slot in with_progress(block, "quantizing", options.progress):
             # Several layers may share one weight. The first of them quantizes it.
             if slot.weight not in weights:
                 result = finished.get(slot.name)

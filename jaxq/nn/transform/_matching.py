@@ -142,7 +142,9 @@ def _check_axes(slot: Slot) -> None:
     if not slot.contracting:
         raise ValueError(
             f"jaxq does not know which of its {ndim} axes a product contracts "
-            f"(shape {list(slot.value.shape)}). Pass contracting= to its rule"
+            f"(shape {list(slot.value.shape)}). Pass contracting= to its rule. "
+            "For a stack of matrices [layers, in, out], pass contracting=(-2,) and "
+            "batch=(0,)"
         )
     for name in ("contracting", "batch"):
         wanted, actual = getattr(rule, name), getattr(slot, name)
@@ -277,10 +279,15 @@ def _unused_problem(
     listing = ", ".join(names[:_MOST_LISTED]) or "none that jaxq knows"
     if len(names) > _MOST_LISTED:
         listing += f", ... ({len(names)} {adapter.noun}s)"
+    advice = "".join(
+        f" {slot.name!r} is a parameter. Write the path of its layer, {slot.path!r}."
+        for slot in inventory.slots
+        if slot.name in unused and slot.name != slot.path
+    )
     return (
         f"rules {unused} match no {adapter.noun} (or only "
         f"{adapter.noun}s that an earlier rule matches). "
-        f"{adapter.noun.capitalize()}s here: {listing}."
+        f"{adapter.noun.capitalize()}s here: {listing}.{advice}"
     )
 
 

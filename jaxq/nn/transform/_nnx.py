@@ -165,7 +165,9 @@ def quantize_model(
     if not isinstance(model, nnx.Module):
         raise TypeError(
             "quantize_model: model must be a flax nnx Module, got "
-            f"{type(model).__name__}."
+            f"{type(model).__name__}. For a linen module, use "
+            "jaxq.nn.linen.quantize_model(module, variables, recipe). For a tree of "
+            "arrays, use jaxq.quantize_params."
         )
     recipe = as_recipe(recipe, "quantize_model")
     options = Options(
