@@ -155,7 +155,11 @@ class QTensor(ProductOperand):
     @property
     def nbytes(self) -> int:
         """Bytes of all leaves, including the scales of every level."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        # Flax prints a model with leaves that have only a shape and a dtype.
+        return sum(
+            math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+            for leaf in jax.tree.leaves(self)
+        )
 
     @property
     def bits_per_element(self) -> float:

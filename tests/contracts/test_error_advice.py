@@ -120,3 +120,11 @@ def test_quantize_params_shows_its_progress(capsys):
     params = {"a": normal(32, 8), "b": normal(32, 8)}
     jaxq.quantize_params(params, "int8", progress=True)
     assert "quantizing: 2/2" in capsys.readouterr().err
+
+
+def test_the_printout_of_a_quantized_model_has_bits_and_shapes():
+    qmodel, _ = jaxq.quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int4")
+    text = str(qmodel)
+    assert "int4[64x8]" in text
+    assert f"{qmodel.kernel[...].bits_per_element:.4g} bits" in text
+    assert "ArrayRepr" not in text
