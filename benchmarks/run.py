@@ -1,7 +1,8 @@
-"""Runs benchmarks, and writes figures and tables to benchmarks/results.
+"""Runs benchmarks, and prints tables. `--write` writes them to benchmarks/results.
 
-    python benchmarks/run.py                      # all subjects except kernels
-    python benchmarks/run.py quantize matmul      # some subjects
+    python benchmarks/run.py                      # lists the subjects
+    python benchmarks/run.py quantize matmul      # runs some subjects
+    python benchmarks/run.py all --write          # all but kernels, and keeps figures
     python benchmarks/run.py methods --keep       # only rows that the last results lack
     python benchmarks/run.py kernels              # on an accelerator
 
@@ -13,6 +14,7 @@ Programs are compiled with JAX's default settings, as those of users are.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,6 +24,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +104,15 @@ def _cpu(cpuinfo: str) -> dict[str, Any]:
     }
 
 
-def run_subject(name: str, keep: bool) -> None:
-    """Runs one subject in this process, and writes its results.
+def run_subject(name: str, keep: bool, write: bool) -> None:
+    """Runs one subject in this process, and prints its table.
 
     Args:
         name: of the subject.
         keep: whether to keep the rows of the last results.
+        write: whether to replace the figures and the table in `RESULTS`.
     """
+    start = time.perf_counter()
     sys.path.append(str(EXAMPLES))  # some subjects import library_text
     subject = importlib.import_module(name)
     description = device()
@@ -120,10 +125,33 @@ def run_subject(name: str, keep: bool) -> None:
     else:
         result = subject.run()
     result["device"] = description
-    figures.write_text(json.dumps(result, indent=1) + "\n")
+    if not keep:
+        result["seconds"] = round(time.perf_counter() - start)
     text = _page(subject, result)
-    figures.with_suffix(".md").write_text(text)
+    if write:
+        figures.write_text(json.dumps(result, indent=1) + "\n")
+        figures.with_suffix(".md").write_text(text)
     print(text)
+
+
+def listing() -> str:
+    """The subjects, what they measure, and how long their last runs took."""
+    lines = []
+    for name in SUBJECTS:
+        module = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
+        summary = (ast.get_docstring(module) or "").partition("\n")[0]
+        lines.append(f"  {name:14} {_duration(name):>12}  {summary}")
+    return "\n".join(lines)
+
+
+def _duration(name: str) -> str:
+    """How long the last written run of a subject took, on any device."""
+    seconds = []
+    for path in RESULTS.glob(f"{name}-*.json"):
+        result = json.loads(path.read_text())
+        if isinstance(result, dict) and "seconds" in result:
+            seconds.append(result["seconds"])
+    return f"{max(seconds) / 60:.1f} min" if seconds else "not recorded"
 
 
 def _page(subject: Any, result: dict[str, Any]) -> str:
@@ -151,7 +179,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "subjects", nargs="*", choices=[*SUBJECTS, []], help="default: all but kernels"
+        "subjects",
+        nargs="*",
+        choices=[*SUBJECTS, "all", []],
+        help="all: all but kernels; default: list the subjects and run nothing",
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="replace the figures and tables in benchmarks/results",
     )
     parser.add_argument(
         "--keep",
@@ -165,14 +201,21 @@ def main() -> None:
     if args.keep and subjects != ["methods"]:
         parser.error("--keep works with the subject methods alone.")
     if args.one:
-        run_subject(args.one, args.keep)
+        run_subject(args.one, args.keep, args.write)
         return
+    if not subjects:
+        print("Subjects, and how long their last runs took:\n" + listing())
+        return
+    if "all" in subjects:
+        subjects = [name for name in SUBJECTS if name != "kernels"]
     RESULTS.mkdir(exist_ok=True)
-    for name in subjects or [name for name in SUBJECTS if name != "kernels"]:
+    for name in subjects:
         print(f"== {name}", file=sys.stderr, flush=True)
         command = [sys.executable, __file__, "--one", name]
         if args.keep:
             command.append("--keep")
+        if args.write:
+            command.append("--write")
         environment = os.environ | ENVIRONMENT.get(name, {})
         subprocess.run(command, check=True, env=environment)
 

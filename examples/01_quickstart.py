@@ -1,5 +1,6 @@
 """Quantize a trained language model several ways, and see what each costs.
 
+    pip install "jaxq[hf]"
     python examples/01_quickstart.py
 
 The script loads the small Llama in examples/tiny_llama and quantizes its matrices with
@@ -59,7 +60,24 @@ def float_model(batch):
 
 
 # %% Quantize and measure
-qmodels, lines = {}, []
+COLUMNS = "{:8}  {:>6}  {:>6}  {:>10}  {:>9}  {:>8}  {}"
+
+
+def print_row(name, bits, size, perplexity, kl, agreement, worst):
+    """Prints one row of the table."""
+    numbers = f"{bits:.3f}", f"{size / 1e6:.2f}", f"{perplexity:.3f}", f"{kl:.5f}"
+    print(COLUMNS.format(name, *numbers, f"{100 * agreement:.2f} %", worst), flush=True)
+
+
+progress(f"measuring the float model on {len(tokens)} tokens")
+float_perplexity = jaxq.evaluation.perplexity(float_model, tokens)
+progress("")
+header = "recipe", "bits", "MB", "perplexity", "KL (nats)", "top-1"
+print(COLUMNS.format(*header, "worst layer (SQNR)"))
+# The checkpoint holds bfloat16, so quantized models are compared with its size.
+checkpoint_size = (HERE / "tiny_llama" / "model.safetensors").stat().st_size
+print_row("bfloat16", 16, checkpoint_size, float_perplexity, 0, 1, "-")
+qmodels = {}
 for i, recipe in enumerate(RECIPES):
     progress(f"[{i + 1}/{len(RECIPES)}] {recipe}: quantizing")
     qmodel, report = jaxq.quantize_model(model, recipe)
@@ -67,30 +85,25 @@ for i, recipe in enumerate(RECIPES):
     result = jaxq.evaluation.compare(float_model, qmodel, tokens)
     worst = report.worst
     qmodels[recipe] = qmodel
-    lines.append(
-        f"{recipe:8}  {report.bits_per_weight:6.3f}  {report.bytes_after / 1e6:6.2f}  "
-        f"{result.perplexity:10.3f}  {result.kl:9.5f}  "
-        f"{100 * result.top1_agreement:6.2f} %  {worst.path} ({worst.sqnr:.1f} dB)"
+    progress("")
+    print_row(
+        recipe,
+        report.bits_per_weight,
+        report.bytes_after,
+        result.perplexity,
+        result.kl,
+        result.top1_agreement,
+        f"{worst.path} ({worst.sqnr:.1f} dB)",
     )
-progress("")
-
-print(
-    f"{'recipe':8}  {'bits':>6}  {'MB':>6}  {'perplexity':>10}  {'KL (nats)':>9}  "
-    f"{'top-1':>8}  worst layer (SQNR)"
-)
-print(
-    f"{'float32':8}  {32:6.3f}  {report.bytes_before / 1e6:6.2f}  "
-    f"{result.reference_perplexity:10.3f}  {0:9.5f}  {100:6.2f} %  -"
-)
-print("\n".join(lines))
 float_matrices = [
     f"{row.path} ({row.note})"
     for row in report.rows
     if len(row.shape) > 1 and row.format is None
 ]
 print(
-    "\nbits: per quantized weight, scales included. MB: all parameters. "
-    f"Left in floats: {', '.join(float_matrices)}."
+    "\nbits: per quantized weight, scales included. MB: all parameters; the first row "
+    "is the file of the checkpoint, which holds bfloat16. "
+    f"Left in floats, which are float32 here: {', '.join(float_matrices)}."
 )
 
 # %% Save, reload, compare
@@ -112,6 +125,7 @@ if not is_same:
 prompt = jnp.asarray([tokenizer.encode(PROMPT).ids], jnp.int32)
 for name, network in (("float32", model), ("nf4", reloaded)):
     longer = jaxq.models.generate(network, prompt, 40)
-    text = tokenizer.decode(np.asarray(longer[0]).tolist())
-    print(f"\n--- {name}\n{text}")
+    text = tokenizer.decode(np.asarray(longer[0, prompt.shape[1] :]).tolist())
+    # The prompt is between the marks.
+    print(f"\n--- {name}\n[{PROMPT}]{text}")
 print(f"\n{time.perf_counter() - start:.0f} s")

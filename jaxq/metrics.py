@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.debug_checks import allow_nonfinite
+
 __all__ = ["cosine", "kl_divergence", "mse", "sqnr", "top1_agreement", "worst_block"]
 
 
@@ -49,6 +51,7 @@ def mse(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
     return mean
 
 
+@allow_nonfinite()
 def sqnr(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Array:
     """Returns the signal to quantization noise ratio in dB.
 
@@ -99,6 +102,7 @@ def cosine(reference: jax.typing.ArrayLike, x: jax.typing.ArrayLike) -> jax.Arra
     return jnp.where(jnp.abs(ratio) > 1, jnp.sign(ratio), ratio)
 
 
+@allow_nonfinite()
 def worst_block(
     reference: jax.typing.ArrayLike,
     x: jax.typing.ArrayLike,
@@ -206,6 +210,7 @@ def top1_agreement(
     return jnp.where(has_nan, np.float32(np.nan), jnp.mean(agree.astype(jnp.float32)))
 
 
+@allow_nonfinite()
 def decibels(
     signal: tuple[jax.Array, jax.Array], noise: tuple[jax.Array, jax.Array]
 ) -> jax.Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.debug_checks import allow_nonfinite
 from jaxq.formats._format import Format
 from jaxq.formats._rounding import check_rounding, random_uniform
 
@@ -214,8 +215,9 @@ def _num_edges_below(x: jax.Array, edges: np.ndarray) -> jax.Array:
     bucket = jnp.where(x < 0, bucket + num_buckets, bucket)
     rank = _entries_at(first_rank, bucket)
     next_edge = np.append(edges, np.float32(np.inf))
-    for _ in range(num_rounds):
-        rank = rank + (x > _entries_at(next_edge, rank)).astype(np.int32)
+    with allow_nonfinite():
+        for _ in range(num_rounds):
+            rank = rank + (x > _entries_at(next_edge, rank)).astype(np.int32)
     return jnp.where(jnp.isnan(x), 0, rank)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxq.debug_checks import allow_nonfinite
 from jaxq.formats._format import Format
 from jaxq.formats._names import check_choice
 from jaxq.formats._rounding import (
@@ -391,7 +392,8 @@ class DoubleFormat(Format):
         x = jnp.asarray(x)
         if not saturate:
             return x
-        return jnp.where(jnp.isinf(x), jnp.sign(x) * jnp.finfo(x.dtype).max, x)
+        with allow_nonfinite():  # isinf compares with inf
+            return jnp.where(jnp.isinf(x), jnp.sign(x) * jnp.finfo(x.dtype).max, x)
 
     def encode(self, x, *, rounding="nearest_even", saturate=True, key=None):
         _raise_without_x64("encode")

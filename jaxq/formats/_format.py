@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxq.debug_checks import allow_nonfinite
+
 
 @dataclasses.dataclass(frozen=True)
 class Format(abc.ABC):
@@ -126,7 +128,7 @@ class Format(abc.ABC):
         Raises:
           ValueError: the format has more than 16 bits.
         """
-        with jax.ensure_compile_time_eval():
+        with jax.ensure_compile_time_eval(), allow_nonfinite():
             decoded = np.asarray(self.decode(jnp.asarray(self.codes())))
         # -0 and 0 are one number. Adding 0 turns -0 into 0.
         return np.unique(decoded[np.isfinite(decoded)]) + np.float32(0)

@@ -178,11 +178,31 @@ def get(name: str | Format) -> Format:
         )
     key = normalize(name)
     fmt = _registry.get(key) or _parse_float(key) or _parse_fixed_point(key)
+    if fmt is None and key in _SHORT_NAMES:
+        meant = " or ".join(repr(full) for full in _SHORT_NAMES[key])
+        raise ValueError(
+            f"unknown format {name!r}. Did you mean {meant}? jaxq.formats.names() "
+            "lists them all."
+        )
     if fmt is None:
         raise ValueError(
             unknown_name("format", name, _registry, "jaxq.formats.names()")
         )
     return fmt
+
+
+# Short names that people use, and the formats that they may mean. Some are the names of
+# presets, which have a granularity too.
+_SHORT_NAMES = {
+    "fp4": ("float4_e2m1fn", "nf4"),
+    "fp6": ("float6_e2m3fn", "float6_e3m2fn"),
+    "fp8": ("float8_e4m3fn", "float8_e5m2"),
+    "e4m3": ("float8_e4m3fn",),
+    "e5m2": ("float8_e5m2",),
+    "bf16": ("bfloat16",),
+    "fp16": ("float16",),
+    "fp32": ("float32",),
+}
 
 
 def names() -> list[str]:

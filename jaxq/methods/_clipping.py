@@ -354,9 +354,11 @@ def _least_error(
       the whole range).
     """
 
-    def step(k: jax.Array, carry: tuple) -> tuple:
+    def step(k: jax.typing.ArrayLike, carry: tuple) -> tuple:
         _, _, error, unclipped, least, best_factor = carry
-        shrink = amounts.max_shrink * k.astype(jnp.float32) / jnp.float32(amounts.num)
+        # With jax_disable_jit, k is an int.
+        step_number = jnp.asarray(k, jnp.float32)
+        shrink = amounts.max_shrink * step_number / jnp.float32(amounts.num)
         factor = jnp.where(k < amounts.num, 1.0 - shrink, best_factor)
         ends = _shrink(whole, factor, spec)
         qt = quantize_within(ends)

@@ -571,7 +571,8 @@ class _Region:
 
         def step(i: jax.Array, state: _RegionResult) -> _RegionResult:
             current, errors, grid = state
-            begin = (i * size).astype(jnp.int32)
+            # With jax_disable_jit, i is an int.
+            begin = jnp.asarray(i * size, jnp.int32)
             part = rows._replace(current=current).part(begin, size)
             if size == self.group_size:
                 group = (start + begin) // size

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxq import metrics
+from jaxq.debug_checks import allow_nonfinite
 from jaxq.nn.calibration import Batch, as_batches, eval_copy, run_model
 from jaxq.nn.layers import weight_axes
 from jaxq.nn.transform._nnx_layers import find_layers
@@ -49,7 +50,26 @@ class Sensitivity(NamedTuple):
     bits: dict[str, dict[str, int]]
     size: dict[str, int]
 
+    def __str__(self) -> str:
+        """A table: one row for each layer, KL in nats and bits per weight."""
+        choices = list(next(iter(self.kl.values()), {}))
+        table = [["layer", "weights", *(f"KL {name} (bits)" for name in choices)]]
+        for path, divergences in self.kl.items():
+            cells = [path or "the model itself", f"{self.size[path]:,}"]
+            for name in choices:
+                bits = self.bits[path][name] / max(self.size[path], 1)
+                cells.append(f"{divergences[name]:.5f} ({bits:.2f})")
+            table.append(cells)
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = []
+        for cells in table:
+            first = cells[0].ljust(widths[0])
+            others = map(str.rjust, cells[1:], widths[1:])
+            lines.append("  ".join([first, *others]))
+        return "\n".join(lines)
 
+
+@allow_nonfinite()
 def sensitivity(
     model: nnx.Module,
     choices: Sequence[str],

@@ -29,6 +29,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from jaxq import formats
+from jaxq.debug_checks import allow_nonfinite
 from jaxq.formats import Format
 from jaxq.meshes import call_on_auto_axes
 from jaxq.observers import _numbers
@@ -90,6 +91,7 @@ class Observer(abc.ABC):
             )
         object.__setattr__(self, "axis", axis)
 
+    @allow_nonfinite()
     def init(self, x: jax.typing.ArrayLike | jax.ShapeDtypeStruct) -> Any:
         """The state before the first batch.
 
@@ -105,6 +107,7 @@ class Observer(abc.ABC):
         shape = self._channel_shape(x, "init")
         return self._empty(shape, x)
 
+    @allow_nonfinite()
     def update(
         self,
         state: State,
@@ -151,6 +154,7 @@ class Observer(abc.ABC):
         specs = jax.tree.map(lambda _: PartitionSpec(), state)
         return call_on_auto_axes(update, specs, state, jnp.asarray(x), mask)
 
+    @allow_nonfinite()
     def merge(self, a: State, b: State) -> State:
         """The state of all batches of both states. The order of merges does not matter.
 
@@ -166,6 +170,7 @@ class Observer(abc.ABC):
             )
         return _jit_merge(self._state_maker(), a, b)
 
+    @allow_nonfinite()
     def merge_across(self, state: State, axis_name: str | tuple[str, ...]) -> State:
         """The merged state of all devices along a mapped axis, the same on each device.
 
@@ -185,6 +190,7 @@ class Observer(abc.ABC):
         totals = Totals(*(_numbers.sum_counts(count, add) for count in state.totals))
         return self._across(state, axis_name)._replace(totals=totals)
 
+    @allow_nonfinite()
     def bounds(
         self,
         state: Any,
@@ -227,6 +233,7 @@ class Observer(abc.ABC):
         self._check_counts(state.totals, on_nonfinite, "bounds")
         return low, high
 
+    @allow_nonfinite()
     def bounds_of(
         self,
         x: jax.typing.ArrayLike,

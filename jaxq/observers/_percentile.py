@@ -469,7 +469,8 @@ def _share(number: jax.Array, part: fractions.Fraction) -> tuple[jax.Array, jax.
     def divide(step, carry):
         # Horner's rule over the bits of the numerator, the highest first.
         quotient, rest = (2 * value for value in carry)
-        shift = (_BITS - 1 - step).astype(jnp.uint32)
+        # With jax_disable_jit, step is an int.
+        shift = jnp.asarray(_BITS - 1 - step, jnp.uint32)
         bit_is_set = (np.uint32(numerator) >> shift) & 1 == 1
         for addend in (0, jnp.where(bit_is_set, b, 0)):
             rest = rest + addend

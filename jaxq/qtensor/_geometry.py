@@ -423,9 +423,10 @@ def _contracted_axes(
             return (-2,)
         raise ValueError(
             f"{caller}: contracting= is missing, and only a matrix and a 1-D array "
-            f"have a default ({subject}). Pass contracting=(-2,) for stacked "
-            "[..., in, out] matrices, (-1,) for activations, (-3, -2) for an attention "
-            "output [heads, dim, out]. Name leading stacked axes with batch=."
+            f"have a default ({subject}). Pass contracting=(-2,), batch=(0,) for a "
+            "stack of matrices [layers, in, out], contracting=(-1,) for activations, "
+            "contracting=(-3, -2) for an attention output [heads, dim, out]. Only axes "
+            "in batch= can be indexed, scanned or mapped over."
         )
     axes = _normalized_axes(contracting, ndim, "contracting", context)
     if not axes or not set(axes) <= set(inner):
@@ -559,7 +560,9 @@ def _check_divides(
     smaller = [d for d in divisors if d < size][-1:]
     larger = [d for d in divisors if d > size][:1]
     proposed = " or ".join(str(d) for d in smaller + larger)
-    remedy = f"Pass pad=True or use size={proposed}." if proposed else "Pass pad=True."
+    padded = "size, pad=True" if kind == "group" else "shape, pad=True"
+    padded = f"jaxq.Per{kind.capitalize()}({padded})"
+    remedy = f"Pass {padded} or use size={proposed}." if proposed else f"Pass {padded}."
     raise ValueError(
         f"{context.caller}: axis {axes} of {context.name} has size {axis_size}, not a "
         f"multiple of {kind} size {size} ({context.subject}). {remedy}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jaxq import formats
@@ -127,4 +128,18 @@ def as_spec(spec: str | QuantSpec, caller: str) -> QuantSpec:
     message = formats.unknown_name("preset", spec, _PRESETS, "jaxq.presets()")
     if spec in formats.names():
         message += f" {spec!r} is a format: use jaxq.QuantSpec(format={spec!r}, ...)."
+    if _RECIPE.fullmatch(spec.strip().lower().replace("-", "_")):
+        message = (
+            f"{spec!r} is a recipe for models, not a preset. Pass it to "
+            "jaxq.quantize_model or jaxq.quantize_params. jaxq.presets() lists the "
+            "presets."
+        )
     raise ValueError(f"{caller}: {message}")
+
+
+# The names of recipes, which also quantize activations or use a method. The recipes
+# themselves are in a room above this one.
+_RECIPE = re.compile(
+    r"w\d+a\d+(_\w+)?|llm_int8"
+    r"|\w+_(adaround|awq|dynamic|gptq|hqq|rotated|smoothquant|static)"
+)

@@ -46,8 +46,9 @@ class ProductOperand:
         if len(entries) > num_batch or any(entry is None for entry in entries):
             raise IndexError(
                 f"{type(self).__name__}: only batch axes can be indexed, and "
-                f"{self!r} has {num_batch}. For other axes index "
-                f"{self.floats_expression}."
+                f"{self!r} has {num_batch}. For rows of a table, "
+                "such as an embedding, use jaxq.ops.take(table, indices). For other "
+                f"axes index {self.floats_expression}."
             )
         if not entries:
             return self

@@ -126,7 +126,9 @@ class QTensor(ProductOperand):
             raise ValueError(
                 f"QTensor: codes of shape {list(shape)} must end in {list(stored)} for "
                 f"an array of shape {list(self.meta.geometry.shape)}. Only leading "
-                "batch axes may be mapped over: use in_axes=0."
+                "batch axes may be mapped over: use in_axes=0, and quantize a stack "
+                "with batch=(0,). In shard_map, pass the QTensor whole (in_specs=P()), "
+                "or split jaxq.dequantize(qt)."
             )
         return batch
 
@@ -153,7 +155,11 @@ class QTensor(ProductOperand):
     @property
     def nbytes(self) -> int:
         """Bytes of all leaves, including the scales of every level."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        # Flax prints a model with leaves that have only a shape and a dtype.
+        return sum(
+            math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+            for leaf in jax.tree.leaves(self)
+        )
 
     @property
     def bits_per_element(self) -> float:

@@ -22,7 +22,8 @@ _AND_BELOW = r"(?:_\d+)?(?:[/.].*)?"
 # example "embedding_proj/kernel".
 _PROJECTION = r"(.*[/._])?(dense|linear|mlp|patch|proj|projection)s?\d*([/._].*)?$"
 _TABLES = (
-    r"([^/.]*_)?(emb|embed|embedder|embeddings?|relative_attention_bias|wpe|wte)"
+    r"([^/.]*_)?(bias_table|emb|embed|embedder|embeddings?|relative_attention_bias"
+    r"|wpe|wte)"
     r"(_[^/.]*)?([/.].*)?"
 )
 # Gains and biases. A stack of them has two axes, as a matrix has.

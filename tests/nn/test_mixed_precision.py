@@ -169,3 +169,18 @@ def test_padding_does_not_count(model, measured):
         sensitivity(model, CHOICES, BATCHES, mask=lambda batch: np.arange(8) > 8)
     with pytest.raises(TypeError, match=r"Pass a list: \[x\]"):
         sensitivity(model, CHOICES, BATCHES[0])
+
+
+def test_sensitivities_print_as_a_table():
+    measured = Sensitivity(
+        {"up": {"int8": 0.001, "int2": 0.25}, "": {"int8": 0.002, "int2": 0.5}},
+        {"up": {"int8": 16_800, "int2": 4_400}, "": {"int8": 850, "int2": 210}},
+        {"up": 2_000, "": 100},
+    )
+    header, up, model = str(measured).splitlines()
+    assert header.split() == [
+        *("layer", "weights", "KL", "int8", "(bits)", "KL", "int2", "(bits)"),
+    ]
+    assert up.split() == ["up", "2,000", "0.00100", "(8.40)", "0.25000", "(2.20)"]
+    assert model.startswith("the model itself")
+    assert len(header) == len(up) == len(model)

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "jaxq"
 
 # A room imports only rooms that come before it.
 ROOMS = (
-    *("progress", "files", "jaxprs", "meshes"),
+    *("progress", "debug_checks", "files", "jaxprs", "meshes"),
     *("formats", "metrics", "observers", "qtensor"),
     *("sharding", "kernels"),
     *("ops", "emulation", "methods", "recipes", "optim", "distillation"),

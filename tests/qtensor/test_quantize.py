@@ -695,7 +695,7 @@ def test_groups_that_do_not_divide():
         jaxq.quantize(w, QuantSpec("int4", PerGroup(size=32)))
     assert str(error.value) == (
         "quantize: axis -2 of w has size 100, not a multiple of group size 32 "
-        "(w: float32[100,64]). Pass pad=True or use size=20 or 50."
+        "(w: float32[100,64]). Pass jaxq.PerGroup(size, pad=True) or use size=20 or 50."
     )
     with pytest.raises(
         ValueError,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 
+from jaxq.debug_checks import allow_nonfinite
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
 from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
@@ -36,6 +37,7 @@ from jaxq.nn.layers import Forward, LinenKind, find_call
 from jaxq.observers import LayerStats, Observer, empty_stats
 
 
+@allow_nonfinite()
 def calibrate(
     module: linen.Module,
     variables: Mapping[str, Any],

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 
+from jaxq.debug_checks import allow_nonfinite
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
 from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
@@ -37,6 +38,7 @@ _REACHED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
 )
 
 
+@allow_nonfinite()
 def calibrate(
     model: nnx.Module,
     batches: Iterable[Any],

@@ -153,6 +153,8 @@ def _structure_of_call(
         call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
     ) -> Any:
         module, layer_call = context.module, find_call(context)
+        if _has_other_variables(module, params):
+            return run_with_codes(stored_qtensor, call, args, kwargs, context)
         if context.method_name not in ("setup", "<lambda>"):
             classes[tuple(module.path)] = type(module)
         if layer_call is not None:
@@ -164,6 +166,24 @@ def _structure_of_call(
 
     trace(module, variables, example, forward, record)
     return Structure(layers, classes, example)
+
+
+def _has_other_variables(module: linen.Module, params: FlatParams) -> bool:
+    """True if other code of the model made the variables of a module.
+
+    An example is an output head: `dec.apply({"params": {"kernel": table.T}}, x)`. Such
+    a module has no parameters of its own. The paths of its layers begin at the module
+    itself, so they do not lead to parameters of the model.
+
+    Args:
+      module: a module that is called.
+      params: the parameters of the model.
+    """
+    root = module.scope.root if module.scope else None
+    # A transform such as nn.scan makes a root as well, with the path of its module.
+    if root is None or root.path:
+        return False
+    return any(key not in params for key in params_of(root.variables()))
 
 
 def _add_layer(layers: dict[str, LinenLayer], layer: LinenLayer) -> None:

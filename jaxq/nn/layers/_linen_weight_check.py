@@ -52,6 +52,15 @@ class Placeholder:
     def __init__(self, qtensor: Any):
         self.qtensor = qtensor
 
+    def __getattr__(self, name: str) -> Any:
+        # jax and flax ask for special names, such as `__jax_array__`.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"other code than the layer reads {name!r} of it")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError("other code than the layer indexes it")
+
 
 class _LinenCall(NamedTuple):
     """A linen module, and how it is called."""
@@ -205,4 +214,6 @@ def _problem_line(layer: LinenLayer, error: Exception) -> str:
             f"its {kind.weight} is used in a way that a QTensor does not support "
             f"({first_line(error)})"
         )
+        if kind.name == "Embed":
+            reason += ". Embed.attend supports it, for an output head"
     return f"  {layer.path or kind.name} ({kind.name}): {reason}"

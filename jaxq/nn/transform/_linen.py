@@ -205,9 +205,6 @@ class LinenAdapter:
         "model"
     )
     data_arguments = "calibration=batches of real inputs"
-    unmatched_remedy = (
-        "To quantize a matrix, make it the kernel of a Dense, DenseGeneral or Einsum."
-    )
     keys_follow_slots = True
 
     def __init__(
@@ -220,6 +217,7 @@ class LinenAdapter:
     ):
         refuse_rotation(recipe, options.caller)
         self.caller = options.caller
+        self.unmatched_remedy = ""
         self.notes: tuple[str, ...] = ()
         # Finding the layers runs `forward`, and may run the first batch.
         self.read_arguments: tuple[str, ...] = ("forward",)
@@ -381,6 +379,7 @@ class LinenAdapter:
           The descriptions are of matrices that no rule matches.
         """
         slots, rules, unmatched = [], [], []
+        unmatched_classes: list[type] = []
         weights = {layer.key for layer in self._structure.layers.values()}
         for key, boxed in self._params.items():
             value, path = linen.meta.unbox(boxed), "/".join(key)
@@ -391,6 +390,7 @@ class LinenAdapter:
             if rule is None:
                 if description:
                     unmatched.append(f"{description} ({cls.__name__})")
+                    unmatched_classes.append(cls)
             elif rule.weight is not None:
                 slots.append(_bare_slot(key, value, rule, cls))
             else:
@@ -398,6 +398,7 @@ class LinenAdapter:
                 # For a vector, the report says "not a matrix" instead of the rule.
                 if value.ndim > 1:
                     self._skipped[key] = rule
+        self.unmatched_remedy = _remedy(unmatched_classes)
         return slots, rules, unmatched
 
     def _match_unreached(self) -> list[Rule]:
@@ -464,6 +465,22 @@ def _no_roles(*args: Any, **kwargs: Any) -> Roles:
 
 # A matrix that a module creates with `self.param`.
 _BARE = LinenKind(name="Param", weight="", roles=_no_roles, methods={})
+
+
+def _remedy(classes: Sequence[type]) -> str:
+    """How to quantize matrices of these classes, which no rule matches."""
+    remedies = []
+    if any(not issubclass(cls, nnx.bridge.ToLinen) for cls in classes):
+        remedies.append(
+            "To quantize a matrix, make it the kernel of a Dense, DenseGeneral or "
+            "Einsum."
+        )
+    if any(issubclass(cls, nnx.bridge.ToLinen) for cls in classes):
+        remedies.append(
+            "The nnx layers inside an nnx.bridge.ToLinen run with float weights. To "
+            "quantize them, write them in linen."
+        )
+    return " ".join(remedies)
 
 
 def _bare_slot(key: _Key, value: Any, rule: Rule, cls: type) -> Slot:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq.debug_checks import allow_nonfinite
 from jaxq.meshes import on_auto_axes
 from jaxq.nn.calibration import StatsRequest
 from jaxq.nn.report import (
@@ -54,6 +55,7 @@ from jaxq.qtensor import QTensor, TrainedWeight, shard_like
 from jaxq.recipes import Recipe
 
 
+@allow_nonfinite()
 def quantize_slots(
     adapter: Adapter, recipe: Recipe, options: Options
 ) -> tuple[Any, Report]:
@@ -89,8 +91,7 @@ def quantize_slots(
             stats = _statistics(data, block)
             block, stats = with_scales(block, data, stats, options)
         results: dict[str, Result] = {}
-        show = options.progress and bool(stats)
-        for slot in with_progress(block, "quantizing", show):
+        for slot in with_progress(block, "quantizing", options.progress):
             # Several layers may share one weight. The first of them quantizes it.
             if slot.weight not in weights:
                 result = finished.get(slot.name)
@@ -117,6 +118,7 @@ def quantize_slots(
     return model, Report(tuple(adapter.rows(rows)), notes, output_sqnr)
 
 
+@allow_nonfinite()
 def plan_slots(adapter: Adapter, recipe: Recipe, options: Options) -> Report:
     """The report of `quantize_slots` without measured errors. Nothing is quantized."""
     slots, rule_notes = matched_slots(adapter, recipe, options, has_data=None)

@@ -28,7 +28,8 @@ _MOST_LISTED = 12
 
 # The names of parameters that are not multiplied as matrices end with these words.
 _NOT_MULTIPLIED = re.compile(
-    r"(^|_)(bias|embed|embedding|gain|gamma|norm|pos|position|scale|token)s?$"
+    r"(^|_)(bias|bias_table|emb|embed|embedding|gain|gamma|norm|pos|position|scale"
+    r"|token|wpe|wte)s?$"
 )
 
 
@@ -56,8 +57,9 @@ def matched_slots(
     unused = _unused_rules(recipe, inventory)
     messages = [_slot_problems(slots, adapter), *inventory.refused]
     if options.strict:
-        messages.append(_unused_problem(unused, inventory, adapter))
+        # Matrices without a rule come first: they are often why a rule is unused.
         messages.append(_unmatched_problem(inventory, adapter))
+        messages.append(_unused_problem(unused, inventory, adapter))
     messages = [f"{adapter.caller}: {message}" for message in messages if message]
     if messages:
         raise ValueError("\n".join(messages))
@@ -140,7 +142,9 @@ def _check_axes(slot: Slot) -> None:
     if not slot.contracting:
         raise ValueError(
             f"jaxq does not know which of its {ndim} axes a product contracts "
-            f"(shape {list(slot.value.shape)}). Pass contracting= to its rule"
+            f"(shape {list(slot.value.shape)}). Pass contracting= to its rule. "
+            "For a stack of matrices [layers, in, out], pass contracting=(-2,) and "
+            "batch=(0,)"
         )
     for name in ("contracting", "batch"):
         wanted, actual = getattr(rule, name), getattr(slot, name)
@@ -220,14 +224,23 @@ def _missing_data(what: str, adapter: Adapter, has_data: bool | None) -> str:
 
 
 def _unused_rules(recipe: Recipe, inventory: Inventory) -> list[str]:
-    """Patterns of the rules that match nothing and are not optional."""
+    """Patterns of the rules that match nothing and are not optional.
+
+    A last rule for all other layers may match nothing if another rule quantizes a
+    weight, or if the error about matrices without a rule says what to do.
+    """
     rules = [slot.rule for slot in inventory.slots] + list(inventory.other_rules)
-    used = {id(rule) for rule in rules if rule is not None}
-    return [
-        rule.pattern
-        for rule in recipe.rules
-        if id(rule) not in used and not rule.optional
-    ]
+    used = {id(rule): rule for rule in rules if rule is not None}
+    any_quantized = any(rule.weight is not None for rule in used.values())
+    required = [rule for rule in recipe.rules if not rule.optional]
+    if (any_quantized or inventory.unmatched) and required and _is_rest(required[-1]):
+        required.pop()
+    return [rule.pattern for rule in required if id(rule) not in used]
+
+
+def _is_rest(rule: Rule) -> bool:
+    """True if a rule is for all layers that no earlier rule matches."""
+    return rule.pattern == "**" and not rule.kinds and rule.where is None
 
 
 def _slot_problems(slots: Sequence[Slot], adapter: Adapter) -> str:
@@ -240,11 +253,18 @@ def _slot_problems(slots: Sequence[Slot], adapter: Adapter) -> str:
     problems += adapter.problems(slots)
     if not problems:
         return ""
+    kinds = {slot.kind.name for slot in slots if slot.chosen and slot.problem}
+    skip = "jaxq.Rule(path, skip=True)"
+    if kinds == {"Param"}:
+        skip = "jaxq.Rule(path, skip=True, kinds=('Param',))"
+    elif "Param" in kinds:
+        skip += ", with kinds=('Param',) for a Param,"
     return (
         f"these {adapter.noun}s cannot be quantized:\n"
         + "\n".join(problems)
-        + f"\nSkip these {adapter.noun}s with jaxq.Rule(path, skip=True) in a "
-        "jaxq.Recipe, give them a rule with another spec or method, or change them."
+        + f"\nSkip these {adapter.noun}s with {skip} in a "
+        "jaxq.Recipe before the rules that match them, give them a rule with another "
+        "spec or method, or change them."
     )
 
 
@@ -259,10 +279,15 @@ def _unused_problem(
     listing = ", ".join(names[:_MOST_LISTED]) or "none that jaxq knows"
     if len(names) > _MOST_LISTED:
         listing += f", ... ({len(names)} {adapter.noun}s)"
+    advice = "".join(
+        f" {slot.name!r} is a parameter. Write the path of its layer, {slot.path!r}."
+        for slot in inventory.slots
+        if slot.name in unused and slot.name != slot.path
+    )
     return (
         f"rules {unused} match no {adapter.noun} (or only "
         f"{adapter.noun}s that an earlier rule matches). "
-        f"{adapter.noun.capitalize()}s here: {listing}."
+        f"{adapter.noun.capitalize()}s here: {listing}.{advice}"
     )
 
 

@@ -165,7 +165,9 @@ def quantize_model(
     if not isinstance(model, nnx.Module):
         raise TypeError(
             "quantize_model: model must be a flax nnx Module, got "
-            f"{type(model).__name__}."
+            f"{type(model).__name__}. For a linen module, use "
+            "jaxq.nn.linen.quantize_model(module, variables, recipe). For a tree of "
+            "arrays, use jaxq.quantize_params."
         )
     recipe = as_recipe(recipe, "quantize_model")
     options = Options(
@@ -278,15 +280,15 @@ class NnxAdapter:
                     )
             elif array.attribute is not None:
                 kind = _bare_kind(array, array.attribute, rule)
-                slot = _slot(array.path, array.holder, kind, rule, names, normalized)
+                slot = _slot(array.path, array.owner, kind, rule, names, normalized)
                 slots.append(dataclasses.replace(slot, kind=ArrayKind(kind.name)))
             else:
                 other_rules.append(rule)
                 if rule.weight is not None:
                     refused.append(
                         f"a rule quantizes {array.path}, which must be an nnx.Param "
-                        "that a module holds as an attribute. Change the module, or "
-                        "add jaxq.Rule(path, skip=True, kinds=('Param',))."
+                        "that a module, an nnx.List or an nnx.Dict holds. Change the "
+                        "module, or add jaxq.Rule(path, skip=True, kinds=('Param',))."
                     )
         slots, traced_rules = self._with_uses(slots)
         self._slots = slots

@@ -39,13 +39,16 @@ class BareArray(NamedTuple):
     Attributes:
       path: components joined by "/".
       holder: the module whose code uses the array.
-      attribute: the name of the attribute of `holder`, if this is an `nnx.Param`. None
-        for other arrays, for example in a list or dict. They cannot become QTensors.
+      owner: the module that has the array as an attribute: `holder`, or an `nnx.List`
+        or `nnx.Dict` inside it.
+      attribute: the name of the attribute of `owner`, if this is an `nnx.Param`. None
+        for other arrays, for example in a tuple. They cannot become QTensors.
       value: the array.
     """
 
     path: str
     holder: Any
+    owner: Any
     attribute: str | None
     value: Any
 
@@ -104,16 +107,18 @@ def find_bare_arrays(model: nnx.Module, layer_weights: set[int]) -> Iterator[Bar
         if _is_flax_layer(parent):
             continue
         holder = _holder(path, modules, model)
-        is_attribute = _has_code(parent) and isinstance(path[-1], str)
-        attribute = None
-        if is_attribute and isinstance(node, nnx.Param):
-            attribute = str(path[-1])
+        # An nnx.List keeps its elements as attributes "0", "1", ...
+        attribute = str(path[-1])
+        is_attribute = parent is not None and vars(parent).get(attribute) is node
+        if not is_attribute or not isinstance(node, nnx.Param):
+            attribute = None
         value = node.get_value() if isinstance(node, nnx.Variable) else node
         for keys, leaf in jax.tree_util.tree_leaves_with_path(value):
             if isinstance(leaf, _ARRAYS) and jnp.issubdtype(leaf.dtype, jnp.floating):
                 inner_path = jax.tree_util.keystr(keys, simple=True, separator="/")
                 name = "/".join(filter(None, (_join(path), inner_path)))
-                yield BareArray(name, holder, None if keys else attribute, leaf)
+                own_attribute = None if keys else attribute
+                yield BareArray(name, holder, parent, own_attribute, leaf)
 
 
 def normalized_layers(model: nnx.Module) -> dict[int, str]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import jaxq
 from jaxq import QTensor, Recipe, Rule, methods
@@ -906,3 +907,57 @@ def test_impossible_requests_are_refused_before_anything_runs():
         )
     report = quantize_model(module, variables, by("hqq"))[2]
     assert {row.method for row in report.quantized} == {"hqq"}
+
+
+class TiedHead(nn.Module):
+    """A model that calls its output head with variables of its own making."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(16, 32, name="embed")
+        h = nn.Dense(32, name="up")(embed(tokens))
+        head = nn.Dense(16, use_bias=False, parent=None)
+        table = embed.variables["params"]["embedding"]
+        return head.apply({"params": {"kernel": table.T}}, h)
+
+
+def test_a_head_that_is_applied_to_another_weight_is_no_layer_of_the_model():
+    module, tokens = TiedHead(), jnp.arange(4)[None]
+    variables = module.init(jax.random.key(0), tokens)
+    qmodule, qvariables, report = quantize_model(
+        module, variables, "int8", example=tokens
+    )
+    paths = [row.path for row in report.rows if row.method]
+    assert paths == ["up/kernel"]
+    assert qmodule.apply(qvariables, tokens).shape == (1, 4, 16)
+    # The table is used as an array, and the error's advice works.
+    with pytest.raises(ValueError, match=r"embed \(Embed\): .*Embed.attend") as error:
+        quantize_model(module, variables, ALL, example=tokens)
+    assert "the model itself" not in str(error.value)
+    recipe = Recipe([Rule("embed", skip=True), *ALL.rules])
+    report = quantize_model(module, variables, recipe, example=tokens)[2]
+    assert [row.path for row in report.rows if row.method] == paths
+
+
+class Bridged(nn.Module):
+    """A linen layer, and an nnx layer in an `nnx.bridge.ToLinen`."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(32, name="up")(x)
+        return nnx.bridge.to_linen(nnx.Linear, 32, 32, name="inner")(x)
+
+
+def test_the_advice_about_a_matrix_inside_to_linen_works():
+    module, x = Bridged(), normal(4, 32)
+    variables = module.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"inner/kernel .*write them in linen") as e:
+        quantize_model(module, variables, "int8", example=x)
+    assert "kernel of a Dense" not in str(e.value)
+    rule = Rule("inner/kernel", weight="int8", kinds="Param")
+    with pytest.raises(ValueError, match=r"Rule\(path, skip=True, kinds=\('Param',\)"):
+        quantize_model(module, variables, Recipe([rule, *ALL.rules]), example=x)
+    skip = Rule("inner/**", skip=True, kinds="Param")
+    recipe = Recipe([skip, *jaxq.recipes.get("int8").rules])
+    qmodule, qvariables, _ = quantize_model(module, variables, recipe, example=x)
+    assert qmodule.apply(qvariables, x).shape == (4, 32)

@@ -185,7 +185,7 @@ def test_matrices_are_found_in_any_holder_under_any_name(name, holder_type):
 class ProblemsOfAllSorts(nnx.Module):
     def __init__(self):
         self.up = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
-        self.parts = nnx.List([nnx.Param(jnp.ones((32, 8)))])
+        self.parts = nnx.Param({"a": jnp.ones((32, 8))})
         self.own = nnx.Param(jnp.ones((32, 8)))
 
 
@@ -201,7 +201,7 @@ def test_one_error_names_problems_of_all_sorts(function):
     caller, text = function.__name__, str(error.value)
     for message in (
         "these layers cannot be quantized:\n  up (Linear): ",
-        "a rule quantizes parts/0, which must be an nnx.Param that a module holds",
+        "a rule quantizes parts/a, which must be an nnx.Param that a module, an ",
         "rules ['typo'] match no layer ",
         "modules that jaxq does not know: own float32[32, 8]. ",
     ):
@@ -212,7 +212,7 @@ def test_one_error_names_problems_of_all_sorts(function):
         function(ProblemsOfAllSorts(), Recipe(rules), strict=False)
     assert text.startswith(str(error.value))
     assert "typo" not in str(error.value)
-    assert "parts/0" in str(error.value)
+    assert "parts/a" in str(error.value)
 
 
 def test_plans_of_models_that_hold_no_arrays():
@@ -390,3 +390,84 @@ def test_nnx_layers_inside_a_linen_model_are_named():
     rows = {row.path: row for row in report.rows}
     assert [row.path for row in report.quantized] == ["up/kernel"]
     assert "which jaxq does not quantize" in rows["inner/down/kernel"].note
+
+
+class ListedMatrices(nnx.Module):
+    """Bare matrices in an `nnx.List` and an `nnx.Dict`; the last one is shared."""
+
+    def __init__(self):
+        matrices = [nnx.Param(normal(32, 32, seed=seed)) for seed in range(3)]
+        self.listed = nnx.List(matrices[:2])
+        self.named = nnx.Dict(last=matrices[2])
+        self.again = matrices[2]
+
+    def __call__(self, x):
+        for w in self.listed:
+            x = x @ w
+        return x @ self.named["last"] @ self.again
+
+
+@pytest.mark.parametrize("batches", [None, [normal(8, 32)]])
+def test_matrices_in_a_list_and_a_dict_are_quantized(batches):
+    rule = Rule("**", weight="int8", kinds="Param")
+    model, x = ListedMatrices(), normal(4, 32)
+    qmodel, report = jaxq.quantize_model(model, Recipe([rule]), calibration=batches)
+    assert [row.path for row in report.rows] == ["again", "listed/0", "listed/1"]
+    assert qmodel.named["last"] is qmodel.again
+    weights = [*model.listed, model.again, model.again]
+    expected = x
+    for w in weights:
+        expected = expected @ jaxq.quantize(w[...], "int8")
+    np.testing.assert_array_equal(qmodel(x), expected)
+    # The model that was passed keeps its floats.
+    assert all(isinstance(w, nnx.Param) for w in weights)
+
+
+class Experts(nnx.Module):
+    """A mixture of experts whose weights are a bare array: [t, k] -> [t, n]."""
+
+    def __init__(self):
+        self.router = nnx.Linear(32, 4, rngs=nnx.Rngs(0))
+        self.experts = nnx.Param(normal(4, 32, 8))
+        self.pos_emb = nnx.Param(normal(16, 32))
+        self.emb = nnx.Param(normal(16, 32))
+        self.wpe = nnx.Param(normal(16, 32))
+        self.relative_position_bias_table = nnx.Param(normal(9, 4))
+
+
+def test_the_matrix_without_a_rule_comes_first_in_the_error():
+    with pytest.raises(ValueError) as error:
+        jaxq.quantize_model(Experts(), "int8")
+    text = str(error.value)
+    assert text.startswith(
+        "quantize_model: no rule matches these matrices of modules that jaxq does not "
+        "know: experts float32[4, 32, 8]. "
+    )
+    # The tables of embeddings are no matrices, and "**" is not to blame.
+    assert "emb" not in text
+    assert "match no layer" not in text
+
+
+def test_the_last_rule_of_a_named_recipe_may_match_nothing_after_another_rule():
+    rule = Rule("experts", weight="int8", kinds="Param", contracting=-2, batch=0)
+    recipe = Recipe([rule, *jaxq.recipes.get("int4").rules])
+    _, report = jaxq.quantize_model(Experts(), recipe)
+    assert [row.path for row in report.rows if row.method] == ["experts"]
+    # Nothing at all is still an error, and so is a typo.
+    router = nnx.Dict(router=nnx.Linear(32, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"rules \['\*\*'\] match no layer"):
+        jaxq.quantize_model(router, "int4")
+    typo = Rule("expert", weight="int8", kinds="Param")
+    with pytest.raises(ValueError, match=r"rules \['expert'\] match no layer"):
+        jaxq.quantize_model(Experts(), Recipe([typo, *recipe.rules]))
+
+
+@pytest.mark.parametrize(
+    "name", ["pos_emb", "emb", "wpe", "relative_position_bias_table"]
+)
+def test_a_named_recipe_leaves_a_table_of_embeddings_in_floats(name):
+    params = {name: normal(16, 32), "up": normal(32, 32)}
+    qparams, report = jaxq.quantize_params(params, "int8")
+    assert isinstance(qparams[name], jax.Array)
+    (row,) = [row for row in report.rows if row.path == name]
+    assert row.note.startswith("embedding, left in floats")

@@ -1,0 +1,130 @@
+"""Errors that name a remedy, and the remedy itself.
+
+Each test follows the advice of the error that it provokes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from jax.sharding import PartitionSpec
+
+import jaxq
+from jaxq import PerGroup, QuantSpec, Recipe, Rule
+from tests.arrays import normal
+
+
+def test_a_stack_of_matrices_names_contracting_and_batch():
+    stack, x = normal(3, 32, 32), normal(2, 32)
+    with pytest.raises(ValueError, match=r"contracting=\(-2,\), batch=\(0,\)"):
+        jaxq.quantize(stack, "int8")
+    with pytest.raises(ValueError, match=r"contracting=\(-2,\) and batch=\(0,\)"):
+        jaxq.quantize_params({"w": stack}, "int8")
+    qt = jaxq.quantize(stack, "int8", contracting=(-2,), batch=(0,))
+    y, _ = jax.lax.scan(lambda x, w: (x @ w, None), x, qt)
+    assert y.shape == (2, 32)
+    shared = jaxq.quantize(stack, "int8", contracting=(-2,))
+    with pytest.raises(ValueError, match=r"quantize a stack with batch=\(0,\)"):
+        jax.lax.scan(lambda x, w: (x @ w, None), x, shared)
+
+
+def test_a_group_that_does_not_divide_names_the_granularity():
+    w = normal(100, 8)
+    with pytest.raises(ValueError, match=r"Pass jaxq\.PerGroup\(size, pad=True\) or "):
+        jaxq.quantize(w, QuantSpec("int4", PerGroup(32)))
+    qt = jaxq.quantize(w, QuantSpec("int4", PerGroup(32, pad=True)))
+    assert qt.shape == (100, 8)
+
+
+def test_a_linen_module_names_the_linen_function():
+    with pytest.raises(TypeError, match=r"jaxq\.nn\.linen\.quantize_model\(module, "):
+        jaxq.quantize_model(linen.Dense(8), "int8")
+
+
+@pytest.mark.parametrize("name", ["fp8", "FP8", "e4m3"])
+def test_a_short_name_of_a_float8_format_suggests_float8(name):
+    with pytest.raises(ValueError, match="Did you mean 'float8_e4m3fn'"):
+        jaxq.emulation.Policy(operands=name)
+    with pytest.raises(ValueError, match="Did you mean 'float8_e4m3fn'"):
+        QuantSpec(format=name)
+
+
+def test_short_names_mean_formats_that_exist():
+    for short in ("fp4", "fp6", "fp8", "e4m3", "e5m2", "bf16", "fp16", "fp32"):
+        with pytest.raises(ValueError, match="Did you mean") as error:
+            jaxq.formats.get(short)
+        suggested = str(error.value).split("Did you mean ")[1].split("?")[0]
+        for name in suggested.split(" or "):
+            assert jaxq.formats.get(name.strip("'")).name == name.strip("'")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(jaxq.recipes.names()) - set(jaxq.presets()))
+)
+def test_the_name_of_a_recipe_is_known_as_one(name):
+    with pytest.raises(ValueError, match=f"{name!r} is a recipe for models"):
+        jaxq.quantize(jnp.ones((32, 8)), name)
+
+
+def test_an_embedding_that_is_indexed_names_take():
+    recipe = Recipe([Rule("", weight="int8")])
+    qmodel, _ = jaxq.quantize_model(nnx.Embed(16, 32, rngs=nnx.Rngs(0)), recipe)
+    tokens = jnp.asarray([1, 2])
+    with pytest.raises(IndexError, match=r"jaxq\.ops\.take\(table, indices\)"):
+        qmodel.embedding[tokens]
+    rows = jaxq.ops.take(qmodel.embedding[...], tokens)
+    np.testing.assert_array_equal(rows, qmodel(tokens))
+
+
+def test_a_qtensor_that_shard_map_would_split_names_the_specs():
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("d",))
+    qt, x = jaxq.quantize(normal(32, 8), "int8"), normal(2, 32)
+
+    def product(x, qt):
+        return x @ qt
+
+    whole = jax.shard_map(
+        product, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec()
+    )
+    np.testing.assert_allclose(whole(x, qt), x @ qt, rtol=1e-5)
+    half = jax.tree.map(lambda leaf: leaf[: leaf.shape[0] // 2], qt)
+    with pytest.raises(ValueError, match=r"in_specs=P\(\)"):
+        product(x, half)
+
+
+def test_loaded_linen_variables_run_in_the_module_that_the_error_names(tmp_path):
+    module, x = linen.Dense(8), normal(2, 32)
+    variables = module.init(jax.random.key(0), x)
+    qmodule, qvariables, _ = jaxq.nn.linen.quantize_model(module, variables, "int8")
+    jaxq.save(tmp_path / "dense", qvariables)
+    with pytest.raises(TypeError, match=r"Quantized\(module\)\.apply\(variables, x\)"):
+        jaxq.load(tmp_path / "dense", into=module)
+    loaded = jaxq.load(tmp_path / "dense")
+    y = jaxq.nn.linen.Quantized(module).apply(loaded, x)
+    np.testing.assert_array_equal(y, qmodule.apply(qvariables, x))
+
+
+def test_the_path_of_a_parameter_in_a_rule_names_the_layer():
+    model = nnx.Sequential(nnx.Linear(32, 8, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="Write the path of its layer, 'layers/0'"):
+        jaxq.quantize_model(model, Recipe([Rule("layers/0/kernel", weight="int8")]))
+    module, x = linen.Sequential([linen.Dense(8)]), normal(2, 32)
+    variables = module.init(jax.random.key(0), x)
+    recipe = Recipe([Rule("layers_0/kernel", weight="int8")])
+    with pytest.raises(ValueError, match="Write the path of its layer, 'layers_0'"):
+        jaxq.nn.linen.quantize_model(module, variables, recipe, example=x)
+
+
+def test_quantize_params_shows_its_progress(capsys):
+    params = {"a": normal(32, 8), "b": normal(32, 8)}
+    jaxq.quantize_params(params, "int8", progress=True)
+    assert "quantizing: 2/2" in capsys.readouterr().err
+
+
+def test_the_printout_of_a_quantized_model_has_bits_and_shapes():
+    qmodel, _ = jaxq.quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int4")
+    text = str(qmodel)
+    assert "int4[64x8]" in text
+    assert f"{qmodel.kernel[...].bits_per_element:.4g} bits" in text
+    assert "ArrayRepr" not in text
