@@ -48,43 +48,43 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True) -> Any:
     """Reads a file that `save` wrote.
 
-      Args:
-        path: the file to read.
-        into: a float model of the class that was saved, or the result of
-          `nnx.eval_shape`. It is not changed: `load` fills a copy with the arrays of the
-          file. If the file holds a quantized weight, the copy's layer becomes a quantized
-          layer. For the file of a tree, `into` is a tree with the same paths, such as the
-          state of an optimizer. The result has its named tuples and other containers, and
-          its arrays have the same sharding. If `into` is None, a model's file gives a
-          dict from paths to arrays and QTensors. The variables of a quantized linen
-      module are a tree. Load them without `into`, and run them with
-      `jaxq.nn.linen.Quantized(module).apply(variables, x)`.
-    verify: compare the checksums that `save` wrote. They find damage on disks and in
-      transfers. They do not protect against an attacker. False reads what can be
-      read of a damaged file. Files of earlier versions have no checksums.
+    Args:
+      path: the file to read.
+      into: a float model of the class that was saved, or the result of
+        `nnx.eval_shape`. It is not changed: `load` fills a copy with the arrays of the
+        file. If the file holds a quantized weight, the copy's layer becomes a quantized
+        layer. For the file of a tree, `into` is a tree with the same paths, such as the
+        state of an optimizer. The result has its named tuples and other containers, and
+        its arrays have the same sharding. If `into` is None, a model's file gives a
+        dict from paths to arrays and QTensors. The variables of a quantized linen
+        module are a tree. Load them without `into`, and run them with
+        `jaxq.nn.linen.Quantized(module).apply(variables, x)`.
+      verify: compare the checksums that `save` wrote. They find damage on disks and in
+        transfers. They do not protect against an attacker. False reads what can be
+        read of a damaged file. Files of earlier versions have no checksums.
 
-      Returns:
-        The tree, or the filled copy of `into`. Arrays are jax arrays. A numpy array of 64
-        bits stays a numpy array unless `jax_enable_x64` is set.
+    Returns:
+      The tree, or the filled copy of `into`. Arrays are jax arrays. A numpy array of 64
+      bits stays a numpy array unless `jax_enable_x64` is set.
 
-      Raises:
-        FileNotFoundError: the file does not exist.
-        TypeError: `into` is a linen module.
-        ValueError: the file was not written by jaxq.save, or has another format version,
-          or is damaged. The error names the file and the value.
-        ValueError: the file does not fit `into`. The error names every array that is
-          missing, unexpected or of another shape. It also names every layer whose inputs
-          are transformed in another way in the model than in the file.
+    Raises:
+      FileNotFoundError: the file does not exist.
+      TypeError: `into` is a linen module.
+      ValueError: the file was not written by jaxq.save, or has another format version,
+        or is damaged. The error names the file and the value.
+      ValueError: the file does not fit `into`. The error names every array that is
+        missing, unexpected or of another shape. It also names every layer whose inputs
+        are transformed in another way in the model than in the file.
 
-      Example:
-        >>> import os, tempfile, jaxq
-        >>> from flax import nnx
-        >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
-        >>> qmodel, _ = jaxq.quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int8")
-        >>> jaxq.save(path, qmodel)
-        >>> loaded = jaxq.load(path, into=nnx.Linear(64, 8, rngs=nnx.Rngs(1)))
-        >>> loaded.kernel[...]
-        QTensor(int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
+    Example:
+      >>> import os, tempfile, jaxq
+      >>> from flax import nnx
+      >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
+      >>> qmodel, _ = jaxq.quantize_model(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), "int8")
+      >>> jaxq.save(path, qmodel)
+      >>> loaded = jaxq.load(path, into=nnx.Linear(64, 8, rngs=nnx.Rngs(1)))
+      >>> loaded.kernel[...]
+      QTensor(int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
     """
     contents = read_contents(path, caller="load", verify=verify)
     if contents.kind not in ("tree", "model"):
