@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxq import formats
 from jaxq.kernels._codes import largest_exact_length
-from jaxq.kernels._problem import Problem
+from jaxq.kernels._problem import Problem, why_not_static
 from jaxq.kernels._rows import RowMeta, Rows, group_size, int8_meta, num_groups
 
 
@@ -143,6 +143,9 @@ def _halves_unit(meta: RowMeta) -> int | None:
 
 def _why_no_problem(call: Call, x: Any, leaves: Sequence[Any]) -> str | None:
     """Returns why no kernel computes the product, or None if `Problem` describes it."""
+    symbolic = why_not_static(x, *leaves)
+    if symbolic is not None:
+        return symbolic
     meta, rows, name = call.meta, call.rows(leaves), call.meta.fmt.name
     if call.transposed and not jnp.issubdtype(x.dtype, jnp.floating):
         return f"kept axes of the weight are contracted with {x.dtype.name} activations"

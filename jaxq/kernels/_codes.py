@@ -26,6 +26,7 @@ from jaxq.kernels._rows import (
     for_blocks,
     group_size,
     unpack_codes,
+    work_bytes,
 )
 
 _NATIVE_FLOATS = (
@@ -114,7 +115,7 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
 
     # A row of b needs memory for its codes and for a partial sum of each group.
     # Platforms without float8 units widen the codes to 4 bytes.
-    row_bytes = max(4 * b_meta.padded_k, 8 * groups * m)
+    row_bytes = work_bytes(b_meta, groups * m)
     y = jnp.zeros((m, n), dtype)
     return for_blocks(b, b_meta, write, y, row_bytes=row_bytes, most_bytes=_BLOCK_BYTES)
 
@@ -130,7 +131,8 @@ def _sum_over_groups(
     """
     assert b_meta.block_bytes is not None
     (m, groups, _), n = a.codes.shape, b.codes.shape[0]
-    most = max(1, b_meta.block_bytes // (8 * m * n))
+    # One group at a time if m is symbolic, as `jax.export` allows.
+    most = max(1, b_meta.block_bytes // (8 * m * n)) if isinstance(m, int) else 1
     count = max(c for c in range(1, groups + 1) if groups % c == 0 and c <= most)
     if count == groups:
         return _groups_product(a, b, a_meta, b_meta)

@@ -6,6 +6,7 @@ import dataclasses
 
 from jaxq import formats
 from jaxq.kernels._codes import is_native_float
+from jaxq.kernels._problem import why_not_static
 from jaxq.kernels._rows import RowMeta, Rows, group_size, num_groups
 
 _SCALES = ("float32", "bfloat16", "float16")
@@ -47,6 +48,10 @@ class CodesProblem:
         return self.codes == "int8"
 
 
+# The reason if a product needs no kernel.
+ONE_SCALE = "there is one scale for each row, and XLA multiplies such codes natively"
+
+
 def codes_problem(
     a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta
 ) -> CodesProblem | str:
@@ -60,6 +65,9 @@ def codes_problem(
       b: codes and scales `[e, n, ...]`.
       b_meta: static facts of b.
     """
+    symbolic = why_not_static(a.data, b.data)
+    if symbolic is not None:
+        return symbolic
     names = a_meta.fmt.name, b_meta.fmt.name
     if names[0] != names[1] or not (names[0] == "int8" or is_native_float(a_meta.fmt)):
         return (
@@ -76,7 +84,7 @@ def codes_problem(
     groups = num_groups(a), num_groups(b)
     most = max(groups)
     if most == 1:
-        return "there is one scale for each row, and XLA multiplies such codes natively"
+        return ONE_SCALE
     group = group_size(a_meta if groups[0] > 1 else b_meta, most)
     if group * most != a_meta.k:
         return f"the last group of {a_meta.k} codes in groups of {group} is not full"

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
 from jaxq.kernels._codes import codes_matmul
-from jaxq.kernels._codes_problem import CodesProblem, codes_problem
+from jaxq.kernels._codes_problem import ONE_SCALE, CodesProblem, codes_problem
 from jaxq.kernels._dispatch import (
     Choice,
     block_bytes_on,
@@ -99,7 +99,7 @@ def choose_codes(
     if platform not in CODES_KERNELS:
         return Choice("xla", f"there are no kernels for {platform}")
     if isinstance(problem, str):
-        return Choice("xla", problem, preferred=True)
+        return Choice("xla", problem, preferred=problem == ONE_SCALE)
     reason = why_not_partitioned(num_devices)
     if reason is not None:
         return Choice("xla", reason)

@@ -61,7 +61,8 @@ class Choice(NamedTuple):
     Attributes:
       backend: "xla" or the name of a kernel.
       reason: why no kernel runs, or None if one runs.
-      preferred: True if the XLA form runs because it is expected to be faster.
+      preferred: True if the XLA form runs because it is expected to be faster, or
+        because there is nothing to compute. There is no warning then.
       passed_over: kernels that come before the chosen one, and why they cannot compute
         the product.
 
@@ -111,8 +112,9 @@ def choose(
     if reason is not None:
         return Choice("xla", reason)
     if 0 in (problem.e, problem.m, problem.n, problem.k):
-        return Choice("xla", "the product is empty")
+        return Choice("xla", "the product is empty", preferred=True)
     is_int8 = problem.x_dtype == "int8" and problem.bits == 8
+    is_int8 = is_int8 and problem.num_groups == 1
     if platform == "cuda" and is_int8 and not problem.transposed:
         reason = "XLA has its own int8 product for int8 x and 8-bit codes"
         return Choice("xla", reason, preferred=True)
@@ -207,7 +209,7 @@ def decide(
         # A user cannot act on a warning about a derivative. There is also no warning if
         # the XLA form is expected to be faster.
         if not call.backward and not choice.preferred:
-            product = f"a {call.meta.fmt.name} product with k = {call.meta.k}"
+            product = f"a product of {call.meta.fmt.name} codes with k = {call.meta.k}"
             warn_of_fallback(product, platform, choice.reason)
     per_matrix = _ACCELERATOR_BLOCK_BYTES // max(x.shape[0], 1)
     return Decision(

@@ -100,7 +100,7 @@ def why_not(problem: Problem, device_kind: str | None) -> str | None:
             'jaxq.relayout(weight, "rows")'
         )
     if p.x_dtype == "int8" or p.scale_dtype is None:
-        return "it takes no int8 x; XLA has its own int8 product"
+        return "it takes no int8 x"
     if p.x_dtype not in _words.BASE:
         return f"it takes x in bfloat16 or float16, not in {p.x_dtype}"
     if p.bits not in (4, 8) or (p.codebook and p.bits != 4):

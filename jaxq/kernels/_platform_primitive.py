@@ -74,7 +74,10 @@ def platform_primitive(
                 platform or _platform_without_kernels(ctx), device_kind, num_devices
             )
             function = form(target, ctx.avals_in, call=call)
-            return _lower_quietly(ctx, function, operands, multiple_results)
+            # Pallas cannot lower the integers of 64 bits that jax_enable_x64 gives.
+            x64 = jax.config.jax_enable_x64 and platform is None  # pyright: ignore
+            with jax.enable_x64(x64):
+                return _lower_quietly(ctx, function, operands, multiple_results)
 
     primitive.def_abstract_eval(abstract)
     primitive.def_impl(evaluate)

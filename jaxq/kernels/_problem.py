@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jaxq.kernels._rows import Layout
 
@@ -91,3 +92,19 @@ class Problem:
         if self.codebook:
             return f"codebook{self.bits}"
         return f"int{self.bits}" if self.signed else f"uint{self.bits}"
+
+
+# The reason why no kernel runs if a shape is symbolic.
+SYMBOLIC = "its shapes are symbolic, and a kernel needs static shapes"
+
+
+def why_not_static(*arrays: Any) -> str | None:
+    """Returns why no kernel runs if a shape is symbolic, as `jax.export` allows.
+
+    Args:
+      *arrays: arrays or abstract values. None is ignored.
+    """
+    shapes = [array.shape for array in arrays if array is not None]
+    if all(isinstance(size, int) for shape in shapes for size in shape):
+        return None
+    return SYMBOLIC

@@ -25,7 +25,12 @@ from jax.interpreters import ad, batching
 from jax.sharding import PartitionSpec
 
 from jaxq.kernels._call import Call, problem_of, with_leaves
-from jaxq.kernels._dispatch import Choice, warn_of_fallback, why_not_partitioned
+from jaxq.kernels._dispatch import (
+    Choice,
+    block_bytes_on,
+    warn_of_fallback,
+    why_not_partitioned,
+)
 from jaxq.kernels._forms import in_memory_order, kernel_operands, pad_columns
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
@@ -46,9 +51,6 @@ _SCALES_AS_STORED = ("ragged_triton",)
 # measured yet.
 _DENSE_FROM_ROWS_OF_EXPERT = 512
 _MOST_DENSE_EXPERTS = 2
-# Size in bytes of the decoded rows of all experts that the XLA form holds on an
-# accelerator.
-_ACCELERATOR_BLOCK_BYTES = 256 * 2**20
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -240,12 +242,11 @@ def _form(
             kernel=choice.backend,
             device_kind=device_kind,
         )
-    if platform not in _KERNELS:
-        return functools.partial(ragged_form, call=call)
-    if not choice.preferred:
+    if platform in _KERNELS and not choice.preferred:
         product = f"rows times {call.meta.fmt.name} experts with k = {call.meta.k}"
         warn_of_fallback(product, platform, choice.reason)
-    meta = dataclasses.replace(call.meta, block_bytes=_ACCELERATOR_BLOCK_BYTES)
+    block_bytes = block_bytes_on(platform, num_devices, 1)
+    meta = dataclasses.replace(call.meta, block_bytes=block_bytes)
     return functools.partial(ragged_form, call=dataclasses.replace(call, meta=meta))
 
 

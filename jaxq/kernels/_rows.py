@@ -8,7 +8,7 @@ is multiplied with its own part of x.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -314,6 +314,18 @@ def block_rows(
         block_bytes = min(_BLOCK_BYTES, most_bytes or _BLOCK_BYTES)
     row_bytes = row_bytes or 4 * max(meta.padded_k, 1)
     return min(n, max(16, block_bytes // row_bytes // 16 * 16))
+
+
+def work_bytes(meta: RowMeta, num_sums: Any) -> int:
+    """Returns the bytes that a row needs in a product: its codes or its partial sums.
+
+    Args:
+      meta: static facts of the rows.
+      num_sums: number of partial sums of a row. A symbolic number, as `jax.export`
+        allows, is left out.
+    """
+    sums_bytes = 8 * num_sums if isinstance(num_sums, int) else 0
+    return max(4 * meta.padded_k, sums_bytes)
 
 
 def columns_of_block(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from jaxq import formats
+from jaxq.kernels._problem import SYMBOLIC
 from jaxq.qtensor import Geometry, QuantSpec
 
 FORMATS = ("int8", "float8_e4m3fn", "float8_e5m2")
@@ -81,6 +82,8 @@ def rows_problem(
       spec: how to quantize.
       geometry: the geometry of the array.
     """
+    if not all(isinstance(size, int) for size in shape):
+        return SYMBOLIC
     reason = why_not_spec(spec)
     if reason is not None:
         return reason

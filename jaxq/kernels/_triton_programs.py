@@ -29,7 +29,7 @@ def why_not_programs(problem: Problem) -> str | None:
             'jaxq.relayout(weight, "rows")'
         )
     if p.x_dtype == "int8" or p.scale_dtype is None:
-        return "it takes no int8 x; XLA has its own int8 product"
+        return "it takes no int8 x"
     if p.bits not in (4, 8) or (p.codebook and p.bits != 4):
         return (
             "it decodes codes of 4 or 8 bits and codebooks of 16 numbers, not "

@@ -47,6 +47,7 @@ from jaxq.kernels._rows import (
     num_fields,
     num_groups,
     split_fields,
+    work_bytes,
 )
 
 # Up to this number of rows of x and of cores, one core decodes the weight. Products of
@@ -188,7 +189,7 @@ def whole_numbers_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
         at = (start, jnp.zeros_like(start))
         return lax.dynamic_update_slice(y, product(block), at)
 
-    row_bytes = max(4 * meta.padded_k, 8 * groups * m)
+    row_bytes = work_bytes(meta, groups * m)
     y = jnp.zeros((n, m), jnp.float32)
     return for_blocks(rows, meta, write, y, row_bytes=row_bytes).T
 

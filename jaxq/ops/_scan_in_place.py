@@ -48,7 +48,8 @@ def scan_in_place(fn: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
     A scan over layers (`lax.scan`, `nnx.scan`, linen's `nn.scan`) slices each stacked
     QTensor. If a kernel computes the product, XLA copies the codes of the layer first.
     In the result of `scan_in_place` the kernel gets the whole stack and the number of
-    the layer. Scales are still sliced. They are a small part of a weight.
+    the layer. Scales are still sliced. They are a small part of a weight. `ragged_dot`
+    and products of codes with scales in groups still get a copy of their slice.
 
     The results are the same, bit for bit. So are the derivatives. A product that no
     kernel computes runs in plain XLA and slices its codes, as without `scan_in_place`.
@@ -100,7 +101,8 @@ def _warn(products: _Products) -> None:
     elif not products.num_stacks:
         warnings.warn(
             "scan_in_place: no scan in this function slices a stacked QTensor for a "
-            "product, so nothing changes.",
+            "product that can read a stack, so nothing changes. ragged_dot and "
+            "products of codes with scales in groups cannot.",
             kernels.FallbackWarning,
             stacklevel=3,
         )

@@ -245,8 +245,8 @@ def test_default_tiles_fit_in_shared_memory(codes):
     [
         ({"layout": "columns"}, "columns"),
         ({"x_dtype": "float32"}, "float32"),
-        ({"x_dtype": "int8"}, "int8 product"),
-        ({"scale_dtype": None}, "int8 product"),
+        ({"x_dtype": "int8"}, "no int8 x"),
+        ({"scale_dtype": None}, "no int8 x"),
         ({"bits": 8, "codebook": True}, "codebook8"),
         ({"group": 16}, "not 16"),
         ({"n": 1001}, "1001"),

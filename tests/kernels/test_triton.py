@@ -100,8 +100,8 @@ def test_lowers_for_cuda(codes, group, x_dtype, m):
     ("change", "reason"),
     [
         ({"layout": "columns"}, "columns"),
-        ({"x_dtype": "int8"}, "int8 product"),
-        ({"scale_dtype": None}, "int8 product"),
+        ({"x_dtype": "int8"}, "no int8 x"),
+        ({"scale_dtype": None}, "no int8 x"),
         ({"bits": 8, "codebook": True}, "codebook8"),
         ({"group": 16}, "not 16"),
         ({"m": 0}, "empty"),
