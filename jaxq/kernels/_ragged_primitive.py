@@ -156,7 +156,12 @@ def ragged_form(
     """Computes what `ragged_p` computes in plain XLA."""
 
     def product(x: jax.Array, sizes: jax.Array, *leaves: jax.Array) -> jax.Array:
-        return ragged_xla_form(x, call.rows(leaves), sizes, call.meta)
+        # `lax.ragged_dot` has no rule for explicit mesh axes. In a program that is
+        # lowered with such a mesh in use, all operands are on it.
+        def form(x: jax.Array, sizes: jax.Array, *leaves: jax.Array) -> jax.Array:
+            return ragged_xla_form(x, call.rows(leaves), sizes, call.meta)
+
+        return call_on_auto_axes(form, (None, None), x, sizes, *leaves)
 
     b = x.shape[0]
     if b == 1:

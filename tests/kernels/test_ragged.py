@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import jaxq
 from jaxq import kernels
@@ -393,7 +393,7 @@ def test_the_kernel_runs_inside_shard_map(platform):
     weights = experts("nf4", e=4)
     x, sizes = normal(2 * 16, 256, dtype="bfloat16"), jnp.array([3, 9, 10, 6])
     device = h200() if platform == "cuda" else None
-    mesh = AbstractMesh((2,), ("d",), abstract_device=device)
+    mesh = AbstractMesh((2,), ("d",), (AxisType.Auto,), abstract_device=device)
     specs = PartitionSpec("d")
     f = jax.shard_map(
         lambda x, w, sizes: ragged_dot(x, w, sizes),
