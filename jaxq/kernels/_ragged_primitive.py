@@ -161,7 +161,7 @@ def ragged_form(
         def form(x: jax.Array, sizes: jax.Array, *leaves: jax.Array) -> jax.Array:
             return ragged_xla_form(x, call.rows(leaves), sizes, call.meta)
 
-        return call_on_auto_axes(form, (None, None), x, sizes, *leaves)
+        return call_on_auto_axes(form, PartitionSpec(None, None), x, sizes, *leaves)
 
     b = x.shape[0]
     if b == 1:
