@@ -18,8 +18,8 @@ softmax of `bq` queries:
 - A slot reads only the tiles that hold its tokens. Tiles beyond them are neither
   fetched nor computed.
 
-The kernel has run in the interpreter and has been compiled for TPU v6e. It has not been
-timed on a device.
+The kernel has run in the interpreter and has been compiled for TPU v5e, v6e and v7x. It
+has not been timed on a device.
 """
 
 from __future__ import annotations
