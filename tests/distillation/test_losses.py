@@ -75,7 +75,9 @@ def test_against_float64(name, labels, mask, temperature, alpha, beta):
     expected = kd64(STUDENT, TEACHER, labels, temperature, alpha, weights, name, beta)
     assert loss.dtype == jnp.float32
     assert loss.shape == ()
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    # At high temperatures all numbers are nearly equal, and the last bits of the
+    # exponentials, which differ between machines, reach 1e-5.
+    assert float(loss) == pytest.approx(expected, rel=2e-5)
 
 
 def test_against_torch():

@@ -430,7 +430,7 @@ def test_rules_hidden_by_earlier_ones_are_unused():
 
 
 def test_a_model_without_layers():
-    with pytest.raises(ValueError, match=r"Layers here: w float32\[4, 4\]"):
+    with pytest.raises(ValueError, match=r"does not know: w float32\[4, 4\]"):
         jaxq.quantize_model(Holder(nnx.Param(jnp.ones((4, 4)))), "int8")
     with pytest.raises(ValueError, match="Layers here: none that jaxq knows"):
         jaxq.quantize_model(Holder(nnx.Param(jnp.ones(4))), "int8")
