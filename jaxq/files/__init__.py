@@ -15,3 +15,5 @@ from jaxq.files._read_tensors import TensorFile as TensorFile
 from jaxq.files._read_tensors import TensorHeader as TensorHeader
 from jaxq.files._write_tensors import DTYPES as DTYPES
 from jaxq.files._write_tensors import write_tensors as write_tensors
+
+__all__: list[str] = []
