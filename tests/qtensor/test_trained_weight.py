@@ -407,7 +407,9 @@ def test_a_stack_is_indexed_along_its_batch_axes():
     assert w[...] is w
     gradients = jax.vmap(slopes)(w)
     assert_same(jax.tree.map(lambda leaf: leaf[2], gradients), slopes(w[2]))
-    with pytest.raises(IndexError, match="has 1. For other axes index w.fake_quant()"):
+    with pytest.raises(
+        IndexError, match=r"has 1\. .*For other axes index w\.fake_quant"
+    ):
         w[0, 1]
     with pytest.raises(TypeError, match="Iterate over w.fake_quant()"):
         list(w[0])
