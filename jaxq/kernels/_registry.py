@@ -1,8 +1,11 @@
-"""The list of Pallas kernels. Each kernel is one module of this folder.
+"""The Pallas kernels for products of floats or int8 codes with a quantized weight.
 
-A kernel's module has three functions: `why_not(problem, device_kind)`,
-`default_tiles(problem, device_kind)` and `matmul(x, data, scale, zero_point, codebook,
-*, problem, tiles, index, interpret)`.
+Each kernel is one module of this folder. The module has three functions:
+`why_not(problem, device_kind)`, `default_tiles(problem, device_kind)` and `matmul(x,
+data, scale, zero_point, codebook, *, problem, tiles, index, interpret)`.
+
+Experts, attention, codes with scales in groups and the quantization of activations have
+kernels too. The file with the primitive of each lists them.
 """
 
 from __future__ import annotations
