@@ -22,10 +22,10 @@ import tune
 from timing import interleaved, summary
 
 import jaxq
-from jaxq.kernels import KERNELS, Problem
+from jaxq.kernels import Problem
 from jaxq.kernels._registry import (
     KERNEL_NAMES,
-    TRANSPOSED_KERNELS,
+    KERNELS,
     kernel_module,
     kernels_for,
 )
@@ -92,12 +92,12 @@ def _platform() -> str:
 
 def _right_results(rehearse: bool) -> list[Task]:
     if rehearse:
-        transposed = itertools.chain.from_iterable(TRANSPOSED_KERNELS.values())
+        transposed = itertools.chain.from_iterable(KERNELS["transposed"].values())
         names = (*KERNEL_NAMES, *transposed)
     else:
         names = [
-            *kernels_for(_platform(), transposed=False),
-            *kernels_for(_platform(), transposed=True),
+            *kernels_for(_platform(), "product"),
+            *kernels_for(_platform(), "transposed"),
         ]
     repeats = 2 if rehearse else REPEATS
     by_platform = {"tpu": "ragged_tpu", "cuda": "ragged_triton"}
@@ -400,7 +400,7 @@ def _tiles(rehearse: bool) -> list[Task]:
     kernel, choices, n = "mosaic_gpu", TILES, 4096
     if rehearse:
         kernel, choices, n = "triton", {"splits": (1, 2)}, 64
-    elif kernel not in KERNELS.get(_platform(), ()):
+    elif kernel not in kernels_for(_platform(), "product"):
         return [Task("other tiles", lambda: None, _no_tiles)]
     candidates = [
         dict(zip(choices, values, strict=True))

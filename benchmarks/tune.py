@@ -344,13 +344,13 @@ def main() -> None:
         backend = jax.default_backend()
         platform = {"gpu": "cuda"}.get(backend, backend)
         device = jax.devices()[0].device_kind
-    if platform not in kernels.KERNELS:
+    if platform not in kernels.PLATFORMS:
         message = f"There are no kernels for {platform}, so nothing can be timed."
         parser.exit(1, f"{message} Use --topology to rank tiles for a TPU.\n")
     layouts = ("rows", "columns") if platform == "tpu" else ("rows",)
     table = {_key(entry): entry for entry in _tiles.table()}
     bundles_of: dict[str, int] = {}
-    for name in args.kernels or kernels.KERNELS[platform][:1]:
+    for name in args.kernels or kernels.KERNELS["product"][platform][:1]:
         for codes, layout, m, k, n in itertools.product(
             args.codes, layouts, args.m, args.k, args.n
         ):

@@ -88,7 +88,7 @@ CALLS: dict[str, Call] = {
     "custom_jvp_call": _custom_jvp_call,
     "custom_vjp_call": _custom_vjp_call,
     "codes_matmul": _kernel_form_call,
-    "quantize_rows": _kernel_form_call,
+    "quantize_activation": _kernel_form_call,
     "quantized_attention": _kernel_form_call,
     "quantized_matmul": _kernel_form_call,
     "quantized_matmul_tangent": _kernel_form_call,

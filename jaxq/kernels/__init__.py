@@ -9,37 +9,36 @@ The kernels have been compiled for TPU and GPU. Their arithmetic has been tested
 interpreters. Their speed has not been measured on any device yet.
 """
 
+from jaxq.kernels._activation_problem import ActivationProblem as ActivationProblem
+from jaxq.kernels._activation_problem import activation_problem as activation_problem
 from jaxq.kernels._attention import AttentionCall as AttentionCall
 from jaxq.kernels._attention import call_attention as call_attention
 from jaxq.kernels._attention_problem import AttentionProblem as AttentionProblem
 from jaxq.kernels._call import Call as Call
 from jaxq.kernels._call import problem_of as problem_of
 from jaxq.kernels._call import with_index as with_index
+from jaxq.kernels._choice import Choice, FallbackWarning, choose
 from jaxq.kernels._codes import is_native_float as is_native_float
 from jaxq.kernels._codes import largest_exact_length as largest_exact_length
 from jaxq.kernels._codes_problem import CodesProblem as CodesProblem
 from jaxq.kernels._codes_problem import codes_problem as codes_problem
 from jaxq.kernels._codes_product import call_codes as call_codes
-from jaxq.kernels._codes_product import choose_codes as choose_codes
 from jaxq.kernels._devices import device_kind as device_kind
-from jaxq.kernels._dispatch import Choice, FallbackWarning, choose
 from jaxq.kernels._forms import xla_form as xla_form
 from jaxq.kernels._one_step import as_one_step as as_one_step
 from jaxq.kernels._primitive import FORMS as FORMS
 from jaxq.kernels._primitive import call_matmul as call_matmul
 from jaxq.kernels._problem import Problem
-from jaxq.kernels._quantize_rows import choose_rows as choose_rows
-from jaxq.kernels._quantize_rows import quantize_rows as quantize_rows
+from jaxq.kernels._quantize_activation import quantize_activation as quantize_activation
 from jaxq.kernels._quantized_matmul import quantized_matmul
-from jaxq.kernels._ragged_primitive import choose_ragged as choose_ragged
 from jaxq.kernels._ragged_primitive import ragged_matmul as ragged_matmul
 from jaxq.kernels._ragged_primitive import ragged_problem as ragged_problem
 from jaxq.kernels._registry import KERNELS as KERNELS
+from jaxq.kernels._registry import PLATFORMS as PLATFORMS
+from jaxq.kernels._registry import Family as Family
 from jaxq.kernels._rows import Layout as Layout
 from jaxq.kernels._rows import RowMeta as RowMeta
 from jaxq.kernels._rows import Rows as Rows
-from jaxq.kernels._rows_problem import RowsProblem as RowsProblem
-from jaxq.kernels._rows_problem import rows_problem as rows_problem
 
 # An import with `as` and the same name is for other rooms of jaxq, not for users.
 __all__ = ["Choice", "FallbackWarning", "Problem", "choose", "quantized_matmul"]

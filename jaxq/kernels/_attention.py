@@ -25,14 +25,11 @@ from jax.interpreters import ad, batching
 from jax.sharding import PartitionSpec
 
 from jaxq.kernels._attention_problem import AttentionProblem
-from jaxq.kernels._dispatch import Choice, warn_of_fallback, why_not_partitioned
+from jaxq.kernels._choice import kernel_on
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._registry import kernel_module
 from jaxq.meshes import call_on_auto_axes, explicit_spec
-
-# The kernel of each platform, and the module that contains it.
-_KERNELS = {"tpu": "attention_tpu", "cuda": "attention_triton"}
 
 # (top, total, sums), float32: `[b, m, n]`, the same, and `[b, m, n, h]`.
 State = tuple[jax.Array, jax.Array, jax.Array]
@@ -72,28 +69,6 @@ def call_attention(*operands: jax.Array, call: AttentionCall) -> State:
     specs = [per_query, per_query, PartitionSpec(*q_spec)]
     top, total, sums = call_on_auto_axes(bind, specs, *operands)
     return top, total, sums
-
-
-def choose_attention(
-    problem: AttentionProblem | str, platform: str, num_devices: int = 1
-) -> Choice:
-    """Chooses the kernel for a platform, by static facts alone.
-
-    Args:
-      problem: the attention, or the reason why no kernel computes it.
-      platform: "cpu", "tpu", "cuda", ...
-      num_devices: number of devices over which XLA partitions the program.
-    """
-    if platform not in _KERNELS:
-        return Choice("xla", f"there are no attention kernels for {platform}")
-    if isinstance(problem, str):
-        return Choice("xla", problem)
-    reason = why_not_partitioned(num_devices)
-    if reason is not None:
-        return Choice("xla", reason)
-    name = _KERNELS[platform]
-    reason = kernel_module(name).why_not(problem)
-    return Choice("xla" if reason else name, reason)
 
 
 def attention_kernel_form(
@@ -164,14 +139,10 @@ def _form(
 ) -> Callable[..., State]:
     """What the primitive computes on a target: a kernel or the XLA form."""
     del avals
-    choice = choose_attention(call.problem, target.platform, target.num_devices)
-    if choice.reason is None:
-        return functools.partial(
-            attention_kernel_form, call=call, kernel=choice.backend
-        )
-    if target.platform in _KERNELS:
-        product = "attention over a quantized KV cache"
-        warn_of_fallback(product, target.platform, choice.reason)
+    product = "attention over a quantized KV cache"
+    kernel = kernel_on(target, call.problem, "attention", product)
+    if kernel is not None:
+        return functools.partial(attention_kernel_form, call=call, kernel=kernel)
     return functools.partial(attention_xla_form, call=call)
 
 

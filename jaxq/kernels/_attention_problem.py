@@ -49,6 +49,11 @@ class AttentionProblem:
     window: int | None
 
     @property
+    def is_empty(self) -> bool:
+        """True if there is nothing to compute."""
+        return 0 in (self.b, self.m, self.n, self.h, self.groups)
+
+    @property
     def parts(self) -> int:
         """Number of tokens in a row."""
         return 8 // self.bits

@@ -45,8 +45,9 @@ _TILE_BYTES = 128 * 1024
 _LOWEST = float(np.finfo(np.float32).min)
 
 
-def why_not(problem: AttentionProblem) -> str | None:
+def why_not(problem: AttentionProblem, device_kind: str | None) -> str | None:
     """Returns why this kernel cannot compute a problem, or None if it can."""
+    del device_kind
     p = problem
     if p.h % _LANES:
         return (

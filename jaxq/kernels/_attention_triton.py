@@ -41,8 +41,9 @@ _MOST_SPLITS = 32
 _PROGRAMS = 512
 
 
-def why_not(problem: AttentionProblem) -> str | None:
+def why_not(problem: AttentionProblem, device_kind: str | None) -> str | None:
     """Returns why this kernel cannot compute a problem, or None if it can."""
+    del device_kind
     p = problem
     if p.h & (p.h - 1) or p.h < _SMALLEST * p.parts:
         return (

@@ -40,16 +40,17 @@ class CodesProblem:
     b_groups: int
 
     @property
+    def is_empty(self) -> bool:
+        """True if there is nothing to compute."""
+        return 0 in (self.e, self.m, self.n, self.k)
+
+    @property
     def num_groups(self) -> int:
         return self.k // self.group
 
     @property
     def is_integer(self) -> bool:
         return self.codes == "int8"
-
-
-# The reason if a product needs no kernel.
-ONE_SCALE = "there is one scale for each row, and XLA multiplies such codes natively"
 
 
 def codes_problem(
@@ -83,13 +84,11 @@ def codes_problem(
             return 'codes must lie in layout "rows", one in a byte'
     groups = num_groups(a), num_groups(b)
     most = max(groups)
-    if most == 1:
-        return ONE_SCALE
-    group = group_size(a_meta if groups[0] > 1 else b_meta, most)
+    group = a_meta.k
+    if most > 1:
+        group = group_size(a_meta if groups[0] > 1 else b_meta, most)
     if group * most != a_meta.k:
         return f"the last group of {a_meta.k} codes in groups of {group} is not full"
     e, m = a.data.shape[:2]
     n = b.data.shape[1]
-    if 0 in (e, m, n, a_meta.k):
-        return "the product is empty"
     return CodesProblem(e, m, n, a_meta.k, group, names[0], *groups)

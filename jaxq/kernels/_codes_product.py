@@ -21,21 +21,14 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
+from jaxq.kernels._choice import kernel_on
 from jaxq.kernels._codes import codes_matmul
-from jaxq.kernels._codes_problem import ONE_SCALE, CodesProblem, codes_problem
-from jaxq.kernels._dispatch import (
-    Choice,
-    block_bytes_on,
-    warn_of_fallback,
-    why_not_partitioned,
-)
+from jaxq.kernels._codes_problem import CodesProblem, codes_problem
+from jaxq.kernels._dispatch import block_bytes_on
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._registry import kernel_module
 from jaxq.kernels._rows import RowMeta, Rows
-
-# The kernel of each platform, and the module that contains it.
-CODES_KERNELS = {"tpu": "codes_tpu", "cuda": "codes_triton"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,32 +73,6 @@ def call_codes(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Array:
     call = CodesCall(a_meta, _names(a), b_meta, _names(b))
     leaves = [leaf[None] for leaf in (*a, *b) if leaf is not None]
     return codes_p.bind(*varying_alike(leaves), call=call)[0]
-
-
-def choose_codes(
-    problem: CodesProblem | str,
-    platform: str,
-    device_kind: str | None,
-    num_devices: int = 1,
-) -> Choice:
-    """Chooses the kernel for a platform, by static facts alone.
-
-    Args:
-      problem: the product, or the reason why no kernel computes it.
-      platform: "cpu", "tpu", "cuda", ...
-      device_kind: `jax.Device.device_kind`, or None if unknown.
-      num_devices: number of devices over which XLA partitions the program.
-    """
-    if platform not in CODES_KERNELS:
-        return Choice("xla", f"there are no kernels for {platform}")
-    if isinstance(problem, str):
-        return Choice("xla", problem, preferred=problem == ONE_SCALE)
-    reason = why_not_partitioned(num_devices)
-    if reason is not None:
-        return Choice("xla", reason)
-    name = CODES_KERNELS[platform]
-    reason = kernel_module(name).why_not(problem, device_kind)
-    return Choice("xla" if reason else name, reason)
 
 
 def codes_xla_form(*operands: jax.Array, call: CodesCall) -> jax.Array:
@@ -176,16 +143,11 @@ def _form(
     target: Target, avals: Sequence[Any], *, call: CodesCall
 ) -> Callable[..., jax.Array]:
     """What the primitive computes on a target: a kernel or the XLA form."""
-    problem = call.problem(avals)
-    choice = choose_codes(
-        problem, target.platform, target.device_kind, target.num_devices
-    )
-    if choice.reason is None:
-        return functools.partial(codes_kernel_form, call=call, kernel=choice.backend)
-    if target.platform in CODES_KERNELS and not choice.preferred:
-        name = call.b_meta.fmt.name
-        warn_of_fallback(f"a product of {name} codes", target.platform, choice.reason)
-    block_bytes = block_bytes_on(target.platform, target.num_devices, avals[0].shape[0])
+    product = f"a product of {call.b_meta.fmt.name} codes"
+    kernel = kernel_on(target, call.problem(avals), "codes", product)
+    if kernel is not None:
+        return functools.partial(codes_kernel_form, call=call, kernel=kernel)
+    block_bytes = block_bytes_on(target, avals[0].shape[0])
     b_meta = dataclasses.replace(call.b_meta, block_bytes=block_bytes)
     call = dataclasses.replace(call, b_meta=b_meta)
     return functools.partial(codes_xla_form, call=call)

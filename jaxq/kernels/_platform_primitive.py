@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jaxq.kernels._devices import assumed_gpu, lowering_devices
-from jaxq.kernels._registry import KERNELS
+from jaxq.kernels._registry import PLATFORMS
 
 
 class Target(NamedTuple):
@@ -82,7 +82,7 @@ def platform_primitive(
     primitive.def_abstract_eval(abstract)
     primitive.def_impl(evaluate)
     mlir.register_lowering(primitive, functools.partial(lower, platform=None))
-    for platform in KERNELS:
+    for platform in PLATFORMS:
         rule = functools.partial(lower, platform=platform)
         mlir.register_lowering(primitive, rule, platform=platform)
     return primitive
@@ -90,7 +90,7 @@ def platform_primitive(
 
 def _platform_without_kernels(ctx: Any) -> str:
     """The first platform of the program that has no kernels."""
-    return next(p for p in ctx.module_context.platforms if p not in KERNELS)
+    return next(p for p in ctx.module_context.platforms if p not in PLATFORMS)
 
 
 def _lower_quietly(

@@ -33,7 +33,7 @@ from jaxq.kernels._codes_product import codes_xla_form
 from jaxq.kernels._forms import pallas_form, xla_form
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
-from jaxq.kernels._quantize_rows import rows_xla_form
+from jaxq.kernels._quantize_activation import activation_xla_form
 from jaxq.kernels._ragged_primitive import ragged_form
 from jaxq.kernels._rows import Rows, as_rows
 from jaxq.kernels._xla import rows_gradient
@@ -85,7 +85,7 @@ def _product_form(
     target: Target, avals: Sequence[Any], *, call: Call
 ) -> Callable[..., jax.Array]:
     """What `matmul_p` computes on a target, as `_dispatch.decide` decides."""
-    decision = _dispatch.decide(call, avals[0], avals[1:], **target._asdict())
+    decision = _dispatch.decide(call, avals[0], avals[1:], target)
     if decision.problem is None:
         return functools.partial(xla_form, call=decision.call)
     return functools.partial(
@@ -284,6 +284,6 @@ FORMS = {
     "quantized_matmul_tangent": _tangent_form,
     "quantized_attention": attention_xla_form,
     "quantized_ragged_dot": ragged_form,
-    "quantize_rows": rows_xla_form,
+    "quantize_activation": activation_xla_form,
     "codes_matmul": codes_xla_form,
 }

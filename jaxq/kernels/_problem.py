@@ -82,6 +82,11 @@ class Problem:
     transposed: bool = False
 
     @property
+    def is_empty(self) -> bool:
+        """True if there is nothing to compute."""
+        return 0 in (self.e, self.m, self.n, self.k)
+
+    @property
     def num_groups(self) -> int:
         """Number of scales along k."""
         return -(-self.k // self.group) if self.group else 1

@@ -25,12 +25,8 @@ from jax.interpreters import ad, batching
 from jax.sharding import PartitionSpec
 
 from jaxq.kernels._call import Call, problem_of, with_leaves
-from jaxq.kernels._dispatch import (
-    Choice,
-    block_bytes_on,
-    warn_of_fallback,
-    why_not_partitioned,
-)
+from jaxq.kernels._choice import kernel_on
+from jaxq.kernels._dispatch import block_bytes_on
 from jaxq.kernels._forms import in_memory_order, kernel_operands, pad_columns
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
@@ -41,16 +37,8 @@ from jaxq.kernels._registry import kernel_module
 from jaxq.kernels._rows import RowMeta, Rows
 from jaxq.meshes import call_on_auto_axes, explicit_spec
 
-# The kernel of each platform.
-_KERNELS = {"tpu": "ragged_tpu", "cuda": "ragged_triton"}
 # The kernels that read scales `[e, n, g]`. Other kernels get them as `[e, g, n]`.
 _SCALES_AS_STORED = ("ragged_triton",)
-# On a GPU, XLA multiplies every row by the weights of all experts and keeps one result.
-# With many rows of each of few experts, this is still expected to take less time than
-# decoding each weight for every 64 rows. Both numbers are estimates: no device has been
-# measured yet.
-_DENSE_FROM_ROWS_OF_EXPERT = 512
-_MOST_DENSE_EXPERTS = 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -111,40 +99,6 @@ def ragged_problem(call: Call, m: int, leaves: Sequence[Any], x_dtype: Any) -> A
     e = leaves[call.leaves.index("data")].shape[0]
     x = jax.ShapeDtypeStruct((e, m, call.meta.k), x_dtype)
     return problem_of(call, x, leaves)
-
-
-def choose_ragged(
-    problem: Problem | str, platform: str, device_kind: str | None, num_devices: int = 1
-) -> Choice:
-    """Chooses the kernel for a platform, by static facts alone.
-
-    Args:
-      problem: the product, or the reason why no kernel computes it, as `ragged_problem`
-        returns it.
-      platform: "cpu", "tpu", "cuda", ...
-      device_kind: `jax.Device.device_kind`, or None if unknown.
-      num_devices: number of devices over which XLA partitions the program.
-    """
-    if platform not in _KERNELS:
-        return Choice("xla", f"there are no ragged kernels for {platform}")
-    if isinstance(problem, str):
-        return Choice("xla", problem)
-    reason = why_not_partitioned(num_devices)
-    if reason is not None:
-        return Choice("xla", reason)
-    name = _KERNELS[platform]
-    reason = kernel_module(name).why_not(problem, device_kind)
-    if reason is not None:
-        return Choice("xla", f"{name}: {reason}")
-    many_rows = problem.m >= _DENSE_FROM_ROWS_OF_EXPERT * problem.e
-    if platform == "cuda" and many_rows and problem.e <= _MOST_DENSE_EXPERTS:
-        reason = (
-            f"with {_MOST_DENSE_EXPERTS} or fewer experts and "
-            f"{_DENSE_FROM_ROWS_OF_EXPERT} or more rows of x for each, the weights are "
-            "decoded once and multiplied densely (estimated)"
-        )
-        return Choice("xla", reason, preferred=True)
-    return Choice(name, None)
 
 
 # The two ways to compute the product.
@@ -238,19 +192,16 @@ def _form(
     x, _, *leaves = avals
     merged = [_without_batch(leaf.shape, leaf.dtype) for leaf in leaves]
     problem = ragged_problem(call, x.shape[0] * x.shape[1], merged, x.dtype)
-    platform, device_kind, num_devices = target
-    choice = choose_ragged(problem, platform, device_kind, num_devices)
-    if choice.reason is None:
+    product = f"rows times {call.meta.fmt.name} experts with k = {call.meta.k}"
+    kernel = kernel_on(target, problem, "ragged", product)
+    if kernel is not None:
         return functools.partial(
             ragged_kernel_form,
             call=call,
-            kernel=choice.backend,
-            device_kind=device_kind,
+            kernel=kernel,
+            device_kind=target.device_kind,
         )
-    if platform in _KERNELS and not choice.preferred:
-        product = f"rows times {call.meta.fmt.name} experts with k = {call.meta.k}"
-        warn_of_fallback(product, platform, choice.reason)
-    block_bytes = block_bytes_on(platform, num_devices, 1)
+    block_bytes = block_bytes_on(target, 1)
     meta = dataclasses.replace(call.meta, block_bytes=block_bytes)
     return functools.partial(ragged_form, call=dataclasses.replace(call, meta=meta))
 

@@ -35,7 +35,7 @@ def why_not_programs(problem: Problem) -> str | None:
             "it decodes codes of 4 or 8 bits and codebooks of 16 numbers, not "
             f"{p.codes}"
         )
-    if 0 in (p.e, p.m, p.n, p.k):
+    if p.is_empty:
         return "the product is empty"
     if p.num_groups > 1 and p.group % 32:
         return f"the group size must be a multiple of 32 codes, not {p.group}"

@@ -80,8 +80,8 @@ def multiply_quantized(
 def quantize_activation(x: jax.Array, weight: QTensor, axes: ActivationAxes) -> QTensor:
     """`x` quantized by `weight.meta.activation`, with its axes in `axes.order`.
 
-    `kernels.quantize_rows` has the bits of `quantize`. It takes dynamic ranges only.
-    With a static range there are no extremes to find, and XLA needs one launch.
+    `kernels.quantize_activation` has the bits of `quantize`. It takes dynamic ranges
+    only. With a static range there are no extremes to find, and XLA needs one launch.
     """
     spec = weight.meta.activation
     assert spec is not None
@@ -93,8 +93,8 @@ def quantize_activation(x: jax.Array, weight: QTensor, axes: ActivationAxes) -> 
     else:
         array = ArrayFacts(tuple(x.shape), x.dtype.name)
         facts = activation_facts(array, spec, axes.contracting, batch)
-        if isinstance(activation_problem(facts), kernels.RowsProblem):
-            activation = kernels.quantize_rows(x, spec, facts.meta.geometry)
+        if isinstance(activation_problem(facts), kernels.ActivationProblem):
+            activation = kernels.quantize_activation(x, spec, facts.meta.geometry)
             meta = dataclasses.replace(activation.meta, name="activation")
             return dataclasses.replace(activation, meta=meta)
     return quantize(

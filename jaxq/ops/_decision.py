@@ -398,8 +398,7 @@ def plan_on_platform(
     plan = _plan_product(lhs, rhs, dims, "float32")
     if plan.path == "codes" and plan.x_dtype is None:
         codes = _codes_problem(plan, lhs, rhs, dims)
-        device_kind = _device_kind(platform)
-        choice = kernels.choose_codes(codes, platform, device_kind, num_devices)
+        choice = _choose(codes, platform, num_devices, "codes")
     else:
         problem = _kernel_problem(plan, lhs, rhs, dims)
         choice = _choose(problem, platform, num_devices)
@@ -408,13 +407,8 @@ def plan_on_platform(
         lhs, rhs = _without_activation(lhs), _without_activation(rhs)
         problem = _kernel_problem(plan.outlier_product, lhs, rhs, dims)
         choice = _choose(problem, platform, num_devices)
-    rows_choice = _activation_choice(plan, *sides, dims, platform, num_devices)
-    plan = dataclasses.replace(
-        plan,
-        activation_kernel=rows_choice.backend if rows_choice else None,
-        why_no_activation_kernel=rows_choice.reason if rows_choice else None,
-    )
-    return _with_choice(plan, choice, platform)
+    activation = _activation_choice(plan, *sides, dims, platform, num_devices)
+    return _with_activation_choice(_with_choice(plan, choice, platform), activation)
 
 
 def derivative_on_platform(
@@ -456,16 +450,15 @@ def derivative_on_platform(
 
 
 def _choose(
-    problem: kernels.Problem | str, platform: str, num_devices: int
+    problem: Any,
+    platform: str,
+    num_devices: int,
+    family: kernels.Family = "product",
 ) -> kernels.Choice:
-    """The kernel for a product on the devices that this process or a mesh names."""
-    device_kind = _device_kind(platform)
-    return kernels.choose(problem, platform, device_kind, num_devices)
-
-
-def _device_kind(platform: str) -> str | None:
-    """The kind of device for which a kernel is chosen, or None if it is unknown."""
-    return kernels.device_kind(platform) if platform in kernels.KERNELS else None
+    """The kernel for a problem on the devices that this process or a mesh names."""
+    has_kernels = platform in kernels.PLATFORMS
+    device_kind = kernels.device_kind(platform) if has_kernels else None
+    return kernels.choose(problem, platform, device_kind, num_devices, family=family)
 
 
 def _with_choice(plan: Plan, choice: kernels.Choice, platform: str) -> Plan:
@@ -475,6 +468,17 @@ def _with_choice(plan: Plan, choice: kernels.Choice, platform: str) -> Plan:
         why_no_kernel=choice.reason,
         passed_over=choice.passed_over,
         platform=platform,
+    )
+
+
+def _with_activation_choice(plan: Plan, choice: kernels.Choice | None) -> Plan:
+    """The plan with what quantizes the activation; None if it is not quantized."""
+    if choice is None:
+        return plan
+    return dataclasses.replace(
+        plan,
+        activation_kernel=choice.backend,
+        why_no_activation_kernel=choice.reason,
     )
 
 
@@ -498,7 +502,7 @@ def _activation_choice(
     assert isinstance(weight, CodesFacts)
     lhs, rhs, _ = _quantized_sides(x, weight, dims, swapped=swapped)
     problem = activation_problem(rhs if swapped else lhs)
-    return kernels.choose_rows(problem, platform, num_devices)
+    return _choose(problem, platform, num_devices, "activation")
 
 
 def _without_activation(operand: Facts) -> Facts:
@@ -753,8 +757,7 @@ def plan_ragged(x: Any, weights: QTensor, platform: str, num_devices: int = 1) -
     problem = kernels.ragged_problem(
         call, x.shape[0], list(leaves.values()), jnp.dtype(x_dtype)
     )
-    device_kind = _device_kind(platform)
-    choice = kernels.choose_ragged(problem, platform, device_kind, num_devices)
+    choice = _choose(problem, platform, num_devices, "ragged")
     prepared = _Prepared()
     if facts.input_scale:
         prepared = prepared.input_scaled(swapped=False)

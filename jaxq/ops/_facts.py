@@ -198,11 +198,13 @@ def activation_facts(
     )
 
 
-def activation_problem(activation: CodesFacts) -> kernels.RowsProblem | str:
+def activation_problem(activation: CodesFacts) -> kernels.ActivationProblem | str:
     """The quantization of an activation for kernels, or why no kernel computes it.
 
     Args:
       activation: the facts of the quantized activation, from `activation_facts`.
     """
     meta = activation.meta
-    return kernels.rows_problem(activation.shape, meta.dtype, meta.spec, meta.geometry)
+    return kernels.activation_problem(
+        activation.shape, meta.dtype, meta.spec, meta.geometry
+    )

@@ -52,8 +52,8 @@ class Plan:
       activation: "dynamic" if the activation is quantized by its own extremes, "static"
         if it is quantized by a range from calibration, None if it stays in floats.
       activation_kernel: the kernel that quantizes the activation on `platform`,
-        "rows_tpu" or "rows_triton"; "xla" if no kernel does; None if the activation is
-        not quantized.
+        "activation_tpu" or "activation_triton"; "xla" if no kernel does; None if the
+        activation is not quantized.
       why_no_activation_kernel: why no kernel quantizes the activation; None if one
         does, or if the activation is not quantized.
       outliers: columns of the activation are multiplied in floats if their largest
@@ -92,7 +92,7 @@ class Plan:
     def __str__(self) -> str:
         side = ", weight on the left" if self.swapped else ""
         text = f"{self.path} (accumulates in {self.accumulate}{side}): {self.reason}"
-        if self.platform not in kernels.KERNELS:
+        if self.platform not in kernels.PLATFORMS:
             return text
         if self.activation_kernel is not None:
             text += f"; {self._activation_step()}"

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 import jaxq
 from jaxq import kernels
 from jaxq.kernels import AttentionProblem
-from jaxq.kernels._attention import attention_kernel_form, choose_attention
+from jaxq.kernels._attention import attention_kernel_form
 from tests.kernels.attention_cases import (
     B,
     H,
@@ -169,9 +169,14 @@ def test_a_warning_says_why_no_kernel_runs(name):
 
 def test_no_kernel_runs_in_a_program_for_several_devices():
     _, call = operands_of(cache_of(), 1)
-    assert choose_attention(call.problem, "tpu").backend == "attention_tpu"
-    assert "2 devices" in choose_attention(call.problem, "tpu", 2).reason
-    assert "no attention kernels" in choose_attention(call.problem, "rocm").reason
+
+    def choose(platform, num_devices=1):
+        problem = call.problem
+        return kernels.choose(problem, platform, None, num_devices, family="attention")
+
+    assert choose("tpu").backend == "attention_tpu"
+    assert "2 devices" in choose("tpu", 2).reason
+    assert "no kernels for rocm" in choose("rocm").reason
 
 
 def test_on_a_mesh_with_explicit_axes():

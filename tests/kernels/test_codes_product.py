@@ -128,7 +128,7 @@ def test_an_accelerator_bounds_the_partial_sums():
 def test_other_problems_have_a_reason(changes, platform, device, reason):
     problem = CodesProblem(1, 64, 512, 1024, 128, "float8_e4m3fn", 8, 8)
     problem = dataclasses.replace(problem, **changes)
-    choice = kernels.choose_codes(problem, platform, device)
+    choice = kernels.choose(problem, platform, device, family="codes")
     assert choice.backend == "xla"
     assert reason in choice.reason
 
@@ -163,7 +163,7 @@ def test_a_block_scaled_product_is_two_kernels(platform):
     assert jaxq.explain(x, w, platform=platform).kernel == name
     dot = jax.jit(lambda x, w: x @ w)
     text = dot.trace(x, w).lower(lowering_platforms=(platform,)).as_text()
-    assert "jaxq_quantize_rows" in text
+    assert "jaxq_quantize_activation" in text
     assert "jaxq_codes_matmul" in text
     assert "stablehlo.dot_general" not in text
 

@@ -16,13 +16,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jaxq
 from jaxq import kernels
-from jaxq.kernels._registry import TRANSPOSED_KERNELS
+from jaxq.kernels._registry import KERNELS
 from tests.arrays import assert_close, normal_with_outliers
 from tests.kernels.problems import CODES, error, lowered, operands, problem
 from tests.kernels.products import WITH_OFFSET, K, M, N, bfloat16, lowered_for, weight
 from tests.tables import thinned
 
-NAMES = tuple(itertools.chain.from_iterable(TRANSPOSED_KERNELS.values()))
+NAMES = tuple(itertools.chain.from_iterable(KERNELS["transposed"].values()))
 GROUPS = (32, 64, 128, None)
 # The first has no gather.
 GENERATIONS = ["TPU v5 lite", "TPU7x"]

@@ -181,12 +181,12 @@ def quantize_calls(monkeypatch):
         if name.startswith("jaxq.ops") and hasattr(module, "quantize"):
             monkeypatch.setattr(module, "quantize", counted)
 
-    def counted_rows(x, *args):
+    def counted(x, *args):
         calls.append(x.shape)
-        return quantize_rows(x, *args)
+        return quantize_activation(x, *args)
 
-    quantize_rows = kernels.quantize_rows
-    monkeypatch.setattr(kernels, "quantize_rows", counted_rows)
+    quantize_activation = kernels.quantize_activation
+    monkeypatch.setattr(kernels, "quantize_activation", counted)
     return calls
 
 

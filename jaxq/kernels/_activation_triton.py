@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from jaxq.kernels._rows_problem import RowsProblem
+from jaxq.kernels._activation_problem import ActivationProblem
 from jaxq.qtensor import row_codes, row_quotients, row_scale
 
 # Numbers that a program holds: 64 registers in each of 512 threads.
@@ -39,8 +39,9 @@ _FRACTION = np.int32(0x7FFFFF)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
-def why_not(problem: RowsProblem) -> str | None:
+def why_not(problem: ActivationProblem, device_kind: str | None) -> str | None:
     """Returns why this kernel cannot quantize the rows, or None if it can."""
+    del device_kind
     if problem.group > _MOST_NUMBERS:
         return (
             f"a program of the GPU kernel holds {_MOST_NUMBERS} numbers in registers, "
@@ -49,7 +50,7 @@ def why_not(problem: RowsProblem) -> str | None:
     return None
 
 
-def default_tiles(problem: RowsProblem) -> dict[str, int]:
+def default_tiles(problem: ActivationProblem) -> dict[str, int]:
     """Returns the number of rows of a program, "bm", and its number of "warps"."""
     length = pl.next_power_of_2(problem.group)
     bm = max(1, 4096 // length)
@@ -57,10 +58,10 @@ def default_tiles(problem: RowsProblem) -> dict[str, int]:
     return {"bm": bm, "warps": warps}
 
 
-def quantize_rows(
+def quantize_activation(
     x: jax.Array,
     *,
-    problem: RowsProblem,
+    problem: ActivationProblem,
     tiles: dict[str, int],
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -90,12 +91,12 @@ def quantize_rows(
         grid=(pl.cdiv(num_rows, bm),),
         compiler_params=plt.CompilerParams(num_warps=tiles["warps"], num_stages=1),
         interpret=interpret,
-        name="jaxq_quantize_rows",
+        name="jaxq_quantize_activation",
     )(x.reshape(num_rows, p.group))
     return codes.reshape(p.m, p.k), scales.reshape(p.m, p.num_groups)
 
 
-def _program(p: RowsProblem, bm: int, x_ref, codes_ref, scale_ref) -> None:
+def _program(p: ActivationProblem, bm: int, x_ref, codes_ref, scale_ref) -> None:
     """One program. It quantizes `bm` rows of `group` numbers."""
     length = pl.next_power_of_2(p.group)
     rows, columns = pl.ds(pl.program_id(0) * bm, bm), pl.ds(0, length)

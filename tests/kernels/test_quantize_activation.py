@@ -11,14 +11,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxq
 from jaxq import kernels
-from jaxq.kernels import _quantize_rows, _rows_triton
-from jaxq.kernels._rows_problem import rows_problem
+from jaxq.kernels import _activation_triton
+from jaxq.kernels._activation_problem import activation_problem
+from jaxq.kernels._quantize_activation import activation_kernel_form
 from jaxq.qtensor import row_codes
-from tests.kernels.rows_cases import rows_call, rows_of
+from tests.kernels.activation_cases import activation_call, rows_of
 from tests.tables import thinned
 
 FORMATS = ("int8", "float8_e4m3fn", "float8_e5m2")
-KERNELS = ("rows_tpu", "rows_triton")
+KERNELS = ("activation_tpu", "activation_triton")
 NAN_CODES = {"float8_e4m3fn": (0x7F, 0xFF), "float8_e5m2": (0x7E, 0xFE)}
 
 
@@ -56,20 +57,20 @@ CASES = list(
     thinned(
         CASES,
         [
-            ("rows_tpu", "int8", "bfloat16", None, "float32"),
-            ("rows_tpu", "float8_e4m3fn", "float32", 128, "float32"),
-            ("rows_tpu", "float8_e5m2", "float16", 32, "bfloat16"),
-            ("rows_triton", "int8", "float16", None, "bfloat16"),
-            ("rows_triton", "float8_e4m3fn", "bfloat16", 128, "float32"),
-            ("rows_triton", "float8_e5m2", "float32", 32, "bfloat16"),
+            ("activation_tpu", "int8", "bfloat16", None, "float32"),
+            ("activation_tpu", "float8_e4m3fn", "float32", 128, "float32"),
+            ("activation_tpu", "float8_e5m2", "float16", 32, "bfloat16"),
+            ("activation_triton", "int8", "float16", None, "bfloat16"),
+            ("activation_triton", "float8_e4m3fn", "bfloat16", 128, "float32"),
+            ("activation_triton", "float8_e5m2", "float32", 32, "bfloat16"),
         ],
     ),
 )
 def test_kernels_have_the_bits_of_quantize(kernel, fmt, dtype, group, scale):
     """With zeros, NaN, infinities, and rows that fill no tile."""
     shape = (70, 384)
-    call, x = rows_call(shape, fmt, group, scale), rows_of(shape, dtype)
-    got = _quantize_rows.rows_kernel_form(x, call=call, kernel=kernel, interpret=True)
+    call, x = activation_call(shape, fmt, group, scale), rows_of(shape, dtype)
+    got = activation_kernel_form(x, call=call, kernel=kernel, interpret=True)
     assert_same_bits(got, quantized(x, call))
 
 
@@ -78,20 +79,22 @@ def test_extreme_numbers(kernel):
     """The largest, the smallest normal and the smallest subnormal float32 numbers."""
     extremes = np.float32([3.4e38, 2.0**-126, 2.0**-149, 2.0**121, 2.0**-100, 1])
     x = jnp.asarray(extremes[:, None] * np.linspace(-1, 1, 128, dtype=np.float32))
-    call = rows_call(x.shape, "int8", None)
-    got = _quantize_rows.rows_kernel_form(x, call=call, kernel=kernel, interpret=True)
+    call = activation_call(x.shape, "int8", None)
+    got = activation_kernel_form(x, call=call, kernel=kernel, interpret=True)
     assert_same_bits(got, quantized(x, call))
 
 
 def test_whole_codes_round_every_half_to_even():
     """Triton has no operation that rounds, so the kernel rounds by integers."""
-    spec = rows_call((1, 128), "int8", None).spec
+    spec = activation_call((1, 128), "int8", None).spec
     patterns = np.arange(2**16, dtype=np.uint16)
     numbers = jnp.asarray(patterns.view(np.float16).astype(np.float32))
     halves = jnp.arange(-128, 129, dtype=jnp.float32) + np.float32(0.5)
     for y in (numbers, halves, jnp.nextafter(halves, 0), jnp.nextafter(halves, np.inf)):
         expected = row_codes(y, spec)
-        np.testing.assert_array_equal(_rows_triton._whole_codes(y, spec), expected)
+        np.testing.assert_array_equal(
+            _activation_triton._whole_codes(y, spec), expected
+        )
 
 
 def test_reciprocals_are_rounded_to_nearest():
@@ -100,12 +103,12 @@ def test_reciprocals_are_rounded_to_nearest():
     nearest = np.rint(2.0**47 / divisor).astype(np.int64)
     remainder = 2**47 - nearest * divisor  # exact in int64
     assert np.all(2 * np.abs(remainder) < divisor)
-    correct = jax.jit(_rows_triton.nearest_quotient)
+    correct = jax.jit(_activation_triton.nearest_quotient)
     for off in (-4, -1, 0, 3, 4):
         got = correct(jnp.asarray(nearest + off, jnp.int32), jnp.int32(divisor))
         np.testing.assert_array_equal(got, nearest)
     x = np.float32([1, 256, 2.0**-126, 2.0**120, 3, 0.1, 1.9999999, np.inf, np.nan])
-    got = _rows_triton.nearest_reciprocal(jnp.asarray(x))
+    got = _activation_triton.nearest_reciprocal(jnp.asarray(x))
     expected = np.float32(1 / np.float64(x))
     np.testing.assert_array_equal(got, expected)
 
@@ -116,20 +119,20 @@ def test_reciprocals_are_rounded_to_nearest():
 def test_the_primitive_is_quantize_on_a_cpu():
     """Eager, jitted, mapped, and with several contracted axes."""
     x = rows_of((6, 4, 64), "bfloat16")
-    call = rows_call(x.shape, "int8", None)
+    call = activation_call(x.shape, "int8", None)
 
     def quantize(x):
-        return kernels.quantize_rows(x, call.spec, call.geometry)
+        return kernels.quantize_activation(x, call.spec, call.geometry)
 
     expected = quantized(x, call)
     for run in (quantize, jax.jit(quantize)):
         qt = run(x)
         assert_same_bits((qt.data, qt.scale), expected)
         assert qt.meta == expected.meta
-    inner = rows_call((6, 64), "int8", None)
+    inner = activation_call((6, 64), "int8", None)
 
     def quantize_inner(x):
-        return kernels.quantize_rows(x, inner.spec, inner.geometry)
+        return kernels.quantize_activation(x, inner.spec, inner.geometry)
 
     mapped = jax.jit(jax.vmap(quantize_inner, in_axes=1))(x)
     expected = jax.vmap(lambda x: quantized(x, inner), in_axes=1)(x)
@@ -137,11 +140,13 @@ def test_the_primitive_is_quantize_on_a_cpu():
 
 
 def test_the_primitive_has_no_gradient():
-    call = rows_call((2, 32), "int8", None)
+    call = activation_call((2, 32), "int8", None)
+
+    def total(x):
+        return kernels.quantize_activation(x, call.spec, call.geometry).scale.sum()
+
     with pytest.raises(TypeError, match="quantize has no gradient"):
-        jax.grad(
-            lambda x: kernels.quantize_rows(x, call.spec, call.geometry).scale.sum()
-        )(jnp.ones((2, 32)))
+        jax.grad(total)(jnp.ones((2, 32)))
 
 
 @pytest.mark.parametrize(
@@ -164,16 +169,23 @@ def test_other_specs_have_a_reason(changes, reason):
     x = jnp.ones((8, 256))
     key = jax.random.key(0) if spec.needs_key else None
     geometry = jaxq.quantize(x, spec, contracting=(-1,), key=key).meta.geometry
-    assert reason in str(rows_problem(x.shape, "float32", spec, geometry))
+    assert reason in str(activation_problem(x.shape, "float32", spec, geometry))
 
 
 def test_other_axes_have_a_reason():
     spec = jaxq.QuantSpec("int8", jaxq.PerChannel())
     geometry = jaxq.quantize(jnp.ones((8, 256)), spec).meta.geometry  # contracts -2
-    assert "last axes" in str(rows_problem((8, 256), "float32", spec, geometry))
+    assert "last axes" in str(activation_problem((8, 256), "float32", spec, geometry))
+
+
+@pytest.mark.parametrize("shape", [(0, 256), (8, 0)])
+def test_nothing_to_compute_needs_no_kernel(shape):
     spec = jaxq.QuantSpec("int8", jaxq.PerToken())
-    empty = jaxq.quantize(jnp.ones((0, 256)), spec).meta.geometry
-    assert "empty" in str(rows_problem((0, 256), "float32", spec, empty))
+    x = jnp.ones(shape)
+    geometry = jaxq.quantize(x, spec, contracting=-1).meta.geometry
+    problem = activation_problem(shape, "float32", spec, geometry)
+    choice = kernels.choose(problem, "tpu", None, family="activation")
+    assert choice == ("xla", "there is nothing to compute", True, "")
 
 
 @pytest.mark.parametrize(
@@ -189,9 +201,9 @@ def test_other_axes_have_a_reason():
     ],
 )
 def test_other_shapes_have_a_reason(platform, k, group, scale, reason):
-    call = rows_call((64, k), "int8", group, scale)
-    problem = rows_problem((64, k), "bfloat16", call.spec, call.geometry)
-    choice = kernels.choose_rows(problem, platform)
+    call = activation_call((64, k), "int8", group, scale)
+    problem = activation_problem((64, k), "bfloat16", call.spec, call.geometry)
+    choice = kernels.choose(problem, platform, None, family="activation")
     assert choice.backend == "xla"
     assert reason in choice.reason
 
@@ -221,7 +233,7 @@ def test_one_launch_quantizes_an_activation(platform, fmt, granularity):
     call = "tpu_custom_call" if platform == "tpu" else "__gpu$xla.gpu.triton"
     names = re.findall(r"custom_call @(\S+?)\(", text)
     assert call in names, names
-    assert text.count("jaxq_quantize_rows") >= 1
+    assert text.count("jaxq_quantize_activation") >= 1
     for operation in ("divide", "round_nearest_even", "maximum", "is_finite", "abs"):
         assert f"stablehlo.{operation} " not in text, operation
     # Groups leave one sum over groups. There is no maximum of magnitudes.
@@ -232,7 +244,7 @@ def test_one_launch_quantizes_an_activation(platform, fmt, granularity):
 def test_explain_names_the_kernel(platform):
     x, w = product("int8", jaxq.PerToken())
     plan = jaxq.explain(x, w, platform=platform)
-    name = {"tpu": "rows_tpu", "cuda": "rows_triton"}[platform]
+    name = {"tpu": "activation_tpu", "cuda": "activation_triton"}[platform]
     assert plan.activation_kernel == name
     assert plan.why_no_activation_kernel is None
     assert f"the {name} kernel quantizes the activation" in str(plan)
@@ -261,7 +273,7 @@ def test_a_program_for_two_platforms():
     x, w = product("float8_e4m3fn", jaxq.PerToken())
     dot = jax.jit(lambda x, w: x @ w)
     text = dot.trace(x, w).lower(lowering_platforms=("cpu", "tpu")).as_text()
-    assert "jaxq_quantize_rows" in text
+    assert "jaxq_quantize_activation" in text
     assert "stablehlo.divide" in text
 
 
@@ -269,7 +281,12 @@ def test_a_program_for_two_platforms():
 def test_sharded_rows_have_the_same_bits():
     mesh = jax.make_mesh((2,), ("d",))
     x = rows_of((8, 64), "float32")
-    call = rows_call(x.shape, "int8", None)
+    call = activation_call(x.shape, "int8", None)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
-    qt = jax.jit(lambda x: kernels.quantize_rows(x, call.spec, call.geometry))(sharded)
+
+    @jax.jit
+    def quantize(x):
+        return kernels.quantize_activation(x, call.spec, call.geometry)
+
+    qt = quantize(sharded)
     assert_same_bits((qt.data, qt.scale), quantized(x, call))

@@ -15,7 +15,7 @@ _SCALES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
-class RowsProblem:
+class ActivationProblem:
     """`codes[m, k], scales[m, num_groups] = quantize(x[m, k])`, as kernels see it.
 
     Attributes:
@@ -34,6 +34,11 @@ class RowsProblem:
     x_dtype: str
     spec: QuantSpec
     geometry: Geometry
+
+    @property
+    def is_empty(self) -> bool:
+        """True if there is nothing to compute."""
+        return 0 in (self.m, self.k)
 
     @property
     def num_groups(self) -> int:
@@ -71,9 +76,9 @@ def why_not_spec(spec: QuantSpec) -> str | None:
     return None
 
 
-def rows_problem(
+def activation_problem(
     shape: Sequence[int], dtype: str, spec: QuantSpec, geometry: Geometry
-) -> RowsProblem | str:
+) -> ActivationProblem | str:
     """Returns the problem of `quantize_array`, or why no kernel computes it.
 
     Args:
@@ -95,8 +100,7 @@ def rows_problem(
         return f"the contracted axes must be the last axes, after axis {first_kept - 1}"
     k = geometry.contracted_size
     group = group or k
-    if 0 in shape:
-        return "the array is empty"
-    if k % group:
+    if group and k % group:
         return f"the last group of {k} numbers in groups of {group} is not full"
-    return RowsProblem(math.prod(shape) // k, k, group, dtype, spec, geometry)
+    m = math.prod(shape) // max(k, 1)
+    return ActivationProblem(m, k, group, dtype, spec, geometry)

@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxq.kernels._rows_problem import RowsProblem
+from jaxq.kernels._activation_problem import ActivationProblem
 from jaxq.qtensor import row_codes, row_quotients, row_scale
 
 _LANES = 128
@@ -38,8 +38,9 @@ _VMEM_BYTES = 12 * 2**20
 _MAGNITUDE = 0x7FFFFFFF
 
 
-def why_not(problem: RowsProblem) -> str | None:
+def why_not(problem: ActivationProblem, device_kind: str | None) -> str | None:
     """Returns why this kernel cannot quantize the rows, or None if it can."""
+    del device_kind
     p = problem
     if p.k % _LANES:
         return f"the TPU kernel reads rows of a multiple of {_LANES} numbers, not {p.k}"
@@ -56,7 +57,7 @@ def why_not(problem: RowsProblem) -> str | None:
     return None
 
 
-def default_tiles(problem: RowsProblem) -> dict[str, int]:
+def default_tiles(problem: ActivationProblem) -> dict[str, int]:
     """Returns the number of rows of a tile, "bm", and the lanes of a chunk, "chunk"."""
     p = problem
     bm = min(p.m, _BYTE_ROWS)
@@ -70,10 +71,10 @@ def default_tiles(problem: RowsProblem) -> dict[str, int]:
     return {"bm": bm, "chunk": chunk}
 
 
-def quantize_rows(
+def quantize_activation(
     x: jax.Array,
     *,
-    problem: RowsProblem,
+    problem: ActivationProblem,
     tiles: dict[str, int],
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -109,17 +110,17 @@ def quantize_rows(
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
-        name="jaxq_quantize_rows",
+        name="jaxq_quantize_activation",
     )(x)
     return codes, scales
 
 
-def _tile_bytes(p: RowsProblem, bm: int) -> int:
+def _tile_bytes(p: ActivationProblem, bm: int) -> int:
     x_bytes = 2 if p.x_dtype == "bfloat16" else 4
     return 2 * bm * p.k * (x_bytes + 1)
 
 
-def _tile(p: RowsProblem, chunk: int, x_ref, codes_ref, scale_ref) -> None:
+def _tile(p: ActivationProblem, chunk: int, x_ref, codes_ref, scale_ref) -> None:
     """One grid step. It quantizes a tile of rows, a block of 32 rows at a time."""
     bm = x_ref.shape[0]
     block = min(bm, _BYTE_ROWS)
@@ -136,7 +137,9 @@ def _tile(p: RowsProblem, chunk: int, x_ref, codes_ref, scale_ref) -> None:
         lax.fori_loop(0, bm // block, step, None)
 
 
-def _one_scale(p: RowsProblem, chunk: int, rows, x_ref, codes_ref, scale_ref) -> None:
+def _one_scale(
+    p: ActivationProblem, chunk: int, rows, x_ref, codes_ref, scale_ref
+) -> None:
     """Quantizes a block of rows with one scale each."""
     num_chunks, block = p.k // chunk, min(x_ref.shape[0], _BYTE_ROWS)
 
@@ -156,7 +159,9 @@ def _one_scale(p: RowsProblem, chunk: int, rows, x_ref, codes_ref, scale_ref) ->
     lax.fori_loop(0, num_chunks, write, None)
 
 
-def _groups(p: RowsProblem, chunk: int, rows, x_ref, codes_ref, scale_ref) -> None:
+def _groups(
+    p: ActivationProblem, chunk: int, rows, x_ref, codes_ref, scale_ref
+) -> None:
     """Quantizes a block of rows with a scale for each group."""
     block, per_chunk = min(x_ref.shape[0], _BYTE_ROWS), chunk // p.group
     # A group that divides the lanes is a power of two.

@@ -4,19 +4,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxq
-from jaxq.kernels._quantize_rows import RowsCall
+from jaxq.kernels._quantize_activation import ActivationCall
 from jaxq.qtensor import ErrorContext, resolve
 
 
-def rows_call(
+def activation_call(
     shape: tuple[int, ...], fmt: str, group: int | None, scale: str = "float32"
-) -> RowsCall:
+) -> ActivationCall:
     """The static facts of `quantize` along the last axis of an array of this shape."""
     granularity = jaxq.PerToken() if group is None else jaxq.PerGroup(group)
     spec = jaxq.QuantSpec(fmt, granularity, scale=scale)
     context = ErrorContext("test", "x", str(shape))
     geometry = resolve(shape, granularity, (-1,), (), context=context, multiple=1)
-    return RowsCall(spec, geometry)
+    return ActivationCall(spec, geometry)
 
 
 def rows_of(shape: tuple[int, ...], dtype: str, seed: int = 0):

@@ -4,7 +4,7 @@ Without a kernel, XLA reads the activation once for the largest magnitudes and o
 for the codes, in several launches. A kernel does it in one launch. When jax lowers a
 program for a platform, the primitive becomes a kernel of this platform or plain XLA.
 The arithmetic is that of `quantize`. On a GPU the reciprocal of a scale can differ in
-the last place, see `_rows_triton.py`.
+the last place, see `_activation_triton.py`.
 
 | transformation | rule |
 |---|---|
@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import batching
 
-from jaxq.kernels._dispatch import Choice, warn_of_fallback, why_not_partitioned
+from jaxq.kernels._activation_problem import ActivationProblem, activation_problem
+from jaxq.kernels._choice import kernel_on
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._registry import kernel_module
-from jaxq.kernels._rows_problem import RowsProblem, rows_problem
 from jaxq.qtensor import (
     Geometry,
     Meta,
@@ -37,12 +37,9 @@ from jaxq.qtensor import (
     without_gradient,
 )
 
-# The kernel of each platform, and the module that contains it.
-ROWS_KERNELS = {"tpu": "rows_tpu", "cuda": "rows_triton"}
-
 
 @dataclasses.dataclass(frozen=True)
-class RowsCall:
+class ActivationCall:
     """Static facts of one quantization: the spec, and the geometry of the array."""
 
     spec: QuantSpec
@@ -53,7 +50,7 @@ class RowsCall:
         return Meta(self.spec, self.geometry, self.spec.order, dtype)
 
 
-def quantize_rows(x: jax.Array, spec: QuantSpec, geometry: Geometry) -> QTensor:
+def quantize_activation(x: jax.Array, spec: QuantSpec, geometry: Geometry) -> QTensor:
     """Quantizes an array as `quantize_array` does, in a kernel where one can.
 
     Args:
@@ -64,42 +61,27 @@ def quantize_rows(x: jax.Array, spec: QuantSpec, geometry: Geometry) -> QTensor:
     Returns:
       A QTensor. NaN and infinities propagate.
     """
-    call = RowsCall(spec, geometry)
-    data, scale = quantize_rows_p.bind(without_gradient(x), call=call)
+    call = ActivationCall(spec, geometry)
+    data, scale = quantize_activation_p.bind(without_gradient(x), call=call)
     return QTensor(data, scale, None, None, None, call.meta(x.dtype.name))
 
 
-def choose_rows(
-    problem: RowsProblem | str, platform: str, num_devices: int = 1
-) -> Choice:
-    """Chooses the kernel for a platform, by static facts alone.
-
-    Args:
-      problem: the quantization, or the reason why no kernel computes it.
-      platform: "cpu", "tpu", "cuda", ...
-      num_devices: number of devices over which XLA partitions the program.
-    """
-    if platform not in ROWS_KERNELS:
-        return Choice("xla", f"there are no kernels for {platform}")
-    if isinstance(problem, str):
-        return Choice("xla", problem)
-    reason = why_not_partitioned(num_devices)
-    if reason is not None:
-        return Choice("xla", reason)
-    name = ROWS_KERNELS[platform]
-    reason = kernel_module(name).why_not(problem)
-    return Choice("xla" if reason else name, reason)
-
-
-def rows_xla_form(x: jax.Array, *, call: RowsCall) -> tuple[jax.Array, jax.Array]:
+def activation_xla_form(
+    x: jax.Array, *, call: ActivationCall
+) -> tuple[jax.Array, jax.Array]:
     """Computes (codes, scales) in plain XLA."""
     qt = quantize_array(x, call.spec, call.geometry, None)
     assert not isinstance(qt.scale, QTensor)
     return qt.data, qt.scale
 
 
-def rows_kernel_form(
-    x: jax.Array, *, call: RowsCall, kernel: str, interpret: bool = False, **tiles: int
+def activation_kernel_form(
+    x: jax.Array,
+    *,
+    call: ActivationCall,
+    kernel: str,
+    interpret: bool = False,
+    **tiles: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes (codes, scales) by a kernel.
 
@@ -110,10 +92,10 @@ def rows_kernel_form(
       interpret: True to run the kernel's interpreter, on any platform.
       **tiles: sizes that replace those of the kernel's `default_tiles`.
     """
-    problem = rows_problem(x.shape, x.dtype.name, call.spec, call.geometry)
-    assert isinstance(problem, RowsProblem), problem
+    problem = activation_problem(x.shape, x.dtype.name, call.spec, call.geometry)
+    assert isinstance(problem, ActivationProblem), problem
     module = kernel_module(kernel)
-    codes, scales = module.quantize_rows(
+    codes, scales = module.quantize_activation(
         x.reshape(problem.m, problem.k),
         problem=problem,
         tiles=module.default_tiles(problem) | tiles,
@@ -124,7 +106,7 @@ def rows_kernel_form(
 
 
 def _result_shapes(
-    shape: tuple[int, ...], dtype: str, call: RowsCall
+    shape: tuple[int, ...], dtype: str, call: ActivationCall
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of the codes and of the scales."""
     batch = shape[: len(shape) - len(call.geometry.shape)]
@@ -135,7 +117,7 @@ def _result_shapes(
 # Rules of the primitive.
 
 
-def _abstract(x, *, call: RowsCall):
+def _abstract(x, *, call: ActivationCall):
     codes_shape, scales_shape = _result_shapes(x.shape, x.dtype.name, call)
     assert isinstance(call.spec.scale, str)
     codes_dtype, scale_dtype = call.spec.fmt.code_dtype, jnp.dtype(call.spec.scale)
@@ -146,31 +128,26 @@ def _abstract(x, *, call: RowsCall):
 
 
 def _form(
-    target: Target, avals: Sequence[Any], *, call: RowsCall
+    target: Target, avals: Sequence[Any], *, call: ActivationCall
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """What the primitive computes on a target: a kernel or the XLA form."""
     (x,) = avals
-    problem = rows_problem(x.shape, x.dtype.name, call.spec, call.geometry)
-    choice = choose_rows(problem, target.platform, target.num_devices)
-    if choice.reason is None:
-        return functools.partial(rows_kernel_form, call=call, kernel=choice.backend)
-    if target.platform in ROWS_KERNELS:
-        warn_of_fallback(
-            f"the quantization of an activation to {call.spec.fmt.name}",
-            target.platform,
-            choice.reason,
-        )
-    return functools.partial(rows_xla_form, call=call)
+    problem = activation_problem(x.shape, x.dtype.name, call.spec, call.geometry)
+    product = f"the quantization of an activation to {call.spec.fmt.name}"
+    kernel = kernel_on(target, problem, "activation", product)
+    if kernel is not None:
+        return functools.partial(activation_kernel_form, call=call, kernel=kernel)
+    return functools.partial(activation_xla_form, call=call)
 
 
-def _batch(operands, dims, *, call: RowsCall):
+def _batch(operands, dims, *, call: ActivationCall):
     (x,), (dim,) = operands, dims
-    data, scale = quantize_rows_p.bind(jnp.moveaxis(x, dim, 0), call=call)
+    data, scale = quantize_activation_p.bind(jnp.moveaxis(x, dim, 0), call=call)
     return [data, scale], [0, 0]
 
 
-# `quantize_rows_p(x)` is (codes, scales).
-quantize_rows_p = platform_primitive(
-    "quantize_rows", _abstract, _form, multiple_results=True
+# `quantize_activation_p(x)` is (codes, scales).
+quantize_activation_p = platform_primitive(
+    "quantize_activation", _abstract, _form, multiple_results=True
 )
-batching.primitive_batchers[quantize_rows_p] = _batch
+batching.primitive_batchers[quantize_activation_p] = _batch

@@ -1,7 +1,7 @@
 """Compiles the kernels that quantize activations, with no TPU and no GPU.
 
-    python -m tests.kernels.aot_rows tpu v6e:2x2
-    python -m tests.kernels.aot_rows cuda
+    python -m tests.kernels.aot_activation tpu v6e:2x2
+    python -m tests.kernels.aot_activation cuda
 
 The first needs libtpu, which comes with jax[tpu]. For the second see `aot_gpu.py`. It
 prints a line for each case, "ok", "not served" with the reason, or "FAILED" with the
@@ -20,10 +20,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxq.kernels import _quantize_rows
-from jaxq.kernels._rows_problem import rows_problem
+from jaxq.kernels import choose
+from jaxq.kernels._activation_problem import activation_problem
+from jaxq.kernels._quantize_activation import activation_kernel_form
+from tests.kernels.activation_cases import activation_call
 from tests.kernels.aot_attention import device_of
-from tests.kernels.rows_cases import rows_call
 
 
 def cases() -> dict[str, tuple]:
@@ -60,14 +61,16 @@ def main(platform: str, topology: str = "") -> None:
     sharding = NamedSharding(mesh, PartitionSpec())
     compiled = 0
     for name, (fmt, group, dtype, scale, m, k) in cases().items():
-        call = rows_call((m, k), fmt, group, scale)
-        problem = rows_problem((m, k), dtype, call.spec, call.geometry)
-        choice = _quantize_rows.choose_rows(problem, platform)
+        call = activation_call((m, k), fmt, group, scale)
+        problem = activation_problem((m, k), dtype, call.spec, call.geometry)
+        choice = choose(problem, platform, device.device_kind, family="activation")
         if choice.reason is not None:
             print(f"not served {name}: {choice.reason}", flush=True)
             continue
         form = functools.partial(
-            _quantize_rows.rows_kernel_form, call=call, kernel=choice.backend
+            activation_kernel_form,
+            call=call,
+            kernel=choice.backend,
         )
         x = jax.ShapeDtypeStruct((m, k), dtype, sharding=sharding)
         try:

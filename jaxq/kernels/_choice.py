@@ -1,0 +1,163 @@
+"""Chooses a kernel of any family for a platform, or says why none runs.
+
+`choose` decides by static facts alone, for any platform, without a device. A lowering
+rule asks `kernel_on`, which also warns if the platform has kernels and none of them
+runs.
+
+A program for several devices is partitioned by XLA. XLA cannot partition a kernel, so
+the XLA form runs there. Inside `jax.shard_map` each device runs its own kernel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+from jaxq.kernels._activation_problem import ActivationProblem
+from jaxq.kernels._attention_problem import AttentionProblem
+from jaxq.kernels._codes_problem import CodesProblem
+from jaxq.kernels._platform_primitive import Target
+from jaxq.kernels._preferences import why_dense, why_native
+from jaxq.kernels._problem import Problem
+from jaxq.kernels._registry import PLATFORMS, Family, kernel_module, kernels_for
+
+AnyProblem = Problem | CodesProblem | ActivationProblem | AttentionProblem
+
+
+class FallbackWarning(UserWarning):
+    """A kernel for this platform exists but does not run. The message says why.
+
+    Example:
+      >>> import warnings
+      >>> from jaxq import kernels
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("ignore", kernels.FallbackWarning)
+    """
+
+
+class Choice(NamedTuple):
+    """What computes a product on a platform.
+
+    Attributes:
+      backend: "xla" or the name of a kernel.
+      reason: why no kernel runs, or None if one runs.
+      preferred: True if the XLA form runs because it is expected to be faster, or
+        because there is nothing to compute. There is no warning then.
+      passed_over: kernels that come before the chosen one, and why they cannot compute
+        the product.
+
+    Example:
+      >>> from jaxq.kernels import Choice
+      >>> Choice("xla", "there are no kernels for cpu").backend
+      'xla'
+    """
+
+    backend: str
+    reason: str | None
+    preferred: bool = False
+    passed_over: str = ""
+
+
+def choose(
+    problem: AnyProblem | str,
+    platform: str,
+    device_kind: str | None,
+    num_devices: int = 1,
+    *,
+    family: Family = "product",
+) -> Choice:
+    """Chooses the kernel that computes a problem on a platform, by static facts alone.
+
+    Args:
+      problem: what to compute, or the reason why no kernel computes it, as `problem_of`
+        returns it.
+      platform: "cpu", "tpu", "cuda", ...
+      device_kind: `jax.Device.device_kind`, or None if unknown.
+      num_devices: number of devices over which XLA partitions the program.
+      family: the kernels to choose from: "product", "ragged", "codes", "activation" or
+        "attention". A product with `problem.transposed` has the kernels of the family
+        "transposed".
+
+    Returns:
+      A `Choice`.
+
+    Example:
+      >>> from jaxq.kernels import Problem, choose
+      >>> problem = Problem(e=1, m=16, k=4096, n=4096, bits=4, signed=True,
+      ...                   codebook=False, group=128, zero_point=False, layout="rows",
+      ...                   x_dtype="bfloat16", scale_dtype="bfloat16",
+      ...                   out_dtype="bfloat16")
+      >>> choose(problem, "cuda", "NVIDIA H200").backend
+      'mosaic_gpu'
+      >>> choose(problem, "cpu", None).reason
+      'there are no kernels for cpu'
+    """
+    if platform not in PLATFORMS:
+        return Choice("xla", f"there are no kernels for {platform}")
+    if isinstance(problem, str):
+        return Choice("xla", problem)
+    if family == "product" and isinstance(problem, Problem) and problem.transposed:
+        family = "transposed"
+    if problem.is_empty:
+        return Choice("xla", "there is nothing to compute", preferred=True)
+    reason = why_native(problem, platform, family)
+    if reason is not None:
+        return Choice("xla", reason, preferred=True)
+    if num_devices > 1:
+        reason = (
+            f"XLA partitions this program for {num_devices} devices and cannot "
+            "partition a kernel; inside jax.shard_map a kernel runs on each device"
+        )
+        return Choice("xla", reason)
+    return _first_kernel(problem, platform, device_kind, family)
+
+
+def _first_kernel(
+    problem: AnyProblem, platform: str, device_kind: str | None, family: Family
+) -> Choice:
+    """Chooses the first kernel of the platform that can compute the problem."""
+    names = kernels_for(platform, family)
+    reasons = []
+    for name in names:
+        reason = kernel_module(name).why_not(problem, device_kind)
+        if reason is not None:
+            reasons.append(reason if len(names) == 1 else f"{name}: {reason}")
+            continue
+        reason = why_dense(problem, name)
+        if reason is not None:
+            return Choice("xla", reason, preferred=True)
+        return Choice(name, None, passed_over="; ".join(reasons))
+    return Choice("xla", "; ".join(reasons))
+
+
+def kernel_on(
+    target: Target,
+    problem: AnyProblem | str,
+    family: Family,
+    product: str,
+    *,
+    quiet: bool = False,
+) -> str | None:
+    """Returns the kernel that a lowering rule uses, or None for the XLA form.
+
+    It warns if XLA computes the product on a platform that has kernels, unless the XLA
+    form is expected to be faster.
+
+    Args:
+      target: what the program is lowered for.
+      problem: what to compute, or the reason why no kernel computes it.
+      family: as for `choose`.
+      product: what is computed, in words, for the warning.
+      quiet: True to give no warning.
+    """
+    choice = choose(problem, *target, family=family)
+    if choice.reason is None:
+        return choice.backend
+    if target.platform in PLATFORMS and not choice.preferred and not quiet:
+        warnings.warn(
+            f"No kernel runs for {product} on {target.platform}, so XLA computes it: "
+            f"{choice.reason}.",
+            FallbackWarning,
+            stacklevel=3,
+        )
+    return None
