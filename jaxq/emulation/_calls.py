@@ -93,6 +93,7 @@ CALLS: dict[str, Call] = {
     "quantized_matmul": _kernel_form_call,
     "quantized_matmul_tangent": _kernel_form_call,
     "quantized_ragged_dot": _kernel_form_call,
+    "quantized_ragged_dot_tangent": _kernel_form_call,
 }
 
 

@@ -95,6 +95,11 @@ def without_index(call: Call, leaves: Sequence[Any]) -> tuple[Call, list[Any]]:
     return dataclasses.replace(call, leaves=tuple(names)), list(operands.values())
 
 
+def float_leaves(call: Call) -> list[str]:
+    """Returns the names of the leaves that have derivatives."""
+    return [name for name in call.leaves if name in ("scale", "offset", "codebook")]
+
+
 def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
     """Returns the product as kernels see it, or the reason why no kernel computes it.
 

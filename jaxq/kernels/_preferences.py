@@ -38,6 +38,7 @@ def why_native(problem: Any, platform: str, family: Family) -> str | None:
         return "there is one scale for each row, and XLA multiplies such codes natively"
     if platform != "cuda" or family != "product":
         return None
+    assert isinstance(problem, Problem)
     if (problem.x_dtype, problem.bits, problem.num_groups) == ("int8", 8, 1):
         return "XLA has its own int8 product for int8 x and 8-bit codes"
     return None

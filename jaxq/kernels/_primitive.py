@@ -28,13 +28,13 @@ from jax.sharding import PartitionSpec
 
 from jaxq.kernels import _dispatch
 from jaxq.kernels._attention import attention_xla_form
-from jaxq.kernels._call import Call, with_leaves, without_index
+from jaxq.kernels._call import Call, float_leaves, with_leaves, without_index
 from jaxq.kernels._codes_product import codes_xla_form
 from jaxq.kernels._forms import pallas_form, xla_form
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._quantize_activation import activation_xla_form
-from jaxq.kernels._ragged_primitive import ragged_form
+from jaxq.kernels._ragged_primitive import ragged_form, ragged_tangent_form
 from jaxq.kernels._rows import Rows, as_rows
 from jaxq.kernels._xla import rows_gradient
 from jaxq.meshes import call_on_auto_axes, explicit_spec
@@ -101,7 +101,7 @@ def _tangent_form(x: jax.Array, *args: jax.Array, call: Call) -> jax.Array:
     """What `tangent_p` computes, in plain XLA."""
     leaves, dots = args[: len(call.leaves)], args[len(call.leaves) :]
     by_name = dict(zip(call.leaves, leaves, strict=True))
-    names = _float_leaves(call)
+    names = float_leaves(call)
 
     def product(float_leaves: list[jax.Array]) -> jax.Array:
         replaced = by_name | dict(zip(names, float_leaves, strict=True))
@@ -110,11 +110,6 @@ def _tangent_form(x: jax.Array, *args: jax.Array, call: Call) -> jax.Array:
     primals = [by_name[name] for name in names]
     _, y_dot = jax.jvp(product, (primals,), (list(dots),))
     return y_dot
-
-
-def _float_leaves(call: Call) -> list[str]:
-    """Names of the leaves that have derivatives."""
-    return [name for name in call.leaves if name in ("scale", "offset", "codebook")]
 
 
 # `matmul_p(x, *leaves)` is the product.
@@ -141,7 +136,7 @@ def _jvp(primals, tangents, *, call: Call):
     if type(x_dot) is not ad.Zero:
         terms.append(_bind(matmul_p, [x_dot, *leaves], call))
     by_name = dict(zip(call.leaves, leaf_dots, strict=True))
-    dots = [by_name[name] for name in _float_leaves(call)]
+    dots = [by_name[name] for name in float_leaves(call)]
     if any(type(dot) is not ad.Zero for dot in dots):
         dots = [ad.instantiate_zeros(dot) for dot in dots]
         terms.append(_bind(tangent_p, [x, *leaves, *dots], call))
@@ -211,7 +206,7 @@ def _leaf_gradients(
         # dW = ct.T @ x. If the weight is transposed, dW = x.T @ ct.
         x, ct = (ct, x) if call.transposed else (x, ct)
         gradient = rows_gradient(x, rows, meta, ct)
-        return [getattr(gradient, name) for name in _float_leaves(call)]
+        return [getattr(gradient, name) for name in float_leaves(call)]
 
     if x.shape[0] != 1:
         return jax.vmap(gradients)(x, ct, *leaves)
@@ -284,6 +279,7 @@ FORMS = {
     "quantized_matmul_tangent": _tangent_form,
     "quantized_attention": attention_xla_form,
     "quantized_ragged_dot": ragged_form,
+    "quantized_ragged_dot_tangent": ragged_tangent_form,
     "quantize_activation": activation_xla_form,
     "codes_matmul": codes_xla_form,
 }

@@ -12,8 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import dtypes, lax
+from jax import lax
 
 from jaxq.kernels._one_step import as_one_step
 from jaxq.kernels._rows import (
@@ -41,18 +40,8 @@ _OUTER = lax.RaggedDotDimensionNumbers(
 def ragged_xla_form(
     x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta
 ) -> jax.Array:
-    """Computes `x[i] @ decode(rows[expert of i]).T` for every row i of x.
-
-    Args:
-      x: float `[m, k]`, sorted by expert. Weights are rounded to its dtype.
-      rows: matrices `[n, k]` with a leading axis e in every leaf.
-      sizes: int32 `[e]`, the number of rows of x of each expert. If x has more rows,
-        the result of the last rows is zero.
-      meta: static facts of the rows.
-
-    Returns:
-      float32 `[m, n]`.
-    """
+    """Computes what `_ragged_primitive.ragged_matmul` computes, with its arguments."""
+    sizes = nonnegative(sizes)
     rows, meta = _codes_along_rows(rows, meta)
     x_fields = split_fields(x, meta, num_groups(rows))
 
@@ -72,65 +61,64 @@ def ragged_xla_form(
     return _for_expert_blocks(rows, meta, write, y)
 
 
-def ragged_gradients(
-    x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta, dy: jax.Array
-) -> tuple[jax.Array, Rows]:
-    """Computes the gradients of `ragged_xla_form` for x and for the leaves of `rows`.
+def nonnegative(sizes: jax.Array) -> jax.Array:
+    """The sizes of experts. A negative size counts as zero, as in the kernels."""
+    return jnp.maximum(sizes, 0)
+
+
+def ragged_transposed_xla_form(
+    dy: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta
+) -> jax.Array:
+    """Computes `dy[i] @ decode(rows[expert of i])` for every row i of dy.
+
+    This is the gradient of `ragged_xla_form` for x.
 
     Args:
-      x: `[m, k]`.
+      dy: float `[m, n]`, sorted by expert. Weights are rounded to its dtype.
       rows: as for `ragged_xla_form`.
-      sizes: int32 `[e]`.
-      meta: static facts of the rows.
-      dy: float32 `[m, n]`, the gradient of the result.
+      sizes: as for `ragged_xla_form`.
+      meta: as for `ragged_xla_form`.
 
     Returns:
-      (gradient of x, gradients of the leaves). Integers have gradients of dtype float0.
+      float32 `[m, k]`.
     """
-    gradients = dict.fromkeys(Rows._fields)
-    for name, leaf in rows._asdict().items():
-        if leaf is not None:
-            gradients[name] = np.zeros(leaf.shape, dtypes.float0)
+    sizes = nonnegative(sizes)
     rows, meta = _codes_along_rows(rows, meta)
-    dx = _x_gradient(x, rows, sizes, meta, dy).astype(x.dtype)
-    gradients |= _expert_leaf_gradients(x, rows, sizes, meta, dy)
-    return dx, Rows(**gradients)  # pyright: ignore[reportArgumentType]
-
-
-def _codes_along_rows(rows: Rows, meta: RowMeta) -> tuple[Rows, RowMeta]:
-    """The same matrices with their codes along rows."""
-    if meta.layout == "rows":
-        return rows, meta
-    data = jnp.swapaxes(rows.data, 1, 2)
-    return rows._replace(data=data), dataclasses.replace(meta, layout="rows")
-
-
-def _x_gradient(
-    x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta, dy: jax.Array
-) -> jax.Array:
-    """`dy[i] @ decode(rows[expert of i])`, float32 `[m, k]`."""
 
     def add(
         totals: list[jax.Array], start: jax.Array, block: Rows, num_repeats: jax.Array
     ) -> list[jax.Array]:
-        weights = [weight.astype(x.dtype) for weight in _decoded_fields(block, meta)]
+        weights = [weight.astype(dy.dtype) for weight in _decoded_fields(block, meta)]
         index = jnp.arange(weights[0].shape[1], dtype=jnp.int32)
-        dy_block = columns_of_block(dy, start, index, num_repeats).astype(x.dtype)
+        dy_block = columns_of_block(dy, start, index, num_repeats).astype(dy.dtype)
         return [
             total + _ragged_dot(dy_block, weight, sizes)
             for total, weight in zip(totals, weights, strict=True)
         ]
 
     groups = num_groups(rows)
-    zero = jnp.zeros((x.shape[0], field_length(meta, groups)), jnp.float32)
+    zero = jnp.zeros((dy.shape[0], field_length(meta, groups)), jnp.float32)
     zeros = [zero] * num_fields(meta, groups)
     return join_fields(_for_expert_blocks(rows, meta, add, zeros), meta)
 
 
-def _expert_leaf_gradients(
+def expert_leaf_gradients(
     x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta, dy: jax.Array
 ) -> dict[str, jax.Array]:
-    """Gradients of scale, offset and codebook by name. A leaf that is None has none."""
+    """Computes the gradients of `ragged_xla_form` for the float leaves of `rows`.
+
+    Args:
+      x: `[m, k]`.
+      rows: as for `ragged_xla_form`.
+      sizes: as for `ragged_xla_form`.
+      meta: as for `ragged_xla_form`.
+      dy: float32 `[m, n]`, the gradient of the result.
+
+    Returns:
+      Gradients of scale, offset and codebook by name. A leaf that is None has none.
+    """
+    sizes = nonnegative(sizes)
+    rows, meta = _codes_along_rows(rows, meta)
     x_fields = split_fields(x.astype(jnp.float32), meta, num_groups(rows))
     leaves = {"scale": rows.scale, "offset": rows.offset, "codebook": rows.codebook}
     floats = {name: leaf for name, leaf in leaves.items() if leaf is not None}
@@ -166,6 +154,14 @@ def _expert_leaf_gradients(
     totals = {name: jnp.zeros(leaf.shape, jnp.float32) for name, leaf in floats.items()}
     totals = _for_expert_blocks(rows, meta, add, totals)
     return {name: total.astype(floats[name].dtype) for name, total in totals.items()}
+
+
+def _codes_along_rows(rows: Rows, meta: RowMeta) -> tuple[Rows, RowMeta]:
+    """The same matrices with their codes along rows."""
+    if meta.layout == "rows":
+        return rows, meta
+    data = jnp.swapaxes(rows.data, 1, 2)
+    return rows._replace(data=data), dataclasses.replace(meta, layout="rows")
 
 
 def _for_expert_blocks(rows: Rows, meta: RowMeta, step, carry):

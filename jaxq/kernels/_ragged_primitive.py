@@ -7,7 +7,10 @@ platform or the XLA form. A kernel decodes only the weights of experts that have
 |---|---|
 | lowering | a kernel of the platform, or the XLA form if no kernel is chosen |
 | vmap | the batch axis b of the primitive, which kernels read as more rows |
-| derivatives of `ragged_matmul` | the gradients of the XLA form, in plain XLA |
+| derivative for x | the same product |
+| derivative for scale, offset, codebook | `ragged_tangent_p`, linear in them |
+| transpose for x | the same product with transposed weights, in plain XLA |
+| transpose for scale, offset, codebook | their gradient, decoded in blocks of rows |
 """
 
 from __future__ import annotations
@@ -19,19 +22,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import dtypes
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 from jax.sharding import PartitionSpec
 
-from jaxq.kernels._call import Call, problem_of, with_leaves
+from jaxq.kernels._call import Call, float_leaves, problem_of, with_leaves
 from jaxq.kernels._choice import kernel_on
 from jaxq.kernels._dispatch import block_bytes_on
 from jaxq.kernels._forms import in_memory_order, kernel_operands, pad_columns
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._problem import Problem
-from jaxq.kernels._ragged import ragged_gradients, ragged_xla_form
+from jaxq.kernels._ragged import (
+    expert_leaf_gradients,
+    ragged_transposed_xla_form,
+    ragged_xla_form,
+)
 from jaxq.kernels._ragged_items import rows_with_experts, work_items
 from jaxq.kernels._registry import kernel_module
 from jaxq.kernels._rows import RowMeta, Rows
@@ -41,7 +47,6 @@ from jaxq.meshes import call_on_auto_axes, explicit_spec
 _SCALES_AS_STORED = ("ragged_triton",)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def ragged_matmul(
     x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta
 ) -> jax.Array:
@@ -50,8 +55,8 @@ def ragged_matmul(
     Args:
       x: float `[m, k]`, sorted by expert. Weights are rounded to its dtype.
       rows: matrices `[n, k]` with a leading axis e in every leaf.
-      sizes: int32 `[e]`, the number of rows of x of each expert. If x has more rows,
-        the result of the last rows is zero.
+      sizes: int32 `[e]`, the number of rows of x of each expert. A negative size counts
+        as zero. If x has more rows, the result of the last rows is zero.
       meta: static facts of the rows.
 
     Returns:
@@ -60,26 +65,16 @@ def ragged_matmul(
     call, leaves = with_leaves(Call(meta, (), "float32"), rows)
 
     def bind(*operands: jax.Array) -> jax.Array:
-        batched = varying_alike([array[None] for array in operands])
-        return ragged_p.bind(*batched, call=call)[0]
+        return _bind(ragged_p, [array[None] for array in operands], call)[0]
 
     n_axis = 1 if meta.layout == "rows" else 2
     spec = PartitionSpec(explicit_spec(x)[0], explicit_spec(rows.data)[n_axis])
     return call_on_auto_axes(bind, spec, x, sizes, *leaves)
 
 
-def _forward(x, rows, sizes, meta):
-    return ragged_matmul(x, rows, sizes, meta), (x, rows, sizes)
-
-
-def _backward(meta: RowMeta, saved: tuple[jax.Array, Rows, jax.Array], dy: jax.Array):
-    x, rows, sizes = saved
-    # Integers have cotangents of dtype float0.
-    no_sizes = np.zeros(sizes.shape, dtypes.float0)
-    return *ragged_gradients(x, rows, sizes, meta, dy), no_sizes
-
-
-ragged_matmul.defvjp(_forward, _backward)
+def _bind(primitive: Primitive, args: Sequence[jax.Array], call: Call) -> jax.Array:
+    """Binds a primitive whose operands may vary over different mesh axes."""
+    return primitive.bind(*varying_alike(args), call=call)
 
 
 def ragged_problem(call: Call, m: int, leaves: Sequence[Any], x_dtype: Any) -> Any:
@@ -108,23 +103,40 @@ def ragged_form(
     x: jax.Array, sizes: jax.Array, *leaves: jax.Array, call: Call
 ) -> jax.Array:
     """Computes what `ragged_p` computes in plain XLA."""
+    xla_form = ragged_transposed_xla_form if call.transposed else ragged_xla_form
 
     def product(x: jax.Array, sizes: jax.Array, *leaves: jax.Array) -> jax.Array:
         # `lax.ragged_dot` has no rule for explicit mesh axes. In a program that is
         # lowered with such a mesh in use, all operands are on it.
         def form(x: jax.Array, sizes: jax.Array, *leaves: jax.Array) -> jax.Array:
-            return ragged_xla_form(x, call.rows(leaves), sizes, call.meta)
+            return xla_form(x, call.rows(leaves), sizes, call.meta)
 
         return call_on_auto_axes(form, PartitionSpec(None, None), x, sizes, *leaves)
 
-    b = x.shape[0]
+    return _for_each_element(product, (x, sizes), leaves)
+
+
+def _for_each_element(
+    product: Callable[..., Any],
+    arrays: Sequence[jax.Array],
+    leaves: Sequence[jax.Array],
+) -> Any:
+    """`product(*arrays, *leaves)` of each batch element, stacked along axis 0.
+
+    Args:
+      product: a function of arrays without the batch axis.
+      arrays: each `[b, ...]`.
+      leaves: each `[b, ...]`, or each `[1, ...]` if all batch elements share them.
+    """
+    b = arrays[0].shape[0]
     if b == 1:
-        return product(*(array[0] for array in (x, sizes, *leaves)))[None]
+        single = product(*(array[0] for array in (*arrays, *leaves)))
+        return jax.tree.map(lambda result: result[None], single)
     if leaves[0].shape[0] == b:
-        return jax.vmap(product)(x, sizes, *leaves)
+        return jax.vmap(product)(*arrays, *leaves)
     # `lax.ragged_dot` has no rule for a batch of rows with the same weights.
     shared = [leaf[0] for leaf in leaves]
-    return jax.lax.map(lambda args: product(*args, *shared), (x, sizes))
+    return jax.lax.map(lambda args: product(*args, *shared), tuple(arrays))
 
 
 def ragged_kernel_form(
@@ -174,14 +186,14 @@ def ragged_kernel_form(
     return y.reshape(b, m, problem.n)
 
 
-# Rules of the primitive.
+# Shapes and forms.
 
 
 def _abstract(x, sizes, *leaves, call: Call):
     del sizes
     data = leaves[call.leaves.index("data")]
     n = data.shape[2 if call.meta.layout == "rows" else 3]
-    shape = (*x.shape[:2], n)
+    shape = (*x.shape[:2], call.meta.k if call.transposed else n)
     return x.update(shape=shape, dtype=jnp.dtype(jnp.float32), weak_type=False)
 
 
@@ -189,11 +201,7 @@ def _form(
     target: Target, avals: Sequence[Any], *, call: Call
 ) -> Callable[..., jax.Array]:
     """What the primitive computes on a target: a kernel or the XLA form."""
-    x, _, *leaves = avals
-    merged = [_without_batch(leaf.shape, leaf.dtype) for leaf in leaves]
-    problem = ragged_problem(call, x.shape[0] * x.shape[1], merged, x.dtype)
-    product = f"rows times {call.meta.fmt.name} experts with k = {call.meta.k}"
-    kernel = kernel_on(target, problem, "ragged", product)
+    kernel = None if call.transposed else _kernel_on(target, avals, call)
     if kernel is not None:
         return functools.partial(
             ragged_kernel_form,
@@ -206,28 +214,150 @@ def _form(
     return functools.partial(ragged_form, call=dataclasses.replace(call, meta=meta))
 
 
+def _kernel_on(target: Target, avals: Sequence[Any], call: Call) -> str | None:
+    """The kernel that computes a product on a target, or None for the XLA form."""
+    x, _, *leaves = avals
+    merged = [_without_batch(leaf.shape, leaf.dtype) for leaf in leaves]
+    problem = ragged_problem(call, x.shape[0] * x.shape[1], merged, x.dtype)
+    product = f"rows times {call.meta.fmt.name} experts with k = {call.meta.k}"
+    return kernel_on(target, problem, "ragged", product)
+
+
 def _without_batch(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """`[b, e, ...]` as `[b * e, ...]`."""
     return jax.ShapeDtypeStruct((shape[0] * shape[1], *shape[2:]), dtype)
 
 
+def ragged_tangent_form(
+    x: jax.Array, sizes: jax.Array, *args: jax.Array, call: Call
+) -> jax.Array:
+    """Computes what `ragged_tangent_p` computes, in plain XLA."""
+    leaves, dots = args[: len(call.leaves)], args[len(call.leaves) :]
+    by_name = dict(zip(call.leaves, leaves, strict=True))
+    names = float_leaves(call)
+
+    def product(floats: list[jax.Array]) -> jax.Array:
+        replaced = by_name | dict(zip(names, floats, strict=True))
+        return ragged_form(x, sizes, *replaced.values(), call=call)
+
+    _, y_dot = jax.jvp(product, ([by_name[name] for name in names],), (list(dots),))
+    return y_dot
+
+
+# `ragged_p(x, sizes, *leaves)`: x `[b, m, k]`, sizes int32 `[b, e]`, and the leaves of
+# `Rows`, each `[b, e, ...]`, or `[1, e, ...]` if all batch elements have the same
+# weights. The result is float32 `[b, m, n]`. If `call.transposed`, x is `[b, m, n]` and
+# the result `[b, m, k]`.
+ragged_p = platform_primitive("quantized_ragged_dot", _abstract, _form)
+# `ragged_tangent_p(x, sizes, *leaves, *dots)` is the derivative of the product along
+# `dots`, the tangents of the float leaves. It is linear in `dots`, and in x.
+ragged_tangent_p = platform_primitive(
+    "quantized_ragged_dot_tangent",
+    _abstract,
+    lambda target, avals, call: functools.partial(ragged_tangent_form, call=call),
+)
+
+
+# Derivatives.
+
+
 def _jvp(primals, tangents, *, call: Call):
-    """The derivative of the XLA form. `ragged_matmul` has its own reverse rule."""
-    form = functools.partial(ragged_form, call=call)
-    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
-    return jax.jvp(form, tuple(primals), tuple(tangents))
+    x, sizes, *leaves = primals
+    x_dot, _, *leaf_dots = tangents
+    y = _bind(ragged_p, primals, call)
+    terms = []
+    if type(x_dot) is not ad.Zero:
+        terms.append(_bind(ragged_p, [x_dot, sizes, *leaves], call))
+    by_name = dict(zip(call.leaves, leaf_dots, strict=True))
+    dots = [by_name[name] for name in float_leaves(call)]
+    if any(type(dot) is not ad.Zero for dot in dots):
+        dots = [ad.instantiate_zeros(dot) for dot in dots]
+        terms.append(_bind(ragged_tangent_p, [x, sizes, *leaves, *dots], call))
+    if not terms:
+        return y, ad.Zero.from_primal_value(y)  # pyright: ignore
+    return y, functools.reduce(jnp.add, terms)
 
 
-def _batch(operands: Sequence[jax.Array], dims, *, call: Call):
+def _tangent_jvp(primals, tangents, *, call: Call):
+    form = functools.partial(ragged_tangent_form, call=call)
+    return jax.jvp(form, primals, [ad.instantiate_zeros(t) for t in tangents])
+
+
+def _transpose(ct, x, sizes, *leaves, call: Call):
+    assert ad.is_undefined_primal(x), "ragged_p is linear in x only"
+    no_cotangents = [None] * (1 + len(leaves))
+    if type(ct) is ad.Zero:
+        return [ad.Zero(x.aval), *no_cotangents]
+    dtype = x.aval.dtype
+    backward = dataclasses.replace(call, transposed=not call.transposed)
+    dx = _bind(ragged_p, [ct.astype(dtype), sizes, *leaves], backward)
+    return [dx.astype(dtype), *no_cotangents]
+
+
+def _tangent_transpose(ct, x, sizes, *args, call: Call):
+    """Computes the cotangents of x, or the cotangents of the tangents.
+
+    `args` are the leaves and then the tangents. The leaves have no cotangents.
+    """
+    no_cotangents = [None] * (1 + len(args))
+    if ad.is_undefined_primal(x):
+        if type(ct) is ad.Zero:
+            return [ad.Zero(x.aval), *no_cotangents]
+        shape = jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype)
+        linear = jax.linear_transpose(
+            lambda x: ragged_tangent_form(x, sizes, *args, call=call), shape
+        )
+        return [*linear(ct), *no_cotangents]
+    leaves, dots = args[: len(call.leaves)], args[len(call.leaves) :]
+    undefined = [ad.is_undefined_primal(dot) for dot in dots]
+    if type(ct) is ad.Zero:
+        gradients = [
+            ad.Zero(dot.aval) if u else None
+            for dot, u in zip(dots, undefined, strict=True)
+        ]
+    else:
+        gradients = _leaf_gradients(x, sizes, leaves, ct, call)
+    kept = [g if u else None for g, u in zip(gradients, undefined, strict=True)]
+    return [None, None, *(None for _ in leaves), *kept]
+
+
+def _leaf_gradients(
+    x: jax.Array,
+    sizes: jax.Array,
+    leaves: Sequence[jax.Array],
+    ct: jax.Array,
+    call: Call,
+) -> list[jax.Array]:
+    """Gradients of the float leaves, with the shapes of the leaves."""
+
+    def gradients(
+        x: jax.Array, sizes: jax.Array, ct: jax.Array, *leaves: jax.Array
+    ) -> list[jax.Array]:
+        # dW = ct.T @ x. If the weight is transposed, dW = x.T @ ct.
+        x, dy = (ct, x) if call.transposed else (x, ct)
+        by_name = expert_leaf_gradients(x, call.rows(leaves), sizes, call.meta, dy)
+        return [by_name[name] for name in float_leaves(call)]
+
+    of_elements = _for_each_element(gradients, (x, sizes, ct), leaves)
+    if leaves[0].shape[0] == x.shape[0]:
+        return of_elements
+    return [jnp.sum(gradient, axis=0, keepdims=True) for gradient in of_elements]
+
+
+# Batching.
+
+
+def _batch(primitive: Primitive, operands: Sequence[jax.Array], dims, *, call: Call):
+    """The mapped axis joins the batch axis b. The operands after sizes are weights."""
     size = batch_size(operands, dims)
-    (x, sizes, *leaves), (x_dim, sizes_dim, *leaf_dims) = operands, dims
+    (x, sizes, *weights), (x_dim, sizes_dim, *weight_dims) = operands, dims
     x = with_batch_in_front(x, x_dim, size)  # [size * b, m, k]
     sizes = with_batch_in_front(sizes, sizes_dim, size)
     b = x.shape[0] // size
-    if any(dim is not None for dim in leaf_dims) or leaves[0].shape[0] != 1:
-        pairs = zip(leaves, leaf_dims, strict=True)
-        leaves = [_with_own_weights(leaf, dim, size, b) for leaf, dim in pairs]
-    y = ragged_p.bind(*varying_alike([x, sizes, *leaves]), call=call)
+    if any(dim is not None for dim in weight_dims) or weights[0].shape[0] != 1:
+        pairs = zip(weights, weight_dims, strict=True)
+        weights = [_with_own_weights(weight, dim, size, b) for weight, dim in pairs]
+    y = _bind(primitive, [x, sizes, *weights], call)
     return y.reshape(size, b, *y.shape[1:]), 0
 
 
@@ -237,9 +367,14 @@ def _with_own_weights(leaf: jax.Array, dim: int | None, size: int, b: int) -> ja
     return jnp.repeat(merged, size * b // merged.shape[0], axis=0)
 
 
-# `ragged_p(x, sizes, *leaves)`: x `[b, m, k]`, sizes int32 `[b, e]`, and the leaves of
-# `Rows`, each `[b, e, ...]`, or `[1, e, ...]` if all batch elements have the same
-# weights. The result is float32 `[b, m, n]`.
-ragged_p = platform_primitive("quantized_ragged_dot", _abstract, _form)
-batching.primitive_batchers[ragged_p] = _batch
+# Registration.
+
+batching.primitive_batchers[ragged_p] = functools.partial(_batch, ragged_p)
 ad.primitive_jvps[ragged_p] = _jvp
+ad.primitive_transposes[ragged_p] = _transpose
+
+batching.primitive_batchers[ragged_tangent_p] = functools.partial(
+    _batch, ragged_tangent_p
+)
+ad.primitive_jvps[ragged_tangent_p] = _tangent_jvp
+ad.primitive_transposes[ragged_tangent_p] = _tangent_transpose

@@ -5,8 +5,8 @@ what is quantized or dequantized first. `dot_general`, `conv_general_dilated` an
 `explain` each call a function `plan_...` of this file. The operations then carry out
 the `Plan` that the function returns. `take` and `ragged_dot` can run in one way only,
 so this file checks their operands. Only `explain` makes a plan of `ragged_dot`. A
-decision depends only on static
-facts (`_facts.py`). Nothing is quantized or traced here.
+decision depends only on static facts (`_facts.py`). Nothing is quantized or traced
+here.
 
 `jaxq.kernels` decides the rest: `_dispatch.py` chooses a Pallas kernel or the XLA form
 of a product. Inside the XLA form, `_forms.py` and `_codes.py` choose the order of the
@@ -75,6 +75,15 @@ class _Prepared:
             self,
             reason=f"{self.reason}the left operand is dequantized, because {problem}; ",
             before=(*self.before, "dequantize_left"),
+        )
+
+    def left_quantized(self, fmt: str, kind: Literal["dynamic", "static"]) -> _Prepared:
+        """The same preparations, and then quantization of the left operand."""
+        return dataclasses.replace(
+            self,
+            reason=f"{self.reason}{kind} activation quantization to {fmt}; ",
+            before=(*self.before, "quantize_left"),
+            activation=kind,
         )
 
     def input_scaled(self, *, swapped: bool) -> _Prepared:
@@ -493,15 +502,26 @@ def _activation_choice(
     """What quantizes the activation on a platform; None if it is not quantized."""
     if plan.activation is None:
         return None
-    if plan.activation == "static":
-        reason = "a static range leaves only one launch"
-        return kernels.Choice("xla", reason, preferred=True)
     swapped = "quantize_right" in plan.before
     x, weight = (rhs, lhs) if swapped else (lhs, rhs)
     assert isinstance(x, ArrayFacts)
     assert isinstance(weight, CodesFacts)
     lhs, rhs, _ = _quantized_sides(x, weight, dims, swapped=swapped)
-    problem = activation_problem(rhs if swapped else lhs)
+    activation = rhs if swapped else lhs
+    return _choose_activation(plan.activation, activation, platform, num_devices)
+
+
+def _choose_activation(
+    kind: Literal["dynamic", "static"],
+    activation: CodesFacts,
+    platform: str,
+    num_devices: int,
+) -> kernels.Choice:
+    """What quantizes an activation with these facts on a platform."""
+    if kind == "static":
+        reason = "a static range leaves only one launch"
+        return kernels.Choice("xla", reason, preferred=True)
+    problem = activation_problem(activation)
     return _choose(problem, platform, num_devices, "activation")
 
 
@@ -640,9 +660,7 @@ def plan_conv(
     contracting = tuple(axis for axis in range(x_facts.ndim) if axis != batch)
     activation = activation_facts(x_facts, spec, contracting)
     kind = _activation_kind(kernel_facts)
-    prepared = _Prepared(
-        f"{kind} activation quantization to {spec.fmt.name}; ", ("quantize_left",), kind
-    )
+    prepared = _Prepared().left_quantized(spec.fmt.name, kind)
     return _plan_conv(activation, bare_kernel, channel, batch, mixed, prepared)
 
 
@@ -738,6 +756,42 @@ def ragged_x_dtype(x: Any, weights: QTensor) -> str:
     return x.dtype.name if x.dtype == weights.dtype else "float32"
 
 
+def ragged_activation(x: Any, weights: QTensor) -> CodesFacts | None:
+    """The facts of the quantized rows of `ragged_dot`; None without activation spec.
+
+    Args:
+      x: the rows, sorted by expert, `[m, k]`.
+      weights: the stack of quantized weights.
+
+    Raises:
+      ValueError: the spec does not fit the shape of `x`, rows share a scale, or there
+        is an outlier threshold.
+    """
+    spec = weights.meta.activation
+    if spec is None:
+        return None
+    if weights.meta.outliers is not None:
+        raise ValueError(
+            f"ragged_dot: {weights!r} has an outlier threshold, and outlier columns "
+            "differ between experts. Use with_activation without outliers=."
+        )
+    m, k = x.shape
+    # With a static range, rows are a batch axis: each row has the range of its expert.
+    is_static = weights.input_range is not None
+    shape, batch = ((m, 1, k), (0,)) if is_static else ((m, k), ())
+    facts = ArrayFacts(shape, x.dtype.name)
+    activation = activation_facts(facts, spec, (len(shape) - 1,), batch)
+    geometry = activation.meta.geometry
+    *kept, _ = geometry.block_shape
+    if not is_static and (geometry.flat or any(block != 1 for block in kept)):
+        raise ValueError(
+            f"ragged_dot: the activation spec of {weights!r} has "
+            f"{spec.granularity} scales, which rows of several experts would share. "
+            "Use PerToken() or PerGroup(size), or a static range (bounds=)."
+        )
+    return activation
+
+
 def plan_ragged(x: Any, weights: QTensor, platform: str, num_devices: int = 1) -> Plan:
     """The plan of `ragged_dot`, with the kernel that runs on a platform.
 
@@ -761,13 +815,16 @@ def plan_ragged(x: Any, weights: QTensor, platform: str, num_devices: int = 1) -
     prepared = _Prepared()
     if facts.input_scale:
         prepared = prepared.input_scaled(swapped=False)
+    activation, activation_choice = ragged_activation(x, weights), None
+    if activation is not None:
+        kind = _activation_kind(facts)
+        prepared = prepared.left_quantized(activation.fmt.name, kind)
+        prepared = prepared.left_dequantized("ragged_dot multiplies floats by weights")
+        activation_choice = _choose_activation(kind, activation, platform, num_devices)
     reason = f"each row is multiplied by the {facts.fmt.name} weight of its expert"
-    return dataclasses.replace(
-        prepared.plan("weight_only", reason, x_dtype=x_dtype),
-        kernel=choice.backend,
-        why_no_kernel=choice.reason,
-        platform=platform,
-    )
+    plan = prepared.plan("weight_only", reason, x_dtype=x_dtype)
+    plan = _with_activation_choice(plan, activation_choice)
+    return _with_choice(plan, choice, platform)
 
 
 # Dtypes of sums and results.

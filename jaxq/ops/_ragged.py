@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.kernels import ragged_matmul
-from jaxq.ops._decision import ragged_x_dtype, result_dtype
+from jaxq.ops._decision import ragged_activation, ragged_x_dtype, result_dtype
 from jaxq.ops._input_scale import scale_rows_by_group
+from jaxq.ops._ragged_activation import multiply_quantized_rows
 from jaxq.ops._trained import multiply_trained
 from jaxq.ops._weight_rows import row_meta, weight_rows
 from jaxq.qtensor import FLOATS, QTensor, TrainedWeight, check_leaves, describe
@@ -33,15 +34,20 @@ def ragged_dot(
 
     TPU and GPU have a Pallas kernel. It reads only the weights of experts that have
     rows. `jaxq.explain(x, weights, group_sizes=group_sizes)` names the kernel, or says
-    why none runs. Then, on other platforms and in derivatives, XLA decodes a few rows
-    of every expert at a time.
+    why none runs. Then, on other platforms and in gradients, XLA decodes a few rows of
+    every expert at a time.
+
+    If the weights have an activation spec (`with_activation`), each row of x is
+    quantized first. A static range is the range of the row's expert. The codes are
+    multiplied as floats in the dtype of the product. This gives the numbers of
+    `x_rows @ weights[i]` for each expert i, up to rounding.
 
     Args:
       x: float32, bfloat16 or float16 `[m, k]`, sorted by expert.
       weights: QTensor or `TrainedWeight` `[e, k, n]`, quantized with
         `contracting=-2, batch=0`.
-      group_sizes: integers `[e]`, the number of rows of each expert. Rows beyond the
-        sum of `group_sizes` give zeros.
+      group_sizes: integers `[e]`, the number of rows of each expert. A negative number
+        counts as zero. Rows beyond the sum of `group_sizes` give zeros.
       preferred_element_type: dtype of the result. None uses the same dtype as
         `jaxq.dot_general`. The product is accumulated in float32.
 
@@ -53,7 +59,9 @@ def ragged_dot(
         integers, or `weights` is not a QTensor.
       ValueError: `weights` is not `[e, k, n]` quantized with `contracting=-2, batch=0`,
         `weights` has blocks that cross rows (`PerFlat`), `x` is not `[m, k]`, or
-        `group_sizes` is not `[e]`.
+        `group_sizes` is not `[e]`. Or `weights` has an activation spec with scales that
+        rows of several experts would share, has an outlier threshold, or is a
+        `TrainedWeight` with an activation spec.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -72,11 +80,19 @@ def ragged_dot(
     x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
     x_dtype = check_ragged(x, weights, group_sizes, "ragged_dot")
     out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
-    sizes = group_sizes.astype(jnp.int32)
+    sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
     x, weights = scale_rows_by_group(x, weights, sizes)
+    if weights.meta.activation is None:
+        y = _multiply(x.astype(x_dtype), weights, sizes)
+    else:
+        y = multiply_quantized_rows(x, weights, sizes, _multiply, x_dtype)
+    return y.astype(out_dtype)
+
+
+def _multiply(x: jax.Array, weights: QTensor, sizes: jax.Array) -> jax.Array:
+    """The product of floats with weights without activation spec, float32 `[m, n]`."""
     rows = jax.vmap(lambda weight: weight_rows(weight)[0])(weights)
-    y = ragged_matmul(x.astype(x_dtype), rows, sizes, row_meta(weights.meta))
-    return y.astype(out_dtype)  # pyright: ignore
+    return ragged_matmul(x, rows, sizes, row_meta(weights.meta))
 
 
 def check_ragged(x: Any, weights: Any, group_sizes: Any, caller: str) -> str:
@@ -122,6 +138,7 @@ def check_ragged(x: Any, weights: Any, group_sizes: Any, caller: str) -> str:
             f"{caller}: x must be [m, {k}] and group_sizes [{num_experts}] for "
             f"{weights!r}, got {shown}."
         )
+    ragged_activation(x, weights)
     return x_dtype
 
 
@@ -132,6 +149,12 @@ def _ragged_trained(
     preferred_element_type: Any,
 ) -> jax.Array:
     """`ragged_dot` with trained weights."""
+    if weights.meta.activation is not None:
+        raise ValueError(
+            f"ragged_dot: {weights!r} has an activation spec, and rows of experts are "
+            "not quantized in training yet. Prepare the experts without activation=, "
+            "and use with_activation after conversion."
+        )
     out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
 
     def multiply(

@@ -1,5 +1,6 @@
 """Rows sorted by expert: items, kernels in interpreters, and what is lowered."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -326,6 +327,65 @@ def test_gradients_are_those_of_the_float_products(layout):
     dx = jax.jit(jax.grad(lambda x: jnp.sum(dy * ragged_dot(x, weights, sizes))))(x)
     expected = np.asarray(jax.grad(float_loss)(x), np.float64)
     assert error(dx, expected) < 1e-5
+
+
+def test_forward_mode_is_the_derivative_of_the_float_product():
+    """For x, and for the scales; forward over reverse as well."""
+    spec = jaxq.QuantSpec("uint4", jaxq.PerGroup(64), symmetric=False, scale="float32")
+    x, weights, sizes = operands_of(experts(spec, dtype="float32"))
+    scale, x_dot = weights.scale, normal(*x.shape, seed=5)
+    scale_dot = normal(*scale.shape, seed=6)
+
+    def derivatives(product):
+        def loss(x, scale):
+            qt = dataclasses.replace(weights, scale=scale)
+            return jnp.sum(jnp.sin(product(x, qt)))
+
+        gradient = jax.grad(loss, argnums=(0, 1))
+        tangents = (x_dot, scale_dot)
+        _, loss_dot = jax.jvp(loss, (x, scale), tangents)
+        _, gradient_dot = jax.jvp(gradient, (x, scale), tangents)
+        return loss_dot, *gradient_dot
+
+    results = jax.jit(lambda: derivatives(lambda x, qt: ragged_dot(x, qt, sizes)))()
+    expected = jax.jit(
+        lambda: derivatives(
+            lambda x, qt: jax.lax.ragged_dot(x, jaxq.dequantize(qt), sizes)
+        )
+    )()
+    for a, b in zip(results, expected, strict=True):
+        assert error(a, np.asarray(b, np.float64)) < 2e-5
+
+
+def test_forward_mode_runs_the_kernel():
+    """For the product and for its derivative along x."""
+    x, weights, sizes = operands_of(experts())
+
+    def derivative(x, weights):
+        return jax.jvp(lambda x: ragged_dot(x, weights, sizes), (x,), (x,))
+
+    text = lowered_for("tpu", derivative, x, weights)
+    assert text.count("@tpu_custom_call") == 2
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("sizes", [[5, -3, 12], [-7, 40, 4]])
+def test_a_negative_size_counts_as_zero(name, sizes):
+    """In the kernels and in the XLA form."""
+    call, leaves = call_of(experts())
+    leaves = [leaf[None] for leaf in leaves]
+    x = normal(1, 40, 256, dtype="bfloat16")
+    tiles = {"bm": BM}
+    kernel = functools.partial(
+        ragged_kernel_form, call=call, kernel=name, interpret=True, tiles=tiles
+    )
+    plain = jax.jit(functools.partial(ragged_form, call=call))
+    negative = jnp.array([sizes], jnp.int32)
+    zero = jnp.maximum(negative, 0)
+    expected = plain(x, zero, *leaves)
+    assert_same(plain(x, negative, *leaves), expected)
+    y = jax.jit(kernel, compiler_options=FAST)(x, negative, *leaves)
+    assert error(y, np.asarray(expected, np.float64)) < 4e-3
 
 
 def test_emulation_rounds_inside_the_product():

@@ -83,6 +83,82 @@ def test_narrow_floats_and_dtypes():
     )
 
 
+STATIC = {"bounds": (jnp.array([-1.0, -2.0, -3.0]), jnp.array([1.0, 2.0, 1.5]))}
+UINT8 = jaxq.QuantSpec("uint8", jaxq.PerToken(), symmetric=False)
+
+
+@pytest.mark.parametrize(
+    ("preset", "spec", "options", "dtype"),
+    [
+        ("int8", "int8", {}, "float32"),
+        ("int4", "int8", {}, "bfloat16"),
+        ("int8", "int8", STATIC, "float32"),
+        ("int4", UINT8, {}, "float32"),
+        ("fp8", "fp8", {}, "float32"),
+        ("nf4", jaxq.QuantSpec("int8", jaxq.PerGroup(32)), {}, "float32"),
+    ],
+)
+def test_quantized_rows_are_those_of_a_loop(preset, spec, options, dtype):
+    """The products and the gradients of `x_rows @ weights[i]`."""
+    w = normal_with_outliers(3, K, N, dtype=dtype)
+    qt = jaxq.quantize(w, preset, contracting=-2, batch=0)
+    qt = qt.with_activation(spec, **options)
+    factors = jnp.linspace(0.5, 2, K)
+    qt = qt.with_input_scale(factors) if dtype == "bfloat16" else qt
+    x = normal_with_outliers(M, K, dtype=dtype)
+
+    def loop(x, qt):
+        return plain(x, [jax.tree.map(lambda a: a[i], qt) for i in range(3)])  # noqa: B023
+
+    def loss(product):
+        return lambda x: jnp.sum(product(x).astype(jnp.float32) ** 2)
+
+    results = []
+    for product in (lambda x: ragged_dot(x, qt, SIZES), lambda x: loop(x, qt)):
+        y, dx = jax.jit(product)(x), jax.jit(jax.grad(loss(product)))(x)
+        results.append([np.asarray(a, np.float64) for a in (y, dx)])
+    tolerance = 5e-6 if dtype == "float32" else 1e-2
+    for a, b in zip(*results, strict=True):
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+    floats = np.asarray(ragged_dot(x, qt.with_activation(None), SIZES), np.float64)
+    change = np.linalg.norm(results[0][0] - floats) / np.linalg.norm(floats)
+    assert change > 1e-3
+
+
+def test_a_quantized_row_has_a_forward_derivative():
+    qt = jaxq.quantize(normal_with_outliers(3, K, N), "int8", contracting=-2, batch=0)
+    x, x_dot = normal_with_outliers(M, K), normal_with_outliers(M, K, seed=3)
+    product = jax.jit(lambda x: ragged_dot(x, qt.with_activation("int8"), SIZES))
+    _, y_dot = jax.jvp(product, (x,), (x_dot,))
+    np.testing.assert_allclose(y_dot, plain(x_dot, jaxq.dequantize(qt)), 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        (jaxq.QuantSpec("int8", jaxq.PerTensor()), {}, r"share\. Use PerToken\(\)"),
+        (jaxq.QuantSpec("int8", jaxq.PerBlock((3, 32))), {}, "share"),
+        ("int8", {"outliers": 6.0}, "outlier threshold"),
+        (jaxq.QuantSpec("int8", jaxq.PerGroup(36)), {}, "not a multiple of group size"),
+    ],
+)
+def test_specs_that_do_not_fit_rows_raise(spec, options, message):
+    qt = jaxq.quantize(normal_with_outliers(3, K, N), "int8", contracting=-2, batch=0)
+    qt = qt.with_activation(spec, **options)
+    with pytest.raises(ValueError, match=message):
+        ragged_dot(jnp.ones((M, K)), qt, SIZES)
+    with pytest.raises(ValueError, match=message):
+        jaxq.explain(jnp.ones((M, K)), qt, group_sizes=SIZES)
+
+
+def test_trained_weights_do_not_quantize_rows():
+    w = normal_with_outliers(3, K, N)
+    qt = jaxq.quantize(w, "int8", contracting=-2, batch=0).with_activation("int8")
+    trained = jaxq.qtensor.TrainedWeight.start(w, qt)
+    with pytest.raises(ValueError, match="use with_activation after conversion"):
+        ragged_dot(jnp.ones((M, K)), trained, SIZES)
+
+
 def test_the_stack_is_never_decoded_as_a_whole():
     qt = jax.eval_shape(
         lambda w: jaxq.quantize(w, "int4", contracting=-2, batch=0),

@@ -1,0 +1,108 @@
+"""Rows sorted by expert, quantized before they are multiplied.
+
+Each row is quantized by the activation spec of the weights. The kernels and the XLA
+form of `ragged_dot` multiply floats by decoded weights, so the codes become floats
+again. If a row has one scale, the codes are multiplied without it, and the result is
+multiplied by it. bfloat16 and float16 hold integer codes of 8 bits and float8 exactly,
+and would round codes times scales.
+
+The gradient passes straight through the rounding, as in `_activations.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.ops._activations import ActivationAxes, quantize_activation, range_ends
+from jaxq.qtensor import QTensor, dequantize, with_margin
+
+# `multiply(x, weights, sizes)`: float x `[m, k]` gives float32 `[m, n]`.
+Multiply = Callable[[jax.Array, QTensor, jax.Array], jax.Array]
+
+
+def multiply_quantized_rows(
+    x: jax.Array,
+    weights: QTensor,
+    sizes: jax.Array,
+    multiply: Multiply,
+    x_dtype: str,
+) -> jax.Array:
+    """The product of quantized rows, sorted by expert, with the experts' weights.
+
+    Args:
+      x: float `[m, k]`.
+      weights: `[e, k, n]` with an activation spec that `ragged_activation` accepts.
+      sizes: int32 `[e]`, at least 0.
+      multiply: the product of floats with weights. It must not close over traced
+        arrays.
+      x_dtype: the dtype in which rows are multiplied.
+
+    Returns:
+      float32 `[m, n]`.
+    """
+
+    @jax.custom_jvp
+    def product(x: jax.Array, weights: QTensor, sizes: jax.Array) -> jax.Array:
+        activation = _quantized_rows(x, weights, sizes)
+        without_spec, factor = weights.with_activation(None), None
+        if _has_one_scale(activation):
+            factor = activation.scale.reshape(-1, 1).astype(jnp.float32)  # [m, 1]
+            ones = jnp.ones_like(activation.scale)
+            activation = dataclasses.replace(activation, scale=ones)
+        rows = dequantize(activation, dtype=x_dtype).reshape(x.shape)
+        y = multiply(rows, without_spec, sizes)
+        return y if factor is None else y * factor
+
+    @product.defjvp
+    def derivative(primals, tangents):
+        x, weights, sizes = primals
+        x_dot, *other_tangents = tangents
+        x_dot = _without_clipped(x_dot, x, weights, sizes)
+
+        def float_product(x: jax.Array, weights: QTensor, sizes: jax.Array):
+            return multiply(x.astype(x_dtype), weights.with_activation(None), sizes)
+
+        _, y_dot = jax.jvp(float_product, primals, (x_dot, *other_tangents))
+        return product(*primals), y_dot
+
+    return product(x, weights, sizes)
+
+
+def _quantized_rows(x: jax.Array, weights: QTensor, sizes: jax.Array) -> QTensor:
+    """The rows quantized by the activation spec, `[m, k]` or `[m, 1, k]`."""
+    if weights.input_range is None:
+        return quantize_activation(x, weights, ActivationAxes((0, 1), (1,)))
+    # Each row has the range of its expert, so rows are a batch axis.
+    ranges = _ranges_of_rows(weights, sizes, x.shape[0])
+    weights = dataclasses.replace(weights, input_range=ranges)
+    axes = ActivationAxes((0, 1, 2), (2,), num_batch=1, range_axes=(0,))
+    return quantize_activation(x[:, None], weights, axes)
+
+
+def _ranges_of_rows(weights: QTensor, sizes: jax.Array, num_rows: int) -> jax.Array:
+    """The static range of each row, float32 `[m, 2]`."""
+    assert weights.input_range is not None
+    return jnp.repeat(weights.input_range, sizes, axis=0, total_repeat_length=num_rows)
+
+
+def _has_one_scale(activation: QTensor) -> bool:
+    """Whether each row is one scale times numbers that do not depend on the row."""
+    scale = activation.scale
+    if isinstance(scale, QTensor) or scale.size != activation.shape[0]:
+        return False
+    return activation.offset is None and activation.codebook is None
+
+
+def _without_clipped(
+    x_dot: jax.Array, x: jax.Array, weights: QTensor, sizes: jax.Array
+) -> jax.Array:
+    """The tangent of x, zero where a static range clips x."""
+    if weights.input_range is None:
+        return x_dot
+    low, high = range_ends(_ranges_of_rows(weights, sizes, x.shape[0]), (0,))
+    low, high = with_margin(low[:, None], high[:, None], weights.meta.activation)
+    return jnp.where((low <= x) & (x <= high), x_dot, jnp.zeros((), x_dot.dtype))
