@@ -135,6 +135,9 @@ def _first_kernel(problem: Problem, platform: str, device_kind: str | None) -> C
     """Chooses the first kernel of the platform that can compute the problem."""
     names = kernels_for(platform, transposed=problem.transposed)
     reasons = []
+    # XLA multiplies float8 codes in groups one group after the other. It writes and
+    # reads the sums of each group.
+    in_groups = problem.is_exact and problem.num_groups > 1
     for name in names:
         reason = kernel_module(name).why_not(problem, device_kind)
         dense_from = _DENSE_FROM.get(name)
@@ -142,7 +145,7 @@ def _first_kernel(problem: Problem, platform: str, device_kind: str | None) -> C
             dense_from = _DENSE_FROM_OF_CODEBOOKS.get(name, dense_from)
         if reason is not None:
             reasons.append(reason if len(names) == 1 else f"{name}: {reason}")
-        elif dense_from is not None and problem.m >= dense_from:
+        elif dense_from is not None and problem.m >= dense_from and not in_groups:
             reason = (
                 f"with {dense_from} or more rows of x, the weight is decoded once and "
                 "multiplied densely"

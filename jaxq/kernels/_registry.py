@@ -23,6 +23,8 @@ TRANSPOSED_KERNELS = {"tpu": ("tpu_transposed",), "cuda": ("triton_transposed",)
 # `Problem.unit`), and scales `[e, n, g]`. Other kernels get x in the order of the codes
 # in memory, and scales `[e, g, n]`.
 READS_AS_STORED = ("mosaic_gpu",)
+# The kernels that also read x as float8. Other kernels get float8 codes as bfloat16.
+READS_FLOAT8 = ("tpu",)
 # The kernels whose interpreter has effects. `matmul_p` cannot have effects.
 EFFECTFUL_INTERPRETERS = ("mosaic_gpu",)
 

@@ -25,7 +25,7 @@ class Plan:
 
         - "dense": no operand is quantized; XLA multiplies arrays.
         - "codes": codes are multiplied by codes, integers in int32 or float8 in
-          float32.
+          float32. float8 codes are also multiplied by a weight in a narrower format.
         - "weight_only": floats are multiplied by a weight that is decoded in blocks of
           rows.
         - "weight_only_transposed": as "weight_only", but the product contracts the
@@ -61,8 +61,8 @@ class Plan:
       outlier_product: the plan of the product of these columns. None if there is no
         such threshold.
       x_dtype: dtype of the other operand when it is multiplied by the weight. On the
-        path "codes", "int8" means int8 codes with one scale per row, for which a kernel
-        may run. None on paths that do not use this field.
+        path "codes", it is the dtype of codes with one scale per row: int8, float8, or
+        a wider float that holds float8 codes. None on paths that do not use this field.
       result: dtype of the product before the last cast.
 
     Example:
