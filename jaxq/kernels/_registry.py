@@ -15,14 +15,14 @@ import itertools
 from types import ModuleType
 
 # The kernels of each platform, in the order in which `choose` tries them.
-KERNELS = {"tpu": ("tpu",), "cuda": ("mosaic_gpu", "triton")}
+KERNELS = {"tpu": ("tpu",), "cuda": ("mosaic_gpu", "triton", "triton_int8")}
 KERNEL_NAMES = tuple(itertools.chain.from_iterable(KERNELS.values()))
 # The kernels of each platform for products of the backward pass (`Problem.transposed`).
 TRANSPOSED_KERNELS = {"tpu": ("tpu_transposed",), "cuda": ("triton_transposed",)}
 # The kernels that read codes and scales as they are stored: HALVES units (see
 # `Problem.unit`), and scales `[e, n, g]`. Other kernels get x in the order of the codes
 # in memory, and scales `[e, g, n]`.
-READS_AS_STORED = ("mosaic_gpu",)
+READS_AS_STORED = ("mosaic_gpu", "triton_int8")
 # The kernels that also read x as float8. Other kernels get float8 codes as bfloat16.
 READS_FLOAT8 = ("tpu",)
 # The kernels whose interpreter has effects. `matmul_p` cannot have effects.

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import kernels
-from jaxq.kernels import is_native_float, largest_exact_length
+from jaxq.kernels import is_exact_in_float8, is_native_float, largest_exact_length
 from jaxq.ops._dimension_numbers import DimensionNumbers, batch_first
 from jaxq.ops._facts import (
     ArrayFacts,
@@ -326,6 +326,11 @@ def _plan_float8(
     if row_shapes(x)["scale"].shape[-1] == 1:
         reason += "; the scale of each row of the activation multiplies the result"
         return plan(reason, x_dtype=_dtype_of_float8(x, weight))
+    # The numbers of the weight must fit in float8, or in bfloat16.
+    is_exact = weight.fmt.kind == "integer" or is_exact_in_float8(weight.fmt)
+    has_codes = weight.offset is None and weight.codebook is None
+    if is_exact and has_codes and _why_not_groups(x, weight) is None:
+        return plan(f"{reason} in groups")
     return None
 
 
@@ -597,7 +602,7 @@ def _codes_problem(
     """A product of codes as kernels see it, or why no kernel computes it."""
     lhs, rhs, _ = _operands_after(plan, lhs, rhs, dims)
     sides = []
-    for operand in (lhs, rhs):
+    for operand in (rhs, lhs) if plan.swapped else (lhs, rhs):
         assert isinstance(operand, CodesFacts)
         fields: dict[str, Any] = dict.fromkeys(kernels.Rows._fields)
         fields.update(row_shapes(operand))

@@ -36,10 +36,10 @@ class Plan:
       swapped: True if the weight is the left operand.
       reason: why this path was chosen, in words.
       kernel: the Pallas kernel that runs on `platform`: "tpu", "mosaic_gpu" or
-        "triton"; "tpu_transposed" or "triton_transposed" if the kept axes of the weight
-        are contracted; "ragged_tpu" or "ragged_triton" for `ragged_dot`; "codes_tpu" or
-        "codes_triton" for codes of both operands with scales in groups; "xla" if no
-        kernel runs.
+        "triton"; "triton_int8" for int8 codes with one scale per row; "tpu_transposed"
+        or "triton_transposed" if the kept axes of the weight are contracted;
+        "ragged_tpu" or "ragged_triton" for `ragged_dot`; "codes_tpu" or "codes_triton"
+        for codes of both operands with scales in groups; "xla" if no kernel runs.
       why_no_kernel: why no kernel runs; None if one runs.
       passed_over: the kernels of the platform that are tried before the kernel that
         runs, each with the reason why it does not run.
