@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import formats
-from jaxq.kernels._codes import largest_exact_length
+from jaxq.kernels._codes import is_float8, largest_exact_length
 from jaxq.kernels._problem import Problem, why_not_static
 from jaxq.kernels._rows import RowMeta, Rows, group_size, int8_meta, num_groups
 
@@ -127,11 +127,12 @@ def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
         group=group_size(meta, num_groups(rows)),
         zero_point=rows.zero_point is not None,
         layout=meta.layout,
-        x_dtype=x.dtype.name,
+        x_dtype="bfloat16" if is_float8(x.dtype) else x.dtype.name,
         scale_dtype=None if rows.scale is None else rows.scale.dtype.name,
         out_dtype=call.out_dtype,
         unit=_halves_unit(meta),
         transposed=call.transposed,
+        x_codes=x.dtype.name if is_float8(x.dtype) else None,
     )
 
 
@@ -152,7 +153,8 @@ def _why_no_problem(call: Call, x: Any, leaves: Sequence[Any]) -> str | None:
     if symbolic is not None:
         return symbolic
     meta, rows, name = call.meta, call.rows(leaves), call.meta.fmt.name
-    if call.transposed and not jnp.issubdtype(x.dtype, jnp.floating):
+    is_codes = is_float8(x.dtype) or not jnp.issubdtype(x.dtype, jnp.floating)
+    if call.transposed and is_codes:
         return f"kept axes of the weight are contracted with {x.dtype.name} activations"
     if rows.offset is not None:
         return "the weight has real offsets"
@@ -175,8 +177,8 @@ def _why_no_problem(call: Call, x: Any, leaves: Sequence[Any]) -> str | None:
                 f"codes are packed in units of {unit or meta.padded_k}, and each group "
                 f"of {group} codes has its own scale; a unit must have one scale"
             )
-    if x.dtype.name == "int8" and not integer:
-        return f"int8 activations cannot be multiplied with {name} codes"
+    if is_codes and not integer:
+        return f"{x.dtype.name} activations cannot be multiplied with {name} codes"
     return None
 
 

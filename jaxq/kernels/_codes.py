@@ -9,14 +9,19 @@ Integer-Arithmetic-Only Inference", equation 7):
 int32 arithmetic wraps around, so only the corrected sum has to fit in int32. float8
 codes are multiplied natively and accumulate in float32. If scales vary along k, each
 group's partial sum is multiplied by the scales of its group.
+
+float8 codes also multiply a weight in a narrower format, such as int4. Its numbers
+without scales become float8, or bfloat16 if float8 does not hold them. Both are exact.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxq import formats
@@ -37,6 +42,9 @@ _NATIVE_FLOATS = (
     "float8_e4m3b11fnuz",
 )
 
+# float8_e4m3fn holds all whole numbers up to this one.
+_LARGEST_WHOLE = 16
+
 # Bytes of a block of b on a CPU. The widened codes of a are in memory as well.
 _BLOCK_BYTES = 3 * 2**20
 
@@ -44,6 +52,25 @@ _BLOCK_BYTES = 3 * 2**20
 def is_native_float(fmt: formats.Format) -> bool:
     """Returns True for the float8 formats that XLA multiplies without decoding."""
     return fmt.name in _NATIVE_FLOATS
+
+
+def is_float8(dtype: Any) -> bool:
+    """Returns True for the dtypes of these formats."""
+    return jnp.dtype(dtype).name in _NATIVE_FLOATS
+
+
+@functools.cache
+def is_exact_in_float8(fmt: formats.Format) -> bool:
+    """Returns True if float8_e4m3fn holds every number of a format, such as int4."""
+    if fmt.kind == "integer":
+        # Codes minus zero points are as large as the range of codes.
+        return int(fmt.max - fmt.min) <= _LARGEST_WHOLE
+    if fmt.bits >= 8:
+        return False
+    with jax.ensure_compile_time_eval():
+        numbers = np.asarray(fmt.decode(jnp.asarray(fmt.codes())), np.float32)
+        rounded = numbers.astype(jnp.float8_e4m3fn).astype(np.float32)
+    return bool((numbers == rounded).all())
 
 
 def largest_exact_length(
@@ -74,8 +101,9 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
     Args:
       a: `[m, k]` codes, integers or native float8.
       a_meta: static facts of a.
-      b: `[n, k]` codes of the same kind. Both operands have the same number of groups
-        along k, or one of them has a single group.
+      b: `[n, k]` codes of the same kind. Or a is float8, and b has any format with
+        numbers that bfloat16 holds. Both operands have the same number of groups along
+        k, or one of them has a single group.
       b_meta: static facts of b.
 
     Returns:
@@ -95,18 +123,18 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
         # The length of all groups. Both operands are cut or padded to this length.
         grouped_meta = a_meta if a.scale.shape[-1] > 1 else b_meta
         length = groups * group_size(grouped_meta, groups)
-    a_groups = _grouped(a, a_meta, groups, length)
+    a_dtype, b_dtype = _float_dtypes(a_meta, b_meta)
+    a_groups = _grouped(a, a_meta, groups, length, a_dtype)
 
     def product(b_rows: Rows) -> jax.Array:
-        b_groups = _grouped(b_rows, b_meta, groups, length)
+        b_groups = _grouped(b_rows, b_meta, groups, length, b_dtype)
         return _groups_product(a_groups, b_groups, a_meta, b_meta)
 
     if b_meta.block_bytes is not None and groups > 1:
-        return _sum_over_groups(
-            a_groups, _grouped(b, b_meta, groups, length), a_meta, b_meta
-        )
+        b_groups = _grouped(b, b_meta, groups, length, b_dtype)
+        return _sum_over_groups(a_groups, b_groups, a_meta, b_meta)
     packed = b_meta.packing is not formats.Packing.NONE
-    if not packed and groups == 1 and not is_native_float(b_meta.fmt):
+    if not packed and groups == 1 and b_dtype is None:
         return product(b)
 
     def write(y: jax.Array, start: jax.Array, b_rows: Rows) -> jax.Array:
@@ -118,6 +146,19 @@ def codes_matmul(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Arra
     row_bytes = work_bytes(b_meta, groups * m)
     y = jnp.zeros((m, n), dtype)
     return for_blocks(b, b_meta, write, y, row_bytes=row_bytes, most_bytes=_BLOCK_BYTES)
+
+
+def _float_dtypes(a_meta: RowMeta, b_meta: RowMeta) -> tuple[Any, Any]:
+    """The float dtypes in which codes of a and b are multiplied; None for integers."""
+    a, b = a_meta.fmt, b_meta.fmt
+    if not is_native_float(a):
+        return None, None
+    if is_native_float(b):
+        return jnp.dtype(a.name), jnp.dtype(b.name)
+    # Two float8 formats of one family multiply natively.
+    if is_exact_in_float8(b) and a.name in ("float8_e4m3fn", "float8_e5m2"):
+        return jnp.dtype(a.name), jnp.dtype(jnp.float8_e4m3fn)
+    return jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.bfloat16)
 
 
 def _sum_over_groups(
@@ -170,11 +211,18 @@ class _Groups(NamedTuple):
     zero_point: jax.Array | None
 
 
-def _grouped(rows: Rows, meta: RowMeta, groups: int, length: int) -> _Groups:
-    """Cuts the rows into groups of equal length. Codes of padding decode to zero."""
+def _grouped(
+    rows: Rows, meta: RowMeta, groups: int, length: int, dtype: Any
+) -> _Groups:
+    """Cuts the rows into groups of equal length. Codes of padding decode to zero.
+
+    With a float dtype, codes become numbers without scales in this dtype, and no zero
+    points are left.
+    """
     codes = unpack_codes(rows, meta)
-    if is_native_float(meta.fmt):
-        codes = lax.bitcast_convert_type(codes, jnp.dtype(meta.fmt.name))
+    if dtype is not None:
+        codes = _as_floats(codes, rows, meta, dtype)
+        rows = rows._replace(zero_point=None)
     codes = codes[:, :length]
     padding = length - codes.shape[1]
     if padding:
@@ -188,6 +236,22 @@ def _grouped(rows: Rows, meta: RowMeta, groups: int, length: int) -> _Groups:
     zero_point = None if rows.zero_point is None else rows.zero_point.astype(jnp.int32)
     codes = codes.reshape(codes.shape[0], groups, length // groups)
     return _Groups(codes, rows.scale, zero_point)
+
+
+def _as_floats(codes: jax.Array, rows: Rows, meta: RowMeta, dtype: Any) -> jax.Array:
+    """The numbers of codes `[n, padded_k]` without scales, in a dtype that holds them.
+
+    Zero points are subtracted.
+    """
+    if is_native_float(meta.fmt):
+        numbers = lax.bitcast_convert_type(codes, jnp.dtype(meta.fmt.name))
+        return numbers.astype(dtype)
+    if rows.zero_point is None:
+        return meta.fmt.decode(codes).astype(dtype)
+    size = group_size(meta, rows.zero_point.shape[1])
+    zero_codes = jnp.repeat(rows.zero_point, size, axis=1)[:, : codes.shape[1]]
+    difference = codes.astype(jnp.int16) - zero_codes.astype(jnp.int16)
+    return difference.astype(dtype)
 
 
 def _groups_product(

@@ -25,9 +25,12 @@ class CodesProblem:
       n: rows of b.
       k: contracted length.
       group: number of codes that share a scale along k. It divides k.
-      codes: "int8" or a float8 format, the same for both operands.
-      a_groups: number of scales of a row of a: k / group, or 1 for one scale a row.
-      b_groups: likewise for b.
+      codes: the format in which codes are multiplied: "int8" or a float8 format.
+      a_groups: number of scales of a row of a: k / group, 1 for one scale a row, or 0
+        if a has no scales.
+      b_groups: k / group, or 1.
+      b_codes: the format of b: None for that of a, or "int4". 4-bit codes are in HALVES
+        packing, and a unit is a group. Byte j of a unit has codes j and j + group / 2.
     """
 
     e: int
@@ -38,6 +41,12 @@ class CodesProblem:
     codes: str
     a_groups: int
     b_groups: int
+    b_codes: str | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """True if a byte of b has two codes."""
+        return self.b_codes == "int4"
 
     @property
     def is_empty(self) -> bool:
@@ -70,18 +79,23 @@ def codes_problem(
     if symbolic is not None:
         return symbolic
     names = a_meta.fmt.name, b_meta.fmt.name
-    if names[0] != names[1] or not (names[0] == "int8" or is_native_float(a_meta.fmt)):
+    is_packed = names[1] == "int4"
+    is_served = names[0] == "int8" or is_native_float(a_meta.fmt)
+    if not is_served or (names[0] != names[1] and not is_packed):
         return (
-            "a kernel multiplies int8 codes by int8 codes, or float8 codes by codes of "
-            f"the same float8 format, not {names[0]} by {names[1]}"
+            "a kernel multiplies int8 or float8 codes by codes of the same format, or "
+            f"of int4, not {names[0]} by {names[1]}"
         )
     for rows, meta in ((a, a_meta), (b, b_meta)):
         if rows.scale is None or rows.zero_point is not None:
             return "a kernel multiplies symmetric codes with scales"
         if rows.scale.dtype.name not in _SCALES:
             return f"a kernel reads scales in {', '.join(_SCALES)}"
-        if meta.layout != "rows" or meta.packing is not formats.Packing.NONE:
-            return 'codes must lie in layout "rows", one in a byte'
+        packing = formats.Packing.NONE
+        if meta is b_meta and is_packed:
+            packing = formats.Packing.HALVES
+        if meta.layout != "rows" or meta.packing is not packing:
+            return f'codes must lie in layout "rows", in {packing.value!r} packing'
     groups = num_groups(a), num_groups(b)
     most = max(groups)
     group = a_meta.k
@@ -89,6 +103,9 @@ def codes_problem(
         group = group_size(a_meta if groups[0] > 1 else b_meta, most)
     if group * most != a_meta.k:
         return f"the last group of {a_meta.k} codes in groups of {group} is not full"
+    if is_packed and most > 1 and b_meta.unit != group:
+        return f"a group of {group} codes is not packed as one unit"
     e, m = a.data.shape[:2]
     n = b.data.shape[1]
-    return CodesProblem(e, m, n, a_meta.k, group, names[0], *groups)
+    b_codes = "int4" if is_packed else None
+    return CodesProblem(e, m, n, a_meta.k, group, names[0], *groups, b_codes)

@@ -22,13 +22,15 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching
 
 from jaxq.kernels._choice import kernel_on
-from jaxq.kernels._codes import codes_matmul
+from jaxq.kernels._codes import codes_matmul, is_native_float
 from jaxq.kernels._codes_problem import CodesProblem, codes_problem
 from jaxq.kernels._dispatch import block_bytes_on
+from jaxq.kernels._forms import in_memory_order
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._registry import kernel_module
-from jaxq.kernels._rows import RowMeta, Rows
+from jaxq.kernels._rows import RowMeta, Rows, decode_field
+from jaxq.kernels._xla import weight_only_matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,11 @@ class CodesCall:
             _rows_of(self.b_leaves, operands[num_a:]),
         )
 
+    @property
+    def is_mixed(self) -> bool:
+        """True if float8 codes are multiplied by a weight in another kind of format."""
+        return is_native_float(self.a_meta.fmt) and not is_native_float(self.b_meta.fmt)
+
     def problem(self, operands: Sequence[Any]) -> CodesProblem | str:
         """The product as kernels see it, or the reason why no kernel computes it."""
         a, b = self.rows(operands)
@@ -80,6 +87,10 @@ def codes_xla_form(*operands: jax.Array, call: CodesCall) -> jax.Array:
 
     def product(*operands: jax.Array) -> jax.Array:
         a, b = call.rows(operands)
+        if call.is_mixed and call.b_meta.block_bytes is None:
+            # XLA:CPU has no float8 product, and multiplies groups slowly.
+            x = decode_field(a, call.a_meta, 0)[:, : call.a_meta.k]
+            return weight_only_matmul(x, b, call.b_meta)
         return codes_matmul(a, call.a_meta, b, call.b_meta)
 
     if operands[0].shape[0] == 1:
@@ -108,8 +119,11 @@ def codes_kernel_form(
     assert a.scale is not None
     assert b.scale is not None
     module, p = kernel_module(kernel), problem
+    a_data = a.data
+    if p.is_packed and kernel == "codes_tpu":
+        a_data = in_memory_order(a_data, call.b_meta)
     return module.matmul(
-        a.data,
+        a_data,
         jnp.broadcast_to(a.scale, (p.e, p.m, p.a_groups)),
         b.data,
         jnp.broadcast_to(b.scale, (p.e, p.n, p.b_groups)),

@@ -87,7 +87,8 @@ def matmul(
     Args:
       a: codes `[e, m, k]`, int8 or the bytes of float8.
       a_scale: `[e, m, a_groups]`.
-      b: codes `[e, n, k]`.
+      b: codes `[e, n, k]`, or `[e, n, k / 2]` if two codes share a byte. Then the
+        columns of a have the order of the codes in memory.
       b_scale: `[e, n, b_groups]`.
       problem: static facts of the arrays. `why_not` must accept it.
       tiles: "bm", "bn" and "bk", as `default_tiles` returns them.
@@ -98,6 +99,7 @@ def matmul(
     """
     p, bm, bn, bk = problem, tiles["bm"], tiles["bn"], tiles["bk"]
     per_step, steps = bk // p.group, p.k // bk
+    b_bytes = bk // 2 if p.is_packed else bk
     # Scales of b lie along lanes, as the columns of the result.
     b_scale = jnp.swapaxes(_to_native(b_scale), 1, 2)  # [e, b_groups, n]
     if p.b_groups == 1:
@@ -111,7 +113,7 @@ def matmul(
         in_specs=[
             pl.BlockSpec((None, bm, bk), lambda e, m, n, k: (e, m, k)),
             pl.BlockSpec((None, bm, p.a_groups), lambda e, m, n, k: (e, m, 0)),
-            pl.BlockSpec((None, bn, bk), lambda e, m, n, k: (e, n, k)),
+            pl.BlockSpec((None, bn, b_bytes), lambda e, m, n, k: (e, n, k)),
             b_scale_spec,
         ],
         out_specs=pl.BlockSpec((None, bm, bn), lambda e, m, n, k: (e, m, n)),
@@ -148,9 +150,15 @@ def _step(
     b_scales = b_scale[...].astype(jnp.float32)  # [per_step or 1, bn]
     index = lax.broadcasted_iota(jnp.int32, a_scales.shape, 1)
     sums = total[...]
+    # Reading a byte as two numbers along sublanes keeps them in order.
+    unpacked = _unpacked(b_ref[...], p) if p.is_packed else None  # [bk, bn]
     for j in range(per_step):
         at = slice(j * p.group, (j + 1) * p.group)
-        part = _product(_codes(a_ref[:, at], p), _codes(b_ref[:, at], p), p)
+        a = _codes(a_ref[:, at], p)
+        if unpacked is None:
+            part = _product(a, _codes(b_ref[:, at], p), p, 1)
+        else:
+            part = _product(a, unpacked[at], p, 0)
         a_column = a_scales
         if p.a_groups > 1:
             # A column of lanes at a place that only the step knows.
@@ -169,10 +177,15 @@ def _codes(data: jax.Array, p: CodesProblem) -> jax.Array:
     return data if p.is_integer else pltpu.bitcast(data, jnp.dtype(p.codes))
 
 
-def _product(a: jax.Array, b: jax.Array, p: CodesProblem) -> jax.Array:
-    """float32 `a @ b.T`."""
+def _unpacked(data: jax.Array, p: CodesProblem) -> jax.Array:
+    """The int4 codes of bytes `[bn, bk / 2]` as `[bk, bn]`, in int8 or float8."""
+    return pltpu.bitcast(data.T, jnp.int4).astype(p.codes)
+
+
+def _product(a: jax.Array, b: jax.Array, p: CodesProblem, axis: int) -> jax.Array:
+    """The float32 product over axis 1 of a and `axis` of b."""
     accumulate = jnp.int32 if p.is_integer else jnp.float32
-    dims = (((1,), (1,)), ((), ()))
+    dims = (((1,), (axis,)), ((), ()))
     product = lax.dot_general(a, b, dims, preferred_element_type=accumulate)
     return product.astype(jnp.float32)
 
@@ -183,5 +196,8 @@ def _to_native(scale: jax.Array) -> jax.Array:
 
 
 def _tile_bytes(p: CodesProblem, bm: int, bn: int, bk: int) -> int:
-    # Two tiles of each operand and of y, and one tile of the total and of a product.
-    return 2 * (bm + bn) * bk + 4 * 4 * bm * bn + 8 * bm * max(p.a_groups, _LANES)
+    # Two tiles of each operand and of y, and one tile of the total and of a product. If
+    # two codes share a byte, also one tile of the unpacked codes.
+    operand_bytes = 2 * (bm + bn) * bk
+    sum_bytes = 4 * 4 * bm * bn
+    return operand_bytes + sum_bytes + 8 * bm * max(p.a_groups, _LANES)

@@ -18,10 +18,18 @@ from jax import lax
 from jaxq import formats
 from jaxq.kernels import _tiles
 from jaxq.kernels._call import Call, problem_of, with_leaves, without_index
-from jaxq.kernels._codes import codes_matmul, largest_exact_length
+from jaxq.kernels._codes import codes_matmul, is_float8, largest_exact_length
 from jaxq.kernels._problem import Problem
-from jaxq.kernels._registry import READS_AS_STORED, kernel_module
-from jaxq.kernels._rows import RowMeta, Rows, as_rows, group_size, int8_meta, num_groups
+from jaxq.kernels._registry import READS_AS_STORED, READS_FLOAT8, kernel_module
+from jaxq.kernels._rows import (
+    RowMeta,
+    Rows,
+    as_rows,
+    codes_meta,
+    group_size,
+    int8_meta,
+    num_groups,
+)
 from jaxq.kernels._xla import (
     transposed_matmul,
     weight_only_matmul,
@@ -62,11 +70,15 @@ def _xla_matrix(x: jax.Array, *leaves: jax.Array, call: Call) -> jax.Array:
         exact = num_groups(rows) == 1 or _has_exact_products(rows, meta)
         matmul = weight_only_matmul if exact else whole_numbers_matmul
         return matmul(x.astype(jnp.float32), rows, meta).astype(call.out_dtype)
-    if x.dtype == jnp.int8:
+    if is_float8(x.dtype) and meta.block_bytes is None:
+        # XLA:CPU has no float8 product. It would widen the codes of the weight as well.
+        x = x.astype(jnp.float32)
+    if x.dtype == jnp.int8 or is_float8(x.dtype):
         # A scale of 1 makes the sums float32.
         scale = None if rows.scale is None else jnp.ones((1, 1), jnp.float32)
-        x_rows = Rows(x, scale, None, None, None)  # pyright: ignore[reportArgumentType]
-        y = codes_matmul(x_rows, int8_meta(meta.k), rows, meta)
+        codes = x if x.dtype == jnp.int8 else lax.bitcast_convert_type(x, jnp.uint8)
+        x_rows = Rows(codes, scale, None, None, None)  # pyright: ignore
+        y = codes_matmul(x_rows, codes_meta(x.dtype.name, meta.k), rows, meta)
         return y.astype(call.out_dtype)
     if call.meta.layout == "columns" and meta.block_bytes is None:
         # XLA:CPU would multiply columns without a transpose, and its matrix library
@@ -139,6 +151,8 @@ def pallas_form(
     )
     keeps_order = as_stored and problem.unit is not None
     if not call.transposed:
+        if kernel not in READS_FLOAT8:
+            x = x.astype(problem.x_dtype)
         x = pad_columns(x, call.meta)
         x = x if keeps_order else in_memory_order(x, call.meta)
     y = kernel_module(kernel).matmul(

@@ -19,7 +19,8 @@ weight. This decides the design:
 - A group with its own scale costs an operation for each row of x. From `group / 2` rows
   of x in bfloat16 on, multiplying the weights by their scales costs no more, because
   one operation multiplies two weights. This rounds scales and weights to bfloat16. The
-  matrix unit then adds all groups.
+  matrix unit then adds all groups. If x is made of float8 codes, sums are scaled for
+  any number of rows, so that nothing is rounded.
 - When the matrix unit adds all groups, it multiplies one chunk of weights while the
   next chunk is decoded, also from one step to the next.
 - With 64 or more rows, reading x takes longer than reading the weights. Two blocks that
@@ -434,7 +435,7 @@ def _scaling(p: Problem, bm: int, chunk: int) -> str:
     # of instructions, weights are multiplied: their products need no separate sums, so
     # the matrix unit can run while the next chunk is decoded. float16 may not hold
     # scales.
-    if p.x_dtype == "bfloat16" and 2 * bm >= chunk:
+    if p.x_dtype == "bfloat16" and 2 * bm >= chunk and not p.is_exact:
         return "weights"
     return "sums"
 

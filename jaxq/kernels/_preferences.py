@@ -56,12 +56,23 @@ def why_dense(problem: Any, kernel: str) -> str | None:
     dense_from = _DENSE_FROM.get(kernel)
     if isinstance(problem, Problem) and problem.codebook:
         dense_from = _DENSE_FROM_OF_CODEBOOKS.get(kernel, dense_from)
-    if dense_from is None or problem.m < dense_from:
+    if dense_from is None or problem.m < dense_from or _has_exact_groups(problem):
         return None
     return (
         f"with {dense_from} or more rows of x, the weight is decoded once and "
         "multiplied densely"
     )
+
+
+def _has_exact_groups(problem: Any) -> bool:
+    """True for float8 codes of x with scales of the weight in groups.
+
+    XLA multiplies them one group after the other. It writes and reads the sums of each
+    group.
+    """
+    if not isinstance(problem, Problem):
+        return False
+    return problem.is_exact and problem.num_groups > 1
 
 
 def _why_dense_experts(problem: Problem) -> str | None:

@@ -54,6 +54,9 @@ class Problem:
         row has codes 2 * j and 2 * j + 1. Only kernels in `_registry.READS_AS_STORED`
         use it. They get the columns of x in the order of the codes, and scales and zero
         points as `[e, n, num_groups]`.
+      x_codes: the float8 format of x, or None if x is not made of float8 codes.
+        `x_dtype` is then bfloat16, which holds these codes. A kernel multiplies them by
+        integer codes without rounding, and scales the sums.
 
     Example:
       >>> from jaxq.kernels import Problem, choose
@@ -80,6 +83,7 @@ class Problem:
     out_dtype: str
     unit: int | None = None
     transposed: bool = False
+    x_codes: str | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -90,6 +94,11 @@ class Problem:
     def num_groups(self) -> int:
         """Number of scales along k."""
         return -(-self.k // self.group) if self.group else 1
+
+    @property
+    def is_exact(self) -> bool:
+        """True if products of codes must not be rounded: scales multiply the sums."""
+        return self.x_codes is not None
 
     @property
     def codes(self) -> str:

@@ -73,7 +73,8 @@ def quantized_matmul(
         power of two if g > 1. Codes beyond k are then padding.
       out_dtype: dtype of the result. None means the dtype of x. For int8 x it means
         float32, or int32 without a scale.
-      backend: "auto", "xla", or the name of a kernel: "tpu", "mosaic_gpu", "triton".
+      backend: "auto", "xla", or the name of a kernel: "tpu", "mosaic_gpu", "triton",
+        "triton_int8".
       interpret: True runs the interpreter of the kernel that `backend` names. It is
         slow, runs on any platform, and is meant for tests. The interpreter of
         "mosaic_gpu" has no derivatives.

@@ -31,7 +31,7 @@ Family = Literal["product", "transposed", "ragged", "codes", "activation", "atte
 PLATFORMS = ("tpu", "cuda")
 # The kernels of each family and platform, in the order in which `choose` tries them.
 KERNELS: dict[Family, dict[str, tuple[str, ...]]] = {
-    "product": {"tpu": ("tpu",), "cuda": ("mosaic_gpu", "triton")},
+    "product": {"tpu": ("tpu",), "cuda": ("mosaic_gpu", "triton", "triton_int8")},
     "transposed": {"tpu": ("tpu_transposed",), "cuda": ("triton_transposed",)},
     "ragged": {"tpu": ("ragged_tpu",), "cuda": ("ragged_triton",)},
     "codes": {"tpu": ("codes_tpu",), "cuda": ("codes_triton",)},
@@ -43,7 +43,9 @@ KERNEL_NAMES = tuple(itertools.chain.from_iterable(KERNELS["product"].values()))
 # The kernels that read codes and scales as they are stored: HALVES units (see
 # `Problem.unit`), and scales `[e, n, g]`. Other kernels get x in the order of the codes
 # in memory, and scales `[e, g, n]`.
-READS_AS_STORED = ("mosaic_gpu",)
+READS_AS_STORED = ("mosaic_gpu", "triton_int8")
+# The kernels that also read x as float8. Other kernels get float8 codes as bfloat16.
+READS_FLOAT8 = ("tpu",)
 # The kernels whose interpreter has effects. `matmul_p` cannot have effects.
 EFFECTFUL_INTERPRETERS = ("mosaic_gpu",)
 

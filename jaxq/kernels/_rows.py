@@ -78,7 +78,12 @@ class Rows(NamedTuple):
 
 def int8_meta(k: int) -> RowMeta:
     """Returns the static facts of rows of k int8 codes without padding."""
-    return RowMeta(formats.get("int8"), formats.Packing.NONE, None, k, k)
+    return codes_meta("int8", k)
+
+
+def codes_meta(name: str, k: int) -> RowMeta:
+    """Returns the static facts of rows of k codes of 8 bits without padding."""
+    return RowMeta(formats.get(name), formats.Packing.NONE, None, k, k)
 
 
 def num_groups(rows: Rows) -> int:

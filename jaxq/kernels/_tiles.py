@@ -60,7 +60,7 @@ def _lookup(
         "kernel": name,
         "device": device,
         "codes": problem.codes,
-        "x": problem.x_dtype,
+        "x": problem.x_codes or problem.x_dtype,
         "group": problem.group,
         "layout": problem.layout,
         "m": bucket(problem.m),

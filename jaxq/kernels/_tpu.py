@@ -26,13 +26,14 @@ Each grid step (e, m, n, k) computes
 The last step along k writes `total` to the result. `total` is int32 if x is int8 and
 there is one scale per column. Otherwise it is float32.
 
-Bodies. There are four ways to decode a tile. Which one is fastest depends on the
+Bodies. There are five ways to decode a tile. Which one is fastest depends on the
 generation of the TPU:
 
 | body | codes | multiplied with x | scale per group |
 |---|---|---|---|
 | pre | integers | `scale * (codes - zero_point)`, rounded once | on weights |
 | post | integers | codes, exact | on partial sums |
+| float8 | integers of 4 bits | codes in float8, exact | on partial sums |
 | select | table | entries, looked up as float32 along lanes | see below |
 | gather | table | entries, looked up as bfloat16 along sublanes | see below |
 
@@ -40,6 +41,7 @@ generation of the TPU:
   costs bk / group * bm * bn.
 - select and gather scale partial sums if 4 * bm <= group, and weights otherwise.
 - select runs on every generation. gather runs from v6e on, and only for bfloat16 x.
+- float8 is for x made of float8 codes, on TPUs with a float8 matrix unit: v7x.
 - If there is one scale per column, every body multiplies the finished sum with it.
 - With scales on partial sums, `sum(x) * zero_point` is subtracted from the partial sum.
   This replaces a subtraction from bk * bn codes.
@@ -78,12 +80,12 @@ from jaxq.kernels._tpu_tiles import (
     integers,
     is_wide,
     matrix_of,
+    native,
     run_grid,
     scaled_weights,
     table_body,
     table_entries,
     tile_height,
-    to_native,
     weight_inputs,
     weight_specs,
     whole_registers,
@@ -91,6 +93,8 @@ from jaxq.kernels._tpu_tiles import (
 )
 
 _X_DTYPES = ("bfloat16", "float16", "float32", "int8")
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
+_BYTE_ROWS = 32
 
 
 def why_not(problem: Problem, device_kind: str | None) -> str | None:
@@ -120,6 +124,9 @@ def default_tiles(problem: Problem, device_kind: str | None) -> dict[str, int | 
     m, n = whole_registers(p), pl.cdiv(p.n, LANES) * LANES
     bm, bn = min(m, 256 if is_wide(p) else 512), min(n, 512)
     body = _default_body(p, bm, device_kind)
+    if body == "float8":
+        # A register of bytes has 32 rows.
+        bm = pl.cdiv(bm, _BYTE_ROWS) * _BYTE_ROWS
     return {"bm": bm, "bk": _default_bk(p, bm, body), "bn": bn, "body": body}
 
 
@@ -127,7 +134,9 @@ def _default_body(p: Problem, bm: int, device_kind: str | None) -> str:
     is_old = generation(device_kind) < 6
     if p.codebook:
         return table_body(p, device_kind)
-    if p.x_dtype == "int8":
+    if p.is_exact and generation(device_kind) >= 7 and _has_float8(p):
+        return "float8"
+    if p.x_dtype == "int8" or p.is_exact:
         return "post"
     if is_old:
         # Before v6e the vector unit has no bfloat16, so a multiplication for every
@@ -136,6 +145,11 @@ def _default_body(p: Problem, bm: int, device_kind: str | None) -> str:
         return "post" if bm <= p.group or p.group >= 128 else "pre"
     # Beside the transpose of rows, scaled weights take fewer cycles than scaled sums.
     return "post" if 8 * bm <= p.group and p.layout == "columns" else "pre"
+
+
+def _has_float8(p: Problem) -> bool:
+    """True if the matrix unit of v7x multiplies x and the codes as float8."""
+    return p.x_codes in _FLOAT8 and p.bits == 4 and not p.codebook
 
 
 def _default_bk(p: Problem, bm: int, body: str) -> int:
@@ -170,7 +184,7 @@ def matmul(
     """Computes `x @ decode(data)` as `Problem` states it.
 
     Args:
-      x: `[e, m, k]`.
+      x: `[e, m, k]` in `problem.x_dtype` or `problem.x_codes`.
       data: `[e, n, k * bits / 8]` in the layout "rows", `[e, k * bits / 8, n]` in the
         layout "columns".
       scale: `[e, num_groups, n]`, or None.
@@ -232,7 +246,8 @@ def kernel_inputs(
     bm, bk, bn = (int(tiles[name]) for name in ("bm", "bk", "bn"))
     _check_tiles(p, bm, bk, bn, body)
     padding = pl.cdiv(p.k, bk) * bk - p.k
-    x = jnp.pad(to_native(x), ((0, 0), (0, 0), (0, padding)))
+    dtype = p.x_codes if body == "float8" else native(p.x_dtype)
+    x = jnp.pad(x.astype(dtype), ((0, 0), (0, 0), (0, padding)))
     return {"x": x, **weight_inputs(data, scale, zero_point, codebook, body)}
 
 
@@ -304,8 +319,9 @@ def add_tile_product(
 
     # With few rows of x, scaling sums costs less than scaling weights, in every body.
     few_rows = 4 * x.shape[0] <= group
-    if one_scale or body == "post" or (p.codebook and few_rows):
-        w = w.astype(x.dtype)
+    if one_scale or body in ("post", "float8") or (p.codebook and few_rows):
+        # float8_e4m3fn holds all integers of 4 bits, and float8_e5m2 does not.
+        w = w.astype(jnp.float8_e4m3fn if body == "float8" else x.dtype)
         scale = None if one_scale else per_group("scale")
         sums = total[...]
         for g in range(num_groups):
@@ -352,6 +368,7 @@ def _check_tiles(p: Problem, bm: int, bk: int, bn: int, body: str) -> None:
             f"of {SUBLANES}, {height} and {LANES}."
         )
     bodies = ("gather", "select") if p.codebook else ("pre", "post")
+    bodies += ("float8",) if _has_float8(p) else ()
     if body not in bodies:
         raise ValueError(
             f"quantized_matmul: body {body!r} of the TPU kernel does not decode "
@@ -361,6 +378,11 @@ def _check_tiles(p: Problem, bm: int, bk: int, bn: int, body: str) -> None:
         raise ValueError(
             'quantized_matmul: body "gather" of the TPU kernel rounds the codebook to '
             f'bfloat16, and this is too coarse for x in {p.x_dtype}. Use "select".'
+        )
+    if body == "pre" and p.is_exact:
+        raise ValueError(
+            'quantized_matmul: body "pre" of the TPU kernel rounds scaled weights to '
+            'bfloat16, and the product of float8 codes is exact. Use "post".'
         )
     if body == "pre" and p.x_dtype == "int8":
         raise ValueError(

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq import kernels
-from jaxq.kernels import is_native_float, largest_exact_length
+from jaxq.kernels import is_exact_in_float8, is_native_float, largest_exact_length
 from jaxq.ops._dimension_numbers import DimensionNumbers, batch_first
 from jaxq.ops._facts import (
     ArrayFacts,
@@ -43,8 +43,8 @@ from jaxq.qtensor import QTensor
 _INT32_MAX = 2**31 - 1
 _NARROW_FLOATS = ("bfloat16", "float16")
 _NO_KERNEL = (
-    "a kernel multiplies a quantized weight by floats, or by int8 codes with one scale "
-    "per row; this product has no such form"
+    "a kernel multiplies a quantized weight by floats, or by int8 or float8 codes with "
+    "one scale per row; this product has no such form"
 )
 
 
@@ -272,6 +272,14 @@ def _activation_kind(weight: CodesFacts) -> Literal["dynamic", "static"]:
 def _plan_two_quantized(
     lhs: CodesFacts, rhs: CodesFacts, dims: DimensionNumbers, prepared: _Prepared
 ) -> Plan:
+    if is_native_float(lhs.fmt) and _is_narrow(rhs):
+        plan = _plan_float8(lhs, rhs, dims, prepared, swapped=False)
+    elif is_native_float(rhs.fmt) and _is_narrow(lhs):
+        plan = _plan_float8(rhs, lhs, dims, prepared, swapped=True)
+    else:
+        plan = None
+    if plan is not None:
+        return plan
     problem = _why_not_codes(lhs, rhs, dims)
     if problem:
         floats, prepared = lhs.dequantized(), prepared.left_dequantized(problem)
@@ -286,6 +294,65 @@ def _plan_two_quantized(
         "float32" if is_native_float(rhs.fmt) else "int32",
         x_dtype="int8" if is_int8_rows else None,
     )
+
+
+def _is_narrow(operand: CodesFacts) -> bool:
+    """True if float8 codes may multiply this operand: bfloat16 holds its codes."""
+    return operand.fmt.bits < 8
+
+
+def _plan_float8(
+    x: CodesFacts,
+    weight: CodesFacts,
+    dims: DimensionNumbers,
+    prepared: _Prepared,
+    *,
+    swapped: bool,
+) -> Plan | None:
+    """The plan for float8 codes times a weight in a narrower format; None if none fits.
+
+    If x has one scale for each row, this scale is applied to the result. The codes are
+    multiplied by the weight like float activations, and every float dtype holds them.
+
+    Args:
+      x: the operand with float8 codes.
+      weight: the other operand.
+      dims: dimension numbers of the product.
+      prepared: what happens before the product.
+      swapped: the weight is the left operand.
+    """
+    x_side, weight_side = (1, 0) if swapped else (0, 1)
+    contracted, batch = dims
+    problem = (
+        _why_not_operand(x, contracted[x_side], batch[x_side], "x")
+        or _why_not_axes(weight, contracted[weight_side], batch[weight_side], "")
+        or _why_not_order(x, weight, contracted[x_side], contracted[weight_side])
+    )
+    if problem or not x.symmetric:
+        return None
+    plan = functools.partial(prepared.plan, "codes", swapped=swapped)
+    reason = f"{x.fmt.name} codes are multiplied by {weight.fmt.name} weights"
+    if row_shapes(x)["scale"].shape[-1] == 1:
+        reason += "; the scale of each row of the activation multiplies the result"
+        return plan(reason, x_dtype=_dtype_of_float8(x, weight))
+    # The numbers of the weight must fit in float8, or in bfloat16.
+    is_exact = weight.fmt.kind == "integer" or is_exact_in_float8(weight.fmt)
+    has_codes = weight.offset is None and weight.codebook is None
+    if is_exact and has_codes and _why_not_groups(x, weight) is None:
+        return plan(f"{reason} in groups")
+    return None
+
+
+def _dtype_of_float8(x: CodesFacts, weight: CodesFacts) -> str:
+    """The dtype in which float8 codes of `x` reach the product with a weight.
+
+    Integer codes need no other dtype: products of codes are exact. Real numbers of a
+    weight would be rounded in a narrower dtype than their own.
+    """
+    if weight.fmt.kind == "integer" and weight.offset is None:
+        return x.fmt.name
+    keeps_dtype = x.dtype == weight.dtype and x.dtype in _NARROW_FLOATS
+    return x.dtype if keeps_dtype else "float32"
 
 
 def _reason_for_codes(lhs: CodesFacts, rhs: CodesFacts) -> str:
@@ -319,15 +386,28 @@ def _why_not_codes(
     all_floats = is_native_float(lhs.fmt) and is_native_float(rhs.fmt)
     if not all_integers and not all_floats:
         return f"codes of {lhs.fmt.name} and {rhs.fmt.name} do not multiply natively"
-    if _flattening_order(lhs, dims[0][0]) != _flattening_order(rhs, dims[0][1]):
-        return "the contracted axes are flattened in different orders"
-    return _why_not_groups(lhs, rhs)
+    problem = _why_not_order(lhs, rhs, dims[0][0], dims[0][1])
+    return problem or _why_not_groups(lhs, rhs)
 
 
 def _why_not_operand(
     operand: CodesFacts, contracting: Sequence[int], batch: Sequence[int], name: str
 ) -> str | None:
     """Why the codes of one operand cannot be multiplied; None if they can."""
+    problem = _why_not_axes(operand, contracting, batch, name)
+    if problem:
+        return problem
+    if operand.offset is not None:
+        return f"{name}, {operand.fmt.name}, has a real offset"
+    if operand.codebook is not None:
+        return f"{name}, {operand.fmt.name}, has its own codebook"
+    return None
+
+
+def _why_not_axes(
+    operand: CodesFacts, contracting: Sequence[int], batch: Sequence[int], name: str
+) -> str | None:
+    """Why a product does not contract the rows of an operand; None if it does."""
     problem = _why_not_batch(operand, batch, name) or why_not_rows(operand.meta)
     if problem:
         return problem
@@ -340,11 +420,20 @@ def _why_not_operand(
         )
     if operand.input_scale:
         return f"{name} has an input_scale, and codes cannot be multiplied by it"
-    if operand.offset is not None:
-        return f"{name}, {operand.fmt.name}, has a real offset"
-    if operand.codebook is not None:
-        return f"{name}, {operand.fmt.name}, has its own codebook"
     return None
+
+
+def _why_not_order(
+    lhs: CodesFacts,
+    rhs: CodesFacts,
+    lhs_contracting: Sequence[int],
+    rhs_contracting: Sequence[int],
+) -> str | None:
+    """Why rows of both operands have different orders of codes; None if they agree."""
+    lhs_order = _flattening_order(lhs, lhs_contracting)
+    if lhs_order == _flattening_order(rhs, rhs_contracting):
+        return None
+    return "the contracted axes are flattened in different orders"
 
 
 def _why_not_batch(operand: CodesFacts, batch: Sequence[int], name: str) -> str | None:
@@ -537,7 +626,7 @@ def _codes_problem(
     """A product of codes as kernels see it, or why no kernel computes it."""
     lhs, rhs, _ = _operands_after(plan, lhs, rhs, dims)
     sides = []
-    for operand in (lhs, rhs):
+    for operand in (rhs, lhs) if plan.swapped else (lhs, rhs):
         assert isinstance(operand, CodesFacts)
         fields: dict[str, Any] = dict.fromkeys(kernels.Rows._fields)
         fields.update(row_shapes(operand))
@@ -558,7 +647,7 @@ def _kernel_problem(
     """
     lhs, rhs, dims = _operands_after(plan, lhs, rhs, dims)
     is_weight_only = plan.path in ("weight_only", "weight_only_transposed")
-    if not is_weight_only and plan.x_dtype != "int8":
+    if not is_weight_only and plan.x_dtype is None:
         return _NO_KERNEL
     x_side = 1 if plan.swapped else 0
     x, weight = (rhs, lhs) if plan.swapped else (lhs, rhs)

@@ -286,12 +286,11 @@ def _multiply(
         if step == "quantize_left":
             return _multiply_activation(plan, rest, lhs, rhs, dims, swapped=False)
         return _multiply_activation(plan, rest, rhs, lhs, dims, swapped=True)
-    if plan.path == "codes":
-        return _multiply_codes(plan, lhs, rhs, len(dims[1][0]))
+    product = _multiply_codes if plan.path == "codes" else _multiply_weight
     if not plan.swapped:
-        return _multiply_weight(plan, lhs, rhs, dims)
+        return product(plan, lhs, rhs, dims)
     mirrored = ((dims[0][1], dims[0][0]), (dims[1][1], dims[1][0]))
-    y = _multiply_weight(plan, rhs, lhs, mirrored)  # [b, free of x, free of weight]
+    y = product(plan, rhs, lhs, mirrored)  # [b, free of x, free of weight]
     num_batch = len(dims[1][0])
     num_free = rhs.ndim - len(dims[0][1]) - num_batch
     x_axes = range(num_batch, num_batch + num_free)
@@ -334,15 +333,20 @@ def _multiply_activation(
 
 
 def _multiply_codes(
-    plan: Plan, lhs: QTensor, rhs: QTensor, num_batch: int
+    plan: Plan, lhs: QTensor, rhs: QTensor, dims: DimensionNumbers
 ) -> jax.Array:
     """`[b, free of lhs, free of rhs]`, float32, from the codes of both operands."""
+    num_batch = len(dims[1][0])
 
     def multiply_rows(lhs: QTensor, rhs: QTensor) -> jax.Array:
         (lhs_rows, lhs_meta), (rhs_rows, rhs_meta) = weight_rows(lhs), weight_rows(rhs)
-        if plan.x_dtype == "int8":
+        if plan.x_dtype is not None:
+            x = lhs_rows.data
+            if plan.x_dtype != "int8":
+                codes = lax.bitcast_convert_type(x, jnp.dtype(lhs_meta.fmt.name))
+                x = codes.astype(plan.x_dtype)
             call = kernels.Call(rhs_meta, (), plan.result)
-            sums = kernels.call_matmul(lhs_rows.data, rhs_rows, call)
+            sums = kernels.call_matmul(x, rhs_rows, call)
             return sums * lhs_rows.scale.astype(jnp.float32)
         return kernels.call_codes(lhs_rows, lhs_meta, rhs_rows, rhs_meta)
 

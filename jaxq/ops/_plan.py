@@ -25,7 +25,7 @@ class Plan:
 
         - "dense": no operand is quantized; XLA multiplies arrays.
         - "codes": codes are multiplied by codes, integers in int32 or float8 in
-          float32.
+          float32. float8 codes are also multiplied by a weight in a narrower format.
         - "weight_only": floats are multiplied by a weight that is decoded in blocks of
           rows.
         - "weight_only_transposed": as "weight_only", but the product contracts the
@@ -36,10 +36,10 @@ class Plan:
       swapped: True if the weight is the left operand.
       reason: why this path was chosen, in words.
       kernel: the Pallas kernel that runs on `platform`: "tpu", "mosaic_gpu" or
-        "triton"; "tpu_transposed" or "triton_transposed" if the kept axes of the weight
-        are contracted; "ragged_tpu" or "ragged_triton" for `ragged_dot`; "codes_tpu" or
-        "codes_triton" for codes of both operands with scales in groups; "xla" if no
-        kernel runs.
+        "triton"; "triton_int8" for int8 codes with one scale per row; "tpu_transposed"
+        or "triton_transposed" if the kept axes of the weight are contracted;
+        "ragged_tpu" or "ragged_triton" for `ragged_dot`; "codes_tpu" or "codes_triton"
+        for codes of both operands with scales in groups; "xla" if no kernel runs.
       why_no_kernel: why no kernel runs; None if one runs.
       passed_over: the kernels of the platform that are tried before the kernel that
         runs, each with the reason why it does not run.
@@ -61,8 +61,8 @@ class Plan:
       outlier_product: the plan of the product of these columns. None if there is no
         such threshold.
       x_dtype: dtype of the other operand when it is multiplied by the weight. On the
-        path "codes", "int8" means int8 codes with one scale per row, for which a kernel
-        may run. None on paths that do not use this field.
+        path "codes", it is the dtype of codes with one scale per row: int8, float8, or
+        a wider float that holds float8 codes. None on paths that do not use this field.
       result: dtype of the product before the last cast.
 
     Example:

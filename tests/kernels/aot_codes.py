@@ -43,6 +43,16 @@ def cases() -> dict[str, CodesProblem]:
     out[f"{e4m3} tails"] = CodesProblem(3, 70, 1000, 1024, 128, e4m3, 8, 8)
     out["int8 group=32"] = CodesProblem(1, 64, 512, 1024, 32, "int8", 32, 32)
     out["int8 group=256"] = CodesProblem(1, 64, 512, 2048, 256, "int8", 8, 8)
+    for codes, m in itertools.product(("float8_e4m3fn", "int8"), (16, 512, 2048)):
+        out[f"{codes} by int4 m={m}"] = CodesProblem(
+            1, m, 4096, 4096, 128, codes, 32, 32, "int4"
+        )
+    out[f"{e4m3} by int4 group=64"] = CodesProblem(
+        3, 70, 1000, 1024, 64, e4m3, 16, 16, "int4"
+    )
+    out["float8_e5m2 by int4 tails"] = CodesProblem(
+        3, 70, 1000, 1024, 256, "float8_e5m2", 4, 4, "int4"
+    )
     return out
 
 
@@ -52,9 +62,15 @@ def shapes_of(p: CodesProblem) -> list[jax.ShapeDtypeStruct]:
     return [
         jax.ShapeDtypeStruct((p.e, p.m, p.k), dtype),
         jax.ShapeDtypeStruct((p.e, p.m, p.a_groups), "float32"),
-        jax.ShapeDtypeStruct((p.e, p.n, p.k), dtype),
+        _shape_of_b(p, dtype),
         jax.ShapeDtypeStruct((p.e, p.n, p.b_groups), "float32"),
     ]
+
+
+def _shape_of_b(p: CodesProblem, dtype: str) -> jax.ShapeDtypeStruct:
+    if p.is_packed:
+        return jax.ShapeDtypeStruct((p.e, p.n, p.k // 2), "uint8")
+    return jax.ShapeDtypeStruct((p.e, p.n, p.k), dtype)
 
 
 def main(platform: str, topology: str = "") -> None:

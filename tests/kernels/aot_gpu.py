@@ -2,8 +2,9 @@
 
     python -m tests.kernels.aot_gpu KERNEL [word ...]
 
-KERNEL is mosaic_gpu, triton, or triton_transposed, the kernel of the backward pass.
-With words, only cases run whose name has all of the words.
+KERNEL is mosaic_gpu, triton, triton_int8 for int8 activations, or triton_transposed,
+the kernel of the backward pass. With words, only cases run whose name has all of the
+words.
 
 It needs jax-cuda13-plugin and jax-cuda13-pjrt of the same version as jax, installed
 with `--no-deps`. They contain the compiler. CUDA and a driver are not needed. The file
@@ -58,6 +59,14 @@ def cases() -> dict[str, Problem]:
     out["int8 zero points"] = problem(
         "int8", m=16, group=128, zero_point=True, scale_dtype="bfloat16"
     )
+    for codes, m in itertools.product(("int4", "int8"), (16, 64, 512)):
+        facts = {"m": m, "group": 128, "unit": 128, "out_dtype": "float32"}
+        out[f"{codes} int8 x m={m}"] = problem(codes, x_dtype="int8", **facts)
+        out[f"{codes} float8 x m={m}"] = problem(
+            codes, x_codes="float8_e4m3fn", **facts
+        )
+    one_scale = {"group": 4096, "unit": 4096, "x_dtype": "int8"}
+    out["int4 int8 x one scale"] = problem("int4", m=16, **one_scale)
     return out
 
 

@@ -20,7 +20,12 @@ CODES = {
     "int8": (8, True, False, False),
     "uint8": (8, False, False, True),
 }
-CUSTOM_CALL = {"tpu": "tpu_custom_call", "mosaic_gpu": "mosaic_gpu", "triton": "triton"}
+CUSTOM_CALL = {
+    "tpu": "tpu_custom_call",
+    "mosaic_gpu": "mosaic_gpu",
+    "triton": "triton",
+    "triton_int8": "triton",
+}
 
 
 def problem(

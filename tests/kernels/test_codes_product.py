@@ -14,7 +14,9 @@ from jaxq import kernels
 from jaxq.kernels import _codes_product, _codes_triton
 from jaxq.kernels._codes_problem import CodesProblem
 from jaxq.ops._weight_rows import weight_rows
+from tests.arrays import normal_with_outliers
 from tests.kernels.problems import error
+from tests.kernels.products import lowered_for
 from tests.tables import thinned
 
 KERNELS = ("codes_tpu", "codes_triton")
@@ -113,6 +115,34 @@ def test_an_accelerator_bounds_the_partial_sums():
         assert error(program(*leaves)[0], expected) < 1e-6
 
 
+INT4_CASES = list(itertools.product(KERNELS, FORMATS, (64, 128, 256)))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fmt", "group"),
+    thinned(
+        [case for case in INT4_CASES if case[0] != "codes_tpu" or case[2] != 64],
+        [("codes_tpu", "float8_e4m3fn", 128), ("codes_triton", "float8_e5m2", 256)],
+    ),
+)
+def test_int4_weights_in_groups(kernel, fmt, group):
+    """The kernel unpacks the codes of b. They are exact in float8 and in int8."""
+    (a, _), _ = operands(fmt, 20, 200, 512, (jaxq.PerGroup(group),) * 2)
+    w = jnp.asarray(np.random.default_rng(1).normal(size=(512, 200)), jnp.float32)
+    b = jaxq.quantize(w, jaxq.QuantSpec("int4", jaxq.PerGroup(group)))
+    expected = decoded(a) @ np.asarray(jaxq.dequantize(b), np.float64)
+    call, leaves = call_of(a, b)
+    y = _codes_product.codes_kernel_form(
+        *leaves, call=call, kernel=kernel, interpret=True
+    )
+    assert error(y[0], expected) < 1e-6
+    for block_bytes in (None, 2**28):  # on a CPU and on an accelerator
+        meta = dataclasses.replace(call.b_meta, block_bytes=block_bytes)
+        form = dataclasses.replace(call, b_meta=meta)
+        xla = _codes_product.codes_xla_form(*leaves, call=form)
+        assert error(xla[0], expected) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("changes", "platform", "device", "reason"),
     [
@@ -120,6 +150,7 @@ def test_an_accelerator_bounds_the_partial_sums():
         ({"codes": "float8_e4m3fnuz"}, "cuda", None, "reads int8"),
         ({"group": 64}, "tpu", None, "multiple of 128"),
         ({"group": 16}, "cuda", None, "multiple of 32"),
+        ({"group": 32, "b_codes": "int4"}, "cuda", None, "multiple of 64 int4"),
         ({"k": 128 * 401}, "tpu", None, "VMEM"),
         ({}, "cuda", "NVIDIA A100-SXM4-80GB", "no float8"),
         ({}, "cpu", None, "no kernels for cpu"),
@@ -166,6 +197,54 @@ def test_a_block_scaled_product_is_two_kernels(platform):
     assert "jaxq_quantize_activation" in text
     assert "jaxq_codes_matmul" in text
     assert "stablehlo.dot_general" not in text
+
+
+def int4_with_groups(fmt: str = "float8_e4m3fn", weight="int4", size: int = 128):
+    """x, and weights `[k, n]` in groups, whose activations are in groups as well."""
+    x, _ = block_scaled()
+    w = jaxq.quantize(normal_with_outliers(512, 256, dtype="bfloat16"), weight)
+    return x, w.with_activation(jaxq.QuantSpec(fmt, jaxq.PerGroup(size)))
+
+
+@pytest.mark.parametrize("fmt", ["float8_e4m3fn", "int8"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_int4_in_groups_is_two_kernels(platform, fmt):
+    x, w = int4_with_groups(fmt)
+    name = {"tpu": "codes_tpu", "cuda": "codes_triton"}[platform]
+    assert jaxq.explain(x, w, platform=platform).kernel == name
+    swapped = jaxq.explain(w.T, x.T, platform=platform)
+    assert swapped.kernel == (name if fmt == "float8_e4m3fn" else "xla")
+    text = lowered_for(platform, jaxq.matmul, x, w)
+    assert "jaxq_quantize_rows" in text
+    assert "jaxq_codes_matmul" in text
+    assert "stablehlo.dot_general" not in text
+
+
+@pytest.mark.parametrize(
+    ("weight", "size"),
+    [("int4", 128), ("uint4", 128), ("mxfp4", 32), ("int4", 512)],
+)
+def test_narrow_weights_in_groups_against_float64(weight, size):
+    x, w = int4_with_groups(weight=weight, size=size)
+    x8 = jaxq.quantize(x, w.meta.activation, contracting=-1)
+    expected = np.asarray(jaxq.dequantize(x8, dtype=jnp.float32), np.float64) @ (
+        np.asarray(jaxq.dequantize(w, dtype=jnp.float32), np.float64)
+    )
+    assert jaxq.explain(x, w).path == "codes"
+    dims = (((1,), (0,)), ((), ()))
+    y = jaxq.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+    assert error(y, expected) < 1e-6
+    y = jaxq.dot_general(w.T, x.T, dims, preferred_element_type=jnp.float32)
+    assert error(y, expected.T) < 1e-6
+
+
+def test_groups_without_a_kernel_warn():
+    x, w = int4_with_groups(weight="mxfp4", size=32)
+    assert "not float8_e4m3fn by float4" in str(jaxq.explain(x, w, platform="cuda"))
+    with pytest.warns(kernels.FallbackWarning, match="by float4_e2m1fn"):
+        text = lowered_for("cuda", jaxq.matmul, x, w)
+    dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert all(line.count("f8E4M3FN") == 2 for line in dots)
 
 
 def test_a_block_scaled_product_on_a_cpu():

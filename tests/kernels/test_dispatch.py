@@ -136,13 +136,13 @@ def test_a_derivative_without_a_kernel_does_not_warn():
 def test_int8_products_on_a_gpu_are_left_to_xla_without_a_warning():
     def lower(preset):
         qt = weight(preset, dtype="bfloat16").with_activation("int8")
-        lowered_for("cuda", jaxq.matmul, bfloat16(M, K), qt)
+        return lowered_for("cuda", jaxq.matmul, bfloat16(M, K), qt)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", kernels.FallbackWarning)
-        lower("int8")
-    with pytest.warns(kernels.FallbackWarning, match="int8"):
-        lower("int4")
+        assert "jaxq_codes_matmul" not in lower("int8")
+    with pytest.warns(kernels.FallbackWarning, match="symmetric signed integers"):
+        lower("uint4")
 
 
 @pytest.mark.parametrize(
