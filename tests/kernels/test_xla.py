@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq import PerChannel, PerGroup, QuantSpec, formats, quantize
+from jaxq import PerChannel, PerGroup, QuantSpec, dequantize, formats, quantize
 from jaxq.formats import Packing
+from jaxq.kernels import _rows, _xla
 from jaxq.kernels._call import Call, with_leaves
 from jaxq.kernels._codes import codes_matmul
 from jaxq.kernels._forms import xla_form
@@ -105,3 +106,46 @@ def test_sums_that_float32_cannot_hold_stay_in_int32():
 
     assert "preferred_element_type=int32" in str(jax.make_jaxpr(product)(x))
     assert product(x)[0, 0] == np.float32(127 * 7 * k)
+
+
+def test_exact_weights_are_rounded_as_a_cast_rounds():
+    """All bfloat16 scales, times the differences of 8-bit codes and zero points."""
+    # All normal numbers. XLA:CPU replaces smaller numbers by zeros.
+    scales = np.arange(0x0080, 0x7F80, dtype=np.uint16).view(jnp.bfloat16)
+    codes = np.arange(-255, 1, dtype=np.float32)[None]
+
+    @jax.jit
+    def rounded(scale):
+        rows, factor = _xla._without_huge_scales(
+            Rows(jnp.zeros((0, 0)), scale[:, None], None, None, None)
+        )
+        weight = jnp.asarray(codes) * rows.scale.astype(jnp.float32)
+        return _xla._round_exact_product(weight) * factor
+
+    actual = np.asarray(rounded(jnp.asarray(scales)))
+    with np.errstate(over="ignore"):
+        weight = codes * scales.astype(np.float32)[:, None]
+        expected = weight.astype(jnp.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(("exponent", "m"), [(0, 1), (100, 5), (-100, 5)])
+@pytest.mark.parametrize("preset", ["int4", "uint4", "int8", "nf4"])
+def test_few_rows_round_the_weight_to_bfloat16(monkeypatch, preset, exponent, m):
+    """The decoded weight is the dequantized weight in bfloat16, bit for bit."""
+    monkeypatch.setattr(_xla, "num_cores", lambda: 2)
+    monkeypatch.setattr(_rows, "_BLOCK_BYTES", 0)
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(np.ldexp(rng.normal(size=(256, 48)), exponent), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(m, 256)), jnp.bfloat16)
+    qt = quantize(w, preset)
+    unit_rows = jnp.eye(16, 256, dtype=jnp.bfloat16)
+    actual = np.asarray(unit_rows @ qt, np.float32)
+    decoded = np.asarray(dequantize(qt, dtype="float32")).astype(jnp.bfloat16)
+    if preset == "int8":  # the scale multiplies the result
+        decoded = np.asarray(dequantize(qt, dtype="bfloat16"))
+    expected = decoded.astype(np.float32)
+    np.testing.assert_array_equal(actual, expected[:16])
+    y = np.asarray(x @ qt, np.float64)
+    exact = np.asarray(x, np.float64) @ expected.astype(np.float64)
+    np.testing.assert_allclose(y, exact, atol=2**-7 * np.abs(exact).max())
