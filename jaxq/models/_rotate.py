@@ -31,6 +31,7 @@ from jaxq.models._parameters import Parameters
 from jaxq.models._scale_groups import all_groups
 from jaxq.models.llama import Llama
 from jaxq.nn.layers import TransformInput
+from jaxq.qtensor import is_traced
 
 # The largest allowed entry of |Q^T Q - I|.
 _TOLERANCE = 1e-4
@@ -194,7 +195,7 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _as_orthogonal(matrix: jax.typing.ArrayLike, size: int, name: str) -> jax.Array:
-    """A matrix as float32[size, size], checked to be orthogonal."""
+    """A matrix as float32[size, size]. Unless it is traced, it must be orthogonal."""
     q = jnp.asarray(matrix)
     if q.shape != (size, size) or not jnp.issubdtype(q.dtype, jnp.floating):
         shape = ",".join(map(str, q.shape))
@@ -203,6 +204,8 @@ def _as_orthogonal(matrix: jax.typing.ArrayLike, size: int, name: str) -> jax.Ar
         )
     q = q.astype(jnp.float32)
     error = jnp.abs(_dot(q.T, q) - jnp.eye(size))
+    if is_traced(error):
+        return q
     if not bool((error <= _TOLERANCE).all()):  # this is False for NaN
         raise ValueError(
             f"rotate: {name} is not orthogonal. Q^T Q differs from the identity by "

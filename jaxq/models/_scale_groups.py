@@ -22,6 +22,7 @@ import numpy as np
 from jaxq.models._parameters import Parameters
 from jaxq.models.llama import Llama
 from jaxq.nn.layers import input_transforms
+from jaxq.qtensor import is_traced
 
 
 class NormGroup(NamedTuple):
@@ -174,7 +175,8 @@ def _checked_scale(
             f"fold_scales: the scale of {group.source} must be {list(shape)}, got "
             f"{list(scale.shape)}."
         )
-    if not bool((jnp.isfinite(scale) & (scale != 0)).all()):
+    is_valid = (jnp.isfinite(scale) & (scale != 0)).all()
+    if not is_traced(is_valid) and not bool(is_valid):
         raise ValueError(
             f"fold_scales: the scale of {group.source} holds a 0 or a number that is "
             "not finite."

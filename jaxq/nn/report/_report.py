@@ -6,12 +6,15 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxq.nn.report._render import as_markdown, as_rich_table, as_text
 from jaxq.nn.report._row import Row
 
 
+# A report is a pytree without arrays, so that functions under jit can return it.
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What `quantize_model` did. Print it, or read `rows`.

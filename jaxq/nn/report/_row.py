@@ -13,7 +13,7 @@ import numpy as np
 from jaxq.methods import Solved
 from jaxq.nn.report._errors import quantization_errors
 from jaxq.nn.report._output_error import LayerErrors
-from jaxq.qtensor import QUANTIZED, QTensor
+from jaxq.qtensor import QUANTIZED, QTensor, is_traced
 from jaxq.recipes import Rule
 
 COLUMNS = (
@@ -258,7 +258,7 @@ def quantized_row(
     notes: Sequence[str] = (),
     errors: LayerErrors = LayerErrors(),  # noqa: B008 (a tuple)
 ) -> Row:
-    """The row of a quantized weight, with its errors.
+    """The row of a quantized weight, with its errors unless the weight is traced.
 
     Args:
       path: of the weight.
@@ -272,8 +272,10 @@ def quantized_row(
     method, method_note, loss = "rtn", "", None
     if solved is not None:
         method, method_note, loss = solved.method, solved.note, solved.loss
-    sqnr, worst_block, clipped = quantization_errors(floats, qt)
     row = planned_row(path, kind, floats, qt, method, (method_note, *notes))
+    if is_traced(floats):
+        return row  # the errors of a traced weight are unknown
+    sqnr, worst_block, clipped = quantization_errors(floats, qt)
     return dataclasses.replace(
         row,
         sqnr=float(sqnr),

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxq.qtensor import QTensor, TrainedWeight
+from jaxq.qtensor import QTensor, TrainedWeight, is_traced
 
 
 class Donated:
@@ -31,7 +31,9 @@ class Donated:
         `qt` was made from `array`.
         """
         self._num_uses[id(array)] -= 1
-        if not self._num_uses[id(array)] and isinstance(array, jax.Array):
+        # A traced array has no memory of its own.
+        is_freed = isinstance(array, jax.Array) and not is_traced(array)
+        if not self._num_uses[id(array)] and is_freed:
             # The computation of `qt` may still read the array.
             jax.block_until_ready(qt)
             array.delete()

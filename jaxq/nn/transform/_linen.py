@@ -38,6 +38,7 @@ from jaxq.nn.transform._model_error import Run
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._rotation import refuse_rotation
 from jaxq.nn.transform._slot import Inventory, Slot
+from jaxq.nn.transform._traced_weights import refuse_data
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QTensor, QuantSpec, TrainedWeight
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -216,6 +217,7 @@ class LinenAdapter:
         options: Options,
     ):
         refuse_rotation(recipe, options.caller)
+        refuse_data(jax.tree.leaves(variables), options)
         self.caller = options.caller
         self.unmatched_remedy = ""
         self.notes: tuple[str, ...] = ()

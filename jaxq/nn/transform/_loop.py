@@ -44,6 +44,7 @@ from jaxq.nn.transform._order import blocks_in_order
 from jaxq.nn.transform._resume import Result, Resume
 from jaxq.nn.transform._run_time_scales import with_planned_scales, with_scales
 from jaxq.nn.transform._slot import Adapter, Slot
+from jaxq.nn.transform._traced_weights import NOT_MEASURED, has_traced, refuse_shapes
 from jaxq.nn.transform._weight import (
     method_without_data,
     quantize_weight,
@@ -72,6 +73,7 @@ def quantize_slots(
     options.check_recipe(recipe)
     data = CalibrationData(adapter, options)
     slots, rule_notes = matched_slots(adapter, recipe, options, has_data=bool(data))
+    refuse_shapes(adapter.arrays(), adapter.caller)
     resume = Resume(recipe, slots, adapter.state(), options)
     slots = with_planned_scales(adapter.fold(slots, data, options))
     chosen = [slot for slot in slots if slot.chosen]
@@ -113,7 +115,8 @@ def quantize_slots(
     if options.batches:
         output_sqnr, error_note = model_error(*adapter.runs(options), options)
     data_notes = data.unused_notes(adapter.read_arguments, output_sqnr is not None)
-    notes = (*adapter.notes, *data_notes, error_note, *rule_notes)
+    traced_note = NOT_MEASURED if has_traced(list(adapter.arrays())) else ""
+    notes = (*adapter.notes, *data_notes, error_note, *rule_notes, traced_note)
     notes = tuple(note for note in notes if note)
     return model, Report(tuple(adapter.rows(rows)), notes, output_sqnr)
 

@@ -20,7 +20,7 @@ from jaxq.nn.report import product_note
 from jaxq.nn.transform._options import Options
 from jaxq.nn.transform._slot import Adapter, Inventory, Slot
 from jaxq.nn.transform._weight import dry_run
-from jaxq.qtensor import raise_if_not_finite
+from jaxq.qtensor import is_traced, raise_if_not_finite
 from jaxq.recipes import Recipe, Rule
 
 # The most names that an error lists.
@@ -128,7 +128,8 @@ def _planned(
         _check_method(slot, adapter, has_data)
         note = product_note(planned, slot.roles)
         is_abstract = isinstance(slot.value, jax.ShapeDtypeStruct)
-        if options.on_nonfinite == "raise" and not is_abstract:
+        has_numbers = not is_abstract and not is_traced(slot.value)
+        if options.on_nonfinite == "raise" and has_numbers:
             raise_if_not_finite(jnp.asarray(slot.value), slot.name or "w", "quantize")
     except (TypeError, ValueError) as error:
         return dataclasses.replace(slot, problem=str(error))

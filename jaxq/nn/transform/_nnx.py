@@ -58,6 +58,7 @@ from jaxq.nn.transform._rotation import rotate_model, rotation_notes
 from jaxq.nn.transform._same_function import check_folded, check_rotated, nnx_run
 from jaxq.nn.transform._slot import Inventory, Slot
 from jaxq.nn.transform._traced import ArrayKind, slot_with_use, spread_stats
+from jaxq.nn.transform._traced_weights import refuse_data
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QUANTIZED, QTensor, QuantSpec, TrainedWeight, is_quantized
 from jaxq.recipes import Recipe, Rule, as_recipe
@@ -94,6 +95,11 @@ def quantize_model(
 
     All layers are checked before the first one is quantized. One error names all
     problems.
+
+    The function also runs inside `jax.jit` and `nnx.eval_shape`, with recipes that need
+    no data. Weights are not checked for NaN there, and the report has no errors. The
+    result of `nnx.eval_shape` is a template of the quantized model, for example for
+    `jaxq.load(path, into=template)`.
 
     Args:
       model: a flax nnx module with float parameters.
@@ -220,6 +226,7 @@ class NnxAdapter:
 
     def __init__(self, model: nnx.Module, recipe: Recipe, options: Options):
         refuse_prepared(model, options.caller)
+        refuse_data(jax.tree.leaves(nnx.state(model)), options)
         self.caller = options.caller
         self.unmatched_remedy = ""
         self._recipe = recipe

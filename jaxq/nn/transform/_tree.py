@@ -47,6 +47,7 @@ from jaxq.nn.transform._prepared import refuse_prepared
 from jaxq.nn.transform._rotation import refuse_rotation
 from jaxq.nn.transform._slot import Inventory, Slot
 from jaxq.nn.transform._traced import ArrayKind, slot_with_use, spread_stats
+from jaxq.nn.transform._traced_weights import refuse_data
 from jaxq.observers import LayerStats
 from jaxq.qtensor import (
     QTensor,
@@ -247,6 +248,7 @@ class TreeAdapter:
     def __init__(self, params: Any, recipe: Recipe, options: Options):
         refuse_prepared(params, options.caller)
         refuse_rotation(recipe, options.caller)
+        refuse_data(jax.tree.leaves(params), options)
         self.caller = options.caller
         self.notes: tuple[str, ...] = ()
         # `inventory` runs forward with the first batch.
