@@ -21,6 +21,7 @@ from jaxq.methods._judging import (
     output_error,
 )
 from jaxq.methods._kmeans import KMeansInfo, centroid_gradient, kmeans
+from jaxq.methods._layer_errors import names_layer
 from jaxq.methods._llm_int8 import (
     LLMInt8Info,
     LLMInt8MatmulInfo,

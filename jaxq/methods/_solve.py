@@ -24,6 +24,7 @@ from jaxq.methods._judging import (
     held_out_rows,
     judge,
 )
+from jaxq.methods._layer_errors import names_layer
 from jaxq.methods._method import Method, Solution
 from jaxq.methods._notes import join_notes
 from jaxq.methods._registry import check_options, get, names
@@ -104,7 +105,8 @@ def solve(
         return Solved(nearest, method, "", None)
     if record.takes_nearest:
         options["nearest"] = nearest
-    solution = record.solve(w, stats, spec, key=key, **options)
+    with names_layer(name, method):
+        solution = record.solve(w, stats, spec, key=key, **options)
     _check_solution(solution, method, name)
     if solution.rounded:
         # Without another result, fallback="none" takes the rounded weight too.

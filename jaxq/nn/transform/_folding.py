@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +22,7 @@ from flax import nnx
 
 from jaxq import methods, ops
 from jaxq.methods import Folding
-from jaxq.nn.layers import find_kind
+from jaxq.nn.layers import find_kind, weight_axes
 from jaxq.nn.transform._options import Options
 from jaxq.observers import LayerStats
 from jaxq.qtensor import QuantSpec, quantize
@@ -113,7 +114,8 @@ def register_folding(
         ("norm" or "linear").
       fold: `(model, scales) -> model`. `scales` maps sources to float32 `[n]`. In the
         new model, the outputs of each source are divided by the scale of the source.
-        The rows of its targets' weights are multiplied by the same scale.
+        The rows of its targets' weights are multiplied by the same scale. If the
+        outputs have several axes, as those of attention heads, n flattens these axes.
 
     Example:
       >>> import jaxq
@@ -163,7 +165,7 @@ def groups_to_fold(
         folding = folding_of(rule)
         actions = {_action(rules.get(target)) for target in group.targets}
         if len(actions) == 1 and rule is not None and folding is not None:
-            reason = folding.why_not(*_weights(modules, group))
+            reason = _why_not(folding, modules, group)
             # The layers of other groups keep their scales.
             if not (reason and folding.at_run_time):
                 groups.append((group, rule))
@@ -199,7 +201,7 @@ def planned_outcomes(
     modules = _modules_by_path(model)
     outcomes: dict[str, Outcome] = {}
     for group, rule in groups:
-        reason = _folding(rule).why_not(*_weights(modules, group))
+        reason = _why_not(_folding(rule), modules, group)
         source = "" if reason else group.source
         for target in group.targets:
             outcomes[target] = Outcome(source, note=reason)
@@ -339,25 +341,50 @@ def _modules_by_path(model: Any) -> dict[str, Any]:
     }
 
 
+def _why_not(folding: Folding, modules: Mapping[str, Any], group: Group) -> str:
+    """Why no scale can be moved in a group. Empty if one can be moved."""
+    layers = list(group.targets)
+    if group.kind == "linear":
+        layers.append(group.source)
+    for path in layers:
+        kind = find_kind(modules[path])
+        if kind is not None and kind.windowed:
+            return f"not scaled: {path} is a convolution, and its windows share rows"
+    return folding.why_not(*_weights(modules, group))
+
+
 def _weights(
     modules: Mapping[str, Any], group: Group
 ) -> tuple[jax.Array | None, list[jax.Array]]:
-    """The weight of the source and the weights of the targets.
+    """The weight of the source and the weights of the targets, as matrices.
 
     The first is None unless the source is a linear layer.
     """
     source = None
     if group.kind == "linear":
-        source = _weight_of_layer(modules, group.source)
-    return source, [_weight_of_layer(modules, target) for target in group.targets]
+        source = _matrix_of_layer(modules, group.source)
+    return source, [_matrix_of_layer(modules, target) for target in group.targets]
 
 
-def _weight_of_layer(modules: Mapping[str, Any], path: str) -> jax.Array:
-    """The weight of a layer. The kind of the layer says which attribute holds it."""
-    kind = find_kind(modules[path])
-    # A source may be a module that jaxq does not know. Flax calls its weight `kernel`.
-    attribute = "kernel" if kind is None else kind.weight
-    return getattr(modules[path], attribute).get_value()
+def _matrix_of_layer(modules: Mapping[str, Any], path: str) -> jax.Array:
+    """The weight of a layer as a matrix `[*batch, in, out]`.
+
+    The kind of the layer says which attribute holds the weight, and which of its axes
+    are contracted. Attention layers keep `[d, heads, h]` and `[heads, h, d]`.
+    """
+    layer = modules[path]
+    kind = find_kind(layer)
+    if kind is None:
+        # A source may be a module that jaxq does not know. Flax calls its weight
+        # `kernel`.
+        return layer.kernel.get_value()
+    w = getattr(layer, kind.weight).get_value()
+    contracting, batch = weight_axes(layer, kind)
+    rows = sorted(axis % w.ndim for axis in contracting)
+    columns = [axis for axis in range(w.ndim) if axis not in (*batch, *rows)]
+    num_inputs = math.prod(w.shape[axis] for axis in rows)
+    w = jnp.transpose(w, (*batch, *rows, *columns))
+    return w.reshape(*w.shape[: len(batch)], num_inputs, -1)
 
 
 def _judged_scale(
@@ -377,7 +404,10 @@ def _judged_scale(
     folding = _folding(rule)
     source, weights = _weights(modules, group)
     input_stats = stats.get(group.targets[0])
-    scale = folding.find(source, weights, input_stats, rule.weight, dict(rule.options))
+    with methods.names_layer(", ".join(group.targets), rule.method):
+        scale = folding.find(
+            source, weights, input_stats, rule.weight, dict(rule.options)
+        )
     losses, total = _target_losses(rule, weights, scale, input_stats)
     source_rule = rules.get(group.source)
     if total is None or not folding.judges_source:

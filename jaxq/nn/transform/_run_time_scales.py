@@ -118,7 +118,10 @@ def _outcome(slot: Slot, stats: LayerStats, options: Options) -> Outcome:
     # On a mesh with explicit axes, the search for scales would need shardings.
     with on_auto_axes((floats, of_stack(stats, stack))) as (floats, stats):
         w = as_matrix(planned, floats).astype(jnp.float32)  # [*batch, in, out]
-        device_scale = folding.find(None, [w], stats, rule.weight, dict(rule.options))
+        with methods.names_layer(slot.name or "w", rule.method):
+            device_scale = folding.find(
+                None, [w], stats, rule.weight, dict(rule.options)
+            )
         # A numpy array is on no mesh, so every later step can use it.
         scale = np.asarray(device_scale, np.float32)  # [*batch, in]
         if not int(np.sum(stats.num_held_out)):
