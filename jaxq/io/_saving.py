@@ -43,6 +43,11 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
       >>> jaxq.load(path)["w"]
       QTensor(nf4[64x64], PerGroup(along -2), scale=float32, 4.5 bits, float32)
     """
+    if is_linen_module(tree):
+        raise TypeError(
+            f"save: {type(tree).__name__} is a flax linen module, which holds no "
+            "arrays. Save its variables."
+        )
     contents = _model_contents(tree) if _is_model(tree) else Contents("tree", tree, {})
     write_contents(path, contents, caller="save")
 
