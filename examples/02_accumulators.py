@@ -98,7 +98,8 @@ for name, policy in ARITHMETICS.items():
         error = np.sqrt(np.mean((y - exact) ** 2) / np.mean(exact**2))
         errors[name].append(float(error))
     progress("")
-    print(f"{name:32}" + "".join(f"{error:9.1e}" for error in errors[name]))
+    row = "".join(f"{error:9.1e}" for error in errors[name])
+    print(f"{name:32}{row}", flush=True)
 
 # %% The whole model: matrix products in that arithmetic, the rest in float32
 print(f"\n{'matrix products in':32}  perplexity   KL (nats)   top-1")
@@ -117,7 +118,8 @@ for name, policy in policies.items():
     progress("")
     print(
         f"{name:32}{result.perplexity:12.3f}{result.kl:12.5f}"
-        f"{100 * result.top1_agreement:8.2f} %"
+        f"{100 * result.top1_agreement:8.2f} %",
+        flush=True,
     )
 
 # %% The plot

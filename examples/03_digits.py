@@ -113,7 +113,8 @@ def print_row(name: str, model: nnx.Module, num_bytes: int) -> None:
     accuracy = 1 - num_wrong / num_heldout
     print(
         f"{name:<28} {accuracy:>10.2%} {num_wrong:>6} {num_different:>17} "
-        f"{num_bytes / 1e3:>8.1f}"
+        f"{num_bytes / 1e3:>8.1f}",
+        flush=True,
     )
 
 

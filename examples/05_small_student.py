@@ -120,24 +120,26 @@ def train(name: str) -> np.ndarray:
     return np.array(curves)
 
 
-curves = {name: train(name) for name in LOSSES}
-progress("")
-
 # %% The table
 teacher_perplexity = perplexity(teacher, heldout, context=CONTEXT)
 num_student = num_parameters(half_of_the_teacher())
 num_tokens = NUM_STEPS * BATCH * CONTEXT
 print(
     f"student: {num_student:,} parameters, {num_student / num_parameters(teacher):.0%} "
-    f"of the teacher's; {num_tokens:,} tokens of training text\n"
+    f"of the teacher's; {num_tokens:,} tokens of training text\n",
+    flush=True,
 )
 seed_titles = "".join(f"{f'seed {seed}':>10}" for seed in SEEDS)
 print(f"{'held-out perplexity':20}{seed_titles}{'mean':>10}{'spread':>10}")
-print(f"{'teacher':20}{'':{10 * len(SEEDS)}}{teacher_perplexity:>10.2f}")
-for name, curve in curves.items():
-    last = curve[:, -1]
+print(f"{'teacher':20}{'':{10 * len(SEEDS)}}{teacher_perplexity:>10.2f}", flush=True)
+curves = {}
+for name in LOSSES:
+    curves[name] = train(name)
+    progress("")
+    last = curves[name][:, -1]
     columns = [*last, last.mean(), np.ptp(last)]
-    print(f"{name:20}" + "".join(f"{value:>10.2f}" for value in columns))
+    row = "".join(f"{value:>10.2f}" for value in columns)
+    print(f"{name:20}{row}", flush=True)
 alone, distilled = curves["alone"][:, -1], curves["distilled"][:, -1]
 spread = max(np.ptp(alone), np.ptp(distilled))
 gain = alone.mean() - distilled.mean()

@@ -118,24 +118,24 @@ def train(name: str) -> tuple[float, np.ndarray, np.ndarray]:
 
 
 # %% The table
-curves = {}
-lines = []
-for name in OPTIMIZERS:
-    bytes_per_parameter, losses, heldout_losses = train(name)
-    curves[name] = losses.mean(0)
-    if not lines:
-        float_losses = heldout_losses
-    change = 100 * (heldout_losses / float_losses - 1)
-    lines.append(
-        f"{name:18}{bytes_per_parameter:>18.2f}{heldout_losses.mean():>15.4f}"
-        f"{change.mean():>+10.2f} %{change.min():>+10.2f} %{change.max():>+10.2f} %"
-    )
-progress("")
 print(
     f"{'optimizer':18}{'bytes a parameter':>18}{'held-out loss':>15}{'change':>12}"
-    f"{'lowest':>12}{'highest':>12}"
+    f"{'lowest':>12}{'highest':>12}",
+    flush=True,
 )
-print("\n".join(lines))
+curves = {}
+for name in OPTIMIZERS:
+    bytes_per_parameter, losses, heldout_losses = train(name)
+    progress("")
+    if not curves:
+        float_losses = heldout_losses
+    change = 100 * (heldout_losses / float_losses - 1)
+    print(
+        f"{name:18}{bytes_per_parameter:>18.2f}{heldout_losses.mean():>15.4f}"
+        f"{change.mean():>+10.2f} %{change.min():>+10.2f} %{change.max():>+10.2f} %",
+        flush=True,
+    )
+    curves[name] = losses.mean(0)
 
 # %% The plot
 matplotlib.use("Agg")

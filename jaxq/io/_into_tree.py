@@ -26,10 +26,8 @@ def into_tree(tree: Any, value: Any, path: Path) -> Any:
     Raises:
       ValueError: tree and file do not fit. The error lists all problems.
     """
-    named, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    expected = _by_name(named, f"load: into= for {path}")
-    leaves = jax.tree_util.tree_leaves_with_path(value, is_leaf=_is_leaf)
-    saved = _by_name(leaves, f"load: {path}")
+    expected = leaves_by_name(tree, f"load: into= for {path}")
+    saved = leaves_by_name(value, f"load: {path}")
     problems = [f"{name} is missing in the file" for name in expected.keys() - saved]
     problems += [f"{name} is only in the file" for name in saved.keys() - expected]
     for name in expected.keys() & saved:
@@ -39,14 +37,18 @@ def into_tree(tree: Any, value: Any, path: Path) -> Any:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in sorted(problems))
         raise ValueError(f"load: {path} does not fit into=:\n{lines}")
-    leaves = [_placed(saved[name], leaf) for name, leaf in expected.items()]
-    return treedef.unflatten(leaves)
+    leaves = [_in_variable(saved[name], leaf) for name, leaf in expected.items()]
+    return jax.tree.structure(tree, is_leaf=_is_leaf).unflatten(leaves)
 
 
-def _by_name(named: list[tuple[Any, Any]], owner: str) -> dict[str, Any]:
-    """Leaves by the text of their paths. {"a/b": x, "a": {"b": y}} has one twice."""
+def leaves_by_name(tree: Any, owner: str) -> dict[str, Any]:
+    """The leaves of a tree by the text of their paths. A QTensor is one leaf.
+
+    Raises:
+      ValueError: two leaves have the same text: {"a/b": x, "a": {"b": y}}.
+    """
     leaves: dict[str, Any] = {}
-    for path, leaf in named:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf):
         name = _name(path)
         if name in leaves:
             raise ValueError(
@@ -72,13 +74,14 @@ def _is_leaf(node: Any) -> bool:
     return False
 
 
-def _value(leaf: Any) -> Any:
+def value_in(leaf: Any) -> Any:
+    """The value of a leaf that is an nnx Variable, or the leaf itself."""
     return leaf.get_value() if is_nnx_variable(leaf) else leaf
 
 
 def _description(leaf: Any) -> str:
     """Shape and dtype of an array, or spec and blocks of a QTensor, or the type."""
-    value = _value(leaf)
+    value = value_in(leaf)
     if isinstance(value, QTensor):
         leaves = [name for name in LEAVES if getattr(value, name) is not None]
         blocks = value.meta.geometry.block_shape
@@ -100,23 +103,11 @@ def _is_counted(saved: Any, leaf: Any) -> bool:
     return saved.ndim == 0 and jnp.issubdtype(saved.dtype, jnp.integer)
 
 
-def _placed(saved: Any, leaf: Any) -> Any:
-    """A leaf of the file, on the devices of `leaf`, in a Variable if `leaf` is one."""
-    value = _value(leaf)
-    arrays, treedef = jax.tree.flatten(saved)
-    places = jax.tree.leaves(value)
-    arrays = [_on_devices(a, place) for a, place in zip(arrays, places, strict=True)]
-    saved = treedef.unflatten(arrays)
+def _in_variable(saved: Any, leaf: Any) -> Any:
+    """A leaf of the file, in a Variable if `leaf` is one."""
     if is_nnx_variable(leaf):
         # A Variable is a pytree of its value.
         return jax.tree.map(
             lambda _: saved, leaf, is_leaf=lambda x: isinstance(x, QTensor)
         )
     return saved
-
-
-def _on_devices(array: Any, place: Any) -> Any:
-    """`array` with the sharding of `place`, if the user chose that sharding."""
-    if isinstance(place, jax.Array) and place.committed:
-        return jax.device_put(jnp.asarray(array), place.sharding)
-    return array

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jaxq.io._into_tree import into_tree
+from jaxq.io._placement import placement
 from jaxq.qtensor import is_linen_module, is_nnx_module, is_nnx_state
 from jaxq.serialization import Contents, read_contents, write_contents
 
@@ -41,6 +43,11 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
       >>> jaxq.load(path)["w"]
       QTensor(nf4[64x64], PerGroup(along -2), scale=float32, 4.5 bits, float32)
     """
+    if is_linen_module(tree):
+        raise TypeError(
+            f"save: {type(tree).__name__} is a flax linen module, which holds no "
+            "arrays. Save its variables."
+        )
     contents = _model_contents(tree) if _is_model(tree) else Contents("tree", tree, {})
     write_contents(path, contents, caller="save")
 
@@ -54,8 +61,10 @@ def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True)
         `nnx.eval_shape`. It is not changed: `load` fills a copy with the arrays of the
         file. If the file holds a quantized weight, the copy's layer becomes a quantized
         layer. For the file of a tree, `into` is a tree with the same paths, such as the
-        state of an optimizer. The result has its named tuples and other containers, and
-        its arrays have the same sharding. If `into` is None, a model's file gives a
+        state of an optimizer. The result has its named tuples and other containers.
+        Every array is put on the devices of the array of `into`, with its sharding. If
+        a quantized weight takes the place of a float array, its codes and scales are
+        sharded along the same axes. If `into` is None, a model's file gives a
         dict from paths to arrays and QTensors. The variables of a quantized linen
         module are a tree. Load them without `into`, and run them with
         `jaxq.nn.linen.Quantized(module).apply(variables, x)`.
@@ -72,6 +81,8 @@ def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True)
       TypeError: `into` is a linen module.
       ValueError: the file was not written by jaxq.save, or has another format version,
         or is damaged. The error names the file and the value.
+      ValueError: `into` has shapes on a mesh, and `load` is not called in
+        `jax.set_mesh` of this mesh.
       ValueError: the file does not fit `into`. The error names every array that is
         missing, unexpected or of another shape. It also names every layer whose inputs
         are transformed in another way in the model than in the file.
@@ -86,7 +97,9 @@ def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True)
       >>> loaded.kernel[...]
       QTensor(int8[64x8], PerChannel(along -2), scale=float32, 8.5 bits, float32)
     """
-    contents = read_contents(path, caller="load", verify=verify)
+    _check_into(into)
+    place = None if into is None else placement(into, f"load: into= for {path}")
+    contents = read_contents(path, caller="load", verify=verify, place=place)
     if contents.kind not in ("tree", "model"):
         raise ValueError(
             f"load: {path} holds a {contents.kind!r:.80}, which this version of jaxq "
@@ -100,16 +113,7 @@ def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True)
         )
     if into is None:
         return contents.value
-    if is_linen_module(into):
-        raise TypeError(
-            f"load: into= is the linen module {type(into).__name__}, which holds no "
-            "arrays. Load the variables without into=, and run them with "
-            "jaxq.nn.linen.Quantized(module).apply(variables, x). The float module "
-            "does not take quantized weights."
-        )
     if not is_nnx_module(into):
-        from jaxq.io._into_tree import into_tree
-
         return into_tree(into, contents.value, Path(path))
     if contents.kind != "model":
         raise ValueError(
@@ -118,6 +122,17 @@ def load(path: str | os.PathLike[str], *, into: Any = None, verify: bool = True)
     from jaxq.io._into_model import into_model
 
     return into_model(into, contents.value, Path(path), transforms)
+
+
+def _check_into(into: Any) -> None:
+    """Raises TypeError if `into` is a linen module."""
+    if is_linen_module(into):
+        raise TypeError(
+            f"load: into= is the linen module {type(into).__name__}, which holds no "
+            "arrays. Load the variables without into=, and run them with "
+            "jaxq.nn.linen.Quantized(module).apply(variables, x). The float module "
+            "does not take quantized weights."
+        )
 
 
 def _is_model(value: Any) -> bool:

@@ -9,7 +9,8 @@ same functions for Flax linen.
 """
 
 from jaxq.nn import linen
-from jaxq.nn._mixed_precision import Sensitivity, assign, mixed_recipe, sensitivity
+from jaxq.nn._mixed_precision import assign, mixed_recipe
+from jaxq.nn._sensitivity import Sensitivity, sensitivity
 from jaxq.nn.calibration import calibrate
 from jaxq.nn.layers import (
     FoldedBatchNorm,

@@ -2,11 +2,13 @@
 
 `quantize_model` returns a module, its variables and a report. The returned module is
 called in the same way as the float module. `QDense` and the other `Q` layers are
-quantized from the start. `calibrate` collects statistics of each layer's input. No Flax
-class is edited, and no JAX function is replaced. jaxq sees the calls of layers through
-`flax.linen.intercept_methods`.
+quantized from the start. `calibrate` collects statistics of each layer's input.
+`sensitivity` measures how much the predictions change if one layer is quantized. No
+Flax class is edited, and no JAX function is replaced. jaxq sees the calls of layers
+through `flax.linen.intercept_methods`.
 """
 
+from jaxq.nn._linen_sensitivity import sensitivity
 from jaxq.nn.calibration import linen_calibrate as calibrate
 from jaxq.nn.layers import Quantized, register_serialization
 from jaxq.nn.layers._linen_conv import QConv
@@ -30,4 +32,5 @@ __all__ = [
     "calibrate",
     "fold_batch_norm",
     "quantize_model",
+    "sensitivity",
 ]

@@ -28,7 +28,7 @@ from jaxq.qtensor._inputs import (
 )
 from jaxq.qtensor._layout import relayout, without_padding
 from jaxq.qtensor._leaf_dtypes import check_leaves, leaf_dtypes
-from jaxq.qtensor._mesh_axes import mesh_axes, shard_like
+from jaxq.qtensor._mesh_axes import fitting_spec, mesh_axes, shard_like
 from jaxq.qtensor._meta import Meta
 from jaxq.qtensor._nnx_types import is_linen_module as is_linen_module
 from jaxq.qtensor._nnx_types import is_nnx_module, is_nnx_state, is_nnx_variable

@@ -73,6 +73,21 @@ def shard_like(qt: QTensor, float_array: Any) -> QTensor:
     )
 
 
+def fitting_spec(mesh: Any, spec: Any, shape: tuple[int, ...]) -> PartitionSpec:
+    """The spec without the mesh axes whose number does not divide the array's axis.
+
+    Args:
+      mesh: the mesh with the sizes of its axes.
+      spec: the mesh axes of each axis of an array. It may be shorter than `shape`.
+      shape: the shape of the array.
+    """
+    entries = [
+        entry if size % _num_shards(mesh, entry) == 0 else None
+        for entry, size in zip(spec, shape, strict=False)
+    ]
+    return PartitionSpec(*entries)
+
+
 def mesh_axes(qt: QTensor) -> tuple[Any, ...]:
     """The explicit mesh axes of each axis of the dequantized array.
 
@@ -109,11 +124,7 @@ def _leaf_specs(qt: QTensor, spec: tuple[Any, ...], mesh: Any) -> QTensor:
     def leaf_spec(leaf: Any, entries: tuple[Any, ...]) -> Any:
         if leaf is None:
             return None
-        kept_entries = [
-            entry if size % _num_shards(mesh, entry) == 0 else None
-            for entry, size in zip(entries, leaf.shape, strict=False)
-        ]
-        return PartitionSpec(*kept_entries)
+        return fitting_spec(mesh, entries, leaf.shape)
 
     weight = dataclasses.replace(qt, input_range=None, input_scale=None)
     return dataclasses.replace(

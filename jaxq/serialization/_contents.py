@@ -7,6 +7,7 @@ carry the named values of a model, for `jaxq.io`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +131,11 @@ def _describe(writer: EntryWriter, contents: Contents) -> dict[str, Any]:
 
 
 def read_contents(
-    path: str | os.PathLike[str], *, caller: str, verify: bool = True
+    path: str | os.PathLike[str],
+    *,
+    caller: str,
+    verify: bool = True,
+    place: Callable[[str, Any], Any] | None = None,
 ) -> Contents:
     """Reads contents of any kind, as `read_tree` reads a tree.
 
@@ -138,13 +143,15 @@ def read_contents(
       path: the file to read.
       caller: the name that error messages begin with.
       verify: compare the checksums of the file.
+      place: `place(name, value)` is called for each array and QTensor as soon as it is
+        read, and returns the value on the devices of the caller's choice.
     """
     with open_file(Path(path), caller, verify=verify) as file:
         header = read_header(file, caller)
         kind, structure = header.get("kind"), header.get("structure")
         if not isinstance(kind, str) or structure is None:
             raise file.damaged("its metadata have no kind or no structure")
-        reader = EntryReader(file)
+        reader = EntryReader(file, place)
         try:
             value = _rebuild(reader, file, kind, structure)
         except RecursionError as error:

@@ -15,6 +15,7 @@ rebuilds the value. The field "is" of an entry says which kind of value it descr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -151,10 +152,15 @@ class EntryReader:
 
     Args:
       file: the open file.
+      place: `place(path, value)` returns a value on the devices where it belongs, or
+        None.
     """
 
-    def __init__(self, file: TensorFile):
+    def __init__(
+        self, file: TensorFile, place: Callable[[str, Any], Any] | None = None
+    ):
         self._file = file
+        self._place = place
         self.used: set[str] = set()
 
     def rebuild(self, entry: Any, path: str) -> Any:
@@ -167,7 +173,7 @@ class EntryReader:
                 "version of jaxq does not know. Use a newer version"
             )
         try:
-            return rebuild(self, entry, path)
+            value = rebuild(self, entry, path)
         except RefusedFile:
             raise
         # A damaged entry can miss any field, or hold a value of any type.
@@ -179,6 +185,7 @@ class EntryReader:
             raise self._file.damaged(
                 f"the metadata of {path or 'the tree'} are wrong: {reason}"
             ) from error
+        return value if self._place is None else self._place(path, value)
 
     def _rebuild_key(self, entry: dict[str, Any], path: str) -> jax.Array:
         data = self.rebuild(entry["data"], path)

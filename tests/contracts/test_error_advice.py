@@ -128,3 +128,37 @@ def test_the_printout_of_a_quantized_model_has_bits_and_shapes():
     assert "int4[64x8]" in text
     assert f"{qmodel.kernel[...].bits_per_element:.4g} bits" in text
     assert "ArrayRepr" not in text
+
+
+def test_a_linen_module_in_a_function_of_nnx_or_trees_names_the_right_one(tmp_path):
+    module, x = linen.Dense(8), normal(2, 32)
+    variables = module.init(jax.random.key(0), x)
+    with pytest.raises(TypeError, match=r"jaxq\.nn\.linen\.fold_batch_norm"):
+        jaxq.nn.fold_batch_norm(module, x)
+    with pytest.raises(TypeError, match=r"jaxq\.nn\.linen\.quantize_model\(module, "):
+        jaxq.quantize_params(module, "int8")
+    with pytest.raises(TypeError, match="Save its variables"):
+        jaxq.save(tmp_path / "module", module)
+    with pytest.raises(TypeError, match="that is not in a linen package"):
+        jaxq.nn.linen.quantize_model(
+            nnx.Linear(32, 8, rngs=nnx.Rngs(0)), variables, "int8"
+        )
+
+
+@pytest.mark.parametrize("preset", ["int4", "nf4_dq", "w8a8"])
+def test_the_table_of_a_quantized_linen_module_has_true_sizes(preset):
+    module, x = linen.Sequential([linen.Dense(64), linen.Dense(8)]), normal(2, 32)
+    variables = module.init(jax.random.key(0), x)
+    qmodule, qvariables, report = jaxq.nn.linen.quantize_model(
+        module, variables, preset, example=x
+    )
+    text = qmodule.tabulate(
+        qvariables, x, console_kwargs={"force_terminal": False, "width": 200}
+    )
+    total = text.split("Total Parameters:")[1].split("(")[1].split(")")[0]
+    assert total == f"{report.bytes_after / 1e3:.1f} KB"
+    assert {"layers_0", "layers_1"} <= set(text.split())
+    with pytest.raises(TypeError, match=r"Write qmodule\.tabulate\(qvariables, x\)"):
+        qmodule.tabulate(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="are floats where QTensors are expected"):
+        qmodule.tabulate(variables, x)

@@ -5,10 +5,11 @@ Sensitivities are compared with quantized models, assignments with all combinati
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jaxq
 from jaxq.nn import Sensitivity, assign, mixed_recipe, sensitivity
@@ -169,6 +170,76 @@ def test_padding_does_not_count(model, measured):
         sensitivity(model, CHOICES, BATCHES, mask=lambda batch: np.arange(8) > 8)
     with pytest.raises(TypeError, match=r"Pass a list: \[x\]"):
         sensitivity(model, CHOICES, BATCHES[0])
+
+
+class LinenModel(linen.Module):
+    """The linen module that computes what `Model` computes."""
+
+    @linen.compact
+    def __call__(self, x):
+        x = jnp.tanh(linen.Dense(32, name="first")(x))
+        return linen.Dense(8, name="lm_head")(
+            jnp.tanh(linen.Dense(16, name="second")(x))
+        )
+
+
+def linen_variables(model):
+    layers = {"first": model.first, "second": model.second, "lm_head": model.lm_head}
+    return {
+        "params": {
+            name: {"kernel": layer.kernel[...], "bias": layer.bias[...]}
+            for name, layer in layers.items()
+        }
+    }
+
+
+def test_a_linen_module_has_the_sensitivity_of_the_nnx_model(model, measured):
+    module, variables = LinenModel(), linen_variables(model)
+    result = jaxq.nn.linen.sensitivity(module, variables, CHOICES, BATCHES)
+    assert result.bits == measured.bits
+    assert result.size == measured.size
+    for path in measured.kl:
+        for choice in CHOICES:
+            np.testing.assert_allclose(
+                result.kl[path][choice], measured.kl[path][choice], rtol=1e-3, atol=1e-7
+            )
+    # The variables are as before, and the recipe fits the module.
+    jax.tree.map(np.testing.assert_array_equal, variables, linen_variables(model))
+    recipe = mixed_recipe(assign(result, 6.0))
+    _, _, report = jaxq.nn.linen.quantize_model(
+        module, variables, recipe, example=BATCHES[0]
+    )
+    assert report.bits_per_weight <= 6.0
+    with pytest.raises(TypeError, match=r"jaxq\.nn\.linen\.sensitivity\(module, var"):
+        sensitivity(module, CHOICES, BATCHES)
+    with pytest.raises(TypeError, match="must be a flax linen Module"):
+        jaxq.nn.linen.sensitivity(model, variables, CHOICES, BATCHES)
+
+
+def test_stacked_linen_layers_are_one_layer():
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, x, _):
+            return x + jnp.tanh(linen.Dense(32, name="up")(x)), None
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            scan = linen.scan(
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            return scan(name="blocks")(x, None)[0]
+
+    module = Net()
+    variables = module.init(jax.random.key(0), BATCHES[0])
+    result = jaxq.nn.linen.sensitivity(module, variables, CHOICES, BATCHES)
+    assert result.size == {"blocks/up": 3 * 32 * 32}
+    # One scale for each column of each layer.
+    assert result.bits["blocks/up"]["int8"] == 3 * 32 * 32 * 8 + 3 * 32 * 32
+    assert result.kl["blocks/up"]["int8"] < result.kl["blocks/up"]["int2"]
 
 
 def test_sensitivities_print_as_a_table():

@@ -7,12 +7,13 @@ is a QTensor multiply by its codes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen
 
 from jaxq.nn.layers._linen_interceptor import use_codes
+from jaxq.nn.layers._linen_tabulate import tabulate
 from jaxq.qtensor import QUANTIZED
 
 
@@ -107,6 +108,40 @@ class Quantized(linen.Module):
         """As `nn.Module.init_with_output`; `method` is one of the wrapped module."""
         method, kwargs = _wrapper_method(method), _capture_inside(kwargs)
         return super().init_with_output(rngs, *args, method=method, **kwargs)
+
+    @linen.nowrap
+    def tabulate(self, variables: Any, *args: Any, **kwargs: Any) -> str:
+        """`nn.Module.tabulate`, with quantized variables in the place of keys.
+
+        The keys of `init` make float parameters, so they cannot give the sizes of codes
+        and scales.
+
+        Args:
+          variables: the variables that `quantize_model` returned.
+          *args: inputs of the wrapped module.
+          **kwargs: as in `nn.Module.tabulate`.
+
+        Raises:
+          TypeError: `variables` is not a dict of variables.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, jaxq
+          >>> from flax import linen
+          >>> module, x = linen.Dense(8, use_bias=False), jnp.ones((2, 64))
+          >>> variables = module.init(jax.random.key(0), x)
+          >>> qmodule, qvariables, _ = jaxq.nn.linen.quantize_model(
+          ...   module, variables, "int8")
+          >>> "(544 B)" in qmodule.tabulate(qvariables, x)
+          True
+        """
+        if not isinstance(variables, Mapping) or "params" not in variables:
+            raise TypeError(
+                "Quantized.tabulate: the first argument must be the variables that "
+                "quantize_model returned. Keys would give the sizes of float "
+                "parameters. Write qmodule.tabulate(qvariables, x)."
+            )
+        self.bind(variables)._jaxq_check()
+        return tabulate(self._jaxq_module, variables, *args, **kwargs)
 
     @linen.nowrap
     def __getattr__(self, name: str) -> Any:

@@ -100,7 +100,8 @@ def fold_batch_norm(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(
-            f"{CALLER}: model must be a flax nnx Module, got {type(model).__name__}."
+            f"{CALLER}: model must be a flax nnx Module, got {type(model).__name__}. "
+            "For a linen module, use jaxq.nn.linen.fold_batch_norm."
         )
     options = Options(caller=CALLER, calibration=[batch], forward=forward)
     pairs = find_norms(model, norms, options, argument="norms")

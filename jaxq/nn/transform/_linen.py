@@ -174,7 +174,8 @@ def check_module(module: Any, variables: Any, caller: str) -> None:
     if not isinstance(module, linen.Module):
         raise TypeError(
             f"{caller}: module must be a flax linen Module, got "
-            f"{type(module).__name__}."
+            f"{type(module).__name__}. For an nnx module, use the function of this "
+            "name that is not in a linen package."
         )
     if isinstance(module, Quantized):
         raise TypeError(

@@ -54,6 +54,7 @@ from jaxq.qtensor import (
     QuantSpec,
     TrainedWeight,
     dequantize,
+    is_linen_module,
     is_nnx_variable,
     is_quantized,
 )
@@ -121,7 +122,8 @@ def quantize_params(
       in floats, and its row says so.
 
     Raises:
-      TypeError: `calibration` is one array instead of batches.
+      TypeError: `params` is a linen module; `calibration` is one array instead of
+        batches.
       ValueError: the recipe is unknown; a leaf cannot be quantized by its rule (the
         error names all such leaves); a rule matches nothing; a method, an observer or
         `correct_bias` needs data and `calibration` is None; there are batches and
@@ -144,6 +146,12 @@ def quantize_params(
       >>> qparams["up"]["w"].input_range.shape
       (2,)
     """
+    if is_linen_module(params):
+        raise TypeError(
+            f"quantize_params: {type(params).__name__} is a flax linen module, which "
+            "holds no arrays. Pass its variables, or call "
+            "jaxq.nn.linen.quantize_model(module, variables, recipe)."
+        )
     recipe = as_recipe(recipe, "quantize_params")
     options = Options(
         caller="quantize_params",
