@@ -89,7 +89,7 @@ def explain(
         if dimension_numbers is not None or derivative:
             raise ValueError(
                 "explain: with group_sizes it explains ragged_dot, which has no "
-                "dimension numbers and whose derivative runs in plain XLA. Leave out "
+                "dimension numbers and whose gradient runs in plain XLA. Leave out "
                 "dimension_numbers and derivative."
             )
         check_ragged(lhs, rhs, _as_described(group_sizes, False), "explain")
