@@ -178,12 +178,17 @@ def _plan_weight(
     weight_side = 0 if swapped else 1
     # The values of the weight must not be rounded or overflow in a narrower dtype of x.
     keeps_dtype = x.dtype == weight.dtype and x.dtype in _NARROW_FLOATS
-    plan = functools.partial(
-        prepared.plan,
-        swapped=swapped,
-        x_dtype=x.dtype if keeps_dtype else "float32",
-        result=result if result in _NARROW_FLOATS else "float32",
-    )
+    widening = _widening(x.dtype, weight.dtype)
+
+    def plan(path: Path, reason: str) -> Plan:
+        return prepared.plan(
+            path,
+            reason + widening,
+            swapped=swapped,
+            x_dtype=x.dtype if keeps_dtype else "float32",
+            result=result if result in _NARROW_FLOATS else "float32",
+        )
+
     geometry = weight.meta.geometry
     contracted = _negative(dims[0][weight_side], weight.ndim)
     problem = _why_not_batch(weight, dims[1][weight_side], "the weight")
@@ -211,6 +216,17 @@ def _plan_weight(
         "decoded rows are added up"
     )
     return plan("weight_only_transposed", reason)
+
+
+def _widening(x_dtype: str, weight_dtype: str) -> str:
+    """The part of a reason that says that x is widened to float32; "" if it is not."""
+    if x_dtype == weight_dtype or x_dtype not in _NARROW_FLOATS:
+        return ""
+    return (
+        f"; x is widened from {x_dtype} to float32, because the "
+        f"weight is {weight_dtype}; to avoid this, quantize the weight from {x_dtype}, "
+        f'or use weight.astype("{x_dtype}")'
+    )
 
 
 def _plan_activation(
@@ -496,17 +512,17 @@ def plan_on_platform(
     plan = _plan_product(lhs, rhs, dims, "float32")
     if plan.path == "codes" and plan.x_dtype is None:
         codes = _codes_problem(plan, lhs, rhs, dims)
-        choice = _choose(codes, platform, num_devices, "codes")
+        choice = choose_on(platform, codes, num_devices, "codes")
     else:
         problem = _kernel_problem(plan, lhs, rhs, dims)
-        choice = _choose(problem, platform, num_devices)
+        choice = choose_on(platform, problem, num_devices)
     if choice.reason is not None and plan.outlier_product is not None:
         # The product of the outlier columns may still have a kernel.
         lhs, rhs = _without_activation(lhs), _without_activation(rhs)
         problem = _kernel_problem(plan.outlier_product, lhs, rhs, dims)
-        choice = _choose(problem, platform, num_devices)
+        choice = choose_on(platform, problem, num_devices)
     activation = _activation_choice(plan, *sides, dims, platform, num_devices)
-    return _with_activation_choice(_with_choice(plan, choice, platform), activation)
+    return _with_activation_choice(with_choice(plan, choice, platform), activation)
 
 
 def derivative_on_platform(
@@ -544,12 +560,12 @@ def derivative_on_platform(
         result=forward.x_dtype or forward.result,
     )
     problem = _kernel_problem(plan, lhs, rhs, dims)
-    return _with_choice(plan, _choose(problem, platform, num_devices), platform)
+    return with_choice(plan, choose_on(platform, problem, num_devices), platform)
 
 
-def _choose(
-    problem: Any,
+def choose_on(
     platform: str,
+    problem: Any,
     num_devices: int,
     family: kernels.Family = "product",
 ) -> kernels.Choice:
@@ -559,7 +575,8 @@ def _choose(
     return kernels.choose(problem, platform, device_kind, num_devices, family=family)
 
 
-def _with_choice(plan: Plan, choice: kernels.Choice, platform: str) -> Plan:
+def with_choice(plan: Plan, choice: kernels.Choice, platform: str) -> Plan:
+    """The plan with what computes its product on a platform."""
     return dataclasses.replace(
         plan,
         kernel=choice.backend,
@@ -611,7 +628,7 @@ def _choose_activation(
         reason = "a static range leaves only one launch"
         return kernels.Choice("xla", reason, preferred=True)
     problem = activation_problem(activation)
-    return _choose(problem, platform, num_devices, "activation")
+    return choose_on(platform, problem, num_devices, "activation")
 
 
 def _without_activation(operand: Facts) -> Facts:
@@ -900,7 +917,7 @@ def plan_ragged(x: Any, weights: QTensor, platform: str, num_devices: int = 1) -
     problem = kernels.ragged_problem(
         call, x.shape[0], list(leaves.values()), jnp.dtype(x_dtype)
     )
-    choice = _choose(problem, platform, num_devices, "ragged")
+    choice = choose_on(platform, problem, num_devices, "ragged")
     prepared = _Prepared()
     if facts.input_scale:
         prepared = prepared.input_scaled(swapped=False)
@@ -911,9 +928,10 @@ def plan_ragged(x: Any, weights: QTensor, platform: str, num_devices: int = 1) -
         prepared = prepared.left_dequantized("ragged_dot multiplies floats by weights")
         activation_choice = _choose_activation(kind, activation, platform, num_devices)
     reason = f"each row is multiplied by the {facts.fmt.name} weight of its expert"
+    reason += _widening(x.dtype.name, facts.dtype)
     plan = prepared.plan("weight_only", reason, x_dtype=x_dtype)
     plan = _with_activation_choice(plan, activation_choice)
-    return _with_choice(plan, choice, platform)
+    return with_choice(plan, choice, platform)
 
 
 # Dtypes of sums and results.

@@ -36,7 +36,8 @@ def explain(
 ) -> Plan:
     """Which path `dot_general` takes, which kernel runs it, and why.
 
-    With `group_sizes`, it explains `jaxq.ops.ragged_dot` instead.
+    With `group_sizes`, it explains `jaxq.ops.ragged_dot` instead. `KVCache.explain`
+    explains attention over a quantized KV cache.
 
     Nothing is computed or traced. A kernel runs on one device. If an operand is sharded
     over several devices and the product runs under plain `jax.jit`, XLA partitions the
@@ -81,14 +82,14 @@ def explain(
       >>> jaxq.explain(x, qt, platform="tpu", derivative=True).kernel
       'tpu_transposed'
     """
-    num_devices = _num_devices(lhs, rhs)
+    num_devices = num_devices_of(lhs, rhs)
     lhs, rhs = _as_described(lhs, derivative), _as_described(rhs, derivative)
-    platform = _known_platform(platform)
+    platform = known_platform(platform, "explain")
     if group_sizes is not None:
         if dimension_numbers is not None or derivative:
             raise ValueError(
                 "explain: with group_sizes it explains ragged_dot, which has no "
-                "dimension numbers and whose derivative runs in plain XLA. Leave out "
+                "dimension numbers and whose gradient runs in plain XLA. Leave out "
                 "dimension_numbers and derivative."
             )
         check_ragged(lhs, rhs, _as_described(group_sizes, False), "explain")
@@ -110,13 +111,13 @@ def explain(
     return derivative_on_platform(lhs, rhs, dims, platform, num_devices)
 
 
-def _known_platform(platform: str | None) -> str:
-    """The platform as jax names it when it lowers a program."""
+def known_platform(platform: str | None, caller: str) -> str:
+    """The platform as jax names it when it lowers a program. None is the default."""
     if platform is None:
         platform = jax.default_backend()
     else:
         known = ("cpu", "cuda", "gpu", "rocm", "tpu")
-        formats.check_choice("explain: platform", platform, known)
+        formats.check_choice(f"{caller}: platform", platform, known)
     return "cuda" if platform == "gpu" else platform
 
 
@@ -133,7 +134,7 @@ def _as_described(operand: Any, derivative: bool) -> Any:
     return operand if hasattr(operand, "ndim") else jnp.asarray(operand)
 
 
-def _num_devices(*operands: Any) -> int:
+def num_devices_of(*operands: Any) -> int:
     """The largest number of devices over which one operand is sharded."""
     num_devices = 1
     for leaf in jax.tree.leaves(list(operands)):

@@ -10,7 +10,14 @@ from typing import Literal
 
 from jaxq import kernels
 
-Path = Literal["dense", "codes", "weight_only", "weight_only_transposed", "dequantize"]
+Path = Literal[
+    "dense",
+    "codes",
+    "weight_only",
+    "weight_only_transposed",
+    "dequantize",
+    "attention",
+]
 Preparation = Literal[
     "dequantize_left", "scale_left", "scale_right", "quantize_left", "quantize_right"
 ]
@@ -31,6 +38,7 @@ class Plan:
         - "weight_only_transposed": as "weight_only", but the product contracts the
           kept axes of the weight.
         - "dequantize": a whole operand is dequantized first.
+        - "attention": attention over a quantized KV cache (`KVCache.explain`).
 
       accumulate: dtype of the sums.
       swapped: True if the weight is the left operand.
@@ -39,7 +47,8 @@ class Plan:
         "triton"; "triton_int8" for int8 codes with one scale per row; "tpu_transposed"
         or "triton_transposed" if the kept axes of the weight are contracted;
         "ragged_tpu" or "ragged_triton" for `ragged_dot`; "codes_tpu" or "codes_triton"
-        for codes of both operands with scales in groups; "xla" if no kernel runs.
+        for codes of both operands with scales in groups; "attention_tpu" or
+        "attention_triton" for attention; "xla" if no kernel runs.
       why_no_kernel: why no kernel runs; None if one runs.
       passed_over: the kernels of the platform that are tried before the kernel that
         runs, each with the reason why it does not run.

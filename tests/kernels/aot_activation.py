@@ -1,30 +1,26 @@
-"""Compiles the kernels that quantize activations, with no TPU and no GPU.
+"""Compiles the kernels that quantize activations; `ahead_of_time.py` says how.
 
-    python -m tests.kernels.aot_activation tpu v6e:2x2
-    python -m tests.kernels.aot_activation cuda
-
-The first needs libtpu, which comes with jax[tpu]. For the second see `aot_gpu.py`. It
-prints a line for each case, "ok", "not served" with the reason, or "FAILED" with the
-error, and then how many compiled.
+python -m tests.kernels.aot_activation tpu v6e:2x2
+python -m tests.kernels.aot_activation cuda
 """
 
 import functools
 import itertools
-import os
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # no search for devices
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxq.kernels import choose
 from jaxq.kernels._activation_problem import activation_problem
 from jaxq.kernels._quantize_activation import activation_kernel_form
 from tests.kernels.activation_cases import activation_call
-from tests.kernels.aot_attention import device_of
+from tests.kernels.ahead_of_time import (
+    NotServedError,
+    Target,
+    compile_for,
+    run_cases,
+    target_of,
+)
 
 
 def cases() -> dict[str, tuple]:
@@ -55,34 +51,21 @@ def cases() -> dict[str, tuple]:
     return out
 
 
-def main(platform: str, topology: str = "") -> None:
-    device = device_of(platform, topology)
-    mesh = Mesh(np.array([device]), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    compiled = 0
-    for name, (fmt, group, dtype, scale, m, k) in cases().items():
-        call = activation_call((m, k), fmt, group, scale)
-        problem = activation_problem((m, k), dtype, call.spec, call.geometry)
-        choice = choose(problem, platform, device.device_kind, family="activation")
-        if choice.reason is not None:
-            print(f"not served {name}: {choice.reason}", flush=True)
-            continue
-        form = functools.partial(
-            activation_kernel_form,
-            call=call,
-            kernel=choice.backend,
-        )
-        x = jax.ShapeDtypeStruct((m, k), dtype, sharding=sharding)
-        try:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                jax.jit(form).lower(x).compile()
-        except Exception as error:  # any error of the compiler is the result
-            message = " ".join(str(error).split())
-            print(f"FAILED {name}: {message[:500]}", flush=True)
-        else:
-            compiled += 1
-            print(f"ok {name}", flush=True)
-    print(f"jax {jax.__version__}: {compiled} compiled for {device.device_kind}")
+def compile_case(target: Target, case: tuple) -> None:
+    fmt, group, dtype, scale, m, k = case
+    call = activation_call((m, k), fmt, group, scale)
+    problem = activation_problem((m, k), dtype, call.spec, call.geometry)
+    device_kind = target.device.device_kind
+    choice = choose(problem, target.platform, device_kind, family="activation")
+    if choice.reason is not None:
+        raise NotServedError(choice.reason)
+    form = functools.partial(activation_kernel_form, call=call, kernel=choice.backend)
+    compile_for(target.device, form, jax.ShapeDtypeStruct((m, k), dtype))
+
+
+def main(*arguments: str) -> None:
+    target = target_of(arguments)
+    run_cases(target, cases(), functools.partial(compile_case, target))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,21 @@
-"""Compiles the attention kernels ahead of time, with no TPU and no GPU.
+"""Compiles the attention kernels ahead of time; `ahead_of_time.py` says how.
 
     python -m tests.kernels.aot_attention tpu v6e:2x2
     python -m tests.kernels.aot_attention cuda
 
-The first needs libtpu, which comes with jax[tpu]. For the second see `aot_gpu.py`. It
-prints a line for each case, "ok" or "FAILED" with the error. A case fails as well if
-XLA writes the codes in another order before the kernel reads them.
+A case fails as well if XLA writes the codes in another order before the kernel reads
+them.
 """
 
-import os
+import functools
 import re
 import sys
-from pathlib import Path
-
-os.environ["JAX_PLATFORMS"] = "cpu"  # no search for devices
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxq
+from tests.kernels.ahead_of_time import Target, compile_for, run_cases, target_of
 from tests.kernels.attention_cases import cache_of
 
 # XLA's own fusions are called triton as well.
@@ -45,33 +39,15 @@ CASES = {
 }
 
 
-def device_of(platform: str, topology: str):
-    if platform == "tpu":
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=topology
-        ).devices[0]
-    target = (Path(__file__).parent / "h200.txtpb").read_text()
-    return topologies.get_topology_desc(
-        "", "cuda", topology="1x1x1", target_config=target
-    ).devices[0]
-
-
-def problem_of(platform: str, device, name: str) -> str | None:
+def problem_of(target: Target, case: tuple) -> str | None:
     """Compiles one case. Returns what is wrong, or None."""
-    sizes, t, r = CASES[name]
+    sizes, t, r = case
     sizes = {"length": 8200, "batch": 8, "num_heads": 8} | sizes
     cache = jax.eval_shape(lambda: cache_of(**sizes))
     b, m, _, h = cache.recent_keys.shape
     q = jax.ShapeDtypeStruct((b, t, m * r, h), cache.dtype)
-    mesh = Mesh(np.array([device]), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (cache, q)
-    )
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        attend = jax.jit(lambda cache, q: cache.attend(q))
-        text = attend.lower(*arguments).compile().as_text()
-    if CUSTOM_CALL[platform] not in text:
+    text = compile_for(target.device, lambda cache, q: cache.attend(q), cache, q)
+    if CUSTOM_CALL[target.platform] not in text:
         return "no kernel runs"
     codes = {cache.keys.data.size, cache.values.data.size}
     for kind, shape, operation in re.findall(
@@ -83,18 +59,9 @@ def problem_of(platform: str, device, name: str) -> str | None:
     return None
 
 
-def main(platform: str, topology: str = "", *names: str) -> None:
-    device = device_of(platform, topology)
-    compiled = 0
-    for name in names or CASES:
-        try:
-            problem = problem_of(platform, device, name)
-        except Exception as error:  # any error of the compiler is the result
-            problem = " ".join(str(error).split())[:700]
-        compiled += problem is None
-        print(f"ok {name}" if problem is None else f"FAILED {name}: {problem}")
-        sys.stdout.flush()
-    print(f"{compiled} compiled for {device.device_kind}")
+def main(*arguments: str) -> None:
+    target = target_of(arguments)
+    run_cases(target, CASES, functools.partial(problem_of, target))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,17 @@
-"""Compiles the kernels for codes with scales in groups, with no TPU and no GPU.
+"""Compiles the kernels for codes with scales in groups; see `ahead_of_time.py`.
 
-    python -m tests.kernels.aot_codes tpu v6e:2x2
-    python -m tests.kernels.aot_codes cuda
-
-The first needs libtpu, which comes with jax[tpu]. For the second see `aot_gpu.py`. It
-prints a line for each case, "ok", "not served" with the reason, or "FAILED" with the
-error, and then how many compiled.
+python -m tests.kernels.aot_codes tpu v6e:2x2
+python -m tests.kernels.aot_codes cuda
 """
 
-import functools
 import itertools
-import os
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # no search for devices
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxq.kernels._codes_problem import CodesProblem
 from jaxq.kernels._registry import kernel_module
-from tests.kernels.aot_attention import device_of
+from tests.kernels.ahead_of_time import compile_kernel, run_cases, target_of
 
 KERNEL = {"tpu": "codes_tpu", "cuda": "codes_triton"}
 
@@ -73,29 +62,15 @@ def _shape_of_b(p: CodesProblem, dtype: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((p.e, p.n, p.k), dtype)
 
 
-def main(platform: str, topology: str = "") -> None:
-    device = device_of(platform, topology)
-    mesh = Mesh(np.array([device]), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    kernel, compiled = kernel_module(KERNEL[platform]), 0
-    for name, p in cases().items():
-        reason = kernel.why_not(p, device.device_kind)
-        if reason is not None:
-            print(f"not served {name}: {reason}", flush=True)
-            continue
-        tiles = kernel.default_tiles(p)
-        matmul = functools.partial(kernel.matmul, problem=p, tiles=tiles)
-        shapes = [shape.update(sharding=sharding) for shape in shapes_of(p)]
-        try:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                jax.jit(matmul).lower(*shapes).compile()
-        except Exception as error:  # any error of the compiler is the result
-            message = " ".join(str(error).split())
-            print(f"FAILED {name} {tiles}: {message[:500]}", flush=True)
-        else:
-            compiled += 1
-            print(f"ok {name} {tiles}", flush=True)
-    print(f"jax {jax.__version__}: {compiled} compiled for {device.device_kind}")
+def main(*arguments: str) -> None:
+    target = target_of(arguments)
+    kernel = kernel_module(KERNEL[target.platform])
+
+    def compile_case(p: CodesProblem) -> None:
+        shapes = shapes_of(p)
+        compile_kernel(kernel, p, target.device, shapes, kernel.default_tiles)
+
+    run_cases(target, cases(), compile_case)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,20 @@
-"""Compiles the GPU kernels for an H200 without a GPU, and prints each case's result.
+"""Compiles the GPU kernels for products; `ahead_of_time.py` says how.
 
     python -m tests.kernels.aot_gpu KERNEL [word ...]
 
 KERNEL is mosaic_gpu, triton, triton_int8 for int8 activations, or triton_transposed,
 the kernel of the backward pass. With words, only cases run whose name has all of the
 words.
-
-It needs jax-cuda13-plugin and jax-cuda13-pjrt of the same version as jax, installed
-with `--no-deps`. They contain the compiler. CUDA and a driver are not needed. The file
-h200.txtpb, a GpuTargetConfigProto of XLA, describes the target.
 """
 
 import dataclasses
-import functools
-import importlib
 import itertools
-import os
 import sys
-from pathlib import Path
-
-os.environ["JAX_PLATFORMS"] = (
-    "cpu"  # before the import of jax, which would look for a GPU
-)
-
-import jax
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxq.kernels import Problem
+from jaxq.kernels._registry import kernel_module
+from tests.kernels.ahead_of_time import compile_kernel, run_cases, target_of
 from tests.kernels.problems import CODES, for_kernel, problem, specs
-
-DEVICE = "NVIDIA H200"
 
 
 def cases() -> dict[str, Problem]:
@@ -70,48 +53,20 @@ def cases() -> dict[str, Problem]:
     return out
 
 
-def compiled(kernel, p: Problem, shapes: list, mesh: Mesh) -> tuple[str, str]:
-    """Compiles one case. Returns "ok", "FAILED" or "not served", and the reason."""
-    reason = kernel.why_not(p, DEVICE)
-    if reason is not None:
-        return "not served", reason
-    tiles = kernel.default_tiles(p, DEVICE)
-    matmul = functools.partial(kernel.matmul, problem=p, tiles=tiles)
-    try:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            jax.jit(matmul).lower(*shapes).compile()
-    except Exception as error:  # any error of the compiler is this case's result
-        first_line = str(error).splitlines()[0]
-        return "FAILED", f"{type(error).__name__}: {first_line[:300]}"
-    return "ok", ""
-
-
 def main(kernel_name: str = "mosaic_gpu", *words: str) -> None:
-    kernel = importlib.import_module(f"jaxq.kernels._{kernel_name}")
-    target = (Path(__file__).parent / "h200.txtpb").read_text()
-    device = topologies.get_topology_desc(
-        "", "cuda", topology="1x1x1", target_config=target
-    ).devices[0]
-    mesh = Mesh(np.array([device]), ("x",))
-    counts = dict.fromkeys(("ok", "FAILED", "not served"), 0)
-    for name, p in cases().items():
-        if not all(word in name for word in words):
-            continue
-        p = dataclasses.replace(p, transposed=kernel_name.endswith("_transposed"))
-        shapes = [
-            None
-            if a is None
-            else a.update(sharding=NamedSharding(mesh, PartitionSpec()))
-            for a in for_kernel(kernel, specs(p))
-        ]
-        result, reason = compiled(kernel, p, shapes, mesh)
-        counts[result] += 1
-        separator = ": " if result == "not served" else " "
-        print(f"{result}{separator}{name} {reason}".strip(), flush=True)
-    print(
-        f"jax {jax.__version__} {kernel_name}:",
-        ", ".join(f"{count} {what}" for what, count in counts.items()),
-    )
+    kernel = kernel_module(kernel_name)
+    target = target_of(("cuda", *words))
+    is_transposed = kernel_name.endswith("_transposed")
+
+    def default_tiles(p: Problem) -> dict:
+        return kernel.default_tiles(p, target.device.device_kind)
+
+    def compile_case(p: Problem) -> None:
+        p = dataclasses.replace(p, transposed=is_transposed)
+        shapes = for_kernel(kernel, specs(p))
+        compile_kernel(kernel, p, target.device, shapes, default_tiles)
+
+    run_cases(target, cases(), compile_case)
 
 
 if __name__ == "__main__":

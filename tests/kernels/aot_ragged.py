@@ -1,30 +1,24 @@
-"""Compiles ragged products ahead of time, with no TPU and no GPU.
+"""Compiles ragged products ahead of time; `ahead_of_time.py` says how.
 
     python -m tests.kernels.aot_ragged tpu v6e:2x2
     python -m tests.kernels.aot_ragged cuda
 
-The first needs libtpu, which comes with jax[tpu]. For the second see `aot_gpu.py`. With
-more words, only cases run whose name has all of the words. It prints a line for each
-case, "ok" or "FAILED" with the error. A case fails as well if XLA writes the codes in
-another order before the kernel reads them, or decodes the weights of the experts. The
-order is not checked for "tails": a TPU keeps arrays of such sizes in an order of its
-own.
+A case fails as well if XLA writes the codes in another order before the kernel reads
+them, or decodes the weights of the experts. The order is not checked for "tails": a TPU
+keeps arrays of such sizes in an order of its own.
 """
 
+import functools
 import itertools
-import os
 import re
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # no search for devices
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxq
-from tests.kernels.aot_attention import CUSTOM_CALL, MOVES, device_of
+from tests.kernels.ahead_of_time import Target, compile_for, run_cases, target_of
+from tests.kernels.aot_attention import CUSTOM_CALL, MOVES
 
 # Rows of x, experts, k and n.
 DECODE, PREFILL, TAILS = (
@@ -59,7 +53,7 @@ def cases(platform: str) -> dict[str, tuple]:
     return out
 
 
-def problem_of(platform: str, device, case: tuple) -> str | None:
+def problem_of(target: Target, case: tuple) -> str | None:
     """Compiles one case. Returns what is wrong, or None."""
     weight_spec, (m, e, k, n), dtype, layout = case
 
@@ -73,14 +67,8 @@ def problem_of(platform: str, device, case: tuple) -> str | None:
         jax.eval_shape(experts),
         jax.ShapeDtypeStruct((e,), "int32"),
     )
-    mesh = Mesh(np.array([device]), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
-    )
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        text = jax.jit(jaxq.ops.ragged_dot).lower(*arguments).compile().as_text()
-    if CUSTOM_CALL[platform] not in text:
+    text = compile_for(target.device, jaxq.ops.ragged_dot, *shapes)
+    if CUSTOM_CALL[target.platform] not in text:
         return "no kernel runs"
     for kind, shape, operation in re.findall(
         r"= (\w+)\[([\d,]+)\]\S* ([\w-]+)\(", text
@@ -94,24 +82,9 @@ def problem_of(platform: str, device, case: tuple) -> str | None:
     return None
 
 
-def main(platform: str, *names: str) -> None:
-    topology, words = "", list(names)
-    if platform == "tpu":
-        topology = words.pop(0)
-    device = device_of(platform, topology)
-    compiled = num_cases = 0
-    for name, case in cases(platform).items():
-        if not all(word in name for word in words):
-            continue
-        try:
-            problem = problem_of(platform, device, case)
-        except Exception as error:  # any error of the compiler is the result
-            problem = " ".join(str(error).split())[:700]
-        num_cases += 1
-        compiled += problem is None
-        print(f"ok {name}" if problem is None else f"FAILED {name}: {problem}")
-        sys.stdout.flush()
-    print(f"{compiled} of {num_cases} compiled for {device.device_kind}")
+def main(*arguments: str) -> None:
+    target = target_of(arguments)
+    run_cases(target, cases(target.platform), functools.partial(problem_of, target))
 
 
 if __name__ == "__main__":

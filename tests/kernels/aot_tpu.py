@@ -1,26 +1,17 @@
-"""Compiles the TPU kernels with libtpu's compiler, which needs no TPU.
+"""Compiles the TPU kernels for products; `ahead_of_time.py` says how.
 
-    python -m tests.kernels.aot_tpu v6e:2x2
-    python -m tests.kernels.aot_tpu v6e:2x2 transposed
+    python -m tests.kernels.aot_tpu v6e:2x2 [word ...]
+    python -m tests.kernels.aot_tpu v6e:2x2 transposed [word ...]
 
 The second line compiles the kernel of the backward pass.
-It needs libtpu, which comes with jax[tpu]. It prints a line for each case, "ok", "not
-served" with the reason, or "FAILED" with the error, and then how many compiled.
 """
 
 import functools
 import itertools
-import os
 import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no search for devices
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
-import jax
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
-
 from jaxq.kernels import Problem, _tpu, _tpu_transposed
+from tests.kernels.ahead_of_time import compile_kernel, run_cases, target_of
 from tests.kernels.problems import CODES, problem, specs
 
 
@@ -61,37 +52,18 @@ def cases(*, transposed: bool) -> dict[str, Problem]:
     return out
 
 
-def main(topology: str, product: str = "") -> None:
-    transposed = product == "transposed"
+def main(topology: str, *words: str) -> None:
+    transposed = words[:1] == ("transposed",)
     kernel = _tpu_transposed if transposed else _tpu
-    device = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology
-    ).devices[0]
-    sharding = SingleDeviceSharding(device)
-    compiled = 0
-    for name, p in cases(transposed=transposed).items():
-        reason = kernel.why_not(p, device.device_kind)
-        if reason:
-            print(f"not served {name}: {reason}", flush=True)
-            continue
-        tiles = kernel.default_tiles(p, device.device_kind)
+    target = target_of(("tpu", topology, *words[transposed:]))
 
-        def run(*arrays, p=p, tiles=tiles):
-            return kernel.matmul(*arrays, problem=p, tiles=tiles)
+    def default_tiles(p: Problem) -> dict:
+        return kernel.default_tiles(p, target.device.device_kind)
 
-        try:
-            jax.jit(run, in_shardings=sharding, out_shardings=sharding).lower(
-                *specs(p)
-            ).compile()
-        except Exception as error:  # any error of the compiler is the result
-            print(
-                f"FAILED {name} {tiles}: {' '.join(str(error).split())[:500]}",
-                flush=True,
-            )
-        else:
-            compiled += 1
-            print(f"ok {name}", flush=True)
-    print(f"{compiled} compiled for {device.device_kind}")
+    def compile_case(p: Problem) -> None:
+        compile_kernel(kernel, p, target.device, specs(p), default_tiles)
+
+    run_cases(target, cases(transposed=transposed), compile_case)
 
 
 if __name__ == "__main__":

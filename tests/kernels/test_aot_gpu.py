@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins") is None
     or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
-    reason="needs jax-cuda13-plugin and jax-cuda13-pjrt, see tests/kernels/aot_gpu.py",
+    reason="needs jax-cuda13-plugin and jax-cuda13-pjrt, see ahead_of_time.py",
 )
 @pytest.mark.parametrize("kernel", ["mosaic_gpu", "triton", "triton_transposed"])
 def test_compiles_for_h200(kernel, capsys):

@@ -167,6 +167,44 @@ def test_a_warning_says_why_no_kernel_runs(name):
         lowered_for("cpu", lambda c, q: c.attend(q), cache, q)
 
 
+@pytest.mark.parametrize("name", REASONS)
+def test_explain_gives_the_reason_of_the_warning(name):
+    platform, sizes, reason = REASONS[name]
+    cache = cache_of(**sizes)
+    q = jax.ShapeDtypeStruct((B, 1, M * R, cache.recent_keys.shape[-1]), cache.dtype)
+    plan = cache.explain(q, platform=platform)
+    assert (plan.path, plan.kernel, plan.platform) == ("attention", "xla", platform)
+    assert reason in plan.why_no_kernel
+    assert reason in str(plan)
+    assert "attention_" not in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kernel"), [("tpu", "attention_tpu"), ("cuda", "attention_triton")]
+)
+def test_explain_names_the_kernel(platform, kernel):
+    """Also for a cache of shapes."""
+    shapes = jax.eval_shape(cache_of)
+    q = jax.ShapeDtypeStruct((B, 2, M * R, shapes.recent_keys.shape[-1]), shapes.dtype)
+    for cache in (cache_of(), shapes):
+        plan = cache.explain(q, platform=platform)
+        assert (plan.kernel, plan.why_no_kernel) == (kernel, None)
+        assert f"runs as the {kernel} kernel on {platform}" in str(plan)
+    on_cpu = shapes.explain(q, platform="cpu")
+    assert on_cpu.why_no_kernel == "there are no kernels for cpu"
+    with pytest.raises(ValueError, match=r"KVCache\.explain: expected"):
+        shapes.explain(q.update(shape=q.shape[:3]))
+
+
+def test_explain_of_a_cache_without_groups():
+    cache = jaxq.ops.KVCache.empty(
+        "int4", batch=1, num_heads=1, length=16, head_dim=128, dtype="float32"
+    )
+    assert cache.num_groups == 0
+    plan = cache.explain(jnp.ones((1, 1, 1, 128)), platform="tpu")
+    assert "no place for quantized groups" in plan.why_no_kernel
+
+
 def test_no_kernel_runs_in_a_program_for_several_devices():
     _, call = operands_of(cache_of(), 1)
 

@@ -87,6 +87,26 @@ def test_a_last_group_that_is_not_full_has_a_kernel(platform, k, kernel):
     assert not any("xui8>" in line for line in lines)
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float16", "bfloat16")])
+def test_explain_says_that_x_is_widened(dtypes):
+    x_dtype, weight_dtype = dtypes
+    x = normal_with_outliers(M, K, dtype=x_dtype)
+    qt = weight("int4", dtype=weight_dtype)
+    w = normal_with_outliers(2, K, N, dtype=weight_dtype)
+    experts = jaxq.quantize(w, "int4", contracting=-2, batch=0)
+    for plan in (
+        jaxq.explain(x, qt, platform="tpu"),
+        jaxq.explain(x, experts, group_sizes=np.array([M, 0]), platform="tpu"),
+    ):
+        assert f"widened from {x_dtype} to float32" in str(plan)
+        assert f'weight.astype("{x_dtype}")' in str(plan)
+        assert plan.x_dtype == "float32"
+    narrow = jaxq.explain(x, qt.astype(x_dtype), platform="tpu")
+    assert ("widened" in str(narrow), narrow.x_dtype) == (False, x_dtype)
+    wide = normal_with_outliers(M, K, dtype="float32")
+    assert "widened" not in str(jaxq.explain(wide, qt, platform="tpu"))
+
+
 def test_explain_sees_shardings():
     if len(jax.devices()) < 4:
         pytest.skip("needs four devices")

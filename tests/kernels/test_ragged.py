@@ -525,7 +525,7 @@ def test_explain_checks_its_operands():
         jaxq.explain(x, x, group_sizes=sizes)
     with pytest.raises(ValueError, match="Leave out dimension_numbers"):
         jaxq.explain(x, weights, (((1,), (1,)), ((), ())), group_sizes=sizes)
-    with pytest.raises(ValueError, match="derivative runs in plain XLA"):
+    with pytest.raises(ValueError, match="gradient runs in plain XLA"):
         jaxq.explain(x, weights, group_sizes=sizes, derivative=True)
     scaled = weights.with_input_scale(jnp.ones((3, 256)))
     assert jaxq.explain(x, scaled, group_sizes=sizes).before == ("scale_left",)

@@ -37,9 +37,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxq.ops._explain import known_platform, num_devices_of
+from jaxq.ops._plan import Plan
 from jaxq.ops.kv_cache._append import append
 from jaxq.ops.kv_cache._arrays import CacheArrays, quantize_groups
 from jaxq.ops.kv_cache._attention import attend
+from jaxq.ops.kv_cache._plan import plan_attention
 from jaxq.ops.kv_cache._spec import KVCacheSpec, as_kv_cache_spec, whole_number
 from jaxq.qtensor import FLOATS, QuantSpec, describe
 
@@ -285,6 +288,34 @@ class KVCache(CacheArrays):
         if count is not None:
             num_real = jnp.asarray(self._checked_count(count, t, "attend"), jnp.int32)
         return attend(self, q, k, v, num_real, scale=scale, block=block)
+
+    def explain(self, q: Any, *, platform: str | None = None) -> Plan:
+        """Which kernel `attend(q)` runs, or why none runs. Nothing is computed.
+
+        Args:
+          q: queries `[b, t, n, h]` in the cache's dtype, or their
+            `jax.ShapeDtypeStruct`.
+          platform: as in `jaxq.explain`. None uses the default backend of jax.
+
+        Returns:
+          A `Plan` with the path "attention". Print it to read it.
+
+        Raises:
+          TypeError: the dtype of `q` is not the cache's.
+          ValueError: `q` is not `[b, t, n, h]`, or `platform` is unknown.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxq
+          >>> cache = jaxq.ops.KVCache.empty(
+          ...     "int4", batch=1, num_heads=2, length=512, head_dim=128
+          ... )
+          >>> q = jnp.ones((1, 1, 8, 128), jnp.bfloat16)
+          >>> cache.explain(q, platform="tpu").kernel
+          'attention_tpu'
+        """
+        self._check_arrays("explain", q=q)
+        platform = known_platform(platform, "KVCache.explain")
+        return plan_attention(self, q, platform, num_devices_of(self, q))
 
     def reset(self, slots: jax.typing.ArrayLike | Sequence[int]) -> KVCache:
         """Empties some slots, so that they can hold other texts.

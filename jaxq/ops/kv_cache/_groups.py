@@ -72,7 +72,34 @@ def group_operands(
         *leaves,
     ]
     form = _BlockByBlock(structure, spec, queries.scale, queries.window, block)
-    return operands, AttentionCall(form, _problem(cache, queries))
+    problem = attention_problem(cache, r * t, queries.scale)
+    return operands, AttentionCall(form, problem)
+
+
+def attention_problem(
+    cache: CacheArrays, num_queries: int, scale: float = 1.0
+) -> AttentionProblem | str:
+    """The attention as kernels see it, or the reason why no kernel computes it.
+
+    Args:
+      cache: a cache with at least one place for a group. The leaves may be shapes.
+      num_queries: queries that read one key head, n.
+      scale: scores are multiplied by this number.
+    """
+    b, m, _, h = cache.recent_keys.shape
+    problem = AttentionProblem(
+        b=b,
+        m=m,
+        n=num_queries,
+        h=h,
+        groups=cache.num_groups,
+        group=cache.spec.group,
+        bits=cache.keys.spec.fmt.bits,
+        dtype=cache.dtype.name,
+        scale=float(scale),
+        window=cache.window,
+    )
+    return _why_no_kernel(cache, problem) or problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,24 +154,6 @@ class _BlockByBlock:
         queries = Queries(q[:, :, None], positions, self.scale, self.window)
         state = fold_many(start(queries), -(-num_used // per_block), block_at, queries)
         return state.top[:, :, 0], state.total[:, :, 0], state.sums[:, :, 0]
-
-
-def _problem(cache: CacheArrays, queries: Queries) -> AttentionProblem | str:
-    """The attention as kernels see it, or the reason why no kernel computes it."""
-    b, m, r, t, h = queries.rows.shape
-    problem = AttentionProblem(
-        b=b,
-        m=m,
-        n=r * t,
-        h=h,
-        groups=cache.num_groups,
-        group=cache.spec.group,
-        bits=cache.keys.spec.fmt.bits,
-        dtype=cache.dtype.name,
-        scale=float(queries.scale),
-        window=queries.window,
-    )
-    return _why_no_kernel(cache, problem) or problem
 
 
 def _why_no_kernel(cache: CacheArrays, problem: AttentionProblem) -> str | None:
