@@ -32,6 +32,7 @@ from jaxq.kernels._dispatch import (
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._registry import kernel_module
+from jaxq.kernels._remat import has_stack, save_like_dots
 from jaxq.kernels._rows import RowMeta, Rows
 
 # The kernel of each platform, and the module that contains it.
@@ -210,3 +211,4 @@ def _batch(operands, dims, *, call: CodesCall):
 codes_p = platform_primitive("codes_matmul", _abstract, _form)
 batching.primitive_batchers[codes_p] = _batch
 ad.primitive_jvps[codes_p] = _jvp
+save_like_dots(codes_p, has_stack)

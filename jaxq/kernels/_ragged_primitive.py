@@ -38,6 +38,7 @@ from jaxq.kernels._problem import Problem
 from jaxq.kernels._ragged import ragged_gradients, ragged_xla_form
 from jaxq.kernels._ragged_items import rows_with_experts, work_items
 from jaxq.kernels._registry import kernel_module
+from jaxq.kernels._remat import mark_product
 from jaxq.kernels._rows import RowMeta, Rows
 from jaxq.meshes import call_on_auto_axes, explicit_spec
 
@@ -81,7 +82,8 @@ def ragged_matmul(
 
 
 def _forward(x, rows, sizes, meta):
-    return ragged_matmul(x, rows, sizes, meta), (x, rows, sizes)
+    y = mark_product(ragged_matmul(x, rows, sizes, meta), has_batch=True)
+    return y, (x, rows, sizes)
 
 
 def _backward(meta: RowMeta, saved: tuple[jax.Array, Rows, jax.Array], dy: jax.Array):
