@@ -20,10 +20,10 @@ EXACT = MOVES | frozenset([
     "argmin", "bitcast_convert_type", "cummax", "cummin", "debug_callback",
     "debug_print", "device_put", "eq", "eq_to", "gather", "ge", "gt", "is_finite", "le",
     "le_to", "lt", "lt_to", "mesh_cast", "ne", "neg", "pad", "pbroadcast", "pcast",
-    "pmax", "pmin", "ppermute", "pvary", "reduce_precision", "reduce_window_max",
-    "reduce_window_min", "reshard", "scatter", "scatter-max", "scatter-min",
-    "select_and_gather_add", "sharding_constraint", "sign", "sort", "split", "tile",
-    "top_k",
+    "pmax", "pmin", "ppermute", "pvary", "quantized_product", "reduce_precision",
+    "reduce_window_max", "reduce_window_min", "reshard", "scatter", "scatter-max",
+    "scatter-min", "select_and_gather_add", "sharding_constraint", "sign", "sort",
+    "split", "tile", "top_k",
 ])  # fmt: skip
 
 # Sums, and algorithms that are made of sums. They have no form with a narrow

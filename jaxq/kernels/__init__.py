@@ -37,6 +37,7 @@ from jaxq.kernels._ragged_primitive import ragged_problem as ragged_problem
 from jaxq.kernels._registry import KERNELS as KERNELS
 from jaxq.kernels._registry import PLATFORMS as PLATFORMS
 from jaxq.kernels._registry import Family as Family
+from jaxq.kernels._remat import mark_product as mark_product
 from jaxq.kernels._rows import Layout as Layout
 from jaxq.kernels._rows import RowMeta as RowMeta
 from jaxq.kernels._rows import Rows as Rows

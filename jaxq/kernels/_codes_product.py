@@ -29,6 +29,7 @@ from jaxq.kernels._forms import in_memory_order
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._registry import kernel_module
+from jaxq.kernels._remat import has_stack, save_like_dots
 from jaxq.kernels._rows import RowMeta, Rows, decode_field
 from jaxq.kernels._xla import weight_only_matmul
 
@@ -186,3 +187,4 @@ def _batch(operands, dims, *, call: CodesCall):
 codes_p = platform_primitive("codes_matmul", _abstract, _form)
 batching.primitive_batchers[codes_p] = _batch
 ad.primitive_jvps[codes_p] = _jvp
+save_like_dots(codes_p, has_stack)

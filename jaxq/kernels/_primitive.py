@@ -35,6 +35,7 @@ from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_fron
 from jaxq.kernels._platform_primitive import Target, platform_primitive
 from jaxq.kernels._quantize_activation import activation_xla_form
 from jaxq.kernels._ragged_primitive import ragged_form, ragged_tangent_form
+from jaxq.kernels._remat import has_stack, save_like_dots
 from jaxq.kernels._rows import Rows, as_rows
 from jaxq.kernels._xla import rows_gradient
 from jaxq.meshes import call_on_auto_axes, explicit_spec
@@ -268,6 +269,7 @@ def _batch_tangent(args, dims, *, call: Call):
 batching.primitive_batchers[matmul_p] = _batch
 ad.primitive_jvps[matmul_p] = _jvp
 ad.primitive_transposes[matmul_p] = _transpose
+save_like_dots(matmul_p, has_stack)
 
 batching.primitive_batchers[tangent_p] = _batch_tangent
 ad.primitive_jvps[tangent_p] = _tangent_jvp

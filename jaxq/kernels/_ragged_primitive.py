@@ -40,6 +40,7 @@ from jaxq.kernels._ragged import (
 )
 from jaxq.kernels._ragged_items import rows_with_experts, work_items
 from jaxq.kernels._registry import kernel_module
+from jaxq.kernels._remat import save_like_dots
 from jaxq.kernels._rows import RowMeta, Rows
 from jaxq.meshes import call_on_auto_axes, explicit_spec
 
@@ -372,6 +373,8 @@ def _with_own_weights(leaf: jax.Array, dim: int | None, size: int, b: int) -> ja
 batching.primitive_batchers[ragged_p] = functools.partial(_batch, ragged_p)
 ad.primitive_jvps[ragged_p] = _jvp
 ad.primitive_transposes[ragged_p] = _transpose
+# Experts are a batch axis of the product.
+save_like_dots(ragged_p, lambda equation: True)
 
 batching.primitive_batchers[ragged_tangent_p] = functools.partial(
     _batch, ragged_tangent_p

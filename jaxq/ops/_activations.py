@@ -43,6 +43,8 @@ def multiply_quantized(
     axes: ActivationAxes,
     codes_product: Callable[[QTensor, QTensor], jax.Array],
     float_product: Callable[[jax.Array, QTensor], jax.Array],
+    *,
+    is_convolution: bool = False,
 ) -> jax.Array:
     """The product with `x` quantized by `weight.meta.activation`.
 
@@ -54,6 +56,7 @@ def multiply_quantized(
         weight.
       float_product: multiplies `x` itself by the weight. The gradient is the gradient
         of this function, except where a static range clips.
+      is_convolution: tells policies of `jax.checkpoint` that this is no dot product.
 
     Returns:
       The result of `codes_product`.
@@ -65,7 +68,9 @@ def multiply_quantized(
         return codes_product(activation, weight.with_activation(None))
 
     def forward(x: jax.Array, weight: QTensor):
-        return quantized(x, weight), (x, weight)
+        has_batch = is_convolution or axes.num_batch > 0
+        y = kernels.mark_product(quantized(x, weight), has_batch=has_batch)
+        return y, (x, weight)
 
     def backward(saved: tuple[jax.Array, QTensor], dy: jax.Array):
         x, weight = saved

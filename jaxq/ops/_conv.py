@@ -202,7 +202,9 @@ def convolve(
         return carry_out(plan, x, kernel)
 
     codes_product = functools.partial(carry_out, plan)
-    return multiply_quantized(x, kernel, axes, codes_product, float_product)
+    return multiply_quantized(
+        x, kernel, axes, codes_product, float_product, is_convolution=True
+    )
 
 
 def _activation_axes(x: jax.Array, batch: int) -> ActivationAxes:
@@ -245,7 +247,7 @@ def _convolve_trained(
         return fake_quant_activation(x, kernel, axes)
 
     kernel = with_average(x, kernel, axes)
-    return multiply_trained(x, kernel, multiply, fake_input)
+    return multiply_trained(x, kernel, multiply, fake_input, has_batch=True)
 
 
 def _convolve(

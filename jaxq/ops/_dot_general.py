@@ -204,7 +204,8 @@ def _multiply_trained(
         if weight.input_scale is not None:
             scaled, _ = scale_operand(x, weight, dims, swapped=swapped)
         weight = with_average(scaled, weight, axes)
-    return multiply_trained(x, weight, multiply, fake_input)
+    has_batch = axes.num_batch > 0
+    return multiply_trained(x, weight, multiply, fake_input, has_batch=has_batch)
 
 
 def _activation_axes(

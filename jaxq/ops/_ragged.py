@@ -171,4 +171,4 @@ def _ragged_trained(
         )
         return y.astype(out_dtype)
 
-    return multiply_trained((x, group_sizes), weights, multiply)
+    return multiply_trained((x, group_sizes), weights, multiply, has_batch=True)

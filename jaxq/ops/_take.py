@@ -47,7 +47,7 @@ def take(table: QTensor | TrainedWeight, indices: jax.typing.ArrayLike) -> jax.A
       (2, 8)
     """
     if isinstance(table, TrainedWeight):
-        return multiply_trained(jnp.asarray(indices), table, _take_rows)
+        return multiply_trained(jnp.asarray(indices), table, _take_rows, has_batch=None)
     if not isinstance(table, QTensor):
         raise TypeError(
             f"take: table must be a QTensor, got {type(table).__name__}. "

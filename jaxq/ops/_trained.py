@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxq import kernels
 from jaxq.ops._activations import ActivationAxes, range_ends
 from jaxq.ops._outlier_columns import split_outlier_columns
 from jaxq.qtensor import QUANTIZED, TrainedWeight, fake_quant, range_options
@@ -38,6 +39,8 @@ def multiply_trained(
     weight: TrainedWeight,
     multiply: Multiply,
     fake_input: FakeInput = keep_input,
+    *,
+    has_batch: bool | None,
 ) -> jax.Array:
     """A product with a trained weight.
 
@@ -46,6 +49,8 @@ def multiply_trained(
       weight: the trained weight.
       multiply: the product. It must not close over traced arrays.
       fake_input: returns the quantized values of the input.
+      has_batch: the product has batch axes, or is a convolution. None for a lookup in
+        a table, which policies of `jax.checkpoint` do not save.
 
     Returns:
       `multiply(x, weight.quantize())`, or `multiply(x, weight.floats)` if the weight is
@@ -71,7 +76,10 @@ def multiply_trained(
         # keeps only `x` and `weight`.
         smooth = jax.checkpoint(smooth_product, prevent_cse=False)
         _, tangent = jax.jvp(smooth, primals, tangents)
-        return product(*primals), tangent
+        y = product(*primals)
+        if has_batch is not None:
+            y = kernels.mark_product(y, has_batch=has_batch)
+        return y, tangent
 
     def smooth_product(x: Any, weight: TrainedWeight) -> jax.Array:
         input_scale = jax.lax.stop_gradient(weight.input_scale)  # is not trained

@@ -39,8 +39,8 @@ from jaxq.nn.calibration._product import (
 # These primitives return their operand. Some of them round it to another dtype.
 _SAME = frozenset([
     "convert_element_type", "copy", "device_put", "mesh_cast", "name",
-    "optimization_barrier", "pcast", "pvary", "reduce_precision", "reshard",
-    "sharding_constraint", "stop_gradient",
+    "optimization_barrier", "pcast", "pvary", "quantized_product", "reduce_precision",
+    "reshard", "sharding_constraint", "stop_gradient",
 ])  # fmt: skip
 
 # Products whose rows calibration does not read.

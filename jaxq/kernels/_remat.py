@@ -1,0 +1,112 @@
+"""Policies of `jax.checkpoint` take products with quantized weights for dot products.
+
+`dots_saveable` and its like ask for each equation whether it is a `dot_general`. A
+product with a quantized weight is another primitive, so a policy would never save it.
+The rules here ask the policy about a `dot_general` in place of this primitive.
+
+Inside a function with its own derivative, jax does not ask about the equations. So the
+derivative marks the result: `mark_product(y)` is `y`, and policies take it for a dot
+product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive, primitives
+from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
+
+# `product_p(y, has_batch=)` is y.
+product_p = Primitive("quantized_product")
+
+
+def mark_product(y: jax.Array, *, has_batch: bool) -> jax.Array:
+    """Returns `y`. Policies of `jax.checkpoint` take it for a dot product.
+
+    Args:
+      y: the result of a product with a quantized weight.
+      has_batch: the product has batch axes.
+    """
+    return product_p.bind(y, has_batch=has_batch)
+
+
+def save_like_dots(primitive: Primitive, has_batch: Callable[[Any], bool]) -> None:
+    """Lets policies of `jax.checkpoint` decide about a primitive as about a dot.
+
+    A policy that moves dot products to the host does not move these products. They are
+    computed again.
+
+    Args:
+      primitive: a primitive that computes products.
+      has_batch: says for an equation of the primitive whether it has batch axes.
+    """
+
+    def rule(
+        policy: Callable[..., Any],
+        unknown_in: Sequence[bool],
+        in_backward: Sequence[bool],
+        equation: Any,
+    ) -> tuple[Any, Any, list[bool], list[bool], list[Any]]:
+        """See `partial_eval_jaxpr_custom` in jax.
+
+        Returns:
+          (equation of the forward pass or None, equation of the backward pass or None,
+          whether the results are unknown in the forward pass, whether the backward pass
+          computes them, values that the backward pass reads).
+        """
+        num_out = len(equation.outvars)
+        if not any(unknown_in) and _is_saved(policy, equation, has_batch(equation)):
+            return equation, None, [False] * num_out, [False] * num_out, []
+        operands = zip(equation.invars, in_backward, strict=True)
+        missing = [var for var, is_there in operands if not is_there]
+        if any(unknown_in):
+            return None, equation, [True] * num_out, [True] * num_out, missing
+        return equation, equation, [False] * num_out, [True] * num_out, missing
+
+    pe.partial_eval_jaxpr_custom_rules[primitive] = rule
+
+
+def has_stack(equation: Any) -> bool:
+    """True if the first operand `[e, m, k]` of an equation is a stack of matrices."""
+    return equation.invars[0].aval.shape[0] != 1
+
+
+def _is_saved(policy: Callable[..., Any], equation: Any, has_batch: bool) -> bool:
+    """True if a policy saves an equation, or would save it as a dot product."""
+    avals = [var.aval for var in equation.invars]
+    if _means_save(policy(equation.primitive, *avals, **equation.params)):
+        return True
+    batch = ((0,), (0,)) if has_batch else ((), ())
+    as_dot = policy(
+        primitives.dot_general_p,
+        *avals,
+        dimension_numbers=(((1,), (1,)), batch),
+        precision=None,
+        preferred_element_type=None,
+        out_sharding=None,
+    )
+    return _means_save(as_dot)
+
+
+def _means_save(answer: Any) -> bool:
+    """True for the answers of a policy that mean "save": True, or jax's `Saveable`."""
+    return answer is True or type(answer).__name__ == "SaveableType"
+
+
+def _batch(args, dims, *, has_batch: bool):
+    return product_p.bind(args[0], has_batch=has_batch), dims[0]
+
+
+def _jvp(primals, tangents, *, has_batch: bool):
+    return product_p.bind(primals[0], has_batch=has_batch), tangents[0]
+
+
+product_p.def_impl(lambda y, has_batch: y)
+product_p.def_abstract_eval(lambda y, has_batch: y)
+mlir.register_lowering(product_p, lambda ctx, y, has_batch: [y])
+batching.primitive_batchers[product_p] = _batch
+ad.primitive_jvps[product_p] = _jvp
+save_like_dots(product_p, lambda equation: equation.params["has_batch"])
