@@ -215,7 +215,7 @@ def test_int4_in_groups_is_two_kernels(platform, fmt):
     swapped = jaxq.explain(w.T, x.T, platform=platform)
     assert swapped.kernel == (name if fmt == "float8_e4m3fn" else "xla")
     text = lowered_for(platform, jaxq.matmul, x, w)
-    assert "jaxq_quantize_rows" in text
+    assert "jaxq_quantize_activation" in text
     assert "jaxq_codes_matmul" in text
     assert "stablehlo.dot_general" not in text
 
