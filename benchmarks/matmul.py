@@ -4,10 +4,14 @@ All products run in the same process, in turns. Each call has the next of severa
 weights. Before a weight is used again, more bytes are read than the last-level cache
 holds. So weights come from memory, as in a model. Cases named `bf16` have bfloat16
 activations, and weights that were quantized from bfloat16, as in most language models.
+
+A second shape has many rows and a small weight, `[6400, 384] @ [384, 1536]`, as in a
+vision transformer. `gradient` is the product of its backward pass, `dy @ w.T`.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -30,12 +34,19 @@ TARGETS = {
     "int4 bf16": {1: 1.0, 16: 0.7},
     "nf4": {16: 2.0, 128: 1.3},
 }
+# (m, k, n) of the shape with many rows.
+MANY_ROWS = (6400, 384, 1536)
+MANY_ROWS_TARGET = 1.1
 ROUNDS = 7
 # By case: the largest error, relative to the largest result.
 MOST_ERROR = {"w8a8": 0.02, "w4a8": 0.02, "int4 bf16": 0.01}
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 
 _product = jax.jit(lambda x, weight: x @ weight)
+# x is the cotangent of y, [m, n], and weight is [k, n] in the caller's order.
+_gradient = jax.jit(
+    lambda x, weight: jaxq.dot_general(x, weight, (((1,), (1,)), ((), ())))
+)
 
 
 def run() -> dict[str, Any]:
@@ -52,7 +63,38 @@ def run() -> dict[str, Any]:
     for m in (1, 16, 128):
         inputs = jnp.asarray(rng.standard_normal((m, SIZE), np.float32))
         rows += _rows_of_inputs(inputs, copies)
+    rows += _many_rows(rng)
     return {"subject": "matmul", "shape": [SIZE, SIZE], "rows": rows, "missing": []}
+
+
+def _many_rows(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Rows of the second shape: products, and those of the backward pass."""
+    m, k, n = MANY_ROWS
+    w = jnp.asarray(rng.standard_normal((k, n), np.float32))
+    weights: dict[str, Any] = {"float32": w}
+    weights |= {name: jaxq.quantize(w, name) for name in ("int8", "int4", "nf4")}
+    rows = []
+    for product, columns in ((_product, k), (_gradient, n)):
+        x = jnp.asarray(rng.standard_normal((m, columns), np.float32))
+        functions = {
+            name: functools.partial(_call, product, x, weight)
+            for name, weight in weights.items()
+        }
+        times = interleaved(functions, rounds=ROUNDS, seconds=20.0)
+        for name, figures in summary(times, "float32").items():
+            row = {"what": name, "m": m, "k": k, "n": n, **figures}
+            row["temporary_bytes"] = _temporary_bytes(product, x, weights[name])
+            if product is _gradient:
+                row["what"] = f"{name} gradient"
+            if name != "float32":
+                row["target"] = MANY_ROWS_TARGET
+            rows.append(row)
+    return rows
+
+
+def _call(product: Any, x: jax.Array, weight: Any) -> jax.Array:
+    """Computes a product, and waits for it."""
+    return jax.block_until_ready(product(x, weight))
 
 
 def _copies(weights: dict[str, Any]) -> dict[str, list[Any]]:
@@ -119,18 +161,20 @@ def _check(name: str, x: jax.Array, qt: jaxq.QTensor) -> None:
 def table(result: dict[str, Any]) -> str:
     """A markdown table of the figures that `run` returns."""
     header = (
-        "| weight | m | median ms | least ms | time over float32 | target "
+        "| weight | m | k x n | median ms | least ms | time over float32 | target "
         "| temporary MB |"
     )
-    lines = [header, "|---|---|---|---|---|---|---|"]
+    lines = [header, "|---|---|---|---|---|---|---|---|"]
     for row in result["rows"]:
         target = f"<= {row['target']}" if "target" in row else "-"
         times = (
             f"{row['median_ms']:.2f} | {row['min_ms']:.2f} "
             f"| {row['time_over_base']:.2f}"
         )
+        shape = f"{row.get('k', SIZE)} x {row.get('n', SIZE)}"
         megabytes = row["temporary_bytes"] / 2**20
         lines.append(
-            f"| {row['what']} | {row['m']} | {times} | {target} | {megabytes:.1f} |"
+            f"| {row['what']} | {row['m']} | {shape} | {times} | {target} "
+            f"| {megabytes:.1f} |"
         )
     return "\n".join(lines)

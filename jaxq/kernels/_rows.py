@@ -268,6 +268,7 @@ def for_blocks(
     with_repeats: bool = False,
     row_bytes: int | None = None,
     most_bytes: int | None = None,
+    least_rows: int = 16,
 ):
     """Folds `step(carry, start, block_rows[, num_repeats])` over blocks of rows.
 
@@ -284,12 +285,13 @@ def for_blocks(
         means the bytes of its decoded numbers.
       most_bytes: the largest size of a block in bytes on a CPU. None means the usual
         size.
+      least_rows: the smallest number of rows in a block, whatever their size.
 
     Returns:
       The last carry.
     """
     n = rows.data.shape[0]
-    count = block_rows(meta, n, row_bytes, most_bytes)
+    count = block_rows(meta, n, row_bytes, most_bytes, least_rows)
     num_blocks = -(-n // count)
     if num_blocks == 1:
         repeats = (jnp.int32(0),) if with_repeats else ()
@@ -311,14 +313,21 @@ def for_blocks(
 
 
 def block_rows(
-    meta: RowMeta, n: int, row_bytes: int | None = None, most_bytes: int | None = None
+    meta: RowMeta,
+    n: int,
+    row_bytes: int | None = None,
+    most_bytes: int | None = None,
+    least_rows: int = 16,
 ) -> int:
-    """Returns the number of rows in a block of `for_blocks`: a multiple of 16, or n."""
+    """Returns the number of rows in a block of `for_blocks`.
+
+    It is a multiple of 16, `least_rows` or n.
+    """
     block_bytes = meta.block_bytes
     if block_bytes is None:
         block_bytes = min(_BLOCK_BYTES, most_bytes or _BLOCK_BYTES)
     row_bytes = row_bytes or 4 * max(meta.padded_k, 1)
-    return min(n, max(16, block_bytes // row_bytes // 16 * 16))
+    return min(n, max(least_rows, block_bytes // row_bytes // 16 * 16))
 
 
 def work_bytes(meta: RowMeta, num_sums: Any) -> int:

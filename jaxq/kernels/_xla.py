@@ -14,6 +14,9 @@ Three choices are made for XLA:CPU:
 - y stays [n, m] until the last block is done. XLA would fold a transpose right after a
   product into a form that the library does not support.
 
+With many rows of x, to write y twice takes longer than to join the fields of a block.
+Then x is the left operand, and each block gives columns of y (`_many_rows_matmul`).
+
 With few rows of x, on one or two cores, blocks are smaller and one core decodes them
 (`_few_rows_matmul`). The time to start work on another core, about 50 microseconds, is
 then as long as the work on a block.
@@ -30,6 +33,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +41,7 @@ import numpy as np
 from jax import lax
 
 from jaxq.kernels._devices import num_cores
+from jaxq.kernels._one_step import as_one_step
 from jaxq.kernels._rows import (
     RowMeta,
     Rows,
@@ -56,6 +61,8 @@ from jaxq.kernels._rows import (
 # 128 rows are slower that way.
 _FEW_ROWS = 16
 _FEW_CORES = 2
+# From this number of rows of x on, the time to write y twice counts.
+_MANY_ROWS = 128
 # Bytes of decoded weight in memory at one time with few rows of x. They stay in the
 # cache of one core, which has 1 MB or more in a server.
 _SMALL_BLOCK_BYTES = 3 * 2**18
@@ -85,6 +92,8 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     has_many_blocks = block_rows(meta, n) < n
     if is_on_cpu and has_many_blocks and m <= _FEW_ROWS and num_cores() <= _FEW_CORES:
         return _few_rows_matmul(x, rows, meta, scale_result)
+    if is_on_cpu and _has_many_rows(m, meta, num_fields(meta, groups)):
+        return _many_rows_matmul(x, rows, meta, scale_result)
     wide = _without_single_row(x)
     x_fields = split_fields(wide, meta, groups)  # each [m, field_length]
 
@@ -106,6 +115,47 @@ def weight_only_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
 
     y = jnp.zeros((n, wide.shape[0]), jnp.float32)
     return for_blocks(rows, meta, write, y).T[:m]
+
+
+def _has_many_rows(m: int, meta: RowMeta, fields: int) -> bool:
+    """True if m rows of x are worth a weight whose fields are joined.
+
+    To join the fields of n rows of the weight takes time for `n * k` numbers. To keep
+    them apart takes time for `n * m` sums. A sum takes about four times as long. There
+    is nothing to join if a row is one field.
+
+    A symbolic number of rows, as `jax.export` allows, is not many.
+    """
+    if not isinstance(m, int) or m < _MANY_ROWS:
+        return False
+    return fields == 1 or m >= meta.k // 4
+
+
+def _many_rows_matmul(
+    x: jax.Array, rows: Rows, meta: RowMeta, scale_result: bool
+) -> jax.Array:
+    """`weight_only_matmul` of many rows of x on a CPU.
+
+    One product computes the columns of y that belong to a block. So there are no sums
+    over fields, no copy of x and no transpose of y. A small weight is a single block,
+    and its product is y itself.
+    """
+
+    m, n = x.shape[0], rows.data.shape[0]
+
+    def product(x: jax.Array, block: Rows) -> jax.Array:
+        return _dense_matmul(x, block, meta, scale_result)  # [m, r]
+
+    def write(y: jax.Array, start: jax.Array, block: Rows) -> jax.Array:
+        at = (jnp.zeros_like(start), start)
+        return lax.dynamic_update_slice(y, product(x, block), at)
+
+    def zeros(*operands: Any) -> jax.Array:
+        return jnp.zeros((m, n), jnp.float32)
+
+    if block_rows(meta, n) == n:
+        return as_one_step(rows.data, product, zeros, x, rows)
+    return for_blocks(rows, meta, write, zeros())
 
 
 def _few_rows_matmul(
@@ -253,15 +303,13 @@ def whole_numbers_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
 def _dense_matmul(
     x: jax.Array, rows: Rows, meta: RowMeta, scale_result: bool
 ) -> jax.Array:
-    """`weight_only_matmul` on an accelerator, if one block has all rows.
+    """`weight_only_matmul` by one dense product.
 
     The fields of the decoded weight are joined in the order of x's columns. So there is
     one product instead of one for each field, and x is not cut. XLA joins the fields in
     the program that decodes them.
     """
-    fields = range(num_fields(meta, num_groups(rows)))
-    parts = [decode_field(rows, meta, i, scaled=not scale_result) for i in fields]
-    weight = join_fields([part.astype(x.dtype) for part in parts], meta)  # [n, k]
+    weight = _joined_weight(rows, meta, x.dtype, scaled=not scale_result)  # [n, k]
     y = _dot_float32(_without_single_row(x), weight, (1, 1))[: x.shape[0]]  # [m, n]
     return y * rows.scale.astype(jnp.float32).T if scale_result else y
 
@@ -281,6 +329,8 @@ def transposed_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     fields = num_fields(meta, groups)
     if 0 in (m, n, meta.k):
         return jnp.zeros((m, meta.k), jnp.float32)
+    if meta.block_bytes is None and _has_many_rows(m, meta, fields):
+        return _many_rows_transposed(x, rows, meta)
     index = jnp.arange(block_rows(meta, n), dtype=jnp.int32)
 
     def add(
@@ -299,6 +349,46 @@ def transposed_matmul(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
     zeros = [jnp.zeros((m, field_length(meta, groups)), jnp.float32)] * fields
     totals = for_blocks(rows, meta, add, zeros, with_repeats=True)
     return join_fields(totals, meta)
+
+
+def _many_rows_transposed(x: jax.Array, rows: Rows, meta: RowMeta) -> jax.Array:
+    """`transposed_matmul` of many rows of x on a CPU.
+
+    The fields of a block are joined, so that no result is. Each block is added to the
+    whole result, so blocks are large: a decoded block may have the size of the result.
+    A single block needs no addition.
+    """
+    (m, n), least_rows = x.shape, x.shape[0] // 16 * 16
+    count = block_rows(meta, n, least_rows=least_rows)
+
+    def product(part: jax.Array, block: Rows) -> jax.Array:
+        weight = _joined_weight(block, meta, part.dtype, scaled=True)  # [r, k]
+        return _dot_float32(part, weight, (1, 0))
+
+    def add(
+        total: jax.Array, start: jax.Array, block: Rows, num_repeats: jax.Array
+    ) -> jax.Array:
+        index = jnp.arange(count, dtype=jnp.int32)
+        part = columns_of_block(x, start, index, num_repeats)  # [m, r]
+        return total + product(part, block)
+
+    def zeros(*operands: Any) -> jax.Array:
+        return jnp.zeros((m, meta.k), jnp.float32)
+
+    if count == n:
+        return as_one_step(rows.data, product, zeros, x, rows)
+    return for_blocks(
+        rows, meta, add, zeros(), with_repeats=True, least_rows=least_rows
+    )
+
+
+def _joined_weight(
+    rows: Rows, meta: RowMeta, dtype: jnp.dtype, *, scaled: bool
+) -> jax.Array:
+    """The decoded numbers of all fields in the order of x's columns, `[n, k]`."""
+    fields = range(num_fields(meta, num_groups(rows)))
+    parts = [decode_field(rows, meta, i, scaled=scaled) for i in fields]
+    return join_fields([part.astype(dtype) for part in parts], meta)
 
 
 def rows_gradient(x: jax.Array, rows: Rows, meta: RowMeta, dy: jax.Array) -> Rows:

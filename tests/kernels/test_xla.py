@@ -1,4 +1,4 @@
-"""The product in plain XLA on an accelerator: one dense product per weight."""
+"""The product in plain XLA: dense products, and the numbers that are multiplied."""
 
 import dataclasses
 
@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq import PerChannel, PerGroup, QuantSpec, dequantize, formats, quantize
+from jaxq import (
+    PerChannel,
+    PerGroup,
+    QuantSpec,
+    dequantize,
+    dot_general,
+    formats,
+    quantize,
+)
 from jaxq.formats import Packing
 from jaxq.kernels import _rows, _xla
 from jaxq.kernels._call import Call, with_leaves
@@ -149,3 +157,64 @@ def test_few_rows_round_the_weight_to_bfloat16(monkeypatch, preset, exponent, m)
     y = np.asarray(x @ qt, np.float64)
     exact = np.asarray(x, np.float64) @ expected.astype(np.float64)
     np.testing.assert_allclose(y, exact, atol=2**-7 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("preset", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_many_rows_on_a_cpu_are_one_product(preset, transposed):
+    """A small weight is decoded once, and its product is the result."""
+    m, k, n = 6400, 384, 1536
+    program = _program(preset, m, k, n, transposed)
+    text = program.as_text()
+    columns = k if transposed else n
+    products = [line for line in text.splitlines() if " dot(" in line]
+    assert len(products) == 1
+    assert f"f32[{m},{columns}]" in products[0]
+    assert f"f32[{columns},{m}]" not in text
+    assert program.memory_analysis().temp_size_in_bytes <= 1.1 * 4 * n * k
+
+
+@pytest.mark.parametrize("preset", ["int4", "int8"])
+def test_many_rows_write_columns_of_the_result(preset):
+    """A large weight is decoded in blocks. No second array has the size of y."""
+    m, k, n = 2048, 4096, 4096
+    program = _program(preset, m, k, n, transposed=False)
+    assert program.memory_analysis().temp_size_in_bytes <= 8 * 2**20
+    assert f"f32[{n},{m}]" not in program.as_text()
+
+
+def test_gradients_of_many_rows_need_less_than_the_weight():
+    """A block of m rows of the weight, its product, and its columns of x."""
+    m, k, n = 1024, 4096, 4096
+    program = _program("int4", m, k, n, transposed=True)
+    most_bytes = 1.05 * 4 * m * (2 * k + m)
+    assert program.memory_analysis().temp_size_in_bytes <= most_bytes < 4 * n * k
+
+
+def _program(preset, m, k, n, transposed):
+    """A compiled product of m rows of x, or of m rows of the cotangent of y."""
+    weight = jax.ShapeDtypeStruct((k, n), jnp.float32)
+    qt = jax.eval_shape(lambda w: quantize(w, preset), weight)
+    x = jax.ShapeDtypeStruct((m, n if transposed else k), jnp.float32)
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    return jax.jit(lambda x, qt: dot_general(x, qt, dims)).lower(x, qt).compile()
+
+
+@pytest.mark.parametrize("preset", ["int4", "int8", "uint4", "nf4"])
+@pytest.mark.parametrize(("k", "group"), [(96, 32), (512, 64), (150, 64)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_of_many_rows_have_the_exact_product(
+    monkeypatch, preset, k, group, transposed
+):
+    """Several blocks, of which the last two share rows."""
+    m, n = 130, 296
+    monkeypatch.setattr(_rows, "_BLOCK_BYTES", 0)
+    rng = np.random.default_rng(0)
+    spec = QuantSpec(preset, PerGroup(group, pad=True), symmetric=preset != "uint4")
+    qt = quantize(jnp.asarray(rng.normal(size=(k, n)), jnp.float32), spec)
+    x = jnp.asarray(rng.normal(size=(m, n if transposed else k)), jnp.float32)
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    y = jax.jit(lambda x, qt: dot_general(x, qt, dims))(x, qt)
+    decoded = np.asarray(dequantize(qt), np.float64)
+    exact = np.asarray(x, np.float64) @ (decoded.T if transposed else decoded)
+    np.testing.assert_allclose(y, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
