@@ -69,8 +69,15 @@ def test_a_block_of_two_layers_is_tensor_parallel(kind, layout):
         sharding.specs(down, P("t", None), mesh=mesh),
     )
     f = functools.partial(block, axis="t")
+    # A sharding over Explicit axes is part of the type, and must be that of in_specs.
+    placed = [
+        sharding.place(x, mesh, P("d")),
+        sharding.place(up, mesh, P(None, "t")),
+        sharding.place(down, mesh, P("t", None)),
+    ]
     with jax.set_mesh(mesh):
-        assert_close(mapped(f, mesh, specs, P("d"))(x, up, down), block(x, up, down))
+        y = mapped(f, mesh, specs, P("d"))(*placed)
+    assert_close(y, block(x, up, down))
 
 
 def test_gradients_of_inputs_and_of_summed_products():
@@ -100,23 +107,24 @@ def test_gradients_of_inputs_and_of_summed_products():
 
 def test_layers_of_a_stack_are_scanned():
     mesh = mesh_of()
-    stack = jaxq.quantize(normal_with_outliers(3, 64, 64), "nf4", batch=(0,))
-    x = normal_with_outliers(4, 64)
+    stack = jaxq.quantize(normal_with_outliers(3, 128, 128), "nf4", batch=(0,))
+    x = normal_with_outliers(4, 128)
 
-    def scan(x, stack, gather):
+    def scan(x, stack, product):
         def step(h, layer):
-            return gather(jnp.tanh(h @ layer / 8)), None
+            return jnp.tanh(product(h, layer) / 8), None
 
         return jax.lax.scan(step, x, stack)[0]
 
-    def gather(h):
-        # invarying: all devices hold the same rows again, as the carry of the scan must
-        return jax.lax.all_gather_invariant(h, "t", axis=1, tiled=True)
+    def row_parallel(h, layer):
+        start = jax.lax.axis_index("t") * layer.shape[0]
+        part = jax.lax.dynamic_slice_in_dim(h, start, layer.shape[0], axis=1)
+        return jax.lax.psum(part @ layer, "t")
 
-    at = sharding.specs(stack, P(None, None, "t"), mesh=mesh)
-    f = functools.partial(scan, gather=gather)
+    at = sharding.specs(stack, P(None, "t", None), mesh=mesh)
+    f = functools.partial(scan, product=row_parallel)
     y = mapped(f, mesh, (P("d"), at), P("d"))(x, stack)
-    assert_close(y, scan(x, stack, lambda h: h))
+    assert_close(y, scan(x, stack, jaxq.matmul))
 
 
 def test_experts_are_parallel():
@@ -198,23 +206,24 @@ def test_other_functions_see_the_part():
 
 WRONG = {
     # 224 codes of a shard are not whole groups of 128.
-    "group": ("int4", 448, P("t")),
+    "group": ("int4", 448),
     # The packing HALVES arranges whole rows.
-    "row": ("ternary", 256, P("t")),
+    "row": ("ternary", 256),
     # Two scales for each of the 64 channels are one row of 128 scales.
-    "scales": ("nf4_dq", 128, P("t")),
+    "scales": ("nf4_dq", 128),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_specs_by_hand_that_cut_are_an_error_and_no_wrong_number(name):
-    preset, rows, _ = WRONG[name]
+    preset, rows = WRONG[name]
     qt = jaxq.quantize(normal_with_outliers(rows, 64), preset)
-    by_hand = jax.tree.map(lambda leaf: P(*[None] * (leaf.ndim - 1), "t"), qt)
-    if preset == "ternary":
-        by_hand = jax.tree.map(
-            lambda leaf: P(None, "t" if leaf.shape[1] > 1 else None), qt
-        )
+
+    def last_axis(leaf):
+        entry = "t" if leaf.shape[-1] > 1 else None
+        return P(*[None] * (leaf.ndim - 1), entry)
+
+    by_hand = jax.tree.map(last_axis, qt)
     f = mapped(jaxq.dequantize, mesh_of(), (by_hand,), P("t"))
     with pytest.raises(ValueError, match=r"in_specs=jaxq\.sharding\.specs"):
         f(qt)
@@ -244,8 +253,8 @@ def test_a_map_over_kept_axes_stays_an_error():
 def test_kernels_run_on_parts(platform):
     device = h200() if platform == "cuda" else None
     mesh = AbstractMesh((2,), ("t",), (AxisType.Auto,), abstract_device=device)
-    qt = jaxq.quantize(normal_with_outliers(512, 512), "int4")
-    x = normal_with_outliers(4, 512).astype(jnp.bfloat16)
+    qt = jaxq.quantize(normal_with_outliers(512, 512, dtype="bfloat16"), "int4")
+    x = normal_with_outliers(4, 512, dtype="bfloat16")
     at = sharding.specs(qt, P("t", None), mesh=mesh)
 
     def product(x, qt):
