@@ -50,6 +50,10 @@ def leaf_specs(qt: QTensor, spec: Iterable[Any]) -> QTensor:
     scale: Any = scales
     if isinstance(qt.scale, QTensor):
         scale = leaf_specs(qt.scale, (*batch, *blocks))
+    last = storage_axes(qt.meta)[-1]
+    # Flat blocks may be sharded along a kept axis, which the input does not have.
+    is_contracted = last.axes[last.first] in qt.meta.geometry.contracted
+    inputs = contracted if is_contracted else None
     offset = PartitionSpec(*batch) if qt.spec.offset == "mean" else scales
     rule = {
         "data": PartitionSpec(*batch, *codes),
@@ -58,7 +62,7 @@ def leaf_specs(qt: QTensor, spec: Iterable[Any]) -> QTensor:
         "offset": offset,
         "codebook": PartitionSpec(*scales, None),
         "input_range": PartitionSpec(*batch),
-        "input_scale": PartitionSpec(*batch, contracted),
+        "input_scale": PartitionSpec(*batch, inputs),
     }
     present = {name: at for name, at in rule.items() if getattr(qt, name) is not None}
     return dataclasses.replace(qt, **present)

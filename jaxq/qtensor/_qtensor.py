@@ -60,6 +60,9 @@ class QTensor(ProductOperand):
     operation needs floats and raises TypeError. The message names `jaxq.dequantize`. A
     QTensor never becomes a float array implicitly.
 
+    Inside `jax.shard_map` with the specs of `jaxq.sharding.specs`, a QTensor is the
+    device's part of the array, and has the shape and the blocks of this part.
+
     Attributes:
       data: stored codes, uint8 (packed below 8 bits) or int8, `[*batch, *kept, K]`. A
         last block that is not full has no padding, only a last byte has.

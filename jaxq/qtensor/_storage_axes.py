@@ -20,7 +20,7 @@ class StorageAxis(NamedTuple):
       axes: the axes of the array that are flattened into it, as negative numbers.
       sizes: their sizes.
       block: the block size. None if one block covers the axis.
-      per_pack: the number of codes that fill whole bytes.
+      per_pack: the number of codes that fill whole bytes; 1 for kept axes.
       is_one_unit: the codes of a row are arranged together in the packing HALVES.
     """
 
@@ -75,6 +75,9 @@ def storage_axes(meta: Meta) -> list[StorageAxis]:
     groups = geometry.storage_groups
     is_halves = meta.packing is formats.Packing.HALVES
     per_pack = formats.codes_per_pack(meta.spec.fmt.bits, meta.packing)
+    if geometry.block_shape[-1] is not None:
+        # Whole blocks are padded to this number of codes.
+        per_pack = math.lcm(per_pack, geometry.multiple)
     axes = []
     for i, group in enumerate(groups):
         is_last = i == len(groups) - 1

@@ -20,9 +20,12 @@ as the float array was sharded. `jaxq.meshes` has what is known about a mesh wit
 QTensors.
 """
 
+from jaxq.sharding._entries import WEIGHT_SHARDING as WEIGHT_SHARDING
+from jaxq.sharding._entries import WEIGHT_SHARDING_RULES as WEIGHT_SHARDING_RULES
 from jaxq.sharding._fit_to_shards import fit_to_shards
 from jaxq.sharding._place import place
 from jaxq.sharding._read_rules import read_rules
 from jaxq.sharding._specs import specs
 
+# An import with `as` and the same name is for other rooms of jaxq, not for users.
 __all__ = ["fit_to_shards", "place", "read_rules", "specs"]

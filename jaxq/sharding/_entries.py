@@ -77,11 +77,7 @@ def find_entries(
     for keys, leaf in leaves:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         value = _value_of(leaf)
-        if isinstance(value, TrainedWeight):
-            raise TypeError(
-                f"{caller}: {path} is a weight in quantization-aware training. Place "
-                "the float model before jaxq.training.prepare."
-            )
+        _refuse_training(path, value, caller)
         spec = _spec_of_metadata(leaf)
         if patterns is not None:
             spec = patterns.find(path, value)
@@ -93,6 +89,8 @@ def find_entries(
 
 def single_entry(value: Any, spec: PartitionSpec, caller: str) -> Entry:
     """The entry of a tree that is one QTensor or one array."""
+    value = _value_of(value)
+    _refuse_training("w", value, caller)
     if not isinstance(value, QTensor) and not hasattr(value, "shape"):
         raise TypeError(
             f"{caller}: one PartitionSpec is for one QTensor or array, got "
@@ -182,6 +180,14 @@ class _Patterns:
             )
         if messages:
             raise ValueError("\n".join(messages))
+
+
+def _refuse_training(path: str, value: Any, caller: str) -> None:
+    if isinstance(value, TrainedWeight):
+        raise TypeError(
+            f"{caller}: {path} is a weight in quantization-aware training. Place the "
+            "float model before jaxq.training.prepare."
+        )
 
 
 def _is_leaf(node: Any) -> bool:

@@ -74,6 +74,16 @@ def test_several_contracted_axes_are_sharded_along_the_first():
         sharding.specs(qt, P(None, "d"), mesh=SIZES)
 
 
+def test_factors_of_the_input_follow_the_contracted_axes():
+    flat = jaxq.QuantSpec("int8", jaxq.PerFlat(64))
+    for spec, along_k in (("int8", "d"), (flat, None)):
+        qt = jaxq.quantize(normal_with_outliers(64, 32), spec)
+        qt = qt.with_input_scale(jnp.ones(64))
+        at = sharding.specs(qt, P(along_k, "t"), mesh=SIZES)
+        assert at.data[0] == "t"
+        assert at.input_scale == P(along_k)
+
+
 CUTS = {
     "group": (("int4", 448, 8), P("t"), r"112 codes.*groups of 128 .*groups of 16 fit"),
     "row": (("ternary", 256, 8), P("d"), r"'halves' puts the 256 codes of a row"),
@@ -274,6 +284,10 @@ def test_the_metadata_of_nnx_give_the_specs_of_the_float_model():
     at = sharding.specs(model)
     assert at["up"]["kernel"].get_value() == P(None, "t")
     assert at["down"]["kernel"].get_value() == P("t", None)
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, jax.tree.map(jnp.asarray, jax.device_get(state)))
+    placed = sharding.place(model, mesh)
+    assert placed.up.kernel[...].sharding == NamedSharding(mesh, P(None, "t"))
     rules = sharding.read_rules(model)
     assert rules["down/kernel"] == P("t", None)
     assert rules["down/bias"] == P()
@@ -307,3 +321,22 @@ def test_weights_in_training_are_refused():
     trained = jaxq.qtensor.TrainedWeight.start(w, jaxq.quantize(w, "int8"))
     with pytest.raises(TypeError, match=r"up is a weight in quantization-aware"):
         sharding.specs({"up": trained}, {"up": P("t")}, mesh=SIZES)
+    with pytest.raises(TypeError, match=r"w is a weight in quantization-aware"):
+        sharding.specs(trained, P("t"), mesh=SIZES)
+
+
+def test_quantized_weights_keep_the_metadata_of_nnx(tmp_path):
+    mesh = devices()
+    with jax.set_mesh(mesh):
+        model = Mlp(nnx.Rngs(0))
+        qmodel, _ = jaxq.quantize_model(model, "int8")
+    # On one device only the metadata know the mesh axes.
+    graph, state = nnx.split(qmodel)
+    qmodel = nnx.merge(graph, jax.tree.map(jnp.asarray, jax.device_get(state)))
+    jaxq.save(tmp_path / "model", qmodel)
+    loaded = jaxq.load(tmp_path / "model", into=model)
+    for one_device in (qmodel, loaded):
+        placed = sharding.place(one_device, mesh)
+        assert placed.up.kernel[...].data.sharding.spec == P("t", None)
+        assert placed.down.kernel[...].data.sharding.spec == P(None, "t")
+        assert placed.down.kernel[...].scale.sharding.is_fully_replicated
