@@ -16,7 +16,7 @@ import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxq import emulation, formats, metrics, ops, qtensor, recipes
+from jaxq import emulation, formats, metrics, ops, qtensor, recipes, sharding
 from jaxq.emulation import cast, emulate
 from jaxq.ops import dot_general, einsum, explain, matmul
 from jaxq.qtensor import (
@@ -132,5 +132,6 @@ __all__ = [
     "recipes",
     "relayout",
     "save",
+    "sharding",
     "training",
 ]

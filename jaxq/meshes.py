@@ -5,6 +5,8 @@ must state the sharding of its result. Loops over blocks of rows, Pallas kernels
 steps of quantization methods cannot state it. The functions here run them with axes of
 type Auto: XLA chooses the shardings inside, and only the sharding of the result is
 stated.
+
+`apply_out_sharding` shards a result as the caller's argument `out_sharding=` says.
 """
 
 from __future__ import annotations
@@ -81,6 +83,43 @@ def on_auto_axes(tree: Any) -> Iterator[Any]:
 
     with jax.set_mesh(mesh):
         yield jax.tree.map(put, tree)
+
+
+def apply_out_sharding(
+    y: jax.Array, out_sharding: NamedSharding | PartitionSpec | None
+) -> jax.Array:
+    """Shards a result as the caller asked.
+
+    None changes nothing. If the mesh has axes of type Explicit, the sharding becomes
+    part of the result's type. Otherwise it is a constraint for XLA.
+
+    Raises:
+      NotImplementedError: the mesh has axes of type Explicit, and `out_sharding` names
+        an axis of another type.
+    """
+    if out_sharding is None:
+        return y
+    if isinstance(out_sharding, NamedSharding):
+        mesh, spec = out_sharding.mesh, out_sharding.spec
+    else:
+        mesh, spec = jax.sharding.get_abstract_mesh(), out_sharding
+    axis_types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = {name for name, kind in axis_types if kind == AxisType.Explicit}
+    if not explicit:
+        return jax.lax.with_sharding_constraint(y, out_sharding)
+    names: set[str] = set()
+    for entry in spec:
+        names.update(names_in(entry))
+    others = names - explicit
+    if others:
+        raise NotImplementedError(
+            f"out_sharding={spec} names the mesh axes {sorted(others)}, which are not "
+            f"Explicit. The Explicit axes of the mesh are {sorted(explicit)}. jax "
+            "reshards along Explicit axes only. Name only Explicit axes in "
+            "out_sharding. Shard over the other axes with "
+            "jax.lax.with_sharding_constraint."
+        )
+    return jax.sharding.reshard(y, out_sharding)
 
 
 def names_in(entry: Any) -> tuple[str, ...]:

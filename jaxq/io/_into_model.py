@@ -22,8 +22,8 @@ from jaxq.io._model_arrays import (
 )
 from jaxq.nn import find_layers
 from jaxq.nn.layers import (
-    QuantizedParam,
     put_weight,
+    quantized_param,
     replace_variables,
     weight_axes,
 )
@@ -188,7 +188,7 @@ def _put_variables(
         if is_array(variable):
             continue
         if isinstance(value, QTensor) and not isinstance(variable.get_value(), QTensor):
-            weight = QuantizedParam(value)
+            weight = quantized_param(value, variable)
             replaced[id(variable)] = weight
             for layer, kind in layers[id(variable)]:
                 put_weight(layer, kind, weight)

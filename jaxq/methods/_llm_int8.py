@@ -309,9 +309,7 @@ def _dequantized_rows(qt: QTensor, columns: jax.Array) -> jax.Array:
     shape = (columns.shape[0], geometry.shape[1])
     geometry = dataclasses.replace(geometry, shape=shape)
     data = jnp.take(qt.data, columns, axis=-1)
-    rows = dataclasses.replace(
-        qt, data=data, meta=dataclasses.replace(meta, geometry=geometry)
-    )
+    rows = dataclasses.replace(qt, data=data, meta=meta.with_geometry(geometry))
     return dequantize(rows, dtype=jnp.float32)
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxq import kernels, sharding
-from jaxq.meshes import call_on_auto_axes, explicit_spec
+from jaxq import kernels
+from jaxq.meshes import apply_out_sharding, call_on_auto_axes, explicit_spec
 from jaxq.ops._activations import ActivationAxes, multiply_quantized
 from jaxq.ops._decision import plan_dot, result_dtype
 from jaxq.ops._decoded import multiply_decoded
@@ -123,7 +123,7 @@ def dot_general(
     y = _multiply_over_mesh(
         plan, plan.before, left, right, _nonnegative(left, right, dims)
     )
-    return sharding.apply_out_sharding(y.astype(out_dtype), out_sharding)
+    return apply_out_sharding(y.astype(out_dtype), out_sharding)
 
 
 def _preferred_dtype(lhs: Any, rhs: Any, preferred: Any) -> np.dtype:

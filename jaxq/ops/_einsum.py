@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxq import sharding
+from jaxq.meshes import apply_out_sharding
 from jaxq.ops._decision import accumulate_dtype, result_dtype
 from jaxq.ops._dimension_numbers import DimensionNumbers, align_matmul
 from jaxq.ops._dot_general import dot_general
@@ -113,7 +113,7 @@ def einsum(
     a, b = values
     dims, order = einsum_numbers(subscripts, a.ndim, b.ndim)
     y = dot_general(a, b, dims, preferred_element_type=preferred_element_type)
-    return sharding.apply_out_sharding(jnp.transpose(y, order), out_sharding)
+    return apply_out_sharding(jnp.transpose(y, order), out_sharding)
 
 
 def einsum_numbers(

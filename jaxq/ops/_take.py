@@ -106,7 +106,7 @@ def _take(table: QTensor, indices: jax.Array) -> jax.Array:
         take_rows(table.zero_point),
         take_rows(offset),
         take_rows(table.codebook),
-        dataclasses.replace(table.meta, geometry=row_geometry, spec=spec),
+        dataclasses.replace(table.meta.with_geometry(row_geometry), spec=spec),
         input_scale=input_scale,
     )
     in_range = (row_index >= 0) & (row_index < num_rows)

@@ -82,6 +82,13 @@ class Geometry:
         return self.order[len(self.order) - self.num_contracted :]
 
     @property
+    def storage_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The axes that are flattened into each storage axis, as negative numbers."""
+        if self.flat:
+            return (self.order,)
+        return (*((axis,) for axis in self.kept), self.contracted)
+
+    @property
     def contracted_size(self) -> int:
         """The product of the sizes of the contracted axes."""
         return math.prod(self.shape[a] for a in self.contracted)

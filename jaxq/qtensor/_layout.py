@@ -108,7 +108,9 @@ def _with_packing(qt: QTensor, packing: formats.Packing) -> QTensor:
     # need more blocks for that.
     multiple = math.lcm(geometry.multiple, formats.codes_per_pack(bits, packing))
     wider = dataclasses.replace(geometry, multiple=multiple)
-    changed = qt.with_meta(packing=packing, geometry=wider)
+    changed = qt.with_meta(packing=packing)
+    if wider != geometry:
+        changed = dataclasses.replace(changed, meta=changed.meta.with_geometry(wider))
     codes = _pad_axis(qt.stored_codes(), wider.padded_shape[-1], qt.spec.fmt.zero_code)
     changed = changed.with_stored_codes(codes)
 

@@ -31,6 +31,8 @@ class Meta:
         magnitude is at least this number. None quantizes all columns.
       name: the name of the array in error messages, for example the path of a
         parameter. Comparisons of `Meta` ignore the name.
+      whole: inside `jax.shard_map`, the geometry of the whole array. `geometry` is then
+        that of the device's part. None for a whole array.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -47,6 +49,7 @@ class Meta:
     layout: Literal["rows", "columns"] = "rows"
     outliers: float | None = None
     name: str = dataclasses.field(default="", compare=False)
+    whole: Geometry | None = dataclasses.field(default=None, repr=False)
 
     @property
     def stored_sizes(self) -> tuple[int, ...]:
@@ -80,6 +83,19 @@ class Meta:
         if block is None or block % codes_per_byte:
             return None
         return block
+
+    def of_whole(self) -> Meta:
+        """The meta of the whole array; `self` unless this is the meta of a part."""
+        if self.whole is None:
+            return self
+        return dataclasses.replace(self, geometry=self.whole, whole=None)
+
+    def with_geometry(self, geometry: Geometry) -> Meta:
+        """The same facts about an array with another geometry, which is a whole array.
+
+        A part of an array that is reshaped or sliced is no longer a part of it.
+        """
+        return dataclasses.replace(self, geometry=geometry, whole=None)
 
     def to_dict(self) -> dict[str, Any]:
         """A description that JSON can store. `from_dict` returns an equal `Meta`.

@@ -31,6 +31,7 @@ from jaxq.qtensor._reshape import (
     regroup,
     why_not_regroup,
 )
+from jaxq.qtensor._shard_map import meta_of_part
 from jaxq.qtensor._spec import QuantSpec, as_static
 
 # The arrays of a QTensor, in the order of its constructor.
@@ -58,6 +59,9 @@ class QTensor(ProductOperand):
     Multiply with `@`, `jaxq.matmul`, `jaxq.einsum` or `jaxq.dot_general`. Every other
     operation needs floats and raises TypeError. The message names `jaxq.dequantize`. A
     QTensor never becomes a float array implicitly.
+
+    Inside `jax.shard_map` with the specs of `jaxq.sharding.specs`, a QTensor is the
+    device's part of the array, and has the shape and the blocks of this part.
 
     Attributes:
       data: stored codes, uint8 (packed below 8 bits) or int8, `[*batch, *kept, K]`. A
@@ -97,11 +101,15 @@ class QTensor(ProductOperand):
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
-        return [(key(name), getattr(self, name)) for name in LEAVES], self.meta
+        # jax compares the static facts of a QTensor before and inside `shard_map`.
+        meta = self.meta.of_whole()
+        return [(key(name), getattr(self, name)) for name in LEAVES], meta
 
     @classmethod
     def tree_unflatten(cls, meta: Meta, leaves) -> QTensor:
-        return cls(**dict(zip(LEAVES, leaves, strict=True)), meta=meta)
+        by_name = dict(zip(LEAVES, leaves, strict=True))
+        meta = meta_of_part(meta, by_name["data"], by_name["scale"])
+        return cls(**by_name, meta=meta)
 
     # Properties of an array.
 
@@ -127,8 +135,9 @@ class QTensor(ProductOperand):
                 f"QTensor: codes of shape {list(shape)} must end in {list(stored)} for "
                 f"an array of shape {list(self.meta.geometry.shape)}. Only leading "
                 "batch axes may be mapped over: use in_axes=0, and quantize a stack "
-                "with batch=(0,). In shard_map, pass the QTensor whole (in_specs=P()), "
-                "or split jaxq.dequantize(qt)."
+                "with batch=(0,). In shard_map, pass it with "
+                "in_specs=jaxq.sharding.specs(qt, PartitionSpec(...), mesh=mesh), or "
+                "whole with in_specs=PartitionSpec()."
             )
         return batch
 
@@ -419,12 +428,16 @@ class QTensor(ProductOperand):
         """Moves the old axis `axes[i]` to position i; `axes` are negative numbers."""
         geometry = self.meta.geometry
         new_axis = {old: new - len(axes) for new, old in enumerate(axes)}
-        changed = dataclasses.replace(
-            geometry,
-            shape=tuple(geometry.shape[a] for a in axes),
-            order=tuple(new_axis[a] for a in geometry.order),
-        )
-        return self.with_meta(geometry=changed)
+
+        def permuted(geometry: Geometry) -> Geometry:
+            return dataclasses.replace(
+                geometry,
+                shape=tuple(geometry.shape[a] for a in axes),
+                order=tuple(new_axis[a] for a in geometry.order),
+            )
+
+        whole = None if self.meta.whole is None else permuted(self.meta.whole)
+        return self.with_meta(geometry=permuted(geometry), whole=whole)
 
     def reshape(self, *shape: Any, order: str = "C") -> QTensor:
         """Splits or merges neighbouring kept axes; no code moves.
@@ -639,7 +652,7 @@ def _regrouped(
     if new is None:
         return None
     if old.flat:  # the leaves are flat and stay as they are
-        return qt.with_meta(geometry=new)
+        return dataclasses.replace(qt, meta=qt.meta.with_geometry(new))
     scale = qt.scale
     if isinstance(scale, QTensor):
         scale_groups = groups_of_scale(old, new, groups)
@@ -668,7 +681,7 @@ def _with_geometry(
         offset = offset.reshape(*batch, *offset_shape)
     if codebook is not None:
         codebook = codebook.reshape(*batch, *num_blocks, codebook.shape[-1])
-    meta = dataclasses.replace(qt.meta, geometry=geometry)
+    meta = qt.meta.with_geometry(geometry)
     return dataclasses.replace(
         qt,
         data=qt.data.reshape(*batch, *meta.stored_shape),

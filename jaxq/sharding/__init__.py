@@ -1,10 +1,31 @@
-"""How results are sharded over a mesh of devices.
+"""Where the codes and scales of weights lie on a mesh of devices.
 
-`_out_sharding.py` shards a result as the caller's argument `out_sharding=` says.
-`jaxq.meshes` has what is known about a mesh without QTensors. `jaxq.qtensor` shards
-codes and scales as the float array was sharded.
+`specs` turns the PartitionSpec of a float weight into those of the codes and scales of
+its QTensor. `place` puts a model or a tree on a mesh. `fit_to_shards` stores the same
+values in smaller groups if a shard would cut a group. `read_rules` reads the
+PartitionSpecs of a float model.
+
+A user writes the mesh axes of the weights, as for a float model:
+
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"))
+    rules = {
+        "**/up/kernel": P(None, "tensor"),
+        "**/down/kernel": P("tensor", None),
+        "**": P(),
+    }
+    qmodel = jaxq.sharding.place(qmodel, mesh, rules)
+
+`jaxq.qtensor` has the rule for one QTensor, because `quantize` shards codes and scales
+as the float array was sharded. `jaxq.meshes` has what is known about a mesh without
+QTensors.
 """
 
-from jaxq.sharding._out_sharding import apply_out_sharding as apply_out_sharding
+from jaxq.sharding._entries import WEIGHT_SHARDING as WEIGHT_SHARDING
+from jaxq.sharding._entries import WEIGHT_SHARDING_RULES as WEIGHT_SHARDING_RULES
+from jaxq.sharding._fit_to_shards import fit_to_shards
+from jaxq.sharding._place import place
+from jaxq.sharding._read_rules import read_rules
+from jaxq.sharding._specs import specs
 
-__all__: list[str] = []
+# An import with `as` and the same name is for other rooms of jaxq, not for users.
+__all__ = ["fit_to_shards", "place", "read_rules", "specs"]

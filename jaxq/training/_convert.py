@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from jaxq.methods import Solved
-from jaxq.nn.layers import QuantizedParam, replace_variables
+from jaxq.nn.layers import QuantizedParam, quantized_param, replace_variables
 from jaxq.nn.report import (
     Report,
     Row,
@@ -80,7 +80,7 @@ def _convert_nnx(model: nnx.Module) -> tuple[nnx.Module, Report]:
     for path, param in params:
         weight = param.get_value()
         qt = weight.quantize()
-        quantized[id(param)] = QuantizedParam(qt)
+        quantized[id(param)] = quantized_param(qt, param.floats)
         kind = kinds.get(path.rpartition("/")[0], "Param")
         rows.append(trained_row(path, kind, weight, qt))
     finish_norms(model)

@@ -23,9 +23,17 @@ PACKAGE = ROOT / "jaxq"
 ROOMS = (
     *("progress", "debug_checks", "files", "jaxprs", "meshes"),
     *("formats", "metrics", "observers", "qtensor"),
-    *("sharding", "kernels"),
-    *("ops", "emulation", "methods", "recipes", "optim", "distillation"),
-    *("serialization", "nn", "io", "models", "training", "evaluation", "cli"),
+    *("kernels", "ops", "emulation", "methods", "recipes", "optim", "distillation"),
+    *(
+        "sharding",
+        "serialization",
+        "nn",
+        "io",
+        "models",
+        "training",
+        "evaluation",
+        "cli",
+    ),
 )
 MOST_COLUMNS = 88
 MOST_CODE_LINES = 80

@@ -46,6 +46,7 @@ from jaxq.nn.layers._own_weight import quantize_own_weight
 from jaxq.nn.layers._promotion import PromoteQTensors
 from jaxq.nn.layers._quantized_param import (
     QuantizedParam,
+    quantized_param,
     replace_variables,
 )
 from jaxq.nn.layers._roles import Roles

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxq import ops, sharding
+from jaxq import ops
+from jaxq.meshes import apply_out_sharding
 from jaxq.qtensor import QUANTIZED, QTensor, TrainedWeight
 
 MASKED = "its kernel is masked; multiply the mask into the kernel first"
@@ -56,7 +57,7 @@ def conv_general_dilated(
         y = lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
         return y.astype(dtype)
     y = ops.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
-    return sharding.apply_out_sharding(y, out_sharding)
+    return apply_out_sharding(y, out_sharding)
 
 
 def convolved(

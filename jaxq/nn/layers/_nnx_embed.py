@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxq import ops, sharding
+from jaxq import ops
+from jaxq.meshes import apply_out_sharding
 from jaxq.nn.layers._kind import LayerKind, register_layer
 from jaxq.nn.layers._own_weight import quantize_own_weight
 from jaxq.nn.layers._promotion import accept_qtensors, promotion_problem
@@ -52,7 +53,7 @@ class QEmbed(nnx.Embed):
         (table,) = self.promote_dtype((table,), dtype=self.dtype, inexact=False)
         # Like nnx.Embed: a table of one row gives that row for every index.
         indices = jnp.zeros_like(inputs) if self.num_embeddings == 1 else inputs
-        return sharding.apply_out_sharding(ops.take(table, indices), out_sharding)
+        return apply_out_sharding(ops.take(table, indices), out_sharding)
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """The product of queries `[..., features]` with the rows of the table."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxq.nn.layers._kind import find_kind, put_weight, weight_axes
-from jaxq.nn.layers._quantized_param import QuantizedParam
+from jaxq.nn.layers._quantized_param import quantized_param
 from jaxq.qtensor import quantize
 
 
@@ -43,8 +43,9 @@ def quantize_own_weight(layer: Any, weight: Any, activation: Any) -> None:
     if problem is not None:
         raise ValueError(f"{caller}: {problem}. Or pass weight=None.")
     contracting, batch = weight_axes(layer, kind)
-    floats = getattr(layer, kind.weight)[...]
+    variable = getattr(layer, kind.weight)
     qt = quantize(
-        floats, weight, contracting=contracting, batch=batch, name=kind.weight
+        variable[...], weight, contracting=contracting, batch=batch, name=kind.weight
     )
-    put_weight(layer, kind, QuantizedParam(qt.with_activation(activation)))
+    qt = qt.with_activation(activation)
+    put_weight(layer, kind, quantized_param(qt, variable))

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxq.qtensor import QTensor
+from jaxq.sharding import WEIGHT_SHARDING, WEIGHT_SHARDING_RULES
 
 # What to do about a float weight in a quantized model, for errors.
 FLOAT_STATE = (
@@ -65,6 +66,21 @@ class QuantizedParam(nnx.Variable):
         # A QTensor has this method only to raise an error that names the remedy.
         as_array = getattr(value, "__jax_array__", None)
         return value if as_array is None else as_array()
+
+
+def quantized_param(weight: QTensor, variable: nnx.Variable) -> QuantizedParam:
+    """A `QuantizedParam` in the place of a float variable.
+
+    It keeps the mesh axes of the float variable (`nnx.with_partitioning`), which
+    `jaxq.sharding` reads. They have another name, because Flax would apply
+    `out_sharding` to every leaf of the QTensor.
+    """
+    metadata = variable.get_metadata()
+    kept = {
+        WEIGHT_SHARDING: metadata.get("out_sharding"),
+        WEIGHT_SHARDING_RULES: metadata.get("sharding_rules"),
+    }
+    return QuantizedParam(weight, **{k: v for k, v in kept.items() if v})
 
 
 def replace_variables(model: nnx.Module, replaced: Mapping[int, Any]) -> None:

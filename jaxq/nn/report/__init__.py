@@ -11,7 +11,6 @@ from jaxq.nn.report._product_notes import multiplies_input, product_note
 from jaxq.nn.report._report import Report
 from jaxq.nn.report._row import (
     Row,
-    dropped_metadata,
     element_names,
     float_row,
     other_row,

@@ -199,19 +199,6 @@ def other_row(path: str, variable: Any, layers: set[str]) -> Row:
     return float_row(path, type(variable).__name__, value, note)
 
 
-def dropped_metadata(variable: Any) -> str:
-    """The note on an nnx Variable that loses its sharding metadata.
-
-    The metadata names a mesh axis for each axis of the float array. Codes have other
-    axes, so the quantized weight does not keep the metadata. The note is empty if the
-    metadata names no mesh axis.
-    """
-    mesh_axes = variable.get_metadata().get("out_sharding") or ()
-    if all(axis is None for axis in mesh_axes):
-        return ""
-    return "its sharding metadata is not kept"
-
-
 # Rows of quantized weights.
 
 

@@ -25,15 +25,15 @@ from jaxq.nn.calibration import (
 )
 from jaxq.nn.layers import (
     LayerKind,
-    QuantizedParam,
     TrainedParam,
     bare_kind,
     put_weight,
+    quantized_param,
     replace_variables,
     stack_note,
     weight_axes,
 )
-from jaxq.nn.report import Report, Row, dropped_metadata, float_row, other_row
+from jaxq.nn.report import Report, Row, float_row, other_row
 from jaxq.nn.transform._calibration_data import CalibrationData
 from jaxq.nn.transform._folding import (
     fold_groups,
@@ -415,7 +415,7 @@ class NnxAdapter:
         variable = self._quantized.get(id(place.variable))
         if variable is None:
             if isinstance(weight, QTensor):
-                variable = QuantizedParam(weight)
+                variable = quantized_param(weight, place.variable)
             else:
                 metadata = place.variable.get_metadata()
                 variable = TrainedParam(weight, **metadata)
@@ -594,7 +594,7 @@ def _slot(
         contracting=contracting,
         batch=batch,
         roles=kind.roles(layer),
-        notes=(dropped_metadata(variable), stack_note(layer, kind)),
+        notes=(stack_note(layer, kind),),
     )
 
 

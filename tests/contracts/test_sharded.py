@@ -1,0 +1,138 @@
+"""Every preset on a mesh of four devices: the numbers of one device, or an error.
+
+The table is {preset} x {sharded axis} x {type of mesh axes} x {action}. The rows that
+run by default contain every pair of entries of two columns.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxq
+from jaxq import sharding
+from tests import tables
+from tests.arrays import normal_with_outliers
+
+K, N = 256, 128
+# The PartitionSpec of a weight [in, out], or of a stack of two such weights.
+SPECS = {
+    "row": P("t", None),
+    "column": P(None, "t"),
+    "both": P("d", "t"),
+    "batch": P("t", None, None),
+}
+KINDS = (AxisType.Explicit, AxisType.Auto)
+PRESETS = tuple(jaxq.presets())
+ACTIONS = ("quantize", "place", "matmul", "gradient", "scan")
+
+# Half of the rows of these weights would cut something: the packing HALVES arranges the
+# codes of a whole row together, in codes or in quantized scales, or flat blocks of
+# scales cross the border.
+CUT_BY_ROWS = ("binary", "log4", "ternary", "ttq", "vsq4", "nf4_dq")
+
+TABLE = list(itertools.product(PRESETS, SPECS, KINDS, ACTIONS))
+
+
+def pairwise():
+    """Rows of the table that contain every pair of entries of two columns."""
+    names, rows = list(SPECS), []
+    for i, preset in enumerate(PRESETS):
+        for j, action in enumerate(ACTIONS):
+            kind = KINDS[(i // len(names) + j) % 2]
+            rows.append((preset, names[(i + j) % len(names)], kind, action))
+    return rows
+
+
+def test_the_default_rows_contain_every_pair():
+    columns = (PRESETS, tuple(SPECS), KINDS, ACTIONS)
+    for a, b in itertools.combinations(range(4), 2):
+        pairs = {(row[a], row[b]) for row in pairwise()}
+        assert pairs == set(itertools.product(columns[a], columns[b]))
+
+
+def weight_for(where):
+    shape = (2, K, N) if where == "batch" else (K, N)
+    return normal_with_outliers(*shape)
+
+
+def quantized(w, preset):
+    return jaxq.quantize(w, preset, contracting=-2, batch=tuple(range(w.ndim - 2)))
+
+
+def product(x, qt):
+    if qt.ndim == 3:
+        return jaxq.einsum("bk,ekn->ebn", x, qt)
+    return x @ qt
+
+
+def products_of_layers(x, stack):
+    def step(carry, layer):
+        return carry, x @ layer
+
+    return jax.lax.scan(step, None, stack)[1]
+
+
+def squares(x, qt):
+    return (product(x, qt) ** 2).sum()
+
+
+def run(action, x, qt):
+    """The result of an action that computes with a QTensor."""
+    if action == "matmul":
+        return jax.jit(product)(x, qt)
+    if action == "gradient":
+        return jax.jit(jax.grad(squares))(x, qt)
+    return jax.jit(products_of_layers)(x, qt)
+
+
+def placed_on(qt, mesh, preset, where):
+    """The QTensor on the mesh. A shard that would cut something must be an error."""
+    num_batch = len(qt.batch_shape) - (where == "batch")
+    spec = P(*[None] * num_batch, *SPECS[where])
+    if preset in CUT_BY_ROWS and where in ("row", "both"):
+        with pytest.raises(ValueError, match=r"place: the shards would cut"):
+            sharding.place(qt, mesh, spec)
+        placed = sharding.place(qt, mesh, spec, fit_to_shards=True)
+        np.testing.assert_array_equal(jaxq.dequantize(placed), jaxq.dequantize(qt))
+    else:
+        placed = sharding.place(qt, mesh, spec)
+        jax.tree.map(np.testing.assert_array_equal, placed, qt)
+    (shard, *_) = placed.data.addressable_shards
+    assert shard.data.size * (4 if where == "both" else 2) == placed.data.size
+    return placed
+
+
+@pytest.mark.parametrize(
+    ("preset", "where", "kind", "action"), tables.thinned(TABLE, pairwise())
+)
+def test_sharded_weights(preset, where, kind, action):
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(kind, kind))
+    w = weight_for(where)
+    if action == "quantize":
+        expected = quantized(w, preset)
+        with jax.set_mesh(mesh):
+            w = jax.device_put(w, NamedSharding(mesh, SPECS[where]))
+            jax.tree.map(np.testing.assert_array_equal, quantized(w, preset), expected)
+        return
+    if action == "scan" and where != "batch":
+        w = jnp.stack([w, -2 * w])
+    qt, x = quantized(w, preset), normal_with_outliers(4, K)
+    placed = placed_on(qt, mesh, preset, where)
+    if action == "place":
+        return
+    expected = run(action, x, qt)
+    with jax.set_mesh(mesh):
+        x = sharding.place(x, mesh, P())
+        if (action, where, kind) == ("scan", "batch", AxisType.Explicit):
+            # jax does not scan over layers that are on different devices.
+            with pytest.raises(ValueError, match=r"xs should be replicated"):
+                run(action, x, placed)
+            return
+        y = run(action, x, placed)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5 * scale)
