@@ -108,7 +108,7 @@ def test_quantized_rows_are_those_of_a_loop(preset, spec, options, dtype):
     x = normal_with_outliers(M, K, dtype=dtype)
 
     def loop(x, qt):
-        return plain(x, [jax.tree.map(lambda a: a[i], qt) for i in range(3)])  # noqa: B023
+        return plain(x, [jax.tree.map(lambda a, i=i: a[i], qt) for i in range(3)])
 
     def loss(product):
         return lambda x: jnp.sum(product(x).astype(jnp.float32) ** 2)
