@@ -1,5 +1,8 @@
 """Which kernel runs, why none does, and who is warned."""
 
+import dataclasses
+import inspect
+import itertools
 import warnings
 
 import jax
@@ -9,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxq
 from jaxq import kernels
+from jaxq.kernels._registry import KERNELS, kernel_module
 from tests.arrays import normal_with_outliers
 from tests.kernels.problems import problem
 from tests.kernels.products import (
@@ -125,6 +129,30 @@ def test_a_choice_without_a_kernel_has_a_reason():
         reason = f"there are no kernels for {platform}"
         assert kernels.choose(p, platform, None)[:2] == ("xla", reason)
     assert "shard_map" in kernels.choose(p, "tpu", None, num_devices=4).reason
+
+
+@pytest.mark.parametrize("family", KERNELS)
+def test_every_platform_has_a_kernel_of_every_family(family):
+    assert set(KERNELS[family]) == set(kernels.PLATFORMS)
+    for name in itertools.chain.from_iterable(KERNELS[family].values()):
+        arguments = inspect.signature(kernel_module(name).why_not).parameters
+        assert list(arguments) == ["problem", "device_kind"]
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_a_product_that_needs_no_kernel_gives_no_warning(num_devices):
+    """XLA multiplies these codes natively, or there is nothing to compute."""
+    int8 = problem("int8", group=None, x_dtype="int8")
+    one_scale = kernels.CodesProblem(1, 64, 512, 1024, 1024, "float8_e4m3fn", 1, 1)
+    for p, family in (
+        (int8, "product"),
+        (one_scale, "codes"),
+        (problem("int4", m=0), "product"),
+        (problem("int4", m=0, e=8), "ragged"),
+        (dataclasses.replace(one_scale, m=0), "codes"),
+    ):
+        choice = kernels.choose(p, "cuda", None, num_devices, family=family)
+        assert (choice.backend, choice.preferred) == ("xla", True)
 
 
 def test_a_transposed_weight_has_a_kernel_or_warns():
