@@ -13,6 +13,7 @@ from jaxq.formats import Packing
 from jaxq.qtensor import (
     ErrorContext,
     Meta,
+    PerBlock,
     PerChannel,
     PerGroup,
     QTensor,
@@ -203,6 +204,26 @@ class StoredWeight:
         if isinstance(granularity, PerGroup):
             return granularity.size
         return -1 if self.num_groups() == 1 else size
+
+    def block_setting(self) -> tuple[int, int]:
+        """The sizes of a block, (out, in).
+
+        A block that covers a whole axis may be larger than the axis. The granularity
+        says its size if the block is a square.
+        """
+        geometry, granularity = self.qt.meta.geometry, self.spec.granularity
+        is_square = (
+            isinstance(granularity, PerBlock)
+            and len(granularity.shape) == 2
+            and len(set(granularity.shape)) == 1
+        )
+        sizes = []
+        for block, size in zip(
+            geometry.block_shape, geometry.storage_shape, strict=True
+        ):
+            whole = granularity.shape[0] if is_square else size
+            sizes.append(block or whole)
+        return sizes[0], sizes[1]
 
     def num_groups(self) -> int:
         """The number of groups of a row."""

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from jaxq.formats import unknown_name
-from jaxq.io.layouts import _awq, _bitsandbytes, _gptq
+from jaxq.io.layouts import (
+    _awq,
+    _bitsandbytes,
+    _compressed_tensors,
+    _float8,
+    _gptq,
+    _microscaling,
+    _modelopt,
+)
 from jaxq.io.layouts._layout import Layout
 
 _LAYOUTS = {
@@ -13,6 +21,10 @@ _LAYOUTS = {
         _bitsandbytes.INT8,
         _gptq.GPTQ,
         _awq.AWQ,
+        _compressed_tensors.COMPRESSED_TENSORS,
+        _microscaling.MXFP4,
+        _float8.FP8_BLOCK,
+        _modelopt.NVFP4,
     )
 }
 

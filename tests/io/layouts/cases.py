@@ -32,6 +32,60 @@ class Case(NamedTuple):
 
 SHAPE = (256, 64)  # [in, out]
 
+
+def _weights(bits, kind="int", strategy="group", size=128, **more):
+    weights = {"num_bits": bits, "type": kind, "strategy": strategy}
+    return weights | {"group_size": size, "symmetric": True} | more
+
+
+SCALE = ("weight_scale",)
+COMPRESSED = {
+    "pack 4": ({"format": "pack-quantized", "weights": _weights(4)}, SCALE, 4.125),
+    "pack 4 asymmetric": (
+        {"format": "pack-quantized", "weights": _weights(4, symmetric=False, size=64)},
+        SCALE,
+        4.3125,
+    ),
+    "pack 8": (
+        {
+            "format": "pack-quantized",
+            "weights": _weights(8, strategy="channel", size=None),
+        },
+        SCALE,
+        8.0625,
+    ),
+    "float": (
+        {
+            "format": "float-quantized",
+            "weights": _weights(8, "float", "channel", None),
+        },
+        SCALE,
+        8.0625,
+    ),
+    "float block": (
+        {
+            "format": "float-quantized",
+            "weights": _weights(8, "float", "block", None, block_structure=[128, 128]),
+        },
+        SCALE,
+        8.001,
+    ),
+    "float tensor": (
+        {
+            "format": "float-quantized",
+            "weights": _weights(8, "float", "tensor", None),
+        },
+        SCALE,
+        8.001,
+    ),
+    "nvfp4": (
+        {"format": "nvfp4-pack-quantized", "weights": {}},
+        (*SCALE, "weight_global_scale"),
+        4.502,
+    ),
+    "mxfp4": ({"format": "mxfp4-pack-quantized", "weights": {}}, SCALE, 4.25),
+}
+
 CASES = {
     "nf4": Case(
         "bitsandbytes_4bit",
@@ -80,6 +134,15 @@ CASES = {
         "gptq", {"bits": 8, "group_size": -1}, ("scales",), 8.09375, ("g_idx",)
     ),
     "awq": Case("awq", {"bits": 4, "group_size": 128}, ("scales",), 4.15625),
+    **{
+        f"compressed-tensors {name}": Case("compressed_tensors", config, scales, bits)
+        for name, (config, scales, bits) in COMPRESSED.items()
+    },
+    "mxfp4": Case("mxfp4", {}, ("scales",), 4.25),
+    "fp8 block": Case("fp8_block", {}, ("weight_scale_inv",), 8.002),
+    "modelopt nvfp4": Case(
+        "modelopt_nvfp4", {}, ("weight_scale", "weight_scale_2"), 4.502
+    ),
     "llm_int8": Case("bitsandbytes_int8", {}, ("SCB",), 8.125, ("weight_format",)),
 }
 
