@@ -132,7 +132,7 @@ def _integer_spec(weights: Settings, bits: tuple[int, ...]) -> QuantSpec:
     granularity = _granularity(weights)
     if not symmetric and isinstance(granularity, PerTensor):
         raise weights.problem(
-            "strategy", "'tensor' has no zero points; got symmetric=False"
+            "strategy", "is 'tensor', which has no zero points; got symmetric=False"
         )
     return QuantSpec(
         f"int{num_bits}",

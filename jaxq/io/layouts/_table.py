@@ -8,6 +8,7 @@ from jaxq.io.layouts import (
     _bitsandbytes,
     _compressed_tensors,
     _float8,
+    _gguf,
     _gptq,
     _microscaling,
     _modelopt,
@@ -25,6 +26,7 @@ _LAYOUTS = {
         _microscaling.MXFP4,
         _float8.FP8_BLOCK,
         _modelopt.NVFP4,
+        _gguf.GGUF,
     )
 }
 

@@ -86,6 +86,15 @@ COMPRESSED = {
     "mxfp4": ({"format": "mxfp4-pack-quantized", "weights": {}}, SCALE, 4.25),
 }
 
+GGUF_BITS = {
+    "Q4_0": 4.5,
+    "Q4_1": 5.0,
+    "Q5_0": 5.5,
+    "Q5_1": 6.0,
+    "Q8_0": 8.5,
+    "MXFP4": 4.25,
+}
+
 CASES = {
     "nf4": Case(
         "bitsandbytes_4bit",
@@ -143,6 +152,10 @@ CASES = {
     "modelopt nvfp4": Case(
         "modelopt_nvfp4", {}, ("weight_scale", "weight_scale_2"), 4.502
     ),
+    **{
+        f"gguf {name}": Case("gguf", {"type": name}, ("weight",), bits)
+        for name, bits in GGUF_BITS.items()
+    },
     "llm_int8": Case("bitsandbytes_int8", {}, ("SCB",), 8.125, ("weight_format",)),
 }
 

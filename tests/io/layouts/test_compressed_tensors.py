@@ -41,9 +41,8 @@ class Package:
         arrays = {name: self.tensor(array) for name, array in leaves.items()}
         arrays["weight"] = self.torch.from_numpy(w)
         scheme = self.scheme(config["weights"])
-        return {
-            k: self.array(v) for k, v in compressor.compress(arrays, scheme).items()
-        }
+        tensors = compressor.compress(arrays, scheme)
+        return {name: self.array(tensor) for name, tensor in tensors.items()}
 
     def tensor(self, array):
         array = np.array(array)
@@ -66,26 +65,22 @@ def package():
     return Package()
 
 
-ROWS = {
-    name: config
-    for name, (config, _, _) in COMPRESSED.items()
-    if config["weights"] or name in ("nvfp4", "mxfp4")
-}
+ROWS = {name: config for name, (config, _, _) in COMPRESSED.items()}
 
 
 @pytest.mark.parametrize("config", ROWS.values(), ids=ROWS)
 def test_the_package_reads_what_is_written(package, config):
     w = jnp.asarray(kernel(1, (256, 48)))
     spec = LAYOUT.spec(config)
-    if isinstance(spec.scale, str) and spec.scale == "bfloat16":
-        spec = spec.replace(
-            scale="float32"
-        )  # the package computes in the scale's dtype
+    if spec.scale == "bfloat16":  # the package computes in the dtype of the scale
+        spec = spec.replace(scale="float32")
     qt = jaxq.quantize(w, spec)
     tensors, settings = LAYOUT.from_qtensor(qt)
     floats = package.decompress(tensors, settings)
     expected = np.asarray(jaxq.dequantize(qt, dtype=jnp.float32)).T
-    np.testing.assert_allclose(floats, expected, rtol=1e-6, atol=0)
+    # The package computes 4-bit floats in bfloat16, and rounds twice.
+    is_float4 = qt.spec.fmt.name == "float4_e2m1fn"
+    np.testing.assert_allclose(floats, expected, rtol=0.01 if is_float4 else 1e-6)
 
 
 def test_the_package_writes_what_is_read(package):
@@ -250,9 +245,7 @@ def test_other_errors():
     with pytest.raises(ValueError, match="weight does not belong to the format pack"):
         LAYOUT.to_qtensor(extra, config)
     extra = dict(tensors, weight_zero_point=np.ones((1, 1), np.int32))
-    with pytest.raises(
-        ValueError, match="weight_zero_point is there, but the settings"
-    ):
+    with pytest.raises(ValueError, match="weight_zero_point is there, but the sett"):
         LAYOUT.to_qtensor(extra, config)
     qt = jaxq.quantize(jnp.ones((64, 8)), jaxq.QuantSpec("int8", jaxq.PerBlock((8, 8))))
     with pytest.raises(ValueError, match="integers have no blocks of several outputs"):

@@ -191,8 +191,9 @@ def test_a_scale_that_is_not_finite_is_named(case):
     _, layout, tensors, config = written(case)
     for name in case.scales:
         array = np.asarray(tensors[name])
-        itemsize = array.dtype.itemsize
-        # All ones are a NaN of every float dtype, and of e8m0 stored as uint8.
+        # All ones are a NaN of every float dtype, and of e8m0 stored as uint8. A block
+        # of GGUF starts with a scale of two bytes.
+        itemsize = max(2, array.dtype.itemsize)
         damaged = np.frombuffer(array.tobytes(), np.uint8).copy()
         damaged[:itemsize] = 0xFF
         damaged = damaged.view(array.dtype).reshape(array.shape)
