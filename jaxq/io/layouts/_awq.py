@@ -37,7 +37,7 @@ _SCALES = ("float16", "bfloat16", "float32")
 
 def _spec(settings: Settings) -> QuantSpec:
     _check(settings)
-    return _spec_of(settings.size("group_size"), "float16")
+    return _spec_of(settings.optional_size("group_size"), "float16")
 
 
 def _check(settings: Settings) -> None:
@@ -55,12 +55,11 @@ def _read(tensors: WeightTensors, settings: Settings) -> QTensor:
     num_in, num_words = tensors.shape("qweight", 2)
     num_out = num_words * 8
     size = settings.size("group_size", num_in)
-    assert size is not None
     num_groups = -(-num_in // size)
     words = tensors.array("qweight", "int32", (num_in, num_words))
     zeros = tensors.array("qzeros", "int32", (num_groups, num_words))
     scale = tensors.scale("scales", _SCALES, (num_groups, num_out)).T
-    spec = _spec_of(settings.size("group_size"), scale.dtype.name)
+    spec = _spec_of(settings.optional_size("group_size"), scale.dtype.name)
     return qtensor_of_codes(
         spec, (num_in, num_out), _fields(words).T, scale, zero_point=_fields(zeros).T
     )

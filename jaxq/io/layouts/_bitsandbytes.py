@@ -61,7 +61,6 @@ def _spec_4bit(settings: Settings) -> QuantSpec:
     kind = settings.choice("bnb_4bit_quant_type", tuple(_FORMATS), "fp4")
     nested = settings.choice("bnb_4bit_use_double_quant", (True, False), False)
     size = settings.size("blocksize", 64)
-    assert size is not None
     return QuantSpec(
         _FORMATS[kind],
         PerFlat(size),
@@ -74,25 +73,25 @@ def _spec_4bit(settings: Settings) -> QuantSpec:
 def _read_4bit(tensors: WeightTensors, settings: Settings) -> QTensor:
     del settings  # the arrays carry their own
     kind, state = _quant_state(tensors)
-    num_out, num_in = state["shape"]
-    size = num_out * num_in
-    block = state["blocksize"]
+    num_out, num_in = state.pair("shape")
+    size, block = num_out * num_in, state.size("blocksize")
+    dtype = state.choice("dtype", _DTYPES)
     num_blocks = -(-size // block)
     data = _codes(tensors, -(-size // 2))
     table = _table(tensors, "weight.quant_map", 16, _FORMATS[kind])
     spec = QuantSpec(
         table, PerFlat(block), packing=Packing.HIGH_FIRST, codes_from="ideal"
     )
-    if "nested_offset" in state or "weight.nested_absmax" in tensors:
+    if "nested_offset" in state.values or "weight.nested_absmax" in tensors:
         scale = _nested_scale(tensors, state, num_blocks)
         spec = spec.replace(scale=scale.spec)
     else:
         scale = tensors.scale("weight.absmax", "float32", (num_blocks,))
-    return qtensor(spec, (num_in, num_out), data, scale, dtype=state["dtype"])
+    return qtensor(spec, (num_in, num_out), data, scale, dtype=dtype)
 
 
-def _quant_state(tensors: WeightTensors) -> tuple[str, dict[str, Any]]:
-    """The type of the codes, and the checked fields of the JSON."""
+def _quant_state(tensors: WeightTensors) -> tuple[str, Settings]:
+    """The type of the codes, and the fields of the JSON."""
     names = [kind for kind, name in _STATES.items() if name in tensors]
     if len(names) != 1:
         raise ValueError(
@@ -107,36 +106,14 @@ def _quant_state(tensors: WeightTensors) -> tuple[str, dict[str, Any]]:
             name, f"is {content.dtype}{list(content.shape)}, expected JSON as uint8"
         )
     try:
-        state = json.loads(content.tobytes().decode())
+        fields = json.loads(content.tobytes().decode())
     except (ValueError, RecursionError) as error:
         raise tensors.problem(name, f"is not JSON: {error}") from None
-    if not isinstance(state, dict):
+    if not isinstance(fields, dict):
         raise tensors.problem(name, "is not a JSON object")
-    _check_state(tensors, name, state, kind)
+    state = Settings(f"{tensors.layout}: {name}", fields)
+    state.choice("quant_type", (kind,))
     return kind, state
-
-
-def _check_state(
-    tensors: WeightTensors, name: str, state: dict[str, Any], kind: str
-) -> None:
-    shape, block = state.get("shape"), state.get("blocksize")
-    is_matrix = isinstance(shape, list) and len(shape) == 2
-    if not is_matrix or not all(type(n) is int and n > 0 for n in shape):
-        raise tensors.problem(
-            name, f"has shape={shape!r:.80}, expected [out, in] above 0"
-        )
-    if type(block) is not int or block < 1:
-        raise tensors.problem(
-            name, f"has blocksize={block!r:.80}, expected a number above 0"
-        )
-    if state.get("quant_type") != kind:
-        found = state.get("quant_type")
-        raise tensors.problem(name, f"has quant_type={found!r:.80}, expected {kind!r}")
-    if state.get("dtype") not in _DTYPES:
-        found = state.get("dtype")
-        raise tensors.problem(
-            name, f"has dtype={found!r:.80}, expected one of {', '.join(_DTYPES)}"
-        )
 
 
 def _codes(tensors: WeightTensors, num_bytes: int) -> Any:
@@ -171,16 +148,9 @@ def _table(tensors: WeightTensors, name: str, size: int, usual: str) -> Format:
         raise tensors.problem(name, f"is not a table of numbers: {error}") from None
 
 
-def _nested_scale(
-    tensors: WeightTensors, state: dict[str, Any], num_blocks: int
-) -> QTensor:
+def _nested_scale(tensors: WeightTensors, state: Settings, num_blocks: int) -> QTensor:
     """The scale that is quantized itself."""
-    block, offset = state.get("nested_blocksize"), state.get("nested_offset")
-    name = next(name for name in _STATES.values() if name in tensors)
-    if type(block) is not int or block < 1:
-        raise tensors.problem(name, f"has nested_blocksize={block!r:.80}")
-    if type(offset) not in (int, float) or not math.isfinite(offset):
-        raise tensors.problem(name, f"has nested_offset={offset!r:.80}")
+    block, offset = state.size("nested_blocksize"), state.number("nested_offset")
     fmt = _table(tensors, "weight.nested_quant_map", 256, "dynamic8")
     spec = QuantSpec(fmt, PerFlat(block), offset="mean")
     codes = tensors.array("weight.absmax", "uint8", (num_blocks,))
@@ -210,9 +180,10 @@ def _write_4bit(weight: StoredWeight) -> Written:
         "weight": data.reshape(-1, 1),
         "weight.quant_map": np.asarray(fmt.table, np.float32),
     }
-    nested = isinstance(weight.qt.scale, QTensor)
-    if nested:
-        arrays, fields = _written_scale(weight, weight.qt.scale)
+    scale = weight.qt.scale
+    nested = isinstance(scale, QTensor)
+    if isinstance(scale, QTensor):
+        arrays, fields = _written_scale(weight, scale)
         tensors |= arrays
         state |= fields
     else:

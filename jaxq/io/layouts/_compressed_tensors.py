@@ -111,17 +111,9 @@ def _granularity(weights: Settings, *, has_blocks: bool = False) -> Granularity:
     if strategy == "channel":
         return PerChannel()
     if strategy == "group":
-        size = weights.size("group_size")
-        if size is None:
-            raise weights.problem("group_size", "is missing for the strategy group")
-        return PerGroup(size, pad=True)
-    block = weights.values.get("block_structure")
-    right = isinstance(block, list | tuple) and len(block) == 2
-    if not right or not all(type(size) is int and size > 0 for size in block):
-        raise weights.problem(
-            "block_structure", f"must be two sizes above 0, got {block!r:.80}"
-        )
-    return PerBlock((block[1], block[0]), pad=True)  # of [in, out]
+        return PerGroup(weights.size("group_size"), pad=True)
+    out_block, in_block = weights.pair("block_structure")
+    return PerBlock((in_block, out_block), pad=True)
 
 
 def _integer_spec(weights: Settings, bits: tuple[int, ...]) -> QuantSpec:

@@ -29,13 +29,7 @@ def _spec(settings: Settings) -> QuantSpec:
 
 def _block(settings: Settings) -> tuple[int, int]:
     """The block of a torch weight, (out, in)."""
-    value = settings.values.get("weight_block_size", [128, 128])
-    right = isinstance(value, list | tuple) and len(value) == 2
-    if not right or not all(type(size) is int and size > 0 for size in value):
-        raise settings.problem(
-            "weight_block_size", f"must be two sizes above 0, got {value!r:.80}"
-        )
-    return value[0], value[1]
+    return settings.pair("weight_block_size", (128, 128))
 
 
 def _read(tensors: WeightTensors, settings: Settings) -> QTensor:

@@ -53,7 +53,7 @@ _SCALES = ("float16", "bfloat16", "float32")
 def _spec(settings: Settings) -> QuantSpec:
     bits = settings.choice("bits", tuple(_PACKINGS))
     symmetric = settings.choice("sym", (True, False), True)
-    size = settings.size("group_size")
+    size = settings.optional_size("group_size")
     return _spec_of(bits, symmetric, size, "float16")
 
 
@@ -71,14 +71,13 @@ def _spec_of(bits: int, symmetric: bool, size: int | None, scale: str) -> QuantS
 def _read(tensors: WeightTensors, settings: Settings) -> QTensor:
     num_in, num_out = _sizes(tensors, settings)
     size = settings.size("group_size", num_in)
-    assert size is not None
     if "g_idx" in tensors:
         _check_order(tensors, settings, num_in, size)
     data, scale, zero_point = _leaves(tensors, settings, num_in, num_out, size)
     spec = _spec_of(
         settings.choice("bits", tuple(_PACKINGS)),
         zero_point is None,
-        settings.size("group_size"),
+        settings.optional_size("group_size"),
         scale.dtype.name,
     )
     shape = (num_in, num_out)
@@ -91,7 +90,6 @@ def _read_for_floats(tensors: WeightTensors, settings: Settings) -> QTensor:
         return _read(tensors, settings)
     num_in, num_out = _sizes(tensors, settings)
     size = settings.size("group_size", num_in)
-    assert size is not None
     group = _groups(tensors, num_in, size)
     data, scale, zero_point = _leaves(tensors, settings, num_in, num_out, size)
     # One group for each input: the scale of input k is that of its group.
@@ -175,7 +173,7 @@ def _check_symmetric(
             f"{middle} everywhere, the zero point of a symmetric weight in 'gptq_v2'. "
             "It is read as 'gptq_v2'. Set checkpoint_format='gptq_v2' to read it "
             f"without this warning, or sym=False to read {middle + 1} as zero point.",
-            stacklevel=4,
+            stacklevel=5,
         )
         return
     raise tensors.problem(
@@ -290,7 +288,6 @@ def sort_inputs(
     settings = Settings("gptq", config)
     num_in, _ = _sizes(source, settings)
     size = settings.size("group_size", num_in)
-    assert size is not None
     group = _groups(source, num_in, size)
     if not is_traced(group):
         counts = np.bincount(np.asarray(group), minlength=-(-num_in // size))
@@ -340,7 +337,6 @@ def restore_inputs(
             f"gptq: order has shape {list(order.shape)}, expected [{num_in}]."
         )
     size = settings.size("group_size", num_in)
-    assert size is not None
     inverse = jnp.argsort(order)
     group = (inverse // size).astype(jnp.int32)
     arrays = _with_order(source, settings, inverse, group)

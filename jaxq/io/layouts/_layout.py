@@ -114,8 +114,8 @@ class Layout:
         Args:
           tensors: numpy or jax arrays by their names in the library's files, without
             the path of the module, such as "qweight".
-          config: the settings of the library that say how the weight was quantized. The
-            page "Other libraries" of the manual lists them. Other settings are ignored.
+          config: the settings of the library that say how the weight was quantized.
+            docs/interop.md lists them. Other settings are ignored.
           dtype: the dtype of the weight. None takes the one that the arrays imply.
           dequantize: True returns floats `[*batch, in, out]`. Some weights have no
             QTensor, and their error names this argument.

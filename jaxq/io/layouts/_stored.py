@@ -212,17 +212,15 @@ class StoredWeight:
         says its size if the block is a square.
         """
         geometry, granularity = self.qt.meta.geometry, self.spec.granularity
-        is_square = (
-            isinstance(granularity, PerBlock)
-            and len(granularity.shape) == 2
-            and len(set(granularity.shape)) == 1
-        )
+        square = None
+        if isinstance(granularity, PerBlock) and len(granularity.shape) == 2:
+            first, second = granularity.shape
+            square = first if first == second else None
         sizes = []
         for block, size in zip(
             geometry.block_shape, geometry.storage_shape, strict=True
         ):
-            whole = granularity.shape[0] if is_square else size
-            sizes.append(block or whole)
+            sizes.append(block or square or size)
         return sizes[0], sizes[1]
 
     def num_groups(self) -> int:

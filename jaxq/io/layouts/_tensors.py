@@ -131,6 +131,9 @@ class WeightTensors:
         return np.asarray(array)
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 class Settings:
     """The settings of one weight, with checks.
 
@@ -158,16 +161,44 @@ class Settings:
             raise self.problem(name, f"must be one of {listed}; got {value!r:.80}")
         return value
 
-    def size(self, name: str, default: int | None = None) -> int | None:
-        """A whole number above 0; -1 and a missing setting give `default`."""
+    def optional_size(self, name: str) -> int | None:
+        """A whole number above 0; None if it is missing or -1."""
         value = self.values.get(name)
         if value is None or (type(value) is int and value == -1):
-            return default
+            return None
         if type(value) is not int or value < 1:
             raise self.problem(
                 name, f"must be a whole number above 0, or -1; got {value!r:.80}"
             )
         return value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A whole number above 0. A default of None is no default."""
+        value = self.optional_size(name)
+        value = default if value is None else value
+        if value is None:
+            raise self.problem(name, "is missing, expected a whole number above 0")
+        return value
+
+    def pair(
+        self, name: str, default: tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        """A setting of two sizes above 0."""
+        value = self.values.get(name, default)
+        if isinstance(value, list | tuple) and len(value) == 2:
+            first, second = value
+            are_sizes = type(first) is int and type(second) is int
+            if are_sizes and first > 0 and second > 0:
+                return first, second
+        raise self.problem(name, f"must be two sizes above 0, got {value!r:.80}")
+
+    def number(self, name: str) -> float:
+        """A finite number."""
+        value = self.values.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if abs(value) <= _LARGEST:  # False for NaN
+                return float(value)
+        raise self.problem(name, f"must be a finite number, got {value!r:.80}")
 
     def inner(self, name: str) -> Settings:
         """The settings inside a setting."""

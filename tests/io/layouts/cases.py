@@ -33,7 +33,7 @@ class Case(NamedTuple):
 SHAPE = (256, 64)  # [in, out]
 
 
-def _weights(bits, kind="int", strategy="group", size=128, **more):
+def _weights(bits, kind="int", strategy="group", size: int | None = 128, **more):
     weights = {"num_bits": bits, "type": kind, "strategy": strategy}
     return weights | {"group_size": size, "symmetric": True} | more
 

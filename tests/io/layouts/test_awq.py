@@ -36,7 +36,7 @@ def test_random_words_have_the_numbers_of_the_formula(num_in):
     qt = AWQ.to_qtensor(tensors, CONFIG)
     group = np.arange(num_in) // 32
     codes, zeros = (fields_of(tensors[name]) for name in ("qweight", "qzeros"))
-    scale = np.float64(tensors["scales"])
+    scale = np.asarray(tensors["scales"], np.float64)
     expected = scale[group] * (codes - zeros[group])
     np.testing.assert_array_equal(
         np.float64(jaxq.dequantize(qt, dtype=jnp.float32)), expected

@@ -143,17 +143,21 @@ STATE = "weight.quant_state.bitsandbytes__fp4"
         ("{", "is not JSON"),
         ("[" * 9000, "is not JSON"),
         ("[]", "is not a JSON object"),
-        ('{"shape": [4]}', r"has shape=\[4\]"),
-        ('{"shape": [4, -64]}', "has shape="),
-        ('{"shape": [4, 64.0]}', "has shape="),
-        ('{"shape": [4, 64], "blocksize": 0}', "has blocksize=0"),
+        ('{"quant_type": "nf4"}', "quant_type must be one of 'fp4'; got 'nf4'"),
+        ('{"quant_type": "fp4", "shape": [4]}', "shape must be two sizes above 0"),
+        ('{"quant_type": "fp4", "shape": [4, -64]}', "shape must be two sizes"),
+        ('{"quant_type": "fp4", "shape": [4, 64.0]}', "shape must be two sizes"),
         (
-            '{"shape": [4, 64], "blocksize": 64, "quant_type": "nf4"}',
-            "has quant_type='nf4', expected 'fp4'",
+            '{"quant_type": "fp4", "shape": [4, 64], "blocksize": 0}',
+            "blocksize must be a whole number above 0",
+        ),
+        (
+            '{"quant_type": "fp4", "shape": [4, 64]}',
+            "blocksize is missing",
         ),
         (
             '{"shape": [4, 64], "blocksize": 64, "quant_type": "fp4", "dtype": "int8"}',
-            "has dtype='int8'",
+            "dtype must be one of 'float32', 'bfloat16', 'float16'; got 'int8'",
         ),
         (
             (

@@ -17,11 +17,9 @@ class Package:
     def __init__(self):
         reason = "compares with compressed-tensors"
         self.torch = pytest.importorskip("torch", reason=reason)
-        pytest.importorskip("compressed_tensors", reason=reason)
-        from compressed_tensors import compressors, quantization
-
-        self.registry = compressors.BaseCompressor
-        self.quantization = quantization
+        package = pytest.importorskip("compressed_tensors.compressors", reason=reason)
+        self.registry = package.BaseCompressor
+        self.quantization = pytest.importorskip("compressed_tensors.quantization")
 
     def scheme(self, settings):
         args = {k: v for k, v in settings.items() if k != "dynamic"}

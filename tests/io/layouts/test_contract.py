@@ -10,9 +10,21 @@ import pytest
 import jaxq
 from jaxq.io import layouts
 from jaxq.qtensor import scale_values
-from tests.io.layouts.cases import CASES, kernel, split, weight_of
+from tests.io.layouts.cases import CASES, Case, kernel, split, weight_of
+from tests.tables import thinned
 
-over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# One case of each kind: a table, a stream of bits, words along either axis, floats,
+# scales that are quantized, blocks with minimums.
+DEFAULT = (
+    *("nf4 nested", "gptq 3", "awq", "compressed-tensors pack 4 asymmetric"),
+    *("compressed-tensors nvfp4", "fp8 block", "gguf Q5_1"),
+)
+over_cases = pytest.mark.parametrize("name", thinned(CASES, DEFAULT))
+
+
+@pytest.fixture
+def case(name) -> Case:
+    return CASES[name]
 
 
 def written(case):
@@ -83,7 +95,8 @@ def test_a_read_weight_fits_its_own_description(case):
     product = jaxq.dot_general(
         x, back, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
-    expected = np.float64(x) @ np.float64(jaxq.dequantize(back, dtype=jnp.float32))
+    floats = np.asarray(jaxq.dequantize(back, dtype=jnp.float32), np.float64)
+    expected = np.asarray(x, np.float64) @ floats
     np.testing.assert_allclose(
         np.asarray(product), expected, rtol=1e-4, atol=1e-4 * abs(expected).max()
     )
@@ -205,7 +218,7 @@ def test_a_scale_that_is_not_finite_is_named(case):
 def test_what_a_layout_cannot_hold_is_an_error(case):
     qt, layout, _, _ = written(case)
     with pytest.raises(TypeError, match="expected a QTensor, got"):
-        layout.from_qtensor(jaxq.dequantize(qt))
+        layout.from_qtensor(jaxq.dequantize(qt))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="has an input_scale"):
         layout.from_qtensor(qt.with_input_scale(jnp.full(qt.shape[0], 2.0)))
     log = jaxq.quantize(jnp.asarray(kernel()), "log4")
@@ -239,3 +252,53 @@ def test_names():
         layout = layouts.get(name)
         assert layout.summary
         assert set(layout.static) <= set(layout.tensors)
+
+
+# The settings and arrays of a weight, changed at random.
+
+
+def mutated(random, tensors, config):
+    """One array or one setting changed in a way that a damaged file could have."""
+    tensors = {name: np.asarray(array) for name, array in tensors.items()}
+    config = dict(config)
+    name = str(random.choice(list(tensors)))
+    array = tensors[name]
+    kind = random.integers(6)
+    if kind == 0:  # other bits
+        damaged = np.frombuffer(array.tobytes(), np.uint8).copy()
+        damaged[random.integers(damaged.size)] ^= 1 << random.integers(8)
+        tensors[name] = damaged.view(array.dtype).reshape(array.shape)
+    elif kind == 1:  # another order of axes
+        tensors[name] = array.T
+    elif kind == 2:  # a part
+        axis = random.integers(max(array.ndim, 1))
+        if array.ndim:
+            part = random.integers(array.shape[axis] + 1)
+            tensors[name] = np.take(array, range(part), axis)
+    elif kind == 3:  # another shape of the same size
+        tensors[name] = array.reshape(1, -1)
+    elif kind == 4:  # another name
+        other = str(random.choice(list(tensors)))
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+    elif config:
+        key = str(random.choice(list(config)))
+        values = (None, -2, 0, 1, 7, 3.5, True, "x", [], [1, 2], {}, 1 << 70)
+        config[key] = values[random.integers(len(values))]
+    return tensors, config
+
+
+@pytest.mark.filterwarnings("ignore:gptq. checkpoint_format is 'gptq'")
+@over_cases
+def test_damaged_weights_are_errors_or_other_weights(case, name):
+    _, layout, tensors, config = written(case)
+    random = np.random.default_rng(len(name))
+    for _ in range(25):
+        changed = mutated(random, tensors, config)
+        try:
+            floats = layout.to_qtensor(*changed, dequantize=True)
+        except ValueError as error:
+            message = str(error)
+        else:
+            assert floats.ndim == 2
+            continue
+        assert message.startswith(f"{layout.name}: ")

@@ -174,7 +174,8 @@ def test_a_k_quant_multiplies_and_slices():
     tensors = {"weight": random_blocks("Q6_K", num_out=4)}
     qt = GGUF.to_qtensor(tensors, {"type": "Q6_K"})
     x = jnp.asarray(kernel(4, (3, 512)))
-    expected = np.float64(x) @ np.float64(jaxq.dequantize(qt))
+    floats = np.asarray(jaxq.dequantize(qt), np.float64)
+    expected = np.asarray(x, np.float64) @ floats
     size = abs(expected).max()
     np.testing.assert_allclose(x @ qt, expected, rtol=1e-4, atol=1e-5 * size)
     w = jax.eval_shape(lambda w: jaxq.quantize(w, qt.spec), jaxq.dequantize(qt))
