@@ -5,6 +5,7 @@ model (its arrays by path). `load` reads it back, and can put the arrays into a 
 model. `jaxq.serialization` describes how values are stored.
 """
 
+from jaxq.io import layouts as layouts
 from jaxq.io._saving import load, save
 
-__all__ = ["load", "save"]
+__all__ = ["layouts", "load", "save"]
