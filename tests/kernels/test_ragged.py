@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 import jaxq
 from jaxq import kernels
@@ -465,6 +465,31 @@ def test_the_kernel_runs_inside_shard_map(platform):
         traced = jax.jit(f).trace(x, weights, sizes)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert CUSTOM_CALL[platform] in text
+
+
+def test_gradients_inside_shard_map_are_sums_over_devices():
+    """Each device has rows of its own. All devices have the same scales."""
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    weights = experts("int8", n=24, dtype="float32")
+    x, sizes = normal(2 * 20, 256), jnp.array([3, 0, 10])
+
+    def loss(x, scale):
+        qt = dataclasses.replace(weights, scale=scale)
+        return jnp.sum(jnp.sin(ragged_dot(x, qt, sizes)))
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    specs = (PartitionSpec("d"), PartitionSpec())
+    total = jax.shard_map(
+        lambda x, scale: jax.lax.psum(loss(x, scale), "d"),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=PartitionSpec(),
+    )
+    dx, dscale = jax.jit(jax.grad(total, (0, 1)))(x, weights.scale)
+    parts = [jax.grad(loss, (0, 1))(half, weights.scale) for half in jnp.split(x, 2)]
+    np.testing.assert_allclose(dx, jnp.concatenate([p[0] for p in parts]), 1e-5, 1e-5)
+    np.testing.assert_allclose(dscale, parts[0][1] + parts[1][1], 1e-5, 1e-4)
 
 
 # The choice.
