@@ -176,12 +176,39 @@ def _jvp(primals, tangents, *, call: CodesCall):
 
 def _batch(operands, dims, *, call: CodesCall):
     size = batch_size(operands, dims)
+    num_a = len(call.a_leaves)
+    has_one_b = all(dim is None for dim in dims[num_a:])
+    if has_one_b and call.a_meta.layout == "rows":
+        # The whole batch has one right operand. So the rows of all batch elements
+        # become the rows of one left operand, and the right operand is not copied.
+        a = [
+            _batch_second(leaf, dim, size)
+            for leaf, dim in zip(operands[:num_a], dims[:num_a], strict=True)
+        ]
+        m = a[call.a_leaves.index("data")].shape[2]
+        a = [_with_batch_in_rows(leaf, m) for leaf in a]
+        y = codes_p.bind(*varying_alike([*a, *operands[num_a:]]), call=call)
+        return y.reshape(y.shape[0], size, m, y.shape[-1]), 1
     merged = [
         with_batch_in_front(operand, dim, size)
         for operand, dim in zip(operands, dims, strict=True)
     ]
     y = codes_p.bind(*varying_alike(merged), call=call)
     return y.reshape(size, -1, *y.shape[1:]), 0
+
+
+def _batch_second(leaf: jax.Array, dim: int | None, size: int) -> jax.Array:
+    """A leaf `[e, rows, ...]` as `[e, batch, rows, ...]`."""
+    if dim is not None:
+        return jnp.moveaxis(leaf, dim, 1)
+    shape = (leaf.shape[0], size, *leaf.shape[1:])
+    return jnp.broadcast_to(leaf[:, None], shape)
+
+
+def _with_batch_in_rows(leaf: jax.Array, m: int) -> jax.Array:
+    """A leaf `[e, batch, m or 1, ...]` as `[e, batch * m, ...]`."""
+    e, size, _, *rest = leaf.shape
+    return jnp.broadcast_to(leaf, (e, size, m, *rest)).reshape(e, size * m, *rest)
 
 
 codes_p = platform_primitive("codes_matmul", _abstract, _form)

@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxq import kernels
 from jaxq.kernels import is_exact_in_float8, is_native_float, largest_exact_length
-from jaxq.ops._dimension_numbers import DimensionNumbers, batch_first
+from jaxq.ops._dimension_numbers import DimensionNumbers, batch_first, mirrored
 from jaxq.ops._facts import (
     ArrayFacts,
     CodesFacts,
@@ -266,7 +266,11 @@ def _plan_activation(
 def _quantized_sides(
     x: ArrayFacts, weight: CodesFacts, dims: DimensionNumbers, *, swapped: bool
 ) -> tuple[CodesFacts, CodesFacts, DimensionNumbers]:
-    """Both operands and the dimension numbers after the activation is quantized."""
+    """The quantized activation, the weight, and the dimension numbers of their product.
+
+    The activation is the left operand, also if the weight was on the left. Otherwise
+    `jax.vmap(lambda v: qt @ v)` would make a copy of the weight for each v.
+    """
     spec, side = weight.meta.activation, 1 if swapped else 0
     assert spec is not None
     order, quantized_dims = batch_first(x.ndim, dims, side)
@@ -276,9 +280,9 @@ def _quantized_sides(
         contracting=tuple(quantized_dims[0][side]),
         batch=tuple(quantized_dims[1][side]),
     )
-    weight = weight.without_activation()
-    lhs, rhs = (weight, activation) if swapped else (activation, weight)
-    return lhs, rhs, quantized_dims
+    if swapped:
+        quantized_dims = mirrored(quantized_dims)
+    return activation, weight.without_activation(), quantized_dims
 
 
 def _activation_kind(weight: CodesFacts) -> Literal["dynamic", "static"]:
@@ -612,8 +616,7 @@ def _activation_choice(
     x, weight = (rhs, lhs) if swapped else (lhs, rhs)
     assert isinstance(x, ArrayFacts)
     assert isinstance(weight, CodesFacts)
-    lhs, rhs, _ = _quantized_sides(x, weight, dims, swapped=swapped)
-    activation = rhs if swapped else lhs
+    activation, _, _ = _quantized_sides(x, weight, dims, swapped=swapped)
     return _choose_activation(plan.activation, activation, platform, num_devices)
 
 

@@ -87,6 +87,12 @@ def batch_first(
     return order, ((contracting[0], contracting[1]), (leading[0], leading[1]))
 
 
+def mirrored(dims: DimensionNumbers) -> DimensionNumbers:
+    """The dimension numbers of the product whose operands have changed sides."""
+    (lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch) = dims
+    return (rhs_contracting, lhs_contracting), (rhs_batch, lhs_batch)
+
+
 def broadcastable(values: jax.Array, axes: Sequence[int], ndim: int) -> jax.Array:
     """Reshapes `[*axes]` to broadcast against `ndim` axes. A scalar stays a scalar."""
     if not values.ndim:

@@ -28,6 +28,7 @@ from jaxq.ops._dimension_numbers import (
     as_tuples,
     batch_first,
     check_sizes,
+    mirrored,
 )
 from jaxq.ops._input_scale import scale_operand
 from jaxq.ops._operands import Operand, as_operands, check_float_partner
@@ -290,12 +291,24 @@ def _multiply(
     product = _multiply_codes if plan.path == "codes" else _multiply_weight
     if not plan.swapped:
         return product(plan, lhs, rhs, dims)
-    mirrored = ((dims[0][1], dims[0][0]), (dims[1][1], dims[1][0]))
-    y = product(plan, rhs, lhs, mirrored)  # [b, free of x, free of weight]
+    y = product(plan, rhs, lhs, mirrored(dims))
+    return _with_sides_changed(y, rhs, mirrored(dims))
+
+
+def _with_sides_changed(
+    y: jax.Array, lhs: jax.Array | QTensor, dims: DimensionNumbers
+) -> jax.Array:
+    """`[b, free of lhs, free of rhs]` as `[b, free of rhs, free of lhs]`.
+
+    Args:
+      y: the product.
+      lhs: the left operand of this product.
+      dims: dimension numbers of this product.
+    """
     num_batch = len(dims[1][0])
-    num_free = rhs.ndim - len(dims[0][1]) - num_batch
-    x_axes = range(num_batch, num_batch + num_free)
-    return jnp.moveaxis(y, x_axes, range(y.ndim - num_free, y.ndim))
+    num_free = lhs.ndim - len(dims[0][0]) - num_batch
+    lhs_axes = range(num_batch, num_batch + num_free)
+    return jnp.moveaxis(y, lhs_axes, range(y.ndim - num_free, y.ndim))
 
 
 def _multiply_activation(
@@ -313,11 +326,13 @@ def _multiply_activation(
     """
     x_side = 1 if swapped else 0
     _, quantized_dims = batch_first(x.ndim, dims, x_side)
+    if swapped:
+        quantized_dims = mirrored(quantized_dims)  # the activation is on the left
     axes = _activation_axes(x, dims, swapped=swapped)
 
     def codes_product(activation: QTensor, weight: QTensor) -> jax.Array:
-        sides = (weight, activation) if swapped else (activation, weight)
-        return _multiply_over_mesh(plan, steps, *sides, quantized_dims)
+        y = _multiply_over_mesh(plan, steps, activation, weight, quantized_dims)
+        return _with_sides_changed(y, activation, quantized_dims) if swapped else y
 
     def float_product(x: jax.Array, weight: QTensor) -> jax.Array:
         sides = (weight, x) if swapped else (x, weight)
