@@ -41,7 +41,8 @@ class Plan:
         - "attention": attention over a quantized KV cache (`KVCache.explain`).
 
       accumulate: dtype of the sums.
-      swapped: True if the weight is the left operand.
+      swapped: True if the product has the weight as its left operand. If the activation
+        is quantized first, it is the left operand in any case.
       reason: why this path was chosen, in words.
       kernel: the Pallas kernel that runs on `platform`: "tpu", "mosaic_gpu" or
         "triton"; "triton_int8" for int8 codes with one scale per row; "tpu_transposed"

@@ -74,7 +74,8 @@ def test_the_scale_of_the_activation_multiplies_the_result(weight, fmt, scale, d
     assert error(multiply(x, w), expected) < limit
     # The weight as the left operand.
     swapped = jaxq.explain(w.T, x.T)
-    assert (swapped.path, swapped.swapped) == ("codes", True)
+    # A quantized activation is the left operand of the product of codes.
+    assert (swapped.path, swapped.swapped) == ("codes", False)
     assert error(multiply(w.T, x.T), expected.T) < limit
 
 

@@ -195,9 +195,9 @@ class Settings:
     def number(self, name: str) -> float:
         """A finite number."""
         value = self.values.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if abs(value) <= _LARGEST:  # False for NaN
-                return float(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and abs(value) <= _LARGEST:  # False for NaN
+            return float(value)
         raise self.problem(name, f"must be a finite number, got {value!r:.80}")
 
     def inner(self, name: str) -> Settings:
