@@ -305,7 +305,8 @@ def test_int8_times_4_bits_is_the_product_of_floats(m):
     qt = jaxq.quantize(normal_with_outliers(256, 64), "int4").with_activation("int8")
     text = jax.jit(jaxq.matmul).lower(normal_with_outliers(m, 256), qt).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    assert len(products) == 2  # one for each half of the bytes
+    # One for each half of the bytes. Many rows are one product with both halves.
+    assert len(products) == (2 if m == 1 else 1)
     assert not any("batching_dims" in line for line in products)
 
 
