@@ -8,9 +8,10 @@ layer raises an error.
 
 from __future__ import annotations
 
+import contextvars
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxq.nn.calibration._modes import (
     linen_train_mode,
     linen_train_mode_note,
 )
+from jaxq.nn.calibration._programs import Reached, cached_program
 from jaxq.nn.calibration._stats import (
     StatsRequest,
     StatsRequests,
@@ -33,8 +35,13 @@ from jaxq.nn.calibration._stats import (
     continued_stats,
     initial_stats,
 )
-from jaxq.nn.layers import Forward, LinenKind, find_call
+from jaxq.nn.layers import Forward, LinenKind, find_call, linen_kinds
 from jaxq.observers import LayerStats, Observer, empty_stats
+
+# Set while a batch is traced: paths of the layers, in the order of their first calls.
+_REACHED: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
+    "reached", default=None
+)
 
 
 @allow_nonfinite()
@@ -182,13 +189,14 @@ class _Watcher:
         forward: Forward | None,
         start: Mapping[str, Any] | None,
     ):
-        self._module, self._forward = module, forward
-        self._requests, self._start = requests, start
+        self._requests = requests
         self._stats: dict[str, Any] = jax.tree.map(jnp.asarray, dict(start or {}))
-        self._step = jax.jit(self._trace)
-        # Paths of the layers in the order of their first calls. `_trace` appends them.
+        self._step = _program(
+            module, requests, forward, start is not None, linen_kinds()
+        )
+        # Paths of the layers in the order of their first calls.
         self.order: list[str] = []
-        # What layers do in train mode, in the order of their calls. `_trace` adds it.
+        # What layers do in train mode, in the order of their calls.
         self.train_mode_calls: dict[str, None] = {}
         # True if a batch draws random numbers.
         self.draws = False
@@ -197,6 +205,9 @@ class _Watcher:
     def run(self, variables: Any, batch: Batch, counts: jax.Array | None) -> None:
         """Adds a batch to the statistics."""
         arguments = (variables, self._stats, batch, counts)
+        # An error is raised by the trace, which adds the layers to this list.
+        traced: list[str] = []
+        token = _REACHED.set(traced)
         try:
             # Only batches with other static values can differ in what they draw.
             structure = jax.tree.structure(batch)
@@ -204,9 +215,9 @@ class _Watcher:
                 self._structures.add(structure)
                 jaxpr = self._step.trace(*arguments).jaxpr
                 self.draws |= draws_random_numbers(jaxpr.jaxpr)
-            self._stats = self._step(*arguments)
+            self._stats, reached = self._step(*arguments)
         except jax.errors.UnexpectedTracerError:
-            layer = self.order[-1] if self.order else "a layer"
+            layer = traced[-1] if traced else "a layer"
             raise ValueError(
                 f"linen.calibrate: {layer} is inside nn.scan, nn.remat, nn.jit or "
                 "nn.vmap, so its input cannot be seen. Build the module without this "
@@ -214,6 +225,10 @@ class _Watcher:
                 "calibrate, or use a rule without observer= and without a method that "
                 "needs data."
             ) from None
+        finally:
+            _REACHED.reset(token)
+        self.order.extend(p for p in reached.paths if p not in self.order)
+        self.train_mode_calls.update(dict.fromkeys(reached.train_mode))
 
     def result(self) -> dict[str, LayerStats]:
         """The statistics by path.
@@ -238,11 +253,30 @@ class _Watcher:
                 result[path] = as_stats(stats[path], empty_stats(1, observer=observer))
         return result
 
-    def _trace(
-        self, variables: Any, stats: dict[str, Any], batch: Batch, counts: Any
-    ) -> dict[str, Any]:
-        """The statistics after a batch. This runs under jit."""
-        updated = dict(stats)
+
+@cached_program
+def _program(
+    module: linen.Module,
+    requests: StatsRequests,
+    forward: Forward | None,
+    continues: bool,
+    kinds: tuple[LinenKind, ...],
+) -> Any:
+    """Returns a jitted function that adds a batch to the statistics of the layers.
+
+    Args:
+      module: a linen module.
+      requests: what to collect for each layer.
+      forward: `forward(module, variables, batch)` runs a batch. None uses `apply`.
+      continues: there are statistics of earlier batches.
+      kinds: all kinds of layers. With another kind, the program sees other layers.
+    """
+
+    @jax.jit
+    def step(
+        variables: Any, stats: dict[str, Any], batch: Batch, counts: Any
+    ) -> tuple[dict[str, Any], Reached]:
+        updated, order, train_mode_calls = dict(stats), [], {}
 
         def watch(
             call: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: Any
@@ -251,45 +285,75 @@ class _Watcher:
             if context.method_name == "__call__":
                 train_mode = linen_train_mode(context.module, args, kwargs)
                 if train_mode:
-                    self.train_mode_calls[train_mode] = None
-            if layer_call is not None and layer_call.kind.watched:
-                self._add_call(updated, context.module, layer_call.kind, args, kwargs)
+                    train_mode_calls[train_mode] = None
+            path = "/".join(context.module.path)
+            is_watched = layer_call is not None and layer_call.kind.watched
+            if layer_call is not None and is_watched and path in requests:
+                is_first = path not in order
+                if is_first:
+                    order.append(path)
+                    _note_reached(path)
+                layer = _Layer(context.module, layer_call.kind, requests[path])
+                updated[path] = layer.with_call(
+                    updated.get(path), args, kwargs, continues=continues and is_first
+                )
             return call(*args, **kwargs)
 
         with only_rows(counts), linen.intercept_methods(watch):
-            run_linen(self._module, variables, batch.whole(), self._forward)
-        return updated
+            run_linen(module, variables, batch.whole(), forward)
+        return updated, Reached(tuple(order), tuple(train_mode_calls))
 
-    def _add_call(
+    return step
+
+
+def _note_reached(path: str) -> None:
+    """Adds a layer to the list for errors. There is a list unless a user traces."""
+    reached = _REACHED.get()
+    if reached is not None:
+        reached.append(path)
+
+
+class _Layer(NamedTuple):
+    """A layer whose input is watched, while its module is traced."""
+
+    module: linen.Module
+    kind: LinenKind
+    request: StatsRequest
+
+    def with_call(
         self,
-        stats: dict[str, Any],
-        layer: linen.Module,
-        kind: LinenKind,
+        stats: Any,
         args: tuple,
         kwargs: dict[str, Any],
-    ) -> None:
-        """Adds the input of one call to the statistics of its layer, in place."""
-        path = "/".join(layer.path)
-        if path not in self._requests:
-            return
-        request = self._requests[path]
+        *,
+        continues: bool,
+    ) -> LayerStats:
+        """The statistics of the layer after one more call.
+
+        Args:
+          stats: the statistics before the call, or None.
+          args: the arguments of the call.
+          kwargs: the named arguments of the call.
+          continues: `stats` are those of earlier batches, as the user passed them.
+        """
+        path, request = "/".join(self.module.path), self.request
         x, args, kwargs = _split_input(args, kwargs)
-        assert kind.read_rows is not None
-        rows, num_batch = kind.read_rows(layer, jnp.asarray(x), *args, **kwargs)
+        assert self.kind.read_rows is not None
+        rows, num_batch = self.kind.read_rows(
+            self.module, jnp.asarray(x), *args, **kwargs
+        )
         batch = rows.shape[:num_batch]
-        empty = initial_stats(request, rows.shape[-1], batch, windowed=kind.windowed)
-        if path not in self.order:
-            self.order.append(path)
-            if self._start is not None:
-                name = path or "the module"
-                stats[path] = continued_stats(
-                    stats.get(path), empty, name, "linen.calibrate"
-                )
-        layer_stats = stats.get(path, empty)
+        empty = initial_stats(
+            request, rows.shape[-1], batch, windowed=self.kind.windowed
+        )
+        if continues:
+            name = path or "the module"
+            stats = continued_stats(stats, empty, name, "linen.calibrate")
         factors = None
         if request.input_scale is not None:
             factors = jnp.asarray(request.input_scale)
-        stats[path] = add_rows(layer_stats, rows, path, request.observer, factors)
+        stats = empty if stats is None else stats
+        return add_rows(stats, rows, path, request.observer, factors)
 
 
 def linen_call_order(

@@ -12,6 +12,7 @@ change arguments and such flags. It detects their effects and reports them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from flax import linen, nnx
 
 from jaxq.jaxprs import inner_jaxprs
 from jaxq.nn.calibration._batches import Batch
+from jaxq.nn.calibration._programs import cached_program
 
 # The attributes that `nnx.Module.eval` sets to True.
 _EVAL_ATTRIBUTES = ("deterministic", "use_running_average")
@@ -42,18 +44,13 @@ class ForcedTrainMode:
 
     Args:
       model: an nnx module. It does not change.
-      run: `run(model, batch)` runs a batch as the user passed it.
+      run: `run(model, batch, forward)` runs a batch as the user passed it.
+      forward: the third argument of `run`.
     """
 
-    def __init__(self, model: nnx.Module, run: Callable[[Any, Any], Any]):
-        graph, self._state = nnx.split(eval_copy(model))
-
-        def statistics(state: Any, batch: Batch) -> Any:
-            copy = nnx.merge(graph, state)
-            run(copy, batch.whole())
-            return nnx.state(copy, nnx.BatchStat)
-
-        self._statistics = jax.jit(statistics)
+    def __init__(self, model: nnx.Module, run: Callable[..., Any], forward: Any):
+        self._graph, self._state = nnx.split(eval_copy(model))
+        self._statistics = _batch_statistics(run, forward)
         self._structures: set[Any] = set()
         self._draws = False
         self._norms: dict[str, None] = {}
@@ -65,13 +62,13 @@ class ForcedTrainMode:
             if structure in self._structures:
                 return
             self._structures.add(structure)
-            traced = self._statistics.trace(self._state, batch)
+            traced = self._statistics.trace(self._graph, self._state, batch)
             self._draws |= draws_random_numbers(traced.jaxpr.jaxpr)
             before = nnx.filter_state(self._state, nnx.BatchStat)
             if not jax.tree.leaves(before):
                 return
             # The compiler removes everything that does not change these statistics.
-            after = self._statistics(self._state, batch)
+            after = self._statistics(self._graph, self._state, batch)
         except Exception:  # the calibration itself raises it, with its own message
             return
         values = dict(nnx.to_flat_state(after))
@@ -98,8 +95,21 @@ class ForcedTrainMode:
         )
 
 
+@cached_program
+def _batch_statistics(run: Callable[..., Any], forward: Any) -> Any:
+    """Returns the statistics of batch norms after a batch, under jit."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def statistics(graph: Any, state: Any, batch: Batch) -> Any:
+        copy = nnx.merge(graph, state)
+        run(copy, batch.whole(), forward)
+        return nnx.state(copy, nnx.BatchStat)
+
+    return statistics
+
+
 def train_mode_note(
-    model: nnx.Module, batches: Iterable[Any], run: Callable[[Any, Any], Any]
+    model: nnx.Module, batches: Iterable[Any], run: Callable[..., Any], forward: Any
 ) -> str:
     """The note of a report on train mode, of a model or of its calibration batches.
 
@@ -108,9 +118,10 @@ def train_mode_note(
     Args:
       model: an nnx module. It does not change.
       batches: as the user passed them.
-      run: `run(model, batch)` runs a batch.
+      run: `run(model, batch, forward)` runs a batch.
+      forward: the third argument of `run`.
     """
-    forced = ForcedTrainMode(model, run)
+    forced = ForcedTrainMode(model, run, forward)
     for batch in batches:
         forced.add(Batch.of(batch))
     forced_note = forced.note()

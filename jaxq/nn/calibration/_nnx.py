@@ -22,6 +22,7 @@ from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
 from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
 from jaxq.nn.calibration._modes import ForcedTrainMode, eval_copy
+from jaxq.nn.calibration._programs import Reached, cached_program
 from jaxq.nn.calibration._stats import (
     StatsRequest,
     StatsRequests,
@@ -73,7 +74,8 @@ def calibrate(
       mask: `mask(batch)` returns a bool array `[b, t]` or `[b]` that is False for
         padding.
       forward: `forward(model, batch)` runs a batch. Its result is ignored. None calls
-        the model.
+        the model. The function is compiled. Later calls with the same function, equal
+        modules and equal shapes use the compiled program again.
       hessian: collect second moments `[K, K]` too, 4 K^2 bytes for each layer.
       observer: an observer from `jaxq.observers`, without `axis=`. It observes all
         numbers of each layer's input. `stats.observed` is the observer's state. The
@@ -112,7 +114,7 @@ def calibrate(
             "For a linen module, use jaxq.nn.linen.calibrate."
         )
     request = StatsRequest(observer, hessian)
-    train_mode = ForcedTrainMode(model, lambda m, batch: run_model(m, batch, forward))
+    train_mode = ForcedTrainMode(model, run_model, forward)
     stats = collect_stats(
         model,
         batches,
@@ -164,17 +166,11 @@ def collect_stats(
         _continue(probes, start)
     reached: list[str] = []
 
-    @nnx.jit
-    def trace(copy: nnx.Module, batch: Batch, counts: Any) -> None:
-        token = _REACHED.set(reached)
-        try:
-            with only_rows(counts):
-                run_model(copy, batch.whole(), forward)
-        finally:
-            _REACHED.reset(token)
+    run = _program(forward)
 
     def step(batch: Batch, counts: jax.Array | None) -> None:
-        trace(copy, batch, counts)
+        paths = run(copy, batch, counts).paths
+        reached.extend(path for path in paths if path not in reached)
         if watch is not None:
             watch(batch)
 
@@ -191,6 +187,24 @@ def collect_stats(
         )
     check_stats(stats, "calibrate")
     return {path: stats[path] for path in (*reached, *not_reached)}
+
+
+@cached_program
+def _program(forward: Callable[[Any, Any], Any] | None) -> Callable[..., Reached]:
+    """Runs a batch through a model with probes, under jit."""
+
+    @nnx.jit
+    def run(copy: nnx.Module, batch: Batch, counts: Any) -> Reached:
+        reached: list[str] = []
+        token = _REACHED.set(reached)
+        try:
+            with only_rows(counts):
+                run_model(copy, batch.whole(), forward)
+        finally:
+            _REACHED.reset(token)
+        return Reached(tuple(reached))
+
+    return run
 
 
 def call_order(

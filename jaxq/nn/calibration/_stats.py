@@ -47,6 +47,17 @@ class StatsRequests:
         self._by_path = by_path
         self._default = default
 
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, StatsRequests) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        """Raises a TypeError if a request has an `input_scale`, which is an array."""
+        return hash(self._key())
+
+    def _key(self) -> Any:
+        by_path = None if self._by_path is None else tuple(self._by_path.items())
+        return by_path, self._default
+
     @property
     def paths(self) -> list[str]:
         """The paths in `by_path`. Empty if `by_path` is None."""

@@ -236,11 +236,7 @@ class NnxAdapter:
         self._original: Any = None
         if options.batches:
             self._original = eval_copy(model)
-
-            def run(model: nnx.Module, batch: Any) -> Any:
-                return run_model(model, batch, options.forward)
-
-            note = train_mode_note(model, options.batches, run)
+            note = train_mode_note(model, options.batches, run_model, options.forward)
             self.notes = (*self.notes, note)
         if recipe.rotate:
             key = jax.random.key(0) if options.key is None else options.key
