@@ -19,7 +19,7 @@ from flax import linen
 from jaxq.debug_checks import allow_nonfinite
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
-from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
+from jaxq.nn.calibration._held_out_rows import add_patches, add_rows, only_rows
 from jaxq.nn.calibration._modes import (
     draws_random_numbers,
     linen_train_mode,
@@ -47,6 +47,7 @@ def calibrate(
     mask: Callable[[Any], Any] | None = None,
     forward: Forward | None = None,
     hessian: bool = True,
+    patches: bool = False,
     observer: Observer | None = None,
     start: Mapping[str, LayerStats] | None = None,
     progress: bool | None = None,
@@ -54,8 +55,8 @@ def calibrate(
     """Collects statistics of the inputs of a linen module's layers.
 
     The layers are Dense, DenseGeneral, Einsum, Conv and ConvTranspose. A row of a
-    convolution's input is the vector of channels at one spatial position. Convolutions
-    have no second moments.
+    convolution's input is the vector of channels at one spatial position. The second
+    moments of a convolution are those of its patches.
 
     The experts of a mixture of experts may be a stack: layers under `jax.vmap`, or the
     batch axes of an einsum. An expert may then read zeros for the tokens of other
@@ -76,6 +77,8 @@ def calibrate(
       forward: `forward(module, variables, batch)` runs a batch. None uses
         `module.apply`.
       hessian: collect second moments `[K, K]` too.
+      patches: collect the statistics of the patches of convolutions too, as in
+        `jaxq.nn.calibrate`.
       observer: as in `jaxq.nn.calibrate`.
       start: statistics of earlier batches, as in `jaxq.nn.calibrate`.
       progress: show a progress line. None shows the line if stderr is a terminal.
@@ -106,7 +109,7 @@ def calibrate(
             "linen.calibrate: module must be a flax linen Module, got "
             f"{type(module).__name__}. For an nnx module, use jaxq.nn.calibrate."
         )
-    request = StatsRequest(observer, hessian)
+    request = StatsRequest(observer, hessian, patches=patches)
     stats, note = collect_linen_stats(
         module,
         variables,
@@ -277,7 +280,13 @@ class _Watcher:
         assert kind.read_rows is not None
         rows, num_batch = kind.read_rows(layer, jnp.asarray(x), *args, **kwargs)
         batch = rows.shape[:num_batch]
-        empty = initial_stats(request, rows.shape[-1], batch, windowed=kind.windowed)
+        patches, sizes = None, None
+        if request.patches and kind.read_patches is not None:
+            patches = kind.read_patches(layer, jnp.asarray(x), *args, **kwargs)
+            sizes = patches.shape[0], patches.shape[-1]
+        empty = initial_stats(
+            request, rows.shape[-1], batch, windowed=kind.windowed, patches=sizes
+        )
         if path not in self.order:
             self.order.append(path)
             if self._start is not None:
@@ -289,7 +298,10 @@ class _Watcher:
         factors = None
         if request.input_scale is not None:
             factors = jnp.asarray(request.input_scale)
-        stats[path] = add_rows(layer_stats, rows, path, request.observer, factors)
+        new_stats = add_rows(layer_stats, rows, path, request.observer, factors)
+        if patches is not None:
+            new_stats = add_patches(new_stats, patches, path)
+        stats[path] = new_stats
 
 
 def linen_call_order(
