@@ -38,8 +38,9 @@ class Solution(NamedTuple):
 
 
 # The statistics that `Method.needs` may name: the fields of `LayerStats`, and `absmax`,
-# which `LayerStats` computes from two fields.
-_STATISTICS = (*LayerStats._fields, "absmax")
+# which `LayerStats` computes from two fields. A method of a convolution gets the
+# statistics of its patches as if the patches were rows.
+_STATISTICS = (*(name for name in LayerStats._fields if name != "patches"), "absmax")
 
 # Quantizes one weight `[in, out]`, or a stack `[..., in, out]`:
 # `(w, stats, spec, *, key, **options) -> Solution`. `Method.solve` explains it.

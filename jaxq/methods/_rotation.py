@@ -13,9 +13,11 @@ elements, where q is a power of an odd prime (Paley, 1933):
 | 3 | q + 1 | 12, 20, 28, 44, 60, 344 |
 | 1 | 2 (q + 1) | 36, 52, 76, 108, 148 |
 
-For the orders 156 and 172, H comes from four circulant matrices (Goethals and Seidel,
-1967). Of the orders up to 200, the orders 92, 116, 184 and 188 are missing: matrices
-are known, but not from these constructions.
+For the orders 156, 172 and 428, H comes from four circulant matrices (Goethals and
+Seidel, 1967). The order 428 gives the hidden sizes 13696 = 32 * 428 and 27392. Its
+circulant matrices come from four sequences of signs of the lengths 36, 36, 36 and 35
+(Kharaghani and Tayfeh-Rezaie, 2005). Of the orders up to 200, the orders 92, 116, 184
+and 188 are missing: matrices are known, but not from these constructions.
 """
 
 from __future__ import annotations
@@ -37,6 +39,12 @@ from jaxq.methods import _matrix
 _CIRCULANT = {
     156: (74228022126, 432057256904, 506044792308, 266021435876),
     172: (7905464307918, 3872785226268, 1431347407656, 2231983365636),
+    428: (
+        119248894060070021979558352815746,
+        98959953258289715935848051472765,
+        119248894061210615305632627521917,
+        63299323569783054129665832089981,
+    ),
 }
 # Larger orders are not searched: the matrix of the odd part is multiplied densely.
 _LARGEST_PALEY = 1 << 12
@@ -110,6 +118,7 @@ def hadamard_matrix(n: int) -> np.ndarray:
     References:
       Paley, "On Orthogonal Matrices", 1933.
       Goethals and Seidel, "Orthogonal Matrices with Zero Diagonal", 1967.
+      Kharaghani and Tayfeh-Rezaie, "A Hadamard Matrix of Order 428", 2005.
     """
     odd = _odd_order(n, "hadamard_matrix")
     matrix = _odd_matrix(odd)
@@ -275,7 +284,7 @@ def _odd_order(n: int, caller: str) -> int:
     raise ValueError(
         f"{caller}: no Hadamard matrix of order {n} can be built here. Orders are 2^m "
         "K, where K is 1, q + 1 (q = 3 mod 4) or 2 (q + 1) (q = 1 mod 4) for a power q "
-        "of an odd prime, 156 or 172. Pad to such an order, or rotate blocks of a "
+        "of an odd prime, 156, 172 or 428. Pad to such an order, or rotate blocks of a "
         "smaller one."
     )
 

@@ -50,6 +50,9 @@ class LayerStats(NamedTuple):
       observed: the state of an observer (`jaxq.observers`) for static activation
         quantization. It includes all rows, also the held-out rows. None if there is no
         observer.
+      patches: the `LayerStats` of the patches of a convolution's input, with a leading
+        axis for the groups of features: the rows that its kernel multiplies as a
+        matrix. None for other layers, and if they were not collected.
 
     Example:
       >>> import jax.numpy as jnp, jaxq
@@ -73,6 +76,7 @@ class LayerStats(NamedTuple):
     held_out_ranks: jax.Array
     num_calls: jax.Array
     observed: Any = None
+    patches: Any = None
 
     @property
     def absmax(self) -> jax.Array:
@@ -191,6 +195,7 @@ def update_stats(
         held_out_ranks=held_out[1],
         num_calls=stats.num_calls + 1,
         observed=observed,
+        patches=stats.patches,
     )
 
 

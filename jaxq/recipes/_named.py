@@ -112,6 +112,7 @@ def as_recipe(recipe: str | QuantSpec | Recipe, caller: str) -> Recipe:
         activation=named.activation,
         observer=named.observer,
         method=named.method,
+        or_nearest=True,
     )
     return Recipe((*default_rules(), last), rotate=named.rotate)
 

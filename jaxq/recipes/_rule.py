@@ -76,6 +76,9 @@ class Rule:
         from the layer.
       reason: what the report says about a skipped layer.
       optional: True if the rule may match nothing. Otherwise that is an error.
+      or_nearest: True rounds a layer to nearest if the method cannot quantize layers of
+        its kind, and the report says so. Otherwise that is an error. The rules of named
+        recipes have True.
 
     Raises:
       TypeError: a field has the wrong type.
@@ -105,6 +108,7 @@ class Rule:
     batch: tuple[int, ...] | None = None
     reason: str | None = None
     optional: bool = False
+    or_nearest: bool = False
 
     def __post_init__(self):
         self._check_types()
@@ -215,7 +219,7 @@ class Rule:
                 raise TypeError(
                     f"Rule: {field} must be a string, got {type(value).__name__}."
                 )
-        for field in ("skip", "optional", "correct_bias"):
+        for field in ("skip", "optional", "correct_bias", "or_nearest"):
             value = getattr(self, field)
             if not isinstance(value, bool):
                 raise TypeError(

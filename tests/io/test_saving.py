@@ -231,6 +231,26 @@ def test_models(path, weight):
     assert isinstance(flat["conv/kernel"], QTensor) == bool(weight)
 
 
+class Activated(nnx.Module):
+    """A model that holds functions of jax as attributes."""
+
+    def __init__(self, seed=0):
+        self.up = nnx.Linear(16, 16, rngs=nnx.Rngs(seed))
+        self.activation = nnx.relu
+        self.layers = nnx.Sequential(nnx.Linear(16, 4, rngs=nnx.Rngs(seed)), nnx.silu)
+
+    def __call__(self, x):
+        return self.layers(self.activation(self.up(x)))
+
+
+def test_models_that_hold_functions_of_jax_are_saved(path):
+    model, _ = jaxq.quantize_model(Activated(), INT8)
+    jaxq.save(path, model)
+    loaded = jaxq.load(path, into=Activated(seed=1))
+    x = jnp.linspace(-1, 1, 32).reshape(2, 16)
+    assert np.asarray(loaded(x)).tobytes() == np.asarray(model(x)).tobytes()
+
+
 def test_numbers_in_variables(path):
     class Counted(nnx.Module):
         def __init__(self, step):

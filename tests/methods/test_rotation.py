@@ -46,8 +46,8 @@ ORDERS = [
     108,
     120,
 ]
-ORDERS += [124, 128, 140, 148, 156, 160, 164, 172, 256, 312, 344, 896]
-SHORT = [1, 2, 8, 12, 20, 28, 36, 40, 52, 156, 172, 344]
+ORDERS += [124, 128, 140, 148, 156, 160, 164, 172, 256, 312, 344, 428, 896]
+SHORT = [1, 2, 8, 12, 20, 28, 36, 40, 52, 156, 172, 344, 428]
 
 
 @pytest.mark.parametrize("n", tables.thinned(ORDERS, SHORT))
@@ -83,6 +83,17 @@ def test_transform_is_the_product(n):
     np.testing.assert_allclose(
         hadamard(hadamard(whole), inverse=True), whole, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("n", [13696, 27392])
+def test_hidden_sizes_that_need_the_order_428(n):
+    spikes = np.zeros((2, n), np.float32)
+    spikes[[0, 1], [3, n - 1]] = 1
+    rows = np.asarray(hadamard(spikes, inverse=True))
+    np.testing.assert_allclose(np.abs(rows), n**-0.5, rtol=1e-6)
+    signs = np.sign(rows).astype(np.int64)
+    assert signs[0] @ signs[1] == 0
+    np.testing.assert_allclose(hadamard(rows), spikes, atol=1e-5)
 
 
 def test_axes_dtypes_and_norm():

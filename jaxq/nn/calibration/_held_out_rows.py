@@ -85,6 +85,17 @@ def add_rows(
     return update(stats, rows, counts, parts)
 
 
+def add_patches(stats: LayerStats, patches: jax.Array, path: str) -> LayerStats:
+    """Returns the statistics of a convolution after the patches of one more call.
+
+    Args:
+      stats: the statistics so far, with `patches`.
+      patches: `[groups, *free, K]`.
+      path: of the layer, for errors.
+    """
+    return stats._replace(patches=add_rows(stats.patches, patches, path, None))
+
+
 @jax.custom_batching.custom_vmap
 def _is_data(rows: jax.Array) -> jax.Array:
     """Which of the rows `[t, K]` of one layer are data, as bool `[t]`.

@@ -20,7 +20,7 @@ from flax import linen
 from jaxq.debug_checks import allow_nonfinite
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
-from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
+from jaxq.nn.calibration._held_out_rows import add_patches, add_rows, only_rows
 from jaxq.nn.calibration._modes import (
     draws_random_numbers,
     linen_train_mode,
@@ -54,6 +54,7 @@ def calibrate(
     mask: Callable[[Any], Any] | None = None,
     forward: Forward | None = None,
     hessian: bool = True,
+    patches: bool = False,
     observer: Observer | None = None,
     start: Mapping[str, LayerStats] | None = None,
     progress: bool | None = None,
@@ -61,8 +62,8 @@ def calibrate(
     """Collects statistics of the inputs of a linen module's layers.
 
     The layers are Dense, DenseGeneral, Einsum, Conv and ConvTranspose. A row of a
-    convolution's input is the vector of channels at one spatial position. Convolutions
-    have no second moments.
+    convolution's input is the vector of channels at one spatial position. The second
+    moments of a convolution are those of its patches.
 
     The experts of a mixture of experts may be a stack: layers under `jax.vmap`, or the
     batch axes of an einsum. An expert may then read zeros for the tokens of other
@@ -83,6 +84,8 @@ def calibrate(
       forward: `forward(module, variables, batch)` runs a batch. None uses
         `module.apply`.
       hessian: collect second moments `[K, K]` too.
+      patches: collect the statistics of the patches of convolutions too, as in
+        `jaxq.nn.calibrate`.
       observer: as in `jaxq.nn.calibrate`.
       start: statistics of earlier batches, as in `jaxq.nn.calibrate`.
       progress: show a progress line. None shows the line if stderr is a terminal.
@@ -113,7 +116,7 @@ def calibrate(
             "linen.calibrate: module must be a flax linen Module, got "
             f"{type(module).__name__}. For an nnx module, use jaxq.nn.calibrate."
         )
-    request = StatsRequest(observer, hessian)
+    request = StatsRequest(observer, hessian, patches=patches)
     stats, note = collect_linen_stats(
         module,
         variables,
@@ -343,8 +346,18 @@ class _Layer(NamedTuple):
             self.module, jnp.asarray(x), *args, **kwargs
         )
         batch = rows.shape[:num_batch]
+        patches, sizes = None, None
+        if request.patches and self.kind.read_patches is not None:
+            patches = self.kind.read_patches(
+                self.module, jnp.asarray(x), *args, **kwargs
+            )
+            sizes = patches.shape[0], patches.shape[-1]
         empty = initial_stats(
-            request, rows.shape[-1], batch, windowed=self.kind.windowed
+            request,
+            rows.shape[-1],
+            batch,
+            windowed=self.kind.windowed,
+            patches=sizes,
         )
         if continues:
             name = path or "the module"
@@ -353,7 +366,8 @@ class _Layer(NamedTuple):
         if request.input_scale is not None:
             factors = jnp.asarray(request.input_scale)
         stats = empty if stats is None else stats
-        return add_rows(stats, rows, path, request.observer, factors)
+        stats = add_rows(stats, rows, path, request.observer, factors)
+        return stats if patches is None else add_patches(stats, patches, path)
 
 
 def linen_call_order(

@@ -20,7 +20,7 @@ from flax import errors, nnx
 from jaxq.debug_checks import allow_nonfinite
 from jaxq.nn.calibration._batches import Batch, run_batches
 from jaxq.nn.calibration._call_order import record_call, trace_call_order
-from jaxq.nn.calibration._held_out_rows import add_rows, only_rows
+from jaxq.nn.calibration._held_out_rows import add_patches, add_rows, only_rows
 from jaxq.nn.calibration._modes import ForcedTrainMode, eval_copy
 from jaxq.nn.calibration._programs import Reached, cached_program
 from jaxq.nn.calibration._stats import (
@@ -30,7 +30,7 @@ from jaxq.nn.calibration._stats import (
     continued_stats,
     initial_stats,
 )
-from jaxq.nn.layers import LayerKind, find_kind, weight_axes
+from jaxq.nn.layers import LayerKind, find_kind, patches_shape, weight_axes
 from jaxq.observers import LayerStats, Observer
 
 # Set while a batch is traced: paths of the layers, in the order of their first calls.
@@ -48,6 +48,7 @@ def calibrate(
     mask: Callable[[Any], Any] | None = None,
     forward: Callable[[Any, Any], Any] | None = None,
     hessian: bool = True,
+    patches: bool = False,
     observer: Observer | None = None,
     start: Mapping[str, LayerStats] | None = None,
     progress: bool | None = None,
@@ -70,13 +71,17 @@ def calibrate(
       layers: paths of the layers. None means all layers of the kinds Linear,
         LinearGeneral, Einsum, Conv and ConvTranspose, and of registered kinds with a
         `hook`. A row of a convolution's input is the vector of channels at one spatial
-        position. Convolutions have no second moments.
+        position. The second moments of a convolution are those of its patches.
       mask: `mask(batch)` returns a bool array `[b, t]` or `[b]` that is False for
         padding.
       forward: `forward(model, batch)` runs a batch. Its result is ignored. None calls
         the model. The function is compiled. Later calls with the same function, equal
         modules and equal shapes use the compiled program again.
       hessian: collect second moments `[K, K]` too, 4 K^2 bytes for each layer.
+      patches: collect the statistics of the patches of convolutions too
+        (`LayerStats.patches`). A patch is one window of the input as a row. Methods
+        such as GPTQ need them. A patch has as many numbers as the window has times the
+        channels, so its second moments can be large.
       observer: an observer from `jaxq.observers`, without `axis=`. It observes all
         numbers of each layer's input. `stats.observed` is the observer's state. The
         range for static activation quantization is
@@ -113,7 +118,7 @@ def calibrate(
             f"calibrate: model must be a flax nnx Module, got {type(model).__name__}. "
             "For a linen module, use jaxq.nn.linen.calibrate."
         )
-    request = StatsRequest(observer, hessian)
+    request = StatsRequest(observer, hessian, patches=patches)
     train_mode = ForcedTrainMode(model, run_model, forward)
     stats = collect_stats(
         model,
@@ -282,11 +287,15 @@ class Probe(nnx.Module):
         x = self.kind.read_input(*args, **kwargs)
         if not record_call(self.path, x):
             rows, _ = self.kind.read_rows(*args, **kwargs)
-            self._add(rows)
+            patches = None
+            if self.stats.get_value().patches is not None:
+                assert self.kind.read_patches is not None
+                patches = self.kind.read_patches(*args, **kwargs)
+            self._add(rows, patches)
         return self.product(*args, **kwargs)
 
-    def _add(self, rows: jax.Array) -> None:
-        """Adds the rows of one call to the statistics."""
+    def _add(self, rows: jax.Array, patches: jax.Array | None) -> None:
+        """Adds the rows and the patches of one call to the statistics."""
         try:
             factors = self.input_scale
             stats = add_rows(
@@ -296,6 +305,8 @@ class Probe(nnx.Module):
                 self.observer,
                 None if factors is None else factors.get_value(),
             )
+            if patches is not None:
+                stats = add_patches(stats, patches, self.path)
             self.stats.set_value(stats)
         except errors.TraceContextError as error:
             raise ValueError(
@@ -342,12 +353,15 @@ def _probe(path: str, module: Any, kind: LayerKind, request: StatsRequest) -> Pr
     """The probe of a layer, with empty statistics."""
     shape = getattr(module, kind.weight).get_value().shape
     contracting, batch_axes = weight_axes(module, kind)
+    patches = None
     if kind.num_channels is not None:
         k = kind.num_channels(module)
+        if request.patches and kind.read_patches is not None:
+            patches = patches_shape(shape, contracting, k)
     else:
         k = int(np.prod([shape[axis] for axis in contracting]))
     batch = tuple(shape[axis] for axis in batch_axes)
-    stats = initial_stats(request, k, batch, windowed=kind.windowed)
+    stats = initial_stats(request, k, batch, windowed=kind.windowed, patches=patches)
     assert kind.hook is not None
     product = getattr(module, kind.hook) or kind.plain_product
     assert product is not None

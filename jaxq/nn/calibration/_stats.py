@@ -26,11 +26,13 @@ class StatsRequest(NamedTuple):
       hessian: collect second moments too.
       input_scale: `[*batch, K]`: collect the statistics of the input multiplied by
         these factors. None collects those of the input itself.
+      patches: collect the statistics of a convolution's patches too.
     """
 
     observer: Observer | None = None
     hessian: bool = True
     input_scale: np.ndarray | None = None
+    patches: bool = False
 
 
 class StatsRequests:
@@ -71,7 +73,12 @@ class StatsRequests:
 
 
 def initial_stats(
-    request: StatsRequest, k: int, batch: tuple[int, ...], *, windowed: bool
+    request: StatsRequest,
+    k: int,
+    batch: tuple[int, ...],
+    *,
+    windowed: bool,
+    patches: tuple[int, int] | None = None,
 ) -> LayerStats:
     """The statistics of a layer before its first call.
 
@@ -79,10 +86,19 @@ def initial_stats(
       request: what to collect.
       k: the size of a row.
       batch: the sizes of the batch axes. Each of their elements has its own statistics.
-      windowed: the layer is a convolution. Convolutions have no second moments.
+      windowed: the layer is a convolution. Its channels have no second moments.
+      patches: the sizes (groups, K) of its patches. None collects no patches.
     """
     hessian = request.hessian and not windowed
     empty = empty_stats(k, hessian=hessian, observer=request.observer)
+    if patches is not None:
+        groups, patch_size = patches
+        empty_group = empty_stats(patch_size, hessian=request.hessian)
+        empty = empty._replace(
+            patches=jax.tree.map(
+                lambda a: jnp.broadcast_to(a, (groups, *a.shape)), empty_group
+            )
+        )
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (*batch, *a.shape)), empty)
 
 

@@ -13,6 +13,7 @@ from jaxq.nn.layers._batch_norm import (
     folded_kernel,
     norm_factor,
 )
+from jaxq.nn.layers._conv_patches import conv_patches, patches_shape
 from jaxq.nn.layers._input_transform import TransformInput, input_transforms
 from jaxq.nn.layers._kind import (
     LayerKind,

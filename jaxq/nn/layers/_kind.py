@@ -12,7 +12,7 @@ frozen dataclasses. `nnx.jit` compares hooks by value, so it does not compile ag
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from flax import nnx
@@ -48,6 +48,10 @@ class LayerKind:
       num_channels: `num_channels(layer)` returns the number of input channels of a
         convolution. This number is the size K of a row. None if the layer is not a
         convolution.
+      read_patches: `read_patches(*args, **kwargs)` returns the patches
+        `[groups, *free, K]` of a convolution's input (`conv_patches`). The arguments
+        are those of the hook. The last contracted axis of the weight is that of the
+        channels. None if calibration cannot see which windows the layer reads.
       corrects_bias: True if `Rule(correct_bias=True)` works. The layer must add its
         attribute `bias` to the product, one number for each output feature.
 
@@ -74,6 +78,7 @@ class LayerKind:
     read_rows: Callable[..., InputRows] = dot_rows
     num_channels: Callable[[Any], int] | None = None
     corrects_bias: bool = False
+    read_patches: Callable[..., Any] | None = None
 
     def __post_init__(self):
         for field in ("name", "weight"):
@@ -85,7 +90,7 @@ class LayerKind:
         for field in ("roles", "attach", "problem", "read_input", "read_rows"):
             if not callable(getattr(self, field)):
                 self._refuse(field, "a function")
-        for field in ("plain_product", "num_channels"):
+        for field in ("plain_product", "num_channels", "read_patches"):
             function = getattr(self, field)
             if function is not None and not callable(function):
                 self._refuse(field, "a function or None")
@@ -258,11 +263,24 @@ def weight_axes(layer: Any, kind: LayerKind) -> tuple[tuple[int, ...], tuple[int
     num_stacked = len(shape) - len(roles.shape)
     if num_stacked < 0 or tuple(shape[num_stacked:]) != roles.shape:
         raise ValueError(
-            f"its {kind.weight} is {list(shape)}, which is not {list(roles.shape)} "
-            "with stacked axes in front. "
-            "Stack layers along axis 0 (nnx.vmap out_axes=0)."
+            f"its {kind.weight} is {list(shape)}, {wrong_stack(shape, roles.shape)}. "
+            "Stack layers along axis 0: nnx.vmap(out_axes=0) and nnx.scan(in_axes=0), "
+            "or StateAxes with 0 for nnx.Param"
         )
     return roles.contracting, tuple(range(num_stacked + roles.num_batch))
+
+
+def wrong_stack(shape: Sequence[int], own: Sequence[int]) -> str:
+    """What is wrong with the shape of a weight that is no stack along axis 0.
+
+    Args:
+      shape: of the weight.
+      own: the shape of the weight of one layer.
+    """
+    for axis in range(1, len(shape)):
+        if (*shape[:axis], *shape[axis + 1 :]) == tuple(own):
+            return f"a stack along axis {axis}, not along axis 0"
+    return f"which is not {list(own)} with stacked axes in front"
 
 
 def stack_note(layer: Any, kind: LayerKind) -> str:

@@ -14,14 +14,16 @@ from flax import linen
 from jax import lax
 
 from jaxq.nn.layers._call_inputs import InputRows
+from jaxq.nn.layers._conv_patches import conv_patches
 from jaxq.nn.layers._conv_product import MASKED
 from jaxq.nn.layers._linen_kind import (
     LinenKind,
+    code_of,
     foreign_function,
     register_linen_layer,
 )
 from jaxq.nn.layers._linen_own_weight import call_own_code
-from jaxq.nn.layers._linen_stand_in import with_own_code
+from jaxq.nn.layers._linen_stand_in import StandIn, with_own_code
 from jaxq.nn.layers._roles import Roles, roles_of_conv
 
 
@@ -56,6 +58,35 @@ def _input_rows(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> InputRow
     return x, 0
 
 
+class _PatchReader(StandIn):
+    """Takes the place of a Conv, and keeps the patches that its product reads.
+
+    Flax's own code pads the input and chooses strides and dilations.
+    """
+
+    # The layer's own call makes the bias.
+    use_bias = False
+
+    def __init__(self, layer: linen.Module):
+        super().__init__(layer, "kernel", self._kernel)
+        self.patches: Any = None
+
+    def _kernel(self, init: Any, shape: Any, dtype: Any) -> jax.Array:
+        return self._layer.get_variable("params", "kernel")
+
+    def conv_general_dilated(
+        self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any
+    ) -> jax.Array:
+        self.patches = conv_patches(lhs, rhs, *args, **kwargs)
+        return lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
+
+
+def _read_patches(layer: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    reader = _PatchReader(layer)
+    code_of(linen.Conv.__call__)(reader, x)
+    return reader.patches
+
+
 def _problem(layer: Any, *args: Any, **kwargs: Any) -> str | None:
     if not layer.shared_weights:
         return (
@@ -76,5 +107,6 @@ CONV = register_linen_layer(
         problem=_problem,
         read_rows=_input_rows,
         windowed=True,
+        read_patches=_read_patches,
     )
 )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
+from jaxq.nn.layers._kind import wrong_stack
 from jaxq.nn.layers._linen_interceptor import run_with_codes, stored_qtensor
 from jaxq.nn.layers._linen_kind import LinenKind, find_call
 from jaxq.nn.layers._linen_trace import FlatParams, Forward, params_of, trace
@@ -214,8 +215,8 @@ def _layer(
         problem = f"its {kind.weight} is not in the variables at {'/'.join(layer.key)}"
     elif tuple(outer.shape[outer.ndim - len(shape) :]) != shape:
         problem = (
-            f"its {kind.weight} is {list(outer.shape)}, which is not {list(shape)} "
-            "with stacked axes in front. Stack layers along axis 0 "
+            f"its {kind.weight} is {list(outer.shape)}, "
+            f"{wrong_stack(outer.shape, shape)}. Stack layers along axis 0 "
             "(variable_axes={'params': 0})"
         )
     if problem is not None:

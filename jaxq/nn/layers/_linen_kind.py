@@ -49,6 +49,9 @@ class LinenKind:
         calibration cannot see the layer's input.
       windowed: True for a convolution: windows of the input are multiplied by the
         weight.
+      read_patches: `read_patches(layer, x, *args, **kwargs)` returns the patches
+        `[groups, *free, K]` of a convolution's input (`conv_patches`). None if
+        calibration cannot see which windows the layer reads.
       corrects_bias: True if `Rule(correct_bias=True)` works. The layer must add its
         parameter "bias" to the product, one number for each output feature.
     """
@@ -61,6 +64,7 @@ class LinenKind:
     problem: Callable[..., str | None] = _no_problem
     read_rows: Callable[..., InputRows] | None = None
     windowed: bool = False
+    read_patches: Callable[..., Any] | None = None
     corrects_bias: bool = False
 
     @property

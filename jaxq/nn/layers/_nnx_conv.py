@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 from jaxq.nn.layers._call_inputs import conv_rows
+from jaxq.nn.layers._conv_patches import conv_patches
 from jaxq.nn.layers._conv_product import (
     MASKED,
     conv_general_dilated,
@@ -84,5 +85,6 @@ register_layer(
         hook="conv_general_dilated",
         read_rows=conv_rows,
         num_channels=num_channels,
+        read_patches=conv_patches,
     )
 )

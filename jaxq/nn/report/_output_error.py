@@ -46,10 +46,12 @@ class Inputs(NamedTuple):
       windowed: the layer is a convolution.
       channel: the axis of a convolution's input channels in the kernel, as a negative
         number. None if it is not known, and for other layers.
+      patches: calibration has kept the patches of a convolution's input.
     """
 
     windowed: bool
     channel: int | None = None
+    patches: bool = False
 
 
 class _Rows(NamedTuple):
@@ -122,7 +124,8 @@ def output_sqnr_of(
     Returns:
       float32 scalar. A stack has one error.
     """
-    return _jit_output_sqnr(floats, qt, stats.held_out, inputs)
+    rows = stats.patches.held_out if inputs.patches else stats.held_out
+    return _jit_output_sqnr(floats, qt, rows, inputs)
 
 
 @functools.partial(jax.jit, static_argnames="inputs")
@@ -156,6 +159,8 @@ def row_sqnr_of(
     Returns:
       float32 `[*batch]`.
     """
+    # A range is one of channels, so the channels of all positions judge it.
+    inputs = inputs._replace(patches=False)
     return _jit_row_sqnr(floats, qt, _Rows.of(stats), inputs)
 
 
@@ -185,9 +190,11 @@ def _outputs(
 ) -> tuple[jax.Array, jax.Array]:
     """The exact and the quantized outputs of rows, `[*batch, rows, ...]`.
 
-    Each tap of a convolution's kernel gives a separate product, because calibration
-    keeps single positions of the inputs.
+    Without patches, each tap of a convolution's kernel gives a separate product,
+    because calibration keeps single positions of the inputs.
     """
+    if inputs.patches:
+        return _products_of_patches(floats, qt, rows)
     if inputs.channel is None:
         return _products(floats, qt, rows)
     return _products_of_taps(floats, qt, rows, inputs.channel)
@@ -241,21 +248,50 @@ def _products_of_taps(
         highest = jax.lax.Precision.HIGHEST
         return jnp.einsum("...rgc,...gotc->...rtgo", x, taps, precision=highest)
 
-    spec, x = qt.meta.activation, rows
-    if spec is not None:
-        assert qt.input_range is not None
-        num_batch = len(qt.batch_shape)
-        codes = quantize(
-            rows,
-            spec,
-            contracting=tuple(range(num_batch, rows.ndim)),
-            batch=tuple(range(num_batch)),
-            bounds=(qt.input_range[..., 0], qt.input_range[..., 1]),
-            on_nonfinite="propagate",
-        )
-        x = dequantize(codes, dtype=jnp.float32)
+    x = _quantized_rows(qt, rows)
     rounded = dequantize(qt.with_activation(None), dtype=jnp.float32)
     return products(rows, floats.astype(jnp.float32)), products(x, rounded)
+
+
+def _products_of_patches(
+    floats: jax.Array, qt: QTensor, patches: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The products of patches with a convolution's kernel as a matrix.
+
+    Args:
+      floats: the float kernel.
+      qt: the quantized kernel. Its inputs have a static range or stay in floats.
+      patches: float32 `[*batch, groups, rows, K]`.
+    """
+    geometry, num_groups = qt.meta.geometry, patches.shape[-3]
+
+    def products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        rows = geometry.to_storage(geometry.to_view(kernel))  # [*batch, *kept, K]
+        rows = rows.reshape(*qt.batch_shape, num_groups, -1, x.shape[-1])
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.einsum("...grk,...gok->...rgo", x, rows, precision=highest)
+
+    x = _quantized_rows(qt, patches)
+    rounded = dequantize(qt.with_activation(None), dtype=jnp.float32)
+    return products(patches, floats.astype(jnp.float32)), products(x, rounded)
+
+
+def _quantized_rows(qt: QTensor, rows: jax.Array) -> jax.Array:
+    """Rows `[*batch, ...]` as the layer quantizes them by its static range."""
+    spec = qt.meta.activation
+    if spec is None:
+        return rows
+    assert qt.input_range is not None
+    num_batch = len(qt.batch_shape)
+    codes = quantize(
+        rows,
+        spec,
+        contracting=tuple(range(num_batch, rows.ndim)),
+        batch=tuple(range(num_batch)),
+        bounds=(qt.input_range[..., 0], qt.input_range[..., 1]),
+        on_nonfinite="propagate",
+    )
+    return dequantize(codes, dtype=jnp.float32)
 
 
 @jax.jit

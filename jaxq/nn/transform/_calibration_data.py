@@ -119,14 +119,15 @@ class CalibrationData:
         return [f"not used, because no rule needs data: {', '.join(names)}"]
 
 
-def needs_statistics(rule: Rule, has_rows: bool) -> bool:
+def needs_statistics(rule: Rule, has_rows: bool, reads_patches: bool = False) -> bool:
     """True if the rule of a layer can use statistics of the layer's input.
 
     Args:
       rule: the rule of the layer.
       has_rows: the layer multiplies the rows of its input by its weight as a matrix.
+      reads_patches: the method of the rule reads the patches of a convolution's input.
     """
-    if rule.observer is not None:
+    if rule.observer is not None or reads_patches:
         return True
     method = methods.get(rule.method)
     reads_rows = method.solve is not None and (
@@ -136,21 +137,23 @@ def needs_statistics(rule: Rule, has_rows: bool) -> bool:
 
 
 def wanted_statistics(
-    layers: Iterable[tuple[str, Rule, bool]],
+    layers: Iterable[tuple[str, Rule, bool, bool]],
 ) -> dict[str, StatsRequest]:
     """The statistics to collect for each layer, by path.
 
     Layers whose rules use no statistics are left out.
 
     Args:
-      layers: path, rule and `has_rows` of each layer, as in `needs_statistics`.
+      layers: path, rule, `has_rows` and `reads_patches` of each layer, as in
+        `needs_statistics`.
     """
     wanted = {}
-    for path, rule, has_rows in layers:
-        if needs_statistics(rule, has_rows):
+    for path, rule, has_rows, reads_patches in layers:
+        if needs_statistics(rule, has_rows, reads_patches):
             fields = methods.get(rule.method).needed_statistics(dict(rule.options))
+            hessian = (has_rows or reads_patches) and "hessian" in fields
             observer: Any = rule.observer
-            wanted[path] = StatsRequest(observer, has_rows and "hessian" in fields)
+            wanted[path] = StatsRequest(observer, hessian, patches=reads_patches)
     return wanted
 
 
@@ -181,10 +184,18 @@ def _checked(
     checked = {}
     for path, request in wanted.items():
         like = empty_stats(1, observer=request.observer)
+        if request.patches:
+            like = like._replace(patches=empty_stats(1))
         stats = as_stats(statistics[path], like)
         if request.observer is not None and stats.observed is not None:
             request.observer.check_state(
                 stats.observed, f"calibration of {path or 'the model'}"
+            )
+        if request.patches and stats.patches is None:
+            raise ValueError(
+                f"{caller}: the statistics of {path or 'the model'} have no patches, "
+                "which the method of this convolution needs. Call jaxq.nn.calibrate "
+                "with patches=True, or pass batches as calibration=."
             )
         checked[path] = stats
     return checked

@@ -153,7 +153,7 @@ def _statistics(
     layers, scaled = [], {}
     for slot in block:
         assert slot.rule is not None
-        layers.append((slot.path, slot.rule, slot.has_rows))
+        layers.append((slot.path, slot.rule, slot.has_rows, slot.reads_patches))
         if slot.scales is not None and slot.scales.at_run_time:
             observer: Any = slot.rule.observer
             scaled[slot.path] = StatsRequest(observer, hessian=False)

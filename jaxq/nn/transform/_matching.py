@@ -122,6 +122,7 @@ def _planned(
     """A slot with `planned`, or with the problem that prevents its quantization."""
     if not slot.chosen or slot.problem:
         return slot
+    slot = _served(slot)
     try:
         _check_axes(slot)
         planned = dry_run(slot)
@@ -134,6 +135,22 @@ def _planned(
     except (TypeError, ValueError) as error:
         return dataclasses.replace(slot, problem=str(error))
     return dataclasses.replace(slot, planned=planned, product_note=note)
+
+
+def _served(slot: Slot) -> Slot:
+    """A slot whose method can quantize its kind of layer, if its rule allows another.
+
+    If the method of the rule cannot, and the rule has `or_nearest`, the weight is
+    rounded to nearest.
+    """
+    rule = slot.rule
+    assert rule is not None
+    reason = _unserved(rule, slot)
+    if not reason or not rule.or_nearest:
+        return slot
+    rule = dataclasses.replace(rule, method="rtn", options=())
+    notes = (*slot.notes, f"rounded to nearest: {reason}")
+    return dataclasses.replace(slot, rule=rule, notes=notes)
 
 
 def _check_axes(slot: Slot) -> None:
@@ -199,19 +216,37 @@ def _method_problem(
     """Why the rule's method cannot quantize a layer; empty if it can."""
     method, name = methods.get(rule.method), f"method {rule.method!r}"
     folding = method.folding
-    keeps_scales = folding is not None and folding.at_run_time
-    if folding is not None and not keeps_scales and adapter.no_folding:
+    if folding is not None and not folding.at_run_time and adapter.no_folding:
         return f"{name} moves scales into the previous layer, and {adapter.no_folding}"
-    needs_data = method.needs_data(dict(rule.options))
+    reason = _unserved(rule, slot)
+    if reason:
+        return reason
+    keeps_scales = folding is not None and folding.at_run_time
     if slot.kind.windowed and keeps_scales:
         return ""  # it is rounded to nearest, and the report says so
-    if slot.kind.windowed and (method.matrices_only or needs_data):
+    if not method.needs_data(dict(rule.options)):
+        return ""
+    return _missing_data(name, adapter, has_data)
+
+
+def _unserved(rule: Rule, slot: Slot) -> str:
+    """Why the rule's method cannot quantize layers of this kind; empty if it can."""
+    method, name = methods.get(rule.method), f"method {rule.method!r}"
+    keeps_scales = method.folding is not None and method.folding.at_run_time
+    if slot.kind.windowed and keeps_scales:
+        return ""
+    if slot.kind.windowed and method.matrices_only:
         return f"{name} is for matrices, not for the windows of a convolution"
-    if not needs_data:
+    if not method.needs_data(dict(rule.options)):
         return ""
     if not slot.kind.watched:
         return f"{name} needs data, and calibration cannot see the layer's input"
-    return _missing_data(name, adapter, has_data)
+    if slot.kind.windowed and not slot.has_patches:
+        return (
+            f"{name} needs the windows that the layer reads, and calibration cannot "
+            f"see those of {slot.kind.name}"
+        )
+    return ""
 
 
 def _missing_data(what: str, adapter: Adapter, has_data: bool | None) -> str:

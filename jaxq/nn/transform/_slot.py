@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from jaxq import methods
 from jaxq.nn.calibration import StatsRequest
 from jaxq.nn.layers import LayerKind, LinenKind, Roles
 from jaxq.nn.report import Inputs, Row, product_note
@@ -39,6 +40,8 @@ class Kind(Protocol):
     def windowed(self) -> bool: ...
     @property
     def corrects_bias(self) -> bool: ...
+    @property
+    def read_patches(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,6 +97,33 @@ class Slot:
         """True if calibration sees the input, and a matrix multiplies its rows."""
         return self.kind.watched and not self.kind.windowed
 
+    @property
+    def has_patches(self) -> bool:
+        """True if calibration sees the patches of a convolution's input."""
+        return self.kind.windowed and self.kind.read_patches is not None
+
+    @property
+    def reads_patches(self) -> bool:
+        """True if the rule's method needs the patches of a convolution's input.
+
+        Methods that move scales round the kernel of a convolution to nearest.
+        """
+        if self.rule is None or not self.has_patches:
+            return False
+        method = methods.get(self.rule.method)
+        if method.matrices_only or method.folding is not None:
+            return False
+        return method.needs_data(dict(self.rule.options))
+
+    def matrix_stats(self, stats: LayerStats | None) -> LayerStats | None:
+        """The statistics of the rows that the weight multiplies as a matrix.
+
+        Those of a convolution have a leading axis of groups. None if there are none.
+        """
+        if stats is None or self.has_rows:
+            return stats
+        return stats.patches
+
     def inputs(self, stats: LayerStats) -> Inputs:
         """How the layer reads its inputs.
 
@@ -106,7 +136,7 @@ class Slot:
         ndim, shape = self.value.ndim, self.value.shape
         axes = [axis % ndim - ndim for axis in self.contracting]
         if isinstance(self.kind, LayerKind | LinenKind):
-            return Inputs(True, max(axes))
+            return Inputs(True, max(axes), stats.patches is not None)
         fitting = [axis for axis in axes if shape[axis] == stats.mean.shape[-1]]
         return Inputs(True, fitting[0] if len(fitting) == 1 else None)
 

@@ -31,12 +31,14 @@ class ArrayKind(NamedTuple):
       watched: calibration can see the input of the array's products.
       windowed: the product is a convolution.
       corrects_bias: the array may have a bias.
+      read_patches: None. The patches of an array's convolutions are not collected.
     """
 
     name: str
     watched: bool = True
     windowed: bool = False
     corrects_bias: bool = True
+    read_patches: None = None
 
 
 def slot_with_use(slot: Slot, use: Use) -> Slot:

@@ -103,7 +103,15 @@ def _solve_slot(
     )
     if _only_rounds(slot):
         return _rounded(nearest, slot)
-    rows = stats if slot.has_rows else None
+    rows = slot.matrix_stats(stats)
+    num_groups = rows.count.shape[-1] if rows is not None and slot.kind.windowed else 1
+    if num_groups > 1 and not _splits_into_groups(nearest):
+        note = (
+            f"rounded to nearest: the method quantizes {num_groups} groups of features "
+            f"separately, and {nearest.spec.granularity} has blocks over several groups"
+        )
+        methods.falls_back(options.fallback, f"{name}: {note}", "Use PerChannel().")
+        return methods.Solved(nearest, "rtn", note, None)
     solved = _solve(nearest, floats, rows, rule, options.fallback, key, name)
     return _with_scales(solved, slot)
 
@@ -141,6 +149,11 @@ def dry_run(slot: Slot) -> QTensor:
         return with_activation(qt, rule, None if rule.observer is None else (0.0, 1.0))
 
     return jax.eval_shape(run, jax.ShapeDtypeStruct(w.shape, w.dtype))
+
+
+def _splits_into_groups(qt: QTensor) -> bool:
+    """True if no block of a kernel holds features of two groups."""
+    return isinstance(qt.spec.granularity, PerChannel | PerGroup)
 
 
 def as_matrix(qt: QTensor, floats: jax.Array) -> jax.Array:
@@ -268,7 +281,8 @@ def _solve(
     Args:
       nearest: the weight rounded to nearest. The result has the same axes and blocks.
       floats: the float weight.
-      stats: statistics of the layer's inputs, or None.
+      stats: statistics of the rows that the matrix multiplies, or None. Those of a
+        convolution have a last leading axis of groups.
       rule: the rule of the weight.
       fallback: as in `quantize_model`.
       key: PRNG key.
@@ -276,6 +290,8 @@ def _solve(
     """
     assert isinstance(rule.weight, QuantSpec)
     matrix = as_matrix(nearest, floats)  # [*batch, in, out]
+    if stats is not None and stats.count.ndim > matrix.ndim - 2:
+        matrix = _in_groups(matrix, stats.count.shape[-1])
     solved = methods.solve(
         rule.method,
         matrix,
@@ -288,6 +304,18 @@ def _solve(
         nearest=_nearest_matrix(nearest, matrix),
     )
     return solved._replace(qt=_with_axes_of(nearest, solved.qt, rule.method, name))
+
+
+def _in_groups(matrix: jax.Array, num_groups: int) -> jax.Array:
+    """The matrices `[*batch, groups, in, out]` of the groups of a convolution.
+
+    Args:
+      matrix: `[*batch, in, groups * out]`.
+      num_groups: of features. Each group reads its own channels of the input.
+    """
+    *batch, num_inputs, _ = matrix.shape
+    matrix = matrix.reshape(*batch, num_inputs, num_groups, -1)
+    return jnp.moveaxis(matrix, -2, -3)
 
 
 def _nearest_matrix(nearest: QTensor, matrix: jax.Array) -> QTensor | None:

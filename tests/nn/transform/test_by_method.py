@@ -295,11 +295,11 @@ def test_impossible_requests_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="does not know where scales can go in a Pair"):
         quantize("equalize", calibration=BATCHES)
     with pytest.raises(
-        ValueError, match=r"Conv.*is for matrices, not for the windows of a conv"
+        ValueError, match=r"gptq.*calibration cannot see those of ConvTranspose"
     ):
         quantize(
             "gptq",
-            nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)),
+            nnx.ConvTranspose(4, 4, (3,), rngs=nnx.Rngs(0)),
             calibration=[normal(2, 8, 4)],
         )
     with pytest.raises(ValueError, match="method must be one of"):

@@ -417,7 +417,7 @@ def test_one_error_names_all_problems():
     lines = str(error.value).splitlines()
     reasons = {
         "same_size/Dense_0 (Dense)": "stacked along another axis than 0",
-        "scanned/Dense_0 (Dense)": "[8, 3, 8], which is not [8, 8] with stacked axes",
+        "scanned/Dense_0 (Dense)": "[8, 3, 8], a stack along axis 1, not along axis 0",
         "normed (Dense)": "is changed before the layer multiplies by it",
         "turned (Dense)": "is changed before the layer multiplies by it",
         "own (Dense)": "its dot_general is a custom function",
@@ -883,7 +883,7 @@ def test_a_stack_on_one_input_shares_its_statistics():
 
 def test_impossible_requests_are_refused_before_anything_runs():
     module, variables = Pair(), init_variables(Pair(), BATCHES[0])
-    conv, x = nn.Conv(4, (3,)), normal(2, 8, 4)
+    conv, x = nn.ConvTranspose(4, (3,)), normal(2, 8, 4)
     with pytest.raises(
         ValueError,
         match=r"(?s)first.*method 'gptq' needs data.*second.*method 'gptq' needs data",
@@ -892,7 +892,7 @@ def test_impossible_requests_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="linen modules do not say which layer"):
         quantize_model(module, variables, by("equalize"), calibration=BATCHES)
     with pytest.raises(
-        ValueError, match=r"Conv.*is for matrices, not for the windows of a conv"
+        ValueError, match=r"gptq.*calibration cannot see those of ConvTranspose"
     ):
         quantize_model(conv, init_variables(conv, x), by("gptq"), calibration=[x])
     with pytest.raises(ValueError, match="no statistics of"):

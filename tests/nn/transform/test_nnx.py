@@ -369,7 +369,7 @@ def test_one_error_names_all_problems():
         "outer": "contracts no axis",
         "table": "Named is a subclass of Embed",
         "ints": "int32",
-        "stack": r"is [40, 3, 8], which is not [40, 8] with stacked axes in front",
+        "stack": "is [40, 3, 8], a stack along axis 1, not along axis 0",
     }.items():
         assert word in lines[name], name
     assert "skip=True" in str(error.value).splitlines()[-1]
