@@ -117,6 +117,12 @@ def as_spec(spec: str | QuantSpec, caller: str) -> QuantSpec:
     """
     if isinstance(spec, QuantSpec):
         return spec
+    if isinstance(spec, formats.Format):
+        raise TypeError(
+            f"{caller}: spec must be a preset name or a QuantSpec, got the format "
+            f"{spec.name!r}. Pass jaxq.QuantSpec(format=..., granularity=...), for "
+            "example with jaxq.PerGroup(64)."
+        )
     if not isinstance(spec, str):
         raise TypeError(
             f"{caller}: spec must be a preset name or a QuantSpec, got "

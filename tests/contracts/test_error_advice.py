@@ -162,3 +162,35 @@ def test_the_table_of_a_quantized_linen_module_has_true_sizes(preset):
         qmodule.tabulate(jax.random.key(0), x)
     with pytest.raises(ValueError, match="are floats where QTensors are expected"):
         qmodule.tabulate(variables, x)
+
+
+def test_biases_beside_a_stack_of_weights_stay_in_floats():
+    """A scan over the tree works, whatever the names of its biases are."""
+    layers = {"w": normal(3, 64, 64), "b": normal(3, 64), "gains": normal(3, 64)}
+    params = {"layers": layers, "down": {"w": normal(64, 8), "b": normal(64, 64)}}
+    rule = Rule("layers/w", weight="int4", contracting=(-2,), batch=(0,))
+    recipe = Recipe([rule, *jaxq.recipes.get("int4").rules])
+    qparams, report = jaxq.quantize_params(params, recipe)
+    assert [row.path for row in report.quantized] == ["down/b", "down/w", "layers/w"]
+    notes = {row.path: row.note for row in report.rows}
+    assert notes["layers/b"] == "a stack of vectors beside layers/w, left in floats"
+
+    def layer(x, p):
+        return jnp.tanh(x @ p["w"] + p["b"][None]) * p["gains"][None], None
+
+    y, _ = jax.lax.scan(layer, normal(2, 64), qparams["layers"])
+    assert y.shape == (2, 64)
+    # A rule for the array itself decides.
+    own = Recipe([Rule("layers/b", weight="int8"), *recipe.rules])
+    _, report = jaxq.quantize_params(params, own)
+    assert "layers/b" in [row.path for row in report.quantized]
+
+
+def test_a_codebook_in_the_place_of_a_spec_names_the_spec():
+    codebook = jaxq.formats.CodebookFormat("own", [-1.0, -0.25, 0.25, 1.0])
+    with pytest.raises(TypeError, match=r"Pass jaxq\.QuantSpec\(format=\.\.\., gran"):
+        Rule("**", weight=codebook)
+    spec = QuantSpec(format=codebook, granularity=PerGroup(64))
+    model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    _, report = jaxq.quantize_model(model, Recipe([Rule("**", weight=spec)]))
+    assert report.quantized[0].format == "own"

@@ -295,6 +295,7 @@ class TreeAdapter:
                 other_rules.append(slot.rule)
             if use is None or use.problem:
                 self._note_assumed_axes(leaf)
+        other_rules += self._leave_stacked_vectors()
         slots = [leaf.slot for leaf in self._leaves if leaf.slot is not None]
         return Inventory(slots, other_rules)
 
@@ -515,6 +516,36 @@ class TreeAdapter:
             weight=(id(leaf.value), id(rule), contracting, batch),
         )
 
+    def _leave_stacked_vectors(self) -> list[Rule]:
+        """Leaves biases and gains beside a stack of weights in floats.
+
+        A stack of them, [layers, features], looks like a matrix. Codes of this matrix
+        could not be sliced by layer, so a scan over the stack would fail. A rule for
+        the path itself, or a trace of `forward`, says that it is a matrix.
+
+        Returns:
+          The rules that the arrays match.
+        """
+        stacks = [
+            leaf
+            for leaf in self._leaves
+            if leaf.slot is not None and leaf.slot.chosen and leaf.slot.batch == (0,)
+        ]
+        rules = []
+        for leaf in self._leaves:
+            slot = leaf.slot
+            if slot is None or not slot.chosen or leaf.array in self._uses:
+                continue
+            rule = slot.rule
+            if rule is None or rule.pattern == leaf.path:
+                continue
+            stack = next((s for s in stacks if _is_vector_of(leaf, s)), None)
+            if stack is not None:
+                leaf.slot = None
+                leaf.note = f"a stack of vectors beside {stack.path}, left in floats"
+                rules.append(rule)
+        return rules
+
     def _note_assumed_axes(self, leaf: _Leaf) -> None:
         """Notes that the contracted axis of an Equinox module's array is assumed."""
         slot, equinox = leaf.slot, leaf.equinox
@@ -550,6 +581,14 @@ class TreeAdapter:
             if holder and rule.matches(holder, "Array", shape):
                 return rule
         return None
+
+
+def _is_vector_of(leaf: _Leaf, stack: _Leaf) -> bool:
+    """Whether an array has one vector for each matrix of a stack in the same dict."""
+    if leaf.path.rpartition("/")[0] != stack.path.rpartition("/")[0]:
+        return False
+    shape, (num_stacked, *matrix) = leaf.value.shape, stack.value.shape
+    return len(shape) == 2 and shape[0] == num_stacked and shape[1] in matrix
 
 
 def _leaves_of(params: Any) -> Iterable[_Leaf]:
