@@ -19,7 +19,7 @@ from jaxq.meshes import call_on_auto_axes, explicit_spec, is_explicit
 from jaxq.qtensor._inputs import is_traced
 from jaxq.qtensor._leaf_specs import divisible, leaf_specs
 from jaxq.qtensor._qtensor import QTensor
-from jaxq.qtensor._storage_axes import storage_axes
+from jaxq.qtensor._storage_axes import axes_of_codes, explicit_axes
 
 
 def quantized_like(fn: Callable[..., Any], float_array: jax.Array, *args: Any) -> Any:
@@ -73,35 +73,17 @@ def shard_like(qt: QTensor, float_array: Any) -> QTensor:
 
 def mesh_axes(qt: QTensor) -> tuple[Any, ...]:
     """The explicit mesh axes of each axis of the dequantized array, from its codes."""
-    if qt.meta.geometry.flat:
-        # Shards of flat blocks may end inside a row.
-        num_batch = len(qt.batch_shape)
-        batch = explicit_spec(qt.data)[:num_batch]
-        return (*batch, *[None] * (qt.ndim - num_batch))
-    return axes_of_array(qt, explicit_spec(qt.data))
+    return explicit_axes(qt.meta, len(qt.batch_shape), qt.data)
 
 
 def axes_of_array(qt: QTensor, data_spec: Iterable[Any]) -> tuple[Any, ...]:
     """The mesh axes of each axis of the dequantized array.
 
-    Several contracted axes are flattened in storage. Their shards are then along the
-    first of them.
-
     Args:
       qt: the quantized array.
       data_spec: the mesh axes of each axis of its codes.
     """
-    num_batch, meta = len(qt.batch_shape), qt.meta
-    entries = tuple(data_spec)
-    entries = (*entries, *[None] * (len(qt.data.shape) - len(entries)))
-    axes: list[Any] = [None] * qt.ndim
-    axes[:num_batch] = entries[:num_batch]
-    by_storage_axis = list(entries[num_batch:])
-    if meta.layout == "columns":
-        by_storage_axis = [*by_storage_axis[1:], by_storage_axis[0]]
-    for axis, entry in zip(storage_axes(meta), by_storage_axis, strict=True):
-        axes[qt.ndim + axis.axes[axis.first]] = entry
-    return tuple(axes)
+    return axes_of_codes(qt.meta, len(qt.batch_shape), data_spec)
 
 
 def _is_qtensor(part: Any) -> bool:

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
 from jaxq import formats
+from jaxq.meshes import call_on_auto_axes
 from jaxq.qtensor._geometry import Geometry
 from jaxq.qtensor._leaf_dtypes import check_leaves
 from jaxq.qtensor._meta import Meta
@@ -33,6 +35,7 @@ from jaxq.qtensor._reshape import (
 )
 from jaxq.qtensor._shard_map import meta_of_part
 from jaxq.qtensor._spec import QuantSpec, as_static
+from jaxq.qtensor._storage_axes import explicit_axes
 
 # The arrays of a QTensor, in the order of its constructor.
 LEAVES = (
@@ -190,7 +193,8 @@ class QTensor(ProductOperand):
           [[64], [-127]]
         """
         check_leaves(self, "QTensor.codes")
-        return _logical_codes(self)
+        axes = explicit_axes(self.meta, len(self.batch_shape), self.data)
+        return call_on_auto_axes(_logical_codes, PartitionSpec(*axes), self)
 
     def stored_codes(self) -> jax.Array:
         """The unpacked codes in storage order, padded to whole blocks.

@@ -7,9 +7,11 @@ contiguous. So only the first axis can be sharded.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from jaxq import formats
+from jaxq.meshes import explicit_spec
 from jaxq.qtensor._meta import Meta
 
 
@@ -91,3 +93,39 @@ def storage_axes(meta: Meta) -> list[StorageAxis]:
             )
         )
     return axes
+
+
+def axes_of_codes(
+    meta: Meta, num_batch: int, data_spec: Iterable[Any]
+) -> tuple[Any, ...]:
+    """The mesh axes of each axis of an array, from those of its codes.
+
+    Several contracted axes are flattened in storage. Their shards are then along the
+    first of them.
+
+    Args:
+      meta: the static facts of the QTensor.
+      num_batch: the number of its batch axes.
+      data_spec: the mesh axes of each axis of its `data`. Missing ones are None.
+    """
+    entries = tuple(data_spec)
+    missing = num_batch + len(meta.stored_shape) - len(entries)
+    entries = (*entries, *[None] * missing)
+    ndim = num_batch + len(meta.geometry.shape)
+    axes: list[Any] = [None] * ndim
+    axes[:num_batch] = entries[:num_batch]
+    by_storage_axis = list(entries[num_batch:])
+    if meta.layout == "columns":
+        by_storage_axis = [*by_storage_axis[1:], by_storage_axis[0]]
+    for axis, entry in zip(storage_axes(meta), by_storage_axis, strict=True):
+        axes[ndim + axis.axes[axis.first]] = entry
+    return tuple(axes)
+
+
+def explicit_axes(meta: Meta, num_batch: int, data: Any) -> tuple[Any, ...]:
+    """The explicit mesh axes of each axis of an array, from the type of its codes."""
+    data_spec = explicit_spec(data)
+    if meta.geometry.flat:
+        # Shards of flat blocks may end inside a row.
+        data_spec = data_spec[:num_batch]
+    return axes_of_codes(meta, num_batch, data_spec)

@@ -35,6 +35,10 @@ ACTIONS = ("quantize", "place", "matmul", "gradient", "scan")
 # scales cross the border.
 CUT_BY_ROWS = ("binary", "log4", "ternary", "ttq", "vsq4", "nf4_dq")
 
+# Their scales are means. The sums over a sharded block have another order, so scales
+# differ in the last bits, and a number between two codes can get the other one.
+SCALES_ARE_MEANS = ("binary", "ternary", "ttq")
+
 TABLE = list(itertools.product(PRESETS, SPECS, KINDS, ACTIONS))
 
 
@@ -117,7 +121,15 @@ def test_sharded_weights(preset, where, kind, action):
         expected = quantized(w, preset)
         with jax.set_mesh(mesh):
             w = jax.device_put(w, NamedSharding(mesh, SPECS[where]))
-            jax.tree.map(np.testing.assert_array_equal, quantized(w, preset), expected)
+            qt = quantized(w, preset)
+        same_sums = where == "batch" or (where == "column" and preset != "ttq")
+        if preset not in SCALES_ARE_MEANS or same_sums:
+            jax.tree.map(np.testing.assert_array_equal, qt, expected)
+            return
+        np.testing.assert_allclose(qt.scale, expected.scale, rtol=1e-6)
+        if qt.codebook is not None:
+            np.testing.assert_allclose(qt.codebook, expected.codebook, rtol=1e-6)
+        assert jnp.mean(qt.codes() == expected.codes()) > 0.999
         return
     if action == "scan" and where != "batch":
         w = jnp.stack([w, -2 * w])
