@@ -43,12 +43,12 @@ class Layout:
       >>> import jax.numpy as jnp, jaxq
       >>> layout = jaxq.io.layouts.get("gptq")
       >>> spec = layout.spec({"bits": 4, "group_size": 32, "sym": True})
-      >>> qt = jaxq.quantize(jnp.ones((64, 8)), spec)
+      >>> qt = jaxq.quantize(jnp.ones((64, 32)), spec)
       >>> tensors, config = layout.from_qtensor(qt)
       >>> tensors["qweight"].shape, config["checkpoint_format"]
-      ((8, 8), 'gptq_v2')
+      ((8, 32), 'gptq_v2')
       >>> layout.to_qtensor(tensors, config)
-      QTensor(int4[64x8], PerGroup(32 along -2), scale=float16, 4.5 bits, float16)
+      QTensor(int4[64x32], PerGroup(32 along -2), scale=float16, 4.5 bits, float16)
     """
 
     name: str

@@ -53,13 +53,7 @@ def qtensor(
       offset: as `scale`, or None.
       dtype: the dtype of the weight. None takes that of the scale.
     """
-    dtype = scale.dtype if dtype is None else dtype
-    multiple = formats.codes_per_pack(spec.fmt.bits, spec.order)
-    context = ErrorContext("layouts", "the weight", f"{list(shape)}")
-    geometry = resolve(
-        shape, spec.granularity, (-2,), (), context=context, multiple=multiple
-    )
-    meta = Meta(spec, geometry, spec.order, jnp.dtype(dtype).name)
+    meta = _meta(spec, shape, scale.dtype if dtype is None else dtype)
     return QTensor(
         data=data[..., : meta.stored_shape[-1]],
         scale=scale,
@@ -78,16 +72,20 @@ def qtensor_of_codes(
     **leaves: Any,
 ) -> QTensor:
     """`qtensor` from unpacked codes `[*batch, out, in]`, in the packing of the spec."""
-    fmt, block = spec.fmt, getattr(spec.granularity, "size", None)
-    fields = formats.codes_per_pack(fmt.bits, spec.order)
-    codes = pad_last(codes, fields)
-    unit = block if block is not None and block < shape[0] else None
-    if unit is not None and unit % fields:
-        unit = None
-    data = formats.pack(codes, fmt.bits, spec.order, unit=unit)
-    if spec.order is Packing.NONE:
-        data = data.astype(fmt.code_dtype)
+    meta = _meta(spec, shape, "float32")
+    codes = pad_last(codes, formats.codes_per_pack(spec.fmt.bits, spec.order))
+    data = formats.pack(codes, spec.fmt.bits, spec.order, unit=meta.pack_unit)
     return qtensor(spec, shape, data, scale, **leaves)
+
+
+def _meta(spec: QuantSpec, shape: tuple[int, int], dtype: Any) -> Meta:
+    """The static facts about a kernel of `shape`, (in, out)."""
+    context = ErrorContext("layouts", "the weight", f"{list(shape)}")
+    multiple = formats.codes_per_pack(spec.fmt.bits, spec.order)
+    geometry = resolve(
+        shape, spec.granularity, (-2,), (), context=context, multiple=multiple
+    )
+    return Meta(spec, geometry, spec.order, jnp.dtype(dtype).name)
 
 
 def quantized_scale(

@@ -195,10 +195,12 @@ class Settings:
     def number(self, name: str) -> float:
         """A finite number."""
         value = self.values.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and abs(value) <= _LARGEST:  # False for NaN
-            return float(value)
-        raise self.problem(name, f"must be a finite number, got {value!r:.80}")
+        problem = self.problem(name, f"must be a finite number, got {value!r:.80}")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise problem
+        if not abs(value) <= _LARGEST:  # also for NaN
+            raise problem
+        return float(value)
 
     def inner(self, name: str) -> Settings:
         """The settings inside a setting."""
