@@ -264,7 +264,7 @@ def mutated(random, tensors, config):
     name = str(random.choice(list(tensors)))
     array = tensors[name]
     kind = random.integers(6)
-    if kind == 0:  # other bits
+    if kind == 0 and array.size:  # other bits
         damaged = np.frombuffer(array.tobytes(), np.uint8).copy()
         damaged[random.integers(damaged.size)] ^= 1 << random.integers(8)
         tensors[name] = damaged.view(array.dtype).reshape(array.shape)
@@ -276,7 +276,7 @@ def mutated(random, tensors, config):
             part = random.integers(array.shape[axis] + 1)
             tensors[name] = np.take(array, range(part), axis)
     elif kind == 3:  # another shape of the same size
-        tensors[name] = array.reshape(1, -1)
+        tensors[name] = array.reshape(1, array.size)
     elif kind == 4:  # another name
         other = str(random.choice(list(tensors)))
         tensors[name], tensors[other] = tensors[other], tensors[name]
