@@ -2,9 +2,11 @@
 
     python benchmarks/schedule.py v5e:2x2     # or v6e:2x2, tpu7x:2x2x1
     python benchmarks/schedule.py v5e:2x2 transposed
+    python benchmarks/schedule.py tpu7x:2x2x1 float8
 
 prints a table for the tiles that the kernel uses now. The second line prints it for the
-kernel of the backward pass, with few and with many rows of x. The numbers are
+kernel of the backward pass, with few and with many rows of x. The third line prints it
+for float8 x and int4 weights, multiplied in bfloat16 and in float8. The numbers are
 predictions that rank tiles and layouts. They are not a measured speed. libtpu's
 compiler writes the final schedule of a program: how many instruction bundles one grid
 step takes. A step takes at least as long as its bundles, as the next tile needs from
@@ -14,6 +16,7 @@ before any step can overlap with it. Stalls and latencies are not part of the nu
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -21,7 +24,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +116,8 @@ class Schedules:
         k_steps, n_steps = math.ceil(p.k / bk), math.ceil(p.n / bn)
         steps = p.e * math.ceil(p.m / bm) * n_steps * k_steps
         sum_steps, x_columns = (n_steps, bn) if p.transposed else (k_steps, bk)
-        x_bytes = bm * x_columns * (1 if p.x_dtype == "int8" else 2)
+        is_byte = p.x_dtype == "int8" or tiles.get("body") == "float8"
+        x_bytes = bm * x_columns * (1 if is_byte else 2)
         weight_bytes = bk * bn * bytes_per_weight
         first_bytes = x_bytes + weight_bytes
         # A tile of x that the next step uses again is not read again.
@@ -145,31 +149,27 @@ HEADER = (
 
 def main(topology: str, product: str = "") -> None:
     """Prints the predicted cycles of products with a 4096 x 4096 weight."""
-    from tune import make_problem, shapes_of
-
     from jaxq.kernels import _tiles
     from jaxq.kernels._registry import kernel_module
 
     name = "tpu_transposed" if product == "transposed" else "tpu"
-    all_rows = (16, 2048) if product == "transposed" else (16,)
     kernel, schedules = kernel_module(name), Schedules(topology)
     device = schedules.device_kind
     print(f"{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}", flush=True)
-    for (codes, group), layout, m in itertools.product(
-        CASES, ("rows", "columns"), all_rows
-    ):
-        p = make_problem(codes, group, m, 4096, 4096, name, layout)
+    for case, p, body in _problems(product):
         tiles = _tiles.lookup(name, device, p)
+        if body is not None:
+            tiles = {**tiles, "body": body}
 
         def product_of(*arrays: jax.Array, p=p, tiles=tiles) -> jax.Array:
             return kernel.matmul(*arrays, problem=p, tiles=tiles)
 
-        bundles = schedules.bundles(product_of, shapes_of(p))
+        bundles = schedules.bundles(product_of, _shapes(p, tiles))
         cycles = schedules.cycles(p, tiles, bundles)
         cells = [
             device,
-            f"{codes}, {group or 'column'}, m={m}",
-            layout,
+            f"{case}, m={p.m}",
+            p.layout,
             ", ".join(f"{name} {value}" for name, value in tiles.items()),
             bundles,
             cycles.first,
@@ -182,6 +182,35 @@ def main(topology: str, product: str = "") -> None:
         ]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     schedules.close()
+
+
+def _problems(product: str) -> Iterator[tuple[str, Any, str | None]]:
+    """The name, problem and body of each case. None is the body that the kernel takes."""
+    from tune import make_problem
+
+    name = "tpu_transposed" if product == "transposed" else "tpu"
+    layouts = ("rows", "columns")
+    if product != "float8":
+        all_rows = (16, 2048) if product == "transposed" else (16,)
+        for (codes, group), layout, m in itertools.product(CASES, layouts, all_rows):
+            case = f"{codes}, {group or 'column'}"
+            yield case, make_problem(codes, group, m, 4096, 4096, name, layout), None
+        return
+    for layout, m, group in itertools.product(layouts, (16, 512), (128, None)):
+        p = make_problem("int4", group, m, 4096, 4096, name, layout)
+        p = dataclasses.replace(p, x_codes="float8_e4m3fn", out_dtype="float32")
+        for body, x in (("post", "bfloat16"), ("float8", "float8")):
+            yield f"int4, {group or 'column'}, x in {x}", p, body
+
+
+def _shapes(p: Any, tiles: Mapping[str, Any]) -> list:
+    """The shapes of the operands. The body "float8" reads x as float8."""
+    from tune import shapes_of
+
+    x, *others = shapes_of(p)
+    if tiles.get("body") == "float8":
+        x = jax.ShapeDtypeStruct(x.shape, p.x_codes)
+    return [x, *others]
 
 
 if __name__ == "__main__":
