@@ -185,7 +185,7 @@ def main(topology: str, product: str = "") -> None:
 
 
 def _problems(product: str) -> Iterator[tuple[str, Any, str | None]]:
-    """The name, problem and body of each case. None is the body that the kernel takes."""
+    """The name, problem and body of each case. None is the usual body of the tiles."""
     from tune import make_problem
 
     name = "tpu_transposed" if product == "transposed" else "tpu"
