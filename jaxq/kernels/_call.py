@@ -133,6 +133,7 @@ def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
         unit=_halves_unit(meta),
         transposed=call.transposed,
         x_codes=x.dtype.name if is_float8(x.dtype) else None,
+        stack=rows.data.shape[0] if call.has_index else None,
     )
 
 

@@ -31,6 +31,7 @@ class CodesProblem:
       b_groups: k / group, or 1.
       b_codes: the format of b: None for that of a, or "int4". 4-bit codes are in HALVES
         packing, and a unit is a group. Byte j of a unit has codes j and j + group / 2.
+      stack: number of matrices in b if the kernel gets an index, else None.
     """
 
     e: int
@@ -42,6 +43,7 @@ class CodesProblem:
     a_groups: int
     b_groups: int
     b_codes: str | None = None
+    stack: int | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -52,6 +54,11 @@ class CodesProblem:
     def is_empty(self) -> bool:
         """True if there is nothing to compute."""
         return 0 in (self.e, self.m, self.n, self.k)
+
+    @property
+    def num_matrices(self) -> int:
+        """Number of matrices in b."""
+        return self.e if self.stack is None else self.stack
 
     @property
     def num_groups(self) -> int:

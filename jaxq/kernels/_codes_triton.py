@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxq.kernels._codes_problem import CodesProblem
+from jaxq.kernels._triton_programs import why_not_offsets
 
 _FORMATS = ("int8", "float8_e4m3fn", "float8_e5m2")
 # GPUs with float8 units: Ada, Hopper and Blackwell.
@@ -50,7 +51,8 @@ def why_not(problem: CodesProblem, device_kind: str | None) -> str | None:
     is_known = device_kind is not None
     if not p.is_integer and is_known and not _WITH_FLOAT8.search(device_kind):
         return f"{device_kind} has no float8 matrix unit"
-    return None
+    b_bytes = p.num_matrices * p.n * p.k // (2 if p.is_packed else 1)
+    return why_not_offsets(p.e * p.m * p.k, b_bytes)
 
 
 def default_tiles(problem: CodesProblem) -> dict[str, int]:

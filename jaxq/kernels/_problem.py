@@ -57,6 +57,7 @@ class Problem:
       x_codes: the float8 format of x, or None if x is not made of float8 codes.
         `x_dtype` is then bfloat16, which holds these codes. A kernel multiplies them by
         integer codes without rounding, and scales the sums.
+      stack: number of matrices in data if the kernel gets an index, else None.
 
     Example:
       >>> from jaxq.kernels import Problem, choose
@@ -84,6 +85,7 @@ class Problem:
     unit: int | None = None
     transposed: bool = False
     x_codes: str | None = None
+    stack: int | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -94,6 +96,11 @@ class Problem:
     def num_groups(self) -> int:
         """Number of scales along k."""
         return -(-self.k // self.group) if self.group else 1
+
+    @property
+    def num_matrices(self) -> int:
+        """Number of matrices in data."""
+        return self.e if self.stack is None else self.stack
 
     @property
     def is_exact(self) -> bool:
