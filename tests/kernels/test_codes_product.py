@@ -247,6 +247,26 @@ def test_groups_without_a_kernel_warn():
     assert all(line.count("f8E4M3FN") == 2 for line in dots)
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("fmt", ["float8_e4m3fn", "int8"])
+def test_int4_with_one_scale_and_activations_in_groups_has_a_remedy(fmt, platform):
+    x, _ = int4_with_groups(fmt)
+    spec = jaxq.QuantSpec("int4", jaxq.PerChannel())
+    _, w = int4_with_groups(fmt, weight=spec)
+    remedy = r"quantize the weight in the same groups, with PerGroup\(128\)"
+    with pytest.warns(kernels.FallbackWarning, match=remedy):
+        lowered_for(platform, jaxq.matmul, x, w)
+    plan = jaxq.explain(x, w, platform=platform)
+    assert "PerGroup(128)" in plan.why_no_kernel
+
+
+def test_kernels_do_not_overflow_int32():
+    granularities = (jaxq.PerToken(), jaxq.PerToken())
+    (a, b), _ = operands("int8", 1, 1, 2**17, granularities)
+    call, leaves = call_of(a, b)
+    assert "int32 can sum 131071 products" in str(call.problem(leaves))
+
+
 def test_a_block_scaled_product_on_a_cpu():
     x, w = block_scaled()
     x8 = jaxq.quantize(x, w.meta.activation, contracting=-1)
