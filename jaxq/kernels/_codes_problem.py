@@ -6,10 +6,8 @@ import dataclasses
 
 from jaxq import formats
 from jaxq.kernels._codes import is_native_float, largest_exact_length
-from jaxq.kernels._problem import why_not_static
+from jaxq.kernels._problem import KERNEL_SCALES, why_not_static
 from jaxq.kernels._rows import RowMeta, Rows, group_size, num_groups
-
-_SCALES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +94,8 @@ def codes_problem(
     for rows, meta in ((a, a_meta), (b, b_meta)):
         if rows.scale is None or rows.zero_point is not None:
             return "a kernel multiplies symmetric codes with scales"
-        if rows.scale.dtype.name not in _SCALES:
-            return f"a kernel reads scales in {', '.join(_SCALES)}"
+        if rows.scale.dtype.name not in KERNEL_SCALES:
+            return f"a kernel reads scales in {', '.join(KERNEL_SCALES)}"
         packing = formats.Packing.NONE
         if meta is b_meta and is_packed:
             packing = formats.Packing.HALVES

@@ -7,6 +7,9 @@ from typing import Any
 
 from jaxq.kernels._rows import Layout
 
+# The dtypes in which kernels read and write scales of codes.
+KERNEL_SCALES = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -25,8 +28,9 @@ class Problem:
       code in the low half of each byte. 8-bit codes are int8 or uint8. Signed integer
       codes are two's complement. A kernel may also get an index, int32 `[e]`. Then data
       is a stack of any number of matrices, and product i reads matrix `index[i]`.
-    - scale `[e, num_groups, n]`, or None. A weight is `scale * (codes - zero_point)`,
-      or `scale * codebook[codes]`.
+    - scale `[e, num_groups, n]`, or None. Kernels in
+      `_registry.READS_SCALES_AS_STORED` get `[e, n, num_groups]`. A weight is
+      `scale * (codes - zero_point)`, or `scale * codebook[codes]`.
     - zero_point: integers with the shape of scale, or None.
     - codebook: float32 `[e, 16]`, or None.
 
@@ -51,9 +55,8 @@ class Problem:
       unit: number of codes in a HALVES unit, for 4-bit codes in that packing. Byte j of
         a unit has codes j and j + unit / 2, and all codes of a unit share a scale. The
         codes beyond the last whole unit are a shorter unit. None means that byte j of a
-        row has codes 2 * j and 2 * j + 1. Only kernels in `_registry.READS_AS_STORED`
-        use it. They get the columns of x in the order of the codes, and scales and zero
-        points as `[e, n, num_groups]`.
+        row has codes 2 * j and 2 * j + 1. Only kernels in `_registry.READS_UNITS` use
+        it. They get the columns of x in the order of the codes.
       x_codes: the float8 format of x, or None if x is not made of float8 codes.
         `x_dtype` is then bfloat16, which holds these codes. A kernel multiplies them by
         integer codes without rounding, and scales the sums.

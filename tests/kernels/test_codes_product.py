@@ -13,6 +13,7 @@ import jaxq
 from jaxq import kernels
 from jaxq.kernels import _codes_product, _codes_triton
 from jaxq.kernels._codes_problem import CodesProblem
+from jaxq.kernels._rows import leaf_names
 from jaxq.ops._weight_rows import weight_rows
 from tests.arrays import normal_with_outliers
 from tests.kernels.problems import error
@@ -51,7 +52,7 @@ def decoded(qt: jaxq.QTensor) -> np.ndarray:
 def call_of(a: jaxq.QTensor, b: jaxq.QTensor):
     """The static call of a product, and its leaves with a leading axis."""
     (a_rows, a_meta), (b_rows, b_meta) = weight_rows(a), weight_rows(b)
-    names = [_codes_product._names(rows) for rows in (a_rows, b_rows)]
+    names = [leaf_names(rows) for rows in (a_rows, b_rows)]
     call = _codes_product.CodesCall(a_meta, names[0], b_meta, names[1])
     leaves = [leaf[None] for leaf in (*a_rows, *b_rows) if leaf is not None]
     return call, leaves
