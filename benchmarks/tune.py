@@ -32,7 +32,11 @@ from timing import interleaved, summary
 
 from jaxq import kernels
 from jaxq.kernels import _tiles
-from jaxq.kernels._registry import READS_AS_STORED, kernel_module
+from jaxq.kernels._registry import (
+    READS_SCALES_AS_STORED,
+    READS_UNITS,
+    kernel_module,
+)
 
 TABLE = Path(_tiles.__file__).with_name("tiles.json")
 # The kinds of codes, and the group size that each is tuned for. None means one scale
@@ -95,7 +99,7 @@ def make_problem(
     A kernel that reads codes as they are stored gets 4-bit codes in HALVES packing, a
     unit for each group, as the presets store them.
     """
-    is_packed = codes.endswith("4") and name in READS_AS_STORED
+    is_packed = codes.endswith("4") and name in READS_UNITS
     return kernels.Problem(
         e=1,
         m=m,
@@ -185,7 +189,7 @@ def _exact_matrix(p: kernels.Problem, arrays: list[np.ndarray | None]) -> np.nda
 
 def as_kernel_reads(name: str, operands: tuple) -> tuple:
     """Returns the operands with scales and zero points as the kernel wants them."""
-    if name not in READS_AS_STORED:
+    if name not in READS_SCALES_AS_STORED:
         return operands
     x, data, *scales, codebook = operands
     rows = [None if a is None else jnp.swapaxes(a, 1, 2) for a in scales]

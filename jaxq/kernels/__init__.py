@@ -29,6 +29,7 @@ from jaxq.kernels._forms import xla_form as xla_form
 from jaxq.kernels._one_step import as_one_step as as_one_step
 from jaxq.kernels._primitive import FORMS as FORMS
 from jaxq.kernels._primitive import call_matmul as call_matmul
+from jaxq.kernels._problem import KERNEL_SCALES as KERNEL_SCALES
 from jaxq.kernels._problem import Problem
 from jaxq.kernels._quantize_activation import quantize_activation as quantize_activation
 from jaxq.kernels._quantized_matmul import quantized_matmul

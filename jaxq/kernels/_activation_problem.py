@@ -7,11 +7,10 @@ import math
 from collections.abc import Sequence
 
 from jaxq import formats
-from jaxq.kernels._problem import SYMBOLIC
+from jaxq.kernels._problem import KERNEL_SCALES, SYMBOLIC
 from jaxq.qtensor import Geometry, QuantSpec
 
 FORMATS = ("int8", "float8_e4m3fn", "float8_e5m2")
-_SCALES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +70,8 @@ def why_not_spec(spec: QuantSpec) -> str | None:
         return "a kernel rounds to nearest even, without headroom"
     if spec.codes_from != "stored":
         return "a kernel divides by the stored scale"
-    if spec.scale not in _SCALES:
-        return f"a kernel stores scales in {', '.join(_SCALES)}"
+    if spec.scale not in KERNEL_SCALES:
+        return f"a kernel stores scales in {', '.join(KERNEL_SCALES)}"
     return None
 
 

@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxq.kernels._activation_problem import ActivationProblem
+from jaxq.kernels._triton_programs import why_not_offsets
 from jaxq.qtensor import row_codes, row_quotients, row_scale
 
 # Numbers that a program holds: 64 registers in each of 512 threads.
@@ -47,7 +48,7 @@ def why_not(problem: ActivationProblem, device_kind: str | None) -> str | None:
             f"a program of the GPU kernel holds {_MOST_NUMBERS} numbers in registers, "
             f"and {problem.group} numbers share a scale"
         )
-    return None
+    return why_not_offsets(problem.m * problem.k)  # the codes
 
 
 def default_tiles(problem: ActivationProblem) -> dict[str, int]:

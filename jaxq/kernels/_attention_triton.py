@@ -32,6 +32,7 @@ from jax.experimental.pallas import triton as plt
 
 from jaxq.kernels._attention_problem import AttentionProblem
 from jaxq.kernels._tile_product import tile_product
+from jaxq.kernels._triton_programs import why_not_offsets
 
 _LOWEST = float(np.finfo(np.float32).min)
 # A matrix product of Triton needs at least this many numbers along each axis.
@@ -55,7 +56,8 @@ def why_not(problem: AttentionProblem, device_kind: str | None) -> str | None:
             "the Triton kernel reads groups whose number of tokens is a power of two "
             f"and at least {_SMALLEST * p.parts} for {p.bits} bits, not {p.group}"
         )
-    return None
+    # Keys and values have the same size.
+    return why_not_offsets(p.b * p.m * p.groups * p.rows * p.h)
 
 
 def default_tiles(problem: AttentionProblem) -> dict[str, int]:

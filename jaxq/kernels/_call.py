@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from jaxq import formats
 from jaxq.kernels._codes import is_float8, largest_exact_length
 from jaxq.kernels._problem import Problem, why_not_static
-from jaxq.kernels._rows import RowMeta, Rows, group_size, int8_meta, num_groups
+from jaxq.kernels._rows import (
+    RowMeta,
+    Rows,
+    group_size,
+    int8_meta,
+    leaf_names,
+    num_groups,
+    rows_of_leaves,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +50,8 @@ class Call:
 
     def rows(self, leaves: Sequence[Any]) -> Rows:
         """Returns the `Rows` of these leaves. Fields without a leaf are None."""
-        fields = dict.fromkeys(Rows._fields)
-        fields |= dict(zip(self.leaves, leaves, strict=True))
-        fields.pop("index", None)
-        return Rows(**fields)  # pyright: ignore[reportArgumentType]
+        num_leaves = len(self.leaves) - self.has_index
+        return rows_of_leaves(self.leaves[:num_leaves], leaves[:num_leaves])
 
     def index(self, leaves: Sequence[Any]) -> Any:
         """Returns the leaf "index", or None if there is none."""
@@ -59,8 +65,8 @@ class Call:
 
 def with_leaves(call: Call, rows: Rows) -> tuple[Call, list[Any]]:
     """Returns the call with the names of its leaves filled in, and the leaves."""
-    present = {name: leaf for name, leaf in rows._asdict().items() if leaf is not None}
-    return dataclasses.replace(call, leaves=tuple(present)), list(present.values())
+    leaves = [leaf for leaf in rows if leaf is not None]
+    return dataclasses.replace(call, leaves=leaf_names(rows)), leaves
 
 
 def with_index(
@@ -133,6 +139,7 @@ def problem_of(call: Call, x: Any, leaves: Sequence[Any]) -> Problem | str:
         unit=_halves_unit(meta),
         transposed=call.transposed,
         x_codes=x.dtype.name if is_float8(x.dtype) else None,
+        stack=rows.data.shape[0] if call.has_index else None,
     )
 
 

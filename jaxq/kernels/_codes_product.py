@@ -28,9 +28,9 @@ from jaxq.kernels._dispatch import block_bytes_on
 from jaxq.kernels._forms import in_memory_order
 from jaxq.kernels._operands import batch_size, varying_alike, with_batch_in_front
 from jaxq.kernels._platform_primitive import Target, platform_primitive
-from jaxq.kernels._registry import kernel_module
+from jaxq.kernels._registry import READS_UNITS, kernel_module
 from jaxq.kernels._remat import has_stack, save_like_dots
-from jaxq.kernels._rows import RowMeta, Rows, decode_field
+from jaxq.kernels._rows import RowMeta, Rows, decode_field, leaf_names, rows_of_leaves
 from jaxq.kernels._xla import weight_only_matmul
 
 
@@ -54,8 +54,8 @@ class CodesCall:
         """Both operands, from their leaves one after the other."""
         num_a = len(self.a_leaves)
         return (
-            _rows_of(self.a_leaves, operands[:num_a]),
-            _rows_of(self.b_leaves, operands[num_a:]),
+            rows_of_leaves(self.a_leaves, operands[:num_a]),
+            rows_of_leaves(self.b_leaves, operands[num_a:]),
         )
 
     @property
@@ -78,7 +78,7 @@ def call_codes(a: Rows, a_meta: RowMeta, b: Rows, b_meta: RowMeta) -> jax.Array:
       b: `[n, k]` codes with scales.
       b_meta: static facts of b.
     """
-    call = CodesCall(a_meta, _names(a), b_meta, _names(b))
+    call = CodesCall(a_meta, leaf_names(a), b_meta, leaf_names(b))
     leaves = [leaf[None] for leaf in (*a, *b) if leaf is not None]
     return codes_p.bind(*varying_alike(leaves), call=call)[0]
 
@@ -121,7 +121,7 @@ def codes_kernel_form(
     assert b.scale is not None
     module, p = kernel_module(kernel), problem
     a_data = a.data
-    if p.is_packed and kernel == "codes_tpu":
+    if p.is_packed and kernel not in READS_UNITS:
         a_data = in_memory_order(a_data, call.b_meta)
     return module.matmul(
         a_data,
@@ -132,16 +132,6 @@ def codes_kernel_form(
         tiles=module.default_tiles(p) | tiles,
         interpret=interpret,
     )
-
-
-def _names(rows: Rows) -> tuple[str, ...]:
-    return tuple(name for name, leaf in rows._asdict().items() if leaf is not None)
-
-
-def _rows_of(names: Sequence[str], leaves: Sequence[Any]) -> Rows:
-    fields: dict[str, Any] = dict.fromkeys(Rows._fields)
-    fields.update(zip(names, leaves, strict=True))
-    return Rows(**fields)
 
 
 # Rules of the primitive.

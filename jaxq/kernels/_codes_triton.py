@@ -6,6 +6,9 @@ of bm rows of a by bn rows of b. It walks along k in chunks that belong to one g
 
     sums[m, n] += (a[m, chunk] @ b[n, chunk].T) * (a_scale[m] * b_scale[n])
 
+If every row of int8 codes has one scale, the scales multiply the int32 sum over all of
+k, which is exact.
+
 A chunk has at most 128 codes, so the matrix unit of Hopper, which sums float8 products
 in fewer bits than float32 has, never sums more than 128 of them (DeepSeek-V3, section
 3.3.2). Edges are masked.
@@ -28,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from jaxq.kernels._codes_problem import CodesProblem
+from jaxq.kernels._triton_programs import why_not_offsets
 
 _FORMATS = ("int8", "float8_e4m3fn", "float8_e5m2")
 # GPUs with float8 units: Ada, Hopper and Blackwell.
@@ -50,7 +54,8 @@ def why_not(problem: CodesProblem, device_kind: str | None) -> str | None:
     is_known = device_kind is not None
     if not p.is_integer and is_known and not _WITH_FLOAT8.search(device_kind):
         return f"{device_kind} has no float8 matrix unit"
-    return None
+    b_bytes = p.num_matrices * p.n * p.k // (2 if p.is_packed else 1)
+    return why_not_offsets(p.e * p.m * p.k, b_bytes)
 
 
 def default_tiles(problem: CodesProblem) -> dict[str, int]:
@@ -160,15 +165,29 @@ def _program(p: CodesProblem, bm: int, bn: int, has_index: bool, a_ref, *refs) -
         group = lax.div(t * chunk, p.group) if groups > 1 else jnp.int32(0)
         return plt.load(ref.at[e, rows, group], mask=mask, other=0).astype(jnp.float32)
 
-    def step(t, sums):
+    def scales(t):
+        """The scales of chunk t, `[bm, bn]`."""
         b_row = load_scale(b_scale, n_rows, n_mask, p.b_groups, t)
-        scales = lax.broadcast_in_dim(b_row, (bm, bn), (1,))
+        product = lax.broadcast_in_dim(b_row, (bm, bn), (1,))
         if a_scales:
             a_column = load_scale(a_scales[0], m_rows, m_mask, p.a_groups, t)
-            scales *= lax.broadcast_in_dim(a_column, (bm, bn), (0,))
-        return sums + products(t).astype(jnp.float32) * scales
+            product *= lax.broadcast_in_dim(a_column, (bm, bn), (0,))
+        return product
 
-    sums = lax.fori_loop(0, p.k // chunk, step, jnp.zeros((bm, bn), jnp.float32))
+    def add(t, sums):
+        return sums + products(t)
+
+    def add_scaled(t, sums):
+        return sums + products(t).astype(jnp.float32) * scales(t)
+
+    # float8 products are always scaled one by one. Without a scale between them, Triton
+    # would let the matrix unit add the chunks.
+    has_one_sum = p.is_integer and max(p.a_groups, p.b_groups) == 1
+    zeros = jnp.zeros((bm, bn), jnp.int32 if has_one_sum else jnp.float32)
+    step = add if has_one_sum else add_scaled
+    sums = lax.fori_loop(0, p.k // chunk, step, zeros)
+    if has_one_sum:
+        sums = sums.astype(jnp.float32) * scales(jnp.int32(0))
     mask = lax.broadcast_in_dim(m_mask, (bm, bn), (0,))
     mask &= lax.broadcast_in_dim(n_mask, (bm, bn), (1,))
     plt.store(y_ref.at[e, m_rows, n_rows], sums, mask=mask)

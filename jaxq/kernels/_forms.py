@@ -20,7 +20,12 @@ from jaxq.kernels import _tiles
 from jaxq.kernels._call import Call, problem_of, with_leaves, without_index
 from jaxq.kernels._codes import codes_matmul, is_float8, largest_exact_length
 from jaxq.kernels._problem import Problem
-from jaxq.kernels._registry import READS_AS_STORED, READS_FLOAT8, kernel_module
+from jaxq.kernels._registry import (
+    READS_FLOAT8,
+    READS_SCALES_AS_STORED,
+    READS_UNITS,
+    kernel_module,
+)
 from jaxq.kernels._rows import (
     RowMeta,
     Rows,
@@ -145,11 +150,8 @@ def pallas_form(
     Returns:
       `[e, m, n]`, or `[e, m, k]` if `call.transposed`, in `call.out_dtype`.
     """
-    as_stored = kernel in READS_AS_STORED
-    operands = kernel_operands(
-        call.rows(leaves), call.meta, problem, scales_as_stored=as_stored
-    )
-    keeps_order = as_stored and problem.unit is not None
+    operands = kernel_operands(call.rows(leaves), call.meta, problem, kernel)
+    keeps_order = kernel in READS_UNITS and problem.unit is not None
     if not call.transposed:
         if kernel not in READS_FLOAT8:
             x = x.astype(problem.x_dtype)
@@ -170,7 +172,7 @@ def pallas_form(
 
 
 def kernel_operands(
-    rows: Rows, meta: RowMeta, problem: Problem, *, scales_as_stored: bool
+    rows: Rows, meta: RowMeta, problem: Problem, kernel: str
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]:
     """Returns the arrays of a weight as `Problem` describes them.
 
@@ -178,8 +180,8 @@ def kernel_operands(
       rows: the weight, each leaf with a leading axis e.
       meta: static facts of the rows.
       problem: the product.
-      scales_as_stored: True for scales and zero points `[e, n, g]`, False for
-        `[e, g, n]`.
+      kernel: name of the kernel. It decides whether scales and zero points are
+        `[e, n, g]` or `[e, g, n]`.
 
     Returns:
       (data, scale, zero_point, codebook).
@@ -196,7 +198,8 @@ def kernel_operands(
         if leaf is None:
             return None
         leaf = jnp.broadcast_to(leaf, (problem.e, problem.n, leaf.shape[-1]))
-        return leaf if scales_as_stored else jnp.swapaxes(leaf, 1, 2)
+        as_stored = kernel in READS_SCALES_AS_STORED
+        return leaf if as_stored else jnp.swapaxes(leaf, 1, 2)
 
     return rows.data, per_row(rows.scale), per_row(rows.zero_point), codebook
 

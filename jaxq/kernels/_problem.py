@@ -7,6 +7,9 @@ from typing import Any
 
 from jaxq.kernels._rows import Layout
 
+# The dtypes in which kernels read and write scales of codes.
+KERNEL_SCALES = ("float32", "bfloat16", "float16")
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -25,8 +28,9 @@ class Problem:
       code in the low half of each byte. 8-bit codes are int8 or uint8. Signed integer
       codes are two's complement. A kernel may also get an index, int32 `[e]`. Then data
       is a stack of any number of matrices, and product i reads matrix `index[i]`.
-    - scale `[e, num_groups, n]`, or None. A weight is `scale * (codes - zero_point)`,
-      or `scale * codebook[codes]`.
+    - scale `[e, num_groups, n]`, or None. Kernels in
+      `_registry.READS_SCALES_AS_STORED` get `[e, n, num_groups]`. A weight is
+      `scale * (codes - zero_point)`, or `scale * codebook[codes]`.
     - zero_point: integers with the shape of scale, or None.
     - codebook: float32 `[e, 16]`, or None.
 
@@ -51,12 +55,12 @@ class Problem:
       unit: number of codes in a HALVES unit, for 4-bit codes in that packing. Byte j of
         a unit has codes j and j + unit / 2, and all codes of a unit share a scale. The
         codes beyond the last whole unit are a shorter unit. None means that byte j of a
-        row has codes 2 * j and 2 * j + 1. Only kernels in `_registry.READS_AS_STORED`
-        use it. They get the columns of x in the order of the codes, and scales and zero
-        points as `[e, n, num_groups]`.
+        row has codes 2 * j and 2 * j + 1. Only kernels in `_registry.READS_UNITS` use
+        it. They get the columns of x in the order of the codes.
       x_codes: the float8 format of x, or None if x is not made of float8 codes.
         `x_dtype` is then bfloat16, which holds these codes. A kernel multiplies them by
         integer codes without rounding, and scales the sums.
+      stack: number of matrices in data if the kernel gets an index, else None.
 
     Example:
       >>> from jaxq.kernels import Problem, choose
@@ -84,6 +88,7 @@ class Problem:
     unit: int | None = None
     transposed: bool = False
     x_codes: str | None = None
+    stack: int | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -94,6 +99,11 @@ class Problem:
     def num_groups(self) -> int:
         """Number of scales along k."""
         return -(-self.k // self.group) if self.group else 1
+
+    @property
+    def num_matrices(self) -> int:
+        """Number of matrices in data."""
+        return self.e if self.stack is None else self.stack
 
     @property
     def is_exact(self) -> bool:

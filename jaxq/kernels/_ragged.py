@@ -41,7 +41,6 @@ def ragged_xla_form(
     x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta
 ) -> jax.Array:
     """Computes what `_ragged_primitive.ragged_matmul` computes, with its arguments."""
-    sizes = nonnegative(sizes)
     rows, meta = _codes_along_rows(rows, meta)
     x_fields = split_fields(x, meta, num_groups(rows))
 
@@ -61,11 +60,6 @@ def ragged_xla_form(
     return _for_expert_blocks(rows, meta, write, y)
 
 
-def nonnegative(sizes: jax.Array) -> jax.Array:
-    """The sizes of experts. A negative size counts as zero, as in the kernels."""
-    return jnp.maximum(sizes, 0)
-
-
 def ragged_transposed_xla_form(
     dy: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta
 ) -> jax.Array:
@@ -82,7 +76,6 @@ def ragged_transposed_xla_form(
     Returns:
       float32 `[m, k]`.
     """
-    sizes = nonnegative(sizes)
     rows, meta = _codes_along_rows(rows, meta)
 
     def add(
@@ -117,7 +110,6 @@ def expert_leaf_gradients(
     Returns:
       Gradients of scale, offset and codebook by name. A leaf that is None has none.
     """
-    sizes = nonnegative(sizes)
     rows, meta = _codes_along_rows(rows, meta)
     x_fields = split_fields(x.astype(jnp.float32), meta, num_groups(rows))
     leaves = {"scale": rows.scale, "offset": rows.offset, "codebook": rows.codebook}

@@ -100,7 +100,7 @@ def work_items(
 def rows_with_experts(sizes: jax.Array, num_rows: int) -> jax.Array:
     """Returns which rows belong to an expert, bool `[num_rows]`. See `work_items`."""
     b = sizes.shape[0]
-    totals = jnp.sum(jnp.maximum(sizes, 0), axis=1, keepdims=True)  # [b, 1]
+    totals = jnp.sum(sizes, axis=1, keepdims=True)  # [b, 1]
     number = jnp.arange(num_rows // b, dtype=jnp.int32)
     return (number[None] < totals).reshape(num_rows)
 
@@ -109,7 +109,6 @@ def _segments(sizes: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     """The first row of each expert and the row after its last row, int32 `[b * e]`."""
     b = sizes.shape[0]
     rows_of_element = num_rows // b
-    sizes = jnp.maximum(sizes, 0)
     # Sizes beyond the number of rows would make kernels write beyond the result.
     ends = jnp.minimum(jnp.cumsum(sizes, axis=1, dtype=jnp.int32), rows_of_element)
     starts = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)

@@ -44,9 +44,6 @@ from jaxq.kernels._remat import save_like_dots
 from jaxq.kernels._rows import RowMeta, Rows
 from jaxq.meshes import call_on_auto_axes, explicit_spec
 
-# The kernels that read scales `[e, n, g]`. Other kernels get them as `[e, g, n]`.
-_SCALES_AS_STORED = ("ragged_triton",)
-
 
 def ragged_matmul(
     x: jax.Array, rows: Rows, sizes: jax.Array, meta: RowMeta
@@ -56,8 +53,8 @@ def ragged_matmul(
     Args:
       x: float `[m, k]`, sorted by expert. Weights are rounded to its dtype.
       rows: matrices `[n, k]` with a leading axis e in every leaf.
-      sizes: int32 `[e]`, the number of rows of x of each expert. A negative size counts
-        as zero. If x has more rows, the result of the last rows is zero.
+      sizes: int32 `[e]`, the number of rows of x of each expert, not negative. If x has
+        more rows, the result of the last rows is zero.
       meta: static facts of the rows.
 
     Returns:
@@ -169,12 +166,7 @@ def ragged_kernel_form(
     problem = ragged_problem(call, b * m, merged, x.dtype)
     assert isinstance(problem, Problem), problem
     tile_sizes = module.default_tiles(problem, device_kind) | dict(tiles or {})
-    operands = kernel_operands(
-        call.rows(merged),
-        call.meta,
-        problem,
-        scales_as_stored=kernel in _SCALES_AS_STORED,
-    )
+    operands = kernel_operands(call.rows(merged), call.meta, problem, kernel)
     rows = pad_columns(x.reshape(1, b * m, x.shape[2]), call.meta)
     rows = in_memory_order(rows, call.meta)[0]
     items = work_items(sizes, b * m, tile_sizes["bm"], shared_weights=shared_weights)

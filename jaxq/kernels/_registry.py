@@ -40,10 +40,12 @@ KERNELS: dict[Family, dict[str, tuple[str, ...]]] = {
 }
 # The kernels of the family "product". A caller of `quantized_matmul` can name one.
 KERNEL_NAMES = tuple(itertools.chain.from_iterable(KERNELS["product"].values()))
-# The kernels that read codes and scales as they are stored: HALVES units (see
-# `Problem.unit`), and scales `[e, n, g]`. Other kernels get x in the order of the codes
-# in memory, and scales `[e, g, n]`.
-READS_AS_STORED = ("mosaic_gpu", "triton_int8")
+# The kernels that read HALVES units as they are stored (see `Problem.unit`). Other
+# kernels get x in the order of the codes in memory.
+READS_UNITS = ("mosaic_gpu", "triton_int8", "codes_triton")
+# The kernels of products that read scales as they are stored, `[e, n, g]`. Other
+# kernels of products get `[e, g, n]`.
+READS_SCALES_AS_STORED = ("mosaic_gpu", "triton_int8", "ragged_triton")
 # The kernels that also read x as float8. Other kernels get float8 codes as bfloat16.
 READS_FLOAT8 = ("tpu",)
 # The kernels whose interpreter has effects. `matmul_p` cannot have effects.

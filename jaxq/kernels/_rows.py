@@ -8,6 +8,7 @@ is multiplied with its own part of x.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -74,6 +75,18 @@ class Rows(NamedTuple):
     zero_point: jax.Array | None
     offset: jax.Array | None
     codebook: jax.Array | None
+
+
+def leaf_names(rows: Rows) -> tuple[str, ...]:
+    """Returns the names of the fields that are not None, in order."""
+    return tuple(name for name, leaf in rows._asdict().items() if leaf is not None)
+
+
+def rows_of_leaves(names: Sequence[str], leaves: Sequence[Any]) -> Rows:
+    """Returns the `Rows` of these leaves. Fields without a leaf are None."""
+    fields: dict[str, Any] = dict.fromkeys(Rows._fields)
+    fields |= dict(zip(names, leaves, strict=True))
+    return Rows(**fields)
 
 
 def int8_meta(k: int) -> RowMeta:

@@ -29,7 +29,7 @@ def why_not(problem: Problem, device_kind: str | None) -> str | None:
         return 'it reads codes in layout "rows", not "columns"'
     if not p.signed or p.codebook or p.zero_point:
         return f"it multiplies symmetric signed integers, not {p.codes}"
-    if 0 in (p.e, p.m, p.n, p.k):
+    if p.is_empty:
         return "the product is empty"
     if p.k % p.group:
         return f"the last group of {p.k} codes in groups of {p.group} is not full"
@@ -91,5 +91,14 @@ def matmul(
 def _codes_problem(p: Problem) -> CodesProblem:
     b_codes = "int4" if p.bits == 4 else "int8"
     return CodesProblem(
-        p.e, p.m, p.n, p.k, p.group, "int8", 0, p.num_groups, b_codes=b_codes
+        p.e,
+        p.m,
+        p.n,
+        p.k,
+        p.group,
+        "int8",
+        a_groups=0,
+        b_groups=p.num_groups,
+        b_codes=b_codes,
+        stack=p.stack,
     )

@@ -41,6 +41,28 @@ def why_not_programs(problem: Problem) -> str | None:
         return f"the group size must be a multiple of 32 codes, not {p.group}"
     if p.k * p.bits % 8:
         return f"rows of {p.k} codes do not fill whole bytes"
+    row_bytes = p.k * p.bits // 8
+    num_zero_points = p.e * p.n * p.num_groups if p.zero_point else 0
+    return why_not_offsets(p.num_matrices * p.n * row_bytes, num_zero_points)
+
+
+def why_not_offsets(*num_bytes: int) -> str | None:
+    """Returns why Triton programs cannot address arrays, or None if they can.
+
+    Pallas computes offsets in 64 bits only for arrays of more than 2^32 bytes. Other
+    offsets are signed numbers of 32 bits, and count elements. So the elements of an
+    array with one byte each cannot be addressed if they lie beyond 2^31. Arrays with
+    wider elements have more than 2^32 bytes before they have 2^31 elements.
+
+    Args:
+      *num_bytes: sizes of the arrays whose elements have one byte.
+    """
+    for size in num_bytes:
+        if 2**31 < size <= 2**32:
+            return (
+                f"an array has {size / 2**30:.2f} GiB, and the offsets of Triton "
+                "programs are too narrow for arrays of bytes of 2 to 4 GiB"
+            )
     return None
 
 

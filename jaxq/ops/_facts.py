@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import formats, kernels
+from jaxq.kernels import KERNEL_SCALES
 from jaxq.qtensor import (
     ErrorContext,
     Meta,
@@ -23,9 +24,6 @@ from jaxq.qtensor import (
     describe,
     resolve,
 )
-
-# The dtypes in which kernels read scales.
-KERNEL_SCALES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)

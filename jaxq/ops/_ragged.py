@@ -80,13 +80,18 @@ def ragged_dot(
     x, group_sizes = jnp.asarray(x), jnp.asarray(group_sizes)
     x_dtype = check_ragged(x, weights, group_sizes, "ragged_dot")
     out_dtype = jnp.dtype(preferred_element_type or result_dtype(x, weights))
-    sizes = jnp.maximum(group_sizes.astype(jnp.int32), 0)
+    sizes = _row_counts(group_sizes)
     x, weights = scale_rows_by_group(x, weights, sizes)
     if weights.meta.activation is None:
         y = _multiply(x.astype(x_dtype), weights, sizes)
     else:
         y = multiply_quantized_rows(x, weights, sizes, _multiply, x_dtype)
     return y.astype(out_dtype)
+
+
+def _row_counts(group_sizes: jax.Array) -> jax.Array:
+    """The number of rows of each expert, int32. Products need numbers from 0 on."""
+    return jnp.maximum(group_sizes.astype(jnp.int32), 0)
 
 
 def _multiply(x: jax.Array, weights: QTensor, sizes: jax.Array) -> jax.Array:
@@ -166,7 +171,7 @@ def _ragged_trained(
         y = jax.lax.ragged_dot(
             x,
             weights.astype(x.dtype),
-            group_sizes,
+            _row_counts(group_sizes),
             preferred_element_type=jnp.float32,
         )
         return y.astype(out_dtype)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxq import formats
-from jaxq.kernels import Layout, RowMeta, Rows
-from jaxq.ops._facts import KERNEL_SCALES, CodesFacts
+from jaxq.kernels import KERNEL_SCALES, Layout, RowMeta, Rows
+from jaxq.ops._facts import CodesFacts
 from jaxq.qtensor import Geometry, Meta, QTensor, scale_values
 
 

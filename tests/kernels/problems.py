@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from jaxq.kernels import Problem
-from jaxq.kernels._registry import READS_AS_STORED
+from jaxq.kernels._registry import READS_SCALES_AS_STORED
 
 # Bits, signed, codebook, zero points.
 CODES = {
@@ -134,7 +134,7 @@ def _packed(codes: np.ndarray, unit: int | None) -> np.ndarray:
 def for_kernel(kernel, arrays: list) -> list:
     """The operands as a kernel wants them: some want scales as `[e, n, g]`."""
     name = kernel.__name__.rpartition("._")[2]
-    if name not in READS_AS_STORED:
+    if name not in READS_SCALES_AS_STORED:
         return arrays
     x, data, *scales, codebook = arrays
 

@@ -13,6 +13,7 @@ import jaxq
 from jaxq import kernels
 from jaxq.kernels import _codes_product, _codes_triton
 from jaxq.kernels._codes_problem import CodesProblem
+from jaxq.kernels._rows import leaf_names
 from jaxq.ops._weight_rows import weight_rows
 from tests.arrays import normal_with_outliers
 from tests.kernels.problems import error
@@ -51,7 +52,7 @@ def decoded(qt: jaxq.QTensor) -> np.ndarray:
 def call_of(a: jaxq.QTensor, b: jaxq.QTensor):
     """The static call of a product, and its leaves with a leading axis."""
     (a_rows, a_meta), (b_rows, b_meta) = weight_rows(a), weight_rows(b)
-    names = [_codes_product._names(rows) for rows in (a_rows, b_rows)]
+    names = [leaf_names(rows) for rows in (a_rows, b_rows)]
     call = _codes_product.CodesCall(a_meta, names[0], b_meta, names[1])
     leaves = [leaf[None] for leaf in (*a_rows, *b_rows) if leaf is not None]
     return call, leaves
@@ -245,6 +246,26 @@ def test_groups_without_a_kernel_warn():
         text = lowered_for("cuda", jaxq.matmul, x, w)
     dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert all(line.count("f8E4M3FN") == 2 for line in dots)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("fmt", ["float8_e4m3fn", "int8"])
+def test_int4_with_one_scale_and_activations_in_groups_has_a_remedy(fmt, platform):
+    x, _ = int4_with_groups(fmt)
+    spec = jaxq.QuantSpec("int4", jaxq.PerChannel())
+    _, w = int4_with_groups(fmt, weight=spec)
+    remedy = r"quantize the weight in the same groups, with PerGroup\(128\)"
+    with pytest.warns(kernels.FallbackWarning, match=remedy):
+        lowered_for(platform, jaxq.matmul, x, w)
+    plan = jaxq.explain(x, w, platform=platform)
+    assert "PerGroup(128)" in plan.why_no_kernel
+
+
+def test_kernels_do_not_overflow_int32():
+    granularities = (jaxq.PerToken(), jaxq.PerToken())
+    (a, b), _ = operands("int8", 1, 1, 2**17, granularities)
+    call, leaves = call_of(a, b)
+    assert "int32 can sum 131071 products" in str(call.problem(leaves))
 
 
 def test_a_block_scaled_product_on_a_cpu():

@@ -38,6 +38,22 @@ def test_against_float64(codes, group, m):
     np.testing.assert_array_equal(y, expected)  # int32 sums are exact
 
 
+@pytest.mark.parametrize("codes", ["int4", "int8"])
+def test_one_scale_multiplies_an_int32_sum(codes):
+    """Scales are no powers of two, so a sum of scaled parts would be rounded."""
+    k = 4096
+    p = int8_problem(codes, group=k, k=k, n=24, m=5)
+    (x, data, scale, *others), scaled = operands(p)
+    ones, sums = operands(dataclasses.replace(p, scale_dtype=None))
+    np.testing.assert_array_equal(data, ones[1])
+    arrays = for_kernel(kernel, [x, data, scale, *others])
+    tiles = kernel.default_tiles(p, None)
+    y = kernel.matmul(*arrays, problem=p, tiles=tiles, interpret=True)
+    expected = sums.astype(np.float32) * np.asarray(scale)
+    np.testing.assert_array_equal(y, expected)
+    assert error(y, scaled) < 1e-7
+
+
 def test_an_index_reads_a_stack_in_place():
     p = int8_problem(m=3, e=3)
     (x, data, *leaves), expected = operands(p)

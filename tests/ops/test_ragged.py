@@ -161,6 +161,27 @@ def test_trained_weights_do_not_quantize_rows():
         ragged_dot(jnp.ones((M, K)), trained, SIZES)
 
 
+@pytest.mark.parametrize("kind", ["weights", "activations", "trained"])
+def test_a_negative_size_counts_as_zero(kind):
+    w = normal_with_outliers(3, K, N)
+    qt = jaxq.quantize(w, "int8", contracting=-2, batch=0)
+    if kind == "activations":
+        qt = qt.with_activation("int8").with_input_scale(jnp.linspace(0.5, 2, K))
+    if kind == "trained":
+        qt = jaxq.qtensor.TrainedWeight.start(w, qt)
+    x = normal_with_outliers(M, K)
+
+    def derivatives(sizes):
+        def loss(x):
+            return jnp.sum(ragged_dot(x, qt, sizes) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))(x)
+
+    negative, zero = (derivatives(jnp.array([3, size, 5])) for size in (-4, 0))
+    for actual, expected in zip(negative, zero, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_the_stack_is_never_decoded_as_a_whole():
     qt = jax.eval_shape(
         lambda w: jaxq.quantize(w, "int4", contracting=-2, batch=0),

@@ -19,8 +19,12 @@ import numpy as np
 from jax import lax
 
 from jaxq import formats
-from jaxq.kernels import AttentionCall, AttentionProblem, call_attention
-from jaxq.ops._facts import KERNEL_SCALES
+from jaxq.kernels import (
+    KERNEL_SCALES,
+    AttentionCall,
+    AttentionProblem,
+    call_attention,
+)
 from jaxq.ops.kv_cache._arrays import (
     CacheArrays,
     dequantize_groups,
